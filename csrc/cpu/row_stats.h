@@ -1,0 +1,40 @@
+// How row_stats and unmask read rows on the CPU.
+#pragma once
+
+#include <vector>
+
+#include "dparallel/launch.h"
+#include "dparallel/philox.h"
+
+namespace dparallel::cpu {
+
+// results[i] and errors[i] of logits row rows[i], i in [0, count). key_of(i) is asked for only when
+// sampling. Work is split by row and by a fixed share of the vocabulary, so that neither the batch nor
+// the number of threads changes a bit of a result.
+struct RowJob {
+  const Logits& logits;
+  const int64_t* rows;  // [count], or null: row i
+  int64_t count;
+  const Exclusions& exclusions;
+  float temperature;
+  const SampleKey* keys;  // [count], or null: no sampling
+};
+
+struct RowAnswer {
+  RowResult result;
+  RowError error;
+};
+
+std::vector<RowAnswer> read_rows(const RowJob& job, Parallel parallel);
+
+template <class F>
+void run_parallel(Parallel parallel, int64_t n, const F& body) {
+  parallel(
+      n,
+      [](int64_t begin, int64_t end, const void* context) {
+        for (int64_t i = begin; i < end; ++i) (*static_cast<const F*>(context))(i);
+      },
+      &body);
+}
+
+}  // namespace dparallel::cpu

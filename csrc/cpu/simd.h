@@ -1,0 +1,101 @@
+// Vectors of 16 floats in the compiler's own vector extension (GCC and Clang), so that one source
+// serves every instruction set: csrc/cpu/*.cpp is compiled once per level (see setup.py), each time with
+// DPARALLEL_SIMD naming the namespace, and csrc/cpu/dispatch.cpp picks the best that the machine has.
+#pragma once
+
+#include <cstring>
+
+#include "dparallel/common.h"
+
+namespace dparallel::cpu::DPARALLEL_SIMD {
+
+constexpr int kLanes = 16;
+typedef float F __attribute__((vector_size(64)));
+typedef int32_t I __attribute__((vector_size(64)));
+typedef uint32_t U __attribute__((vector_size(64)));
+typedef uint16_t H __attribute__((vector_size(32)));
+
+inline F splat(float x) { return x - F{}; }
+inline F maximum(F a, F b) { return a > b ? a : b; }  // b where a is NaN
+inline F minimum(F a, F b) { return a < b ? a : b; }  // b where a is NaN
+
+template <class V>
+inline V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// How each element type becomes float32, exactly.
+struct Float32 {
+  using Storage = float;
+  static F widen(const Storage* p) { return load<F>(p); }
+};
+
+struct BFloat16 {
+  using Storage = uint16_t;
+  static F widen(const Storage* p) {
+    return (F)(__builtin_convertvector(load<H>(p), U) << 16);
+  }
+};
+
+struct Float16 {
+  using Storage = uint16_t;
+  static F widen(const Storage* p) {
+    const U h = __builtin_convertvector(load<H>(p), U);
+    const U magnitude = (h & 0x7fffu) << 13;
+    F value = (F)magnitude * 0x1p112f;  // moves the exponent's bias; right for subnormals too
+    value = (I)(magnitude >= (0x7c00u << 13)) ? (F)(magnitude | 0x7f800000u) : value;  // inf, NaN
+    return (F)((U)value | (h & 0x8000u) << 16);
+  }
+};
+
+// e^x for x in [-87, 0]: 2^n 2^r with n the nearest integer to x log2(e). The polynomial is the minimax
+// one of degree 5 for 2^r on [-1/2, 1/2] with e^0 = 1 exactly, relative error 9.2e-8. NaN stays NaN.
+inline F exp_nonpositive(F x) {
+  const F log2e = splat(1.44269504088896341f);
+  const F shifter = splat(0x1.8p23f);           // adding it leaves n in the low bits
+  const F shifted = x * log2e + shifter;
+  const F r = x * log2e - (shifted - shifter);  // one rounding where there is FMA
+  F p = splat(0x1.5bba14p-10f);
+  p = p * r + 0x1.3cea88p-7f;
+  p = p * r + 0x1.c6b752p-5f;
+  p = p * r + 0x1.ebf9bcp-3f;
+  p = p * r + 0x1.62e42ap-1f;
+  p = p * r + 1.0f;
+  return (F)((I)p + ((I)shifted << 23));
+}
+
+// ln x for normal x > 0: x = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); relative error below 2e-7.
+inline F log_positive(F x) {
+  const I bits = (I)x - 0x3f3504f3;  // sqrt(1/2)
+  const I k = bits >> 23;
+  const F f = (F)((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
+  const F e = __builtin_convertvector(k, F), f2 = f * f;
+  F p = splat(7.0376836292e-2f);  // Cephes' logf
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  return (p * f * f2 - 2.12194440e-4f * e - 0.5f * f2) + f + 0.693359375f * e;
+}
+
+inline float reduce_max(F v) {
+  float best = v[0];
+  for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+inline float reduce_add(F v) {
+  float sum[kLanes];
+  std::memcpy(sum, &v, sizeof sum);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) sum[i] += sum[i + width];
+  return sum[0];
+}
+
+}  // namespace dparallel::cpu::DPARALLEL_SIMD

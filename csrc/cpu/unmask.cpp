@@ -1,0 +1,100 @@
+// unmask on the CPU: find the needed rows, read them, select per sequence, commit. A bad row anywhere
+// leaves every token as it was.
+#include <algorithm>
+#include <limits>
+
+#include "row_stats.h"
+#include "select.h"
+
+namespace dparallel::cpu {
+namespace {
+
+struct Needed {
+  int64_t row;       // of the logits
+  int64_t position;  // b * length + l
+};
+
+}  // namespace
+
+void unmask(const UnmaskArgs& args, Parallel parallel) {
+  const auto token_at = [&](int64_t position) -> int64_t& {
+    return args.tokens[position / args.length * args.token_stride_b +
+                       position % args.length * args.token_stride_l];
+  };
+  const auto masked = [&](int64_t position) {
+    const int64_t b = position / args.length, l = position % args.length;
+    return l >= args.start[b] && l < args.end[b] && token_at(position) == args.exclusions.mask_id;
+  };
+
+  std::vector<Needed> needed;
+  std::vector<int64_t> rows;
+  std::vector<SampleKey> keys;
+  for (int64_t row = 0; row < args.count; ++row) {
+    const int64_t position = args.positions ? args.positions[row] : row;
+    if (!masked(position)) continue;
+    needed.push_back({row, position});
+    rows.push_back(row);
+    if (args.sampling.temperature > 0.0f) {
+      const int64_t* k = args.sampling.keys + position / args.length * 3;
+      const int64_t where = position % args.length + args.sampling.position_offset;
+      keys.push_back({static_cast<uint64_t>(k[0]), static_cast<uint32_t>(k[1]),
+                      static_cast<uint32_t>(where), static_cast<uint32_t>(k[2])});
+    }
+  }
+
+  const RowJob job{args.logits, rows.data(), static_cast<int64_t>(rows.size()), args.exclusions,
+                   args.sampling.temperature, keys.empty() ? nullptr : keys.data()};
+  const std::vector<RowAnswer> answers = read_rows(job, parallel);
+
+  std::fill(args.output.tokens, args.output.tokens + 2 * args.count, -1);
+  std::fill(args.output.fields, args.output.fields + kRowFields * args.count,
+            std::numeric_limits<float>::quiet_NaN());
+  for (size_t i = 0; i < needed.size(); ++i) {
+    const RowAnswer& answer = answers[i];
+    if (answer.error != kRowOk) {
+      *args.output.error =
+          std::min(*args.output.error, encode_error(needed[i].position, answer.error));
+      continue;
+    }
+    const int64_t row = needed[i].row;
+    args.output.tokens[row] = answer.result.token;
+    args.output.tokens[args.count + row] = answer.result.sample;
+    for (int f = 0; f < kRowFields; ++f)
+      args.output.fields[f * args.count + row] = answer.result.field[f];
+  }
+  if (args.positions) {  // every masked position of a window must be among them
+    size_t next = 0;
+    for (int64_t b = 0; b < args.batch; ++b)
+      for (int64_t l = std::max<int64_t>(args.start[b], 0); l < std::min(args.end[b], args.length);
+           ++l) {
+        const int64_t position = b * args.length + l;
+        if (!masked(position)) continue;
+        if (next < needed.size() && needed[next].position == position) ++next;
+        else *args.output.error = std::min(*args.output.error, encode_error(position, kRowMissing));
+      }
+  }
+  const bool sound = *args.output.error == kNoError;
+
+  *args.done = true;
+  size_t i = 0;  // needed is ascending by position, so each sequence's rows are together
+  for (int64_t b = 0; b < args.batch; ++b) {
+    const Policy policy = Policy::load(args.policy + b * kPolicyFields);
+    const size_t first = i;
+    std::vector<Candidate> candidates;
+    for (; i < needed.size() && needed[i].position < (b + 1) * args.length; ++i) {
+      const float* field = answers[i].result.field;
+      candidates.push_back(
+          {policy.key(field[kConfidence], field[kMargin], field[kEntropy]), static_cast<int64_t>(i)});
+    }
+    const int64_t n = sound ? select_prefix(policy, candidates) : 0;
+    for (int64_t k = 0; k < n; ++k) {
+      const int64_t at = candidates[k].position;
+      token_at(needed[at].position) = answers[at].result.sample;
+    }
+    args.committed[b] = n;
+    args.remaining[b] = static_cast<int64_t>(i - first) - n;
+    *args.done = *args.done && args.remaining[b] == 0;
+  }
+}
+
+}  // namespace dparallel::cpu

@@ -1,0 +1,52 @@
+// Shared by the C++ and CUDA sources; knows neither torch nor the CUDA headers.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__) || defined(DPARALLEL_CUDA_HOST)
+#define DP_HD __host__ __device__ __forceinline__
+#else
+#define DP_HD inline __attribute__((always_inline))  // no copy of it may outlive its instruction set
+#endif
+
+namespace dparallel {
+
+constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kLargest = 3.4028234663852886e38f;  // the largest finite float32
+
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+// Rows of logits with any strides (in elements); the vocabulary is contiguous.
+// Row r = outer * inner_rows + inner lies at data + outer * outer_stride + inner * inner_stride.
+struct Logits {
+  const void* data;
+  DType dtype;
+  int64_t vocab;
+  int64_t inner_rows;
+  int64_t outer_stride;
+  int64_t inner_stride;
+
+  DP_HD int64_t offset(int64_t row) const {
+    return (row / inner_rows) * outer_stride + (row % inner_rows) * inner_stride;
+  }
+};
+
+// What a row may not choose. The mask token keeps its share of the softmax but is never the argmax;
+// suppressed ids are left out altogether.
+struct Exclusions {
+  int64_t mask_id;          // -1: none
+  const int64_t* suppress;  // [suppress_count] ascending, unique
+  int64_t suppress_count;
+};
+
+// Why a row has no statistics. Kept as row * 4 + code, so that the lowest bad row wins by atomic minimum.
+enum RowError : int64_t {
+  kRowOk = 0,
+  kRowNan = 1,     // holds NaN
+  kRowEmpty = 2,   // no id that may be chosen has a logit above -inf
+  kRowMissing = 3  // a masked position of the window that `positions` does not list
+};
+constexpr int64_t kNoError = INT64_MAX;
+DP_HD int64_t encode_error(int64_t row, RowError code) { return row * 4 + code; }
+
+}  // namespace dparallel

@@ -1,0 +1,155 @@
+// The statistics of a row of logits, and how partial results merge. One read of the row suffices:
+//   e = exp(z - m)   S = sum e   W = sum e (z - m)   confidence = exp(z1 - m) / S   H = ln S - W / S
+#pragma once
+
+#include <cmath>
+
+#include "dparallel/common.h"
+
+namespace dparallel {
+
+// exp(-87) = 1.6e-38: beyond it a term cannot change S >= 1, and below it float32 has no normal numbers.
+constexpr float kExpFloor = -87.0f;
+
+// +inf counts as the largest float, so that k infinities share the probability evenly; NaN passes through.
+DP_HD float clamp_logit(float z) { return z > kLargest ? kLargest : z; }
+
+// z - m without -inf or NaN of its own making (m = -inf: nothing seen yet); a NaN logit passes through.
+DP_HD float shifted(float z, float m) {
+  const float d = z - (m == -kInfinity ? 0.0f : m);
+  return d < kExpFloor ? kExpFloor : d;
+}
+
+// Part of a row. `max`, `sum` and `weighted` include the mask token, `top1`, `top2` and `token` do not.
+struct RowPart {
+  float max = -kInfinity;
+  float sum = 0.0f;       // S, relative to max
+  float weighted = 0.0f;  // W, relative to max
+  float top1 = -kInfinity;
+  float top2 = -kInfinity;
+  int32_t token = -1;
+
+  // One logit; `admissible` is false for the mask token.
+  DP_HD void add(float z, int32_t id, bool admissible) {
+    z = clamp_logit(z);
+    if (z > max) rescale(z);
+    const float d = shifted(z, max), e = expf(d);
+    sum += e;
+    weighted += e * d;
+    if (admissible) rank(z, id);
+  }
+
+  DP_HD void rank(float z, int32_t id) {
+    if (z > top1 || (z == top1 && z > -kInfinity && id < token)) {
+      top2 = top1;
+      top1 = z;
+      token = id;
+    } else if (z > top2) {
+      top2 = z;
+    }
+  }
+
+  // sum e (z - m') = e^(m - m') (W + S (m - m')) when the maximum moves from m up to m'.
+  DP_HD void rescale(float to) {
+    const float d = shifted(max, to), scale = max == -kInfinity ? 0.0f : expf(d);
+    weighted = scale * (weighted + sum * d);
+    sum *= scale;
+    max = to;
+  }
+
+  DP_HD void merge(RowPart other) {
+    if (other.max > max) rescale(other.max);
+    else if (max > other.max) other.rescale(max);
+    sum += other.sum;
+    weighted += other.weighted;
+    const bool first = top1 > other.top1 || (top1 == other.top1 && token >= 0 &&
+                                             (other.token < 0 || token < other.token));
+    const RowPart& best = first ? *this : other;
+    const RowPart& rest = first ? other : *this;
+    const float second = rest.top1 > best.top2 ? rest.top1 : best.top2;
+    const float leader = best.top1;
+    const int32_t id = best.token;
+    top1 = leader;
+    top2 = second;
+    token = id;
+  }
+
+  DP_HD RowError error() const {
+    if (sum != sum) return kRowNan;
+    return token < 0 ? kRowEmpty : kRowOk;  // every admissible logit is -inf
+  }
+};
+
+// Fields of the float output, in order; each is an array [rows].
+enum RowField : int {
+  kTop1 = 0,
+  kTop2,
+  kLse,
+  kConfidence,
+  kMargin,
+  kEntropy,
+  kSampleLogprob,
+  kRowFields
+};
+
+struct RowResult {
+  int64_t token;
+  int64_t sample;
+  float field[kRowFields];
+};
+
+// The sampled side of a row: Gumbel-max over logits / T, with the logits' own softmax at T beside it.
+struct SamplePart {
+  float score = -kInfinity;  // the largest z / T + Gumbel noise
+  float logit = -kInfinity;  // its z
+  int32_t token = -1;
+  float max = -kInfinity;  // of z, mask token included
+  float sum = 0.0f;        // sum exp((z - max) / T)
+
+  DP_HD void merge(SamplePart other, float inverse_temperature) {
+    if (other.max > max) rescale(other.max, inverse_temperature);
+    else if (max > other.max) other.rescale(max, inverse_temperature);
+    sum += other.sum;
+    const bool mine = score > other.score || (score == other.score && token >= 0 &&
+                                              (other.token < 0 || token < other.token));
+    if (!mine) {
+      score = other.score;
+      logit = other.logit;
+      token = other.token;
+    }
+  }
+
+  DP_HD void rescale(float to, float inverse_temperature) {
+    sum *= max == -kInfinity ? 0.0f : expf(shifted(max * inverse_temperature, to * inverse_temperature));
+    max = to;
+  }
+};
+
+DP_HD RowResult finish(const RowPart& part) {
+  const float log_sum = logf(part.sum);
+  const float p1 = expf(shifted(part.top1, part.max)) / part.sum;
+  const float p2 = part.top2 == -kInfinity ? 0.0f : expf(shifted(part.top2, part.max)) / part.sum;
+  const float entropy = log_sum - part.weighted / part.sum;
+  RowResult result;
+  result.token = result.sample = part.token;
+  result.field[kTop1] = part.top1 >= kLargest ? kInfinity : part.top1;
+  result.field[kTop2] = part.top2 >= kLargest ? kInfinity : part.top2;
+  result.field[kLse] = part.max >= kLargest ? kInfinity : part.max + log_sum;
+  result.field[kConfidence] = p1;
+  result.field[kMargin] = p1 - p2;
+  result.field[kEntropy] = entropy > 0.0f ? entropy : 0.0f;
+  result.field[kSampleLogprob] = (part.top1 - part.max) - log_sum;
+  return result;
+}
+
+// The confidence becomes that of the token that would be committed, as published.
+DP_HD RowResult finish(const RowPart& part, const SamplePart& sampled, float inverse_temperature) {
+  RowResult result = finish(part);
+  result.sample = sampled.token;
+  result.field[kConfidence] = expf(shifted(sampled.logit, part.max)) / part.sum;
+  result.field[kSampleLogprob] =
+      (sampled.logit - sampled.max) * inverse_temperature - logf(sampled.sum);
+  return result;
+}
+
+}  // namespace dparallel

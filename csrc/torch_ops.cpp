@@ -1,0 +1,271 @@
+// Schemas, checks and dispatch: the only file that knows torch, through its stable ABI, so that one
+// build serves later releases. Python (dparallel_ext/ops.py) turns user input into these arguments and
+// reports errors by name; the checks here keep memory safe whoever calls.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "dparallel/launch.h"
+
+#ifdef DPARALLEL_WITH_CUDA
+// Weak: absent from a CPU-only torch, where this library must still import.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#endif
+
+namespace {
+
+using namespace dparallel;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+DType dtype_of(const Tensor& logits) {
+  switch (logits.scalar_type()) {
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    case ScalarType::Half: return DType::float16;
+    default: STD_TORCH_CHECK(false, "logits: expected float32, bfloat16 or float16");
+  }
+  return DType::float32;
+}
+
+const Tensor& contiguous(const Tensor& t, const char* name, ScalarType dtype,
+                         std::vector<int64_t> sizes, const Tensor& like) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype, name, ": wrong dtype");
+  STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
+  STD_TORCH_CHECK(t.get_device() == like.get_device() && t.is_cpu() == like.is_cpu(), name,
+                  ": expected the device of the logits");
+  STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(sizes.size()), name, ": expected ", sizes.size(),
+                  " dimensions, got ", t.dim());
+  for (size_t i = 0; i < sizes.size(); ++i)
+    STD_TORCH_CHECK(t.size(i) == sizes[i], name, ": expected size ", sizes[i], " in dimension ", i,
+                    ", got ", t.size(i));
+  return t;
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+Logits logits_of(const Tensor& t) {  // (R, V) or (B, L, V)
+  STD_TORCH_CHECK(t.dim() == 2 || t.dim() == 3, "logits: expected 2 or 3 dimensions, got ", t.dim());
+  const int64_t last = t.dim() - 1, vocab = t.size(last);
+  STD_TORCH_CHECK(vocab >= 1 && vocab < INT32_MAX, "logits: vocabulary of size ", vocab);
+  STD_TORCH_CHECK(t.stride(last) == 1 || vocab == 1, "logits: the vocabulary must be contiguous");
+  const int64_t inner = t.dim() == 3 ? t.size(1) : (t.size(0) > 0 ? t.size(0) : 1);
+  return {t.data_ptr(), dtype_of(t), vocab, inner > 0 ? inner : 1, t.dim() == 3 ? t.stride(0) : 0,
+          t.stride(last - 1)};
+}
+
+int64_t row_count(const Tensor& logits) {
+  return logits.dim() == 3 ? logits.size(0) * logits.size(1) : logits.size(0);
+}
+
+Exclusions exclusions_of(int64_t mask_id, const std::optional<Tensor>& suppress, const Tensor& like) {
+  if (!suppress.has_value()) return {mask_id, nullptr, 0};
+  contiguous(*suppress, "suppress", ScalarType::Long, {suppress->size(0)}, like);
+  return {mask_id, data<int64_t>(*suppress), suppress->size(0)};
+}
+
+Sampling sampling_of(double temperature, const std::optional<Tensor>& keys,
+                     std::vector<int64_t> sizes, int64_t position_offset, const Tensor& like) {
+  if (!(temperature > 0)) return {0.0f, nullptr, 0};
+  STD_TORCH_CHECK(keys.has_value(), "keys: needed at a temperature above 0");
+  contiguous(*keys, "keys", ScalarType::Long, sizes, like);
+  return {static_cast<float>(temperature), data<int64_t>(*keys), position_offset};
+}
+
+struct RowTensors {
+  Tensor tokens, fields, error;
+
+  RowTensors(const Tensor& like, int64_t count)
+      : tokens(torch::stable::new_empty(like, {2, count}, ScalarType::Long)),
+        fields(torch::stable::new_empty(like, {kRowFields, count}, ScalarType::Float)),
+        error(torch::stable::new_empty(like, {1}, ScalarType::Long)) {}
+
+  RowOutput output() const {
+    return {data<int64_t>(tokens), data<float>(fields), data<int64_t>(error)};
+  }
+};
+
+// How a backend allocates scratch and launches.
+struct Cpu {
+  static void parallel(int64_t n, cpu::Body body, const void* context) {
+    torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+  }
+  static void row_stats(const RowStatsArgs& args, const Tensor&, const std::optional<Tensor>&) {
+    *args.output.error = kNoError;
+    cpu::row_stats(args, parallel);
+  }
+  static void select(const SelectArgs& args, const Tensor&) { cpu::select(args, parallel); }
+  static void unmask(const UnmaskArgs& args, const Tensor&, const std::optional<Tensor>&) {
+    *args.output.error = kNoError;
+    cpu::unmask(args, parallel);
+  }
+};
+
+#ifdef DPARALLEL_WITH_CUDA
+struct Cuda {
+  static void check(int code, const char* op) {
+    STD_TORCH_CHECK(code == 0, op, ": CUDA launch failed: ", cuda::error_string(code));
+  }
+  static void* stream(const Tensor& like) {
+    void* stream = nullptr;
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(like.get_device(), &stream) == 0,
+                    "could not get the current CUDA stream");
+    return stream;
+  }
+  static int32_t* counters(const std::optional<Tensor>& t, int64_t needed, const Tensor& like) {
+    STD_TORCH_CHECK(t.has_value() && t->scalar_type() == ScalarType::Int && t->is_contiguous() &&
+                        t->get_device() == like.get_device() && t->numel() >= needed,
+                    "counters: expected at least ", needed, " contiguous int32 zeros on the device");
+    return data<int32_t>(*t);
+  }
+  template <class Args>
+  static void launch(const char* op, const Args& args, int64_t scratch_bytes, int64_t counter_count,
+                     int (*launcher)(const Args&, const cuda::Workspace&, void*), const Tensor& like,
+                     const std::optional<Tensor>& counter_tensor) {
+    const torch::stable::accelerator::DeviceGuard guard(like.get_device());
+    const Tensor scratch = torch::stable::new_empty(like, {scratch_bytes}, ScalarType::Byte);
+    const cuda::Workspace workspace{scratch.data_ptr(),
+                                    counters(counter_tensor, counter_count, like)};
+    check(launcher(args, workspace, stream(like)), op);
+  }
+  static void row_stats(const RowStatsArgs& args, const Tensor& like, const std::optional<Tensor>& c) {
+    launch("row_stats", args, cuda::row_stats_scratch(args), cuda::row_stats_counters(args),
+           cuda::row_stats, like, c);
+  }
+  static void select(const SelectArgs& args, const Tensor& like) {
+    const torch::stable::accelerator::DeviceGuard guard(like.get_device());
+    check(cuda::select(args, stream(like)), "select");
+  }
+  static void unmask(const UnmaskArgs& args, const Tensor& like, const std::optional<Tensor>& c) {
+    launch("unmask_", args, cuda::unmask_scratch(args), cuda::unmask_counters(args), cuda::unmask,
+           like, c);
+  }
+};
+#endif
+
+constexpr const char* kRowStatsSchema =
+    "row_stats(Tensor logits, Tensor? rows, int mask_id, Tensor? suppress, float temperature, "
+    "Tensor? keys, Tensor(a!)? counters) -> (Tensor tokens, Tensor fields, Tensor error)";
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor> row_stats(Tensor logits, std::optional<Tensor> rows,
+                                             int64_t mask_id, std::optional<Tensor> suppress,
+                                             double temperature, std::optional<Tensor> keys,
+                                             std::optional<Tensor> counters) {
+  int64_t count = row_count(logits);
+  if (rows.has_value()) {
+    count = rows->size(0);
+    contiguous(*rows, "rows", ScalarType::Long, {count}, logits);
+  }
+  const RowTensors out(logits, count);
+  const RowStatsArgs args{logits_of(logits),
+                          rows.has_value() ? data<int64_t>(*rows) : nullptr,
+                          count,
+                          exclusions_of(mask_id, suppress, logits),
+                          sampling_of(temperature, keys, {count, 4}, 0, logits),
+                          out.output()};
+  Backend::row_stats(args, logits, counters);
+  return {out.tokens, out.fields, out.error};
+}
+
+constexpr const char* kSelectSchema =
+    "select(Tensor confidence, Tensor margin, Tensor entropy, Tensor eligible, Tensor policy) "
+    "-> Tensor";
+
+template <class Backend>
+Tensor select(Tensor confidence, Tensor margin, Tensor entropy, Tensor eligible, Tensor policy) {
+  STD_TORCH_CHECK(confidence.dim() == 2, "confidence: expected (B, L)");
+  const int64_t batch = confidence.size(0), length = confidence.size(1);
+  for (const auto& [tensor, name] : {std::pair<const Tensor&, const char*>{confidence, "confidence"},
+                                     {margin, "margin"},
+                                     {entropy, "entropy"}})
+    contiguous(tensor, name, ScalarType::Float, {batch, length}, confidence);
+  contiguous(eligible, "eligible", ScalarType::Bool, {batch, length}, confidence);
+  contiguous(policy, "policy", ScalarType::Float, {batch, kPolicyFields}, confidence);
+  Tensor commit = torch::stable::new_empty(confidence, {batch, length}, ScalarType::Bool);
+  const SelectArgs args{data<float>(confidence), data<float>(margin), data<float>(entropy),
+                        data<bool>(eligible),    data<float>(policy), batch,
+                        length,                  data<bool>(commit)};
+  Backend::select(args, confidence);
+  return commit;
+}
+
+constexpr const char* kUnmaskSchema =
+    "unmask_(Tensor(a!) tokens, Tensor logits, Tensor? positions, Tensor start, Tensor end, "
+    "Tensor policy, int mask_id, Tensor? suppress, float temperature, Tensor? keys, "
+    "int position_offset, Tensor(b!)? counters) -> (Tensor committed, Tensor remaining, Tensor done, "
+    "Tensor row_tokens, Tensor fields, Tensor error)";
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unmask_(
+    Tensor tokens, Tensor logits, std::optional<Tensor> positions, Tensor start, Tensor end,
+    Tensor policy, int64_t mask_id, std::optional<Tensor> suppress, double temperature,
+    std::optional<Tensor> keys, int64_t position_offset, std::optional<Tensor> counters) {
+  STD_TORCH_CHECK(tokens.dim() == 2 && tokens.scalar_type() == ScalarType::Long,
+                  "tokens: expected int64 (B, L)");
+  const int64_t batch = tokens.size(0), length = tokens.size(1), count = row_count(logits);
+  if (positions.has_value()) {
+    STD_TORCH_CHECK(logits.dim() == 2, "logits: expected (N, V) with positions");
+    contiguous(*positions, "positions", ScalarType::Long, {count}, logits);
+  } else {
+    STD_TORCH_CHECK(logits.dim() == 3 && logits.size(0) == batch && logits.size(1) == length,
+                    "logits: expected (B, L, V) matching tokens");
+  }
+  contiguous(start, "start", ScalarType::Long, {batch}, logits);
+  contiguous(end, "end", ScalarType::Long, {batch}, logits);
+  contiguous(policy, "policy", ScalarType::Float, {batch, kPolicyFields}, logits);
+  const RowTensors out(logits, count);
+  Tensor committed = torch::stable::new_empty(logits, {batch}, ScalarType::Long);
+  Tensor remaining = torch::stable::new_empty(logits, {batch}, ScalarType::Long);
+  Tensor done = torch::stable::new_empty(logits, {}, ScalarType::Bool);
+  const UnmaskArgs args{data<int64_t>(tokens),
+                        batch,
+                        length,
+                        tokens.stride(0),
+                        tokens.stride(1),
+                        logits_of(logits),
+                        positions.has_value() ? data<int64_t>(*positions) : nullptr,
+                        count,
+                        data<int64_t>(start),
+                        data<int64_t>(end),
+                        data<float>(policy),
+                        exclusions_of(mask_id, suppress, logits),
+                        sampling_of(temperature, keys, {batch, 3}, position_offset, logits),
+                        data<int64_t>(committed),
+                        data<int64_t>(remaining),
+                        data<bool>(done),
+                        out.output()};
+  Backend::unmask(args, logits, counters);
+  return {committed, remaining, done, out.tokens, out.fields, out.error};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(dparallel, m) {
+  m.def(kRowStatsSchema);
+  m.def(kSelectSchema);
+  m.def(kUnmaskSchema);
+}
+
+#define DPARALLEL_IMPL(KEY, BACKEND)              \
+  STABLE_TORCH_LIBRARY_IMPL(dparallel, KEY, m) {  \
+    m.impl("row_stats", TORCH_BOX(&row_stats<BACKEND>)); \
+    m.impl("select", TORCH_BOX(&select<BACKEND>));       \
+    m.impl("unmask_", TORCH_BOX(&unmask_<BACKEND>));     \
+  }
+
+DPARALLEL_IMPL(CPU, Cpu)
+#ifdef DPARALLEL_WITH_CUDA
+DPARALLEL_IMPL(CUDA, Cuda)
+#endif

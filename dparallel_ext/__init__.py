@@ -1,0 +1,24 @@
+"""Decode diffusion language models many tokens at a time, on compiled kernels."""
+
+from __future__ import annotations
+
+import torch  # the compiled library links against torch's, so torch comes first
+
+from . import policies, reference
+from .ops import check_errors, row_stats, select, unmask_
+from .types import RowStats, UnmaskOutput
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RowStats",
+    "UnmaskOutput",
+    "check_errors",
+    "policies",
+    "reference",
+    "row_stats",
+    "select",
+    "unmask_",
+]
+
+del torch

@@ -1,0 +1,402 @@
+"""The compiled ops under checked, documented signatures.
+
+`row_stats`, `select` and `unmask_` are torch custom ops (torch.ops.dparallel.*) with CPU and, where
+built, CUDA kernels, and fake kernels for torch.compile. Their float64 twins are in `reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _C, policies  # noqa: F401  (importing _C registers the ops)
+from .types import RowStats, UnmaskOutput
+
+_ROW_FIELDS = 7
+_NO_ERROR = 2**63 - 1
+_ERRORS = {
+    1: "holds NaN",
+    2: "leaves no token to choose: every logit that may be chosen is -inf",
+    3: "is masked and in the active window, but `positions` does not list it",
+}
+
+Ids = Tensor | Sequence[int] | None
+
+
+def row_stats(
+    logits: Tensor,
+    *,
+    rows: Tensor | None = None,
+    mask_id: int | None = None,
+    suppress: Ids = None,
+    temperature: float = 0.0,
+    seed: int | Tensor = 0,
+    sequence: int | Tensor = 0,
+    position: int | Tensor | None = None,
+    step: int | Tensor = 0,
+) -> RowStats:
+    """Statistics of softmax(logits), each needed row read once.
+
+    Args:
+        logits: (..., V) float32, bfloat16 or float16, any strides (the vocabulary is made contiguous).
+        rows: (N,) int64 flat indices into the leading dimensions; only these rows are read.
+        mask_id: keeps its share of the softmax but is never chosen.
+        suppress: ids left out altogether. On CUDA a tensor on the device must be ascending and unique.
+        temperature: above 0, also draw `sample` by Gumbel-max from softmax(logits / temperature).
+        seed, sequence, position, step: the Philox key, one value or one per row: a sample depends on
+            its key alone. `position` defaults to the row's place in the output.
+
+    Returns:
+        RowStats with fields shaped like the leading dimensions, or (N,) with `rows`. The statistics do
+        not depend on the temperature, but `confidence` is that of the sampled token. A logit of +inf
+        counts as the largest float32: k of them share the probability evenly.
+
+    Raises:
+        ValueError: on the CPU, for a row that holds NaN or leaves no token to choose. On CUDA, see
+            `check_errors`.
+    """
+    _check_logits(logits)
+    shape, vocab = logits.shape[:-1], logits.shape[-1]
+    flat = _rows_view(logits)
+    count = flat.shape[:-1].numel()
+    if rows is not None:
+        _check_index("rows", rows, logits, count)
+        shape, count = rows.shape, rows.numel()
+    _check_temperature(temperature)
+    keys = None
+    if temperature > 0:
+        where = torch.arange(count, device=logits.device) if position is None else position
+        keys = _keys(logits, count, seed=seed, sequence=sequence, position=where, step=step)
+    tokens, fields, error = torch.ops.dparallel.row_stats(
+        flat,
+        rows,
+        _mask_id(mask_id, vocab),
+        _suppress(suppress, logits),
+        float(temperature),
+        keys,
+        _counters(logits),
+    )
+    _report(error, lambda at: f"row {at}")
+    return _stats(tokens, fields, shape)
+
+
+def select(stats: RowStats, eligible: Tensor, policy: Tensor) -> Tensor:
+    """The positions that each policy row commits, from given statistics.
+
+    Args:
+        stats: confidence, margin and entropy (B, L) float32 are used; other fields are ignored.
+        eligible: (B, L) bool, the masked positions of the active window.
+        policy: (B, 5) float32 rows, see `policies.make`.
+
+    Returns:
+        (B, L) bool: at least one position of every sequence that has an eligible one.
+
+    Raises:
+        ValueError: naming the argument that does not fit, or an eligible position whose score is NaN.
+    """
+    if eligible.ndim != 2 or eligible.dtype != torch.bool:
+        raise ValueError(
+            f"eligible: expected bool (B, L), got {eligible.dtype} {tuple(eligible.shape)}"
+        )
+    numbers = (stats.confidence, stats.margin, stats.entropy)
+    for name, value in zip(("confidence", "margin", "entropy"), numbers, strict=True):
+        if value.shape != eligible.shape or value.dtype != torch.float32:
+            raise ValueError(
+                f"stats.{name}: expected float32 {tuple(eligible.shape)}, "
+                f"got {value.dtype} {tuple(value.shape)}"
+            )
+        if value.device.type == "cpu" and bool((value.isnan() & eligible).any()):
+            b, at = (value.isnan() & eligible).nonzero()[0].tolist()
+            raise ValueError(f"stats.{name}: NaN at eligible position {at} of sequence {b}")
+    policies.check(policy, len(eligible))
+    return torch.ops.dparallel.select(
+        *(x.contiguous() for x in numbers), eligible.contiguous(), policy.to(eligible.device)
+    )
+
+
+def unmask_(
+    tokens: Tensor,
+    logits: Tensor,
+    *,
+    mask_id: int,
+    start: int | Tensor = 0,
+    end: int | Tensor | None = None,
+    selector: policies.Name = "entropy",
+    threshold: policies.Number = 0.5,
+    policy: Tensor | None = None,
+    min_commit: policies.Number = 1,
+    max_commit: policies.Number | None = None,
+    score: policies.Name | None = None,
+    positions: Tensor | None = None,
+    suppress: Ids = None,
+    temperature: float = 0.0,
+    seed: int | Tensor = 0,
+    sequence: int | Tensor | None = None,
+    step: int | Tensor = 0,
+    position_offset: int = 0,
+) -> UnmaskOutput:
+    """One unmasking step, in place: statistics, selection and commit in one call.
+
+    Only masked positions of each sequence's active window [start, end) are read.
+
+    Args:
+        tokens: (B, L) int64, any strides (a view such as `x[:, s:e]` will do); changed in place.
+        logits: (B, L, V) float32, bfloat16 or float16; or (N, V) with `positions`.
+        mask_id: the token that marks what is to be filled; it is never committed.
+        start, end: columns, a number or (B,) int64; `end` None is L.
+        selector, threshold, min_commit, max_commit, score: the policy, see `policies.make`; each one
+            value or one per sequence.
+        policy: (B, 5) float32 rows in full, instead of the above.
+        positions: (N,) int64 ascending flat positions b * L + l that the rows of `logits` stand for, so
+            that an LM head may be applied to the needed rows alone. It must list every masked
+            position of the windows; others that it lists are not read.
+        suppress: ids left out altogether.
+        temperature: above 0, commit Gumbel-max samples of softmax(logits / temperature).
+        seed, sequence, step: with the position, the sample's key; a number or (B,) int64. `sequence`
+            defaults to 0..B-1.
+        position_offset: added to the column to give the position, where `tokens` is a view.
+
+    Returns:
+        UnmaskOutput: tensors on the device of the logits, without synchronisation.
+
+    Raises:
+        ValueError: naming the argument that does not fit; and on the CPU a row that holds NaN or
+            leaves no token to choose, by sequence and position, with every token left as it was. On
+            CUDA such a row commits nothing in its sequence and raises a flag, see `check_errors`.
+    """
+    _check_logits(logits)
+    if tokens.ndim != 2 or tokens.dtype != torch.int64:
+        raise ValueError(
+            f"tokens: expected int64 (B, L), got {tokens.dtype} {tuple(tokens.shape)}"
+        )
+    if tokens.device != logits.device:
+        raise ValueError(f"tokens: expected on {logits.device} as the logits, got {tokens.device}")
+    batch, length = tokens.shape
+    if positions is None:
+        if logits.shape[:-1] != tokens.shape:
+            raise ValueError(
+                f"logits: expected ({batch}, {length}, V) matching tokens, got {tuple(logits.shape)}"
+            )
+        stats_shape = tokens.shape
+    else:
+        _check_index("positions", positions, logits, batch * length, ascending=True)
+        if logits.ndim != 2 or len(logits) != len(positions):
+            raise ValueError(
+                f"logits: expected ({len(positions)}, V), a row for each of positions, "
+                f"got {tuple(logits.shape)}"
+            )
+        stats_shape = positions.shape
+    if policy is None:
+        policy = policies.make(
+            selector,
+            threshold,
+            min_commit=min_commit,
+            max_commit=max_commit,
+            score=score,
+            batch=batch,
+        )
+    else:
+        policies.check(policy, batch)
+    _check_temperature(temperature)
+    keys = None
+    if temperature > 0:
+        of = torch.arange(batch, device=logits.device) if sequence is None else sequence
+        keys = _keys(logits, batch, seed=seed, sequence=of, step=step)
+    committed, remaining, done, row_tokens, fields, error = torch.ops.dparallel.unmask_(
+        tokens,
+        logits if positions is None else _rows_view(logits),
+        positions,
+        _per_sequence("start", start, batch, logits),
+        _per_sequence("end", length if end is None else end, batch, logits),
+        policy.to(logits.device).contiguous(),
+        _mask_id(mask_id, None),
+        _suppress(suppress, logits),
+        float(temperature),
+        keys,
+        position_offset,
+        _counters(logits),
+    )
+    _report(
+        error, lambda at: f"sequence {at // length} at position {at % length + position_offset}"
+    )
+    return UnmaskOutput(committed, remaining, done, _stats(row_tokens, fields, stats_shape))
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+_pending: dict[torch.device, list[tuple[Tensor, Any]]] = {}
+
+
+def check_errors(device: torch.device | str | None = None) -> None:
+    """Raise ValueError for a bad row that a CUDA op has met since the last call (this synchronises)."""
+    for key in [torch.device(device)] if device is not None else list(_pending):
+        for error, where in _pending.pop(key, []):
+            _raise(int(error), where)
+
+
+def _report(error: Tensor, where: Any) -> None:
+    if torch.compiler.is_compiling() or isinstance(error, torch._subclasses.FakeTensor):
+        return
+    if error.device.type == "cpu":
+        _raise(int(error), where)
+    else:
+        _pending.setdefault(error.device, []).append((error, where))
+
+
+def _raise(error: int, where: Any) -> None:
+    if error != _NO_ERROR:
+        raise ValueError(f"logits: {where(error // 4)} {_ERRORS[error % 4]}")
+
+
+# --- arguments ----------------------------------------------------------------------------------
+
+
+def _check_logits(logits: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits: expected a Tensor, got {type(logits).__name__}")
+    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"logits: expected float32, bfloat16 or float16, got {logits.dtype}")
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"logits: expected (..., V) with V >= 1, got {tuple(logits.shape)}")
+
+
+def _rows_view(logits: Tensor) -> Tensor:
+    """(..., V) as (R, V) or (B, L, V) without a copy wherever strides allow."""
+    if logits.ndim > 3:
+        logits = logits.flatten(0, -3)
+    elif logits.ndim == 1:
+        logits = logits[None]
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def _check_index(
+    name: str, index: Tensor, logits: Tensor, size: int, *, ascending: bool = False
+) -> None:
+    if index.dtype != torch.int64 or index.ndim != 1 or not index.is_contiguous():
+        raise ValueError(
+            f"{name}: expected contiguous int64 (N,), got {index.dtype} {tuple(index.shape)}"
+        )
+    if index.device != logits.device:
+        raise ValueError(f"{name}: expected on {logits.device} as the logits, got {index.device}")
+    if index.device.type != "cpu" or index.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = (int(x) for x in index.aminmax())
+    if low < 0 or high >= size:
+        raise ValueError(f"{name}: expected indices in [0, {size}), got {low} to {high}")
+    if ascending and not bool((index[1:] > index[:-1]).all()):
+        raise ValueError(f"{name}: expected strictly ascending indices")
+
+
+def _check_temperature(temperature: float) -> None:
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature: expected a finite number >= 0, got {temperature!r}")
+
+
+def _mask_id(mask_id: int | None, vocab: int | None) -> int:
+    if mask_id is None:
+        return -1
+    if isinstance(mask_id, bool) or not isinstance(mask_id, int) or mask_id < 0:
+        raise ValueError(f"mask_id: expected a token id >= 0, got {mask_id!r}")
+    if vocab is not None and mask_id >= vocab:
+        raise ValueError(f"mask_id: expected an id below {vocab}, got {mask_id}")
+    return mask_id
+
+
+def _suppress(ids: Ids, logits: Tensor) -> Tensor | None:
+    if ids is None:
+        return None
+    if isinstance(ids, Tensor) and ids.device.type != "cpu" and ids.dtype == torch.int64:
+        return ids.contiguous()
+    found = torch.as_tensor(ids, dtype=torch.int64).reshape(-1).unique()  # ascending
+    if found.numel() and (int(found[0]) < 0 or int(found[-1]) >= logits.shape[-1]):
+        raise ValueError(
+            f"suppress: expected ids in [0, {logits.shape[-1]}), got {found.tolist()[:8]}"
+        )
+    return found.to(logits.device) if found.numel() else None
+
+
+def _per_sequence(name: str, value: int | Tensor, batch: int, like: Tensor) -> Tensor:
+    numbers = torch.as_tensor(value, device=like.device)
+    if numbers.is_floating_point() or numbers.ndim > 1 or numbers.shape not in ((), (batch,)):
+        raise ValueError(
+            f"{name}: expected an integer or int64 ({batch},), "
+            f"got {numbers.dtype} {tuple(numbers.shape)}"
+        )
+    return numbers.to(torch.int64).expand(batch).contiguous()
+
+
+def _keys(like: Tensor, count: int, **parts: int | Tensor) -> Tensor:
+    """(count, len(parts)) int64."""
+    return torch.stack([_per_sequence(k, v, count, like) for k, v in parts.items()], 1).contiguous()
+
+
+_counter_buffers: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _counters(like: Tensor) -> Tensor | None:
+    """int32 zeros for the CUDA kernels' last-block-done counters, which they leave zero again; one
+    buffer per stream, so that launches that may overlap never share one."""
+    if like.device.type != "cuda":
+        return None
+    key = (like.device, torch.cuda.current_stream(like.device).cuda_stream)
+    needed = max(4096, like.shape[:-1].numel() + 1)
+    buffer = _counter_buffers.get(key)
+    if buffer is None or buffer.numel() < needed:
+        buffer = torch.zeros(needed, dtype=torch.int32, device=like.device)
+        _counter_buffers[key] = buffer
+    return buffer
+
+
+def _stats(tokens: Tensor, fields: Tensor, shape: Sequence[int]) -> RowStats:
+    token, sample = (x.view(shape) for x in tokens.unbind(0))
+    top1, top2, lse, confidence, margin, entropy, logprob = (x.view(shape) for x in fields.unbind(0))
+    return RowStats(token, top1, top2, lse, confidence, margin, entropy, sample, logprob)
+
+
+# --- fake kernels -------------------------------------------------------------------------------
+
+
+def _row_outputs(like: Tensor, count: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        like.new_empty((2, count), dtype=torch.int64),
+        like.new_empty((_ROW_FIELDS, count), dtype=torch.float32),
+        like.new_empty((1,), dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("dparallel::row_stats")
+def _(logits, rows, mask_id, suppress, temperature, keys, counters):  # type: ignore[no-untyped-def]
+    count = logits.shape[:-1].numel() if rows is None else rows.shape[0]
+    return _row_outputs(logits, count)
+
+
+@torch.library.register_fake("dparallel::select")
+def _(confidence, margin, entropy, eligible, policy):  # type: ignore[no-untyped-def]
+    return torch.empty_like(eligible)
+
+
+@torch.library.register_fake("dparallel::unmask_")
+def _(  # type: ignore[no-untyped-def]
+    tokens,
+    logits,
+    positions,
+    start,
+    end,
+    policy,
+    mask_id,
+    suppress,
+    temperature,
+    keys,
+    position_offset,
+    counters,
+):
+    batch = tokens.shape[0]
+    return (
+        logits.new_empty((batch,), dtype=torch.int64),
+        logits.new_empty((batch,), dtype=torch.int64),
+        logits.new_empty((), dtype=torch.bool),
+        *_row_outputs(logits, logits.shape[:-1].numel()),
+    )

@@ -1,0 +1,154 @@
+"""Unmasking policies as data: one float32 row per sequence, so that one launch serves a mixed batch.
+
+Every rule commits a prefix of the masked positions of the active window, sorted by the rule's score
+(best first, ties to the lowest position). The rule gives the length of the prefix, `min_commit` and
+`max_commit` bound it, and at least one position always commits.
+
+============== ======================================================= =====================
+selector       commits                                                 threshold
+============== ======================================================= =====================
+confidence     p1 >= tau                     (Fast-dLLM, SDAR)         tau, e.g. 0.9
+entropy        H <= tau                      (dParallel, d3LLM)        tau in nats, e.g. 0.5
+margin         p1 - p2 >= tau                                          tau
+quota          the k best by `score`         (fixed schedule)          k
+factor         largest n: p_(n) >= 1 - f/(n+1)  (Fast-dLLM)            f
+entropy_bound  lowest-H prefix whose preceding cumulative H <= gamma   gamma, e.g. 0.1
+               (EB-sampler, DiffusionGemma)
+============== ======================================================= =====================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+
+SELECTORS = {
+    "confidence": 0,
+    "entropy": 1,
+    "margin": 2,
+    "quota": 3,
+    "factor": 4,
+    "entropy_bound": 5,
+}
+SCORES = {"confidence": 0, "entropy": 1, "margin": 2}
+FIELDS = ("selector", "threshold", "min_commit", "max_commit", "score")
+
+Name = Union[str, Sequence[str]]
+Number = Union[float, Sequence[float], Tensor]
+
+# The score a rule sorts by; quota alone has a choice.
+_SCORE_OF = {
+    "confidence": "confidence",
+    "entropy": "entropy",
+    "margin": "margin",
+    "factor": "confidence",
+    "entropy_bound": "entropy",
+}
+
+
+def make(
+    selector: Name = "entropy",
+    threshold: Number = 0.5,
+    *,
+    min_commit: Number = 1,
+    max_commit: Number | None = None,
+    score: Name | None = None,
+    batch: int = 1,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Policy rows (batch, 5) float32: selector, threshold, min_commit, max_commit, score.
+
+    Each argument is one value or one per sequence. `threshold` is the rule's parameter (see the table
+    above); `max_commit` None is no limit; `score`, what `quota` ranks by, defaults to confidence.
+
+    Raises ValueError naming the argument that does not fit.
+    """
+    names = _names("selector", selector, SELECTORS, batch)
+    scores = _names("score", "confidence" if score is None else score, SCORES, batch)
+    for name, chosen in zip(names, scores, strict=True):
+        if score is not None and name != "quota" and chosen != _SCORE_OF[name]:
+            raise ValueError(
+                f"score: only 'quota' chooses its score; {name!r} sorts by {_SCORE_OF[name]!r}, "
+                f"got {chosen!r}"
+            )
+    rows = torch.empty(batch, len(FIELDS), dtype=torch.float32)
+    rows[:, 0] = torch.tensor([SELECTORS[name] for name in names], dtype=torch.float32)
+    rows[:, 1] = _numbers("threshold", threshold, batch)
+    rows[:, 2] = _numbers("min_commit", min_commit, batch)
+    rows[:, 3] = _numbers("max_commit", math.inf if max_commit is None else max_commit, batch)
+    ranked_by = [
+        chosen if name == "quota" else _SCORE_OF[name]
+        for name, chosen in zip(names, scores, strict=True)
+    ]
+    rows[:, 4] = torch.tensor([SCORES[name] for name in ranked_by], dtype=torch.float32)
+    check(rows, batch)
+    return rows.to(device) if device is not None else rows
+
+
+def check(policy: Tensor, batch: int) -> None:
+    """Raise ValueError unless `policy` is (batch, 5) float32 rows that a kernel can follow."""
+    if not isinstance(policy, Tensor):
+        raise TypeError(f"policy: expected a Tensor (B, {len(FIELDS)}), got {type(policy).__name__}")
+    if policy.shape != (batch, len(FIELDS)) or policy.dtype != torch.float32:
+        raise ValueError(
+            f"policy: expected float32 ({batch}, {len(FIELDS)}) {FIELDS}, "
+            f"got {policy.dtype} {tuple(policy.shape)}"
+        )
+    if policy.device.type != "cpu" or batch == 0:
+        return  # reading values back from a device would stall it
+    selector, threshold, low, high, score = policy.unbind(1)
+    _require(
+        "selector",
+        (selector == selector.trunc()) & (selector >= 0) & (selector < len(SELECTORS)),
+        selector,
+        f"ids 0..{len(SELECTORS) - 1} of {list(SELECTORS)}",
+    )
+    _require("threshold", ~threshold.isnan(), threshold, "a number")
+    quota = selector == SELECTORS["quota"]
+    _require(
+        "threshold",
+        ~quota | ((threshold >= 1) & (threshold == threshold.trunc())),
+        threshold,
+        "a whole number >= 1 for quota",
+    )
+    _require("min_commit", (low >= 1) & (low == low.trunc()), low, "a whole number >= 1")
+    _require("max_commit", (high >= 1) & (high == high.trunc()), high, "a whole number >= 1, or inf")
+    _require("max_commit", high >= low, high, "at least min_commit")
+    _require(
+        "score",
+        (score == score.trunc()) & (score >= 0) & (score < len(SCORES)),
+        score,
+        f"ids 0..{len(SCORES) - 1} of {list(SCORES)}",
+    )
+
+
+def _require(name: str, ok: Tensor, values: Tensor, expected: str) -> None:
+    if not bool(ok.all()):
+        at = int((~ok).nonzero()[0, 0])
+        raise ValueError(f"{name}: expected {expected}, got {values[at].item()} for sequence {at}")
+
+
+def _names(argument: str, value: Name, known: dict[str, int], batch: int) -> list[str]:
+    names = [value] * batch if isinstance(value, str) else list(value)
+    if len(names) != batch:
+        raise ValueError(f"{argument}: expected one name or {batch}, got {len(names)}")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{argument}: expected one of {list(known)}, got {name!r}")
+    return names
+
+
+def _numbers(argument: str, value: Any, batch: int) -> Tensor:
+    try:
+        numbers = torch.as_tensor(value, dtype=torch.float32, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{argument}: expected a number or {batch} of them, got {value!r}") from error
+    if numbers.ndim > 1 or (numbers.ndim == 1 and len(numbers) != batch):
+        raise ValueError(
+            f"{argument}: expected a number or shape ({batch},), got shape {tuple(numbers.shape)}"
+        )
+    return numbers.expand(batch)

@@ -1,0 +1,194 @@
+"""Pure-torch float64 twins of the compiled ops: what they compute, written to be read.
+
+Tests hold every kernel to these; they are slow and allocate freely.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import policies
+from .types import RowStats, UnmaskOutput
+
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def row_stats(
+    logits: Tensor,
+    *,
+    rows: Tensor | None = None,
+    mask_id: int | None = None,
+    suppress: Tensor | list[int] | None = None,
+    temperature: float = 0.0,
+    seed: int | Tensor = 0,
+    sequence: int | Tensor = 0,
+    position: int | Tensor | None = None,
+    step: int | Tensor = 0,
+) -> RowStats:
+    """See `dparallel_ext.row_stats`. logits (..., V) -> fields (...), or (N,) with `rows` (N,)."""
+    shape = logits.shape[:-1]
+    z = logits.reshape(-1, logits.shape[-1])  # (R, V)
+    if rows is not None:
+        z, shape = z[rows], rows.shape
+    z = z.double().clamp(max=_LARGEST)  # +inf counts as the largest float32
+    if suppress is not None:
+        z[:, torch.as_tensor(suppress, dtype=torch.long)] = -math.inf
+    open_ = z.clone()  # what may be chosen
+    if mask_id is not None:
+        open_[:, mask_id] = -math.inf
+    bad = z.isnan().any(1) | (open_ == -math.inf).all(1)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0, 0])
+        raise ValueError(f"logits: row {row} holds NaN, or no id it may choose has a finite logit")
+
+    top = open_.topk(min(2, z.shape[1]), dim=1).values
+    top1 = top[:, 0]
+    top2 = top[:, 1] if z.shape[1] > 1 else torch.full_like(top1, -math.inf)
+    token = (open_ == top1[:, None]).int().argmax(1)  # the lowest id of a tie
+    m = z.amax(1)
+    d = (z - m[:, None]).clamp(min=-1e4)
+    e = d.exp()
+    s, w = e.sum(1), (e * d).sum(1)
+    p1, p2 = (top1 - m).exp() / s, (top2 - m).exp() / s
+    sample, chosen, logprob = token, p1, top1 - m - s.log()
+    if temperature > 0:
+        n = z.shape[0]
+        keys = [torch.as_tensor(k).expand(n) for k in (seed, sequence, step)]
+        where = torch.arange(n) if position is None else torch.as_tensor(position).expand(n)
+        noise = gumbel(keys[0], keys[1], where, keys[2], z.shape[1])
+        sample = (open_ / temperature + noise).argmax(1)
+        picked = z.gather(1, sample[:, None])[:, 0]
+        chosen = (picked - m).exp() / s
+        logprob = (picked - m) / temperature - (d / temperature).exp().sum(1).log()
+
+    def inf(x: Tensor) -> Tensor:
+        return torch.where(x >= _LARGEST, math.inf, x)
+
+    numbers = (inf(top1), inf(top2), inf(m + s.log()), chosen, p1 - p2, s.log() - w / s)
+    numbers = tuple(x.float().reshape(shape) for x in numbers)
+    return RowStats(
+        token.reshape(shape), *numbers, sample.reshape(shape), logprob.float().reshape(shape)
+    )
+
+
+def gumbel(seed: Tensor, sequence: Tensor, position: Tensor, step: Tensor, vocab: int) -> Tensor:
+    """Gumbel noise (N, V) float64 of the keys (N,) int64: Philox4x32-10 (Salmon et al., SC'11)."""
+    low = 0xFFFFFFFF
+    n, groups = len(seed), -(-vocab // 4)
+    c = [
+        torch.arange(groups).expand(n, groups),
+        (step & low)[:, None].expand(n, groups),
+        (position & low)[:, None].expand(n, groups),
+        (sequence & low)[:, None].expand(n, groups),
+    ]
+    k = [(seed & low)[:, None], ((seed >> 32) & low)[:, None]]
+    for _ in range(10):
+        (h0, l0), (h1, l1) = _multiply(0xD2511F53, c[0]), _multiply(0xCD9E8D57, c[2])
+        c = [h1 ^ c[1] ^ k[0], l1, h0 ^ c[3] ^ k[1], l0]
+        k = [(k[0] + 0x9E3779B9) & low, (k[1] + 0xBB67AE85) & low]
+    words = torch.stack(c, dim=2).reshape(n, groups * 4)[:, :vocab]
+    v = (words.double() + 0.5) * 2.0**-32
+    return -torch.log(-torch.log1p(-v))
+
+
+def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low word of a 32 x 32 bit product, without overflowing int64."""
+    low = (a & 0xFFFF) * b  # < 2^48
+    high = (a >> 16) * b  # < 2^48
+    total = low + ((high & 0xFFFF) << 16)
+    return (high >> 16) + (total >> 32), total & 0xFFFFFFFF
+
+
+def select(
+    confidence: Tensor, margin: Tensor, entropy: Tensor, eligible: Tensor, policy: Tensor
+) -> Tensor:
+    """See `dparallel_ext.select`: bool (B, L), the eligible positions each policy row commits."""
+    policies.check(policy, len(eligible))
+    commit = torch.zeros_like(eligible)
+    for b, (selector, threshold, low, high, score) in enumerate(policy.tolist()):
+        where = eligible[b].nonzero()[:, 0]
+        masked = len(where)
+        if masked == 0:
+            continue
+        by_score = (confidence, -entropy, margin)[int(score)]
+        key = by_score[b, where].float()
+        order = key.argsort(descending=True, stable=True)  # ties to the lowest position
+        key = key[order]
+        tau = torch.tensor(threshold, dtype=torch.float32)
+        rank = torch.arange(1, masked + 1)
+        match list(policies.SELECTORS)[int(selector)]:
+            case "confidence" | "margin":
+                n = int((key >= tau).sum())
+            case "entropy":
+                n = int((-key <= tau).sum())
+            case "quota":
+                n = int(min(threshold, masked))
+            case "factor":
+                holds = key >= 1 - tau / (rank + 1)
+                n = int(rank[holds].max()) if bool(holds.any()) else 0
+            case "entropy_bound":
+                preceding = torch.cat([key.new_zeros(1), (-key).cumsum(0)[:-1]])
+                n = int((preceding <= tau).int().cumprod(0).sum())
+        n = int(min(max(n, low, 1), high, masked))
+        commit[b, where[order[:n]]] = True
+    return commit
+
+
+def unmask_(
+    tokens: Tensor,
+    logits: Tensor,
+    *,
+    mask_id: int,
+    start: int | Tensor = 0,
+    end: int | Tensor | None = None,
+    policy: Tensor,
+    positions: Tensor | None = None,
+    suppress: Tensor | list[int] | None = None,
+    temperature: float = 0.0,
+    seed: int | Tensor = 0,
+    sequence: int | Tensor | None = None,
+    step: int | Tensor = 0,
+    position_offset: int = 0,
+) -> UnmaskOutput:
+    """See `dparallel_ext.unmask_`; `policy` (B, 5) rows only."""
+    batch, length = tokens.shape
+    column = torch.arange(length)
+    first = torch.as_tensor(start).expand(batch)[:, None]
+    last = torch.as_tensor(length if end is None else end).expand(batch)[:, None]
+    window = (column >= first) & (column < last)
+    needed = window & (tokens == mask_id)  # (B, L)
+    flat = needed.flatten().nonzero()[:, 0]
+    rows = flat if positions is None else torch.searchsorted(positions, flat)
+    of = flat // max(length, 1)
+
+    def key(value: int | Tensor) -> Tensor:
+        return torch.as_tensor(value).expand(batch)[of]
+
+    stats = row_stats(
+        logits,
+        rows=rows,
+        mask_id=mask_id,
+        suppress=suppress,
+        temperature=temperature,
+        seed=key(seed),
+        sequence=key(torch.arange(batch) if sequence is None else sequence),
+        position=flat % max(length, 1) + position_offset,
+        step=key(step),
+    )
+
+    def spread(values: Tensor, count: int, where: Tensor) -> Tensor:
+        blank = -1 if values.dtype == torch.int64 else math.nan
+        return values.new_full((count,), blank).index_put((where,), values)
+
+    full = [spread(x, batch * length, flat).reshape(batch, length) for x in stats]
+    by = RowStats(*full)
+    commit = select(by.confidence, by.margin, by.entropy, needed, policy)
+    tokens[commit] = by.sample[commit]
+    committed = commit.sum(1)
+    remaining = needed.sum(1) - committed
+    if positions is not None:
+        full = [spread(x, len(positions), rows) for x in stats]
+    return UnmaskOutput(committed, remaining, (remaining == 0).all(), RowStats(*full))

@@ -1,0 +1,47 @@
+"""What the ops return."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class RowStats(NamedTuple):
+    """Statistics of rows of logits, each field shaped like the rows asked for.
+
+    All are of softmax(logits) over every id that is not suppressed. Where `unmask_` did not read a
+    row, the ids are -1 and the numbers NaN.
+    """
+
+    token: Tensor
+    """int64: argmax over admissible ids (never the mask token), ties to the lowest id."""
+    top1: Tensor
+    """float32: the largest admissible logit."""
+    top2: Tensor
+    """float32: the second largest admissible logit, -inf if there is none."""
+    lse: Tensor
+    """float32: log-sum-exp; the mask token keeps its share."""
+    confidence: Tensor
+    """float32: probability of `sample`, the token that would be committed."""
+    margin: Tensor
+    """float32: p1 - p2, of the two largest admissible logits."""
+    entropy: Tensor
+    """float32: in nats."""
+    sample: Tensor
+    """int64: the token to commit: `token` at temperature 0, else a Gumbel-max sample."""
+    sample_logprob: Tensor
+    """float32: log softmax(logits / T)[sample]; T = 1 at temperature 0."""
+
+
+class UnmaskOutput(NamedTuple):
+    """What one `unmask_` step did; device tensors, nothing was synchronised."""
+
+    committed: Tensor
+    """(B,) int64: positions committed."""
+    remaining: Tensor
+    """(B,) int64: masks left in the window."""
+    done: Tensor
+    """() bool: no window has a mask left."""
+    stats: RowStats
+    """Statistics of the rows read: fields (B, L), or (N,) where `positions` were given."""
