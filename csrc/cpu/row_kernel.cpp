@@ -8,76 +8,80 @@ namespace {
 
 constexpr int64_t kTile = 2048;  // logits: 4 to 8 KB, read twice, the second time from L1
 
-// Vectors of a tile; the last may be short and is padded with -inf, which changes nothing.
+constexpr int64_t kStep = 2 * kLanes;
+
+// Visits `count` logits in pairs of vectors; the last is padded with -inf, which changes nothing.
 template <class T, class Visit>
-inline void each_vector(const typename T::Storage* z, int64_t count, Visit visit) {
+inline void each_pair(const typename T::Storage* z, int64_t count, Visit visit) {
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) visit(T::widen(z + i), i);
+  for (; i + kStep <= count; i += kStep) visit(T::widen(z + i));
   if (i < count) {
-    F last = splat(-kInfinity);
-    typename T::Storage padded[kLanes] = {};
+    typename T::Storage padded[kStep];
+    for (auto& value : padded) value = T::kMinusInfinity;
     std::memcpy(padded, z + i, (count - i) * sizeof(*z));
-    const F tail = T::widen(padded);
-    for (int lane = 0; lane < count - i; ++lane) last[lane] = tail[lane];
-    visit(last, i);
+    visit(T::widen(padded));
   }
 }
 
 template <class T>
-int32_t find(const typename T::Storage* z, int64_t count, float value) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t lanes = count - i < kLanes ? count - i : kLanes;
-    typename T::Storage piece[kLanes] = {};
-    std::memcpy(piece, z + i, lanes * sizeof(*z));
-    const F v = T::widen(piece);
-    for (int lane = 0; lane < lanes; ++lane)
-      if (clamp_logit(v[lane]) == value) return static_cast<int32_t>(i + lane);
+float tile_max(const typename T::Storage* z, int64_t count) {
+  F first = splat(-kInfinity), second = first;  // two chains, for the latency of the maximum
+  each_pair<T>(z, count, [&](Pair v) {
+    first = maximum(v.first, first);
+    second = maximum(v.second, second);
+  });
+  return clamp_logit(reduce_max(maximum(first, second)));
+}
+
+// A tile that reaches the top two is looked at again; few do. Logits in ascending order rank as they
+// come, so that ties go to the lowest id.
+template <class T>
+void rank_tile(const typename T::Storage* z, int64_t first_id, int64_t count, RowPart& part) {
+  int64_t i = 0;
+  const auto rank = [&](int64_t end) {
+    for (; i < end; ++i) {
+      const float value = clamp_logit(T::value(z[i]));
+      if (value > part.top2) part.rank(value, static_cast<int32_t>(first_id + i));
+    }
+  };
+  while (i + kStep <= count) {
+    const Pair v = T::widen(z + i);
+    if (any(v.first > part.top2 | v.second > part.top2)) rank(i + kStep);
+    else i += kStep;
   }
-  return -1;
+  rank(count);
 }
 
 template <class T>
 void tile_stats(const typename T::Storage* z, int64_t first_id, int64_t count, RowPart& part) {
-  // The two largest, per lane, then over the lanes.
-  F lane1 = splat(-kInfinity), lane2 = lane1;
-  each_vector<T>(z, count, [&](F v, int64_t) {
-    lane2 = maximum(minimum(v, lane1), lane2);
-    lane1 = maximum(v, lane1);
-  });
-  float top1 = -kInfinity, top2 = -kInfinity;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const float a = clamp_logit(lane1[lane]), b = clamp_logit(lane2[lane]);
-    top2 = a > top1 ? (top1 > b ? top1 : b) : (a > top2 ? a : top2);
-    top1 = a > top1 ? a : top1;
-  }
-  if (top1 > part.top1) {
-    part.token = static_cast<int32_t>(first_id) + find<T>(z, count, top1);
-    part.top2 = part.top1 > top2 ? part.top1 : top2;
-    part.top1 = top1;
-  } else if (top1 > part.top2) {
-    part.top2 = top1;
-  }
+  const float top = tile_max<T>(z, count);
+  if (top > part.top2) rank_tile<T>(z, first_id, count, part);
 
   // The sums, relative to the largest seen so far. A tile of -inf and NaN alone is summed relative to
   // 0, for the NaN's sake.
-  if (top1 > part.max) part.rescale(top1);
+  if (top > part.max) part.rescale(top);
   const F m = splat(part.max == -kInfinity ? 0.0f : part.max), floor = splat(kExpFloor);
-  F sum{}, weighted{};
-  const auto add = [&](F v, int64_t) {
-    F d = v - m;
-    d = floor > d ? floor : d;
+  F sum1{}, weighted1{}, sum2{}, weighted2{};
+  const auto add = [&](F v, F& sum, F& weighted) {
+    const F d = maximum(floor, v - m);
     const F e = exp_nonpositive(d);
     sum += e;
     weighted += e * d;
   };
   if (part.max < kLargest) {
-    each_vector<T>(z, count, add);
+    each_pair<T>(z, count, [&](Pair v) {
+      add(v.first, sum1, weighted1);
+      add(v.second, sum2, weighted2);
+    });
   } else {
     const F largest = splat(kLargest);
-    each_vector<T>(z, count, [&](F v, int64_t i) { add(v > largest ? largest : v, i); });
+    each_pair<T>(z, count, [&](Pair v) {
+      add(minimum(largest, v.first), sum1, weighted1);
+      add(minimum(largest, v.second), sum2, weighted2);
+    });
   }
-  part.sum += reduce_add(sum);
-  part.weighted += reduce_add(weighted);
+  part.sum += reduce_add(sum1 + sum2);
+  part.weighted += reduce_add(weighted1 + weighted2);
 }
 
 template <class T>
@@ -87,7 +91,7 @@ void stats(const RowSpan& span, RowPart& part) {
     tile_stats<T>(row + id, id, span.end - id < kTile ? span.end - id : kTile, part);
 }
 
-// Exponential variates -ln(1 - v) for 16 groups of 4 ids; see philox.h, whose gumbel() this follows.
+// Exponential variates -ln(1 - v) for kLanes groups of 4 ids; see philox.h, whose gumbel() this follows.
 inline void exponentials(const SampleKey& key, uint32_t first_group, float* out /*[4 * kLanes]*/) {
   U c0 = {}, c1 = {}, c2 = {}, c3 = {};
   for (int lane = 0; lane < kLanes; ++lane) c0[lane] = first_group + lane;
@@ -95,7 +99,6 @@ inline void exponentials(const SampleKey& key, uint32_t first_group, float* out 
   c2 += key.position;
   c3 += key.sequence;
   uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
-  typedef uint64_t W __attribute__((vector_size(128)));
   for (int round = 0; round < 10; ++round) {
     const W p0 = __builtin_convertvector(c0, W) * 0xD2511F53u;
     const W p1 = __builtin_convertvector(c2, W) * 0xCD9E8D57u;
@@ -131,15 +134,12 @@ void sample(const RowSpan& span, float inverse_temperature, const SampleKey& key
   for (int64_t base = span.begin / kBlock * kBlock; base < span.end; base += kBlock) {
     const int64_t first = base > span.begin ? base : span.begin;
     const int64_t last = base + kBlock < span.end ? base + kBlock : span.end;
-    for (float& value : z) value = -kInfinity;
-    F top = splat(-kInfinity);
-    each_vector<T>(row + first, last - first, [&](F v, int64_t i) {
-      const F clamped = v > kLargest ? splat(kLargest) : v;
-      const int64_t room = kBlock - (first - base) - i;
-      std::memcpy(z + (first - base) + i, &clamped, (room < kLanes ? room : kLanes) * sizeof(float));
-      top = maximum(clamped, top);
-    });
-    const float largest = reduce_max(top);
+    float largest = -kInfinity;
+    for (int64_t i = 0; i < kBlock; ++i) {
+      const int64_t id = base + i;
+      z[i] = id >= first && id < last ? clamp_logit(T::value(row[id])) : -kInfinity;
+      largest = z[i] > largest ? z[i] : largest;
+    }
     if (largest == -kInfinity) continue;
     if (largest > part.max) part.rescale(largest, inverse_temperature);
     F sum{};

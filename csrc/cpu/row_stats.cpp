@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "dparallel/numeric.h"
 #include "row_kernel.h"
 
 namespace dparallel::cpu {
@@ -51,21 +52,7 @@ bool suppressed(const Exclusions& ex, int64_t id) {
 float load_logit(const void* row, DType dtype, int64_t id) {
   if (dtype == DType::float32) return static_cast<const float*>(row)[id];
   const uint16_t bits = static_cast<const uint16_t*>(row)[id];
-  uint32_t wide;
-  if (dtype == DType::bfloat16) {
-    wide = static_cast<uint32_t>(bits) << 16;
-  } else {
-    const uint32_t magnitude = (bits & 0x7fffu) << 13;
-    float value;
-    std::memcpy(&value, &magnitude, 4);
-    value *= 0x1p112f;
-    std::memcpy(&wide, &value, 4);
-    if (magnitude >= (0x7c00u << 13)) wide = magnitude | 0x7f800000u;
-    wide |= (bits & 0x8000u) << 16;
-  }
-  float value;
-  std::memcpy(&value, &wide, 4);
-  return value;
+  return dtype == DType::bfloat16 ? bfloat16_value(bits) : float16_value(bits);
 }
 
 int64_t element_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }

@@ -1,19 +1,25 @@
-// Vectors of 16 floats in the compiler's own vector extension (GCC and Clang), so that one source
-// serves every instruction set: csrc/cpu/*.cpp is compiled once per level (see setup.py), each time with
-// DPARALLEL_SIMD naming the namespace, and csrc/cpu/dispatch.cpp picks the best that the machine has.
+// Vectors of the machine's own width in the compiler's vector extension (GCC and Clang), so that one
+// source serves every instruction set: row_kernel.cpp is compiled once per level (see setup.py), each
+// time with DPARALLEL_SIMD naming the namespace, and row_stats.cpp picks the best the machine runs.
 #pragma once
 
 #include <cstring>
 
-#include "dparallel/common.h"
+#include "dparallel/numeric.h"
 
 namespace dparallel::cpu::DPARALLEL_SIMD {
 
+#if defined(__AVX512F__)
 constexpr int kLanes = 16;
-typedef float F __attribute__((vector_size(64)));
-typedef int32_t I __attribute__((vector_size(64)));
-typedef uint32_t U __attribute__((vector_size(64)));
-typedef uint16_t H __attribute__((vector_size(32)));
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+typedef float F __attribute__((vector_size(4 * kLanes)));
+typedef int32_t I __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t U __attribute__((vector_size(4 * kLanes)));
+typedef uint64_t W __attribute__((vector_size(8 * kLanes)));
 
 inline F splat(float x) { return x - F{}; }
 inline F maximum(F a, F b) { return a > b ? a : b; }  // b where a is NaN
@@ -26,27 +32,43 @@ inline V load(const void* p) {
   return v;
 }
 
-// How each element type becomes float32, exactly.
+struct Pair {
+  F first, second;
+};
+
+// 2 kLanes stored logits as two vectors of float32, exactly. The 16-bit types are split into even and odd
+// elements, which takes a shift and a mask where keeping their order would take shuffles; sums and
+// maxima do not care.
 struct Float32 {
   using Storage = float;
-  static F widen(const Storage* p) { return load<F>(p); }
+  static constexpr Storage kMinusInfinity = -kInfinity;
+  static float value(Storage z) { return z; }
+  static Pair widen(const Storage* p) { return {load<F>(p), load<F>(p + kLanes)}; }
 };
 
 struct BFloat16 {
   using Storage = uint16_t;
-  static F widen(const Storage* p) {
-    return (F)(__builtin_convertvector(load<H>(p), U) << 16);
+  static constexpr Storage kMinusInfinity = 0xff80;
+  static float value(Storage z) { return bfloat16_value(z); }
+  static Pair widen(const Storage* p) {
+    const U pairs = load<U>(p);
+    return {(F)(pairs << 16), (F)(pairs & 0xffff0000u)};
   }
 };
 
 struct Float16 {
   using Storage = uint16_t;
-  static F widen(const Storage* p) {
-    const U h = __builtin_convertvector(load<H>(p), U);
+  static constexpr Storage kMinusInfinity = 0xfc00;
+  static float value(Storage z) { return float16_value(z); }
+  static F convert(U h) {
     const U magnitude = (h & 0x7fffu) << 13;
     F value = (F)magnitude * 0x1p112f;  // moves the exponent's bias; right for subnormals too
-    value = (I)(magnitude >= (0x7c00u << 13)) ? (F)(magnitude | 0x7f800000u) : value;  // inf, NaN
+    value = (I)magnitude >= (0x7c00 << 13) ? (F)(magnitude | 0x7f800000u) : value;  // inf, NaN
     return (F)((U)value | (h & 0x8000u) << 16);
+  }
+  static Pair widen(const Storage* p) {
+    const U pairs = load<U>(p);
+    return {convert(pairs & 0xffffu), convert(pairs >> 16)};
   }
 };
 
@@ -82,6 +104,13 @@ inline F log_positive(F x) {
   p = p * f - 2.4999993993e-1f;
   p = p * f + 3.3333331174e-1f;
   return (p * f * f2 - 2.12194440e-4f * e - 0.5f * f2) + f + 0.693359375f * e;
+}
+
+inline bool any(I mask) {
+  uint64_t words[sizeof mask / 8], found = 0;
+  std::memcpy(words, &mask, sizeof mask);
+  for (uint64_t word : words) found |= word;
+  return found != 0;
 }
 
 inline float reduce_max(F v) {
