@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import torch  # the compiled library links against torch's, so torch comes first
 
-from . import policies, reference
+from . import compat, models, policies, reference
+from .decode import DecodeOutput, Trajectory, decode
 from .ops import check_errors, row_stats, select, unmask_
 from .types import RowStats, UnmaskOutput
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DecodeOutput",
     "RowStats",
+    "Trajectory",
     "UnmaskOutput",
     "check_errors",
+    "compat",
+    "decode",
+    "models",
     "policies",
     "reference",
     "row_stats",

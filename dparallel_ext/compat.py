@@ -1,0 +1,129 @@
+"""The published decoders' functions: their signatures, their tokens and their count of passes.
+
+From dParallel's and Fast-dLLM's `generate.py`. `decode` does the same with fewer passes where a cache is used:
+the published loops run a second pass for a block even if its first has completed it, and so do these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .decode import Policy, _Loop, _Plan, _plan
+from .ops import check_errors, select
+from .types import RowStats
+
+
+def generate(
+    model: Any,
+    prompt: Tensor,
+    steps: int = 128,
+    gen_length: int = 128,
+    block_length: int = 128,
+    temperature: float = 0.0,
+    remasking: str = "low_confidence",
+    mask_id: int = 126336,
+    threshold: float | None = None,
+    selector: str = "entropy",
+) -> tuple[Tensor, int]:
+    """The whole sequence each pass. Returns tokens (B, P + gen_length) and the forward passes run.
+
+    Args:
+        threshold: with it, commit all with H <= threshold (`selector` "entropy", dParallel) or with
+            p >= threshold (`selector` "confidence", Fast-dLLM), the best one in any case. Without it,
+            the fixed schedule of `steps`.
+        remasking: "low_confidence", or "random", which ranks by random numbers from torch's generator.
+
+    Raises:
+        ValueError: where the published code asserts (block_length divides gen_length, the number of
+            blocks divides steps), and as `dparallel_ext.decode` does.
+    """
+    return _generate("none", **locals())
+
+
+def generate_with_prefix_cache(
+    model: Any,
+    prompt: Tensor,
+    steps: int = 128,
+    gen_length: int = 128,
+    block_length: int = 128,
+    temperature: float = 0.0,
+    remasking: str = "low_confidence",
+    mask_id: int = 126336,
+    threshold: float | None = None,
+    selector: str = "entropy",
+) -> tuple[Tensor, int]:
+    """One full pass per block, then from the block's start on, against the kept prefix. See `generate`."""
+    return _generate("prefix", **locals())
+
+
+def generate_with_dual_cache(
+    model: Any,
+    prompt: Tensor,
+    steps: int = 128,
+    gen_length: int = 128,
+    block_length: int = 128,
+    temperature: float = 0.0,
+    remasking: str = "low_confidence",
+    mask_id: int = 126336,
+    threshold: float | None = None,
+    selector: str = "entropy",
+) -> tuple[Tensor, int]:
+    """One full pass per block, then the block alone, between kept prefix and suffix. See `generate`."""
+    return _generate("dual", **locals())
+
+
+def _generate(
+    cache: str,
+    *,
+    model: Any,
+    prompt: Tensor,
+    steps: int,
+    gen_length: int,
+    block_length: int,
+    temperature: float,
+    remasking: str,
+    mask_id: int,
+    threshold: float | None,
+    selector: str,
+) -> tuple[Tensor, int]:
+    if remasking not in ("low_confidence", "random"):
+        raise ValueError(
+            f"remasking: expected 'low_confidence' or 'random', got {remasking!r}"
+        )
+    if block_length < 1 or gen_length % block_length:
+        raise ValueError(
+            f"block_length: expected a divisor of gen_length {gen_length}, got {block_length}"
+        )
+    blocks = gen_length // block_length
+    if blocks and steps % blocks:
+        raise ValueError(f"steps: expected a multiple of the {blocks} blocks, got {steps}")
+    with torch.inference_mode():
+        loop = _Loop(model, prompt, gen_length, block_length, cache, mask_id)
+        schedule = steps if threshold is None else None
+        plan = _plan(loop, len(loop.tokens), schedule, threshold, selector, None, 1, None, None)
+        if remasking == "random":
+            plan = _Plan(None, _randomly(plan))
+        # The published noise comes from torch's generator, so that is what seeds ours.
+        seed = int(torch.randint(2**62, ())) if temperature > 0 else 0
+        loop.run(plan, temperature=temperature, seed=seed, published=True)
+        check_errors(loop.tokens.device)
+    return loop.tokens.clone(), loop.forwards
+
+
+def _randomly(plan: _Plan) -> Callable[[int, int, int], Policy]:
+    """The plan's rule with uniform random numbers for confidences."""
+
+    def at(turn: int, start: int, end: int) -> Policy:
+        rows = plan.rows(turn, start, end)
+        assert isinstance(rows, Tensor)
+
+        def policy(stats: RowStats, eligible: Tensor, step: Tensor) -> Tensor:
+            return select(stats._replace(confidence=torch.rand_like(stats.confidence)), eligible, rows)
+
+        return policy
+
+    return at

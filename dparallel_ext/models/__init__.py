@@ -1,0 +1,8 @@
+"""Native models that read published checkpoints as they are."""
+
+from .base import KVCache, Model, Output
+from .checkpoint import FAMILIES, load, save, wrap
+from .dream import Dream
+from .llada import LLaDA
+
+__all__ = ["FAMILIES", "Dream", "KVCache", "LLaDA", "Model", "Output", "load", "save", "wrap"]

@@ -1,0 +1,181 @@
+"""Published checkpoints, read as they are and written as they were."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .base import Model
+from .dream import Dream
+from .llada import LLaDA
+
+FAMILIES: dict[str, type[Model]] = {"llada": LLaDA, "Dream": Dream}
+"""config.json's model_type -> the family that reads it."""
+
+
+def load(
+    path: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Model:
+    """Load a LLaDA or Dream checkpoint: a directory with config.json and (sharded) safetensors.
+
+    Tensors are memory-mapped and go straight to `device` (default: CPU) and `dtype` (default: as
+    stored). The model comes in evaluation mode.
+
+    Raises:
+        FileNotFoundError: naming what is not there.
+        ValueError: naming the config key, or the missing, extra, misshapen or unreadable tensors.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a floating-point type, got {dtype}")
+    directory = Path(path)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"path: no directory {directory}")
+    config = _json(directory / "config.json")
+    stored = _stored(_files(directory), str(device or "cpu"), dtype)
+    return _assemble(config, stored, f"path: {directory}")
+
+
+def wrap(hf_model: nn.Module) -> Model:
+    """A native model on the weights of a loaded Hugging Face LLaDA or Dream: shared, not copied.
+
+    Raises:
+        ValueError: naming the config key, or the missing, extra or misshapen tensors; also if the
+            weights do not all lie on one device, as after offloading.
+    """
+    config = getattr(hf_model, "config", None)
+    if config is None:
+        raise ValueError(f"hf_model: {type(hf_model).__name__} has no .config")
+    given = dict(hf_model.named_parameters())
+    devices = {str(p.device) for p in given.values()}
+    if len(devices) > 1 or "meta" in devices:
+        raise ValueError(f"hf_model: expected its weights on one device, got {sorted(devices)}")
+    tensors = ((name, tuple(p.shape), partial(_same, p)) for name, p in given.items())
+    content = config if isinstance(config, Mapping) else config.to_dict()
+    return _assemble(content, tensors, f"hf_model: {type(hf_model).__name__}")
+
+
+def save(model: Model, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write config.json and model.safetensors as the family's published checkpoints have them.
+
+    `dtype`: of the file, default the model's. Each file appears whole or not at all.
+    """
+    directory = Path(path)
+    directory.mkdir(parents=True, exist_ok=True)
+    dtype = dtype or model.dtype
+    tensors = {
+        name: p.detach().to("cpu", dtype).contiguous() for name, _, p in model.checkpoint_parameters()
+    }
+    names = [name for name, family in FAMILIES.items() if type(model) is family]
+    config = {**model.config, "torch_dtype": str(dtype).removeprefix("torch.")}
+    config["model_type"] = names[0] if names else config.get("model_type")
+    weights = directory / "model.safetensors"
+    partial_weights = weights.with_name(weights.name + ".partial")
+    save_file(tensors, partial_weights, metadata={"format": "pt"})
+    os.replace(partial_weights, weights)
+    file = directory / "config.json"
+    partial_file = file.with_name(file.name + ".partial")
+    partial_file.write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(partial_file, file)
+
+
+# A tensor on offer: its name, its shape, and how to get it.
+Offer = tuple[str, tuple[int, ...], Callable[[], Tensor]]
+
+
+def _assemble(config: Mapping[str, Any], tensors: Iterable[Offer], source: str) -> Model:
+    """The model of `config`, holding `tensors`: nothing is allotted or initialised beside them."""
+    family = FAMILIES.get(config.get("model_type", ""))
+    if family is None:
+        raise ValueError(
+            f"{source}: model_type {config.get('model_type')!r} is none of {list(FAMILIES)}"
+        )
+    with torch.device("meta"):
+        model = family(config)
+    wanted = {theirs: (ours, p) for theirs, ours, p in model.checkpoint_parameters()}
+    # A tied head may be stored all the same.
+    known = {*wanted, model.checkpoint_name("lm_head.weight")} if model.shape.tied else set(wanted)
+    found: set[str] = set()
+    faults: list[str] = []
+    for name, shape, fetch in tensors:
+        found.add(name)
+        if name not in wanted:
+            continue
+        ours, expected = wanted[name]
+        if shape != tuple(expected.shape):
+            faults.append(f"{name} is {shape}, expected {tuple(expected.shape)}")
+            continue
+        tensor = fetch()
+        if not tensor.is_floating_point():
+            faults.append(f"{name} is {tensor.dtype}, expected a floating-point type")
+            continue
+        module, _, parameter = ours.rpartition(".")
+        held = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+        setattr(model.get_submodule(module), parameter, held)
+    faults += [f"{name} is missing" for name in sorted(set(wanted) - found)]
+    faults += [f"{name} is unexpected" for name in sorted(found - known)]
+    if faults:
+        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise ValueError(f"{source} does not fit {family.__name__}: {'; '.join(faults[:5])}{more}")
+    model.tie()
+    return model.eval()
+
+
+def _stored(files: list[Path], device: str, dtype: torch.dtype | None) -> Iterator[Offer]:
+    for file in files:
+        try:
+            with safe_open(file, framework="pt", device=device) as shard:
+                for name in shard.keys():  # noqa: SIM118 (no mapping)
+                    shape = tuple(shard.get_slice(name).get_shape())
+                    yield name, shape, partial(_read, shard, name, dtype)
+        except SafetensorError as error:
+            raise ValueError(f"path: {file} is not a readable safetensors file: {error}") from error
+
+
+def _read(shard: safe_open, name: str, dtype: torch.dtype | None) -> Tensor:
+    tensor: Tensor = shard.get_tensor(name)
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    single = directory / "model.safetensors"
+    if not index.is_file():
+        if not single.is_file():
+            raise FileNotFoundError(f"path: no {single.name} (nor {index.name}) in {directory}")
+        return [single]
+    shards = _json(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise ValueError(f"path: {index} has no weight_map")
+    files = [directory / name for name in sorted(set(shards.values()))]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"path: {index.name} names {file.name}, not in {directory}")
+    return files
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"path: no {file.name} in {file.parent}")
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"path: {file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"path: {file} holds a {type(content).__name__}, expected an object")
+    return content

@@ -1,0 +1,243 @@
+"""Train the built-in model from scratch on `tasks`, with the masked-diffusion objective of LLaDA.
+
+Each response token is masked with probability t ~ U(0, 1); the loss is cross entropy on the masked tokens
+weighted 1/t, over the response's length (arXiv 2502.09992, eq. 3). Muon on the matrices of the blocks, AdamW
+on the rest, and an exponential average of the weights is what ships.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dparallel_ext.models import LLaDA
+
+from . import tasks
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a training run is; with the same settings it gives the same model."""
+
+    steps: int = 10000
+    batch: int = 64
+    width: int = 192
+    layers: int = 4
+    heads: int = 6
+    mlp_width: int = 512
+    muon_lr: float = 3e-3
+    adam_lr: float = 2e-3
+    weight_decay: float = 0.01
+    warmup: int = 200
+    decay: float = 0.25
+    """Share of the steps, at the end, over which the learning rates fall to zero."""
+    ema: float = 0.998
+    seed: int = 0
+
+
+def tokenizer() -> Any:
+    """The task's word-level tokenizer (a `tokenizers.Tokenizer`)."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: i for i, word in enumerate(tasks.vocabulary())}
+    made = Tokenizer(models.WordLevel(words, unk_token=tasks.UNKNOWN))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens([tasks.PAD, tasks.EOS, tasks.UNKNOWN, tasks.MASK])
+    return made
+
+
+def model_config(settings: Settings) -> dict[str, Any]:
+    """config.json in the layout of LLaDA's checkpoints."""
+    vocabulary = tasks.vocabulary()
+    return {
+        "architectures": ["LLaDAModelLM"],
+        "model_type": "llada",
+        "activation_type": "silu",
+        "alibi": False,
+        "attention_layer_norm": False,
+        "bias_for_layer_norm": False,
+        "block_group_size": 1,
+        "block_type": "llama",
+        "d_model": settings.width,
+        "embedding_size": len(vocabulary),
+        "eos_token_id": vocabulary.index(tasks.EOS),
+        "include_bias": False,
+        "include_qkv_bias": False,
+        "input_emb_norm": False,
+        "layer_norm_type": "rms",
+        "layer_norm_with_affine": True,
+        "mask_token_id": vocabulary.index(tasks.MASK),
+        "max_sequence_length": 256,
+        "mlp_hidden_size": settings.mlp_width,
+        "mlp_ratio": 4,
+        "n_heads": settings.heads,
+        "n_kv_heads": settings.heads,
+        "n_layers": settings.layers,
+        "pad_token_id": vocabulary.index(tasks.PAD),
+        "rms_norm_eps": 1e-5,
+        "rope": True,
+        "rope_full_precision": True,
+        "rope_theta": 10000.0,
+        "scale_logits": False,
+        "torch_dtype": "bfloat16",
+        "vocab_size": len(vocabulary),
+        "weight_tying": False,
+    }
+
+
+def batch_of(settings: Settings, step: int) -> tuple[Tensor, int]:
+    """Token ids (batch, prompt + GEN_LENGTH) of training problems of one length, and the prompt's length.
+
+    It depends on the seed and the step alone, so that a resumed run sees what it would have seen.
+    """
+    ids = {word: i for i, word in enumerate(tasks.vocabulary())}
+    stream = tasks.problems("train", seed=settings.seed * 1_000_003 + step)
+    length = len(next(stream).prompt.split())
+    rows = []
+    for problem in itertools.islice(
+        (p for p in stream if len(p.prompt.split()) == length), settings.batch
+    ):
+        words = problem.prompt.split() + problem.response.split()
+        words += [tasks.EOS] * (length + tasks.GEN_LENGTH - len(words))
+        rows.append([ids[word] for word in words])
+    return torch.tensor(rows), length
+
+
+def masked_diffusion_loss(model: nn.Module, ids: Tensor, prompt: int, mask_id: int, seed: int) -> Tensor:
+    """Cross entropy of the masked response tokens of ids (B, L), weighted 1/t."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, length = len(ids), ids.shape[1] - prompt
+    # One t in each of `batch` equal slices of (0, 1): the same law for each row, less noise in the sum.
+    t = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
+    t = t.clamp(min=1e-2)[:, None]
+    masked = torch.rand(batch, length, generator=generator) < t  # (B, L - prompt)
+    noisy = ids.clone()
+    noisy[:, prompt:][masked] = mask_id
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.head(model.hidden(noisy)[:, prompt:][masked])  # (masked, V)
+    nll = F.cross_entropy(logits.float(), ids[:, prompt:][masked], reduction="none")
+    return (nll / t.expand_as(masked)[masked]).sum() / masked.numel()
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Warm-up, a plateau, and a straight fall to zero; as a share of the full rate."""
+    fall = max(1, round(settings.steps * settings.decay))
+    return min(1.0, (step + 1) / settings.warmup, (settings.steps - step) / fall)
+
+
+def train(
+    out: str | Path,
+    settings: Settings | None = None,
+    *,
+    save_every: int = 500,
+    progress: bool = True,
+) -> Path:
+    """Train, or go on where a run in `out` was stopped, and write the checkpoint there.
+
+    `out` receives config.json, model.safetensors (bfloat16, the averaged weights), tokenizer.json and
+    training.json. A resumed run continues exactly as if it had not been stopped; only `steps` may change.
+    """
+    settings = settings or Settings()
+    directory = Path(out)
+    directory.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(settings.seed)
+    model = LLaDA(model_config(settings))
+    initialise(model)
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(
+            matrices,
+            lr=settings.muon_lr,
+            weight_decay=settings.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW(rest, lr=settings.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    full_rates = [settings.muon_lr, settings.adam_lr]
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    first, seconds, curve = 0, 0.0, []
+    state_file = directory / "state.pt"
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        if {**state["settings"], "steps": 0} != {**asdict(settings), "steps": 0}:
+            raise ValueError(f"out: {directory} holds a run with other settings: {state['settings']}")
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        average, first = state["average"], state["step"]
+        seconds, curve = state["seconds"], state["curve"]
+
+    steps: Any = range(first, settings.steps)
+    if progress:
+        from tqdm import tqdm
+
+        steps = tqdm(steps, initial=first, total=settings.steps, desc="train", mininterval=5)
+    mask_id, recent, clock = model.config["mask_token_id"], [], time.monotonic()
+    for step in steps:
+        rate = learning_rate(settings, step)
+        for optimizer, full in zip(optimizers, full_rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = full * rate
+        ids, prompt = batch_of(settings, step)
+        loss = masked_diffusion_loss(model, ids, prompt, mask_id, settings.seed * 1_000_003 + step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        decay = min(settings.ema, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                average[name].lerp_(p, 1 - decay)
+        recent.append(loss.item())
+        if (step + 1) % 100 == 0:
+            curve.append([step + 1, round(sum(recent) / len(recent), 5)])
+            recent = []
+            if progress:
+                steps.set_postfix(loss=f"{curve[-1][1]:.4f}")
+        if (step + 1) % save_every == 0 or step + 1 == settings.steps:
+            now = time.monotonic()
+            seconds, clock = seconds + now - clock, now
+            state = {
+                "settings": asdict(settings),
+                "step": step + 1,
+                "model": model.state_dict(),
+                "optimizers": [o.state_dict() for o in optimizers],
+                "average": average,
+                "seconds": seconds,
+                "curve": curve,
+            }
+            torch.save(state, state_file.with_suffix(".tmp"))
+            os.replace(state_file.with_suffix(".tmp"), state_file)
+
+    from dparallel_ext.models.checkpoint import save
+
+    model.load_state_dict(average, strict=False)
+    save(model, directory, dtype=torch.bfloat16)
+    tokenizer().save(str(directory / "tokenizer.json"))
+    report = {"settings": asdict(settings), "seconds": round(seconds), "loss": curve}
+    (directory / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+    return directory
+
+
+def initialise(model: LLaDA) -> None:
+    """Normal weights of variance 1 / fan_in, the residual branches' last matrices smaller."""
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            fan_in = 1.0 if name == "embed.weight" else p.shape[1]
+            residual = name.endswith(("o.weight", "down.weight"))
+            scale = (2 * model.shape.layers) ** -0.5 if residual else 1.0
+            nn.init.normal_(p, std=(0.5 if name == "embed.weight" else scale * fan_in**-0.5))
+    nn.init.normal_(model.lm_head.weight, std=0.02)
+
+

@@ -1,0 +1,269 @@
+"""row_stats against its float64 oracle, and on the rows that break others."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import assert_stats_close
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import dparallel_ext as dx
+from dparallel_ext import reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def check(logits: Tensor, **settings: object) -> None:
+    actual = dx.row_stats(logits, **settings)
+    expected = reference.row_stats(logits, **settings)
+    for name, a, e in zip(actual._fields, actual, expected, strict=True):
+        assert_stats_close(a, e, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 2, 3, 31, 33, 247, 2047, 2049, 16385, 126464, 262144])
+def test_vocabulary_sizes(dtype: torch.dtype, vocab: int) -> None:
+    rows = 3 if vocab > 20000 else 17
+    for scale in (0.1, 1.0, 6.0):
+        check((torch.randn(rows, vocab) * scale).to(dtype))
+    if vocab > 3:
+        check(torch.randn(rows, vocab).to(dtype), mask_id=vocab - 1, suppress=[0, vocab // 2])
+
+
+@given(
+    st.sampled_from(DTYPES),
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.integers(2, 3000),
+    st.floats(0.0, 30.0),
+    st.floats(-200.0, 200.0),
+    st.randoms(use_true_random=False),
+)
+def test_random_shapes_strides_and_exclusions(dtype, batch, length, vocab, scale, shift, rng) -> None:
+    torch.manual_seed(rng.randrange(2**31))
+    padded = torch.randn(batch, length + 2, vocab + rng.randrange(9)) * scale + shift
+    logits = padded.to(dtype)[:, 1 : 1 + length, :vocab]  # strided rows, odd alignment
+    suppress = rng.sample(range(vocab), k=rng.randrange(min(4, vocab - 1)))
+    free = [i for i in range(vocab) if i not in suppress]
+    mask_id = rng.choice(free) if len(free) > 1 and rng.random() < 0.7 else None
+    check(logits, suppress=suppress or None, mask_id=mask_id)
+
+
+def test_rows_are_picked_and_others_never_read() -> None:
+    logits = torch.full((6, 1000), math.nan)
+    logits[[4, 1]] = torch.randn(2, 1000)
+    check(logits, rows=torch.tensor([4, 1, 4]))
+    assert dx.row_stats(logits, rows=torch.tensor([], dtype=torch.int64)).token.shape == (0,)
+    three_d = torch.randn(2, 3, 50)
+    check(three_d, rows=torch.tensor([5, 0]))
+
+
+def test_ties_go_to_the_lowest_id_wherever_they_fall() -> None:
+    for vocab in (40, 5000, 40000):
+        logits = torch.randn(4, vocab).clamp(max=2.0)
+        for row, ids in enumerate([(0, vocab - 1), (7, 8), (vocab // 2, vocab // 2 + 1), (3, 35)]):
+            logits[row, list(ids)] = 5.0
+        stats = dx.row_stats(logits)
+        assert stats.token.tolist() == [0, 7, vocab // 2, 3]
+        assert torch.equal(stats.margin, torch.zeros(4))
+        check(logits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_logits(dtype: torch.dtype) -> None:
+    low, high = torch.finfo(dtype).min, torch.finfo(dtype).max
+    rows = torch.randn(8, 515)
+    rows[0] -= 60000  # all negative, far away
+    rows[1] = -60.0
+    rows[1, 9] = 60.0  # certain
+    rows[2] = rows[2].sort().values  # ascending: the maximum moves in every tile
+    rows[3] = -math.inf
+    rows[3, 100] = -5.0  # one choice left
+    rows[4, :300] = -math.inf
+    rows[5] = 0.0  # uniform
+    rows[6, 0], rows[6, 1] = low, high
+    rows[7] = low
+    logits = rows.to(dtype)
+    check(logits)
+    stats = dx.row_stats(logits)
+    assert stats.confidence[1] == 1.0
+    assert 0.0 <= float(stats.entropy[1]) < 1e-6
+    assert 0.0 <= float(stats.entropy[3]) < 1e-30
+    assert float(stats.top2[3]) == -math.inf
+    assert abs(float(stats.entropy[5]) - math.log(515)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [5, 300, 20000])
+def test_positive_infinity_is_the_limit(dtype: torch.dtype, vocab: int) -> None:
+    logits = torch.randn(2, vocab).to(dtype)
+    logits[0, 3] = math.inf
+    logits[1, [2, vocab - 1]] = math.inf
+    check(logits)
+    stats = dx.row_stats(logits)
+    assert stats.token.tolist() == [3, 2]
+    assert stats.confidence.tolist() == [1.0, 0.5]
+    assert stats.margin.tolist() == [1.0, 0.0]
+    assert abs(float(stats.entropy[1]) - math.log(2)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 40, 300, 20000])
+@pytest.mark.parametrize("at", [0, -1])
+def test_bad_rows_are_named(dtype: torch.dtype, vocab: int, at: int) -> None:
+    logits = torch.randn(4, vocab).to(dtype)
+    logits[2, at] = math.nan
+    with pytest.raises(ValueError, match="row 2 holds NaN"):
+        dx.row_stats(logits)
+    logits[1:3] = -math.inf
+    with pytest.raises(ValueError, match="row 1 leaves no token to choose"):
+        dx.row_stats(logits)
+    logits[1, at] = math.nan  # NaN among -inf
+    with pytest.raises(ValueError, match="row 1 holds NaN"):
+        dx.row_stats(logits)
+
+
+def test_the_mask_token_keeps_its_share_but_is_never_chosen() -> None:
+    logits = torch.tensor([[1.0, 5.0, 2.0]])
+    stats = dx.row_stats(logits, mask_id=1)
+    assert stats.token.tolist() == [2]
+    assert torch.allclose(stats.confidence, logits.softmax(1)[:, 2])
+    with pytest.raises(ValueError, match="row 0 leaves no token"):
+        dx.row_stats(torch.zeros(1, 1), mask_id=0)
+    with pytest.raises(ValueError, match="row 0 leaves no token"):
+        dx.row_stats(torch.zeros(1, 2), mask_id=0, suppress=[1])
+    check(torch.randn(3, 9), mask_id=4, suppress=[4])  # suppressing the mask token takes its share
+
+
+def test_suppressed_ids_leave_the_softmax() -> None:
+    logits = torch.randn(3, 100)
+    stats = dx.row_stats(logits, suppress=[99, 0, 0, 50])
+    kept = torch.tensor([i for i in range(100) if i not in (0, 50, 99)])
+    assert torch.allclose(stats.lse, logits[:, kept].logsumexp(1))
+    assert torch.equal(stats.token, kept[logits[:, kept].argmax(1)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [2, 5, 64, 1001, 126464])
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 3.0])
+def test_samples_match_the_oracle(dtype: torch.dtype, vocab: int, temperature: float) -> None:
+    logits = (torch.randn(6, vocab) * 2).to(dtype)
+    check(
+        logits,
+        temperature=temperature,
+        seed=2**62 + 11,
+        sequence=torch.arange(6),
+        position=torch.arange(6) * 7,
+        step=3,
+        mask_id=1,
+    )
+
+
+def test_samples_follow_softmax_at_the_temperature() -> None:
+    logits = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.1, -0.4])
+    temperature, n = 0.7, 40000
+    stats = dx.row_stats(logits.expand(n, 6), temperature=temperature, seed=5)
+    expected = (logits / temperature).softmax(0)
+    observed = stats.sample.bincount(minlength=6) / n
+    sigma = (expected * (1 - expected) / n).sqrt()
+    assert bool(((observed - expected).abs() < 4.5 * sigma).all()), (observed, expected)
+    log_p = (logits / temperature).log_softmax(0)
+    assert torch.allclose(stats.sample_logprob, log_p[stats.sample], atol=1e-5)
+    assert torch.allclose(stats.confidence, logits.softmax(0)[stats.sample], atol=1e-6)
+
+
+def test_a_sample_depends_on_its_key_alone() -> None:
+    logits = torch.randn(5, 700)
+    key = {"seed": torch.arange(5), "sequence": torch.arange(5) + 9, "position": 4, "step": 2}
+    whole = dx.row_stats(logits, temperature=1.0, **key).sample
+    order = torch.tensor([3, 1, 4, 0, 2])
+    shuffled = {k: v[order] if isinstance(v, Tensor) else v for k, v in key.items()}
+    assert torch.equal(dx.row_stats(logits[order], temperature=1.0, **shuffled).sample, whole[order])
+    flat = torch.zeros(200, 50)  # every part of the key matters
+    base = dx.row_stats(flat, temperature=1.0, seed=1).sample
+    for changed in ({"seed": 2}, {"seed": 1 + 2**32}, {"sequence": 1}, {"step": 1}):
+        other = dx.row_stats(flat, temperature=1.0, **{"seed": 1, **changed}).sample
+        assert (base != other).float().mean() > 0.9
+
+
+def test_results_do_not_depend_on_the_batch_or_the_threads() -> None:
+    logits = torch.randn(7, 50001).bfloat16()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = dx.row_stats(logits)
+        torch.set_num_threads(2)
+        two = dx.row_stats(logits)
+    finally:
+        torch.set_num_threads(threads)
+    alone = [dx.row_stats(logits[i : i + 1]) for i in range(7)]
+    for i, (a, b) in enumerate(zip(one, two, strict=True)):
+        assert torch.equal(a, b)
+        assert torch.equal(a, torch.cat([x[i] for x in alone]))
+
+
+def test_shapes() -> None:
+    for shape in [(50,), (0, 50), (2, 0, 50), (2, 3, 50), (2, 3, 4, 50)]:
+        check(torch.randn(shape)) if 0 not in shape else None
+        assert dx.row_stats(torch.randn(shape)).token.shape == shape[:-1]
+    check(torch.randn(60, 40).t())  # the vocabulary is not contiguous
+    check(torch.randn(3, 60)[:, ::2])
+    check(torch.randn(1, 60).expand(4, 60))
+
+
+@pytest.mark.parametrize(
+    ("logits", "settings", "message"),
+    [
+        (torch.zeros(2, 3, dtype=torch.float64), {}, "logits: expected float32"),
+        (torch.zeros(2, 0), {}, "logits: expected .* V >= 1"),
+        (torch.zeros(2, 3), {"rows": torch.tensor([2])}, r"rows: expected indices in \[0, 2\)"),
+        (torch.zeros(2, 3), {"rows": torch.tensor([0.5])}, "rows: expected contiguous int64"),
+        (torch.zeros(2, 3), {"mask_id": 3}, "mask_id: expected an id below 3, got 3"),
+        (torch.zeros(2, 3), {"mask_id": -1}, "mask_id: expected a token id >= 0"),
+        (torch.zeros(2, 3), {"suppress": [3]}, r"suppress: expected ids in \[0, 3\)"),
+        (torch.zeros(2, 3), {"temperature": -1.0}, "temperature: expected a finite number"),
+        (torch.zeros(2, 3), {"temperature": math.nan}, "temperature: expected a finite number"),
+        (
+            torch.zeros(2, 3),
+            {"temperature": 1.0, "seed": torch.zeros(3, dtype=torch.long)},
+            "seed: expected an integer",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(logits: Tensor, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dx.row_stats(logits, **settings)
+
+
+def test_opcheck_and_compile() -> None:
+    logits = torch.randn(2, 3, 40)
+    args = (logits, None, 5, torch.tensor([1, 2]), 0.0, None, None)
+    torch.library.opcheck(torch.ops.dparallel.row_stats.default, args)
+    args = (logits, torch.tensor([4, 1]), -1, None, 0.5, torch.ones(2, 4, dtype=torch.long), None)
+    torch.library.opcheck(torch.ops.dparallel.row_stats.default, args)
+    compiled = torch.compile(lambda x: dx.row_stats(x).entropy * 2, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(logits), dx.row_stats(logits).entropy * 2)
+
+
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(level: str) -> None:
+    """This file again, in a process held to one level; a level that the machine lacks is skipped."""
+    code = "import dparallel_ext as dx; print(dx.ops._C.simd_level())"
+    import os
+
+    env = {**os.environ, "DPARALLEL_SIMD": level}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if found != level:
+        pytest.skip(f"this machine has no {level}")
+    chosen = "vocabulary or random_shapes or extreme or infinity or ties or bad_rows or oracle"
+    run = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", chosen, "-p", "no:cacheprovider"]
+    result = subprocess.run(run, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:]
