@@ -46,7 +46,7 @@ class Shape:
             raise ValueError(f"config: {self.kv_heads} key heads do not divide {self.heads} heads")
         if self.rows < self.vocab_size:
             raise ValueError(
-                f"config: {self.rows} embedding rows are fewer than the vocabulary of {self.vocab_size}"
+                f"config: {self.rows} embedding rows do not hold a vocabulary of {self.vocab_size}"
             )
 
 
@@ -160,8 +160,8 @@ class Model(nn.Module):
 
     Called on input_ids (B, L) int64 it returns an object with `.logits` (B, L, V), raw, as the
     Hugging Face model of the same checkpoint does (V: rows of the embedding). `hidden` and `head`
-    are its two halves, for decoding. Built from a config.json's content, it has fresh weights to train;
-    `load` and `wrap` fill it with given ones.
+    are its two halves, for decoding. Built from a config.json's content, it has fresh weights to
+    train, initialised as torch does; `load` and `wrap` fill it with given ones.
 
     Raises ValueError naming the config key that is missing or asks for what is not implemented.
     """
@@ -295,9 +295,7 @@ class Model(nn.Module):
             low, high = (int(x) for x in input_ids.aminmax())
             if low < 0 or high >= self.shape.rows:
                 worst = low if low < 0 else high
-                raise ValueError(
-                    f"input_ids: expected ids in [0, {self.shape.rows}), got {worst}"
-                )
+                raise ValueError(f"input_ids: expected ids in [0, {self.shape.rows}), got {worst}")
 
 
 def _to_checkpoint_names(

@@ -75,7 +75,8 @@ def save(model: Model, path: str | Path, *, dtype: torch.dtype | None = None) ->
     directory.mkdir(parents=True, exist_ok=True)
     dtype = dtype or model.dtype
     tensors = {
-        name: p.detach().to("cpu", dtype).contiguous() for name, _, p in model.checkpoint_parameters()
+        name: p.detach().to("cpu", dtype).contiguous()
+        for name, _, p in model.checkpoint_parameters()
     }
     names = [name for name, family in FAMILIES.items() if type(model) is family]
     config = {**model.config, "torch_dtype": str(dtype).removeprefix("torch.")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from .base import Model, Shape, check_supported
 
@@ -19,7 +19,7 @@ _SUPPORTED = {
 class Dream(Model):
     shift = True
     strict_entropy = True
-    NAMES = {
+    NAMES: ClassVar[dict[str, str]] = {
         "embed": "model.embed_tokens",
         "norm1": _LAYER + "input_layernorm",
         "q": _LAYER + "self_attn.q_proj",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from .base import Model, Shape, check_supported
 
@@ -28,7 +28,7 @@ _EXPLICIT = ("block_type", "activation_type", "layer_norm_type", "rope")
 
 
 class LLaDA(Model):
-    NAMES = {
+    NAMES: ClassVar[dict[str, str]] = {
         "embed": "model.transformer.wte",
         "norm1": _BLOCK + "attn_norm",
         "q": _BLOCK + "q_proj",

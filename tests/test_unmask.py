@@ -1,0 +1,354 @@
+"""unmask_ and select against their float64 oracles, for every policy, and on the cases that break others."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import assert_stats_close
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import dparallel_ext as dx
+from dparallel_ext import policies, reference
+
+MASK = 7
+
+
+def rows_of(rng, batch: int, length: int) -> Tensor:
+    """Policy rows of random rules, parameters and bounds."""
+    made = []
+    for _ in range(batch):
+        selector = rng.choice(list(policies.SELECTORS))
+        threshold = {
+            "confidence": rng.uniform(0, 1),
+            "entropy": rng.uniform(0, 4),
+            "margin": rng.uniform(0, 1),
+            "quota": rng.randint(1, length + 2),
+            "factor": rng.uniform(0, 3),
+            "entropy_bound": rng.uniform(0, 8),
+        }[selector]
+        low = rng.choice([1, 1, 2, 5])
+        high = rng.choice([None, low, low + 1, low + length])
+        score = rng.choice(list(policies.SCORES)) if selector == "quota" else None
+        made.append(
+            policies.make(selector, threshold, min_commit=low, max_commit=high, score=score)
+        )
+    return torch.cat(made)
+
+
+def too_near(stats: dx.RowStats, eligible: Tensor, policy: Tensor) -> bool:
+    """Whether rounding could change what is selected: two scores, or a score and its bound, too near."""
+    for b, (_, threshold, _, _, score) in enumerate(policy.double().tolist()):
+        p, h, margin = (
+            x[b][eligible[b]].double().sort().values
+            for x in (stats.confidence, stats.entropy, stats.margin)
+        )
+        key = (p, h, margin)[int(score)]
+        n = torch.arange(len(p), 0, -1)
+        gaps = [key.diff(), key - threshold, p - (1 - threshold / (n + 1)), h.cumsum(0) - threshold]
+        if bool((torch.cat(gaps).abs() < 1e-4).any()):
+            return True
+    return False
+
+
+@given(
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.integers(1, 3),
+    st.integers(1, 12),
+    st.integers(9, 400),
+    st.booleans(),
+    st.booleans(),
+    st.randoms(use_true_random=False),
+)
+def test_every_policy_against_the_oracle(dtype, batch, length, vocab, packed, sampled, rng) -> None:
+    torch.manual_seed(rng.randrange(2**31))
+    scale = torch.rand(batch, length, 1) * 8  # some rows sure, some not
+    stride = length + rng.randrange(3)
+    logits = (torch.randn(batch, stride, vocab + 3)[:, :length, :vocab] * scale).to(dtype)
+    board = torch.randint(0, vocab, (batch, length * 2))
+    tokens = board[:, ::2] if rng.random() < 0.5 else board[:, :length]  # a strided view
+    tokens[torch.rand(batch, length) < 0.7] = MASK
+    start = torch.tensor([rng.randint(0, length) for _ in range(batch)])
+    end = torch.tensor([rng.randint(0, length) for _ in range(batch)])
+    policy = rows_of(rng, batch, length)
+    settings: dict = {"mask_id": MASK, "start": start, "end": end, "policy": policy}
+    if sampled:
+        settings |= {"temperature": 0.8, "seed": 3, "step": torch.arange(batch), "position_offset": 2}
+    before, other = tokens.clone(), tokens.clone()
+    columns = torch.arange(length)
+    needed = (columns >= start[:, None]) & (columns < end[:, None]) & (tokens == MASK)
+    expected = reference.unmask_(other, logits, **settings)
+    expected_stats = list(expected.stats)
+    if packed:  # only the needed rows and some others, as an LM head on few rows would give them
+        listed = (needed | (torch.rand(batch, length) < 0.3)).flatten().nonzero()[:, 0]
+        settings["positions"] = listed
+        logits = logits.reshape(-1, vocab)[listed]
+        expected_stats = [x.flatten()[listed] for x in expected_stats]
+    actual = dx.unmask_(tokens, logits, **settings)
+    for name, a, e in zip(dx.RowStats._fields, actual.stats, expected_stats, strict=True):
+        assert_stats_close(a, e, name)
+    assert torch.equal(tokens[~needed], before[~needed])
+    assert torch.equal(actual.committed > 0, needed.any(1))
+    assert torch.equal(actual.committed + actual.remaining, needed.sum(1))
+    changed = tokens != before
+    assert torch.equal(tokens[changed], expected.stats.sample[changed])
+    if too_near(expected.stats, needed, policy):
+        return  # float32 and float64 may order these differently
+    assert torch.equal(tokens, other)
+    assert torch.equal(actual.committed, expected.committed)
+    assert bool(actual.done) == bool(expected.done)
+
+
+@given(st.integers(1, 3), st.integers(1, 40), st.randoms(use_true_random=False))
+def test_select_against_the_oracle_exactly(batch, length, rng) -> None:
+    """Given the same float32 statistics the two must agree to the bit, ties included."""
+    torch.manual_seed(rng.randrange(2**31))
+    grid = rng.choice([3, 1000])  # coarse: many ties
+    confidence, margin = ((torch.rand(batch, length) * grid).round() / grid for _ in range(2))
+    entropy = (torch.rand(batch, length) * grid).round() / grid * 4
+    eligible = torch.rand(batch, length) < 0.6
+    stats = dx.RowStats(*[confidence] * 4, confidence, margin, entropy, *[confidence] * 2)
+    policy = rows_of(rng, batch, length)
+    actual = dx.select(stats, eligible, policy)
+    expected = reference.select(confidence, margin, entropy, eligible, policy)
+    assert torch.equal(actual, expected)
+    assert not bool((actual & ~eligible).any())
+    assert torch.equal(actual.any(1), eligible.any(1))  # at least one commits
+
+
+def stats_of(p: list[float], entropy: list[float] | None = None) -> dx.RowStats:
+    c = torch.tensor([p])
+    h = torch.tensor([entropy]) if entropy else c
+    return dx.RowStats(*[c] * 4, c, c, h, *[c] * 2)
+
+
+@pytest.mark.parametrize(
+    ("selector", "threshold", "bounds", "values", "expected"),
+    [
+        ("confidence", 0.9, {}, [0.9, 0.95, 0.89, 0.1], [1, 1, 0, 0]),
+        ("confidence", 0.99, {}, [0.5, 0.9, 0.9, 0.1], [0, 1, 0, 0]),  # none passes: the best, lowest
+        ("confidence", 0.0, {"max_commit": 2}, [0.5, 0.9, 0.8, 0.9], [0, 1, 0, 1]),
+        ("confidence", 0.99, {"min_commit": 3}, [0.5, 0.9, 0.8, 0.9], [0, 1, 1, 1]),
+        ("entropy", 0.5, {}, [0.5, 0.6, 0.1, 2.0], [1, 0, 1, 0]),
+        ("entropy", 0.05, {}, [0.5, 0.6, 0.1, 0.1], [0, 0, 1, 0]),
+        ("margin", 0.3, {}, [0.3, 0.2, 0.9, 0.1], [1, 0, 1, 0]),
+        ("quota", 2, {}, [0.3, 0.2, 0.9, 0.3], [1, 0, 1, 0]),
+        ("quota", 9, {}, [0.3, 0.2, 0.9, 0.3], [1, 1, 1, 1]),
+        ("quota", 2, {"score": "entropy"}, [0.3, 0.2, 0.9, 0.3], [1, 1, 0, 0]),
+        # 1 - f/(n+1), f = 1: .5, .667, .75, .8; sorted .9 .7 .6 .5: n = 2
+        ("factor", 1.0, {}, [0.5, 0.9, 0.6, 0.7], [0, 1, 0, 1]),
+        # the largest n holds though a smaller one fails: .5 (.5) fails no, .66 ...
+        ("factor", 1.0, {}, [0.8, 0.8, 0.8, 0.8], [1, 1, 1, 1]),
+        ("entropy_bound", 0.1, {}, [0.05, 0.04, 0.5, 0.02], [1, 1, 0, 1]),
+        ("entropy_bound", 0.12, {}, [0.05, 0.04, 0.5, 0.02], [1, 1, 1, 1]),
+        ("entropy_bound", 0.0, {}, [0.05, 0.04, 0.5, 0.02], [0, 0, 0, 1]),
+    ],
+)
+def test_rules_by_hand(selector, threshold, bounds, values, expected) -> None:
+    eligible = torch.ones(1, 4, dtype=torch.bool)
+    policy = policies.make(selector, threshold, **bounds)
+    assert dx.select(stats_of(values), eligible, policy).int().tolist() == [expected]
+
+
+def test_a_mixed_batch_equals_each_sequence_alone() -> None:
+    batch, length, vocab = 6, 10, 50
+    logits = torch.randn(batch, length, vocab) * 4
+    policy = torch.cat([policies.make(s, 1) for s in policies.SELECTORS])
+    whole = torch.full((batch, length), MASK)
+    out = dx.unmask_(whole, logits, mask_id=MASK, policy=policy)
+    for b in range(batch):
+        alone = torch.full((1, length), MASK)
+        one = dx.unmask_(alone, logits[b : b + 1], mask_id=MASK, policy=policy[b : b + 1])
+        assert torch.equal(alone[0], whole[b])
+        assert int(one.committed[0]) == int(out.committed[b])
+
+
+def test_windows_per_sequence_and_the_done_flag() -> None:
+    logits = torch.randn(3, 6, 20)
+    tokens = torch.full((3, 6), MASK)
+    tokens[2] = 1  # nothing to do
+    start, end = torch.tensor([1, 0, 0]), torch.tensor([3, 6, 6])
+    out = dx.unmask_(
+        tokens, logits, mask_id=MASK, start=start, end=end, selector="quota", threshold=2
+    )
+    assert out.committed.tolist() == [2, 2, 0]
+    assert out.remaining.tolist() == [0, 4, 0]
+    assert not bool(out.done)
+    assert (tokens[0] == MASK).tolist() == [True, False, False, True, True, True]
+    out = dx.unmask_(tokens, logits, mask_id=MASK, start=start, end=end, selector="quota", threshold=9)
+    assert bool(out.done)
+    assert out.remaining.tolist() == [0, 0, 0]
+    again = tokens.clone()
+    out = dx.unmask_(tokens, logits, mask_id=MASK, start=start, end=end)  # a finished window
+    assert bool(out.done)
+    assert out.committed.tolist() == [0, 0, 0]
+    assert torch.equal(again, tokens)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0), (0, 0)])
+def test_empty_batches(shape) -> None:
+    tokens = torch.zeros(shape, dtype=torch.int64)
+    out = dx.unmask_(tokens, torch.zeros(*shape, 9), mask_id=MASK)
+    assert bool(out.done)
+    assert out.committed.shape == (shape[0],)
+
+
+def test_unneeded_rows_are_never_read() -> None:
+    logits = torch.full((2, 8, 30), math.nan)
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    tokens[0, 3], tokens[1, 5], tokens[1, 7] = MASK, MASK, MASK
+    logits[0, 3], logits[1, 5] = torch.randn(30), torch.randn(30)
+    out = dx.unmask_(tokens, logits, mask_id=MASK, end=7)
+    assert out.committed.tolist() == [1, 1]
+    assert int(tokens[1, 7]) == MASK
+    read = out.stats.token >= 0
+    assert read.nonzero().tolist() == [[0, 3], [1, 5]]
+    assert bool(out.stats.entropy[~read].isnan().all())
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+@pytest.mark.parametrize("packed", [False, True])
+def test_bad_rows_are_named_and_nothing_is_committed(bad: float, packed: bool) -> None:
+    logits = torch.randn(3, 5, 600)
+    logits[1, 3], logits[2, 0] = bad, bad
+    tokens = torch.full((3, 5), MASK)
+    kwargs: dict = {}
+    if packed:
+        kwargs["positions"] = torch.arange(15)
+        logits = logits.view(15, 600)
+    with pytest.raises(ValueError, match="sequence 1 at position 3"):
+        dx.unmask_(tokens, logits, mask_id=MASK, **kwargs)
+    assert bool((tokens == MASK).all())
+    view = torch.full((3, 7), MASK)
+    with pytest.raises(ValueError, match="sequence 1 at position 5"):
+        dx.unmask_(view[:, 2:], logits, mask_id=MASK, position_offset=2, **kwargs)
+    assert bool((view == MASK).all())
+
+
+def test_positive_infinity_is_committed_with_certainty() -> None:
+    logits = torch.randn(1, 2, 100)
+    logits[0, 1, 42] = math.inf
+    tokens = torch.full((1, 2), MASK)
+    out = dx.unmask_(tokens, logits, mask_id=MASK, selector="confidence", threshold=1.0)
+    assert tokens.tolist() == [[MASK, 42]]
+    assert float(out.stats.confidence[0, 1]) == 1.0
+
+
+def test_a_model_that_predicts_the_mask_token_cannot_stall() -> None:
+    logits = torch.randn(2, 9, 40)
+    logits[..., MASK] = 50.0
+    tokens = torch.full((2, 9), MASK)
+    for _ in range(9):
+        out = dx.unmask_(tokens, logits, mask_id=MASK, selector="confidence", threshold=0.9)
+    assert bool(out.done)
+    assert not bool((tokens == MASK).any())
+
+
+def test_ties_go_to_the_lowest_position() -> None:
+    logits = torch.randn(1, 1, 60).expand(1, 8, 60)
+    tokens = torch.full((1, 8), MASK)
+    dx.unmask_(tokens, logits, mask_id=MASK, start=2, selector="quota", threshold=3)
+    assert (tokens[0] == MASK).tolist() == [True, True, False, False, False, True, True, True]
+
+
+def test_large_vocabularies_and_many_rows() -> None:
+    logits = torch.randn(1, 3, 262147).bfloat16()
+    tokens = torch.full((1, 3), 262146)
+    other = tokens.clone()
+    dx.unmask_(tokens, logits, mask_id=262146, selector="quota", threshold=2)
+    policy = policies.make("quota", 2)
+    reference.unmask_(other, logits, mask_id=262146, policy=policy)
+    assert torch.equal(tokens, other)
+    logits = torch.randn(1, 3000, 17)
+    tokens = torch.full((1, 3000), MASK)
+    other = tokens.clone()
+    dx.unmask_(tokens, logits, mask_id=MASK, selector="confidence", threshold=0.5)
+    reference.unmask_(other, logits, mask_id=MASK, policy=policies.make("confidence", 0.5))
+    assert torch.equal(tokens, other)
+
+
+def test_entropy_bound_equals_diffusion_gemmas_sampler() -> None:
+    """On a fully masked canvas, against the sampler that transformers ships."""
+    gemma = pytest.importorskip("transformers.models.diffusion_gemma.generation_diffusion_gemma")
+    batch, length, vocab = 4, 32, 300
+    counts = []
+    for seed, bound in enumerate((0.1, 1.0, 5.0, 40.0)):
+        torch.manual_seed(seed)
+        logits = torch.randn(batch, length, vocab) * (torch.rand(batch, length, 1) * 8)
+        logits[..., MASK] = -1e4  # to theirs it is an id like any other
+        sampler = gemma.EntropyBoundSampler(
+            gemma.EntropyBoundSamplerConfig(entropy_bound=bound), length, vocab, 48
+        )
+        canvas = torch.full((batch, length), MASK)
+        accepted = sampler.accept_canvas(canvas, logits.argmax(-1), logits, cur_step=1)
+        out = dx.unmask_(canvas, logits, mask_id=MASK, selector="entropy_bound", threshold=bound)
+        assert torch.equal(canvas, accepted)
+        counts += out.committed.tolist()
+    assert min(counts) < 8 < max(counts)  # the bound bites, and not always
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": torch.zeros(2, 3)}, "tokens: expected int64"),
+        ({"logits": torch.zeros(2, 4, 9)}, r"logits: expected \(2, 3, V\)"),
+        ({"logits": torch.zeros(2, 3, 9, dtype=torch.float64)}, "logits: expected float32"),
+        ({"mask_id": -2}, "mask_id"),
+        ({"selector": "best"}, "selector: expected one of"),
+        ({"threshold": math.nan}, "threshold: expected a number"),
+        ({"threshold": torch.zeros(3)}, r"threshold: expected a number or shape \(2,\)"),
+        ({"selector": "quota", "threshold": 0}, "threshold: expected a whole number >= 1"),
+        ({"min_commit": 0}, "min_commit: expected a whole number >= 1"),
+        ({"min_commit": 3, "max_commit": 2}, "max_commit: expected at least min_commit"),
+        ({"score": "margin"}, "score: only 'quota' chooses"),
+        ({"start": 0.5}, "start: expected an integer"),
+        ({"end": torch.zeros(3, dtype=torch.int64)}, "end: expected an integer"),
+        ({"policy": torch.zeros(2, 4)}, r"policy: expected float32 \(2, 5\)"),
+        ({"policy": torch.full((2, 5), 9.0)}, "selector: expected ids 0..5"),
+        ({"positions": torch.tensor([1, 0])}, "positions: expected strictly ascending"),
+        ({"positions": torch.tensor([6])}, r"positions: expected indices in \[0, 6\)"),
+        ({"suppress": [9]}, "suppress: expected ids"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict, message: str) -> None:
+    good = {"tokens": torch.full((2, 3), MASK), "logits": torch.randn(2, 3, 9), "mask_id": MASK}
+    call = {**good, **change}
+    with pytest.raises(ValueError, match=message):
+        dx.unmask_(call.pop("tokens"), call.pop("logits"), **call)
+
+
+def test_a_masked_position_that_is_not_listed_is_an_error() -> None:
+    tokens = torch.full((2, 3), MASK)
+    with pytest.raises(ValueError, match="sequence 1 at position 2 is masked"):
+        dx.unmask_(tokens, torch.randn(5, 9), mask_id=MASK, positions=torch.arange(5))
+    assert bool((tokens == MASK).all())
+
+
+def test_select_refuses_nan_scores() -> None:
+    with pytest.raises(ValueError, match="NaN at eligible position 1 of sequence 0"):
+        dx.select(stats_of([0.1, math.nan]), torch.tensor([[True, True]]), policies.make())
+
+
+def test_opcheck() -> None:
+    tokens = torch.full((2, 4), MASK)
+    args = (
+        tokens,
+        torch.randn(2, 4, 30),
+        None,
+        torch.zeros(2, dtype=torch.int64),
+        torch.full((2,), 4),
+        policies.make("entropy", 0.5, batch=2),
+        MASK,
+        torch.tensor([3]),
+        0.0,
+        None,
+        0,
+        None,
+    )
+    torch.library.opcheck(torch.ops.dparallel.unmask_.default, args)
+    score = torch.rand(2, 4)
+    args = (score, score, score, score > 0.3, policies.make(batch=2))
+    torch.library.opcheck(torch.ops.dparallel.select.default, args)
