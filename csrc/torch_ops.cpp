@@ -85,10 +85,10 @@ Sampling sampling_of(double temperature, const std::optional<Tensor>& keys,
 struct RowTensors {
   Tensor tokens, fields, error;
 
-  RowTensors(const Tensor& like, int64_t count)
+  RowTensors(const Tensor& like, int64_t count, int64_t errors)
       : tokens(torch::stable::new_empty(like, {2, count}, ScalarType::Long)),
         fields(torch::stable::new_empty(like, {kRowFields, count}, ScalarType::Float)),
-        error(torch::stable::new_empty(like, {1}, ScalarType::Long)) {}
+        error(torch::stable::new_empty(like, {errors}, ScalarType::Long)) {}
 
   RowOutput output() const {
     return {data<int64_t>(tokens), data<float>(fields), data<int64_t>(error)};
@@ -101,12 +101,10 @@ struct Cpu {
     torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
   }
   static void row_stats(const RowStatsArgs& args, const Tensor&, const std::optional<Tensor>&) {
-    *args.output.error = kNoError;
     cpu::row_stats(args, parallel);
   }
   static void select(const SelectArgs& args, const Tensor&) { cpu::select(args, parallel); }
   static void unmask(const UnmaskArgs& args, const Tensor&, const std::optional<Tensor>&) {
-    *args.output.error = kNoError;
     cpu::unmask(args, parallel);
   }
 };
@@ -145,7 +143,9 @@ struct Cuda {
   }
   static void select(const SelectArgs& args, const Tensor& like) {
     const torch::stable::accelerator::DeviceGuard guard(like.get_device());
-    check(cuda::select(args, stream(like)), "select");
+    const Tensor scratch =
+        torch::stable::new_empty(like, {cuda::select_scratch(args)}, ScalarType::Byte);
+    check(cuda::select(args, {scratch.data_ptr(), nullptr}, stream(like)), "select");
   }
   static void unmask(const UnmaskArgs& args, const Tensor& like, const std::optional<Tensor>& c) {
     launch("unmask_", args, cuda::unmask_scratch(args), cuda::unmask_counters(args), cuda::unmask,
@@ -168,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor> row_stats(Tensor logits, std::optional<Tensor
     count = rows->size(0);
     contiguous(*rows, "rows", ScalarType::Long, {count}, logits);
   }
-  const RowTensors out(logits, count);
+  const RowTensors out(logits, count, count);
   const RowStatsArgs args{logits_of(logits),
                           rows.has_value() ? data<int64_t>(*rows) : nullptr,
                           count,
@@ -225,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unmask_(
   contiguous(start, "start", ScalarType::Long, {batch}, logits);
   contiguous(end, "end", ScalarType::Long, {batch}, logits);
   contiguous(policy, "policy", ScalarType::Float, {batch, kPolicyFields}, logits);
-  const RowTensors out(logits, count);
+  const RowTensors out(logits, count, batch);
   Tensor committed = torch::stable::new_empty(logits, {batch}, ScalarType::Long);
   Tensor remaining = torch::stable::new_empty(logits, {batch}, ScalarType::Long);
   Tensor done = torch::stable::new_empty(logits, {}, ScalarType::Bool);

@@ -77,7 +77,7 @@ def row_stats(
         _suppress(suppress, logits),
         float(temperature),
         keys,
-        _counters(logits),
+        _counters(logits, count),
     )
     _report(error, lambda at: f"row {at}")
     return _stats(tokens, fields, shape)
@@ -217,7 +217,7 @@ def unmask_(
         float(temperature),
         keys,
         position_offset,
-        _counters(logits),
+        _counters(logits, batch + 2),
     )
     _report(
         error, lambda at: f"sequence {at // length} at position {at % length + position_offset}"
@@ -234,19 +234,20 @@ def check_errors(device: torch.device | str | None = None) -> None:
     """Raise ValueError for a bad row that a CUDA op has met since the last call (this synchronises)."""
     for key in [torch.device(device)] if device is not None else list(_pending):
         for error, where in _pending.pop(key, []):
-            _raise(int(error), where)
+            _raise(error, where)
 
 
 def _report(error: Tensor, where: Any) -> None:
     if torch.compiler.is_compiling() or isinstance(error, torch._subclasses.FakeTensor):
         return
     if error.device.type == "cpu":
-        _raise(int(error), where)
+        _raise(error, where)
     else:
         _pending.setdefault(error.device, []).append((error, where))
 
 
-def _raise(error: int, where: Any) -> None:
+def _raise(errors: Tensor, where: Any) -> None:
+    error = int(errors.min()) if errors.numel() else _NO_ERROR
     if error != _NO_ERROR:
         raise ValueError(f"logits: {where(error // 4)} {_ERRORS[error % 4]}")
 
@@ -336,16 +337,15 @@ def _keys(like: Tensor, count: int, **parts: int | Tensor) -> Tensor:
 _counter_buffers: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def _counters(like: Tensor) -> Tensor | None:
+def _counters(like: Tensor, needed: int) -> Tensor | None:
     """int32 zeros for the CUDA kernels' last-block-done counters, which they leave zero again; one
     buffer per stream, so that launches that may overlap never share one."""
     if like.device.type != "cuda":
         return None
     key = (like.device, torch.cuda.current_stream(like.device).cuda_stream)
-    needed = max(4096, like.shape[:-1].numel() + 1)
     buffer = _counter_buffers.get(key)
     if buffer is None or buffer.numel() < needed:
-        buffer = torch.zeros(needed, dtype=torch.int32, device=like.device)
+        buffer = torch.zeros(max(4096, needed), dtype=torch.int32, device=like.device)
         _counter_buffers[key] = buffer
     return buffer
 
@@ -359,18 +359,18 @@ def _stats(tokens: Tensor, fields: Tensor, shape: Sequence[int]) -> RowStats:
 # --- fake kernels -------------------------------------------------------------------------------
 
 
-def _row_outputs(like: Tensor, count: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _row_outputs(like: Tensor, count: Any, errors: Any) -> tuple[Tensor, Tensor, Tensor]:
     return (
         like.new_empty((2, count), dtype=torch.int64),
         like.new_empty((_ROW_FIELDS, count), dtype=torch.float32),
-        like.new_empty((1,), dtype=torch.int64),
+        like.new_empty((errors,), dtype=torch.int64),
     )
 
 
 @torch.library.register_fake("dparallel::row_stats")
 def _(logits, rows, mask_id, suppress, temperature, keys, counters):  # type: ignore[no-untyped-def]
     count = logits.shape[:-1].numel() if rows is None else rows.shape[0]
-    return _row_outputs(logits, count)
+    return _row_outputs(logits, count, count)
 
 
 @torch.library.register_fake("dparallel::select")
@@ -398,5 +398,5 @@ def _(  # type: ignore[no-untyped-def]
         logits.new_empty((batch,), dtype=torch.int64),
         logits.new_empty((batch,), dtype=torch.int64),
         logits.new_empty((), dtype=torch.bool),
-        *_row_outputs(logits, logits.shape[:-1].numel()),
+        *_row_outputs(logits, logits.shape[:-1].numel(), batch),
     )

@@ -128,10 +128,8 @@ void row_stats(const RowStatsArgs& args, Parallel parallel) {
   const std::vector<RowAnswer> answers = read_rows(job, parallel);
   for (int64_t i = 0; i < args.count; ++i) {
     const RowAnswer& answer = answers[i];
-    if (answer.error != kRowOk) {
-      *args.output.error = std::min(*args.output.error, encode_error(i, answer.error));
-      continue;
-    }
+    args.output.error[i] = answer.error == kRowOk ? kNoError : encode_error(i, answer.error);
+    if (answer.error != kRowOk) continue;
     args.output.tokens[i] = answer.result.token;
     args.output.tokens[args.count + i] = answer.result.sample;
     for (int f = 0; f < kRowFields; ++f)

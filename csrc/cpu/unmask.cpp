@@ -49,11 +49,17 @@ void unmask(const UnmaskArgs& args, Parallel parallel) {
   std::fill(args.output.tokens, args.output.tokens + 2 * args.count, -1);
   std::fill(args.output.fields, args.output.fields + kRowFields * args.count,
             std::numeric_limits<float>::quiet_NaN());
+  std::fill(args.output.error, args.output.error + args.batch, kNoError);
+  bool sound = true;
+  const auto report = [&](int64_t position, RowError code) {
+    int64_t& error = args.output.error[position / args.length];
+    error = std::min(error, encode_error(position, code));
+    sound = false;
+  };
   for (size_t i = 0; i < needed.size(); ++i) {
     const RowAnswer& answer = answers[i];
     if (answer.error != kRowOk) {
-      *args.output.error =
-          std::min(*args.output.error, encode_error(needed[i].position, answer.error));
+      report(needed[i].position, answer.error);
       continue;
     }
     const int64_t row = needed[i].row;
@@ -70,10 +76,9 @@ void unmask(const UnmaskArgs& args, Parallel parallel) {
         const int64_t position = b * args.length + l;
         if (!masked(position)) continue;
         if (next < needed.size() && needed[next].position == position) ++next;
-        else *args.output.error = std::min(*args.output.error, encode_error(position, kRowMissing));
+        else report(position, kRowMissing);
       }
   }
-  const bool sound = *args.output.error == kNoError;
 
   *args.done = true;
   size_t i = 0;  // needed is ascending by position, so each sequence's rows are together

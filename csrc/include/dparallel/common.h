@@ -39,7 +39,7 @@ struct Exclusions {
   int64_t suppress_count;
 };
 
-// Why a row has no statistics. Kept as row * 4 + code, so that the lowest bad row wins by atomic minimum.
+// Why a row has no statistics. Kept as row * 4 + code, so that the lowest bad row is the minimum.
 enum RowError : int64_t {
   kRowOk = 0,
   kRowNan = 1,     // holds NaN

@@ -21,7 +21,7 @@ struct Sampling {
 struct RowOutput {
   int64_t* tokens;  // [2, count]: argmax, sample; -1 where the row was not read
   float* fields;    // [kRowFields, count]; NaN where the row was not read
-  int64_t* error;   // [1]: kNoError, or encode_error(row, code) of the lowest bad row (set by the caller to kNoError)
+  int64_t* error;   // [count] for row_stats, [batch] for unmask: kNoError, or the lowest encode_error
 };
 
 struct RowStatsArgs {
@@ -30,7 +30,7 @@ struct RowStatsArgs {
   int64_t count;
   Exclusions exclusions;
   Sampling sampling;
-  RowOutput output;  // error rows are numbered by their place in the output
+  RowOutput output;  // errors are numbered by the row's place in the output
 };
 
 struct SelectArgs {
@@ -57,7 +57,7 @@ struct UnmaskArgs {
   int64_t* committed;  // [batch]
   int64_t* remaining;  // [batch] masks left in the window
   bool* done;          // [1] no window has a mask left
-  RowOutput output;    // error rows are numbered by position b * length + l
+  RowOutput output;    // errors are numbered by position b * length + l
 };
 
 namespace cpu {
@@ -80,10 +80,11 @@ struct Workspace {
 };
 int64_t row_stats_scratch(const RowStatsArgs& args);
 int64_t unmask_scratch(const UnmaskArgs& args);
+int64_t select_scratch(const SelectArgs& args);
 int64_t row_stats_counters(const RowStatsArgs& args);
 int64_t unmask_counters(const UnmaskArgs& args);
 int row_stats(const RowStatsArgs& args, const Workspace& workspace, void* stream);
-int select(const SelectArgs& args, void* stream);
+int select(const SelectArgs& args, const Workspace& workspace, void* stream);
 int unmask(const UnmaskArgs& args, const Workspace& workspace, void* stream);
 const char* error_string(int code);
 }  // namespace cuda

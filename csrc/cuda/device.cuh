@@ -1,0 +1,84 @@
+// What the kernels need of the device: launches, the few PTX instructions, loads. Under nvcc this is CUDA;
+// under DPARALLEL_CUDA_HOST a header of tests/cuda_host stands in for it and the kernels run on the CPU.
+#pragma once
+
+#if defined(DPARALLEL_CUDA_HOST)
+#include "cuda_host.h"
+#else
+#include <cuda_runtime.h>
+// The one place that spells a launch.
+#define DPARALLEL_LAUNCH(kernel, grid, block, stream, ...) \
+  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#endif
+
+#include "dparallel/numeric.h"
+
+namespace dparallel::cuda {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr float kLog2e = 1.4426950408889634f;
+
+#if defined(DPARALLEL_CUDA_HOST)
+inline float max_nan(float a, float b) { return a != a || a > b ? a : b; }
+inline float min_nan(float a, float b) { return a != a || a < b ? a : b; }
+inline float exp2_fast(float x) { return exp2f(x); }
+#else
+// Maximum and minimum that keep NaN, and 2^x to 2 ulp without care for subnormals.
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+__device__ __forceinline__ float min_nan(float a, float b) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+#endif
+
+// kWidth stored logits, 16 bytes, as float32.
+struct Float32 {
+  using Storage = float;
+  static constexpr int kWidth = 4;
+  static __device__ __forceinline__ float value(float z) { return z; }
+};
+
+struct BFloat16 {
+  using Storage = uint16_t;
+  static constexpr int kWidth = 8;
+  static __device__ __forceinline__ float value(uint16_t z) { return bfloat16_value(z); }
+};
+
+struct Float16 {
+  using Storage = uint16_t;
+  static constexpr int kWidth = 8;
+  static __device__ __forceinline__ float value(uint16_t z) { return float16_value(z); }
+};
+
+
+// kWidth logits as stored. `aligned`: p is a multiple of 16 bytes. Each is read once, so past the caches.
+template <class T>
+__device__ __forceinline__ uint4 load_stored(const typename T::Storage* p, bool aligned) {
+  if (aligned) return __ldcs(reinterpret_cast<const uint4*>(p));
+  typename T::Storage stored[T::kWidth];
+#pragma unroll
+  for (int i = 0; i < T::kWidth; ++i) stored[i] = __ldcs(p + i);
+  uint4 bytes;
+  memcpy(&bytes, stored, sizeof bytes);
+  return bytes;
+}
+
+template <class T>
+__device__ __forceinline__ void widen(const uint4& bytes, float (&z)[T::kWidth]) {
+  typename T::Storage stored[T::kWidth];
+  memcpy(stored, &bytes, sizeof bytes);
+#pragma unroll
+  for (int i = 0; i < T::kWidth; ++i) z[i] = T::value(stored[i]);
+}
+
+}  // namespace dparallel::cuda

@@ -1,0 +1,63 @@
+// row_stats: one block per chunk of a row; the last block of a row merges its chunks.
+#include "row_scan.cuh"
+
+namespace dparallel::cuda {
+namespace {
+
+template <class T, bool kSample>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    row_stats_kernel(RowStatsArgs args, Scratch scratch, int32_t* counters, int64_t chunks) {
+  const int64_t i = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
+  const int64_t row = args.rows ? args.rows[i] : i;
+  Sampler sampler{};
+  if (kSample) {
+    const int64_t* k = args.sampling.keys + 4 * i;
+    sampler.inverse_temperature = 1.0f / args.sampling.temperature;
+    sampler.key = {static_cast<uint64_t>(k[0]), static_cast<uint32_t>(k[1]),
+                   static_cast<uint32_t>(k[2]), static_cast<uint32_t>(k[3])};
+  }
+  RowPart part;
+  SamplePart sample;
+  scan_chunk<T, kSample>(row_pointer(args.logits, row), args.logits.vocab, chunk, args.exclusions,
+                         sampler, part, sample);
+  if (threadIdx.x == 0) {
+    scratch.parts[blockIdx.x] = part;
+    if (kSample) scratch.samples[blockIdx.x] = sample;
+  }
+  if (!last_to_arrive(counters + i, chunks) || threadIdx.x != 0) return;
+  RowResult result;
+  const RowError error = finish_row(scratch, i, chunks, sampler.inverse_temperature, result);
+  args.output.error[i] = error == kRowOk ? kNoError : encode_error(i, error);
+  if (error == kRowOk) write_row(args.output, i, args.count, result);
+  else write_blank(args.output, i, args.count);
+}
+
+}  // namespace
+
+int64_t row_stats_scratch(const RowStatsArgs& args) {
+  return Scratch::bytes(args.count, chunks_of(args.logits.vocab), args.sampling.temperature > 0.0f);
+}
+
+int64_t row_stats_counters(const RowStatsArgs& args) { return args.count; }
+
+int row_stats(const RowStatsArgs& args, const Workspace& workspace, void* stream) {
+  if (args.count == 0) return 0;
+  const int64_t chunks = chunks_of(args.logits.vocab);
+  const bool sampling = args.sampling.temperature > 0.0f;
+  const Scratch scratch = Scratch::at(workspace.scratch, args.count, chunks, sampling);
+  const unsigned grid = static_cast<unsigned>(args.count * chunks);
+  return dispatch(args.logits.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (sampling)
+      DPARALLEL_LAUNCH((row_stats_kernel<T, true>), grid, kThreads, stream, args, scratch,
+                       workspace.counters, chunks);
+    else
+      DPARALLEL_LAUNCH((row_stats_kernel<T, false>), grid, kThreads, stream, args, scratch,
+                       workspace.counters, chunks);
+    return static_cast<int>(cudaGetLastError());
+  });
+}
+
+const char* error_string(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+
+}  // namespace dparallel::cuda
