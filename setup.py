@@ -141,10 +141,6 @@ def plan(torch, output: Path) -> tuple[str, str]:
     for source in sorted((ROOT / "csrc" / "runtime").glob("*.cpp")):
         ninja.compile("cxx", source, defines)
 
-    # libtorch.so pulls in libtorch_cuda.so where there is one, so that the weak stream symbol resolves.
-    link = f"-L{quote(torch_root / 'lib')} -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10"
-    if sys.platform == "darwin":
-        link = f"-L{quote(torch_root / 'lib')} -ltorch -ltorch_cpu -lc10 -undefined dynamic_lookup"
     if nvcc:
         codes = [f"-gencode arch=compute_{a},code=sm_{a}" for a in architectures]
         newest = max(architectures, key=lambda a: int(a.rstrip("af")))
@@ -154,18 +150,20 @@ def plan(torch, output: Path) -> tuple[str, str]:
             "nvcc",
             f"{quote(nvcc)} -MMD -MF $out.d -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden "
             f"-lineinfo --threads 2 {' '.join(codes)} -I{quote(ROOT / 'csrc' / 'include')} "
-            "-I" + quote(ROOT / "csrc" / "cuda") + " -c $in -o $out",
+            f"-I{quote(ROOT / 'csrc' / 'cuda')} -c $in -o $out",
         )
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
             ninja.compile("nvcc", source)
-        # The static runtime needs no CUDA library at import.
-        toolkit = Path(nvcc).resolve().parent.parent
-        for lib in (toolkit / "lib64", toolkit / "targets" / "x86_64-linux" / "lib"):
-            if (lib / "libcudart_static.a").exists():
-                link += f" -L{quote(lib)}"
-                break
-        link += " -lcudart_static -ldl -lpthread -lrt"
-    ninja.rule("link", f"{cxx} -shared $in {link} -o $out", deps=False)
+    # libtorch.so brings libtorch_cuda.so along where there is one, so that the weak stream symbol
+    # resolves; nvcc links the static CUDA runtime, so that import needs no CUDA library.
+    libraries = f"-L{quote(torch_root / 'lib')} -ltorch -ltorch_cpu -lc10"
+    if nvcc:
+        link = f"{quote(nvcc)} -shared -cudart static -Xlinker --no-as-needed $in {libraries} -o $out"
+    elif sys.platform == "darwin":
+        link = f"{cxx} -shared $in {libraries} -undefined dynamic_lookup -o $out"
+    else:
+        link = f"{cxx} -shared -Wl,--no-as-needed $in {libraries} -o $out"
+    ninja.rule("link", link, deps=False)
     target = ninja.escape(output)
     ninja.lines += [f"build {target}: link {' '.join(ninja.objects)}", f"default {target}", ""]
     built = "CPU (" + ", ".join(SIMD_LEVELS) + ")"
@@ -186,8 +184,9 @@ class NinjaBuild(build_ext):
             build_file.write_text(text)
         print(summary, file=sys.stderr, flush=True)
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        ninja = shutil.which("ninja") or sys.exit(f"ninja is missing. Run:\n\n    {INSTALL}\n")
-        subprocess.run([ninja, "-C", str(directory), *jobs], check=True, stdout=sys.stderr)
+        command = [sys.executable, "-m", "ninja", "-C", str(directory), *jobs]
+        if subprocess.run(command, stdout=sys.stderr).returncode:
+            sys.exit(f"dparallel-ext: the build failed; above is ninja's output. It needs:\n\n    {INSTALL}\n")
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
         # A new file: a process that has the old library mapped keeps it.
