@@ -27,8 +27,7 @@ SIMD_LEVELS = (
     else {"portable": None}
 )
 INSTALL = (
-    "pip install 'torch>=2.10' 'setuptools>=77' wheel ninja pybind11 && "
-    "pip install --no-build-isolation ."
+    "pip install 'torch>=2.10' 'setuptools>=77' wheel ninja pybind11 && pip install --no-build-isolation ."
 )
 
 
@@ -66,9 +65,13 @@ def decide_cuda(torch) -> tuple[list[str], str | None, str]:
     if torch.version.cuda is None:
         return [], None, f"torch {torch.__version__} is a CPU build (DPARALLEL_CUDA=1 forces CUDA)"
     if nvcc is None:
-        return [], None, (
-            f"torch {torch.__version__} is a CUDA build but there is NO NVCC: set CUDA_HOME or PATH "
-            "and build again, or tensors on a GPU will be refused"
+        return (
+            [],
+            None,
+            (
+                f"torch {torch.__version__} is a CUDA build but there is NO NVCC: set CUDA_HOME or PATH "
+                "and build again, or tensors on a GPU will be refused"
+            ),
         )
     return CUDA_ARCHITECTURES, nvcc, f"torch {torch.__version__} is a CUDA build and nvcc is {nvcc}"
 
@@ -127,9 +130,7 @@ def plan(torch, output: Path) -> tuple[str, str]:
             flags = f"-DDPARALLEL_SIMD={level}" + (f" -march={march}" if march else "")
             ninja.compile("cxx", source, flags, f".{level}")
     stable = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-    ninja.compile(
-        "cxx", ROOT / "csrc" / "torch_ops.cpp", stable + (" -DDPARALLEL_WITH_CUDA" if nvcc else "")
-    )
+    ninja.compile("cxx", ROOT / "csrc" / "torch_ops.cpp", stable + (" -DDPARALLEL_WITH_CUDA" if nvcc else ""))
     facts = {
         "COMPILER": first_line(cxx, "--version"),
         "TORCH": torch.__version__,
@@ -186,7 +187,9 @@ class NinjaBuild(build_ext):
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         command = [sys.executable, "-m", "ninja", "-C", str(directory), *jobs]
         if subprocess.run(command, stdout=sys.stderr).returncode:
-            sys.exit(f"dparallel-ext: the build failed; above is ninja's output. It needs:\n\n    {INSTALL}\n")
+            sys.exit(
+                f"dparallel-ext: the build failed; above is ninja's output. It needs:\n\n    {INSTALL}\n"
+            )
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
         # A new file: a process that has the old library mapped keeps it.

@@ -1,6 +1,6 @@
 // Schemas, checks and dispatch: the only file that knows torch, through its stable ABI, so that one
-// build serves later releases. Python (dparallel_ext/ops.py) turns user input into these arguments and
-// reports errors by name; the checks here keep memory safe whoever calls.
+// build serves later releases. Python (dparallel_ext/ops.py) turns user input into these arguments
+// and reports errors by name; the checks here keep memory safe whoever calls.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -55,20 +55,23 @@ T* data(const Tensor& t) {
 }
 
 Logits logits_of(const Tensor& t) {  // (R, V) or (B, L, V)
-  STD_TORCH_CHECK(t.dim() == 2 || t.dim() == 3, "logits: expected 2 or 3 dimensions, got ", t.dim());
+  STD_TORCH_CHECK(t.dim() == 2 || t.dim() == 3, "logits: expected 2 or 3 dimensions, got ",
+                  t.dim());
   const int64_t last = t.dim() - 1, vocab = t.size(last);
   STD_TORCH_CHECK(vocab >= 1 && vocab < INT32_MAX, "logits: vocabulary of size ", vocab);
   STD_TORCH_CHECK(t.stride(last) == 1 || vocab == 1, "logits: the vocabulary must be contiguous");
   const int64_t inner = t.dim() == 3 ? t.size(1) : (t.size(0) > 0 ? t.size(0) : 1);
-  return {t.data_ptr(), dtype_of(t), vocab, inner > 0 ? inner : 1, t.dim() == 3 ? t.stride(0) : 0,
-          t.stride(last - 1)};
+  return {
+      t.data_ptr(),      dtype_of(t), vocab, inner > 0 ? inner : 1, t.dim() == 3 ? t.stride(0) : 0,
+      t.stride(last - 1)};
 }
 
 int64_t row_count(const Tensor& logits) {
   return logits.dim() == 3 ? logits.size(0) * logits.size(1) : logits.size(0);
 }
 
-Exclusions exclusions_of(int64_t mask_id, const std::optional<Tensor>& suppress, const Tensor& like) {
+Exclusions exclusions_of(int64_t mask_id, const std::optional<Tensor>& suppress,
+                         const Tensor& like) {
   if (!suppress.has_value()) return {mask_id, nullptr, 0};
   contiguous(*suppress, "suppress", ScalarType::Long, {suppress->size(0)}, like);
   return {mask_id, data<int64_t>(*suppress), suppress->size(0)};
@@ -98,7 +101,8 @@ struct RowTensors {
 // How a backend allocates scratch and launches.
 struct Cpu {
   static void parallel(int64_t n, cpu::Body body, const void* context) {
-    torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+    torch::stable::parallel_for(0, n, 1,
+                                [&](int64_t begin, int64_t end) { body(begin, end, context); });
   }
   static void row_stats(const RowStatsArgs& args, const Tensor&, const std::optional<Tensor>&) {
     cpu::row_stats(args, parallel);
@@ -124,20 +128,22 @@ struct Cuda {
   static int32_t* counters(const std::optional<Tensor>& t, int64_t needed, const Tensor& like) {
     STD_TORCH_CHECK(t.has_value() && t->scalar_type() == ScalarType::Int && t->is_contiguous() &&
                         t->get_device() == like.get_device() && t->numel() >= needed,
-                    "counters: expected at least ", needed, " contiguous int32 zeros on the device");
+                    "counters: expected at least ", needed,
+                    " contiguous int32 zeros on the device");
     return data<int32_t>(*t);
   }
   template <class Args>
   static void launch(const char* op, const Args& args, int64_t scratch_bytes, int64_t counter_count,
-                     int (*launcher)(const Args&, const cuda::Workspace&, void*), const Tensor& like,
-                     const std::optional<Tensor>& counter_tensor) {
+                     int (*launcher)(const Args&, const cuda::Workspace&, void*),
+                     const Tensor& like, const std::optional<Tensor>& counter_tensor) {
     const torch::stable::accelerator::DeviceGuard guard(like.get_device());
     const Tensor scratch = torch::stable::new_empty(like, {scratch_bytes}, ScalarType::Byte);
     const cuda::Workspace workspace{scratch.data_ptr(),
                                     counters(counter_tensor, counter_count, like)};
     check(launcher(args, workspace, stream(like)), op);
   }
-  static void row_stats(const RowStatsArgs& args, const Tensor& like, const std::optional<Tensor>& c) {
+  static void row_stats(const RowStatsArgs& args, const Tensor& like,
+                        const std::optional<Tensor>& c) {
     launch("row_stats", args, cuda::row_stats_scratch(args), cuda::row_stats_counters(args),
            cuda::row_stats, like, c);
   }
@@ -187,16 +193,22 @@ template <class Backend>
 Tensor select(Tensor confidence, Tensor margin, Tensor entropy, Tensor eligible, Tensor policy) {
   STD_TORCH_CHECK(confidence.dim() == 2, "confidence: expected (B, L)");
   const int64_t batch = confidence.size(0), length = confidence.size(1);
-  for (const auto& [tensor, name] : {std::pair<const Tensor&, const char*>{confidence, "confidence"},
-                                     {margin, "margin"},
-                                     {entropy, "entropy"}})
+  for (const auto& [tensor, name] :
+       {std::pair<const Tensor&, const char*>{confidence, "confidence"},
+        {margin, "margin"},
+        {entropy, "entropy"}})
     contiguous(tensor, name, ScalarType::Float, {batch, length}, confidence);
   contiguous(eligible, "eligible", ScalarType::Bool, {batch, length}, confidence);
   contiguous(policy, "policy", ScalarType::Float, {batch, kPolicyFields}, confidence);
   Tensor commit = torch::stable::new_empty(confidence, {batch, length}, ScalarType::Bool);
-  const SelectArgs args{data<float>(confidence), data<float>(margin), data<float>(entropy),
-                        data<bool>(eligible),    data<float>(policy), batch,
-                        length,                  data<bool>(commit)};
+  const SelectArgs args{data<float>(confidence),
+                        data<float>(margin),
+                        data<float>(entropy),
+                        data<bool>(eligible),
+                        data<float>(policy),
+                        batch,
+                        length,
+                        data<bool>(commit)};
   Backend::select(args, confidence);
   return commit;
 }
@@ -204,7 +216,8 @@ Tensor select(Tensor confidence, Tensor margin, Tensor entropy, Tensor eligible,
 constexpr const char* kUnmaskSchema =
     "unmask_(Tensor(a!) tokens, Tensor logits, Tensor? positions, Tensor start, Tensor end, "
     "Tensor policy, int mask_id, Tensor? suppress, float temperature, Tensor? keys, "
-    "int position_offset, Tensor(b!)? counters) -> (Tensor committed, Tensor remaining, Tensor done, "
+    "int position_offset, Tensor(b!)? counters) -> (Tensor committed, Tensor remaining, Tensor "
+    "done, "
     "Tensor row_tokens, Tensor fields, Tensor error)";
 
 template <class Backend>
@@ -258,8 +271,8 @@ STABLE_TORCH_LIBRARY(dparallel, m) {
   m.def(kUnmaskSchema);
 }
 
-#define DPARALLEL_IMPL(KEY, BACKEND)              \
-  STABLE_TORCH_LIBRARY_IMPL(dparallel, KEY, m) {  \
+#define DPARALLEL_IMPL(KEY, BACKEND)                     \
+  STABLE_TORCH_LIBRARY_IMPL(dparallel, KEY, m) {         \
     m.impl("row_stats", TORCH_BOX(&row_stats<BACKEND>)); \
     m.impl("select", TORCH_BOX(&select<BACKEND>));       \
     m.impl("unmask_", TORCH_BOX(&unmask_<BACKEND>));     \

@@ -91,13 +91,9 @@ def _generate(
     selector: str,
 ) -> tuple[Tensor, int]:
     if remasking not in ("low_confidence", "random"):
-        raise ValueError(
-            f"remasking: expected 'low_confidence' or 'random', got {remasking!r}"
-        )
+        raise ValueError(f"remasking: expected 'low_confidence' or 'random', got {remasking!r}")
     if block_length < 1 or gen_length % block_length:
-        raise ValueError(
-            f"block_length: expected a divisor of gen_length {gen_length}, got {block_length}"
-        )
+        raise ValueError(f"block_length: expected a divisor of gen_length {gen_length}, got {block_length}")
     blocks = gen_length // block_length
     if blocks and steps % blocks:
         raise ValueError(f"steps: expected a multiple of the {blocks} blocks, got {steps}")

@@ -124,9 +124,7 @@ def decode(
     with torch.inference_mode():
         loop = _Loop(model, prompt, gen_length, block_length, cache, mask_id)
         x, batch = loop.tokens, len(loop.tokens)
-        plan = _plan(
-            loop, batch, steps, threshold, selector, policy, min_commit, max_commit, score
-        )
+        plan = _plan(loop, batch, steps, threshold, selector, policy, min_commit, max_commit, score)
         if streamer is not None and batch != 1:
             raise ValueError(f"streamer: expected a batch of 1, got {batch}")
         loop.run(
@@ -144,9 +142,7 @@ def decode(
     trajectory = loop.trajectory and Trajectory(
         loop.trajectory.step.clone(), loop.trajectory.confidence.clone()
     )
-    return DecodeOutput(
-        x.clone(), loop.nfe.clone(), loop.forwards, loop.generated.clone(), trajectory
-    )
+    return DecodeOutput(x.clone(), loop.nfe.clone(), loop.forwards, loop.generated.clone(), trajectory)
 
 
 class _Loop:
@@ -180,9 +176,11 @@ class _Loop:
             )
         self.model, self.cache = model, cache
         self.traits = _traits(model)
-        self.mask_id = self.traits.mask_id if mask_id is None else mask_id
-        if self.mask_id is None:
+        found = self.traits.mask_id if mask_id is None else mask_id
+        if found is None:
             raise ValueError("mask_id: the model's config has no mask_token_id, so give one")
+        _whole("mask_id", found, 0)
+        self.mask_id: int = found
         prompt = prompt.to(torch.int64)
         prompt = prompt[None] if prompt.ndim == 1 else prompt
         batch, self.prompt_length = prompt.shape
@@ -225,9 +223,7 @@ class _Loop:
         }
         if record:
             shape = (batch, x.shape[1] - self.prompt_length)
-            self.trajectory = Trajectory(
-                x.new_zeros(shape), torch.full(shape, math.nan, device=x.device)
-            )
+            self.trajectory = Trajectory(x.new_zeros(shape), torch.full(shape, math.nan, device=x.device))
         if streamer is not None:
             streamer.put(x[:, : self.prompt_length].cpu())
         open_ = torch.ones(batch, dtype=torch.bool, device=x.device)  # not ended by EOS
@@ -306,8 +302,8 @@ class _Loop:
                 **sampling,
             )
             return positions, out.stats
-        eligible = (x[:, first:last] == self.mask_id)
-        of_row = {
+        eligible = x[:, first:last] == self.mask_id
+        of_row: dict[str, Any] = {
             key: value[row] if isinstance(value, Tensor) and value.shape == (len(x),) else value
             for key, value in sampling.items()
             if key != "suppress"

@@ -98,9 +98,7 @@ def select(stats: RowStats, eligible: Tensor, policy: Tensor) -> Tensor:
         ValueError: naming the argument that does not fit, or an eligible position whose score is NaN.
     """
     if eligible.ndim != 2 or eligible.dtype != torch.bool:
-        raise ValueError(
-            f"eligible: expected bool (B, L), got {eligible.dtype} {tuple(eligible.shape)}"
-        )
+        raise ValueError(f"eligible: expected bool (B, L), got {eligible.dtype} {tuple(eligible.shape)}")
     numbers = (stats.confidence, stats.margin, stats.entropy)
     for name, value in zip(("confidence", "margin", "entropy"), numbers, strict=True):
         if value.shape != eligible.shape or value.dtype != torch.float32:
@@ -169,9 +167,7 @@ def unmask_(
     """
     _check_logits(logits)
     if tokens.ndim != 2 or tokens.dtype != torch.int64:
-        raise ValueError(
-            f"tokens: expected int64 (B, L), got {tokens.dtype} {tuple(tokens.shape)}"
-        )
+        raise ValueError(f"tokens: expected int64 (B, L), got {tokens.dtype} {tuple(tokens.shape)}")
     if tokens.device != logits.device:
         raise ValueError(f"tokens: expected on {logits.device} as the logits, got {tokens.device}")
     batch, length = tokens.shape
@@ -219,9 +215,7 @@ def unmask_(
         position_offset,
         _counters(logits, batch + 2),
     )
-    _report(
-        error, lambda at: f"sequence {at // length} at position {at % length + position_offset}"
-    )
+    _report(error, lambda at: f"sequence {at // length} at position {at % length + position_offset}")
     return UnmaskOutput(committed, remaining, done, _stats(row_tokens, fields, stats_shape))
 
 
@@ -273,13 +267,9 @@ def _rows_view(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
-def _check_index(
-    name: str, index: Tensor, logits: Tensor, size: int, *, ascending: bool = False
-) -> None:
+def _check_index(name: str, index: Tensor, logits: Tensor, size: int, *, ascending: bool = False) -> None:
     if index.dtype != torch.int64 or index.ndim != 1 or not index.is_contiguous():
-        raise ValueError(
-            f"{name}: expected contiguous int64 (N,), got {index.dtype} {tuple(index.shape)}"
-        )
+        raise ValueError(f"{name}: expected contiguous int64 (N,), got {index.dtype} {tuple(index.shape)}")
     if index.device != logits.device:
         raise ValueError(f"{name}: expected on {logits.device} as the logits, got {index.device}")
     if index.device.type != "cpu" or index.numel() == 0 or torch.compiler.is_compiling():
@@ -313,9 +303,7 @@ def _suppress(ids: Ids, logits: Tensor) -> Tensor | None:
         return ids.contiguous()
     found = torch.as_tensor(ids, dtype=torch.int64).reshape(-1).unique()  # ascending
     if found.numel() and (int(found[0]) < 0 or int(found[-1]) >= logits.shape[-1]):
-        raise ValueError(
-            f"suppress: expected ids in [0, {logits.shape[-1]}), got {found.tolist()[:8]}"
-        )
+        raise ValueError(f"suppress: expected ids in [0, {logits.shape[-1]}), got {found.tolist()[:8]}")
     return found.to(logits.device) if found.numel() else None
 
 
@@ -323,8 +311,7 @@ def _per_sequence(name: str, value: int | Tensor, batch: int, like: Tensor) -> T
     numbers = torch.as_tensor(value, device=like.device)
     if numbers.is_floating_point() or numbers.ndim > 1 or numbers.shape not in ((), (batch,)):
         raise ValueError(
-            f"{name}: expected an integer or int64 ({batch},), "
-            f"got {numbers.dtype} {tuple(numbers.shape)}"
+            f"{name}: expected an integer or int64 ({batch},), got {numbers.dtype} {tuple(numbers.shape)}"
         )
     return numbers.to(torch.int64).expand(batch).contiguous()
 

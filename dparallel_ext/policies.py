@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Union
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,8 +37,8 @@ SELECTORS = {
 SCORES = {"confidence": 0, "entropy": 1, "margin": 2}
 FIELDS = ("selector", "threshold", "min_commit", "max_commit", "score")
 
-Name = Union[str, Sequence[str]]
-Number = Union[float, Sequence[float], Tensor]
+Name: TypeAlias = str | Sequence[str]
+Number: TypeAlias = float | Sequence[float] | Tensor
 
 # The score a rule sorts by; quota alone has a choice.
 _SCORE_OF = {
@@ -81,8 +81,7 @@ def make(
     rows[:, 2] = _numbers("min_commit", min_commit, batch)
     rows[:, 3] = _numbers("max_commit", math.inf if max_commit is None else max_commit, batch)
     ranked_by = [
-        chosen if name == "quota" else _SCORE_OF[name]
-        for name, chosen in zip(names, scores, strict=True)
+        chosen if name == "quota" else _SCORE_OF[name] for name, chosen in zip(names, scores, strict=True)
     ]
     rows[:, 4] = torch.tensor([SCORES[name] for name in ranked_by], dtype=torch.float32)
     check(rows, batch)

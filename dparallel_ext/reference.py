@@ -67,10 +67,11 @@ def row_stats(
     def inf(x: Tensor) -> Tensor:
         return torch.where(x >= _LARGEST, math.inf, x)
 
-    numbers = (inf(top1), inf(top2), inf(m + s.log()), chosen, p1 - p2, s.log() - w / s)
-    numbers = tuple(x.float().reshape(shape) for x in numbers)
+    exact = (inf(top1), inf(top2), inf(m + s.log()), chosen, p1 - p2, s.log() - w / s, logprob)
+    *numbers, logprob = (x.float().reshape(shape) for x in exact)
+    top1, top2, lse, confidence, margin, entropy = numbers
     return RowStats(
-        token.reshape(shape), *numbers, sample.reshape(shape), logprob.float().reshape(shape)
+        token.reshape(shape), top1, top2, lse, confidence, margin, entropy, sample.reshape(shape), logprob
     )
 
 
@@ -102,9 +103,7 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return (high >> 16) + (total >> 32), total & 0xFFFFFFFF
 
 
-def select(
-    confidence: Tensor, margin: Tensor, entropy: Tensor, eligible: Tensor, policy: Tensor
-) -> Tensor:
+def select(confidence: Tensor, margin: Tensor, entropy: Tensor, eligible: Tensor, policy: Tensor) -> Tensor:
     """See `dparallel_ext.select`: bool (B, L), the eligible positions each policy row commits."""
     policies.check(policy, len(eligible))
     commit = torch.zeros_like(eligible)

@@ -97,8 +97,7 @@ def plain_llada(config: dict[str, Any], w: dict[str, Tensor], tokens: Tensor) ->
         b = f"blocks.{layer}."
         y = norm(x, b + "attn_norm")
         q, k, v = (
-            linear(y, b + p).unflatten(-1, (-1, size)).transpose(1, 2)
-            for p in ("q_proj", "k_proj", "v_proj")
+            linear(y, b + p).unflatten(-1, (-1, size)).transpose(1, 2) for p in ("q_proj", "k_proj", "v_proj")
         )
         k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (rope(k), v))
         attention = (rope(q) @ k.mT / size**0.5).softmax(-1) @ v
@@ -182,9 +181,7 @@ def test_full_pass_with_cache_equals_without(name: str) -> None:
 @both
 @pytest.mark.parametrize("span", [(13, 21), (6, 13), (20, 21), (0, 4)])
 @torch.no_grad()
-def test_partial_pass_over_unchanged_tokens_changes_nothing(
-    name: str, span: tuple[int, int]
-) -> None:
+def test_partial_pass_over_unchanged_tokens_changes_nothing(name: str, span: tuple[int, int]) -> None:
     model, x, (s, e) = models.load(GOLDEN / name), ids(2, 21), span
     cache = model.new_cache(2, 21)
     full = model.hidden(x, cache)
@@ -501,9 +498,7 @@ def test_unknown_model_type(model_type: str | None, tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_config_that_is_not_supported(
-    family: type[Model], changes: dict[str, Any], message: str
-) -> None:
+def test_config_that_is_not_supported(family: type[Model], changes: dict[str, Any], message: str) -> None:
     name = "llada_tiny_a" if family is LLaDA else "dream_tiny_a"
     with pytest.raises(ValueError, match=f"config: .*{message}"):
         family(config_of(name, **changes))

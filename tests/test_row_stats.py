@@ -264,6 +264,17 @@ def test_every_instruction_set(level: str) -> None:
     if found != level:
         pytest.skip(f"this machine has no {level}")
     chosen = "vocabulary or random_shapes or extreme or infinity or ties or bad_rows or oracle"
-    run = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", chosen, "-p", "no:cacheprovider"]
+    run = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        __file__,
+        "-k",
+        chosen,
+        "-p",
+        "no:cacheprovider",
+    ]
     result = subprocess.run(run, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:]

@@ -33,9 +33,7 @@ def rows_of(rng, batch: int, length: int) -> Tensor:
         low = rng.choice([1, 1, 2, 5])
         high = rng.choice([None, low, low + 1, low + length])
         score = rng.choice(list(policies.SCORES)) if selector == "quota" else None
-        made.append(
-            policies.make(selector, threshold, min_commit=low, max_commit=high, score=score)
-        )
+        made.append(policies.make(selector, threshold, min_commit=low, max_commit=high, score=score))
     return torch.cat(made)
 
 
@@ -43,8 +41,7 @@ def too_near(stats: dx.RowStats, eligible: Tensor, policy: Tensor) -> bool:
     """Whether rounding could change what is selected: two scores, or a score and its bound, too near."""
     for b, (_, threshold, _, _, score) in enumerate(policy.double().tolist()):
         p, h, margin = (
-            x[b][eligible[b]].double().sort().values
-            for x in (stats.confidence, stats.entropy, stats.margin)
+            x[b][eligible[b]].double().sort().values for x in (stats.confidence, stats.entropy, stats.margin)
         )
         key = (p, h, margin)[int(score)]
         n = torch.arange(len(p), 0, -1)
@@ -76,7 +73,12 @@ def test_every_policy_against_the_oracle(dtype, batch, length, vocab, packed, sa
     policy = rows_of(rng, batch, length)
     settings: dict = {"mask_id": MASK, "start": start, "end": end, "policy": policy}
     if sampled:
-        settings |= {"temperature": 0.8, "seed": 3, "step": torch.arange(batch), "position_offset": 2}
+        settings |= {
+            "temperature": 0.8,
+            "seed": 3,
+            "step": torch.arange(batch),
+            "position_offset": 2,
+        }
     before, other = tokens.clone(), tokens.clone()
     columns = torch.arange(length)
     needed = (columns >= start[:, None]) & (columns < end[:, None]) & (tokens == MASK)
@@ -129,7 +131,13 @@ def stats_of(p: list[float], entropy: list[float] | None = None) -> dx.RowStats:
     ("selector", "threshold", "bounds", "values", "expected"),
     [
         ("confidence", 0.9, {}, [0.9, 0.95, 0.89, 0.1], [1, 1, 0, 0]),
-        ("confidence", 0.99, {}, [0.5, 0.9, 0.9, 0.1], [0, 1, 0, 0]),  # none passes: the best, lowest
+        (
+            "confidence",
+            0.99,
+            {},
+            [0.5, 0.9, 0.9, 0.1],
+            [0, 1, 0, 0],
+        ),  # none passes: the best, lowest
         ("confidence", 0.0, {"max_commit": 2}, [0.5, 0.9, 0.8, 0.9], [0, 1, 0, 1]),
         ("confidence", 0.99, {"min_commit": 3}, [0.5, 0.9, 0.8, 0.9], [0, 1, 1, 1]),
         ("entropy", 0.5, {}, [0.5, 0.6, 0.1, 2.0], [1, 0, 1, 0]),
@@ -171,9 +179,7 @@ def test_windows_per_sequence_and_the_done_flag() -> None:
     tokens = torch.full((3, 6), MASK)
     tokens[2] = 1  # nothing to do
     start, end = torch.tensor([1, 0, 0]), torch.tensor([3, 6, 6])
-    out = dx.unmask_(
-        tokens, logits, mask_id=MASK, start=start, end=end, selector="quota", threshold=2
-    )
+    out = dx.unmask_(tokens, logits, mask_id=MASK, start=start, end=end, selector="quota", threshold=2)
     assert out.committed.tolist() == [2, 2, 0]
     assert out.remaining.tolist() == [0, 4, 0]
     assert not bool(out.done)

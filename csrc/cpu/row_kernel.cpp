@@ -33,8 +33,8 @@ float tile_max(const typename T::Storage* z, int64_t count) {
   return clamp_logit(reduce_max(maximum(first, second)));
 }
 
-// A tile that reaches the top two is looked at again; few do. Logits in ascending order rank as they
-// come, so that ties go to the lowest id.
+// A tile that reaches the top two is looked at again; few do. Logits in ascending order rank as
+// they come, so that ties go to the lowest id.
 template <class T>
 void rank_tile(const typename T::Storage* z, int64_t first_id, int64_t count, RowPart& part) {
   int64_t i = 0;
@@ -57,8 +57,8 @@ void tile_stats(const typename T::Storage* z, int64_t first_id, int64_t count, R
   const float top = tile_max<T>(z, count);
   if (top > part.top2) rank_tile<T>(z, first_id, count, part);
 
-  // The sums, relative to the largest seen so far. A tile of -inf and NaN alone is summed relative to
-  // 0, for the NaN's sake.
+  // The sums, relative to the largest seen so far. A tile of -inf and NaN alone is summed relative
+  // to 0, for the NaN's sake.
   if (top > part.max) part.rescale(top);
   const F m = splat(part.max == -kInfinity ? 0.0f : part.max), floor = splat(kExpFloor);
   F sum1{}, weighted1{}, sum2{}, weighted2{};
@@ -91,7 +91,8 @@ void stats(const RowSpan& span, RowPart& part) {
     tile_stats<T>(row + id, id, span.end - id < kTile ? span.end - id : kTile, part);
 }
 
-// Exponential variates -ln(1 - v) for kLanes groups of 4 ids; see philox.h, whose gumbel() this follows.
+// Exponential variates -ln(1 - v) for kLanes groups of 4 ids; see philox.h, whose gumbel() this
+// follows.
 inline void exponentials(const SampleKey& key, uint32_t first_group, float* out /*[4 * kLanes]*/) {
   U c0 = {}, c1 = {}, c2 = {}, c3 = {};
   for (int lane = 0; lane < kLanes; ++lane) c0[lane] = first_group + lane;
@@ -127,7 +128,8 @@ inline void exponentials(const SampleKey& key, uint32_t first_group, float* out 
 constexpr float kLargestNoise = 22.9f;
 
 template <class T>
-void sample(const RowSpan& span, float inverse_temperature, const SampleKey& key, SamplePart& part) {
+void sample(const RowSpan& span, float inverse_temperature, const SampleKey& key,
+            SamplePart& part) {
   constexpr int64_t kBlock = 4 * kLanes;
   const auto* row = static_cast<const typename T::Storage*>(span.row);
   float z[kBlock], noise[kBlock];
@@ -149,7 +151,8 @@ void sample(const RowSpan& span, float inverse_temperature, const SampleKey& key
       sum += exp_nonpositive(d);
     }
     part.sum += reduce_add(sum);
-    if (largest * inverse_temperature + kLargestNoise < part.score) continue;  // none of these can win
+    if (largest * inverse_temperature + kLargestNoise < part.score)
+      continue;  // none of these can win
     exponentials(key, static_cast<uint32_t>(base / 4), noise);
     for (int64_t i = 0; i < kBlock; i += kLanes) {
       const F score = load<F>(z + i) * inverse_temperature - log_positive(load<F>(noise + i));

@@ -6,8 +6,8 @@
 
 namespace dparallel::cpu {
 
-// Ids [begin, end) of the row at `row`, all of them admissible. Adds to `part`, and with a key also to
-// `sample`. No memory beyond a tile's vectors.
+// Ids [begin, end) of the row at `row`, all of them admissible. Adds to `part`, and with a key also
+// to `sample`. No memory beyond a tile's vectors.
 struct RowSpan {
   const void* row;
   int64_t begin, end;
@@ -24,10 +24,16 @@ struct RowKernel {
 // The best level this machine runs; DPARALLEL_SIMD=portable|avx2|avx512 lowers it.
 const RowKernel& row_kernel();
 
-namespace portable { extern const RowKernel kernel; }
+namespace portable {
+extern const RowKernel kernel;
+}
 #if defined(__x86_64__)
-namespace avx2 { extern const RowKernel kernel; }
-namespace avx512 { extern const RowKernel kernel; }
+namespace avx2 {
+extern const RowKernel kernel;
+}
+namespace avx512 {
+extern const RowKernel kernel;
+}
 #endif
 
 }  // namespace dparallel::cpu

@@ -70,8 +70,8 @@ std::vector<RowAnswer> read_rows(const RowJob& job, Parallel parallel) {
     return static_cast<const char*>(logits.data) + logits.offset(row) * element_size(logits.dtype);
   };
 
-  std::vector<RowPart> parts(job.count * chunks);                         // [count, chunks]
-  std::vector<SamplePart> samples(job.keys ? job.count * chunks : 0);     // [count, chunks]
+  std::vector<RowPart> parts(job.count * chunks);                      // [count, chunks]
+  std::vector<SamplePart> samples(job.keys ? job.count * chunks : 0);  // [count, chunks]
   run_parallel(parallel, job.count * chunks, [&](int64_t unit) {
     const int64_t i = unit / chunks, begin = unit % chunks * kChunk;
     const int64_t end = std::min(begin + kChunk, logits.vocab);
@@ -102,8 +102,7 @@ std::vector<RowAnswer> read_rows(const RowJob& job, Parallel parallel) {
       continue;
     }
     SamplePart sample;
-    for (int64_t c = 0; c < chunks; ++c)
-      sample.merge(samples[i * chunks + c], inverse_temperature);
+    for (int64_t c = 0; c < chunks; ++c) sample.merge(samples[i * chunks + c], inverse_temperature);
     if (mask_counts) {
       SamplePart mask;
       mask.max = clamp_logit(mask_logit);
@@ -123,7 +122,11 @@ void row_stats(const RowStatsArgs& args, Parallel parallel) {
       keys.push_back({static_cast<uint64_t>(k[0]), static_cast<uint32_t>(k[1]),
                       static_cast<uint32_t>(k[2]), static_cast<uint32_t>(k[3])});
     }
-  const RowJob job{args.logits, args.rows, args.count, args.exclusions, args.sampling.temperature,
+  const RowJob job{args.logits,
+                   args.rows,
+                   args.count,
+                   args.exclusions,
+                   args.sampling.temperature,
                    keys.empty() ? nullptr : keys.data()};
   const std::vector<RowAnswer> answers = read_rows(job, parallel);
   for (int64_t i = 0; i < args.count; ++i) {

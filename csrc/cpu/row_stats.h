@@ -9,8 +9,8 @@
 namespace dparallel::cpu {
 
 // results[i] and errors[i] of logits row rows[i], i in [0, count). key_of(i) is asked for only when
-// sampling. Work is split by row and by a fixed share of the vocabulary, so that neither the batch nor
-// the number of threads changes a bit of a result.
+// sampling. Work is split by row and by a fixed share of the vocabulary, so that neither the batch
+// nor the number of threads changes a bit of a result.
 struct RowJob {
   const Logits& logits;
   const int64_t* rows;  // [count], or null: row i

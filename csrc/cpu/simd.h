@@ -1,6 +1,7 @@
-// Vectors of the machine's own width in the compiler's vector extension (GCC and Clang), so that one
-// source serves every instruction set: row_kernel.cpp is compiled once per level (see setup.py), each
-// time with DPARALLEL_SIMD naming the namespace, and row_stats.cpp picks the best the machine runs.
+// Vectors of the machine's own width in the compiler's vector extension (GCC and Clang), so that
+// one source serves every instruction set: row_kernel.cpp is compiled once per level (see
+// setup.py), each time with DPARALLEL_SIMD naming the namespace, and row_stats.cpp picks the best
+// the machine runs.
 #pragma once
 
 #include <cstring>
@@ -36,9 +37,9 @@ struct Pair {
   F first, second;
 };
 
-// 2 kLanes stored logits as two vectors of float32, exactly. The 16-bit types are split into even and odd
-// elements, which takes a shift and a mask where keeping their order would take shuffles; sums and
-// maxima do not care.
+// 2 kLanes stored logits as two vectors of float32, exactly. The 16-bit types are split into even
+// and odd elements, which takes a shift and a mask where keeping their order would take shuffles;
+// sums and maxima do not care.
 struct Float32 {
   using Storage = float;
   static constexpr Storage kMinusInfinity = -kInfinity;
@@ -72,11 +73,12 @@ struct Float16 {
   }
 };
 
-// e^x for x in [-87, 0]: 2^n 2^r with n the nearest integer to x log2(e). The polynomial is the minimax
-// one of degree 5 for 2^r on [-1/2, 1/2] with e^0 = 1 exactly, relative error 9.2e-8. NaN stays NaN.
+// e^x for x in [-87, 0]: 2^n 2^r with n the nearest integer to x log2(e). The polynomial is the
+// minimax one of degree 5 for 2^r on [-1/2, 1/2] with e^0 = 1 exactly, relative error 9.2e-8. NaN
+// stays NaN.
 inline F exp_nonpositive(F x) {
   const F log2e = splat(1.44269504088896341f);
-  const F shifter = splat(0x1.8p23f);           // adding it leaves n in the low bits
+  const F shifter = splat(0x1.8p23f);  // adding it leaves n in the low bits
   const F shifted = x * log2e + shifter;
   const F r = x * log2e - (shifted - shifter);  // one rounding where there is FMA
   F p = splat(0x1.5bba14p-10f);
@@ -88,7 +90,8 @@ inline F exp_nonpositive(F x) {
   return (F)((I)p + ((I)shifted << 23));
 }
 
-// ln x for normal x > 0: x = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); relative error below 2e-7.
+// ln x for normal x > 0: x = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); relative error below
+// 2e-7.
 inline F log_positive(F x) {
   const I bits = (I)x - 0x3f3504f3;  // sqrt(1/2)
   const I k = bits >> 23;

@@ -1,5 +1,5 @@
-// unmask on the CPU: find the needed rows, read them, select per sequence, commit. A bad row anywhere
-// leaves every token as it was.
+// unmask on the CPU: find the needed rows, read them, select per sequence, commit. A bad row
+// anywhere leaves every token as it was.
 #include <algorithm>
 #include <limits>
 
@@ -42,8 +42,12 @@ void unmask(const UnmaskArgs& args, Parallel parallel) {
     }
   }
 
-  const RowJob job{args.logits, rows.data(), static_cast<int64_t>(rows.size()), args.exclusions,
-                   args.sampling.temperature, keys.empty() ? nullptr : keys.data()};
+  const RowJob job{args.logits,
+                   rows.data(),
+                   static_cast<int64_t>(rows.size()),
+                   args.exclusions,
+                   args.sampling.temperature,
+                   keys.empty() ? nullptr : keys.data()};
   const std::vector<RowAnswer> answers = read_rows(job, parallel);
 
   std::fill(args.output.tokens, args.output.tokens + 2 * args.count, -1);
@@ -88,8 +92,8 @@ void unmask(const UnmaskArgs& args, Parallel parallel) {
     std::vector<Candidate> candidates;
     for (; i < needed.size() && needed[i].position < (b + 1) * args.length; ++i) {
       const float* field = answers[i].result.field;
-      candidates.push_back(
-          {policy.key(field[kConfidence], field[kMargin], field[kEntropy]), static_cast<int64_t>(i)});
+      candidates.push_back({policy.key(field[kConfidence], field[kMargin], field[kEntropy]),
+                            static_cast<int64_t>(i)});
     }
     const int64_t n = sound ? select_prefix(policy, candidates) : 0;
     for (int64_t k = 0; k < n; ++k) {

@@ -1,5 +1,6 @@
-// What the kernels need of the device: launches, the few PTX instructions, loads. Under nvcc this is CUDA;
-// under DPARALLEL_CUDA_HOST a header of tests/cuda_host stands in for it and the kernels run on the CPU.
+// What the kernels need of the device: launches, the few PTX instructions, loads. Under nvcc this
+// is CUDA; under DPARALLEL_CUDA_HOST a header of tests/cuda_host stands in for it and the kernels
+// run on the CPU.
 #pragma once
 
 #if defined(DPARALLEL_CUDA_HOST)
@@ -60,8 +61,8 @@ struct Float16 {
   static __device__ __forceinline__ float value(uint16_t z) { return float16_value(z); }
 };
 
-
-// kWidth logits as stored. `aligned`: p is a multiple of 16 bytes. Each is read once, so past the caches.
+// kWidth logits as stored. `aligned`: p is a multiple of 16 bytes. Each is read once, so past the
+// caches.
 template <class T>
 __device__ __forceinline__ uint4 load_stored(const typename T::Storage* p, bool aligned) {
   if (aligned) return __ldcs(reinterpret_cast<const uint4*>(p));

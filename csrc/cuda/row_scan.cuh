@@ -1,6 +1,6 @@
-// One block reads one chunk of one row: every thread keeps a RowPart of its own logits, in registers; then the
-// block merges them in a fixed order. Which thread reads which id depends on the id alone, so that a row's
-// result does not depend on its place in the batch or its alignment.
+// One block reads one chunk of one row: every thread keeps a RowPart of its own logits, in
+// registers; then the block merges them in a fixed order. Which thread reads which id depends on
+// the id alone, so that a row's result does not depend on its place in the batch or its alignment.
 #pragma once
 
 #include "device.cuh"
@@ -11,9 +11,9 @@ namespace dparallel::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kBlocksPerSm = 2;         // at least: up to 128 registers a thread, so that nothing spills
-constexpr int64_t kChunk = 16384;      // ids per block: 8 blocks for a row of LLaDA's 126464
-constexpr float kLargestNoise = 22.9f; // see gumbel(): -ln 2^-33
+constexpr int kBlocksPerSm = 2;    // at least: up to 128 registers a thread, so that nothing spills
+constexpr int64_t kChunk = 16384;  // ids per block: 8 blocks for a row of LLaDA's 126464
+constexpr float kLargestNoise = 22.9f;  // see gumbel(): -ln 2^-33
 
 inline int64_t chunks_of(int64_t vocab) { return (vocab + kChunk - 1) / kChunk; }
 
@@ -49,7 +49,8 @@ __device__ __forceinline__ void accumulate(float (&z)[W], int64_t first_id, cons
     const float e = exp2_fast(d * kLog2e);
     part.sum += e;
     part.weighted += e * d;
-    if (kSample) sample.sum += exp2_fast(max_nan(d * sampler.inverse_temperature, kExpFloor) * kLog2e);
+    if (kSample)
+      sample.sum += exp2_fast(max_nan(d * sampler.inverse_temperature, kExpFloor) * kLog2e);
   }
   if (top > part.top2) {
 #pragma unroll
@@ -217,8 +218,8 @@ __device__ inline void write_blank(const RowOutput& out, int64_t row, int64_t co
   write_row(out, row, count, blank);
 }
 
-// Whether this block is the last of `expected` to arrive; the counter is zero again when it is. What the
-// others wrote before arriving is then visible.
+// Whether this block is the last of `expected` to arrive; the counter is zero again when it is.
+// What the others wrote before arriving is then visible.
 __device__ inline bool last_to_arrive(int32_t* counter, int64_t expected) {
   __shared__ bool last;
   __syncthreads();  // every thread's writes come before thread 0's fence

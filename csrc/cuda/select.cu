@@ -4,9 +4,11 @@
 namespace dparallel::cuda {
 namespace {
 
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) select_kernel(SelectArgs args, Scratch scratch) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    select_kernel(SelectArgs args, Scratch scratch) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * args.length;
-  const Policy policy = Policy::load(args.policy + static_cast<int64_t>(blockIdx.x) * kPolicyFields);
+  const Policy policy =
+      Policy::load(args.policy + static_cast<int64_t>(blockIdx.x) * kPolicyFields);
   float* keys = scratch.keys + first;
   int32_t* ranks = scratch.ranks + first;
   int64_t mine = 0;
@@ -33,7 +35,8 @@ int64_t select_scratch(const SelectArgs& args) {
 int select(const SelectArgs& args, const Workspace& workspace, void* stream) {
   if (args.batch == 0 || args.length == 0) return 0;
   const Scratch scratch = Scratch::at(workspace.scratch, args.batch * args.length, 0, false);
-  DPARALLEL_LAUNCH(select_kernel, static_cast<unsigned>(args.batch), kThreads, stream, args, scratch);
+  DPARALLEL_LAUNCH(select_kernel, static_cast<unsigned>(args.batch), kThreads, stream, args,
+                   scratch);
   return static_cast<int>(cudaGetLastError());
 }
 

@@ -5,8 +5,9 @@
 
 namespace dparallel::cuda {
 
-// keys [n]: larger is better, NaN: not eligible. Writes ranks [n] (best 0, ties to the lowest index) and
-// sorted, and returns to every thread how many of the `eligible` commit: those of rank below it.
+// keys [n]: larger is better, NaN: not eligible. Writes ranks [n] (best 0, ties to the lowest
+// index) and sorted, and returns to every thread how many of the `eligible` commit: those of rank
+// below it.
 __device__ inline int64_t select_block(const Policy& policy, const float* keys, float* sorted,
                                        int32_t* ranks, int64_t n, int64_t eligible) {
   __shared__ int64_t count;

@@ -1,9 +1,9 @@
 // unmask: statistics, selection and commit in one launch.
 //
-// Blocks [0, rows * chunks) read a chunk of a row each, if the row is masked and in its sequence's window;
-// the others leave at once. One more block per sequence only counts. The last of a sequence's blocks to
-// arrive merges the chunks, selects and commits; the last sequence to finish sets the done flag. Every
-// counter is zero again at the end.
+// Blocks [0, rows * chunks) read a chunk of a row each, if the row is masked and in its sequence's
+// window; the others leave at once. One more block per sequence only counts. The last of a
+// sequence's blocks to arrive merges the chunks, selects and commits; the last sequence to finish
+// sets the done flag. Every counter is zero again at the end.
 #include "select.cuh"
 
 namespace dparallel::cuda {
@@ -15,7 +15,9 @@ struct Sequence {
   int64_t b;
   int64_t first_row, end_row;  // its rows of the logits
 
-  __device__ int64_t position(int64_t row) const { return args.positions ? args.positions[row] : row; }
+  __device__ int64_t position(int64_t row) const {
+    return args.positions ? args.positions[row] : row;
+  }
 
   __device__ int64_t& token(int64_t column) const {
     return args.tokens[b * args.token_stride_b + column * args.token_stride_l];
@@ -69,8 +71,7 @@ __device__ void settle(const Sequence& s, const Scratch& scratch, int64_t chunks
                        int32_t* counters) {
   __shared__ long long worst;  // the lowest error
   const UnmaskArgs& args = s.args;
-  const float inverse =
-      args.sampling.temperature > 0.0f ? 1.0f / args.sampling.temperature : 0.0f;
+  const float inverse = args.sampling.temperature > 0.0f ? 1.0f / args.sampling.temperature : 0.0f;
   const Policy policy = Policy::load(args.policy + s.b * kPolicyFields);
   const int64_t masked = count_masked(s);
   if (threadIdx.x == 0) worst = kNoError;
@@ -135,8 +136,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const int64_t row = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
   const bool reads = row < args.count;
   const int64_t position = !reads ? 0 : args.positions ? args.positions[row] : row;
-  const int64_t b = reads ? position / args.length
-                          : static_cast<int64_t>(blockIdx.x) - args.count * chunks;
+  const int64_t b =
+      reads ? position / args.length : static_cast<int64_t>(blockIdx.x) - args.count * chunks;
   const Sequence s = sequence_of(args, b);
   if (reads && !s.needs_row(row)) return;
   const int64_t needed = count_needed(s);
@@ -158,7 +159,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       if (kSample) scratch.samples[blockIdx.x] = sample;
     }
   }
-  if (last_to_arrive(counters + b, needed * chunks + 1)) settle(s, scratch, chunks, needed, counters);
+  if (last_to_arrive(counters + b, needed * chunks + 1))
+    settle(s, scratch, chunks, needed, counters);
 }
 
 __global__ void empty_batch_kernel(bool* done) { *done = true; }

@@ -1,4 +1,5 @@
-// Host-side C++ that is not a tensor op, bound with pybind11. Importing the module also registers the ops.
+// Host-side C++ that is not a tensor op, bound with pybind11. Importing the module also registers
+// the ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

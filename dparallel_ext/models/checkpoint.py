@@ -74,10 +74,7 @@ def save(model: Model, path: str | Path, *, dtype: torch.dtype | None = None) ->
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     dtype = dtype or model.dtype
-    tensors = {
-        name: p.detach().to("cpu", dtype).contiguous()
-        for name, _, p in model.checkpoint_parameters()
-    }
+    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, _, p in model.checkpoint_parameters()}
     names = [name for name, family in FAMILIES.items() if type(model) is family]
     config = {**model.config, "torch_dtype": str(dtype).removeprefix("torch.")}
     config["model_type"] = names[0] if names else config.get("model_type")
@@ -99,9 +96,7 @@ def _assemble(config: Mapping[str, Any], tensors: Iterable[Offer], source: str) 
     """The model of `config`, holding `tensors`: nothing is allotted or initialised beside them."""
     family = FAMILIES.get(config.get("model_type", ""))
     if family is None:
-        raise ValueError(
-            f"{source}: model_type {config.get('model_type')!r} is none of {list(FAMILIES)}"
-        )
+        raise ValueError(f"{source}: model_type {config.get('model_type')!r} is none of {list(FAMILIES)}")
     with torch.device("meta"):
         model = family(config)
     wanted = {theirs: (ours, p) for theirs, ours, p in model.checkpoint_parameters()}

@@ -23,16 +23,11 @@ NUMBERS = range(100)
 GEN_LENGTH = 64
 MASK, EOS, PAD, UNKNOWN = "[MASK]", "[EOS]", "[PAD]", "[UNK]"
 
-NAMES = (
-    "sam ana ben eva tom mia leo zoe max ivy dan amy kai lia joe sue ned fay gus uma roy pam hal dot"
-).split()
-ITEMS = (
-    "cups pens books coins balls hats keys cards shells stamps stones plates "
-    "apples plums cakes eggs nuts boxes bags rings beads kites toys lamps"
-).split()
+NAMES = ["sam", "ana", "ben", "eva", "tom", "mia", "leo", "zoe", "max", "ivy", "dan", "amy", "kai", "lia", "joe", "sue", "ned", "fay", "gus", "uma", "roy", "pam", "hal", "dot"]
+ITEMS = ["cups", "pens", "books", "coins", "balls", "hats", "keys", "cards", "shells", "stamps", "stones", "plates", "apples", "plums", "cakes", "eggs", "nuts", "boxes", "bags", "rings", "beads", "kites", "toys", "lamps"]
 VERBS = {
-    "+": "buys finds gets wins collects".split(),
-    "-": "sells loses gives drops trades".split(),
+    "+": ["buys", "finds", "gets", "wins", "collects"],
+    "-": ["sells", "loses", "gives", "drops", "trades"],
     "*": ["grows"],
 }
 ORDINALS = ("first", "next", "then", "finally")  # of the prompt's clauses
@@ -61,7 +56,7 @@ def vocabulary() -> list[str]:
     words = {w for step in STEPS for w in step.split() if "{" not in w}
     words |= {w for openers in OPENERS for w in openers} | set(ORDINALS)
     words |= {v for verbs in VERBS.values() for v in verbs} | set(VERBS) | set(NAMES) | set(ITEMS)
-    words |= set("has now . times how many does have ? ####".split())
+    words |= set(["has", "now", ".", "times", "how", "many", "does", "have", "?", "####"])
     return [PAD, EOS, UNKNOWN, *map(str, NUMBERS), *sorted(words), MASK]
 
 
@@ -140,9 +135,7 @@ def _word(rng: random.Random, start: int, operations: Chain) -> Problem:
         result = {"+": value + number, "-": value - number, "*": value * number}[op]
         opener = rng.choice(OPENERS[-1] if i == last else OPENERS[min(i, 2)])
         step = rng.choice(STEPS)
-        response.append(
-            step.format(o=opener, n=name, a=value, op=op, b=number, c=result, i=item)
-        )
+        response.append(step.format(o=opener, n=name, a=value, op=op, b=number, c=result, i=item))
         value = result
     prompt.append(f"how many {item} does {name} have ?")
     response.append(f"#### {value}")

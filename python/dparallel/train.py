@@ -103,9 +103,7 @@ def batch_of(settings: Settings, step: int) -> tuple[Tensor, int]:
     stream = tasks.problems("train", seed=settings.seed * 1_000_003 + step)
     length = len(next(stream).prompt.split())
     rows = []
-    for problem in itertools.islice(
-        (p for p in stream if len(p.prompt.split()) == length), settings.batch
-    ):
+    for problem in itertools.islice((p for p in stream if len(p.prompt.split()) == length), settings.batch):
         words = problem.prompt.split() + problem.response.split()
         words += [tasks.EOS] * (length + tasks.GEN_LENGTH - len(words))
         rows.append([ids[word] for word in words])
@@ -239,5 +237,3 @@ def initialise(model: LLaDA) -> None:
             scale = (2 * model.shape.layers) ** -0.5 if residual else 1.0
             nn.init.normal_(p, std=(0.5 if name == "embed.weight" else scale * fan_in**-0.5))
     nn.init.normal_(model.lm_head.weight, std=0.02)
-
-

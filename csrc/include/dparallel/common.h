@@ -6,7 +6,8 @@
 #if defined(__CUDACC__) || defined(DPARALLEL_CUDA_HOST)
 #define DP_HD __host__ __device__ __forceinline__
 #else
-#define DP_HD inline __attribute__((always_inline))  // no copy of it may outlive its instruction set
+#define DP_HD \
+  inline __attribute__((always_inline))  // no copy of it may outlive its instruction set
 #endif
 
 namespace dparallel {

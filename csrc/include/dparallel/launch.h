@@ -1,6 +1,6 @@
-// Arguments of every op and the signature of its launchers, one per backend. Pointers are to memory of
-// that backend; nothing here allocates. The CPU launchers are defined in csrc/cpu/<op>.cpp, the CUDA
-// ones in csrc/cuda/<op>.cu.
+// Arguments of every op and the signature of its launchers, one per backend. Pointers are to memory
+// of that backend; nothing here allocates. The CPU launchers are defined in csrc/cpu/<op>.cpp, the
+// CUDA ones in csrc/cuda/<op>.cu.
 #pragma once
 
 #include "dparallel/common.h"
@@ -21,7 +21,8 @@ struct Sampling {
 struct RowOutput {
   int64_t* tokens;  // [2, count]: argmax, sample; -1 where the row was not read
   float* fields;    // [kRowFields, count]; NaN where the row was not read
-  int64_t* error;   // [count] for row_stats, [batch] for unmask: kNoError, or the lowest encode_error
+  int64_t*
+      error;  // [count] for row_stats, [batch] for unmask: kNoError, or the lowest encode_error
 };
 
 struct RowStatsArgs {
@@ -47,7 +48,8 @@ struct UnmaskArgs {
   int64_t* tokens;  // (batch, length) with strides, changed in place
   int64_t batch, length, token_stride_b, token_stride_l;
   Logits logits;             // [count] rows
-  const int64_t* positions;  // [count] ascending b * length + l of each row, or null: count = batch * length, row r is position r
+  const int64_t* positions;  // [count] ascending b * length + l of each row, or null: count = batch
+                             // * length, row r is position r
   int64_t count;
   const int64_t* start;  // [batch] active window [start, end) in columns
   const int64_t* end;    // [batch]
@@ -72,8 +74,9 @@ const char* simd_level();  // "avx512", "avx2" or "portable"
 }  // namespace cpu
 
 namespace cuda {
-// Bytes of scratch that a launch needs, and int32 counters, zero before the first launch; every launch
-// leaves them zero again. A launcher neither allocates nor synchronises; it returns a cudaError_t.
+// Bytes of scratch that a launch needs, and int32 counters, zero before the first launch; every
+// launch leaves them zero again. A launcher neither allocates nor synchronises; it returns a
+// cudaError_t.
 struct Workspace {
   void* scratch;
   int32_t* counters;

@@ -39,7 +39,9 @@ DP_HD Random4 philox(const SampleKey& key, uint32_t group) {
 // Gumbel noise -ln(E), E = -ln(1 - v) exponential, v uniform in (0, 1). The large values, which
 // decide the maximum, come from small v, where float32 resolves 2^-33.
 DP_HD float gumbel(uint32_t word) {
-  const float v = (static_cast<float>(word >> 8) + (static_cast<float>(word & 255u) + 0.5f) * 0x1p-8f) * 0x1p-24f;
+  const float v =
+      (static_cast<float>(word >> 8) + (static_cast<float>(word & 255u) + 0.5f) * 0x1p-8f) *
+      0x1p-24f;
   const float clipped = v < 1.0f ? v : 1.0f - 0x1p-24f;
   return -logf(-log1pf(-clipped));
 }

@@ -1,5 +1,6 @@
-// Policies are data: a row of five floats per sequence. Whatever the rule, what it commits is a prefix
-// of the masked positions sorted by the rule's score, best first, ties to the lowest position.
+// Policies are data: a row of five floats per sequence. Whatever the rule, what it commits is a
+// prefix of the masked positions sorted by the rule's score, best first, ties to the lowest
+// position.
 #pragma once
 
 #include "dparallel/common.h"

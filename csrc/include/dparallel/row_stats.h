@@ -1,5 +1,6 @@
 // The statistics of a row of logits, and how partial results merge. One read of the row suffices:
-//   e = exp(z - m)   S = sum e   W = sum e (z - m)   confidence = exp(z1 - m) / S   H = ln S - W / S
+//   e = exp(z - m)   S = sum e   W = sum e (z - m)   confidence = exp(z1 - m) / S   H = ln S - W /
+//   S
 #pragma once
 
 #include <cmath>
@@ -8,19 +9,23 @@
 
 namespace dparallel {
 
-// exp(-87) = 1.6e-38: beyond it a term cannot change S >= 1, and below it float32 has no normal numbers.
+// exp(-87) = 1.6e-38: beyond it a term cannot change S >= 1, and below it float32 has no normal
+// numbers.
 constexpr float kExpFloor = -87.0f;
 
-// +inf counts as the largest float, so that k infinities share the probability evenly; NaN passes through.
+// +inf counts as the largest float, so that k infinities share the probability evenly; NaN passes
+// through.
 DP_HD float clamp_logit(float z) { return z > kLargest ? kLargest : z; }
 
-// z - m without -inf or NaN of its own making (m = -inf: nothing seen yet); a NaN logit passes through.
+// z - m without -inf or NaN of its own making (m = -inf: nothing seen yet); a NaN logit passes
+// through.
 DP_HD float shifted(float z, float m) {
   const float d = z - (m == -kInfinity ? 0.0f : m);
   return d < kExpFloor ? kExpFloor : d;
 }
 
-// Part of a row. `max`, `sum` and `weighted` include the mask token, `top1`, `top2` and `token` do not.
+// Part of a row. `max`, `sum` and `weighted` include the mask token, `top1`, `top2` and `token` do
+// not.
 struct RowPart {
   float max = -kInfinity;
   float sum = 0.0f;       // S, relative to max
@@ -98,7 +103,8 @@ struct RowResult {
   float field[kRowFields];
 };
 
-// The sampled side of a row: Gumbel-max over logits / T, with the logits' own softmax at T beside it.
+// The sampled side of a row: Gumbel-max over logits / T, with the logits' own softmax at T beside
+// it.
 struct SamplePart {
   float score = -kInfinity;  // the largest z / T + Gumbel noise
   float logit = -kInfinity;  // its z
@@ -120,7 +126,8 @@ struct SamplePart {
   }
 
   DP_HD void rescale(float to, float inverse_temperature) {
-    sum *= max == -kInfinity ? 0.0f : expf(shifted(max * inverse_temperature, to * inverse_temperature));
+    sum *= max == -kInfinity ? 0.0f
+                             : expf(shifted(max * inverse_temperature, to * inverse_temperature));
     max = to;
   }
 };

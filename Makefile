@@ -1,0 +1,45 @@
+# make demo and make test are all that most people need; each makes .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp')
+
+.PHONY: install demo test lint format bench cuda-check clean
+
+install: $(VENV)/built
+
+$(VENV)/installed: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(shell find csrc -type f)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@$(BIN)/python -c "import torch, dparallel_ext._C as c; i = c.build_info(); print('dparallel-ext: built', i['backends'], 'with torch', i['built_with_torch'])"
+	touch $@
+
+demo: install
+	$(BIN)/dparallel demo
+
+test: install lint cuda-check
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+bench: install
+	$(BIN)/python -m benchmarks --out out/bench
+
+cuda-check: install
+	$(BIN)/python tools/cuda_check.py --if-available
+
+clean:
+	rm -rf build out dparallel_ext/_C*.so *.egg-info

@@ -1,0 +1,144 @@
+"""Compile every CUDA kernel for every supported architecture, without a GPU, and hold it to its budget.
+
+Prints registers, shared memory and spills per kernel; fails on a spill, or where a kernel uses more than
+csrc/cuda/budgets.json allows. `--update` rewrites that file from what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "csrc" / "cuda"
+BUDGETS = SOURCES / "budgets.json"
+ARCHITECTURES = ["80", "86", "89", "90a", "100", "120"]
+
+
+@dataclass
+class Usage:
+    registers: int = 0
+    shared: int = 0
+    """bytes, static"""
+    spills: int = 0
+    """bytes stored and loaded"""
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    candidates = [str(Path(home) / "bin" / "nvcc")] if home else []
+    return next(
+        (p for c in [*candidates, "nvcc", "/usr/local/cuda/bin/nvcc"] if (p := shutil.which(c))),
+        None,
+    )
+
+
+def compile_one(nvcc: str, source: Path, architecture: str) -> dict[str, Usage]:
+    """Kernel -> usage; exits with the compiler's output where it fails."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [nvcc, "-O3", "-std=c++17", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v"]
+        command += [f"-I{ROOT / 'csrc' / 'include'}", f"-I{SOURCES}", str(source)]
+        result = subprocess.run(
+            [*command, "-o", str(Path(scratch) / "out.cubin")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if result.returncode:
+        sys.exit(f"{source.name} does not compile for sm_{architecture}:\n{result.stderr}")
+    return parse(result.stderr)
+
+
+def parse(text: str) -> dict[str, Usage]:
+    """The report of ptxas -v."""
+    kernels: dict[str, Usage] = {}
+    usage = Usage()
+    for line in text.splitlines():
+        if match := re.search(r"Compiling entry function '(\w+)'", line):
+            usage = kernels.setdefault(short_name(match.group(1)), Usage())
+        elif match := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            usage.spills = int(match.group(1)) + int(match.group(2))
+        elif match := re.search(r"Used (\d+) registers", line):
+            usage.registers = int(match.group(1))
+            shared = re.search(r"(\d+) bytes smem", line)
+            usage.shared = int(shared.group(1)) if shared else 0
+    return kernels
+
+
+def short_name(mangled: str) -> str:
+    """unmask_kernel<BFloat16, sampling> of a mangled name."""
+    kernel = re.search(r"\d+([a-z][a-z_]*_kernel)", mangled)
+    name = kernel.group(1) if kernel else mangled
+    parts = [t for t in ("BFloat16", "Float32", "Float16") if f"{len(t)}{t}" in mangled]
+    parts += ["sampling"] if "Lb1E" in mangled else []
+    return f"{name}<{', '.join(parts)}>" if parts else name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--update", action="store_true", help="rewrite the budget file")
+    parser.add_argument(
+        "--if-available", action="store_true", help="where there is no nvcc, say so and succeed"
+    )
+    options = parser.parse_args()
+    nvcc = find_nvcc()
+    if nvcc is None:
+        message = "cuda-check: no nvcc (set CUDA_HOME or PATH): the CUDA kernels were NOT compiled"
+        sys.exit(None if options.if_available and print(message) is None else message)
+
+    jobs = [(s, a) for s in sorted(SOURCES.glob("*.cu")) for a in ARCHITECTURES]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(lambda job: compile_one(nvcc, *job), jobs))
+    usage = {
+        f"{source.stem}: {kernel}": {} for (source, _), got in zip(jobs, found, strict=True) for kernel in got
+    }
+    for (source, architecture), got in zip(jobs, found, strict=True):
+        for kernel, used in got.items():
+            usage[f"{source.stem}: {kernel}"][architecture] = used
+
+    budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+    faults = []
+    print(f"{'kernel':48}" + "".join(f"{'sm_' + a:>16}" for a in ARCHITECTURES))
+    print(f"{'':48}" + f"{'regs smem spill':>16}" * len(ARCHITECTURES))
+    for kernel, by_architecture in sorted(usage.items()):
+        cells = [by_architecture[a] for a in ARCHITECTURES]
+        print(f"{kernel:48}" + "".join(f"{u.registers:>6}{u.shared:>5}{u.spills:>5}" for u in cells))
+        for architecture, used in by_architecture.items():
+            allowed = budgets.get(kernel, {}).get(architecture)
+            where = f"{kernel} on sm_{architecture}"
+            if used.spills:
+                faults.append(f"{where} spills {used.spills} bytes")
+            if options.update:
+                continue
+            if allowed is None:
+                faults.append(f"{where} has no budget (tools/cuda_check.py --update)")
+            else:
+                faults += [
+                    f"{where} uses {value} {what}, budget {allowed[what]}"
+                    for what in ("registers", "shared")
+                    if (value := getattr(used, what)) > allowed[what]
+                ]
+    if options.update:
+        table = {
+            kernel: {
+                a: {k: v for k, v in asdict(u).items() if k != "spills"} for a, u in by_architecture.items()
+            }
+            for kernel, by_architecture in sorted(usage.items())
+        }
+        BUDGETS.write_text(json.dumps(table, indent=1) + "\n")
+    if faults:
+        sys.exit("cuda-check: " + "\n            ".join(faults))
+    print(f"cuda-check: {len(usage)} kernels x {len(ARCHITECTURES)} architectures within budget, no spills")
+
+
+if __name__ == "__main__":
+    main()
