@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch  # the compiled library links against torch's, so torch comes first
 
 from . import compat, models, policies, reference
+from ._C import build_info, simd_level
 from .decode import DecodeOutput, Trajectory, decode
 from .ops import check_errors, row_stats, select, unmask_
 from .types import RowStats, UnmaskOutput
@@ -16,6 +17,7 @@ __all__ = [
     "RowStats",
     "Trajectory",
     "UnmaskOutput",
+    "build_info",
     "check_errors",
     "compat",
     "decode",
@@ -24,6 +26,7 @@ __all__ = [
     "reference",
     "row_stats",
     "select",
+    "simd_level",
     "unmask_",
 ]
 

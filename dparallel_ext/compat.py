@@ -1,7 +1,7 @@
 """The published decoders' functions: their signatures, their tokens and their count of passes.
 
-From dParallel's and Fast-dLLM's `generate.py`. `decode` does the same with fewer passes where a cache is used:
-the published loops run a second pass for a block even if its first has completed it, and so do these.
+From dParallel's and Fast-dLLM's `generate.py`. `decode` does the same with fewer passes where a cache is
+used: the published loops run a second pass for a block even if its first has completed it, and so do these.
 """
 
 from __future__ import annotations

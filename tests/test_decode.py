@@ -113,9 +113,7 @@ def test_edges_of_the_batch(llada) -> None:
     assert torch.equal(nothing.sequences, PROMPTS)
     assert (nothing.forwards, nothing.tokens_per_forward) == (0, 0.0)
     one = dx.decode(llada, PROMPTS[0], gen_length=8, threshold=1.0)
-    assert torch.equal(
-        one.sequences, dx.decode(llada, PROMPTS[:1], gen_length=8, threshold=1.0).sequences
-    )
+    assert torch.equal(one.sequences, dx.decode(llada, PROMPTS[:1], gen_length=8, threshold=1.0).sequences)
     empty_prompt = dx.decode(llada, torch.zeros(2, 0, dtype=torch.int64), gen_length=8, threshold=2.0)
     assert empty_prompt.sequences.shape == (2, 8)
 
@@ -243,7 +241,7 @@ def test_streaming(llada, eos: bool) -> None:
         out = dx.decode(llada, PROMPTS[0], streamer=streamer, eos_id=eos_id, **settings)
     put = [tokens for kind, tokens in streamer.said if kind == "put"]
     assert put[0] == PROMPTS[0].tolist()
-    assert sum(put, []) == out.sequences[0].tolist()
+    assert [token for tokens in put for token in tokens] == out.sequences[0].tolist()
     assert streamer.said[-1] == ("end", [])
     drafts = [tokens for kind, tokens in streamer.said if kind == "draft"]
     assert len(drafts) == out.forwards

@@ -1,15 +1,15 @@
 """A synthetic reasoning task whose answers can be checked exactly: word problems with a worked response.
 
-    sam has 4 cups now . first sam grows 3 times . next sam sells 8 cups . how many cups does sam have ?
-    first sam has 4 * 3 = 12 cups . then we get 4 = 12 - 8 cups . #### 4
+    sam has 4 cups now . first sam grows 3 times . finally sam sells 8 cups . how many cups does sam have ?
+    first sam has 4 * 3 = 12 cups . lastly we get 4 = 12 - 8 cups . #### 4
 
 A problem is a start and 2 to 4 dependent operations, every number in 0..99 and a token of its own. Each
 step of the response is worded in one of several ways, drawn at random, so a model that decodes many tokens
 at once has real choices to keep consistent. Clauses of the prompt are 6 tokens long and steps of the
 response 10.
 
-Problems are split by their arithmetic: a chain of numbers and operations that is held out never occurs in
-training, under any names.
+Problems are split by their arithmetic: a start and operations that are held out never occur together in
+training, whatever the names and wording, so no held-out prompt does. Parts of such a chain may occur.
 """
 
 from __future__ import annotations
@@ -23,8 +23,17 @@ NUMBERS = range(100)
 GEN_LENGTH = 64
 MASK, EOS, PAD, UNKNOWN = "[MASK]", "[EOS]", "[PAD]", "[UNK]"
 
-NAMES = ["sam", "ana", "ben", "eva", "tom", "mia", "leo", "zoe", "max", "ivy", "dan", "amy", "kai", "lia", "joe", "sue", "ned", "fay", "gus", "uma", "roy", "pam", "hal", "dot"]
-ITEMS = ["cups", "pens", "books", "coins", "balls", "hats", "keys", "cards", "shells", "stamps", "stones", "plates", "apples", "plums", "cakes", "eggs", "nuts", "boxes", "bags", "rings", "beads", "kites", "toys", "lamps"]
+# fmt: off
+NAMES = [
+    "sam", "ana", "ben", "eva", "tom", "mia", "leo", "zoe", "max", "ivy", "dan", "amy", "kai", "lia",
+    "joe", "sue", "ned", "fay", "gus", "uma", "roy", "pam", "hal", "dot",
+]
+ITEMS = [
+    "cups", "pens", "books", "coins", "balls", "hats", "keys", "cards", "shells", "stamps", "stones",
+    "plates", "apples", "plums", "cakes", "eggs", "nuts", "boxes", "bags", "rings", "beads", "kites",
+    "toys", "lamps",
+]
+# fmt: on
 VERBS = {
     "+": ["buys", "finds", "gets", "wins", "collects"],
     "-": ["sells", "loses", "gives", "drops", "trades"],
@@ -56,7 +65,7 @@ def vocabulary() -> list[str]:
     words = {w for step in STEPS for w in step.split() if "{" not in w}
     words |= {w for openers in OPENERS for w in openers} | set(ORDINALS)
     words |= {v for verbs in VERBS.values() for v in verbs} | set(VERBS) | set(NAMES) | set(ITEMS)
-    words |= set(["has", "now", ".", "times", "how", "many", "does", "have", "?", "####"])
+    words |= {"has", "now", ".", "times", "how", "many", "does", "have", "?", "####"}
     return [PAD, EOS, UNKNOWN, *map(str, NUMBERS), *sorted(words), MASK]
 
 
@@ -77,7 +86,7 @@ def extract_answer(text: str) -> int | None:
     if "####" not in words:
         return None
     after = words[words.index("####") + 1 :]
-    return int(after[0]) if after and after[0].isdigit() else None
+    return int(after[0]) if after and after[0].isdecimal() else None
 
 
 def is_correct(problem: Problem, response: str) -> bool:

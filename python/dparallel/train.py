@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dparallel_ext import models
 from dparallel_ext.models import LLaDA
 
+from . import evaluate as evaluation
 from . import tasks
 
 
@@ -28,7 +30,7 @@ from . import tasks
 class Settings:
     """What a training run is; with the same settings it gives the same model."""
 
-    steps: int = 10000
+    steps: int = 6000
     batch: int = 64
     width: int = 192
     layers: int = 4
@@ -53,6 +55,15 @@ def tokenizer() -> Any:
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.add_special_tokens([tasks.PAD, tasks.EOS, tasks.UNKNOWN, tasks.MASK])
     return made
+
+
+def save_tokenizer(directory: Path) -> None:
+    """tokenizer.json, and tokenizer_config.json so that `transformers.AutoTokenizer` reads it too."""
+    tokenizer().save(str(directory / "tokenizer.json"))
+    special = {"pad": tasks.PAD, "eos": tasks.EOS, "unk": tasks.UNKNOWN, "mask": tasks.MASK}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config |= {f"{name}_token": token for name, token in special.items()}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def model_config(settings: Settings) -> dict[str, Any]:
@@ -110,20 +121,23 @@ def batch_of(settings: Settings, step: int) -> tuple[Tensor, int]:
     return torch.tensor(rows), length
 
 
-def masked_diffusion_loss(model: nn.Module, ids: Tensor, prompt: int, mask_id: int, seed: int) -> Tensor:
-    """Cross entropy of the masked response tokens of ids (B, L), weighted 1/t."""
+def masked_diffusion_loss(model: models.Model, ids: Tensor, prompt: int, seed: int) -> Tensor:
+    """Cross entropy of the masked response tokens of ids (B, L) on the CPU, weighted 1/t."""
     generator = torch.Generator().manual_seed(seed)
     batch, length = len(ids), ids.shape[1] - prompt
     # One t in each of `batch` equal slices of (0, 1): the same law for each row, less noise in the sum.
     t = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
     t = t.clamp(min=1e-2)[:, None]
     masked = torch.rand(batch, length, generator=generator) < t  # (B, L - prompt)
+    assert model.mask_id is not None
     noisy = ids.clone()
-    noisy[:, prompt:][masked] = mask_id
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = model.head(model.hidden(noisy)[:, prompt:][masked])  # (masked, V)
-    nll = F.cross_entropy(logits.float(), ids[:, prompt:][masked], reduction="none")
-    return (nll / t.expand_as(masked)[masked]).sum() / masked.numel()
+    noisy[:, prompt:].masked_fill_(masked, model.mask_id)
+    labels, weight = ids[:, prompt:][masked], (1 / t).expand_as(masked)[masked]
+    device = model.device
+    with torch.autocast(device.type, torch.bfloat16):
+        logits = model.head(model.hidden(noisy.to(device))[:, prompt:][masked.to(device)])  # (masked, V)
+    nll = F.cross_entropy(logits.float(), labels.to(device), reduction="none")
+    return (nll * weight.to(device)).sum() / masked.numel()
 
 
 def learning_rate(settings: Settings, step: int) -> float:
@@ -136,13 +150,17 @@ def train(
     out: str | Path,
     settings: Settings | None = None,
     *,
+    device: str | torch.device = "cpu",
     save_every: int = 500,
+    evaluate: int = 2000,
     progress: bool = True,
 ) -> Path:
     """Train, or go on where a run in `out` was stopped, and write the checkpoint there.
 
-    `out` receives config.json, model.safetensors (bfloat16, the averaged weights), tokenizer.json and
-    training.json. A resumed run continues exactly as if it had not been stopped; only `steps` may change.
+    `out` receives config.json, model.safetensors (bfloat16, the averaged weights), the tokenizer's files and
+    training.json: the settings, the loss, and the share of `evaluate` held-out problems that the checkpoint
+    gets right at one token a pass. Every `save_every` steps the run's state goes to state.pt; a resumed run
+    continues exactly as if it had not been stopped; only `steps` may change.
     """
     settings = settings or Settings()
     directory = Path(out)
@@ -150,6 +168,7 @@ def train(
     torch.manual_seed(settings.seed)
     model = LLaDA(model_config(settings))
     initialise(model)
+    model.to(device)
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
     optimizers: list[torch.optim.Optimizer] = [
@@ -163,31 +182,33 @@ def train(
     ]
     full_rates = [settings.muon_lr, settings.adam_lr]
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
-    first, seconds, curve = 0, 0.0, []
+    first, seconds = 0, 0.0
+    curve: list[list[float]] = []
+    recent: list[float] = []
     state_file = directory / "state.pt"
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+        state = torch.load(state_file, weights_only=True, map_location=device)
         if {**state["settings"], "steps": 0} != {**asdict(settings), "steps": 0}:
             raise ValueError(f"out: {directory} holds a run with other settings: {state['settings']}")
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         average, first = state["average"], state["step"]
-        seconds, curve = state["seconds"], state["curve"]
+        seconds, curve, recent = state["seconds"], state["curve"], state["recent"]
 
     steps: Any = range(first, settings.steps)
     if progress:
         from tqdm import tqdm
 
         steps = tqdm(steps, initial=first, total=settings.steps, desc="train", mininterval=5)
-    mask_id, recent, clock = model.config["mask_token_id"], [], time.monotonic()
+    clock = time.monotonic()
     for step in steps:
         rate = learning_rate(settings, step)
         for optimizer, full in zip(optimizers, full_rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = full * rate
         ids, prompt = batch_of(settings, step)
-        loss = masked_diffusion_loss(model, ids, prompt, mask_id, settings.seed * 1_000_003 + step)
+        loss = masked_diffusion_loss(model, ids, prompt, settings.seed * 1_000_003 + step)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -214,16 +235,18 @@ def train(
                 "average": average,
                 "seconds": seconds,
                 "curve": curve,
+                "recent": recent,
             }
             torch.save(state, state_file.with_suffix(".tmp"))
             os.replace(state_file.with_suffix(".tmp"), state_file)
 
-    from dparallel_ext.models.checkpoint import save
-
     model.load_state_dict(average, strict=False)
-    save(model, directory, dtype=torch.bfloat16)
-    tokenizer().save(str(directory / "tokenizer.json"))
-    report = {"settings": asdict(settings), "seconds": round(seconds), "loss": curve}
+    models.save(model, directory, dtype=torch.bfloat16)
+    save_tokenizer(directory)
+    report: dict[str, Any] = {"settings": asdict(settings), "seconds": round(seconds), "loss": curve}
+    if evaluate:
+        report["held_out"] = evaluation.evaluate(str(directory), evaluation.ONE, problems=evaluate)
+        report["held_out"]["model"] = directory.name
     (directory / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     return directory
 

@@ -1,0 +1,86 @@
+"""What people would use instead, in plain torch, written from the formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def published(tokens: Tensor, logits: Tensor, mask_id: int, start: int, end: int, threshold: float) -> None:
+    """One step as the published decoders do it: every row, float64, and a Python loop over tokens."""
+    masked = tokens == mask_id
+    masked[:, :start] = False
+    masked[:, end:] = False
+    best = logits.argmax(-1)  # (B, L)
+    p = logits.to(torch.float64).softmax(-1)  # (B, L, V)
+    entropy = -(p * torch.log(p + 1e-10)).sum(-1)
+    score = torch.where(masked, -entropy, -torch.inf)
+    chosen = torch.zeros_like(masked)
+    for b in range(len(tokens)):
+        order = score[b].topk(int(masked[b].sum())).indices
+        for rank, position in enumerate(order.tolist()):
+            if rank == 0 or -score[b, position] <= threshold:
+                chosen[b, position] = True
+    tokens[chosen] = best[chosen]
+
+
+def eager(tokens: Tensor, logits: Tensor, mask_id: int, start: int, end: int, threshold: float) -> None:
+    """The best float32 torch: the needed rows only, no loop."""
+    commit(tokens, statistics, logits, mask_id, start, end, threshold)
+
+
+def statistics(z: Tensor) -> tuple[Tensor, Tensor]:
+    """argmax and entropy of rows (N, V)."""
+    z = z.float()
+    lse = z.logsumexp(-1)
+    return z.argmax(-1), lse - ((z - lse[:, None]).exp() * z).sum(-1)
+
+
+def commit(
+    tokens: Tensor,
+    stats: Callable[[Tensor], tuple[Tensor, Tensor]],
+    logits: Tensor,
+    mask_id: int,
+    start: int,
+    end: int,
+    threshold: float,
+) -> None:
+    window = tokens[:, start:end]
+    masked = window == mask_id
+    if not bool(masked.any()):
+        return
+    best, entropy = stats(logits[:, start:end][masked])
+    score = torch.full(window.shape, torch.inf)
+    score[masked] = entropy
+    keep = masked & ((score <= threshold) | (score == score.amin(1, keepdim=True)))
+    window[keep] = best[keep[masked]]
+
+
+_compiled: Any = None
+
+
+def compiled(tokens: Tensor, logits: Tensor, mask_id: int, start: int, end: int, threshold: float) -> None:
+    """torch.compile of the above."""
+    global _compiled
+    if _compiled is None:
+        _compiled = torch.compile(statistics, dynamic=False)
+    commit(tokens, _compiled, logits, mask_id, start, end, threshold)
+
+
+def published_decode(
+    model: Any, prompt: Tensor, gen_length: int, block_length: int, threshold: float
+) -> tuple:
+    """The published loop, batch 1, no cache: full sequence, full LM head, float64 selection."""
+    length, mask_id = prompt.shape[1], model.mask_id
+    x = torch.cat((prompt, prompt.new_full((1, gen_length), mask_id)), 1)
+    forwards = 0
+    with torch.no_grad():
+        for start in range(length, length + gen_length, block_length):
+            end = start + block_length
+            while bool((x[:, start:end] == mask_id).any()):
+                published(x, model(x).logits, mask_id, start, end, threshold)
+                forwards += 1
+    return x, forwards

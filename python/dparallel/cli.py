@@ -1,0 +1,227 @@
+"""The command line: `dparallel info | decode | demo | train | evaluate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+import dparallel_ext as dx
+
+from . import registry, tasks
+from .evaluate import ONE
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Decode diffusion language models many tokens at a time.",
+)
+ModelOption = Annotated[str, typer.Option(help="builtin:NAME or a checkpoint directory")]
+PolicyOption = Annotated[str, typer.Option(help=f"{ONE!r} (one token a pass) or SELECTOR:THRESHOLD")]
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Bad input is one clear line, not a traceback."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def report() -> dict[str, Any]:
+    """What was built, and what this machine has."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "dparallel_ext": dx.__version__,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        **dx.build_info(),
+        "simd": dx.simd_level(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "builtin_models": registry.builtins(),
+    }
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False) -> None:
+    """Versions, backends, architectures compiled, the SIMD level in use, GPUs."""
+    found = report()
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for key, value in found.items():
+        text = ", ".join(value) or "none" if isinstance(value, list) else str(value)
+        table.add_row(key.replace("_", " "), text)
+    Console().print(table)
+
+
+@app.command()
+def decode(
+    prompt: Annotated[list[str] | None, typer.Argument(help="prompts")] = None,
+    file: Annotated[Path | None, typer.Option(help="a prompt a line; of JSONL, its 'prompt'")] = None,
+    model: ModelOption = registry.DEFAULT,
+    policy: PolicyOption = "entropy:0.5",
+    gen_length: Annotated[int | None, typer.Option(help="tokens; default 64 built-in, 256 else")] = None,
+    block_length: int = 32,
+    cache: Annotated[str, typer.Option(help="none, prefix or dual")] = "none",
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str | None = None,
+    stream: Annotated[bool, typer.Option("--stream", help="show the unmasking")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
+) -> None:
+    """Decode prompts with the built-in model or a checkpoint."""
+    from .demo import LiveText
+    from .evaluate import parse_policy
+
+    with plain_errors():
+        prompts = list(prompt or [])
+        if file is not None:
+            prompts += read_prompts(file)
+        if not prompts:
+            raise ValueError("prompt: expected one, as an argument or with --file")
+        settings = parse_policy(policy)
+        loaded, tokenizer = registry.load(model, device=device)
+        length = gen_length or (tasks.GEN_LENGTH if model.startswith("builtin:") else 256)
+        console = Console()
+        for text in prompts:
+            ids = torch.tensor([tokenizer.encode(text).ids], dtype=torch.int64, device=loaded.device)
+            live = LiveText(console, tokenizer, loaded.mask_id or 0, 0.1) if stream else None
+            if live is not None:
+                live.__enter__()
+            try:
+                out = dx.decode(
+                    loaded,
+                    ids,
+                    gen_length=length,
+                    block_length=block_length,
+                    cache=cache,
+                    temperature=temperature,
+                    seed=seed,
+                    streamer=live,
+                    **settings,
+                )
+            finally:
+                if live is not None:
+                    live.__exit__()
+            response = tokenizer.decode(out.sequences[0, ids.shape[1] :].tolist())
+            if as_json:
+                row = {"prompt": text, "response": response, "forwards": out.forwards}
+                typer.echo(json.dumps({**row, "tokens_per_forward": out.tokens_per_forward}))
+            else:
+                typer.echo(response)
+                note = f"{length} tokens in {out.forwards} passes, {out.tokens_per_forward:.1f} a pass"
+                typer.echo(note, err=True)
+
+
+def read_prompts(file: Path) -> list[str]:
+    """A prompt a line; a line that is a JSON object gives its "prompt"."""
+    found = []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        if line.lstrip().startswith("{"):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"file: {file}:{number} is not JSON: {error}") from error
+            if not isinstance(row.get("prompt"), str):
+                raise ValueError(f'file: {file}:{number} has no text "prompt"')
+            line = row["prompt"]
+        found.append(line)
+    return found
+
+
+@app.command()
+def demo(
+    model: ModelOption = registry.DEFAULT,
+    problems: int = 200,
+    out: Annotated[Path, typer.Option(help="where table.json and response.png go")] = Path("out/demo"),
+) -> None:
+    """A problem unmasked before one's eyes, a table of policies, and a picture."""
+    from . import demo as show
+
+    with plain_errors():
+        show.run(model, problems=problems, out=out)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[list[str], typer.Option(help="repeatable")] = [registry.DEFAULT],  # noqa: B006
+    policy: Annotated[list[str], typer.Option(help="repeatable")] = [ONE, "confidence:0.9", "entropy:0.5"],  # noqa: B006
+    problems: int = 500,
+    batch: int = 100,
+    block_length: int = 32,
+    cache: str = "none",
+    device: str | None = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the results here")] = None,
+    plot: Annotated[Path | None, typer.Option(help="a PNG of accuracy against passes")] = None,
+) -> None:
+    """Accuracy, passes, tokens per pass and time on held-out problems, for models and policies."""
+    from . import evaluate as measuring
+    from . import plots
+
+    with plain_errors():
+        if problems < 1:
+            raise ValueError(f"problems: expected a whole number >= 1, got {problems}")
+        rows = []
+        console = Console(stderr=True)
+        for row in measuring.sweep(
+            model,
+            policy,
+            problems=problems,
+            batch=batch,
+            block_length=block_length,
+            cache=cache,
+            device=device,
+        ):
+            rows.append(row)
+            console.print(
+                f"{row['model']} {row['policy']}: {row['accuracy']:.1%}, {row['nfe_mean']:.1f} passes"
+            )
+            if json_file is not None:
+                measuring.write_json(json_file, rows)
+        if plot is not None:
+            plots.accuracy_against_passes(rows, plot)
+        Console().print(measuring.table(rows, f"{problems} held-out problems"))
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Argument(help="the run's directory; an interrupted run in it goes on")],
+    steps: Annotated[int | None, typer.Option(help="default: the shipped model's")] = None,
+    seed: int = 0,
+    batch: int = 64,
+    width: int = 192,
+    layers: int = 4,
+    heads: int = 6,
+    mlp_width: int = 512,
+    save_every: int = 500,
+    evaluate: Annotated[int, typer.Option(help="held-out problems to check at the end; 0: none")] = 2000,
+) -> None:
+    """Train the built-in model from scratch (about an hour on two cores)."""
+    from .train import Settings
+    from .train import train as run
+
+    with plain_errors():
+        sizes = {"batch": batch, "width": width, "layers": layers, "heads": heads, "mlp_width": mlp_width}
+        settings = Settings(seed=seed, **sizes, **({} if steps is None else {"steps": steps}))
+        run(out, settings, save_every=save_every, evaluate=evaluate)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,136 @@
+"""`dparallel demo`: a problem unmasked before one's eyes, a table, and a picture."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dparallel_ext as dx
+
+from . import evaluate, plots, registry, tasks
+
+POLICIES = (evaluate.ONE, "confidence:0.9", "entropy:0.5")
+HIDDEN = "░░"
+
+
+class LiveText:
+    """A streamer for `decode`: what is committed so far, the newest bright; lines where no terminal is."""
+
+    def __init__(self, console: Any, tokenizer: Any, mask_id: int, delay: float) -> None:
+        self.console, self.tokenizer, self.mask_id = console, tokenizer, mask_id
+        self.delay = delay if console.is_terminal else 0.0
+        self.done: list[int] = []
+        self.before: list[int] = []
+        self.passes = 0
+        self.prompt_seen = False
+        self.live: Any = None
+
+    def __enter__(self) -> LiveText:
+        from rich.live import Live
+
+        if self.console.is_terminal:
+            self.live = Live(console=self.console, refresh_per_second=30)
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def put(self, value: Tensor) -> None:
+        if self.prompt_seen:
+            self.done += value.flatten().tolist()
+        self.prompt_seen = True
+
+    def put_draft(self, value: Tensor) -> None:
+        self.passes += 1
+        now = self.done + value.flatten().tolist()
+        text = self._text(now)
+        if self.live is not None:
+            self.live.update(text)
+            time.sleep(self.delay)
+        else:
+            self.console.print(text)
+        self.before = now
+
+    def end(self) -> None:
+        pass
+
+    def _text(self, now: list[int]) -> Any:
+        from rich.text import Text
+
+        text = Text(f"pass {self.passes:2d}  ", style="bold")
+        for i, token in enumerate(now):
+            fresh = i >= len(self.before) or token != self.before[i]
+            if token == self.mask_id:
+                text.append(HIDDEN + " ", style="grey37")
+                continue
+            word = self.tokenizer.id_to_token(token)
+            style = "bold black on green" if fresh else "default"
+            if word == tasks.EOS:
+                word, style = "·", "green" if fresh else "grey37"
+            text.append(word, style=style)
+            text.append(" ")
+        return text
+
+
+def run(
+    model_name: str = registry.DEFAULT,
+    *,
+    problems: int = 200,
+    out: str | Path = "out/demo",
+    delay: float = 0.25,
+    console: Any = None,
+) -> Path:
+    """The demo. Writes response.png and table.json to `out` and returns the picture's path."""
+    from rich.console import Console
+
+    console = console or Console()
+    model, tokenizer = registry.load(model_name)
+    # Past the problems that the table counts.
+    problem = next(itertools.islice(tasks.problems("held_out", seed=1), 2, None))
+    prompt = torch.tensor([tokenizer.encode(problem.prompt).ids])
+    console.print(f"\n[bold]{problem.prompt}[/bold]\n", highlight=False)
+    assert model.mask_id is not None
+    with LiveText(console, tokenizer, model.mask_id, delay) as streamer:
+        answer = dx.decode(
+            model,
+            prompt,
+            gen_length=tasks.GEN_LENGTH,
+            threshold=0.5,
+            selector="entropy",
+            streamer=streamer,
+            record=True,
+        )
+    text = tokenizer.decode(answer.sequences[0, prompt.shape[1] :].tolist())
+    verdict = "right" if tasks.is_correct(problem, text) else f"wrong, it is {problem.answer}"
+    console.print(
+        f"\nanswer {tasks.extract_answer(text)} ({verdict}): {tasks.GEN_LENGTH} tokens in {answer.forwards} "
+        f"passes, {answer.tokens_per_forward:.1f} tokens a pass\n",
+        highlight=False,
+    )
+
+    rows = []
+    with console.status(f"decoding {problems} held-out problems"):
+        for row in evaluate.sweep([model_name], POLICIES, problems=problems):
+            rows.append(row)
+    console.print(evaluate.table(rows, f"{problems} held-out problems, {tasks.GEN_LENGTH} tokens each"))
+    directory = Path(out)
+    evaluate.write_json(directory / "table.json", rows)
+
+    assert answer.trajectory is not None
+    words = [tokenizer.id_to_token(t) for t in answer.sequences[0, prompt.shape[1] :].tolist()]
+    picture = directory / "response.png"
+    plots.response_by_pass(
+        ["·" if word == tasks.EOS else word for word in words],
+        answer.trajectory.step[0].tolist(),
+        picture,
+        title=f"{problem.prompt}   ({answer.forwards} passes, entropy 0.5)",
+    )
+    console.print(f"picture: {picture}", highlight=False)
+    return picture
