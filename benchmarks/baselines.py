@@ -20,6 +20,8 @@ def published(tokens: Tensor, logits: Tensor, mask_id: int, start: int, end: int
     score = torch.where(masked, -entropy, -torch.inf)
     chosen = torch.zeros_like(masked)
     for b in range(len(tokens)):
+        if not bool(masked[b].any()):
+            continue
         order = score[b].topk(int(masked[b].sum())).indices
         for rank, position in enumerate(order.tolist()):
             if rank == 0 or -score[b, position] <= threshold:
@@ -71,16 +73,27 @@ def compiled(tokens: Tensor, logits: Tensor, mask_id: int, start: int, end: int,
 
 
 def published_decode(
-    model: Any, prompt: Tensor, gen_length: int, block_length: int, threshold: float
-) -> tuple:
-    """The published loop, batch 1, no cache: full sequence, full LM head, float64 selection."""
+    model: Any, prompt: Tensor, gen_length: int, block_length: int, threshold: float, cache: str = "none"
+) -> tuple[Tensor, int]:
+    """The published loop, batch 1, with the same forward pass as ours and its full LM head.
+
+    "none": the whole sequence each pass. "dual": one full pass a block, then the block alone, with the
+    published extra pass of a block that its full pass has completed.
+    """
     length, mask_id = prompt.shape[1], model.mask_id
     x = torch.cat((prompt, prompt.new_full((1, gen_length), mask_id)), 1)
     forwards = 0
     with torch.no_grad():
+        slots = model.new_cache(1, x.shape[1]) if cache == "dual" else None
         for start in range(length, length + gen_length, block_length):
-            end = start + block_length
-            while bool((x[:, start:end] == mask_id).any()):
-                published(x, model(x).logits, mask_id, start, end, threshold)
+            end, turn = start + block_length, 0
+            while turn == 0 or (turn == 1 and slots is not None) or bool((x[:, start:end] == mask_id).any()):
+                if slots is not None and turn > 0:
+                    logits = model.head(model.hidden(x[:, start:end], slots, start))
+                    published(x[:, start:end], logits, mask_id, 0, block_length, threshold)
+                else:
+                    logits = model.head(model.hidden(x, slots))
+                    published(x, logits, mask_id, start, end, threshold)
+                turn += 1
                 forwards += 1
     return x, forwards

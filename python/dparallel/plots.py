@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def accuracy_against_passes(rows: list[dict[str, Any]], path: str | Path) -> Non
         ylabel="accuracy, %",
         title=f"{problems} held-out problems; numbers are thresholds",
     )
+    axes.set_ylim(top=101)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)
     _write(figure, path)
@@ -55,7 +57,7 @@ def response_by_pass(words: list[str], steps: list[int], path: str | Path, *, ti
         ink = "white" if norm(step) < 0.6 else "black"
         axes.text(x + 0.48, y + 0.52, word, ha="center", va="center", color=ink, fontsize=10)
         axes.text(x + 0.93, y + 0.07, str(step), ha="right", va="bottom", color=ink, fontsize=6.5)
-    axes.set(xlim=(0, columns), ylim=(1 - lines, 1), title=title)
+    axes.set(xlim=(0, columns), ylim=(1 - max(lines, 1), 1), title=textwrap.fill(title, 120))
     axes.axis("off")
     scale = pyplot.cm.ScalarMappable(norm, colours)
     figure.colorbar(scale, ax=axes, label="pass that committed it", fraction=0.02, pad=0.01)

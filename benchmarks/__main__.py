@@ -1,0 +1,121 @@
+"""`make bench`: run every bench_*.py with pytest-benchmark, write its JSON, a table and a picture.
+
+The table and the picture are made from the JSON alone: `python -m benchmarks --from results.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="a directory")
+    parser.add_argument("--from", dest="source", type=Path, help="results of an earlier run")
+    parser.add_argument("--only", default="", help="pytest -k expression")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = options.source or options.out / "results.json"
+    if options.source is None:
+        command = [sys.executable, "-m", "pytest", str(HERE), "-o", "python_files=bench_*.py", "-q"]
+        command += ["-k", options.only] if options.only else []
+        command += [f"--benchmark-json={results}", "--benchmark-columns=min,median,rounds", "--no-header"]
+        code = subprocess.call([*command, "--benchmark-group-by=group", "--benchmark-sort=name"])
+        if code != 0:
+            return code
+    found = json.loads(results.read_text())
+    text = summary(found)
+    (options.out / "table.md").write_text(text)
+    cost_curve(found, options.out / "cost.png")
+    print(text)
+    print(f"written: {results}, {options.out / 'table.md'}, {options.out / 'cost.png'}")
+    return 0
+
+
+def groups(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    made: dict[str, list[dict[str, Any]]] = {}
+    for bench in found["benchmarks"]:
+        made.setdefault(bench["group"], []).append(bench)
+    return made
+
+
+def milliseconds(bench: dict[str, Any]) -> float:
+    return 1e3 * float(statistics.median(bench["stats"]["data"])) / bench["extra_info"].get("steps", 1)
+
+
+def summary(found: dict[str, Any]) -> str:
+    """A Markdown table: medians, ratios to ours in the same run, and the floor."""
+    rows = ["| case | contender | median, ms | times ours | floor, ms |", "|---|---|--:|--:|--:|"]
+    for group, benches in groups(found).items():
+        ours = [b for b in benches if b["extra_info"].get("contender") == "dparallel_ext"]
+        if not ours:
+            continue
+        for bench in benches:
+            info = bench["extra_info"]
+            floor = f"{1e3 * info['floor']:.3f}" if "floor" in info else ""
+            name = info["contender"]
+            if "same" in info:
+                name += f" ({info['same']}/{info['problems']} same tokens)"
+            ratio = milliseconds(bench) / milliseconds(ours[0])
+            rows.append(f"| {group} | {name} | {milliseconds(bench):.3f} | {ratio:.1f} | {floor} |")
+    machine, torch_version = found["machine_info"]["cpu"], _torch_version()
+    name = machine.get("brand_raw", "unknown CPU")
+    rows.append(f"\n{name}, {_threads()} threads, torch {torch_version}, {_simd()}.\n")
+    return "\n".join(rows)
+
+
+def cost_curve(found: dict[str, Any], path: Path) -> None:
+    """row_stats' time against rows: needed ones, and unneeded ones beside 32 needed."""
+    curves = {g: b for g, b in groups(found).items() if g.startswith("row_stats")}
+    if not curves:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    labels = {
+        "row_stats, needed rows": "needed rows",
+        "row_stats, 32 needed rows among others": "unneeded rows, beside 32 needed",
+    }
+    for group, benches in curves.items():
+        x = [b["extra_info"]["rows"] for b in benches]
+        axes.plot(x, [milliseconds(b) for b in benches], marker="o", label=labels[group])
+    needed = curves.get("row_stats, needed rows", [])
+    x = [b["extra_info"]["rows"] for b in needed]
+    axes.plot(x, [1e3 * b["extra_info"]["floor"] for b in needed], "--", color="grey", label="reading alone")
+    axes.set(xlabel="rows of 126464 bfloat16 logits", ylabel="milliseconds", xscale="symlog", yscale="log")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+
+
+def _torch_version() -> str:
+    import torch
+
+    return torch.__version__
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _simd() -> str:
+    import dparallel_ext
+
+    return dparallel_ext.simd_level()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

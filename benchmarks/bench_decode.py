@@ -1,0 +1,65 @@
+"""Decoding the model that ships, batch 1: the published loop in plain torch, and ours.
+
+The same weights, threshold and passes; tokens are compared. Floor: none is claimed, the forward pass is
+torch's.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from dparallel import registry, tasks
+from torch import Tensor
+
+import dparallel_ext as dx
+
+from . import baselines
+
+PROBLEMS = 20
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return registry.load()[0]
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Tensor]:
+    tokenizer = registry.load()[1]
+    problems = itertools.islice(tasks.problems("held_out", seed=2), PROBLEMS)
+    return [torch.tensor([tokenizer.encode(p.prompt).ids]) for p in problems]
+
+
+def ours(cache: str) -> Callable[..., Any]:
+    def run(model: Any, prompt: Tensor) -> Tensor:
+        return dx.decode(
+            model, prompt, gen_length=tasks.GEN_LENGTH, block_length=32, threshold=0.5, cache=cache
+        ).sequences
+
+    return run
+
+
+def published(cache: str) -> Callable[..., Any]:
+    def run(model: Any, prompt: Tensor) -> Tensor:
+        return baselines.published_decode(model, prompt, tasks.GEN_LENGTH, 32, 0.5, cache=cache)[0]
+
+    return run
+
+
+CONTENDERS = {"published": published, "dparallel_ext": ours}
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_decode(benchmark: Any, model: Any, prompts: list[Tensor], cache: str, contender: str) -> None:
+    """20 problems a round; `same` of them have the published loop's tokens (with the same cache)."""
+    run, expected = CONTENDERS[contender](cache), published(cache)
+    same = sum(torch.equal(run(model, p), expected(model, p)) for p in prompts)
+    tokens = PROBLEMS * tasks.GEN_LENGTH
+    benchmark.group = f"decode, cache {cache}"
+    benchmark.extra_info.update(contender=contender, tokens=tokens, same=same, problems=PROBLEMS)
+    benchmark.pedantic(lambda: [run(model, p) for p in prompts], rounds=7, warmup_rounds=1)

@@ -1,0 +1,20 @@
+"""What every benchmark shares: the machine's memory speed, to hold figures against."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def read_bandwidth() -> float:
+    """Bytes a second at which torch sums 512 MB, the best of ten: a floor for whatever must read logits."""
+    data = torch.ones(2**27)
+    best = float("inf")
+    for _ in range(10):
+        began = time.perf_counter()
+        data.sum()
+        best = min(best, time.perf_counter() - began)
+    return data.numel() * data.element_size() / best

@@ -1,0 +1,120 @@
+"""The command line, on the model that ships and on a checkpoint directory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from dparallel import tasks, train
+from dparallel.cli import app
+from typer.testing import CliRunner
+
+PROMPT = (
+    "sam has 4 cups now . first sam grows 3 times . finally sam sells 8 cups . how many cups does sam have ?"
+)
+
+
+def run(*args: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result.output if code else result.stdout
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("checkpoint")
+    settings = replace(train.Settings(), steps=1, batch=2, width=32, layers=1, heads=2, mlp_width=32)
+    return train.train(out, settings, progress=False, evaluate=0)
+
+
+def test_info():
+    found = json.loads(run("info", "--json"))
+    assert found["simd"] in ("avx512", "avx2", "portable")
+    assert "builtin:teacher" in found["builtin_models"]
+    assert "cpu" in found["backends"]
+    assert "simd" in run("info")
+
+
+def test_decode_a_prompt():
+    row = json.loads(run("decode", PROMPT, "--json"))
+    assert tasks.extract_answer(row["response"]) == 4
+    assert row["forwards"] < 64
+    assert row["tokens_per_forward"] == pytest.approx(64 / row["forwards"])
+    assert "#### 4" in run("decode", PROMPT)
+
+
+def test_decode_streams():
+    text = run("decode", PROMPT, "--stream")
+    assert "pass  1" in text
+    assert "####" in text
+
+
+def test_decode_a_file_of_lines_and_json(tmp_path: Path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f"{PROMPT}\n\n{json.dumps({'prompt': PROMPT})}\n")
+    first, second = (json.loads(line) for line in run("decode", "--file", file, "--json").splitlines())
+    assert first == second
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_decode_with_a_checkpoint_directory(checkpoint: Path, cache: str):
+    args = ("--gen-length", 16, "--block-length", 8, "--policy", "quota:2", "--cache", cache)
+    row = json.loads(run("decode", PROMPT, "--model", checkpoint, *args, "--json"))
+    assert row["forwards"] == 8
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("decode",), "prompt: expected one"),
+        (("decode", "x", "--policy", "entropy"), "policy: expected"),
+        (("decode", "x", "--model", "nowhere"), "model: 'nowhere'"),
+        (("decode", "x", "--cache", "all"), "cache: expected one of"),
+        (("decode", "x", "--temperature", "-1"), "temperature: expected"),
+        (("decode", "--file", "nowhere.txt"), "nowhere.txt"),
+        (("evaluate", "--problems", "0"), "problems: expected"),
+        (("evaluate", "--policy", "x"), "policy: expected"),
+    ],
+)
+def test_bad_input_is_one_line(args: tuple[str, ...], said: str):
+    assert said in run(*args, code=2)
+
+
+@pytest.mark.parametrize("line", ["{", '{"text": "x"}', '{"prompt": 3}', "[1]{"])
+def test_a_bad_line_is_named(tmp_path: Path, line: str):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f"{PROMPT}\n{line}\n")
+    if line.startswith("{"):
+        assert "prompts.jsonl:2" in run("decode", "--file", file, code=2)
+    else:
+        run("decode", "--file", file)  # a line that is no JSON object is a prompt
+
+
+def test_evaluate_writes_json_and_a_plot(tmp_path: Path):
+    json_file, plot = tmp_path / "rows.json", tmp_path / "rows.png"
+    policies = ("--policy", "confidence:0.9", "--policy", "entropy:0.5")
+    text = run("evaluate", "--problems", 4, *policies, "--json", json_file, "--plot", plot)
+    rows = json.loads(json_file.read_text())
+    assert [row["policy"] for row in rows] == ["confidence:0.9", "entropy:0.5"]
+    assert all(row["problems"] == 4 for row in rows)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "accuracy" in text
+
+
+def test_train_and_evaluate_what_was_trained(tmp_path: Path):
+    size = ("--batch", 2, "--width", 32, "--layers", 1, "--heads", 2, "--mlp-width", 32)
+    run("train", tmp_path / "run", "--steps", 2, *size, "--evaluate", 2)
+    assert json.loads((tmp_path / "run" / "training.json").read_text())["held_out"]["problems"] == 2
+    run("evaluate", "--model", tmp_path / "run", "--problems", 2, "--policy", "entropy:0.5")
+    assert "other settings" in run("train", tmp_path / "run", "--seed", 1, *size, code=2)
+
+
+def test_demo(tmp_path: Path):
+    text = run("demo", "--problems", 3, "--out", tmp_path)
+    rows = json.loads((tmp_path / "table.json").read_text())
+    assert [row["policy"] for row in rows] == ["one", "confidence:0.9", "entropy:0.5"]
+    assert (tmp_path / "response.png").read_bytes().startswith(b"\x89PNG")
+    assert "(right)" in text

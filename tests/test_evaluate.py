@@ -1,0 +1,86 @@
+"""Evaluation, its table, its files and pictures."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dparallel import evaluate, plots, registry, tasks
+
+import dparallel_ext as dx
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Any, Any]:
+    return registry.load()
+
+
+def test_evaluate_agrees_with_decoding_one_by_one(loaded: tuple[Any, Any]):
+    model, tokenizer = loaded
+    row = evaluate.evaluate("builtin:teacher", "entropy:0.5", problems=12, batch=5, loaded=loaded)
+    right = passes = 0
+    for problem in itertools.islice(tasks.problems("held_out"), 12):
+        prompt = torch.tensor([tokenizer.encode(problem.prompt).ids])
+        out = dx.decode(model, prompt, gen_length=64, threshold=0.5, selector="entropy")
+        right += tasks.is_correct(problem, tokenizer.decode(out.sequences[0, prompt.shape[1] :].tolist()))
+        passes += out.forwards
+    assert row["accuracy"] == right / 12
+    assert row["nfe_mean"] == pytest.approx(passes / 12)
+    assert row["tokens_per_forward"] == pytest.approx(64 * 12 / passes)
+    assert row["seconds"] > 0
+
+
+def test_one_token_a_pass_is_gen_length_passes(loaded: tuple[Any, Any]):
+    row = evaluate.evaluate("builtin:teacher", evaluate.ONE, problems=2, loaded=loaded)
+    assert row["nfe_mean"] == tasks.GEN_LENGTH
+    assert row["tokens_per_forward"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "text", ["", "entropy", "entropy:", "entropy:x", "speed:1", "quota:0.5", "entropy:nan"]
+)
+def test_a_policy_that_is_none_is_named(text: str):
+    with pytest.raises(ValueError, match=r"policy: expected"):
+        evaluate.parse_policy(text)
+
+
+def test_policies_are_checked_before_anything_is_decoded():
+    with pytest.raises(ValueError, match="policy"):
+        next(iter(evaluate.sweep(["builtin:teacher"], ["entropy:0.5", "nonsense"])))
+
+
+def test_models_are_found_by_name_or_path(tmp_path: Path):
+    assert "builtin:teacher" in registry.builtins()
+    assert registry.directory_of("builtin:teacher") == registry.directory_of(
+        str(registry.BUILTIN / "teacher")
+    )
+    with pytest.raises(FileNotFoundError, match=r"model: 'builtin:nobody' .*builtin:teacher"):
+        registry.load("builtin:nobody")
+    with pytest.raises(FileNotFoundError, match="model: "):
+        registry.load(str(tmp_path))
+
+
+def test_json_is_written_whole(tmp_path: Path):
+    file = tmp_path / "new" / "rows.json"
+    evaluate.write_json(file, [{"a": 1}])
+    with pytest.raises(TypeError):
+        evaluate.write_json(file, [{"a": object()}])
+    assert json.loads(file.read_text()) == [{"a": 1}]
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_pictures_are_drawn(tmp_path: Path):
+    base = {"problems": 5, "gen_length": 64}
+    rows = [
+        {**base, "model": "m", "policy": "one", "threshold": None, "nfe_mean": 64.0, "accuracy": 1.0},
+        {**base, "model": "m", "policy": "entropy:0.5", "threshold": 0.5, "nfe_mean": 9.0, "accuracy": 0.8},
+    ]
+    plots.accuracy_against_passes(rows, tmp_path / "a.png")
+    plots.response_by_pass(["a", "b", "·"] * 9, [1, 2, 3] * 9, tmp_path / "b.png", title="t")
+    plots.response_by_pass([], [], tmp_path / "c.png")
+    for name in ("a.png", "b.png", "c.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
