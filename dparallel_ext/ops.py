@@ -308,6 +308,8 @@ def _suppress(ids: Ids, logits: Tensor) -> Tensor | None:
 
 
 def _per_sequence(name: str, value: int | Tensor, batch: int, like: Tensor) -> Tensor:
+    if type(value) is int:
+        return torch.full((batch,), value, dtype=torch.int64, device=like.device)
     numbers = torch.as_tensor(value, device=like.device)
     if numbers.is_floating_point() or numbers.ndim > 1 or numbers.shape not in ((), (batch,)):
         raise ValueError(

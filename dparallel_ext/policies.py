@@ -20,7 +20,7 @@ entropy_bound  lowest-H prefix whose preceding cumulative H <= gamma   gamma, e.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -48,6 +48,7 @@ _SCORE_OF = {
     "factor": "confidence",
     "entropy_bound": "entropy",
 }
+_IDS, _SCORE_IDS = frozenset(SELECTORS.values()), frozenset(SCORES.values())
 
 
 def make(
@@ -75,17 +76,18 @@ def make(
                 f"score: only 'quota' chooses its score; {name!r} sorts by {_SCORE_OF[name]!r}, "
                 f"got {chosen!r}"
             )
-    rows = torch.empty(batch, len(FIELDS), dtype=torch.float32)
-    rows[:, 0] = torch.tensor([SELECTORS[name] for name in names], dtype=torch.float32)
-    rows[:, 1] = _numbers("threshold", threshold, batch)
-    rows[:, 2] = _numbers("min_commit", min_commit, batch)
-    rows[:, 3] = _numbers("max_commit", math.inf if max_commit is None else max_commit, batch)
-    ranked_by = [
-        chosen if name == "quota" else _SCORE_OF[name] for name, chosen in zip(names, scores, strict=True)
-    ]
-    rows[:, 4] = torch.tensor([SCORES[name] for name in ranked_by], dtype=torch.float32)
-    check(rows, batch)
-    return rows.to(device) if device is not None else rows
+    rows = list(
+        zip(
+            (float(SELECTORS[name]) for name in names),
+            _numbers("threshold", threshold, batch),
+            _numbers("min_commit", min_commit, batch),
+            _numbers("max_commit", math.inf if max_commit is None else max_commit, batch),
+            (float(SCORES[_SCORE_OF.get(name, c)]) for name, c in zip(names, scores, strict=True)),
+            strict=True,
+        )
+    )
+    _check_rows(rows)
+    return torch.tensor(rows, dtype=torch.float32, device=device).view(batch, len(FIELDS))
 
 
 def check(policy: Tensor, batch: int) -> None:
@@ -97,38 +99,29 @@ def check(policy: Tensor, batch: int) -> None:
             f"policy: expected float32 ({batch}, {len(FIELDS)}) {FIELDS}, "
             f"got {policy.dtype} {tuple(policy.shape)}"
         )
-    if policy.device.type != "cpu" or batch == 0:
-        return  # reading values back from a device would stall it
-    selector, threshold, low, high, score = policy.unbind(1)
-    _require(
-        "selector",
-        (selector == selector.trunc()) & (selector >= 0) & (selector < len(SELECTORS)),
-        selector,
-        f"ids 0..{len(SELECTORS) - 1} of {list(SELECTORS)}",
-    )
-    _require("threshold", ~threshold.isnan(), threshold, "a number")
-    quota = selector == SELECTORS["quota"]
-    _require(
-        "threshold",
-        ~quota | ((threshold >= 1) & (threshold == threshold.trunc())),
-        threshold,
-        "a whole number >= 1 for quota",
-    )
-    _require("min_commit", (low >= 1) & (low == low.trunc()), low, "a whole number >= 1")
-    _require("max_commit", (high >= 1) & (high == high.trunc()), high, "a whole number >= 1, or inf")
-    _require("max_commit", high >= low, high, "at least min_commit")
-    _require(
-        "score",
-        (score == score.trunc()) & (score >= 0) & (score < len(SCORES)),
-        score,
-        f"ids 0..{len(SCORES) - 1} of {list(SCORES)}",
-    )
+    # Reading values back from a device would stall it, and there are none while tracing.
+    if policy.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_rows(policy.tolist())
 
 
-def _require(name: str, ok: Tensor, values: Tensor, expected: str) -> None:
-    if not bool(ok.all()):
-        at = int((~ok).nonzero()[0, 0])
-        raise ValueError(f"{name}: expected {expected}, got {values[at].item()} for sequence {at}")
+def _check_rows(rows: Iterable[Sequence[float]]) -> None:
+    for sequence, (selector, threshold, low, high, score) in enumerate(rows):
+        quota = selector == SELECTORS["quota"]
+        for name, value, ok, expected in (
+            ("selector", selector, selector in _IDS, f"ids 0..{len(SELECTORS) - 1} of {list(SELECTORS)}"),
+            ("threshold", threshold, not math.isnan(threshold), "a number"),
+            ("threshold", threshold, not quota or _is_count(threshold), "a whole number >= 1 for quota"),
+            ("min_commit", low, _is_count(low), "a whole number >= 1"),
+            ("max_commit", high, _is_count(high), "a whole number >= 1, or inf"),
+            ("max_commit", high, high >= low, "at least min_commit"),
+            ("score", score, score in _SCORE_IDS, f"ids 0..{len(SCORES) - 1} of {list(SCORES)}"),
+        ):
+            if not ok:
+                raise ValueError(f"{name}: expected {expected}, got {value} for sequence {sequence}")
+
+
+def _is_count(value: float) -> bool:
+    return value >= 1 and (math.isinf(value) or value == int(value))
 
 
 def _names(argument: str, value: Name, known: dict[str, int], batch: int) -> list[str]:
@@ -141,13 +134,16 @@ def _names(argument: str, value: Name, known: dict[str, int], batch: int) -> lis
     return names
 
 
-def _numbers(argument: str, value: Any, batch: int) -> Tensor:
+def _numbers(argument: str, value: Any, batch: int) -> list[float]:
+    """`batch` numbers, as float32 holds them."""
     try:
+        if isinstance(value, (int, float)):
+            return [float(value)] * batch
         numbers = torch.as_tensor(value, dtype=torch.float32, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{argument}: expected a number or {batch} of them, got {value!r}") from error
     if numbers.ndim > 1 or (numbers.ndim == 1 and len(numbers) != batch):
         raise ValueError(
             f"{argument}: expected a number or shape ({batch},), got shape {tuple(numbers.shape)}"
         )
-    return numbers.expand(batch)
+    return numbers.expand(batch).tolist()
