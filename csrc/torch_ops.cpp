@@ -54,6 +54,12 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
+// An empty tensor has no address, but an empty list of positions is not the lack of one.
+const int64_t* listed(const Tensor& positions) {
+  static const int64_t none = 0;
+  return positions.numel() > 0 ? data<int64_t>(positions) : &none;
+}
+
 Logits logits_of(const Tensor& t) {  // (R, V) or (B, L, V)
   STD_TORCH_CHECK(t.dim() == 2 || t.dim() == 3, "logits: expected 2 or 3 dimensions, got ",
                   t.dim());
@@ -248,7 +254,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unmask_(
                         tokens.stride(0),
                         tokens.stride(1),
                         logits_of(logits),
-                        positions.has_value() ? data<int64_t>(*positions) : nullptr,
+                        positions.has_value() ? listed(*positions) : nullptr,
                         count,
                         data<int64_t>(start),
                         data<int64_t>(end),

@@ -165,6 +165,20 @@ def test_samples_match_the_oracle(dtype: torch.dtype, vocab: int, temperature: f
     )
 
 
+@pytest.mark.parametrize("vocab", [16385, 126464, 262144])
+@pytest.mark.parametrize("gap", [14.0, 18.0, 22.0, 26.0])
+def test_a_near_certain_row_keeps_its_small_terms(vocab: int, gap: float) -> None:
+    """Thousands of terms below float32's resolution of 1 add up: no sum may drop them one by one."""
+    logits = 0.5 * torch.randn(3, vocab)
+    logits[:, vocab // 3] = gap
+    for temperature in (0.0, 1.336):
+        settings = {"temperature": temperature, "seed": 3, "sequence": 0, "position": 0, "step": 0}
+        actual = dx.row_stats(logits, **settings)
+        expected = dx.reference.row_stats(logits, **settings)
+        for name in ("lse", "confidence", "entropy", "sample_logprob"):
+            assert_stats_close(getattr(actual, name), getattr(expected, name), name)
+
+
 def test_samples_follow_softmax_at_the_temperature() -> None:
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.1, -0.4])
     temperature, n = 0.7, 40000

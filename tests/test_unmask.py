@@ -358,3 +358,11 @@ def test_opcheck() -> None:
     score = torch.rand(2, 4)
     args = (score, score, score, score > 0.3, policies.make(batch=2))
     torch.library.opcheck(torch.ops.dparallel.select.default, args)
+
+
+def test_an_empty_list_of_positions_is_not_the_lack_of_one() -> None:
+    none, logits = torch.empty(0, dtype=torch.int64), torch.empty(0, 5)
+    with pytest.raises(ValueError, match="sequence 0 at position 0"):
+        dx.unmask_(torch.full((1, 4), 3), logits, mask_id=3, positions=none)
+    out = dx.unmask_(torch.zeros(1, 4, dtype=torch.int64), logits, mask_id=3, positions=none)
+    assert bool(out.done)

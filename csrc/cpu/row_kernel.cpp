@@ -46,7 +46,7 @@ void rank_tile(const typename T::Storage* z, int64_t first_id, int64_t count, Ro
   };
   while (i + kStep <= count) {
     const Pair v = T::widen(z + i);
-    if (any(v.first > part.top2 | v.second > part.top2)) rank(i + kStep);
+    if (any((v.first > part.top2) | (v.second > part.top2))) rank(i + kStep);
     else i += kStep;
   }
   rank(count);
@@ -133,6 +133,7 @@ void sample(const RowSpan& span, float inverse_temperature, const SampleKey& key
   constexpr int64_t kBlock = 4 * kLanes;
   const auto* row = static_cast<const typename T::Storage*>(span.row);
   float z[kBlock], noise[kBlock];
+  double total = part.sum;  // beside a 1, float32 would lose the many small terms one by one
   for (int64_t base = span.begin / kBlock * kBlock; base < span.end; base += kBlock) {
     const int64_t first = base > span.begin ? base : span.begin;
     const int64_t last = base + kBlock < span.end ? base + kBlock : span.end;
@@ -143,14 +144,18 @@ void sample(const RowSpan& span, float inverse_temperature, const SampleKey& key
       largest = z[i] > largest ? z[i] : largest;
     }
     if (largest == -kInfinity) continue;
-    if (largest > part.max) part.rescale(largest, inverse_temperature);
+    if (largest > part.max) {
+      part.sum = static_cast<float>(total);
+      part.rescale(largest, inverse_temperature);
+      total = part.sum;
+    }
     F sum{};
     for (int64_t i = 0; i < kBlock; i += kLanes) {
       F d = (load<F>(z + i) - part.max) * inverse_temperature;
       d = d < kExpFloor ? splat(kExpFloor) : d;
       sum += exp_nonpositive(d);
     }
-    part.sum += reduce_add(sum);
+    total += reduce_add(sum);
     if (largest * inverse_temperature + kLargestNoise < part.score)
       continue;  // none of these can win
     exponentials(key, static_cast<uint32_t>(base / 4), noise);
@@ -164,6 +169,7 @@ void sample(const RowSpan& span, float inverse_temperature, const SampleKey& key
         }
     }
   }
+  part.sum = static_cast<float>(total);
 }
 
 }  // namespace

@@ -1,0 +1,376 @@
+// Every CUDA kernel, executed by cuda_host, against its CPU twin on random cases, in memory of
+// exact size. Usage: twins SEED CASES. Exits 1 at the first difference, after naming it.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda_host.h"
+#include "dparallel/launch.h"
+
+using namespace dparallel;
+
+namespace {
+
+std::mt19937_64 engine;
+int64_t below(int64_t n) { return static_cast<int64_t>(engine() % static_cast<uint64_t>(n)); }
+bool chance(double p) { return std::uniform_real_distribution<>()(engine) < p; }
+double uniform(double a, double b) { return std::uniform_real_distribution<>(a, b)(engine); }
+template <class T>
+T one_of(std::initializer_list<T> values) {
+  return values.begin()[below(static_cast<int64_t>(values.size()))];
+}
+
+void serial(int64_t n, cpu::Body body, const void* context) {
+  if (n > 0) body(0, n, context);
+}
+
+std::string now;  // the case being run
+
+#define REQUIRE(condition, ...)                         \
+  do {                                                  \
+    if (!(condition)) {                                 \
+      std::fprintf(stderr, "twins: %s: ", now.c_str()); \
+      std::fprintf(stderr, __VA_ARGS__);                \
+      std::fprintf(stderr, " (%s)\n", #condition);      \
+      std::exit(1);                                     \
+    }                                                   \
+  } while (0)
+
+template <class T>
+void same(const std::vector<T>& cuda, const std::vector<T>& cpu, const char* name) {
+  for (size_t i = 0; i < cpu.size(); ++i)
+    REQUIRE(cuda[i] == cpu[i], "%s[%zu]: %lld, CPU %lld", name, i, (long long)cuda[i],
+            (long long)cpu[i]);
+}
+
+// Each is within 2e-6 + 1e-6 |x| of the truth.
+void close(const std::vector<float>& cuda, const std::vector<float>& cpu, const char* name) {
+  for (size_t i = 0; i < cpu.size(); ++i) {
+    const float a = cuda[i], b = cpu[i];
+    const bool equal = a == b || (a != a && b != b);
+    REQUIRE(equal || std::fabs(a - b) <= 4e-6f + 2e-6f * std::fabs(b), "%s[%zu]: %.9g, CPU %.9g",
+            name, i, a, b);
+  }
+}
+
+uint16_t to_bfloat16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return static_cast<uint16_t>(bits >> 16);
+}
+
+uint16_t to_float16(float x) {  // finite, in range or infinite; rounded towards zero
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  if (x != x) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (std::isinf(x)) return static_cast<uint16_t>(sign | 0x7c00u);
+  const int exponent = static_cast<int>((bits >> 23) & 255u) - 127;
+  if (exponent < -14) return static_cast<uint16_t>(sign);
+  return static_cast<uint16_t>(sign | static_cast<uint32_t>(exponent + 15) << 10 |
+                               ((bits >> 13) & 0x3ffu));
+}
+
+// Logits [rows] of `vocab` with a random stride, in their dtype, in memory that ends with them.
+struct Rows {
+  DType dtype;
+  int64_t vocab, stride, rows;
+  std::unique_ptr<char[]> memory;
+
+  Rows(int64_t rows, int64_t vocab, bool bad, double repeat)
+      : dtype(one_of({DType::float32, DType::bfloat16, DType::float16})),
+        vocab(vocab),
+        stride(vocab + (chance(0.5) ? below(9) : 0)),
+        rows(rows) {
+    const int64_t size = dtype == DType::float32 ? 4 : 2;
+    const int64_t elements = rows == 0 ? 0 : (rows - 1) * stride + vocab;
+    memory.reset(new char[std::max<int64_t>(1, elements * size)]);
+    std::normal_distribution<float> normal(0.0f, static_cast<float>(uniform(0.1, 6.0)));
+    const float shift = chance(0.3) ? -60.0f : 0.0f;
+    const bool coarse = chance(0.2);  // many equal logits
+    for (int64_t i = 0; i < elements; ++i) {
+      float z = normal(engine) + shift;
+      if (coarse && repeat == 0) z = std::round(z);
+      put(i, z);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      if (r > 0 && chance(repeat)) {
+        memcpy(memory.get() + r * stride * size, memory.get() + below(r) * stride * size,
+               vocab * size);
+        continue;
+      }
+      if (chance(0.3)) put(r * stride + below(vocab), 30.0f);  // a sure row
+      if (chance(0.1)) put(r * stride + below(vocab), kInfinity);
+      if (chance(0.3)) put(r * stride + below(vocab), -kInfinity);
+      if (bad && chance(0.1)) put(r * stride + below(vocab), NAN);
+      if (bad && chance(0.1))
+        for (int64_t v = 0; v < vocab; ++v) put(r * stride + v, -kInfinity);
+    }
+  }
+
+  void put(int64_t i, float z) {
+    if (dtype == DType::float32) {
+      memcpy(memory.get() + 4 * i, &z, 4);
+    } else {
+      const uint16_t bits = dtype == DType::bfloat16 ? to_bfloat16(z) : to_float16(z);
+      memcpy(memory.get() + 2 * i, &bits, 2);
+    }
+  }
+
+  Logits flat() const {
+    return {memory.get(), dtype, vocab, std::max<int64_t>(1, rows), 0, stride};
+  }
+};
+
+int64_t random_vocab() {
+  return chance(0.04)
+             ? one_of<int64_t>({126464, 50257})
+             : one_of<int64_t>({1, 2, 3, 7, 8, 9, 31, 255, 1000, 4099, 16384, 16385, 40001});
+}
+
+std::vector<int64_t> random_suppress(int64_t vocab) {
+  std::vector<int64_t> ids;
+  if (chance(0.4))
+    for (int64_t i = 0; i < 3; ++i) ids.push_back(below(vocab));
+  std::sort(ids.begin(), ids.end());
+  ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
+  return ids;
+}
+
+struct Result {
+  std::vector<int64_t> tokens, error;
+  std::vector<float> fields;
+  Result(int64_t count, int64_t errors)
+      : tokens(2 * count, -7), error(errors, -7), fields(kRowFields * count, -7.0f) {}
+  RowOutput output() { return {tokens.data(), fields.data(), error.data()}; }
+};
+
+struct Memory {
+  std::vector<char> scratch;
+  std::vector<int32_t> counters;
+  Memory(int64_t bytes, int64_t count)
+      : scratch(std::max<int64_t>(1, bytes), '\x5a'), counters(count) {}
+  cuda::Workspace workspace() { return {scratch.data(), counters.data()}; }
+  void check() const {
+    for (const int32_t c : counters) REQUIRE(c == 0, "a counter is left at %d", c);
+  }
+};
+
+void row_stats_case() {
+  const int64_t vocab = random_vocab(), total = below(6);
+  const Rows logits(total, vocab, true, 0.0);
+  std::vector<int64_t> rows;
+  if (chance(0.5) && total > 0)
+    for (int64_t i = below(5); i > 0; --i) rows.push_back(below(total));
+  const bool indexed = chance(0.5) && total > 0;
+  const int64_t count = indexed ? static_cast<int64_t>(rows.size()) : total;
+  const std::vector<int64_t> suppress = random_suppress(vocab);
+  std::vector<int64_t> keys(4 * count);
+  for (auto& k : keys) k = below(1 << 20);
+  const Exclusions exclusions{chance(0.7) ? below(vocab) : -1, suppress.data(),
+                              static_cast<int64_t>(suppress.size())};
+  const float temperature = chance(0.5) ? 0.0f : static_cast<float>(uniform(0.3, 2.0));
+  Result on_cuda(count, count), on_cpu(count, count);
+  RowStatsArgs args{logits.flat(), indexed ? rows.data() : nullptr, count,
+                    exclusions,    {temperature, keys.data(), 0},   on_cpu.output()};
+  cpu::row_stats(args, serial);
+  args.output = on_cuda.output();
+  Memory memory(cuda::row_stats_scratch(args), cuda::row_stats_counters(args));
+  cuda::row_stats(args, memory.workspace(), nullptr);
+  memory.check();
+  same(on_cuda.error, on_cpu.error, "error");
+  for (int64_t i = 0; i < count; ++i) {  // of a bad row only the error is said
+    if (on_cpu.error[i] == kNoError) continue;
+    for (int64_t f = i; f < 2 * count; f += count) on_cpu.tokens[f] = on_cuda.tokens[f] = 0;
+    for (int64_t f = i; f < kRowFields * count; f += count)
+      on_cpu.fields[f] = on_cuda.fields[f] = 0;
+  }
+  same(on_cuda.tokens, on_cpu.tokens, "tokens");
+  close(on_cuda.fields, on_cpu.fields, "fields");
+}
+
+std::vector<float> random_policy(int64_t batch) {
+  std::vector<float> rows;
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t selector = below(kSelectors), low = 1 + below(3);
+    const float threshold =
+        selector == kSelectQuota
+            ? static_cast<float>(1 + below(9))
+            : static_cast<float>(uniform(0.0, selector == kSelectEntropy ? 9 : 1));
+    rows.insert(rows.end(), {static_cast<float>(selector), threshold, static_cast<float>(low),
+                             chance(0.5) ? kInfinity : static_cast<float>(low + below(5)),
+                             static_cast<float>(below(kScores))});
+  }
+  return rows;
+}
+
+void select_case() {
+  const int64_t batch = below(4), length = one_of<int64_t>({0, 1, 5, 32, 256, 300});
+  const auto size = static_cast<size_t>(batch * length);
+  std::vector<float> statistics[3];
+  for (auto& s : statistics) {
+    s.resize(size);
+    for (auto& x : s) x = static_cast<float>(below(40)) / 40.0f;  // with ties
+  }
+  std::unique_ptr<bool[]> eligible(new bool[size + 1]), a(new bool[size + 1]),
+      b(new bool[size + 1]);
+  for (size_t i = 0; i < size; ++i) eligible[i] = chance(0.6);
+  const std::vector<float> policy = random_policy(batch);
+  SelectArgs args{statistics[0].data(),
+                  statistics[1].data(),
+                  statistics[2].data(),
+                  eligible.get(),
+                  policy.data(),
+                  batch,
+                  length,
+                  a.get()};
+  cpu::select(args, serial);
+  args.commit = b.get();
+  Memory memory(cuda::select_scratch(args), 0);
+  cuda::select(args, memory.workspace(), nullptr);
+  for (size_t i = 0; i < size; ++i) REQUIRE(a[i] == b[i], "commit[%zu]: %d, CPU %d", i, b[i], a[i]);
+}
+
+void unmask_case() {
+  const int64_t batch = below(5), length = 1 + below(chance(0.1) ? 300 : 40);
+  int64_t vocab = random_vocab();
+  if (batch * length * vocab > 4000000) vocab = 1 + below(3000);
+  const int64_t mask_id = below(vocab), stride_l = 1 + below(3),
+                stride_b = length * stride_l + below(3);
+  std::vector<int64_t> tokens(
+      static_cast<size_t>(batch == 0 ? 0 : (batch - 1) * stride_b + (length - 1) * stride_l + 1));
+  for (auto& t : tokens) t = chance(0.7) ? mask_id : below(vocab);
+  std::vector<int64_t> start(batch), end(batch), positions;
+  for (int64_t b = 0; b < batch; ++b) {
+    start[b] = below(length + 1);
+    end[b] = start[b] + below(length - start[b] + 1);
+    if (chance(0.3)) start[b] = 0, end[b] = length;
+  }
+  const bool indexed = chance(0.5), lists_all = chance(0.9);
+  if (indexed)
+    for (int64_t p = 0; p < batch * length; ++p) {
+      const int64_t b = p / length, l = p % length;
+      const bool needed =
+          tokens[b * stride_b + l * stride_l] == mask_id && l >= start[b] && l < end[b];
+      if (needed ? lists_all || chance(0.8) : chance(0.2)) positions.push_back(p);
+    }
+  positions.reserve(1);  // an empty list is not the lack of one
+  const int64_t count = indexed ? static_cast<int64_t>(positions.size()) : batch * length;
+  const Rows rows(count, vocab, chance(0.2), 0.1);
+  Logits logits = rows.flat();
+  if (!indexed) {
+    logits.inner_rows = length;
+    logits.outer_stride = length * rows.stride;
+  }
+  const std::vector<int64_t> suppress = random_suppress(vocab);
+  std::vector<int64_t> keys(3 * batch);
+  for (auto& k : keys) k = below(1 << 20);
+  const float temperature = chance(0.6) ? 0.0f : static_cast<float>(uniform(0.3, 2.0));
+  const std::vector<float> policy = random_policy(batch);
+  std::vector<int64_t> tokens_cpu = tokens, tokens_cuda = tokens;
+  std::vector<int64_t> committed_cpu(batch, -7), committed_cuda(batch, -7);
+  std::vector<int64_t> remaining_cpu(batch, -7), remaining_cuda(batch, -7);
+  bool done_cpu = false, done_cuda = false;
+  Result on_cpu(count, batch), on_cuda(count, batch);
+  UnmaskArgs args{tokens_cpu.data(),
+                  batch,
+                  length,
+                  stride_b,
+                  stride_l,
+                  logits,
+                  indexed ? positions.data() : nullptr,
+                  count,
+                  start.data(),
+                  end.data(),
+                  policy.data(),
+                  {mask_id, suppress.data(), static_cast<int64_t>(suppress.size())},
+                  {temperature, keys.data(), below(100)},
+                  committed_cpu.data(),
+                  remaining_cpu.data(),
+                  &done_cpu,
+                  on_cpu.output()};
+  cpu::unmask(args, serial);
+  args.tokens = tokens_cuda.data();
+  args.committed = committed_cuda.data();
+  args.remaining = remaining_cuda.data();
+  args.done = &done_cuda;
+  args.output = on_cuda.output();
+  Memory memory(cuda::unmask_scratch(args), cuda::unmask_counters(args));
+  cuda::unmask(args, memory.workspace(), nullptr);
+  memory.check();
+  same(on_cuda.error, on_cpu.error, "error");
+  const bool sound = std::all_of(on_cpu.error.begin(), on_cpu.error.end(),
+                                 [](int64_t e) { return e == kNoError; });
+  if (!sound) {  // a sequence with a bad row commits nothing; the CPU then commits nothing at all
+    same(tokens_cpu, tokens, "tokens of the CPU");
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t l = 0; on_cuda.error[b] != kNoError && l < length; ++l)
+        REQUIRE(tokens_cuda[b * stride_b + l * stride_l] == tokens[b * stride_b + l * stride_l],
+                "sequence %lld has a bad row, but column %lld changed", (long long)b, (long long)l);
+    return;
+  }
+  same(on_cuda.tokens, on_cpu.tokens, "row tokens");
+  close(on_cuda.fields, on_cpu.fields, "fields");
+  // What must commit by the CUDA kernel's own statistics: scores that differ by rounding alone may
+  // rank otherwise than the CPU's.
+  const auto size = static_cast<size_t>(batch * length);
+  std::vector<float> field[3];
+  for (auto& f : field) f.assign(size, 0.0f);
+  std::vector<int64_t> choice(size, -1);
+  std::unique_ptr<bool[]> eligible(new bool[size + 1]()), commit(new bool[size + 1]());
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = indexed ? positions[i] : i;
+    if (on_cuda.tokens[i] < 0) continue;
+    eligible[at] = true;
+    choice[at] = on_cuda.tokens[count + i];
+    const RowField of[] = {kConfidence, kMargin, kEntropy};
+    for (int f = 0; f < 3; ++f) field[f][at] = on_cuda.fields[of[f] * count + i];
+  }
+  cpu::select({field[0].data(), field[1].data(), field[2].data(), eligible.get(), policy.data(),
+               batch, length, commit.get()},
+              serial);
+  bool all_done = true;
+  for (int64_t b = 0; b < batch; ++b) {
+    int64_t committed = 0, masked = 0;
+    for (int64_t l = 0; l < length; ++l) {
+      const int64_t at = b * length + l, t = b * stride_b + l * stride_l;
+      masked += l >= start[b] && l < end[b] && tokens[t] == mask_id;
+      committed += commit[at];
+      if (commit[at]) tokens[t] = choice[at];
+    }
+    REQUIRE(committed_cuda[b] == committed, "committed[%lld]: %lld, expected %lld", (long long)b,
+            (long long)committed_cuda[b], (long long)committed);
+    REQUIRE(remaining_cuda[b] == masked - committed, "remaining[%lld]: %lld, expected %lld",
+            (long long)b, (long long)remaining_cuda[b], (long long)(masked - committed));
+    all_done = all_done && masked == committed;
+  }
+  same(tokens_cuda, tokens, "tokens");
+  REQUIRE(done_cuda == all_done, "done: %d, expected %d", done_cuda, all_done);
+}
+
+}  // namespace
+
+int main(int, char** argv) {
+  const uint64_t seed = std::strtoull(argv[1], nullptr, 10);
+  const int cases = std::atoi(argv[2]);
+  for (int i = 0; i < cases; ++i) {
+    engine.seed(seed * 1000003 + static_cast<uint64_t>(i));
+    cuda_host::seed(engine());
+    const int64_t op = below(3);
+    now = std::string(op == 0   ? "row_stats"
+                      : op == 1 ? "select"
+                                : "unmask") +
+          " of seed " + argv[1] + ", case " + std::to_string(i);
+    if (op == 0) row_stats_case();
+    else if (op == 1) select_case();
+    else unmask_case();
+  }
+  std::printf("%d cases, no difference\n", cases);
+  return 0;
+}

@@ -1,0 +1,120 @@
+"""The CUDA kernels, executed on the CPU by tests/cuda_host, against their CPU twins.
+
+Threads are fibers in random order, blocks come in random order, and memory is of exact size under
+AddressSanitizer and UndefinedBehaviorSanitizer. That this notices faults is tested with planted ones.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent / "cuda_host"
+CSRC = Path(__file__).parent.parent / "csrc"
+CXX = os.environ.get("CXX", "c++")
+SANITIZE = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
+INCLUDES = [f"-I{HERE}", f"-I{CSRC / 'include'}", f"-I{CSRC / 'cuda'}", f"-I{CSRC / 'cpu'}"]
+
+pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason="needs a C++ compiler")
+
+
+def build(directory: Path, flags: str) -> Path:
+    """`twins` and `faults`, of the kernels, their CPU twins (portable) and the host."""
+    sources = [(CSRC / "cuda" / f"{op}.cu", "-x c++ -DDPARALLEL_CUDA_HOST") for op in ops()]
+    sources += [(CSRC / "cpu" / f"{op}.cpp", "") for op in ops()]
+    sources += [
+        (CSRC / "cpu" / "row_kernel.cpp", f"-DDPARALLEL_SIMD={level}")
+        for level in ("portable", "avx2", "avx512")
+    ]
+    sources += [(HERE / f"{name}.cpp", "-DDPARALLEL_CUDA_HOST") for name in ("cuda_host", "twins", "faults")]
+
+    def compile_one(job: tuple[int, tuple[Path, str]]) -> Path:
+        number, (source, own) = job
+        target = directory / f"{number}_{source.stem}.o"
+        command = [CXX, "-std=c++17", "-w", "-fno-strict-aliasing", *flags.split(), *own.split(), *INCLUDES]
+        subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [str(o) for o in pool.map(compile_one, enumerate(sources))]
+    *rest, host, twins, faults = objects
+    link = [CXX, *flags.split()]
+    subprocess.run([*link, *rest, host, twins, "-o", str(directory / "twins")], check=True)
+    subprocess.run([*link, host, faults, "-o", str(directory / "faults")], check=True)
+    return directory
+
+
+def ops() -> list[str]:
+    """Every op that has a CUDA kernel."""
+    return sorted(source.stem for source in (CSRC / "cuda").glob("*.cu"))
+
+
+def run(program: Path, *args: object) -> subprocess.CompletedProcess[str]:
+    settings = {
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "DPARALLEL_SIMD": "portable",
+    }
+    command = [str(program), *map(str, args)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env={**os.environ, **settings}
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("plain"), "-O2")
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("sanitized"), SANITIZE)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_kernels_equal_their_cpu_twins(plain: Path, seed: int) -> None:
+    result = run(plain / "twins", seed, 250)
+    assert result.returncode == 0, result.stderr
+    assert "250 cases, no difference" in result.stdout
+
+
+def test_kernels_stay_in_their_memory(sanitized: Path) -> None:
+    result = run(sanitized / "twins", 100, 120)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("divergent_barrier", "a barrier that not every thread reaches"),
+        ("misaligned", "misaligned load"),
+        ("partial_shuffle", "shuffle with a partial mask"),
+        ("race", ""),
+    ],
+)
+def test_the_host_notices_a_faulty_kernel(plain: Path, fault: str, said: str) -> None:
+    result = run(plain / "faults", fault)
+    assert result.returncode != 0
+    assert said in result.stderr
+
+
+def test_the_sanitizer_notices_an_overrun(sanitized: Path) -> None:
+    result = run(sanitized / "faults", "overrun")
+    assert result.returncode != 0
+    assert "heap-buffer-overflow" in result.stderr
+
+
+def test_a_sound_kernel_is_not_accused(plain: Path, sanitized: Path) -> None:
+    for directory in (plain, sanitized):
+        assert run(directory / "faults", "none").returncode == 0
+
+
+def test_kernels_without_their_barriers_are_found_out(tmp_path: Path) -> None:
+    directory = build(tmp_path, "-O1 -DCUDA_HOST_FAULT_NO_BARRIER")
+    result = run(directory / "twins", 0, 60)
+    assert result.returncode in (1, 3)
+    assert "twins:" in result.stderr or "cuda_host:" in result.stderr
