@@ -55,17 +55,16 @@ def summary(found: dict[str, Any]) -> str:
     """A Markdown table: medians, ratios to ours in the same run, and the floor."""
     rows = ["| case | contender | median, ms | times ours | floor, ms |", "|---|---|--:|--:|--:|"]
     for group, benches in groups(found).items():
-        ours = [b for b in benches if b["extra_info"].get("contender") == "dparallel_ext"]
-        if not ours:
+        named = [b for b in benches if "contender" in b["extra_info"]]
+        if not named:
             continue
-        for bench in benches:
-            info = bench["extra_info"]
-            floor = f"{1e3 * info['floor']:.3f}" if "floor" in info else ""
-            name = info["contender"]
-            if "same" in info:
-                name += f" ({info['same']}/{info['problems']} same tokens)"
-            ratio = milliseconds(bench) / milliseconds(ours[0])
-            rows.append(f"| {group} | {name} | {milliseconds(bench):.3f} | {ratio:.1f} | {floor} |")
+        ours = next(b for b in named if b["extra_info"]["contender"].startswith("dparallel_ext"))
+        floor = f"{1e3 * ours['extra_info']['floor']:.3f}" if "floor" in ours["extra_info"] else ""
+        times = {name: 1e3 * s for name, s in ours["extra_info"].get("baselines", {}).items()}
+        times |= {b["extra_info"]["contender"]: milliseconds(b) for b in named}
+        for name, time in times.items():
+            ratio = "" if name.startswith("dparallel_ext") else f"{time / milliseconds(ours):.1f}"
+            rows.append(f"| {group} | {name} | {time:.{0 if time >= 100 else 3}f} | {ratio} | {floor} |")
     machine, torch_version = found["machine_info"]["cpu"], _torch_version()
     name = machine.get("brand_raw", "unknown CPU")
     rows.append(f"\n{name}, {_threads()} threads, torch {torch_version}, {_simd()}.\n")
