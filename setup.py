@@ -123,7 +123,7 @@ def plan(torch, output: Path) -> tuple[str, str]:
     common = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -Wall -Wextra -Wno-psabi"
     ninja.rule("cxx", f"{cxx} -MMD -MF $out.d {common} {include_flags} $flags -c $in -o $out")
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-        if source.name != "row_kernel.cpp":
+        if not source.name.endswith("_kernel.cpp"):
             ninja.compile("cxx", source)
             continue
         for level, march in SIMD_LEVELS.items():

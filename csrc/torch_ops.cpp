@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "dparallel/certainty_forcing_loss.h"
 #include "dparallel/launch.h"
 
 #ifdef DPARALLEL_WITH_CUDA
@@ -30,7 +31,8 @@ DType dtype_of(const Tensor& logits) {
     case ScalarType::Float: return DType::float32;
     case ScalarType::BFloat16: return DType::bfloat16;
     case ScalarType::Half: return DType::float16;
-    default: STD_TORCH_CHECK(false, "logits: expected float32, bfloat16 or float16");
+    case ScalarType::Double: return DType::float64;
+    default: STD_TORCH_CHECK(false, "logits: expected float32, bfloat16, float16 or float64");
   }
   return DType::float32;
 }
@@ -60,12 +62,14 @@ const int64_t* listed(const Tensor& positions) {
   return positions.numel() > 0 ? data<int64_t>(positions) : &none;
 }
 
-Logits logits_of(const Tensor& t) {  // (R, V) or (B, L, V)
+Logits logits_of(const Tensor& t, bool wide = false) {  // (R, V) or (B, L, V); wide: float64 too
   STD_TORCH_CHECK(t.dim() == 2 || t.dim() == 3, "logits: expected 2 or 3 dimensions, got ",
                   t.dim());
   const int64_t last = t.dim() - 1, vocab = t.size(last);
   STD_TORCH_CHECK(vocab >= 1 && vocab < INT32_MAX, "logits: vocabulary of size ", vocab);
   STD_TORCH_CHECK(t.stride(last) == 1 || vocab == 1, "logits: the vocabulary must be contiguous");
+  STD_TORCH_CHECK(wide || t.scalar_type() != ScalarType::Double,
+                  "logits: expected float32, bfloat16 or float16");
   const int64_t inner = t.dim() == 3 ? t.size(1) : (t.size(0) > 0 ? t.size(0) : 1);
   return {
       t.data_ptr(),      dtype_of(t), vocab, inner > 0 ? inner : 1, t.dim() == 3 ? t.stride(0) : 0,
@@ -117,6 +121,12 @@ struct Cpu {
   static void unmask(const UnmaskArgs& args, const Tensor&, const std::optional<Tensor>&) {
     cpu::unmask(args, parallel);
   }
+  static void loss(const LossArgs& args, const Tensor&) {
+    cpu::certainty_forcing_loss(args, parallel);
+  }
+  static void loss_backward(const LossBackwardArgs& args, const Tensor&) {
+    cpu::certainty_forcing_loss_backward(args, parallel);
+  }
 };
 
 #ifdef DPARALLEL_WITH_CUDA
@@ -162,6 +172,18 @@ struct Cuda {
   static void unmask(const UnmaskArgs& args, const Tensor& like, const std::optional<Tensor>& c) {
     launch("unmask_", args, cuda::unmask_scratch(args), cuda::unmask_counters(args), cuda::unmask,
            like, c);
+  }
+  static void loss(const LossArgs& args, const Tensor& like) {
+    const torch::stable::accelerator::DeviceGuard guard(like.get_device());
+    const Tensor scratch = torch::stable::new_empty(
+        like, {cuda::certainty_forcing_loss_scratch(args)}, ScalarType::Byte);
+    check(cuda::certainty_forcing_loss(args, {scratch.data_ptr(), nullptr}, stream(like)),
+          "certainty_forcing_loss");
+  }
+  static void loss_backward(const LossBackwardArgs& args, const Tensor& like) {
+    const torch::stable::accelerator::DeviceGuard guard(like.get_device());
+    check(cuda::certainty_forcing_loss_backward(args, stream(like)),
+          "certainty_forcing_loss_backward");
   }
 };
 #endif
@@ -269,19 +291,79 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unmask_(
   return {committed, remaining, done, out.tokens, out.fields, out.error};
 }
 
+constexpr const char* kLossSchema =
+    "certainty_forcing_loss(Tensor logits, Tensor labels, Tensor active, float temperature, float "
+    "ce_temperature) -> (Tensor nll, Tensor entropy, Tensor correct, Tensor "
+    "saved, Tensor error)";
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> certainty_forcing_loss(
+    Tensor logits, Tensor labels, Tensor active, double temperature, double ce_temperature) {
+  const int64_t count = row_count(logits);
+  contiguous(labels, "labels", ScalarType::Long, {count}, logits);
+  contiguous(active, "active", ScalarType::Bool, {count}, logits);
+  STD_TORCH_CHECK(temperature > 0 && ce_temperature > 0, "temperature: expected > 0");
+  const bool wide = logits.scalar_type() == ScalarType::Double;
+  const ScalarType real = wide ? ScalarType::Double : ScalarType::Float;
+  Tensor nll = torch::stable::new_empty(logits, {count}, real);
+  Tensor entropy = torch::stable::new_empty(logits, {count}, real);
+  Tensor correct = torch::stable::new_empty(logits, {count}, ScalarType::Bool);
+  Tensor saved = torch::stable::new_empty(logits, {count, kLossSaved}, real);
+  Tensor error = torch::stable::new_empty(logits, {count}, ScalarType::Long);
+  const LossArgs args{
+      logits_of(logits, true), data<bool>(active), data<int64_t>(labels), count,
+      ce_temperature,          temperature,        nll.data_ptr(),        entropy.data_ptr(),
+      data<bool>(correct),     saved.data_ptr(),   data<int64_t>(error)};
+  Backend::loss(args, logits);
+  return {nll, entropy, correct, saved, error};
+}
+
+constexpr const char* kLossBackwardSchema =
+    "certainty_forcing_loss_backward(Tensor logits, Tensor labels, Tensor active, float "
+    "temperature, float ce_temperature, Tensor saved, Tensor grad_nll, Tensor grad_entropy) -> "
+    "Tensor";
+
+template <class Backend>
+Tensor certainty_forcing_loss_backward(Tensor logits, Tensor labels, Tensor active,
+                                       double temperature, double ce_temperature, Tensor saved,
+                                       Tensor grad_nll, Tensor grad_entropy) {
+  const int64_t count = row_count(logits), vocab = logits.size(logits.dim() - 1);
+  contiguous(labels, "labels", ScalarType::Long, {count}, logits);
+  contiguous(active, "active", ScalarType::Bool, {count}, logits);
+  const bool wide = logits.scalar_type() == ScalarType::Double;
+  const ScalarType real = wide ? ScalarType::Double : ScalarType::Float;
+  contiguous(saved, "saved", real, {count, kLossSaved}, logits);
+  contiguous(grad_nll, "grad_nll", real, {count}, logits);
+  contiguous(grad_entropy, "grad_entropy", real, {count}, logits);
+  std::vector<int64_t> sizes{vocab};
+  for (int64_t d = logits.dim() - 2; d >= 0; --d) sizes.insert(sizes.begin(), logits.size(d));
+  Tensor grad = torch::stable::new_empty(logits, sizes);
+  const LossBackwardArgs args{
+      logits_of(logits, true), data<bool>(active), data<int64_t>(labels), count,
+      ce_temperature,          temperature,        saved.data_ptr(),      grad_nll.data_ptr(),
+      grad_entropy.data_ptr(), grad.data_ptr()};
+  Backend::loss_backward(args, logits);
+  return grad;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(dparallel, m) {
   m.def(kRowStatsSchema);
   m.def(kSelectSchema);
   m.def(kUnmaskSchema);
+  m.def(kLossSchema);
+  m.def(kLossBackwardSchema);
 }
 
-#define DPARALLEL_IMPL(KEY, BACKEND)                     \
-  STABLE_TORCH_LIBRARY_IMPL(dparallel, KEY, m) {         \
-    m.impl("row_stats", TORCH_BOX(&row_stats<BACKEND>)); \
-    m.impl("select", TORCH_BOX(&select<BACKEND>));       \
-    m.impl("unmask_", TORCH_BOX(&unmask_<BACKEND>));     \
+#define DPARALLEL_IMPL(KEY, BACKEND)                                               \
+  STABLE_TORCH_LIBRARY_IMPL(dparallel, KEY, m) {                                   \
+    m.impl("row_stats", TORCH_BOX(&row_stats<BACKEND>));                           \
+    m.impl("select", TORCH_BOX(&select<BACKEND>));                                 \
+    m.impl("unmask_", TORCH_BOX(&unmask_<BACKEND>));                               \
+    m.impl("certainty_forcing_loss", TORCH_BOX(&certainty_forcing_loss<BACKEND>)); \
+    m.impl("certainty_forcing_loss_backward",                                      \
+           TORCH_BOX(&certainty_forcing_loss_backward<BACKEND>));                  \
   }
 
 DPARALLEL_IMPL(CPU, Cpu)

@@ -7,17 +7,20 @@ import torch  # the compiled library links against torch's, so torch comes first
 from . import compat, models, policies, reference
 from ._C import build_info, simd_level
 from .decode import DecodeOutput, Trajectory, decode
+from .loss import CertaintyForcingLoss, certainty_forcing_loss
 from .ops import check_errors, row_stats, select, unmask_
 from .types import RowStats, UnmaskOutput
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CertaintyForcingLoss",
     "DecodeOutput",
     "RowStats",
     "Trajectory",
     "UnmaskOutput",
     "build_info",
+    "certainty_forcing_loss",
     "check_errors",
     "compat",
     "decode",

@@ -221,29 +221,29 @@ def unmask_(
 
 # --- errors -------------------------------------------------------------------------------------
 
-_pending: dict[torch.device, list[tuple[Tensor, Any]]] = {}
+_pending: dict[torch.device, list[tuple[Tensor, Any, dict[int, str]]]] = {}
 
 
 def check_errors(device: torch.device | str | None = None) -> None:
     """Raise ValueError for a bad row that a CUDA op has met since the last call (this synchronises)."""
     for key in [torch.device(device)] if device is not None else list(_pending):
-        for error, where in _pending.pop(key, []):
-            _raise(error, where)
+        for error, where, texts in _pending.pop(key, []):
+            _raise(error, where, texts)
 
 
-def _report(error: Tensor, where: Any) -> None:
+def _report(error: Tensor, where: Any, texts: dict[int, str] = _ERRORS) -> None:
     if torch.compiler.is_compiling() or isinstance(error, torch._subclasses.FakeTensor):
         return
     if error.device.type == "cpu":
-        _raise(error, where)
+        _raise(error, where, texts)
     else:
-        _pending.setdefault(error.device, []).append((error, where))
+        _pending.setdefault(error.device, []).append((error, where, texts))
 
 
-def _raise(errors: Tensor, where: Any) -> None:
+def _raise(errors: Tensor, where: Any, texts: dict[int, str]) -> None:
     error = int(errors.min()) if errors.numel() else _NO_ERROR
     if error != _NO_ERROR:
-        raise ValueError(f"logits: {where(error // 4)} {_ERRORS[error % 4]}")
+        raise ValueError(f"logits: {where(error // 4)} {texts[error % 4]}")
 
 
 # --- arguments ----------------------------------------------------------------------------------

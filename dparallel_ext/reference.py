@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import policies
+from .loss import CertaintyForcingLoss
 from .types import RowStats, UnmaskOutput
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -191,3 +192,39 @@ def unmask_(
     if positions is not None:
         full = [spread(x, len(positions), rows) for x in stats]
     return UnmaskOutput(committed, remaining, (remaining == 0).all(), RowStats(*full))
+
+
+def certainty_forcing_loss(
+    logits: Tensor,
+    labels: Tensor,
+    active: Tensor,
+    *,
+    temperature: float = 0.5,
+    entropy_weight: float = 2.0,
+    ce_temperature: float = 1.0,
+    weight: Tensor | None = None,
+    gate: str | Tensor = "correct",
+    reduction: str = "mean",
+) -> CertaintyForcingLoss:
+    """See `dparallel_ext.certainty_forcing_loss`; in float64, differentiable."""
+    z = logits.double().clamp(max=_LARGEST)[active]  # (N, V)
+    y = labels[active]
+    log_p = (z / ce_temperature).log_softmax(-1)
+    log_q = (z / temperature).log_softmax(-1)
+    nll = -log_p.gather(1, y[:, None])[:, 0]
+    entropy = -(log_q.exp() * log_q.clamp(min=-1e4)).sum(-1)
+    correct = z.argmax(-1) == y
+    own = torch.ones_like(nll) if weight is None else weight[active].double()
+    if isinstance(gate, Tensor):
+        gated = gate[active]
+    else:
+        gated = correct if gate == "correct" else torch.ones_like(correct)
+    ce, certainty = (nll * own).sum(), (entropy * own)[gated].sum()
+    if reduction == "mean":
+        ce, certainty = ce / max(1, len(nll)), certainty / max(1, int(gated.sum()))
+
+    def spread(x: Tensor) -> Tensor:
+        return torch.zeros(active.shape, dtype=x.dtype).masked_scatter(active, x)
+
+    loss = ce + entropy_weight * certainty
+    return CertaintyForcingLoss(loss, spread(nll), spread(entropy), spread(correct))

@@ -6,33 +6,6 @@
 namespace dparallel::cpu::DPARALLEL_SIMD {
 namespace {
 
-constexpr int64_t kTile = 2048;  // logits: 4 to 8 KB, read twice, the second time from L1
-
-constexpr int64_t kStep = 2 * kLanes;
-
-// Visits `count` logits in pairs of vectors; the last is padded with -inf, which changes nothing.
-template <class T, class Visit>
-inline void each_pair(const typename T::Storage* z, int64_t count, Visit visit) {
-  int64_t i = 0;
-  for (; i + kStep <= count; i += kStep) visit(T::widen(z + i));
-  if (i < count) {
-    typename T::Storage padded[kStep];
-    for (auto& value : padded) value = T::kMinusInfinity;
-    std::memcpy(padded, z + i, (count - i) * sizeof(*z));
-    visit(T::widen(padded));
-  }
-}
-
-template <class T>
-float tile_max(const typename T::Storage* z, int64_t count) {
-  F first = splat(-kInfinity), second = first;  // two chains, for the latency of the maximum
-  each_pair<T>(z, count, [&](Pair v) {
-    first = maximum(v.first, first);
-    second = maximum(v.second, second);
-  });
-  return clamp_logit(reduce_max(maximum(first, second)));
-}
-
 // A tile that reaches the top two is looked at again; few do. Logits in ascending order rank as
 // they come, so that ties go to the lowest id.
 template <class T>

@@ -21,8 +21,11 @@ struct RowKernel {
                     SamplePart& sample);
 };
 
+const RowKernel& row_kernel();  // of the best level
+
 // The best level this machine runs; DPARALLEL_SIMD=portable|avx2|avx512 lowers it.
-const RowKernel& row_kernel();
+enum class SimdLevel { portable, avx2, avx512 };
+SimdLevel best_simd_level();
 
 namespace portable {
 extern const RowKernel kernel;

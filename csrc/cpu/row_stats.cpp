@@ -10,19 +10,27 @@
 
 namespace dparallel::cpu {
 
-const RowKernel& row_kernel() {
-  static const RowKernel& best = []() -> const RowKernel& {
+SimdLevel best_simd_level() {
+  static const SimdLevel best = [] {
     const char* wanted = std::getenv("DPARALLEL_SIMD");
     const auto allowed = [&](const char* level) {
       return wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, level) == 0;
     };
 #if defined(__x86_64__)
-    if (allowed("avx512") && __builtin_cpu_supports("x86-64-v4")) return avx512::kernel;
-    if (allowed("avx2") && __builtin_cpu_supports("x86-64-v3")) return avx2::kernel;
+    if (allowed("avx512") && __builtin_cpu_supports("x86-64-v4")) return SimdLevel::avx512;
+    if (allowed("avx2") && __builtin_cpu_supports("x86-64-v3")) return SimdLevel::avx2;
 #endif
-    return portable::kernel;
+    return SimdLevel::portable;
   }();
   return best;
+}
+
+const RowKernel& row_kernel() {
+#if defined(__x86_64__)
+  if (best_simd_level() == SimdLevel::avx512) return avx512::kernel;
+  if (best_simd_level() == SimdLevel::avx2) return avx2::kernel;
+#endif
+  return portable::kernel;
 }
 
 const char* simd_level() { return row_kernel().level; }

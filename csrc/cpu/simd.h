@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "dparallel/numeric.h"
+#include "dparallel/row_stats.h"
 
 namespace dparallel::cpu::DPARALLEL_SIMD {
 
@@ -45,6 +46,10 @@ struct Float32 {
   static constexpr Storage kMinusInfinity = -kInfinity;
   static float value(Storage z) { return z; }
   static Pair widen(const Storage* p) { return {load<F>(p), load<F>(p + kLanes)}; }
+  static void narrow(Pair v, Storage* p) {
+    std::memcpy(p, &v.first, sizeof v.first);
+    std::memcpy(p + kLanes, &v.second, sizeof v.second);
+  }
 };
 
 struct BFloat16 {
@@ -54,6 +59,12 @@ struct BFloat16 {
   static Pair widen(const Storage* p) {
     const U pairs = load<U>(p);
     return {(F)(pairs << 16), (F)(pairs & 0xffff0000u)};
+  }
+  // Of numbers: a NaN may become an infinity.
+  static U rounded(F v) { return (U)v + 0x7fffu + (((U)v >> 16) & 1u); }
+  static void narrow(Pair v, Storage* p) {
+    const U pairs = (rounded(v.first) >> 16) | (rounded(v.second) & 0xffff0000u);
+    std::memcpy(p, &pairs, sizeof pairs);
   }
 };
 
@@ -70,6 +81,18 @@ struct Float16 {
   static Pair widen(const Storage* p) {
     const U pairs = load<U>(p);
     return {convert(pairs & 0xffffu), convert(pairs >> 16)};
+  }
+  static U rounded(F v) {  // see float16_bits
+    const U sign = ((U)v >> 16) & 0x8000u, magnitude = (U)v & 0x7fffffffu;
+    const U small = (U)((F)magnitude + 0.5f) - 0x3f000000u;
+    const U normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+    U half = (I)magnitude < 0x38800000 ? small : normal;
+    half = (I)magnitude >= 0x477ff000 ? (U{} + 0x7c00u) : half;
+    return sign | half;
+  }
+  static void narrow(Pair v, Storage* p) {
+    const U pairs = rounded(v.first) | rounded(v.second) << 16;
+    std::memcpy(p, &pairs, sizeof pairs);
   }
 };
 
@@ -128,6 +151,34 @@ inline float reduce_add(F v) {
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) sum[i] += sum[i + width];
   return sum[0];
+}
+
+constexpr int64_t kTile = 2048;  // logits: 4 to 8 KB, read twice, the second time from L1
+
+constexpr int64_t kStep = 2 * kLanes;
+
+// Visits `count` logits in pairs of vectors; the last is padded with -inf, which changes nothing.
+template <class T, class Visit>
+inline void each_pair(const typename T::Storage* z, int64_t count, Visit visit) {
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) visit(T::widen(z + i));
+  if (i < count) {
+    typename T::Storage padded[kStep];
+    for (auto& value : padded) value = T::kMinusInfinity;
+    std::memcpy(padded, z + i, (count - i) * sizeof(*z));
+    visit(T::widen(padded));
+  }
+}
+
+// The largest of a tile, NaN ignored, +inf as the largest float.
+template <class T>
+inline float tile_max(const typename T::Storage* z, int64_t count) {
+  F first = splat(-kInfinity), second = first;  // two chains, for the latency of the maximum
+  each_pair<T>(z, count, [&](Pair v) {
+    first = maximum(v.first, first);
+    second = maximum(v.second, second);
+  });
+  return clamp_logit(reduce_max(maximum(first, second)));
 }
 
 }  // namespace dparallel::cpu::DPARALLEL_SIMD

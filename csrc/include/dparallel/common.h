@@ -15,7 +15,8 @@ namespace dparallel {
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr float kLargest = 3.4028234663852886e38f;  // the largest finite float32
 
-enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+// float64 is for the loss alone, whose gradient is checked in it.
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
 
 // Rows of logits with any strides (in elements); the vocabulary is contiguous.
 // Row r = outer * inner_rows + inner lies at data + outer * outer_stride + inner * inner_stride.
@@ -43,9 +44,10 @@ struct Exclusions {
 // Why a row has no statistics. Kept as row * 4 + code, so that the lowest bad row is the minimum.
 enum RowError : int64_t {
   kRowOk = 0,
-  kRowNan = 1,     // holds NaN
-  kRowEmpty = 2,   // no id that may be chosen has a logit above -inf
-  kRowMissing = 3  // a masked position of the window that `positions` does not list
+  kRowNan = 1,      // holds NaN
+  kRowEmpty = 2,    // no id that may be chosen has a logit above -inf
+  kRowMissing = 3,  // a masked position of the window that `positions` does not list
+  kRowLabel = 3     // of the loss: a label outside the vocabulary
 };
 constexpr int64_t kNoError = INT64_MAX;
 DP_HD int64_t encode_error(int64_t row, RowError code) { return row * 4 + code; }

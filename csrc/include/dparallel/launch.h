@@ -62,6 +62,33 @@ struct UnmaskArgs {
   RowOutput output;    // errors are numbered by position b * length + l
 };
 
+// R below: float64 where the logits are, else float32. Rows that are not active are zero in every
+// output, and their logits and labels are not read.
+struct LossArgs {
+  Logits logits;          // [count] rows
+  const bool* active;     // [count]
+  const int64_t* labels;  // [count]
+  int64_t count;
+  double ce_temperature, temperature;
+  void* nll;       // R [count]
+  void* entropy;   // R [count]
+  bool* correct;   // [count]
+  void* saved;     // R [count, kLossSaved]
+  int64_t* error;  // [count]
+};
+
+struct LossBackwardArgs {
+  Logits logits;
+  const bool* active;
+  const int64_t* labels;
+  int64_t count;
+  double ce_temperature, temperature;
+  const void* saved;         // of the forward pass
+  const void* grad_nll;      // R [count]
+  const void* grad_entropy;  // R [count]
+  void* grad;                // [count, vocab], the dtype of the logits, every element written
+};
+
 namespace cpu {
 // parallel(n, body): body(begin, end) over [0, n) on torch's threads.
 using Body = void (*)(int64_t begin, int64_t end, const void* context);
@@ -70,6 +97,8 @@ using Parallel = void (*)(int64_t n, Body body, const void* context);
 void row_stats(const RowStatsArgs& args, Parallel parallel);
 void select(const SelectArgs& args, Parallel parallel);
 void unmask(const UnmaskArgs& args, Parallel parallel);
+void certainty_forcing_loss(const LossArgs& args, Parallel parallel);
+void certainty_forcing_loss_backward(const LossBackwardArgs& args, Parallel parallel);
 const char* simd_level();  // "avx512", "avx2" or "portable"
 }  // namespace cpu
 
@@ -89,6 +118,9 @@ int64_t unmask_counters(const UnmaskArgs& args);
 int row_stats(const RowStatsArgs& args, const Workspace& workspace, void* stream);
 int select(const SelectArgs& args, const Workspace& workspace, void* stream);
 int unmask(const UnmaskArgs& args, const Workspace& workspace, void* stream);
+int64_t certainty_forcing_loss_scratch(const LossArgs& args);
+int certainty_forcing_loss(const LossArgs& args, const Workspace& workspace, void* stream);
+int certainty_forcing_loss_backward(const LossBackwardArgs& args, void* stream);
 const char* error_string(int code);
 }  // namespace cuda
 

@@ -13,6 +13,12 @@ DP_HD float from_bits(uint32_t bits) {
   return value;
 }
 
+DP_HD uint32_t to_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
 DP_HD float bfloat16_value(uint16_t bits) { return from_bits(static_cast<uint32_t>(bits) << 16); }
 
 DP_HD float float16_value(uint16_t bits) {
@@ -20,6 +26,24 @@ DP_HD float float16_value(uint16_t bits) {
   if (magnitude >= (0x7c00u << 13)) return from_bits(magnitude | 0x7f800000u | sign);  // inf, NaN
   const float value = from_bits(magnitude) * 0x1p112f;  // moves the bias; right for subnormals too
   return sign ? -value : value;
+}
+
+// Rounded to nearest, ties to even.
+DP_HD uint16_t bfloat16_bits(float value) {
+  if (value != value) return 0x7fc0u;
+  const uint32_t bits = to_bits(value);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+DP_HD uint16_t float16_bits(float value) {
+  if (value != value) return 0x7e00u;
+  const uint32_t bits = to_bits(value), sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and more
+  const uint32_t half = magnitude < 0x38800000u  // below 2^-14 the step is 2^-24, float32's at 1/2
+                            ? to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000u
+                            : (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  return static_cast<uint16_t>(sign | half);
 }
 
 }  // namespace dparallel

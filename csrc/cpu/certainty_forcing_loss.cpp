@@ -1,0 +1,164 @@
+// certainty_forcing_loss on the CPU: chunks of active rows in parallel, merged in order.
+#include "dparallel/certainty_forcing_loss.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "dparallel/launch.h"
+#include "dparallel/numeric.h"
+#include "loss_kernel.h"
+#include "row_stats.h"
+
+namespace dparallel::cpu {
+
+const LossKernel& loss_kernel() {
+#if defined(__x86_64__)
+  if (best_simd_level() == SimdLevel::avx512) return avx512::loss_kernel;
+  if (best_simd_level() == SimdLevel::avx2) return avx2::loss_kernel;
+#endif
+  return portable::loss_kernel;
+}
+
+namespace {
+
+constexpr int64_t kChunk = 16384;  // ids per unit of work
+
+int64_t chunks_of(int64_t vocab) { return (vocab + kChunk - 1) / kChunk; }
+
+int64_t element_size(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+const void* row_at(const Logits& logits, int64_t row) {
+  return static_cast<const char*>(logits.data) + logits.offset(row) * element_size(logits.dtype);
+}
+
+double logit_at(const void* row, DType dtype, int64_t id) {
+  switch (dtype) {
+    case DType::float64: return static_cast<const double*>(row)[id];
+    case DType::float32: return clamp_logit(static_cast<const float*>(row)[id]);
+    case DType::bfloat16: return clamp_logit(bfloat16_value(static_cast<const uint16_t*>(row)[id]));
+    default: return clamp_logit(float16_value(static_cast<const uint16_t*>(row)[id]));
+  }
+}
+
+// R: float or double, the kind of the results.
+template <class R>
+void forward(const LossArgs& args, Parallel parallel) {
+  const DType dtype = args.logits.dtype;
+  const int64_t vocab = args.logits.vocab, chunks = chunks_of(vocab);
+  const InverseTemperatures<double> inverse{1 / args.ce_temperature, 1 / args.temperature};
+  const InverseTemperatures<float> inverse32{static_cast<float>(inverse.ce),
+                                             static_cast<float>(inverse.entropy)};
+  std::vector<int64_t> rows;
+  for (int64_t row = 0; row < args.count; ++row)
+    if (args.active[row]) rows.push_back(row);
+  const auto count = static_cast<int64_t>(rows.size());
+  std::vector<LossPart<double>> parts(count * chunks);
+  run_parallel(parallel, count * chunks, [&](int64_t unit) {
+    const void* row = row_at(args.logits, rows[unit / chunks]);
+    const int64_t begin = unit % chunks * kChunk, end = std::min(begin + kChunk, vocab);
+    LossPart<double> part;
+    if constexpr (sizeof(R) == 4) {
+      loss_kernel().stats[static_cast<int>(dtype)]({row, begin, end}, inverse32, part);
+    } else {
+      const auto* z = static_cast<const double*>(row);
+      for (int64_t id = begin; id < end; ++id) {
+        if (z[id] > part.max) {
+          part.rescale(z[id], inverse);
+          part.token = static_cast<int32_t>(id);
+        }
+        const double d = std::max(z[id] - (part.token < 0 ? 0.0 : part.max), inverse.floor());
+        part.sum += z[id] != z[id] ? z[id] : std::exp(d * inverse.ce);
+        part.sum_t += std::exp(d * inverse.entropy);
+        part.weighted_t += std::exp(d * inverse.entropy) * d;
+      }
+    }
+    parts[unit] = part;
+  });
+  auto* nll = static_cast<R*>(args.nll);
+  auto* entropy = static_cast<R*>(args.entropy);
+  auto* saved = static_cast<R*>(args.saved);
+  std::fill_n(nll, args.count, R(0));
+  std::fill_n(entropy, args.count, R(0));
+  std::fill_n(saved, args.count * kLossSaved, R(0));
+  std::fill_n(args.correct, args.count, false);
+  std::fill_n(args.error, args.count, kNoError);
+  for (int64_t i = 0; i < count; ++i) {
+    LossPart<double> part;
+    for (int64_t c = 0; c < chunks; ++c) part.merge(parts[i * chunks + c], inverse);
+    const int64_t row = rows[i], label = args.labels[row];
+    const bool known = label >= 0 && label < vocab;
+    const RowError error = known ? part.error() : kRowLabel;
+    if (error != kRowOk) {
+      args.error[row] = encode_error(row, error);
+      nll[row] = entropy[row] = R(NAN);
+      continue;
+    }
+    const LossRow<double> result =
+        part.finish(logit_at(row_at(args.logits, row), dtype, label), label, inverse);
+    nll[row] = static_cast<R>(result.nll);
+    entropy[row] = static_cast<R>(result.entropy);
+    args.correct[row] = result.correct;
+    for (int s = 0; s < kLossSaved; ++s)
+      saved[row * kLossSaved + s] = static_cast<R>(result.saved[s]);
+  }
+}
+
+void store(void* row, DType dtype, int64_t id, double value) {
+  switch (dtype) {
+    case DType::float64: static_cast<double*>(row)[id] = value; break;
+    case DType::float32: static_cast<float*>(row)[id] = static_cast<float>(value); break;
+    case DType::bfloat16:
+      static_cast<uint16_t*>(row)[id] = bfloat16_bits(static_cast<float>(value));
+      break;
+    default: static_cast<uint16_t*>(row)[id] = float16_bits(static_cast<float>(value));
+  }
+}
+
+template <class R>
+void backward(const LossBackwardArgs& args, Parallel parallel) {
+  const DType dtype = args.logits.dtype;
+  const int64_t vocab = args.logits.vocab, chunks = chunks_of(vocab), size = element_size(dtype);
+  const InverseTemperatures<R> inverse{static_cast<R>(1 / args.ce_temperature),
+                                       static_cast<R>(1 / args.temperature)};
+  run_parallel(parallel, args.count * chunks, [&](int64_t unit) {
+    const int64_t row = unit / chunks;
+    const int64_t begin = unit % chunks * kChunk, end = std::min(begin + kChunk, vocab);
+    char* out = static_cast<char*>(args.grad) + row * vocab * size;
+    const R grad_nll = static_cast<const R*>(args.grad_nll)[row];
+    const R grad_entropy = static_cast<const R*>(args.grad_entropy)[row];
+    const int64_t label = args.labels[row];
+    if (!args.active[row] || label < 0 || label >= vocab || (grad_nll == 0 && grad_entropy == 0)) {
+      std::memset(out + begin * size, 0, (end - begin) * size);
+      return;
+    }
+    const void* z = row_at(args.logits, row);
+    const LossGradient<R> gradient(static_cast<const R*>(args.saved) + row * kLossSaved, grad_nll,
+                                   grad_entropy, inverse);
+    if constexpr (sizeof(R) == 4) {
+      loss_kernel().gradient[static_cast<int>(dtype)]({z, begin, end}, gradient, out);
+    } else {
+      for (int64_t id = begin; id < end; ++id)
+        store(out, dtype, id, gradient.at(static_cast<const double*>(z)[id]));
+    }
+    if (label >= begin && label < end)
+      store(out, dtype, label,
+            gradient.at(static_cast<R>(logit_at(z, dtype, label))) - gradient.label);
+  });
+}
+
+}  // namespace
+
+void certainty_forcing_loss(const LossArgs& args, Parallel parallel) {
+  if (args.logits.dtype == DType::float64) forward<double>(args, parallel);
+  else forward<float>(args, parallel);
+}
+
+void certainty_forcing_loss_backward(const LossBackwardArgs& args, Parallel parallel) {
+  if (args.logits.dtype == DType::float64) backward<double>(args, parallel);
+  else backward<float>(args, parallel);
+}
+
+}  // namespace dparallel::cpu

@@ -1,0 +1,31 @@
+// The SIMD kernel under certainty_forcing_loss: sums of part of a row, and part of its gradient.
+#pragma once
+
+#include "dparallel/certainty_forcing_loss.h"
+#include "row_kernel.h"
+
+namespace dparallel::cpu {
+
+struct LossKernel {
+  // Indexed by DType (float64 has no vectors of its own). Ids [begin, end) of the row; `out` is the
+  // gradient's row.
+  void (*stats[3])(const RowSpan& span, const InverseTemperatures<float>& inverse,
+                   LossPart<double>& part);
+  void (*gradient[3])(const RowSpan& span, const LossGradient<float>& gradient, void* out);
+};
+
+const LossKernel& loss_kernel();  // of the best level
+
+namespace portable {
+extern const LossKernel loss_kernel;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const LossKernel loss_kernel;
+}
+namespace avx512 {
+extern const LossKernel loss_kernel;
+}
+#endif
+
+}  // namespace dparallel::cpu

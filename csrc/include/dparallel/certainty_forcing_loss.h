@@ -1,0 +1,115 @@
+// The certainty-forcing loss of a row (dParallel, arXiv 2509.26488): cross entropy at temperature
+// Tc of its label, and the entropy of softmax(z / T). One read gives, with d = z - max z,
+//   S = sum e^(d/Tc)   S' = sum e^(d/T)   W' = sum e^(d/T) d
+//   nll = ln S - d_label / Tc             H = ln S' - W' / (T S')
+// and a second read the gradient of a nll + b H, for the a and b that come from above:
+//   dz_j = a / Tc (e^(d_j/Tc) / S - [j = label]) - b / T^2 e^(d_j/T) / S' (d_j - W'/S')
+#pragma once
+
+#include <cmath>
+
+#include "dparallel/row_stats.h"
+
+namespace dparallel {
+
+DP_HD float exponential(float x) { return expf(x); }
+DP_HD double exponential(double x) { return exp(x); }
+DP_HD float logarithm(float x) { return logf(x); }
+DP_HD double logarithm(double x) { return log(x); }
+
+// 1/Tc and 1/T.
+template <class R>
+struct InverseTemperatures {
+  R ce, entropy;
+
+  // Below it, neither exponential has a normal float32 that could change a sum >= 1.
+  DP_HD R floor() const { return R(kExpFloor) / (ce > entropy ? ce : entropy); }
+};
+
+enum LossSaved : int { kSavedMax = 0, kSavedSum, kSavedSumT, kSavedMean, kLossSaved };
+
+template <class R>
+struct LossRow {
+  R nll, entropy;
+  bool correct;
+  R saved[kLossSaved];  // max, 1/S, 1/S', W'/S'
+};
+
+// Part of a row; sums are relative to max, whose lowest id is `token`.
+template <class R>
+struct LossPart {
+  R max = -kInfinity;
+  R sum = 0;
+  R sum_t = 0;
+  R weighted_t = 0;
+  int32_t token = -1;
+
+  DP_HD void rescale(R to, const InverseTemperatures<R>& inverse) {
+    if (max > -kInfinity) {
+      const R d = max - to, e = exponential(d * inverse.entropy);
+      weighted_t = e * (weighted_t + sum_t * d);
+      sum_t *= e;
+      sum *= exponential(d * inverse.ce);
+    } else {  // nothing but NaN can have been added yet
+      sum = sum == sum ? R(0) : sum;
+      sum_t = weighted_t = 0;
+    }
+    max = to;
+  }
+
+  DP_HD void merge(LossPart other, const InverseTemperatures<R>& inverse) {
+    const bool theirs = other.token >= 0 &&
+                        (token < 0 || other.max > max || (other.max == max && other.token < token));
+    if (theirs) token = other.token;
+    if (other.max > max) rescale(other.max, inverse);
+    else if (max > other.max) other.rescale(max, inverse);
+    sum += other.sum;
+    sum_t += other.sum_t;
+    weighted_t += other.weighted_t;
+  }
+
+  DP_HD RowError error() const {
+    if (sum != sum) return kRowNan;
+    return token < 0 ? kRowEmpty : kRowOk;
+  }
+
+  DP_HD LossRow<R> finish(R label_logit, int64_t label,
+                          const InverseTemperatures<R>& inverse) const {
+    LossRow<R> row;
+    const R mean = weighted_t / sum_t;
+    const R entropy = logarithm(sum_t) - mean * inverse.entropy;
+    row.nll = logarithm(sum) - (label_logit - max) * inverse.ce;
+    row.entropy = entropy > R(0) ? entropy : R(0);
+    row.correct = token == label;
+    row.saved[kSavedMax] = max;
+    row.saved[kSavedSum] = R(1) / sum;
+    row.saved[kSavedSumT] = R(1) / sum_t;
+    row.saved[kSavedMean] = mean;
+    return row;
+  }
+};
+
+// The gradient of a row's logits: `at` for every id, less `label` at its label.
+template <class R>
+struct LossGradient {
+  R max, ce, entropy, mean, label;
+  InverseTemperatures<R> inverse;
+
+  DP_HD LossGradient(const R* saved, R grad_nll, R grad_entropy, InverseTemperatures<R> inverse)
+      : max(saved[kSavedMax]),
+        ce(grad_nll * inverse.ce * saved[kSavedSum]),
+        entropy(-grad_entropy * inverse.entropy * inverse.entropy * saved[kSavedSumT]),
+        mean(saved[kSavedMean]),
+        label(grad_nll * inverse.ce),
+        inverse(inverse) {}
+
+  DP_HD R at(R z) const {
+    const R floor = inverse.floor();
+    R d = (z > R(kLargest) ? R(kLargest) : z) - max;
+    d = d < floor ? floor : d;
+    return ce * exponential(d * inverse.ce) +
+           entropy * exponential(d * inverse.entropy) * (d - mean);
+  }
+};
+
+}  // namespace dparallel

@@ -1,0 +1,287 @@
+"""certainty_forcing_loss against the published loss (golden), its float64 oracle, and on hard rows."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+import dparallel_ext as dx
+from dparallel_ext import reference
+
+GOLDEN = Path(__file__).parent / "golden" / "loss_a"
+CASES = json.loads((GOLDEN / "cases.json").read_text())
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+GRADIENT_ERROR = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float64: 1e-12}
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
+def test_golden(case: dict) -> None:
+    tensors = load_file(GOLDEN / "cases.safetensors")
+    total = torch.zeros(())
+    for side in ("", "_rev"):
+        logits = tensors[f"{case['name']}.logits{side}"].requires_grad_()
+        mask, labels = tensors[f"{case['name']}.mask{side}"], tensors[f"{case['name']}.labels"]
+        settings = {"temperature": case["temperature"], "entropy_weight": case["entropy_weight"]}
+        out = dx.certainty_forcing_loss(logits, labels, mask, **settings)
+        out.loss.backward()
+        expected = tensors[f"{case['name']}.grad{side}"]
+        assert (logits.grad - expected).abs().max() <= 1e-5
+        total = total + out.loss.detach()
+    assert float(total) == pytest.approx(case["loss"], abs=1e-5, rel=1e-6)
+
+
+def compare(logits: Tensor, labels: Tensor, active: Tensor, **settings: object) -> None:
+    """Values within 2e-6 + 1e-6 |x|, gradients within the rounding of their dtype."""
+    ours = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    theirs = logits.detach().double().requires_grad_()
+    a = dx.certainty_forcing_loss(ours, labels, active, **settings)
+    b = reference.certainty_forcing_loss(theirs, labels, active, **settings)
+    assert torch.equal(a.correct, b.correct)
+    for name in ("nll", "entropy"):
+        x, y = getattr(a, name).double(), getattr(b, name)
+        assert bool(((x - y).abs() <= 2e-6 + 1e-6 * y.abs()).all()), name
+    assert float(a.loss) == pytest.approx(float(b.loss), rel=4e-6, abs=4e-6)
+    a.loss.backward()
+    b.loss.backward()
+    assert ours.grad is not None
+    assert ours.grad.dtype == logits.dtype
+    assert bool((ours.grad[~active] == 0).all())
+    tolerance = GRADIENT_ERROR[logits.dtype]
+    gap = (ours.grad.double() - theirs.grad).abs()
+    tiny = 6e-8 if logits.dtype == torch.float16 else 1e-7  # float16's smallest step
+    assert bool((gap <= tiny + tolerance * theirs.grad.abs()).all()), float(gap.max())
+
+
+@given(
+    dtype=st.sampled_from([*DTYPES, torch.float64]),
+    batch=st.integers(0, 3),
+    length=st.integers(0, 9),
+    vocab=st.sampled_from([1, 2, 3, 31, 33, 64, 247, 2049, 16391]),
+    scale=st.sampled_from([0.1, 1.0, 5.0, 20.0]),
+    temperature=st.sampled_from([0.5, 1.0, 0.3, 2.0]),
+    ce_temperature=st.sampled_from([1.0, 2.0, 0.7]),
+    entropy_weight=st.sampled_from([0.0, 1.0, 2.0]),
+    gate=st.sampled_from(["correct", "all", "own"]),
+    weighted=st.booleans(),
+    reduction=st.sampled_from(["mean", "sum"]),
+    sliced=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_equals_the_oracle(
+    dtype, batch, length, vocab, scale, temperature, ce_temperature, entropy_weight, gate, weighted,
+    reduction, sliced, seed,
+):  # fmt: skip
+    rng = torch.Generator().manual_seed(seed)
+    logits = (scale * torch.randn(batch, length + sliced, vocab, generator=rng)).to(dtype)
+    labels = torch.randint(0, vocab, (batch, length), generator=rng)
+    active = torch.rand(batch, length, generator=rng) < 0.6
+    right = torch.rand(batch, length, generator=rng) < 0.5
+    logits = logits[:, : logits.shape[1] - sliced]  # not contiguous, as Dream's shifted ones
+    labels = torch.where(right, logits.argmax(-1) if vocab and length and batch else labels, labels)
+    own = torch.rand(batch, length, generator=rng) < 0.5
+    compare(
+        logits,
+        labels,
+        active,
+        temperature=temperature,
+        ce_temperature=ce_temperature,
+        entropy_weight=entropy_weight,
+        gate=own if gate == "own" else gate,
+        weight=torch.rand(batch, length, generator=rng) if weighted else None,
+        reduction=reduction,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [126464, 262147])
+def test_real_vocabularies(dtype: torch.dtype, vocab: int) -> None:
+    logits = (3 * torch.randn(1, 4, vocab)).to(dtype)
+    logits[0, 1, 77] = 25.0
+    labels = torch.tensor([[5, 77, vocab - 1, 3]])
+    compare(logits, labels, torch.tensor([[True, True, True, False]]))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_hard_rows(dtype: torch.dtype) -> None:
+    vocab = 1003
+    torch.manual_seed(1)
+    near_certain = 0.5 * torch.randn(vocab)
+    near_certain[9] = 20.0
+    rows = torch.stack(
+        [
+            torch.randn(vocab) - 60,  # all negative
+            60 * torch.sign(torch.randn(vocab)),  # +-60
+            near_certain,
+            torch.full((vocab,), 3.0),  # all equal: the lowest id is the argmax
+            torch.where(torch.arange(vocab) == 4, 60.0, -60.0),  # certain: entropy 0
+            torch.where(torch.arange(vocab) % 2 == 0, -math.inf, torch.randn(vocab)),
+        ]
+    )[None]
+    labels = torch.tensor([[3, 0, 9, 0, 4, 1]])
+    active = torch.ones(1, 6, dtype=torch.bool)
+    compare(rows.to(dtype), labels, active)
+    out = dx.certainty_forcing_loss(rows.to(dtype), labels, active)
+    assert out.entropy[0, 4] < 1e-30
+    assert out.correct.tolist()[0][2:5] == [True, True, True]
+
+
+def test_entropy_near_certainty_does_not_cancel() -> None:
+    """Relative, not only absolute, accuracy as the entropy goes to 0."""
+    for gap in (10.0, 14.0, 18.0, 22.0):
+        logits = torch.zeros(1, 1, 5000)
+        logits[..., 3] = gap
+        one = torch.ones(1, 1, dtype=torch.bool)
+        label = torch.full((1, 1), 3)
+        ours = float(dx.certainty_forcing_loss(logits, label, one).entropy)
+        exact = float(reference.certainty_forcing_loss(logits, label, one).entropy)
+        assert ours == pytest.approx(exact, rel=1e-5)
+
+
+def test_no_active_and_no_correct_row() -> None:
+    logits = torch.randn(2, 3, 50, requires_grad=True)
+    labels = torch.zeros(2, 3, dtype=torch.int64)
+    none = torch.zeros(2, 3, dtype=torch.bool)
+    out = dx.certainty_forcing_loss(logits, labels, none)
+    out.loss.backward()
+    assert float(out.loss) == 0.0
+    assert not bool(logits.grad.any())
+    with torch.no_grad():
+        logits[..., 0] = -50.0
+    compare(logits, labels, ~none)
+    assert not bool(dx.certainty_forcing_loss(logits, labels, ~none).correct.any())
+
+
+def test_the_gate_is_detached_and_zero_weight_is_cross_entropy() -> None:
+    logits, labels = torch.randn(1, 8, 20, requires_grad=True), torch.randint(0, 20, (1, 8))
+    active = torch.ones(1, 8, dtype=torch.bool)
+    ours = dx.certainty_forcing_loss(logits, labels, active, entropy_weight=0.0).loss
+    (a,) = torch.autograd.grad(ours, logits)
+    theirs = torch.nn.functional.cross_entropy(logits[0], labels[0])
+    (b,) = torch.autograd.grad(theirs, logits)
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-6)
+    assert torch.allclose(a, b, atol=1e-7)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 0.7])
+@pytest.mark.parametrize("vocab", [1, 5, 33])
+def test_gradcheck(temperature: float, vocab: int) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, vocab, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, vocab, (2, 3))
+    labels[0] = logits[0].argmax(-1)
+    active = torch.tensor([[True, True, False], [True, False, True]])
+    weight = torch.rand(2, 3, dtype=torch.float64)
+
+    def fields(z: Tensor) -> tuple[Tensor, ...]:
+        out = dx.certainty_forcing_loss(z, labels, active, temperature=temperature, weight=weight)
+        return out.loss, out.nll, out.entropy
+
+    assert torch.autograd.gradcheck(fields, (logits,))
+
+
+def test_opcheck() -> None:
+    labels, active = torch.randint(0, 9, (6,)), torch.rand(6) < 0.7
+    for logits in (torch.randn(6, 9), torch.randn(2, 3, 9).to(torch.bfloat16)):
+        arguments = (logits.requires_grad_(), labels, active, 0.5, 1.0)
+        torch.library.opcheck(torch.ops.dparallel.certainty_forcing_loss.default, arguments)
+        saved = torch.ops.dparallel.certainty_forcing_loss(*arguments)[3]
+        rest = (saved, torch.randn(6), torch.randn(6))
+        op = torch.ops.dparallel.certainty_forcing_loss_backward.default
+        torch.library.opcheck(
+            op, (*(a.detach() if isinstance(a, Tensor) else a for a in arguments[:5]), *rest)
+        )
+
+
+def test_compiles_without_a_graph_break() -> None:
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(z: Tensor, y: Tensor, active: Tensor) -> Tensor:
+        return dx.certainty_forcing_loss(2 * z, y, active).loss
+
+    z, y = torch.randn(2, 5, 40, requires_grad=True), torch.randint(0, 40, (2, 5))
+    active = torch.rand(2, 5) < 0.5
+    (a,) = torch.autograd.grad(loss(z, y, active), z)
+    (b,) = torch.autograd.grad(dx.certainty_forcing_loss(2 * z, y, active).loss, z)
+    assert torch.equal(a, b)
+
+
+def test_rows_that_are_not_active_are_never_read() -> None:
+    logits, labels = torch.full((1, 4, 30), math.nan), torch.full((1, 4), -100)
+    logits[0, 2], labels[0, 2] = torch.randn(30), 7
+    active = torch.tensor([[False, False, True, False]])
+    compare(logits.nan_to_num(0.0), labels.clamp(min=0), active)
+    out = dx.certainty_forcing_loss(logits.requires_grad_(), labels, active)
+    out.loss.backward()
+    assert bool(logits.grad.isfinite().all())
+
+
+def test_results_do_not_depend_on_the_batch_or_the_threads() -> None:
+    logits, labels = torch.randn(3, 4, 40003), torch.randint(0, 40003, (3, 4))
+    active = torch.ones(3, 4, dtype=torch.bool)
+    whole = dx.certainty_forcing_loss(logits, labels, active)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = dx.certainty_forcing_loss(logits[1:2], labels[1:2], active[1:2])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(whole.nll[1:2], alone.nll)
+    assert torch.equal(whole.entropy[1:2], alone.entropy)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"logits": torch.zeros(2, 3, 5, dtype=torch.int64)}, "logits: expected float32"),
+        ({"logits": torch.zeros(2, 3, 0)}, r"logits: expected \(\.\.\., V\)"),
+        ({"labels": torch.zeros(2, 4, dtype=torch.int64)}, r"labels: expected int64 \(2, 3\)"),
+        ({"labels": torch.zeros(2, 3)}, "labels: expected int64"),
+        ({"active": torch.ones(2, 3)}, "active: expected bool"),
+        ({"weight": torch.ones(6)}, "weight: expected floating point"),
+        ({"gate": "right"}, "gate: expected 'correct'"),
+        ({"gate": torch.ones(2, 3)}, "gate: expected bool"),
+        ({"temperature": 0.0}, "temperature: expected a finite number > 0"),
+        ({"ce_temperature": math.nan}, "ce_temperature: expected"),
+        ({"reduction": "none"}, "reduction: expected"),
+        ({"labels": torch.full((2, 3), 5)}, "row 0 has a label outside the vocabulary"),
+        ({"labels": torch.full((2, 3), -100)}, "row 0 has a label outside the vocabulary"),
+        ({"logits": torch.full((2, 3, 5), math.nan)}, "row 0 holds NaN"),
+        ({"logits": torch.full((2, 3, 5), -math.inf)}, "row 0 has no logit above -inf"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict, said: str) -> None:
+    good = {
+        "logits": torch.zeros(2, 3, 5),
+        "labels": torch.zeros(2, 3, dtype=torch.int64),
+        "active": torch.ones(2, 3, dtype=torch.bool),
+    }
+    with pytest.raises(ValueError, match=said):
+        dx.certainty_forcing_loss(**{**good, **change})
+
+
+@pytest.mark.parametrize("level", ["portable", "avx2"])
+def test_every_instruction_set(level: str) -> None:
+    if os.environ.get("DPARALLEL_SIMD"):
+        pytest.skip("already one of several")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        __file__,
+        "-k",
+        "golden or oracle or hard or vocabularies",
+    ]
+    environment = {**os.environ, "DPARALLEL_SIMD": level}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stdout[-3000:]
