@@ -62,9 +62,15 @@ def summary(found: dict[str, Any]) -> str:
         floor = f"{1e3 * ours['extra_info']['floor']:.3f}" if "floor" in ours["extra_info"] else ""
         times = {name: 1e3 * s for name, s in ours["extra_info"].get("baselines", {}).items()}
         times |= {b["extra_info"]["contender"]: milliseconds(b) for b in named}
+        memory = {
+            b["extra_info"]["contender"]: f", {b['extra_info']['megabytes']:.0f} MB more"
+            for b in named
+            if "megabytes" in b["extra_info"]
+        }
         for name, time in times.items():
             ratio = "" if name.startswith("dparallel_ext") else f"{time / milliseconds(ours):.1f}"
-            rows.append(f"| {group} | {name} | {time:.{0 if time >= 100 else 3}f} | {ratio} | {floor} |")
+            digits = 0 if time >= 100 else 3
+            rows.append(f"| {group} | {name}{memory.get(name, '')} | {time:.{digits}f} | {ratio} | {floor} |")
     machine, torch_version = found["machine_info"]["cpu"], _torch_version()
     name = machine.get("brand_raw", "unknown CPU")
     rows.append(f"\n{name}, {_threads()} threads, torch {torch_version}, {_simd()}.\n")

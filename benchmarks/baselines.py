@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def published(tokens: Tensor, logits: Tensor, mask_id: int, start: int, end: int, threshold: float) -> None:
@@ -97,3 +98,39 @@ def published_decode(
                 turn += 1
                 forwards += 1
     return x, forwards
+
+
+def published_loss(logits: Tensor, labels: Tensor, active: Tensor) -> Tensor:
+    """The certainty-forcing loss as published: softmax and entropy of the whole (B, T, V) tensor."""
+    z = logits.float()
+    nll = functional.cross_entropy(z.transpose(1, 2), labels, reduction="none")
+    entropy = -((z / 0.5).softmax(-1) * (z / 0.5).log_softmax(-1)).sum(-1)
+    gated = active & (z.argmax(-1) == labels)
+    ce = (nll * active).sum() / active.sum().clamp(min=1)
+    return ce + 2.0 * (entropy * gated).sum() / gated.sum().clamp(min=1)
+
+
+def eager_loss(logits: Tensor, labels: Tensor, active: Tensor) -> Tensor:
+    """The best float32 torch: the active rows only."""
+    return row_loss(logits[active], labels[active])
+
+
+def row_loss(z: Tensor, y: Tensor) -> Tensor:
+    """Of rows (N, V), all active."""
+    z = z.float()
+    nll = functional.cross_entropy(z, y)
+    log_q = (2.0 * z).log_softmax(-1)
+    entropy = -(log_q.exp() * log_q).sum(-1)
+    gated = z.argmax(-1) == y
+    return nll + 2.0 * (entropy * gated).sum() / gated.sum().clamp(min=1)
+
+
+_compiled_loss: Any = None
+
+
+def compiled_loss(logits: Tensor, labels: Tensor, active: Tensor) -> Tensor:
+    """torch.compile of the above."""
+    global _compiled_loss
+    if _compiled_loss is None:
+        _compiled_loss = torch.compile(row_loss, dynamic=False)
+    return _compiled_loss(logits[active], labels[active])

@@ -28,7 +28,8 @@ def build(directory: Path, flags: str) -> Path:
     sources = [(CSRC / "cuda" / f"{op}.cu", "-x c++ -DDPARALLEL_CUDA_HOST") for op in ops()]
     sources += [(CSRC / "cpu" / f"{op}.cpp", "") for op in ops()]
     sources += [
-        (CSRC / "cpu" / "row_kernel.cpp", f"-DDPARALLEL_SIMD={level}")
+        (kernel, f"-DDPARALLEL_SIMD={level}")
+        for kernel in sorted((CSRC / "cpu").glob("*_kernel.cpp"))
         for level in ("portable", "avx2", "avx512")
     ]
     sources += [(HERE / f"{name}.cpp", "-DDPARALLEL_CUDA_HOST") for name in ("cuda_host", "twins", "faults")]

@@ -6,28 +6,34 @@
 namespace dparallel::cpu::DPARALLEL_SIMD {
 namespace {
 
-// e^(d/Tc) and e^(d/T); the published T = Tc / 2 needs but one exponential.
+// e^(d/Tc) and e^(d/T) for d not below `floor`; the published T = Tc / 2 needs but one exponential.
+using Inverse = InverseTemperatures<float>;
 struct Squared {
-  static Pair exponentials(F d, const InverseTemperatures<float>& inverse) {
+  static float floor(const Inverse& inverse) { return 0.5f * kExpFloor / inverse.ce; }
+  static Pair exponentials(F d, const Inverse& inverse) {
     const F e = exp_nonpositive(d * inverse.ce);
     return {e, e * e};
   }
 };
 struct Equal {
-  static Pair exponentials(F d, const InverseTemperatures<float>& inverse) {
-    const F e = exp_nonpositive(d * inverse.ce);
+  static float floor(const Inverse& inverse) { return kExpFloor / inverse.ce; }
+  static Pair exponentials(F d, const Inverse& inverse) {
+    const F e = exp_nonpositive(maximum(splat(kExpFloor), d * inverse.ce));
     return {e, e};
   }
 };
 struct Apart {
-  static Pair exponentials(F d, const InverseTemperatures<float>& inverse) {
-    return {exp_nonpositive(d * inverse.ce), exp_nonpositive(d * inverse.entropy)};
+  static float floor(const Inverse& inverse) { return inverse.floor(); }
+  static Pair exponentials(F d, const Inverse& inverse) {
+    const F least = splat(kExpFloor);
+    return {exp_nonpositive(maximum(least, d * inverse.ce)),
+            exp_nonpositive(maximum(least, d * inverse.entropy))};
   }
 };
 
 // Calls body(Squared{}), body(Equal{}) or body(Apart{}).
 template <class Body>
-void of_temperatures(const InverseTemperatures<float>& inverse, Body body) {
+void of_temperatures(const Inverse& inverse, Body body) {
   if (inverse.entropy == 2 * inverse.ce) body(Squared{});
   else if (inverse.entropy == inverse.ce) body(Equal{});
   else body(Apart{});
@@ -35,17 +41,17 @@ void of_temperatures(const InverseTemperatures<float>& inverse, Body body) {
 
 template <class T, class Temperatures>
 void tile_stats(const typename T::Storage* z, int64_t first_id, int64_t count,
-                const InverseTemperatures<float>& inverse, LossPart<double>& part) {
+                const Inverse& inverse, LossPart<double>& part) {
   const float top = tile_max<T>(z, count);
-  if (top > part.max) {
+  const bool risen = top > part.max;
+  int64_t at = 0;  // of a new maximum
+  if (risen) {
     part.rescale(top, {inverse.ce, inverse.entropy});
-    int64_t i = 0;
-    while (clamp_logit(T::value(z[i])) != top) ++i;
-    part.token = static_cast<int32_t>(first_id + i);
+    while (clamp_logit(T::value(z[at])) != top) ++at;
+    part.token = static_cast<int32_t>(first_id + at);
   }
   const F m = splat(part.token < 0 ? 0.0f : static_cast<float>(part.max));
-  const F floor = splat(inverse.floor()), largest = splat(kLargest);
-  F sum1{}, sum2{}, sum_t1{}, sum_t2{}, weighted1{}, weighted2{};
+  const F floor = splat(Temperatures::floor(inverse)), largest = splat(kLargest);
   const auto add = [&](F v, F& sum, F& sum_t, F& weighted) {
     const F d = maximum(floor, minimum(largest, v) - m);
     const Pair e = Temperatures::exponentials(d, inverse);
@@ -53,17 +59,26 @@ void tile_stats(const typename T::Storage* z, int64_t first_id, int64_t count,
     sum_t += e.second;
     weighted += e.second * d;
   };
-  each_pair<T>(z, count, [&](Pair v) {
-    add(v.first, sum1, sum_t1, weighted1);
-    add(v.second, sum2, sum_t2, weighted2);
-  });
-  part.sum += reduce_add(sum1 + sum2);
-  part.sum_t += reduce_add(sum_t1 + sum_t2);
-  part.weighted_t += reduce_add(weighted1 + weighted2);
+  const auto sum_up = [&](const typename T::Storage* from, int64_t n) {
+    F sum1{}, sum2{}, sum_t1{}, sum_t2{}, weighted1{}, weighted2{};
+    each_pair<T>(from, n, [&](Pair v) {
+      add(v.first, sum1, sum_t1, weighted1);
+      add(v.second, sum2, sum_t2, weighted2);
+    });
+    part.sum += reduce_add(sum1 + sum2);
+    part.sum_t += reduce_add(sum_t1 + sum_t2);
+    part.weighted_t += reduce_add(weighted1 + weighted2);
+  };
+  if (!risen) return sum_up(z, count);
+  // A new maximum is left out and its 1 added in float64: beside it, float32 would lose the others.
+  sum_up(z, at);
+  sum_up(z + at + 1, count - at - 1);
+  part.sum += 1.0;
+  part.sum_t += 1.0;
 }
 
 template <class T>
-void stats(const RowSpan& span, const InverseTemperatures<float>& inverse, LossPart<double>& part) {
+void stats(const RowSpan& span, const Inverse& inverse, LossPart<double>& part) {
   const auto* row = static_cast<const typename T::Storage*>(span.row);
   of_temperatures(inverse, [&](auto temperatures) {
     for (int64_t id = span.begin; id < span.end; id += kTile)
@@ -77,8 +92,9 @@ void gradient(const RowSpan& span, const LossGradient<float>& g, void* out) {
   using Storage = typename T::Storage;
   const auto* row = static_cast<const Storage*>(span.row);
   auto* target = static_cast<Storage*>(out);
-  const F m = splat(g.max), floor = splat(g.inverse.floor()), largest = splat(kLargest);
+  const F m = splat(g.max), largest = splat(kLargest);
   of_temperatures(g.inverse, [&](auto temperatures) {
+    const F floor = splat(decltype(temperatures)::floor(g.inverse));
     const auto of = [&](F v) {
       const F d = maximum(floor, minimum(largest, v) - m);
       const Pair e = decltype(temperatures)::exponentials(d, g.inverse);

@@ -31,30 +31,39 @@ void tile_stats(const typename T::Storage* z, int64_t first_id, int64_t count, R
   if (top > part.top2) rank_tile<T>(z, first_id, count, part);
 
   // The sums, relative to the largest seen so far. A tile of -inf and NaN alone is summed relative
-  // to 0, for the NaN's sake.
-  if (top > part.max) part.rescale(top);
+  // to 0, for the NaN's sake. A new maximum is left out, and its 1 added last: beside it, float32
+  // would lose small terms one by one.
+  const bool risen = top > part.max;
+  if (risen) part.rescale(top);
   const F m = splat(part.max == -kInfinity ? 0.0f : part.max), floor = splat(kExpFloor);
-  F sum1{}, weighted1{}, sum2{}, weighted2{};
   const auto add = [&](F v, F& sum, F& weighted) {
     const F d = maximum(floor, v - m);
     const F e = exp_nonpositive(d);
     sum += e;
     weighted += e * d;
   };
-  if (part.max < kLargest) {
-    each_pair<T>(z, count, [&](Pair v) {
-      add(v.first, sum1, weighted1);
-      add(v.second, sum2, weighted2);
-    });
-  } else {
-    const F largest = splat(kLargest);
-    each_pair<T>(z, count, [&](Pair v) {
-      add(minimum(largest, v.first), sum1, weighted1);
-      add(minimum(largest, v.second), sum2, weighted2);
-    });
-  }
-  part.sum += reduce_add(sum1 + sum2);
-  part.weighted += reduce_add(weighted1 + weighted2);
+  const auto sum_up = [&](const typename T::Storage* from, int64_t n) {
+    F sum1{}, weighted1{}, sum2{}, weighted2{};
+    if (part.max < kLargest) {
+      each_pair<T>(from, n, [&](Pair v) {
+        add(v.first, sum1, weighted1);
+        add(v.second, sum2, weighted2);
+      });
+    } else {
+      const F largest = splat(kLargest);
+      each_pair<T>(from, n, [&](Pair v) {
+        add(minimum(largest, v.first), sum1, weighted1);
+        add(minimum(largest, v.second), sum2, weighted2);
+      });
+    }
+    part.sum += reduce_add(sum1 + sum2);
+    part.weighted += reduce_add(weighted1 + weighted2);
+  };
+  if (!risen) return sum_up(z, count);
+  const int64_t at = part.token - first_id;
+  sum_up(z, at);
+  sum_up(z + at + 1, count - at - 1);
+  part.sum += 1.0f;
 }
 
 template <class T>

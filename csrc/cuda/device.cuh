@@ -45,20 +45,34 @@ __device__ __forceinline__ float exp2_fast(float x) {
 // kWidth stored logits, 16 bytes, as float32.
 struct Float32 {
   using Storage = float;
+  using Real = float;
   static constexpr int kWidth = 4;
   static __device__ __forceinline__ float value(float z) { return z; }
+  static __device__ __forceinline__ float narrow(float z) { return z; }
 };
 
 struct BFloat16 {
   using Storage = uint16_t;
   static constexpr int kWidth = 8;
+  using Real = float;
   static __device__ __forceinline__ float value(uint16_t z) { return bfloat16_value(z); }
+  static __device__ __forceinline__ uint16_t narrow(float z) { return bfloat16_bits(z); }
 };
 
 struct Float16 {
   using Storage = uint16_t;
   static constexpr int kWidth = 8;
+  using Real = float;
   static __device__ __forceinline__ float value(uint16_t z) { return float16_value(z); }
+  static __device__ __forceinline__ uint16_t narrow(float z) { return float16_bits(z); }
+};
+
+struct Float64 {
+  using Storage = double;
+  using Real = double;
+  static constexpr int kWidth = 2;
+  static __device__ __forceinline__ double value(double z) { return z; }
+  static __device__ __forceinline__ double narrow(double z) { return z; }
 };
 
 // kWidth logits as stored. `aligned`: p is a multiple of 16 bytes. Each is read once, so past the
@@ -75,7 +89,7 @@ __device__ __forceinline__ uint4 load_stored(const typename T::Storage* p, bool 
 }
 
 template <class T>
-__device__ __forceinline__ void widen(const uint4& bytes, float (&z)[T::kWidth]) {
+__device__ __forceinline__ void widen(const uint4& bytes, typename T::Real (&z)[T::kWidth]) {
   typename T::Storage stored[T::kWidth];
   memcpy(stored, &bytes, sizeof bytes);
 #pragma unroll

@@ -11,7 +11,9 @@
 #include <vector>
 
 #include "cuda_host.h"
+#include "dparallel/certainty_forcing_loss.h"
 #include "dparallel/launch.h"
+#include "dparallel/numeric.h"
 
 using namespace dparallel;
 
@@ -59,36 +61,18 @@ void close(const std::vector<float>& cuda, const std::vector<float>& cpu, const 
   }
 }
 
-uint16_t to_bfloat16(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  return static_cast<uint16_t>(bits >> 16);
-}
-
-uint16_t to_float16(float x) {  // finite, in range or infinite; rounded towards zero
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  if (x != x) return static_cast<uint16_t>(sign | 0x7e00u);
-  if (std::isinf(x)) return static_cast<uint16_t>(sign | 0x7c00u);
-  const int exponent = static_cast<int>((bits >> 23) & 255u) - 127;
-  if (exponent < -14) return static_cast<uint16_t>(sign);
-  return static_cast<uint16_t>(sign | static_cast<uint32_t>(exponent + 15) << 10 |
-                               ((bits >> 13) & 0x3ffu));
-}
-
 // Logits [rows] of `vocab` with a random stride, in their dtype, in memory that ends with them.
 struct Rows {
   DType dtype;
   int64_t vocab, stride, rows;
   std::unique_ptr<char[]> memory;
 
-  Rows(int64_t rows, int64_t vocab, bool bad, double repeat)
-      : dtype(one_of({DType::float32, DType::bfloat16, DType::float16})),
+  Rows(int64_t rows, int64_t vocab, bool bad, double repeat, bool wide = false)
+      : dtype(wide ? DType::float64 : one_of({DType::float32, DType::bfloat16, DType::float16})),
         vocab(vocab),
         stride(vocab + (chance(0.5) ? below(9) : 0)),
         rows(rows) {
-    const int64_t size = dtype == DType::float32 ? 4 : 2;
+    const int64_t size = element_size();
     const int64_t elements = rows == 0 ? 0 : (rows - 1) * stride + vocab;
     memory.reset(new char[std::max<int64_t>(1, elements * size)]);
     std::normal_distribution<float> normal(0.0f, static_cast<float>(uniform(0.1, 6.0)));
@@ -114,11 +98,26 @@ struct Rows {
     }
   }
 
+  int64_t element_size() const {
+    return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+  }
+
+  // Element i of memory like this.
+  double element(const char* from, int64_t i) const {
+    if (dtype == DType::float64) return reinterpret_cast<const double*>(from)[i];
+    if (dtype == DType::float32) return reinterpret_cast<const float*>(from)[i];
+    const uint16_t bits = reinterpret_cast<const uint16_t*>(from)[i];
+    return dtype == DType::bfloat16 ? bfloat16_value(bits) : float16_value(bits);
+  }
+
   void put(int64_t i, float z) {
-    if (dtype == DType::float32) {
+    if (dtype == DType::float64) {
+      const double wide = std::isinf(z) && z > 0 ? 1e4 : z;
+      memcpy(memory.get() + 8 * i, &wide, 8);
+    } else if (dtype == DType::float32) {
       memcpy(memory.get() + 4 * i, &z, 4);
     } else {
-      const uint16_t bits = dtype == DType::bfloat16 ? to_bfloat16(z) : to_float16(z);
+      const uint16_t bits = dtype == DType::bfloat16 ? bfloat16_bits(z) : float16_bits(z);
       memcpy(memory.get() + 2 * i, &bits, 2);
     }
   }
@@ -354,6 +353,84 @@ void unmask_case() {
   REQUIRE(done_cuda == all_done, "done: %d, expected %d", done_cuda, all_done);
 }
 
+template <class R>
+void loss_case_of(const Rows& rows, const std::vector<int64_t>& labels, const bool* active,
+                  double ce_temperature, double temperature) {
+  const int64_t count = rows.rows, vocab = rows.vocab;
+  struct Outputs {
+    std::vector<R> nll, entropy, saved;
+    std::unique_ptr<bool[]> correct;
+    std::vector<int64_t> error;
+    explicit Outputs(int64_t n)
+        : nll(n, -7),
+          entropy(n, -7),
+          saved(n * kLossSaved, -7),
+          correct(new bool[n + 1]),
+          error(n, -7) {}
+  } cpu_out(count), cuda_out(count);
+  const auto args_of = [&](Outputs& o) {
+    return LossArgs{rows.flat(),     active,         labels.data(), count,
+                    ce_temperature,  temperature,    o.nll.data(),  o.entropy.data(),
+                    o.correct.get(), o.saved.data(), o.error.data()};
+  };
+  const LossArgs args = args_of(cuda_out);
+  cpu::certainty_forcing_loss(args_of(cpu_out), serial);
+  Memory memory(cuda::certainty_forcing_loss_scratch(args), 0);
+  cuda::certainty_forcing_loss(args, memory.workspace(), nullptr);
+  same(cuda_out.error, cpu_out.error, "error");
+  const auto near = [](const std::vector<R>& cuda, const std::vector<R>& cpu, const char* name) {
+    for (size_t i = 0; i < cpu.size(); ++i) {
+      const double a = cuda[i], b = cpu[i];
+      REQUIRE(a == b || (a != a && b != b) || std::fabs(a - b) <= 4e-6 + 4e-6 * std::fabs(b),
+              "%s[%zu]: %.9g, CPU %.9g", name, i, a, b);
+    }
+  };
+  near(cuda_out.nll, cpu_out.nll, "nll");
+  near(cuda_out.entropy, cpu_out.entropy, "entropy");
+  near(cuda_out.saved, cpu_out.saved, "saved");
+  for (int64_t i = 0; i < count; ++i)
+    REQUIRE(cuda_out.correct[i] == cpu_out.correct[i], "correct[%lld]", (long long)i);
+  std::vector<R> grad_nll(count), grad_entropy(count);
+  for (int64_t i = 0; i < count; ++i) {
+    grad_nll[i] = chance(0.2) ? R(0) : static_cast<R>(uniform(-1, 1));
+    grad_entropy[i] = chance(0.2) ? R(0) : static_cast<R>(uniform(-1, 1));
+  }
+  const int64_t size = rows.element_size();
+  std::unique_ptr<char[]> a(new char[count * vocab * size + 1]),
+      b(new char[count * vocab * size + 1]);
+  LossBackwardArgs backward{rows.flat(),         active,      labels.data(),        count,
+                            ce_temperature,      temperature, cpu_out.saved.data(), grad_nll.data(),
+                            grad_entropy.data(), a.get()};
+  cpu::certainty_forcing_loss_backward(backward, serial);
+  backward.grad = b.get();
+  cuda::certainty_forcing_loss_backward(backward, nullptr);
+  const double step = rows.dtype == DType::bfloat16  ? 0.01
+                      : rows.dtype == DType::float16 ? 2e-3
+                                                     : 2e-6;
+  for (int64_t i = 0; i < count * vocab; ++i) {
+    if (cpu_out.error[i / vocab] != kNoError)
+      continue;  // nothing is promised of a bad row's gradient
+    const double x = rows.element(a.get(), i), y = rows.element(b.get(), i);
+    REQUIRE(std::fabs(x - y) <= 3e-7 + step * std::fabs(x), "grad[%lld]: %.9g, CPU %.9g",
+            (long long)i, y, x);
+  }
+}
+
+void loss_case() {
+  int64_t vocab = random_vocab();
+  const int64_t count = below(6);
+  Rows rows(count, vocab, chance(0.3), 0.0, chance(0.15));
+  std::vector<int64_t> labels(count);
+  std::unique_ptr<bool[]> active(new bool[count + 1]);
+  for (int64_t i = 0; i < count; ++i) {
+    active[i] = chance(0.7);
+    labels[i] = chance(0.1) ? -100 : below(vocab);
+  }
+  const double ce = one_of({1.0, 1.0, 0.7, 2.0}), t = one_of({0.5 * ce, ce, 0.3, 2.5});
+  if (rows.dtype == DType::float64) loss_case_of<double>(rows, labels, active.get(), ce, t);
+  else loss_case_of<float>(rows, labels, active.get(), ce, t);
+}
+
 }  // namespace
 
 int main(int, char** argv) {
@@ -362,14 +439,13 @@ int main(int, char** argv) {
   for (int i = 0; i < cases; ++i) {
     engine.seed(seed * 1000003 + static_cast<uint64_t>(i));
     cuda_host::seed(engine());
-    const int64_t op = below(3);
-    now = std::string(op == 0   ? "row_stats"
-                      : op == 1 ? "select"
-                                : "unmask") +
-          " of seed " + argv[1] + ", case " + std::to_string(i);
+    const int64_t op = below(4);
+    const char* const names[] = {"row_stats", "select", "unmask", "certainty_forcing_loss"};
+    now = std::string(names[op]) + " of seed " + argv[1] + ", case " + std::to_string(i);
     if (op == 0) row_stats_case();
     else if (op == 1) select_case();
-    else unmask_case();
+    else if (op == 2) unmask_case();
+    else loss_case();
   }
   std::printf("%d cases, no difference\n", cases);
   return 0;

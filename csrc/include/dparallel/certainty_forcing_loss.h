@@ -22,9 +22,14 @@ template <class R>
 struct InverseTemperatures {
   R ce, entropy;
 
-  // Below it, neither exponential has a normal float32 that could change a sum >= 1.
-  DP_HD R floor() const { return R(kExpFloor) / (ce > entropy ? ce : entropy); }
+  // Below it, both exponentials are beneath kExpFloor.
+  DP_HD R floor() const { return R(kExpFloor) / (ce < entropy ? ce : entropy); }
 };
+
+template <class R>
+DP_HD R floored_exponential(R x) {
+  return exponential(x < R(kExpFloor) ? R(kExpFloor) : x);
+}
 
 enum LossSaved : int { kSavedMax = 0, kSavedSum, kSavedSumT, kSavedMean, kLossSaved };
 
@@ -46,7 +51,8 @@ struct LossPart {
 
   DP_HD void rescale(R to, const InverseTemperatures<R>& inverse) {
     if (max > -kInfinity) {
-      const R d = max - to, e = exponential(d * inverse.entropy);
+      const R d = max - to < inverse.floor() ? inverse.floor() : max - to;  // no 0 times infinity
+      const R e = exponential(d * inverse.entropy);
       weighted_t = e * (weighted_t + sum_t * d);
       sum_t *= e;
       sum *= exponential(d * inverse.ce);
@@ -107,8 +113,8 @@ struct LossGradient {
     const R floor = inverse.floor();
     R d = (z > R(kLargest) ? R(kLargest) : z) - max;
     d = d < floor ? floor : d;
-    return ce * exponential(d * inverse.ce) +
-           entropy * exponential(d * inverse.entropy) * (d - mean);
+    return ce * floored_exponential(d * inverse.ce) +
+           entropy * floored_exponential(d * inverse.entropy) * (d - mean);
   }
 };
 
