@@ -71,6 +71,12 @@ def summary(found: dict[str, Any]) -> str:
             ratio = "" if name.startswith("dparallel_ext") else f"{time / milliseconds(ours):.1f}"
             digits = 0 if time >= 100 else 3
             rows.append(f"| {group} | {name}{memory.get(name, '')} | {time:.{digits}f} | {ratio} | {floor} |")
+    peaks = groups(found).get("linear_certainty_forcing_loss, peak memory", [])
+    if peaks:
+        sizes = ", ".join(f"{b['extra_info']['megabytes']:.0f} ({b['extra_info']['rows']})" for b in peaks)
+        rows.append(
+            f"\nlinear_certainty_forcing_loss, peak memory beyond the inputs in MB (of rows): {sizes}."
+        )
     machine, torch_version = found["machine_info"]["cpu"], _torch_version()
     name = machine.get("brand_raw", "unknown CPU")
     rows.append(f"\n{name}, {_threads()} threads, torch {torch_version}, {_simd()}.\n")

@@ -6,6 +6,7 @@ its own, beyond the inputs.
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -72,15 +73,62 @@ def test_certainty_forcing_loss(benchmark: Any, read_bandwidth: float, contender
     )
 
 
+WIDTH = 1024
+
+
+def linear_inputs(rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden (rows, 1024), a frozen head (V, 1024), labels, all rows active."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, WIDTH, generator=generator).to(torch.bfloat16)
+    head = torch.empty(VOCAB, WIDTH, dtype=torch.bfloat16).normal_(0, 0.1, generator=generator)
+    labels = torch.randint(0, VOCAB, (rows,), generator=generator)
+    return hidden.requires_grad_(), head, labels, torch.ones(rows, dtype=torch.bool)
+
+
+def linear_step(hidden: Tensor, head: Tensor, labels: Tensor, active: Tensor) -> Tensor:
+    loss = dx.linear_certainty_forcing_loss(hidden, head, labels, active).loss
+    return torch.autograd.grad(loss, hidden)[0]
+
+
+def linear_products(hidden: Tensor, head: Tensor, labels: Tensor, active: Tensor) -> None:
+    """The matrix products of that step alone, in the same chunks: logits twice, and their gradient's."""
+    with torch.no_grad():
+        for rows in hidden.split(32 * 2**20 // (VOCAB * 2)):
+            logits = rows @ head.T
+            logits = rows @ head.T
+            logits @ head
+
+
+@pytest.mark.parametrize("contender", ["matrix products alone", "dparallel_ext"])
+def test_linear(benchmark: Any, contender: str) -> None:
+    """256 active rows of width 1024, frozen head."""
+    case = linear_inputs(256)
+    run = linear_step if contender == "dparallel_ext" else linear_products
+    benchmark.group = "linear_certainty_forcing_loss, 256 rows"
+    benchmark.extra_info.update(contender=contender)
+    benchmark.pedantic(run, args=case, rounds=7, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("rows", [64, 256, 1024, 4096])
+def test_linear_memory(benchmark: Any, rows: int) -> None:
+    """Peak memory beyond the inputs, in the time of one process."""
+    benchmark.group = "linear_certainty_forcing_loss, peak memory"
+    benchmark.extra_info.update(rows=rows)
+    megabytes = benchmark.pedantic(lambda: peak_memory(f"linear:{rows}"), rounds=1)
+    benchmark.extra_info.update(megabytes=megabytes)
+
+
 def main() -> None:
-    case = inputs()
-    if sys.argv[1] == "compiled":  # the compiler's own memory is not meant
-        step("compiled", *case)
-    # The peak so far is that of making the inputs: let go of it, then see how far a step goes beyond.
+    name, _, rows = sys.argv[1].partition(":")
+    case: Any = linear_inputs(int(rows)) if rows else inputs()
+    run: Any = linear_step if rows else functools.partial(step, name)
+    if name == "compiled":  # the compiler's own memory is not meant
+        run(*case)
+    # The peak so far is that of making the inputs: forget it, then see how far a step goes beyond.
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
     before = resident("VmRSS")
-    step(sys.argv[1], *case)
+    run(*case)
     print((resident("VmHWM") - before) / 1024)
 
 

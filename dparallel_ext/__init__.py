@@ -7,7 +7,7 @@ import torch  # the compiled library links against torch's, so torch comes first
 from . import compat, models, policies, reference
 from ._C import build_info, simd_level
 from .decode import DecodeOutput, Trajectory, decode
-from .loss import CertaintyForcingLoss, certainty_forcing_loss
+from .loss import CertaintyForcingLoss, certainty_forcing_loss, linear_certainty_forcing_loss
 from .ops import check_errors, row_stats, select, unmask_
 from .types import RowStats, UnmaskOutput
 
@@ -24,6 +24,7 @@ __all__ = [
     "check_errors",
     "compat",
     "decode",
+    "linear_certainty_forcing_loss",
     "models",
     "policies",
     "reference",

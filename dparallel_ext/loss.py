@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from . import _C  # noqa: F401  (registers the ops)
-from .ops import _report, _rows_view
+from .ops import _NO_ERROR, _report, _rows_view
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ERRORS = {1: "holds NaN", 2: "has no logit above -inf", 3: "has a label outside the vocabulary"}
 
 
@@ -73,13 +74,12 @@ def certainty_forcing_loss(
             no logit above -inf, or whose label is not in [0, V): on the CPU at once, on CUDA from
             `check_errors`, until when its nll and entropy are NaN.
     """
-    _check(logits, labels, active, weight, gate)
-    for name, value in (("temperature", temperature), ("ce_temperature", ce_temperature)):
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
-    shape = labels.shape
+    if logits.dtype not in _DTYPES:
+        raise ValueError(f"logits: expected float32, bfloat16, float16 or float64, got {logits.dtype}")
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"logits: expected (..., V) with V >= 1, got {tuple(logits.shape)}")
+    _check_rows(logits, labels, active, weight, gate, "logits")
+    _check_settings(temperature, ce_temperature, reduction)
     flat = _rows_view(logits)
     active = active.reshape(-1).contiguous()
     nll, entropy, correct, _, error = torch.ops.dparallel.certainty_forcing_loss(
@@ -90,6 +90,106 @@ def certainty_forcing_loss(
         float(ce_temperature),
     )
     _report(error, lambda at: f"row {at}", _ERRORS)
+    return _compose(nll, entropy, correct, labels.shape, active, entropy_weight, weight, gate, reduction)
+
+
+def linear_certainty_forcing_loss(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    active: Tensor,
+    *,
+    temperature: float = 0.5,
+    entropy_weight: float = 2.0,
+    ce_temperature: float = 1.0,
+    weight: Tensor | None = None,
+    gate: Literal["correct", "all"] | Tensor = "correct",
+    reduction: Literal["mean", "sum"] = "mean",
+    softcap: float | None = None,
+    shift: bool = False,
+    chunk_rows: int | None = None,
+) -> CertaintyForcingLoss:
+    """`certainty_forcing_loss` of hidden @ lm_head_weight.T, whose logits never exist all at once.
+
+    The head is applied to chunks of active rows; the backward pass computes each chunk's logits again, so
+    that two chunks (logits and their gradient) and the gradient of the hidden states are all that is
+    held. That is three matrix products per active row, and a fourth where the head is trainable.
+
+    Args:
+        hidden: (..., H) float32, bfloat16, float16 or float64, after the final norm.
+        lm_head_weight: (V, H), same dtype. It gets a gradient only if it requires one.
+        labels, active, weight, gate: (...), as in `certainty_forcing_loss`, and so the other arguments.
+        softcap: logits become softcap * tanh(logits / softcap).
+        shift: (..., T, H): the label at position t belongs to the hidden state at t - 1 (Dream); the
+            first position of a sequence has none and is left out, as published.
+        chunk_rows: active rows per chunk; default: about 32 MB of logits on the CPU, 256 MB on a GPU.
+
+    Returns:
+        CertaintyForcingLoss, its fields in the place of the labels.
+
+    Raises:
+        ValueError: as `certainty_forcing_loss`.
+    """
+    if hidden.ndim < 1 or hidden.dtype not in _DTYPES:
+        raise ValueError(
+            f"hidden: expected floating point (..., H), got {hidden.dtype} {tuple(hidden.shape)}"
+        )
+    if lm_head_weight.ndim != 2 or lm_head_weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"lm_head_weight: expected (V, {hidden.shape[-1]}) matching hidden, "
+            f"got {tuple(lm_head_weight.shape)}"
+        )
+    if lm_head_weight.dtype != hidden.dtype or lm_head_weight.device != hidden.device:
+        raise ValueError(
+            f"lm_head_weight: expected {hidden.dtype} on {hidden.device} as hidden, "
+            f"got {lm_head_weight.dtype} on {lm_head_weight.device}"
+        )
+    if lm_head_weight.shape[0] < 1:
+        raise ValueError("lm_head_weight: expected at least one row")
+    _check_rows(hidden, labels, active, weight, gate, "hidden")
+    _check_settings(temperature, ce_temperature, reduction)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: expected a number > 0 or None, got {softcap!r}")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows: expected a whole number >= 1, got {chunk_rows!r}")
+    shape, counted = labels.shape, active
+    if shift:
+        if labels.ndim < 1:
+            raise ValueError("shift: expected hidden (..., T, H)")
+        # The hidden state before; the first position stays, but is not counted.
+        hidden = torch.cat((hidden[..., :1, :], hidden[..., :-1, :]), -2)
+        counted = active.clone()
+        counted[..., :1] = False
+    if chunk_rows is None:
+        megabytes = 256 if hidden.device.type == "cuda" else 32
+        chunk_rows = max(1, megabytes * 2**20 // (lm_head_weight.shape[0] * hidden.element_size()))
+    flat = counted.reshape(-1).contiguous()
+    nll, entropy, correct, _, error = torch.ops.dparallel.linear_certainty_forcing_loss(
+        hidden.reshape(-1, hidden.shape[-1]),
+        lm_head_weight,
+        labels.reshape(-1).contiguous(),
+        flat,
+        float(temperature),
+        float(ce_temperature),
+        0.0 if softcap is None else float(softcap),
+        chunk_rows,
+    )
+    _report(error, lambda at: f"row {at}", _ERRORS)
+    return _compose(nll, entropy, correct, shape, flat, entropy_weight, weight, gate, reduction)
+
+
+def _compose(
+    nll: Tensor,
+    entropy: Tensor,
+    correct: Tensor,
+    shape: torch.Size,
+    active: Tensor,
+    entropy_weight: float,
+    weight: Tensor | None,
+    gate: str | Tensor,
+    reduction: str,
+) -> CertaintyForcingLoss:
+    """The loss from what is known of each row (N,)."""
     gated = correct if gate == "correct" else active
     if isinstance(gate, Tensor):
         gated = active & gate.reshape(-1)
@@ -102,19 +202,22 @@ def certainty_forcing_loss(
     return CertaintyForcingLoss(loss, nll.view(shape), entropy.view(shape), correct.view(shape))
 
 
-def _check(logits: Tensor, labels: Tensor, active: Tensor, weight: Any, gate: Any) -> None:
-    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    if logits.dtype not in dtypes:
-        raise ValueError(f"logits: expected float32, bfloat16, float16 or float64, got {logits.dtype}")
-    if logits.ndim < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"logits: expected (..., V) with V >= 1, got {tuple(logits.shape)}")
-    rows = logits.shape[:-1]
+def _check_settings(temperature: float, ce_temperature: float, reduction: str) -> None:
+    for name, value in (("temperature", temperature), ("ce_temperature", ce_temperature)):
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
+
+
+def _check_rows(like: Tensor, labels: Tensor, active: Tensor, weight: Any, gate: Any, name_of: str) -> None:
+    rows = like.shape[:-1]
     wanted: list[tuple[str, Any, tuple[torch.dtype, ...]]] = [
         ("labels", labels, (torch.int64,)),
         ("active", active, (torch.bool,)),
     ]
     if weight is not None:
-        wanted.append(("weight", weight, dtypes))
+        wanted.append(("weight", weight, _DTYPES))
     if isinstance(gate, Tensor):
         wanted.append(("gate", gate, (torch.bool,)))
     elif gate not in ("correct", "all"):
@@ -123,9 +226,9 @@ def _check(logits: Tensor, labels: Tensor, active: Tensor, weight: Any, gate: An
         if not isinstance(value, Tensor) or value.dtype not in allowed or value.shape != rows:
             got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             kinds = "floating point" if name == "weight" else str(allowed[0]).removeprefix("torch.")
-            raise ValueError(f"{name}: expected {kinds} {tuple(rows)} matching logits, got {got}")
-        if value.device != logits.device:
-            raise ValueError(f"{name}: expected on {logits.device} as the logits, got {value.device}")
+            raise ValueError(f"{name}: expected {kinds} {tuple(rows)} matching {name_of}, got {got}")
+        if value.device != like.device:
+            raise ValueError(f"{name}: expected on {like.device} as {name_of}, got {value.device}")
 
 
 # --- fake kernels and the gradient --------------------------------------------------------------
@@ -176,3 +279,128 @@ def _backward(ctx: Any, grad_nll: Tensor, grad_entropy: Tensor, *_: Any) -> tupl
 
 
 torch.library.register_autograd("dparallel::certainty_forcing_loss", _backward, setup_context=_save)
+
+
+# --- the head and the loss, chunk by chunk ------------------------------------------------------
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _chunks(active: Tensor, chunk_rows: int) -> tuple[Tensor, ...]:
+    """Indices of the active rows, in pieces."""
+    rows = active.nonzero()[:, 0]
+    return rows.split(chunk_rows) if len(rows) else ()
+
+
+def _logits(hidden: Tensor, head: Tensor, softcap: float) -> Tensor:
+    logits = hidden @ head.T
+    return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
+
+
+@torch.library.custom_op("dparallel::linear_certainty_forcing_loss", mutates_args=())
+def _linear(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    active: Tensor,
+    temperature: float,
+    ce_temperature: float,
+    softcap: float,
+    chunk_rows: int,
+) -> Outputs:
+    n, real = len(labels), _real(hidden)
+    nll, entropy = (hidden.new_zeros(n, dtype=real) for _ in range(2))
+    correct = active.new_zeros(n)
+    saved = hidden.new_zeros((n, 4), dtype=real)
+    error = labels.new_full((n,), _NO_ERROR)
+    for rows in _chunks(active, chunk_rows):
+        one = active.new_ones(len(rows))
+        logits = _logits(hidden[rows], head, softcap)
+        out = torch.ops.dparallel.certainty_forcing_loss(
+            logits, labels[rows], one, temperature, ce_temperature
+        )
+        for whole, part in zip((nll, entropy, correct, saved), out, strict=False):
+            whole[rows] = part
+        # Rows are numbered within the chunk there: row * 4 + code.
+        error[rows] = torch.where(out[4] == _NO_ERROR, out[4], rows * 4 + out[4] % 4)
+    return nll, entropy, correct, saved, error
+
+
+@_linear.register_fake
+def _(  # type: ignore[no-untyped-def]
+    hidden, head, labels, active, temperature, ce_temperature, softcap, chunk_rows
+):
+    n, real = labels.shape[0], _real(hidden)
+    return (
+        hidden.new_empty((n,), dtype=real),
+        hidden.new_empty((n,), dtype=real),
+        hidden.new_empty((n,), dtype=torch.bool),
+        hidden.new_empty((n, 4), dtype=real),
+        labels.new_empty((n,)),
+    )
+
+
+@torch.library.custom_op("dparallel::linear_certainty_forcing_loss_backward", mutates_args=())
+def _linear_backward(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    active: Tensor,
+    temperature: float,
+    ce_temperature: float,
+    softcap: float,
+    chunk_rows: int,
+    saved: Tensor,
+    grad_nll: Tensor,
+    grad_entropy: Tensor,
+    head_needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    grad = torch.zeros_like(hidden)
+    # Over many chunks, 16 bits would lose the small ones.
+    grad_head = torch.zeros(head.shape if head_needs_grad else (0,), dtype=_real(head), device=head.device)
+    for rows in _chunks(active, chunk_rows):
+        own, one = hidden[rows], active.new_ones(len(rows))
+        logits = _logits(own, head, softcap)
+        slope = torch.ops.dparallel.certainty_forcing_loss_backward(
+            logits,
+            labels[rows],
+            one,
+            temperature,
+            ce_temperature,
+            saved[rows],
+            grad_nll[rows],
+            grad_entropy[rows],
+        )
+        if softcap:
+            slope *= 1 - (logits / softcap) ** 2
+        del logits
+        grad[rows] = slope @ head
+        if head_needs_grad:
+            grad_head += slope.T @ own
+    return grad, grad_head.to(head.dtype)
+
+
+@_linear_backward.register_fake
+def _(  # type: ignore[no-untyped-def]
+    hidden, head, labels, active, temperature, ce_temperature, softcap, chunk_rows,
+    saved, grad_nll, grad_entropy, head_needs_grad,
+):  # fmt: skip
+    return torch.empty_like(hidden), head.new_empty(head.shape if head_needs_grad else (0,))
+
+
+def _linear_save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    hidden, head, labels, active, *ctx.settings = inputs
+    ctx.save_for_backward(hidden, head, labels, active, output[3])
+    ctx.mark_non_differentiable(output[2], output[3], output[4])
+
+
+def _linear_gradient(ctx: Any, grad_nll: Tensor, grad_entropy: Tensor, *_: Any) -> tuple[Any, ...]:
+    hidden, head, labels, active, saved = ctx.saved_tensors
+    needed = ctx.needs_input_grad[1]
+    grad, grad_head = torch.ops.dparallel.linear_certainty_forcing_loss_backward(
+        hidden, head, labels, active, *ctx.settings, saved, grad_nll, grad_entropy, needed
+    )
+    return grad, grad_head if needed else None, None, None, None, None, None, None
+
+
+_linear.register_autograd(_linear_gradient, setup_context=_linear_save)
