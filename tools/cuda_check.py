@@ -78,7 +78,7 @@ def short_name(mangled: str) -> str:
     """unmask_kernel<BFloat16, sampling> of a mangled name."""
     kernel = re.search(r"\d+([a-z][a-z_]*_kernel)", mangled)
     name = kernel.group(1) if kernel else mangled
-    parts = [t for t in ("BFloat16", "Float32", "Float16") if f"{len(t)}{t}" in mangled]
+    parts = [t for t in ("BFloat16", "Float32", "Float16", "Float64") if f"{len(t)}{t}" in mangled]
     parts += ["sampling"] if "Lb1E" in mangled else []
     return f"{name}<{', '.join(parts)}>" if parts else name
 
