@@ -8,6 +8,7 @@ from . import compat, models, policies, reference
 from ._C import build_info, simd_level
 from .decode import DecodeOutput, Trajectory, decode
 from .loss import CertaintyForcingLoss, certainty_forcing_loss, linear_certainty_forcing_loss
+from .masks import MaskedPair, semi_autoregressive_masks
 from .ops import check_errors, row_stats, select, unmask_
 from .types import RowStats, UnmaskOutput
 
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CertaintyForcingLoss",
     "DecodeOutput",
+    "MaskedPair",
     "RowStats",
     "Trajectory",
     "UnmaskOutput",
@@ -30,6 +32,7 @@ __all__ = [
     "reference",
     "row_stats",
     "select",
+    "semi_autoregressive_masks",
     "simd_level",
     "unmask_",
 ]

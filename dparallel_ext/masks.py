@@ -1,0 +1,107 @@
+"""The states that certainty forcing trains on (dParallel, arXiv 2509.26488)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class MaskedPair(NamedTuple):
+    """A state and its complement: each token of the active block is masked in one of the two."""
+
+    input_ids: Tensor
+    """(B, T) int64: what the model is given."""
+    active: Tensor
+    """(B, T) bool: the masked tokens of the active block, those the loss is of."""
+    reverse_input_ids: Tensor
+    """(B, T) int64: the same with the complementary mask in the block."""
+    reverse_active: Tensor
+    """(B, T) bool."""
+    block: Tensor
+    """(B,) int64: the active block's number, -1 where a row has no response."""
+
+
+def semi_autoregressive_masks(
+    input_ids: Tensor,
+    prompt_lengths: Tensor,
+    *,
+    mask_id: int,
+    block_length: int | None = 32,
+    mask_ratio: float | Tensor = 0.5,
+    lengths: Tensor | None = None,
+    eps: float = 1e-3,
+    generator: torch.Generator | None = None,
+) -> MaskedPair:
+    """Per row: the prompt and earlier blocks clean, one random block partly masked, later ones masked.
+
+    The block is uniform among those of the row's response, the last of which may be short; a token in it is
+    masked with probability (1 - eps) mask_ratio + eps. Every row draws its own block and mask. (The
+    published loop writes each row's mask over all rows, so it is right at batch size 1 alone.)
+
+    Responses padded with EOS to a common length are taken as they are, as published: EOS is part of the
+    response and learned. To leave padding out, give `lengths`.
+
+    Args:
+        input_ids: (B, T) int64, prompts and responses.
+        prompt_lengths: (B,) int64.
+        mask_id: the token that masks.
+        block_length: tokens of a block, from the end of the prompt on; None: the whole response is one
+            (Dream as published).
+        mask_ratio: a number or (B,), in [0, 1].
+        lengths: (B,) int64, where each row's response ends; default T. What lies beyond stays as it is.
+        eps: as above.
+        generator: of the random numbers, on any device; default torch's.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
+        raise ValueError(f"input_ids: expected int64 (B, T), got {input_ids.dtype} {tuple(input_ids.shape)}")
+    batch, length = input_ids.shape
+    device = input_ids.device
+    start = _lengths("prompt_lengths", prompt_lengths, batch, length, device)
+    end = start.new_full((batch,), length)
+    if lengths is not None:
+        end = _lengths("lengths", lengths, batch, length, device)
+    if block_length is not None and block_length < 1:
+        raise ValueError(f"block_length: expected a whole number >= 1 or None, got {block_length!r}")
+    if not 0 <= eps <= 1:
+        raise ValueError(f"eps: expected a number in [0, 1], got {eps!r}")
+    ratio = torch.as_tensor(mask_ratio, dtype=torch.float32, device=device)
+    if ratio.shape not in ((), (batch,)) or not bool(((ratio >= 0) & (ratio <= 1)).all()):
+        raise ValueError(f"mask_ratio: expected numbers in [0, 1], one or ({batch},), got {mask_ratio}")
+
+    def uniform(*shape: int) -> Tensor:
+        on = device if generator is None else generator.device
+        return torch.rand(*shape, generator=generator, device=on).to(device)
+
+    size = block_length or max(1, length)
+    response = (end - start).clamp(min=0)  # (B,)
+    blocks = (response + size - 1) // size
+    block = (uniform(batch) * blocks).long().minimum(blocks - 1)  # -1 where there is none
+    column = torch.arange(length, device=device)
+    first = (start + block * size)[:, None]
+    inside = (column < end[:, None]) & (block >= 0)[:, None]  # (B, T)
+    later = inside & (column >= first + size)
+    within = inside & (column >= first) & ~later
+    probability = ((1 - eps) * ratio + eps).expand(batch)[:, None]
+    active = within & (uniform(batch, length) < probability)
+    reverse = within & ~active
+    return MaskedPair(
+        input_ids.masked_fill(active | later, mask_id),
+        active,
+        input_ids.masked_fill(reverse | later, mask_id),
+        reverse,
+        block,
+    )
+
+
+def _lengths(name: str, value: Tensor, batch: int, length: int, device: torch.device) -> Tensor:
+    if not isinstance(value, Tensor) or value.shape != (batch,) or value.dtype.is_floating_point:
+        got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name}: expected int64 ({batch},), got {got}")
+    if batch and (int(value.min()) < 0 or int(value.max()) > length):
+        raise ValueError(f"{name}: expected lengths in [0, {length}], got {value.tolist()[:8]}")
+    return value.to(device, torch.int64)
