@@ -77,9 +77,9 @@ def summary(found: dict[str, Any]) -> str:
         rows.append(
             f"\nlinear_certainty_forcing_loss, peak memory beyond the inputs in MB (of rows): {sizes}."
         )
-    machine, torch_version = found["machine_info"]["cpu"], _torch_version()
-    name = machine.get("brand_raw", "unknown CPU")
-    rows.append(f"\n{name}, {_threads()} threads, torch {torch_version}, {_simd()}.\n")
+    machine = found["machine_info"]
+    name = machine["cpu"].get("brand_raw", "unknown CPU")
+    rows.append(f"\n{name}, {machine['threads']} threads, torch {machine['torch']}, {machine['simd']}.\n")
     return "\n".join(rows)
 
 
@@ -108,24 +108,6 @@ def cost_curve(found: dict[str, Any], path: Path) -> None:
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
-
-
-def _torch_version() -> str:
-    import torch
-
-    return torch.__version__
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
-
-
-def _simd() -> str:
-    import dparallel_ext
-
-    return dparallel_ext.simd_level()
 
 
 if __name__ == "__main__":

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import torch
+
+import dparallel_ext as dx
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info["threads"] = torch.get_num_threads()
+    machine_info["torch"] = torch.__version__
+    machine_info["simd"] = dx.simd_level()
 
 
 @pytest.fixture(scope="session")

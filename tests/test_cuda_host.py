@@ -7,7 +7,6 @@ AddressSanitizer and UndefinedBehaviorSanitizer. That this notices faults is tes
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,8 +18,6 @@ CSRC = Path(__file__).parent.parent / "csrc"
 CXX = os.environ.get("CXX", "c++")
 SANITIZE = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
 INCLUDES = [f"-I{HERE}", f"-I{CSRC / 'include'}", f"-I{CSRC / 'cuda'}", f"-I{CSRC / 'cpu'}"]
-
-pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason="needs a C++ compiler")
 
 
 def build(directory: Path, flags: str) -> Path:

@@ -22,18 +22,6 @@ const LossKernel& loss_kernel() {
 
 namespace {
 
-constexpr int64_t kChunk = 16384;  // ids per unit of work
-
-int64_t chunks_of(int64_t vocab) { return (vocab + kChunk - 1) / kChunk; }
-
-int64_t element_size(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
-}
-
-const void* row_at(const Logits& logits, int64_t row) {
-  return static_cast<const char*>(logits.data) + logits.offset(row) * element_size(logits.dtype);
-}
-
 double logit_at(const void* row, DType dtype, int64_t id) {
   switch (dtype) {
     case DType::float64: return static_cast<const double*>(row)[id];
@@ -57,7 +45,7 @@ void forward(const LossArgs& args, Parallel parallel) {
   const auto count = static_cast<int64_t>(rows.size());
   std::vector<LossPart<double>> parts(count * chunks);
   run_parallel(parallel, count * chunks, [&](int64_t unit) {
-    const void* row = row_at(args.logits, rows[unit / chunks]);
+    const void* row = row_pointer(args.logits, rows[unit / chunks]);
     const int64_t begin = unit % chunks * kChunk, end = std::min(begin + kChunk, vocab);
     LossPart<double> part;
     if constexpr (sizeof(R) == 4) {
@@ -97,7 +85,7 @@ void forward(const LossArgs& args, Parallel parallel) {
       continue;
     }
     const LossRow<double> result =
-        part.finish(logit_at(row_at(args.logits, row), dtype, label), label, inverse);
+        part.finish(logit_at(row_pointer(args.logits, row), dtype, label), label, inverse);
     nll[row] = static_cast<R>(result.nll);
     entropy[row] = static_cast<R>(result.entropy);
     args.correct[row] = result.correct;
@@ -134,7 +122,7 @@ void backward(const LossBackwardArgs& args, Parallel parallel) {
       std::memset(out + begin * size, 0, (end - begin) * size);
       return;
     }
-    const void* z = row_at(args.logits, row);
+    const void* z = row_pointer(args.logits, row);
     const LossGradient<R> gradient(static_cast<const R*>(args.saved) + row * kLossSaved, grad_nll,
                                    grad_entropy, inverse);
     if constexpr (sizeof(R) == 4) {

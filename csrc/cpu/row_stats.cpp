@@ -37,8 +37,6 @@ const char* simd_level() { return row_kernel().level; }
 
 namespace {
 
-constexpr int64_t kChunk = 16384;  // ids per unit of work
-
 // The admissible pieces of [begin, end): what is left between the excluded ids.
 template <class Visit>
 void each_admissible(int64_t begin, int64_t end, const Exclusions& ex, Visit visit) {
@@ -63,20 +61,15 @@ float load_logit(const void* row, DType dtype, int64_t id) {
   return dtype == DType::bfloat16 ? bfloat16_value(bits) : float16_value(bits);
 }
 
-int64_t element_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
-
 }  // namespace
 
 std::vector<RowAnswer> read_rows(const RowJob& job, Parallel parallel) {
   const RowKernel& kernel = row_kernel();
   const Logits& logits = job.logits;
   const int dtype = static_cast<int>(logits.dtype);
-  const int64_t chunks = (logits.vocab + kChunk - 1) / kChunk;
+  const int64_t chunks = chunks_of(logits.vocab);
   const float inverse_temperature = job.keys ? 1.0f / job.temperature : 0.0f;
-  const auto row_at = [&](int64_t i) -> const void* {
-    const int64_t row = job.rows ? job.rows[i] : i;
-    return static_cast<const char*>(logits.data) + logits.offset(row) * element_size(logits.dtype);
-  };
+  const auto row_at = [&](int64_t i) { return row_pointer(logits, job.rows ? job.rows[i] : i); };
 
   std::vector<RowPart> parts(job.count * chunks);                      // [count, chunks]
   std::vector<SamplePart> samples(job.keys ? job.count * chunks : 0);  // [count, chunks]
