@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import policies
-from .models import KVCache, Model
+from .models import KVCache, Model, traits
 from .ops import check_errors, row_stats, select, unmask_
 from .types import RowStats
 
@@ -175,7 +175,7 @@ class _Loop:
                 f"for a loaded Hugging Face model), got {type(model).__name__}"
             )
         self.model, self.cache = model, cache
-        self.traits = _traits(model)
+        self.traits = traits(model)
         found = self.traits.mask_id if mask_id is None else mask_id
         if found is None:
             raise ValueError("mask_id: the model's config has no mask_token_id, so give one")
@@ -437,26 +437,6 @@ def _plan(
         return policies.make("quota", k, score=score, batch=batch, device=device)
 
     return _Plan(None, quota)
-
-
-# --- what is known of a model -------------------------------------------------------------------
-
-
-@dataclass
-class _Traits:
-    mask_id: int | None
-    shift: bool
-    strict_entropy: bool
-
-
-def _traits(model: Any) -> _Traits:
-    if isinstance(model, Model):
-        return _Traits(model.mask_id, model.shift, model.strict_entropy)
-    if not callable(model):
-        raise ValueError(f"model: expected a module or function, got {type(model).__name__}")
-    config = getattr(model, "config", None)
-    dream = getattr(config, "model_type", None) == "Dream"
-    return _Traits(getattr(config, "mask_token_id", None), dream, dream)
 
 
 def _whole(name: str, value: Any, least: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ def semi_autoregressive_masks(
     mask_ratio: float | Tensor = 0.5,
     lengths: Tensor | None = None,
     eps: float = 1e-3,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> MaskedPair:
     """Per row: the prompt and earlier blocks clean, one random block partly masked, later ones masked.
 
@@ -52,7 +53,8 @@ def semi_autoregressive_masks(
         mask_ratio: a number or (B,), in [0, 1].
         lengths: (B,) int64, where each row's response ends; default T. What lies beyond stays as it is.
         eps: as above.
-        generator: of the random numbers, on any device; default torch's.
+        generator: of the random numbers, on any device; default torch's. Or one for each row: then a row's
+            block and mask are those of its own generator, whatever shares the batch and however it is padded.
 
     Raises:
         ValueError: naming the argument that does not fit.
@@ -73,21 +75,26 @@ def semi_autoregressive_masks(
     if ratio.shape not in ((), (batch,)) or not bool(((ratio >= 0) & (ratio <= 1)).all()):
         raise ValueError(f"mask_ratio: expected numbers in [0, 1], one or ({batch},), got {mask_ratio}")
 
-    def uniform(*shape: int) -> Tensor:
+    if isinstance(generator, Sequence):
+        if len(generator) != batch:
+            raise ValueError(f"generator: expected one, or one for each of {batch} rows, got {len(generator)}")
+        rows = [torch.rand(1 + length, generator=g, device=g.device).to(device) for g in generator]
+        draws = torch.stack(rows) if rows else torch.zeros(0, 1 + length, device=device)
+    else:
         on = device if generator is None else generator.device
-        return torch.rand(*shape, generator=generator, device=on).to(device)
+        draws = torch.rand(batch, 1 + length, generator=generator, device=on).to(device)
 
     size = block_length or max(1, length)
     response = (end - start).clamp(min=0)  # (B,)
     blocks = (response + size - 1) // size
-    block = (uniform(batch) * blocks).long().minimum(blocks - 1)  # -1 where there is none
+    block = (draws[:, 0] * blocks).long().minimum(blocks - 1)  # -1 where there is none
     column = torch.arange(length, device=device)
     first = (start + block * size)[:, None]
     inside = (column < end[:, None]) & (block >= 0)[:, None]  # (B, T)
     later = inside & (column >= first + size)
     within = inside & (column >= first) & ~later
     probability = ((1 - eps) * ratio + eps).expand(batch)[:, None]
-    active = within & (uniform(batch, length) < probability)
+    active = within & (draws[:, 1:] < probability)
     reverse = within & ~active
     return MaskedPair(
         input_ids.masked_fill(active | later, mask_id),

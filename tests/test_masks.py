@@ -107,3 +107,22 @@ def test_bad_arguments_are_named(change: dict, said: str) -> None:
     good = {"input_ids": torch.zeros(2, 9, dtype=torch.int64), "prompt_lengths": torch.tensor([2, 3])}
     with pytest.raises(ValueError, match=said):
         dx.semi_autoregressive_masks(**{**good, "mask_id": MASK, **change})
+
+
+def test_a_row_with_its_own_generator_does_not_depend_on_its_batch() -> None:
+    ids = torch.randint(0, 90, (5, 40), generator=drawn(0))
+    prompts, ends = torch.tensor([3, 0, 8, 5, 1]), torch.tensor([40, 33, 20, 40, 12])
+    whole = dx.semi_autoregressive_masks(
+        ids, prompts, mask_id=MASK, block_length=8, lengths=ends, generator=[drawn(10 + b) for b in range(5)]
+    )
+    for b in range(5):
+        for width in (int(ends[b]), 40):
+            alone = dx.semi_autoregressive_masks(
+                ids[b : b + 1, :width], prompts[b : b + 1], mask_id=MASK, block_length=8,
+                lengths=ends[b : b + 1], generator=[drawn(10 + b)],
+            )  # fmt: skip
+            for one, all_ in zip(alone, whole, strict=True):
+                expected = all_[b : b + 1] if all_.ndim == 1 else all_[b : b + 1, :width]
+                assert torch.equal(one, expected)
+    with pytest.raises(ValueError, match="generator: expected one, or one for each of 5 rows, got 2"):
+        dx.semi_autoregressive_masks(ids, prompts, mask_id=MASK, generator=[drawn(0), drawn(1)])

@@ -546,5 +546,44 @@ def test_bad_positions() -> None:
         model.hidden(ids(3, 4), cache)
     with pytest.raises(ValueError, match="expected 0 without a cache, got 2"):
         model.hidden(ids(2, 4), None, 2)
-    with pytest.raises(TypeError, match="attention_mask"):
-        model(ids(1, 4), attention_mask=torch.ones(1, 4))
+
+
+def test_bad_attention_masks() -> None:
+    model = models.load(GOLDEN / "llada_tiny_a")
+    for mask in (torch.ones(1, 4), torch.ones(2, 3, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"attention_mask: expected bool or whole numbers \(2, 4\)"):
+            model(ids(2, 4), attention_mask=mask)
+    with pytest.raises(ValueError, match="a visible position in every row"):
+        model(ids(2, 4), attention_mask=torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0]]))
+    with pytest.raises(ValueError, match="not supported together with a cache"):
+        model.hidden(ids(2, 4), model.new_cache(2, 4), attention_mask=torch.ones(2, 4).bool())
+
+
+@pytest.mark.parametrize("name", ["llada_tiny_a", "dream_tiny_a"])
+def test_padding_is_not_seen(name: str) -> None:
+    """A padded row's states are those of the row alone, whatever the padding holds."""
+    model = models.load(GOLDEN / name, dtype=torch.float64)
+    tokens = ids(3, 12)
+    lengths = (12, 7, 1)
+    mask = torch.tensor([[i < n for i in range(12)] for n in lengths])
+    padded = model.hidden(tokens, attention_mask=mask)
+    for row, n in enumerate(lengths):
+        alone = model.hidden(tokens[row : row + 1, :n])
+        torch.testing.assert_close(padded[row : row + 1, :n], alone, rtol=1e-9, atol=1e-9)
+
+
+def test_gradient_checkpointing_runs_the_layers_again_and_changes_nothing() -> None:
+    model = models.load(GOLDEN / "llada_tiny_a", dtype=torch.float32).train()
+    tokens, grads, calls = ids(2, 6), [], [0]
+    model.blocks[0].register_forward_hook(lambda *_: calls.append(calls.pop() + 1))
+    for expected in (1, 3):
+        model.zero_grad()
+        model(tokens).logits.square().mean().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+        assert calls == [expected]
+        model.gradient_checkpointing_enable()
+    for plain, again in zip(*grads, strict=True):
+        assert torch.equal(plain, again)
+    model.gradient_checkpointing_disable()
+    model(tokens).logits.square().mean().backward()
+    assert calls == [4]

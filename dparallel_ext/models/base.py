@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ def check_supported(
         given = config[key] if key in explicit else config.get(key, value)
         if given != value and (given or value):
             raise ValueError(f"config: {key}={given!r} is not supported, only {value!r}")
+
+
+class Config(dict[str, Any]):
+    """A config.json's content. Others may set attributes on it, as transformers' Trainer does."""
 
 
 @dataclass
@@ -134,7 +139,13 @@ class Block(nn.Module):
         self.down = nn.Linear(s.mlp_width, s.width, bias=s.bias)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None, layer: int, start: int
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: KVCache | None,
+        layer: int,
+        start: int,
+        visible: Tensor | None,
     ) -> Tensor:
         s, (batch, queries, _) = self.shape, x.shape
 
@@ -149,7 +160,7 @@ class Block(nn.Module):
         q, k = (rotate(t.to(rope_dtype), cos, sin).to(v.dtype) for t in (q, k))
         if cache is not None:
             k, v = cache.write(layer, start, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=s.kv_heads != s.heads)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=s.kv_heads != s.heads)
         x = x + self.o(y.transpose(1, 2).reshape(batch, queries, s.heads * s.head_dim))
         y = self.norm2(x)
         return x + self.down(F.silu(self.gate(y)) * self.up(y))
@@ -175,7 +186,7 @@ class Model(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.config = dict(config)
+        self.config = Config(config)
         try:
             s = self.shape = self.read_config(config)
         except KeyError as error:
@@ -188,6 +199,7 @@ class Model(nn.Module):
         self.norm = RMSNorm(s)
         self.lm_head = nn.Linear(s.width, s.rows, bias=s.bias and not s.tied)
         self.tie()
+        self.checkpointing: dict[str, Any] | None = None
         self._rope: tuple[Tensor, Tensor] | None = None
         self.register_state_dict_post_hook(_to_checkpoint_names)
         self.register_load_state_dict_pre_hook(_from_checkpoint_names)
@@ -209,12 +221,12 @@ class Model(nn.Module):
 
     @classmethod
     def checkpoint_name(cls, name: str) -> str:
-        """The checkpoint's name of our parameter `name`."""
-        module, _, parameter = name.rpartition(".")
-        parts = module.split(".")
-        if parts[0] != "blocks":
-            return f"{cls.NAMES[module]}.{parameter}"
-        return f"{cls.NAMES[parts[2]].format(parts[1])}.{parameter}"
+        """The checkpoint's name of our parameter `name`, or of one that an adapter has put inside a module."""
+        first, *rest = name.split(".")
+        if first == "blocks":
+            layer, module, *rest = rest
+            return ".".join((cls.NAMES[module].format(layer), *rest))
+        return ".".join((cls.NAMES[first], *rest))
 
     def checkpoint_parameters(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         """(the checkpoint's name, ours, parameter) of each; a tied head is not repeated."""
@@ -229,24 +241,44 @@ class Model(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed.weight.dtype
 
-    def forward(self, input_ids: Tensor) -> Output:
-        return Output(self.head(self.hidden(input_ids)))
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Output:
+        return Output(self.head(self.hidden(input_ids, attention_mask=attention_mask)))
 
-    def hidden(self, input_ids: Tensor, cache: KVCache | None = None, start: int = 0) -> Tensor:
+    def hidden(
+        self,
+        input_ids: Tensor,
+        cache: KVCache | None = None,
+        start: int = 0,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states (B, Q, width) after the final norm, of input_ids (B, Q).
 
         With a cache, the ids are those of positions start .. start + Q - 1: their keys and values
-        overwrite those slots, and attention sees all slots of the cache.
+        overwrite those slots, and attention sees all slots of the cache. Without one, attention_mask
+        (B, Q), bool or whole numbers, is 0 where a position is padding, that none shall see.
 
         Raises TypeError or ValueError for ids of a wrong type, shape or (on the CPU, where looking
         costs no synchronisation) range, and for positions outside the cache.
         """
         self._check(input_ids, cache, start)
+        visible = self._visible(input_ids, cache, attention_mask)
         x = self.embed(input_ids)
         rope = self._rope_of(start, start + input_ids.shape[1])
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, cache, layer, start)
+            if self.checkpointing is not None and self.training:
+                x = checkpoint(block, x, rope, cache, layer, start, visible, **self.checkpointing)
+            else:
+                x = block(x, rope, cache, layer, start, visible)
         return self.norm(x)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Keep only each layer's input in training and compute the rest again, as transformers' models do."""
+        self.checkpointing = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.checkpointing = None
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., width)."""
@@ -273,6 +305,25 @@ class Model(nn.Module):
         cos, sin = self._rope
         return cos[start:end], sin[start:end]
 
+    def _visible(
+        self, input_ids: Tensor, cache: KVCache | None, attention_mask: Tensor | None
+    ) -> Tensor | None:
+        """The mask of keys (B, 1, 1, Q) that attention takes, or None."""
+        if attention_mask is None:
+            return None
+        if cache is not None:
+            raise ValueError("attention_mask: not supported together with a cache")
+        if attention_mask.shape != input_ids.shape or attention_mask.is_floating_point():
+            raise ValueError(
+                f"attention_mask: expected bool or whole numbers {tuple(input_ids.shape)} as input_ids, "
+                f"got {attention_mask.dtype} {tuple(attention_mask.shape)}"
+            )
+        visible = attention_mask.to(torch.bool)
+        on_cpu = visible.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and visible.numel() and not bool(visible.any(1).all()):
+            raise ValueError("attention_mask: expected a visible position in every row")
+        return visible[:, None, None]
+
     def _check(self, input_ids: Tensor, cache: KVCache | None, start: int) -> None:
         if not isinstance(input_ids, Tensor):
             raise TypeError(f"input_ids: expected a tensor, got {type(input_ids).__name__}")
@@ -296,6 +347,30 @@ class Model(nn.Module):
             if low < 0 or high >= self.shape.rows:
                 worst = low if low < 0 else high
                 raise ValueError(f"input_ids: expected ids in [0, {self.shape.rows}), got {worst}")
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What decoding and training need to know of a model, ours or not."""
+
+    mask_id: int | None
+    shift: bool
+    """The logits for position p are produced at position max(p - 1, 0)."""
+    strict_entropy: bool
+    """The published decoder of this family keeps H < tau rather than H <= tau."""
+
+
+def traits(model: Any) -> Traits:
+    """The traits of one of ours, of a Hugging Face model (by its config), or of either under PEFT's adapters."""
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    if isinstance(model, Model):
+        return Traits(model.mask_id, model.shift, model.strict_entropy)
+    if not callable(model):
+        raise ValueError(f"model: expected a module or function, got {type(model).__name__}")
+    config = getattr(model, "config", None)
+    dream = getattr(config, "model_type", None) == "Dream"
+    return Traits(getattr(config, "mask_token_id", None), dream, dream)
 
 
 def _to_checkpoint_names(

@@ -66,15 +66,24 @@ def wrap(hf_model: nn.Module) -> Model:
     return _assemble(content, tensors, f"hf_model: {type(hf_model).__name__}")
 
 
-def save(model: Model, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+def save(
+    model: Model,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write config.json and model.safetensors as the family's published checkpoints have them.
 
-    `dtype`: of the file, default the model's. Each file appears whole or not at all.
+    `dtype`: of the file, default the model's. `state_dict`: tensors to write instead of the model's own, by
+    the checkpoint's names, as gathered from shards. Each file appears whole or not at all.
     """
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     dtype = dtype or model.dtype
-    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, _, p in model.checkpoint_parameters()}
+    if state_dict is None:
+        state_dict = {name: p.detach() for name, _, p in model.checkpoint_parameters()}
+    tensors = {name: p.to("cpu", dtype).contiguous() for name, p in state_dict.items()}
     names = [name for name, family in FAMILIES.items() if type(model) is family]
     config = {**model.config, "torch_dtype": str(dtype).removeprefix("torch.")}
     config["model_type"] = names[0] if names else config.get("model_type")

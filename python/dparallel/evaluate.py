@@ -22,16 +22,19 @@ ONE = "one"
 
 
 def parse_policy(text: str) -> dict[str, Any]:
-    """decode's arguments for "one" or "SELECTOR:THRESHOLD", such as "entropy:0.5". Raises ValueError."""
+    """decode's arguments for "one", "steps:N" (the fixed schedule of N passes) or "SELECTOR:THRESHOLD", such as
+    "entropy:0.5". Raises ValueError."""
     if text == ONE:
         return {}
     selector, _, number = text.partition(":")
+    if selector == "steps" and number.isdecimal():
+        return {"steps": int(number)}
     try:
         threshold = float(number)
         policies.make(selector, threshold)
     except ValueError as error:
         raise ValueError(
-            f"policy: expected {ONE!r} or SELECTOR:THRESHOLD with a selector of {list(policies.SELECTORS)}, "
+            f"policy: expected {ONE!r}, steps:N or SELECTOR:THRESHOLD with a selector of {list(policies.SELECTORS)}, "
             f"got {text!r} ({error})"
         ) from error
     return {"selector": selector, "threshold": threshold}

@@ -1,0 +1,289 @@
+"""Certainty forcing (dParallel, arXiv 2509.26488) as a `transformers.Trainer`.
+
+Each step's loss, over everything that the step sees (all micro-batches of all processes):
+
+    sum over the two complementary views of the active blocks:
+        ce_weight * mean of -log p(label) over the active tokens
+        + entropy_weight * mean entropy at `temperature` over those active tokens whose argmax is the label
+
+The objectives of the paper's ablation are settings of it:
+
+    certainty forcing        the defaults (entropy_weight 2 for LLaDA, 1 for Dream)
+    cross entropy alone      entropy_weight=0
+    entropy alone            ce_weight=0
+    confidence-aware (CAP)   temperature=1, as LLaDA2.0 (arXiv 2512.15745)
+    no semi-autoregression   block_length=None: the whole response is one block (Dream as published)
+    mask ratios              mask_ratio=0.25, 0.75, 1; (0, 1) is random
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+import dparallel_ext as dx
+from dparallel_ext.models import Model
+
+
+@dataclass
+class CertaintyForcingArguments(TrainingArguments):
+    """`transformers.TrainingArguments`, and what certainty forcing adds to them."""
+
+    temperature: float = field(default=0.5, metadata={"help": "of the entropy term"})
+    entropy_weight: float = field(default=2.0, metadata={"help": "beta; 0: cross entropy alone"})
+    ce_weight: float = field(default=1.0, metadata={"help": "0: entropy alone"})
+    gate: str = field(default="correct", metadata={"help": "whose entropy counts: correct or all"})
+    block_length: int | None = field(default=32, metadata={"help": "None: the whole response is one block"})
+    mask_ratio: Any = field(
+        default=0.5,
+        metadata={
+            "help": "of the active block; or [low, high]: drawn uniformly for each row, then cut to 1, so "
+            "that a high above 1 gives a share of fully masked blocks"
+        },
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "must stay False"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = ratio_bounds(self.mask_ratio)
+        if not 0 <= low <= high or low > 1:
+            raise ValueError(f"mask_ratio: expected 0 <= low <= 1 and low <= high, got {self.mask_ratio!r}")
+        for name in ("entropy_weight", "ce_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: expected a finite number >= 0, got {getattr(self, name)!r}")
+        if self.gate not in ("correct", "all"):
+            raise ValueError(f"gate: expected 'correct' or 'all', got {self.gate!r}")
+
+
+def ratio_bounds(ratio: Any) -> tuple[float, float]:
+    """(low, high) of a mask_ratio. Raises ValueError."""
+    try:
+        low, high = (ratio, ratio) if isinstance(ratio, (int, float)) else ratio
+        return float(low), float(high)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"mask_ratio: expected a number or two of them, got {ratio!r}") from error
+
+
+class CertaintyForcingTrainer(Trainer):
+    """A Trainer on rows of `trajectories.Trajectories`, collated by `trajectories.Collator`.
+
+    The model: one of ours, a Hugging Face one (remote code included), or either with PEFT's adapters. The
+    two views are one batch of twice the rows. Where the model's output embedding is a plain linear
+    layer that it calls, the loss is taken on the hidden states by `linear_certainty_forcing_loss` and
+    the logits never exist; elsewhere on the active rows of the logits.
+
+    A row's blocks and masks depend on the seed, the optimizer step and the row's index alone, so neither
+    batch size nor accumulation nor the number of processes changes an update; nor does resuming.
+    With gradient accumulation the number of gated tokens of the whole step must be known before the
+    first micro-batch's gradient, which costs one more forward pass without gradient.
+
+    Logged beside the loss: ce (mean -log p of the label), entropy (mean over the gated tokens, at
+    `temperature`), correct (share of active tokens that the argmax gets right) and certainty (mean
+    probability of those).
+    """
+
+    args: CertaintyForcingArguments
+
+    def __init__(self, model: nn.Module, args: CertaintyForcingArguments, **more: Any) -> None:
+        super().__init__(model=model, args=args, **more)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"model: {self.args.n_gpu} GPUs in one process are not supported: start one process for each "
+                "with `torchrun` or `accelerate launch`"
+            )
+        # The loss is normalised over the whole step here.
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+        self.traits = dx.models.traits(model)
+        if self.traits.mask_id is None:
+            raise ValueError("model: its config has no mask_token_id")
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.takes_attention_mask = "attention_mask" in inspect.signature(base.forward).parameters
+        self.lm_head = plain_head(base)
+        self.sums = torch.zeros(6, dtype=torch.float64, device=self.args.device)
+
+    # --- a step's batches and counts ------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *more: Any) -> tuple[list[Any], Any]:
+        """The micro-batches of a step as views, and the step's counts over all processes.
+
+        The counts are the active tokens of each view (2,), followed, where there are several
+        micro-batches, by the gated tokens of each (4,).
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, *more)
+        views = [self.views(batch, self.state.global_step) for batch in batches]
+        counts = sum((by_view(view["active"]) for view in views), torch.zeros(2)).to(self.args.device)
+        if len(views) > 1:
+            gated = torch.zeros_like(counts)
+            self.model_wrapped.train()
+            with torch.no_grad(), self.compute_loss_context_manager():
+                for view in views:
+                    gated += by_view(self.rows(self.model_wrapped, self._prepare_inputs(view))[2])
+            counts = torch.cat((counts, gated))
+        return views, self.accelerator.reduce(counts, "sum")
+
+    def views(self, batch: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+        """The masked states of a collated batch (B, T) and their complements, as one batch (2B, T)."""
+        ids, lengths = batch["input_ids"].cpu(), batch["lengths"].cpu()
+        low, high = ratio_bounds(self.args.mask_ratio)
+        generators = [torch.Generator().manual_seed(self._key(step, int(i))) for i in batch["index"]]
+        ratio = [low + (high - low) * float(torch.rand((), generator=g)) for g in generators]
+        assert self.traits.mask_id is not None
+        pair = dx.semi_autoregressive_masks(
+            ids,
+            batch["prompt_lengths"].cpu(),
+            mask_id=self.traits.mask_id,
+            block_length=self.args.block_length,
+            mask_ratio=torch.tensor(ratio).clamp(max=1),
+            lengths=lengths,
+            generator=generators,
+        )
+        made = {
+            "input_ids": torch.cat((pair.input_ids, pair.reverse_input_ids)),
+            "labels": torch.cat((ids, ids)),
+            "active": torch.cat((pair.active, pair.reverse_active)),
+        }
+        if len(lengths) and int(lengths.min()) < ids.shape[1]:
+            if not self.takes_attention_mask:
+                raise ValueError(
+                    "data_collator: rows of different lengths, but the model takes no attention_mask: give "
+                    "total_length"
+                )
+            seen = torch.arange(ids.shape[1]) < lengths[:, None]
+            made["attention_mask"] = torch.cat((seen, seen))
+        return made
+
+    def _key(self, step: int, index: int) -> int:
+        """A generator's seed: any two differ in seed, step or row."""
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return (seed * 1_000_003 + step) * 1_000_000_007 + index & 0x7FFF_FFFF_FFFF_FFFF
+
+    # --- the loss -------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The share that `inputs` (from `views`) has in the step's loss, times the number of processes."""
+        nll, entropy, gated, correct = self.rows(model, inputs)
+        counts = num_items_in_batch
+        if counts is None:
+            counts = self.accelerator.reduce(by_view(inputs["active"]), "sum")
+        if len(counts) == 2:
+            counts = torch.cat((counts, self.accelerator.reduce(by_view(gated), "sum")))
+        # Gradients are averaged over the processes.
+        share = (self.accelerator.num_processes if model.training else 1) / counts.clamp(min=1)
+        ce, certainty = by_view(nll) * share[:2], by_view(entropy * gated) * share[2:]
+        loss = (self.args.ce_weight * ce + self.args.entropy_weight * certainty).sum()
+        if model.training:
+            with torch.no_grad():
+                sure = ((-nll).exp() * correct).sum()
+                active = inputs["active"].sum()
+                self.sums += torch.stack(
+                    (nll.sum(), active, (entropy * gated).sum(), gated.sum(), correct.sum(), sure)
+                )
+        return (loss, {}) if return_outputs else loss
+
+    def rows(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """nll and entropy (float, with gradient), gated and correct (bool) of each token (2B, T).
+
+        What the head's place in the model returns is these, so that they pass through everything that a
+        distributed wrapper hangs on the model's output.
+        """
+        labels, active, shift = inputs["labels"], inputs["active"], self.traits.shift
+        settings: dict[str, Any] = {"temperature": self.args.temperature}
+        replaced = False
+
+        def of_hidden(hidden: Tensor) -> Tensor:
+            nonlocal replaced
+            replaced = True
+            assert self.lm_head is not None
+            weight, device = self.lm_head.weight, hidden.device.type
+            autocast = torch.is_autocast_enabled(device)
+            dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+            out = dx.linear_certainty_forcing_loss(hidden, weight, labels, active, shift=shift, **settings)
+            return torch.stack((out.nll, out.entropy, out.correct.to(out.nll.dtype)), -1)
+
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+        with forward_of(self.lm_head, of_hidden):
+            logits = model(**given).logits
+        if replaced:
+            nll, entropy, right = logits.unbind(-1)
+            correct = right.bool()
+        else:
+            if shift:
+                logits = torch.cat((logits[:, :1], logits[:, :-1]), 1)
+                active = active.clone()
+                active[:, 0] = False
+            _, nll, entropy, correct = dx.certainty_forcing_loss(logits, labels, active, **settings)
+        return nll, entropy, correct if self.args.gate == "correct" else active, correct
+
+    # --- what the Trainer asks beside -----------------------------------------------------------
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
+        """The loss, on masks that are the same in every evaluation."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(self.views(inputs, -1)))
+        return loss.detach(), None, None
+
+    def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
+        if "loss" in logs:
+            nll, active, entropy, gated, correct, sure = self.accelerator.reduce(self.sums, "sum").tolist()
+            self.sums.zero_()
+            logs["ce"] = nll / max(active, 1)
+            logs["entropy"] = entropy / max(gated, 1)
+            logs["correct"] = correct / max(active, 1)
+            logs["certainty"] = sure / max(correct, 1)
+        super().log(logs, *more, **named)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Our models are written in their checkpoints' own layout, which `models.load` reads."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, Model):
+            return super()._save(output_dir, state_dict)
+        directory = Path(output_dir or self.args.output_dir or ".")
+        dx.models.save(model, directory, state_dict=state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(str(directory))
+        torch.save(self.args, directory / "training_args.bin")
+
+
+def by_view(values: Tensor) -> Tensor:
+    """The sums (2,) over the first and the second half of the rows (2B, T)."""
+    return values.view(2, -1).sum(1, dtype=values.dtype if values.is_floating_point() else torch.float32)
+
+
+def plain_head(model: nn.Module) -> nn.Linear | None:
+    """The model's output embedding, if its logits are that and nothing else."""
+    if isinstance(model, Model):
+        found, plain = model.lm_head, model.shape.logit_scale == 1.0
+    else:
+        get = getattr(model, "get_output_embeddings", None)
+        found, config = get() if get is not None else None, getattr(model, "config", None)
+        plain = not any(getattr(config, key, None) for key in ("scale_logits", "final_logit_softcapping"))
+    return found if plain and type(found) is nn.Linear and found.bias is None else None
+
+
+@contextmanager
+def forward_of(module: nn.Module | None, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within it, `module` computes `function`, hooks and all."""
+    if module is None:
+        yield
+        return
+    module.forward = function  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
