@@ -339,6 +339,9 @@ class _Loop:
     def _logits(self, span: tuple[int, int], row: Tensor, source: Tensor) -> Tensor:
         """Logits (N, V) at batch rows `row` and columns `source` of the span, in one forward pass."""
         x = self.tokens[:, span[0] : span[1]]
+        if x.device.type == "cpu" and self.slots is None and len(row):
+            needed, row = row.unique(return_inverse=True)  # sequences that have nothing to commit stay out
+            x = x if len(needed) == len(x) else x[needed]
         if not isinstance(self.model, Model):
             output = self.model(x)
             if not hasattr(output, "logits"):

@@ -103,7 +103,7 @@ class KVCache:
 
 
 class RMSNorm(nn.Module):
-    """Normalised in float32, scaled in the model's dtype, as published."""
+    """Normalised in float32 or better, scaled in the model's dtype, as published."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class RMSNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(shape.width)) if shape.norm_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         y = self.weight * y.to(x.dtype)
         return y if self.bias is None else y + self.bias
@@ -155,7 +155,7 @@ class Block(nn.Module):
         y = self.norm1(x)
         q, k = heads(self.q(y), s.heads), heads(self.k(y), s.kv_heads)
         v = heads(self.v(y), s.kv_heads)
-        rope_dtype = torch.float32 if s.rope_in_float32 else v.dtype
+        rope_dtype = torch.promote_types(v.dtype, torch.float32) if s.rope_in_float32 else v.dtype
         cos, sin = (t.to(rope_dtype) for t in rope)  # (Q, D)
         q, k = (rotate(t.to(rope_dtype), cos, sin).to(v.dtype) for t in (q, k))
         if cache is not None:

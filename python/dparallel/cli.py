@@ -1,4 +1,4 @@
-"""The command line: `dparallel info | decode | demo | train | evaluate`."""
+"""The command line: `dparallel info | decode | demo | evaluate | train | trajectories | distill | merge`."""
 
 from __future__ import annotations
 
@@ -221,6 +221,88 @@ def train(
         sizes = {"batch": batch, "width": width, "layers": layers, "heads": heads, "mlp_width": mlp_width}
         settings = Settings(seed=seed, **sizes, **({} if steps is None else {"steps": steps}))
         run(out, settings, save_every=save_every, evaluate=evaluate)
+
+
+@app.command("trajectories")
+def answer(
+    out: Annotated[Path, typer.Argument(help="the shards' directory; a run that was stopped goes on")],
+    data: Annotated[str, typer.Option(help="builtin:N, or JSONL or Parquet with prompt and answer")],
+    model: ModelOption = registry.DEFAULT,
+    policy: Annotated[str, typer.Option(help=f"{ONE!r}, steps:N or SELECTOR:THRESHOLD")] = "entropy:0.5",
+    gen_length: Annotated[int | None, typer.Option(help="tokens; default 64 built-in, 256 else")] = None,
+    block_length: int = 32,
+    cache: Annotated[str, typer.Option(help="none, prefix or dual")] = "none",
+    checker: Annotated[
+        str, typer.Option(help="hashes, last_number, boxed, none or package.module:function")
+    ] = "hashes",
+    format: Annotated[str, typer.Option(help="parquet or jsonl")] = "parquet",
+    shard: Annotated[int, typer.Option(help="prompts per file")] = 500,
+    batch: Annotated[int, typer.Option(help="sequences decoded at once")] = 100,
+    prompt_field: str = "prompt",
+    answer_field: str = "answer",
+    device: str | None = None,
+) -> None:
+    """A model answers training prompts; its right answers are what it is distilled on.
+
+    Under torchrun or accelerate launch each process takes its share.
+    """
+    from . import trajectories
+
+    with plain_errors():
+        length = gen_length or (tasks.GEN_LENGTH if model.startswith("builtin:") else 256)
+        settings = trajectories.Settings(
+            model, policy, length, block_length, cache, checker, shard, format
+        )
+        prompts = trajectories.read_prompts(data, prompt_field, answer_field)
+        trajectories.generate(out, prompts, settings, batch=batch, device=device)
+
+
+@app.command()
+def distill(
+    recipe: Annotated[Path, typer.Argument(help="a YAML file, such as recipes/builtin.yaml")],
+    answers: Annotated[Path | None, typer.Option(help="the directory that `trajectories` wrote")] = None,
+    out: Annotated[Path | None, typer.Option(help="the student's; a run that was stopped goes on")] = None,
+    model: Annotated[str | None, typer.Option(help="instead of the recipe's")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print steps and memory; no weights")] = False,
+    processes: Annotated[int, typer.Option(help="of the dry run")] = 1,
+) -> None:
+    """Certainty forcing as a recipe says (torchrun or accelerate launch for several processes)."""
+    from . import distill as distilling
+
+    with plain_errors():
+        found = distilling.read(recipe, **({} if model is None else {"model": model}))
+        if dry_run:
+            show_plan(distilling.plan(found, processes=processes))
+            return
+        if answers is None or out is None:
+            raise ValueError("answers, out: both are needed, unless with --dry-run")
+        distilling.run(found, answers, out)
+
+
+def show_plan(plan: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for key, value in plan.items():
+        if isinstance(value, dict):
+            for name, size in value.items():
+                table.add_row(f"{name}, GiB per process", f"{size / 2**30:.2f}")
+        else:
+            table.add_row(key, "unknown" if value is None else f"{value:,}")
+    Console().print(table)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="a LoRA adapter's directory")],
+    out: Annotated[Path, typer.Argument(help="where the plain checkpoint goes")],
+    model: Annotated[str | None, typer.Option(help="its base; default: what the adapter names")] = None,
+) -> None:
+    """A LoRA adapter and its base as a plain checkpoint in the base's own layout."""
+    from . import distill as distilling
+
+    with plain_errors():
+        distilling.merge(adapter, out, model=model)
 
 
 def main() -> None:

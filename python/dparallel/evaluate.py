@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Iterable
@@ -45,23 +46,24 @@ def evaluate(
     policy: str,
     *,
     problems: int = 500,
+    seed: int = 0,
     batch: int = 100,
     block_length: int = 32,
     cache: str = "none",
     device: str | None = None,
     loaded: tuple[Any, Any] | None = None,
 ) -> dict[str, Any]:
-    """Decode `problems` held-out problems, the same ones for every call, and check their answers.
+    """Decode `problems` held-out problems, the same ones for every call with one `seed`, and check their answers.
 
     Every sequence is decoded to its full length, so that passes compare.
 
-    Returns model, policy, threshold, problems, accuracy, nfe_mean (passes per answer), tokens_per_forward,
-    seconds, gen_length, block_length and cache.
+    Returns model, policy, threshold, problems, seed, accuracy, accuracy_interval (Wilson's, 95 %), nfe_mean
+    (passes per answer), tokens_per_forward, seconds, gen_length, block_length and cache.
     """
     settings = parse_policy(policy)
     model, tokenizer = loaded or registry.load(model_name, device=device)
     groups: dict[int, list[tuple[tasks.Problem, list[int]]]] = {}
-    for problem in itertools.islice(tasks.problems("held_out"), problems):
+    for problem in itertools.islice(tasks.problems("held_out", seed), problems):
         ids = tokenizer.encode(problem.prompt).ids
         groups.setdefault(len(ids), []).append((problem, ids))
     correct = passes = tokens = 0
@@ -87,7 +89,9 @@ def evaluate(
         "policy": policy,
         "threshold": settings.get("threshold"),
         "problems": problems,
+        "seed": seed,
         "accuracy": correct / problems if problems else 0.0,
+        "accuracy_interval": wilson(correct, problems),
         "nfe_mean": passes / problems if problems else 0.0,
         "tokens_per_forward": tokens / passes if passes else 0.0,
         "seconds": round(time.perf_counter() - began, 3),
@@ -106,6 +110,34 @@ def sweep(names: Iterable[str], texts: Iterable[str], **settings: Any) -> Iterab
         loaded = registry.load(name, device=settings.get("device"))
         for text in texts:
             yield evaluate(name, text, loaded=loaded, **settings)
+
+
+def wilson(right: int, trials: int) -> list[float]:
+    """The 95 % score interval of a share (Wilson 1927)."""
+    if not trials:
+        return [0.0, 1.0]
+    z, share = 1.959964, right / trials
+    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials**2)) / (1 + z * z / trials)
+    return [max(0.0, middle - half), min(1.0, middle + half)]
+
+
+def aup(rows: Iterable[dict[str, Any]], best: float) -> float:
+    """Accuracy under parallelism of one model's rows (d3LLM, arXiv 2601.07568).
+
+    The area under accuracy (in %) against tokens per pass, from the slowest row on, each accuracy y
+    weighted min(exp(-3 (1 - y / best)), 1); rows more than 5 points below the slowest are left out.
+    `best`: the highest accuracy (0 to 1) of all models that are compared.
+    """
+    points = sorted((row["tokens_per_forward"], 100 * row["accuracy"]) for row in rows)
+    points = [(x, y) for x, y in points if y >= points[0][1] - 5]
+    if not points or best <= 0:
+        return 0.0
+    weighted = [(x, y * min(math.exp(-3 * (1 - y / (100 * best))), 1.0)) for x, y in points]
+    area = points[0][0] * points[0][1]
+    for (x0, y0), (x1, y1) in itertools.pairwise(weighted):
+        area += (x1 - x0) * (y0 + y1) / 2
+    return area
 
 
 def write_json(path: str | Path, rows: list[dict[str, Any]]) -> None:

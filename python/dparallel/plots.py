@@ -17,29 +17,57 @@ def _pyplot() -> Any:
 
 
 def accuracy_against_passes(rows: list[dict[str, Any]], path: str | Path) -> None:
-    """A PNG with a curve per model and selector; `rows` are those of `evaluate`."""
+    """A PNG with a curve per model (colour) and selector (line); `rows` are those of `evaluate`, and bars their
+    accuracy_interval."""
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    curves: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        curves.setdefault(f"{row['model']}, {row['policy'].partition(':')[0]}", []).append(row)
-    for label, points in sorted(curves.items()):
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    selectors = list(dict.fromkeys(_selector(row) for row in rows))
+    for model, selector in ((m, s) for m in models for s in selectors):
+        points = [row for row in rows if row["model"] == model and _selector(row) == selector]
+        if not points:
+            continue
         points.sort(key=lambda row: row["nfe_mean"])
         x, y = [p["nfe_mean"] for p in points], [100 * p["accuracy"] for p in points]
-        axes.plot(x, y, marker="o", label=label)
+        ends = [p.get("accuracy_interval", [p["accuracy"]] * 2) for p in points]
+        # A share of 0 or 1 lies at an end of its interval, up to rounding.
+        below = [max(0.0, at - 100 * low) for at, (low, _) in zip(y, ends, strict=True)]
+        above = [max(0.0, 100 * high - at) for at, (_, high) in zip(y, ends, strict=True)]
+        colour, line = f"C{models.index(model)}", LINES[selectors.index(selector) % len(LINES)]
+        axes.errorbar(
+            x,
+            y,
+            yerr=[below, above],
+            color=colour,
+            linestyle=line,
+            marker="o",
+            markersize=4,
+            capsize=2,
+            label=f"{model}, {selector}",
+        )
         for point, at in zip(points, zip(x, y, strict=True), strict=True):
             text = "" if point["threshold"] is None else f"{point['threshold']:g}"
-            axes.annotate(text, at, textcoords="offset points", xytext=(5, -11), fontsize=8)
+            axes.annotate(text, at, textcoords="offset points", xytext=(4, -9), fontsize=6, color=colour)
     problems = rows[0]["problems"] if rows else 0
     axes.set(
         xlabel=f"forward passes per answer of {rows[0]['gen_length'] if rows else 0} tokens",
         ylabel="accuracy, %",
-        title=f"{problems} held-out problems; numbers are thresholds",
+        title=f"{problems} held-out problems; numbers are thresholds, bars 95 % intervals",
     )
-    axes.set_ylim(top=101)
+    if any(row["nfe_mean"] > 30 for row in rows):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_ylim(bottom=max(0.0, min((100 * row["accuracy"] for row in rows), default=0) - 3), top=101)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)
     _write(figure, path)
+
+
+LINES = ("-", "--", ":", "-.")
+
+
+def _selector(row: dict[str, Any]) -> str:
+    return str(row["policy"]).partition(":")[0]
 
 
 def response_by_pass(words: list[str], steps: list[int], path: str | Path, *, title: str = "") -> None:

@@ -59,6 +59,10 @@ class CertaintyForcingArguments(TrainingArguments):
         for name in ("entropy_weight", "ce_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected a finite number >= 0, got {getattr(self, name)!r}")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature: expected a finite number > 0, got {self.temperature!r}")
+        if self.block_length is not None and self.block_length < 1:
+            raise ValueError(f"block_length: expected a whole number >= 1 or None, got {self.block_length!r}")
         if self.gate not in ("correct", "all"):
             raise ValueError(f"gate: expected 'correct' or 'all', got {self.gate!r}")
 
@@ -120,7 +124,7 @@ class CertaintyForcingTrainer(Trainer):
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, *more)
         views = [self.views(batch, self.state.global_step) for batch in batches]
-        counts = sum((by_view(view["active"]) for view in views), torch.zeros(2)).to(self.args.device)
+        counts = sum((by_view(view["active"]) for view in views), torch.zeros(2, dtype=torch.float64)).to(self.args.device)
         if len(views) > 1:
             gated = torch.zeros_like(counts)
             self.model_wrapped.train()
@@ -184,6 +188,7 @@ class CertaintyForcingTrainer(Trainer):
             counts = torch.cat((counts, self.accelerator.reduce(by_view(gated), "sum")))
         # Gradients are averaged over the processes.
         share = (self.accelerator.num_processes if model.training else 1) / counts.clamp(min=1)
+        share = share.to(nll.dtype)
         ce, certainty = by_view(nll) * share[:2], by_view(entropy * gated) * share[2:]
         loss = (self.args.ce_weight * ce + self.args.entropy_weight * certainty).sum()
         if model.training:
@@ -262,7 +267,7 @@ class CertaintyForcingTrainer(Trainer):
 
 def by_view(values: Tensor) -> Tensor:
     """The sums (2,) over the first and the second half of the rows (2B, T)."""
-    return values.view(2, -1).sum(1, dtype=values.dtype if values.is_floating_point() else torch.float32)
+    return values.view(2, -1).sum(1, dtype=values.dtype if values.is_floating_point() else torch.float64)
 
 
 def plain_head(model: nn.Module) -> nn.Linear | None:

@@ -1,0 +1,272 @@
+"""A recipe, run: a model, its own right answers, and certainty forcing on them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dparallel_ext as dx
+from dparallel_ext.models import Model
+
+from . import registry, trajectories
+
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+"""As published, by the names of our modules."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The content of a recipe's YAML file."""
+
+    model: str
+    """"builtin:NAME" or a checkpoint directory."""
+    training: dict[str, Any]
+    """Of `trainer.CertaintyForcingArguments`."""
+    data: str = ""
+    """What `trajectories.read_prompts` reads."""
+    trajectories: dict[str, Any] = field(default_factory=dict)
+    """Of `trajectories.Settings`."""
+    collator: dict[str, Any] = field(default_factory=dict)
+    """Of `trajectories.Collator`: total_length or response_length."""
+    lora: dict[str, Any] | None = None
+    """Of `peft.LoraConfig`; None: every weight is trained."""
+    architecture: dict[str, Any] | None = None
+    """The model's config.json, for a dry run where the checkpoint is not at hand."""
+    examples: int | None = None
+    """Answers kept, for a dry run where the trajectories are not at hand."""
+
+
+def read(file: str | Path, **changes: Any) -> Recipe:
+    """The recipe in a YAML file; `changes` replace its fields, those of `training` one by one.
+
+    Raises FileNotFoundError, or ValueError naming the key that is unknown or missing.
+    """
+    import yaml
+
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"recipe: no file {file}")
+    try:
+        content = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe: {file} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"recipe: {file} holds a {type(content).__name__}, expected a mapping")
+    known = {f.name for f in fields(Recipe)}
+    unknown, missing = sorted(set(content) - known), sorted({"model", "training"} - set(content))
+    if unknown or missing:
+        raise ValueError(f"recipe: {file}: unknown {unknown}, missing {missing}; known are {sorted(known)}")
+    training = {**content.pop("training"), **changes.pop("training", {})}
+    return Recipe(**{**content, **changes, "training": training})
+
+
+def arguments(recipe: Recipe, out: str | Path) -> Any:
+    """The recipe's `CertaintyForcingArguments`. Raises ValueError naming a setting that does not exist."""
+    from .trainer import CertaintyForcingArguments
+
+    known = {f.name for f in fields(CertaintyForcingArguments)}
+    unknown = sorted(set(recipe.training) - known)
+    if unknown:
+        raise ValueError(f"training: no setting {unknown} in transformers.TrainingArguments or among ours")
+    defaults = {"report_to": [], "use_cpu": not torch.cuda.is_available()}
+    return CertaintyForcingArguments(output_dir=str(out), **{**defaults, **recipe.training})
+
+
+class Companions:
+    """A checkpoint's other files (tokenizer, remote code, ...), in the place where Trainer has a tokenizer."""
+
+    def __init__(self, source: Path) -> None:
+        self.source = source
+
+    def save_pretrained(self, directory: str | Path, **_: Any) -> None:
+        for file in self.source.iterdir():
+            ours = file.name in ("config.json", "training.json")
+            if file.is_file() and not ours and ".safetensors" not in file.name and file.suffix != ".bin":
+                shutil.copy2(file, directory)
+
+
+def run(
+    recipe: Recipe,
+    answers: str | Path,
+    out: str | Path,
+    *,
+    progress: bool = True,
+) -> Path:
+    """Train on the trajectories in `answers`, or go on from the last checkpoint in `out`.
+
+    `out` receives the student in the checkpoint's own layout and in bfloat16 (with LoRA: the adapter, for
+    `merge`), the base's tokenizer files, and training.json: recipe, seconds and the log.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from .trainer import CertaintyForcingTrainer
+
+    directory = Path(out)
+    directory.mkdir(parents=True, exist_ok=True)
+    args = arguments(recipe, directory)
+    args.disable_tqdm = not progress
+    source = registry.directory_of(recipe.model)
+    rows = trajectories.Trajectories(answers)
+    if not len(rows):
+        raise ValueError(f"trajectories: {answers} holds no right answer")
+    # Adapters are trained beside 16-bit weights; weights that are trained themselves want 32.
+    model: Any = dx.models.load(source, dtype=torch.bfloat16 if recipe.lora else torch.float32)
+    eos = model.eos_id
+    if eos is None:
+        raise ValueError("model: its config has no eos_token_id")
+    if recipe.lora is not None:
+        model = with_lora(model, recipe.lora, str(source))
+    torch.manual_seed(args.seed)
+    trainer = CertaintyForcingTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        data_collator=trajectories.Collator(eos, **recipe.collator),
+        processing_class=Companions(source),
+    )
+    if not progress:
+        from transformers import PrinterCallback
+
+        trainer.remove_callback(PrinterCallback)
+    result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(directory)))
+    if trainer.is_world_process_zero():
+        report = {"recipe": vars(recipe), "trajectories": rows.settings, "answers": len(rows)}
+        report |= {"seconds": round(result.metrics["train_runtime"]), "log": trainer.state.log_history}
+        partial = directory / "training.json.partial"
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+        os.replace(partial, directory / "training.json")
+    if isinstance(model, Model) and not trainer.is_fsdp_enabled:
+        if trainer.is_world_process_zero():
+            dx.models.save(model, directory, dtype=torch.bfloat16)
+            Companions(source).save_pretrained(directory)
+    else:
+        trainer.save_model(str(directory))
+    return directory
+
+
+def with_lora(model: Model, settings: Mapping[str, Any], base: str) -> Any:
+    """The model under a fresh PEFT adapter on the published targets."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(**{"target_modules": list(LORA_TARGETS), **settings})
+    adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+    config.base_model_name_or_path = base
+    return adapted
+
+
+def merge(adapter: str | Path, out: str | Path, *, model: str | None = None) -> Path:
+    """Add a LoRA adapter's weights to its base and write a plain checkpoint in the base's own layout.
+
+    The adapter may have been trained on one of ours or on the Hugging Face model of the same checkpoint.
+    `model`: the base; default: the one that the adapter names.
+
+    Raises FileNotFoundError, and ValueError where adapter and base do not fit.
+    """
+    from peft import LoraConfig, PeftModel
+
+    adapter = Path(adapter)
+    if not (adapter / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"adapter: no adapter_config.json in {adapter}")
+    config = LoraConfig.from_pretrained(str(adapter))
+    name = model or config.base_model_name_or_path
+    if not name:
+        raise ValueError("model: the adapter does not name its base, so give one")
+    source = registry.directory_of(str(name))
+    base = dx.models.load(source)
+    ours = {theirs.rpartition(".")[0]: name for theirs, name, _ in base.checkpoint_parameters()}
+    config.target_modules = targets(adapter, ours)
+    merged = PeftModel.from_pretrained(base, str(adapter), config=config).merge_and_unload()
+    directory = Path(out)
+    dx.models.save(merged, directory)
+    Companions(source).save_pretrained(directory)
+    return directory
+
+
+def targets(adapter: Path, ours: Mapping[str, str]) -> list[str]:
+    """Our names of the modules that the adapter's weights are for; `ours`: the checkpoint's module -> ours."""
+    from safetensors import safe_open
+
+    prefix, found = "base_model.model.", set()
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 (no mapping)
+            module = key.removeprefix(prefix).partition(".lora_")[0]
+            if module not in ours:
+                raise ValueError(f"adapter: {key} is for no module of the base: expected one of {sorted(ours)[:4]}, ...")
+            found.add(ours[module].rpartition(".")[0])
+    return sorted(found)
+
+
+# --- what a run would need ----------------------------------------------------------------------
+
+
+def plan(recipe: Recipe, *, processes: int = 1) -> dict[str, Any]:
+    """Steps and bytes per process of a recipe, without weights: nothing is allotted.
+
+    Weights, gradients and optimizer state are counted exactly, for data parallelism without sharding
+    (AdamW, two float32 moments); activations are an estimate: the tensors that autograd keeps of each
+    layer, or only the layers' inputs and one layer's tensors with gradient checkpointing.
+    """
+    config = recipe.architecture
+    if config is None:
+        config = json.loads((registry.directory_of(recipe.model) / "config.json").read_text())
+    family = dx.models.FAMILIES.get(str(config.get("model_type")))
+    if family is None:
+        raise ValueError(f"architecture: model_type {config.get('model_type')!r} is none of {list(dx.models.FAMILIES)}")
+    with torch.device("meta"):
+        model: Any = family(config)
+    shape, vocabulary = model.shape, model.shape.rows
+    total = sum(p.numel() for p in model.parameters())
+    if recipe.lora is not None:
+        model = with_lora(model, recipe.lora, recipe.model)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    else:
+        trainable = total
+    args = arguments(recipe, "unused")
+    micro, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    batch = micro * accumulated * processes
+    examples = recipe.examples
+    if examples is None:
+        examples = len(trajectories.read_prompts(recipe.data)) if recipe.data.startswith("builtin:") else None
+    if args.max_steps > 0:
+        steps: int | None = args.max_steps
+    else:
+        steps = None if examples is None else int(-(-examples // batch) * args.num_train_epochs)
+    gen = trajectories.Settings(**recipe.trajectories).gen_length
+    tokens = recipe.collator.get("total_length") or 128 + (recipe.collator.get("response_length") or gen)
+
+    rows = 2 * micro * tokens  # both views
+    # Kept of a layer: two norms' inputs in float32 and outputs, q, k, v and what attention returns, the
+    # three tensors of the MLP; 16 bits each but for the first.
+    kv = shape.kv_heads * shape.head_dim
+    layer = rows * (2 * 4 * shape.width + 2 * (6 * shape.width + 2 * kv + 4 * shape.mlp_width))
+    inputs = rows * 2 * shape.width
+    checkpointed = args.gradient_checkpointing
+    activations = shape.layers * inputs + layer if checkpointed else shape.layers * layer
+    chunk = min(rows, 256 * 2**20 // (2 * vocabulary)) * vocabulary * 2
+    passes = 3 + bool(checkpointed) + (accumulated > 1)  # backward counts as two
+    weights = 2 * total + 4 * trainable if recipe.lora else 4 * total
+    sizes = {
+        "weights": weights,
+        "gradients": 4 * trainable,
+        "optimizer": 8 * trainable,
+        "activations (estimate)": activations,
+        "loss": 2 * chunk + rows * 2 * shape.width,
+    }
+    return {
+        "parameters": total,
+        "trainable": trainable,
+        "processes": processes,
+        "sequences per step": batch,
+        "tokens per sequence": tokens,
+        "answers": examples,
+        "steps": steps,
+        "forward equivalents per micro-batch": passes,
+        "bytes per process": {**sizes, "total": sum(sizes.values())},
+    }
