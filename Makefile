@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp')
 
-.PHONY: install demo test lint format bench cuda-check clean
+.PHONY: install demo distill test lint format bench cuda-check clean
 
 install: $(VENV)/built
 
@@ -20,6 +20,9 @@ $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(shell find csrc -type
 
 demo: install
 	$(BIN)/dparallel demo
+
+distill: install
+	$(BIN)/python -m dparallel.proof --out out/distill
 
 test: install lint cuda-check
 	$(BIN)/python -m pytest

@@ -77,7 +77,9 @@ def semi_autoregressive_masks(
 
     if isinstance(generator, Sequence):
         if len(generator) != batch:
-            raise ValueError(f"generator: expected one, or one for each of {batch} rows, got {len(generator)}")
+            raise ValueError(
+                f"generator: expected one, or one for each of {batch} rows, got {len(generator)}"
+            )
         rows = [torch.rand(1 + length, generator=g, device=g.device).to(device) for g in generator]
         draws = torch.stack(rows) if rows else torch.zeros(0, 1 + length, device=device)
     else:

@@ -575,7 +575,7 @@ def test_padding_is_not_seen(name: str) -> None:
 def test_gradient_checkpointing_runs_the_layers_again_and_changes_nothing() -> None:
     model = models.load(GOLDEN / "llada_tiny_a", dtype=torch.float32).train()
     tokens, grads, calls = ids(2, 6), [], [0]
-    model.blocks[0].register_forward_hook(lambda *_: calls.append(calls.pop() + 1))
+    model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(calls.pop() + 1))
     for expected in (1, 3):
         model.zero_grad()
         model(tokens).logits.square().mean().backward()

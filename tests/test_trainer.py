@@ -1,4 +1,4 @@
-"""The trainer: its loss is the published one, and batch layout, processes and interruptions do not change it."""
+"""The trainer: its loss is the published one; batch layout, processes and interruptions do not change it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trajectories: what is kept, shards that survive a kill, processes that share them, and reading them back."""
+"""Trajectories: what is kept, shards that survive a kill, processes that share them, reading them back."""
 
 from __future__ import annotations
 
@@ -116,11 +116,22 @@ def test_a_killed_run_goes_on_and_loses_and_doubles_nothing(whole: Path, tmp_pat
 def test_several_processes_each_do_their_share(launcher: str, whole: Path, tmp_path: Path):
     launch = {
         "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"],
-        "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--no_python"],
+        "accelerate": [
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--no_python",
+        ],
     }[launcher]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *launch, *command(tmp_path)], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, *launch, *command(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert "trajectories 0/2" in done.stderr

@@ -5,4 +5,16 @@ from .checkpoint import FAMILIES, load, save, wrap
 from .dream import Dream
 from .llada import LLaDA
 
-__all__ = ["FAMILIES", "Dream", "KVCache", "LLaDA", "Model", "Output", "Traits", "load", "save", "traits", "wrap"]
+__all__ = [
+    "FAMILIES",
+    "Dream",
+    "KVCache",
+    "LLaDA",
+    "Model",
+    "Output",
+    "Traits",
+    "load",
+    "save",
+    "traits",
+    "wrap",
+]

@@ -221,12 +221,19 @@ class Model(nn.Module):
 
     @classmethod
     def checkpoint_name(cls, name: str) -> str:
-        """The checkpoint's name of our parameter `name`, or of one that an adapter has put inside a module."""
-        first, *rest = name.split(".")
-        if first == "blocks":
-            layer, module, *rest = rest
-            return ".".join((cls.NAMES[module].format(layer), *rest))
-        return ".".join((cls.NAMES[first], *rest))
+        """The checkpoint's name of our parameter `name`."""
+        module, _, parameter = name.rpartition(".")
+        parts = module.split(".")
+        if parts[0] != "blocks":
+            return f"{cls.NAMES[module]}.{parameter}"
+        return f"{cls.NAMES[parts[2]].format(parts[1])}.{parameter}"
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters (PEFT's) stand in the place of modules; state_dict then has our own names."""
+        return any(
+            name.count(".") != (3 if name.startswith("blocks.") else 1) for name, _ in self.named_parameters()
+        )
 
     def checkpoint_parameters(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         """(the checkpoint's name, ours, parameter) of each; a tied head is not repeated."""
@@ -361,7 +368,7 @@ class Traits:
 
 
 def traits(model: Any) -> Traits:
-    """The traits of one of ours, of a Hugging Face model (by its config), or of either under PEFT's adapters."""
+    """The traits of one of ours, of a Hugging Face model (by its config), or of either under adapters."""
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     if isinstance(model, Model):
@@ -376,6 +383,8 @@ def traits(model: Any) -> Traits:
 def _to_checkpoint_names(
     model: Model, state: MutableMapping[str, Any], prefix: str, _metadata: object
 ) -> None:
+    if model.adapted:
+        return
     tied = f"{prefix}lm_head.weight"
     for name in [n for n in state if n.startswith(prefix)]:
         value = state.pop(name)
@@ -387,6 +396,8 @@ def _from_checkpoint_names(
     model: Model, state: MutableMapping[str, Any], prefix: str, *_unused: object
 ) -> None:
     """Our own names pass as they are."""
+    if model.adapted:
+        return
     for theirs, ours, _ in model.checkpoint_parameters():
         if prefix + theirs in state:
             state[prefix + ours] = state.pop(prefix + theirs)

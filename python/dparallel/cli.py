@@ -250,9 +250,7 @@ def answer(
 
     with plain_errors():
         length = gen_length or (tasks.GEN_LENGTH if model.startswith("builtin:") else 256)
-        settings = trajectories.Settings(
-            model, policy, length, block_length, cache, checker, shard, format
-        )
+        settings = trajectories.Settings(model, policy, length, block_length, cache, checker, shard, format)
         prompts = trajectories.read_prompts(data, prompt_field, answer_field)
         trajectories.generate(out, prompts, settings, batch=batch, device=device)
 

@@ -80,7 +80,7 @@ def arguments(recipe: Recipe, out: str | Path) -> Any:
 
 
 class Companions:
-    """A checkpoint's other files (tokenizer, remote code, ...), in the place where Trainer has a tokenizer."""
+    """A checkpoint's other files (tokenizer, remote code, ...), where Trainer has a tokenizer."""
 
     def __init__(self, source: Path) -> None:
         self.source = source
@@ -122,8 +122,8 @@ def run(
     if eos is None:
         raise ValueError("model: its config has no eos_token_id")
     if recipe.lora is not None:
+        torch.manual_seed(args.seed)
         model = with_lora(model, recipe.lora, str(source))
-    torch.manual_seed(args.seed)
     trainer = CertaintyForcingTrainer(
         model=model,
         args=args,
@@ -156,7 +156,7 @@ def with_lora(model: Model, settings: Mapping[str, Any], base: str) -> Any:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(**{"target_modules": list(LORA_TARGETS), **settings})
-    adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+    adapted = get_peft_model(model, config)
     config.base_model_name_or_path = base
     return adapted
 
@@ -169,38 +169,41 @@ def merge(adapter: str | Path, out: str | Path, *, model: str | None = None) -> 
 
     Raises FileNotFoundError, and ValueError where adapter and base do not fit.
     """
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
 
     adapter = Path(adapter)
-    if not (adapter / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"adapter: no adapter_config.json in {adapter}")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter / file).is_file():
+            raise FileNotFoundError(f"adapter: no {file} in {adapter}")
     config = LoraConfig.from_pretrained(str(adapter))
     name = model or config.base_model_name_or_path
     if not name:
         raise ValueError("model: the adapter does not name its base, so give one")
     source = registry.directory_of(str(name))
     base = dx.models.load(source)
-    ours = {theirs.rpartition(".")[0]: name for theirs, name, _ in base.checkpoint_parameters()}
-    config.target_modules = targets(adapter, ours)
-    merged = PeftModel.from_pretrained(base, str(adapter), config=config).merge_and_unload()
+    ours = {
+        theirs.rpartition(".")[0]: name.rpartition(".")[0] for theirs, name, _ in base.checkpoint_parameters()
+    }
+    prefix, found = "base_model.model.", {}
+    for key, tensor in load_file(adapter / "adapter_model.safetensors").items():
+        module, lora, rest = key.removeprefix(prefix).partition(".lora_")
+        module = ours.get(module, module)
+        if not lora or module not in ours.values():
+            raise ValueError(
+                f"adapter: {key} is for no module of {source}, which has {', '.join(list(ours)[1:3])}, ..."
+            )
+        found[prefix + module + lora + rest] = tensor
+    config.target_modules = sorted({key.removeprefix(prefix).partition(".lora_")[0] for key in found})
+    config.inference_mode = True
+    adapted = get_peft_model(base, config)
+    left: Any = set_peft_model_state_dict(adapted, found)
+    if left.unexpected_keys:
+        raise ValueError(f"adapter: {left.unexpected_keys[0]} does not fit {source}")
     directory = Path(out)
-    dx.models.save(merged, directory)
+    dx.models.save(adapted.merge_and_unload(), directory)
     Companions(source).save_pretrained(directory)
     return directory
-
-
-def targets(adapter: Path, ours: Mapping[str, str]) -> list[str]:
-    """Our names of the modules that the adapter's weights are for; `ours`: the checkpoint's module -> ours."""
-    from safetensors import safe_open
-
-    prefix, found = "base_model.model.", set()
-    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 (no mapping)
-            module = key.removeprefix(prefix).partition(".lora_")[0]
-            if module not in ours:
-                raise ValueError(f"adapter: {key} is for no module of the base: expected one of {sorted(ours)[:4]}, ...")
-            found.add(ours[module].rpartition(".")[0])
-    return sorted(found)
 
 
 # --- what a run would need ----------------------------------------------------------------------
@@ -218,7 +221,9 @@ def plan(recipe: Recipe, *, processes: int = 1) -> dict[str, Any]:
         config = json.loads((registry.directory_of(recipe.model) / "config.json").read_text())
     family = dx.models.FAMILIES.get(str(config.get("model_type")))
     if family is None:
-        raise ValueError(f"architecture: model_type {config.get('model_type')!r} is none of {list(dx.models.FAMILIES)}")
+        raise ValueError(
+            f"architecture: model_type {config.get('model_type')!r} is none of {list(dx.models.FAMILIES)}"
+        )
     with torch.device("meta"):
         model: Any = family(config)
     shape, vocabulary = model.shape, model.shape.rows

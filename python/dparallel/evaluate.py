@@ -23,8 +23,10 @@ ONE = "one"
 
 
 def parse_policy(text: str) -> dict[str, Any]:
-    """decode's arguments for "one", "steps:N" (the fixed schedule of N passes) or "SELECTOR:THRESHOLD", such as
-    "entropy:0.5". Raises ValueError."""
+    """decode's arguments for "one", "steps:N" (the fixed schedule) or "SELECTOR:THRESHOLD" (as "entropy:0.5").
+
+    Raises ValueError.
+    """
     if text == ONE:
         return {}
     selector, _, number = text.partition(":")
@@ -35,8 +37,8 @@ def parse_policy(text: str) -> dict[str, Any]:
         policies.make(selector, threshold)
     except ValueError as error:
         raise ValueError(
-            f"policy: expected {ONE!r}, steps:N or SELECTOR:THRESHOLD with a selector of {list(policies.SELECTORS)}, "
-            f"got {text!r} ({error})"
+            f"policy: expected {ONE!r}, steps:N or SELECTOR:THRESHOLD with a selector of "
+            f"{list(policies.SELECTORS)}, got {text!r} ({error})"
         ) from error
     return {"selector": selector, "threshold": threshold}
 
@@ -53,7 +55,7 @@ def evaluate(
     device: str | None = None,
     loaded: tuple[Any, Any] | None = None,
 ) -> dict[str, Any]:
-    """Decode `problems` held-out problems, the same ones for every call with one `seed`, and check their answers.
+    """Decode `problems` held-out problems, the same for every call with one `seed`, and check the answers.
 
     Every sequence is decoded to its full length, so that passes compare.
 
@@ -140,7 +142,7 @@ def aup(rows: Iterable[dict[str, Any]], best: float) -> float:
     return area
 
 
-def write_json(path: str | Path, rows: list[dict[str, Any]]) -> None:
+def write_json(path: str | Path, rows: Any) -> None:
     """Whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,8 +17,10 @@ def _pyplot() -> Any:
 
 
 def accuracy_against_passes(rows: list[dict[str, Any]], path: str | Path) -> None:
-    """A PNG with a curve per model (colour) and selector (line); `rows` are those of `evaluate`, and bars their
-    accuracy_interval."""
+    """A PNG with a curve per model (colour) and selector (line).
+
+    `rows` are those of `evaluate`; the bars are their accuracy_interval.
+    """
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     models = list(dict.fromkeys(row["model"] for row in rows))

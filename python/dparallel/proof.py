@@ -19,10 +19,11 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import distill, evaluate, plots, registry, trajectories
+from . import distill, evaluate, plots, trajectories
 
 TEACHER_POLICIES = (
     [evaluate.ONE]
@@ -47,7 +48,7 @@ Row = dict[str, Any]
 
 
 def passes_at(rows: Iterable[Row], accuracy: float) -> float:
-    """The fewest passes per answer at no less than `accuracy`, between thresholds of a rule by straight lines."""
+    """The fewest passes per answer at no less than `accuracy`; between thresholds, by straight lines."""
     best = float("inf")
     rules: dict[str, list[Row]] = {}
     for row in rows:
@@ -117,7 +118,7 @@ def run(
 
     def tried(ratio: Any, beta: float) -> dict[str, Any]:
         name = f"sweep/beta-{beta:g}-ratio-{'-'.join(map(str, ratio)) if isinstance(ratio, list) else ratio}"
-        changes = {"entropy_weight": beta, "mask_ratio": ratio, "max_steps": sweep_steps, "save_steps": sweep_steps}
+        changes = {"entropy_weight": beta, "mask_ratio": ratio, "max_steps": sweep_steps}
         directory = trained(name, changes)
         rows = once(
             directory / "validation.json",
@@ -139,14 +140,14 @@ def run(
         changes |= {} if steps is None else {"max_steps": steps}
         name = f"finals/{objective.replace(' ', '-')}-{seed}"
         directory = trained(name, changes)
+
+        def judged(policies: list[str], count: int, of: int, directory: Path = directory) -> list[Row]:
+            return measured(str(directory), policies, count, of)
+
         chosen_by = once(
-            directory / "validation.json",
-            lambda directory=directory: measured(str(directory), SWEEP_POLICIES, validation, VALIDATION),
+            directory / "validation.json", partial(judged, SWEEP_POLICIES, validation, VALIDATION)
         )
-        rows = once(
-            directory / "held_out.json",
-            lambda directory=directory: measured(str(directory), STUDENT_POLICIES, problems, 0),
-        )
+        rows = once(directory / "held_out.json", partial(judged, STUDENT_POLICIES, problems, 0))
         finals.setdefault(objective, []).append(
             {"directory": str(directory), "validation": passes_at(chosen_by, bar), "rows": rows}
         )
@@ -179,6 +180,10 @@ def summary(groups: dict[str, list[list[Row]]], student: list[Row]) -> dict[str,
     teacher = groups["teacher"][0]
     one = next(row for row in teacher if row["policy"] == evaluate.ONE)
     bar = one["accuracy"] - WITHIN
+
+    def of_rule(row: Row, rule: str) -> bool:
+        return str(row["policy"]).startswith(rule + ":")
+
     table = []
     for name, runs in groups.items():
         for same in zip(*runs, strict=True):
@@ -198,9 +203,7 @@ def summary(groups: dict[str, list[list[Row]]], student: list[Row]) -> dict[str,
             )
     areas = {
         name: {
-            rule: [
-                evaluate.aup((row for row in rows if row["policy"].startswith(rule + ":")), top) for rows in runs
-            ]
+            rule: [evaluate.aup((row for row in rows if of_rule(row, rule)), top) for rows in runs]
             for rule in ("entropy", "confidence")
         }
         for name, runs in groups.items()
@@ -219,10 +222,10 @@ def markdown(report: dict[str, Any]) -> str:
     """report.json for readers."""
     bar, one = report["bar"], report["passes_one_token"]
     lines = [
-        f"Fewest passes at an accuracy of at least {bar:.1%} (the teacher's at one token a pass, less a point), "
-        f"over {report['problems']} held-out problems:",
+        f"Fewest passes at an accuracy of at least {bar:.1%} (the teacher's at one token a pass, less a "
+        f"point), over {report['problems']} held-out problems:",
         "",
-        "| model | setting | passes, each run | fewer than one token a pass | AUP, entropy | AUP, confidence |",
+        "| model | setting | passes, each run | fewer than one a token | AUP, entropy | AUP, confidence |",
         "|---|---|--:|--:|--:|--:|",
     ]
     for name, passes in report["passes_at_bar"].items():
@@ -230,15 +233,21 @@ def markdown(report: dict[str, Any]) -> str:
         setting = f"beta {chosen['entropy_weight']:g}, ratio {chosen['mask_ratio']}" if chosen else ""
         aup = [f"{statistics.mean(report['aup'][name][rule]):.0f}" for rule in ("entropy", "confidence")]
         each = ", ".join(f"{p:.2f}" for p in passes)
-        lines.append(f"| {name} | {setting} | {each} | {one / statistics.mean(passes):.1f}x | {aup[0]} | {aup[1]} |")
-    lines += ["", "| model | policy | accuracy | 95 % interval | of runs | passes |", "|---|---|--:|--:|--:|--:|"]
+        lines.append(
+            f"| {name} | {setting} | {each} | {one / statistics.mean(passes):.1f}x | {aup[0]} | {aup[1]} |"
+        )
+    lines += [
+        "",
+        "| model | policy | accuracy | 95 % interval | of runs | passes |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
     for row in report["table"]:
         low, high = row["accuracy_interval"]
         least, most = row["accuracy_of_runs"]
         of_runs = f"{least:.1%} to {most:.1%}" if row["runs"] > 1 else ""
         lines.append(
-            f"| {row['model']} | {row['policy']} | {row['accuracy']:.1%} | {low:.1%} to {high:.1%} | {of_runs} "
-            f"| {row['nfe_mean']:.2f} |"
+            f"| {row['model']} | {row['policy']} | {row['accuracy']:.1%} | {low:.1%} to {high:.1%} "
+            f"| {of_runs} | {row['nfe_mean']:.2f} |"
         )
     lines += ["", "| beta | mask ratio | passes at the bar (sweep, validation problems) |", "|--:|---|--:|"]
     lines += [f"| {s['entropy_weight']:g} | {s['mask_ratio']} | {s['passes']:.2f} |" for s in report["sweep"]]
@@ -247,7 +256,9 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m dparallel.proof", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m dparallel.proof", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--out", default="out/distill")
     parser.add_argument("--recipe", default="recipes/builtin.yaml")
     parser.add_argument("--seeds", type=int, default=3)

@@ -109,7 +109,8 @@ class CertaintyForcingTrainer(Trainer):
         self.traits = dx.models.traits(model)
         if self.traits.mask_id is None:
             raise ValueError("model: its config has no mask_token_id")
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base: Any = model
+        base = base.get_base_model() if hasattr(base, "get_base_model") else base
         self.takes_attention_mask = "attention_mask" in inspect.signature(base.forward).parameters
         self.lm_head = plain_head(base)
         self.sums = torch.zeros(6, dtype=torch.float64, device=self.args.device)
@@ -124,7 +125,10 @@ class CertaintyForcingTrainer(Trainer):
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, *more)
         views = [self.views(batch, self.state.global_step) for batch in batches]
-        counts = sum((by_view(view["active"]) for view in views), torch.zeros(2, dtype=torch.float64)).to(self.args.device)
+        counts = torch.zeros(2, dtype=torch.float64)
+        for view in views:
+            counts += by_view(view["active"])
+        counts = counts.to(self.args.device)
         if len(views) > 1:
             gated = torch.zeros_like(counts)
             self.model_wrapped.train()
@@ -273,7 +277,8 @@ def by_view(values: Tensor) -> Tensor:
 def plain_head(model: nn.Module) -> nn.Linear | None:
     """The model's output embedding, if its logits are that and nothing else."""
     if isinstance(model, Model):
-        found, plain = model.lm_head, model.shape.logit_scale == 1.0
+        found: Any = model.lm_head
+        plain = model.shape.logit_scale == 1.0
     else:
         get = getattr(model, "get_output_embeddings", None)
         found, config = get() if get is not None else None, getattr(model, "config", None)
@@ -287,7 +292,7 @@ def forward_of(module: nn.Module | None, function: Callable[[Tensor], Tensor]) -
     if module is None:
         yield
         return
-    module.forward = function  # type: ignore[method-assign]
+    module.forward = function
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 """A model's own right answers, to train it on: prompts in, shards of checked answers out.
 
-Certainty forcing learns from what the model itself says (dParallel, arXiv 2509.26488): it answers the training
-prompts, a checker keeps what is right, and each answer is kept with the order in which its tokens were
+Certainty forcing learns from what the model itself says (dParallel, arXiv 2509.26488): it answers the
+training prompts, a checker keeps what is right, and each answer is kept with the order in which its tokens were
 committed. The prompts are cut into shards; a shard's file appears whole or not at all, so a run that was
 killed goes on with the shards that are not there, and any number of processes share them out by number.
 """
@@ -85,7 +85,12 @@ def anything(answer: str, response: str) -> bool:
 
 Checker = Callable[[str, str], bool]
 """(the reference, the response as text) -> whether it is right."""
-CHECKERS: dict[str, Checker] = {"hashes": hashes, "last_number": last_number, "boxed": boxed, "none": anything}
+CHECKERS: dict[str, Checker] = {
+    "hashes": hashes,
+    "last_number": last_number,
+    "boxed": boxed,
+    "none": anything,
+}
 
 
 def checker_of(name: str) -> Checker:
@@ -101,7 +106,7 @@ def checker_of(name: str) -> Checker:
         ) from error
     if not callable(found):
         raise ValueError(f"checker: {name!r} is not a function")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _after_hashes(answer: str) -> str:
@@ -131,13 +136,13 @@ def _boxed(text: str) -> str | None:
 
 
 def read_prompts(source: str, prompt_field: str = "prompt", answer_field: str = "answer") -> list[Prompt]:
-    """Prompts of "builtin:N" (N training problems of `tasks`), of "builtin:N:SEED", or of a JSONL or Parquet file.
+    """Prompts of a JSONL or Parquet file, or of "builtin:N[:SEED]", N training problems of `tasks`.
 
     Raises ValueError naming the line and the field that is missing, FileNotFoundError.
     """
     if source.startswith("builtin:"):
         try:
-            count, seed = (int(part) for part in (source.split(":") + ["77"])[1:3])
+            count, seed = (int(part) for part in [*source.split(":"), "77"][1:3])
         except ValueError as error:
             raise ValueError(f"data: expected builtin:N or builtin:N:SEED, got {source!r}") from error
         stream = itertools.islice(tasks.problems("train", seed=seed), count)
@@ -348,7 +353,7 @@ def _write(file: Path, rows: list[dict[str, Any]], settings: Settings) -> None:
 class Trajectories(Dataset[dict[str, Any]]):
     """The answers of a finished run, for training.
 
-    Item i: input_ids (T,) int64, prompt and response; prompt_length; step (T - prompt_length,) int64; index i.
+    Item i: input_ids (T,) int64, prompt and response; prompt_length; step (T - prompt_length,) int64; index.
 
     Raises FileNotFoundError where there is no run, ValueError where shards are missing.
     """

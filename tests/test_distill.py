@@ -1,0 +1,271 @@
+"""Recipes, dry runs, adapters and merging; and the shortened proof: passes fall at kept accuracy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dparallel import distill, evaluate, proof, registry, trajectories
+from dparallel.trainer import CertaintyForcingTrainer
+from safetensors.torch import load_file, save_file
+
+import dparallel_ext as dx
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "trainable", "steps"),
+    [
+        # 32 layers x 128 x (4 x (4096 + 4096) + 3 x (4096 + 12288)); 92,000 / 64 x 6
+        ("llada_8b", 8_015_581_184, 32 * 128 * (4 * 8192 + 3 * 16384), 8628),
+        # 28 layers x 32 x (q, o: 2 x 7168; k, v: 2 x 4096; 3 x (3584 + 18944)); 102,000 / 64 x 3
+        ("dream_7b", 7_615_616_512, 28 * 32 * (2 * 7168 + 2 * 4096 + 3 * 22528), 4782),
+    ],
+)
+def test_dry_runs_of_the_published_recipes(name: str, parameters: int, trainable: int, steps: int):
+    plan = distill.plan(distill.read(RECIPES / f"{name}.yaml"), processes=8)
+    assert (plan["parameters"], plan["trainable"], plan["steps"]) == (parameters, trainable, steps)
+    assert plan["sequences per step"] == 64
+    sizes = plan["bytes per process"]
+    assert sizes["weights"] == 2 * parameters + 4 * trainable
+    assert sizes["gradients"] + sizes["optimizer"] == 12 * trainable
+    assert sizes["total"] == sum(size for key, size in sizes.items() if key != "total") < 24e9
+
+
+def test_the_published_settings_are_those_of_the_recipes(tmp_path: Path):
+    llada = distill.read(RECIPES / "llada_8b.yaml")
+    dream = distill.read(RECIPES / "dream_7b.yaml")
+    args = distill.arguments(llada, tmp_path)
+    assert (args.entropy_weight, args.temperature, args.block_length, args.mask_ratio) == (2.0, 0.5, 32, 0.5)
+    assert llada.collator == {"total_length": 384}
+    args = distill.arguments(dream, tmp_path)
+    assert (args.entropy_weight, args.temperature, args.block_length, args.mask_ratio) == (
+        1.0,
+        0.5,
+        None,
+        0.5,
+    )
+    assert dream.collator == {"response_length": 256}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: x", r"missing \['training'\]"),
+        ("model: x\ntraining: {}\nlorra: 1", r"unknown \['lorra'\]"),
+        ("- 1", "holds a list, expected a mapping"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_a_bad_recipe_is_named(text: str, said: str, tmp_path: Path):
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        distill.read(file)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        distill.read("nowhere.yaml")
+
+
+def test_a_setting_that_does_not_exist_is_named(tmp_path: Path):
+    recipe = distill.read(RECIPES / "builtin.yaml", training={"entropy_wait": 2})
+    with pytest.raises(ValueError, match=r"training: no setting \['entropy_wait'\]"):
+        distill.arguments(recipe, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    settings = trajectories.Settings(policy="entropy_bound:0.1", shard=1000)
+    prompts = trajectories.read_prompts("builtin:800:5")
+    return trajectories.generate(tmp_path_factory.mktemp("answers"), prompts, settings, progress=False)
+
+
+def test_distillation_makes_the_passes_fall_at_kept_accuracy(answers: Path, tmp_path: Path):
+    """`make distill` shortened: at a threshold where the teacher takes 19 passes."""
+    training = {"max_steps": 60, "learning_rate": 3e-4, "warmup_steps": 5, "logging_steps": 10}
+    recipe = distill.read(RECIPES / "builtin.yaml", training={**training, "save_strategy": "no"})
+    student = distill.run(recipe, answers, tmp_path / "student", progress=False)
+    settings = {"problems": 150, "seed": 3}
+    before = evaluate.evaluate(recipe.model, "entropy:0.4", **settings)
+    after = evaluate.evaluate(str(student), "entropy:0.4", **settings)
+    assert after["nfe_mean"] < 0.75 * before["nfe_mean"]
+    assert after["accuracy"] > before["accuracy"] - 0.06  # three standard errors
+    report = json.loads((student / "training.json").read_text())
+    log = [entry for entry in report["log"] if "ce" in entry]
+    assert log[-1]["entropy"] < 0.5 * log[0]["entropy"]
+    assert report["recipe"]["training"]["max_steps"] == 60
+    assert dx.models.load(student).dtype == torch.bfloat16
+
+
+def test_a_stopped_distillation_goes_on(answers: Path, tmp_path: Path):
+    training = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "warmup_steps": 0}
+    recipe = distill.read(RECIPES / "builtin.yaml", training=training)
+    whole = distill.run(recipe, answers, tmp_path / "whole", progress=False)
+    assert (whole / "checkpoint-4" / "tokenizer.json").exists()
+    # A run whose last checkpoint is of step 2 goes on to 4.
+    half = distill.read(RECIPES / "builtin.yaml", training={**training, "lr_scheduler_type": "constant"})
+    short = distill.Recipe(**{**vars(half), "training": {**half.training, "max_steps": 2}})
+    distill.run(short, answers, tmp_path / "two", progress=False)
+    distill.run(half, answers, tmp_path / "two", progress=False)
+    straight = distill.run(half, answers, tmp_path / "straight", progress=False)
+    one, other = (load_file(d / "model.safetensors") for d in (tmp_path / "two", straight))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_no_right_answer_is_an_error(tmp_path: Path):
+    trajectories.generate(tmp_path / "none", [], trajectories.Settings(), progress=False)
+    with pytest.raises(ValueError, match="holds no right answer"):
+        distill.run(distill.read(RECIPES / "builtin.yaml"), tmp_path / "none", tmp_path / "out")
+
+
+# --- adapters -----------------------------------------------------------------------------------
+
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+
+
+def lora_recipe(**training: Any) -> distill.Recipe:
+    given = {"max_steps": 3, "save_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    recipe = distill.read(RECIPES / "builtin.yaml", training={**given, "warmup_steps": 0, **training})
+    return distill.Recipe(**{**vars(recipe), "lora": LORA})
+
+
+@pytest.fixture(scope="module")
+def adapter(answers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return distill.run(lora_recipe(), answers, tmp_path_factory.mktemp("adapter"), progress=False)
+
+
+def test_an_adapter_is_on_the_published_targets(adapter: Path):
+    found = load_file(adapter / "adapter_model.safetensors")
+    layers = registry.load()[0].shape.layers
+    assert len(found) == 2 * layers * 7
+    prefix = "base_model.model.blocks.0."
+    names = {n.removeprefix(prefix).partition(".")[0] for n in found if n.startswith(prefix)}
+    assert names == set(distill.LORA_TARGETS)
+    assert max(float(t.abs().max()) for n, t in found.items() if "lora_B" in n) > 1e-3
+
+
+def test_merging_adds_the_product_and_keeps_the_layout(adapter: Path, tmp_path: Path):
+    out = distill.merge(adapter, tmp_path / "merged")
+    base = load_file(registry.directory_of(registry.DEFAULT) / "model.safetensors")
+    merged, low = load_file(out / "model.safetensors"), load_file(adapter / "adapter_model.safetensors")
+    assert set(merged) == set(base)
+    ours = {theirs: name for theirs, name, _ in registry.load()[0].checkpoint_parameters()}
+    changed = 0
+    for name, weight in base.items():
+        module = "base_model.model." + ours[name].removesuffix(".weight")
+        if f"{module}.lora_A.weight" in low:
+            a, b = (low[f"{module}.lora_{x}.weight"].float() for x in "AB")
+            torch.testing.assert_close(
+                merged[name].float(), weight.float() + 2.0 * (b @ a), rtol=1e-2, atol=1e-3
+            )
+            changed += not torch.equal(merged[name], weight)
+        else:
+            assert torch.equal(merged[name], weight)
+    assert changed == len(low) // 2
+    assert (out / "tokenizer.json").exists()
+    assert evaluate.evaluate(str(out), "entropy:0.5", problems=2)["problems"] == 2
+    # An adapter that was trained on the Hugging Face model has the checkpoint's names.
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    theirs = tmp_path / "theirs"
+    shutil.copytree(adapter, theirs)
+    config["target_modules"] = ["q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj"]
+    config["base_model_name_or_path"] = "nowhere"
+    (theirs / "adapter_config.json").write_text(json.dumps(config))
+    names = {name.removesuffix(".weight"): k.removesuffix(".weight") for k, name in ours.items()}
+    renamed = {}
+    for key, tensor in low.items():
+        module, lora, rest = key.removeprefix("base_model.model.").partition(".lora_")
+        renamed[f"base_model.model.{names[module]}{lora}{rest}"] = tensor
+    save_file(renamed, theirs / "adapter_model.safetensors")
+    again = distill.merge(theirs, tmp_path / "again", model="builtin:teacher")
+    same = load_file(again / "model.safetensors")
+    assert all(torch.equal(same[name], merged[name]) for name in merged)
+
+
+def test_an_adapter_run_goes_on_where_it_stopped(answers: Path, adapter: Path, tmp_path: Path):
+    distill.run(
+        lora_recipe(max_steps=2, save_steps=2, lr_scheduler_type="constant"),
+        answers,
+        tmp_path,
+        progress=False,
+    )
+    distill.run(lora_recipe(lr_scheduler_type="constant"), answers, tmp_path, progress=False)
+    straight = distill.run(
+        lora_recipe(lr_scheduler_type="constant"), answers, tmp_path / "straight", progress=False
+    )
+    one, other = (load_file(d / "adapter_model.safetensors") for d in (tmp_path, straight))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name])
+
+
+def test_an_adapter_that_does_not_fit_is_named(adapter: Path, tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="no adapter_config"):
+        distill.merge(tmp_path, tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        distill.merge(adapter, tmp_path / "out", model="nowhere")
+    with pytest.raises(ValueError, match=r"is for no module of"):
+        distill.merge(adapter, tmp_path / "out", model=str(GOLDEN / "dream_tiny_a"))
+    assert not (tmp_path / "out").exists()
+
+
+# --- the proof ----------------------------------------------------------------------------------
+
+
+def test_the_whole_pipeline_in_small(tmp_path: Path):
+    said: list[str] = []
+    small = {"seeds": 2, "steps": 2, "sweep_steps": 1, "problems": 4, "validation": 4, "data": "builtin:40"}
+    report = proof.run(
+        tmp_path, RECIPES / "builtin.yaml", betas=(0.0, 1.0), ratios=(0.5,), say=said.append, **small
+    )  # fmt: skip
+    assert {row["model"] for row in report["table"]} == {"teacher", "cross entropy", "certainty forcing"}
+    assert report["chosen"]["cross entropy"]["entropy_weight"] == 0
+    assert report["chosen"]["certainty forcing"]["entropy_weight"] == 1
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "| certainty forcing | beta 1" in (tmp_path / "report.md").read_text()
+    assert dx.models.load(tmp_path / "student").mask_id is not None
+    for objective, beta in (("cross-entropy", 0.0), ("certainty-forcing", 1.0)):
+        runs = [json.loads((tmp_path / f"finals/{objective}-{s}/training.json").read_text()) for s in (0, 1)]
+        assert [r["recipe"]["training"]["entropy_weight"] for r in runs] == [beta, beta]
+        assert [r["recipe"]["training"]["seed"] for r in runs] == [0, 1]
+    # Again: everything is there, nothing is trained.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CertaintyForcingTrainer, "train", None)
+        again = proof.run(
+            tmp_path, RECIPES / "builtin.yaml", betas=(0.0, 1.0), ratios=(0.5,), say=said.append, **small
+        )  # fmt: skip
+    assert again["table"] == report["table"]
+
+
+def row(policy: str, passes: float, accuracy: float) -> dict[str, Any]:
+    return {"policy": policy, "nfe_mean": passes, "accuracy": accuracy, "tokens_per_forward": 64 / passes}
+
+
+def test_passes_at_an_accuracy():
+    rows = [row("entropy:0.5", 4, 0.90), row("entropy:0.3", 8, 0.98), row("confidence:0.9", 9, 0.99)]
+    assert proof.passes_at(rows, 0.90) == 4
+    assert proof.passes_at(rows, 0.94) == pytest.approx(6)
+    assert proof.passes_at(rows, 0.98) == pytest.approx(8)
+    assert proof.passes_at(rows, 0.99) == 9
+    assert proof.passes_at(rows, 0.999) == float("inf")
+
+
+def test_aup_is_that_of_d3llm():
+    """rho1 y1 + sum of (rho_i - rho_{i-1}) (y_i W_i + y_{i-1} W_{i-1}) / 2, W = exp(-3 (1 - y / y_max))."""
+    rows = [row("entropy:0.1", 64, 0.80), row("entropy:0.5", 16, 0.78), row("entropy:0.9", 8, 0.70)]
+    weight = [torch.exp(torch.tensor(-3 * (1 - y / 80))) for y in (80.0, 78.0)]
+    expected = 1 * 80 + (4 - 1) * (80 * weight[0] + 78 * weight[1]) / 2  # the third is 10 points below
+    assert evaluate.aup(rows, 0.80) == pytest.approx(float(expected), rel=1e-5)
+    assert evaluate.aup([], 0.8) == 0
+
+
+def test_wilson():
+    low, high = evaluate.wilson(90, 100)
+    assert (low, high) == pytest.approx((0.8256, 0.9448), abs=1e-4)
+    assert evaluate.wilson(0, 10)[0] == 0
+    assert evaluate.wilson(10, 10)[1] == pytest.approx(1)
+    assert evaluate.wilson(0, 0) == [0, 1]
