@@ -16,6 +16,9 @@ PROMPT = (
 )
 
 
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
 def run(*args: object, code: int = 0) -> str:
     result = CliRunner().invoke(app, [str(a) for a in args])
     assert result.exit_code == code, result.output
@@ -77,6 +80,11 @@ def test_decode_with_a_checkpoint_directory(checkpoint: Path, cache: str):
         (("decode", "--file", "nowhere.txt"), "nowhere.txt"),
         (("evaluate", "--problems", "0"), "problems: expected"),
         (("evaluate", "--policy", "x"), "policy: expected"),
+        (("trajectories", "out", "--data", "nowhere.jsonl"), "data: no file"),
+        (("trajectories", "out", "--data", "builtin:3", "--checker", "x"), "checker: expected"),
+        (("distill", "nowhere.yaml"), "recipe: no file"),
+        (("distill", str(RECIPES / "builtin.yaml")), "answers, out: both"),
+        (("merge", "nowhere", "out"), "adapter: no adapter_config.json"),
     ],
 )
 def test_bad_input_is_one_line(args: tuple[str, ...], said: str):
@@ -115,6 +123,26 @@ def test_train_and_evaluate_what_was_trained(tmp_path: Path):
 def test_demo(tmp_path: Path):
     text = run("demo", "--problems", 3, "--out", tmp_path)
     rows = json.loads((tmp_path / "table.json").read_text())
-    assert [row["policy"] for row in rows] == ["one", "confidence:0.9", "entropy:0.5"]
-    assert (tmp_path / "response.png").read_bytes().startswith(b"\x89PNG")
-    assert "(right)" in text
+    models, policies = ["builtin:student", "builtin:teacher"], ["one", "confidence:0.9", "entropy:0.5"]
+    assert [(row["model"], row["policy"]) for row in rows] == [(m, p) for m in models for p in policies]
+    for name in ("student", "teacher"):
+        assert (tmp_path / f"response-{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert text.count("(right)") == 2
+
+
+def test_trajectories_distill_and_merge(tmp_path: Path):
+    run("trajectories", tmp_path / "answers", "--data", "builtin:20", "--policy", "entropy_bound:0.1")
+    recipe = tmp_path / "recipe.yaml"
+    training = "{max_steps: 1, per_device_train_batch_size: 2, disable_tqdm: true, save_strategy: 'no'}"
+    recipe.write_text(f"model: builtin:teacher\nlora: {{r: 2}}\ntraining: {training}\n")
+    run("distill", recipe, "--answers", tmp_path / "answers", "--out", tmp_path / "adapter")
+    run("merge", tmp_path / "adapter", tmp_path / "merged")
+    row = json.loads(run("decode", PROMPT, "--model", tmp_path / "merged", "--gen-length", 64, "--json"))
+    assert tasks.extract_answer(row["response"]) == 4
+
+
+def test_a_dry_run_prints_steps_and_memory():
+    text = run("distill", RECIPES / "llada_8b.yaml", "--dry-run", "--processes", 8)
+    assert "8,015,581,184" in text
+    assert "8,628" in text
+    assert "GiB per process" in text

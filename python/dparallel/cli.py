@@ -148,11 +148,11 @@ def read_prompts(file: Path) -> list[str]:
 
 @app.command()
 def demo(
-    model: ModelOption = registry.DEFAULT,
+    model: Annotated[list[str] | None, typer.Option(help="repeatable; default: all that ship")] = None,
     problems: int = 200,
-    out: Annotated[Path, typer.Option(help="where table.json and response.png go")] = Path("out/demo"),
+    out: Annotated[Path, typer.Option(help="where table.json and the pictures go")] = Path("out/demo"),
 ) -> None:
-    """A problem unmasked before one's eyes, a table of policies, and a picture."""
+    """A problem unmasked before one's eyes by each model, a table of policies, and pictures."""
     from . import demo as show
 
     with plain_errors():

@@ -1,4 +1,4 @@
-"""`dparallel demo`: a problem unmasked before one's eyes, a table, and a picture."""
+"""`dparallel demo`: a problem unmasked before one's eyes by each model, a table, and pictures."""
 
 from __future__ import annotations
 
@@ -80,22 +80,40 @@ class LiveText:
 
 
 def run(
-    model_name: str = registry.DEFAULT,
+    names: list[str] | None = None,
     *,
     problems: int = 200,
     out: str | Path = "out/demo",
     delay: float = 0.25,
     console: Any = None,
 ) -> Path:
-    """The demo. Writes response.png and table.json to `out` and returns the picture's path."""
+    """The demo of `names`, default all models that ship.
+
+    Writes table.json and, for each model, response-NAME.png to `out`, which it returns.
+    """
     from rich.console import Console
 
-    console = console or Console()
-    model, tokenizer = registry.load(model_name)
+    console, directory = console or Console(), Path(out)
+    names = names or registry.builtins()
     # Past the problems that the table counts.
     problem = next(itertools.islice(tasks.problems("held_out", seed=1), 2, None))
+    console.print(f"\n[bold]{problem.prompt}[/bold]", highlight=False)
+    pictures = [_show(name, problem, directory, delay, console) for name in names]
+    rows = []
+    with console.status(f"decoding {problems} held-out problems"):
+        for row in evaluate.sweep(names, POLICIES, problems=problems):
+            rows.append(row)
+    console.print(evaluate.table(rows, f"{problems} held-out problems, {tasks.GEN_LENGTH} tokens each"))
+    evaluate.write_json(directory / "table.json", rows)
+    console.print(f"pictures: {', '.join(map(str, pictures))}", highlight=False)
+    return directory
+
+
+def _show(name: str, problem: tasks.Problem, directory: Path, delay: float, console: Any) -> Path:
+    """One model's answer, pass by pass, and the picture of it."""
+    model, tokenizer = registry.load(name)
     prompt = torch.tensor([tokenizer.encode(problem.prompt).ids])
-    console.print(f"\n[bold]{problem.prompt}[/bold]\n", highlight=False)
+    console.print(f"\n[bold]{name}[/bold]\n", highlight=False)
     assert model.mask_id is not None
     with LiveText(console, tokenizer, model.mask_id, delay) as streamer:
         answer = dx.decode(
@@ -107,30 +125,21 @@ def run(
             streamer=streamer,
             record=True,
         )
-    text = tokenizer.decode(answer.sequences[0, prompt.shape[1] :].tolist())
+    ids = answer.sequences[0, prompt.shape[1] :].tolist()
+    text = tokenizer.decode(ids)
     verdict = "right" if tasks.is_correct(problem, text) else f"wrong, it is {problem.answer}"
     console.print(
         f"\nanswer {tasks.extract_answer(text)} ({verdict}): {tasks.GEN_LENGTH} tokens in {answer.forwards} "
         f"passes, {answer.tokens_per_forward:.1f} tokens a pass\n",
         highlight=False,
     )
-
-    rows = []
-    with console.status(f"decoding {problems} held-out problems"):
-        for row in evaluate.sweep([model_name], POLICIES, problems=problems):
-            rows.append(row)
-    console.print(evaluate.table(rows, f"{problems} held-out problems, {tasks.GEN_LENGTH} tokens each"))
-    directory = Path(out)
-    evaluate.write_json(directory / "table.json", rows)
-
     assert answer.trajectory is not None
-    words = [tokenizer.id_to_token(t) for t in answer.sequences[0, prompt.shape[1] :].tolist()]
-    picture = directory / "response.png"
+    words = [tokenizer.id_to_token(t) for t in ids]
+    picture = directory / f"response-{Path(name.removeprefix('builtin:')).name}.png"
     plots.response_by_pass(
         ["·" if word == tasks.EOS else word for word in words],
         answer.trajectory.step[0].tolist(),
         picture,
-        title=f"{problem.prompt}   ({answer.forwards} passes, entropy 0.5)",
+        title=f"{problem.prompt}   ({name}: {answer.forwards} passes, entropy 0.5)",
     )
-    console.print(f"picture: {picture}", highlight=False)
     return picture

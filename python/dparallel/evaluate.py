@@ -23,7 +23,7 @@ ONE = "one"
 
 
 def parse_policy(text: str) -> dict[str, Any]:
-    """decode's arguments for "one", "steps:N" (the fixed schedule) or "SELECTOR:THRESHOLD" (as "entropy:0.5").
+    """decode's arguments for "one", "steps:N" (the fixed schedule) or "SELECTOR:THRESHOLD".
 
     Raises ValueError.
     """

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import distill, evaluate, plots, trajectories
+from . import distill, evaluate, plots, train, trajectories
 
 TEACHER_POLICIES = (
     [evaluate.ONE]
@@ -86,11 +86,19 @@ def run(
     betas: Iterable[float] = BETAS,
     ratios: Iterable[Any] = RATIOS,
     data: str | None = None,
+    model: str | None = None,
+    train_teacher: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """All stages; returns what report.json then holds."""
+    """All stages; returns what report.json then holds.
+
+    The teacher is the recipe's; or `model`; or, with `train_teacher`, trained from scratch first.
+    """
     out, began = Path(out), time.monotonic()
-    base = distill.read(recipe_file, **({} if data is None else {"data": data}))
+    if train_teacher:
+        model = str(train.train(out / "teacher"))
+    given = {"data": data, "model": model}
+    base = distill.read(recipe_file, **{key: value for key, value in given.items() if value is not None})
 
     def clock() -> str:
         return f"[{(time.monotonic() - began) / 60:5.1f} min]"
@@ -98,7 +106,7 @@ def run(
     def trained(name: str, changes: dict[str, Any]) -> Path:
         directory = out / name
         if not (directory / "training.json").exists():
-            recipe = distill.read(recipe_file, training=changes)
+            recipe = distill.read(recipe_file, model=base.model, training=changes)
             distill.run(recipe, out / "answers", directory, progress=False)
             for checkpoint in directory.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
@@ -261,6 +269,8 @@ def main() -> None:
     )
     parser.add_argument("--out", default="out/distill")
     parser.add_argument("--recipe", default="recipes/builtin.yaml")
+    parser.add_argument("--model", help="the teacher; default: the recipe's")
+    parser.add_argument("--train-teacher", action="store_true", help="from scratch first (42 minutes)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of the finals; default: the recipe's")
     parser.add_argument("--sweep-steps", type=int, default=400)
@@ -275,6 +285,8 @@ def main() -> None:
         sweep_steps=args.sweep_steps,
         problems=args.problems,
         validation=args.validation,
+        model=args.model,
+        train_teacher=args.train_teacher,
     )
 
 

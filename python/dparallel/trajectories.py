@@ -1,8 +1,8 @@
 """A model's own right answers, to train it on: prompts in, shards of checked answers out.
 
 Certainty forcing learns from what the model itself says (dParallel, arXiv 2509.26488): it answers the
-training prompts, a checker keeps what is right, and each answer is kept with the order in which its tokens were
-committed. The prompts are cut into shards; a shard's file appears whole or not at all, so a run that was
+training prompts, a checker keeps what is right, and each answer is kept with the order in which its tokens
+were committed. The prompts are cut into shards; a shard's file appears whole or not at all, so a run that was
 killed goes on with the shards that are not there, and any number of processes share them out by number.
 """
 
