@@ -69,3 +69,4 @@ if __name__ == "__main__":
     if trainer.is_world_process_zero():
         trainer.save_model(str(directory))
         (directory / "log.json").write_text(json.dumps(trainer.state.log_history))
+    trainer.accelerator.end_training()

@@ -281,11 +281,28 @@ class Model(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
     ) -> None:
-        """Keep only each layer's input in training and compute the rest again, as transformers' models do."""
+        """Keep only each layer's input in training and compute the rest again, as transformers' models do.
+
+        The keywords are those of `torch.utils.checkpoint.checkpoint`.
+        """
         self.checkpointing = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
 
     def gradient_checkpointing_disable(self) -> None:
         self.checkpointing = None
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """The same by the name that transformers 5 calls; every layer, without offloading."""
+        if every_n_layers != 1 or offload:
+            raise ValueError(
+                "activation_checkpointing: expected every_n_layers=1 and offload=False, "
+                f"got {every_n_layers} and {offload}"
+            )
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., width)."""

@@ -148,6 +148,8 @@ def run(
             Companions(source).save_pretrained(directory)
     else:
         trainer.save_model(str(directory))
+    if trainer.args.world_size > 1:
+        trainer.accelerator.end_training()  # a process group left to the interpreter's exit may abort it
     return directory
 
 
