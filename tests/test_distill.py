@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +118,34 @@ def test_a_stopped_distillation_goes_on(answers: Path, tmp_path: Path):
     straight = distill.run(half, answers, tmp_path / "straight", progress=False)
     one, other = (load_file(d / "model.safetensors") for d in (tmp_path / "two", straight))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_two_processes_distil_under_torchrun(answers: Path, tmp_path: Path):
+    recipe = tmp_path / "recipe.yaml"
+    given = "max_steps: 3, save_steps: 1, per_device_train_batch_size: 2, disable_tqdm: true, seed: 3"
+    recipe.write_text(f"model: builtin:teacher\ntraining: {{{given}}}\n")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    dparallel = str(Path(sys.executable).with_name("dparallel"))
+    command = [dparallel, "distill", str(recipe), "--answers", str(answers), "--out", str(tmp_path / "two")]
+    done = subprocess.run(
+        [sys.executable, *launch, *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    one = distill.run(
+        distill.read(recipe, training={"per_device_train_batch_size": 4}),
+        answers,
+        tmp_path / "one",
+        progress=False,
+    )
+    found, expected = (load_file(d / "model.safetensors") for d in (tmp_path / "two", one))
+    base = load_file(registry.directory_of(registry.DEFAULT) / "model.safetensors")
+    for name in expected:  # bfloat16, and Adam turns small differences into steps of the learning rate
+        torch.testing.assert_close(found[name], expected[name], rtol=2e-2, atol=5e-4)
+    assert any(not torch.equal(base[name], expected[name]) for name in base)
 
 
 def test_no_right_answer_is_an_error(tmp_path: Path):

@@ -262,11 +262,14 @@ class CertaintyForcingTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         if not isinstance(model, Model):
             return super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # every process is called, one writes
+            return None
         directory = Path(output_dir or self.args.output_dir or ".")
         dx.models.save(model, directory, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(str(directory))
         torch.save(self.args, directory / "training_args.bin")
+        return None
 
 
 def by_view(values: Tensor) -> Tensor:
