@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dparallel import train
+from dparallel import distill, train
 from dparallel.trainer import CertaintyForcingArguments, CertaintyForcingTrainer
 from dparallel.trajectories import Collator
 
@@ -69,4 +69,4 @@ if __name__ == "__main__":
     if trainer.is_world_process_zero():
         trainer.save_model(str(directory))
         (directory / "log.json").write_text(json.dumps(trainer.state.log_history))
-    trainer.accelerator.end_training()
+    distill.finish(trainer)

@@ -75,9 +75,9 @@ def test_the_objective_is_llada_s():
     ids, prompt = train.batch_of(TINY, 0)
     seen = []
 
-    def hidden(noisy: torch.Tensor) -> torch.Tensor:
+    def hidden(noisy: torch.Tensor, **more: object) -> torch.Tensor:
         seen.append(noisy)
-        return type(model).hidden(model, noisy)
+        return type(model).hidden(model, noisy, **more)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(model, "hidden", hidden)

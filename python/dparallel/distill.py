@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -148,9 +149,19 @@ def run(
             Companions(source).save_pretrained(directory)
     else:
         trainer.save_model(str(directory))
-    if trainer.args.world_size > 1:
-        trainer.accelerator.end_training()  # a process group left to the interpreter's exit may abort it
+    finish(trainer)
     return directory
+
+
+def finish(trainer: Any) -> None:
+    """End the process group, if there is one, and with it the threads that may abort the interpreter."""
+    if trainer.args.world_size < 2:
+        return
+    trainer.accelerator.end_training()
+    # DistributedDataParallel holds the group.
+    trainer.accelerator.free_memory()
+    trainer.model_wrapped = trainer.model
+    gc.collect()
 
 
 def with_lora(model: Model, settings: Mapping[str, Any], base: str) -> Any:
