@@ -89,6 +89,58 @@ struct LossBackwardArgs {
   void* grad;                // [count, vocab], the dtype of the logits, every element written
 };
 
+// The keys or the values of one layer: pages of `page_size` slots, head_dim contiguous, strides in
+// elements. A contiguous cache is one page per sequence.
+struct CacheLayout {
+  int64_t pages, page_size, heads, head_dim;
+  int64_t page_stride, head_stride, slot_stride;
+
+  DP_HD int64_t offset(int64_t page, int64_t slot, int64_t head) const {
+    return page * page_stride + head * head_stride + slot * slot_stride;
+  }
+};
+
+// Queries, keys and values of `count` tokens, rows `stride` elements apart, heads contiguous. No
+// two rows have the same slot.
+struct KvWriteArgs {
+  DType dtype;  // of all but the tables: float32, bfloat16 or float16
+  void* q;      // [count, q_heads, head_dim] rotated in place
+  const void* k;
+  const void* v;  // [count, heads, head_dim]
+  int64_t q_stride, k_stride, v_stride;
+  int64_t count, q_heads;
+  const int64_t* positions;  // [count] of the rotary embedding, rows of the tables
+  const int64_t* slots;      // [count] page * page_size + slot; negative: written nowhere
+  const float* cos;
+  const float* sin;  // [table, head_dim / 2]
+  int64_t table;
+  bool interleaved;  // pairs (2i, 2i + 1) rather than (i, i + head_dim / 2)
+  void* k_cache;
+  void* v_cache;
+  CacheLayout k_layout, v_layout;
+};
+
+// A segment: query rows [begin, end) that see slots [0, length) of the pages that its row of the
+// table lists. Rows in no segment come out zero.
+struct BlockAttentionArgs {
+  DType dtype;    // float32, bfloat16 or float16
+  const void* q;  // [count, q_heads, head_dim], rows q_stride elements apart
+  int64_t q_stride, count, q_heads;
+  const void* k_cache;
+  const void* v_cache;
+  CacheLayout k_layout, v_layout;
+  int64_t segments;
+  const int64_t* begin;
+  const int64_t* end;
+  const int64_t* length;  // [segments]
+  const int64_t* pages;   // [segments, table_width]
+  int64_t table_width;
+  int64_t longest_query;   // at least the largest end - begin, for a launch that need not ask
+  int64_t longest_length;  // at least the largest length
+  float scale;
+  void* out;  // [count, q_heads, head_dim] contiguous, zero before
+};
+
 namespace cpu {
 // parallel(n, body): body(begin, end) over [0, n) on torch's threads.
 using Body = void (*)(int64_t begin, int64_t end, const void* context);
@@ -99,6 +151,8 @@ void select(const SelectArgs& args, Parallel parallel);
 void unmask(const UnmaskArgs& args, Parallel parallel);
 void certainty_forcing_loss(const LossArgs& args, Parallel parallel);
 void certainty_forcing_loss_backward(const LossBackwardArgs& args, Parallel parallel);
+void kv_write(const KvWriteArgs& args, Parallel parallel);
+void block_attention(const BlockAttentionArgs& args, Parallel parallel);
 const char* simd_level();  // "avx512", "avx2" or "portable"
 }  // namespace cpu
 
@@ -121,6 +175,10 @@ int unmask(const UnmaskArgs& args, const Workspace& workspace, void* stream);
 int64_t certainty_forcing_loss_scratch(const LossArgs& args);
 int certainty_forcing_loss(const LossArgs& args, const Workspace& workspace, void* stream);
 int certainty_forcing_loss_backward(const LossBackwardArgs& args, void* stream);
+int kv_write(const KvWriteArgs& args, void* stream);
+int64_t block_attention_scratch(const BlockAttentionArgs& args);
+int64_t block_attention_counters(const BlockAttentionArgs& args);
+int block_attention(const BlockAttentionArgs& args, const Workspace& workspace, void* stream);
 const char* error_string(int code);
 }  // namespace cuda
 
