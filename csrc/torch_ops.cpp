@@ -127,6 +127,35 @@ struct Cpu {
   static void loss_backward(const LossBackwardArgs& args, const Tensor&) {
     cpu::certainty_forcing_loss_backward(args, parallel);
   }
+  // On a GPU the indices are not looked at, which would wait for it.
+  static void kv_write(const KvWriteArgs& args, const Tensor&) {
+    const int64_t slots = args.k_layout.pages * args.k_layout.page_size;
+    for (int64_t i = 0; i < args.count; ++i) {
+      STD_TORCH_CHECK(args.positions[i] >= 0 && args.positions[i] < args.table,
+                      "positions: ", args.positions[i], " of row ", i, ", but cos and sin have ",
+                      args.table, " rows");
+      STD_TORCH_CHECK(args.slots[i] < slots, "slots: ", args.slots[i], " of row ", i,
+                      ", but the cache has ", slots);
+    }
+    cpu::kv_write(args, parallel);
+  }
+  static void block_attention(const BlockAttentionArgs& args, const Tensor&,
+                              const std::optional<Tensor>&) {
+    const int64_t page_size = args.k_layout.page_size;
+    for (int64_t s = 0; s < args.segments; ++s) {
+      const int64_t begin = args.begin[s], end = args.end[s], length = args.length[s];
+      STD_TORCH_CHECK(0 <= begin && begin <= end && end <= args.count, "begin: segment ", s,
+                      " is of rows [", begin, ", ", end, "), but q has ", args.count);
+      STD_TORCH_CHECK(0 <= length && length <= args.table_width * page_size, "length: ", length,
+                      " of segment ", s, ", but its pages hold ", args.table_width * page_size);
+      for (int64_t i = 0; i < (length + page_size - 1) / page_size; ++i) {
+        const int64_t page = args.pages[s * args.table_width + i];
+        STD_TORCH_CHECK(0 <= page && page < args.k_layout.pages, "pages: ", page, " of segment ", s,
+                        ", but the cache has ", args.k_layout.pages);
+      }
+    }
+    cpu::block_attention(args, parallel);
+  }
 };
 
 #ifdef DPARALLEL_WITH_CUDA
@@ -184,6 +213,15 @@ struct Cuda {
     const torch::stable::accelerator::DeviceGuard guard(like.get_device());
     check(cuda::certainty_forcing_loss_backward(args, stream(like)),
           "certainty_forcing_loss_backward");
+  }
+  static void kv_write(const KvWriteArgs& args, const Tensor& like) {
+    const torch::stable::accelerator::DeviceGuard guard(like.get_device());
+    check(cuda::kv_write(args, stream(like)), "kv_write");
+  }
+  static void block_attention(const BlockAttentionArgs& args, const Tensor& like,
+                              const std::optional<Tensor>& c) {
+    launch("block_attention", args, cuda::block_attention_scratch(args),
+           cuda::block_attention_counters(args), cuda::block_attention, like, c);
   }
 };
 #endif
@@ -346,6 +384,122 @@ Tensor certainty_forcing_loss_backward(Tensor logits, Tensor labels, Tensor acti
   return grad;
 }
 
+// [count, heads, head_dim] with contiguous heads.
+void check_heads(const Tensor& t, const char* name, int64_t count, int64_t heads, int64_t dim,
+                 const Tensor& like) {
+  STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == count && t.size(1) == heads && t.size(2) == dim,
+                  name, ": expected (", count, ", ", heads, ", ", dim, ")");
+  STD_TORCH_CHECK((t.stride(2) == 1 || dim == 1) && (t.stride(1) == dim || heads == 1), name,
+                  ": expected each row contiguous");
+  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, ": expected the dtype of q");
+  STD_TORCH_CHECK(t.get_device() == like.get_device() && t.is_cpu() == like.is_cpu(), name,
+                  ": expected the device of q");
+}
+
+// (pages, heads, page_size, head_dim)
+CacheLayout layout_of(const Tensor& cache, const char* name, const Tensor& q) {
+  STD_TORCH_CHECK(cache.dim() == 4 && (cache.stride(3) == 1 || cache.size(3) == 1), name,
+                  ": expected (pages, heads, page_size, head_dim), the last contiguous");
+  STD_TORCH_CHECK(cache.scalar_type() == q.scalar_type(), name, ": expected the dtype of q");
+  STD_TORCH_CHECK(cache.get_device() == q.get_device() && cache.is_cpu() == q.is_cpu(), name,
+                  ": expected the device of q");
+  STD_TORCH_CHECK(q.dim() == 3 && cache.size(3) == q.size(2) && cache.size(1) > 0 &&
+                      q.size(1) % cache.size(1) == 0 && q.size(1) <= 64 * cache.size(1) &&
+                      cache.size(2) > 0,
+                  name, ": its heads do not fit those of q");
+  return {cache.size(0),   cache.size(2),   cache.size(1),  cache.size(3),
+          cache.stride(0), cache.stride(1), cache.stride(2)};
+}
+
+void check_same(const CacheLayout& k, const CacheLayout& v) {
+  STD_TORCH_CHECK(k.pages == v.pages && k.page_size == v.page_size && k.heads == v.heads,
+                  "v_cache: expected the shape of k_cache");
+}
+
+constexpr const char* kKvWriteSchema =
+    "kv_write(Tensor(a!) q, Tensor k, Tensor v, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor "
+    "positions, Tensor slots, Tensor cos, Tensor sin, bool interleaved) -> ()";
+
+template <class Backend>
+void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor positions,
+              Tensor slots, Tensor cos, Tensor sin, bool interleaved) {
+  const CacheLayout keys = layout_of(k_cache, "k_cache", q);
+  const CacheLayout values = layout_of(v_cache, "v_cache", q);
+  check_same(keys, values);
+  const int64_t count = q.size(0), dim = q.size(2);
+  STD_TORCH_CHECK(dim % 2 == 0, "q: expected an even head_dim, got ", dim);
+  check_heads(q, "q", count, q.size(1), dim, q);
+  check_heads(k, "k", count, keys.heads, dim, q);
+  check_heads(v, "v", count, keys.heads, dim, q);
+  contiguous(positions, "positions", ScalarType::Long, {count}, q);
+  contiguous(slots, "slots", ScalarType::Long, {count}, q);
+  contiguous(cos, "cos", ScalarType::Float, {cos.size(0), dim / 2}, q);
+  contiguous(sin, "sin", ScalarType::Float, {cos.size(0), dim / 2}, q);
+  const KvWriteArgs args{dtype_of(q),
+                         q.data_ptr(),
+                         k.data_ptr(),
+                         v.data_ptr(),
+                         q.stride(0),
+                         k.stride(0),
+                         v.stride(0),
+                         count,
+                         q.size(1),
+                         data<int64_t>(positions),
+                         data<int64_t>(slots),
+                         data<float>(cos),
+                         data<float>(sin),
+                         cos.size(0),
+                         interleaved,
+                         k_cache.data_ptr(),
+                         v_cache.data_ptr(),
+                         keys,
+                         values};
+  Backend::kv_write(args, q);
+}
+
+constexpr const char* kBlockAttentionSchema =
+    "block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor begin, Tensor end, Tensor "
+    "length, Tensor pages, int longest_query, int longest_length, float scale, Tensor(a!)? "
+    "counters) -> Tensor";
+
+template <class Backend>
+Tensor block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor begin, Tensor end,
+                       Tensor length, Tensor pages, int64_t longest_query, int64_t longest_length,
+                       double scale, std::optional<Tensor> counters) {
+  const CacheLayout keys = layout_of(k_cache, "k_cache", q);
+  const CacheLayout values = layout_of(v_cache, "v_cache", q);
+  check_same(keys, values);
+  const int64_t count = q.size(0), segments = begin.numel();
+  check_heads(q, "q", count, q.size(1), q.size(2), q);
+  contiguous(begin, "begin", ScalarType::Long, {segments}, q);
+  contiguous(end, "end", ScalarType::Long, {segments}, q);
+  contiguous(length, "length", ScalarType::Long, {segments}, q);
+  STD_TORCH_CHECK(pages.dim() == 2, "pages: expected 2 dimensions, got ", pages.dim());
+  contiguous(pages, "pages", ScalarType::Long, {segments, pages.size(1)}, q);
+  Tensor out = torch::stable::new_zeros(q, {count, q.size(1), q.size(2)});
+  const BlockAttentionArgs args{dtype_of(q),
+                                q.data_ptr(),
+                                q.stride(0),
+                                count,
+                                q.size(1),
+                                k_cache.data_ptr(),
+                                v_cache.data_ptr(),
+                                keys,
+                                values,
+                                segments,
+                                data<int64_t>(begin),
+                                data<int64_t>(end),
+                                data<int64_t>(length),
+                                data<int64_t>(pages),
+                                pages.size(1),
+                                longest_query,
+                                longest_length,
+                                static_cast<float>(scale),
+                                out.data_ptr()};
+  if (count > 0 && segments > 0) Backend::block_attention(args, q, counters);
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(dparallel, m) {
@@ -354,6 +508,8 @@ STABLE_TORCH_LIBRARY(dparallel, m) {
   m.def(kUnmaskSchema);
   m.def(kLossSchema);
   m.def(kLossBackwardSchema);
+  m.def(kKvWriteSchema);
+  m.def(kBlockAttentionSchema);
 }
 
 #define DPARALLEL_IMPL(KEY, BACKEND)                                               \
@@ -364,6 +520,8 @@ STABLE_TORCH_LIBRARY(dparallel, m) {
     m.impl("certainty_forcing_loss", TORCH_BOX(&certainty_forcing_loss<BACKEND>)); \
     m.impl("certainty_forcing_loss_backward",                                      \
            TORCH_BOX(&certainty_forcing_loss_backward<BACKEND>));                  \
+    m.impl("kv_write", TORCH_BOX(&kv_write<BACKEND>));                             \
+    m.impl("block_attention", TORCH_BOX(&block_attention<BACKEND>));               \
   }
 
 DPARALLEL_IMPL(CPU, Cpu)

@@ -32,7 +32,7 @@ TEACHER_POLICIES = (
     + [f"entropy_bound:{t}" for t in (0.1, 0.6, 1.0)]
 )
 STUDENT_POLICIES = (
-    [f"entropy:{t}" for t in (0.1, 0.2, 0.3, 0.4, 0.45, 0.5, 0.6)]
+    [f"entropy:{t}" for t in (0.1, 0.2, 0.3, 0.4, 0.45, 0.5, 0.6, 0.7)]
     + [f"confidence:{t}" for t in (0.95, 0.9, 0.8)]
     + [f"entropy_bound:{t}" for t in (0.3,)]
 )

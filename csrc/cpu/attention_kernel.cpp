@@ -1,0 +1,216 @@
+// Compiled once per instruction set, as row_kernel.cpp is.
+#include "attention_kernel.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "simd.h"
+
+namespace dparallel::cpu::DPARALLEL_SIMD {
+namespace {
+
+// C [rows, columns] += A [rows, depth] B [depth, columns], all row-major. A block of kRows by
+// kVectors vectors of C stays in registers while the depth goes by.
+constexpr int kRows = kLanes == 16 ? 6 : 4;
+constexpr int kVectors = kLanes == 16 ? 4 : 2;
+
+struct Matrix {
+  float* data;
+  int64_t stride;
+  float* row(int64_t i) const { return data + i * stride; }
+};
+
+template <int Rows, int Vectors>
+inline void multiply_block(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                           float* c, int64_t c_stride, int64_t depth) {
+  F sum[Rows][Vectors];
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < Vectors; ++j) sum[i][j] = load<F>(c + i * c_stride + j * kLanes);
+  for (int64_t k = 0; k < depth; ++k) {
+    F line[Vectors];
+    for (int j = 0; j < Vectors; ++j) line[j] = load<F>(b + k * b_stride + j * kLanes);
+    for (int i = 0; i < Rows; ++i) {
+      const F x = splat(a[i * a_stride + k]);
+      for (int j = 0; j < Vectors; ++j) sum[i][j] += x * line[j];
+    }
+  }
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < Vectors; ++j)
+      std::memcpy(c + i * c_stride + j * kLanes, &sum[i][j], sizeof(F));
+}
+
+// `columns` is a multiple of kLanes.
+void multiply(const Matrix& a, const Matrix& b, const Matrix& c, int64_t rows, int64_t columns,
+              int64_t depth) {
+  int64_t j = 0;
+  const auto strip = [&](auto vectors) {
+    constexpr int kCount = decltype(vectors)::value;
+    int64_t i = 0;
+    for (; i + kRows <= rows; i += kRows)
+      multiply_block<kRows, kCount>(a.row(i), a.stride, b.data + j, b.stride, c.row(i) + j,
+                                    c.stride, depth);
+    for (; i < rows; ++i)
+      multiply_block<1, kCount>(a.row(i), a.stride, b.data + j, b.stride, c.row(i) + j, c.stride,
+                                depth);
+    j += kCount * kLanes;
+  };
+  while (j + kVectors * kLanes <= columns) strip(std::integral_constant<int, kVectors>{});
+  while (j < columns) strip(std::integral_constant<int, 1>{});
+}
+
+typedef uint16_t H __attribute__((vector_size(2 * kLanes)));
+
+template <class T>
+inline F widen_in_order(const typename T::Storage* p) {
+  if constexpr (sizeof(typename T::Storage) == 4) {
+    return load<F>(p);
+  } else {
+    const U bits = __builtin_convertvector(load<H>(p), U);
+    if constexpr (std::is_same_v<T, BFloat16>) return (F)(bits << 16);
+    else return Float16::convert(bits);
+  }
+}
+
+// [count] stored numbers, as float32, zeros up to a whole vector.
+template <class T>
+inline void widen_row(const typename T::Storage* in, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const F v = widen_in_order<T>(in + i);
+    std::memcpy(out + i, &v, sizeof v);
+  }
+  for (; i < count; ++i) out[i] = T::value(in[i]);
+  for (; i % kLanes != 0; ++i) out[i] = 0.0f;
+}
+
+#define DP_SHUFFLE_4(a, b) \
+  __builtin_shufflevector(a, b, 0, 4, 1, 5), __builtin_shufflevector(a, b, 2, 6, 3, 7)
+#define DP_SHUFFLE_8(a, b)                                 \
+  __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11), \
+      __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#define DP_SHUFFLE_16(a, b)                                                              \
+  __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), \
+      __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+
+inline Pair interleave(F a, F b) {
+#if defined(__AVX512F__)
+  return {DP_SHUFFLE_16(a, b)};
+#elif defined(__AVX__)
+  return {DP_SHUFFLE_8(a, b)};
+#else
+  return {DP_SHUFFLE_4(a, b)};
+#endif
+}
+
+// Rows of kLanes floats become columns: interleaving halves log2(kLanes) times is a transposition.
+inline void transpose_square(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  F v[kLanes], w[kLanes];
+  for (int i = 0; i < kLanes; ++i) v[i] = load<F>(in + i * in_stride);
+  for (int stage = 1; stage < kLanes; stage *= 2) {
+    for (int i = 0; i < kLanes / 2; ++i) {
+      const Pair pair = interleave(v[i], v[i + kLanes / 2]);
+      w[2 * i] = pair.first;
+      w[2 * i + 1] = pair.second;
+    }
+    std::memcpy(v, w, sizeof v);
+  }
+  for (int i = 0; i < kLanes; ++i) std::memcpy(out + i * out_stride, &v[i], sizeof(F));
+}
+
+constexpr int64_t kKeys = 64;  // of a step: its scores, keys and values stay in the L2 cache
+
+int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+template <class T>
+void attend(const BlockAttentionArgs& args, const AttentionTile& tile, float* scratch) {
+  using Storage = typename T::Storage;
+  const int64_t dim = args.k_layout.head_dim, wide = padded(dim), rows = tile.rows;
+  const auto carve = [&](int64_t height, int64_t stride) {
+    const Matrix matrix{scratch, stride};
+    scratch += height * stride;
+    return matrix;
+  };
+  const Matrix q = carve(kTileRows, wide), out = carve(kTileRows, wide);
+  const Matrix scores = carve(kTileRows, kKeys);
+  const Matrix keys = carve(kKeys, wide), keys_t = carve(wide, kKeys), values = carve(kKeys, wide);
+  float* top = carve(1, kTileRows).data;
+  float* sum = carve(1, kTileRows).data;
+
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t head = tile.head * tile.group + r % tile.group;
+    widen_row<T>(static_cast<const Storage*>(args.q) +
+                     (tile.first + r / tile.group) * args.q_stride + head * dim,
+                 dim, q.row(r));
+    for (int64_t d = 0; d < wide; ++d) q.row(r)[d] *= args.scale;
+    std::fill_n(out.row(r), wide, 0.0f);
+    top[r] = -kInfinity;
+    sum[r] = 0.0f;
+  }
+  for (int64_t start = 0; start < tile.length; start += kKeys) {
+    const int64_t count = std::min(kKeys, tile.length - start), lanes = padded(count);
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t slot = start + j;
+      const int64_t page = tile.pages[slot / args.k_layout.page_size];
+      const int64_t at = slot % args.k_layout.page_size;
+      widen_row<T>(
+          static_cast<const Storage*>(args.k_cache) + args.k_layout.offset(page, at, tile.head),
+          dim, keys.row(j));
+      widen_row<T>(
+          static_cast<const Storage*>(args.v_cache) + args.v_layout.offset(page, at, tile.head),
+          dim, values.row(j));
+    }
+    for (int64_t j = count; j < lanes; ++j) std::fill_n(keys.row(j), wide, 0.0f);
+    for (int64_t j = 0; j < lanes; j += kLanes)
+      for (int64_t d = 0; d < wide; d += kLanes)
+        transpose_square(keys.row(j) + d, wide, keys_t.row(d) + j, kKeys);
+    for (int64_t r = 0; r < rows; ++r) std::fill_n(scores.row(r), lanes, 0.0f);
+    multiply(q, keys_t, scores, rows, lanes, wide);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* s = scores.row(r);
+      for (int64_t j = count; j < lanes; ++j) s[j] = -kInfinity;
+      F largest = load<F>(s);
+      for (int64_t j = kLanes; j < lanes; j += kLanes) largest = maximum(load<F>(s + j), largest);
+      const float before = top[r];
+      const float now = std::max(before, clamp_logit(reduce_max(largest)));
+      // NaN scores stay NaN; where all are -inf the row is uniform, as in a softmax of equals.
+      const F m = splat(now == -kInfinity ? 0.0f : now), floor = splat(kExpFloor);
+      F part = splat(0.0f);
+      for (int64_t j = 0; j < lanes; j += kLanes) {
+        F e = load<F>(s + j) - m;
+        e = exp_nonpositive(e < floor ? floor : e);
+        if (j + kLanes > count)
+          for (int i = 0; i < kLanes; ++i) e[i] = j + i < count ? e[i] : 0.0f;
+        std::memcpy(s + j, &e, sizeof e);
+        part += e;
+      }
+      if (now > before && before > -kInfinity) {
+        const float scale = __builtin_expf(before - now);
+        sum[r] *= scale;
+        float* o = out.row(r);
+        for (int64_t d = 0; d < wide; ++d) o[d] *= scale;
+      }
+      top[r] = now;
+      sum[r] += reduce_add(part);
+    }
+    multiply(scores, values, out, rows, wide, count);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t head = tile.head * tile.group + r % tile.group;
+    auto* to = static_cast<Storage*>(args.out) +
+               ((tile.first + r / tile.group) * args.q_heads + head) * dim;
+    const float inverse = tile.length > 0 ? 1.0f / sum[r] : 0.0f;
+    for (int64_t d = 0; d < dim; ++d) {
+      const float value = out.row(r)[d] * inverse;
+      if constexpr (std::is_same_v<T, Float32>) to[d] = value;
+      else if constexpr (std::is_same_v<T, BFloat16>) to[d] = bfloat16_bits(value);
+      else to[d] = float16_bits(value);
+    }
+  }
+}
+
+}  // namespace
+
+extern const AttentionKernel attention_kernel;
+const AttentionKernel attention_kernel{{attend<Float32>, attend<BFloat16>, attend<Float16>}};
+
+}  // namespace dparallel::cpu::DPARALLEL_SIMD

@@ -1,0 +1,41 @@
+// The SIMD kernel under block_attention: one tile of query rows of one key head against its slots.
+#pragma once
+
+#include "dparallel/launch.h"
+
+namespace dparallel::cpu {
+
+// Query row r of the tile is row `first + r / group` of q and head `head * group + r % group`: the
+// `group` query heads of a key head share its keys.
+struct AttentionTile {
+  int64_t first, rows;  // rows = query rows * group, at most kTileRows
+  int64_t head, group;
+  int64_t length;        // slots [0, length) are visible
+  const int64_t* pages;  // [table_width]
+};
+
+constexpr int64_t kTileRows = 64;
+
+// Floats of scratch that a tile needs.
+int64_t attention_scratch(int64_t head_dim);
+
+struct AttentionKernel {
+  // Indexed by DType.
+  void (*tile[3])(const BlockAttentionArgs& args, const AttentionTile& tile, float* scratch);
+};
+
+const AttentionKernel& attention_kernel();  // of the best level
+
+namespace portable {
+extern const AttentionKernel attention_kernel;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const AttentionKernel attention_kernel;
+}
+namespace avx512 {
+extern const AttentionKernel attention_kernel;
+}
+#endif
+
+}  // namespace dparallel::cpu

@@ -1,0 +1,45 @@
+// block_attention on the CPU: tiles of query rows, one key head each, in parallel.
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "attention_kernel.h"
+#include "dparallel/launch.h"
+#include "row_kernel.h"
+#include "row_stats.h"
+
+namespace dparallel::cpu {
+
+const AttentionKernel& attention_kernel() {
+#if defined(__x86_64__)
+  if (best_simd_level() == SimdLevel::avx512) return avx512::attention_kernel;
+  if (best_simd_level() == SimdLevel::avx2) return avx2::attention_kernel;
+#endif
+  return portable::attention_kernel;
+}
+
+// Query, output, keys, keys transposed and values of a tile, scores, maximum and sum of each row;
+// 16 is the widest vector's length.
+int64_t attention_scratch(int64_t head_dim) {
+  const int64_t wide = (head_dim + 15) / 16 * 16;
+  return kTileRows * (5 * wide + kTileRows + 2);
+}
+
+void block_attention(const BlockAttentionArgs& args, Parallel parallel) {
+  const int64_t heads = args.k_layout.heads, group = args.q_heads / heads;
+  const int64_t step = std::max<int64_t>(1, kTileRows / group);  // query rows of a tile
+  // A segment's tiles count from its own first row, so that its result depends on nothing else.
+  std::vector<AttentionTile> tiles;
+  for (int64_t s = 0; s < args.segments; ++s)
+    for (int64_t first = args.begin[s]; first < args.end[s]; first += step)
+      for (int64_t head = 0; head < heads; ++head)
+        tiles.push_back({first, std::min(step, args.end[s] - first) * group, head, group,
+                         args.length[s], args.pages + s * args.table_width});
+  run_parallel(parallel, static_cast<int64_t>(tiles.size()), [&](int64_t i) {
+    static thread_local std::vector<float> scratch;
+    scratch.resize(attention_scratch(args.k_layout.head_dim));
+    attention_kernel().tile[static_cast<int>(args.dtype)](args, tiles[i], scratch.data());
+  });
+}
+
+}  // namespace dparallel::cpu

@@ -1,0 +1,73 @@
+// kv_write on the CPU: rows in parallel, each read once and written once.
+#include <cstring>
+
+#include "dparallel/launch.h"
+#include "dparallel/numeric.h"
+#include "row_stats.h"
+
+namespace dparallel::cpu {
+namespace {
+
+struct Float32 {
+  using Storage = float;
+  static float value(float x) { return x; }
+  static float narrow(float x) { return x; }
+};
+struct BFloat16 {
+  using Storage = uint16_t;
+  static float value(uint16_t x) { return bfloat16_value(x); }
+  static uint16_t narrow(float x) { return bfloat16_bits(x); }
+};
+struct Float16 {
+  using Storage = uint16_t;
+  static float value(uint16_t x) { return float16_value(x); }
+  static uint16_t narrow(float x) { return float16_bits(x); }
+};
+
+// One head [dim]; `in` may be `out`.
+template <class T>
+void rotate(const typename T::Storage* in, typename T::Storage* out, int64_t dim, const float* cos,
+            const float* sin, bool interleaved) {
+  const int64_t half = dim / 2, next = interleaved ? 1 : half, step = interleaved ? 2 : 1;
+  for (int64_t i = 0; i < half; ++i) {
+    const float a = T::value(in[i * step]), b = T::value(in[i * step + next]);
+    out[i * step] = T::narrow(a * cos[i] - b * sin[i]);
+    out[i * step + next] = T::narrow(b * cos[i] + a * sin[i]);
+  }
+}
+
+template <class T>
+void write(const KvWriteArgs& args, Parallel parallel) {
+  using Storage = typename T::Storage;
+  const CacheLayout &keys = args.k_layout, &values = args.v_layout;
+  const int64_t dim = keys.head_dim;
+  run_parallel(parallel, args.count, [&](int64_t row) {
+    const float* cos = args.cos + args.positions[row] * (dim / 2);
+    const float* sin = args.sin + args.positions[row] * (dim / 2);
+    auto* q = static_cast<Storage*>(args.q) + row * args.q_stride;
+    for (int64_t head = 0; head < args.q_heads; ++head)
+      rotate<T>(q + head * dim, q + head * dim, dim, cos, sin, args.interleaved);
+    if (args.slots[row] < 0) return;
+    const int64_t page = args.slots[row] / keys.page_size, at = args.slots[row] % keys.page_size;
+    const auto* k = static_cast<const Storage*>(args.k) + row * args.k_stride;
+    const auto* v = static_cast<const Storage*>(args.v) + row * args.v_stride;
+    for (int64_t head = 0; head < keys.heads; ++head) {
+      rotate<T>(k + head * dim, static_cast<Storage*>(args.k_cache) + keys.offset(page, at, head),
+                dim, cos, sin, args.interleaved);
+      std::memcpy(static_cast<Storage*>(args.v_cache) + values.offset(page, at, head),
+                  v + head * dim, dim * sizeof(Storage));
+    }
+  });
+}
+
+}  // namespace
+
+void kv_write(const KvWriteArgs& args, Parallel parallel) {
+  switch (args.dtype) {
+    case DType::float32: return write<Float32>(args, parallel);
+    case DType::bfloat16: return write<BFloat16>(args, parallel);
+    default: return write<Float16>(args, parallel);
+  }
+}
+
+}  // namespace dparallel::cpu
