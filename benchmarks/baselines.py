@@ -90,10 +90,15 @@ def published_decode(
             end, turn = start + block_length, 0
             while turn == 0 or (turn == 1 and slots is not None) or bool((x[:, start:end] == mask_id).any()):
                 if slots is not None and turn > 0:
-                    logits = model.head(model.hidden(x[:, start:end], slots, start))
+                    plan = slots.plan(model.spans(0, start, end, x.shape[1]))
+                    logits = model.head(model.step(x[0, start:end], slots, plan))[None]
                     published(x[:, start:end], logits, mask_id, 0, block_length, threshold)
+                elif slots is not None:
+                    plan = slots.plan(model.spans(0, 0, x.shape[1], x.shape[1]))
+                    logits = model.head(model.step(x[0], slots, plan))[None]
+                    published(x, logits, mask_id, start, end, threshold)
                 else:
-                    logits = model.head(model.hidden(x, slots))
+                    logits = model.head(model.hidden(x))
                     published(x, logits, mask_id, start, end, threshold)
                 turn += 1
                 forwards += 1

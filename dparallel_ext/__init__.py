@@ -6,7 +6,9 @@ import torch  # the compiled library links against torch's, so torch comes first
 
 from . import compat, models, policies, reference
 from ._C import build_info, simd_level
-from .decode import DecodeOutput, Trajectory, decode
+from .attention import block_attention, kv_write, rope_table
+from .batch import Trajectory
+from .decode import DecodeOutput, decode
 from .loss import CertaintyForcingLoss, certainty_forcing_loss, linear_certainty_forcing_loss
 from .masks import MaskedPair, semi_autoregressive_masks
 from .ops import check_errors, row_stats, select, unmask_
@@ -21,15 +23,18 @@ __all__ = [
     "RowStats",
     "Trajectory",
     "UnmaskOutput",
+    "block_attention",
     "build_info",
     "certainty_forcing_loss",
     "check_errors",
     "compat",
     "decode",
+    "kv_write",
     "linear_certainty_forcing_loss",
     "models",
     "policies",
     "reference",
+    "rope_table",
     "row_stats",
     "select",
     "semi_autoregressive_masks",

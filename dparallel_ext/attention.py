@@ -13,6 +13,7 @@ from torch import Tensor
 from .ops import _counters
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of the kernels; float64 is computed by the twins in `reference`."""
 
 
 def rope_table(
@@ -69,6 +70,11 @@ def kv_write(
     if q.device.type == "cpu" and count and not torch.compiler.is_compiling():
         _within("positions", positions, 0, len(cos))
         _within("slots", slots, None, len(k_cache) * k_cache.shape[2])
+    if q.dtype == torch.float64:
+        from . import reference
+
+        at = {"positions": positions, "slots": slots, "cos": cos, "sin": sin}
+        return reference.kv_write(q, k, v, k_cache, v_cache, **at, interleaved=interleaved)
     torch.ops.dparallel.kv_write(
         q,
         _rows(k),
@@ -147,6 +153,11 @@ def block_attention(
         _within("lengths", lengths, 0, capacity + 1)
         _within("begin", begin, 0, len(q) + 1)
         _within("end", end, 0, len(q) + 1)
+    if q.dtype == torch.float64:
+        from . import reference
+
+        at = {"pages": pages, "begin": begin, "end": end}
+        return reference.block_attention(q, k_cache, v_cache, lengths, **at, scale=scale).view(shape)
     out = torch.ops.dparallel.block_attention(
         _rows(q),
         k_cache,
@@ -166,7 +177,7 @@ def block_attention(
 def _check(name: str, given: Tensor, ndim: int, like: Tensor | None = None) -> None:
     if not isinstance(given, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(given).__name__}")
-    if given.dtype not in DTYPES or (like is not None and given.dtype != like.dtype):
+    if given.dtype not in (*DTYPES, torch.float64) or (like is not None and given.dtype != like.dtype):
         wanted = "float32, bfloat16 or float16" if like is None else f"{like.dtype} as q"
         raise ValueError(f"{name}: expected {wanted}, got {given.dtype}")
     if like is not None and given.device != like.device:
@@ -177,9 +188,7 @@ def _check(name: str, given: Tensor, ndim: int, like: Tensor | None = None) -> N
 
 def _check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
     if k_cache.shape != v_cache.shape:
-        raise ValueError(
-            f"v_cache: expected {tuple(k_cache.shape)} as k_cache, got {tuple(v_cache.shape)}"
-        )
+        raise ValueError(f"v_cache: expected {tuple(k_cache.shape)} as k_cache, got {tuple(v_cache.shape)}")
     heads, dim = q.shape[1:]
     if k_cache.shape[3] != dim or k_cache.shape[1] < 1 or heads % k_cache.shape[1] or k_cache.shape[2] < 1:
         raise ValueError(
@@ -187,7 +196,9 @@ def _check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
             f"{heads} heads of q and D = {dim}, got {tuple(k_cache.shape)}"
         )
     if heads > 64 * k_cache.shape[1]:
-        raise ValueError(f"q: expected at most 64 heads for each of {k_cache.shape[1]} key heads, got {heads}")
+        raise ValueError(
+            f"q: expected at most 64 heads for each of {k_cache.shape[1]} key heads, got {heads}"
+        )
     if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
         raise ValueError("k_cache: expected its last dimension contiguous")
 

@@ -6,13 +6,14 @@ used: the published loops run a second pass for a block even if its first has co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .decode import Policy, _Loop, _Plan, _plan
+from .batch import Policy, Row, Rules
+from .decode import make_rules, run, start
 from .ops import check_errors, select
 from .types import RowStats
 
@@ -98,27 +99,30 @@ def _generate(
     if blocks and steps % blocks:
         raise ValueError(f"steps: expected a multiple of the {blocks} blocks, got {steps}")
     with torch.inference_mode():
-        loop = _Loop(model, prompt, gen_length, block_length, cache, mask_id)
+        rows = prompt[None] if prompt.ndim == 1 else prompt
+        batch = start(
+            model, list(rows.to(torch.int64)), gen_length, block_length, cache, mask_id, published=True
+        )
         schedule = steps if threshold is None else None
-        plan = _plan(loop, len(loop.tokens), schedule, threshold, selector, None, 1, None, None)
+        rules = make_rules(batch, schedule, threshold, selector, None, 1, None, None)
         if remasking == "random":
-            plan = _Plan(None, _randomly(plan))
+            rules = _randomly(rules)
         # The published noise comes from torch's generator, so that is what seeds ours.
         seed = int(torch.randint(2**62, ())) if temperature > 0 else 0
-        loop.run(plan, temperature=temperature, seed=seed, published=True)
-        check_errors(loop.tokens.device)
-    return loop.tokens.clone(), loop.forwards
+        run(batch, rules, temperature=temperature, seed=seed)
+        check_errors(batch.tokens.device)
+    return batch.tokens.clone(), batch.forwards
 
 
-def _randomly(plan: _Plan) -> Callable[[int, int, int], Policy]:
-    """The plan's rule with uniform random numbers for confidences."""
+def _randomly(rules: Rules) -> Rules:
+    """The same rules with uniform random numbers for confidences."""
 
-    def at(turn: int, start: int, end: int) -> Policy:
-        rows = plan.rows(turn, start, end)
-        assert isinstance(rows, Tensor)
+    def at(rows: Sequence[Row]) -> Policy:
+        made = rules(rows)
+        assert isinstance(made, Tensor)
 
         def policy(stats: RowStats, eligible: Tensor, step: Tensor) -> Tensor:
-            return select(stats._replace(confidence=torch.rand_like(stats.confidence)), eligible, rows)
+            return select(stats._replace(confidence=torch.rand_like(stats.confidence)), eligible, made)
 
         return policy
 

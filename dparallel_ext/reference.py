@@ -228,3 +228,54 @@ def certainty_forcing_loss(
 
     loss = ce + entropy_weight * certainty
     return CertaintyForcingLoss(loss, spread(nll), spread(entropy), spread(correct))
+
+
+def kv_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    positions: Tensor,
+    slots: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool = False,
+) -> None:
+    """See `dparallel_ext.kv_write`; any floating-point dtype."""
+    c, s = (t.double()[positions][:, None] for t in (cos, sin))  # (N, 1, D / 2)
+
+    def rotate(x: Tensor) -> Tensor:
+        a, b = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
+        turned = (a.double() * c - b.double() * s, b.double() * c + a.double() * s)
+        return (torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)).to(x.dtype)
+
+    written = slots >= 0
+    page, at = slots[written] // k_cache.shape[2], slots[written] % k_cache.shape[2]
+    k_cache[page, :, at] = rotate(k)[written]
+    v_cache[page, :, at] = v[written]
+    q.copy_(rotate(q))
+
+
+def block_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    pages: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """See `dparallel_ext.block_attention`; any floating-point dtype."""
+    out, group = torch.zeros_like(q), q.shape[1] // k_cache.shape[1]
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    for first, last, length, table in zip(begin, end, lengths.tolist(), pages, strict=True):
+        slot = torch.arange(length, device=q.device)
+        at = (table[slot // k_cache.shape[2]], slice(None), slot % k_cache.shape[2])
+        k, v = (t[at].double().repeat_interleave(group, 1) for t in (k_cache, v_cache))  # (length, H, D)
+        scores = torch.einsum("qhd,khd->hqk", q[first:last].double(), k) * scale
+        out[first:last] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(q.dtype)
+    return out

@@ -15,11 +15,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dparallel_ext import models
+from dparallel_ext.cache import KVCache, Span
 from dparallel_ext.models import Dream, LLaDA, Model
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ["llada_tiny_a", "dream_tiny_a"]
 both = pytest.mark.parametrize("name", NAMES)
+
+
+def stepped(model: Model, x: Tensor, cache: KVCache, start: int = 0) -> Tensor:
+    """Hidden states (B, Q, width) of positions start .. start + Q - 1 of every sequence, by one `step`."""
+    end = start + x.shape[1]
+    spans = [span for b in range(len(x)) for span in model.spans(b, start, end, cache.length)]
+    return model.step(x.flatten(), cache, cache.plan(spans)).view(*x.shape, model.shape.width)
 
 
 def config_of(name: str, **changes: Any) -> dict[str, Any]:
@@ -69,7 +77,7 @@ def test_golden_logits(name: str) -> None:
     torch.testing.assert_close(logits, golden["logits"], rtol=0, atol=1e-4)
     assert not model.training
     assert (model.mask_id, model.eos_id, model.vocab_size) == (511, 1, 512)
-    assert model.shift is model.strict_entropy is (name == "dream_tiny_a")
+    assert model.shift is ("entropy" in model.strict) is (name == "dream_tiny_a")
 
 
 def plain_llada(config: dict[str, Any], w: dict[str, Tensor], tokens: Tensor) -> Tensor:
@@ -175,7 +183,7 @@ def test_full_pass_with_cache_equals_without(name: str) -> None:
     cache = model.new_cache(3, 21)
     assert cache.slots.shape[:2] == (3, 2)
     assert (cache.batch, cache.length) == (3, 21)
-    assert torch.equal(model.hidden(x, cache), model.hidden(x))
+    torch.testing.assert_close(stepped(model, x, cache), model.hidden(x))
 
 
 @both
@@ -184,9 +192,9 @@ def test_full_pass_with_cache_equals_without(name: str) -> None:
 def test_partial_pass_over_unchanged_tokens_changes_nothing(name: str, span: tuple[int, int]) -> None:
     model, x, (s, e) = models.load(GOLDEN / name), ids(2, 21), span
     cache = model.new_cache(2, 21)
-    full = model.hidden(x, cache)
+    full = stepped(model, x, cache)
     before = cache.slots.clone()
-    torch.testing.assert_close(model.hidden(x[:, s:e], cache, s), full[:, s:e])
+    torch.testing.assert_close(stepped(model, x[:, s:e], cache, s), full[:, s:e])
     torch.testing.assert_close(cache.slots, before)
 
 
@@ -195,10 +203,10 @@ def test_partial_pass_over_unchanged_tokens_changes_nothing(name: str, span: tup
 def test_partial_pass_overwrites_its_slots_alone(name: str) -> None:
     model, x = models.load(GOLDEN / name), ids(2, 21)
     cache = model.new_cache(2, 21)
-    model.hidden(x, cache)
+    stepped(model, x, cache)
     before = cache.slots.clone()
     changed = (x[:, 6:13] + 1) % 510
-    partial = model.hidden(changed, cache, 6)
+    partial = stepped(model, changed, cache, 6)
     new = cache.slots
     assert torch.equal(new[..., :6, :], before[..., :6, :])
     assert torch.equal(new[..., 13:, :], before[..., 13:, :])
@@ -208,9 +216,9 @@ def test_partial_pass_overwrites_its_slots_alone(name: str) -> None:
     config["num_hidden_layers" if name == "dream_tiny_a" else "n_layers"] = 1
     single = type(model)(config)
     cache = single.new_cache(2, 21)
-    single.hidden(x, cache)
+    stepped(single, x, cache)
     y = torch.cat((x[:, :6], changed, x[:, 13:]), 1)
-    torch.testing.assert_close(single.hidden(changed, cache, 6), single.hidden(y)[:, 6:13])
+    torch.testing.assert_close(stepped(single, changed, cache, 6), single.hidden(y)[:, 6:13])
     assert partial.shape == (2, 7, 64)
 
 
@@ -248,7 +256,8 @@ def test_every_position_sees_every_other(name: str) -> None:
 def test_empty_and_smallest(name: str, shape: tuple[int, int]) -> None:
     model = models.load(GOLDEN / name)
     assert model(ids(*shape)).logits.shape == (*shape, 512)
-    assert model.hidden(ids(*shape), model.new_cache(*shape)).shape == (*shape, 64)
+    cache = model.new_cache(*shape)
+    assert stepped(model, ids(*shape), cache).shape == (*shape, 64)
 
 
 @both
@@ -275,9 +284,9 @@ def test_bfloat16_rounds_where_the_published_code_does(name: str) -> None:
     y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + model.shape.eps)).bfloat16()
     assert torch.equal(block.norm1(embedded), y * block.norm1.weight)
     cache = model.new_cache(2, 300)
-    model.hidden(x, cache)
-    # LLaDA turns the keys in float32 (rope_full_precision), Dream in the model's dtype.
-    dtype = torch.float32 if name == "llada_tiny_a" else torch.bfloat16
+    stepped(model, x, cache)
+    # Cached keys are turned in float32 and rounded once; published Dream rounds each product.
+    dtype = torch.float32
     k = block.k(y * block.norm1.weight).unflatten(-1, (-1, 16)).transpose(1, 2).to(dtype)
     theta = model.config["rope_theta"]
     angle = torch.outer(torch.arange(300.0), 1 / theta ** (torch.arange(0, 16, 2) / 16))
@@ -468,7 +477,7 @@ def test_unreadable(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", ["llama", None, "dream"])
 def test_unknown_model_type(model_type: str | None, tmp_path: Path) -> None:
     path = write(tmp_path, config_of("llada_tiny_a", model_type=model_type), {})
-    message = rf"model_type {model_type!r} is none of \['llada', 'Dream'\]"
+    message = rf"model_type {model_type!r} is none of \['llada', 'Dream', 'sdar'\]"
     with pytest.raises(ValueError, match=message):
         models.load(path)
 
@@ -487,7 +496,7 @@ def test_unknown_model_type(model_type: str | None, tmp_path: Path) -> None:
         (LLaDA, {"input_emb_norm": True}, "input_emb_norm=True"),
         (LLaDA, {"residual_dropout": 0.1}, "residual_dropout=0.1"),
         (LLaDA, {"n_kv_heads": 3}, "3 key heads do not divide 4 heads"),
-        (LLaDA, {"n_heads": 3}, "3 heads do not divide the width 64"),
+        (LLaDA, {"n_heads": 64}, "expected heads of even size, got 1"),
         (LLaDA, {"embedding_size": 500}, "500 embedding rows"),
         (LLaDA, {"mask_token_id": 512}, "mask_token_id=512, expected an id below 512"),
         (LLaDA, {"eos_token_id": [1, 2]}, r"eos_token_id=\[1, 2\]"),
@@ -539,13 +548,16 @@ def test_bad_input_ids(given: Any, error: type[Exception], message: str) -> None
 def test_bad_positions() -> None:
     model = models.load(GOLDEN / "llada_tiny_a")
     cache = model.new_cache(2, 8)
-    for start in (-1, 5, 9):
-        with pytest.raises(ValueError, match=r"exceed the cache of 8"):
-            model.hidden(ids(2, 4), cache, start)
-    with pytest.raises(ValueError, match="3 sequences, but the cache is for 2"):
-        model.hidden(ids(3, 4), cache)
-    with pytest.raises(ValueError, match="expected 0 without a cache, got 2"):
-        model.hidden(ids(2, 4), None, 2)
+    for start, end in ((-1, 4), (5, 9), (9, 10)):
+        with pytest.raises(ValueError, match="exceed the cache of 8"):
+            cache.plan([Span(0, start, end, 8)])
+    with pytest.raises(ValueError, match="sequence 2, but the cache is for 2"):
+        cache.plan([Span(2, 0, 4, 8)])
+    plan = cache.plan([Span(0, 0, 4, 8), Span(1, 2, 3, 8)])
+    with pytest.raises(ValueError, match=r"input_ids: expected \(5,\), got \(4,\)"):
+        model.step(ids(1, 4)[0], cache, plan)
+    with pytest.raises(ValueError, match=r"input_ids: expected int64 \(N,\)"):
+        model.step(ids(1, 5), cache, plan)
 
 
 def test_bad_attention_masks() -> None:
@@ -555,8 +567,6 @@ def test_bad_attention_masks() -> None:
             model(ids(2, 4), attention_mask=mask)
     with pytest.raises(ValueError, match="a visible position in every row"):
         model(ids(2, 4), attention_mask=torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0]]))
-    with pytest.raises(ValueError, match="not supported together with a cache"):
-        model.hidden(ids(2, 4), model.new_cache(2, 4), attention_mask=torch.ones(2, 4).bool())
 
 
 @pytest.mark.parametrize("name", ["llada_tiny_a", "dream_tiny_a"])

@@ -1,4 +1,4 @@
-"""One bidirectional transformer for every family: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+"""One transformer for every family: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
 A family is data: how its config.json reads (`Shape`) and what its checkpoint calls each tensor
 (`NAMES`). The modules go by short names of their own; `state_dict` speaks the checkpoint's.
@@ -6,7 +6,8 @@ A family is data: how its config.json reads (`Shape`) and what its checkpoint ca
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, MutableMapping
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from ..attention import block_attention, kv_write, rope_table
+from ..cache import KVCache, Pass, Span
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,12 @@ class Shape:
     norm_bias: bool = False
     tied: bool = False
     logit_scale: float = 1.0
+    qk_norm: bool = False
+    """Queries and keys of each head are normalised before the rotary embedding (Qwen3)."""
 
     def __post_init__(self) -> None:
-        if self.width % self.heads or self.head_dim % 2:
-            raise ValueError(
-                f"config: {self.heads} heads do not divide the width {self.width} into even parts"
-            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"config: expected heads of even size, got {self.head_dim}")
         if self.heads % self.kv_heads:
             raise ValueError(f"config: {self.kv_heads} key heads do not divide {self.heads} heads")
         if self.rows < self.vocab_size:
@@ -76,40 +80,14 @@ class Output:
     """(B, L, V)"""
 
 
-class KVCache:
-    """Keys (after RoPE) and values of every position, in slots allotted once.
-
-    slots: (layers, 2, B, kv_heads, length, head_dim), in the dtype and on the device of the model.
-    A pass writes them in place, so it belongs under `torch.no_grad` or `inference_mode`.
-    """
-
-    def __init__(self, slots: Tensor) -> None:
-        self.slots = slots
-
-    @property
-    def batch(self) -> int:
-        return self.slots.shape[2]
-
-    @property
-    def length(self) -> int:
-        return self.slots.shape[4]
-
-    def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Overwrite slots [start, start + Q) and return all keys and values (B, H, length, D)."""
-        k, v = self.slots[layer, 0], self.slots[layer, 1]
-        k[:, :, start : start + keys.shape[2]] = keys
-        v[:, :, start : start + keys.shape[2]] = values
-        return k, v
-
-
 class RMSNorm(nn.Module):
     """Normalised in float32 or better, scaled in the model's dtype, as published."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, width: int | None = None) -> None:
         super().__init__()
-        self.eps = shape.eps
-        self.weight = nn.Parameter(torch.ones(shape.width))
-        self.bias = nn.Parameter(torch.zeros(shape.width)) if shape.norm_bias else None
+        self.eps, width = shape.eps, width or shape.width
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if shape.norm_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -119,9 +97,13 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-split rotary embedding of x (B, H, Q, D) by cos, sin (Q, D)."""
+    """Half-split rotary embedding of x (B, Q, H, D) by cos, sin (Q, 1, D / 2)."""
     a, b = x.chunk(2, -1)
-    return x * cos + torch.cat((-b, a), -1) * sin
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries (..., heads, D), keys and values (..., kv_heads, D), before RoPE -> (..., heads, D)."""
 
 
 class Block(nn.Module):
@@ -132,47 +114,37 @@ class Block(nn.Module):
         self.q = nn.Linear(s.width, s.heads * s.head_dim, bias=s.qkv_bias)
         self.k = nn.Linear(s.width, s.kv_heads * s.head_dim, bias=s.qkv_bias)
         self.v = nn.Linear(s.width, s.kv_heads * s.head_dim, bias=s.qkv_bias)
+        if s.qk_norm:
+            self.q_norm = RMSNorm(s, s.head_dim)
+            self.k_norm = RMSNorm(s, s.head_dim)
         self.o = nn.Linear(s.heads * s.head_dim, s.width, bias=s.bias)
         self.norm2 = RMSNorm(s)
         self.gate = nn.Linear(s.width, s.mlp_width, bias=s.bias)
         self.up = nn.Linear(s.width, s.mlp_width, bias=s.bias)
         self.down = nn.Linear(s.mlp_width, s.width, bias=s.bias)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        cache: KVCache | None,
-        layer: int,
-        start: int,
-        visible: Tensor | None,
-    ) -> Tensor:
-        s, (batch, queries, _) = self.shape, x.shape
-
-        def heads(y: Tensor, count: int) -> Tensor:  # (B, Q, H D) -> (B, H, Q, D)
-            return y.view(batch, queries, count, s.head_dim).transpose(1, 2)
-
-        y = self.norm1(x)
-        q, k = heads(self.q(y), s.heads), heads(self.k(y), s.kv_heads)
-        v = heads(self.v(y), s.kv_heads)
-        rope_dtype = torch.promote_types(v.dtype, torch.float32) if s.rope_in_float32 else v.dtype
-        cos, sin = (t.to(rope_dtype) for t in rope)  # (Q, D)
-        q, k = (rotate(t.to(rope_dtype), cos, sin).to(v.dtype) for t in (q, k))
-        if cache is not None:
-            k, v = cache.write(layer, start, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=s.kv_heads != s.heads)
-        x = x + self.o(y.transpose(1, 2).reshape(batch, queries, s.heads * s.head_dim))
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """x (..., width) -> (..., width)"""
+        s, y = self.shape, self.norm1(x)
+        q = self.q(y).unflatten(-1, (s.heads, s.head_dim))
+        k = self.k(y).unflatten(-1, (s.kv_heads, s.head_dim))
+        v = self.v(y).unflatten(-1, (s.kv_heads, s.head_dim))
+        if s.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        x = x + self.o(attend(q, k, v).flatten(-2))
         y = self.norm2(x)
         return x + self.down(F.silu(self.gate(y)) * self.up(y))
 
 
 class Model(nn.Module):
-    """A masked diffusion language model: every position sees every other.
+    """A masked diffusion language model.
 
-    Called on input_ids (B, L) int64 it returns an object with `.logits` (B, L, V), raw, as the
-    Hugging Face model of the same checkpoint does (V: rows of the embedding). `hidden` and `head`
-    are its two halves, for decoding. Built from a config.json's content, it has fresh weights to
-    train, initialised as torch does; `load` and `wrap` fill it with given ones.
+    Every position sees every other; or, where the family is block-causal, those up to the end of its own
+    block. Called on input_ids (B, L) int64 it returns an object with `.logits` (B, L, V), raw, as the
+    Hugging Face model of the same checkpoint does (V: rows of the embedding). `hidden` and `head` are its
+    two halves; `step` is `hidden` for decoding, of chosen positions and against a cache. Built from a
+    config.json's content, it has fresh weights to train, initialised as torch does; `load` and `wrap`
+    fill it with given ones.
 
     Raises ValueError naming the config key that is missing or asks for what is not implemented.
     """
@@ -181,8 +153,10 @@ class Model(nn.Module):
     """Our module -> the checkpoint's; `{}` stands for the layer."""
     shift: ClassVar[bool] = False
     """The logits for position p are produced at position max(p - 1, 0)."""
-    strict_entropy: ClassVar[bool] = False
-    """The published decoder of this family keeps H < tau rather than H <= tau."""
+    strict: ClassVar[frozenset[str]] = frozenset()
+    """The selectors by which this family's published decoder commits beyond the threshold, not at it."""
+    block_length: int | None = None
+    """Block-causal families: the length of the blocks, counted from position 0. Else None."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -251,32 +225,88 @@ class Model(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Output:
         return Output(self.head(self.hidden(input_ids, attention_mask=attention_mask)))
 
-    def hidden(
-        self,
-        input_ids: Tensor,
-        cache: KVCache | None = None,
-        start: int = 0,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Hidden states (B, Q, width) after the final norm, of input_ids (B, Q).
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Hidden states (B, L, width) after the final norm, of whole sequences input_ids (B, L).
 
-        With a cache, the ids are those of positions start .. start + Q - 1: their keys and values
-        overwrite those slots, and attention sees all slots of the cache. Without one, attention_mask
-        (B, Q), bool or whole numbers, is 0 where a position is padding, that none shall see.
+        attention_mask (B, L), bool or whole numbers, is 0 where a position is padding, that none shall see.
 
         Raises TypeError or ValueError for ids of a wrong type, shape or (on the CPU, where looking
-        costs no synchronisation) range, and for positions outside the cache.
+        costs no synchronisation) range.
         """
-        self._check(input_ids, cache, start)
-        visible = self._visible(input_ids, cache, attention_mask)
+        self._check(input_ids, 2)
+        s, visible = self.shape, self._visible(input_ids, attention_mask)
         x = self.embed(input_ids)
-        rope = self._rope_of(start, start + input_ids.shape[1])
-        for layer, block in enumerate(self.blocks):
+        rope_dtype = torch.promote_types(x.dtype, torch.float32) if s.rope_in_float32 else x.dtype
+        cos, sin = (t[: x.shape[1], None].to(rope_dtype) for t in self._rope_of(x.shape[1]))
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k = (rotate(t.to(rope_dtype), cos, sin).to(v.dtype) for t in (q, k))
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            grouped = s.kv_heads != s.heads
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
+            return y.transpose(1, 2)
+
+        for block in self.blocks:
             if self.checkpointing is not None and self.training:
-                x = checkpoint(block, x, rope, cache, layer, start, visible, **self.checkpointing)
+                x = checkpoint(block, x, attend, **self.checkpointing)
             else:
-                x = block(x, rope, cache, layer, start, visible)
+                x = block(x, attend)
         return self.norm(x)
+
+    def step(self, input_ids: Tensor, cache: KVCache, plan: Pass) -> Tensor:
+        """Hidden states (N, width) after the final norm, of the packed tokens input_ids (N,) of `plan`.
+
+        Their keys and values are written to the cache in place, and attention reads it, so it belongs under
+        `torch.no_grad` or `inference_mode`.
+
+        Raises TypeError or ValueError as `hidden` does.
+        """
+        self._check(input_ids, 1)
+        if len(input_ids) != len(plan.positions):
+            raise ValueError(f"input_ids: expected ({len(plan.positions)},), got {tuple(input_ids.shape)}")
+        cos, sin = self._rope_of(cache.length)
+        x = self.embed(input_ids)
+        for layer, block in enumerate(self.blocks):
+            keys, values = cache.layer(layer)
+
+            def attend(
+                q: Tensor, k: Tensor, v: Tensor, keys: Tensor = keys, values: Tensor = values
+            ) -> Tensor:
+                kv_write(
+                    q,
+                    k,
+                    v,
+                    keys,
+                    values,
+                    positions=plan.positions,
+                    slots=plan.slots,
+                    cos=cos,
+                    sin=sin,
+                )
+                return block_attention(
+                    q,
+                    keys,
+                    values,
+                    plan.lengths,
+                    pages=plan.pages,
+                    begin=plan.begin,
+                    end=plan.end,
+                    longest_query=plan.longest_query,
+                    longest_length=plan.longest_length,
+                )
+
+            x = block(x, attend)
+        return self.norm(x)
+
+    def spans(self, row: int, start: int, end: int, length: int) -> list[Span]:
+        """Positions [start, end) of sequence `row`, which has `length`, with what each may see."""
+        size = self.block_length
+        if size is None:
+            return [Span(row, start, end, length)] if start < end else []
+        cuts = [start, *range((start // size + 1) * size, end, size), end]
+        return [
+            Span(row, a, b, min((a // size + 1) * size, length)) for a, b in itertools.pairwise(cuts) if a < b
+        ]
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
@@ -309,34 +339,29 @@ class Model(nn.Module):
         logits = self.lm_head(hidden)
         return logits if self.shape.logit_scale == 1.0 else logits * self.shape.logit_scale
 
-    def new_cache(self, batch: int, length: int) -> KVCache:
-        """An empty cache for `length` positions: its first pass must write them all."""
+    def new_cache(self, batch: int, length: int, *, kept: bool = True) -> KVCache:
+        """An empty cache for `length` positions of each sequence; not `kept`: for one pass alone."""
         s = self.shape
-        shape = (s.layers, 2, batch, s.kv_heads, length, s.head_dim)
+        shape = (s.layers if kept else 1, 2, batch, s.kv_heads, max(1, length), s.head_dim)
         return KVCache(torch.zeros(shape, dtype=self.dtype, device=self.device))
 
-    def _rope_of(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """cos, sin (end - start, head_dim) float32."""
-        if self._rope is None or len(self._rope[0]) < end or self._rope[0].device != self.device:
-            length, s = max(64, 2 ** (end - 1).bit_length()), self.shape
+    def _rope_of(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos, sin (at least length, head_dim / 2) float32."""
+        if self._rope is None or len(self._rope[0]) < length or self._rope[0].device != self.device:
+            rows = max(64, 2 ** (length - 1).bit_length()) if length else 64
             # An inference tensor, kept, would break a later training pass.
             with torch.inference_mode(False), torch.no_grad():
-                even = torch.arange(0, s.head_dim, 2, device=self.device).float()
-                position = torch.arange(length, device=self.device).float()
-                frequency = 1.0 / s.rope_theta ** (even / s.head_dim)
-                angle = torch.outer(position, frequency).repeat(1, 2)
-                self._rope = angle.cos(), angle.sin()
-        cos, sin = self._rope
-        return cos[start:end], sin[start:end]
+                self._rope = rope_table(rows, self.shape.head_dim, self.shape.rope_theta, device=self.device)
+        return self._rope
 
-    def _visible(
-        self, input_ids: Tensor, cache: KVCache | None, attention_mask: Tensor | None
-    ) -> Tensor | None:
-        """The mask of keys (B, 1, 1, Q) that attention takes, or None."""
+    def _visible(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+        """What attention takes for a mask, (B or 1, 1, 1 or L, L) bool, or None."""
+        causal = None
+        if self.block_length is not None:
+            block = torch.arange(input_ids.shape[1], device=input_ids.device) // self.block_length
+            causal = (block[:, None] >= block)[None, None]
         if attention_mask is None:
-            return None
-        if cache is not None:
-            raise ValueError("attention_mask: not supported together with a cache")
+            return causal
         if attention_mask.shape != input_ids.shape or attention_mask.is_floating_point():
             raise ValueError(
                 f"attention_mask: expected bool or whole numbers {tuple(input_ids.shape)} as input_ids, "
@@ -346,24 +371,16 @@ class Model(nn.Module):
         on_cpu = visible.device.type == "cpu" and not torch.compiler.is_compiling()
         if on_cpu and visible.numel() and not bool(visible.any(1).all()):
             raise ValueError("attention_mask: expected a visible position in every row")
-        return visible[:, None, None]
+        visible = visible[:, None, None]
+        return visible if causal is None else visible & causal
 
-    def _check(self, input_ids: Tensor, cache: KVCache | None, start: int) -> None:
+    def _check(self, input_ids: Tensor, ndim: int) -> None:
         if not isinstance(input_ids, Tensor):
             raise TypeError(f"input_ids: expected a tensor, got {type(input_ids).__name__}")
-        if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+        if input_ids.ndim != ndim or input_ids.dtype not in (torch.int64, torch.int32):
+            wanted = "(B, L)" if ndim == 2 else "(N,)"
             raise ValueError(
-                f"input_ids: expected int64 (B, L), got {input_ids.dtype} {tuple(input_ids.shape)}"
-            )
-        batch, queries = input_ids.shape
-        if cache is None:
-            if start != 0:
-                raise ValueError(f"start: expected 0 without a cache, got {start}")
-        elif batch != cache.batch:
-            raise ValueError(f"input_ids: {batch} sequences, but the cache is for {cache.batch}")
-        elif not 0 <= start <= start + queries <= cache.length:
-            raise ValueError(
-                f"start: positions [{start}, {start + queries}) exceed the cache of {cache.length}"
+                f"input_ids: expected int64 {wanted}, got {input_ids.dtype} {tuple(input_ids.shape)}"
             )
         on_cpu = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
         if on_cpu and input_ids.numel():
@@ -380,8 +397,10 @@ class Traits:
     mask_id: int | None
     shift: bool
     """The logits for position p are produced at position max(p - 1, 0)."""
-    strict_entropy: bool
-    """The published decoder of this family keeps H < tau rather than H <= tau."""
+    strict: frozenset[str]
+    """The selectors by which its published decoder commits beyond the threshold, not at it."""
+    block_length: int | None
+    """Of block-causal models."""
 
 
 def traits(model: Any) -> Traits:
@@ -389,12 +408,13 @@ def traits(model: Any) -> Traits:
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     if isinstance(model, Model):
-        return Traits(model.mask_id, model.shift, model.strict_entropy)
+        return Traits(model.mask_id, model.shift, model.strict, model.block_length)
     if not callable(model):
         raise ValueError(f"model: expected a module or function, got {type(model).__name__}")
     config = getattr(model, "config", None)
-    dream = getattr(config, "model_type", None) == "Dream"
-    return Traits(getattr(config, "mask_token_id", None), dream, dream)
+    family = getattr(config, "model_type", None)
+    strict = frozenset({"Dream": {"entropy"}, "sdar": {"confidence"}}.get(family or "", ()))
+    return Traits(getattr(config, "mask_token_id", None), family == "Dream", strict, None)
 
 
 def _to_checkpoint_names(

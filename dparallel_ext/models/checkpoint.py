@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from .base import Model
 from .dream import Dream
 from .llada import LLaDA
+from .sdar import SDAR
 
-FAMILIES: dict[str, type[Model]] = {"llada": LLaDA, "Dream": Dream}
+FAMILIES: dict[str, type[Model]] = {"llada": LLaDA, "Dream": Dream, "sdar": SDAR}
 """config.json's model_type -> the family that reads it."""
 
 
@@ -28,7 +29,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Model:
-    """Load a LLaDA or Dream checkpoint: a directory with config.json and (sharded) safetensors.
+    """Load a LLaDA, Dream or SDAR checkpoint: a directory with config.json and (sharded) safetensors.
 
     Tensors are memory-mapped and go straight to `device` (default: CPU) and `dtype` (default: as
     stored). The model comes in evaluation mode.
@@ -48,7 +49,7 @@ def load(
 
 
 def wrap(hf_model: nn.Module) -> Model:
-    """A native model on the weights of a loaded Hugging Face LLaDA or Dream: shared, not copied.
+    """A native model on the weights of a loaded Hugging Face LLaDA, Dream or SDAR: shared, not copied.
 
     Raises:
         ValueError: naming the config key, or the missing, extra or misshapen tensors; also if the

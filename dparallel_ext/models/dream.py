@@ -16,46 +16,54 @@ _SUPPORTED = {
 }
 
 
+QWEN_NAMES = {
+    "embed": "model.embed_tokens",
+    "norm1": _LAYER + "input_layernorm",
+    "q": _LAYER + "self_attn.q_proj",
+    "k": _LAYER + "self_attn.k_proj",
+    "v": _LAYER + "self_attn.v_proj",
+    "o": _LAYER + "self_attn.o_proj",
+    "norm2": _LAYER + "post_attention_layernorm",
+    "gate": _LAYER + "mlp.gate_proj",
+    "up": _LAYER + "mlp.up_proj",
+    "down": _LAYER + "mlp.down_proj",
+    "norm": "model.norm",
+    "lm_head": "lm_head",
+}
+
+
 class Dream(Model):
     shift = True
-    strict_entropy = True
-    NAMES: ClassVar[dict[str, str]] = {
-        "embed": "model.embed_tokens",
-        "norm1": _LAYER + "input_layernorm",
-        "q": _LAYER + "self_attn.q_proj",
-        "k": _LAYER + "self_attn.k_proj",
-        "v": _LAYER + "self_attn.v_proj",
-        "o": _LAYER + "self_attn.o_proj",
-        "norm2": _LAYER + "post_attention_layernorm",
-        "gate": _LAYER + "mlp.gate_proj",
-        "up": _LAYER + "mlp.up_proj",
-        "down": _LAYER + "mlp.down_proj",
-        "norm": "model.norm",
-        "lm_head": "lm_head",
-    }
+    strict = frozenset({"entropy"})
+    NAMES: ClassVar[dict[str, str]] = QWEN_NAMES
 
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> Shape:
-        check_supported(config, _SUPPORTED)
-        rope: Mapping[str, Any] = {}
-        for key in ("rope_scaling", "rope_parameters"):  # the second: transformers 5
-            rope = config.get(key) or rope
-            kind = rope.get("rope_type", rope.get("type", "default"))
-            if kind != "default":
-                raise ValueError(f"config: {key} of type {kind!r} is not supported")
-        heads, width = config["num_attention_heads"], config["hidden_size"]
-        return Shape(
-            layers=config["num_hidden_layers"],
-            width=width,
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=width // heads,
-            mlp_width=config["intermediate_size"],
-            rows=config["vocab_size"],
-            vocab_size=config["vocab_size"],
-            eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=config.get("rope_theta") or rope.get("rope_theta", 10000.0),
-            rope_in_float32=False,
-            qkv_bias=True,
-            tied=bool(config.get("tie_word_embeddings", False)),
-        )
+        return qwen_shape(config, qkv_bias=True)
+
+
+def qwen_shape(config: Mapping[str, Any], **more: Any) -> Shape:
+    """The shape of a config.json in the keys of Qwen's models."""
+    check_supported(config, _SUPPORTED)
+    rope: Mapping[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):  # the second: transformers 5
+        rope = config.get(key) or rope
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"config: {key} of type {kind!r} is not supported")
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    return Shape(
+        layers=config["num_hidden_layers"],
+        width=width,
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or width // heads,
+        mlp_width=config["intermediate_size"],
+        rows=config["vocab_size"],
+        vocab_size=config["vocab_size"],
+        eps=config.get("rms_norm_eps", 1e-6),
+        rope_theta=config.get("rope_theta") or rope.get("rope_theta", 10000.0),
+        rope_in_float32=False,
+        tied=bool(config.get("tie_word_embeddings", False)),
+        **more,
+    )

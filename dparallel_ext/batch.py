@@ -1,0 +1,408 @@
+"""Sequences under decoding: each with its own length, block and policy, all in one pass after the other.
+
+The semantics are those of the published decoders (LLaDA, Fast-dLLM, dParallel, SDAR): blocks left to right,
+in each pass logits for a span of positions, then a policy commits some of the block's masked positions. Only
+the work differs: the LM head and the statistics touch the masked rows of the blocks alone, and a sequence that
+is complete is in no pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import policies
+from .cache import KVCache, Span
+from .models import Model, traits
+from .ops import row_stats, select, unmask_
+from .types import RowStats
+
+CACHES = ("none", "prefix", "dual", "block")
+
+Policy = Callable[[RowStats, Tensor, Tensor], Tensor]
+"""(stats (B, W), eligible (B, W) bool, step (B,) int64) -> (B, W) bool, over the columns of each block."""
+
+
+@dataclass
+class Trajectory:
+    """When each generated token was committed, and how sure the model was."""
+
+    step: Tensor
+    """(B, gen_length) int64: the sequence's pass that committed it, from 1; 0 where none did."""
+    confidence: Tensor
+    """(B, gen_length) float32: its probability in that pass; NaN where none did."""
+
+
+@dataclass
+class Row:
+    """Where one sequence is. Columns are positions of the sequence."""
+
+    prompt: int
+    length: int
+    """Of prompt and response."""
+    blocks: list[tuple[int, int]]
+    """Columns [start, end) that are filled, block by block."""
+    at: int = 0
+    """The active block; len(blocks): done."""
+    turn: int = 0
+    """Passes that the active block has had."""
+    left: int = 0
+    """Masks in the active block."""
+    nfe: int = 0
+    published: int = 0
+    """Passes that the published loop has run so far."""
+    generated: int = 0
+    stored: int = 0
+    """cache "block": positions whose keys and values are final."""
+    waiting: bool = False
+    """Its block is complete, and it has not begun the next."""
+
+    @property
+    def done(self) -> bool:
+        return self.at == len(self.blocks)
+
+    @property
+    def block(self) -> tuple[int, int]:
+        return self.blocks[self.at]
+
+
+Rules = Callable[[Sequence[Row]], Tensor | Policy]
+"""The policy of a pass: rows (B, 5), see `policies`, or a function."""
+
+
+class Batch:
+    """The state of a call of `decode`, and its passes.
+
+    Args:
+        prompts: B prompts (P,) int64.
+        gen_lengths: tokens to decode after each.
+        published: the published loops to the pass: fill the prompt's masks too, and run their extra pass
+            where the full pass has completed a block.
+        refresh: with cache "dual", a full pass every so many passes over a block.
+        batch_invariant: each sequence in passes of its own.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Tensor],
+        gen_lengths: Sequence[int],
+        block_length: int,
+        cache: str,
+        mask_id: int,
+        *,
+        pad_id: int,
+        published: bool = False,
+        refresh: int | None = None,
+        batch_invariant: bool = False,
+        record: bool = False,
+    ) -> None:
+        self.model, self.cache, self.mask_id, self.published = model, cache, mask_id, published
+        self.refresh, self.alone = refresh, batch_invariant
+        self.traits = traits(model)
+        self.rows = []
+        for prompt, count in zip(prompts, gen_lengths, strict=True):
+            first, end = len(prompt), len(prompt) + count
+            # Block-causal models count blocks from position 0 and fill the last one.
+            origin = first - first % block_length if self.traits.block_length else first
+            if self.traits.block_length and count:
+                end = -(-end // block_length) * block_length
+            cuts = [first, *range(origin + block_length, end, block_length), end]
+            blocks = [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if a < b]
+            prefill = cache == "block" and first >= block_length and count > 0
+            self.rows.append(Row(first, end, blocks, published=int(prefill)))
+        device = prompts[0].device if prompts else torch.device("cpu")
+        width = max((row.length for row in self.rows), default=0)
+        self.tokens = torch.full((len(self.rows), width), pad_id, dtype=torch.int64, device=device)
+        for b, (row, prompt) in enumerate(zip(self.rows, prompts, strict=True)):
+            self.tokens[b, : row.prompt] = prompt
+            self.tokens[b, row.prompt : row.length] = mask_id
+        self.forwards = 0
+        self.slots: KVCache | None = None
+        if isinstance(model, Model):
+            self.slots = model.new_cache(len(self.rows), width, kept=cache != "none")
+        self.trajectory: Trajectory | None = None
+        if record:
+            longest = max((row.length - row.prompt for row in self.rows), default=0)
+            shape = (len(self.rows), longest)
+            self.trajectory = Trajectory(
+                self.tokens.new_zeros(shape), torch.full(shape, math.nan, device=device)
+            )
+        for b in range(len(self.rows)):
+            self._enter(b)
+
+    @property
+    def live(self) -> list[int]:
+        """Sequences that the next pass is over."""
+        return [b for b, row in enumerate(self.rows) if not row.done and not row.waiting]
+
+    def _enter(self, b: int) -> None:
+        """Begin the active block; blocks without a mask are passed over."""
+        row = self.rows[b]
+        while not row.done:
+            start, end = row.block
+            row.turn, row.waiting = 0, False
+            row.left = int((self.tokens[b, start:end] == self.mask_id).sum())
+            if row.left:
+                return
+            self._leave(row)
+
+    def _leave(self, row: Row) -> None:
+        start, end = row.block
+        row.generated += end - start
+        row.at += 1
+
+    def end(self, b: int, fill: int) -> None:
+        """Sequence b is complete: what comes after its last finished block is `fill`."""
+        row = self.rows[b]
+        if not row.done:
+            self.tokens[b, row.block[0] : row.length] = fill
+            row.at = len(row.blocks)
+
+    def step(self, rules: Rules, sampling: dict[str, Any]) -> list[int]:
+        """One pass over every sequence that is not done; returns those whose block it completed."""
+        live = self.live
+        spans = {b: self._spans(b) for b in live}
+        windows = {b: self._window(b) for b in live}
+        for b in live:
+            row = self.rows[b]
+            row.nfe += row.left > 0
+            row.published += 1
+        row_of, column = self._needed(live, windows)  # (N,) int64
+        logits = self._logits(live, spans, row_of, column)  # (N, V)
+        self._commit(logits, row_of, column, windows, rules, sampling)
+        finished = []
+        left = self._masks(live)
+        for b in live:
+            row = self.rows[b]
+            row.left, wasteful = left[b], self.cache in ("prefix", "dual") and row.turn == 0
+            row.turn += 1
+            if self.cache == "block":
+                row.stored = row.block[0] - row.block[0] % self.traits.block_length  # type: ignore[operator]
+            if row.left or (wasteful and self.published):
+                continue
+            # Published: one more pass where the full one completed the block; one that stores the block.
+            row.published += wasteful or self.cache == "block"
+            self._leave(row)
+            row.waiting = True
+            finished.append(b)
+        return finished
+
+    def enter(self, finished: list[int]) -> None:
+        """Let the sequences that `step` returned begin their next block."""
+        for b in finished:
+            self._enter(b)
+
+    def _full(self, row: Row) -> bool:
+        """Whether this pass computes the whole sequence."""
+        again = self.cache == "dual" and self.refresh is not None and row.turn % self.refresh == 0
+        return self.cache == "none" or (self.cache != "block" and (row.turn == 0 or again))
+
+    def _spans(self, b: int) -> list[Span]:
+        row = self.rows[b]
+        start, end = row.block
+        first, last = 0, row.length
+        if self.cache == "block":  # the blocks finished since come along, so that theirs are stored
+            first, last = row.stored, end
+        elif not self._full(row):
+            first, last = start, end if self.cache == "dual" else row.length
+        if isinstance(self.model, Model):
+            return self.model.spans(b, first, last, row.length)
+        return [Span(b, first, last, row.length)]
+
+    def _window(self, b: int) -> tuple[int, int]:
+        """Columns whose masks this pass may fill."""
+        row = self.rows[b]
+        start, end = row.block
+        if self._full(row):
+            if self.traits.shift and self.cache != "none" and row.turn == 0:
+                end = start + 1  # published: the full pass serves the block's first position
+            if self.published:
+                start = 0
+        return start, end
+
+    def _needed(self, live: list[int], windows: dict[int, tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Rows and columns (N,) whose logits are needed; on a GPU whole windows, so as not to wait for it."""
+        rows, columns = [], []
+        for b in live:
+            start, end = windows[b]
+            column = torch.arange(start, end)
+            if self.tokens.device.type == "cpu":
+                column = column[self.tokens[b, start:end] == self.mask_id]
+            rows.append(torch.full_like(column, b))
+            columns.append(column)
+        both = torch.stack((torch.cat(rows), torch.cat(columns))).to(self.tokens.device, non_blocking=True)
+        return both[0], both[1]
+
+    def _masks(self, live: list[int]) -> dict[int, int]:
+        """Masks left in each active block."""
+        counts = [(self.tokens[b, slice(*self.rows[b].block)] == self.mask_id).sum() for b in live]
+        return dict(zip(live, torch.stack(counts).tolist(), strict=True)) if counts else {}
+
+    def _logits(
+        self, live: list[int], spans: dict[int, list[Span]], row_of: Tensor, column: Tensor
+    ) -> Tensor:
+        """Logits (N, V) for the positions `column` of sequences `row_of`, in the order of `live`."""
+        groups = self._groups(live)
+        self.forwards += len(groups)
+        if len(groups) == 1:
+            return self._pass(groups[0], spans, row_of, column)
+        parts = []
+        for group in groups:
+            chosen = torch.isin(row_of, row_of.new_tensor(group)).nonzero()[:, 0]
+            parts.append((chosen, self._pass(group, spans, row_of[chosen], column[chosen])))
+        logits = parts[0][1].new_empty((len(row_of), parts[0][1].shape[1]))
+        for chosen, part in parts:
+            logits[chosen] = part
+        return logits
+
+    def _groups(self, live: list[int]) -> list[list[int]]:
+        """Sequences that share a pass."""
+        if self.alone:
+            return [[b] for b in live]
+        if isinstance(self.model, Model):
+            return [live]
+        by_length: dict[int, list[int]] = {}  # a foreign model knows no ragged batches
+        for b in live:
+            by_length.setdefault(self.rows[b].length, []).append(b)
+        return list(by_length.values())
+
+    def _pass(self, group: list[int], spans: dict[int, list[Span]], row_of: Tensor, column: Tensor) -> Tensor:
+        source = column
+        if not isinstance(self.model, Model):
+            x = self.tokens[group, : self.rows[group[0]].length]
+            output = self.model(x)
+            if not hasattr(output, "logits"):
+                raise ValueError(
+                    f"model: expected its call to return an object with .logits, got {type(output).__name__}"
+                )
+            if output.logits.shape[:-1] != x.shape:
+                raise ValueError(
+                    f"model: expected logits ({x.shape[0]}, {x.shape[1]}, V), "
+                    f"got {tuple(output.logits.shape)}"
+                )
+            place = torch.zeros(len(self.rows), dtype=torch.int64)
+            place[group] = torch.arange(len(group))
+            if self.traits.shift:
+                source = (source - 1).clamp_(min=0)
+            return output.logits[place.to(row_of.device)[row_of], source]
+        assert self.slots is not None
+        taken = [span for b in group for span in spans[b]]
+        plan = self.slots.plan(taken)
+        count = [span.end - span.start for span in taken]
+        of_token = torch.tensor([span.row for span in taken]).repeat_interleave(torch.tensor(count))
+        ids = self.tokens[of_token.to(plan.positions.device), plan.positions]
+        hidden = self.model.step(ids, self.slots, plan)
+        first, base, offset = {}, {}, 0
+        for span, n in zip(taken, count, strict=True):
+            if span.row not in first:
+                first[span.row], base[span.row] = span.start, offset
+            offset += n
+        shift, start = torch.zeros(2, len(self.rows), dtype=torch.int64)
+        for b in group:
+            shift[b], start[b] = base[b] - first[b], first[b]
+        shift, start = shift.to(row_of.device)[row_of], start.to(row_of.device)[row_of]
+        if self.traits.shift:
+            source = torch.maximum(source - 1, start)
+        return self.model.head(hidden[source + shift])
+
+    def _commit(
+        self,
+        logits: Tensor,
+        row_of: Tensor,
+        column: Tensor,
+        windows: dict[int, tuple[int, int]],
+        rules: Rules,
+        sampling: dict[str, Any],
+    ) -> None:
+        x, batch = self.tokens, len(self.rows)
+        positions = row_of * x.shape[1] + column
+        nfe = torch.tensor([row.nfe for row in self.rows], device=x.device)
+        policy = rules(self.rows)
+        if isinstance(policy, Tensor):
+            edges = torch.tensor([windows.get(b, (0, 0)) for b in range(batch)], device=x.device).view(-1, 2)
+            start, end = edges.unbind(1)
+            stats = unmask_(
+                x,
+                logits,
+                mask_id=self.mask_id,
+                start=start,
+                end=end,
+                policy=policy,
+                positions=positions,
+                step=nfe,
+                **sampling,
+            ).stats
+        else:
+            stats = self._by_function(logits, row_of, column, windows, policy, nfe, sampling)
+        if self.trajectory is not None:
+            self._record(positions, row_of, column, nfe, stats)
+
+    def _by_function(
+        self,
+        logits: Tensor,
+        row_of: Tensor,
+        column: Tensor,
+        windows: dict[int, tuple[int, int]],
+        policy: Policy,
+        nfe: Tensor,
+        sampling: dict[str, Any],
+    ) -> RowStats:
+        """Commit what a function chooses of statistics laid out (B, W), W the widest window."""
+        x, batch = self.tokens, len(self.rows)
+        width = max(end - start for start, end in windows.values())
+        start = torch.tensor([windows.get(b, (0, 0))[0] for b in range(batch)], device=x.device)
+        at = (row_of, column - start[row_of])
+        eligible = torch.zeros((batch, width), dtype=torch.bool, device=x.device)
+        eligible[at] = x[row_of, column] == self.mask_id
+        of_row: dict[str, Any] = {
+            key: value[row_of] if isinstance(value, Tensor) and value.shape == (batch,) else value
+            for key, value in sampling.items()
+            if key != "suppress"
+        }
+        stats = row_stats(
+            logits,
+            mask_id=self.mask_id,
+            suppress=sampling["suppress"],
+            position=column,
+            step=nfe[row_of],
+            **of_row,
+        )
+        spread = []
+        for values in stats:
+            blank = -1 if values.dtype == torch.int64 else math.nan
+            whole = values.new_full(eligible.shape, blank)
+            whole[at] = values
+            spread.append(whole)
+        by_column = RowStats(*spread)
+        chosen = policy(by_column, eligible, nfe)
+        if not isinstance(chosen, Tensor) or chosen.shape != eligible.shape:
+            raise ValueError(
+                f"policy: expected a bool Tensor {tuple(eligible.shape)}, "
+                f"got {getattr(chosen, 'shape', type(chosen).__name__)}"
+            )
+        best = policies.make("quota", 1, batch=batch, device=x.device)
+        chosen = chosen.to(torch.bool) & eligible
+        chosen |= ~chosen.any(1, keepdim=True) & select(by_column, eligible, best)
+        x[row_of, column] = torch.where(chosen[at], stats.sample, x[row_of, column])
+        return stats
+
+    def _record(
+        self, positions: Tensor, row_of: Tensor, column: Tensor, nfe: Tensor, stats: RowStats
+    ) -> None:
+        """Of the positions, which were masked before, those that are not any more."""
+        assert self.trajectory is not None
+        prompt = torch.tensor([row.prompt for row in self.rows], device=positions.device)
+        where = column - prompt[row_of]
+        # On a GPU the positions are whole windows: what was committed earlier has its step already.
+        fresh = (self.tokens.view(-1)[positions] != self.mask_id) & (where >= 0)
+        row_of, where, sure = row_of[fresh], where[fresh], stats.confidence[fresh]
+        new = self.trajectory.step[row_of, where] == 0
+        row_of, where, sure = row_of[new], where[new], sure[new]
+        self.trajectory.step[row_of, where] = nfe[row_of]
+        self.trajectory.confidence[row_of, where] = sure

@@ -1,0 +1,120 @@
+"""kv_write against its float64 twin: dtypes, rotary variants, strides, pages, bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dparallel_ext as dx
+from dparallel_ext import reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def case(seed: int, dtype: torch.dtype, count: int, heads: int, group: int, dim: int, page: int) -> dict:
+    """Arguments of kv_write: rows of one fused buffer, caches of any layout, some rows written nowhere."""
+    g = torch.Generator().manual_seed(seed)
+    fused = torch.randn(count, (group + 2) * heads * dim, generator=g).to(dtype)
+    q, k, v = fused.split([group * heads * dim, heads * dim, heads * dim], 1)
+    pages = -(-count // page) + 2
+    caches = [torch.randn(pages, page, heads, dim, generator=g).to(dtype).transpose(1, 2) for _ in "kv"]
+    slots = torch.randperm(pages * page, generator=g)[:count]
+    slots[torch.rand(count, generator=g) < 0.2] = -1
+    cos, sin = dx.rope_table(50, dim, 500.0)
+    return {
+        "q": q.unflatten(1, (-1, dim)),
+        "k": k.unflatten(1, (-1, dim)),
+        "v": v.unflatten(1, (-1, dim)),
+        "k_cache": caches[0],
+        "v_cache": caches[1],
+        "positions": torch.randint(50, (count,), generator=g),
+        "slots": slots,
+        "cos": cos,
+        "sin": sin,
+    }
+
+
+def copied(arguments: dict) -> dict:
+    return {name: t.clone() for name, t in arguments.items()}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    dtype=st.sampled_from(DTYPES),
+    count=st.integers(0, 40),
+    heads=st.integers(1, 3),
+    group=st.integers(1, 4),
+    dim=st.sampled_from([2, 6, 16, 64, 80]),
+    page=st.sampled_from([1, 5, 16, 64]),
+    interleaved=st.booleans(),
+)
+def test_it_does_what_its_twin_does(seed, dtype, count, heads, group, dim, page, interleaved) -> None:
+    ours = case(seed, dtype, count, heads, group, dim, page)
+    twin = copied(ours)
+    dx.kv_write(**ours, interleaved=interleaved)
+    reference.kv_write(**twin, interleaved=interleaved)
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    for name in ("q", "k_cache"):
+        torch.testing.assert_close(ours[name], twin[name], rtol=tolerance, atol=tolerance)
+    assert torch.equal(ours["v_cache"], twin["v_cache"])  # and what was not written is as it was
+    assert torch.equal(ours["k"], twin["k"])
+    assert torch.equal(ours["v"], twin["v"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_rounding(dtype: torch.dtype) -> None:
+    """In 16 bits the result is the rounded float32 one, save where that lies at a tie."""
+    ours = case(3, dtype, 64, 2, 1, 64, 16)
+    twin = copied(ours)
+    dx.kv_write(**ours)
+    reference.kv_write(**twin)
+    differing = (ours["k_cache"] != twin["k_cache"]).float().mean()
+    assert differing < (0.6 if dtype == torch.float32 else 1e-3)
+
+
+def test_opcheck() -> None:
+    arguments = case(1, torch.float32, 9, 2, 2, 16, 8)
+    names = ("q", "k", "v", "k_cache", "v_cache", "positions", "slots", "cos", "sin")
+    torch.library.opcheck(torch.ops.dparallel.kv_write, (*(arguments[n] for n in names), False))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(9, 4)}, "q: expected 3 dimensions"),
+        ({"q": torch.zeros(9, 4, 16, dtype=torch.int64)}, "q: expected float32, bfloat16 or float16"),
+        ({"k": torch.zeros(9, 2, 16, dtype=torch.bfloat16)}, "k: expected torch.float32 as q"),
+        ({"v": torch.zeros(8, 2, 16)}, r"v: expected torch.float32 \(9, 2, 16\)"),
+        ({"v_cache": torch.zeros(4, 2, 7, 16)}, r"v_cache: expected \(4, 2, 8, 16\) as k_cache"),
+        ({"positions": torch.full((9,), 50)}, r"positions: expected in \[0, 50\), got 50"),
+        ({"positions": torch.full((9,), -1)}, r"positions: expected in \[0, 50\), got -1"),
+        ({"slots": torch.full((9,), 32)}, r"slots: expected in \[0, 32\), got 32"),
+        ({"slots": torch.zeros(9)}, r"slots: expected torch.int64 \(9,\)"),
+        ({"cos": torch.zeros(50, 16)}, r"cos: expected torch.float32 \(50, 8\)"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dx.kv_write(**{**case(1, torch.float32, 9, 2, 2, 16, 8), **change})
+
+
+def test_a_direct_call_out_of_bounds_is_refused() -> None:
+    """torch.ops keeps memory safe whoever calls."""
+    arguments = case(1, torch.float32, 9, 2, 2, 16, 8)
+    names = ("q", "k", "v", "k_cache", "v_cache", "positions", "slots", "cos", "sin")
+    for name, value in (("positions", 50), ("positions", -1), ("slots", 10**6)):
+        changed = {**arguments, name: torch.full((9,), value)}
+        with pytest.raises(RuntimeError, match=name):
+            torch.ops.dparallel.kv_write(*(changed[n] for n in names), False)
+
+
+def test_the_rotary_table() -> None:
+    cos, sin = dx.rope_table(7, 8, 100.0)
+    angle = torch.arange(7.0)[:, None] * 100.0 ** (-torch.arange(0, 8, 2) / 8)
+    torch.testing.assert_close(cos, angle.cos())
+    torch.testing.assert_close(sin, angle.sin())
+    with pytest.raises(ValueError, match="head_dim: expected an even number"):
+        dx.rope_table(7, 9)
