@@ -2,12 +2,13 @@
 
 The semantics are those of the published decoders (LLaDA, Fast-dLLM, dParallel, SDAR): blocks left to right,
 in each pass logits for a span of positions, then a policy commits some of the block's masked positions. Only
-the work differs: the LM head and the statistics touch the masked rows of the blocks alone, and a sequence that
-is complete is in no pass.
+the work differs: the LM head and the statistics touch the masked rows of the blocks alone, and a sequence
+that is complete is in no pass.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ class Batch:
             if self.traits.block_length and count:
                 end = -(-end // block_length) * block_length
             cuts = [first, *range(origin + block_length, end, block_length), end]
-            blocks = [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if a < b]
+            blocks = [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
             prefill = cache == "block" and first >= block_length and count > 0
             self.rows.append(Row(first, end, blocks, published=int(prefill)))
         device = prompts[0].device if prompts else torch.device("cpu")

@@ -1,0 +1,245 @@
+"""Batches as people have them: block-causal models, prompts of any lengths, each sequence at its own pace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+import dparallel_ext as dx
+from dparallel_ext import models
+from dparallel_ext.models import SDAR, Model
+
+MASK = 511
+GOLDEN = Path(__file__).parent / "golden"
+CASES = json.loads((GOLDEN / "sdar_tiny_a" / "cases.json").read_text())
+MODELS = {
+    (name, dtype): models.load(GOLDEN / name, dtype=dtype)
+    for name in ("llada_tiny_a", "dream_tiny_a", "sdar_tiny_a")
+    for dtype in (torch.float32, torch.bfloat16)
+}
+WAYS = [
+    ("llada_tiny_a", "none"),
+    ("llada_tiny_a", "prefix"),
+    ("llada_tiny_a", "dual"),
+    ("dream_tiny_a", "none"),
+    ("dream_tiny_a", "dual"),
+    ("sdar_tiny_a", "none"),
+    ("sdar_tiny_a", "block"),
+]
+
+
+@pytest.fixture
+def sdar() -> SDAR:
+    model = models.load(GOLDEN / "sdar_tiny_a")
+    assert isinstance(model, SDAR)
+    return model
+
+
+@torch.no_grad()
+def test_sdar_has_the_published_logits(sdar: SDAR) -> None:
+    assert sdar.block_length == 8  # of its config
+    golden = load_file(GOLDEN / "sdar_tiny_a" / "logits.safetensors")
+    sdar.block_length = 4  # of the golden logits
+    torch.testing.assert_close(sdar(golden["input_ids"]).logits, golden["logits"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{len(case['prompt'])}-{case['threshold']}")
+@pytest.mark.parametrize("cache", ["block", "none"])
+def test_sdar_decodes_the_published_tokens(sdar: SDAR, case: dict[str, Any], cache: str) -> None:
+    sdar.block_length = case["block_length"]
+    prompt = torch.tensor(case["prompt"])
+    out = dx.decode(
+        sdar,
+        prompt,
+        gen_length=case["gen_length"],
+        selector=case["selector"],
+        threshold=case["threshold"],
+        cache=cache,
+    )
+    assert out.sequences[0, len(prompt) :].tolist() == case["tokens"]
+    if cache == "block":
+        assert int(out.nfe_published) == case["forwards"]
+        blocks = -(-(len(prompt) + case["gen_length"]) // case["block_length"])
+        done = len(prompt) // case["block_length"]
+        # The prefill and the pass that stores a block are part of the next block's first pass.
+        assert out.forwards == int(out.nfe) == case["forwards"] - (done > 0) - (blocks - done)
+
+
+@pytest.mark.parametrize("name", ["llada_tiny_a", "dream_tiny_a"])
+def test_the_published_count_of_passes(name: str) -> None:
+    for case in json.loads((GOLDEN / name / "cases.json").read_text()):
+        if case["threshold"] is None:
+            continue
+        out = dx.decode(
+            MODELS[name, torch.float32],
+            torch.tensor(case["prompt"]),
+            **{k: case[k] for k in ("gen_length", "block_length", "cache", "selector", "threshold")},
+        )
+        assert int(out.nfe_published) == case["nfe"]
+        assert out.sequences[0, len(case["prompt"]) :].tolist() == case["tokens"]
+
+
+def random_prompts(generator: torch.Generator, count: int) -> list[Tensor]:
+    lengths = torch.randint(1, 30, (count,), generator=generator).tolist()
+    return [torch.randint(0, 500, (n,), generator=generator) for n in lengths]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    count=st.integers(1, 6),
+    way=st.sampled_from(WAYS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    temperature=st.sampled_from([0.0, 0.8]),
+    eos=st.booleans(),
+)
+def test_a_sequence_is_as_alone_whatever_shares_the_batch(seed, count, way, dtype, temperature, eos) -> None:
+    """To the bit, in any order: tokens, passes, confidences."""
+    name, cache = way
+    model, g = MODELS[name, dtype], torch.Generator().manual_seed(seed)
+    prompts = random_prompts(g, count)
+    own = {
+        "gen_length": torch.randint(0, 40, (count,), generator=g).tolist(),
+        "threshold": torch.rand(count, generator=g),
+        "selector": [["confidence", "entropy", "factor"][i] for i in torch.randint(3, (count,), generator=g)],
+        "seed": torch.randint(0, 99, (count,), generator=g),
+    }
+    shared = {
+        "cache": cache,
+        "temperature": temperature,
+        "eos_id": 5 if eos else None,
+        "block_length": 8,
+        "record": True,
+        "batch_invariant": True,
+    }
+    together = dx.decode(model, prompts, **own, **shared)
+    for b in range(count):
+        pick = {k: [v[b]] if isinstance(v, list) else v[b : b + 1] for k, v in own.items()}
+        alone = dx.decode(model, [prompts[b]], **pick, **shared)
+        assert torch.equal(alone.responses[0], together.responses[b])
+        for field in ("nfe", "generated", "lengths", "nfe_published"):
+            assert getattr(alone, field)[0] == getattr(together, field)[b]
+        width = len(alone.responses[0])
+        for field in ("step", "confidence"):
+            one, all_ = (getattr(out.trajectory, field) for out in (alone, together))
+            assert torch.equal(one[0].nan_to_num(-1), all_[b, :width].nan_to_num(-1))
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_shared_passes_give_the_same_tokens(way: tuple[str, str]) -> None:
+    """In float32, where the matrix library's rounding does not decide between tokens."""
+    name, cache = way
+    model, g = MODELS[name, torch.float32], torch.Generator().manual_seed(8)
+    prompts = random_prompts(g, 7)
+    settings = {"threshold": 0.4, "selector": "confidence", "cache": cache, "block_length": 8}
+    gen_length = [0, 9, 24, 16, 3, 31, 8]
+    out = dx.decode(model, prompts, gen_length=gen_length, **settings)
+    assert out.forwards == int(out.nfe.max())  # no pass on a sequence that is complete, none in vain
+    for b, prompt in enumerate(prompts):
+        alone = dx.decode(model, prompt, gen_length=gen_length[b], **settings)
+        assert torch.equal(alone.responses[0], out.responses[b])
+        assert alone.nfe[0] == out.nfe[b]
+        assert torch.equal(out.sequences[b, : len(prompt)], prompt)
+        assert bool((out.sequences[b, int(out.lengths[b]) :] == MASK).all())  # padding
+
+
+def test_finished_sequences_are_in_no_pass(monkeypatch) -> None:
+    model, counts = MODELS["llada_tiny_a", torch.float32], []
+    step = Model.step
+    monkeypatch.setattr(
+        Model,
+        "step",
+        lambda self, ids, cache, plan: counts.append(len(plan.begin)) or step(self, ids, cache, plan),
+    )
+    out = dx.decode(
+        model, random_prompts(torch.Generator().manual_seed(1), 3), gen_length=[4, 12, 8], block_length=4
+    )
+    assert counts == [3] * 4 + [2] * 4 + [1] * 4
+    assert sum(counts) == int(out.nfe.sum())
+
+
+def test_padding_is_taken_out() -> None:
+    model, g = MODELS["dream_tiny_a", torch.float32], torch.Generator().manual_seed(3)
+    prompts = random_prompts(g, 4)
+    width = max(map(len, prompts))
+    settings = {"gen_length": 16, "threshold": 1.0, "block_length": 8, "cache": "dual"}
+    expected = dx.decode(model, prompts, **settings)
+    for left in (False, True):
+        padded, mask = torch.full((4, width), 77), torch.zeros(4, width)
+        for b, prompt in enumerate(prompts):
+            at = slice(width - len(prompt), width) if left else slice(0, len(prompt))
+            padded[b, at], mask[b, at] = prompt, 1
+        out = dx.decode(model, padded, attention_mask=mask.long(), **settings)
+        assert torch.equal(out.sequences, expected.sequences)
+        assert torch.equal(out.nfe, expected.nfe)
+    with pytest.raises(ValueError, match=r"attention_mask: expected the shape of prompt \(B, P\)"):
+        dx.decode(model, padded, attention_mask=mask[:, 1:], **settings)
+
+
+def test_foreign_models_get_no_padding() -> None:
+    shapes = []
+    native = MODELS["llada_tiny_a", torch.float32]
+
+    def foreign(ids: Tensor) -> SimpleNamespace:
+        shapes.append(tuple(ids.shape))
+        return SimpleNamespace(logits=native(ids).logits)
+
+    prompts = [torch.tensor([1, 2, 3]), torch.tensor([4, 5]), torch.tensor([6, 7, 8])]
+    settings = {"gen_length": 8, "block_length": 8, "threshold": 1.0, "mask_id": MASK}
+    out = dx.decode(foreign, prompts, **settings)
+    expected = dx.decode(native, prompts, **settings)
+    assert torch.equal(out.sequences, expected.sequences)
+    assert torch.equal(out.nfe, expected.nfe)
+    assert set(shapes) <= {(2, 11), (1, 11), (1, 10)}
+
+
+@pytest.mark.parametrize("refresh", [1, 2, 3])
+def test_a_dual_cache_can_be_renewed(monkeypatch, refresh: int) -> None:
+    model, spans = MODELS["llada_tiny_a", torch.float32], []
+    step = Model.step
+    monkeypatch.setattr(
+        Model, "step", lambda self, ids, cache, plan: spans.append(len(ids)) or step(self, ids, cache, plan)
+    )
+    prompt = torch.tensor([5, 6, 7, 8])
+    settings = {"gen_length": 16, "block_length": 8}
+    out = dx.decode(model, prompt, cache="dual", refresh=refresh, **settings)
+    assert spans == [20 if turn % refresh == 0 else 8 for turn in range(8)] * 2
+    if refresh == 1:
+        plain = dx.decode(model, prompt, selector="entropy", score="entropy", **settings)
+        assert torch.equal(out.sequences, plain.sequences)
+    with pytest.raises(ValueError, match="refresh: belongs to cache"):
+        dx.decode(model, prompt, cache="prefix", refresh=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("llada_tiny_a", {"cache": "block"}, 'cache: expected "block" for block-causal models alone'),
+        ("sdar_tiny_a", {"cache": "dual"}, 'cache: expected "block" or "none" for a block-causal model'),
+        ("sdar_tiny_a", {"block_length": 4}, "block_length: the model attends by blocks of 8"),
+        ("llada_tiny_a", {"gen_length": [4]}, "gen_length: expected a number or one for each of 2, got 1"),
+        ("llada_tiny_a", {"gen_length": [4, -1]}, "gen_length: expected a whole number >= 0, got -1"),
+        ("llada_tiny_a", {"refresh": 0, "cache": "dual"}, "refresh: expected a whole number >= 1"),
+    ],
+)
+def test_bad_arguments_are_named(name: str, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dx.decode(MODELS[name, torch.float32], [torch.tensor([1]), torch.tensor([2, 3])], **change)
+
+
+def test_sdar_is_written_as_it_was_read(sdar: SDAR, tmp_path: Path) -> None:
+    models.save(sdar, tmp_path)
+    again = load_file(tmp_path / "model.safetensors")
+    stored = load_file(GOLDEN / "sdar_tiny_a" / "model.safetensors")
+    assert again.keys() == stored.keys()
+    assert all(torch.equal(again[name], stored[name]) for name in stored)
+    assert isinstance(models.load(tmp_path), SDAR)
