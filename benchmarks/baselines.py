@@ -105,6 +105,27 @@ def published_decode(
     return x, forwards
 
 
+def published_quota_decode(
+    model: Any, prompt: Tensor, gen_length: int, block_length: int, quota: int
+) -> Tensor:
+    """The published loop without a cache, committing the `quota` most confident tokens a pass."""
+    length, mask_id = prompt.shape[1], model.mask_id
+    x = torch.cat((prompt, prompt.new_full((1, gen_length), mask_id)), 1)
+    with torch.no_grad():
+        for start in range(length, length + gen_length, block_length):
+            end = start + block_length
+            while bool((x[:, start:end] == mask_id).any()):
+                p = model(x).logits.double().softmax(-1)  # (1, L, V)
+                p[..., mask_id] = -1.0
+                confidence, token = p.max(-1)
+                masked = x == mask_id
+                masked[:, end:] = False
+                score = torch.where(masked, confidence, -torch.inf)
+                best = score.topk(quota, dim=1).indices
+                x[0, best[0]] = token[0, best[0]]
+    return x
+
+
 def published_loss(logits: Tensor, labels: Tensor, active: Tensor) -> Tensor:
     """The certainty-forcing loss as published: softmax and entropy of the whole (B, T, V) tensor."""
     z = logits.float()

@@ -90,7 +90,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_distillation_makes_the_passes_fall_at_kept_accuracy(answers: Path, tmp_path: Path):
     """`make distill` shortened: at a threshold where the teacher takes 19 passes."""
-    training = {"max_steps": 60, "learning_rate": 3e-4, "warmup_steps": 5, "logging_steps": 10}
+    training = {"max_steps": 80, "learning_rate": 2e-4, "warmup_steps": 5, "logging_steps": 10}
     recipe = distill.read(RECIPES / "builtin.yaml", training={**training, "save_strategy": "no"})
     student = distill.run(recipe, answers, tmp_path / "student", progress=False)
     settings = {"problems": 150, "seed": 3}
@@ -310,7 +310,7 @@ def test_the_shipped_student_needs_an_eighth_of_the_passes_within_a_point_of_the
     assert all(row["problems"] == teacher["problems"] == 2000 for row in rows)
     good = [row for row in rows if row["accuracy"] >= teacher["accuracy"] - proof.WITHIN]
     best = min(good, key=lambda row: row["nfe_mean"])
-    assert best["nfe_mean"] <= teacher["nfe_mean"] / 8
+    assert best["nfe_mean"] <= teacher["nfe_mean"] / 8.5
     fresh = evaluate.evaluate("builtin:student", best["policy"], problems=150, seed=5)
     assert fresh["nfe_mean"] == pytest.approx(best["nfe_mean"], rel=0.12)
     assert fresh["accuracy"] > best["accuracy"] - 0.06  # three standard errors

@@ -113,22 +113,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 }
 
 template <class T>
-__device__ __forceinline__ void store_stored(typename T::Storage* p,
-                                             const typename T::Real (&v)[T::kWidth], bool aligned) {
-  typename T::Storage stored[T::kWidth];
-#pragma unroll
-  for (int i = 0; i < T::kWidth; ++i) stored[i] = T::narrow(v[i]);
-  if (aligned) {
-    uint4 bytes;
-    memcpy(&bytes, stored, sizeof bytes);
-    *reinterpret_cast<uint4*>(p) = bytes;
-  } else {
-#pragma unroll
-    for (int i = 0; i < T::kWidth; ++i) p[i] = stored[i];
-  }
-}
-
-template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     loss_gradient_kernel(LossBackwardArgs args, int64_t chunks,
                          InverseTemperatures<typename T::Real> inverse) {

@@ -96,4 +96,49 @@ __device__ __forceinline__ void widen(const uint4& bytes, typename T::Real (&z)[
   for (int i = 0; i < T::kWidth; ++i) z[i] = T::value(stored[i]);
 }
 
+template <class T>
+__device__ __forceinline__ void store_stored(typename T::Storage* p,
+                                             const typename T::Real (&v)[T::kWidth], bool aligned) {
+  typename T::Storage stored[T::kWidth];
+#pragma unroll
+  for (int i = 0; i < T::kWidth; ++i) stored[i] = T::narrow(v[i]);
+  if (aligned) {
+    uint4 bytes;
+    memcpy(&bytes, stored, sizeof bytes);
+    *reinterpret_cast<uint4*>(p) = bytes;
+  } else {
+#pragma unroll
+    for (int i = 0; i < T::kWidth; ++i) p[i] = stored[i];
+  }
+}
+
+// Whether this block is the last of `expected` to arrive; the counter is zero again when it is.
+// What the others wrote before arriving is then visible.
+__device__ inline bool last_to_arrive(int32_t* counter, int64_t expected) {
+  __shared__ bool last;
+  __syncthreads();  // every thread's writes come before thread 0's fence
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(counter, 1) == static_cast<int32_t>(expected - 1);
+    if (last) *counter = 0;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+// Calls body(T{}) with the element type.
+template <class Body>
+int dispatch(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::float32: return body(Float32{});
+    case DType::bfloat16: return body(BFloat16{});
+    default: return body(Float16{});
+  }
+}
+
+__host__ __device__ inline int64_t element_size(DType dtype) {
+  return dtype == DType::float32 ? 4 : 2;
+}
+
 }  // namespace dparallel::cuda

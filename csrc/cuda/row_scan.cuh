@@ -218,35 +218,6 @@ __device__ inline void write_blank(const RowOutput& out, int64_t row, int64_t co
   write_row(out, row, count, blank);
 }
 
-// Whether this block is the last of `expected` to arrive; the counter is zero again when it is.
-// What the others wrote before arriving is then visible.
-__device__ inline bool last_to_arrive(int32_t* counter, int64_t expected) {
-  __shared__ bool last;
-  __syncthreads();  // every thread's writes come before thread 0's fence
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(counter, 1) == static_cast<int32_t>(expected - 1);
-    if (last) *counter = 0;
-    __threadfence();
-  }
-  __syncthreads();
-  return last;
-}
-
-// Calls body(T{}) with the element type of the logits.
-template <class Body>
-int dispatch(DType dtype, Body body) {
-  switch (dtype) {
-    case DType::float32: return body(Float32{});
-    case DType::bfloat16: return body(BFloat16{});
-    default: return body(Float16{});
-  }
-}
-
-__host__ __device__ inline int64_t element_size(DType dtype) {
-  return dtype == DType::float32 ? 4 : 2;
-}
-
 __device__ inline const void* row_pointer(const Logits& logits, int64_t row) {
   return static_cast<const char*>(logits.data) + logits.offset(row) * element_size(logits.dtype);
 }

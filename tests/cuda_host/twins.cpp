@@ -431,6 +431,164 @@ void loss_case() {
   else loss_case_of<float>(rows, labels, active.get(), ce, t);
 }
 
+// Numbers of a 16-bit or 32-bit type, in memory of exact size.
+struct Numbers {
+  DType dtype;
+  int64_t count;
+  std::unique_ptr<char[]> memory;
+
+  Numbers(DType dtype, int64_t count) : dtype(dtype), count(count), memory(new char[bytes()]) {
+    for (int64_t i = 0; i < count; ++i) set(i, uniform(-2, 2));
+  }
+  Numbers(const Numbers& other)
+      : dtype(other.dtype), count(other.count), memory(new char[bytes()]) {
+    std::memcpy(memory.get(), other.memory.get(), bytes());
+  }
+  int64_t bytes() const { return count * (dtype == DType::float32 ? 4 : 2); }
+  void set(int64_t i, double value) {
+    const auto x = static_cast<float>(value);
+    if (dtype == DType::float32) reinterpret_cast<float*>(memory.get())[i] = x;
+    else
+      reinterpret_cast<uint16_t*>(memory.get())[i] =
+          dtype == DType::bfloat16 ? bfloat16_bits(x) : float16_bits(x);
+  }
+  double get(int64_t i) const {
+    if (dtype == DType::float32) return reinterpret_cast<const float*>(memory.get())[i];
+    const uint16_t bits = reinterpret_cast<const uint16_t*>(memory.get())[i];
+    return dtype == DType::bfloat16 ? bfloat16_value(bits) : float16_value(bits);
+  }
+};
+
+void near(const Numbers& cuda, const Numbers& cpu, const char* name) {
+  const double step = cpu.dtype == DType::bfloat16  ? 0.01
+                      : cpu.dtype == DType::float16 ? 2e-3
+                                                    : 4e-6;
+  for (int64_t i = 0; i < cpu.count; ++i) {
+    const double a = cuda.get(i), b = cpu.get(i);
+    REQUIRE((a != a && b != b) || std::fabs(a - b) <= step * (1 + std::fabs(b)),
+            "%s[%lld]: %.9g, CPU %.9g", name, (long long)i, a, b);
+  }
+}
+
+CacheLayout random_layout(int64_t pages, int64_t page_size, int64_t heads, int64_t dim) {
+  if (chance(0.5))
+    return {pages, page_size, heads, dim, page_size * heads * dim, page_size * dim, dim};
+  return {pages, page_size, heads, dim, page_size * heads * dim, dim, heads * dim};
+}
+
+void kv_write_case() {
+  const DType dtype = one_of({DType::float32, DType::bfloat16, DType::float16});
+  const int64_t dim = one_of({2, 6, 16, 64, 80}), heads = 1 + below(3), group = 1 + below(3);
+  const int64_t count = below(12), page_size = one_of({1, 5, 16}), pages = 1 + below(4) + count;
+  const int64_t table = 1 + below(9), gap = chance(0.5) ? below(9) : 0;
+  const CacheLayout layout = random_layout(pages, page_size, heads, dim);
+  const int64_t q_stride = group * heads * dim + gap, k_stride = heads * dim + gap;
+  Numbers q(dtype, count * q_stride), k(dtype, count * k_stride), v(dtype, count * k_stride);
+  Numbers keys(dtype, pages * page_size * heads * dim), values(keys);
+  std::vector<float> cos(table * dim / 2), sin(table * dim / 2);
+  for (auto& x : cos) x = static_cast<float>(uniform(-1, 1));
+  for (auto& x : sin) x = static_cast<float>(uniform(-1, 1));
+  std::vector<int64_t> slots(pages * page_size), positions(count);
+  for (size_t i = 0; i < slots.size(); ++i) slots[i] = static_cast<int64_t>(i);
+  std::shuffle(slots.begin(), slots.end(), engine);
+  slots.resize(count);
+  for (auto& slot : slots)
+    if (chance(0.2)) slot = -1;
+  for (auto& position : positions) position = below(table);
+  Numbers q2(q), keys2(keys), values2(values);
+  KvWriteArgs args{dtype,
+                   q.memory.get(),
+                   k.memory.get(),
+                   v.memory.get(),
+                   q_stride,
+                   k_stride,
+                   k_stride,
+                   count,
+                   group * heads,
+                   positions.data(),
+                   slots.data(),
+                   cos.data(),
+                   sin.data(),
+                   table,
+                   chance(0.5),
+                   keys.memory.get(),
+                   values.memory.get(),
+                   layout,
+                   layout};
+  cpu::kv_write(args, serial);
+  args.q = q2.memory.get();
+  args.k_cache = keys2.memory.get();
+  args.v_cache = values2.memory.get();
+  cuda::kv_write(args, nullptr);
+  near(q2, q, "q");
+  near(keys2, keys, "k_cache");
+  near(values2, values, "v_cache");
+}
+
+void block_attention_case() {
+  const DType dtype = one_of({DType::float32, DType::bfloat16, DType::float16});
+  const int64_t dim = one_of({2, 16, 64, 80, 128}), heads = 1 + below(2),
+                group = one_of({1, 2, 3, 8});
+  const int64_t segments = 1 + below(3), page_size = one_of({1, 7, 16, 64, 200});
+  const int64_t longest = 1 + below(chance(0.3) ? 200 : 40);
+  const int64_t width = (longest + page_size - 1) / page_size, pages = segments * width + 1;
+  const CacheLayout layout = random_layout(pages, page_size, heads, dim);
+  Numbers keys(dtype, pages * page_size * heads * dim), values(keys);
+  std::vector<int64_t> order(pages), begin, end, length;
+  for (int64_t i = 0; i < pages; ++i) order[i] = i;
+  std::shuffle(order.begin(), order.end(), engine);
+  order.resize(segments * width);
+  std::vector<bool> seen(pages * page_size);
+  int64_t rows = 0, most = 0;
+  for (int64_t s = 0; s < segments; ++s) {
+    rows += below(3);
+    begin.push_back(rows);
+    rows += below(6);
+    end.push_back(rows);
+    most = std::max(most, end[s] - begin[s]);
+    length.push_back(chance(0.1) ? 0 : 1 + below(longest));
+    for (int64_t j = 0; j < length[s]; ++j)
+      seen[order[s * width + j / page_size] * page_size + j % page_size] = true;
+  }
+  for (int64_t slot = 0; slot < pages * page_size; ++slot)
+    for (int64_t h = 0; !seen[slot] && h < heads; ++h)  // what none may see
+      for (int64_t d = 0; d < dim; ++d) {
+        const int64_t at = layout.offset(slot / page_size, slot % page_size, h) + d;
+        keys.set(at, NAN);
+        values.set(at, NAN);
+      }
+  const int64_t stride = group * heads * dim + (chance(0.5) ? below(9) : 0);
+  Numbers q(dtype, rows * stride), out(dtype, rows * group * heads * dim);
+  std::memset(out.memory.get(), 0, out.bytes());
+  Numbers out2(out);
+  BlockAttentionArgs args{dtype,
+                          q.memory.get(),
+                          stride,
+                          rows,
+                          group * heads,
+                          keys.memory.get(),
+                          values.memory.get(),
+                          layout,
+                          layout,
+                          segments,
+                          begin.data(),
+                          end.data(),
+                          length.data(),
+                          order.data(),
+                          width,
+                          most + below(3),
+                          longest,
+                          static_cast<float>(uniform(0.05, 0.5)),
+                          out.memory.get()};
+  cpu::block_attention(args, serial);
+  std::vector<char> scratch(cuda::block_attention_scratch(args));
+  std::vector<int32_t> counters(cuda::block_attention_counters(args));
+  args.out = out2.memory.get();
+  cuda::block_attention(args, {scratch.data(), counters.data()}, nullptr);
+  near(out2, out, "out");
+  for (const int32_t counter : counters) REQUIRE(counter == 0, "a counter was not reset");
+}
+
 }  // namespace
 
 int main(int, char** argv) {
@@ -439,13 +597,16 @@ int main(int, char** argv) {
   for (int i = 0; i < cases; ++i) {
     engine.seed(seed * 1000003 + static_cast<uint64_t>(i));
     cuda_host::seed(engine());
-    const int64_t op = below(4);
-    const char* const names[] = {"row_stats", "select", "unmask", "certainty_forcing_loss"};
+    const int64_t op = below(6);
+    const char* const names[] = {"row_stats", "select",         "unmask", "certainty_forcing_loss",
+                                 "kv_write",  "block_attention"};
     now = std::string(names[op]) + " of seed " + argv[1] + ", case " + std::to_string(i);
     if (op == 0) row_stats_case();
     else if (op == 1) select_case();
     else if (op == 2) unmask_case();
-    else loss_case();
+    else if (op == 3) loss_case();
+    else if (op == 4) kv_write_case();
+    else block_attention_case();
   }
   std::printf("%d cases, no difference\n", cases);
   return 0;

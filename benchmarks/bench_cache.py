@@ -1,0 +1,90 @@
+"""What reuse saves: whole decodes of a random LLaDA-shaped model, and of an SDAR-shaped one.
+
+Width 512, 8 layers, V = 126464, prompt 512, 128 new tokens, block 32, 8 tokens a pass by quota, so that every
+side runs the same 16 passes. `published`: the whole sequence through the same layers, the head on every row,
+selection in float64.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dparallel_ext as dx
+from dparallel_ext.models import SDAR, LLaDA, Model
+
+from . import baselines
+
+PROMPT, NEW, BLOCK, TAKEN = 512, 128, 32, 8
+PROMPT_IDS = torch.randint(0, 126000, (1, PROMPT), generator=torch.Generator().manual_seed(1))
+CONFIG = {
+    "d_model": 512,
+    "n_layers": 8,
+    "n_heads": 8,
+    "mlp_hidden_size": 1536,
+    "vocab_size": 126464,
+    "block_type": "llama",
+    "activation_type": "silu",
+    "layer_norm_type": "rms",
+    "rope": True,
+    "include_bias": False,
+    "weight_tying": False,
+    "mask_token_id": 126336,
+}
+CAUSAL_CONFIG = {
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "intermediate_size": 1536,
+    "vocab_size": 126464,
+    "mask_token_id": 126336,
+    "block_size": BLOCK,
+}
+
+
+def random_model(causal: bool, dtype: torch.dtype) -> Model:
+    torch.manual_seed(0)
+    model = SDAR(CAUSAL_CONFIG) if causal else LLaDA(CONFIG)
+    return model.to(dtype).eval()
+
+
+def ours(model: Model, prompt: Tensor, cache: str, **settings: Any) -> Tensor:
+    return dx.decode(
+        model,
+        prompt,
+        gen_length=NEW,
+        block_length=BLOCK,
+        selector="quota",
+        threshold=TAKEN,
+        score="confidence",
+        cache=cache,
+        **settings,
+    ).sequences
+
+
+@functools.cache
+def published(causal: bool, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Tokens and seconds."""
+    model, began = random_model(causal, dtype), time.perf_counter()
+    return baselines.published_quota_decode(model, PROMPT_IDS, NEW, BLOCK, TAKEN), time.perf_counter() - began
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("cache", ["none", "dual", "block"])
+def test_cache(benchmark: Any, cache: str, dtype: torch.dtype) -> None:
+    model = random_model(cache == "block", dtype)
+    expected, seconds = published(cache == "block", dtype)
+    found = ours(model, PROMPT_IDS, cache)
+    same = int((found == expected)[:, PROMPT:].sum())
+    benchmark.group = f"16 passes, prompt {PROMPT}, {NEW} new tokens, cache {cache}, {dtype}".replace(
+        "torch.", ""
+    )
+    benchmark.pedantic(lambda: ours(model, PROMPT_IDS, cache), rounds=5, warmup_rounds=1)
+    benchmark.extra_info.update(
+        contender=f"dparallel_ext ({same}/{NEW} tokens the same)", baselines={"published": seconds}
+    )
