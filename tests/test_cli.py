@@ -55,6 +55,23 @@ def test_decode_streams():
     assert "####" in text
 
 
+def test_decode_a_ragged_batch(tmp_path: Path):
+    """Together as one by one, in order."""
+    file = tmp_path / "prompts.jsonl"
+    problems = [p for _, p in zip(range(5), tasks.problems("held_out", seed=4), strict=False)]
+    assert len({len(p.prompt.split()) for p in problems}) > 1
+    file.write_text("".join(json.dumps({"prompt": p.prompt}) + "\n" for p in problems))
+    together, apart = (run("decode", way, file, "--json").splitlines() for way in ("--batch", "--file"))
+    assert [json.loads(line)["response"] for line in together] == [
+        json.loads(line)["response"] for line in apart
+    ]
+    right = [
+        tasks.is_correct(p, json.loads(line)["response"]) for p, line in zip(problems, together, strict=True)
+    ]
+    assert sum(right) >= 4
+    assert "not together with --batch" in run("decode", "--batch", file, "--stream", code=2)
+
+
 def test_decode_a_file_of_lines_and_json(tmp_path: Path):
     file = tmp_path / "prompts.jsonl"
     file.write_text(f"{PROMPT}\n\n{json.dumps({'prompt': PROMPT})}\n")

@@ -73,11 +73,12 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="machine-readable"
 def decode(
     prompt: Annotated[list[str] | None, typer.Argument(help="prompts")] = None,
     file: Annotated[Path | None, typer.Option(help="a prompt a line; of JSONL, its 'prompt'")] = None,
+    batch: Annotated[Path | None, typer.Option(help="as --file, all decoded together")] = None,
     model: ModelOption = registry.DEFAULT,
     policy: PolicyOption = "entropy:0.5",
     gen_length: Annotated[int | None, typer.Option(help="tokens; default 64 built-in, 256 else")] = None,
-    block_length: int = 32,
-    cache: Annotated[str, typer.Option(help="none, prefix or dual")] = "none",
+    block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
+    cache: Annotated[str, typer.Option(help="none, prefix, dual, or block (block-causal)")] = "none",
     temperature: float = 0.0,
     seed: int = 0,
     device: str | None = None,
@@ -89,17 +90,21 @@ def decode(
     from .evaluate import parse_policy
 
     with plain_errors():
-        prompts = list(prompt or [])
+        calls = [[text] for text in prompt or []]
         if file is not None:
-            prompts += read_prompts(file)
-        if not prompts:
-            raise ValueError("prompt: expected one, as an argument or with --file")
+            calls += [[text] for text in read_prompts(file)]
+        if batch is not None:
+            if stream:
+                raise ValueError("stream: not together with --batch")
+            calls.append(read_prompts(batch))
+        if not any(calls):
+            raise ValueError("prompt: expected one, as an argument or with --file or --batch")
         settings = parse_policy(policy)
         loaded, tokenizer = registry.load(model, device=device)
         length = gen_length or (tasks.GEN_LENGTH if model.startswith("builtin:") else 256)
         console = Console()
-        for text in prompts:
-            ids = torch.tensor([tokenizer.encode(text).ids], dtype=torch.int64, device=loaded.device)
+        for texts in calls:
+            ids = [torch.tensor(tokenizer.encode(text).ids, device=loaded.device) for text in texts]
             live = LiveText(console, tokenizer, loaded.mask_id or 0, 0.1) if stream else None
             if live is not None:
                 live.__enter__()
@@ -118,14 +123,14 @@ def decode(
             finally:
                 if live is not None:
                     live.__exit__()
-            response = tokenizer.decode(out.sequences[0, ids.shape[1] :].tolist())
-            if as_json:
-                row = {"prompt": text, "response": response, "forwards": out.forwards}
-                typer.echo(json.dumps({**row, "tokens_per_forward": out.tokens_per_forward}))
-            else:
-                typer.echo(response)
-                note = f"{length} tokens in {out.forwards} passes, {out.tokens_per_forward:.1f} a pass"
-                typer.echo(note, err=True)
+            for text, tokens, passes in zip(texts, out.responses, out.nfe.tolist(), strict=True):
+                response, rate = tokenizer.decode(tokens.tolist()), len(tokens) / passes
+                if as_json:
+                    row = {"prompt": text, "response": response, "forwards": passes}
+                    typer.echo(json.dumps({**row, "tokens_per_forward": rate}))
+                else:
+                    typer.echo(response)
+                    typer.echo(f"{len(tokens)} tokens in {passes} passes, {rate:.1f} a pass", err=True)
 
 
 def read_prompts(file: Path) -> list[str]:
