@@ -8,6 +8,7 @@ that is complete is in no pass.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -39,6 +40,24 @@ class Trajectory:
     """(B, gen_length) float32: its probability in that pass; NaN where none did."""
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How one sequence is decoded."""
+
+    policy: tuple[float, ...]
+    """A row of `policies.FIELDS`."""
+    steps: int | None = None
+    """The fixed schedule: passes in all, whose quota stands in for the policy's threshold."""
+    temperature: float = 0.0
+    suppress: Tensor | None = None
+    """(n,) int64, ids never to be decoded."""
+    key: tuple[int, int] = (0, 0)
+    """Of its samples: seed, sequence."""
+    eos_id: int | None = None
+    stop: tuple[tuple[int, ...], ...] = ()
+    """Sequences of tokens that end the response as eos_id does."""
+
+
 @dataclass
 class Row:
     """Where one sequence is. Columns are positions of the sequence."""
@@ -48,6 +67,9 @@ class Row:
     """Of prompt and response."""
     blocks: list[tuple[int, int]]
     """Columns [start, end) that are filled, block by block."""
+    settings: Settings
+    kept: int
+    """Response tokens in front of EOS or a stop sequence, all where there is none."""
     at: int = 0
     """The active block; len(blocks): done."""
     turn: int = 0
@@ -62,6 +84,8 @@ class Row:
     """cache "block": positions whose keys and values are final."""
     waiting: bool = False
     """Its block is complete, and it has not begun the next."""
+    stopped: bool = False
+    """It met EOS or a stop sequence."""
 
     @property
     def done(self) -> bool:
@@ -71,76 +95,104 @@ class Row:
     def block(self) -> tuple[int, int]:
         return self.blocks[self.at]
 
+    @property
+    def policy(self) -> tuple[float, ...]:
+        """Of the next pass, a row of `policies.FIELDS`."""
+        chosen, steps = self.settings.policy, self.settings.steps
+        if steps is None or self.done:
+            return chosen
+        start, end = self.block
+        share, rest = divmod(end - start, steps // len(self.blocks))
+        return (chosen[0], float(max(1, share + (self.turn < rest))), *chosen[2:])
 
-Rules = Callable[[Sequence[Row]], Tensor | Policy]
-"""The policy of a pass: rows (B, 5), see `policies`, or a function."""
+
+IDLE = Row(0, 0, [], Settings((0.0, 0.0, 1.0, math.inf, 0.0)), 0)
+"""What a lane without a sequence holds."""
+
+
+def full_length(prompt: int, gen_length: int, block_length: int | None) -> int:
+    """Of prompt and response. Block-causal models (`block_length`) count blocks from 0 and fill the last."""
+    end = prompt + gen_length
+    return end if block_length is None or not gen_length else -(-end // block_length) * block_length
 
 
 class Batch:
-    """The state of a call of `decode`, and its passes.
+    """Sequences in lanes, and the passes over them; `admit` puts a sequence into a lane.
 
     Args:
-        prompts: B prompts (P,) int64.
-        gen_lengths: tokens to decode after each.
+        lanes, width: how many sequences, and the longest one's length.
+        policy: a function that decides instead of the policies of the sequences.
         published: the published loops to the pass: fill the prompt's masks too, and run their extra pass
             where the full pass has completed a block.
         refresh: with cache "dual", a full pass every so many passes over a block.
         batch_invariant: each sequence in passes of its own.
+        slots: of lanes and width; default: contiguous ones.
     """
 
     def __init__(
         self,
         model: Any,
-        prompts: Sequence[Tensor],
-        gen_lengths: Sequence[int],
+        lanes: int,
+        width: int,
         block_length: int,
         cache: str,
         mask_id: int,
         *,
         pad_id: int,
+        device: torch.device | str = "cpu",
+        policy: Policy | None = None,
         published: bool = False,
         refresh: int | None = None,
         batch_invariant: bool = False,
-        record: bool = False,
+        slots: KVCache | None = None,
     ) -> None:
         self.model, self.cache, self.mask_id, self.published = model, cache, mask_id, published
-        self.refresh, self.alone = refresh, batch_invariant
+        self.refresh, self.alone, self.policy = refresh, batch_invariant, policy
+        self.block_length, self.pad_id = block_length, pad_id
         self.traits = traits(model)
-        self.rows = []
-        for prompt, count in zip(prompts, gen_lengths, strict=True):
-            first, end = len(prompt), len(prompt) + count
-            # Block-causal models count blocks from position 0 and fill the last one.
-            origin = first - first % block_length if self.traits.block_length else first
-            if self.traits.block_length and count:
-                end = -(-end // block_length) * block_length
-            cuts = [first, *range(origin + block_length, end, block_length), end]
-            blocks = [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
-            prefill = cache == "block" and first >= block_length and count > 0
-            self.rows.append(Row(first, end, blocks, published=int(prefill)))
-        device = prompts[0].device if prompts else torch.device("cpu")
-        width = max((row.length for row in self.rows), default=0)
-        self.tokens = torch.full((len(self.rows), width), pad_id, dtype=torch.int64, device=device)
-        for b, (row, prompt) in enumerate(zip(self.rows, prompts, strict=True)):
-            self.tokens[b, : row.prompt] = prompt
-            self.tokens[b, row.prompt : row.length] = mask_id
+        self.rows = [IDLE] * lanes
+        self.tokens = torch.full((lanes, width), pad_id, dtype=torch.int64, device=device)
         self.forwards = 0
-        self.slots: KVCache | None = None
-        if isinstance(model, Model):
-            self.slots = model.new_cache(len(self.rows), width, kept=cache != "none")
+        self.slots = slots
+        if slots is None and isinstance(model, Model):
+            self.slots = model.new_cache(lanes, width, kept=cache != "none")
         self.trajectory: Trajectory | None = None
-        if record:
-            longest = max((row.length - row.prompt for row in self.rows), default=0)
-            shape = (len(self.rows), longest)
-            self.trajectory = Trajectory(
-                self.tokens.new_zeros(shape), torch.full(shape, math.nan, device=device)
-            )
-        for b in range(len(self.rows)):
-            self._enter(b)
+
+    def admit(
+        self, lane: int, prompt: Tensor, gen_length: int, settings: Settings, *, stored: int = 0
+    ) -> Row:
+        """Begin a sequence: `gen_length` tokens after `prompt` (P,) int64, in place of what the lane held.
+
+        `stored`: positions whose keys and values are in the lane's slots already (cache "block").
+
+        Raises ValueError where `steps` does not divide into the blocks.
+        """
+        first, size = len(prompt), self.block_length
+        end = full_length(first, gen_length, self.traits.block_length)
+        origin = first - first % size if self.traits.block_length else first
+        cuts = [first, *range(origin + size, end, size), end]
+        blocks = [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
+        if settings.steps is not None and blocks and settings.steps % len(blocks):
+            raise ValueError(f"steps: expected a multiple of the {len(blocks)} blocks, got {settings.steps}")
+        prefill = self.cache == "block" and first >= size and gen_length > 0
+        row = Row(first, end, blocks, settings, end - first, published=int(prefill), stored=stored)
+        self.rows[lane] = row
+        self.tokens[lane, :first] = prompt
+        self.tokens[lane, first:end] = self.mask_id
+        self.tokens[lane, end:] = self.pad_id
+        self._enter(lane)
+        return row
 
     @property
     def live(self) -> list[int]:
         """Sequences that the next pass is over."""
         return [b for b, row in enumerate(self.rows) if not row.done and not row.waiting]
+
+    @property
+    def policies(self) -> Tensor:
+        """(lanes, 5) float32, of the next pass."""
+        rows = [row.policy for row in self.rows]
+        return torch.tensor(rows, dtype=torch.float32, device=self.tokens.device).view(-1, 5)
 
     def _enter(self, b: int) -> None:
         """Begin the active block; blocks without a mask are passed over."""
@@ -158,16 +210,30 @@ class Batch:
         row.generated += end - start
         row.at += 1
 
-    def end(self, b: int, fill: int) -> None:
-        """Sequence b is complete: what comes after its last finished block is `fill`."""
+    def end(self, b: int) -> None:
+        """Sequence b is complete: what comes after its last finished block is padding."""
         row = self.rows[b]
         if not row.done:
-            self.tokens[b, row.block[0] : row.length] = fill
+            self.tokens[b, row.block[0] : row.length] = self.pad_id
             row.at = len(row.blocks)
 
-    def step(self, rules: Rules, sampling: dict[str, Any]) -> list[int]:
-        """One pass over every sequence that is not done; returns those whose block it completed."""
-        live = self.live
+    def step(self, lanes: Sequence[int] | None = None) -> list[int]:
+        """One pass over every sequence that is not done (of `lanes`); returns those whose block it completed.
+
+        Where it raises, what the model, the policy or `unmask_` raises, every sequence is as it was before.
+        """
+        live = self.live if lanes is None else [b for b in self.live if b in lanes]
+        before = [copy.copy(self.rows[b]) for b in live], self.tokens.clone(), self.forwards
+        try:
+            return self._step(live)
+        except BaseException:
+            rows, tokens, self.forwards = before
+            self.tokens.copy_(tokens)
+            for b, row in zip(live, rows, strict=True):
+                self.rows[b].__dict__.update(row.__dict__)
+            raise
+
+    def _step(self, live: list[int]) -> list[int]:
         spans = {b: self._spans(b) for b in live}
         windows = {b: self._window(b) for b in live}
         for b in live:
@@ -176,7 +242,7 @@ class Batch:
             row.published += 1
         row_of, column = self._needed(live, windows)  # (N,) int64
         logits = self._logits(live, spans, row_of, column)  # (N, V)
-        self._commit(logits, row_of, column, windows, rules, sampling)
+        self._commit(live, logits, row_of, column, windows)
         finished = []
         left = self._masks(live)
         for b in live:
@@ -184,15 +250,36 @@ class Batch:
             row.left, wasteful = left[b], self.cache in ("prefix", "dual") and row.turn == 0
             row.turn += 1
             if self.cache == "block":
-                row.stored = row.block[0] - row.block[0] % self.traits.block_length  # type: ignore[operator]
+                row.stored = row.block[0] - row.block[0] % self.block_length
             if row.left or (wasteful and self.published):
                 continue
             # Published: one more pass where the full one completed the block; one that stores the block.
             row.published += wasteful or self.cache == "block"
+            start, end = row.block
             self._leave(row)
             row.waiting = True
             finished.append(b)
+            if (row.settings.eos_id is not None or row.settings.stop) and self._stops(b, start, end):
+                self.end(b)
         return finished
+
+    def _stops(self, b: int, start: int, end: int) -> bool:
+        """Whether EOS or a stop sequence ends in columns [start, end); notes where it begins."""
+        row = self.rows[b]
+        sought = row.settings.stop
+        if row.settings.eos_id is not None:
+            sought = (*sought, (row.settings.eos_id,))
+        first = max(row.prompt, start - max(map(len, sought)) + 1)
+        ids = tuple(self.tokens[b, first:end].tolist())
+        begins = [
+            first + at
+            for stop in sought
+            for at in range(max(0, start - first - len(stop) + 1), len(ids) - len(stop) + 1)
+            if ids[at : at + len(stop)] == stop
+        ]
+        if begins:
+            row.kept, row.stopped = min(begins) - row.prompt, True
+        return row.stopped
 
     def enter(self, finished: list[int]) -> None:
         """Let the sequences that `step` returned begin their next block."""
@@ -314,20 +401,30 @@ class Batch:
 
     def _commit(
         self,
+        live: list[int],
         logits: Tensor,
         row_of: Tensor,
         column: Tensor,
         windows: dict[int, tuple[int, int]],
-        rules: Rules,
-        sampling: dict[str, Any],
     ) -> None:
-        x, batch = self.tokens, len(self.rows)
+        x, lanes = self.tokens, range(len(self.rows))
         positions = row_of * x.shape[1] + column
         nfe = torch.tensor([row.nfe for row in self.rows], device=x.device)
-        policy = rules(self.rows)
-        if isinstance(policy, Tensor):
-            edges = torch.tensor([windows.get(b, (0, 0)) for b in range(batch)], device=x.device).view(-1, 2)
-            start, end = edges.unbind(1)
+        keys = torch.tensor([row.settings.key for row in self.rows], device=x.device).view(-1, 2)
+        seed, sequence = keys.unbind(1)
+        if self.policy is not None:
+            stats = self._by_function(self.policy, live, logits, row_of, column, windows, nfe, seed, sequence)
+            return self._record(positions, row_of, column, nfe, stats)
+        policy = self.policies
+        # What a launch has but one of: a call for each that occurs.
+        groups: dict[tuple[float, int], list[int]] = {}
+        for b in live:
+            own = self.rows[b].settings
+            groups.setdefault((own.temperature, id(own.suppress)), []).append(b)
+        for group in groups.values():
+            own = self.rows[group[0]].settings
+            edges = [windows[b] if b in group else (0, 0) for b in lanes]
+            start, end = torch.tensor(edges, device=x.device).view(-1, 2).unbind(1)
             stats = unmask_(
                 x,
                 logits,
@@ -337,42 +434,41 @@ class Batch:
                 policy=policy,
                 positions=positions,
                 step=nfe,
-                **sampling,
+                temperature=own.temperature,
+                suppress=own.suppress,
+                seed=seed,
+                sequence=sequence,
             ).stats
-        else:
-            stats = self._by_function(logits, row_of, column, windows, policy, nfe, sampling)
-        if self.trajectory is not None:
-            self._record(positions, row_of, column, nfe, stats)
+        self._record(positions, row_of, column, nfe, stats)  # where wanted, there is but one group
 
     def _by_function(
         self,
+        policy: Policy,
+        live: list[int],
         logits: Tensor,
         row_of: Tensor,
         column: Tensor,
         windows: dict[int, tuple[int, int]],
-        policy: Policy,
         nfe: Tensor,
-        sampling: dict[str, Any],
+        seed: Tensor,
+        sequence: Tensor,
     ) -> RowStats:
         """Commit what a function chooses of statistics laid out (B, W), W the widest window."""
-        x, batch = self.tokens, len(self.rows)
+        x, batch, own = self.tokens, len(self.rows), self.rows[live[0]].settings
         width = max(end - start for start, end in windows.values())
         start = torch.tensor([windows.get(b, (0, 0))[0] for b in range(batch)], device=x.device)
         at = (row_of, column - start[row_of])
         eligible = torch.zeros((batch, width), dtype=torch.bool, device=x.device)
         eligible[at] = x[row_of, column] == self.mask_id
-        of_row: dict[str, Any] = {
-            key: value[row_of] if isinstance(value, Tensor) and value.shape == (batch,) else value
-            for key, value in sampling.items()
-            if key != "suppress"
-        }
         stats = row_stats(
             logits,
             mask_id=self.mask_id,
-            suppress=sampling["suppress"],
+            suppress=own.suppress,
+            temperature=own.temperature,
+            seed=seed[row_of],
+            sequence=sequence[row_of],
             position=column,
             step=nfe[row_of],
-            **of_row,
         )
         spread = []
         for values in stats:
@@ -397,7 +493,8 @@ class Batch:
         self, positions: Tensor, row_of: Tensor, column: Tensor, nfe: Tensor, stats: RowStats
     ) -> None:
         """Of the positions, which were masked before, those that are not any more."""
-        assert self.trajectory is not None
+        if self.trajectory is None:
+            return
         prompt = torch.tensor([row.prompt for row in self.rows], device=positions.device)
         where = column - prompt[row_of]
         # On a GPU the positions are whole windows: what was committed earlier has its step already.

@@ -6,14 +6,14 @@ used: the published loops run a second pass for a block even if its first has co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .batch import Policy, Row, Rules
-from .decode import make_rules, run, start
+from .batch import Batch, Policy
+from .decode import make_settings, run, start
+from .models import traits
 from .ops import check_errors, select
 from .types import RowStats
 
@@ -100,30 +100,31 @@ def _generate(
         raise ValueError(f"steps: expected a multiple of the {blocks} blocks, got {steps}")
     with torch.inference_mode():
         rows = prompt[None] if prompt.ndim == 1 else prompt
-        batch = start(
-            model, list(rows.to(torch.int64)), gen_length, block_length, cache, mask_id, published=True
-        )
-        schedule = steps if threshold is None else None
-        rules = make_rules(batch, schedule, threshold, selector, None, 1, None, None)
-        if remasking == "random":
-            rules = _randomly(rules)
         # The published noise comes from torch's generator, so that is what seeds ours.
         seed = int(torch.randint(2**62, ())) if temperature > 0 else 0
-        run(batch, rules, temperature=temperature, seed=seed)
+        settings = make_settings(
+            traits(model),
+            cache,
+            len(rows),
+            steps=steps if threshold is None else None,
+            threshold=threshold,
+            selector=selector,
+            temperature=temperature,
+            seed=seed,
+        )
+        prompts = list(rows.to(torch.int64))
+        batch = start(model, prompts, gen_length, block_length, cache, mask_id, settings, published=True)
+        if remasking == "random":
+            batch.policy = _randomly(batch)
+        run(batch)
         check_errors(batch.tokens.device)
     return batch.tokens.clone(), batch.forwards
 
 
-def _randomly(rules: Rules) -> Rules:
-    """The same rules with uniform random numbers for confidences."""
+def _randomly(batch: Batch) -> Policy:
+    """The sequences' own policies with uniform random numbers for confidences."""
 
-    def at(rows: Sequence[Row]) -> Policy:
-        made = rules(rows)
-        assert isinstance(made, Tensor)
+    def policy(stats: RowStats, eligible: Tensor, step: Tensor) -> Tensor:
+        return select(stats._replace(confidence=torch.rand_like(stats.confidence)), eligible, batch.policies)
 
-        def policy(stats: RowStats, eligible: Tensor, step: Tensor) -> Tensor:
-            return select(stats._replace(confidence=torch.rand_like(stats.confidence)), eligible, made)
-
-        return policy
-
-    return at
+    return policy

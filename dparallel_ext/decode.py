@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from . import policies
-from .batch import CACHES, Batch, Policy, Row, Rules, Trajectory
-from .models import Model, traits
+from .batch import CACHES, Batch, Policy, Settings, Trajectory, full_length
+from .models import Model, Traits, traits
 from .ops import check_errors
 
 
@@ -30,7 +30,9 @@ class DecodeOutput:
     forwards: int
     """Forward passes that the call ran."""
     generated: Tensor
-    """(B,) int64: tokens decoded; fewer than gen_length where EOS ended a sequence."""
+    """(B,) int64: tokens decoded; fewer than gen_length where EOS or a stop sequence ended a sequence."""
+    kept: Tensor
+    """(B,) int64: response tokens in front of EOS or a stop sequence; all where there is none."""
     lengths: Tensor
     """(B,) int64: of prompt and response together, EOS filling included, padding not."""
     prompt_lengths: Tensor
@@ -77,6 +79,7 @@ def decode(
     suppress: Any = None,
     mask_id: int | None = None,
     eos_id: int | None = None,
+    stop: Sequence[Sequence[int]] = (),
     seed: int | Tensor = 0,
     streamer: Any = None,
     progress: bool = False,
@@ -114,6 +117,7 @@ def decode(
         mask_id: default: the model's `mask_token_id`.
         eos_id: if given, a sequence whose finished block holds it ends there: later blocks are not
             computed but filled with it. None, as published: every block is decoded.
+        stop: sequences of tokens that end a response as eos_id does, wherever they lie in it.
         seed: a number: sequence b's samples are keyed by (seed, b); or (B,): by its own seed alone.
         streamer: an object with `put` and `end`, and perhaps `put_draft`, as transformers' streamers.
             Batch size 1.
@@ -130,7 +134,7 @@ def decode(
     """
     with torch.inference_mode():
         prompts = _prompts(prompt, attention_mask)
-        size = len(prompts)
+        size, function = len(prompts), _function(policy, threshold, steps)
         batch = start(
             model,
             prompts,
@@ -138,25 +142,34 @@ def decode(
             block_length,
             cache,
             mask_id,
-            eos_id=eos_id,
+            make_settings(
+                traits(model),
+                cache,
+                size,
+                steps=steps,
+                threshold=threshold,
+                selector=selector,
+                policy=policy if isinstance(policy, Tensor) else None,
+                min_commit=min_commit,
+                max_commit=max_commit,
+                score=score,
+                temperature=temperature,
+                suppress=suppress,
+                eos_id=eos_id,
+                stop=stop,
+                seed=seed,
+            ),
+            policy=function,
             refresh=refresh,
             batch_invariant=batch_invariant,
-            record=record,
         )
-        rules = make_rules(batch, steps, threshold, selector, policy, min_commit, max_commit, score)
+        if record:
+            longest = max((row.length - row.prompt for row in batch.rows), default=0)
+            step = batch.tokens.new_zeros((size, longest))
+            batch.trajectory = Trajectory(step, torch.full(step.shape, math.nan, device=step.device))
         if streamer is not None and size != 1:
             raise ValueError(f"streamer: expected a batch of 1, got {size}")
-        bar = _bar(progress, sum(row.length - row.prompt for row in batch.rows))
-        run(
-            batch,
-            rules,
-            temperature=temperature,
-            suppress=suppress,
-            eos_id=eos_id,
-            seed=seed,
-            streamer=streamer,
-            bar=bar,
-        )
+        run(batch, streamer, _bar(progress, sum(row.length - row.prompt for row in batch.rows)))
         check_errors(batch.tokens.device)
     # Tensors made in inference mode cannot enter autograd later; their copies can.
     found = batch.trajectory
@@ -166,10 +179,12 @@ def decode(
         x = x.new_zeros((0, prompt.shape[1] + gen_length))
     numbers = [
         x.new_tensor([getattr(row, name) for row in batch.rows])
-        for name in ("nfe", "generated", "length", "prompt", "published")
+        for name in ("nfe", "generated", "kept", "length", "prompt", "published")
     ]
-    nfe, generated, lengths, prompt_lengths, published = numbers
-    return DecodeOutput(x, nfe, batch.forwards, generated, lengths, prompt_lengths, published, trajectory)
+    nfe, generated, kept, lengths, prompt_lengths, published = numbers
+    return DecodeOutput(
+        x, nfe, batch.forwards, generated, kept, lengths, prompt_lengths, published, trajectory
+    )
 
 
 def start(
@@ -179,24 +194,46 @@ def start(
     block_length: int | None,
     cache: str,
     mask_id: int | None,
-    *,
-    eos_id: int | None = None,
-    refresh: int | None = None,
+    settings: Sequence[Settings],
     **more: Any,
 ) -> Batch:
-    """The batch of a call, its arguments checked."""
-    found = traits(model)
+    """The batch of a call, its arguments checked; `settings`: one for each prompt."""
     given = list(gen_length) if isinstance(gen_length, Sequence) else [gen_length]
     for count in given:
-        _whole("gen_length", count, 0)
+        whole("gen_length", count, 0)
     counts = given if isinstance(gen_length, Sequence) else given * len(prompts)
     if len(counts) != len(prompts):
         raise ValueError(
             f"gen_length: expected a number or one for each of {len(prompts)}, got {len(counts)}"
         )
+    block_length, mask_id = check_model(model, block_length, cache, mask_id, more.get("refresh"))
+    causal = traits(model).block_length
+    lengths = [full_length(len(p), n, causal) for p, n in zip(prompts, counts, strict=True)]
+    eos_id = settings[0].eos_id if settings else None
+    batch = Batch(
+        model,
+        len(prompts),
+        max(lengths, default=0),
+        block_length,
+        cache,
+        mask_id,
+        pad_id=mask_id if eos_id is None else eos_id,
+        device=prompts[0].device if prompts else "cpu",
+        **more,
+    )
+    for lane, (prompt, count, own) in enumerate(zip(prompts, counts, settings, strict=True)):
+        batch.admit(lane, prompt, count, own)
+    return batch
+
+
+def check_model(
+    model: Any, block_length: int | None, cache: str, mask_id: int | None, refresh: int | None
+) -> tuple[int, int]:
+    """block_length and mask_id, by default the model's; raises where an argument does not fit the model."""
+    found = traits(model)
     if block_length is None:
         block_length = found.block_length or 32
-    _whole("block_length", block_length, 1)
+    whole("block_length", block_length, 1)
     if cache not in CACHES:
         raise ValueError(f"cache: expected one of {CACHES}, got {cache!r}")
     if cache != "none" and not isinstance(model, Model):
@@ -218,44 +255,26 @@ def start(
             f"got {block_length}"
         )
     if refresh is not None:
-        _whole("refresh", refresh, 1)
+        whole("refresh", refresh, 1)
         if cache != "dual":
             raise ValueError(f'refresh: belongs to cache "dual", got cache={cache!r}')
     mask = found.mask_id if mask_id is None else mask_id
     if mask is None:
         raise ValueError("mask_id: the model's config has no mask_token_id, so give one")
-    _whole("mask_id", mask, 0)
-    pad = mask if eos_id is None else eos_id
-    return Batch(model, prompts, counts, block_length, cache, mask, pad_id=pad, refresh=refresh, **more)
+    whole("mask_id", mask, 0)
+    return block_length, mask
 
 
-def run(
-    batch: Batch,
-    rules: Rules,
-    *,
-    temperature: float = 0.0,
-    suppress: Any = None,
-    eos_id: int | None = None,
-    seed: int | Tensor = 0,
-    streamer: Any = None,
-    bar: Any = None,
-) -> None:
+def run(batch: Batch, streamer: Any = None, bar: Any = None) -> None:
     """All passes. In the published loops every sequence waits at the end of a block for the others."""
     x = batch.tokens
-    own_seed = isinstance(seed, Tensor) and seed.ndim == 1
-    sampling = {
-        "temperature": temperature,
-        "suppress": suppress,
-        "seed": seed,
-        "sequence": x.new_zeros(len(x)) if own_seed else torch.arange(len(x), device=x.device),
-    }
     if streamer is not None:
         streamer.put(x[:, : batch.rows[0].prompt].cpu())
     waiting: list[int] = []
     while live := batch.live:
         blocks = {b: batch.rows[b].block for b in live}
         left = sum(batch.rows[b].left for b in live)
-        finished = batch.step(rules, sampling)
+        finished = batch.step()
         if bar is not None:
             bar.update(left - sum(batch.rows[b].left for b in live))
         if streamer is not None and hasattr(streamer, "put_draft"):
@@ -264,9 +283,7 @@ def run(
             first, last = blocks[b]
             if streamer is not None:
                 streamer.put(x[b, first:last].cpu())
-            if eos_id is not None and bool((x[b, first:last] == eos_id).any()):
-                batch.end(b, eos_id)
-                if streamer is not None and last < x.shape[1]:
+                if batch.rows[b].stopped and last < x.shape[1]:
                     streamer.put(x[b, last:].cpu())
         waiting += finished
         if not (batch.published and batch.live):
@@ -302,33 +319,46 @@ def _prompts(prompt: Tensor | Sequence[Tensor], attention_mask: Tensor | None) -
     return [one.to(torch.int64) for one in given]
 
 
-def make_rules(
-    batch: Batch,
-    steps: int | None,
-    threshold: Any,
-    selector: policies.Name,
-    policy: Tensor | Policy | None,
-    min_commit: policies.Number,
-    max_commit: policies.Number | None,
-    score: policies.Name | None,
-) -> Rules:
-    """What each pass commits by: one policy for all passes, or the fixed schedule's quota."""
-    device, size = batch.tokens.device, len(batch.rows)
+def _function(policy: Any, threshold: Any, steps: int | None) -> Policy | None:
+    """`policy`, where it is a function."""
+    if policy is None:
+        return None
+    if threshold is not None or steps is not None:
+        raise ValueError("policy: give it alone, without threshold or steps")
+    if isinstance(policy, Tensor):
+        return None
+    if not callable(policy):
+        raise ValueError(f"policy: expected rows or a function, got {type(policy).__name__}")
+    return policy
+
+
+def make_settings(
+    found: Traits,
+    cache: str,
+    size: int,
+    *,
+    steps: int | None = None,
+    threshold: Any = None,
+    selector: policies.Name = "entropy",
+    policy: Tensor | None = None,
+    min_commit: policies.Number = 1,
+    max_commit: policies.Number | None = None,
+    score: policies.Name | None = None,
+    temperature: float = 0.0,
+    suppress: Any = None,
+    eos_id: int | None = None,
+    stop: Sequence[Sequence[int]] = (),
+    seed: int | Tensor = 0,
+) -> list[Settings]:
+    """The settings of `size` sequences from the arguments of `decode`, each one value or one per sequence."""
     if policy is not None:
-        if threshold is not None or steps is not None:
-            raise ValueError("policy: give it alone, without threshold or steps")
-        if isinstance(policy, Tensor):
-            policies.check(policy, size)
-            policy = policy.to(device)
-        elif not callable(policy):
-            raise ValueError(f"policy: expected rows or a function, got {type(policy).__name__}")
-        given = policy
-        return lambda rows: given
-    if threshold is not None:
+        policies.check(policy, size)
+        rows = policy
+    elif threshold is not None:
         if steps is not None:
             raise ValueError("steps: belongs to the fixed schedule, so not beside a threshold")
         names = [selector] * size if isinstance(selector, str) else list(selector)
-        made = policies.make(
+        rows = policies.make(
             selector,
             threshold,
             min_commit=min_commit,
@@ -337,37 +367,43 @@ def make_rules(
             batch=size,
         )
         for name, towards in (("entropy", -math.inf), ("confidence", math.inf)):
-            if name in batch.traits.strict:
+            if name in found.strict:
                 here = torch.tensor([n == name for n in names], dtype=torch.bool)
-                beyond = torch.nextafter(made[:, 1], torch.tensor(towards))
-                made[:, 1] = torch.where(here, beyond, made[:, 1])
-        made = made.to(device)
-        return lambda rows: made
-    if steps is not None:
-        _whole("steps", steps, 1)
-        for row in batch.rows:
-            if row.blocks and steps % len(row.blocks):
-                raise ValueError(f"steps: expected a multiple of the {len(row.blocks)} blocks, got {steps}")
-    if score is None:
-        by_entropy = selector == "entropy" and batch.cache in ("prefix", "dual")
-        score = "entropy" if by_entropy else "confidence"
-    ranked = score
+                beyond = torch.nextafter(rows[:, 1], torch.tensor(towards))
+                rows[:, 1] = torch.where(here, beyond, rows[:, 1])
+    else:
+        if steps is not None:
+            whole("steps", steps, 1)
+        if score is None:
+            by_entropy = selector == "entropy" and cache in ("prefix", "dual")
+            score = "entropy" if by_entropy else "confidence"
+        rows = policies.make("quota", 1, score=score, batch=size)
+    if eos_id is not None:
+        whole("eos_id", eos_id, 0)
+    if suppress is not None and not isinstance(suppress, Tensor):
+        suppress = torch.as_tensor(suppress, dtype=torch.int64)
+    seeds = torch.as_tensor(seed)
+    if seeds.is_floating_point() or seeds.shape not in ((), (size,)):
+        raise ValueError(
+            f"seed: expected an integer or int64 ({size},), got {seeds.dtype} {tuple(seeds.shape)}"
+        )
+    # A seed of its own is a sequence's whole key; one for all goes with the place in the batch.
+    keys = [(s, 0) for s in seeds.tolist()] if seeds.ndim else [(int(seeds), b) for b in range(size)]
+    stops = []
+    for sequence in stop:
+        ids = tuple(int(token) for token in sequence)
+        if not ids:
+            raise ValueError("stop: expected sequences of at least one token, got an empty one")
+        stops.append(ids)
+    schedule = steps if threshold is None else None
+    return [
+        Settings(tuple(row), schedule, temperature, suppress, key, eos_id, tuple(stops))
+        for row, key in zip(rows.tolist(), keys, strict=True)
+    ]
 
-    def quota(row: Row) -> int:
-        if row.done or steps is None:
-            return 1
-        start, end = row.block
-        share, rest = divmod(end - start, steps // len(row.blocks))
-        return max(1, share + (row.turn < rest))
 
-    def schedule(rows: Sequence[Row]) -> Tensor:
-        counts = torch.tensor([quota(row) for row in rows], dtype=torch.float32)
-        return policies.make("quota", counts, score=ranked, batch=size, device=device)
-
-    return schedule
-
-
-def _whole(name: str, value: Any, least: int) -> None:
+def whole(name: str, value: Any, least: int) -> None:
+    """Raise ValueError naming the argument unless `value` is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r}")
 
