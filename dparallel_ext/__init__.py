@@ -9,6 +9,7 @@ from ._C import build_info, simd_level
 from .attention import block_attention, kv_write, rope_table
 from .batch import Trajectory
 from .decode import DecodeOutput, decode
+from .engine import Completion, Engine, EngineFull, EngineStats, Handle
 from .loss import CertaintyForcingLoss, certainty_forcing_loss, linear_certainty_forcing_loss
 from .masks import MaskedPair, semi_autoregressive_masks
 from .ops import check_errors, row_stats, select, unmask_
@@ -18,7 +19,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CertaintyForcingLoss",
+    "Completion",
     "DecodeOutput",
+    "Engine",
+    "EngineFull",
+    "EngineStats",
+    "Handle",
     "MaskedPair",
     "RowStats",
     "Trajectory",

@@ -110,10 +110,22 @@ IDLE = Row(0, 0, [], Settings((0.0, 0.0, 1.0, math.inf, 0.0)), 0)
 """What a lane without a sequence holds."""
 
 
-def full_length(prompt: int, gen_length: int, block_length: int | None) -> int:
-    """Of prompt and response. Block-causal models (`block_length`) count blocks from 0 and fill the last."""
-    end = prompt + gen_length
-    return end if block_length is None or not gen_length else -(-end // block_length) * block_length
+def lay_out(
+    prompt: int, gen_length: int, block_length: int, causal: bool, steps: int | None = None
+) -> list[tuple[int, int]]:
+    """The blocks, columns [start, end), that `gen_length` tokens after the prompt are filled by.
+
+    Block-causal models count blocks from position 0, so that the first may begin with the prompt's tail, and
+    fill the last to its end. Raises ValueError where `steps` passes do not divide into the blocks.
+    """
+    end, origin = prompt + gen_length, prompt
+    if causal:
+        end, origin = -(-end // block_length) * block_length, prompt - prompt % block_length
+    cuts = [prompt, *range(origin + block_length, end, block_length), end]
+    blocks = [(a, b) for a, b in itertools.pairwise(cuts) if a < b] if gen_length else []
+    if steps is not None and blocks and steps % len(blocks):
+        raise ValueError(f"steps: expected a multiple of the {len(blocks)} blocks, got {steps}")
+    return blocks
 
 
 class Batch:
@@ -167,14 +179,10 @@ class Batch:
 
         Raises ValueError where `steps` does not divide into the blocks.
         """
-        first, size = len(prompt), self.block_length
-        end = full_length(first, gen_length, self.traits.block_length)
-        origin = first - first % size if self.traits.block_length else first
-        cuts = [first, *range(origin + size, end, size), end]
-        blocks = [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
-        if settings.steps is not None and blocks and settings.steps % len(blocks):
-            raise ValueError(f"steps: expected a multiple of the {len(blocks)} blocks, got {settings.steps}")
-        prefill = self.cache == "block" and first >= size and gen_length > 0
+        first, size, causal = len(prompt), self.block_length, self.traits.block_length is not None
+        blocks = lay_out(first, gen_length, size, causal, settings.steps)
+        end = blocks[-1][1] if blocks else first
+        prefill = self.cache == "block" and first >= size and bool(blocks)
         row = Row(first, end, blocks, settings, end - first, published=int(prefill), stored=stored)
         self.rows[lane] = row
         self.tokens[lane, :first] = prompt
@@ -204,6 +212,10 @@ class Batch:
             if row.left:
                 return
             self._leave(row)
+
+    def release(self, lane: int) -> None:
+        """Forget the lane's sequence."""
+        self.rows[lane] = IDLE
 
     def _leave(self, row: Row) -> None:
         start, end = row.block

@@ -73,6 +73,11 @@ class KVCache:
         keys, values = self.slots[index % len(self.slots)].unbind(0)
         return keys, values
 
+    def assign(self, row: int, pages: Sequence[int], first: int = 0) -> None:
+        """Let `pages` be those of sequence `row`, from its page number `first` on."""
+        self.table[row, first : first + len(pages)] = torch.tensor(pages, dtype=torch.int64)
+        self._last = None
+
     def plan(self, spans: Sequence[Span]) -> Pass:
         """The pass over `spans`.
 

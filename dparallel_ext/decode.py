@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import policies
-from .batch import CACHES, Batch, Policy, Settings, Trajectory, full_length
+from .batch import CACHES, Batch, Policy, Settings, Trajectory, lay_out
 from .models import Model, Traits, traits
 from .ops import check_errors
 
@@ -207,8 +207,9 @@ def start(
             f"gen_length: expected a number or one for each of {len(prompts)}, got {len(counts)}"
         )
     block_length, mask_id = check_model(model, block_length, cache, mask_id, more.get("refresh"))
-    causal = traits(model).block_length
-    lengths = [full_length(len(p), n, causal) for p, n in zip(prompts, counts, strict=True)]
+    causal = traits(model).block_length is not None
+    laid_out = [lay_out(len(p), n, block_length, causal) for p, n in zip(prompts, counts, strict=True)]
+    lengths = [b[-1][1] if b else len(p) for p, b in zip(prompts, laid_out, strict=True)]
     eos_id = settings[0].eos_id if settings else None
     batch = Batch(
         model,
@@ -380,9 +381,12 @@ def make_settings(
         rows = policies.make("quota", 1, score=score, batch=size)
     if eos_id is not None:
         whole("eos_id", eos_id, 0)
-    if suppress is not None and not isinstance(suppress, Tensor):
+    if suppress is not None:
         suppress = torch.as_tensor(suppress, dtype=torch.int64)
-    seeds = torch.as_tensor(seed)
+    try:
+        seeds = torch.as_tensor(seed)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"seed: expected an integer or int64 ({size},), got {seed!r}") from error
     if seeds.is_floating_point() or seeds.shape not in ((), (size,)):
         raise ValueError(
             f"seed: expected an integer or int64 ({size},), got {seeds.dtype} {tuple(seeds.shape)}"

@@ -339,11 +339,16 @@ class Model(nn.Module):
         logits = self.lm_head(hidden)
         return logits if self.shape.logit_scale == 1.0 else logits * self.shape.logit_scale
 
-    def new_cache(self, batch: int, length: int, *, kept: bool = True) -> KVCache:
-        """An empty cache for `length` positions of each sequence; not `kept`: for one pass alone."""
+    def new_cache(
+        self, pages: int, page_size: int, table: Tensor | None = None, *, kept: bool = True
+    ) -> KVCache:
+        """An empty cache of so many pages of slots; not `kept`: for one pass alone.
+
+        table: (B, P) int64 on the CPU, see `KVCache`; default: a page for each sequence.
+        """
         s = self.shape
-        shape = (s.layers if kept else 1, 2, batch, s.kv_heads, max(1, length), s.head_dim)
-        return KVCache(torch.zeros(shape, dtype=self.dtype, device=self.device))
+        shape = (s.layers if kept else 1, 2, pages, s.kv_heads, max(1, page_size), s.head_dim)
+        return KVCache(torch.zeros(shape, dtype=self.dtype, device=self.device), table)
 
     def _rope_of(self, length: int) -> tuple[Tensor, Tensor]:
         """cos, sin (at least length, head_dim / 2) float32."""

@@ -1,0 +1,542 @@
+"""Requests that come and go, decoded together: continuous admission, shared prefixes, bounded memory.
+
+`decode` is for the prompts at hand; an `Engine` is for prompts that arrive while others are being decoded.
+Its thread runs one pass after another over whatever is in its lanes; between passes it lets requests in and
+out. What a request gets is what `decode` would give it alone.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._C import Scheduler
+from .attention import _within
+from .batch import Batch, Settings, lay_out
+from .decode import check_model, make_settings, whole
+from .models import Model, traits
+from .ops import check_errors
+
+
+class EngineFull(RuntimeError):
+    """As many requests wait as may."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What became of a request."""
+
+    tokens: list[int]
+    """The response in front of EOS or a stop sequence, at most gen_length tokens."""
+    finish_reason: str
+    """"length", "stop" (EOS or a stop sequence) or "cancelled"."""
+    nfe: int
+    """Forward passes that the request was in."""
+    nfe_published: int
+    """Passes of the published loop, see `DecodeOutput`."""
+    prompt_length: int
+    reused: int
+    """Positions of the prompt whose keys and values an earlier request had computed."""
+    seconds_waiting: float
+    """From `submit` until it was let in."""
+    seconds: float
+    """From `submit` to the end."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot of an engine; counts are since it was made."""
+
+    waiting: int
+    active: int
+    completed: int
+    failed: int
+    cancelled: int
+    forwards: int
+    """Passes run."""
+    sequence_passes: int
+    """Passes times the requests in each."""
+    tokens: int
+    """Response tokens of finished blocks."""
+    prompt_tokens: int
+    """Of the requests let in."""
+    reused_tokens: int
+    """Of those, how many were not computed again."""
+    pages: int
+    """All there are."""
+    pages_used: int
+    """By requests in lanes."""
+    pages_kept: int
+    """Finished prefixes that no request uses; given up, least recently used first, when pages are needed."""
+    page_bytes: int
+    """Memory of a page, all layers, keys and values."""
+
+
+Event = list[int] | Completion | BaseException
+
+
+@dataclass
+class Handle:
+    """A request. Iterating yields the tokens of each finished block; `result` waits for all."""
+
+    id: int
+    _engine: Engine = field(repr=False)
+    _prompt: Tensor = field(repr=False)
+    _gen_length: int
+    _settings: Settings = field(repr=False)
+    _submitted: float = field(default_factory=time.monotonic, repr=False)
+    _admitted: float | None = field(default=None, repr=False)
+    _lane: int | None = field(default=None, repr=False)
+    _reused: int = field(default=0, repr=False)
+    _shared: int = field(default=0, repr=False)  # positions whose pages the scheduler knows to be final
+    _sent: int = field(default=0, repr=False)  # response tokens that were streamed
+    _events: list[Event] = field(default_factory=list, repr=False)
+    _callbacks: list[Callable[[Event], None]] = field(default_factory=list, repr=False)
+    _changed: threading.Condition = field(default_factory=threading.Condition, repr=False)
+
+    @property
+    def done(self) -> bool:
+        """Whether the last event is there."""
+        with self._changed:
+            return bool(self._events) and not isinstance(self._events[-1], list)
+
+    def subscribe(self, callback: Callable[[Event], None]) -> None:
+        """Call `callback` with every event, those that have been first: a list of token ids for each finished
+        block that has some, then once a Completion or an exception.
+
+        It is called in the engine's thread, so it must be quick; what it raises is logged.
+        """
+        with self._changed:
+            for event in self._events:
+                _call(callback, event)
+            self._callbacks.append(callback)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Final tokens of each finished block, in order. Raises as `result` does."""
+        events: SimpleQueue[Event] = SimpleQueue()
+        self.subscribe(events.put)
+        while isinstance(event := events.get(), list):
+            yield event
+        self._ended(event)
+
+    def result(self, timeout: float | None = None) -> Completion:
+        """Wait for the end.
+
+        Raises what the request failed of; CancelledError; or TimeoutError after `timeout` seconds.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.done, timeout):
+                raise TimeoutError(f"request {self.id} has not ended in {timeout} s")
+            return self._ended(self._events[-1])
+
+    def cancel(self) -> None:
+        """Leave the computation at the next pass. No error if the request is over."""
+        self._engine._cancel(self)
+
+    def _ended(self, event: Event) -> Completion:
+        if isinstance(event, BaseException):
+            raise event
+        assert isinstance(event, Completion)
+        if event.finish_reason == "cancelled":
+            raise CancelledError(f"request {self.id} was cancelled")
+        return event
+
+    def _emit(self, event: Event) -> None:
+        with self._changed:
+            self._events.append(event)
+            for callback in self._callbacks:
+                _call(callback, event)
+            self._changed.notify_all()
+
+
+def _call(callback: Callable[[Event], None], event: Event) -> None:
+    try:
+        callback(event)
+    except Exception:
+        import logging
+
+        logging.getLogger(__name__).exception("a callback of Handle.subscribe failed")
+
+
+class Engine:
+    """Decodes requests as they come, in one thread of its own.
+
+    Args:
+        model: one of ours (`dparallel_ext.models`), in evaluation mode.
+        cache: as in `decode`; default "block" for block-causal models, else "dual".
+        block_length: as in `decode`.
+        lanes: requests that are decoded at once.
+        max_length: positions that one request may have, prompt and response together.
+        pages: memory for keys and values, in pages; default: what `lanes` requests of max_length need. A
+            request that finds too few waits until others have ended: none fails for want of memory.
+        page_size: positions of a page. Default: for block-causal models the multiple of their block that is
+            nearest to 32 from above, else 32.
+        max_waiting: requests that may wait; one more is refused with EngineFull.
+        share: with cache "block", requests that begin alike share the pages of that beginning, those of
+            finished requests included as long as there is room. Keys and values do not depend on who computed
+            them but for rounding, so this is off where `batch_invariant` is on.
+        batch_invariant, refresh, mask_id: as in `decode`.
+
+    An engine is thread-safe. What one request fails of concerns no other. Use it in a `with` block, or
+    `close` it.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        cache: str | None = None,
+        block_length: int | None = None,
+        lanes: int = 16,
+        max_length: int = 2048,
+        pages: int | None = None,
+        page_size: int | None = None,
+        max_waiting: int = 1024,
+        share: bool | None = None,
+        batch_invariant: bool = False,
+        refresh: int | None = None,
+        mask_id: int | None = None,
+    ) -> None:
+        if not isinstance(model, Model):
+            raise ValueError(
+                "model: expected one of dparallel_ext.models (models.load, or models.wrap for a loaded "
+                f"Hugging Face model), got {type(model).__name__}"
+            )
+        for name, value, least in (
+            ("lanes", lanes, 1),
+            ("max_length", max_length, 1),
+            ("max_waiting", max_waiting, 1),
+        ):
+            whole(name, value, least)
+        causal = traits(model).block_length
+        if cache is None:
+            cache = "dual" if causal is None else "block"
+        block_length, mask_id = check_model(model, block_length, cache, mask_id, refresh)
+        if page_size is None:
+            page_size = 32 if causal is None else -(-32 // causal) * causal
+        whole("page_size", page_size, 1)
+        if share is None:
+            share = cache == "block" and not batch_invariant
+        elif share and (cache != "block" or batch_invariant):
+            why = "batch_invariant" if batch_invariant else f"cache {cache!r}"
+            raise ValueError(f"share: goes with cache 'block' and without batch_invariant, got {why}")
+        if share and page_size % block_length:
+            raise ValueError(
+                f"page_size: expected a multiple of the model's block of {block_length} to share pages, "
+                f"got {page_size}"
+            )
+        per_lane = -(-max_length // page_size)
+        pages = lanes * per_lane if pages is None else pages
+        whole("pages", pages, 1)
+        self.model, self.cache, self.max_length, self.max_waiting = model, cache, max_length, max_waiting
+        table = torch.zeros((lanes, per_lane), dtype=torch.int64)
+        with torch.inference_mode():
+            slots = model.new_cache(pages, page_size, table, kept=cache != "none")
+            self._batch = Batch(
+                model,
+                lanes,
+                max_length,
+                block_length,
+                cache,
+                mask_id,
+                pad_id=mask_id,
+                device=model.device,
+                refresh=refresh,
+                batch_invariant=batch_invariant,
+                slots=slots,
+            )
+        self._slots = slots
+        self._scheduler = Scheduler(lanes=lanes, pages=pages, page_size=page_size, share=share)
+        self._share = share
+        self._page_bytes = slots.slots[:, :, 0].numel() * slots.slots.element_size()
+        self._running: dict[int, Handle] = {}  # by lane
+        self._handles: dict[int, Handle] = {}  # by id: waiting or running
+        self._cancelling: list[Handle] = []
+        self._counts = dict.fromkeys(("completed", "failed", "cancelled", "sequence_passes", "tokens"), 0)
+        self._next_id = 0
+        self._closing = False
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._thread = threading.Thread(target=self._run, name="dparallel engine", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self,
+        prompt: Tensor | Sequence[int],
+        *,
+        gen_length: int = 256,
+        steps: int | None = None,
+        threshold: float | None = None,
+        selector: str = "entropy",
+        min_commit: int = 1,
+        max_commit: int | None = None,
+        score: str | None = None,
+        temperature: float = 0.0,
+        suppress: Any = None,
+        eos_id: int | None = None,
+        stop: Sequence[Sequence[int]] = (),
+        seed: int = 0,
+    ) -> Handle:
+        """Ask for `gen_length` tokens after `prompt` (P,) int64, a tensor or a list of ids.
+
+        The other arguments are those of `decode` for one sequence; a sample's key is `seed` alone, as with
+        one seed for each sequence there. Returns at once.
+
+        Raises:
+            ValueError: naming the argument that does not fit, or a request that could never run.
+            EngineFull: if max_waiting requests wait.
+            RuntimeError: if the engine is closed.
+        """
+        ids = self._ids(prompt)
+        whole("gen_length", gen_length, 0)
+        whole("seed", seed, -(2**63))
+        causal = traits(self.model).block_length is not None
+        blocks = lay_out(len(ids), gen_length, self._batch.block_length, causal, steps)
+        length = blocks[-1][1] if blocks else len(ids)
+        if length > self.max_length:
+            raise ValueError(
+                f"gen_length: prompt and response have {length} positions, max_length is {self.max_length}"
+            )
+        if not 0 <= temperature < float("inf"):
+            raise ValueError(f"temperature: expected a finite number >= 0, got {temperature!r}")
+        (settings,) = make_settings(
+            traits(self.model),
+            self.cache,
+            1,
+            steps=steps,
+            threshold=threshold,
+            selector=selector,
+            min_commit=min_commit,
+            max_commit=max_commit,
+            score=score,
+            temperature=temperature,
+            suppress=suppress,
+            eos_id=eos_id,
+            stop=stop,
+            seed=torch.tensor([seed]),
+        )
+        if settings.suppress is not None and settings.suppress.numel():
+            _within("suppress", settings.suppress, 0, self.model.shape.rows)
+        with self._work:
+            if self._closing:
+                raise RuntimeError("the engine is closed")
+            if self._scheduler.waiting >= self.max_waiting:
+                raise EngineFull(f"{self.max_waiting} requests wait already (max_waiting)")
+            handle = Handle(self._next_id, self, ids, gen_length, settings)
+            self._scheduler.submit(handle.id, ids.tolist(), length)
+            self._handles[handle.id] = handle
+            self._next_id += 1
+            self._work.notify()
+        return handle
+
+    def _ids(self, prompt: Any) -> Tensor:
+        try:
+            ids = torch.as_tensor(prompt)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"prompt: expected int64 (P,) or a list of ids ({error})") from error
+        if not ids.numel():
+            ids = ids.to(torch.int64)
+        if ids.ndim != 1 or ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"prompt: expected int64 (P,), got {ids.dtype} {tuple(ids.shape)}")
+        if ids.numel():
+            _within("prompt", ids, 0, self.model.shape.rows)
+        return ids.to("cpu", torch.int64)
+
+    @property
+    def stats(self) -> EngineStats:
+        with self._lock:
+            s = self._scheduler.stats
+            return EngineStats(
+                waiting=self._scheduler.waiting,
+                active=len(self._running),
+                forwards=self._batch.forwards,
+                prompt_tokens=s.prompt_tokens,
+                reused_tokens=s.reused_tokens,
+                pages=s.pages,
+                pages_used=s.used,
+                pages_kept=s.kept,
+                page_bytes=self._page_bytes,
+                **self._counts,
+            )
+
+    def close(self, *, cancel: bool = False) -> None:
+        """Take no more requests, end those there are (or cancel them), and wait for the thread."""
+        with self._work:
+            self._closing = True
+            if cancel:
+                self._cancelling += self._handles.values()
+            self._work.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_unused: object) -> None:
+        self.close(cancel=kind is not None)
+
+    def _cancel(self, handle: Handle) -> None:
+        with self._work:
+            self._cancelling.append(handle)
+            self._work.notify()
+
+    # --- the engine's thread -----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while self._turn():
+                    pass
+        except BaseException as error:  # a fault of ours: nobody shall wait for a thread that is gone
+            with self._lock:
+                self._closing = True
+                left, self._handles = list(self._handles.values()), {}
+            for handle in left:
+                handle._emit(error)
+            raise
+
+    def _turn(self) -> bool:
+        """Let requests out and in, and run a pass; False when all is over."""
+        with self._work:
+            self._work.wait_for(lambda: self._handles or self._cancelling or self._closing)
+            if self._closing and not self._handles:
+                return False
+            gone, self._cancelling = self._cancelling, []
+        for handle in gone:
+            if handle.id in self._handles:
+                self._end(handle, "cancelled")
+        self._admit()
+        if self._running:
+            self._pass()
+        return True
+
+    def _admit(self) -> None:
+        while True:
+            with self._lock:
+                found = self._scheduler.admit()
+                if found is None:
+                    return
+                handle = self._handles[found.id]
+                self._running[found.lane] = handle
+            handle._lane, handle._admitted = found.lane, time.monotonic()
+            handle._reused = handle._shared = found.reused
+            self._slots.assign(found.lane, found.pages)
+            prompt = handle._prompt.to(self._batch.tokens.device)
+            row = self._batch.admit(
+                found.lane, prompt, handle._gen_length, handle._settings, stored=found.reused
+            )
+            if row.done:  # nothing to decode
+                self._end(handle, "length")
+
+    def _pass(self) -> None:
+        """One pass over all lanes; if it fails, each request by itself, to find whose fault it is."""
+        lanes = list(self._running)
+        try:
+            finished = self._step(lanes)
+        except Exception as error:
+            if len(lanes) == 1:
+                return self._end(self._running[lanes[0]], error)
+            finished = []
+            for lane in lanes:
+                try:
+                    finished += self._step([lane])
+                except Exception as own:
+                    self._end(self._running[lane], own)
+        self._batch.enter(finished)
+        for lane, handle in list(self._running.items()):
+            row = self._batch.rows[lane]
+            if self._share:
+                self._publish(handle, row.stored)
+            if lane in finished:
+                self._stream(handle)
+                if row.done:
+                    stopped = row.stopped and row.kept < handle._gen_length
+                    self._end(handle, "stop" if stopped else "length")
+
+    def _step(self, lanes: list[int]) -> list[int]:
+        finished = self._batch.step(lanes)
+        check_errors(self._batch.tokens.device)
+        with self._lock:
+            self._counts["sequence_passes"] += len(lanes)
+        return finished
+
+    def _publish(self, handle: Handle, stored: int) -> None:
+        """Let others share the pages of the first `stored` positions, which are final."""
+        assert handle._lane is not None
+        size = self._slots.page_size
+        if stored // size <= handle._shared // size:
+            return
+        tokens = self._batch.tokens[handle._lane, :stored].tolist()
+        with self._lock:
+            replaced = self._scheduler.store(handle.id, tokens)
+        for index, page in replaced:
+            self._slots.assign(handle._lane, [page], index)
+        handle._shared = stored
+
+    def _response(self, handle: Handle) -> list[int]:
+        """Tokens of finished blocks, in front of what ended them."""
+        assert handle._lane is not None
+        row = self._batch.rows[handle._lane]
+        last = row.length if row.done else row.block[0]
+        kept = min(row.kept, handle._gen_length)
+        ids: list[int] = self._batch.tokens[handle._lane, row.prompt : last].tolist()
+        return ids[:kept]
+
+    def _stream(self, handle: Handle) -> None:
+        assert handle._lane is not None
+        row, response = self._batch.rows[handle._lane], self._response(handle)
+        # What a stop sequence may begin with is held back until it is known whether it does.
+        held = 0
+        if not row.done:
+            for stop in handle._settings.stop:
+                for size in range(min(len(stop) - 1, len(response)), held, -1):
+                    if tuple(response[-size:]) == stop[:size]:
+                        held = size
+                        break
+        fresh = response[handle._sent : len(response) - held]
+        if fresh:
+            handle._sent += len(fresh)
+            with self._lock:
+                self._counts["tokens"] += len(fresh)
+            handle._emit(fresh)
+
+    def _end(self, handle: Handle, how: str | Exception) -> None:
+        """The request is over: free its lane and pages, and tell whoever waits."""
+        now, lane = time.monotonic(), handle._lane
+        event: Event
+        if isinstance(how, Exception):
+            event = how
+        else:
+            row = None if lane is None else self._batch.rows[lane]
+            admitted = now if handle._admitted is None else handle._admitted
+            event = Completion(
+                tokens=[] if row is None else self._response(handle),
+                finish_reason=how,
+                nfe=0 if row is None else row.nfe,
+                nfe_published=0 if row is None else row.published,
+                prompt_length=len(handle._prompt),
+                reused=handle._reused,
+                seconds_waiting=admitted - handle._submitted,
+                seconds=now - handle._submitted,
+            )
+        if lane is not None:
+            self._batch.release(lane)
+        with self._lock:
+            self._scheduler.release(handle.id)
+            del self._handles[handle.id]
+            if lane is not None:
+                del self._running[lane]
+            kind = "failed" if isinstance(how, Exception) else how
+            self._counts[kind if kind in self._counts else "completed"] += 1
+        handle._emit(event)
