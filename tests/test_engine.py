@@ -1,0 +1,420 @@
+"""Engine: each request as `decode` gives it alone, whatever comes and goes beside it."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import resource
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import dparallel_ext as dx
+from dparallel_ext import models
+from dparallel_ext.models import Model
+
+GOLDEN = Path(__file__).parent / "golden"
+MODELS = {
+    (name, dtype): models.load(GOLDEN / name, dtype=dtype)
+    for name in ("llada_tiny_a", "dream_tiny_a", "sdar_tiny_a")
+    for dtype in (torch.float32, torch.bfloat16)
+}
+SDAR = MODELS["sdar_tiny_a", torch.float32]
+LLADA = MODELS["llada_tiny_a", torch.float32]
+BLOCK = 8
+
+
+def some_prompts(seed: int, count: int, longest: int = 30) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest, (count,), generator=g).tolist()
+    return [torch.randint(0, 500, (n,), generator=g) for n in lengths]
+
+
+def alone(model: Model, prompt: Tensor, cache: str, **settings: Any) -> tuple[list[int], int]:
+    """Tokens up to EOS, a stop sequence or gen_length, and passes."""
+    seed = torch.tensor([settings.pop("seed", 0)])
+    out = dx.decode(model, [prompt], block_length=BLOCK, cache=cache, seed=seed, **settings)
+    kept = min(int(out.kept[0]), settings["gen_length"])
+    return out.responses[0][:kept].tolist(), int(out.nfe[0])
+
+
+class Gate:
+    """Lets a model's passes through one by one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.passes = threading.Semaphore(0)
+        self.counts: list[int] = []
+        step = Model.step
+
+        def gated(model: Model, ids: Tensor, cache: Any, plan: Any) -> Tensor:
+            assert self.passes.acquire(timeout=60)
+            self.counts.append(len(ids))
+            return step(model, ids, cache, plan)
+
+        monkeypatch.setattr(Model, "step", gated)
+
+
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not come to pass"
+        time.sleep(0.002)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    count=st.integers(1, 9),
+    lanes=st.integers(1, 4),
+    spare=st.integers(0, 8),
+    way=st.sampled_from(
+        [
+            ("llada_tiny_a", "none"),
+            ("llada_tiny_a", "prefix"),
+            ("llada_tiny_a", "dual"),
+            ("dream_tiny_a", "dual"),
+            ("sdar_tiny_a", "block"),
+        ]
+    ),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_a_request_gets_what_decode_gives_it_alone(seed, count, lanes, spare, way, dtype) -> None:
+    """To the bit, at any number of lanes and pages, with settings of its own."""
+    name, cache = way
+    model, g = MODELS[name, dtype], torch.Generator().manual_seed(seed)
+
+    def one_of(*choices: Any) -> Any:
+        return choices[int(torch.randint(len(choices), (), generator=g))]
+
+    prompts = some_prompts(seed, count)
+    own = [
+        {
+            "gen_length": one_of(0, 3, 8, 17, 24),
+            "threshold": float(torch.rand((), generator=g)),
+            "selector": one_of("confidence", "entropy", "factor"),
+            "temperature": one_of(0.0, 0.9),
+            "seed": one_of(1, 2, 3),
+            "eos_id": one_of(None, 5),
+            "suppress": one_of(None, [1, 2, 3]),
+            "stop": one_of((), ((7,), (8, 9))),
+        }
+        for _ in prompts
+    ]
+    with dx.Engine(
+        model,
+        cache=cache,
+        block_length=BLOCK,
+        lanes=lanes,
+        max_length=64,
+        page_size=BLOCK,
+        pages=8 + spare,
+        batch_invariant=True,
+    ) as engine:
+        handles = [engine.submit(p, **settings) for p, settings in zip(prompts, own, strict=True)]
+        for prompt, settings_, handle in zip(prompts, own, handles, strict=True):
+            streamed = list(itertools.chain.from_iterable(handle))
+            done = handle.result(60)
+            expected, nfe = alone(model, prompt, cache, batch_invariant=True, **settings_)
+            assert streamed == done.tokens == expected
+            assert done.nfe == nfe
+            assert done.prompt_length == len(prompt)
+            assert done.finish_reason == ("stop" if len(expected) < settings_["gen_length"] else "length")
+        stats = engine.stats
+    assert (stats.completed, stats.waiting, stats.active, stats.pages_used) == (count, 0, 0, 0)
+    assert stats.tokens == sum(len(h.result().tokens) for h in handles)
+
+
+def test_shared_prefixes_change_nothing_but_the_work() -> None:
+    common = some_prompts(1, 1, 60)[0].new_tensor(range(64))
+    prompts = [torch.cat((common, tail)) for tail in some_prompts(2, 12, 20)]
+    settings: dict[str, Any] = {"gen_length": 16, "threshold": 0.3, "selector": "confidence"}
+    expected = [alone(SDAR, p, "block", **settings) for p in prompts]
+    work = {}
+    for share in (False, True):
+        with dx.Engine(SDAR, lanes=4, max_length=128, share=share) as engine:
+            results = [h.result(60) for h in [engine.submit(p, **settings) for p in prompts]]
+        assert [(r.tokens, r.nfe) for r in results] == expected
+        stats = engine.stats
+        assert stats.reused_tokens == sum(r.reused for r in results)
+        work[share] = stats.prompt_tokens - stats.reused_tokens
+    assert [r.reused for r in results] == [0] + [64] * 11
+    assert work[False] - work[True] == 11 * 64
+
+
+def test_a_conversation_reuses_its_own_answer() -> None:
+    with dx.Engine(SDAR, lanes=1, max_length=256, page_size=8) as engine:
+        prompt = list(range(20))
+        first = engine.submit(prompt, gen_length=28).result(60)
+        assert len(first.tokens) == 28
+        again = engine.submit([*prompt, *first.tokens, 1, 2, 3], gen_length=8).result(60)
+    assert again.reused == 40  # the last block of the first answer was never stored: nothing followed it
+    assert (
+        again.tokens
+        == alone(SDAR, torch.tensor([*prompt, *first.tokens, 1, 2, 3]), "block", gen_length=8)[0][:8]
+    )
+
+
+def test_what_finished_is_in_no_pass_and_what_waits_comes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    with dx.Engine(LLADA, cache="none", block_length=4, lanes=2, max_length=16) as engine:
+        for gen_length in (4, 8, 4):
+            engine.submit([1, 2, 3, 4], gen_length=gen_length)
+        gate.passes.release(100)
+    assert set(gate.counts) == {8 + 12} | set(gate.counts[:1]) | set(gate.counts[-1:])
+    assert sum(gate.counts) == 4 * 8 + 8 * 12 + 4 * 8  # each request in its own passes, and no others
+    stats = engine.stats
+    assert (stats.sequence_passes, stats.tokens) == (16, 16)
+    assert stats.forwards == len(gate.counts) in (8, 9)  # 9: the first began before the second was there
+
+
+def test_memory_is_bounded_and_requests_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    with dx.Engine(LLADA, block_length=8, lanes=8, max_length=64, page_size=8, pages=5) as engine:
+        handles = [engine.submit([1] * 8, gen_length=8) for _ in range(6)]  # two pages each
+        until(lambda: engine.stats.active == 2)
+        stats = engine.stats
+        assert (stats.pages, stats.pages_used, stats.waiting) == (5, 4, 4)
+        slots = engine._batch.slots
+        assert slots is not None
+        assert slots.slots.numel() * slots.slots.element_size() == 5 * stats.page_bytes
+        with pytest.raises(ValueError, match=r"length: 48 positions need 6 pages of 8, and there are 5"):
+            engine.submit([1] * 8, gen_length=40)
+        gate.passes.release(1000)
+        assert [h.result(60).tokens for h in handles] == [handles[0].result().tokens] * 6
+
+
+def test_more_than_may_wait_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    with dx.Engine(LLADA, lanes=1, max_length=64, max_waiting=2) as engine:
+        engine.submit([1], gen_length=8)
+        until(lambda: engine.stats.active == 1)
+        handles = [engine.submit([1], gen_length=8) for _ in range(2)]
+        with pytest.raises(dx.EngineFull, match="2 requests wait already"):
+            engine.submit([1], gen_length=8)
+        gate.passes.release(1000)
+        assert all(len(h.result(60).tokens) == 8 for h in handles)
+        engine.submit([1], gen_length=8)
+
+
+def test_cancelled_requests_leave_at_the_next_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    with dx.Engine(LLADA, block_length=8, lanes=1, max_length=64) as engine:
+        running, waiting, last = (engine.submit([1, 2], gen_length=24) for _ in range(3))
+        blocks = iter(running)
+        until(lambda: engine.stats.active == 1)
+        gate.passes.release(8)
+        assert len(next(blocks)) == 8
+        waiting.cancel()
+        running.cancel()
+        gate.passes.release(100)
+        with pytest.raises(CancelledError, match="request 1 was cancelled"):
+            waiting.result(60)
+        with pytest.raises(CancelledError):
+            list(blocks)
+        assert last.result(60).finish_reason == "length"
+        last.cancel()  # over: nothing happens
+        assert last.result().finish_reason == "length"
+    assert (engine.stats.cancelled, engine.stats.completed, engine.stats.pages_used) == (2, 1, 0)
+    assert gate.counts[-1] > 0
+    assert len(gate.counts) <= 8 + 1 + 24
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_what_one_request_fails_of_concerns_no_other(monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
+    """A prompt with token 499 makes its own rows NaN."""
+    step = Model.step
+
+    def poisoned(model: Model, ids: Tensor, slots: Any, plan: Any) -> Tensor:
+        hidden = step(model, ids, slots, plan)
+        for begin, end in zip(plan.begin.tolist(), plan.end.tolist(), strict=True):
+            if bool((ids[begin:end] == 499).any()):
+                hidden[begin:end] = float("nan")
+        return hidden
+
+    monkeypatch.setattr(Model, "step", poisoned)
+    prompts = [p.clamp(max=498) for p in some_prompts(5, 6)]
+    expected = [alone(LLADA, p, cache, gen_length=16, threshold=1.0) for p in prompts]
+    with dx.Engine(LLADA, cache=cache, block_length=BLOCK, lanes=3, max_length=64) as engine:
+        bad = [engine.submit([499, 3], gen_length=16) for _ in range(2)]
+        good = [engine.submit(p, gen_length=16, threshold=1.0) for p in prompts]
+        for handle in bad:
+            with pytest.raises(ValueError, match=r"logits: sequence \d at position 2 holds NaN"):
+                handle.result(60)
+            with pytest.raises(ValueError, match="NaN"):
+                list(handle)
+        for handle, (tokens, nfe) in zip(good, expected, strict=True):
+            assert (handle.result(60).tokens, handle.result().nfe) == (tokens, nfe)
+    assert (engine.stats.failed, engine.stats.completed) == (2, 6)
+
+
+def test_a_fault_of_the_engine_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    engine = dx.Engine(LLADA, lanes=1, max_length=64)
+    monkeypatch.setattr(engine, "_admit", lambda: 1 / 0)
+    handle = engine.submit([1], gen_length=4)
+    with pytest.raises(ZeroDivisionError):
+        handle.result(60)
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        engine.submit([1], gen_length=4)
+    engine.close()
+
+
+def test_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = some_prompts(9, 6, 40)
+    expected = [alone(SDAR, p, "block", gen_length=16)[0] for p in prompts]
+    wrong: list[Any] = []
+    with dx.Engine(SDAR, lanes=3, max_length=128, pages=12, page_size=8) as engine:
+
+        def client(number: int) -> None:
+            for turn in range(5):
+                at = (number + turn) % len(prompts)
+                handle = engine.submit(prompts[at], gen_length=16)
+                if (number + turn) % 4 == 0:
+                    handle.cancel()
+                try:
+                    tokens = list(itertools.chain.from_iterable(handle))
+                except CancelledError:
+                    continue
+                if tokens != expected[at][:16]:
+                    wrong.append((at, tokens))
+
+        clients = [threading.Thread(target=client, args=(n,)) for n in range(8)]
+        for thread in clients:
+            thread.start()
+        for thread in clients:
+            thread.join(60)
+    assert not wrong
+    stats = engine.stats
+    assert stats.completed + stats.cancelled == 40
+    assert stats.pages_used == 0
+
+
+def test_closing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with dx.Engine(LLADA, lanes=1, max_length=64) as engine:
+        handles = [engine.submit([1], gen_length=8) for _ in range(3)]
+    assert all(h.done for h in handles)  # leaving the block waits for all
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.submit([1], gen_length=8)
+    engine.close()  # again
+    engine = dx.Engine(LLADA, lanes=1, max_length=64)
+    handles = [engine.submit([1], gen_length=60) for _ in range(3)]
+    engine.close(cancel=True)
+    assert {len(h._events) and h._events[-1].finish_reason for h in handles} == {"cancelled"}  # type: ignore[union-attr]
+
+
+def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    with dx.Engine(LLADA, lanes=1, max_length=64) as engine:
+        handle = engine.submit([1], gen_length=2)
+        with pytest.raises(TimeoutError, match=r"request 0 has not ended in 0.01 s"):
+            handle.result(0.01)
+        gate.passes.release(10)
+        assert handle.result(60).seconds >= handle.result().seconds_waiting >= 0
+
+
+def test_subscribers_get_every_event_in_order(caplog: pytest.LogCaptureFixture) -> None:
+    with dx.Engine(LLADA, block_length=8, lanes=1, max_length=64) as engine:
+        early: list[Any] = []
+        handle = engine.submit([1], gen_length=24)
+        handle.subscribe(early.append)
+        handle.subscribe(lambda event: 1 / 0)  # logged, and harms nobody
+        done = handle.result(60)
+    late: list[Any] = []
+    handle.subscribe(late.append)
+    assert early == late == [*(done.tokens[a : a + 8] for a in (0, 8, 16)), done]
+    assert "a callback of Handle.subscribe failed" in caplog.text
+
+
+def test_stop_sequences_are_never_streamed() -> None:
+    """Not even their beginnings: what may be one is held back until it is known."""
+    plain = alone(LLADA, torch.tensor([1, 2, 3]), "dual", gen_length=32)[0]
+    stop = tuple(plain[14:18])  # across the end of the second block
+    at = next(i for i in range(29) if tuple(plain[i : i + 4]) == stop)
+    with dx.Engine(LLADA, block_length=8, lanes=1, max_length=64) as engine:
+        handle = engine.submit([1, 2, 3], gen_length=32, stop=[stop, (510, 510, 510)])
+        streamed = list(itertools.chain.from_iterable(handle))
+    assert streamed == handle.result().tokens == plain[:at]
+    assert handle.result().finish_reason == "stop"
+    assert handle.result().nfe < 32  # the last block was never computed
+
+
+def test_ten_thousand_requests_leave_no_memory_behind() -> None:
+    def resident() -> int:
+        gc.collect()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    tiny = models.LLaDA({**LLADA.config, "n_layers": 1}).eval()
+    with dx.Engine(tiny, lanes=16, max_length=32, max_waiting=64, block_length=4) as engine:
+
+        def flood(count: int) -> None:
+            handles: list[dx.Handle] = []
+            for _ in range(count):
+                if len(handles) == 64:
+                    handles.pop(0).result(60)
+                handles.append(engine.submit([1, 2, 3], gen_length=4, threshold=9.0))
+            for handle in handles:
+                handle.result(60)
+
+        flood(1000)
+        before = resident()
+        flood(9000)
+        grown = resident() - before  # KiB
+    assert engine.stats.completed == 10_000
+    assert engine.stats.pages_used == 0
+    assert len(engine._handles) == len(engine._running) == 0
+    assert grown < 4096
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": "text"}, r"prompt: expected int64 \(P,\)"),
+        ({"prompt": torch.zeros(2, 2, dtype=torch.int64)}, r"prompt: expected int64 \(P,\), got .*\(2, 2\)"),
+        ({"prompt": [1.5]}, r"prompt: expected int64 \(P,\), got torch.float32"),
+        ({"prompt": [512]}, r"prompt: expected in \[0, 512\), got 512"),
+        ({"gen_length": -1}, "gen_length: expected a whole number >= 0, got -1"),
+        ({"gen_length": 64}, "gen_length: prompt and response have 65 positions, max_length is 64"),
+        ({"gen_length": 48, "steps": 3}, "steps: expected a multiple of the 2 blocks, got 3"),
+        ({"temperature": -1.0}, "temperature: expected a finite number >= 0"),
+        ({"threshold": float("nan")}, "threshold: expected a number"),
+        ({"selector": "best", "threshold": 0.5}, "selector: expected one of"),
+        ({"suppress": [-1]}, r"suppress: expected in \[0, 512\), got -1"),
+        ({"stop": [[]]}, "stop: expected sequences of at least one token"),
+        ({"seed": "x"}, "seed: expected a whole number"),
+    ],
+)
+def test_bad_requests_are_named(change: dict[str, Any], message: str) -> None:
+    with dx.Engine(LLADA, lanes=1, max_length=64) as engine:
+        call = {"prompt": [1], "gen_length": 8, **change}
+        with pytest.raises(ValueError, match=message):
+            engine.submit(**call)
+        assert len(engine.submit([1], gen_length=4).result(60).tokens) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": lambda ids: ids}, "model: expected one of dparallel_ext.models"),
+        ({"lanes": 0}, "lanes: expected a whole number >= 1, got 0"),
+        ({"max_length": 0}, "max_length: expected a whole number >= 1"),
+        ({"pages": 0}, "pages: expected a whole number >= 1"),
+        ({"page_size": 0}, "page_size: expected a whole number >= 1"),
+        ({"max_waiting": 0}, "max_waiting: expected a whole number >= 1"),
+        ({"cache": "dual"}, 'cache: expected "block" or "none" for a block-causal model'),
+        ({"page_size": 12}, "page_size: expected a multiple of the model's block of 8"),
+        ({"batch_invariant": True, "share": True}, "share: goes with .*, got batch_invariant"),
+        ({"cache": "none", "share": True}, "share: goes with cache 'block' .*, got cache 'none'"),
+    ],
+)
+def test_bad_engines_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dx.Engine(**{"model": SDAR, **change})
