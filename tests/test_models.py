@@ -477,7 +477,7 @@ def test_unreadable(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", ["llama", None, "dream"])
 def test_unknown_model_type(model_type: str | None, tmp_path: Path) -> None:
     path = write(tmp_path, config_of("llada_tiny_a", model_type=model_type), {})
-    message = rf"model_type {model_type!r} is none of \['llada', 'Dream', 'sdar'\]"
+    message = rf"model_type {model_type!r} is none of \['llada', 'Dream', 'sdar', 'Fast_dLLM_Qwen'\]"
     with pytest.raises(ValueError, match=message):
         models.load(path)
 

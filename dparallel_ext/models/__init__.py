@@ -1,16 +1,19 @@
 """Native models that read published checkpoints as they are."""
 
 from ..cache import KVCache
-from .base import Model, Output, Traits, traits
+from .base import Model, Output
 from .checkpoint import FAMILIES, load, save, wrap
 from .dream import Dream
+from .fast_dllm import FastDLLM
 from .llada import LLaDA
 from .sdar import SDAR
+from .traits import Traits, traits
 
 __all__ = [
     "FAMILIES",
     "SDAR",
     "Dream",
+    "FastDLLM",
     "KVCache",
     "LLaDA",
     "Model",

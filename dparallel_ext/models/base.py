@@ -43,6 +43,8 @@ class Shape:
     logit_scale: float = 1.0
     qk_norm: bool = False
     """Queries and keys of each head are normalised before the rotary embedding (Qwen3)."""
+    block_length: int | None = None
+    """Of block-causal models."""
 
     def __post_init__(self) -> None:
         if self.head_dim < 2 or self.head_dim % 2:
@@ -155,7 +157,9 @@ class Model(nn.Module):
     """The logits for position p are produced at position max(p - 1, 0)."""
     strict: ClassVar[frozenset[str]] = frozenset()
     """The selectors by which this family's published decoder commits beyond the threshold, not at it."""
-    block_length: int | None = None
+    sub_block_length: ClassVar[int | None] = None
+    """The part of a block that this family's published decoder fills at a time; None: all of it."""
+    block_length: int | None
     """Block-causal families: the length of the blocks, counted from position 0. Else None."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -165,7 +169,7 @@ class Model(nn.Module):
             s = self.shape = self.read_config(config)
         except KeyError as error:
             raise ValueError(f"config: {error} is missing") from error
-        self.vocab_size = s.vocab_size
+        self.vocab_size, self.block_length = s.vocab_size, s.block_length
         self.mask_id = self._token_id("mask_token_id")
         self.eos_id = self._token_id("eos_token_id")
         self.embed = nn.Embedding(s.rows, s.width)
@@ -393,33 +397,6 @@ class Model(nn.Module):
             if low < 0 or high >= self.shape.rows:
                 worst = low if low < 0 else high
                 raise ValueError(f"input_ids: expected ids in [0, {self.shape.rows}), got {worst}")
-
-
-@dataclass(frozen=True)
-class Traits:
-    """What decoding and training need to know of a model, ours or not."""
-
-    mask_id: int | None
-    shift: bool
-    """The logits for position p are produced at position max(p - 1, 0)."""
-    strict: frozenset[str]
-    """The selectors by which its published decoder commits beyond the threshold, not at it."""
-    block_length: int | None
-    """Of block-causal models."""
-
-
-def traits(model: Any) -> Traits:
-    """The traits of one of ours, of a Hugging Face model (by its config), or of either under adapters."""
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    if isinstance(model, Model):
-        return Traits(model.mask_id, model.shift, model.strict, model.block_length)
-    if not callable(model):
-        raise ValueError(f"model: expected a module or function, got {type(model).__name__}")
-    config = getattr(model, "config", None)
-    family = getattr(config, "model_type", None)
-    strict = frozenset({"Dream": {"entropy"}, "sdar": {"confidence"}}.get(family or "", ()))
-    return Traits(getattr(config, "mask_token_id", None), family == "Dream", strict, None)
 
 
 def _to_checkpoint_names(

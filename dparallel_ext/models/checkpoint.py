@@ -16,10 +16,16 @@ from torch import Tensor, nn
 
 from .base import Model
 from .dream import Dream
+from .fast_dllm import FastDLLM
 from .llada import LLaDA
 from .sdar import SDAR
 
-FAMILIES: dict[str, type[Model]] = {"llada": LLaDA, "Dream": Dream, "sdar": SDAR}
+FAMILIES: dict[str, type[Model]] = {
+    "llada": LLaDA,
+    "Dream": Dream,
+    "sdar": SDAR,
+    "Fast_dLLM_Qwen": FastDLLM,
+}
 """config.json's model_type -> the family that reads it."""
 
 
@@ -29,7 +35,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Model:
-    """Load a LLaDA, Dream or SDAR checkpoint: a directory with config.json and (sharded) safetensors.
+    """Load a checkpoint of one of `FAMILIES`: a directory with config.json and (sharded) safetensors.
 
     Tensors are memory-mapped and go straight to `device` (default: CPU) and `dtype` (default: as
     stored). The model comes in evaluation mode.
@@ -49,7 +55,7 @@ def load(
 
 
 def wrap(hf_model: nn.Module) -> Model:
-    """A native model on the weights of a loaded Hugging Face LLaDA, Dream or SDAR: shared, not copied.
+    """A native model on the weights of a loaded Hugging Face one of `FAMILIES`: shared, not copied.
 
     Raises:
         ValueError: naming the config key, or the missing, extra or misshapen tensors; also if the

@@ -20,13 +20,18 @@ class SDAR(Model):
         "k_norm": "model.layers.{}.self_attn.k_norm",
     }
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__(config)
-        size = config.get("block_size", 4)  # the published default
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"config: block_size={size!r}, expected a whole number >= 1")
-        self.block_length = size
-
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> Shape:
-        return qwen_shape(config, qk_norm=True, qkv_bias=bool(config.get("attention_bias", False)))
+        bias = bool(config.get("attention_bias", False))
+        return block_causal_shape(config, "block_size", 4, qk_norm=True, qkv_bias=bias)
+
+
+def block_causal_shape(config: Mapping[str, Any], key: str, default: int, **more: Any) -> Shape:
+    """The shape of a config.json in the keys of Qwen's models, whose `key` is the length of its blocks.
+
+    `default`: the published one.
+    """
+    size = config.get(key, default)
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"config: {key}={size!r}, expected a whole number >= 1")
+    return qwen_shape(config, block_length=size, **more)

@@ -1,0 +1,50 @@
+"""Fast-dLLM v2 (NVIDIA, arXiv 2509.26328): Qwen2.5 layers, block-causal, logits shifted by one position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from .base import Model, Shape
+from .dream import QWEN_NAMES
+from .sdar import block_causal_shape
+
+MASK_ID = 151665
+"""Of the published functions, by default; used where a config.json has no mask_token_id."""
+
+
+class FastDLLM(Model):
+    """A block (`bd_size` in config.json, 32) sees itself and the blocks before it.
+
+    The logits for a position come from the one before it, those for a block's first position from the last
+    one of the block before. `decode` follows the published `generate`: the pass that stores a finished block
+    gives the next block's first token, whatever its confidence; then its sub-blocks of 8 are filled from left
+    to right, each by passes over the block that commit p > threshold (0.9 in the published examples) and the
+    best one. `cache="block"` and `"none"` do so exactly, `cache="dual"` with the published sub-block cache
+    (`use_block_cache`).
+
+    Where `decode` differs:
+    - A prompt of exactly one block is seen; the published functions drop it, since they store a prompt only
+      if it is longer than a block.
+    - Above temperature 0 every token is sampled from the whole softmax; published: a block's first token is
+      the argmax all the same, and the others are sampled from the top 95 %.
+    - Published, `max_new_tokens // bd_size` blocks count from the one that the prompt ends in, and the last
+      stored block appends one token more; here `gen_length` tokens, to the end of their last block.
+    - The mask token is never committed.
+
+    The tests hold the published loop, for one sequence, and the layers written again in plain torch, and
+    compare on random weights. Not checked: a released checkpoint. Its config.json was not at hand, so
+    `bd_size` and the mask's id fall back to the published code's defaults.
+    """
+
+    shift = True
+    strict = frozenset({"confidence"})
+    sub_block_length = 8
+    NAMES: ClassVar[dict[str, str]] = QWEN_NAMES
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__({"mask_token_id": MASK_ID, **config})
+
+    @staticmethod
+    def read_config(config: Mapping[str, Any]) -> Shape:
+        return block_causal_shape(config, "bd_size", 32, qkv_bias=True)
