@@ -27,7 +27,8 @@ from .types import RowStats
 CACHES = ("none", "prefix", "dual", "block")
 
 Policy = Callable[[RowStats, Tensor, Tensor], Tensor]
-"""(stats (B, W), eligible (B, W) bool, step (B,) int64) -> (B, W) bool, over the columns of each block."""
+"""(stats (B, W), eligible (B, W) bool, step (B,) int64) -> (B, W) bool, over the columns of each block, or of
+its active sub-block."""
 
 
 @dataclass
@@ -76,6 +77,8 @@ class Row:
     """Passes that the active block has had."""
     left: int = 0
     """Masks in the active block."""
+    leftmost: int = 0
+    """The column of the first of them."""
     nfe: int = 0
     published: int = 0
     """Passes that the published loop has run so far."""
@@ -136,6 +139,8 @@ class Batch:
         policy: a function that decides instead of the policies of the sequences.
         published: the published loops to the pass: fill the prompt's masks too, and run their extra pass
             where the full pass has completed a block.
+        sub_block_length: of each block, the leftmost part of this length that has masks is filled first.
+            None: a block is one part.
         refresh: with cache "dual", a full pass every so many passes over a block.
         batch_invariant: each sequence in passes of its own.
         slots: of lanes and width; default: contiguous ones.
@@ -153,6 +158,7 @@ class Batch:
         pad_id: int,
         device: torch.device | str = "cpu",
         policy: Policy | None = None,
+        sub_block_length: int | None = None,
         published: bool = False,
         refresh: int | None = None,
         batch_invariant: bool = False,
@@ -162,6 +168,11 @@ class Batch:
         self.refresh, self.alone, self.policy = refresh, batch_invariant, policy
         self.block_length, self.pad_id = block_length, pad_id
         self.traits = traits(model)
+        self.sub_block_length = sub_block_length or block_length
+        self.within = cache == "dual" and self.traits.block_length is not None
+        """Cache "dual" inside the active block; those before it are stored as with "block"."""
+        if self.within:
+            self.cache = cache = "block"
         self.rows = [IDLE] * lanes
         self.tokens = torch.full((lanes, width), pad_id, dtype=torch.int64, device=device)
         self.forwards = 0
@@ -206,9 +217,8 @@ class Batch:
         """Begin the active block; blocks without a mask are passed over."""
         row = self.rows[b]
         while not row.done:
-            start, end = row.block
             row.turn, row.waiting = 0, False
-            row.left = int((self.tokens[b, start:end] == self.mask_id).sum())
+            row.left, row.leftmost = self._masks([b])[b]
             if row.left:
                 return
             self._leave(row)
@@ -251,7 +261,7 @@ class Batch:
         for b in live:
             row = self.rows[b]
             row.nfe += row.left > 0
-            row.published += 1
+            row.published += not self._hands_over(row)
         row_of, column = self._needed(live, windows)  # (N,) int64
         logits = self._logits(live, spans, row_of, column)  # (N, V)
         self._commit(live, logits, row_of, column, windows)
@@ -259,8 +269,9 @@ class Batch:
         left = self._masks(live)
         for b in live:
             row = self.rows[b]
-            row.left, wasteful = left[b], self.cache in ("prefix", "dual") and row.turn == 0
-            row.turn += 1
+            wasteful = self.cache in ("prefix", "dual") and row.turn == 0
+            row.turn += not self._hands_over(row)
+            row.left, row.leftmost = left[b]
             if self.cache == "block":
                 row.stored = row.block[0] - row.block[0] % self.block_length
             if row.left or (wasteful and self.published):
@@ -303,12 +314,35 @@ class Batch:
         again = self.cache == "dual" and self.refresh is not None and row.turn % self.refresh == 0
         return self.cache == "none" or (self.cache != "block" and (row.turn == 0 or again))
 
+    def _hands_over(self, row: Row) -> bool:
+        """Whether this pass is over the blocks before alone: their last position gives its first token.
+
+        So it is published for shifted logits in a block-causal model (Fast-dLLM v2): the pass that stores a
+        block begins the next, and passes over that one know its first token.
+        """
+        size = self.traits.block_length
+        return self.traits.shift and size is not None and row.leftmost > 0 and row.leftmost % size == 0
+
+    def _part(self, row: Row) -> tuple[int, int]:
+        """Columns of the active sub-block, in the prompt too; they count from where the block begins."""
+        start = row.block[0]
+        origin = start - start % self.traits.block_length if self.traits.block_length else start
+        low = row.leftmost - (row.leftmost - origin) % self.sub_block_length
+        return low, low + self.sub_block_length
+
     def _spans(self, b: int) -> list[Span]:
         row = self.rows[b]
         start, end = row.block
         first, last = 0, row.length
         if self.cache == "block":  # the blocks finished since come along, so that theirs are stored
             first, last = row.stored, end
+            if self._hands_over(row):
+                last = start
+            elif self.within:
+                again = row.turn % self.refresh == 0 if self.refresh else row.turn == 0
+                low, high = self._part(row)
+                if not again and row.leftmost > low:  # as published, not before its first column is known
+                    first, last = low, high
         elif not self._full(row):
             first, last = start, end if self.cache == "dual" else row.length
         if isinstance(self.model, Model):
@@ -318,7 +352,10 @@ class Batch:
     def _window(self, b: int) -> tuple[int, int]:
         """Columns whose masks this pass may fill."""
         row = self.rows[b]
-        start, end = row.block
+        if self._hands_over(row):
+            return row.leftmost, row.leftmost + 1
+        low, high = self._part(row)
+        start, end = max(low, row.block[0]), min(high, row.block[1])
         if self._full(row):
             if self.traits.shift and self.cache != "none" and row.turn == 0:
                 end = start + 1  # published: the full pass serves the block's first position
@@ -339,10 +376,14 @@ class Batch:
         both = torch.stack((torch.cat(rows), torch.cat(columns))).to(self.tokens.device, non_blocking=True)
         return both[0], both[1]
 
-    def _masks(self, live: list[int]) -> dict[int, int]:
-        """Masks left in each active block."""
-        counts = [(self.tokens[b, slice(*self.rows[b].block)] == self.mask_id).sum() for b in live]
-        return dict(zip(live, torch.stack(counts).tolist(), strict=True)) if counts else {}
+    def _masks(self, live: list[int]) -> dict[int, tuple[int, int]]:
+        """Masks left in each active block, and the column of the first."""
+        found = []
+        for b in live:
+            start, end = self.rows[b].block
+            masked = (self.tokens[b, start:end] == self.mask_id).to(torch.int64)
+            found.append(torch.stack((masked.sum(), masked.argmax() + start)))
+        return {b: (n, at) for b, (n, at) in zip(live, torch.stack(found).tolist(), strict=True)}
 
     def _logits(
         self, live: list[int], spans: dict[int, list[Span]], row_of: Tensor, column: Tensor

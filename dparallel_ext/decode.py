@@ -65,6 +65,7 @@ def decode(
     attention_mask: Tensor | None = None,
     gen_length: int | Sequence[int] = 256,
     block_length: int | None = None,
+    sub_block_length: int | None = None,
     steps: int | None = None,
     threshold: float | Tensor | None = None,
     selector: policies.Name = "entropy",
@@ -98,17 +99,22 @@ def decode(
             block_length does not divide it. Block-causal models fill the last block to its end.
         block_length: tokens of a block; blocks are decoded left to right. Default: the model's own, where it
             is block-causal (blocks count from position 0), else 32.
+        sub_block_length: a divisor of block_length: of each block, the leftmost part of this length that has
+            masks is filled first, the rest waits. Default: the model's own (Fast-dLLM v2), else block_length.
         steps: with `threshold` None, the fixed schedule: passes in all, the same number for each block,
-            each committing its share of the block. None: one token a pass.
+            each committing its share of the block. None: one token a pass. Not with sub-blocks.
         threshold: the selector's parameter, a number or (B,); see `policies`. None: the fixed schedule.
         selector, min_commit, max_commit, score: the policy, each one value or one per sequence. The
             fixed schedule ranks by `score`; as published that is confidence, but entropy where
             `selector` is "entropy" and a cache is used.
         policy: instead of those: (B, 5) rows, or a function (stats, eligible, step) -> bool (B, W)
-            over the block's columns. At least one position commits all the same, and only masked ones.
+            over the columns of the block or sub-block. At least one position commits all the same, and only
+            masked ones.
         cache: "none", the whole sequence each pass; for our models also "prefix" (one full pass per
             block, then from the block on), "dual" (one full pass per block, then the block alone), and
-            for block-causal ones "block" (each pass the block alone; finished blocks are exact).
+            for block-causal ones "block" (each pass the block alone; finished blocks are exact). There, with
+            sub-blocks, "dual" works inside the block: a pass over all of it until the sub-block's first token
+            is known, then over the sub-block alone (Fast-dLLM v2's sub-block cache).
         refresh: with "dual", a full pass every `refresh` passes over a block, so that no entry grows stale.
         batch_invariant: each sequence in passes of its own, so that it comes out to the bit as alone. In
             shared passes the matrix library may round the same row otherwise in another batch.
@@ -159,6 +165,7 @@ def decode(
                 stop=stop,
                 seed=seed,
             ),
+            sub_block_length=sub_block_length,
             policy=function,
             refresh=refresh,
             batch_invariant=batch_invariant,
@@ -195,6 +202,9 @@ def start(
     cache: str,
     mask_id: int | None,
     settings: Sequence[Settings],
+    *,
+    sub_block_length: int | None = None,
+    refresh: int | None = None,
     **more: Any,
 ) -> Batch:
     """The batch of a call, its arguments checked; `settings`: one for each prompt."""
@@ -206,7 +216,10 @@ def start(
         raise ValueError(
             f"gen_length: expected a number or one for each of {len(prompts)}, got {len(counts)}"
         )
-    block_length, mask_id = check_model(model, block_length, cache, mask_id, more.get("refresh"))
+    block_length, sub_block_length, mask_id = check_model(
+        model, block_length, sub_block_length, cache, mask_id, refresh
+    )
+    check_steps(model, settings, block_length, sub_block_length)
     causal = traits(model).block_length is not None
     laid_out = [lay_out(len(p), n, block_length, causal) for p, n in zip(prompts, counts, strict=True)]
     lengths = [b[-1][1] if b else len(p) for p, b in zip(prompts, laid_out, strict=True)]
@@ -220,6 +233,8 @@ def start(
         mask_id,
         pad_id=mask_id if eos_id is None else eos_id,
         device=prompts[0].device if prompts else "cpu",
+        sub_block_length=sub_block_length,
+        refresh=refresh,
         **more,
     )
     for lane, (prompt, count, own) in enumerate(zip(prompts, counts, settings, strict=True)):
@@ -227,10 +242,30 @@ def start(
     return batch
 
 
+def check_steps(model: Any, settings: Sequence[Settings], block_length: int, sub_block_length: int) -> None:
+    """Raise ValueError for a fixed schedule where a pass may fill a part of the block alone."""
+    found = traits(model)
+    steps = next((own.steps for own in settings if own.steps is not None), None)
+    in_parts = sub_block_length < block_length or (found.shift and found.block_length is not None)
+    if steps is not None and in_parts:
+        raise ValueError(
+            "steps: the fixed schedule is for whole blocks; this one is filled part by part "
+            f"(sub_block_length {sub_block_length}), so expected None, got {steps}"
+        )
+
+
 def check_model(
-    model: Any, block_length: int | None, cache: str, mask_id: int | None, refresh: int | None
-) -> tuple[int, int]:
-    """block_length and mask_id, by default the model's; raises where an argument does not fit the model."""
+    model: Any,
+    block_length: int | None,
+    sub_block_length: int | None,
+    cache: str,
+    mask_id: int | None,
+    refresh: int | None,
+) -> tuple[int, int, int]:
+    """block_length, sub_block_length and mask_id, by default the model's.
+
+    Raises ValueError where an argument does not fit the model.
+    """
     found = traits(model)
     if block_length is None:
         block_length = found.block_length or 32
@@ -242,10 +277,15 @@ def check_model(
             f"cache: {cache!r} needs one of dparallel_ext.models (models.load, or models.wrap "
             f"for a loaded Hugging Face model), got {type(model).__name__}"
         )
+    part = found.sub_block_length or block_length if sub_block_length is None else sub_block_length
+    whole("sub_block_length", part, 1)
+    if block_length % part:
+        raise ValueError(f"sub_block_length: expected a divisor of block_length {block_length}, got {part}")
     causal = found.block_length is not None
-    if causal != (cache == "block") and cache != "none":
+    within = causal and cache == "dual" and part < block_length
+    if causal != (cache == "block") and cache != "none" and not within:
         fit = (
-            '"block" or "none" for a block-causal model'
+            '"block" or "none" for a block-causal model, or "dual" where it is decoded by sub-blocks'
             if causal
             else '"block" for block-causal models alone'
         )
@@ -263,7 +303,7 @@ def check_model(
     if mask is None:
         raise ValueError("mask_id: the model's config has no mask_token_id, so give one")
     whole("mask_id", mask, 0)
-    return block_length, mask
+    return block_length, part, mask
 
 
 def run(batch: Batch, streamer: Any = None, bar: Any = None) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ._C import Scheduler
 from .attention import _within
 from .batch import Batch, Settings, lay_out
-from .decode import check_model, make_settings, whole
+from .decode import check_model, check_steps, make_settings, whole
 from .models import Model, traits
 from .ops import check_errors
 
@@ -172,7 +172,7 @@ class Engine:
     Args:
         model: one of ours (`dparallel_ext.models`), in evaluation mode.
         cache: as in `decode`; default "block" for block-causal models, else "dual".
-        block_length: as in `decode`.
+        block_length, sub_block_length: as in `decode`.
         lanes: requests that are decoded at once.
         max_length: positions that one request may have, prompt and response together.
         pages: memory for keys and values, in pages; default: what `lanes` requests of max_length need. A
@@ -198,6 +198,7 @@ class Engine:
         *,
         cache: str | None = None,
         block_length: int | None = None,
+        sub_block_length: int | None = None,
         lanes: int = 16,
         max_length: int = 2048,
         pages: int | None = None,
@@ -222,7 +223,9 @@ class Engine:
         causal = traits(model).block_length
         if cache is None:
             cache = "dual" if causal is None else "block"
-        block_length, mask_id = check_model(model, block_length, cache, mask_id, refresh)
+        block_length, sub_block_length, mask_id = check_model(
+            model, block_length, sub_block_length, cache, mask_id, refresh
+        )
         if page_size is None:
             page_size = 32 if causal is None else -(-32 // causal) * causal
         whole("page_size", page_size, 1)
@@ -252,6 +255,7 @@ class Engine:
                 mask_id,
                 pad_id=mask_id,
                 device=model.device,
+                sub_block_length=sub_block_length,
                 refresh=refresh,
                 batch_invariant=batch_invariant,
                 slots=slots,
@@ -326,6 +330,7 @@ class Engine:
             stop=stop,
             seed=torch.tensor([seed]),
         )
+        check_steps(self.model, [settings], self._batch.block_length, self._batch.sub_block_length)
         if settings.suppress is not None and settings.suppress.numel():
             _within("suppress", settings.suppress, 0, self.model.shape.rows)
         with self._work:
@@ -334,7 +339,9 @@ class Engine:
             if self._scheduler.waiting >= self.max_waiting:
                 raise EngineFull(f"{self.max_waiting} requests wait already (max_waiting)")
             handle = Handle(self._next_id, self, ids, gen_length, settings)
-            self._scheduler.submit(handle.id, ids.tolist(), length)
+            # With shifted logits the prompt's last position is computed in any case: it gives the next token.
+            reusable = ids[: len(ids) - traits(self.model).shift]
+            self._scheduler.submit(handle.id, reusable.tolist(), length)
             self._handles[handle.id] = handle
             self._next_id += 1
             self._work.notify()

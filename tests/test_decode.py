@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -359,3 +360,21 @@ def test_a_pass_that_fails_changes_nothing(llada) -> None:
         assert [vars(row) for row in batch.rows] == rows
         batch.step()
         assert not torch.equal(batch.tokens, tokens)
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_sub_blocks_are_filled_from_left_to_right(llada, dream, cache: str) -> None:
+    settings = {"gen_length": 30, "block_length": 12, "cache": cache, "threshold": 3.0, "record": True}
+    for model in (llada, dream):
+        whole = dx.decode(model, PROMPTS, **settings)
+        again = dx.decode(model, PROMPTS, sub_block_length=12, **settings)
+        assert torch.equal(whole.sequences, again.sequences)
+        parts = dx.decode(model, PROMPTS, sub_block_length=4, **settings)
+        for b in range(len(PROMPTS)):
+            steps = parts.trajectory.step[b].split(4)  # 12 + 12 + 6: the last part is of 2
+            assert all(int(x.max()) < int(y.min()) for x, y in itertools.pairwise(steps))
+            assert any(len(x.unique()) < len(x) for x in steps)  # some in parallel
+    with pytest.raises(ValueError, match="sub_block_length: expected a divisor of block_length 12, got 5"):
+        dx.decode(llada, PROMPTS, sub_block_length=5, **settings)
+    with pytest.raises(ValueError, match="steps: the fixed schedule is for whole blocks"):
+        dx.decode(llada, PROMPTS, gen_length=24, block_length=12, sub_block_length=4, steps=6)

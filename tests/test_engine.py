@@ -28,9 +28,29 @@ MODELS = {
     for name in ("llada_tiny_a", "dream_tiny_a", "sdar_tiny_a")
     for dtype in (torch.float32, torch.bfloat16)
 }
+
+
+def fast_dllm(dtype: torch.dtype) -> Model:
+    """Block-causal with shifted logits; its blocks of 8 are filled by sub-blocks of 4."""
+    torch.manual_seed(0)
+    config = {
+        "model_type": "Fast_dLLM_Qwen",
+        "bd_size": BLOCK,
+        "hidden_size": 64,
+        "intermediate_size": 176,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "mask_token_id": 511,
+    }
+    return models.FastDLLM(config).to(dtype).eval()
+
+
+BLOCK = 8
+MODELS |= {("fast_dllm", dtype): fast_dllm(dtype) for dtype in (torch.float32, torch.bfloat16)}
 SDAR = MODELS["sdar_tiny_a", torch.float32]
 LLADA = MODELS["llada_tiny_a", torch.float32]
-BLOCK = 8
 
 
 def some_prompts(seed: int, count: int, longest: int = 30) -> list[Tensor]:
@@ -83,6 +103,8 @@ def until(condition: Callable[[], bool], seconds: float = 30) -> None:
             ("llada_tiny_a", "dual"),
             ("dream_tiny_a", "dual"),
             ("sdar_tiny_a", "block"),
+            ("fast_dllm", "block"),
+            ("fast_dllm", "dual"),
         ]
     ),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
@@ -133,21 +155,23 @@ def test_a_request_gets_what_decode_gives_it_alone(seed, count, lanes, spare, wa
     assert stats.tokens == sum(len(h.result().tokens) for h in handles)
 
 
-def test_shared_prefixes_change_nothing_but_the_work() -> None:
+@pytest.mark.parametrize(("name", "reused"), [("sdar_tiny_a", 64), ("fast_dllm", 64)])
+def test_shared_prefixes_change_nothing_but_the_work(name: str, reused: int) -> None:
+    model = MODELS[name, torch.float32]
     common = some_prompts(1, 1, 60)[0].new_tensor(range(64))
     prompts = [torch.cat((common, tail)) for tail in some_prompts(2, 12, 20)]
     settings: dict[str, Any] = {"gen_length": 16, "threshold": 0.3, "selector": "confidence"}
-    expected = [alone(SDAR, p, "block", **settings) for p in prompts]
+    expected = [alone(model, p, "block", **settings) for p in prompts]
     work = {}
     for share in (False, True):
-        with dx.Engine(SDAR, lanes=4, max_length=128, share=share) as engine:
+        with dx.Engine(model, lanes=4, max_length=128, share=share) as engine:
             results = [h.result(60) for h in [engine.submit(p, **settings) for p in prompts]]
         assert [(r.tokens, r.nfe) for r in results] == expected
         stats = engine.stats
         assert stats.reused_tokens == sum(r.reused for r in results)
         work[share] = stats.prompt_tokens - stats.reused_tokens
-    assert [r.reused for r in results] == [0] + [64] * 11
-    assert work[False] - work[True] == 11 * 64
+    assert [r.reused for r in results] == [0] + [reused] * 11
+    assert work[False] - work[True] == 11 * reused
 
 
 def test_a_conversation_reuses_its_own_answer() -> None:
@@ -180,6 +204,7 @@ def test_memory_is_bounded_and_requests_wait_for_it(monkeypatch: pytest.MonkeyPa
     gate = Gate(monkeypatch)
     with dx.Engine(LLADA, block_length=8, lanes=8, max_length=64, page_size=8, pages=5) as engine:
         handles = [engine.submit([1] * 8, gen_length=8) for _ in range(6)]  # two pages each
+        gate.passes.release()  # the first pass may have begun with the first alone
         until(lambda: engine.stats.active == 2)
         stats = engine.stats
         assert (stats.pages, stats.pages_used, stats.waiting) == (5, 4, 4)
