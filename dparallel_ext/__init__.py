@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch  # the compiled library links against torch's, so torch comes first
 
-from . import compat, models, policies, reference
+from . import compat, diffusion_gemma, models, policies, reference
 from ._C import build_info, simd_level
 from .attention import block_attention, kv_write, rope_table
 from .batch import Trajectory
@@ -35,6 +35,7 @@ __all__ = [
     "check_errors",
     "compat",
     "decode",
+    "diffusion_gemma",
     "kv_write",
     "linear_certainty_forcing_loss",
     "models",
