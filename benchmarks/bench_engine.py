@@ -1,7 +1,8 @@
-"""What sharing saves: requests through the Engine, prefixes computed once, passes that cost the same at any length.
+"""What sharing saves: requests through the Engine, prefixes computed once, passes that cost the same at any
+length.
 
-The models are those of bench_cache: width 512, 8 layers, V = 126464, random; a quota of 8 tokens a pass, so that
-every side runs the same passes for a sequence.
+The models are those of bench_cache: width 512, 8 layers, V = 126464, random; a quota of 8 tokens a pass, so
+that every side runs the same passes for a sequence.
 """
 
 from __future__ import annotations
@@ -47,18 +48,18 @@ def seconds(work: Callable[[], Any]) -> float:
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("cache", CACHES)
 def test_engine(benchmark: Any, cache: str, dtype: torch.dtype) -> None:
-    """16 requests of 32 to 512 prompt tokens and 32 to 128 new ones, at once; baseline: one after the other."""
+    """16 requests, of 32 to 512 prompt tokens and 32 to 128 new ones; baseline: one after the other."""
     model = random_model(cache == "block", dtype)
     prompts = ragged(16, 32, 512)
     lengths = (torch.randint(1, 5, (16,), generator=torch.Generator().manual_seed(1)) * 32).tolist()
     work = list(zip(prompts, lengths, strict=True))
-    single: list[list[int]] = []
+    single: list[dx.DecodeOutput] = []
 
     def one_by_one() -> None:
-        single.clear()
-        for prompt, n in work:
-            out = dx.decode(model, prompt, gen_length=n, block_length=BLOCK, cache=cache, **POLICY)
-            single.append(out.responses[0][:n].tolist())
+        single[:] = [
+            dx.decode(model, prompt, gen_length=n, block_length=BLOCK, cache=cache, **POLICY)
+            for prompt, n in work
+        ]
 
     with dx.Engine(model, cache=cache, block_length=BLOCK, lanes=16, max_length=704, share=False) as engine:
 
@@ -67,27 +68,20 @@ def test_engine(benchmark: Any, cache: str, dtype: torch.dtype) -> None:
             return [handle.result().tokens for handle in handles]
 
         found, before = together(), seconds(one_by_one)
-        same = sum(a == b for x, y in zip(found, single, strict=True) for a, b in zip(x, y, strict=True))
+        same = sum(
+            a == b
+            for tokens, out in zip(found, single, strict=True)
+            for a, b in zip(tokens, out.responses[0].tolist(), strict=False)  # block: it fills its last block
+        )
         benchmark.pedantic(together, rounds=3)
         stats = engine.stats
-    assert stats.sequence_passes == 4 * sum(
-        passes(len(p), n, cache) for p, n in work
-    )  # none on a finished one
+    assert stats.sequence_passes == 4 * sum(int(out.nfe) for out in single)  # none on a finished sequence
     baseline = min(before, seconds(one_by_one))
     benchmark.group = f"16 ragged requests, cache {cache}, {name_of(dtype)}"
     benchmark.extra_info.update(
         contender=f"dparallel_ext, Engine ({same}/{sum(lengths)} tokens the same)",
         baselines={"one after the other": baseline},
     )
-
-
-def passes(prompt: int, new: int, cache: str) -> int:
-    """Of a quota of TAKEN a pass. A block-causal model's first block may begin with the prompt's tail."""
-    end, first = prompt + new, prompt
-    if cache == "block":
-        end, first = -(-end // BLOCK) * BLOCK, prompt - prompt % BLOCK
-    cuts = [prompt, *range(first + BLOCK, end, BLOCK), end]
-    return sum(-(-(b - a) // TAKEN) for a, b in zip(cuts, cuts[1:], strict=False))
 
 
 def test_shared_prefix(benchmark: Any) -> None:
@@ -129,7 +123,7 @@ def test_batch_invariant(benchmark: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_step(benchmark: Any, length: int, cache: str) -> None:
-    """A pass over one block against a prompt of `length`, and the share of it that is attention to the cache."""
+    """A pass over one block against a prompt of `length`; and its attention to the cache, alone."""
     model = random_model(cache == "block", torch.bfloat16)
     whole = length + BLOCK if cache == "block" else length + 4 * BLOCK
     slots = model.new_cache(1, whole)
