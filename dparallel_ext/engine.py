@@ -83,7 +83,7 @@ class EngineStats:
 Event = list[int] | Completion | BaseException
 
 
-@dataclass
+@dataclass(eq=False)
 class Handle:
     """A request. Iterating yields the tokens of each finished block; `result` waits for all."""
 
@@ -402,7 +402,8 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            with torch.inference_mode():
+            device = self.model.device
+            with torch.inference_mode(), torch.cuda.device(device if device.type == "cuda" else -1):
                 while self._turn():
                     pass
         except BaseException as error:  # a fault of ours: nobody shall wait for a thread that is gone
