@@ -256,15 +256,13 @@ class Batch:
             raise
 
     def _step(self, live: list[int]) -> list[int]:
-        spans = {b: self._spans(b) for b in live}
-        windows = {b: self._window(b) for b in live}
         for b in live:
             row = self.rows[b]
             row.nfe += row.left > 0
             row.published += not self._hands_over(row)
-        row_of, column = self._needed(live, windows)  # (N,) int64
-        logits = self._logits(live, spans, row_of, column)  # (N, V)
-        self._commit(live, logits, row_of, column, windows)
+        for group in self._groups(live):
+            self._pass(group)
+            self.forwards += 1
         finished = []
         left = self._masks(live)
         for b in live:
@@ -363,19 +361,6 @@ class Batch:
                 start = 0
         return start, end
 
-    def _needed(self, live: list[int], windows: dict[int, tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Rows and columns (N,) whose logits are needed; on a GPU whole windows, so as not to wait for it."""
-        rows, columns = [], []
-        for b in live:
-            start, end = windows[b]
-            column = torch.arange(start, end)
-            if self.tokens.device.type == "cpu":
-                column = column[self.tokens[b, start:end] == self.mask_id]
-            rows.append(torch.full_like(column, b))
-            columns.append(column)
-        both = torch.stack((torch.cat(rows), torch.cat(columns))).to(self.tokens.device, non_blocking=True)
-        return both[0], both[1]
-
     def _masks(self, live: list[int]) -> dict[int, tuple[int, int]]:
         """Masks left in each active block, and the column of the first."""
         found = []
@@ -385,72 +370,70 @@ class Batch:
             found.append(torch.stack((masked.sum(), masked.argmax() + start)))
         return {b: (n, at) for b, (n, at) in zip(live, torch.stack(found).tolist(), strict=True)}
 
-    def _logits(
-        self, live: list[int], spans: dict[int, list[Span]], row_of: Tensor, column: Tensor
-    ) -> Tensor:
-        """Logits (N, V) for the positions `column` of sequences `row_of`, in the order of `live`."""
-        groups = self._groups(live)
-        self.forwards += len(groups)
-        if len(groups) == 1:
-            return self._pass(groups[0], spans, row_of, column)
-        parts = []
-        for group in groups:
-            chosen = torch.isin(row_of, row_of.new_tensor(group)).nonzero()[:, 0]
-            parts.append((chosen, self._pass(group, spans, row_of[chosen], column[chosen])))
-        logits = parts[0][1].new_empty((len(row_of), parts[0][1].shape[1]))
-        for chosen, part in parts:
-            logits[chosen] = part
-        return logits
-
     def _groups(self, live: list[int]) -> list[list[int]]:
         """Sequences that share a pass."""
         if self.alone:
             return [[b] for b in live]
         if isinstance(self.model, Model):
             return [live]
-        by_length: dict[int, list[int]] = {}  # a foreign model knows no ragged batches
+        by_length: dict[int, list[int]] = {}
         for b in live:
             by_length.setdefault(self.rows[b].length, []).append(b)
         return list(by_length.values())
 
-    def _pass(self, group: list[int], spans: dict[int, list[Span]], row_of: Tensor, column: Tensor) -> Tensor:
-        source = column
-        if not isinstance(self.model, Model):
-            x = self.tokens[group, : self.rows[group[0]].length]
-            output = self.model(x)
-            if not hasattr(output, "logits"):
-                raise ValueError(
-                    f"model: expected its call to return an object with .logits, got {type(output).__name__}"
-                )
-            if output.logits.shape[:-1] != x.shape:
-                raise ValueError(
-                    f"model: expected logits ({x.shape[0]}, {x.shape[1]}, V), "
-                    f"got {tuple(output.logits.shape)}"
-                )
-            place = torch.zeros(len(self.rows), dtype=torch.int64)
-            place[group] = torch.arange(len(group))
-            if self.traits.shift:
-                source = (source - 1).clamp_(min=0)
-            return output.logits[place.to(row_of.device)[row_of], source]
-        assert self.slots is not None
-        taken = [span for b in group for span in spans[b]]
-        plan = self.slots.plan(taken)
-        count = [span.end - span.start for span in taken]
-        of_token = torch.tensor([span.row for span in taken]).repeat_interleave(torch.tensor(count))
-        ids = self.tokens[of_token.to(plan.positions.device), plan.positions]
-        hidden = self.model.step(ids, self.slots, plan)
-        first, base, offset = {}, {}, 0
-        for span, n in zip(taken, count, strict=True):
-            if span.row not in first:
-                first[span.row], base[span.row] = span.start, offset
-            offset += n
-        shift, start = torch.zeros(2, len(self.rows), dtype=torch.int64)
+    def _pass(self, group: list[int]) -> None:
+        """One forward pass over sequences, and what is committed by it.
+
+        Of the logits, those of the masks in the windows are computed; on a GPU whole windows, so as not to
+        wait for it.
+        """
+        windows, device = {b: self._window(b) for b in group}, self.tokens.device
+        spans: list[Span] = []
+        rows, columns, sources, offset = [], [], [], 0
         for b in group:
-            shift[b], start[b] = base[b] - first[b], first[b]
-        shift, start = shift.to(row_of.device)[row_of], start.to(row_of.device)[row_of]
-        if self.traits.shift:
-            source = torch.maximum(source - 1, start)
-        return self.model.head(hidden[source + shift])
+            start, end = windows[b]
+            column = torch.arange(start, end)
+            if device.type == "cpu":
+                column = column[self.tokens[b, start:end] == self.mask_id]
+            own = self._spans(b)
+            first, last = own[0].start, own[-1].end
+            source = (column - 1).clamp_(min=first) if self.traits.shift else column
+            rows.append(torch.full_like(column, b))
+            columns.append(column)
+            sources.append(source - first + offset)  # among the packed positions of the pass
+            spans += own
+            offset += last - first
+        numbers = torch.stack([torch.cat(part) for part in (rows, columns, sources)])
+        row_of, column, source = numbers.to(device, non_blocking=True)  # (N,) each
+        if isinstance(self.model, Model):
+            logits = self.model.head(self._hidden(spans)[source])
+        else:
+            logits = self._foreign(group)[source]
+        self._commit(group, logits, row_of, column, windows)
+
+    def _hidden(self, spans: list[Span]) -> Tensor:
+        """Of one of our models: (positions of the spans, width)."""
+        assert self.slots is not None
+        plan = self.slots.plan(spans)
+        row = torch.tensor([span.row for span in spans])
+        count = torch.tensor([span.end - span.start for span in spans])
+        of_token = row.repeat_interleave(count).to(plan.positions.device)
+        return self.model.step(self.tokens[of_token, plan.positions], self.slots, plan)
+
+    def _foreign(self, group: list[int]) -> Tensor:
+        """Of any other model, which knows no ragged batches: logits (B * L, V) of whole sequences."""
+        x = self.tokens[group, : self.rows[group[0]].length]
+        output = self.model(x)
+        if not hasattr(output, "logits"):
+            raise ValueError(
+                f"model: expected its call to return an object with .logits, got {type(output).__name__}"
+            )
+        if output.logits.shape[:-1] != x.shape:
+            raise ValueError(
+                f"model: expected logits ({x.shape[0]}, {x.shape[1]}, V), got {tuple(output.logits.shape)}"
+            )
+        logits: Tensor = output.logits.flatten(0, 1)
+        return logits
 
     def _commit(
         self,
