@@ -1,6 +1,6 @@
 """The CUDA kernels, executed on the CPU by tests/cuda_host, against their CPU twins.
 
-Threads are fibers in random order, blocks come in random order, and memory is of exact size under
+Threads are fibers in random order, several blocks interleaved, and memory is of exact size under
 AddressSanitizer and UndefinedBehaviorSanitizer. That this notices faults is tested with planted ones.
 """
 
@@ -100,6 +100,18 @@ def test_the_host_notices_a_faulty_kernel(plain: Path, fault: str, said: str) ->
     assert said in result.stderr
 
 
+@pytest.mark.parametrize("fault", ["lost_update", "no_barrier", "arrives_first"])
+def test_interleaved_blocks_show_what_blocks_in_turn_hide(plain: Path, fault: str) -> None:
+    assert run(plain / "faults", fault, 1).returncode == 0
+    for resident in (2, 8, 0):
+        assert run(plain / "faults", fault, resident).returncode == 1
+
+
+def test_a_counter_that_is_not_reset_is_noticed(plain: Path) -> None:
+    for resident in (1, 2, 8, 0):
+        assert run(plain / "faults", "not_reset", resident).returncode == 1
+
+
 def test_the_sanitizer_notices_an_overrun(sanitized: Path) -> None:
     result = run(sanitized / "faults", "overrun")
     assert result.returncode != 0
@@ -109,6 +121,8 @@ def test_the_sanitizer_notices_an_overrun(sanitized: Path) -> None:
 def test_a_sound_kernel_is_not_accused(plain: Path, sanitized: Path) -> None:
     for directory in (plain, sanitized):
         assert run(directory / "faults", "none").returncode == 0
+        for resident in (1, 2, 8, 0):
+            assert run(directory / "faults", "sound", resident).returncode == 0
 
 
 def test_kernels_without_their_barriers_are_found_out(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     block_attention_kernel(BlockAttentionArgs args, int64_t tiles) {
   using Storage = typename T::Storage;
-  __shared__ Shared shared;
+  DPARALLEL_SHARED(shared, Shared);
   const CacheLayout &keys = args.k_layout, &values = args.v_layout;
   const int64_t dim = keys.head_dim, group = args.q_heads / keys.heads;
   const int64_t head = blockIdx.x % keys.heads, tile = blockIdx.x / keys.heads % tiles;

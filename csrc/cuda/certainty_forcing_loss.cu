@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
                      InverseTemperatures<typename T::Real> inverse) {
   using R = typename T::Real;
   constexpr int W = T::kWidth;
-  __shared__ LossPart<R> shared[kWarps];
+  DPARALLEL_SHARED(shared, LossPart<R>[kWarps]);
   const int64_t row = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
   if (!args.active[row]) return;
   const int64_t vocab = args.logits.vocab;

@@ -7,14 +7,19 @@
 #include "cuda_host.h"
 #else
 #include <cuda_runtime.h>
-// The one place that spells a launch.
+// The one place that spells a launch, and the one that spells memory shared by a block:
+// DPARALLEL_SHARED(parts, Part[8]).
 #define DPARALLEL_LAUNCH(kernel, grid, block, stream, ...) \
   kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#define DPARALLEL_SHARED(name, ...) __shared__ dparallel::cuda::Same<__VA_ARGS__> name
 #endif
 
 #include "dparallel/numeric.h"
 
 namespace dparallel::cuda {
+
+template <class T>
+using Same = T;
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr float kLog2e = 1.4426950408889634f;
@@ -115,7 +120,7 @@ __device__ __forceinline__ void store_stored(typename T::Storage* p,
 // Whether this block is the last of `expected` to arrive; the counter is zero again when it is.
 // What the others wrote before arriving is then visible.
 __device__ inline bool last_to_arrive(int32_t* counter, int64_t expected) {
-  __shared__ bool last;
+  DPARALLEL_SHARED(last, bool);
   __syncthreads();  // every thread's writes come before thread 0's fence
   if (threadIdx.x == 0) {
     __threadfence();

@@ -107,8 +107,8 @@ __device__ __forceinline__ Part merge_block(Part part, Part (&shared)[kWarps], M
 template <class T, bool kSample>
 __device__ void scan_chunk(const void* row, int64_t vocab, int64_t chunk, const Exclusions& ex,
                            const Sampler& sampler, RowPart& part, SamplePart& sample) {
-  __shared__ RowPart shared_parts[kWarps];
-  __shared__ SamplePart shared_samples[kWarps];
+  DPARALLEL_SHARED(shared_parts, RowPart[kWarps]);
+  DPARALLEL_SHARED(shared_samples, SamplePart[kWarps]);
   constexpr int W = T::kWidth;
   const auto* z = static_cast<const typename T::Storage*>(row);
   const bool aligned = reinterpret_cast<uintptr_t>(row) % 16 == 0;

@@ -10,7 +10,7 @@ namespace dparallel::cuda {
 // below it.
 __device__ inline int64_t select_block(const Policy& policy, const float* keys, float* sorted,
                                        int32_t* ranks, int64_t n, int64_t eligible) {
-  __shared__ int64_t count;
+  DPARALLEL_SHARED(count, int64_t);
   for (int64_t i = threadIdx.x; i < n; i += kThreads) {
     const float key = keys[i];
     if (key != key) continue;
@@ -30,7 +30,7 @@ __device__ inline int64_t select_block(const Policy& policy, const float* keys, 
 
 // The sum over the block of one number per thread, for every thread.
 __device__ inline int64_t sum_block(int64_t value) {
-  __shared__ int64_t parts[kWarps];
+  DPARALLEL_SHARED(parts, int64_t[kWarps]);
   int32_t low = static_cast<int32_t>(value);
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) low += __shfl_down_sync(kFullWarp, low, offset);

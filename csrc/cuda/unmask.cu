@@ -69,7 +69,7 @@ __device__ inline int64_t count_needed(const Sequence& s) {
 // By the last block of a sequence: chunks merged, policy applied, tokens committed.
 __device__ void settle(const Sequence& s, const Scratch& scratch, int64_t chunks, int64_t needed,
                        int32_t* counters) {
-  __shared__ long long worst;  // the lowest error
+  DPARALLEL_SHARED(worst, long long);  // the lowest error
   const UnmaskArgs& args = s.args;
   const float inverse = args.sampling.temperature > 0.0f ? 1.0f / args.sampling.temperature : 0.0f;
   const Policy policy = Policy::load(args.policy + s.b * kPolicyFields);

@@ -3,6 +3,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -20,30 +21,46 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   int state = kReady;
+  unsigned exchanges = 0;  // so far
+};
+
+struct Lane {
+  alignas(16) char bytes[kLaneBytes];
+};
+
+// A block in flight.
+struct Block {
+  unsigned index, size, live;
+  unsigned period;  // it runs in one round of so many
+  std::vector<Fiber> fibers;
+  std::vector<unsigned> arrived;  // at each barrier
+  std::vector<Lane> lanes[2];     // [threads], of every other exchange
+  std::map<const void*, std::unique_ptr<char[]>> shared;
 };
 
 std::mt19937_64 random_engine;
-std::vector<Fiber> fibers;
-std::vector<unsigned> arrived;     // at each barrier
-std::vector<uint32_t> lane_slots;  // [threads]
+unsigned fixed_resident = 0;
+std::vector<std::unique_ptr<Block>> pool;
+Block* current = nullptr;
 ucontext_t scheduler;
 const std::function<void()>* body = nullptr;
-unsigned live = 0, size = 0;
+
+unsigned below(unsigned n) { return static_cast<unsigned>(random_engine() % n); }
 
 void leave(int state) {
-  Fiber& self = fibers[threadIdx.x];
+  Fiber& self = current->fibers[threadIdx.x];
   self.state = state;
   swapcontext(&self.context, &scheduler);
 }
 
 void release(int barrier) {
-  arrived[barrier] = 0;
-  for (unsigned t = 0; t < size; ++t)
-    if (fibers[t].state == barrier) fibers[t].state = kReady;
+  current->arrived[barrier] = 0;
+  for (unsigned t = 0; t < current->size; ++t)
+    if (current->fibers[t].state == barrier) current->fibers[t].state = kReady;
 }
 
 void wait(int barrier, unsigned expected) {
-  if (++arrived[barrier] == expected) {
+  if (++current->arrived[barrier] == expected) {
     release(barrier);
     leave(kReady);
   } else {
@@ -53,38 +70,38 @@ void wait(int barrier, unsigned expected) {
 
 void run_fiber() {
   (*body)();
-  --live;
-  if (live > 0 && arrived[0] == live)
+  --current->live;
+  if (current->live > 0 && current->arrived[0] == current->live)
     release(0);  // threads that have left do not hold up a barrier
   leave(kDone);
 }
 
-void run_block(unsigned block) {
-  live = size = block;
-  arrived.assign(1 + (block + 31) / 32, 0);
-  lane_slots.assign((block + 31) / 32 * 32, 0);
-  while (fibers.size() < block) fibers.emplace_back();
-  for (unsigned t = 0; t < block; ++t) {
-    getcontext(&fibers[t].context);
-    fibers[t].context.uc_stack.ss_sp = fibers[t].stack.get();
-    fibers[t].context.uc_stack.ss_size = kStack;
-    fibers[t].context.uc_link = nullptr;
-    fibers[t].state = kReady;
-    makecontext(&fibers[t].context, run_fiber, 0);
+void start(Block& block, unsigned index, unsigned threads) {
+  const unsigned periods[] = {1, 1, 2, 16};
+  block.index = index;
+  block.live = block.size = threads;
+  block.period = periods[below(4)];
+  block.arrived.assign(1 + (threads + 31) / 32, 0);
+  for (auto& lanes : block.lanes) lanes.resize((threads + 31) / 32 * 32);
+  block.shared.clear();
+  while (block.fibers.size() < threads) block.fibers.emplace_back();
+  for (unsigned t = 0; t < threads; ++t) {
+    Fiber& fiber = block.fibers[t];
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    fiber.state = kReady;
+    fiber.exchanges = 0;
+    makecontext(&fiber.context, run_fiber, 0);
   }
-  std::vector<unsigned> order(block);
-  std::iota(order.begin(), order.end(), 0u);
-  while (live > 0) {
-    std::shuffle(order.begin(), order.end(), random_engine);
-    bool ran = false;
-    for (const unsigned t : order) {
-      if (fibers[t].state != kReady) continue;
-      ran = true;
-      threadIdx.x = t;
-      swapcontext(&scheduler, &fibers[t].context);
-    }
-    if (!ran) fail("a barrier that not every thread reaches");
-  }
+}
+
+void run(Block& block, unsigned thread) {
+  current = &block;
+  threadIdx.x = thread;
+  blockIdx.x = block.index;
+  swapcontext(&scheduler, &block.fibers[thread].context);
 }
 
 }  // namespace
@@ -96,27 +113,74 @@ void fail(const char* what) {
 
 void seed(uint64_t value) { random_engine.seed(value); }
 
-void yield() {
-  if (random_engine() % 2) leave(kReady);
+void resident(unsigned blocks) { fixed_resident = blocks; }
+
+bool chance(unsigned of) { return below(of) == 0; }
+
+void yield(unsigned of) {
+  if (chance(of)) leave(kReady);
 }
 
-void block_barrier() { wait(0, live); }
+void block_barrier() { wait(0, current->live); }
 
-void warp_barrier() {
-  const int warp = static_cast<int>(threadIdx.x / 32);
-  wait(1 + warp, 32);
+const char* exchange(const void* mine, size_t bytes) {
+  if (bytes > kLaneBytes) fail("an exchange of too many bytes");
+  const unsigned first = threadIdx.x / 32 * 32;
+  // A lane that is one exchange ahead writes the other half; it cannot be two ahead.
+  std::vector<Lane>& lanes = current->lanes[current->fibers[threadIdx.x].exchanges++ % 2];
+  std::memcpy(lanes[threadIdx.x].bytes, mine, bytes);
+  wait(1 + static_cast<int>(first / 32), 32);
+  return lanes[first].bytes;
 }
 
-uint32_t& lane_slot(unsigned lane) { return lane_slots[threadIdx.x / 32 * 32 + lane]; }
+void* shared_memory(const void* key, size_t bytes) {
+  auto& memory = current->shared[key];
+  if (memory == nullptr) {
+    memory.reset(new char[bytes]);
+    std::memset(memory.get(), 0xff, bytes);  // NaN to whoever reads it before it is written
+  }
+  return memory.get();
+}
 
-void launch(unsigned grid, unsigned block, const std::function<void()>& thread) {
+void launch(unsigned grid, unsigned threads, const std::function<void()>& thread) {
+  const unsigned limits[] = {1, 2, 3, 8};
+  const unsigned limit = fixed_resident > 0 ? fixed_resident : limits[below(4)];
+  const bool uneven = chance(2);  // threads fall behind others of their block
   body = &thread;
   std::vector<unsigned> order(grid);
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), random_engine);
-  for (const unsigned b : order) {
-    blockIdx.x = b;
-    run_block(block);
+  while (pool.size() < limit) pool.push_back(std::make_unique<Block>());
+  std::vector<Block*> idle, flying;
+  for (auto& block : pool) idle.push_back(block.get());
+  std::vector<std::pair<Block*, unsigned>> turns;
+  while (!order.empty() || !flying.empty()) {
+    for (; flying.size() < limit && !order.empty(); order.pop_back()) {
+      start(*idle.back(), order.back(), threads);
+      flying.push_back(idle.back());
+      idle.pop_back();
+    }
+    turns.clear();
+    for (Block* block : flying) {
+      if (!chance(block->period)) continue;
+      bool stuck = true;
+      for (unsigned t = 0; t < threads; ++t) {
+        if (block->fibers[t].state != kReady) continue;
+        stuck = false;
+        if (!uneven || chance(2)) turns.emplace_back(block, t);
+      }
+      if (stuck) {
+        blockIdx.x = block->index;
+        fail("a barrier that not every thread reaches");
+      }
+    }
+    std::shuffle(turns.begin(), turns.end(), random_engine);
+    for (const auto& [block, t] : turns) run(*block, t);
+    for (size_t i = flying.size(); i-- > 0;) {
+      if (flying[i]->live > 0) continue;
+      idle.push_back(flying[i]);
+      flying.erase(flying.begin() + static_cast<std::ptrdiff_t>(i));
+    }
   }
 }
 

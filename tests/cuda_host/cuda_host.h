@@ -1,7 +1,9 @@
 // CUDA on the CPU, enough of it to execute csrc/cuda without a GPU: the threads of a block are
-// fibers, switched at barriers, shuffles, fences and atomics, in an order drawn from a seed; blocks
-// run one after another, in an order drawn from it too. A barrier that not all threads reach, a
-// misaligned vector load and a partial shuffle mask abort with a message.
+// fibers, switched at barriers, shuffles, fences, atomics and reads of other blocks' results, in an
+// order drawn from a seed. One to eight blocks, drawn for each launch, are in flight at once, their
+// fibers interleaved, some blocks slower than others; they start in an order drawn too. Shared
+// memory is each block's own, of exact size and full of NaN at first. A barrier that not all
+// threads reach, a misaligned vector load and a partial shuffle mask abort with a message.
 #pragma once
 
 #include <cmath>
@@ -16,7 +18,6 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static  // one block at a time
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
@@ -32,12 +33,18 @@ inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 
 namespace cuda_host {
 
+constexpr size_t kLaneBytes = 32;
+
 void seed(uint64_t value);
-void launch(unsigned grid, unsigned block, const std::function<void()>& thread);
-void yield();
+void resident(unsigned blocks);  // in flight at once, from now on; 0: drawn
+void launch(unsigned grid, unsigned threads, const std::function<void()>& thread);
+bool chance(unsigned of);     // true once in so many times
+void yield(unsigned of = 2);  // to other threads, once in so many times
 void block_barrier();
-void warp_barrier();
-uint32_t& lane_slot(unsigned lane);  // of the calling thread's warp
+// Lane i's `bytes` at kLaneBytes * i, once every lane of the warp has given its own; until the
+// calling thread's next but one.
+const char* exchange(const void* mine, size_t bytes);
+void* shared_memory(const void* key, size_t bytes);  // of the calling block
 [[noreturn]] void fail(const char* what);
 
 template <class T>
@@ -46,10 +53,29 @@ T load(const T* p) {
   return *p;
 }
 
+template <class T>
+T& shared(const void* key) {
+  static_assert(alignof(T) <= 16, "");
+  return *static_cast<T*>(shared_memory(key, sizeof(T)));
+}
+
+// The value that lane `from` of the warp gave.
+template <class T>
+T shuffle(unsigned mask, T value, unsigned from) {
+  if (mask != 0xffffffffu) fail("shuffle with a partial mask");
+  const char* all = exchange(&value, sizeof value);
+  if (from < 32) std::memcpy(&value, all + kLaneBytes * from, sizeof value);
+  return value;
+}
+
 }  // namespace cuda_host
 
 #define DPARALLEL_LAUNCH(kernel, grid, block, stream, ...) \
   ((void)(stream), cuda_host::launch(grid, block, [&] { kernel(__VA_ARGS__); }))
+
+#define DPARALLEL_SHARED(name, ...) \
+  static char name##_key;           \
+  auto& name = cuda_host::shared<__VA_ARGS__>(&name##_key)
 
 template <class T>
 T __ldcs(const T* p) {
@@ -57,6 +83,7 @@ T __ldcs(const T* p) {
 }
 template <class T>
 T __ldcg(const T* p) {
+  cuda_host::yield(16);
   return cuda_host::load(p);
 }
 
@@ -70,31 +97,29 @@ inline void __syncthreads() {
 
 inline void __threadfence() { cuda_host::yield(); }
 
-inline uint32_t __shfl_down_sync(unsigned mask, uint32_t value, int offset) {
-  if (mask != 0xffffffffu) cuda_host::fail("shuffle with a partial mask");
-  const unsigned lane = threadIdx.x % 32, from = lane + static_cast<unsigned>(offset);
-  cuda_host::lane_slot(lane) = value;
-  cuda_host::warp_barrier();
-  const uint32_t other = from < 32 ? cuda_host::lane_slot(from) : value;
-  cuda_host::warp_barrier();
-  return other;
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, int offset) {
+  return cuda_host::shuffle(mask, value, threadIdx.x % 32 + static_cast<unsigned>(offset));
 }
-inline int32_t __shfl_down_sync(unsigned mask, int32_t value, int offset) {
-  return static_cast<int32_t>(__shfl_down_sync(mask, static_cast<uint32_t>(value), offset));
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits) {
+  return cuda_host::shuffle(mask, value, threadIdx.x % 32 ^ static_cast<unsigned>(bits));
 }
 
+// Of one read-modify-write by nobody else in between; other threads may run before and after.
+template <class T, class Update>
+T atomic_update(T* p, Update update) {
+  cuda_host::yield();
+  const T old = *p;
+  *p = update(old);
+  cuda_host::yield();
+  return old;
+}
 template <class T>
 T atomicAdd(T* p, T value) {
-  cuda_host::yield();
-  const T old = *p;
-  *p = old + value;
-  return old;
+  return atomic_update(p, [=](T old) { return static_cast<T>(old + value); });
 }
-
 template <class T>
 T atomicMin(T* p, T value) {
-  cuda_host::yield();
-  const T old = *p;
-  if (value < old) *p = value;
-  return old;
+  return atomic_update(p, [=](T old) { return value < old ? value : old; });
 }

@@ -1,5 +1,5 @@
-// Faulty kernels, to see that cuda_host catches each. Usage: faults NAME; exits 0 if nothing was
-// noticed.
+// Faulty kernels, to see that cuda_host catches each. Usage: faults NAME [RESIDENT], the blocks in
+// flight at once (default: drawn); exits 0 if nothing was noticed.
 #include <string>
 #include <vector>
 
@@ -8,7 +8,7 @@
 namespace {
 
 __global__ void race(int* out) {
-  __shared__ int value[64];
+  DPARALLEL_SHARED(value, int[64]);
   value[threadIdx.x] = static_cast<int>(threadIdx.x);
   cuda_host::yield();  // where __syncthreads() should be
   out[threadIdx.x] = value[63 - threadIdx.x];
@@ -30,11 +30,73 @@ __global__ void partial_shuffle(int* out) {
   *out = __shfl_down_sync(0x0000ffffu, static_cast<int32_t>(threadIdx.x), 1);
 }
 
+// What every kernel that is merged by its last block does, sound, or with one fault: each thread of
+// each block writes a part, and the last block to arrive adds them all up.
+enum Merge { kSound, kLostUpdate, kNotReset, kNoBarrier, kArrivesFirst, kMerges };
+
+__device__ bool arrive(int32_t* counter, int32_t expected, Merge merge) {
+  DPARALLEL_SHARED(last, bool);
+  if (merge != kNoBarrier) __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    if (merge == kLostUpdate) {
+      const int32_t before = *counter;
+      cuda_host::yield();  // a load and a store where an atomic should be
+      *counter = before + 1;
+      last = before == expected - 1;
+      if (last) *counter = 0;
+    } else {
+      last = atomicAdd(counter, 1) == expected - 1;
+      if (last && merge != kNotReset) *counter = 0;
+    }
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+__global__ void merged(int* parts, int32_t* counter, int64_t* total, int32_t blocks, Merge merge) {
+  const int32_t size = 32 * blocks, mine = static_cast<int32_t>(32 * blockIdx.x + threadIdx.x);
+  if (merge == kArrivesFirst) {
+    const bool last = arrive(counter, blocks, merge);
+    parts[mine] = mine;
+    __syncthreads();
+    if (!last) return;
+  } else {
+    parts[mine] = mine;
+    if (!arrive(counter, blocks, merge)) return;
+  }
+  int32_t sum = 0;
+  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < size; i += 32) sum += __ldcg(parts + i);
+  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_down_sync(0xffffffffu, sum, offset);
+  if (threadIdx.x == 0) *total = sum;
+}
+
+// Whether two launches in a row yield what they should and leave the counter at zero.
+bool merges(Merge merge) {
+  constexpr int32_t kBlocks = 6;
+  int32_t counter = 0;
+  for (int launch = 0; launch < 2; ++launch) {
+    std::vector<int> parts(32 * kBlocks, -1000000);
+    int64_t total = -1;
+    DPARALLEL_LAUNCH(merged, kBlocks, 32, nullptr, parts.data(), &counter, &total, kBlocks, merge);
+    if (total != 32 * kBlocks * (32 * kBlocks - 1) / 2 || counter != 0) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
-int main(int, char** argv) {
+int main(int count, char** argv) {
   const std::string name = argv[1];
+  const char* const names[] = {"sound", "lost_update", "not_reset", "no_barrier", "arrives_first"};
   std::vector<int> ints(64);
+  cuda_host::resident(count > 2 ? static_cast<unsigned>(std::atoi(argv[2])) : 0);
+  for (int merge = kSound; merge < kMerges; ++merge)
+    for (uint64_t seed = 0; name == names[merge] && seed < 100; ++seed) {
+      cuda_host::seed(seed);
+      if (!merges(static_cast<Merge>(merge))) return 1;
+    }
   cuda_host::seed(1);
   if (name == "race") {
     DPARALLEL_LAUNCH(race, 1, 64, nullptr, ints.data());
