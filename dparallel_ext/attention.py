@@ -169,7 +169,7 @@ def block_attention(
         len(q) if longest_query is None else longest_query,
         capacity if longest_length is None else longest_length,
         q.shape[2] ** -0.5 if scale is None else scale,
-        _counters(q, 4096),
+        _counters(q, 16 * segments * k_cache.shape[1]),
     )
     return out.view(shape)
 

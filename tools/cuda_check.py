@@ -64,7 +64,10 @@ def parse(text: str) -> dict[str, Usage]:
     usage = Usage()
     for line in text.splitlines():
         if match := re.search(r"Compiling entry function '(\w+)'", line):
-            usage = kernels.setdefault(short_name(match.group(1)), Usage())
+            name = short_name(match.group(1))
+            if name in kernels:
+                sys.exit(f"cuda-check: two kernels are called {name}")
+            usage = kernels[name] = Usage()
         elif match := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
             usage.spills = int(match.group(1)) + int(match.group(2))
         elif match := re.search(r"Used (\d+) registers", line):
@@ -75,11 +78,12 @@ def parse(text: str) -> dict[str, Usage]:
 
 
 def short_name(mangled: str) -> str:
-    """unmask_kernel<BFloat16, sampling> of a mangled name."""
+    """unmask_kernel<BFloat16, sampling> or kv_write_kernel<Float32, 4> of a mangled name."""
     kernel = re.search(r"\d+([a-z][a-z_]*_kernel)", mangled)
     name = kernel.group(1) if kernel else mangled
     parts = [t for t in ("BFloat16", "Float32", "Float16", "Float64") if f"{len(t)}{t}" in mangled]
     parts += ["sampling"] if "Lb1E" in mangled else []
+    parts += re.findall(r"Li(\d+)E", mangled)
     return f"{name}<{', '.join(parts)}>" if parts else name
 
 
@@ -107,11 +111,11 @@ def main() -> None:
 
     budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
     faults = []
-    print(f"{'kernel':48}" + "".join(f"{'sm_' + a:>16}" for a in ARCHITECTURES))
-    print(f"{'':48}" + f"{'regs smem spill':>16}" * len(ARCHITECTURES))
+    print(f"{'kernel':60}" + "".join(f"{'sm_' + a:>16}" for a in ARCHITECTURES))
+    print(f"{'':60}" + f"{'regs smem spill':>16}" * len(ARCHITECTURES))
     for kernel, by_architecture in sorted(usage.items()):
         cells = [by_architecture[a] for a in ARCHITECTURES]
-        print(f"{kernel:48}" + "".join(f"{u.registers:>6}{u.shared:>5}{u.spills:>5}" for u in cells))
+        print(f"{kernel:60}" + "".join(f"{u.registers:>5}{u.shared:>6}{u.spills:>5}" for u in cells))
         for architecture, used in by_architecture.items():
             allowed = budgets.get(kernel, {}).get(architecture)
             where = f"{kernel} on sm_{architecture}"

@@ -14,6 +14,8 @@
 #define DPARALLEL_SHARED(name, ...) __shared__ dparallel::cuda::Same<__VA_ARGS__> name
 #endif
 
+#include <initializer_list>
+
 #include "dparallel/numeric.h"
 
 namespace dparallel::cuda {
@@ -58,16 +60,18 @@ struct Float32 {
 
 struct BFloat16 {
   using Storage = uint16_t;
-  static constexpr int kWidth = 8;
   using Real = float;
+  static constexpr int kWidth = 8;
+  static constexpr bool kBrain = true;
   static __device__ __forceinline__ float value(uint16_t z) { return bfloat16_value(z); }
   static __device__ __forceinline__ uint16_t narrow(float z) { return bfloat16_bits(z); }
 };
 
 struct Float16 {
   using Storage = uint16_t;
-  static constexpr int kWidth = 8;
   using Real = float;
+  static constexpr int kWidth = 8;
+  static constexpr bool kBrain = false;
   static __device__ __forceinline__ float value(uint16_t z) { return float16_value(z); }
   static __device__ __forceinline__ uint16_t narrow(float z) { return float16_bits(z); }
 };
@@ -130,6 +134,15 @@ __device__ inline bool last_to_arrive(int32_t* counter, int64_t expected) {
   }
   __syncthreads();
   return last;
+}
+
+// Whether vectors of 16 bytes fit: pointers, and strides in elements of so many bytes.
+inline bool multiples_of_16(std::initializer_list<const void*> pointers,
+                            std::initializer_list<int64_t> strides, int64_t element) {
+  bool all = true;
+  for (const void* p : pointers) all = all && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  for (const int64_t s : strides) all = all && s * element % 16 == 0;
+  return all;
 }
 
 // Calls body(T{}) with the element type.

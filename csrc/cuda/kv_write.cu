@@ -96,14 +96,6 @@ __global__ void __launch_bounds__(kWriteThreads) kv_write_kernel(KvWriteArgs arg
   Elements<T, W>::copy(v + at[1], v_out + at[1]);
 }
 
-bool multiples_of_16(std::initializer_list<const void*> pointers,
-                     std::initializer_list<int64_t> strides, int64_t element) {
-  bool all = true;
-  for (const void* p : pointers) all = all && reinterpret_cast<uintptr_t>(p) % 16 == 0;
-  for (const int64_t s : strides) all = all && s * element % 16 == 0;
-  return all;
-}
-
 // Whether every run of `width` pairs is two whole vectors in each of the tensors and the tables.
 bool vectorises(const KvWriteArgs& args, int64_t width) {
   const CacheLayout &k = args.k_layout, &v = args.v_layout;

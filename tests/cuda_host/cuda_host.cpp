@@ -21,7 +21,8 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   int state = kReady;
-  unsigned exchanges = 0;  // so far
+  unsigned exchanges = 0;                             // so far
+  std::vector<std::pair<void*, const void*>> copies;  // begun
 };
 
 struct Lane {
@@ -93,6 +94,7 @@ void start(Block& block, unsigned index, unsigned threads) {
     fiber.context.uc_link = nullptr;
     fiber.state = kReady;
     fiber.exchanges = 0;
+    fiber.copies.clear();
     makecontext(&fiber.context, run_fiber, 0);
   }
 }
@@ -140,6 +142,25 @@ void* shared_memory(const void* key, size_t bytes) {
     std::memset(memory.get(), 0xff, bytes);  // NaN to whoever reads it before it is written
   }
   return memory.get();
+}
+
+void copy(void* to, const void* from) {
+  if (from == nullptr) std::memset(to, 0, 16);
+  else std::memcpy(to, from, 16);
+}
+
+void copy_later(void* to, const void* from) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    fail("misaligned copy");
+  if (chance(2)) return copy(to, from);
+  std::memset(to, 0xff, 16);
+  current->fibers[threadIdx.x].copies.emplace_back(to, from);
+}
+
+void finish_copies() {
+  auto& copies = current->fibers[threadIdx.x].copies;
+  for (const auto& [to, from] : copies) copy(to, from);
+  copies.clear();
 }
 
 void launch(unsigned grid, unsigned threads, const std::function<void()>& thread) {

@@ -45,6 +45,10 @@ void block_barrier();
 // calling thread's next but one.
 const char* exchange(const void* mine, size_t bytes);
 void* shared_memory(const void* key, size_t bytes);  // of the calling block
+// 16 bytes, zeros where `from` is null, into shared memory, at once or when the calling thread
+// finishes its copies; until then what was there is lost.
+void copy_later(void* to, const void* from);
+void finish_copies();
 [[noreturn]] void fail(const char* what);
 
 template <class T>

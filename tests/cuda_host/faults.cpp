@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda_host.h"
+#include "mma.cuh"
 
 namespace {
 
@@ -28,6 +28,25 @@ __global__ void misaligned(const float* data, uint4* out) {
 
 __global__ void partial_shuffle(int* out) {
   *out = __shfl_down_sync(0x0000ffffu, static_cast<int32_t>(threadIdx.x), 1);
+}
+
+// Copies 16 bytes a thread into shared memory and reads a neighbour's.
+__global__ void copied(const uint4* data, uint4* out, bool waits) {
+  DPARALLEL_SHARED(tile, uint4[32]);
+  dparallel::cuda::copy_async(tile + threadIdx.x, data + threadIdx.x, true);
+  if (waits) dparallel::cuda::wait_for_copies();
+  __syncthreads();
+  out[threadIdx.x] = tile[31 - threadIdx.x];
+}
+
+// Whether the neighbours' bytes come out.
+bool copies(bool waits) {
+  std::vector<uint4> data(32), out(32);
+  for (uint32_t i = 0; i < 32; ++i) data[i] = {i, i, i, i};
+  DPARALLEL_LAUNCH(copied, 1, 32, nullptr, data.data(), out.data(), waits);
+  for (uint32_t i = 0; i < 32; ++i)
+    if (out[i].x != 31 - i) return false;
+  return true;
 }
 
 // What every kernel that is merged by its last block does, sound, or with one fault: each thread of
@@ -104,6 +123,8 @@ int main(int count, char** argv) {
       if (ints[i] != 63 - i) return 1;
   } else if (name == "divergent_barrier") {
     cuda_host::launch(1, 64, [] { divergent_barrier(); });
+  } else if (name == "copied" || name == "not_waited") {
+    return copies(name == "copied") ? 0 : 1;
   } else if (name == "overrun") {
     std::vector<float> data(64), out(64);
     DPARALLEL_LAUNCH(overrun, 1, 64, nullptr, data.data(), out.data());

@@ -1,5 +1,5 @@
 // Every CUDA kernel, executed by cuda_host, against its CPU twin on random cases, in memory of
-// exact size. Usage: twins SEED CASES. Exits 1 at the first difference, after naming it.
+// exact size. Usage: twins SEED CASES [OP]. Exits 1 at the first difference, after naming it.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -527,13 +527,17 @@ void kv_write_case() {
 
 void block_attention_case() {
   const DType dtype = one_of({DType::float32, DType::bfloat16, DType::float16});
-  const int64_t dim = one_of({2, 16, 64, 80, 128}), heads = 1 + below(2),
-                group = one_of({1, 2, 3, 8});
+  const bool longer = chance(0.02);  // than the least split times the most splits
+  const int64_t dim =
+      longer ? one_of({16, 64}) : one_of({2, 5, 32, 64, 64, 80, 96, 128, 128, 256, 300});
+  const int64_t heads = 1 + below(2), group = one_of({1, 2, 3, 8});
   const int64_t segments = 1 + below(3), page_size = one_of({1, 7, 16, 64, 200});
-  const int64_t longest = 1 + below(chance(0.3) ? 200 : 40);
+  const int64_t longest =  // one split, or several
+      longer ? 9000 + below(9000) : 1 + below(one_of({40, 200, 1500}));
   const int64_t width = (longest + page_size - 1) / page_size, pages = segments * width + 1;
   const CacheLayout layout = random_layout(pages, page_size, heads, dim);
-  Numbers keys(dtype, pages * page_size * heads * dim), values(keys);
+  const CacheLayout v_layout = random_layout(pages, page_size, heads, dim);
+  Numbers keys(dtype, pages * page_size * heads * dim), values(dtype, keys.count);
   std::vector<int64_t> order(pages), begin, end, length;
   for (int64_t i = 0; i < pages; ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), engine);
@@ -543,21 +547,20 @@ void block_attention_case() {
   for (int64_t s = 0; s < segments; ++s) {
     rows += below(3);
     begin.push_back(rows);
-    rows += below(6);
+    rows += chance(0.1) ? 8 + below(40) : below(6);
     end.push_back(rows);
     most = std::max(most, end[s] - begin[s]);
-    length.push_back(chance(0.1) ? 0 : 1 + below(longest));
+    length.push_back(chance(0.1) ? 0 : longer ? longest : 1 + below(longest));
     for (int64_t j = 0; j < length[s]; ++j)
       seen[order[s * width + j / page_size] * page_size + j % page_size] = true;
   }
   for (int64_t slot = 0; slot < pages * page_size; ++slot)
     for (int64_t h = 0; !seen[slot] && h < heads; ++h)  // what none may see
       for (int64_t d = 0; d < dim; ++d) {
-        const int64_t at = layout.offset(slot / page_size, slot % page_size, h) + d;
-        keys.set(at, NAN);
-        values.set(at, NAN);
+        keys.set(layout.offset(slot / page_size, slot % page_size, h) + d, NAN);
+        values.set(v_layout.offset(slot / page_size, slot % page_size, h) + d, NAN);
       }
-  const int64_t stride = group * heads * dim + (chance(0.5) ? below(9) : 0);
+  const int64_t stride = group * heads * dim + one_of({0, 0, 8, 3});
   Numbers q(dtype, rows * stride), out(dtype, rows * group * heads * dim);
   std::memset(out.memory.get(), 0, out.bytes());
   Numbers out2(out);
@@ -569,7 +572,7 @@ void block_attention_case() {
                           keys.memory.get(),
                           values.memory.get(),
                           layout,
-                          layout,
+                          v_layout,
                           segments,
                           begin.data(),
                           end.data(),
@@ -578,26 +581,41 @@ void block_attention_case() {
                           width,
                           most + below(3),
                           longest,
-                          static_cast<float>(uniform(0.05, 0.5)),
+                          static_cast<float>(uniform(0.05, dtype == DType::float32 ? 0.5 : 4)),
                           out.memory.get()};
   cpu::block_attention(args, serial);
-  std::vector<char> scratch(cuda::block_attention_scratch(args));
-  std::vector<int32_t> counters(cuda::block_attention_counters(args));
-  args.out = out2.memory.get();
-  cuda::block_attention(args, {scratch.data(), counters.data()}, nullptr);
+  const auto launch = [&args](Numbers& to) {
+    Memory memory(cuda::block_attention_scratch(args), cuda::block_attention_counters(args));
+    args.out = to.memory.get();
+    cuda::block_attention(args, memory.workspace(), nullptr);
+    memory.check();
+  };
+  launch(out2);
   near(out2, out, "out");
-  for (const int32_t counter : counters) REQUIRE(counter == 0, "a counter was not reset");
+  std::memset(out.memory.get(), 0, out.bytes());  // each segment alone, to the bit
+  args.segments = 1;
+  for (int64_t s = 0; s < segments; ++s) {
+    args.begin = &begin[s];
+    args.end = &end[s];
+    args.length = &length[s];
+    args.pages = &order[s * width];
+    args.longest_query = end[s] - begin[s] + below(3);
+    args.longest_length = length[s] + below(300);
+    launch(out);
+  }
+  REQUIRE(std::memcmp(out.memory.get(), out2.memory.get(), out.bytes()) == 0,
+          "a segment alone is not what it is among others");
 }
 
 }  // namespace
 
-int main(int, char** argv) {
+int main(int argc, char** argv) {
   const uint64_t seed = std::strtoull(argv[1], nullptr, 10);
   const int cases = std::atoi(argv[2]);
   for (int i = 0; i < cases; ++i) {
     engine.seed(seed * 1000003 + static_cast<uint64_t>(i));
     cuda_host::seed(engine());
-    const int64_t op = below(6);
+    const int64_t op = argc > 3 ? std::atoi(argv[3]) : below(6);
     const char* const names[] = {"row_stats", "select",         "unmask", "certainty_forcing_loss",
                                  "kv_write",  "block_attention"};
     now = std::string(names[op]) + " of seed " + argv[1] + ", case " + std::to_string(i);

@@ -1,0 +1,130 @@
+// Tensor cores and copies into shared memory that run beside the arithmetic: the few PTX
+// instructions (sm_80 and later), and under DPARALLEL_CUDA_HOST what each of them does.
+//
+// A warp multiplies A [16, 16] by B [16, 8], two 16-bit numbers to a register. With g = lane / 4
+// and q = lane % 4 a lane holds, of row or column and the pair that starts at it:
+//   A  a[0]: row g, 2q   a[1]: row g + 8, 2q   a[2]: row g, 2q + 8   a[3]: row g + 8, 2q + 8
+//   B  b0: column g, rows 2q and 2q + 1        b1: column g, rows 2q + 8 and 2q + 9
+//   C  c[0], c[1]: row g, 2q and 2q + 1        c[2], c[3]: row g + 8, the same columns
+#pragma once
+
+#include "device.cuh"
+
+namespace dparallel::cuda {
+
+#if defined(DPARALLEL_CUDA_HOST)
+
+template <class T>
+uint32_t pack(float low, float high) {
+  return T::narrow(low) | static_cast<uint32_t>(T::narrow(high)) << 16;
+}
+
+template <class T>
+void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Fragments {
+    uint16_t a[4][2], b[2][2];
+  } mine;
+  std::memcpy(mine.a, a, sizeof mine.a);
+  std::memcpy(mine.b[0], &b0, sizeof b0);
+  std::memcpy(mine.b[1], &b1, sizeof b1);
+  const char* all = cuda_host::exchange(&mine, sizeof mine);
+  const auto of = [all](unsigned lane) {
+    Fragments f;
+    std::memcpy(&f, all + cuda_host::kLaneBytes * lane, sizeof f);
+    return f;
+  };
+  const unsigned g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  for (unsigned quad = 0; quad < 4; ++quad) {
+    const Fragments row = of(4 * g + quad);
+    for (unsigned i = 0; i < 4; ++i) {
+      const Fragments column = of(4 * (2 * q + i % 2) + quad);
+      for (unsigned k = 0; k < 4; ++k)
+        c[i] += T::value(row.a[i / 2 + k / 2 * 2][k % 2]) * T::value(column.b[k / 2][k % 2]);
+    }
+  }
+}
+
+// Lane l gives the address of row l % 8 of matrix l / 8.
+inline const char* gather_rows(const void* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) cuda_host::fail("misaligned matrix row");
+  return cuda_host::exchange(row, 16);
+}
+inline void load_matrices(uint32_t (&r)[4], const void* row) {
+  const unsigned g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  const char* all = gather_rows(row);
+  for (unsigned i = 0; i < 4; ++i)
+    std::memcpy(&r[i], all + cuda_host::kLaneBytes * (8 * i + g) + 4 * q, 4);
+}
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  const unsigned g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  const char* all = gather_rows(row);
+  for (unsigned i = 0; i < 4; ++i)
+    for (unsigned j = 0; j < 2; ++j)
+      std::memcpy(reinterpret_cast<char*>(&r[i]) + 2 * j,
+                  all + cuda_host::kLaneBytes * (8 * i + 2 * q + j) + 2 * g, 2);
+}
+
+inline void copy_async(void* to, const void* from, bool there) {
+  cuda_host::copy_later(to, there ? from : nullptr);
+}
+inline void wait_for_copies() { cuda_host::finish_copies(); }
+
+#else
+
+// Two numbers rounded to T, the first in the lower half.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t both;
+  if constexpr (T::kBrain) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+
+// c += a b, accumulated in float32.
+template <class T>
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                    uint32_t b1) {
+#define DPARALLEL_MMA(type)                                                  \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                       \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+  if constexpr (T::kBrain) DPARALLEL_MMA("bf16");
+  else DPARALLEL_MMA("f16");
+#undef DPARALLEL_MMA
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Four matrices [8, 8] of 16-bit numbers, each row 16 bytes of shared memory: lane l gives the
+// address of row l % 8 of matrix l / 8. r[i]: of matrix i, row g, columns 2q and 2q + 1;
+// transposed: column g, rows 2q and 2q + 1.
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// 16 bytes from global to shared memory, past the L1 cache, or zeros, `from` then being read by
+// nobody. They are there once the thread has waited for its copies.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(there ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+#endif
+
+}  // namespace dparallel::cuda
