@@ -160,3 +160,50 @@ def compiled_loss(logits: Tensor, labels: Tensor, active: Tensor) -> Tensor:
     if _compiled_loss is None:
         _compiled_loss = torch.compile(row_loss, dynamic=False)
     return _compiled_loss(logits[active], labels[active])
+
+
+def masked_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
+    """Padded batch: torch's attention of q (B, Q, H, D) to caches (B, Hkv, L, D) under a mask."""
+    seen = torch.arange(k_cache.shape[2], device=q.device) < lengths[:, None]
+    return functional.scaled_dot_product_attention(
+        q.transpose(1, 2), k_cache, v_cache, attn_mask=seen[:, None, None], enable_gqa=True
+    ).transpose(1, 2)
+
+
+def attention_by_sequence(q: Tensor, k_cache: Tensor, v_cache: Tensor, sizes: list[int]) -> Tensor:
+    """No mask and no padding: torch's attention of each sequence to the slots that it sees."""
+    return torch.cat(
+        [
+            functional.scaled_dot_product_attention(
+                q[b : b + 1].transpose(1, 2),
+                k_cache[b : b + 1, :, :length],
+                v_cache[b : b + 1, :, :length],
+                enable_gqa=True,
+            ).transpose(1, 2)
+            for b, length in enumerate(sizes)
+        ]
+    )
+
+
+def rotate_and_put(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> None:
+    """The rotary embedding in float32 as LLaMA's, then the cache by index_put."""
+    c, s = (t[positions][:, None] for t in (cos, sin))  # (N, 1, D / 2)
+
+    def rotate(x: Tensor) -> Tensor:
+        a, b = x.float().chunk(2, -1)
+        return torch.cat((a * c - b * s, b * c + a * s), -1).to(x.dtype)
+
+    page, at = slots // k_cache.shape[2], slots % k_cache.shape[2]
+    k_cache[page, :, at] = rotate(k)
+    v_cache[page, :, at] = v
+    q.copy_(rotate(q))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import dparallel_ext as dx
 
-from . import baselines
+from . import baselines, gpu
 
 VOCAB, MASK, THRESHOLD = 126464, 126336, 0.5
 WINDOW = 32
@@ -78,35 +78,13 @@ def test_unmask_cuda(benchmark: Any, rows: int) -> None:
             t.copy_(fresh)
             step(t, z, MASK, 0, rows, THRESHOLD)
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        steps()
-    torch.cuda.synchronize()
+    graph = gpu.capture(steps)
     assert all(torch.equal(t.cpu(), expected) for t, _ in turns)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        steps()
-
-    def replay() -> None:
-        graph.replay()
-        torch.cuda.synchronize()
-
-    source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    best = float("inf")
-    for _ in range(10):
-        began.record()
-        target.copy_(source)
-        ended.record()
-        torch.cuda.synchronize()
-        best = min(best, began.elapsed_time(ended) / 1e3)
-    copy_bandwidth = 2 * source.numel() / best
     benchmark.group = f"unmask on a GPU, {rows} rows"
     benchmark.extra_info.update(
         contender="dparallel_ext",
-        steps=copies,
+        seconds=gpu.median(graph, copies),
         gpu=torch.cuda.get_device_name(),
-        floor=rows * VOCAB * 2 / copy_bandwidth,
+        floor=rows * VOCAB * 2 / gpu.copy_bandwidth(),
     )
-    benchmark.pedantic(replay, rounds=50, warmup_rounds=5)
+    benchmark.pedantic(graph.replay, rounds=5)
