@@ -1,7 +1,8 @@
 """The CUDA kernels, executed on the CPU by tests/cuda_host, against their CPU twins.
 
-Threads are fibers in random order, several blocks interleaved, and memory is of exact size under
-AddressSanitizer and UndefinedBehaviorSanitizer. That this notices faults is tested with planted ones.
+Threads are fibers in random order, several blocks interleaved; memory is of exact size under AddressSanitizer and
+UndefinedBehaviorSanitizer; every access is looked at for races. That this notices faults is tested with planted
+ones.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ SANITIZE = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
 INCLUDES = [f"-I{HERE}", f"-I{CSRC / 'include'}", f"-I{CSRC / 'cuda'}", f"-I{CSRC / 'cpu'}"]
 
 
-def build(directory: Path, flags: str) -> Path:
+def build(directory: Path, flags: str, kernel_flags: str = "") -> Path:
     """`twins` and `faults`, of the kernels, their CPU twins (portable) and the host."""
-    sources = [(CSRC / "cuda" / f"{op}.cu", "-x c++ -DDPARALLEL_CUDA_HOST") for op in ops()]
+    kernel_flags = f"-DDPARALLEL_CUDA_HOST {kernel_flags}"
+    sources = [(CSRC / "cuda" / f"{op}.cu", f"-x c++ {kernel_flags}") for op in ops()]
     sources += [(CSRC / "cpu" / f"{op}.cpp", "") for op in ops()]
     sources += [
         (kernel, f"-DDPARALLEL_SIMD={level}")
         for kernel in sorted((CSRC / "cpu").glob("*_kernel.cpp"))
         for level in ("portable", "avx2", "avx512")
     ]
-    sources += [(HERE / f"{name}.cpp", "-DDPARALLEL_CUDA_HOST") for name in ("cuda_host", "twins", "faults")]
+    sources += [(HERE / f"{name}.cpp", "-DDPARALLEL_CUDA_HOST") for name in ("cuda_host", "races", "twins")]
+    sources += [(HERE / "faults.cpp", kernel_flags)]
 
     def compile_one(job: tuple[int, tuple[Path, str]]) -> Path:
         number, (source, own) = job
@@ -40,10 +43,10 @@ def build(directory: Path, flags: str) -> Path:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [str(o) for o in pool.map(compile_one, enumerate(sources))]
-    *rest, host, twins, faults = objects
+    *rest, host, races, twins, faults = objects
     link = [CXX, *flags.split()]
-    subprocess.run([*link, *rest, host, twins, "-o", str(directory / "twins")], check=True)
-    subprocess.run([*link, host, faults, "-o", str(directory / "faults")], check=True)
+    subprocess.run([*link, *rest, host, races, twins, "-o", str(directory / "twins")], check=True)
+    subprocess.run([*link, host, races, faults, "-o", str(directory / "faults")], check=True)
     return directory
 
 
@@ -73,6 +76,12 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("sanitized"), SANITIZE)
 
 
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every access of the kernels is a place to switch threads at, and looked at for races."""
+    return build(tmp_path_factory.mktemp("watched"), "-O2", "-O1 -fsanitize=thread")
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_kernels_equal_their_cpu_twins(plain: Path, seed: int) -> None:
     result = run(plain / "twins", seed, 250)
@@ -83,6 +92,11 @@ def test_kernels_equal_their_cpu_twins(plain: Path, seed: int) -> None:
 def test_kernels_stay_in_their_memory(sanitized: Path) -> None:
     result = run(sanitized / "twins", 100, 120)
     assert result.returncode == 0, result.stderr[-4000:]
+
+
+def test_kernels_have_no_race(watched: Path) -> None:
+    result = run(watched / "twins", 200, 100)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize(
@@ -108,6 +122,17 @@ def test_interleaved_blocks_show_what_blocks_in_turn_hide(plain: Path, fault: st
         assert run(plain / "faults", fault, resident).returncode == 1
 
 
+@pytest.mark.parametrize(
+    "fault", ["lost_update", "no_barrier", "arrives_first", "no_release", "no_acquire", "race"]
+)
+def test_races_are_seen_in_any_order(watched: Path, fault: str) -> None:
+    """Also a missing fence, which no order of the fibers can show, and blocks one after another."""
+    for resident in (1, 8):
+        result = run(watched / "faults", fault, resident)
+        assert result.returncode == 3
+        assert "a race" in result.stderr
+
+
 def test_a_counter_that_is_not_reset_is_noticed(plain: Path) -> None:
     for resident in (1, 2, 8, 0):
         assert run(plain / "faults", "not_reset", resident).returncode == 1
@@ -119,8 +144,8 @@ def test_the_sanitizer_notices_an_overrun(sanitized: Path) -> None:
     assert "heap-buffer-overflow" in result.stderr
 
 
-def test_a_sound_kernel_is_not_accused(plain: Path, sanitized: Path) -> None:
-    for directory in (plain, sanitized):
+def test_a_sound_kernel_is_not_accused(plain: Path, sanitized: Path, watched: Path) -> None:
+    for directory in (plain, sanitized, watched):
         assert run(directory / "faults", "copied").returncode == 0
         for resident in (1, 2, 8, 0):
             assert run(directory / "faults", "sound", resident).returncode == 0

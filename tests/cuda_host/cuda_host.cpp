@@ -9,6 +9,8 @@
 #include <random>
 #include <vector>
 
+#include "races.h"
+
 Index threadIdx{0}, blockIdx{0};
 
 namespace cuda_host {
@@ -21,7 +23,8 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   int state = kReady;
-  unsigned exchanges = 0;                             // so far
+  unsigned barriers = 0, exchanges = 0, fences = 0;  // so far
+  ThreadClock clock;
   std::vector<std::pair<void*, const void*>> copies;  // begun
 };
 
@@ -37,10 +40,14 @@ struct Block {
   std::vector<unsigned> arrived;  // at each barrier
   std::vector<Lane> lanes[2];     // [threads], of every other exchange
   std::map<const void*, std::unique_ptr<char[]>> shared;
+  Clock known, incoming;  // to every thread; from those that wait at the barrier
 };
 
 std::mt19937_64 random_engine;
 unsigned fixed_resident = 0;
+Shadow shadow;
+std::map<const void*, Clock> handed_on;  // by the atomics on an address
+bool in_atomic = false;
 std::vector<std::unique_ptr<Block>> pool;
 Block* current = nullptr;
 ucontext_t scheduler;
@@ -56,6 +63,10 @@ void leave(int state) {
 
 void release(int barrier) {
   current->arrived[barrier] = 0;
+  if (barrier == 0) {
+    current->known.learn(current->incoming);
+    current->incoming.clear();
+  }
   for (unsigned t = 0; t < current->size; ++t)
     if (current->fibers[t].state == barrier) current->fibers[t].state = kReady;
 }
@@ -67,6 +78,20 @@ void wait(int barrier, unsigned expected) {
   } else {
     leave(barrier);
   }
+}
+
+Epoch now() {
+  const Fiber& self = current->fibers[threadIdx.x];
+  return {current->index, threadIdx.x,    threadIdx.x / 32,
+          self.barriers,  self.exchanges, self.fences};
+}
+
+bool happened_before(const Epoch& access) {
+  const Epoch here = now();
+  if (access.block != here.block)
+    return current->known.covers(access) || current->fibers[threadIdx.x].clock.known.covers(access);
+  return access.thread == here.thread || access.barriers < here.barriers ||
+         (access.warp == here.warp && access.exchanges < here.exchanges);
 }
 
 void run_fiber() {
@@ -85,6 +110,8 @@ void start(Block& block, unsigned index, unsigned threads) {
   block.arrived.assign(1 + (threads + 31) / 32, 0);
   for (auto& lanes : block.lanes) lanes.resize((threads + 31) / 32 * 32);
   block.shared.clear();
+  block.known.clear();
+  block.incoming.clear();
   while (block.fibers.size() < threads) block.fibers.emplace_back();
   for (unsigned t = 0; t < threads; ++t) {
     Fiber& fiber = block.fibers[t];
@@ -93,7 +120,8 @@ void start(Block& block, unsigned index, unsigned threads) {
     fiber.context.uc_stack.ss_size = kStack;
     fiber.context.uc_link = nullptr;
     fiber.state = kReady;
-    fiber.exchanges = 0;
+    fiber.barriers = fiber.exchanges = fiber.fences = 0;
+    fiber.clock = {};
     fiber.copies.clear();
     makecontext(&fiber.context, run_fiber, 0);
   }
@@ -123,7 +151,47 @@ void yield(unsigned of) {
   if (chance(of)) leave(kReady);
 }
 
-void block_barrier() { wait(0, current->live); }
+void block_barrier() {
+  Fiber& self = current->fibers[threadIdx.x];
+  current->incoming.learn(self.clock.known);
+  self.clock.known.clear();
+  wait(0, current->live);
+  ++self.barriers;
+}
+
+void touch(const void* p, size_t bytes, bool writes) {
+  if (current == nullptr || in_atomic) return;
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  const auto stack = reinterpret_cast<uintptr_t>(current->fibers[threadIdx.x].stack.get());
+  if (address - stack < kStack) return;
+  yield(64);
+  for (size_t i = 0; i < bytes; ++i)
+    if (!shadow.access(address + i, writes, now(), happened_before)) fail("a race");
+}
+
+void fence() {
+  yield();
+  Fiber& self = current->fibers[threadIdx.x];
+  ++self.fences;
+  self.clock.known.learn(self.clock.pending);
+  self.clock.pending.clear();
+  self.clock.fenced = current->known;
+  self.clock.fenced.learn(self.clock.known);
+  self.clock.fenced.learn(now());
+}
+
+void atomic_begins(const void* p) {
+  yield();
+  ThreadClock& clock = current->fibers[threadIdx.x].clock;
+  clock.pending.learn(handed_on[p]);
+  handed_on[p].learn(clock.fenced);
+  in_atomic = true;
+}
+
+void atomic_ends() {
+  in_atomic = false;
+  yield();
+}
 
 const char* exchange(const void* mine, size_t bytes) {
   if (bytes > kLaneBytes) fail("an exchange of too many bytes");
@@ -139,12 +207,15 @@ void* shared_memory(const void* key, size_t bytes) {
   auto& memory = current->shared[key];
   if (memory == nullptr) {
     memory.reset(new char[bytes]);
+    shadow.forget(reinterpret_cast<uintptr_t>(memory.get()), bytes);  // another block's, once
     std::memset(memory.get(), 0xff, bytes);  // NaN to whoever reads it before it is written
   }
   return memory.get();
 }
 
 void copy(void* to, const void* from) {
+  touch(to, 16, true);
+  if (from != nullptr) touch(from, 16, false);
   if (from == nullptr) std::memset(to, 0, 16);
   else std::memcpy(to, from, 16);
 }
@@ -153,6 +224,7 @@ void copy_later(void* to, const void* from) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
     fail("misaligned copy");
   if (chance(2)) return copy(to, from);
+  touch(to, 16, true);
   std::memset(to, 0xff, 16);
   current->fibers[threadIdx.x].copies.emplace_back(to, from);
 }
@@ -168,6 +240,8 @@ void launch(unsigned grid, unsigned threads, const std::function<void()>& thread
   const unsigned limit = fixed_resident > 0 ? fixed_resident : limits[below(4)];
   const bool uneven = chance(2);  // threads fall behind others of their block
   body = &thread;
+  shadow.clear();
+  handed_on.clear();
   std::vector<unsigned> order(grid);
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), random_engine);
@@ -203,6 +277,7 @@ void launch(unsigned grid, unsigned threads, const std::function<void()>& thread
       flying.erase(flying.begin() + static_cast<std::ptrdiff_t>(i));
     }
   }
+  current = nullptr;
 }
 
 }  // namespace cuda_host

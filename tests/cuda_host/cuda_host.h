@@ -3,7 +3,8 @@
 // order drawn from a seed. One to eight blocks, drawn for each launch, are in flight at once, their
 // fibers interleaved, some blocks slower than others; they start in an order drawn too. Shared
 // memory is each block's own, of exact size and full of NaN at first. A barrier that not all
-// threads reach, a misaligned vector load and a partial shuffle mask abort with a message.
+// threads reach, a misaligned vector load and a partial shuffle mask abort with a message. Kernels
+// compiled with -fsanitize=thread switch at any access, and abort at a race: see races.h.
 #pragma once
 
 #include <cmath>
@@ -49,6 +50,11 @@ void* shared_memory(const void* key, size_t bytes);  // of the calling block
 // finishes its copies; until then what was there is lost.
 void copy_later(void* to, const void* from);
 void finish_copies();
+// An access to memory that other threads may see, about to be made; fails at a race. See races.h.
+void touch(const void* p, size_t bytes, bool writes);
+void fence();
+void atomic_begins(const void* p);
+void atomic_ends();
 [[noreturn]] void fail(const char* what);
 
 template <class T>
@@ -99,7 +105,7 @@ inline void __syncthreads() {
 #endif
 }
 
-inline void __threadfence() { cuda_host::yield(); }
+inline void __threadfence() { cuda_host::fence(); }
 
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, int offset) {
@@ -113,10 +119,10 @@ T __shfl_xor_sync(unsigned mask, T value, int bits) {
 // Of one read-modify-write by nobody else in between; other threads may run before and after.
 template <class T, class Update>
 T atomic_update(T* p, Update update) {
-  cuda_host::yield();
+  cuda_host::atomic_begins(p);
   const T old = *p;
   *p = update(old);
-  cuda_host::yield();
+  cuda_host::atomic_ends();
   return old;
 }
 template <class T>

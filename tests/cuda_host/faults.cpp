@@ -51,13 +51,22 @@ bool copies(bool waits) {
 
 // What every kernel that is merged by its last block does, sound, or with one fault: each thread of
 // each block writes a part, and the last block to arrive adds them all up.
-enum Merge { kSound, kLostUpdate, kNotReset, kNoBarrier, kArrivesFirst, kMerges };
+enum Merge {
+  kSound,
+  kLostUpdate,
+  kNotReset,
+  kNoBarrier,
+  kArrivesFirst,
+  kNoRelease,
+  kNoAcquire,
+  kMerges
+};
 
 __device__ bool arrive(int32_t* counter, int32_t expected, Merge merge) {
   DPARALLEL_SHARED(last, bool);
   if (merge != kNoBarrier) __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
+    if (merge != kNoRelease) __threadfence();
     if (merge == kLostUpdate) {
       const int32_t before = *counter;
       cuda_host::yield();  // a load and a store where an atomic should be
@@ -68,7 +77,7 @@ __device__ bool arrive(int32_t* counter, int32_t expected, Merge merge) {
       last = atomicAdd(counter, 1) == expected - 1;
       if (last && merge != kNotReset) *counter = 0;
     }
-    __threadfence();
+    if (merge != kNoAcquire) __threadfence();
   }
   __syncthreads();
   return last;
@@ -108,7 +117,8 @@ bool merges(Merge merge) {
 
 int main(int count, char** argv) {
   const std::string name = argv[1];
-  const char* const names[] = {"sound", "lost_update", "not_reset", "no_barrier", "arrives_first"};
+  const char* const names[] = {"sound",         "lost_update", "not_reset", "no_barrier",
+                               "arrives_first", "no_release",  "no_acquire"};
   std::vector<int> ints(64);
   cuda_host::resident(count > 2 ? static_cast<unsigned>(std::atoi(argv[2])) : 0);
   for (int merge = kSound; merge < kMerges; ++merge)

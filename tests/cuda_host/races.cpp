@@ -1,0 +1,52 @@
+// The hooks that a compiler puts before every access under -fsanitize=thread, whose own runtime is
+// not linked: the host looks for races with them and switches threads there.
+#include "races.h"
+
+#include "cuda_host.h"
+
+namespace cuda_host {
+
+void Clock::learn(const Clock& other) {
+  for (const auto& [block, barriers] : other.barriers_)
+    barriers_[block] = std::max(barriers_[block], barriers);
+  for (const auto& [thread, fences] : other.fences_)
+    fences_[thread] = std::max(fences_[thread], fences);
+}
+
+void Clock::learn(const Epoch& fence) {
+  auto& barriers = barriers_[fence.block];
+  barriers = std::max(barriers, fence.barriers);
+  auto& fences = fences_[{fence.block, fence.thread}];
+  fences = std::max(fences, fence.fences);
+}
+
+bool Clock::covers(const Epoch& access) const {
+  const auto barriers = barriers_.find(access.block);
+  if (barriers != barriers_.end() && access.barriers < barriers->second) return true;
+  const auto fences = fences_.find({access.block, access.thread});
+  return fences != fences_.end() && access.fences < fences->second;
+}
+
+}  // namespace cuda_host
+
+#define HOOK(name, writes, size) \
+  extern "C" void __tsan_##name(void* p) { cuda_host::touch(p, size, writes); }
+#define HOOKS(size)                       \
+  HOOK(read##size, false, size)           \
+  HOOK(write##size, true, size)           \
+  HOOK(unaligned_read##size, false, size) \
+  HOOK(unaligned_write##size, true, size)
+HOOK(read1, false, 1)
+HOOK(write1, true, 1)
+HOOKS(2)
+HOOKS(4)
+HOOKS(8)
+HOOKS(16)
+
+extern "C" {
+void __tsan_read_range(void* p, size_t size) { cuda_host::touch(p, size, false); }
+void __tsan_write_range(void* p, size_t size) { cuda_host::touch(p, size, true); }
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit(void*) {}
+}

@@ -1,0 +1,112 @@
+// Which accesses happen before which, and a memory of who touched what: two accesses to a byte, one
+// of them a write, by threads that no barrier and no fence puts in order are a race, whatever order
+// the fibers happened to run in.
+//
+// Within a block, barriers order (of a warp: its exchanges too). Between blocks, what a thread did
+// or knew of at a fence is handed on by its next atomic to whoever does an atomic on the same
+// address later, and counts there after a fence of its own; a barrier spreads it over the block.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+namespace cuda_host {
+
+// When a thread did something: the barriers, exchanges and fences behind it.
+struct Epoch {
+  static constexpr uint32_t kAny = 0xffffffffu;  // several threads, or warps
+  uint32_t block = 0, thread = 0, warp = 0;
+  uint32_t barriers = 0, exchanges = 0, fences = 0;
+};
+
+// What is known of other blocks: of each, all that its threads did before a barrier of theirs, and
+// what single threads did before a fence.
+class Clock {
+ public:
+  void learn(const Clock& other);
+  void learn(const Epoch& fence);
+  bool covers(const Epoch& access) const;
+  bool empty() const { return barriers_.empty(); }
+  void clear() {
+    barriers_.clear();
+    fences_.clear();
+  }
+
+ private:
+  std::map<uint32_t, uint32_t> barriers_;                     // by block
+  std::map<std::pair<uint32_t, uint32_t>, uint32_t> fences_;  // by block and thread
+};
+
+struct ThreadClock {
+  Clock known, fenced, pending;
+};
+
+// The bytes of memory, since the launch began.
+class Shadow {
+ public:
+  // False: a race.
+  template <class Before>
+  bool access(uintptr_t address, bool writes, const Epoch& now, Before before) {
+    Cell& cell = at(address);
+    if (cell.written && !before(cell.write)) return false;
+    if (writes) {
+      for (const Epoch& read : cell.reads)
+        if (!before(read)) return false;
+      cell.written = true;
+      cell.write = now;
+      cell.reads.clear();
+      return true;
+    }
+    for (Epoch& read : cell.reads) {
+      if (read.block != now.block) continue;
+      if (before(read)) read = now;
+      else merge(read, now);
+      return true;
+    }
+    cell.reads.push_back(now);
+    return true;
+  }
+  void forget(uintptr_t address, size_t bytes) {
+    for (size_t i = 0; i < bytes; ++i) at(address + i) = Cell{};
+  }
+  void clear() {
+    pages_.clear();
+    last_ = nullptr;
+  }
+
+ private:
+  struct Cell {
+    bool written = false;
+    Epoch write;
+    std::vector<Epoch> reads;  // one of a block, which stands for all
+  };
+  using Page = std::array<Cell, 256>;
+
+  static void merge(Epoch& read, const Epoch& now) {
+    if (read.thread != now.thread) read.thread = Epoch::kAny;
+    if (read.warp != now.warp) read.warp = Epoch::kAny;
+    read.barriers = std::max(read.barriers, now.barriers);
+    read.exchanges = std::max(read.exchanges, now.exchanges);
+  }
+  Cell& at(uintptr_t address) {
+    const uintptr_t number = address / 256;
+    if (last_ == nullptr || number != last_number_) {
+      auto& page = pages_[number];
+      if (page == nullptr) page = std::make_unique<Page>();
+      last_ = page.get();
+      last_number_ = number;
+    }
+    return (*last_)[address % 256];
+  }
+
+  std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
+  Page* last_ = nullptr;
+  uintptr_t last_number_ = 0;
+};
+
+}  // namespace cuda_host
