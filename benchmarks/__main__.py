@@ -80,6 +80,10 @@ def summary(found: dict[str, Any]) -> str:
         rows.append(
             f"\nlinear_certainty_forcing_loss, peak memory beyond the inputs in MB (of rows): {sizes}."
         )
+    for bench in found["benchmarks"]:
+        for name, of in bench["extra_info"].get("latencies", {}).items():
+            said = ", ".join(f"p{share} {seconds:.2f} s" for share, seconds in of.items())
+            rows.append(f"\n{bench['group']}, {name}: {said}.")
     machine = found["machine_info"]
     name = machine["cpu"].get("brand_raw", "unknown CPU")
     rows.append(f"\n{name}, {machine['threads']} threads, torch {machine['torch']}, {machine['simd']}.\n")

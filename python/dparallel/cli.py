@@ -1,4 +1,4 @@
-"""The command line: `dparallel info | decode | demo | evaluate | train | trajectories | distill | merge`."""
+"""The command line, `dparallel`: info, decode, demo, evaluate, serve, train, trajectories, distill, merge."""
 
 from __future__ import annotations
 
@@ -203,6 +203,71 @@ def evaluate(
         if plot is not None:
             plots.accuracy_against_passes(rows, plot)
         Console().print(measuring.table(rows, f"{problems} held-out problems"))
+
+
+@app.command()
+def serve(
+    model: ModelOption = registry.DEFAULT,
+    host: Annotated[str, typer.Option(help="127.0.0.1 is this machine alone")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: a free one")] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="keys, one a line, of which any is asked for")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="the key itself; others on this machine can read it in ps")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="the model's name in requests; default: --model")] = None,
+    policy: PolicyOption = "entropy:0.5",
+    cache: Annotated[
+        str | None, typer.Option(help="none, prefix, dual or block; default: the engine's")
+    ] = None,
+    block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="each sequence in passes of its own")
+    ] = False,
+    lanes: Annotated[int, typer.Option(help="requests decoded together")] = 16,
+    max_waiting: Annotated[int, typer.Option(help="requests that may wait; beyond: 429")] = 1024,
+    max_length: Annotated[
+        int | None, typer.Option(help="tokens of prompt and response; default: the model's, at most 2048")
+    ] = None,
+    max_choices: Annotated[int, typer.Option(help="responses of one request: its prompts times n")] = 64,
+    max_body: Annotated[int, typer.Option(help="bytes of a request")] = 2**20,
+    grace: Annotated[
+        float, typer.Option(help="seconds that running requests have to end in at the end")
+    ] = 30.0,
+    device: str | None = None,
+    log_level: Annotated[str, typer.Option(help="info logs every request; warning, error")] = "info",
+) -> None:
+    """An OpenAI-compatible server: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
+    with plain_errors():
+        try:
+            from . import serve as serving
+        except ModuleNotFoundError as error:
+            raise ValueError(f'serve: no {error.name}; pip install ".[cli,serve]"') from error
+        if api_key is not None and api_key_file is not None:
+            raise ValueError("api_key: not beside --api-key-file")
+        keys = serving.read_keys(api_key_file) if api_key_file is not None else ()
+        serving.run(
+            model,
+            host=host,
+            port=port,
+            device=device,
+            log_level=log_level,
+            engine={
+                "cache": cache,
+                "block_length": block_length,
+                "batch_invariant": batch_invariant,
+                "lanes": lanes,
+                "max_waiting": max_waiting,
+            },
+            keys=keys if api_key is None else (api_key,),
+            name=name,
+            policy=policy,
+            max_length=max_length,
+            max_choices=max_choices,
+            max_body=max_body,
+            grace=grace,
+        )
 
 
 @app.command()

@@ -1,0 +1,124 @@
+"""A `dparallel serve` of one's own, and many clients at once: for its benchmark and its tests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openai import AsyncOpenAI
+from prometheus_client.parser import text_string_to_metric_families
+
+KEY = "sk-of-the-tests"
+START_SECONDS = 120
+
+
+@dataclass
+class Served:
+    """A running server."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def metrics(self) -> dict[str, float]:
+        """Samples by name; those with labels by name{value,value}."""
+        request = urllib.request.Request(f"{self.url}/metrics", headers={"Authorization": f"Bearer {KEY}"})
+        with urllib.request.urlopen(request) as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+        found = {}
+        for family in families:
+            for sample in family.samples:
+                labels = ",".join(sample.labels.values())
+                found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+        return found
+
+
+@contextlib.contextmanager
+def server(model: str | Path, *options: object) -> Iterator[Served]:
+    """`dparallel serve` in a process of its own, on a free port of the loopback interface."""
+    with tempfile.TemporaryDirectory() as place:
+        keys, log = Path(place) / "keys", Path(place) / "log"
+        keys.write_text(f"another\n{KEY}\n")
+        command = [sys.executable, "-m", "dparallel.serve", "--model", model, "--port", 0]
+        command += ["--api-key-file", keys, *options]
+        with log.open("wb") as file:
+            process = subprocess.Popen([str(one) for one in command], stdout=file, stderr=file)
+        try:
+            ends = time.monotonic() + START_SECONDS
+            while not (found := re.search(r"running on http://127\.0\.0\.1:(\d+)", log.read_text())):
+                if process.poll() is not None or time.monotonic() > ends:
+                    raise RuntimeError(f"the server did not start:\n{log.read_text()}")
+                time.sleep(0.05)
+            yield Served(process, int(found[1]), log)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(60)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+
+
+@dataclass
+class Reply:
+    """What one client saw."""
+
+    text: str
+    first: float
+    """Seconds to the first text."""
+    seconds: float
+    """Seconds to the end."""
+    passes: int
+    tokens: int
+
+
+async def _ask(client: AsyncOpenAI, model: str, prompt: str, settings: dict[str, Any]) -> Reply:
+    began, first, text, usage = time.perf_counter(), None, "", None
+    stream = await client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": prompt}],
+        stream=True,
+        stream_options={"include_usage": True},
+        **settings,
+    )
+    async for chunk in stream:
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            if choice.delta.content:
+                first = first or time.perf_counter() - began
+                text += choice.delta.content
+    assert usage is not None
+    seconds = time.perf_counter() - began
+    return Reply(text, first or seconds, seconds, usage.forward_passes, usage.completion_tokens)
+
+
+def ask_all(served: Served, model: str, prompts: Sequence[str], **settings: Any) -> list[Reply]:
+    """Every prompt at once, streaming, each over a connection of its own."""
+
+    async def run() -> list[Reply]:
+        url = f"{served.url}/v1"
+        async with AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=600) as client:
+            return await asyncio.gather(*(_ask(client, model, prompt, settings) for prompt in prompts))
+
+    return asyncio.run(run())
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that `share` of them do not exceed."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]

@@ -1,0 +1,839 @@
+"""`dparallel serve`: an HTTP server that speaks OpenAI's protocol, over `dparallel_ext.Engine`.
+
+    POST /v1/completions, /v1/chat/completions      GET /v1/models, /health, /metrics
+
+What differs from OpenAI: `temperature` is 0 unless given, as everywhere here; `policy` chooses the unmasking
+rule; text streams by finished blocks; `usage` also has forward_passes and tokens_per_pass. A parameter that
+the server does not follow is refused by name, unless its value is the one that changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import hmac
+import json
+import logging
+import math
+import secrets
+import socket
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as Event
+
+from dparallel_ext.engine import Completion, Engine, EngineFull, Handle
+
+from . import registry, tasks, text
+from .evaluate import parse_policy
+
+log = logging.getLogger("uvicorn.dparallel")
+
+HARMLESS = {"user", "metadata", "safety_identifier", "prompt_cache_key"}
+"""Parameters that concern the provider's books, not the answer: accepted."""
+NEUTRAL: dict[str, Any] = {
+    "best_of": 1,
+    "echo": False,
+    "frequency_penalty": 0,
+    "function_call": "none",
+    "functions": [],
+    "logit_bias": {},
+    "logprobs": False,
+    "modalities": ["text"],
+    "parallel_tool_calls": True,
+    "presence_penalty": 0,
+    "response_format": {"type": "text"},
+    "service_tier": "auto",
+    "store": False,
+    "suffix": "",
+    "tool_choice": "none",
+    "tools": [],
+    "top_p": 1,
+}
+"""Parameters that are not followed, each with the value that asks for nothing."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the server is told on its command line."""
+
+    name: str
+    """The model's, in requests."""
+    keys: tuple[str, ...] = ()
+    """API keys, any of which opens everything; none: all is open. /health always is."""
+    policy: str = "entropy:0.5"
+    gen_length: int = 256
+    """max_tokens where a request has none."""
+    max_length: int = 2048
+    """Tokens of prompt and response."""
+    max_choices: int = 64
+    """Prompts of a request times `n`."""
+    max_body: int = 2**20
+    """Bytes of a request."""
+    body_seconds: float = 30.0
+    """In which a request must arrive."""
+    grace: float = 30.0
+    """Seconds for running requests once the server is told to stop."""
+
+
+class ApiError(HTTPException):
+    """An answer in OpenAI's form: {"error": {message, type, param, code}}."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    @property
+    def response(self) -> Response:
+        # ASCII, since a message may quote what is no text.
+        return Response(json.dumps(self.body), self.status_code, self.headers, "application/json")
+
+    @classmethod
+    def of(cls, error: HTTPException) -> ApiError:
+        return (
+            error if isinstance(error, cls) else cls(error.status_code, error.detail, headers=error.headers)
+        )
+
+
+def stopping() -> ApiError:
+    return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Connection": "close"})
+
+
+# --- requests -----------------------------------------------------------------------------------
+
+
+def _unicode(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"expected text, got half of a surrogate pair at {error.start}") from error
+    return value
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+
+
+class Strict(BaseModel):
+    """Numbers are numbers, and what is not known is refused, unless it is null or neutral."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+
+    @model_validator(mode="after")
+    def _refuse(self) -> Strict:
+        for name, value in (self.model_extra or {}).items():
+            neutral = NEUTRAL.get(name)
+            same = value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+            if value is not None and name not in HARMLESS and not (name in NEUTRAL and same):
+                only = f"only {json.dumps(neutral)} is" if name in NEUTRAL else "is not"
+                raise ApiError(400, f"{name}: {only} supported", param=name, code="unsupported_parameter")
+        return self
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+
+
+class Options(Strict):
+    """What both endpoints take."""
+
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: list[Text] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    policy: str | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _strings(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        found = [value] if isinstance(value, str) else value
+        if isinstance(found, list) and len(found) <= 4 and all(isinstance(s, str) and s for s in found):
+            return found
+        raise ValueError("expected a string or up to 4, none of them empty")
+
+    @field_validator("policy")
+    @classmethod
+    def _parsed(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                parse_policy(value)
+            except ValueError as error:
+                raise ValueError(str(error).removeprefix("policy: ")) from error
+        return value
+
+    @model_validator(mode="after")
+    def _streamed(self) -> Options:
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options: belongs to stream=true", param="stream_options")
+        return self
+
+
+class CompletionRequest(Options):
+    """POST /v1/completions. `prompt`: a text or its token ids, or a list of either."""
+
+    prompt: list[Text] | list[list[int]]
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        def every(kind: type, values: Any) -> bool:
+            return isinstance(values, list) and bool(values) and all(type(one) is kind for one in values)
+
+        if isinstance(value, str) or every(int, value):
+            return [value]
+        if every(str, value) or (every(list, value) and all(every(int, one) for one in value)):
+            return value
+        raise ValueError("expected a string, a list of token ids, or a list of either, none of them empty")
+
+
+class ChatMessage(Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text
+    name: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _joined(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        for part in value:
+            if (
+                not isinstance(part, dict)
+                or part.get("type") != "text"
+                or not isinstance(part.get("text"), str)
+            ):
+                raise ValueError('expected text, or parts {"type": "text", "text": ...}')
+        return "".join(part["text"] for part in value)
+
+
+class ChatRequest(Options):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_name(self) -> ChatRequest:
+        if self.max_completion_tokens is not None:
+            if self.max_tokens is not None:
+                raise ApiError(400, "max_tokens: not beside max_completion_tokens", param="max_tokens")
+            self.max_tokens = self.max_completion_tokens
+        return self
+
+
+# --- what is measured ---------------------------------------------------------------------------
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
+GAUGES = {
+    "waiting": "Requests that wait for a lane.",
+    "active": "Requests under decoding.",
+    "pages": "Pages of keys and values.",
+    "pages_used": "Pages of requests under decoding.",
+    "pages_kept": "Pages kept for later requests.",
+}
+COUNTERS = {
+    "completed": "Requests that were answered.",
+    "failed": "Requests that ended in an error.",
+    "cancelled": "Requests that were cancelled.",
+    "forwards": "Forward passes.",
+    "sequence_passes": "Forward passes, counted once for each sequence in them.",
+    "tokens": "Tokens of finished blocks.",
+    "prompt_tokens": "Tokens of prompts.",
+    "reused_tokens": "Tokens of prompts whose keys and values came from another request.",
+}
+
+
+class Metrics:
+    """The engine's counts as they are at a scrape, and what only the server sees."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
+        ProcessCollector(registry=self.registry)
+        self.http = Counter(
+            "dparallel_http_requests",
+            "HTTP requests by path and status; 499: the client left.",
+            ["path", "status"],
+            registry=self.registry,
+        )
+        self.first_block = self._histogram("first_block_seconds", "From request to first finished block.")
+        self.whole = self._histogram("request_seconds", "From request to its last token, per choice.")
+        self.waiting = self._histogram("waiting_seconds", "From request to its first pass, per choice.")
+        self.rate = self._histogram(
+            "tokens_per_pass", "Tokens of a response per forward pass.", (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+        )
+
+        self.mean = 1.0
+        """Seconds of a request, over about the last sixteen."""
+
+    def finished(self, completion: Completion, tokens: int) -> None:
+        self.whole.observe(completion.seconds)
+        self.waiting.observe(completion.seconds_waiting)
+        if completion.nfe:
+            self.rate.observe(tokens / completion.nfe)
+        self.mean += (completion.seconds - self.mean) / 16
+
+    def wait(self) -> int:
+        """Seconds after which a request refused now may find a place."""
+        stats = self.engine.stats
+        return min(60, math.ceil(1 + self.mean * stats.waiting / max(1, stats.active)))
+
+    def _histogram(self, name: str, said: str, buckets: Sequence[float] = SECONDS) -> Histogram:
+        return Histogram(f"dparallel_{name}", said, buckets=buckets, registry=self.registry)
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self.engine.stats
+        for name, said in GAUGES.items():
+            yield GaugeMetricFamily(f"dparallel_{name}", said, value=getattr(stats, name))
+        for name, said in COUNTERS.items():
+            yield CounterMetricFamily(f"dparallel_{name}", said, value=getattr(stats, name))
+
+
+# --- a request under way ------------------------------------------------------------------------
+
+
+@dataclass
+class Choice:
+    """One response of a request."""
+
+    prompt: list[int]
+    gen_length: int
+    seed: int
+    text: text.TextStream
+    handle: Handle | None = None
+    completion: Completion | None = None
+
+
+class Call:
+    """What one HTTP request asked for: its choices under way, their events in one queue.
+
+    `fail` ends it from outside; `close` cancels what is not finished, and may be called again.
+    """
+
+    def __init__(
+        self, service: Service, choices: list[Choice], each: int, submit: Callable[[Choice], Handle]
+    ):
+        self.service, self.choices, self.each = service, choices, each
+        self.began = time.perf_counter()
+        self.queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def post(index: int, event: Any) -> None:
+            # A loop that is gone has nobody to tell.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self.queue.put_nowait, (index, event))
+
+        service.aborted.add_done_callback(self._abort)
+        try:
+            for index, choice in enumerate(choices):
+                choice.handle = submit(choice)
+                choice.handle.subscribe(functools.partial(post, index))
+        except BaseException:
+            self.close()
+            raise
+
+    def fail(self, error: ApiError) -> None:
+        self.queue.put_nowait((-1, error))
+
+    def _abort(self, _: Any) -> None:
+        self.fail(stopping())
+
+    def close(self) -> None:
+        self.service.aborted.remove_done_callback(self._abort)
+        for choice in self.choices:
+            if choice.handle is not None and choice.completion is None:
+                choice.handle.cancel()
+
+    async def pieces(self) -> AsyncIterator[tuple[int, str, str | None]]:
+        """(choice, its next text, at its end why it ended). Raises ApiError."""
+        metrics, left, seen = self.service.metrics, len(self.choices), False
+        while left:
+            index, event = await self.queue.get()
+            if isinstance(event, ApiError):
+                raise event
+            if isinstance(event, BaseException):
+                log.error("a request failed", exc_info=event)
+                raise ApiError(500, "the model failed on this request", code="internal_error")
+            choice = self.choices[index]
+            if isinstance(event, Completion):
+                left -= 1
+                choice.completion = event
+                rest, reason = choice.text.finish(), event.finish_reason
+                if choice.text.stopped:
+                    reason = "stop"
+                elif reason == "cancelled":  # not by us
+                    raise stopping()
+                metrics.finished(event, choice.text.count)
+                yield index, rest, reason
+                continue
+            if not seen:
+                seen = True
+                metrics.first_block.observe(time.perf_counter() - self.began)
+            piece = choice.text.put(event)
+            if choice.text.stopped and choice.handle is not None:
+                choice.handle.cancel()
+            if piece:
+                yield index, piece, None
+
+    def usage(self) -> dict[str, Any]:
+        """Of a finished call. A prompt counts once, however many its choices."""
+        done = [choice.completion for choice in self.choices if choice.completion is not None]
+        prompt = sum(len(choice.prompt) for choice in self.choices[:: self.each])
+        tokens, passes = sum(choice.text.count for choice in self.choices), sum(one.nfe for one in done)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": tokens,
+            "total_tokens": prompt + tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(one.reused for one in done[:: self.each])},
+            "forward_passes": passes,
+            "tokens_per_pass": round(tokens / passes, 3) if passes else 0.0,
+        }
+
+
+class Service:
+    """The engine, and what stands between it and HTTP."""
+
+    def __init__(
+        self, engine: Engine, vocabulary: int, tokenizer: Any, directory: Path, settings: Settings
+    ) -> None:
+        self.engine, self.vocabulary, self.tokenizer, self.settings = engine, vocabulary, tokenizer, settings
+        self.template = text.chat_template(directory)
+        ends = text.end_tokens(directory, tokenizer)
+        self.ends = {"eos_id": ends[0] if ends else None, "stop": [[one] for one in ends[1:]]}
+        self.metrics = Metrics(engine)
+        self.created = int(time.time())
+        self.aborted: asyncio.Future[None]
+        """Done when running requests must end; made by the loop that serves."""
+
+    def abort(self) -> None:
+        if not self.aborted.done():
+            self.aborted.set_result(None)
+
+    def encode(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
+        """The prompts' token ids; a chat is by the checkpoint's template, else its last user message alone.
+
+        Raises ValueError.
+        """
+        encode = self.tokenizer.encode
+        if isinstance(request, CompletionRequest):
+            return [encode(one).ids if isinstance(one, str) else one for one in request.prompt]
+        roles = {"developer": "system"}  # the newer name; templates know the older
+        messages = [
+            {"role": roles.get(one.role, one.role), "content": one.content} for one in request.messages
+        ]
+        if self.template is not None:
+            return [encode(self.template(messages), add_special_tokens=False).ids]
+        asked = [one["content"] for one in messages if one["role"] == "user"]
+        if not asked:
+            raise ValueError("messages: expected one from the user")
+        return [encode(asked[-1]).ids]
+
+    async def call(self, request: ChatRequest | CompletionRequest) -> Call:
+        """The request, checked and handed to the engine. Raises ApiError."""
+        settings, each = self.settings, request.n or 1
+        param = "prompt" if isinstance(request, CompletionRequest) else "messages"
+        if request.model != settings.name:
+            said = f"model: expected {settings.name!r}, got {request.model!r}"
+            raise ApiError(404, said, param="model", code="model_not_found")
+        prompts = len(request.prompt) if isinstance(request, CompletionRequest) else 1
+        if prompts * each > settings.max_choices:
+            name = "n" if prompts <= settings.max_choices else param
+            said = f"{name}: expected at most {settings.max_choices} responses, got {prompts * each}"
+            raise ApiError(400, said, param=name)
+        try:
+            encoded = await asyncio.to_thread(self.encode, request)
+        except ValueError as error:
+            raise ApiError(400, str(error), param=param) from error
+        seed = secrets.randbits(62) if request.seed is None else request.seed
+        choices = [
+            Choice(
+                ids,
+                self._gen_length(ids, request, param),
+                (seed + i) % 2**63,
+                text.TextStream(self.tokenizer, request.stop or ()),
+            )
+            for ids in encoded
+            for i in range(each)
+        ]
+        policy = parse_policy(request.policy or settings.policy)
+
+        def submit(choice: Choice) -> Handle:
+            try:
+                return self.engine.submit(
+                    choice.prompt,
+                    gen_length=choice.gen_length,
+                    temperature=request.temperature or 0.0,
+                    seed=choice.seed,
+                    **policy,
+                    **self.ends,
+                )
+            except EngineFull as error:
+                wait = {"Retry-After": str(self.metrics.wait())}
+                raise ApiError(429, "too many requests wait already", code="full", headers=wait) from error
+            except RuntimeError as error:
+                raise stopping() from error
+            except ValueError as error:
+                ours = str(error).partition(":")[0]
+                theirs = {"prompt": param, "gen_length": "max_tokens", "temperature": "temperature"}
+                raise ApiError(400, str(error), param=theirs.get(ours, "policy")) from error
+
+        return Call(self, choices, each, submit)
+
+    def _gen_length(self, ids: list[int], request: Options, param: str) -> int:
+        """max_tokens for a prompt. Raises ApiError if it or the prompt is too long, or has foreign ids."""
+        wrong = next((one for one in ids if not 0 <= one < self.vocabulary), None)
+        if wrong is not None:
+            said = f"{param}: expected token ids below {self.vocabulary}, got {wrong}"
+            raise ApiError(400, said, param=param)
+        most = self.settings.max_length
+        length = request.max_tokens or max(1, min(self.settings.gen_length, most - len(ids)))
+        if len(ids) + length > most:
+            name = param if len(ids) >= most else "max_tokens"
+            said = f"{name}: expected at most {most} tokens with the response, got {len(ids)} + {length}"
+            raise ApiError(400, said, param=name, code="context_length_exceeded")
+        return length
+
+
+# --- HTTP ---------------------------------------------------------------------------------------
+
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
+
+
+class Gate:
+    """In front of everything: the key, the bounds on a request's body, and the count of answers."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app, self.service = app, service
+        self.keys = [key.encode() for key in service.settings.keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        status, taken, complete = 500, 0, False
+        settings, ends = self.service.settings, time.monotonic() + self.service.settings.body_seconds
+
+        async def bounded() -> Event:
+            nonlocal taken, complete
+            if complete:
+                return await receive()
+            message = await self._before(ends, receive)
+            complete = not message.get("more_body", False)
+            taken += len(message.get("body", b""))
+            if taken > settings.max_body:
+                raise too_large(settings.max_body)
+            return message
+
+        async def counted(message: Event) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            refusal = self._refusal(scope)
+            if refusal is not None:
+                await refusal.response(scope, receive, counted)
+            else:
+                await self.app(scope, bounded, counted)
+        finally:
+            path = scope["path"] if scope["path"] in PATHS else "other"
+            self.service.metrics.http.labels(path, str(status)).inc()
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        headers = dict(scope["headers"])
+        if self.keys and scope["path"] != "/health":
+            kind, _, given = headers.get(b"authorization", b"").partition(b" ")
+            # Every key is compared, and in constant time.
+            same = [hmac.compare_digest(given.strip(), key) for key in self.keys]
+            if kind.lower() != b"bearer" or not any(same):
+                said = "the API key is missing or wrong: expected the header Authorization: Bearer KEY"
+                return ApiError(401, said, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        if int(headers.get(b"content-length", 0)) > self.service.settings.max_body:
+            return too_large(self.service.settings.max_body)
+        return None
+
+    async def _before(self, ends: float, receive: Receive) -> Event:
+        """The next message of the body, unless it is late or the server stops."""
+        reading: asyncio.Future[Any] = asyncio.ensure_future(receive())
+        aborted: asyncio.Future[Any] = self.service.aborted
+        try:
+            left = ends - time.monotonic()
+            await asyncio.wait({reading, aborted}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if reading.done():
+                return cast(Event, reading.result())
+        finally:
+            reading.cancel()
+        if aborted.done():
+            raise stopping()
+        raise ApiError(408, "the request did not arrive in time", headers={"Connection": "close"})
+
+
+def too_large(most: int) -> ApiError:
+    return ApiError(413, f"expected at most {most} bytes", code="request_too_large")
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events of a call, which is closed however they end."""
+
+    def __init__(self, call: Call, events: AsyncIterator[str]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self.call = call
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.call.close()
+
+
+async def answer(service: Service, http: Request, request: ChatRequest | CompletionRequest) -> Response:
+    """The response to either endpoint, whole or streaming."""
+    chat = isinstance(request, ChatRequest)
+    call = await service.call(request)
+    frame = {
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+        "object": "chat.completion" if chat else "text_completion",
+        "created": int(time.time()),
+        "model": request.model,
+    }
+
+    def choice(index: int, content: dict[str, Any], reason: str | None) -> dict[str, Any]:
+        return {"index": index, **content, "logprobs": None, "finish_reason": reason}
+
+    if request.stream:
+        usage = bool(request.stream_options and request.stream_options.include_usage)
+        if chat:
+            frame["object"] = "chat.completion.chunk"
+
+        def event(choices: list[dict[str, Any]], used: dict[str, Any] | None = None) -> str:
+            return sse({**frame, "choices": choices, **({"usage": used} if usage else {})})
+
+        def part(index: int, piece: str, reason: str | None = None, **role: str) -> str:
+            content = (
+                {"delta": {**role, **({"content": piece} if piece or role else {})}}
+                if chat
+                else {"text": piece}
+            )
+            return event([choice(index, content, reason)])
+
+        async def events() -> AsyncIterator[str]:
+            try:
+                for index in range(len(call.choices) if chat else 0):
+                    yield part(index, "", role="assistant")
+                async for index, piece, reason in call.pieces():
+                    if piece:
+                        yield part(index, piece)
+                    if reason is not None:
+                        yield part(index, "", reason)
+                if usage:
+                    yield event([], call.usage())
+                yield "data: [DONE]\n\n"
+            except ApiError as error:
+                yield sse(error.body)
+
+        return EventStream(call, events())
+
+    texts, reasons = [""] * len(call.choices), [""] * len(call.choices)
+
+    async def gone() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+        call.fail(ApiError(499, "the client left"))
+
+    watching = asyncio.ensure_future(gone())
+    try:
+        async for index, piece, reason in call.pieces():
+            texts[index] += piece
+            reasons[index] = reason or ""
+    finally:
+        watching.cancel()
+        call.close()
+    choices = [
+        choice(
+            index,
+            {"message": {"role": "assistant", "content": said, "refusal": None}} if chat else {"text": said},
+            reason,
+        )
+        for index, (said, reason) in enumerate(zip(texts, reasons, strict=True))
+    ]
+    return JSONResponse({**frame, "choices": choices, "usage": call.usage()})
+
+
+def sse(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def make_app(service: Service) -> FastAPI:
+    """The ASGI application of a service. The engine is closed when its lifespan ends."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.aborted = asyncio.get_running_loop().create_future()
+        yield
+        service.abort()
+        await asyncio.to_thread(service.engine.close, cancel=True)
+
+    # No pages of documentation: they would load scripts from elsewhere.
+    app = FastAPI(title="dparallel", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(Gate, service=service)
+
+    @app.exception_handler(HTTPException)
+    async def refused(_: Request, error: HTTPException) -> Response:
+        return ApiError.of(error).response
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = [str(one) for one in first["loc"][1:]] if first["type"] != "json_invalid" else []
+        said = f"{'.'.join(where) or 'body'}: {first['msg'].removeprefix('Value error, ')}"
+        return ApiError(400, said, param=where[0] if where else None).response
+
+    @app.exception_handler(Exception)
+    async def broken(_: Request, error: Exception) -> Response:
+        return ApiError(500, "internal error", code="internal_error").response
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(http: Request, request: ChatRequest) -> Response:
+        return await answer(service, http, request)
+
+    @app.post("/v1/completions")
+    async def completions(http: Request, request: CompletionRequest) -> Response:
+        return await answer(service, http, request)
+
+    model = {
+        "id": service.settings.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "dparallel",
+    }
+
+    @app.get("/v1/models")
+    async def list_models() -> Response:
+        return JSONResponse({"object": "list", "data": [model]})
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Response:
+        if name != service.settings.name:
+            said = f"model: expected {service.settings.name!r}, got {name!r}"
+            raise ApiError(404, said, param="model", code="model_not_found")
+        return JSONResponse(model)
+
+    @app.get("/health")
+    async def health() -> Response:
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+class Server(uvicorn.Server):
+    """On SIGTERM or SIGINT it takes no more, and gives running requests their grace before they must end."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.service = service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.get_running_loop().call_later(self.service.settings.grace, self.service.abort)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+
+def read_keys(file: Path) -> tuple[str, ...]:
+    """API keys, one a line. Raises ValueError if there is none."""
+    keys = tuple(line.strip() for line in file.read_text().splitlines() if line.strip())
+    if not keys:
+        raise ValueError(f"api_key_file: {file} holds no key")
+    return keys
+
+
+def run(
+    model: str,
+    *,
+    host: str,
+    port: int,
+    device: str | None,
+    log_level: str,
+    engine: dict[str, Any],
+    **settings: Any,
+) -> None:
+    """Serve a model until SIGTERM or SIGINT.
+
+    `engine`: arguments of `Engine`; `settings`: of `Settings`, without those that the model gives.
+    Raises ValueError and FileNotFoundError, by name.
+    """
+    given = {key: value for key, value in settings.items() if value is not None}
+    loaded, tokenizer = registry.load(model, device=device)
+    limits = [loaded.config.get(key) for key in ("max_sequence_length", "max_position_embeddings")]
+    defaults = {
+        "name": model,
+        "gen_length": tasks.GEN_LENGTH if model.startswith("builtin:") else Settings.gen_length,
+        "max_length": min([Settings.max_length, *(limit for limit in limits if limit)]),
+    }
+    chosen = Settings(**{**defaults, **given})
+    parse_policy(chosen.policy)
+    running = Engine(loaded, max_length=chosen.max_length, **engine)
+    try:
+        service = Service(running, loaded.shape.rows, tokenizer, registry.directory_of(model), chosen)
+        config = uvicorn.Config(
+            make_app(service),
+            host=host,
+            port=port,
+            log_level=log_level,
+            server_header=False,
+            # A last resort: by then streams have been told to end.
+            timeout_graceful_shutdown=math.ceil(chosen.grace) + 5,
+        )
+        with contextlib.suppress(KeyboardInterrupt):
+            Server(config, service).run()
+    finally:
+        running.close(cancel=True)
+
+
+if __name__ == "__main__":
+    from .cli import app as command_line
+
+    command_line(["serve", *sys.argv[1:]])

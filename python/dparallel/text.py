@@ -1,0 +1,149 @@
+"""Between text and tokens: a checkpoint's chat template and end tokens, and text that streams."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+Message = dict[str, str]
+"""{"role": "system", "user" or "assistant", "content": text}"""
+
+
+class TextStream:
+    """The text of tokens that come a few at a time. What it has given out never changes.
+
+    A character may take several tokens (byte-level BPE, byte fallback), so an incomplete one at the end is
+    held back; so is whatever may be the beginning of a stop string. Only the tokens since the last complete
+    character are decoded again, so the work is linear in their number.
+
+    Args:
+        tokenizer: a `tokenizers.Tokenizer`; its special tokens are left out of the text.
+        stop: the text ends before the first of these to be complete, wherever the tokens are cut.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stop = tokenizer, tuple(stop)
+        self.count = 0
+        """Tokens taken, up to the one that completed a stop string."""
+        self.stopped = False
+        self._before: list[int] = []  # tokens whose text is complete; a decoder may look back on them
+        self._pending: list[int] = []
+        self._given = 0  # characters of _pending's text that are complete
+        self._held = ""
+
+    def put(self, tokens: Sequence[int]) -> str:
+        """The text that the tokens complete."""
+        # Token by token where a stop string may be, so that the count ends with it.
+        parts = [[token] for token in tokens] if self.stop else [list(tokens)]
+        found = ""
+        for part in parts:
+            if self.stopped:
+                break
+            self._pending += part
+            self.count += len(part)
+            found += self._until_stop(self._complete())
+        return found
+
+    def finish(self) -> str:
+        """What was held back: no tokens follow."""
+        if self.stopped:
+            return ""
+        return self._until_stop(self._complete(last=True), last=True)
+
+    def _complete(self, last: bool = False) -> str:
+        before, both = (self.tokenizer.decode(ids) for ids in (self._before, self._before + self._pending))
+        # A decoder may turn back on bytes that are no text at all; what was given out stays.
+        text = both[len(before) :] if both.startswith(before) else self.tokenizer.decode(self._pending)
+        end = len(text) if last else len(text.rstrip(INCOMPLETE))
+        fresh = text[self._given : end]
+        self._given = end
+        if end == len(text):
+            # Decoders drop a space in front of the first token, so the context must have some text.
+            self._before = self._pending if text else self._before + self._pending
+            self._pending, self._given = [], 0
+        return fresh
+
+    def _until_stop(self, fresh: str, last: bool = False) -> str:
+        text = self._held + fresh
+        found = [(text.find(s) + len(s), text.find(s)) for s in self.stop if s in text]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)[1]]
+        held = 0 if last else max((_overlap(text, s) for s in self.stop), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of `text` with which `stop` begins."""
+    return next(n for n in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:n]))
+
+
+def chat_template(directory: Path) -> Callable[[list[Message]], str] | None:
+    """The checkpoint's template: messages to the text of a prompt. None if it has none.
+
+    chat_template.jinja, else "chat_template" of tokenizer_config.json, rendered as transformers does, in
+    jinja2's sandbox. Raises ValueError if it is no template; what is returned raises it for messages that the
+    template refuses.
+    """
+    file, config = directory / "chat_template.jinja", _config(directory / "tokenizer_config.json")
+    source = file.read_text() if file.is_file() else config.get("chat_template")
+    if isinstance(source, list):  # several, by name
+        source = {one["name"]: one["template"] for one in source}.get("default")
+    if not source:
+        return None
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    made.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    made.globals.update(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
+    try:
+        template = made.from_string(source)
+    except TemplateError as error:
+        raise ValueError(f"model: the chat template of {directory} does not compile: {error}") from error
+    special = {key: _content(value) for key, value in config.items() if key.endswith("_token")}
+
+    def render(messages: list[Message]) -> str:
+        try:
+            return template.render(messages=messages, add_generation_prompt=True, **special)
+        except TemplateError as error:
+            raise ValueError(f"messages: the model's chat template refuses them: {error}") from error
+
+    return render
+
+
+def end_tokens(directory: Path, tokenizer: Any) -> list[int]:
+    """The ids that end a response: those of generation_config.json, config.json, tokenizer_config.json."""
+    given: list[Any] = []
+    for name in ("generation_config.json", "config.json"):
+        ids = _config(directory / name).get("eos_token_id")
+        given += ids if isinstance(ids, list) else [ids]
+    text = _content(_config(directory / "tokenizer_config.json").get("eos_token"))
+    given.append(tokenizer.token_to_id(text) if text else None)
+    return list(dict.fromkeys(one for one in given if one is not None))
+
+
+def _config(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"model: {file} is not JSON: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _content(token: Any) -> Any:
+    """A special token is written as text or as {"content": text}."""
+    return token.get("content") if isinstance(token, dict) else token

@@ -1,0 +1,216 @@
+"""Between text and tokens: text that streams, stop strings, chat templates, end tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from dparallel import registry
+from dparallel.text import INCOMPLETE, TextStream, chat_template, end_tokens
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+CORPUS = ["the cat sat on the mat", "Straße, café, naïve", "你好,世界!", "😀😃 flags 🇩🇪🇫🇷", "a  b   c\n\n\td"]
+
+
+def byte_level() -> Tokenizer:
+    """As GPT-2's, Qwen's and LLaDA's: characters beyond ASCII are mostly several tokens."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290, initial_alphabet=alphabet, special_tokens=["<end>"], show_progress=False
+    )
+    made.train_from_iterator(CORPUS, trainer)
+    return made
+
+
+def byte_fallback() -> Tokenizer:
+    """As Llama's: words with ▁ for the space before them, and bytes for what has no token."""
+    vocabulary = {"<end>": 0, **{f"<0x{b:02X}>": b + 1 for b in range(256)}}
+    for word in ["▁", "▁the", "▁cat", "c", "a", "t", "é"]:
+        vocabulary[word] = len(vocabulary)
+    made = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    made.add_special_tokens(["<end>"])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return made
+
+
+TOKENIZERS = {
+    "byte level": byte_level(),
+    "byte fallback": byte_fallback(),
+    "words": registry.load("builtin:student")[1],
+}
+BYTE_LEVEL = TOKENIZERS["byte level"]
+
+
+def pieces(tokenizer: Tokenizer, ids: list[int], cuts: list[int], stop: list[str]) -> tuple[list[str], int]:
+    """What is given out block by block and at the end, and the tokens counted."""
+    stream, found, at = TextStream(tokenizer, stop), [], 0
+    for cut in [*sorted(cuts), len(ids)]:
+        found.append(stream.put(ids[at : max(at, cut)]))
+        at = max(at, cut)
+    return [*found, stream.finish()], stream.count
+
+
+@given(st.text(max_size=30), st.lists(st.integers(0, 60), max_size=6))
+def test_text_streams_whole_characters(said: str, cuts: list[int]) -> None:
+    ids = BYTE_LEVEL.encode(said).ids
+    found, count = pieces(BYTE_LEVEL, ids, cuts, [])
+    assert "".join(found) == said
+    assert count == len(ids)
+    assert said.count(INCOMPLETE) == sum(piece.count(INCOMPLETE) for piece in found)
+
+
+@pytest.mark.parametrize("name", ["byte level", "words"])
+@given(st.data())
+def test_any_tokens_stream_as_they_decode(name: str, data: st.DataObject) -> None:
+    """Special tokens and bytes that are no text included."""
+    tokenizer = TOKENIZERS[name]
+    ids = data.draw(st.lists(st.integers(0, tokenizer.get_vocab_size() - 1), max_size=40))
+    cuts = data.draw(st.lists(st.integers(0, 40), max_size=6))
+    assert "".join(pieces(tokenizer, ids, cuts, [])[0]) == tokenizer.decode(ids)
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            ["▁", "▁the", "▁cat", "c", "é", "<end>", (0xE4, 0xBD, 0xA0), (0xF0, 0x9F, 0x98, 0x80)]
+        ),
+        max_size=20,
+    ),
+    st.lists(st.integers(0, 40), max_size=6),
+)
+def test_byte_fallback_streams_as_it_decodes(parts: list, cuts: list[int]) -> None:
+    tokenizer, ids = TOKENIZERS["byte fallback"], []
+    for part in parts:
+        names = [part] if isinstance(part, str) else [f"<0x{b:02X}>" for b in part]
+        ids += [tokenizer.token_to_id(name) for name in names]
+    assert "".join(pieces(tokenizer, ids, cuts, [])[0]) == tokenizer.decode(ids)
+
+
+def test_a_character_over_two_blocks_waits_for_its_end() -> None:
+    ids = BYTE_LEVEL.encode("a语b").ids  # no merge of the corpus has it
+    assert len(ids) == 5
+    stream = TextStream(BYTE_LEVEL)
+    assert [stream.put([one]) for one in ids] == ["a", "", "", "语", "b"]
+    assert TextStream(BYTE_LEVEL).put(ids[:3]) == "a"
+
+
+def test_a_character_that_never_ends_is_given_out_at_the_end() -> None:
+    ids = BYTE_LEVEL.encode("a语").ids[:-1]
+    assert pieces(BYTE_LEVEL, ids, [2], [])[0] == ["a", "", INCOMPLETE]
+
+
+@given(
+    st.text("abc语", max_size=24),
+    st.lists(st.text("abc语", min_size=1, max_size=3), min_size=1, max_size=4),
+    st.lists(st.integers(0, 60), max_size=6),
+)
+def test_stop_strings_do_not_depend_on_the_blocks(said: str, stop: list[str], cuts: list[int]) -> None:
+    """The first to be complete ends the text, of those the longest; the tokens count up to it."""
+    ids = BYTE_LEVEL.encode(said).ids
+    found, count = pieces(BYTE_LEVEL, ids, cuts, stop)
+    ends = [(said.find(s) + len(s), said.find(s)) for s in stop if s in said]
+    text = "".join(found)
+    if not ends:
+        assert (text, count) == (said, len(ids))
+        return
+    end, _ = min(ends)
+    # A token of several characters may complete two: then the first in it counts, as everywhere.
+    assert text == said[: min(ends)[1]]
+    assert len(BYTE_LEVEL.decode(ids[:count]).rstrip(INCOMPLETE)) >= end
+    assert len(BYTE_LEVEL.decode(ids[: count - 1]).rstrip(INCOMPLETE)) < end
+
+
+def test_the_beginning_of_a_stop_string_is_held_back() -> None:
+    stream = TextStream(BYTE_LEVEL, ["<<end>>"])
+    ids = [BYTE_LEVEL.encode(c).ids for c in "a<<en<<end>>b"]
+    assert [stream.put(one) for one in ids] == ["a", *[""] * 4, "<<en", *[""] * 7][:13]
+    assert stream.stopped
+    assert stream.put(BYTE_LEVEL.encode("more").ids) == stream.finish() == ""
+    assert stream.count == 12
+
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is 你好?"},
+    {"role": "assistant", "content": " Hello. "},
+    {"role": "user", "content": 'And "bye"?\n'},
+]
+TEMPLATES = {
+    "llama 3, LLaDA": "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start|>' + message['role'] + '<|end|>\n\n' %}"
+    "{% set content = content + message['content'] | trim + '<|eot|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\n\n' }}{% endif %}",
+    "chatml, Dream, SDAR": "{%- if messages[0]['role'] == 'system' %}\n"
+    "    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}\n{%- endif %}\n"
+    "{%- for message in messages %}\n    {%- if loop.first and message.role == 'system' %}{% continue %}\n"
+    "    {%- endif %}\n    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}\n"
+    "{%- endfor %}\n{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n",
+    "json": "{% for m in messages %}\n  {{ m | tojson }}{{ eos_token }}\n{% endfor %}\n",
+}
+
+
+def write(directory: Path, **config: object) -> Path:
+    BYTE_LEVEL.save(str(directory / "tokenizer.json"))
+    special = {"bos_token": {"__type": "AddedToken", "content": "<s>"}, "eos_token": "<end>"}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special, **config}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("place", ["config", "list", "file"])
+def test_templates_render_as_transformers_renders_them(tmp_path: Path, name: str, place: str) -> None:
+    source = TEMPLATES[name]
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": source}]
+    given = {"config": {"chat_template": source}, "list": {"chat_template": named}, "file": {}}[place]
+    write(tmp_path, **given)
+    if place == "file":
+        (tmp_path / "chat_template.jinja").write_text(source)
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    render = chat_template(tmp_path)
+    assert render is not None
+    expected = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert render(MESSAGES) == expected
+    assert "你好" in expected
+
+
+def test_templates_that_refuse_or_do_not_compile(tmp_path: Path) -> None:
+    write(tmp_path, chat_template="{{ raise_exception('roles must alternate') }}")
+    render = chat_template(tmp_path)
+    assert render is not None
+    with pytest.raises(ValueError, match=r"messages: .*roles must alternate"):
+        render(MESSAGES)
+    write(tmp_path, chat_template="{{ messages.__class__.__base__.__subclasses__() }}")
+    render = chat_template(tmp_path)
+    assert render is not None
+    with pytest.raises(ValueError, match="messages: "):
+        render(MESSAGES)
+    write(tmp_path, chat_template="{% if %}")
+    with pytest.raises(ValueError, match=r"model: the chat template of .* does not compile"):
+        chat_template(tmp_path)
+    write(tmp_path)
+    assert chat_template(tmp_path) is None
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
+        chat_template(tmp_path)
+
+
+def test_end_tokens(tmp_path: Path) -> None:
+    student = registry.directory_of("builtin:student")
+    assert end_tokens(student, TOKENIZERS["words"]) == [1]
+    write(tmp_path)
+    assert end_tokens(tmp_path, BYTE_LEVEL) == [BYTE_LEVEL.token_to_id("<end>")]
+    (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 7]}')
+    assert end_tokens(tmp_path, BYTE_LEVEL) == [9, 7, BYTE_LEVEL.token_to_id("<end>")]
