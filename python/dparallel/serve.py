@@ -44,7 +44,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
 
-from dparallel_ext.engine import Completion, Engine, EngineFull, Handle
+from dparallel_ext import Completion, Engine, EngineFull, Handle
 
 from . import registry, tasks, text
 from .evaluate import parse_policy
@@ -437,7 +437,7 @@ class Service:
         self.engine, self.vocabulary, self.tokenizer, self.settings = engine, vocabulary, tokenizer, settings
         self.template = text.chat_template(directory)
         ends = text.end_tokens(directory, tokenizer)
-        self.ends = {"eos_id": ends[0] if ends else None, "stop": [[one] for one in ends[1:]]}
+        self.ends: dict[str, Any] = {"eos_id": ends[0] if ends else None, "stop": [[one] for one in ends[1:]]}
         self.metrics = Metrics(engine)
         self.created = int(time.time())
         self.aborted: asyncio.Future[None]
