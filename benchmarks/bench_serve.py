@@ -24,7 +24,7 @@ CLIENTS, MODEL = 200, "builtin:student"
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    with server(MODEL, "--log-level", "warning") as running:
+    with server(MODEL) as running:
         yield running
 
 

@@ -377,6 +377,11 @@ class Engine:
                 **self._counts,
             )
 
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more requests: since `close`, or since a fault of its own."""
+        return self._closing
+
     def close(self, *, cancel: bool = False) -> None:
         """Take no more requests, end those there are (or cancel them), and wait for the thread."""
         with self._work:

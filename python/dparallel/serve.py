@@ -122,9 +122,9 @@ class ApiError(HTTPException):
 
     @classmethod
     def of(cls, error: HTTPException) -> ApiError:
-        return (
-            error if isinstance(error, cls) else cls(error.status_code, error.detail, headers=error.headers)
-        )
+        if isinstance(error, cls):
+            return error
+        return cls(error.status_code, error.detail, headers=error.headers)
 
 
 def stopping() -> ApiError:
@@ -267,6 +267,7 @@ GAUGES = {
     "pages": "Pages of keys and values.",
     "pages_used": "Pages of requests under decoding.",
     "pages_kept": "Pages kept for later requests.",
+    "page_bytes": "Memory of a page.",
 }
 COUNTERS = {
     "completed": "Requests that were answered.",
@@ -300,16 +301,15 @@ class Metrics:
         self.rate = self._histogram(
             "tokens_per_pass", "Tokens of a response per forward pass.", (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
         )
-
         self.mean = 1.0
-        """Seconds of a request, over about the last sixteen."""
+        """Seconds of a request in its lane, over about the last sixteen."""
 
     def finished(self, completion: Completion, tokens: int) -> None:
         self.whole.observe(completion.seconds)
         self.waiting.observe(completion.seconds_waiting)
         if completion.nfe:
             self.rate.observe(tokens / completion.nfe)
-        self.mean += (completion.seconds - self.mean) / 16
+        self.mean += (completion.seconds - completion.seconds_waiting - self.mean) / 16
 
     def wait(self) -> int:
         """Seconds after which a request refused now may find a place."""
@@ -509,7 +509,7 @@ class Service:
                 wait = {"Retry-After": str(self.metrics.wait())}
                 raise ApiError(429, "too many requests wait already", code="full", headers=wait) from error
             except RuntimeError as error:
-                raise stopping() from error
+                raise ApiError(503, str(error), code="closed") from error
             except ValueError as error:
                 ours = str(error).partition(":")[0]
                 theirs = {"prompt": param, "gen_length": "max_tokens", "temperature": "temperature"}
@@ -758,7 +758,8 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        return JSONResponse({"status": "ok"})
+        closed = service.engine.closed
+        return JSONResponse({"status": "closed" if closed else "ok"}, 503 if closed else 200)
 
     @app.get("/metrics")
     async def metrics() -> Response:
