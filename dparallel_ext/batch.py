@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import policies
@@ -406,18 +407,32 @@ class Batch:
         numbers = torch.stack([torch.cat(part) for part in (rows, columns, sources)])
         row_of, column, source = numbers.to(device, non_blocking=True)  # (N,) each
         if isinstance(self.model, Model):
-            logits = self.model.head(self._hidden(spans)[source])
+            rows_of_head = F.pad(source, (0, self._rows(len(source)) - len(source)))
+            logits = self.model.head(self._hidden(spans, self._rows(offset))[rows_of_head])[: len(source)]
         else:
             logits = self._foreign(group)[source]
         self._commit(group, logits, row_of, column, windows)
 
-    def _hidden(self, spans: list[Span]) -> Tensor:
-        """Of one of our models: (positions of the spans, width)."""
+    def _rows(self, count: int) -> int:
+        """How many rows `count` are filled up to, for the matrix library's sake.
+
+        On the CPU it keeps compiled code for each number of rows of 16-bit matrices that it has met, for ever
+        (half a megabyte and half a millisecond for each), so there shall be few: 8, 16, ... 64, and then four
+        to every doubling.
+        """
+        if self.tokens.device.type != "cpu" or self.model.dtype == torch.float32 or not count:
+            return count
+        size = max(8, 2 ** ((count - 1).bit_length() - 3))
+        return -(-count // size) * size
+
+    def _hidden(self, spans: list[Span], rows: int) -> Tensor:
+        """Of one of our models: (rows, width), those of the spans' positions first."""
         assert self.slots is not None
-        plan = self.slots.plan(spans)
+        plan = self.slots.plan(spans, rows)
         row = torch.tensor([span.row for span in spans])
         count = torch.tensor([span.end - span.start for span in spans])
-        of_token = row.repeat_interleave(count).to(plan.positions.device)
+        of_token = row.repeat_interleave(count)
+        of_token = F.pad(of_token, (0, rows - len(of_token))).to(plan.positions.device)
         return self.model.step(self.tokens[of_token, plan.positions], self.slots, plan)
 
     def _foreign(self, group: list[int]) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -21,9 +22,10 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Pass:
-    """What one forward pass computes: spans of any sequences and lengths, packed without padding.
+    """What one forward pass computes: spans of any sequences and lengths, packed.
 
     N tokens in the order of the spans, S spans; see `attention.kv_write` and `attention.block_attention`.
+    Rows may follow that are no tokens: at position 0, in no slot and no span.
     """
 
     positions: Tensor
@@ -53,7 +55,7 @@ class KVCache:
     def __init__(self, slots: Tensor, table: Tensor | None = None) -> None:
         self.slots = slots
         self.table = torch.arange(slots.shape[2])[:, None] if table is None else table
-        self._last: tuple[list[Span], Pass] | None = None
+        self._last: tuple[list[Span], int, Pass] | None = None
 
     @property
     def page_size(self) -> int:
@@ -78,15 +80,15 @@ class KVCache:
         self.table[row, first : first + len(pages)] = torch.tensor(pages, dtype=torch.int64)
         self._last = None
 
-    def plan(self, spans: Sequence[Span]) -> Pass:
-        """The pass over `spans`.
+    def plan(self, spans: Sequence[Span], rows: int = 0) -> Pass:
+        """The pass over `spans`, filled up to `rows` rows.
 
         Raises:
             ValueError: for a span of no sequence of the cache, or beyond its slots.
         """
         spans = list(spans)
-        if self._last is not None and self._last[0] == spans:  # the passes over a block are all alike
-            return self._last[1]
+        if self._last is not None and self._last[:2] == (spans, rows):  # the passes over a block are alike
+            return self._last[2]
         for span in spans:
             if not 0 <= span.row < self.batch:
                 raise ValueError(f"spans: sequence {span.row}, but the cache is for {self.batch}")
@@ -105,10 +107,10 @@ class KVCache:
         pages = self.table[row]
         of_token = torch.arange(len(spans)).repeat_interleave(count)
         slots = pages[of_token, positions // self.page_size] * self.page_size + positions % self.page_size
-        device = self.slots.device
+        device, more = self.slots.device, max(0, rows - total)
         plan = Pass(
-            positions.to(device, non_blocking=True),
-            slots.to(device, non_blocking=True),
+            F.pad(positions, (0, more)).to(device, non_blocking=True),
+            F.pad(slots, (0, more), value=-1).to(device, non_blocking=True),
             begin.to(device, non_blocking=True),
             end.to(device, non_blocking=True),
             visible.to(device, non_blocking=True),
@@ -116,5 +118,5 @@ class KVCache:
             longest_query=int(count.max()) if len(count) else 0,
             longest_length=int(visible.max()) if len(count) else 0,
         )
-        self._last = spans, plan
+        self._last = spans, rows, plan
         return plan

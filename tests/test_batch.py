@@ -243,3 +243,20 @@ def test_sdar_is_written_as_it_was_read(sdar: SDAR, tmp_path: Path) -> None:
     assert again.keys() == stored.keys()
     assert all(torch.equal(again[name], stored[name]) for name in stored)
     assert isinstance(models.load(tmp_path), SDAR)
+
+
+def test_passes_come_in_few_sizes(monkeypatch) -> None:
+    """In 16 bits on the CPU, where the matrix library keeps code for each number of rows (`Batch._rows`)."""
+    model, sizes = MODELS["dream_tiny_a", torch.bfloat16], set()
+    step, head = Model.step, Model.head
+    monkeypatch.setattr(
+        Model, "step", lambda self, ids, cache, plan: sizes.add(len(ids)) or step(self, ids, cache, plan)
+    )
+    monkeypatch.setattr(Model, "head", lambda self, hidden: sizes.add(len(hidden)) or head(self, hidden))
+    generator = torch.Generator().manual_seed(0)
+    for count in range(1, 12):
+        prompts = random_prompts(generator, count)
+        dx.decode(model, prompts, gen_length=21, block_length=8, threshold=5.0, cache="dual")
+    few = [*range(8, 65, 8), *range(80, 129, 16), *range(160, 257, 32), *range(320, 513, 64), 640]
+    assert len(sizes) > 10
+    assert sizes <= set(few)
