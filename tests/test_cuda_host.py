@@ -1,8 +1,8 @@
 """The CUDA kernels, executed on the CPU by tests/cuda_host, against their CPU twins.
 
-Threads are fibers in random order, several blocks interleaved; memory is of exact size under AddressSanitizer
-and UndefinedBehaviorSanitizer; every access is looked at for races. That this notices faults is tested with
-planted ones.
+Threads are fibers in random order, several blocks interleaved; memory is of exact size under
+AddressSanitizer and UndefinedBehaviorSanitizer; every access is looked at for races. That this notices
+faults is tested with planted ones.
 """
 
 from __future__ import annotations

@@ -82,16 +82,14 @@ void wait(int barrier, unsigned expected) {
 
 Epoch now() {
   const Fiber& self = current->fibers[threadIdx.x];
-  return {current->index, threadIdx.x,    threadIdx.x / 32,
-          self.barriers,  self.exchanges, self.fences};
+  return {current->index, threadIdx.x, self.barriers, self.fences};
 }
 
 bool happened_before(const Epoch& access) {
   const Epoch here = now();
   if (access.block != here.block)
     return current->known.covers(access) || current->fibers[threadIdx.x].clock.known.covers(access);
-  return access.thread == here.thread || access.barriers < here.barriers ||
-         (access.warp == here.warp && access.exchanges < here.exchanges);
+  return access.thread == here.thread || access.barriers < here.barriers;
 }
 
 void run_fiber() {

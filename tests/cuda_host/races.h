@@ -2,9 +2,9 @@
 // of them a write, by threads that no barrier and no fence puts in order are a race, whatever order
 // the fibers happened to run in.
 //
-// Within a block, barriers order (of a warp: its exchanges too). Between blocks, what a thread did
-// or knew of at a fence is handed on by its next atomic to whoever does an atomic on the same
-// address later, and counts there after a fence of its own; a barrier spreads it over the block.
+// Within a block, barriers order; shuffles do not. Between blocks, what a thread did or knew of at
+// a fence is handed on by its next atomic to whoever does an atomic on the same address later, and
+// counts there after a fence of its own; a barrier spreads it over the block.
 #pragma once
 
 #include <algorithm>
@@ -17,11 +17,10 @@
 
 namespace cuda_host {
 
-// When a thread did something: the barriers, exchanges and fences behind it.
+// When a thread did something: the barriers and fences behind it.
 struct Epoch {
-  static constexpr uint32_t kAny = 0xffffffffu;  // several threads, or warps
-  uint32_t block = 0, thread = 0, warp = 0;
-  uint32_t barriers = 0, exchanges = 0, fences = 0;
+  static constexpr uint32_t kAny = 0xffffffffu;  // several threads
+  uint32_t block = 0, thread = 0, barriers = 0, fences = 0;
 };
 
 // What is known of other blocks: of each, all that its threads did before a barrier of theirs, and
@@ -31,7 +30,6 @@ class Clock {
   void learn(const Clock& other);
   void learn(const Epoch& fence);
   bool covers(const Epoch& access) const;
-  bool empty() const { return barriers_.empty(); }
   void clear() {
     barriers_.clear();
     fences_.clear();
@@ -88,10 +86,8 @@ class Shadow {
   using Page = std::array<Cell, 256>;
 
   static void merge(Epoch& read, const Epoch& now) {
-    if (read.thread != now.thread) read.thread = Epoch::kAny;
-    if (read.warp != now.warp) read.warp = Epoch::kAny;
+    read.thread = Epoch::kAny;  // another than now.thread
     read.barriers = std::max(read.barriers, now.barriers);
-    read.exchanges = std::max(read.exchanges, now.exchanges);
   }
   Cell& at(uintptr_t address) {
     const uintptr_t number = address / 256;
