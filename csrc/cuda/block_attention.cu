@@ -56,15 +56,20 @@ struct Shape {
   int tile_rows;     // of the kernel
   int part_rows;     // of scratch for a CTA
   int share, parts;  // CTAs, and those that may have scratch
+  int64_t part_floats;
 
   static Shape of(const BlockAttentionArgs& args, int tile_rows) {
     const int64_t rows = args.longest_query * (args.q_heads / args.k_layout.heads);
     const int64_t tiles = (rows + tile_rows - 1) / tile_rows;
     const int64_t splits = (args.longest_length + kSplit - 1) / kSplit;
     const int64_t split = tiles * splits < kShare ? tiles * splits : kShare;
-    return {tile_rows, static_cast<int>(rows < tile_rows ? rows : tile_rows),
-            static_cast<int>(tiles > split ? tiles : split),
-            static_cast<int>(splits > 1 ? split : 0)};
+    Shape shape;
+    shape.tile_rows = tile_rows;
+    shape.part_rows = static_cast<int>(rows < tile_rows ? rows : tile_rows);
+    shape.share = static_cast<int>(tiles > split ? tiles : split);
+    shape.parts = static_cast<int>(splits > 1 ? split : 0);
+    shape.part_floats = (shape.part_rows * (args.k_layout.head_dim + 2) + 3) / 4 * 4;
+    return shape;
   }
 };
 
@@ -129,9 +134,8 @@ struct Work {
   // What split `s` of the tile leaves: weighted sums of values [rows, head_dim], then the largest
   // score and the sum of exponentials of each row.
   __device__ float* part(float* scratch, int s) const {
-    const int64_t dim = args.k_layout.head_dim;
     const int64_t unit = static_cast<int64_t>(segment) * args.k_layout.heads + head;
-    return scratch + (unit * shape.parts + s * tiles + tile) * shape.part_rows * (dim + 2);
+    return scratch + (unit * shape.parts + s * tiles + tile) * shape.part_floats;
   }
   __device__ float* tops(float* part) const {
     return part + shape.part_rows * args.k_layout.head_dim;
@@ -155,28 +159,68 @@ __device__ __forceinline__ float sum_of(float x, int lanes) {
   return x;
 }
 
-// By the last CTA of a tile: the rows of every split, each weighed by its share of the softmax.
-template <class T, int kRows>
-__device__ void merge_splits(const Work& work, float* scratch, float (&share)[kShare][kRows]) {
-  const auto dim = static_cast<int>(work.args.k_layout.head_dim);
-  for (int r = threadIdx.x; r < work.rows; r += kThreads) {
-    float top = -kInfinity, sum = 0.0f;
-    for (int s = 0; s < work.splits; ++s)
-      top = fmaxf(top, __ldcg(work.tops(work.part(scratch, s)) + r));
+template <int kRows>
+struct MergeShared {
+  float share[kShare][kRows];  // of a split in the softmax of a row; at first its largest score
+  float sum[kShare][kRows];    // of the split's exponentials
+};
+
+// The rows of every split by their shares, W elements at a time, several of them on their way to
+// each thread.
+template <class T, int W, int kRows>
+__device__ __forceinline__ void gather(const Work& work, float* scratch,
+                                       const MergeShared<kRows>& merge) {
+  constexpr int kBatch = 8;
+  const int dim = static_cast<int>(work.args.k_layout.head_dim), count = work.rows * dim / W;
+  for (int first = threadIdx.x; first < count; first += kBatch * kThreads) {
+    float value[kBatch][W] = {};
     for (int s = 0; s < work.splits; ++s) {
-      float* part = work.part(scratch, s);
-      share[s][r] = weight_of(__ldcg(work.tops(part) + r), top);
-      sum += share[s][r] * __ldcg(work.sums(part) + r);
+      const float* part = work.part(scratch, s);
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int i = first + b * kThreads < count ? first + b * kThreads : first;
+        float x[W];
+        if constexpr (W == 4) widen<Float32>(__ldcg(reinterpret_cast<const uint4*>(part) + i), x);
+        else x[0] = __ldcg(part + i);
+        const float share = merge.share[s][i * W / dim];
+#pragma unroll
+        for (int w = 0; w < W; ++w) value[b][w] += share * x[w];
+      }
     }
-    for (int s = 0; s < work.splits; ++s) share[s][r] /= sum;
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int i = (first + b * kThreads) * W;
+      if (i >= count * W) continue;
+      auto* to = static_cast<typename T::Storage*>(work.args.out) + work.output(i / dim) + i % dim;
+#pragma unroll
+      for (int w = 0; w < W; ++w) to[w] = T::narrow(value[b][w]);
+    }
+  }
+}
+
+// By the last CTA of a tile: the softmax over the splits, and their rows by it.
+template <class T, int kRows>
+__device__ __forceinline__ void merge_splits(const Work& work, float* scratch,
+                                             MergeShared<kRows>& merge) {
+  for (int i = threadIdx.x; i < work.splits * work.rows; i += kThreads) {
+    const int s = i / work.rows, r = i % work.rows;
+    float* part = work.part(scratch, s);
+    merge.share[s][r] = __ldcg(work.tops(part) + r);
+    merge.sum[s][r] = __ldcg(work.sums(part) + r);
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < work.rows * dim; i += kThreads) {
-    const int r = i / dim;
-    float value = 0.0f;
-    for (int s = 0; s < work.splits; ++s) value += share[s][r] * __ldcg(work.part(scratch, s) + i);
-    static_cast<typename T::Storage*>(work.args.out)[work.output(r) + i % dim] = T::narrow(value);
+  for (int r = threadIdx.x; r < work.rows; r += kThreads) {
+    float top = -kInfinity, sum = 0.0f;
+    for (int s = 0; s < work.splits; ++s) top = fmaxf(top, merge.share[s][r]);
+    for (int s = 0; s < work.splits; ++s) {
+      merge.share[s][r] = weight_of(merge.share[s][r], top);
+      sum += merge.share[s][r] * merge.sum[s][r];
+    }
+    for (int s = 0; s < work.splits; ++s) merge.share[s][r] /= sum;
   }
+  __syncthreads();
+  if (work.args.k_layout.head_dim % 4 == 0) gather<T, 4>(work, scratch, merge);
+  else gather<T, 1>(work, scratch, merge);
 }
 
 // True in the CTA that merges.
@@ -201,7 +245,7 @@ struct Steps {
   }
   union alignas(16) Shared {
     uint16_t tile[4 * kStepElements];  // keys, values, and those of the next step
-    float share[kShare][kTensorRows];
+    MergeShared<kTensorRows> merge;
   };
 
   // Begins to copy the slots [slot, slot + kKeys) of the split: zeros beyond its end, and beyond
@@ -371,7 +415,7 @@ __global__ void __launch_bounds__(kThreads)
   const Work done(args, shape);  // as `work`, whose numbers need not stay in registers for it
   float* part = done.splits > 1 ? done.part(scratch, done.split) : nullptr;
   if (computes) rows.store(done, warp_row, part);
-  if (part != nullptr && last_of_tile(done, counters)) merge_splits<T>(done, scratch, shared.share);
+  if (part != nullptr && last_of_tile(done, counters)) merge_splits<T>(done, scratch, shared.merge);
 }
 
 // ---- FMA ----
@@ -386,7 +430,7 @@ union PlainShared {
     float weight[kPlainRows][kThreads];  // scores, then their exponentials
     float kept[kPlainRows], sum[kPlainRows];
   } step;
-  float share[kShare][kPlainRows];
+  MergeShared<kPlainRows> merge;
 };
 
 template <class T>
@@ -493,7 +537,7 @@ __global__ void __launch_bounds__(kThreads)
           static_cast<Storage*>(args.out)[work.output(r) + d] = T::narrow(out[r][i] / step.sum[r]);
       }
   }
-  if (part != nullptr && last_of_tile(work, counters)) merge_splits<T>(work, scratch, shared.share);
+  if (part != nullptr && last_of_tile(work, counters)) merge_splits<T>(work, scratch, shared.merge);
 }
 
 // ---- The launch ----
@@ -517,8 +561,7 @@ int64_t units_of(const BlockAttentionArgs& args) { return args.segments * args.k
 
 int64_t block_attention_scratch(const BlockAttentionArgs& args) {
   const Shape shape = shape_of(args);
-  return units_of(args) * shape.parts * shape.part_rows * (args.k_layout.head_dim + 2) *
-         static_cast<int64_t>(sizeof(float));
+  return units_of(args) * shape.parts * shape.part_floats * static_cast<int64_t>(sizeof(float));
 }
 
 int64_t block_attention_counters(const BlockAttentionArgs& args) {
