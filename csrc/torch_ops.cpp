@@ -156,6 +156,8 @@ struct Cpu {
     }
     cpu::block_attention(args, parallel);
   }
+  static void rms_norm(const RmsNormArgs& args, const Tensor&) { cpu::rms_norm(args, parallel); }
+  static void swiglu(const SwigluArgs& args, const Tensor&) { cpu::swiglu(args, parallel); }
 };
 
 #ifdef DPARALLEL_WITH_CUDA
@@ -222,6 +224,14 @@ struct Cuda {
                               const std::optional<Tensor>& c) {
     launch("block_attention", args, cuda::block_attention_scratch(args),
            cuda::block_attention_counters(args), cuda::block_attention, like, c);
+  }
+  static void rms_norm(const RmsNormArgs& args, const Tensor& like) {
+    const torch::stable::accelerator::DeviceGuard guard(like.get_device());
+    check(cuda::rms_norm(args, stream(like)), "rms_norm");
+  }
+  static void swiglu(const SwigluArgs& args, const Tensor& like) {
+    const torch::stable::accelerator::DeviceGuard guard(like.get_device());
+    check(cuda::swiglu(args, stream(like)), "swiglu");
   }
 };
 #endif
@@ -500,6 +510,74 @@ Tensor block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor begin, T
   return out;
 }
 
+// (R, width) or (B, L, width) in rows of contiguous numbers, like `like`.
+RowStrides rows_of(const Tensor& t, const char* name, const Tensor& like) {
+  STD_TORCH_CHECK(t.dim() == like.dim() && (t.dim() == 2 || t.dim() == 3), name,
+                  ": expected 2 or 3 dimensions, got ", t.dim());
+  const int64_t last = t.dim() - 1;
+  for (int64_t d = 0; d <= last; ++d)
+    STD_TORCH_CHECK(t.size(d) == like.size(d), name, ": expected size ", like.size(d),
+                    " in dimension ", d, ", got ", t.size(d));
+  STD_TORCH_CHECK(t.size(last) >= 1, name, ": expected rows of at least 1 number");
+  STD_TORCH_CHECK(t.stride(last) == 1 || t.size(last) == 1, name, ": expected contiguous rows");
+  STD_TORCH_CHECK(t.scalar_type() != ScalarType::Double, name,
+                  ": expected float32, bfloat16 or float16");
+  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, ": wrong dtype");
+  STD_TORCH_CHECK(t.get_device() == like.get_device() && t.is_cpu() == like.is_cpu(), name,
+                  ": wrong device");
+  const int64_t inner = t.dim() == 3 ? t.size(1) : t.size(0);
+  return {inner > 0 ? inner : 1, t.dim() == 3 ? t.stride(0) : 0, t.stride(last - 1)};
+}
+
+std::vector<int64_t> sizes_of(const Tensor& t) {
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d < t.dim(); ++d) sizes.push_back(t.size(d));
+  return sizes;
+}
+
+constexpr const char* kRmsNormSchema =
+    "rms_norm(Tensor x, Tensor? delta, Tensor weight, Tensor? bias, float eps) -> (Tensor out, "
+    "Tensor sum)";
+
+template <class Backend>
+std::tuple<Tensor, Tensor> rms_norm(Tensor x, std::optional<Tensor> delta, Tensor weight,
+                                    std::optional<Tensor> bias, double eps) {
+  const RowStrides rows = rows_of(x, "x", x);
+  const int64_t width = x.size(x.dim() - 1);
+  contiguous(weight, "weight", x.scalar_type(), {width}, x);
+  if (bias.has_value()) contiguous(*bias, "bias", x.scalar_type(), {width}, x);
+  Tensor out = torch::stable::new_empty(x, sizes_of(x));
+  Tensor sum =
+      torch::stable::new_empty(x, delta.has_value() ? sizes_of(x) : std::vector<int64_t>{0});
+  const RmsNormArgs args{dtype_of(x),
+                         x.data_ptr(),
+                         delta.has_value() ? delta->data_ptr() : nullptr,
+                         rows,
+                         delta.has_value() ? rows_of(*delta, "delta", x) : RowStrides{1, 0, 0},
+                         row_count(x),
+                         width,
+                         weight.data_ptr(),
+                         bias.has_value() ? bias->data_ptr() : nullptr,
+                         static_cast<float>(eps),
+                         sum.data_ptr(),
+                         out.data_ptr()};
+  Backend::rms_norm(args, x);
+  return {out, sum};
+}
+
+constexpr const char* kSwigluSchema = "swiglu(Tensor gate, Tensor up) -> Tensor";
+
+template <class Backend>
+Tensor swiglu(Tensor gate, Tensor up) {
+  const RowStrides gate_rows = rows_of(gate, "gate", gate), up_rows = rows_of(up, "up", gate);
+  Tensor out = torch::stable::new_empty(gate, sizes_of(gate));
+  const SwigluArgs args{
+      dtype_of(gate),  gate.data_ptr(),           up.data_ptr(), gate_rows, up_rows,
+      row_count(gate), gate.size(gate.dim() - 1), out.data_ptr()};
+  Backend::swiglu(args, gate);
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(dparallel, m) {
@@ -510,6 +588,8 @@ STABLE_TORCH_LIBRARY(dparallel, m) {
   m.def(kLossBackwardSchema);
   m.def(kKvWriteSchema);
   m.def(kBlockAttentionSchema);
+  m.def(kRmsNormSchema);
+  m.def(kSwigluSchema);
 }
 
 #define DPARALLEL_IMPL(KEY, BACKEND)                                               \
@@ -522,6 +602,8 @@ STABLE_TORCH_LIBRARY(dparallel, m) {
            TORCH_BOX(&certainty_forcing_loss_backward<BACKEND>));                  \
     m.impl("kv_write", TORCH_BOX(&kv_write<BACKEND>));                             \
     m.impl("block_attention", TORCH_BOX(&block_attention<BACKEND>));               \
+    m.impl("rms_norm", TORCH_BOX(&rms_norm<BACKEND>));                             \
+    m.impl("swiglu", TORCH_BOX(&swiglu<BACKEND>));                                 \
   }
 
 DPARALLEL_IMPL(CPU, Cpu)

@@ -10,6 +10,7 @@ from .attention import block_attention, kv_write, rope_table
 from .batch import Trajectory
 from .decode import DecodeOutput, decode
 from .engine import Completion, Engine, EngineFull, EngineStats, Handle
+from .layers import rms_norm, swiglu
 from .loss import CertaintyForcingLoss, certainty_forcing_loss, linear_certainty_forcing_loss
 from .masks import MaskedPair, semi_autoregressive_masks
 from .ops import check_errors, row_stats, select, unmask_
@@ -41,11 +42,13 @@ __all__ = [
     "models",
     "policies",
     "reference",
+    "rms_norm",
     "rope_table",
     "row_stats",
     "select",
     "semi_autoregressive_masks",
     "simd_level",
+    "swiglu",
     "unmask_",
 ]
 

@@ -279,3 +279,22 @@ def block_attention(
         scores = torch.einsum("qhd,khd->hqk", q[first:last].double(), k) * scale
         out[first:last] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(q.dtype)
     return out
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float, bias: Tensor | None = None, delta: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See `dparallel_ext.rms_norm`; any floating-point dtype."""
+    x = x if delta is None else (x.double() + delta.double()).to(x.dtype)
+    scale = (x.double().square().mean(-1, keepdim=True) + eps).rsqrt()
+    y = (weight.double() * (x.double() * scale).to(x.dtype).double()).to(x.dtype)
+    y = y if bias is None else (y.double() + bias.double()).to(x.dtype)
+    return y if delta is None else (y, x)
+
+
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """See `dparallel_ext.swiglu`; any floating-point dtype."""
+    if up is None:
+        gate, up = gate.chunk(2, -1)
+    z = gate.double()
+    return ((z * z.sigmoid()).to(gate.dtype).double() * up.double()).to(gate.dtype)

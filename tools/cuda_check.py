@@ -59,7 +59,7 @@ def compile_one(nvcc: str, source: Path, architecture: str) -> dict[str, Usage]:
 
 
 def parse(text: str) -> dict[str, Usage]:
-    """The report of ptxas -v."""
+    """The report of ptxas -v: the most that any instance of a name uses."""
     kernels: dict[str, Usage] = {}
     usage = Usage()
     for line in text.splitlines():
@@ -69,11 +69,11 @@ def parse(text: str) -> dict[str, Usage]:
                 sys.exit(f"cuda-check: two kernels are called {name}")
             usage = kernels[name] = Usage()
         elif match := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            usage.spills = int(match.group(1)) + int(match.group(2))
+            usage.spills = max(usage.spills, int(match.group(1)) + int(match.group(2)))
         elif match := re.search(r"Used (\d+) registers", line):
-            usage.registers = int(match.group(1))
+            usage.registers = max(usage.registers, int(match.group(1)))
             shared = re.search(r"(\d+) bytes smem", line)
-            usage.shared = int(shared.group(1)) if shared else 0
+            usage.shared = max(usage.shared, int(shared.group(1)) if shared else 0)
     return kernels
 
 

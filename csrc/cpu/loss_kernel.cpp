@@ -100,17 +100,10 @@ void gradient(const RowSpan& span, const LossGradient<float>& g, void* out) {
       const Pair e = decltype(temperatures)::exponentials(d, g.inverse);
       return e.first * g.ce + e.second * g.entropy * (d - g.mean);
     };
-    int64_t i = span.begin;
-    for (; i + kStep <= span.end; i += kStep) {
-      const Pair v = T::widen(row + i);
-      T::narrow({of(v.first), of(v.second)}, target + i);
+    for (int64_t i = span.begin; i < span.end; i += kStep) {
+      const Pair v = load_step<T>(row + i, span.end - i);
+      store_step<T>({of(v.first), of(v.second)}, target + i, span.end - i);
     }
-    if (i == span.end) return;
-    Storage padded[kStep] = {};
-    std::memcpy(padded, row + i, (span.end - i) * sizeof(Storage));
-    const Pair v = T::widen(padded);
-    T::narrow({of(v.first), of(v.second)}, padded);
-    std::memcpy(target + i, padded, (span.end - i) * sizeof(Storage));
   });
 }
 

@@ -1,6 +1,7 @@
 // How row_stats and unmask read rows on the CPU.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "dparallel/launch.h"
@@ -47,6 +48,15 @@ void run_parallel(Parallel parallel, int64_t n, const F& body) {
         for (int64_t i = begin; i < end; ++i) (*static_cast<const F*>(context))(i);
       },
       &body);
+}
+
+// body(begin, end) of runs of the rows [0, count), each of some 2^15 numbers: fewer are not worth
+// another thread.
+template <class F>
+void run_rows(Parallel parallel, int64_t count, int64_t width, const F& body) {
+  const int64_t rows = std::max<int64_t>(1, 32768 / width);
+  run_parallel(parallel, (count + rows - 1) / rows,
+               [&](int64_t i) { body(i * rows, std::min(count, (i + 1) * rows)); });
 }
 
 }  // namespace dparallel::cpu

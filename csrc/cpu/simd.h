@@ -46,6 +46,7 @@ struct Float32 {
   static constexpr Storage kMinusInfinity = -kInfinity;
   static float value(Storage z) { return z; }
   static Pair widen(const Storage* p) { return {load<F>(p), load<F>(p + kLanes)}; }
+  static F round(F v) { return v; }
   static void narrow(Pair v, Storage* p) {
     std::memcpy(p, &v.first, sizeof v.first);
     std::memcpy(p + kLanes, &v.second, sizeof v.second);
@@ -60,8 +61,11 @@ struct BFloat16 {
     const U pairs = load<U>(p);
     return {(F)(pairs << 16), (F)(pairs & 0xffff0000u)};
   }
-  // Of numbers: a NaN may become an infinity.
-  static U rounded(F v) { return (U)v + 0x7fffu + (((U)v >> 16) & 1u); }
+  static U rounded(F v) {  // in the upper half of each
+    const U bits = (U)v, next = bits + 0x7fffu + ((bits >> 16) & 1u);
+    return v == v ? next : bits | 0x400000u;
+  }
+  static F round(F v) { return (F)(rounded(v) & 0xffff0000u); }
   static void narrow(Pair v, Storage* p) {
     const U pairs = (rounded(v.first) >> 16) | (rounded(v.second) & 0xffff0000u);
     std::memcpy(p, &pairs, sizeof pairs);
@@ -88,8 +92,10 @@ struct Float16 {
     const U normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
     U half = (I)magnitude < 0x38800000 ? small : normal;
     half = (I)magnitude >= 0x477ff000 ? (U{} + 0x7c00u) : half;
+    half = v == v ? half : U{} + 0x7e00u;
     return sign | half;
   }
+  static F round(F v) { return convert(rounded(v)); }
   static void narrow(Pair v, Storage* p) {
     const U pairs = rounded(v.first) | rounded(v.second) << 16;
     std::memcpy(p, &pairs, sizeof pairs);
@@ -168,6 +174,23 @@ inline void each_pair(const typename T::Storage* z, int64_t count, Visit visit) 
     std::memcpy(padded, z + i, (count - i) * sizeof(*z));
     visit(T::widen(padded));
   }
+}
+
+// The first `count` numbers at p, up to kStep, zeros after them; and the way back.
+template <class T>
+inline Pair load_step(const typename T::Storage* p, int64_t count) {
+  if (count >= kStep) return T::widen(p);
+  typename T::Storage padded[kStep] = {};
+  std::memcpy(padded, p, count * sizeof(*p));
+  return T::widen(padded);
+}
+
+template <class T>
+inline void store_step(Pair v, typename T::Storage* p, int64_t count) {
+  if (count >= kStep) return T::narrow(v, p);
+  typename T::Storage padded[kStep];
+  T::narrow(v, padded);
+  std::memcpy(p, padded, count * sizeof(*p));
 }
 
 // The largest of a tile, NaN ignored, +inf as the largest float.

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..attention import block_attention, kv_write, rope_table
 from ..cache import KVCache, Pass, Span
+from ..layers import compiled, rms_norm, swiglu
+from . import side_by_side
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,22 @@ class RMSNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if shape.norm_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if compiled(x, self.weight):
+            return rms_norm(x, self.weight, eps=self.eps, bias=self.bias)
         y = x.to(torch.promote_types(x.dtype, torch.float32))
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         y = self.weight * y.to(x.dtype)
         return y if self.bias is None else y + self.bias
+
+    def of_sum(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + delta, the residual stream, and its norm."""
+        if delta is None:
+            return x, self(x)
+        if compiled(x, delta, self.weight) and side_by_side.plain(self, RMSNorm):
+            y, x = rms_norm(x, self.weight, eps=self.eps, bias=self.bias, delta=delta)
+            return x, y
+        x = x + delta
+        return x, self(x)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -127,15 +141,39 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """x (..., width) -> (..., width)"""
-        s, y = self.shape, self.norm1(x)
-        q = self.q(y).unflatten(-1, (s.heads, s.head_dim))
-        k = self.k(y).unflatten(-1, (s.kv_heads, s.head_dim))
-        v = self.v(y).unflatten(-1, (s.kv_heads, s.head_dim))
+        x, delta = self.layers(x, None, attend)
+        return x + delta
+
+    def layers(self, x: Tensor, delta: Tensor | None, attend: Attend) -> tuple[Tensor, Tensor]:
+        """Of the input x + delta (..., width): the stream x before the last sum, and what is to be added."""
+        s = self.shape
+        x, y = self.norm1.of_sum(x, delta)
+        q, k, v = (
+            t.unflatten(-1, (-1, s.head_dim)) for t in side_by_side.project(y, (self.q, self.k, self.v))
+        )
         if s.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        x = x + self.o(attend(q, k, v).flatten(-2))
-        y = self.norm2(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+        x, y = self.norm2.of_sum(x, self.o(attend(q, k, v).flatten(-2)))
+        gate, up = side_by_side.project(y, (self.gate, self.up))
+        return x, self.down(swiglu(gate, up) if compiled(gate, up) else F.silu(gate) * up)
+
+    def groups(self) -> Iterator[list[nn.Parameter]]:
+        """The weights (and biases) that belong side by side, where no adapter stands among them."""
+        return side_by_side.parameters(((self.q, self.k, self.v), (self.gate, self.up)))
+
+    def train(self, mode: bool = True) -> Block:
+        if mode:
+            for group in self.groups():
+                side_by_side.separate(group)
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Block:
+        joined = [side_by_side.whole(group) is not None for group in self.groups()]
+        super()._apply(fn, recurse)  # copies one parameter after another
+        for group, was_joined in zip(self.groups(), joined, strict=True):
+            if was_joined:
+                side_by_side.join(group)
+        return self
 
 
 class Model(nn.Module):
@@ -269,7 +307,7 @@ class Model(nn.Module):
         if len(input_ids) != len(plan.positions):
             raise ValueError(f"input_ids: expected ({len(plan.positions)},), got {tuple(input_ids.shape)}")
         cos, sin = self._rope_of(cache.length)
-        x = self.embed(input_ids)
+        x, delta = self.embed(input_ids), None
         for layer, block in enumerate(self.blocks):
             keys, values = cache.layer(layer)
 
@@ -299,8 +337,11 @@ class Model(nn.Module):
                     longest_length=plan.longest_length,
                 )
 
-            x = block(x, attend)
-        return self.norm(x)
+            if side_by_side.plain(block, Block):
+                x, delta = block.layers(x, delta, attend)
+            else:
+                x, delta = block(x if delta is None else x + delta, attend), None
+        return self.norm.of_sum(x, delta)[1]
 
     def spans(self, row: int, start: int, end: int, length: int) -> list[Span]:
         """Positions [start, end) of sequence `row`, which has `length`, with what each may see."""
@@ -337,6 +378,24 @@ class Model(nn.Module):
                 f"got {every_n_layers} and {offload}"
             )
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+
+    def groups(self) -> Iterator[list[nn.Parameter]]:
+        """Those of every layer, see `Block.groups`."""
+        for block in self.blocks:
+            if isinstance(block, Block):
+                yield from block.groups()
+
+    def fuse(self) -> Model:
+        """Lay q, k and v, and gate and up, of each layer side by side: `step` then multiplies once by them.
+
+        No name, value or parameter object changes, and no weight is held twice. `load` does this on a GPU
+        (on a CPU the file stays mapped). `to` keeps it; `train` undoes it, since some that save a model in
+        training take slices of one storage for copies of one tensor; a copy of the model is without it until
+        it is asked again.
+        """
+        for group in self.groups():
+            side_by_side.join(group)
+        return self
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., width)."""

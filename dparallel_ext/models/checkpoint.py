@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import side_by_side
 from .base import Model
 from .dream import Dream
 from .fast_dllm import FastDLLM
@@ -34,11 +35,13 @@ def load(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    fuse: bool | None = None,
 ) -> Model:
     """Load a checkpoint of one of `FAMILIES`: a directory with config.json and (sharded) safetensors.
 
     Tensors are memory-mapped and go straight to `device` (default: CPU) and `dtype` (default: as
-    stored). The model comes in evaluation mode.
+    stored). The model comes in evaluation mode. `fuse`: as `Model.fuse` would leave it, each tensor read to
+    its place; default: unless on the CPU.
 
     Raises:
         FileNotFoundError: naming what is not there.
@@ -51,7 +54,8 @@ def load(
         raise FileNotFoundError(f"path: no directory {directory}")
     config = _json(directory / "config.json")
     stored = _stored(_files(directory), str(device or "cpu"), dtype)
-    return _assemble(config, stored, f"path: {directory}")
+    fuse = torch.device(device or "cpu").type != "cpu" if fuse is None else fuse
+    return _assemble(config, stored, f"path: {directory}", fuse)
 
 
 def wrap(hf_model: nn.Module) -> Model:
@@ -108,7 +112,7 @@ def save(
 Offer = tuple[str, tuple[int, ...], Callable[[], Tensor]]
 
 
-def _assemble(config: Mapping[str, Any], tensors: Iterable[Offer], source: str) -> Model:
+def _assemble(config: Mapping[str, Any], tensors: Iterable[Offer], source: str, fuse: bool = False) -> Model:
     """The model of `config`, holding `tensors`: nothing is allotted or initialised beside them."""
     family = FAMILIES.get(config.get("model_type", ""))
     if family is None:
@@ -116,6 +120,7 @@ def _assemble(config: Mapping[str, Any], tensors: Iterable[Offer], source: str) 
     with torch.device("meta"):
         model = family(config)
     wanted = {theirs: (ours, p) for theirs, ours, p in model.checkpoint_parameters()}
+    places = side_by_side.Places(model.groups() if fuse else ())
     # A tied head may be stored all the same.
     known = {*wanted, model.checkpoint_name("lm_head.weight")} if model.shape.tied else set(wanted)
     found: set[str] = set()
@@ -133,7 +138,7 @@ def _assemble(config: Mapping[str, Any], tensors: Iterable[Offer], source: str) 
             faults.append(f"{name} is {tensor.dtype}, expected a floating-point type")
             continue
         module, _, parameter = ours.rpartition(".")
-        held = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+        held = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(places.put(expected, tensor))
         setattr(model.get_submodule(module), parameter, held)
     faults += [f"{name} is missing" for name in sorted(set(wanted) - found)]
     faults += [f"{name} is unexpected" for name in sorted(found - known)]

@@ -607,6 +607,64 @@ void block_attention_case() {
           "a segment alone is not what it is among others");
 }
 
+// A tensor [count, width] of rows in one or two strides, in memory of exact size.
+struct StridedRows {
+  RowStrides rows;
+  Numbers numbers;
+
+  StridedRows(DType dtype, int64_t count, int64_t width)
+      : rows(strides(count, width)),
+        numbers(dtype, count == 0 ? 0 : rows.offset(count - 1) + width) {}
+  static RowStrides strides(int64_t count, int64_t width) {
+    const int64_t inner = width + one_of({0, 0, 8, 3});
+    const int64_t rows = chance(0.5) ? std::max<int64_t>(1, count) : 1 + below(3);
+    return {rows, rows * inner + one_of({0, 8, 5}), inner};
+  }
+};
+
+void rms_norm_case() {
+  const DType dtype = one_of({DType::float32, DType::bfloat16, DType::float16});
+  const int64_t width = one_of({1, 5, 64, 80, 128, 1024, 1032, 4096, 5000}), count = below(20);
+  const StridedRows x(dtype, count, width), delta(dtype, count, width);
+  const Numbers weight(dtype, width), bias(dtype, width);
+  Numbers out(dtype, count * width), out2(out), sum(out), sum2(out);
+  const bool adds = chance(0.5);
+  RmsNormArgs args{dtype,
+                   x.numbers.memory.get(),
+                   adds ? delta.numbers.memory.get() : nullptr,
+                   x.rows,
+                   delta.rows,
+                   count,
+                   width,
+                   weight.memory.get(),
+                   chance(0.3) ? bias.memory.get() : nullptr,
+                   one_of({1e-5f, 1e-6f, 0.1f}),
+                   adds ? sum.memory.get() : nullptr,
+                   out.memory.get()};
+  cpu::rms_norm(args, serial);
+  args.sum = adds ? sum2.memory.get() : nullptr;
+  args.out = out2.memory.get();
+  cuda::rms_norm(args, nullptr);
+  near(out2, out, "out");
+  near(sum2, sum, "sum");
+}
+
+void swiglu_case() {
+  const DType dtype = one_of({DType::float32, DType::bfloat16, DType::float16});
+  const int64_t width = one_of({1, 7, 64, 1032}), count = below(9);
+  StridedRows gate(dtype, count, width), up(dtype, count, width);
+  for (int64_t i = 0; i < gate.numbers.count; ++i)
+    if (chance(0.1)) gate.numbers.set(i, one_of({-1e4, -90.0, -20.0, 60.0, 3e4, NAN * 1.0}));
+  Numbers out(dtype, count * width), out2(out);
+  SwigluArgs args{
+      dtype, gate.numbers.memory.get(), up.numbers.memory.get(), gate.rows, up.rows, count,
+      width, out.memory.get()};
+  cpu::swiglu(args, serial);
+  args.out = out2.memory.get();
+  cuda::swiglu(args, nullptr);
+  near(out2, out, "out");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -615,16 +673,19 @@ int main(int argc, char** argv) {
   for (int i = 0; i < cases; ++i) {
     engine.seed(seed * 1000003 + static_cast<uint64_t>(i));
     cuda_host::seed(engine());
-    const int64_t op = argc > 3 ? std::atoi(argv[3]) : below(6);
-    const char* const names[] = {"row_stats", "select",         "unmask", "certainty_forcing_loss",
-                                 "kv_write",  "block_attention"};
+    const int64_t op = argc > 3 ? std::atoi(argv[3]) : below(8);
+    const char* const names[] = {
+        "row_stats", "select",          "unmask",   "certainty_forcing_loss",
+        "kv_write",  "block_attention", "rms_norm", "swiglu"};
     now = std::string(names[op]) + " of seed " + argv[1] + ", case " + std::to_string(i);
     if (op == 0) row_stats_case();
     else if (op == 1) select_case();
     else if (op == 2) unmask_case();
     else if (op == 3) loss_case();
     else if (op == 4) kv_write_case();
-    else block_attention_case();
+    else if (op == 5) block_attention_case();
+    else if (op == 6) rms_norm_case();
+    else swiglu_case();
   }
   std::printf("%d cases, no difference\n", cases);
   return 0;

@@ -141,6 +141,40 @@ struct BlockAttentionArgs {
   void* out;  // [count, q_heads, head_dim] contiguous, zero before
 };
 
+// Rows of contiguous numbers, as those of Logits: row r = outer * inner_rows + inner.
+struct RowStrides {
+  int64_t inner_rows, outer, inner;
+
+  DP_HD int64_t offset(int64_t row) const {
+    return (row / inner_rows) * outer + (row % inner_rows) * inner;
+  }
+};
+
+// out = weight * round(s / sqrt(mean(s^2) + eps)) + bias, s = x + delta. Each operation is computed
+// in float32 and rounded to the dtype, as by the modules that it stands for.
+struct RmsNormArgs {
+  DType dtype;        // of all: float32, bfloat16 or float16
+  const void* x;      // [count, width]
+  const void* delta;  // [count, width], or null
+  RowStrides x_rows, delta_rows;
+  int64_t count, width;
+  const void* weight;  // [width]
+  const void* bias;    // [width], or null
+  float eps;
+  void* sum;  // [count, width] contiguous, where there is a delta: s
+  void* out;  // [count, width] contiguous
+};
+
+// out = round(gate / (1 + exp(-gate))) * up
+struct SwigluArgs {
+  DType dtype;  // float32, bfloat16 or float16
+  const void* gate;
+  const void* up;  // [count, width]
+  RowStrides gate_rows, up_rows;
+  int64_t count, width;
+  void* out;  // [count, width] contiguous
+};
+
 namespace cpu {
 // parallel(n, body): body(begin, end) over [0, n) on torch's threads.
 using Body = void (*)(int64_t begin, int64_t end, const void* context);
@@ -153,6 +187,8 @@ void certainty_forcing_loss(const LossArgs& args, Parallel parallel);
 void certainty_forcing_loss_backward(const LossBackwardArgs& args, Parallel parallel);
 void kv_write(const KvWriteArgs& args, Parallel parallel);
 void block_attention(const BlockAttentionArgs& args, Parallel parallel);
+void rms_norm(const RmsNormArgs& args, Parallel parallel);
+void swiglu(const SwigluArgs& args, Parallel parallel);
 const char* simd_level();  // "avx512", "avx2" or "portable"
 }  // namespace cpu
 
@@ -179,6 +215,8 @@ int kv_write(const KvWriteArgs& args, void* stream);
 int64_t block_attention_scratch(const BlockAttentionArgs& args);
 int64_t block_attention_counters(const BlockAttentionArgs& args);
 int block_attention(const BlockAttentionArgs& args, const Workspace& workspace, void* stream);
+int rms_norm(const RmsNormArgs& args, void* stream);
+int swiglu(const SwigluArgs& args, void* stream);
 const char* error_string(int code);
 }  // namespace cuda
 

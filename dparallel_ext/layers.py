@@ -1,0 +1,142 @@
+"""The layers between a transformer's matrix products, each in one pass: `rms_norm` and `swiglu`.
+
+Both round where the modules they stand for do, so that a model's tokens stay what they were.
+"""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from . import _C
+from .ops import _rows_view
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DEVICES = {"cpu", *_C.build_info()["backends"].split()}
+
+
+def compiled(*inputs: Tensor | None) -> bool:
+    """Whether these ops compute with such inputs: of one dtype, on a built backend, no gradient wanted."""
+    first, *others = (t for t in inputs if t is not None)
+    assert first is not None
+    return (
+        not torch.is_grad_enabled()
+        and first.dtype in DTYPES
+        and first.device.type in _DEVICES
+        and all(t.dtype == first.dtype for t in others)
+    )
+
+
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float, bias: Tensor | None = None, delta: None = None
+) -> Tensor: ...
+
+
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float, bias: Tensor | None = None, delta: Tensor
+) -> tuple[Tensor, Tensor]: ...
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float, bias: Tensor | None = None, delta: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """weight * s / sqrt(mean(s^2) + eps) + bias of each row s = x + delta (arXiv 1910.07467), in one pass.
+
+    Computed in float32 and rounded to the dtype after the sum s, the normalisation, the product and the
+    sum with the bias, as by a model that does these one by one. No gradient.
+
+    Args:
+        x: (..., width) float32, bfloat16 or float16, any strides (rows are made contiguous).
+        weight, bias: (width,), the dtype of x.
+        eps: added to the mean square.
+        delta: as x; what the last layer adds to the residual stream x.
+
+    Returns:
+        y (..., width), contiguous; with delta (y, s).
+
+    Raises:
+        ValueError: naming the argument that does not fit; also where a gradient would be lost.
+    """
+    _check("x", x)
+    _like("weight", weight, x, x.shape[-1:])
+    if bias is not None:
+        _like("bias", bias, x, x.shape[-1:])
+    if delta is not None:
+        _like("delta", delta, x, x.shape)
+    y, s = torch.ops.dparallel.rms_norm(
+        _rows_view(x),
+        None if delta is None else _rows_view(delta),
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        eps,
+    )
+    if x.ndim != y.ndim:
+        y, s = y.view(x.shape), s if delta is None else s.view(x.shape)
+    return y if delta is None else (y, s)
+
+
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """silu(gate) * up, silu(z) = z / (1 + exp(-z)) (arXiv 2002.05202), in one pass.
+
+    Computed in float32; silu and the product are each rounded to the dtype. No gradient.
+
+    Args:
+        gate: (..., width) float32, bfloat16 or float16, any strides (rows are made contiguous); without
+            `up` (..., 2 * width), the gate's half and then up's, as one matrix product yields them.
+        up: as gate.
+
+    Returns:
+        (..., width), contiguous.
+
+    Raises:
+        ValueError: naming the argument that does not fit; also where a gradient would be lost.
+    """
+    _check("gate", gate)
+    if up is None:
+        if gate.shape[-1] % 2:
+            raise ValueError(f"gate: expected an even size, two halves, without up, got {gate.shape[-1]}")
+        gate, up = gate.chunk(2, -1)
+    else:
+        _like("up", up, gate, gate.shape)
+    out: Tensor = torch.ops.dparallel.swiglu(_rows_view(gate), _rows_view(up))
+    return out if out.ndim == gate.ndim else out.view(gate.shape)
+
+
+def _check(name: str, given: Tensor) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(given).__name__}")
+    if given.dtype not in DTYPES:
+        raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {given.dtype}")
+    if given.ndim < 1 or given.shape[-1] < 1:
+        raise ValueError(f"{name}: expected (..., width) with width >= 1, got {tuple(given.shape)}")
+    if given.requires_grad:
+        _refuse_gradient(name)
+
+
+def _like(name: str, given: Tensor, like: Tensor, shape: torch.Size) -> None:
+    if given.dtype != like.dtype or given.shape != shape or given.device != like.device:
+        raise ValueError(
+            f"{name}: expected {like.dtype} {tuple(shape)} on {like.device}, "
+            f"got {given.dtype} {tuple(given.shape)} on {given.device}"
+        )
+    if given.requires_grad:
+        _refuse_gradient(name)
+
+
+def _refuse_gradient(name: str) -> None:
+    if torch.is_grad_enabled():
+        raise ValueError(f"{name}: requires a gradient, which this op does not have; use torch.no_grad()")
+
+
+@torch.library.register_fake("dparallel::rms_norm")
+def _(x, delta, weight, bias, eps):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), x.new_empty((0,) if delta is None else x.shape)
+
+
+@torch.library.register_fake("dparallel::swiglu")
+def _(gate, up):  # type: ignore[no-untyped-def]
+    return gate.new_empty(gate.shape)

@@ -1,0 +1,107 @@
+"""Weights that read the same input, side by side in memory, so that one matrix product serves them.
+
+Each stays a parameter of its own: a slice of a storage that they share. Whether they still lie so is seen
+from their addresses, so whatever moves or replaces one (an adapter, a sharder, `.data = `) merely brings
+back one product each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeGuard, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Kind = TypeVar("Kind", bound=nn.Module)
+
+
+def whole(parts: Sequence[Tensor]) -> Tensor | None:
+    """(rows, ...) of all parts (rows_i, ...), in their own memory; None where they are not side by side."""
+    first = parts[0]
+    ordinary = all(type(part) in (nn.Parameter, Tensor) for part in parts)  # not sharded, fake or quantised
+    if torch.compiler.is_compiling() or not ordinary or first.is_meta:
+        return None
+    at, storage, rows = first.data_ptr(), first.untyped_storage().data_ptr(), 0
+    for part in parts:
+        if (
+            part.data_ptr() != at
+            or part.untyped_storage().data_ptr() != storage
+            or part.dtype != first.dtype
+            or part.shape[1:] != first.shape[1:]
+            or not part.is_contiguous()
+        ):
+            return None
+        at += part.nbytes
+        rows += len(part)
+    return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+
+
+def plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
+    """Whether calling `module` does what its class says and nothing beside: no hook, nothing in its place."""
+    return (
+        type(module) is kind
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and "forward" not in module.__dict__
+        and module._compiled_call_impl is None
+    )
+
+
+def project(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
+    """Each layer's output of x, by one matrix product where that may be."""
+    linear = [layer for layer in layers if plain(layer, nn.Linear)]
+    if not torch.is_grad_enabled() and len(linear) == len(layers):
+        weight = whole([layer.weight for layer in linear])
+        biases = [layer.bias for layer in linear if layer.bias is not None]
+        bias = whole(biases) if len(biases) == len(linear) else None
+        if weight is not None and (bias is not None or not biases):
+            return F.linear(x, weight, bias).split([layer.out_features for layer in linear], -1)
+    return [layer(x) for layer in layers]
+
+
+def parameters(groups: Sequence[Sequence[nn.Module]]) -> Iterator[list[nn.Parameter]]:
+    """The weights, and the biases, of each group of layers that are plain linear ones."""
+    for layers in groups:
+        for leaf in ("weight", "bias"):
+            found = [getattr(layer, leaf) for layer in layers if type(layer) is nn.Linear]
+            parts = [part for part in found if type(part) is nn.Parameter]
+            if len(parts) == len(layers):
+                yield parts
+
+
+class Places:
+    """Where the parameters of a model that is being read go, so that each group comes to lie side by side."""
+
+    def __init__(self, groups: Iterable[list[nn.Parameter]]) -> None:
+        self.group_of = {id(part): group for group in groups for part in group}
+        self.joined: dict[int, Tensor] = {}
+
+    def put(self, parameter: nn.Parameter, tensor: Tensor) -> Tensor:
+        """`tensor` in the place of `parameter`, or as it is where that has no group."""
+        group = self.group_of.get(id(parameter))
+        if group is None:
+            return tensor
+        if id(group) not in self.joined:
+            self.joined[id(group)] = tensor.new_empty((sum(map(len, group)), *tensor.shape[1:]))
+        joined = self.joined[id(group)]
+        if joined.dtype != tensor.dtype:
+            return tensor
+        places = joined.split([len(part) for part in group])
+        place = next(place for part, place in zip(group, places, strict=True) if part is parameter)
+        return place.copy_(tensor)
+
+
+def join(parts: Sequence[nn.Parameter]) -> None:
+    """Lay them side by side; they take new memory and leave the old."""
+    if whole(parts) is None and len({(p.dtype, p.device) for p in parts}) == 1:
+        joined = torch.cat([part.data for part in parts])
+        for part, data in zip(parts, joined.split([len(part) for part in parts]), strict=True):
+            part.data = data
+
+
+def separate(parts: Sequence[nn.Parameter]) -> None:
+    """Give each memory of its own again."""
+    if whole(parts) is not None:
+        for part in parts:
+            part.data = part.data.clone()
