@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp')
 
-.PHONY: install demo distill test lint format bench cuda-check clean
+.PHONY: install demo distill test lint format bench bench-report gpu cuda-check clean
 
 install: $(VENV)/built
 
@@ -40,6 +40,18 @@ format: install
 
 bench: install
 	$(BIN)/python -m benchmarks --out out/bench
+
+# The newest results of benchmarks/results and of `make bench`, into the README's figures.
+bench-report: install
+	$(BIN)/python -m benchmarks.report
+
+# Builds for the GPU that is there and measures it, with the PYTHON whose torch is a CUDA build (no .venv).
+GPU_OUT ?= out/gpu
+GPU_MINUTES ?= 30
+GPU_ARCH = $(shell $(PYTHON) -c "import torch; a, b = torch.cuda.get_device_capability(); print(f'{a}{b}' + 'a' * (a == 9))")
+gpu:
+	DPARALLEL_CUDA="$${DPARALLEL_CUDA:-$(GPU_ARCH)}" $(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m benchmarks.gpu --out $(GPU_OUT) --minutes $(GPU_MINUTES) $(GPU_FLAGS)
 
 cuda-check: install
 	$(BIN)/python tools/cuda_check.py --if-available

@@ -1,13 +1,31 @@
-"""What people would use instead, in plain torch, written from the formulas."""
+"""What people would use instead, in plain torch, written from the formulas; on any device.
+
+A commit takes (tokens (B, L), logits (B, L, V), mask_id, start, end, parameter of the rule) and fills masked
+positions of the window [start, end) in place.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+import dparallel_ext as dx
+
+backend = "inductor"
+"""Of every contender that torch.compile makes: on a GPU, inductor's kernels are Triton's."""
+
+Commit = Callable[[Tensor, Tensor, int, int, int], None]
+
+
+@functools.cache
+def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False, backend=backend)
 
 
 def published(tokens: Tensor, logits: Tensor, mask_id: int, start: int, end: int, threshold: float) -> None:
@@ -28,6 +46,20 @@ def published(tokens: Tensor, logits: Tensor, mask_id: int, start: int, end: int
             if rank == 0 or -score[b, position] <= threshold:
                 chosen[b, position] = True
     tokens[chosen] = best[chosen]
+
+
+def published_quota(tokens: Tensor, logits: Tensor, mask_id: int, start: int, end: int, quota: int) -> None:
+    """The published fixed schedule: the `quota` most confident of each window, by float64 softmax."""
+    p = logits.to(torch.float64).softmax(-1)  # (B, L, V)
+    p[..., mask_id] = -1.0
+    confidence, token = p.max(-1)
+    masked = tokens == mask_id
+    masked[:, :start] = False
+    masked[:, end:] = False
+    score = torch.where(masked, confidence, -torch.inf)
+    for b in range(len(tokens)):
+        best = score[b].topk(min(quota, int(masked[b].sum()))).indices
+        tokens[b, best] = token[b, best]
 
 
 def eager(tokens: Tensor, logits: Tensor, mask_id: int, start: int, end: int, threshold: float) -> None:
@@ -56,74 +88,146 @@ def commit(
     if not bool(masked.any()):
         return
     best, entropy = stats(logits[:, start:end][masked])
-    score = torch.full(window.shape, torch.inf)
+    score = entropy.new_full(window.shape, torch.inf)
     score[masked] = entropy
     keep = masked & ((score <= threshold) | (score == score.amin(1, keepdim=True)))
     window[keep] = best[keep[masked]]
 
 
-_compiled: Any = None
-
-
 def compiled(tokens: Tensor, logits: Tensor, mask_id: int, start: int, end: int, threshold: float) -> None:
-    """torch.compile of the above."""
-    global _compiled
-    if _compiled is None:
-        _compiled = torch.compile(statistics, dynamic=False)
-    commit(tokens, _compiled, logits, mask_id, start, end, threshold)
+    """torch.compile of its statistics."""
+    commit(tokens, compile_(statistics), logits, mask_id, start, end, threshold)
 
 
-def published_decode(
-    model: Any, prompt: Tensor, gen_length: int, block_length: int, threshold: float, cache: str = "none"
-) -> tuple[Tensor, int]:
-    """The published loop, batch 1, with the same forward pass as ours and its full LM head.
+def confidence(z: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
+    """Greatest probability and its token, of rows (..., V); the mask token is never chosen."""
+    z = z.float()
+    masks = torch.arange(z.shape[-1], device=z.device) == mask_id
+    best, token = torch.where(masks, -torch.inf, z).max(-1)
+    return (best - z.logsumexp(-1)).exp(), token
 
-    "none": the whole sequence each pass. "dual": one full pass a block, then the block alone, with the
-    published extra pass of a block that its full pass has completed.
+
+def compiled_quota(tokens: Tensor, logits: Tensor, mask_id: int, start: int, end: int, quota: int) -> None:
+    """`published_quota` in float32, of the window alone, without a loop, its statistics compiled."""
+    window = tokens[:, start:end]
+    sure, token = compile_(confidence)(logits[:, start:end], mask_id)
+    best = torch.where(window == mask_id, sure, -torch.inf).topk(min(quota, window.shape[1]), 1).indices
+    old = window.gather(1, best)
+    window.scatter_(1, best, torch.where(old == mask_id, token.gather(1, best), old))
+
+
+class Plain:
+    """The weights of one of our models in plain torch, as the published code runs them.
+
+    Called on x (B, Q) it gives the logits (B, Q, V) of every position: of whole sequences, whose keys and
+    values it keeps; or with `start` of the positions [start, start + Q), which see what was kept and
+    overwrite their part. `compiled`: each layer through torch.compile.
     """
-    length, mask_id = prompt.shape[1], model.mask_id
-    x = torch.cat((prompt, prompt.new_full((1, gen_length), mask_id)), 1)
-    forwards = 0
-    with torch.no_grad():
-        slots = model.new_cache(1, x.shape[1]) if cache == "dual" else None
-        for start in range(length, length + gen_length, block_length):
-            end, turn = start + block_length, 0
-            while turn == 0 or (turn == 1 and slots is not None) or bool((x[:, start:end] == mask_id).any()):
-                if slots is not None and turn > 0:
-                    plan = slots.plan(model.spans(0, start, end, x.shape[1]))
-                    logits = model.head(model.step(x[0, start:end], slots, plan))[None]
-                    published(x[:, start:end], logits, mask_id, 0, block_length, threshold)
-                elif slots is not None:
-                    plan = slots.plan(model.spans(0, 0, x.shape[1], x.shape[1]))
-                    logits = model.head(model.step(x[0], slots, plan))[None]
-                    published(x, logits, mask_id, start, end, threshold)
-                else:
-                    logits = model.head(model.hidden(x))
-                    published(x, logits, mask_id, start, end, threshold)
-                turn += 1
-                forwards += 1
-    return x, forwards
+
+    def __init__(self, model: dx.models.Model, compiled: bool = False) -> None:
+        self.model, state = model, model.state_dict()
+        self.layer = compile_(layer) if compiled else layer
+        self.kept: list[tuple[Tensor, Tensor]] = []
+
+        def of(name: str, index: int = 0) -> tuple[Tensor, Tensor | None]:
+            prefix = model.NAMES[name].format(index)
+            return state[f"{prefix}.weight"], state.get(f"{prefix}.bias")
+
+        names = [name for name in inspect.signature(layer).parameters if name in model.NAMES]
+        self.layers = [{name: of(name, i) for name in names} for i in range(model.shape.layers)]
+        self.embed, self.norm = of("embed")[0], of("norm")[0]
+        self.head = (self.embed, None) if model.shape.tied else of("lm_head")
+
+    def __call__(self, x: Tensor, start: int | None = None) -> Tensor:
+        s, first = self.model.shape, start or 0
+        h = functional.embedding(x, self.embed)  # (B, Q, width)
+        cos, sin = dx.rope_table(first + x.shape[1], s.head_dim, s.rope_theta, device=x.device)
+        cos, sin = (t[first:].to(torch.float32 if s.rope_in_float32 else h.dtype) for t in (cos, sin))
+        if start is None:
+            self.kept = []
+        for i, weights in enumerate(self.layers):
+            old = None if start is None else self.kept[i]
+            h, *new = self.layer(h, cos, sin, old, first, s.head_dim, s.eps, **weights)
+            if start is None:
+                self.kept.append((new[0], new[1]))
+        h = rms_norm(h, self.norm, s.eps)
+        logits = functional.linear(h, *self.head)
+        if s.logit_scale != 1.0:
+            logits = logits * s.logit_scale
+        return torch.cat((logits[:, :1], logits[:, :-1]), 1) if self.model.shift else logits
 
 
-def published_quota_decode(
-    model: Any, prompt: Tensor, gen_length: int, block_length: int, quota: int
+def layer(
+    x: Tensor, cos: Tensor, sin: Tensor, kept: Any, first: int, head_dim: int, eps: float, *,
+    norm1: Any, q: Any, k: Any, v: Any, o: Any, norm2: Any, gate: Any, up: Any, down: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """One layer of `Plain`: x (B, Q, width) -> the same, and keys and values (B, Hkv, L, D)."""
+    linear, count = functional.linear, x.shape[1]
+    y = rms_norm(x, norm1[0], eps)
+    query, key, value = (linear(y, *w).unflatten(-1, (-1, head_dim)).transpose(1, 2) for w in (q, k, v))
+    query, key = (rotate(t, cos, sin) for t in (query, key))
+    if kept is not None:
+        for old, new in zip(kept, (key, value), strict=True):
+            old[:, :, first : first + count] = new
+        key, value = kept
+    grouped = query.shape[1] != key.shape[1]
+    y = functional.scaled_dot_product_attention(query, key, value, enable_gqa=grouped)
+    x = x + linear(y.transpose(1, 2).flatten(-2), *o)
+    y = rms_norm(x, norm2[0], eps)
+    return x + linear(functional.silu(linear(y, *gate)) * linear(y, *up), *down), key, value
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """In float32, scaled in the dtype of x, as published."""
+    y = x.float()
+    return weight * (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Half-split rotary embedding of x (..., Q, D) by cos, sin (Q, D / 2), in their dtype."""
+    a, b = x.to(cos.dtype).chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+def kv_write(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, cos: Tensor, sin: Tensor
 ) -> Tensor:
-    """The published loop without a cache, committing the `quota` most confident tokens a pass."""
-    length, mask_id = prompt.shape[1], model.mask_id
-    x = torch.cat((prompt, prompt.new_full((1, gen_length), mask_id)), 1)
-    with torch.no_grad():
-        for start in range(length, length + gen_length, block_length):
-            end = start + block_length
-            while bool((x[:, start:end] == mask_id).any()):
-                p = model(x).logits.double().softmax(-1)  # (1, L, V)
-                p[..., mask_id] = -1.0
-                confidence, token = p.max(-1)
-                masked = x == mask_id
-                masked[:, end:] = False
-                score = torch.where(masked, confidence, -torch.inf)
-                best = score.topk(quota, dim=1).indices
-                x[0, best[0]] = token[0, best[0]]
-    return x
+    """q (N, H, D) rotated by cos, sin (N, D / 2); k, rotated, and v to rows `slots` (N,) of the caches."""
+    keys[slots] = rotate(k, cos[:, None], sin[:, None])
+    values[slots] = v
+    return rotate(q, cos[:, None], sin[:, None])
+
+
+@torch.no_grad()
+def published_decode(
+    forward: Callable[..., Tensor],
+    prompt: Tensor,
+    mask_id: int,
+    gen_length: int,
+    block_length: int,
+    commit: Commit,
+    cache: str = "none",
+) -> tuple[Tensor, int]:
+    """The published loop. Returns tokens (B, P + gen_length) and the passes.
+
+    `forward` is a `Plain`, or for cache "none" a function (x, start) -> logits of the whole. "none": the
+    whole sequence each pass. "dual": one full pass a block, then the block alone, with the published extra
+    pass of a block that its full pass has completed. Dream's full pass fills the block's first position.
+    """
+    alone = cache == "dual" and isinstance(forward, Plain) and forward.model.shift
+    length = prompt.shape[1]
+    x = torch.cat((prompt, prompt.new_full((len(prompt), gen_length), mask_id)), 1)
+    forwards = 0
+    for start in range(length, length + gen_length, block_length):
+        end, turn = start + block_length, 0
+        while turn == 0 or (turn == 1 and cache == "dual") or bool((x[:, start:end] == mask_id).any()):
+            if cache == "dual" and turn > 0:
+                commit(x[:, start:end], forward(x[:, start:end], start), mask_id, 0, block_length)
+            else:
+                commit(x, forward(x, None), mask_id, start, start + 1 if alone else end)
+            turn += 1
+            forwards += 1
+    return x, forwards
 
 
 def published_loss(logits: Tensor, labels: Tensor, active: Tensor) -> Tensor:
@@ -151,15 +255,9 @@ def row_loss(z: Tensor, y: Tensor) -> Tensor:
     return nll + 2.0 * (entropy * gated).sum() / gated.sum().clamp(min=1)
 
 
-_compiled_loss: Any = None
-
-
 def compiled_loss(logits: Tensor, labels: Tensor, active: Tensor) -> Tensor:
     """torch.compile of the above."""
-    global _compiled_loss
-    if _compiled_loss is None:
-        _compiled_loss = torch.compile(row_loss, dynamic=False)
-    return _compiled_loss(logits[active], labels[active])
+    return compile_(row_loss)(logits[active], labels[active])
 
 
 def masked_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:

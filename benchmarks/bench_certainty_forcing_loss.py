@@ -35,15 +35,21 @@ CONTENDERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def inputs() -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (1, 256, V), labels that half of the rows get right, and the active rows."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(1, ROWS, VOCAB, generator=generator)
-    labels = torch.randint(0, VOCAB, (1, ROWS), generator=generator)
-    logits[0, torch.arange(ROWS), labels[0]] += 14.0 * (torch.arange(ROWS) % 2)
-    active = torch.zeros(1, ROWS, dtype=torch.bool)
-    active[0, 96 : 96 + ACTIVE] = True
-    return logits.to(torch.bfloat16).requires_grad_(), labels, active
+def inputs(
+    rows: int = ROWS,
+    active: slice = slice(96, 96 + ACTIVE),
+    vocab: int = VOCAB,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (1, rows, V), labels that half of the rows get right, and the active rows."""
+    random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    logits = torch.randn(1, rows, vocab, **random)
+    labels = torch.randint(0, vocab, (1, rows), **random)
+    at = torch.arange(rows, device=device)
+    logits[0, at, labels[0]] += 14.0 * (at % 2)
+    chosen = torch.zeros(1, rows, dtype=torch.bool, device=device)
+    chosen[0, active] = True
+    return logits.to(torch.bfloat16).requires_grad_(), labels, chosen
 
 
 def step(contender: str, logits: Tensor, labels: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,13 +82,15 @@ def test_certainty_forcing_loss(benchmark: Any, read_bandwidth: float, contender
 WIDTH = 1024
 
 
-def linear_inputs(rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden (rows, 1024), a frozen head (V, 1024), labels, all rows active."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(rows, WIDTH, generator=generator).to(torch.bfloat16)
-    head = torch.empty(VOCAB, WIDTH, dtype=torch.bfloat16).normal_(0, 0.1, generator=generator)
-    labels = torch.randint(0, VOCAB, (rows,), generator=generator)
-    return hidden.requires_grad_(), head, labels, torch.ones(rows, dtype=torch.bool)
+def linear_inputs(
+    rows: int, width: int = WIDTH, vocab: int = VOCAB, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden (rows, width), a frozen head (V, width), labels, all rows active."""
+    random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    hidden = torch.randn(rows, width, **random).to(torch.bfloat16)
+    head = torch.randn(vocab, width, dtype=torch.bfloat16, **random) / 10
+    labels = torch.randint(0, vocab, (rows,), **random)
+    return hidden.requires_grad_(), head, labels, torch.ones(rows, dtype=torch.bool, device=device)
 
 
 def linear_step(hidden: Tensor, head: Tensor, labels: Tensor, active: Tensor) -> Tensor:
@@ -90,10 +98,12 @@ def linear_step(hidden: Tensor, head: Tensor, labels: Tensor, active: Tensor) ->
     return torch.autograd.grad(loss, hidden)[0]
 
 
-def linear_products(hidden: Tensor, head: Tensor, labels: Tensor, active: Tensor) -> None:
+def linear_products(
+    hidden: Tensor, head: Tensor, labels: Tensor, active: Tensor, megabytes: int = 32
+) -> None:
     """The matrix products of that step alone, in the same chunks: logits twice, and their gradient's."""
     with torch.no_grad():
-        for rows in hidden.split(32 * 2**20 // (VOCAB * 2)):
+        for rows in hidden.split(max(1, megabytes * 2**20 // (len(head) * 2))):
             logits = rows @ head.T
             logits = rows @ head.T
             logits @ head

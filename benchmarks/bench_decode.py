@@ -1,11 +1,13 @@
 """Decoding the model that ships, batch 1: the published loop in plain torch, and ours.
 
-The same weights, threshold and passes; tokens are compared. Floor: none is claimed, the forward pass is
-torch's.
+The same weights and threshold; tokens are compared in float32. Floor: none is claimed, since the matrix
+products are torch's.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 import statistics
 import time
@@ -46,8 +48,12 @@ def ours(cache: str) -> Callable[..., Any]:
 
 
 def published(cache: str) -> Callable[..., Any]:
+    commit = functools.partial(baselines.published, threshold=0.5)
+
     def run(model: Any, prompt: Tensor) -> Tensor:
-        return baselines.published_decode(model, prompt, tasks.GEN_LENGTH, 32, 0.5, cache=cache)[0]
+        return baselines.published_decode(
+            baselines.Plain(model), prompt, model.mask_id, tasks.GEN_LENGTH, 32, commit, cache
+        )[0]
 
     return run
 
@@ -56,7 +62,8 @@ def published(cache: str) -> Callable[..., Any]:
 def test_decode(benchmark: Any, model: Any, prompts: list[Tensor], cache: str) -> None:
     """20 problems a round, each round beside one of the published loop with the same cache."""
     run, baseline = ours(cache), published(cache)
-    same = sum(torch.equal(run(model, p), baseline(model, p)) for p in prompts)
+    exact = copy.deepcopy(model).float()  # in bfloat16 rounding decides between some tokens
+    same = sum(torch.equal(run(exact, p), baseline(exact, p)) for p in prompts)
     seconds = []
 
     def time_baseline() -> None:
@@ -70,6 +77,6 @@ def test_decode(benchmark: Any, model: Any, prompts: list[Tensor], cache: str) -
         lambda: [run(model, p) for p in prompts], setup=time_baseline, rounds=11, warmup_rounds=1
     )
     benchmark.extra_info.update(
-        contender=f"dparallel_ext ({same}/{PROBLEMS} with the same tokens)",
+        contender=f"dparallel_ext ({same}/{PROBLEMS} with the same tokens in float32)",
         baselines={"published": statistics.median(seconds)},
     )

@@ -139,7 +139,7 @@ def test_step(benchmark: Any, length: int, cache: str) -> None:
     step()
     benchmark.pedantic(step, rounds=15, warmup_rounds=3)
     benchmark.extra_info.update(
-        prompt=length, attention=min(seconds(attention(model, slots, plan)) for _ in range(10))
+        rows=length, attention=min(seconds(attention(model, slots, plan)) for _ in range(10))
     )
 
 

@@ -1,7 +1,7 @@
 """rms_norm with its residual, against torch's operations one after another, on rows of LLaDA-8B's width.
 
-Floor: x and delta read, their sum and its norm written: 4 * rows * width * bytes of an element. That is from memory:
-what a model has just written is still in a cache, and so it is here, the fewer rows the nearer.
+Floor: x and delta read, their sum and its norm written: 4 * rows * width * bytes of an element. That is from
+memory: what a model has just written is still in a cache, and so it is here, the fewer rows the nearer.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Floor: the logits of the masked rows of the window, read once: rows * V * 2 byte
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,14 +15,21 @@ from torch import Tensor
 
 import dparallel_ext as dx
 
-from . import baselines, gpu
+from . import baselines
 
 VOCAB, MASK, THRESHOLD = 126464, 126336, 0.5
 WINDOW = 32
 
 
 def step(tokens: Tensor, logits: Tensor, mask_id: int, start: int, end: int, threshold: float) -> None:
-    dx.unmask_(tokens, logits, mask_id=mask_id, start=start, end=end, threshold=threshold)
+    policy = policy_of(threshold, len(tokens), tokens.device)
+    dx.unmask_(tokens, logits, mask_id=mask_id, start=start, end=end, policy=policy)
+
+
+@functools.cache
+def policy_of(threshold: float, batch: int, device: torch.device) -> Tensor:
+    """On the device already: a decode makes it once, for all its passes."""
+    return dx.policies.make("entropy", threshold, batch=batch, device=device)
 
 
 CONTENDERS: dict[str, Callable[..., None]] = {
@@ -32,13 +40,15 @@ CONTENDERS: dict[str, Callable[..., None]] = {
 }
 
 
-def inputs(rows: int, vocab: int = VOCAB, mask_id: int = MASK) -> tuple[Tensor, Tensor]:
+def inputs(
+    rows: int, vocab: int = VOCAB, mask_id: int = MASK, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """All-masked tokens (1, rows) and logits (1, rows, vocab) whose entropies lie on both sides of 0.5."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(1, rows, vocab, generator=generator)
-    sure = torch.arange(rows) % 3
-    logits[0, torch.arange(rows), torch.randint(0, mask_id, (rows,), generator=generator)] += 8.0 * sure
-    return torch.full((1, rows), mask_id), logits.to(torch.bfloat16)
+    random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    logits = torch.randn(1, rows, vocab, **random)
+    at = torch.arange(rows, device=device)
+    logits[0, at, torch.randint(0, mask_id, (rows,), **random)] += 8.0 * (at % 3)
+    return torch.full((1, rows), mask_id, device=device), logits.to(torch.bfloat16)
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
@@ -60,31 +70,3 @@ def test_unmask(benchmark: Any, read_bandwidth: float, rows: int, contender: str
         rounds=5 if slow else 100,
         warmup_rounds=1 if slow else 10,
     )
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("rows", [32, 128, 512], ids=lambda rows: f"{rows}_rows")
-def test_unmask_cuda(benchmark: Any, rows: int) -> None:
-    """On a GPU, from a captured graph of 20 steps over logits larger than its cache."""
-    copies = max(2, int(2**28 / (rows * VOCAB * 2)))
-    tokens, logits = inputs(rows)
-    expected = tokens.clone()
-    step(expected, logits, MASK, 0, rows, THRESHOLD)
-    turns = [(tokens.cuda(), logits.cuda()) for _ in range(copies)]
-    fresh = tokens.cuda()
-
-    def steps() -> None:
-        for t, z in turns:
-            t.copy_(fresh)
-            step(t, z, MASK, 0, rows, THRESHOLD)
-
-    graph = gpu.capture(steps)
-    assert all(torch.equal(t.cpu(), expected) for t, _ in turns)
-    benchmark.group = f"unmask on a GPU, {rows} rows"
-    benchmark.extra_info.update(
-        contender="dparallel_ext",
-        seconds=gpu.median(graph, copies),
-        gpu=torch.cuda.get_device_name(),
-        floor=rows * VOCAB * 2 / gpu.copy_bandwidth(),
-    )
-    benchmark.pedantic(graph.replay, rounds=5)

@@ -1,46 +1,514 @@
-"""Timing on a GPU: captured graphs, CUDA events, and the speed of its memory."""
+"""One command that measures a GPU: tests, sanitizer, the card's two ceilings, every op, whole decodes.
+
+    python -m benchmarks.gpu --out DIR --minutes 9
+
+`make gpu` builds first. It writes to DIR, whole or not at all, as it goes: `results.json` (every figure, with
+GPU, driver, versions, commit, date), `report.md` and its plots, `tests.log` and the sanitizer's. The
+minutes are spread over the cases, the most important first; what they do not suffice for is listed as left
+out, and the same command with the same DIR goes on there. The measuring runs in a process of its own: a case
+that crashes or hangs it is listed as failed, and the rest go on in a new one.
+"""
 
 from __future__ import annotations
 
-import statistics
+import argparse
+import datetime
+import functools
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+
+import dparallel_ext as dx
+
+from . import baselines, cases, report
+from .cases import CASES, OURS, Case, Work
+
+ROOT = Path(__file__).resolve().parent.parent
+STALL = 240.0
+"""Seconds without a new figure, after which a case counts as hung."""
+LEAST, MOST = 3, 100
+"""Repeats of a measurement; with `--small` 2."""
 
 
-def capture(steps: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """A graph of `steps`, which run once before; replaying it costs the host one launch."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        steps()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        steps()
-    return graph
+class OutOfTime(Exception):
+    pass
 
 
-def seconds(run: Callable[[], None], rounds: int = 50, warmup: int = 5) -> list[float]:
-    """Of each round, by CUDA events."""
-    events = [
-        [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # before and after
-        for _ in range(warmup + rounds)
-    ]
-    for began, ended in events:
-        began.record()
-        run()
-        ended.record()
-    torch.cuda.synchronize()
-    return [began.elapsed_time(ended) / 1e3 for began, ended in events[warmup:]]
+# --- one place for timing ------------------------------------------------------------------------
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a copy of 512 MB: the best of ten."""
-    source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / min(seconds(lambda: target.copy_(source), rounds=10, warmup=1))
+class Clock:
+    """Times work on a device: by events on a GPU, by the clock on the CPU."""
+
+    def __init__(self, device: torch.device, deadline: float, small: bool) -> None:
+        self.device, self.deadline = device, deadline
+        self.least, self.most = (2, 2) if small else (LEAST, MOST)
+        self.cuda = device.type == "cuda"
+        size = 4 * torch.cuda.get_device_properties(device).L2_cache_size if self.cuda else 2**16
+        self._written, self._read = torch.zeros(2, max(size, 2**28 if self.cuda else 0) // 4, device=device)
+
+    def flush(self) -> None:
+        """A buffer larger than L2 is written, then another read, so that no line waits to be written back."""
+        self._written.fill_(1.0)
+        self._read.sum()
+
+    def stamp(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, a: Any, b: Any) -> float:
+        return float(a.elapsed_time(b)) / 1e3 if self.cuda else b - a
+
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    def repeat(
+        self,
+        call: Callable[[], Any],
+        *,
+        before: Callable[[], None],
+        less: Callable[[], Any] | None,
+        per: int,
+        seconds: float,
+    ) -> list[float]:
+        """Seconds of each repeat, until so many seconds have passed.
+
+        Several repeats are queued without waiting, so that the host is ahead of the device where it can be.
+        """
+
+        def one(what: Callable[[], Any]) -> tuple[Any, Any]:
+            before()
+            began = self.stamp()
+            what()
+            return began, self.stamp()
+
+        def turn() -> list[tuple[Any, Any]]:
+            return [one(call)] if less is None else [one(call), one(less)]
+
+        began = time.monotonic()
+        turn()
+        self.wait()
+        once = time.monotonic() - began
+        quick = self.most > 10 and once < seconds / 20
+        for _ in range(3 if quick else 0):  # a slow one is warm by now
+            turn()
+        self.wait()
+        times: list[float] = []
+        began = time.monotonic()
+        while len(times) < self.most and (len(times) < self.least or time.monotonic() - began < seconds):
+            if time.monotonic() > self.deadline:
+                raise OutOfTime
+            found = [turn() for _ in range(10 if quick else 1)]
+            self.wait()
+            for first, *rest in found:
+                taken = sum(self.between(*other) for other in rest)
+                times.append((self.between(*first) - taken) / per)
+        return times
+
+    def graph(self, steps: Callable[[], None]) -> Callable[[], None]:
+        """`steps` as one replay; on the CPU, themselves."""
+        if not self.cuda:
+            return steps
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            steps()
+            steps()
+        self.wait()
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured, stream=stream):
+            steps()
+        return captured.replay
 
 
-def median(graph: torch.cuda.CUDAGraph, steps: int) -> float:
-    """Seconds of one of the graph's equal steps."""
-    return statistics.median(seconds(graph.replay)) / steps
+def time_contender(clock: Clock, work: Work, name: str, condition: str, seconds: float) -> list[float]:
+    """Of a step under a condition: "cold" or "warm" L2, launched or from a graph."""
+    run, per = work.run[name], work.per
+    call: Callable[[], Any] = functools.partial(run, 0, 0)
+    less = functools.partial(work.less[name], 0, 0) if work.less else None
+    before = work.reset
+    if condition.startswith("graph"):
+
+        def steps() -> None:
+            for i in range(work.sets):
+                run(i, 0 if "warm" in condition else i)
+
+        work.reset()
+        call, per = clock.graph(steps), work.sets
+    elif condition == "cold":
+
+        def before() -> None:
+            work.reset()
+            clock.flush()
+
+    return clock.repeat(call, before=before, less=less, per=per, seconds=seconds)
+
+
+# --- the run, written as it goes -----------------------------------------------------------------
+
+
+class Run:
+    """What DIR holds."""
+
+    def __init__(self, out: Path, found: dict[str, Any]) -> None:
+        self.out, self.found = out, found
+
+    @classmethod
+    def load(cls, out: Path) -> Run:
+        return cls(out, report.load(out / "results.json"))
+
+    def save(self) -> None:
+        report.write(self.out / "results.json", report.dump(self.found))
+        report.write(self.out / "report.md", report.markdown(self.found))
+
+    def add(self, **record: Any) -> None:
+        self.found["records"].append(record)
+        self.save()
+        took = f"{1e6 * record['median']:.1f} us" if "median" in record else record["failed"]
+        print(f"{record['case']}: {record['contender']}, {record.get('condition', '')}: {took}", flush=True)
+
+    def leave_out(self, case: str, why: str) -> None:
+        self.found["left_out"] = [o for o in self.found["left_out"] if o["case"] != case]
+        self.found["left_out"].append({"case": case, "why": why})
+
+    def ceiling(self, of: str, amount: str) -> float | None:
+        """Bytes or FLOP a second, as measured."""
+        for record in self.found["records"]:
+            if record["case"] == of and "median" in record:
+                return record[amount] / record["median"]
+        return None
+
+    def floor(self, phases: list[tuple[float, float, int]]) -> float | None:
+        """Seconds at the measured bandwidth and matrix rate."""
+        bytes_, flop = self.ceiling(cases.COPY.name, "bytes"), self.ceiling(cases.MATMUL.name, "flop")
+        if bytes_ is None or flop is None:
+            return None
+        return sum(max(b / bytes_, f / flop) * times for b, f, times in phases)
+
+
+def measure(run: Run, device: torch.device, small: bool, only: str, deadline: float) -> None:
+    """Every case that is neither done nor left out by `only`."""
+    if small:
+        baselines.backend = "eager"  # the compiler alone would take minutes
+        torch.set_num_threads(1)
+    clock = Clock(device, deadline, small)
+    ceilings = (cases.COPY, cases.MATMUL)
+    chosen = [c for c in CASES if c in ceilings or re.search(only, c.name)]
+    todo = [c for c in chosen if c.name not in run.found["done"]]
+    for number, case in enumerate(todo):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            run.leave_out(case.name, "the minutes were over")
+            continue
+        run.found["running"] = case.name
+        run.save()
+        measure_case(run, clock, case, small, left / (8 * (len(todo) - number)))
+        run.found["running"] = None
+        torch.compiler.reset()  # its limit of shapes for a function
+        baselines.compile_.cache_clear()
+        if clock.cuda:
+            torch.cuda.empty_cache()
+    run.save()
+
+
+def measure_case(run: Run, clock: Clock, case: Case, small: bool, share: float) -> None:
+    about = {"case": case.name, "op": case.op}
+    try:
+        work = case.build(clock.device, small)
+        names = sorted(work.run, key=lambda name: name != OURS)
+        expected = result_of(work, next(iter(work.run)))
+    except Exception as error:
+        run.found["done"].append(case.name)
+        run.add(**about, contender=OURS, failed=f"{type(error).__name__}: {error}"[:500])
+        clock.wait()  # a dead context ends the process here
+        return
+    over = False
+    for name in names:
+        for condition in case.conditions:
+            if condition.startswith("graph") and name not in work.graphs:
+                continue
+            try:
+                if condition == case.conditions[0]:
+                    peak = peak_memory(clock, work, name, expected)
+                times = time_contender(clock, work, name, condition, min(1.0, share))
+                dx.check_errors()
+            except OutOfTime:
+                over = True
+                continue
+            except Exception as error:
+                failed = f"{type(error).__name__}: {error}"[:500]
+                run.add(**about, contender=name, condition=condition, failed=failed)
+                clock.wait()
+                break
+            record = report.figures(times, work.phases, run.floor(work.phases))
+            extra = {"tokens": work.tokens} if work.tokens else {}
+            extra |= {} if peak is None else {"peak_memory": peak}
+            run.add(**about, contender=name, condition=condition, **record, **extra)
+    if over:
+        run.leave_out(case.name, "the minutes were over within it")
+    else:
+        run.found["done"].append(case.name)
+        run.found["left_out"] = [o for o in run.found["left_out"] if o["case"] != case.name]
+
+
+def result_of(work: Work, name: str) -> Any:
+    work.reset()
+    found = work.run[name](0, 0)
+    return found.clone() if isinstance(found, Tensor) else found
+
+
+def peak_memory(clock: Clock, work: Work, name: str, expected: Any) -> int | None:
+    """Bytes that a step takes beyond what it is given; and its result is looked at."""
+    result_of(work, name)  # compiles
+    clock.wait()
+    peak = None
+    if clock.cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work.reset()
+        work.run[name](0, 0)
+        peak = torch.cuda.max_memory_allocated() - before
+    if not work.agree(result_of(work, name), expected):
+        raise ValueError(f"its result is not that of {next(iter(work.run))}")
+    return peak
+
+
+def once(device: torch.device) -> None:
+    """Each case's own step once, at small sizes: what the sanitizer watches."""
+    for case in CASES:
+        work = case.build(device, small=True)
+        if OURS in work.run:
+            result_of(work, OURS)
+            dx.check_errors()
+            print(case.name, flush=True)
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+
+def start(command: list[str], **settings: Any) -> subprocess.Popen[bytes]:
+    """A process that finds the packages of this checkout."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **settings)
+
+
+def watched(command: list[str], log: Path, seconds: float) -> tuple[int | None, str]:
+    """Exit code (None: cut at so many seconds) and output."""
+    with open(log, "w") as file:
+        process = start(command, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            code: int | None = process.wait(timeout=max(1.0, seconds))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            code = None
+    return code, log.read_text(errors="replace")
+
+
+def check(name: str, out: Path, seconds: float) -> dict[str, Any]:
+    """The GPU tests, or a tool of compute-sanitizer."""
+    began, log = time.monotonic(), out / f"{name}.log"
+    if name == "tests":
+        # These files alone: others import what a machine that only measures may lack.
+        tests = [
+            path
+            for path in sorted((ROOT / "tests").glob("test_*.py"))
+            if re.search("everywhere|device: str", path.read_text())
+        ]
+        command = [sys.executable, "-m", "pytest", *map(str, tests), "-m", "gpu", "-vv", "--tb=short"]
+        code, text = watched(command, log, seconds)
+        words = ("PASSED", "FAILED", "ERROR", "SKIPPED")
+        counts = {word: len(re.findall(rf" {word}\b.*%\]", text)) for word in words}
+        detail = ", ".join(f"{count} {word.lower()}" for word, count in counts.items() if count)
+    else:
+        tool = shutil.which("compute-sanitizer")
+        if tool is None:
+            return {
+                "name": name,
+                "status": "absent",
+                "detail": "no compute-sanitizer on PATH",
+                "seconds": 0.0,
+            }
+        known = subprocess.run([tool, "--help"], capture_output=True, text=True).stdout
+        option = next((o for o in ("--kernel-name", "--filter") if o in known), None)
+        own = [option, "kns=dparallel"] if option else []  # not torch's kernels
+        command = [
+            tool,
+            "--tool",
+            name,
+            "--error-exitcode",
+            "9",
+            *own,
+            sys.executable,
+            "-m",
+            "benchmarks.gpu",
+        ]
+        code, text = watched([*command, "--once", "--out", str(out)], log, seconds)
+        said = [line.strip("= ") for line in text.splitlines() if "SUMMARY" in line]
+        detail = said[-1] if said else "no summary"
+    status = "cut" if code is None else "passed" if code == 0 else "failed"
+    return {"name": name, "status": status, "detail": detail, "seconds": time.monotonic() - began}
+
+
+CHECKS = {"tests": 0.3, "memcheck": 0.1, "racecheck": 0.1}
+"""The most of the time that each may take."""
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    cuda = device.type == "cuda"
+    driver = "none"
+    if cuda and shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip() or "unknown"
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return {
+        "gpu": torch.cuda.get_device_name(device) if cuda else None,
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "liger": version("liger-kernel"),
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "simd": dx.simd_level(),
+        "built": dx.build_info(),
+    }
+
+
+def commit_of(root: Path) -> str:
+    """The commit, "+changes" where files differ from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    return commit + ("+changes" if git("status", "--porcelain") else "") if commit else "unknown"
+
+
+def begin(out: Path, device: torch.device, small: bool, commit: str) -> Run:
+    """A new run, or the one in `out` where it was of the same machine and commit."""
+    fresh: dict[str, Any] = {
+        "schema": report.SCHEMA,
+        "machine": machine(device),
+        "commit": commit,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "small": small,
+        "checks": [],
+        "records": [],
+        "done": [],
+        "left_out": [],
+        "running": None,
+    }
+    old = out / "results.json"
+    if old.exists() and re.fullmatch("[0-9a-f]{40}", commit):
+        found = report.load(old)
+        if all(found[key] == fresh[key] for key in ("machine", "commit", "small")):
+            return Run(out, found)
+    return Run(out, fresh)
+
+
+def supervise(out: Path, deadline: float, arguments: list[str]) -> None:
+    """The measuring in processes of their own, until every case is done, failed or left out."""
+    file = out / "results.json"
+    while True:
+        minutes = max(0.0, deadline - time.monotonic()) / 60
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu",
+            "--measure",
+            f"--minutes={minutes:.4f}",
+            *arguments,
+        ]
+        process = start(command)
+        why = ""
+        while process.poll() is None:
+            time.sleep(0.2)
+            if time.time() - file.stat().st_mtime > STALL:
+                process.kill()
+                why = f"no figure in {STALL:.0f} s: taken for hung"
+        run = Run.load(out)
+        case = run.found["running"]
+        if case is None:
+            if process.returncode:
+                sys.exit(f"benchmarks.gpu: measuring ended with exit code {process.returncode}")
+            return
+        run.found["running"] = None
+        run.found["done"].append(case)
+        failed = why or f"the process ended with exit code {process.returncode}"
+        run.add(case=case, op=next(c.op for c in CASES if c.name == case), contender=OURS, failed=failed)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="a directory")
+    parser.add_argument("--minutes", type=float, default=30.0, help="that all of it may take")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, no measurement; without a GPU too")
+    parser.add_argument("--only", default="", help="expression: cases and checks whose names match")
+    parser.add_argument("--commit", help="where the checkout has no .git")
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    deadline = time.monotonic() + 60 * options.minutes
+    if not torch.cuda.is_available() and not options.small:
+        parser.error("torch sees no GPU, and figures are of a GPU; --small runs every case at tiny sizes")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda" and "cuda" not in dx.build_info()["backends"]:
+        parser.error(f"dparallel_ext was built without CUDA ({dx.build_info()}): make gpu builds it")
+    if options.once:
+        once(device)
+        return 0
+    if options.measure:
+        measure(Run.load(options.out), device, options.small, options.only, deadline)
+        return 0
+    options.out = options.out.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    run = begin(options.out, device, options.small, options.commit or commit_of(ROOT))
+    run.save()
+    known = [c["name"] for c in run.found["checks"] if c["status"] == "passed"]
+    for name, share in CHECKS.items():
+        if device.type == "cuda" and name not in known and re.search(options.only, name):
+            print(f"{name} ...", flush=True)
+            seconds = min(share * 60 * options.minutes, deadline - time.monotonic())
+            found = check(name, options.out, seconds)
+            run.found["checks"] = [c for c in run.found["checks"] if c["name"] != name] + [found]
+            run.save()
+            print(f"{name}: {found['status']}, {found['detail']}", flush=True)
+    passed_on = ["--out", str(options.out), "--only", options.only, *(["--small"] if options.small else [])]
+    supervise(options.out, deadline, passed_on)
+    found = report.load(options.out / "results.json")
+    report.plots(found, options.out)
+    print(report.markdown(found))
+    print(f"written: {options.out}/results.json, report.md")
+    bad = [r for r in found["records"] if "failed" in r and r["contender"] == OURS]
+    bad += [c for c in found["checks"] if c["status"] == "failed"]
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import policies
 from .cache import KVCache, Span
 from .models import Model, traits
-from .ops import row_stats, select, unmask_
+from .ops import check_errors, row_stats, select, unmask_
 from .types import RowStats
 
 CACHES = ("none", "prefix", "dual", "block")
@@ -266,6 +266,8 @@ class Batch:
             self.forwards += 1
         finished = []
         left = self._masks(live)
+        if any(left[b] == self.rows[b].left for b in live):
+            check_errors(self.tokens.device)  # on a GPU a bad row commits nothing: without this, for ever
         for b in live:
             row = self.rows[b]
             wasteful = self.cache in ("prefix", "dual") and row.turn == 0
@@ -526,7 +528,7 @@ class Batch:
             blank = -1 if values.dtype == torch.int64 else math.nan
             whole = values.new_full(eligible.shape, blank)
             whole[at] = values
-            spread.append(whole)
+            spread.append(torch.where(eligible, whole, blank))  # on a GPU `at` is the whole window
         by_column = RowStats(*spread)
         chosen = policy(by_column, eligible, nfe)
         if not isinstance(chosen, Tensor) or chosen.shape != eligible.shape:

@@ -57,9 +57,9 @@ def row_stats(
     sample, chosen, logprob = token, p1, top1 - m - s.log()
     if temperature > 0:
         n = z.shape[0]
-        keys = [torch.as_tensor(k).expand(n) for k in (seed, sequence, step)]
-        where = torch.arange(n) if position is None else torch.as_tensor(position).expand(n)
-        noise = gumbel(keys[0], keys[1], where, keys[2], z.shape[1])
+        where = torch.arange(n) if position is None else position
+        keys = [torch.as_tensor(k, device=z.device).expand(n) for k in (seed, sequence, where, step)]
+        noise = gumbel(keys[0], keys[1], keys[2], keys[3], z.shape[1])
         sample = (open_ / temperature + noise).argmax(1)
         picked = z.gather(1, sample[:, None])[:, 0]
         chosen = (picked - m).exp() / s
@@ -81,7 +81,7 @@ def gumbel(seed: Tensor, sequence: Tensor, position: Tensor, step: Tensor, vocab
     low = 0xFFFFFFFF
     n, groups = len(seed), -(-vocab // 4)
     c = [
-        torch.arange(groups).expand(n, groups),
+        torch.arange(groups, device=seed.device).expand(n, groups),
         (step & low)[:, None].expand(n, groups),
         (position & low)[:, None].expand(n, groups),
         (sequence & low)[:, None].expand(n, groups),
@@ -118,7 +118,7 @@ def select(confidence: Tensor, margin: Tensor, entropy: Tensor, eligible: Tensor
         order = key.argsort(descending=True, stable=True)  # ties to the lowest position
         key = key[order]
         tau = torch.tensor(threshold, dtype=torch.float32)
-        rank = torch.arange(1, masked + 1)
+        rank = torch.arange(1, masked + 1, device=key.device)
         match list(policies.SELECTORS)[int(selector)]:
             case "confidence" | "margin":
                 n = int((key >= tau).sum())
@@ -155,9 +155,10 @@ def unmask_(
 ) -> UnmaskOutput:
     """See `dparallel_ext.unmask_`; `policy` (B, 5) rows only."""
     batch, length = tokens.shape
-    column = torch.arange(length)
-    first = torch.as_tensor(start).expand(batch)[:, None]
-    last = torch.as_tensor(length if end is None else end).expand(batch)[:, None]
+    here = tokens.device
+    column = torch.arange(length, device=here)
+    first = torch.as_tensor(start, device=here).expand(batch)[:, None]
+    last = torch.as_tensor(length if end is None else end, device=here).expand(batch)[:, None]
     window = (column >= first) & (column < last)
     needed = window & (tokens == mask_id)  # (B, L)
     flat = needed.flatten().nonzero()[:, 0]
@@ -165,7 +166,7 @@ def unmask_(
     of = flat // max(length, 1)
 
     def key(value: int | Tensor) -> Tensor:
-        return torch.as_tensor(value).expand(batch)[of]
+        return torch.as_tensor(value, device=here).expand(batch)[of]
 
     stats = row_stats(
         logits,
@@ -224,7 +225,7 @@ def certainty_forcing_loss(
         ce, certainty = ce / max(1, len(nll)), certainty / max(1, int(gated.sum()))
 
     def spread(x: Tensor) -> Tensor:
-        return torch.zeros(active.shape, dtype=x.dtype).masked_scatter(active, x)
+        return x.new_zeros(active.shape).masked_scatter(active, x)
 
     loss = ce + entropy_weight * certainty
     return CertaintyForcingLoss(loss, spread(nll), spread(entropy), spread(correct))

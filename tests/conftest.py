@@ -1,14 +1,77 @@
-"""Shared by the tests: comparison with the float64 oracle, and deterministic hypothesis runs."""
+"""Shared by the tests: the devices they run on, the oracle's bounds, deterministic hypothesis runs."""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import dparallel_ext as dx
 
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("ci")
+
+DEVICES = ["cpu"]
+if torch.cuda.is_available():
+    DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
+
+MAKERS = {
+    getattr(torch, name)
+    for name in (
+        "arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn",
+        "randperm", "tensor", "zeros",
+    )
+}  # fmt: skip
+
+
+class OnDevice(TorchFunctionMode):
+    """What a test makes is made on the CPU, so that it has the same numbers everywhere, and moved here.
+
+    What the library makes, and what names a device, stays where it is.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if function in MAKERS and not (kwargs and kwargs.get("device")):
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller.startswith(("test_", "conftest")):
+                gradient = made.requires_grad
+                made = made.detach().to(self.device).requires_grad_(gradient)
+        return made
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Of a test that runs on the CPU, and on the GPU where there is one: what it makes is made there."""
+    if request.param == "cpu":
+        yield "cpu"
+        return
+    with OnDevice(request.param):
+        yield request.param
+    dx.check_errors()  # no test leaves one unread
+
+
+everywhere = pytest.mark.usefixtures("device")
+"""Marks a test that runs on every device."""
+
+
+@contextmanager
+def refused(said: str) -> Iterator[None]:
+    """A bad row raises at once on the CPU, and on a GPU when the flag is read."""
+    with pytest.raises(ValueError, match=said):  # noqa: PT012
+        yield
+        dx.check_errors()
 
 
 def assert_stats_close(actual: Tensor, expected: Tensor, name: str) -> None:

@@ -37,17 +37,24 @@ WAYS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _there(device: str) -> None:
+    """Every test of this file runs on every device."""
+    for model in MODELS.values():
+        model.to(device)
+
+
 @pytest.fixture
-def sdar() -> SDAR:
-    model = models.load(GOLDEN / "sdar_tiny_a")
+def sdar(device: str) -> SDAR:
+    model = models.load(GOLDEN / "sdar_tiny_a", device=device)
     assert isinstance(model, SDAR)
     return model
 
 
 @torch.no_grad()
-def test_sdar_has_the_published_logits(sdar: SDAR) -> None:
+def test_sdar_has_the_published_logits(sdar: SDAR, device: str) -> None:
     assert sdar.block_length == 8  # of its config
-    golden = load_file(GOLDEN / "sdar_tiny_a" / "logits.safetensors")
+    golden = {n: t.to(device) for n, t in load_file(GOLDEN / "sdar_tiny_a" / "logits.safetensors").items()}
     sdar.block_length = 4  # of the golden logits
     torch.testing.assert_close(sdar(golden["input_ids"]).logits, golden["logits"], rtol=1e-4, atol=1e-4)
 

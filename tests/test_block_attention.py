@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import everywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -72,6 +73,7 @@ def case(seed: int, dtype: torch.dtype, lengths: list[int], heads: int, group: i
     page=st.sampled_from([1, 7, 16, 64, 200]),
     scale=st.sampled_from([None, 0.3, 2.0]),
 )
+@everywhere
 def test_it_is_attention_with_a_mask(seed, dtype, lengths, heads, group, dim, page, scale) -> None:
     q, k, v, arguments = case(seed, dtype, lengths, heads, group, dim, page)
     found = dx.block_attention(q, k, v, **arguments, scale=scale)
@@ -89,6 +91,7 @@ def test_it_is_attention_with_a_mask(seed, dtype, lengths, heads, group, dim, pa
 
 @pytest.mark.parametrize("length", [1, 32768])
 @pytest.mark.parametrize("dtype", DTYPES)
+@everywhere
 def test_extremes_of_length_and_size(length: int, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(length)
     q = (30 * torch.randn(1, 32, 4, 64, generator=g)).to(dtype)
@@ -100,6 +103,7 @@ def test_extremes_of_length_and_size(length: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@everywhere
 def test_a_nan_that_is_seen_is_not_hidden() -> None:
     q, k, v = (torch.randn(1, 3, 2, 8), *(torch.randn(1, 2, 5, 8) for _ in "kv"))
     k[0, 0, 4] = math.nan
@@ -110,12 +114,14 @@ def test_a_nan_that_is_seen_is_not_hidden() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 2, 8), (3, 0, 2, 8)])
+@everywhere
 def test_nothing_to_do(shape: tuple[int, ...]) -> None:
     k = torch.randn(3, 2, 5, 8)
     found = dx.block_attention(torch.randn(shape), k, k, torch.full((shape[0],), 5))
     assert found.shape == shape
 
 
+@everywhere
 def test_opcheck() -> None:
     q, k, v, a = case(1, torch.float32, [5, 30], 2, 2, 16, 8)
     given = (q.contiguous(), k, v, a["begin"], a["end"], a["lengths"], a["pages"], len(q), 64, 0.25, None)

@@ -25,8 +25,8 @@ def cases(name: str, cache: str) -> list[dict]:
 
 
 @pytest.mark.parametrize(("name", "cache"), FAMILIES)
-def test_golden_cases(name: str, cache: str) -> None:
-    model = models.load(GOLDEN / name)
+def test_golden_cases(name: str, cache: str, device: str) -> None:
+    model = models.load(GOLDEN / name, device=device)
     found = cases(name, cache)
     assert len(found) >= 60
     for case in found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import everywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +23,7 @@ def case(seed: int, dtype: torch.dtype, count: int, heads: int, group: int, dim:
     caches = [torch.randn(pages, page, heads, dim, generator=g).to(dtype).transpose(1, 2) for _ in "kv"]
     slots = torch.randperm(pages * page, generator=g)[:count]
     slots[torch.rand(count, generator=g) < 0.2] = -1
-    cos, sin = dx.rope_table(50, dim, 500.0)
+    cos, sin = dx.rope_table(50, dim, 500.0, device=slots.device)
     return {
         "q": q.unflatten(1, (-1, dim)),
         "k": k.unflatten(1, (-1, dim)),
@@ -51,6 +52,7 @@ def copied(arguments: dict) -> dict:
     page=st.sampled_from([1, 5, 16, 64]),
     interleaved=st.booleans(),
 )
+@everywhere
 def test_it_does_what_its_twin_does(seed, dtype, count, heads, group, dim, page, interleaved) -> None:
     ours = case(seed, dtype, count, heads, group, dim, page)
     twin = copied(ours)
@@ -65,6 +67,7 @@ def test_it_does_what_its_twin_does(seed, dtype, count, heads, group, dim, page,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@everywhere
 def test_one_rounding(dtype: torch.dtype) -> None:
     """In 16 bits the result is the rounded float32 one, save where that lies at a tie."""
     ours = case(3, dtype, 64, 2, 1, 64, 16)
@@ -75,6 +78,7 @@ def test_one_rounding(dtype: torch.dtype) -> None:
     assert differing < (0.6 if dtype == torch.float32 else 1e-3)
 
 
+@everywhere
 def test_opcheck() -> None:
     arguments = case(1, torch.float32, 9, 2, 2, 16, 8)
     names = ("q", "k", "v", "k_cache", "v_cache", "positions", "slots", "cos", "sin")

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import assert_stats_close
+from conftest import assert_stats_close, everywhere, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -60,6 +60,7 @@ def too_near(stats: dx.RowStats, eligible: Tensor, policy: Tensor) -> bool:
     st.booleans(),
     st.randoms(use_true_random=False),
 )
+@everywhere
 def test_every_policy_against_the_oracle(dtype, batch, length, vocab, packed, sampled, rng) -> None:
     torch.manual_seed(rng.randrange(2**31))
     scale = torch.rand(batch, length, 1) * 8  # some rows sure, some not
@@ -105,6 +106,7 @@ def test_every_policy_against_the_oracle(dtype, batch, length, vocab, packed, sa
 
 
 @given(st.integers(1, 3), st.integers(1, 40), st.randoms(use_true_random=False))
+@everywhere
 def test_select_against_the_oracle_exactly(batch, length, rng) -> None:
     """Given the same float32 statistics the two must agree to the bit, ties included."""
     torch.manual_seed(rng.randrange(2**31))
@@ -155,12 +157,14 @@ def stats_of(p: list[float], entropy: list[float] | None = None) -> dx.RowStats:
         ("entropy_bound", 0.0, {}, [0.05, 0.04, 0.5, 0.02], [0, 0, 0, 1]),
     ],
 )
+@everywhere
 def test_rules_by_hand(selector, threshold, bounds, values, expected) -> None:
     eligible = torch.ones(1, 4, dtype=torch.bool)
     policy = policies.make(selector, threshold, **bounds)
     assert dx.select(stats_of(values), eligible, policy).int().tolist() == [expected]
 
 
+@everywhere
 def test_a_mixed_batch_equals_each_sequence_alone() -> None:
     batch, length, vocab = 6, 10, 50
     logits = torch.randn(batch, length, vocab) * 4
@@ -174,6 +178,7 @@ def test_a_mixed_batch_equals_each_sequence_alone() -> None:
         assert int(one.committed[0]) == int(out.committed[b])
 
 
+@everywhere
 def test_windows_per_sequence_and_the_done_flag() -> None:
     logits = torch.randn(3, 6, 20)
     tokens = torch.full((3, 6), MASK)
@@ -195,6 +200,7 @@ def test_windows_per_sequence_and_the_done_flag() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0), (0, 0)])
+@everywhere
 def test_empty_batches(shape) -> None:
     tokens = torch.zeros(shape, dtype=torch.int64)
     out = dx.unmask_(tokens, torch.zeros(*shape, 9), mask_id=MASK)
@@ -202,6 +208,7 @@ def test_empty_batches(shape) -> None:
     assert out.committed.shape == (shape[0],)
 
 
+@everywhere
 def test_unneeded_rows_are_never_read() -> None:
     logits = torch.full((2, 8, 30), math.nan)
     tokens = torch.zeros(2, 8, dtype=torch.int64)
@@ -217,6 +224,7 @@ def test_unneeded_rows_are_never_read() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
 @pytest.mark.parametrize("packed", [False, True])
+@everywhere
 def test_bad_rows_are_named_and_nothing_is_committed(bad: float, packed: bool) -> None:
     logits = torch.randn(3, 5, 600)
     logits[1, 3], logits[2, 0] = bad, bad
@@ -225,15 +233,17 @@ def test_bad_rows_are_named_and_nothing_is_committed(bad: float, packed: bool) -
     if packed:
         kwargs["positions"] = torch.arange(15)
         logits = logits.view(15, 600)
-    with pytest.raises(ValueError, match="sequence 1 at position 3"):
+    spared = slice(1 if tokens.is_cuda else 0, None)  # a GPU goes on with the other sequences
+    with refused("sequence 1 at position 3"):
         dx.unmask_(tokens, logits, mask_id=MASK, **kwargs)
-    assert bool((tokens == MASK).all())
+    assert bool((tokens[spared] == MASK).all())
     view = torch.full((3, 7), MASK)
-    with pytest.raises(ValueError, match="sequence 1 at position 5"):
+    with refused("sequence 1 at position 5"):
         dx.unmask_(view[:, 2:], logits, mask_id=MASK, position_offset=2, **kwargs)
-    assert bool((view == MASK).all())
+    assert bool((view[spared] == MASK).all())
 
 
+@everywhere
 def test_positive_infinity_is_committed_with_certainty() -> None:
     logits = torch.randn(1, 2, 100)
     logits[0, 1, 42] = math.inf
@@ -243,6 +253,7 @@ def test_positive_infinity_is_committed_with_certainty() -> None:
     assert float(out.stats.confidence[0, 1]) == 1.0
 
 
+@everywhere
 def test_a_model_that_predicts_the_mask_token_cannot_stall() -> None:
     logits = torch.randn(2, 9, 40)
     logits[..., MASK] = 50.0
@@ -253,6 +264,7 @@ def test_a_model_that_predicts_the_mask_token_cannot_stall() -> None:
     assert not bool((tokens == MASK).any())
 
 
+@everywhere
 def test_ties_go_to_the_lowest_position() -> None:
     logits = torch.randn(1, 1, 60).expand(1, 8, 60)
     tokens = torch.full((1, 8), MASK)
@@ -260,6 +272,7 @@ def test_ties_go_to_the_lowest_position() -> None:
     assert (tokens[0] == MASK).tolist() == [True, True, False, False, False, True, True, True]
 
 
+@everywhere
 def test_large_vocabularies_and_many_rows() -> None:
     logits = torch.randn(1, 3, 262147).bfloat16()
     tokens = torch.full((1, 3), 262146)
@@ -276,6 +289,7 @@ def test_large_vocabularies_and_many_rows() -> None:
     assert torch.equal(tokens, other)
 
 
+@everywhere
 def test_entropy_bound_equals_diffusion_gemmas_sampler() -> None:
     """On a fully masked canvas, against the sampler that transformers ships."""
     gemma = pytest.importorskip("transformers.models.diffusion_gemma.generation_diffusion_gemma")
@@ -326,11 +340,13 @@ def test_bad_arguments_are_named(change: dict, message: str) -> None:
         dx.unmask_(call.pop("tokens"), call.pop("logits"), **call)
 
 
+@everywhere
 def test_a_masked_position_that_is_not_listed_is_an_error() -> None:
     tokens = torch.full((2, 3), MASK)
-    with pytest.raises(ValueError, match="sequence 1 at position 2 is masked"):
+    with refused("sequence 1 at position 2 is masked"):
         dx.unmask_(tokens, torch.randn(5, 9), mask_id=MASK, positions=torch.arange(5))
-    assert bool((tokens == MASK).all())
+    assert bool((tokens[1] == MASK).all())
+    assert tokens.is_cuda or bool((tokens == MASK).all())
 
 
 def test_select_refuses_nan_scores() -> None:
@@ -338,6 +354,7 @@ def test_select_refuses_nan_scores() -> None:
         dx.select(stats_of([0.1, math.nan]), torch.tensor([[True, True]]), policies.make())
 
 
+@everywhere
 def test_opcheck() -> None:
     tokens = torch.full((2, 4), MASK)
     args = (
@@ -360,9 +377,10 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.dparallel.select.default, args)
 
 
+@everywhere
 def test_an_empty_list_of_positions_is_not_the_lack_of_one() -> None:
     none, logits = torch.empty(0, dtype=torch.int64), torch.empty(0, 5)
-    with pytest.raises(ValueError, match="sequence 0 at position 0"):
+    with refused("sequence 0 at position 0"):
         dx.unmask_(torch.full((1, 4), 3), logits, mask_id=3, positions=none)
     out = dx.unmask_(torch.zeros(1, 4, dtype=torch.int64), logits, mask_id=3, positions=none)
     assert bool(out.done)

@@ -1,0 +1,547 @@
+"""From results to what is read: tables, plots, targets met or missed, and the README's figures.
+
+`make bench-report` (python -m benchmarks.report) takes the CPU run of `make bench` into benchmarks/results,
+and writes the README's block between its markers, and docs/*.png, from the newest results there alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+SCHEMA = 1
+OURS = "dparallel_ext"
+BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def dump(found: dict[str, Any]) -> str:
+    """JSON with a line for each record."""
+    lists = {key: value for key, value in found.items() if key in ("records", "checks", "left_out")}
+    rest = json.dumps({k: v for k, v in found.items() if k not in lists}, indent=1)[:-2]
+    for key, value in lists.items():
+        rows = ",\n  ".join(json.dumps(row) for row in value)
+        rest += f',\n "{key}": [' + (f"\n  {rows}\n ]" if rows else "]")
+    return rest + "\n}\n"
+
+
+_NUMBER = (int, float)
+_RECORD = {"median": _NUMBER, "p10": _NUMBER, "p90": _NUMBER, "repeats": int}
+_RUN = {"machine": dict, "commit": str, "date": str, "small": bool, "checks": list, "records": list}
+_RUN |= {"done": list, "left_out": list}
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A run's results. Raises ValueError naming what does not fit."""
+    found = json.loads(path.read_text())
+    if found.get("schema") != SCHEMA:
+        raise ValueError(f"{path.name}: expected schema {SCHEMA}, got {found.get('schema')!r}")
+    for key, kind in _RUN.items():
+        if not isinstance(found.get(key), kind):
+            raise ValueError(f"{path.name}: expected {key}, a {kind.__name__}, got {found.get(key)!r}")
+    for record in found["records"]:
+        wanted = {"case": str, "contender": str, **({"failed": str} if "failed" in record else _RECORD)}
+        for key, kind in wanted.items():
+            if not isinstance(record.get(key), kind):
+                raise ValueError(f"{path.name}: expected {key} in each record, got {record}")
+    return found
+
+
+def figures(
+    times: list[float], phases: list[tuple[float, float, int]], floor: float | None
+) -> dict[str, Any]:
+    """What a record says of repeats in seconds: median and spread, and the floor beside it."""
+    ordered = sorted(times)
+
+    def at(share: float) -> float:
+        return ordered[round(share * (len(ordered) - 1))]
+
+    median = statistics.median(times)
+    return {
+        "median": median,
+        "p10": at(0.1),
+        "p90": at(0.9),
+        "repeats": len(times),
+        "bytes": sum(b * n for b, _, n in phases),
+        "flop": sum(f * n for _, f, n in phases),
+        "floor": floor,
+        "share": floor / median if floor else None,
+    }
+
+
+def of_cpu(found: dict[str, Any]) -> dict[str, Any]:
+    """What is worth keeping of pytest-benchmark's JSON, as a run."""
+    records = []
+    for bench in found["benchmarks"]:
+        extra = bench["extra_info"]
+        times = [t / extra.get("steps", 1) for t in bench["stats"]["data"]]
+        about = {"case": bench["group"], "op": bench["name"].split("[")[0]}
+        record = {
+            **about,
+            "contender": extra.get("contender", OURS),
+            **figures(times, [], extra.get("floor")),
+        }
+        kept = ("rows", "megabytes", "latencies", "attention")
+        records.append(record | {k: extra[k] for k in kept if k in extra})
+        for name, seconds in extra.get("baselines", {}).items():
+            records.append({**about, "contender": name, **figures([seconds], [], extra.get("floor"))})
+    given = found["machine_info"]
+    machine = {key: given[key] for key in ("threads", "torch", "simd")}
+    machine |= {"gpu": None, "cpu": given["cpu"].get("brand_raw", "unknown CPU")}
+    commit = found.get("commit_info", {})
+    return {
+        "schema": SCHEMA,
+        "machine": machine,
+        "commit": str(commit.get("id", "unknown")) + ("+changes" if commit.get("dirty") else ""),
+        "date": found["datetime"],
+        "small": False,
+        "checks": [],
+        "records": records,
+        "done": [],
+        "left_out": [],
+    }
+
+
+def newest(results: Path = RESULTS) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The newest run of a CPU and of a GPU, small ones left out."""
+    runs = [run for path in sorted(results.glob("*.json")) if not (run := load(path))["small"]]
+    runs.sort(key=lambda run: run["date"])
+    cpu = [run for run in runs if run["machine"]["gpu"] is None]
+    gpu = [run for run in runs if run["machine"]["gpu"] is not None]
+    return (cpu or [None])[-1], (gpu or [None])[-1]
+
+
+# --- what was asked for --------------------------------------------------------------------------
+
+
+class Lookup:
+    """The figures of a run by case, contender and condition; KeyError where one is missing."""
+
+    def __init__(self, found: dict[str, Any]) -> None:
+        self._of = {(r["case"], r["contender"], r["condition"]): r for r in found["records"] if "median" in r}
+
+    def __call__(self, case: str, condition: str, contender: str = OURS) -> dict[str, Any]:
+        return self._of[case, contender, condition]
+
+    def times(self, case: str, condition: str, other: str = "published") -> float:
+        """How many times longer another takes."""
+        return self(case, condition, other)["median"] / self(case, condition)["median"]
+
+    def rate(self, case: str) -> float:
+        """Tokens a second."""
+        return self(case, "warm")["tokens"] / self(case, "warm")["median"]
+
+    def share(self, case: str, condition: str) -> float:
+        found = self(case, condition)["share"]
+        if found is None:
+            raise KeyError("the floor of " + case)
+        return found
+
+
+@dataclass(frozen=True)
+class Target:
+    text: str
+    sense: str
+    """"at most" or "at least"."""
+    limit: float
+    unit: str
+    of: Callable[[Lookup], float]
+
+
+_DUAL = "decode 256 tokens, LLaDA-8B, cache dual, batch {}"
+_LINEAR = "linear_certainty_forcing_loss, 8192 rows"
+TARGETS = (
+    Target("unmask_, 32 rows, from a graph", "at most", 10, "us",
+           lambda t: 1e6 * t("unmask_, 32 rows", "graph")["median"]),
+    Target("unmask_, 512 rows: share of copy bandwidth", "at least", 0.75, "",
+           lambda t: t.share("unmask_, 512 rows", "graph")),
+    Target("unmask_, 32 rows: times faster than the published procedure", "at least", 50, "",
+           lambda t: t.times("unmask_, 32 rows", "cold")),
+    Target("unmask_, 512 rows: times faster than the published procedure", "at least", 50, "",
+           lambda t: t.times("unmask_, 512 rows", "cold")),
+    Target("decode step, LLaDA-8B, cache dual, batch 1, context 512: times reading the weights once",
+           "at most", 1.3, "", lambda t: 1 / t.share("decode step, LLaDA-8B, cache dual, batch 1", "warm")),
+    Target("decode, batch 8: times the tokens a second of batch 1", "at least", 6, "",
+           lambda t: t.rate(_DUAL.format(8)) / t.rate(_DUAL.format(1))),
+    Target("decode, batch 1: times faster than the published procedure in as many passes", "at least", 3, "",
+           lambda t: t.times(_DUAL.format(1), "warm")),
+    Target("decode, batch 1: tokens a second", "at least", 1000, "", lambda t: t.rate(_DUAL.format(1))),
+    Target("certainty_forcing_loss, 4096 rows: share of copy bandwidth", "at least", 0.8, "",
+           lambda t: t.share("certainty_forcing_loss, 4096 rows", "cold")),
+    Target("linear_certainty_forcing_loss: times its matrix products", "at most", 1.25, "",
+           lambda t: 1 / t.times(_LINEAR, "cold", "matrix products alone")),
+)  # fmt: skip
+
+
+def targets(found: dict[str, Any]) -> str:
+    """A table: what was asked for, what was measured, met or missed."""
+    lookup, rows = Lookup(found), ["| target | asked | measured | |", "|---|--:|--:|---|"]
+    for target in TARGETS:
+        try:
+            value: float | None = target.of(lookup)
+        except KeyError:
+            value = None
+        asked = f"{target.sense} {target.limit:g} {target.unit}".strip()
+        if value is None:
+            rows.append(f"| {target.text} | {asked} | | not measured |")
+            continue
+        met = value <= target.limit if target.sense == "at most" else value >= target.limit
+        said = "small sizes" if found["small"] else "met" if met else "**missed**"
+        rows.append(f"| {target.text} | {asked} | {number(value)} {target.unit} | {said} |")
+    return "\n".join(rows)
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def number(x: float) -> str:
+    """Three digits."""
+    digits = next((d for d, least in enumerate((100, 10, 1)) if abs(x) >= least), 3)
+    return f"{x:,.{digits}f}"
+
+
+def grouped(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Records by case and condition."""
+    made: dict[str, list[dict[str, Any]]] = {}
+    for record in found["records"]:
+        condition = record.get("condition")
+        made.setdefault(record["case"] + (f", {condition}" if condition else ""), []).append(record)
+    return made
+
+
+def own(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return next((r for r in records if r["contender"].startswith(OURS) and "median" in r), None)
+
+
+def table(found: dict[str, Any], unit: str = "us") -> str:
+    """A row for each case: our time beside the floor, and the others' in multiples of it."""
+    scale = {"us": 1e6, "ms": 1e3}[unit]
+    rows = [f"| case | ours, {unit} | floor, {unit} | share | others, times ours |", "|---|--:|--:|--:|---|"]
+    for case, records in grouped(found).items():
+        ours = own(records)
+        if ours is None or "rows" in ours:  # a point of a curve
+            continue
+        floor = "" if ours.get("floor") is None else number(scale * ours["floor"])
+        share = "" if ours.get("share") is None else f"{100 * ours['share']:.0f} %"
+        others = ", ".join(
+            f"{r['contender']} {number(r['median'] / ours['median'])}{memory(r)}"
+            if "median" in r
+            else f"{r['contender']} failed"
+            for r in records
+            if r is not ours
+        )
+        note = ours["contender"].removeprefix(OURS).strip()
+        name = f"{case} {note}".strip()
+        rows.append(
+            f"| {name} | {number(scale * ours['median'])}{memory(ours)} | {floor} | {share} | {others} |"
+        )
+    return "\n".join(rows)
+
+
+def memory(record: dict[str, Any]) -> str:
+    return f" ({record['megabytes']:.0f} MB)" if "megabytes" in record else ""
+
+
+def cpu_figures(found: dict[str, Any]) -> str:
+    """The README's part on CPU figures."""
+    peaks = [r for r in found["records"] if r["case"].endswith("peak memory") and "rows" in r]
+    machine = found["machine"]
+    lines = [table(found, "ms")]
+    if peaks:
+        sizes = ", ".join(f"{r['megabytes']:.0f} ({r['rows']})" for r in peaks)
+        lines.append(
+            f"linear_certainty_forcing_loss, peak memory beyond the inputs in MB (of rows): {sizes}."
+        )
+    lines += [passes(case, records) for case, records in curves_of_passes(found).items()]
+    for r in found["records"]:
+        for name, of in r.get("latencies", {}).items():
+            said = ", ".join(f"p{share} {seconds:.2f} s" for share, seconds in of.items())
+            lines.append(f"{r['case']}, {name}: {said}.")
+    about = ", ".join((machine["cpu"], f"{machine['threads']} threads", f"torch {machine['torch']}"))
+    lines.append(f"{about}, {machine['simd']}; commit {found['commit'][:9]}, {found['date'][:10]}.")
+    return "\n\n".join(lines)
+
+
+def curves_of_passes(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Of bench_engine's test_step: passes over one block against caches of `rows` positions."""
+    return {case: rs for case, rs in grouped(found).items() if all("attention" in r for r in rs)}
+
+
+def passes(case: str, records: list[dict[str, Any]]) -> str:
+    """How a pass's time goes with the length of what is cached, its attention apart."""
+    whole = [1e3 * r["median"] for r in records]
+    attention = [1e3 * r["attention"] for r in records]
+    rest = [a - b for a, b in zip(whole, attention, strict=True)]
+    return (
+        f"{case}: {number(whole[0])} ms at {records[0]['rows']} positions, {number(whole[-1])} ms at "
+        f"{records[-1]['rows']}, of which attention {number(attention[0])} and {number(attention[-1])} ms; "
+        f"the rest stays within {number(min(rest))} and {number(max(rest))} ms."
+    )
+
+
+def about_gpu(found: dict[str, Any]) -> str:
+    machine = found["machine"]
+    where = machine["gpu"] or "the CPU (small sizes: these are not measurements)"
+    parts = [where, f"driver {machine['driver']}", f"CUDA {machine['cuda']}", f"torch {machine['torch']}"]
+    return f"{', '.join(parts)}; commit {found['commit'][:9]}, {found['date'][:10]}."
+
+
+def ceilings(found: dict[str, Any]) -> str:
+    said = []
+    for record in found["records"]:
+        if "median" in record and record["case"] == "copy bandwidth":
+            said.append(
+                f"copy bandwidth {record['bytes'] / record['median'] / 1e12:.2f} TB/s, read and written"
+            )
+        if "median" in record and record["case"] == "bf16 matrix rate":
+            said.append(f"bf16 matrix rate {record['flop'] / record['median'] / 1e12:.0f} TFLOP/s")
+    return "; ".join(said)
+
+
+def gpu_figures(found: dict[str, Any]) -> str:
+    """The README's part on GPU figures: the targets, and each case cold or from a graph."""
+    warm = ("bandwidth, warm", "rate, warm", "graph, warm")
+    kept = [r for r in found["records"] if not f"{r['case']}, {r.get('condition')}".endswith(warm)]
+    parts = [about_gpu(found), f"Ceilings: {ceilings(found)}." if ceilings(found) else ""]
+    parts += [targets(found), table({**found, "records": kept})]
+    return "\n\n".join(part for part in parts if part)
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The report of a run."""
+    machine, parts = found["machine"], ["# Measurements", about_gpu(found)]
+    absent = [name for name in ("triton", "liger") if not machine.get(name)]
+    peers = [f"{name} {machine[name]}" for name in ("triton", "liger") if machine.get(name)]
+    peers += [f"{name}: not installed, so not a peer" for name in absent]
+    parts.append("; ".join(peers) + ". `compiled` is torch.compile, whose GPU kernels are Triton's.")
+    if ceilings(found):
+        parts.append(f"Ceilings: {ceilings(found)}.")
+    if found["checks"]:
+        rows = [
+            f"| {c['name']} | {c['status']} | {c['detail']} | {c['seconds']:.0f} |" for c in found["checks"]
+        ]
+        parts += ["## Checks", "\n".join(["| check | | what it said | s |", "|---|---|---|--:|", *rows])]
+    parts += ["## Targets", targets(found), "## Cases", table(found)]
+    parts += [f"![{name}]({name})" for name in found.get("plots", [])]
+    rows = [
+        "| case | contender | condition | median, us | p10 | p90 | repeats | peak MB |",
+        "|---|---|---|" + "--:|" * 5,
+    ]
+    for r in found["records"]:
+        if "median" in r:
+            peak = f"{r['peak_memory'] / 2**20:.0f}" if "peak_memory" in r else ""
+            times = " | ".join(number(1e6 * r[key]) for key in ("median", "p10", "p90"))
+            rows.append(
+                f"| {r['case']} | {r['contender']} | {r['condition']} | {times} | {r['repeats']} | {peak} |"
+            )
+    parts += ["## Every figure", "\n".join(rows)]
+    failed = [r for r in found["records"] if "failed" in r]
+    if failed:
+        parts += ["## Failed", "\n".join(f"- {r['case']}, {r['contender']}: {r['failed']}" for r in failed)]
+    left = [f"- {o['case']}: {o['why']}" for o in found["left_out"]]
+    parts += ["## Left out", "\n".join(left) if left else "Nothing."]
+    if found.get("running"):
+        parts.append(f"Not finished: the run was within {found['running']}.")
+    return "\n\n".join(parts) + "\n"
+
+
+# --- plots ---------------------------------------------------------------------------------------
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(width, height), layout="constrained")
+
+
+def plots(found: dict[str, Any], out: Path) -> None:
+    """Share of the floor, decoding, attention against length; named in the run, whose report shows them."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        found["plots"] = []
+    else:
+        drawn = {"share.png": draw_shares, "decode.png": draw_decodes, "attention.png": draw_attention}
+        found["plots"] = [name for name, draw in drawn.items() if draw(found, out / name)]
+    write(out / "results.json", dump(found))
+    write(out / "report.md", markdown(found))
+
+
+def draw_shares(found: dict[str, Any], path: Path) -> bool:
+    kept = {
+        case: ours["share"]
+        for case, records in grouped(found).items()
+        if (ours := own(records)) is not None and ours.get("share")
+    }
+    if not kept:
+        return False
+    figure, axes = _figure(9, 1 + 0.24 * len(kept))
+    axes.barh(list(kept)[::-1], [100 * share for share in kept.values()][::-1])
+    axes.axvline(100, color="grey", linestyle="--")
+    axes.set(xlabel="share of the floor, %")
+    axes.tick_params(axis="y", labelsize=7)
+    figure.savefig(path, dpi=130)
+    return True
+
+
+def draw_decodes(found: dict[str, Any], path: Path) -> bool:
+    kept = [r for r in found["records"] if r.get("tokens") and "median" in r]
+    if not kept:
+        return False
+    names = list(dict.fromkeys(r["case"].split(", ", 1)[1] for r in kept))
+    contenders = list(dict.fromkeys(r["contender"] for r in kept))
+    figure, axes = _figure(9, 1.5 + 0.5 * len(names))
+    for i, contender in enumerate(contenders):
+        mine = [r for r in kept if r["contender"] == contender]
+        at = [names.index(r["case"].split(", ", 1)[1]) + 0.8 * i / len(contenders) for r in mine]
+        axes.barh(at, [r["tokens"] / r["median"] for r in mine], 0.8 / len(contenders), label=contender)
+    axes.set_yticks([i + 0.25 for i in range(len(names))], names, fontsize=7)
+    axes.set(xlabel="tokens a second")
+    axes.invert_yaxis()
+    axes.legend()
+    figure.savefig(path, dpi=130)
+    return True
+
+
+def draw_attention(found: dict[str, Any], path: Path) -> bool:
+    curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for r in found["records"]:
+        shape = re.fullmatch(r"block_attention, (.*), length (\d+)", r["case"])
+        if shape and "median" in r and r["condition"] == "graph":
+            curve = curves.setdefault((shape[1], r["contender"]), [])
+            curve.append((int(shape[2]), 1e6 * r["median"]))
+    if not curves:
+        return False
+    figure, axes = _figure(8, 5)
+    names = list(dict.fromkeys(name for name, _ in curves))
+    for (name, contender), points in curves.items():
+        x, y = zip(*sorted(points), strict=True)
+        line = "-" if contender == OURS else "--"
+        axes.plot(x, y, line, marker="o", color=f"C{names.index(name)}", label=f"{name}, {contender}")
+    axes.set(xlabel="length", ylabel="us", xscale="log", yscale="log", title="32 queries a sequence")
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    return True
+
+
+def draw_rows(found: dict[str, Any], path: Path) -> bool:
+    """row_stats' time on a CPU against rows: needed ones, and unneeded ones beside 32 needed."""
+    labels = {
+        "row_stats, needed rows": "needed rows",
+        "row_stats, 32 needed rows among others": "unneeded rows, beside 32 needed",
+    }
+    curves = {case: records for case, records in grouped(found).items() if case in labels}
+    if not curves:
+        return False
+    figure, axes = _figure(7, 4)
+    for case, records in curves.items():
+        axes.plot(
+            [r["rows"] for r in records], [1e3 * r["median"] for r in records], "o-", label=labels[case]
+        )
+    needed = [r for r in curves.get("row_stats, needed rows", []) if r["floor"]]
+    floors = [1e3 * r["floor"] for r in needed]
+    axes.plot([r["rows"] for r in needed], floors, "--", color="grey", label="reading alone")
+    axes.set(xlabel="rows of 126464 bfloat16 logits", ylabel="milliseconds", xscale="symlog", yscale="log")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    return True
+
+
+def draw_passes(found: dict[str, Any], path: Path) -> bool:
+    """A pass over one block on a CPU against the length of what is cached, and the same without attention."""
+    curves = curves_of_passes(found)
+    if not curves:
+        return False
+    figure, axes = _figure(7, 4)
+    for number, (case, records) in enumerate(curves.items()):
+        x, name = [r["rows"] for r in records], case.rpartition(", ")[2]
+        whole = [1e3 * r["median"] for r in records]
+        rest = [1e3 * (r["median"] - r["attention"]) for r in records]
+        axes.plot(x, whole, "o-", color=f"C{number}", label=f"cache {name}")
+        axes.plot(x, rest, "o--", color=f"C{number}", label=f"cache {name}, attention apart")
+    axes.set(xlabel="cached positions", ylabel="milliseconds", xscale="log", ylim=(0, None))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    return True
+
+
+# --- the README ----------------------------------------------------------------------------------
+
+
+def block(cpu: dict[str, Any] | None, gpu: dict[str, Any] | None) -> str:
+    """What stands between the markers."""
+    parts = [] if cpu is None else [cpu_figures(cpu)]
+    if cpu is not None and any(r["case"] == "row_stats, needed rows" for r in cpu["records"]):
+        parts.append("![Time of row_stats against rows](docs/rows.png)")
+    if cpu is not None and curves_of_passes(cpu):
+        parts.append("![Time of a pass against cached positions](docs/passes.png)")
+    if gpu is None:
+        parts.append("No GPU figure is given, since none has been measured.")
+    else:
+        parts += [gpu_figures(gpu), "![Share of the floor](docs/share.png)"]
+    return "\n\n".join(parts)
+
+
+def between(text: str) -> str:
+    """What stands between the markers of `text`. Raises ValueError where they do not."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"README: expected {BEGIN} and {END} once each, in this order")
+    return text.split(BEGIN)[1].split(END)[0].strip()
+
+
+def with_block(text: str, made: str) -> str:
+    between(text)
+    return f"{text.split(BEGIN)[0]}{BEGIN}\n\n{made}\n\n{END}{text.split(END)[1]}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--cpu", type=Path, default=ROOT / "out/bench/cpu.json", help="of `make bench`")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    options = parser.parse_args(argv)
+    if options.cpu.exists():
+        write(options.results / "cpu.json", dump(load(options.cpu)))
+    cpu, gpu = newest(options.results)
+    if cpu is None and gpu is None:
+        sys.exit(f"benchmarks.report: no results in {options.results}; `make bench` or `make gpu` makes some")
+    docs = options.readme.parent / "docs"
+    docs.mkdir(exist_ok=True)
+    if cpu is not None:
+        draw_rows(cpu, docs / "rows.png")
+        draw_passes(cpu, docs / "passes.png")
+    if gpu is not None:
+        draw_shares(gpu, docs / "share.png")
+    write(options.readme, with_block(options.readme.read_text(), block(cpu, gpu)))
+    print(f"written: {options.readme}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

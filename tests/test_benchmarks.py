@@ -1,0 +1,297 @@
+"""`python -m benchmarks.gpu` at tiny sizes, what it leaves behind, and the README made from results."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import cases, gpu, report
+
+ROOT = Path(__file__).parent.parent
+COMMIT = "0" * 40
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a whole run at tiny sizes, in processes of its own."""
+    directory = tmp_path_factory.mktemp("gpu")
+    command = [sys.executable, "-m", "benchmarks.gpu", "--small", "--out", str(directory), "--minutes", "9"]
+    command += ["--commit", COMMIT, "--only", "[a-z]+[ _,]"]  # cases: the checks have tests of their own
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return directory
+
+
+@pytest.fixture
+def found(out: Path) -> dict[str, Any]:
+    return report.load(out / "results.json")
+
+
+def test_every_case_was_run(found: dict[str, Any]) -> None:
+    assert found["done"] == [case.name for case in cases.CASES]
+    assert found["left_out"] == []
+    assert found["running"] is None
+    assert [r for r in found["records"] if "failed" in r] == []
+    assert found["small"]
+    assert found["commit"] == COMMIT
+
+
+def test_every_record_is_whole(found: dict[str, Any]) -> None:
+    made = {(r["case"], r["contender"], r["condition"]) for r in found["records"]}
+    assert len(made) == len(found["records"])
+    for record in found["records"]:
+        assert record["p10"] <= record["median"] <= record["p90"]
+        assert record["repeats"] >= 2
+        assert record["bytes"] > 0
+        if record["case"] not in (cases.COPY.name, cases.MATMUL.name):
+            assert record["floor"] > 0
+            assert record["share"] == pytest.approx(record["floor"] / record["median"])
+    for case in cases.CASES:
+        conditions = {c for name, who, c in made if name == case.name and who == cases.OURS}
+        assert conditions == (set(case.conditions) if case.op else set())
+
+
+def test_every_op_has_a_case_with_peers(found: dict[str, Any]) -> None:
+    compiled = {source.stem for source in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    measured = {case.op.rstrip("_") for case in cases.CASES}
+    assert compiled | {"linear_certainty_forcing_loss", "decode"} <= measured
+    for case in cases.CASES:
+        others = {r["contender"] for r in found["records"] if r["case"] == case.name} - {cases.OURS}
+        assert others, case.name
+
+
+def test_the_report_tells_everything(out: Path, found: dict[str, Any]) -> None:
+    text = (out / "report.md").read_text()
+    for case in cases.CASES:
+        assert case.name in text
+    for target in report.TARGETS:
+        assert target.text in text
+    assert "not measured" not in text  # every target finds its cases
+    assert "**missed**" not in text  # tiny sizes are not judged
+    assert "liger: not installed" in text or found["machine"]["liger"]
+    assert "these are not measurements" in text or found["machine"]["gpu"]
+    for name in found["plots"]:
+        assert (out / name).read_bytes()[:4] == b"\x89PNG"
+        assert f"({name})" in text
+    assert found["plots"] == ["share.png", "decode.png", "attention.png"]
+
+
+@pytest.mark.parametrize("name", cases.MODELS)
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_the_decodes_compared_are_the_same(name: str, cache: str) -> None:
+    """In float32 every contender commits the same tokens, in as many passes as the floor counts."""
+    device, counts = torch.device("cpu"), []
+    model = cases.model_of(name, device, True).float()
+    prompts = torch.randint(0, 1000, (3, 19))
+    forward = model.step
+    model.step = lambda *given: counts.append(len(given[0])) or forward(*given)  # type: ignore[method-assign]
+    found = {who: run(8) for who, run in cases.decoders(model, prompts, 64, cache).items()}
+    for who, tokens in found.items():
+        assert torch.equal(tokens, found["published"]), who
+    cases.model_of.cache_clear()
+    passes = cases.decode(device, True, name, cache, 3, 19, 64).phases
+    assert [counts.count(3 * 83), counts.count(3 * 32)] == [times for _, _, times in passes]
+
+
+def run(out: Path, *arguments: str) -> dict[str, Any]:
+    command = ["--small", "--out", str(out), "--commit", COMMIT, "--only", "select", *arguments]
+    assert gpu.main(command) == 0
+    return report.load(out / "results.json")
+
+
+def test_a_run_that_is_cut_says_so_and_goes_on(tmp_path: Path) -> None:
+    cut = run(tmp_path, "--minutes", "0")
+    chosen = [cases.COPY.name, cases.MATMUL.name, "select, batch 64, 512 positions"]
+    assert [o["case"] for o in cut["left_out"]] == chosen
+    assert "the minutes were over" in (tmp_path / "report.md").read_text()
+    whole = run(tmp_path, "--minutes", "5")
+    assert whole["done"] == chosen
+    assert whole["left_out"] == []
+    assert whole["date"] == cut["date"]
+    again = run(tmp_path, "--minutes", "5")
+    assert again["records"] == whole["records"]  # nothing is measured twice
+
+
+@pytest.mark.parametrize("end", ["crash", "hang"])
+def test_a_case_that_ends_its_process_is_listed_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    begun = gpu.begin(tmp_path, torch.device("cpu"), True, COMMIT)
+    begun.save()
+    programs = ["import time; time.sleep(99)" if end == "hang" else "import os; os.abort()", "pass"]
+    started = []
+
+    def start(command: list[str]) -> subprocess.Popen[bytes]:
+        started.append(command)
+        if len(started) == 1:
+            begun.found["running"] = "select, batch 64, 512 positions"
+            begun.save()
+        return subprocess.Popen([sys.executable, "-c", programs[len(started) - 1]])
+
+    monkeypatch.setattr(gpu, "start", start)
+    monkeypatch.setattr(gpu, "STALL", 2.0 if end == "hang" else 60.0)
+    gpu.supervise(tmp_path, deadline=float("inf"), arguments=[])
+    found = report.load(tmp_path / "results.json")
+    assert len(started) == 2
+    assert found["running"] is None
+    assert found["done"] == ["select, batch 64, 512 positions"]
+    (record,) = found["records"]
+    assert ("taken for hung" if end == "hang" else "exit code -6") in record["failed"]
+    assert record["failed"] in (tmp_path / "report.md").read_text()
+
+
+def test_a_contender_that_fails_does_not_hide_the_others(tmp_path: Path) -> None:
+    device = torch.device("cpu")
+    begun = gpu.begin(tmp_path, device, True, COMMIT)
+    right = torch.ones(3)
+
+    def refuse(turn: int, at: int) -> torch.Tensor:
+        raise RuntimeError("no")
+
+    contenders = {
+        "eager": lambda turn, at: right,
+        cases.OURS: lambda turn, at: right * 2,
+        "compiled": refuse,
+    }
+    case = cases.Case(
+        "c", "select", lambda **_: cases.Work(contenders, [(8, 0, 1)], agree=torch.equal), {}, ("warm",)
+    )
+    gpu.measure_case(begun, gpu.Clock(device, float("inf"), True), case, True, 1.0)
+    by = {r["contender"]: r for r in begun.found["records"]}
+    assert by[cases.OURS]["failed"] == "ValueError: its result is not that of eager"
+    assert by["compiled"]["failed"] == "RuntimeError: no"
+    assert by["eager"]["median"] > 0
+
+
+def test_the_floor_is_the_longer_of_moving_and_computing(tmp_path: Path) -> None:
+    begun = gpu.begin(tmp_path, torch.device("cpu"), True, COMMIT)
+    assert begun.floor([(1, 1, 1)]) is None  # no ceiling was measured
+    for name, amount in ((cases.COPY.name, "bytes"), (cases.MATMUL.name, "flop")):
+        begun.found["records"].append({"case": name, "contender": "torch", "median": 2.0, amount: 200.0})
+    assert begun.floor([(300, 100, 1), (10, 50, 4)]) == pytest.approx(3.0 + 4 * 0.5)
+
+
+def test_without_a_gpu_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", "nowhere"])
+    assert "--small" in capsys.readouterr().err
+
+
+# --- from results to the README ------------------------------------------------------------------
+
+
+def test_targets_are_judged() -> None:
+    def record(contender: str, condition: str, median: float, **more: Any) -> dict[str, Any]:
+        return {
+            "case": "unmask_, 32 rows",
+            "contender": contender,
+            "condition": condition,
+            "median": median,
+            **more,
+        }
+
+    records = [
+        record("published", "cold", 1e-3),
+        record(cases.OURS, "cold", 3e-5),
+        record(cases.OURS, "graph", 7e-6),
+    ]
+    rows = report.targets({"records": records, "small": False}).splitlines()
+    assert rows[2] == "| unmask_, 32 rows, from a graph | at most 10 us | 7.00 us | met |"
+    assert rows[3].endswith("| at least 0.75 | | not measured |")
+    assert rows[4].endswith("| at least 50 | 33.3  | **missed** |")
+
+
+def benchmark(group: str, contender: str | None, times: list[float], **extra: Any) -> dict[str, Any]:
+    info = {**extra, **({"contender": contender} if contender else {})}
+    return {"group": group, "name": "test_it[a]", "extra_info": info, "stats": {"data": times}}
+
+
+PYTEST_BENCHMARK = {
+    "datetime": "2026-01-02T03:04:05+00:00",
+    "commit_info": {"id": COMMIT, "dirty": False},
+    "machine_info": {"cpu": {"brand_raw": "A CPU"}, "threads": 2, "torch": "2.13", "simd": "avx2"},
+    "benchmarks": [
+        benchmark("unmask, 32 rows", "published", [0.02, 0.04, 0.03], floor=0.0001),
+        benchmark("unmask, 32 rows", "dparallel_ext", [0.0006, 0.0005, 0.0004], floor=0.0001),
+        benchmark("decode", "dparallel_ext (20/20)", [0.5, 0.6, 0.7], baselines={"published": 0.9}),
+        benchmark("serve", "dparallel_ext", [2.0], latencies={"ours": {"50": 0.25, "99": 1.5}}),
+        benchmark("row_stats, needed rows", None, [0.001], rows=4, floor=0.0005),
+        benchmark("linear_certainty_forcing_loss, peak memory", None, [1.0], rows=64, megabytes=114.2),
+    ],
+}
+
+
+def test_the_readme_is_made_from_files(tmp_path: Path, found: dict[str, Any]) -> None:
+    readme, results, cpu = tmp_path / "README.md", tmp_path / "results", tmp_path / "cpu.json"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    arguments = ["--readme", str(readme), "--results", str(results), "--cpu", str(cpu)]
+    with pytest.raises(SystemExit, match="no results"):
+        report.main(arguments)
+    report.write(cpu, report.dump(report.of_cpu(PYTEST_BENCHMARK)))
+    assert report.main(arguments) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "| unmask, 32 rows | 0.500 | 0.100 | 20 % | published 60.0 |" in text
+    assert "| decode (20/20) | 600 |  |  | published 1.50 |" in text
+    assert "in MB (of rows): 114 (64)." in text
+    assert "serve, ours: p50 0.25 s, p99 1.50 s." in text
+    assert "A CPU, 2 threads, torch 2.13, avx2; commit 000000000, 2026-01-02." in text
+    assert "row_stats, needed rows" not in text  # the picture has these
+    assert (tmp_path / "docs" / "rows.png").exists()
+    assert "No GPU figure" in text
+    measured = {**found, "small": False, "machine": {**found["machine"], "gpu": "A GPU", "driver": "1"}}
+    report.write(results / "gpu.json", report.dump(measured))
+    report.write(results / "small.json", report.dump({**found, "date": "9999"}))  # never shown
+    assert report.main(arguments) == 0
+    text = readme.read_text()
+    assert "A GPU, driver 1" in text
+    assert "No GPU figure" not in text
+    assert "unmask_, 32 rows, graph |" in text
+    assert "graph, warm |" not in text
+    assert (tmp_path / "docs" / "share.png").exists()
+    assert report.between(text) == report.block(*report.newest(results))
+    assert report.main(arguments) == 0
+    assert readme.read_text() == text
+
+
+def test_the_readme_shows_the_committed_results() -> None:
+    block, (cpu, gpu_run) = report.between((ROOT / "README.md").read_text()), report.newest()
+    if cpu is None and gpu_run is None:
+        assert "GPU figure is given, since none has been measured" in block
+    else:
+        assert block == report.block(cpu, gpu_run), "make bench-report"
+
+
+def test_results_come_back_as_written(tmp_path: Path, found: dict[str, Any]) -> None:
+    report.write(tmp_path / "a.json", report.dump(found))
+    assert report.load(tmp_path / "a.json") == found
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema": 0}, "expected schema 1, got 0"),
+        ({"records": None}, "expected records, a list, got None"),
+        ({"records": [{"case": "a", "contender": "b"}]}, "expected median in each record"),
+        ({"records": [{"case": "a", "failed": "x"}]}, "expected contender in each record"),
+    ],
+)
+def test_results_that_do_not_fit_are_named(
+    tmp_path: Path, found: dict[str, Any], change: dict[str, Any], said: str
+) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({**found, **change}))
+    with pytest.raises(ValueError, match=said):
+        report.load(tmp_path / "a.json")
+
+
+def test_a_readme_without_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="figures:begin"):
+        report.between("nothing")
