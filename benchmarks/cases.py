@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import dparallel_ext as dx
 
-from . import baselines, bench_certainty_forcing_loss, bench_unmask
+from . import baselines, bench_certainty_forcing_loss, bench_rms_norm, bench_swiglu, bench_unmask
 
 OURS = "dparallel_ext"
 TAU = 0.5
@@ -318,6 +318,46 @@ def block_attention(
     )
 
 
+def rms_norm(device: torch.device, small: bool, tokens: int, width: int) -> Work:
+    """With the residual's sum. Warm, as in a decode, which has just made both."""
+    x, delta, weight = random(device, tokens, width), random(device, tokens, width), random(device, width)
+    eager = bench_rms_norm.eager
+    return layer(
+        {"eager": eager, "compiled": baselines.compile_(eager), OURS: bench_rms_norm.ours},
+        (x, delta, weight),
+        4 * x.nbytes + weight.nbytes,
+    )
+
+
+def swiglu(device: torch.device, small: bool, tokens: int, width: int) -> Work:
+    """Warm, as in a decode, which has just made its input."""
+    both, eager = random(device, tokens, 2 * width), bench_swiglu.eager
+    return layer(
+        {"eager": eager, "compiled": baselines.compile_(eager), OURS: dx.swiglu},
+        (both,),
+        both.nbytes * 3 // 2,
+    )
+
+
+def layer(steps: dict[str, Callable[..., Any]], inputs: tuple[Tensor, ...], bytes_: int) -> Work:
+    """Steps that change nothing, under inference mode, without which the models' do not take our ops."""
+
+    def under(step: Callable[..., Any]) -> Callable[[int, int], Any]:
+        @torch.inference_mode()
+        def run(turn: int, at: int) -> Any:
+            return step(*inputs)
+
+        return run
+
+    return Work(
+        {name: under(step) for name, step in steps.items()},
+        [(bytes_, 0, 1)],
+        sets=16,
+        graphs=(OURS, "eager"),
+        agree=lambda found, expected: all(close(a, b) for a, b in zip(found, expected, strict=True)),
+    )
+
+
 # --- whole decodes -------------------------------------------------------------------------------
 
 
@@ -441,6 +481,11 @@ def _kv_write(family: str, tokens: int) -> Case:
     return Case(name, "kv_write", kv_write, parameters, ("warm", "graph, warm"))
 
 
+def _layer(op: str, make: Callable[..., Work], tokens: int, width: int) -> Case:
+    name = f"{op}, {tokens} rows of {width}"
+    return Case(name, op, make, {"tokens": tokens, "width": width}, ("warm", "graph, warm"))
+
+
 LOSS = {"rows": 4096, "vocab": bench_unmask.VOCAB}
 LINEAR = {"rows": 8192, "width": 4096, "vocab": bench_unmask.VOCAB}
 SELECT = {"batch": 64, "length": 512}
@@ -467,6 +512,8 @@ CASES = (
     _decode("LLaDA-8B", "dual", 8),
     _decode("LLaDA-8B", "none", 1),
     _kv_write("LLaDA", 32),
+    _layer("rms_norm", rms_norm, 32, 4096),
+    _layer("swiglu", swiglu, 32, 12288),
     _rows(row_stats, "row_stats", 32),
     _rows(row_stats, "row_stats", 512),
     Case("select, batch 64, 512 positions", "select", select, SELECT, ("warm", "graph, warm")),
@@ -476,6 +523,8 @@ CASES = (
     *(_attention("Dream", batch, length) for batch, length in ((1, 512), (8, 512), (1, 32768), (64, 4096))),
     *(_attention("LLaDA", batch, length) for batch, length in ((64, 4096), (8, 32768))),
     _kv_write("LLaDA", 4096),
+    _layer("rms_norm", rms_norm, 4096, 4096),
+    _layer("swiglu", swiglu, 4096, 12288),
     _kv_write("Dream", 32),
     _step("Dream-7B", 1),
     _decode("Dream-7B", "dual", 1),
