@@ -34,4 +34,5 @@ def load(name: str = DEFAULT, *, device: str | None = None) -> tuple[models.Mode
     file = directory / "tokenizer.json"
     if not file.is_file():
         raise FileNotFoundError(f"model: {directory} has no tokenizer.json")
-    return models.load(directory, device=device), Tokenizer.from_file(str(file))
+    fuse = True if name.startswith("builtin:") else None  # small enough not to be mapped
+    return models.load(directory, device=device, fuse=fuse), Tokenizer.from_file(str(file))
