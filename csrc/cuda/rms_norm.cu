@@ -16,7 +16,7 @@ template <class T, int W, int Warps>
 __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormArgs args) {
   using Storage = typename T::Storage;
   using E = Elements<T, W>;
-  __shared__ float squares[kNormWarps];
+  DPARALLEL_SHARED(squares, float[kNormWarps]);
   const int warp = static_cast<int>(threadIdx.x) / 32, team = warp / Warps * Warps;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kNormWarps / Warps) + warp / Warps;
   const int64_t width = row < args.count ? args.width : 0;  // every thread comes to the barrier
