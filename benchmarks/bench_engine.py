@@ -49,6 +49,7 @@ def seconds(work: Callable[[], Any]) -> float:
 @pytest.mark.parametrize("cache", CACHES)
 def test_engine(benchmark: Any, cache: str, dtype: torch.dtype) -> None:
     """16 requests, of 32 to 512 prompt tokens and 32 to 128 new ones; baseline: one after the other."""
+    benchmark.group = f"16 ragged requests, cache {cache}, {name_of(dtype)}"
     model = random_model(cache == "block", dtype)
     prompts = ragged(16, 32, 512)
     lengths = (torch.randint(1, 5, (16,), generator=torch.Generator().manual_seed(1)) * 32).tolist()
@@ -77,7 +78,6 @@ def test_engine(benchmark: Any, cache: str, dtype: torch.dtype) -> None:
         stats = engine.stats
     assert stats.sequence_passes == 4 * sum(int(out.nfe) for out in single)  # none on a finished sequence
     baseline = min(before, seconds(one_by_one))
-    benchmark.group = f"16 ragged requests, cache {cache}, {name_of(dtype)}"
     benchmark.extra_info.update(
         contender=f"dparallel_ext, Engine ({same}/{sum(lengths)} tokens the same)",
         baselines={"one after the other": baseline},
@@ -86,6 +86,7 @@ def test_engine(benchmark: Any, cache: str, dtype: torch.dtype) -> None:
 
 def test_shared_prefix(benchmark: Any) -> None:
     """64 requests that begin with the same 1024 tokens; baseline: without the prefix tree."""
+    benchmark.group = "64 requests that share 1024 tokens"
     model = random_model(True, torch.bfloat16)
     common = ragged(1, 1024, 1024)[0]
     prompts = [torch.cat((common, tail)) for tail in ragged(64, 16, 64, seed=1)]
@@ -100,7 +101,6 @@ def test_shared_prefix(benchmark: Any) -> None:
 
     spent[False] = seconds(lambda: all_of_them(False))
     benchmark.pedantic(lambda: all_of_them(True), rounds=2)
-    benchmark.group = "64 requests that share 1024 tokens"
     benchmark.extra_info.update(
         contender=f"dparallel_ext, prefix tree ({computed[True]} prompt tokens computed)",
         baselines={f"without the tree ({computed[False]})": spent[False]},
