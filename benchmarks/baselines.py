@@ -295,13 +295,8 @@ def rotate_and_put(
     sin: Tensor,
 ) -> None:
     """The rotary embedding in float32 as LLaMA's, then the cache by index_put."""
-    c, s = (t[positions][:, None] for t in (cos, sin))  # (N, 1, D / 2)
-
-    def rotate(x: Tensor) -> Tensor:
-        a, b = x.float().chunk(2, -1)
-        return torch.cat((a * c - b * s, b * c + a * s), -1).to(x.dtype)
-
+    cos, sin = (t[positions][:, None] for t in (cos, sin))  # (N, 1, D / 2)
     page, at = slots // k_cache.shape[2], slots % k_cache.shape[2]
-    k_cache[page, :, at] = rotate(k)
+    k_cache[page, :, at] = rotate(k, cos, sin)
     v_cache[page, :, at] = v
-    q.copy_(rotate(q))
+    q.copy_(rotate(q, cos, sin))

@@ -7,6 +7,7 @@ out. What a request gets is what `decode` would give it alone.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,8 @@ from .batch import Batch, Settings, lay_out
 from .decode import check_model, check_steps, make_settings, whole
 from .models import Model, traits
 from .ops import check_errors
+
+log = logging.getLogger(__name__)
 
 
 class EngineFull(RuntimeError):
@@ -161,9 +164,7 @@ def _call(callback: Callable[[Event], None], event: Event) -> None:
     try:
         callback(event)
     except Exception:
-        import logging
-
-        logging.getLogger(__name__).exception("a callback of Handle.subscribe failed")
+        log.exception("a callback of Handle.subscribe failed")
 
 
 class Engine:
