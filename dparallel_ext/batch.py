@@ -266,8 +266,7 @@ class Batch:
             self.forwards += 1
         finished = []
         left = self._masks(live)
-        if any(left[b] == self.rows[b].left for b in live):
-            check_errors(self.tokens.device)  # on a GPU a bad row commits nothing: without this, for ever
+        check_errors(self.tokens.device)  # on a GPU a bad row commits nothing: without this, for ever
         for b in live:
             row = self.rows[b]
             wasteful = self.cache in ("prefix", "dual") and row.turn == 0
