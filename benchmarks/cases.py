@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,14 @@ from torch.nn import functional
 
 import dparallel_ext as dx
 
-from . import baselines, bench_certainty_forcing_loss, bench_rms_norm, bench_swiglu, bench_unmask
+from . import (
+    baselines,
+    bench_certainty_forcing_loss,
+    bench_fp8_linear,
+    bench_rms_norm,
+    bench_swiglu,
+    bench_unmask,
+)
 
 OURS = "dparallel_ext"
 TAU = 0.5
@@ -339,6 +347,28 @@ def swiglu(device: torch.device, small: bool, tokens: int, width: int) -> Work:
     )
 
 
+def fp8_linear(device: torch.device, small: bool, tokens: int, width: int) -> Work:
+    """To three times the width, as gate or up; several matrices, so that none is in the L2 cache."""
+    out, x = 3 * width, random(device, tokens, width)
+    sets = sets_of(out * width, small)
+    weights = [bench_fp8_linear.Weights(out, width, device) for _ in range(sets)]
+
+    def step(name: str) -> Callable[[int, int], Tensor]:
+        return torch.inference_mode()(lambda turn, at: weights[at].contenders[name](x))
+
+    def agree(found: Tensor, expected: Tensor) -> bool:  # within what 8 bits leave
+        gap = (found - expected).double().square().mean() / expected.double().square().mean()
+        return float(gap) < 0.03**2
+
+    return Work(
+        {name: step(name) for name in weights[0].contenders},
+        [(out * width, 2 * tokens * out * width, 1)],
+        sets=sets,
+        graphs=tuple(weights[0].contenders),
+        agree=agree,
+    )
+
+
 def layer(steps: dict[str, Callable[..., Any]], inputs: tuple[Tensor, ...], bytes_: int) -> Work:
     """Steps that change nothing, under inference mode, without which the models' do not take our ops."""
 
@@ -381,10 +411,11 @@ def decoders(
     model: dx.models.Model, prompts: Tensor, new: int, cache: str
 ) -> dict[str, Callable[..., Tensor]]:
     """Contender -> tokens, by so many a pass."""
+    quantised = deepcopy(model).quantize()
 
-    def ours(taken: int) -> Tensor:
+    def ours(taken: int, model: dx.models.Model = model, graphs: bool = True) -> Tensor:
         settings = {"gen_length": new, "block_length": BLOCK, "selector": "quota", "threshold": taken}
-        return dx.decode(model, prompts, cache=cache, **settings).sequences
+        return dx.decode(model, prompts, cache=cache, graphs=graphs, **settings).sequences
 
     def loop(compiled: bool, commit: Callable[..., None]) -> Callable[[int], Tensor]:
         forward = baselines.Plain(model, compiled)
@@ -398,6 +429,8 @@ def decoders(
     return {
         "published": loop(False, baselines.published_quota),
         OURS: ours,
+        f"{OURS}, graphs=False": functools.partial(ours, graphs=False),
+        f"{OURS}, 8-bit weights": functools.partial(ours, model=quantised),
         "compiled": loop(True, baselines.compiled_quota),
     }
 
@@ -514,6 +547,7 @@ CASES = (
     _kv_write("LLaDA", 32),
     _layer("rms_norm", rms_norm, 32, 4096),
     _layer("swiglu", swiglu, 32, 12288),
+    Case("fp8_linear, 32 rows of 4096", "fp8_linear", fp8_linear, {"tokens": 32, "width": 4096}),
     _rows(row_stats, "row_stats", 32),
     _rows(row_stats, "row_stats", 512),
     Case("select, batch 64, 512 positions", "select", select, SELECT, ("warm", "graph, warm")),
@@ -525,6 +559,7 @@ CASES = (
     _kv_write("LLaDA", 4096),
     _layer("rms_norm", rms_norm, 4096, 4096),
     _layer("swiglu", swiglu, 4096, 12288),
+    Case("fp8_linear, 8 rows of 4096", "fp8_linear", fp8_linear, {"tokens": 8, "width": 4096}),
     _kv_write("Dream", 32),
     _step("Dream-7B", 1),
     _decode("Dream-7B", "dual", 1),

@@ -158,6 +158,9 @@ struct Cpu {
   }
   static void rms_norm(const RmsNormArgs& args, const Tensor&) { cpu::rms_norm(args, parallel); }
   static void swiglu(const SwigluArgs& args, const Tensor&) { cpu::swiglu(args, parallel); }
+  static void fp8_linear(const Fp8LinearArgs& args, const Tensor&, const std::optional<Tensor>&) {
+    cpu::fp8_linear(args, parallel);
+  }
 };
 
 #ifdef DPARALLEL_WITH_CUDA
@@ -232,6 +235,11 @@ struct Cuda {
   static void swiglu(const SwigluArgs& args, const Tensor& like) {
     const torch::stable::accelerator::DeviceGuard guard(like.get_device());
     check(cuda::swiglu(args, stream(like)), "swiglu");
+  }
+  static void fp8_linear(const Fp8LinearArgs& args, const Tensor& like,
+                         const std::optional<Tensor>& c) {
+    launch("fp8_linear", args, cuda::fp8_linear_scratch(args), cuda::fp8_linear_counters(args),
+           cuda::fp8_linear, like, c);
   }
 };
 #endif
@@ -578,6 +586,36 @@ Tensor swiglu(Tensor gate, Tensor up) {
   return out;
 }
 
+constexpr const char* kFp8LinearSchema =
+    "fp8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor(a!)? counters) -> "
+    "Tensor";
+
+template <class Backend>
+Tensor fp8_linear(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias,
+                  std::optional<Tensor> counters) {
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x: expected (N, in), weight (out, in)");
+  const int64_t count = x.size(0), in = x.size(1), out_width = weight.size(0);
+  STD_TORCH_CHECK(x.stride(1) == 1 || in == 1, "x: expected contiguous rows");
+  STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double,
+                  "x: expected float32, bfloat16 or float16");
+  contiguous(weight, "weight", ScalarType::Float8_e4m3fn, {out_width, in}, x);
+  contiguous(scale, "scale", ScalarType::Float, {out_width}, x);
+  if (bias.has_value()) contiguous(*bias, "bias", x.scalar_type(), {out_width}, x);
+  Tensor out = torch::stable::new_empty(x, {count, out_width});
+  const Fp8LinearArgs args{dtype_of(x),
+                           x.data_ptr(),
+                           x.stride(0),
+                           count,
+                           in,
+                           out_width,
+                           static_cast<const uint8_t*>(weight.data_ptr()),
+                           data<float>(scale),
+                           bias.has_value() ? bias->data_ptr() : nullptr,
+                           out.data_ptr()};
+  Backend::fp8_linear(args, x, counters);
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(dparallel, m) {
@@ -590,6 +628,7 @@ STABLE_TORCH_LIBRARY(dparallel, m) {
   m.def(kBlockAttentionSchema);
   m.def(kRmsNormSchema);
   m.def(kSwigluSchema);
+  m.def(kFp8LinearSchema);
 }
 
 #define DPARALLEL_IMPL(KEY, BACKEND)                                               \
@@ -604,6 +643,7 @@ STABLE_TORCH_LIBRARY(dparallel, m) {
     m.impl("block_attention", TORCH_BOX(&block_attention<BACKEND>));               \
     m.impl("rms_norm", TORCH_BOX(&rms_norm<BACKEND>));                             \
     m.impl("swiglu", TORCH_BOX(&swiglu<BACKEND>));                                 \
+    m.impl("fp8_linear", TORCH_BOX(&fp8_linear<BACKEND>));                         \
   }
 
 DPARALLEL_IMPL(CPU, Cpu)

@@ -7,13 +7,13 @@ import torch  # the compiled library links against torch's, so torch comes first
 from . import compat, diffusion_gemma, models, policies, reference
 from ._C import build_info, simd_level
 from .attention import block_attention, kv_write, rope_table
-from .batch import Trajectory
 from .decode import DecodeOutput, decode
 from .engine import Completion, Engine, EngineFull, EngineStats, Handle
-from .layers import rms_norm, swiglu
+from .layers import fp8_linear, quantize_fp8, rms_norm, swiglu
 from .loss import CertaintyForcingLoss, certainty_forcing_loss, linear_certainty_forcing_loss
 from .masks import MaskedPair, semi_autoregressive_masks
 from .ops import check_errors, row_stats, select, unmask_
+from .passes import Trajectory
 from .types import RowStats, UnmaskOutput
 
 __version__ = "0.1.0"
@@ -37,10 +37,12 @@ __all__ = [
     "compat",
     "decode",
     "diffusion_gemma",
+    "fp8_linear",
     "kv_write",
     "linear_certainty_forcing_loss",
     "models",
     "policies",
+    "quantize_fp8",
     "reference",
     "rms_norm",
     "rope_table",

@@ -9,127 +9,19 @@ that is complete is in no pass.
 from __future__ import annotations
 
 import copy
-import itertools
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import policies
 from .cache import KVCache, Span
 from .models import Model, traits
-from .ops import check_errors, row_stats, select, unmask_
-from .types import RowStats
+from .ops import NO_ERROR, check_errors, explain
+from .passes import Passes, Policy, Work
+from .rows import IDLE, Row, Settings, lay_out
 
 CACHES = ("none", "prefix", "dual", "block")
-
-Policy = Callable[[RowStats, Tensor, Tensor], Tensor]
-"""(stats (B, W), eligible (B, W) bool, step (B,) int64) -> (B, W) bool, over the columns of each block, or of
-its active sub-block."""
-
-
-@dataclass
-class Trajectory:
-    """When each generated token was committed, and how sure the model was."""
-
-    step: Tensor
-    """(B, gen_length) int64: the sequence's pass that committed it, from 1; 0 where none did."""
-    confidence: Tensor
-    """(B, gen_length) float32: its probability in that pass; NaN where none did."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How one sequence is decoded."""
-
-    policy: tuple[float, ...]
-    """A row of `policies.FIELDS`."""
-    steps: int | None = None
-    """The fixed schedule: passes in all, whose quota stands in for the policy's threshold."""
-    temperature: float = 0.0
-    suppress: Tensor | None = None
-    """(n,) int64, ids never to be decoded."""
-    key: tuple[int, int] = (0, 0)
-    """Of its samples: seed, sequence."""
-    eos_id: int | None = None
-    stop: tuple[tuple[int, ...], ...] = ()
-    """Sequences of tokens that end the response as eos_id does."""
-
-
-@dataclass
-class Row:
-    """Where one sequence is. Columns are positions of the sequence."""
-
-    prompt: int
-    length: int
-    """Of prompt and response."""
-    blocks: list[tuple[int, int]]
-    """Columns [start, end) that are filled, block by block."""
-    settings: Settings
-    kept: int
-    """Response tokens in front of EOS or a stop sequence, all where there is none."""
-    at: int = 0
-    """The active block; len(blocks): done."""
-    turn: int = 0
-    """Passes that the active block has had."""
-    left: int = 0
-    """Masks in the active block."""
-    leftmost: int = 0
-    """The column of the first of them."""
-    nfe: int = 0
-    published: int = 0
-    """Passes that the published loop has run so far."""
-    generated: int = 0
-    stored: int = 0
-    """cache "block": positions whose keys and values are final."""
-    waiting: bool = False
-    """Its block is complete, and it has not begun the next."""
-    stopped: bool = False
-    """It met EOS or a stop sequence."""
-
-    @property
-    def done(self) -> bool:
-        return self.at == len(self.blocks)
-
-    @property
-    def block(self) -> tuple[int, int]:
-        return self.blocks[self.at]
-
-    @property
-    def policy(self) -> tuple[float, ...]:
-        """Of the next pass, a row of `policies.FIELDS`."""
-        chosen, steps = self.settings.policy, self.settings.steps
-        if steps is None or self.done:
-            return chosen
-        start, end = self.block
-        share, rest = divmod(end - start, steps // len(self.blocks))
-        return (chosen[0], float(max(1, share + (self.turn < rest))), *chosen[2:])
-
-
-IDLE = Row(0, 0, [], Settings((0.0, 0.0, 1.0, math.inf, 0.0)), 0)
-"""What a lane without a sequence holds."""
-
-
-def lay_out(
-    prompt: int, gen_length: int, block_length: int, causal: bool, steps: int | None = None
-) -> list[tuple[int, int]]:
-    """The blocks, columns [start, end), that `gen_length` tokens after the prompt are filled by.
-
-    Block-causal models count blocks from position 0, so that the first may begin with the prompt's tail, and
-    fill the last to its end. Raises ValueError where `steps` passes do not divide into the blocks.
-    """
-    end, origin = prompt + gen_length, prompt
-    if causal:
-        end, origin = -(-end // block_length) * block_length, prompt - prompt % block_length
-    cuts = [prompt, *range(origin + block_length, end, block_length), end]
-    blocks = [(a, b) for a, b in itertools.pairwise(cuts) if a < b] if gen_length else []
-    if steps is not None and blocks and steps % len(blocks):
-        raise ValueError(f"steps: expected a multiple of the {len(blocks)} blocks, got {steps}")
-    return blocks
 
 
 class Batch:
@@ -144,6 +36,7 @@ class Batch:
             None: a block is one part.
         refresh: with cache "dual", a full pass every so many passes over a block.
         batch_invariant: each sequence in passes of its own.
+        graphs: on a GPU, passes of one form are recorded once and replayed, see `graphs`.
         slots: of lanes and width; default: contiguous ones.
     """
 
@@ -163,10 +56,11 @@ class Batch:
         published: bool = False,
         refresh: int | None = None,
         batch_invariant: bool = False,
+        graphs: bool = True,
         slots: KVCache | None = None,
     ) -> None:
         self.model, self.cache, self.mask_id, self.published = model, cache, mask_id, published
-        self.refresh, self.alone, self.policy = refresh, batch_invariant, policy
+        self.refresh, self.alone = refresh, batch_invariant
         self.block_length, self.pad_id = block_length, pad_id
         self.traits = traits(model)
         self.sub_block_length = sub_block_length or block_length
@@ -180,7 +74,17 @@ class Batch:
         self.slots = slots
         if slots is None and isinstance(model, Model):
             self.slots = model.new_cache(lanes, width, kept=cache != "none")
-        self.trajectory: Trajectory | None = None
+        self.passes = Passes(
+            model,
+            self.tokens,
+            self.slots,
+            mask_id,
+            shift=int(self.traits.shift),
+            window=self.sub_block_length,
+            block=block_length,
+            policy=policy,
+            graphs=graphs,
+        )
 
     def admit(
         self, lane: int, prompt: Tensor, gen_length: int, settings: Settings, *, stored: int = 0
@@ -189,13 +93,15 @@ class Batch:
 
         `stored`: positions whose keys and values are in the lane's slots already (cache "block").
 
-        Raises ValueError where `steps` does not divide into the blocks.
+        Raises ValueError where `steps` does not divide into the blocks, or for an id to suppress that the
+        model does not have.
         """
         first, size, causal = len(prompt), self.block_length, self.traits.block_length is not None
         blocks = lay_out(first, gen_length, size, causal, settings.steps)
         end = blocks[-1][1] if blocks else first
         prefill = self.cache == "block" and first >= size and bool(blocks)
-        row = Row(first, end, blocks, settings, end - first, published=int(prefill), stored=stored)
+        suppress = self.passes.suppress(settings.suppress)
+        row = Row(first, end, blocks, settings, end - first, suppress, published=int(prefill), stored=stored)
         self.rows[lane] = row
         self.tokens[lane, :first] = prompt
         self.tokens[lane, first:end] = self.mask_id
@@ -210,16 +116,18 @@ class Batch:
 
     @property
     def policies(self) -> Tensor:
-        """(lanes, 5) float32, of the next pass."""
-        rows = [row.policy for row in self.rows]
-        return torch.tensor(rows, dtype=torch.float32, device=self.tokens.device).view(-1, 5)
+        """(lanes, 5) float32 on the CPU, of the next pass."""
+        return torch.tensor([row.policy for row in self.rows], dtype=torch.float32).view(-1, 5)
 
     def _enter(self, b: int) -> None:
         """Begin the active block; blocks without a mask are passed over."""
         row = self.rows[b]
         while not row.done:
             row.turn, row.waiting = 0, False
-            row.left, row.leftmost = self._masks([b])[b]
+            edges = torch.zeros((2, len(self.rows)), dtype=torch.int64)
+            edges[:, b] = torch.tensor(row.block)
+            start, end = edges.to(self.tokens.device)
+            row.left, row.leftmost = self.passes.masks(start, end)[b].tolist()
             if row.left:
                 return
             self._leave(row)
@@ -261,17 +169,23 @@ class Batch:
             row = self.rows[b]
             row.nfe += row.left > 0
             row.published += not self._hands_over(row)
+        found: dict[int, list[int]] = {}
         for group in self._groups(live):
-            self._pass(group)
+            work = {b: Work(self._spans(b), self._window(b), self.rows[b].block) for b in group}
+            numbers = self.passes.run(self.rows, work).tolist()
+            found |= {b: numbers[b] for b in group}
             self.forwards += 1
+        length = self.tokens.shape[1]
+        error = min((error for *_, error in found.values()), default=NO_ERROR)
+        explain(error, lambda at: f"sequence {at // length} at position {at % length}")
+        if self.passes.policy is not None:
+            check_errors(self.tokens.device)
         finished = []
-        left = self._masks(live)
-        check_errors(self.tokens.device)  # on a GPU a bad row commits nothing: without this, for ever
         for b in live:
             row = self.rows[b]
             wasteful = self.cache in ("prefix", "dual") and row.turn == 0
             row.turn += not self._hands_over(row)
-            row.left, row.leftmost = left[b]
+            row.left, row.leftmost, _ = found[b]
             if self.cache == "block":
                 row.stored = row.block[0] - row.block[0] % self.block_length
             if row.left or (wasteful and self.published):
@@ -363,15 +277,6 @@ class Batch:
                 start = 0
         return start, end
 
-    def _masks(self, live: list[int]) -> dict[int, tuple[int, int]]:
-        """Masks left in each active block, and the column of the first."""
-        found = []
-        for b in live:
-            start, end = self.rows[b].block
-            masked = (self.tokens[b, start:end] == self.mask_id).to(torch.int64)
-            found.append(torch.stack((masked.sum(), masked.argmax() + start)))
-        return {b: (n, at) for b, (n, at) in zip(live, torch.stack(found).tolist(), strict=True)}
-
     def _groups(self, live: list[int]) -> list[list[int]]:
         """Sequences that share a pass."""
         if self.alone:
@@ -382,177 +287,3 @@ class Batch:
         for b in live:
             by_length.setdefault(self.rows[b].length, []).append(b)
         return list(by_length.values())
-
-    def _pass(self, group: list[int]) -> None:
-        """One forward pass over sequences, and what is committed by it.
-
-        Of the logits, those of the masks in the windows are computed; on a GPU whole windows, so as not to
-        wait for it.
-        """
-        windows, device = {b: self._window(b) for b in group}, self.tokens.device
-        spans: list[Span] = []
-        rows, columns, sources, offset = [], [], [], 0
-        for b in group:
-            start, end = windows[b]
-            column = torch.arange(start, end)
-            if device.type == "cpu":
-                column = column[self.tokens[b, start:end] == self.mask_id]
-            own = self._spans(b)
-            first, last = own[0].start, own[-1].end
-            source = (column - 1).clamp_(min=first) if self.traits.shift else column
-            rows.append(torch.full_like(column, b))
-            columns.append(column)
-            sources.append(source - first + offset)  # among the packed positions of the pass
-            spans += own
-            offset += last - first
-        numbers = torch.stack([torch.cat(part) for part in (rows, columns, sources)])
-        row_of, column, source = numbers.to(device, non_blocking=True)  # (N,) each
-        if isinstance(self.model, Model):
-            rows_of_head = F.pad(source, (0, self._rows(len(source)) - len(source)))
-            logits = self.model.head(self._hidden(spans, self._rows(offset))[rows_of_head])[: len(source)]
-        else:
-            logits = self._foreign(group)[source]
-        self._commit(group, logits, row_of, column, windows)
-
-    def _rows(self, count: int) -> int:
-        """How many rows `count` are filled up to, for the matrix library's sake.
-
-        On the CPU it keeps compiled code for each number of rows of 16-bit matrices that it has met, for ever
-        (half a megabyte and half a millisecond for each), so there shall be few: 8, 16, ... 64, and then four
-        to every doubling.
-        """
-        if self.tokens.device.type != "cpu" or self.model.dtype == torch.float32 or not count:
-            return count
-        size = max(8, 2 ** ((count - 1).bit_length() - 3))
-        return -(-count // size) * size
-
-    def _hidden(self, spans: list[Span], rows: int) -> Tensor:
-        """Of one of our models: (rows, width), those of the spans' positions first."""
-        assert self.slots is not None
-        plan = self.slots.plan(spans, rows)
-        row = torch.tensor([span.row for span in spans])
-        count = torch.tensor([span.end - span.start for span in spans])
-        of_token = row.repeat_interleave(count)
-        of_token = F.pad(of_token, (0, rows - len(of_token))).to(plan.positions.device)
-        return self.model.step(self.tokens[of_token, plan.positions], self.slots, plan)
-
-    def _foreign(self, group: list[int]) -> Tensor:
-        """Of any other model, which knows no ragged batches: logits (B * L, V) of whole sequences."""
-        x = self.tokens[group, : self.rows[group[0]].length]
-        output = self.model(x)
-        if not hasattr(output, "logits"):
-            raise ValueError(
-                f"model: expected its call to return an object with .logits, got {type(output).__name__}"
-            )
-        if output.logits.shape[:-1] != x.shape:
-            raise ValueError(
-                f"model: expected logits ({x.shape[0]}, {x.shape[1]}, V), got {tuple(output.logits.shape)}"
-            )
-        logits: Tensor = output.logits.flatten(0, 1)
-        return logits
-
-    def _commit(
-        self,
-        live: list[int],
-        logits: Tensor,
-        row_of: Tensor,
-        column: Tensor,
-        windows: dict[int, tuple[int, int]],
-    ) -> None:
-        x, lanes = self.tokens, range(len(self.rows))
-        positions = row_of * x.shape[1] + column
-        nfe = torch.tensor([row.nfe for row in self.rows], device=x.device)
-        keys = torch.tensor([row.settings.key for row in self.rows], device=x.device).view(-1, 2)
-        seed, sequence = keys.unbind(1)
-        if self.policy is not None:
-            stats = self._by_function(self.policy, live, logits, row_of, column, windows, nfe, seed, sequence)
-            return self._record(positions, row_of, column, nfe, stats)
-        policy = self.policies
-        # What a launch has but one of: a call for each that occurs.
-        groups: dict[tuple[float, int], list[int]] = {}
-        for b in live:
-            own = self.rows[b].settings
-            groups.setdefault((own.temperature, id(own.suppress)), []).append(b)
-        for group in groups.values():
-            own = self.rows[group[0]].settings
-            edges = [windows[b] if b in group else (0, 0) for b in lanes]
-            start, end = torch.tensor(edges, device=x.device).view(-1, 2).unbind(1)
-            stats = unmask_(
-                x,
-                logits,
-                mask_id=self.mask_id,
-                start=start,
-                end=end,
-                policy=policy,
-                positions=positions,
-                step=nfe,
-                temperature=own.temperature,
-                suppress=own.suppress,
-                seed=seed,
-                sequence=sequence,
-            ).stats
-        self._record(positions, row_of, column, nfe, stats)  # where wanted, there is but one group
-
-    def _by_function(
-        self,
-        policy: Policy,
-        live: list[int],
-        logits: Tensor,
-        row_of: Tensor,
-        column: Tensor,
-        windows: dict[int, tuple[int, int]],
-        nfe: Tensor,
-        seed: Tensor,
-        sequence: Tensor,
-    ) -> RowStats:
-        """Commit what a function chooses of statistics laid out (B, W), W the widest window."""
-        x, batch, own = self.tokens, len(self.rows), self.rows[live[0]].settings
-        width = max(end - start for start, end in windows.values())
-        start = torch.tensor([windows.get(b, (0, 0))[0] for b in range(batch)], device=x.device)
-        at = (row_of, column - start[row_of])
-        eligible = torch.zeros((batch, width), dtype=torch.bool, device=x.device)
-        eligible[at] = x[row_of, column] == self.mask_id
-        stats = row_stats(
-            logits,
-            mask_id=self.mask_id,
-            suppress=own.suppress,
-            temperature=own.temperature,
-            seed=seed[row_of],
-            sequence=sequence[row_of],
-            position=column,
-            step=nfe[row_of],
-        )
-        spread = []
-        for values in stats:
-            blank = -1 if values.dtype == torch.int64 else math.nan
-            whole = values.new_full(eligible.shape, blank)
-            whole[at] = values
-            spread.append(torch.where(eligible, whole, blank))  # on a GPU `at` is the whole window
-        by_column = RowStats(*spread)
-        chosen = policy(by_column, eligible, nfe)
-        if not isinstance(chosen, Tensor) or chosen.shape != eligible.shape:
-            raise ValueError(
-                f"policy: expected a bool Tensor {tuple(eligible.shape)}, "
-                f"got {getattr(chosen, 'shape', type(chosen).__name__)}"
-            )
-        best = policies.make("quota", 1, batch=batch, device=x.device)
-        chosen = chosen.to(torch.bool) & eligible
-        chosen |= ~chosen.any(1, keepdim=True) & select(by_column, eligible, best)
-        x[row_of, column] = torch.where(chosen[at], stats.sample, x[row_of, column])
-        return stats
-
-    def _record(
-        self, positions: Tensor, row_of: Tensor, column: Tensor, nfe: Tensor, stats: RowStats
-    ) -> None:
-        """Of the positions, which were masked before, those that are not any more."""
-        if self.trajectory is None:
-            return
-        prompt = torch.tensor([row.prompt for row in self.rows], device=positions.device)
-        where = column - prompt[row_of]
-        # On a GPU the positions are whole windows: what was committed earlier has its step already.
-        fresh = (self.tokens.view(-1)[positions] != self.mask_id) & (where >= 0)
-        row_of, where, sure = row_of[fresh], where[fresh], stats.confidence[fresh]
-        new = self.trajectory.step[row_of, where] == 0
-        row_of, where, sure = row_of[new], where[new], sure[new]
-        self.trajectory.step[row_of, where] = nfe[row_of]
-        self.trajectory.confidence[row_of, where] = sure

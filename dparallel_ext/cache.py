@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Fill = Callable[[int], int] | None
 
 
 class Span(NamedTuple):
@@ -25,11 +27,16 @@ class Pass:
     """What one forward pass computes: spans of any sequences and lengths, packed.
 
     N tokens in the order of the spans, S spans; see `attention.kv_write` and `attention.block_attention`.
-    Rows may follow that are no tokens: at position 0, in no slot and no span.
+    Rows may follow that are no tokens (at position 0, in no slot and no span), and spans without any.
     """
 
+    longest_query: int
+    longest_length: int
+    """Of any span: its rows, and the slots it sees."""
+    rows: Tensor
+    """(N,) int64, each token's sequence."""
     positions: Tensor
-    """(N,) int64, each token's position in its sequence."""
+    """(N,) int64, its position in that."""
     slots: Tensor
     """(N,) int64, where its key and value go."""
     begin: Tensor
@@ -38,8 +45,11 @@ class Pass:
     """(S,) int64: a span's rows of the packed tokens, and the slots they see."""
     pages: Tensor
     """(S, P) int64"""
-    longest_query: int
-    longest_length: int
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those of the fields that are tensors, in their order."""
+        return self.rows, self.positions, self.slots, self.begin, self.end, self.lengths, self.pages
 
 
 class KVCache:
@@ -49,13 +59,14 @@ class KVCache:
         slots: (layers, 2, pages, kv_heads, page_size, head_dim), in the dtype and on the device of the
             model. With one layer every layer uses the same slots: enough where each pass computes whole
             sequences and nothing is kept.
+        rope: cos, sin of the model's rotary embedding, each (at least length, head_dim / 2) float32.
         table: (B, P) int64 on the CPU, each sequence's pages in order. Default: page b for sequence b.
     """
 
-    def __init__(self, slots: Tensor, table: Tensor | None = None) -> None:
-        self.slots = slots
+    def __init__(self, slots: Tensor, rope: tuple[Tensor, Tensor], table: Tensor | None = None) -> None:
+        self.slots, self.rope = slots, rope
         self.table = torch.arange(slots.shape[2])[:, None] if table is None else table
-        self._last: tuple[list[Span], int, Pass] | None = None
+        self._last: tuple[list[Span], Fill, Pass] | None = None
 
     @property
     def page_size(self) -> int:
@@ -80,14 +91,18 @@ class KVCache:
         self.table[row, first : first + len(pages)] = torch.tensor(pages, dtype=torch.int64)
         self._last = None
 
-    def plan(self, spans: Sequence[Span], rows: int = 0) -> Pass:
-        """The pass over `spans`, filled up to `rows` rows.
+    def plan(self, spans: Sequence[Span], fill: Fill = None) -> Pass:
+        """The pass over `spans`, on the CPU.
+
+        fill: gives the number, at least its argument, that so many rows are filled up to, and likewise what
+            `longest_query` and `longest_length` are; with it, spans are filled up to a power of two. None:
+            nothing is filled up.
 
         Raises:
             ValueError: for a span of no sequence of the cache, or beyond its slots.
         """
         spans = list(spans)
-        if self._last is not None and self._last[:2] == (spans, rows):  # the passes over a block are alike
+        if self._last is not None and self._last[:2] == (spans, fill):  # the passes over a block are alike
             return self._last[2]
         for span in spans:
             if not 0 <= span.row < self.batch:
@@ -102,21 +117,21 @@ class KVCache:
         count = stop - start
         end = count.cumsum(0)
         begin = end - count
-        total = int(end[-1]) if len(end) else 0
+        total, longest_query, longest_length = (
+            int(t[-1] if t is end else t.max()) if len(t) else 0 for t in (end, count, visible)
+        )
         positions = torch.arange(total) + (start - begin).repeat_interleave(count)
-        pages = self.table[row]
+        rows, pages = row.repeat_interleave(count), self.table[row]
         of_token = torch.arange(len(spans)).repeat_interleave(count)
         slots = pages[of_token, positions // self.page_size] * self.page_size + positions % self.page_size
-        device, more = self.slots.device, max(0, rows - total)
-        plan = Pass(
-            F.pad(positions, (0, more)).to(device, non_blocking=True),
-            F.pad(slots, (0, more), value=-1).to(device, non_blocking=True),
-            begin.to(device, non_blocking=True),
-            end.to(device, non_blocking=True),
-            visible.to(device, non_blocking=True),
-            pages.to(device, non_blocking=True),
-            longest_query=int(count.max()) if len(count) else 0,
-            longest_length=int(visible.max()) if len(count) else 0,
-        )
-        self._last = spans, rows, plan
+        if fill is not None and spans:
+            more = fill(total) - total
+            rows, positions = F.pad(rows, (0, more)), F.pad(positions, (0, more))
+            slots = F.pad(slots, (0, more), value=-1)
+            more = 2 ** (len(spans) - 1).bit_length() - len(spans)
+            begin, end, visible = (F.pad(t, (0, more)) for t in (begin, end, visible))
+            pages = F.pad(pages, (0, 0, 0, more))
+            longest_query, longest_length = fill(longest_query), min(fill(longest_length), self.length)
+        plan = Pass(longest_query, longest_length, rows, positions, slots, begin, end, visible, pages)
+        self._last = spans, fill, plan
         return plan

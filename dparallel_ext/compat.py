@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import Batch, Policy
+from .batch import Batch
 from .decode import make_settings, run, start
 from .models import traits
-from .ops import check_errors, select
+from .ops import select
+from .passes import Policy
 from .types import RowStats
 
 
@@ -115,9 +116,8 @@ def _generate(
         prompts = list(rows.to(torch.int64))
         batch = start(model, prompts, gen_length, block_length, cache, mask_id, settings, published=True)
         if remasking == "random":
-            batch.policy = _randomly(batch)
+            batch.passes.policy = _randomly(batch)
         run(batch)
-        check_errors(batch.tokens.device)
     return batch.tokens.clone(), batch.forwards
 
 

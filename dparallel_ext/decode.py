@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from . import policies
-from .batch import CACHES, Batch, Policy, Settings, Trajectory, lay_out
+from .batch import CACHES, Batch
 from .models import Model, Traits, traits
-from .ops import check_errors
+from .passes import Policy, Trajectory
+from .rows import Settings, lay_out
 
 
 @dataclass
@@ -76,6 +77,7 @@ def decode(
     cache: str = "none",
     refresh: int | None = None,
     batch_invariant: bool = False,
+    graphs: bool = True,
     temperature: float = 0.0,
     suppress: Any = None,
     mask_id: int | None = None,
@@ -118,6 +120,8 @@ def decode(
         refresh: with "dual", a full pass every `refresh` passes over a block, so that no entry grows stale.
         batch_invariant: each sequence in passes of its own, so that it comes out to the bit as alone. In
             shared passes the matrix library may round the same row otherwise in another batch.
+        graphs: on a GPU, passes of our models are recorded as CUDA graphs and replayed. The tokens are the
+            same without; nothing is recorded where a layer has hooks or adapters.
         temperature: 0 is greedy; above it, tokens are Gumbel-max samples of softmax(logits / T).
         suppress: ids never to be decoded, left out of the softmax.
         mask_id: default: the model's `mask_token_id`.
@@ -169,17 +173,17 @@ def decode(
             policy=function,
             refresh=refresh,
             batch_invariant=batch_invariant,
+            graphs=graphs,
         )
         if record:
             longest = max((row.length - row.prompt for row in batch.rows), default=0)
             step = batch.tokens.new_zeros((size, longest))
-            batch.trajectory = Trajectory(step, torch.full(step.shape, math.nan, device=step.device))
+            batch.passes.trajectory = Trajectory(step, torch.full(step.shape, math.nan, device=step.device))
         if streamer is not None and size != 1:
             raise ValueError(f"streamer: expected a batch of 1, got {size}")
         run(batch, streamer, _bar(progress, sum(row.length - row.prompt for row in batch.rows)))
-        check_errors(batch.tokens.device)
     # Tensors made in inference mode cannot enter autograd later; their copies can.
-    found = batch.trajectory
+    found = batch.passes.trajectory
     trajectory = found and Trajectory(found.step.clone(), found.confidence.clone())
     x = batch.tokens.clone()
     if not size and isinstance(prompt, Tensor) and isinstance(gen_length, int):

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ._C import Scheduler
 from .attention import _within
-from .batch import Batch, Settings, lay_out
+from .batch import Batch
 from .decode import check_model, check_steps, make_settings, whole
 from .models import Model, traits
+from .rows import Settings, lay_out
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +184,7 @@ class Engine:
         share: with cache "block", requests that begin alike share the pages of that beginning, those of
             finished requests included as long as there is room. Keys and values do not depend on who computed
             them but for rounding, so this is off where `batch_invariant` is on.
-        batch_invariant, refresh, mask_id: as in `decode`.
+        batch_invariant, graphs, refresh, mask_id: as in `decode`.
 
     An engine is thread-safe. What one request fails of concerns no other. Use it in a `with` block, or
     `close` it.
@@ -206,6 +207,7 @@ class Engine:
         max_waiting: int = 1024,
         share: bool | None = None,
         batch_invariant: bool = False,
+        graphs: bool = True,
         refresh: int | None = None,
         mask_id: int | None = None,
     ) -> None:
@@ -258,6 +260,7 @@ class Engine:
                 sub_block_length=sub_block_length,
                 refresh=refresh,
                 batch_invariant=batch_invariant,
+                graphs=graphs,
                 slots=slots,
             )
         self._slots = slots

@@ -1,6 +1,6 @@
-"""The layers between a transformer's matrix products, each in one pass: `rms_norm` and `swiglu`.
+"""Layers of a transformer: `rms_norm` and `swiglu`, each in one pass, and `fp8_linear`, on 8-bit weights.
 
-Both round where the modules they stand for do, so that a model's tokens stay what they were.
+The first two round where the modules they stand for do, so that a model's tokens stay what they were.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _C
-from .ops import _rows_view
+from .ops import _counters, _rows_view
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = {"cpu", *_C.build_info()["backends"].split()}
@@ -106,6 +107,78 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     return out if out.ndim == gate.ndim else out.view(gate.shape)
 
 
+E4M3_MAX = 448.0
+FEW = 64
+"""Rows up to which a product takes as long as reading the weights: `fp8_linear` reads them as bytes."""
+
+
+def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (out, in) as float8_e4m3fn (out, in) and float32 scales (out,), for `fp8_linear`.
+
+    Each row's largest magnitude becomes 448, the largest of e4m3; a row of zeros has scale 1. Rounded to
+    nearest, a weight errs by at most 2^-4 of itself, or by 2^-10 of the scale where it is subnormal.
+
+    Raises ValueError for a weight that is not finite.
+    """
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise ValueError(f"weight: expected floats (out, in), got {weight.dtype} {tuple(weight.shape)}")
+    wide = weight.detach().to(torch.float32)
+    largest = wide.abs().amax(1) if wide.shape[1] else wide.new_zeros(len(wide))
+    if not bool(largest.isfinite().all()):
+        row = int((~largest.isfinite()).nonzero()[0])
+        raise ValueError(f"weight: row {row} holds a number that is not finite")
+    scale = torch.where(largest > 0, largest / E4M3_MAX, 1.0)
+    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
+    return (wide / scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+
+def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """scale * (x weight^T) + bias, the weights in 8 bits and everything else in the dtype of x.
+
+    Up to 64 rows the weights are read once, as bytes; the sum is in float32 and rounded once. More rows are
+    a product of the matrix library, with the weights in the dtype of x, which holds them exactly: rounded
+    before the scale too. No gradient.
+
+    Args:
+        x: (..., in) float32, bfloat16 or float16, any strides (rows are made contiguous).
+        weight: (out, in) float8_e4m3fn, contiguous and without NaN; `quantize_fp8` makes it.
+        scale: (out,) float32.
+        bias: (out,), the dtype of x.
+
+    Returns:
+        (..., out), contiguous.
+
+    Raises:
+        ValueError: naming the argument that does not fit; also where a gradient would be lost.
+    """
+    _check("x", x)
+    if weight.dtype != torch.float8_e4m3fn or weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"weight: expected float8_e4m3fn (out, {x.shape[-1]}), got {weight.dtype} {tuple(weight.shape)}"
+        )
+    width = weight.shape[:1]
+    if scale.dtype != torch.float32 or scale.shape != width:
+        raise ValueError(f"scale: expected float32 {tuple(width)}, got {scale.dtype} {tuple(scale.shape)}")
+    for name, given in (("weight", weight), ("scale", scale)):
+        if given.device != x.device:
+            raise ValueError(f"{name}: expected on {x.device} as x, got {given.device}")
+    if bias is not None:
+        _like("bias", bias, x, width)
+    rows = x.shape[:-1].numel()
+    if rows > FEW:
+        y = F.linear(x, weight.to(x.dtype)).to(torch.float32) * scale
+        return (y if bias is None else y + bias).to(x.dtype)
+    flat = x.reshape(rows, x.shape[-1])
+    out: Tensor = torch.ops.dparallel.fp8_linear(
+        flat if flat.stride(1) == 1 else flat.contiguous(),
+        weight.contiguous(),
+        scale.contiguous(),
+        None if bias is None else bias.contiguous(),
+        _counters(x, -(-len(weight) // 64)),
+    )
+    return out.view(*x.shape[:-1], len(weight))
+
+
 def _check(name: str, given: Tensor) -> None:
     if not isinstance(given, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(given).__name__}")
@@ -140,3 +213,8 @@ def _(x, delta, weight, bias, eps):  # type: ignore[no-untyped-def]
 @torch.library.register_fake("dparallel::swiglu")
 def _(gate, up):  # type: ignore[no-untyped-def]
     return gate.new_empty(gate.shape)
+
+
+@torch.library.register_fake("dparallel::fp8_linear")
+def _(x, weight, scale, bias, counters):  # type: ignore[no-untyped-def]
+    return x.new_empty((x.shape[0], weight.shape[0]))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _C  # noqa: F401  (registers the ops)
-from .ops import _NO_ERROR, _report, _rows_view
+from .ops import NO_ERROR, _report, _rows_view
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ERRORS = {1: "holds NaN", 2: "has no logit above -inf", 3: "has a label outside the vocabulary"}
@@ -312,7 +312,7 @@ def _linear(
     nll, entropy = (hidden.new_zeros(n, dtype=real) for _ in range(2))
     correct = active.new_zeros(n)
     saved = hidden.new_zeros((n, 4), dtype=real)
-    error = labels.new_full((n,), _NO_ERROR)
+    error = labels.new_full((n,), NO_ERROR)
     for rows in _chunks(active, chunk_rows):
         one = active.new_ones(len(rows))
         logits = _logits(hidden[rows], head, softcap)
@@ -322,7 +322,7 @@ def _linear(
         for whole, part in zip((nll, entropy, correct, saved), out, strict=False):
             whole[rows] = part
         # Rows are numbered within the chunk there: row * 4 + code.
-        error[rows] = torch.where(out[4] == _NO_ERROR, out[4], rows * 4 + out[4] % 4)
+        error[rows] = torch.where(out[4] == NO_ERROR, out[4], rows * 4 + out[4] % 4)
     return nll, entropy, correct, saved, error
 
 

@@ -6,7 +6,7 @@ built, CUDA kernels, and fake kernels for torch.compile. Their float64 twins are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from . import _C, policies  # noqa: F401  (importing _C registers the ops)
 from .types import RowStats, UnmaskOutput
 
 _ROW_FIELDS = 7
-_NO_ERROR = 2**63 - 1
+NO_ERROR = 2**63 - 1
 _ERRORS = {
     1: "holds NaN",
     2: "leaves no token to choose: every logit that may be chosen is -inf",
@@ -135,6 +135,7 @@ def unmask_(
     sequence: int | Tensor | None = None,
     step: int | Tensor = 0,
     position_offset: int = 0,
+    check: bool = True,
 ) -> UnmaskOutput:
     """One unmasking step, in place: statistics, selection and commit in one call.
 
@@ -156,6 +157,7 @@ def unmask_(
         seed, sequence, step: with the position, the sample's key; a number or (B,) int64. `sequence`
             defaults to 0..B-1.
         position_offset: added to the column to give the position, where `tokens` is a view.
+        check: False leaves a bad row to the caller, who finds it in `error`, on the CPU too.
 
     Returns:
         UnmaskOutput: tensors on the device of the logits, without synchronisation.
@@ -215,8 +217,9 @@ def unmask_(
         position_offset,
         _counters(logits, batch + 2),
     )
-    _report(error, lambda at: f"sequence {at // length} at position {at % length + position_offset}")
-    return UnmaskOutput(committed, remaining, done, _stats(row_tokens, fields, stats_shape))
+    if check:
+        _report(error, lambda at: f"sequence {at // length} at position {at % length + position_offset}")
+    return UnmaskOutput(committed, remaining, done, _stats(row_tokens, fields, stats_shape), error)
 
 
 # --- errors -------------------------------------------------------------------------------------
@@ -228,22 +231,26 @@ def check_errors(device: torch.device | str | None = None) -> None:
     """Raise ValueError for a bad row that a CUDA op has met since the last call (this synchronises)."""
     for key in [torch.device(device)] if device is not None else list(_pending):
         for error, where, texts in _pending.pop(key, []):
-            _raise(error, where, texts)
+            explain(_worst(error), where, texts)
 
 
 def _report(error: Tensor, where: Any, texts: dict[int, str] = _ERRORS) -> None:
     if torch.compiler.is_compiling() or isinstance(error, torch._subclasses.FakeTensor):
         return
     if error.device.type == "cpu":
-        _raise(error, where, texts)
+        explain(_worst(error), where, texts)
     else:
         _pending.setdefault(error.device, []).append((error, where, texts))
 
 
-def _raise(errors: Tensor, where: Any, texts: dict[int, str]) -> None:
-    error = int(errors.min()) if errors.numel() else _NO_ERROR
-    if error != _NO_ERROR:
+def explain(error: int, where: Callable[[int], str], texts: Mapping[int, str] = _ERRORS) -> None:
+    """Raise ValueError for an error that a kernel reports: 4 * flat position + code; not for NO_ERROR."""
+    if error != NO_ERROR:
         raise ValueError(f"logits: {where(error // 4)} {texts[error % 4]}")
+
+
+def _worst(errors: Tensor) -> int:
+    return int(errors.min()) if errors.numel() else NO_ERROR
 
 
 # --- arguments ----------------------------------------------------------------------------------
@@ -323,7 +330,7 @@ def _keys(like: Tensor, count: int, **parts: int | Tensor) -> Tensor:
     return torch.stack([_per_sequence(k, v, count, like) for k, v in parts.items()], 1).contiguous()
 
 
-_counter_buffers: dict[tuple[torch.device, int], Tensor] = {}
+_counter_buffers: dict[tuple[torch.device, int], list[Tensor]] = {}
 
 
 def _counters(like: Tensor, needed: int) -> Tensor | None:
@@ -332,11 +339,12 @@ def _counters(like: Tensor, needed: int) -> Tensor | None:
     if like.device.type != "cuda":
         return None
     key = (like.device, torch.cuda.current_stream(like.device).cuda_stream)
-    buffer = _counter_buffers.get(key)
-    if buffer is None or buffer.numel() < needed:
-        buffer = torch.zeros(max(4096, needed), dtype=torch.int32, device=like.device)
-        _counter_buffers[key] = buffer
-    return buffer
+    buffers = _counter_buffers.setdefault(key, [])
+    if not buffers or buffers[-1].numel() < needed:
+        size = max(4096, 2 * buffers[-1].numel() if buffers else 0, needed)
+        # Those outgrown stay: CUDA graphs may hold their addresses.
+        buffers.append(torch.zeros(size, dtype=torch.int32, device=like.device))
+    return buffers[-1]
 
 
 def _stats(tokens: Tensor, fields: Tensor, shape: Sequence[int]) -> RowStats:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import policies
 from .loss import CertaintyForcingLoss
+from .ops import NO_ERROR
 from .types import RowStats, UnmaskOutput
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -192,7 +193,8 @@ def unmask_(
     remaining = needed.sum(1) - committed
     if positions is not None:
         full = [spread(x, len(positions), rows) for x in stats]
-    return UnmaskOutput(committed, remaining, (remaining == 0).all(), RowStats(*full))
+    none = torch.full_like(committed, NO_ERROR)
+    return UnmaskOutput(committed, remaining, (remaining == 0).all(), RowStats(*full), none)
 
 
 def certainty_forcing_loss(
@@ -299,3 +301,9 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         gate, up = gate.chunk(2, -1)
     z = gate.double()
     return ((z * z.sigmoid()).to(gate.dtype).double() * up.double()).to(gate.dtype)
+
+
+def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See `dparallel_ext.fp8_linear`; any floating-point dtype."""
+    y = x.double() @ weight.to(torch.float32).double().T * scale.double()
+    return (y if bias is None else y + bias.double()).to(x.dtype)

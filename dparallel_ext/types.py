@@ -45,3 +45,5 @@ class UnmaskOutput(NamedTuple):
     """() bool: no window has a mask left."""
     stats: RowStats
     """Statistics of the rows read: fields (B, L), or (N,) where `positions` were given."""
+    error: Tensor
+    """(B,) int64: what kept each sequence from committing, see `ops.explain`; 2**63 - 1 where nothing did."""

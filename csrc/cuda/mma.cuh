@@ -64,6 +64,15 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
                   all + cuda_host::kLaneBytes * (8 * i + 2 * q + j) + 2 * g, 2);
 }
 
+// Four e4m3 numbers, the first in the lowest byte, as two pairs of T. NaN is for the caller to
+// rule out.
+template <class T>
+void widen_e4m3(uint32_t bytes, uint32_t& first, uint32_t& second) {
+  const auto value = [bytes](int i) { return e4m3_value(static_cast<uint8_t>(bytes >> 8 * i)); };
+  first = pack<T>(value(0), value(1));
+  second = pack<T>(value(2), value(3));
+}
+
 inline void copy_async(void* to, const void* from, bool there) {
   cuda_host::copy_later(to, there ? from : nullptr);
 }
@@ -112,6 +121,26 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(row))
                : "memory");
+}
+
+// The exponent of e4m3 in the place of T's, and then the difference of their biases multiplied in,
+// which is exact, subnormal numbers included.
+template <class T>
+__device__ __forceinline__ void widen_e4m3(uint32_t bytes, uint32_t& first, uint32_t& second) {
+  uint32_t pairs[2] = {__byte_perm(bytes, 0, 0x1404), __byte_perm(bytes, 0, 0x3424)};
+#pragma unroll
+  for (uint32_t& pair : pairs) {
+    const uint32_t sign = pair & 0x80008000u, zero = 0x80008000u;
+    if constexpr (T::kBrain) {
+      pair = sign | (pair >> 4 & 0x07f007f0u);
+      asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(pair) : "r"(0x7b807b80u), "r"(zero));  // 2^120
+    } else {
+      pair = sign | (pair >> 1 & 0x3f803f80u);
+      asm("fma.rn.f16x2 %0, %0, %1, %2;" : "+r"(pair) : "r"(0x5c005c00u), "r"(zero));  // 2^8
+    }
+  }
+  first = pairs[0];
+  second = pairs[1];
 }
 
 // 16 bytes from global to shared memory, past the L1 cache, or zeros, `from` then being read by

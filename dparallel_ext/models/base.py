@@ -7,7 +7,7 @@ A family is data: how its config.json reads (`Shape`) and what its checkpoint ca
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from ..attention import block_attention, kv_write, rope_table
 from ..cache import KVCache, Pass, Span
 from ..layers import compiled, rms_norm, swiglu
 from . import side_by_side
+from .fp8 import Fp8Linear
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,17 @@ class Block(nn.Module):
         """The weights (and biases) that belong side by side, where no adapter stands among them."""
         return side_by_side.parameters(((self.q, self.k, self.v), (self.gate, self.up)))
 
+    def quantize(self) -> None:
+        """See `Model.quantize`."""
+        for names in (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)):
+            linear = [getattr(self, name) for name in names]
+            if not all(side_by_side.plain(layer, nn.Linear) for layer in linear):
+                raise ValueError(f"model: expected plain nn.Linear layers {', '.join(names)} to quantise")
+            quantised = [Fp8Linear(layer) for layer in linear]
+            side_by_side.join_quantised(quantised)
+            for name, stands_in in zip(names, quantised, strict=True):
+                setattr(self, name, stands_in)
+
     def train(self, mode: bool = True) -> Block:
         if mode:
             for group in self.groups():
@@ -173,6 +185,9 @@ class Block(nn.Module):
         for group, was_joined in zip(self.groups(), joined, strict=True):
             if was_joined:
                 side_by_side.join(group)
+        for layers in ((self.q, self.k, self.v), (self.gate, self.up)):
+            quantised: list[Any] = [layer for layer in layers if isinstance(layer, Fp8Linear)]
+            side_by_side.join_quantised(quantised)
         return self
 
 
@@ -306,7 +321,7 @@ class Model(nn.Module):
         self._check(input_ids, 1)
         if len(input_ids) != len(plan.positions):
             raise ValueError(f"input_ids: expected ({len(plan.positions)},), got {tuple(input_ids.shape)}")
-        cos, sin = self._rope_of(cache.length)
+        cos, sin = cache.rope
         x, delta = self.embed(input_ids), None
         for layer, block in enumerate(self.blocks):
             keys, values = cache.layer(layer)
@@ -397,6 +412,37 @@ class Model(nn.Module):
             side_by_side.join(group)
         return self
 
+    def quantize(self) -> Model:
+        """Keep the layers' weights in 8 bits (e4m3, a float32 scale for each of their rows), to decode with.
+
+        Half the memory, and a pass over few tokens reads half as much; embedding, head and norms stay as
+        they are, and so does the arithmetic. In place, layer by layer, where the weights lie:
+        `models.load(path).quantize().to("cuda")` never has them in 16 bits on the GPU. It cannot be trained,
+        saved, or undone.
+
+        Raises ValueError where an adapter or a hook stands among the layers, or a weight is not finite.
+        """
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.quantize()
+        return self.eval()
+
+    @property
+    def quantized(self) -> bool:
+        return any(isinstance(module, Fp8Linear) for module in self.modules())
+
+    def addresses(self) -> Sequence[int] | None:
+        """Where the weights lie; None where calling the model does more than the code here says: hooks,
+        adapters, modules or methods in the place of its own.
+        """
+        own = {Block, RMSNorm, nn.Linear, Fp8Linear, nn.Embedding, nn.ModuleList, type(self)}
+        modules = list(self.modules())
+        if any(not side_by_side.plain(m, type(m)) or type(m) not in own for m in modules):
+            return None
+        if not {"hidden", "step", "head"}.isdisjoint(vars(self)):
+            return None
+        return [tensor.data_ptr() for tensor in itertools.chain(self.parameters(), self.buffers())]
+
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., width)."""
         logits = self.lm_head(hidden)
@@ -409,9 +455,10 @@ class Model(nn.Module):
 
         table: (B, P) int64 on the CPU, see `KVCache`; default: a page for each sequence.
         """
-        s = self.shape
-        shape = (s.layers if kept else 1, 2, pages, s.kv_heads, max(1, page_size), s.head_dim)
-        return KVCache(torch.zeros(shape, dtype=self.dtype, device=self.device), table)
+        s, page_size = self.shape, max(1, page_size)
+        shape = (s.layers if kept else 1, 2, pages, s.kv_heads, page_size, s.head_dim)
+        rope = self._rope_of(page_size * (1 if table is None else table.shape[1]))
+        return KVCache(torch.zeros(shape, dtype=self.dtype, device=self.device), rope, table)
 
     def _rope_of(self, length: int) -> tuple[Tensor, Tensor]:
         """cos, sin (at least length, head_dim / 2) float32."""

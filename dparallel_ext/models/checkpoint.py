@@ -88,7 +88,11 @@ def save(
 
     `dtype`: of the file, default the model's. `state_dict`: tensors to write instead of the model's own, by
     the checkpoint's names, as gathered from shards. Each file appears whole or not at all.
+
+    Raises ValueError for a quantised model.
     """
+    if model.quantized:
+        raise ValueError("model: it is quantised, and no published layout holds its weights; save it before")
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     dtype = dtype or model.dtype

@@ -7,12 +7,15 @@ back one product each.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeGuard, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..layers import fp8_linear
+from .fp8 import Fp8Linear
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
@@ -50,14 +53,33 @@ def plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
 
 def project(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
     """Each layer's output of x, by one matrix product where that may be."""
-    linear = [layer for layer in layers if plain(layer, nn.Linear)]
-    if not torch.is_grad_enabled() and len(linear) == len(layers):
-        weight = whole([layer.weight for layer in linear])
-        biases = [layer.bias for layer in linear if layer.bias is not None]
-        bias = whole(biases) if len(biases) == len(linear) else None
-        if weight is not None and (bias is not None or not biases):
-            return F.linear(x, weight, bias).split([layer.out_features for layer in linear], -1)
+    if not torch.is_grad_enabled():
+        for kind, leaves in LEAVES.items():
+            alike: list[Any] = [layer for layer in layers if plain(layer, kind)]
+            joined = _joined(alike, leaves) if len(alike) == len(layers) else None
+            if joined is not None:
+                product: Callable[..., Tensor] = F.linear if kind is nn.Linear else fp8_linear
+                return product(x, *joined).split([layer.out_features for layer in alike], -1)
     return [layer(x) for layer in layers]
+
+
+LEAVES: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("weight", "bias"),
+    Fp8Linear: ("weight", "scale", "bias"),
+}
+"""The tensors that make a layer, as the product takes them."""
+
+
+def _joined(layers: Sequence[Any], leaves: Sequence[str]) -> list[Tensor | None] | None:
+    """The layers' tensors of each name, None where none has one; None where they are not side by side."""
+    found: list[Tensor | None] = []
+    for leaf in leaves:
+        parts = [part for layer in layers if (part := getattr(layer, leaf)) is not None]
+        joined = whole(parts) if len(parts) == len(layers) else None
+        if parts and joined is None:
+            return None
+        found.append(joined)
+    return found
 
 
 def parameters(groups: Sequence[Sequence[nn.Module]]) -> Iterator[list[nn.Parameter]]:
@@ -98,6 +120,19 @@ def join(parts: Sequence[nn.Parameter]) -> None:
         joined = torch.cat([part.data for part in parts])
         for part, data in zip(parts, joined.split([len(part) for part in parts]), strict=True):
             part.data = data
+
+
+def join_quantised(layers: Sequence[Fp8Linear]) -> None:
+    """The same of quantised layers, their scales too."""
+    for leaf in ("weight", "scale"):
+        parts = [getattr(layer, leaf) for layer in layers]
+        if len(parts) > 1 and whole(parts) is None:
+            joined = torch.cat(parts).split([len(part) for part in parts])
+            for layer, part in zip(layers, joined, strict=True):
+                setattr(layer, leaf, part)
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    if biases:
+        join(biases)
 
 
 def separate(parts: Sequence[nn.Parameter]) -> None:

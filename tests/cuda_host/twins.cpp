@@ -667,6 +667,49 @@ void swiglu_case() {
   near(out2, out, "out");
 }
 
+void fp8_linear_case() {
+  const DType dtype = one_of({DType::float32, DType::bfloat16, DType::float16});
+  // 64 * 17 has several splits; a chunk has 64 rows.
+  const int64_t in = one_of({64, 64, 128, 64 * 17, 64 * 40, 1, 30, 200});
+  const int64_t out_width = one_of({1, 8, 15, 16, 63, 64, 65, 130});
+  const int64_t count = chance(0.1) ? 60 + below(20) : below(34);
+  const int64_t stride = in + one_of({0, 0, 8, 3});
+  Numbers x(dtype, count == 0 ? 0 : (count - 1) * stride + in), bias(dtype, out_width);
+  Numbers out(dtype, count * out_width), out2(out);
+  std::unique_ptr<uint8_t[]> weight(new uint8_t[out_width * in]);  // of exact size
+  for (int64_t i = 0; i < out_width * in; ++i) {
+    weight[i] = static_cast<uint8_t>(below(256));
+    if (weight[i] % 128 == 127) weight[i] = 0;  // NaN
+  }
+  std::vector<float> scale(out_width);
+  for (auto& s : scale) s = static_cast<float>(uniform(0.0005, 0.002) / std::sqrt(in));
+  Fp8LinearArgs args{dtype,
+                     x.memory.get(),
+                     stride,
+                     count,
+                     in,
+                     out_width,
+                     weight.get(),
+                     scale.data(),
+                     chance(0.5) ? bias.memory.get() : nullptr,
+                     out.memory.get()};
+  cpu::fp8_linear(args, serial);
+  const auto launch = [&args](Numbers& to, int64_t rows) {
+    args.count = rows;
+    args.out = to.memory.get();
+    Memory memory(cuda::fp8_linear_scratch(args), cuda::fp8_linear_counters(args));
+    cuda::fp8_linear(args, memory.workspace(), nullptr);
+    memory.check();
+  };
+  launch(out2, count);
+  near(out2, out, "out");
+  const int64_t fewer = count > 0 ? 1 + below(count) : 0;  // as among others, to the bit
+  Numbers some(dtype, fewer * out_width);
+  launch(some, fewer);
+  REQUIRE(std::memcmp(some.memory.get(), out2.memory.get(), some.bytes()) == 0,
+          "rows are not what they are among others");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -675,10 +718,10 @@ int main(int argc, char** argv) {
   for (int i = 0; i < cases; ++i) {
     engine.seed(seed * 1000003 + static_cast<uint64_t>(i));
     cuda_host::seed(engine());
-    const int64_t op = argc > 3 ? std::atoi(argv[3]) : below(8);
+    const int64_t op = argc > 3 ? std::atoi(argv[3]) : below(9);
     const char* const names[] = {
-        "row_stats", "select",          "unmask",   "certainty_forcing_loss",
-        "kv_write",  "block_attention", "rms_norm", "swiglu"};
+        "row_stats", "select", "unmask",    "certainty_forcing_loss", "kv_write", "block_attention",
+        "rms_norm",  "swiglu", "fp8_linear"};
     now = std::string(names[op]) + " of seed " + argv[1] + ", case " + std::to_string(i);
     if (op == 0) row_stats_case();
     else if (op == 1) select_case();
@@ -687,7 +730,8 @@ int main(int argc, char** argv) {
     else if (op == 4) kv_write_case();
     else if (op == 5) block_attention_case();
     else if (op == 6) rms_norm_case();
-    else swiglu_case();
+    else if (op == 7) swiglu_case();
+    else fp8_linear_case();
   }
   std::printf("%d cases, no difference\n", cases);
   return 0;

@@ -175,6 +175,19 @@ struct SwigluArgs {
   void* out;  // [count, width] contiguous
 };
 
+// out = round(scale * (x weight^T) + bias): weights of 8 bits (e4m3, no infinities), a scale for
+// each of their rows. Products are summed in float32 and rounded once.
+struct Fp8LinearArgs {
+  DType dtype;    // of x, bias and out: float32, bfloat16 or float16
+  const void* x;  // [count, in], rows x_stride elements apart
+  int64_t x_stride;
+  int64_t count, in, out_width;
+  const uint8_t* weight;  // [out_width, in] contiguous
+  const float* scale;     // [out_width]
+  const void* bias;       // [out_width], or null
+  void* out;              // [count, out_width] contiguous
+};
+
 namespace cpu {
 // parallel(n, body): body(begin, end) over [0, n) on torch's threads.
 using Body = void (*)(int64_t begin, int64_t end, const void* context);
@@ -189,6 +202,7 @@ void kv_write(const KvWriteArgs& args, Parallel parallel);
 void block_attention(const BlockAttentionArgs& args, Parallel parallel);
 void rms_norm(const RmsNormArgs& args, Parallel parallel);
 void swiglu(const SwigluArgs& args, Parallel parallel);
+void fp8_linear(const Fp8LinearArgs& args, Parallel parallel);
 const char* simd_level();  // "avx512", "avx2" or "portable"
 }  // namespace cpu
 
@@ -217,6 +231,9 @@ int64_t block_attention_counters(const BlockAttentionArgs& args);
 int block_attention(const BlockAttentionArgs& args, const Workspace& workspace, void* stream);
 int rms_norm(const RmsNormArgs& args, void* stream);
 int swiglu(const SwigluArgs& args, void* stream);
+int64_t fp8_linear_scratch(const Fp8LinearArgs& args);
+int64_t fp8_linear_counters(const Fp8LinearArgs& args);
+int fp8_linear(const Fp8LinearArgs& args, const Workspace& workspace, void* stream);
 const char* error_string(int code);
 }  // namespace cuda
 

@@ -1,4 +1,4 @@
-// The 16-bit float formats from their bits, exactly, without a library's types.
+// The 16-bit float formats, and e4m3 of 8, from their bits, exactly, without a library's types.
 #pragma once
 
 #include <cstring>
@@ -44,6 +44,13 @@ DP_HD uint16_t float16_bits(float value) {
                             ? to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000u
                             : (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
   return static_cast<uint16_t>(sign | half);
+}
+
+// Sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinities, 0x7f and 0xff are NaN.
+DP_HD float e4m3_value(uint8_t bits) {
+  const uint32_t magnitude = bits & 0x7fu, sign = (bits & 0x80u) << 24;
+  if (magnitude == 0x7fu) return from_bits(0x7fc00000u | sign);
+  return from_bits(to_bits(from_bits(magnitude << 20) * 0x1p120f) | sign);
 }
 
 }  // namespace dparallel

@@ -1,0 +1,339 @@
+"""One forward pass over sequences of a batch, and what is committed by it.
+
+The host says what a pass is about: spans to compute, windows to fill (`batch` decides them). All that follows
+runs on the device and asks the host for nothing more, so that on a GPU it can be recorded and replayed.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import policies
+from .cache import KVCache, Pass, Span
+from .graphs import CudaRecorder, Graphs
+from .models import Model
+from .ops import NO_ERROR, row_stats, select, unmask_
+from .packed import Shapes, pack, unpack
+from .rows import Row
+from .types import RowStats
+
+Policy = Callable[[RowStats, Tensor, Tensor], Tensor]
+"""(stats (B, W), eligible (B, W) bool, step (B,) int64) -> (B, W) bool, over the columns of each block, or of
+its active sub-block."""
+
+
+@dataclass
+class Trajectory:
+    """When each generated token was committed, and how sure the model was."""
+
+    step: Tensor
+    """(B, gen_length) int64: the sequence's pass that committed it, from 1; 0 where none did."""
+    confidence: Tensor
+    """(B, gen_length) float32: its probability in that pass; NaN where none did."""
+
+
+class Work(NamedTuple):
+    """What a pass does with one sequence. Columns are positions of the sequence."""
+
+    spans: list[Span]
+    """Adjoining, of our models' passes: the positions computed."""
+    window: tuple[int, int]
+    """Columns [start, end) whose masks may be filled."""
+    block: tuple[int, int]
+    """The active block."""
+
+
+class Form(NamedTuple):
+    """What the launches of a pass depend on, beside the values of its numbers."""
+
+    shapes: Shapes
+    longest_query: int
+    longest_length: int
+    ways: tuple[tuple[float, Tensor | None], ...]
+    """Temperature and ids to suppress, for each call of `unmask_`."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (*self[:3], tuple((temperature, id(suppress)) for temperature, suppress in self.ways))
+
+
+class Passes:
+    """Runs the passes of a batch.
+
+    Args:
+        tokens: (lanes, L) int64, changed in place.
+        slots: with our models, of so many sequences and positions.
+        shift: the logits for position p are produced at position max(p - shift, 0).
+        window, block: columns of the widest window that is usual, and of the widest block.
+        policy: a function that decides instead of the policies of the sequences.
+        graphs: on a GPU, passes of one form are recorded once and replayed, see `graphs`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokens: Tensor,
+        slots: KVCache | None,
+        mask_id: int,
+        *,
+        shift: int,
+        window: int,
+        block: int,
+        policy: Policy | None = None,
+        graphs: bool = True,
+    ) -> None:
+        self.model, self.tokens, self.slots, self.mask_id = model, tokens, slots, mask_id
+        self.shift, self.policy = shift, policy
+        self.window, self.block = (min(width, tokens.shape[1]) for width in (window, block))
+        self.trajectory: Trajectory | None = None
+        self.regular = tokens.device.type != "cpu"
+        """Passes take few forms, which hang on nothing that the host would have to wait for."""
+        self.graphs: Graphs | None = None
+        if graphs and tokens.device.type == "cuda" and isinstance(model, Model):
+            self.graphs = Graphs(CudaRecorder(tokens.device))
+        self._addresses: Sequence[int] | None = None
+        self._suppressed: dict[tuple[int, ...], Tensor] = {}
+
+    def suppress(self, ids: Tensor | None) -> Tensor | None:
+        """One tensor for the same ids; with our models on the device.
+
+        Raises ValueError for an id that one of our models does not have.
+        """
+        key = () if ids is None else tuple(ids.unique().tolist())  # ascending
+        if not key:
+            return None
+        if key not in self._suppressed:
+            found = torch.tensor(key)
+            if isinstance(self.model, Model):
+                size = self.model.shape.rows
+                if key[0] < 0 or key[-1] >= size:
+                    raise ValueError(f"suppress: expected ids in [0, {size}), got {list(key[:8])}")
+                found = found.to(self.tokens.device)
+            if len(self._suppressed) == 64:
+                self._suppressed.clear()
+            self._suppressed[key] = found
+        return self._suppressed[key]
+
+    def run(self, rows: Sequence[Row], work: Mapping[int, Work]) -> Tensor:
+        """One forward pass over the sequences of `work`, by their lanes in ascending order.
+
+        Returns (lanes, 3) int64: masks left in each active block, the column of the first, and the error that
+        kept a sequence from committing, see `ops.explain`.
+        """
+        if self.graphs is not None and any(rows[b].nfe <= 1 for b in work):
+            self._look_again(self.graphs)
+        numbers, form = self._numbers(rows, work)
+        compute = functools.partial(self._compute, form, rows, work)
+        if self.graphs is None or self._addresses is None or self._exact:
+            return compute(numbers.to(self.tokens.device, non_blocking=True))
+        return self.graphs.run(form.key, numbers, compute, device=self.tokens.device, held=form)
+
+    def _look_again(self, graphs: Graphs) -> None:
+        """Recordings of a model that has moved are dropped; looked at where a sequence begins."""
+        addresses = self.model.addresses()
+        if addresses != self._addresses:
+            self._addresses = addresses
+            graphs.forget()
+
+    @property
+    def _exact(self) -> bool:
+        """Whether a pass is over no column beside the windows."""
+        return self.policy is not None or self.trajectory is not None
+
+    def _numbers(self, rows: Sequence[Row], work: Mapping[int, Work]) -> tuple[Tensor, Form]:
+        """All that the device has to be told, (n,) int64 on the CPU, and how it is to be read."""
+        spans: list[Span] = []
+        positions, sources, offset, length = [], [], 0, self.tokens.shape[1]
+        for b, own in work.items():
+            column = self._columns(b, *own.window)
+            first, last = own.spans[0].start, own.spans[-1].end
+            positions.append(column + b * length)
+            sources.append((column - self.shift).clamp(first, last - 1) - first + offset)
+            spans += own.spans
+            offset += last - first
+        source = torch.cat(sources)  # among the packed positions
+        plan: Sequence[Tensor] = ()
+        longest = 0, 0
+        if isinstance(self.model, Model):
+            assert self.slots is not None
+            found = self.slots.plan(spans, self._fill)
+            plan, longest = found.tensors, (found.longest_query, found.longest_length)
+            source = F.pad(source, (0, self._fill(len(source)) - len(source)))
+        ways: dict[tuple[float, int], list[int]] = {}
+        for b in work:
+            ways.setdefault((rows[b].settings.temperature, id(rows[b].suppress)), []).append(b)
+        first_of = [rows[group[0]] for group in ways.values()]
+        lanes = range(len(rows))
+
+        def columns(of: Mapping[int, tuple[int, int]]) -> Tensor:
+            return torch.tensor([of.get(b, (0, 0)) for b in lanes]).T  # (2, lanes)
+
+        edges = [columns({b: work[b].window for b in group}) for group in ways.values()]
+        numbers, shapes = pack(
+            (
+                *plan,
+                source,
+                torch.cat(positions),
+                torch.stack(edges),
+                columns({b: own.block for b, own in work.items()}),
+                torch.tensor([(row.nfe, *row.settings.key) for row in rows]).T,
+                torch.tensor([row.policy for row in rows], dtype=torch.float64).view(torch.int64),
+            )
+        )
+        return numbers, Form(shapes, *longest, tuple((r.settings.temperature, r.suppress) for r in first_of))
+
+    def _columns(self, b: int, start: int, end: int) -> Tensor:
+        """Those whose logits are computed: on the CPU the masks in the window, else as many each time."""
+        if not self.regular:
+            return torch.arange(start, end)[self.tokens[b, start:end] == self.mask_id]
+        if not self._exact and end - start < self.window:
+            start = min(start, self.tokens.shape[1] - self.window)
+            end = start + self.window
+        return torch.arange(start, end)
+
+    def _fill(self, count: int) -> int:
+        """How many rows `count` are filled up to.
+
+        On a GPU so that passes take few forms: 8, 16, ... 256, and then 16 to every doubling. On a CPU since
+        the matrix library keeps compiled code for each number of rows of 16-bit matrices that it has met, for
+        ever (half a megabyte and half a millisecond): 8, 16, ... 64, and then four to every doubling.
+        """
+        if not count or not (self.regular or self.model.dtype != torch.float32):
+            return count
+        size = max(8, 2 ** ((count - 1).bit_length() - (5 if self.regular else 3)))
+        return -(-count // size) * size
+
+    def _compute(self, form: Form, rows: Sequence[Row], work: Mapping[int, Work], numbers: Tensor) -> Tensor:
+        *plan, source, positions, edges, block, keys, policy = unpack(numbers, form.shapes)
+        if isinstance(self.model, Model):
+            made = Pass(form.longest_query, form.longest_length, *plan)
+            assert self.slots is not None
+            x = self.model.step(self.tokens[made.rows, made.positions], self.slots, made)
+            logits = self.model.head(x[source])[: len(positions)]
+        else:
+            logits = self._foreign(work)[source]
+        nfe, seed, sequence = keys.unbind(0)
+        error = torch.full_like(nfe, NO_ERROR)
+        if self.policy is not None:
+            stats = self._by_function(self.policy, rows, work, logits, positions, nfe, seed, sequence)
+        else:
+            for (temperature, suppress), (start, end) in zip(form.ways, edges.unbind(0), strict=True):
+                out = unmask_(
+                    self.tokens,
+                    logits,
+                    mask_id=self.mask_id,
+                    start=start,
+                    end=end,
+                    policy=policy.view(torch.float64).to(torch.float32),
+                    positions=positions,
+                    step=nfe,
+                    temperature=temperature,
+                    suppress=suppress,
+                    seed=seed,
+                    sequence=sequence,
+                    check=False,
+                )
+                stats, error = out.stats, torch.minimum(error, out.error)
+        if self.trajectory is not None:  # where it is wanted, all sequences go one way
+            self._record(self.trajectory, rows, positions, nfe, stats)
+        return torch.cat((self.masks(*block.unbind(0)), error[:, None]), 1)
+
+    def masks(self, start: Tensor, end: Tensor) -> Tensor:
+        """(lanes, 2) int64: masks in columns [start, end), each (lanes,), and the column of the first."""
+        column = start[:, None] + torch.arange(self.block, device=start.device)
+        held = self.tokens.gather(1, column.clamp(max=self.tokens.shape[1] - 1))
+        masked = ((held == self.mask_id) & (column < end[:, None])).to(torch.int64)
+        return torch.stack((masked.sum(1), masked.argmax(1) + start), 1)
+
+    def _foreign(self, work: Mapping[int, Work]) -> Tensor:
+        """Of a model that knows no ragged batches: logits (B * L, V) of whole sequences of one length."""
+        x = self.tokens[list(work), : next(iter(work.values())).spans[-1].end]
+        output = self.model(x)
+        if not hasattr(output, "logits"):
+            raise ValueError(
+                f"model: expected its call to return an object with .logits, got {type(output).__name__}"
+            )
+        if output.logits.shape[:-1] != x.shape:
+            raise ValueError(
+                f"model: expected logits ({x.shape[0]}, {x.shape[1]}, V), got {tuple(output.logits.shape)}"
+            )
+        logits: Tensor = output.logits.flatten(0, 1)
+        return logits
+
+    def _by_function(
+        self,
+        policy: Policy,
+        rows: Sequence[Row],
+        work: Mapping[int, Work],
+        logits: Tensor,
+        positions: Tensor,
+        nfe: Tensor,
+        seed: Tensor,
+        sequence: Tensor,
+    ) -> RowStats:
+        """Commit what a function chooses of statistics laid out (B, W), W the widest window."""
+        x, batch, own = self.tokens, len(rows), rows[next(iter(work))]
+        row_of, column = positions // x.shape[1], positions % x.shape[1]
+        windows = {b: own.window for b, own in work.items()}
+        width = max(end - start for start, end in windows.values())
+        start = torch.tensor([windows.get(b, (0, 0))[0] for b in range(batch)], device=x.device)
+        at = (row_of, column - start[row_of])
+        eligible = torch.zeros((batch, width), dtype=torch.bool, device=x.device)
+        eligible[at] = x[row_of, column] == self.mask_id
+        stats = row_stats(
+            logits,
+            mask_id=self.mask_id,
+            suppress=own.suppress,
+            temperature=own.settings.temperature,
+            seed=seed[row_of],
+            sequence=sequence[row_of],
+            position=column,
+            step=nfe[row_of],
+        )
+        spread = []
+        for values in stats:
+            blank = -1 if values.dtype == torch.int64 else math.nan
+            whole = values.new_full(eligible.shape, blank)
+            whole[at] = values
+            spread.append(torch.where(eligible, whole, blank))  # on a GPU `at` is the whole window
+        by_column = RowStats(*spread)
+        chosen = policy(by_column, eligible, nfe)
+        if not isinstance(chosen, Tensor) or chosen.shape != eligible.shape:
+            raise ValueError(
+                f"policy: expected a bool Tensor {tuple(eligible.shape)}, "
+                f"got {getattr(chosen, 'shape', type(chosen).__name__)}"
+            )
+        best = policies.make("quota", 1, batch=batch, device=x.device)
+        chosen = chosen.to(torch.bool) & eligible
+        chosen |= ~chosen.any(1, keepdim=True) & select(by_column, eligible, best)
+        x[row_of, column] = torch.where(chosen[at], stats.sample, x[row_of, column])
+        return stats
+
+    def _record(
+        self,
+        trajectory: Trajectory,
+        rows: Sequence[Row],
+        positions: Tensor,
+        nfe: Tensor,
+        stats: RowStats,
+    ) -> None:
+        """Of the positions, which were masked before, those that are not any more."""
+        length = self.tokens.shape[1]
+        row_of, column = positions // length, positions % length
+        prompt = torch.tensor([row.prompt for row in rows], device=positions.device)
+        where = column - prompt[row_of]
+        # On a GPU the positions are whole windows: what was committed earlier has its step already.
+        fresh = (self.tokens.view(-1)[positions] != self.mask_id) & (where >= 0)
+        row_of, where, sure = row_of[fresh], where[fresh], stats.confidence[fresh]
+        new = trajectory.step[row_of, where] == 0
+        row_of, where, sure = row_of[new], where[new], sure[new]
+        trajectory.step[row_of, where] = nfe[row_of]
+        trajectory.confidence[row_of, where] = sure
