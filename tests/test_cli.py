@@ -127,6 +127,17 @@ def test_evaluate_writes_json_and_a_plot(tmp_path: Path):
     assert all(row["problems"] == 4 for row in rows)
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "accuracy" in text
+    assert not any(row["fp8"] for row in rows)
+
+
+def test_weights_in_8_bits(tmp_path: Path):
+    answer = json.loads(run("decode", PROMPT, "--model", "builtin:student", "--fp8", "--json"))["response"]
+    assert tasks.extract_answer(answer) == 4
+    json_file = tmp_path / "rows.json"
+    run("evaluate", "--problems", 20, "--policy", "entropy:0.3", "--fp8", "--json", json_file)
+    (row,) = json.loads(json_file.read_text())
+    assert row["fp8"]
+    assert row["accuracy"] >= 0.8
 
 
 def test_train_and_evaluate_what_was_trained(tmp_path: Path):

@@ -25,6 +25,7 @@ app = typer.Typer(
     help="Decode diffusion language models many tokens at a time.",
 )
 ModelOption = Annotated[str, typer.Option(help="builtin:NAME or a checkpoint directory")]
+Fp8Option = Annotated[bool, typer.Option("--fp8", help="keep the layers' weights in 8 bits")]
 PolicyOption = Annotated[str, typer.Option(help=f"{ONE!r} (one token a pass) or SELECTOR:THRESHOLD")]
 
 
@@ -82,6 +83,7 @@ def decode(
     temperature: float = 0.0,
     seed: int = 0,
     device: str | None = None,
+    fp8: Fp8Option = False,
     stream: Annotated[bool, typer.Option("--stream", help="show the unmasking")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
 ) -> None:
@@ -100,7 +102,7 @@ def decode(
         if not any(calls):
             raise ValueError("prompt: expected one, as an argument or with --file or --batch")
         settings = parse_policy(policy)
-        loaded, tokenizer = registry.load(model, device=device)
+        loaded, tokenizer = registry.load(model, device=device, fp8=fp8)
         length = gen_length or (tasks.GEN_LENGTH if model.startswith("builtin:") else 256)
         console = Console()
         for texts in calls:
@@ -173,6 +175,7 @@ def evaluate(
     block_length: int = 32,
     cache: str = "none",
     device: str | None = None,
+    fp8: Fp8Option = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the results here")] = None,
     plot: Annotated[Path | None, typer.Option(help="a PNG of accuracy against passes")] = None,
 ) -> None:
@@ -193,6 +196,7 @@ def evaluate(
             block_length=block_length,
             cache=cache,
             device=device,
+            fp8=fp8,
         ):
             rows.append(row)
             console.print(
@@ -236,6 +240,7 @@ def serve(
         float, typer.Option(help="seconds that running requests have to end in at the end")
     ] = 30.0,
     device: str | None = None,
+    fp8: Fp8Option = False,
     log_level: Annotated[str, typer.Option(help="info logs every request; warning, error")] = "info",
 ) -> None:
     """An OpenAI-compatible server: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
@@ -252,6 +257,7 @@ def serve(
             host=host,
             port=port,
             device=device,
+            fp8=fp8,
             log_level=log_level,
             engine={
                 "cache": cache,

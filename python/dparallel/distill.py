@@ -80,6 +80,9 @@ def arguments(recipe: Recipe, out: str | Path) -> Any:
     return CertaintyForcingArguments(output_dir=str(out), **{**defaults, **recipe.training})
 
 
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+
+
 class Companions:
     """A checkpoint's other files (tokenizer, remote code, ...), where Trainer has a tokenizer."""
 
@@ -89,7 +92,8 @@ class Companions:
     def save_pretrained(self, directory: str | Path, **_: Any) -> None:
         for file in self.source.iterdir():
             ours = file.name in ("config.json", "training.json")
-            if file.is_file() and not ours and ".safetensors" not in file.name and file.suffix != ".bin":
+            weights = any(suffix in file.name for suffix in WEIGHTS)
+            if file.is_file() and not ours and not weights:
                 shutil.copy2(file, directory)
 
 

@@ -53,6 +53,7 @@ def evaluate(
     block_length: int = 32,
     cache: str = "none",
     device: str | None = None,
+    fp8: bool = False,
     loaded: tuple[Any, Any] | None = None,
 ) -> dict[str, Any]:
     """Decode `problems` held-out problems, the same for every call with one `seed`, and check the answers.
@@ -60,10 +61,10 @@ def evaluate(
     Every sequence is decoded to its full length, so that passes compare.
 
     Returns model, policy, threshold, problems, seed, accuracy, accuracy_interval (Wilson's, 95 %), nfe_mean
-    (passes per answer), tokens_per_forward, seconds, gen_length, block_length and cache.
+    (passes per answer), tokens_per_forward, seconds, gen_length, block_length, cache and fp8.
     """
     settings = parse_policy(policy)
-    model, tokenizer = loaded or registry.load(model_name, device=device)
+    model, tokenizer = loaded or registry.load(model_name, device=device, fp8=fp8)
     groups: dict[int, list[tuple[tasks.Problem, list[int]]]] = {}
     for problem in itertools.islice(tasks.problems("held_out", seed), problems):
         ids = tokenizer.encode(problem.prompt).ids
@@ -100,6 +101,7 @@ def evaluate(
         "gen_length": tasks.GEN_LENGTH,
         "block_length": block_length,
         "cache": cache,
+        "fp8": model.quantized,
     }
 
 
@@ -109,7 +111,7 @@ def sweep(names: Iterable[str], texts: Iterable[str], **settings: Any) -> Iterab
     for text in texts:
         parse_policy(text)
     for name in names:
-        loaded = registry.load(name, device=settings.get("device"))
+        loaded = registry.load(name, device=settings.get("device"), fp8=settings.get("fp8", False))
         for text in texts:
             yield evaluate(name, text, loaded=loaded, **settings)
 

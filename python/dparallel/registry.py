@@ -26,8 +26,11 @@ def directory_of(name: str) -> Path:
     return directory
 
 
-def load(name: str = DEFAULT, *, device: str | None = None) -> tuple[models.Model, Any]:
-    """(model, `tokenizers.Tokenizer`) of a name. Raises FileNotFoundError and ValueError, by name."""
+def load(name: str = DEFAULT, *, device: str | None = None, fp8: bool = False) -> tuple[models.Model, Any]:
+    """(model, `tokenizers.Tokenizer`) of a name; `fp8`: see `Model.quantize`.
+
+    Raises FileNotFoundError and ValueError, by name.
+    """
     from tokenizers import Tokenizer
 
     directory = directory_of(name)
@@ -35,4 +38,5 @@ def load(name: str = DEFAULT, *, device: str | None = None) -> tuple[models.Mode
     if not file.is_file():
         raise FileNotFoundError(f"model: {directory} has no tokenizer.json")
     fuse = True if name.startswith("builtin:") else None  # small enough not to be mapped
-    return models.load(directory, device=device, fuse=fuse), Tokenizer.from_file(str(file))
+    model = models.load(directory, device=device, fuse=fuse)
+    return model.quantize() if fp8 else model, Tokenizer.from_file(str(file))

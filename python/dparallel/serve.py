@@ -797,6 +797,7 @@ def run(
     host: str,
     port: int,
     device: str | None,
+    fp8: bool = False,
     log_level: str,
     engine: dict[str, Any],
     **settings: Any,
@@ -807,7 +808,7 @@ def run(
     Raises ValueError and FileNotFoundError, by name.
     """
     given = {key: value for key, value in settings.items() if value is not None}
-    loaded, tokenizer = registry.load(model, device=device)
+    loaded, tokenizer = registry.load(model, device=device, fp8=fp8)
     limits = [loaded.config.get(key) for key in ("max_sequence_length", "max_position_embeddings")]
     defaults = {
         "name": model,
