@@ -223,7 +223,7 @@ def test_the_sub_block_cache_is_not_exact_but_can_be_renewed(model: FastDLLM, mo
     monkeypatch.setattr(
         FastDLLM, "step", lambda self, ids, *a: widths.append(len(ids)) or step(self, ids, *a)
     )
-    settings = {"gen_length": 64, "selector": "confidence", "threshold": 0.9}
+    settings = {"gen_length": 64, "selector": "confidence", "threshold": 0.9, "graphs": False}
     prompts = [prompt_of(64, seed) for seed in range(3)]
     exact = dx.decode(model, prompts, cache="block", **settings)
     assert torch.equal(
