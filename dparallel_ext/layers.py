@@ -122,14 +122,21 @@ def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     if weight.ndim != 2 or not weight.is_floating_point():
         raise ValueError(f"weight: expected floats (out, in), got {weight.dtype} {tuple(weight.shape)}")
+    scale = fp8_scale(weight)
     wide = weight.detach().to(torch.float32)
-    largest = wide.abs().amax(1) if wide.shape[1] else wide.new_zeros(len(wide))
+    return (wide / scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+
+def fp8_scale(weight: Tensor) -> Tensor:
+    """The scales of `quantize_fp8`, which raises as it does."""
+    weight = weight.detach()
+    largest = weight.abs().amax(1) if weight.shape[1] else weight.new_zeros(len(weight))
     if not bool(largest.isfinite().all()):
         row = int((~largest.isfinite()).nonzero()[0])
         raise ValueError(f"weight: row {row} holds a number that is not finite")
+    largest = largest.to(torch.float32)
     scale = torch.where(largest > 0, largest / E4M3_MAX, 1.0)
-    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
-    return (wide / scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+    return scale.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -200,7 +200,7 @@ def test_what_a_quantised_model_refuses(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="it is quantised"):
         models.save(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match=r"expected plain nn\.Linear layers q, k, v"):
+    with pytest.raises(ValueError, match=r"expected a plain nn\.Linear layer q to quantise, got Fp8Linear"):
         model.quantize()
     with pytest.raises(ValueError, match="x: requires a gradient"):
         model(torch.arange(4)[None])
@@ -208,6 +208,7 @@ def test_what_a_quantised_model_refuses(tmp_path: Path) -> None:
     broken.blocks[1].down.weight.data[3, 1] = math.nan
     with pytest.raises(ValueError, match="weight: row 3 holds a number that is not finite"):
         broken.quantize()
+    assert not broken.quantized  # nor the layers before
 
 
 @pytest.mark.parametrize(

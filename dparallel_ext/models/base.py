@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..attention import block_attention, kv_write, rope_table
 from ..cache import KVCache, Pass, Span
-from ..layers import compiled, rms_norm, swiglu
+from ..layers import compiled, fp8_scale, rms_norm, swiglu
 from . import side_by_side
 from .fp8 import Fp8Linear
 
@@ -123,6 +123,10 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries (..., heads, D), keys and values (..., kv_heads, D), before RoPE -> (..., heads, D)."""
 
 
+LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
+"""The linear layers of a block."""
+
+
 class Block(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -160,18 +164,28 @@ class Block(nn.Module):
 
     def groups(self) -> Iterator[list[nn.Parameter]]:
         """The weights (and biases) that belong side by side, where no adapter stands among them."""
-        return side_by_side.parameters(((self.q, self.k, self.v), (self.gate, self.up)))
+        return side_by_side.parameters(self._of_one_input())
+
+    def _of_one_input(self) -> list[list[nn.Module]]:
+        return [[self.q, self.k, self.v], [self.gate, self.up]]
+
+    def check_quantizable(self) -> None:
+        """Raise ValueError as `Model.quantize` does."""
+        for name in LINEAR:
+            layer = getattr(self, name)
+            if not side_by_side.plain(layer, nn.Linear):
+                raise ValueError(f"model: expected a plain nn.Linear layer {name} to quantise, got {layer}")
+            fp8_scale(layer.weight)
 
     def quantize(self) -> None:
         """See `Model.quantize`."""
-        for names in (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)):
-            linear = [getattr(self, name) for name in names]
-            if not all(side_by_side.plain(layer, nn.Linear) for layer in linear):
-                raise ValueError(f"model: expected plain nn.Linear layers {', '.join(names)} to quantise")
-            quantised = [Fp8Linear(layer) for layer in linear]
-            side_by_side.join_quantised(quantised)
-            for name, stands_in in zip(names, quantised, strict=True):
-                setattr(self, name, stands_in)
+        for name in LINEAR:
+            setattr(self, name, Fp8Linear(getattr(self, name)))
+        self._join_quantised()
+
+    def _join_quantised(self) -> None:
+        for layers in self._of_one_input():
+            side_by_side.join_quantised([layer for layer in layers if isinstance(layer, Fp8Linear)])
 
     def train(self, mode: bool = True) -> Block:
         if mode:
@@ -185,9 +199,7 @@ class Block(nn.Module):
         for group, was_joined in zip(self.groups(), joined, strict=True):
             if was_joined:
                 side_by_side.join(group)
-        for layers in ((self.q, self.k, self.v), (self.gate, self.up)):
-            quantised: list[Any] = [layer for layer in layers if isinstance(layer, Fp8Linear)]
-            side_by_side.join_quantised(quantised)
+        self._join_quantised()
         return self
 
 
@@ -420,10 +432,13 @@ class Model(nn.Module):
         `models.load(path).quantize().to("cuda")` never has them in 16 bits on the GPU. It cannot be trained,
         saved, or undone.
 
-        Raises ValueError where an adapter or a hook stands among the layers, or a weight is not finite.
+        Raises ValueError where an adapter or a hook stands among the layers, or a weight is not finite; the
+        model is then as it was.
         """
-        for block in self.blocks:
-            assert isinstance(block, Block)
+        blocks = [block for block in self.blocks if isinstance(block, Block)]
+        for block in blocks:
+            block.check_quantizable()
+        for block in blocks:
             block.quantize()
         return self.eval()
 
