@@ -349,12 +349,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unmask_(
 
 constexpr const char* kLossSchema =
     "certainty_forcing_loss(Tensor logits, Tensor labels, Tensor active, float temperature, float "
-    "ce_temperature) -> (Tensor nll, Tensor entropy, Tensor correct, Tensor "
+    "ce_temperature, bool inplace=False) -> (Tensor nll, Tensor entropy, Tensor correct, Tensor "
     "saved, Tensor error)";
 
+// `inplace` chooses among the gradients below.
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> certainty_forcing_loss(
-    Tensor logits, Tensor labels, Tensor active, double temperature, double ce_temperature) {
+    Tensor logits, Tensor labels, Tensor active, double temperature, double ce_temperature,
+    bool /*inplace*/) {
   const int64_t count = row_count(logits);
   contiguous(labels, "labels", ScalarType::Long, {count}, logits);
   contiguous(active, "active", ScalarType::Bool, {count}, logits);
@@ -379,11 +381,16 @@ constexpr const char* kLossBackwardSchema =
     "temperature, float ce_temperature, Tensor saved, Tensor grad_nll, Tensor grad_entropy) -> "
     "Tensor";
 
+constexpr const char* kLossBackwardInplaceSchema =
+    "certainty_forcing_loss_backward_(Tensor(a!) logits, Tensor labels, Tensor active, float "
+    "temperature, float ce_temperature, Tensor saved, Tensor grad_nll, Tensor grad_entropy) -> ()";
+
+// `grad`: where it goes; null: over the logits.
 template <class Backend>
-Tensor certainty_forcing_loss_backward(Tensor logits, Tensor labels, Tensor active,
-                                       double temperature, double ce_temperature, Tensor saved,
-                                       Tensor grad_nll, Tensor grad_entropy) {
-  const int64_t count = row_count(logits), vocab = logits.size(logits.dim() - 1);
+void loss_backward(const Tensor& logits, const Tensor& labels, const Tensor& active,
+                   double temperature, double ce_temperature, const Tensor& saved,
+                   const Tensor& grad_nll, const Tensor& grad_entropy, void* grad) {
+  const int64_t count = row_count(logits);
   contiguous(labels, "labels", ScalarType::Long, {count}, logits);
   contiguous(active, "active", ScalarType::Bool, {count}, logits);
   const bool wide = logits.scalar_type() == ScalarType::Double;
@@ -391,15 +398,32 @@ Tensor certainty_forcing_loss_backward(Tensor logits, Tensor labels, Tensor acti
   contiguous(saved, "saved", real, {count, kLossSaved}, logits);
   contiguous(grad_nll, "grad_nll", real, {count}, logits);
   contiguous(grad_entropy, "grad_entropy", real, {count}, logits);
-  std::vector<int64_t> sizes{vocab};
-  for (int64_t d = logits.dim() - 2; d >= 0; --d) sizes.insert(sizes.begin(), logits.size(d));
-  Tensor grad = torch::stable::new_empty(logits, sizes);
-  const LossBackwardArgs args{
-      logits_of(logits, true), data<bool>(active), data<int64_t>(labels), count,
-      ce_temperature,          temperature,        saved.data_ptr(),      grad_nll.data_ptr(),
-      grad_entropy.data_ptr(), grad.data_ptr()};
+  const LossBackwardArgs args{logits_of(logits, true), data<bool>(active),
+                              data<int64_t>(labels),   count,
+                              ce_temperature,          temperature,
+                              saved.data_ptr(),        grad_nll.data_ptr(),
+                              grad_entropy.data_ptr(), grad};
   Backend::loss_backward(args, logits);
+}
+
+template <class Backend>
+Tensor certainty_forcing_loss_backward(Tensor logits, Tensor labels, Tensor active,
+                                       double temperature, double ce_temperature, Tensor saved,
+                                       Tensor grad_nll, Tensor grad_entropy) {
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d < logits.dim(); ++d) sizes.push_back(logits.size(d));
+  Tensor grad = torch::stable::new_empty(logits, sizes);
+  loss_backward<Backend>(logits, labels, active, temperature, ce_temperature, saved, grad_nll,
+                         grad_entropy, grad.data_ptr());
   return grad;
+}
+
+template <class Backend>
+void certainty_forcing_loss_backward_(Tensor logits, Tensor labels, Tensor active,
+                                      double temperature, double ce_temperature, Tensor saved,
+                                      Tensor grad_nll, Tensor grad_entropy) {
+  loss_backward<Backend>(logits, labels, active, temperature, ce_temperature, saved, grad_nll,
+                         grad_entropy, nullptr);
 }
 
 // [count, heads, head_dim] with contiguous heads.
@@ -624,6 +648,7 @@ STABLE_TORCH_LIBRARY(dparallel, m) {
   m.def(kUnmaskSchema);
   m.def(kLossSchema);
   m.def(kLossBackwardSchema);
+  m.def(kLossBackwardInplaceSchema);
   m.def(kKvWriteSchema);
   m.def(kBlockAttentionSchema);
   m.def(kRmsNormSchema);
@@ -639,6 +664,8 @@ STABLE_TORCH_LIBRARY(dparallel, m) {
     m.impl("certainty_forcing_loss", TORCH_BOX(&certainty_forcing_loss<BACKEND>)); \
     m.impl("certainty_forcing_loss_backward",                                      \
            TORCH_BOX(&certainty_forcing_loss_backward<BACKEND>));                  \
+    m.impl("certainty_forcing_loss_backward_",                                     \
+           TORCH_BOX(&certainty_forcing_loss_backward_<BACKEND>));                 \
     m.impl("kv_write", TORCH_BOX(&kv_write<BACKEND>));                             \
     m.impl("block_attention", TORCH_BOX(&block_attention<BACKEND>));               \
     m.impl("rms_norm", TORCH_BOX(&rms_norm<BACKEND>));                             \

@@ -6,6 +6,7 @@ weights, normalisation) is a few numbers per row, and torch's.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -45,6 +46,7 @@ def certainty_forcing_loss(
     weight: Tensor | None = None,
     gate: Literal["correct", "all"] | Tensor = "correct",
     reduction: Literal["mean", "sum"] = "mean",
+    inplace: bool = False,
 ) -> CertaintyForcingLoss:
     """Cross entropy of the active rows, plus `entropy_weight` times the entropy of those that pass the gate.
 
@@ -65,6 +67,10 @@ def certainty_forcing_loss(
             "all" active rows; or a bool (...) of your own. No gradient passes through it.
         reduction: "mean" as above, or "sum": sums instead, so that a caller who knows the counts of all
             micro-batches or ranks can normalise.
+        inplace: the backward pass writes the gradient over the logits, whose values are lost, instead of
+            into as much memory again. Whatever else needs them for its own gradient (a soft cap, this
+            loss taken twice) then raises autograd's RuntimeError. Under torch.compile, which plans
+            memory itself, nothing is written over.
 
     Returns:
         CertaintyForcingLoss.
@@ -80,6 +86,9 @@ def certainty_forcing_loss(
         raise ValueError(f"logits: expected (..., V) with V >= 1, got {tuple(logits.shape)}")
     _check_rows(logits, labels, active, weight, gate, "logits")
     _check_settings(temperature, ce_temperature, reduction)
+    inplace = inplace and logits.requires_grad and not torch.compiler.is_compiling()
+    if inplace:
+        _check_inplace(logits)
     flat = _rows_view(logits)
     active = active.reshape(-1).contiguous()
     nll, entropy, correct, _, error = torch.ops.dparallel.certainty_forcing_loss(
@@ -88,6 +97,7 @@ def certainty_forcing_loss(
         active,
         float(temperature),
         float(ce_temperature),
+        inplace,
     )
     _report(error, lambda at: f"row {at}", _ERRORS)
     return _compose(nll, entropy, correct, labels.shape, active, entropy_weight, weight, gate, reduction)
@@ -111,9 +121,10 @@ def linear_certainty_forcing_loss(
 ) -> CertaintyForcingLoss:
     """`certainty_forcing_loss` of hidden @ lm_head_weight.T, whose logits never exist all at once.
 
-    The head is applied to chunks of active rows; the backward pass computes each chunk's logits again, so
-    that two chunks (logits and their gradient) and the gradient of the hidden states are all that is
-    held. That is three matrix products per active row, and a fourth where the head is trainable.
+    The head is applied to chunks of active rows; the backward pass computes each chunk's logits again and
+    writes their gradient over them, so that one chunk (two with a soft cap) and the gradient of the
+    hidden states are all that is held. That is three matrix products per active row, and a fourth
+    where the head is trainable.
 
     Args:
         hidden: (..., H) float32, bfloat16, float16 or float64, after the final norm.
@@ -210,6 +221,14 @@ def _check_settings(temperature: float, ce_temperature: float, reduction: str) -
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
 
 
+def _check_inplace(logits: Tensor) -> None:
+    base = logits if logits._base is None else logits._base
+    if base.is_leaf and base.requires_grad:
+        raise ValueError("inplace: expected logits that an op has made, got a leaf that requires grad")
+    if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError("inplace: expected logits with memory of their own for each row, got expanded ones")
+
+
 def _check_rows(like: Tensor, labels: Tensor, active: Tensor, weight: Any, gate: Any, name_of: str) -> None:
     rows = like.shape[:-1]
     wanted: list[tuple[str, Any, tuple[torch.dtype, ...]]] = [
@@ -239,7 +258,7 @@ def _real(logits: Tensor) -> torch.dtype:
 
 
 @torch.library.register_fake("dparallel::certainty_forcing_loss")
-def _(logits, labels, active, temperature, ce_temperature):  # type: ignore[no-untyped-def]
+def _(logits, labels, active, temperature, ce_temperature, inplace=False):  # type: ignore[no-untyped-def]
     n, real = labels.shape[0], _real(logits)
     return (
         logits.new_empty((n,), dtype=real),
@@ -257,25 +276,30 @@ def _(  # type: ignore[no-untyped-def]
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
+@torch.library.register_fake("dparallel::certainty_forcing_loss_backward_")
+def _(  # type: ignore[no-untyped-def]
+    logits, labels, active, temperature, ce_temperature, saved, grad_nll, grad_entropy
+):
+    return None
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, active, ctx.temperature, ctx.ce_temperature = inputs
+    logits, labels, active, ctx.temperature, ctx.ce_temperature, ctx.inplace = inputs
     ctx.save_for_backward(logits, labels, active, output[3])
     ctx.mark_non_differentiable(output[2], output[3], output[4])
 
 
 def _backward(ctx: Any, grad_nll: Tensor, grad_entropy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     logits, labels, active, saved = ctx.saved_tensors
-    grad = torch.ops.dparallel.certainty_forcing_loss_backward(
-        logits,
-        labels,
-        active,
-        ctx.temperature,
-        ctx.ce_temperature,
-        saved,
-        grad_nll.contiguous(),
-        grad_entropy.contiguous(),
-    )
-    return grad, None, None, None, None
+    settings = ctx.temperature, ctx.ce_temperature
+    given = logits, labels, active, *settings, saved, grad_nll.contiguous(), grad_entropy.contiguous()
+    if ctx.inplace:
+        torch.ops.dparallel.certainty_forcing_loss_backward_(*given)
+        torch.autograd.graph.increment_version(logits)  # so that autograd knows
+        grad = logits.detach()
+    else:
+        grad = torch.ops.dparallel.certainty_forcing_loss_backward(*given)
+    return grad, None, None, None, None, None
 
 
 torch.library.register_autograd("dparallel::certainty_forcing_loss", _backward, setup_context=_save)
@@ -286,15 +310,19 @@ torch.library.register_autograd("dparallel::certainty_forcing_loss", _backward, 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _chunks(active: Tensor, chunk_rows: int) -> tuple[Tensor, ...]:
-    """Indices of the active rows, in pieces."""
-    rows = active.nonzero()[:, 0]
-    return rows.split(chunk_rows) if len(rows) else ()
-
-
-def _logits(hidden: Tensor, head: Tensor, softcap: float) -> Tensor:
-    logits = hidden @ head.T
-    return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
+def _chunks(
+    hidden: Tensor, head: Tensor, active: Tensor, softcap: float, chunk_rows: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of the active rows, in pieces: indices, hidden states, and logits, all in the same memory."""
+    at = active.nonzero()[:, 0]
+    memory = hidden.new_empty((min(chunk_rows, len(at)), len(head)))
+    for begin in range(0, len(at), chunk_rows):
+        rows = at[begin : begin + chunk_rows]
+        own, logits = hidden[rows], memory[: len(rows)]
+        torch.mm(own, head.T, out=logits)
+        if softcap:
+            logits.div_(softcap).tanh_().mul_(softcap)
+        yield rows, own, logits
 
 
 @torch.library.custom_op("dparallel::linear_certainty_forcing_loss", mutates_args=())
@@ -313,9 +341,8 @@ def _linear(
     correct = active.new_zeros(n)
     saved = hidden.new_zeros((n, 4), dtype=real)
     error = labels.new_full((n,), NO_ERROR)
-    for rows in _chunks(active, chunk_rows):
+    for rows, _, logits in _chunks(hidden, head, active, softcap, chunk_rows):
         one = active.new_ones(len(rows))
-        logits = _logits(hidden[rows], head, softcap)
         out = torch.ops.dparallel.certainty_forcing_loss(
             logits, labels[rows], one, temperature, ce_temperature
         )
@@ -358,10 +385,10 @@ def _linear_backward(
     grad = torch.zeros_like(hidden)
     # Over many chunks, 16 bits would lose the small ones.
     grad_head = torch.zeros(head.shape if head_needs_grad else (0,), dtype=_real(head), device=head.device)
-    for rows in _chunks(active, chunk_rows):
-        own, one = hidden[rows], active.new_ones(len(rows))
-        logits = _logits(own, head, softcap)
-        slope = torch.ops.dparallel.certainty_forcing_loss_backward(
+    for rows, own, logits in _chunks(hidden, head, active, softcap, chunk_rows):
+        one = active.new_ones(len(rows))
+        slope_of_cap = (logits / softcap).square_().neg_().add_(1) if softcap else None
+        torch.ops.dparallel.certainty_forcing_loss_backward_(
             logits,
             labels[rows],
             one,
@@ -371,12 +398,12 @@ def _linear_backward(
             grad_nll[rows],
             grad_entropy[rows],
         )
-        if softcap:
-            slope *= 1 - (logits / softcap) ** 2
-        del logits
-        grad[rows] = slope @ head
+        gradient = logits  # now
+        if slope_of_cap is not None:
+            gradient *= slope_of_cap
+        grad[rows] = gradient @ head
         if head_needs_grad:
-            grad_head += slope.T @ own
+            grad_head += gradient.T @ own
     return grad, grad_head.to(head.dtype)
 
 

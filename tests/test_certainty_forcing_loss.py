@@ -207,10 +207,9 @@ def test_opcheck() -> None:
         torch.library.opcheck(torch.ops.dparallel.certainty_forcing_loss.default, arguments)
         saved = torch.ops.dparallel.certainty_forcing_loss(*arguments)[3]
         rest = (saved, torch.randn(6), torch.randn(6))
-        op = torch.ops.dparallel.certainty_forcing_loss_backward.default
-        torch.library.opcheck(
-            op, (*(a.detach() if isinstance(a, Tensor) else a for a in arguments[:5]), *rest)
-        )
+        given = (*(a.detach() if isinstance(a, Tensor) else a for a in arguments), *rest)
+        torch.library.opcheck(torch.ops.dparallel.certainty_forcing_loss_backward.default, given)
+        torch.library.opcheck(torch.ops.dparallel.certainty_forcing_loss_backward_.default, given)
 
 
 @everywhere
@@ -223,6 +222,83 @@ def test_compiles_without_a_graph_break() -> None:
     active = torch.rand(2, 5) < 0.5
     (a,) = torch.autograd.grad(loss(z, y, active), z)
     (b,) = torch.autograd.grad(dx.certainty_forcing_loss(2 * z, y, active).loss, z)
+    assert torch.equal(a, b)
+
+
+# --- the gradient over the logits ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("vocab", [1, 33, 16391])
+@pytest.mark.parametrize("sliced", [False, True])
+@everywhere
+def test_inplace_gives_the_same_gradient_in_the_memory_of_the_logits(
+    dtype: torch.dtype, vocab: int, sliced: bool
+) -> None:
+    states = torch.randn(2, 5 + sliced, vocab).to(dtype)
+    labels, active = torch.randint(0, vocab, (2, 5)), torch.rand(2, 5) < 0.6
+    active[0, :2] = torch.tensor([True, False])
+
+    def gradients(inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
+        leaf = states.clone().requires_grad_()
+        logits = (2 * leaf)[:, : labels.shape[1]]
+        logits.retain_grad()
+        dx.certainty_forcing_loss(logits, labels, active, inplace=inplace).loss.backward()
+        return leaf.grad, logits.grad, logits.detach()
+
+    ours, own, memory = gradients(True)
+    expected, expected_own, values = gradients(False)
+    assert torch.equal(ours, expected)
+    assert torch.equal(own, expected_own)
+    assert torch.equal(memory, own)
+    assert not torch.equal(values, expected_own)
+
+
+@everywhere
+def test_inplace_is_noticed_by_who_needs_the_logits() -> None:
+    labels, active = torch.randint(0, 30, (4,)), torch.ones(4, dtype=torch.bool)
+    leaf = torch.randn(4, 30, requires_grad=True)
+
+    def loss_of(logits: Tensor) -> Tensor:
+        return dx.certainty_forcing_loss(logits, labels, active, inplace=True).loss
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss_of(torch.tanh(leaf)).backward()  # whose gradient is taken of its output
+    loss = loss_of(2 * leaf)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    for logits in (leaf, leaf[1:], leaf.view(2, 2, 30).flatten(0, 1)):
+        rows = len(logits)
+        with pytest.raises(ValueError, match="inplace: expected logits that an op has made"):
+            dx.certainty_forcing_loss(logits, labels[:rows], active[:rows], inplace=True)
+    with pytest.raises(ValueError, match="inplace: expected logits with memory of their own"):
+        loss_of((2 * leaf)[:1].expand(4, 30))
+    assert dx.certainty_forcing_loss(leaf.detach(), labels, active, inplace=True).loss.isfinite()
+
+
+@everywhere
+def test_inplace_adds_to_the_other_gradients_of_the_logits() -> None:
+    labels, active = torch.randint(0, 30, (4,)), torch.ones(4, dtype=torch.bool)
+    leaf, grads = torch.randn(4, 30), []
+    for inplace in (False, True):
+        x = leaf.clone().requires_grad_()
+        logits = 2 * x
+        (dx.certainty_forcing_loss(logits, labels, active, inplace=inplace).loss + logits.sum()).backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)
+
+
+@everywhere
+def test_inplace_under_compile_is_the_compilers() -> None:
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(z: Tensor) -> Tensor:
+        return dx.certainty_forcing_loss(2 * z, labels, active, inplace=True).loss
+
+    z, labels = torch.randn(5, 40, requires_grad=True), torch.randint(0, 40, (5,))
+    active = torch.rand(5) < 0.5
+    (a,) = torch.autograd.grad(loss(z), z)
+    (b,) = torch.autograd.grad(dx.certainty_forcing_loss(2 * z, labels, active).loss, z)
     assert torch.equal(a, b)
 
 

@@ -129,11 +129,13 @@ void backward(const LossBackwardArgs& args, Parallel parallel) {
   const int64_t vocab = args.logits.vocab, chunks = chunks_of(vocab), size = element_size(dtype);
   const InverseTemperatures<R> inverse{static_cast<R>(1 / args.ce_temperature),
                                        static_cast<R>(1 / args.temperature)};
-  prefer_huge_pages(args.grad, args.count * vocab * size);
+  if (args.grad) prefer_huge_pages(args.grad, args.count * vocab * size);
   run_parallel(parallel, args.count * chunks, [&](int64_t unit) {
     const int64_t row = unit / chunks;
     const int64_t begin = unit % chunks * kChunk, end = std::min(begin + kChunk, vocab);
-    char* out = static_cast<char*>(args.grad) + row * vocab * size;
+    const void* z = row_pointer(args.logits, row);
+    char* out = args.grad ? static_cast<char*>(args.grad) + row * vocab * size
+                          : static_cast<char*>(const_cast<void*>(z));
     const R grad_nll = static_cast<const R*>(args.grad_nll)[row];
     const R grad_entropy = static_cast<const R*>(args.grad_entropy)[row];
     const int64_t label = args.labels[row];
@@ -141,18 +143,18 @@ void backward(const LossBackwardArgs& args, Parallel parallel) {
       std::memset(out + begin * size, 0, (end - begin) * size);
       return;
     }
-    const void* z = row_pointer(args.logits, row);
     const LossGradient<R> gradient(static_cast<const R*>(args.saved) + row * kLossSaved, grad_nll,
                                    grad_entropy, inverse);
+    // Read before `out` is written, which may be the logits' own memory.
+    const bool here = label >= begin && label < end;
+    const R own = here ? static_cast<R>(logit_at(z, dtype, label)) : R(0);
     if constexpr (sizeof(R) == 4) {
       loss_kernel().gradient[static_cast<int>(dtype)]({z, begin, end}, gradient, out);
     } else {
       for (int64_t id = begin; id < end; ++id)
         store(out, dtype, id, gradient.at(static_cast<const double*>(z)[id]));
     }
-    if (label >= begin && label < end)
-      store(out, dtype, label,
-            gradient.at(static_cast<R>(logit_at(z, dtype, label))) - gradient.label);
+    if (here) store(out, dtype, label, gradient.at(own) - gradient.label);
   });
 }
 

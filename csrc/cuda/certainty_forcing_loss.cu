@@ -128,7 +128,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
                           grad_entropy, inverse);
   const auto* z =
       static_cast<const typename T::Storage*>(args.logits.data) + args.logits.offset(row);
-  auto* out = static_cast<typename T::Storage*>(args.grad) + row * vocab;
+  // May be z: each element is written by the thread that has read it.
+  auto* out = args.grad ? static_cast<typename T::Storage*>(args.grad) + row * vocab
+                        : const_cast<typename T::Storage*>(z);
   const bool aligned = reinterpret_cast<uintptr_t>(z) % 16 == 0;
   const bool out_aligned = reinterpret_cast<uintptr_t>(out) % 16 == 0;
   const int64_t begin = chunk * kChunk, end = begin + kChunk < vocab ? begin + kChunk : vocab;

@@ -414,6 +414,23 @@ void loss_case_of(const Rows& rows, const std::vector<int64_t>& labels, const bo
     REQUIRE(std::fabs(x - y) <= 3e-7 + step * std::fabs(x), "grad[%lld]: %.9g, CPU %.9g",
             (long long)i, y, x);
   }
+  // Over the logits it is the same, to the bit.
+  const auto over_the_logits = [&](const char* expected, auto launch, const char* name) {
+    const int64_t bytes = count ? ((count - 1) * rows.stride + vocab) * size : 0;
+    std::unique_ptr<char[]> own(new char[bytes]);
+    std::memcpy(own.get(), rows.memory.get(), bytes);
+    backward.logits.data = own.get();
+    backward.grad = nullptr;
+    launch();
+    for (int64_t i = 0; i < count; ++i)
+      REQUIRE(!std::memcmp(own.get() + i * rows.stride * size, expected + i * vocab * size,
+                           vocab * size),
+              "%s over the logits: row %lld", name, (long long)i);
+  };
+  over_the_logits(
+      a.get(), [&] { cpu::certainty_forcing_loss_backward(backward, serial); }, "grad, CPU");
+  over_the_logits(
+      b.get(), [&] { cuda::certainty_forcing_loss_backward(backward, nullptr); }, "grad");
 }
 
 void loss_case() {

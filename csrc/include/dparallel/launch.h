@@ -86,7 +86,7 @@ struct LossBackwardArgs {
   const void* saved;         // of the forward pass
   const void* grad_nll;      // R [count]
   const void* grad_entropy;  // R [count]
-  void* grad;                // [count, vocab], the dtype of the logits, every element written
+  void* grad;  // [count, vocab], the dtype of the logits, every element written; null: over them
 };
 
 // The keys or the values of one layer: pages of `page_size` slots, head_dim contiguous, strides in
