@@ -302,15 +302,25 @@ def test_wilson():
     assert evaluate.wilson(0, 0) == [0, 1]
 
 
-def test_the_shipped_student_needs_an_eighth_of_the_passes_within_a_point_of_the_teacher():
-    """As recorded over 2,000 problems when it was made; and a fresh sample bears it out."""
-    teacher = json.loads((registry.directory_of("builtin:teacher") / "training.json").read_text())["held_out"]
+def test_the_shipped_student_meets_its_targets():
+    """As recorded over 2,000 problems when it was made: within a point of the teacher's accuracy at one token
+    a pass, at most 1/8.5 of those passes and 1/3 of the passes of the teacher's best threshold. And a fresh
+    sample bears it out."""
     directory = registry.directory_of("builtin:student")
-    rows = json.loads((directory / "held_out.json").read_text())
-    assert all(row["problems"] == teacher["problems"] == 2000 for row in rows)
-    good = [row for row in rows if row["accuracy"] >= teacher["accuracy"] - proof.WITHIN]
+    teacher, student = (
+        json.loads((registry.directory_of(f"builtin:{name}") / "held_out.json").read_text())
+        for name in ("teacher", "student")
+    )
+    assert all(row["problems"] == 2000 for row in teacher + student)
+    (one,) = (row for row in teacher if row["policy"] == evaluate.ONE)
+    bar = one["accuracy"] - proof.WITHIN
+    theirs, ours = (
+        proof.passes_at(proof.of_rules(rows, proof.THRESHOLDS), bar) for rows in (teacher, student)
+    )
+    assert ours <= one["nfe_mean"] / 8.5
+    assert ours <= theirs / 3
+    good = [row for row in proof.of_rules(student, proof.THRESHOLDS) if row["accuracy"] >= bar]
     best = min(good, key=lambda row: row["nfe_mean"])
-    assert best["nfe_mean"] <= teacher["nfe_mean"] / 8.5
     fresh = evaluate.evaluate("builtin:student", best["policy"], problems=150, seed=5)
     assert fresh["nfe_mean"] == pytest.approx(best["nfe_mean"], rel=0.12)
     assert fresh["accuracy"] > best["accuracy"] - 0.06  # three standard errors

@@ -36,15 +36,25 @@ def test_answers_follow_from_the_prompt_and_from_every_step():
             assert 0 <= c < 100
 
 
-def test_strides_are_fixed_and_everything_fits():
-    known = set(tasks.vocabulary())
-    for problem in some("train", 300):
+def test_clauses_are_six_tokens_steps_vary_and_everything_fits():
+    known, lengths = set(tasks.vocabulary()), set()
+    for problem in some("train", 2000):
         prompt, response = problem.prompt.split(), problem.response.split()
-        steps = problem.response.count("=")
-        assert len(prompt) == 6 + 6 * steps + 7
-        assert len(response) == 10 * steps + 2
+        steps = [step.split() for step in problem.response.split(" . ")[:-1]]
+        assert len(prompt) == 6 + 6 * len(steps) + 7
         assert len(response) < tasks.GEN_LENGTH
         assert set(prompt) | set(response) <= known
+        lengths |= {len(step) + 1 for step in steps}
+    assert lengths == set(range(10, 16))
+
+
+def test_some_wordings_are_likelier_than_others():
+    """What a student can be certain of beforehand: the likeliest wording, of its own answers."""
+    responses = [problem.response for problem in some("train", 2000)]
+    share = sum(response.startswith("first ") for response in responses) / len(responses)
+    assert 0.4 < share < 0.5
+    share = sum(response.startswith("initially ") for response in responses) / len(responses)
+    assert 0.07 < share < 0.13
 
 
 def test_held_out_problems_never_occur_in_training():

@@ -289,7 +289,7 @@ def train(
     save_every: int = 500,
     evaluate: Annotated[int, typer.Option(help="held-out problems to check at the end; 0: none")] = 2000,
 ) -> None:
-    """Train the built-in model from scratch (about an hour on two cores)."""
+    """Train the built-in model from scratch (75 minutes on two cores)."""
     from .train import Settings
     from .train import train as run
 

@@ -1,12 +1,13 @@
 """A synthetic reasoning task whose answers can be checked exactly: word problems with a worked response.
 
     sam has 4 cups now . first sam grows 3 times . finally sam sells 8 cups . how many cups does sam have ?
-    first sam has 4 * 3 = 12 cups . lastly we get 4 = 12 - 8 cups . #### 4
+    to begin sam has 4 * 3 = 12 cups . at last we get 4 = 12 - 8 cups . #### 4
 
-A problem is a start and 2 to 4 dependent operations, every number in 0..99 and a token of its own. Each
-step of the response is worded in one of several ways, drawn at random, so a model that decodes many tokens
-at once has real choices to keep consistent. Clauses of the prompt are 6 tokens long and steps of the
-response 10.
+A problem is a start and 2 to 4 dependent operations, every number in 0..99 and a token of its own. Clauses of
+the prompt are 6 tokens long. Each step of the response opens and goes on in one of several ways, some said
+more often than others, as people's are, and is 10 to 15 tokens long: how one step is worded moves all that
+follow. So a model that decodes many tokens at once has choices to keep consistent, and one trained on its own
+answers, which take the likeliest way, could know them beforehand.
 
 Problems are split by their arithmetic: a start and operations that are held out never occur together in
 training, whatever the names and wording, so no held-out prompt does. Parts of such a chain may occur.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 NUMBERS = range(100)
@@ -40,15 +41,21 @@ VERBS = {
     "*": ["grows"],
 }
 ORDINALS = ("first", "next", "then", "finally")  # of the prompt's clauses
-OPENERS = (("first", "initially"), ("then", "next"), ("then", "later"), ("finally", "lastly"))
-# Each ten tokens long; o: opener, n: name, i: item.
+# The ways to open a step (the first, those between, the last) and to go on, of WEIGHTS each;
+# o: opener, n: name, i: item.
+OPENERS = (
+    ("first", "to begin", "at the start", "initially"),
+    ("then", "after that", "a bit later", "next"),
+    ("finally", "at last", "in the end", "lastly"),
+)
 STEPS = (
     "{o} {n} has {a} {op} {b} = {c} {i} .",
-    "{o} , {a} {op} {b} = {c} {i} now .",
     "{o} we get {c} = {a} {op} {b} {i} .",
-    "{o} that makes {a} {op} {b} = {c} {i} .",
-    "{o} {n} holds {c} = {a} {op} {b} {i} .",
+    "{o} , all in all , {a} {op} {b} = {c} {i} .",
+    "{o} that makes {a} {op} {b} = {c} {i} now .",
+    "{o} {n} now holds {c} = {a} {op} {b} {i} .",
 )
+WEIGHTS = {4: (45, 25, 20, 10), 5: (45, 25, 15, 10, 5)}  # by how many ways there are
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class Problem:
 def vocabulary() -> list[str]:
     """Every token, special ones first; the mask token last, as in LLaDA's checkpoints."""
     words = {w for step in STEPS for w in step.split() if "{" not in w}
-    words |= {w for openers in OPENERS for w in openers} | set(ORDINALS)
+    words |= {w for openers in OPENERS for opener in openers for w in opener.split()} | set(ORDINALS)
     words |= {v for verbs in VERBS.values() for v in verbs} | set(VERBS) | set(NAMES) | set(ITEMS)
     words |= {"has", "now", ".", "times", "how", "many", "does", "have", "?", "####"}
     return [PAD, EOS, UNKNOWN, *map(str, NUMBERS), *sorted(words), MASK]
@@ -142,10 +149,14 @@ def _word(rng: random.Random, start: int, operations: Chain) -> Problem:
         unit = "times" if op == "*" else item
         prompt.append(f"{ordinal} {name} {rng.choice(VERBS[op])} {number} {unit} .")
         result = {"+": value + number, "-": value - number, "*": value * number}[op]
-        opener = rng.choice(OPENERS[-1] if i == last else OPENERS[min(i, 2)])
-        step = rng.choice(STEPS)
+        opener = _one_of(rng, OPENERS[-1 if i == last else min(i, 1)])
+        step = _one_of(rng, STEPS)
         response.append(step.format(o=opener, n=name, a=value, op=op, b=number, c=result, i=item))
         value = result
     prompt.append(f"how many {item} does {name} have ?")
     response.append(f"#### {value}")
     return Problem(" ".join(prompt), " ".join(response), value)
+
+
+def _one_of(rng: random.Random, ways: Sequence[str]) -> str:
+    return rng.choices(ways, WEIGHTS[len(ways)])[0]

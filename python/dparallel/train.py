@@ -30,7 +30,7 @@ from . import tasks
 class Settings:
     """What a training run is; with the same settings it gives the same model."""
 
-    steps: int = 6000
+    steps: int = 7000
     batch: int = 64
     width: int = 192
     layers: int = 4
