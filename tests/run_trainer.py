@@ -1,17 +1,20 @@
 """A small training run in a process of its own, for test_trainer: python run_trainer.py SETTINGS.json OUT.
 
-Under torchrun it is one of several processes. The rows are of different lengths and the gate is open for some
+Under torchrun it is one of several processes; with ACCELERATE_USE_FSDP=true each holds a shard of every
+parameter. The rows are of different lengths and the gate is open for some
 tokens only, so that every way of normalising wrongly shows.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType, PartialState
 from dparallel import distill, train
 from dparallel.trainer import CertaintyForcingArguments, CertaintyForcingTrainer
 from dparallel.trajectories import Collator
@@ -62,11 +65,25 @@ def run(out: Path, count: int = 16, resume: str | None = None, **settings: Any) 
     return trainer
 
 
+def shard_on_the_cpu() -> None:
+    """accelerate shards over accelerators alone, torch over anything: here it takes processes for such."""
+    found = PartialState.__init__
+
+    def initialise(self: PartialState, *given: Any, **named: Any) -> None:
+        found(self, *given, **named)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = initialise
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        shard_on_the_cpu()
     directory = Path(sys.argv[2])
     trainer = run(directory, **json.loads(sys.argv[1]))
+    trainer.save_model(str(directory))
     if trainer.is_world_process_zero():
-        trainer.save_model(str(directory))
         (directory / "log.json").write_text(json.dumps(trainer.state.log_history))
     distill.finish(trainer)

@@ -35,6 +35,7 @@ from benchmarks.serving import KEY, Served, ask_all, percentile, server
 
 MODEL, BLOCK, EOS = "builtin:student", 8, 1
 PROMPTS = [p.prompt for p in itertools.islice(tasks.problems("held_out", seed=11), 200)]
+VOCABULARY = len(tasks.vocabulary())
 PROMPT = PROMPTS[0]
 
 
@@ -73,7 +74,7 @@ def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert len(byte_of) == 256
     names = {b: c for c, b in byte_of.items()}
     vocabulary = {}
-    for i in range(190):
+    for i in range(VOCABULARY):
         first, *rest = chr(0x4E00 + i).encode()
         vocabulary["".join(names[b] for b in [*rest, first])] = i
     made = Tokenizer(tokenizer_models.WordLevel(vocabulary, unk_token=next(iter(vocabulary))))
@@ -310,7 +311,7 @@ def test_characters_over_several_blocks(odd_client: OpenAI) -> None:
     said = whole.choices[0].text
     assert whole.usage.completion_tokens == 100
     assert len(said.strip(text.INCOMPLETE)) == 99
-    assert set(said.strip(text.INCOMPLETE)) <= {chr(0x4E00 + i) for i in range(190)}
+    assert set(said.strip(text.INCOMPLETE)) <= {chr(0x4E00 + i) for i in range(VOCABULARY)}
     pieces = [chunk.choices[0].text for chunk in odd_client.completions.create(stream=True, **settings)]
     assert "".join(pieces) == said
     assert sum(map(bool, pieces)) >= 4
@@ -375,7 +376,7 @@ def test_bad_requests_are_named(client: OpenAI, settings: dict[str, Any], param:
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": [1, "a"]}, "prompt"),
         ({"prompt": [True]}, "prompt"),
-        ({"prompt": [190]}, "prompt"),
+        ({"prompt": [VOCABULARY]}, "prompt"),
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": [1] * 256}, "prompt"),
         ({"prompt": ["a"] * 65}, "prompt"),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import run_trainer
 import torch
+import yaml
 from dparallel.trainer import CertaintyForcingArguments, CertaintyForcingTrainer, plain_head
 from dparallel.trajectories import Collator
 from safetensors.torch import load_file
@@ -20,14 +21,21 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import dparallel_ext as dx
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+
+
+@pytest.fixture(autouse=True)
+def own_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 4 leaves that of one run in the environment, for every run that follows."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
 
 
 class RemoteConfig(PretrainedConfig):
     model_type = "remote"
 
     def __init__(self, mask_token_id: int = 2, scale_logits: bool = False, **more: Any) -> None:
-        super().__init__(**more)
+        super().__init__(**{"tie_word_embeddings": False, **more})
         self.mask_token_id = mask_token_id
         self.scale_logits = scale_logits
 
@@ -143,6 +151,18 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
 
 
+def in_two_processes(out: Path, settings: dict[str, Any], **environment: str) -> None:
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    done = subprocess.run(
+        [sys.executable, *launch, run_trainer.__file__, json.dumps(settings), str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """Four steps on batches of 8 rows in one process."""
@@ -169,19 +189,32 @@ def test_accumulation_makes_the_update_of_one_big_batch(micro: int, big: Any, tm
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
 
 
+def test_sharded_parameters_train_save_and_resume_as_whole_ones(big: Any, tmp_path: Path):
+    """By FSDP2, as recipes/fsdp.yaml has it."""
+    recipe = yaml.safe_load((ROOT / "recipes" / "fsdp.yaml").read_text())["fsdp_config"]
+    environment = {name.upper(): str(value) for name, value in recipe.items()} | {
+        "ACCELERATE_USE_FSDP": "true"
+    }
+    environment["FSDP_TRANSFORMER_CLS_TO_WRAP"] = environment.pop("FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP")
+    settings = {"per_device_train_batch_size": 4}
+    in_two_processes(tmp_path / "sharded", settings, **environment)
+    close(weights(tmp_path / "sharded"), big[0])
+    settings |= {"optim": "adamw_torch"}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    in_two_processes(whole, {**settings, "save_strategy": "steps", "save_steps": 2}, **environment)
+    checkpoint = whole / "checkpoint-2"
+    in_two_processes(resumed, {**settings, "resume": str(checkpoint)}, **environment)
+    found, expected, half = weights(resumed), weights(whole), weights(checkpoint)
+    assert all(torch.equal(found[name], p) for name, p in expected.items())
+    assert any(not torch.equal(half[name], p) for name, p in expected.items())
+
+
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}], ids=str)
 def test_two_processes_make_the_update_of_one_big_batch(settings: dict[str, int], big: Any, tmp_path: Path):
     accumulated = settings.get("gradient_accumulation_steps", 1)
-    given = json.dumps({**settings, "per_device_train_batch_size": 4 // accumulated, "ddp_backend": "gloo"})
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    done = subprocess.run(
-        [sys.executable, *launch, run_trainer.__file__, given, str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
+    in_two_processes(
+        tmp_path, {**settings, "per_device_train_batch_size": 4 // accumulated, "ddp_backend": "gloo"}
     )
-    assert done.returncode == 0, done.stderr
     close(weights(tmp_path), big[0])
     log = [entry for entry in json.loads((tmp_path / "log.json").read_text()) if "ce" in entry]
     for ours, theirs in zip(log, big[1], strict=True):

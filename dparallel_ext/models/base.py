@@ -278,6 +278,11 @@ class Model(nn.Module):
             name.count(".") != (3 if name.startswith("blocks.") else 1) for name, _ in self.named_parameters()
         )
 
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 has made DTensors of the parameters, which torch gathers by our own names."""
+        return any(hasattr(parameter, "placements") for parameter in self.parameters())
+
     def checkpoint_parameters(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         """(the checkpoint's name, ours, parameter) of each; a tied head is not repeated."""
         for name, parameter in self.named_parameters():
@@ -523,7 +528,7 @@ class Model(nn.Module):
 def _to_checkpoint_names(
     model: Model, state: MutableMapping[str, Any], prefix: str, _metadata: object
 ) -> None:
-    if model.adapted:
+    if model.adapted or model.sharded:
         return
     tied = f"{prefix}lm_head.weight"
     for name in [n for n in state if n.startswith(prefix)]:

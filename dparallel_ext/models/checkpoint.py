@@ -87,7 +87,7 @@ def save(
     """Write config.json and model.safetensors as the family's published checkpoints have them.
 
     `dtype`: of the file, default the model's. `state_dict`: tensors to write instead of the model's own, by
-    the checkpoint's names, as gathered from shards. Each file appears whole or not at all.
+    our names or the checkpoint's, as gathered from shards. Each file appears whole or not at all.
 
     Raises ValueError for a quantised model.
     """
@@ -98,7 +98,13 @@ def save(
     dtype = dtype or model.dtype
     if state_dict is None:
         state_dict = {name: p.detach() for name, _, p in model.checkpoint_parameters()}
-    tensors = {name: p.to("cpu", dtype).contiguous() for name, p in state_dict.items()}
+    tied = "lm_head.weight" if model.shape.tied else None
+    theirs = {ours: name for name, ours, _ in model.checkpoint_parameters()}
+    tensors = {
+        theirs.get(name, name): p.to("cpu", dtype).contiguous()
+        for name, p in state_dict.items()
+        if name != tied
+    }
     names = [name for name, family in FAMILIES.items() if type(model) is family]
     config = {**model.config, "torch_dtype": str(dtype).removeprefix("torch.")}
     config["model_type"] = names[0] if names else config.get("model_type")
