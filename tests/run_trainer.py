@@ -1,8 +1,8 @@
 """A small training run in a process of its own, for test_trainer: python run_trainer.py SETTINGS.json OUT.
 
 Under torchrun it is one of several processes; with ACCELERATE_USE_FSDP=true each holds a shard of every
-parameter. The rows are of different lengths and the gate is open for some
-tokens only, so that every way of normalising wrongly shows.
+parameter. The rows are of different lengths and the gate is open for some tokens only, so that every way of
+normalising wrongly shows.
 """
 
 from __future__ import annotations
