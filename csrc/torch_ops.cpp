@@ -14,10 +14,19 @@
 #include "dparallel/certainty_forcing_loss.h"
 #include "dparallel/launch.h"
 
+#ifdef DPARALLEL_WITH_CUDA_HOST
+// tests/cuda_host executes the CUDA kernels on the CPU's tensors, in place of the CPU's kernels.
+static int aoti_torch_get_current_cuda_stream(int32_t, void**) { return 0; }
+struct DeviceGuard {
+  explicit DeviceGuard(int32_t) {}
+};
+#else
+using torch::stable::accelerator::DeviceGuard;
 #ifdef DPARALLEL_WITH_CUDA
 // Weak: absent from a CPU-only torch, where this library must still import.
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#endif
 #endif
 
 namespace {
@@ -163,7 +172,7 @@ struct Cpu {
   }
 };
 
-#ifdef DPARALLEL_WITH_CUDA
+#if defined(DPARALLEL_WITH_CUDA) || defined(DPARALLEL_WITH_CUDA_HOST)
 struct Cuda {
   static void check(int code, const char* op) {
     STD_TORCH_CHECK(code == 0, op, ": CUDA launch failed: ", cuda::error_string(code));
@@ -186,7 +195,7 @@ struct Cuda {
   static void launch(const char* op, const Args& args, int64_t scratch_bytes, int64_t counter_count,
                      int (*launcher)(const Args&, const cuda::Workspace&, void*),
                      const Tensor& like, const std::optional<Tensor>& counter_tensor) {
-    const torch::stable::accelerator::DeviceGuard guard(like.get_device());
+    const DeviceGuard guard(like.get_device());
     const Tensor scratch = torch::stable::new_empty(like, {scratch_bytes}, ScalarType::Byte);
     const cuda::Workspace workspace{scratch.data_ptr(),
                                     counters(counter_tensor, counter_count, like)};
@@ -198,7 +207,7 @@ struct Cuda {
            cuda::row_stats, like, c);
   }
   static void select(const SelectArgs& args, const Tensor& like) {
-    const torch::stable::accelerator::DeviceGuard guard(like.get_device());
+    const DeviceGuard guard(like.get_device());
     const Tensor scratch =
         torch::stable::new_empty(like, {cuda::select_scratch(args)}, ScalarType::Byte);
     check(cuda::select(args, {scratch.data_ptr(), nullptr}, stream(like)), "select");
@@ -208,19 +217,19 @@ struct Cuda {
            like, c);
   }
   static void loss(const LossArgs& args, const Tensor& like) {
-    const torch::stable::accelerator::DeviceGuard guard(like.get_device());
+    const DeviceGuard guard(like.get_device());
     const Tensor scratch = torch::stable::new_empty(
         like, {cuda::certainty_forcing_loss_scratch(args)}, ScalarType::Byte);
     check(cuda::certainty_forcing_loss(args, {scratch.data_ptr(), nullptr}, stream(like)),
           "certainty_forcing_loss");
   }
   static void loss_backward(const LossBackwardArgs& args, const Tensor& like) {
-    const torch::stable::accelerator::DeviceGuard guard(like.get_device());
+    const DeviceGuard guard(like.get_device());
     check(cuda::certainty_forcing_loss_backward(args, stream(like)),
           "certainty_forcing_loss_backward");
   }
   static void kv_write(const KvWriteArgs& args, const Tensor& like) {
-    const torch::stable::accelerator::DeviceGuard guard(like.get_device());
+    const DeviceGuard guard(like.get_device());
     check(cuda::kv_write(args, stream(like)), "kv_write");
   }
   static void block_attention(const BlockAttentionArgs& args, const Tensor& like,
@@ -229,11 +238,11 @@ struct Cuda {
            cuda::block_attention_counters(args), cuda::block_attention, like, c);
   }
   static void rms_norm(const RmsNormArgs& args, const Tensor& like) {
-    const torch::stable::accelerator::DeviceGuard guard(like.get_device());
+    const DeviceGuard guard(like.get_device());
     check(cuda::rms_norm(args, stream(like)), "rms_norm");
   }
   static void swiglu(const SwigluArgs& args, const Tensor& like) {
-    const torch::stable::accelerator::DeviceGuard guard(like.get_device());
+    const DeviceGuard guard(like.get_device());
     check(cuda::swiglu(args, stream(like)), "swiglu");
   }
   static void fp8_linear(const Fp8LinearArgs& args, const Tensor& like,
@@ -673,7 +682,11 @@ STABLE_TORCH_LIBRARY(dparallel, m) {
     m.impl("fp8_linear", TORCH_BOX(&fp8_linear<BACKEND>));                         \
   }
 
+#ifdef DPARALLEL_WITH_CUDA_HOST
+DPARALLEL_IMPL(CPU, Cuda)
+#else
 DPARALLEL_IMPL(CPU, Cpu)
+#endif
 #ifdef DPARALLEL_WITH_CUDA
 DPARALLEL_IMPL(CUDA, Cuda)
 #endif

@@ -9,12 +9,14 @@ that is complete is in no pass.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import policies
 from .cache import KVCache, Span
 from .models import Model, traits
 from .ops import NO_ERROR, check_errors, explain
@@ -22,6 +24,9 @@ from .passes import Passes, Policy, Work
 from .rows import IDLE, Row, Settings, lay_out
 
 CACHES = ("none", "prefix", "dual", "block")
+
+AHEAD = 8
+"""Passes that the host issues before it looks at what they did, where that cannot change what they are."""
 
 
 class Batch:
@@ -106,7 +111,7 @@ class Batch:
         self.tokens[lane, :first] = prompt
         self.tokens[lane, first:end] = self.mask_id
         self.tokens[lane, end:] = self.pad_id
-        self._enter(lane)
+        self._enter(row)
         return row
 
     @property
@@ -119,27 +124,17 @@ class Batch:
         """(lanes, 5) float32 on the CPU, of the next pass."""
         return torch.tensor([row.policy for row in self.rows], dtype=torch.float32).view(-1, 5)
 
-    def _enter(self, b: int) -> None:
-        """Begin the active block; blocks without a mask are passed over."""
-        row = self.rows[b]
-        while not row.done:
-            row.turn, row.waiting = 0, False
-            edges = torch.zeros((2, len(self.rows)), dtype=torch.int64)
-            edges[:, b] = torch.tensor(row.block)
-            start, end = edges.to(self.tokens.device)
-            row.left, row.leftmost = self.passes.masks(start, end)[b].tolist()
-            if row.left:
-                return
-            self._leave(row)
+    @staticmethod
+    def _enter(row: Row) -> None:
+        """Begin the active block, which is all masks."""
+        row.turn, row.waiting = 0, False
+        if not row.done:
+            start, end = row.block
+            row.left, row.leftmost = end - start, start
 
     def release(self, lane: int) -> None:
         """Forget the lane's sequence."""
         self.rows[lane] = IDLE
-
-    def _leave(self, row: Row) -> None:
-        start, end = row.block
-        row.generated += end - start
-        row.at += 1
 
     def end(self, b: int) -> None:
         """Sequence b is complete: what comes after its last finished block is padding."""
@@ -148,15 +143,19 @@ class Batch:
             self.tokens[b, row.block[0] : row.length] = self.pad_id
             row.at = len(row.blocks)
 
-    def step(self, lanes: Sequence[int] | None = None) -> list[int]:
-        """One pass over every sequence that is not done (of `lanes`); returns those whose block it completed.
+    def step(self, lanes: Sequence[int] | None = None, ahead: int = 1) -> list[int]:
+        """A pass over every sequence that is not done (of `lanes`); returns those whose block it completed.
+
+        ahead: up to so many passes, as many as complete no block whatever the policies choose, and one: the
+            host waits for the device once, and not after each. Guessing further would cost a pass in vain for
+            each block that is complete earlier, where a look costs the host's way there and back.
 
         Where it raises, what the model, the policy or `unmask_` raises, every sequence is as it was before.
         """
         live = self.live if lanes is None else [b for b in self.live if b in lanes]
         before = [copy.copy(self.rows[b]) for b in live], self.tokens.clone(), self.forwards
         try:
-            return self._step(live)
+            return self._step(live, min(ahead, self._certain(live)))
         except BaseException:
             rows, tokens, self.forwards = before
             self.tokens.copy_(tokens)
@@ -164,41 +163,65 @@ class Batch:
                 self.rows[b].__dict__.update(row.__dict__)
             raise
 
-    def _step(self, live: list[int]) -> list[int]:
-        for b in live:
-            row = self.rows[b]
-            row.nfe += row.left > 0
-            row.published += not self._hands_over(row)
-        found: dict[int, list[int]] = {}
-        for group in self._groups(live):
-            work = {b: Work(self._spans(b), self._window(b), self.rows[b].block) for b in group}
-            numbers = self.passes.run(self.rows, work).tolist()
-            found |= {b: numbers[b] for b in group}
-            self.forwards += 1
+    def _certain(self, live: list[int]) -> int:
+        """Passes that can be issued one after the other: a block is complete after the last, if at all."""
+        found = self.traits
+        first_mask_matters = self.sub_block_length < self.block_length or (
+            found.shift and found.block_length is not None
+        )
+        if self.passes.policy is not None or first_mask_matters:
+            return 1
+        rows = [self.rows[b] for b in live]
+        return min((max(1, math.ceil(row.left / policies.most(row.policy))) for row in rows), default=1)
+
+    def _step(self, live: list[int], passes: int) -> list[int]:
+        groups, results = self._groups(live), []
+        for _ in range(passes):
+            wasteful = [b for b in live if self.cache in ("prefix", "dual") and self.rows[b].turn == 0]
+            for group in groups:
+                results.append(self.passes.run(self.rows, self._work(group)))  # (lanes, 3)
+                self.forwards += 1
+            for b in live:
+                row, hands_over = self.rows[b], self._hands_over(self.rows[b])
+                row.nfe += row.left > 0
+                row.published += not hands_over
+                row.turn += not hands_over
+                if self.cache == "block":
+                    row.stored = row.block[0] - row.block[0] % self.block_length
+        if len(groups) == 1 and self.passes.regular:
+            # While the device is at it: what comes next if no block is complete.
+            self.passes.prepare(self.rows, self._work(live))
+        numbers = torch.stack(results).tolist()
         length = self.tokens.shape[1]
-        error = min((error for *_, error in found.values()), default=NO_ERROR)
-        explain(error, lambda at: f"sequence {at // length} at position {at % length}")
+        errors = (min(error for *_, error in lanes) for lanes in numbers)
+        explain(
+            next((error for error in errors if error != NO_ERROR), NO_ERROR),
+            lambda at: f"sequence {at // length} at position {at % length}",
+        )
         if self.passes.policy is not None:
             check_errors(self.tokens.device)
+        last = zip(groups, numbers[-len(groups) :], strict=True)
+        found = {b: lanes[b] for group, lanes in last for b in group}
         finished = []
         for b in live:
             row = self.rows[b]
-            wasteful = self.cache in ("prefix", "dual") and row.turn == 0
-            row.turn += not self._hands_over(row)
             row.left, row.leftmost, _ = found[b]
-            if self.cache == "block":
-                row.stored = row.block[0] - row.block[0] % self.block_length
-            if row.left or (wasteful and self.published):
+            if row.left or (b in wasteful and self.published):
                 continue
             # Published: one more pass where the full one completed the block; one that stores the block.
-            row.published += wasteful or self.cache == "block"
+            row.published += b in wasteful or self.cache == "block"
             start, end = row.block
-            self._leave(row)
+            row.generated += end - start
+            row.at += 1
             row.waiting = True
             finished.append(b)
             if (row.settings.eos_id is not None or row.settings.stop) and self._stops(b, start, end):
                 self.end(b)
         return finished
+
+    def _work(self, lanes: list[int]) -> dict[int, Work]:
+        """Of the next pass."""
+        return {b: Work(self._spans(b), self._window(b), self.rows[b].block) for b in lanes}
 
     def _stops(self, b: int, start: int, end: int) -> bool:
         """Whether EOS or a stop sequence ends in columns [start, end); notes where it begins."""
@@ -221,7 +244,7 @@ class Batch:
     def enter(self, finished: list[int]) -> None:
         """Let the sequences that `step` returned begin their next block."""
         for b in finished:
-            self._enter(b)
+            self._enter(self.rows[b])
 
     def _full(self, row: Row) -> bool:
         """Whether this pass computes the whole sequence."""

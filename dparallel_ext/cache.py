@@ -66,7 +66,10 @@ class KVCache:
     def __init__(self, slots: Tensor, rope: tuple[Tensor, Tensor], table: Tensor | None = None) -> None:
         self.slots, self.rope = slots, rope
         self.table = torch.arange(slots.shape[2])[:, None] if table is None else table
-        self._last: tuple[list[Span], Fill, Pass] | None = None
+        self.changes = 0
+        """Times that pages were assigned."""
+        self._plans: dict[tuple[tuple[Span, ...], Fill], Pass] = {}
+        """The few last ones, the least recently used first."""
 
     @property
     def page_size(self) -> int:
@@ -89,7 +92,8 @@ class KVCache:
     def assign(self, row: int, pages: Sequence[int], first: int = 0) -> None:
         """Let `pages` be those of sequence `row`, from its page number `first` on."""
         self.table[row, first : first + len(pages)] = torch.tensor(pages, dtype=torch.int64)
-        self._last = None
+        self._plans.clear()
+        self.changes += 1
 
     def plan(self, spans: Sequence[Span], fill: Fill = None) -> Pass:
         """The pass over `spans`, on the CPU.
@@ -101,9 +105,16 @@ class KVCache:
         Raises:
             ValueError: for a span of no sequence of the cache, or beyond its slots.
         """
-        spans = list(spans)
-        if self._last is not None and self._last[:2] == (spans, fill):  # the passes over a block are alike
-            return self._last[2]
+        key = (tuple(spans), fill)
+        found = self._plans.pop(key, None)  # the passes over a block are alike, and those over everything
+        if found is None:
+            found = self._plan(*key)
+        self._plans[key] = found
+        if len(self._plans) > 8:
+            del self._plans[next(iter(self._plans))]
+        return found
+
+    def _plan(self, spans: tuple[Span, ...], fill: Fill) -> Pass:
         for span in spans:
             if not 0 <= span.row < self.batch:
                 raise ValueError(f"spans: sequence {span.row}, but the cache is for {self.batch}")
@@ -132,6 +143,4 @@ class KVCache:
             begin, end, visible = (F.pad(t, (0, more)) for t in (begin, end, visible))
             pages = F.pad(pages, (0, 0, 0, more))
             longest_query, longest_length = fill(longest_query), min(fill(longest_length), self.length)
-        plan = Pass(longest_query, longest_length, rows, positions, slots, begin, end, visible, pages)
-        self._last = spans, fill, plan
-        return plan
+        return Pass(longest_query, longest_length, rows, positions, slots, begin, end, visible, pages)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import policies
-from .batch import CACHES, Batch
+from .batch import AHEAD, CACHES, Batch
 from .models import Model, Traits, traits
 from .passes import Policy, Trajectory
 from .rows import Settings, lay_out
@@ -315,14 +315,15 @@ def run(batch: Batch, streamer: Any = None, bar: Any = None) -> None:
     x = batch.tokens
     if streamer is not None:
         streamer.put(x[:, : batch.rows[0].prompt].cpu())
+    drafts = hasattr(streamer, "put_draft")
     waiting: list[int] = []
     while live := batch.live:
         blocks = {b: batch.rows[b].block for b in live}
         left = sum(batch.rows[b].left for b in live)
-        finished = batch.step()
+        finished = batch.step(ahead=1 if drafts else AHEAD)
         if bar is not None:
             bar.update(left - sum(batch.rows[b].left for b in live))
-        if streamer is not None and hasattr(streamer, "put_draft"):
+        if drafts:
             streamer.put_draft(x[:, blocks[0][0] :].cpu())
         for b in finished:
             first, last = blocks[b]

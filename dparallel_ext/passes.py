@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import policies
-from .cache import KVCache, Pass, Span
+from .cache import Fill, KVCache, Pass, Span
 from .graphs import CudaRecorder, Graphs
 from .models import Model
 from .ops import NO_ERROR, row_stats, select, unmask_
@@ -65,6 +65,16 @@ class Form(NamedTuple):
         return (*self[:3], tuple((temperature, id(suppress)) for temperature, suppress in self.ways))
 
 
+def fill_up(count: int, parts: int) -> int:
+    """`count` or the next of 8, 16, 24, ... and then of `parts` numbers to every doubling; 0 stays 0."""
+    size = max(8, 2 ** ((count - 1).bit_length() - parts.bit_length()))
+    return -(-count // size) * size
+
+
+FEW_FORMS = functools.partial(fill_up, parts=16)
+FEW_SIZES = functools.partial(fill_up, parts=4)
+
+
 class Passes:
     """Runs the passes of a batch.
 
@@ -101,6 +111,7 @@ class Passes:
             self.graphs = Graphs(CudaRecorder(tokens.device))
         self._addresses: Sequence[int] | None = None
         self._suppressed: dict[tuple[int, ...], Tensor] = {}
+        self._prepared: tuple[tuple[Any, ...], tuple[Tensor, Form]] | None = None
 
     def suppress(self, ids: Tensor | None) -> Tensor | None:
         """One tensor for the same ids; with our models on the device.
@@ -128,13 +139,26 @@ class Passes:
         Returns (lanes, 3) int64: masks left in each active block, the column of the first, and the error that
         kept a sequence from committing, see `ops.explain`.
         """
-        if self.graphs is not None and any(rows[b].nfe <= 1 for b in work):
+        if self.graphs is not None and any(rows[b].nfe == 0 for b in work):
             self._look_again(self.graphs)
-        numbers, form = self._numbers(rows, work)
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and prepared[0] == self._told(rows, work):
+            numbers, form = prepared[1]
+        else:
+            numbers, form = self._numbers(rows, work)
         compute = functools.partial(self._compute, form, rows, work)
         if self.graphs is None or self._addresses is None or self._exact:
             return compute(numbers.to(self.tokens.device, non_blocking=True))
         return self.graphs.run(form.key, numbers, compute, device=self.tokens.device, held=form)
+
+    def prepare(self, rows: Sequence[Row], work: Mapping[int, Work]) -> None:
+        """Do what the host has to do for a pass that may come next."""
+        self._prepared = self._told(rows, work), self._numbers(rows, work)
+
+    def _told(self, rows: Sequence[Row], work: Mapping[int, Work]) -> tuple[Any, ...]:
+        """All that `_numbers` follows from, where passes are regular."""
+        each = [(r.nfe, r.policy, r.settings.key, r.settings.temperature, id(r.suppress)) for r in rows]
+        return list(work.items()), each, self.slots and self.slots.changes
 
     def _look_again(self, graphs: Graphs) -> None:
         """Recordings of a model that has moved are dropped; looked at where a sequence begins."""
@@ -164,9 +188,11 @@ class Passes:
         longest = 0, 0
         if isinstance(self.model, Model):
             assert self.slots is not None
-            found = self.slots.plan(spans, self._fill)
+            fill = self._fill
+            found = self.slots.plan(spans, fill)
             plan, longest = found.tensors, (found.longest_query, found.longest_length)
-            source = F.pad(source, (0, self._fill(len(source)) - len(source)))
+            if fill is not None:
+                source = F.pad(source, (0, fill(len(source)) - len(source)))
         ways: dict[tuple[float, int], list[int]] = {}
         for b in work:
             ways.setdefault((rows[b].settings.temperature, id(rows[b].suppress)), []).append(b)
@@ -184,10 +210,12 @@ class Passes:
                 torch.cat(positions),
                 torch.stack(edges),
                 columns({b: own.block for b, own in work.items()}),
-                torch.tensor([(row.nfe, *row.settings.key) for row in rows]).T,
+                torch.tensor([(row.nfe + 1, *row.settings.key) for row in rows]).T,
                 torch.tensor([row.policy for row in rows], dtype=torch.float64).view(torch.int64),
             )
         )
+        if self.tokens.device.type == "cuda":
+            numbers = numbers.pin_memory()  # else its copy to the device may wait for the passes before
         return numbers, Form(shapes, *longest, tuple((r.settings.temperature, r.suppress) for r in first_of))
 
     def _columns(self, b: int, start: int, end: int) -> Tensor:
@@ -199,17 +227,16 @@ class Passes:
             end = start + self.window
         return torch.arange(start, end)
 
-    def _fill(self, count: int) -> int:
-        """How many rows `count` are filled up to.
+    @property
+    def _fill(self) -> Fill:
+        """How many rows a number of rows is filled up to; not a method, since the slots remember it.
 
-        On a GPU so that passes take few forms: 8, 16, ... 256, and then 16 to every doubling. On a CPU since
-        the matrix library keeps compiled code for each number of rows of 16-bit matrices that it has met, for
-        ever (half a megabyte and half a millisecond): 8, 16, ... 64, and then four to every doubling.
+        On a GPU so that passes take few forms. On a CPU since the matrix library keeps compiled code for each
+        number of rows of 16-bit matrices that it has met, for ever (half a megabyte and half a millisecond).
         """
-        if not count or not (self.regular or self.model.dtype != torch.float32):
-            return count
-        size = max(8, 2 ** ((count - 1).bit_length() - (5 if self.regular else 3)))
-        return -(-count // size) * size
+        if self.regular:
+            return FEW_FORMS
+        return FEW_SIZES if self.model.dtype != torch.float32 else None
 
     def _compute(self, form: Form, rows: Sequence[Row], work: Mapping[int, Work], numbers: Tensor) -> Tensor:
         *plan, source, positions, edges, block, keys, policy = unpack(numbers, form.shapes)

@@ -104,6 +104,12 @@ def check(policy: Tensor, batch: int) -> None:
         _check_rows(policy.tolist())
 
 
+def most(row: Sequence[float]) -> float:
+    """The most positions that a pass commits by a row of `FIELDS`."""
+    selector, threshold, low, high, _ = row
+    return max(low, min(high, threshold if selector == SELECTORS["quota"] else math.inf))
+
+
 def _check_rows(rows: Iterable[Sequence[float]]) -> None:
     for sequence, (selector, threshold, low, high, score) in enumerate(rows):
         quota = selector == SELECTORS["quota"]

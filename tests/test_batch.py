@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +19,8 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import models
+from dparallel_ext.batch import Batch
+from dparallel_ext.cache import KVCache
 from dparallel_ext.models import SDAR, Model
 
 MASK = 511
@@ -272,3 +277,126 @@ def test_passes_come_in_few_sizes(device: str, monkeypatch: pytest.MonkeyPatch) 
         few = [*range(8, 257, 8), *range(272, 513, 16), *range(544, 1025, 32)]
     assert len(sizes) > 10
     assert sizes <= set(few)
+
+
+class Looks:
+    """What `decode` runs passes by: how many it lets run ahead, and how many there were to each look."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
+        self.passes: list[int] = []
+        step = Batch.step
+
+        def counted(batch: Batch, lanes: Any = None, ahead: int = 1) -> list[int]:
+            before = batch.forwards
+            finished = step(batch, lanes, ahead)
+            self.passes.append(batch.forwards - before)
+            return finished
+
+        monkeypatch.setattr(Batch, "step", counted)
+        monkeypatch.setattr(importlib.import_module("dparallel_ext.decode"), "AHEAD", ahead)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    count=st.integers(1, 4),
+    way=st.sampled_from(WAYS),
+    most=st.integers(1, 6),
+    temperature=st.sampled_from([0.0, 0.8]),
+    alone=st.booleans(),
+)
+def test_passes_that_run_ahead_are_the_same(seed, count, way, most, temperature, alone) -> None:
+    """Thresholds with a cap, the fixed schedule, quotas: as with a look after each pass."""
+    name, cache = way
+    model, g = MODELS[name, torch.float32], torch.Generator().manual_seed(seed)
+    prompts = random_prompts(g, count)
+    own: dict[str, Any] = {"gen_length": torch.randint(0, 40, (count,), generator=g).tolist()}
+    kind = seed % 3
+    if kind == 0:
+        own |= {"selector": "confidence", "threshold": torch.rand(count, generator=g), "max_commit": most}
+    elif kind == 1:
+        quotas = torch.randint(1, 9, (count,), generator=g).tolist()
+        own |= {"selector": "quota", "threshold": quotas, "max_commit": max(most, 2), "min_commit": 2}
+    else:
+        own |= {"gen_length": 32, "steps": 4 * (1 + seed % 5) if model.block_length is None else None}
+    own |= {"cache": cache, "block_length": 8, "record": True, "temperature": temperature}
+    own |= {"batch_invariant": alone, "eos_id": 5}
+    found = []
+    for ahead in (1, 3, 8):
+        with pytest.MonkeyPatch.context() as patch:
+            looks = Looks(patch, ahead)
+            out = dx.decode(model, prompts, **own)
+        fields = (out.sequences, out.nfe, out.nfe_published, out.kept, out.trajectory.step)
+        found.append((out.forwards, *(field.tolist() for field in fields)))
+        assert sum(looks.passes) == out.forwards
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize(
+    ("way", "passes"),
+    [
+        ({"steps": 8}, [4, 4]),
+        ({"steps": 14}, [6, 1, 6, 1]),  # 3, 3, 2, ...: by 3 it would be 6
+        ({"selector": "quota", "threshold": 3}, [6, 6]),
+        ({"threshold": 9.0, "max_commit": 5}, [4, 4]),  # 16 = 5 + 5 + 5 + 1
+        (
+            {"threshold": 0.0, "max_commit": 5},
+            [4, 3, 2, 2, 1, 1, 1, 1, 1] * 2,
+        ),  # 16, 12, 9, ... left
+        ({"threshold": 0.0}, [1] * 32),
+        ({}, [8, 8, 8, 8]),
+    ],
+)
+def test_how_far_passes_run_ahead(monkeypatch, way: dict[str, Any], passes: list[int]) -> None:
+    """To the pass that may complete a block, and at most 8 at once."""
+    looks, model = Looks(monkeypatch, 8), MODELS["llada_tiny_a", torch.float32]
+    out = dx.decode(model, torch.arange(5, 20), gen_length=32, block_length=16, cache="dual", **way)
+    assert sum(looks.passes) == out.forwards
+    assert looks.passes == passes
+
+
+def test_a_pass_ahead_that_fails_undoes_those_before_it() -> None:
+    """The row of the first such pass is named, whatever the later ones say."""
+    calls = []
+
+    def model(input_ids: Tensor) -> SimpleNamespace:
+        calls.append(1)
+        logits = torch.randn(*input_ids.shape, 32, generator=torch.Generator().manual_seed(len(calls)))
+        logits[:, 5] = 0  # the last to be committed
+        if len(calls) in (3, 4):
+            logits[4 - len(calls), 5] = torch.nan  # of the second sequence, then of the first
+        return SimpleNamespace(logits=logits.to(input_ids.device))
+
+    decoding = importlib.import_module("dparallel_ext.decode")
+    quota = dx.policies.make("quota", 1, batch=2)
+    own = decoding.make_settings(models.traits(model), "none", 2, policy=quota)
+    batch = decoding.start(model, [torch.tensor([1, 2])] * 2, 6, 6, "none", 31, own)
+    before = batch.tokens.clone(), [vars(row).copy() for row in batch.rows]
+    with torch.inference_mode(), pytest.raises(ValueError, match="sequence 1 at position 5 holds NaN"):
+        batch.step(ahead=4)
+    assert len(calls) == 4
+    assert torch.equal(batch.tokens, before[0])
+    assert ([vars(row) for row in batch.rows], batch.forwards) == (before[1], 0)
+    with torch.inference_mode():
+        assert batch.step(ahead=99) == [0, 1]
+    assert batch.forwards == 6
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_decode_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, way: tuple[str, str]) -> None:
+    """Its cache is freed when it returns, not when the cycles of objects are next collected."""
+    name, cache = way
+    found: list[weakref.ref[KVCache]] = []
+    init = KVCache.__init__
+
+    def noted(self: KVCache, *args: Any, **settings: Any) -> None:
+        init(self, *args, **settings)
+        found.append(weakref.ref(self))
+
+    monkeypatch.setattr(KVCache, "__init__", noted)
+    gc.disable()
+    try:
+        dx.decode(MODELS[name, torch.bfloat16], torch.arange(9), gen_length=24, block_length=8, cache=cache)
+        assert [cache() for cache in found] == [None]
+    finally:
+        gc.enable()

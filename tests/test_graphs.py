@@ -188,6 +188,41 @@ def test_a_form_met_three_times_runs_once(taped: list[Graphs]) -> None:
     assert graphs.recorder.taken == 2  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_host_is_ready_for_the_next_pass(
+    taped: list[Graphs], monkeypatch: pytest.MonkeyPatch, moved: bool
+) -> None:
+    """Within a block it has what a pass needs before it looks at the one before; not where pages moved."""
+    late: list[int] = []
+    numbers, prepare, step = passes.Passes._numbers, passes.Passes.prepare, batches.Batch.step
+    preparing = False
+
+    def counted(self: passes.Passes, rows: Any, work: Any) -> Any:
+        if not preparing:
+            late.append(next(iter(work.values())).block[0])
+        return numbers(self, rows, work)
+
+    def ahead(self: passes.Passes, rows: Any, work: Any) -> None:
+        nonlocal preparing
+        preparing = True
+        prepare(self, rows, work)
+        preparing = False
+
+    def moving(self: batches.Batch, *args: Any, **settings: Any) -> list[int]:
+        if moved and self.slots is not None:
+            self.slots.assign(0, [0])
+        return step(self, *args, **settings)
+
+    monkeypatch.setattr(passes.Passes, "_numbers", counted)
+    monkeypatch.setattr(passes.Passes, "prepare", ahead)
+    monkeypatch.setattr(batches.Batch, "step", moving)
+    model = models.load(GOLDEN / "llada_tiny_a")
+    out = dx.decode(model, PROMPTS[0], gen_length=64, block_length=16, cache="dual", threshold=0.3)
+    assert out.forwards > 12
+    blocks = [len(PROMPTS[0]) + 16 * block for block in range(4)]
+    assert len(late) == out.forwards if moved else late == blocks
+
+
 def test_an_engine_replays(taped: list[Graphs]) -> None:
     model = models.load(GOLDEN / "sdar_tiny_a")
     alone = [
