@@ -58,8 +58,9 @@ void forward(const LossArgs& args, Parallel parallel) {
       const auto* z = static_cast<const double*>(row);
       for (int64_t id = begin; id < end; ++id) {
         if (z[id] > part.max) {
-          part.rescale(z[id], inverse);
+          part.give_way(z[id], inverse);
           part.token = static_cast<int32_t>(id);
+          continue;
         }
         const double d = std::max(z[id] - (part.token < 0 ? 0.0 : part.max), inverse.floor());
         part.sum += z[id] != z[id] ? z[id] : std::exp(d * inverse.ce);

@@ -46,7 +46,7 @@ void tile_stats(const typename T::Storage* z, int64_t first_id, int64_t count,
   const bool risen = top > part.max;
   int64_t at = 0;  // of a new maximum
   if (risen) {
-    part.rescale(top, {inverse.ce, inverse.entropy});
+    part.give_way(top, {inverse.ce, inverse.entropy});
     while (clamp_logit(T::value(z[at])) != top) ++at;
     part.token = static_cast<int32_t>(first_id + at);
   }
@@ -70,11 +70,8 @@ void tile_stats(const typename T::Storage* z, int64_t first_id, int64_t count,
     part.weighted_t += reduce_add(weighted1 + weighted2);
   };
   if (!risen) return sum_up(z, count);
-  // A new maximum is left out and its 1 added in float64: beside it, float32 would lose the others.
-  sum_up(z, at);
+  sum_up(z, at);  // without the maximum's own term
   sum_up(z + at + 1, count - at - 1);
-  part.sum += 1.0;
-  part.sum_t += 1.0;
 }
 
 template <class T>

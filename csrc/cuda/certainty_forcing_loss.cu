@@ -41,15 +41,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const R floor = inverse.floor();
   const bool squared = inverse.entropy == 2 * inverse.ce;
   LossPart<R> part;
-  const auto add = [&](const R(&v)[W], int64_t first_id) {
+  const auto add = [&](R(&v)[W], int64_t first_id) {
     R top = -kInfinity;
 #pragma unroll
     for (int i = 0; i < W; ++i) top = clamped(v[i]) > top ? clamped(v[i]) : top;  // ignores NaN
     if (top > part.max) {
-      part.rescale(top, inverse);
+      part.give_way(top, inverse);
+      int at = W;
 #pragma unroll
       for (int i = W - 1; i >= 0; --i)
-        if (clamped(v[i]) == top) part.token = static_cast<int32_t>(first_id + i);
+        if (clamped(v[i]) == top) at = i;
+      part.token = static_cast<int32_t>(first_id + at);
+#pragma unroll
+      for (int i = 0; i < W; ++i)
+        if (i == at) v[i] = -kInfinity;  // its own term is not in the sums
     }
     const R m = part.token < 0 ? R(0) : part.max;
 #pragma unroll

@@ -1,7 +1,5 @@
 #include "cuda_host.h"
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <map>
 #include <memory>
@@ -9,6 +7,7 @@
 #include <random>
 #include <vector>
 
+#include "fiber.h"
 #include "races.h"
 
 Index threadIdx{0}, blockIdx{0};
@@ -20,7 +19,7 @@ constexpr size_t kStack = 256 * 1024;
 constexpr int kReady = -1, kDone = -2;  // else the barrier waited at: 0 the block's, 1 + w warp w's
 
 struct Fiber {
-  ucontext_t context;
+  Context context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   int state = kReady;
   unsigned barriers = 0, exchanges = 0, fences = 0;  // so far
@@ -50,7 +49,7 @@ std::map<const void*, Clock> handed_on;  // by the atomics on an address
 bool in_atomic = false;
 std::vector<std::unique_ptr<Block>> pool;
 Block* current = nullptr;
-ucontext_t scheduler;
+Context scheduler;
 const std::function<void()>* body = nullptr;
 
 unsigned below(unsigned n) { return static_cast<unsigned>(random_engine() % n); }
@@ -58,7 +57,7 @@ unsigned below(unsigned n) { return static_cast<unsigned>(random_engine() % n); 
 void leave(int state) {
   Fiber& self = current->fibers[threadIdx.x];
   self.state = state;
-  swapcontext(&self.context, &scheduler);
+  self.context.switch_to(scheduler);
 }
 
 void release(int barrier) {
@@ -113,15 +112,11 @@ void start(Block& block, unsigned index, unsigned threads) {
   while (block.fibers.size() < threads) block.fibers.emplace_back();
   for (unsigned t = 0; t < threads; ++t) {
     Fiber& fiber = block.fibers[t];
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
+    fiber.context.start(fiber.stack.get(), kStack, run_fiber);
     fiber.state = kReady;
     fiber.barriers = fiber.exchanges = fiber.fences = 0;
     fiber.clock = {};
     fiber.copies.clear();
-    makecontext(&fiber.context, run_fiber, 0);
   }
 }
 
@@ -129,7 +124,7 @@ void run(Block& block, unsigned thread) {
   current = &block;
   threadIdx.x = thread;
   blockIdx.x = block.index;
-  swapcontext(&scheduler, &block.fibers[thread].context);
+  scheduler.switch_to(block.fibers[thread].context);
 }
 
 }  // namespace

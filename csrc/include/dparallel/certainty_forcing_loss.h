@@ -14,8 +14,8 @@ namespace dparallel {
 
 DP_HD float exponential(float x) { return expf(x); }
 DP_HD double exponential(double x) { return exp(x); }
-DP_HD float logarithm(float x) { return logf(x); }
-DP_HD double logarithm(double x) { return log(x); }
+DP_HD float logarithm_of_one_and(float x) { return log1pf(x); }
+DP_HD double logarithm_of_one_and(double x) { return log1p(x); }
 
 // 1/Tc and 1/T.
 template <class R>
@@ -40,7 +40,8 @@ struct LossRow {
   R saved[kLossSaved];  // max, 1/S, 1/S', W'/S'
 };
 
-// Part of a row; sums are relative to max, whose lowest id is `token`.
+// Part of a row; sums are relative to max, whose lowest id is `token`. Its own term, 1, is left
+// out: beside it the others of a sure row, which are all of its entropy, would be lost to rounding.
 template <class R>
 struct LossPart {
   R max = -kInfinity;
@@ -49,26 +50,31 @@ struct LossPart {
   R weighted_t = 0;
   int32_t token = -1;
 
-  DP_HD void rescale(R to, const InverseTemperatures<R>& inverse) {
+  // What the token's own term is among others, relative to a maximum that is not below its own.
+  DP_HD void give_way(R to, const InverseTemperatures<R>& inverse) {
     if (max > -kInfinity) {
       const R d = max - to < inverse.floor() ? inverse.floor() : max - to;  // no 0 times infinity
       const R e = exponential(d * inverse.entropy);
-      weighted_t = e * (weighted_t + sum_t * d);
-      sum_t *= e;
-      sum *= exponential(d * inverse.ce);
+      weighted_t = e * (weighted_t + (R(1) + sum_t) * d);
+      sum_t = e * (R(1) + sum_t);
+      sum = exponential(d * inverse.ce) * (R(1) + sum);
     } else {  // nothing but NaN can have been added yet
       sum = sum == sum ? R(0) : sum;
       sum_t = weighted_t = 0;
     }
     max = to;
+    token = -1;
   }
 
   DP_HD void merge(LossPart other, const InverseTemperatures<R>& inverse) {
     const bool theirs = other.token >= 0 &&
                         (token < 0 || other.max > max || (other.max == max && other.token < token));
-    if (theirs) token = other.token;
-    if (other.max > max) rescale(other.max, inverse);
-    else if (max > other.max) other.rescale(max, inverse);
+    if (theirs) {
+      give_way(other.max, inverse);
+      token = other.token;
+    } else {
+      other.give_way(max, inverse);
+    }
     sum += other.sum;
     sum_t += other.sum_t;
     weighted_t += other.weighted_t;
@@ -82,14 +88,14 @@ struct LossPart {
   DP_HD LossRow<R> finish(R label_logit, int64_t label,
                           const InverseTemperatures<R>& inverse) const {
     LossRow<R> row;
-    const R mean = weighted_t / sum_t;
-    const R entropy = logarithm(sum_t) - mean * inverse.entropy;
-    row.nll = logarithm(sum) - (label_logit - max) * inverse.ce;
+    const R mean = weighted_t / (R(1) + sum_t);
+    const R entropy = logarithm_of_one_and(sum_t) - mean * inverse.entropy;
+    row.nll = logarithm_of_one_and(sum) - (label_logit - max) * inverse.ce;
     row.entropy = entropy > R(0) ? entropy : R(0);
     row.correct = token == label;
     row.saved[kSavedMax] = max;
-    row.saved[kSavedSum] = R(1) / sum;
-    row.saved[kSavedSumT] = R(1) / sum_t;
+    row.saved[kSavedSum] = R(1) / (R(1) + sum);
+    row.saved[kSavedSumT] = R(1) / (R(1) + sum_t);
     row.saved[kSavedMean] = mean;
     return row;
   }
