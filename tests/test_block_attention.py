@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import everywhere
+from conftest import counters, everywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -124,7 +124,9 @@ def test_nothing_to_do(shape: tuple[int, ...]) -> None:
 @everywhere
 def test_opcheck() -> None:
     q, k, v, a = case(1, torch.float32, [5, 30], 2, 2, 16, 8)
-    given = (q.contiguous(), k, v, a["begin"], a["end"], a["lengths"], a["pages"], len(q), 64, 0.25, None)
+    ragged = (a["begin"], a["end"], a["lengths"], a["pages"], len(q), 64)
+    count = 16 * len(a["begin"]) * k.shape[1]
+    given = (q.contiguous(), k, v, *ragged, 0.25, counters(q, count))
     torch.library.opcheck(torch.ops.dparallel.block_attention, given)
 
 

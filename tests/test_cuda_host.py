@@ -1,21 +1,29 @@
-"""The CUDA kernels, executed on the CPU by tests/cuda_host, against their CPU twins.
+"""The CUDA kernels, executed on the CPU by tests/cuda_host, against their CPU twins and the oracles.
 
 Threads are fibers in random order, several blocks interleaved; memory is of exact size under
 AddressSanitizer and UndefinedBehaviorSanitizer; every access is looked at for races. That this notices
-faults is tested with planted ones.
+faults is tested with planted ones. A build of the extension whose ops run these kernels on the CPU's
+tensors then goes through the tests that every device goes through.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
+import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pybind11
 import pytest
+import torch
 
 HERE = Path(__file__).parent / "cuda_host"
-CSRC = Path(__file__).parent.parent / "csrc"
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
 CXX = os.environ.get("CXX", "c++")
 SANITIZE = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
 INCLUDES = [f"-I{HERE}", f"-I{CSRC / 'include'}", f"-I{CSRC / 'cuda'}", f"-I{CSRC / 'cpu'}"]
@@ -50,6 +58,25 @@ def build(directory: Path, flags: str, kernel_flags: str = "") -> Path:
     return directory
 
 
+def build_extension(objects: Path, target: Path) -> None:
+    """The package `dparallel_ext` in `target`, its ops those of `build`'s kernels, compiled with -fPIC."""
+    package, torch_root = target / "dparallel_ext", Path(torch.__file__).parent
+    shutil.copytree(ROOT / "dparallel_ext", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    stable = "-DDPARALLEL_WITH_CUDA_HOST -DTORCH_TARGET_VERSION=0x020a000000000000"
+    facts = ("COMPILER", "TORCH", "CUDA_TOOLKIT", "CUDA_ARCHITECTURES")
+    named = [*(f'-DDPARALLEL_{name}=""' for name in facts), '-DDPARALLEL_BACKENDS="cuda_host"']
+    system = [torch_root / "include", pybind11.get_include(), sysconfig.get_path("include")]
+    includes = [f"-I{CSRC / 'include'}", f"-I{CSRC / 'cpu'}", *(f"-isystem{path}" for path in system)]
+    built = [o for o in objects.glob("*.o") if not o.stem.endswith(("_twins", "_faults"))]
+    for source, own in ((CSRC / "torch_ops.cpp", stable.split()), (CSRC / "runtime" / "module.cpp", named)):
+        built.append(objects / f"{source.stem}.o")
+        command = [CXX, "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-w", *own, *includes]
+        subprocess.run([*command, "-c", str(source), "-o", str(built[-1])], check=True)
+    libraries = [f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    link = [CXX, "-shared", "-Wl,--no-as-needed", *map(str, built), *libraries]
+    subprocess.run([*link, "-o", str(package / "_C.so")], check=True)
+
+
 def ops() -> list[str]:
     """Every op that has a CUDA kernel."""
     return sorted(source.stem for source in (CSRC / "cuda").glob("*.cu"))
@@ -68,7 +95,7 @@ def run(program: Path, *args: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("plain"), "-O2")
+    return build(tmp_path_factory.mktemp("plain"), "-O2 -fPIC")
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +124,34 @@ def test_kernels_stay_in_their_memory(sanitized: Path) -> None:
 def test_kernels_have_no_race(watched: Path) -> None:
     result = run(watched / "twins", 200, 100)
     assert result.returncode == 0, result.stderr
+
+
+def test_ops_of_these_kernels_pass_the_tests_of_every_device(plain: Path, tmp_path: Path) -> None:
+    """Against the float64 oracles, the published decoders' tokens, and torch's checks of custom ops."""
+    build_extension(plain, tmp_path)
+    slow = "not (samples_follow or golden_cases and none)"
+    shares = (
+        ("row_stats", "unmask", "certainty_forcing_loss"),
+        ("block_attention", "kv_write", "rms_norm", "swiglu", "fp8_linear", "compat"),
+    )
+    assert {*shares[0], *shares[1]} - {"compat"} == {*ops()} - {"select"}  # in test_unmask
+
+    def passed(names: tuple[str, ...]) -> int:
+        files = [str(ROOT / "tests" / f"test_{name}.py") for name in names]
+        here = ["-o", f"pythonpath={tmp_path} {ROOT}", "-o", "addopts=", "-p", "no:cacheprovider"]
+        result = subprocess.run(
+            [sys.executable, "-m", "pytest", *here, "-k", slow, "--tb=short", *files],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
+        )
+        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
+        return int(re.findall(r"(\d+) passed", result.stdout)[-1])
+
+    with ThreadPoolExecutor(len(shares)) as pool:
+        assert all(count > 90 for count in pool.map(passed, shares))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import everywhere
+from conftest import counters, everywhere
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -245,9 +245,8 @@ def test_bad_weights() -> None:
 def test_opcheck() -> None:
     weight, scale = dx.quantize_fp8(torch.randn(24, 64))
     x = torch.randn(5, 64)
-    counters = None if x.device.type == "cpu" else torch.zeros(64, dtype=torch.int32)
     tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     # not test_schema, which multiplies what it is given, and float8 cannot be multiplied
     torch.library.opcheck(
-        torch.ops.dparallel.fp8_linear, (x, weight, scale, None, counters), test_utils=tests
+        torch.ops.dparallel.fp8_linear, (x, weight, scale, None, counters(x, 64)), test_utils=tests
     )

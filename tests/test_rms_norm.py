@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import everywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -36,6 +37,7 @@ def module(
     return (y if bias is None else y + bias), x
 
 
+@everywhere
 @settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -66,6 +68,7 @@ def test_it_does_what_its_twin_does(seed, dtype, leading, width, gap, eps, biase
     torch.testing.assert_close(ours, twin, rtol=tolerance, atol=tolerance)
 
 
+@everywhere
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("biased", [False, True])
 def test_it_rounds_where_the_module_does(dtype: torch.dtype, biased: bool) -> None:
@@ -86,6 +89,7 @@ def test_it_rounds_where_the_module_does(dtype: torch.dtype, biased: bool) -> No
         assert (expected != once).float().mean() > 0.05
 
 
+@everywhere
 def test_heads_of_a_fused_projection() -> None:
     """Per-head norms (Qwen3): rows in two strides, without a copy."""
     fused = torch.randn(5, (4 + 2 * 2) * 16)
@@ -95,6 +99,7 @@ def test_heads_of_a_fused_projection() -> None:
     assert torch.equal(dx.rms_norm(q, weight, eps=1e-6), dx.rms_norm(q.contiguous(), weight, eps=1e-6))
 
 
+@everywhere
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
     given = case(1, dtype, (300, 640), 0)
@@ -106,6 +111,7 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
         assert torch.equal(stream, s[rows])
 
 
+@everywhere
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_infinity_pass_through(dtype: torch.dtype) -> None:
     x = torch.randn(3, 40).to(dtype)
@@ -120,6 +126,7 @@ def test_nan_and_infinity_pass_through(dtype: torch.dtype) -> None:
     assert torch.equal(dx.rms_norm(torch.zeros_like(x), weight, eps=1e-5), torch.zeros_like(x))
 
 
+@everywhere
 def test_opcheck() -> None:
     given = case(1, torch.float32, (9, 24), 3)
     x, delta, weight, bias = (given[n] for n in ("x", "delta", "weight", "bias"))
@@ -127,6 +134,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.dparallel.rms_norm, (x.unflatten(0, (3, 3)), None, weight, None, 1e-5))
 
 
+@everywhere
 def test_compiled() -> None:
     given = case(1, torch.bfloat16, (9, 24), 0)
     run = torch.compile(lambda x, d, w: dx.rms_norm(x, w, eps=1e-5, delta=d), fullgraph=True, backend="eager")

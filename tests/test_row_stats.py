@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import assert_stats_close, everywhere, refused
+from conftest import assert_stats_close, counters, everywhere, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -273,9 +273,10 @@ def test_bad_arguments_are_named(logits: Tensor, settings: dict, message: str) -
 @everywhere
 def test_opcheck_and_compile() -> None:
     logits = torch.randn(2, 3, 40)
-    args = (logits, None, 5, torch.tensor([1, 2]), 0.0, None, None)
+    args = (logits, None, 5, torch.tensor([1, 2]), 0.0, None, counters(logits, 6))
     torch.library.opcheck(torch.ops.dparallel.row_stats.default, args)
-    args = (logits, torch.tensor([4, 1]), -1, None, 0.5, torch.ones(2, 4, dtype=torch.long), None)
+    keys = torch.ones(2, 4, dtype=torch.long)
+    args = (logits, torch.tensor([4, 1]), -1, None, 0.5, keys, counters(logits, 2))
     torch.library.opcheck(torch.ops.dparallel.row_stats.default, args)
     compiled = torch.compile(lambda x: dx.row_stats(x).entropy * 2, fullgraph=True, backend="eager")
     assert torch.equal(compiled(logits), dx.row_stats(logits).entropy * 2)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import everywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +17,7 @@ from dparallel_ext import reference
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+@everywhere
 @settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -40,6 +42,7 @@ def test_it_does_what_its_twin_does(seed, dtype, leading, width, spread, fused) 
     torch.testing.assert_close(ours, twin, rtol=tolerance, atol=1e-7 if dtype != torch.float16 else 1e-6)
 
 
+@everywhere
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_it_rounds_where_torch_does(dtype: torch.dtype) -> None:
     """In 16 bits the same numbers, save where an exponential's last bit tips a rounding."""
@@ -53,6 +56,7 @@ def test_it_rounds_where_torch_does(dtype: torch.dtype) -> None:
         assert (expected != once).float().mean() > 0.05
 
 
+@everywhere
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_gate(dtype: torch.dtype) -> None:
     """All bfloat16 numbers (of float32 and float16 those that are), infinities and NaN as F.silu."""
@@ -70,6 +74,7 @@ def test_every_gate(dtype: torch.dtype) -> None:
     ]
 
 
+@everywhere
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
     both = torch.randn(300, 640).to(dtype)
@@ -78,6 +83,7 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
         assert torch.equal(dx.swiglu(both[rows]), together[rows])
 
 
+@everywhere
 def test_opcheck() -> None:
     gate, up = torch.randn(2, 9, 30)[..., :24]
     torch.library.opcheck(torch.ops.dparallel.swiglu, (gate, up))

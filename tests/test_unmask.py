@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import assert_stats_close, everywhere, refused
+from conftest import assert_stats_close, counters, everywhere, goes_on, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -233,7 +233,7 @@ def test_bad_rows_are_named_and_nothing_is_committed(bad: float, packed: bool) -
     if packed:
         kwargs["positions"] = torch.arange(15)
         logits = logits.view(15, 600)
-    spared = slice(1 if tokens.is_cuda else 0, None)  # a GPU goes on with the other sequences
+    spared = slice(1 if goes_on(tokens) else 0, None)
     with refused("sequence 1 at position 3"):
         dx.unmask_(tokens, logits, mask_id=MASK, **kwargs)
     assert bool((tokens[spared] == MASK).all())
@@ -346,7 +346,7 @@ def test_a_masked_position_that_is_not_listed_is_an_error() -> None:
     with refused("sequence 1 at position 2 is masked"):
         dx.unmask_(tokens, torch.randn(5, 9), mask_id=MASK, positions=torch.arange(5))
     assert bool((tokens[1] == MASK).all())
-    assert tokens.is_cuda or bool((tokens == MASK).all())
+    assert goes_on(tokens) or bool((tokens == MASK).all())
 
 
 def test_select_refuses_nan_scores() -> None:
@@ -356,24 +356,14 @@ def test_select_refuses_nan_scores() -> None:
 
 @everywhere
 def test_opcheck() -> None:
-    tokens = torch.full((2, 4), MASK)
-    args = (
-        tokens,
-        torch.randn(2, 4, 30),
-        None,
-        torch.zeros(2, dtype=torch.int64),
-        torch.full((2,), 4),
-        policies.make("entropy", 0.5, batch=2),
-        MASK,
-        torch.tensor([3]),
-        0.0,
-        None,
-        0,
-        None,
-    )
+    tokens, logits = torch.full((2, 4), MASK), torch.randn(2, 4, 30)
+    start, end = torch.zeros(2, dtype=torch.int64), torch.full((2,), 4)
+    policy, suppress = policies.make("entropy", 0.5, batch=2, device=start.device), torch.tensor([3])
+    count = counters(logits, 4)
+    args = (tokens, logits, None, start, end, policy, MASK, suppress, 0.0, None, 0, count)
     torch.library.opcheck(torch.ops.dparallel.unmask_.default, args)
     score = torch.rand(2, 4)
-    args = (score, score, score, score > 0.3, policies.make(batch=2))
+    args = (score, score, score, score > 0.3, policies.make(batch=2, device=score.device))
     torch.library.opcheck(torch.ops.dparallel.select.default, args)
 
 
