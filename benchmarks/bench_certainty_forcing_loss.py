@@ -96,10 +96,16 @@ WIDTH = 1024
 def linear_inputs(
     rows: int, width: int = WIDTH, vocab: int = VOCAB, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden (rows, width), a frozen head (V, width), labels, all rows active."""
+    """hidden (rows, width), a frozen head (V, width), labels, all rows active.
+
+    In bfloat16, but in float32 where the CPU's matrix library has no products of 16 bits: torch's own loop
+    would take minutes for each.
+    """
+    fast = torch.device(device).type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    dtype = torch.bfloat16 if fast else torch.float32
     random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
-    hidden = torch.randn(rows, width, **random).to(torch.bfloat16)
-    head = torch.randn(vocab, width, dtype=torch.bfloat16, **random) / 10
+    hidden = torch.randn(rows, width, **random).to(dtype)
+    head = torch.randn(vocab, width, dtype=dtype, **random) / 10
     labels = torch.randint(0, vocab, (rows,), **random)
     return hidden.requires_grad_(), head, labels, torch.ones(rows, dtype=torch.bool, device=device)
 
@@ -114,7 +120,7 @@ def linear_products(
 ) -> None:
     """The matrix products of that step alone, in the same chunks: logits twice, and their gradient's."""
     with torch.no_grad():
-        for rows in hidden.split(max(1, megabytes * 2**20 // (len(head) * 2))):
+        for rows in hidden.split(max(1, megabytes * 2**20 // (len(head) * head.itemsize))):
             logits = rows @ head.T
             logits = rows @ head.T
             logits @ head
