@@ -50,7 +50,7 @@ struct LossPart {
   R weighted_t = 0;
   int32_t token = -1;
 
-  // What the token's own term is among others, relative to a maximum that is not below its own.
+  // The own term joins the others, and all are relative to `to`, a maximum not below the old one.
   DP_HD void give_way(R to, const InverseTemperatures<R>& inverse) {
     if (max > -kInfinity) {
       const R d = max - to < inverse.floor() ? inverse.floor() : max - to;  // no 0 times infinity
