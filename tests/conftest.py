@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,9 +23,10 @@ settings.register_profile("ci", deadline=None, derandomize=True, max_examples=60
 settings.register_profile("stand_in", parent=settings.get_profile("ci"), max_examples=10)
 settings.load_profile("stand_in" if STAND_IN else "ci")
 
-DEVICES = ["cpu"]
-if torch.cuda.is_available():
-    DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
+GPUS = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
+LEVELS = ["portable", "avx2", "avx512"]
+LEVELS = ["cpu"] if STAND_IN else LEVELS[: LEVELS.index(dx.simd_level()) + 1]
+"""The CPU's instruction sets that this machine runs, see `every_level`."""
 
 MAKERS = {
     getattr(torch, name)
@@ -56,19 +57,30 @@ class OnDevice(TorchFunctionMode):
         return made
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=["cpu", *GPUS])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """Of a test that runs on the CPU, and on the GPU where there is one: what it makes is made there."""
-    if request.param == "cpu":
+    if request.param == "cuda":
+        with OnDevice("cuda"):
+            yield "cuda"
+        dx.check_errors()  # no test leaves one unread
+    elif request.param == "cpu":
         yield "cpu"
-        return
-    with OnDevice(request.param):
-        yield request.param
-    dx.check_errors()  # no test leaves one unread
+    else:
+        before = dx.simd_level()
+        ops._C.use_simd_level(request.param)
+        assert dx.simd_level() == request.param
+        yield "cpu"
+        ops._C.use_simd_level(before)
 
 
 everywhere = pytest.mark.usefixtures("device")
 """Marks a test that runs on every device."""
+
+
+def every_level(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that runs on every device, and on the CPU with every instruction set."""
+    return everywhere(pytest.mark.parametrize("device", [*LEVELS, *GPUS], indirect=True)(test))
 
 
 def counters(like: Tensor, needed: int) -> Tensor | None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import counters, everywhere
+from conftest import counters, every_level, everywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -73,7 +73,7 @@ def case(seed: int, dtype: torch.dtype, lengths: list[int], heads: int, group: i
     page=st.sampled_from([1, 7, 16, 64, 200]),
     scale=st.sampled_from([None, 0.3, 2.0]),
 )
-@everywhere
+@every_level
 def test_it_is_attention_with_a_mask(seed, dtype, lengths, heads, group, dim, page, scale) -> None:
     q, k, v, arguments = case(seed, dtype, lengths, heads, group, dim, page)
     found = dx.block_attention(q, k, v, **arguments, scale=scale)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import everywhere, refused
+from conftest import every_level, everywhere, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -27,7 +24,7 @@ GRADIENT_ERROR = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
-@everywhere
+@every_level
 def test_golden(case: dict, device: str) -> None:
     tensors = {name: t.to(device) for name, t in load_file(GOLDEN / "cases.safetensors").items()}
     total = 0.0
@@ -80,7 +77,7 @@ def compare(logits: Tensor, labels: Tensor, active: Tensor, **settings: object) 
     sliced=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-@everywhere
+@every_level
 def test_equals_the_oracle(
     dtype, batch, length, vocab, scale, temperature, ce_temperature, entropy_weight, gate, weighted,
     reduction, sliced, seed,
@@ -108,7 +105,7 @@ def test_equals_the_oracle(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [126464, 262147])
-@everywhere
+@every_level
 def test_real_vocabularies(dtype: torch.dtype, vocab: int) -> None:
     logits = (3 * torch.randn(1, 4, vocab)).to(dtype)
     logits[0, 1, 77] = 25.0
@@ -117,7 +114,7 @@ def test_real_vocabularies(dtype: torch.dtype, vocab: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@everywhere
+@every_level
 def test_hard_rows(dtype: torch.dtype) -> None:
     vocab = 1003
     torch.manual_seed(1)
@@ -356,24 +353,6 @@ def test_bad_arguments_are_named(change: dict, said: str) -> None:
     }
     with pytest.raises(ValueError, match=said):
         dx.certainty_forcing_loss(**{**good, **change})
-
-
-@pytest.mark.parametrize("level", ["portable", "avx2"])
-def test_every_instruction_set(level: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        __file__,
-        "-k",
-        "golden or oracle or hard or vocabularies",
-        "-m",
-        "not gpu",
-    ]
-    environment = {**os.environ, "DPARALLEL_SIMD": level}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert result.returncode == 0, result.stdout[-3000:]
 
 
 # --- linear_certainty_forcing_loss --------------------------------------------------------------

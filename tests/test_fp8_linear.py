@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import counters, everywhere
+from conftest import counters, every_level, everywhere
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ def near(found: Tensor, expected: Tensor, sums: Tensor) -> None:
     assert bool(((found.double() - expected.double()).abs() <= bound).all())
 
 
-@everywhere
+@every_level
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("rows", "width", "out"),
@@ -66,7 +66,7 @@ def test_the_twin(rows: int, width: int, out: int, dtype: torch.dtype, biased: b
         assert bool(((found.double() - expected.double()).abs() <= bound).all())
 
 
-@everywhere
+@every_level
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_weight_there_is(dtype: torch.dtype) -> None:
     """Each of the 254 numbers times 1, exactly, in every place of a vector."""

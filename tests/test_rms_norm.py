@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import everywhere
+from conftest import every_level, everywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -37,7 +37,7 @@ def module(
     return (y if bias is None else y + bias), x
 
 
-@everywhere
+@every_level
 @settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -68,7 +68,7 @@ def test_it_does_what_its_twin_does(seed, dtype, leading, width, gap, eps, biase
     torch.testing.assert_close(ours, twin, rtol=tolerance, atol=tolerance)
 
 
-@everywhere
+@every_level
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("biased", [False, True])
 def test_it_rounds_where_the_module_does(dtype: torch.dtype, biased: bool) -> None:

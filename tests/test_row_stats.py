@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import assert_stats_close, counters, everywhere, refused
+from conftest import assert_stats_close, counters, every_level, everywhere, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -28,7 +26,7 @@ def check(logits: Tensor, **settings: object) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [1, 2, 3, 31, 33, 247, 2047, 2049, 16385, 126464, 262144])
-@everywhere
+@every_level
 def test_vocabulary_sizes(dtype: torch.dtype, vocab: int) -> None:
     rows = 3 if vocab > 20000 else 17
     for scale in (0.1, 1.0, 6.0):
@@ -46,7 +44,7 @@ def test_vocabulary_sizes(dtype: torch.dtype, vocab: int) -> None:
     st.floats(-200.0, 200.0),
     st.randoms(use_true_random=False),
 )
-@everywhere
+@every_level
 def test_random_shapes_strides_and_exclusions(dtype, batch, length, vocab, scale, shift, rng) -> None:
     torch.manual_seed(rng.randrange(2**31))
     padded = torch.randn(batch, length + 2, vocab + rng.randrange(9)) * scale + shift
@@ -67,7 +65,7 @@ def test_rows_are_picked_and_others_never_read() -> None:
     check(three_d, rows=torch.tensor([5, 0]))
 
 
-@everywhere
+@every_level
 def test_ties_go_to_the_lowest_id_wherever_they_fall() -> None:
     for vocab in (40, 5000, 40000):
         logits = torch.randn(4, vocab).clamp(max=2.0)
@@ -80,7 +78,7 @@ def test_ties_go_to_the_lowest_id_wherever_they_fall() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@everywhere
+@every_level
 def test_extreme_logits(dtype: torch.dtype) -> None:
     low, high = torch.finfo(dtype).min, torch.finfo(dtype).max
     rows = torch.randn(8, 515)
@@ -106,7 +104,7 @@ def test_extreme_logits(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [5, 300, 20000])
-@everywhere
+@every_level
 def test_positive_infinity_is_the_limit(dtype: torch.dtype, vocab: int) -> None:
     logits = torch.randn(2, vocab).to(dtype)
     logits[0, 3] = math.inf
@@ -122,7 +120,7 @@ def test_positive_infinity_is_the_limit(dtype: torch.dtype, vocab: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [1, 40, 300, 20000])
 @pytest.mark.parametrize("at", [0, -1])
-@everywhere
+@every_level
 def test_bad_rows_are_named(dtype: torch.dtype, vocab: int, at: int) -> None:
     logits = torch.randn(4, vocab).to(dtype)
     logits[2, at] = math.nan
@@ -161,7 +159,7 @@ def test_suppressed_ids_leave_the_softmax() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [2, 5, 64, 1001, 126464])
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 3.0])
-@everywhere
+@every_level
 def test_samples_match_the_oracle(dtype: torch.dtype, vocab: int, temperature: float) -> None:
     logits = (torch.randn(6, vocab) * 2).to(dtype)
     check(
@@ -282,32 +280,11 @@ def test_opcheck_and_compile() -> None:
     assert torch.equal(compiled(logits), dx.row_stats(logits).entropy * 2)
 
 
-@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
-def test_every_instruction_set(level: str) -> None:
-    """This file again, in a process held to one level; a level that the machine lacks is skipped."""
-    code = "import dparallel_ext as dx; print(dx.ops._C.simd_level())"
-    import os
-
-    env = {**os.environ, "DPARALLEL_SIMD": level}
-    found = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    if found != level:
-        pytest.skip(f"this machine has no {level}")
-    chosen = "vocabulary or random_shapes or extreme or infinity or ties or bad_rows or oracle"
-    run = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        __file__,
-        "-k",
-        chosen,
-        "-m",
-        "not gpu",
-        "-p",
-        "no:cacheprovider",
-    ]
-    result = subprocess.run(run, env=env, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-3000:]
+def test_the_instruction_set_can_be_lowered() -> None:
+    before = dx.simd_level()
+    dx.ops._C.use_simd_level("portable")
+    assert dx.simd_level() == "portable"
+    dx.ops._C.use_simd_level("avx512")  # where a machine has less, its best
+    assert dx.simd_level() == before
+    with pytest.raises(ValueError, match="level: expected portable, avx2 or avx512, got 'sse'"):
+        dx.ops._C.use_simd_level("sse")

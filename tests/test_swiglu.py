@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import everywhere
+from conftest import every_level, everywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,7 @@ from dparallel_ext import reference
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@everywhere
+@every_level
 @settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -42,7 +42,7 @@ def test_it_does_what_its_twin_does(seed, dtype, leading, width, spread, fused) 
     torch.testing.assert_close(ours, twin, rtol=tolerance, atol=1e-7 if dtype != torch.float16 else 1e-6)
 
 
-@everywhere
+@every_level
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_it_rounds_where_torch_does(dtype: torch.dtype) -> None:
     """In 16 bits the same numbers, save where an exponential's last bit tips a rounding."""
@@ -56,7 +56,7 @@ def test_it_rounds_where_torch_does(dtype: torch.dtype) -> None:
         assert (expected != once).float().mean() > 0.05
 
 
-@everywhere
+@every_level
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_gate(dtype: torch.dtype) -> None:
     """All bfloat16 numbers (of float32 and float16 those that are), infinities and NaN as F.silu."""

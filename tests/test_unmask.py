@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import assert_stats_close, counters, everywhere, goes_on, refused
+from conftest import assert_stats_close, counters, every_level, everywhere, goes_on, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -60,7 +60,7 @@ def too_near(stats: dx.RowStats, eligible: Tensor, policy: Tensor) -> bool:
     st.booleans(),
     st.randoms(use_true_random=False),
 )
-@everywhere
+@every_level
 def test_every_policy_against_the_oracle(dtype, batch, length, vocab, packed, sampled, rng) -> None:
     torch.manual_seed(rng.randrange(2**31))
     scale = torch.rand(batch, length, 1) * 8  # some rows sure, some not

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "dparallel/launch.h"
+#include "simd_level.h"
 
 namespace dparallel::cpu {
 
@@ -24,18 +25,6 @@ struct AttentionKernel {
   void (*tile[3])(const BlockAttentionArgs& args, const AttentionTile& tile, float* scratch);
 };
 
-const AttentionKernel& attention_kernel();  // of the best level
-
-namespace portable {
-extern const AttentionKernel attention_kernel;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const AttentionKernel attention_kernel;
-}
-namespace avx512 {
-extern const AttentionKernel attention_kernel;
-}
-#endif
+DPARALLEL_KERNEL_TABLE(AttentionKernel, attention_kernel)
 
 }  // namespace dparallel::cpu

@@ -5,18 +5,9 @@
 
 #include "attention_kernel.h"
 #include "dparallel/launch.h"
-#include "row_kernel.h"
 #include "row_stats.h"
 
 namespace dparallel::cpu {
-
-const AttentionKernel& attention_kernel() {
-#if defined(__x86_64__)
-  if (best_simd_level() == SimdLevel::avx512) return avx512::attention_kernel;
-  if (best_simd_level() == SimdLevel::avx2) return avx2::attention_kernel;
-#endif
-  return portable::attention_kernel;
-}
 
 // Query, output, keys, keys transposed and values of a tile, scores, maximum and sum of each row;
 // 16 is the widest vector's length.
@@ -38,7 +29,7 @@ void block_attention(const BlockAttentionArgs& args, Parallel parallel) {
   run_parallel(parallel, static_cast<int64_t>(tiles.size()), [&](int64_t i) {
     static thread_local std::vector<float> scratch;
     scratch.resize(attention_scratch(args.k_layout.head_dim));
-    attention_kernel().tile[static_cast<int>(args.dtype)](args, tiles[i], scratch.data());
+    attention_kernel_in_use().tile[static_cast<int>(args.dtype)](args, tiles[i], scratch.data());
   });
 }
 

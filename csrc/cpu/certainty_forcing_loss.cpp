@@ -15,15 +15,6 @@
 #include "row_stats.h"
 
 namespace dparallel::cpu {
-
-const LossKernel& loss_kernel() {
-#if defined(__x86_64__)
-  if (best_simd_level() == SimdLevel::avx512) return avx512::loss_kernel;
-  if (best_simd_level() == SimdLevel::avx2) return avx2::loss_kernel;
-#endif
-  return portable::loss_kernel;
-}
-
 namespace {
 
 double logit_at(const void* row, DType dtype, int64_t id) {
@@ -53,7 +44,7 @@ void forward(const LossArgs& args, Parallel parallel) {
     const int64_t begin = unit % chunks * kChunk, end = std::min(begin + kChunk, vocab);
     LossPart<double> part;
     if constexpr (sizeof(R) == 4) {
-      loss_kernel().stats[static_cast<int>(dtype)]({row, begin, end}, inverse32, part);
+      loss_kernel_in_use().stats[static_cast<int>(dtype)]({row, begin, end}, inverse32, part);
     } else {
       const auto* z = static_cast<const double*>(row);
       for (int64_t id = begin; id < end; ++id) {
@@ -150,7 +141,7 @@ void backward(const LossBackwardArgs& args, Parallel parallel) {
     const bool here = label >= begin && label < end;
     const R own = here ? static_cast<R>(logit_at(z, dtype, label)) : R(0);
     if constexpr (sizeof(R) == 4) {
-      loss_kernel().gradient[static_cast<int>(dtype)]({z, begin, end}, gradient, out);
+      loss_kernel_in_use().gradient[static_cast<int>(dtype)]({z, begin, end}, gradient, out);
     } else {
       for (int64_t id = begin; id < end; ++id)
         store(out, dtype, id, gradient.at(static_cast<const double*>(z)[id]));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "dparallel/launch.h"
+#include "simd_level.h"
 
 namespace dparallel::cpu {
 
@@ -10,16 +11,6 @@ struct Fp8LinearKernel {
   void (*rows[3])(const Fp8LinearArgs& args, int64_t begin, int64_t end);
 };
 
-namespace portable {
-extern const Fp8LinearKernel fp8_linear_kernel;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const Fp8LinearKernel fp8_linear_kernel;
-}
-namespace avx512 {
-extern const Fp8LinearKernel fp8_linear_kernel;
-}
-#endif
+DPARALLEL_KERNEL_TABLE(Fp8LinearKernel, fp8_linear_kernel)
 
 }  // namespace dparallel::cpu

@@ -3,6 +3,7 @@
 
 #include "dparallel/certainty_forcing_loss.h"
 #include "row_kernel.h"
+#include "simd_level.h"
 
 namespace dparallel::cpu {
 
@@ -14,18 +15,6 @@ struct LossKernel {
   void (*gradient[3])(const RowSpan& span, const LossGradient<float>& gradient, void* out);
 };
 
-const LossKernel& loss_kernel();  // of the best level
-
-namespace portable {
-extern const LossKernel loss_kernel;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const LossKernel loss_kernel;
-}
-namespace avx512 {
-extern const LossKernel loss_kernel;
-}
-#endif
+DPARALLEL_KERNEL_TABLE(LossKernel, loss_kernel)
 
 }  // namespace dparallel::cpu

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "dparallel/launch.h"
+#include "simd_level.h"
 
 namespace dparallel::cpu {
 
@@ -10,16 +11,6 @@ struct RmsNormKernel {
   void (*rows[3])(const RmsNormArgs& args, int64_t begin, int64_t end);
 };
 
-namespace portable {
-extern const RmsNormKernel rms_norm_kernel;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const RmsNormKernel rms_norm_kernel;
-}
-namespace avx512 {
-extern const RmsNormKernel rms_norm_kernel;
-}
-#endif
+DPARALLEL_KERNEL_TABLE(RmsNormKernel, rms_norm_kernel)
 
 }  // namespace dparallel::cpu

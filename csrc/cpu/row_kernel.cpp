@@ -156,11 +156,7 @@ void sample(const RowSpan& span, float inverse_temperature, const SampleKey& key
 
 }  // namespace
 
-#define DPARALLEL_STRING_(x) #x
-#define DPARALLEL_STRING(x) DPARALLEL_STRING_(x)
-
-const RowKernel kernel = {DPARALLEL_STRING(DPARALLEL_SIMD),
-                          {stats<Float32>, stats<BFloat16>, stats<Float16>},
-                          {sample<Float32>, sample<BFloat16>, sample<Float16>}};
+const RowKernel row_kernel = {{stats<Float32>, stats<BFloat16>, stats<Float16>},
+                              {sample<Float32>, sample<BFloat16>, sample<Float16>}};
 
 }  // namespace dparallel::cpu::DPARALLEL_SIMD

@@ -3,6 +3,7 @@
 
 #include "dparallel/philox.h"
 #include "dparallel/row_stats.h"
+#include "simd_level.h"
 
 namespace dparallel::cpu {
 
@@ -14,29 +15,12 @@ struct RowSpan {
 };
 
 struct RowKernel {
-  const char* level;
   // Indexed by DType.
   void (*stats[3])(const RowSpan& span, RowPart& part);
   void (*sample[3])(const RowSpan& span, float inverse_temperature, const SampleKey& key,
                     SamplePart& sample);
 };
 
-const RowKernel& row_kernel();  // of the best level
-
-// The best level this machine runs; DPARALLEL_SIMD=portable|avx2|avx512 lowers it.
-enum class SimdLevel { portable, avx2, avx512 };
-SimdLevel best_simd_level();
-
-namespace portable {
-extern const RowKernel kernel;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const RowKernel kernel;
-}
-namespace avx512 {
-extern const RowKernel kernel;
-}
-#endif
+DPARALLEL_KERNEL_TABLE(RowKernel, row_kernel)
 
 }  // namespace dparallel::cpu

@@ -2,39 +2,12 @@
 #include "row_stats.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 
 #include "dparallel/numeric.h"
 #include "row_kernel.h"
 
 namespace dparallel::cpu {
-
-SimdLevel best_simd_level() {
-  static const SimdLevel best = [] {
-    const char* wanted = std::getenv("DPARALLEL_SIMD");
-    const auto allowed = [&](const char* level) {
-      return wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, level) == 0;
-    };
-#if defined(__x86_64__)
-    if (allowed("avx512") && __builtin_cpu_supports("x86-64-v4")) return SimdLevel::avx512;
-    if (allowed("avx2") && __builtin_cpu_supports("x86-64-v3")) return SimdLevel::avx2;
-#endif
-    return SimdLevel::portable;
-  }();
-  return best;
-}
-
-const RowKernel& row_kernel() {
-#if defined(__x86_64__)
-  if (best_simd_level() == SimdLevel::avx512) return avx512::kernel;
-  if (best_simd_level() == SimdLevel::avx2) return avx2::kernel;
-#endif
-  return portable::kernel;
-}
-
-const char* simd_level() { return row_kernel().level; }
-
 namespace {
 
 // The admissible pieces of [begin, end): what is left between the excluded ids.
@@ -64,7 +37,7 @@ float load_logit(const void* row, DType dtype, int64_t id) {
 }  // namespace
 
 std::vector<RowAnswer> read_rows(const RowJob& job, Parallel parallel) {
-  const RowKernel& kernel = row_kernel();
+  const RowKernel& kernel = row_kernel_in_use();
   const Logits& logits = job.logits;
   const int dtype = static_cast<int>(logits.dtype);
   const int64_t chunks = chunks_of(logits.vocab);

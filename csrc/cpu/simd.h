@@ -1,7 +1,6 @@
 // Vectors of the machine's own width in the compiler's vector extension (GCC and Clang), so that
 // one source serves every instruction set: row_kernel.cpp is compiled once per level (see
-// setup.py), each time with DPARALLEL_SIMD naming the namespace, and row_stats.cpp picks the best
-// the machine runs.
+// setup.py), each time with DPARALLEL_SIMD naming the namespace; simd_level.h picks one of them.
 #pragma once
 
 #include <cstring>

@@ -1,25 +1,13 @@
 // swiglu on the CPU: runs of rows in parallel.
 #include "swiglu_kernel.h"
 
-#include "row_kernel.h"
 #include "row_stats.h"
 
 namespace dparallel::cpu {
-namespace {
-
-const SwigluKernel& kernel() {
-#if defined(__x86_64__)
-  if (best_simd_level() == SimdLevel::avx512) return avx512::swiglu_kernel;
-  if (best_simd_level() == SimdLevel::avx2) return avx2::swiglu_kernel;
-#endif
-  return portable::swiglu_kernel;
-}
-
-}  // namespace
 
 void swiglu(const SwigluArgs& args, Parallel parallel) {
   run_rows(parallel, args.count, args.width, [&](int64_t begin, int64_t end) {
-    kernel().rows[static_cast<int>(args.dtype)](args, begin, end);
+    swiglu_kernel_in_use().rows[static_cast<int>(args.dtype)](args, begin, end);
   });
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "dparallel/launch.h"
+#include "simd_level.h"
 
 namespace dparallel::cpu {
 
@@ -10,16 +11,6 @@ struct SwigluKernel {
   void (*rows[3])(const SwigluArgs& args, int64_t begin, int64_t end);
 };
 
-namespace portable {
-extern const SwigluKernel swiglu_kernel;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const SwigluKernel swiglu_kernel;
-}
-namespace avx512 {
-extern const SwigluKernel swiglu_kernel;
-}
-#endif
+DPARALLEL_KERNEL_TABLE(SwigluKernel, swiglu_kernel)
 
 }  // namespace dparallel::cpu

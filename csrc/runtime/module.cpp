@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <map>
 #include <string>
 
@@ -11,8 +12,24 @@
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "dparallel_ext's compiled half: importing it registers torch.ops.dparallel.*";
+  const auto check_level = [](const std::string& name, const std::string& level) {
+    if (!dparallel::cpu::is_simd_level(level.c_str()))
+      throw pybind11::value_error(name + ": expected portable, avx2 or avx512, got '" + level +
+                                  "'");
+  };
+  const char* wanted = std::getenv("DPARALLEL_SIMD");
+  if (wanted != nullptr && *wanted != '\0') check_level("DPARALLEL_SIMD", wanted);
   m.def("simd_level", &dparallel::cpu::simd_level,
-        "The instruction set the CPU kernels use on this machine: avx512, avx2 or portable.");
+        "The instruction set that the CPU kernels use: avx512, avx2 or portable.");
+  m.def(
+      "use_simd_level",
+      [check_level](const std::string& level) {
+        check_level("level", level);
+        dparallel::cpu::use_simd_level(level.c_str());
+      },
+      "For tests: the CPU kernels use this instruction set from now on, or the machine's best "
+      "where it is "
+      "lower.");
   m.def(
       "build_info",
       [] {

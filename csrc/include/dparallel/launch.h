@@ -204,6 +204,9 @@ void rms_norm(const RmsNormArgs& args, Parallel parallel);
 void swiglu(const SwigluArgs& args, Parallel parallel);
 void fp8_linear(const Fp8LinearArgs& args, Parallel parallel);
 const char* simd_level();  // "avx512", "avx2" or "portable"
+bool is_simd_level(const char* name);
+// The kernels use the level of that name from now on, or the machine's best where it is lower.
+void use_simd_level(const char* name);
 }  // namespace cpu
 
 namespace cuda {

@@ -1,0 +1,53 @@
+// The instruction set of the CPU kernels: the machine's best, or a lower one that is asked for.
+#include "simd_level.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <iterator>
+
+#include "dparallel/launch.h"
+
+namespace dparallel::cpu {
+namespace {
+
+constexpr const char* kSimdLevels[] = {"portable", "avx2", "avx512"};  // indexed by SimdLevel
+
+SimdLevel supported_simd_level() {
+#if defined(DPARALLEL_X86_LEVELS)
+  if (__builtin_cpu_supports("x86-64-v4")) return SimdLevel::avx512;
+  if (__builtin_cpu_supports("x86-64-v3")) return SimdLevel::avx2;
+#endif
+  return SimdLevel::portable;
+}
+
+// The level called `name`, at most what the machine runs; where there is none of that name, the
+// best.
+SimdLevel level_called(const char* name) {
+  const SimdLevel best = supported_simd_level();
+  for (const SimdLevel level : {SimdLevel::portable, SimdLevel::avx2, SimdLevel::avx512})
+    if (name != nullptr && std::strcmp(name, kSimdLevels[static_cast<int>(level)]) == 0)
+      return std::min(level, best);
+  return best;
+}
+
+std::atomic<SimdLevel>& level_in_use() {
+  static std::atomic<SimdLevel> level{level_called(std::getenv("DPARALLEL_SIMD"))};
+  return level;
+}
+
+}  // namespace
+
+const char* simd_level() { return kSimdLevels[static_cast<int>(simd_level_in_use())]; }
+
+SimdLevel simd_level_in_use() { return level_in_use().load(std::memory_order_relaxed); }
+
+bool is_simd_level(const char* name) {
+  return std::any_of(std::begin(kSimdLevels), std::end(kSimdLevels),
+                     [&](const char* level) { return std::strcmp(level, name) == 0; });
+}
+
+void use_simd_level(const char* name) { level_in_use() = level_called(name); }
+
+}  // namespace dparallel::cpu
