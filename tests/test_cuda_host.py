@@ -10,82 +10,20 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
-import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pybind11
 import pytest
-import torch
+from cuda_host import build
 
-HERE = Path(__file__).parent / "cuda_host"
 ROOT = Path(__file__).parent.parent
-CSRC = ROOT / "csrc"
-CXX = os.environ.get("CXX", "c++")
-SANITIZE = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
-INCLUDES = [f"-I{HERE}", f"-I{CSRC / 'include'}", f"-I{CSRC / 'cuda'}", f"-I{CSRC / 'cpu'}"]
-
-
-def build(directory: Path, flags: str, kernel_flags: str = "") -> Path:
-    """`twins` and `faults`, of the kernels, their CPU twins (portable) and the host."""
-    kernel_flags = f"-DDPARALLEL_CUDA_HOST {kernel_flags}"
-    sources = [(CSRC / "cuda" / f"{op}.cu", f"-x c++ {kernel_flags}") for op in ops()]
-    sources += [(CSRC / "cpu" / f"{op}.cpp", "") for op in ops()]
-    sources += [
-        (kernel, f"-DDPARALLEL_SIMD={level}")
-        for kernel in sorted((CSRC / "cpu").glob("*_kernel.cpp"))
-        for level in ("portable", "avx2", "avx512")
-    ]
-    sources += [(HERE / f"{name}.cpp", "-DDPARALLEL_CUDA_HOST") for name in ("cuda_host", "races", "twins")]
-    sources += [(HERE / "faults.cpp", kernel_flags)]
-
-    def compile_one(job: tuple[int, tuple[Path, str]]) -> Path:
-        number, (source, own) = job
-        target = directory / f"{number}_{source.stem}.o"
-        command = [CXX, "-std=c++17", "-w", "-fno-strict-aliasing", *flags.split(), *own.split(), *INCLUDES]
-        subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
-        return target
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = [str(o) for o in pool.map(compile_one, enumerate(sources))]
-    *rest, host, races, twins, faults = objects
-    link = [CXX, *flags.split()]
-    subprocess.run([*link, *rest, host, races, twins, "-o", str(directory / "twins")], check=True)
-    subprocess.run([*link, host, races, faults, "-o", str(directory / "faults")], check=True)
-    return directory
-
-
-def build_extension(objects: Path, target: Path) -> None:
-    """The package `dparallel_ext` in `target`, its ops those of `build`'s kernels, compiled with -fPIC."""
-    package, torch_root = target / "dparallel_ext", Path(torch.__file__).parent
-    shutil.copytree(ROOT / "dparallel_ext", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    stable = "-DDPARALLEL_WITH_CUDA_HOST -DTORCH_TARGET_VERSION=0x020a000000000000"
-    facts = ("COMPILER", "TORCH", "CUDA_TOOLKIT", "CUDA_ARCHITECTURES")
-    named = [*(f'-DDPARALLEL_{name}=""' for name in facts), '-DDPARALLEL_BACKENDS="cuda_host"']
-    system = [torch_root / "include", pybind11.get_include(), sysconfig.get_path("include")]
-    includes = [f"-I{CSRC / 'include'}", f"-I{CSRC / 'cpu'}", *(f"-isystem{path}" for path in system)]
-    built = [o for o in objects.glob("*.o") if not o.stem.endswith(("_twins", "_faults"))]
-    for source, own in ((CSRC / "torch_ops.cpp", stable.split()), (CSRC / "runtime" / "module.cpp", named)):
-        built.append(objects / f"{source.stem}.o")
-        command = [CXX, "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-w", *own, *includes]
-        subprocess.run([*command, "-c", str(source), "-o", str(built[-1])], check=True)
-    libraries = [f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    link = [CXX, "-shared", "-Wl,--no-as-needed", *map(str, built), *libraries]
-    subprocess.run([*link, "-o", str(package / "_C.so")], check=True)
-
-
-def ops() -> list[str]:
-    """Every op that has a CUDA kernel."""
-    return sorted(source.stem for source in (CSRC / "cuda").glob("*.cu"))
 
 
 def run(program: Path, *args: object) -> subprocess.CompletedProcess[str]:
     settings = {
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-        "DPARALLEL_SIMD": "portable",
     }
     command = [str(program), *map(str, args)]
     return subprocess.run(
@@ -94,19 +32,18 @@ def run(program: Path, *args: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("plain"), "-O2 -fPIC")
+def plain() -> Path:
+    return build.programs(build.PLAIN)
 
 
 @pytest.fixture(scope="module")
-def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("sanitized"), SANITIZE)
+def sanitized() -> Path:
+    return build.programs(build.SANITIZED)
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every access of the kernels is a place to switch threads at, and looked at for races."""
-    return build(tmp_path_factory.mktemp("watched"), "-O2", "-O1 -fsanitize=thread")
+def watched() -> Path:
+    return build.programs(build.WATCHED)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -126,19 +63,19 @@ def test_kernels_have_no_race(watched: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_ops_of_these_kernels_pass_the_tests_of_every_device(plain: Path, tmp_path: Path) -> None:
+def test_ops_of_these_kernels_pass_the_tests_of_every_device(tmp_path: Path) -> None:
     """Against the float64 oracles, the published decoders' tokens, and torch's checks of custom ops."""
-    build_extension(plain, tmp_path)
+    package = build.extension()
     slow = "not (samples_follow or golden_cases and none)"
     shares = (
         ("row_stats", "unmask", "certainty_forcing_loss"),
         ("block_attention", "kv_write", "rms_norm", "swiglu", "fp8_linear", "compat"),
     )
-    assert {*shares[0], *shares[1]} - {"compat"} == {*ops()} - {"select"}  # in test_unmask
+    assert {*shares[0], *shares[1]} - {"compat"} == {*build.ops()} - {"select"}  # in test_unmask
 
     def passed(names: tuple[str, ...]) -> int:
         files = [str(ROOT / "tests" / f"test_{name}.py") for name in names]
-        here = ["-o", f"pythonpath={tmp_path} {ROOT}", "-o", "addopts=", "-p", "no:cacheprovider"]
+        here = ["-o", f"pythonpath={package} {ROOT}", "-o", "addopts=", "-p", "no:cacheprovider"]
         result = subprocess.run(
             [sys.executable, "-m", "pytest", *here, "-k", slow, "--tb=short", *files],
             capture_output=True,
@@ -206,8 +143,7 @@ def test_a_sound_kernel_is_not_accused(plain: Path, sanitized: Path, watched: Pa
             assert run(directory / "faults", "sound", resident).returncode == 0
 
 
-def test_kernels_without_their_barriers_are_found_out(tmp_path: Path) -> None:
-    directory = build(tmp_path, "-O1 -DCUDA_HOST_FAULT_NO_BARRIER")
-    result = run(directory / "twins", 0, 60)
+def test_kernels_without_their_barriers_are_found_out() -> None:
+    result = run(build.programs(build.NO_BARRIERS) / "twins", 0, 60)
     assert result.returncode in (1, 3)
     assert "twins:" in result.stderr or "cuda_host:" in result.stderr

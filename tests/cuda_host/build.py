@@ -1,0 +1,151 @@
+"""Builds what runs the CUDA kernels on the CPU, once for each state of the sources.
+
+Object files and programs are kept in build/cuda_host under a hash of what they are made of: compiler,
+command, source and every header. A second process that wants the same waits for the first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pybind11
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+CSRC = ROOT / "csrc"
+CACHE = ROOT / "build" / "cuda_host"
+CXX = os.environ.get("CXX", "c++")
+INCLUDES = " ".join(f"-I{path}" for path in (HERE, CSRC / "include", CSRC / "cuda", CSRC / "cpu"))
+
+
+class Variant(NamedTuple):
+    """Compiler flags: of every file, and of the kernels besides."""
+
+    flags: str
+    kernels: str = ""
+
+
+PLAIN = Variant("-O2 -fPIC")
+SANITIZED = Variant("-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all")
+WATCHED = Variant("-O2 -fPIC", "-O1 -fsanitize=thread")
+"""Every access of the kernels is a place to switch threads at, and looked at for races."""
+NO_BARRIERS = Variant("-O2 -fPIC", "-O1 -DCUDA_HOST_FAULT_NO_BARRIER")
+"""A planted fault: kernels without their barriers."""
+
+Job = tuple[Path, str]
+"""A source and its flags."""
+
+
+def ops() -> list[str]:
+    """Every op that has a CUDA kernel."""
+    return sorted(source.stem for source in (CSRC / "cuda").glob("*.cu"))
+
+
+def programs(variant: Variant) -> Path:
+    """The directory of `twins` and `faults`."""
+    host = [(HERE / f"{name}.cpp", f"{variant.flags} -DDPARALLEL_CUDA_HOST") for name in ("races", "twins")]
+    faults = HERE / "faults.cpp", f"{variant.flags} -DDPARALLEL_CUDA_HOST {variant.kernels}"
+    objects = compiled([*kernels(variant), *host, faults])
+    emulation, races = (next(o for o in objects if name in o.name) for name in ("cuda_host", "races"))
+
+    def make(directory: Path) -> None:
+        for name, parts in (("twins", objects[:-1]), ("faults", [emulation, races, objects[-1]])):
+            run(CXX, *variant.flags.split(), *parts, "-o", directory / name)
+
+    return kept("programs", [variant.flags, *map(str, objects)], make)
+
+
+def extension() -> Path:
+    """The directory of a package `dparallel_ext` whose ops are the kernels of PLAIN, on the CPU's tensors."""
+    torch_root = Path(torch.__file__).parent
+    system = [torch_root / "include", pybind11.get_include(), sysconfig.get_path("include")]
+    flags = " ".join(["-O1 -fPIC -fvisibility=hidden", *(f"-isystem{path}" for path in system)])
+    stable = "-DDPARALLEL_WITH_CUDA_HOST -DTORCH_TARGET_VERSION=0x020a000000000000"
+    facts = dict.fromkeys(("COMPILER", "TORCH", "CUDA_TOOLKIT", "CUDA_ARCHITECTURES"), "")
+    named = [f'-DDPARALLEL_{name}="{value}"' for name, value in {**facts, "BACKENDS": "cuda_host"}.items()]
+    torch_side = (CSRC / "torch_ops.cpp", f"{flags} {stable}")
+    module = (CSRC / "runtime" / "module.cpp", f"{flags} {' '.join(named)}")
+    objects = compiled([*kernels(PLAIN), torch_side, module, (HERE / "races.cpp", PLAIN.flags)])
+    libraries = [f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    python = sorted((ROOT / "dparallel_ext").rglob("*.py"))
+
+    def make(directory: Path) -> None:
+        package = directory / "dparallel_ext"
+        shutil.copytree(ROOT / "dparallel_ext", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        run(CXX, "-shared", "-Wl,--no-as-needed", *objects, *libraries, "-o", package / "_C.so")
+
+    return kept("extension", [*map(str, objects), *(f"{p} {p.read_text()}" for p in python)], make)
+
+
+def kernels(variant: Variant) -> list[Job]:
+    """The kernels, their CPU twins (portable) and what executes them."""
+    portable = f"{variant.flags} -DDPARALLEL_PORTABLE_ONLY"
+    cuda = f"{variant.flags} -DDPARALLEL_CUDA_HOST {variant.kernels} -x c++"
+    simd = sorted((CSRC / "cpu").glob("*_kernel.cpp"))
+    return [
+        *((CSRC / "cuda" / f"{op}.cu", cuda) for op in ops()),
+        *((CSRC / "cpu" / f"{name}.cpp", portable) for name in (*ops(), "simd_level")),
+        *((source, f"{portable} -DDPARALLEL_SIMD=portable") for source in simd),
+        (HERE / "cuda_host.cpp", f"{variant.flags} -DDPARALLEL_CUDA_HOST"),
+    ]
+
+
+def compiled(jobs: Iterable[Job]) -> list[Path]:
+    """An object file for each job."""
+
+    def compile_one(job: Job) -> Path:
+        source, flags = job
+        command = [CXX, "-std=c++17", "-w", "-fno-strict-aliasing", *flags.split(), *INCLUDES.split()]
+        target = f"{source.stem}.o"
+        made = kept(
+            source.stem,
+            [compiler(), headers(), torch.__version__, *command, source.read_text()],
+            lambda directory: run(*command, "-c", source, "-o", directory / target),
+        )
+        return made / target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, jobs))
+
+
+def kept(name: str, made_of: Iterable[str], make: Callable[[Path], None]) -> Path:
+    """The directory that `make` fills, made where there is none of the same `made_of`."""
+    key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+    directory = CACHE / f"{name}-{key}"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / f"{directory.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not directory.exists():
+            partial = directory.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            make(partial)
+            partial.rename(directory)
+    return directory
+
+
+@functools.cache
+def headers() -> str:
+    """All headers, as one text."""
+    found = [path for root in (CSRC, HERE) for pattern in ("*.h", "*.cuh") for path in root.rglob(pattern)]
+    return "\0".join(f"{path} {path.read_text()}" for path in sorted(found))
+
+
+@functools.cache
+def compiler() -> str:
+    return subprocess.run([CXX, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def run(*command: object) -> None:
+    subprocess.run([str(part) for part in command], check=True)
