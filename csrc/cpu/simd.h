@@ -108,7 +108,13 @@ inline F exp_nonpositive(F x) {
   const F log2e = splat(1.44269504088896341f);
   const F shifter = splat(0x1.8p23f);  // adding it leaves n in the low bits
   const F shifted = x * log2e + shifter;
-  const F r = x * log2e - (shifted - shifter);  // one rounding where there is FMA
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  const F r = x * log2e - (shifted - shifter);  // one rounding
+#else  // x and log2e in two parts, the product of the upper ones exact
+  const F upper = (F)((U)x & 0xfffff000u);
+  const F r =
+      (upper * 0x1.714p0f - (shifted - shifter)) + (upper * 0x1.47652cp-12f + (x - upper) * log2e);
+#endif
   F p = splat(0x1.5bba14p-10f);
   p = p * r + 0x1.3cea88p-7f;
   p = p * r + 0x1.c6b752p-5f;
