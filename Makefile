@@ -2,18 +2,22 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp')
 
-.PHONY: install demo distill test lint format bench bench-report gpu cuda-check clean
+.PHONY: install demo distill test test-fast lint format bench bench-report gpu cuda-check clean
 
 install: $(VENV)/built
 
 $(VENV)/installed: requirements-dev.txt
+	@echo "dparallel-ext: installing the pinned packages of requirements-dev.txt into $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
 $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(shell find csrc -type f)
+	@echo "dparallel-ext: building the extension (half a minute on two cores)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@$(BIN)/python -c "import torch, dparallel_ext._C as c; i = c.build_info(); print('dparallel-ext: built', i['backends'], 'with torch', i['built_with_torch'])"
 	touch $@
@@ -25,7 +29,11 @@ distill: install
 	$(BIN)/python -m dparallel.proof --out out/distill
 
 test: install lint cuda-check
-	$(BIN)/python -m pytest
+	$(PYTEST) --durations 20
+
+# For daily work: without what takes more than a few seconds.
+test-fast: install lint
+	$(PYTEST) -m "not slow"
 
 lint: install
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from dparallel import registry
 from torch import Tensor
 
 import dparallel_ext as dx
@@ -101,8 +102,7 @@ def linear_inputs(
     In bfloat16, but in float32 where the CPU's matrix library has no products of 16 bits: torch's own loop
     would take minutes for each.
     """
-    fast = torch.device(device).type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    dtype = torch.bfloat16 if fast else torch.float32
+    dtype = torch.bfloat16 if registry.fast_bfloat16(device) else torch.float32
     random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     hidden = torch.randn(rows, width, **random).to(dtype)
     head = torch.randn(vocab, width, dtype=dtype, **random) / 10

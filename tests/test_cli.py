@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from dparallel import tasks, train
+from dparallel import demo, evaluate, tasks, train
 from dparallel.cli import app
 from typer.testing import CliRunner
 
@@ -156,6 +156,11 @@ def test_demo(tmp_path: Path):
     for name in ("student", "teacher"):
         assert (tmp_path / f"response-{name}.png").read_bytes().startswith(b"\x89PNG")
     assert text.count("(right)") == 2
+    assert demo.LEGEND.split()[:8] == text.split()[text.split().index(demo.HIDDEN) :][:8]
+    lines = text[
+        text.index(evaluate.HEADING) :
+    ].splitlines()
+    assert [line.split()[:2] for line in lines[1:7]] == [[m, p] for m in models for p in policies]
 
 
 def test_trajectories_distill_and_merge(tmp_path: Path):

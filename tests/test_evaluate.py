@@ -64,6 +64,16 @@ def test_models_are_found_by_name_or_path(tmp_path: Path):
         registry.load(str(tmp_path))
 
 
+def test_models_that_ship_are_in_the_dtype_that_is_fast(monkeypatch: pytest.MonkeyPatch):
+    """A CPU without bfloat16 products would take ten times as long; a dtype that is given is obeyed."""
+    for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(registry, "fast_bfloat16", lambda device=None, fast=fast: fast)
+        assert registry.load("builtin:student")[0].dtype == dtype
+    assert registry.load("builtin:student", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    directory = str(registry.directory_of("builtin:student"))
+    assert registry.load(directory)[0].dtype == torch.bfloat16  # a checkpoint of one's own is as it is
+
+
 def test_json_is_written_whole(tmp_path: Path):
     file = tmp_path / "new" / "rows.json"
     evaluate.write_json(file, [{"a": 1}])
@@ -84,3 +94,16 @@ def test_pictures_are_drawn(tmp_path: Path):
     plots.response_by_pass([], [], tmp_path / "c.png")
     for name in ("a.png", "b.png", "c.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_two_labels_of_the_curves_overlap():
+    rows = [
+        {**row, "model": name}
+        for name in ("teacher", "student")
+        for row in json.loads((registry.BUILTIN / name / "held_out.json").read_text())
+    ]
+    (axes,) = plots.draw_accuracy(rows).axes
+    boxes = [plots.text_box(text) for text in axes.texts]
+    assert len(boxes) == sum(row["threshold"] is not None for row in rows) > 12
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert all(axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max) for box in boxes)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
+
+# Read when torch is imported: threads that wait for each other sleep; spinning, they take the time of those
+# that work, wherever there are more threads than free cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import typer
@@ -51,6 +56,7 @@ def report() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": gpus,
         "builtin_models": registry.builtins(),
+        "builtin_dtype": "bfloat16" if registry.fast_bfloat16() else "float32 (no fast bfloat16 products)",
     }
 
 
@@ -156,7 +162,7 @@ def read_prompts(file: Path) -> list[str]:
 @app.command()
 def demo(
     model: Annotated[list[str] | None, typer.Option(help="repeatable; default: all that ship")] = None,
-    problems: int = 200,
+    problems: int = 50,
     out: Annotated[Path, typer.Option(help="where table.json and the pictures go")] = Path("out/demo"),
 ) -> None:
     """A problem unmasked before one's eyes by each model, a table of policies, and pictures."""
@@ -187,7 +193,7 @@ def evaluate(
         if problems < 1:
             raise ValueError(f"problems: expected a whole number >= 1, got {problems}")
         rows = []
-        console = Console(stderr=True)
+        typer.echo(measuring.HEADING)
         for row in measuring.sweep(
             model,
             policy,
@@ -199,14 +205,11 @@ def evaluate(
             fp8=fp8,
         ):
             rows.append(row)
-            console.print(
-                f"{row['model']} {row['policy']}: {row['accuracy']:.1%}, {row['nfe_mean']:.1f} passes"
-            )
+            typer.echo(measuring.line(row))
             if json_file is not None:
                 measuring.write_json(json_file, rows)
         if plot is not None:
             plots.accuracy_against_passes(rows, plot)
-        Console().print(measuring.table(rows, f"{problems} held-out problems"))
 
 
 @app.command()

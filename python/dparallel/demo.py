@@ -16,6 +16,10 @@ from . import evaluate, plots, registry, tasks
 
 POLICIES = (evaluate.ONE, "confidence:0.9", "entropy:0.5")
 HIDDEN = "░░"
+LEGEND = (
+    f"{HIDDEN} is a masked token, · the end of the text. A pass is one run of the model over the text, a policy "
+    "decides which of its predictions stay. The student is the teacher, distilled to need fewer passes."
+)
 
 
 class LiveText:
@@ -82,7 +86,7 @@ class LiveText:
 def run(
     names: list[str] | None = None,
     *,
-    problems: int = 200,
+    problems: int = 50,
     out: str | Path = "out/demo",
     delay: float = 0.25,
     console: Any = None,
@@ -98,14 +102,16 @@ def run(
     # Past the problems that the table counts.
     problem = next(itertools.islice(tasks.problems("held_out", seed=1), 2, None))
     console.print(f"\n[bold]{problem.prompt}[/bold]", highlight=False)
+    console.print(LEGEND, highlight=False)
     pictures = [_show(name, problem, directory, delay, console) for name in names]
+    console.print(f"{problems} held-out problems, {tasks.GEN_LENGTH} tokens each:\n", highlight=False)
+    console.print(evaluate.HEADING, style="bold")
     rows = []
-    with console.status(f"decoding {problems} held-out problems"):
-        for row in evaluate.sweep(names, POLICIES, problems=problems):
-            rows.append(row)
-    console.print(evaluate.table(rows, f"{problems} held-out problems, {tasks.GEN_LENGTH} tokens each"))
+    for row in evaluate.sweep(names, POLICIES, problems=problems):
+        rows.append(row)
+        console.print(evaluate.line(row), highlight=False)
     evaluate.write_json(directory / "table.json", rows)
-    console.print(f"pictures: {', '.join(map(str, pictures))}", highlight=False)
+    console.print(f"\npictures: {', '.join(map(str, pictures))}", highlight=False)
     return directory
 
 

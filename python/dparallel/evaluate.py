@@ -153,22 +153,12 @@ def write_json(path: str | Path, rows: Any) -> None:
     os.replace(partial, path)
 
 
-def table(rows: Iterable[dict[str, Any]], title: str = "") -> Any:
-    """A rich table of results."""
-    from rich.table import Table
+HEADING = f"{'model':<18} {'policy':<18} {'accuracy':>8} {'passes':>7} {'tokens/pass':>12} {'seconds':>8}"
 
-    made = Table(title=title or None)
-    for heading in ("model", "policy"):
-        made.add_column(heading)
-    for heading in ("accuracy", "passes", "tokens/pass", "seconds"):
-        made.add_column(heading, justify="right")
-    for row in rows:
-        made.add_row(
-            row["model"],
-            row["policy"],
-            f"{row['accuracy']:.1%}",
-            f"{row['nfe_mean']:.1f}",
-            f"{row['tokens_per_forward']:.2f}",
-            f"{row['seconds']:.1f}",
-        )
-    return made
+
+def line(row: dict[str, Any]) -> str:
+    """A result as a line under HEADING."""
+    return (
+        f"{row['model']:<18} {row['policy']:<18} {row['accuracy']:>8.1%} {row['nfe_mean']:>7.1f} "
+        f"{row['tokens_per_forward']:>12.2f} {row['seconds']:>8.1f}"
+    )

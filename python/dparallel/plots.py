@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,13 @@ def accuracy_against_passes(rows: list[dict[str, Any]], path: str | Path) -> Non
 
     `rows` are those of `evaluate`; the bars are their accuracy_interval.
     """
+    _write(draw_accuracy(rows), path)
+
+
+def draw_accuracy(rows: list[dict[str, Any]]) -> Any:
+    """The figure that `accuracy_against_passes` writes."""
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
     models = list(dict.fromkeys(row["model"] for row in rows))
     selectors = list(dict.fromkeys(_selector(row) for row in rows))
     for model, selector in ((m, s) for m in models for s in selectors):
@@ -35,21 +42,17 @@ def accuracy_against_passes(rows: list[dict[str, Any]], path: str | Path) -> Non
         # A share of 0 or 1 lies at an end of its interval, up to rounding.
         below = [max(0.0, at - 100 * low) for at, (low, _) in zip(y, ends, strict=True)]
         above = [max(0.0, 100 * high - at) for at, (_, high) in zip(y, ends, strict=True)]
-        colour, line = f"C{models.index(model)}", LINES[selectors.index(selector) % len(LINES)]
         axes.errorbar(
             x,
             y,
             yerr=[below, above],
-            color=colour,
-            linestyle=line,
+            color=f"C{models.index(model)}",
+            linestyle=LINES[selectors.index(selector) % len(LINES)],
             marker="o",
             markersize=4,
             capsize=2,
             label=f"{model}, {selector}",
         )
-        for point, at in zip(points, zip(x, y, strict=True), strict=True):
-            text = "" if point["threshold"] is None else f"{point['threshold']:g}"
-            axes.annotate(text, at, textcoords="offset points", xytext=(4, -9), fontsize=6, color=colour)
     problems = rows[0]["problems"] if rows else 0
     axes.set(
         xlabel=f"forward passes per answer of {rows[0]['gen_length'] if rows else 0} tokens",
@@ -62,7 +65,60 @@ def accuracy_against_passes(rows: list[dict[str, Any]], path: str | Path) -> Non
     axes.set_ylim(bottom=max(0.0, min((100 * row["accuracy"] for row in rows), default=0) - 3), top=101)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)
-    _write(figure, path)
+    named = [row for row in rows if row["threshold"] is not None]
+    texts = [f"{row['threshold']:g}" for row in named]
+    colours = [f"C{models.index(row['model'])}" for row in named]
+    places = [(row["nfe_mean"], 100 * row["accuracy"]) for row in named]
+    _label(figure, axes, list(zip(places, texts, colours, strict=True)))
+    return figure
+
+
+def _label(figure: Any, axes: Any, points: list[tuple[tuple[float, float], str, str]]) -> None:
+    """Write the text of each (point, text, colour) near its point, where no other text or point is."""
+    import numpy as np
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()  # fixes where a point is on the page
+    drawn = [line.get_xydata() for line in axes.lines]
+    drawn += [segment for bars in axes.collections for segment in bars.get_segments()]
+    taken = [axes.get_legend().get_window_extent()]
+    for path in map(axes.transData.transform, drawn):
+        for start, end in itertools.pairwise(path):
+            steps = np.linspace(start, end, 2 + int(np.abs(end - start).max() / 6))
+            taken += [Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in steps]
+    directions = [turn * math.pi / 8 for turn in (0, 8, 1, 7, 9, 15, 2, 6, 10, 14, 3, 5, 11, 13, 4, 12)]
+    places = [
+        (distance * math.cos(angle), distance * math.sin(angle))
+        for distance in range(11, 120, 6)
+        for angle in directions
+    ]
+    for point, text, colour in points:
+        for place in places:
+            written = axes.annotate(
+                text,
+                point,
+                xytext=place,
+                textcoords="offset points",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color=colour,
+                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2},
+            )
+            box = text_box(written).padded(1)
+            inside = axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            written.remove()
+
+
+def text_box(annotation: Any) -> Any:
+    """Where an annotation's text is on the page, its arrow left out."""
+    from matplotlib.text import Text
+
+    annotation.update_positions(annotation.figure.canvas.get_renderer())
+    return Text.get_window_extent(annotation)
 
 
 LINES = ("-", "--", ":", "-.")
@@ -75,22 +131,26 @@ def _selector(row: dict[str, Any]) -> str:
 def response_by_pass(words: list[str], steps: list[int], path: str | Path, *, title: str = "") -> None:
     """A PNG of a response, each token coloured by the pass that committed it, with the pass's number."""
     pyplot = _pyplot()
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import BoundaryNorm
+    from matplotlib.ticker import MaxNLocator
 
     columns, total = 16, max(steps, default=1)
     lines = -(-len(words) // columns)
     figure, axes = pyplot.subplots(figsize=(13, 0.72 * lines + 1.5), layout="constrained")
-    colours, norm = pyplot.get_cmap("viridis"), Normalize(1, max(total, 2))
+    colours = pyplot.get_cmap("viridis")
+    norm = BoundaryNorm([n + 0.5 for n in range(total + 1)], colours.N)  # a colour for each pass
     for i, (word, step) in enumerate(zip(words, steps, strict=True)):
         x, y = i % columns, -(i // columns)
         axes.add_patch(pyplot.Rectangle((x, y), 0.96, 0.9, color=colours(norm(step))))
-        ink = "white" if norm(step) < 0.6 else "black"
+        ink = "white" if norm(step) < 0.6 * colours.N else "black"
         axes.text(x + 0.48, y + 0.52, word, ha="center", va="center", color=ink, fontsize=10)
         axes.text(x + 0.93, y + 0.07, str(step), ha="right", va="bottom", color=ink, fontsize=6.5)
     axes.set(xlim=(0, columns), ylim=(1 - max(lines, 1), 1), title=textwrap.fill(title, 120))
     axes.axis("off")
     scale = pyplot.cm.ScalarMappable(norm, colours)
-    figure.colorbar(scale, ax=axes, label="pass that committed it", fraction=0.02, pad=0.01)
+    whole = MaxNLocator(integer=True, min_n_ticks=1).tick_values(1, total)
+    ticks = [tick for tick in whole if 1 <= tick <= total]
+    figure.colorbar(scale, ax=axes, label="pass that committed it", ticks=ticks, fraction=0.02, pad=0.01)
     _write(figure, path)
 
 

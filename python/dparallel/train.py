@@ -23,7 +23,7 @@ from dparallel_ext import models
 from dparallel_ext.models import LLaDA
 
 from . import evaluate as evaluation
-from . import tasks
+from . import registry, tasks
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def masked_diffusion_loss(model: models.Model, ids: Tensor, prompt: int, seed: i
     noisy[:, prompt:].masked_fill_(masked, model.mask_id)
     labels, weight = ids[:, prompt:][masked], (1 / t).expand_as(masked)[masked]
     device = model.device
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16, enabled=registry.fast_bfloat16(device)):
         logits = model.head(model.hidden(noisy.to(device))[:, prompt:][masked.to(device)])  # (masked, V)
     nll = F.cross_entropy(logits.float(), labels.to(device), reduction="none")
     return (nll * weight.to(device)).sum() / masked.numel()
