@@ -1,4 +1,4 @@
-"""A small training run in a process of its own, for test_trainer: python run_trainer.py SETTINGS.json OUT.
+"""Small training runs in a process of their own, for test_trainer: run_trainer.py '{"OUT": SETTINGS, ...}'.
 
 Under torchrun it is one of several processes; with ACCELERATE_USE_FSDP=true each holds a shard of every
 parameter. The rows are of different lengths and the gate is open for some tokens only, so that every way of
@@ -81,9 +81,11 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         shard_on_the_cpu()
-    directory = Path(sys.argv[2])
-    trainer = run(directory, **json.loads(sys.argv[1]))
-    trainer.save_model(str(directory))
-    if trainer.is_world_process_zero():
-        (directory / "log.json").write_text(json.dumps(trainer.state.log_history))
+    for out, settings in json.loads(sys.argv[1]).items():
+        directory = Path(out)
+        trainer = run(directory, **settings)
+        trainer.save_model(str(directory))
+        if trainer.is_world_process_zero():
+            (directory / "log.json").write_text(json.dumps(trainer.state.log_history))
+        trainer.accelerator.wait_for_everyone()
     distill.finish(trainer)

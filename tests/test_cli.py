@@ -157,9 +157,7 @@ def test_demo(tmp_path: Path):
         assert (tmp_path / f"response-{name}.png").read_bytes().startswith(b"\x89PNG")
     assert text.count("(right)") == 2
     assert demo.LEGEND.split()[:8] == text.split()[text.split().index(demo.HIDDEN) :][:8]
-    lines = text[
-        text.index(evaluate.HEADING) :
-    ].splitlines()
+    lines = text[text.index(evaluate.HEADING) :].splitlines()
     assert [line.split()[:2] for line in lines[1:7]] == [[m, p] for m in models for p in policies]
 
 

@@ -54,19 +54,19 @@ def test_kernels_equal_their_cpu_twins(plain: Path, seed: int) -> None:
 
 
 def test_kernels_stay_in_their_memory(sanitized: Path) -> None:
-    result = run(sanitized / "twins", 100, 120)
+    result = run(sanitized / "twins", 100, 90)
     assert result.returncode == 0, result.stderr[-4000:]
 
 
 def test_kernels_have_no_race(watched: Path) -> None:
-    result = run(watched / "twins", 200, 100)
+    result = run(watched / "twins", 200, 45)
     assert result.returncode == 0, result.stderr
 
 
 def test_ops_of_these_kernels_pass_the_tests_of_every_device(tmp_path: Path) -> None:
     """Against the float64 oracles, the published decoders' tokens, and torch's checks of custom ops."""
     package = build.extension()
-    slow = "not (samples_follow or golden_cases and none)"
+    slow = "not (samples_follow or gradcheck and 33 or golden_cases and (none or prefix))"
     shares = (
         ("row_stats", "unmask", "certainty_forcing_loss"),
         ("block_attention", "kv_write", "rms_norm", "swiglu", "fp8_linear", "compat"),

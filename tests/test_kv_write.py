@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import everywhere
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import dparallel_ext as dx
@@ -41,7 +41,6 @@ def copied(arguments: dict) -> dict:
     return {name: t.clone() for name, t in arguments.items()}
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     dtype=st.sampled_from(DTYPES),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import every_level, everywhere
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -38,7 +38,6 @@ def module(
 
 
 @every_level
-@settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     dtype=st.sampled_from(DTYPES),

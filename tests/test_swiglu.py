@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import every_level, everywhere
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import dparallel_ext as dx
@@ -18,7 +18,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @every_level
-@settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     dtype=st.sampled_from(DTYPES),

@@ -151,10 +151,16 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
 
 
-def in_two_processes(out: Path, settings: dict[str, Any], **environment: str) -> None:
+def in_two_processes(runs: dict[Path, dict[str, Any]], **environment: str) -> None:
+    """Runs with settings, by the directories that they write to, one after the other."""
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = subprocess.run(
-        [sys.executable, *launch, run_trainer.__file__, json.dumps(settings), str(out)],
+        [
+            sys.executable,
+            *launch,
+            run_trainer.__file__,
+            json.dumps({str(out): settings for out, settings in runs.items()}),
+        ],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
@@ -197,29 +203,40 @@ def test_sharded_parameters_train_save_and_resume_as_whole_ones(big: Any, tmp_pa
     }
     environment["FSDP_TRANSFORMER_CLS_TO_WRAP"] = environment.pop("FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP")
     settings = {"per_device_train_batch_size": 4}
-    in_two_processes(tmp_path / "sharded", settings, **environment)
-    close(weights(tmp_path / "sharded"), big[0])
-    settings |= {"optim": "adamw_torch"}
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    in_two_processes(whole, {**settings, "save_strategy": "steps", "save_steps": 2}, **environment)
+    adam = {**settings, "optim": "adamw_torch"}
+    sharded, whole, resumed = (tmp_path / name for name in ("sharded", "whole", "resumed"))
     checkpoint = whole / "checkpoint-2"
-    in_two_processes(resumed, {**settings, "resume": str(checkpoint)}, **environment)
+    in_two_processes(
+        {
+            sharded: settings,
+            whole: {**adam, "save_strategy": "steps", "save_steps": 2},
+            resumed: {**adam, "resume": str(checkpoint)},
+        },
+        **environment,
+    )
+    close(weights(sharded), big[0])
     found, expected, half = weights(resumed), weights(whole), weights(checkpoint)
     assert all(torch.equal(found[name], p) for name, p in expected.items())
     assert any(not torch.equal(half[name], p) for name, p in expected.items())
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}], ids=str)
-def test_two_processes_make_the_update_of_one_big_batch(settings: dict[str, int], big: Any, tmp_path: Path):
-    accumulated = settings.get("gradient_accumulation_steps", 1)
-    in_two_processes(
-        tmp_path, {**settings, "per_device_train_batch_size": 4 // accumulated, "ddp_backend": "gloo"}
-    )
-    close(weights(tmp_path), big[0])
-    log = [entry for entry in json.loads((tmp_path / "log.json").read_text()) if "ce" in entry]
-    for ours, theirs in zip(log, big[1], strict=True):
-        for key in ("loss", "ce", "entropy", "correct", "certainty"):
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
+def test_two_processes_make_the_update_of_one_big_batch(big: Any, tmp_path: Path):
+    shared = {"ddp_backend": "gloo"}
+    runs = {
+        tmp_path / "at-once": {"per_device_train_batch_size": 4, **shared},
+        tmp_path / "accumulated": {
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            **shared,
+        },
+    }
+    in_two_processes(runs)
+    for out in runs:
+        close(weights(out), big[0])
+        log = [entry for entry in json.loads((out / "log.json").read_text()) if "ce" in entry]
+        for ours, theirs in zip(log, big[1], strict=True):
+            for key in ("loss", "ce", "entropy", "correct", "certainty"):
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}], ids=str)
