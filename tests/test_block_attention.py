@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import counters, every_level, everywhere
+from conftest import STAND_IN, counters, every_level, everywhere
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
