@@ -96,12 +96,15 @@ Exclusions exclusions_of(int64_t mask_id, const std::optional<Tensor>& suppress,
   return {mask_id, data<int64_t>(*suppress), suppress->size(0)};
 }
 
-Sampling sampling_of(double temperature, const std::optional<Tensor>& keys,
-                     std::vector<int64_t> sizes, int64_t position_offset, const Tensor& like) {
+Sampling sampling_of(double temperature, double top_p, int64_t top_k,
+                     const std::optional<Tensor>& keys, std::vector<int64_t> sizes,
+                     int64_t position_offset, const Tensor& like) {
   if (!(temperature > 0)) return {0.0f, nullptr, 0};
+  STD_TORCH_CHECK(top_p >= 0 && top_p <= 1, "top_p: expected a number from 0 to 1, got ", top_p);
+  STD_TORCH_CHECK(top_k >= 0, "top_k: expected a whole number >= 0, got ", top_k);
   STD_TORCH_CHECK(keys.has_value(), "keys: needed at a temperature above 0");
   contiguous(*keys, "keys", ScalarType::Long, sizes, like);
-  return {static_cast<float>(temperature), data<int64_t>(*keys), position_offset};
+  return {static_cast<float>(temperature), data<int64_t>(*keys), position_offset, top_p, top_k};
 }
 
 struct RowTensors {
@@ -255,12 +258,14 @@ struct Cuda {
 
 constexpr const char* kRowStatsSchema =
     "row_stats(Tensor logits, Tensor? rows, int mask_id, Tensor? suppress, float temperature, "
-    "Tensor? keys, Tensor(a!)? counters) -> (Tensor tokens, Tensor fields, Tensor error)";
+    "float top_p, int top_k, Tensor? keys, Tensor(a!)? counters) -> (Tensor tokens, Tensor fields, "
+    "Tensor error)";
 
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> row_stats(Tensor logits, std::optional<Tensor> rows,
                                              int64_t mask_id, std::optional<Tensor> suppress,
-                                             double temperature, std::optional<Tensor> keys,
+                                             double temperature, double top_p, int64_t top_k,
+                                             std::optional<Tensor> keys,
                                              std::optional<Tensor> counters) {
   int64_t count = row_count(logits);
   if (rows.has_value()) {
@@ -272,7 +277,7 @@ std::tuple<Tensor, Tensor, Tensor> row_stats(Tensor logits, std::optional<Tensor
                           rows.has_value() ? data<int64_t>(*rows) : nullptr,
                           count,
                           exclusions_of(mask_id, suppress, logits),
-                          sampling_of(temperature, keys, {count, 4}, 0, logits),
+                          sampling_of(temperature, top_p, top_k, keys, {count, 4}, 0, logits),
                           out.output()};
   Backend::row_stats(args, logits, counters);
   return {out.tokens, out.fields, out.error};
@@ -308,16 +313,16 @@ Tensor select(Tensor confidence, Tensor margin, Tensor entropy, Tensor eligible,
 
 constexpr const char* kUnmaskSchema =
     "unmask_(Tensor(a!) tokens, Tensor logits, Tensor? positions, Tensor start, Tensor end, "
-    "Tensor policy, int mask_id, Tensor? suppress, float temperature, Tensor? keys, "
-    "int position_offset, Tensor(b!)? counters) -> (Tensor committed, Tensor remaining, Tensor "
-    "done, "
-    "Tensor row_tokens, Tensor fields, Tensor error)";
+    "Tensor policy, int mask_id, Tensor? suppress, float temperature, float top_p, int top_k, "
+    "Tensor? keys, int position_offset, Tensor(b!)? counters) -> (Tensor committed, Tensor "
+    "remaining, Tensor done, Tensor row_tokens, Tensor fields, Tensor error)";
 
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unmask_(
     Tensor tokens, Tensor logits, std::optional<Tensor> positions, Tensor start, Tensor end,
     Tensor policy, int64_t mask_id, std::optional<Tensor> suppress, double temperature,
-    std::optional<Tensor> keys, int64_t position_offset, std::optional<Tensor> counters) {
+    double top_p, int64_t top_k, std::optional<Tensor> keys, int64_t position_offset,
+    std::optional<Tensor> counters) {
   STD_TORCH_CHECK(tokens.dim() == 2 && tokens.scalar_type() == ScalarType::Long,
                   "tokens: expected int64 (B, L)");
   const int64_t batch = tokens.size(0), length = tokens.size(1), count = row_count(logits);
@@ -335,23 +340,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unmask_(
   Tensor committed = torch::stable::new_empty(logits, {batch}, ScalarType::Long);
   Tensor remaining = torch::stable::new_empty(logits, {batch}, ScalarType::Long);
   Tensor done = torch::stable::new_empty(logits, {}, ScalarType::Bool);
-  const UnmaskArgs args{data<int64_t>(tokens),
-                        batch,
-                        length,
-                        tokens.stride(0),
-                        tokens.stride(1),
-                        logits_of(logits),
-                        positions.has_value() ? listed(*positions) : nullptr,
-                        count,
-                        data<int64_t>(start),
-                        data<int64_t>(end),
-                        data<float>(policy),
-                        exclusions_of(mask_id, suppress, logits),
-                        sampling_of(temperature, keys, {batch, 3}, position_offset, logits),
-                        data<int64_t>(committed),
-                        data<int64_t>(remaining),
-                        data<bool>(done),
-                        out.output()};
+  const UnmaskArgs args{
+      data<int64_t>(tokens),
+      batch,
+      length,
+      tokens.stride(0),
+      tokens.stride(1),
+      logits_of(logits),
+      positions.has_value() ? listed(*positions) : nullptr,
+      count,
+      data<int64_t>(start),
+      data<int64_t>(end),
+      data<float>(policy),
+      exclusions_of(mask_id, suppress, logits),
+      sampling_of(temperature, top_p, top_k, keys, {batch, 3}, position_offset, logits),
+      data<int64_t>(committed),
+      data<int64_t>(remaining),
+      data<bool>(done),
+      out.output()};
   Backend::unmask(args, logits, counters);
   return {committed, remaining, done, out.tokens, out.fields, out.error};
 }

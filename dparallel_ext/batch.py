@@ -108,6 +108,8 @@ class Batch:
         suppress = self.passes.suppress(settings.suppress)
         row = Row(first, end, blocks, settings, end - first, suppress, published=int(prefill), stored=stored)
         self.rows[lane] = row
+        if settings.record:
+            self.passes.trajectory.clear(lane)
         self.tokens[lane, :first] = prompt
         self.tokens[lane, first:end] = self.mask_id
         self.tokens[lane, end:] = self.pad_id

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import policies
 from .batch import AHEAD, CACHES, Batch
 from .models import Model, Traits, traits
+from .ops import check_sampling
 from .passes import Policy, Trajectory
 from .rows import Settings, lay_out
 
@@ -42,6 +43,9 @@ class DecodeOutput:
     """(B,) int64: passes of the published loops, which run some that change nothing: with "prefix" and "dual"
     where a block was complete after its full pass, with "block" to prefill and to store each block."""
     trajectory: Trajectory | None = field(default=None, repr=False)
+    logprobs: Tensor | None = field(default=None, repr=False)
+    """(B, gen_length) float32, with `logprobs`: log of the probability that each token of the response was
+    drawn with, in the pass that committed it; NaN where none did (EOS filling, padding)."""
 
     @property
     def responses(self) -> list[Tensor]:
@@ -79,14 +83,17 @@ def decode(
     batch_invariant: bool = False,
     graphs: bool = True,
     temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
     suppress: Any = None,
     mask_id: int | None = None,
     eos_id: int | None = None,
     stop: Sequence[Sequence[int]] = (),
-    seed: int | Tensor = 0,
+    seed: int | Tensor | None = None,
     streamer: Any = None,
     progress: bool = False,
     record: bool = False,
+    logprobs: bool = False,
 ) -> DecodeOutput:
     """Decode `gen_length` tokens after each prompt.
 
@@ -123,16 +130,29 @@ def decode(
         graphs: on a GPU, passes of our models are recorded as CUDA graphs and replayed. The tokens are the
             same without; nothing is recorded where a layer has hooks or adapters.
         temperature: 0 is greedy; above it, tokens are Gumbel-max samples of softmax(logits / T).
+        top_p, top_k: what may be sampled: the most probable ids (temperature first) before which at most
+            `top_p` of the probability comes, and at most `top_k` of them. None, 1.0 and 0 leave nothing out.
+            The rule judges the statistics of softmax(logits), whatever temperature, top_p and top_k are, and
+            as confidence the probability of the sampled token there. Not read where temperature is 0.
         suppress: ids never to be decoded, left out of the softmax.
         mask_id: default: the model's `mask_token_id`.
         eos_id: if given, a sequence whose finished block holds it ends there: later blocks are not
             computed but filled with it. None, as published: every block is decoded.
         stop: sequences of tokens that end a response as eos_id does, wherever they lie in it.
-        seed: a number: sequence b's samples are keyed by (seed, b); or (B,): by its own seed alone.
+        seed: a number: sequence b's samples are keyed by (seed, b); or (B,): by its own seed alone. None: a
+            number from torch's generator, so that two calls differ and `torch.manual_seed` repeats them;
+            nothing is taken from it where temperature is 0.
         streamer: an object with `put` and `end`, and perhaps `put_draft`, as transformers' streamers.
             Batch size 1.
         progress: a tqdm bar of committed tokens.
         record: keep the `trajectory`.
+        logprobs: keep the `logprobs`: of each token log softmax(logits / T)[token] over the ids that could
+            be drawn in the pass that committed it (not the mask token, `suppress`, nor what top_p and top_k
+            leave out); where temperature is 0, log softmax(logits)[token]. In reinforcement learning they
+            are the log-probabilities of the behaviour policy, given the positions that the rule chose: a
+            token's importance ratio is exp(new - logprobs), where `new` is the same of the trained model in
+            the same state (the tokens of an earlier `trajectory.step`, masks elsewhere; a pass against a
+            cache saw older keys and values, so that cache "none" or "block" is what can be reproduced).
 
     Returns:
         DecodeOutput. A sequence that is complete is in no pass; each goes from block to block at its own
@@ -164,10 +184,13 @@ def decode(
                 max_commit=max_commit,
                 score=score,
                 temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
                 suppress=suppress,
                 eos_id=eos_id,
                 stop=stop,
                 seed=seed,
+                record=record or logprobs,
             ),
             sub_block_length=sub_block_length,
             policy=function,
@@ -175,16 +198,10 @@ def decode(
             batch_invariant=batch_invariant,
             graphs=graphs,
         )
-        if record:
-            longest = max((row.length - row.prompt for row in batch.rows), default=0)
-            step = batch.tokens.new_zeros((size, longest))
-            batch.passes.trajectory = Trajectory(step, torch.full(step.shape, math.nan, device=step.device))
         if streamer is not None and size != 1:
             raise ValueError(f"streamer: expected a batch of 1, got {size}")
         run(batch, streamer, _bar(progress, sum(row.length - row.prompt for row in batch.rows)))
     # Tensors made in inference mode cannot enter autograd later; their copies can.
-    found = batch.passes.trajectory
-    trajectory = found and Trajectory(found.step.clone(), found.confidence.clone())
     x = batch.tokens.clone()
     if not size and isinstance(prompt, Tensor) and isinstance(gen_length, int):
         x = x.new_zeros((0, prompt.shape[1] + gen_length))
@@ -193,9 +210,12 @@ def decode(
         for name in ("nfe", "generated", "kept", "length", "prompt", "published")
     ]
     nfe, generated, kept, lengths, prompt_lengths, published = numbers
-    return DecodeOutput(
-        x, nfe, batch.forwards, generated, kept, lengths, prompt_lengths, published, trajectory
-    )
+    out = DecodeOutput(x, nfe, batch.forwards, generated, kept, lengths, prompt_lengths, published)
+    if record or logprobs:
+        trajectory = batch.passes.trajectory.responses(prompt_lengths, lengths)
+        out.trajectory = trajectory if record else None
+        out.logprobs = trajectory.logprob if logprobs else None
+    return out
 
 
 def start(
@@ -391,10 +411,13 @@ def make_settings(
     max_commit: policies.Number | None = None,
     score: policies.Name | None = None,
     temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
     suppress: Any = None,
     eos_id: int | None = None,
     stop: Sequence[Sequence[int]] = (),
-    seed: int | Tensor = 0,
+    seed: int | Tensor | None = None,
+    record: bool = False,
 ) -> list[Settings]:
     """The settings of `size` sequences from the arguments of `decode`, each one value or one per sequence."""
     if policy is not None:
@@ -428,6 +451,9 @@ def make_settings(
         whole("eos_id", eos_id, 0)
     if suppress is not None:
         suppress = torch.as_tensor(suppress, dtype=torch.int64)
+    top_p, top_k = check_sampling(temperature, top_p, top_k)
+    if seed is None:
+        seed = int(torch.randint(2**62, ())) if temperature > 0 else 0
     try:
         seeds = torch.as_tensor(seed)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -446,7 +472,7 @@ def make_settings(
         stops.append(ids)
     schedule = steps if threshold is None else None
     return [
-        Settings(tuple(row), schedule, temperature, suppress, key, eos_id, tuple(stops))
+        Settings(tuple(row), schedule, temperature, suppress, key, eos_id, tuple(stops), top_p, top_k, record)
         for row, key in zip(rows.tolist(), keys, strict=True)
     ]
 

@@ -52,6 +52,8 @@ class Completion:
     """From `submit` until it was let in."""
     seconds: float
     """From `submit` to the end."""
+    logprobs: list[float] | None = None
+    """One for each of `tokens`, where they were asked for: see `decode`."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ class Handle:
     _events: list[Event] = field(default_factory=list, repr=False)
     _callbacks: list[Callable[[Event], None]] = field(default_factory=list, repr=False)
     _changed: threading.Condition = field(default_factory=threading.Condition, repr=False)
+    logprobs: list[float] = field(default_factory=list, repr=False)
+    """One for each token streamed so far, where they were asked for; here before the tokens' own event."""
 
     @property
     def done(self) -> bool:
@@ -290,15 +294,21 @@ class Engine:
         max_commit: int | None = None,
         score: str | None = None,
         temperature: float = 0.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
         suppress: Any = None,
         eos_id: int | None = None,
         stop: Sequence[Sequence[int]] = (),
-        seed: int = 0,
+        seed: int | None = None,
+        logprobs: bool = False,
     ) -> Handle:
         """Ask for `gen_length` tokens after `prompt` (P,) int64, a tensor or a list of ids.
 
         The other arguments are those of `decode` for one sequence; a sample's key is `seed` alone, as with
         one seed for each sequence there. Returns at once.
+
+        logprobs: keep the log-probability of each token, in `Completion.logprobs` and as they come in
+            `Handle.logprobs`; for what they are good, see `decode`.
 
         Raises:
             ValueError: naming the argument that does not fit, or a request that could never run.
@@ -307,7 +317,8 @@ class Engine:
         """
         ids = self._ids(prompt)
         whole("gen_length", gen_length, 0)
-        whole("seed", seed, -(2**63))
+        if seed is not None:
+            whole("seed", seed, -(2**63))
         causal = traits(self.model).block_length is not None
         blocks = lay_out(len(ids), gen_length, self._batch.block_length, causal, steps)
         length = blocks[-1][1] if blocks else len(ids)
@@ -315,8 +326,6 @@ class Engine:
             raise ValueError(
                 f"gen_length: prompt and response have {length} positions, max_length is {self.max_length}"
             )
-        if not 0 <= temperature < float("inf"):
-            raise ValueError(f"temperature: expected a finite number >= 0, got {temperature!r}")
         (settings,) = make_settings(
             traits(self.model),
             self.cache,
@@ -328,10 +337,13 @@ class Engine:
             max_commit=max_commit,
             score=score,
             temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
             suppress=suppress,
             eos_id=eos_id,
             stop=stop,
-            seed=torch.tensor([seed]),
+            seed=None if seed is None else torch.tensor([seed]),
+            record=logprobs,
         )
         check_steps(self.model, [settings], self._batch.block_length, self._batch.sub_block_length)
         if settings.suppress is not None and settings.suppress.numel():
@@ -508,6 +520,15 @@ class Engine:
         ids: list[int] = self._batch.tokens[handle._lane, row.prompt : last].tolist()
         return ids[:kept]
 
+    def _logprobs(self, handle: Handle, first: int, last: int) -> list[float]:
+        """Of tokens [first, last) of the response."""
+        if first == last:
+            return []
+        assert handle._lane is not None
+        prompt, logprob = len(handle._prompt), self._batch.passes.trajectory.logprob
+        found: list[float] = logprob[handle._lane, prompt + first : prompt + last].tolist()
+        return found
+
     def _stream(self, handle: Handle) -> None:
         assert handle._lane is not None
         row, response = self._batch.rows[handle._lane], self._response(handle)
@@ -521,6 +542,8 @@ class Engine:
                         break
         fresh = response[handle._sent : len(response) - held]
         if fresh:
+            if handle._settings.record:
+                handle.logprobs += self._logprobs(handle, handle._sent, handle._sent + len(fresh))
             handle._sent += len(fresh)
             with self._lock:
                 self._counts["tokens"] += len(fresh)
@@ -535,8 +558,11 @@ class Engine:
         else:
             row = None if lane is None else self._batch.rows[lane]
             admitted = now if handle._admitted is None else handle._admitted
+            tokens = [] if row is None else self._response(handle)
+            kept = self._logprobs(handle, 0, len(tokens)) if handle._settings.record else None
             event = Completion(
-                tokens=[] if row is None else self._response(handle),
+                tokens=tokens,
+                logprobs=kept,
                 finish_reason=how,
                 nfe=0 if row is None else row.nfe,
                 nfe_published=0 if row is None else row.published,

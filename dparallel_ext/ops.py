@@ -6,6 +6,7 @@ built, CUDA kernels, and fake kernels for torch.compile. Their float64 twins are
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,8 @@ def row_stats(
     mask_id: int | None = None,
     suppress: Ids = None,
     temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
     seed: int | Tensor = 0,
     sequence: int | Tensor = 0,
     position: int | Tensor | None = None,
@@ -46,13 +49,17 @@ def row_stats(
         mask_id: keeps its share of the softmax but is never chosen.
         suppress: ids left out altogether. On CUDA a tensor on the device must be ascending and unique.
         temperature: above 0, also draw `sample` by Gumbel-max from softmax(logits / temperature).
+        top_p, top_k: draw it from the most probable ids alone, ties to the lowest id: from those before
+            which at most `top_p` of the probability comes (nucleus sampling, arXiv 1904.09751), and at
+            most `top_k` of them. None, 1.0 and 0 leave nothing out. The noise of an id stays the same.
+            They are read at a temperature above 0 alone.
         seed, sequence, position, step: the Philox key, one value or one per row: a sample depends on
             its key alone. `position` defaults to the row's place in the output.
 
     Returns:
         RowStats with fields shaped like the leading dimensions, or (N,) with `rows`. The statistics do
-        not depend on the temperature, but `confidence` is that of the sampled token. A logit of +inf
-        counts as the largest float32: k of them share the probability evenly.
+        not depend on temperature, top_p or top_k, but `confidence` is that of the sampled token. A logit
+        of +inf counts as the largest float32: k of them share the probability evenly.
 
     Raises:
         ValueError: on the CPU, for a row that holds NaN or leaves no token to choose. On CUDA, see
@@ -65,7 +72,7 @@ def row_stats(
     if rows is not None:
         _check_index("rows", rows, logits, count)
         shape, count = rows.shape, rows.numel()
-    _check_temperature(temperature)
+    kept = check_sampling(temperature, top_p, top_k)
     keys = None
     if temperature > 0:
         where = torch.arange(count, device=logits.device) if position is None else position
@@ -76,6 +83,7 @@ def row_stats(
         _mask_id(mask_id, vocab),
         _suppress(suppress, logits),
         float(temperature),
+        *kept,
         keys,
         _counters(logits, count),
     )
@@ -99,8 +107,8 @@ def select(stats: RowStats, eligible: Tensor, policy: Tensor) -> Tensor:
     """
     if eligible.ndim != 2 or eligible.dtype != torch.bool:
         raise ValueError(f"eligible: expected bool (B, L), got {eligible.dtype} {tuple(eligible.shape)}")
-    numbers = (stats.confidence, stats.margin, stats.entropy)
-    for name, value in zip(("confidence", "margin", "entropy"), numbers, strict=True):
+    scores = (stats.confidence, stats.margin, stats.entropy)
+    for name, value in zip(("confidence", "margin", "entropy"), scores, strict=True):
         if value.shape != eligible.shape or value.dtype != torch.float32:
             raise ValueError(
                 f"stats.{name}: expected float32 {tuple(eligible.shape)}, "
@@ -111,7 +119,7 @@ def select(stats: RowStats, eligible: Tensor, policy: Tensor) -> Tensor:
             raise ValueError(f"stats.{name}: NaN at eligible position {at} of sequence {b}")
     policies.check(policy, len(eligible))
     return torch.ops.dparallel.select(
-        *(x.contiguous() for x in numbers), eligible.contiguous(), policy.to(eligible.device)
+        *(x.contiguous() for x in scores), eligible.contiguous(), policy.to(eligible.device)
     )
 
 
@@ -131,6 +139,8 @@ def unmask_(
     positions: Tensor | None = None,
     suppress: Ids = None,
     temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
     seed: int | Tensor = 0,
     sequence: int | Tensor | None = None,
     step: int | Tensor = 0,
@@ -154,6 +164,7 @@ def unmask_(
             position of the windows; others that it lists are not read.
         suppress: ids left out altogether.
         temperature: above 0, commit Gumbel-max samples of softmax(logits / temperature).
+        top_p, top_k: what may be sampled, see `row_stats`; the rule sees the statistics of all ids.
         seed, sequence, step: with the position, the sample's key; a number or (B,) int64. `sequence`
             defaults to 0..B-1.
         position_offset: added to the column to give the position, where `tokens` is a view.
@@ -198,7 +209,7 @@ def unmask_(
         )
     else:
         policies.check(policy, batch)
-    _check_temperature(temperature)
+    kept = check_sampling(temperature, top_p, top_k)
     keys = None
     if temperature > 0:
         of = torch.arange(batch, device=logits.device) if sequence is None else sequence
@@ -213,6 +224,7 @@ def unmask_(
         _mask_id(mask_id, None),
         _suppress(suppress, logits),
         float(temperature),
+        *kept,
         keys,
         position_offset,
         _counters(logits, batch + 2),
@@ -288,9 +300,20 @@ def _check_index(name: str, index: Tensor, logits: Tensor, size: int, *, ascendi
         raise ValueError(f"{name}: expected strictly ascending indices")
 
 
-def _check_temperature(temperature: float) -> None:
+def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -> tuple[float, int]:
+    """top_p and top_k in force: (1.0, 0) where none is given, or the temperature is 0.
+
+    Raises ValueError naming the argument that does not fit.
+    """
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature: expected a finite number >= 0, got {temperature!r}")
+    top_p = 1.0 if top_p is None else top_p
+    top_k = 0 if top_k is None else top_k
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"top_p: expected a number from 0 to 1, got {top_p!r}")
+    if isinstance(top_k, bool) or not isinstance(top_k, numbers.Integral) or not 0 <= top_k < 2**63:
+        raise ValueError(f"top_k: expected a whole number >= 0 (0 keeps all), got {top_k!r}")
+    return (float(top_p), int(top_k)) if temperature > 0 else (1.0, 0)
 
 
 def _mask_id(mask_id: int | None, vocab: int | None) -> int:
@@ -317,12 +340,12 @@ def _suppress(ids: Ids, logits: Tensor) -> Tensor | None:
 def _per_sequence(name: str, value: int | Tensor, batch: int, like: Tensor) -> Tensor:
     if type(value) is int:
         return torch.full((batch,), value, dtype=torch.int64, device=like.device)
-    numbers = torch.as_tensor(value, device=like.device)
-    if numbers.is_floating_point() or numbers.ndim > 1 or numbers.shape not in ((), (batch,)):
+    values = torch.as_tensor(value, device=like.device)
+    if values.is_floating_point() or values.ndim > 1 or values.shape not in ((), (batch,)):
         raise ValueError(
-            f"{name}: expected an integer or int64 ({batch},), got {numbers.dtype} {tuple(numbers.shape)}"
+            f"{name}: expected an integer or int64 ({batch},), got {values.dtype} {tuple(values.shape)}"
         )
-    return numbers.to(torch.int64).expand(batch).contiguous()
+    return values.to(torch.int64).expand(batch).contiguous()
 
 
 def _keys(like: Tensor, count: int, **parts: int | Tensor) -> Tensor:
@@ -365,7 +388,9 @@ def _row_outputs(like: Tensor, count: Any, errors: Any) -> tuple[Tensor, Tensor,
 
 
 @torch.library.register_fake("dparallel::row_stats")
-def _(logits, rows, mask_id, suppress, temperature, keys, counters):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    logits, rows, mask_id, suppress, temperature, top_p, top_k, keys, counters
+):
     count = logits.shape[:-1].numel() if rows is None else rows.shape[0]
     return _row_outputs(logits, count, count)
 
@@ -386,6 +411,8 @@ def _(  # type: ignore[no-untyped-def]
     mask_id,
     suppress,
     temperature,
+    top_p,
+    top_k,
     keys,
     position_offset,
     counters,

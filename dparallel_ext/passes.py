@@ -38,6 +38,32 @@ class Trajectory:
     """(B, gen_length) int64: the sequence's pass that committed it, from 1; 0 where none did."""
     confidence: Tensor
     """(B, gen_length) float32: its probability in that pass; NaN where none did."""
+    logprob: Tensor
+    """(B, gen_length) float32: log of the probability that it was drawn with in that pass, see
+    `RowStats.sample_logprob`; NaN where none did."""
+
+    @classmethod
+    def blank(cls, tokens: Tensor) -> Trajectory:
+        """For every position of tokens (B, L)."""
+        none = torch.full(tokens.shape, math.nan, device=tokens.device)
+        return cls(torch.zeros_like(tokens), none, none.clone())
+
+    def clear(self, b: int) -> None:
+        """Forget what sequence b was."""
+        self.step[b] = 0
+        self.confidence[b] = self.logprob[b] = math.nan
+
+    def responses(self, start: Tensor, end: Tensor) -> Trajectory:
+        """Columns [start, end) of each sequence, (B,) int64, one below the other; blank beyond its end."""
+        width = int((end - start).max()) if len(end) else 0
+        column = start[:, None] + torch.arange(width, device=start.device)
+        beyond, at = column >= end[:, None], column.clamp(max=max(0, self.step.shape[1] - 1))
+        step, confidence, logprob = (x.gather(1, at) for x in (self.step, self.confidence, self.logprob))
+        return Trajectory(
+            step.masked_fill(beyond, 0),
+            confidence.masked_fill(beyond, math.nan),
+            logprob.masked_fill(beyond, math.nan),
+        )
 
 
 class Work(NamedTuple):
@@ -51,18 +77,37 @@ class Work(NamedTuple):
     """The active block."""
 
 
+class Way(NamedTuple):
+    """How a call of `unmask_` chooses tokens."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    suppress: Tensor | None
+
+    @classmethod
+    def of(cls, row: Row) -> Way:
+        return cls(row.settings.temperature, row.settings.top_p, row.settings.top_k, row.suppress)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (*self[:3], id(self.suppress))
+
+
 class Form(NamedTuple):
     """What the launches of a pass depend on, beside the values of its numbers."""
 
     shapes: Shapes
     longest_query: int
     longest_length: int
-    ways: tuple[tuple[float, Tensor | None], ...]
-    """Temperature and ids to suppress, for each call of `unmask_`."""
+    record: bool
+    """Whether what is committed goes into the trajectory."""
+    ways: tuple[Way, ...]
+    """One for each call of `unmask_`."""
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return (*self[:3], tuple((temperature, id(suppress)) for temperature, suppress in self.ways))
+        return (*self[:4], tuple(way.key for way in self.ways))
 
 
 def fill_up(count: int, parts: int) -> int:
@@ -103,7 +148,8 @@ class Passes:
         self.model, self.tokens, self.slots, self.mask_id = model, tokens, slots, mask_id
         self.shift, self.policy = shift, policy
         self.window, self.block = (min(width, tokens.shape[1]) for width in (window, block))
-        self.trajectory: Trajectory | None = None
+        self.trajectory = Trajectory.blank(tokens)
+        """Of the sequences that want it, by column; it lies where recorded passes write to."""
         self.regular = tokens.device.type != "cpu"
         """Passes take few forms, which hang on nothing that the host would have to wait for."""
         self.graphs: Graphs | None = None
@@ -157,7 +203,7 @@ class Passes:
 
     def _told(self, rows: Sequence[Row], work: Mapping[int, Work]) -> tuple[Any, ...]:
         """All that `_numbers` follows from, where passes are regular."""
-        each = [(r.nfe, r.policy, r.settings.key, r.settings.temperature, id(r.suppress)) for r in rows]
+        each = [(r.nfe, r.policy, r.settings.key, r.settings.record, Way.of(r).key) for r in rows]
         return list(work.items()), each, self.slots and self.slots.changes
 
     def _look_again(self, graphs: Graphs) -> None:
@@ -170,7 +216,7 @@ class Passes:
     @property
     def _exact(self) -> bool:
         """Whether a pass is over no column beside the windows."""
-        return self.policy is not None or self.trajectory is not None
+        return self.policy is not None
 
     def _numbers(self, rows: Sequence[Row], work: Mapping[int, Work]) -> tuple[Tensor, Form]:
         """All that the device has to be told, (n,) int64 on the CPU, and how it is to be read."""
@@ -193,10 +239,11 @@ class Passes:
             plan, longest = found.tensors, (found.longest_query, found.longest_length)
             if fill is not None:
                 source = F.pad(source, (0, fill(len(source)) - len(source)))
-        ways: dict[tuple[float, int], list[int]] = {}
+        ways: dict[tuple[Any, ...], list[int]] = {}
         for b in work:
-            ways.setdefault((rows[b].settings.temperature, id(rows[b].suppress)), []).append(b)
+            ways.setdefault(Way.of(rows[b]).key, []).append(b)
         first_of = [rows[group[0]] for group in ways.values()]
+        record = any(rows[b].settings.record for b in work)
         lanes = range(len(rows))
 
         def columns(of: Mapping[int, tuple[int, int]]) -> Tensor:
@@ -216,7 +263,7 @@ class Passes:
         )
         if self.tokens.device.type == "cuda":
             numbers = numbers.pin_memory()  # else its copy to the device may wait for the passes before
-        return numbers, Form(shapes, *longest, tuple((r.settings.temperature, r.suppress) for r in first_of))
+        return numbers, Form(shapes, *longest, record, tuple(Way.of(row) for row in first_of))
 
     def _columns(self, b: int, start: int, end: int) -> Tensor:
         """Those whose logits are computed: on the CPU the masks in the window, else as many each time."""
@@ -249,10 +296,11 @@ class Passes:
             logits = self._foreign(work)[source]
         nfe, seed, sequence = keys.unbind(0)
         error = torch.full_like(nfe, NO_ERROR)
+        masked, stats = self._masked(positions) if form.record else None, []
         if self.policy is not None:
-            stats = self._by_function(self.policy, rows, work, logits, positions, nfe, seed, sequence)
+            stats = [self._by_function(self.policy, rows, work, logits, positions, nfe, seed, sequence)]
         else:
-            for (temperature, suppress), (start, end) in zip(form.ways, edges.unbind(0), strict=True):
+            for way, (start, end) in zip(form.ways, edges.unbind(0), strict=True):
                 out = unmask_(
                     self.tokens,
                     logits,
@@ -262,15 +310,18 @@ class Passes:
                     policy=policy.view(torch.float64).to(torch.float32),
                     positions=positions,
                     step=nfe,
-                    temperature=temperature,
-                    suppress=suppress,
+                    temperature=way.temperature,
+                    top_p=way.top_p,
+                    top_k=way.top_k,
+                    suppress=way.suppress,
                     seed=seed,
                     sequence=sequence,
                     check=False,
                 )
-                stats, error = out.stats, torch.minimum(error, out.error)
-        if self.trajectory is not None:  # where it is wanted, all sequences go one way
-            self._record(self.trajectory, rows, positions, nfe, stats)
+                stats.append(out.stats)
+                error = torch.minimum(error, out.error)
+        if masked is not None:
+            self._record(masked, positions, nfe, stats)
         return torch.cat((self.masks(*block.unbind(0)), error[:, None]), 1)
 
     def masks(self, start: Tensor, end: Tensor) -> Tensor:
@@ -320,6 +371,8 @@ class Passes:
             mask_id=self.mask_id,
             suppress=own.suppress,
             temperature=own.settings.temperature,
+            top_p=own.settings.top_p,
+            top_k=own.settings.top_k,
             seed=seed[row_of],
             sequence=sequence[row_of],
             position=column,
@@ -344,23 +397,19 @@ class Passes:
         x[row_of, column] = torch.where(chosen[at], stats.sample, x[row_of, column])
         return stats
 
-    def _record(
-        self,
-        trajectory: Trajectory,
-        rows: Sequence[Row],
-        positions: Tensor,
-        nfe: Tensor,
-        stats: RowStats,
-    ) -> None:
-        """Of the positions, which were masked before, those that are not any more."""
-        length = self.tokens.shape[1]
-        row_of, column = positions // length, positions % length
-        prompt = torch.tensor([row.prompt for row in rows], device=positions.device)
-        where = column - prompt[row_of]
-        # On a GPU the positions are whole windows: what was committed earlier has its step already.
-        fresh = (self.tokens.view(-1)[positions] != self.mask_id) & (where >= 0)
-        row_of, where, sure = row_of[fresh], where[fresh], stats.confidence[fresh]
-        new = trajectory.step[row_of, where] == 0
-        row_of, where, sure = row_of[new], where[new], sure[new]
-        trajectory.step[row_of, where] = nfe[row_of]
-        trajectory.confidence[row_of, where] = sure
+    def _masked(self, positions: Tensor) -> Tensor:
+        """(N,) bool, which of the flat positions hold a mask."""
+        return self.tokens.view(-1)[positions] == self.mask_id
+
+    def _record(self, masked: Tensor, positions: Tensor, nfe: Tensor, stats: Sequence[RowStats]) -> None:
+        """Of the positions, those that were `masked` before and are not any more."""
+        fresh = masked & ~self._masked(positions)
+        confidence, logprob = stats[0].confidence, stats[0].sample_logprob
+        for other in stats[1:]:  # each read the rows of its own sequences
+            confidence = torch.where(other.token >= 0, other.confidence, confidence)
+            logprob = torch.where(other.token >= 0, other.sample_logprob, logprob)
+        kept = self.trajectory
+        values = (kept.step, nfe[positions // self.tokens.shape[1]]), (kept.confidence, confidence)
+        for field, value in (*values, (kept.logprob, logprob)):
+            flat = field.view(-1)
+            flat[positions] = torch.where(fresh, value, flat[positions])

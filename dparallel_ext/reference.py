@@ -25,6 +25,8 @@ def row_stats(
     mask_id: int | None = None,
     suppress: Tensor | list[int] | None = None,
     temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
     seed: int | Tensor = 0,
     sequence: int | Tensor = 0,
     position: int | Tensor | None = None,
@@ -61,10 +63,12 @@ def row_stats(
         where = torch.arange(n) if position is None else position
         keys = [torch.as_tensor(k, device=z.device).expand(n) for k in (seed, sequence, where, step)]
         noise = gumbel(keys[0], keys[1], keys[2], keys[3], z.shape[1])
-        sample = (open_ / temperature + noise).argmax(1)
+        scaled = (open_ - top1[:, None]) / temperature
+        scaled = scaled.where(nucleus(scaled, top_p, top_k), -math.inf)
+        sample = (scaled + noise).argmax(1)
         picked = z.gather(1, sample[:, None])[:, 0]
         chosen = (picked - m).exp() / s
-        logprob = (picked - m) / temperature - (d / temperature).exp().sum(1).log()
+        logprob = scaled.log_softmax(1).gather(1, sample[:, None])[:, 0]
 
     def inf(x: Tensor) -> Tensor:
         return torch.where(x >= _LARGEST, math.inf, x)
@@ -75,6 +79,19 @@ def row_stats(
     return RowStats(
         token.reshape(shape), top1, top2, lse, confidence, margin, entropy, sample.reshape(shape), logprob
     )
+
+
+def nucleus(logits: Tensor, top_p: float | None, top_k: int | None) -> Tensor:
+    """bool like logits (N, V): the most probable ids, ties to the lowest id, at most top_k of them, before
+    each of which at most top_p of the probability comes."""
+    order = logits.argsort(dim=1, descending=True, stable=True)
+    p = logits.softmax(1).gather(1, order)
+    kept = torch.ones_like(p, dtype=torch.bool)
+    if top_p is not None and top_p < 1:
+        kept &= p.cumsum(1) - p <= top_p
+    if top_k:
+        kept[:, top_k:] = False
+    return torch.zeros_like(kept).scatter(1, order, kept)
 
 
 def gumbel(seed: Tensor, sequence: Tensor, position: Tensor, step: Tensor, vocab: int) -> Tensor:
@@ -149,6 +166,8 @@ def unmask_(
     positions: Tensor | None = None,
     suppress: Tensor | list[int] | None = None,
     temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
     seed: int | Tensor = 0,
     sequence: int | Tensor | None = None,
     step: int | Tensor = 0,
@@ -175,6 +194,8 @@ def unmask_(
         mask_id=mask_id,
         suppress=suppress,
         temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
         seed=key(seed),
         sequence=key(torch.arange(batch) if sequence is None else sequence),
         position=flat % max(length, 1) + position_offset,

@@ -25,6 +25,11 @@ class Settings:
     eos_id: int | None = None
     stop: tuple[tuple[int, ...], ...] = ()
     """Sequences of tokens that end the response as eos_id does."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """What may be sampled; 1 and 0: all, see `ops.row_stats`."""
+    record: bool = False
+    """Whether the passes keep its `passes.Trajectory`."""
 
 
 @dataclass

@@ -31,7 +31,9 @@ class RowStats(NamedTuple):
     sample: Tensor
     """int64: the token to commit: `token` at temperature 0, else a Gumbel-max sample."""
     sample_logprob: Tensor
-    """float32: log softmax(logits / T)[sample]; T = 1 at temperature 0."""
+    """float32: log of the probability that `sample` was drawn with: log softmax(logits / T)[sample] over the
+    ids that may be drawn, so without the mask token and what top_p and top_k leave out. At temperature 0
+    log softmax(logits)[token], the log of `confidence`."""
 
 
 class UnmaskOutput(NamedTuple):

@@ -153,6 +153,10 @@ WAYS: list[tuple[str, dict[str, Any]]] = [
     ("llada_tiny_a", {"cache": "dual", "threshold": 3.0, "refresh": 3, "batch_invariant": True}),
     ("llada_tiny_a", {"cache": "dual", "threshold": [0.5, 2.0, 4.0], "temperature": 0.7, "seed": 5}),
     ("llada_tiny_a", {"cache": "dual", "threshold": 0.1, "suppress": [3, 77], "gen_length": [48, 20, 5]}),
+    (
+        "llada_tiny_a",
+        {"cache": "dual", "steps": 12, "temperature": 0.9, "seed": 5, "top_p": 0.8, "top_k": 60},
+    ),
     ("dream_tiny_a", {"cache": "none", "threshold": 2.0}),
     ("dream_tiny_a", {"cache": "dual", "threshold": 2.0}),
     ("sdar_tiny_a", {"cache": "block", "threshold": 2.0, "block_length": 8}),
@@ -167,11 +171,14 @@ def test_the_tokens_are_the_same(
 ) -> None:
     model = models.load(GOLDEN / name, dtype=dtype)
     settings = {"gen_length": 48, "block_length": 16, **way}
-    expected = dx.decode(model, PROMPTS, graphs=False, **settings)
+    expected = dx.decode(model, PROMPTS, graphs=False, record=True, logprobs=True, **settings)
     assert not taped
-    out = dx.decode(model, PROMPTS, **settings)
+    out = dx.decode(model, PROMPTS, record=True, logprobs=True, **settings)
     assert torch.equal(out.sequences, expected.sequences)
     assert torch.equal(out.nfe, expected.nfe)
+    assert out.trajectory is not None
+    assert torch.equal(out.trajectory.step, expected.trajectory.step)
+    assert torch.equal(out.logprobs.nan_to_num(7.0), expected.logprobs.nan_to_num(7.0))
     (graphs,) = taped
     assert graphs.recorder is not None, "a recording failed"
     assert graphs.replays >= 2, f"{graphs.replays} replays in {out.forwards} passes"
@@ -283,7 +290,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(
     assert taped[0].replays == 0
 
 
-@pytest.mark.parametrize("how", ["hook", "adapter", "policy", "record"])
+@pytest.mark.parametrize("how", ["hook", "adapter", "policy"])
 def test_what_python_has_to_see_is_not_recorded(taped: list[Graphs], how: str) -> None:
     model, calls = models.load(GOLDEN / "llada_tiny_a"), []
     settings: dict[str, Any] = {"gen_length": 16, "block_length": 16, "cache": "dual"}
@@ -304,9 +311,8 @@ def test_what_python_has_to_see_is_not_recorded(taped: list[Graphs], how: str) -
             return torch.zeros_like(eligible)
 
         settings["policy"] = policy
-    out = dx.decode(model, PROMPTS[0], record=how == "record", **settings)
-    assert out.forwards == 16
-    assert len(calls) == (0 if how == "record" else 16)
+    out = dx.decode(model, PROMPTS[0], **settings)
+    assert out.forwards == len(calls) == 16
     assert taped[0].replays == 0
 
 

@@ -271,10 +271,10 @@ def test_bad_arguments_are_named(logits: Tensor, settings: dict, message: str) -
 @everywhere
 def test_opcheck_and_compile() -> None:
     logits = torch.randn(2, 3, 40)
-    args = (logits, None, 5, torch.tensor([1, 2]), 0.0, None, counters(logits, 6))
+    args = (logits, None, 5, torch.tensor([1, 2]), 0.0, 1.0, 0, None, counters(logits, 6))
     torch.library.opcheck(torch.ops.dparallel.row_stats.default, args)
     keys = torch.ones(2, 4, dtype=torch.long)
-    args = (logits, torch.tensor([4, 1]), -1, None, 0.5, keys, counters(logits, 2))
+    args = (logits, torch.tensor([4, 1]), -1, None, 0.5, 0.9, 3, keys, counters(logits, 2))
     torch.library.opcheck(torch.ops.dparallel.row_stats.default, args)
     compiled = torch.compile(lambda x: dx.row_stats(x).entropy * 2, fullgraph=True, backend="eager")
     assert torch.equal(compiled(logits), dx.row_stats(logits).entropy * 2)

@@ -361,7 +361,7 @@ def test_opcheck() -> None:
     start, end = torch.zeros(2, dtype=torch.int64), torch.full((2,), 4)
     policy, suppress = policies.make("entropy", 0.5, batch=2, device=start.device), torch.tensor([3])
     count = counters(logits, 4)
-    args = (tokens, logits, None, start, end, policy, MASK, suppress, 0.0, None, 0, count)
+    args = (tokens, logits, None, start, end, policy, MASK, suppress, 0.0, 1.0, 0, None, 0, count)
     torch.library.opcheck(torch.ops.dparallel.unmask_.default, args)
     score = torch.rand(2, 4)
     args = (score, score, score, score > 0.3, policies.make(batch=2, device=score.device))

@@ -111,7 +111,7 @@ constexpr float kLargestNoise = 22.9f;
 
 template <class T>
 void sample(const RowSpan& span, float inverse_temperature, const SampleKey& key,
-            SamplePart& part) {
+            const Nucleus& nucleus, SamplePart& part) {
   constexpr int64_t kBlock = 4 * kLanes;
   const auto* row = static_cast<const typename T::Storage*>(span.row);
   float z[kBlock], noise[kBlock];
@@ -123,6 +123,7 @@ void sample(const RowSpan& span, float inverse_temperature, const SampleKey& key
     for (int64_t i = 0; i < kBlock; ++i) {
       const int64_t id = base + i;
       z[i] = id >= first && id < last ? clamp_logit(T::value(row[id])) : -kInfinity;
+      if (!nucleus.keeps(z[i], id)) z[i] = -kInfinity;
       largest = z[i] > largest ? z[i] : largest;
     }
     if (largest == -kInfinity) continue;

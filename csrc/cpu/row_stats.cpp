@@ -34,6 +34,62 @@ float load_logit(const void* row, DType dtype, int64_t id) {
   return dtype == DType::bfloat16 ? bfloat16_value(bits) : float16_value(bits);
 }
 
+// visit(z, id) for every admissible id whose logit is above -inf.
+template <class Visit>
+void each_logit(const void* row, const RowJob& job, Visit visit) {
+  const auto read = [&](auto value) {
+    each_admissible(0, job.logits.vocab, job.exclusions, [&](int64_t from, int64_t to) {
+      for (int64_t id = from; id < to; ++id)
+        if (const float z = clamp_logit(value(id)); z > -kInfinity) visit(z, id);
+    });
+  };
+  const auto* bits = static_cast<const uint16_t*>(row);
+  switch (job.logits.dtype) {
+    case DType::bfloat16: return read([&](int64_t id) { return bfloat16_value(bits[id]); });
+    case DType::float16: return read([&](int64_t id) { return float16_value(bits[id]); });
+    default: return read([&](int64_t id) { return static_cast<const float*>(row)[id]; });
+  }
+}
+
+// `top`: the largest admissible logit, clamped. Two reads of the row: after the first digit few ids
+// are left.
+Nucleus find_nucleus(const void* row, const RowJob& job, float top) {
+  const Sampling& sampling = job.sampling;
+  const bool by_mass = sampling.top_p < 1.0;
+  const float inverse = 1.0f / sampling.temperature;
+  NucleusSearch search = NucleusSearch::of(0, sampling.top_k);
+  std::vector<NucleusBin> bins(kNucleusBins);
+  const auto add = [&](int bin, float z) {
+    ++bins[bin].count;
+    if (by_mass) bins[bin].mass += nucleus_weight(z, top, inverse);
+  };
+  std::vector<uint64_t> left;
+  for (int level = 0; level < kNucleusLevels; ++level) {
+    std::fill(bins.begin(), bins.end(), NucleusBin{});
+    if (level == 0)
+      each_logit(row, job, [&](float z, int64_t id) {
+        add(NucleusSearch::digit(0, nucleus_key(z, id), 0), z);
+      });
+    for (const uint64_t key : left) {
+      const int bin = NucleusSearch::digit(level, key, search.prefix);
+      if (bin >= 0) add(bin, nucleus_logit(static_cast<uint32_t>(key >> 32)));
+    }
+    if (level == 0) {
+      unsigned long long total = 0;
+      for (const NucleusBin& bin : bins) total += bin.mass;
+      search.limit = nucleus_limit(sampling.top_p, total);
+    }
+    const int at = search.walk(kNucleusBins, [&](int i) { return bins[i]; });
+    if (search.descend(level, at, bins[at])) break;
+    if (level == 0)
+      each_logit(row, job, [&](float z, int64_t id) {
+        const uint64_t key = nucleus_key(z, id);
+        if (NucleusSearch::digit(1, key, search.prefix) >= 0) left.push_back(key);
+      });
+  }
+  return search.found;
+}
+
 }  // namespace
 
 std::vector<RowAnswer> read_rows(const RowJob& job, Parallel parallel) {
@@ -41,48 +97,55 @@ std::vector<RowAnswer> read_rows(const RowJob& job, Parallel parallel) {
   const Logits& logits = job.logits;
   const int dtype = static_cast<int>(logits.dtype);
   const int64_t chunks = chunks_of(logits.vocab);
-  const float inverse_temperature = job.keys ? 1.0f / job.temperature : 0.0f;
+  const bool samples = job.sampling.samples(), filters = job.sampling.filters();
+  const float inverse_temperature = samples ? 1.0f / job.sampling.temperature : 0.0f;
   const auto row_at = [&](int64_t i) { return row_pointer(logits, job.rows ? job.rows[i] : i); };
 
-  std::vector<RowPart> parts(job.count * chunks);                      // [count, chunks]
-  std::vector<SamplePart> samples(job.keys ? job.count * chunks : 0);  // [count, chunks]
-  run_parallel(parallel, job.count * chunks, [&](int64_t unit) {
+  std::vector<RowPart> parts(job.count * chunks);                   // [count, chunks]
+  std::vector<SamplePart> drawn(samples ? job.count * chunks : 0);  // [count, chunks]
+  std::vector<Nucleus> nuclei(samples ? job.count : 0);             // all ids, unless it filters
+  const auto scan = [&](int64_t unit, bool stats, bool draws) {
     const int64_t i = unit / chunks, begin = unit % chunks * kChunk;
     const int64_t end = std::min(begin + kChunk, logits.vocab);
     const void* row = row_at(i);
     RowPart part;
     SamplePart sample;
     each_admissible(begin, end, job.exclusions, [&](int64_t from, int64_t to) {
-      kernel.stats[dtype]({row, from, to}, part);
-      if (job.keys) kernel.sample[dtype]({row, from, to}, inverse_temperature, job.keys[i], sample);
+      if (stats) kernel.stats[dtype]({row, from, to}, part);
+      if (draws)
+        kernel.sample[dtype]({row, from, to}, inverse_temperature, job.keys[i], nuclei[i], sample);
     });
-    parts[unit] = part;
-    if (job.keys) samples[unit] = sample;
-  });
+    if (stats) parts[unit] = part;
+    if (draws) drawn[unit] = sample;
+  };
+  run_parallel(parallel, job.count * chunks,
+               [&](int64_t unit) { scan(unit, true, samples && !filters); });
 
   const int64_t mask_id = job.exclusions.mask_id;
   const bool mask_counts =
       mask_id >= 0 && mask_id < logits.vocab && !suppressed(job.exclusions, mask_id);
+  std::vector<RowPart> rows(job.count);
+  for (int64_t i = 0; i < job.count; ++i)
+    for (int64_t c = 0; c < chunks; ++c) rows[i].merge(parts[i * chunks + c]);
+  if (filters) {
+    run_parallel(parallel, job.count, [&](int64_t i) {
+      if (rows[i].error() == kRowOk) nuclei[i] = find_nucleus(row_at(i), job, rows[i].top1);
+    });
+    run_parallel(parallel, job.count * chunks, [&](int64_t unit) { scan(unit, false, true); });
+  }
   std::vector<RowAnswer> answers(job.count);
   for (int64_t i = 0; i < job.count; ++i) {
-    RowPart part;
-    for (int64_t c = 0; c < chunks; ++c) part.merge(parts[i * chunks + c]);
-    const float mask_logit = mask_counts ? load_logit(row_at(i), logits.dtype, mask_id) : 0.0f;
-    if (mask_counts) part.add(mask_logit, static_cast<int32_t>(mask_id), false);
+    RowPart& part = rows[i];
+    if (mask_counts)
+      part.add(load_logit(row_at(i), logits.dtype, mask_id), static_cast<int32_t>(mask_id), false);
     answers[i].error = part.error();
     if (answers[i].error != kRowOk) continue;
-    if (!job.keys) {
+    if (!samples) {
       answers[i].result = finish(part);
       continue;
     }
     SamplePart sample;
-    for (int64_t c = 0; c < chunks; ++c) sample.merge(samples[i * chunks + c], inverse_temperature);
-    if (mask_counts) {
-      SamplePart mask;
-      mask.max = clamp_logit(mask_logit);
-      mask.sum = mask_logit == -kInfinity ? 0.0f : 1.0f;
-      sample.merge(mask, inverse_temperature);
-    }
+    for (int64_t c = 0; c < chunks; ++c) sample.merge(drawn[i * chunks + c], inverse_temperature);
     answers[i].result = finish(part, sample, inverse_temperature);
   }
   return answers;
@@ -90,18 +153,13 @@ std::vector<RowAnswer> read_rows(const RowJob& job, Parallel parallel) {
 
 void row_stats(const RowStatsArgs& args, Parallel parallel) {
   std::vector<SampleKey> keys;
-  if (args.sampling.temperature > 0.0f)
+  if (args.sampling.samples())
     for (int64_t i = 0; i < args.count; ++i) {
       const int64_t* k = args.sampling.keys + 4 * i;
       keys.push_back({static_cast<uint64_t>(k[0]), static_cast<uint32_t>(k[1]),
                       static_cast<uint32_t>(k[2]), static_cast<uint32_t>(k[3])});
     }
-  const RowJob job{args.logits,
-                   args.rows,
-                   args.count,
-                   args.exclusions,
-                   args.sampling.temperature,
-                   keys.empty() ? nullptr : keys.data()};
+  const RowJob job{args.logits, args.rows, args.count, args.exclusions, args.sampling, keys.data()};
   const std::vector<RowAnswer> answers = read_rows(job, parallel);
   for (int64_t i = 0; i < args.count; ++i) {
     const RowAnswer& answer = answers[i];

@@ -9,16 +9,16 @@
 
 namespace dparallel::cpu {
 
-// results[i] and errors[i] of logits row rows[i], i in [0, count). key_of(i) is asked for only when
-// sampling. Work is split by row and by a fixed share of the vocabulary, so that neither the batch
-// nor the number of threads changes a bit of a result.
+// results[i] and errors[i] of logits row rows[i], i in [0, count). Work is split by row and by a
+// fixed share of the vocabulary, so that neither the batch nor the number of threads changes a bit
+// of a result.
 struct RowJob {
   const Logits& logits;
   const int64_t* rows;  // [count], or null: row i
   int64_t count;
   const Exclusions& exclusions;
-  float temperature;
-  const SampleKey* keys;  // [count], or null: no sampling
+  const Sampling& sampling;
+  const SampleKey* keys;  // [count], where it samples
 };
 
 struct RowAnswer {

@@ -34,7 +34,7 @@ void unmask(const UnmaskArgs& args, Parallel parallel) {
     if (!masked(position)) continue;
     needed.push_back({row, position});
     rows.push_back(row);
-    if (args.sampling.temperature > 0.0f) {
+    if (args.sampling.samples()) {
       const int64_t* k = args.sampling.keys + position / args.length * 3;
       const int64_t where = position % args.length + args.sampling.position_offset;
       keys.push_back({static_cast<uint64_t>(k[0]), static_cast<uint32_t>(k[1]),
@@ -42,12 +42,8 @@ void unmask(const UnmaskArgs& args, Parallel parallel) {
     }
   }
 
-  const RowJob job{args.logits,
-                   rows.data(),
-                   static_cast<int64_t>(rows.size()),
-                   args.exclusions,
-                   args.sampling.temperature,
-                   keys.empty() ? nullptr : keys.data()};
+  const RowJob job{args.logits,     rows.data(),   static_cast<int64_t>(rows.size()),
+                   args.exclusions, args.sampling, keys.data()};
   const std::vector<RowAnswer> answers = read_rows(job, parallel);
 
   std::fill(args.output.tokens, args.output.tokens + 2 * args.count, -1);

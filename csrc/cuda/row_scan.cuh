@@ -5,6 +5,7 @@
 
 #include "device.cuh"
 #include "dparallel/launch.h"
+#include "dparallel/nucleus.h"
 #include "dparallel/philox.h"
 
 namespace dparallel::cuda {
@@ -20,6 +21,7 @@ inline int64_t chunks_of(int64_t vocab) { return (vocab + kChunk - 1) / kChunk; 
 struct Sampler {
   float inverse_temperature;
   SampleKey key;
+  Nucleus nucleus;
 };
 
 // Ids first_id ... first_id + W - 1 into the thread's parts.
@@ -49,7 +51,7 @@ __device__ __forceinline__ void accumulate(float (&z)[W], int64_t first_id, cons
     const float e = exp2_fast(d * kLog2e);
     part.sum += e;
     part.weighted += e * d;
-    if (kSample)
+    if (kSample && first_id + i != ex.mask_id && sampler.nucleus.keeps(z[i], first_id + i))
       sample.sum += exp2_fast(max_nan(d * sampler.inverse_temperature, kExpFloor) * kLog2e);
   }
   if (top > part.top2) {
@@ -66,7 +68,8 @@ __device__ __forceinline__ void accumulate(float (&z)[W], int64_t first_id, cons
       for (int j = 0; j < 4; ++j) {
         const int i = 4 * group + j;
         const float score = z[i] * sampler.inverse_temperature + gumbel(random.word[j]);
-        if (score > sample.score && first_id + i != ex.mask_id) {
+        if (score > sample.score && first_id + i != ex.mask_id &&
+            sampler.nucleus.keeps(z[i], first_id + i)) {
           sample.score = score;
           sample.logit = z[i];
           sample.token = static_cast<int32_t>(first_id + i);
@@ -152,20 +155,23 @@ __device__ void scan_chunk(const void* row, int64_t vocab, int64_t chunk, const 
 struct Scratch {
   RowPart* parts;       // [count, chunks]
   SamplePart* samples;  // [count, chunks], or null
+  Nucleus* nuclei;      // [count], or null; by a launch before
   float* keys;          // [count]; NaN: not to be selected
   float* sorted;        // [count]
   int32_t* ranks;       // [count]
 
-  static int64_t bytes(int64_t count, int64_t chunks, bool sampling) {
-    const int64_t per_chunk = sizeof(RowPart) + (sampling ? sizeof(SamplePart) : 0);
-    return count * (chunks * per_chunk + 12);
+  static int64_t bytes(int64_t count, int64_t chunks, const Sampling& sampling) {
+    const int64_t per_chunk = sizeof(RowPart) + (sampling.samples() ? sizeof(SamplePart) : 0);
+    return count * (chunks * per_chunk + 12 + (sampling.filters() ? sizeof(Nucleus) : 0));
   }
-  static Scratch at(void* memory, int64_t count, int64_t chunks, bool sampling) {
+  static Scratch at(void* memory, int64_t count, int64_t chunks, const Sampling& sampling) {
     Scratch s;
     s.parts = static_cast<RowPart*>(memory);
     s.samples = reinterpret_cast<SamplePart*>(s.parts + count * chunks);
-    s.keys = reinterpret_cast<float*>(s.samples + (sampling ? count * chunks : 0));
-    if (!sampling) s.samples = nullptr;
+    s.nuclei = reinterpret_cast<Nucleus*>(s.samples + (sampling.samples() ? count * chunks : 0));
+    s.keys = reinterpret_cast<float*>(s.nuclei + (sampling.filters() ? count : 0));
+    if (!sampling.samples()) s.samples = nullptr;
+    if (!sampling.filters()) s.nuclei = nullptr;
     s.sorted = s.keys + count;
     s.ranks = reinterpret_cast<int32_t*>(s.sorted + count);
     return s;

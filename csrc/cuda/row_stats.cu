@@ -1,8 +1,18 @@
 // row_stats: one block per chunk of a row; the last block of a row merges its chunks.
-#include "row_scan.cuh"
+#include "nucleus.cuh"
 
 namespace dparallel::cuda {
 namespace {
+
+// One block per row: what may be sampled of it.
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    row_nucleus_kernel(RowStatsArgs args, Scratch scratch) {
+  const int64_t row = args.rows ? args.rows[blockIdx.x] : blockIdx.x;
+  const Nucleus found = find_nucleus<T>(row_pointer(args.logits, row), args.logits.vocab,
+                                        args.exclusions, args.sampling);
+  if (threadIdx.x == 0) scratch.nuclei[blockIdx.x] = found;
+}
 
 template <class T, bool kSample>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
@@ -15,6 +25,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     sampler.inverse_temperature = 1.0f / args.sampling.temperature;
     sampler.key = {static_cast<uint64_t>(k[0]), static_cast<uint32_t>(k[1]),
                    static_cast<uint32_t>(k[2]), static_cast<uint32_t>(k[3])};
+    if (scratch.nuclei != nullptr) sampler.nucleus = scratch.nuclei[i];
   }
   RowPart part;
   SamplePart sample;
@@ -35,7 +46,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 }  // namespace
 
 int64_t row_stats_scratch(const RowStatsArgs& args) {
-  return Scratch::bytes(args.count, chunks_of(args.logits.vocab), args.sampling.temperature > 0.0f);
+  return Scratch::bytes(args.count, chunks_of(args.logits.vocab), args.sampling);
 }
 
 int64_t row_stats_counters(const RowStatsArgs& args) { return args.count; }
@@ -43,12 +54,14 @@ int64_t row_stats_counters(const RowStatsArgs& args) { return args.count; }
 int row_stats(const RowStatsArgs& args, const Workspace& workspace, void* stream) {
   if (args.count == 0) return 0;
   const int64_t chunks = chunks_of(args.logits.vocab);
-  const bool sampling = args.sampling.temperature > 0.0f;
-  const Scratch scratch = Scratch::at(workspace.scratch, args.count, chunks, sampling);
+  const Scratch scratch = Scratch::at(workspace.scratch, args.count, chunks, args.sampling);
   const unsigned grid = static_cast<unsigned>(args.count * chunks);
   return dispatch(args.logits.dtype, [&](auto type) {
     using T = decltype(type);
-    if (sampling)
+    if (args.sampling.filters())
+      DPARALLEL_LAUNCH((row_nucleus_kernel<T>), static_cast<unsigned>(args.count), kThreads, stream,
+                       args, scratch);
+    if (args.sampling.samples())
       DPARALLEL_LAUNCH((row_stats_kernel<T, true>), grid, kThreads, stream, args, scratch,
                        workspace.counters, chunks);
     else

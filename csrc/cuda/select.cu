@@ -29,12 +29,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 }  // namespace
 
 int64_t select_scratch(const SelectArgs& args) {
-  return Scratch::bytes(args.batch * args.length, 0, false);
+  return Scratch::bytes(args.batch * args.length, 0, Sampling{});
 }
 
 int select(const SelectArgs& args, const Workspace& workspace, void* stream) {
   if (args.batch == 0 || args.length == 0) return 0;
-  const Scratch scratch = Scratch::at(workspace.scratch, args.batch * args.length, 0, false);
+  const Scratch scratch = Scratch::at(workspace.scratch, args.batch * args.length, 0, Sampling{});
   DPARALLEL_LAUNCH(select_kernel, static_cast<unsigned>(args.batch), kThreads, stream, args,
                    scratch);
   return static_cast<int>(cudaGetLastError());

@@ -4,6 +4,7 @@
 // window; the others leave at once. One more block per sequence only counts. The last of a
 // sequence's blocks to arrive merges the chunks, selects and commits; the last sequence to finish
 // sets the done flag. Every counter is zero again at the end.
+#include "nucleus.cuh"
 #include "select.cuh"
 
 namespace dparallel::cuda {
@@ -71,7 +72,7 @@ __device__ void settle(const Sequence& s, const Scratch& scratch, int64_t chunks
                        int32_t* counters) {
   DPARALLEL_SHARED(worst, long long);  // the lowest error
   const UnmaskArgs& args = s.args;
-  const float inverse = args.sampling.temperature > 0.0f ? 1.0f / args.sampling.temperature : 0.0f;
+  const float inverse = args.sampling.samples() ? 1.0f / args.sampling.temperature : 0.0f;
   const Policy policy = Policy::load(args.policy + s.b * kPolicyFields);
   const int64_t masked = count_masked(s);
   if (threadIdx.x == 0) worst = kNoError;
@@ -130,6 +131,18 @@ __device__ void settle(const Sequence& s, const Scratch& scratch, int64_t chunks
   }
 }
 
+// One block per row of the logits: what may be sampled of it, where it is needed.
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    unmask_nucleus_kernel(UnmaskArgs args, Scratch scratch) {
+  const int64_t row = blockIdx.x;
+  const int64_t position = args.positions ? args.positions[row] : row;
+  if (!sequence_of(args, position / args.length).needs_row(row)) return;
+  const Nucleus found = find_nucleus<T>(row_pointer(args.logits, row), args.logits.vocab,
+                                        args.exclusions, args.sampling);
+  if (threadIdx.x == 0) scratch.nuclei[row] = found;
+}
+
 template <class T, bool kSample>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     unmask_kernel(UnmaskArgs args, Scratch scratch, int32_t* counters, int64_t chunks) {
@@ -149,6 +162,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       sampler.inverse_temperature = 1.0f / args.sampling.temperature;
       sampler.key = {static_cast<uint64_t>(k[0]), static_cast<uint32_t>(k[1]),
                      static_cast<uint32_t>(where), static_cast<uint32_t>(k[2])};
+      if (scratch.nuclei != nullptr) sampler.nucleus = scratch.nuclei[row];
     }
     RowPart part;
     SamplePart sample;
@@ -168,7 +182,7 @@ __global__ void empty_batch_kernel(bool* done) { *done = true; }
 }  // namespace
 
 int64_t unmask_scratch(const UnmaskArgs& args) {
-  return Scratch::bytes(args.count, chunks_of(args.logits.vocab), args.sampling.temperature > 0.0f);
+  return Scratch::bytes(args.count, chunks_of(args.logits.vocab), args.sampling);
 }
 
 int64_t unmask_counters(const UnmaskArgs& args) { return args.batch + 2; }
@@ -179,12 +193,14 @@ int unmask(const UnmaskArgs& args, const Workspace& workspace, void* stream) {
     return static_cast<int>(cudaGetLastError());
   }
   const int64_t chunks = chunks_of(args.logits.vocab);
-  const bool sampling = args.sampling.temperature > 0.0f;
-  const Scratch scratch = Scratch::at(workspace.scratch, args.count, chunks, sampling);
+  const Scratch scratch = Scratch::at(workspace.scratch, args.count, chunks, args.sampling);
   const unsigned grid = static_cast<unsigned>(args.count * chunks + args.batch);
   return dispatch(args.logits.dtype, [&](auto type) {
     using T = decltype(type);
-    if (sampling)
+    if (args.sampling.filters() && args.count > 0)
+      DPARALLEL_LAUNCH((unmask_nucleus_kernel<T>), static_cast<unsigned>(args.count), kThreads,
+                       stream, args, scratch);
+    if (args.sampling.samples())
       DPARALLEL_LAUNCH((unmask_kernel<T, true>), grid, kThreads, stream, args, scratch,
                        workspace.counters, chunks);
     else

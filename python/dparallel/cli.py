@@ -86,8 +86,10 @@ def decode(
     gen_length: Annotated[int | None, typer.Option(help="tokens; default 64 built-in, 256 else")] = None,
     block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
     cache: Annotated[str, typer.Option(help="none, prefix, dual, or block (block-causal)")] = "none",
-    temperature: float = 0.0,
-    seed: int = 0,
+    temperature: Annotated[float, typer.Option(help="0: greedy")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(help="sample from the ids of so much probability")] = None,
+    top_k: Annotated[int | None, typer.Option(help="sample from so many ids; 0: all")] = None,
+    seed: Annotated[int | None, typer.Option(help="of the samples; default: another each time")] = None,
     device: str | None = None,
     fp8: Fp8Option = False,
     stream: Annotated[bool, typer.Option("--stream", help="show the unmasking")] = False,
@@ -108,6 +110,8 @@ def decode(
         if not any(calls):
             raise ValueError("prompt: expected one, as an argument or with --file or --batch")
         settings = parse_policy(policy)
+        if seed is None:
+            torch.seed()  # a fresh process's generator always begins alike
         loaded, tokenizer = registry.load(model, device=device, fp8=fp8)
         length = gen_length or (tasks.GEN_LENGTH if model.startswith("builtin:") else 256)
         console = Console()
@@ -124,6 +128,8 @@ def decode(
                     block_length=block_length,
                     cache=cache,
                     temperature=temperature,
+                    top_p=top_p,
+                    top_k=top_k,
                     seed=seed,
                     streamer=live,
                     **settings,

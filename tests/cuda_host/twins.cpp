@@ -142,6 +142,15 @@ std::vector<int64_t> random_suppress(int64_t vocab) {
   return ids;
 }
 
+// Of half of the calls at temperature 0.
+Sampling random_sampling(const std::vector<int64_t>& keys, int64_t position_offset) {
+  const float temperature = chance(0.5) ? 0.0f : static_cast<float>(uniform(0.3, 2.0));
+  Sampling sampling{temperature, keys.data(), position_offset};
+  if (chance(0.4)) sampling.top_p = chance(0.1) ? 0.0 : uniform(0.0, 1.0);
+  if (chance(0.4)) sampling.top_k = one_of<int64_t>({1, 2, 17, 3000});
+  return sampling;
+}
+
 struct Result {
   std::vector<int64_t> tokens, error;
   std::vector<float> fields;
@@ -174,10 +183,9 @@ void row_stats_case() {
   for (auto& k : keys) k = below(1 << 20);
   const Exclusions exclusions{chance(0.7) ? below(vocab) : -1, suppress.data(),
                               static_cast<int64_t>(suppress.size())};
-  const float temperature = chance(0.5) ? 0.0f : static_cast<float>(uniform(0.3, 2.0));
   Result on_cuda(count, count), on_cpu(count, count);
   RowStatsArgs args{logits.flat(), indexed ? rows.data() : nullptr, count,
-                    exclusions,    {temperature, keys.data(), 0},   on_cpu.output()};
+                    exclusions,    random_sampling(keys, 0),        on_cpu.output()};
   cpu::row_stats(args, serial);
   args.output = on_cuda.output();
   Memory memory(cuda::row_stats_scratch(args), cuda::row_stats_counters(args));
@@ -270,7 +278,6 @@ void unmask_case() {
   const std::vector<int64_t> suppress = random_suppress(vocab);
   std::vector<int64_t> keys(3 * batch);
   for (auto& k : keys) k = below(1 << 20);
-  const float temperature = chance(0.6) ? 0.0f : static_cast<float>(uniform(0.3, 2.0));
   const std::vector<float> policy = random_policy(batch);
   std::vector<int64_t> tokens_cpu = tokens, tokens_cuda = tokens;
   std::vector<int64_t> committed_cpu(batch, -7), committed_cuda(batch, -7);
@@ -289,7 +296,7 @@ void unmask_case() {
                   end.data(),
                   policy.data(),
                   {mask_id, suppress.data(), static_cast<int64_t>(suppress.size())},
-                  {temperature, keys.data(), below(100)},
+                  random_sampling(keys, below(100)),
                   committed_cpu.data(),
                   remaining_cpu.data(),
                   &done_cpu,

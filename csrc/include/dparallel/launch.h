@@ -16,6 +16,11 @@ struct Sampling {
   // unmask:    [batch, 3] seed, sequence, step; the position is column + position_offset.
   const int64_t* keys;
   int64_t position_offset;
+  double top_p = 1.0;  // see nucleus.h; 1: all
+  int64_t top_k = 0;   // 0: all
+
+  DP_HD bool samples() const { return temperature > 0.0f; }
+  DP_HD bool filters() const { return samples() && (top_p < 1.0 || top_k > 0); }
 };
 
 struct RowOutput {

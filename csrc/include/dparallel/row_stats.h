@@ -103,13 +103,13 @@ struct RowResult {
   float field[kRowFields];
 };
 
-// The sampled side of a row: Gumbel-max over logits / T, with the logits' own softmax at T beside
-// it.
+// The sampled side of a row: Gumbel-max over logits / T of the ids that may be drawn (not the mask
+// token, nor what the nucleus leaves out), with their own softmax at T beside it.
 struct SamplePart {
   float score = -kInfinity;  // the largest z / T + Gumbel noise
   float logit = -kInfinity;  // its z
   int32_t token = -1;
-  float max = -kInfinity;  // of z, mask token included
+  float max = -kInfinity;  // at least that of z
   float sum = 0.0f;        // sum exp((z - max) / T)
 
   DP_HD void merge(SamplePart other, float inverse_temperature) {
