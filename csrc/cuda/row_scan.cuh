@@ -41,7 +41,6 @@ __device__ __forceinline__ void accumulate(float (&z)[W], int64_t first_id, cons
 #pragma unroll
   for (int i = 0; i < W; ++i) top = fmaxf(top, z[i]);  // ignores NaN
   if (top > part.max) {
-    if (kSample) sample.rescale(top, sampler.inverse_temperature);
     part.rescale(top);
     base = top;
   }
@@ -51,8 +50,6 @@ __device__ __forceinline__ void accumulate(float (&z)[W], int64_t first_id, cons
     const float e = exp2_fast(d * kLog2e);
     part.sum += e;
     part.weighted += e * d;
-    if (kSample && first_id + i != ex.mask_id && sampler.nucleus.keeps(z[i], first_id + i))
-      sample.sum += exp2_fast(max_nan(d * sampler.inverse_temperature, kExpFloor) * kLog2e);
   }
   if (top > part.top2) {
 #pragma unroll
@@ -60,20 +57,32 @@ __device__ __forceinline__ void accumulate(float (&z)[W], int64_t first_id, cons
       if (z[i] > part.top2 && first_id + i != ex.mask_id)
         part.rank(z[i], static_cast<int32_t>(first_id + i));
   }
-  if (kSample && top * sampler.inverse_temperature + kLargestNoise >= sample.score) {
+  if (!kSample) return;
+  const float inverse = sampler.inverse_temperature;
+  float highest = -kInfinity;  // of what may be drawn
 #pragma unroll
-    for (int group = 0; group < W / 4; ++group) {
-      const Random4 random = philox(sampler.key, static_cast<uint32_t>(first_id / 4) + group);
+  for (int i = 0; i < W; ++i) {
+    const int64_t id = first_id + i;
+    if (id == ex.mask_id || !sampler.nucleus.keeps(z[i], id)) z[i] = -kInfinity;
+    highest = fmaxf(highest, z[i]);
+  }
+  if (highest == -kInfinity) return;
+  if (highest > sample.max) sample.rescale(highest, inverse);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int i = 4 * group + j;
-        const float score = z[i] * sampler.inverse_temperature + gumbel(random.word[j]);
-        if (score > sample.score && first_id + i != ex.mask_id &&
-            sampler.nucleus.keeps(z[i], first_id + i)) {
-          sample.score = score;
-          sample.logit = z[i];
-          sample.token = static_cast<int32_t>(first_id + i);
-        }
+  for (int i = 0; i < W; ++i)
+    sample.sum += exp2_fast(max_nan((z[i] - sample.max) * inverse, kExpFloor) * kLog2e);
+  if (highest * inverse + kLargestNoise < sample.score) return;  // none of these can win
+#pragma unroll
+  for (int group = 0; group < W / 4; ++group) {
+    const Random4 random = philox(sampler.key, static_cast<uint32_t>(first_id / 4) + group);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int i = 4 * group + j;
+      const float score = z[i] * inverse + gumbel(random.word[j]);
+      if (score > sample.score) {
+        sample.score = score;
+        sample.logit = z[i];
+        sample.token = static_cast<int32_t>(first_id + i);
       }
     }
   }

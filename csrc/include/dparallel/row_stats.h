@@ -109,7 +109,7 @@ struct SamplePart {
   float score = -kInfinity;  // the largest z / T + Gumbel noise
   float logit = -kInfinity;  // its z
   int32_t token = -1;
-  float max = -kInfinity;  // at least that of z
+  float max = -kInfinity;  // of z
   float sum = 0.0f;        // sum exp((z - max) / T)
 
   DP_HD void merge(SamplePart other, float inverse_temperature) {
