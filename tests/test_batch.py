@@ -320,7 +320,7 @@ def test_passes_that_run_ahead_are_the_same(seed, count, way, most, temperature,
     else:
         own |= {"gen_length": 32, "steps": 4 * (1 + seed % 5) if model.block_length is None else None}
     own |= {"cache": cache, "block_length": 8, "record": True, "temperature": temperature}
-    own |= {"batch_invariant": alone, "eos_id": 5}
+    own |= {"batch_invariant": alone, "eos_id": 5, "seed": seed}
     found = []
     for ahead in (1, 3, 8):
         with pytest.MonkeyPatch.context() as patch:

@@ -79,6 +79,17 @@ def test_decode_a_file_of_lines_and_json(tmp_path: Path):
     assert first == second
 
 
+def test_decode_samples(checkpoint: Path):
+    args = ("decode", PROMPT, "--model", checkpoint, "--gen-length", 16, "--json")
+
+    def sampled(*more: object) -> str:
+        return json.loads(run(*args, "--temperature", 3, *more))["response"]
+
+    assert sampled("--seed", 1, "--top-p", 0.9) == sampled("--seed", 1, "--top-p", 0.9)
+    assert sampled("--top-k", 1) == json.loads(run(*args))["response"]
+    assert len({sampled() for _ in range(3)}) > 1
+
+
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 def test_decode_with_a_checkpoint_directory(checkpoint: Path, cache: str):
     args = ("--gen-length", 16, "--block-length", 8, "--policy", "quota:2", "--cache", cache)
@@ -94,6 +105,8 @@ def test_decode_with_a_checkpoint_directory(checkpoint: Path, cache: str):
         (("decode", "x", "--model", "nowhere"), "model: 'nowhere'"),
         (("decode", "x", "--cache", "all"), "cache: expected one of"),
         (("decode", "x", "--temperature", "-1"), "temperature: expected"),
+        (("decode", "x", "--top-p", "2"), "top_p: expected"),
+        (("decode", "x", "--top-k", "-1"), "top_k: expected"),
         (("decode", "--file", "nowhere.txt"), "nowhere.txt"),
         (("evaluate", "--problems", "0"), "problems: expected"),
         (("evaluate", "--policy", "x"), "policy: expected"),
