@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import policies
 from .batch import Batch
-from .decode import make_settings, run, start, whole
+from .decode import drawn_seed, make_settings, run, start, whole
 from .models import Model, traits
 from .ops import check_sampling, row_stats, select
 from .passes import Policy
@@ -227,7 +227,7 @@ def _by_logits(
     batch, start_of = len(rows), rows.shape[1]
     blocks = gen_length // block_length
     share, rest = divmod(block_length, steps // blocks) if blocks else (0, 0)
-    seed = int(torch.randint(2**62, ())) if temperature > 0 else 0
+    seed = drawn_seed(temperature)
     forwards = 0
     with torch.no_grad():
         x = F.pad(rows.to(torch.int64), (0, gen_length), value=mask_id)  # (B, L)
@@ -416,7 +416,7 @@ def diffusion_generate(
         padding = F.pad(padding, (0, new), value=True)
     look_at_tokens = generation_tokens_hook_func or (lambda step, x, logits: x)
     look_at_logits = generation_logits_hook_func or (lambda step, x, logits: logits)
-    seed = int(torch.randint(2**62, ())) if temperature > 0 else 0
+    seed = drawn_seed(temperature)
     history = []
     with torch.no_grad():
         times = torch.linspace(1, eps, steps + 1, device=x.device)

@@ -453,7 +453,7 @@ def make_settings(
         suppress = torch.as_tensor(suppress, dtype=torch.int64)
     top_p, top_k = check_sampling(temperature, top_p, top_k)
     if seed is None:
-        seed = int(torch.randint(2**62, ())) if temperature > 0 else 0
+        seed = drawn_seed(temperature)
     try:
         seeds = torch.as_tensor(seed)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -475,6 +475,11 @@ def make_settings(
         Settings(tuple(row), schedule, temperature, suppress, key, eos_id, tuple(stops), top_p, top_k, record)
         for row, key in zip(rows.tolist(), keys, strict=True)
     ]
+
+
+def drawn_seed(temperature: float) -> int:
+    """A seed from torch's generator on the CPU, which is left as it is where nothing is sampled."""
+    return int(torch.randint(2**62, (), device="cpu")) if temperature > 0 else 0
 
 
 def whole(name: str, value: Any, least: int) -> None:
