@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STAND_IN, assert_stats_close, everywhere
+from conftest import STAND_IN, assert_stats_close, every_level, everywhere
 from torch import Tensor
 
 import dparallel_ext as dx
@@ -31,7 +31,7 @@ def logits_of(rows: int, vocab: int, dtype: torch.dtype, *, coarse: bool) -> Ten
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocab", [1, 2, 40, 1001, 20000])
-@everywhere
+@every_level
 def test_samples_of_the_nucleus_match_the_oracle(dtype: torch.dtype, vocab: int) -> None:
     """Also where many logits are equal, and the mask token or a suppressed id is the most probable."""
     for coarse in (False, True):
