@@ -30,7 +30,7 @@ def logits_of(rows: int, vocab: int, dtype: torch.dtype, *, coarse: bool) -> Ten
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("vocab", [1, 2, 40, 1001, 20000])
+@pytest.mark.parametrize("vocab", [1, 2, 40, 1001, 5000])
 @every_level
 def test_samples_of_the_nucleus_match_the_oracle(dtype: torch.dtype, vocab: int) -> None:
     """Also where many logits are equal, and the mask token or a suppressed id is the most probable."""
