@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import assert_stats_close, counters, every_level, everywhere, refused
+from conftest import LEVELS, assert_stats_close, counters, every_level, everywhere, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -285,6 +285,8 @@ def test_the_instruction_set_can_be_lowered() -> None:
     dx.ops._C.use_simd_level("portable")
     assert dx.simd_level() == "portable"
     dx.ops._C.use_simd_level("avx512")  # where a machine has less, its best
+    assert LEVELS.index(before) <= ["portable", "avx2", "avx512"].index(dx.simd_level())
+    dx.ops._C.use_simd_level(before)
     assert dx.simd_level() == before
     with pytest.raises(ValueError, match="level: expected portable, avx2 or avx512, got 'sse'"):
         dx.ops._C.use_simd_level("sse")

@@ -82,11 +82,17 @@ def test_jsonl_holds_the_same(whole: Path, prompts: list[Prompt], loaded: Any, t
     trajectories.generate(tmp_path, prompts, settings, loaded=loaded, progress=False)
     files = sorted(tmp_path.glob("part-*.jsonl"))
     rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    for ours, theirs in zip(rows, rows_of(whole), strict=True):
-        assert {**ours, "confidence": 0} == {**theirs, "confidence": 0}
-        assert ours["confidence"] == pytest.approx(theirs["confidence"])
+    same_rows(rows, rows_of(whole))
     one, other = Trajectories(tmp_path), Trajectories(whole)
     assert torch.equal(one.ids, other.ids)
+
+
+def same_rows(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """Of the same settings. The last bits of a probability depend on the process: on how many threads it has,
+    and in float32 on where its memory lies."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert {**one, "confidence": 0} == {**other, "confidence": 0}
+        assert one["confidence"] == pytest.approx(other["confidence"], rel=1e-5)
 
 
 def command(out: Path) -> list[str]:
@@ -107,7 +113,7 @@ def test_a_killed_run_goes_on_and_loses_and_doubles_nothing(whole: Path, tmp_pat
         Trajectories(tmp_path)
     (tmp_path / "part-00004.parquet.partial").write_text("half a shard")
     subprocess.run(command(tmp_path), check=True, stderr=subprocess.DEVNULL)
-    assert rows_of(tmp_path) == rows_of(whole)
+    same_rows(rows_of(tmp_path), rows_of(whole))
     assert all((tmp_path / name).stat().st_mtime_ns == at for name, at in done.items())
     assert not list(tmp_path.glob("*.partial"))
 
@@ -136,7 +142,7 @@ def test_several_processes_each_do_their_share(launcher: str, whole: Path, tmp_p
     assert done.returncode == 0, done.stderr
     assert "trajectories 0/2" in done.stderr
     assert "trajectories 1/2" in done.stderr
-    assert rows_of(tmp_path) == rows_of(whole)
+    same_rows(rows_of(tmp_path), rows_of(whole))
 
 
 def test_shares_do_not_depend_on_how_many_processes_there_were_before(
@@ -149,7 +155,7 @@ def test_shares_do_not_depend_on_how_many_processes_there_were_before(
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.delenv("RANK")
     trajectories.generate(tmp_path, prompts, SMALL, loaded=loaded, progress=False)
-    assert rows_of(tmp_path) == rows_of(whole)
+    same_rows(rows_of(tmp_path), rows_of(whole))
 
 
 def test_a_run_of_other_settings_or_prompts_is_refused(whole: Path, prompts: list[Prompt], loaded: Any):
