@@ -68,8 +68,10 @@ class Batch:
         self.refresh, self.alone = refresh, batch_invariant
         self.block_length, self.pad_id = block_length, pad_id
         self.traits = traits(model)
+        self.causal = self.traits.block_length is not None
+        """The model is block-causal, by blocks of `block_length`."""
         self.sub_block_length = sub_block_length or block_length
-        self.within = cache == "dual" and self.traits.block_length is not None
+        self.within = cache == "dual" and self.causal
         """Cache "dual" inside the active block; those before it are stored as with "block"."""
         if self.within:
             self.cache = cache = "block"
@@ -92,27 +94,35 @@ class Batch:
         )
 
     def admit(
-        self, lane: int, prompt: Tensor, gen_length: int, settings: Settings, *, stored: int = 0
+        self,
+        lane: int,
+        prompt: Tensor,
+        gen_length: int,
+        settings: Settings,
+        *,
+        masked: Sequence[int] = (),
+        stored: int = 0,
     ) -> Row:
         """Begin a sequence: `gen_length` tokens after `prompt` (P,) int64, in place of what the lane held.
 
-        `stored`: positions whose keys and values are in the lane's slots already (cache "block").
+        `masked`: columns of the prompt that hold masks and are filled too, ascending. `stored`: positions
+        whose keys and values are in the lane's slots already (cache "block").
 
         Raises ValueError where `steps` does not divide into the blocks, or for an id to suppress that the
         model does not have.
         """
-        first, size, causal = len(prompt), self.block_length, self.traits.block_length is not None
-        blocks = lay_out(first, gen_length, size, causal, settings.steps)
-        end = blocks[-1][1] if blocks else first
-        prefill = self.cache == "block" and first >= size and bool(blocks)
+        first, size = len(prompt), self.block_length
+        layout = lay_out(first, gen_length, size, self.causal, settings.steps, masked)
+        prefill = self.cache == "block" and bool(layout.blocks) and layout.columns[0] >= size
         suppress = self.passes.suppress(settings.suppress)
-        row = Row(first, end, blocks, settings, end - first, suppress, published=int(prefill), stored=stored)
+        kept = len(layout.columns)
+        row = Row(first, layout, settings, kept, suppress, published=int(prefill), stored=stored)
         self.rows[lane] = row
         if settings.record:
             self.passes.trajectory.clear(lane)
         self.tokens[lane, :first] = prompt
-        self.tokens[lane, first:end] = self.mask_id
-        self.tokens[lane, end:] = self.pad_id
+        self.tokens[lane, first : row.length] = self.mask_id
+        self.tokens[lane, row.length :] = self.pad_id
         self._enter(row)
         return row
 
@@ -128,21 +138,20 @@ class Batch:
 
     @staticmethod
     def _enter(row: Row) -> None:
-        """Begin the active block, which is all masks."""
+        """Begin the active block, none of whose masks has been filled."""
         row.turn, row.waiting = 0, False
         if not row.done:
-            start, end = row.block
-            row.left, row.leftmost = end - start, start
+            row.left, row.leftmost = row.held, row.ahead
 
     def release(self, lane: int) -> None:
         """Forget the lane's sequence."""
         self.rows[lane] = IDLE
 
     def end(self, b: int) -> None:
-        """Sequence b is complete: what comes after its last finished block is padding."""
+        """Sequence b is complete: the masks after its last finished block, which adjoin, become padding."""
         row = self.rows[b]
         if not row.done:
-            self.tokens[b, row.block[0] : row.length] = self.pad_id
+            self.tokens[b, row.ahead : row.columns[-1] + 1] = self.pad_id
             row.at = len(row.blocks)
 
     def step(self, lanes: Sequence[int] | None = None, ahead: int = 1) -> list[int]:
@@ -167,10 +176,7 @@ class Batch:
 
     def _certain(self, live: list[int]) -> int:
         """Passes that can be issued one after the other: a block is complete after the last, if at all."""
-        found = self.traits
-        first_mask_matters = self.sub_block_length < self.block_length or (
-            found.shift and found.block_length is not None
-        )
+        first_mask_matters = self.sub_block_length < self.block_length or (self.traits.shift and self.causal)
         if self.passes.policy is not None or first_mask_matters:
             return 1
         rows = [self.rows[b] for b in live]
@@ -213,7 +219,7 @@ class Batch:
             # Published: one more pass where the full one completed the block; one that stores the block.
             row.published += b in wasteful or self.cache == "block"
             start, end = row.block
-            row.generated += end - start
+            row.generated += row.held
             row.at += 1
             row.waiting = True
             finished.append(b)
@@ -226,13 +232,16 @@ class Batch:
         return {b: Work(self._spans(b), self._window(b), self.rows[b].block) for b in lanes}
 
     def _stops(self, b: int, start: int, end: int) -> bool:
-        """Whether EOS or a stop sequence ends in columns [start, end); notes where it begins."""
+        """Whether EOS or a stop sequence ends in columns [start, end); notes where it begins.
+
+        Sought among the last masks alone: what is decoded in front of a given token does not end there.
+        """
         row = self.rows[b]
         sought = row.settings.stop
         if row.settings.eos_id is not None:
             sought = (*sought, (row.settings.eos_id,))
-        first = max(row.prompt, start - max(map(len, sought)) + 1)
-        ids = tuple(self.tokens[b, first:end].tolist())
+        first = max(row.last_run, start - max(map(len, sought)) + 1)
+        ids = tuple(self.tokens[b, first : min(end, row.columns[-1] + 1)].tolist())
         begins = [
             first + at
             for stop in sought
@@ -240,7 +249,7 @@ class Batch:
             if ids[at : at + len(stop)] == stop
         ]
         if begins:
-            row.kept, row.stopped = min(begins) - row.prompt, True
+            row.kept, row.stopped = row.index(min(begins)), True
         return row.stopped
 
     def enter(self, finished: list[int]) -> None:
@@ -259,13 +268,13 @@ class Batch:
         So it is published for shifted logits in a block-causal model (Fast-dLLM v2): the pass that stores a
         block begins the next, and passes over that one know its first token.
         """
-        size = self.traits.block_length
-        return self.traits.shift and size is not None and row.leftmost > 0 and row.leftmost % size == 0
+        at_a_block = row.leftmost > 0 and row.leftmost % self.block_length == 0
+        return self.traits.shift and self.causal and at_a_block
 
     def _part(self, row: Row) -> tuple[int, int]:
         """Columns of the active sub-block, in the prompt too; they count from where the block begins."""
         start = row.block[0]
-        origin = start - start % self.traits.block_length if self.traits.block_length else start
+        origin = start - start % self.block_length if self.causal else start
         low = row.leftmost - (row.leftmost - origin) % self.sub_block_length
         return low, low + self.sub_block_length
 
@@ -281,11 +290,11 @@ class Batch:
                 again = row.turn % self.refresh == 0 if self.refresh else row.turn == 0
                 low, high = self._part(row)
                 if not again and row.leftmost > low:  # as published, not before its first column is known
-                    first, last = low, high
+                    first, last = low, min(high, end)
         elif not self._full(row):
             first, last = start, end if self.cache == "dual" else row.length
         if isinstance(self.model, Model):
-            return self.model.spans(b, first, last, row.length)
+            return self.model.spans(b, first, last, row.length, self.block_length)
         return [Span(b, first, last, row.length)]
 
     def _window(self, b: int) -> tuple[int, int]:
@@ -296,7 +305,8 @@ class Batch:
         low, high = self._part(row)
         start, end = max(low, row.block[0]), min(high, row.block[1])
         if self._full(row):
-            if self.traits.shift and self.cache != "none" and row.turn == 0:
+            first = row.leftmost == row.block[0]
+            if self.traits.shift and self.cache != "none" and row.turn == 0 and first:
                 end = start + 1  # published: the full pass serves the block's first position
             if self.published:
                 start = 0

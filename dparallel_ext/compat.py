@@ -20,12 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import policies
+from .arguments import whole
 from .batch import Batch
-from .decode import drawn_seed, make_settings, run, start, whole
+from .decode import check_mask, drawn_seed, make_settings, run, start
 from .models import Model, traits
 from .ops import check_sampling, row_stats, select
 from .passes import Policy
 from .types import RowStats
+
+MASK_ID = 126336
+"""Of LLaDA, which the published functions take by default."""
 
 
 def generate(
@@ -36,7 +40,7 @@ def generate(
     block_length: int = 128,
     temperature: float = 0.0,
     remasking: str = "low_confidence",
-    mask_id: int = 126336,
+    mask_id: int | None = None,
     threshold: float | None = None,
     selector: str = "entropy",
     *,
@@ -53,6 +57,7 @@ def generate(
         threshold: with it, commit all with H <= threshold (`selector` "entropy", dParallel) or with
             p >= threshold (`selector` "confidence", Fast-dLLM), the best one in any case. Without it,
             the fixed schedule of `steps`.
+        mask_id: default: the model's own where it is known, else LLaDA's, as published.
         remasking: "low_confidence", or "random", which ranks by random numbers from torch's generator.
         attention_mask: (B, P) bool or whole numbers, 0 where `prompt` is padded; padding stays where it is.
         cfg_scale: unsupervised classifier-free guidance (arXiv 2410.18514): above 0, each pass computes the
@@ -84,7 +89,7 @@ def generate(
         "block_length": block_length,
         "temperature": temperature,
         "remasking": remasking,
-        "mask_id": mask_id,
+        "mask_id": _mask_of(model, mask_id),
         "threshold": threshold,
         "selector": selector,
         "suppress": [eos_id] if logits_eos_inf else None,
@@ -123,7 +128,7 @@ def generate_with_prefix_cache(
     block_length: int = 128,
     temperature: float = 0.0,
     remasking: str = "low_confidence",
-    mask_id: int = 126336,
+    mask_id: int | None = None,
     threshold: float | None = None,
     selector: str = "entropy",
 ) -> tuple[Tensor, int]:
@@ -139,7 +144,7 @@ def generate_with_dual_cache(
     block_length: int = 128,
     temperature: float = 0.0,
     remasking: str = "low_confidence",
-    mask_id: int = 126336,
+    mask_id: int | None = None,
     threshold: float | None = None,
     selector: str = "entropy",
 ) -> tuple[Tensor, int]:
@@ -157,7 +162,7 @@ def _generate(
     block_length: int,
     temperature: float,
     remasking: str,
-    mask_id: int,
+    mask_id: int | None,
     threshold: float | None,
     selector: str,
     suppress: list[int] | None = None,
@@ -176,11 +181,18 @@ def _generate(
             suppress=suppress,
         )
         prompts = [row.to(torch.int64) for row in rows]
+        mask_id = _mask_of(model, mask_id)
         batch = start(model, prompts, gen_length, block_length, cache, mask_id, settings, published=True)
         if remasking == "random":
             batch.passes.policy = _randomly(batch)
         run(batch)
     return batch.tokens.clone(), batch.forwards
+
+
+def _mask_of(model: Any, mask_id: int | None) -> int:
+    """The mask that is given, else the model's own, else LLaDA's. Raises ValueError by name."""
+    own = traits(model).mask_id
+    return check_mask(model, (MASK_ID if own is None else own) if mask_id is None else mask_id)
 
 
 def _randomly(batch: Batch) -> Policy:

@@ -6,19 +6,23 @@ What a pass is: `batch`. Which rule it commits by: here, from the arguments of `
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import policies
+from . import arguments, policies
+from .arguments import number, whole
 from .batch import AHEAD, CACHES, Batch
 from .models import Model, Traits, traits
 from .ops import check_sampling
 from .passes import Policy, Trajectory
-from .rows import Settings, lay_out
+from .rows import Settings, whole_length
+
+Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]] | Sequence[int] | Mapping[str, Any]
+"""Of `decode`: token ids (B, P) or (P,), a list of (P,), or a tokenizer's output with its "input_ids"."""
 
 
 @dataclass
@@ -26,38 +30,56 @@ class DecodeOutput:
     """What `decode` returns; `sequences, forwards = decode(...)` unpacks."""
 
     sequences: Tensor
-    """(B, L) int64: prompts and what was decoded; shorter ones end in padding: `eos_id`, else the mask."""
+    """(B, L) int64: prompts and what was decoded; shorter ones end in padding: `eos_id`, else the mask. So do
+    the masks that a sequence was ended before."""
     nfe: Tensor
     """(B,) int64: forward passes that each sequence needed."""
     forwards: int
     """Forward passes that the call ran."""
     generated: Tensor
-    """(B,) int64: tokens decoded; fewer than gen_length where EOS or a stop sequence ended a sequence."""
+    """(B,) int64: tokens decoded; fewer than the response has where EOS or a stop sequence ended it."""
     kept: Tensor
     """(B,) int64: response tokens in front of EOS or a stop sequence; all where there is none."""
     lengths: Tensor
     """(B,) int64: of prompt and response together, EOS filling included, padding not."""
     prompt_lengths: Tensor
-    """(B,) int64"""
+    """(B,) int64, masks that were filled included."""
+    masked: Tensor
+    """(B, L) bool: the places of the response, which held the masks that were to be filled: those after the
+    prompt, and with `infill` those in it."""
     nfe_published: Tensor
     """(B,) int64: passes of the published loops, which run some that change nothing: with "prefix" and "dual"
     where a block was complete after its full pass, with "block" to prefill and to store each block."""
     trajectory: Trajectory | None = field(default=None, repr=False)
     logprobs: Tensor | None = field(default=None, repr=False)
-    """(B, gen_length) float32, with `logprobs`: log of the probability that each token of the response was
+    """(B, R) float32, with `logprobs`: log of the probability that each token of the response was
     drawn with, in the pass that committed it; NaN where none did (EOS filling, padding)."""
 
     @property
     def responses(self) -> list[Tensor]:
-        """Each sequence's response, (gen_length,) int64."""
-        ends = zip(self.prompt_lengths.tolist(), self.lengths.tolist(), strict=True)
-        return [row[a:b] for row, (a, b) in zip(self.sequences, ends, strict=True)]
+        """Each sequence's response, (R,) int64: the tokens at the places that held masks, in order.
+
+        These are the gen_length tokens after the prompt (of block-causal models more, to the end of a block).
+        With `infill`, those in the prompt come first, without the text between them: `sequences` has that.
+        """
+        return [row[held] for row, held in zip(self.sequences, self.masked, strict=True)]
 
     @property
     def tokens_per_forward(self) -> float:
-        """Tokens decoded per pass, over all sequences; 0 where there was no pass."""
+        """Response tokens in front of EOS or a stop sequence (`kept`) per pass, over all sequences.
+
+        0 where there was no pass. Only what `eos_id` and `stop` name can be told from the text.
+        """
+        return self._per_forward(self.kept)
+
+    @property
+    def padded_tokens_per_forward(self) -> float:
+        """Tokens decoded per pass (`generated`), what follows EOS included; 0 where there was no pass."""
+        return self._per_forward(self.generated)
+
+    def _per_forward(self, tokens: Tensor) -> float:
         passes = int(self.nfe.sum())
-        return int(self.generated.sum()) / passes if passes else 0.0
+        return int(tokens.sum()) / passes if passes else 0.0
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.sequences, self.forwards))
@@ -65,10 +87,11 @@ class DecodeOutput:
 
 def decode(
     model: Any,
-    prompt: Tensor | Sequence[Tensor],
+    prompt: Prompts,
     *,
-    attention_mask: Tensor | None = None,
-    gen_length: int | Sequence[int] = 256,
+    attention_mask: Any = None,
+    gen_length: int | Sequence[int] | Tensor = 256,
+    infill: bool = False,
     block_length: int | None = None,
     sub_block_length: int | None = None,
     steps: int | None = None,
@@ -101,13 +124,26 @@ def decode(
         model: one of ours (`dparallel_ext.models`), or anything whose call on input_ids (B, L) returns an
             object with `.logits` (B, L, V): Hugging Face models work as they are. It is called as it
             is: put it in eval mode first if it has dropout.
-        prompt: (B, P) or (P,) int64; or a list of (P,) of any lengths. Mask tokens stay as they are.
-        attention_mask: (B, P) bool or whole numbers, 0 where `prompt` is padded, on either side. Padding
+        prompt: (B, P) or (P,) int64; or a list of (P,) of any lengths. Tensors, numpy arrays and lists of ids
+            will do, and what a tokenizer returns, with its attention_mask. Mask tokens stay as they are,
+            unless `infill` is on. With one of our models it goes to the model's device.
+        attention_mask: like `prompt`, bool or whole numbers, 0 where that is padded, on either side. Padding
             is taken out: it costs nothing and changes nothing.
         gen_length: tokens to decode, one number or one per sequence; the last block is shorter where
             block_length does not divide it. Block-causal models fill the last block to its end.
+        infill: the prompt's mask tokens are filled too, between given tokens, whether few are missing or most
+            of a response (a warm start); `gen_length` may be 0. One list of blocks goes over all places that
+            hold masks, and counts from the first; blocks without a mask are left out. Given tokens never
+            change. The response, and the columns of a trajectory, are the places that held masks, in order.
+            `eos_id` and `stop` are sought in the last run of masks alone: where more masks follow a given
+            token, nothing ends in front of it, and the masks that an end leaves behind become padding. A
+            streamer gets what stands in front of the first mask as its prompt, then given and decoded tokens
+            in order. A block-causal model's blocks in front of the first mask are prefilled, later ones
+            without a mask are computed with the next that has one; with gen_length 0 its last block stays as
+            short as the prompt leaves it.
         block_length: tokens of a block; blocks are decoded left to right. Default: the model's own, where it
-            is block-causal (blocks count from position 0), else 32.
+            is block-causal (blocks count from position 0), else 32. Block-causal models of ours attend by the
+            blocks that are asked for, as in SDAR's published loop.
         sub_block_length: a divisor of block_length: of each block, the leftmost part of this length that has
             masks is filled first, the rest waits. Default: the model's own (Fast-dLLM v2), else block_length.
         steps: with `threshold` None, the fixed schedule: passes in all, the same number for each block,
@@ -163,7 +199,7 @@ def decode(
             logits hold NaN or leave no token to choose.
     """
     with torch.inference_mode():
-        prompts = _prompts(prompt, attention_mask)
+        prompts = arguments.prompts(prompt, attention_mask)
         size, function = len(prompts), _function(policy, threshold, steps)
         batch = start(
             model,
@@ -192,6 +228,7 @@ def decode(
                 seed=seed,
                 record=record or logprobs,
             ),
+            infill=infill,
             sub_block_length=sub_block_length,
             policy=function,
             refresh=refresh,
@@ -200,19 +237,23 @@ def decode(
         )
         if streamer is not None and size != 1:
             raise ValueError(f"streamer: expected a batch of 1, got {size}")
-        run(batch, streamer, _bar(progress, sum(row.length - row.prompt for row in batch.rows)))
+        run(batch, streamer, _bar(progress, sum(len(row.columns) for row in batch.rows)))
     # Tensors made in inference mode cannot enter autograd later; their copies can.
     x = batch.tokens.clone()
+    masked = torch.zeros(x.shape, dtype=torch.bool)
+    for places, row in zip(masked, batch.rows, strict=True):
+        places[list(row.columns)] = True
+    masked = masked.to(x.device)
+    trajectory = batch.passes.trajectory.responses(masked) if record or logprobs else None
     if not size and isinstance(prompt, Tensor) and isinstance(gen_length, int):
-        x = x.new_zeros((0, prompt.shape[1] + gen_length))
+        x, masked = (t.new_zeros((0, prompt.shape[1] + gen_length)) for t in (x, masked))
     numbers = [
         x.new_tensor([getattr(row, name) for row in batch.rows])
         for name in ("nfe", "generated", "kept", "length", "prompt", "published")
     ]
     nfe, generated, kept, lengths, prompt_lengths, published = numbers
-    out = DecodeOutput(x, nfe, batch.forwards, generated, kept, lengths, prompt_lengths, published)
-    if record or logprobs:
-        trajectory = batch.passes.trajectory.responses(prompt_lengths, lengths)
+    out = DecodeOutput(x, nfe, batch.forwards, generated, kept, lengths, prompt_lengths, masked, published)
+    if trajectory is not None:
         out.trajectory = trajectory if record else None
         out.logprobs = trajectory.logprob if logprobs else None
     return out
@@ -221,32 +262,32 @@ def decode(
 def start(
     model: Any,
     prompts: list[Tensor],
-    gen_length: int | Sequence[int],
+    gen_length: int | Sequence[int] | Tensor,
     block_length: int | None,
     cache: str,
     mask_id: int | None,
     settings: Sequence[Settings],
     *,
+    infill: bool = False,
     sub_block_length: int | None = None,
     refresh: int | None = None,
     **more: Any,
 ) -> Batch:
     """The batch of a call, its arguments checked; `settings`: one for each prompt."""
-    given = list(gen_length) if isinstance(gen_length, Sequence) else [gen_length]
-    for count in given:
-        whole("gen_length", count, 0)
-    counts = given if isinstance(gen_length, Sequence) else given * len(prompts)
-    if len(counts) != len(prompts):
-        raise ValueError(
-            f"gen_length: expected a number or one for each of {len(prompts)}, got {len(counts)}"
-        )
-    block_length, sub_block_length, mask_id = check_model(
+    counts = arguments.numbers("gen_length", gen_length, len(prompts), 0)
+    block_length, sub_block_length, mask_id, refresh = check_model(
         model, block_length, sub_block_length, cache, mask_id, refresh
     )
-    check_steps(model, settings, block_length, sub_block_length)
+    check_settings(model, settings, block_length, sub_block_length)
+    if isinstance(model, Model):
+        prompts = [prompt.to(model.device) for prompt in prompts]
+    arguments.check_ids("prompt", prompts, vocabulary(model))
+    masked = [masks(prompt, mask_id) if infill else [] for prompt in prompts]
     causal = traits(model).block_length is not None
-    laid_out = [lay_out(len(p), n, block_length, causal) for p, n in zip(prompts, counts, strict=True)]
-    lengths = [b[-1][1] if b else len(p) for p, b in zip(prompts, laid_out, strict=True)]
+    lengths = [
+        whole_length(len(prompt), count, block_length, causal)
+        for prompt, count in zip(prompts, counts, strict=True)
+    ]
     eos_id = settings[0].eos_id if settings else None
     batch = Batch(
         model,
@@ -261,14 +302,47 @@ def start(
         refresh=refresh,
         **more,
     )
-    for lane, (prompt, count, own) in enumerate(zip(prompts, counts, settings, strict=True)):
-        batch.admit(lane, prompt, count, own)
+    each = zip(prompts, counts, settings, masked, strict=True)
+    for lane, (prompt, count, own, columns) in enumerate(each):
+        batch.admit(lane, prompt, count, own, masked=columns)
     return batch
 
 
-def check_steps(model: Any, settings: Sequence[Settings], block_length: int, sub_block_length: int) -> None:
-    """Raise ValueError for a fixed schedule where a pass may fill a part of the block alone."""
-    found = traits(model)
+def masks(prompt: Tensor, mask_id: int) -> list[int]:
+    """The columns of `prompt` (P,) that hold the mask token, ascending."""
+    columns: list[int] = (prompt == mask_id).nonzero()[:, 0].tolist()
+    return columns
+
+
+def vocabulary(model: Any) -> int | None:
+    """Ids that the model's embedding knows; None where it cannot be asked."""
+    if isinstance(model, Model):
+        return model.shape.rows
+    try:
+        size = model.get_input_embeddings().num_embeddings
+    except (AttributeError, NotImplementedError):
+        return None
+    return size if isinstance(size, int) else None
+
+
+def check_mask(model: Any, mask_id: int) -> int:
+    """`mask_id` as an int. Raises ValueError where the model has no such token."""
+    mask, known = whole("mask_id", mask_id, 0), vocabulary(model)
+    if known is not None and mask >= known:
+        raise ValueError(f"mask_id: expected one of the model's {known} token ids, got {mask}")
+    return mask
+
+
+def check_settings(
+    model: Any, settings: Sequence[Settings], block_length: int, sub_block_length: int
+) -> None:
+    """Raise ValueError for an EOS that the model does not have, and for a fixed schedule where a pass may
+    fill a part of the block alone.
+    """
+    found, known = traits(model), vocabulary(model)
+    for own in settings:
+        if known is not None and own.eos_id is not None and own.eos_id >= known:
+            raise ValueError(f"eos_id: expected one of the model's {known} token ids, got {own.eos_id}")
     steps = next((own.steps for own in settings if own.steps is not None), None)
     in_parts = sub_block_length < block_length or (found.shift and found.block_length is not None)
     if steps is not None and in_parts:
@@ -285,15 +359,16 @@ def check_model(
     cache: str,
     mask_id: int | None,
     refresh: int | None,
-) -> tuple[int, int, int]:
-    """block_length, sub_block_length and mask_id, by default the model's.
+) -> tuple[int, int, int, int | None]:
+    """block_length, sub_block_length and mask_id, by default the model's, and refresh.
 
     Raises ValueError where an argument does not fit the model.
     """
     found = traits(model)
-    if block_length is None:
-        block_length = found.block_length or 32
-    whole("block_length", block_length, 1)
+    causal = found.block_length is not None
+    block_length = whole(
+        "block_length", found.block_length or 32 if block_length is None else block_length, 1
+    )
     if cache not in CACHES:
         raise ValueError(f"cache: expected one of {CACHES}, got {cache!r}")
     if cache != "none" and not isinstance(model, Model):
@@ -302,39 +377,37 @@ def check_model(
             f"for a loaded Hugging Face model), got {type(model).__name__}"
         )
     part = found.sub_block_length or block_length if sub_block_length is None else sub_block_length
-    whole("sub_block_length", part, 1)
+    part = whole("sub_block_length", part, 1)
     if block_length % part:
         raise ValueError(f"sub_block_length: expected a divisor of block_length {block_length}, got {part}")
-    causal = found.block_length is not None
     within = causal and cache == "dual" and part < block_length
     if causal != (cache == "block") and cache != "none" and not within:
-        fit = (
-            '"block" or "none" for a block-causal model, or "dual" where it is decoded by sub-blocks'
-            if causal
-            else '"block" for block-causal models alone'
-        )
+        if causal:
+            fit = '"block" or "none" for a block-causal model, or "dual" where it is decoded by sub-blocks'
+        else:
+            fit = f'"none", "prefix" or "dual", since {type(model).__name__} is not block-causal'
         raise ValueError(f"cache: expected {fit}, got {cache!r}")
-    if causal and block_length != found.block_length:
+    if causal and block_length != found.block_length and not isinstance(model, Model):
         raise ValueError(
-            f"block_length: the model attends by blocks of {found.block_length} (model.block_length), "
-            f"got {block_length}"
+            f"block_length: the model attends by blocks of {found.block_length}, whatever is asked of it, "
+            f"got {block_length}; one of dparallel_ext.models attends by what is given"
         )
     if refresh is not None:
-        whole("refresh", refresh, 1)
+        refresh = whole("refresh", refresh, 1)
         if cache != "dual":
             raise ValueError(f'refresh: belongs to cache "dual", got cache={cache!r}')
     mask = found.mask_id if mask_id is None else mask_id
     if mask is None:
         raise ValueError("mask_id: the model's config has no mask_token_id, so give one")
-    whole("mask_id", mask, 0)
-    return block_length, part, mask
+    return block_length, part, check_mask(model, mask), refresh
 
 
 def run(batch: Batch, streamer: Any = None, bar: Any = None) -> None:
     """All passes. In the published loops every sequence waits at the end of a block for the others."""
     x = batch.tokens
+    sent = batch.rows[0].ahead if streamer is not None else 0
     if streamer is not None:
-        streamer.put(x[:, : batch.rows[0].prompt].cpu())
+        streamer.put(x[:, :sent].cpu())
     drafts = hasattr(streamer, "put_draft")
     waiting: list[int] = []
     while live := batch.live:
@@ -344,13 +417,13 @@ def run(batch: Batch, streamer: Any = None, bar: Any = None) -> None:
         if bar is not None:
             bar.update(left - sum(batch.rows[b].left for b in live))
         if drafts:
-            streamer.put_draft(x[:, blocks[0][0] :].cpu())
-        for b in finished:
-            first, last = blocks[b]
-            if streamer is not None:
-                streamer.put(x[b, first:last].cpu())
-                if batch.rows[b].stopped and last < x.shape[1]:
-                    streamer.put(x[b, last:].cpu())
+            streamer.put_draft(x[:, sent:].cpu())
+        for b in finished if streamer is not None else ():
+            # The block, and then what was given, or is padding, in front of the next mask.
+            for last in (blocks[b][1], batch.rows[b].ahead):
+                if sent < last:
+                    streamer.put(x[b, sent:last].cpu())
+                    sent = last
         waiting += finished
         if not (batch.published and batch.live):
             batch.enter(waiting)
@@ -359,30 +432,6 @@ def run(batch: Batch, streamer: Any = None, bar: Any = None) -> None:
         bar.close()
     if streamer is not None:
         streamer.end()
-
-
-def _prompts(prompt: Tensor | Sequence[Tensor], attention_mask: Tensor | None) -> list[Tensor]:
-    """B prompts (P,) int64 of any lengths."""
-    whole = isinstance(prompt, Tensor)
-    given = [prompt] if isinstance(prompt, Tensor) else list(prompt)
-    for one in given:
-        if not isinstance(one, Tensor) or one.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                "prompt: expected an int64 Tensor (B, P) or (P,), or a list of (P,), "
-                f"got {getattr(one, 'dtype', type(one).__name__)}"
-            )
-        if one.ndim not in ((1, 2) if whole else (1,)):
-            raise ValueError(f"prompt: expected (B, P) or (P,), got {tuple(one.shape)}")
-    if attention_mask is not None:
-        if not isinstance(prompt, Tensor) or attention_mask.shape != prompt.shape or prompt.ndim != 2:
-            raise ValueError(
-                f"attention_mask: expected the shape of prompt (B, P), got {tuple(attention_mask.shape)}"
-            )
-        kept = attention_mask.to(torch.bool)
-        return [row[keep].to(torch.int64) for row, keep in zip(prompt, kept, strict=True)]
-    if isinstance(prompt, Tensor):
-        return list(prompt.to(torch.int64).unbind(0)) if prompt.ndim == 2 else [prompt.to(torch.int64)]
-    return [one.to(torch.int64) for one in given]
 
 
 def _function(policy: Any, threshold: Any, steps: int | None) -> Policy | None:
@@ -442,13 +491,14 @@ def make_settings(
                 rows[:, 1] = torch.where(here, beyond, rows[:, 1])
     else:
         if steps is not None:
-            whole("steps", steps, 1)
+            steps = whole("steps", steps, 1)
         if score is None:
             by_entropy = selector == "entropy" and cache in ("prefix", "dual")
             score = "entropy" if by_entropy else "confidence"
         rows = policies.make("quota", 1, score=score, batch=size)
     if eos_id is not None:
-        whole("eos_id", eos_id, 0)
+        eos_id = whole("eos_id", eos_id, 0)
+    temperature = number("temperature", temperature)
     if suppress is not None:
         suppress = torch.as_tensor(suppress, dtype=torch.int64)
     top_p, top_k = check_sampling(temperature, top_p, top_k)
@@ -466,10 +516,12 @@ def make_settings(
     keys = [(s, 0) for s in seeds.tolist()] if seeds.ndim else [(int(seeds), b) for b in range(size)]
     stops = []
     for sequence in stop:
-        ids = tuple(int(token) for token in sequence)
+        if getattr(sequence, "ndim", 0 if isinstance(sequence, int) else 1) == 0:
+            raise ValueError(f"stop: expected sequences of token ids, got the number {sequence}")
+        ids = arguments.token_ids("stop", sequence).tolist()
         if not ids:
             raise ValueError("stop: expected sequences of at least one token, got an empty one")
-        stops.append(ids)
+        stops.append(tuple(ids))
     schedule = steps if threshold is None else None
     return [
         Settings(tuple(row), schedule, temperature, suppress, key, eos_id, tuple(stops), top_p, top_k, record)
@@ -480,12 +532,6 @@ def make_settings(
 def drawn_seed(temperature: float) -> int:
     """A seed from torch's generator on the CPU, which is left as it is where nothing is sampled."""
     return int(torch.randint(2**62, (), device="cpu")) if temperature > 0 else 0
-
-
-def whole(name: str, value: Any, least: int) -> None:
-    """Raise ValueError naming the argument unless `value` is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r}")
 
 
 def _bar(progress: bool, total: int) -> Any:

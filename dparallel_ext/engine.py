@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import arguments
 from ._C import Scheduler
-from .attention import _within
+from .arguments import whole
 from .batch import Batch
-from .decode import check_model, check_steps, make_settings, whole
+from .decode import Prompts, check_model, check_settings, make_settings, masks
 from .models import Model, traits
-from .rows import Settings, lay_out
+from .rows import Settings, lay_out, whole_length
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,8 @@ class Completion:
     """What became of a request."""
 
     tokens: list[int]
-    """The response in front of EOS or a stop sequence, at most gen_length tokens."""
+    """The response in front of EOS or a stop sequence: with `infill` the tokens at the prompt's masks, then
+    at most gen_length tokens."""
     finish_reason: str
     """"length", "stop" (EOS or a stop sequence) or "cancelled"."""
     nfe: int
@@ -46,6 +48,7 @@ class Completion:
     nfe_published: int
     """Passes of the published loop, see `DecodeOutput`."""
     prompt_length: int
+    """Masks that were to be filled included."""
     reused: int
     """Positions of the prompt whose keys and values an earlier request had computed."""
     seconds_waiting: float
@@ -72,7 +75,7 @@ class EngineStats:
     tokens: int
     """Response tokens of finished blocks."""
     prompt_tokens: int
-    """Of the requests let in."""
+    """Of the requests let in, without the masks that are filled."""
     reused_tokens: int
     """Of those, how many were not computed again."""
     pages: int
@@ -96,6 +99,7 @@ class Handle:
     _engine: Engine = field(repr=False)
     _prompt: Tensor = field(repr=False)
     _gen_length: int
+    _masked: list[int] = field(repr=False)  # columns of the prompt that are filled too
     _settings: Settings = field(repr=False)
     _submitted: float = field(default_factory=time.monotonic, repr=False)
     _admitted: float | None = field(default=None, repr=False)
@@ -108,6 +112,11 @@ class Handle:
     _changed: threading.Condition = field(default_factory=threading.Condition, repr=False)
     logprobs: list[float] = field(default_factory=list, repr=False)
     """One for each token streamed so far, where they were asked for; here before the tokens' own event."""
+
+    @property
+    def _asked(self) -> int:
+        """Tokens that were asked for; a block-causal model fills its last block beyond them."""
+        return len(self._masked) + self._gen_length
 
     @property
     def done(self) -> bool:
@@ -177,12 +186,12 @@ class Engine:
     Args:
         model: one of ours (`dparallel_ext.models`), in evaluation mode.
         cache: as in `decode`; default "block" for block-causal models, else "dual".
-        block_length, sub_block_length: as in `decode`.
+        block_length, sub_block_length: as in `decode`, of every request.
         lanes: requests that are decoded at once.
         max_length: positions that one request may have, prompt and response together.
         pages: memory for keys and values, in pages; default: what `lanes` requests of max_length need. A
             request that finds too few waits until others have ended: none fails for want of memory.
-        page_size: positions of a page. Default: for block-causal models the multiple of their block that is
+        page_size: positions of a page. Default: for block-causal models the multiple of the block that is
             nearest to 32 from above, else 32.
         max_waiting: requests that may wait; one more is refused with EngineFull.
         share: with cache "block", requests that begin alike share the pages of that beginning, those of
@@ -220,21 +229,17 @@ class Engine:
                 "model: expected one of dparallel_ext.models (models.load, or models.wrap for a loaded "
                 f"Hugging Face model), got {type(model).__name__}"
             )
-        for name, value, least in (
-            ("lanes", lanes, 1),
-            ("max_length", max_length, 1),
-            ("max_waiting", max_waiting, 1),
-        ):
-            whole(name, value, least)
-        causal = traits(model).block_length
+        lanes, max_length = whole("lanes", lanes, 1), whole("max_length", max_length, 1)
+        max_waiting = whole("max_waiting", max_waiting, 1)
+        causal = traits(model).block_length is not None
         if cache is None:
-            cache = "dual" if causal is None else "block"
-        block_length, sub_block_length, mask_id = check_model(
+            cache = "block" if causal else "dual"
+        block_length, sub_block_length, mask_id, refresh = check_model(
             model, block_length, sub_block_length, cache, mask_id, refresh
         )
         if page_size is None:
-            page_size = 32 if causal is None else -(-32 // causal) * causal
-        whole("page_size", page_size, 1)
+            page_size = -(-32 // block_length) * block_length if causal else 32
+        page_size = whole("page_size", page_size, 1)
         if share is None:
             share = cache == "block" and not batch_invariant
         elif share and (cache != "block" or batch_invariant):
@@ -242,13 +247,13 @@ class Engine:
             raise ValueError(f"share: goes with cache 'block' and without batch_invariant, got {why}")
         if share and page_size % block_length:
             raise ValueError(
-                f"page_size: expected a multiple of the model's block of {block_length} to share pages, "
+                f"page_size: expected a multiple of the blocks of {block_length} to share pages, "
                 f"got {page_size}"
             )
         per_lane = -(-max_length // page_size)
-        pages = lanes * per_lane if pages is None else pages
-        whole("pages", pages, 1)
+        pages = whole("pages", lanes * per_lane if pages is None else pages, 1)
         self.model, self.cache, self.max_length, self.max_waiting = model, cache, max_length, max_waiting
+        self.mask_id = mask_id
         table = torch.zeros((lanes, per_lane), dtype=torch.int64)
         with torch.inference_mode():
             slots = model.new_cache(pages, page_size, table, kept=cache != "none")
@@ -274,7 +279,8 @@ class Engine:
         self._running: dict[int, Handle] = {}  # by lane
         self._handles: dict[int, Handle] = {}  # by id: waiting or running
         self._cancelling: list[Handle] = []
-        self._counts = dict.fromkeys(("completed", "failed", "cancelled", "sequence_passes", "tokens"), 0)
+        counted = ("completed", "failed", "cancelled", "sequence_passes", "tokens", "prompt_tokens")
+        self._counts = dict.fromkeys(counted, 0)
         self._next_id = 0
         self._closing = False
         self._lock = threading.Lock()
@@ -284,9 +290,10 @@ class Engine:
 
     def submit(
         self,
-        prompt: Tensor | Sequence[int],
+        prompt: Prompts,
         *,
         gen_length: int = 256,
+        infill: bool = False,
         steps: int | None = None,
         threshold: float | None = None,
         selector: str = "entropy",
@@ -302,10 +309,13 @@ class Engine:
         seed: int | None = None,
         logprobs: bool = False,
     ) -> Handle:
-        """Ask for `gen_length` tokens after `prompt` (P,) int64, a tensor or a list of ids.
+        """Ask for `gen_length` tokens after `prompt` (P,) int64: a tensor, an array, a list of ids, or a
+        tokenizer's output for one text.
 
         The other arguments are those of `decode` for one sequence; a sample's key is `seed` alone, as with
-        one seed for each sequence there. Returns at once.
+        one seed for each sequence there. With `infill`, what is streamed and what a Completion holds are the
+        tokens at the places that held masks, in order; pages are shared up to the first of them, and after it
+        once they are final. Returns at once.
 
         logprobs: keep the log-probability of each token, in `Completion.logprobs` and as they come in
             `Handle.logprobs`; for what they are good, see `decode`.
@@ -316,12 +326,11 @@ class Engine:
             RuntimeError: if the engine is closed.
         """
         ids = self._ids(prompt)
-        whole("gen_length", gen_length, 0)
+        gen_length = whole("gen_length", gen_length, 0)
         if seed is not None:
-            whole("seed", seed, -(2**63))
-        causal = traits(self.model).block_length is not None
-        blocks = lay_out(len(ids), gen_length, self._batch.block_length, causal, steps)
-        length = blocks[-1][1] if blocks else len(ids)
+            seed = whole("seed", seed, -(2**63))
+        batch, masked = self._batch, masks(ids, self.mask_id) if infill else []
+        length = whole_length(len(ids), gen_length, batch.block_length, batch.causal)
         if length > self.max_length:
             raise ValueError(
                 f"gen_length: prompt and response have {length} positions, max_length is {self.max_length}"
@@ -345,17 +354,20 @@ class Engine:
             seed=None if seed is None else torch.tensor([seed]),
             record=logprobs,
         )
-        check_steps(self.model, [settings], self._batch.block_length, self._batch.sub_block_length)
-        if settings.suppress is not None and settings.suppress.numel():
-            _within("suppress", settings.suppress, 0, self.model.shape.rows)
+        layout = lay_out(len(ids), gen_length, batch.block_length, batch.causal, settings.steps, masked)
+        check_settings(self.model, [settings], batch.block_length, batch.sub_block_length)
+        if settings.suppress is not None:
+            arguments.check_ids("suppress", [settings.suppress.cpu().reshape(-1)], self.model.shape.rows)
         with self._work:
             if self._closing:
                 raise RuntimeError("the engine is closed")
             if self._scheduler.waiting >= self.max_waiting:
                 raise EngineFull(f"{self.max_waiting} requests wait already (max_waiting)")
-            handle = Handle(self._next_id, self, ids, gen_length, settings)
-            # With shifted logits the prompt's last position is computed in any case: it gives the next token.
-            reusable = ids[: len(ids) - traits(self.model).shift]
+            handle = Handle(self._next_id, self, ids, gen_length, masked, settings)
+            # A page with a mask is not final, and with shifted logits the position before the first mask is
+            # computed in any case: it gives the next token.
+            known = layout.columns[0] if layout.columns else len(ids)
+            reusable = ids[: max(0, known - batch.traits.shift)]
             self._scheduler.submit(handle.id, reusable.tolist(), length)
             self._handles[handle.id] = handle
             self._next_id += 1
@@ -363,17 +375,11 @@ class Engine:
         return handle
 
     def _ids(self, prompt: Any) -> Tensor:
-        try:
-            ids = torch.as_tensor(prompt)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"prompt: expected int64 (P,) or a list of ids ({error})") from error
-        if not ids.numel():
-            ids = ids.to(torch.int64)
-        if ids.ndim != 1 or ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"prompt: expected int64 (P,), got {ids.dtype} {tuple(ids.shape)}")
-        if ids.numel():
-            _within("prompt", ids, 0, self.model.shape.rows)
-        return ids.to("cpu", torch.int64)
+        rows = arguments.prompts(prompt) or [torch.zeros(0, dtype=torch.int64)]
+        if len(rows) != 1:
+            raise ValueError(f"prompt: expected one prompt (P,), got {len(rows)}; submit each by itself")
+        arguments.check_ids("prompt", rows, self.model.shape.rows)
+        return rows[0].cpu()
 
     @property
     def stats(self) -> EngineStats:
@@ -383,7 +389,6 @@ class Engine:
                 waiting=self._scheduler.waiting,
                 active=len(self._running),
                 forwards=self._batch.forwards,
-                prompt_tokens=s.prompt_tokens,
                 reused_tokens=s.reused_tokens,
                 pages=s.pages,
                 pages_used=s.used,
@@ -462,8 +467,15 @@ class Engine:
             self._slots.assign(found.lane, found.pages)
             prompt = handle._prompt.to(self._batch.tokens.device)
             row = self._batch.admit(
-                found.lane, prompt, handle._gen_length, handle._settings, stored=found.reused
+                found.lane,
+                prompt,
+                handle._gen_length,
+                handle._settings,
+                masked=handle._masked,
+                stored=found.reused,
             )
+            with self._lock:
+                self._counts["prompt_tokens"] += len(prompt) - len(handle._masked)
             if row.done:  # nothing to decode
                 self._end(handle, "length")
 
@@ -489,8 +501,7 @@ class Engine:
             if lane in finished:
                 self._stream(handle)
                 if row.done:
-                    stopped = row.stopped and row.kept < handle._gen_length
-                    self._end(handle, "stop" if stopped else "length")
+                    self._end(handle, "stop" if row.stopped and row.kept < handle._asked else "length")
 
     def _step(self, lanes: list[int]) -> list[int]:
         finished = self._batch.step(lanes)
@@ -515,19 +526,23 @@ class Engine:
         """Tokens of finished blocks, in front of what ended them."""
         assert handle._lane is not None
         row = self._batch.rows[handle._lane]
-        last = row.length if row.done else row.block[0]
-        kept = min(row.kept, handle._gen_length)
-        ids: list[int] = self._batch.tokens[handle._lane, row.prompt : last].tolist()
-        return ids[:kept]
+        final = len(row.columns) if row.done else row.index(row.block[0])
+        columns = row.columns[: min(final, row.kept, handle._asked)]
+        if not columns:
+            return []
+        first, last = columns[0], columns[-1] + 1
+        ids: list[int] = self._batch.tokens[handle._lane, first:last].tolist()
+        return [ids[column - first] for column in columns]
 
     def _logprobs(self, handle: Handle, first: int, last: int) -> list[float]:
         """Of tokens [first, last) of the response."""
         if first == last:
             return []
         assert handle._lane is not None
-        prompt, logprob = len(handle._prompt), self._batch.passes.trajectory.logprob
-        found: list[float] = logprob[handle._lane, prompt + first : prompt + last].tolist()
-        return found
+        columns = self._batch.rows[handle._lane].columns[first:last]
+        start, end = columns[0], columns[-1] + 1
+        found: list[float] = self._batch.passes.trajectory.logprob[handle._lane, start:end].tolist()
+        return [found[column - start] for column in columns]
 
     def _stream(self, handle: Handle) -> None:
         assert handle._lane is not None

@@ -13,10 +13,19 @@ import torch
 from torch import Tensor
 
 from . import _C  # noqa: F401  (registers the ops)
+from .arguments import whole
 from .ops import NO_ERROR, _report, _rows_view
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_ERRORS = {1: "holds NaN", 2: "has no logit above -inf", 3: "has a label outside the vocabulary"}
+
+
+def _errors(vocabulary: int) -> dict[int, str]:
+    return {
+        1: "logits: {} holds NaN",
+        2: "logits: {} has no logit above -inf",
+        3: f"labels: {{}} is active, but its label is no id in [0, {vocabulary}); rows to be ignored (-100) "
+        "belong out of `active`",
+    }
 
 
 class CertaintyForcingLoss(NamedTuple):
@@ -57,7 +66,7 @@ def certainty_forcing_loss(
 
     Args:
         logits: (..., V) float32, bfloat16, float16 or float64, any V; sums are float32 or better.
-        labels: (...) int64; those of rows that are not active may be anything.
+        labels: (...) int64 or int32; those of rows that are not active may be anything, -100 included.
         active: (...) bool, the rows the loss is of: the masked tokens of the active block.
         temperature: of the entropy term.
         entropy_weight: beta, 2 for LLaDA and 1 for Dream as published. 0 is cross entropy alone.
@@ -93,13 +102,13 @@ def certainty_forcing_loss(
     active = active.reshape(-1).contiguous()
     nll, entropy, correct, _, error = torch.ops.dparallel.certainty_forcing_loss(
         flat,
-        labels.reshape(-1).contiguous(),
+        labels.reshape(-1).contiguous().to(torch.int64),
         active,
         float(temperature),
         float(ce_temperature),
         inplace,
     )
-    _report(error, lambda at: f"row {at}", _ERRORS)
+    _report(error, lambda at: f"row {at}", _errors(logits.shape[-1]))
     return _compose(nll, entropy, correct, labels.shape, active, entropy_weight, weight, gate, reduction)
 
 
@@ -161,8 +170,8 @@ def linear_certainty_forcing_loss(
     _check_settings(temperature, ce_temperature, reduction)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: expected a number > 0 or None, got {softcap!r}")
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows: expected a whole number >= 1, got {chunk_rows!r}")
+    if chunk_rows is not None:
+        chunk_rows = whole("chunk_rows", chunk_rows, 1)
     shape, counted = labels.shape, active
     if shift:
         if labels.ndim < 1:
@@ -178,14 +187,14 @@ def linear_certainty_forcing_loss(
     nll, entropy, correct, _, error = torch.ops.dparallel.linear_certainty_forcing_loss(
         hidden.reshape(-1, hidden.shape[-1]),
         lm_head_weight,
-        labels.reshape(-1).contiguous(),
+        labels.reshape(-1).contiguous().to(torch.int64),
         flat,
         float(temperature),
         float(ce_temperature),
         0.0 if softcap is None else float(softcap),
         chunk_rows,
     )
-    _report(error, lambda at: f"row {at}", _ERRORS)
+    _report(error, lambda at: f"row {at}", _errors(len(lm_head_weight)))
     return _compose(nll, entropy, correct, shape, flat, entropy_weight, weight, gate, reduction)
 
 
@@ -232,7 +241,7 @@ def _check_inplace(logits: Tensor) -> None:
 def _check_rows(like: Tensor, labels: Tensor, active: Tensor, weight: Any, gate: Any, name_of: str) -> None:
     rows = like.shape[:-1]
     wanted: list[tuple[str, Any, tuple[torch.dtype, ...]]] = [
-        ("labels", labels, (torch.int64,)),
+        ("labels", labels, (torch.int64, torch.int32)),
         ("active", active, (torch.bool,)),
     ]
     if weight is not None:
@@ -346,8 +355,8 @@ def _linear(
         out = torch.ops.dparallel.certainty_forcing_loss(
             logits, labels[rows], one, temperature, ce_temperature
         )
-        for whole, part in zip((nll, entropy, correct, saved), out, strict=False):
-            whole[rows] = part
+        for field, part in zip((nll, entropy, correct, saved), out, strict=False):
+            field[rows] = part
         # Rows are numbered within the chunk there: row * 4 + code.
         error[rows] = torch.where(out[4] == NO_ERROR, out[4], rows * 4 + out[4] % 4)
     return nll, entropy, correct, saved, error

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from . import _C, policies  # noqa: F401  (importing _C registers the ops)
+from .arguments import whole
 from .types import RowStats, UnmaskOutput
 
 _ROW_FIELDS = 7
 NO_ERROR = 2**63 - 1
 _ERRORS = {
-    1: "holds NaN",
-    2: "leaves no token to choose: every logit that may be chosen is -inf",
-    3: "is masked and in the active window, but `positions` does not list it",
+    1: "logits: {} holds NaN",
+    2: "logits: {} leaves no token to choose: every logit that may be chosen is -inf",
+    3: "logits: {} is masked and in the active window, but `positions` does not list it",
 }
 
 Ids = Tensor | Sequence[int] | None
@@ -258,7 +259,7 @@ def _report(error: Tensor, where: Any, texts: dict[int, str] = _ERRORS) -> None:
 def explain(error: int, where: Callable[[int], str], texts: Mapping[int, str] = _ERRORS) -> None:
     """Raise ValueError for an error that a kernel reports: 4 * flat position + code; not for NO_ERROR."""
     if error != NO_ERROR:
-        raise ValueError(f"logits: {where(error // 4)} {texts[error % 4]}")
+        raise ValueError(texts[error % 4].format(where(error // 4)))
 
 
 def _worst(errors: Tensor) -> int:
@@ -319,8 +320,8 @@ def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -
 def _mask_id(mask_id: int | None, vocab: int | None) -> int:
     if mask_id is None:
         return -1
-    if isinstance(mask_id, bool) or not isinstance(mask_id, int) or mask_id < 0:
-        raise ValueError(f"mask_id: expected a token id >= 0, got {mask_id!r}")
+    if type(mask_id) is not int or mask_id < 0:
+        mask_id = whole("mask_id", mask_id, 0)
     if vocab is not None and mask_id >= vocab:
         raise ValueError(f"mask_id: expected an id below {vocab}, got {mask_id}")
     return mask_id

@@ -35,35 +35,33 @@ class Trajectory:
     """When each generated token was committed, and how sure the model was."""
 
     step: Tensor
-    """(B, gen_length) int64: the sequence's pass that committed it, from 1; 0 where none did."""
+    """(B, R) int64, a column for each token of the response: the sequence's pass that committed it, from 1;
+    0 where none did."""
     confidence: Tensor
-    """(B, gen_length) float32: its probability in that pass; NaN where none did."""
+    """(B, R) float32: its probability in that pass; NaN where none did."""
     logprob: Tensor
-    """(B, gen_length) float32: log of the probability that it was drawn with in that pass, see
+    """(B, R) float32: log of the probability that it was drawn with in that pass, see
     `RowStats.sample_logprob`; NaN where none did."""
 
     @classmethod
     def blank(cls, tokens: Tensor) -> Trajectory:
         """For every position of tokens (B, L)."""
         none = torch.full(tokens.shape, math.nan, device=tokens.device)
-        return cls(torch.zeros_like(tokens), none, none.clone())
+        return cls(torch.zeros_like(tokens, dtype=torch.int64), none, none.clone())
 
     def clear(self, b: int) -> None:
         """Forget what sequence b was."""
         self.step[b] = 0
         self.confidence[b] = self.logprob[b] = math.nan
 
-    def responses(self, start: Tensor, end: Tensor) -> Trajectory:
-        """Columns [start, end) of each sequence, (B,) int64, one below the other; blank beyond its end."""
-        width = int((end - start).max()) if len(end) else 0
-        column = start[:, None] + torch.arange(width, device=start.device)
-        beyond, at = column >= end[:, None], column.clamp(max=max(0, self.step.shape[1] - 1))
-        step, confidence, logprob = (x.gather(1, at) for x in (self.step, self.confidence, self.logprob))
-        return Trajectory(
-            step.masked_fill(beyond, 0),
-            confidence.masked_fill(beyond, math.nan),
-            logprob.masked_fill(beyond, math.nan),
-        )
+    def responses(self, masked: Tensor) -> Trajectory:
+        """What it says of the positions `masked` (B, L) bool, a row for a sequence; blank beyond its end."""
+        counts = masked.sum(1)
+        inside = torch.arange(int(counts.max()) if len(counts) else 0, device=masked.device) < counts[:, None]
+        made = Trajectory.blank(inside)
+        for field in ("step", "confidence", "logprob"):
+            getattr(made, field)[inside] = getattr(self, field)[masked]
+        return made
 
 
 class Work(NamedTuple):

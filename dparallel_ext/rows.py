@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -32,15 +35,57 @@ class Settings:
     """Whether the passes keep its `passes.Trajectory`."""
 
 
+class Layout(NamedTuple):
+    """What of a sequence is filled, and in which order. Columns are positions of the sequence."""
+
+    columns: Sequence[int]
+    """Those that hold masks and are filled, ascending: the places of the response's tokens."""
+    blocks: list[tuple[int, int]]
+    """Columns [start, end) of each block, left to right; each holds some of `columns`."""
+    length: int
+    """Of the whole sequence."""
+
+
+def whole_length(prompt: int, gen_length: int, block_length: int, causal: bool) -> int:
+    """Of prompt and response, to the end of a block where tokens are decoded by a block-causal model."""
+    length = prompt + gen_length
+    return -(-length // block_length) * block_length if causal and gen_length else length
+
+
+def lay_out(
+    prompt: int,
+    gen_length: int,
+    block_length: int,
+    causal: bool,
+    steps: int | None = None,
+    masked: Sequence[int] = (),
+) -> Layout:
+    """The layout of `gen_length` masks after a prompt, and of the prompt's own columns `masked`, ascending.
+
+    Blocks count from the first mask, as published, where it is the prompt's end; a block without a mask is
+    left out. Block-causal models count blocks from position 0, so that the first may begin within one, and
+    fill the last to its end where tokens are decoded after the prompt. Raises ValueError where `steps` passes
+    do not divide into the blocks.
+    """
+    length = whole_length(prompt, gen_length, block_length, causal)
+    columns = [*masked, *range(prompt, length)]
+    first = columns[0] if columns else length
+    origin = first - first % block_length if causal else first
+    cuts = [first, *range(origin + block_length, length, block_length), length]
+    blocks = [
+        (a, b) for a, b in itertools.pairwise(cuts) if bisect_left(columns, a) < bisect_left(columns, b)
+    ]
+    if steps is not None and blocks and steps % len(blocks):
+        raise ValueError(f"steps: expected a multiple of the {len(blocks)} blocks, got {steps}")
+    return Layout(columns, blocks, length)
+
+
 @dataclass
 class Row:
     """Where one sequence is. Columns are positions of the sequence."""
 
     prompt: int
-    length: int
-    """Of prompt and response."""
-    blocks: list[tuple[int, int]]
-    """Columns [start, end) that are filled, block by block."""
+    layout: Layout
     settings: Settings
     kept: int
     """Response tokens in front of EOS or a stop sequence, all where there is none."""
@@ -66,6 +111,18 @@ class Row:
     """It met EOS or a stop sequence."""
 
     @property
+    def length(self) -> int:
+        return self.layout.length
+
+    @property
+    def columns(self) -> Sequence[int]:
+        return self.layout.columns
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        return self.layout.blocks
+
+    @property
     def done(self) -> bool:
         return self.at == len(self.blocks)
 
@@ -74,33 +131,36 @@ class Row:
         return self.blocks[self.at]
 
     @property
+    def held(self) -> int:
+        """Masks that the active block began with."""
+        start, end = self.block
+        return self.index(end) - self.index(start)
+
+    @property
+    def ahead(self) -> int:
+        """Where the active block's first mask stood when it began; at the end the length."""
+        return self.length if self.done else self.columns[self.index(self.block[0])]
+
+    @property
+    def last_run(self) -> int:
+        """Where the last masks begin that no given token parts."""
+        end = len(self.columns)
+        apart = self.columns[-1] - (end - 1)
+        return self.columns[bisect_left(range(end), apart, key=lambda i: self.columns[i] - i)]
+
+    def index(self, column: int) -> int:
+        """How many tokens of the response lie in front of `column`."""
+        return bisect_left(self.columns, column)
+
+    @property
     def policy(self) -> tuple[float, ...]:
         """Of the next pass, a row of `policies.FIELDS`."""
         chosen, steps = self.settings.policy, self.settings.steps
         if steps is None or self.done:
             return chosen
-        start, end = self.block
-        share, rest = divmod(end - start, steps // len(self.blocks))
+        share, rest = divmod(self.held, steps // len(self.blocks))
         return (chosen[0], float(max(1, share + (self.turn < rest))), *chosen[2:])
 
 
-IDLE = Row(0, 0, [], Settings((0.0, 0.0, 1.0, math.inf, 0.0)), 0)
+IDLE = Row(0, Layout((), [], 0), Settings((0.0, 0.0, 1.0, math.inf, 0.0)), 0)
 """What a lane without a sequence holds."""
-
-
-def lay_out(
-    prompt: int, gen_length: int, block_length: int, causal: bool, steps: int | None = None
-) -> list[tuple[int, int]]:
-    """The blocks, columns [start, end), that `gen_length` tokens after the prompt are filled by.
-
-    Block-causal models count blocks from position 0, so that the first may begin with the prompt's tail, and
-    fill the last to its end. Raises ValueError where `steps` passes do not divide into the blocks.
-    """
-    end, origin = prompt + gen_length, prompt
-    if causal:
-        end, origin = -(-end // block_length) * block_length, prompt - prompt % block_length
-    cuts = [prompt, *range(origin + block_length, end, block_length), end]
-    blocks = [(a, b) for a, b in itertools.pairwise(cuts) if a < b] if gen_length else []
-    if steps is not None and blocks and steps % len(blocks):
-        raise ValueError(f"steps: expected a multiple of the {len(blocks)} blocks, got {steps}")
-    return blocks

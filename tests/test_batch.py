@@ -67,12 +67,12 @@ def test_sdar_has_the_published_logits(sdar: SDAR, device: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{len(case['prompt'])}-{case['threshold']}")
 @pytest.mark.parametrize("cache", ["block", "none"])
 def test_sdar_decodes_the_published_tokens(sdar: SDAR, case: dict[str, Any], cache: str) -> None:
-    sdar.block_length = case["block_length"]
     prompt = torch.tensor(case["prompt"])
     out = dx.decode(
         sdar,
         prompt,
         gen_length=case["gen_length"],
+        block_length=case["block_length"],  # followed, whatever the config says
         selector=case["selector"],
         threshold=case["threshold"],
         cache=cache,
@@ -84,6 +84,23 @@ def test_sdar_decodes_the_published_tokens(sdar: SDAR, case: dict[str, Any], cac
         done = len(prompt) // case["block_length"]
         # The prefill and the pass that stores a block are part of the next block's first pass.
         assert out.forwards == int(out.nfe) == case["forwards"] - (done > 0) - (blocks - done)
+
+
+@pytest.mark.parametrize(("size", "cache"), [(4, "block"), (16, "block"), (4, "none")])
+def test_a_block_length_that_is_given_is_attended_by(sdar: SDAR, size: int, cache: str) -> None:
+    """In `decode` and in the Engine, as if the model had it; the model keeps its own."""
+    prompts = random_prompts(torch.Generator().manual_seed(3), 4)
+    settings = {"gen_length": 21, "threshold": 0.1, "selector": "confidence"}
+    out = dx.decode(sdar, prompts, block_length=size, cache=cache, **settings)
+    with dx.Engine(sdar, block_length=size, cache=cache, lanes=2, max_length=64) as engine:
+        handles = [engine.submit(prompt, **settings) for prompt in prompts]
+        tokens = [handle.result(60).tokens for handle in handles]
+    assert tokens == [response[:21].tolist() for response in out.responses]
+    own = dx.decode(sdar, prompts, cache=cache, **settings)
+    assert sdar.block_length == 8
+    sdar.block_length = size
+    assert torch.equal(dx.decode(sdar, prompts, cache=cache, **settings).sequences, out.sequences)
+    assert not torch.equal(own.sequences[:, :50], out.sequences[:, :50])
 
 
 @pytest.mark.parametrize("name", ["llada_tiny_a", "dream_tiny_a"])
@@ -238,9 +255,12 @@ def test_a_dual_cache_can_be_renewed(monkeypatch, refresh: int) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("llada_tiny_a", {"cache": "block"}, 'cache: expected "block" for block-causal models alone'),
+        (
+            "llada_tiny_a",
+            {"cache": "block"},
+            'cache: expected "none", "prefix" or "dual", since LLaDA is not',
+        ),
         ("sdar_tiny_a", {"cache": "dual"}, 'cache: expected "block" or "none" for a block-causal model'),
-        ("sdar_tiny_a", {"block_length": 4}, "block_length: the model attends by blocks of 8"),
         ("llada_tiny_a", {"gen_length": [4]}, "gen_length: expected a number or one for each of 2, got 1"),
         ("llada_tiny_a", {"gen_length": [4, -1]}, "gen_length: expected a whole number >= 0, got -1"),
         ("llada_tiny_a", {"refresh": 0, "cache": "dual"}, "refresh: expected a whole number >= 1"),

@@ -339,9 +339,9 @@ def test_results_do_not_depend_on_the_batch_or_the_threads() -> None:
         ({"temperature": 0.0}, "temperature: expected a finite number > 0"),
         ({"ce_temperature": math.nan}, "ce_temperature: expected"),
         ({"reduction": "none"}, "reduction: expected"),
-        ({"labels": torch.full((2, 3), 5)}, "row 0 has a label outside the vocabulary"),
-        ({"labels": torch.full((2, 3), -100)}, "row 0 has a label outside the vocabulary"),
-        ({"logits": torch.full((2, 3, 5), math.nan)}, "row 0 holds NaN"),
+        ({"labels": torch.full((2, 3), 5)}, r"labels: row 0 is active, but its label is no id in \[0, 5\)"),
+        ({"labels": torch.full((2, 3), -100)}, r"labels: row 0 is active.*\(-100\) belong out of `active`"),
+        ({"logits": torch.full((2, 3, 5), math.nan)}, "logits: row 0 holds NaN"),
         ({"logits": torch.full((2, 3, 5), -math.inf)}, "row 0 has no logit above -inf"),
     ],
 )
@@ -455,6 +455,26 @@ def test_linear_opcheck_and_compile() -> None:
     assert torch.equal(a, b)
 
 
+def test_labels_as_they_come() -> None:
+    """int32, and -100 where a row is not active, as of those that torch's cross entropy would ignore."""
+    logits, labels = torch.randn(2, 3, 5), torch.randint(0, 5, (2, 3))
+    labels[0, 1] = -100
+    active = labels != -100
+    expected = dx.certainty_forcing_loss(logits, labels.clamp(min=0), active)
+    assert torch.equal(dx.certainty_forcing_loss(logits, labels.int(), active).loss, expected.loss)
+    hidden, head = torch.eye(5), logits.flatten(0, 1)  # six words
+    found = dx.linear_certainty_forcing_loss(
+        hidden,
+        head,
+        labels[0].new_tensor([0, 1, -100, 5, 3]).int(),
+        labels.new_tensor([1, 1, 0, 1, 1]).bool(),
+        chunk_rows=2,
+    )
+    assert found.loss.isfinite()
+    ce = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    assert torch.allclose(dx.certainty_forcing_loss(logits, labels, active, entropy_weight=0).loss, ce)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -468,7 +488,7 @@ def test_linear_opcheck_and_compile() -> None:
         ),
         ({"softcap": 0.0}, "softcap: expected"),
         ({"chunk_rows": 0}, "chunk_rows: expected"),
-        ({"labels": torch.full((2, 3), 5)}, "row 0 has a label outside the vocabulary"),
+        ({"labels": torch.full((2, 3), 5)}, r"labels: row 0 is active, but its label is no id in \[0, 5\)"),
         ({"hidden": torch.full((2, 3, 4), math.nan)}, "row 0 holds NaN"),
     ],
 )

@@ -7,9 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from dparallel import demo, evaluate, tasks, train
+import torch
+from dparallel import demo, evaluate, registry, tasks, train
 from dparallel.cli import app
 from typer.testing import CliRunner
+
+import dparallel_ext as dx
 
 PROMPT = (
     "sam has 4 cups now . first sam grows 3 times . finally sam sells 8 cups . how many cups does sam have ?"
@@ -45,8 +48,36 @@ def test_decode_a_prompt():
     row = json.loads(run("decode", PROMPT, "--json"))
     assert tasks.extract_answer(row["response"]) == 4
     assert row["forwards"] < 64
-    assert row["tokens_per_forward"] == pytest.approx(64 / row["forwards"])
+    assert row["tokens"] == len(row["response"].split())
+    assert row["tokens_per_forward"] == pytest.approx(row["tokens"] / row["forwards"])
     assert "#### 4" in run("decode", PROMPT)
+
+
+def test_decode_stops_at_the_end_as_the_server_does():
+    """Blocks behind it are not computed, and its tokens not counted; with --gen-length 0 there is nothing."""
+    args = ("decode", PROMPT, "--block-length", 4, "--policy", "one", "--json")
+    row = json.loads(run(*args))
+    assert row["tokens"] < row["forwards"] < 64  # EOS stands in the last block that was decoded
+    assert row["forwards"] - row["tokens"] <= 4
+    nothing = {"prompt": PROMPT, "response": "", "tokens": 0, "forwards": 0, "tokens_per_forward": 0.0}
+    assert json.loads(run(*args, "--gen-length", 0)) == nothing
+    assert json.loads(run("decode", "", "--gen-length", 4, "--json"))["forwards"] > 0
+
+
+def test_decode_between_two_texts():
+    model, tokenizer = registry.load("builtin:student")
+    answer = json.loads(run("decode", PROMPT, "--model", "builtin:student", "--json"))["response"].split()
+    text = " ".join([PROMPT, *answer[:4], *["[MASK]"] * 6, *answer[10:]])
+    row = json.loads(run("decode", text, "--infill", "--model", "builtin:student", "--json"))
+    ids = tokenizer.encode(text).ids
+    out = dx.decode(model, ids, gen_length=0, infill=True, threshold=0.5)
+    assert row["text"] == tokenizer.decode(out.sequences[0].tolist())
+    assert row["response"] == tokenizer.decode(out.responses[0].tolist())
+    assert (row["tokens"], row["forwards"]) == (6, int(out.nfe))
+    suffix = ("--suffix", " ".join(answer[10:]), "--gen-length", 6, "--model", "builtin:student")
+    between = json.loads(run("decode", " ".join([PROMPT, *answer[:4]]), *suffix, "--json"))
+    assert between["response"] == row["response"]
+    assert row["text"] in run("decode", text, "--infill", "--model", "builtin:student")
 
 
 def test_decode_streams():
@@ -104,6 +135,15 @@ def test_decode_with_a_checkpoint_directory(checkpoint: Path, cache: str):
         (("decode", "x", "--policy", "entropy"), "policy: expected"),
         (("decode", "x", "--model", "nowhere"), "model: 'nowhere'"),
         (("decode", "x", "--cache", "all"), "cache: expected one of"),
+        (
+            ("decode", "x", "--cache", "block"),
+            'cache: expected "none", "prefix" or "dual", since LLaDA is not',
+        ),
+        (("decode", "x", "--gen-length", "-1"), "gen_length: expected a whole number >= 0, got -1"),
+        (("decode", "x", "--infill"), "prompt: expected a mask token, [MASK]"),
+        (("decode", "x", "--suffix", "y", "--gen-length", "0"), "gen_length: expected a whole number >= 1"),
+        (("decode", "x", "--device", "gpu"), "device: expected cpu, cuda or cuda:N, got 'gpu'"),
+        (("trajectories", "out", "--data", "builtin:3", "--gen-length", "0"), "gen_length: expected"),
         (("decode", "x", "--temperature", "-1"), "temperature: expected"),
         (("decode", "x", "--top-p", "2"), "top_p: expected"),
         (("decode", "x", "--top-k", "-1"), "top_k: expected"),
@@ -119,6 +159,11 @@ def test_decode_with_a_checkpoint_directory(checkpoint: Path, cache: str):
 )
 def test_bad_input_is_one_line(args: tuple[str, ...], said: str):
     assert said in run(*args, code=2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named():
+    assert "device: 'cuda' needs an NVIDIA GPU" in run("decode", "x", "--device", "cuda", code=2)
 
 
 @pytest.mark.parametrize("line", ["{", '{"text": "x"}', '{"prompt": 3}', "[1]{"])

@@ -117,7 +117,7 @@ def test_lengths_that_do_not_divide(llada, dream, cache: str) -> None:
 
 
 def test_edges_of_the_batch(llada) -> None:
-    assert dx.decode(llada, PROMPTS[:0], gen_length=8).sequences.shape == (0, 12)
+    assert dx.decode(llada, PROMPTS[:0], gen_length=8, record=True).sequences.shape == (0, 12)
     nothing = dx.decode(llada, PROMPTS, gen_length=0)
     assert torch.equal(nothing.sequences, PROMPTS)
     assert (nothing.forwards, nothing.tokens_per_forward) == (0, 0.0)
@@ -168,7 +168,7 @@ def test_eos_ends_a_sequence() -> None:
     )
     assert out.sequences.tolist() == [[3, 3, 12, 13, 14, 1, *[1] * 8]]
     assert (out.forwards, out.generated.tolist(), model.calls) == (1, [4], 1)
-    assert out.tokens_per_forward == 4.0
+    assert (out.kept.tolist(), out.tokens_per_forward, out.padded_tokens_per_forward) == ([3], 3.0, 4.0)
     on = dx.decode(model, torch.tensor([3, 3]), gen_length=12, block_length=4, threshold=0.5, mask_id=0)
     assert on.sequences[0, 6:].tolist() == list(range(16, 24))  # as published: no early exit
 
@@ -294,8 +294,8 @@ def test_suppressed_ids_are_never_decoded(llada) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompt": [[1, 2]]}, "prompt: expected an int64 Tensor"),
-        ({"prompt": torch.zeros(2, 3)}, "prompt: expected an int64 Tensor"),
+        ({"prompt": "text"}, "prompt: expected int64 .* got str; encode it"),
+        ({"prompt": torch.zeros(2, 3)}, r"prompt: expected int64 \(P,\), got torch.float32 \(3,\)"),
         ({"prompt": torch.zeros(1, 2, 3, dtype=torch.int64)}, r"prompt: expected \(B, P\)"),
         ({"gen_length": -1}, "gen_length: expected a whole number >= 0"),
         ({"gen_length": 1.5}, "gen_length: expected a whole number >= 0"),

@@ -22,22 +22,39 @@ def loaded() -> tuple[Any, Any]:
 def test_evaluate_agrees_with_decoding_one_by_one(loaded: tuple[Any, Any]):
     model, tokenizer = loaded
     row = evaluate.evaluate("builtin:teacher", "entropy:0.5", problems=12, batch=5, loaded=loaded)
-    right = passes = 0
+    right = passes = kept = 0
     for problem in itertools.islice(tasks.problems("held_out"), 12):
         prompt = torch.tensor([tokenizer.encode(problem.prompt).ids])
         out = dx.decode(model, prompt, gen_length=64, threshold=0.5, selector="entropy")
         right += tasks.is_correct(problem, tokenizer.decode(out.sequences[0, prompt.shape[1] :].tolist()))
         passes += out.forwards
+        kept += [*out.responses[0].tolist(), model.eos_id].index(model.eos_id)
     assert row["accuracy"] == right / 12
     assert row["nfe_mean"] == pytest.approx(passes / 12)
-    assert row["tokens_per_forward"] == pytest.approx(64 * 12 / passes)
+    assert row["tokens_per_forward"] == pytest.approx(kept / passes)
+    assert row["padded_tokens_per_forward"] == pytest.approx(64 * 12 / passes)
+    assert row["block_length"] == 32
     assert row["seconds"] > 0
 
 
 def test_one_token_a_pass_is_gen_length_passes(loaded: tuple[Any, Any]):
     row = evaluate.evaluate("builtin:teacher", evaluate.ONE, problems=2, loaded=loaded)
     assert row["nfe_mean"] == tasks.GEN_LENGTH
-    assert row["tokens_per_forward"] == 1.0
+    assert row["padded_tokens_per_forward"] == 1.0 > row["tokens_per_forward"]
+
+
+def test_a_block_causal_models_own_blocks_are_the_default(loaded: tuple[Any, Any]):
+    sdar = Path(__file__).parent / "golden" / "sdar_tiny_a"
+    assert registry.block_length(str(sdar)) == 8
+    assert registry.block_length("builtin:teacher") == 32
+    given = (dx.models.load(sdar), loaded[1])
+    rows = [
+        evaluate.evaluate("sdar", "quota:8", problems=1, loaded=given, block_length=size)
+        for size in (None, 8, 4)
+    ]
+    assert [row["block_length"] for row in rows] == [8, 8, 4]
+    passes = [row["nfe_mean"] for row in rows]
+    assert passes[0] == passes[1] != passes[2]
 
 
 @pytest.mark.parametrize(

@@ -237,6 +237,60 @@ def test_the_sub_block_cache_is_not_exact_but_can_be_renewed(model: FastDLLM, mo
     assert not torch.equal(stale.sequences, exact.sequences)
 
 
+def filled(plain: Plain, x: list[int], threshold: float, reuse: bool) -> tuple[list[int], int]:
+    """The published loop over a sequence whose masks lie anywhere: blocks with masks are filled as by
+    `generate`, and every block is stored. Tokens, and passes that fill something.
+    """
+    x, past, said, passes = list(x), [], None, 0
+    for first in range(0, len(x), SIZE):
+        end, inside = min(first + SIZE, len(x)), None
+        if said is not None and x[first] == MASK:
+            x[first] = int(said[-1].argmax())
+            passes += 1
+        for a in range(first, end, PART):
+            b = min(a + PART, end)
+            while MASK in x[a:b]:
+                if reuse and inside is not None and x[a] != MASK:
+                    logits, _ = plain(x[a:b], past, inside, a - first)
+                    logits = torch.cat((logits[:1], logits[:-1]))
+                else:
+                    logits, inside = plain(x[first:end], past)
+                    logits = torch.cat((logits[:1], logits[:-1]))[a - first : b - first]
+                passes += 1
+                p, token = logits.softmax(-1).max(-1)
+                p[torch.tensor(x[a:b]) != MASK] = -1
+                for j in range(b - a):
+                    if x[a + j] == MASK and (p[j] > threshold or j == int(p.argmax())):
+                        x[a + j] = int(token[j])
+        said, new = plain(x[first:end], past)
+        past = (
+            new
+            if not past
+            else [
+                (torch.cat((k, own_k), 1), torch.cat((v, own_v), 1))
+                for (k, v), (own_k, own_v) in zip(past, new, strict=True)
+            ]
+        )
+    return x, passes
+
+
+@pytest.mark.parametrize("cache", ["block", "none", "dual"])
+def test_infills_as_the_published_loop_does(model: FastDLLM, cache: str) -> None:
+    """With the sub-block cache too: gaps over sub-blocks and blocks, a first token given and not."""
+    prompts = [prompt_of(96, seed) for seed in (3, 4)] + [prompt_of(75, 5)]
+    for prompt, gaps in zip(
+        prompts, [[(10, 30)], [(32, 50), (90, 96)], [(5, 9), (20, 45), (66, 75)]], strict=True
+    ):
+        for start, end in gaps:
+            prompt[start:end] = MASK
+    settings: dict[str, Any] = {"selector": "confidence", "threshold": 0.5, "cache": cache}
+    out = dx.decode(model, prompts, gen_length=0, infill=True, **settings)
+    for b, prompt in enumerate(prompts):
+        tokens, passes = filled(Plain(model), prompt.tolist(), 0.5, reuse=cache == "dual")
+        assert out.sequences[b, : len(prompt)].tolist() == tokens
+        assert int(out.nfe[b]) == passes < int(out.generated[b])
+
+
 @pytest.mark.parametrize("cache", ["block", "dual", "none"])
 def test_prompts_of_any_lengths_together(model: FastDLLM, cache: str) -> None:
     prompts = [prompt_of(length) for length in (*LENGTHS, SIZE)]
@@ -287,6 +341,10 @@ def test_foreign_models_are_decoded_alike(model: FastDLLM) -> None:
     out = dx.decode(Foreign(), prompt_of(64), **settings)
     assert torch.equal(out.sequences, expected.sequences)
     assert out.forwards == expected.forwards
+    with pytest.raises(
+        ValueError, match="block_length: the model attends by blocks of 32, whatever is asked"
+    ):
+        dx.decode(Foreign(), prompt_of(64), block_length=16)
     Foreign.config = SimpleNamespace(model_type="Fast_dLLM_Qwen")
     assert models.traits(Foreign()) == models.Traits(151665, True, frozenset({"confidence"}), 32, 8)
 
@@ -363,7 +421,7 @@ def test_bad_configs_are_named(change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"block_length": 8}, "block_length: the model attends by blocks of 32"),
+        ({"block_length": 12}, "sub_block_length: expected a divisor of block_length 12, got 8"),
         ({"cache": "prefix"}, 'cache: expected "block" or "none" for a block-causal model, or "dual"'),
         ({"cache": "dual", "sub_block_length": 32}, "cache: expected"),
         ({"threshold": None, "steps": 64}, "steps: the fixed schedule is for whole blocks"),

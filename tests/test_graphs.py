@@ -185,6 +185,25 @@ def test_the_tokens_are_the_same(
     assert len(graphs.forms) <= out.forwards - graphs.replays
 
 
+@pytest.mark.parametrize(
+    ("name", "cache"), [("llada_tiny_a", "dual"), ("dream_tiny_a", "prefix"), ("sdar_tiny_a", "block")]
+)
+def test_infill_replays(taped: list[Graphs], name: str, cache: str) -> None:
+    """Masks between given tokens are numbers of a pass, not part of its form."""
+    prompts = [torch.arange(3, 60), torch.arange(1, 43)]
+    for prompt, gaps in zip(prompts, (((7, 29), (40, 52)), ((0, 20), (23, 24))), strict=True):
+        for start, end in gaps:
+            prompt[start:end] = 511
+    settings: dict[str, Any] = {"gen_length": 12, "infill": True, "cache": cache, "block_length": 8}
+    model = models.load(GOLDEN / name)
+    expected = dx.decode(model, prompts, graphs=False, **settings)
+    out = dx.decode(model, prompts, **settings)
+    assert torch.equal(out.sequences, expected.sequences)
+    assert torch.equal(out.nfe, expected.nfe)
+    assert taped[0].recorder is not None, "a recording failed"
+    assert taped[0].replays > out.forwards / 2
+
+
 def test_a_form_met_three_times_runs_once(taped: list[Graphs]) -> None:
     """One sequence, dual cache: the full passes take one form and the passes over a block another."""
     model = models.load(GOLDEN / "llada_tiny_a")

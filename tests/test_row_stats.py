@@ -252,7 +252,7 @@ def test_shapes() -> None:
         (torch.zeros(2, 3), {"rows": torch.tensor([2])}, r"rows: expected indices in \[0, 2\)"),
         (torch.zeros(2, 3), {"rows": torch.tensor([0.5])}, "rows: expected contiguous int64"),
         (torch.zeros(2, 3), {"mask_id": 3}, "mask_id: expected an id below 3, got 3"),
-        (torch.zeros(2, 3), {"mask_id": -1}, "mask_id: expected a token id >= 0"),
+        (torch.zeros(2, 3), {"mask_id": -1}, "mask_id: expected a whole number >= 0"),
         (torch.zeros(2, 3), {"suppress": [3]}, r"suppress: expected ids in \[0, 3\)"),
         (torch.zeros(2, 3), {"temperature": -1.0}, "temperature: expected a finite number"),
         (torch.zeros(2, 3), {"temperature": math.nan}, "temperature: expected a finite number"),

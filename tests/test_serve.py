@@ -209,6 +209,39 @@ def test_prompts_as_texts_and_as_ids(client: OpenAI, student: tuple[Any, Any]) -
     assert client.completions.create(model=MODEL, prompt=ids[0]).choices[0].text == expected[0]
 
 
+def test_a_suffix_is_what_the_answer_leads_to(client: OpenAI, student: tuple[Any, Any]) -> None:
+    """Decoded between the two, and cut at EOS; the suffix counts as prompt."""
+    model, tokenizer = student
+    words = decoded(student, PROMPT)[0].split()
+    prompt, suffix = " ".join([PROMPT, *words[:3]]), " ".join(words[9:])
+    settings: dict[str, Any] = {"block_length": BLOCK, "cache": "dual", "threshold": 0.5, "eos_id": EOS}
+    for length in (6, 20):
+        before, after = (tokenizer.encode(one).ids for one in (prompt, suffix))
+        out = dx.decode(
+            model, [*before, *[model.mask_id] * length, *after], gen_length=0, infill=True, **settings
+        )
+        kept = int(out.kept)
+        asked = {"model": MODEL, "prompt": prompt, "suffix": suffix, "max_tokens": length}
+        answer = client.completions.create(**asked)
+        assert answer.choices[0].text == tokenizer.decode(out.responses[0][:kept].tolist())
+        assert answer.choices[0].finish_reason == ("length" if kept == length else "stop")
+        usage = answer.usage
+        assert (usage.prompt_tokens, usage.completion_tokens) == (len(before) + len(after), kept)
+        assert usage.forward_passes == int(out.nfe)
+        assert joined(client.completions.create(stream=True, **asked))[0] == {0: answer.choices[0].text}
+    plain = client.completions.create(model=MODEL, prompt=prompt, suffix="", max_tokens=6)
+    assert plain.choices[0].text == decoded(student, prompt, gen_length=6)[0]
+    for change, param in (
+        ({"suffix": "[MASK]"}, "suffix"),
+        ({"prompt": "[MASK]"}, "suffix"),
+        ({"max_tokens": 240}, "max_tokens"),
+        ({"suffix": 3}, "suffix"),
+    ):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.completions.create(**{**asked, **change})
+        assert refused.value.param == param
+
+
 def test_max_tokens_ends_an_answer(client: OpenAI, student: tuple[Any, Any]) -> None:
     said, tokens, _ = decoded(student, PROMPT, gen_length=5)
     for name in ("max_tokens", "max_completion_tokens"):
@@ -383,7 +416,7 @@ def test_bad_requests_are_named(client: OpenAI, settings: dict[str, Any], param:
         ({"prompt": ["a"] * 33, "n": 2}, "n"),
         ({"logprobs": 0}, "logprobs"),
         ({"echo": True}, "echo"),
-        ({"suffix": "x"}, "suffix"),
+        ({"suffix": ["x"]}, "suffix"),
         ({"best_of": 2}, "best_of"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from ..cache import KVCache
 from .base import Model, Output
-from .checkpoint import FAMILIES, load, save, wrap
+from .checkpoint import FAMILIES, device_of, load, save, wrap
 from .dream import Dream
 from .fast_dllm import FastDLLM
 from .llada import LLaDA
@@ -19,6 +19,7 @@ __all__ = [
     "Model",
     "Output",
     "Traits",
+    "device_of",
     "load",
     "save",
     "traits",

@@ -375,11 +375,16 @@ class Model(nn.Module):
                 x, delta = block(x if delta is None else x + delta, attend), None
         return self.norm.of_sum(x, delta)[1]
 
-    def spans(self, row: int, start: int, end: int, length: int) -> list[Span]:
-        """Positions [start, end) of sequence `row`, which has `length`, with what each may see."""
-        size = self.block_length
-        if size is None:
+    def spans(
+        self, row: int, start: int, end: int, length: int, block_length: int | None = None
+    ) -> list[Span]:
+        """Positions [start, end) of sequence `row`, which has `length`, with what each may see.
+
+        Block-causal models see by blocks of `block_length`, by default their own.
+        """
+        if self.block_length is None:
             return [Span(row, start, end, length)] if start < end else []
+        size = block_length or self.block_length
         cuts = [start, *range((start // size + 1) * size, end, size), end]
         return [
             Span(row, a, b, min((a // size + 1) * size, length)) for a, b in itertools.pairwise(cuts) if a < b

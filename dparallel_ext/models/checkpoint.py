@@ -45,17 +45,38 @@ def load(
 
     Raises:
         FileNotFoundError: naming what is not there.
-        ValueError: naming the config key, or the missing, extra, misshapen or unreadable tensors.
+        ValueError: naming the device that is not there, the config key, or the missing, extra, misshapen or
+            unreadable tensors.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype: expected a floating-point type, got {dtype}")
+    place = device_of(device)
     directory = Path(path)
     if not directory.is_dir():
         raise FileNotFoundError(f"path: no directory {directory}")
     config = _json(directory / "config.json")
-    stored = _stored(_files(directory), str(device or "cpu"), dtype)
-    fuse = torch.device(device or "cpu").type != "cpu" if fuse is None else fuse
+    stored = _stored(_files(directory), str(place), dtype)
+    fuse = place.type != "cpu" if fuse is None else fuse
     return _assemble(config, stored, f"path: {directory}", fuse)
+
+
+def device_of(device: torch.device | str | None) -> torch.device:
+    """The device of that name, default the CPU. Raises ValueError where there is none."""
+    place: torch.device | None
+    try:
+        place = torch.device("cpu" if device is None else device)
+    except RuntimeError:
+        place = None
+    if place is None or place.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {str(device)!r}")
+    if place.type == "cuda":
+        count = torch.cuda.device_count()
+        if not count:
+            built = "none is there" if torch.version.cuda else "this torch is built without CUDA"
+            raise ValueError(f"device: {str(device)!r} needs an NVIDIA GPU, and {built}")
+        if (place.index or 0) >= count:
+            raise ValueError(f"device: expected cuda:0 to cuda:{count - 1}, got {str(device)!r}")
+    return place
 
 
 def wrap(hf_model: nn.Module) -> Model:

@@ -10,8 +10,8 @@ from .dream import QWEN_NAMES, qwen_shape
 
 
 class SDAR(Model):
-    """A block sees itself and the blocks before it; `block_length` may be set to what a checkpoint was
-    trained with, where its config does not say."""
+    """A block sees itself and the blocks before it. `block_length` is the config's, else 4. A call of the
+    model attends by it; `decode` by the `block_length` that it is given, as the published loop does."""
 
     strict = frozenset({"confidence"})
     NAMES: ClassVar[dict[str, str]] = {

@@ -19,8 +19,9 @@ import typer
 from rich.console import Console
 
 import dparallel_ext as dx
+from dparallel_ext.arguments import whole
 
-from . import registry, tasks
+from . import registry
 from .evaluate import ONE
 
 app = typer.Typer(
@@ -83,7 +84,15 @@ def decode(
     batch: Annotated[Path | None, typer.Option(help="as --file, all decoded together")] = None,
     model: ModelOption = registry.DEFAULT,
     policy: PolicyOption = "entropy:0.5",
-    gen_length: Annotated[int | None, typer.Option(help="tokens; default 64 built-in, 256 else")] = None,
+    gen_length: Annotated[
+        int | None, typer.Option(help="tokens; default 64 built-in, 256 else; with --infill 0")
+    ] = None,
+    infill: Annotated[
+        bool, typer.Option("--infill", help="fill the prompt's mask tokens too; the whole text is printed")
+    ] = False,
+    suffix: Annotated[
+        str | None, typer.Option(help="text that follows the response, which is decoded between the two")
+    ] = None,
     block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
     cache: Annotated[str, typer.Option(help="none, prefix, dual, or block (block-causal)")] = "none",
     temperature: Annotated[float, typer.Option(help="0: greedy")] = 0.0,
@@ -96,6 +105,7 @@ def decode(
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
 ) -> None:
     """Decode prompts with the built-in model or a checkpoint."""
+    from . import text as texts_of
     from .demo import LiveText
     from .evaluate import parse_policy
 
@@ -113,10 +123,21 @@ def decode(
         if seed is None:
             torch.seed()  # a fresh process's generator always begins alike
         loaded, tokenizer = registry.load(model, device=device, fp8=fp8)
-        length = gen_length or (tasks.GEN_LENGTH if model.startswith("builtin:") else 256)
+        ends = texts_of.endings(registry.directory_of(model), tokenizer)
+        length = gen_length
+        if length is None:
+            length = 0 if infill and not suffix else registry.gen_length(model)
         console = Console()
         for texts in calls:
-            ids = [torch.tensor(tokenizer.encode(text).ids, device=loaded.device) for text in texts]
+            ids = [tokenizer.encode(text).ids for text in texts]
+            if suffix:
+                between = [loaded.mask_id] * whole("gen_length", length, 1)
+                after = tokenizer.encode(suffix, add_special_tokens=False).ids
+                ids = [[*one, *between, *after] for one in ids]
+            masks = [one.count(loaded.mask_id) if infill or suffix else 0 for one in ids]
+            if infill and not length and not all(masks):
+                mask = tokenizer.id_to_token(loaded.mask_id)
+                raise ValueError(f"prompt: expected a mask token, {mask}, where --infill is to fill it")
             live = LiveText(console, tokenizer, loaded.mask_id or 0, 0.1) if stream else None
             if live is not None:
                 live.__enter__()
@@ -124,7 +145,8 @@ def decode(
                 out = dx.decode(
                     loaded,
                     ids,
-                    gen_length=length,
+                    gen_length=0 if suffix else length,
+                    infill=infill or bool(suffix),
                     block_length=block_length,
                     cache=cache,
                     temperature=temperature,
@@ -133,18 +155,32 @@ def decode(
                     seed=seed,
                     streamer=live,
                     **settings,
+                    **ends,
                 )
             finally:
                 if live is not None:
                     live.__exit__()
-            for text, tokens, passes in zip(texts, out.responses, out.nfe.tolist(), strict=True):
-                response, rate = tokenizer.decode(tokens.tolist()), len(tokens) / passes
+            for i, (text, tokens, passes) in enumerate(
+                zip(texts, out.responses, out.nfe.tolist(), strict=True)
+            ):
+                # A block-causal model fills its last block beyond what was asked for.
+                kept = min(int(out.kept[i]), masks[i] + (0 if suffix else length))
+                response, rate = tokenizer.decode(tokens[:kept].tolist()), kept / passes if passes else 0.0
+                row = {"prompt": text, "response": response, "tokens": kept, "forwards": passes}
+                if infill:
+                    row["text"] = response = tokenizer.decode(in_place(out, i, kept))
                 if as_json:
-                    row = {"prompt": text, "response": response, "forwards": passes}
                     typer.echo(json.dumps({**row, "tokens_per_forward": rate}))
                 else:
                     typer.echo(response)
-                    typer.echo(f"{len(tokens)} tokens in {passes} passes, {rate:.1f} a pass", err=True)
+                    typer.echo(f"{kept} tokens in {passes} passes, {rate:.1f} a pass", err=True)
+
+
+def in_place(out: dx.DecodeOutput, i: int, kept: int) -> list[int]:
+    """Tokens of sequence i, given and decoded ones, without what follows the first `kept` decoded."""
+    left_out = set(out.masked[i].nonzero()[kept:, 0].tolist())
+    tokens = out.sequences[i, : int(out.lengths[i])].tolist()
+    return [token for at, token in enumerate(tokens) if at not in left_out]
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -184,7 +220,7 @@ def evaluate(
     policy: Annotated[list[str], typer.Option(help="repeatable")] = [ONE, "confidence:0.9", "entropy:0.5"],  # noqa: B006
     problems: int = 500,
     batch: int = 100,
-    block_length: int = 32,
+    block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
     cache: str = "none",
     device: str | None = None,
     fp8: Fp8Option = False,
@@ -315,7 +351,7 @@ def answer(
     model: ModelOption = registry.DEFAULT,
     policy: Annotated[str, typer.Option(help=f"{ONE!r}, steps:N or SELECTOR:THRESHOLD")] = "entropy:0.5",
     gen_length: Annotated[int | None, typer.Option(help="tokens; default 64 built-in, 256 else")] = None,
-    block_length: int = 32,
+    block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
     cache: Annotated[str, typer.Option(help="none, prefix or dual")] = "none",
     checker: Annotated[
         str, typer.Option(help="hashes, last_number, boxed, none or package.module:function")
@@ -334,7 +370,7 @@ def answer(
     from . import trajectories
 
     with plain_errors():
-        length = gen_length or (tasks.GEN_LENGTH if model.startswith("builtin:") else 256)
+        length = registry.gen_length(model) if gen_length is None else whole("gen_length", gen_length, 1)
         settings = trajectories.Settings(model, policy, length, block_length, cache, checker, shard, format)
         prompts = trajectories.read_prompts(data, prompt_field, answer_field)
         trajectories.generate(out, prompts, settings, batch=batch, device=device)

@@ -134,9 +134,11 @@ def _show(name: str, problem: tasks.Problem, directory: Path, delay: float, cons
     ids = answer.sequences[0, prompt.shape[1] :].tolist()
     text = tokenizer.decode(ids)
     verdict = "right" if tasks.is_correct(problem, text) else f"wrong, it is {problem.answer}"
+    kept = evaluate.kept_tokens(answer.sequences[:, prompt.shape[1] :], model.eos_id)
     console.print(
-        f"\nanswer {tasks.extract_answer(text)} ({verdict}): {tasks.GEN_LENGTH} tokens in {answer.forwards} "
-        f"passes, {answer.tokens_per_forward:.1f} tokens a pass\n",
+        f"\nanswer {tasks.extract_answer(text)} ({verdict}): {kept} tokens in {answer.forwards} passes, "
+        f"{kept / answer.forwards:.1f} tokens a pass ({tasks.GEN_LENGTH} and "
+        f"{answer.padded_tokens_per_forward:.1f} with the padding behind its end)\n",
         highlight=False,
     )
     assert answer.trajectory is not None

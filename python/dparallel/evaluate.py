@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import policies
@@ -50,7 +51,7 @@ def evaluate(
     problems: int = 500,
     seed: int = 0,
     batch: int = 100,
-    block_length: int = 32,
+    block_length: int | None = None,
     cache: str = "none",
     device: str | None = None,
     fp8: bool = False,
@@ -58,10 +59,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Decode `problems` held-out problems, the same for every call with one `seed`, and check the answers.
 
-    Every sequence is decoded to its full length, so that passes compare.
+    Every sequence is decoded to its full length, so that passes compare. `block_length`: default the model's
+    own, if it is block-causal, else 32.
 
     Returns model, policy, threshold, problems, seed, accuracy, accuracy_interval (Wilson's, 95 %), nfe_mean
-    (passes per answer), tokens_per_forward, seconds, gen_length, block_length, cache and fp8.
+    (passes per answer), tokens_per_forward (those in front of EOS, the model's `eos_id`),
+    padded_tokens_per_forward (all gen_length of them), seconds, gen_length, block_length, cache and fp8.
     """
     settings = parse_policy(policy)
     model, tokenizer = loaded or registry.load(model_name, device=device, fp8=fp8)
@@ -69,7 +72,7 @@ def evaluate(
     for problem in itertools.islice(tasks.problems("held_out", seed), problems):
         ids = tokenizer.encode(problem.prompt).ids
         groups.setdefault(len(ids), []).append((problem, ids))
-    correct = passes = tokens = 0
+    correct = passes = tokens = padded = 0
     began = time.perf_counter()
     for group in groups.values():
         for at in range(0, len(group), batch):
@@ -83,10 +86,12 @@ def evaluate(
                 cache=cache,
                 **settings,
             )
-            answers = tokenizer.decode_batch(out.sequences[:, prompt.shape[1] :].tolist())
+            responses = out.sequences[:, prompt.shape[1] :]
+            answers = tokenizer.decode_batch(responses.tolist())
             correct += sum(tasks.is_correct(p, text) for (p, _), text in zip(part, answers, strict=True))
             passes += int(out.nfe.sum())
-            tokens += int(out.generated.sum())
+            tokens += kept_tokens(responses[:, : tasks.GEN_LENGTH], model.eos_id)
+            padded += int(out.generated.sum())
     return {
         "model": model_name,
         "policy": policy,
@@ -97,12 +102,18 @@ def evaluate(
         "accuracy_interval": wilson(correct, problems),
         "nfe_mean": passes / problems if problems else 0.0,
         "tokens_per_forward": tokens / passes if passes else 0.0,
+        "padded_tokens_per_forward": padded / passes if passes else 0.0,
         "seconds": round(time.perf_counter() - began, 3),
         "gen_length": tasks.GEN_LENGTH,
-        "block_length": block_length,
+        "block_length": block_length or dx.models.traits(model).block_length or 32,
         "cache": cache,
         "fp8": model.quantized,
     }
+
+
+def kept_tokens(responses: Tensor, eos_id: int | None) -> int:
+    """Tokens of responses (B, R) that stand in front of EOS, over all of them."""
+    return int((responses == (-1 if eos_id is None else eos_id)).cumsum(1).eq(0).sum())
 
 
 def sweep(names: Iterable[str], texts: Iterable[str], **settings: Any) -> Iterable[dict[str, Any]]:
@@ -129,11 +140,11 @@ def wilson(right: int, trials: int) -> list[float]:
 def aup(rows: Iterable[dict[str, Any]], best: float) -> float:
     """Accuracy under parallelism of one model's rows (d3LLM, arXiv 2601.07568).
 
-    The area under accuracy (in %) against tokens per pass, from the slowest row on, each accuracy y
+    The area under accuracy (in %) against padded tokens per pass, from the slowest row on, each accuracy y
     weighted min(exp(-3 (1 - y / best)), 1); rows more than 5 points below the slowest are left out.
     `best`: the highest accuracy (0 to 1) of all models that are compared.
     """
-    points = sorted((row["tokens_per_forward"], 100 * row["accuracy"]) for row in rows)
+    points = sorted((row["padded_tokens_per_forward"], 100 * row["accuracy"]) for row in rows)
     points = [(x, y) for x, y in points if y >= points[0][1] - 5]
     if not points or best <= 0:
         return 0.0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dparallel_ext import models
+
+from . import tasks
 
 BUILTIN = Path(__file__).parent / "builtin"
 DEFAULT = "builtin:teacher"
@@ -39,6 +42,26 @@ def fast_bfloat16(device: torch.device | str | None = None) -> bool:
     return supported is not None and supported()
 
 
+def block_length(name: str) -> int:
+    """Tokens of a block where none is asked for: the model's own, if it is block-causal, else 32.
+
+    By its config.json alone. Raises FileNotFoundError and ValueError, by name.
+    """
+    file = directory_of(name) / "config.json"
+    config = json.loads(file.read_text())
+    family = models.FAMILIES.get(config.get("model_type", ""))
+    if family is None:
+        raise ValueError(
+            f"model: {file} has model_type {config.get('model_type')!r}, none of {list(models.FAMILIES)}"
+        )
+    return family.read_config(config).block_length or 32
+
+
+def gen_length(name: str) -> int:
+    """Tokens of a response where no number is asked for."""
+    return tasks.GEN_LENGTH if name.startswith("builtin:") else 256
+
+
 def load(
     name: str = DEFAULT,
     *,
@@ -54,14 +77,14 @@ def load(
     """
     from tokenizers import Tokenizer
 
-    directory = directory_of(name)
+    directory, place = directory_of(name), models.device_of(device)
     file = directory / "tokenizer.json"
     if not file.is_file():
         raise FileNotFoundError(f"model: {directory} has no tokenizer.json")
     fuse = None
     if name.startswith("builtin:"):
         fuse = True  # small enough not to be mapped
-        if dtype is None and not fast_bfloat16(device):
+        if dtype is None and not fast_bfloat16(place):
             dtype = torch.float32
-    model = models.load(directory, device=device, dtype=dtype, fuse=fuse)
+    model = models.load(directory, device=place, dtype=dtype, fuse=fuse)
     return model.quantize() if fp8 else model, Tokenizer.from_file(str(file))

@@ -3,8 +3,9 @@
     POST /v1/completions, /v1/chat/completions      GET /v1/models, /health, /metrics
 
 What differs from OpenAI: `temperature` is 0 unless given, as everywhere here; `policy` chooses the unmasking
-rule; text streams by finished blocks; `usage` also has forward_passes and tokens_per_pass. A parameter that
-the server does not follow is refused by name, unless its value is the one that changes nothing.
+rule; text streams by finished blocks; `usage` also has forward_passes and tokens_per_pass; a completion with
+`suffix` is decoded between two texts. A parameter that the server does not follow is refused by name, unless
+its value is the one that changes nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from starlette.types import Message as Event
 
 from dparallel_ext import Completion, Engine, EngineFull, Handle
 
-from . import registry, tasks, text
+from . import registry, text
 from .evaluate import parse_policy
 
 log = logging.getLogger("uvicorn.dparallel")
@@ -206,9 +207,11 @@ class Options(Strict):
 
 
 class CompletionRequest(Options):
-    """POST /v1/completions. `prompt`: a text or its token ids, or a list of either."""
+    """POST /v1/completions. `prompt`: a text or its token ids, or a list of either. `suffix`: the text that
+    follows the response, which is decoded between the two."""
 
     prompt: list[Text] | list[list[int]]
+    suffix: Text | None = None
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -338,6 +341,8 @@ class Choice:
     gen_length: int
     seed: int
     text: text.TextStream
+    suffix: list[int]
+    """Token ids that follow the response."""
     handle: Handle | None = None
     completion: Completion | None = None
 
@@ -416,7 +421,7 @@ class Call:
     def usage(self) -> dict[str, Any]:
         """Of a finished call. A prompt counts once, however many its choices."""
         done = [choice.completion for choice in self.choices if choice.completion is not None]
-        prompt = sum(len(choice.prompt) for choice in self.choices[:: self.each])
+        prompt = sum(len(choice.prompt) + len(choice.suffix) for choice in self.choices[:: self.each])
         tokens, passes = sum(choice.text.count for choice in self.choices), sum(one.nfe for one in done)
         return {
             "prompt_tokens": prompt,
@@ -436,8 +441,7 @@ class Service:
     ) -> None:
         self.engine, self.vocabulary, self.tokenizer, self.settings = engine, vocabulary, tokenizer, settings
         self.template = text.chat_template(directory)
-        ends = text.end_tokens(directory, tokenizer)
-        self.ends: dict[str, Any] = {"eos_id": ends[0] if ends else None, "stop": [[one] for one in ends[1:]]}
+        self.ends = text.endings(directory, tokenizer)
         self.metrics = Metrics(engine)
         self.created = int(time.time())
         self.aborted: asyncio.Future[None]
@@ -482,13 +486,15 @@ class Service:
             encoded = await asyncio.to_thread(self.encode, request)
         except ValueError as error:
             raise ApiError(400, str(error), param=param) from error
+        suffix = self._suffix(request, encoded)
         seed = secrets.randbits(62) if request.seed is None else request.seed
         choices = [
             Choice(
                 ids,
-                self._gen_length(ids, request, param),
+                self._gen_length(ids, request, param, len(suffix)),
                 (seed + i) % 2**63,
                 text.TextStream(self.tokenizer, request.stop or ()),
+                suffix,
             )
             for ids in encoded
             for i in range(each)
@@ -497,9 +503,11 @@ class Service:
 
         def submit(choice: Choice) -> Handle:
             try:
+                between = [self.engine.mask_id] * choice.gen_length if choice.suffix else []
                 return self.engine.submit(
-                    choice.prompt,
-                    gen_length=choice.gen_length,
+                    [*choice.prompt, *between, *choice.suffix],
+                    gen_length=0 if choice.suffix else choice.gen_length,
+                    infill=bool(choice.suffix),
                     temperature=request.temperature or 0.0,
                     seed=choice.seed,
                     **policy,
@@ -517,17 +525,27 @@ class Service:
 
         return Call(self, choices, each, submit)
 
-    def _gen_length(self, ids: list[int], request: Options, param: str) -> int:
+    def _suffix(self, request: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> list[int]:
+        """The token ids that follow the response. Raises ApiError where others than its own masks stand."""
+        given = request.suffix if isinstance(request, CompletionRequest) else None
+        ids: list[int] = self.tokenizer.encode(given or "", add_special_tokens=False).ids
+        if ids and any(self.engine.mask_id in prompt for prompt in [*prompts, ids]):
+            said = "suffix: neither it nor the prompt may hold the mask token, which stands for the response"
+            raise ApiError(400, said, param="suffix")
+        return ids
+
+    def _gen_length(self, ids: list[int], request: Options, param: str, suffix: int) -> int:
         """max_tokens for a prompt. Raises ApiError if it or the prompt is too long, or has foreign ids."""
         wrong = next((one for one in ids if not 0 <= one < self.vocabulary), None)
         if wrong is not None:
             said = f"{param}: expected token ids below {self.vocabulary}, got {wrong}"
             raise ApiError(400, said, param=param)
         most = self.settings.max_length
-        length = request.max_tokens or max(1, min(self.settings.gen_length, most - len(ids)))
-        if len(ids) + length > most:
-            name = param if len(ids) >= most else "max_tokens"
-            said = f"{name}: expected at most {most} tokens with the response, got {len(ids)} + {length}"
+        given = len(ids) + suffix
+        length = request.max_tokens or max(1, min(self.settings.gen_length, most - given))
+        if given + length > most:
+            name = param if given >= most else "max_tokens"
+            said = f"{name}: expected at most {most} tokens with the response, got {given} + {length}"
             raise ApiError(400, said, param=name, code="context_length_exceeded")
         return length
 
@@ -812,7 +830,7 @@ def run(
     limits = [loaded.config.get(key) for key in ("max_sequence_length", "max_position_embeddings")]
     defaults = {
         "name": model,
-        "gen_length": tasks.GEN_LENGTH if model.startswith("builtin:") else Settings.gen_length,
+        "gen_length": registry.gen_length(model),
         "max_length": min([Settings.max_length, *(limit for limit in limits if limit)]),
     }
     chosen = Settings(**{**defaults, **given})

@@ -134,6 +134,12 @@ def end_tokens(directory: Path, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(one for one in given if one is not None))
 
 
+def endings(directory: Path, tokenizer: Any) -> dict[str, Any]:
+    """`decode`'s arguments that end a response at any of `end_tokens`."""
+    ends = end_tokens(directory, tokenizer)
+    return {"eos_id": ends[0] if ends else None, "stop": [[one] for one in ends[1:]]}
+
+
 def _config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}

@@ -15,7 +15,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ class Settings:
     policy: str = "entropy:0.5"
     """"one", "steps:N" (the fixed schedule) or SELECTOR:THRESHOLD."""
     gen_length: int = tasks.GEN_LENGTH
-    block_length: int = 32
+    block_length: int | None = None
+    """None: the model's own, if it is block-causal, else 32; settings.json has the number."""
     cache: str = "none"
     checker: str = "hashes"
     shard: int = 500
@@ -214,6 +215,13 @@ def generate(
     if settings.format not in FORMATS:
         raise ValueError(f"format: expected one of {FORMATS}, got {settings.format!r}")
     policy, checker = parse_policy(settings.policy), checker_of(settings.checker)
+    if settings.block_length is None:
+        own = (
+            dx.models.traits(loaded[0]).block_length or 32
+            if loaded
+            else registry.block_length(settings.model)
+        )
+        settings = replace(settings, block_length=own)
     directory = Path(out)
     directory.mkdir(parents=True, exist_ok=True)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -1,0 +1,152 @@
+"""Arguments as people give them: numbers and token ids of Python, numpy and torch."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """`value` as an int: of Python or numpy, or a 0-d tensor.
+
+    Raises ValueError naming the argument unless it is a whole number of at least `least`.
+    """
+    found = None
+    if not isinstance(value, bool) and not (
+        isinstance(value, Tensor) and (value.ndim or value.dtype == torch.bool)
+    ):
+        with contextlib.suppress(TypeError):
+            found = operator.index(value)
+    if found is None or found < least:
+        raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r}")
+    return found
+
+
+def number(name: str, value: Any, least: float = 0.0) -> float:
+    """`value` as a float: of Python or numpy, or a 0-d tensor.
+
+    Raises ValueError naming the argument unless it is a finite number of at least `least`.
+    """
+    found = math.nan
+    if not isinstance(value, (str, bytes, bool)):
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            found = float(value)
+    if not least <= found < math.inf:
+        raise ValueError(f"{name}: expected a finite number >= {least:g}, got {value!r}")
+    return found
+
+
+def numbers(name: str, value: Any, count: int, least: int) -> list[int]:
+    """`count` whole numbers, from one or from as many in a list, an array or a tensor."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        given = list(value)
+    elif getattr(value, "ndim", 0) == 1:
+        given = list(value.tolist())
+    else:
+        return [whole(name, value, least)] * count
+    found = [whole(name, each, least) for each in given]
+    if len(found) != count:
+        raise ValueError(f"{name}: expected a number or one for each of {count}, got {len(found)}")
+    return found
+
+
+def token_ids(name: str, value: Any) -> Tensor:
+    """One sequence of token ids (P,) int64 from a list, an array or a tensor.
+
+    Raises ValueError naming the argument.
+    """
+    try:
+        ids = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        hint = "; encode it with the model's tokenizer first" if isinstance(value, str) else ""
+        raise ValueError(f"{name}: expected int64 (P,) or a list of ids, got {_kind(value)}{hint}") from error
+    if not ids.numel():
+        ids = ids.to(torch.int64)  # an empty list has no dtype of its own
+    if ids.ndim != 1 or ids.dtype not in INTEGERS:
+        raise ValueError(f"{name}: expected int64 (P,), got {ids.dtype} {tuple(ids.shape)}")
+    return ids.to(torch.int64)
+
+
+def prompts(prompt: Any, attention_mask: Any = None) -> list[Tensor]:
+    """B prompts (P,) int64 of any lengths, from all that `decode` takes; padding is taken out.
+
+    Raises ValueError naming the argument that does not fit.
+    """
+    if isinstance(prompt, Mapping):  # a tokenizer's BatchEncoding
+        if "input_ids" not in prompt:
+            raise ValueError(f"prompt: expected input_ids in the mapping, got {sorted(map(str, prompt))}")
+        if attention_mask is None:
+            attention_mask = prompt.get("attention_mask")
+        prompt = prompt["input_ids"]
+    rows = _rows("prompt", prompt)
+    ids = [token_ids("prompt", row) for row in rows]
+    if attention_mask is None:
+        return ids
+    masks = _rows("attention_mask", attention_mask)
+    if [len(mask) for mask in masks] != [len(row) for row in ids]:
+        raise ValueError(
+            f"attention_mask: expected the shape of prompt (B, P), got {_shape(attention_mask)} "
+            f"beside {_shape(prompt)}"
+        )
+    return [row[_visible(mask).to(row.device)] for row, mask in zip(ids, masks, strict=True)]
+
+
+def _rows(name: str, value: Any) -> list[Any]:
+    """The sequences of a batch, or the one that is given by itself."""
+    if isinstance(value, str):
+        return [value]  # refused by name later
+    if not (isinstance(value, Sequence) or hasattr(value, "ndim")):
+        raise ValueError(f"{name}: expected int64 (B, P) or (P,), or a list of (P,), got {_kind(value)}")
+    if isinstance(value, Sequence):
+        # A list of numbers is one sequence, any other a batch; an empty one is an empty batch.
+        return [value] if value and _is_number(value[0]) else list(value)
+    if value.ndim not in (1, 2):
+        raise ValueError(f"{name}: expected (B, P) or (P,), got {tuple(value.shape)}")
+    return [value] if value.ndim == 1 else list(value)
+
+
+def _visible(row: Any) -> Tensor:
+    """One row of an attention mask, (P,) bool."""
+    try:
+        mask = torch.as_tensor(row)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"attention_mask: expected bool or whole numbers, got {_kind(row)}") from error
+    if mask.ndim != 1 or (mask.numel() and mask.is_floating_point()):
+        raise ValueError(
+            f"attention_mask: expected bool or whole numbers, got rows {mask.dtype} {tuple(mask.shape)}"
+        )
+    return mask.to(torch.bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0
+
+
+def _kind(value: Any) -> str:
+    return str(getattr(value, "dtype", type(value).__name__))
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if hasattr(value, "shape") else f"{len(value)} rows"
+
+
+def check_ids(name: str, ids: Sequence[Tensor], vocabulary: int | None) -> None:
+    """Raise ValueError naming the argument where an id of `ids` is negative or not below `vocabulary`.
+
+    This waits for the device, so it belongs in front of the passes.
+    """
+    together = torch.cat(list(ids)) if ids else torch.zeros(0, dtype=torch.int64)
+    if not together.numel():
+        return
+    low, high = torch.stack(together.aminmax()).tolist()
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
+        wanted = ">= 0" if vocabulary is None else f"in [0, {vocabulary})"
+        raise ValueError(f"{name}: expected token ids {wanted}, got {low if low < 0 else high}")
