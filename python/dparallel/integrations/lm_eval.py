@@ -1,0 +1,489 @@
+"""The model `dparallel` of EleutherAI's lm-evaluation-harness, for any checkpoint that `models.load` reads.
+
+    lm_eval --model dparallel \\
+        --model_args pretrained=path/to/LLaDA-8B-Instruct,policy=entropy:0.5,gen_length=256,block_length=32 \\
+        --tasks gsm8k --apply_chat_template --batch_size 16
+
+Harnesses that discover plugins (the entry point group `lm_eval.models`; those after 0.4.13) know the model
+without more. With older ones put `python -m dparallel.integrations.lm_eval` in place of `lm_eval`, or import
+this module before `lm_eval.simple_evaluate`.
+
+`generate_until` decodes requests of any lengths together (`dparallel_ext.Engine`), `batch_size` at a time; a
+request gets what `dparallel_ext.decode` would give it alone. `loglikelihood` and `loglikelihood_rolling` use
+`dparallel.likelihood`: exact for block-causal models, and LLaDA's Monte Carlo bound for others.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from tqdm import tqdm
+
+from dparallel_ext import Completion, Engine
+from dparallel_ext.models import traits
+
+from .. import registry, tasks, text
+from ..evaluate import parse_policy
+from ..likelihood import SAMPLES, iter_log_likelihoods
+
+log = logging.getLogger("lm_eval.dparallel")  # under the harness's own logger, whose handlers print it
+
+GEN_LENGTH = 256
+"""Where neither the model's arguments nor the task say how many tokens to decode."""
+MAX_LENGTH = 2048
+"""Of models whose config does not say how many positions they have."""
+AUTO_BATCH_SIZE = 16
+"""What `--batch_size auto` is."""
+LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "min_p": (0,),
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "repetition_penalty": (1,),
+    "top_k": (0, -1),
+    "top_p": (1,),
+    "typical_p": (1,),
+    "use_cache": (True, False),
+}
+"""Generation arguments that are not followed, each with the values that ask for nothing."""
+OF_SAMPLING = {"min_p", "top_k", "top_p", "typical_p"}
+"""Those of them that change nothing of greedy decoding."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How one request of `generate_until` is decoded."""
+
+    prompt: list[int]
+    gen_length: int
+    temperature: float
+    policy: dict[str, Any]
+    """The arguments of `Engine.submit` that `parse_policy` gives."""
+    until: tuple[str, ...]
+    stop: list[list[int]]
+    """Those of `until` that are special tokens, and so no part of the text, and the further end tokens."""
+    seed: int
+
+
+@register_model("dparallel")
+class DParallelLM(TemplateLM):
+    """A masked diffusion language model under the harness.
+
+    Args (`--model_args`):
+        pretrained: a checkpoint directory, or "builtin:teacher" or "builtin:student".
+        policy: "one", "steps:N" or SELECTOR:THRESHOLD, see `dparallel decode --help`.
+        gen_length: tokens decoded for every request of `generate_until`. Default: what the task says
+            (max_gen_toks), else 256. The length is part of what a diffusion model is asked, so published
+            results name it; a given one goes before the task's.
+        block_length, sub_block_length, cache, refresh, batch_invariant: as in `dparallel_ext.decode`. The
+            default of cache is "block" for block-causal models and "none" for others; both are exact.
+        likelihood: "monte_carlo" or "left_to_right", see `dparallel.likelihood`. Default: by the model.
+        mc_num: masks drawn for an answer by "monte_carlo".
+        greedy: whether log-likelihood requests also say if greedy decoding gives the answer. Tasks such as
+            lambada need it; multiple-choice tasks do not, and are faster without.
+        seed: of the masks, and of samples where a task has a temperature. Repeats of a request differ.
+        max_length: positions of context and answer; a longer context loses its beginning. Default: what
+            config.json says, else 2048.
+        prefix_token_id: the context of a log-likelihood request that has none. Default: the tokenizer's
+            bos_token; without one, no context.
+        mask_id: default: the model's.
+        dtype: of the weights, such as "float32"; default: the checkpoint's.
+        fp8: keep the layers' weights in 8 bits.
+        batch_size: requests decoded at once, or masked sequences in a pass of `loglikelihood`.
+        device: default: "cuda" where there is a GPU.
+
+    `--gen_kwargs` (or a task's generation_kwargs): until, max_gen_toks, do_sample, temperature, policy. Any
+    other is refused by name, unless its value asks for nothing.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the argument that does not fit.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        policy: str = "entropy:0.5",
+        gen_length: int | None = None,
+        block_length: int | None = None,
+        sub_block_length: int | None = None,
+        cache: str | None = None,
+        refresh: int | None = None,
+        batch_invariant: bool = False,
+        likelihood: str | None = None,
+        mc_num: int = SAMPLES,
+        greedy: bool = True,
+        seed: int = 0,
+        max_length: int | None = None,
+        prefix_token_id: int | None = None,
+        mask_id: int | None = None,
+        dtype: str | None = None,
+        fp8: bool = False,
+        batch_size: int | str | None = 1,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        super().__init__()
+        parse_policy(policy)
+        self.batch_size = _batch_size(batch_size, max_batch_size)
+        for name, value in (("gen_length", gen_length), ("max_length", max_length), ("mc_num", mc_num)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
+        if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
+            # The harness's command line says cuda:0 where its user says nothing.
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            log.info("device: %s", device)
+        self.model, self.tokenizer = registry.load(pretrained, device=device, fp8=fp8)
+        if dtype not in (None, "auto"):
+            self.model = self.model.to(_dtype(dtype))
+        self.pretrained, self.directory = pretrained, registry.directory_of(pretrained)
+        self.policy, self.gen_length, self.seed = policy, gen_length, seed
+        causal = traits(self.model).block_length is not None
+        self.engine_options: dict[str, Any] = {
+            "cache": cache or ("block" if causal else "none"),
+            "block_length": block_length,
+            "sub_block_length": sub_block_length,
+            "refresh": refresh,
+            "batch_invariant": batch_invariant,
+            "mask_id": mask_id,
+        }
+        self.likelihood_options: dict[str, Any] = {
+            "method": None if likelihood == "auto" else likelihood,
+            "samples": mc_num,
+            "seed": seed,
+            "greedy": greedy,
+            "block_length": block_length if causal else None,
+            "mask_id": mask_id,
+        }
+        self.default_gen_length = tasks.GEN_LENGTH if pretrained.startswith("builtin:") else GEN_LENGTH
+        self.max_length = max_length or _positions(self.model.config)
+        self.end_ids = text.end_tokens(self.directory, self.tokenizer)
+        self.bos_token = _bos_token(self.directory)
+        self.special_ids: dict[str, int] = {
+            token.content: number
+            for number, token in self.tokenizer.get_added_tokens_decoder().items()
+            if token.special
+        }
+        if prefix_token_id is None and self.bos_token:
+            prefix_token_id = self.tokenizer.token_to_id(self.bos_token)
+        self._prefix_token_id = prefix_token_id
+        self._template: Callable[[list[text.Message]], str] | None = None
+        self._counts: Counter[str] = Counter()
+        # Told now, and not after the tasks' data are there: what does not fit the model.
+        for _ in iter_log_likelihoods(self.model, [], [], batch_size=1, **self.likelihood_options):
+            pass
+        self._engine(1, 1).close()
+
+    # --- what the harness asks of a model -----------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def eot_token_id(self) -> int | None:
+        return self.end_ids[0] if self.end_ids else None
+
+    @property
+    def prefix_token_id(self) -> int | None:
+        return self._prefix_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.pretrained.replace("/", "__")
+
+    def get_model_info(self) -> dict[str, Any]:
+        """For the results' file: the model, and the passes of all generations so far."""
+        return {
+            "model_num_parameters": sum(p.numel() for p in self.model.parameters()),
+            "model_dtype": str(self.model.dtype),
+            "policy": self.policy,
+            **self.engine_options,
+            **{f"likelihood_{key}": value for key, value in self.likelihood_options.items()},
+            "generated_tokens": self._counts["tokens"],
+            "forward_passes": self._counts["passes"],
+            "tokens_per_pass": self._tokens_per_pass,
+        }
+
+    @property
+    def _tokens_per_pass(self) -> float:
+        return self._counts["tokens"] / max(1, self._counts["passes"])
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids; the tokenizer's own special tokens are added unless the text has them already."""
+        if add_special_tokens is None:
+            # A chat template writes them itself.
+            begun = bool(self.bos_token) and string.startswith(self.bos_token or "")
+            add_special_tokens = self._template is None and not begun
+        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """What stands for the checkpoint's template in the results: its text of one user message."""
+        if not chat_template:
+            return None
+        if isinstance(chat_template, str):
+            raise ValueError(
+                "apply_chat_template: expected no name (the checkpoint's default template is used), "
+                f"got {chat_template!r}"
+            )
+        return self._render([{"role": "user", "content": "{content}"}])
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a conversation; without `add_generation_prompt` its last message is to be continued."""
+        if add_generation_prompt:
+            return self._render(chat_history)
+        return self._render(chat_history[:-1]) + chat_history[-1]["content"]
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        if self._template is None:
+            self._template = text.chat_template(self.directory)
+            if self._template is None:
+                raise ValueError(f"apply_chat_template: {self.directory} has no chat template")
+        return self._template(messages)
+
+    # --- log-likelihoods ----------------------------------------------------------------------------
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        pairs = []
+        for context, continuation in (request.args for request in requests):
+            if context:
+                pairs.append(self._encode_pair(context, continuation))
+            else:
+                pairs.append((self._prefix, self.tok_encode(continuation, add_special_tokens=False)))
+        return self._loglikelihood_tokens(
+            [(request.args, *pair) for request, pair in zip(requests, pairs, strict=True)], disable_tqdm
+        )
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **options: Any,
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood, whether it is greedy) of each (arguments or None, context, continuation).
+
+        options: of `iter_log_likelihoods`, in place of the model's.
+        """
+        contexts = [self._fit(context, len(answer)) for _, context, answer in requests]
+        answers = [answer for _, _, answer in requests]
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        options = {**self.likelihood_options, "batch_size": self.batch_size, **options}
+        scores = iter_log_likelihoods(self.model, contexts, answers, **options)
+        for index, score in tqdm(
+            scores, total=len(requests), desc="dparallel: loglikelihood", disable=disable_tqdm
+        ):
+            results[index] = (score.logprob, bool(score.greedy))
+            arguments = requests[index][0]
+            if arguments is not None:
+                self.cache_hook.add_partial("loglikelihood", arguments, results[index])
+        return results
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Of whole texts: each token is in one window of at most max_length positions, the first window after
+        the prefix token if there is one, later ones after as many tokens as fit."""
+        windows = [
+            list(_windows(self.tok_encode(request.args[0]), self._prefix, self.max_length))
+            for request in requests
+        ]
+        parts = iter(self._loglikelihood_tokens([(None, *w) for each in windows for w in each], disable_tqdm))
+        results = []
+        for request, each in zip(requests, windows, strict=True):
+            results.append(sum(next(parts)[0] for _ in each))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, results[-1])
+        return results
+
+    @property
+    def _prefix(self) -> list[int]:
+        return [] if self._prefix_token_id is None else [self._prefix_token_id]
+
+    def _fit(self, context: list[int], count: int) -> list[int]:
+        """The context's end that fits in front of `count` tokens."""
+        room = self.max_length - count
+        if len(context) <= room:
+            return context
+        if room < 1:
+            raise ValueError(
+                f"max_length: {self.max_length} positions do not hold {count} tokens and any of their context"
+            )
+        log.warning(
+            "a context of %d tokens and %d more exceed max_length %d: its first %d tokens are left out",
+            len(context),
+            count,
+            self.max_length,
+            len(context) - room,
+        )
+        return context[len(context) - room :]
+
+    # --- generation ---------------------------------------------------------------------------------
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        occurrences: Counter[str] = Counter()
+        generations = []
+        for request in requests:
+            key = repr(request.args)
+            context, options = request.args
+            generations.append(self._generation(context, options, occurrences[key]))
+            occurrences[key] += 1
+        results = [""] * len(requests)
+        bar = tqdm(total=len(requests), desc="dparallel: generate_until", disable=disable_tqdm)
+        with bar:
+            for index, response in self._decode(generations):
+                results[index] = response
+                if not generations[index].temperature:
+                    self.cache_hook.add_partial("generate_until", requests[index].args, response)
+                bar.update()
+                bar.set_postfix(tokens_per_pass=f"{self._tokens_per_pass:.2f}")
+        return results
+
+    def _generation(self, context: str, options: dict[str, Any], occurrence: int) -> Generation:
+        """A request as the engine takes it. Raises ValueError naming the generation argument."""
+        left = {key: value for key, value in options.items() if value is not None}
+        until = left.pop("until", [])
+        until = [until] if isinstance(until, str) else list(until)
+        lengths = [left.pop(name) for name in LENGTH_NAMES if name in left]
+        gen_length = self.gen_length or int(next(iter(lengths), self.default_gen_length))
+        temperature = _temperature(left.pop("do_sample", None), left.pop("temperature", None))
+        policy = parse_policy(left.pop("policy", self.policy))
+        for name, value in left.items():
+            idle = name in OF_SAMPLING and not temperature
+            if not idle and value not in NEUTRAL.get(name, ()):
+                raise ValueError(f"gen_kwargs: {name}={value!r} is not supported")
+        ids = self.tok_encode(context)
+        digest = hashlib.sha256(f"{self.seed}:{occurrence}:{context}".encode()).digest()
+        return Generation(
+            prompt=self._fit(ids, gen_length),
+            gen_length=gen_length,
+            temperature=temperature,
+            policy=policy,
+            until=tuple(one for one in until if one),
+            stop=[
+                *([self.special_ids[one]] for one in until if one in self.special_ids),
+                *([one] for one in self.end_ids[1:]),
+            ],
+            seed=int.from_bytes(digest[:7], "big"),
+        )
+
+    def _engine(self, requests: int, longest: int) -> Engine:
+        size = traits(self.model).block_length or 1
+        return Engine(
+            self.model,
+            lanes=min(self.batch_size, requests),
+            max_length=-(-longest // size) * size,
+            max_waiting=requests,
+            **self.engine_options,
+        )
+
+    def _decode(self, generations: Sequence[Generation]) -> Iterator[tuple[int, str]]:
+        """Each response as soon as it is complete, cut where `until` or the end token says."""
+        if not generations:
+            return
+        events: SimpleQueue[tuple[int, Any]] = SimpleQueue()
+        longest = max(len(one.prompt) + one.gen_length for one in generations)
+        with self._engine(len(generations), longest) as engine:
+            handles, streams, texts = [], [], [""] * len(generations)
+            for index, one in enumerate(generations):
+                handle = engine.submit(
+                    one.prompt,
+                    gen_length=one.gen_length,
+                    temperature=one.temperature,
+                    eos_id=self.eot_token_id,
+                    stop=one.stop,
+                    seed=one.seed,
+                    **one.policy,
+                )
+                streams.append(text.TextStream(self.tokenizer, one.until))
+                handle.subscribe(functools.partial(_put, events, index))
+                handles.append(handle)
+            left = len(generations)
+            while left:
+                index, event = events.get()
+                if isinstance(event, BaseException):
+                    raise event
+                if not isinstance(event, Completion):
+                    texts[index] += streams[index].put(event)
+                    if streams[index].stopped:
+                        handles[index].cancel()
+                    continue
+                left -= 1
+                self._counts["passes"] += event.nfe
+                self._counts["tokens"] += streams[index].count
+                yield index, texts[index] + streams[index].finish()
+
+
+def _put(events: SimpleQueue[tuple[int, Any]], index: int, event: Any) -> None:
+    events.put((index, event))
+
+
+def _batch_size(given: int | str | None, largest: int | None) -> int:
+    if isinstance(given, str) and given.startswith("auto"):
+        return min(AUTO_BATCH_SIZE, int(largest or AUTO_BATCH_SIZE))
+    try:
+        size = int(given or 1)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise ValueError(f"batch_size: expected a whole number >= 1 or 'auto', got {given!r}")
+    return size
+
+
+def _dtype(name: Any) -> torch.dtype:
+    dtype = getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {name!r}")
+    return dtype
+
+
+def _positions(config: dict[str, Any]) -> int:
+    limits = [config.get(key) for key in ("max_sequence_length", "max_position_embeddings")]
+    return min((int(limit) for limit in limits if limit), default=MAX_LENGTH)
+
+
+def _bos_token(directory: Path) -> str | None:
+    file = directory / "tokenizer_config.json"
+    token = json.loads(file.read_text()).get("bos_token") if file.is_file() else None
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _temperature(do_sample: bool | None, temperature: float | None) -> float:
+    """Greedy unless the task samples. Without a temperature, sampling is at 1, as in transformers."""
+    if do_sample is False:
+        return 0.0
+    if temperature is None:
+        return 1.0 if do_sample else 0.0
+    return float(temperature)
+
+
+def _windows(ids: list[int], prefix: list[int], width: int) -> Iterator[tuple[list[int], list[int]]]:
+    """(context, continuation) of at most `width` tokens, whose continuations make up `ids`.
+
+    The first one's context is the prefix. Each later continuation is as long as leaves its context one token,
+    and the last one has all the context that fits.
+    """
+    first = ids[: max(1, width - len(prefix))]
+    if first:
+        yield prefix, first
+    at = len(first)
+    while at < len(ids):
+        end = min(at + max(1, width - 1), len(ids))
+        yield ids[max(0, end - width) : at], ids[at:end]
+        at = end
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

@@ -1,0 +1,464 @@
+"""How likely an answer is after a prompt, under a masked diffusion language model.
+
+Such a model predicts masked tokens, so no single pass gives the probability of a text. There are two methods:
+
+`monte_carlo` estimates the bound that these models are trained by (LLaDA, arXiv 2502.09992, equation 6 and
+algorithm 3). Of an answer of L tokens l are masked; l is uniform in 1..L and the l positions are uniform:
+
+    log p(answer | prompt) >= E [ L / l * sum over masked i of log p(answer_i | prompt, unmasked tokens) ]
+
+The counts l are stratified over the samples, as in the published evaluation. An answer that has no more masks
+(2^L - 1) than there are samples is computed under each mask once, which gives the expectation itself: a
+single pass for a single token.
+
+`left_to_right` is exact, by the chain rule: answer_i is predicted with the answer before it known and
+everything after it masked. For a block-causal model (SDAR, Fast-dLLM v2) only the rest of i's own block is
+visible, so the method gives the probabilities by which the model's decoder draws the answer, one token a pass
+from left to right; over all answers of one length they sum to one. Finished blocks are computed once and
+shared by all sequences that begin alike. For other models the rest of the answer is visible as masks, so the
+model knows its length.
+
+The default is `left_to_right` for block-causal models and `monte_carlo` for others.
+
+Where a model's logits are shifted (Dream, Fast-dLLM v2) position p is predicted by the logits of position
+max(p - 1, 0). The head is applied to the needed positions alone, in chunks: no (B, L, V) tensor exists.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dparallel_ext as dx
+from dparallel_ext.cache import KVCache, Pass, Span
+from dparallel_ext.models import Model, traits
+from dparallel_ext.passes import FEW_SIZES
+
+METHODS = ("monte_carlo", "left_to_right")
+SAMPLES = 128
+"""The published number of masks for each answer."""
+PASS_TOKENS = 4096
+"""The most tokens of a pass over the masked blocks of `left_to_right`."""
+CHUNK_MEGABYTES: dict[str, float] = {"cpu": 32, "cuda": 256}
+"""Of logits that exist at once, by type of device."""
+
+
+class Likelihood(NamedTuple):
+    """The log-likelihood of an answer."""
+
+    logprob: float
+    """In nats. With `monte_carlo` it is an estimate of a lower bound."""
+    greedy: bool | None
+    """Whether greedy decoding of one token a pass gives the answer. The order is the published evaluation's
+    with `monte_carlo` (the most confident token first), and left to right with `left_to_right`. None where it
+    was not asked for."""
+
+
+def log_likelihoods(
+    model: Model, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], **options: Any
+) -> list[Likelihood]:
+    """The log-likelihood of each answer after its prompt. `iter_log_likelihoods` tells the rest."""
+    results = dict(iter_log_likelihoods(model, prompts, answers, **options))
+    return [results[index] for index in range(len(prompts))]
+
+
+def iter_log_likelihoods(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    *,
+    method: str | None = None,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    batch_size: int = 16,
+    greedy: bool = True,
+    block_length: int | None = None,
+    mask_id: int | None = None,
+) -> Iterator[tuple[int, Likelihood]]:
+    """The log-likelihood of each answer after its prompt, with its index, as soon as it is known.
+
+    Args:
+        model: one of ours (`dparallel_ext.models`), in evaluation mode.
+        prompts, answers: token ids, pair by pair, of any lengths. A prompt may be empty. An empty answer has
+            the log-likelihood 0.
+        method: "monte_carlo" or "left_to_right"; None: by the model, see the module.
+        samples: masks that `monte_carlo` draws for each answer.
+        seed: of the masks. They depend on the seed and on the answer's length alone: answers of one length
+            are compared under the same masks, and no result depends on what else is asked.
+        batch_size: masked sequences of a pass (`monte_carlo`), or pairs whose keys and values are held at
+            once (`left_to_right`).
+        greedy: whether `Likelihood.greedy` is wanted. With `monte_carlo` it takes one more pass for each
+            token of the answer.
+        block_length: of a block-causal model; default: the model's own.
+        mask_id: default: the model's.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    if not isinstance(model, Model):
+        raise ValueError(
+            "model: expected one of dparallel_ext.models (models.load, or models.wrap for a loaded Hugging "
+            f"Face model), got {type(model).__name__}"
+        )
+    of_model = traits(model)
+    method = method or ("monte_carlo" if of_model.block_length is None else "left_to_right")
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
+    for name, value in (("samples", samples), ("batch_size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
+    mask_id = of_model.mask_id if mask_id is None else mask_id
+    if mask_id is None:
+        raise ValueError("mask_id: the model's config has no mask_token_id, so give one")
+    if block_length is not None and of_model.block_length is None:
+        raise ValueError(f"block_length: only for block-causal models, got {block_length!r}")
+    if len(prompts) != len(answers):
+        raise ValueError(f"answers: expected one for each of {len(prompts)} prompts, got {len(answers)}")
+    pairs = [
+        Pair(i, _ids(f"prompts[{i}]", prompt, model), _ids(f"answers[{i}]", answer, model))
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+    ]
+    scorer = Scorer(model, mask_id, block_length or of_model.block_length, int(of_model.shift), batch_size)
+    if method == "monte_carlo":
+        estimates = scorer.by_masks(pairs, functools.partial(answer_masks, samples=samples, seed=seed))
+        return scorer.with_decoding(pairs, estimates, greedy)
+    if scorer.block_length is None:
+        return scorer.by_masks(pairs, left_to_right_masks)
+    return scorer.by_blocks(pairs)
+
+
+class Pair(NamedTuple):
+    number: int
+    prompt: Tensor
+    """(P,) int64"""
+    answer: Tensor
+    """(L,) int64"""
+
+
+def _ids(name: str, ids: Sequence[int], model: Model) -> Tensor:
+    tensor = torch.as_tensor(ids, device="cpu")
+    tensor = tensor if tensor.numel() else tensor.to(torch.int64)
+    size = model.shape.rows
+    if tensor.ndim != 1 or tensor.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name}: expected a list of ids, got {tensor.dtype} {tuple(tensor.shape)}")
+    if tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < size:
+        raise ValueError(
+            f"{name}: expected ids in [0, {size}), got {int(tensor.min())} to {int(tensor.max())}"
+        )
+    return tensor.to(torch.int64)
+
+
+# --- masks --------------------------------------------------------------------------------------
+
+
+class Masks(NamedTuple):
+    """The n states in which an answer of L tokens is looked at."""
+
+    masked: Tensor
+    """(n, L) bool"""
+    weight: Tensor
+    """(n, L) float64, of each token's log-probability in the sum; 0 where it is not asked for."""
+
+
+@functools.lru_cache(maxsize=64)
+def answer_masks(length: int, samples: int, seed: int) -> Masks:
+    """The masks of `monte_carlo` for an answer of `length` tokens, at least 1.
+
+    There are 2^length - 1 masks; where that is no more than `samples`, these are all of them with their exact
+    weights. Otherwise sample j of n masks l = 1 + (k + floor(j length / n)) mod length positions: k is drawn
+    once, so each l is uniform, and the samples have every l as evenly as can be. Which l positions: uniform.
+    """
+    if length.bit_length() < 6 and 2**length - 1 <= samples:
+        masked = (torch.arange(1, 2**length)[:, None] >> torch.arange(length)) & 1 == 1
+        weight = [1 / (count * math.comb(length, count)) for count in masked.sum(1).tolist()]
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        first = int(torch.randint(length, (), generator=generator))
+        count = (first + torch.arange(samples) * length // samples) % length + 1  # (n,)
+        place = torch.rand((samples, length), generator=generator, dtype=torch.float64).argsort(1).argsort(1)
+        masked = place < count[:, None]
+        weight = [length / (count * samples) for count in count.tolist()]
+    return Masks(masked, masked * torch.tensor(weight, dtype=torch.float64)[:, None])
+
+
+def left_to_right_masks(length: int) -> Masks:
+    """In state i the tokens from i on are masked, and token i is asked for."""
+    masked = torch.ones((length, length), dtype=torch.bool).triu()
+    return Masks(masked, torch.eye(length, dtype=torch.float64))
+
+
+# --- passes -------------------------------------------------------------------------------------
+
+
+class Asked(NamedTuple):
+    """m tokens whose probability one pass is to give, (m,) each."""
+
+    pair: Tensor
+    """int64, the index of the pair that a token belongs to."""
+    source: Tensor
+    """int64, the packed position whose hidden state predicts it."""
+    target: Tensor
+    """int64, its id."""
+    weight: Tensor
+    """float64, of its log-probability."""
+
+
+class Scorer:
+    """The passes of a model that score answers.
+
+    Args:
+        block_length: of a block-causal model, else None.
+        shift: the logits for position p are produced at position max(p - shift, 0).
+        batch_size: see `iter_log_likelihoods`.
+    """
+
+    def __init__(
+        self, model: Model, mask_id: int, block_length: int | None, shift: int, batch_size: int
+    ) -> None:
+        self.model, self.mask_id, self.block_length = model, mask_id, block_length
+        self.shift, self.batch_size = shift, batch_size
+        row_bytes = model.shape.rows * model.lm_head.weight.element_size()
+        chunk_bytes = CHUNK_MEGABYTES.get(model.device.type, 256) * 2**20
+        self.chunk_rows = max(1, int(chunk_bytes) // row_bytes)
+        # The CPU's matrix library keeps code for ever for each number of rows of 16-bit matrices it has met.
+        self.fill = None if model.dtype == torch.float32 else FEW_SIZES
+
+    def by_masks(
+        self, pairs: Sequence[Pair], masks_of: Callable[[int], Masks]
+    ) -> Iterator[tuple[int, Likelihood]]:
+        """Score each answer in the states of `masks_of(L)`; `greedy`: each token asked for is the argmax.
+
+        Each state is a whole sequence. Pairs that have a state in common, such as one-token answers to one
+        prompt, share it where it falls into one pass.
+        """
+        states_left = {pair.number: 0 for pair in pairs}
+        totals = {pair.number: Likelihood(0.0, True) for pair in pairs}
+        rows: dict[bytes, Tensor] = {}
+        asked: list[tuple[Pair, bytes, Tensor]] = []
+
+        def run() -> Iterator[tuple[int, Likelihood]]:
+            for index, part in self._whole(rows, asked):
+                totals[index] = _add(totals[index], part)
+            for pair, _, _ in asked:
+                states_left[pair.number] -= 1
+                if not states_left[pair.number]:
+                    yield pair.number, totals[pair.number]
+            rows.clear()
+            asked.clear()
+
+        for pair in pairs:
+            if not len(pair.answer):
+                yield pair.number, totals[pair.number]
+                continue
+            masked, weight = masks_of(len(pair.answer))
+            states_left[pair.number] = len(masked)
+            answers = pair.answer.masked_fill(masked, self.mask_id)  # (n, L)
+            for state, wanted in zip(answers, weight, strict=True):
+                ids = torch.cat((pair.prompt, state))
+                key = ids.numpy().tobytes()
+                if key not in rows and len(rows) == self.batch_size:
+                    yield from run()
+                rows[key] = ids
+                asked.append((pair, key, wanted))
+        yield from run()
+
+    def _whole(
+        self, rows: dict[bytes, Tensor], asked: Sequence[tuple[Pair, bytes, Tensor]]
+    ) -> Iterator[tuple[int, Likelihood]]:
+        """One pass over whole masked sequences; for each pair, the sum over the tokens asked for."""
+        if not asked:
+            return
+        begin: dict[bytes, int] = {}
+        spans: list[Span] = []
+        at = 0
+        for row, (key, ids) in enumerate(rows.items()):
+            begin[key], length = at, len(ids)
+            size = self.block_length or length
+            spans += [
+                Span(row, a, min(a + size, length), min(a + size, length)) for a in range(0, length, size)
+            ]
+            at += length
+        wanted = []
+        for pair, key, weight in asked:
+            column = weight.nonzero()[:, 0]
+            source = (column + len(pair.prompt) - self.shift).clamp(min=0) + begin[key]
+            wanted.append(
+                Asked(torch.full_like(column, pair.number), source, pair.answer[column], weight[column])
+            )
+        with torch.inference_mode():
+            cache = self.model.new_cache(len(rows), max(map(len, rows.values())), kept=False)
+            hidden = self._step(cache, spans, torch.cat(list(rows.values())))
+            yield from self._score(hidden, Asked(*map(torch.cat, zip(*wanted, strict=True)))).items()
+
+    def by_blocks(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Likelihood]]:
+        """`left_to_right` of a block-causal model, `batch_size` pairs at a time."""
+        for at in range(0, len(pairs), self.batch_size):
+            group = pairs[at : at + self.batch_size]
+            totals = {pair.number: Likelihood(0.0, True) for pair in group}
+            for index, part in self._blocks([pair for pair in group if len(pair.answer)]):
+                totals[index] = _add(totals[index], part)
+            yield from totals.items()
+
+    def _blocks(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Likelihood]]:
+        """Sums over parts of the answers.
+
+        First one pass over the finished blocks, those in front of the block that each answer ends in; then
+        passes over blocks whose rest is masked, one for each distinct beginning of a sequence.
+
+        A page holds a block. Finished blocks after the same tokens have one page; each masked block of a pass
+        has one of its own behind those.
+        """
+        size = self.block_length
+        assert size is not None
+        page_of: dict[
+            tuple[int, tuple[int, ...]], int
+        ] = {}  # by the page before (-1: none) and its own tokens
+        spans: list[Span] = []
+        tokens: list[int] = []
+        chains: list[list[int]] = []
+        known: list[tuple[int, int, int]] = []  # of the pass over finished blocks: pair, source, target
+        masked: dict[
+            tuple[int, tuple[int, ...]], tuple[int, int]
+        ] = {}  # by page before and tokens: row, block
+        asked: dict[tuple[int, tuple[int, ...]], list[tuple[int, int]]] = {}  # pair, target
+        for row, pair in enumerate(pairs):
+            ids = torch.cat((pair.prompt, pair.answer)).tolist()
+            chain: list[int] = []
+            for start in range(0, len(ids) - 1 - (len(ids) - 1) % size, size):
+                key = (chain[-1] if chain else -1, tuple(ids[start : start + size]))
+                if key not in page_of:
+                    page_of[key] = len(page_of)
+                    spans.append(Span(row, start, start + size, start + size))
+                    tokens += key[1]
+                chain.append(page_of[key])
+            chains.append(chain)
+            for at in range(len(pair.prompt), len(ids)):
+                block, inside = divmod(at, size)
+                if self.shift and not inside and block:  # the block before predicts it
+                    known.append((pair.number, (chain[block - 1] + 1) * size - 1, ids[at]))
+                    continue
+                key = (chain[block - 1] if block else -1, tuple(ids[at - inside : at]))
+                masked.setdefault(key, (row, block))
+                asked.setdefault(key, []).append((pair.number, ids[at]))
+        rows = max(1, min(PASS_TOKENS // size, len(masked)))
+        width = max(map(len, chains), default=0) + 1
+        with torch.inference_mode():
+            table = torch.zeros((len(pairs) + rows, width), dtype=torch.int64)
+            cache = self.model.new_cache(len(page_of) + rows, size, table)
+            for row, chain in enumerate(chains):
+                cache.assign(row, chain)
+            if spans:
+                hidden = self._step(cache, spans, torch.tensor(tokens))
+                if known:
+                    pair_of, source, target = torch.tensor(known).unbind(1)
+                    yield from self._score(hidden, Asked(pair_of, source, target, _ones(target))).items()
+            keys = list(masked)
+            for at in range(0, len(keys), rows):
+                yield from self._masked_blocks(
+                    cache, chains, {key: masked[key] for key in keys[at : at + rows]}, asked
+                )
+
+    def _masked_blocks(
+        self,
+        cache: KVCache,
+        chains: Sequence[Sequence[int]],
+        masked: dict[tuple[int, tuple[int, ...]], tuple[int, int]],
+        asked: dict[tuple[int, tuple[int, ...]], list[tuple[int, int]]],
+    ) -> Iterator[tuple[int, Likelihood]]:
+        """One pass over blocks that are known up to the position asked for."""
+        size, spans, tokens, wanted = cache.page_size, [], [], []
+        first_page = cache.slots.shape[2] - (cache.batch - len(chains))
+        for number, (key, (row, block)) in enumerate(masked.items()):
+            begun = key[1]
+            lane = len(chains) + number
+            cache.assign(lane, [*chains[row][:block], first_page + number])
+            spans.append(Span(lane, block * size, (block + 1) * size, (block + 1) * size))
+            tokens += [*begun, *[self.mask_id] * (size - len(begun))]
+            source = number * size + max(len(begun) - self.shift, 0)
+            wanted += [(pair, source, target) for pair, target in asked[key]]
+        pair_of, source_of, target_of = torch.tensor(wanted).unbind(1)
+        hidden = self._step(cache, spans, torch.tensor(tokens))
+        yield from self._score(hidden, Asked(pair_of, source_of, target_of, _ones(target_of))).items()
+
+    def with_decoding(
+        self, pairs: Sequence[Pair], estimates: Iterator[tuple[int, Likelihood]], greedy: bool
+    ) -> Iterator[tuple[int, Likelihood]]:
+        """The estimates, with `greedy` by decoding: one token a pass, the most confident first."""
+        waiting: list[tuple[int, Likelihood]] = []
+        for index, estimate in estimates:
+            if not greedy or not len(pairs[index].answer):
+                yield index, estimate._replace(greedy=None if not greedy else True)
+                continue
+            waiting.append((index, estimate))
+            if len(waiting) == self.batch_size:
+                yield from self._decode(pairs, waiting)
+                waiting = []
+        if waiting:
+            yield from self._decode(pairs, waiting)
+
+    def _decode(
+        self, pairs: Sequence[Pair], waiting: Sequence[tuple[int, Likelihood]]
+    ) -> Iterator[tuple[int, Likelihood]]:
+        lengths = [len(pairs[index].answer) for index, _ in waiting]
+        responses = dx.decode(
+            self.model,
+            [pairs[index].prompt.to(self.model.device) for index, _ in waiting],
+            gen_length=lengths,
+            block_length=self.block_length or max(lengths),
+            mask_id=self.mask_id,
+        ).responses
+        for (index, estimate), response in zip(waiting, responses, strict=True):
+            answer = pairs[index].answer
+            same = torch.equal(response[: len(answer)].cpu(), answer)
+            yield index, estimate._replace(greedy=same)
+
+    def _step(self, cache: KVCache, spans: Sequence[Span], tokens: Tensor) -> Tensor:
+        """Hidden states (N, width) of the packed tokens (N,) of the spans."""
+        plan, device = cache.plan(spans, self.fill), self.model.device
+        tokens = F.pad(tokens, (0, len(plan.positions) - len(tokens)))
+        tensors = (tensor.to(device) for tensor in plan.tensors)
+        return self.model.step(
+            tokens.to(device), cache, Pass(plan.longest_query, plan.longest_length, *tensors)
+        )
+
+    def _score(self, hidden: Tensor, asked: Asked) -> dict[int, Likelihood]:
+        """For each pair, the weighted sum of its tokens' log-probabilities, and whether all are the argmax.
+
+        hidden: (N, width). The head is applied once to each position, chunk by chunk.
+        """
+        source, row = asked.source.unique(return_inverse=True)  # (r,), (m,)
+        device = hidden.device
+        logprob = torch.zeros(len(row), dtype=torch.float64)
+        argmax = torch.zeros(len(row), dtype=torch.bool)
+        for begin in range(0, len(source), self.chunk_rows):
+            part = source[begin : begin + self.chunk_rows]
+            here = ((row >= begin) & (row < begin + len(part))).nonzero()[:, 0]
+            at, target = (row[here] - begin).to(device), asked.target[here].to(device)
+            if self.fill is not None:
+                part = F.pad(part, (0, self.fill(len(part)) - len(part)))
+            logits = self.model.head(hidden[part.to(device)])
+            stats = dx.row_stats(logits, mask_id=self.mask_id)
+            logprob[here] = (logits[at, target].double() - stats.lse[at]).cpu()
+            argmax[here] = (stats.token[at] == target).cpu()
+        dx.check_errors(device)
+        indices, of_pair = asked.pair.unique(return_inverse=True)
+        totals = torch.zeros(len(indices), dtype=torch.float64).index_add_(0, of_pair, logprob * asked.weight)
+        missed = torch.zeros(len(indices)).index_add_(0, of_pair, (~argmax).float())
+        return {
+            index: Likelihood(total, not count)
+            for index, total, count in zip(indices.tolist(), totals.tolist(), missed.tolist(), strict=True)
+        }
+
+
+def _ones(like: Tensor) -> Tensor:
+    return torch.ones(like.shape, dtype=torch.float64)
+
+
+def _add(a: Likelihood, b: Likelihood) -> Likelihood:
+    return Likelihood(a.logprob + b.logprob, bool(a.greedy and b.greedy))
