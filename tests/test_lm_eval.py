@@ -439,6 +439,29 @@ def test_chat_templates(harness: Any, tmp_path: Path) -> None:
         harness.DParallelLM(STUDENT).apply_chat_template(chat)
 
 
+@pytest.mark.parametrize("family", [models.SDAR, models.FastDLLM])
+def test_block_causal_checkpoints(harness: Any, tmp_path: Path, family: type[Model]) -> None:
+    """Decoded with the exact cache of blocks, and scored from left to right."""
+    model = small(family, vocab_size=202, mask_token_id=201, eos_token_id=1, max_position_embeddings=128)
+    model.config["model_type"] = {models.SDAR: "sdar", models.FastDLLM: "Fast_dLLM_Qwen"}[family]
+    models.save(model, tmp_path)
+    shutil.copy(registry.directory_of(STUDENT) / "tokenizer.json", tmp_path)
+    loaded = harness.DParallelLM(str(tmp_path), policy="confidence:0.9", batch_size=3, gen_length=20)
+    assert loaded.max_length == 128
+    assert loaded.get_model_info()["cache"] == "block"
+    found = loaded.generate_until([asked(p.prompt, {}) for p in PROBLEMS[:4]])
+    encode, decode = loaded.tokenizer.encode, loaded.tokenizer.decode
+    prompts = [encode(p.prompt).ids for p in PROBLEMS[:4]]
+    rule: dict[str, Any] = {"selector": "confidence", "threshold": 0.9, "cache": "block", "eos_id": 1}
+    for prompt, text in zip(prompts, found, strict=True):
+        out = dx.decode(model, torch.tensor(prompt), gen_length=20, **rule)
+        assert text == decode(out.responses[0][: min(20, int(out.kept[0]))].tolist())
+    scores = loaded.loglikelihood([asked(p.prompt, " " + p.response) for p in PROBLEMS[:2]])
+    for problem, prompt, score in zip(PROBLEMS, prompts, scores, strict=False):
+        expected = left_to_right(model, prompt, encode(problem.response).ids)
+        assert score[0] == pytest.approx(expected.logprob, abs=1e-3)
+
+
 def test_special_tokens_and_long_contexts(make: Any, caplog: pytest.LogCaptureFixture) -> None:
     """A special token among `until` ends a response, though it is no part of the text."""
     model = make(gen_length=32)
@@ -447,8 +470,11 @@ def test_special_tokens_and_long_contexts(make: Any, caplog: pytest.LogCaptureFi
     assert one.gen_length == 32
     with caplog.at_level("WARNING", logger="lm_eval.dparallel"):
         cut = model._generation(" ".join(["sam"] * 300), {}, 0)
+        model._generation("sam juggles 4 cups and whistles", {}, 0)
+        model._generation("sam whistles", {}, 0)
     assert len(cut.prompt) == 256 - 32
     assert "its first 76 tokens are left out" in caplog.text
+    assert caplog.text.count("does not know all words") == 1
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ this module before `lm_eval.simple_evaluate`.
 `generate_until` decodes requests of any lengths together (`dparallel_ext.Engine`), `batch_size` at a time; a
 request gets what `dparallel_ext.decode` would give it alone. `loglikelihood` and `loglikelihood_rolling` use
 `dparallel.likelihood`: exact for block-causal models, and LLaDA's Monte Carlo bound for others.
+
+Under `torchrun -m` or `accelerate launch -m` each process takes its share of the documents, on its own GPU.
 """
 
 from __future__ import annotations
@@ -19,16 +21,20 @@ import functools
 import hashlib
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from torch import Tensor
 from tqdm import tqdm
 
 from dparallel_ext import Completion, Engine
@@ -140,9 +146,10 @@ class DParallelLM(TemplateLM):
         for name, value in (("gen_length", gen_length), ("max_length", max_length), ("mc_num", mc_num)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
-        if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
+        self._join_processes()
+        if device is None or device.startswith("cuda"):
             # The harness's command line says cuda:0 where its user says nothing.
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = _device(device, os.environ.get("LOCAL_RANK"))
             log.info("device: %s", device)
         self.model, self.tokenizer = registry.load(pretrained, device=device, fp8=fp8)
         if dtype not in (None, "auto"):
@@ -175,6 +182,9 @@ class DParallelLM(TemplateLM):
             for number, token in self.tokenizer.get_added_tokens_decoder().items()
             if token.special
         }
+        unknown = getattr(self.tokenizer.model, "unk_token", None)
+        self.unknown_id = self.tokenizer.token_to_id(unknown) if unknown else None
+        self._warned = False
         if prefix_token_id is None and self.bos_token:
             prefix_token_id = self.tokenizer.token_to_id(self.bos_token)
         self._prefix_token_id = prefix_token_id
@@ -203,8 +213,38 @@ class DParallelLM(TemplateLM):
     def tokenizer_name(self) -> str:
         return self.pretrained.replace("/", "__")
 
+    def _join_processes(self) -> None:
+        """The harness shares the documents out by `rank` and `world_size`."""
+        self._world_size = int(os.environ.get("WORLD_SIZE", 1))
+        if self._world_size > 1:
+            if not hasattr(TemplateLM, "all_gather"):
+                raise ValueError("WORLD_SIZE: several processes need a newer lm_eval (0.4.13 has all_gather)")
+            if not dist.is_initialized():
+                dist.init_process_group("gloo", timeout=timedelta(weeks=1))  # some take longer than others
+            self._rank = dist.get_rank()
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """(world_size * n,) of all processes' n numbers."""
+        numbers = tensor.reshape(-1).cpu()
+        if self.world_size == 1:
+            return numbers
+        parts = [torch.empty_like(numbers) for _ in range(self.world_size)]
+        dist.all_gather(parts, numbers)
+        return torch.cat(parts)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        if self.world_size == 1:
+            return [obj]
+        gathered: list[Any] | None = [None] * self.world_size if self.rank == dst else None
+        dist.gather_object(obj, gathered, dst)
+        return gathered
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
     def get_model_info(self) -> dict[str, Any]:
-        """For the results' file: the model, and the passes of all generations so far."""
+        """For the results' file: the model, and the passes of this process's generations so far."""
         return {
             "model_num_parameters": sum(p.numel() for p in self.model.parameters()),
             "model_dtype": str(self.model.dtype),
@@ -227,6 +267,11 @@ class DParallelLM(TemplateLM):
             begun = bool(self.bos_token) and string.startswith(self.bos_token or "")
             add_special_tokens = self._template is None and not begun
         ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens).ids
+        if self.unknown_id in ids and not self._warned:
+            self._warned = True
+            log.warning(
+                "the tokenizer does not know all words of the requests; the first one so is %r", string
+            )
         return ids
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -438,6 +483,12 @@ def _batch_size(given: int | str | None, largest: int | None) -> int:
     if size < 1:
         raise ValueError(f"batch_size: expected a whole number >= 1 or 'auto', got {given!r}")
     return size
+
+
+def _device(asked: str | None, local_rank: str | None) -> str:
+    if not torch.cuda.is_available():
+        return "cpu"
+    return asked or "cuda" if local_rank is None else f"cuda:{local_rank}"
 
 
 def _dtype(name: Any) -> torch.dtype:
