@@ -151,9 +151,7 @@ class DParallelLM(TemplateLM):
             # The harness's command line says cuda:0 where its user says nothing.
             device = _device(device, os.environ.get("LOCAL_RANK"))
             log.info("device: %s", device)
-        self.model, self.tokenizer = registry.load(pretrained, device=device, fp8=fp8)
-        if dtype not in (None, "auto"):
-            self.model = self.model.to(_dtype(dtype))
+        self.model, self.tokenizer = registry.load(pretrained, device=device, dtype=_dtype(dtype), fp8=fp8)
         self.pretrained, self.directory = pretrained, registry.directory_of(pretrained)
         self.policy, self.gen_length, self.seed = policy, gen_length, seed
         causal = traits(self.model).block_length is not None
@@ -423,11 +421,12 @@ class DParallelLM(TemplateLM):
         )
 
     def _engine(self, requests: int, longest: int) -> Engine:
-        size = traits(self.model).block_length or 1
+        causal = traits(self.model).block_length
+        size = (self.engine_options["block_length"] or causal) if causal else 1
         return Engine(
             self.model,
             lanes=min(self.batch_size, requests),
-            max_length=-(-longest // size) * size,
+            max_length=-(-longest // size) * size,  # a block-causal model fills its last block
             max_waiting=requests,
             **self.engine_options,
         )
@@ -491,7 +490,9 @@ def _device(asked: str | None, local_rank: str | None) -> str:
     return asked or "cuda" if local_rank is None else f"cuda:{local_rank}"
 
 
-def _dtype(name: Any) -> torch.dtype:
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name in (None, "auto"):
+        return None
     dtype = getattr(torch, str(name), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {name!r}")
