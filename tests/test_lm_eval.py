@@ -133,6 +133,15 @@ def test_block_causal_likelihoods_sum_to_one(name: str) -> None:
         assert sum(bool(one.greedy) for one in found) == 1
 
 
+@pytest.mark.parametrize("name", ["llada", "sdar"])
+def test_results_come_one_by_one_outside_of_inference_mode(name: str) -> None:
+    """A consumer may train, or stop, between two results."""
+    prompts, answers = some(MODELS[name], (5, 2), (4, 1), (6, 2))
+    results = iter_log_likelihoods(MODELS[name], prompts, answers, batch_size=1)
+    assert next(results)[0] == 0
+    assert not torch.is_inference_mode_enabled()
+
+
 def test_block_causal_default_and_block_length() -> None:
     model = BLOCK_CAUSAL["sdar"]
     prompts, answers = some(model, (5, 6))
@@ -502,6 +511,25 @@ def test_bad_generation_arguments(make: Any) -> None:
             model.generate_until([asked("sam", {name: value, "do_sample": True})])
     with pytest.raises(ValueError, match="max_length: 256 positions do not hold 256 tokens"):
         model.generate_until([asked("sam", {"max_gen_toks": 256})])
+
+
+def test_processes_share_the_documents(harness: Any, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness deals them out by rank, and gathers by these calls (here the other process says the same)."""
+    alone = make()
+    assert (alone.rank, alone.world_size, alone.gather_object("a")) == (0, 1, ["a"])
+    assert alone.all_gather(torch.tensor(3)).tolist() == [3]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(harness.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(harness.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(harness.dist, "all_gather", lambda parts, own: [part.copy_(own) for part in parts])
+    monkeypatch.setattr(harness.dist, "gather_object", lambda own, all_of, dst: all_of and all_of.clear())
+    second = make()
+    assert (second.rank, second.world_size) == (1, 2)
+    assert second.all_gather(torch.tensor(3)).tolist() == [3, 3]
+    assert second.gather_object("a") is None
+    monkeypatch.setattr(harness.torch.cuda, "is_available", lambda: True)
+    assert harness._device("cuda:0", None) == "cuda:0"
+    assert harness._device("cuda:0", "3") == "cuda:3"
 
 
 def test_harness_runs_its_tasks(harness: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

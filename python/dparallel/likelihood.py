@@ -27,6 +27,7 @@ max(p - 1, 0). The head is applied to the needed positions alone, in chunks: no 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -209,6 +210,53 @@ class Asked(NamedTuple):
     """float64, of its log-probability."""
 
 
+Key = tuple[int, tuple[int, ...]]
+"""How a sequence begins: the page of its last finished block (-1: none), and the tokens after that block."""
+
+
+class Blocks(NamedTuple):
+    """What `left_to_right` computes for some sequences of a block-causal model. A page holds a block."""
+
+    spans: list[Span]
+    tokens: list[int]
+    """Of the finished blocks, in front of the block that a sequence ends in. Page i holds the i-th of them."""
+    pages: list[list[int]]
+    """Of each sequence, in order."""
+    known: list[tuple[int, int, int]]
+    """(pair, source, target) of the tokens that a finished block predicts, for shifted logits."""
+    masked: dict[Key, tuple[int, int]]
+    """(sequence, number of the block) of each beginning whose block is masked from there on."""
+    asked: dict[Key, list[tuple[int, int]]]
+    """(pair, target) of the tokens that follow it."""
+
+
+def lay_out_blocks(pairs: Sequence[Pair], size: int, shift: int) -> Blocks:
+    """Sequences that begin alike share pages, and tokens after one beginning share its masked block."""
+    page_of: dict[Key, int] = {}
+    blocks = Blocks([], [], [], [], {}, {})
+    for row, pair in enumerate(pairs):
+        ids = torch.cat((pair.prompt, pair.answer)).tolist()
+        pages: list[int] = []
+        for start in range(0, (len(ids) - 1) // size * size, size):
+            key = (pages[-1] if pages else -1, tuple(ids[start : start + size]))
+            if key not in page_of:
+                page_of[key] = len(page_of)
+                blocks.spans.append(Span(row, start, start + size, start + size))
+                blocks.tokens.extend(key[1])
+            pages.append(page_of[key])
+        blocks.pages.append(pages)
+        for at in range(len(pair.prompt), len(ids)):
+            block, inside = divmod(at, size)
+            before = pages[block - 1] if block else -1
+            if shift and block and not inside:
+                blocks.known.append((pair.number, (before + 1) * size - 1, ids[at]))
+                continue
+            key = (before, tuple(ids[at - inside : at]))
+            blocks.masked.setdefault(key, (row, block))
+            blocks.asked.setdefault(key, []).append((pair.number, ids[at]))
+    return blocks
+
+
 class Scorer:
     """The passes of a model that score answers.
 
@@ -243,7 +291,7 @@ class Scorer:
         asked: list[tuple[Pair, bytes, Tensor]] = []
 
         def run() -> Iterator[tuple[int, Likelihood]]:
-            for index, part in self._whole(rows, asked):
+            for index, part in self._whole(rows, asked).items():
                 totals[index] = _add(totals[index], part)
             for pair, _, _ in asked:
                 states_left[pair.number] -= 1
@@ -266,23 +314,22 @@ class Scorer:
                     yield from run()
                 rows[key] = ids
                 asked.append((pair, key, wanted))
-        yield from run()
+        if asked:
+            yield from run()
 
+    @torch.inference_mode()
     def _whole(
         self, rows: dict[bytes, Tensor], asked: Sequence[tuple[Pair, bytes, Tensor]]
-    ) -> Iterator[tuple[int, Likelihood]]:
+    ) -> dict[int, Likelihood]:
         """One pass over whole masked sequences; for each pair, the sum over the tokens asked for."""
-        if not asked:
-            return
         begin: dict[bytes, int] = {}
         spans: list[Span] = []
         at = 0
         for row, (key, ids) in enumerate(rows.items()):
             begin[key], length = at, len(ids)
             size = self.block_length or length
-            spans += [
-                Span(row, a, min(a + size, length), min(a + size, length)) for a in range(0, length, size)
-            ]
+            cuts = [*range(0, length, size), length]
+            spans += [Span(row, start, end, end) for start, end in itertools.pairwise(cuts)]
             at += length
         wanted = []
         for pair, key, weight in asked:
@@ -291,100 +338,51 @@ class Scorer:
             wanted.append(
                 Asked(torch.full_like(column, pair.number), source, pair.answer[column], weight[column])
             )
-        with torch.inference_mode():
-            cache = self.model.new_cache(len(rows), max(map(len, rows.values())), kept=False)
-            hidden = self._step(cache, spans, torch.cat(list(rows.values())))
-            yield from self._score(hidden, Asked(*map(torch.cat, zip(*wanted, strict=True)))).items()
+        cache = self.model.new_cache(len(rows), max(map(len, rows.values())), kept=False)
+        hidden = self._step(cache, spans, torch.cat(list(rows.values())))
+        return self._score(hidden, Asked(*map(torch.cat, zip(*wanted, strict=True))))
 
     def by_blocks(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Likelihood]]:
         """`left_to_right` of a block-causal model, `batch_size` pairs at a time."""
         for at in range(0, len(pairs), self.batch_size):
             group = pairs[at : at + self.batch_size]
             totals = {pair.number: Likelihood(0.0, True) for pair in group}
-            for index, part in self._blocks([pair for pair in group if len(pair.answer)]):
-                totals[index] = _add(totals[index], part)
+            for part in self._blocks([pair for pair in group if len(pair.answer)]):
+                for index, likelihood in part.items():
+                    totals[index] = _add(totals[index], likelihood)
             yield from totals.items()
 
-    def _blocks(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Likelihood]]:
-        """Sums over parts of the answers.
-
-        First one pass over the finished blocks, those in front of the block that each answer ends in; then
-        passes over blocks whose rest is masked, one for each distinct beginning of a sequence.
-
-        A page holds a block. Finished blocks after the same tokens have one page; each masked block of a pass
-        has one of its own behind those.
-        """
+    @torch.inference_mode()
+    def _blocks(self, pairs: Sequence[Pair]) -> list[dict[int, Likelihood]]:
+        """One pass over the finished blocks, then passes over the masked blocks; the sums of each pass."""
         size = self.block_length
         assert size is not None
-        page_of: dict[
-            tuple[int, tuple[int, ...]], int
-        ] = {}  # by the page before (-1: none) and its own tokens
-        spans: list[Span] = []
-        tokens: list[int] = []
-        chains: list[list[int]] = []
-        known: list[tuple[int, int, int]] = []  # of the pass over finished blocks: pair, source, target
-        masked: dict[
-            tuple[int, tuple[int, ...]], tuple[int, int]
-        ] = {}  # by page before and tokens: row, block
-        asked: dict[tuple[int, tuple[int, ...]], list[tuple[int, int]]] = {}  # pair, target
-        for row, pair in enumerate(pairs):
-            ids = torch.cat((pair.prompt, pair.answer)).tolist()
-            chain: list[int] = []
-            for start in range(0, len(ids) - 1 - (len(ids) - 1) % size, size):
-                key = (chain[-1] if chain else -1, tuple(ids[start : start + size]))
-                if key not in page_of:
-                    page_of[key] = len(page_of)
-                    spans.append(Span(row, start, start + size, start + size))
-                    tokens += key[1]
-                chain.append(page_of[key])
-            chains.append(chain)
-            for at in range(len(pair.prompt), len(ids)):
-                block, inside = divmod(at, size)
-                if self.shift and not inside and block:  # the block before predicts it
-                    known.append((pair.number, (chain[block - 1] + 1) * size - 1, ids[at]))
-                    continue
-                key = (chain[block - 1] if block else -1, tuple(ids[at - inside : at]))
-                masked.setdefault(key, (row, block))
-                asked.setdefault(key, []).append((pair.number, ids[at]))
-        rows = max(1, min(PASS_TOKENS // size, len(masked)))
-        width = max(map(len, chains), default=0) + 1
-        with torch.inference_mode():
-            table = torch.zeros((len(pairs) + rows, width), dtype=torch.int64)
-            cache = self.model.new_cache(len(page_of) + rows, size, table)
-            for row, chain in enumerate(chains):
-                cache.assign(row, chain)
-            if spans:
-                hidden = self._step(cache, spans, torch.tensor(tokens))
-                if known:
-                    pair_of, source, target = torch.tensor(known).unbind(1)
-                    yield from self._score(hidden, Asked(pair_of, source, target, _ones(target))).items()
-            keys = list(masked)
-            for at in range(0, len(keys), rows):
-                yield from self._masked_blocks(
-                    cache, chains, {key: masked[key] for key in keys[at : at + rows]}, asked
-                )
-
-    def _masked_blocks(
-        self,
-        cache: KVCache,
-        chains: Sequence[Sequence[int]],
-        masked: dict[tuple[int, tuple[int, ...]], tuple[int, int]],
-        asked: dict[tuple[int, tuple[int, ...]], list[tuple[int, int]]],
-    ) -> Iterator[tuple[int, Likelihood]]:
-        """One pass over blocks that are known up to the position asked for."""
-        size, spans, tokens, wanted = cache.page_size, [], [], []
-        first_page = cache.slots.shape[2] - (cache.batch - len(chains))
-        for number, (key, (row, block)) in enumerate(masked.items()):
-            begun = key[1]
-            lane = len(chains) + number
-            cache.assign(lane, [*chains[row][:block], first_page + number])
-            spans.append(Span(lane, block * size, (block + 1) * size, (block + 1) * size))
-            tokens += [*begun, *[self.mask_id] * (size - len(begun))]
-            source = number * size + max(len(begun) - self.shift, 0)
-            wanted += [(pair, source, target) for pair, target in asked[key]]
-        pair_of, source_of, target_of = torch.tensor(wanted).unbind(1)
-        hidden = self._step(cache, spans, torch.tensor(tokens))
-        yield from self._score(hidden, Asked(pair_of, source_of, target_of, _ones(target_of))).items()
+        blocks = lay_out_blocks(pairs, size, self.shift)
+        lanes = min(max(1, PASS_TOKENS // size), len(blocks.masked))
+        finished = len(blocks.spans)  # pages; each masked block of a pass has one of its own behind them
+        table = torch.zeros(
+            (len(pairs) + lanes, max(map(len, blocks.pages), default=0) + 1), dtype=torch.int64
+        )
+        cache = self.model.new_cache(finished + lanes, size, table)
+        sums = []
+        if blocks.spans:
+            for row, pages in enumerate(blocks.pages):
+                cache.assign(row, pages)
+            hidden = self._step(cache, blocks.spans, torch.tensor(blocks.tokens))
+            if blocks.known:
+                sums.append(self._score(hidden, _all(blocks.known)))
+            del hidden
+        beginnings = list(blocks.masked.items())
+        for first in range(0, len(beginnings), max(1, lanes)):
+            spans, tokens, wanted = [], [], []
+            for lane, (key, (row, block)) in enumerate(beginnings[first : first + lanes]):
+                cache.assign(len(pairs) + lane, [*blocks.pages[row][:block], finished + lane])
+                spans.append(Span(len(pairs) + lane, block * size, (block + 1) * size, (block + 1) * size))
+                tokens += [*key[1], *[self.mask_id] * (size - len(key[1]))]
+                source = lane * size + max(len(key[1]) - self.shift, 0)
+                wanted += [(pair, source, target) for pair, target in blocks.asked[key]]
+            sums.append(self._score(self._step(cache, spans, torch.tensor(tokens)), _all(wanted)))
+        return sums
 
     def with_decoding(
         self, pairs: Sequence[Pair], estimates: Iterator[tuple[int, Likelihood]], greedy: bool
@@ -412,6 +410,7 @@ class Scorer:
             gen_length=lengths,
             block_length=self.block_length or max(lengths),
             mask_id=self.mask_id,
+            graphs=False,  # of a few passes each, no two calls alike
         ).responses
         for (index, estimate), response in zip(waiting, responses, strict=True):
             answer = pairs[index].answer
@@ -456,8 +455,10 @@ class Scorer:
         }
 
 
-def _ones(like: Tensor) -> Tensor:
-    return torch.ones(like.shape, dtype=torch.float64)
+def _all(tokens: Sequence[tuple[int, int, int]]) -> Asked:
+    """(pair, source, target) of tokens that count once."""
+    pair, source, target = torch.tensor(tokens).unbind(1)
+    return Asked(pair, source, target, torch.ones(len(tokens), dtype=torch.float64))
 
 
 def _add(a: Likelihood, b: Likelihood) -> Likelihood:

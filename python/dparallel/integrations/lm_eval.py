@@ -65,7 +65,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Generation arguments that are not followed, each with the values that ask for nothing."""
 OF_SAMPLING = {"min_p", "top_k", "top_p", "typical_p"}
-"""Those of them that change nothing of greedy decoding."""
+"""The generation arguments among them that change nothing of greedy decoding."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Generation:
     """The arguments of `Engine.submit` that `parse_policy` gives."""
     until: tuple[str, ...]
     stop: list[list[int]]
-    """Those of `until` that are special tokens, and so no part of the text, and the further end tokens."""
+    """End tokens beside the first, and strings of `until` that are special tokens, which no text holds."""
     seed: int
 
 
@@ -107,7 +107,8 @@ class DParallelLM(TemplateLM):
         mask_id: default: the model's.
         dtype: of the weights, such as "float32"; default: the checkpoint's.
         fp8: keep the layers' weights in 8 bits.
-        batch_size: requests decoded at once, or masked sequences in a pass of `loglikelihood`.
+        batch_size: requests decoded at once, or masked sequences in a pass of `loglikelihood`. The harness's
+            default is 1, which is slow.
         device: default: "cuda" where there is a GPU.
 
     `--gen_kwargs` (or a task's generation_kwargs): until, max_gen_toks, do_sample, temperature, policy. Any
@@ -188,7 +189,7 @@ class DParallelLM(TemplateLM):
         self._prefix_token_id = prefix_token_id
         self._template: Callable[[list[text.Message]], str] | None = None
         self._counts: Counter[str] = Counter()
-        # Told now, and not after the tasks' data are there: what does not fit the model.
+        # An argument that does not fit the model is refused now, not after the tasks have been prepared.
         for _ in iter_log_likelihoods(self.model, [], [], batch_size=1, **self.likelihood_options):
             pass
         self._engine(1, 1).close()
