@@ -514,7 +514,7 @@ def test_bad_generation_arguments(make: Any) -> None:
 
 
 def test_processes_share_the_documents(harness: Any, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness deals them out by rank, and gathers by these calls (here the other process says the same)."""
+    """The harness deals them out by rank and gathers by these calls; here the other process says the same."""
     alone = make()
     assert (alone.rank, alone.world_size, alone.gather_object("a")) == (0, 1, ["a"])
     assert alone.all_gather(torch.tensor(3)).tolist() == [3]
