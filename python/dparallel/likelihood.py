@@ -219,7 +219,7 @@ class Blocks(NamedTuple):
 
     spans: list[Span]
     tokens: list[int]
-    """Of the finished blocks, in front of the block that a sequence ends in. Page i holds the i-th of them."""
+    """Of the finished blocks, in front of the block that a sequence ends in. Page i holds the i-th."""
     pages: list[list[int]]
     """Of each sequence, in order."""
     known: list[tuple[int, int, int]]
