@@ -395,6 +395,9 @@ def test_samples_differ_between_repeats_and_not_between_runs(make: Any) -> None:
         [asked(PROBLEMS[0].prompt, {**options, "do_sample": False, "top_p": 0.5})] * 2
     )
     assert greedy[0] == greedy[1]
+    # The most probable token alone, whatever the temperature.
+    (only,) = make().generate_until([asked(PROBLEMS[0].prompt, {**options, "top_k": 1, "top_p": 0.9})])
+    assert only == greedy[0]
 
 
 def test_log_likelihood_requests(make: Any) -> None:
@@ -506,7 +509,7 @@ def test_bad_model_arguments(make: Any, options: dict[str, Any], said: str) -> N
 def test_bad_generation_arguments(make: Any) -> None:
     model = make(batch_size="auto:4")
     assert model.batch_size == 16
-    for name, value in (("top_p", 0.9), ("num_beams", 4), ("tempreature", 1)):
+    for name, value in (("min_p", 0.9), ("num_beams", 4), ("tempreature", 1)):
         with pytest.raises(ValueError, match=f"gen_kwargs: {name}={value} is not supported"):
             model.generate_until([asked("sam", {name: value, "do_sample": True})])
     with pytest.raises(ValueError, match="max_length: 256 positions do not hold 256 tokens"):

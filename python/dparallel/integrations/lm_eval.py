@@ -58,13 +58,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_return_sequences": (1,),
     "repetition_penalty": (1,),
-    "top_k": (0, -1),
-    "top_p": (1,),
     "typical_p": (1,),
     "use_cache": (True, False),
 }
 """Generation arguments that are not followed, each with the values that ask for nothing."""
-OF_SAMPLING = {"min_p", "top_k", "top_p", "typical_p"}
+OF_SAMPLING = {"min_p", "typical_p"}
 """The generation arguments among them that change nothing of greedy decoding."""
 
 
@@ -74,7 +72,8 @@ class Generation:
 
     prompt: list[int]
     gen_length: int
-    temperature: float
+    sampling: dict[str, Any]
+    """temperature, top_p and top_k of `Engine.submit`."""
     policy: dict[str, Any]
     """The arguments of `Engine.submit` that `parse_policy` gives."""
     until: tuple[str, ...]
@@ -111,8 +110,8 @@ class DParallelLM(TemplateLM):
             default is 1, which is slow.
         device: default: "cuda" where there is a GPU.
 
-    `--gen_kwargs` (or a task's generation_kwargs): until, max_gen_toks, do_sample, temperature, policy. Any
-    other is refused by name, unless its value asks for nothing.
+    `--gen_kwargs` (or a task's generation_kwargs): until, max_gen_toks, do_sample, temperature, top_p,
+    top_k, policy. Any other is refused by name, unless its value asks for nothing.
 
     Raises:
         ValueError, FileNotFoundError: naming the argument that does not fit.
@@ -387,7 +386,7 @@ class DParallelLM(TemplateLM):
         with bar:
             for index, response in self._decode(generations):
                 results[index] = response
-                if not generations[index].temperature:
+                if not generations[index].sampling["temperature"]:
                     self.cache_hook.add_partial("generate_until", requests[index].args, response)
                 bar.update()
                 bar.set_postfix(tokens_per_pass=f"{self._tokens_per_pass:.2f}")
@@ -401,6 +400,12 @@ class DParallelLM(TemplateLM):
         lengths = [left.pop(name) for name in LENGTH_NAMES if name in left]
         gen_length = self.gen_length or int(next(iter(lengths), self.default_gen_length))
         temperature = _temperature(left.pop("do_sample", None), left.pop("temperature", None))
+        top_k = left.pop("top_k", None)
+        sampling = {
+            "temperature": temperature,
+            "top_p": left.pop("top_p", None),
+            "top_k": None if top_k == -1 else top_k,  # -1 keeps all ids, as in vLLM
+        }
         policy = parse_policy(left.pop("policy", self.policy))
         for name, value in left.items():
             idle = name in OF_SAMPLING and not temperature
@@ -411,7 +416,7 @@ class DParallelLM(TemplateLM):
         return Generation(
             prompt=self._fit(ids, gen_length),
             gen_length=gen_length,
-            temperature=temperature,
+            sampling=sampling,
             policy=policy,
             until=tuple(one for one in until if one),
             stop=[
@@ -444,10 +449,10 @@ class DParallelLM(TemplateLM):
                 handle = engine.submit(
                     one.prompt,
                     gen_length=one.gen_length,
-                    temperature=one.temperature,
                     eos_id=self.eot_token_id,
                     stop=one.stop,
                     seed=one.seed,
+                    **one.sampling,
                     **one.policy,
                 )
                 streams.append(text.TextStream(self.tokenizer, one.until))
