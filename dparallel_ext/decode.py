@@ -16,7 +16,7 @@ from torch import Tensor
 from . import arguments, policies
 from .arguments import number, whole
 from .batch import AHEAD, CACHES, Batch
-from .models import Model, Traits, traits
+from .models import Model, Traits, for_decoding, traits
 from .ops import check_sampling
 from .passes import Policy, Trajectory
 from .rows import Settings, whole_length
@@ -122,8 +122,10 @@ def decode(
 
     Args:
         model: one of ours (`dparallel_ext.models`), or anything whose call on input_ids (B, L) returns an
-            object with `.logits` (B, L, V): Hugging Face models work as they are. It is called as it
-            is: put it in eval mode first if it has dropout.
+            object with `.logits` (B, L, V): Hugging Face models work as they are. Either may be compiled,
+            adapted by PEFT or in a parallel wrapper, see `models.for_decoding`; a function says by its
+            attribute `traits` what `models.Traits` names. It is called as it is: put it in eval mode first
+            if it has dropout. `torch.autocast` holds for the calls of models that are not ours.
         prompt: (B, P) or (P,) int64; or a list of (P,) of any lengths. Tensors, numpy arrays and lists of ids
             will do, and what a tokenizer returns, with its attention_mask. Mask tokens stay as they are,
             unless `infill` is on. With one of our models it goes to the model's device.
@@ -274,6 +276,7 @@ def start(
     **more: Any,
 ) -> Batch:
     """The batch of a call, its arguments checked; `settings`: one for each prompt."""
+    model = for_decoding(model)
     counts = arguments.numbers("gen_length", gen_length, len(prompts), 0)
     block_length, sub_block_length, mask_id, refresh = check_model(
         model, block_length, sub_block_length, cache, mask_id, refresh

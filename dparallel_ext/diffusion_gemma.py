@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import policies
+from .models import for_decoding, unwrap
 from .ops import check_errors, row_stats, select
 
 
@@ -23,8 +24,8 @@ def generate(model: Any, input_ids: Tensor, *, multinomial: bool = False, **sett
     transformers' own: encoder, caches, temperature schedule, logits processors, streamers, eos and padding.
 
     Args:
-        model: a DiffusionGemmaForBlockDiffusion, or one under PEFT's adapters. Not for several threads at
-            once: its step is replaced while the call lasts.
+        model: a DiffusionGemmaForBlockDiffusion, also wrapped or under PEFT's adapters, as in `decode`. Not
+            for several threads at once: its step is replaced while the call lasts.
         input_ids: (B, P) int64.
         multinomial: draw the samples by `torch.multinomial`, as transformers does: the same tokens from the
             same `torch.manual_seed`, at the price of its softmax. Otherwise they are Gumbel-max samples of
@@ -38,7 +39,7 @@ def generate(model: Any, input_ids: Tensor, *, multinomial: bool = False, **sett
         ValueError: where the model has no denoising step to replace, and (on a GPU when the call ends) where
             its logits hold NaN or leave no token to choose.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model, base = for_decoding(model), unwrap(model)
     if not hasattr(base, "_denoising_step"):
         raise ValueError(
             "model: expected transformers' DiffusionGemmaForBlockDiffusion (its _denoising_step is what is "

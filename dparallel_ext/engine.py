@@ -24,7 +24,7 @@ from ._C import Scheduler
 from .arguments import whole
 from .batch import Batch
 from .decode import Prompts, check_model, check_settings, make_settings, masks
-from .models import Model, traits
+from .models import Model, for_decoding, traits
 from .rows import Settings, lay_out, whole_length
 
 log = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ class Engine:
     """Decodes requests as they come, in one thread of its own.
 
     Args:
-        model: one of ours (`dparallel_ext.models`), in evaluation mode.
+        model: one of ours (`dparallel_ext.models`), in evaluation mode; wrapped or adapted as in `decode`.
         cache: as in `decode`; default "block" for block-causal models, else "dual".
         block_length, sub_block_length: as in `decode`, of every request.
         lanes: requests that are decoded at once.
@@ -224,6 +224,7 @@ class Engine:
         refresh: int | None = None,
         mask_id: int | None = None,
     ) -> None:
+        model = for_decoding(model)
         if not isinstance(model, Model):
             raise ValueError(
                 "model: expected one of dparallel_ext.models (models.load, or models.wrap for a loaded "

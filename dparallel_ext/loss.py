@@ -135,6 +135,8 @@ def linear_certainty_forcing_loss(
     hidden states are all that is held. That is three matrix products per active row, and a fourth
     where the head is trainable.
 
+    Under `torch.autocast` the head multiplies in autocast's dtype, as a linear layer does.
+
     Args:
         hidden: (..., H) float32, bfloat16, float16 or float64, after the final norm.
         lm_head_weight: (V, H), same dtype. It gets a gradient only if it requires one.
@@ -158,6 +160,12 @@ def linear_certainty_forcing_loss(
         raise ValueError(
             f"lm_head_weight: expected (V, {hidden.shape[-1]}) matching hidden, "
             f"got {tuple(lm_head_weight.shape)}"
+        )
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, lm_head_weight = (
+            t if t.dtype == torch.float64 else t.to(dtype) for t in (hidden, lm_head_weight)
         )
     if lm_head_weight.dtype != hidden.dtype or lm_head_weight.device != hidden.device:
         raise ValueError(
@@ -433,9 +441,10 @@ def _linear_save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 def _linear_gradient(ctx: Any, grad_nll: Tensor, grad_entropy: Tensor, *_: Any) -> tuple[Any, ...]:
     hidden, head, labels, active, saved = ctx.saved_tensors
     needed = ctx.needs_input_grad[1]
-    grad, grad_head = torch.ops.dparallel.linear_certainty_forcing_loss_backward(
-        hidden, head, labels, active, *ctx.settings, saved, grad_nll, grad_entropy, needed
-    )
+    with torch.autocast(hidden.device.type, enabled=False):  # the dtypes are those of the forward pass
+        grad, grad_head = torch.ops.dparallel.linear_certainty_forcing_loss_backward(
+            hidden, head, labels, active, *ctx.settings, saved, grad_nll, grad_entropy, needed
+        )
     return grad, grad_head if needed else None, None, None, None, None, None, None
 
 

@@ -288,8 +288,10 @@ class Passes:
         if isinstance(self.model, Model):
             made = Pass(form.longest_query, form.longest_length, *plan)
             assert self.slots is not None
-            x = self.model.step(self.tokens[made.rows, made.positions], self.slots, made)
-            logits = self.model.head(x[source])[: len(positions)]
+            # In the model's own dtypes: cached keys are, and the Engine's thread knows no autocast.
+            with torch.autocast(self.tokens.device.type, enabled=False):
+                x = self.model.step(self.tokens[made.rows, made.positions], self.slots, made)
+                logits = self.model.head(x[source])[: len(positions)]
         else:
             logits = self._foreign(work)[source]
         nfe, seed, sequence = keys.unbind(0)

@@ -174,9 +174,9 @@ def test_an_adapter_is_on_the_published_targets(adapter: Path):
     found = load_file(adapter / "adapter_model.safetensors")
     layers = registry.load()[0].shape.layers
     assert len(found) == 2 * layers * 7
-    prefix = "base_model.model.blocks.0."
+    prefix = "base_model.model.model.transformer.blocks.0."  # as on the Hugging Face model
     names = {n.removeprefix(prefix).partition(".")[0] for n in found if n.startswith(prefix)}
-    assert names == set(distill.LORA_TARGETS)
+    assert names == {"q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"}
     assert max(float(t.abs().max()) for n, t in found.items() if "lora_B" in n) > 1e-3
 
 
@@ -185,10 +185,9 @@ def test_merging_adds_the_product_and_keeps_the_layout(adapter: Path, tmp_path: 
     base = load_file(registry.directory_of(registry.DEFAULT) / "model.safetensors")
     merged, low = load_file(out / "model.safetensors"), load_file(adapter / "adapter_model.safetensors")
     assert set(merged) == set(base)
-    ours = {theirs: name for theirs, name, _ in registry.load()[0].checkpoint_parameters()}
     changed = 0
     for name, weight in base.items():
-        module = "base_model.model." + ours[name].removesuffix(".weight")
+        module = "base_model.model." + name.removesuffix(".weight")
         if f"{module}.lora_A.weight" in low:
             a, b = (low[f"{module}.lora_{x}.weight"].float() for x in "AB")
             torch.testing.assert_close(
@@ -200,20 +199,23 @@ def test_merging_adds_the_product_and_keeps_the_layout(adapter: Path, tmp_path: 
     assert changed == len(low) // 2
     assert (out / "tokenizer.json").exists()
     assert evaluate.evaluate(str(out), "entropy:0.5", problems=2)["problems"] == 2
-    # An adapter that was trained on the Hugging Face model has the checkpoint's names.
+    # Adapters were once written by our own names of the modules.
+    old, model = tmp_path / "old", registry.load()[0]
+    shutil.copytree(adapter, old)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    theirs = tmp_path / "theirs"
-    shutil.copytree(adapter, theirs)
-    config["target_modules"] = ["q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj"]
+    config |= {"target_modules": list(distill.LORA_TARGETS), "exclude_modules": None}
     config["base_model_name_or_path"] = "nowhere"
-    (theirs / "adapter_config.json").write_text(json.dumps(config))
-    names = {name.removesuffix(".weight"): k.removesuffix(".weight") for k, name in ours.items()}
+    (old / "adapter_config.json").write_text(json.dumps(config))
+    names = {
+        model.checkpoint_name(name): name
+        for name in (f"blocks.{i}.{t}" for i in range(model.shape.layers) for t in distill.LORA_TARGETS)
+    }
     renamed = {}
     for key, tensor in low.items():
         module, lora, rest = key.removeprefix("base_model.model.").partition(".lora_")
         renamed[f"base_model.model.{names[module]}{lora}{rest}"] = tensor
-    save_file(renamed, theirs / "adapter_model.safetensors")
-    again = distill.merge(theirs, tmp_path / "again", model="builtin:teacher")
+    save_file(renamed, old / "adapter_model.safetensors")
+    again = distill.merge(old, tmp_path / "again", model="builtin:teacher")
     same = load_file(again / "model.safetensors")
     assert all(torch.equal(same[name], merged[name]) for name in merged)
 

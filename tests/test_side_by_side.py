@@ -239,7 +239,7 @@ def test_adapters_are_used_and_the_rest_stays_together() -> None:
     x = torch.arange(11)
     with torch.no_grad():
         expected = stepped(model, x)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["k"]))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["k_proj"]))
     with torch.no_grad():
         torch.testing.assert_close(stepped(model, x), expected)  # a fresh adapter adds zero
         for n, p in adapted.named_parameters():

@@ -1,13 +1,14 @@
 """Native models that read published checkpoints as they are."""
 
 from ..cache import KVCache
-from .base import Model, Output
+from .base import Model, Output, Traits
 from .checkpoint import FAMILIES, device_of, load, save, wrap
 from .dream import Dream
 from .fast_dllm import FastDLLM
 from .llada import LLaDA
 from .sdar import SDAR
-from .traits import Traits, traits
+from .traits import traits
+from .wrappers import for_decoding, unwrap
 
 __all__ = [
     "FAMILIES",
@@ -20,8 +21,10 @@ __all__ = [
     "Output",
     "Traits",
     "device_of",
+    "for_decoding",
     "load",
     "save",
     "traits",
+    "unwrap",
     "wrap",
 ]

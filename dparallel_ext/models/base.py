@@ -1,14 +1,17 @@
 """One transformer for every family: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
-A family is data: how its config.json reads (`Shape`) and what its checkpoint calls each tensor
-(`NAMES`). The modules go by short names of their own; `state_dict` speaks the checkpoint's.
+A family is data: how its config.json reads (`Shape`) and what its checkpoint calls each module (`NAMES`).
+Torch, and all that works on the names of modules and parameters (adapters, sharders, optimizers), knows the
+modules by the checkpoint's names; the code here calls them by short names, the same in every family.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -74,7 +77,75 @@ def check_supported(
 
 
 class Config(dict[str, Any]):
-    """A config.json's content. Others may set attributes on it, as transformers' Trainer does."""
+    """A config.json's content. Its keys read as attributes too, and others may set attributes on it, as the
+    libraries around transformers expect of a config; neither changes the content."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"config has no {name}") from None
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Config:
+        """Of a checkpoint directory. PEFT compares a model's vocabulary with its base's by this name."""
+        return cls(json.loads((Path(directory) / "config.json").read_text()))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self)
+
+
+class Named(nn.Module):
+    """A module whose parts torch knows by the names of a checkpoint, and the code here by names of ours.
+
+    Whatever is set under one of our names, a part that replaces another included, lies in the tree under the
+    checkpoint's name, and whatever lies there is what our name reads.
+    """
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        """names: ours -> the checkpoint's, "self_attn.q_proj"; modules on the way to it hold nothing else."""
+        super().__init__()
+        self._paths = {ours: theirs.split(".") for ours, theirs in names.items()}
+
+    def __getattr__(self, name: str) -> Any:
+        path = self.__dict__.get("_paths", {}).get(name)
+        if path is None:
+            return super().__getattr__(name)
+        found: Any = self
+        for part in path:
+            found = found._modules.get(part)
+            if found is None:
+                raise AttributeError(f"{type(self).__name__} has no {name}")
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        path = self.__dict__.get("_paths", {}).get(name)
+        if path is None or not isinstance(value, nn.Module):
+            return super().__setattr__(name, value)
+        at: nn.Module = self
+        for part in path[:-1]:
+            if part not in at._modules:
+                at.add_module(part, nn.Module())
+            at = at.get_submodule(part)
+        at.add_module(path[-1], value)
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What decoding and training need to know of a model, ours or not.
+
+    A function, or a module that holds a model in a way of its own, says them by an attribute `traits`.
+    """
+
+    mask_id: int | None = None
+    shift: bool = False
+    """The logits for position p are produced at position max(p - 1, 0)."""
+    strict: frozenset[str] = frozenset()
+    """The selectors by which its published decoder commits beyond the threshold, not at it."""
+    block_length: int | None = None
+    """Of block-causal models."""
+    sub_block_length: int | None = None
+    """The part of a block that its published decoder fills at a time; None: all of it."""
 
 
 @dataclass
@@ -102,15 +173,16 @@ class RMSNorm(nn.Module):
         y = self.weight * y.to(x.dtype)
         return y if self.bias is None else y + self.bias
 
-    def of_sum(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x + delta, the residual stream, and its norm."""
-        if delta is None:
-            return x, self(x)
-        if compiled(x, delta, self.weight) and side_by_side.plain(self, RMSNorm):
-            y, x = rms_norm(x, self.weight, eps=self.eps, bias=self.bias, delta=delta)
-            return x, y
-        x = x + delta
-        return x, self(x)
+
+def norm_of_sum(norm: nn.Module, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x + delta, the residual stream, and its norm; `norm` may be what an adapter has put in its place."""
+    if delta is None:
+        return x, norm(x)
+    if side_by_side.plain(norm, RMSNorm) and compiled(x, delta, norm.weight):
+        y, x = rms_norm(x, norm.weight, eps=norm.eps, bias=norm.bias, delta=delta)
+        return x, y
+    x = x + delta
+    return x, norm(x)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -127,9 +199,9 @@ LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
 """The linear layers of a block."""
 
 
-class Block(nn.Module):
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
+class Block(Named):
+    def __init__(self, shape: Shape, names: Mapping[str, str]) -> None:
+        super().__init__(names)
         s = self.shape = shape
         self.norm1 = RMSNorm(s)
         self.q = nn.Linear(s.width, s.heads * s.head_dim, bias=s.qkv_bias)
@@ -152,13 +224,13 @@ class Block(nn.Module):
     def layers(self, x: Tensor, delta: Tensor | None, attend: Attend) -> tuple[Tensor, Tensor]:
         """Of the input x + delta (..., width): the stream x before the last sum, and what is to be added."""
         s = self.shape
-        x, y = self.norm1.of_sum(x, delta)
+        x, y = norm_of_sum(self.norm1, x, delta)
         q, k, v = (
             t.unflatten(-1, (-1, s.head_dim)) for t in side_by_side.project(y, (self.q, self.k, self.v))
         )
         if s.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        x, y = self.norm2.of_sum(x, self.o(attend(q, k, v).flatten(-2)))
+        x, y = norm_of_sum(self.norm2, x, self.o(attend(q, k, v).flatten(-2)))
         gate, up = side_by_side.project(y, (self.gate, self.up))
         return x, self.down(swiglu(gate, up) if compiled(gate, up) else F.silu(gate) * up)
 
@@ -203,7 +275,7 @@ class Block(nn.Module):
         return self
 
 
-class Model(nn.Module):
+class Model(Named):
     """A masked diffusion language model.
 
     Every position sees every other; or, where the family is block-causal, those up to the end of its own
@@ -217,7 +289,7 @@ class Model(nn.Module):
     """
 
     NAMES: ClassVar[Mapping[str, str]]
-    """Our module -> the checkpoint's; `{}` stands for the layer."""
+    """Our name of a module -> the checkpoint's; `{}` stands for the layer."""
     shift: ClassVar[bool] = False
     """The logits for position p are produced at position max(p - 1, 0)."""
     strict: ClassVar[frozenset[str]] = frozenset()
@@ -228,7 +300,9 @@ class Model(nn.Module):
     """Block-causal families: the length of the blocks, counted from position 0. Else None."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__()
+        layer = next(name.partition("{}.")[0] for name in self.NAMES.values() if "{}" in name)
+        whole = {ours: theirs for ours, theirs in self.NAMES.items() if "{}" not in theirs}
+        super().__init__({**whole, "blocks": layer.removesuffix(".")})
         self.config = Config(config)
         try:
             s = self.shape = self.read_config(config)
@@ -238,14 +312,15 @@ class Model(nn.Module):
         self.mask_id = self._token_id("mask_token_id")
         self.eos_id = self._token_id("eos_token_id")
         self.embed = nn.Embedding(s.rows, s.width)
-        self.blocks = nn.ModuleList(Block(s) for _ in range(s.layers))
+        names = {o: t.removeprefix(layer + "{}.") for o, t in self.NAMES.items() if "{}" in t}
+        self.blocks = nn.ModuleList(Block(s, names) for _ in range(s.layers))
         self.norm = RMSNorm(s)
         self.lm_head = nn.Linear(s.width, s.rows, bias=s.bias and not s.tied)
         self.tie()
         self.checkpointing: dict[str, Any] | None = None
         self._rope: tuple[Tensor, Tensor] | None = None
-        self.register_state_dict_post_hook(_to_checkpoint_names)
-        self.register_load_state_dict_pre_hook(_from_checkpoint_names)
+        self.register_state_dict_post_hook(_without_tied_head)
+        self.register_load_state_dict_pre_hook(_with_tied_head)
 
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> Shape:
@@ -264,29 +339,25 @@ class Model(nn.Module):
 
     @classmethod
     def checkpoint_name(cls, name: str) -> str:
-        """The checkpoint's name of our parameter `name`."""
-        module, _, parameter = name.rpartition(".")
-        parts = module.split(".")
-        if parts[0] != "blocks":
-            return f"{cls.NAMES[module]}.{parameter}"
-        return f"{cls.NAMES[parts[2]].format(parts[1])}.{parameter}"
-
-    @property
-    def adapted(self) -> bool:
-        """Whether adapters (PEFT's) stand in the place of modules; state_dict then has our own names."""
-        return any(
-            name.count(".") != (3 if name.startswith("blocks.") else 1) for name, _ in self.named_parameters()
-        )
+        """The checkpoint's name of the module that is called "blocks.0.q" or "norm" here."""
+        ours, layer, *_ = (*reversed(name.removeprefix("blocks.").split(".")), "")
+        return cls.NAMES[ours].format(layer)
 
     @property
     def sharded(self) -> bool:
-        """Whether FSDP2 has made DTensors of the parameters, which torch gathers by our own names."""
+        """Whether FSDP2 or the like has made DTensors of the parameters."""
         return any(hasattr(parameter, "placements") for parameter in self.parameters())
 
-    def checkpoint_parameters(self) -> Iterator[tuple[str, str, nn.Parameter]]:
-        """(the checkpoint's name, ours, parameter) of each; a tied head is not repeated."""
-        for name, parameter in self.named_parameters():
-            yield self.checkpoint_name(name), name, parameter
+    def get_input_embeddings(self) -> nn.Module:
+        """By this name transformers and PEFT find the embedding, and by the next one the head."""
+        return self.embed
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **_: Any) -> dict[str, Tensor]:
+        """PEFT keeps this of a model for causal language modelling; `dparallel_ext.decode` generates."""
+        return {"input_ids": input_ids}
 
     @property
     def device(self) -> torch.device:
@@ -296,7 +367,11 @@ class Model(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed.weight.dtype
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Output:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **neutral: Any) -> Output:
+        """neutral: what PEFT passes on to every model, `labels` or `output_attentions`; None, or False."""
+        for name, value in neutral.items():
+            if value is not None and value is not False and name != "return_dict":
+                raise ValueError(f"{name}: this model computes logits of input_ids alone, so expected None")
         return Output(self.head(self.hidden(input_ids, attention_mask=attention_mask)))
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -320,8 +395,13 @@ class Model(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
             return y.transpose(1, 2)
 
+        again = self.training and self.checkpointing is not None
+        if again and torch.is_grad_enabled() and not x.requires_grad:
+            # A reentrant checkpoint yields no gradient unless an input wants one; under adapters none does.
+            x = x.detach().requires_grad_()
         for block in self.blocks:
-            if self.checkpointing is not None and self.training:
+            if again:
+                assert self.checkpointing is not None
                 x = checkpoint(block, x, attend, **self.checkpointing)
             else:
                 x = block(x, attend)
@@ -373,7 +453,7 @@ class Model(nn.Module):
                 x, delta = block.layers(x, delta, attend)
             else:
                 x, delta = block(x if delta is None else x + delta, attend), None
-        return self.norm.of_sum(x, delta)[1]
+        return norm_of_sum(self.norm, x, delta)[1]
 
     def spans(
         self, row: int, start: int, end: int, length: int, block_length: int | None = None
@@ -401,6 +481,13 @@ class Model(nn.Module):
 
     def gradient_checkpointing_disable(self) -> None:
         self.checkpointing = None
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.checkpointing is not None
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing to do: `hidden` lets the layers' inputs require gradients where checkpoints need it."""
 
     def activation_checkpointing_enable(
         self,
@@ -460,7 +547,9 @@ class Model(nn.Module):
         """Where the weights lie; None where calling the model does more than the code here says: hooks,
         adapters, modules or methods in the place of its own.
         """
-        own = {Block, RMSNorm, nn.Linear, Fp8Linear, nn.Embedding, nn.ModuleList, type(self)}
+        own = {
+            Block, RMSNorm, nn.Linear, Fp8Linear, nn.Embedding, nn.ModuleList, nn.Module, type(self)
+        }  # fmt: skip
         modules = list(self.modules())
         if any(not side_by_side.plain(m, type(m)) or type(m) not in own for m in modules):
             return None
@@ -530,26 +619,14 @@ class Model(nn.Module):
                 raise ValueError(f"input_ids: expected ids in [0, {self.shape.rows}), got {worst}")
 
 
-def _to_checkpoint_names(
-    model: Model, state: MutableMapping[str, Any], prefix: str, _metadata: object
-) -> None:
-    if model.adapted or model.sharded:
-        return
-    tied = f"{prefix}lm_head.weight"
-    for name in [n for n in state if n.startswith(prefix)]:
-        value = state.pop(name)
-        if not (model.shape.tied and name == tied):
-            state[prefix + model.checkpoint_name(name.removeprefix(prefix))] = value
+def _without_tied_head(model: Model, state: MutableMapping[str, Any], prefix: str, _metadata: object) -> None:
+    """Published checkpoints do not repeat a tied head; torch's gathering of shards wants every name."""
+    embed, head = (f"{prefix}{model.checkpoint_name(name)}.weight" for name in ("embed", "lm_head"))
+    if model.shape.tied and embed in state and not model.sharded:
+        state.pop(head, None)
 
 
-def _from_checkpoint_names(
-    model: Model, state: MutableMapping[str, Any], prefix: str, *_unused: object
-) -> None:
-    """Our own names pass as they are."""
-    if model.adapted:
-        return
-    for theirs, ours, _ in model.checkpoint_parameters():
-        if prefix + theirs in state:
-            state[prefix + ours] = state.pop(prefix + theirs)
-    if model.shape.tied and f"{prefix}embed.weight" in state:
-        state[f"{prefix}lm_head.weight"] = state[f"{prefix}embed.weight"]
+def _with_tied_head(model: Model, state: MutableMapping[str, Any], prefix: str, *_unused: object) -> None:
+    embed, head = (f"{prefix}{model.checkpoint_name(name)}.weight" for name in ("embed", "lm_head"))
+    if model.shape.tied and embed in state:
+        state[head] = state[embed]

@@ -20,6 +20,7 @@ from .dream import Dream
 from .fast_dllm import FastDLLM
 from .llada import LLaDA
 from .sdar import SDAR
+from .wrappers import ADAPTED_LAYERS, classes, for_decoding, unwrap
 
 FAMILIES: dict[str, type[Model]] = {
     "llada": LLaDA,
@@ -82,20 +83,57 @@ def device_of(device: torch.device | str | None) -> torch.device:
 def wrap(hf_model: nn.Module) -> Model:
     """A native model on the weights of a loaded Hugging Face one of `FAMILIES`: shared, not copied.
 
+    It may be wrapped, see `for_decoding`. PEFT's layers are shared too, so that an adapter that is switched,
+    disabled or merged there is so here; all are put in evaluation mode. One of ours comes back as it is.
+
     Raises:
         ValueError: naming the config key, or the missing, extra or misshapen tensors; also if the
             weights do not all lie on one device, as after offloading.
     """
+    for_decoding(hf_model)  # refuses what is not whole
+    hf_model = unwrap(hf_model)
+    if isinstance(hf_model, Model):
+        return hf_model
     config = getattr(hf_model, "config", None)
     if config is None:
         raise ValueError(f"hf_model: {type(hf_model).__name__} has no .config")
-    given = dict(hf_model.named_parameters())
+    adapted = _adapted(hf_model)
+    given = {
+        name: p
+        for name, p in hf_model.named_parameters()
+        if not any(name.startswith(f"{layer}.") for layer in adapted)
+    }
+    for name, module in adapted.items():
+        given |= {f"{name}.{leaf}": p for leaf, p in _base_of(module).named_parameters(recurse=False)}
     devices = {str(p.device) for p in given.values()}
     if len(devices) > 1 or "meta" in devices:
         raise ValueError(f"hf_model: expected its weights on one device, got {sorted(devices)}")
     tensors = ((name, tuple(p.shape), partial(_same, p)) for name, p in given.items())
     content = config if isinstance(config, Mapping) else config.to_dict()
-    return _assemble(content, tensors, f"hf_model: {type(hf_model).__name__}")
+    model = _assemble(content, tensors, f"hf_model: {type(hf_model).__name__}")
+    for name, module in adapted.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)
+    return model.eval()
+
+
+def _adapted(model: nn.Module) -> dict[str, nn.Module]:
+    """What PEFT has put in the place of layers, by the layers' names."""
+    kinds: Any = classes(*ADAPTED_LAYERS)
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():  # what holds another comes before it
+        if isinstance(module, kinds) and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
+    return found
+
+
+def _base_of(module: Any) -> nn.Module:
+    """The layer in whose place PEFT's stands."""
+    for wrapper in ADAPTED_LAYERS:
+        while isinstance(module, classes(wrapper)):
+            module = getattr(module, wrapper[2])
+    assert isinstance(module, nn.Module)
+    return module
 
 
 def save(
@@ -107,8 +145,8 @@ def save(
 ) -> None:
     """Write config.json and model.safetensors as the family's published checkpoints have them.
 
-    `dtype`: of the file, default the model's. `state_dict`: tensors to write instead of the model's own, by
-    our names or the checkpoint's, as gathered from shards. Each file appears whole or not at all.
+    `dtype`: of the file, default the model's. `state_dict`: tensors to write instead of the model's own, as
+    gathered from shards. Each file appears whole or not at all.
 
     Raises ValueError for a quantised model.
     """
@@ -117,13 +155,10 @@ def save(
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     dtype = dtype or model.dtype
-    if state_dict is None:
-        state_dict = {name: p.detach() for name, _, p in model.checkpoint_parameters()}
-    tied = "lm_head.weight" if model.shape.tied else None
-    theirs = {ours: name for name, ours, _ in model.checkpoint_parameters()}
+    tied = model.checkpoint_name("lm_head") + ".weight" if model.shape.tied else None
     tensors = {
-        theirs.get(name, name): p.to("cpu", dtype).contiguous()
-        for name, p in state_dict.items()
+        name: p.detach().to("cpu", dtype).contiguous()
+        for name, p in (state_dict or dict(model.named_parameters())).items()
         if name != tied
     }
     names = [name for name, family in FAMILIES.items() if type(model) is family]
@@ -150,17 +185,17 @@ def _assemble(config: Mapping[str, Any], tensors: Iterable[Offer], source: str, 
         raise ValueError(f"{source}: model_type {config.get('model_type')!r} is none of {list(FAMILIES)}")
     with torch.device("meta"):
         model = family(config)
-    wanted = {theirs: (ours, p) for theirs, ours, p in model.checkpoint_parameters()}
+    wanted = dict(model.named_parameters())
     places = side_by_side.Places(model.groups() if fuse else ())
     # A tied head may be stored all the same.
-    known = {*wanted, model.checkpoint_name("lm_head.weight")} if model.shape.tied else set(wanted)
+    known = {*wanted, model.checkpoint_name("lm_head") + ".weight"} if model.shape.tied else set(wanted)
     found: set[str] = set()
     faults: list[str] = []
     for name, shape, fetch in tensors:
         found.add(name)
         if name not in wanted:
             continue
-        ours, expected = wanted[name]
+        expected = wanted[name]
         if shape != tuple(expected.shape):
             faults.append(f"{name} is {shape}, expected {tuple(expected.shape)}")
             continue
@@ -168,7 +203,7 @@ def _assemble(config: Mapping[str, Any], tensors: Iterable[Offer], source: str, 
         if not tensor.is_floating_point():
             faults.append(f"{name} is {tensor.dtype}, expected a floating-point type")
             continue
-        module, _, parameter = ours.rpartition(".")
+        module, _, parameter = name.rpartition(".")
         held = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(places.put(expected, tensor))
         setattr(model.get_submodule(module), parameter, held)
     faults += [f"{name} is missing" for name in sorted(set(wanted) - found)]

@@ -37,7 +37,7 @@ class Recipe:
     collator: dict[str, Any] = field(default_factory=dict)
     """Of `trajectories.Collator`: total_length or response_length."""
     lora: dict[str, Any] | None = None
-    """Of `peft.LoraConfig`; None: every weight is trained."""
+    """Of `peft.LoraConfig`, target_modules by the checkpoint's names or ours; None: all weights are trained."""
     architecture: dict[str, Any] | None = None
     """The model's config.json, for a dry run where the checkpoint is not at hand."""
     examples: int | None = None
@@ -173,10 +173,16 @@ def finish(trainer: Any) -> None:
 
 
 def with_lora(model: Model, settings: Mapping[str, Any], base: str) -> Any:
-    """The model under a fresh PEFT adapter on the published targets."""
+    """The model under a fresh PEFT adapter, by default on the published targets."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(**{"target_modules": list(LORA_TARGETS), **settings})
+    targets = settings.get("target_modules", LORA_TARGETS)
+    if not isinstance(targets, str):
+        theirs = {o: model.checkpoint_name(f"blocks.0.{o}").rpartition(".")[2] for o in LORA_TARGETS}
+        targets = [theirs.get(name, name) for name in targets]
+    # LLaDA calls a layer's last matrix as it calls the head.
+    defaults = {"exclude_modules": [model.checkpoint_name("lm_head")]}
+    config = LoraConfig(**{**defaults, **settings, "target_modules": targets})
     adapted = get_peft_model(model, config)
     config.base_model_name_or_path = base
     return adapted
@@ -203,19 +209,19 @@ def merge(adapter: str | Path, out: str | Path, *, model: str | None = None) -> 
         raise ValueError("model: the adapter does not name its base, so give one")
     source = registry.directory_of(str(name))
     base = dx.models.load(source)
-    ours = {
-        theirs.rpartition(".")[0]: name.rpartition(".")[0] for theirs, name, _ in base.checkpoint_parameters()
-    }
+    known = {name.rpartition(".")[0]: None for name, _ in base.named_parameters()}
     prefix, found = "base_model.model.", {}
     for key, tensor in load_file(adapter / "adapter_model.safetensors").items():
         module, lora, rest = key.removeprefix(prefix).partition(".lora_")
-        module = ours.get(module, module)
-        if not lora or module not in ours.values():
+        if module.startswith("blocks."):  # by our names, as adapters were written here once
+            module = base.checkpoint_name(module)
+        if not lora or module not in known:
             raise ValueError(
-                f"adapter: {key} is for no module of {source}, which has {', '.join(list(ours)[1:3])}, ..."
+                f"adapter: {key} is for no module of {source}, which has {', '.join(list(known)[1:3])}, ..."
             )
         found[prefix + module + lora + rest] = tensor
     config.target_modules = sorted({key.removeprefix(prefix).partition(".lora_")[0] for key in found})
+    config.exclude_modules = None
     config.inference_mode = True
     adapted = get_peft_model(base, config)
     left: Any = set_peft_model_state_dict(adapted, found)

@@ -218,11 +218,10 @@ class CertaintyForcingTrainer(Trainer):
             nonlocal replaced
             replaced = True
             assert self.lm_head is not None
-            weight, device = self.lm_head.weight, hidden.device.type
-            autocast = torch.is_autocast_enabled(device)
-            dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-            out = dx.linear_certainty_forcing_loss(hidden, weight, labels, active, shift=shift, **settings)
+            weight = self.lm_head.weight
+            out = dx.linear_certainty_forcing_loss(
+                hidden.to(weight.dtype), weight, labels, active, shift=shift, **settings
+            )
             return torch.stack((out.nll, out.entropy, out.correct.to(out.nll.dtype)), -1)
 
         given = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}

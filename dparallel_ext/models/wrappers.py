@@ -1,0 +1,155 @@
+"""What people wrap a model in: compilers, data parallelism, sharding, adapters."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from .base import Model, Traits
+
+Class = tuple[str, str, str]
+"""Its module, its name, and the attribute that holds what it wraps."""
+
+PARALLEL: tuple[Class, ...] = (
+    ("torch.nn.parallel", "DataParallel", "module"),
+    ("torch.nn.parallel", "DistributedDataParallel", "module"),
+)
+FSDP1: Class = ("torch.distributed.fsdp", "FullyShardedDataParallel", "module")
+FSDP2: Class = ("torch.distributed.fsdp", "FSDPModule", "")  # a class that a module takes on beside its own
+PEFT: Class = ("peft", "PeftModel", "base_model")
+TUNER: Class = ("peft.tuners.tuners_utils", "BaseTuner", "model")
+WRAPPERS: tuple[Class, ...] = (
+    *PARALLEL,
+    FSDP1,
+    PEFT,
+    ("peft", "PeftMixedModel", "base_model"),
+    TUNER,
+    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    ("torch.optim.swa_utils", "AveragedModel", "module"),
+    (
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+        "ActivationWrapper",
+        "_checkpoint_wrapped_module",
+    ),
+)
+"""Wrappers whose call is the call of the model in them. A module of another kind may do more."""
+ADAPTED_LAYERS: tuple[Class, ...] = (
+    ("peft.tuners.tuners_utils", "BaseTunerLayer", "base_layer"),
+    ("peft.utils.other", "AuxiliaryTrainingWrapper", "original_module"),
+)
+"""What PEFT's methods put in the place of a layer; it holds the layer, and whether it has an effect."""
+
+
+def classes(*wanted: Class) -> tuple[Any, ...]:
+    """Those of the classes whose modules are loaded: nothing can be of the others."""
+    loaded = ((sys.modules.get(module), name) for module, name, _ in wanted)
+    return tuple(getattr(module, name) for module, name in loaded if hasattr(module, name))
+
+
+def layers(model: Any) -> Iterator[Any]:
+    """`model`, what it wraps, what that wraps, and so on; up to what says its traits itself."""
+    while model is not None:
+        yield model
+        if said(model) is not None:
+            return
+        attribute = next((w[2] for w in WRAPPERS if isinstance(model, classes(w))), None)
+        if attribute is not None:
+            model = getattr(model, attribute)
+        elif isinstance(model, functools.partial):
+            model = model.func
+        elif inspect.ismethod(model) and model.__name__ in ("forward", "__call__"):
+            model = model.__self__
+        elif inspect.isroutine(model):  # compiled, or decorated
+            model = getattr(model, "__wrapped__", None)
+        else:
+            return
+
+
+def said(model: Any) -> Traits | None:
+    """The traits in the object's own attribute `traits`."""
+    found = getattr(model, "__dict__", {}).get("traits")
+    return found if isinstance(found, Traits) else None
+
+
+def unwrap(model: Any) -> Any:
+    """The model inside `WRAPPERS`, ours or not, or what says its traits itself; else `model`."""
+    *_, inner = layers(model)
+    return inner
+
+
+def for_decoding(model: Any) -> Any:
+    """What decoding calls of `model`: one of ours without wrappers, or what is to be called as it is.
+
+    One of ours is computed by methods that no wrapper knows: `torch.compile` around it has no effect,
+    adapters inside it have theirs. Another model is called as it was compiled or adapted, but without
+    DataParallel and DistributedDataParallel, whose calls split the batch or wait for other processes.
+
+    Raises ValueError, naming the wrapper, for a model whose weights are not all here (sharded, or not
+    loaded), and for adapters that do not lie in its layers alone.
+    """
+    found = list(layers(model))
+    inner = found[-1]
+    if said(inner) is None:  # whoever says it knows how it is to be called
+        check_adapters(found)
+        check_whole(found)
+    if isinstance(inner, Model) and all(isinstance(layer, nn.Module) for layer in found):
+        return inner
+    parallel = classes(*PARALLEL)
+    return found[max((i + 1 for i, layer in enumerate(found) if isinstance(layer, parallel)), default=0)]
+
+
+def check_whole(found: list[Any]) -> None:
+    """Raise ValueError where weights of a model, with its wrappers in front of it, are elsewhere."""
+    inner, sharded = found[-1], classes(FSDP1, FSDP2)
+    parts = [*found, *(inner.modules() if isinstance(inner, nn.Module) else ())]
+    shard = next((part for part in parts if isinstance(part, sharded)), None)
+    if shard is not None:
+        raise ValueError(
+            f"model: FSDP has sharded its weights ({type(shard).__name__}), and processes that decode "
+            "different prompts would wait for each other. Decode a copy that is whole: gather the state_dict "
+            "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True) and "
+            "load it into a model of its own"
+        )
+    if isinstance(inner, Model):
+        for name, p in inner.named_parameters():
+            if p.is_meta or hasattr(p, "placements") or not p.numel():
+                where = "on the meta device" if p.is_meta else "sharded"
+                raise ValueError(
+                    f"model: expected all its weights in this process, but {name} is {where}: load it, or "
+                    "gather what is sharded or offloaded"
+                )
+
+
+def check_adapters(found: list[Any]) -> None:
+    """Raise ValueError for PEFT's methods that do more than replace layers."""
+    advice = "Merge it, or take LoRA or another method that stays within layers"
+    for layer in found:
+        config = layer.active_peft_config if isinstance(layer, classes(PEFT)) else None
+        if config is not None and config.is_prompt_learning:
+            raise ValueError(
+                f"model: its adapter is of type {config.peft_type.value}, whose virtual tokens have no place "
+                f"among the positions of a masked sequence. {advice}"
+            )
+        if isinstance(found[-1], Model):
+            check_tuner(layer, advice)
+
+
+def check_tuner(layer: Any, advice: str) -> None:
+    kinds = classes(TUNER)
+    if not isinstance(layer, kinds):
+        return
+    configs = layer.peft_config.values()
+    kind = next(iter(configs)).peft_type.value
+    by_call = type(layer).forward is not kinds[0].forward and kind != "ADALORA"  # which adds to a loss alone
+    if any(getattr(config, "alora_invocation_tokens", None) for config in configs):
+        kind, by_call = "aLoRA", True
+    if by_call:
+        raise ValueError(
+            f"model: its adapter is of type {kind}, which acts on a call as a whole, and decoding calls the "
+            f"layers one by one. {advice}"
+        )
