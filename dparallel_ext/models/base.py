@@ -112,15 +112,16 @@ class Named(nn.Module):
         if path is None:
             return super().__getattr__(name)
         found: Any = self
-        for part in path:
-            found = found._modules.get(part)
-            if found is None:
-                raise AttributeError(f"{type(self).__name__} has no {name}")
+        try:
+            for part in path:
+                found = found._modules[part]
+        except (KeyError, AttributeError):
+            raise AttributeError(f"{type(self).__name__} has no {name}") from None
         return found
 
     def __setattr__(self, name: str, value: Any) -> None:
         path = self.__dict__.get("_paths", {}).get(name)
-        if path is None or not isinstance(value, nn.Module):
+        if path is None or not (value is None or isinstance(value, nn.Module)):
             return super().__setattr__(name, value)
         at: nn.Module = self
         for part in path[:-1]:
@@ -395,14 +396,13 @@ class Model(Named):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
             return y.transpose(1, 2)
 
-        again = self.training and self.checkpointing is not None
-        if again and torch.is_grad_enabled() and not x.requires_grad:
-            # A reentrant checkpoint yields no gradient unless an input wants one; under adapters none does.
-            x = x.detach().requires_grad_()
+        checkpointing = self.checkpointing if self.training else None
+        if checkpointing and checkpointing["use_reentrant"] and torch.is_grad_enabled():
+            # Such a checkpoint yields no gradient unless an input wants one; under adapters none does.
+            x = x if x.requires_grad else x.detach().requires_grad_()
         for block in self.blocks:
-            if again:
-                assert self.checkpointing is not None
-                x = checkpoint(block, x, attend, **self.checkpointing)
+            if checkpointing is not None:
+                x = checkpoint(block, x, attend, **checkpointing)
             else:
                 x = block(x, attend)
         return self.norm(x)
@@ -487,7 +487,7 @@ class Model(Named):
         return self.checkpointing is not None
 
     def enable_input_require_grads(self) -> None:
-        """Nothing to do: `hidden` lets the layers' inputs require gradients where checkpoints need it."""
+        """Does nothing: `hidden` lets the layers' input require a gradient where a checkpoint needs it."""
 
     def activation_checkpointing_enable(
         self,

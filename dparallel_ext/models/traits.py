@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -28,34 +29,30 @@ def traits(model: Any) -> Traits:
         return Traits(inner.mask_id, inner.shift, inner.strict, inner.block_length, inner.sub_block_length)
     if not callable(inner):
         raise ValueError(f"model: expected a module or function, got {type(inner).__name__}")
-    held = _held(inner)
     config = getattr(inner, "config", None)
     family = FAMILIES.get(getattr(config, "model_type", None) or "", Model)
-    if not any(isinstance(part, Model) for part in held.values()) and family is not Model:
-        held = {}
-    for name, part in held.items():
-        if replace(traits(part), mask_id=None) != Traits():
+    mask_id, block_length = getattr(config, "mask_token_id", None), None
+    if family is FastDLLM:  # block-causal whenever it is called, unlike SDAR, whose mask its caller makes
+        mask_id, block_length = MASK_ID if mask_id is None else mask_id, getattr(config, "bd_size", 32)
+    found = Traits(mask_id, family.shift, family.strict, block_length, family.sub_block_length)
+    for name, part in _held(inner, known=family is not Model):
+        inside = traits(part)
+        if replace(inside, mask_id=None) != replace(found, mask_id=None):
             raise ValueError(
                 f"model: {type(inner).__name__} holds a {type(part).__name__} as {name}, and whether its own "
                 "logits are shifted or block-causal as the inner model's is not known. Pass the inner model, "
                 f"or say it: model.traits = dparallel_ext.models.traits(model.{name})"
             )
-    if held:
-        return traits(next(iter(held.values())))
-    mask_id, block_length = getattr(config, "mask_token_id", None), None
-    if family is FastDLLM:  # block-causal whenever it is called, unlike SDAR, whose mask its caller makes
-        mask_id, block_length = MASK_ID if mask_id is None else mask_id, getattr(config, "bd_size", 32)
-    return Traits(mask_id, family.shift, family.strict, block_length, family.sub_block_length)
+        found = inside if found.mask_id is None else found
+    return found
 
 
-def _held(model: Any) -> dict[str, Any]:
-    """Models of a known family that a module or another object holds, by name."""
+def _held(model: Any, known: bool) -> Iterator[tuple[str, Any]]:
+    """Models that a module or another object holds, by name: ours, and unless it is `known` itself (its own
+    parts then bear its config) those of a known family.
+    """
     parts = model.named_modules() if isinstance(model, nn.Module) else getattr(model, "__dict__", {}).items()
-    return {
-        name: part
-        for name, part in parts
-        if part is not model
-        and (
-            isinstance(part, Model) or getattr(getattr(part, "config", None), "model_type", None) in FAMILIES
-        )
-    }
+    for name, part in parts:
+        of_family = getattr(getattr(part, "config", None), "model_type", None) in FAMILIES
+        if part is not model and (isinstance(part, Model) or (of_family and not known)):
+            yield name, part

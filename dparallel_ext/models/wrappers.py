@@ -45,6 +45,9 @@ ADAPTED_LAYERS: tuple[Class, ...] = (
 """What PEFT's methods put in the place of a layer; it holds the layer, and whether it has an effect."""
 
 
+CALLS = ("forward", "__call__")
+
+
 def classes(*wanted: Class) -> tuple[Any, ...]:
     """Those of the classes whose modules are loaded: nothing can be of the others."""
     loaded = ((sys.modules.get(module), name) for module, name, _ in wanted)
@@ -62,7 +65,7 @@ def layers(model: Any) -> Iterator[Any]:
             model = getattr(model, attribute)
         elif isinstance(model, functools.partial):
             model = model.func
-        elif inspect.ismethod(model) and model.__name__ in ("forward", "__call__"):
+        elif inspect.ismethod(model) and model in (getattr(model.__self__, n, 0) for n in CALLS):
             model = model.__self__
         elif inspect.isroutine(model):  # compiled, or decorated
             model = getattr(model, "__wrapped__", None)

@@ -37,7 +37,7 @@ class Recipe:
     collator: dict[str, Any] = field(default_factory=dict)
     """Of `trajectories.Collator`: total_length or response_length."""
     lora: dict[str, Any] | None = None
-    """Of `peft.LoraConfig`, target_modules by the checkpoint's names or ours; None: all weights are trained."""
+    """Of `peft.LoraConfig`, target_modules by the checkpoint's names or ours; None: all weights train."""
     architecture: dict[str, Any] | None = None
     """The model's config.json, for a dry run where the checkpoint is not at hand."""
     examples: int | None = None

@@ -68,6 +68,7 @@ def evaluate(
     """
     settings = parse_policy(policy)
     model, tokenizer = loaded or registry.load(model_name, device=device, fp8=fp8)
+    model = dx.models.for_decoding(model)
     groups: dict[int, list[tuple[tasks.Problem, list[int]]]] = {}
     for problem in itertools.islice(tasks.problems("held_out", seed), problems):
         ids = tokenizer.encode(problem.prompt).ids

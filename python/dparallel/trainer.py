@@ -79,8 +79,8 @@ def ratio_bounds(ratio: Any) -> tuple[float, float]:
 class CertaintyForcingTrainer(Trainer):
     """A Trainer on rows of `trajectories.Trajectories`, collated by `trajectories.Collator`.
 
-    The model: one of ours, a Hugging Face one (remote code included), or either with PEFT's adapters. The
-    two views are one batch of twice the rows. Where the model's output embedding is a plain linear
+    The model: one of ours, a Hugging Face one (remote code included), or either with PEFT's adapters or
+    compiled. The two views are one batch of twice the rows. Where the model's output embedding is a plain linear
     layer that it calls, the loss is taken on the hidden states by `linear_certainty_forcing_loss` and
     the logits never exist; elsewhere on the active rows of the logits.
 
@@ -109,8 +109,7 @@ class CertaintyForcingTrainer(Trainer):
         self.traits = dx.models.traits(model)
         if self.traits.mask_id is None:
             raise ValueError("model: its config has no mask_token_id")
-        base: Any = model
-        base = base.get_base_model() if hasattr(base, "get_base_model") else base
+        base = dx.models.unwrap(model)
         self.takes_attention_mask = "attention_mask" in inspect.signature(base.forward).parameters
         self.lm_head = plain_head(base)
         self.sums = torch.zeros(6, dtype=torch.float64, device=self.args.device)
@@ -259,6 +258,7 @@ class CertaintyForcingTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Our models are written in their checkpoints' own layout, which `models.load` reads."""
         model = self.accelerator.unwrap_model(self.model)
+        model = getattr(model, "_orig_mod", model)  # of torch.compile
         if not isinstance(model, Model):
             return super()._save(output_dir, state_dict)
         if not self.args.should_save:  # every process is called, one writes

@@ -234,6 +234,7 @@ def generate(
     if device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     model, tokenizer = loaded or registry.load(settings.model, device=device)
+    model = dx.models.for_decoding(model)
     bar = None
     if progress:
         from tqdm import tqdm
