@@ -47,10 +47,9 @@ class Theirs(nn.Module):
         self.__dict__["inner"] = native(name)  # not a submodule: it is no model of ours
         self.config = type("Config", (), dict(self.inner.config))()
         self.weight = nn.Parameter(torch.zeros(1))
-        self.calls = 0
 
+    @torch.compiler.disable  # tracing our layers takes seconds
     def forward(self, input_ids: Tensor) -> Any:
-        self.calls += 1
         return self.inner(input_ids)
 
 
