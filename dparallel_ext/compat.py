@@ -23,7 +23,7 @@ from . import policies
 from .arguments import whole
 from .batch import Batch
 from .decode import check_mask, drawn_seed, make_settings, run, start
-from .models import Model, traits
+from .models import Model, for_decoding, own_precision, traits, unwrap
 from .ops import check_sampling, row_stats, select
 from .passes import Policy
 from .types import RowStats
@@ -81,8 +81,9 @@ def generate(
         ("eot_id", eot_id, confidence_eos_eot_inf),
     ):
         whole(name, token, 0)
-        if read and isinstance(model, Model) and token >= model.shape.rows:
-            raise ValueError(f"{name}: expected an id below {model.shape.rows}, got {token}")
+        ours = unwrap(model)
+        if read and isinstance(ours, Model) and token >= ours.shape.rows:
+            raise ValueError(f"{name}: expected an id below {ours.shape.rows}, got {token}")
     shared: dict[str, Any] = {
         "steps": steps,
         "gen_length": gen_length,
@@ -300,7 +301,9 @@ def _logits(model: Any, x: Tensor, attention_mask: Tensor | None = None) -> Tens
             logits[b, kept] = row
         assert logits is not None
         return logits
-    output = model(x)
+    called = for_decoding(model)
+    with own_precision(called, x.device):
+        output = called(x)
     if not hasattr(output, "logits"):
         raise ValueError(
             f"model: expected its call to return an object with .logits, got {type(output).__name__}"

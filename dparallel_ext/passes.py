@@ -19,7 +19,7 @@ from torch import Tensor
 from . import policies
 from .cache import Fill, KVCache, Pass, Span
 from .graphs import CudaRecorder, Graphs
-from .models import Model
+from .models import Model, own_precision
 from .ops import NO_ERROR, row_stats, select, unmask_
 from .packed import Shapes, pack, unpack
 from .rows import Row
@@ -288,8 +288,7 @@ class Passes:
         if isinstance(self.model, Model):
             made = Pass(form.longest_query, form.longest_length, *plan)
             assert self.slots is not None
-            # In the model's own dtypes: cached keys are, and the Engine's thread knows no autocast.
-            with torch.autocast(self.tokens.device.type, enabled=False):
+            with own_precision(self.model, self.tokens.device):
                 x = self.model.step(self.tokens[made.rows, made.positions], self.slots, made)
                 logits = self.model.head(x[source])[: len(positions)]
         else:

@@ -261,6 +261,17 @@ def test_autocast_holds_for_theirs() -> None:
     assert set(seen) == {torch.bfloat16}
 
 
+def test_the_published_loops_over_logits_unwrap_too() -> None:
+    model = native()
+    for wrapped in (nn.DataParallel(model), compiled(model), model):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = compat.diffusion_generate(wrapped, PROMPT, max_new_tokens=8, steps=4, alg="entropy")
+        plain = compat.diffusion_generate(model, PROMPT, max_new_tokens=8, steps=4, alg="entropy")
+        assert torch.equal(found, plain)
+    with pytest.raises(ValueError, match="Delegating holds a Dream"):
+        compat.diffusion_generate(Delegating(model), PROMPT, max_new_tokens=8, steps=4)
+
+
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_the_loss_under_autocast_is_that_of_autocast_s_dtype(softcap: float | None) -> None:
     hidden, head = (torch.randn(*shape, requires_grad=True) for shape in ((4, 7, 16), (50, 16)))

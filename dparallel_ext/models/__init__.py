@@ -8,7 +8,7 @@ from .fast_dllm import FastDLLM
 from .llada import LLaDA
 from .sdar import SDAR
 from .traits import traits
-from .wrappers import for_decoding, unwrap
+from .wrappers import for_decoding, own_precision, unwrap
 
 __all__ = [
     "FAMILIES",
@@ -23,6 +23,7 @@ __all__ = [
     "device_of",
     "for_decoding",
     "load",
+    "own_precision",
     "save",
     "traits",
     "unwrap",

@@ -6,8 +6,10 @@ import functools
 import inspect
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 from .base import Model, Traits
@@ -104,6 +106,12 @@ def for_decoding(model: Any) -> Any:
         return inner
     parallel = classes(*PARALLEL)
     return found[max((i + 1 for i, layer in enumerate(found) if isinstance(layer, parallel)), default=0)]
+
+
+def own_precision(model: Any, device: torch.device) -> AbstractContextManager[Any]:
+    """Without autocast for one of ours, which decodes in its own dtypes: its cached keys are in them, and the
+    Engine's thread knows no autocast. The caller's autocast holds for other models."""
+    return torch.autocast(device.type, enabled=False) if isinstance(model, Model) else nullcontext()
 
 
 def check_whole(found: list[Any]) -> None:

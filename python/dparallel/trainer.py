@@ -80,8 +80,8 @@ class CertaintyForcingTrainer(Trainer):
     """A Trainer on rows of `trajectories.Trajectories`, collated by `trajectories.Collator`.
 
     The model: one of ours, a Hugging Face one (remote code included), or either with PEFT's adapters or
-    compiled. The two views are one batch of twice the rows. Where the model's output embedding is a plain linear
-    layer that it calls, the loss is taken on the hidden states by `linear_certainty_forcing_loss` and
+    compiled. The two views are one batch of twice the rows. Where the model's output embedding is a plain
+    linear layer that it calls, the loss is taken on the hidden states by `linear_certainty_forcing_loss` and
     the logits never exist; elsewhere on the active rows of the logits.
 
     A row's blocks and masks depend on the seed, the optimizer step and the row's index alone, so neither
