@@ -17,8 +17,8 @@ from . import evaluate, plots, registry, tasks
 POLICIES = (evaluate.ONE, "confidence:0.9", "entropy:0.5")
 HIDDEN = "░░"
 LEGEND = (
-    f"{HIDDEN} is a masked token, · the end of the text. A pass is one run of the model over the text, a "
-    "policy decides which of its predictions stay. The student is the teacher, distilled to need fewer passes."
+    f"{HIDDEN} is a masked token, · the end of the text. A pass is one run of the model over the text, and a "
+    "policy decides which predictions stay. The student is the teacher, distilled to need fewer passes."
 )
 
 
