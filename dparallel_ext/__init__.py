@@ -8,7 +8,7 @@ from . import compat, diffusion_gemma, models, policies, reference
 from ._C import build_info, simd_level
 from .attention import block_attention, kv_write, rope_table
 from .decode import DecodeOutput, decode
-from .engine import Completion, Engine, EngineFull, EngineStats, Handle
+from .engine import Completion, Draft, Engine, EngineFull, EngineStats, Handle
 from .layers import fp8_linear, quantize_fp8, rms_norm, swiglu
 from .loss import CertaintyForcingLoss, certainty_forcing_loss, linear_certainty_forcing_loss
 from .masks import MaskedPair, semi_autoregressive_masks
@@ -22,6 +22,7 @@ __all__ = [
     "CertaintyForcingLoss",
     "Completion",
     "DecodeOutput",
+    "Draft",
     "Engine",
     "EngineFull",
     "EngineStats",

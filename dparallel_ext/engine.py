@@ -91,6 +91,18 @@ class EngineStats:
 Event = list[int] | Completion | BaseException
 
 
+@dataclass(frozen=True)
+class Draft:
+    """What a pass has made of the block that it was over."""
+
+    nfe: int
+    """The passes that the request was in, this one included."""
+    start: int
+    """Where the block begins in the response. The tokens before it are final, those after it are masks."""
+    tokens: list[int | None]
+    """The block's tokens, None where there is a mask; later passes do not change those that are there."""
+
+
 @dataclass(eq=False)
 class Handle:
     """A request. Iterating yields the tokens of each finished block; `result` waits for all."""
@@ -101,6 +113,7 @@ class Handle:
     _gen_length: int
     _masked: list[int] = field(repr=False)  # columns of the prompt that are filled too
     _settings: Settings = field(repr=False)
+    _on_draft: Callable[[Draft], None] | None = field(default=None, repr=False)
     _submitted: float = field(default_factory=time.monotonic, repr=False)
     _admitted: float | None = field(default=None, repr=False)
     _lane: int | None = field(default=None, repr=False)
@@ -173,11 +186,11 @@ class Handle:
             self._changed.notify_all()
 
 
-def _call(callback: Callable[[Event], None], event: Event) -> None:
+def _call(callback: Callable[[Any], None], event: Event | Draft) -> None:
     try:
         callback(event)
     except Exception:
-        log.exception("a callback of Handle.subscribe failed")
+        log.exception("a callback of a request failed")
 
 
 class Engine:
@@ -309,6 +322,7 @@ class Engine:
         stop: Sequence[Sequence[int]] = (),
         seed: int | None = None,
         logprobs: bool = False,
+        on_draft: Callable[[Draft], None] | None = None,
     ) -> Handle:
         """Ask for `gen_length` tokens after `prompt` (P,) int64: a tensor, an array, a list of ids, or a
         tokenizer's output for one text.
@@ -320,6 +334,9 @@ class Engine:
 
         logprobs: keep the log-probability of each token, in `Completion.logprobs` and as they come in
             `Handle.logprobs`; for what they are good, see `decode`.
+        on_draft: called with a `Draft` after every pass that the request is in. Where the pass has completed
+            a block, the event of that block follows. No draft is kept. It is called in the engine's thread,
+            so it must be quick; what it raises is logged. The tokens are the same without it.
 
         Raises:
             ValueError: naming the argument that does not fit, or a request that could never run.
@@ -364,7 +381,7 @@ class Engine:
                 raise RuntimeError("the engine is closed")
             if self._scheduler.waiting >= self.max_waiting:
                 raise EngineFull(f"{self.max_waiting} requests wait already (max_waiting)")
-            handle = Handle(self._next_id, self, ids, gen_length, masked, settings)
+            handle = Handle(self._next_id, self, ids, gen_length, masked, settings, on_draft)
             # A page with a mask is not final, and with shifted logits the position before the first mask is
             # computed in any case: it gives the next token.
             known = layout.columns[0] if layout.columns else len(ids)
@@ -483,6 +500,11 @@ class Engine:
     def _pass(self) -> None:
         """One pass over all lanes; if it fails, each request by itself, to find whose fault it is."""
         lanes = list(self._running)
+        drafted = [
+            (handle, self._batch.rows[lane].block)
+            for lane, handle in self._running.items()
+            if handle._on_draft is not None
+        ]
         try:
             finished = self._step(lanes)
         except Exception as error:
@@ -494,6 +516,8 @@ class Engine:
                     finished += self._step([lane])
                 except Exception as own:
                     self._end(self._running[lane], own)
+        for handle, block in drafted:
+            self._draft(handle, *block)
         self._batch.enter(finished)
         for lane, handle in list(self._running.items()):
             row = self._batch.rows[lane]
@@ -522,6 +546,18 @@ class Engine:
         for index, page in replaced:
             self._slots.assign(handle._lane, [page], index)
         handle._shared = stored
+
+    def _draft(self, handle: Handle, start: int, end: int) -> None:
+        """Show the block in columns [start, end) to who asked for drafts, unless the pass failed."""
+        if handle.id not in self._handles:
+            return
+        assert handle._lane is not None
+        assert handle._on_draft is not None
+        row, mask_id = self._batch.rows[handle._lane], self._batch.mask_id
+        end = min(end, row.prompt + handle._gen_length)
+        ids = self._batch.tokens[handle._lane, start:end].tolist()
+        tokens = [None if one == mask_id else one for one in ids]
+        _call(handle._on_draft, Draft(row.nfe, start - row.prompt, tokens))
 
     def _response(self, handle: Handle) -> list[int]:
         """Tokens of finished blocks, in front of what ended them."""

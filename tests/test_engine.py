@@ -400,6 +400,52 @@ def test_ten_thousand_requests_leave_no_memory_behind() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "cache"),
+    [("llada_tiny_a", "dual"), ("dream_tiny_a", "dual"), ("sdar_tiny_a", "block"), ("fast_dllm", "block")],
+)
+def test_drafts(name: str, cache: str) -> None:
+    """After every pass the block as it is: masks become tokens, which stay, up to the final block."""
+    model, settings = (
+        MODELS[name, torch.float32],
+        {"gen_length": 21, "threshold": 0.9, "selector": "confidence"},
+    )
+    prompts = some_prompts(1, 3)
+    seen: list[list[dx.Draft]] = [[] for _ in prompts]
+    with dx.Engine(model, cache=cache, block_length=BLOCK, lanes=2, max_length=64) as engine:
+        handles = [
+            engine.submit(prompt, on_draft=drafts.append, **settings)
+            for prompt, drafts in zip(prompts, seen, strict=True)
+        ]
+        plain = engine.submit(prompts[0], **settings)
+        for prompt, handle, drafts in zip(prompts, handles, seen, strict=True):
+            tokens = handle.result(60).tokens
+            assert (tokens, drafts[-1].nfe) == alone(model, prompt, cache, **settings)
+            assert [draft.nfe for draft in drafts] == list(range(1, drafts[-1].nfe + 1))
+            for before, after in itertools.pairwise(drafts):
+                if before.start != after.start:
+                    assert None not in before.tokens
+                    assert after.start == before.start + len(before.tokens)
+                else:
+                    assert before.tokens.count(None) >= after.tokens.count(None)
+            for draft in drafts:
+                final = tokens[draft.start : draft.start + len(draft.tokens)]
+                assert all(a in (None, b) for a, b in zip(draft.tokens, final, strict=True))
+            assert drafts[-1].start + len(drafts[-1].tokens) == 21
+        assert any(None in draft.tokens for drafts in seen for draft in drafts)
+        assert plain.result(60).tokens == handles[0].result(60).tokens
+
+
+def test_a_draft_that_nobody_can_take_harms_no_request(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(draft: dx.Draft) -> None:
+        raise RuntimeError("no draft, please")
+
+    with dx.Engine(LLADA, lanes=1, max_length=64) as engine:
+        expected = engine.submit([1, 2], gen_length=8).result(60).tokens
+        assert engine.submit([1, 2], gen_length=8, on_draft=refuse).result(60).tokens == expected
+    assert "no draft, please" in caplog.text
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"prompt": "text"}, r"prompt: expected int64 \(P,\)"),
