@@ -6,12 +6,15 @@ Each server is a process of its own on a free port of the loopback interface.
 from __future__ import annotations
 
 import asyncio
+import errno
+import http.client
 import itertools
 import json
 import re
 import shutil
 import signal
 import socket
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -23,7 +26,7 @@ from typing import Any
 import openai
 import pytest
 import torch
-from dparallel import registry, serve, tasks, text
+from dparallel import protocol, registry, serve, tasks, text
 from dparallel.cli import app
 from openai import AsyncOpenAI, OpenAI
 from tokenizers import Tokenizer, decoders
@@ -37,11 +40,12 @@ MODEL, BLOCK, EOS = "builtin:student", 8, 1
 PROMPTS = [p.prompt for p in itertools.islice(tasks.problems("held_out", seed=11), 200)]
 VOCABULARY = len(tasks.vocabulary())
 PROMPT = PROMPTS[0]
+PAGE = "https://page.example"
 
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    with server(MODEL, "--block-length", BLOCK, "--cache", "dual") as running:
+    with server(MODEL, "--block-length", BLOCK, "--cache", "dual", "--cors-origin", PAGE) as running:
         yield running
 
 
@@ -153,6 +157,20 @@ def raw(served: Served, path: str, body: bytes | None = None, **headers: str) ->
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())
+
+
+def exchange(
+    served: Served, method: str, path: str, body: Any = None, key: str | None = KEY, **headers: str
+) -> tuple[int, Any, bytes]:
+    """Status, headers and body of a request with these headers alone."""
+    sent = {"Authorization": f"Bearer {key}"} if key else {}
+    wire = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
+    try:
+        wire.request(method, path, None if body is None else json.dumps(body).encode(), {**sent, **headers})
+        answer = wire.getresponse()
+        return answer.status, answer.headers, answer.read()
+    finally:
+        wire.close()
 
 
 # --- answers ------------------------------------------------------------------------------------
@@ -361,23 +379,24 @@ def test_characters_over_several_blocks(odd_client: OpenAI) -> None:
         ({"max_tokens": True}, "max_tokens", "valid integer"),
         ({"max_tokens": 1.5}, "max_tokens", "valid integer"),
         ({"max_tokens": 1000}, "max_tokens", "at most 256 tokens"),
-        ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens", "not beside"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "got 5 and 6"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "system", "content": "x"}]}, "messages", "one from the user"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "role"),
         ({"messages": [{"role": "user", "content": None}]}, "messages", "content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "parts"),
         ({"messages": [{"role": "user", "content": "a " * 300}]}, "messages", "at most 256 tokens"),
-        ({"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}, "tool_calls", "not supported"),
+        ({"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}, "tool_calls", "only []"),
+        ({"messages": [{"role": "user", "content": "a", "audio": {}}]}, "audio", "not supported"),
         ({"temperature": -0.1}, "temperature", "greater"),
         ({"temperature": 2.1}, "temperature", "less"),
         ({"temperature": "1"}, "temperature", "valid number"),
         ({"seed": 2**63}, "seed", "less than"),
         ({"n": 0}, "n", "greater"),
         ({"n": 65}, "n", "at most 64 responses, got 65"),
-        ({"stop": ["a"] * 5}, "stop", "up to 4"),
+        ({"stop": ["a"] * 33}, "stop", "up to 32"),
         ({"stop": ""}, "stop", "none of them empty"),
-        ({"stop": [1]}, "stop", "a string or up to 4"),
+        ({"stop": [1]}, "stop", "a string or up to 32"),
         ({"stream": "yes"}, "stream", "valid boolean"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream=true"),
         ({"logprobs": True}, "logprobs", "only false is supported"),
@@ -386,7 +405,14 @@ def test_characters_over_several_blocks(odd_client: OpenAI) -> None:
         ({"top_p": 0.9}, "top_p", "only 1 is supported"),
         ({"frequency_penalty": 0.1}, "frequency_penalty", "only 0"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "only {} is supported"),
-        ({"extra_body": {"min_p": 0.1}}, "min_p", "not supported"),
+        ({"extra_body": {"min_p": 0.1}}, "min_p", "only 0 is supported"),
+        ({"extra_body": {"top_k": 5}}, "top_k", "only -1 or 0 is supported"),
+        ({"extra_body": {"guided_regex": "a"}}, "guided_regex", "is not supported"),
+        ({"extra_body": {"stop_token_ids": [VOCABULARY]}}, "stop_token_ids", "token ids below"),
+        ({"extra_body": {"stop_token_ids": [-1]}}, "stop_token_ids", "greater"),
+        ({"extra_body": {"stop_token_ids": [1] * 33}}, "stop_token_ids", "at most 32"),
+        ({"extra_body": {"ignore_eos": 1}}, "ignore_eos", "valid boolean"),
+        ({"extra_body": {"stream_drafts": True}}, "stream_drafts", "stream=true"),
         ({"extra_body": {"policy": "entropy"}}, "policy", "expected 'one'"),
         ({"extra_body": {"policy": "quota:0.5"}}, "policy", "whole number"),
         ({"extra_body": {"policy": "steps:3"}}, "policy", "multiple of the 8 blocks"),
@@ -418,6 +444,9 @@ def test_bad_requests_are_named(client: OpenAI, settings: dict[str, Any], param:
         ({"echo": True}, "echo"),
         ({"suffix": ["x"]}, "suffix"),
         ({"best_of": 2}, "best_of"),
+        ({"best_of": 1, "n": 2}, "best_of"),
+        ({"extra_body": {"add_special_tokens": False}}, "add_special_tokens"),
+        ({"extra_body": {"prompt_logprobs": 0}}, "prompt_logprobs"),
     ],
 )
 def test_bad_completions_are_named(client: OpenAI, settings: dict[str, Any], param: str) -> None:
@@ -428,9 +457,289 @@ def test_bad_completions_are_named(client: OpenAI, settings: dict[str, Any], par
     assert body["message"].startswith(f"{param}: ") or body["message"].startswith(f"{param}.")
 
 
-def test_neutral_values_are_accepted(client: OpenAI) -> None:
-    harmless = {"user": "me", "metadata": {"a": "b"}, "safety_identifier": "x", "prompt_cache_key": "y"}
-    chat(client, max_tokens=8, extra_body={**serve.NEUTRAL, **harmless, "unheard_of": None})
+@pytest.mark.parametrize("which", [0, -1])
+def test_neutral_values_are_accepted(client: OpenAI, which: int) -> None:
+    harmless = {**dict.fromkeys(protocol.HARMLESS, "x"), "unheard_of": None}
+
+    def one_of_each(neutral: protocol.Neutral) -> dict[str, Any]:
+        return {name: values[which] for name, values in neutral.items()}
+
+    messages = [{"role": "user", "content": PROMPT, **one_of_each(protocol.MESSAGE)}]
+    asked = {**one_of_each(protocol.CHAT), **harmless, "messages": messages}
+    plain = chat(client, max_tokens=8, max_completion_tokens=8).choices[0].message.content
+    assert chat(client, max_tokens=8, extra_body=asked).choices[0].message.content == plain
+    assert chat(client, max_tokens=8, stream_options={"include_usage": False}).choices[0]
+    options = {"include_usage": True, **one_of_each(protocol.STREAM_OPTIONS)}
+    assert joined(chat(client, max_tokens=8, stream=True, stream_options=options))[0] == {0: plain}
+    asked = {**one_of_each(protocol.COMPLETION), **harmless, "best_of": 2}
+    answer = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=8, n=2, extra_body=asked)
+    assert [choice.text for choice in answer.choices] == [plain, plain]
+
+
+def test_what_is_not_neutral_is_named() -> None:
+    for name in protocol.CHAT:
+        found = protocol.refused({"user": "me", name: "something else"}, protocol.CHAT)
+        assert found is not None
+        assert found[0] == name
+        assert found[1].startswith(f"{name}: only ")
+    for name, value in {"top_k": False, "echo": 0, "min_tokens": 1, "tools": [{}], "ignored": 0}.items():
+        assert (protocol.refused({name: value}, protocol.CHAT) or "")[0] == name
+    # That which says most about what the client is after comes first.
+    found = protocol.refused({"logprobs": 1, "echo": True}, protocol.COMPLETION)
+    assert found is not None
+    assert found[0] == "echo"
+
+
+@pytest.mark.parametrize("length", [13, 40])
+def test_ignore_eos(client: OpenAI, student: tuple[Any, Any], length: int) -> None:
+    """max_tokens are decoded, as benchmarks expect."""
+    model, tokenizer = student
+    out = dx.decode(
+        model,
+        torch.tensor(tokenizer.encode(PROMPT).ids),
+        gen_length=length,
+        block_length=BLOCK,
+        cache="dual",
+        threshold=0.5,
+    )
+    answer = chat(client, max_tokens=length, extra_body={"ignore_eos": True})
+    assert answer.choices[0].message.content == tokenizer.decode(out.responses[0].tolist())
+    assert answer.choices[0].finish_reason == "length"
+    assert (answer.usage.completion_tokens, answer.usage.forward_passes) == (length, int(out.nfe[0]))
+
+
+def test_stop_token_ids(client: OpenAI, student: tuple[Any, Any]) -> None:
+    """They end a response as the model's own end tokens do, with `ignore_eos` too."""
+    whole = decoded(student, PROMPT)[0].split()
+    at = len(whole) // 2
+    stop = student[1].token_to_id(whole[at])
+    expected = " ".join(whole[: whole.index(whole[at])])
+    for ignore in (False, True):
+        answer = chat(client, extra_body={"stop_token_ids": [stop], "ignore_eos": ignore})
+        assert answer.choices[0].message.content == expected
+        assert answer.choices[0].finish_reason == "stop"
+
+
+def test_many_stop_strings(client: OpenAI, student: tuple[Any, Any]) -> None:
+    whole = decoded(student, PROMPT)[0]
+    stop = [*(f"no such text {i}" for i in range(31)), whole[9:14]]
+    assert chat(client, stop=stop).choices[0].message.content == whole[: whole.find(whole[9:14])]
+
+
+def test_a_conversation_as_clients_send_it_back(client: OpenAI, student: tuple[Any, Any]) -> None:
+    answer = chat(client, PROMPTS[1], max_tokens=8).choices[0].message
+    expected = decoded(student, PROMPT)[0]
+    empty = {"content": None, "refusal": None, "tool_calls": [], "function_call": None, "annotations": []}
+    parts = [{"type": "text", "text": "so "}, {"type": "text", "text": "it is", "annotations": []}]
+    for said in (
+        answer.model_dump(),
+        answer.model_dump(exclude_none=True),
+        {"role": "assistant", **empty, "audio": None, "reasoning_content": ""},
+        {"role": "assistant"},
+        {"role": "assistant", "content": parts},
+        {"role": "assistant", "content": []},
+    ):
+        messages = [
+            {"role": "user", "content": PROMPTS[1]},
+            said,
+            {"role": "user", "content": PROMPT, "type": "text"},
+        ]
+        asked = client.chat.completions.create(model=MODEL, messages=messages)
+        assert asked.choices[0].message.content == expected
+
+
+def test_bodies_by_content_type(served: Served, student: tuple[Any, Any]) -> None:
+    """JSON, whatever it is called; but from a web page, which may call it so, only where the page may ask."""
+    said = decoded(student, PROMPT)[0]
+    body = {"model": MODEL, "prompt": PROMPT}
+    for kind in (
+        None,
+        "text/plain",
+        "text/plain;charset=UTF-8",
+        "application/x-www-form-urlencoded",
+        "application/json; charset=utf-8",
+        "Application/JSON",
+        "application/vnd.api+json",
+    ):
+        head = {} if kind is None else {"Content-Type": kind}
+        status, _, answer = exchange(served, "POST", "/v1/completions", body, **head)
+        assert status == 200, (kind, answer)
+        assert json.loads(answer)["choices"][0]["text"] == said
+        status, _, answer = exchange(served, "POST", "/v1/completions", body, **head, Origin=PAGE)
+        if kind is not None and "json" in kind.lower():
+            assert status == 200
+        else:
+            assert status == 415
+            assert "content-type: expected application/json from a web page" in str(answer)
+
+
+# --- clients of other servers -------------------------------------------------------------------
+
+
+def events_of(answer: bytes) -> list[dict[str, Any]]:
+    """The chunks of a stream, as benchmarks read it: by blank lines, each a data line of JSON."""
+    *chunks, done, rest = answer.decode().split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    assert all(chunk.startswith("data: ") for chunk in chunks)
+    return [json.loads(chunk.removeprefix("data: ")) for chunk in chunks]
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_requests_of_vllm_bench_serve(served: Served, student: tuple[Any, Any], ignore_eos: bool) -> None:
+    """Its bodies, and how it reads the answers: the name of the model, text as it comes, usage at the end."""
+    (model,) = json.loads(exchange(served, "GET", "/v1/models")[2])["data"]
+    assert (model["id"], model["root"], model["max_model_len"]) == (MODEL, MODEL, 256)
+    common = {"model": model["id"], "stream": True, "stream_options": {"include_usage": True}}
+    common |= {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
+    common |= {"ignore_eos": True} if ignore_eos else {}
+    content = [{"type": "text", "text": PROMPT}]
+    bodies = {
+        "/v1/completions": {
+            "prompt": PROMPT,
+            "repetition_penalty": 1.0,
+            "best_of": 1,
+            "max_tokens": 50,
+            "logprobs": None,
+        },
+        "/v1/chat/completions": {
+            "messages": [{"role": "user", "content": content}],
+            "max_completion_tokens": 50,
+        },
+    }
+    said, count, _ = decoded(student, PROMPT, gen_length=50)
+    for path, body in bodies.items():
+        status, _, answer = exchange(served, "POST", path, {**common, **body})
+        assert status == 200
+        *chunks, last = events_of(answer)
+        pieces = [chunk["choices"][0] for chunk in chunks]
+        texts = [one["delta"].get("content") if "delta" in one else one.get("text") for one in pieces]
+        assert "".join(one or "" for one in texts) == said
+        assert not last["choices"]
+        assert last["usage"]["completion_tokens"] == (50 if ignore_eos else count)
+        assert last["usage"]["prompt_tokens"] == len(PROMPT.split())
+
+
+def test_requests_of_lm_eval(served: Served, student: tuple[Any, Any]) -> None:
+    """local-completions and local-chat-completions: text or ids, one or a batch; scores are refused."""
+    ids = [student[1].encode(one).ids for one in PROMPTS[:2]]
+    texts = [decoded(student, one, gen_length=40)[0].partition("####")[0] for one in PROMPTS[:2]]
+    settings = {"model": MODEL, "max_tokens": 40, "temperature": 0, "seed": 1234}
+    settings |= {"stop": ["####", "<|endoftext|>"]}
+    for prompt, expected in (
+        (PROMPTS[0], texts[:1]),
+        (PROMPTS[:2], texts),
+        (ids[0], texts[:1]),
+        (ids, texts),
+    ):
+        status, _, answer = exchange(served, "POST", "/v1/completions", {"prompt": prompt, **settings})
+        assert status == 200
+        choices = sorted(json.loads(answer)["choices"], key=lambda one: one["index"])
+        assert [one["text"] for one in choices] == expected
+    message = {"role": "user", "content": PROMPT, "type": "text"}
+    status, _, answer = exchange(served, "POST", "/v1/chat/completions", {"messages": [message], **settings})
+    assert status == 200
+    assert json.loads(answer)["choices"][0]["message"]["content"] == texts[0]
+    scores = {"model": MODEL, "prompt": ids, "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234}
+    status, _, answer = exchange(served, "POST", "/v1/completions", {**scores, "echo": True})
+    error = json.loads(answer)["error"]
+    assert (status, error["param"]) == (400, "echo")
+    assert "lm_eval --model dparallel" in error["message"]
+
+
+# --- drafts -------------------------------------------------------------------------------------
+
+
+def of_drafts(chunks: Any) -> tuple[list[Any], dict[int, list[Any]]]:
+    """Of a stream: the chunks without a draft, and the drafts by choice."""
+    drafts: dict[int, list[Any]] = {}
+    others = []
+    for chunk in chunks:
+        draft = getattr(chunk.choices[0], "draft", None) if chunk.choices else None
+        if draft is None:
+            others.append(chunk)
+        else:
+            drafts.setdefault(chunk.choices[0].index, []).append(draft)
+    return others, drafts
+
+
+def test_drafts(client: OpenAI, student: tuple[Any, Any]) -> None:
+    """After each pass the block with its masks, until it is there; who does not know drafts sees none."""
+    said, count, passes = decoded(student, PROMPT)
+    asked = {"stream": True, "extra_body": {"stream_drafts": True}}
+    chunks = list(chat(client, max_tokens=64, **asked))
+    assert all(
+        not (chunk.choices[0].delta.content or "") for chunk in chunks if hasattr(chunk.choices[0], "draft")
+    )
+    plain, found = of_drafts(chunks)
+    assert joined(plain)[0] == {0: said} == joined(chunks)[0]
+    drafts = found[0]
+    assert [one["pass"] for one in drafts] == list(range(1, passes + 1))
+    assert {one["length"] for one in drafts} == {64}
+    assert {one["start"] % BLOCK for one in drafts} == {0}
+    final: list[Any] = []
+    for one in drafts:
+        final[one["start"] :] = one["tokens"]
+    assert None in drafts[0]["tokens"]
+    assert None not in final
+    assert "".join(final[:count]).strip() == said
+    assert set(final[count:]) == {final[count]}  # the end token, which the text leaves out
+    for before, after in itertools.pairwise(drafts):
+        if before["start"] == after["start"]:
+            assert all(a in (None, b) for a, b in zip(before["tokens"], after["tokens"], strict=True))
+        else:
+            assert None not in before["tokens"]
+    two = client.completions.create(model=MODEL, prompt=PROMPTS[:2], n=2, **asked)
+    plain, found = of_drafts(two)
+    assert sorted(found) == [0, 1, 2, 3]
+    assert joined(plain)[0] == {i: decoded(student, PROMPTS[i // 2])[0] for i in range(4)}
+
+
+def test_drafts_under_the_clients_own_accumulator(client: OpenAI, student: tuple[Any, Any]) -> None:
+    messages: Any = [{"role": "user", "content": PROMPT}]
+    with client.chat.completions.stream(
+        model=MODEL, messages=messages, extra_body={"stream_drafts": True}
+    ) as stream:
+        pieces = [event.delta for event in stream if event.type == "content.delta"]
+        final = stream.get_final_completion()
+    assert "".join(pieces) == final.choices[0].message.content == decoded(student, PROMPT)[0]
+    assert final.choices[0].finish_reason == "stop"
+
+
+def test_a_slow_client_gets_the_newest_draft(student: tuple[Any, Any]) -> None:
+    """However many there have been, and none of a block whose text it has; the text is whole."""
+    ids = student[1].encode("sam has 3 cups").ids
+
+    async def run() -> list[Any]:
+        tell: list[Callable[[Any], None]] = []
+        handle: Any = SimpleNamespace(subscribe=tell.append, cancel=lambda: None)
+        service: Any = SimpleNamespace(aborted=asyncio.get_running_loop().create_future())
+        nothing = SimpleNamespace(observe=lambda _: None)
+        service.metrics = SimpleNamespace(first_block=nothing, finished=lambda *_: None)
+        choice = serve.Choice([1], 4, 0, text.TextStream(student[1]))
+
+        def submit(choice: Any, draft: Callable[[Any], None]) -> Any:
+            tell.append(draft)
+            return handle
+
+        call = serve.Call(service, [choice], 1, submit)
+        on_draft, on_event = tell
+        for nfe in range(1, 1001):
+            on_draft(dx.Draft(nfe, 0, [None, None]))
+        on_event(ids[:2])
+        for nfe in range(1001, 2001):
+            on_draft(dx.Draft(nfe, 2, [None, None]))
+        on_event(ids[2:])
+        on_event(dx.Completion(ids, "length", 2000, 2000, 1, 0, 0.0, 0.0))
+        await asyncio.sleep(0)
+        assert call.queue.qsize() == 5
+        return [piece async for _, piece, _ in call.pieces()]
+
+    first, begin, second, end, rest = asyncio.run(run())
+    assert (first.nfe, second.nfe) == (1000, 2000)
+    assert begin + end + rest == "sam has 3 cups"
+
+
+# --- bodies, paths and pages --------------------------------------------------------------------
 
 
 def test_requests_that_are_no_requests(served: Served) -> None:
@@ -451,12 +760,49 @@ def test_requests_that_are_no_requests(served: Served) -> None:
         assert (status, answer["error"]["type"]) == (400, "invalid_request_error"), body[:80]
         assert said in answer["error"]["message"], body[:80]
     assert raw(served, path, json.dumps({**fine, "model": "\ud800"}).encode())[0] == 404
-    assert raw(served, path, json.dumps(fine).encode(), **{"Content-Type": "text/plain"})[0] == 400
-    assert raw(served, path)[0] == 405
+    status, answer = raw(served, path)
+    assert (status, answer["error"]["message"]) == (405, f"method: {path} expects POST, got GET")
     status, answer = raw(served, "/v1/embeddings", b"{}")
     assert status == 404
+    assert "path: expected one of /v1/chat/completions, " in answer["error"]["message"]
     assert set(answer["error"]) == {"message", "type", "param", "code"}
     assert "Traceback" not in served.log.read_text()
+
+
+def test_paths_and_methods(served: Served) -> None:
+    for path in ("/v1/models", f"/v1/models/{MODEL}", "/health", "/metrics", "/version"):
+        whole = exchange(served, "GET", path)
+        for other in (path, path + "/"):
+            status, headers, body = exchange(served, "HEAD", other)
+            assert (status, body) == (200, b"")
+            assert headers["Content-Type"] == whole[1]["Content-Type"]
+        status, headers, _ = exchange(served, "OPTIONS", path, key=None)
+        assert (status, headers["Allow"]) == (204, "GET, HEAD, OPTIONS")
+    assert json.loads(exchange(served, "GET", "/version")[2]) == {"version": dx.__version__}
+    body = {"model": MODEL, "prompt": "sam", "max_tokens": 2}
+    assert exchange(served, "POST", "/v1/completions/", body)[0] == 200
+    assert exchange(served, "OPTIONS", "/v1/completions")[1]["Allow"] == "POST, OPTIONS"
+    status, headers, _ = exchange(served, "PUT", "/v1/completions", body)
+    assert (status, headers["Allow"]) == (405, "POST")
+    assert exchange(served, "OPTIONS", "/nowhere")[0] == 404
+
+
+def test_web_pages(served: Served, odd: Served) -> None:
+    """Those of `--cors-origin` may ask, with the key, and see why they are refused; others may not."""
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    path, body = "/v1/completions", {"model": MODEL, "prompt": "sam", "max_tokens": 2}
+    status, headers, _ = exchange(served, "OPTIONS", path, key=None, Origin=PAGE, **asks)
+    assert (status, headers["Access-Control-Allow-Origin"]) == (200, PAGE)
+    assert "authorization" in headers["Access-Control-Allow-Headers"]
+    json_of = {"Content-Type": "application/json"}
+    for key, expected in ((KEY, 200), ("wrong", 401)):
+        status, headers, _ = exchange(served, "POST", path, body, key=key, Origin=PAGE, **json_of)
+        assert (status, headers["Access-Control-Allow-Origin"]) == (expected, PAGE)
+    for server_, origin in ((served, "https://else.example"), (odd, PAGE)):
+        _, headers, _ = exchange(server_, "OPTIONS", path, key=None, Origin=origin, **asks)
+        assert "Access-Control-Allow-Origin" not in headers
+        _, headers, _ = exchange(server_, "GET", "/v1/models", Origin=origin)
+        assert "Access-Control-Allow-Origin" not in headers
 
 
 def test_models_of_another_name(client: OpenAI) -> None:
@@ -539,7 +885,8 @@ def test_a_body_must_arrive_in_time() -> None:
         settings = serve.Settings("x", body_seconds=0.05)
         service: Any = SimpleNamespace(settings=settings, aborted=loop.create_future())
         service.metrics = SimpleNamespace(http=serve.Counter("x", "x", ["path", "status"], registry=None))
-        gate, scope = serve.Gate(inner, service), {"type": "http", "path": "/health", "headers": []}
+        gate = serve.Gate(inner, service)
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
         begun = [{"type": "http.request", "body": b"{", "more_body": True}]
 
         async def receive() -> Any:
@@ -781,6 +1128,17 @@ def test_metrics(served: Served, client: OpenAI) -> None:
         (("--cache", "all"), "cache: expected"),
         (("--api-key", "a", "--api-key-file", "b"), "api_key: not beside"),
         (("--api-key-file", "nowhere"), "nowhere"),
+        (("--api-key", ""), "api_key: expected a key"),
+        (("--port", "99999"), "port: expected 0 to 65535, got 99999"),
+        (("--port", "-1"), "port: expected 0 to 65535, got -1"),
+        (("--host", "a..b"), "host: 'a..b' does not resolve"),
+        (("--host", "192.0.2.1"), "host: '192.0.2.1' is no address of this machine"),
+        (("--log-level", "loud"), "log_level: expected one of"),
+        (("--grace", "-1"), "grace: expected seconds >= 0, got -1"),
+        (("--max-choices", "0"), "max_choices: expected a whole number >= 1, got 0"),
+        (("--max-length", "0"), "max_length: expected a whole number >= 1, got 0"),
+        (("--cors-origin", "example.org"), "cors_origin: expected '*' or an origin"),
+        (("--cors-origin", "https://example.org/page"), "cors_origin: expected '*' or an origin"),
     ],
 )
 def test_bad_options_are_one_line(args: tuple[str, ...], said: str) -> None:
@@ -793,3 +1151,41 @@ def test_an_empty_file_of_keys_is_refused(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("\n \n")
     with pytest.raises(ValueError, match=r"api_key_file: .* holds no key"):
         serve.read_keys(tmp_path / "keys")
+
+
+def test_a_port_that_is_taken_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        found = CliRunner().invoke(app, ["serve", "--port", str(port)])
+    assert (found.exit_code, found.stderr.count("\n")) == (2, 1)
+    assert f"port: {port} of '127.0.0.1' is in use already" in found.stderr
+
+
+def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import dparallel
+
+    monkeypatch.delattr(dparallel, "serve")
+    monkeypatch.delitem(sys.modules, "dparallel.serve")
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    found = CliRunner().invoke(app, ["serve"])
+    assert (found.exit_code, found.stderr.count("\n")) == (2, 1)
+    assert 'serve: no fastapi; pip install ".[cli,serve]"' in found.stderr
+
+
+def test_addresses_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every one that the machine has, at one port; names that do not resolve are named."""
+    for host in ("localhost", "127.0.0.1", ""):
+        sockets = serve.listen(host, 0)
+        assert len({one.getsockname()[1] for one in sockets}) == 1
+        assert any(one.family == socket.AF_INET for one in sockets)
+        for one in sockets:
+            one.close()
+
+    def unknown(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(ValueError, match=r"host: 'nowhere' does not resolve \(.*not known"):
+        serve.listen("nowhere", 0)
+    said = str(serve.unusable("h", 80, OSError(errno.EACCES, "Permission denied")))
+    assert said == "port: 80 of 'h' cannot be had (Permission denied)"

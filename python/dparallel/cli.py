@@ -45,6 +45,15 @@ def plain_errors() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
+@contextmanager
+def needs_extra(name: str) -> Iterator[None]:
+    """A package that is not there is an error that says which extra brings it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(f'{name}: no {error.name}; pip install ".[cli,{name}]"') from error
+
+
 def report() -> dict[str, Any]:
     """What was built, and what this machine has."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -281,6 +290,10 @@ def serve(
     ] = None,
     max_choices: Annotated[int, typer.Option(help="responses of one request: its prompts times n")] = 64,
     max_body: Annotated[int, typer.Option(help="bytes of a request")] = 2**20,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="web pages of this origin may ask, * those of any; repeatable; default: none"),
+    ] = None,
     grace: Annotated[
         float, typer.Option(help="seconds that running requests have to end in at the end")
     ] = 30.0,
@@ -289,11 +302,9 @@ def serve(
     log_level: Annotated[str, typer.Option(help="info logs every request; warning, error")] = "info",
 ) -> None:
     """An OpenAI-compatible server: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
-    with plain_errors():
-        try:
-            from . import serve as serving
-        except ModuleNotFoundError as error:
-            raise ValueError(f'serve: no {error.name}; pip install ".[cli,serve]"') from error
+    with plain_errors(), needs_extra("serve"):
+        from . import serve as serving
+
         if api_key is not None and api_key_file is not None:
             raise ValueError("api_key: not beside --api-key-file")
         keys = serving.read_keys(api_key_file) if api_key_file is not None else ()
@@ -317,6 +328,7 @@ def serve(
             max_length=max_length,
             max_choices=max_choices,
             max_body=max_body,
+            cors_origins=tuple(cors_origin or ()),
             grace=grace,
         )
 

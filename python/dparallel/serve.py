@@ -1,22 +1,29 @@
 """`dparallel serve`: an HTTP server that speaks OpenAI's protocol, over `dparallel_ext.Engine`.
 
-    POST /v1/completions, /v1/chat/completions      GET /v1/models, /health, /metrics
+    POST /v1/completions, /v1/chat/completions      GET /v1/models, /health, /metrics, /version
 
 What differs from OpenAI: `temperature` is 0 unless given, as everywhere here; `policy` chooses the unmasking
-rule; text streams by finished blocks; `usage` also has forward_passes and tokens_per_pass; a completion with
-`suffix` is decoded between two texts. A parameter that the server does not follow is refused by name, unless
-its value is the one that changes nothing.
+rule; text streams by finished blocks, and with `stream_drafts` by passes too (`draft_of`); `usage` also has
+forward_passes and tokens_per_pass; a completion with `suffix` is decoded between two texts. `ignore_eos` and
+`stop_token_ids` are vLLM's. A parameter that the server does not follow is refused by name, unless its value
+is one that changes nothing (`protocol`).
+
+A body is JSON whatever its Content-Type says, except where a web page sends it: pages say application/json,
+so that the browser asks first whether they may.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import hmac
 import json
 import logging
 import math
+import os
+import re
 import secrets
 import socket
 import sys
@@ -25,7 +32,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -42,38 +49,21 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
+from typing_extensions import Self
 
-from dparallel_ext import Completion, Engine, EngineFull, Handle
+import dparallel_ext as dx
+from dparallel_ext import Completion, Draft, Engine, EngineFull, Handle
 
-from . import registry, text
+from . import protocol, registry, text
 from .evaluate import parse_policy
 
 log = logging.getLogger("uvicorn.dparallel")
 
-HARMLESS = {"user", "metadata", "safety_identifier", "prompt_cache_key"}
-"""Parameters that concern the provider's books, not the answer: accepted."""
-NEUTRAL: dict[str, Any] = {
-    "best_of": 1,
-    "echo": False,
-    "frequency_penalty": 0,
-    "function_call": "none",
-    "functions": [],
-    "logit_bias": {},
-    "logprobs": False,
-    "modalities": ["text"],
-    "parallel_tool_calls": True,
-    "presence_penalty": 0,
-    "response_format": {"type": "text"},
-    "service_tier": "auto",
-    "store": False,
-    "suffix": "",
-    "tool_choice": "none",
-    "tools": [],
-    "top_p": 1,
-}
-"""Parameters that are not followed, each with the value that asks for nothing."""
+MOST_STOPS = 32
+"""Stop strings of a request, and stop_token_ids."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +74,8 @@ class Settings:
     """The model's, in requests."""
     keys: tuple[str, ...] = ()
     """API keys, any of which opens everything; none: all is open. /health always is."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages' origins (scheme://host:port, or "null" for files) that may ask; "*": any."""
     policy: str = "entropy:0.5"
     gen_length: int = 256
     """max_tokens where a request has none."""
@@ -97,6 +89,22 @@ class Settings:
     """In which a request must arrive."""
     grace: float = 30.0
     """Seconds for running requests once the server is told to stop."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, by name."""
+        if not all(self.keys):
+            raise ValueError("api_key: expected a key, got an empty one")
+        for name in ("max_length", "max_choices", "max_body"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a whole number >= 1, got {getattr(self, name)}")
+        if not 0 <= self.grace < math.inf:
+            raise ValueError(f"grace: expected seconds >= 0, got {self.grace}")
+        for origin in self.cors_origins:
+            if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+", origin):
+                raise ValueError(
+                    f"cors_origin: expected '*' or an origin such as https://example.org, got {origin!r}"
+                )
+        parse_policy(self.policy)
 
 
 class ApiError(HTTPException):
@@ -150,19 +158,19 @@ class Strict(BaseModel):
     """Numbers are numbers, and what is not known is refused, unless it is null or neutral."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+    neutral: ClassVar[protocol.Neutral] = {}
 
     @model_validator(mode="after")
-    def _refuse(self) -> Strict:
-        for name, value in (self.model_extra or {}).items():
-            neutral = NEUTRAL.get(name)
-            same = value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
-            if value is not None and name not in HARMLESS and not (name in NEUTRAL and same):
-                only = f"only {json.dumps(neutral)} is" if name in NEUTRAL else "is not"
-                raise ApiError(400, f"{name}: {only} supported", param=name, code="unsupported_parameter")
+    def _refuse(self) -> Self:
+        found = protocol.refused(self.model_extra or {}, self.neutral)
+        if found is not None:
+            name, said = found
+            raise ApiError(400, said, param=name, code="unsupported_parameter")
         return self
 
 
 class StreamOptions(Strict):
+    neutral = protocol.STREAM_OPTIONS
     include_usage: bool | None = None
 
 
@@ -172,11 +180,17 @@ class Options(Strict):
     model: str
     max_tokens: int | None = Field(None, ge=1)
     n: int | None = Field(None, ge=1)
+    best_of: int | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: list[Text] | None = None
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=MOST_STOPS)
+    ignore_eos: bool | None = None
+    """Decode max_tokens, whatever the model's end tokens."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    stream_drafts: bool | None = None
+    """Stream the active block after every pass too, see `draft_of`."""
     policy: str | None = None
 
     @field_validator("stop", mode="before")
@@ -185,9 +199,10 @@ class Options(Strict):
         if value is None:
             return None
         found = [value] if isinstance(value, str) else value
-        if isinstance(found, list) and len(found) <= 4 and all(isinstance(s, str) and s for s in found):
+        fits = isinstance(found, list) and len(found) <= MOST_STOPS
+        if fits and all(isinstance(s, str) and s for s in found):
             return found
-        raise ValueError("expected a string or up to 4, none of them empty")
+        raise ValueError(f"expected a string or up to {MOST_STOPS}, none of them empty")
 
     @field_validator("policy")
     @classmethod
@@ -200,9 +215,19 @@ class Options(Strict):
         return value
 
     @model_validator(mode="after")
-    def _streamed(self) -> Options:
-        if self.stream_options is not None and not self.stream:
-            raise ApiError(400, "stream_options: belongs to stream=true", param="stream_options")
+    def _streamed(self) -> Self:
+        usage = self.stream_options is not None and self.stream_options.include_usage
+        for name, asked in (("stream_options", usage), ("stream_drafts", self.stream_drafts)):
+            if asked and not self.stream:
+                raise ApiError(400, f"{name}: belongs to stream=true", param=name)
+        return self
+
+    @model_validator(mode="after")
+    def _best_of(self) -> Self:
+        each = self.n or 1
+        if self.best_of is not None and self.best_of != each:
+            said = f"best_of: only n, here {each}, is supported, got {self.best_of}"
+            raise ApiError(400, said, param="best_of", code="unsupported_parameter")
         return self
 
 
@@ -210,6 +235,7 @@ class CompletionRequest(Options):
     """POST /v1/completions. `prompt`: a text or its token ids, or a list of either. `suffix`: the text that
     follows the response, which is decoded between the two."""
 
+    neutral = protocol.COMPLETION
     prompt: list[Text] | list[list[int]]
     suffix: Text | None = None
 
@@ -227,8 +253,10 @@ class CompletionRequest(Options):
 
 
 class ChatMessage(Strict):
+    neutral = protocol.MESSAGE
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text
+    content: Text | None = None
+    """Null in an assistant's empty answer alone."""
     name: str | None = None
 
     @field_validator("content", mode="before")
@@ -245,19 +273,30 @@ class ChatMessage(Strict):
                 raise ValueError('expected text, or parts {"type": "text", "text": ...}')
         return "".join(part["text"] for part in value)
 
+    @model_validator(mode="after")
+    def _said(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"content: expected the text of the {self.role}, got null")
+        return self
+
 
 class ChatRequest(Options):
     """POST /v1/chat/completions."""
 
+    neutral = protocol.CHAT
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
-    def _one_name(self) -> ChatRequest:
-        if self.max_completion_tokens is not None:
-            if self.max_tokens is not None:
-                raise ApiError(400, "max_tokens: not beside max_completion_tokens", param="max_tokens")
-            self.max_tokens = self.max_completion_tokens
+    def _one_name(self) -> Self:
+        newer = self.max_completion_tokens
+        if newer is not None:
+            if self.max_tokens not in (None, newer):
+                said = (
+                    f"max_tokens: not beside another max_completion_tokens, got {self.max_tokens} and {newer}"
+                )
+                raise ApiError(400, said, param="max_tokens")
+            self.max_tokens = newer
         return self
 
 
@@ -345,16 +384,30 @@ class Choice:
     """Token ids that follow the response."""
     handle: Handle | None = None
     completion: Completion | None = None
+    draft: Newest | None = None
+    """The last one in the queue, unless it was taken or a block came after it."""
+
+
+@dataclass
+class Newest:
+    """A place in the queue for a draft, which a newer one takes over: a slow client gets fewer of them."""
+
+    draft: Draft
 
 
 class Call:
     """What one HTTP request asked for: its choices under way, their events in one queue.
 
-    `fail` ends it from outside; `close` cancels what is not finished, and may be called again.
+    `submit` hands a choice to the engine, with a callback for its drafts. `fail` ends the call from outside;
+    `close` cancels what is not finished, and may be called again.
     """
 
     def __init__(
-        self, service: Service, choices: list[Choice], each: int, submit: Callable[[Choice], Handle]
+        self,
+        service: Service,
+        choices: list[Choice],
+        each: int,
+        submit: Callable[[Choice, Callable[[Draft], None]], Handle],
     ):
         self.service, self.choices, self.each = service, choices, each
         self.began = time.perf_counter()
@@ -364,16 +417,28 @@ class Call:
         def post(index: int, event: Any) -> None:
             # A loop that is gone has nobody to tell.
             with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self.queue.put_nowait, (index, event))
+                loop.call_soon_threadsafe(self._put, index, event)
 
         service.aborted.add_done_callback(self._abort)
         try:
             for index, choice in enumerate(choices):
-                choice.handle = submit(choice)
-                choice.handle.subscribe(functools.partial(post, index))
+                tell = functools.partial(post, index)
+                choice.handle = submit(choice, tell)
+                choice.handle.subscribe(tell)
         except BaseException:
             self.close()
             raise
+
+    def _put(self, index: int, event: Any) -> None:
+        choice = self.choices[index]
+        if not isinstance(event, Draft):
+            choice.draft = None
+        elif choice.draft is not None:
+            choice.draft.draft = event
+            return
+        else:
+            event = choice.draft = Newest(event)
+        self.queue.put_nowait((index, event))
 
     def fail(self, error: ApiError) -> None:
         self.queue.put_nowait((-1, error))
@@ -387,8 +452,8 @@ class Call:
             if choice.handle is not None and choice.completion is None:
                 choice.handle.cancel()
 
-    async def pieces(self) -> AsyncIterator[tuple[int, str, str | None]]:
-        """(choice, its next text, at its end why it ended). Raises ApiError."""
+    async def pieces(self) -> AsyncIterator[tuple[int, str | Draft, str | None]]:
+        """(choice, its next text or draft, at its end why it ended). Raises ApiError."""
         metrics, left, seen = self.service.metrics, len(self.choices), False
         while left:
             index, event = await self.queue.get()
@@ -398,6 +463,12 @@ class Call:
                 log.error("a request failed", exc_info=event)
                 raise ApiError(500, "the model failed on this request", code="internal_error")
             choice = self.choices[index]
+            if isinstance(event, Newest):
+                if choice.draft is event:
+                    choice.draft = None
+                if not choice.text.stopped:
+                    yield index, event.draft, None
+                continue
             if isinstance(event, Completion):
                 left -= 1
                 choice.completion = event
@@ -440,6 +511,7 @@ class Service:
         self, engine: Engine, vocabulary: int, tokenizer: Any, directory: Path, settings: Settings
     ) -> None:
         self.engine, self.vocabulary, self.tokenizer, self.settings = engine, vocabulary, tokenizer, settings
+        self.token_texts = text.TokenTexts(tokenizer)
         self.template = text.chat_template(directory)
         self.ends = text.endings(directory, tokenizer)
         self.metrics = Metrics(engine)
@@ -461,7 +533,7 @@ class Service:
             return [encode(one).ids if isinstance(one, str) else one for one in request.prompt]
         roles = {"developer": "system"}  # the newer name; templates know the older
         messages = [
-            {"role": roles.get(one.role, one.role), "content": one.content} for one in request.messages
+            {"role": roles.get(one.role, one.role), "content": one.content or ""} for one in request.messages
         ]
         if self.template is not None:
             return [encode(self.template(messages), add_special_tokens=False).ids]
@@ -499,9 +571,9 @@ class Service:
             for ids in encoded
             for i in range(each)
         ]
-        policy = parse_policy(request.policy or settings.policy)
+        policy, ends = parse_policy(request.policy or settings.policy), self._ends(request)
 
-        def submit(choice: Choice) -> Handle:
+        def submit(choice: Choice, tell: Callable[[Draft], None]) -> Handle:
             try:
                 between = [self.engine.mask_id] * choice.gen_length if choice.suffix else []
                 return self.engine.submit(
@@ -510,8 +582,9 @@ class Service:
                     infill=bool(choice.suffix),
                     temperature=request.temperature or 0.0,
                     seed=choice.seed,
+                    on_draft=tell if request.stream_drafts else None,
                     **policy,
-                    **self.ends,
+                    **ends,
                 )
             except EngineFull as error:
                 wait = {"Retry-After": str(self.metrics.wait())}
@@ -534,12 +607,22 @@ class Service:
             raise ApiError(400, said, param="suffix")
         return ids
 
-    def _gen_length(self, ids: list[int], request: Options, param: str, suffix: int) -> int:
-        """max_tokens for a prompt. Raises ApiError if it or the prompt is too long, or has foreign ids."""
+    def _ends(self, request: Options) -> dict[str, Any]:
+        """The tokens that end a response, as arguments of `Engine.submit`."""
+        ends = {"eos_id": None, "stop": []} if request.ignore_eos else self.ends
+        ids = request.stop_token_ids or []
+        self._check_ids("stop_token_ids", ids)
+        return {**ends, "stop": [*ends["stop"], *([one] for one in ids)]}
+
+    def _check_ids(self, param: str, ids: list[int]) -> None:
         wrong = next((one for one in ids if not 0 <= one < self.vocabulary), None)
         if wrong is not None:
             said = f"{param}: expected token ids below {self.vocabulary}, got {wrong}"
             raise ApiError(400, said, param=param)
+
+    def _gen_length(self, ids: list[int], request: Options, param: str, suffix: int) -> int:
+        """max_tokens for a prompt. Raises ApiError if it or the prompt is too long, or has foreign ids."""
+        self._check_ids(param, ids)
         most = self.settings.max_length
         given = len(ids) + suffix
         length = request.max_tokens or max(1, min(self.settings.gen_length, most - given))
@@ -552,11 +635,24 @@ class Service:
 
 # --- HTTP ---------------------------------------------------------------------------------------
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
+READ = "GET, HEAD"
+PATHS = {
+    "/v1/chat/completions": "POST",
+    "/v1/completions": "POST",
+    "/v1/models": READ,
+    "/health": READ,
+    "/metrics": READ,
+    "/version": READ,
+}
+"""Methods by path; /v1/models/NAME is read too."""
+
+
+def methods(path: str) -> str | None:
+    return READ if path.startswith("/v1/models/") else PATHS.get(path)
 
 
 class Gate:
-    """In front of everything: the key, the bounds on a request's body, and the count of answers."""
+    """In front of everything but CORS: the key, the bounds on a request's body, and the count of answers."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
@@ -565,6 +661,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
         status, taken, complete = 500, 0, False
         settings, ends = self.service.settings, time.monotonic() + self.service.settings.body_seconds
 
@@ -585,11 +682,13 @@ class Gate:
             await send(message)
 
         try:
-            refusal = self._refusal(scope)
-            if refusal is not None:
+            allowed, refusal = methods(scope["path"]), self._refusal(scope)
+            if scope["method"] == "OPTIONS" and allowed is not None:
+                await Response(None, 204, {"Allow": f"{allowed}, OPTIONS"})(scope, receive, counted)
+            elif refusal is not None:
                 await refusal.response(scope, receive, counted)
             else:
-                await self.app(scope, bounded, counted)
+                await self.app(self._as_json(scope), bounded, counted)
         finally:
             path = scope["path"] if scope["path"] in PATHS else "other"
             self.service.metrics.http.labels(path, str(status)).inc()
@@ -605,7 +704,20 @@ class Gate:
                 return ApiError(401, said, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         if int(headers.get(b"content-length", 0)) > self.service.settings.max_body:
             return too_large(self.service.settings.max_body)
+        kind = headers.get(b"content-type", b"")
+        if scope["method"] == "POST" and b"origin" in headers and not is_json(kind):
+            said = f"content-type: expected application/json from a web page, got {kind.decode('latin-1')!r}"
+            return ApiError(415, said, param="content-type")
         return None
+
+    @staticmethod
+    def _as_json(scope: Scope) -> Scope:
+        """The request with the Content-Type that its body must have."""
+        headers = scope["headers"]
+        if scope["method"] != "POST" or is_json(dict(headers).get(b"content-type", b"")):
+            return scope
+        others = [(name, value) for name, value in headers if name != b"content-type"]
+        return {**scope, "headers": [*others, (b"content-type", b"application/json")]}
 
     async def _before(self, ends: float, receive: Receive) -> Event:
         """The next message of the body, unless it is late or the server stops."""
@@ -621,6 +733,11 @@ class Gate:
         if aborted.done():
             raise stopping()
         raise ApiError(408, "the request did not arrive in time", headers={"Connection": "close"})
+
+
+def is_json(content_type: bytes) -> bool:
+    kind = content_type.partition(b";")[0].strip().lower()
+    return kind == b"application/json" or (kind.startswith(b"application/") and kind.endswith(b"+json"))
 
 
 def too_large(most: int) -> ApiError:
@@ -664,19 +781,18 @@ async def answer(service: Service, http: Request, request: ChatRequest | Complet
         def event(choices: list[dict[str, Any]], used: dict[str, Any] | None = None) -> str:
             return sse({**frame, "choices": choices, **({"usage": used} if usage else {})})
 
-        def part(index: int, piece: str, reason: str | None = None, **role: str) -> str:
-            content = (
-                {"delta": {**role, **({"content": piece} if piece or role else {})}}
-                if chat
-                else {"text": piece}
-            )
-            return event([choice(index, content, reason)])
+        def part(index: int, piece: str, reason: str | None = None, **more: Any) -> str:
+            content = {"delta": {"content": piece} if piece else {}} if chat else {"text": piece}
+            return event([choice(index, {**content, **more}, reason)])
 
         async def events() -> AsyncIterator[str]:
             try:
                 for index in range(len(call.choices) if chat else 0):
-                    yield part(index, "", role="assistant")
+                    yield part(index, "", delta={"role": "assistant", "content": ""})
                 async for index, piece, reason in call.pieces():
+                    if isinstance(piece, Draft):
+                        yield part(index, "", draft=draft_of(piece, call.choices[index], service.token_texts))
+                        continue
                     if piece:
                         yield part(index, piece)
                     if reason is not None:
@@ -699,6 +815,7 @@ async def answer(service: Service, http: Request, request: ChatRequest | Complet
     watching = asyncio.ensure_future(gone())
     try:
         async for index, piece, reason in call.pieces():
+            assert isinstance(piece, str)  # drafts are for streams
             texts[index] += piece
             reasons[index] = reason or ""
     finally:
@@ -713,6 +830,20 @@ async def answer(service: Service, http: Request, request: ChatRequest | Complet
         for index, (said, reason) in enumerate(zip(texts, reasons, strict=True))
     ]
     return JSONResponse({**frame, "choices": choices, "usage": call.usage()})
+
+
+def draft_of(draft: Draft, choice: Choice, texts: text.TokenTexts) -> dict[str, Any]:
+    """The "draft" that stands beside a choice's empty text in a chunk of its own, where a request asks for
+    `stream_drafts`.
+
+    pass: the forward passes that the response has had. start: where the active block begins in the response;
+    the tokens before it are final and were streamed, those after it are masks. length: of the response.
+    tokens: the block's, each as text, special tokens included; null where there is a mask. They join to the
+    text but for characters over several tokens. Where the client is slow, drafts are left out, never the
+    newest. The whole block follows as text once it is complete.
+    """
+    tokens = [None if token is None else texts(token) for token in draft.tokens]
+    return {"pass": draft.nfe, "start": draft.start, "length": choice.gen_length, "tokens": tokens}
 
 
 def sse(content: dict[str, Any]) -> str:
@@ -730,11 +861,26 @@ def make_app(service: Service) -> FastAPI:
         await asyncio.to_thread(service.engine.close, cancel=True)
 
     # No pages of documentation: they would load scripts from elsewhere.
-    app = FastAPI(title="dparallel", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="dparallel", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Gate, service=service)
+    if service.settings.cors_origins:
+        # In front of the gate: a browser asks without the key, and a refusal must reach the page.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.settings.cors_origins,
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
 
     @app.exception_handler(HTTPException)
-    async def refused(_: Request, error: HTTPException) -> Response:
+    async def refused(http: Request, error: HTTPException) -> Response:
+        path = http.scope["path"]
+        if not isinstance(error, ApiError) and error.status_code in (404, 405):
+            missing = error.status_code == 404
+            said = f"path: expected one of {', '.join(PATHS)}, got {path}"
+            said = said if missing else f"method: {path} expects {methods(path)}, got {http.method}"
+            error = ApiError(error.status_code, said, headers=error.headers)
         return ApiError.of(error).response
 
     @app.exception_handler(RequestValidationError)
@@ -756,30 +902,40 @@ def make_app(service: Service) -> FastAPI:
     async def completions(http: Request, request: CompletionRequest) -> Response:
         return await answer(service, http, request)
 
+    def read(path: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        return app.api_route(path, methods=["GET", "HEAD"])
+
     model = {
         "id": service.settings.name,
         "object": "model",
         "created": service.created,
         "owned_by": "dparallel",
+        "root": service.settings.name,
+        "parent": None,
+        "max_model_len": service.settings.max_length,
     }
 
-    @app.get("/v1/models")
+    @read("/v1/models")
     async def list_models() -> Response:
         return JSONResponse({"object": "list", "data": [model]})
 
-    @app.get("/v1/models/{name:path}")
+    @read("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
-        if name != service.settings.name:
+        if name != service.settings.name.rstrip("/"):
             said = f"model: expected {service.settings.name!r}, got {name!r}"
             raise ApiError(404, said, param="model", code="model_not_found")
         return JSONResponse(model)
 
-    @app.get("/health")
+    @read("/version")
+    async def version() -> Response:
+        return JSONResponse({"version": dx.__version__})
+
+    @read("/health")
     async def health() -> Response:
         closed = service.engine.closed
         return JSONResponse({"status": "closed" if closed else "ok"}, 503 if closed else 200)
 
-    @app.get("/metrics")
+    @read("/metrics")
     async def metrics() -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -792,6 +948,13 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self.service = service
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for one in sockets or []:  # uvicorn names only those that it opens
+            host, port = one.getsockname()[:2]
+            at = f"[{host}]" if ":" in host else host
+            logging.getLogger("uvicorn.error").info("dparallel running on http://%s:%d", at, port)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         ending = asyncio.get_running_loop().call_later(self.service.settings.grace, self.service.abort)
@@ -809,6 +972,46 @@ def read_keys(file: Path) -> tuple[str, ...]:
     return keys
 
 
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets that have the port at every address of the host; "": of this machine; port 0: a free one.
+
+    Raises ValueError, by name.
+    """
+    if not 0 <= port < 2**16:
+        raise ValueError(f"port: expected 0 to 65535, got {port}")
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError) as error:
+        raise ValueError(f"host: {host!r} does not resolve ({error})") from error
+    with contextlib.ExitStack() as opened:
+        sockets: list[socket.socket] = []
+        for family, kind, number, _, address in dict.fromkeys(found):
+            try:
+                one = opened.enter_context(socket.socket(family, kind, number))
+                if os.name == "posix":  # else a restart waits for connections that are over
+                    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                one.bind((address[0], port, *address[2:]))
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise unusable(host, port, error) from error
+                continue  # a machine without IPv6, whose names may have such addresses all the same
+            sockets.append(one)
+            port = one.getsockname()[1]
+        if not sockets:
+            raise ValueError(f"host: {host!r} is no address of this machine")
+        opened.pop_all()
+    return sockets
+
+
+def unusable(host: str, port: int, error: OSError) -> ValueError:
+    """Why the port cannot be had."""
+    if error.errno == errno.EADDRINUSE:
+        return ValueError(f"port: {port} of {host!r} is in use already; --port 0 takes a free one")
+    return ValueError(f"port: {port} of {host!r} cannot be had ({error.strerror})")
+
+
 def run(
     model: str,
     *,
@@ -823,34 +1026,45 @@ def run(
     """Serve a model until SIGTERM or SIGINT.
 
     `engine`: arguments of `Engine`; `settings`: of `Settings`, without those that the model gives.
-    Raises ValueError and FileNotFoundError, by name.
+    Raises ValueError and FileNotFoundError, by name; what can be known before the model is loaded, then.
     """
+    if log_level not in uvicorn.config.LOG_LEVELS:
+        raise ValueError(f"log_level: expected one of {list(uvicorn.config.LOG_LEVELS)}, got {log_level!r}")
     given = {key: value for key, value in settings.items() if value is not None}
-    loaded, tokenizer = registry.load(model, device=device, fp8=fp8)
-    limits = [loaded.config.get(key) for key in ("max_sequence_length", "max_position_embeddings")]
-    defaults = {
-        "name": model,
-        "gen_length": registry.gen_length(model),
-        "max_length": min([Settings.max_length, *(limit for limit in limits if limit)]),
-    }
-    chosen = Settings(**{**defaults, **given})
-    parse_policy(chosen.policy)
-    running = Engine(loaded, max_length=chosen.max_length, **engine)
-    try:
-        service = Service(running, loaded.shape.rows, tokenizer, registry.directory_of(model), chosen)
+    Settings(**{"name": model, **given})
+    directory = registry.directory_of(model)
+    with contextlib.ExitStack() as opened:
+        sockets = [opened.enter_context(one) for one in listen(host, port)]
+        loaded, tokenizer = registry.load(model, device=device, fp8=fp8)
+        limits = [loaded.config.get(key) for key in ("max_sequence_length", "max_position_embeddings")]
+        positions = min((limit for limit in limits if limit), default=math.inf)
+        defaults = {
+            "name": model,
+            "gen_length": registry.gen_length(model),
+            "max_length": min(Settings.max_length, positions),
+        }
+        chosen = Settings(**{**defaults, **given})
+        if chosen.max_length > positions:
+            log.warning(
+                "max_length: %d, but the model is made for %d positions", chosen.max_length, positions
+            )
+        running = Engine(loaded, max_length=chosen.max_length, **engine)
+        opened.callback(running.close, cancel=True)
+        service = Service(running, loaded.shape.rows, tokenizer, directory, chosen)
         config = uvicorn.Config(
             make_app(service),
-            host=host,
-            port=port,
             log_level=log_level,
             server_header=False,
             # A last resort: by then streams have been told to end.
             timeout_graceful_shutdown=math.ceil(chosen.grace) + 5,
         )
-        with contextlib.suppress(KeyboardInterrupt):
-            Server(config, service).run()
-    finally:
-        running.close(cancel=True)
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                Server(config, service).run(sockets)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise unusable(host, port, error) from error  # two had the port, one listened first
 
 
 if __name__ == "__main__":

@@ -79,6 +79,31 @@ class TextStream:
         return text[: len(text) - held]
 
 
+class TokenTexts:
+    """The text of single tokens as it stands within a text, special tokens included.
+
+    Decoders drop a space in front of the first token, so each token is decoded behind another.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        ids = range(tokenizer.get_vocab_size())
+        self._first = next((one for one in ids if self._decode([one]).strip(INCOMPLETE + " ")), None)
+        self._before = "" if self._first is None else self._decode([self._first])
+        self._known: dict[int, str] = {}
+
+    def __call__(self, token: int) -> str:
+        if token not in self._known:
+            both = self._decode([token] if self._first is None else [self._first, token])
+            follows = both.startswith(self._before)
+            self._known[token] = both[len(self._before) :] if follows else self._decode([token])
+        return self._known[token]
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return text
+
+
 def _overlap(text: str, stop: str) -> int:
     """Characters at the end of `text` with which `stop` begins."""
     return next(n for n in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:n]))
