@@ -745,7 +745,7 @@ def test_a_slow_client_gets_the_newest_draft(student: tuple[Any, Any]) -> None:
 def test_requests_that_are_no_requests(served: Served) -> None:
     path, fine = "/v1/completions", {"model": MODEL, "prompt": "sam"}
     for body, said in (
-        (b"{", "JSON"),
+        (b"{", "body: expected JSON (Expecting property name enclosed in double quotes at character 1)"),
         (b"[1]", "body: "),
         (b"[" * 100000, "parsing the body"),
         (b"\xff", "parsing the body"),

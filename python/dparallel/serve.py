@@ -886,7 +886,10 @@ def make_app(service: Service) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        where = [str(one) for one in first["loc"][1:]] if first["type"] != "json_invalid" else []
+        if first["type"] == "json_invalid":
+            said = f"body: expected JSON ({first['ctx']['error']} at character {first['loc'][-1]})"
+            return ApiError(400, said).response
+        where = [str(one) for one in first["loc"][1:]]
         said = f"{'.'.join(where) or 'body'}: {first['msg'].removeprefix('Value error, ')}"
         return ApiError(400, said, param=where[0] if where else None).response
 
