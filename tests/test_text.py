@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from dparallel import registry
-from dparallel.text import INCOMPLETE, TextStream, chat_template, end_tokens
+from dparallel.text import INCOMPLETE, TextStream, TokenTexts, chat_template, end_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -214,3 +214,20 @@ def test_end_tokens(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 7]}')
     assert end_tokens(tmp_path, BYTE_LEVEL) == [9, 7, BYTE_LEVEL.token_to_id("<end>")]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_texts_of_tokens_join_to_the_text(name: str) -> None:
+    """Where no character is over several tokens; special tokens and parts of characters are shown as such."""
+    tokenizer = TOKENIZERS[name]
+    texts = TokenTexts(tokenizer)
+    said = "sam has 3 cups" if name == "words" else "the cat at the cat"
+    ids = tokenizer.encode(said).ids
+    if name == "byte fallback":
+        ids = [tokenizer.token_to_id(token) for token in ("▁the", "▁cat", "▁", "a", "t", "▁the", "▁cat")]
+    for _ in range(2):  # what is known is the same
+        assert "".join(texts(token, first=at == 0) for at, token in enumerate(ids)) == tokenizer.decode(ids)
+    if name != "words":
+        assert texts(tokenizer.token_to_id("<end>")) == "<end>"
+        part = tokenizer.token_to_id("<0xD0>") or tokenizer.encode("ж").ids[0]
+        assert INCOMPLETE in texts(part)

@@ -32,7 +32,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -395,6 +395,16 @@ class Newest:
     draft: Draft
 
 
+class Piece(NamedTuple):
+    """What is new of a choice."""
+
+    choice: int
+    text: str = ""
+    reason: str | None = None
+    """At its end, why it ended."""
+    draft: Draft | None = None
+
+
 class Call:
     """What one HTTP request asked for: its choices under way, their events in one queue.
 
@@ -452,8 +462,8 @@ class Call:
             if choice.handle is not None and choice.completion is None:
                 choice.handle.cancel()
 
-    async def pieces(self) -> AsyncIterator[tuple[int, str | Draft, str | None]]:
-        """(choice, its next text or draft, at its end why it ended). Raises ApiError."""
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """What comes, until every choice has ended. Raises ApiError."""
         metrics, left, seen = self.service.metrics, len(self.choices), False
         while left:
             index, event = await self.queue.get()
@@ -467,7 +477,7 @@ class Call:
                 if choice.draft is event:
                     choice.draft = None
                 if not choice.text.stopped:
-                    yield index, event.draft, None
+                    yield Piece(index, draft=event.draft)
                 continue
             if isinstance(event, Completion):
                 left -= 1
@@ -478,7 +488,7 @@ class Call:
                 elif reason == "cancelled":  # not by us
                     raise stopping()
                 metrics.finished(event, choice.text.count)
-                yield index, rest, reason
+                yield Piece(index, rest, reason)
                 continue
             if not seen:
                 seen = True
@@ -487,7 +497,7 @@ class Call:
             if choice.text.stopped and choice.handle is not None:
                 choice.handle.cancel()
             if piece:
-                yield index, piece, None
+                yield Piece(index, piece)
 
     def usage(self) -> dict[str, Any]:
         """Of a finished call. A prompt counts once, however many its choices."""
@@ -789,14 +799,14 @@ async def answer(service: Service, http: Request, request: ChatRequest | Complet
             try:
                 for index in range(len(call.choices) if chat else 0):
                     yield part(index, "", delta={"role": "assistant", "content": ""})
-                async for index, piece, reason in call.pieces():
-                    if isinstance(piece, Draft):
-                        yield part(index, "", draft=draft_of(piece, call.choices[index], service.token_texts))
-                        continue
-                    if piece:
-                        yield part(index, piece)
-                    if reason is not None:
-                        yield part(index, "", reason)
+                async for piece in call.pieces():
+                    if piece.draft is not None:
+                        length = call.choices[piece.choice].gen_length
+                        yield part(piece.choice, "", draft=draft_of(piece.draft, length, service.token_texts))
+                    if piece.text:
+                        yield part(piece.choice, piece.text)
+                    if piece.reason is not None:
+                        yield part(piece.choice, "", piece.reason)
                 if usage:
                     yield event([], call.usage())
                 yield "data: [DONE]\n\n"
@@ -814,10 +824,9 @@ async def answer(service: Service, http: Request, request: ChatRequest | Complet
 
     watching = asyncio.ensure_future(gone())
     try:
-        async for index, piece, reason in call.pieces():
-            assert isinstance(piece, str)  # drafts are for streams
-            texts[index] += piece
-            reasons[index] = reason or ""
+        async for piece in call.pieces():
+            texts[piece.choice] += piece.text
+            reasons[piece.choice] = piece.reason or ""
     finally:
         watching.cancel()
         call.close()
@@ -832,7 +841,7 @@ async def answer(service: Service, http: Request, request: ChatRequest | Complet
     return JSONResponse({**frame, "choices": choices, "usage": call.usage()})
 
 
-def draft_of(draft: Draft, choice: Choice, texts: text.TokenTexts) -> dict[str, Any]:
+def draft_of(draft: Draft, length: int, texts: text.TokenTexts) -> dict[str, Any]:
     """The "draft" that stands beside a choice's empty text in a chunk of its own, where a request asks for
     `stream_drafts`.
 
@@ -842,8 +851,11 @@ def draft_of(draft: Draft, choice: Choice, texts: text.TokenTexts) -> dict[str, 
     text but for characters over several tokens. Where the client is slow, drafts are left out, never the
     newest. The whole block follows as text once it is complete.
     """
-    tokens = [None if token is None else texts(token) for token in draft.tokens]
-    return {"pass": draft.nfe, "start": draft.start, "length": choice.gen_length, "tokens": tokens}
+    tokens = [
+        None if token is None else texts(token, first=draft.start + at == 0)
+        for at, token in enumerate(draft.tokens)
+    ]
+    return {"pass": draft.nfe, "start": draft.start, "length": length, "tokens": tokens}
 
 
 def sse(content: dict[str, Any]) -> str:

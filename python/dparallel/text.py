@@ -92,7 +92,10 @@ class TokenTexts:
         self._before = "" if self._first is None else self._decode([self._first])
         self._known: dict[int, str] = {}
 
-    def __call__(self, token: int) -> str:
+    def __call__(self, token: int, first: bool = False) -> str:
+        """`first`: the text begins with it."""
+        if first:
+            return self._decode([token])
         if token not in self._known:
             both = self._decode([token] if self._first is None else [self._first, token])
             follows = both.startswith(self._before)
