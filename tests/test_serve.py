@@ -1161,6 +1161,22 @@ def test_a_port_that_is_taken_is_one_line() -> None:
     assert f"port: {port} of '127.0.0.1' is in use already" in found.stderr
 
 
+def test_a_port_on_which_another_listens_first_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that begin at once both get the port, and the slower one learns it with its model loaded."""
+    (faster,) = serve.listen("127.0.0.1", 0)
+    with faster:
+        port = faster.getsockname()[1]
+        (slower,) = serve.listen("127.0.0.1", port)
+        faster.listen()
+        monkeypatch.setattr(serve, "listen", lambda *_: [slower])
+        found = CliRunner().invoke(
+            app, ["serve", "--model", MODEL, "--log-level", "error", "--port", str(port)]
+        )
+    assert found.exit_code == 2
+    assert found.stderr.splitlines()[-1].startswith(f"error: port: {port} of '127.0.0.1' is in use already")
+    assert "Traceback" not in found.output
+
+
 def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import dparallel
 

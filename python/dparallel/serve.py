@@ -965,6 +965,8 @@ class Server(uvicorn.Server):
         self.service = service
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        for one in sockets or []:
+            one.listen(self.config.backlog)  # fails, if at all, before anything else has begun
         await super().startup(sockets)
         for one in sockets or []:  # uvicorn names only those that it opens
             host, port = one.getsockname()[:2]
