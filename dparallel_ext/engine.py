@@ -190,7 +190,7 @@ def _call(callback: Callable[[Any], None], event: Event | Draft) -> None:
     try:
         callback(event)
     except Exception:
-        log.exception("a callback of a request failed")
+        log.exception("a callback of Handle.subscribe or on_draft failed")
 
 
 class Engine:
