@@ -1139,6 +1139,7 @@ def test_metrics(served: Served, client: OpenAI) -> None:
         (("--max-length", "0"), "max_length: expected a whole number >= 1, got 0"),
         (("--cors-origin", "example.org"), "cors_origin: expected '*' or an origin"),
         (("--cors-origin", "https://example.org/page"), "cors_origin: expected '*' or an origin"),
+        (("--cors-origin", "https://Example.org"), "cors_origin: expected '*' or an origin"),
     ],
 )
 def test_bad_options_are_one_line(args: tuple[str, ...], said: str) -> None:

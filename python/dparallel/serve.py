@@ -100,7 +100,8 @@ class Settings:
         if not 0 <= self.grace < math.inf:
             raise ValueError(f"grace: expected seconds >= 0, got {self.grace}")
         for origin in self.cors_origins:
-            if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+", origin):
+            # Browsers write them in lower case, without a path.
+            if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+", origin):
                 raise ValueError(
                     f"cors_origin: expected '*' or an origin such as https://example.org, got {origin!r}"
                 )
