@@ -399,14 +399,17 @@ def test_characters_over_several_blocks(odd_client: OpenAI) -> None:
         ({"stop": [1]}, "stop", "a string or up to 32"),
         ({"stream": "yes"}, "stream", "valid boolean"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream=true"),
-        ({"logprobs": True}, "logprobs", "only false is supported"),
+        ({"logprobs": True, "top_logprobs": 2}, "top_logprobs", "only 0 is supported"),
+        ({"logprobs": 1}, "logprobs", "valid boolean"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "only [] is supported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "only"),
-        ({"top_p": 0.9}, "top_p", "only 1 is supported"),
+        ({"top_p": 0.0}, "top_p", "greater than 0"),
+        ({"top_p": 1.1}, "top_p", "less than or equal to 1"),
         ({"frequency_penalty": 0.1}, "frequency_penalty", "only 0"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "only {} is supported"),
         ({"extra_body": {"min_p": 0.1}}, "min_p", "only 0 is supported"),
-        ({"extra_body": {"top_k": 5}}, "top_k", "only -1 or 0 is supported"),
+        ({"extra_body": {"top_k": -2}}, "top_k", "greater"),
+        ({"extra_body": {"top_k": 1.5}}, "top_k", "valid integer"),
         ({"extra_body": {"guided_regex": "a"}}, "guided_regex", "is not supported"),
         ({"extra_body": {"stop_token_ids": [VOCABULARY]}}, "stop_token_ids", "token ids below"),
         ({"extra_body": {"stop_token_ids": [-1]}}, "stop_token_ids", "greater"),
@@ -440,7 +443,9 @@ def test_bad_requests_are_named(client: OpenAI, settings: dict[str, Any], param:
         ({"prompt": [1] * 256}, "prompt"),
         ({"prompt": ["a"] * 65}, "prompt"),
         ({"prompt": ["a"] * 33, "n": 2}, "n"),
-        ({"logprobs": 0}, "logprobs"),
+        ({"logprobs": 2}, "logprobs"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"logprobs": 1, "temperature": 0.5}, "logprobs"),
         ({"echo": True}, "echo"),
         ({"suffix": ["x"]}, "suffix"),
         ({"best_of": 2}, "best_of"),
@@ -482,7 +487,13 @@ def test_what_is_not_neutral_is_named() -> None:
         assert found is not None
         assert found[0] == name
         assert found[1].startswith(f"{name}: only ")
-    for name, value in {"top_k": False, "echo": 0, "min_tokens": 1, "tools": [{}], "ignored": 0}.items():
+    for name, value in {
+        "top_logprobs": False,
+        "echo": 0,
+        "min_tokens": 1,
+        "tools": [{}],
+        "ignored": 0,
+    }.items():
         assert (protocol.refused({name: value}, protocol.CHAT) or "")[0] == name
     # That which says most about what the client is after comes first.
     found = protocol.refused({"logprobs": 1, "echo": True}, protocol.COMPLETION)
@@ -646,6 +657,83 @@ def test_requests_of_lm_eval(served: Served, student: tuple[Any, Any]) -> None:
     assert "lm_eval --model dparallel" in error["message"]
 
 
+# --- log-probabilities --------------------------------------------------------------------------
+
+
+def scored(student: tuple[Any, Any], prompt: str, **settings: Any) -> tuple[list[str], list[float]]:
+    """Words and log-probabilities of the tokens of `decode`, up to the end token."""
+    model, tokenizer = student
+    ids = torch.tensor(tokenizer.encode(prompt).ids)
+    out = dx.decode(
+        model,
+        ids,
+        gen_length=64,
+        block_length=BLOCK,
+        cache="dual",
+        threshold=0.5,
+        eos_id=EOS,
+        logprobs=True,
+        **settings,
+    )
+    kept = int(out.kept[0])
+    assert out.logprobs is not None
+    return [tokenizer.id_to_token(t) for t in out.responses[0][:kept].tolist()], out.logprobs[
+        0, :kept
+    ].tolist()
+
+
+SAMPLED = [{}, {"temperature": 1.0, "seed": 5}, {"temperature": 1.5, "seed": 5, "top_p": 0.8, "top_k": 4}]
+
+
+@pytest.mark.parametrize("settings", SAMPLED)
+def test_logprobs(client: OpenAI, student: tuple[Any, Any], settings: dict[str, Any]) -> None:
+    """Of the committed tokens, as `decode` has them, whole and streaming, of both endpoints."""
+    ours = {**settings, "seed": torch.tensor([settings["seed"]])} if "seed" in settings else settings
+    words, values = scored(student, PROMPT, **ours)
+    said = " ".join(words)
+    top_k = {"extra_body": {"top_k": settings["top_k"]}} if "top_k" in settings else {}
+    asked = {**{key: value for key, value in settings.items() if key != "top_k"}, **top_k}
+    whole = chat(client, max_tokens=64, logprobs=True, top_logprobs=0, **asked).choices[0]
+    assert whole.message.content == said
+    found = whole.logprobs.content
+    assert [one.token.strip() for one in found] == words
+    assert "".join(one.token for one in found) == said
+    assert [bytes(one.bytes).decode() for one in found] == [one.token for one in found]
+    assert [one.logprob for one in found] == pytest.approx(values, abs=1e-4)
+    assert all(one.top_logprobs == [] for one in found)
+    streamed = []
+    for chunk in chat(client, max_tokens=64, logprobs=True, stream=True, **asked):
+        streamed += chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else []
+    assert streamed == found
+    prompt = {"model": MODEL, "prompt": PROMPT, "max_tokens": 64, **asked}
+    whole = client.completions.create(logprobs=0, **prompt).choices[0]
+    assert whole.text == said
+    assert whole.logprobs.tokens == [one.token for one in found]
+    assert whole.logprobs.token_logprobs == [one.logprob for one in found]
+    starts = whole.logprobs.text_offset
+    assert all(said.startswith(*pair) for pair in zip(whole.logprobs.tokens, starts, strict=True))
+    assert whole.logprobs.top_logprobs is None
+    offsets = []
+    for chunk in client.completions.create(logprobs=0, stream=True, **prompt):
+        offsets += chunk.choices[0].logprobs.text_offset if chunk.choices[0].logprobs else []
+    assert offsets == starts
+
+
+def test_logprobs_end_where_the_tokens_are_counted(client: OpenAI) -> None:
+    stop = {"stop": ["= "], "max_tokens": 64}
+    answer = client.completions.create(model=MODEL, prompt=[PROMPT, PROMPTS[1]], logprobs=1, n=2, **stop)
+    assert sum(len(one.logprobs.tokens) for one in answer.choices) == answer.usage.completion_tokens
+    for one in answer.choices:
+        (first, *_), (value, *_) = one.logprobs.tokens, one.logprobs.token_logprobs
+        assert one.logprobs.top_logprobs[0] == {first: value}
+    assert all(one.logprobs is None for one in chat(client, logprobs=False).choices)
+
+
+def test_logprobs_are_json() -> None:
+    assert protocol.chat_logprobs([("a", float("-inf"))])["content"][0]["logprob"] == -9999.0
+    assert protocol.chat_logprobs([(text.INCOMPLETE, -1.0)])["content"][0]["bytes"] is None
+
+
 # --- drafts -------------------------------------------------------------------------------------
 
 
@@ -711,7 +799,7 @@ def test_a_slow_client_gets_the_newest_draft(student: tuple[Any, Any]) -> None:
 
     async def run() -> list[Any]:
         tell: list[Callable[[Any], None]] = []
-        handle: Any = SimpleNamespace(subscribe=tell.append, cancel=lambda: None)
+        handle: Any = SimpleNamespace(subscribe=tell.append, cancel=lambda: None, logprobs=[])
         service: Any = SimpleNamespace(aborted=asyncio.get_running_loop().create_future())
         nothing = SimpleNamespace(observe=lambda _: None)
         service.metrics = SimpleNamespace(first_block=nothing, finished=lambda *_: None)

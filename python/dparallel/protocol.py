@@ -6,9 +6,12 @@ request is answered; a request for more is refused by name.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from .text import INCOMPLETE
 
 Neutral = Mapping[str, tuple[Any, ...]]
 """Of each parameter the values that ask for nothing; null always does."""
@@ -38,7 +41,6 @@ OPENAI: Neutral = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "parallel_tool_calls": EITHER,
     "presence_penalty": (0,),
@@ -50,7 +52,6 @@ OPENAI: Neutral = {
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
-    "top_p": (1,),
     "verbosity": ("medium",),
 }
 VLLM_AND_SGLANG: Neutral = {
@@ -87,7 +88,6 @@ VLLM_AND_SGLANG: Neutral = {
     "spaces_between_special_tokens": EITHER,
     "stream_reasoning": EITHER,
     "thinking_token_budget": (-1,),
-    "top_k": (-1, 0),
     "use_audio_in_video": (False,),
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
@@ -124,6 +124,38 @@ SCORES = (
 )
 HINTS = {"echo": SCORES, "prompt_logprobs": SCORES}
 """Where to find what the server does not do."""
+
+
+def chat_logprobs(tokens: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    """Texts of tokens and their log-probabilities, as chat completions have them."""
+    content = [
+        {
+            "token": text,
+            "logprob": _finite(value),
+            "bytes": None if INCOMPLETE in text else list(text.encode()),
+            "top_logprobs": [],
+        }
+        for text, value in tokens
+    ]
+    return {"content": content, "refusal": None}
+
+
+def completion_logprobs(tokens: Sequence[tuple[str, float]], offset: int, top: bool) -> dict[str, Any]:
+    """The same as completions have them. `offset`: characters of the tokens before these. `top`: each token
+    is the most probable one of its place, and is listed as that too."""
+    texts, values = [text for text, _ in tokens], [_finite(value) for _, value in tokens]
+    ends = itertools.accumulate(map(len, texts), initial=offset)
+    return {
+        "tokens": texts,
+        "token_logprobs": values,
+        "text_offset": [start for start, _ in zip(ends, texts, strict=False)],
+        "top_logprobs": [{text: value} for text, value in zip(texts, values, strict=True)] if top else None,
+    }
+
+
+def _finite(value: float) -> float:
+    """JSON has no infinity; OpenAI writes -9999 for a token that is as good as impossible."""
+    return max(value, -9999.0)
 
 
 def refused(given: Mapping[str, Any], neutral: Neutral) -> tuple[str, str] | None:

@@ -183,6 +183,9 @@ class Options(Strict):
     n: int | None = Field(None, ge=1)
     best_of: int | None = None
     temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1)
+    """-1 and 0: no bound."""
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: list[Text] | None = None
     stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=MOST_STOPS)
@@ -239,6 +242,25 @@ class CompletionRequest(Options):
     neutral = protocol.COMPLETION
     prompt: list[Text] | list[list[int]]
     suffix: Text | None = None
+    logprobs: int | None = Field(None, ge=0, le=1)
+    """0: the log-probability of each token. 1: of the most probable one too, which greedy decoding takes."""
+
+    @property
+    def scored(self) -> bool:
+        """Whether log-probabilities are asked for."""
+        return self.logprobs is not None
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _as_in_chats(cls, value: Any) -> Any:
+        return None if value is False else value
+
+    @model_validator(mode="after")
+    def _most_probable(self) -> Self:
+        if self.scored and self.logprobs and self.temperature:
+            said = "logprobs: expected 0 at a temperature above 0, where a token may not be the most probable"
+            raise ApiError(400, f"{said}, got {self.logprobs}", param="logprobs")
+        return self
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -287,6 +309,12 @@ class ChatRequest(Options):
     neutral = protocol.CHAT
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+
+    @property
+    def scored(self) -> bool:
+        """Whether log-probabilities are asked for."""
+        return bool(self.logprobs)
 
     @model_validator(mode="after")
     def _one_name(self) -> Self:
@@ -404,6 +432,8 @@ class Piece(NamedTuple):
     reason: str | None = None
     """At its end, why it ended."""
     draft: Draft | None = None
+    scores: Sequence[tuple[int, float]] = ()
+    """Its tokens and their log-probabilities, where they are asked for."""
 
 
 class Call:
@@ -494,11 +524,14 @@ class Call:
             if not seen:
                 seen = True
                 metrics.first_block.observe(time.perf_counter() - self.began)
-            piece = choice.text.put(event)
-            if choice.text.stopped and choice.handle is not None:
+            before, piece = choice.text.count, choice.text.put(event)
+            assert choice.handle is not None
+            if choice.text.stopped:
                 choice.handle.cancel()
-            if piece:
-                yield Piece(index, piece)
+            logprobs = choice.handle.logprobs[before : choice.text.count]
+            scores = list(zip(event, logprobs, strict=False))  # up to a stop string, or none at all
+            if piece or scores:
+                yield Piece(index, piece, scores=scores)
 
     def usage(self) -> dict[str, Any]:
         """Of a finished call. A prompt counts once, however many its choices."""
@@ -592,7 +625,10 @@ class Service:
                     gen_length=0 if choice.suffix else choice.gen_length,
                     infill=bool(choice.suffix),
                     temperature=request.temperature or 0.0,
+                    top_p=request.top_p,
+                    top_k=max(0, request.top_k or 0),
                     seed=choice.seed,
+                    logprobs=request.scored,
                     on_draft=tell if request.stream_drafts else None,
                     **policy,
                     **ends,
@@ -781,8 +817,26 @@ async def answer(service: Service, http: Request, request: ChatRequest | Complet
         "model": request.model,
     }
 
-    def choice(index: int, content: dict[str, Any], reason: str | None) -> dict[str, Any]:
-        return {"index": index, **content, "logprobs": None, "finish_reason": reason}
+    lengths, offsets = [0] * len(call.choices), [0] * len(call.choices)
+
+    def logprobs(index: int, scores: Sequence[tuple[int, float]]) -> dict[str, Any]:
+        """Of the choice's next tokens."""
+        first, offset = lengths[index] == 0, offsets[index]
+        tokens = [
+            (service.token_texts(token, first=first and at == 0), value)
+            for at, (token, value) in enumerate(scores)
+        ]
+        lengths[index] += len(tokens)
+        offsets[index] += sum(len(text) for text, _ in tokens)
+        if isinstance(request, ChatRequest):
+            return protocol.chat_logprobs(tokens)
+        return protocol.completion_logprobs(tokens, offset, bool(request.logprobs))
+
+    def choice(
+        index: int, content: dict[str, Any], reason: str | None, scores: Sequence[tuple[int, float]] | None
+    ) -> dict[str, Any]:
+        scored = None if scores is None else logprobs(index, scores)
+        return {"index": index, **content, "logprobs": scored, "finish_reason": reason}
 
     if request.stream:
         usage = bool(request.stream_options and request.stream_options.include_usage)
@@ -792,9 +846,15 @@ async def answer(service: Service, http: Request, request: ChatRequest | Complet
         def event(choices: list[dict[str, Any]], used: dict[str, Any] | None = None) -> str:
             return sse({**frame, "choices": choices, **({"usage": used} if usage else {})})
 
-        def part(index: int, piece: str, reason: str | None = None, **more: Any) -> str:
+        def part(
+            index: int,
+            piece: str,
+            reason: str | None = None,
+            scores: Sequence[tuple[int, float]] = (),
+            **more: Any,
+        ) -> str:
             content = {"delta": {"content": piece} if piece else {}} if chat else {"text": piece}
-            return event([choice(index, {**content, **more}, reason)])
+            return event([choice(index, {**content, **more}, reason, scores or None)])
 
         async def events() -> AsyncIterator[str]:
             try:
@@ -804,8 +864,8 @@ async def answer(service: Service, http: Request, request: ChatRequest | Complet
                     if piece.draft is not None:
                         length = call.choices[piece.choice].gen_length
                         yield part(piece.choice, "", draft=draft_of(piece.draft, length, service.token_texts))
-                    if piece.text:
-                        yield part(piece.choice, piece.text)
+                    if piece.text or piece.scores:
+                        yield part(piece.choice, piece.text, scores=piece.scores)
                     if piece.reason is not None:
                         yield part(piece.choice, "", piece.reason)
                 if usage:
@@ -817,6 +877,7 @@ async def answer(service: Service, http: Request, request: ChatRequest | Complet
         return EventStream(call, events())
 
     texts, reasons = [""] * len(call.choices), [""] * len(call.choices)
+    scores: list[list[tuple[int, float]]] = [[] for _ in call.choices]
 
     async def gone() -> None:
         while (await http.receive())["type"] != "http.disconnect":
@@ -827,6 +888,7 @@ async def answer(service: Service, http: Request, request: ChatRequest | Complet
     try:
         async for piece in call.pieces():
             texts[piece.choice] += piece.text
+            scores[piece.choice] += piece.scores
             reasons[piece.choice] = piece.reason or ""
     finally:
         watching.cancel()
@@ -836,6 +898,7 @@ async def answer(service: Service, http: Request, request: ChatRequest | Complet
             index,
             {"message": {"role": "assistant", "content": said, "refusal": None}} if chat else {"text": said},
             reason,
+            scores[index] if request.scored else None,
         )
         for index, (said, reason) in enumerate(zip(texts, reasons, strict=True))
     ]
