@@ -4,9 +4,10 @@
 
 What differs from OpenAI: `temperature` is 0 unless given, as everywhere here; `policy` chooses the unmasking
 rule; text streams by finished blocks, and with `stream_drafts` by passes too (`draft_of`); `usage` also has
-forward_passes and tokens_per_pass; a completion with `suffix` is decoded between two texts. `ignore_eos` and
-`stop_token_ids` are vLLM's. A parameter that the server does not follow is refused by name, unless its value
-is one that changes nothing (`protocol`).
+forward_passes and tokens_per_pass; `logprobs` are those with which the tokens were drawn, see `decode`; a
+completion with `suffix` is decoded between two texts. `top_k`, `ignore_eos` and `stop_token_ids` are vLLM's.
+A parameter that the server does not follow is refused by name, unless its value is one that changes nothing
+(`protocol`).
 
 A body is JSON whatever its Content-Type says, except where a web page sends it: pages say application/json,
 so that the browser asks first whether they may.
@@ -640,7 +641,8 @@ class Service:
                 raise ApiError(503, str(error), code="closed") from error
             except ValueError as error:
                 ours = str(error).partition(":")[0]
-                theirs = {"prompt": param, "gen_length": "max_tokens", "temperature": "temperature"}
+                theirs = {"prompt": param, "gen_length": "max_tokens"}
+                theirs |= {name: name for name in ("temperature", "top_p", "top_k")}
                 raise ApiError(400, str(error), param=theirs.get(ours, "policy")) from error
 
         return Call(self, choices, each, submit)
