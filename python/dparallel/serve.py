@@ -420,7 +420,7 @@ class Choice:
 
 @dataclass
 class Newest:
-    """A place in the queue for a draft, which a newer one takes over: a slow client gets fewer of them."""
+    """A place in the queue for a draft, which a newer one of its block takes: a slow client gets fewer."""
 
     draft: Draft
 
@@ -475,7 +475,7 @@ class Call:
         choice = self.choices[index]
         if not isinstance(event, Draft):
             choice.draft = None
-        elif choice.draft is not None:
+        elif choice.draft is not None and choice.draft.draft.start == event.start:
             choice.draft.draft = event
             return
         else:
@@ -914,8 +914,8 @@ def draft_of(draft: Draft, length: int, texts: text.TokenTexts) -> dict[str, Any
     pass: the forward passes that the response has had. start: where the active block begins in the response;
     the tokens before it are final and were streamed, those after it are masks. length: of the response.
     tokens: the block's, each as text, special tokens included; null where there is a mask. They join to the
-    text but for characters over several tokens. Where the client is slow, drafts are left out, never the
-    newest. The whole block follows as text once it is complete.
+    text but for characters over several tokens. Where the client is slow, drafts are left out, never a
+    block's last. The whole block follows as text once it is complete.
     """
     tokens = [
         None if token is None else texts(token, first=draft.start + at == 0)
