@@ -5,6 +5,7 @@ from .base import Model, Output, Traits
 from .checkpoint import FAMILIES, device_of, load, save, wrap
 from .dream import Dream
 from .fast_dllm import FastDLLM
+from .files import locate
 from .llada import LLaDA
 from .sdar import SDAR
 from .traits import traits
@@ -23,6 +24,7 @@ __all__ = [
     "device_of",
     "for_decoding",
     "load",
+    "locate",
     "own_precision",
     "save",
     "traits",

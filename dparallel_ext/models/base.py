@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,23 @@ def check_supported(
         given = config[key] if key in explicit else config.get(key, value)
         if given != value and (given or value):
             raise ValueError(f"config: {key}={given!r} is not supported, only {value!r}")
+
+
+def number(
+    config: Mapping[str, Any], key: str, default: float | None = None, *, kind: type[float] = int
+) -> Any:
+    """A number > 0 of a config.json, where null is as good as nothing. `kind`: int or float.
+
+    Raises ValueError naming the key.
+    """
+    value = default if config.get(key) is None else config[key]
+    if value is None:
+        raise ValueError(f"config: {key!r} is {'null' if key in config else 'missing'}")
+    expected = (int,) if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, expected) or not value > 0:
+        wanted = "a whole number >= 1" if kind is int else "a number > 0"
+        raise ValueError(f"config: {key}={value!r}, expected {wanted}")
+    return value
 
 
 class Config(dict[str, Any]):
@@ -196,6 +214,8 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries (..., heads, D), keys and values (..., kv_heads, D), before RoPE -> (..., heads, D)."""
 
 
+DROPOUT = ("attention_dropout", "embedding_dropout", "residual_dropout")
+"""The keys of a config.json that only matter in training; the published class of LLaDA's has 0.1 for each."""
 LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
 """The linear layers of a block."""
 
@@ -297,6 +317,8 @@ class Model(Named):
     """The selectors by which this family's published decoder commits beyond the threshold, not at it."""
     sub_block_length: ClassVar[int | None] = None
     """The part of a block that this family's published decoder fills at a time; None: all of it."""
+    published_mask_id: ClassVar[int | None] = None
+    """The mask of this family's released checkpoints, which counts where a config names none."""
     block_length: int | None
     """Block-causal families: the length of the blocks, counted from position 0. Else None."""
 
@@ -305,11 +327,11 @@ class Model(Named):
         whole = {ours: theirs for ours, theirs in self.NAMES.items() if "{}" not in theirs}
         super().__init__({**whole, "blocks": layer.removesuffix(".")})
         self.config = Config(config)
-        try:
-            s = self.shape = self.read_config(config)
-        except KeyError as error:
-            raise ValueError(f"config: {error} is missing") from error
+        s = self.shape = self.shape_of(config)
         self.vocab_size, self.block_length = s.vocab_size, s.block_length
+        published = self.published_mask_id
+        if config.get("mask_token_id") is None and published is not None and published < s.rows:
+            self.config["mask_token_id"] = published
         self.mask_id = self._token_id("mask_token_id")
         self.eos_id = self._token_id("eos_token_id")
         self.embed = nn.Embedding(s.rows, s.width)
@@ -327,11 +349,27 @@ class Model(Named):
     def read_config(config: Mapping[str, Any]) -> Shape:
         raise NotImplementedError
 
+    @classmethod
+    def shape_of(cls, config: Mapping[str, Any]) -> Shape:
+        """What the config.json says of the transformer. Raises ValueError as `Model` does."""
+        try:
+            return cls.read_config(config)
+        except KeyError as error:
+            raise ValueError(f"config: {error} is missing") from error
+
     def _token_id(self, key: str) -> int | None:
+        """The id, or the first of several, as eos_token_id may be."""
         given = self.config.get(key)
-        if given is None or (isinstance(given, int) and 0 <= given < self.shape.rows):
-            return given
+        first: Any = given[0] if isinstance(given, list) and given else given
+        if given is None or (type(first) is int and 0 <= first < self.shape.rows):
+            return first
         raise ValueError(f"config: {key}={given!r}, expected an id below {self.shape.rows} or null")
+
+    def train(self, mode: bool = True) -> Model:
+        dropped = {key: self.config[key] for key in DROPOUT if self.config.get(key)}
+        if mode and dropped:
+            warnings.warn(f"config: {dropped} is not followed: there is no dropout here", stacklevel=2)
+        return super().train(mode)
 
     def tie(self) -> None:
         """Let the head be the embedding, where the config says so."""

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import side_by_side
+from . import files, side_by_side
 from .base import Model
 from .dream import Dream
 from .fast_dllm import FastDLLM
@@ -37,28 +37,48 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     fuse: bool | None = None,
+    mask_id: int | None = None,
 ) -> Model:
     """Load a checkpoint of one of `FAMILIES`: a directory with config.json and (sharded) safetensors.
 
-    Tensors are memory-mapped and go straight to `device` (default: CPU) and `dtype` (default: as
-    stored). The model comes in evaluation mode. `fuse`: as `Model.fuse` would leave it, each tensor read to
-    its place; default: unless on the CPU.
+    `path` may be ORG/NAME of the Hugging Face Hub, see `locate`. Tensors are memory-mapped and go straight to
+    `device` (default: CPU) and `dtype` (default: as stored). The model comes in evaluation mode. `fuse`: as
+    `Model.fuse` would leave it, each tensor read to its place; default: unless on the CPU. `mask_id`: instead
+    of the checkpoint's, which is that of config.json, generation_config.json or the tokenizer's files, else
+    the one that the released checkpoints of its family have.
 
     Raises:
         FileNotFoundError: naming what is not there.
-        ValueError: naming the device that is not there, the config key, or the missing, extra, misshapen or
-            unreadable tensors.
+        ValueError: naming the device that is not there, the config key, or the missing, extra, misshapen,
+            quantised or unreadable tensors.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype: expected a floating-point type, got {dtype}")
     place = device_of(device)
-    directory = Path(path)
-    if not directory.is_dir():
-        raise FileNotFoundError(f"path: no directory {directory}")
-    config = _json(directory / "config.json")
-    stored = _stored(_files(directory), str(place), dtype)
+    directory = files.locate(path)
+    source = f"path: {directory}"
+    config = files.read_json(directory / "config.json", required=True)
+    files.refuse_quantised(config, (), source)
+    rows = _family(config, source).shape_of(config).rows
+    mask_id = _mask_id(mask_id, directory, rows)
+    if mask_id is not None:
+        config["mask_token_id"] = mask_id
+    stored = _stored(_shards(directory), str(place))
     fuse = place.type != "cpu" if fuse is None else fuse
-    return _assemble(config, stored, f"path: {directory}", fuse)
+    return _assemble(config, stored, source, fuse, dtype)
+
+
+def _mask_id(given: int | None, directory: Path, rows: int) -> int | None:
+    """The id that is given, else that of the checkpoint's files."""
+    name, found = "mask_id", given
+    if given is None:
+        name, found = (
+            f"path: the mask token of {directory}, unless mask_id is given",
+            files.mask_token_id(directory),
+        )
+    if found is not None and (type(found) is not int or not 0 <= found < rows):
+        raise ValueError(f"{name}: expected an id below {rows}, got {found!r}")
+    return found
 
 
 def device_of(device: torch.device | str | None) -> torch.device:
@@ -109,7 +129,12 @@ def wrap(hf_model: nn.Module) -> Model:
     if len(devices) > 1 or "meta" in devices:
         raise ValueError(f"hf_model: expected its weights on one device, got {sorted(devices)}")
     tensors = ((name, tuple(p.shape), partial(_same, p)) for name, p in given.items())
-    content = config if isinstance(config, Mapping) else config.to_dict()
+    content = dict(config if isinstance(config, Mapping) else config.to_dict())
+    if content.get("mask_token_id") is None:
+        content["mask_token_id"] = getattr(
+            getattr(hf_model, "generation_config", None), "mask_token_id", None
+        )
+    files.refuse_quantised(content, given, f"hf_model: {type(hf_model).__name__}")
     model = _assemble(content, tensors, f"hf_model: {type(hf_model).__name__}")
     for name, module in adapted.items():
         parent, _, leaf = name.rpartition(".")
@@ -163,6 +188,8 @@ def save(
     }
     names = [name for name, family in FAMILIES.items() if type(model) is family]
     config = {**model.config, "torch_dtype": str(dtype).removeprefix("torch.")}
+    if "dtype" in config:  # the newer name, which transformers reads first
+        config["dtype"] = config["torch_dtype"]
     config["model_type"] = names[0] if names else config.get("model_type")
     weights = directory / "model.safetensors"
     partial_weights = weights.with_name(weights.name + ".partial")
@@ -178,11 +205,26 @@ def save(
 Offer = tuple[str, tuple[int, ...], Callable[[], Tensor]]
 
 
-def _assemble(config: Mapping[str, Any], tensors: Iterable[Offer], source: str, fuse: bool = False) -> Model:
-    """The model of `config`, holding `tensors`: nothing is allotted or initialised beside them."""
-    family = FAMILIES.get(config.get("model_type", ""))
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def _family(config: Mapping[str, Any], source: str) -> type[Model]:
+    name = config.get("model_type")
+    family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
-        raise ValueError(f"{source}: model_type {config.get('model_type')!r} is none of {list(FAMILIES)}")
+        raise ValueError(f"{source}: model_type {name!r} is none of {list(FAMILIES)}")
+    return family
+
+
+def _assemble(
+    config: Mapping[str, Any],
+    tensors: Iterable[Offer],
+    source: str,
+    fuse: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Model:
+    """The model of `config`, holding `tensors` in `dtype`: nothing is allotted or initialised beside them."""
+    family = _family(config, source)
     with torch.device("meta"):
         model = family(config)
     wanted = dict(model.named_parameters())
@@ -200,65 +242,59 @@ def _assemble(config: Mapping[str, Any], tensors: Iterable[Offer], source: str, 
             faults.append(f"{name} is {shape}, expected {tuple(expected.shape)}")
             continue
         tensor = fetch()
-        if not tensor.is_floating_point():
-            faults.append(f"{name} is {tensor.dtype}, expected a floating-point type")
+        if tensor.dtype not in DTYPES:
+            faults.append(f"{name} is {tensor.dtype}, expected a floating-point type of 16 bits or more")
             continue
+        tensor = tensor if dtype is None else tensor.to(dtype)
         module, _, parameter = name.rpartition(".")
         held = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(places.put(expected, tensor))
         setattr(model.get_submodule(module), parameter, held)
     faults += [f"{name} is missing" for name in sorted(set(wanted) - found)]
     faults += [f"{name} is unexpected" for name in sorted(found - known)]
     if faults:
+        files.refuse_quantised(config, found - known, source)
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(f"{source} does not fit {family.__name__}: {'; '.join(faults[:5])}{more}")
     model.tie()
     return model.eval()
 
 
-def _stored(files: list[Path], device: str, dtype: torch.dtype | None) -> Iterator[Offer]:
-    for file in files:
+def _stored(shards: Mapping[Path, Mapping[str, str] | None], device: str) -> Iterator[Offer]:
+    for file, index in shards.items():
+        files.refuse_pointer(file)
         try:
             with safe_open(file, framework="pt", device=device) as shard:
                 for name in shard.keys():  # noqa: SIM118 (no mapping)
-                    shape = tuple(shard.get_slice(name).get_shape())
-                    yield name, shape, partial(_read, shard, name, dtype)
+                    if index is not None and index.get(name, file.name) != file.name:
+                        continue  # a copy that the index passes over
+                    yield name, tuple(shard.get_slice(name).get_shape()), partial(shard.get_tensor, name)
         except SafetensorError as error:
             raise ValueError(f"path: {file} is not a readable safetensors file: {error}") from error
-
-
-def _read(shard: safe_open, name: str, dtype: torch.dtype | None) -> Tensor:
-    tensor: Tensor = shard.get_tensor(name)
-    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    single = directory / "model.safetensors"
+def _shards(directory: Path) -> dict[Path, dict[str, str] | None]:
+    """The files that hold the weights, each with the index, {tensor: file}; one file alone has none."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():  # first, as transformers reads them
+        return {single: None}
     if not index.is_file():
-        if not single.is_file():
-            raise FileNotFoundError(f"path: no {single.name} (nor {index.name}) in {directory}")
-        return [single]
-    shards = _json(index).get("weight_map")
-    if not isinstance(shards, dict):
+        others = sorted(file.name for file in directory.glob("*.bin"))
+        hint = (
+            f"; {others[0]} is not read, save_pretrained of transformers writes safetensors" if others else ""
+        )
+        raise FileNotFoundError(f"path: no {single.name} (nor {index.name}) in {directory}{hint}")
+    found = files.read_json(index).get("weight_map")
+    if not isinstance(found, dict):
         raise ValueError(f"path: {index} has no weight_map")
-    files = [directory / name for name in sorted(set(shards.values()))]
-    for file in files:
+    for name in found.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"path: {index} names {name!r}, expected a file beside it")
+    shards = [directory / name for name in sorted(set(found.values()))]
+    for file in shards:
         if not file.is_file():
             raise FileNotFoundError(f"path: {index.name} names {file.name}, not in {directory}")
-    return files
-
-
-def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise FileNotFoundError(f"path: no {file.name} in {file.parent}")
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"path: {file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"path: {file} holds a {type(content).__name__}, expected an object")
-    return content
+    return dict.fromkeys(shards, found)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from .base import Model, Shape, check_supported
+from .base import Model, Shape, check_supported, number
 
 _LAYER = "model.layers.{}."
 _SUPPORTED = {
     "hidden_act": "silu",
     "use_sliding_window": False,
     "mlp_bias": False,
-    "attention_dropout": 0.0,
 }
 
 
@@ -35,6 +34,7 @@ QWEN_NAMES = {
 class Dream(Model):
     shift = True
     strict = frozenset({"entropy"})
+    published_mask_id = 151666
     NAMES: ClassVar[dict[str, str]] = QWEN_NAMES
 
     @staticmethod
@@ -51,18 +51,19 @@ def qwen_shape(config: Mapping[str, Any], **more: Any) -> Shape:
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise ValueError(f"config: {key} of type {kind!r} is not supported")
-    heads, width = config["num_attention_heads"], config["hidden_size"]
+    heads, width = number(config, "num_attention_heads"), number(config, "hidden_size")
+    theta = rope.get("rope_theta") if config.get("rope_theta") is None else config["rope_theta"]
     return Shape(
-        layers=config["num_hidden_layers"],
+        layers=number(config, "num_hidden_layers"),
         width=width,
         heads=heads,
         kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or width // heads,
-        mlp_width=config["intermediate_size"],
-        rows=config["vocab_size"],
-        vocab_size=config["vocab_size"],
-        eps=config.get("rms_norm_eps", 1e-6),
-        rope_theta=config.get("rope_theta") or rope.get("rope_theta", 10000.0),
+        mlp_width=number(config, "intermediate_size"),
+        rows=number(config, "vocab_size"),
+        vocab_size=number(config, "vocab_size"),
+        eps=number(config, "rms_norm_eps", 1e-6, kind=float),
+        rope_theta=number({"rope_theta": theta}, "rope_theta", 10000.0, kind=float),
         rope_in_float32=False,
         tied=bool(config.get("tie_word_embeddings", False)),
         **more,

@@ -9,9 +9,6 @@ from .base import Model, Shape
 from .dream import QWEN_NAMES
 from .sdar import block_causal_shape
 
-MASK_ID = 151665
-"""Of the published functions, by default; used where a config.json has no mask_token_id."""
-
 
 class FastDLLM(Model):
     """A block (`bd_size` in config.json, 32) sees itself and the blocks before it.
@@ -40,10 +37,8 @@ class FastDLLM(Model):
     shift = True
     strict = frozenset({"confidence"})
     sub_block_length = 8
+    published_mask_id = 151665
     NAMES: ClassVar[dict[str, str]] = QWEN_NAMES
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__({"mask_token_id": MASK_ID, **config})
 
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> Shape:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from .base import Model, Shape, check_supported
+from .base import Model, Shape, check_supported, number
 
 _BLOCK = "model.transformer.blocks.{}."
 
@@ -20,14 +20,12 @@ _SUPPORTED = {
     "block_group_size": 1,
     "input_emb_norm": False,
     "clip_qkv": None,
-    "attention_dropout": 0.0,
-    "embedding_dropout": 0.0,
-    "residual_dropout": 0.0,
 }
 _EXPLICIT = ("block_type", "activation_type", "layer_norm_type", "rope")
 
 
 class LLaDA(Model):
+    published_mask_id = 126336
     NAMES: ClassVar[dict[str, str]] = {
         "embed": "model.transformer.wte",
         "norm1": _BLOCK + "attn_norm",
@@ -46,20 +44,24 @@ class LLaDA(Model):
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> Shape:
         check_supported(config, _SUPPORTED, _EXPLICIT)
-        heads, width, bias = config["n_heads"], config["d_model"], bool(config["include_bias"])
+        heads, width, bias = (
+            number(config, "n_heads"),
+            number(config, "d_model"),
+            bool(config["include_bias"]),
+        )
         kv_heads = config.get("n_kv_heads") or (1 if config.get("multi_query_attention") else heads)
         norm_bias = config.get("bias_for_layer_norm")  # null: as include_bias
         return Shape(
-            layers=config["n_layers"],
+            layers=number(config, "n_layers"),
             width=width,
             heads=heads,
             kv_heads=kv_heads,
             head_dim=width // heads,
-            mlp_width=config.get("mlp_hidden_size") or config["mlp_ratio"] * width,
-            rows=config.get("embedding_size") or config["vocab_size"],
-            vocab_size=config["vocab_size"],
-            eps=config.get("rms_norm_eps", 1e-5),
-            rope_theta=config.get("rope_theta", 10000.0),
+            mlp_width=config.get("mlp_hidden_size") or number(config, "mlp_ratio") * width,
+            rows=config.get("embedding_size") or number(config, "vocab_size"),
+            vocab_size=number(config, "vocab_size"),
+            eps=number(config, "rms_norm_eps", 1e-5, kind=float),
+            rope_theta=number(config, "rope_theta", 10000.0, kind=float),
             rope_in_float32=config.get("rope_full_precision", True),
             qkv_bias=bool(config.get("include_qkv_bias", False)) or bias,
             bias=bias,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from .base import Model, Shape
+from .base import Model, Shape, number
 from .dream import QWEN_NAMES, qwen_shape
 
 
@@ -14,6 +14,7 @@ class SDAR(Model):
     model attends by it; `decode` by the `block_length` that it is given, as the published loop does."""
 
     strict = frozenset({"confidence"})
+    published_mask_id = 151669
     NAMES: ClassVar[dict[str, str]] = {
         **QWEN_NAMES,
         "q_norm": "model.layers.{}.self_attn.q_norm",
@@ -31,7 +32,4 @@ def block_causal_shape(config: Mapping[str, Any], key: str, default: int, **more
 
     `default`: the published one.
     """
-    size = config.get(key, default)
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"config: {key}={size!r}, expected a whole number >= 1")
-    return qwen_shape(config, block_length=size, **more)
+    return qwen_shape(config, block_length=number(config, key, default), **more)

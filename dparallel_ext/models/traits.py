@@ -10,7 +10,7 @@ from torch import nn
 
 from .base import Model, Traits
 from .checkpoint import FAMILIES
-from .fast_dllm import MASK_ID, FastDLLM
+from .fast_dllm import FastDLLM
 from .wrappers import said, unwrap
 
 
@@ -31,9 +31,13 @@ def traits(model: Any) -> Traits:
         raise ValueError(f"model: expected a module or function, got {type(inner).__name__}")
     config = getattr(inner, "config", None)
     family = FAMILIES.get(getattr(config, "model_type", None) or "", Model)
-    mask_id, block_length = getattr(config, "mask_token_id", None), None
+    given = [getattr(of, "mask_token_id", None) for of in (config, getattr(inner, "generation_config", None))]
+    published, vocabulary = family.published_mask_id, getattr(config, "vocab_size", None)
+    if published is not None and (vocabulary is None or published < vocabulary):
+        given.append(published)
+    mask_id, block_length = next((one for one in given if one is not None), None), None
     if family is FastDLLM:  # block-causal whenever it is called, unlike SDAR, whose mask its caller makes
-        mask_id, block_length = MASK_ID if mask_id is None else mask_id, getattr(config, "bd_size", 32)
+        block_length = getattr(config, "bd_size", None) or 32
     found = Traits(mask_id, family.shift, family.strict, block_length, family.sub_block_length)
     for name, part in _held(inner, known=family is not Model):
         inside = traits(part)

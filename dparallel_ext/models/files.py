@@ -1,0 +1,187 @@
+"""The files of a checkpoint: where they lie, what they say, and which token is the mask."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""ORG/NAME, as the Hugging Face Hub names a model."""
+NEEDED = [
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "*.py",  # never run here; a student that is trained from the checkpoint is shipped with it
+]
+"""The files that are fetched from the Hub."""
+MASK_TOKENS = ("<|mdm_mask|>", "<|mask|>", "<|MASK|>", "|<MASK>|", "[MASK]", "<mask>")
+"""What released tokenizers call their mask token, where they do not say that it is one."""
+
+
+def locate(path: str | Path) -> Path:
+    """The directory of a checkpoint: `path`, or a snapshot of the Hugging Face Hub's model of that name.
+
+    A directory always comes first. A snapshot is what `huggingface_hub` has in its cache or fetches, where
+    that package is installed; HF_HUB_OFFLINE, HF_HOME and HF_TOKEN mean what they mean to it.
+
+    Raises FileNotFoundError, which says how to get a model of the Hub.
+    """
+    directory, name = Path(path), str(path)
+    if directory.is_dir():
+        return directory
+    if name.startswith("builtin:"):
+        raise FileNotFoundError(f"path: no directory {name}; dparallel.registry.load knows {name!r}")
+    if not HUB_ID.fullmatch(name):
+        raise FileNotFoundError(f"path: no directory {directory}")
+    return fetched(name)
+
+
+@functools.cache  # A repository may change between two looks of one process.
+def fetched(name: str) -> Path:
+    """The snapshot of the Hub's model of that name. Raises FileNotFoundError."""
+    by_hand = f"`hf download {name} --local-dir DIR` fetches it where there is a network; then load DIR"
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"path: no directory {name}. Is it a model of the Hugging Face Hub? "
+            f"`pip install huggingface_hub`, and it is fetched when it is loaded; or {by_hand}"
+        ) from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=NEEDED))
+    except Exception as error:  # the package's own, its HTTP client's, and the file system's
+        said = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"path: no directory {name}, and the Hugging Face Hub did not give a model of that name: "
+            f"{type(error).__name__}: {said[:300]}. {by_hand}"
+        ) from error
+
+
+def read_json(file: Path, *, required: bool = False) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is no file, unless it is required.
+
+    Raises FileNotFoundError, or ValueError naming the file.
+    """
+    if not file.is_file():
+        if required:
+            raise FileNotFoundError(f"path: no {file.name} in {file.parent}")
+        return {}
+    refuse_pointer(file)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"path: {file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"path: {file} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def refuse_pointer(file: Path) -> None:
+    """Raise ValueError where Git LFS left a pointer in the place of the file."""
+    with file.open("rb") as opened:
+        if opened.read(42) == b"version https://git-lfs.github.com/spec/v1":
+            raise ValueError(f"path: {file} is a Git LFS pointer; `git lfs pull` fetches the file itself")
+
+
+def special_tokens(directory: Path) -> dict[str, str]:
+    """The tokens with a role, by the names of their roles: {"eos_token": "<|endoftext|>", ...}.
+
+    Of tokenizer_config.json and, where that lists no added tokens, special_tokens_map.json, which then comes
+    first: as transformers has it.
+    """
+    config = read_json(directory / "tokenizer_config.json")
+    if not config.get("added_tokens_decoder"):
+        config |= read_json(directory / "special_tokens_map.json")
+    texts = {key: token_text(value) for key, value in config.items() if key.endswith("_token")}
+    return {key: text for key, text in texts.items() if text}
+
+
+def token_text(token: Any) -> str | None:
+    """A token is written as text or as {"content": text}."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return text if isinstance(text, str) else None
+
+
+def added_tokens(directory: Path) -> dict[str, dict[str, Any]]:
+    """The tokens beside the vocabulary, by their text: {"id": int, "special": bool, "lstrip": bool, ...}.
+
+    Of tokenizer_config.json, else tokenizer.json, else added_tokens.json, where those with a role are
+    special. Raises ValueError naming the file that does not hold such a list.
+    """
+    config = read_json(directory / "tokenizer_config.json")
+    file = directory / "tokenizer_config.json"
+    try:
+        if config.get("added_tokens_decoder"):
+            listed = config["added_tokens_decoder"]
+            return {token["content"]: {**token, "id": int(index)} for index, token in listed.items()}
+        file = directory / "tokenizer.json"
+        if file.is_file():
+            return {token["content"]: dict(token) for token in read_json(file).get("added_tokens") or ()}
+        file = directory / "added_tokens.json"
+        more = read_json(directory / "special_tokens_map.json").get("additional_special_tokens")
+        more = more or config.get("additional_special_tokens") or ()
+        special = {*special_tokens(directory).values(), *map(token_text, more)}
+        return {
+            text: {"id": int(index), "special": text in special, "normalized": text not in special}
+            for text, index in read_json(file).items()
+        }
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"path: {file} does not list its added tokens as expected: {error!r}") from error
+
+
+def mask_token_id(directory: Path) -> int | None:
+    """The mask's id by config.json, else generation_config.json, else the tokenizer's files, else None.
+
+    The tokenizer's mask_token counts; without it, an added token of one of the names `MASK_TOKENS`.
+    """
+    for name in ("config.json", "generation_config.json"):
+        given = read_json(directory / name).get("mask_token_id")
+        if given is not None:
+            return given
+    added = added_tokens(directory)
+    text = special_tokens(directory).get("mask_token")
+    if text is None:
+        ids = {added[name]["id"] for name in MASK_TOKENS if name in added}
+        return ids.pop() if len(ids) == 1 else None
+    if text in added:
+        return int(added[text]["id"])
+    return read_json(directory / "vocab.json").get(text)
+
+
+PACKED = {
+    *("qweight", "qzeros", "g_idx", "scales", "weight_scale", "weight_scale_inv", "weight_scale_2"),
+    *("weight_packed", "weight_shape", "weight_zero_point", "input_scale", "absmax", "quant_map", "SCB"),
+}
+"""The last part of the name of a tensor that only quantised checkpoints have."""
+
+
+def refuse_quantised(config: Mapping[str, Any], names: Iterable[str], source: str) -> None:
+    """Raise ValueError, naming the method or the tensors, where a config or tensors' names tell of 8 bits or
+    fewer.
+    """
+    said = "what is read has 16 bits or more, and Model.quantize keeps it in 8"
+    for key in ("quantization_config", "compression_config"):
+        given = config.get(key)
+        if not given:
+            continue
+        given = given if isinstance(given, Mapping) else {"quant_method": given}
+        method = getattr(given.get("quant_method"), "value", given.get("quant_method"))  # transformers' enum
+        if method == "bitsandbytes" and not (given.get("load_in_8bit") or given.get("load_in_4bit")):
+            continue
+        raise ValueError(f"{source} is quantised ({key}: {method or 'of an unknown method'}); {said}")
+    packed = sorted(name for name in names if name.rpartition(".")[2] in PACKED)
+    if packed:
+        raise ValueError(f"{source} is quantised (it has {', '.join(packed[:2])}, ...); {said}")
