@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from dparallel import registry
-from dparallel.text import INCOMPLETE, TextStream, TokenTexts, chat_template, end_tokens
+from dparallel import registry, templates
+from dparallel.text import INCOMPLETE, TextStream, TokenTexts, chat_template, end_tokens, prompt_encoder
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -155,6 +158,11 @@ TEMPLATES = {
     "    {%- endif %}\n    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}\n"
     "{%- endfor %}\n{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n",
     "json": "{% for m in messages %}\n  {{ m | tojson }}{{ eos_token }}\n{% endfor %}\n",
+    "marks what the assistant says": "{% for m in messages %}\n    {%- if m.role == 'assistant' %}\n"
+    "        {% generation %}\n  {% set said = m.content | trim %}{{ said }}{{ eos_token }}\n"
+    "        {% endgeneration %}\n    {%- else %}{{ m.content }}{{ said }}{%- endif %}\n{% endfor %}\n",
+    "what is not given": "{{ unk_token }}|{{ cls_token is defined }}|{{ tools is defined }}|{{ tools }}|"
+    "{{ messages | tojson(indent=2, sort_keys=true, separators=(',', ': ')) }}",
 }
 
 
@@ -167,20 +175,28 @@ def write(directory: Path, **config: object) -> Path:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("place", ["config", "list", "file"])
+@pytest.mark.parametrize("place", ["config", "list", "file", "json file", "files"])
 def test_templates_render_as_transformers_renders_them(tmp_path: Path, name: str, place: str) -> None:
     source = TEMPLATES[name]
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": source}]
-    given = {"config": {"chat_template": source}, "list": {"chat_template": named}, "file": {}}[place]
-    write(tmp_path, **given)
-    if place == "file":
+    given = {"config": {"chat_template": source}, "list": {"chat_template": named}}.get(place, {})
+    write(tmp_path, **given, unk_token=None)
+    if place.startswith("file"):
         (tmp_path / "chat_template.jinja").write_text(source)
+    if place == "files":
+        (tmp_path / "additional_chat_templates").mkdir()
+        (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("no")
+    if place == "json file":  # of processors, so that transformers' tokenizers pass it over
+        (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": source}))
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     render = chat_template(tmp_path)
     assert render is not None
-    expected = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    own = source if place == "json file" else None
+    expected = theirs.apply_chat_template(
+        MESSAGES, chat_template=own, tokenize=False, add_generation_prompt=True
+    )
     assert render(MESSAGES) == expected
     assert "你好" in expected
 
@@ -204,6 +220,113 @@ def test_templates_that_refuse_or_do_not_compile(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
         chat_template(tmp_path)
+
+
+def test_one_of_several_templates(tmp_path: Path) -> None:
+    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "{{ tools[0] }}"}]
+    render = chat_template(write(tmp_path, chat_template=named))
+    assert render is not None
+    assert (render(MESSAGES), render(MESSAGES, tools=["hammer"])) == ("plain", "hammer")
+    render = chat_template(write(tmp_path, chat_template={"rag": "alone"}))
+    assert render is not None
+    assert render(MESSAGES) == "alone"
+    write(tmp_path, chat_template={"rag": "a", "tool_use": "b"})
+    with pytest.raises(ValueError, match=r"are \['rag', 'tool_use'\], none is \"default\""):
+        chat_template(tmp_path)
+    for wrong in (3, [{"name": "default"}], {"default": None}):
+        write(tmp_path, chat_template=wrong)
+        with pytest.raises(ValueError, match=r"tokenizer_config\.json: expected chat_template to be text"):
+            chat_template(tmp_path)
+
+
+def test_variables_of_a_template(tmp_path: Path) -> None:
+    source = "{{ enable_thinking }} {{ add_generation_prompt }} {{ bos_token }} {{ messages | length }}"
+    render = chat_template(write(tmp_path, chat_template=source))
+    assert render is not None
+    assert render(MESSAGES, enable_thinking=False) == "False True <s> 4"
+    assert render([], add_generation_prompt=False, bos_token="!", enable_thinking=["é"]) == "['é'] False ! 0"
+    for more, said in (({"messages": []}, "messages are no keyword"), ({"x": object()}, "not JSON")):
+        with pytest.raises(ValueError, match=said):
+            render(MESSAGES, **more)
+
+
+def test_roles_of_the_older_files(tmp_path: Path) -> None:
+    """special_tokens_map.json counts where tokenizer_config.json lists no added tokens."""
+    write(tmp_path, chat_template="{{ eos_token }}{{ sep_token }}")
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "cat"}, "sep_token": "S"}')
+    render = chat_template(tmp_path)
+    assert render is not None
+    assert render([]) == "catS"
+    write(tmp_path, chat_template="{{ eos_token }}", added_tokens_decoder={"0": {"content": "<end>"}})
+    render = chat_template(tmp_path)
+    assert render is not None
+    assert render([]) == "<end>"
+
+
+def test_prompts_by_a_template_or_as_they_are(tmp_path: Path) -> None:
+    plain = prompt_encoder(BYTE_LEVEL, None)
+    assert plain("the cat") == BYTE_LEVEL.encode("the cat").ids
+    render = chat_template(write(tmp_path, chat_template="[{{ messages[0].content }}]<end>"))
+    assert prompt_encoder(BYTE_LEVEL, render)("the cat") == BYTE_LEVEL.encode("[the cat]<end>").ids
+
+
+# --- templates that would do harm ---------------------------------------------------------------
+
+HARMFUL = {
+    "{% for i in range(10**9) %}{% endfor %}": "Range too big",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": r"more than 0\.2 s",
+    "{{ 'a' * 10**10 }}": "MiB of memory",
+    "{{ ('a' * n) | length }}": "MiB of memory",
+    "{{ 'x' | center(10**10) }}": "MiB of memory",
+    "{{ '%1000000000d' % 1 }}": r"more than 0\.2 s|MiB of memory",
+    "{{ (n ** n) ** n }}": r"more than 0\.2 s|MiB of memory",
+    "{% set s = namespace(x='a') %}{% for i in range(60) %}{% set s.x = s.x * 2 %}{% endfor %}": "more than",
+    "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}": "recursion",
+    "{{ 'a' * 20000 }}{{ 'b' }}": "20,001 characters, more than 20,000",
+    "{{ 1 / 0 }}": "division by zero",
+    "{{ messages.x.y }}": "has no attribute",
+    "{{ ''.__class__.__mro__ }}": "unsafe",
+    "{% include 'other' %}": "no loader",
+}
+
+
+def test_templates_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is refused by its name, and the next is rendered; a busy machine does not count."""
+    write(tmp_path, chat_template="fine")
+    (tmp_path / "harmful").mkdir()
+    fine = chat_template(tmp_path)
+    assert fine is not None
+    monkeypatch.setattr(templates, "SECONDS", 0.2)
+    monkeypatch.setattr(templates, "CHARACTERS", 20000)
+    for source, said in HARMFUL.items():
+        with pytest.raises(
+            ValueError, match=rf"chat template of .*harmful does not (compile|render).*({said})"
+        ):
+            chat_template(write(tmp_path / "harmful", chat_template=source))([], n=10**10)
+        assert fine([]) == "fine"
+
+
+def test_a_template_is_rendered_for_any_thread_and_in_a_child(tmp_path: Path) -> None:
+    render = chat_template(write(tmp_path, chat_template="{{ messages[0].content * 3 }}"))
+    assert render is not None
+    said = [str(i) * 1000 for i in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda text: render([{"role": "user", "content": text}]), said))
+    assert found == [text * 3 for text in said]
+    child = os.fork()
+    if child == 0:
+        os._exit(render([{"role": "user", "content": "a"}]) != "aaa")
+    assert os.waitpid(child, 0)[1] == 0
+    assert render([{"role": "user", "content": "b"}]) == "bbb"
+
+
+def test_without_jinja2_a_template_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "jinja2.py").write_text("__version__ = '3.1.5'\nnodes = None\n")
+    monkeypatch.setattr(templates, "renderer", templates.Renderer())
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with pytest.raises(ValueError, match=r"jinja2 3\.1\.6 or later must be installed"):
+        templates.renderer.compile("x")
+    templates.renderer.close()
 
 
 def test_end_tokens(tmp_path: Path) -> None:

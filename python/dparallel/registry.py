@@ -10,7 +10,7 @@ import torch
 
 from dparallel_ext import models
 
-from . import tasks
+from . import tasks, text, tokenizer
 
 BUILTIN = Path(__file__).parent / "builtin"
 DEFAULT = "builtin:teacher"
@@ -22,13 +22,30 @@ def builtins() -> list[str]:
 
 
 def directory_of(name: str) -> Path:
-    """The checkpoint directory of "builtin:NAME" or of a path. Raises FileNotFoundError."""
-    directory = BUILTIN / name.removeprefix("builtin:") if name.startswith("builtin:") else Path(name)
+    """The checkpoint directory of "builtin:NAME", of a path, or of ORG/NAME (see `models.locate`).
+
+    Raises FileNotFoundError.
+    """
+    said = f"model: {name!r} is neither one of {builtins()} nor a directory with a config.json"
+    try:
+        builtin = name.startswith("builtin:")
+        directory = BUILTIN / name.removeprefix("builtin:") if builtin else models.locate(name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{said} ({str(error).removeprefix('path: ')})") from error
     if not (directory / "config.json").is_file():
-        raise FileNotFoundError(
-            f"model: {name!r} is neither one of {builtins()} nor a directory with a config.json"
-        )
+        raise FileNotFoundError(said)
     return directory
+
+
+def template_of(name: str, chat: bool | None = None) -> text.Template | None:
+    """The chat template by which a model's prompts go. `chat`: default, wherever the checkpoint has one.
+
+    Raises ValueError where it has none and `chat` asks for it, or what it has is none.
+    """
+    found = text.chat_template(directory_of(name)) if chat is not False else None
+    if chat and found is None:
+        raise ValueError(f"chat: the checkpoint {name!r} has no chat template")
+    return found
 
 
 def fast_bfloat16(device: torch.device | str | None = None) -> bool:
@@ -68,23 +85,20 @@ def load(
     device: str | None = None,
     dtype: torch.dtype | None = None,
     fp8: bool = False,
+    mask_id: int | None = None,
 ) -> tuple[models.Model, Any]:
-    """(model, `tokenizers.Tokenizer`) of a name; `fp8`: see `Model.quantize`.
+    """(model, `tokenizers.Tokenizer`) of a name; `fp8`: see `Model.quantize`, `mask_id`: `models.load`.
 
     `dtype`: default the checkpoint's; of the models that ship float32, where bfloat16 is slow.
 
     Raises FileNotFoundError and ValueError, by name.
     """
-    from tokenizers import Tokenizer
-
     directory, place = directory_of(name), models.device_of(device)
-    file = directory / "tokenizer.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"model: {directory} has no tokenizer.json")
+    found = tokenizer.load(directory)
     fuse = None
     if name.startswith("builtin:"):
         fuse = True  # small enough not to be mapped
         if dtype is None and not fast_bfloat16(place):
             dtype = torch.float32
-    model = models.load(directory, device=place, dtype=dtype, fuse=fuse)
-    return model.quantize() if fp8 else model, Tokenizer.from_file(str(file))
+    model = models.load(directory, device=place, dtype=dtype, fuse=fuse, mask_id=mask_id)
+    return model.quantize() if fp8 else model, found

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from dparallel_ext.models import files
+
+from .templates import TemplateRefused, renderer
+
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
-Message = dict[str, str]
+Message = dict[str, Any]
 """{"role": "system", "user" or "assistant", "content": text}"""
 
 
@@ -112,52 +114,95 @@ def _overlap(text: str, stop: str) -> int:
     return next(n for n in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:n]))
 
 
-def chat_template(directory: Path) -> Callable[[list[Message]], str] | None:
+Template = Callable[..., str]
+"""(messages, **chat_template_kwargs) -> the text of a prompt."""
+
+
+def chat_template(directory: Path) -> Template | None:
     """The checkpoint's template: messages to the text of a prompt. None if it has none.
 
-    chat_template.jinja, else "chat_template" of tokenizer_config.json, rendered as transformers does, in
-    jinja2's sandbox. Raises ValueError if it is no template; what is returned raises it for messages that the
-    template refuses.
+    Of several the one named "default", and where tools are given "tool_use", as in transformers. What is
+    returned takes more variables of the template by name (enable_thinking, ...), which JSON can hold. It runs
+    the template within bounds of time and size, see `templates`.
+
+    Raises ValueError if it is no template; what is returned raises it, naming the template, where that
+    refuses the messages or exceeds its bounds.
     """
-    file, config = directory / "chat_template.jinja", _config(directory / "tokenizer_config.json")
-    source = file.read_text() if file.is_file() else config.get("chat_template")
-    if isinstance(source, list):  # several, by name
-        source = {one["name"]: one["template"] for one in source}.get("default")
+    named = _chat_templates(directory)
+    source = named.get("default") or (next(iter(named.values())) if len(named) == 1 else None)
     if not source:
+        if any(named.values()):
+            raise ValueError(
+                f'model: the chat templates of {directory} are {sorted(named)}, none is "default"'
+            )
         return None
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    made = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    made.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    made.globals.update(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
+    special = files.special_tokens(directory)
     try:
-        template = made.from_string(source)
-    except TemplateError as error:
+        renderer.compile(source)
+    except TemplateRefused as error:
         raise ValueError(f"model: the chat template of {directory} does not compile: {error}") from error
-    special = {key: _content(value) for key, value in config.items() if key.endswith("_token")}
 
-    def render(messages: list[Message]) -> str:
+    def render(messages: Sequence[Message], /, **more: Any) -> str:
+        if "messages" in more:
+            raise ValueError("chat_template_kwargs: messages are no keyword of a chat template")
+        chosen = named.get("tool_use", source) if more.get("tools") else source
+        said = [{key: value for key, value in one.items() if value is not None} for one in messages]
+        variables = {"tools": None, "documents": None, "add_generation_prompt": True, **special, **more}
         try:
-            return template.render(messages=messages, add_generation_prompt=True, **special)
-        except TemplateError as error:
-            raise ValueError(f"messages: the model's chat template refuses them: {error}") from error
+            return renderer.render(chosen, {**variables, "messages": said})
+        except TemplateRefused as error:
+            raise ValueError(
+                f"messages: the chat template of {directory.name} does not render them: {error}"
+            ) from error
 
     return render
 
 
+def _chat_templates(directory: Path) -> dict[str, str]:
+    """By name. Files of their own come before tokenizer_config.json, and that before chat_template.json."""
+    alone = {"default": directory / "chat_template.jinja"}
+    more = sorted((directory / "additional_chat_templates").glob("*.jinja"))
+    found = {
+        name: file.read_text(encoding="utf-8")
+        for name, file in {**alone, **{file.stem: file for file in more}}.items()
+        if file.is_file()
+    }
+    if found:
+        return found
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        given = files.read_json(directory / name).get("chat_template")
+        if isinstance(given, list):  # several, each {"name": ..., "template": ...}
+            given = {str(one.get("name")): one.get("template") for one in given if isinstance(one, dict)}
+        elif given is None or isinstance(given, str):
+            given = {"default": given} if given else {}
+        if not isinstance(given, dict) or not all(isinstance(one, str) for one in given.values()):
+            raise ValueError(
+                f"model: {directory / name}: expected chat_template to be text, or texts by name"
+            )
+        if given:
+            return given
+    return {}
+
+
+def prompt_encoder(tokenizer: Any, template: Template | None) -> Callable[[str], list[int]]:
+    """A prompt's token ids: as the user's message of the chat template, or as it is where that is None."""
+
+    def encode(prompt: str) -> list[int]:
+        if template is None:
+            return list(tokenizer.encode(prompt).ids)
+        text = template([{"role": "user", "content": prompt}])
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    return encode
+
+
 def end_tokens(directory: Path, tokenizer: Any) -> list[int]:
-    """The ids that end a response: those of generation_config.json, config.json, tokenizer_config.json."""
+    """The ids that end a response: those of generation_config.json, config.json, and the eos_token."""
     given: list[Any] = []
     for name in ("generation_config.json", "config.json"):
-        ids = _config(directory / name).get("eos_token_id")
+        ids = files.read_json(directory / name).get("eos_token_id")
         given += ids if isinstance(ids, list) else [ids]
-    text = _content(_config(directory / "tokenizer_config.json").get("eos_token"))
+    text = files.special_tokens(directory).get("eos_token")
     given.append(tokenizer.token_to_id(text) if text else None)
     return list(dict.fromkeys(one for one in given if one is not None))
 
@@ -166,18 +211,3 @@ def endings(directory: Path, tokenizer: Any) -> dict[str, Any]:
     """`decode`'s arguments that end a response at any of `end_tokens`."""
     ends = end_tokens(directory, tokenizer)
     return {"eos_id": ends[0] if ends else None, "stop": [[one] for one in ends[1:]]}
-
-
-def _config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"model: {file} is not JSON: {error}") from error
-    return found if isinstance(found, dict) else {}
-
-
-def _content(token: Any) -> Any:
-    """A special token is written as text or as {"content": text}."""
-    return token.get("content") if isinstance(token, dict) else token

@@ -1,0 +1,202 @@
+"""Chat templates are somebody else's programs, so they run in a process of their own, within bounds.
+
+jinja2's sandbox keeps a template from files and from Python's inside, but not from an endless loop or from
+gigabytes of text. One process beside this one compiles and renders what it is asked to. The operating system
+ends it when a template takes too much time, and refuses it too much memory; the next request starts another.
+
+This file is also that process's program: it imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from datetime import datetime
+from typing import IO, Any
+
+SECONDS = 5.0
+"""Processor time of one template, so that a busy machine does not count against it."""
+CHARACTERS = 2**24
+"""Of a rendered prompt."""
+MEMORY = 2**30
+"""Bytes of the process's address space, of which Python and jinja2 take about a tenth."""
+
+
+class TemplateRefused(ValueError):
+    """A template does not compile, raises, or takes more than it may; the message says which."""
+
+
+class Renderer:
+    """The process, started when it is first asked, and again after a template was its end."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        atexit.register(self.close)
+        os.register_at_fork(after_in_child=self._forget)
+
+    def compile(self, source: str) -> None:
+        """Raise TemplateRefused if `source` is no template."""
+        self._ask({"source": source})
+
+    def render(self, source: str, variables: Mapping[str, Any]) -> str:
+        """The text of a template; `variables` hold what JSON holds. Raises TemplateRefused."""
+        return str(self._ask({"source": source, "variables": variables})["text"])
+
+    def close(self) -> None:
+        with self._lock:
+            self._end()
+
+    def _forget(self) -> None:
+        """In a forked process: what was started is the other's."""
+        self._lock, self._process = threading.Lock(), None
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        bounds = {"seconds": SECONDS, "characters": CHARACTERS}
+        try:
+            line = json.dumps({**request, **bounds}).encode() + b"\n"
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TemplateRefused(f"it is given what is not JSON: {error}") from error
+        with self._lock:
+            try:
+                answer = self._exchange(line)
+            except BaseException:
+                self._end(signal.SIGKILL)  # an answer that is still to come belongs to nobody
+                raise
+            if not answer:
+                code = self._end()
+                if code == -signal.SIGPROF:
+                    raise TemplateRefused(f"it took more than {SECONDS:g} s")
+                raise TemplateRefused(f"its process ended (status {code})")
+        found: dict[str, Any] = json.loads(answer)
+        if "error" in found:
+            raise TemplateRefused(found["error"])
+        return found
+
+    def _exchange(self, line: bytes) -> bytes:
+        if self._process is None or self._process.poll() is not None:
+            self._end()
+            path = os.pathsep.join(filter(None, sys.path))
+            self._process = subprocess.Popen(
+                [sys.executable, __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+            )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer either
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
+        return self._process.stdout.readline()
+
+    def _end(self, number: int | None = None) -> int | None:
+        """The process's status, once it has ended: it does when there is nothing more to read."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        if number is not None:
+            process.send_signal(number)
+        with contextlib.suppress(BrokenPipeError):
+            process.communicate()
+        return process.returncode
+
+
+renderer = Renderer()
+"""The one of this process; any thread may ask it."""
+
+
+# --- the other process --------------------------------------------------------------------------
+
+
+def environment() -> Any:
+    """jinja2 as transformers sets it up for chat templates."""
+    import jinja2
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    if [int(part) for part in re.findall(r"\d+", jinja2.__version__)[:3]] < [3, 1, 6]:
+        raise ImportError(f"jinja2 {jinja2.__version__} has a sandbox with holes; 3.1.6 and later do not")
+
+    class Generation(Extension):
+        """{% generation %} marks what the assistant says, for training; here it is rendered as it stands."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> nodes.Node:
+            line = next(parser.stream).lineno
+            return nodes.Scope(
+                parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
+            )
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    made.filters["tojson"] = tojson
+    made.globals.update(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
+    return made
+
+
+def work(requests: IO[bytes], answers: IO[bytes]) -> None:
+    """Answer each line, {source, seconds, characters, variables or nothing}, by {text} or {error}."""
+    import resource
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process's affair, and its end is ours
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
+    made: Any = functools.cache(environment)
+    with contextlib.suppress(ImportError):  # told to whoever asks
+        made()  # with its imports, before memory is bounded
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    with contextlib.suppress(ValueError, OSError):  # some systems do not bound it
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, most))
+    compiled = functools.lru_cache(maxsize=16)(lambda source: made().from_string(source))
+    for line in requests:
+        asked = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, asked["seconds"])
+        try:
+            template, text = compiled(asked["source"]), ""
+            if "variables" in asked:
+                text = template.render(asked["variables"])
+            if len(text) > asked["characters"]:
+                raise ValueError(f"it made {len(text):,} characters, more than {asked['characters']:,}")
+            answer = json.dumps({"text": text})
+        except ImportError as error:
+            answer = json.dumps({"error": f"jinja2 3.1.6 or later must be installed ({error})"})
+        except MemoryError:
+            answer = json.dumps({"error": f"it took more than {MEMORY / 2**20:.0f} MiB of memory"})
+        except Exception as error:  # whatever the template does
+            answer = json.dumps({"error": str(error)[:1000] or type(error).__name__})
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        answers.write(answer.encode() + b"\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    work(sys.stdin.buffer, sys.stdout.buffer)

@@ -1,0 +1,146 @@
+"""A checkpoint's tokenizer, from tokenizer.json or from the files that Qwen2's slow tokenizer reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dparallel_ext.models import files
+
+QWEN2 = {"Qwen2Tokenizer", "Qwen2TokenizerFast", "DreamTokenizer"}
+"""The tokenizer_class of what `qwen2` builds: Dream's remote code is Qwen2's tokenizer by another name."""
+QWEN2_FAMILIES = {"Dream", "sdar", "Fast_dLLM_Qwen"}
+"""The model_type that stands for it where no tokenizer_class is given."""
+QWEN2_WORDS = "|".join(
+    (
+        "(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # the end of a contraction
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",  # letters, with what stands before them
+        r"\p{N}",  # each digit alone
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",  # signs, with the ends of their lines
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",  # all spaces but the one that belongs to the next word
+        r"\s+",
+    )
+)
+"""How Qwen2 cuts text into the words within which pairs are merged."""
+
+
+def load(directory: Path) -> Any:
+    """The `tokenizers.Tokenizer` of a checkpoint.
+
+    Raises FileNotFoundError where its files are not there, ValueError where they hold no tokenizer.
+    """
+    from tokenizers import Tokenizer
+
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        return qwen2(directory)
+    files.refuse_pointer(file)
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the package raises nothing narrower
+        raise ValueError(f"model: {file} is not a tokenizer: {error}") from error
+
+
+def qwen2(directory: Path) -> Any:
+    """Qwen2's tokenizer of vocab.json, merges.txt and the added tokens; Dream's checkpoints have no more.
+
+    Text is normalised to NFC, cut into words, and the bytes of each word are merged in pairs. Added tokens
+    are found before that, each by its own flags (`lstrip`, `rstrip`, `single_word`, `normalized`), and have
+    exactly the ids that the files give them, holes among them included.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    vocabulary, merges = _vocabulary(directory), _merges(directory)
+    added = files.added_tokens(directory)
+    ids = {**vocabulary, **{text: token["id"] for text, token in added.items()}}
+    clash = next((text for text in added if vocabulary.get(text, ids[text]) != ids[text]), None)
+    if clash is not None or len(set(ids.values())) != len(ids):
+        raise ValueError(
+            f"model: the tokens of {directory} do not have one id each"
+            + (
+                f": {clash!r} is {vocabulary[clash]} in vocab.json and {ids[clash]} when added"
+                if clash
+                else ""
+            )
+        )
+    try:
+        # The added tokens are part of this vocabulary for the sake of their ids; no merge leads to them.
+        made = Tokenizer(models.BPE(vocab=ids, merges=merges))
+    except Exception as error:  # the package raises nothing narrower
+        raise ValueError(f"model: vocab.json and merges.txt of {directory} do not fit: {error}") from error
+    made.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    made.decoder = decoders.ByteLevel()
+    _add(made, directory, added)
+    return made
+
+
+def _add(made: Any, directory: Path, added: dict[str, dict[str, Any]]) -> None:
+    """Let the tokenizer find the added tokens, and put bos and eos where its config asks for them."""
+    from tokenizers import AddedToken, processors
+
+    config, roles = files.read_json(directory / "tokenizer_config.json"), files.special_tokens(directory)
+    special = {
+        *roles.values(),
+        *filter(None, map(files.token_text, config.get("additional_special_tokens") or ())),
+    }
+    flags = ("lstrip", "rstrip", "single_word", "normalized")
+    tokens = [
+        AddedToken(
+            text,
+            special=bool(token.get("special")) or text in special,
+            **{flag: bool(token[flag]) for flag in flags if flag in token},
+        )
+        for text, token in sorted(added.items(), key=lambda item: item[1]["id"])
+    ]
+    in_vocabulary = [
+        text for text in roles.values() if text not in added and made.token_to_id(text) is not None
+    ]
+    made.add_tokens([*tokens, *(AddedToken(text, special=True) for text in dict.fromkeys(in_vocabulary))])
+    made.encode_special_tokens = bool(config.get("split_special_tokens"))
+    ends = {
+        role: roles.get(role) if config.get(f"add_{role}") else None for role in ("bos_token", "eos_token")
+    }
+    if any(ends.values()):
+        single = " ".join(filter(None, (ends["bos_token"], "$A", ends["eos_token"])))
+        known = [(text, made.token_to_id(text)) for text in dict.fromkeys(filter(None, ends.values()))]
+        made.post_processor = processors.TemplateProcessing(single=single, special_tokens=known)
+
+
+def _vocabulary(directory: Path) -> dict[str, int]:
+    config = files.read_json(directory / "tokenizer_config.json")
+    kind = config.get("tokenizer_class")
+    missing = [name for name in ("vocab.json", "merges.txt") if not (directory / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"model: {directory} has no tokenizer.json, nor {' and '.join(missing)} to build one from"
+        )
+    family = files.read_json(directory / "config.json").get("model_type")
+    if kind not in QWEN2 and not (kind is None and family in QWEN2_FAMILIES):
+        raise ValueError(
+            f"model: {directory} has no tokenizer.json, and only {sorted(QWEN2)} are built from vocab.json "
+            f"and merges.txt, not tokenizer_class {kind!r}; transformers' save_pretrained writes the former"
+        )
+    vocabulary = files.read_json(directory / "vocab.json")
+    wrong = next((text for text, index in vocabulary.items() if type(index) is not int or index < 0), None)
+    if wrong is not None:
+        raise ValueError(f"model: vocab.json of {directory} gives {wrong!r} the id {vocabulary[wrong]!r}")
+    return vocabulary
+
+
+def _merges(directory: Path) -> list[tuple[str, str]]:
+    file = directory / "merges.txt"
+    files.refuse_pointer(file)
+    found = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip() or (number == 1 and line.startswith("#version:")):
+            continue
+        parts = line.split()
+        if len(parts) != 2:
+            raise ValueError(f"model: {file}:{number} is {line!r}, expected two parts to merge")
+        found.append((parts[0], parts[1]))
+    return found

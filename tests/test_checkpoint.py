@@ -1,0 +1,338 @@
+"""Checkpoints as they are released: where they come from, their mask, what is refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from dparallel import registry
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dparallel_ext import models
+from dparallel_ext.models import SDAR, Dream, FastDLLM, LLaDA, files
+
+GOLDEN = Path(__file__).parent / "golden"
+CONFIG = json.loads((GOLDEN / "llada_tiny_a" / "config.json").read_text())
+TENSORS = load_file(GOLDEN / "llada_tiny_a" / "model.safetensors")
+Q = "model.transformer.blocks.0.q_proj.weight"
+
+
+def write(directory: Path, tensors: dict[str, Tensor] | None = None, **changes: Any) -> Path:
+    """LLaDA's tiny checkpoint, with changes to its config; a key whose value is ... is left out."""
+    directory.mkdir(exist_ok=True)
+    config = {key: value for key, value in {**CONFIG, **changes}.items() if value is not ...}
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(TENSORS if tensors is None else tensors, directory / "model.safetensors")
+    return directory
+
+
+def put(directory: Path, name: str, content: Any) -> None:
+    (directory / name).write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+# --- the mask -----------------------------------------------------------------------------------
+
+ADDED = {"10": {"content": "<|endoftext|>"}, "20": {"content": "<|mask|>", "special": True}}
+
+
+@pytest.mark.parametrize("config", [..., None])
+@pytest.mark.parametrize(
+    ("written", "mask"),
+    [
+        ({}, None),
+        ({"generation_config.json": {"mask_token_id": 30}, "added_tokens.json": {"<|mask|>": 20}}, 30),
+        ({"generation_config.json": {"mask_token_id": None}, "added_tokens.json": {"<|mask|>": 20}}, 20),
+        ({"added_tokens.json": {"|<MASK>|": 21, "<|im_end|>": 3}}, 21),
+        ({"added_tokens.json": {"<|MASK|>": 21, "<mask>": 22}}, None),  # which?
+        ({"tokenizer_config.json": {"added_tokens_decoder": ADDED}}, 20),
+        ({"tokenizer_config.json": {"added_tokens_decoder": ADDED, "mask_token": "<|endoftext|>"}}, 10),
+        ({"tokenizer_config.json": {"mask_token": None}, "added_tokens.json": {"<|mdm_mask|>": 5}}, 5),
+        ({"tokenizer.json": {"added_tokens": [{"id": 23, "content": "<|mdm_mask|>"}]}}, 23),
+        ({"special_tokens_map.json": {"mask_token": {"content": "M"}}, "added_tokens.json": {"M": 7}}, 7),
+        ({"special_tokens_map.json": {"mask_token": "M"}, "vocab.json": {"M": 8}}, 8),
+        ({"special_tokens_map.json": {"mask_token": "M"}, "vocab.json": {"N": 8}}, None),
+    ],
+    ids=str,
+)
+def test_the_mask_of_the_files(
+    tmp_path: Path, config: Any, written: dict[str, Any], mask: int | None
+) -> None:
+    write(tmp_path, mask_token_id=config)
+    for name, content in written.items():
+        put(tmp_path, name, content)
+    assert files.mask_token_id(tmp_path) == mask
+
+
+def test_config_json_comes_first_and_what_is_asked_for_before_it(tmp_path: Path) -> None:
+    write(tmp_path)
+    put(tmp_path, "generation_config.json", {"mask_token_id": 30})
+    assert models.load(tmp_path).mask_id == CONFIG["mask_token_id"] == 511
+    model = models.load(tmp_path, mask_id=0)
+    assert model.mask_id == models.traits(model).mask_id == 0
+    models.save(model, tmp_path / "again")
+    assert models.load(tmp_path / "again").mask_id == 0
+    write(tmp_path, mask_token_id=...)
+    assert models.load(tmp_path).mask_id == 30
+    for wrong in (512, -1, True, 1.5):
+        with pytest.raises(ValueError, match=f"^mask_id: expected an id below 512, got {wrong}"):
+            models.load(tmp_path, mask_id=wrong)  # type: ignore[arg-type]
+    put(tmp_path, "generation_config.json", {"mask_token_id": 600})
+    with pytest.raises(ValueError, match=r"the mask token of .*, unless mask_id is given: .* 512, got 600"):
+        models.load(tmp_path)
+
+
+QWEN = {
+    **{"num_attention_heads": 2, "num_hidden_layers": 1, "hidden_size": 4, "intermediate_size": 4},
+    **{"head_dim": 2, "num_key_value_heads": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "mask"),
+    [(Dream, QWEN, 151666), (SDAR, QWEN, 151669), (FastDLLM, QWEN, 151665), (LLaDA, CONFIG, 126336)],
+)
+def test_the_published_mask_where_nothing_names_one(
+    family: type[models.Model], config: dict[str, Any], mask: int
+) -> None:
+    sizes = {
+        "vocab_size": mask + 100,
+        "d_model": 8,
+        "mlp_hidden_size": 8,
+        "n_layers": 1,
+        "embedding_size": None,
+    }
+    config = {**config, **sizes, "mask_token_id": None}
+    with torch.device("meta"):
+        model = family(config)
+        small = family({**config, "vocab_size": mask})
+    assert (model.mask_id, small.mask_id) == (mask, None)
+    name = next(name for name, one in models.FAMILIES.items() if one is family)
+
+    def traits_of(config: Any, generation: Any = None) -> models.Traits:
+        foreign = nn.Identity()
+        foreign.config, foreign.generation_config = config, generation  # type: ignore[assignment]
+        return models.traits(foreign)
+
+    plain = SimpleNamespace(model_type=name, vocab_size=mask + 100, mask_token_id=None)
+    assert traits_of(plain).mask_id == mask
+    assert traits_of(plain, SimpleNamespace(mask_token_id=5)).mask_id == 5
+    assert traits_of(SimpleNamespace(model_type=name, vocab_size=100)).mask_id is None
+    assert traits_of(SimpleNamespace(model_type=name, mask_token_id=7)).mask_id == 7
+
+
+def test_wrap_takes_the_mask_of_the_generation_config() -> None:
+    hf_model = nn.Module()
+    hf_model.config = {**CONFIG, "mask_token_id": None}  # type: ignore[assignment]
+    hf_model.generation_config = SimpleNamespace(mask_token_id=4)  # type: ignore[assignment]
+    hf_model.named_parameters = lambda: ((n, nn.Parameter(t)) for n, t in TENSORS.items())  # type: ignore
+    assert models.wrap(hf_model).mask_id == 4
+
+
+# --- configs ------------------------------------------------------------------------------------
+
+
+def test_dropout_matters_in_training_alone(tmp_path: Path) -> None:
+    """The published class of LLaDA's config has 0.1 for each."""
+    dropout = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), 0.1)
+    x = torch.arange(12)[None]
+    expected = models.load(GOLDEN / "llada_tiny_a")(x).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = models.load(write(tmp_path, **dropout))
+        assert not model.training
+        assert torch.equal(model(x).logits, expected)
+    with pytest.warns(UserWarning, match=r"'residual_dropout': 0\.1.* is not followed"):
+        model.train()
+    Dream(json.loads((GOLDEN / "dream_tiny_a" / "config.json").read_text()) | {"attention_dropout": 0.1})
+
+
+def test_null_is_as_good_as_nothing(tmp_path: Path) -> None:
+    nulls = dict.fromkeys(("rms_norm_eps", "rope_theta", "n_kv_heads", "embedding_size", "eos_token_id"))
+    absent = models.LLaDA({key: value for key, value in CONFIG.items() if key not in nulls})
+    assert models.LLaDA({**CONFIG, **nulls}).shape == absent.shape
+    dream = json.loads((GOLDEN / "dream_tiny_a" / "config.json").read_text())
+    nulls = dict.fromkeys(("rms_norm_eps", "rope_theta", "rope_scaling", "head_dim"))
+    assert Dream({**dream, **nulls}).shape.rope_theta == 10000.0
+
+
+def test_the_first_of_several_ends_is_eos(tmp_path: Path) -> None:
+    assert models.load(write(tmp_path, eos_token_id=[7, 9])).eos_id == 7
+
+
+def test_both_names_of_the_dtype_are_written(tmp_path: Path) -> None:
+    models.save(models.load(write(tmp_path, dtype="float32")), tmp_path / "b", dtype=torch.bfloat16)
+    written = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert written["dtype"] == written["torch_dtype"] == "bfloat16"
+
+
+# --- weights that are not there, or not what they seem ------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "quantization_config: fp8"),
+        ({"quant_method": "gptq", "bits": 4}, "quantization_config: gptq"),
+        ({"quant_method": "awq"}, "quantization_config: awq"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantization_config: bitsandbytes"),
+        ({"quant_method": "compressed-tensors"}, "quantization_config: compressed-tensors"),
+        ({"bits": 8}, "quantization_config: of an unknown method"),
+    ],
+    ids=str,
+)
+def test_quantised_checkpoints_are_refused_by_name(tmp_path: Path, config: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=rf"path: .* is quantised \({said}\)"):
+        models.load(write(tmp_path, quantization_config=config))
+    hf_model = nn.Linear(1, 1)
+    hf_model.config = {**CONFIG, "quantization_config": config}  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=rf"hf_model: Linear is quantised \({said}\)"):
+        models.wrap(hf_model)
+
+
+def test_quantised_weights_that_no_config_tells_of(tmp_path: Path) -> None:
+    models.load(write(tmp_path, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": False}))
+    float8 = {**TENSORS, Q: TENSORS[Q].to(torch.float8_e4m3fn)}
+    for dtype in (None, torch.float32):
+        with pytest.raises(ValueError, match=rf"{Q} is torch\.float8_e4m3fn, expected .* 16 bits or more"):
+            models.load(write(tmp_path, float8), dtype=dtype)
+    scaled = {**float8, f"{Q}_scale_inv": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"is quantised \(it has .*q_proj\.weight_scale_inv"):
+        models.load(write(tmp_path, scaled))
+    packed = {name: tensor for name, tensor in TENSORS.items() if name != Q}
+    packed[Q.replace("weight", "qweight")] = torch.zeros(2, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"is quantised \(it has .*q_proj\.qweight"):
+        models.load(write(tmp_path, packed))
+
+
+def shard(directory: Path, shards: dict[str, dict[str, Tensor]], index: dict[str, str]) -> None:
+    for name, tensors in shards.items():
+        save_file(tensors, directory / name)
+    put(directory, "model.safetensors.index.json", {"weight_map": index})
+
+
+def test_shards_hold_what_the_index_says(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(TENSORS)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    index = {name: file for file, held in parts.items() for name in held}
+    shards = {file: {name: TENSORS[name] for name in held} for file, held in parts.items()}
+    # A stale copy in the other shard, which would be read last.
+    shards["b.safetensors"][names[0]] = torch.zeros_like(TENSORS[names[0]])
+    shard(tmp_path, shards, index)
+    assert torch.equal(models.load(tmp_path).state_dict()[names[0]], TENSORS[names[0]])
+    del shards["a.safetensors"][names[2]]
+    shard(tmp_path, shards, index)
+    with pytest.raises(ValueError, match=f"{names[2]} is missing"):
+        models.load(tmp_path)
+    for wrong in ("../a.safetensors", "/a.safetensors", 3):
+        shard(tmp_path, shards, {**index, names[0]: wrong})  # type: ignore[dict-item]
+        with pytest.raises(ValueError, match="expected a file beside it"):
+            models.load(tmp_path)
+
+
+def test_one_file_comes_before_shards(tmp_path: Path) -> None:
+    """As transformers reads them: the index may be that of an older save."""
+    write(tmp_path)
+    older = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
+    shard(tmp_path, {"a.safetensors": older}, dict.fromkeys(TENSORS, "a.safetensors"))
+    assert torch.equal(models.load(tmp_path).state_dict()[Q], TENSORS[Q])
+
+
+def test_what_git_and_torch_left_is_named(tmp_path: Path) -> None:
+    write(tmp_path)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    put(tmp_path, "model.safetensors", pointer)
+    with pytest.raises(ValueError, match=r"model\.safetensors is a Git LFS pointer; `git lfs pull`"):
+        models.load(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    put(tmp_path, "pytorch_model.bin", "")
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors .*; pytorch_model\.bin is not read"):
+        models.load(tmp_path)
+    put(tmp_path, "config.json", '{"model_type": ["llada"]}')
+    with pytest.raises(ValueError, match="is none of"):
+        models.load(tmp_path)
+    put(tmp_path, "added_tokens.json", {"<|mask|>": "x"})
+    with pytest.raises(ValueError, match=r"added_tokens\.json does not list its added tokens"):
+        files.mask_token_id(tmp_path)
+
+
+# --- the Hub ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Any]]:
+    """A stand-in for huggingface_hub, whose cache is `snapshot`; what it was asked for, or what it raises."""
+    asked: list[Any] = []
+
+    def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        if name == "GSAI-ML/LLaDA-8B-Instruct":
+            return str(tmp_path / "snapshot")
+        raise ConnectionError("Cannot reach the Hub:\n  HF_HUB_OFFLINE=1 is set")
+
+    module = ModuleType("huggingface_hub")
+    module.snapshot_download = snapshot_download  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    monkeypatch.chdir(tmp_path)
+    files.fetched.cache_clear()
+    yield asked
+    files.fetched.cache_clear()
+
+
+def test_a_model_of_the_hub(hub: list[Any], tmp_path: Path) -> None:
+    write(tmp_path / "snapshot")
+    shutil.copy(registry.directory_of("builtin:student") / "tokenizer.json", tmp_path / "snapshot")
+    model = models.load("GSAI-ML/LLaDA-8B-Instruct")
+    assert torch.equal(model.state_dict()[Q], TENSORS[Q])
+    same, _ = registry.load("GSAI-ML/LLaDA-8B-Instruct")
+    assert same.mask_id == 511
+    assert registry.directory_of("GSAI-ML/LLaDA-8B-Instruct") == tmp_path / "snapshot"
+    ((name, patterns),) = hub  # asked once
+    assert name == "GSAI-ML/LLaDA-8B-Instruct"
+    files_there = ["config.json", "model-00001-of-00006.safetensors", "vocab.json", "merges.txt"]
+    others = ["pytorch_model.bin", "model.gguf", "original/consolidated.safetensors", "README.md"]
+    for file in files_there + others:
+        assert any(fnmatch(file, pattern) for pattern in patterns) is (file in files_there), file
+
+
+def test_a_directory_comes_before_the_hub(hub: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "GSAI-ML").mkdir()
+    write(tmp_path / "GSAI-ML" / "LLaDA-8B-Instruct")
+    assert models.load("GSAI-ML/LLaDA-8B-Instruct").mask_id == 511
+    for name in ("nowhere", "a/b/c", "/a/b", "./a/b", "../a", "a/b?", "~/b"):
+        with pytest.raises(FileNotFoundError, match="no directory"):
+            models.load(name)
+    with pytest.raises(FileNotFoundError, match=r"dparallel\.registry\.load knows 'builtin:student'"):
+        models.load("builtin:student")
+    assert not hub
+
+
+def test_without_a_network_the_error_says_how_to_get_it(hub: list[Any]) -> None:
+    said = (
+        r"no directory some/model, and the Hugging Face Hub did not give .*ConnectionError: Cannot reach the "
+        r"Hub: HF_HUB_OFFLINE=1 is set\. `hf download some/model --local-dir DIR`"
+    )
+    for _ in range(2):  # it may work the next time
+        with pytest.raises(FileNotFoundError, match=said):
+            models.load("some/model")
+    with pytest.raises(FileNotFoundError, match=rf"model: 'some/model' is neither .*{said}"):
+        registry.load("some/model")
+    assert len(hub) == 3
+
+
+def test_without_the_package_too(monkeypatch: pytest.MonkeyPatch, hub: list[Any]) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    said = r"no directory some/model\. .*`pip install huggingface_hub`.*`hf download some/model"
+    with pytest.raises(FileNotFoundError, match=said):
+        models.load("some/model")

@@ -1,0 +1,222 @@
+"""Tokenizers of vocab.json and merges.txt, against transformers' Qwen2Tokenizer of the same files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dparallel import registry, tokenizer
+from dparallel.text import TextStream
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+CORPUS = [
+    "The cat's mat: it's what they'd've wanted, I'll say. WE'RE DONE, that's IT.",
+    "def f(x):\n    return x ** 2 + 1  # 12345 times\n\n\tprint('hello world')\r\n",
+    "Straße, café, naïve Ångström, Việt Nam, Ελλάδα, Москва, שלום, مرحبا",
+    "你好,世界! 日本語のテキスト、한국어 텍스트。",
+    "😀😃 flags 🇩🇪🇫🇷 👩‍👩‍👧‍👦 1️⃣ ½ ² Ⅷ ٣",
+]
+ROLES = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "mask_token": "<|mask|>"}
+ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "<|beginoftext|>", "<|mask|>"]
+SPECIAL = ["<|im_start|>", "<|im_end|>"]
+
+
+def train() -> tuple[dict[str, int], list[list[str]]]:
+    """A vocabulary of 500 and its merges."""
+    made = Tokenizer(models.BPE())
+    made.normalizer = normalizers.NFC()
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(tokenizer.QWEN2_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(CORPUS * 2, trainer)
+    model = json.loads(made.to_str())["model"]
+    return model["vocab"], model["merges"]
+
+
+VOCABULARY, MERGES = train()
+BASE = len(VOCABULARY)
+
+
+def write(directory: Path, form: str = "legacy", **config: Any) -> Path:
+    """Dream's files. `legacy`: added_tokens.json and special_tokens_map.json; `decoder`: all in one."""
+    directory.mkdir(exist_ok=True)
+
+    def put(name: str, content: Any) -> None:
+        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+        (directory / name).write_text(text, encoding="utf-8")
+
+    put("vocab.json", VOCABULARY)
+    put("merges.txt", "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in MERGES))
+    settings: dict[str, Any] = {"tokenizer_class": "Qwen2Tokenizer", "add_prefix_space": False}
+    if form == "legacy":
+        put("added_tokens.json", {text: BASE + i for i, text in enumerate(ADDED)})
+        mask = {
+            "content": "<|mask|>",
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+        }
+        put("special_tokens_map.json", {**ROLES, "mask_token": mask, "additional_special_tokens": SPECIAL})
+    else:
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        decoder = {
+            str(BASE + i): {"content": text, **flags, "special": text != "<tool_call>"}
+            for i, text in enumerate(ADDED)
+        }
+        more = {
+            "<|left|>": {"lstrip": True, "special": True},
+            "<|right|>": {"rstrip": True, "special": True},
+            "<word>": {"single_word": True},
+            "Å<norm>": {"normalized": True},
+        }
+        for text, change in more.items():
+            decoder[str(BASE + len(decoder))] = {"content": text, **flags, "special": False, **change}
+        settings |= {"added_tokens_decoder": decoder, "additional_special_tokens": SPECIAL, **ROLES}
+    put("tokenizer_config.json", {**settings, **config})
+    return directory
+
+
+@pytest.fixture(scope="module", params=["legacy", "decoder"])
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """(ours, transformers') of the same files."""
+    from transformers import Qwen2Tokenizer
+
+    directory = write(tmp_path_factory.mktemp(request.param), request.param)
+    return tokenizer.load(directory), Qwen2Tokenizer.from_pretrained(directory)
+
+
+HARD = [
+    "",
+    " ",
+    "\n",
+    " \n \n\n  x",
+    "a  b   c\t\td \r\n\r\n e\n",
+    "it's IT'S we'Re they'LL 'tis o'clock 'S 's''d",
+    "0123456789 3.14 1,000,000 ½²Ⅷ٣ x1y2",
+    "e\u0301 A\u030a \u1112\u1161\u11ab \ufb01 \u212b \u2126 q\u0323\u0307 q\u0307\u0323",
+    "\u0301 alone, \u0301\u0301x",
+    "\x00\x01\x1b\x7f\x80\x85\u2028\u2029\ufeff\u200b\u200d",
+    "\u00a0\u3000 spaces\u2003of\u00a0kinds\x1c\x1d",
+    "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+    "a<|mask|><|mask|>b <|endoftext|>x<|endoftext|>\n\n",
+    "<|im_end|><|im_end", "<|im_ end|>", "<<|mask|>>", "x<tool_call>{}<tool_call>y",
+    "don't<|im_end|>'s", "  <|left|>  x", "x  <|right|>  \n y", "a<word>b <word> <word>.",
+    "A\u030a<norm>x Å<norm>", "ſ'ſ K 'K İ ß 'ß",
+    "👩‍👩‍👧‍👦 🇩🇪 1️⃣ \U0010ffff \U000e0001",
+    *CORPUS,
+]  # fmt: skip
+
+
+def check(both: tuple[Any, Any], text: str) -> None:
+    ours, theirs = both
+    ids = ours.encode(text).ids
+    assert ids == theirs(text)["input_ids"], text
+    for skip in (True, False):
+        assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(
+            ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False
+        )
+
+
+def test_hard_text(both: tuple[Any, Any]) -> None:
+    for text in HARD:
+        check(both, text)
+    check(both, "".join(HARD))
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.text(max_size=8),
+            st.sampled_from(
+                [*ADDED, "<|left|>", "<|right|>", "<word>", "'s", "'LL", " ", "\n", "\u0301", "7"]
+            ),
+        ),
+        max_size=12,
+    )
+)
+def test_any_text(both: tuple[Any, Any], parts: list[str]) -> None:
+    check(both, "".join(parts))
+
+
+def test_the_vocabulary_and_what_streams(both: tuple[Any, Any]) -> None:
+    ours, theirs = both
+    assert ours.get_vocab() == theirs.get_vocab()
+    assert ours.token_to_id("<|mask|>") == BASE + 5
+    text = "日本語 😀 <tool_call>x<|im_end|> naïve"
+    stream = TextStream(ours)
+    pieces = [stream.put([one]) for one in ours.encode(text).ids] + [stream.finish()]
+    assert "".join(pieces) == text.replace("<|im_end|>", "")
+
+
+def test_ids_with_holes_are_those_of_the_files(tmp_path: Path) -> None:
+    """transformers numbers them on from the vocabulary's end; the model's rows are where the files say."""
+    write(tmp_path)
+    added = {"<|endoftext|>": BASE + 3, "<|im_end|>": BASE + 1, "<|mask|>": BASE + 40}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    ours = tokenizer.load(tmp_path)
+    assert [ours.token_to_id(text) for text in added] == list(added.values())
+    ids = ours.encode("x<|mask|>y<|im_end|>").ids
+    assert (ids[1], ids[-1]) == (BASE + 40, BASE + 1)
+
+
+@pytest.mark.parametrize("name", ["Qwen2TokenizerFast", "DreamTokenizer", None])
+def test_the_class_that_it_is(tmp_path: Path, name: str | None) -> None:
+    write(tmp_path, tokenizer_class=name)
+    (tmp_path / "config.json").write_text('{"model_type": "Dream"}')
+    assert tokenizer.load(tmp_path).encode("<|mask|>").ids == [BASE + 5]
+
+
+@pytest.mark.parametrize("ends", [{"add_bos_token": True}, {"add_bos_token": True, "add_eos_token": True}])
+def test_beginnings_and_ends_that_the_config_asks_for(tmp_path: Path, ends: dict[str, bool]) -> None:
+    from transformers import Qwen2Tokenizer
+
+    write(tmp_path, "decoder", bos_token="<|beginoftext|>", **ends)
+    ours, theirs = tokenizer.load(tmp_path), Qwen2Tokenizer.from_pretrained(tmp_path)
+    assert ours.encode("hello").ids == theirs("hello")["input_ids"]
+    assert ours.encode("hello").ids[0] == BASE + 4
+    assert ours.encode("hello", add_special_tokens=False).ids[0] != BASE + 4
+
+
+def test_special_tokens_that_are_to_be_split(tmp_path: Path) -> None:
+    made = tokenizer.load(write(tmp_path, split_special_tokens=True))
+    assert BASE + 5 not in made.encode("<|mask|>").ids
+
+
+def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json, nor vocab\.json and merges\.txt"):
+        tokenizer.load(tmp_path)
+    write(tmp_path, tokenizer_class="GPT2Tokenizer")
+    with pytest.raises(ValueError, match=r"not tokenizer_class 'GPT2Tokenizer'"):
+        tokenizer.load(tmp_path)
+    write(tmp_path)
+    for name, content, said in (
+        ("merges.txt", "#version: 0.2\na b c\n", r"merges\.txt:2 is 'a b c', expected two parts"),
+        ("merges.txt", "zzz yyy\n", r"vocab\.json and merges\.txt of .* do not fit"),
+        ("added_tokens.json", '{"a": 7777}', r"'a' is \d+ in vocab\.json and 7777 when added"),
+        ("added_tokens.json", '{"<|mask|>": 3}', r"do not have one id each"),
+        ("vocab.json", '{"a": "0"}', r"vocab\.json of .* gives 'a' the id '0'"),
+        ("vocab.json", "[]", r"vocab\.json holds a list"),
+        ("tokenizer.json", "{", r"tokenizer\.json is not a tokenizer"),
+        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+    ):
+        write(tmp_path)
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=said):
+            tokenizer.load(tmp_path)
+
+
+def test_a_tokenizer_json_comes_first(tmp_path: Path) -> None:
+    write(tmp_path)
+    shutil.copy(registry.directory_of("builtin:student") / "tokenizer.json", tmp_path)
+    assert tokenizer.load(tmp_path).get_vocab_size() == 202
