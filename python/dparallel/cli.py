@@ -30,7 +30,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Decode diffusion language models many tokens at a time.",
 )
-ModelOption = Annotated[str, typer.Option(help="builtin:NAME or a checkpoint directory")]
+ModelOption = Annotated[
+    str, typer.Option(help="builtin:NAME, a checkpoint directory, or ORG/NAME of the Hugging Face Hub")
+]
+MaskOption = Annotated[int | None, typer.Option(help="the mask token's id; default: the checkpoint's own")]
+ChatOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        help="prompts go by the checkpoint's chat template; default: where it has one (built-in: none)",
+    ),
+]
 Fp8Option = Annotated[bool, typer.Option("--fp8", help="keep the layers' weights in 8 bits")]
 PolicyOption = Annotated[str, typer.Option(help=f"{ONE!r} (one token a pass) or SELECTOR:THRESHOLD")]
 
@@ -108,6 +118,8 @@ def decode(
     top_p: Annotated[float | None, typer.Option(help="sample from the ids of so much probability")] = None,
     top_k: Annotated[int | None, typer.Option(help="sample from so many ids; 0: all")] = None,
     seed: Annotated[int | None, typer.Option(help="of the samples; default: another each time")] = None,
+    mask_id: MaskOption = None,
+    chat: ChatOption = None,
     device: str | None = None,
     fp8: Fp8Option = False,
     stream: Annotated[bool, typer.Option("--stream", help="show the unmasking")] = False,
@@ -117,6 +129,7 @@ def decode(
     from . import text as texts_of
     from .demo import LiveText
     from .evaluate import parse_policy
+    from .text import prompt_encoder
 
     with plain_errors():
         calls = [[text] for text in prompt or []]
@@ -131,14 +144,16 @@ def decode(
         settings = parse_policy(policy)
         if seed is None:
             torch.seed()  # a fresh process's generator always begins alike
-        loaded, tokenizer = registry.load(model, device=device, fp8=fp8)
+        template = registry.template_of(model, chat)
+        loaded, tokenizer = registry.load(model, device=device, fp8=fp8, mask_id=mask_id)
+        encode = prompt_encoder(tokenizer, template)
         ends = texts_of.endings(registry.directory_of(model), tokenizer)
         length = gen_length
         if length is None:
             length = 0 if infill and not suffix else registry.gen_length(model)
         console = Console()
         for texts in calls:
-            ids = [tokenizer.encode(text).ids for text in texts]
+            ids = [encode(text) for text in texts]
             if suffix:
                 between = [loaded.mask_id] * whole("gen_length", length, 1)
                 after = tokenizer.encode(suffix, add_special_tokens=False).ids
@@ -231,6 +246,8 @@ def evaluate(
     batch: int = 100,
     block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
     cache: str = "none",
+    mask_id: MaskOption = None,
+    chat: ChatOption = None,
     device: str | None = None,
     fp8: Fp8Option = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the results here")] = None,
@@ -252,6 +269,8 @@ def evaluate(
             batch=batch,
             block_length=block_length,
             cache=cache,
+            mask_id=mask_id,
+            chat=chat,
             device=device,
             fp8=fp8,
         ):
@@ -297,6 +316,7 @@ def serve(
     grace: Annotated[
         float, typer.Option(help="seconds that running requests have to end in at the end")
     ] = 30.0,
+    mask_id: MaskOption = None,
     device: str | None = None,
     fp8: Fp8Option = False,
     log_level: Annotated[str, typer.Option(help="info logs every request; warning, error")] = "info",
@@ -314,6 +334,7 @@ def serve(
             port=port,
             device=device,
             fp8=fp8,
+            mask_id=mask_id,
             log_level=log_level,
             engine={
                 "cache": cache,
@@ -373,6 +394,8 @@ def answer(
     batch: Annotated[int, typer.Option(help="sequences decoded at once")] = 100,
     prompt_field: str = "prompt",
     answer_field: str = "answer",
+    mask_id: MaskOption = None,
+    chat: ChatOption = None,
     device: str | None = None,
 ) -> None:
     """A model answers training prompts; its right answers are what it is distilled on.
@@ -383,7 +406,9 @@ def answer(
 
     with plain_errors():
         length = registry.gen_length(model) if gen_length is None else whole("gen_length", gen_length, 1)
-        settings = trajectories.Settings(model, policy, length, block_length, cache, checker, shard, format)
+        settings = trajectories.Settings(
+            model, policy, length, block_length, cache, checker, shard, format, chat, mask_id
+        )
         prompts = trajectories.read_prompts(data, prompt_field, answer_field)
         trajectories.generate(out, prompts, settings, batch=batch, device=device)
 
@@ -394,6 +419,7 @@ def distill(
     answers: Annotated[Path | None, typer.Option(help="the directory that `trajectories` wrote")] = None,
     out: Annotated[Path | None, typer.Option(help="the student's; a run that was stopped goes on")] = None,
     model: Annotated[str | None, typer.Option(help="instead of the recipe's")] = None,
+    mask_id: MaskOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print steps and memory; no weights")] = False,
     processes: Annotated[int, typer.Option(help="of the dry run")] = 1,
 ) -> None:
@@ -401,7 +427,8 @@ def distill(
     from . import distill as distilling
 
     with plain_errors():
-        found = distilling.read(recipe, **({} if model is None else {"model": model}))
+        changes = {"model": model, "mask_id": mask_id}
+        found = distilling.read(recipe, **{key: one for key, one in changes.items() if one is not None})
         if dry_run:
             show_plan(distilling.plan(found, processes=processes))
             return
@@ -428,12 +455,13 @@ def merge(
     adapter: Annotated[Path, typer.Argument(help="a LoRA adapter's directory")],
     out: Annotated[Path, typer.Argument(help="where the plain checkpoint goes")],
     model: Annotated[str | None, typer.Option(help="its base; default: what the adapter names")] = None,
+    mask_id: MaskOption = None,
 ) -> None:
     """A LoRA adapter and its base as a plain checkpoint in the base's own layout."""
     from . import distill as distilling
 
     with plain_errors():
-        distilling.merge(adapter, out, model=model)
+        distilling.merge(adapter, out, model=model, mask_id=mask_id)
 
 
 def main() -> None:

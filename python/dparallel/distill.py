@@ -27,7 +27,7 @@ class Recipe:
     """The content of a recipe's YAML file."""
 
     model: str
-    """"builtin:NAME" or a checkpoint directory."""
+    """"builtin:NAME", a checkpoint directory, or ORG/NAME of the Hugging Face Hub."""
     training: dict[str, Any]
     """Of `trainer.CertaintyForcingArguments`."""
     data: str = ""
@@ -42,6 +42,8 @@ class Recipe:
     """The model's config.json, for a dry run where the checkpoint is not at hand."""
     examples: int | None = None
     """Answers kept, for a dry run where the trajectories are not at hand."""
+    mask_id: int | None = None
+    """The mask token's id; None: the checkpoint's own."""
 
 
 def read(file: str | Path, **changes: Any) -> Recipe:
@@ -126,7 +128,8 @@ def run(
         raise ValueError(f"trajectories: {answers} holds no right answer")
     # Adapters are trained beside 16-bit weights, where those are fast; weights that are trained want 32.
     narrow = recipe.lora is not None and registry.fast_bfloat16(args.device)
-    model: Any = dx.models.load(source, dtype=torch.bfloat16 if narrow else torch.float32)
+    dtype = torch.bfloat16 if narrow else torch.float32
+    model: Any = dx.models.load(source, dtype=dtype, mask_id=recipe.mask_id)
     eos = model.eos_id
     if eos is None:
         raise ValueError("model: its config has no eos_token_id")
@@ -188,11 +191,13 @@ def with_lora(model: Model, settings: Mapping[str, Any], base: str) -> Any:
     return adapted
 
 
-def merge(adapter: str | Path, out: str | Path, *, model: str | None = None) -> Path:
+def merge(
+    adapter: str | Path, out: str | Path, *, model: str | None = None, mask_id: int | None = None
+) -> Path:
     """Add a LoRA adapter's weights to its base and write a plain checkpoint in the base's own layout.
 
     The adapter may have been trained on one of ours or on the Hugging Face model of the same checkpoint.
-    `model`: the base; default: the one that the adapter names.
+    `model`: the base; default: the one that the adapter names. `mask_id`: instead of the base's.
 
     Raises FileNotFoundError, and ValueError where adapter and base do not fit.
     """
@@ -208,7 +213,7 @@ def merge(adapter: str | Path, out: str | Path, *, model: str | None = None) -> 
     if not name:
         raise ValueError("model: the adapter does not name its base, so give one")
     source = registry.directory_of(str(name))
-    base = dx.models.load(source)
+    base = dx.models.load(source, mask_id=mask_id)
     known = {name.rpartition(".")[0]: None for name, _ in base.named_parameters()}
     prefix, found = "base_model.model.", {}
     for key, tensor in load_file(adapter / "adapter_model.safetensors").items():

@@ -18,6 +18,7 @@ import dparallel_ext as dx
 from dparallel_ext import policies
 
 from . import registry, tasks
+from .text import prompt_encoder
 
 ONE = "one"
 """The policy that commits one token a pass, the most confident."""
@@ -53,6 +54,8 @@ def evaluate(
     batch: int = 100,
     block_length: int | None = None,
     cache: str = "none",
+    mask_id: int | None = None,
+    chat: bool | None = None,
     device: str | None = None,
     fp8: bool = False,
     loaded: tuple[Any, Any] | None = None,
@@ -60,18 +63,21 @@ def evaluate(
     """Decode `problems` held-out problems, the same for every call with one `seed`, and check the answers.
 
     Every sequence is decoded to its full length, so that passes compare. `block_length`: default the model's
-    own, if it is block-causal, else 32.
+    own, if it is block-causal, else 32. `chat`: the problems go by the checkpoint's chat template; default:
+    where it has one. A model that comes as `loaded` is asked without unless `chat` is true, which takes the
+    template of `model_name`.
 
     Returns model, policy, threshold, problems, seed, accuracy, accuracy_interval (Wilson's, 95 %), nfe_mean
     (passes per answer), tokens_per_forward (those in front of EOS, the model's `eos_id`),
-    padded_tokens_per_forward (all gen_length of them), seconds, gen_length, block_length, cache and fp8.
+    padded_tokens_per_forward (all gen_length of them), seconds, gen_length, block_length, cache, chat and fp8.
     """
     settings = parse_policy(policy)
-    model, tokenizer = loaded or registry.load(model_name, device=device, fp8=fp8)
-    model = dx.models.for_decoding(model)
+    template = registry.template_of(model_name, chat) if chat or loaded is None else None
+    model, tokenizer = loaded or registry.load(model_name, device=device, fp8=fp8, mask_id=mask_id)
+    model, encode = dx.models.for_decoding(model), prompt_encoder(tokenizer, template)
     groups: dict[int, list[tuple[tasks.Problem, list[int]]]] = {}
     for problem in itertools.islice(tasks.problems("held_out", seed), problems):
-        ids = tokenizer.encode(problem.prompt).ids
+        ids = encode(problem.prompt)
         groups.setdefault(len(ids), []).append((problem, ids))
     correct = passes = tokens = padded = 0
     began = time.perf_counter()
@@ -108,6 +114,7 @@ def evaluate(
         "gen_length": tasks.GEN_LENGTH,
         "block_length": block_length or dx.models.traits(model).block_length or 32,
         "cache": cache,
+        "chat": template is not None,
         "fp8": model.quantized,
     }
 
@@ -123,9 +130,11 @@ def sweep(names: Iterable[str], texts: Iterable[str], **settings: Any) -> Iterab
     for text in texts:
         parse_policy(text)
     for name in names:
-        loaded = registry.load(name, device=settings.get("device"), fp8=settings.get("fp8", False))
+        options = {key: settings[key] for key in ("device", "fp8", "mask_id") if key in settings}
+        chat = registry.template_of(name, settings.get("chat")) is not None
+        loaded = registry.load(name, **options)
         for text in texts:
-            yield evaluate(name, text, loaded=loaded, **settings)
+            yield evaluate(name, text, loaded=loaded, **{**settings, "chat": chat})
 
 
 def wilson(right: int, trials: int) -> list[float]:

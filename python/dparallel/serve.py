@@ -1102,6 +1102,7 @@ def run(
     port: int,
     device: str | None,
     fp8: bool = False,
+    mask_id: int | None = None,
     log_level: str,
     engine: dict[str, Any],
     **settings: Any,
@@ -1118,7 +1119,7 @@ def run(
     directory = registry.directory_of(model)
     with contextlib.ExitStack() as opened:
         sockets = [opened.enter_context(one) for one in listen(host, port)]
-        loaded, tokenizer = registry.load(model, device=device, fp8=fp8)
+        loaded, tokenizer = registry.load(model, device=device, fp8=fp8, mask_id=mask_id)
         limits = [loaded.config.get(key) for key in ("max_sequence_length", "max_position_embeddings")]
         positions = min((limit for limit in limits if limit), default=math.inf)
         defaults = {

@@ -27,6 +27,7 @@ import dparallel_ext as dx
 
 from . import registry, tasks
 from .evaluate import parse_policy
+from .text import prompt_encoder
 
 SETTINGS = "settings.json"
 FORMATS = ("parquet", "jsonl")
@@ -55,6 +56,10 @@ class Settings:
     shard: int = 500
     """Prompts per shard."""
     format: str = "parquet"
+    chat: bool | None = None
+    """Whether prompts go by the checkpoint's chat template; None: where it has one."""
+    mask_id: int | None = None
+    """None: the checkpoint's own."""
 
 
 # --- checkers -----------------------------------------------------------------------------------
@@ -203,7 +208,8 @@ def generate(
 
     Args:
         batch: sequences decoded at once; those of one prompt length go together.
-        loaded: (model, tokenizer), instead of loading settings.model.
+        loaded: (model, tokenizer), instead of loading settings.model; then `settings.chat` must be true for
+            the chat template of settings.model to be applied.
 
     Raises:
         ValueError: where `out` holds a run of other settings or prompts; and as `decode`.
@@ -222,6 +228,9 @@ def generate(
             else registry.block_length(settings.model)
         )
         settings = replace(settings, block_length=own)
+    wanted = settings.chat or loaded is None
+    template = registry.template_of(settings.model, settings.chat) if wanted else None
+    settings = replace(settings, chat=template is not None)
     directory = Path(out)
     directory.mkdir(parents=True, exist_ok=True)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -233,7 +242,8 @@ def generate(
         return directory
     if device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    model, tokenizer = loaded or registry.load(settings.model, device=device)
+    model, tokenizer = loaded or registry.load(settings.model, device=device, mask_id=settings.mask_id)
+    encode = prompt_encoder(tokenizer, template)
     model = dx.models.for_decoding(model)
     bar = None
     if progress:
@@ -248,7 +258,7 @@ def generate(
         first = number * settings.shard
         rows: list[dict[str, Any]] = []
         part = prompts[first : first + settings.shard]
-        for answered in _answer(model, tokenizer, part, settings, policy, batch):
+        for answered in _answer(model, tokenizer, encode, part, settings, policy, batch):
             for at, row in answered:
                 if checker(part[at].answer, row["response"]):
                     rows.append({"index": first + at, **row})
@@ -267,6 +277,7 @@ def generate(
 def _answer(
     model: Any,
     tokenizer: Any,
+    encode: Callable[[str], list[int]],
     prompts: list[Prompt],
     settings: Settings,
     policy: dict[str, Any],
@@ -275,7 +286,7 @@ def _answer(
     """[(place in prompts, row)] of each batch."""
     groups: dict[int, list[tuple[int, list[int]]]] = {}
     for at, prompt in enumerate(prompts):
-        ids = tokenizer.encode(prompt.text).ids
+        ids = encode(prompt.text)
         groups.setdefault(len(ids), []).append((at, ids))
     for length, group in groups.items():
         for start in range(0, len(group), batch):
@@ -320,7 +331,8 @@ def _claim(directory: Path, settings: Settings, prompts: list[Prompt], rank: int
     content = {**asdict(settings), "prompts": len(prompts), "prompts_sha256": digest}
     file = directory / SETTINGS
     if file.exists():
-        found = json.loads(file.read_text())
+        older = {"chat": False, "mask_id": None}  # of a run from before there were these settings
+        found = older | json.loads(file.read_text())
         other = {key: found.get(key) for key in content if found.get(key) != content[key]}
         if other:
             raise ValueError(f"out: {directory} holds a run with other settings: {other}")
