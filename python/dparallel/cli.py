@@ -146,7 +146,9 @@ def decode(
             torch.seed()  # a fresh process's generator always begins alike
         template = registry.template_of(model, chat)
         loaded, tokenizer = registry.load(model, device=device, fp8=fp8, mask_id=mask_id)
-        encode = prompt_encoder(tokenizer, template)
+        encode, mask = prompt_encoder(tokenizer, template), loaded.mask_id
+        if mask is None:
+            raise ValueError(f"mask_id: the files of {model} name no mask token, so give --mask-id")
         ends = texts_of.endings(registry.directory_of(model), tokenizer)
         length = gen_length
         if length is None:
@@ -155,14 +157,14 @@ def decode(
         for texts in calls:
             ids = [encode(text) for text in texts]
             if suffix:
-                between = [loaded.mask_id] * whole("gen_length", length, 1)
+                between = [mask] * whole("gen_length", length, 1)
                 after = tokenizer.encode(suffix, add_special_tokens=False).ids
                 ids = [[*one, *between, *after] for one in ids]
-            masks = [one.count(loaded.mask_id) if infill or suffix else 0 for one in ids]
+            masks = [one.count(mask) if infill or suffix else 0 for one in ids]
             if infill and not length and not all(masks):
-                mask = tokenizer.id_to_token(loaded.mask_id)
-                raise ValueError(f"prompt: expected a mask token, {mask}, where --infill is to fill it")
-            live = LiveText(console, tokenizer, loaded.mask_id or 0, 0.1) if stream else None
+                said = tokenizer.id_to_token(mask)
+                raise ValueError(f"prompt: expected a mask token, {said}, where --infill is to fill it")
+            live = LiveText(console, tokenizer, mask, 0.1) if stream else None
             if live is not None:
                 live.__enter__()
             try:

@@ -69,7 +69,7 @@ def evaluate(
 
     Returns model, policy, threshold, problems, seed, accuracy, accuracy_interval (Wilson's, 95 %), nfe_mean
     (passes per answer), tokens_per_forward (those in front of EOS, the model's `eos_id`),
-    padded_tokens_per_forward (all gen_length of them), seconds, gen_length, block_length, cache, chat and fp8.
+    padded_tokens_per_forward (all gen_length of them), seconds, gen_length, block_length, cache, chat, fp8.
     """
     settings = parse_policy(policy)
     template = registry.template_of(model_name, chat) if chat or loaded is None else None
