@@ -40,6 +40,8 @@ def instruct(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(3)
     models.save(models.Dream(CONFIG), directory)
     test_tokenizer.write(directory, tokenizer_class="DreamTokenizer", chat_template=TEMPLATE)
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools[0] }}")
     return directory
 
 
@@ -137,16 +139,17 @@ def test_distill_and_merge_with_a_mask(instruct: Path, tmp_path: Path) -> None:
     training = "{max_steps: 1, per_device_train_batch_size: 1, disable_tqdm: true, save_strategy: 'no'}"
     recipe.write_text(f"model: {instruct}\ntraining: {training}\n")
     answers = ("--answers", tmp_path / "a")
-    for given, mask in (((), MASK), (("--mask-id", 7), 7)):
-        run("distill", recipe, *answers, "--out", tmp_path / f"student{mask}", *given)
-        student = registry.load(str(tmp_path / f"student{mask}"))[0]
-        assert student.mask_id == student.config["mask_token_id"] == mask
+    run("distill", recipe, *answers, "--out", tmp_path / "student", "--mask-id", 7)
+    student = registry.load(str(tmp_path / "student"))[0]
+    assert student.mask_id == student.config["mask_token_id"] == 7
     adapted = distill.with_lora(models.load(instruct), {"r": 2}, str(instruct))
     adapted.save_pretrained(tmp_path / "adapter")
     run("merge", tmp_path / "adapter", tmp_path / "merged", "--mask-id", 7)
     merged, found = registry.load(str(tmp_path / "merged"))
     assert (merged.mask_id, found.token_to_id("<|mask|>")) == (7, MASK)
-    assert registry.template_of(str(tmp_path / "merged")) is not None
+    template = registry.template_of(str(tmp_path / "merged"))
+    assert template is not None
+    assert template([], tools=["hammer"]) == "hammer"
 
 
 def test_a_run_from_before_goes_on_without_the_template(instruct: Path, tmp_path: Path) -> None:

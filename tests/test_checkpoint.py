@@ -61,6 +61,7 @@ ADDED = {"10": {"content": "<|endoftext|>"}, "20": {"content": "<|mask|>", "spec
         ({"special_tokens_map.json": {"mask_token": {"content": "M"}}, "added_tokens.json": {"M": 7}}, 7),
         ({"special_tokens_map.json": {"mask_token": "M"}, "vocab.json": {"M": 8}}, 8),
         ({"special_tokens_map.json": {"mask_token": "M"}, "vocab.json": {"N": 8}}, None),
+        ({"tokenizer_config.json": {"mask_token": "M"}, "tokenizer.json": {"model": {"vocab": {"M": 6}}}}, 6),
     ],
     ids=str,
 )
@@ -114,8 +115,8 @@ def test_the_published_mask_where_nothing_names_one(
     config = {**config, **sizes, "mask_token_id": None}
     with torch.device("meta"):
         model = family(config)
-        small = family({**config, "vocab_size": mask})
-    assert (model.mask_id, small.mask_id) == (mask, None)
+        others = [family({**config, "vocab_size": size}) for size in (mask, mask + 513)]
+    assert [model.mask_id, *(one.mask_id for one in others)] == [mask, None, None]
     name = next(name for name, one in models.FAMILIES.items() if one is family)
 
     def traits_of(config: Any, generation: Any = None) -> models.Traits:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -227,6 +228,12 @@ def test_one_of_several_templates(tmp_path: Path) -> None:
     render = chat_template(write(tmp_path, chat_template=named))
     assert render is not None
     assert (render(MESSAGES), render(MESSAGES, tools=["hammer"])) == ("plain", "hammer")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("a {{ tools[0] }}")
+    render = chat_template(write(tmp_path, chat_template="plain"))
+    assert render is not None
+    assert (render(MESSAGES), render(MESSAGES, tools=["hammer"])) == ("plain", "a hammer")
+    shutil.rmtree(tmp_path / "additional_chat_templates")
     render = chat_template(write(tmp_path, chat_template={"rag": "alone"}))
     assert render is not None
     assert render(MESSAGES) == "alone"

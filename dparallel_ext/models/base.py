@@ -329,8 +329,8 @@ class Model(Named):
         self.config = Config(config)
         s = self.shape = self.shape_of(config)
         self.vocab_size, self.block_length = s.vocab_size, s.block_length
-        published = self.published_mask_id
-        if config.get("mask_token_id") is None and published is not None and published < s.rows:
+        published = self.released_mask_id(s.rows)
+        if config.get("mask_token_id") is None and published is not None:
             self.config["mask_token_id"] = published
         self.mask_id = self._token_id("mask_token_id")
         self.eos_id = self._token_id("eos_token_id")
@@ -356,6 +356,15 @@ class Model(Named):
             return cls.read_config(config)
         except KeyError as error:
             raise ValueError(f"config: {error} is missing") from error
+
+    @classmethod
+    def released_mask_id(cls, rows: int | None) -> int | None:
+        """The published mask, where the vocabulary may be that of the releases: the id is among its last.
+
+        rows: of the embedding; None: not known.
+        """
+        published = cls.published_mask_id
+        return published if published is None or rows is None or 0 < rows - published <= 512 else None
 
     def _token_id(self, key: str) -> int | None:
         """The id, or the first of several, as eos_token_id may be."""

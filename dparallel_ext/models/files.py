@@ -158,7 +158,10 @@ def mask_token_id(directory: Path) -> int | None:
         return ids.pop() if len(ids) == 1 else None
     if text in added:
         return int(added[text]["id"])
-    return read_json(directory / "vocab.json").get(text)
+    vocabulary = (read_json(directory / "tokenizer.json").get("model") or {}).get("vocab")
+    if not isinstance(vocabulary, dict):
+        vocabulary = read_json(directory / "vocab.json")
+    return vocabulary.get(text)
 
 
 PACKED = {

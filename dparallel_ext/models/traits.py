@@ -32,9 +32,7 @@ def traits(model: Any) -> Traits:
     config = getattr(inner, "config", None)
     family = FAMILIES.get(getattr(config, "model_type", None) or "", Model)
     given = [getattr(of, "mask_token_id", None) for of in (config, getattr(inner, "generation_config", None))]
-    published, vocabulary = family.published_mask_id, getattr(config, "vocab_size", None)
-    if published is not None and (vocabulary is None or published < vocabulary):
-        given.append(published)
+    given.append(family.released_mask_id(getattr(config, "vocab_size", None)))
     mask_id, block_length = next((one for one in given if one is not None), None), None
     if family is FastDLLM:  # block-causal whenever it is called, unlike SDAR, whose mask its caller makes
         block_length = getattr(config, "bd_size", None) or 32

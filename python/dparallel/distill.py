@@ -100,6 +100,9 @@ class Companions:
             weights = any(suffix in file.name for suffix in WEIGHTS)
             if file.is_file() and not ours and not weights:
                 shutil.copy2(file, directory)
+        templates = self.source / "additional_chat_templates"
+        if templates.is_dir():
+            shutil.copytree(templates, Path(directory) / templates.name, dirs_exist_ok=True)
 
 
 def run(

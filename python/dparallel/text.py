@@ -167,7 +167,7 @@ def _chat_templates(directory: Path) -> dict[str, str]:
         for name, file in {**alone, **{file.stem: file for file in more}}.items()
         if file.is_file()
     }
-    if found:
+    if "default" in found:
         return found
     for name in ("tokenizer_config.json", "chat_template.json"):
         given = files.read_json(directory / name).get("chat_template")
@@ -180,8 +180,8 @@ def _chat_templates(directory: Path) -> dict[str, str]:
                 f"model: {directory / name}: expected chat_template to be text, or texts by name"
             )
         if given:
-            return given
-    return {}
+            return {**given, **found}
+    return found
 
 
 def prompt_encoder(tokenizer: Any, template: Template | None) -> Callable[[str], list[int]]:
