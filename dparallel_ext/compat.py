@@ -169,15 +169,21 @@ def _generate(
     suppress: list[int] | None = None,
 ) -> tuple[Tensor, int]:
     _check(steps, gen_length, block_length, remasking)
+    if selector not in policies.SELECTORS:
+        raise ValueError(f"selector: expected one of {list(policies.SELECTORS)}, got {selector!r}")
+    if threshold is None:
+        # The published fixed schedule ranks so.
+        by_entropy = selector == "entropy" and cache in ("prefix", "dual")
+        rule: dict[str, Any] = {"steps": steps, "score": "entropy" if by_entropy else "confidence"}
+    else:
+        rule = {"threshold": threshold, "selector": selector}
     with torch.inference_mode():
         rows = [prompt] if isinstance(prompt, Tensor) and prompt.ndim == 1 else list(prompt)
         settings = make_settings(
             traits(model),
             cache,
             len(rows),
-            steps=steps if threshold is None else None,
-            threshold=threshold,
-            selector=selector,
+            **rule,
             temperature=temperature,
             suppress=suppress,
         )

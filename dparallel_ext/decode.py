@@ -96,7 +96,7 @@ def decode(
     sub_block_length: int | None = None,
     steps: int | None = None,
     threshold: float | Tensor | None = None,
-    selector: policies.Name = "entropy",
+    selector: policies.Name | None = None,
     policy: Tensor | Policy | None = None,
     min_commit: policies.Number = 1,
     max_commit: policies.Number | None = None,
@@ -151,10 +151,10 @@ def decode(
         steps: with `threshold` None, the fixed schedule: passes in all, the same number for each block,
             each committing its share of the block. None: one token a pass. Not with sub-blocks.
         threshold: the selector's parameter, a number or (B,); see `policies`. None: the fixed schedule.
-        selector, min_commit, max_commit, score: the policy, each one value or one per sequence. The
-            fixed schedule ranks by `score`; as published that is confidence, but entropy where
-            `selector` is "entropy" and a cache is used.
-        policy: instead of those: (B, 5) rows, or a function (stats, eligible, step) -> bool (B, W)
+        selector, min_commit, max_commit, score: the policy, each one value or one per sequence. They go with
+            a `threshold`; its selector is "entropy" by default. The fixed schedule has `score` alone, by
+            which it ranks; as published that is entropy with cache "prefix" or "dual", else confidence.
+        policy: instead of all those: (B, 5) rows, or a function (stats, eligible, step) -> bool (B, W)
             over the columns of the block or sub-block. At least one position commits all the same, and only
             masked ones.
         cache: "none", the whole sequence each pass; for our models also "prefix" (one full pass per
@@ -202,7 +202,16 @@ def decode(
     """
     with torch.inference_mode():
         prompts = arguments.prompts(prompt, attention_mask)
-        size, function = len(prompts), _function(policy, threshold, steps)
+        size = len(prompts)
+        function = _function(
+            policy,
+            threshold=threshold,
+            steps=steps,
+            selector=selector,
+            min_commit=min_commit,
+            max_commit=max_commit,
+            score=score,
+        )
         batch = start(
             model,
             prompts,
@@ -437,12 +446,21 @@ def run(batch: Batch, streamer: Any = None, bar: Any = None) -> None:
         streamer.end()
 
 
-def _function(policy: Any, threshold: Any, steps: int | None) -> Policy | None:
+def _given(arguments: Mapping[str, Any]) -> list[str]:
+    """The names of those that are not left at their default."""
+
+    def default(name: str, value: Any) -> bool:
+        return value is None or (name == "min_commit" and isinstance(value, int) and value == 1)
+
+    return [name for name, value in arguments.items() if not default(name, value)]
+
+
+def _function(policy: Any, **beside: Any) -> Policy | None:
     """`policy`, where it is a function."""
     if policy is None:
         return None
-    if threshold is not None or steps is not None:
-        raise ValueError("policy: give it alone, without threshold or steps")
+    if given := _given(beside):
+        raise ValueError(f"policy: give it alone, without {given[0]}")
     if isinstance(policy, Tensor):
         return None
     if not callable(policy):
@@ -457,7 +475,7 @@ def make_settings(
     *,
     steps: int | None = None,
     threshold: Any = None,
-    selector: policies.Name = "entropy",
+    selector: policies.Name | None = None,
     policy: Tensor | None = None,
     min_commit: policies.Number = 1,
     max_commit: policies.Number | None = None,
@@ -478,6 +496,7 @@ def make_settings(
     elif threshold is not None:
         if steps is not None:
             raise ValueError("steps: belongs to the fixed schedule, so not beside a threshold")
+        selector = "entropy" if selector is None else selector
         names = [selector] * size if isinstance(selector, str) else list(selector)
         rows = policies.make(
             selector,
@@ -495,9 +514,14 @@ def make_settings(
     else:
         if steps is not None:
             steps = whole("steps", steps, 1)
+        ignored = {"selector": selector, "min_commit": min_commit, "max_commit": max_commit}
+        if given := _given(ignored):
+            raise ValueError(
+                f"{given[0]}: belongs to a threshold, and without one each pass commits the share of a fixed "
+                f"schedule, got {ignored[given[0]]!r}"
+            )
         if score is None:
-            by_entropy = selector == "entropy" and cache in ("prefix", "dual")
-            score = "entropy" if by_entropy else "confidence"
+            score = "entropy" if cache in ("prefix", "dual") else "confidence"
         rows = policies.make("quota", 1, score=score, batch=size)
     if eos_id is not None:
         eos_id = whole("eos_id", eos_id, 0)

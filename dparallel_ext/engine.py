@@ -310,7 +310,7 @@ class Engine:
         infill: bool = False,
         steps: int | None = None,
         threshold: float | None = None,
-        selector: str = "entropy",
+        selector: str | None = None,
         min_commit: int = 1,
         max_commit: int | None = None,
         score: str | None = None,

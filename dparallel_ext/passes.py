@@ -385,13 +385,13 @@ class Passes:
             spread.append(torch.where(eligible, whole, blank))  # on a GPU `at` is the whole window
         by_column = RowStats(*spread)
         chosen = policy(by_column, eligible, nfe)
-        if not isinstance(chosen, Tensor) or chosen.shape != eligible.shape:
-            raise ValueError(
-                f"policy: expected a bool Tensor {tuple(eligible.shape)}, "
-                f"got {getattr(chosen, 'shape', type(chosen).__name__)}"
-            )
+        if not isinstance(chosen, Tensor) or chosen.shape != eligible.shape or chosen.dtype != torch.bool:
+            kind = type(chosen).__name__
+            if isinstance(chosen, Tensor):
+                kind = f"{chosen.dtype} {tuple(chosen.shape)}"
+            raise ValueError(f"policy: expected a bool Tensor {tuple(eligible.shape)}, got {kind}")
         best = policies.make("quota", 1, batch=batch, device=x.device)
-        chosen = chosen.to(torch.bool) & eligible
+        chosen = chosen & eligible
         chosen |= ~chosen.any(1, keepdim=True) & select(by_column, eligible, best)
         x[row_of, column] = torch.where(chosen[at], stats.sample, x[row_of, column])
         return stats

@@ -21,34 +21,67 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-SELECTORS = {
-    "confidence": 0,
-    "entropy": 1,
-    "margin": 2,
-    "quota": 3,
-    "factor": 4,
-    "entropy_bound": 5,
+
+class Rule(NamedTuple):
+    """A line of the table above."""
+
+    id: int
+    """In csrc/include/dparallel/policy.h."""
+    score: str | None
+    """What it sorts by; None: `score` says."""
+    commits: str
+    parameter: str
+    low: float
+    high: float
+    """Bounds of the threshold, both allowed."""
+    whole: bool = False
+
+    @property
+    def expected(self) -> str:
+        """What its threshold has to be."""
+        kind = "a whole number" if self.whole else "a number"
+        above = f" and <= {self.high:g}" if math.isfinite(self.high) else ""
+        return f"{kind} >= {self.low:g}{above} ({self.commits})"
+
+
+RULES = {
+    "confidence": Rule(0, "confidence", "p1 >= TAU", "TAU", 0.0, 1.0),
+    "entropy": Rule(1, "entropy", "H <= TAU nats", "TAU", 0.0, math.inf),
+    "margin": Rule(2, "margin", "p1 - p2 >= TAU", "TAU", 0.0, 1.0),
+    "quota": Rule(3, None, "the K best", "K", 1.0, math.inf, whole=True),
+    "factor": Rule(4, "confidence", "the largest n with p_(n) >= 1 - F/(n+1)", "F", 0.0, math.inf),
+    "entropy_bound": Rule(5, "entropy", "lowest H whose preceding sum <= GAMMA", "GAMMA", 0.0, math.inf),
 }
+SELECTORS = {name: rule.id for name, rule in RULES.items()}
 SCORES = {"confidence": 0, "entropy": 1, "margin": 2}
 FIELDS = ("selector", "threshold", "min_commit", "max_commit", "score")
+MOST = 2**24
+"""The largest min_commit: float32 holds every whole number up to it."""
 
 Name: TypeAlias = str | Sequence[str]
 Number: TypeAlias = float | Sequence[float] | Tensor
 
-# The score a rule sorts by; quota alone has a choice.
-_SCORE_OF = {
-    "confidence": "confidence",
-    "entropy": "entropy",
-    "margin": "margin",
-    "factor": "confidence",
-    "entropy_bound": "entropy",
+_SCORE_IDS = frozenset(SCORES.values())
+
+
+def _one_step(value: float, towards: float) -> float:
+    """The next float32; so far a threshold moves where a published decoder commits beyond it, not at it."""
+    return torch.nextafter(torch.tensor(value), torch.tensor(towards)).item()
+
+
+_BY_ID: dict[float, tuple[float, float, Rule]] = {
+    rule.id: (_one_step(rule.low, -math.inf), _one_step(rule.high, math.inf), rule) for rule in RULES.values()
 }
-_IDS, _SCORE_IDS = frozenset(SELECTORS.values()), frozenset(SCORES.values())
+
+
+def describe() -> str:
+    """Every rule as SELECTOR:PARAMETER, with what it commits, for `--help`."""
+    return "; ".join(f"{name}:{rule.parameter} ({rule.commits})" for name, rule in RULES.items())
 
 
 def make(
@@ -64,17 +97,19 @@ def make(
     """Policy rows (batch, 5) float32: selector, threshold, min_commit, max_commit, score.
 
     Each argument is one value or one per sequence. `threshold` is the rule's parameter (see the table
-    above); `max_commit` None is no limit; `score`, what `quota` ranks by, defaults to confidence.
+    above): a probability or a difference of two in [0, 1], nats >= 0, a factor >= 0, or a whole number >= 1.
+    `min_commit` is a whole number of at most `MOST`, `max_commit` None is no limit; `score`, what `quota`
+    ranks by, defaults to confidence.
 
     Raises ValueError naming the argument that does not fit.
     """
     names = _names("selector", selector, SELECTORS, batch)
     scores = _names("score", "confidence" if score is None else score, SCORES, batch)
     for name, chosen in zip(names, scores, strict=True):
-        if score is not None and name != "quota" and chosen != _SCORE_OF[name]:
+        own = RULES[name].score
+        if score is not None and own is not None and chosen != own:
             raise ValueError(
-                f"score: only 'quota' chooses its score; {name!r} sorts by {_SCORE_OF[name]!r}, "
-                f"got {chosen!r}"
+                f"score: only 'quota' chooses its score; {name!r} sorts by {own!r}, got {chosen!r}"
             )
     rows = list(
         zip(
@@ -82,7 +117,7 @@ def make(
             _numbers("threshold", threshold, batch),
             _numbers("min_commit", min_commit, batch),
             _numbers("max_commit", math.inf if max_commit is None else max_commit, batch),
-            (float(SCORES[_SCORE_OF.get(name, c)]) for name, c in zip(names, scores, strict=True)),
+            (float(SCORES[RULES[name].score or c]) for name, c in zip(names, scores, strict=True)),
             strict=True,
         )
     )
@@ -112,18 +147,18 @@ def most(row: Sequence[float]) -> float:
 
 def _check_rows(rows: Iterable[Sequence[float]]) -> None:
     for sequence, (selector, threshold, low, high, score) in enumerate(rows):
-        quota = selector == SELECTORS["quota"]
+        least, most, rule = _BY_ID.get(selector, _BY_ID[0])  # an unknown selector is named first
+        fits = least <= threshold <= most and (not rule.whole or _is_count(threshold))
         for name, value, ok, expected in (
-            ("selector", selector, selector in _IDS, f"ids 0..{len(SELECTORS) - 1} of {list(SELECTORS)}"),
-            ("threshold", threshold, not math.isnan(threshold), "a number"),
-            ("threshold", threshold, not quota or _is_count(threshold), "a whole number >= 1 for quota"),
-            ("min_commit", low, _is_count(low), "a whole number >= 1"),
+            ("selector", selector, selector in _BY_ID, f"ids 0..{len(RULES) - 1} of {list(RULES)}"),
+            ("threshold", threshold, fits, rule.expected),
+            ("min_commit", low, _is_count(low) and low <= MOST, f"a whole number >= 1 and <= {MOST}"),
             ("max_commit", high, _is_count(high), "a whole number >= 1, or inf"),
             ("max_commit", high, high >= low, "at least min_commit"),
             ("score", score, score in _SCORE_IDS, f"ids 0..{len(SCORES) - 1} of {list(SCORES)}"),
         ):
             if not ok:
-                raise ValueError(f"{name}: expected {expected}, got {value} for sequence {sequence}")
+                raise ValueError(f"{name}: expected {expected}, got {value:g} for sequence {sequence}")
 
 
 def _is_count(value: float) -> bool:

@@ -25,6 +25,14 @@ def cases(name: str, cache: str) -> list[dict]:
     return [c for c in json.loads((GOLDEN / name / "cases.json").read_text()) if c["cache"] == cache]
 
 
+def rule(case: dict) -> dict:
+    """For decode: the selector with its threshold, or what the published fixed schedule ranks by."""
+    if case["threshold"] is not None:
+        return {key: case[key] for key in ("threshold", "selector")}
+    by_entropy = case["selector"] == "entropy" and case["cache"] != "none"
+    return {"steps": case["steps"], "score": "entropy" if by_entropy else "confidence"}
+
+
 @pytest.mark.parametrize(("name", "cache"), FAMILIES)
 def test_golden_cases(name: str, cache: str, device: str) -> None:
     model = models.load(GOLDEN / name, device=device)
@@ -32,13 +40,13 @@ def test_golden_cases(name: str, cache: str, device: str) -> None:
     assert len(found) >= 60
     for case in found[:: 20 if STAND_IN else 1]:
         prompt = torch.tensor([case["prompt"]])
-        shared = {key: case[key] for key in ("gen_length", "block_length", "threshold", "selector")}
-        tokens, nfe = PUBLISHED[cache](model, prompt, steps=case["steps"], mask_id=511, **shared)
+        shared = {key: case[key] for key in ("gen_length", "block_length")}
+        published = {key: case[key] for key in ("steps", "threshold", "selector")}
+        tokens, nfe = PUBLISHED[cache](model, prompt, mask_id=511, **shared, **published)
         assert tokens[0, len(case["prompt"]) :].tolist() == case["tokens"], case
         assert nfe == case["nfe"], case
 
-        steps = case["steps"] if case["threshold"] is None else None
-        out = dx.decode(model, prompt, steps=steps, cache=cache, record=True, **shared)
+        out = dx.decode(model, prompt, cache=cache, record=True, **shared, **rule(case))
         assert out.sequences[0, len(case["prompt"]) :].tolist() == case["tokens"], case
         # decode leaves out the pass that changes nothing, where a block was complete after its first.
         assert out.trajectory is not None
@@ -63,10 +71,12 @@ def test_a_foreign_model_gives_the_same(name: str) -> None:
 
     foreign = Foreign()
     for case in cases(name, "none")[::7]:
-        shared = {key: case[key] for key in ("gen_length", "block_length", "threshold", "selector")}
-        out = dx.decode(foreign, torch.tensor(case["prompt"]), **shared)
+        shared = {key: case[key] for key in ("gen_length", "block_length")}
+        out = dx.decode(foreign, torch.tensor(case["prompt"]), **shared, **rule(case))
         assert out.sequences[0, len(case["prompt"]) :].tolist() == case["tokens"]
         assert out.forwards == case["nfe"]
+    with pytest.raises(ValueError, match=r"selector: expected one of .*got 'nonsense'"):
+        compat.generate(foreign, torch.tensor([[1]]), selector="nonsense")
     with pytest.raises(ValueError, match=r"cache: 'dual' needs one of dparallel_ext.models"):
         dx.decode(foreign, torch.tensor([1]), cache="dual")
 
