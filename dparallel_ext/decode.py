@@ -16,7 +16,7 @@ from torch import Tensor
 from . import arguments, policies
 from .arguments import number, whole
 from .batch import AHEAD, CACHES, Batch
-from .models import Model, Traits, for_decoding, traits
+from .models import Model, Traits, for_decoding, traits, warn_beyond
 from .ops import check_sampling
 from .passes import Policy, Trajectory
 from .rows import Settings, whole_length
@@ -132,7 +132,8 @@ def decode(
         attention_mask: like `prompt`, bool or whole numbers, 0 where that is padded, on either side. Padding
             is taken out: it costs nothing and changes nothing.
         gen_length: tokens to decode, one number or one per sequence; the last block is shorter where
-            block_length does not divide it. Block-causal models fill the last block to its end.
+            block_length does not divide it. Block-causal models fill the last block to its end. Beyond the
+            positions that the model's config names there is a warning.
         infill: the prompt's mask tokens are filled too, between given tokens, whether few are missing or most
             of a response (a warm start); `gen_length` may be 0. One list of blocks goes over all places that
             hold masks, and counts from the first; blocks without a mask are left out. Given tokens never
@@ -300,6 +301,7 @@ def start(
         whole_length(len(prompt), count, block_length, causal)
         for prompt, count in zip(prompts, counts, strict=True)
     ]
+    warn_beyond(model, "gen_length", max(lengths, default=0))
     eos_id = settings[0].eos_id if settings else None
     batch = Batch(
         model,

@@ -24,7 +24,7 @@ from ._C import Scheduler
 from .arguments import whole
 from .batch import Batch
 from .decode import Prompts, check_model, check_settings, make_settings, masks
-from .models import Model, for_decoding, traits
+from .models import Model, for_decoding, traits, warn_beyond
 from .rows import Settings, lay_out, whole_length
 
 log = logging.getLogger(__name__)
@@ -353,6 +353,7 @@ class Engine:
             raise ValueError(
                 f"gen_length: prompt and response have {length} positions, max_length is {self.max_length}"
             )
+        warn_beyond(self.model, "gen_length", length, stacklevel=2)
         (settings,) = make_settings(
             traits(self.model),
             self.cache,

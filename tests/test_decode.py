@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -331,6 +332,25 @@ def test_bad_arguments_are_named(llada, change: dict, message: str) -> None:
     call = {"model": llada, "prompt": PROMPTS, "gen_length": 8, "block_length": 4, **change}
     with pytest.raises(ValueError, match=message):
         dx.decode(call.pop("model"), call.pop("prompt"), **call)
+
+
+def test_positions_that_the_model_was_not_made_for_are_named(llada) -> None:
+    most = models.max_positions(llada)
+    assert most == llada.config["max_sequence_length"] == 512
+    prompt = torch.ones(most - 8, dtype=torch.int64)
+    settings = {"gen_length": 9, "threshold": 9.0, "block_length": 9}
+    with pytest.warns(UserWarning, match=r"gen_length: 513 positions .* config says 512") as said:
+        dx.decode(llada, prompt, **settings)
+    assert said[0].filename == __file__
+    with dx.Engine(llada, lanes=1, max_length=600) as engine, pytest.warns(UserWarning, match="513") as said:
+        engine.submit(prompt, gen_length=9, threshold=9.0).cancel()
+    assert said[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dx.decode(llada, prompt, **{**settings, "gen_length": 8})
+    assert models.max_positions(lambda ids: ids) is None
+    hf = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=7))
+    assert models.max_positions(hf) == 7
 
 
 def test_models_that_do_not_fit_are_named() -> None:

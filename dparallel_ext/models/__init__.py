@@ -8,7 +8,7 @@ from .fast_dllm import FastDLLM
 from .files import locate
 from .llada import LLaDA
 from .sdar import SDAR
-from .traits import traits
+from .traits import max_positions, traits, warn_beyond
 from .wrappers import for_decoding, own_precision, unwrap
 
 __all__ = [
@@ -25,9 +25,11 @@ __all__ = [
     "for_decoding",
     "load",
     "locate",
+    "max_positions",
     "own_precision",
     "save",
     "traits",
     "unwrap",
+    "warn_beyond",
     "wrap",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -58,3 +59,22 @@ def _held(model: Any, known: bool) -> Iterator[tuple[str, Any]]:
         of_family = getattr(getattr(part, "config", None), "model_type", None) in FAMILIES
         if part is not model and (isinstance(part, Model) or (of_family and not known)):
             yield name, part
+
+
+def max_positions(model: Any) -> int | None:
+    """The positions that the model was made for, by its config; None where the config does not say."""
+    config = getattr(unwrap(model), "config", None)
+    content = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+    keys = ("max_sequence_length", "max_position_embeddings")
+    return min((content[key] for key in keys if isinstance(content.get(key), int)), default=None)
+
+
+def warn_beyond(model: Any, argument: str, positions: int, stacklevel: int = 3) -> None:
+    """Warn, by the argument's name, where a sequence is longer than what the model was made for."""
+    most = max_positions(model)
+    if most is not None and positions > most:
+        warnings.warn(
+            f"{argument}: {positions} positions of prompt and response, but the model's config says {most}; "
+            "what it writes beyond them may be senseless",
+            stacklevel=stacklevel + 1,
+        )
