@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -191,14 +192,17 @@ def save(
     if "dtype" in config:  # the newer name, which transformers reads first
         config["dtype"] = config["torch_dtype"]
     config["model_type"] = names[0] if names else config.get("model_type")
-    weights = directory / "model.safetensors"
-    partial_weights = weights.with_name(weights.name + ".partial")
-    save_file(tensors, partial_weights, metadata={"format": "pt"})
-    os.replace(partial_weights, weights)
-    file = directory / "config.json"
-    partial_file = file.with_name(file.name + ".partial")
-    partial_file.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(partial_file, file)
+    weights, file = directory / "model.safetensors", directory / "config.json"
+    partial_weights, partial_file = (f.with_name(f"{f.name}.{os.getpid()}.partial") for f in (weights, file))
+    try:
+        partial_file.write_text(json.dumps(config, indent=2) + "\n")
+        save_file(tensors, partial_weights, metadata={"format": "pt"})
+        shutil.copymode(partial_file, partial_weights)  # safetensors makes it the owner's alone
+        os.replace(partial_weights, weights)
+        os.replace(partial_file, file)
+    finally:
+        for partial_one in (partial_weights, partial_file):
+            partial_one.unlink(missing_ok=True)
 
 
 # A tensor on offer: its name, its shape, and how to get it.

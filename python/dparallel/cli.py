@@ -15,14 +15,21 @@ from typing import Annotated, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-import typer
-from rich.console import Console
 
 import dparallel_ext as dx
+from dparallel_ext import policies
 from dparallel_ext.arguments import whole
 
-from . import registry
+from . import files, registry
 from .evaluate import ONE
+
+try:
+    import typer
+    from rich.console import Console
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f'error: no {error.name}; pip install ".[cli]" installs what `dparallel` needs'
+    ) from None
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,26 +49,33 @@ ChatOption = Annotated[
     ),
 ]
 Fp8Option = Annotated[bool, typer.Option("--fp8", help="keep the layers' weights in 8 bits")]
-PolicyOption = Annotated[str, typer.Option(help=f"{ONE!r} (one token a pass) or SELECTOR:THRESHOLD")]
+POLICIES = f"{ONE!r} (one token a pass), steps:N (the fixed schedule), or one of {policies.describe()}"
+PolicyOption = Annotated[str, typer.Option(help=POLICIES)]
+PoliciesOption = Annotated[list[str], typer.Option(help=f"repeatable; {POLICIES}")]
 
 
 @contextmanager
-def plain_errors() -> Iterator[None]:
-    """Bad input is one clear line, not a traceback."""
+def plain_errors(extra: str = "cli") -> Iterator[None]:
+    """Bad input, a file that cannot be read or written, or a missing package of `extra` is one clear line."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
-        typer.echo(f"error: {error}", err=True)
+    except BrokenPipeError:  # whoever read our output has enough: no error
+        raise
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        said = str(error)
+        if isinstance(error, ModuleNotFoundError):
+            extras = ",".join(dict.fromkeys(("cli", extra)))
+            said = f'no {error.name}; pip install ".[{extras}]" installs what this command needs'
+        elif isinstance(error, OSError) and error.strerror:
+            said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        typer.echo(f"error: {' '.join(said.split())}", err=True)
         raise typer.Exit(2) from error
 
 
-@contextmanager
-def needs_extra(name: str) -> Iterator[None]:
-    """A package that is not there is an error that says which extra brings it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise ValueError(f'{name}: no {error.name}; pip install ".[cli,{name}]"') from error
+def at_least(name: str, value: int, least: int) -> None:
+    """Raise ValueError naming the option."""
+    if value < least:
+        raise ValueError(f"{name}: expected a whole number >= {least}, got {value}")
 
 
 def report() -> dict[str, Any]:
@@ -134,11 +148,11 @@ def decode(
     with plain_errors():
         calls = [[text] for text in prompt or []]
         if file is not None:
-            calls += [[text] for text in read_prompts(file)]
+            calls += [[text] for text in read_prompts("file", file)]
         if batch is not None:
             if stream:
                 raise ValueError("stream: not together with --batch")
-            calls.append(read_prompts(batch))
+            calls.append(read_prompts("batch", batch))
         if not any(calls):
             raise ValueError("prompt: expected one, as an argument or with --file or --batch")
         settings = parse_policy(policy)
@@ -164,6 +178,7 @@ def decode(
             if infill and not length and not all(masks):
                 said = tokenizer.id_to_token(mask)
                 raise ValueError(f"prompt: expected a mask token, {said}, where --infill is to fill it")
+            registry.check_positions(model, loaded, max(map(len, ids)) + (0 if suffix else length))
             live = LiveText(console, tokenizer, mask, 0.1) if stream else None
             if live is not None:
                 live.__enter__()
@@ -192,9 +207,14 @@ def decode(
                 # A block-causal model fills its last block beyond what was asked for.
                 kept = min(int(out.kept[i]), masks[i] + (0 if suffix else length))
                 response, rate = tokenizer.decode(tokens[:kept].tolist()), kept / passes if passes else 0.0
+                if unknown := registry.unknown_words(tokenizer, text):
+                    words = ", ".join(map(repr, dict.fromkeys(unknown)))
+                    typer.echo(f"warning: {model} has no token for {words} of the prompt", err=True)
                 row = {"prompt": text, "response": response, "tokens": kept, "forwards": passes}
                 if infill:
                     row["text"] = response = tokenizer.decode(in_place(out, i, kept))
+                if not response.strip():
+                    typer.echo("warning: the response is empty", err=True)
                 if as_json:
                     typer.echo(json.dumps({**row, "tokens_per_forward": rate}))
                 else:
@@ -209,19 +229,14 @@ def in_place(out: dx.DecodeOutput, i: int, kept: int) -> list[int]:
     return [token for at, token in enumerate(tokens) if at not in left_out]
 
 
-def read_prompts(file: Path) -> list[str]:
+def read_prompts(argument: str, file: Path) -> list[str]:
     """A prompt a line; a line that is a JSON object gives its "prompt"."""
     found = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in files.lines(argument, file):
         if line.lstrip().startswith("{"):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"file: {file}:{number} is not JSON: {error}") from error
+            row = files.json_object(argument, file, number, line)
             if not isinstance(row.get("prompt"), str):
-                raise ValueError(f'file: {file}:{number} has no text "prompt"')
+                raise ValueError(f'{argument}: {file}:{number} has no text "prompt"')
             line = row["prompt"]
         found.append(line)
     return found
@@ -237,13 +252,15 @@ def demo(
     from . import demo as show
 
     with plain_errors():
+        at_least("problems", problems, 1)
+        files.possible("out", out)
         show.run(model, problems=problems, out=out)
 
 
 @app.command()
 def evaluate(
     model: Annotated[list[str], typer.Option(help="repeatable")] = [registry.DEFAULT],  # noqa: B006
-    policy: Annotated[list[str], typer.Option(help="repeatable")] = [ONE, "confidence:0.9", "entropy:0.5"],  # noqa: B006
+    policy: PoliciesOption = [ONE, "confidence:0.9", "entropy:0.5"],  # noqa: B006
     problems: int = 500,
     batch: int = 100,
     block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
@@ -260,8 +277,13 @@ def evaluate(
     from . import plots
 
     with plain_errors():
-        if problems < 1:
-            raise ValueError(f"problems: expected a whole number >= 1, got {problems}")
+        at_least("problems", problems, 1)
+        at_least("batch", batch, 1)
+        if json_file is not None:
+            files.writable("json", json_file)
+        if plot is not None:
+            files.writable("plot", plot)
+            plots.load_pyplot()
         rows = []
         typer.echo(measuring.HEADING)
         for row in measuring.sweep(
@@ -324,7 +346,7 @@ def serve(
     log_level: Annotated[str, typer.Option(help="info logs every request; warning, error")] = "info",
 ) -> None:
     """An OpenAI-compatible server: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
-    with plain_errors(), needs_extra("serve"):
+    with plain_errors("serve"):
         from . import serve as serving
 
         if api_key is not None and api_key_file is not None:
@@ -384,7 +406,7 @@ def answer(
     out: Annotated[Path, typer.Argument(help="the shards' directory; a run that was stopped goes on")],
     data: Annotated[str, typer.Option(help="builtin:N, or JSONL or Parquet with prompt and answer")],
     model: ModelOption = registry.DEFAULT,
-    policy: Annotated[str, typer.Option(help=f"{ONE!r}, steps:N or SELECTOR:THRESHOLD")] = "entropy:0.5",
+    policy: PolicyOption = "entropy:0.5",
     gen_length: Annotated[int | None, typer.Option(help="tokens; default 64 built-in, 256 else")] = None,
     block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
     cache: Annotated[str, typer.Option(help="none, prefix or dual")] = "none",
@@ -406,7 +428,7 @@ def answer(
     """
     from . import trajectories
 
-    with plain_errors():
+    with plain_errors("train"):
         length = registry.gen_length(model) if gen_length is None else whole("gen_length", gen_length, 1)
         settings = trajectories.Settings(
             model, policy, length, block_length, cache, checker, shard, format, chat, mask_id
@@ -428,7 +450,7 @@ def distill(
     """Certainty forcing as a recipe says (torchrun or accelerate launch for several processes)."""
     from . import distill as distilling
 
-    with plain_errors():
+    with plain_errors("train"):
         changes = {"model": model, "mask_id": mask_id}
         found = distilling.read(recipe, **{key: one for key, one in changes.items() if one is not None})
         if dry_run:
@@ -462,7 +484,7 @@ def merge(
     """A LoRA adapter and its base as a plain checkpoint in the base's own layout."""
     from . import distill as distilling
 
-    with plain_errors():
+    with plain_errors("train"):
         distilling.merge(adapter, out, model=model, mask_id=mask_id)
 
 

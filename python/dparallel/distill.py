@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 import dparallel_ext as dx
 from dparallel_ext.models import Model
 
-from . import registry, trajectories
+from . import files, registry, trajectories
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 """As published, by the names of our modules."""
@@ -46,6 +46,16 @@ class Recipe:
     """The mask token's id; None: the checkpoint's own."""
 
 
+SECTIONS: dict[str, set[str] | None] = {
+    "training": None,  # `arguments` knows
+    "trajectories": {f.name for f in fields(trajectories.Settings)},
+    "collator": {f.name for f in fields(trajectories.Collator)} - {"eos_id"},
+    "lora": None,
+    "architecture": None,
+}
+"""The mappings of a recipe, and their keys where these are ours."""
+
+
 def read(file: str | Path, **changes: Any) -> Recipe:
     """The recipe in a YAML file; `changes` replace its fields, those of `training` one by one.
 
@@ -53,11 +63,8 @@ def read(file: str | Path, **changes: Any) -> Recipe:
     """
     import yaml
 
-    file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"recipe: no file {file}")
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.safe_load(files.read_text("recipe", file))
     except yaml.YAMLError as error:
         raise ValueError(f"recipe: {file} is not YAML: {error}") from error
     if not isinstance(content, dict):
@@ -66,6 +73,12 @@ def read(file: str | Path, **changes: Any) -> Recipe:
     unknown, missing = sorted(set(content) - known), sorted({"model", "training"} - set(content))
     if unknown or missing:
         raise ValueError(f"recipe: {file}: unknown {unknown}, missing {missing}; known are {sorted(known)}")
+    for name, keys in SECTIONS.items():
+        section = content.get(name)
+        if section is not None and not isinstance(section, dict):
+            raise ValueError(f"recipe: {file}: expected a mapping for {name!r}, got {section!r}")
+        if keys and (other := sorted(set(section or {}) - keys)):
+            raise ValueError(f"recipe: {file}: {name} has unknown {other}; known are {sorted(keys)}")
     training = {**content.pop("training"), **changes.pop("training", {})}
     return Recipe(**{**content, **changes, "training": training})
 
@@ -85,24 +98,55 @@ def arguments(recipe: Recipe, out: str | Path) -> Any:
     return CertaintyForcingArguments(output_dir=str(out), **training)
 
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+COMPANIONS = (
+    "*token*.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "*.jinja",
+    "*processor_config.json",
+    "generation_config.json",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""The files of a checkpoint that a model made from it needs too: tokenizer, templates, remote code. The new
+model has its own weights, and what the others say (results, model card, log) is true of the old one alone."""
 
 
 class Companions:
-    """A checkpoint's other files (tokenizer, remote code, ...), where Trainer has a tokenizer."""
+    """A checkpoint's `COMPANIONS`, where Trainer has a tokenizer."""
 
     def __init__(self, source: Path) -> None:
         self.source = source
 
     def save_pretrained(self, directory: str | Path, **_: Any) -> None:
         for file in self.source.iterdir():
-            ours = file.name in ("config.json", "training.json")
-            weights = any(suffix in file.name for suffix in WEIGHTS)
-            if file.is_file() and not ours and not weights:
-                shutil.copy2(file, directory)
+            if file.is_file() and any(fnmatch(file.name, pattern) for pattern in COMPANIONS):
+                shutil.copyfile(file, Path(directory) / file.name)
         templates = self.source / "additional_chat_templates"
         if templates.is_dir():
             shutil.copytree(templates, Path(directory) / templates.name, dirs_exist_ok=True)
+
+
+def last_checkpoint(directory: Path) -> str | None:
+    """The newest checkpoint that was saved to its end.
+
+    transformers writes trainer_state.json after all else, so that of a run that was killed while it saved
+    is missing or half-written.
+    """
+    numbers = {path: path.name.removeprefix("checkpoint-") for path in directory.glob("checkpoint-*")}
+    found = {path: int(number) for path, number in numbers.items() if number.isdecimal()}
+    for path in sorted(found, key=found.__getitem__, reverse=True):
+        try:
+            state = json.loads((path / "trainer_state.json").read_text())
+            if state["global_step"] == found[path]:
+                return str(path)
+        except (OSError, ValueError, TypeError, KeyError):
+            continue
+    return None
 
 
 def run(
@@ -115,14 +159,19 @@ def run(
     """Train on the trajectories in `answers`, or go on from the last checkpoint in `out`.
 
     `out` receives the student in the checkpoint's own layout and in bfloat16 (with LoRA: the adapter, for
-    `merge`), the base's tokenizer files, and training.json: recipe, seconds and the log.
-    """
-    from transformers.trainer_utils import get_last_checkpoint
+    `merge`), the base's tokenizer files, and training.json: recipe, seconds and the log. A checkpoint whose
+    saving was interrupted is passed over for the one before.
 
+    Raises ValueError where another run is writing to `out`, OSError where the disk is full.
+    """
+    directory = files.directory("out", out)
+    with files.locked("out", directory), files.full_disk_named(directory):
+        return _run(recipe, answers, directory, progress)
+
+
+def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -> Path:
     from .trainer import CertaintyForcingTrainer
 
-    directory = Path(out)
-    directory.mkdir(parents=True, exist_ok=True)
     args = arguments(recipe, directory)
     args.disable_tqdm = not progress
     source = registry.directory_of(recipe.model)
@@ -150,13 +199,11 @@ def run(
         from transformers import PrinterCallback
 
         trainer.remove_callback(PrinterCallback)
-    result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(directory)))
+    result = trainer.train(resume_from_checkpoint=last_checkpoint(directory))
     if trainer.is_world_process_zero():
         report = {"recipe": vars(recipe), "trajectories": rows.settings, "answers": len(rows)}
         report |= {"seconds": round(result.metrics["train_runtime"]), "log": trainer.state.log_history}
-        partial = directory / "training.json.partial"
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        os.replace(partial, directory / "training.json")
+        files.write_json(directory / "training.json", report)
     if isinstance(model, Model) and not trainer.is_fsdp_enabled:
         if trainer.is_world_process_zero():
             dx.models.save(model, directory, dtype=torch.bfloat16)
@@ -207,6 +254,7 @@ def merge(
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    directory = files.possible("out", out)
     adapter = Path(adapter)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (adapter / file).is_file():
@@ -235,7 +283,6 @@ def merge(
     left: Any = set_peft_model_state_dict(adapted, found)
     if left.unexpected_keys:
         raise ValueError(f"adapter: {left.unexpected_keys[0]} does not fit {source}")
-    directory = Path(out)
     dx.models.save(adapted.merge_and_unload(), directory)
     Companions(source).save_pretrained(directory)
     return directory
@@ -251,6 +298,8 @@ def plan(recipe: Recipe, *, processes: int = 1) -> dict[str, Any]:
     (AdamW, two float32 moments); activations are an estimate: the tensors that autograd keeps of each
     layer, or only the layers' inputs and one layer's tensors with gradient checkpointing.
     """
+    if processes < 1:
+        raise ValueError(f"processes: expected a whole number >= 1, got {processes}")
     config = recipe.architecture
     if config is None:
         config = json.loads((registry.directory_of(recipe.model) / "config.json").read_text())

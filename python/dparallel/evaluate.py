@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import os
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +15,7 @@ import dparallel_ext as dx
 from dparallel_ext import policies
 
 from . import registry, tasks
+from .files import write_json as write_json
 from .text import prompt_encoder
 
 ONE = "one"
@@ -27,7 +25,7 @@ ONE = "one"
 def parse_policy(text: str) -> dict[str, Any]:
     """decode's arguments for "one", "steps:N" (the fixed schedule) or "SELECTOR:THRESHOLD".
 
-    Raises ValueError.
+    Raises ValueError, also for a threshold beyond the selector's bounds.
     """
     if text == ONE:
         return {}
@@ -72,6 +70,9 @@ def evaluate(
     padded_tokens_per_forward (all gen_length of them), seconds, gen_length, block_length, cache, chat, fp8.
     """
     settings = parse_policy(policy)
+    for name, value, least in (("problems", problems, 0), ("batch", batch, 1)):
+        if value < least:
+            raise ValueError(f"{name}: expected a whole number >= {least}, got {value}")
     template = registry.template_of(model_name, chat) if chat or loaded is None else None
     model, tokenizer = loaded or registry.load(model_name, device=device, fp8=fp8, mask_id=mask_id)
     model, encode = dx.models.for_decoding(model), prompt_encoder(tokenizer, template)
@@ -163,15 +164,6 @@ def aup(rows: Iterable[dict[str, Any]], best: float) -> float:
     for (x0, y0), (x1, y1) in itertools.pairwise(weighted):
         area += (x1 - x0) * (y0 + y1) / 2
     return area
-
-
-def write_json(path: str | Path, rows: Any) -> None:
-    """Whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(rows, indent=1) + "\n")
-    os.replace(partial, path)
 
 
 HEADING = f"{'model':<18} {'policy':<18} {'accuracy':>8} {'passes':>7} {'tokens/pass':>12} {'seconds':>8}"

@@ -8,8 +8,11 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from . import files
 
-def _pyplot() -> Any:
+
+def load_pyplot() -> Any:
+    """matplotlib's pyplot, that draws into files alone."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -28,7 +31,7 @@ def accuracy_against_passes(rows: list[dict[str, Any]], path: str | Path) -> Non
 
 def draw_accuracy(rows: list[dict[str, Any]]) -> Any:
     """The figure that `accuracy_against_passes` writes."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
     models = list(dict.fromkeys(row["model"] for row in rows))
     selectors = list(dict.fromkeys(_selector(row) for row in rows))
@@ -130,7 +133,7 @@ def _selector(row: dict[str, Any]) -> str:
 
 def response_by_pass(words: list[str], steps: list[int], path: str | Path, *, title: str = "") -> None:
     """A PNG of a response, each token coloured by the pass that committed it, with the pass's number."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     from matplotlib.colors import BoundaryNorm
     from matplotlib.ticker import MaxNLocator
 
@@ -155,7 +158,7 @@ def response_by_pass(words: list[str], steps: list[int], path: str | Path, *, ti
 
 
 def _write(figure: Any, path: str | Path) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, format="png")
-    _pyplot().close(figure)
+    files.directory("plot", Path(path).parent)
+    with files.replacing(path) as partial:
+        figure.savefig(partial, dpi=130, format="png")
+    load_pyplot().close(figure)

@@ -79,6 +79,28 @@ def gen_length(name: str) -> int:
     return tasks.GEN_LENGTH if name.startswith("builtin:") else 256
 
 
+def check_positions(name: str, model: models.Model, positions: int) -> None:
+    """Raise ValueError where a model that ships would write beyond the positions that it was trained on.
+
+    Of other checkpoints some can (rotary embeddings extrapolate): for these `decode` warns.
+    """
+    most = models.max_positions(model)
+    if name.startswith("builtin:") and most is not None and positions > most:
+        raise ValueError(
+            f"gen_length: prompt and response have {positions} tokens, but {name} was trained on {most}"
+        )
+
+
+def unknown_words(tokenizer: Any, text: str) -> list[str]:
+    """The words of a text that a tokenizer of words, as the models that ship have, does not know."""
+    unknown = getattr(getattr(tokenizer, "model", None), "unk_token", None)
+    if unknown is None:
+        return []
+    found = tokenizer.encode(text)
+    tokens = zip(found.tokens, found.offsets, strict=True)
+    return [text[start:end] for token, (start, end) in tokens if token == unknown]
+
+
 def load(
     name: str = DEFAULT,
     *,

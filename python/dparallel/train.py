@@ -8,8 +8,6 @@ on the rest, and an exponential average of the weights is what ships.
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +21,10 @@ from dparallel_ext import models
 from dparallel_ext.models import LLaDA
 
 from . import evaluate as evaluation
-from . import registry, tasks
+from . import files, registry, tasks
+
+MOST_SEEDS = 2**40
+"""Beyond it the seed of a step would not be one of torch's generator, 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,15 @@ class Settings:
     ema: float = 0.998
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "width", "layers", "heads", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a whole number >= 1, got {getattr(self, name)}")
+        if self.width % self.heads:
+            raise ValueError(f"heads: expected a divisor of width {self.width}, got {self.heads}")
+        if not 0 <= self.seed < MOST_SEEDS:
+            raise ValueError(f"seed: expected a whole number >= 0 and < {MOST_SEEDS}, got {self.seed}")
+
 
 def tokenizer() -> Any:
     """The task's word-level tokenizer (a `tokenizers.Tokenizer`)."""
@@ -63,7 +73,7 @@ def save_tokenizer(directory: Path) -> None:
     special = {"pad": tasks.PAD, "eos": tasks.EOS, "unk": tasks.UNKNOWN, "mask": tasks.MASK}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {f"{name}_token": token for name, token in special.items()}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    files.write_json(directory / "tokenizer_config.json", config)
 
 
 def model_config(settings: Settings) -> dict[str, Any]:
@@ -161,10 +171,27 @@ def train(
     training.json: the settings, the loss, and the share of `evaluate` held-out problems that the checkpoint
     gets right at one token a pass. Every `save_every` steps the run's state goes to state.pt; a resumed run
     continues exactly as if it had not been stopped; only `steps` may change.
+
+    Raises ValueError naming the argument that does not fit, also where `out` holds a run of other settings or
+    another run is writing there; OSError where the disk is full.
     """
     settings = settings or Settings()
-    directory = Path(out)
-    directory.mkdir(parents=True, exist_ok=True)
+    for name, value, least in (("save_every", save_every, 1), ("evaluate", evaluate, 0)):
+        if value < least:
+            raise ValueError(f"{name}: expected a whole number >= {least}, got {value}")
+    directory = files.directory("out", out)
+    with files.locked("out", directory), files.full_disk_named(directory):
+        return _train(directory, settings, device, save_every, evaluate, progress)
+
+
+def _train(
+    directory: Path,
+    settings: Settings,
+    device: str | torch.device,
+    save_every: int,
+    evaluate: int,
+    progress: bool,
+) -> Path:
     torch.manual_seed(settings.seed)
     model = LLaDA(model_config(settings))
     initialise(model)
@@ -237,8 +264,8 @@ def train(
                 "curve": curve,
                 "recent": recent,
             }
-            torch.save(state, state_file.with_suffix(".tmp"))
-            os.replace(state_file.with_suffix(".tmp"), state_file)
+            with files.replacing(state_file) as partial:
+                torch.save(state, partial)
 
     model.load_state_dict(average, strict=False)
     models.save(model, directory, dtype=torch.bfloat16)
@@ -247,7 +274,7 @@ def train(
     if evaluate:
         report["held_out"] = evaluation.evaluate(str(directory), evaluation.ONE, problems=evaluate)
         report["held_out"]["model"] = directory.name
-    (directory / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+    files.write_json(directory / "training.json", report)
     return directory
 
 

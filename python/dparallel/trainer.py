@@ -19,6 +19,7 @@ The objectives of the paper's ablation are settings of it:
 from __future__ import annotations
 
 import inspect
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from transformers import Trainer, TrainingArguments
 
 import dparallel_ext as dx
 from dparallel_ext.models import Model
+
+from .trajectories import Collator
 
 
 @dataclass
@@ -79,6 +82,9 @@ def ratio_bounds(ratio: Any) -> tuple[float, float]:
 class CertaintyForcingTrainer(Trainer):
     """A Trainer on rows of `trajectories.Trajectories`, collated by `trajectories.Collator`.
 
+    Without a `data_collator` there is a Collator with the EOS of the model's config, which lengthens and cuts
+    nothing; as published is one with `total_length` or `response_length`.
+
     The model: one of ours, a Hugging Face one (remote code included), or either with PEFT's adapters or
     compiled. The two views are one batch of twice the rows. Where the model's output embedding is a plain
     linear layer that it calls, the loss is taken on the hidden states by `linear_certainty_forcing_loss` and
@@ -97,6 +103,8 @@ class CertaintyForcingTrainer(Trainer):
     args: CertaintyForcingArguments
 
     def __init__(self, model: nn.Module, args: CertaintyForcingArguments, **more: Any) -> None:
+        if more.get("data_collator") is None:
+            more["data_collator"] = default_collator(model)
         super().__init__(model=model, args=args, **more)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -257,18 +265,38 @@ class CertaintyForcingTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Our models are written in their checkpoints' own layout, which `models.load` reads."""
+        directory = Path(output_dir or self.args.output_dir or ".")
         model = self.accelerator.unwrap_model(self.model)
         model = getattr(model, "_orig_mod", model)  # of torch.compile
         if not isinstance(model, Model):
-            return super()._save(output_dir, state_dict)
-        if not self.args.should_save:  # every process is called, one writes
-            return None
-        directory = Path(output_dir or self.args.output_dir or ".")
-        dx.models.save(model, directory, state_dict=state_dict)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(str(directory))
-        torch.save(self.args, directory / "training_args.bin")
-        return None
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:  # every process is called, one writes
+            dx.models.save(model, directory, state_dict=state_dict)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(str(directory))
+            torch.save(self.args, directory / "training_args.bin")
+        if self.args.should_save:
+            # safetensors makes files that their owner alone may read.
+            for file in directory.glob("*.safetensors"):
+                shutil.copymode(directory / "training_args.bin", file)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Of every process, before the first writes that the checkpoint is complete."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+
+def default_collator(model: nn.Module) -> Collator:
+    """A Collator that pads with the model's EOS. Raises ValueError where its config names none."""
+    config: Any = getattr(model, "config", None)
+    eos = config.get("eos_token_id") if isinstance(config, Mapping) else getattr(config, "eos_token_id", None)
+    first = eos[0] if isinstance(eos, (list, tuple)) and eos else eos
+    if not isinstance(first, int):
+        raise ValueError(
+            "data_collator: the model's config has no eos_token_id to pad with, so give "
+            f"trajectories.Collator(eos_id, ...), got {eos!r}"
+        )
+    return Collator(first)
 
 
 def by_view(values: Tensor) -> Tensor:

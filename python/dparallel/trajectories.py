@@ -25,9 +25,9 @@ from torch.utils.data import Dataset
 
 import dparallel_ext as dx
 
-from . import registry, tasks
+from . import files, registry, tasks
 from .evaluate import parse_policy
-from .text import prompt_encoder
+from .text import Template, prompt_encoder
 
 SETTINGS = "settings.json"
 FORMATS = ("parquet", "jsonl")
@@ -144,7 +144,8 @@ def _boxed(text: str) -> str | None:
 def read_prompts(source: str, prompt_field: str = "prompt", answer_field: str = "answer") -> list[Prompt]:
     """Prompts of a JSONL or Parquet file, or of "builtin:N[:SEED]", N training problems of `tasks`.
 
-    Raises ValueError naming the line and the field that is missing, FileNotFoundError.
+    A prompt is a text; an answer may be a number too. Raises ValueError naming the line and the field that is
+    missing or neither, FileNotFoundError.
     """
     if source.startswith("builtin:"):
         try:
@@ -157,30 +158,34 @@ def read_prompts(source: str, prompt_field: str = "prompt", answer_field: str = 
     if not file.is_file():
         raise FileNotFoundError(f"data: no file {file}")
     found = []
-    for number, row in enumerate(_rows_of(file), 1):
-        for field in (prompt_field, answer_field):
-            if field not in row:
-                raise ValueError(f"data: {file}:{number} has no field {field!r}, only {sorted(row)}")
-        found.append(Prompt(str(row[prompt_field]), str(row[answer_field])))
+    for number, row in _rows_of("data", file):
+        for name, kinds in ((prompt_field, (str,)), (answer_field, (str, int, float))):
+            if name not in row:
+                raise ValueError(f"data: {file}:{number} has no field {name!r}, only {sorted(row)}")
+            if not isinstance(row[name], kinds):
+                raise ValueError(
+                    f"data: {file}:{number}: expected {' or '.join(kind.__name__ for kind in kinds)} in "
+                    f"{name!r}, got {row[name]!r:.60}"
+                )
+        found.append(Prompt(row[prompt_field], str(row[answer_field])))
     return found
 
 
-def _rows_of(file: Path) -> Iterator[dict[str, Any]]:
-    if file.suffix == ".parquet":
-        import pyarrow.parquet
-
-        yield from pyarrow.parquet.read_table(file).to_pylist()
+def _rows_of(
+    argument: str, file: Path, columns: list[str] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line or row from 1, its content) of a JSONL or Parquet file. Raises ValueError."""
+    if file.suffix != ".parquet":
+        for number, line in files.lines(argument, file):
+            yield number, files.json_object(argument, file, number, line)
         return
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"data: {file}:{number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"data: {file}:{number} holds a {type(row).__name__}, expected an object")
-        yield row
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(file, columns=columns).to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{argument}: {file} is not a readable Parquet file: {error}") from error
+    yield from enumerate(rows, 1)
 
 
 # --- answers ------------------------------------------------------------------------------------
@@ -204,7 +209,7 @@ def generate(
 
     Under `torchrun` or `accelerate launch`, process r of n takes the shards r, r + n, ...: RANK and
     WORLD_SIZE say which, and the device is cuda:LOCAL_RANK where there is a GPU. The number of
-    processes may change between runs.
+    processes may change between runs. A shard that is damaged is answered again.
 
     Args:
         batch: sequences decoded at once; those of one prompt length go together.
@@ -212,7 +217,8 @@ def generate(
             the chat template of settings.model to be applied.
 
     Raises:
-        ValueError: where `out` holds a run of other settings or prompts; and as `decode`.
+        ValueError: where `out` holds a run of other settings or prompts, or another run is writing there; and
+            as `decode`. A run that is refused leaves nothing behind that would refuse the next.
     """
     settings = settings or Settings()
     for name, value in (("shard", settings.shard), ("batch", batch)):
@@ -231,33 +237,53 @@ def generate(
     wanted = settings.chat or loaded is None
     template = registry.template_of(settings.model, settings.chat) if wanted else None
     settings = replace(settings, chat=template is not None)
-    directory = Path(out)
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = files.directory("out", out)
+    with files.locked("out", directory):
+        _generate(directory, prompts, settings, policy, checker, template, batch, device, loaded, progress)
+    return directory
+
+
+def _generate(
+    directory: Path,
+    prompts: list[Prompt],
+    settings: Settings,
+    policy: dict[str, Any],
+    checker: Checker,
+    template: Template | None,
+    batch: int,
+    device: str | None,
+    loaded: tuple[Any, Any] | None,
+    progress: bool,
+) -> None:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    _claim(directory, settings, prompts, rank)
-    shards = range(-(-len(prompts) // settings.shard))
-    mine = [i for i in shards if i % world == rank]
-    missing = [i for i in mine if not _shard(directory, i, settings.format).exists()]
+    content = _content(prompts, settings)
+    _check(directory, content)
+    shards = [prompts[first : first + settings.shard] for first in range(0, len(prompts), settings.shard)]
+    mine = range(rank, len(shards), world)
+    missing = [i for i in mine if not _is_whole(directory, i, settings)]
     if not missing:
-        return directory
+        _claim(directory, content)
+        return
+    for number in missing:  # of a run that was killed
+        for partial in directory.glob(_shard(directory, number, settings.format).name + "*.partial"):
+            partial.unlink(missing_ok=True)
     if device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     model, tokenizer = loaded or registry.load(settings.model, device=device, mask_id=settings.mask_id)
     encode = prompt_encoder(tokenizer, template)
     model = dx.models.for_decoding(model)
+    registry.check_positions(settings.model, model, settings.gen_length)
     bar = None
     if progress:
         from tqdm import tqdm
 
-        total = sum(len(prompts[i * settings.shard : (i + 1) * settings.shard]) for i in mine)
-        left = sum(len(prompts[i * settings.shard : (i + 1) * settings.shard]) for i in missing)
+        total, left = (sum(len(shards[i]) for i in some) for some in (mine, missing))
         name = "trajectories" if world == 1 else f"trajectories {rank}/{world}"
         bar = tqdm(total=total, initial=total - left, desc=name, unit="prompt", position=rank)
     kept = seen = 0
     for number in missing:
-        first = number * settings.shard
+        first, part = number * settings.shard, shards[number]
         rows: list[dict[str, Any]] = []
-        part = prompts[first : first + settings.shard]
         for answered in _answer(model, tokenizer, encode, part, settings, policy, batch):
             for at, row in answered:
                 if checker(part[at].answer, row["response"]):
@@ -268,10 +294,10 @@ def generate(
                 bar.set_postfix(right=f"{(kept + len(rows)) / seen:.1%}")
         kept += len(rows)
         rows.sort(key=lambda row: row["index"])
+        _claim(directory, content)  # now that nothing was refused
         _write(_shard(directory, number, settings.format), rows, settings)
     if bar is not None:
         bar.close()
-    return directory
 
 
 def _answer(
@@ -325,47 +351,76 @@ def _shard(directory: Path, number: int, format: str) -> Path:
     return directory / f"part-{number:05d}.{format}"
 
 
-def _claim(directory: Path, settings: Settings, prompts: list[Prompt], rank: int) -> None:
-    """Write settings.json, or make sure that what is there is the same."""
+def _content(prompts: list[Prompt], settings: Settings) -> dict[str, Any]:
+    """Of settings.json: what the answers of the run are."""
     digest = hashlib.sha256(json.dumps([asdict(p) for p in prompts]).encode()).hexdigest()
-    content = {**asdict(settings), "prompts": len(prompts), "prompts_sha256": digest}
+    return {**asdict(settings), "prompts": len(prompts), "prompts_sha256": digest}
+
+
+def _claim(directory: Path, content: dict[str, Any]) -> None:
+    """Write settings.json, or make sure that what is there is the same."""
+    _check(directory, content)
+    if not (directory / SETTINGS).exists():
+        files.write_json(directory / SETTINGS, content)
+
+
+def _check(directory: Path, content: dict[str, Any]) -> None:
+    """Raise ValueError where the directory holds a run with other settings."""
     file = directory / SETTINGS
-    if file.exists():
-        older = {"chat": False, "mask_id": None}  # of a run from before there were these settings
-        found = older | json.loads(file.read_text())
-        other = {key: found.get(key) for key in content if found.get(key) != content[key]}
-        if other:
-            raise ValueError(f"out: {directory} holds a run with other settings: {other}")
+    if not file.exists():
         return
-    partial = file.with_name(f"{file.name}.{rank}.partial")  # every process may write it: they are equal
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, file)
+    older = {"chat": False, "mask_id": None}  # of a run from before there were these settings
+    found = older | files.json_object("out", file, 1, files.read_text("out", file))
+    other = {key: found.get(key) for key in content if found.get(key) != content[key]}
+    if other:
+        raise ValueError(f"out: {directory} holds a run with other settings: {other}")
+
+
+def _is_whole(directory: Path, number: int, settings: Settings) -> bool:
+    """Whether the shard is there, and holds rows of its own prompts to the end."""
+    file = _shard(directory, number, settings.format)
+    if not file.exists():
+        return False
+    try:
+        found = [row["index"] for row in _rows_of_shard(file, ["index"])]
+    except (ValueError, KeyError):
+        return False
+    first = number * settings.shard
+    return all(first <= index < first + settings.shard for index in found)
+
+
+def _rows_of_shard(file: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Raises ValueError where the shard is damaged. `columns`: those alone, of Parquet."""
+    if file.suffix == ".jsonl" and not file.read_bytes().endswith(b"\n"):
+        raise ValueError(f"trajectories: {file} is empty or cut off")
+    for _, row in _rows_of("trajectories", file, columns):
+        yield row
 
 
 def _write(file: Path, rows: list[dict[str, Any]], settings: Settings) -> None:
-    partial = file.with_name(file.name + ".partial")
     if settings.format == "jsonl":
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        import pyarrow
-        import pyarrow.parquet
+        # Without a row it is an empty line, so that an empty file is a damaged one.
+        files.write_text(file, "".join(json.dumps(row) + "\n" for row in rows) or "\n")
+        return
+    import pyarrow
+    import pyarrow.parquet
 
-        ids, text = pyarrow.list_(pyarrow.int32()), pyarrow.string()
-        schema = pyarrow.schema(
-            {
-                "index": pyarrow.int64(),
-                "prompt": text,
-                "prompt_ids": ids,
-                "response": text,
-                "response_ids": ids,
-                "step": ids,
-                "confidence": pyarrow.list_(pyarrow.float32()),
-                "nfe": pyarrow.int32(),
-            },
-            metadata={"settings": json.dumps(asdict(settings))},
-        )
+    ids, text = pyarrow.list_(pyarrow.int32()), pyarrow.string()
+    schema = pyarrow.schema(
+        {
+            "index": pyarrow.int64(),
+            "prompt": text,
+            "prompt_ids": ids,
+            "response": text,
+            "response_ids": ids,
+            "step": ids,
+            "confidence": pyarrow.list_(pyarrow.float32()),
+            "nfe": pyarrow.int32(),
+        },
+        metadata={"settings": json.dumps(asdict(settings))},
+    )
+    with files.replacing(file) as partial:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), partial)
-    os.replace(partial, file)
 
 
 # --- reading them -------------------------------------------------------------------------------
@@ -376,20 +431,20 @@ class Trajectories(Dataset[dict[str, Any]]):
 
     Item i: input_ids (T,) int64, prompt and response; prompt_length; step (T - prompt_length,) int64; index.
 
-    Raises FileNotFoundError where there is no run, ValueError where shards are missing.
+    Raises FileNotFoundError where there is no run, ValueError where shards are missing or damaged.
     """
 
     def __init__(self, directory: str | Path) -> None:
         directory = Path(directory)
         if not (directory / SETTINGS).is_file():
             raise FileNotFoundError(f"trajectories: no {SETTINGS} in {directory}")
-        self.settings: dict[str, Any] = json.loads((directory / SETTINGS).read_text())
-        shards = range(-(-self.settings["prompts"] // self.settings["shard"]))
-        files = [_shard(directory, i, self.settings["format"]) for i in shards]
-        missing = [f.name for f in files if not f.exists()]
+        self.settings: dict[str, Any] = json.loads(files.read_text("trajectories", directory / SETTINGS))
+        numbers = range(-(-self.settings["prompts"] // self.settings["shard"]))
+        shards = [_shard(directory, i, self.settings["format"]) for i in numbers]
+        missing = [file.name for file in shards if not file.exists()]
         if missing:
             raise ValueError(
-                f"trajectories: {directory} is not finished: {len(missing)} of {len(files)} shards are "
+                f"trajectories: {directory} is not finished: {len(missing)} of {len(shards)} shards are "
                 f"missing ({missing[0]}, ...); run `dparallel trajectories` again"
             )
         # One flat buffer each: a hundred thousand answers as Python lists would be gigabytes.
@@ -397,7 +452,7 @@ class Trajectories(Dataset[dict[str, Any]]):
         steps: list[Tensor] = []
         self.bounds: list[tuple[int, int, int]] = []  # start, prompt's length, whole length
         at = 0
-        for row in itertools.chain.from_iterable(_rows_of(file) for file in files):
+        for row in itertools.chain.from_iterable(_rows_of_shard(file) for file in shards):
             whole = torch.tensor(row["prompt_ids"] + row["response_ids"], dtype=torch.int32)
             ids.append(whole)
             steps.append(torch.tensor(row["step"], dtype=torch.int32))

@@ -1,0 +1,159 @@
+"""Files: text and JSON lines read with errors by line, and writes that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def read_text(argument: str, file: str | Path) -> str:
+    """The text of a UTF-8 file, its newlines as they are, without a byte order mark.
+
+    Raises FileNotFoundError, or ValueError naming the argument and what is wrong with the file.
+    """
+    try:
+        return Path(file).read_bytes().decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{argument}: no file {file}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{argument}: {file} is not UTF-8 text: byte {error.start}, {error.reason}"
+        ) from error
+    except OSError as error:
+        raise ValueError(f"{argument}: {file}: {error.strerror}") from error
+
+
+def lines(argument: str, file: str | Path) -> Iterator[tuple[int, str]]:
+    """(number from 1, line) of each line that is not blank. A newline alone ends a line: a string of JSON may
+    hold U+2028 and what else `str.splitlines` cuts at."""
+    for number, line in enumerate(read_text(argument, file).split("\n"), 1):
+        if line.strip():
+            yield number, line.removesuffix("\r")
+
+
+def json_object(argument: str, file: str | Path, number: int, line: str) -> dict[str, Any]:
+    """The JSON object in a line. Raises ValueError naming the line."""
+    try:
+        content = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{argument}: {file}:{number} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{argument}: {file}:{number} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+def possible(argument: str, path: str | Path) -> Path:
+    """A directory that can be written to, or made; it is not made yet. Raises ValueError."""
+    path = Path(path)
+    there = next(parent for parent in (path, *path.absolute().parents) if os.path.lexists(parent))
+    if not there.is_dir():
+        raise ValueError(f"{argument}: {there} is not a directory")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise ValueError(f"{argument}: {there} cannot be written to: {error.strerror}") from error
+    return path
+
+
+def directory(argument: str, path: str | Path) -> Path:
+    """A directory that can be written to, made where it is not there. Raises ValueError."""
+    path = possible(argument, path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{argument}: {path} cannot be made: {error.strerror}") from error
+    return path
+
+
+def writable(argument: str, file: str | Path) -> Path:
+    """A path that a file can be written to, checked before the work that fills it. Raises ValueError."""
+    file = Path(file)
+    possible(argument, file.parent)
+    if file.is_dir():
+        raise ValueError(f"{argument}: {file} is a directory, expected a file")
+    return file
+
+
+@contextmanager
+def replacing(file: str | Path) -> Iterator[Path]:
+    """A path to write to; after the block it takes the place of `file`, or is removed if the block raises.
+
+    The path is this process's own, and its content is on the disk before it has the name of `file`.
+    """
+    file = Path(file)
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(file: str | Path, text: str) -> None:
+    """Whole or not at all, in UTF-8; the directory is made."""
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(file: str | Path, content: Any) -> None:
+    """Whole or not at all."""
+    write_text(file, json.dumps(content, indent=1) + "\n")
+
+
+@contextmanager
+def locked(argument: str, path: Path) -> Iterator[None]:
+    """The directory is this run's alone. Raises ValueError where another run has it.
+
+    The lock ends with the process, however that ends. Of several processes of a run the first holds it.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{argument}: another run is writing to {path}; wait for its end, or give this one a "
+                "directory of its own"
+            ) from error
+        except OSError:
+            pass  # a file system that knows no locks
+        yield
+    finally:
+        os.close(descriptor)
+
+
+WRITE_FAILED = ("unexpected pos", "PytorchStreamWriter failed", "os error 28", "os error 27", "os error 122")
+"""What torch and safetensors say of a write that the disk (or a quota) had no room for."""
+
+
+@contextmanager
+def full_disk_named(path: str | Path) -> Iterator[None]:
+    """Within it, torch's and safetensors' errors of a full disk are an OSError that says so."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or not any(text in str(error) for text in WRITE_FAILED):
+            raise
+        said = str(error).splitlines()[0]
+        raise OSError(
+            errno.ENOSPC, f"a file could not be written; is the disk full? ({said})", str(path)
+        ) from error
