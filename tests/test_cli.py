@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from dparallel import demo, evaluate, registry, tasks, train
+from dparallel import cli, demo, evaluate, registry, tasks, train
 from dparallel.cli import app
 from typer.testing import CliRunner
 
 import dparallel_ext as dx
+from dparallel_ext import policies
 
 PROMPT = (
     "sam has 4 cups now . first sam grows 3 times . finally sam sells 8 cups . how many cups does sam have ?"
@@ -20,6 +23,7 @@ PROMPT = (
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+HERE = str(Path(__file__).parent)
 
 
 def run(*args: object, code: int = 0) -> str:
@@ -155,10 +159,77 @@ def test_decode_with_a_checkpoint_directory(checkpoint: Path, cache: str):
         (("distill", "nowhere.yaml"), "recipe: no file"),
         (("distill", str(RECIPES / "builtin.yaml")), "answers, out: both"),
         (("merge", "nowhere", "out"), "adapter: no adapter_config.json"),
+        (("decode", "x", "--policy", "confidence:90"), "threshold: expected a number >= 0 and <= 1"),
+        (("decode", "x", "--policy", "confidence:-3"), "threshold: expected a number >= 0 and <= 1"),
+        (("decode", "x", "--gen-length", "1000"), "1001 tokens, but builtin:teacher was trained on 256"),
+        (("decode", "x", "--gen-length", "20000"), "but builtin:teacher was trained on 256"),
+        (("decode", "x", "--seed", str(2**63)), "seed: expected an integer"),
+        (("decode", "--batch", HERE), f"batch: {HERE}: Is a directory"),
+        (("decode", "--file", "/usr/bin/env"), "file: /usr/bin/env is not UTF-8 text"),
+        (("evaluate", "--batch", "0"), "batch: expected a whole number >= 1"),
+        (("evaluate", "--plot", HERE), "plot: "),
+        (("evaluate", "--plot", f"{__file__}/x.png"), f"plot: {__file__} is not a directory"),
+        (("evaluate", "--json", "/proc/nowhere/x.json"), "json: /proc cannot be written to"),
+        (("demo", "--out", __file__), f"out: {__file__} is not a directory"),
+        (("demo", "--problems", "-1"), "problems: expected a whole number >= 1"),
+        (("train", __file__), f"out: {__file__} is not a directory"),
+        (("train", "out", "--seed", str(10**30)), "seed: expected a whole number >= 0 and <"),
+        (("train", "out", "--heads", "5"), "heads: expected a divisor of width 192"),
+        (("trajectories", __file__, "--data", "builtin:3"), f"out: {__file__} is not a directory"),
+        (("distill", HERE), f"recipe: {HERE}: Is a directory"),
+        (("distill", str(RECIPES / "builtin.yaml"), "--dry-run", "--processes", "0"), "processes: expected"),
+        (("merge", "nowhere", f"{__file__}/out"), "out: "),
     ],
 )
-def test_bad_input_is_one_line(args: tuple[str, ...], said: str):
-    assert said in run(*args, code=2)
+def test_bad_input_is_one_line(
+    args: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    text = run(*args, code=2)
+    assert said in text
+    assert text.startswith("error: ")
+    assert text.count("\n") == 1
+    assert not list(tmp_path.iterdir())  # nor is anything left behind
+
+
+@pytest.mark.parametrize("command", ["decode", "evaluate", "serve", "trajectories"])
+def test_help_names_every_rule_and_its_parameter(command: str):
+    text = " ".join(run(command, "--help").replace("│", " ").split())
+    for name, rule in policies.RULES.items():
+        assert f"{name}:{rule.parameter} ({rule.commits})" in text
+
+
+def test_what_the_tokenizer_does_not_know_and_an_empty_response_are_said():
+    result = CliRunner().invoke(app, ["decode", "hello there sam", "--json"])
+    assert json.loads(result.stdout)["response"] == ""
+    assert "builtin:teacher has no token for 'hello', 'there' of the prompt" in result.stderr
+    assert "the response is empty" in result.stderr
+    assert "warning" not in CliRunner().invoke(app, ["decode", PROMPT]).stderr
+
+
+def test_missing_packages_and_output_that_nobody_reads(monkeypatch: pytest.MonkeyPatch):
+    def missing(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("no such thing", name="peft")
+
+    monkeypatch.setattr("dparallel.distill.merge", missing)
+    assert run("merge", "a", "b", code=2) == (
+        'error: no peft; pip install ".[cli,train]" installs what this command needs\n'
+    )
+    with pytest.raises(BrokenPipeError), cli.plain_errors():
+        raise BrokenPipeError
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "dparallel.cli")
+    with pytest.raises(SystemExit, match=r'error: no typer; pip install "\.\[cli\]"'):
+        importlib.import_module("dparallel.cli")
+
+
+def test_a_refused_run_does_not_stand_in_the_way_of_the_next(tmp_path: Path):
+    data = ("--data", "builtin:2", "--policy", "entropy:2")
+    for wrong in (("--cache", "block"), ("--gen-length", "300"), ("--policy", "steps:3")):
+        run("trajectories", tmp_path / "out", *data, *wrong, code=2)
+        assert not list((tmp_path / "out").iterdir())
+    run("trajectories", tmp_path / "out", *data)
+    assert (tmp_path / "out" / "settings.json").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -64,6 +64,9 @@ def test_the_published_settings_are_those_of_the_recipes(tmp_path: Path):
         ("model: x\ntraining: {}\nlorra: 1", r"unknown \['lorra'\]"),
         ("- 1", "holds a list, expected a mapping"),
         ("a: [", "is not YAML"),
+        ("model: x\ntraining: 3", "expected a mapping for 'training', got 3"),
+        ("model: x\ntraining: {}\ncollator: {length: 3}", r"collator has unknown \['length'\]"),
+        ("model: x\ntraining: {}\ntrajectories: {gen: 3}", r"trajectories has unknown \['gen'\]"),
     ],
 )
 def test_a_bad_recipe_is_named(text: str, said: str, tmp_path: Path):
@@ -198,6 +201,9 @@ def test_merging_adds_the_product_and_keeps_the_layout(adapter: Path, tmp_path: 
             assert torch.equal(merged[name], weight)
     assert changed == len(low) // 2
     assert (out / "tokenizer.json").exists()
+    assert (registry.directory_of(registry.DEFAULT) / "held_out.json").exists()
+    assert not (out / "held_out.json").exists()  # the base's accuracy
+    assert not (adapter / "held_out.json").exists()
     assert evaluate.evaluate(str(out), "entropy:0.5", problems=2)["problems"] == 2
     # Adapters were once written by our own names of the modules.
     old, model = tmp_path / "old", registry.load()[0]

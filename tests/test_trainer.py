@@ -308,6 +308,20 @@ def test_a_hugging_face_model_is_saved_by_its_own_code_and_resumes(tmp_path: Pat
     assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), again.parameters(), strict=True))
 
 
+def test_a_collator_comes_with_the_trainer(tmp_path: Path):
+    """That of the model's EOS; a model whose config names none is told so."""
+    args = CertaintyForcingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    rows = run_trainer.rows(2)
+    for eos, found in ((5, 5), ([7, 9], 7)):
+        model = run_trainer.model()
+        model.config["eos_token_id"] = eos
+        trainer = CertaintyForcingTrainer(model=model, args=args, train_dataset=rows)
+        assert trainer.data_collator == Collator(found)
+    model.config["eos_token_id"] = None
+    with pytest.raises(ValueError, match=r"data_collator: .* no eos_token_id .* got None"):
+        CertaintyForcingTrainer(model=model, args=args, train_dataset=rows)
+
+
 def test_rows_of_different_lengths_need_an_attention_mask(tmp_path: Path):
     trainer = trainer_of(Remote(RemoteConfig()), tmp_path)
     with pytest.raises(ValueError, match="takes no attention_mask: give total_length"):

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
-from dparallel import registry, tasks, trajectories
+from dparallel import files, registry, tasks, trajectories
 from dparallel.trajectories import Collator, Prompt, Settings, Trajectories
 
 import dparallel_ext as dx
@@ -165,12 +165,43 @@ def test_a_run_of_other_settings_or_prompts_is_refused(whole: Path, prompts: lis
         trajectories.generate(whole, prompts[:-1], SMALL, loaded=loaded)
 
 
+@pytest.mark.parametrize("format", ["parquet", "jsonl"])
+def test_shards_are_looked_at_when_a_run_goes_on(
+    format: str, prompts: list[Prompt], loaded: Any, tmp_path: Path
+):
+    """One that is cut off, empty, or holds the rows of another is answered again, and no other."""
+    settings = replace(SMALL, format=format, gen_length=32)
+    whole = trajectories.generate(tmp_path, prompts, settings, loaded=loaded, progress=False)
+    shards = [tmp_path / f"part-{i:05d}.{format}" for i in range(5)]
+    before = [shard.read_bytes() for shard in shards]
+    shards[0].write_bytes(before[0][:-9])
+    shards[1].write_bytes(b"")
+    shards[2].write_bytes(before[3])
+    if format == "jsonl":
+        with pytest.raises(ValueError, match=r"part-00000.jsonl is empty or cut off"):
+            Trajectories(whole)
+    else:
+        with pytest.raises(ValueError, match=r"part-00000.parquet is not a readable Parquet file"):
+            Trajectories(whole)
+    kept = shards[4].stat().st_mtime_ns
+    trajectories.generate(tmp_path, prompts, settings, loaded=loaded, progress=False)
+    assert [shard.read_bytes() for shard in shards] == before
+    assert shards[4].stat().st_mtime_ns == kept
+
+
+def test_another_run_in_the_directory_is_named(prompts: list[Prompt], loaded: Any, tmp_path: Path):
+    with files.locked("out", tmp_path), pytest.raises(ValueError, match="out: another run is writing to"):
+        trajectories.generate(tmp_path, prompts, SMALL, loaded=loaded)
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_prompt_and_no_right_answer(loaded: Any, tmp_path: Path):
     empty = trajectories.generate(tmp_path / "a", [], SMALL, loaded=loaded, progress=False)
     assert len(Trajectories(empty)) == 0
     wrong = [Prompt(p.text, "-1") for p in trajectories.read_prompts("builtin:3")]
-    none = trajectories.generate(tmp_path / "b", wrong, SMALL, loaded=loaded, progress=False)
-    assert len(Trajectories(none)) == 0
+    for name, settings in (("b", SMALL), ("c", replace(SMALL, format="jsonl"))):
+        none = trajectories.generate(tmp_path / name, wrong, settings, loaded=loaded, progress=False)
+        assert len(Trajectories(none)) == 0
 
 
 def test_items(whole: Path):
@@ -251,6 +282,16 @@ def test_prompts_of_files(tmp_path: Path):
         trajectories.read_prompts(str(file))
     file.write_text("3")
     with pytest.raises(ValueError, match=r"p.jsonl:1 holds a int"):
+        trajectories.read_prompts(str(file))
+    for prompt in (None, ["a"], 3):
+        file.write_text(json.dumps({"prompt": "a\u2028b", "answer": 1}, ensure_ascii=False) + "\n")
+        assert trajectories.read_prompts(str(file)) == [Prompt("a\u2028b", "1")]
+        with file.open("a") as more:
+            more.write(json.dumps({"prompt": prompt, "answer": 1}) + "\n")
+        with pytest.raises(ValueError, match=r"p.jsonl:2: expected str in 'prompt', got (None|\[|3)"):
+            trajectories.read_prompts(str(file))
+    file.write_text('{"prompt": "a", "answer": null}')
+    with pytest.raises(ValueError, match=r"p.jsonl:1: expected str or int or float in 'answer', got None"):
         trajectories.read_prompts(str(file))
     for bad in ("builtin:", "builtin:x"):
         with pytest.raises(ValueError, match="builtin:N"):

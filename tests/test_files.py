@@ -1,0 +1,163 @@
+"""Files: what is read is named where it is wrong, what is written appears whole, one run has a directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from dparallel import distill, files, train
+
+import dparallel_ext as dx
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file grows beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_newline_alone_ends_a_line(tmp_path: Path):
+    file = tmp_path / "p.jsonl"
+    rows = [{"a": "one\u2028two"}, {"a": "three\x85four\x0c"}]
+    content = "\ufeff" + "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows) + "\n \n"
+    file.write_bytes(content.encode())
+    assert [files.json_object("data", file, n, line) for n, line in files.lines("data", file)] == rows
+    assert [n for n, _ in files.lines("data", file)] == [1, 2]
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path):
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"data: .*latin is not UTF-8 text: byte 3"):
+        files.read_text("data", tmp_path / "latin")
+    with pytest.raises(ValueError, match=r"data: .* directory"):
+        files.read_text("data", tmp_path)
+    with pytest.raises(FileNotFoundError, match="data: no file"):
+        files.read_text("data", tmp_path / "nowhere")
+
+
+def test_what_cannot_be_written_is_named_and_leaves_nothing(tmp_path: Path):
+    taken = tmp_path / "file"
+    taken.write_text("x")
+    for path in (taken, taken / "below"):
+        with pytest.raises(ValueError, match=r"out: .*file is not a directory"):
+            files.directory("out", path)
+    with pytest.raises(ValueError, match=r"out: /proc.* cannot be written to"):
+        files.directory("out", "/proc/nowhere/x")
+    with pytest.raises(ValueError, match=r"plot: .* is a directory, expected a file"):
+        files.writable("plot", tmp_path)
+    assert files.writable("plot", tmp_path / "new" / "a.png") == tmp_path / "new" / "a.png"
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_appears_whole_with_ordinary_permissions_or_not_at_all(tmp_path: Path):
+    before = os.umask(0o027)
+    try:
+        files.write_json(tmp_path / "new" / "a.json", {"a": 1})
+        dx.models.save(dx.models.load(GOLDEN / "llada_tiny_a"), tmp_path / "model")
+    finally:
+        os.umask(before)
+    for file in ("new/a.json", "model/config.json", "model/model.safetensors"):
+        assert (tmp_path / file).stat().st_mode & 0o777 == 0o640, file
+    with pytest.raises(OSError, match="half"), files.replacing(tmp_path / "new" / "a.json") as partial:  # noqa: PT012
+        partial.write_text("half")
+        raise OSError("half-written")
+    assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"a": 1}
+    assert os.listdir(tmp_path / "new") == ["a.json"]
+
+
+def test_a_full_disk_is_said(tmp_path: Path):
+    """By torch, by safetensors and by Python; what was there is as it was, and nothing half-written stays."""
+    model = dx.models.load(GOLDEN / "llada_tiny_a")
+    dx.models.save(model, tmp_path)
+    state = tmp_path / "state.pt"
+    torch.save({"step": 3}, state)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with full_disk(20_000):
+        with pytest.raises(OSError, match="is the disk full"), files.full_disk_named(tmp_path):
+            dx.models.save(model, tmp_path)
+        with (
+            pytest.raises(OSError, match="is the disk full"),
+            files.full_disk_named(tmp_path),
+            files.replacing(state) as partial,
+        ):
+            torch.save({"step": torch.zeros(100_000)}, partial)
+        with pytest.raises(OSError, match="too large"), files.full_disk_named(tmp_path):
+            files.write_text(tmp_path / "config.json", "x" * 100_000)
+        with pytest.raises(KeyError), files.full_disk_named(tmp_path):
+            raise KeyError("another error stays what it is")
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_two_runs_in_one_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with files.locked("out", tmp_path):
+        with (
+            pytest.raises(ValueError, match=r"out: another run is writing to"),
+            files.locked("out", tmp_path),
+        ):
+            pass
+        with pytest.raises(ValueError, match="another run"):
+            train.train(tmp_path, train.Settings(steps=1), progress=False)
+        with pytest.raises(ValueError, match="another run"):
+            distill.run(distill.Recipe("builtin:teacher", {}), tmp_path, tmp_path)
+        monkeypatch.setenv("RANK", "1")
+        with files.locked("out", tmp_path):  # another process of the same run
+            pass
+    monkeypatch.delenv("RANK")
+    with files.locked("out", tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_counts_once_it_is_saved_to_its_end(tmp_path: Path):
+    """Every state in which a kill can leave the newest: files in the order in which they are written."""
+    assert distill.last_checkpoint(tmp_path) is None
+    written = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        for name in written:
+            content = json.dumps({"global_step": step}) if name.endswith(".json") else "x" * 10
+            (tmp_path / f"checkpoint-{step}" / name).write_text(content)
+    (tmp_path / "checkpoint-best").mkdir()
+    whole, newest = str(tmp_path / "checkpoint-2"), tmp_path / "checkpoint-10"
+    assert distill.last_checkpoint(tmp_path) == str(newest)
+    for name in reversed(written):
+        file = newest / name
+        file.write_text(file.read_text()[:5])
+        assert distill.last_checkpoint(tmp_path) == whole
+        file.unlink()
+        assert distill.last_checkpoint(tmp_path) == whole
+
+
+def test_what_is_said_of_a_checkpoint_is_not_said_of_the_next(tmp_path: Path):
+    """Of another model: its accuracy, its card, its training; the tokenizer and the code come along."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    for directory in (source, out):
+        directory.mkdir()
+    along = ["added_tokens.json", "chat_template.jinja", "configuration_llada.py", "generation_config.json",
+             "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer.model",
+             "tokenizer_config.json", "vocab.json"]  # fmt: skip
+    left = ["README.md", "all_results.json", "config.json", "held_out.json", "model.safetensors",
+            "model.safetensors.index.json", "optimizer.pt", "pytorch_model.bin", "training.json",
+            "trainer_state.json", "training_args.bin"]  # fmt: skip
+    for name in along + left:
+        (source / name).write_text("x")
+    distill.Companions(source).save_pretrained(out)
+    assert sorted(os.listdir(out)) == sorted(along)
+
+
+def test_the_models_that_ship_are_loaded_by_the_registry():
+    with pytest.raises(ValueError, match=r"dparallel.registry.load\('builtin:student'\)"):
+        dx.models.load("builtin:student")
