@@ -178,7 +178,7 @@ def decode(
             if infill and not length and not all(masks):
                 said = tokenizer.id_to_token(mask)
                 raise ValueError(f"prompt: expected a mask token, {said}, where --infill is to fill it")
-            registry.check_positions(model, loaded, max(map(len, ids)) + (0 if suffix else length))
+            registry.check_positions(model, loaded, max(map(len, ids), default=0) + (0 if suffix else length))
             live = LiveText(console, tokenizer, mask, 0.1) if stream else None
             if live is not None:
                 live.__enter__()
@@ -284,6 +284,10 @@ def evaluate(
         if plot is not None:
             files.writable("plot", plot)
             plots.load_pyplot()
+        for name in model:
+            registry.directory_of(name)
+        for text in policy:
+            measuring.parse_policy(text)
         rows = []
         typer.echo(measuring.HEADING)
         for row in measuring.sweep(
