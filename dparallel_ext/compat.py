@@ -97,8 +97,11 @@ def generate(
     }
     last: list[int] = []
     if confidence_eos_eot_inf:
+        if threshold is not None and selector != "confidence":
+            raise ValueError(
+                f"confidence_eos_eot_inf: {selector!r} is no rule of confidences, use selector='confidence'"
+            )
         last = [eot_id] if temperature > 0 else [eos_id, eot_id]
-
     by_logits = cfg_scale > 0 or bool(last)
     if attention_mask is None:
         if by_logits:
@@ -108,8 +111,8 @@ def generate(
         raise ValueError(
             f"attention_mask: expected the shape of prompt (B, P), got {tuple(attention_mask.shape)}"
         )
-    whole_kept = F.pad(attention_mask.to(torch.bool), (0, gen_length), value=True)
-    rows = [row[kept] for row, kept in zip(prompt, attention_mask.to(torch.bool), strict=True)]
+    kept = attention_mask.to(torch.bool)
+    rows = [row[keep] for row, keep in zip(prompt, kept, strict=True)]
     if by_logits:  # one by one
         each = [_by_logits(model, row, cfg_scale=cfg_scale, last=last, **shared) for row in rows]
         found, forwards = [tokens[0] for tokens, _ in each], max((ran for _, ran in each), default=0)
@@ -117,7 +120,7 @@ def generate(
         padded, forwards = _generate("none", model=model, prompt=rows, **shared)
         found = [tokens[: len(row) + gen_length] for tokens, row in zip(padded, rows, strict=True)]
     tokens = F.pad(prompt.to(torch.int64), (0, gen_length))
-    tokens[whole_kept] = torch.cat([tokens[:0, 0], *found])
+    tokens[F.pad(kept, (0, gen_length), value=True)] = torch.cat([tokens[:0, 0], *found])
     return tokens, forwards
 
 
@@ -250,13 +253,13 @@ def _by_logits(
     forwards = 0
     with torch.no_grad():
         x = F.pad(rows.to(torch.int64), (0, gen_length), value=mask_id)  # (B, L)
-        unconditional = x != mask_id
+        given = x != mask_id
         for end in range(start_of + block_length, x.shape[1] + 1, block_length):
             turn = 0
             while bool((x[:, end - block_length : end] == mask_id).any()):
                 logits = _logits(model, x)  # (B, L, V)
                 if cfg_scale > 0:
-                    without = _logits(model, x.masked_fill(unconditional, mask_id))
+                    without = _logits(model, x.masked_fill(given, mask_id))
                     logits = without + (cfg_scale + 1) * (logits - without)
                 forwards += 1
                 eligible = x == mask_id

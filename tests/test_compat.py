@@ -231,6 +231,10 @@ def test_lladas_options_take_a_threshold_and_a_temperature() -> None:
         ({"logits_eos_inf": True}, "eos_id: expected an id below 512, got 126081"),
         ({"confidence_eos_eot_inf": True, "eos_id": 3}, "eot_id: expected an id below 512, got 126348"),
         ({"cfg_scale": -1.0}, "cfg_scale: expected a finite number >= 0"),
+        (
+            {"confidence_eos_eot_inf": True, "eos_id": 3, "eot_id": 4, "threshold": 0.5},
+            "confidence_eos_eot_inf: 'entropy' is no rule of confidences",
+        ),
         ({"steps": torch.ones(1, 1)}, "steps: expected a whole number, got a Tensor; give attention_mask"),
         ({"attention_mask": torch.ones(1, 2)}, "attention_mask: expected the shape of prompt"),
     ],
