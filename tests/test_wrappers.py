@@ -201,6 +201,7 @@ def test_weights_that_are_elsewhere_are_named() -> None:
 def test_accelerate_leaves_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerate = pytest.importorskip("accelerate")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     try:
         accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
         model = accelerator.prepare(native())
@@ -371,7 +372,7 @@ def test_the_layers_of_llada_by_its_names(peft: Any) -> None:
     assert len(adapted) == 7 + 2 * 6
 
 
-def test_several_adapters_are_followed(peft: Any) -> None:
+def test_several_adapters_are_followed(peft: Any, tmp_path: Path) -> None:
     model = peft.get_peft_model(native(), lora(peft)).eval()
     model.add_adapter("other", lora(peft))
     first = tokens(model, cache="dual")
@@ -383,12 +384,17 @@ def test_several_adapters_are_followed(peft: Any) -> None:
     with dx.Engine(compiled(model), block_length=8) as engine:
         found = engine.submit(PROMPT[0], gen_length=8, threshold=0.5).result().tokens
     assert found == first[0, 9:].tolist()
+    for adapted in (model, models.unwrap(model)):
+        with pytest.raises(ValueError, match=r"model: adapters stand in its layers.*save_pretrained"):
+            models.save(adapted, tmp_path)
     model.merge_adapter()
     assert torch.equal(tokens(model, cache="dual"), first)
     merged = model.merge_and_unload()
     assert isinstance(merged, Dream)
     assert merged.addresses() is not None  # nothing is left that keeps passes from being recorded
     assert torch.equal(tokens(merged, cache="dual"), first)
+    models.save(compiled(merged), tmp_path)
+    assert torch.equal(tokens(models.load(tmp_path), cache="dual"), first)
 
 
 @pytest.mark.parametrize("kind", ["mixed", "tuner", "injected", "compiled"])
@@ -546,6 +552,20 @@ def test_reentrant_checkpoints_pass_the_gradients_on(adapted: bool, peft: Any) -
         for name, grad in grads[0].items():
             assert grad.abs().max() > 0, name
             torch.testing.assert_close(again[name], grad)
+
+
+def test_the_trainer_sees_through_wrappers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = pytest.importorskip("dparallel.trainer")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    for i, wrap in enumerate((compiled, nn.DataParallel)):
+        model = native()
+        args = trainer.CertaintyForcingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+        made = trainer.CertaintyForcingTrainer(model=wrap(model), args=args)
+        assert made.lm_head is model.lm_head
+        assert made.takes_attention_mask
+        assert made.traits == models.traits(model)
+        made.save_model(str(tmp_path / str(i)))
+        assert torch.equal(tokens(models.load(tmp_path / str(i))), expected())
 
 
 @pytest.mark.parametrize("adapted", [False, True])

@@ -174,10 +174,16 @@ def save(
     `dtype`: of the file, default the model's. `state_dict`: tensors to write instead of the model's own, as
     gathered from shards. Each file appears whole or not at all.
 
-    Raises ValueError for a quantised model.
+    Raises ValueError for a quantised model, and for one under adapters.
     """
+    model = unwrap(model)
     if model.quantized:
         raise ValueError("model: it is quantised, and no published layout holds its weights; save it before")
+    if _adapted(model):
+        raise ValueError(
+            "model: adapters stand in its layers, and no published layout holds them; save them by "
+            "save_pretrained, or merge them before"
+        )
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     dtype = dtype or model.dtype
