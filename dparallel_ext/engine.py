@@ -554,22 +554,25 @@ class Engine:
             return
         assert handle._lane is not None
         assert handle._on_draft is not None
-        row, mask_id = self._batch.rows[handle._lane], self._batch.mask_id
-        end = min(end, row.prompt + handle._gen_length)
-        ids = self._batch.tokens[handle._lane, start:end].tolist()
-        tokens = [None if one == mask_id else one for one in ids]
-        _call(handle._on_draft, Draft(row.nfe, start - row.prompt, tokens))
+        row = self._batch.rows[handle._lane]
+        first, last = row.index(start), min(row.index(end), handle._asked)
+        ids = self._tokens(handle._lane, row.columns[first:last])
+        tokens = [None if token == self.mask_id else token for token in ids]
+        _call(handle._on_draft, Draft(row.nfe, first, tokens))
 
     def _response(self, handle: Handle) -> list[int]:
         """Tokens of finished blocks, in front of what ended them."""
         assert handle._lane is not None
         row = self._batch.rows[handle._lane]
         final = len(row.columns) if row.done else row.index(row.block[0])
-        columns = row.columns[: min(final, row.kept, handle._asked)]
+        return self._tokens(handle._lane, row.columns[: min(final, row.kept, handle._asked)])
+
+    def _tokens(self, lane: int, columns: Sequence[int]) -> list[int]:
+        """What stands in `columns`, which are ascending."""
         if not columns:
             return []
         first, last = columns[0], columns[-1] + 1
-        ids: list[int] = self._batch.tokens[handle._lane, first:last].tolist()
+        ids: list[int] = self._batch.tokens[lane, first:last].tolist()
         return [ids[column - first] for column in columns]
 
     def _logprobs(self, handle: Handle, first: int, last: int) -> list[float]:

@@ -217,8 +217,12 @@ def test_a_request_gets_what_decode_gives_it(name: str, cache: str) -> None:
         model, cache=cache, block_length=BLOCK, lanes=3, max_length=64, page_size=BLOCK, **sub_block
     ) as engine:
         each = list(zip(prompts, counts, itertools.cycle(ways)))
-        handles = [engine.submit(p, gen_length=n, **settings, **way) for p, n, way in each]
-        for handle, (prompt, count, way) in zip(handles, each, strict=True):
+        drafts: list[list[dx.Draft]] = [[] for _ in each]
+        handles = [
+            engine.submit(p, gen_length=n, on_draft=seen.append, **settings, **way)
+            for (p, n, way), seen in zip(each, drafts, strict=True)
+        ]
+        for handle, seen, (prompt, count, way) in zip(handles, drafts, each, strict=True):
             done, streamed = handle.result(60), list(itertools.chain.from_iterable(handle))
             seeded = {**way, "seed": torch.tensor([way.get("seed", 0)])}
             out = dx.decode(
@@ -237,6 +241,11 @@ def test_a_request_gets_what_decode_gives_it(name: str, cache: str) -> None:
                 done.logprobs == handle.logprobs == pytest.approx(out.logprobs[0][:asked].tolist(), abs=1e-4)
             )
             assert (done.nfe, done.prompt_length) == (int(out.nfe), len(prompt))
+            assert [draft.nfe for draft in seen] == list(range(1, done.nfe + 1))
+            for draft in seen:  # of the block's places that held masks
+                final = done.tokens[draft.start : draft.start + len(draft.tokens)]
+                assert all(a in (None, b) for a, b in zip(draft.tokens, final, strict=True))
+            assert not seen or seen[-1].start + len(seen[-1].tokens) == asked
             assert done.finish_reason == "length"
         assert engine.stats.prompt_tokens == sum(int((p != MASK).sum()) for p in prompts)
         assert engine.stats.pages_used == 0
