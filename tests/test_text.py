@@ -336,6 +336,12 @@ def test_without_jinja2_a_template_says_so(tmp_path: Path, monkeypatch: pytest.M
     templates.renderer.close()
 
 
+def test_a_renderer_that_does_not_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(templates.TemplateRefused, match="its process does not start"):
+        templates.Renderer().compile("x")
+
+
 def test_end_tokens(tmp_path: Path) -> None:
     student = registry.directory_of("builtin:student")
     assert end_tokens(student, TOKENIZERS["words"]) == [1]

@@ -31,7 +31,7 @@ class FastDLLM(Model):
 
     The tests hold the published loop, for one sequence, and the layers written again in plain torch, and
     compare on random weights. Not checked: a released checkpoint. Its config.json was not at hand, so
-    `bd_size` and the mask's id fall back to the published code's defaults.
+    `bd_size` and the mask's id, if the tokenizer's files do not name it, are the published code's defaults.
     """
 
     shift = True

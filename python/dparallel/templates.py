@@ -69,6 +69,8 @@ class Renderer:
         with self._lock:
             try:
                 answer = self._exchange(line)
+            except OSError as error:
+                raise TemplateRefused(f"its process does not start: {error}") from error
             except BaseException:
                 self._end(signal.SIGKILL)  # an answer that is still to come belongs to nobody
                 raise
