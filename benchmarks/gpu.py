@@ -416,7 +416,7 @@ def begin(out: Path, device: torch.device, small: bool, commit: str) -> Run:
         "schema": report.SCHEMA,
         "machine": machine(device),
         "commit": commit,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "small": small,
         "checks": [],
         "records": [],

@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
+#include <stdexcept>
 #include <tuple>
 #include <vector>
 
@@ -178,7 +179,13 @@ struct Cpu {
 #if defined(DPARALLEL_WITH_CUDA) || defined(DPARALLEL_WITH_CUDA_HOST)
 struct Cuda {
   static void check(int code, const char* op) {
-    STD_TORCH_CHECK(code == 0, op, ": CUDA launch failed: ", cuda::error_string(code));
+    constexpr int kNoKernelImage = 209;  // cudaErrorNoKernelImageForDevice
+    STD_TORCH_CHECK(
+        code == 0, op, ": CUDA launch failed: ", cuda::error_string(code),
+        code == kNoKernelImage
+            ? ": dparallel_ext was built for other GPUs (see `dparallel info`); build it "
+              "with DPARALLEL_CUDA naming this one's compute capability, such as 90a"
+            : "");
   }
   static void* stream(const Tensor& like) {
     void* stream = nullptr;
@@ -655,6 +662,31 @@ Tensor fp8_linear(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> b
   return out;
 }
 
+#ifndef DPARALLEL_WITH_CUDA_HOST
+// Where an op has no kernel, its error is a sentence instead of the dispatcher's forty lines.
+template <class Why, class Result, class... Arguments>
+Result refuse(Arguments...) {
+  throw std::runtime_error(Why::text);
+}
+template <class Why, class Result, class... Arguments>
+constexpr auto refusal(Result (*)(Arguments...)) {
+  return &refuse<Why, Result, Arguments...>;
+}
+struct NoDevice {
+  static constexpr const char* text =
+      "dparallel_ext has kernels for the CPU and for CUDA alone: move the tensors to one of them";
+};
+#ifndef DPARALLEL_WITH_CUDA
+struct NoCuda {
+  static constexpr const char* text =
+      "dparallel_ext has no CUDA kernels in this build and refuses tensors on a "
+      "GPU: " DPARALLEL_CUDA_REASON
+      ". Build them with nvcc on PATH or CUDA_HOME set: DPARALLEL_CUDA=1 pip install "
+      "--force-reinstall --no-deps . (see `dparallel info`)";
+};
+#endif
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(dparallel, m) {
@@ -671,28 +703,36 @@ STABLE_TORCH_LIBRARY(dparallel, m) {
   m.def(kFp8LinearSchema);
 }
 
-#define DPARALLEL_IMPL(KEY, BACKEND)                                               \
-  STABLE_TORCH_LIBRARY_IMPL(dparallel, KEY, m) {                                   \
-    m.impl("row_stats", TORCH_BOX(&row_stats<BACKEND>));                           \
-    m.impl("select", TORCH_BOX(&select<BACKEND>));                                 \
-    m.impl("unmask_", TORCH_BOX(&unmask_<BACKEND>));                               \
-    m.impl("certainty_forcing_loss", TORCH_BOX(&certainty_forcing_loss<BACKEND>)); \
-    m.impl("certainty_forcing_loss_backward",                                      \
-           TORCH_BOX(&certainty_forcing_loss_backward<BACKEND>));                  \
-    m.impl("certainty_forcing_loss_backward_",                                     \
-           TORCH_BOX(&certainty_forcing_loss_backward_<BACKEND>));                 \
-    m.impl("kv_write", TORCH_BOX(&kv_write<BACKEND>));                             \
-    m.impl("block_attention", TORCH_BOX(&block_attention<BACKEND>));               \
-    m.impl("rms_norm", TORCH_BOX(&rms_norm<BACKEND>));                             \
-    m.impl("swiglu", TORCH_BOX(&swiglu<BACKEND>));                                 \
-    m.impl("fp8_linear", TORCH_BOX(&fp8_linear<BACKEND>));                         \
-  }
+#define DPARALLEL_OPS(DO)              \
+  DO(row_stats)                        \
+  DO(select)                           \
+  DO(unmask_)                          \
+  DO(certainty_forcing_loss)           \
+  DO(certainty_forcing_loss_backward)  \
+  DO(certainty_forcing_loss_backward_) \
+  DO(kv_write)                         \
+  DO(block_attention)                  \
+  DO(rms_norm)                         \
+  DO(swiglu)                           \
+  DO(fp8_linear)
+
+#define DPARALLEL_CPU(op) m.impl(#op, TORCH_BOX(&op<Cpu>));
+#define DPARALLEL_CUDA(op) m.impl(#op, TORCH_BOX(&op<Cuda>));
+#define DPARALLEL_NO_CUDA(op) m.impl(#op, TORCH_BOX(refusal<NoCuda>(&op<Cpu>)));
+#define DPARALLEL_NO_DEVICE(op) m.impl(#op, TORCH_BOX(refusal<NoDevice>(&op<Cpu>)));
+
+#define DPARALLEL_IMPL(KEY, DO) \
+  STABLE_TORCH_LIBRARY_IMPL(dparallel, KEY, m) { DPARALLEL_OPS(DO) }
 
 #ifdef DPARALLEL_WITH_CUDA_HOST
-DPARALLEL_IMPL(CPU, Cuda)
+DPARALLEL_IMPL(CPU, DPARALLEL_CUDA)
 #else
-DPARALLEL_IMPL(CPU, Cpu)
-#endif
+DPARALLEL_IMPL(CPU, DPARALLEL_CPU)
 #ifdef DPARALLEL_WITH_CUDA
-DPARALLEL_IMPL(CUDA, Cuda)
+DPARALLEL_IMPL(CUDA, DPARALLEL_CUDA)
+#else
+DPARALLEL_IMPL(CUDA, DPARALLEL_NO_CUDA)
+#endif
+DPARALLEL_IMPL(MPS, DPARALLEL_NO_DEVICE)
+DPARALLEL_IMPL(XPU, DPARALLEL_NO_DEVICE)
 #endif

@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -25,9 +26,6 @@ from dparallel.likelihood import Likelihood, answer_masks, iter_log_likelihoods,
 import dparallel_ext as dx
 from dparallel_ext import models
 from dparallel_ext.models import Model
-
-if sys.version_info >= (3, 11):
-    import tomllib
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"

@@ -40,9 +40,11 @@ PYBIND11_MODULE(_C, m) {
             {"backends", DPARALLEL_BACKENDS},
             {"cuda_toolkit", DPARALLEL_CUDA_TOOLKIT},
             {"cuda_architectures", DPARALLEL_CUDA_ARCHITECTURES},
+            {"cuda_reason", DPARALLEL_CUDA_REASON},
         };
       },
-      "What setup.py built, as text: compiler, torch, backends, CUDA toolkit and architectures.");
+      "What setup.py built, as text: compiler, torch, backends, CUDA toolkit and architectures, "
+      "and why there are CUDA kernels or none.");
 
   namespace py = pybind11;
   using namespace dparallel;

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .. import backends
 from . import files, side_by_side
 from .base import Model
 from .dream import Dream
@@ -64,6 +65,7 @@ def load(
     mask_id = _mask_id(mask_id, directory, rows)
     if mask_id is not None:
         config["mask_token_id"] = mask_id
+    backends.warn_without_kernels(place)
     stored = _stored(_shards(directory), str(place))
     fuse = place.type != "cpu" if fuse is None else fuse
     return _assemble(config, stored, source, fuse, dtype)

@@ -35,7 +35,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Decode diffusion language models many tokens at a time.",
 )
 ModelOption = Annotated[
     str, typer.Option(help="builtin:NAME, a checkpoint directory, or ORG/NAME of the Hugging Face Hub")
@@ -52,6 +51,21 @@ Fp8Option = Annotated[bool, typer.Option("--fp8", help="keep the layers' weights
 POLICIES = f"{ONE!r} (one token a pass), steps:N (the fixed schedule), or one of {policies.describe()}"
 PolicyOption = Annotated[str, typer.Option(help=POLICIES)]
 PoliciesOption = Annotated[list[str], typer.Option(help=f"repeatable; {POLICIES}")]
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dparallel {dx.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="print it and stop")
+    ] = False,
+) -> None:
+    """Decode diffusion language models many tokens at a time."""
 
 
 @contextmanager
@@ -108,6 +122,8 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="machine-readable"
         text = ", ".join(value) or "none" if isinstance(value, list) else str(value)
         table.add_row(key.replace("_", " "), text)
     Console().print(table)
+    if found["gpus"] and "cuda" not in found["backends"]:
+        typer.echo(f"warning: tensors on a GPU will be refused: {found['cuda_reason']}", err=True)
 
 
 @app.command()

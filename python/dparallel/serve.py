@@ -33,7 +33,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, cast
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -53,7 +53,6 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
-from typing_extensions import Self
 
 import dparallel_ext as dx
 from dparallel_ext import Completion, Draft, Engine, EngineFull, Handle

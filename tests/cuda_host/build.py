@@ -72,7 +72,8 @@ def extension() -> Path:
     system = [torch_root / "include", pybind11.get_include(), sysconfig.get_path("include")]
     flags = " ".join(["-O1 -fPIC -fvisibility=hidden", *(f"-isystem{path}" for path in system)])
     stable = "-DDPARALLEL_WITH_CUDA_HOST -DTORCH_TARGET_VERSION=0x020a000000000000"
-    facts = dict.fromkeys(("COMPILER", "TORCH", "CUDA_TOOLKIT", "CUDA_ARCHITECTURES"), "")
+    unset = ("COMPILER", "TORCH", "CUDA_TOOLKIT", "CUDA_ARCHITECTURES", "CUDA_REASON")
+    facts = dict.fromkeys(unset, "")
     named = [f'-DDPARALLEL_{name}="{value}"' for name, value in {**facts, "BACKENDS": "cuda_host"}.items()]
     torch_side = (CSRC / "torch_ops.cpp", f"{flags} {stable}")
     module = (CSRC / "runtime" / "module.cpp", f"{flags} {' '.join(named)}")

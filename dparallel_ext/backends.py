@@ -1,0 +1,22 @@
+"""Which devices this build has kernels for."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from . import _C
+
+
+def warn_without_kernels(device: torch.device | str | None) -> None:
+    """Warn where the ops of this build will refuse tensors on `device`, before anything is put there."""
+    kind = torch.device(device or "cpu").type
+    info = _C.build_info()
+    if kind in (*info["backends"].split(), "meta"):
+        return
+    why = f": {info['cuda_reason']}" if kind == "cuda" else ""
+    warnings.warn(
+        f"dparallel_ext has no kernels for {kind} in this build: its ops will refuse tensors there{why}",
+        stacklevel=3,
+    )

@@ -1,0 +1,5 @@
+"""`python -m dparallel`: the command line."""
+
+from .cli import main
+
+main()

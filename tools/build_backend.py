@@ -1,0 +1,45 @@
+"""The PEP 517 backend: setuptools', which also asks for torch where there is none to build against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import toolchain
+from setuptools import build_meta
+from setuptools.build_meta import (
+    build_sdist,
+    get_requires_for_build_sdist,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
+
+__all__ = [
+    "build_editable",
+    "build_sdist",
+    "build_wheel",
+    "get_requires_for_build_editable",
+    "get_requires_for_build_sdist",
+    "get_requires_for_build_wheel",
+    "prepare_metadata_for_build_editable",
+    "prepare_metadata_for_build_wheel",
+]
+Settings = Mapping[str, Any] | None
+
+
+def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
+    return [*build_meta.get_requires_for_build_wheel(config_settings), *toolchain.torch_to_fetch()]
+
+
+def get_requires_for_build_editable(config_settings: Settings = None) -> list[str]:
+    return [*build_meta.get_requires_for_build_editable(config_settings), *toolchain.torch_to_fetch()]
+
+
+def build_wheel(directory: str, config_settings: Settings = None, metadata: str | None = None) -> str:
+    toolchain.require()  # before setuptools prints its sixty lines
+    return build_meta.build_wheel(directory, config_settings, metadata)
+
+
+def build_editable(directory: str, config_settings: Settings = None, metadata: str | None = None) -> str:
+    toolchain.require()
+    return build_meta.build_editable(directory, config_settings, metadata)

@@ -1,0 +1,246 @@
+"""What a build has to work with: torch, the compilers, the CUDA architectures; and advice where one fails.
+
+setup.py, the PEP 517 backend beside this file and cuda_check.py read it, before anything is installed:
+the standard library alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+MINIMUM_TORCH = (2, 10)
+TORCH_REQUIREMENT = "torch>=2.10"
+TOOLS = ("ninja", "pybind11")
+CUDA_ARCHITECTURES = ["80", "86", "89", "90a", "100", "120"]
+INSTALL = "pip install ."
+INSTALL_HERE = (
+    f"pip install '{TORCH_REQUIREMENT}' 'setuptools>=77' wheel ninja 'pybind11>=2.13'\n"
+    "    pip install --no-build-isolation ."
+)
+
+
+# --- torch ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Torch:
+    """The torch to build against. It is not imported: its CUDA libraries need not be there."""
+
+    root: Path
+    version: str
+    cuda: str | None
+    """The CUDA release that it was built for; None of a CPU build."""
+    hip: str | None
+    """The ROCm release, likewise."""
+
+    @property
+    def is_new_enough(self) -> bool:
+        return tuple(int(part) for part in self.version.split(".")[:2]) >= MINIMUM_TORCH
+
+
+_FIND = "import importlib.util as u; s = u.find_spec('torch'); print(s and s.origin or '')"
+
+
+def find_torch() -> Torch | None:
+    """The torch of this process, else of its Python: pip's isolated build hides the packages of the
+    environment, but runs its Python, which sees them once what pip has set is taken away."""
+    spec = importlib.util.find_spec("torch")
+    origin = spec.origin if spec is not None else None
+    if origin is None:
+        hiding = ("PYTHONPATH", "PYTHONNOUSERSITE")
+        environment = {name: value for name, value in os.environ.items() if name not in hiding}
+        found = subprocess.run([sys.executable, "-c", _FIND], env=environment, capture_output=True, text=True)
+        origin = found.stdout.strip() or None
+    if origin is None:
+        return None
+    root = Path(origin).parent
+    facts = runpy.run_path(str(root / "version.py"))
+    return Torch(root, facts["__version__"], facts.get("cuda"), facts.get("hip"))
+
+
+def torch_to_fetch() -> list[str]:
+    """What an isolated build must install: torch, where the environment has none that is new enough.
+
+    uv and `python -m build` run another Python than the environment's. There the build is against the
+    newest torch; the stable ABI makes it serve every release from MINIMUM_TORCH on.
+    """
+    torch = find_torch()
+    return [] if torch is not None and torch.is_new_enough else [TORCH_REQUIREMENT]
+
+
+def require() -> Torch:
+    """The torch to build against; exits with one message that names all that is missing."""
+    if sys.platform == "win32":
+        sys.exit("dparallel-ext builds on Linux and macOS; on Windows build it within WSL 2.")
+    torch = find_torch()
+    missing = [tool for tool in TOOLS if importlib.util.find_spec(tool) is None]
+    if torch is None:
+        missing.insert(0, "torch")
+    elif not torch.is_new_enough:
+        missing.insert(0, f"torch 2.10 or later (found {torch.version})")
+    if torch is None or missing:
+        sys.exit(
+            f"dparallel-ext: this build needs {', '.join(missing)}. Run\n\n    {INSTALL}\n\n"
+            f"which fetches what a build needs, or install it yourself:\n\n    {INSTALL_HERE}\n"
+        )
+    return torch
+
+
+# --- compilers ------------------------------------------------------------------------------------
+
+
+def output_of(*command: str) -> str:
+    """What a tool prints; exits with a line that names the tool where it does not run."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or error
+        sys.exit(f"dparallel-ext: `{' '.join(command)}` does not run: {str(said).strip()}")
+
+
+def find_cxx() -> str:
+    """The C++ compiler's command: CXX, else c++."""
+    command = os.environ.get("CXX", "c++")
+    if shutil.which(command.split()[0] if command.strip() else "") is None:
+        sys.exit(
+            f"dparallel-ext: there is no C++ compiler {command!r}. Install one (Debian and Ubuntu: apt "
+            "install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install), or name it in CXX."
+        )
+    return command
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    candidates = [str(Path(home) / "bin" / "nvcc")] if home else []
+    candidates += ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((found for c in candidates if (found := shutil.which(c))), None)
+
+
+def known_architectures(listing: str) -> list[str]:
+    """The numbers in what `nvcc --list-gpu-arch` prints: "80" for compute_80."""
+    return re.findall(r"compute_(\d+)\b", listing)
+
+
+def base(architecture: str) -> str:
+    """ "90" of "90a": without what only that very architecture runs."""
+    return architecture.rstrip("af")
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """Whether CUDA kernels are built, for what, and why."""
+
+    nvcc: str | None
+    """None: they are not."""
+    toolkit: str
+    architectures: list[str]
+    reason: str
+
+
+def decide_cuda(torch: Torch, setting: str, nvcc: str | None) -> Cuda:
+    """What DPARALLEL_CUDA (`setting`), torch and the nvcc found make of the build."""
+    setting = setting.strip()
+
+    def without(reason: str) -> Cuda:
+        return Cuda(None, "none", [], reason)
+
+    if setting == "0":
+        return without("built with DPARALLEL_CUDA=0")
+    if not setting and torch.hip is not None:
+        return without(f"built against torch {torch.version} for ROCm, which has no kernels here")
+    if not setting and torch.cuda is None:
+        return without(f"built against torch {torch.version}, a CPU build (DPARALLEL_CUDA=1 builds CUDA too)")
+    if nvcc is None:
+        if setting:
+            sys.exit(f"dparallel-ext: DPARALLEL_CUDA={setting}, but there is no nvcc: set CUDA_HOME or PATH.")
+        return without(
+            f"torch {torch.version} is a CUDA build, but NO NVCC was found (set CUDA_HOME or PATH)"
+        )
+    release = re.search(r"release ([\d.]+)", output_of(nvcc, "--version"))
+    toolkit = release.group(1) if release else "unknown"
+    known = known_architectures(output_of(nvcc, "--list-gpu-arch"))
+    named = [] if setting in ("", "1") else [a for a in re.split(r"[;,\s]+", setting) if a]
+    architectures = named or [a for a in CUDA_ARCHITECTURES if base(a) in known]
+    unknown = [a for a in named if not re.fullmatch(r"\d+[af]?", a) or base(a) not in known]
+    if unknown or not architectures:
+        sys.exit(
+            f"dparallel-ext: nvcc {toolkit} ({nvcc}) knows the architectures {', '.join(known)}, "
+            f"but not {', '.join(unknown or CUDA_ARCHITECTURES)}"
+            + (f" of DPARALLEL_CUDA={setting!r}" if setting else "")
+        )
+    reason = f"DPARALLEL_CUDA={setting}" if setting else f"torch {torch.version} is a CUDA build"
+    left_out = [] if named else [a for a in CUDA_ARCHITECTURES if a not in architectures]
+    if left_out:
+        reason += f"; nvcc {toolkit} does not know {', '.join(left_out)}: PTX serves those GPUs"
+    return Cuda(nvcc, toolkit, architectures, reason)
+
+
+def gencode(architectures: Sequence[str]) -> list[str]:
+    """nvcc's options: machine code of each architecture, and PTX, which the driver compiles.
+
+    PTX of the lowest, without its suffix, lets GPUs between and after the list run; that of the highest
+    gives later GPUs what it has beyond the lowest.
+    """
+    numbers = sorted({int(base(a)) for a in architectures})
+    codes = [f"arch=compute_{a},code=sm_{a}" for a in architectures]
+    codes += [f"arch=compute_{n},code=compute_{n}" for n in dict.fromkeys((numbers[0], numbers[-1]))]
+    return [f"-gencode {code}" for code in codes]
+
+
+# --- advice ---------------------------------------------------------------------------------------
+
+_ADVICE = {
+    r"No space left on device": "The disk is full: the build needs about 1 GB, here and in TMPDIR.",
+    r"Killed|signal 9|virtual memory exhausted|[Cc]annot allocate memory|out of memory|std::bad_alloc": (
+        "A compiler ran out of memory, or was killed for it: run fewer at once, with MAX_JOBS=1."
+    ),
+    r"unsupported (?:GNU|clang) version": (
+        "nvcc does not take this C++ compiler as its host compiler: install one that its message allows, "
+        "name it (NVCC_PREPEND_FLAGS='-ccbin g++-13'), or install a newer CUDA toolkit."
+    ),
+    r"Failed to preprocess host compiler properties|Host compiler .*not found": (
+        "nvcc finds no C++ compiler to work with: put g++ on PATH, or name it "
+        "(NVCC_PREPEND_FLAGS='-ccbin g++')."
+    ),
+    r"nvcc fatal\s+: (?:Value '\S+' is not defined for option 'std'|Unsupported gpu|Unknown option)": (
+        "nvcc is too old for this: install CUDA 12 or later, or one that knows the architectures in "
+        "DPARALLEL_CUDA."
+    ),
+    r"(?:cuda_\w+|crt/host_config)\.h: No such file|cannot find -lcudart": (
+        "The CUDA toolkit is incomplete, nvcc without the CUDA runtime: install the whole toolkit "
+        "(conda: cuda-cudart-dev too)."
+    ),
+    r"Python\.h(?:: No such file|' file not found)": (
+        "Python's headers are missing (Debian and Ubuntu: apt install python3-dev; Fedora: python3-devel)."
+    ),
+    r"\b(?:torch|c10)/\S+\.h(?:: No such file|' file not found)|cannot find -l(?:torch|c10)": (
+        "torch's headers or libraries are missing: install torch again."
+    ),
+    r"\bdparallel/\S+\.h(?:: No such file|' file not found)|missing and no known rule to make it": (
+        "Sources of dparallel-ext itself are missing: fetch a complete copy."
+    ),
+    r"bad value .*x86-64-v|unknown target CPU|option .-std=|invalid value 'c\+\+|too old version of GCC": (
+        "The C++ compiler is too old: install GCC 11, clang 12 or later, and name it in CXX."
+    ),
+    r"xcrun: error": "Apple's command line tools are missing: xcode-select --install.",
+    r"cannot find -l(?:stdc\+\+|gcc|m\b)|execute .*cc1plus|(?:cstdint|vector)(?:: No such|' file not)": (
+        "The C++ compiler is incomplete (Debian and Ubuntu: apt install build-essential)."
+    ),
+    r"FAILED: .*\.cu\.o": "A CUDA kernel does not compile; DPARALLEL_CUDA=0 builds for the CPU alone.",
+}
+"""What compilers say (ninja shows their commands too) -> the remedy; the first that fits holds."""
+
+
+def advice(output: str) -> str:
+    """What to do about a failed build, from what the compilers said."""
+    found = (remedy for said, remedy in _ADVICE.items() if re.search(said, output))
+    return next(found, "The first error above is the cause.")
