@@ -62,7 +62,7 @@ def find_torch() -> Torch | None:
         origin = found.stdout.strip() or None
     if origin is None:
         return None
-    root = Path(origin).parent
+    root = Path(origin).resolve().parent
     facts = runpy.run_path(str(root / "version.py"))
     return Torch(root, facts["__version__"], facts.get("cuda"), facts.get("hip"))
 
