@@ -682,7 +682,7 @@ struct NoCuda {
       "dparallel_ext has no CUDA kernels in this build and refuses tensors on a "
       "GPU: " DPARALLEL_CUDA_REASON
       ". Build them with nvcc on PATH or CUDA_HOME set: DPARALLEL_CUDA=1 pip install "
-      "--force-reinstall --no-deps . (see `dparallel info`)";
+      "--force-reinstall --no-cache-dir --no-deps . (see `dparallel info`)";
 };
 #endif
 #endif
