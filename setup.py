@@ -69,8 +69,7 @@ def plan(directory: Path, library: str) -> tuple[str, str]:
     """The text of build.ninja and a line that says what it builds."""
     import pybind11
 
-    torch, cxx = toolchain.require(), toolchain.find_cxx()
-    cuda = toolchain.decide_cuda(torch, os.environ.get("DPARALLEL_CUDA", ""), toolchain.find_nvcc())
+    torch, cxx, cuda = toolchain.survey()
     facts = {
         "COMPILER": toolchain.output_of(*cxx.split(), "--version").splitlines()[0],
         "TORCH": torch.version,

@@ -152,6 +152,20 @@ def test_torch_is_asked_for_where_there_is_none(monkeypatch, found, fetched, kin
     assert getattr(build_backend, name)() == ["setuptools", *fetched]
 
 
+def test_nothing_is_fetched_for_a_python_that_is_refused(monkeypatch):
+    monkeypatch.setattr(toolchain, "find_torch", lambda: None)
+    monkeypatch.setattr(sys, "version_info", (3, 10, 13))
+    assert toolchain.torch_to_fetch() == []
+
+
+@pytest.mark.parametrize("build", [build_backend.build_wheel, build_backend.build_editable])
+def test_what_is_missing_is_said_first(monkeypatch, tmp_path, build):
+    """Before setuptools copies and lists each file."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SystemExit, match="no-such-compiler"):
+        build(str(tmp_path))
+
+
 def test_too_old_a_torch_is_named(monkeypatch):
     monkeypatch.setattr(toolchain, "find_torch", lambda: toolchain.Torch(Path("t"), "2.9.1", None, None))
     with pytest.raises(SystemExit, match=r"needs torch 2\.10 or later \(found 2\.9\.1\)\. Run"):

@@ -24,22 +24,24 @@ __all__ = [
     "prepare_metadata_for_build_editable",
     "prepare_metadata_for_build_wheel",
 ]
-Settings = Mapping[str, Any] | None
+Settings = Mapping[str, Any]
 
 
-def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
+def get_requires_for_build_wheel(config_settings: Settings | None = None) -> list[str]:
     return [*build_meta.get_requires_for_build_wheel(config_settings), *toolchain.torch_to_fetch()]
 
 
-def get_requires_for_build_editable(config_settings: Settings = None) -> list[str]:
+def get_requires_for_build_editable(config_settings: Settings | None = None) -> list[str]:
     return [*build_meta.get_requires_for_build_editable(config_settings), *toolchain.torch_to_fetch()]
 
 
-def build_wheel(directory: str, config_settings: Settings = None, metadata: str | None = None) -> str:
-    toolchain.require()  # before setuptools prints its sixty lines
+def build_wheel(directory: str, config_settings: Settings | None = None, metadata: str | None = None) -> str:
+    toolchain.survey()  # what is missing is said before setuptools prints its sixty lines
     return build_meta.build_wheel(directory, config_settings, metadata)
 
 
-def build_editable(directory: str, config_settings: Settings = None, metadata: str | None = None) -> str:
-    toolchain.require()
+def build_editable(
+    directory: str, config_settings: Settings | None = None, metadata: str | None = None
+) -> str:
+    toolchain.survey()
     return build_meta.build_editable(directory, config_settings, metadata)

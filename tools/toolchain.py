@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+MINIMUM_PYTHON = (3, 11)
 MINIMUM_TORCH = (2, 10)
 TORCH_REQUIREMENT = "torch>=2.10"
 TOOLS = ("ninja", "pybind11")
@@ -73,6 +74,8 @@ def torch_to_fetch() -> list[str]:
     uv and `python -m build` run another Python than the environment's. There the build is against the
     newest torch; the stable ABI makes it serve every release from MINIMUM_TORCH on.
     """
+    if sys.version_info < MINIMUM_PYTHON:
+        return []  # for nothing: the installer refuses this Python once it has the metadata
     torch = find_torch()
     return [] if torch is not None and torch.is_new_enough else [TORCH_REQUIREMENT]
 
@@ -182,6 +185,12 @@ def decide_cuda(torch: Torch, setting: str, nvcc: str | None) -> Cuda:
     if left_out:
         reason += f"; nvcc {toolkit} does not know {', '.join(left_out)}: PTX serves those GPUs"
     return Cuda(nvcc, toolkit, architectures, reason)
+
+
+def survey() -> tuple[Torch, str, Cuda]:
+    """What this build works with: torch, the C++ compiler, CUDA. Exits with what is missing."""
+    torch, cxx = require(), find_cxx()
+    return torch, cxx, decide_cuda(torch, os.environ.get("DPARALLEL_CUDA", ""), find_nvcc())
 
 
 def gencode(architectures: Sequence[str]) -> list[str]:
