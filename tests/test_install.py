@@ -82,6 +82,18 @@ def test_architectures_are_those_that_nvcc_knows(nvcc, release, architectures, p
     assert {re.search(r"compute_(\d+)", option).group(1) for option in options} <= set(NVCC[release].split())
 
 
+@pytest.mark.skipif(toolchain.find_nvcc() is None, reason="no nvcc here")
+def test_the_nvcc_here_takes_the_options():
+    """A dry run: what would be made, machine code of all and PTX of the lowest."""
+    nvcc = toolchain.find_nvcc()
+    options = " ".join(toolchain.gencode(toolchain.decide_cuda(CUDA, "", nvcc).architectures)).split()
+    source = ROOT / "csrc" / "cuda" / "swiglu.cu"
+    ran = subprocess.run([nvcc, "--dryrun", *options, "-c", source], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "kind=ptx,sm=80" in ran.stderr
+    assert "kind=elf,sm=90a" in ran.stderr
+
+
 def test_ptx_lets_gpus_between_and_after_run():
     """Of "90a;120" PTX for 90, without what 90a alone has: 10.0, 10.3 and 11.0 run it."""
     assert toolchain.gencode(["90a", "120"])[2:] == [

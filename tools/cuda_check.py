@@ -1,4 +1,4 @@
-"""Compile every CUDA kernel for every supported architecture, without a GPU, and hold it to its budget.
+"""Compile every CUDA kernel for the architectures that nvcc knows, without a GPU, and hold it to its budget.
 
 Prints registers, shared memory and spills per kernel; fails on a spill, or where a kernel uses more than
 csrc/cuda/budgets.json allows. Another nvcc than the one that the file names allots registers otherwise: it is
@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,11 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import toolchain
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
 BUDGETS = SOURCES / "budgets.json"
 MEASURED = ROOT / "build" / "cuda_check"
-ARCHITECTURES = ["80", "86", "89", "90a", "100", "120"]
 
 
 @dataclass
@@ -36,15 +36,6 @@ class Usage:
     """bytes, static"""
     spills: int = 0
     """bytes stored and loaded"""
-
-
-def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME")
-    candidates = [str(Path(home) / "bin" / "nvcc")] if home else []
-    return next(
-        (p for c in [*candidates, "nvcc", "/usr/local/cuda/bin/nvcc"] if (p := shutil.which(c))),
-        None,
-    )
 
 
 def version_of(nvcc: str) -> str:
@@ -119,14 +110,15 @@ def main() -> None:
         "--if-available", action="store_true", help="where there is no nvcc, say so and succeed"
     )
     options = parser.parse_args()
-    nvcc = find_nvcc()
+    nvcc = toolchain.find_nvcc()
     if nvcc is None:
         message = "cuda-check: no nvcc (set CUDA_HOME or PATH): the CUDA kernels were NOT compiled"
         sys.exit(None if options.if_available and print(message) is None else message)
 
     version = version_of(nvcc)
+    architectures = toolchain.default_architectures(toolchain.known_architectures(nvcc))
     headers = "\0".join([version, *(p.read_text() for p in sorted((ROOT / "csrc").rglob("*.*h")))])
-    jobs = [(s, a) for s in sorted(SOURCES.glob("*.cu")) for a in ARCHITECTURES]
+    jobs = [(s, a) for s in sorted(SOURCES.glob("*.cu")) for a in architectures]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = list(pool.map(lambda job: measure(nvcc, *job, headers), jobs))
     usage = {
@@ -139,10 +131,10 @@ def main() -> None:
     made_with = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {"nvcc": version, "kernels": {}}
     budgets = made_with["kernels"]
     faults = []
-    print(f"{'kernel':60}" + "".join(f"{'sm_' + a:>16}" for a in ARCHITECTURES))
-    print(f"{'':60}" + f"{'regs smem spill':>16}" * len(ARCHITECTURES))
+    print(f"{'kernel':60}" + "".join(f"{'sm_' + a:>16}" for a in architectures))
+    print(f"{'':60}" + f"{'regs smem spill':>16}" * len(architectures))
     for kernel, by_architecture in sorted(usage.items()):
-        cells = [by_architecture[a] for a in ARCHITECTURES]
+        cells = [by_architecture[a] for a in architectures]
         print(f"{kernel:60}" + "".join(f"{u.registers:>5}{u.shared:>6}{u.spills:>5}" for u in cells))
         for architecture, used in by_architecture.items():
             allowed = budgets.get(kernel, {}).get(architecture)
@@ -173,7 +165,7 @@ def main() -> None:
         print("cuda-check: " + "\n            ".join(faults))
         print(f"cuda-check: not held against nvcc {version}: the budgets are those of {made_with['nvcc']}")
         return
-    print(f"cuda-check: {len(usage)} kernels x {len(ARCHITECTURES)} architectures within budget, no spills")
+    print(f"cuda-check: {len(usage)} kernels x {len(architectures)} architectures within budget, no spills")
 
 
 if __name__ == "__main__":

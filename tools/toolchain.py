@@ -128,9 +128,14 @@ def find_nvcc() -> str | None:
     return next((found for c in candidates if (found := shutil.which(c))), None)
 
 
-def known_architectures(listing: str) -> list[str]:
-    """The numbers in what `nvcc --list-gpu-arch` prints: "80" for compute_80."""
-    return re.findall(r"compute_(\d+)\b", listing)
+def known_architectures(nvcc: str) -> list[str]:
+    """Those that an nvcc compiles for, "80" for compute_80; it does not list the forms with a suffix."""
+    return re.findall(r"compute_(\d+)\b", output_of(nvcc, "--list-gpu-arch"))
+
+
+def default_architectures(known: Sequence[str]) -> list[str]:
+    """Those of CUDA_ARCHITECTURES that are among `known_architectures`."""
+    return [a for a in CUDA_ARCHITECTURES if base(a) in known]
 
 
 def base(architecture: str) -> str:
@@ -170,9 +175,9 @@ def decide_cuda(torch: Torch, setting: str, nvcc: str | None) -> Cuda:
         )
     release = re.search(r"release ([\d.]+)", output_of(nvcc, "--version"))
     toolkit = release.group(1) if release else "unknown"
-    known = known_architectures(output_of(nvcc, "--list-gpu-arch"))
+    known = known_architectures(nvcc)
     named = [] if setting in ("", "1") else [a for a in re.split(r"[;,\s]+", setting) if a]
-    architectures = named or [a for a in CUDA_ARCHITECTURES if base(a) in known]
+    architectures = named or default_architectures(known)
     unknown = [a for a in named if not re.fullmatch(r"\d+[af]?", a) or base(a) not in known]
     if unknown or not architectures:
         sys.exit(
