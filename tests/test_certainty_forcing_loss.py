@@ -410,7 +410,7 @@ def test_linear_names_the_row_of_the_whole() -> None:
     hidden, head, labels, _ = rows_of(5, 8, 30, torch.float32)
     active = torch.tensor([[False, True, True, False, True], [False, False, True, True, True]])
     labels[1, 3] = 30
-    with refused("row 8 has a label outside"):
+    with refused("labels: row 8 is active, but its label is no id"):
         dx.linear_certainty_forcing_loss(hidden, head, labels, active, chunk_rows=2)
 
 

@@ -60,7 +60,7 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     decode = dx.decode
 
     def watched(model: Any, ids: Any, **settings: Any) -> Any:
-        seen.extend([one.tolist(), model.mask_id] for one in ids)
+        seen.extend([torch.as_tensor(one).tolist(), model.mask_id] for one in ids)
         return decode(model, ids, **settings)
 
     monkeypatch.setattr(dx, "decode", watched)

@@ -805,7 +805,7 @@ def test_a_slow_client_gets_the_newest_draft(student: tuple[Any, Any]) -> None:
         service: Any = SimpleNamespace(aborted=asyncio.get_running_loop().create_future())
         nothing = SimpleNamespace(observe=lambda _: None)
         service.metrics = SimpleNamespace(first_block=nothing, finished=lambda *_: None)
-        choice = serve.Choice([1], 4, 0, text.TextStream(student[1]))
+        choice = serve.Choice([1], 4, 0, text.TextStream(student[1]), [])
 
         def submit(choice: Any, draft: Callable[[Any], None]) -> Any:
             tell.append(draft)
@@ -1276,7 +1276,7 @@ def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fastapi", None)
     found = CliRunner().invoke(app, ["serve"])
     assert (found.exit_code, found.stderr.count("\n")) == (2, 1)
-    assert 'serve: no fastapi; pip install ".[cli,serve]"' in found.stderr
+    assert 'no fastapi; pip install ".[cli,serve]"' in found.stderr
 
 
 def test_addresses_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:

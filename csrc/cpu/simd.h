@@ -121,13 +121,13 @@ inline F exp_nonpositive(F x) {
   p = p * r + 0x1.ebf9bcp-3f;
   p = p * r + 0x1.62e42ap-1f;
   p = p * r + 1.0f;
-  return (F)((I)p + ((I)shifted << 23));
+  return (F)((U)p + ((U)shifted << 23));  // of a padding lane any number
 }
 
 // ln x for normal x > 0: x = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); relative error below
 // 2e-7.
 inline F log_positive(F x) {
-  const I bits = (I)x - 0x3f3504f3;  // sqrt(1/2)
+  const I bits = (I)((U)x - 0x3f3504f3u);  // sqrt(1/2)
   const I k = bits >> 23;
   const F f = (F)((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
   const F e = __builtin_convertvector(k, F), f2 = f * f;
