@@ -24,6 +24,7 @@ from torch._C import DispatchKey, DispatchKeySet
 from typer.testing import CliRunner
 
 import dparallel_ext as dx
+from dparallel_ext import backends
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -278,12 +279,11 @@ def test_info_warns_of_a_gpu_without_kernels(monkeypatch):
     assert "H100" in ran.stdout
 
 
-def test_loading_to_a_device_without_kernels_warns():
-    """Before the weights are read, so that a torch without that device fails only after."""
-    with (
-        pytest.warns(UserWarning, match="no kernels for mps in this build"),
-        pytest.raises((RuntimeError, AssertionError, NotImplementedError)),
-    ):
+@pytest.mark.skipif("cuda" in dx.build_info()["backends"], reason="CUDA kernels are built")
+def test_a_device_without_kernels_is_told_of():
+    with pytest.warns(UserWarning, match="no kernels for cuda in this build: built against torch"):
+        backends.warn_without_kernels("cuda")
+    with pytest.raises(ValueError, match="device: expected cpu, cuda or cuda:N, got 'mps'"):
         dx.models.load(registry.directory_of("builtin:student"), device="mps")
 
 
