@@ -9,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import zipfile
@@ -158,11 +159,12 @@ def test_an_isolated_build_finds_the_torch_of_its_python():
     ],
 )
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
-def test_torch_is_asked_for_where_there_is_none(monkeypatch, found, fetched, kind):
+def test_torch_is_asked_for_where_there_is_none(monkeypatch, capsys, found, fetched, kind):
     name = f"get_requires_for_build_{kind}"
     monkeypatch.setattr(toolchain, "find_torch", lambda: found)
     monkeypatch.setattr(build_backend.build_meta, name, lambda settings: ["setuptools"])
     assert getattr(build_backend, name)() == ["setuptools", *fetched]
+    assert ("fetches one to build against" in capsys.readouterr().err) == bool(fetched)
 
 
 def test_nothing_is_fetched_for_a_python_that_is_refused(monkeypatch):
@@ -324,6 +326,10 @@ def sdist(tmp_path_factory) -> Path:
     unpacked = out / archive.name.removesuffix(".tar.gz")
     for built in (ROOT / "build").glob("*-torch*"):
         shutil.copytree(built, unpacked / "build" / built.name)
+    library = f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    earlier = unpacked / "build" / library / "dparallel" / "no_more.py"
+    earlier.parent.mkdir(parents=True)
+    earlier.touch()
     return unpacked
 
 
@@ -388,6 +394,7 @@ print(json.dumps([dx.__file__, dx.build_info(), out.responses[0].tolist(), out.n
     assert passes == ours.nfe.tolist()
 
     installed = {str(p.relative_to(packages)) for p in packages.glob("dparallel*/**/*") if p.is_file()}
+    assert "dparallel/no_more.py" not in installed
     for package, home in (("dparallel_ext", ROOT), ("dparallel", ROOT / "python")):
         for source in (home / package).glob("**/*"):
             if source.is_file() and source.suffix not in (".so", ".pyc"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import toolchain
@@ -37,6 +39,8 @@ def get_requires_for_build_editable(config_settings: Settings | None = None) -> 
 
 def build_wheel(directory: str, config_settings: Settings | None = None, metadata: str | None = None) -> str:
     toolchain.survey()  # what is missing is said before setuptools prints its sixty lines
+    for earlier in Path("build").glob("lib.*"):
+        shutil.rmtree(earlier)  # or modules that are no more would be in the wheel
     return build_meta.build_wheel(directory, config_settings, metadata)
 
 

@@ -77,7 +77,15 @@ def torch_to_fetch() -> list[str]:
     if sys.version_info < MINIMUM_PYTHON:
         return []  # for nothing: the installer refuses this Python once it has the metadata
     torch = find_torch()
-    return [] if torch is not None and torch.is_new_enough else [TORCH_REQUIREMENT]
+    if torch is not None and torch.is_new_enough:
+        return []
+    print(
+        f"dparallel-ext: this build sees no {TORCH_REQUIREMENT} in the environment and fetches one to build "
+        "against. What is built runs with any such torch; --no-build-isolation builds against yours.",
+        file=sys.stderr,
+        flush=True,
+    )
+    return [TORCH_REQUIREMENT]
 
 
 def require() -> Torch:
