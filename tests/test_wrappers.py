@@ -273,6 +273,15 @@ def test_the_published_loops_over_logits_unwrap_too() -> None:
         compat.diffusion_generate(Delegating(model), PROMPT, max_new_tokens=8, steps=4)
 
 
+def test_likelihoods_unwrap_too() -> None:
+    likelihood = pytest.importorskip("dparallel.likelihood")
+    settings = {"samples": 2, "greedy": False}
+    plain = likelihood.log_likelihoods(native(), [[5, 6]], [[7, 8, 9]], **settings)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = likelihood.log_likelihoods(nn.DataParallel(native()), [[5, 6]], [[7, 8, 9]], **settings)
+    assert found == plain
+
+
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_the_loss_under_autocast_is_that_of_autocast_s_dtype(softcap: float | None) -> None:
     hidden, head = (torch.randn(*shape, requires_grad=True) for shape in ((4, 7, 16), (50, 16)))

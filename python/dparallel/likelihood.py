@@ -38,7 +38,7 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext.cache import KVCache, Pass, Span
-from dparallel_ext.models import Model, traits
+from dparallel_ext.models import Model, for_decoding, own_precision, traits
 from dparallel_ext.passes import FEW_SIZES
 
 METHODS = ("monte_carlo", "left_to_right")
@@ -85,7 +85,7 @@ def iter_log_likelihoods(
     """The log-likelihood of each answer after its prompt, with its index, as soon as it is known.
 
     Args:
-        model: one of ours (`dparallel_ext.models`), in evaluation mode.
+        model: one of ours (`dparallel_ext.models`), in evaluation mode; wrapped or adapted as in `decode`.
         prompts, answers: token ids, pair by pair, of any lengths. A prompt may be empty. An empty answer has
             the log-likelihood 0.
         method: "monte_carlo" or "left_to_right"; None: by the model, see the module.
@@ -102,6 +102,7 @@ def iter_log_likelihoods(
     Raises:
         ValueError: naming the argument that does not fit.
     """
+    model = for_decoding(model)
     if not isinstance(model, Model):
         raise ValueError(
             "model: expected one of dparallel_ext.models (models.load, or models.wrap for a loaded Hugging "
@@ -422,9 +423,10 @@ class Scorer:
         plan, device = cache.plan(spans, self.fill), self.model.device
         tokens = F.pad(tokens, (0, len(plan.positions) - len(tokens)))
         tensors = (tensor.to(device) for tensor in plan.tensors)
-        return self.model.step(
-            tokens.to(device), cache, Pass(plan.longest_query, plan.longest_length, *tensors)
-        )
+        with own_precision(self.model, device):
+            return self.model.step(
+                tokens.to(device), cache, Pass(plan.longest_query, plan.longest_length, *tensors)
+            )
 
     def _score(self, hidden: Tensor, asked: Asked) -> dict[int, Likelihood]:
         """For each pair, the weighted sum of its tokens' log-probabilities, and whether all are the argmax.
@@ -441,7 +443,8 @@ class Scorer:
             at, target = (row[here] - begin).to(device), asked.target[here].to(device)
             if self.fill is not None:
                 part = F.pad(part, (0, self.fill(len(part)) - len(part)))
-            logits = self.model.head(hidden[part.to(device)])
+            with own_precision(self.model, device):
+                logits = self.model.head(hidden[part.to(device)])
             stats = dx.row_stats(logits, mask_id=self.mask_id)
             logprob[here] = (logits[at, target].double() - stats.lse[at]).cpu()
             argmax[here] = (stats.token[at] == target).cpu()
