@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +69,7 @@ def test_decode_stops_at_the_end_as_the_server_does():
     assert json.loads(run("decode", "", "--gen-length", 4, "--json"))["forwards"] > 0
 
 
-def test_decode_between_two_texts():
+def test_decode_between_two_texts(tmp_path: Path):
     model, tokenizer = registry.load("builtin:student")
     answer = json.loads(run("decode", PROMPT, "--model", "builtin:student", "--json"))["response"].split()
     text = " ".join([PROMPT, *answer[:4], *["[MASK]"] * 6, *answer[10:]])
@@ -82,6 +83,12 @@ def test_decode_between_two_texts():
     between = json.loads(run("decode", " ".join([PROMPT, *answer[:4]]), *suffix, "--json"))
     assert between["response"] == row["response"]
     assert row["text"] in run("decode", text, "--infill", "--model", "builtin:student")
+    chatty = tmp_path / "chatty"
+    shutil.copytree(registry.directory_of("builtin:student"), chatty)
+    (chatty / "chat_template.jinja").write_text("sam has {{ messages[0].content }} cups .")
+    args = ("decode", text, "--infill", "--model", chatty, "--json")  # a text with gaps is no message
+    assert json.loads(run(*args))["text"] == row["text"]
+    assert json.loads(run(*args, "--chat"))["text"].startswith("sam has sam has")
 
 
 def test_decode_streams():

@@ -137,10 +137,14 @@ def decode(
         int | None, typer.Option(help="tokens; default 64 built-in, 256 else; with --infill 0")
     ] = None,
     infill: Annotated[
-        bool, typer.Option("--infill", help="fill the prompt's mask tokens too; the whole text is printed")
+        bool,
+        typer.Option(
+            "--infill", help="fill the prompt's mask tokens too; prints the whole; --no-chat by default"
+        ),
     ] = False,
     suffix: Annotated[
-        str | None, typer.Option(help="text that follows the response, which is decoded between the two")
+        str | None,
+        typer.Option(help="text that follows the response, which goes between; --no-chat by default"),
     ] = None,
     block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
     cache: Annotated[str, typer.Option(help="none, prefix, dual, or block (block-causal)")] = "none",
@@ -174,7 +178,8 @@ def decode(
         settings = parse_policy(policy)
         if seed is None:
             torch.seed()  # a fresh process's generator always begins alike
-        template = registry.template_of(model, chat)
+        # A text with gaps is no message, so that a chat template is for who asks for it.
+        template = registry.template_of(model, False if chat is None and (infill or suffix) else chat)
         loaded, tokenizer = registry.load(model, device=device, fp8=fp8, mask_id=mask_id)
         encode, mask = prompt_encoder(tokenizer, template), loaded.mask_id
         if mask is None:
