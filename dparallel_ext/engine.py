@@ -100,7 +100,7 @@ class Draft:
     start: int
     """Where the block begins in the response. The tokens before it are final, those after it are masks."""
     tokens: list[int | None]
-    """The block's tokens, None where there is a mask; later passes do not change those that are there."""
+    """The response's tokens in the block, None where there is a mask; later passes change none of them."""
 
 
 @dataclass(eq=False)

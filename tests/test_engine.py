@@ -435,6 +435,22 @@ def test_drafts(name: str, cache: str) -> None:
         assert plain.result(60).tokens == handles[0].result(60).tokens
 
 
+@pytest.mark.parametrize(("name", "cache"), [("llada_tiny_a", "dual"), ("sdar_tiny_a", "block")])
+def test_drafts_of_an_infill(name: str, cache: str) -> None:
+    """The places that held masks, between given tokens and behind them."""
+    model, drafts = MODELS[name, torch.float32], list[dx.Draft]()
+    mask = model.mask_id
+    assert mask is not None
+    prompt = [1, mask, 2, 3, *[mask] * 9, 4, mask, 5]
+    with dx.Engine(model, cache=cache, block_length=BLOCK, lanes=1, max_length=64) as engine:
+        tokens = engine.submit(prompt, gen_length=3, infill=True, on_draft=drafts.append).result(60).tokens
+    assert len(tokens) == prompt.count(mask) + 3
+    found: list[int | None] = []
+    for draft in drafts:
+        found[draft.start :] = draft.tokens
+    assert found == tokens
+
+
 def test_a_draft_that_nobody_can_take_harms_no_request(caplog: pytest.LogCaptureFixture) -> None:
     def refuse(draft: dx.Draft) -> None:
         raise RuntimeError("no draft, please")

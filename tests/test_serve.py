@@ -784,6 +784,15 @@ def test_drafts(client: OpenAI, student: tuple[Any, Any]) -> None:
     assert joined(plain)[0] == {i: decoded(student, PROMPTS[i // 2])[0] for i in range(4)}
 
 
+def test_drafts_in_front_of_a_suffix(client: OpenAI) -> None:
+    """They hold the response alone, not what follows it in the block."""
+    asked = {"model": MODEL, "prompt": PROMPT, "suffix": "so it is", "max_tokens": 5, "stream": True}
+    plain, found = of_drafts(client.completions.create(**asked, extra_body={"stream_drafts": True}))
+    assert {(one["start"], one["length"], len(one["tokens"])) for one in found[0]} == {(0, 5, 5)}
+    said = joined(plain)[0][0]
+    assert "".join(found[0][-1]["tokens"]).partition(tasks.EOS)[0].strip() == said
+
+
 def test_drafts_under_the_clients_own_accumulator(client: OpenAI, student: tuple[Any, Any]) -> None:
     messages: Any = [{"role": "user", "content": PROMPT}]
     with client.chat.completions.stream(
