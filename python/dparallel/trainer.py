@@ -288,7 +288,7 @@ class CertaintyForcingTrainer(Trainer):
 
 def default_collator(model: nn.Module) -> Collator:
     """A Collator that pads with the model's EOS. Raises ValueError where its config names none."""
-    config: Any = getattr(model, "config", None)
+    config: Any = getattr(dx.models.unwrap(model), "config", None)
     eos = config.get("eos_token_id") if isinstance(config, Mapping) else getattr(config, "eos_token_id", None)
     first = eos[0] if isinstance(eos, (list, tuple)) and eos else eos
     if not isinstance(first, int):
