@@ -283,10 +283,21 @@ def test_info_warns_of_a_gpu_without_kernels(monkeypatch):
 
 @pytest.mark.skipif("cuda" in dx.build_info()["backends"], reason="CUDA kernels are built")
 def test_a_device_without_kernels_is_told_of():
-    with pytest.warns(UserWarning, match="no kernels for cuda in this build: built against torch"):
+    with pytest.warns(UserWarning, match="no kernels for cuda in this build: .*there: built against torch"):
         backends.warn_without_kernels("cuda")
     with pytest.raises(ValueError, match="device: expected cpu, cuda or cuda:N, got 'mps'"):
         dx.models.load(registry.directory_of("builtin:student"), device="mps")
+
+
+@pytest.mark.skipif("cuda" in dx.build_info()["backends"], reason="this build has CUDA kernels")
+def test_loading_to_a_gpu_without_kernels_warns(monkeypatch):
+    """Before the weights are read; that torch has no CUDA here, it says after."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with (
+        pytest.warns(UserWarning, match="no kernels for cuda in this build: .*refuse tensors there: "),
+        pytest.raises((RuntimeError, AssertionError)),
+    ):
+        dx.models.load(registry.directory_of("builtin:student"), device="cuda")
 
 
 def test_version(monkeypatch, capsys):
