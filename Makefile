@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp')
 
-.PHONY: install demo distill test test-fast lint format bench bench-report gpu cuda-check clean
+.PHONY: install demo distill test tests test-fast lint format bench bench-report gpu cuda-check clean
 
 install: $(VENV)/built
 
@@ -16,7 +16,7 @@ $(VENV)/installed: requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-$(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(shell find csrc -type f)
+$(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(shell find csrc tools -name '*.py' -o -path 'csrc/*' -type f)
 	@echo "dparallel-ext: building the extension (half a minute on two cores)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@$(BIN)/python -c "import torch, dparallel_ext._C as c; i = c.build_info(); print('dparallel-ext: built', i['backends'], 'with torch', i['built_with_torch'])"
@@ -28,7 +28,11 @@ demo: install
 distill: install
 	$(BIN)/python -m dparallel.proof --out out/distill
 
-test: install lint cuda-check
+# cuda-check runs beside the rest: it needs no package.
+test:
+	$(MAKE) --jobs 2 cuda-check tests
+
+tests: install lint
 	$(PYTEST) --durations 20
 
 # For daily work: without what takes more than a few seconds.
@@ -61,8 +65,8 @@ gpu:
 	DPARALLEL_CUDA="$${DPARALLEL_CUDA:-$(GPU_ARCH)}" $(PYTHON) setup.py build_ext --inplace
 	$(PYTHON) -m benchmarks.gpu --out $(GPU_OUT) --minutes $(GPU_MINUTES) $(GPU_FLAGS)
 
-cuda-check: install
-	$(BIN)/python tools/cuda_check.py --if-available
+cuda-check:
+	$(PYTHON) tools/cuda_check.py --if-available
 
 clean:
 	rm -rf build out dparallel_ext/_C*.so *.egg-info

@@ -255,9 +255,12 @@ def test_an_adapter_that_does_not_fit_is_named(adapter: Path, tmp_path: Path):
 # --- the proof ----------------------------------------------------------------------------------
 
 
-def test_the_whole_pipeline_in_small(tmp_path: Path):
+def test_the_whole_pipeline_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    few = ["entropy:0.7", "confidence:0.7", "entropy_bound:2.0"]
+    monkeypatch.setattr(proof, "TEACHER_POLICIES", [evaluate.ONE, *few])
+    monkeypatch.setattr(proof, "STUDENT_POLICIES", few)
     said: list[str] = []
-    small = {"seeds": 2, "steps": 2, "sweep_steps": 1, "problems": 4, "validation": 4, "data": "builtin:40"}
+    small = {"seeds": 2, "steps": 2, "sweep_steps": 1, "problems": 3, "validation": 2, "data": "builtin:12"}
     report = proof.run(
         tmp_path, RECIPES / "builtin.yaml", betas=(0.0, 1.0), ratios=(0.5,), say=said.append, **small
     )  # fmt: skip

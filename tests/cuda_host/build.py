@@ -37,7 +37,7 @@ class Variant(NamedTuple):
 
 
 PLAIN = Variant("-O2 -fPIC")
-SANITIZED = Variant("-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all")
+SANITIZED = Variant("-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all")
 WATCHED = Variant("-O2 -fPIC", "-O1 -fsanitize=thread")
 """Every access of the kernels is a place to switch threads at, and looked at for races."""
 NO_BARRIERS = Variant("-O2 -fPIC", "-O1 -DCUDA_HOST_FAULT_NO_BARRIER")
@@ -74,7 +74,8 @@ def extension() -> Path:
     stable = "-DDPARALLEL_WITH_CUDA_HOST -DTORCH_TARGET_VERSION=0x020a000000000000"
     unset = ("COMPILER", "TORCH", "CUDA_TOOLKIT", "CUDA_ARCHITECTURES", "CUDA_REASON")
     facts = dict.fromkeys(unset, "")
-    named = [f'-DDPARALLEL_{name}="{value}"' for name, value in {**facts, "BACKENDS": "cuda_host"}.items()]
+    facts["BACKENDS"] = "cpu cuda_host"
+    named = [f'-DDPARALLEL_{name}="{value}"' for name, value in facts.items()]
     torch_side = (CSRC / "torch_ops.cpp", f"{flags} {stable}")
     module = (CSRC / "runtime" / "module.cpp", f"{flags} {' '.join(named)}")
     objects = compiled([*kernels(PLAIN), torch_side, module, (HERE / "races.cpp", PLAIN.flags)])
