@@ -103,6 +103,7 @@ def test_a_block_length_that_is_given_is_attended_by(sdar: SDAR, size: int, cach
     assert not torch.equal(own.sequences[:, :50], out.sequences[:, :50])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llada_tiny_a", "dream_tiny_a"])
 def test_the_published_count_of_passes(name: str) -> None:
     for case in json.loads((GOLDEN / name / "cases.json").read_text()):
@@ -122,6 +123,7 @@ def random_prompts(generator: torch.Generator, count: int) -> list[Tensor]:
     return [torch.randint(0, 500, (n,), generator=generator) for n in lengths]
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -316,6 +318,7 @@ class Looks:
         monkeypatch.setattr(importlib.import_module("dparallel_ext.decode"), "AHEAD", ahead)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10**6),

@@ -36,6 +36,7 @@ def found(out: Path) -> dict[str, Any]:
     return report.load(out / "results.json")
 
 
+@pytest.mark.slow
 def test_every_case_was_run(found: dict[str, Any]) -> None:
     assert found["done"] == [case.name for case in cases.CASES]
     assert found["left_out"] == []
@@ -128,6 +129,7 @@ def run(out: Path, *arguments: str) -> dict[str, Any]:
     return report.load(out / "results.json")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_says_so_and_goes_on(tmp_path: Path) -> None:
     cut = run(tmp_path, "--minutes", "0")
     chosen = [cases.COPY.name, cases.MATMUL.name, "select, batch 64, 512 positions"]

@@ -266,6 +266,7 @@ def test_evaluate_writes_json_and_a_plot(tmp_path: Path):
     assert not any(row["fp8"] for row in rows)
 
 
+@pytest.mark.slow
 def test_weights_in_8_bits(tmp_path: Path):
     answer = json.loads(run("decode", PROMPT, "--model", "builtin:student", "--fp8", "--json"))["response"]
     assert tasks.extract_answer(answer) == 4
@@ -284,6 +285,7 @@ def test_train_and_evaluate_what_was_trained(tmp_path: Path):
     assert "other settings" in run("train", tmp_path / "run", "--seed", 1, *size, code=2)
 
 
+@pytest.mark.slow
 def test_demo(tmp_path: Path):
     text = run("demo", "--problems", 3, "--out", tmp_path)
     rows = json.loads((tmp_path / "table.json").read_text())
@@ -297,6 +299,7 @@ def test_demo(tmp_path: Path):
     assert [line.split()[:2] for line in lines[1:7]] == [[m, p] for m in models for p in policies]
 
 
+@pytest.mark.slow
 def test_trajectories_distill_and_merge(tmp_path: Path):
     run("trajectories", tmp_path / "answers", "--data", "builtin:20", "--policy", "entropy_bound:0.1")
     recipe = tmp_path / "recipe.yaml"

@@ -33,6 +33,7 @@ def rule(case: dict) -> dict:
     return {"steps": case["steps"], "score": "entropy" if by_entropy else "confidence"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "cache"), FAMILIES)
 def test_golden_cases(name: str, cache: str, device: str) -> None:
     model = models.load(GOLDEN / name, device=device)

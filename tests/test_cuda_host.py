@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from cuda_host import build
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 
 

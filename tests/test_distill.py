@@ -91,6 +91,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trajectories.generate(tmp_path_factory.mktemp("answers"), prompts, settings, progress=False)
 
 
+@pytest.mark.slow
 def test_distillation_makes_the_passes_fall_at_kept_accuracy(answers: Path, tmp_path: Path):
     """`make distill` shortened: at a threshold where the teacher takes 19 passes."""
     training = {"max_steps": 30, "per_device_train_batch_size": 8, "warmup_steps": 5, "logging_steps": 10}
@@ -108,6 +109,7 @@ def test_distillation_makes_the_passes_fall_at_kept_accuracy(answers: Path, tmp_
     assert dx.models.load(student).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_a_stopped_distillation_goes_on(answers: Path, tmp_path: Path):
     training = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "warmup_steps": 0}
     recipe = distill.read(RECIPES / "builtin.yaml", training=training)
@@ -123,6 +125,7 @@ def test_a_stopped_distillation_goes_on(answers: Path, tmp_path: Path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_two_processes_distil_under_torchrun(answers: Path, tmp_path: Path):
     recipe = tmp_path / "recipe.yaml"
     given = "max_steps: 3, save_steps: 1, per_device_train_batch_size: 2, disable_tqdm: true, seed: 3"
@@ -226,6 +229,7 @@ def test_merging_adds_the_product_and_keeps_the_layout(adapter: Path, tmp_path: 
     assert all(torch.equal(same[name], merged[name]) for name in merged)
 
 
+@pytest.mark.slow
 def test_an_adapter_run_goes_on_where_it_stopped(answers: Path, adapter: Path, tmp_path: Path):
     distill.run(
         lora_recipe(max_steps=2, save_steps=2, lr_scheduler_type="constant"),
@@ -255,6 +259,7 @@ def test_an_adapter_that_does_not_fit_is_named(adapter: Path, tmp_path: Path):
 # --- the proof ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_whole_pipeline_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     few = ["entropy:0.7", "confidence:0.7", "entropy_bound:2.0"]
     monkeypatch.setattr(proof, "TEACHER_POLICIES", [evaluate.ONE, *few])
@@ -318,6 +323,7 @@ def test_wilson():
     assert evaluate.wilson(0, 0) == [0, 1]
 
 
+@pytest.mark.slow
 def test_the_shipped_student_meets_its_targets():
     """As recorded over 2,000 problems when it was made: within a point of the teacher's accuracy at one token
     a pass, at most 1/8.5 of those passes and 1/3 of the passes of the teacher's best threshold. And a fresh

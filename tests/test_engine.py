@@ -90,6 +90,7 @@ def until(condition: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -372,6 +373,7 @@ def test_stop_sequences_are_never_streamed() -> None:
     assert handle.result().nfe < 32  # the last block was never computed
 
 
+@pytest.mark.slow
 def test_ten_thousand_requests_leave_no_memory_behind() -> None:
     def resident() -> int:
         gc.collect()

@@ -19,6 +19,7 @@ def loaded() -> tuple[Any, Any]:
     return registry.load()
 
 
+@pytest.mark.slow
 def test_evaluate_agrees_with_decoding_one_by_one(loaded: tuple[Any, Any]):
     model, tokenizer = loaded
     row = evaluate.evaluate("builtin:teacher", "entropy:0.5", problems=12, batch=5, loaded=loaded)

@@ -26,6 +26,7 @@ def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return program
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_no_page_is_lost_or_doubly_owned(driver: Path, seed: int) -> None:
     """100,000 random operations against a simple model of what the pages hold."""

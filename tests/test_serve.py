@@ -1043,6 +1043,7 @@ def test_an_engine_that_is_closed(student: tuple[Any, Any]) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_too_many_requests(odd: Served) -> None:
     """Two lanes and four places to wait: of twelve at once some are refused, and told when to come again."""
 
@@ -1114,6 +1115,7 @@ def test_a_request_that_fails_concerns_no_other(odd: Served, odd_client: OpenAI)
     assert "NaN" in odd.log.read_text()  # for who runs the server
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grace", [60, 0])
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_signals_in_mid_stream(odd_model: Path, grace: int, how: signal.Signals) -> None:
@@ -1142,6 +1144,7 @@ def test_signals_in_mid_stream(odd_model: Path, grace: int, how: signal.Signals)
         assert "Traceback" not in served.log.read_text()
 
 
+@pytest.mark.slow
 def test_a_waiting_request_is_told_of_the_end(odd_model: Path) -> None:
     with server(odd_model, "--name", "odd", "--policy", "one", "--grace", 0.2) as served:
 
@@ -1166,6 +1169,7 @@ def test_a_waiting_request_is_told_of_the_end(odd_model: Path) -> None:
 # --- many at once -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_200_clients_at_once(served: Served, student: tuple[Any, Any]) -> None:
     """None is lost, none mixed up, and memory does not grow with their number."""
     expected, held = decoded_together(*student), []

@@ -23,6 +23,7 @@ def run(out: Path, settings: train.Settings = TINY, **more: object) -> dict[str,
     return load_file(out / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_writes_a_checkpoint(tmp_path: Path):
     settings = replace(TINY, steps=200, batch=16, muon_lr=5e-3, adam_lr=5e-3)
     train.train(tmp_path, settings, progress=False, evaluate=3)
@@ -120,6 +121,7 @@ def test_mask_ratios_are_uniform():
     assert bool((counts < 250).all()), counts
 
 
+@pytest.mark.slow
 def test_the_shipped_model_is_right_and_has_passes_left_to_save():
     """Its recorded accuracy meets the aim, and a fresh sample bears it out."""
     directory = registry.directory_of(registry.DEFAULT)

@@ -195,6 +195,7 @@ def test_accumulation_makes_the_update_of_one_big_batch(micro: int, big: Any, tm
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
 
 
+@pytest.mark.slow
 def test_sharded_parameters_train_save_and_resume_as_whole_ones(big: Any, tmp_path: Path):
     """By FSDP2, as recipes/fsdp.yaml has it."""
     recipe = yaml.safe_load((ROOT / "recipes" / "fsdp.yaml").read_text())["fsdp_config"]
@@ -220,6 +221,7 @@ def test_sharded_parameters_train_save_and_resume_as_whole_ones(big: Any, tmp_pa
     assert any(not torch.equal(half[name], p) for name, p in expected.items())
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_update_of_one_big_batch(big: Any, tmp_path: Path):
     shared = {"ddp_backend": "gloo"}
     runs = {

@@ -45,6 +45,7 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
     return [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
 
 
+@pytest.mark.slow
 def test_rows_are_the_model_s_right_answers_and_their_order(whole: Path, prompts: list[Prompt], loaded: Any):
     model, tokenizer = loaded
     rows = {row["index"]: row for row in rows_of(whole)}
@@ -77,6 +78,7 @@ def test_the_settings_are_in_the_directory_and_in_every_parquet_file(whole: Path
     assert json.loads(metadata[b"settings"])["model"] == "builtin:teacher"
 
 
+@pytest.mark.slow
 def test_jsonl_holds_the_same(whole: Path, prompts: list[Prompt], loaded: Any, tmp_path: Path):
     settings = replace(SMALL, format="jsonl")
     trajectories.generate(tmp_path, prompts, settings, loaded=loaded, progress=False)
@@ -100,6 +102,7 @@ def command(out: Path) -> list[str]:
             "--shard", "5"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_loses_and_doubles_nothing(whole: Path, tmp_path: Path):
     process = subprocess.Popen(command(tmp_path), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -118,6 +121,7 @@ def test_a_killed_run_goes_on_and_loses_and_doubles_nothing(whole: Path, tmp_pat
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_several_processes_each_do_their_share(launcher: str, whole: Path, tmp_path: Path):
     launch = {
@@ -145,6 +149,7 @@ def test_several_processes_each_do_their_share(launcher: str, whole: Path, tmp_p
     same_rows(rows_of(tmp_path), rows_of(whole))
 
 
+@pytest.mark.slow
 def test_shares_do_not_depend_on_how_many_processes_there_were_before(
     whole: Path, prompts: list[Prompt], loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -165,6 +170,7 @@ def test_a_run_of_other_settings_or_prompts_is_refused(whole: Path, prompts: lis
         trajectories.generate(whole, prompts[:-1], SMALL, loaded=loaded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["parquet", "jsonl"])
 def test_shards_are_looked_at_when_a_run_goes_on(
     format: str, prompts: list[Prompt], loaded: Any, tmp_path: Path
