@@ -2,23 +2,24 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp')
 
-.PHONY: install demo distill test tests test-fast lint format bench bench-report gpu cuda-check clean
+.PHONY: install demo distill test tests newest test-fast lint format bench bench-report gpu cuda-check clean
 
 install: $(VENV)/built
 
 $(VENV)/installed: requirements-dev.txt
 	@echo "dparallel-ext: installing the pinned packages of requirements-dev.txt into $(VENV)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
 	touch $@
 
 $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(shell find csrc tools -name '*.py' -o -path 'csrc/*' -type f)
 	@echo "dparallel-ext: building the extension (half a minute on two cores)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(PIP) --no-build-isolation --no-deps -e .
 	@$(BIN)/python -c "import torch, dparallel_ext._C as c; i = c.build_info(); print('dparallel-ext: built', i['backends'], 'with torch', i['built_with_torch'])"
 	touch $@
 
@@ -28,12 +29,20 @@ demo: install
 distill: install
 	$(BIN)/python -m dparallel.proof --out out/distill
 
-# cuda-check runs beside the rest: it needs no package.
+# cuda-check and newest run beside the rest.
 test:
-	$(MAKE) --jobs 2 cuda-check tests
+	$(MAKE) --jobs 2 cuda-check tests newest
 
 tests: install lint
 	$(PYTEST) --durations 20
+
+# DiffusionGemma with the newest transformers; `tests` has the pinned one.
+newest: install $(VENV)/newest
+	PYTHONPATH=$(VENV)/newest $(BIN)/python -m pytest tests/test_diffusion_gemma.py
+
+$(VENV)/newest: $(VENV)/installed requirements-newest.txt
+	rm -rf $@
+	$(PIP) --no-deps --target $@ -r requirements-newest.txt
 
 # For daily work: without what takes more than a few seconds.
 test-fast: install lint

@@ -13,7 +13,7 @@ def warn_without_kernels(device: torch.device | str | None) -> None:
     """Warn where the ops of this build will refuse tensors on `device`, before anything is put there."""
     kind = torch.device(device or "cpu").type
     info = _C.build_info()
-    if kind in (*info["backends"].split(), "meta"):
+    if kind in ("cpu", "meta", *info["backends"].split()):
         return
     why = f": {info['cuda_reason']}" if kind == "cuda" else ""
     warnings.warn(

@@ -45,31 +45,41 @@ def version_of(nvcc: str) -> str:
     return found.group(1) if found else text
 
 
-def measure(nvcc: str, source: Path, architecture: str, headers: str) -> dict[str, Usage]:
-    """Kernel -> usage; exits with the compiler's output where it fails."""
-    made_of = "\0".join((headers, source.read_text(), architecture))
-    file = MEASURED / f"{source.stem}-{architecture}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.txt"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}")
-        partial.write_text(compile_one(nvcc, source, architecture))
-        partial.replace(file)
-    return parse(file.read_text())
+# Machine code of these is made of the same PTX: no source of ours asks for the architecture.
+PTX_OF = {"86": "80", "89": "80"}
 
 
-def compile_one(nvcc: str, source: Path, architecture: str) -> str:
-    """What ptxas reports."""
+def measure(nvcc: str, source: Path, architectures: list[str], headers: str) -> dict[str, dict[str, Usage]]:
+    """Architecture -> kernel -> usage; exits with the compiler's output where it fails."""
+    found: dict[str, dict[str, Usage]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        command = [nvcc, "-O3", "-std=c++17", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v"]
-        command += [f"-I{ROOT / 'csrc' / 'include'}", f"-I{SOURCES}", str(source)]
-        result = subprocess.run(
-            [*command, "-o", str(Path(scratch) / "out.cubin")],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if result.returncode:
-        sys.exit(f"{source.name} does not compile for sm_{architecture}:\n{result.stderr}")
+        for architecture in architectures:
+            made_of = hashlib.sha256("\0".join((headers, source.read_text(), architecture)).encode())
+            file = MEASURED / f"{source.stem}-{architecture}-{made_of.hexdigest()[:16]}.txt"
+            if not file.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                partial = file.with_suffix(f".{os.getpid()}")
+                partial.write_text(compile_one(nvcc, source, architecture, Path(scratch)))
+                partial.replace(file)
+            found[architecture] = parse(file.read_text())
+    return found
+
+
+def compile_one(nvcc: str, source: Path, architecture: str, scratch: Path) -> str:
+    """What ptxas reports."""
+    virtual = PTX_OF.get(architecture, architecture)
+    ptx = scratch / f"{virtual}.ptx"
+    includes = [f"-I{ROOT / 'csrc' / 'include'}", f"-I{SOURCES}"]
+    commands = [
+        [nvcc, f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v", str(ptx), "-o", str(scratch / "out")]
+    ]
+    if not ptx.exists():
+        front = [nvcc, "-O3", "-std=c++17", f"-arch=compute_{virtual}", "-ptx", *includes, str(source)]
+        commands.insert(0, [*front, "-o", str(ptx)])
+    for command in commands:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            sys.exit(f"{source.name} does not compile for sm_{architecture}:\n{result.stderr}")
     return result.stderr
 
 
@@ -118,15 +128,14 @@ def main() -> None:
     version = version_of(nvcc)
     architectures = toolchain.default_architectures(toolchain.known_architectures(nvcc))
     headers = "\0".join([version, *(p.read_text() for p in sorted((ROOT / "csrc").rglob("*.*h")))])
-    jobs = [(s, a) for s in sorted(SOURCES.glob("*.cu")) for a in architectures]
+    sources = sorted(SOURCES.glob("*.cu"), key=lambda source: source.name != "unmask.cu")  # the longest first
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(lambda job: measure(nvcc, *job, headers), jobs))
-    usage = {
-        f"{source.stem}: {kernel}": {} for (source, _), got in zip(jobs, found, strict=True) for kernel in got
-    }
-    for (source, architecture), got in zip(jobs, found, strict=True):
-        for kernel, used in got.items():
-            usage[f"{source.stem}: {kernel}"][architecture] = used
+        found = list(pool.map(lambda source: measure(nvcc, source, architectures, headers), sources))
+    usage: dict[str, dict[str, Usage]] = {}
+    for source, by_architecture in zip(sources, found, strict=True):
+        for architecture, got in by_architecture.items():
+            for kernel, used in got.items():
+                usage.setdefault(f"{source.stem}: {kernel}", {})[architecture] = used
 
     made_with = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {"nvcc": version, "kernels": {}}
     budgets = made_with["kernels"]

@@ -103,7 +103,7 @@ std::vector<RowAnswer> read_rows(const RowJob& job, Parallel parallel) {
 
   std::vector<RowPart> parts(job.count * chunks);                   // [count, chunks]
   std::vector<SamplePart> drawn(samples ? job.count * chunks : 0);  // [count, chunks]
-  std::vector<Nucleus> nuclei(samples ? job.count : 0);             // all ids, unless it filters
+  std::vector<Nucleus> nuclei(samples ? job.count : 0, Nucleus::all());
   const auto scan = [&](int64_t unit, bool stats, bool draws) {
     const int64_t i = unit / chunks, begin = unit % chunks * kChunk;
     const int64_t end = std::min(begin + kChunk, logits.vocab);

@@ -21,7 +21,7 @@ inline int64_t chunks_of(int64_t vocab) { return (vocab + kChunk - 1) / kChunk; 
 struct Sampler {
   float inverse_temperature;
   SampleKey key;
-  Nucleus nucleus;
+  Nucleus nucleus = Nucleus::all();
 };
 
 // Ids first_id ... first_id + W - 1 into the thread's parts.

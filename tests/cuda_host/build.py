@@ -74,7 +74,7 @@ def extension() -> Path:
     stable = "-DDPARALLEL_WITH_CUDA_HOST -DTORCH_TARGET_VERSION=0x020a000000000000"
     unset = ("COMPILER", "TORCH", "CUDA_TOOLKIT", "CUDA_ARCHITECTURES", "CUDA_REASON")
     facts = dict.fromkeys(unset, "")
-    facts["BACKENDS"] = "cpu cuda_host"
+    facts["BACKENDS"] = "cuda_host"
     named = [f'-DDPARALLEL_{name}="{value}"' for name, value in facts.items()]
     torch_side = (CSRC / "torch_ops.cpp", f"{flags} {stable}")
     module = (CSRC / "runtime" / "module.cpp", f"{flags} {' '.join(named)}")

@@ -17,9 +17,10 @@ namespace dparallel {
 // The kept ids: those with a logit above `cut`, and of those with that very logit the ids up to
 // `last`.
 struct Nucleus {
-  float cut = -kInfinity;
-  int32_t last = INT32_MAX;
+  float cut;
+  int32_t last;
 
+  static DP_HD Nucleus all() { return {-kInfinity, INT32_MAX}; }
   DP_HD bool keeps(float z, int64_t id) const { return z > cut || (z == cut && id <= last); }
 };
 
@@ -69,7 +70,8 @@ struct NucleusSearch {
   }
 
   static DP_HD NucleusSearch of(unsigned long long limit, int64_t top_k) {
-    return {limit, top_k > 0 ? static_cast<unsigned long long>(top_k) : ~0ull, 0, 0, 0, {}};
+    return {limit,         top_k > 0 ? static_cast<unsigned long long>(top_k) : ~0ull, 0, 0, 0,
+            Nucleus::all()};
   }
 
   // Of n bins, the highest first, the one that holds the last kept id, of whose first id `mass` and
