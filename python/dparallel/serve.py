@@ -1119,8 +1119,7 @@ def run(
     with contextlib.ExitStack() as opened:
         sockets = [opened.enter_context(one) for one in listen(host, port)]
         loaded, tokenizer = registry.load(model, device=device, fp8=fp8, mask_id=mask_id)
-        limits = [loaded.config.get(key) for key in ("max_sequence_length", "max_position_embeddings")]
-        positions = min((limit for limit in limits if limit), default=math.inf)
+        positions = dx.models.max_positions(loaded) or math.inf
         defaults = {
             "name": model,
             "gen_length": registry.gen_length(model),
