@@ -492,7 +492,9 @@ def _ranked(
         position=column,
         step=step,
     )
-    rank = {"topk_margin": stats.margin, "entropy": -stats.entropy}.get(alg, stats.confidence)
+    # Where one token is left H is 0, as published: the kernels count each other id at e^-87, 1e-31 in all.
+    entropy = stats.entropy.masked_fill(stats.entropy < 1e-30, 0.0)
+    rank = {"topk_margin": stats.margin, "entropy": -entropy}.get(alg, stats.confidence)
     ranks = rank.new_full(rows.shape, -torch.inf).index_put_((b, column), rank)
     return ranks, stats.sample.new_zeros(rows.shape).index_put_((b, column), stats.sample)
 

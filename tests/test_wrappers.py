@@ -560,7 +560,7 @@ def test_reentrant_checkpoints_pass_the_gradients_on(adapted: bool, peft: Any) -
     for again in grads[1:]:
         for name, grad in grads[0].items():
             assert grad.abs().max() > 0, name
-            torch.testing.assert_close(again[name], grad)
+            torch.testing.assert_close(again[name], grad, rtol=1e-4, atol=1e-4)  # sums in another order
 
 
 def test_the_trainer_sees_through_wrappers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
