@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import shutil
-import sys
 import tomllib
 from collections import Counter
 from collections.abc import Callable
@@ -309,7 +308,6 @@ def test_bad_arguments(options: dict[str, Any], said: str) -> None:
         iter_log_likelihoods(lambda ids: None, [[1]], [[2]])  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
 def test_entry_point_names_a_class_that_is_there() -> None:
     """The group that the harness documents; the module is shipped."""
     project = tomllib.loads((HERE.parent / "pyproject.toml").read_text())
