@@ -125,3 +125,17 @@ def test_no_two_labels_of_the_curves_overlap():
     assert len(boxes) == sum(row["threshold"] is not None for row in rows) > 12
     assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
     assert all(axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max) for box in boxes)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "is not JSON"),
+        ('{"model_type": ["llada"]}', "has model_type"),
+        ('{"model_type": "llada", "n_heads": 2}', r"config: '\w+' is missing"),
+    ],
+)
+def test_a_config_that_names_no_model_is_an_error_by_name(content: str, said: str, tmp_path: Path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=said):
+        registry.block_length(str(tmp_path))

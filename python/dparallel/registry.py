@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from dparallel_ext import models
 
-from . import tasks, text, tokenizer
+from . import files, tasks, text, tokenizer
 
 BUILTIN = Path(__file__).parent / "builtin"
 DEFAULT = "builtin:teacher"
@@ -65,13 +64,12 @@ def block_length(name: str) -> int:
     By its config.json alone. Raises FileNotFoundError and ValueError, by name.
     """
     file = directory_of(name) / "config.json"
-    config = json.loads(file.read_text())
-    family = models.FAMILIES.get(config.get("model_type", ""))
+    config = files.json_object("model", file, 1, files.read_text("model", file))
+    kind = config.get("model_type")
+    family = models.FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
-        raise ValueError(
-            f"model: {file} has model_type {config.get('model_type')!r}, none of {list(models.FAMILIES)}"
-        )
-    return family.read_config(config).block_length or 32
+        raise ValueError(f"model: {file} has model_type {kind!r}, none of {list(models.FAMILIES)}")
+    return family.shape_of(config).block_length or 32
 
 
 def gen_length(name: str) -> int:
