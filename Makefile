@@ -71,8 +71,9 @@ GPU_OUT ?= out/gpu
 GPU_MINUTES ?= 30
 GPU_ARCH = $(shell $(PYTHON) -c "import torch; a, b = torch.cuda.get_device_capability(); print(f'{a}{b}' + 'a' * (a == 9))")
 gpu:
-	DPARALLEL_CUDA="$${DPARALLEL_CUDA:-$(GPU_ARCH)}" $(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) -m benchmarks.gpu --out $(GPU_OUT) --minutes $(GPU_MINUTES) $(GPU_FLAGS)
+	since=$$(date +%s) && \
+	DPARALLEL_CUDA="$${DPARALLEL_CUDA:-$(GPU_ARCH)}" $(PYTHON) setup.py build_ext --inplace && \
+	$(PYTHON) -m benchmarks.gpu --out $(GPU_OUT) --minutes $(GPU_MINUTES) --since $$since $(GPU_FLAGS)
 
 cuda-check:
 	$(PYTHON) tools/cuda_check.py --if-available

@@ -140,6 +140,7 @@ class Plain:
 
     def __call__(self, x: Tensor, start: int | None = None) -> Tensor:
         s, first = self.model.shape, start or 0
+        at = torch.arange(first, first + x.shape[1], device=x.device)
         h = functional.embedding(x, self.embed)  # (B, Q, width)
         cos, sin = dx.rope_table(first + x.shape[1], s.head_dim, s.rope_theta, device=x.device)
         cos, sin = (t[first:].to(torch.float32 if s.rope_in_float32 else h.dtype) for t in (cos, sin))
@@ -147,7 +148,7 @@ class Plain:
             self.kept = []
         for i, weights in enumerate(self.layers):
             old = None if start is None else self.kept[i]
-            h, *new = self.layer(h, cos, sin, old, first, s.head_dim, s.eps, **weights)
+            h, *new = self.layer(h, cos, sin, old, at, s.head_dim, s.eps, **weights)
             if start is None:
                 self.kept.append((new[0], new[1]))
         h = rms_norm(h, self.norm, s.eps)
@@ -158,17 +159,20 @@ class Plain:
 
 
 def layer(
-    x: Tensor, cos: Tensor, sin: Tensor, kept: Any, first: int, head_dim: int, eps: float, *,
+    x: Tensor, cos: Tensor, sin: Tensor, kept: Any, at: Tensor, head_dim: int, eps: float, *,
     norm1: Any, q: Any, k: Any, v: Any, o: Any, norm2: Any, gate: Any, up: Any, down: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """One layer of `Plain`: x (B, Q, width) -> the same, and keys and values (B, Hkv, L, D)."""
-    linear, count = functional.linear, x.shape[1]
+    """One layer of `Plain`: x (B, Q, width) at positions `at` (Q,) -> the same, keys, values (B, Hkv, L, D).
+
+    `at` is a tensor: a number would have the layer compiled anew for every block.
+    """
+    linear = functional.linear
     y = rms_norm(x, norm1[0], eps)
     query, key, value = (linear(y, *w).unflatten(-1, (-1, head_dim)).transpose(1, 2) for w in (q, k, v))
     query, key = (rotate(t, cos, sin) for t in (query, key))
     if kept is not None:
         for old, new in zip(kept, (key, value), strict=True):
-            old[:, :, first : first + count] = new
+            old.index_copy_(2, at, new)
         key, value = kept
     grouped = query.shape[1] != key.shape[1]
     y = functional.scaled_dot_product_attention(query, key, value, enable_gqa=grouped)

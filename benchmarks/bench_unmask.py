@@ -22,8 +22,16 @@ WINDOW = 32
 
 
 def step(tokens: Tensor, logits: Tensor, mask_id: int, start: int, end: int, threshold: float) -> None:
+    """With the positions of its rows, as a decode has them."""
     policy = policy_of(threshold, len(tokens), tokens.device)
-    dx.unmask_(tokens, logits, mask_id=mask_id, start=start, end=end, policy=policy)
+    positions = positions_of(tokens.numel(), tokens.device)
+    where = {"positions": positions, "mask_id": mask_id, "start": start, "end": end}
+    dx.unmask_(tokens, logits.flatten(0, 1), policy=policy, **where)
+
+
+@functools.cache
+def positions_of(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device)
 
 
 @functools.cache

@@ -393,7 +393,7 @@ def layer(steps: dict[str, Callable[..., Any]], inputs: tuple[Tensor, ...], byte
 
 @functools.lru_cache(maxsize=1)
 def model_of(name: str, device: torch.device, small: bool) -> dx.models.Model:
-    """Random bfloat16 weights, made on the device."""
+    """Random bfloat16 weights, made on the device and fused."""
     family, config = MODELS[name]
     if small:
         config = {k: SMALL_MODEL.get(k, v) for k, v in config.items()}
@@ -402,7 +402,7 @@ def model_of(name: str, device: torch.device, small: bool) -> dx.models.Model:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            return family(config).eval().requires_grad_(False)
+            return family(config).eval().requires_grad_(False).fuse()  # as `load` does on a GPU
     finally:
         torch.set_default_dtype(usual)
 
