@@ -197,8 +197,11 @@ class Batch:
                 if self.cache == "block":
                     row.stored = row.block[0] - row.block[0] % self.block_length
         if len(groups) == 1 and self.passes.regular:
-            # While the device is at it: what comes next if no block is complete.
-            self.passes.prepare(self.rows, self._work(live))
+            # While the device is at it: what comes next if no block is complete. What follows a pass that
+            # handed over is not known yet: its first token is.
+            coming = self._work(live)
+            if all(work.spans for work in coming.values()):
+                self.passes.prepare(self.rows, coming)
         numbers = torch.stack(results).tolist()
         length = self.tokens.shape[1]
         errors = (min(error for *_, error in lanes) for lanes in numbers)

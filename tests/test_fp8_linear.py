@@ -70,7 +70,7 @@ def test_the_twin(rows: int, width: int, out: int, dtype: torch.dtype, biased: b
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_weight_there_is(dtype: torch.dtype) -> None:
     """Each of the 254 numbers times 1, exactly, in every place of a vector."""
-    values = EVERY.view(torch.float8_e4m3fn)
+    values = torch.as_tensor(EVERY).view(torch.float8_e4m3fn)
     weight = torch.zeros(len(values), 64).to(torch.float8_e4m3fn)
     places = torch.arange(len(values)) % 64
     weight.view(torch.uint8)[torch.arange(len(values)), places] = values.view(torch.uint8)

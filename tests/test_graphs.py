@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_infill import fast_dllm
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -202,6 +203,18 @@ def test_infill_replays(taped: list[Graphs], name: str, cache: str) -> None:
     assert torch.equal(out.nfe, expected.nfe)
     assert taped[0].recorder is not None, "a recording failed"
     assert taped[0].replays > out.forwards / 2
+
+
+@pytest.mark.parametrize("cache", ["none", "block"])
+def test_passes_that_hand_over_are_followed(taped: list[Graphs], cache: str) -> None:
+    """Fast-dLLM v2 (block-causal, shifted): what follows such a pass is not known before it has run."""
+    model = fast_dllm()
+    settings: dict[str, Any] = {"gen_length": 48, "cache": cache, "block_length": 8, "threshold": 2.0}
+    expected = dx.decode(model, PROMPTS, graphs=False, **settings)
+    out = dx.decode(model, PROMPTS, **settings)
+    assert torch.equal(out.sequences, expected.sequences)
+    assert torch.equal(out.nfe, expected.nfe)
+    assert taped[0].replays > 0
 
 
 def test_a_form_met_three_times_runs_once(taped: list[Graphs]) -> None:
