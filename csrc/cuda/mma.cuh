@@ -76,6 +76,10 @@ void widen_e4m3(uint32_t bytes, uint32_t& first, uint32_t& second) {
 inline void copy_async(void* to, const void* from, bool there) {
   cuda_host::copy_later(to, there ? from : nullptr);
 }
+template <int kBytes>
+void copy_async_beyond(void* to, const void* from) {
+  cuda_host::copy_later(static_cast<char*>(to) + kBytes, static_cast<const char*>(from) + kBytes);
+}
 inline void commit_copies() { cuda_host::commit_copies(); }
 inline void wait_for_copies() {
   cuda_host::commit_copies();
@@ -156,6 +160,13 @@ __device__ __forceinline__ void widen_e4m3(uint32_t bytes, uint32_t& first, uint
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(there ? 16 : 0)
+               : "memory");
+}
+// 16 bytes that are so many bytes beyond both: no address is computed.
+template <int kBytes>
+__device__ __forceinline__ void copy_async_beyond(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0+%2], [%1+%2], 16;" ::"r"(shared_address(to)),
+               "l"(from), "n"(kBytes)
                : "memory");
 }
 __device__ __forceinline__ void wait_for_copies() {

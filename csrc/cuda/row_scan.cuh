@@ -31,23 +31,51 @@
 
 namespace dparallel::cuda {
 
+// Of the loss and of the search for a nucleus.
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBlocksPerSm = 2;    // at least: up to 128 registers a thread, so that nothing spills
 constexpr int64_t kChunk = 16384;  // ids per block of the loss
-constexpr float kLargestNoise = 22.9f;  // see gumbel(): -ln 2^-33
 
 inline int64_t chunks_of(int64_t vocab) { return (vocab + kChunk - 1) / kChunk; }
 
-constexpr int kSlots = 8;  // vectors of a thread
-constexpr int kGroup = 2;  // of them, between two moves of the maximum
-constexpr int kScanBlocksPerSm = 4;
-constexpr int kScanBytes = kSlots * kThreads * 16;
+// Of the scan. What a thread does besides the loop costs as much as 30 elements, hence few threads.
+constexpr int kScanThreads = 128;
+constexpr int kScanWarps = kScanThreads / 32;
+constexpr int kSlots = 16;  // vectors of a thread
+constexpr int kGroup = 2;   // of them, between two moves of the maximum
+constexpr int kScanBlocksPerSm = 6;
+constexpr int kScanBytes = kSlots * kScanThreads * 16;
 
 inline int64_t scan_chunks(const Logits& logits) {
   const int64_t ids = kScanBytes / element_size(logits.dtype);
   return (logits.vocab + ids - 1) / ids;
 }
+
+// Divides 31 bits without a division: by a multiplication and a shift.
+struct Divisor {
+  uint32_t divisor, multiplier, shift;
+
+  static Divisor of(int64_t divisor) {
+    uint32_t bits = 0;
+    while ((int64_t{1} << bits) < divisor) ++bits;
+    const uint64_t power = uint64_t{1} << (31 + bits);
+    const uint64_t d = divisor > 0 ? divisor : 1;
+    return {static_cast<uint32_t>(d), static_cast<uint32_t>((power + d - 1) / d), 31 + bits};
+  }
+  __device__ uint32_t quotient(uint32_t n) const {
+    return static_cast<uint32_t>(static_cast<uint64_t>(n) * multiplier >> shift);
+  }
+};
+
+// What a launch of the scan divides by: units of the grid, positions, and rows of the logits.
+struct ScanShape {
+  Divisor chunks, length, inner_rows;
+
+  static ScanShape of(const Logits& logits, int64_t length) {
+    return {Divisor::of(scan_chunks(logits)), Divisor::of(length), Divisor::of(logits.inner_rows)};
+  }
+};
 
 struct Sampler {
   float inverse_temperature;
@@ -57,8 +85,8 @@ struct Sampler {
 
 // What a block of the scan shares.
 struct ScanMemory {
-  uint4 slots[kSlots * kThreads];  // vector v of the chunk, by thread v % kThreads alone
-  float first[kWarps], second[kWarps], sum[kWarps], weighted[kWarps];
+  uint4 slots[kSlots * kScanThreads];  // vector v of the chunk, by thread v % kScanThreads alone
+  float first[kScanWarps], second[kScanWarps], sum[kScanWarps], weighted[kScanWarps];
   float mask;     // the logit of the mask token, where the chunk holds it
   int32_t token;  // the lowest id of the largest logit
 };
@@ -112,7 +140,7 @@ struct Chunk {
   using Storage = typename T::Storage;
   static constexpr int kWidth = T::kWidth;
   static constexpr int kIds = kScanBytes / static_cast<int>(sizeof(Storage));
-  static constexpr int kGroupIds = kGroup * kThreads * kWidth;
+  static constexpr int kGroupIds = kGroup * kScanThreads * kWidth;
 
   ScanMemory& memory;
   int first, count;
@@ -124,10 +152,10 @@ struct Chunk {
   }
   __device__ int groups() const { return (count + kGroupIds - 1) / kGroupIds; }
 
-  __device__ uint4& slot(int k) const { return memory.slots[k * kThreads + threadIdx.x]; }
+  __device__ uint4& slot(int k) const { return memory.slots[k * kScanThreads + threadIdx.x]; }
   __device__ Storage* elements() const { return reinterpret_cast<Storage*>(memory.slots); }
   __device__ bool mine(uint32_t at) const {
-    return at < static_cast<uint32_t>(count) && at / kWidth % kThreads == threadIdx.x;
+    return at < static_cast<uint32_t>(count) && at / kWidth % kScanThreads == threadIdx.x;
   }
   __device__ uint32_t place(int64_t id) const {  // at least `count` for ids of other chunks
     return static_cast<uint32_t>(id) - static_cast<uint32_t>(first);
@@ -149,23 +177,28 @@ struct Chunk {
     }
   }
 
+  template <int k>
+  static __device__ __forceinline__ void copy_whole(uint4* to, const Storage* from) {
+    if constexpr (k < kSlots) {
+      copy_async_beyond<k * kScanThreads * 16>(to, from);
+      if constexpr (k % kGroup == kGroup - 1) commit_copies();
+      copy_whole<k + 1>(to, from);
+    }
+  }
+
   // Begins to copy the thread's vectors of the row, a group of copies for each group of vectors,
   // and mends them.
   __device__ __forceinline__ void copy(const void* row, const Exclusions& ex) const {
-    constexpr int kStride = kThreads * kWidth;  // ids from a vector of the thread to its next
+    constexpr int kStride = kScanThreads * kWidth;  // ids from a vector of the thread to its next
     const int start = static_cast<int>(threadIdx.x) * kWidth;
     const Storage* from = static_cast<const Storage*>(row) + first + start;
     uint4* to = &slot(0);
     const bool aligned = reinterpret_cast<uintptr_t>(row) % 16 == 0;
     if (aligned && count == kIds) {
-#pragma unroll
-      for (int k = 0; k < kSlots; ++k) {
-        copy_async(to + k * kThreads, from + k * kStride, true);
-        if (k % kGroup == kGroup - 1) commit_copies();
-      }
+      copy_whole<0>(to, from);
     } else {
 #pragma unroll 1
-      for (int k = 0; k < kSlots; ++k, to += kThreads, from += kStride) {
+      for (int k = 0; k < kSlots; ++k, to += kScanThreads, from += kStride) {
         const int left = count - start - k * kStride;
         if (aligned && left >= kWidth) {
           copy_async(to, from, true);
@@ -226,7 +259,7 @@ struct Chunk {
       sum = weighted = 0.0f;
 #pragma unroll 1
       for (int i = 0; i < n * kGroup * kWidth; ++i) {
-        const int vector = i / kWidth * kThreads + static_cast<int>(threadIdx.x);
+        const int vector = i / kWidth * kScanThreads + static_cast<int>(threadIdx.x);
         const float z = T::value(elements()[vector * kWidth + i % kWidth]);
         sum += z >= kLargest ? 1.0f : z != z ? z : 0.0f;
       }
@@ -248,7 +281,7 @@ struct Chunk {
     if (threadIdx.x == 0) memory.token = INT32_MAX;
     __syncthreads();
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) best = fmaxf(best, memory.first[w]);
+    for (int w = 0; w < kScanWarps; ++w) best = fmaxf(best, memory.first[w]);
     if (own == best && best > -kInfinity) {
 #pragma unroll 1
       for (int k = risen * kGroup; k < n * kGroup; ++k) {
@@ -259,7 +292,7 @@ struct Chunk {
         for (int i = kWidth - 1; i >= 0; --i)
           if (clamp_logit(z[i]) == best) at = i;
         if (at == kWidth) continue;
-        const int vector = k * kThreads + static_cast<int>(threadIdx.x);
+        const int vector = k * kScanThreads + static_cast<int>(threadIdx.x);
         atomicMin(&memory.token, first + vector * kWidth + at);
         break;
       }
@@ -286,7 +319,7 @@ struct Chunk {
     part.sum = memory.sum[0];
     part.weighted = memory.weighted[0];
 #pragma unroll
-    for (int w = 1; w < kWarps; ++w) {
+    for (int w = 1; w < kScanWarps; ++w) {
       part.top2 = fmaxf(fmaxf(part.top2, memory.second[w]), fminf(part.top1, memory.first[w]));
       part.top1 = fmaxf(part.top1, memory.first[w]);
       part.sum += memory.sum[w];
@@ -314,7 +347,7 @@ struct Chunk {
     const int n = groups() * kGroup * kQuads;
 #pragma unroll 1
     for (int q = 0; q < n; ++q) {
-      const int vector = q / kQuads * kThreads + static_cast<int>(threadIdx.x);
+      const int vector = q / kQuads * kScanThreads + static_cast<int>(threadIdx.x);
       const int at = vector * kWidth + q % kQuads * 4;
       const Quad stored = *reinterpret_cast<const Quad*>(elements() + at);
       float z[4], highest = -kInfinity;
@@ -374,14 +407,14 @@ __device__ __forceinline__ void merge_lanes(Part& part, int width, Merge merge) 
 }
 
 // All of the block's parts, merged in a fixed order; valid in thread 0.
-template <class Part, class Merge>
-__device__ __forceinline__ Part merge_block(Part part, Part (&shared)[kWarps], Merge merge) {
+template <class Part, int kParts, class Merge>
+__device__ __forceinline__ Part merge_block(Part part, Part (&shared)[kParts], Merge merge) {
   merge_lanes(part, 32, merge);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = part;
   __syncthreads();
   if (threadIdx.x == 0) {
 #pragma unroll 1
-    for (int warp = 1; warp < kWarps; ++warp) merge(part, shared[warp]);
+    for (int warp = 1; warp < kParts; ++warp) merge(part, shared[warp]);
   }
   return part;
 }
@@ -417,7 +450,7 @@ __device__ __forceinline__ void scan_chunk(ScanMemory& memory, const void* row, 
   const RowPart part = ids.scan(ex);
   if (threadIdx.x == 0) scratch.parts[to] = part;
   if constexpr (kSample) {
-    DPARALLEL_SHARED(shared, SamplePart[kWarps]);
+    DPARALLEL_SHARED(shared, SamplePart[kScanWarps]);
     const float inverse = sampler.inverse_temperature;
     const SamplePart sample =
         merge_block(ids.draw(sampler), shared,
@@ -438,28 +471,27 @@ __device__ __forceinline__ Part read_part(const Part* p) {
   return part;
 }
 
-// How many lanes merge the chunks of a row.
-__device__ inline int lanes_of(int chunks) {
-  int lanes = 1;
-  while (lanes < chunks && lanes < 32) lanes *= 2;
-  return lanes;
-}
+// How many lanes merge the chunks of a row: few, so that a block takes 32 rows at once.
+__device__ inline int lanes_of(int chunks) { return chunks < 2 ? 1 : chunks < 3 ? 2 : 4; }
 
 // Of the chunks of a row, parts [chunks], by whole warps: `lanes` neighbouring lanes give the same
-// row, or none (chunks: 0), and all of them have its part. Each merges every so many chunks, then
-// they merge theirs, in an order that depends on the number of chunks alone.
+// row, or none (there: false), and all of them have its part. Each merges every so many chunks,
+// then they merge theirs, in an order that depends on the number of chunks alone.
 template <class Part, class Merge>
-__device__ __forceinline__ Part merge_chunks(const Part* parts, int chunks, int most, int lanes,
+__device__ __forceinline__ Part merge_chunks(const Part* parts, bool there, int chunks, int lanes,
                                              Merge merge) {
-  Part part;
+  Part part, next;
   int c = static_cast<int>(threadIdx.x) % lanes, offset = 1;
+  if (there && c < chunks) next = read_part(parts + c);
 #pragma unroll 1
-  for (int read = 0; read < most || offset < lanes;) {
+  for (int left = chunks; left > 0 || offset < lanes;) {
     Part other;
-    if (read < most) {
-      if (c < chunks) other = read_part(parts + c);
+    if (left > 0) {
+      left -= lanes;
+      other = next;
+      next = Part{};
       c += lanes;
-      read += lanes;
+      if (there && c < chunks) next = read_part(parts + c);  // on its way while we merge
     } else {
       other = shuffle_xor(part, offset);
       offset *= 2;
@@ -469,17 +501,36 @@ __device__ __forceinline__ Part merge_chunks(const Part* parts, int chunks, int 
   return part;
 }
 
-// The result of a row, for each of the lanes that give it.
+__device__ inline void write_row(const RowOutput& out, int64_t row, int64_t count,
+                                 const RowResult& result) {
+  int64_t* token = out.tokens + row;
+  token[0] = result.token;
+  token[count] = result.sample;
+  float* field = out.fields + row;
+#pragma unroll
+  for (int f = 0; f < kRowFields; ++f, field += count) *field = result.field[f];
+}
+
+// Of a row that has no statistics.
+__device__ inline RowResult blank_row() {
+  RowResult blank;
+  blank.token = blank.sample = -1;
+#pragma unroll
+  for (int f = 0; f < kRowFields; ++f) blank.field[f] = from_bits(0x7fc00000u);  // NaN
+  return blank;
+}
+
+// The result of a row, blank where it has none, for each of the lanes that give it.
 template <bool kSample>
 __device__ __forceinline__ RowError finish_row(const Scratch& scratch, int64_t row, bool there,
                                                int chunks, int lanes, float inverse_temperature,
                                                RowResult& result) {
-  const int mine = there ? chunks : 0;
-  const RowPart part = merge_chunks(scratch.parts + row * chunks, mine, chunks, lanes,
+  const RowPart part = merge_chunks(scratch.parts + row * chunks, there, chunks, lanes,
                                     [](RowPart& a, const RowPart& b) { a.merge(b); });
+  result = blank_row();
   if constexpr (kSample) {
     const SamplePart sample =
-        merge_chunks(scratch.samples + row * chunks, mine, chunks, lanes,
+        merge_chunks(scratch.samples + row * chunks, there, chunks, lanes,
                      [&](SamplePart& a, const SamplePart& b) { a.merge(b, inverse_temperature); });
     if (part.error() == kRowOk) result = finish(part, sample, inverse_temperature);
   } else {
@@ -488,28 +539,17 @@ __device__ __forceinline__ RowError finish_row(const Scratch& scratch, int64_t r
   return part.error();
 }
 
-__device__ inline void write_row(const RowOutput& out, int64_t row, int64_t count,
-                                 const RowResult& result) {
-  out.tokens[row] = result.token;
-  out.tokens[count + row] = result.sample;
-#pragma unroll
-  for (int f = 0; f < kRowFields; ++f) out.fields[f * count + row] = result.field[f];
-}
-
-__device__ inline void write_blank(const RowOutput& out, int64_t row, int64_t count) {
-  RowResult blank;
-  blank.token = blank.sample = -1;
-#pragma unroll
-  for (int f = 0; f < kRowFields; ++f) blank.field[f] = from_bits(0x7fc00000u);  // NaN
-  write_row(out, row, count, blank);
-}
-
-// Rows are counted in 32 bits, which divide in a fifth of the instructions.
 __device__ inline const void* row_pointer(const Logits& logits, int64_t row) {
-  const auto r = static_cast<uint32_t>(row), inner = static_cast<uint32_t>(logits.inner_rows);
-  const uint32_t outer = r / inner;
-  const int64_t offset = outer * logits.outer_stride + (r - outer * inner) * logits.inner_stride;
-  return static_cast<const char*>(logits.data) + offset * element_size(logits.dtype);
+  return static_cast<const char*>(logits.data) + logits.offset(row) * element_size(logits.dtype);
+}
+
+template <class T>
+__device__ __forceinline__ const void* scan_row(const Logits& logits, const ScanShape& shape,
+                                                int64_t row) {
+  const auto r = static_cast<uint32_t>(row), outer = shape.inner_rows.quotient(r);
+  const uint32_t inner = r - outer * shape.inner_rows.divisor;
+  return static_cast<const typename T::Storage*>(logits.data) +
+         (outer * logits.outer_stride + inner * logits.inner_stride);
 }
 
 }  // namespace dparallel::cuda

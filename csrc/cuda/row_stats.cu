@@ -15,11 +15,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 }
 
 template <class T, bool kSample>
-__global__ void __launch_bounds__(kThreads, kScanBlocksPerSm)
-    row_stats_kernel(RowStatsArgs args, Scratch scratch, int32_t* counters, int chunks) {
+__global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
+    row_stats_kernel(RowStatsArgs args, ScanShape shape, Scratch scratch, int32_t* counters) {
   DPARALLEL_SHARED(memory, ScanMemory);
-  const int i = static_cast<int>(blockIdx.x / static_cast<unsigned>(chunks));
-  const int chunk = static_cast<int>(blockIdx.x - static_cast<unsigned>(i * chunks));
+  const int chunks = static_cast<int>(shape.chunks.divisor);
+  const int i = static_cast<int>(shape.chunks.quotient(blockIdx.x));
+  const int chunk = static_cast<int>(blockIdx.x) - i * chunks;
   const int64_t row = args.rows ? args.rows[i] : i;
   Sampler sampler{};
   if constexpr (kSample) {
@@ -29,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, kScanBlocksPerSm)
                    static_cast<uint32_t>(k[2]), static_cast<uint32_t>(k[3])};
     if (scratch.nuclei != nullptr) sampler.nucleus = scratch.nuclei[i];
   }
-  scan_chunk<T, kSample>(memory, row_pointer(args.logits, row), args.logits.vocab, chunk,
+  scan_chunk<T, kSample>(memory, scan_row<T>(args.logits, shape, row), args.logits.vocab, chunk,
                          args.exclusions, sampler, scratch, blockIdx.x);
   if (!last_to_arrive(counters + i, chunks) || threadIdx.x >= 32) return;
   RowResult result;
@@ -37,8 +38,7 @@ __global__ void __launch_bounds__(kThreads, kScanBlocksPerSm)
                                              sampler.inverse_temperature, result);
   if (threadIdx.x != 0) return;
   args.output.error[i] = error == kRowOk ? kNoError : encode_error(i, error);
-  if (error == kRowOk) write_row(args.output, i, args.count, result);
-  else write_blank(args.output, i, args.count);
+  write_row(args.output, i, args.count, result);
 }
 
 }  // namespace
@@ -51,7 +51,8 @@ int64_t row_stats_counters(const RowStatsArgs& args) { return args.count; }
 
 int row_stats(const RowStatsArgs& args, const Workspace& workspace, void* stream) {
   if (args.count == 0) return 0;
-  const auto chunks = static_cast<int>(scan_chunks(args.logits));
+  const int64_t chunks = scan_chunks(args.logits);
+  const ScanShape shape = ScanShape::of(args.logits, 1);
   const Scratch scratch = Scratch::at(workspace.scratch, args.count, chunks, args.sampling);
   const unsigned grid = static_cast<unsigned>(args.count * chunks);
   return dispatch(args.logits.dtype, [&](auto type) {
@@ -60,11 +61,11 @@ int row_stats(const RowStatsArgs& args, const Workspace& workspace, void* stream
       DPARALLEL_LAUNCH((row_nucleus_kernel<T>), static_cast<unsigned>(args.count), kThreads, stream,
                        args, scratch);
     if (args.sampling.samples())
-      DPARALLEL_LAUNCH((row_stats_kernel<T, true>), grid, kThreads, stream, args, scratch,
-                       workspace.counters, chunks);
+      DPARALLEL_LAUNCH((row_stats_kernel<T, true>), grid, kScanThreads, stream, args, shape,
+                       scratch, workspace.counters);
     else
-      DPARALLEL_LAUNCH((row_stats_kernel<T, false>), grid, kThreads, stream, args, scratch,
-                       workspace.counters, chunks);
+      DPARALLEL_LAUNCH((row_stats_kernel<T, false>), grid, kScanThreads, stream, args, shape,
+                       scratch, workspace.counters);
     return static_cast<int>(cudaGetLastError());
   });
 }

@@ -6,7 +6,7 @@ namespace {
 
 constexpr int kShared = 2048;  // keys of a sequence that shared memory holds
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kScanThreads)
     select_kernel(SelectArgs args, void* scratch, bool in_shared) {
   DPARALLEL_SHARED(memory, char[kShared * Ranking::kBytes]);
   const int length = static_cast<int>(args.length);
@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kThreads)
   const Ranking ranking = Ranking::at(
       in_shared ? memory : static_cast<char*>(scratch) + first * Ranking::kBytes, length);
   int mine = 0;
-  for (int l = static_cast<int>(threadIdx.x); l < length; l += kThreads) {
+  for (int l = static_cast<int>(threadIdx.x); l < length; l += kScanThreads) {
     const int64_t at = first + l;
     const bool eligible = args.eligible[at];
     mine += eligible;
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads)
                                : from_bits(0x7fc00000u);
   }
   const int n = select_block(policy, ranking, length, sum_block(mine));
-  for (int l = static_cast<int>(threadIdx.x); l < length; l += kThreads)
+  for (int l = static_cast<int>(threadIdx.x); l < length; l += kScanThreads)
     args.commit[first + l] = ranking.keys[l] == ranking.keys[l] && ranking.ranks[l] < n;
 }
 
@@ -36,7 +36,7 @@ int64_t select_scratch(const SelectArgs& args) {
 
 int select(const SelectArgs& args, const Workspace& workspace, void* stream) {
   if (args.batch == 0 || args.length == 0) return 0;
-  DPARALLEL_LAUNCH(select_kernel, static_cast<unsigned>(args.batch), kThreads, stream, args,
+  DPARALLEL_LAUNCH(select_kernel, static_cast<unsigned>(args.batch), kScanThreads, stream, args,
                    workspace.scratch, args.length <= kShared);
   return static_cast<int>(cudaGetLastError());
 }

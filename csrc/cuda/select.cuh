@@ -28,7 +28,7 @@ __device__ __forceinline__ int select_block(const Policy& policy, const Ranking&
   __syncthreads();
   const bool cumulative = policy.selector == kSelectEntropyBound;
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < n; i += kThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < n; i += kScanThreads) {
     const float key = ranking.keys[i];
     if (key != key) continue;
     int rank = 0;
@@ -53,7 +53,7 @@ __device__ __forceinline__ int select_block(const Policy& policy, const Ranking&
 
 // The sum over the block of one number per thread, for every thread.
 __device__ inline int sum_block(int value) {
-  DPARALLEL_SHARED(parts, int32_t[kWarps]);
+  DPARALLEL_SHARED(parts, int32_t[kScanWarps]);
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(kFullWarp, value, offset);
   __syncthreads();  // parts may still be read from a call before
@@ -61,7 +61,7 @@ __device__ inline int sum_block(int value) {
   __syncthreads();
   int total = 0;
 #pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) total += parts[warp];
+  for (int warp = 0; warp < kScanWarps; ++warp) total += parts[warp];
   return total;
 }
 

@@ -66,23 +66,24 @@ struct Place {
   bool needed;
 };
 
-__device__ inline Place place_of(const UnmaskArgs& args, int row) {
+__device__ inline Place place_of(const UnmaskArgs& args, const ScanShape& shape, int row) {
   const int64_t position = args.positions ? args.positions[row] : row;
   if (position < 0 || position >= args.batch * args.length) return {0, 0, false};
-  const auto at = static_cast<uint32_t>(position), length = static_cast<uint32_t>(args.length);
-  const int b = static_cast<int>(at / length), column = static_cast<int>(at - b * length);
+  const auto at = static_cast<uint32_t>(position);
+  const auto b = static_cast<int>(shape.length.quotient(at));
+  const int column = static_cast<int>(at) - b * static_cast<int>(shape.length.divisor);
   return {b, column, needs(args, b, column)};
 }
 
 // By the block of a sequence.
 __device__ int list_rows(const UnmaskArgs& args, const UnmaskScratch& scratch, int b) {
-  DPARALLEL_SHARED(counts, int32_t[kWarps]);
+  DPARALLEL_SHARED(counts, int32_t[kScanWarps]);
   const int64_t begin = b * args.length;
   const int count = static_cast<int>(args.positions ? args.count : args.length);
   int before = 0;
   if (args.positions != nullptr && b > 0) {
-#pragma unroll 4
-    for (int row = static_cast<int>(threadIdx.x); row < count; row += kThreads)
+#pragma unroll 1
+    for (int row = static_cast<int>(threadIdx.x); row < count; row += kScanThreads)
       before += args.positions[row] >= 0 && args.positions[row] < begin;
     before = sum_block(before);
   } else {
@@ -90,7 +91,7 @@ __device__ int list_rows(const UnmaskArgs& args, const UnmaskScratch& scratch, i
   }
   int needed = 0;
 #pragma unroll 1
-  for (int first = 0; first < count; first += kThreads) {
+  for (int first = 0; first < count; first += kScanThreads) {
     const int i = first + static_cast<int>(threadIdx.x);
     const int64_t column = i >= count ? -1 : args.positions ? args.positions[i] - begin : i;
     const bool mine = needs(args, b, column);
@@ -99,7 +100,7 @@ __device__ int list_rows(const UnmaskArgs& args, const UnmaskScratch& scratch, i
     __syncthreads();
     int at = before + needed + __popc(lanes & ((1u << lane) - 1));
 #pragma unroll
-    for (unsigned warp = 0; warp < kWarps; ++warp) {
+    for (unsigned warp = 0; warp < kScanWarps; ++warp) {
       if (warp < threadIdx.x / 32) at += counts[warp];
       needed += counts[warp];
     }
@@ -115,7 +116,7 @@ __device__ int list_rows(const UnmaskArgs& args, const UnmaskScratch& scratch, i
     const int64_t start = args.start[b] > 0 ? args.start[b] : 0;
     const int64_t end = args.end[b] < args.length ? args.end[b] : args.length;
 #pragma unroll 1
-    for (int64_t column = start + threadIdx.x; column < end; column += kThreads)
+    for (int64_t column = start + threadIdx.x; column < end; column += kScanThreads)
       mine += token_at(args, b, static_cast<int>(column)) == args.exclusions.mask_id;
     masked = sum_block(mine);
   }
@@ -123,27 +124,15 @@ __device__ int list_rows(const UnmaskArgs& args, const UnmaskScratch& scratch, i
   return needed;
 }
 
-// Reports the masked positions of the window that no row stands for.
-template <class Report>
-__device__ void find_missing(const UnmaskArgs& args, int b, Report report) {
-#pragma unroll 1
-  for (int64_t column = threadIdx.x; column < args.length; column += kThreads) {
-    if (!needs(args, b, column)) continue;
-    const int64_t at = b * args.length + column;
-    int64_t row = 0;
-#pragma unroll 1
-    while (row < args.count && args.positions[row] != at) ++row;
-    if (row == args.count) report(at, kRowMissing);
-  }
-}
-
 // By the last block of a sequence: chunks merged, policy applied, tokens committed.
 template <bool kSample>
-__device__ void settle(const UnmaskArgs& args, const UnmaskScratch& scratch, int b, int chunks,
-                       int32_t* counters, ScanMemory& memory) {
-  DPARALLEL_SHARED(worst, long long);  // the lowest error
+__device__ __forceinline__ void settle(const UnmaskArgs& args, const UnmaskScratch& scratch, int b,
+                                       int chunks, int32_t* counters, ScanMemory& memory) {
+  DPARALLEL_SHARED(worst, int32_t);  // the lowest error, as if the sequence were the first
   const Listed listed = read_part(scratch.listed + b);
   const int n = listed.needed;
+  const int32_t* rows = scratch.rows + listed.before;
+  const int32_t* columns = scratch.columns + listed.before;
   const float inverse = kSample ? 1.0f / args.sampling.temperature : 0.0f;
   const Policy policy = Policy::load(args.policy + b * kPolicyFields);
   const Ranking ranking =
@@ -151,85 +140,91 @@ __device__ void settle(const UnmaskArgs& args, const UnmaskScratch& scratch, int
                       ? static_cast<void*>(memory.slots)
                       : scratch.rankings + static_cast<int64_t>(listed.before) * Ranking::kBytes,
                   n);
-  if (threadIdx.x == 0) worst = kNoError;
+  if (threadIdx.x == 0) worst = INT32_MAX;
   __syncthreads();
-  const auto report = [&](int64_t position, RowError code) {
-    atomicMin(&worst, static_cast<long long>(encode_error(position, code)));
+  const auto report = [&](int column, RowError code) {
+    atomicMin(&worst, static_cast<int32_t>(encode_error(column, code)));
   };
-  const int lanes = lanes_of(chunks), lane = static_cast<int>(threadIdx.x) % lanes;
+  const int lanes = lanes_of(chunks), at_once = lanes == 1   ? kScanThreads
+                                                : lanes == 2 ? kScanThreads / 2
+                                                             : kScanThreads / 4;
 #pragma unroll 1
-  for (int first = 0; first < n; first += kThreads / lanes) {
+  for (int first = 0; first < n; first += at_once) {
     const int i = first + static_cast<int>(threadIdx.x) / lanes;
-    const int row = i < n ? __ldcg(scratch.rows + listed.before + i) : 0;
+    const int row = i < n ? __ldcg(rows + i) : 0;
     RowResult result;
     const RowError error =
         finish_row<kSample>(scratch.chunks, row, i < n, chunks, lanes, inverse, result);
-    if (i >= n || lane != 0) continue;
-    if (error == kRowOk) {
-      write_row(args.output, row, args.count, result);
-      const float* field = result.field;
-      ranking.keys[i] = policy.key(field[kConfidence], field[kMargin], field[kEntropy]);
-    } else {
-      write_blank(args.output, row, args.count);
-      report(b * args.length + __ldcg(scratch.columns + listed.before + i), error);
+    if (i >= n || threadIdx.x % lanes != 0) continue;
+    if (error != kRowOk) report(__ldcg(columns + i), error);
+    write_row(args.output, row, args.count, result);
+    const float* field = result.field;
+    ranking.keys[i] = policy.key(field[kConfidence], field[kMargin], field[kEntropy]);
+  }
+  if (listed.masked != n) {  // name the first masked position that no row stands for
+#pragma unroll 1
+    for (int column = static_cast<int>(threadIdx.x); column < args.length; column += kScanThreads) {
+      if (!needs(args, b, column)) continue;
+      int i = 0;
+#pragma unroll 1
+      while (i < n && __ldcg(columns + i) != column) ++i;
+      if (i == n) report(column, kRowMissing);
     }
   }
-  if (listed.masked != n) find_missing(args, b, report);
   __syncthreads();
   int committed = 0;
-  if (worst == kNoError) {
+  if (worst == INT32_MAX) {
     committed = select_block(policy, ranking, n, n);
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < n; i += kThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < n; i += kScanThreads) {
       if (ranking.ranks[i] >= committed) continue;
-      const int row = __ldcg(scratch.rows + listed.before + i);
-      token_at(args, b, __ldcg(scratch.columns + listed.before + i)) =
-          args.output.tokens[args.count + row];
+      token_at(args, b, __ldcg(columns + i)) = args.output.tokens[args.count + __ldcg(rows + i)];
     }
   }
   const int remaining = listed.masked - committed;
   if (threadIdx.x == 0) {
-    args.output.error[b] = worst;
+    args.output.error[b] = worst == INT32_MAX ? kNoError : 4 * b * args.length + worst;
     args.committed[b] = committed;
     args.remaining[b] = remaining;
   }
-  if (args.batch == 1) {
-    if (threadIdx.x == 0) *args.done = remaining == 0;
-  } else if (last_to_arrive(counters + args.batch, args.batch)) {
+  bool done = remaining == 0;
+  if (args.batch > 1) {
+    if (!last_to_arrive(counters + args.batch, args.batch)) return;
     int left = 0;
 #pragma unroll 1
-    for (int64_t i = threadIdx.x; i < args.batch; i += kThreads)
+    for (int64_t i = threadIdx.x; i < args.batch; i += kScanThreads)
       left += __ldcg(args.remaining + i) != 0;
-    left = sum_block(left);
-    if (threadIdx.x == 0) *args.done = left == 0;
+    done = sum_block(left) == 0;
   }
+  if (threadIdx.x == 0) *args.done = done;
 }
 
 // One block per row of the logits: what may be sampled of it, where it is needed.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    unmask_nucleus_kernel(UnmaskArgs args, Scratch scratch) {
+    unmask_nucleus_kernel(UnmaskArgs args, ScanShape shape, Scratch scratch) {
   const int row = static_cast<int>(blockIdx.x);
-  if (!place_of(args, row).needed) return;
+  if (!place_of(args, shape, row).needed) return;
   const Nucleus found = find_nucleus<T>(row_pointer(args.logits, row), args.logits.vocab,
                                         args.exclusions, args.sampling);
   if (threadIdx.x == 0) scratch.nuclei[row] = found;
 }
 
 template <class T, bool kSample>
-__global__ void __launch_bounds__(kThreads, kScanBlocksPerSm)
-    unmask_kernel(UnmaskArgs args, UnmaskScratch scratch, int32_t* counters, int chunks) {
+__global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
+    unmask_kernel(UnmaskArgs args, ScanShape shape, UnmaskScratch scratch, int32_t* counters) {
   DPARALLEL_SHARED(memory, ScanMemory);
+  const int chunks = static_cast<int>(shape.chunks.divisor);
   int b = static_cast<int>(blockIdx.x), arrival;
   if (b < args.batch) {
     arrival = -list_rows(args, scratch, b) * chunks;
   } else {
     const unsigned unit = blockIdx.x - static_cast<unsigned>(args.batch);
-    const int row = static_cast<int>(unit / static_cast<unsigned>(chunks));
-    const int chunk = static_cast<int>(unit - static_cast<unsigned>(row * chunks));
-    const Place place = place_of(args, row);
+    const int row = static_cast<int>(shape.chunks.quotient(unit));
+    const int chunk = static_cast<int>(unit) - row * chunks;
+    const Place place = place_of(args, shape, row);
     if (!place.needed) {
-      if (chunk == 0 && threadIdx.x == 0) write_blank(args.output, row, args.count);
+      if (chunk == 0 && threadIdx.x == 0) write_row(args.output, row, args.count, blank_row());
       return;
     }
     b = place.b;
@@ -242,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, kScanBlocksPerSm)
                      static_cast<uint32_t>(where), static_cast<uint32_t>(k[2])};
       if (scratch.chunks.nuclei != nullptr) sampler.nucleus = scratch.chunks.nuclei[row];
     }
-    scan_chunk<T, kSample>(memory, row_pointer(args.logits, row), args.logits.vocab, chunk,
+    scan_chunk<T, kSample>(memory, scan_row<T>(args.logits, shape, row), args.logits.vocab, chunk,
                            args.exclusions, sampler, scratch.chunks, unit);
     arrival = 1;
   }
@@ -263,20 +258,20 @@ int unmask(const UnmaskArgs& args, const Workspace& workspace, void* stream) {
     DPARALLEL_LAUNCH(empty_batch_kernel, 1u, 1, stream, args.done);
     return static_cast<int>(cudaGetLastError());
   }
-  const auto chunks = static_cast<int>(scan_chunks(args.logits));
+  const ScanShape shape = ScanShape::of(args.logits, args.length);
   const UnmaskScratch scratch = UnmaskScratch::at(workspace.scratch, args);
-  const unsigned grid = static_cast<unsigned>(args.count * chunks + args.batch);
+  const unsigned grid = static_cast<unsigned>(args.count * shape.chunks.divisor + args.batch);
   return dispatch(args.logits.dtype, [&](auto type) {
     using T = decltype(type);
     if (args.sampling.filters() && args.count > 0)
       DPARALLEL_LAUNCH((unmask_nucleus_kernel<T>), static_cast<unsigned>(args.count), kThreads,
-                       stream, args, scratch.chunks);
+                       stream, args, shape, scratch.chunks);
     if (args.sampling.samples())
-      DPARALLEL_LAUNCH((unmask_kernel<T, true>), grid, kThreads, stream, args, scratch,
-                       workspace.counters, chunks);
+      DPARALLEL_LAUNCH((unmask_kernel<T, true>), grid, kScanThreads, stream, args, shape, scratch,
+                       workspace.counters);
     else
-      DPARALLEL_LAUNCH((unmask_kernel<T, false>), grid, kThreads, stream, args, scratch,
-                       workspace.counters, chunks);
+      DPARALLEL_LAUNCH((unmask_kernel<T, false>), grid, kScanThreads, stream, args, shape, scratch,
+                       workspace.counters);
     return static_cast<int>(cudaGetLastError());
   });
 }

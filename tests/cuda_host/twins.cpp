@@ -308,6 +308,19 @@ void unmask_case() {
   args.done = &done_cuda;
   args.output = on_cuda.output();
   Memory memory(cuda::unmask_scratch(args), cuda::unmask_counters(args));
+  if (indexed && chance(0.3)) {  // positions that are wrong spoil no later call
+    std::vector<int64_t> wrong = positions;
+    for (auto& p : wrong) p = below(batch * length + 4) - 2;
+    std::vector<int64_t> spoiled = tokens;
+    std::vector<float> one;  // a position may be listed twice, but one row commits
+    for (int64_t b = 0; b < batch; ++b) one.insert(one.end(), {kSelectQuota, 1, 1, 1, 0});
+    UnmaskArgs bad = args;
+    bad.tokens = spoiled.data();
+    bad.positions = wrong.data();
+    bad.policy = one.data();
+    cuda::unmask(bad, memory.workspace(), nullptr);
+    memory.check();
+  }
   cuda::unmask(args, memory.workspace(), nullptr);
   memory.check();
   same(on_cuda.error, on_cpu.error, "error");

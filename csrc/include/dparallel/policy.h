@@ -54,7 +54,7 @@ struct Policy {
 
   // Whether the i + 1 best may commit, by the key of the last of them. Not for the entropy bound,
   // which needs the keys before it.
-  DP_HD bool reaches(int64_t i, float key) const {
+  DP_HD bool reaches(int32_t i, float key) const {
     switch (selector) {
       case kSelectConfidence:
       case kSelectMargin: return key >= threshold;
@@ -83,7 +83,7 @@ struct Policy {
       while (n < masked && preceding <= threshold) preceding += -sorted(n++);
     } else {
       for (int64_t i = 0; i < masked; ++i)
-        if (reaches(i, sorted(i))) n = i + 1;
+        if (reaches(static_cast<int32_t>(i), sorted(i))) n = i + 1;
     }
     return limit(n, masked);
   }
