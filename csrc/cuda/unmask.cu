@@ -24,16 +24,30 @@ struct Listed {
   int32_t masked;  // positions of its window, listed or not
 };
 
+// The needed rows of a sequence while they are settled, in shared memory if they fit: keys and
+// ranks, and what is written where if the row commits.
+struct Candidates {
+  Ranking ranking;
+  int32_t* columns;  // [n]
+  int32_t* choices;  // [n]
+
+  static constexpr int kBytes = Ranking::kBytes + 8;
+  static __device__ Candidates at(char* memory, int n) {
+    auto* columns = reinterpret_cast<int32_t*>(memory + n * Ranking::kBytes);
+    return {Ranking::at(memory, n), columns, columns + n};
+  }
+};
+
 struct UnmaskScratch {
   Scratch chunks;
   Listed* listed;    // [batch]
   int32_t* rows;     // [count]
   int32_t* columns;  // [count]
-  char* rankings;    // [count * Ranking::kBytes], for sequences that shared memory does not hold
+  char* candidates;  // [count * Candidates::kBytes], of sequences that shared memory does not hold
 
   static int64_t bytes(const UnmaskArgs& args) {
     return Scratch::bytes(args.count, scan_chunks(args.logits), args.sampling) +
-           args.batch * sizeof(Listed) + args.count * (8 + Ranking::kBytes);
+           args.batch * sizeof(Listed) + args.count * (8 + Candidates::kBytes);
   }
   static UnmaskScratch at(void* memory, const UnmaskArgs& args) {
     const int64_t chunks = scan_chunks(args.logits);
@@ -43,7 +57,7 @@ struct UnmaskScratch {
                                          Scratch::bytes(args.count, chunks, args.sampling));
     s.rows = reinterpret_cast<int32_t*>(s.listed + args.batch);
     s.columns = s.rows + args.count;
-    s.rankings = reinterpret_cast<char*>(s.columns + args.count);
+    s.candidates = reinterpret_cast<char*>(s.columns + args.count);
     return s;
   }
 };
@@ -135,11 +149,12 @@ __device__ __forceinline__ void settle(const UnmaskArgs& args, const UnmaskScrat
   const int32_t* columns = scratch.columns + listed.before;
   const float inverse = kSample ? 1.0f / args.sampling.temperature : 0.0f;
   const Policy policy = Policy::load(args.policy + b * kPolicyFields);
-  const Ranking ranking =
-      Ranking::at(n * Ranking::kBytes <= kScanBytes
-                      ? static_cast<void*>(memory.slots)
-                      : scratch.rankings + static_cast<int64_t>(listed.before) * Ranking::kBytes,
-                  n);
+  const Candidates candidates = Candidates::at(
+      n <= kScanBytes / Candidates::kBytes
+          ? reinterpret_cast<char*>(memory.slots)
+          : scratch.candidates + static_cast<int64_t>(listed.before) * Candidates::kBytes,
+      n);
+  const Ranking& ranking = candidates.ranking;
   if (threadIdx.x == 0) worst = INT32_MAX;
   __syncthreads();
   const auto report = [&](int column, RowError code) {
@@ -151,15 +166,17 @@ __device__ __forceinline__ void settle(const UnmaskArgs& args, const UnmaskScrat
 #pragma unroll 1
   for (int first = 0; first < n; first += at_once) {
     const int i = first + static_cast<int>(threadIdx.x) / lanes;
-    const int row = i < n ? __ldcg(rows + i) : 0;
+    const int row = i < n ? __ldcg(rows + i) : 0, column = i < n ? __ldcg(columns + i) : 0;
     RowResult result;
     const RowError error =
         finish_row<kSample>(scratch.chunks, row, i < n, chunks, lanes, inverse, result);
     if (i >= n || threadIdx.x % lanes != 0) continue;
-    if (error != kRowOk) report(__ldcg(columns + i), error);
+    if (error != kRowOk) report(column, error);
     write_row(args.output, row, args.count, result);
     const float* field = result.field;
     ranking.keys[i] = policy.key(field[kConfidence], field[kMargin], field[kEntropy]);
+    candidates.columns[i] = column;
+    candidates.choices[i] = static_cast<int32_t>(result.sample);
   }
   if (listed.masked != n) {  // name the first masked position that no row stands for
 #pragma unroll 1
@@ -177,8 +194,8 @@ __device__ __forceinline__ void settle(const UnmaskArgs& args, const UnmaskScrat
     committed = select_block(policy, ranking, n, n);
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < n; i += kScanThreads) {
-      if (ranking.ranks[i] >= committed) continue;
-      token_at(args, b, __ldcg(columns + i)) = args.output.tokens[args.count + __ldcg(rows + i)];
+      if (ranking.ranks[i] < committed)
+        token_at(args, b, candidates.columns[i]) = candidates.choices[i];
     }
   }
   const int remaining = listed.masked - committed;
