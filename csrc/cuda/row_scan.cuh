@@ -1,25 +1,27 @@
 // The scan of a row of logits: one block reads one chunk of 32 KB.
 //
-// Work: an element is widened, ranked (top two) and added to S = sum e and W = sum e (z - m). That
-// is about ten instructions, so that the issue rate and the memory's bandwidth are both near their
-// limits, and everything that is not the common case stays out of the loop:
-//  - The chunk is copied into shared memory asynchronously, each thread its own 8 vectors of 16
+// Work: an element is widened, ranked (top two) and added to S = sum e and W = sum e (z - m), with
+// e = exp(z - m). That takes 9.6 instructions of a bfloat16, and what a thread does before and
+// after its 128 elements about 2.7 more. So instructions and bandwidth are both near their limits,
+// and whatever is not the common case stays out of the loop:
+//  - The chunk is copied into shared memory asynchronously, each thread its own 16 vectors of 16
 //    bytes, all of them in flight at once, which costs no registers. A thread reads back only what
-//    it copied itself, so no barrier is needed, and it starts when its first vectors are there.
-//  - What is irregular is mended in shared memory, before the loop: the end of the row is filled up
+//    it copied itself, so no barrier is needed, and it begins when its first two vectors are there.
+//  - What is irregular is mended in shared memory before the loop: the end of the row is filled up
 //    with -inf, rows that are not aligned are copied by elements, suppressed ids become -inf, and
 //    so does the mask token, whose logit joins the sums of the block at the end.
-//  - The top two are kept without branches: second = max(second, min(first, z)), first = max(first,
-//    z), for 16-bit elements two at a time. The token's id is looked for once, in shared memory, by
+//  - The top two are kept without a branch: second = max(second, min(first, z)), first = max(first,
+//    z); 16-bit elements go two at a time. The token's id is looked for once, in shared memory, by
 //    the threads that hold the block's largest logit.
-//  - The sums move to a larger maximum once in 32 bytes, whether or not there is one.
-//  - Infinities are counted afterwards, by the threads that met one.
-// Which thread reads which id depends on the id alone, and every sum has a fixed order, so that a
-// row's result does not depend on its place in the batch or its alignment.
+//  - The sums move to a larger maximum once in two vectors, whether or not there is a larger one.
+//  - Infinities are counted after the loop, by the threads that met one.
+// Which thread reads which id depends on the id alone, and every sum has a fixed order, so a row's
+// result does not depend on its place in the batch or its alignment.
 //
-// 32 KB: a row of LLaDA's 126464 ids in bfloat16 is 8 chunks, 32 rows are 256 blocks, all resident
-// at once (kScanBlocksPerSm of them fit a multiprocessor's registers and shared memory), and many
-// rows keep at least 96 KB in flight on each. This is arithmetic, not yet a measurement.
+// Why 32 KB and 128 threads: a row of LLaDA's 126464 ids in bfloat16 is 8 chunks, and 32 rows are
+// 256 blocks, two for a multiprocessor, all resident at once. Of many rows six blocks are resident
+// (by shared memory; registers would allow seven), with up to 192 KB in flight. This is arithmetic:
+// neither number has been measured against others.
 #pragma once
 
 #include "mma.cuh"

@@ -54,7 +54,8 @@ int row_stats(const RowStatsArgs& args, const Workspace& workspace, void* stream
   const int64_t chunks = scan_chunks(args.logits);
   const ScanShape shape = ScanShape::of(args.logits, 1);
   const Scratch scratch = Scratch::at(workspace.scratch, args.count, chunks, args.sampling);
-  const unsigned grid = static_cast<unsigned>(args.count * chunks);
+  if (args.count * chunks > INT32_MAX) return 1;  // an invalid value
+  const auto grid = static_cast<unsigned>(args.count * chunks);
   return dispatch(args.logits.dtype, [&](auto type) {
     using T = decltype(type);
     if (args.sampling.filters())

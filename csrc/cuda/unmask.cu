@@ -277,7 +277,9 @@ int unmask(const UnmaskArgs& args, const Workspace& workspace, void* stream) {
   }
   const ScanShape shape = ScanShape::of(args.logits, args.length);
   const UnmaskScratch scratch = UnmaskScratch::at(workspace.scratch, args);
-  const unsigned grid = static_cast<unsigned>(args.count * shape.chunks.divisor + args.batch);
+  const int64_t blocks = args.count * shape.chunks.divisor + args.batch;
+  if (blocks > INT32_MAX || args.batch * args.length > INT32_MAX) return 1;  // an invalid value
+  const auto grid = static_cast<unsigned>(blocks);
   return dispatch(args.logits.dtype, [&](auto type) {
     using T = decltype(type);
     if (args.sampling.filters() && args.count > 0)
