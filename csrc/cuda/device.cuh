@@ -30,6 +30,12 @@ constexpr float kLog2e = 1.4426950408889634f;
 inline float max_nan(float a, float b) { return a != a || a > b ? a : b; }
 inline float min_nan(float a, float b) { return a != a || a < b ? a : b; }
 inline float exp2_fast(float x) { return exp2f(x); }
+inline int32_t add_acquire_release(int32_t* p, int32_t value) {
+  __threadfence();
+  const int32_t old = atomicAdd(p, value);
+  __threadfence();
+  return old;
+}
 #else
 // Maximum and minimum that keep NaN, and 2^x to 2 ulp without care for subnormals.
 __device__ __forceinline__ float max_nan(float a, float b) {
@@ -46,6 +52,17 @@ __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// Adds to a counter in global memory and returns what it was. What this thread wrote, or knows of
+// by a barrier, is visible to those who add later; what they wrote before is visible to it.
+__device__ __forceinline__ int32_t add_acquire_release(int32_t* p, int32_t value) {
+  int32_t old;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(__cvta_generic_to_global(p)), "r"(value)
+               : "memory");
+  return old;
 }
 #endif
 
@@ -84,6 +101,45 @@ struct Float64 {
   static __device__ __forceinline__ double narrow(double z) { return z; }
 };
 
+// The larger and the smaller of two pairs of T, lower and upper half each for itself. Of NaN and a
+// number the number.
+#if defined(DPARALLEL_CUDA_HOST)
+template <class T, class Choose>
+uint32_t choose_pair(uint32_t a, uint32_t b, Choose second) {
+  uint32_t chosen = 0;
+  for (const int shift : {0, 16}) {
+    const auto low = static_cast<uint16_t>(a >> shift), high = static_cast<uint16_t>(b >> shift);
+    const float x = T::value(low), y = T::value(high);
+    const bool other = x != x || (y == y && second(x, y));
+    chosen |= static_cast<uint32_t>(other ? high : low) << shift;
+  }
+  return chosen;
+}
+template <class T>
+uint32_t max_pair(uint32_t a, uint32_t b) {
+  return choose_pair<T>(a, b, [](float x, float y) { return y > x; });
+}
+template <class T>
+uint32_t min_pair(uint32_t a, uint32_t b) {
+  return choose_pair<T>(a, b, [](float x, float y) { return y < x; });
+}
+#else
+template <class T>
+__device__ __forceinline__ uint32_t max_pair(uint32_t a, uint32_t b) {
+  uint32_t c;
+  if constexpr (T::kBrain) asm("max.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  else asm("max.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+}
+template <class T>
+__device__ __forceinline__ uint32_t min_pair(uint32_t a, uint32_t b) {
+  uint32_t c;
+  if constexpr (T::kBrain) asm("min.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  else asm("min.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+}
+#endif
+
 // kWidth logits as stored. `aligned`: p is a multiple of 16 bytes. Each is read once, so past the
 // caches.
 template <class T>
@@ -121,16 +177,24 @@ __device__ __forceinline__ void store_stored(typename T::Storage* p,
   }
 }
 
+// Whether this block brings the counter to zero by adding `change`. What the others wrote before
+// they added is then visible. Called by every thread; the answer is the same for all.
+__device__ inline bool brings_to_zero(int32_t* counter, int32_t change) {
+  DPARALLEL_SHARED(zero, bool);
+  __syncthreads();  // every thread's writes come before thread 0's release
+  if (threadIdx.x == 0) zero = add_acquire_release(counter, change) + change == 0;
+  __syncthreads();
+  return zero;
+}
+
 // Whether this block is the last of `expected` to arrive; the counter is zero again when it is.
 // What the others wrote before arriving is then visible.
 __device__ inline bool last_to_arrive(int32_t* counter, int64_t expected) {
   DPARALLEL_SHARED(last, bool);
-  __syncthreads();  // every thread's writes come before thread 0's fence
+  __syncthreads();  // every thread's writes come before thread 0's release
   if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(counter, 1) == static_cast<int32_t>(expected - 1);
+    last = add_acquire_release(counter, 1) == static_cast<int32_t>(expected - 1);
     if (last) *counter = 0;
-    __threadfence();
   }
   __syncthreads();
   return last;

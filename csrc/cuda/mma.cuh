@@ -76,7 +76,19 @@ void widen_e4m3(uint32_t bytes, uint32_t& first, uint32_t& second) {
 inline void copy_async(void* to, const void* from, bool there) {
   cuda_host::copy_later(to, there ? from : nullptr);
 }
-inline void wait_for_copies() { cuda_host::finish_copies(); }
+template <int kBytes>
+void copy_async_beyond(void* to, const void* from) {
+  cuda_host::copy_later(static_cast<char*>(to) + kBytes, static_cast<const char*>(from) + kBytes);
+}
+inline void commit_copies() { cuda_host::commit_copies(); }
+inline void wait_for_copies() {
+  cuda_host::commit_copies();
+  cuda_host::finish_copies(0);
+}
+template <int kPending>
+void wait_for_copies() {
+  cuda_host::finish_copies(kPending);
+}
 
 #else
 
@@ -150,8 +162,25 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool ther
                "r"(there ? 16 : 0)
                : "memory");
 }
+// 16 bytes that are so many bytes beyond both: no address is computed.
+template <int kBytes>
+__device__ __forceinline__ void copy_async_beyond(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0+%2], [%1+%2], 16;" ::"r"(shared_address(to)),
+               "l"(from), "n"(kBytes)
+               : "memory");
+}
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// The copies that the thread has begun since it last committed, perhaps none, become a group. It
+// can wait for all but the last kPending groups.
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 #endif

@@ -1,22 +1,83 @@
-// One block reads one chunk of one row: every thread keeps a RowPart of its own logits, in
-// registers; then the block merges them in a fixed order. Which thread reads which id depends on
-// the id alone, so that a row's result does not depend on its place in the batch or its alignment.
+// The scan of a row of logits: one block reads one chunk of 32 KB.
+//
+// Work: an element is widened, ranked (top two) and added to S = sum e and W = sum e (z - m), with
+// e = exp(z - m). That takes 9.6 instructions of a bfloat16, and what a thread does before and
+// after its 128 elements about 2.7 more. So instructions and bandwidth are both near their limits,
+// and whatever is not the common case stays out of the loop:
+//  - The chunk is copied into shared memory asynchronously, each thread its own 16 vectors of 16
+//    bytes, all of them in flight at once, which costs no registers. A thread reads back only what
+//    it copied itself, so no barrier is needed, and it begins when its first two vectors are there.
+//  - What is irregular is mended in shared memory before the loop: the end of the row is filled up
+//    with -inf, rows that are not aligned are copied by elements, suppressed ids become -inf, and
+//    so does the mask token, whose logit joins the sums of the block at the end.
+//  - The top two are kept without a branch: second = max(second, min(first, z)), first = max(first,
+//    z); 16-bit elements go two at a time. The token's id is looked for once, in shared memory, by
+//    the threads that hold the block's largest logit.
+//  - The sums move to a larger maximum once in two vectors, whether or not there is a larger one.
+//  - Infinities are counted after the loop, by the threads that met one.
+// Which thread reads which id depends on the id alone, and every sum has a fixed order, so a row's
+// result does not depend on its place in the batch or its alignment.
+//
+// Why 32 KB and 128 threads: a row of LLaDA's 126464 ids in bfloat16 is 8 chunks, and 32 rows are
+// 256 blocks, two for a multiprocessor, all resident at once. Of many rows six blocks are resident
+// (by shared memory; registers would allow seven), with up to 192 KB in flight. This is arithmetic:
+// neither number has been measured against others.
 #pragma once
 
-#include "device.cuh"
+#include "mma.cuh"
+
+// after the header that knows the device
 #include "dparallel/launch.h"
 #include "dparallel/nucleus.h"
 #include "dparallel/philox.h"
 
 namespace dparallel::cuda {
 
+// Of the loss and of the search for a nucleus.
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBlocksPerSm = 2;    // at least: up to 128 registers a thread, so that nothing spills
-constexpr int64_t kChunk = 16384;  // ids per block: 8 blocks for a row of LLaDA's 126464
-constexpr float kLargestNoise = 22.9f;  // see gumbel(): -ln 2^-33
+constexpr int64_t kChunk = 16384;  // ids per block of the loss
 
 inline int64_t chunks_of(int64_t vocab) { return (vocab + kChunk - 1) / kChunk; }
+
+// Of the scan. What a thread does besides the loop costs as much as 30 elements, hence few threads.
+constexpr int kScanThreads = 128;
+constexpr int kScanWarps = kScanThreads / 32;
+constexpr int kSlots = 16;  // vectors of a thread
+constexpr int kGroup = 2;   // of them, between two moves of the maximum
+constexpr int kScanBlocksPerSm = 6;
+constexpr int kScanBytes = kSlots * kScanThreads * 16;
+
+inline int64_t scan_chunks(const Logits& logits) {
+  const int64_t ids = kScanBytes / element_size(logits.dtype);
+  return (logits.vocab + ids - 1) / ids;
+}
+
+// Divides 31 bits without a division: by a multiplication and a shift.
+struct Divisor {
+  uint32_t divisor, multiplier, shift;
+
+  static Divisor of(int64_t divisor) {
+    uint32_t bits = 0;
+    while ((int64_t{1} << bits) < divisor) ++bits;
+    const uint64_t power = uint64_t{1} << (31 + bits);
+    const uint64_t d = divisor > 0 ? divisor : 1;
+    return {static_cast<uint32_t>(d), static_cast<uint32_t>((power + d - 1) / d), 31 + bits};
+  }
+  __device__ uint32_t quotient(uint32_t n) const {
+    return static_cast<uint32_t>(static_cast<uint64_t>(n) * multiplier >> shift);
+  }
+};
+
+// What a launch of the scan divides by: units of the grid, positions, and rows of the logits.
+struct ScanShape {
+  Divisor chunks, length, inner_rows;
+
+  static ScanShape of(const Logits& logits, int64_t length) {
+    return {Divisor::of(scan_chunks(logits)), Divisor::of(length), Divisor::of(logits.inner_rows)};
+  }
+};
 
 struct Sampler {
   float inverse_temperature;
@@ -24,168 +85,381 @@ struct Sampler {
   Nucleus nucleus = Nucleus::all();
 };
 
-// Ids first_id ... first_id + W - 1 into the thread's parts.
-template <int W, bool kSample>
-__device__ __forceinline__ void accumulate(float (&z)[W], int64_t first_id, const Exclusions& ex,
-                                           RowPart& part, float& base, SamplePart& sample,
-                                           const Sampler& sampler) {
-  float top = -kInfinity;
-#pragma unroll
-  for (int i = 0; i < W; ++i) z[i] = min_nan(z[i], kLargest);
-  for (int64_t s = 0; s < ex.suppress_count; ++s) {
-    const int64_t at = ex.suppress[s] - first_id;
-#pragma unroll
-    for (int i = 0; i < W; ++i)
-      if (i == at) z[i] = -kInfinity;
+// What a block of the scan shares.
+struct ScanMemory {
+  uint4 slots[kSlots * kScanThreads];  // vector v of the chunk, by thread v % kScanThreads alone
+  float first[kScanWarps], second[kScanWarps], sum[kScanWarps], weighted[kScanWarps];
+  float mask;     // the logit of the mask token, where the chunk holds it
+  int32_t token;  // the lowest id of the largest logit
+};
+
+// The halves of two 16-bit elements.
+template <class T>
+__device__ __forceinline__ float low(uint32_t pair) {
+  return T::value(static_cast<uint16_t>(pair));
+}
+template <class T>
+__device__ __forceinline__ float high(uint32_t pair) {
+  if constexpr (T::kBrain) return from_bits(pair & 0xffff0000u);
+  else return T::value(static_cast<uint16_t>(pair >> 16));
+}
+
+// The two largest of what a thread has seen, as stored: for 16-bit elements, of the even and of the
+// odd ids. NaN is passed over.
+template <class T>
+struct TopTwo {
+  uint32_t first = minus_infinities(), second = minus_infinities();
+
+  static __device__ __forceinline__ uint32_t minus_infinities() {
+    return T::kBrain ? 0xff80ff80u : 0xfc00fc00u;
   }
-#pragma unroll
-  for (int i = 0; i < W; ++i) top = fmaxf(top, z[i]);  // ignores NaN
-  if (top > part.max) {
-    part.rescale(top);
-    base = top;
+  __device__ __forceinline__ void see(uint32_t pair) {
+    second = max_pair<T>(second, min_pair<T>(first, pair));
+    first = max_pair<T>(first, pair);
   }
-#pragma unroll
-  for (int i = 0; i < W; ++i) {
-    const float d = max_nan(z[i] - base, kExpFloor);
-    const float e = exp2_fast(d * kLog2e);
-    part.sum += e;
-    part.weighted += e * d;
+  __device__ __forceinline__ float largest() const { return fmaxf(low<T>(first), high<T>(first)); }
+  __device__ __forceinline__ float next() const {
+    return fmaxf(fmaxf(low<T>(second), high<T>(second)), fminf(low<T>(first), high<T>(first)));
   }
-  if (top > part.top2) {
-#pragma unroll
-    for (int i = 0; i < W; ++i)
-      if (z[i] > part.top2 && first_id + i != ex.mask_id)
-        part.rank(z[i], static_cast<int32_t>(first_id + i));
+};
+
+template <>
+struct TopTwo<Float32> {
+  float first = -kInfinity, second = -kInfinity;
+
+  __device__ __forceinline__ void see(uint32_t bits) {
+    const float z = from_bits(bits);
+    second = fmaxf(second, fminf(first, z));
+    first = fmaxf(first, z);
   }
-  if (!kSample) return;
-  const float inverse = sampler.inverse_temperature;
-  float highest = -kInfinity;  // of what may be drawn
-#pragma unroll
-  for (int i = 0; i < W; ++i) {
-    const int64_t id = first_id + i;
-    if (id == ex.mask_id || !sampler.nucleus.keeps(z[i], id)) z[i] = -kInfinity;
-    highest = fmaxf(highest, z[i]);
+  __device__ __forceinline__ float largest() const { return first; }
+  __device__ __forceinline__ float next() const { return second; }
+};
+
+// A chunk of a row: ids first ... first + count - 1.
+template <class T>
+struct Chunk {
+  using Storage = typename T::Storage;
+  static constexpr int kWidth = T::kWidth;
+  static constexpr int kIds = kScanBytes / static_cast<int>(sizeof(Storage));
+  static constexpr int kGroupIds = kGroup * kScanThreads * kWidth;
+
+  ScanMemory& memory;
+  int first, count;
+
+  __device__ Chunk(ScanMemory& memory, int64_t vocab, int chunk)
+      : memory(memory), first(chunk * kIds) {
+    const int left = static_cast<int>(vocab) - first;
+    count = left < kIds ? left : kIds;
   }
-  if (highest == -kInfinity) return;
-  if (highest > sample.max) sample.rescale(highest, inverse);
+  __device__ int groups() const { return (count + kGroupIds - 1) / kGroupIds; }
+
+  __device__ uint4& slot(int k) const { return memory.slots[k * kScanThreads + threadIdx.x]; }
+  __device__ Storage* elements() const { return reinterpret_cast<Storage*>(memory.slots); }
+  __device__ bool mine(uint32_t at) const {
+    return at < static_cast<uint32_t>(count) && at / kWidth % kScanThreads == threadIdx.x;
+  }
+  __device__ uint32_t place(int64_t id) const {  // at least `count` for ids of other chunks
+    return static_cast<uint32_t>(id) - static_cast<uint32_t>(first);
+  }
+
+  // The logits of vector k of the thread, which `top` sees.
+  __device__ __forceinline__ void read(int k, float (&z)[kWidth], TopTwo<T>& top) const {
+    const uint4 stored = slot(k);
+    const uint32_t words[4] = {stored.x, stored.y, stored.z, stored.w};
 #pragma unroll
-  for (int i = 0; i < W; ++i)
-    sample.sum += exp2_fast(max_nan((z[i] - sample.max) * inverse, kExpFloor) * kLog2e);
-  if (highest * inverse + kLargestNoise < sample.score) return;  // none of these can win
-#pragma unroll
-  for (int group = 0; group < W / 4; ++group) {
-    const Random4 random = philox(sampler.key, static_cast<uint32_t>(first_id / 4) + group);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int i = 4 * group + j;
-      const float score = z[i] * inverse + gumbel(random.word[j]);
-      if (score > sample.score) {
-        sample.score = score;
-        sample.logit = z[i];
-        sample.token = static_cast<int32_t>(first_id + i);
+    for (int i = 0; i < 4; ++i) {
+      top.see(words[i]);
+      if constexpr (kWidth == 8) {
+        z[2 * i] = low<T>(words[i]);
+        z[2 * i + 1] = high<T>(words[i]);
+      } else {
+        z[i] = from_bits(words[i]);
       }
     }
   }
-}
+
+  template <int k>
+  static __device__ __forceinline__ void copy_whole(uint4* to, const Storage* from) {
+    if constexpr (k < kSlots) {
+      copy_async_beyond<k * kScanThreads * 16>(to, from);
+      if constexpr (k % kGroup == kGroup - 1) commit_copies();
+      copy_whole<k + 1>(to, from);
+    }
+  }
+
+  // Begins to copy the thread's vectors of the row, a group of copies for each group of vectors,
+  // and mends them.
+  __device__ __forceinline__ void copy(const void* row, const Exclusions& ex) const {
+    constexpr int kStride = kScanThreads * kWidth;  // ids from a vector of the thread to its next
+    const int start = static_cast<int>(threadIdx.x) * kWidth;
+    const Storage* from = static_cast<const Storage*>(row) + first + start;
+    uint4* to = &slot(0);
+    const bool aligned = reinterpret_cast<uintptr_t>(row) % 16 == 0;
+    if (aligned && count == kIds) {
+      copy_whole<0>(to, from);
+    } else {
+#pragma unroll 1
+      for (int k = 0; k < kSlots; ++k, to += kScanThreads, from += kStride) {
+        const int left = count - start - k * kStride;
+        if (aligned && left >= kWidth) {
+          copy_async(to, from, true);
+        } else if (k < groups() * kGroup) {
+          Storage stored[kWidth];
+#pragma unroll
+          for (int i = 0; i < kWidth; ++i) stored[i] = i < left ? from[i] : T::narrow(-kInfinity);
+          memcpy(to, stored, sizeof stored);
+        }
+        if (k % kGroup == kGroup - 1) commit_copies();
+      }
+    }
+    const auto exclude = [&](uint32_t at) {
+      wait_for_copies();
+      const float z = T::value(elements()[at]);
+      elements()[at] = T::narrow(-kInfinity);
+      return z;
+    };
+    const int suppressed = static_cast<int>(ex.suppress_count);
+#pragma unroll 1
+    for (int s = 0; s < suppressed; ++s)
+      if (const uint32_t at = place(ex.suppress[s]); mine(at)) exclude(at);
+    if (const uint32_t at = place(ex.mask_id); mine(at)) memory.mask = exclude(at);
+  }
+
+  // The part of the chunk; valid in thread 0.
+  __device__ __forceinline__ RowPart scan(const Exclusions& ex) const {
+    constexpr float kLowest = -kLargest;
+    TopTwo<T> top;
+    float max = kLowest, sum = 0.0f, weighted = 0.0f;
+    int risen = 0;  // the group of the largest
+    const int n = groups();
+#pragma unroll 1
+    for (int g = 0; g < n; ++g) {
+      wait_for_copies<kSlots / kGroup - 1>();
+      float z[kGroup][kWidth];
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) read(g * kGroup + j, z[j], top);
+      const float to = fmaxf(max, top.largest());
+      if (to > max) risen = g;
+      const float moved = fmaxf(max - to, kExpFloor), scale = exp2_fast(moved * kLog2e);
+      weighted = scale * fmaf(sum, moved, weighted);
+      sum *= scale;
+      max = to;
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) {
+          const float d = max_nan(z[j][i] - max, kExpFloor), e = exp2_fast(d * kLog2e);
+          sum += e;
+          weighted = fmaf(e, d, weighted);
+        }
+      }
+      commit_copies();  // none, so that the wait above is for one group more each time
+    }
+    if (max > kLargest) {  // infinities share the probability evenly
+      max = kLargest;
+      sum = weighted = 0.0f;
+#pragma unroll 1
+      for (int i = 0; i < n * kGroup * kWidth; ++i) {
+        const int vector = i / kWidth * kScanThreads + static_cast<int>(threadIdx.x);
+        const float z = T::value(elements()[vector * kWidth + i % kWidth]);
+        sum += z >= kLargest ? 1.0f : z != z ? z : 0.0f;
+      }
+    }
+
+    const float own = clamp_logit(top.largest());
+    float best = own, second = clamp_logit(top.next());
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+      const float other = __shfl_xor_sync(kFullWarp, best, offset);
+      second = fmaxf(fmaxf(second, __shfl_xor_sync(kFullWarp, second, offset)), fminf(best, other));
+      best = fmaxf(best, other);
+    }
+    const int warp = threadIdx.x / 32;
+    if (threadIdx.x % 32 == 0) {
+      memory.first[warp] = best;
+      memory.second[warp] = second;
+    }
+    if (threadIdx.x == 0) memory.token = INT32_MAX;
+    __syncthreads();
+#pragma unroll
+    for (int w = 0; w < kScanWarps; ++w) best = fmaxf(best, memory.first[w]);
+    if (own == best && best > -kInfinity) {
+#pragma unroll 1
+      for (int k = risen * kGroup; k < n * kGroup; ++k) {
+        float z[kWidth];
+        widen<T>(slot(k), z);
+        int at = kWidth;
+#pragma unroll
+        for (int i = kWidth - 1; i >= 0; --i)
+          if (clamp_logit(z[i]) == best) at = i;
+        if (at == kWidth) continue;
+        const int vector = k * kScanThreads + static_cast<int>(threadIdx.x);
+        atomicMin(&memory.token, first + vector * kWidth + at);
+        break;
+      }
+    }
+    const float reference = fmaxf(best, kLowest);
+    const float moved = fmaxf(max - reference, kExpFloor), scale = exp2_fast(moved * kLog2e);
+    weighted = scale * fmaf(sum, moved, weighted);
+    sum *= scale;
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+      sum += __shfl_xor_sync(kFullWarp, sum, offset);
+      weighted += __shfl_xor_sync(kFullWarp, weighted, offset);
+    }
+    if (threadIdx.x % 32 == 0) {
+      memory.sum[warp] = sum;
+      memory.weighted[warp] = weighted;
+    }
+    __syncthreads();
+    RowPart part;
+    if (threadIdx.x != 0) return part;
+    part.max = reference;
+    part.top1 = memory.first[0];
+    part.top2 = memory.second[0];
+    part.sum = memory.sum[0];
+    part.weighted = memory.weighted[0];
+#pragma unroll
+    for (int w = 1; w < kScanWarps; ++w) {
+      part.top2 = fmaxf(fmaxf(part.top2, memory.second[w]), fminf(part.top1, memory.first[w]));
+      part.top1 = fmaxf(part.top1, memory.first[w]);
+      part.sum += memory.sum[w];
+      part.weighted += memory.weighted[w];
+    }
+    if (part.top1 > -kInfinity) part.token = memory.token;
+    const uint32_t mask = place(ex.mask_id);
+    if (mask < static_cast<uint32_t>(count)) part.add(memory.mask, 0, false);
+    return part;
+  }
+
+  // The sampled side, of what the nucleus keeps; each thread's own.
+  //
+  // An id can only win if its noise -ln(-ln(1 - v)), which is at most -ln v, lifts z / T above the
+  // best score so far, which the warp shares: if v <= e^(z / T - best). So the two logarithms are
+  // taken for few ids; `slack` is for the rounding of either side.
+  __device__ __forceinline__ SamplePart draw(const Sampler& sampler) const {
+    constexpr int kQuads = kWidth / 4, kShare = 4;
+    struct alignas(4 * sizeof(Storage)) Quad {
+      Storage z[4];
+    };
+    const float inverse = sampler.inverse_temperature;
+    SamplePart part;
+    float best = -kInfinity;
+    const int n = groups() * kGroup * kQuads;
+#pragma unroll 1
+    for (int q = 0; q < n; ++q) {
+      const int vector = q / kQuads * kScanThreads + static_cast<int>(threadIdx.x);
+      const int at = vector * kWidth + q % kQuads * 4;
+      const Quad stored = *reinterpret_cast<const Quad*>(elements() + at);
+      float z[4], highest = -kInfinity;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        z[i] = clamp_logit(T::value(stored.z[i]));
+        if (!sampler.nucleus.keeps(z[i], first + at + i)) z[i] = -kInfinity;
+        highest = fmaxf(highest, z[i]);
+      }
+      if (highest > -kInfinity) {
+        if (highest > part.max) part.rescale(highest, inverse);
+        const float top = part.max * inverse, slack = 1e-3f + 1e-6f * (fabsf(top) + fabsf(best));
+        const float reach = exp2_fast((top - best + slack) * kLog2e);
+        const Random4 random = philox(sampler.key, static_cast<uint32_t>(first + at) / 4);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float e = exp2_fast(fmaxf((z[i] - part.max) * inverse, kExpFloor) * kLog2e);
+          part.sum += e;
+          if (static_cast<float>(random.word[i]) * 0x1p-32f > e * reach) continue;
+          const float score = z[i] * inverse + gumbel(random.word[i]);
+          if (score > part.score) {
+            part.score = score;
+            part.logit = z[i];
+            part.token = first + at + i;
+          }
+        }
+      }
+      if (q % kShare == 0) {
+        best = part.score;
+#pragma unroll
+        for (int offset = 16; offset > 0; offset /= 2)
+          best = fmaxf(best, __shfl_xor_sync(kFullWarp, best, offset));
+      }
+    }
+    return part;
+  }
+};
 
 template <class Part>
-__device__ __forceinline__ Part shuffle_down(const Part& part, int offset) {
+__device__ __forceinline__ Part shuffle_xor(const Part& part, int offset) {
   static_assert(sizeof(Part) % 4 == 0, "");
   uint32_t words[sizeof(Part) / 4];
   memcpy(words, &part, sizeof part);
 #pragma unroll
-  for (auto& word : words) word = __shfl_down_sync(kFullWarp, word, offset);
+  for (auto& word : words) word = __shfl_xor_sync(kFullWarp, word, offset);
   Part other;
   memcpy(&other, words, sizeof other);
   return other;
 }
 
-// All of the block's parts, merged in the order of the threads; valid in thread 0.
+// The parts of `width` neighbouring lanes, a power of two, merged in an order that depends on the
+// width alone; the same for each of them, since merging is commutative to the bit.
 template <class Part, class Merge>
-__device__ __forceinline__ Part merge_block(Part part, Part (&shared)[kWarps], Merge merge) {
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const Part other = shuffle_down(part, offset);
-    if (threadIdx.x % (2 * offset) == 0) merge(part, other);
-  }
+__device__ __forceinline__ void merge_lanes(Part& part, int width, Merge merge) {
+#pragma unroll 1
+  for (int offset = 1; offset < width; offset *= 2) merge(part, shuffle_xor(part, offset));
+}
+
+// All of the block's parts, merged in a fixed order; valid in thread 0.
+template <class Part, int kParts, class Merge>
+__device__ __forceinline__ Part merge_block(Part part, Part (&shared)[kParts], Merge merge) {
+  merge_lanes(part, 32, merge);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = part;
   __syncthreads();
-  if (threadIdx.x == 0)
-    for (int warp = 1; warp < kWarps; ++warp) merge(part, shared[warp]);
+  if (threadIdx.x == 0) {
+#pragma unroll 1
+    for (int warp = 1; warp < kParts; ++warp) merge(part, shared[warp]);
+  }
   return part;
 }
 
-// The parts of chunk `chunk` of the row that starts at `row`; valid in thread 0.
-template <class T, bool kSample>
-__device__ void scan_chunk(const void* row, int64_t vocab, int64_t chunk, const Exclusions& ex,
-                           const Sampler& sampler, RowPart& part, SamplePart& sample) {
-  DPARALLEL_SHARED(shared_parts, RowPart[kWarps]);
-  DPARALLEL_SHARED(shared_samples, SamplePart[kWarps]);
-  constexpr int W = T::kWidth;
-  const auto* z = static_cast<const typename T::Storage*>(row);
-  const bool aligned = reinterpret_cast<uintptr_t>(row) % 16 == 0;
-  const int64_t begin = chunk * kChunk, end = begin + kChunk < vocab ? begin + kChunk : vocab;
-  const int64_t whole = begin + (end - begin) / W * W;
-  float base = 0.0f;  // part.max, once there is one
-  int64_t id = begin + static_cast<int64_t>(threadIdx.x) * W;
-  constexpr int64_t kStride = static_cast<int64_t>(kThreads) * W;
-  constexpr int kDeep = 4;  // loads in flight per thread
-  for (; id + (kDeep - 1) * kStride < whole; id += kDeep * kStride) {
-    uint4 stored[kDeep];
-#pragma unroll
-    for (int k = 0; k < kDeep; ++k) stored[k] = load_stored<T>(z + id + k * kStride, aligned);
-#pragma unroll
-    for (int k = 0; k < kDeep; ++k) {
-      float values[W];
-      widen<T>(stored[k], values);
-      accumulate<W, kSample>(values, id + k * kStride, ex, part, base, sample, sampler);
-    }
-  }
-  for (; id < whole; id += kStride) {
-    float values[W];
-    widen<T>(load_stored<T>(z + id, aligned), values);
-    accumulate<W, kSample>(values, id, ex, part, base, sample, sampler);
-  }
-  if (id == whole && whole < end) {  // the thread whose turn it is takes the short last vector
-    float values[W];
-#pragma unroll
-    for (int i = 0; i < W; ++i) values[i] = whole + i < end ? T::value(z[whole + i]) : -kInfinity;
-    accumulate<W, kSample>(values, whole, ex, part, base, sample, sampler);
-  }
-  part = merge_block(part, shared_parts, [](RowPart& a, const RowPart& b) { a.merge(b); });
-  if (kSample) {
-    const float inverse = sampler.inverse_temperature;
-    sample = merge_block(sample, shared_samples,
-                         [inverse](SamplePart& a, const SamplePart& b) { a.merge(b, inverse); });
-  }
-}
-
-// Parts of every chunk of every row; written by one block, read by another.
+// What blocks write of a row's chunks and another block reads.
 struct Scratch {
   RowPart* parts;       // [count, chunks]
   SamplePart* samples;  // [count, chunks], or null
   Nucleus* nuclei;      // [count], or null; by a launch before
-  float* keys;          // [count]; NaN: not to be selected
-  float* sorted;        // [count]
-  int32_t* ranks;       // [count]
 
   static int64_t bytes(int64_t count, int64_t chunks, const Sampling& sampling) {
     const int64_t per_chunk = sizeof(RowPart) + (sampling.samples() ? sizeof(SamplePart) : 0);
-    return count * (chunks * per_chunk + 12 + (sampling.filters() ? sizeof(Nucleus) : 0));
+    return count * (chunks * per_chunk + (sampling.filters() ? sizeof(Nucleus) : 0));
   }
   static Scratch at(void* memory, int64_t count, int64_t chunks, const Sampling& sampling) {
     Scratch s;
     s.parts = static_cast<RowPart*>(memory);
     s.samples = reinterpret_cast<SamplePart*>(s.parts + count * chunks);
     s.nuclei = reinterpret_cast<Nucleus*>(s.samples + (sampling.samples() ? count * chunks : 0));
-    s.keys = reinterpret_cast<float*>(s.nuclei + (sampling.filters() ? count : 0));
     if (!sampling.samples()) s.samples = nullptr;
     if (!sampling.filters()) s.nuclei = nullptr;
-    s.sorted = s.keys + count;
-    s.ranks = reinterpret_cast<int32_t*>(s.sorted + count);
     return s;
   }
 };
+
+// By a block: the chunk of the row that starts at `row`, into place `to` of the scratch.
+template <class T, bool kSample>
+__device__ __forceinline__ void scan_chunk(ScanMemory& memory, const void* row, int64_t vocab,
+                                           int chunk, const Exclusions& ex, const Sampler& sampler,
+                                           const Scratch& scratch, int64_t to) {
+  const Chunk<T> ids(memory, vocab, chunk);
+  ids.copy(row, ex);
+  const RowPart part = ids.scan(ex);
+  if (threadIdx.x == 0) scratch.parts[to] = part;
+  if constexpr (kSample) {
+    DPARALLEL_SHARED(shared, SamplePart[kScanWarps]);
+    const float inverse = sampler.inverse_temperature;
+    const SamplePart sample =
+        merge_block(ids.draw(sampler), shared,
+                    [inverse](SamplePart& a, const SamplePart& b) { a.merge(b, inverse); });
+    if (threadIdx.x == 0) scratch.samples[to] = sample;
+  }
+}
 
 // Another block's part: past the L1 cache.
 template <class Part>
@@ -199,42 +473,85 @@ __device__ __forceinline__ Part read_part(const Part* p) {
   return part;
 }
 
-// The row's result from its chunks, in order.
-__device__ inline RowError finish_row(const Scratch& scratch, int64_t row, int64_t chunks,
-                                      float inverse_temperature, RowResult& result) {
-  RowPart part = read_part(scratch.parts + row * chunks);
-  for (int64_t c = 1; c < chunks; ++c) part.merge(read_part(scratch.parts + row * chunks + c));
-  const RowError error = part.error();
-  if (error != kRowOk) return error;
-  if (scratch.samples == nullptr) {
-    result = finish(part);
-    return kRowOk;
+// How many lanes merge the chunks of a row: few, so that a block takes 32 rows at once.
+__device__ inline int lanes_of(int chunks) { return chunks < 2 ? 1 : chunks < 3 ? 2 : 4; }
+
+// Of the chunks of a row, parts [chunks], by whole warps: `lanes` neighbouring lanes give the same
+// row, or none (there: false), and all of them have its part. Each merges every so many chunks,
+// then they merge theirs, in an order that depends on the number of chunks alone.
+template <class Part, class Merge>
+__device__ __forceinline__ Part merge_chunks(const Part* parts, bool there, int chunks, int lanes,
+                                             Merge merge) {
+  Part part, next;
+  int c = static_cast<int>(threadIdx.x) % lanes, offset = 1;
+  if (there && c < chunks) next = read_part(parts + c);
+#pragma unroll 1
+  for (int left = chunks; left > 0 || offset < lanes;) {
+    Part other;
+    if (left > 0) {
+      left -= lanes;
+      other = next;
+      next = Part{};
+      c += lanes;
+      if (there && c < chunks) next = read_part(parts + c);  // on its way while we merge
+    } else {
+      other = shuffle_xor(part, offset);
+      offset *= 2;
+    }
+    merge(part, other);
   }
-  SamplePart sample = read_part(scratch.samples + row * chunks);
-  for (int64_t c = 1; c < chunks; ++c)
-    sample.merge(read_part(scratch.samples + row * chunks + c), inverse_temperature);
-  result = finish(part, sample, inverse_temperature);
-  return kRowOk;
+  return part;
 }
 
 __device__ inline void write_row(const RowOutput& out, int64_t row, int64_t count,
                                  const RowResult& result) {
-  out.tokens[row] = result.token;
-  out.tokens[count + row] = result.sample;
+  int64_t* token = out.tokens + row;
+  token[0] = result.token;
+  token[count] = result.sample;
+  float* field = out.fields + row;
 #pragma unroll
-  for (int f = 0; f < kRowFields; ++f) out.fields[f * count + row] = result.field[f];
+  for (int f = 0; f < kRowFields; ++f, field += count) *field = result.field[f];
 }
 
-__device__ inline void write_blank(const RowOutput& out, int64_t row, int64_t count) {
+// Of a row that has no statistics.
+__device__ inline RowResult blank_row() {
   RowResult blank;
   blank.token = blank.sample = -1;
 #pragma unroll
   for (int f = 0; f < kRowFields; ++f) blank.field[f] = from_bits(0x7fc00000u);  // NaN
-  write_row(out, row, count, blank);
+  return blank;
+}
+
+// The result of a row, blank where it has none, for each of the lanes that give it.
+template <bool kSample>
+__device__ __forceinline__ RowError finish_row(const Scratch& scratch, int64_t row, bool there,
+                                               int chunks, int lanes, float inverse_temperature,
+                                               RowResult& result) {
+  const RowPart part = merge_chunks(scratch.parts + row * chunks, there, chunks, lanes,
+                                    [](RowPart& a, const RowPart& b) { a.merge(b); });
+  result = blank_row();
+  if constexpr (kSample) {
+    const SamplePart sample =
+        merge_chunks(scratch.samples + row * chunks, there, chunks, lanes,
+                     [&](SamplePart& a, const SamplePart& b) { a.merge(b, inverse_temperature); });
+    if (part.error() == kRowOk) result = finish(part, sample, inverse_temperature);
+  } else {
+    if (part.error() == kRowOk) result = finish(part);
+  }
+  return part.error();
 }
 
 __device__ inline const void* row_pointer(const Logits& logits, int64_t row) {
   return static_cast<const char*>(logits.data) + logits.offset(row) * element_size(logits.dtype);
+}
+
+template <class T>
+__device__ __forceinline__ const void* scan_row(const Logits& logits, const ScanShape& shape,
+                                                int64_t row) {
+  const auto r = static_cast<uint32_t>(row), outer = shape.inner_rows.quotient(r);
+  const uint32_t inner = r - outer * shape.inner_rows.divisor;
+  return static_cast<const typename T::Storage*>(logits.data) +
+         (outer * logits.outer_stride + inner * logits.inner_stride);
 }
 
 }  // namespace dparallel::cuda

@@ -15,58 +15,58 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 }
 
 template <class T, bool kSample>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    row_stats_kernel(RowStatsArgs args, Scratch scratch, int32_t* counters, int64_t chunks) {
-  const int64_t i = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
+__global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
+    row_stats_kernel(RowStatsArgs args, ScanShape shape, Scratch scratch, int32_t* counters) {
+  DPARALLEL_SHARED(memory, ScanMemory);
+  const int chunks = static_cast<int>(shape.chunks.divisor);
+  const int i = static_cast<int>(shape.chunks.quotient(blockIdx.x));
+  const int chunk = static_cast<int>(blockIdx.x) - i * chunks;
   const int64_t row = args.rows ? args.rows[i] : i;
   Sampler sampler{};
-  if (kSample) {
+  if constexpr (kSample) {
     const int64_t* k = args.sampling.keys + 4 * i;
     sampler.inverse_temperature = 1.0f / args.sampling.temperature;
     sampler.key = {static_cast<uint64_t>(k[0]), static_cast<uint32_t>(k[1]),
                    static_cast<uint32_t>(k[2]), static_cast<uint32_t>(k[3])};
     if (scratch.nuclei != nullptr) sampler.nucleus = scratch.nuclei[i];
   }
-  RowPart part;
-  SamplePart sample;
-  scan_chunk<T, kSample>(row_pointer(args.logits, row), args.logits.vocab, chunk, args.exclusions,
-                         sampler, part, sample);
-  if (threadIdx.x == 0) {
-    scratch.parts[blockIdx.x] = part;
-    if (kSample) scratch.samples[blockIdx.x] = sample;
-  }
-  if (!last_to_arrive(counters + i, chunks) || threadIdx.x != 0) return;
+  scan_chunk<T, kSample>(memory, scan_row<T>(args.logits, shape, row), args.logits.vocab, chunk,
+                         args.exclusions, sampler, scratch, blockIdx.x);
+  if (!last_to_arrive(counters + i, chunks) || threadIdx.x >= 32) return;
   RowResult result;
-  const RowError error = finish_row(scratch, i, chunks, sampler.inverse_temperature, result);
+  const RowError error = finish_row<kSample>(scratch, i, true, chunks, lanes_of(chunks),
+                                             sampler.inverse_temperature, result);
+  if (threadIdx.x != 0) return;
   args.output.error[i] = error == kRowOk ? kNoError : encode_error(i, error);
-  if (error == kRowOk) write_row(args.output, i, args.count, result);
-  else write_blank(args.output, i, args.count);
+  write_row(args.output, i, args.count, result);
 }
 
 }  // namespace
 
 int64_t row_stats_scratch(const RowStatsArgs& args) {
-  return Scratch::bytes(args.count, chunks_of(args.logits.vocab), args.sampling);
+  return Scratch::bytes(args.count, scan_chunks(args.logits), args.sampling);
 }
 
 int64_t row_stats_counters(const RowStatsArgs& args) { return args.count; }
 
 int row_stats(const RowStatsArgs& args, const Workspace& workspace, void* stream) {
   if (args.count == 0) return 0;
-  const int64_t chunks = chunks_of(args.logits.vocab);
+  const int64_t chunks = scan_chunks(args.logits);
+  const ScanShape shape = ScanShape::of(args.logits, 1);
   const Scratch scratch = Scratch::at(workspace.scratch, args.count, chunks, args.sampling);
-  const unsigned grid = static_cast<unsigned>(args.count * chunks);
+  if (args.count * chunks > INT32_MAX) return 1;  // an invalid value
+  const auto grid = static_cast<unsigned>(args.count * chunks);
   return dispatch(args.logits.dtype, [&](auto type) {
     using T = decltype(type);
     if (args.sampling.filters())
       DPARALLEL_LAUNCH((row_nucleus_kernel<T>), static_cast<unsigned>(args.count), kThreads, stream,
                        args, scratch);
     if (args.sampling.samples())
-      DPARALLEL_LAUNCH((row_stats_kernel<T, true>), grid, kThreads, stream, args, scratch,
-                       workspace.counters, chunks);
+      DPARALLEL_LAUNCH((row_stats_kernel<T, true>), grid, kScanThreads, stream, args, shape,
+                       scratch, workspace.counters);
     else
-      DPARALLEL_LAUNCH((row_stats_kernel<T, false>), grid, kThreads, stream, args, scratch,
-                       workspace.counters, chunks);
+      DPARALLEL_LAUNCH((row_stats_kernel<T, false>), grid, kScanThreads, stream, args, shape,
+                       scratch, workspace.counters);
     return static_cast<int>(cudaGetLastError());
   });
 }

@@ -4,39 +4,40 @@
 namespace dparallel::cuda {
 namespace {
 
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    select_kernel(SelectArgs args, Scratch scratch) {
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * args.length;
+constexpr int kShared = 2048;  // keys of a sequence that shared memory holds
+
+__global__ void __launch_bounds__(kScanThreads)
+    select_kernel(SelectArgs args, void* scratch, bool in_shared) {
+  DPARALLEL_SHARED(memory, char[kShared * Ranking::kBytes]);
+  const int length = static_cast<int>(args.length);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * length;
   const Policy policy =
       Policy::load(args.policy + static_cast<int64_t>(blockIdx.x) * kPolicyFields);
-  float* keys = scratch.keys + first;
-  int32_t* ranks = scratch.ranks + first;
-  int64_t mine = 0;
-  for (int64_t l = threadIdx.x; l < args.length; l += kThreads) {
+  const Ranking ranking = Ranking::at(
+      in_shared ? memory : static_cast<char*>(scratch) + first * Ranking::kBytes, length);
+  int mine = 0;
+  for (int l = static_cast<int>(threadIdx.x); l < length; l += kScanThreads) {
     const int64_t at = first + l;
     const bool eligible = args.eligible[at];
     mine += eligible;
-    keys[l] = eligible ? policy.key(args.confidence[at], args.margin[at], args.entropy[at])
-                       : from_bits(0x7fc00000u);
+    ranking.keys[l] = eligible ? policy.key(args.confidence[at], args.margin[at], args.entropy[at])
+                               : from_bits(0x7fc00000u);
   }
-  const int64_t eligible = sum_block(mine);  // and a barrier: the keys are there
-  const int64_t n =
-      select_block(policy, keys, scratch.sorted + first, ranks, args.length, eligible);
-  for (int64_t l = threadIdx.x; l < args.length; l += kThreads)
-    args.commit[first + l] = keys[l] == keys[l] && ranks[l] < n;
+  const int n = select_block(policy, ranking, length, sum_block(mine));
+  for (int l = static_cast<int>(threadIdx.x); l < length; l += kScanThreads)
+    args.commit[first + l] = ranking.keys[l] == ranking.keys[l] && ranking.ranks[l] < n;
 }
 
 }  // namespace
 
 int64_t select_scratch(const SelectArgs& args) {
-  return Scratch::bytes(args.batch * args.length, 0, Sampling{});
+  return args.length <= kShared ? 0 : args.batch * args.length * Ranking::kBytes;
 }
 
 int select(const SelectArgs& args, const Workspace& workspace, void* stream) {
   if (args.batch == 0 || args.length == 0) return 0;
-  const Scratch scratch = Scratch::at(workspace.scratch, args.batch * args.length, 0, Sampling{});
-  DPARALLEL_LAUNCH(select_kernel, static_cast<unsigned>(args.batch), kThreads, stream, args,
-                   scratch);
+  DPARALLEL_LAUNCH(select_kernel, static_cast<unsigned>(args.batch), kScanThreads, stream, args,
+                   workspace.scratch, args.length <= kShared);
   return static_cast<int>(cudaGetLastError());
 }
 

@@ -1,211 +1,296 @@
 // unmask: statistics, selection and commit in one launch.
 //
-// Blocks [0, rows * chunks) read a chunk of a row each, if the row is masked and in its sequence's
-// window; the others leave at once. One more block per sequence only counts. The last of a
-// sequence's blocks to arrive merges the chunks, selects and commits; the last sequence to finish
-// sets the done flag. Every counter is zero again at the end.
+// Blocks [0, batch): one for each sequence lists the rows that it needs (masked, in its window).
+// The others read a chunk of a row each, if the row is needed, else they leave at once. The last of
+// a sequence's blocks to arrive merges the chunks, selects and commits.
+//
+// Who is last: a sequence's counter is zero between launches. Each block that has read a chunk adds
+// 1, the one that lists takes away as many as there must be, and whoever brings it back to zero is
+// last. So nobody but the lister has to count, it does so while the others wait for their logits,
+// and the counter is zero again whatever the arguments are: the listed rows and those that are read
+// are the same rows by the same test, in any order and with repetitions.
+//
+// The tail after the scan is a chain of latencies: arrival, the list, the parts (8 lanes a row,
+// merged by shuffles), ranks in shared memory, commit.
 #include "nucleus.cuh"
 #include "select.cuh"
 
 namespace dparallel::cuda {
 namespace {
 
-// counters: [batch] arrivals, then sequences finished, then sequences with masks left.
-struct Sequence {
-  const UnmaskArgs& args;
-  int64_t b;
-  int64_t first_row, end_row;  // its rows of the logits
-
-  __device__ int64_t position(int64_t row) const {
-    return args.positions ? args.positions[row] : row;
-  }
-
-  __device__ int64_t& token(int64_t column) const {
-    return args.tokens[b * args.token_stride_b + column * args.token_stride_l];
-  }
-
-  // Masked and in the window.
-  __device__ bool needs(int64_t column) const {
-    return column >= args.start[b] && column < args.end[b] &&
-           token(column) == args.exclusions.mask_id;
-  }
-  __device__ bool needs_row(int64_t row) const { return needs(position(row) - b * args.length); }
+// The rows that a sequence needs: rows[before], ..., ascending.
+struct Listed {
+  int32_t before, needed;
+  int32_t masked;  // positions of its window, listed or not
 };
 
-// The first of ascending positions [count] that is at least `value`.
-__device__ inline int64_t lower_bound(const int64_t* positions, int64_t count, int64_t value) {
-  int64_t low = 0, high = count;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (positions[middle] < value) low = middle + 1;
-    else high = middle;
+// The needed rows of a sequence while they are settled, in shared memory if they fit: keys and
+// ranks, and what is written where if the row commits.
+struct Candidates {
+  Ranking ranking;
+  int32_t* columns;  // [n]
+  int32_t* choices;  // [n]
+
+  static constexpr int kBytes = Ranking::kBytes + 8;
+  static __device__ Candidates at(char* memory, int n) {
+    auto* columns = reinterpret_cast<int32_t*>(memory + n * Ranking::kBytes);
+    return {Ranking::at(memory, n), columns, columns + n};
   }
-  return low;
+};
+
+struct UnmaskScratch {
+  Scratch chunks;
+  Listed* listed;    // [batch]
+  int32_t* rows;     // [count]
+  int32_t* columns;  // [count]
+  char* candidates;  // [count * Candidates::kBytes], of sequences that shared memory does not hold
+
+  static int64_t bytes(const UnmaskArgs& args) {
+    return Scratch::bytes(args.count, scan_chunks(args.logits), args.sampling) +
+           args.batch * sizeof(Listed) + args.count * (8 + Candidates::kBytes);
+  }
+  static UnmaskScratch at(void* memory, const UnmaskArgs& args) {
+    const int64_t chunks = scan_chunks(args.logits);
+    UnmaskScratch s;
+    s.chunks = Scratch::at(memory, args.count, chunks, args.sampling);
+    s.listed = reinterpret_cast<Listed*>(static_cast<char*>(memory) +
+                                         Scratch::bytes(args.count, chunks, args.sampling));
+    s.rows = reinterpret_cast<int32_t*>(s.listed + args.batch);
+    s.columns = s.rows + args.count;
+    s.candidates = reinterpret_cast<char*>(s.columns + args.count);
+    return s;
+  }
+};
+
+__device__ inline int64_t& token_at(const UnmaskArgs& args, int b, int column) {
+  return args.tokens[b * args.token_stride_b + column * args.token_stride_l];
 }
 
-__device__ inline Sequence sequence_of(const UnmaskArgs& args, int64_t b) {
-  if (args.positions == nullptr) return {args, b, b * args.length, (b + 1) * args.length};
-  return {args, b, lower_bound(args.positions, args.count, b * args.length),
-          lower_bound(args.positions, args.count, (b + 1) * args.length)};
+// Masked and in the window; any column.
+__device__ inline bool needs(const UnmaskArgs& args, int b, int64_t column) {
+  if (column < 0 || column >= args.length) return false;
+  const int64_t start = args.start[b], end = args.end[b];  // three loads at once
+  const int64_t token = token_at(args, b, static_cast<int>(column));
+  return (column >= start) & (column < end) & (token == args.exclusions.mask_id);
 }
 
-__device__ inline int64_t count_masked(const Sequence& s) {
-  int64_t mine = 0;
-  const int64_t end = s.args.end[s.b] < s.args.length ? s.args.end[s.b] : s.args.length;
-  const int64_t start = s.args.start[s.b] > 0 ? s.args.start[s.b] : 0;
-  for (int64_t column = start + threadIdx.x; column < end; column += kThreads)
-    mine += s.needs(column);
-  return sum_block(mine);
+// Where a row of the logits belongs.
+struct Place {
+  int b, column;
+  bool needed;
+};
+
+__device__ inline Place place_of(const UnmaskArgs& args, const ScanShape& shape, int row) {
+  const int64_t position = args.positions ? args.positions[row] : row;
+  if (position < 0 || position >= args.batch * args.length) return {0, 0, false};
+  const auto at = static_cast<uint32_t>(position);
+  const auto b = static_cast<int>(shape.length.quotient(at));
+  const int column = static_cast<int>(at) - b * static_cast<int>(shape.length.divisor);
+  return {b, column, needs(args, b, column)};
 }
 
-// How many of its rows are needed; the same for every block that asks before the sequence commits.
-__device__ inline int64_t count_needed(const Sequence& s) {
-  if (s.args.positions == nullptr) return count_masked(s);
-  int64_t mine = 0;
-  for (int64_t row = s.first_row + threadIdx.x; row < s.end_row; row += kThreads)
-    mine += s.needs_row(row);
-  return sum_block(mine);
+// By the block of a sequence.
+__device__ int list_rows(const UnmaskArgs& args, const UnmaskScratch& scratch, int b) {
+  DPARALLEL_SHARED(counts, int32_t[kScanWarps]);
+  const int64_t begin = b * args.length;
+  const int count = static_cast<int>(args.positions ? args.count : args.length);
+  int before = 0;
+  if (args.positions != nullptr && b > 0) {
+#pragma unroll 1
+    for (int row = static_cast<int>(threadIdx.x); row < count; row += kScanThreads)
+      before += args.positions[row] >= 0 && args.positions[row] < begin;
+    before = sum_block(before);
+  } else {
+    before = static_cast<int>(begin);
+  }
+  int needed = 0;
+#pragma unroll 1
+  for (int first = 0; first < count; first += kScanThreads) {
+    const int i = first + static_cast<int>(threadIdx.x);
+    const int64_t column = i >= count ? -1 : args.positions ? args.positions[i] - begin : i;
+    const bool mine = needs(args, b, column);
+    const unsigned lanes = __ballot_sync(kFullWarp, mine), lane = threadIdx.x % 32;
+    if (lane == 0) counts[threadIdx.x / 32] = __popc(lanes);
+    __syncthreads();
+    int at = before + needed + __popc(lanes & ((1u << lane) - 1));
+#pragma unroll
+    for (unsigned warp = 0; warp < kScanWarps; ++warp) {
+      if (warp < threadIdx.x / 32) at += counts[warp];
+      needed += counts[warp];
+    }
+    if (mine) {
+      scratch.rows[at] = static_cast<int32_t>(args.positions ? i : begin + i);
+      scratch.columns[at] = static_cast<int32_t>(column);
+    }
+    __syncthreads();
+  }
+  int masked = needed;
+  if (args.positions != nullptr) {
+    int mine = 0;
+    const int64_t start = args.start[b] > 0 ? args.start[b] : 0;
+    const int64_t end = args.end[b] < args.length ? args.end[b] : args.length;
+#pragma unroll 1
+    for (int64_t column = start + threadIdx.x; column < end; column += kScanThreads)
+      mine += token_at(args, b, static_cast<int>(column)) == args.exclusions.mask_id;
+    masked = sum_block(mine);
+  }
+  if (threadIdx.x == 0) scratch.listed[b] = {before, needed, masked};
+  return needed;
 }
 
 // By the last block of a sequence: chunks merged, policy applied, tokens committed.
-__device__ void settle(const Sequence& s, const Scratch& scratch, int64_t chunks, int64_t needed,
-                       int32_t* counters) {
-  DPARALLEL_SHARED(worst, long long);  // the lowest error
-  const UnmaskArgs& args = s.args;
-  const float inverse = args.sampling.samples() ? 1.0f / args.sampling.temperature : 0.0f;
-  const Policy policy = Policy::load(args.policy + s.b * kPolicyFields);
-  const int64_t masked = count_masked(s);
-  if (threadIdx.x == 0) worst = kNoError;
+template <bool kSample>
+__device__ __forceinline__ void settle(const UnmaskArgs& args, const UnmaskScratch& scratch, int b,
+                                       int chunks, int32_t* counters, ScanMemory& memory) {
+  DPARALLEL_SHARED(worst, int32_t);  // the lowest error, as if the sequence were the first
+  const Listed listed = read_part(scratch.listed + b);
+  const int n = listed.needed;
+  const int32_t* rows = scratch.rows + listed.before;
+  const int32_t* columns = scratch.columns + listed.before;
+  const float inverse = kSample ? 1.0f / args.sampling.temperature : 0.0f;
+  const Policy policy = Policy::load(args.policy + b * kPolicyFields);
+  const Candidates candidates = Candidates::at(
+      n <= kScanBytes / Candidates::kBytes
+          ? reinterpret_cast<char*>(memory.slots)
+          : scratch.candidates + static_cast<int64_t>(listed.before) * Candidates::kBytes,
+      n);
+  const Ranking& ranking = candidates.ranking;
+  if (threadIdx.x == 0) worst = INT32_MAX;
   __syncthreads();
-  const auto report = [&](int64_t position, RowError code) {
-    atomicMin(&worst, static_cast<long long>(encode_error(position, code)));
+  const auto report = [&](int column, RowError code) {
+    atomicMin(&worst, static_cast<int32_t>(encode_error(column, code)));
   };
-  for (int64_t row = s.first_row + threadIdx.x; row < s.end_row; row += kThreads) {
-    scratch.keys[row] = from_bits(0x7fc00000u);
-    if (!s.needs_row(row)) {
-      write_blank(args.output, row, args.count);
-      continue;
-    }
+  const int lanes = lanes_of(chunks), at_once = lanes == 1   ? kScanThreads
+                                                : lanes == 2 ? kScanThreads / 2
+                                                             : kScanThreads / 4;
+#pragma unroll 1
+  for (int first = 0; first < n; first += at_once) {
+    const int i = first + static_cast<int>(threadIdx.x) / lanes;
+    const int row = i < n ? __ldcg(rows + i) : 0, column = i < n ? __ldcg(columns + i) : 0;
     RowResult result;
-    const RowError error = finish_row(scratch, row, chunks, inverse, result);
-    if (error != kRowOk) {
-      write_blank(args.output, row, args.count);
-      report(s.position(row), error);
-      continue;
-    }
+    const RowError error =
+        finish_row<kSample>(scratch.chunks, row, i < n, chunks, lanes, inverse, result);
+    if (i >= n || threadIdx.x % lanes != 0) continue;
+    if (error != kRowOk) report(column, error);
     write_row(args.output, row, args.count, result);
     const float* field = result.field;
-    scratch.keys[row] = policy.key(field[kConfidence], field[kMargin], field[kEntropy]);
+    ranking.keys[i] = policy.key(field[kConfidence], field[kMargin], field[kEntropy]);
+    candidates.columns[i] = column;
+    candidates.choices[i] = static_cast<int32_t>(result.sample);
   }
-  if (masked != needed) {  // name the first masked position that is not listed
-    for (int64_t column = threadIdx.x; column < args.length; column += kThreads) {
-      const int64_t at = s.b * args.length + column;
-      const int64_t row = lower_bound(args.positions, args.count, at);
-      if (s.needs(column) && (row == args.count || args.positions[row] != at))
-        report(at, kRowMissing);
+  if (listed.masked != n) {  // name the first masked position that no row stands for
+#pragma unroll 1
+    for (int column = static_cast<int>(threadIdx.x); column < args.length; column += kScanThreads) {
+      if (!needs(args, b, column)) continue;
+      int i = 0;
+#pragma unroll 1
+      while (i < n && __ldcg(columns + i) != column) ++i;
+      if (i == n) report(column, kRowMissing);
     }
   }
   __syncthreads();
-  int64_t committed = 0;
-  if (worst == kNoError) {
-    const int64_t first = s.first_row, n = s.end_row - s.first_row;
-    committed = select_block(policy, scratch.keys + first, scratch.sorted + first,
-                             scratch.ranks + first, n, needed);
-    for (int64_t row = first + threadIdx.x; row < s.end_row; row += kThreads)
-      if (scratch.keys[row] == scratch.keys[row] && scratch.ranks[row] < committed)
-        s.token(s.position(row) - s.b * args.length) = args.output.tokens[args.count + row];
+  int committed = 0;
+  if (worst == INT32_MAX) {
+    committed = select_block(policy, ranking, n, n);
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < n; i += kScanThreads) {
+      if (ranking.ranks[i] < committed)
+        token_at(args, b, candidates.columns[i]) = candidates.choices[i];
+    }
   }
-  if (threadIdx.x != 0) return;
-  args.output.error[s.b] = worst;
-  args.committed[s.b] = committed;
-  args.remaining[s.b] = masked - committed;
-  int32_t* finished = counters + args.batch;
-  int32_t* unfinished = finished + 1;
-  if (masked != committed) atomicAdd(unfinished, 1);
-  __threadfence();
-  if (atomicAdd(finished, 1) == static_cast<int32_t>(args.batch - 1)) {
-    __threadfence();
-    *args.done = atomicAdd(unfinished, 0) == 0;
-    *unfinished = 0;
-    *finished = 0;
+  const int remaining = listed.masked - committed;
+  if (threadIdx.x == 0) {
+    args.output.error[b] = worst == INT32_MAX ? kNoError : 4 * b * args.length + worst;
+    args.committed[b] = committed;
+    args.remaining[b] = remaining;
   }
+  bool done = remaining == 0;
+  if (args.batch > 1) {
+    if (!last_to_arrive(counters + args.batch, args.batch)) return;
+    int left = 0;
+#pragma unroll 1
+    for (int64_t i = threadIdx.x; i < args.batch; i += kScanThreads)
+      left += __ldcg(args.remaining + i) != 0;
+    done = sum_block(left) == 0;
+  }
+  if (threadIdx.x == 0) *args.done = done;
 }
 
 // One block per row of the logits: what may be sampled of it, where it is needed.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    unmask_nucleus_kernel(UnmaskArgs args, Scratch scratch) {
-  const int64_t row = blockIdx.x;
-  const int64_t position = args.positions ? args.positions[row] : row;
-  if (!sequence_of(args, position / args.length).needs_row(row)) return;
+    unmask_nucleus_kernel(UnmaskArgs args, ScanShape shape, Scratch scratch) {
+  const int row = static_cast<int>(blockIdx.x);
+  if (!place_of(args, shape, row).needed) return;
   const Nucleus found = find_nucleus<T>(row_pointer(args.logits, row), args.logits.vocab,
                                         args.exclusions, args.sampling);
   if (threadIdx.x == 0) scratch.nuclei[row] = found;
 }
 
 template <class T, bool kSample>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    unmask_kernel(UnmaskArgs args, Scratch scratch, int32_t* counters, int64_t chunks) {
-  const int64_t row = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
-  const bool reads = row < args.count;
-  const int64_t position = !reads ? 0 : args.positions ? args.positions[row] : row;
-  const int64_t b =
-      reads ? position / args.length : static_cast<int64_t>(blockIdx.x) - args.count * chunks;
-  const Sequence s = sequence_of(args, b);
-  if (reads && !s.needs_row(row)) return;
-  const int64_t needed = count_needed(s);
-  if (reads) {
+__global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
+    unmask_kernel(UnmaskArgs args, ScanShape shape, UnmaskScratch scratch, int32_t* counters) {
+  DPARALLEL_SHARED(memory, ScanMemory);
+  const int chunks = static_cast<int>(shape.chunks.divisor);
+  int b = static_cast<int>(blockIdx.x), arrival;
+  if (b < args.batch) {
+    arrival = -list_rows(args, scratch, b) * chunks;
+  } else {
+    const unsigned unit = blockIdx.x - static_cast<unsigned>(args.batch);
+    const int row = static_cast<int>(shape.chunks.quotient(unit));
+    const int chunk = static_cast<int>(unit) - row * chunks;
+    const Place place = place_of(args, shape, row);
+    if (!place.needed) {
+      if (chunk == 0 && threadIdx.x == 0) write_row(args.output, row, args.count, blank_row());
+      return;
+    }
+    b = place.b;
     Sampler sampler{};
-    if (kSample) {
+    if constexpr (kSample) {
       const int64_t* k = args.sampling.keys + 3 * b;
-      const int64_t where = position % args.length + args.sampling.position_offset;
+      const int64_t where = place.column + args.sampling.position_offset;
       sampler.inverse_temperature = 1.0f / args.sampling.temperature;
       sampler.key = {static_cast<uint64_t>(k[0]), static_cast<uint32_t>(k[1]),
                      static_cast<uint32_t>(where), static_cast<uint32_t>(k[2])};
-      if (scratch.nuclei != nullptr) sampler.nucleus = scratch.nuclei[row];
+      if (scratch.chunks.nuclei != nullptr) sampler.nucleus = scratch.chunks.nuclei[row];
     }
-    RowPart part;
-    SamplePart sample;
-    scan_chunk<T, kSample>(row_pointer(args.logits, row), args.logits.vocab, chunk, args.exclusions,
-                           sampler, part, sample);
-    if (threadIdx.x == 0) {
-      scratch.parts[blockIdx.x] = part;
-      if (kSample) scratch.samples[blockIdx.x] = sample;
-    }
+    scan_chunk<T, kSample>(memory, scan_row<T>(args.logits, shape, row), args.logits.vocab, chunk,
+                           args.exclusions, sampler, scratch.chunks, unit);
+    arrival = 1;
   }
-  if (last_to_arrive(counters + b, needed * chunks + 1))
-    settle(s, scratch, chunks, needed, counters);
+  if (brings_to_zero(counters + b, arrival))
+    settle<kSample>(args, scratch, b, chunks, counters, memory);
 }
 
 __global__ void empty_batch_kernel(bool* done) { *done = true; }
 
 }  // namespace
 
-int64_t unmask_scratch(const UnmaskArgs& args) {
-  return Scratch::bytes(args.count, chunks_of(args.logits.vocab), args.sampling);
-}
+int64_t unmask_scratch(const UnmaskArgs& args) { return UnmaskScratch::bytes(args); }
 
-int64_t unmask_counters(const UnmaskArgs& args) { return args.batch + 2; }
+int64_t unmask_counters(const UnmaskArgs& args) { return args.batch + 1; }
 
 int unmask(const UnmaskArgs& args, const Workspace& workspace, void* stream) {
   if (args.batch == 0) {
     DPARALLEL_LAUNCH(empty_batch_kernel, 1u, 1, stream, args.done);
     return static_cast<int>(cudaGetLastError());
   }
-  const int64_t chunks = chunks_of(args.logits.vocab);
-  const Scratch scratch = Scratch::at(workspace.scratch, args.count, chunks, args.sampling);
-  const unsigned grid = static_cast<unsigned>(args.count * chunks + args.batch);
+  const ScanShape shape = ScanShape::of(args.logits, args.length);
+  const UnmaskScratch scratch = UnmaskScratch::at(workspace.scratch, args);
+  const int64_t blocks = args.count * shape.chunks.divisor + args.batch;
+  if (blocks > INT32_MAX || args.batch * args.length > INT32_MAX) return 1;  // an invalid value
+  const auto grid = static_cast<unsigned>(blocks);
   return dispatch(args.logits.dtype, [&](auto type) {
     using T = decltype(type);
     if (args.sampling.filters() && args.count > 0)
       DPARALLEL_LAUNCH((unmask_nucleus_kernel<T>), static_cast<unsigned>(args.count), kThreads,
-                       stream, args, scratch);
+                       stream, args, shape, scratch.chunks);
     if (args.sampling.samples())
-      DPARALLEL_LAUNCH((unmask_kernel<T, true>), grid, kThreads, stream, args, scratch,
-                       workspace.counters, chunks);
+      DPARALLEL_LAUNCH((unmask_kernel<T, true>), grid, kScanThreads, stream, args, shape, scratch,
+                       workspace.counters);
     else
-      DPARALLEL_LAUNCH((unmask_kernel<T, false>), grid, kThreads, stream, args, scratch,
-                       workspace.counters, chunks);
+      DPARALLEL_LAUNCH((unmask_kernel<T, false>), grid, kScanThreads, stream, args, shape, scratch,
+                       workspace.counters);
     return static_cast<int>(cudaGetLastError());
   });
 }

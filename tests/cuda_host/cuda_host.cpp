@@ -25,6 +25,7 @@ struct Fiber {
   unsigned barriers = 0, exchanges = 0, fences = 0;  // so far
   ThreadClock clock;
   std::vector<std::pair<void*, const void*>> copies;  // begun
+  std::vector<size_t> groups;                         // how many of them, of each group
 };
 
 struct Lane {
@@ -117,6 +118,7 @@ void start(Block& block, unsigned index, unsigned threads) {
     fiber.barriers = fiber.exchanges = fiber.fences = 0;
     fiber.clock = {};
     fiber.copies.clear();
+    fiber.groups.clear();
   }
 }
 
@@ -222,10 +224,20 @@ void copy_later(void* to, const void* from) {
   current->fibers[threadIdx.x].copies.emplace_back(to, from);
 }
 
-void finish_copies() {
-  auto& copies = current->fibers[threadIdx.x].copies;
-  for (const auto& [to, from] : copies) copy(to, from);
-  copies.clear();
+void commit_copies() {
+  Fiber& self = current->fibers[threadIdx.x];
+  size_t older = 0;
+  for (const size_t group : self.groups) older += group;
+  self.groups.push_back(self.copies.size() - older);
+}
+
+void finish_copies(unsigned pending) {
+  Fiber& self = current->fibers[threadIdx.x];
+  for (; self.groups.size() > pending; self.groups.erase(self.groups.begin())) {
+    const auto end = self.copies.begin() + static_cast<std::ptrdiff_t>(self.groups.front());
+    for (auto it = self.copies.begin(); it != end; ++it) copy(it->first, it->second);
+    self.copies.erase(self.copies.begin(), end);
+  }
 }
 
 void launch(unsigned grid, unsigned threads, const std::function<void()>& thread) {

@@ -49,7 +49,8 @@ void* shared_memory(const void* key, size_t bytes);  // of the calling block
 // 16 bytes, zeros where `from` is null, into shared memory, at once or when the calling thread
 // finishes its copies; until then what was there is lost.
 void copy_later(void* to, const void* from);
-void finish_copies();
+void commit_copies();                  // those begun since the last commit become a group
+void finish_copies(unsigned pending);  // of all groups but the last so many
 // An access to memory that other threads may see, about to be made; fails at a race. See races.h.
 void touch(const void* p, size_t bytes, bool writes);
 void fence();
@@ -116,6 +117,16 @@ T __shfl_xor_sync(unsigned mask, T value, int bits) {
   return cuda_host::shuffle(mask, value, threadIdx.x % 32 ^ static_cast<unsigned>(bits));
 }
 
+inline unsigned __ballot_sync(unsigned mask, bool value) {
+  if (mask != 0xffffffffu) cuda_host::fail("ballot with a partial mask");
+  const char* all = cuda_host::exchange(&value, sizeof value);
+  unsigned bits = 0;
+  for (unsigned lane = 0; lane < 32; ++lane)
+    bits |= static_cast<unsigned>(all[cuda_host::kLaneBytes * lane]) << lane;
+  return bits;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
 // Of one read-modify-write by nobody else in between; other threads may run before and after.
 template <class T, class Update>
 T atomic_update(T* p, Update update) {
@@ -132,4 +143,8 @@ T atomicAdd(T* p, T value) {
 template <class T>
 T atomicMin(T* p, T value) {
   return atomic_update(p, [=](T old) { return value < old ? value : old; });
+}
+template <class T>
+T atomicMax(T* p, T value) {
+  return atomic_update(p, [=](T old) { return value > old ? value : old; });
 }

@@ -218,7 +218,7 @@ std::vector<float> random_policy(int64_t batch) {
 }
 
 void select_case() {
-  const int64_t batch = below(4), length = one_of<int64_t>({0, 1, 5, 32, 256, 300});
+  const int64_t batch = below(4), length = one_of<int64_t>({0, 1, 5, 32, 256, 300, 2100});
   const auto size = static_cast<size_t>(batch * length);
   std::vector<float> statistics[3];
   for (auto& s : statistics) {
@@ -245,14 +245,16 @@ void select_case() {
 }
 
 void unmask_case() {
-  const int64_t batch = below(5), length = 1 + below(chance(0.1) ? 300 : 40);
-  int64_t vocab = random_vocab();
+  const bool many = chance(0.04);  // more rows of a sequence than shared memory holds
+  const int64_t batch = many ? 1 : below(5);
+  const int64_t length = many ? 1700 + below(100) : 1 + below(chance(0.1) ? 300 : 40);
+  int64_t vocab = many ? 1 + below(30) : random_vocab();
   if (batch * length * vocab > 4000000) vocab = 1 + below(3000);
   const int64_t mask_id = below(vocab), stride_l = 1 + below(3),
                 stride_b = length * stride_l + below(3);
   std::vector<int64_t> tokens(
       static_cast<size_t>(batch == 0 ? 0 : (batch - 1) * stride_b + (length - 1) * stride_l + 1));
-  for (auto& t : tokens) t = chance(0.7) ? mask_id : below(vocab);
+  for (auto& t : tokens) t = many || chance(0.7) ? mask_id : below(vocab);
   std::vector<int64_t> start(batch), end(batch), positions;
   for (int64_t b = 0; b < batch; ++b) {
     start[b] = below(length + 1);
@@ -308,6 +310,19 @@ void unmask_case() {
   args.done = &done_cuda;
   args.output = on_cuda.output();
   Memory memory(cuda::unmask_scratch(args), cuda::unmask_counters(args));
+  if (indexed && chance(0.3)) {  // positions that are wrong spoil no later call
+    std::vector<int64_t> wrong = positions;
+    for (auto& p : wrong) p = below(batch * length + 4) - 2;
+    std::vector<int64_t> spoiled = tokens;
+    std::vector<float> one;  // a position may be listed twice, but one row commits
+    for (int64_t b = 0; b < batch; ++b) one.insert(one.end(), {kSelectQuota, 1, 1, 1, 0});
+    UnmaskArgs bad = args;
+    bad.tokens = spoiled.data();
+    bad.positions = wrong.data();
+    bad.policy = one.data();
+    cuda::unmask(bad, memory.workspace(), nullptr);
+    memory.check();
+  }
   cuda::unmask(args, memory.workspace(), nullptr);
   memory.check();
   same(on_cuda.error, on_cpu.error, "error");

@@ -52,36 +52,40 @@ struct Policy {
     return score == kScoreConfidence ? confidence : score == kScoreMargin ? margin : -entropy;
   }
 
-  // How many of `masked` positions commit. sorted(i): the i-th best key, i in [0, masked).
-  template <class Sorted>
-  DP_HD int64_t count(int64_t masked, Sorted sorted) const {
-    int64_t n = 0;
+  // Whether the i + 1 best may commit, by the key of the last of them. Not for the entropy bound,
+  // which needs the keys before it.
+  DP_HD bool reaches(int32_t i, float key) const {
     switch (selector) {
       case kSelectConfidence:
-      case kSelectMargin:
-        while (n < masked && sorted(n) >= threshold) ++n;
-        break;
-      case kSelectEntropy:
-        while (n < masked && -sorted(n) <= threshold) ++n;
-        break;
-      case kSelectQuota:
-        n = threshold < static_cast<float>(masked) ? static_cast<int64_t>(threshold) : masked;
-        break;
+      case kSelectMargin: return key >= threshold;
+      case kSelectEntropy: return -key <= threshold;
+      case kSelectQuota: return static_cast<float>(i + 1) <= threshold;
       case kSelectFactor:  // the largest n with p_(n) >= 1 - f / (n + 1)
-        for (int64_t i = 0; i < masked; ++i)
-          if (sorted(i) >= 1.0f - threshold / static_cast<float>(i + 2)) n = i + 1;
-        break;
-      case kSelectEntropyBound: {  // preceding cumulative entropy <= gamma
-        float preceding = 0.0f;
-        while (n < masked && preceding <= threshold) preceding += -sorted(n++);
-        break;
-      }
-      default: break;
+        return key >= 1.0f - threshold / static_cast<float>(i + 2);
+      default: return false;
     }
+  }
+
+  // How many commit of `masked`, where the rule alone would commit n.
+  DP_HD int64_t limit(int64_t n, int64_t masked) const {
     if (n < min_commit) n = min_commit;
     if (n > max_commit) n = max_commit;
     if (n < 1) n = 1;
     return n < masked ? n : masked;
+  }
+
+  // How many of `masked` positions commit. sorted(i): the i-th best key, i in [0, masked).
+  template <class Sorted>
+  DP_HD int64_t count(int64_t masked, Sorted sorted) const {
+    int64_t n = 0;
+    if (selector == kSelectEntropyBound) {  // preceding cumulative entropy <= gamma
+      float preceding = 0.0f;
+      while (n < masked && preceding <= threshold) preceding += -sorted(n++);
+    } else {
+      for (int64_t i = 0; i < masked; ++i)
+        if (reaches(static_cast<int32_t>(i), sorted(i))) n = i + 1;
+    }
+    return limit(n, masked);
   }
 };
 
