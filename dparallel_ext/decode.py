@@ -264,6 +264,7 @@ def decode(
         for name in ("nfe", "generated", "kept", "length", "prompt", "published")
     ]
     nfe, generated, kept, lengths, prompt_lengths, published = numbers
+    batch.keep()
     out = DecodeOutput(x, nfe, batch.forwards, generated, kept, lengths, prompt_lengths, masked, published)
     if trajectory is not None:
         out.trajectory = trajectory if record else None

@@ -378,5 +378,8 @@ def test_forms_are_forgotten() -> None:
     assert recorder.taken == 1  # it was forgotten, so this pass ran as it is
     run(1000, 1)
     assert recorder.taken == 2
-    graphs.forget()
+    graphs.look([1])
     assert not graphs.forms
+    run(1000, 1)
+    graphs.look([1])
+    assert graphs.forms
