@@ -16,25 +16,28 @@ BYTES = 2**30
 """How much is kept for one model; beyond it what was not used for longest is dropped."""
 
 _lock = threading.Lock()
-_of_model: weakref.WeakKeyDictionary[Any, dict[Hashable, tuple[Any, int]]] = weakref.WeakKeyDictionary()
+_of_model: weakref.WeakKeyDictionary[Any, list[tuple[Hashable, Any, int]]] = weakref.WeakKeyDictionary()
+"""For each model: what is kept under which key, and its bytes; the least recently used first."""
 
 
 def take(model: Any, key: Hashable) -> Any | None:
-    """What was given under `key`, from now on the caller's alone; None where there is nothing."""
+    """What was given last under `key`, from now on the caller's alone; None where there is nothing."""
     with _lock:
-        found, _ = _of_model.get(model, {}).pop(key, (None, 0))
-        return found
+        things = _of_model.get(model, [])
+        for at in reversed(range(len(things))):
+            if things[at][0] == key:
+                return things.pop(at)[1]
+    return None
 
 
 def give(model: Any, key: Hashable, thing: Any, size: int) -> None:
     """Keep `thing`, of `size` bytes, until somebody takes it."""
     dropped = []  # freed when the lock is open again
     with _lock:
-        things = _of_model.setdefault(model, {})
-        dropped.append(things.pop(key, None))
-        things[key] = thing, size
-        while len(things) > LIMIT or sum(size for _, size in things.values()) > BYTES:
-            dropped.append(things.pop(next(iter(things))))
+        things = _of_model.setdefault(model, [])
+        things.append((key, thing, size))
+        while len(things) > LIMIT or sum(size for *_, size in things) > BYTES:
+            dropped.append(things.pop(0))
 
 
 def drop(model: Any) -> None:
