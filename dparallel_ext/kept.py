@@ -6,6 +6,7 @@ with it, and when the model moves or is trained.
 
 from __future__ import annotations
 
+import atexit
 import threading
 import weakref
 from collections.abc import Hashable
@@ -18,6 +19,8 @@ BYTES = 2**30
 _lock = threading.Lock()
 _of_model: weakref.WeakKeyDictionary[Any, list[tuple[Hashable, Any, int]]] = weakref.WeakKeyDictionary()
 """For each model: what is kept under which key, and its bytes; the least recently used first."""
+
+atexit.register(_of_model.clear)  # while the device still answers
 
 
 def take(model: Any, key: Hashable) -> Any | None:

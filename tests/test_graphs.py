@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 import dparallel_ext as dx
 from dparallel_ext import batch as batches
 from dparallel_ext import engine as engines
+from dparallel_ext import graphs as recording
 from dparallel_ext import kept, models, passes
 from dparallel_ext.graphs import LIMIT, CudaRecorder, Graphs
 
@@ -121,8 +122,10 @@ class TapeGraph:
 
 
 class TapeStream:
+    made = itertools.count()
+
     def __init__(self, device: Any = None) -> None:
-        self.device = device
+        self.device, self.cuda_stream = device, next(self.made) % 32
 
     def wait_stream(self, other: TapeStream) -> None:
         pass
@@ -664,6 +667,15 @@ def test_two_threads_decode_with_one_model(taped: list[Graphs]) -> None:
         assert all(torch.equal(found.pop(place), expected[place]) for place in (0, 1))
     assert len(taped) == 2
     assert sum(graphs.replays for graphs in taped) == 4 * 16 - 4
+
+
+def test_recorders_share_no_stream(taped: list[Graphs], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as torch has enough: it gives out the same ones again in turn."""
+    monkeypatch.setattr(recording, "_recorders", weakref.WeakSet())
+    made = [CudaRecorder(torch.device("cpu")) for _ in range(20)]
+    del made[1::2]
+    made += [CudaRecorder(torch.device("cpu")) for _ in range(22)]
+    assert len({recorder.stream.cuda_stream for recorder in made}) == 32
 
 
 @pytest.mark.parametrize("device", GPUS, indirect=True)
