@@ -271,6 +271,7 @@ class Errors:
 
     def __init__(self, device: torch.device) -> None:
         self.words = torch.full((self.KINDS,), NO_ERROR, device=device)
+        self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self.kinds: dict[tuple[Where, tuple[tuple[int, str], ...]], int] = {}
         """Places among the words."""
 
@@ -290,11 +291,16 @@ class Errors:
 
     def read(self) -> None:
         """Raise ValueError for the first kind that has an error; all words are as new. This waits."""
+        # Not the whole device: that is forbidden while anybody records.
+        here = None if self.stream is None else torch.cuda.current_stream(self.words.device)
+        if self.stream is not None and here is not None:
+            here.wait_stream(self.stream)
         found = self.words.tolist()
         if min(found) == NO_ERROR:
             return
         self.words.fill_(NO_ERROR)
-        _synchronize(self.words.device)  # whatever is launched next, on any stream
+        if self.stream is not None and here is not None:
+            self.stream.wait_stream(here)
         for (where, texts), at in self.kinds.items():
             explain(found[at], where, dict(texts))
 
@@ -308,13 +314,14 @@ _errors_lock = threading.Lock()
 def check_errors(device: torch.device | str | None = None) -> None:
     """Raise ValueError for a bad row that a CUDA op has met since the last call; this synchronises.
 
+    What a CUDA graph of yours found is told once its replay comes before this on the current stream.
+
     device: "cuda" is every GPU of this process, and None every device.
     """
     asked = None if device is None else torch.device(device)
     with _errors_lock, torch.inference_mode():
         for (of, _), errors in _errors.items():
             if asked is None or (of.type == asked.type and asked.index in (None, of.index)):
-                _synchronize(of)
                 errors.read()
 
 
@@ -352,11 +359,6 @@ def _waits(device: torch.device) -> bool:
 
 def stream_of(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _capturing(device: torch.device) -> bool:

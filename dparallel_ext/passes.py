@@ -188,8 +188,9 @@ class Workspace:
         size = of_layer * (s.layers if cached else 1)
         if not can_record(device) or not lanes or size > kept.BYTES:
             return None
+        precision = torch.backends.cuda.matmul.fp32_precision
         # Always used from one stream: whoever takes it comes after all that was done with it before.
-        key = device, stream_of(device), model.dtype, lanes, length, mask_id, cached
+        key = device, stream_of(device), model.dtype, precision, lanes, length, mask_id, cached
         found: Workspace | None = kept.take(model, key)
         if found is None:
             tokens = torch.empty((lanes, length), dtype=torch.int64, device=device)

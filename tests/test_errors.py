@@ -71,8 +71,7 @@ def test_more_kinds_than_words(waiting: None) -> None:
     dx.check_errors()
 
 
-def test_cuda_is_every_gpu(waiting: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_synchronize", lambda device: None)
+def test_cuda_is_every_gpu(waiting: None) -> None:
     gpus = [torch.device("cuda", index) for index in (0, 1)]
     for asked, index, raises in (("cuda", 1, True), ("cuda:1", 1, True), ("cuda:0", 1, False)):
         for gpu in gpus:
@@ -171,3 +170,9 @@ def test_recordings_of_a_user_share_no_counters(device: str) -> None:
     graphs[1].replay()
     with pytest.raises(ValueError, match="row 7 holds NaN"):
         dx.check_errors("cuda")
+    given[0][5, 3] = torch.nan
+    streams[0].wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(streams[0]):
+        dx.row_stats(given[0])
+    with pytest.raises(ValueError, match="row 5 holds NaN"):
+        dx.check_errors()  # of any stream
