@@ -19,8 +19,8 @@ from torch import Tensor
 from . import policies
 from .cache import KVCache, Span
 from .models import Model, traits
-from .ops import NO_ERROR, check_errors, explain
-from .passes import Passes, Policy, Work
+from .ops import check_errors
+from .passes import Passes, Policy, Work, Workspace
 from .rows import IDLE, Row, Settings, lay_out
 
 CACHES = ("none", "prefix", "dual", "block")
@@ -76,22 +76,40 @@ class Batch:
         if self.within:
             self.cache = cache = "block"
         self.rows = [IDLE] * lanes
-        self.tokens = torch.full((lanes, width), pad_id, dtype=torch.int64, device=device)
         self.forwards = 0
-        self.slots = slots
+        self._workspace: Workspace | None = None
         if slots is None and isinstance(model, Model):
-            self.slots = model.new_cache(lanes, width, kept=cache != "none")
+            cached = cache != "none"
+            if graphs and policy is None:
+                at = torch.device(device)
+                self._workspace = Workspace.take(model, lanes, width, mask_id, at, cached=cached)
+            slots = self._workspace.slots if self._workspace else model.new_cache(lanes, width, kept=cached)
+        if self._workspace is not None:
+            tokens = self._workspace.tokens.fill_(pad_id)
+        else:
+            tokens = torch.full((lanes, width), pad_id, dtype=torch.int64, device=device)
+        self.tokens = tokens[:, :width]  # of a workspace, the part that this batch needs
+        self.slots = slots
         self.passes = Passes(
             model,
-            self.tokens,
-            self.slots,
+            tokens,
+            slots,
             mask_id,
             shift=int(self.traits.shift),
             window=self.sub_block_length,
             block=block_length,
             policy=policy,
             graphs=graphs,
+            workspace=self._workspace,
         )
+
+    def keep(self) -> None:
+        """Let the next batch like this one replay what this one has recorded. This one is over: its
+        tensors belong to that one.
+        """
+        if self._workspace is not None:
+            self._workspace.give(self.model)
+            self._workspace = None
 
     def admit(
         self,
@@ -202,26 +220,22 @@ class Batch:
             coming = self._work(live)
             if all(work.spans for work in coming.values()):
                 self.passes.prepare(self.rows, coming)
-        numbers = torch.stack(results).tolist()
-        length = self.tokens.shape[1]
-        errors = (min(error for *_, error in lanes) for lanes in numbers)
-        explain(
-            next((error for error in errors if error != NO_ERROR), NO_ERROR),
-            lambda at: f"sequence {at // length} at position {at % length}",
-        )
+        seen = self.passes.look(results)
         if self.passes.policy is not None:
             check_errors(self.tokens.device)
-        last = zip(groups, numbers[-len(groups) :], strict=True)
+        last = zip(groups, seen[-len(groups) :], strict=True)
         found = {b: lanes[b] for group, lanes in last for b in group}
         finished = []
         for b in live:
             row = self.rows[b]
-            row.left, row.leftmost, _ = found[b]
+            start, end = row.block
+            block = found[b][: end - start]
+            row.left = block.count(self.mask_id)
+            row.leftmost = start + block.index(self.mask_id) if row.left else start
             if row.left or (b in wasteful and self.published):
                 continue
             # Published: one more pass where the full one completed the block; one that stores the block.
             row.published += b in wasteful or self.cache == "block"
-            start, end = row.block
             row.generated += row.held
             row.at += 1
             row.waiting = True

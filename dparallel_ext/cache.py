@@ -98,9 +98,9 @@ class KVCache:
     def plan(self, spans: Sequence[Span], fill: Fill = None) -> Pass:
         """The pass over `spans`, on the CPU.
 
-        fill: gives the number, at least its argument, that so many rows are filled up to, and likewise what
-            `longest_query` and `longest_length` are; with it, spans are filled up to a power of two. None:
-            nothing is filled up.
+        fill: gives the number, at least its argument, that so many rows are filled up to; with it, spans,
+            `longest_query` and `longest_length` (from 256 on) become powers of two, none beyond the slots.
+            None: nothing is filled up.
 
         Raises:
             ValueError: for a span of no sequence of the cache, or beyond its slots.
@@ -139,8 +139,15 @@ class KVCache:
             more = fill(total) - total
             rows, positions = F.pad(rows, (0, more)), F.pad(positions, (0, more))
             slots = F.pad(slots, (0, more), value=-1)
-            more = 2 ** (len(spans) - 1).bit_length() - len(spans)
+            more = _power_of_two(len(spans)) - len(spans)
             begin, end, visible = (F.pad(t, (0, more)) for t in (begin, end, visible))
             pages = F.pad(pages, (0, 0, 0, more))
-            longest_query, longest_length = fill(longest_query), min(fill(longest_length), self.length)
+            # They bound a launch's grid, whose blocks without work leave at once.
+            longest_query = _power_of_two(longest_query)
+            longest_length = min(max(256, _power_of_two(longest_length)), self.length)
         return Pass(longest_query, longest_length, rows, positions, slots, begin, end, visible, pages)
+
+
+def _power_of_two(count: int) -> int:
+    """The least that is not below `count`."""
+    return 1 << (count - 1).bit_length() if count > 0 else 0

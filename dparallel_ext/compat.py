@@ -196,7 +196,9 @@ def _generate(
         if remasking == "random":
             batch.passes.policy = _randomly(batch)
         run(batch)
-    return batch.tokens.clone(), batch.forwards
+    tokens = batch.tokens.clone()
+    batch.keep()
+    return tokens, batch.forwards
 
 
 def _mask_of(model: Any, mask_id: int | None) -> int:

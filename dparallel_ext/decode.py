@@ -167,7 +167,9 @@ def decode(
         batch_invariant: each sequence in passes of its own, so that it comes out to the bit as alone. In
             shared passes the matrix library may round the same row otherwise in another batch.
         graphs: on a GPU, passes of our models are recorded as CUDA graphs and replayed. The tokens are the
-            same without; nothing is recorded where a layer has hooks or adapters.
+            same without; nothing is recorded where a layer has hooks or adapters. Recordings stay with the
+            model for the next calls of about this length and batch size, at most four and 1 GB of keys and
+            values, until it is trained, moved or deleted.
         temperature: 0 is greedy; above it, tokens are Gumbel-max samples of softmax(logits / T).
         top_p, top_k: what may be sampled: the most probable ids (temperature first) before which at most
             `top_p` of the probability comes, and at most `top_k` of them. None, 1.0 and 0 leave nothing out.
@@ -264,6 +266,7 @@ def decode(
         for name in ("nfe", "generated", "kept", "length", "prompt", "published")
     ]
     nfe, generated, kept, lengths, prompt_lengths, published = numbers
+    batch.keep()
     out = DecodeOutput(x, nfe, batch.forwards, generated, kept, lengths, prompt_lengths, masked, published)
     if trajectory is not None:
         out.trajectory = trajectory if record else None

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Hashable, Iterator
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from .ops import own_recording
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +39,29 @@ class Recorder(Protocol):
         """How to replay compute(numbers), which is not run now, and where its result then lies."""
 
 
+_recording = threading.Lock()
+"""Held while a pass is recorded: the garbage collector is off then, for the whole process."""
+
+
+_recorders: weakref.WeakSet[CudaRecorder] = weakref.WeakSet()
+
+
+def can_record(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 class CudaRecorder:
     """Everything on one stream of its own, so that no two replays overlap, and from one pool of memory."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
+        others = {other.stream.cuda_stream for other in _recorders}
+        for _ in range(32):  # torch hands out so many in turn; what is launched on another's may be recorded
+            if self.stream.cuda_stream in others:
+                self.stream = torch.cuda.Stream(device)
+        _recorders.add(self)
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        """Those that use the pool."""
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -54,17 +75,21 @@ class CudaRecorder:
 
     def record(self, compute: Compute, numbers: Tensor) -> tuple[Callable[[], None], Tensor]:
         graph: Any = torch.cuda.CUDAGraph()
-        collecting = gc.isenabled()
-        gc.disable()  # what it frees could call CUDA in the midst of the recording
-        try:
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        with _recording, own_recording():
+            if not self._graphs:  # torch refuses a pool whose last graph is gone
+                self._pool = torch.cuda.graph_pool_handle()
+            collecting = gc.isenabled()
+            gc.disable()  # what it frees could call CUDA in the midst of the recording
             try:
-                result = compute(numbers)
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    result = compute(numbers)
+                finally:
+                    graph.capture_end()
             finally:
-                graph.capture_end()
-        finally:
-            if collecting:
-                gc.enable()
+                if collecting:
+                    gc.enable()
+        self._graphs.add(graph)
         return graph.replay, result
 
 
@@ -87,17 +112,28 @@ class Graphs:
         self.forms: dict[Hashable, Recorded | None] = {}
         """The least recently used first; None: met once."""
         self.replays = 0
+        self.addresses: Sequence[int] | None = None
+        """Where what the recordings read lies; None: nothing can be recorded."""
+
+    def look(self, addresses: Sequence[int] | None) -> None:
+        """Drop the recordings if what they read lies elsewhere now."""
+        if addresses != self.addresses:
+            self.addresses = addresses
+            self.forms.clear()
 
     def run(
         self, form: Hashable, numbers: Tensor, compute: Compute, *, device: torch.device, held: Any = None
     ) -> Tensor:
         """compute(numbers): `form` says all that the launches depend on beside the values of `numbers`.
 
-        numbers: (n,) int64 on the CPU. held: what must live as long as the recording.
+        form: None: run it as it is, in its turn. numbers: (n,) int64 on the CPU. held: what must live as long
+        as the recording.
         """
         if self.recorder is None:
             return compute(numbers.to(device, non_blocking=True))
         with self.recorder.turn():
+            if form is None:
+                return compute(numbers.to(device, non_blocking=True))
             met, found = form in self.forms, self.forms.pop(form, None)
             if met and found is None:
                 found = self._record(numbers.to(device, non_blocking=True), compute, held)
@@ -116,10 +152,11 @@ class Graphs:
         try:
             return Recorded(numbers, *self.recorder.record(compute, numbers), held)
         except Exception:  # of any cause: the same pass, run as it is, shows whether it is the pass's own
-            log.warning("a pass could not be recorded; passes run without CUDA graphs", exc_info=True)
+            log.warning(
+                "a pass could not be recorded; passes run without CUDA graphs. If CUDA broke it off, torch's "
+                "allocator may believe that the recording goes on, and then keeps what several streams have "
+                "used: start this process again before its GPU is full",
+                exc_info=True,
+            )
             self.recorder = None
             return None
-
-    def forget(self) -> None:
-        """Drop all recordings: what they read lies elsewhere now."""
-        self.forms.clear()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import _C  # noqa: F401  (registers the ops)
 from .arguments import whole
-from .ops import NO_ERROR, _report, _rows_view
+from .ops import NO_ERROR, _report, _rows_view, named_row
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -108,7 +108,7 @@ def certainty_forcing_loss(
         float(ce_temperature),
         inplace,
     )
-    _report(error, lambda at: f"row {at}", _errors(logits.shape[-1]))
+    _report(error, named_row, _errors(logits.shape[-1]))
     return _compose(nll, entropy, correct, labels.shape, active, entropy_weight, weight, gate, reduction)
 
 
@@ -202,7 +202,7 @@ def linear_certainty_forcing_loss(
         0.0 if softcap is None else float(softcap),
         chunk_rows,
     )
-    _report(error, lambda at: f"row {at}", _errors(len(lm_head_weight)))
+    _report(error, named_row, _errors(len(lm_head_weight)))
     return _compose(nll, entropy, correct, shape, flat, entropy_weight, weight, gate, reduction)
 
 

@@ -7,7 +7,10 @@ built, CUDA kernels, and fake kernels for torch.compile. Their float64 twins are
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,7 +91,7 @@ def row_stats(
         keys,
         _counters(logits, count),
     )
-    _report(error, lambda at: f"row {at}")
+    _report(error, named_row)
     return _stats(tokens, fields, shape)
 
 
@@ -231,39 +234,136 @@ def unmask_(
         _counters(logits, batch + 2),
     )
     if check:
-        _report(error, lambda at: f"sequence {at // length} at position {at % length + position_offset}")
+        _report(error, Cell(length, position_offset))
     return UnmaskOutput(committed, remaining, done, _stats(row_tokens, fields, stats_shape), error)
 
 
 # --- errors -------------------------------------------------------------------------------------
 
-_pending: dict[torch.device, list[tuple[Tensor, Any, dict[int, str]]]] = {}
+Where = Callable[[int], str]
+"""Names a flat position; hashable, and equal to one that names all positions alike."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Names a flat position of tokens (B, length), whose columns count from `offset`."""
+
+    length: int
+    offset: int = 0
+
+    def __call__(self, at: int) -> str:
+        return f"sequence {at // self.length} at position {at % self.length + self.offset}"
+
+
+def named_row(at: int) -> str:
+    return f"row {at}"
+
+
+class Errors:
+    """What the launches of one stream have found bad, on the device until it is read.
+
+    A word (an int64 on the device) for each kind of report, that is for each way to put it into words, holds
+    the first report's error since it was read, of several rows' the least. So a report costs three small
+    kernels and no memory.
+    """
+
+    KINDS = 64
+
+    def __init__(self, device: torch.device) -> None:
+        self.words = torch.full((self.KINDS,), NO_ERROR, device=device)
+        self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self.kinds: dict[tuple[Where, tuple[tuple[int, str], ...]], int] = {}
+        """Places among the words."""
+
+    def report(self, error: Tensor, where: Where, texts: Mapping[int, str]) -> None:
+        kind = where, tuple(texts.items())
+        at = self.kinds.get(kind)
+        if at is None:
+            if len(self.kinds) == self.KINDS:
+                if _capturing(error.device):
+                    return  # a recording cannot look, and keeps the words that it writes
+                self.read()
+                self.kinds.clear()
+            at = self.kinds[kind] = len(self.kinds)
+        word = self.words[at : at + 1]
+        # In training what follows the first error follows from it.
+        torch.where(word == NO_ERROR, error.amin(0, keepdim=True), word, out=word)
+
+    def read(self) -> None:
+        """Raise ValueError for the first kind that has an error; all words are as new. This waits."""
+        # Not the whole device: that is forbidden while anybody records.
+        here = None if self.stream is None else torch.cuda.current_stream(self.words.device)
+        if self.stream is not None and here is not None:
+            here.wait_stream(self.stream)
+        found = self.words.tolist()
+        if min(found) == NO_ERROR:
+            return
+        self.words.fill_(NO_ERROR)
+        if self.stream is not None and here is not None:
+            self.stream.wait_stream(here)
+        for (where, texts), at in self.kinds.items():
+            explain(found[at], where, dict(texts))
+
+
+_errors: dict[tuple[torch.device, int | None], Errors] = {}
+"""By device and stream. What is recorded has its own (stream None): it is replayed on any stream. That exists
+once something was launched that was not recorded, as it is where a recording is warmed up."""
+_errors_lock = threading.Lock()
 
 
 def check_errors(device: torch.device | str | None = None) -> None:
-    """Raise ValueError for a bad row that a CUDA op has met since the last call (this synchronises)."""
-    for key in [torch.device(device)] if device is not None else list(_pending):
-        for error, where, texts in _pending.pop(key, []):
-            explain(_worst(error), where, texts)
+    """Raise ValueError for a bad row that a CUDA op has met since the last call; this synchronises.
+
+    What a CUDA graph of yours found is told once its replay comes before this on the current stream.
+
+    device: "cuda" is every GPU of this process, and None every device.
+    """
+    asked = None if device is None else torch.device(device)
+    with _errors_lock, torch.inference_mode():
+        for (of, _), errors in _errors.items():
+            if asked is None or (of.type == asked.type and asked.index in (None, of.index)):
+                errors.read()
 
 
-def _report(error: Tensor, where: Any, texts: dict[int, str] = _ERRORS) -> None:
+def _report(error: Tensor, where: Where, texts: Mapping[int, str] = _ERRORS) -> None:
     if torch.compiler.is_compiling() or isinstance(error, torch._subclasses.FakeTensor):
         return
-    if error.device.type == "cpu":
-        explain(_worst(error), where, texts)
-    else:
-        _pending.setdefault(error.device, []).append((error, where, texts))
+    device = error.device
+    if not _waits(device):
+        explain(int(error.min()) if error.numel() else NO_ERROR, where, texts)
+    elif error.numel():
+        with _errors_lock, torch.inference_mode():
+            recorded = _capturing(device)
+            if not recorded:
+                for stream in (None, stream_of(device)):
+                    if (device, stream) not in _errors:
+                        _errors[device, stream] = Errors(device)
+            errors = _errors.get((device, None if recorded else stream_of(device)))
+            if errors is not None:
+                errors.report(error, where, texts)
 
 
-def explain(error: int, where: Callable[[int], str], texts: Mapping[int, str] = _ERRORS) -> None:
+def explain(error: int, where: Where, texts: Mapping[int, str] = _ERRORS) -> None:
     """Raise ValueError for an error that a kernel reports: 4 * flat position + code; not for NO_ERROR."""
     if error != NO_ERROR:
         raise ValueError(texts[error % 4].format(where(error // 4)))
 
 
-def _worst(errors: Tensor) -> int:
-    return int(errors.min()) if errors.numel() else NO_ERROR
+def _waits(device: torch.device) -> bool:
+    """Whether an error stays on the device until it is asked for, since a look would stop the host."""
+    return device.type != "cpu"
+
+
+# --- streams ------------------------------------------------------------------------------------
+
+
+def stream_of(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _capturing(device: torch.device) -> bool:
+    """Whether launches are recorded now, by whomever, and not run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 # --- arguments ----------------------------------------------------------------------------------
@@ -355,15 +455,37 @@ def _keys(like: Tensor, count: int, **parts: int | Tensor) -> Tensor:
 
 
 _counter_buffers: dict[tuple[torch.device, int], list[Tensor]] = {}
+_own_recording = threading.local()
+
+
+@contextmanager
+def own_recording() -> Iterator[None]:
+    """Within it, what is recorded uses the counters of the stream that it is recorded on.
+
+    For a recording that is replayed on that stream alone. What is recorded must have run there before, so
+    that the counters are there.
+    """
+    _own_recording.active = True
+    try:
+        yield
+    finally:
+        _own_recording.active = False
 
 
 def _counters(like: Tensor, needed: int) -> Tensor | None:
-    """int32 zeros for the CUDA kernels' last-block-done counters, which they leave zero again; one
-    buffer per stream, so that launches that may overlap never share one."""
+    """int32 zeros for the CUDA kernels' last-block-done counters, which they leave zero again.
+
+    There is one buffer per stream, so that launches that may overlap never share one. Launches that somebody
+    else records, or compiles, get zeros of their own: they may be replayed on any stream.
+    """
     if like.device.type != "cuda":
         return None
-    key = (like.device, torch.cuda.current_stream(like.device).cuda_stream)
-    buffers = _counter_buffers.setdefault(key, [])
+    own = not torch.compiler.is_compiling()
+    if own and _capturing(like.device):
+        own = getattr(_own_recording, "active", False)
+    if not own:
+        return torch.zeros(needed, dtype=torch.int32, device=like.device)
+    buffers = _counter_buffers.setdefault((like.device, stream_of(like.device)), [])
     if not buffers or buffers[-1].numel() < needed:
         size = max(4096, 2 * buffers[-1].numel() if buffers else 0, needed)
         # Those outgrown stay: CUDA graphs may hold their addresses.

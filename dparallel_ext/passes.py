@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import policies
+from . import kept, policies
 from .cache import Fill, KVCache, Pass, Span
-from .graphs import CudaRecorder, Graphs
+from .graphs import CudaRecorder, Graphs, can_record
 from .models import Model, own_precision
-from .ops import NO_ERROR, row_stats, select, unmask_
+from .ops import NO_ERROR, Cell, explain, row_stats, select, stream_of, unmask_
 from .packed import Shapes, pack, unpack
 from .rows import Row
 from .types import RowStats
@@ -55,12 +55,15 @@ class Trajectory:
         self.confidence[b] = self.logprob[b] = math.nan
 
     def responses(self, masked: Tensor) -> Trajectory:
-        """What it says of the positions `masked` (B, L) bool, a row for a sequence; blank beyond its end."""
+        """What it says of the positions `masked` (B, L) bool, a row for a sequence; blank beyond its end.
+
+        L may be less than what it is for.
+        """
         counts = masked.sum(1)
         inside = torch.arange(int(counts.max()) if len(counts) else 0, device=masked.device) < counts[:, None]
         made = Trajectory.blank(inside)
         for field in ("step", "confidence", "logprob"):
-            getattr(made, field)[inside] = getattr(self, field)[masked]
+            getattr(made, field)[inside] = getattr(self, field)[:, : masked.shape[1]][masked]
         return made
 
 
@@ -107,6 +110,11 @@ class Form(NamedTuple):
     def key(self) -> tuple[Any, ...]:
         return (*self[:4], tuple(way.key for way in self.ways))
 
+    @property
+    def rows(self) -> int:
+        """Of the packed tokens that the pass computes."""
+        return self.shapes[0][0]
+
 
 def fill_up(count: int, parts: int) -> int:
     """`count` or the next of 8, 16, 24, ... and then of `parts` numbers to every doubling; 0 stays 0."""
@@ -114,8 +122,86 @@ def fill_up(count: int, parts: int) -> int:
     return -(-count // size) * size
 
 
-FEW_FORMS = functools.partial(fill_up, parts=16)
 FEW_SIZES = functools.partial(fill_up, parts=4)
+
+RECORDED = 2**37
+"""Multiplications in a layer up to which a pass is recorded: 630 rows of LLaDA-8B, 2700 of a model of 1.7B.
+More keep a GPU busy for longer than the host needs to issue them (estimated: 0.45 ms a layer at 600 TFLOP/s
+against 0.2 ms), and a recording would hold as much memory again as the pass needs."""
+
+
+def recorded_rows(model: Any) -> int:
+    """Rows up to which a pass of the model is recorded."""
+    if not isinstance(model, Model):
+        return 0
+    s = model.shape
+    weights = s.width * (2 * (s.heads + s.kv_heads) * s.head_dim + 3 * s.mlp_width)  # of a layer
+    return RECORDED // weights
+
+
+def few_forms(count: int, recorded: int) -> int:
+    """What `count` rows are filled up to on a GPU: to four sizes a doubling as far as passes are recorded."""
+    filled = FEW_SIZES(count)
+    return filled if filled <= recorded else -(-count // 8) * 8
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Whether the host issues work for the device without waiting for what came before."""
+    return device.type != "cpu"
+
+
+@dataclass
+class Workspace:
+    """What recorded passes read and write, and the recordings. It can serve one batch after another."""
+
+    tokens: Tensor
+    """(lanes, L) int64"""
+    slots: KVCache | None
+    trajectory: Trajectory
+    """Of the sequences that want it, by column."""
+    graphs: Graphs | None
+    """None: nothing is recorded."""
+    suppressed: dict[tuple[int, ...], Tensor]
+    """For ids to suppress, ascending, the tensor that recorded passes read."""
+    key: Hashable = None
+    size: int = 0
+    """What it is kept under, and the bytes of its slots."""
+
+    @classmethod
+    def of(cls, tokens: Tensor, slots: KVCache | None, *, graphs: bool = False) -> Workspace:
+        """A fresh one; `graphs`: where the device has them."""
+        found = Graphs(CudaRecorder(tokens.device)) if graphs and can_record(tokens.device) else None
+        return cls(tokens, slots, Trajectory.blank(tokens), found, {})
+
+    @classmethod
+    def take(
+        cls, model: Model, lanes: int, width: int, mask_id: int, device: torch.device, *, cached: bool
+    ) -> Workspace | None:
+        """The one that an earlier batch of the model gave back, or a fresh one; None where it could not be
+        kept. It has at least `width` positions.
+
+        cached: whether keys and values outlive a pass. What else recorded passes depend on, their forms say.
+        """
+        s = model.shape
+        length = FEW_SIZES(width)
+        of_layer = 2 * lanes * s.kv_heads * length * s.head_dim * model.dtype.itemsize
+        size = of_layer * (s.layers if cached else 1)
+        if not can_record(device) or not lanes or size > kept.BYTES:
+            return None
+        precision = torch.backends.cuda.matmul.fp32_precision
+        # Always used from one stream: whoever takes it comes after all that was done with it before.
+        key = device, stream_of(device), model.dtype, precision, lanes, length, mask_id, cached
+        found: Workspace | None = kept.take(model, key)
+        if found is None:
+            tokens = torch.empty((lanes, length), dtype=torch.int64, device=device)
+            found = cls.of(tokens, model.new_cache(lanes, length, kept=cached), graphs=True)
+            found.key, found.size = key, size
+        return found
+
+    def give(self, model: Model) -> None:
+        """Keep it for `take`; whoever gives it back does not use it any more."""
+        if self.graphs is not None and self.graphs.recorder is not None:
+            kept.give(model, self.key, self, self.size)
 
 
 class Passes:
@@ -128,6 +214,7 @@ class Passes:
         window, block: columns of the widest window that is usual, and of the widest block.
         policy: a function that decides instead of the policies of the sequences.
         graphs: on a GPU, passes of one form are recorded once and replayed, see `graphs`.
+        workspace: of those tokens and slots; default: a fresh one.
     """
 
     def __init__(
@@ -142,19 +229,19 @@ class Passes:
         block: int,
         policy: Policy | None = None,
         graphs: bool = True,
+        workspace: Workspace | None = None,
     ) -> None:
         self.model, self.tokens, self.slots, self.mask_id = model, tokens, slots, mask_id
         self.shift, self.policy = shift, policy
         self.window, self.block = (min(width, tokens.shape[1]) for width in (window, block))
-        self.trajectory = Trajectory.blank(tokens)
-        """Of the sequences that want it, by column; it lies where recorded passes write to."""
-        self.regular = tokens.device.type != "cpu"
+        if workspace is None:
+            workspace = Workspace.of(tokens, slots, graphs=graphs and isinstance(model, Model))
+        self.trajectory, self.graphs = workspace.trajectory, workspace.graphs
+        self._suppressed = workspace.suppressed
+        self.regular = runs_ahead(tokens.device)
         """Passes take few forms, which hang on nothing that the host would have to wait for."""
-        self.graphs: Graphs | None = None
-        if graphs and tokens.device.type == "cuda" and isinstance(model, Model):
-            self.graphs = Graphs(CudaRecorder(tokens.device))
-        self._addresses: Sequence[int] | None = None
-        self._suppressed: dict[tuple[int, ...], Tensor] = {}
+        self.recorded_rows = recorded_rows(model)
+        self._few_forms = functools.partial(few_forms, recorded=self.recorded_rows)
         self._prepared: tuple[tuple[Any, ...], tuple[Tensor, Form]] | None = None
 
     def suppress(self, ids: Tensor | None) -> Tensor | None:
@@ -180,20 +267,33 @@ class Passes:
     def run(self, rows: Sequence[Row], work: Mapping[int, Work]) -> Tensor:
         """One forward pass over the sequences of `work`, by their lanes in ascending order.
 
-        Returns (lanes, 3) int64: masks left in each active block, the column of the first, and the error that
-        kept a sequence from committing, see `ops.explain`.
+        Returns (lanes, block + 1) int64 on the device, what `look` reads.
         """
         if self.graphs is not None and any(rows[b].nfe == 0 for b in work):
-            self._look_again(self.graphs)
+            self.graphs.look(self.model.addresses())  # where a sequence begins, the model may have moved
         prepared, self._prepared = self._prepared, None
         if prepared is not None and prepared[0] == self._told(rows, work):
             numbers, form = prepared[1]
         else:
             numbers, form = self._numbers(rows, work)
         compute = functools.partial(self._compute, form, rows, work)
-        if self.graphs is None or self._addresses is None or self._exact:
+        if self.graphs is None or self.graphs.addresses is None or self._exact:
             return compute(numbers.to(self.tokens.device, non_blocking=True))
-        return self.graphs.run(form.key, numbers, compute, device=self.tokens.device, held=form)
+        key = form.key if form.rows <= self.recorded_rows else None
+        return self.graphs.run(key, numbers, compute, device=self.tokens.device, held=form)
+
+    def look(self, results: Sequence[Tensor]) -> list[list[list[int]]]:
+        """What `run` returned, on the host; this waits for the device.
+
+        For each pass and lane the tokens from the active block's first column on.
+
+        Raises ValueError for an error that kept a sequence from committing, of the first pass that has one.
+        """
+        found = torch.stack(list(results)).cpu()  # (passes, lanes, block + 1)
+        errors = found[..., -1].amin(1).tolist() if found.numel() else []
+        explain(next((error for error in errors if error != NO_ERROR), NO_ERROR), Cell(self.tokens.shape[1]))
+        tokens: list[list[list[int]]] = found[..., :-1].tolist()
+        return tokens
 
     def prepare(self, rows: Sequence[Row], work: Mapping[int, Work]) -> None:
         """Do what the host has to do for a pass that may come next."""
@@ -204,13 +304,6 @@ class Passes:
         each = [(r.nfe, r.policy, r.settings.key, r.settings.record, Way.of(r).key) for r in rows]
         return list(work.items()), each, self.slots and self.slots.changes
 
-    def _look_again(self, graphs: Graphs) -> None:
-        """Recordings of a model that has moved are dropped; looked at where a sequence begins."""
-        addresses = self.model.addresses()
-        if addresses != self._addresses:
-            self._addresses = addresses
-            graphs.forget()
-
     @property
     def _exact(self) -> bool:
         """Whether a pass is over no column beside the windows."""
@@ -220,7 +313,13 @@ class Passes:
         """All that the device has to be told, (n,) int64 on the CPU, and how it is to be read."""
         spans: list[Span] = []
         positions, sources, offset, length = [], [], 0, self.tokens.shape[1]
-        for b, own in work.items():
+        beside = self._beside(len(rows), work)
+        for b in sorted({*work, *beside}):
+            if b in beside:  # no window: what is listed is not read
+                positions.append(torch.arange(self.window) + b * length)
+                sources.append(torch.zeros(self.window, dtype=torch.int64))
+                continue
+            own = work[b]
             column = self._columns(b, *own.window)
             first, last = own.spans[0].start, own.spans[-1].end
             positions.append(column + b * length)
@@ -248,20 +347,31 @@ class Passes:
             return torch.tensor([of.get(b, (0, 0)) for b in lanes]).T  # (2, lanes)
 
         edges = [columns({b: work[b].window for b in group}) for group in ways.values()]
+        start, _ = columns({b: own.block for b, own in work.items()})
+        block = (start[:, None] + torch.arange(self.block)).clamp(max=length - 1)  # (lanes, block)
+        policy = torch.tensor([row.policy for row in rows], dtype=torch.float32).view(-1)
         numbers, shapes = pack(
             (
                 *plan,
                 source,
                 torch.cat(positions),
                 torch.stack(edges),
-                columns({b: own.block for b, own in work.items()}),
+                block + torch.arange(len(rows))[:, None] * length,
                 torch.tensor([(row.nfe + 1, *row.settings.key) for row in rows]).T,
-                torch.tensor([row.policy for row in rows], dtype=torch.float64).view(torch.int64),
+                F.pad(policy, (0, len(policy) % 2)).view(torch.int64),
             )
         )
         if self.tokens.device.type == "cuda":
             numbers = numbers.pin_memory()  # else its copy to the device may wait for the passes before
         return numbers, Form(shapes, *longest, record, tuple(Way.of(row) for row in first_of))
+
+    def _beside(self, lanes: int, work: Mapping[int, Work]) -> set[int]:
+        """Lanes beside those of `work`, whose logits are computed for nothing: so passes take few forms."""
+        if not self.regular or self._exact or not isinstance(self.model, Model):
+            return set()
+        sequences = self._few_forms(len(work) * self.window) // max(1, self.window)
+        idle = [b for b in range(lanes) if b not in work]
+        return set(idle[: max(0, sequences - len(work))])
 
     def _columns(self, b: int, start: int, end: int) -> Tensor:
         """Those whose logits are computed: on the CPU the masks in the window, else as many each time."""
@@ -280,7 +390,7 @@ class Passes:
         number of rows of 16-bit matrices that it has met, for ever (half a megabyte and half a millisecond).
         """
         if self.regular:
-            return FEW_FORMS
+            return self._few_forms
         return FEW_SIZES if self.model.dtype != torch.float32 else None
 
     def _compute(self, form: Form, rows: Sequence[Row], work: Mapping[int, Work], numbers: Tensor) -> Tensor:
@@ -294,7 +404,8 @@ class Passes:
         else:
             logits = self._foreign(work)[source]
         nfe, seed, sequence = keys.unbind(0)
-        error = torch.full_like(nfe, NO_ERROR)
+        policy = policy.view(torch.float32)[: 5 * len(nfe)].view(-1, 5)
+        errors: list[Tensor] = []
         masked, stats = self._masked(positions) if form.record else None, []
         if self.policy is not None:
             stats = [self._by_function(self.policy, rows, work, logits, positions, nfe, seed, sequence)]
@@ -306,7 +417,7 @@ class Passes:
                     mask_id=self.mask_id,
                     start=start,
                     end=end,
-                    policy=policy.view(torch.float64).to(torch.float32),
+                    policy=policy,
                     positions=positions,
                     step=nfe,
                     temperature=way.temperature,
@@ -318,17 +429,11 @@ class Passes:
                     check=False,
                 )
                 stats.append(out.stats)
-                error = torch.minimum(error, out.error)
+                errors.append(out.error)
         if masked is not None:
             self._record(masked, positions, nfe, stats)
-        return torch.cat((self.masks(*block.unbind(0)), error[:, None]), 1)
-
-    def masks(self, start: Tensor, end: Tensor) -> Tensor:
-        """(lanes, 2) int64: masks in columns [start, end), each (lanes,), and the column of the first."""
-        column = start[:, None] + torch.arange(self.block, device=start.device)
-        held = self.tokens.gather(1, column.clamp(max=self.tokens.shape[1] - 1))
-        masked = ((held == self.mask_id) & (column < end[:, None])).to(torch.int64)
-        return torch.stack((masked.sum(1), masked.argmax(1) + start), 1)
+        error = functools.reduce(torch.minimum, errors) if errors else torch.full_like(nfe, NO_ERROR)
+        return torch.cat((self.tokens.view(-1)[block], error[:, None]), 1)
 
     def _foreign(self, work: Mapping[int, Work]) -> Tensor:
         """Of a model that knows no ragged batches: logits (B * L, V) of whole sequences of one length."""

@@ -2,20 +2,26 @@
 
 Without a GPU a `Tape` stands in for CUDA graphs: it keeps the operators that a pass dispatches, with the very
 tensors, and a replay runs them again on those, without any of the Python around them. So a number that was
-read on the host while recording stays what it was, as in a CUDA graph.
+read on the host while recording stays what it was, as in a CUDA graph. Everything else is the library's own.
 """
 
 from __future__ import annotations
 
+import collections
+import gc
+import itertools
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from conftest import GPUS
 from test_infill import fast_dllm
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,8 +29,10 @@ from torch.utils._pytree import tree_leaves
 
 import dparallel_ext as dx
 from dparallel_ext import batch as batches
-from dparallel_ext import models, passes
-from dparallel_ext.graphs import LIMIT, Graphs
+from dparallel_ext import engine as engines
+from dparallel_ext import graphs as recording
+from dparallel_ext import kept, models, passes
+from dparallel_ext.graphs import LIMIT, CudaRecorder, Graphs
 
 GOLDEN = Path(__file__).parent / "golden"
 aten = torch.ops.aten
@@ -47,15 +55,29 @@ class Tape(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.written: list[tuple[Tensor, Tensor]] = []
+        """Before each call, what it changes and a copy of it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         by_mask = func is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
         if (func in WAITS or by_mask) and not looks():
             raise RuntimeError(f"{func}: not permitted while recording")
+        for place, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = args[place] if place < len(args) else kwargs.get(argument.name)
+                if isinstance(given, Tensor):
+                    self.written.append((given, given.clone()))
         out = func(*args, **kwargs)
         self.calls.append((func, args, kwargs, out))
         return out
+
+    def put_back(self) -> None:
+        """As if nothing had run."""
+        for tensor, was in reversed(self.written):
+            tensor.copy_(was)
+        self.written.clear()
+        self.calls[-1][-1].fill_(-7)  # the result
 
     def replay(self) -> None:
         for func, args, kwargs, out in self.calls:
@@ -74,27 +96,40 @@ def looks() -> bool:
     return False
 
 
-class TapeRecorder:
-    """Recording on a tape runs the operators, so what they change is put back."""
+class TapeGraph:
+    """A `torch.cuda.CUDAGraph` on a tape, whose pools follow the rules of torch's allocator."""
 
-    def __init__(self, changed: Callable[[], list[Tensor]]) -> None:
-        self.changed, self.taken = changed, 0
+    pools: ClassVar[dict[int, int]] = {}
+    """How many graphs use each. One that no graph uses any more stays known, and is refused."""
 
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        with nullcontext():
-            yield
+    def capture_begin(self, pool: int, capture_error_mode: str) -> None:
+        assert capture_error_mode == "thread_local"
+        if not self.pools.get(pool, 1) > 0:
+            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
+        self.users, self.pool, self.tape = self.pools, pool, Tape()
+        self.users[pool] = self.users.get(pool, 0) + 1
+        self.tape.__enter__()
 
-    def record(self, compute: Any, numbers: Tensor) -> tuple[Callable[[], None], Tensor]:
-        before = [t.clone() for t in self.changed()]
-        tape = Tape()
-        with tape:
-            result = compute(numbers)
-        for t, was in zip(self.changed(), before, strict=True):
-            t.copy_(was)
-        result.fill_(-7)  # nothing has run yet
-        self.taken += 1
-        return tape.replay, result
+    def capture_end(self) -> None:
+        self.tape.__exit__(None, None, None)
+        self.tape.put_back()
+
+    def replay(self) -> None:
+        self.tape.replay()
+
+    def __del__(self) -> None:
+        if hasattr(self, "pool"):
+            self.users[self.pool] -= 1
+
+
+class TapeStream:
+    made = itertools.count()
+
+    def __init__(self, device: Any = None) -> None:
+        self.device, self.cuda_stream = device, next(self.made) % 32
+
+    def wait_stream(self, other: TapeStream) -> None:
+        pass
 
 
 @pytest.fixture
@@ -102,18 +137,30 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> list[Graphs]:
     """Batches on the CPU whose passes take the forms they have on a GPU, and are recorded."""
     made: list[Graphs] = []
 
-    class Recorded(passes.Passes):
-        def __init__(self, *args: Any, graphs: bool = True, **settings: Any) -> None:
-            super().__init__(*args, **settings)
-            self.regular = True
-            if graphs and isinstance(self.model, models.Model):
-                slots = self.slots
-                assert slots is not None
-                self.graphs = Graphs(TapeRecorder(lambda: [self.tokens, slots.slots]))
-                made.append(self.graphs)
+    class Seen(Graphs):
+        def __init__(self, recorder: Any) -> None:
+            super().__init__(recorder)
+            self.small = 0  # passes that may be recorded
+            made.append(self)
 
-    monkeypatch.setattr(batches, "Passes", Recorded)
+        def run(self, form: Any, *args: Any, **settings: Any) -> Tensor:
+            self.small += form is not None
+            return super().run(form, *args, **settings)
+
+    monkeypatch.setattr(passes, "Graphs", Seen)
+    monkeypatch.setattr(passes, "can_record", lambda device: True)
+    monkeypatch.setattr(passes, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", TapeGraph)
+    monkeypatch.setattr(TapeGraph, "pools", {})
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", itertools.count(1).__next__)
+    monkeypatch.setattr(torch.cuda, "Stream", TapeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", TapeStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     return made
+
+
+def recordings(graphs: Graphs) -> int:
+    return sum(found is not None for found in graphs.forms.values())
 
 
 @pytest.mark.parametrize("name", ["llada_tiny_a", "sdar_tiny_a"])
@@ -144,6 +191,7 @@ def test_on_the_device(device: str, name: str, dtype: torch.dtype, monkeypatch: 
             assert found is not None
             assert found.recorder is not None, "a recording failed"
             assert found.replays > 0
+            assert recordings(found) > 0
 
 
 PROMPTS = [torch.arange(3, 14), torch.arange(40, 47), torch.arange(1, 30)]
@@ -224,7 +272,7 @@ def test_a_form_met_three_times_runs_once(taped: list[Graphs]) -> None:
     (graphs,) = taped
     assert len(graphs.forms) == 2
     assert graphs.replays == out.forwards - 2
-    assert graphs.recorder.taken == 2  # type: ignore[union-attr]
+    assert recordings(graphs) == 2
 
 
 @pytest.mark.parametrize("moved", [False, True])
@@ -357,9 +405,332 @@ def test_weights_that_moved_are_seen(taped: list[Graphs]) -> None:
             for parameter in model.parameters():
                 parameter.data = torch.zeros_like(parameter)
         changed = engine.submit(PROMPTS[0], gen_length=32).result(60).tokens
-    assert taped[0].replays > 20
+    assert taped[0].recorder is not None, "a recording failed"
+    assert taped[0].replays > 40
     assert first != changed
     assert set(changed) == {0}
+
+
+TINY = {
+    "llada": {
+        "d_model": 16, "n_layers": 1, "n_heads": 2, "mlp_hidden_size": 16, "vocab_size": 64,
+        "block_type": "llama", "activation_type": "silu", "layer_norm_type": "rms", "rope": True,
+        "rope_theta": 1e4, "include_bias": False, "weight_tying": False, "mask_token_id": 60,
+    },
+    "sdar": {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+        "vocab_size": 64, "mask_token_id": 60, "block_size": 32,
+    },
+}  # fmt: skip
+ROWS_8B = 630
+"""That a model of 8B parameters has in the largest pass that is recorded."""
+
+
+def tiny(name: str, layers: int = 1) -> models.Model:
+    family, key = {"llada": (models.LLaDA, "n_layers"), "sdar": (models.SDAR, "num_hidden_layers")}[name]
+    return family({**TINY[name], key: layers}).eval()  # type: ignore[abstract]
+
+
+def prompt(length: int) -> Tensor:
+    return torch.randint(0, 59, (length,))
+
+
+def test_what_is_recorded_is_what_hides_no_launches() -> None:
+    """Rows up to which a pass of LLaDA-8B, and of a model of 1.7B, is recorded."""
+    llada = {**TINY["llada"], "d_model": 4096, "n_heads": 32, "mlp_hidden_size": 12288}
+    qwen = {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 8}
+    sdar = {**TINY["sdar"], **qwen, "head_dim": 128, "intermediate_size": 6144}
+    with torch.device("meta"):
+        assert passes.recorded_rows(models.LLaDA(llada)) == ROWS_8B
+        assert passes.recorded_rows(models.SDAR(sdar)) > 2500
+    assert passes.recorded_rows(torch.nn.Linear(1, 1)) == 0
+
+
+@pytest.mark.parametrize(("name", "share"), [("llada", 0.85), ("sdar", 0.8)])
+def test_most_passes_of_a_sequence_are_replayed(taped: list[Graphs], name: str, share: float) -> None:
+    """256 tokens, 8 a pass, the first time that they are decoded, and the second."""
+    model, cache = tiny(name), {"llada": "dual", "sdar": "block"}[name]
+    settings: dict[str, Any] = {"gen_length": 256, "cache": cache, "selector": "quota", "threshold": 8}
+    out = dx.decode(model, prompt(256), **settings)
+    (graphs,) = taped
+    assert out.forwards == 32
+    assert graphs.replays >= share * 32
+    dx.decode(model, prompt(256), **settings)
+    assert taped == [graphs]
+    assert graphs.replays >= share * 32 + 32 - (name == "sdar")
+
+
+@pytest.mark.parametrize("rows", [None, ROWS_8B])
+@pytest.mark.parametrize(("name", "share"), [("llada", 0.5), ("sdar", 0.6)])
+def test_most_passes_of_an_engine_are_replayed(
+    taped: list[Graphs], monkeypatch: pytest.MonkeyPatch, rows: int | None, name: str, share: float
+) -> None:
+    """64 requests of all lengths in 16 lanes; of a model whose every pass is recorded, and of a large one."""
+    if rows is not None:
+        monkeypatch.setattr(passes, "recorded_rows", lambda model: rows)
+        share = 0.55
+    drawn = torch.Generator().manual_seed(2)
+    all_there = threading.Event()
+    turn = engines.Engine._turn
+
+    def waits(self: engines.Engine) -> bool:
+        all_there.wait()
+        return turn(self)
+
+    monkeypatch.setattr(engines.Engine, "_turn", waits)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=drawn))
+
+    settings: dict[str, Any] = {"block_length": 32, "lanes": 16, "max_length": 768}
+    with dx.Engine(tiny(name), share=False, **settings) as engine:
+        handles = [
+            engine.submit(
+                prompt(number(32, 512)),
+                gen_length=32 * number(1, 8),
+                selector="quota",
+                threshold=float(number(4, 12)),
+            )
+            for _ in range(64)
+        ]
+        all_there.set()
+        for handle in handles:
+            handle.result(60)
+        forwards = engine.stats.forwards
+    (graphs,) = taped
+    assert graphs.recorder is not None, "a recording failed"
+    assert (graphs.small == forwards) == (rows is None)
+    assert graphs.replays >= share * graphs.small, f"{graphs.replays} of {graphs.small} of {forwards}"
+
+
+LOOKING = {"aminmax", "gt", "all"}
+"""Operators of the checks that are made on the CPU alone."""
+
+
+def kernels(tape: Tape) -> collections.Counter[str]:
+    """Operators that launch something: not views, nor those that only make room or give a number."""
+    found: collections.Counter[str] = collections.Counter()
+    for func, args, kwargs, out in tape.calls:
+        name = func._schema.name.split("::")[1]
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        views = bool(made) and all(t.untyped_storage().data_ptr() in given for t in made)
+        changes = func._schema.is_mutable
+        if changes or (made and not views and name not in LOOKING and "empty" not in name):
+            found[name] += 1
+    return found
+
+
+def test_the_kernels_of_a_pass(taped: list[Graphs], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a block: so many launches for each layer, and eight beside."""
+    graphs: list[Any] = []
+
+    class Kept(TapeGraph):
+        def capture_end(self) -> None:
+            super().capture_end()
+            graphs.append(self)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Kept)
+    found = []
+    for layers in (1, 2):
+        model = tiny("llada", layers).to(torch.bfloat16).fuse()
+        dx.decode(model, prompt(32), gen_length=64, cache="dual", selector="quota", threshold=8)
+        assert len(graphs) == 2
+        found.append(kernels(graphs[1].tape))
+        graphs.clear()
+    layer = found[1] - found[0]
+    assert layer == {"linear": 4, "rms_norm": 2, "kv_write": 1, "block_attention": 1, "swiglu": 1}
+    beside = found[0] - layer
+    assert beside == {"index": 3, "embedding": 1, "rms_norm": 1, "linear": 1, "unmask_": 1, "cat": 1}
+
+
+SETTINGS: dict[str, Any] = {"gen_length": 32, "block_length": 16, "cache": "dual", "steps": 16}
+
+
+def plain(model: models.Model, prompts: Any, **settings: Any) -> Tensor:
+    return dx.decode(model, prompts, graphs=False, **{**SETTINGS, **settings}).sequences
+
+
+def test_a_second_decode_replays_from_its_first_pass(taped: list[Graphs]) -> None:
+    """So does one of other lengths that are near, with other rules, and one that records its trajectory."""
+    model = models.load(GOLDEN / "llada_tiny_a")
+    dx.decode(model, PROMPTS[0], **SETTINGS)
+    (graphs,) = taped
+    assert len(graphs.forms) == recordings(graphs) == 2
+    for length, more in ((11, {}), (9, {}), (16, {"steps": 8}), (11, {"steps": None, "threshold": 1.0})):
+        before = graphs.replays
+        out = dx.decode(model, PROMPTS[2][:length], **{**SETTINGS, **more})
+        assert torch.equal(out.sequences, plain(model, PROMPTS[2][:length], **more))
+        assert graphs.replays == before + out.forwards
+    assert recordings(graphs) == 2
+    ways: list[dict[str, Any]] = [
+        {"record": True, "logprobs": True},
+        {"temperature": 0.8, "seed": 3},
+        {"suppress": [5, 9]},
+        {"gen_length": [30]},
+    ]
+    for way in ways:
+        for _ in range(2):
+            out = dx.decode(model, PROMPTS[0], **{**SETTINGS, **way})
+        before = graphs.replays
+        again = dx.decode(model, PROMPTS[0], **{**SETTINGS, **way})
+        assert graphs.replays == before + again.forwards
+        expected = dx.decode(model, PROMPTS[0], graphs=False, **{**SETTINGS, **way})
+        for found in (out, again):
+            assert torch.equal(found.sequences, expected.sequences)
+            assert torch.equal(found.nfe, expected.nfe)
+        if "record" in way:
+            assert expected.trajectory is not None
+            assert again.trajectory is not None
+            assert torch.equal(again.trajectory.step, expected.trajectory.step)
+            assert torch.equal(again.logprobs, expected.logprobs)
+    assert taped == [graphs]
+
+
+def test_what_is_kept_is_bounded(taped: list[Graphs], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = (models.load(GOLDEN / "llada_tiny_a") for _ in range(2))
+
+    def decode(lanes: int, of: models.Model = model) -> None:
+        dx.decode(of, [PROMPTS[0]] * lanes, **SETTINGS)
+
+    for lanes in range(1, kept.LIMIT + 2):
+        decode(lanes)
+    decode(2, other)
+    assert len(taped) == kept.LIMIT + 2
+    decode(2)
+    decode(2, other)
+    assert len(taped) == kept.LIMIT + 2
+    decode(1)  # the one not used for longest
+    assert len(taped) == kept.LIMIT + 3
+    monkeypatch.setattr(kept, "BYTES", 2 * 2 * 48 * model.shape.width * 4 * model.shape.layers - 1)
+    decode(2)
+    decode(2)  # larger than what is kept: as it was before
+    assert len(taped) == kept.LIMIT + 5
+    assert taped[-1].replays > 0
+
+
+@pytest.mark.parametrize("how", ["deleted", "moved", "trained", "replaced"])
+def test_what_is_kept_goes_with_the_weights(taped: list[Graphs], how: str) -> None:
+    model = models.load(GOLDEN / "llada_tiny_a")
+    dx.decode(model, PROMPTS[0], **SETTINGS)
+    recorded = weakref.ref(next(found for found in taped[0].forms.values() if found is not None).result)
+    taped[:] = []
+    assert recorded() is not None
+    if how == "deleted":
+        del model
+        gc.collect()
+        assert recorded() is None
+        return
+    if how == "moved":
+        model.to(torch.bfloat16)
+        assert recorded() is None
+    elif how == "trained":
+        model.train().eval()
+        assert recorded() is None
+    else:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.data = torch.flip(parameter, [0]).contiguous()
+        assert recorded() is not None
+    for _ in range(2):
+        out = dx.decode(model, PROMPTS[0], **SETTINGS)
+        assert torch.equal(out.sequences, plain(model, PROMPTS[0]))
+    assert recorded() is None
+    assert all(graphs.recorder is not None for graphs in taped), "a recording failed"
+
+
+def test_a_decode_that_raises_leaves_nothing_behind(taped: list[Graphs]) -> None:
+    model = models.load(GOLDEN / "llada_tiny_a")
+    dx.decode(model, PROMPTS[0], **SETTINGS)
+    was = model.norm.weight.data.clone()
+    model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="holds NaN"):
+        dx.decode(model, PROMPTS[0], **SETTINGS)
+    model.norm.weight.data.copy_(was)
+    for _ in range(2):
+        out = dx.decode(model, PROMPTS[0], **SETTINGS)
+        assert torch.equal(out.sequences, plain(model, PROMPTS[0]))
+    assert len(taped) == 2
+
+
+def test_two_threads_decode_with_one_model(taped: list[Graphs]) -> None:
+    """Each with recordings of its own. Both are in the midst of it when each is."""
+    model = models.load(GOLDEN / "llada_tiny_a")
+    expected = [plain(model, PROMPTS[place][:11]) for place in (0, 2)]
+    meet = threading.Barrier(2)
+
+    class Waits:
+        def put(self, tokens: Tensor) -> None:
+            meet.wait(60)
+
+        def end(self) -> None:
+            pass
+
+    found: dict[int, Tensor] = {}
+
+    def decode(place: int, prompt: Tensor) -> None:
+        found[place] = dx.decode(model, prompt, streamer=Waits(), **SETTINGS).sequences
+
+    for _ in range(2):
+        threads = [threading.Thread(target=decode, args=(i, PROMPTS[2 * i][:11])) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(torch.equal(found.pop(place), expected[place]) for place in (0, 1))
+    assert len(taped) == 2
+    assert sum(graphs.replays for graphs in taped) == 4 * 16 - 4
+
+
+def test_recorders_share_no_stream(taped: list[Graphs], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as torch has enough: it gives out the same ones again in turn."""
+    monkeypatch.setattr(recording, "_recorders", weakref.WeakSet())
+    made = [CudaRecorder(torch.device("cpu")) for _ in range(20)]
+    del made[1::2]
+    made += [CudaRecorder(torch.device("cpu")) for _ in range(22)]
+    assert len({recorder.stream.cuda_stream for recorder in made}) == 32
+
+
+@pytest.mark.parametrize("device", GPUS, indirect=True)
+def test_recordings_of_a_gpu_outlive_a_decode(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not weights that move; and they take no more memory each time."""
+    made: list[Graphs] = []
+
+    class Seen(Graphs):
+        def __init__(self, recorder: Any) -> None:
+            super().__init__(recorder)
+            made.append(self)
+
+    monkeypatch.setattr(passes, "Graphs", Seen)
+    model = models.load(GOLDEN / "llada_tiny_a", dtype=torch.bfloat16, device=device)
+    prompts = [prompt.to(device) for prompt in PROMPTS]
+    dx.decode(model, prompts, **SETTINGS)
+    (graphs,) = made
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.data = torch.flip(parameter, [0]).contiguous()
+        expected = plain(model, prompts)
+        reserved = []
+        for around in range(4):
+            before = graphs.replays
+            out = dx.decode(model, prompts, **SETTINGS)
+            assert graphs.recorder is not None, "a recording failed"
+            assert torch.equal(out.sequences, expected)
+            if around:
+                assert graphs.replays == before + out.forwards
+            reserved.append(torch.cuda.memory_reserved())
+        assert reserved[1] == reserved[3]
+    assert made == [graphs]
+    for length in range(40, 400, 40):  # more forms than are kept, and other buffers
+        dx.decode(model, prompts, **{**SETTINGS, "gen_length": length, "steps": None})
+    assert torch.equal(dx.decode(model, prompts, **SETTINGS).sequences, expected)
+    assert all(found.recorder is not None for found in made), "a recording failed"
+    model.train().eval()
+    del made[:], graphs
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.equal(dx.decode(model, prompts, **SETTINGS).sequences, expected)
 
 
 def test_forms_are_forgotten() -> None:
@@ -391,5 +762,34 @@ def test_forms_are_forgotten() -> None:
     assert recorder.taken == 1  # it was forgotten, so this pass ran as it is
     run(1000, 1)
     assert recorder.taken == 2
-    graphs.forget()
+    graphs.look([1])
     assert not graphs.forms
+    run(1000, 1)
+    graphs.look([1])
+    assert graphs.forms
+
+
+@pytest.mark.parametrize("how", ["evicted", "moved"])
+def test_a_pool_without_recordings_is_not_used_again(taped: list[Graphs], how: str) -> None:
+    """torch's allocator refuses it, which would be the end of all recordings."""
+    cpu = torch.device("cpu")
+    graphs = Graphs(CudaRecorder(cpu))
+    number = torch.ones(1, dtype=torch.int64)
+    for around in range(3):
+        for _ in range(3):
+            assert int(graphs.run("again", number, lambda n: n + 1, device=cpu)) == 2
+        if how == "moved":
+            graphs.look([around])
+        else:
+            for form in range(LIMIT):
+                graphs.run((around, form), number, lambda n: n + 1, device=cpu)
+        assert "again" not in graphs.forms
+        assert not any(TapeGraph.pools.values())
+    assert graphs.recorder is not None
+    assert graphs.replays == 6
+    assert len(TapeGraph.pools) == 3
+    # A pool that a recording holds serves the next.
+    for form in ("one", "two"):
+        for _ in range(2):
+            graphs.run(form, number, lambda n: n + 1, device=cpu)
+    assert list(TapeGraph.pools.values()) == [0, 0, 0, 2]

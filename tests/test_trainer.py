@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 import dparallel_ext as dx
+from dparallel_ext import ops
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -360,3 +361,23 @@ def test_which_heads_are_plain():
     assert plain_head(found["remote"]) is found["remote"].lm_head
     assert plain_head(found["remote, scaled"]) is None
     assert plain_head(nn.Linear(2, 2)) is None
+
+
+@pytest.mark.parametrize("fault", ["NaN", "label"])
+def test_what_a_gpu_finds_bad_ends_the_run_by_its_name(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """There a loss does not look; the trainer does when it logs."""
+    monkeypatch.setattr(ops, "_waits", lambda device: True)
+    monkeypatch.setattr(ops, "_errors", {})
+    model = dx.models.load(GOLDEN / "llada_tiny_a", dtype=torch.float32)
+    said = r"logits: row \d+ holds NaN"
+    if fault == "NaN":
+        model.lm_head.weight.data[5] = torch.nan
+    else:
+        said = r"labels: row \d+ is active, but its label is no id in \[0, 3\)"
+        model.lm_head = nn.Linear(model.shape.width, 3, bias=False)
+    trainer = trainer_of(model, tmp_path, max_steps=5, logging_steps=2, save_strategy="no")
+    with pytest.raises(ValueError, match=said):
+        trainer.train()
+    assert trainer.state.global_step == 2

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .. import kept
 from ..attention import block_attention, kv_write, rope_table
 from ..cache import KVCache, Pass, Span
 from ..layers import compiled, fp8_scale, rms_norm, swiglu
@@ -378,7 +379,14 @@ class Model(Named):
         dropped = {key: self.config[key] for key in DROPOUT if self.config.get(key)}
         if mode and dropped:
             warnings.warn(f"config: {dropped} is not followed: there is no dropout here", stacklevel=2)
+        if mode:
+            kept.drop(self)
         return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Model:
+        kept.drop(self)
+        super()._apply(fn, recurse)
+        return self
 
     def tie(self) -> None:
         """Let the head be the embedding, where the config says so."""

@@ -254,6 +254,10 @@ class CertaintyForcingTrainer(Trainer):
         return loss.detach(), None, None
 
     def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
+        """Raises ValueError for a NaN row or a label out of range since it was called last: on a GPU the
+        losses do not wait to look.
+        """
+        dx.check_errors(self.args.device)
         if "loss" in logs:
             nll, active, entropy, gated, correct, sure = self.accelerator.reduce(self.sums, "sum").tolist()
             self.sums.zero_()
