@@ -10,7 +10,10 @@
 namespace dparallel::cuda {
 namespace {
 
-constexpr int kWriteThreads = 256;
+// Small, so that the few rows of a decode pass reach every SM.
+constexpr int kWriteThreads = 128;
+// At least: up to 128 registers a thread. With fewer, ptxas puts loads after what waits for others.
+constexpr int kWriteBlocksPerSm = 4;
 
 // Of a table, the W numbers from `p` on.
 template <int W>
@@ -56,7 +59,8 @@ __device__ __forceinline__ void rotate(typename Elements<T, W>::Vector (&stored)
 
 // `units`: runs of W pairs in a head.
 template <class T, int W>
-__global__ void __launch_bounds__(kWriteThreads) kv_write_kernel(KvWriteArgs args, uint32_t units) {
+__global__ void __launch_bounds__(kWriteThreads, kWriteBlocksPerSm)
+    kv_write_kernel(KvWriteArgs args, uint32_t units) {
   using Storage = typename T::Storage;
   using E = Elements<T, W>;
   using Vector = typename E::Vector;
@@ -77,7 +81,7 @@ __global__ void __launch_bounds__(kWriteThreads) kv_write_kernel(KvWriteArgs arg
   const auto* k = static_cast<const Storage*>(args.k) + row * args.k_stride + head * dim;
   const auto* v = static_cast<const Storage*>(args.v) + row * args.v_stride + head * dim;
   const auto* from = of_q ? q : k;
-  Vector x[2] = {E::load(from + at[0]), E::load(from + at[1])}, values[2] = {x[0], x[1]};
+  Vector x[2] = {E::load(from + at[0]), E::load(from + at[1])}, values[2];
   if (!of_q) {
     values[0] = E::load_once(v + at[0]);
     values[1] = E::load_once(v + at[1]);
@@ -86,19 +90,16 @@ __global__ void __launch_bounds__(kWriteThreads) kv_write_kernel(KvWriteArgs arg
   load_table<W>(args.cos + position * (dim / 2) + pair, cos);
   load_table<W>(args.sin + position * (dim / 2) + pair, sin);
   rotate<T, W>(x, cos, sin, args.interleaved);
-  if (of_q) {
-    E::store(q + at[0], x[0]);
-    E::store(q + at[1], x[1]);
-    return;
-  }
-  if (slot < 0) return;
+  if (!of_q && slot < 0) return;  // every thread asks for the slot, lest it come last
   const auto page_size = static_cast<uint32_t>(args.k_layout.page_size);  // of the values too
   const uint32_t page = static_cast<uint32_t>(slot) / page_size;
   const uint32_t place = static_cast<uint32_t>(slot) - page * page_size;
   auto* keys = static_cast<Storage*>(args.k_cache) + args.k_layout.offset(page, place, head);
+  auto* to = of_q ? q : keys;
+  E::store(to + at[0], x[0]);
+  E::store(to + at[1], x[1]);
+  if (of_q) return;
   auto* out = static_cast<Storage*>(args.v_cache) + args.v_layout.offset(page, place, head);
-  E::store(keys + at[0], x[0]);
-  E::store(keys + at[1], x[1]);
   E::store(out + at[0], values[0]);
   E::store(out + at[1], values[1]);
 }
@@ -123,8 +124,9 @@ int kv_write(const KvWriteArgs& args, void* stream) {
     constexpr int W = T::kWidth;
     const bool vectors = vectorises(args, W);
     const auto units = static_cast<uint32_t>(vectors ? pairs / W : pairs);
-    const auto grid =
-        static_cast<unsigned>((args.count * heads * units + kWriteThreads - 1) / kWriteThreads);
+    const int64_t items = args.count * heads * units;
+    if (items > INT32_MAX) return static_cast<int>(cudaErrorInvalidValue);  // 32 GB of q and k
+    const auto grid = static_cast<unsigned>((items + kWriteThreads - 1) / kWriteThreads);
     if (vectors)
       DPARALLEL_LAUNCH((kv_write_kernel<T, W>), grid, kWriteThreads, stream, args, units);
     else DPARALLEL_LAUNCH((kv_write_kernel<T, 1>), grid, kWriteThreads, stream, args, units);

@@ -29,6 +29,7 @@ struct Index {
 extern Index threadIdx, blockIdx;
 
 using cudaError_t = int;
+constexpr cudaError_t cudaErrorInvalidValue = 1;
 inline cudaError_t cudaGetLastError() { return 0; }
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 
