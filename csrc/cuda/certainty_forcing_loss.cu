@@ -319,7 +319,7 @@ __device__ __forceinline__ LossPart<R> shuffle_down(const LossPart<R>& part, int
 
 // A warp merges the parts of a row, in the order of the chunks.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     loss_rows_kernel(LossArgs args, const LossPart<typename T::Real>* parts, uint32_t chunks,
                      InverseTemperatures<typename T::Real> inverse) {
   using R = typename T::Real;
