@@ -125,7 +125,8 @@ int kv_write(const KvWriteArgs& args, void* stream) {
     const bool vectors = vectorises(args, W);
     const auto units = static_cast<uint32_t>(vectors ? pairs / W : pairs);
     const int64_t items = args.count * heads * units;
-    if (items > INT32_MAX) return static_cast<int>(cudaErrorInvalidValue);  // 16 GB of q and k, at least
+    if (items > INT32_MAX)
+      return static_cast<int>(cudaErrorInvalidValue);  // 8 GB of q and k, at least
     const auto grid = static_cast<unsigned>((items + kWriteThreads - 1) / kWriteThreads);
     if (vectors)
       DPARALLEL_LAUNCH((kv_write_kernel<T, W>), grid, kWriteThreads, stream, args, units);
