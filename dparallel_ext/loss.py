@@ -144,7 +144,8 @@ def linear_certainty_forcing_loss(
         softcap: logits become softcap * tanh(logits / softcap).
         shift: (..., T, H): the label at position t belongs to the hidden state at t - 1 (Dream); the
             first position of a sequence has none and is left out, as published.
-        chunk_rows: active rows per chunk; default: about 32 MB of logits on the CPU, 256 MB on a GPU.
+        chunk_rows: active rows per chunk; default: at most 32 MB of logits on the CPU, 256 MB on a GPU,
+            and a multiple of 128 rows where so many fit.
 
     Returns:
         CertaintyForcingLoss, its fields in the place of the labels.
@@ -190,7 +191,9 @@ def linear_certainty_forcing_loss(
         counted[..., :1] = False
     if chunk_rows is None:
         megabytes = 256 if hidden.device.type == "cuda" else 32
-        chunk_rows = max(1, megabytes * 2**20 // (lm_head_weight.shape[0] * hidden.element_size()))
+        chunk_rows = megabytes * 2**20 // (lm_head_weight.shape[0] * hidden.element_size())
+        # Whole tiles of the matrix products: 1024 rows of LLaDA's 126464 16-bit logits, not 1061.
+        chunk_rows = chunk_rows // 128 * 128 if chunk_rows >= 128 else max(1, chunk_rows)
     flat = counted.reshape(-1).contiguous()
     nll, entropy, correct, _, error = torch.ops.dparallel.linear_certainty_forcing_loss(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -342,6 +345,19 @@ def _chunks(
         yield rows, own, logits
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total (m, n) += a (m, k) @ b (k, n), where `total` may be float32 and the others of 16 bits."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        # cuBLAS adds to the float32 sum: the product is neither rounded nor stored. `addmm` refuses
+        # a float32 sum in some releases; `baddbmm`, of a batch of one, takes it in all.
+        batch = total[None]
+        torch.ops.aten.baddbmm.dtype_out(batch, a[None], b[None], total.dtype, out=batch)
+    else:
+        total += a @ b
+
+
 @torch.library.custom_op("dparallel::linear_certainty_forcing_loss", mutates_args=())
 def _linear(
     hidden: Tensor,
@@ -420,7 +436,7 @@ def _linear_backward(
             gradient *= slope_of_cap
         grad[rows] = gradient @ head
         if head_needs_grad:
-            grad_head += gradient.T @ own
+            _add_product(grad_head, gradient.T, own)
     return grad, grad_head.to(head.dtype)
 
 

@@ -71,17 +71,54 @@ struct Float32 {
   using Storage = float;
   using Real = float;
   static constexpr int kWidth = 4;
+  static constexpr float kMinusInfinity = -kInfinity;
   static __device__ __forceinline__ float value(float z) { return z; }
   static __device__ __forceinline__ float narrow(float z) { return z; }
 };
 
+// 16-bit elements are rounded to nearest, ties to even, two at a time where there are two: by one
+// instruction of the device. NaN becomes 0x7fff, as in torch's own kernels; all else has the bits
+// that the CPU's kernels give.
 struct BFloat16 {
   using Storage = uint16_t;
   using Real = float;
   static constexpr int kWidth = 8;
   static constexpr bool kBrain = true;
+  static constexpr uint16_t kMinusInfinity = 0xff80u;
   static __device__ __forceinline__ float value(uint16_t z) { return bfloat16_value(z); }
-  static __device__ __forceinline__ uint16_t narrow(float z) { return bfloat16_bits(z); }
+  static __device__ __forceinline__ void values(uint32_t two, float& low, float& high) {
+    low = from_bits(two << 16);
+    high = from_bits(two & 0xffff0000u);
+  }
+#if defined(DPARALLEL_CUDA_HOST)
+  static uint16_t narrow(float z) { return z != z ? 0x7fffu : bfloat16_bits(z); }
+  static uint32_t narrow(float low, float high) {
+    return narrow(low) | static_cast<uint32_t>(narrow(high)) << 16;
+  }
+  static uint32_t larger(uint32_t a, uint32_t b) {
+    float x[2], y[2];
+    values(a, x[0], x[1]);
+    values(b, y[0], y[1]);
+    return narrow(fmaxf(x[0], y[0]), fmaxf(x[1], y[1]));
+  }
+#else
+  static __device__ __forceinline__ uint16_t narrow(float z) {
+    uint16_t y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(z));
+    return y;
+  }
+  static __device__ __forceinline__ uint32_t narrow(float low, float high) {
+    uint32_t y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+  }
+  // Of each half the larger, and not NaN where one is a number.
+  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+  }
+#endif
 };
 
 struct Float16 {
@@ -89,14 +126,58 @@ struct Float16 {
   using Real = float;
   static constexpr int kWidth = 8;
   static constexpr bool kBrain = false;
-  static __device__ __forceinline__ float value(uint16_t z) { return float16_value(z); }
-  static __device__ __forceinline__ uint16_t narrow(float z) { return float16_bits(z); }
+  static constexpr uint16_t kMinusInfinity = 0xfc00u;
+#if defined(DPARALLEL_CUDA_HOST)
+  static float value(uint16_t z) { return float16_value(z); }
+  static void values(uint32_t two, float& low, float& high) {
+    low = value(static_cast<uint16_t>(two));
+    high = value(static_cast<uint16_t>(two >> 16));
+  }
+  static uint16_t narrow(float z) { return z != z ? 0x7fffu : float16_bits(z); }
+  static uint32_t narrow(float low, float high) {
+    return narrow(low) | static_cast<uint32_t>(narrow(high)) << 16;
+  }
+  static uint32_t larger(uint32_t a, uint32_t b) {
+    float x[2], y[2];
+    values(a, x[0], x[1]);
+    values(b, y[0], y[1]);
+    return narrow(fmaxf(x[0], y[0]), fmaxf(x[1], y[1]));
+  }
+#else
+  static __device__ __forceinline__ float value(uint16_t z) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(z));
+    return y;
+  }
+  static __device__ __forceinline__ void values(uint32_t two, float& low, float& high) {
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+        : "=f"(low), "=f"(high)
+        : "r"(two));
+  }
+  static __device__ __forceinline__ uint16_t narrow(float z) {
+    uint16_t y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(z));
+    return y;
+  }
+  static __device__ __forceinline__ uint32_t narrow(float low, float high) {
+    uint32_t y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+  }
+  // Of each half the larger, and not NaN where one is a number.
+  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+  }
+#endif
 };
 
 struct Float64 {
   using Storage = double;
   using Real = double;
   static constexpr int kWidth = 2;
+  static constexpr double kMinusInfinity = -kInfinity;
   static __device__ __forceinline__ double value(double z) { return z; }
   static __device__ __forceinline__ double narrow(double z) { return z; }
 };
@@ -155,23 +236,38 @@ __device__ __forceinline__ uint4 load_stored(const typename T::Storage* p, bool 
 
 template <class T>
 __device__ __forceinline__ void widen(const uint4& bytes, typename T::Real (&z)[T::kWidth]) {
-  typename T::Storage stored[T::kWidth];
-  memcpy(stored, &bytes, sizeof bytes);
-#pragma unroll
-  for (int i = 0; i < T::kWidth; ++i) z[i] = T::value(stored[i]);
+  if constexpr (sizeof(typename T::Storage) == 2) {
+    T::values(bytes.x, z[0], z[1]);
+    T::values(bytes.y, z[2], z[3]);
+    T::values(bytes.z, z[4], z[5]);
+    T::values(bytes.w, z[6], z[7]);
+  } else {
+    memcpy(z, &bytes, sizeof bytes);
+  }
+}
+
+// kWidth numbers as they are stored, each rounded.
+template <class T>
+__device__ __forceinline__ uint4 narrow(const typename T::Real (&v)[T::kWidth]) {
+  uint4 bytes;
+  if constexpr (sizeof(typename T::Storage) == 2) {
+    bytes = {T::narrow(v[0], v[1]), T::narrow(v[2], v[3]), T::narrow(v[4], v[5]),
+             T::narrow(v[6], v[7])};
+  } else {
+    memcpy(&bytes, v, sizeof bytes);
+  }
+  return bytes;
 }
 
 template <class T>
 __device__ __forceinline__ void store_stored(typename T::Storage* p,
                                              const typename T::Real (&v)[T::kWidth], bool aligned) {
-  typename T::Storage stored[T::kWidth];
-#pragma unroll
-  for (int i = 0; i < T::kWidth; ++i) stored[i] = T::narrow(v[i]);
+  const uint4 bytes = narrow<T>(v);
   if (aligned) {
-    uint4 bytes;
-    memcpy(&bytes, stored, sizeof bytes);
     *reinterpret_cast<uint4*>(p) = bytes;
   } else {
+    typename T::Storage stored[T::kWidth];
+    memcpy(stored, &bytes, sizeof bytes);
 #pragma unroll
     for (int i = 0; i < T::kWidth; ++i) p[i] = stored[i];
   }

@@ -1,27 +1,46 @@
 // kv_write: one thread rotates W pairs of one head of one row: of q in place, of k into the cache,
 // where it copies the same elements of v too. Nobody else reads or writes those elements.
-#include "device.cuh"
-#include "dparallel/launch.h"
+//
+// Bytes: q read and written, k and v read and written once; the tables and the numbers of a row
+// come from the caches. A row's position and slot, and the elements of q, k and v, are requested
+// first, the tables as soon as the position is there, and nothing but an address waits for the
+// slot: two trips to memory. Numbers of rows, heads and slots are of 32 bits, addresses of 64.
 #include "vectors.cuh"
 
 namespace dparallel::cuda {
 namespace {
 
-constexpr int kWriteThreads = 256;
+// Small, so that the few rows of a decode pass reach every SM.
+constexpr int kWriteThreads = 128;
+// At least: up to 128 registers a thread. With fewer, ptxas puts loads after what waits for others.
+constexpr int kWriteBlocksPerSm = 4;
 
-// The pairs first ... first + W - 1 of a head: `from` rotated into `to`, which may be `from`. They
-// lie in two runs of W elements, at `at[0]` and `at[1]`.
+// Of a table, the W numbers from `p` on.
+template <int W>
+__device__ __forceinline__ void load_table(const float* p, float (&x)[W]) {
+  if constexpr (W == 1) {
+    x[0] = *p;
+  } else {
+#pragma unroll
+    for (int i = 0; i < W; i += 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(p + i);
+      memcpy(x + i, &four, sizeof four);
+    }
+  }
+}
+
+// Rotates W pairs. Element e of the two vectors together is x[e / W][e % W]; pair i is (2i, 2i + 1)
+// of them, or (i, i + W).
 template <class T, int W>
-__device__ __forceinline__ void rotate(const typename T::Storage* from, typename T::Storage* to,
-                                       const int64_t (&at)[2], const float* cos, const float* sin,
+__device__ __forceinline__ void rotate(typename Elements<T, W>::Vector (&stored)[2],
+                                       const float (&cos)[W], const float (&sin)[W],
                                        bool interleaved) {
   using E = Elements<T, W>;
   float x[2][W], y[2][W];
-  E::load(from + at[0], x[0]);
-  E::load(from + at[1], x[1]);
+  E::widen(stored[0], x[0]);
+  E::widen(stored[1], x[1]);
 #pragma unroll
   for (int i = 0; i < W; ++i) {
-    // Element e of the two runs together is x[e / W][e % W]: pair i is (2i, 2i + 1), or (i, i + W).
     float &a = x[2 * i / W][2 * i % W], &b = x[(2 * i + 1) / W][(2 * i + 1) % W];
     const float first = interleaved ? a : x[0][i], second = interleaved ? b : x[1][i];
     const float turned_first = first * cos[i] - second * sin[i];
@@ -34,48 +53,55 @@ __device__ __forceinline__ void rotate(const typename T::Storage* from, typename
       y[1][i] = turned_second;
     }
   }
-  E::store(to + at[0], y[0]);
-  E::store(to + at[1], y[1]);
+  stored[0] = E::narrow(y[0]);
+  stored[1] = E::narrow(y[1]);
 }
 
 // `units`: runs of W pairs in a head.
 template <class T, int W>
-__global__ void __launch_bounds__(kWriteThreads) kv_write_kernel(KvWriteArgs args, int64_t units) {
+__global__ void __launch_bounds__(kWriteThreads, kWriteBlocksPerSm)
+    kv_write_kernel(KvWriteArgs args, uint32_t units) {
   using Storage = typename T::Storage;
-  const int64_t dim = args.k_layout.head_dim, heads = args.k_layout.heads;
-  const int64_t item = static_cast<int64_t>(blockIdx.x) * kWriteThreads + threadIdx.x;
-  const int64_t row = item / (units * (args.q_heads + heads));
+  using E = Elements<T, W>;
+  using Vector = typename E::Vector;
+  const auto q_heads = static_cast<uint32_t>(args.q_heads);
+  const auto dim = static_cast<uint32_t>(args.k_layout.head_dim);
+  const uint32_t of_row = units * (q_heads + static_cast<uint32_t>(args.k_layout.heads));
+  const uint32_t item = blockIdx.x * kWriteThreads + threadIdx.x;
+  const uint32_t row = item / of_row, unit = item - row * of_row;
   if (row >= args.count) return;
-  const int64_t head = item / units % (args.q_heads + heads);  // the query heads come first
-  const int64_t pair = item % units * W;
-  const int64_t at[2] = {args.interleaved ? 2 * pair : pair,
-                         args.interleaved ? 2 * pair + W : pair + dim / 2};
-  const int64_t entry = args.positions[row] * (dim / 2) + pair;
+  const int64_t position = args.positions[row], slot = args.slots[row];
+  uint32_t head = unit / units;  // the query heads come first
+  const uint32_t pair = (unit - head * units) * W;
+  const uint32_t at[2] = {args.interleaved ? 2 * pair : pair,
+                          args.interleaved ? 2 * pair + W : pair + dim / 2};
+  const bool of_q = head < q_heads;
+  if (!of_q) head -= q_heads;
+  auto* q = static_cast<Storage*>(args.q) + row * args.q_stride + head * dim;
+  const auto* k = static_cast<const Storage*>(args.k) + row * args.k_stride + head * dim;
+  const auto* v = static_cast<const Storage*>(args.v) + row * args.v_stride + head * dim;
+  const auto* from = of_q ? q : k;
+  Vector x[2] = {E::load(from + at[0]), E::load(from + at[1])}, values[2];
+  if (!of_q) {
+    values[0] = E::load_once(v + at[0]);
+    values[1] = E::load_once(v + at[1]);
+  }
   float cos[W], sin[W];
-#pragma unroll
-  for (int i = 0; i < W; i += W < 4 ? 1 : 4) {
-    Elements < Float32, W<4 ? 1 : 4>::load(args.cos + entry + i,
-                                           *reinterpret_cast<float (*)[W < 4 ? 1 : 4]>(cos + i));
-    Elements < Float32, W<4 ? 1 : 4>::load(args.sin + entry + i,
-                                           *reinterpret_cast<float (*)[W < 4 ? 1 : 4]>(sin + i));
-  }
-  if (head < args.q_heads) {
-    Storage* q = static_cast<Storage*>(args.q) + row * args.q_stride + head * dim;
-    rotate<T, W>(q, q, at, cos, sin, args.interleaved);
-    return;
-  }
-  const int64_t slot = args.slots[row], h = head - args.q_heads;
-  if (slot < 0) return;
-  const CacheLayout &kl = args.k_layout, &vl = args.v_layout;
-  const auto* k = static_cast<const Storage*>(args.k) + row * args.k_stride + h * dim;
-  const auto* v = static_cast<const Storage*>(args.v) + row * args.v_stride + h * dim;
-  auto* k_out =
-      static_cast<Storage*>(args.k_cache) + kl.offset(slot / kl.page_size, slot % kl.page_size, h);
-  auto* v_out =
-      static_cast<Storage*>(args.v_cache) + vl.offset(slot / vl.page_size, slot % vl.page_size, h);
-  rotate<T, W>(k, k_out, at, cos, sin, args.interleaved);
-  Elements<T, W>::copy(v + at[0], v_out + at[0]);
-  Elements<T, W>::copy(v + at[1], v_out + at[1]);
+  load_table<W>(args.cos + position * (dim / 2) + pair, cos);
+  load_table<W>(args.sin + position * (dim / 2) + pair, sin);
+  rotate<T, W>(x, cos, sin, args.interleaved);
+  if (!of_q && slot < 0) return;  // every thread asks for the slot, lest it come last
+  const auto page_size = static_cast<uint32_t>(args.k_layout.page_size);  // of the values too
+  const uint32_t page = static_cast<uint32_t>(slot) / page_size;
+  const uint32_t place = static_cast<uint32_t>(slot) - page * page_size;
+  auto* keys = static_cast<Storage*>(args.k_cache) + args.k_layout.offset(page, place, head);
+  auto* to = of_q ? q : keys;
+  E::store(to + at[0], x[0]);
+  E::store(to + at[1], x[1]);
+  if (of_q) return;
+  auto* out = static_cast<Storage*>(args.v_cache) + args.v_layout.offset(page, place, head);
+  E::store(out + at[0], values[0]);
+  E::store(out + at[1], values[1]);
 }
 
 // Whether every run of `width` pairs is two whole vectors in each of the tensors and the tables.
@@ -97,9 +123,11 @@ int kv_write(const KvWriteArgs& args, void* stream) {
     using T = decltype(type);
     constexpr int W = T::kWidth;
     const bool vectors = vectorises(args, W);
-    const int64_t units = vectors ? pairs / W : pairs;
-    const auto grid =
-        static_cast<unsigned>((args.count * heads * units + kWriteThreads - 1) / kWriteThreads);
+    const auto units = static_cast<uint32_t>(vectors ? pairs / W : pairs);
+    const int64_t items = args.count * heads * units;
+    if (items > INT32_MAX)
+      return static_cast<int>(cudaErrorInvalidValue);  // 8 GB of q and k, at least
+    const auto grid = static_cast<unsigned>((items + kWriteThreads - 1) / kWriteThreads);
     if (vectors)
       DPARALLEL_LAUNCH((kv_write_kernel<T, W>), grid, kWriteThreads, stream, args, units);
     else DPARALLEL_LAUNCH((kv_write_kernel<T, 1>), grid, kWriteThreads, stream, args, units);

@@ -1,7 +1,12 @@
 // rms_norm: a warp per row, or all of a block's where rows are long and few warps would wait for
-// memory. A row is read, summed over its threads and read again, from the cache.
-#include "device.cuh"
-#include "dparallel/launch.h"
+// memory.
+//
+// Bytes: x read and out written, and with a residual delta read and the sum written: 4 of the dtype
+// for each element at most. A thread requests all of its vectors of x, delta and weight at once and
+// keeps them in registers, so that a row of few numbers costs one trip to memory, the sum over the
+// threads and the store. Only rows longer than kKept vectors a thread are read again, from the
+// cache. x, the sum and the weight stay in the caches for whoever is next; delta is not needed
+// again.
 #include "vectors.cuh"
 
 namespace dparallel::cuda {
@@ -16,35 +21,64 @@ template <class T, int W, int Warps>
 __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormArgs args) {
   using Storage = typename T::Storage;
   using E = Elements<T, W>;
+  using Vector = typename E::Vector;
+  // Vectors of a row that a thread keeps: in a block, 4096 numbers of 16 bits. More would cost
+  // registers, and with them blocks on an SM; a guess, not measured.
+  constexpr int kKept = W == 1 ? 4 : 2;
   DPARALLEL_SHARED(squares, float[kNormWarps]);
   const int warp = static_cast<int>(threadIdx.x) / 32, team = warp / Warps * Warps;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kNormWarps / Warps) + warp / Warps;
-  const int64_t width = row < args.count ? args.width : 0;  // every thread comes to the barrier
-  const int64_t first = (static_cast<int64_t>(threadIdx.x) - 32 * team) * W, step = 32 * Warps * W;
-  const auto* x = static_cast<const Storage*>(args.x) + args.x_rows.offset(row);
+  const uint32_t row = blockIdx.x * (kNormWarps / Warps) + warp / Warps;
+  const bool here = row < args.count;  // every thread comes to the barrier
+  const int width = here ? static_cast<int>(args.width) : 0;
+  const int first = (static_cast<int>(threadIdx.x) - 32 * team) * W;
+  constexpr int kStep = 32 * Warps * W;
+  const auto* x = static_cast<const Storage*>(args.x) + offset_of(args.x_rows, row);
+  const auto* delta = static_cast<const Storage*>(args.delta);
+  const auto* weight = static_cast<const Storage*>(args.weight);
+  const auto* bias = static_cast<const Storage*>(args.bias);
+  auto* to = static_cast<Storage*>(args.sum) + row * args.width;
+  auto* out = static_cast<Storage*>(args.out) + row * args.width;
+  if (delta != nullptr) delta += offset_of(args.delta_rows, row);
+
+  Vector kept[kKept], scales[kKept];  // of s = x + delta, and of the weight
+#pragma unroll
+  for (int n = 0; n < kKept; ++n)
+    if (first + n * kStep < width) kept[n] = E::load(x + first + n * kStep);
+  Vector added[kKept];
+  if (delta != nullptr) {
+#pragma unroll
+    for (int n = 0; n < kKept; ++n)
+      if (first + n * kStep < width) added[n] = E::load_once(delta + first + n * kStep);
+  }
+#pragma unroll
+  for (int n = 0; n < kKept; ++n)
+    if (first + n * kStep < width) scales[n] = E::load(weight + first + n * kStep);
+
   float sum = 0.0f;
-  if (args.delta == nullptr) {
-    for (int64_t i = first; i < width; i += step) {
-      float v[W];
-      E::load(x + i, v);
+  // The vector `s` at i, after the residual, into the sum.
+  const auto square = [&](Vector& s, const Vector& other, int i) {
+    float v[W];
+    E::widen(s, v);
+    if (delta != nullptr) {
+      float d[W];
+      E::widen(other, d);
 #pragma unroll
-      for (int j = 0; j < W; ++j) sum += v[j] * v[j];
+      for (int j = 0; j < W; ++j) v[j] += d[j];
+      s = E::narrow(v);
+      E::widen(s, v);
+      E::store(to + i, s);
     }
-  } else {
-    const auto* delta = static_cast<const Storage*>(args.delta) + args.delta_rows.offset(row);
-    auto* to = static_cast<Storage*>(args.sum) + row * args.width;
-    for (int64_t i = first; i < width; i += step) {
-      float v[W], d[W];
-      E::load(x + i, v);
-      E::load(delta + i, d);
 #pragma unroll
-      for (int j = 0; j < W; ++j) {
-        v[j] = T::value(T::narrow(v[j] + d[j]));
-        sum += v[j] * v[j];
-      }
-      E::store(to + i, v);
-    }
-    x = to;  // each thread reads what it wrote
+    for (int j = 0; j < W; ++j) sum += v[j] * v[j];
+  };
+#pragma unroll
+  for (int n = 0; n < kKept; ++n)
+    if (first + n * kStep < width) square(kept[n], added[n], first + n * kStep);
+#pragma unroll 1
+  for (int i = first + kKept * kStep; i < width; i += kStep) {
+    Vector s = E::load(x + i), other = s;
+    if (delta != nullptr) other = E::load_once(delta + i);
+    square(s, other, i);
   }
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2)
@@ -54,23 +88,32 @@ __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormArgs args
   sum = 0.0f;
 #pragma unroll
   for (int w = 0; w < Warps; ++w) sum += squares[team + w];
-  const float scale = 1.0f / sqrtf(sum / static_cast<float>(args.width) + args.eps);
-  const auto* weight = static_cast<const Storage*>(args.weight);
-  const auto* bias = static_cast<const Storage*>(args.bias);
-  auto* out = static_cast<Storage*>(args.out) + row * args.width;
-  for (int64_t i = first; i < width; i += step) {
+
+  const float scale = __frsqrt_rn(__fdividef(sum, static_cast<float>(args.width)) + args.eps);
+  const auto finish = [&](const Vector& s, const Vector& of_weight, int i) {
     float v[W], w[W];
-    E::load(x + i, v);
-    E::load(weight + i, w);
+    E::widen(s, v);
+    E::widen(of_weight, w);
 #pragma unroll
-    for (int j = 0; j < W; ++j) v[j] = w[j] * T::value(T::narrow(v[j] * scale));
+    for (int j = 0; j < W; ++j) v[j] *= scale;
+    E::round(v);
+#pragma unroll
+    for (int j = 0; j < W; ++j) v[j] *= w[j];
     if (bias != nullptr) {
-      E::load(bias + i, w);
+      E::widen(E::load(bias + i), w);
+      E::round(v);
 #pragma unroll
-      for (int j = 0; j < W; ++j) v[j] = T::value(T::narrow(v[j])) + w[j];
+      for (int j = 0; j < W; ++j) v[j] += w[j];
     }
-    E::store(out + i, v);
-  }
+    E::store(out + i, E::narrow(v));
+  };
+#pragma unroll
+  for (int n = 0; n < kKept; ++n)
+    if (first + n * kStep < width) finish(kept[n], scales[n], first + n * kStep);
+  const auto* again = delta != nullptr ? to : x;  // each thread reads what it wrote
+#pragma unroll 1
+  for (int i = first + kKept * kStep; i < width; i += kStep)
+    finish(E::load(again + i), E::load(weight + i), i);
 }
 
 template <class T, int W>

@@ -1,27 +1,49 @@
 // Elements by 16-byte vectors where they are aligned, else one by one.
 #pragma once
 
+#include <type_traits>
+
 #include "device.cuh"
+#include "dparallel/launch.h"
 
 namespace dparallel::cuda {
 
-// W elements: one 16-byte vector, or one by one.
+// W elements: one 16-byte vector, or one element.
 template <class T, int W>
 struct Elements {
+  static_assert(W == T::kWidth || W == 1, "");
   using Storage = typename T::Storage;
+  using Vector = std::conditional_t<W == 1, Storage, uint4>;  // as stored
 
-  static __device__ __forceinline__ void load(const Storage* p, float (&x)[W]) {
-    if constexpr (W == T::kWidth) widen<T>(load_stored<T>(p, true), x);
-    else x[0] = T::value(*p);
+  static __device__ __forceinline__ Vector load(const Storage* p) {
+    return *reinterpret_cast<const Vector*>(p);
   }
-  static __device__ __forceinline__ void store(Storage* p, const float (&x)[W]) {
-    if constexpr (W == T::kWidth) store_stored<T>(p, x, true);
-    else *p = T::narrow(x[0]);
+  // Of what no thread will read again: the caches drop it first.
+  static __device__ __forceinline__ Vector load_once(const Storage* p) {
+    return __ldcs(reinterpret_cast<const Vector*>(p));
   }
-  static __device__ __forceinline__ void copy(const Storage* from, Storage* to) {
-    if constexpr (W == T::kWidth) *reinterpret_cast<uint4*>(to) = load_stored<T>(from, true);
-    else *to = *from;
+  static __device__ __forceinline__ void store(Storage* p, const Vector& v) {
+    *reinterpret_cast<Vector*>(p) = v;
   }
+  static __device__ __forceinline__ void widen(const Vector& v, float (&x)[W]) {
+    if constexpr (W == 1) x[0] = T::value(v);
+    else cuda::widen<T>(v, x);
+  }
+  static __device__ __forceinline__ Vector narrow(const float (&x)[W]) {
+    if constexpr (W == 1) return T::narrow(x[0]);
+    else return cuda::narrow<T>(x);
+  }
+  // To the elements' precision.
+  static __device__ __forceinline__ void round(float (&x)[W]) { widen(narrow(x), x); }
 };
+
+// Where a row begins, by a division of 32 bits: a grid has fewer blocks than 2^31, and no more rows
+// than blocks times warps.
+__device__ __forceinline__ int64_t offset_of(const RowStrides& rows, uint32_t row) {
+  const auto inner = static_cast<uint32_t>(rows.inner_rows);
+  if (row < inner) return row * rows.inner;
+  const uint32_t outer = row / inner;
+  return outer * rows.outer + (row - outer * inner) * rows.inner;
+}
 
 }  // namespace dparallel::cuda

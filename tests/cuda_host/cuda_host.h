@@ -29,6 +29,7 @@ struct Index {
 extern Index threadIdx, blockIdx;
 
 using cudaError_t = int;
+constexpr cudaError_t cudaErrorInvalidValue = 1;
 inline cudaError_t cudaGetLastError() { return 0; }
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 
@@ -93,10 +94,18 @@ T __ldcs(const T* p) {
   return cuda_host::load(p);
 }
 template <class T>
+void __stcs(T* p, T value) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T) != 0) cuda_host::fail("misaligned store");
+  *p = value;
+}
+template <class T>
 T __ldcg(const T* p) {
   cuda_host::yield(16);
   return cuda_host::load(p);
 }
+
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __frsqrt_rn(float x) { return static_cast<float>(1.0 / std::sqrt(double{x})); }
 
 inline void __syncthreads() {
 #ifdef CUDA_HOST_FAULT_NO_BARRIER  // planted: a kernel without its barriers
