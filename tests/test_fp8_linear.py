@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import dparallel_ext as dx
 from dparallel_ext import models, reference
-from dparallel_ext.layers import FEW
+from dparallel_ext.layers import FEW, FEW_ON_TENSOR_CORES
 from dparallel_ext.models.fp8 import Fp8Linear
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -47,6 +47,7 @@ def near(found: Tensor, expected: Tensor, sums: Tensor) -> None:
         (3, 7, 5),
         (2, 1, 1),
         (70, 96, 40),
+        (200, 1024, 300),
     ],
 )
 @pytest.mark.parametrize("biased", [False, True])
@@ -85,10 +86,11 @@ def test_every_weight_there_is(dtype: torch.dtype) -> None:
 @everywhere
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_is_what_it_is_alone(dtype: torch.dtype) -> None:
-    x = torch.randn(FEW, 4096).to(dtype)
+    x = torch.randn(FEW_ON_TENSOR_CORES, 4096).to(dtype)
+    x = x[: FEW_ON_TENSOR_CORES if x.is_cuda and dtype != torch.float32 else FEW]
     weight, scale = dx.quantize_fp8(torch.randn(96, 4096))
     together = dx.fp8_linear(x, weight, scale)
-    for count in (1, 7, 9, 33):
+    for count in (1, 7, 9, 33, 64, len(x) - 5):
         assert torch.equal(dx.fp8_linear(x[:count], weight, scale), together[:count])
     assert torch.equal(dx.fp8_linear(x[40], weight, scale), together[40])
 

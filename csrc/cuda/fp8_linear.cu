@@ -25,7 +25,8 @@
 // out to the bit as it does alone. More than 64 rows of x are chunks, next to each other in the
 // grid, so that all but the first find the weights in the L2 cache.
 //
-// kSlots, kRing, the 32 rows of a warp and its two teams are by arithmetic, not yet by measurement.
+// kEnough, kRing, the 32 rows of a warp and its two teams are by arithmetic, not yet by
+// measurement.
 //
 // Else a warp takes a row of the weights, by FMA.
 #include "device.cuh"
@@ -42,7 +43,7 @@ constexpr int kStep = 64;                   // of the inner dimension
 constexpr int kRing = 2;                    // steps of a warp in flight
 constexpr int kMostTiles = 8;               // of 8 rows of x
 constexpr int kChunkRows = 8 * kMostTiles;  // of x
-constexpr int64_t kSlots = 264;             // CTAs at once, two for each SM of an H100
+constexpr int64_t kEnough = 128;            // CTAs that occupy an H100
 constexpr int64_t kLeastSteps = 8;          // of a split
 
 struct Fp8Shape {
@@ -53,10 +54,7 @@ struct Fp8Shape {
 
   static Fp8Shape of(const Fp8LinearArgs& args) {
     const int64_t tiles = (args.out_width + kTileRows - 1) / kTileRows, all = args.in / kStep;
-    // As many CTAs as run at once, or where the tiles are more, enough for a short last round.
-    const int64_t wanted = tiles == 0        ? 1
-                           : tiles <= kSlots ? kSlots / tiles
-                                             : (2 * kSlots + tiles - 1) / tiles;
+    const int64_t wanted = (kEnough + tiles - 1) / (tiles > 0 ? tiles : 1);
     const int64_t most = all >= kLeastSteps ? all / kLeastSteps : 1;
     const int64_t splits = wanted < most ? wanted : most;
     const int64_t steps = all > 0 ? (all + splits - 1) / splits : 1;
