@@ -174,6 +174,7 @@ struct Cpu {
   static void fp8_linear(const Fp8LinearArgs& args, const Tensor&, const std::optional<Tensor>&) {
     cpu::fp8_linear(args, parallel);
   }
+  static void fp8_widen(const Fp8WidenArgs& args, const Tensor&) { cpu::fp8_widen(args, parallel); }
 };
 
 #if defined(DPARALLEL_WITH_CUDA) || defined(DPARALLEL_WITH_CUDA_HOST)
@@ -259,6 +260,10 @@ struct Cuda {
                          const std::optional<Tensor>& c) {
     launch("fp8_linear", args, cuda::fp8_linear_scratch(args), cuda::fp8_linear_counters(args),
            cuda::fp8_linear, like, c);
+  }
+  static void fp8_widen(const Fp8WidenArgs& args, const Tensor& like) {
+    const DeviceGuard guard(like.get_device());
+    check(cuda::fp8_widen(args, stream(like)), "fp8_widen");
   }
 };
 #endif
@@ -662,6 +667,26 @@ Tensor fp8_linear(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> b
   return out;
 }
 
+constexpr const char* kFp8WidenSchema =
+    "fp8_widen(Tensor weight, Tensor scale, Tensor like) -> Tensor";
+
+// Of the dtype of `like`.
+template <class Backend>
+Tensor fp8_widen(Tensor weight, Tensor scale, Tensor like) {
+  STD_TORCH_CHECK(weight.dim() == 2, "weight: expected (out, in)");
+  STD_TORCH_CHECK(like.scalar_type() != ScalarType::Double,
+                  "like: expected float32, bfloat16 or float16");
+  const int64_t out_width = weight.size(0), in = weight.size(1);
+  contiguous(weight, "weight", ScalarType::Float8_e4m3fn, {out_width, in}, like);
+  contiguous(scale, "scale", ScalarType::Float, {out_width}, like);
+  Tensor out = torch::stable::new_empty(like, {out_width, in});
+  const Fp8WidenArgs args{dtype_of(like),     in,
+                          out_width,          static_cast<const uint8_t*>(weight.data_ptr()),
+                          data<float>(scale), out.data_ptr()};
+  Backend::fp8_widen(args, like);
+  return out;
+}
+
 #ifndef DPARALLEL_WITH_CUDA_HOST
 // Where an op has no kernel, its error is a sentence instead of the dispatcher's forty lines.
 template <class Why, class Result, class... Arguments>
@@ -701,6 +726,7 @@ STABLE_TORCH_LIBRARY(dparallel, m) {
   m.def(kRmsNormSchema);
   m.def(kSwigluSchema);
   m.def(kFp8LinearSchema);
+  m.def(kFp8WidenSchema);
 }
 
 #define DPARALLEL_OPS(DO)              \
@@ -714,7 +740,8 @@ STABLE_TORCH_LIBRARY(dparallel, m) {
   DO(block_attention)                  \
   DO(rms_norm)                         \
   DO(swiglu)                           \
-  DO(fp8_linear)
+  DO(fp8_linear)                       \
+  DO(fp8_widen)
 
 #define DPARALLEL_CPU(op) m.impl(#op, TORCH_BOX(&op<Cpu>));
 #define DPARALLEL_CUDA(op) m.impl(#op, TORCH_BOX(&op<Cuda>));

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import dparallel_ext as dx
 from dparallel_ext import models, reference
-from dparallel_ext.layers import FEW
+from dparallel_ext.layers import FEW, FEW_ON_TENSOR_CORES
 from dparallel_ext.models.fp8 import Fp8Linear
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -47,6 +47,7 @@ def near(found: Tensor, expected: Tensor, sums: Tensor) -> None:
         (3, 7, 5),
         (2, 1, 1),
         (70, 96, 40),
+        (200, 1024, 300),
     ],
 )
 @pytest.mark.parametrize("biased", [False, True])
@@ -59,10 +60,9 @@ def test_the_twin(rows: int, width: int, out: int, dtype: torch.dtype, biased: b
     sums = reference.fp8_linear(x.double().abs(), weight.to(torch.float32).abs(), scale)
     if rows <= FEW:
         near(found, expected, sums)
-    else:  # rounded before the scale too
-        plain = reference.fp8_linear(x, weight, scale).double()
-        ulp = {torch.float32: 2**-20, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
-        bound = ulp * (plain.abs() + expected.double().abs()) + 2**-19 * sums
+    else:  # of rounded weights
+        ulp = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+        bound = ulp * expected.double().abs() + (ulp / 2 + 2**-19) * sums
         assert bool(((found.double() - expected.double()).abs() <= bound).all())
 
 
@@ -86,12 +86,38 @@ def test_every_weight_there_is(dtype: torch.dtype) -> None:
 @everywhere
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_is_what_it_is_alone(dtype: torch.dtype) -> None:
-    x = torch.randn(FEW, 4096).to(dtype)
+    x = torch.randn(FEW_ON_TENSOR_CORES, 4096).to(dtype)
+    x = x[: FEW_ON_TENSOR_CORES if x.is_cuda and dtype != torch.float32 else FEW]
     weight, scale = dx.quantize_fp8(torch.randn(96, 4096))
     together = dx.fp8_linear(x, weight, scale)
-    for count in (1, 7, 9, 33):
+    for count in (1, 7, 9, 33, 64, len(x) - 5):
         assert torch.equal(dx.fp8_linear(x[:count], weight, scale), together[:count])
     assert torch.equal(dx.fp8_linear(x[40], weight, scale), together[40])
+
+
+@every_level
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [3, FEW, FEW + 1, 300])
+def test_sums_that_overflow_before_the_scale(rows: int, dtype: torch.dtype) -> None:
+    """In float16 they exceed 65504, and infinities became NaN logits."""
+    x = (30 * torch.randn(rows, 1024)).to(dtype)
+    weight, scale = dx.quantize_fp8(0.02 * torch.randn(48, 1024))
+    bias = torch.randn(48).to(dtype)
+    unscaled = reference.fp8_linear(x.float(), weight, torch.ones(48))
+    assert float(unscaled.abs().max()) > 65504
+    found, expected = (of(x, weight, scale, bias).double() for of in (dx.fp8_linear, reference.fp8_linear))
+    error = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert float(error) < {torch.float32: 2**-20, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+
+
+@every_level
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 30, 64, 1040])
+def test_widened_weights(width: int, dtype: torch.dtype) -> None:
+    weight = EVERY[torch.randint(len(EVERY), (9, width))].view(torch.float8_e4m3fn)
+    scale = torch.rand(9) / 100
+    found = torch.ops.dparallel.fp8_widen(weight, scale, torch.zeros(0, dtype=dtype))
+    assert torch.equal(found, (weight.to(torch.float32) * scale[:, None]).to(dtype))
 
 
 @everywhere
@@ -250,3 +276,4 @@ def test_opcheck() -> None:
     torch.library.opcheck(
         torch.ops.dparallel.fp8_linear, (x, weight, scale, None, counters(x, 64)), test_utils=tests
     )
+    torch.library.opcheck(torch.ops.dparallel.fp8_widen, (weight, scale, x), test_utils=tests)

@@ -48,9 +48,20 @@ void rows(const Fp8LinearArgs& args, int64_t begin, int64_t end) {
     }
 }
 
+template <class T>
+void widened(const Fp8WidenArgs& args, int64_t begin, int64_t end) {
+  float exact[256];
+  for (int bits = 0; bits < 256; ++bits) exact[bits] = e4m3_value(static_cast<uint8_t>(bits));
+  auto* out = static_cast<typename T::Storage*>(args.out);
+  for (int64_t row = begin; row < end; ++row)
+    for (int64_t i = row * args.in; i < (row + 1) * args.in; ++i)
+      out[i] = narrowed(T{}, args.scale[row] * exact[args.weight[i]]);
+}
+
 }  // namespace
 
 extern const Fp8LinearKernel fp8_linear_kernel;
-const Fp8LinearKernel fp8_linear_kernel{{rows<Float32>, rows<BFloat16>, rows<Float16>}};
+const Fp8LinearKernel fp8_linear_kernel{{rows<Float32>, rows<BFloat16>, rows<Float16>},
+                                        {widened<Float32>, widened<BFloat16>, widened<Float16>}};
 
 }  // namespace dparallel::cpu::DPARALLEL_SIMD

@@ -136,18 +136,19 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const
 }
 
 // The exponent of e4m3 in the place of T's, and then the difference of their biases multiplied in,
-// which is exact, subnormal numbers included.
+// which is exact, subnormal numbers included. Two bytes lie in the low halves of their 16 bits: one
+// multiplication moves them, and another the sign further, both on the pipe of the FMAs.
 template <class T>
 __device__ __forceinline__ void widen_e4m3(uint32_t bytes, uint32_t& first, uint32_t& second) {
-  uint32_t pairs[2] = {__byte_perm(bytes, 0, 0x1404), __byte_perm(bytes, 0, 0x3424)};
+  uint32_t pairs[2] = {__byte_perm(bytes, 0, 0x4140), __byte_perm(bytes, 0, 0x4342)};
 #pragma unroll
   for (uint32_t& pair : pairs) {
-    const uint32_t sign = pair & 0x80008000u, zero = 0x80008000u;
+    const uint32_t signs = pair & 0x00800080u, zero = 0x80008000u;
     if constexpr (T::kBrain) {
-      pair = sign | (pair >> 4 & 0x07f007f0u);
+      pair = pair * 0x10u + signs * 0xf0u;  // bit 7 to bit 11, and from there to 15
       asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(pair) : "r"(0x7b807b80u), "r"(zero));  // 2^120
     } else {
-      pair = sign | (pair >> 1 & 0x3f803f80u);
+      pair = pair * 0x80u + signs * 0x80u;  // bit 7 to bit 14, and from there to 15
       asm("fma.rn.f16x2 %0, %0, %1, %2;" : "+r"(pair) : "r"(0x5c005c00u), "r"(zero));  // 2^8
     }
   }

@@ -710,8 +710,8 @@ void fp8_linear_case() {
   const DType dtype = one_of({DType::float32, DType::bfloat16, DType::float16});
   // 64 * 17 has several splits; a chunk has 64 rows.
   const int64_t in = one_of({64, 64, 128, 64 * 17, 64 * 40, 1, 30, 200});
-  const int64_t out_width = one_of({1, 8, 15, 16, 63, 64, 65, 130});
-  const int64_t count = chance(0.1) ? 60 + below(20) : below(34);
+  const int64_t out_width = one_of({1, 8, 15, 16, 63, 64, 65, 127, 128, 130, 264});
+  const int64_t count = chance(0.1) ? 60 + below(80) : below(34);
   const int64_t stride = in + one_of({0, 0, 8, 3});
   Numbers x(dtype, count == 0 ? 0 : (count - 1) * stride + in), bias(dtype, out_width);
   Numbers out(dtype, count * out_width), out2(out);
@@ -747,6 +747,14 @@ void fp8_linear_case() {
   launch(some, fewer);
   REQUIRE(std::memcmp(some.memory.get(), out2.memory.get(), some.bytes()) == 0,
           "rows are not what they are among others");
+
+  Numbers wide(dtype, out_width * in), wide2(wide);
+  Fp8WidenArgs widen{dtype, in, out_width, weight.get(), scale.data(), wide.memory.get()};
+  cpu::fp8_widen(widen, serial);
+  widen.out = wide2.memory.get();
+  cuda::fp8_widen(widen, nullptr);
+  REQUIRE(std::memcmp(wide.memory.get(), wide2.memory.get(), wide.bytes()) == 0,
+          "widened weights differ");
 }
 
 }  // namespace

@@ -193,6 +193,15 @@ struct Fp8LinearArgs {
   void* out;              // [count, out_width] contiguous
 };
 
+// out = round(scale * weight): weights as above, for a product of the matrix library.
+struct Fp8WidenArgs {
+  DType dtype;  // of out: float32, bfloat16 or float16
+  int64_t in, out_width;
+  const uint8_t* weight;  // [out_width, in] contiguous
+  const float* scale;     // [out_width]
+  void* out;              // [out_width, in] contiguous
+};
+
 namespace cpu {
 // parallel(n, body): body(begin, end) over [0, n) on torch's threads.
 using Body = void (*)(int64_t begin, int64_t end, const void* context);
@@ -208,6 +217,7 @@ void block_attention(const BlockAttentionArgs& args, Parallel parallel);
 void rms_norm(const RmsNormArgs& args, Parallel parallel);
 void swiglu(const SwigluArgs& args, Parallel parallel);
 void fp8_linear(const Fp8LinearArgs& args, Parallel parallel);
+void fp8_widen(const Fp8WidenArgs& args, Parallel parallel);
 const char* simd_level();  // "avx512", "avx2" or "portable"
 bool is_simd_level(const char* name);
 // The kernels use the level of that name from now on, or the machine's best where it is lower.
@@ -242,6 +252,7 @@ int swiglu(const SwigluArgs& args, void* stream);
 int64_t fp8_linear_scratch(const Fp8LinearArgs& args);
 int64_t fp8_linear_counters(const Fp8LinearArgs& args);
 int fp8_linear(const Fp8LinearArgs& args, const Workspace& workspace, void* stream);
+int fp8_widen(const Fp8WidenArgs& args, void* stream);
 const char* error_string(int code);
 }  // namespace cuda
 
