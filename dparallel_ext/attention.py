@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import _C  # noqa: F401  (registers the ops)
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of the kernels; float64 is computed by the twins in `reference`."""
 

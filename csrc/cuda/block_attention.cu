@@ -218,9 +218,11 @@ struct Work : Unit {
   int first, rows;  // packed rows [first, first + rows); none: nothing to do
   int start, end;   // slots
 
-  __device__ __forceinline__ Work(const BlockAttentionArgs& args, const Shape& shape)
-      : Unit(args, shape, static_cast<int>(shape.share.quotient(blockIdx.x))), rows(0) {
-    place = static_cast<int>(blockIdx.x % shape.share.size);
+  __device__ __forceinline__ Work(const BlockAttentionArgs& args, const Shape& shape, int block)
+      : Unit(args, shape, static_cast<int>(shape.share.quotient(static_cast<uint32_t>(block)))),
+        rows(0) {
+    const int unit = segment * static_cast<int>(shape.heads.size) + head;
+    place = block - unit * static_cast<int>(shape.share.size);
     if (cut.splits == 0) return;
     if (clustered()) {  // a tile's CTAs are side by side
       const int bits = bits_above(cut.splits);
@@ -414,9 +416,9 @@ struct Steps {
   // head_dim.
   static __device__ __forceinline__ void copy(const Work& work, int slot, uint16_t* to) {
     const BlockAttentionArgs& args = work.args;
-    const int lane = static_cast<int>(threadIdx.x % kLanes),
-              dim = static_cast<int>(args.k_layout.head_dim);
-    const int row = static_cast<int>(threadIdx.x / kLanes);
+    const int dim = static_cast<int>(args.k_layout.head_dim);
+    const auto t = static_cast<unsigned>(anew(static_cast<int>(threadIdx.x)));
+    const int lane = static_cast<int>(t % kLanes), row = static_cast<int>(t / kLanes);
     const auto* keys = static_cast<const uint16_t*>(args.k_cache) + lane * 8;
     const auto* values = static_cast<const uint16_t*>(args.v_cache) + lane * 8;
     typename Work::Place from[kStep / kAtOnce];  // their pages are looked up together
@@ -462,7 +464,7 @@ struct Rows {
   __device__ __forceinline__ void attend(const uint16_t* queries, const uint16_t* step, int first,
                                          int left, float factor) {
     if (left <= 0) return;
-    const int lane = threadIdx.x % 32, q = lane % 4;
+    const int lane = anew(static_cast<int>(threadIdx.x)) % 32, q = lane % 4;
     // Of the row that the lane names to ldmatrix. Its chunk c + 2k is then at `across(this, k)`.
     const int query = S::chunk(lane % 16, lane / 16);
     const int key = first * kDim + S::chunk(lane / 16 * 8 + lane % 8, lane / 8 % 2);
@@ -638,36 +640,36 @@ __global__ void __launch_bounds__(kThreads, 2)
   DPARALLEL_LARGE_SHARED(shared, TensorShared<kDim>);
   const int64_t beyond = blockIdx.x - shape.units * shape.share.size;
   if (beyond >= 0) return write_blanks<typename T::Storage>(args, shape, static_cast<int>(beyond));
-  const Work work(args, shape);
+  const Work work(args, shape, static_cast<int>(blockIdx.x));
   if (work.rows == 0) return;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int sharing = work.rows <= 32 ? 4 : work.rows <= 64 ? 2 : 1;  // warps to a row
   const int row = warp % (kWarps / sharing) * 32, part = warp / (kWarps / sharing);
   S::copy_queries(work, shared.query, kTensorRows / sharing);
   Rows<T, kDim> rows;
-  const float factor = args.scale * kLog2e;
-  int asked = work.start;
-  for (int slot = work.start - kStep, step = 1; slot < work.end; slot += kStep, step ^= 1) {
+  for (int slot = work.start - kStep; slot < work.end; slot += kStep) {
     const bool first = slot < work.start;  // nothing to compute yet: two steps are asked for
     if (!first) {
       wait_for_copies();
       __syncthreads();  // everyone's copies are there, and everyone is done with the step before
     }
-    const int until = slot + (first ? 3 : 2) * kStep;
+    int next = slot + kStep, until = next + (first ? 2 : slot > work.start) * kStep;
 #pragma unroll 1
-    for (; asked < until && asked < work.end; asked += kStep)
-      S::copy(work, asked, shared.step[(asked - work.start) / kStep % 2]);
+    for (; next < until && next < work.end; next += kStep)
+      S::copy(work, next, shared.step[(next - work.start) / kStep % 2]);
     if (first || row >= work.rows) continue;  // the whole warp
     const uint16_t* queries = shared.query + row * kDim;
-    const uint16_t* now = shared.step[step];
+    const uint16_t* now = shared.step[(slot - work.start) / kStep % 2];
+    const float factor = args.scale * kLog2e;
     const int left = work.end - slot;
     if (sharing == 1) rows.template attend<64>(queries, now, 0, left, factor);
     else if (sharing == 2)
       rows.template attend<32>(queries, now, 32 * part, left - 32 * part, factor);
     else rows.template attend<16>(queries, now, 16 * part, left - 16 * part, factor);
   }
-  const Work done(args, shape);  // as `work`, whose numbers need not stay in registers for it
-  __syncthreads();               // everyone is done with the steps
+  // As `work`, whose numbers need not stay in registers for it.
+  const Work done(args, shape, anew(static_cast<int>(blockIdx.x)));
+  __syncthreads();  // everyone is done with the steps
   auto& sums = shared.sums;
   rows.each(
       [&](int r, float top, float sum) {
@@ -702,7 +704,7 @@ __global__ void __launch_bounds__(kThreads)
   DPARALLEL_SHARED(step, PlainShared);
   const int64_t beyond = blockIdx.x - shape.units * shape.share.size;
   if (beyond >= 0) return write_blanks<Storage>(args, shape, static_cast<int>(beyond));
-  const Work work(args, shape);
+  const Work work(args, shape, static_cast<int>(blockIdx.x));
   if (work.rows == 0) return;
   const int dim = static_cast<int>(args.k_layout.head_dim), t = threadIdx.x;
   const int warp = t / 32, lane = t % 32;

@@ -77,6 +77,7 @@ inline void copy_async(void* to, const void* from, bool there) {
   cuda_host::copy_later(to, there ? from : nullptr);
 }
 inline void wait_for_copies() { cuda_host::finish_copies(); }
+inline int anew(int x) { return x; }
 
 #else
 
@@ -152,6 +153,13 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool ther
 }
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// x, unknown to the compiler: what follows from it is computed where it is needed, and not kept in
+// registers from one step of a loop to the next.
+__device__ __forceinline__ int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 #endif
