@@ -176,7 +176,8 @@ struct Unit {
   int64_t begin;     // the segment's first query row
   Cut cut;
 
-  __device__ __forceinline__ Unit(const BlockAttentionArgs& args, const Shape& shape, int unit)
+  __device__ __forceinline__ Unit(const BlockAttentionArgs& args, const Shape& shape, int unit,
+                                  bool on_tensor_cores)
       : args(args), shape(shape) {
     segment = static_cast<int>(shape.heads.quotient(static_cast<uint32_t>(unit)));
     head = unit - segment * static_cast<int>(shape.heads.size);
@@ -185,7 +186,7 @@ struct Unit {
     rows = static_cast<int>(shape.group.size) *
            static_cast<int>(queries < shape.longest_query ? queries : shape.longest_query);
     length = static_cast<int>(slots < shape.longest_length ? slots : shape.longest_length);
-    cut = Cut::of(shape.on_tensor_cores, static_cast<int>(shape.heads.size), rows, length);
+    cut = Cut::of(on_tensor_cores, static_cast<int>(shape.heads.size), rows, length);
   }
 
   // Whether a tile's splits are merged by their CTAs.
@@ -218,8 +219,10 @@ struct Work : Unit {
   int first, rows;  // packed rows [first, first + rows); none: nothing to do
   int start, end;   // slots
 
-  __device__ __forceinline__ Work(const BlockAttentionArgs& args, const Shape& shape, int block)
-      : Unit(args, shape, static_cast<int>(shape.share.quotient(static_cast<uint32_t>(block)))),
+  __device__ __forceinline__ Work(const BlockAttentionArgs& args, const Shape& shape, int block,
+                                  bool on_tensor_cores)
+      : Unit(args, shape, static_cast<int>(shape.share.quotient(static_cast<uint32_t>(block))),
+             on_tensor_cores),
         rows(0) {
     const int unit = segment * static_cast<int>(shape.heads.size) + head;
     place = block - unit * static_cast<int>(shape.share.size);
@@ -470,7 +473,7 @@ struct Rows {
     const int key = first * kDim + S::chunk(lane / 16 * 8 + lane % 8, lane / 8 % 2);
     const int value = S::kTile + first * kDim + S::chunk(lane % 16, lane / 16);
     float score[kTiles][kKeys / 8][4] = {};
-#pragma unroll
+#pragma unroll 2  // all of them at once want more registers than there are
     for (int k = 0; k < kDepth; ++k) {
       uint32_t a[kTiles][4];
 #pragma unroll
@@ -564,10 +567,14 @@ struct Rows {
   }
 };
 
+__device__ __forceinline__ int warps_to_a_row(const Work& work) {
+  return work.rows <= 32 ? 4 : work.rows <= 64 ? 2 : 1;
+}
+
 // From the sums of each warp's rows in shared memory to the output, or to scratch.
 template <class T, int kDim>
-__device__ __forceinline__ void finish(const Work& work, int sharing,
-                                       typename TensorShared<kDim>::Sums& sums, float* scratch) {
+__device__ __forceinline__ void finish(const Work& work, typename TensorShared<kDim>::Sums& sums,
+                                       float* scratch) {
   constexpr int kColumns = kDim / 4;
   const int dim = static_cast<int>(work.args.k_layout.head_dim);
   const int elements = work.rows * kColumns, t = static_cast<int>(threadIdx.x);
@@ -576,6 +583,7 @@ __device__ __forceinline__ void finish(const Work& work, int sharing,
     widen<Float32>(*reinterpret_cast<const uint4*>(&sums.value[row][d]), value);
   };
   float *tops = sums.top, *totals = sums.sum;
+  const int sharing = warps_to_a_row(work);
   __syncthreads();
   if (sharing > 1) {  // into the first warp's
     const int stride = kTensorRows / sharing;
@@ -640,11 +648,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   DPARALLEL_LARGE_SHARED(shared, TensorShared<kDim>);
   const int64_t beyond = blockIdx.x - shape.units * shape.share.size;
   if (beyond >= 0) return write_blanks<typename T::Storage>(args, shape, static_cast<int>(beyond));
-  const Work work(args, shape, static_cast<int>(blockIdx.x));
+  const Work work(args, shape, static_cast<int>(blockIdx.x), true);
   if (work.rows == 0) return;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int sharing = work.rows <= 32 ? 4 : work.rows <= 64 ? 2 : 1;  // warps to a row
-  const int row = warp % (kWarps / sharing) * 32, part = warp / (kWarps / sharing);
+  const int sharing = warps_to_a_row(work);
   S::copy_queries(work, shared.query, kTensorRows / sharing);
   Rows<T, kDim> rows;
   for (int slot = work.start - kStep; slot < work.end; slot += kStep) {
@@ -657,6 +663,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll 1
     for (; next < until && next < work.end; next += kStep)
       S::copy(work, next, shared.step[(next - work.start) / kStep % 2]);
+    const int warp = anew(static_cast<int>(threadIdx.x)) / 32;
+    const int row = warp % (kWarps / sharing) * 32, part = warp / (kWarps / sharing);
     if (first || row >= work.rows) continue;  // the whole warp
     const uint16_t* queries = shared.query + row * kDim;
     const uint16_t* now = shared.step[(slot - work.start) / kStep % 2];
@@ -668,9 +676,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     else rows.template attend<16>(queries, now, 16 * part, left - 16 * part, factor);
   }
   // As `work`, whose numbers need not stay in registers for it.
-  const Work done(args, shape, anew(static_cast<int>(blockIdx.x)));
+  const Work done(args, shape, anew(static_cast<int>(blockIdx.x)), true);
   __syncthreads();  // everyone is done with the steps
   auto& sums = shared.sums;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
   rows.each(
       [&](int r, float top, float sum) {
         if (threadIdx.x % 4 == 0) {
@@ -683,7 +692,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         sums.value[32 * warp + r][d] = x;
         sums.value[32 * warp + r][d + 1] = y;
       });
-  finish<T, kDim>(done, sharing, sums, scratch);
+  finish<T, kDim>(done, sums, scratch);
 }
 
 // ---- FMA ----
@@ -698,18 +707,16 @@ struct PlainShared {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     block_attention_plain_kernel(BlockAttentionArgs args, Shape shape, float* scratch) {
   using Storage = typename T::Storage;
   DPARALLEL_SHARED(step, PlainShared);
   const int64_t beyond = blockIdx.x - shape.units * shape.share.size;
   if (beyond >= 0) return write_blanks<Storage>(args, shape, static_cast<int>(beyond));
-  const Work work(args, shape, static_cast<int>(blockIdx.x));
+  const Work work(args, shape, static_cast<int>(blockIdx.x), false);
   if (work.rows == 0) return;
   const int dim = static_cast<int>(args.k_layout.head_dim), t = threadIdx.x;
   const int warp = t / 32, lane = t % 32;
-  const bool split = work.cut.splits > 1;
-  const Part part(work, scratch, work.place);  // there where it is split
   for (int slice = 0; slice < dim; slice += kSlice) {
     float top[kPlainRows / kWarps], sum[kPlainRows / kWarps];  // of rows warp, warp + kWarps, ...
     float out[kPlainRows][kOwned] = {};
@@ -727,6 +734,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int from = 0; from < dim; from += kThreads) {
         const int dims = dim - from < kThreads ? dim - from : kThreads;
         __syncthreads();  // the last queries and weights are done with
+#pragma unroll 1
         for (int r = 0; r < kPlainRows; ++r)
           step.query[r][t] = r < work.rows && t < dims
                                  ? args.scale * T::value(static_cast<const Storage*>(
@@ -780,10 +788,14 @@ __global__ void __launch_bounds__(kThreads)
         }
       }
     }
+    // As `work`, whose numbers need not stay in registers for it.
+    const Work done(args, shape, anew(static_cast<int>(blockIdx.x)), false);
+    const bool split = done.cut.splits > 1;
+    const Part part(done, scratch, done.place);  // there where it is split
 #pragma unroll
     for (int i = 0; i < kPlainRows / kWarps; ++i) {
       const int r = warp + i * kWarps;
-      if (lane != 0 || r >= work.rows) continue;
+      if (lane != 0 || r >= done.rows) continue;
       step.sum[r] = sum[i];
       if (!split) continue;
       part.tops[r] = top[i];
@@ -795,10 +807,10 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int i = 0; i < kOwned; ++i) {
         const int d = slice + i * kThreads + t;
-        if (r >= work.rows || d >= dim) continue;
+        if (r >= done.rows || d >= dim) continue;
         if (split) part.values[r * dim + d] = out[r][i];
         else
-          static_cast<Storage*>(args.out)[work.output(work.first + r) + d] =
+          static_cast<Storage*>(args.out)[done.output(done.first + r) + d] =
               T::narrow(out[r][i] / step.sum[r]);
       }
   }
@@ -836,7 +848,7 @@ __global__ void __launch_bounds__(kThreads)
     block_attention_merge_kernel(BlockAttentionArgs args, Shape shape, const float* scratch,
                                  int blocks) {
   const int block = static_cast<int>(blockIdx.x);
-  const Unit unit(args, shape, block / blocks);
+  const Unit unit(args, shape, block / blocks, shape.on_tensor_cores);
   const int first = block % blocks * kMergeRows;
   if (unit.cut.splits <= 1 || unit.clustered() || first >= unit.rows) return;
   if (args.k_layout.head_dim % 4 == 0) merge_parts<T, 4>(unit, scratch, first);
