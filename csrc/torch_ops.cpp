@@ -152,8 +152,7 @@ struct Cpu {
     }
     cpu::kv_write(args, parallel);
   }
-  static void block_attention(const BlockAttentionArgs& args, const Tensor&,
-                              const std::optional<Tensor>&) {
+  static void block_attention(const BlockAttentionArgs& args, const Tensor&) {
     const int64_t page_size = args.k_layout.page_size;
     for (int64_t s = 0; s < args.segments; ++s) {
       const int64_t begin = args.begin[s], end = args.end[s], length = args.length[s];
@@ -243,10 +242,12 @@ struct Cuda {
     const DeviceGuard guard(like.get_device());
     check(cuda::kv_write(args, stream(like)), "kv_write");
   }
-  static void block_attention(const BlockAttentionArgs& args, const Tensor& like,
-                              const std::optional<Tensor>& c) {
-    launch("block_attention", args, cuda::block_attention_scratch(args),
-           cuda::block_attention_counters(args), cuda::block_attention, like, c);
+  static void block_attention(const BlockAttentionArgs& args, const Tensor& like) {
+    const DeviceGuard guard(like.get_device());
+    const Tensor scratch =
+        torch::stable::new_empty(like, {cuda::block_attention_scratch(args)}, ScalarType::Byte);
+    check(cuda::block_attention(args, {scratch.data_ptr(), nullptr}, stream(like)),
+          "block_attention");
   }
   static void rms_norm(const RmsNormArgs& args, const Tensor& like) {
     const DeviceGuard guard(like.get_device());
@@ -528,13 +529,12 @@ void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tens
 
 constexpr const char* kBlockAttentionSchema =
     "block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor begin, Tensor end, Tensor "
-    "length, Tensor pages, int longest_query, int longest_length, float scale, Tensor(a!)? "
-    "counters) -> Tensor";
+    "length, Tensor pages, int longest_query, int longest_length, float scale) -> Tensor";
 
 template <class Backend>
 Tensor block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor begin, Tensor end,
                        Tensor length, Tensor pages, int64_t longest_query, int64_t longest_length,
-                       double scale, std::optional<Tensor> counters) {
+                       double scale) {
   const CacheLayout keys = layout_of(k_cache, "k_cache", q);
   const CacheLayout values = layout_of(v_cache, "v_cache", q);
   check_same(keys, values);
@@ -545,7 +545,7 @@ Tensor block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor begin, T
   contiguous(length, "length", ScalarType::Long, {segments}, q);
   STD_TORCH_CHECK(pages.dim() == 2, "pages: expected 2 dimensions, got ", pages.dim());
   contiguous(pages, "pages", ScalarType::Long, {segments, pages.size(1)}, q);
-  Tensor out = torch::stable::new_zeros(q, {count, q.size(1), q.size(2)});
+  Tensor out = torch::stable::new_empty(q, {count, q.size(1), q.size(2)});
   const BlockAttentionArgs args{dtype_of(q),
                                 q.data_ptr(),
                                 q.stride(0),
@@ -565,7 +565,7 @@ Tensor block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor begin, T
                                 longest_length,
                                 static_cast<float>(scale),
                                 out.data_ptr()};
-  if (count > 0 && segments > 0) Backend::block_attention(args, q, counters);
+  if (count > 0) Backend::block_attention(args, q);
   return out;
 }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ops import _counters
+from . import _C  # noqa: F401  (registers the ops)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of the kernels; float64 is computed by the twins in `reference`."""
@@ -140,9 +140,8 @@ def block_attention(
     _check_caches(q, k_cache, v_cache)
     if begin is None or end is None:
         raise ValueError("begin: needed, and end, where q is (N, H, D)")
-    segments = len(lengths) if lengths.ndim == 1 else -1
     if pages is None:
-        pages = torch.arange(max(0, segments), device=q.device)[:, None]
+        pages = torch.arange(len(lengths) if lengths.ndim == 1 else 0, device=q.device)[:, None]
     if pages.ndim != 2:
         raise ValueError(f"pages: expected int64 (S, P), got {tuple(pages.shape)}")
     for name, given in (("lengths", lengths), ("begin", begin), ("end", end)):
@@ -169,7 +168,6 @@ def block_attention(
         len(q) if longest_query is None else longest_query,
         capacity if longest_length is None else longest_length,
         q.shape[2] ** -0.5 if scale is None else scale,
-        _counters(q, 16 * segments * k_cache.shape[1]),
     )
     return out.view(shape)
 
@@ -230,6 +228,6 @@ def _(q, k, v, k_cache, v_cache, positions, slots, cos, sin, interleaved):  # ty
 
 @torch.library.register_fake("dparallel::block_attention")
 def _(  # type: ignore[no-untyped-def]
-    q, k_cache, v_cache, begin, end, length, pages, longest_query, longest_length, scale, counters
+    q, k_cache, v_cache, begin, end, length, pages, longest_query, longest_length, scale
 ):
     return q.new_empty(q.shape)

@@ -1,5 +1,6 @@
 // block_attention on the CPU: tiles of query rows, one key head each, in parallel.
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -18,6 +19,8 @@ int64_t attention_scratch(int64_t head_dim) {
 
 void block_attention(const BlockAttentionArgs& args, Parallel parallel) {
   const int64_t heads = args.k_layout.heads, group = args.q_heads / heads;
+  const int64_t size = args.dtype == DType::float32 ? 4 : 2;
+  std::memset(args.out, 0, args.count * args.q_heads * args.k_layout.head_dim * size);
   const int64_t step = std::max<int64_t>(1, kTileRows / group);  // query rows of a tile
   // A segment's tiles count from its own first row, so that its result depends on nothing else.
   std::vector<AttentionTile> tiles;

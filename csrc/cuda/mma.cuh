@@ -89,6 +89,7 @@ template <int kPending>
 void wait_for_copies() {
   cuda_host::finish_copies(kPending);
 }
+inline int anew(int x) { return x; }
 
 #else
 
@@ -182,6 +183,13 @@ __device__ __forceinline__ void commit_copies() {
 template <int kPending>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// x, unknown to the compiler: what follows from it is computed where it is needed, and not kept in
+// registers from one step of a loop to the next.
+__device__ __forceinline__ int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 #endif

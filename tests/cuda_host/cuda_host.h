@@ -2,7 +2,8 @@
 // fibers, switched at barriers, shuffles, fences, atomics and reads of other blocks' results, in an
 // order drawn from a seed. One to eight blocks, drawn for each launch, are in flight at once, their
 // fibers interleaved, some blocks slower than others; they start in an order drawn too. Shared
-// memory is each block's own, of exact size and full of NaN at first. A barrier that not all
+// memory is each block's own, of exact size and full of NaN at first; blocks of a cluster are in
+// flight together and may read one another's until they leave. A barrier that not all
 // threads reach, a misaligned vector load and a partial shuffle mask abort with a message. Kernels
 // compiled with -fsanitize=thread switch at any access, and abort at a race: see races.h.
 #pragma once
@@ -39,14 +40,21 @@ constexpr size_t kLaneBytes = 32;
 
 void seed(uint64_t value);
 void resident(unsigned blocks);  // in flight at once, from now on; 0: drawn
-void launch(unsigned grid, unsigned threads, const std::function<void()>& thread);
+// `cluster` blocks in a row are a cluster.
+void launch(unsigned grid, unsigned threads, const std::function<void()>& thread,
+            unsigned cluster = 1);
+void clusters(bool on);  // whether kernels are told that there are clusters: yes at first
+bool has_clusters();
 bool chance(unsigned of);     // true once in so many times
 void yield(unsigned of = 2);  // to other threads, once in so many times
 void block_barrier();
+void cluster_barrier();
 // Lane i's `bytes` at kLaneBytes * i, once every lane of the warp has given its own; until the
 // calling thread's next but one.
 const char* exchange(const void* mine, size_t bytes);
 void* shared_memory(const void* key, size_t bytes);  // of the calling block
+// Where what lies at `p`, in the calling block's, lies in that of block `rank` of its cluster.
+const void* peer(const void* p, unsigned rank);
 // 16 bytes, zeros where `from` is null, into shared memory, at once or when the calling thread
 // finishes its copies; until then what was there is lost.
 void copy_later(void* to, const void* from);

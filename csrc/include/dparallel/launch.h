@@ -126,7 +126,7 @@ struct KvWriteArgs {
 };
 
 // A segment: query rows [begin, end) that see slots [0, length) of the pages that its row of the
-// table lists. Rows in no segment come out zero.
+// table lists. Rows that see nothing, or are in no segment, come out zero.
 struct BlockAttentionArgs {
   DType dtype;    // float32, bfloat16 or float16
   const void* q;  // [count, q_heads, head_dim], rows q_stride elements apart
@@ -140,10 +140,11 @@ struct BlockAttentionArgs {
   const int64_t* length;  // [segments]
   const int64_t* pages;   // [segments, table_width]
   int64_t table_width;
-  int64_t longest_query;   // at least the largest end - begin, for a launch that need not ask
-  int64_t longest_length;  // at least the largest length
+  // At least the largest end - begin and the largest length, for a launch that need not ask. On a
+  // GPU, rows and slots beyond them are as if they were not there.
+  int64_t longest_query, longest_length;
   float scale;
-  void* out;  // [count, q_heads, head_dim] contiguous, zero before
+  void* out;  // [count, q_heads, head_dim] contiguous, every element written
 };
 
 // Rows of contiguous numbers, as those of Logits: row r = outer * inner_rows + inner.
@@ -245,7 +246,6 @@ int certainty_forcing_loss(const LossArgs& args, const Workspace& workspace, voi
 int certainty_forcing_loss_backward(const LossBackwardArgs& args, void* stream);
 int kv_write(const KvWriteArgs& args, void* stream);
 int64_t block_attention_scratch(const BlockAttentionArgs& args);
-int64_t block_attention_counters(const BlockAttentionArgs& args);
 int block_attention(const BlockAttentionArgs& args, const Workspace& workspace, void* stream);
 int rms_norm(const RmsNormArgs& args, void* stream);
 int swiglu(const SwigluArgs& args, void* stream);
