@@ -76,7 +76,15 @@ void widen_e4m3(uint32_t bytes, uint32_t& first, uint32_t& second) {
 inline void copy_async(void* to, const void* from, bool there) {
   cuda_host::copy_later(to, there ? from : nullptr);
 }
-inline void wait_for_copies() { cuda_host::finish_copies(); }
+inline void commit_copies() { cuda_host::commit_copies(); }
+inline void wait_for_copies() {
+  cuda_host::commit_copies();
+  cuda_host::finish_copies(0);
+}
+template <int kPending>
+void wait_for_copies() {
+  cuda_host::finish_copies(kPending);
+}
 
 #else
 
@@ -152,6 +160,16 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool ther
 }
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// The copies that the thread has begun since it last committed, perhaps none, become a group. It
+// can wait for all but the last kPending groups.
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 #endif

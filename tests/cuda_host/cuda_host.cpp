@@ -16,7 +16,8 @@ namespace cuda_host {
 namespace {
 
 constexpr size_t kStack = 256 * 1024;
-constexpr int kReady = -1, kDone = -2;  // else the barrier waited at: 0 the block's, 1 + w warp w's
+// Else the barrier waited at: 0 the block's, 1 + w warp w's.
+constexpr int kReady = -1, kDone = -2, kAtCluster = -3;
 
 struct Fiber {
   Context context;
@@ -25,25 +26,44 @@ struct Fiber {
   unsigned barriers = 0, exchanges = 0, fences = 0;  // so far
   ThreadClock clock;
   std::vector<std::pair<void*, const void*>> copies;  // begun
+  std::vector<size_t> groups;                         // how many of them, of each group
 };
 
 struct Lane {
   alignas(16) char bytes[kLaneBytes];
 };
 
+struct SharedMemory {
+  std::unique_ptr<char[]> bytes;
+  size_t size = 0;
+};
+
+struct Block;
+
+// Blocks in flight together.
+struct Cluster {
+  std::vector<Block*> blocks;
+  unsigned arrived = 0;  // threads at its barrier
+
+  unsigned live() const;
+  bool stuck() const;  // no thread can go on
+};
+
 // A block in flight.
 struct Block {
+  Cluster* cluster;
   unsigned index, size, live;
   unsigned period;  // it runs in one round of so many
   std::vector<Fiber> fibers;
   std::vector<unsigned> arrived;  // at each barrier
   std::vector<Lane> lanes[2];     // [threads], of every other exchange
-  std::map<const void*, std::unique_ptr<char[]>> shared;
+  std::map<const void*, SharedMemory> shared;
   Clock known, incoming;  // to every thread; from those that wait at the barrier
 };
 
 std::mt19937_64 random_engine;
 unsigned fixed_resident = 0;
+bool clusters_on = true;
 Shadow shadow;
 std::map<const void*, Clock> handed_on;  // by the atomics on an address
 bool in_atomic = false;
@@ -51,6 +71,19 @@ std::vector<std::unique_ptr<Block>> pool;
 Block* current = nullptr;
 Context scheduler;
 const std::function<void()>* body = nullptr;
+
+unsigned Cluster::live() const {
+  unsigned live = 0;
+  for (const Block* block : blocks) live += block->live;
+  return live;
+}
+
+bool Cluster::stuck() const {
+  for (const Block* block : blocks)
+    for (unsigned t = 0; t < block->size; ++t)
+      if (block->fibers[t].state == kReady) return false;
+  return true;
+}
 
 unsigned below(unsigned n) { return static_cast<unsigned>(random_engine() % n); }
 
@@ -79,6 +112,25 @@ void wait(int barrier, unsigned expected) {
   }
 }
 
+// Every thread that has not left is at the cluster's barrier: each block knows what the others did.
+void release(Cluster& cluster) {
+  Clock all;
+  for (Block* block : cluster.blocks) {
+    all.learn(block->known);
+    all.learn(block->incoming);
+    block->incoming.clear();
+    for (unsigned t = 0; t < block->size; ++t)
+      if (const Fiber& fiber = block->fibers[t]; fiber.state == kAtCluster)
+        all.learn(Epoch{block->index, Epoch::kAny, fiber.barriers + 1, 0});
+  }
+  cluster.arrived = 0;
+  for (Block* block : cluster.blocks) {
+    block->known = all;
+    for (unsigned t = 0; t < block->size; ++t)
+      if (block->fibers[t].state == kAtCluster) block->fibers[t].state = kReady;
+  }
+}
+
 Epoch now() {
   const Fiber& self = current->fibers[threadIdx.x];
   return {current->index, threadIdx.x, self.barriers, self.fences};
@@ -96,6 +148,8 @@ void run_fiber() {
   --current->live;
   if (current->live > 0 && current->arrived[0] == current->live)
     release(0);  // threads that have left do not hold up a barrier
+  Cluster& cluster = *current->cluster;
+  if (cluster.arrived > 0 && cluster.arrived == cluster.live()) release(cluster);
   leave(kDone);
 }
 
@@ -117,6 +171,7 @@ void start(Block& block, unsigned index, unsigned threads) {
     fiber.barriers = fiber.exchanges = fiber.fences = 0;
     fiber.clock = {};
     fiber.copies.clear();
+    fiber.groups.clear();
   }
 }
 
@@ -138,6 +193,10 @@ void seed(uint64_t value) { random_engine.seed(value); }
 
 void resident(unsigned blocks) { fixed_resident = blocks; }
 
+void clusters(bool on) { clusters_on = on; }
+
+bool has_clusters() { return clusters_on; }
+
 bool chance(unsigned of) { return below(of) == 0; }
 
 void yield(unsigned of) {
@@ -150,6 +209,31 @@ void block_barrier() {
   self.clock.known.clear();
   wait(0, current->live);
   ++self.barriers;
+}
+
+void cluster_barrier() {
+  Fiber& self = current->fibers[threadIdx.x];
+  Cluster& cluster = *current->cluster;
+  current->incoming.learn(self.clock.known);
+  self.clock.known.clear();
+  self.state = kAtCluster;
+  if (++cluster.arrived == cluster.live()) release(cluster);
+  leave(self.state);
+  ++self.barriers;
+}
+
+const void* peer(const void* p, unsigned rank) {
+  if (rank >= current->cluster->blocks.size()) fail("no such block in the cluster");
+  const Block& other = *current->cluster->blocks[rank];
+  if (other.live == 0) fail("shared memory of a block that has left");
+  for (const auto& [key, mine] : current->shared) {
+    const auto at = reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(mine.bytes.get());
+    if (at >= mine.size) continue;
+    const auto found = other.shared.find(key);
+    if (found == other.shared.end()) fail("shared memory of a block that has not begun");
+    return found->second.bytes.get() + at;
+  }
+  fail("not an address in shared memory");
 }
 
 void touch(const void* p, size_t bytes, bool writes) {
@@ -197,9 +281,11 @@ const char* exchange(const void* mine, size_t bytes) {
 }
 
 void* shared_memory(const void* key, size_t bytes) {
-  auto& memory = current->shared[key];
+  SharedMemory& shared = current->shared[key];
+  auto& memory = shared.bytes;
   if (memory == nullptr) {
     memory.reset(new char[bytes]);
+    shared.size = bytes;
     shadow.forget(reinterpret_cast<uintptr_t>(memory.get()), bytes);  // another block's, once
     std::memset(memory.get(), 0xff, bytes);  // NaN to whoever reads it before it is written
   }
@@ -222,51 +308,68 @@ void copy_later(void* to, const void* from) {
   current->fibers[threadIdx.x].copies.emplace_back(to, from);
 }
 
-void finish_copies() {
-  auto& copies = current->fibers[threadIdx.x].copies;
-  for (const auto& [to, from] : copies) copy(to, from);
-  copies.clear();
+void commit_copies() {
+  Fiber& self = current->fibers[threadIdx.x];
+  size_t older = 0;
+  for (const size_t group : self.groups) older += group;
+  self.groups.push_back(self.copies.size() - older);
 }
 
-void launch(unsigned grid, unsigned threads, const std::function<void()>& thread) {
+void finish_copies(unsigned pending) {
+  Fiber& self = current->fibers[threadIdx.x];
+  for (; self.groups.size() > pending; self.groups.erase(self.groups.begin())) {
+    const auto end = self.copies.begin() + static_cast<std::ptrdiff_t>(self.groups.front());
+    for (auto it = self.copies.begin(); it != end; ++it) copy(it->first, it->second);
+    self.copies.erase(self.copies.begin(), end);
+  }
+}
+
+void launch(unsigned grid, unsigned threads, const std::function<void()>& thread,
+            unsigned cluster) {
   const unsigned limits[] = {1, 2, 3, 8};
-  const unsigned limit = fixed_resident > 0 ? fixed_resident : limits[below(4)];
+  const unsigned blocks = fixed_resident > 0 ? fixed_resident : limits[below(4)];
+  const unsigned limit = (blocks + cluster - 1) / cluster;  // clusters in flight
   const bool uneven = chance(2);  // threads fall behind others of their block
+  if (grid % cluster != 0) fail("a grid of parts of clusters");
   body = &thread;
   shadow.clear();
   handed_on.clear();
-  std::vector<unsigned> order(grid);
+  std::vector<unsigned> order(grid / cluster);
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), random_engine);
-  while (pool.size() < limit) pool.push_back(std::make_unique<Block>());
-  std::vector<Block*> idle, flying;
+  while (pool.size() < limit * cluster) pool.push_back(std::make_unique<Block>());
+  std::vector<Block*> idle;
   for (auto& block : pool) idle.push_back(block.get());
+  std::vector<std::unique_ptr<Cluster>> flying;
   std::vector<std::pair<Block*, unsigned>> turns;
   while (!order.empty() || !flying.empty()) {
     for (; flying.size() < limit && !order.empty(); order.pop_back()) {
-      start(*idle.back(), order.back(), threads);
-      flying.push_back(idle.back());
-      idle.pop_back();
+      flying.push_back(std::make_unique<Cluster>());
+      for (unsigned rank = 0; rank < cluster; ++rank) {
+        start(*idle.back(), order.back() * cluster + rank, threads);
+        idle.back()->cluster = flying.back().get();
+        flying.back()->blocks.push_back(idle.back());
+        idle.pop_back();
+      }
     }
     turns.clear();
-    for (Block* block : flying) {
-      if (!chance(block->period)) continue;
-      bool stuck = true;
-      for (unsigned t = 0; t < threads; ++t) {
-        if (block->fibers[t].state != kReady) continue;
-        stuck = false;
-        if (!uneven || chance(2)) turns.emplace_back(block, t);
-      }
-      if (stuck) {
-        blockIdx.x = block->index;
+    for (const auto& together : flying) {
+      if (together->stuck()) {
+        blockIdx.x = together->blocks[0]->index;
         fail("a barrier that not every thread reaches");
+      }
+      for (Block* block : together->blocks) {
+        if (!chance(block->period)) continue;
+        for (unsigned t = 0; t < threads; ++t)
+          if (block->fibers[t].state == kReady && (!uneven || chance(2)))
+            turns.emplace_back(block, t);
       }
     }
     std::shuffle(turns.begin(), turns.end(), random_engine);
     for (const auto& [block, t] : turns) run(*block, t);
     for (size_t i = flying.size(); i-- > 0;) {
-      if (flying[i]->live > 0) continue;
-      idle.push_back(flying[i]);
+      if (flying[i]->live() > 0) continue;
+      idle.insert(idle.end(), flying[i]->blocks.begin(), flying[i]->blocks.end());
       flying.erase(flying.begin() + static_cast<std::ptrdiff_t>(i));
     }
   }

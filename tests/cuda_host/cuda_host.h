@@ -2,7 +2,8 @@
 // fibers, switched at barriers, shuffles, fences, atomics and reads of other blocks' results, in an
 // order drawn from a seed. One to eight blocks, drawn for each launch, are in flight at once, their
 // fibers interleaved, some blocks slower than others; they start in an order drawn too. Shared
-// memory is each block's own, of exact size and full of NaN at first. A barrier that not all
+// memory is each block's own, of exact size and full of NaN at first; blocks of a cluster are in
+// flight together and may read one another's until they leave. A barrier that not all
 // threads reach, a misaligned vector load and a partial shuffle mask abort with a message. Kernels
 // compiled with -fsanitize=thread switch at any access, and abort at a race: see races.h.
 #pragma once
@@ -23,6 +24,9 @@
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
 struct Index {
   unsigned x;
 };
@@ -38,18 +42,26 @@ constexpr size_t kLaneBytes = 32;
 
 void seed(uint64_t value);
 void resident(unsigned blocks);  // in flight at once, from now on; 0: drawn
-void launch(unsigned grid, unsigned threads, const std::function<void()>& thread);
+// `cluster` blocks in a row are a cluster.
+void launch(unsigned grid, unsigned threads, const std::function<void()>& thread,
+            unsigned cluster = 1);
+void clusters(bool on);  // whether kernels are told that there are clusters: yes at first
+bool has_clusters();
 bool chance(unsigned of);     // true once in so many times
 void yield(unsigned of = 2);  // to other threads, once in so many times
 void block_barrier();
+void cluster_barrier();
 // Lane i's `bytes` at kLaneBytes * i, once every lane of the warp has given its own; until the
 // calling thread's next but one.
 const char* exchange(const void* mine, size_t bytes);
 void* shared_memory(const void* key, size_t bytes);  // of the calling block
+// Where what lies at `p`, in the calling block's, lies in that of block `rank` of its cluster.
+const void* peer(const void* p, unsigned rank);
 // 16 bytes, zeros where `from` is null, into shared memory, at once or when the calling thread
 // finishes its copies; until then what was there is lost.
 void copy_later(void* to, const void* from);
-void finish_copies();
+void commit_copies();                  // those begun since the last commit become a group
+void finish_copies(unsigned pending);  // of all groups but the last so many
 // An access to memory that other threads may see, about to be made; fails at a race. See races.h.
 void touch(const void* p, size_t bytes, bool writes);
 void fence();
@@ -116,6 +128,16 @@ T __shfl_xor_sync(unsigned mask, T value, int bits) {
   return cuda_host::shuffle(mask, value, threadIdx.x % 32 ^ static_cast<unsigned>(bits));
 }
 
+inline unsigned __ballot_sync(unsigned mask, bool value) {
+  if (mask != 0xffffffffu) cuda_host::fail("ballot with a partial mask");
+  const char* all = cuda_host::exchange(&value, sizeof value);
+  unsigned bits = 0;
+  for (unsigned lane = 0; lane < 32; ++lane)
+    bits |= static_cast<unsigned>(all[cuda_host::kLaneBytes * lane]) << lane;
+  return bits;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
 // Of one read-modify-write by nobody else in between; other threads may run before and after.
 template <class T, class Update>
 T atomic_update(T* p, Update update) {
@@ -132,4 +154,8 @@ T atomicAdd(T* p, T value) {
 template <class T>
 T atomicMin(T* p, T value) {
   return atomic_update(p, [=](T old) { return value < old ? value : old; });
+}
+template <class T>
+T atomicMax(T* p, T value) {
+  return atomic_update(p, [=](T old) { return value > old ? value : old; });
 }

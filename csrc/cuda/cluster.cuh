@@ -1,0 +1,169 @@
+// What a launch needs beyond device.cuh: more shared memory than 48 KB, and clusters, blocks that
+// run at the same time and read one another's shared memory (sm_90 and later).
+#pragma once
+
+#include <atomic>
+
+#include "device.cuh"
+
+namespace dparallel::cuda {
+
+#if defined(DPARALLEL_CUDA_HOST)
+
+#define DPARALLEL_LARGE_SHARED(name, ...) DPARALLEL_SHARED(name, __VA_ARGS__)
+#define DPARALLEL_LAUNCH_CLUSTERS(kernel, grid, cluster, block, shared_bytes, stream, ...) \
+  ((void)(stream), (void)(shared_bytes),                                                   \
+   cuda_host::launch(grid, block, [&] { kernel(__VA_ARGS__); }, cluster), 0)
+
+template <class Kernel>
+bool has_clusters(Kernel*) {
+  return cuda_host::has_clusters();
+}
+// On a device of four SMs.
+template <auto kernel>
+int clusters_at_once(unsigned cluster, unsigned, size_t) {
+  return cluster == 1 || cuda_host::has_clusters() ? static_cast<int>(4 / cluster) : 0;
+}
+inline void cluster_barrier() { cuda_host::cluster_barrier(); }
+inline void leave_cluster() { cuda_host::cluster_barrier(); }
+template <class V>
+V load_of_peer(const V* p, unsigned rank) {
+  return cuda_host::load(static_cast<const V*>(cuda_host::peer(p, rank)));
+}
+inline void prefetch(const void*) {}
+
+#else
+
+// Shared memory whose size the launch gives: at most one such name in a kernel.
+#define DPARALLEL_LARGE_SHARED(name, ...)                       \
+  extern __shared__ __align__(16) unsigned char name##_bytes[]; \
+  auto& name = *reinterpret_cast<dparallel::cuda::Same<__VA_ARGS__>*>(name##_bytes)
+
+// `cluster` blocks in a row are a cluster; the grid is a multiple of it. Yields a cudaError_t.
+#define DPARALLEL_LAUNCH_CLUSTERS(kernel, grid, cluster, block, shared_bytes, stream, ...) \
+  dparallel::cuda::launch_clusters(kernel, grid, cluster, block, shared_bytes,             \
+                                   static_cast<cudaStream_t>(stream), __VA_ARGS__)
+
+template <class... Parameters, class... Args>
+int launch_clusters(void (*kernel)(Parameters...), unsigned grid, unsigned cluster, unsigned block,
+                    size_t shared_bytes, cudaStream_t stream, const Args&... args) {
+  const cudaError_t allowed = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (allowed != cudaSuccess) return static_cast<int>(allowed);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(block);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster, 1, 1};
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  return static_cast<int>(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+// Whether what runs on the current device was compiled for clusters; the device has them then.
+template <class... Parameters>
+bool has_clusters(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes{};
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+}
+
+// Clusters of so many blocks, up to 8, that run at once on the current device, which is asked the
+// first time; 0: it has none. GPCs are of different numbers of SMs, so that not every SM may find a
+// place in a cluster. `kernel` stands for all that take a whole SM.
+template <auto kernel>
+int clusters_at_once(unsigned cluster, unsigned block, size_t shared_bytes) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices][9];  // and one more
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
+  std::atomic<int>& kept = known[device][cluster];
+  if (const int count = kept; count > 0) return count - 1;
+  int count = 0;
+  if (cluster == 1) {
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  } else if (has_clusters(kernel)) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         static_cast<int>(shared_bytes));
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {cluster, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(cluster);
+    config.blockDim = dim3(block);
+    config.dynamicSmemBytes = shared_bytes;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) count = 0;
+  }
+  kept = count + 1;
+  return count;
+}
+
+// A barrier of all threads of the cluster that have not left; what was written before it is then
+// visible to all of them.
+__device__ __forceinline__ void cluster_barrier() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;" ::
+          : "memory");
+#else
+  __trap();
+#endif
+}
+
+// A thread's last act: it stays until nobody reads this block's shared memory any more. Its writes
+// need not have arrived, as they must at a barrier.
+__device__ __forceinline__ void leave_cluster() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "barrier.cluster.arrive.relaxed;\n"
+      "barrier.cluster.wait;" ::
+          : "memory");
+#else
+  __trap();
+#endif
+}
+
+// What lies at `p`, an address in this block's shared memory, in that of the cluster's block
+// `rank`. It must not have left.
+__device__ __forceinline__ float load_of_peer(const float* p, unsigned rank) {
+  float x = 0.0f;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .b32 at;\n"
+      "mapa.shared::cluster.u32 at, %1, %2;\n"
+      "ld.shared::cluster.f32 %0, [at];\n"
+      "}"
+      : "=f"(x)
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(p))), "r"(rank));
+#endif
+  return x;
+}
+__device__ __forceinline__ uint4 load_of_peer(const uint4* p, unsigned rank) {
+  uint4 x{};
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .b32 at;\n"
+      "mapa.shared::cluster.u32 at, %4, %5;\n"
+      "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [at];\n"
+      "}"
+      : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(p))), "r"(rank));
+#endif
+  return x;
+}
+
+// Begins to bring a line into the L2 cache that will be read soon.
+__device__ __forceinline__ void prefetch(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+#endif
+
+}  // namespace dparallel::cuda
