@@ -205,9 +205,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _own_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    device, width = x.device, x.shape[-1]
-    if device.type not in _DEVICES - {"cpu"} or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not x.is_cuda or "cuda" not in _DEVICES:
         return False
+    device, width = x.device, x.shape[-1]
     smallest, beyond = OWN_PRODUCTS.get(_capability(device), (0, 0))
     return (
         smallest <= weight.numel() < beyond
