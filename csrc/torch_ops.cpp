@@ -266,6 +266,10 @@ struct Cuda {
     const DeviceGuard guard(like.get_device());
     check(cuda::fp8_widen(args, stream(like)), "fp8_widen");
   }
+  static void linear(const LinearArgs& args, const Tensor& like) {
+    const DeviceGuard guard(like.get_device());
+    check(cuda::linear(args, stream(like)), "linear");
+  }
 };
 #endif
 
@@ -687,6 +691,42 @@ Tensor fp8_widen(Tensor weight, Tensor scale, Tensor like) {
   return out;
 }
 
+constexpr const char* kLinearSchema = "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor";
+
+#if defined(DPARALLEL_WITH_CUDA) || defined(DPARALLEL_WITH_CUDA_HOST)
+template <class Backend>
+Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x: expected (N, in), weight (out, in)");
+  const int64_t count = x.size(0), in = x.size(1), out_width = weight.size(0);
+  STD_TORCH_CHECK(count <= LinearArgs::kFewRows, "x: expected at most ", LinearArgs::kFewRows,
+                  " rows, got ", count);
+  STD_TORCH_CHECK(in > 0 && in % LinearArgs::kDepth == 0, "x: expected rows of a multiple of ",
+                  LinearArgs::kDepth, " numbers, got ", in);
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half,
+                  "x: expected bfloat16 or float16");
+  STD_TORCH_CHECK(x.stride(1) == 1, "x: expected contiguous rows");
+  contiguous(weight, "weight", x.scalar_type(), {out_width, in}, x);
+  if (bias.has_value()) contiguous(*bias, "bias", x.scalar_type(), {out_width}, x);
+  const auto at_16 = [](const Tensor& t) {
+    return reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
+  };
+  STD_TORCH_CHECK(at_16(x) && at_16(weight) && (count < 2 || x.stride(0) % 8 == 0),
+                  "x: expected rows, and weight, at multiples of 16 bytes");
+  Tensor out = torch::stable::new_empty(x, {count, out_width});
+  const LinearArgs args{dtype_of(x),
+                        x.data_ptr(),
+                        x.stride(0),
+                        count,
+                        in,
+                        out_width,
+                        weight.data_ptr(),
+                        bias.has_value() ? bias->data_ptr() : nullptr,
+                        out.data_ptr()};
+  Backend::linear(args, x);
+  return out;
+}
+#endif
+
 #ifndef DPARALLEL_WITH_CUDA_HOST
 // Where an op has no kernel, its error is a sentence instead of the dispatcher's forty lines.
 template <class Why, class Result, class... Arguments>
@@ -727,6 +767,7 @@ STABLE_TORCH_LIBRARY(dparallel, m) {
   m.def(kSwigluSchema);
   m.def(kFp8LinearSchema);
   m.def(kFp8WidenSchema);
+  m.def(kLinearSchema);
 }
 
 #define DPARALLEL_OPS(DO)              \
@@ -742,6 +783,8 @@ STABLE_TORCH_LIBRARY(dparallel, m) {
   DO(swiglu)                           \
   DO(fp8_linear)                       \
   DO(fp8_widen)
+// On the CPU torch has these: nobody calls them there, nor where no GPU's kernels were built.
+#define DPARALLEL_GPU_OPS(DO) DO(linear)
 
 #define DPARALLEL_CPU(op) m.impl(#op, TORCH_BOX(&op<Cpu>));
 #define DPARALLEL_CUDA(op) m.impl(#op, TORCH_BOX(&op<Cuda>));
@@ -751,12 +794,15 @@ STABLE_TORCH_LIBRARY(dparallel, m) {
 #define DPARALLEL_IMPL(KEY, DO) \
   STABLE_TORCH_LIBRARY_IMPL(dparallel, KEY, m) { DPARALLEL_OPS(DO) }
 
+#define DPARALLEL_IMPL_GPU(KEY, DO) \
+  STABLE_TORCH_LIBRARY_IMPL(dparallel, KEY, m) { DPARALLEL_OPS(DO) DPARALLEL_GPU_OPS(DO) }
+
 #ifdef DPARALLEL_WITH_CUDA_HOST
-DPARALLEL_IMPL(CPU, DPARALLEL_CUDA)
+DPARALLEL_IMPL_GPU(CPU, DPARALLEL_CUDA)
 #else
 DPARALLEL_IMPL(CPU, DPARALLEL_CPU)
 #ifdef DPARALLEL_WITH_CUDA
-DPARALLEL_IMPL(CUDA, DPARALLEL_CUDA)
+DPARALLEL_IMPL_GPU(CUDA, DPARALLEL_CUDA)
 #else
 DPARALLEL_IMPL(CUDA, DPARALLEL_NO_CUDA)
 #endif

@@ -2,6 +2,8 @@
 // run at the same time and read one another's shared memory (sm_90 and later).
 #pragma once
 
+#include <atomic>
+
 #include "device.cuh"
 
 namespace dparallel::cuda {
@@ -17,7 +19,13 @@ template <class Kernel>
 bool has_clusters(Kernel*) {
   return cuda_host::has_clusters();
 }
+// On a device of four SMs.
+template <auto kernel>
+int clusters_at_once(unsigned cluster, unsigned, size_t) {
+  return cluster == 1 || cuda_host::has_clusters() ? static_cast<int>(4 / cluster) : 0;
+}
 inline void cluster_barrier() { cuda_host::cluster_barrier(); }
+inline void leave_cluster() { cuda_host::cluster_barrier(); }
 template <class V>
 V load_of_peer(const V* p, unsigned rank) {
   return cuda_host::load(static_cast<const V*>(cuda_host::peer(p, rank)));
@@ -62,6 +70,38 @@ bool has_clusters(void (*kernel)(Parameters...)) {
   return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
 }
 
+// Clusters of so many blocks, up to 8, that run at once on the current device, which is asked the
+// first time; 0: it has none. GPCs are of different numbers of SMs, so that not every SM may find a
+// place in a cluster. `kernel` stands for all that take a whole SM.
+template <auto kernel>
+int clusters_at_once(unsigned cluster, unsigned block, size_t shared_bytes) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices][9];  // and one more
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
+  std::atomic<int>& kept = known[device][cluster];
+  if (const int count = kept; count > 0) return count - 1;
+  int count = 0;
+  if (cluster == 1) {
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  } else if (has_clusters(kernel)) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         static_cast<int>(shared_bytes));
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {cluster, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(cluster);
+    config.blockDim = dim3(block);
+    config.dynamicSmemBytes = shared_bytes;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) count = 0;
+  }
+  kept = count + 1;
+  return count;
+}
+
 // A barrier of all threads of the cluster that have not left; what was written before it is then
 // visible to all of them.
 __device__ __forceinline__ void cluster_barrier() {
@@ -69,6 +109,19 @@ __device__ __forceinline__ void cluster_barrier() {
   asm volatile(
       "barrier.cluster.arrive.release;\n"
       "barrier.cluster.wait.acquire;" ::
+          : "memory");
+#else
+  __trap();
+#endif
+}
+
+// A thread's last act: it stays until nobody reads this block's shared memory any more. Its writes
+// need not have arrived, as they must at a barrier.
+__device__ __forceinline__ void leave_cluster() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "barrier.cluster.arrive.relaxed;\n"
+      "barrier.cluster.wait;" ::
           : "memory");
 #else
   __trap();
