@@ -146,7 +146,7 @@ __device__ __forceinline__ typename T::Real largest(const uint4* v) {
 
 template <class R>
 struct LossSums {
-  R s = 0, t = 0, w = 0;  // of e^(d/Tc), e^(d/T), and e^(d/T) d in units of the exponent
+  R s, t, w;  // of e^(d/Tc), e^(d/T), and e^(d/T) times the first one's exponent
 
   template <bool kSquared, int W>
   __device__ __forceinline__ void add(const R (&z)[W], R reference, const Exponents<R>& exponents) {
@@ -218,11 +218,12 @@ __global__ void __launch_bounds__(kThreads, T::kWidth > 2 ? kForwardBlocks : 1)
   for (int w = 0; w < kWarps; ++w) top = larger(top, tops[w]);
 
   const bool empty = top == R(-kInfinity);  // but for NaN
-  const bool owner = own_top == top && !empty;
   const R reference = empty ? R(0) : top * exponents.scale;
-  LossSums<R> sum;
+  const bool finite = reference - reference == R(0);
+  bool owner = own_top == top && !empty;
+  LossSums<R> sum{};
   int32_t own_token = 0;
-  if (reference - reference == R(0)) {
+  if (finite) {
     int own = kVectors;
     uint4 held = nothing;
     if (owner) {  // the maximum's vector comes last, without its first
@@ -270,6 +271,7 @@ __global__ void __launch_bounds__(kThreads, T::kWidth > 2 ? kForwardBlocks : 1)
       else sum.s += value == top ? R(1) : value != value ? value : R(0);
     }
     sum.t = sum.s;
+    owner = own_token >= 0;
   }
   if (owner) {
     atomicAdd(&owners, 1);
@@ -293,9 +295,8 @@ __global__ void __launch_bounds__(kThreads, T::kWidth > 2 ? kForwardBlocks : 1)
   LossPart<R> part;
   part.sum = sum.s;
   if (!empty) {
-    const R apart = reference - reference == R(0)
-                        ? multiply_add(top, exponents.scale, -reference)  // the own term's exponent
-                        : R(0);
+    // The own term's exponent.
+    const R apart = finite ? multiply_add(top, exponents.scale, -reference) : R(0);
     const R mend = in_units(-apart * exponents.ratio), others = static_cast<R>(owners - 1);
     part.max = clamped(top);
     part.token = token;

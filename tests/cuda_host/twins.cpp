@@ -459,6 +459,8 @@ void loss_case() {
   int64_t vocab = random_vocab();
   const int64_t count = below(6);
   Rows rows(count, vocab, chance(0.3), 0.0, chance(0.15));
+  if (count > 0 && chance(0.2))  // as large as an infinite one is taken to be
+    rows.put(below(count) * rows.stride + below(vocab), kLargest);
   std::vector<int64_t> labels(count);
   std::unique_ptr<bool[]> active(new bool[count + 1]);
   for (int64_t i = 0; i < count; ++i) {
