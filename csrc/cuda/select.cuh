@@ -74,12 +74,16 @@ __device__ __forceinline__ int select_block(const Policy& policy, const Ranking&
         rank[c] += (other > key[c]) | ((other == key[c]) & (j < first + c * kScanThreads));
     }
 #pragma unroll
-    for (int c = 0; c < kAtOnce; ++c) {
-      if (key[c] != key[c]) continue;
-      ranking.ranks[first + c * kScanThreads] = rank[c];
-      if (cumulative) ranking.sorted[rank[c]] = key[c];
-      else if (policy.reaches(rank[c], key[c])) atomicMax(&reached, rank[c] + 1);
-    }
+    for (int c = 0; c < kAtOnce; ++c)
+      if (key[c] == key[c]) ranking.ranks[first + c * kScanThreads] = rank[c];
+  }
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < n; i += kScanThreads) {
+    const float key = ranking.keys[i];
+    if (key != key) continue;
+    const int rank = ranking.ranks[i];  // this thread's own
+    if (cumulative) ranking.sorted[rank] = key;
+    else if (policy.reaches(rank, key)) atomicMax(&reached, rank + 1);
   }
   __syncthreads();
   if (cumulative) {
