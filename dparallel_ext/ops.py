@@ -231,7 +231,7 @@ def unmask_(
         *kept,
         keys,
         position_offset,
-        _counters(logits, batch + 2),
+        _counters(logits, batch + 1 + logits.shape[:-1].numel()),
     )
     if check:
         _report(error, Cell(length, position_offset))

@@ -371,7 +371,7 @@ def test_opcheck() -> None:
     tokens, logits = torch.full((2, 4), MASK), torch.randn(2, 4, 30)
     start, end = torch.zeros(2, dtype=torch.int64), torch.full((2,), 4)
     policy, suppress = policies.make("entropy", 0.5, batch=2, device=start.device), torch.tensor([3])
-    count = counters(logits, 4)
+    count = counters(logits, 11)
     args = (tokens, logits, None, start, end, policy, MASK, suppress, 0.0, 1.0, 0, None, 0, count)
     torch.library.opcheck(torch.ops.dparallel.unmask_.default, args)
     score = torch.rand(2, 4)

@@ -473,27 +473,19 @@ __device__ __forceinline__ Part read_part(const Part* p) {
   return part;
 }
 
-// How many lanes merge the chunks of a row: few, so that a block takes 32 rows at once.
-__device__ inline int lanes_of(int chunks) { return chunks < 2 ? 1 : chunks < 3 ? 2 : 4; }
-
-// Of the chunks of a row, parts [chunks], by whole warps: `lanes` neighbouring lanes give the same
-// row, or none (there: false), and all of them have its part. Each merges every so many chunks,
-// then they merge theirs, in an order that depends on the number of chunks alone.
+// Of the chunks of a row, parts [chunks], by a warp: each lane merges every 32nd, then they merge
+// theirs, in an order that depends on the number of chunks alone. All lanes have the row's part.
 template <class Part, class Merge>
-__device__ __forceinline__ Part merge_chunks(const Part* parts, bool there, int chunks, int lanes,
-                                             Merge merge) {
-  Part part, next;
-  int c = static_cast<int>(threadIdx.x) % lanes, offset = 1;
-  if (there && c < chunks) next = read_part(parts + c);
+__device__ __forceinline__ Part merge_chunks(const Part* parts, int chunks, Merge merge) {
+  Part part;
+  int c = static_cast<int>(threadIdx.x) % 32, offset = 1;
 #pragma unroll 1
-  for (int left = chunks; left > 0 || offset < lanes;) {
+  for (int left = chunks; left > 0 || (offset < chunks && offset < 32);) {
     Part other;
     if (left > 0) {
-      left -= lanes;
-      other = next;
-      next = Part{};
-      c += lanes;
-      if (there && c < chunks) next = read_part(parts + c);  // on its way while we merge
+      if (c < chunks) other = read_part(parts + c);
+      c += 32;
+      left -= 32;
     } else {
       other = shuffle_xor(part, offset);
       offset *= 2;
@@ -522,17 +514,17 @@ __device__ inline RowResult blank_row() {
   return blank;
 }
 
-// The result of a row, blank where it has none, for each of the lanes that give it.
+// By a warp: the result of a row, blank where it has none. All lanes whose number is below the
+// number of chunks have it.
 template <bool kSample>
-__device__ __forceinline__ RowError finish_row(const Scratch& scratch, int64_t row, bool there,
-                                               int chunks, int lanes, float inverse_temperature,
-                                               RowResult& result) {
-  const RowPart part = merge_chunks(scratch.parts + row * chunks, there, chunks, lanes,
+__device__ __forceinline__ RowError finish_row(const Scratch& scratch, int64_t row, int chunks,
+                                               float inverse_temperature, RowResult& result) {
+  const RowPart part = merge_chunks(scratch.parts + row * chunks, chunks,
                                     [](RowPart& a, const RowPart& b) { a.merge(b); });
   result = blank_row();
   if constexpr (kSample) {
     const SamplePart sample =
-        merge_chunks(scratch.samples + row * chunks, there, chunks, lanes,
+        merge_chunks(scratch.samples + row * chunks, chunks,
                      [&](SamplePart& a, const SamplePart& b) { a.merge(b, inverse_temperature); });
     if (part.error() == kRowOk) result = finish(part, sample, inverse_temperature);
   } else {

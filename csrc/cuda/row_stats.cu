@@ -34,8 +34,8 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
                          args.exclusions, sampler, scratch, blockIdx.x);
   if (!last_to_arrive(counters + i, chunks) || threadIdx.x >= 32) return;
   RowResult result;
-  const RowError error = finish_row<kSample>(scratch, i, true, chunks, lanes_of(chunks),
-                                             sampler.inverse_temperature, result);
+  const RowError error =
+      finish_row<kSample>(scratch, i, chunks, sampler.inverse_temperature, result);
   if (threadIdx.x != 0) return;
   args.output.error[i] = error == kRowOk ? kNoError : encode_error(i, error);
   write_row(args.output, i, args.count, result);

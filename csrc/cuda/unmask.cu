@@ -1,17 +1,19 @@
 // unmask: statistics, selection and commit in one launch.
 //
 // Blocks [0, batch): one for each sequence lists the rows that it needs (masked, in its window).
-// The others read a chunk of a row each, if the row is needed, else they leave at once. The last of
-// a sequence's blocks to arrive merges the chunks, selects and commits.
+// The others read a chunk of a row each, if the row is needed, else they leave at once. The last
+// block of a row to arrive merges its chunks, and the last of a sequence, once all of its rows are
+// merged, selects and commits.
 //
-// Who is last: a sequence's counter is zero between launches. Each block that has read a chunk adds
-// 1, the one that lists takes away as many as there must be, and whoever brings it back to zero is
-// last. So nobody but the lister has to count, it does so while the others wait for their logits,
-// and the counter is zero again whatever the arguments are: the listed rows and those that are read
-// are the same rows by the same test, in any order and with repetitions.
+// Who is last: counters are zero between launches. A needed row has as many blocks as chunks. The
+// counter of a sequence gains 1 for each merged row, the block that lists takes away as many as
+// there must be, and whoever brings it back to zero is last. So only one block has to count, it
+// does so while the others wait for their logits, and the counter is zero again whatever the
+// arguments are: the rows that are listed and the rows that are read are chosen by the same test,
+// in any order and with repetitions.
 //
-// The tail after the scan is a chain of latencies: arrival, the list, the parts (8 lanes a row,
-// merged by shuffles), ranks in shared memory, commit.
+// What follows the scan is a chain of latencies: two arrivals, the parts (a lane for each chunk,
+// merged by shuffles), the list, keys and ranks in shared memory.
 #include "nucleus.cuh"
 #include "select.cuh"
 
@@ -24,8 +26,13 @@ struct Listed {
   int32_t masked;  // positions of its window, listed or not
 };
 
-// The needed rows of a sequence while they are settled, in shared memory if they fit: keys and
-// ranks, and what is written where if the row commits.
+// What a merged row says to its sequence.
+struct Verdict {
+  float key;       // NaN: an error
+  int32_t choice;  // the token to commit, or the RowError
+};
+
+// The needed rows of a sequence while they are settled, in shared memory if they fit.
 struct Candidates {
   Ranking ranking;
   int32_t* columns;  // [n]
@@ -40,14 +47,15 @@ struct Candidates {
 
 struct UnmaskScratch {
   Scratch chunks;
-  Listed* listed;    // [batch]
-  int32_t* rows;     // [count]
-  int32_t* columns;  // [count]
-  char* candidates;  // [count * Candidates::kBytes], of sequences that shared memory does not hold
+  Listed* listed;     // [batch]
+  Verdict* verdicts;  // [count]
+  int32_t* rows;      // [count]
+  int32_t* columns;   // [count]
+  char* candidates;   // [count * Candidates::kBytes], of sequences that shared memory does not hold
 
   static int64_t bytes(const UnmaskArgs& args) {
     return Scratch::bytes(args.count, scan_chunks(args.logits), args.sampling) +
-           args.batch * sizeof(Listed) + args.count * (8 + Candidates::kBytes);
+           args.batch * sizeof(Listed) + args.count * (sizeof(Verdict) + 8 + Candidates::kBytes);
   }
   static UnmaskScratch at(void* memory, const UnmaskArgs& args) {
     const int64_t chunks = scan_chunks(args.logits);
@@ -55,7 +63,8 @@ struct UnmaskScratch {
     s.chunks = Scratch::at(memory, args.count, chunks, args.sampling);
     s.listed = reinterpret_cast<Listed*>(static_cast<char*>(memory) +
                                          Scratch::bytes(args.count, chunks, args.sampling));
-    s.rows = reinterpret_cast<int32_t*>(s.listed + args.batch);
+    s.verdicts = reinterpret_cast<Verdict*>(s.listed + args.batch);
+    s.rows = reinterpret_cast<int32_t*>(s.verdicts + args.count);
     s.columns = s.rows + args.count;
     s.candidates = reinterpret_cast<char*>(s.columns + args.count);
     return s;
@@ -138,16 +147,30 @@ __device__ int list_rows(const UnmaskArgs& args, const UnmaskScratch& scratch, i
   return needed;
 }
 
-// By the last block of a sequence: chunks merged, policy applied, tokens committed.
+// By the last block of a row: its chunks merged.
 template <bool kSample>
+__device__ __forceinline__ void finish(const UnmaskArgs& args, const UnmaskScratch& scratch, int b,
+                                       int row, int chunks) {
+  if (threadIdx.x >= 32) return;
+  RowResult result;
+  const float inverse = kSample ? 1.0f / args.sampling.temperature : 0.0f;
+  const Policy policy = Policy::load(args.policy + b * kPolicyFields);
+  const RowError error = finish_row<kSample>(scratch.chunks, row, chunks, inverse, result);
+  if (threadIdx.x != 0) return;
+  write_row(args.output, row, args.count, result);
+  const float* field = result.field;
+  if (error == kRowOk)
+    scratch.verdicts[row] = {policy.key(field[kConfidence], field[kMargin], field[kEntropy]),
+                             static_cast<int32_t>(result.sample)};
+  else scratch.verdicts[row] = {field[kConfidence], static_cast<int32_t>(error)};
+}
+
+// By the last block of a sequence: policy applied, tokens committed.
 __device__ __forceinline__ void settle(const UnmaskArgs& args, const UnmaskScratch& scratch, int b,
-                                       int chunks, int32_t* counters, ScanMemory& memory) {
+                                       int32_t* counters, ScanMemory& memory) {
   DPARALLEL_SHARED(worst, int32_t);  // the lowest error, as if the sequence were the first
   const Listed listed = read_part(scratch.listed + b);
   const int n = listed.needed;
-  const int32_t* rows = scratch.rows + listed.before;
-  const int32_t* columns = scratch.columns + listed.before;
-  const float inverse = kSample ? 1.0f / args.sampling.temperature : 0.0f;
   const Policy policy = Policy::load(args.policy + b * kPolicyFields);
   const Candidates candidates = Candidates::at(
       n <= kScanBytes / Candidates::kBytes
@@ -160,23 +183,15 @@ __device__ __forceinline__ void settle(const UnmaskArgs& args, const UnmaskScrat
   const auto report = [&](int column, RowError code) {
     atomicMin(&worst, static_cast<int32_t>(encode_error(column, code)));
   };
-  const int lanes = lanes_of(chunks), at_once = lanes == 1   ? kScanThreads
-                                                : lanes == 2 ? kScanThreads / 2
-                                                             : kScanThreads / 4;
 #pragma unroll 1
-  for (int first = 0; first < n; first += at_once) {
-    const int i = first + static_cast<int>(threadIdx.x) / lanes;
-    const int row = i < n ? __ldcg(rows + i) : 0, column = i < n ? __ldcg(columns + i) : 0;
-    RowResult result;
-    const RowError error =
-        finish_row<kSample>(scratch.chunks, row, i < n, chunks, lanes, inverse, result);
-    if (i >= n || threadIdx.x % lanes != 0) continue;
-    if (error != kRowOk) report(column, error);
-    write_row(args.output, row, args.count, result);
-    const float* field = result.field;
-    ranking.keys[i] = policy.key(field[kConfidence], field[kMargin], field[kEntropy]);
+  for (int i = static_cast<int>(threadIdx.x); i < n; i += kScanThreads) {
+    const int row = __ldcg(scratch.rows + listed.before + i);
+    const int column = __ldcg(scratch.columns + listed.before + i);
+    const Verdict verdict = read_part(scratch.verdicts + row);
+    ranking.keys[i] = verdict.key;
     candidates.columns[i] = column;
-    candidates.choices[i] = static_cast<int32_t>(result.sample);
+    candidates.choices[i] = verdict.choice;
+    if (verdict.key != verdict.key) report(column, static_cast<RowError>(verdict.choice));
   }
   if (listed.masked != n) {  // name the first masked position that no row stands for
 #pragma unroll 1
@@ -184,7 +199,7 @@ __device__ __forceinline__ void settle(const UnmaskArgs& args, const UnmaskScrat
       if (!needs(args, b, column)) continue;
       int i = 0;
 #pragma unroll 1
-      while (i < n && __ldcg(columns + i) != column) ++i;
+      while (i < n && __ldcg(scratch.columns + listed.before + i) != column) ++i;
       if (i == n) report(column, kRowMissing);
     }
   }
@@ -234,7 +249,7 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
   const int chunks = static_cast<int>(shape.chunks.divisor);
   int b = static_cast<int>(blockIdx.x), arrival;
   if (b < args.batch) {
-    arrival = -list_rows(args, scratch, b) * chunks;
+    arrival = -list_rows(args, scratch, b);
   } else {
     const unsigned unit = blockIdx.x - static_cast<unsigned>(args.batch);
     const int row = static_cast<int>(shape.chunks.quotient(unit));
@@ -256,10 +271,11 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
     }
     scan_chunk<T, kSample>(memory, scan_row<T>(args.logits, shape, row), args.logits.vocab, chunk,
                            args.exclusions, sampler, scratch.chunks, unit);
+    if (!last_to_arrive(counters + args.batch + 1 + row, chunks)) return;
+    finish<kSample>(args, scratch, b, row, chunks);
     arrival = 1;
   }
-  if (brings_to_zero(counters + b, arrival))
-    settle<kSample>(args, scratch, b, chunks, counters, memory);
+  if (brings_to_zero(counters + b, arrival)) settle(args, scratch, b, counters, memory);
 }
 
 __global__ void empty_batch_kernel(bool* done) { *done = true; }
@@ -268,7 +284,7 @@ __global__ void empty_batch_kernel(bool* done) { *done = true; }
 
 int64_t unmask_scratch(const UnmaskArgs& args) { return UnmaskScratch::bytes(args); }
 
-int64_t unmask_counters(const UnmaskArgs& args) { return args.batch + 1; }
+int64_t unmask_counters(const UnmaskArgs& args) { return args.batch + 1 + args.count; }
 
 int unmask(const UnmaskArgs& args, const Workspace& workspace, void* stream) {
   if (args.batch == 0) {

@@ -52,6 +52,11 @@ struct Policy {
     return score == kScoreConfidence ? confidence : score == kScoreMargin ? margin : -entropy;
   }
 
+  // Whether the rule alone lets those commit whose own key passes, whatever the others are.
+  DP_HD bool by_threshold() const {
+    return selector == kSelectConfidence || selector == kSelectMargin || selector == kSelectEntropy;
+  }
+
   // Whether the i + 1 best may commit, by the key of the last of them. Not for the entropy bound,
   // which needs the keys before it.
   DP_HD bool reaches(int32_t i, float key) const {

@@ -126,8 +126,8 @@ struct SamplePart {
   }
 
   DP_HD void rescale(float to, float inverse_temperature) {
-    sum *= max == -kInfinity ? 0.0f
-                             : expf(shifted(max * inverse_temperature, to * inverse_temperature));
+    // The difference first: of two large products it would keep their rounding.
+    sum *= max == -kInfinity ? 0.0f : expf(shifted((max - to) * inverse_temperature, 0.0f));
     max = to;
   }
 };
