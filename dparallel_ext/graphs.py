@@ -41,9 +41,8 @@ class Recorder(Protocol):
 
 _recording = threading.Lock()
 """Held while a pass is recorded: the garbage collector is off then, for the whole process."""
-
-
 _recorders: weakref.WeakSet[CudaRecorder] = weakref.WeakSet()
+"""No two share a stream, or what one launches while the other records would be recorded."""
 
 
 def can_record(device: torch.device) -> bool:
@@ -55,11 +54,12 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
-        others = {other.stream.cuda_stream for other in _recorders}
-        for _ in range(32):  # torch hands out so many in turn; what is launched on another's may be recorded
-            if self.stream.cuda_stream in others:
-                self.stream = torch.cuda.Stream(device)
-        _recorders.add(self)
+        with _recording:
+            others = {other.stream.cuda_stream for other in _recorders}
+            for _ in range(32):  # torch hands out so many in turn
+                if self.stream.cuda_stream in others:
+                    self.stream = torch.cuda.Stream(device)
+            _recorders.add(self)
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         """Those that use the pool."""
 

@@ -503,6 +503,35 @@ def test_most_passes_of_an_engine_are_replayed(
     assert graphs.replays >= share * graphs.small, f"{graphs.replays} of {graphs.small} of {forwards}"
 
 
+@pytest.mark.parametrize(("name", "cache"), [("llada_tiny_a", "dual"), ("sdar_tiny_a", "block")])
+def test_lanes_that_fill_up_a_pass_change_nothing(
+    taped: list[Graphs], monkeypatch: pytest.MonkeyPatch, name: str, cache: str
+) -> None:
+    """Idle lanes among those that decode, whose windows' logits are computed for nothing."""
+    model, size = models.load(GOLDEN / name), {"llada_tiny_a": 16, "sdar_tiny_a": 8}[name]
+    prompts = [torch.arange(3, 8 + lane) for lane in range(14)]
+    lengths = [size * (1 + lane % 4) for lane in range(14)]
+    settings: dict[str, Any] = {"cache": cache, "block_length": size, "threshold": 1.0, "record": True}
+    beside, idle = passes.Passes._beside, []
+
+    def seen(self: passes.Passes, *args: Any) -> set[int]:
+        idle.append(beside(self, *args))
+        return idle[-1]
+
+    monkeypatch.setattr(passes.Passes, "_beside", seen)
+    out = dx.decode(model, prompts, gen_length=lengths, **settings)
+    assert any(lanes for lanes in idle)
+    assert taped[0].replays > 0
+    monkeypatch.setattr(passes, "runs_ahead", lambda device: False)
+    expected = dx.decode(model, prompts, gen_length=lengths, graphs=False, **settings)
+    assert torch.equal(out.sequences, expected.sequences)
+    assert torch.equal(out.nfe, expected.nfe)
+    assert out.trajectory is not None
+    assert expected.trajectory is not None
+    assert torch.equal(out.trajectory.step, expected.trajectory.step)
+    torch.testing.assert_close(out.trajectory.confidence, expected.trajectory.confidence, equal_nan=True)
+
+
 LOOKING = {"aminmax", "gt", "all"}
 """Operators of the checks that are made on the CPU alone."""
 
