@@ -42,11 +42,11 @@ namespace dparallel::cuda {
 namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr int kLeastSplit = 64;    // slots; a multiple of kStep
-constexpr int kEnough = 256;       // CTAs of a segment
-constexpr int kMostClustered = 8;  // splits of a tile that are a cluster: what any GPU allows
-constexpr int kMostSplits = 64;    // of a tile
-constexpr int kLong = 8192;        // slots, from which on few large tiles have many splits
+constexpr int kLeastSplit = 64;  // slots; a multiple of kStep
+constexpr int kEnough = 256;     // CTAs of a segment
+constexpr int kClusterBits = 3;  // 8 splits of a tile that are a cluster: what any GPU allows
+constexpr int kMostBits = 6;     // 64 splits of a tile
+constexpr int kLong = 8192;      // slots, from which on few large tiles have many splits
 constexpr int kTensorRows = 128, kPlainRows = 16;
 constexpr int kStep = 64, kTensorDim = 128;
 
@@ -55,41 +55,35 @@ DP_HD int parts_of(int count, int size) {
   return static_cast<int>(static_cast<uint32_t>(count + size - 1) / static_cast<uint32_t>(size));
 }
 
-// The power of two from x on.
-DP_HD int bits_above(int x) {
-  int bits = 0;
-  while (1 << bits < x) ++bits;
-  return bits;
-}
-
 // Of the most splits of a tile, a power of two, where a key head has so many tiles.
-DP_HD int split_bits(int heads, int tiles, int limit) {
-  int bits = bits_above(limit);
-  while (bits > 0 && heads * tiles > kEnough >> bits) --bits;
+DP_HD int split_bits(int heads, int tiles, int pieces, int limit) {
+  int bits = limit;
+  while (bits > 0 && (heads * tiles > kEnough >> bits || pieces <= 1 << bits >> 1)) --bits;
   return bits;
 }
 
 // What a segment's work is cut into; of its own numbers alone.
 struct Cut {
-  int tile_rows, tiles, splits, split;  // split: slots of one
+  int tile_rows, tiles;
+  int splits, bits, split;  // splits: at most 1 << bits; split: slots of one
 
   DP_HD static Cut of(bool on_tensor_cores, int heads, int rows, int length) {
-    Cut cut{on_tensor_cores ? kTensorRows : kPlainRows, 0, 0, kLeastSplit};
+    Cut cut{on_tensor_cores ? kTensorRows : kPlainRows, 0, 0, 0, kLeastSplit};
     if (rows <= 0 || length <= 0) return cut;
     cut.tiles = on_tensor_cores ? parts_of(rows, kTensorRows) : parts_of(rows, kPlainRows);
-    int limit = on_tensor_cores ? kMostClustered : kMostSplits;
+    int limit = on_tensor_cores ? kClusterBits : kMostBits;
     // Few key heads and few rows: smaller tiles are more CTAs, but read more of the L2 cache.
-    if (on_tensor_cores && heads * cut.tiles * kMostClustered < kEnough / 2) {
+    if (on_tensor_cores && heads * cut.tiles << kClusterBits < kEnough / 2) {
       if (length < kLong) {
         cut.tile_rows = kTensorRows / 2;
         cut.tiles = parts_of(rows, kTensorRows / 2);
       } else {
-        limit = kMostSplits;
+        limit = kMostBits;
       }
     }
     const int pieces = parts_of(length, kLeastSplit);
-    const int bits = split_bits(heads, cut.tiles, limit);
-    const int own = (pieces + (1 << bits) - 1) >> bits;
+    cut.bits = split_bits(heads, cut.tiles, pieces, limit);
+    const int own = (pieces + (1 << cut.bits) - 1) >> cut.bits;
     cut.split = own * kLeastSplit;
     cut.splits = parts_of(pieces, own);
     return cut;
@@ -141,13 +135,13 @@ struct Shape {
     const int tiles = parts_of(rows, tile_rows);
     const bool many = !on_tensor_cores || shape.longest_length >= kLong;
     const int heads = static_cast<int>(k.heads);
-    const int pieces = 1 << bits_above(parts_of(shape.longest_length, kLeastSplit));
-    int splits = 1 << split_bits(heads, 1, many ? kMostSplits : kMostClustered);
-    if (splits > pieces) splits = pieces;
+    const int pieces = parts_of(shape.longest_length, kLeastSplit);
+    const int bits = split_bits(heads, 1, pieces, many ? kMostBits : kClusterBits);
+    const int splits = 1 << bits;
     shape.cluster = 1;
     if (on_tensor_cores && clusters)
-      shape.cluster = splits < kMostClustered ? splits : kMostClustered;
-    // Tiles are half as large in some cuts. Splits are rounded up to a power of two in a cluster.
+      shape.cluster = 1 << (bits < kClusterBits ? bits : kClusterBits);
+    // Tiles are half as large in some cuts. A cluster has places for a power of two.
     const int most = kEnough > heads ? kEnough / heads : 1;
     const int64_t split = int64_t{2} * tiles * splits;
     int shared = static_cast<int>(split < most ? split : most);
@@ -181,6 +175,7 @@ struct Unit {
       : args(args), shape(shape) {
     segment = static_cast<int>(shape.heads.quotient(static_cast<uint32_t>(unit)));
     head = unit - segment * static_cast<int>(shape.heads.size);
+    prefetch(args.pages + segment * args.table_width);
     begin = args.begin[segment];
     const int64_t queries = args.end[segment] - begin, slots = args.length[segment];
     rows = static_cast<int>(shape.group.size) *
@@ -191,7 +186,7 @@ struct Unit {
 
   // Whether a tile's splits are merged by their CTAs.
   __device__ __forceinline__ bool clustered() const {
-    return cut.splits > 1 && cut.splits <= shape.cluster;
+    return cut.splits > 1 && 1 << cut.bits <= shape.cluster;
   }
 
   // Elements before a packed row, in q and in the output.
@@ -228,9 +223,8 @@ struct Work : Unit {
     place = block - unit * static_cast<int>(shape.share.size);
     if (cut.splits == 0) return;
     if (clustered()) {  // a tile's CTAs are side by side
-      const int bits = bits_above(cut.splits);
-      tile = place >> bits;
-      split = place & ((1 << bits) - 1);
+      tile = place >> cut.bits;
+      split = place & ((1 << cut.bits) - 1);
     } else {  // those that read the same slots are
       split = static_cast<int>(static_cast<uint32_t>(place) / static_cast<uint32_t>(cut.tiles));
       tile = place - split * cut.tiles;
@@ -611,7 +605,7 @@ __device__ __forceinline__ void finish(const Work& work, typename TensorShared<k
 #pragma unroll 1
     for (int i = work.split * kThreads + t; i < elements; i += work.cut.splits * kThreads) {
       const int r = i / kColumns, d = i % kColumns * 4;
-      const Merged<4, kMostClustered> merged(
+      const Merged<4, 1 << kClusterBits> merged(
           work.cut.splits, 1.0f, [&](int p, float (&value)[4], float& top, float& sum) {
             const auto* at = reinterpret_cast<const uint4*>(&sums.value[r][d]);
             widen<Float32>(load_of_peer(at, first + p), value);
@@ -651,21 +645,20 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Work work(args, shape, static_cast<int>(blockIdx.x), true);
   if (work.rows == 0) return;
   const int sharing = warps_to_a_row(work);
+#pragma unroll 1
+  for (int slot = work.start; slot < work.start + 2 * kStep && slot < work.end; slot += kStep)
+    S::copy(work, slot, shared.step[(slot - work.start) / kStep]);
   S::copy_queries(work, shared.query, kTensorRows / sharing);
   Rows<T, kDim> rows;
-  for (int slot = work.start - kStep; slot < work.end; slot += kStep) {
-    const bool first = slot < work.start;  // nothing to compute yet: two steps are asked for
-    if (!first) {
-      wait_for_copies();
-      __syncthreads();  // everyone's copies are there, and everyone is done with the step before
-    }
-    int next = slot + kStep, until = next + (first ? 2 : slot > work.start) * kStep;
-#pragma unroll 1
-    for (; next < until && next < work.end; next += kStep)
+  for (int slot = work.start; slot < work.end; slot += kStep) {
+    wait_for_copies();
+    __syncthreads();  // everyone's copies are there, and everyone is done with the step before
+    const int next = slot + kStep;
+    if (slot > work.start && next < work.end)
       S::copy(work, next, shared.step[(next - work.start) / kStep % 2]);
     const int warp = anew(static_cast<int>(threadIdx.x)) / 32;
     const int row = warp % (kWarps / sharing) * 32, part = warp / (kWarps / sharing);
-    if (first || row >= work.rows) continue;  // the whole warp
+    if (row >= work.rows) continue;  // the whole warp
     const uint16_t* queries = shared.query + row * kDim;
     const uint16_t* now = shared.step[(slot - work.start) / kStep % 2];
     const float factor = args.scale * kLog2e;
