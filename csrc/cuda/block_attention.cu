@@ -107,6 +107,21 @@ struct Divisor {
   }
 };
 
+// Bytes from one page, head or slot to the next.
+struct Strides {
+  uint32_t page, head, slot;
+
+  static bool fit(const CacheLayout& layout) {
+    const auto fits = [](int64_t stride) { return 0 <= stride && stride < INT32_MAX; };
+    return fits(layout.page_stride) && fits(layout.head_stride) && fits(layout.slot_stride);
+  }
+  static Strides of(const CacheLayout& layout) {  // of elements of 2 bytes
+    return {2 * static_cast<uint32_t>(layout.page_stride),
+            2 * static_cast<uint32_t>(layout.head_stride),
+            2 * static_cast<uint32_t>(layout.slot_stride)};
+  }
+};
+
 // The launch: `share` CTAs for each segment and key head, enough for any cut, and then those of the
 // rows that see nothing.
 struct Shape {
@@ -116,6 +131,7 @@ struct Shape {
   int part_rows;  // of scratch for a CTA; 0: nothing is merged by the second kernel
   int64_t part_floats, units;
   Divisor share, heads, group, page;  // the last two: query heads of a key head, slots of a page
+  Strides keys, values;               // on tensor cores
 
   static Shape of(const BlockAttentionArgs& args, bool on_tensor_cores, bool clusters) {
     const auto bound = [](int64_t x) {
@@ -130,6 +146,8 @@ struct Shape {
     shape.longest_query = bound(args.longest_query < args.count ? args.longest_query : args.count);
     shape.longest_length = bound(args.longest_length);
     shape.units = args.segments * k.heads;
+    shape.keys = Strides::of(args.k_layout);
+    shape.values = Strides::of(args.v_layout);
     const int rows = shape.longest_query * static_cast<int>(shape.group.size);
     const int tile_rows = on_tensor_cores ? kTensorRows : kPlainRows;
     const int tiles = parts_of(rows, tile_rows);
@@ -412,28 +430,40 @@ struct Steps {
   // Begins to copy the slots [slot, slot + kStep) of the split: zeros beyond its end, and beyond
   // head_dim.
   static __device__ __forceinline__ void copy(const Work& work, int slot, uint16_t* to) {
-    const BlockAttentionArgs& args = work.args;
-    const int dim = static_cast<int>(args.k_layout.head_dim);
+    const Shape& shape = work.shape;
+    const int dim = static_cast<int>(work.args.k_layout.head_dim);
     const auto t = static_cast<unsigned>(anew(static_cast<int>(threadIdx.x)));
     const int lane = static_cast<int>(t % kLanes), row = static_cast<int>(t / kLanes);
-    const auto* keys = static_cast<const uint16_t*>(args.k_cache) + lane * 8;
-    const auto* values = static_cast<const uint16_t*>(args.v_cache) + lane * 8;
-    typename Work::Place from[kStep / kAtOnce];  // their pages are looked up together
+    const int64_t* pages = work.args.pages + work.segment * work.args.table_width;
+    const uint64_t head = static_cast<uint32_t>(anew(work.head));
+    const char* keys =
+        static_cast<const char*>(work.args.k_cache) + head * shape.keys.head + lane * 16;
+    const char* values =
+        static_cast<const char*>(work.args.v_cache) + head * shape.values.head + lane * 16;
+    uint32_t page[kStep / kAtOnce], inside[kStep / kAtOnce];  // looked up together
 #pragma unroll
     for (int i = 0; i < kStep / kAtOnce; ++i) {
       const int s = slot + row + i * kAtOnce;
-      from[i] = work.place_of(s < work.end ? s : work.end - 1);
+      const auto at = static_cast<uint32_t>(s < work.end ? s : work.end - 1);
+      const uint32_t number = shape.page.quotient(at);
+      inside[i] = at - number * shape.page.size;
+      page[i] = static_cast<uint32_t>(pages[number]);
     }
     to += chunk(row, lane);
 #pragma unroll
-    for (int i = 0; i < kStep / kAtOnce; ++i)
+    for (int i = 0; i < kStep / kAtOnce; ++i) {
+      const auto from = [&](const char* base, const Strides& by) {
+        return base + uint64_t{page[i]} * by.page + uint64_t{inside[i]} * by.slot;
+      };
+      const char *key = from(keys, shape.keys), *value = from(values, shape.values);
 #pragma unroll
       for (int c = 0; c < kChunks; c += kLanes) {
         const bool there = slot + row + i * kAtOnce < work.end && (lane + c) * 8 < dim;
         uint16_t* at = to + i * kAtOnce * kDim + c * 8;
-        copy_async(at, keys + from[i].key + c * 8, there);
-        copy_async(at + kTile, values + from[i].value + c * 8, there);
+        copy_async(at, key + c * 16, there);
+        copy_async(at + kTile, value + c * 16, there);
       }
+    }
   }
 };
 
@@ -853,7 +883,7 @@ __global__ void __launch_bounds__(kThreads)
 bool on_tensor_cores(const BlockAttentionArgs& args) {
   const CacheLayout &k = args.k_layout, &v = args.v_layout;
   return args.dtype != DType::float32 && k.head_dim % 8 == 0 && k.head_dim <= kTensorDim &&
-         args.scale > 0.0f && args.scale < kInfinity &&
+         args.scale > 0.0f && args.scale < kInfinity && Strides::fit(k) && Strides::fit(v) &&
          multiples_of_16({args.q, args.k_cache, args.v_cache, args.out},
                          {args.q_stride, k.page_stride, k.head_stride, k.slot_stride, v.page_stride,
                           v.head_stride, v.slot_stride},
