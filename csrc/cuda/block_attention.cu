@@ -193,7 +193,7 @@ struct Unit {
       : args(args), shape(shape) {
     segment = static_cast<int>(shape.heads.quotient(static_cast<uint32_t>(unit)));
     head = unit - segment * static_cast<int>(shape.heads.size);
-    prefetch(args.pages + segment * args.table_width);
+    if (args.table_width > 0) prefetch(args.pages + segment * args.table_width);
     begin = args.begin[segment];
     const int64_t queries = args.end[segment] - begin, slots = args.length[segment];
     rows = static_cast<int>(shape.group.size) *
@@ -532,9 +532,10 @@ struct Rows {
         for (int n = 0; n < kKeys / 8; ++n)  // ignores NaN
           now = fmaxf(now, fmaxf(score[m][n][2 * half], score[m][n][2 * half + 1]));
         now = largest_of(now, 4) * factor;
-        if (now > top[m][half] + kSlack) {
-          const float kept = weight_of(top[m][half], now, 1.0f);
-          top[m][half] = now;
+        const float before = top[m][half];
+        if (now > before + kSlack) top[m][half] = now;
+        if (now > before + kSlack && before > -kInfinity) {
+          const float kept = exp2_fast(before - now);
           sum[m][half] *= kept;
 #pragma unroll
           for (int d = 0; d < kDim / 8; ++d) {
@@ -613,7 +614,7 @@ __device__ __forceinline__ void finish(const Work& work, typename TensorShared<k
     const int stride = kTensorRows / sharing;
     tops = sums.merged_top;
     totals = sums.merged_sum;
-#pragma unroll 1
+#pragma unroll 4
     for (int i = t; i < elements; i += kThreads) {
       const int r = i / kColumns, d = i % kColumns * 4;
       const Merged<4, kWarps> merged(sharing, 1.0f,
