@@ -636,6 +636,7 @@ __device__ __forceinline__ void finish(const Work& work, typename TensorShared<k
 #pragma unroll 1
     for (int i = work.split * kThreads + t; i < elements; i += work.cut.splits * kThreads) {
       const int r = i / kColumns, d = i % kColumns * 4;
+      if (d >= dim) continue;
       const Merged<4, 1 << kClusterBits> merged(
           work.cut.splits, 1.0f, [&](int p, float (&value)[4], float& top, float& sum) {
             const auto* at = reinterpret_cast<const uint4*>(&sums.value[r][d]);
@@ -643,9 +644,9 @@ __device__ __forceinline__ void finish(const Work& work, typename TensorShared<k
             top = load_of_peer(tops + r, first + p);
             sum = load_of_peer(totals + r, first + p);
           });
-      if (d < dim) store<T>(out + work.output(work.first + r) + d, merged.value, merged.sum);
+      store<T>(out + work.output(work.first + r) + d, merged.value, merged.sum);
     }
-    cluster_barrier();  // nobody leaves while others read
+    leave_together();  // nobody leaves while others read
     return;
   }
   const Part part(work, scratch, work.place);

@@ -18,6 +18,7 @@ bool has_clusters(Kernel*) {
   return cuda_host::has_clusters();
 }
 inline void cluster_barrier() { cuda_host::cluster_barrier(); }
+inline void leave_together() { cuda_host::cluster_barrier(); }
 template <class V>
 V load_of_peer(const V* p, unsigned rank) {
   return cuda_host::load(static_cast<const V*>(cuda_host::peer(p, rank)));
@@ -69,6 +70,19 @@ __device__ __forceinline__ void cluster_barrier() {
   asm volatile(
       "barrier.cluster.arrive.release;\n"
       "barrier.cluster.wait.acquire;" ::
+          : "memory");
+#else
+  __trap();
+#endif
+}
+
+// A barrier before the blocks leave, after which nobody reads what was written before it: only what
+// has been loaded of peers must have been used, and writes are not waited for.
+__device__ __forceinline__ void leave_together() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "barrier.cluster.arrive.relaxed;\n"
+      "barrier.cluster.wait;" ::
           : "memory");
 #else
   __trap();
