@@ -100,6 +100,9 @@ def test_ops_of_these_kernels_pass_the_tests_of_every_device(tmp_path: Path) -> 
         ("partial_shuffle", "shuffle with a partial mask"),
         ("race", ""),
         ("not_waited", ""),
+        ("peer_gone", "shared memory of a block that has left"),
+        ("peer_elsewhere", "no such block in the cluster"),
+        ("peers_too_soon", ""),
     ],
 )
 def test_the_host_notices_a_faulty_kernel(plain: Path, fault: str, said: str) -> None:
@@ -116,7 +119,8 @@ def test_interleaved_blocks_show_what_blocks_in_turn_hide(plain: Path, fault: st
 
 
 @pytest.mark.parametrize(
-    "fault", ["lost_update", "no_barrier", "arrives_first", "no_release", "no_acquire", "race"]
+    "fault",
+    ["lost_update", "no_barrier", "arrives_first", "no_release", "no_acquire", "race", "peers_too_soon"],
 )
 def test_races_are_seen_in_any_order(watched: Path, fault: str) -> None:
     """Also a missing fence, which no order of the fibers can show, and blocks one after another."""
@@ -140,6 +144,7 @@ def test_the_sanitizer_notices_an_overrun(sanitized: Path) -> None:
 def test_a_sound_kernel_is_not_accused(plain: Path, sanitized: Path, watched: Path) -> None:
     for directory in (plain, sanitized, watched):
         assert run(directory / "faults", "copied").returncode == 0
+        assert run(directory / "faults", "peers").returncode == 0
         for resident in (1, 2, 8, 0):
             assert run(directory / "faults", "sound", resident).returncode == 0
 

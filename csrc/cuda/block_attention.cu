@@ -42,11 +42,11 @@ namespace dparallel::cuda {
 namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr int kLeastSplit = 64;    // slots; a multiple of kStep
-constexpr int kEnough = 256;       // CTAs of a segment
-constexpr int kMostClustered = 8;  // splits of a tile that are a cluster: what any GPU allows
-constexpr int kMostSplits = 64;    // of a tile
-constexpr int kLong = 8192;        // slots, from which on few large tiles have many splits
+constexpr int kLeastSplit = 64;  // slots; a multiple of kStep
+constexpr int kEnough = 256;     // CTAs of a segment
+constexpr int kClusterBits = 3;  // 8 splits of a tile that are a cluster: what any GPU allows
+constexpr int kMostBits = 6;     // 64 splits of a tile
+constexpr int kLong = 8192;      // slots, from which on few large tiles have many splits
 constexpr int kTensorRows = 128, kPlainRows = 16;
 constexpr int kStep = 64, kTensorDim = 128;
 
@@ -55,41 +55,35 @@ DP_HD int parts_of(int count, int size) {
   return static_cast<int>(static_cast<uint32_t>(count + size - 1) / static_cast<uint32_t>(size));
 }
 
-// The power of two from x on.
-DP_HD int bits_above(int x) {
-  int bits = 0;
-  while (1 << bits < x) ++bits;
-  return bits;
-}
-
 // Of the most splits of a tile, a power of two, where a key head has so many tiles.
-DP_HD int split_bits(int heads, int tiles, int limit) {
-  int bits = bits_above(limit);
-  while (bits > 0 && heads * tiles > kEnough >> bits) --bits;
+DP_HD int split_bits(int heads, int tiles, int pieces, int limit) {
+  int bits = limit;
+  while (bits > 0 && (heads * tiles > kEnough >> bits || pieces <= 1 << bits >> 1)) --bits;
   return bits;
 }
 
 // What a segment's work is cut into; of its own numbers alone.
 struct Cut {
-  int tile_rows, tiles, splits, split;  // split: slots of one
+  int tile_rows, tiles;
+  int splits, bits, split;  // splits: at most 1 << bits; split: slots of one
 
   DP_HD static Cut of(bool on_tensor_cores, int heads, int rows, int length) {
-    Cut cut{on_tensor_cores ? kTensorRows : kPlainRows, 0, 0, kLeastSplit};
+    Cut cut{on_tensor_cores ? kTensorRows : kPlainRows, 0, 0, 0, kLeastSplit};
     if (rows <= 0 || length <= 0) return cut;
     cut.tiles = on_tensor_cores ? parts_of(rows, kTensorRows) : parts_of(rows, kPlainRows);
-    int limit = on_tensor_cores ? kMostClustered : kMostSplits;
+    int limit = on_tensor_cores ? kClusterBits : kMostBits;
     // Few key heads and few rows: smaller tiles are more CTAs, but read more of the L2 cache.
-    if (on_tensor_cores && heads * cut.tiles * kMostClustered < kEnough / 2) {
+    if (on_tensor_cores && heads * cut.tiles << kClusterBits < kEnough / 2) {
       if (length < kLong) {
         cut.tile_rows = kTensorRows / 2;
         cut.tiles = parts_of(rows, kTensorRows / 2);
       } else {
-        limit = kMostSplits;
+        limit = kMostBits;
       }
     }
     const int pieces = parts_of(length, kLeastSplit);
-    const int bits = split_bits(heads, cut.tiles, limit);
-    const int own = (pieces + (1 << bits) - 1) >> bits;
+    cut.bits = split_bits(heads, cut.tiles, pieces, limit);
+    const int own = (pieces + (1 << cut.bits) - 1) >> cut.bits;
     cut.split = own * kLeastSplit;
     cut.splits = parts_of(pieces, own);
     return cut;
@@ -113,6 +107,21 @@ struct Divisor {
   }
 };
 
+// Bytes from one page, head or slot to the next.
+struct Strides {
+  uint32_t page, head, slot;
+
+  static bool fit(const CacheLayout& layout) {
+    const auto fits = [](int64_t stride) { return 0 <= stride && stride < INT32_MAX; };
+    return fits(layout.page_stride) && fits(layout.head_stride) && fits(layout.slot_stride);
+  }
+  static Strides of(const CacheLayout& layout) {  // of elements of 2 bytes
+    return {2 * static_cast<uint32_t>(layout.page_stride),
+            2 * static_cast<uint32_t>(layout.head_stride),
+            2 * static_cast<uint32_t>(layout.slot_stride)};
+  }
+};
+
 // The launch: `share` CTAs for each segment and key head, enough for any cut, and then those of the
 // rows that see nothing.
 struct Shape {
@@ -122,6 +131,7 @@ struct Shape {
   int part_rows;  // of scratch for a CTA; 0: nothing is merged by the second kernel
   int64_t part_floats, units;
   Divisor share, heads, group, page;  // the last two: query heads of a key head, slots of a page
+  Strides keys, values;               // on tensor cores
 
   static Shape of(const BlockAttentionArgs& args, bool on_tensor_cores, bool clusters) {
     const auto bound = [](int64_t x) {
@@ -136,18 +146,20 @@ struct Shape {
     shape.longest_query = bound(args.longest_query < args.count ? args.longest_query : args.count);
     shape.longest_length = bound(args.longest_length);
     shape.units = args.segments * k.heads;
+    shape.keys = Strides::of(args.k_layout);
+    shape.values = Strides::of(args.v_layout);
     const int rows = shape.longest_query * static_cast<int>(shape.group.size);
     const int tile_rows = on_tensor_cores ? kTensorRows : kPlainRows;
     const int tiles = parts_of(rows, tile_rows);
     const bool many = !on_tensor_cores || shape.longest_length >= kLong;
     const int heads = static_cast<int>(k.heads);
-    const int pieces = 1 << bits_above(parts_of(shape.longest_length, kLeastSplit));
-    int splits = 1 << split_bits(heads, 1, many ? kMostSplits : kMostClustered);
-    if (splits > pieces) splits = pieces;
+    const int pieces = parts_of(shape.longest_length, kLeastSplit);
+    const int bits = split_bits(heads, 1, pieces, many ? kMostBits : kClusterBits);
+    const int splits = 1 << bits;
     shape.cluster = 1;
     if (on_tensor_cores && clusters)
-      shape.cluster = splits < kMostClustered ? splits : kMostClustered;
-    // Tiles are half as large in some cuts. Splits are rounded up to a power of two in a cluster.
+      shape.cluster = 1 << (bits < kClusterBits ? bits : kClusterBits);
+    // Tiles are half as large in some cuts. A cluster has places for a power of two.
     const int most = kEnough > heads ? kEnough / heads : 1;
     const int64_t split = int64_t{2} * tiles * splits;
     int shared = static_cast<int>(split < most ? split : most);
@@ -181,6 +193,7 @@ struct Unit {
       : args(args), shape(shape) {
     segment = static_cast<int>(shape.heads.quotient(static_cast<uint32_t>(unit)));
     head = unit - segment * static_cast<int>(shape.heads.size);
+    if (args.table_width > 0) prefetch(args.pages + segment * args.table_width);
     begin = args.begin[segment];
     const int64_t queries = args.end[segment] - begin, slots = args.length[segment];
     rows = static_cast<int>(shape.group.size) *
@@ -191,7 +204,7 @@ struct Unit {
 
   // Whether a tile's splits are merged by their CTAs.
   __device__ __forceinline__ bool clustered() const {
-    return cut.splits > 1 && cut.splits <= shape.cluster;
+    return cut.splits > 1 && 1 << cut.bits <= shape.cluster;
   }
 
   // Elements before a packed row, in q and in the output.
@@ -228,9 +241,8 @@ struct Work : Unit {
     place = block - unit * static_cast<int>(shape.share.size);
     if (cut.splits == 0) return;
     if (clustered()) {  // a tile's CTAs are side by side
-      const int bits = bits_above(cut.splits);
-      tile = place >> bits;
-      split = place & ((1 << bits) - 1);
+      tile = place >> cut.bits;
+      split = place & ((1 << cut.bits) - 1);
     } else {  // those that read the same slots are
       split = static_cast<int>(static_cast<uint32_t>(place) / static_cast<uint32_t>(cut.tiles));
       tile = place - split * cut.tiles;
@@ -418,28 +430,40 @@ struct Steps {
   // Begins to copy the slots [slot, slot + kStep) of the split: zeros beyond its end, and beyond
   // head_dim.
   static __device__ __forceinline__ void copy(const Work& work, int slot, uint16_t* to) {
-    const BlockAttentionArgs& args = work.args;
-    const int dim = static_cast<int>(args.k_layout.head_dim);
+    const Shape& shape = work.shape;
+    const int dim = static_cast<int>(work.args.k_layout.head_dim);
     const auto t = static_cast<unsigned>(anew(static_cast<int>(threadIdx.x)));
     const int lane = static_cast<int>(t % kLanes), row = static_cast<int>(t / kLanes);
-    const auto* keys = static_cast<const uint16_t*>(args.k_cache) + lane * 8;
-    const auto* values = static_cast<const uint16_t*>(args.v_cache) + lane * 8;
-    typename Work::Place from[kStep / kAtOnce];  // their pages are looked up together
+    const int64_t* pages = work.args.pages + work.segment * work.args.table_width;
+    const uint64_t head = static_cast<uint32_t>(anew(work.head));
+    const char* keys =
+        static_cast<const char*>(work.args.k_cache) + head * shape.keys.head + lane * 16;
+    const char* values =
+        static_cast<const char*>(work.args.v_cache) + head * shape.values.head + lane * 16;
+    uint32_t page[kStep / kAtOnce], inside[kStep / kAtOnce];  // looked up together
 #pragma unroll
     for (int i = 0; i < kStep / kAtOnce; ++i) {
       const int s = slot + row + i * kAtOnce;
-      from[i] = work.place_of(s < work.end ? s : work.end - 1);
+      const auto at = static_cast<uint32_t>(s < work.end ? s : work.end - 1);
+      const uint32_t number = shape.page.quotient(at);
+      inside[i] = at - number * shape.page.size;
+      page[i] = static_cast<uint32_t>(pages[number]);
     }
     to += chunk(row, lane);
 #pragma unroll
-    for (int i = 0; i < kStep / kAtOnce; ++i)
+    for (int i = 0; i < kStep / kAtOnce; ++i) {
+      const auto from = [&](const char* base, const Strides& by) {
+        return base + uint64_t{page[i]} * by.page + uint64_t{inside[i]} * by.slot;
+      };
+      const char *key = from(keys, shape.keys), *value = from(values, shape.values);
 #pragma unroll
       for (int c = 0; c < kChunks; c += kLanes) {
         const bool there = slot + row + i * kAtOnce < work.end && (lane + c) * 8 < dim;
         uint16_t* at = to + i * kAtOnce * kDim + c * 8;
-        copy_async(at, keys + from[i].key + c * 8, there);
-        copy_async(at + kTile, values + from[i].value + c * 8, there);
+        copy_async(at, key + c * 16, there);
+        copy_async(at + kTile, value + c * 16, there);
       }
+    }
   }
 };
 
@@ -508,9 +532,10 @@ struct Rows {
         for (int n = 0; n < kKeys / 8; ++n)  // ignores NaN
           now = fmaxf(now, fmaxf(score[m][n][2 * half], score[m][n][2 * half + 1]));
         now = largest_of(now, 4) * factor;
-        if (now > top[m][half] + kSlack) {
-          const float kept = weight_of(top[m][half], now, 1.0f);
-          top[m][half] = now;
+        const float before = top[m][half];
+        if (now > before + kSlack) top[m][half] = now;
+        if (now > before + kSlack && before > -kInfinity) {
+          const float kept = exp2_fast(before - now);
           sum[m][half] *= kept;
 #pragma unroll
           for (int d = 0; d < kDim / 8; ++d) {
@@ -589,7 +614,7 @@ __device__ __forceinline__ void finish(const Work& work, typename TensorShared<k
     const int stride = kTensorRows / sharing;
     tops = sums.merged_top;
     totals = sums.merged_sum;
-#pragma unroll 1
+#pragma unroll 4
     for (int i = t; i < elements; i += kThreads) {
       const int r = i / kColumns, d = i % kColumns * 4;
       const Merged<4, kWarps> merged(sharing, 1.0f,
@@ -611,16 +636,17 @@ __device__ __forceinline__ void finish(const Work& work, typename TensorShared<k
 #pragma unroll 1
     for (int i = work.split * kThreads + t; i < elements; i += work.cut.splits * kThreads) {
       const int r = i / kColumns, d = i % kColumns * 4;
-      const Merged<4, kMostClustered> merged(
+      if (d >= dim) continue;
+      const Merged<4, 1 << kClusterBits> merged(
           work.cut.splits, 1.0f, [&](int p, float (&value)[4], float& top, float& sum) {
             const auto* at = reinterpret_cast<const uint4*>(&sums.value[r][d]);
             widen<Float32>(load_of_peer(at, first + p), value);
             top = load_of_peer(tops + r, first + p);
             sum = load_of_peer(totals + r, first + p);
           });
-      if (d < dim) store<T>(out + work.output(work.first + r) + d, merged.value, merged.sum);
+      store<T>(out + work.output(work.first + r) + d, merged.value, merged.sum);
     }
-    cluster_barrier();  // nobody leaves while others read
+    leave_cluster();  // nobody leaves while others read
     return;
   }
   const Part part(work, scratch, work.place);
@@ -651,21 +677,20 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Work work(args, shape, static_cast<int>(blockIdx.x), true);
   if (work.rows == 0) return;
   const int sharing = warps_to_a_row(work);
+#pragma unroll 1
+  for (int slot = work.start; slot < work.start + 2 * kStep && slot < work.end; slot += kStep)
+    S::copy(work, slot, shared.step[(slot - work.start) / kStep]);
   S::copy_queries(work, shared.query, kTensorRows / sharing);
   Rows<T, kDim> rows;
-  for (int slot = work.start - kStep; slot < work.end; slot += kStep) {
-    const bool first = slot < work.start;  // nothing to compute yet: two steps are asked for
-    if (!first) {
-      wait_for_copies();
-      __syncthreads();  // everyone's copies are there, and everyone is done with the step before
-    }
-    int next = slot + kStep, until = next + (first ? 2 : slot > work.start) * kStep;
-#pragma unroll 1
-    for (; next < until && next < work.end; next += kStep)
+  for (int slot = work.start; slot < work.end; slot += kStep) {
+    wait_for_copies();
+    __syncthreads();  // everyone's copies are there, and everyone is done with the step before
+    const int next = slot + kStep;
+    if (slot > work.start && next < work.end)
       S::copy(work, next, shared.step[(next - work.start) / kStep % 2]);
     const int warp = anew(static_cast<int>(threadIdx.x)) / 32;
     const int row = warp % (kWarps / sharing) * 32, part = warp / (kWarps / sharing);
-    if (first || row >= work.rows) continue;  // the whole warp
+    if (row >= work.rows) continue;  // the whole warp
     const uint16_t* queries = shared.query + row * kDim;
     const uint16_t* now = shared.step[(slot - work.start) / kStep % 2];
     const float factor = args.scale * kLog2e;
@@ -860,7 +885,7 @@ __global__ void __launch_bounds__(kThreads)
 bool on_tensor_cores(const BlockAttentionArgs& args) {
   const CacheLayout &k = args.k_layout, &v = args.v_layout;
   return args.dtype != DType::float32 && k.head_dim % 8 == 0 && k.head_dim <= kTensorDim &&
-         args.scale > 0.0f && args.scale < kInfinity &&
+         args.scale > 0.0f && args.scale < kInfinity && Strides::fit(k) && Strides::fit(v) &&
          multiples_of_16({args.q, args.k_cache, args.v_cache, args.out},
                          {args.q_stride, k.page_stride, k.head_stride, k.slot_stride, v.page_stride,
                           v.head_stride, v.slot_stride},

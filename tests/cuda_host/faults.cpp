@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "cluster.cuh"
 #include "mma.cuh"
 
 namespace {
@@ -46,6 +47,32 @@ bool copies(bool waits) {
   DPARALLEL_LAUNCH(copied, 1, 32, nullptr, data.data(), out.data(), waits);
   for (uint32_t i = 0; i < 32; ++i)
     if (out[i].x != 31 - i) return false;
+  return true;
+}
+
+// Every block writes its shared memory and reads that of the next in its cluster of four.
+enum Cluster { kTogether, kTooSoon, kGone, kElsewhere };
+
+__global__ void of_peers(int* out, Cluster cluster) {
+  DPARALLEL_SHARED(value, float[32]);
+  const unsigned rank = blockIdx.x % 4;
+  if (cluster == kTooSoon) dparallel::cuda::cluster_barrier();
+  value[threadIdx.x] = static_cast<float>(100 * rank + threadIdx.x);
+  if (cluster != kTooSoon) dparallel::cuda::cluster_barrier();
+  const unsigned peer = cluster == kElsewhere ? 4 : (rank + 1) % 4;
+  out[32 * blockIdx.x + threadIdx.x] =
+      static_cast<int>(dparallel::cuda::load_of_peer(value + 31 - threadIdx.x, peer));
+  if (cluster != kGone) dparallel::cuda::cluster_barrier();
+}
+
+bool reads_peers(Cluster cluster) {
+  for (uint64_t seed = 0; seed < 50; ++seed) {
+    cuda_host::seed(seed);
+    std::vector<int> out(32 * 8);
+    DPARALLEL_LAUNCH_CLUSTERS(of_peers, 8, 4, 32, 0, nullptr, out.data(), cluster);
+    for (int i = 0; i < 32 * 8; ++i)
+      if (out[i] != 100 * ((i / 32 + 1) % 4) + 31 - i % 32) return false;
+  }
   return true;
 }
 
@@ -135,6 +162,14 @@ int main(int count, char** argv) {
     cuda_host::launch(1, 64, [] { divergent_barrier(); });
   } else if (name == "copied" || name == "not_waited") {
     return copies(name == "copied") ? 0 : 1;
+  } else if (name == "peers") {
+    return reads_peers(kTogether) ? 0 : 1;
+  } else if (name == "peers_too_soon") {
+    return reads_peers(kTooSoon) ? 0 : 1;
+  } else if (name == "peer_gone") {
+    return reads_peers(kGone) ? 0 : 1;
+  } else if (name == "peer_elsewhere") {
+    return reads_peers(kElsewhere) ? 0 : 1;
   } else if (name == "overrun") {
     std::vector<float> data(64), out(64);
     DPARALLEL_LAUNCH(overrun, 1, 64, nullptr, data.data(), out.data());
