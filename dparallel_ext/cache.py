@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention import has_varlen
+
 Fill = Callable[[int], int] | None
+
+WHOLE = 256
+"""Positions from which on a sequence that is computed whole attends to itself, by `varlen_attention`, and
+not to the cache. A guess. Measured on an H200 with LLaDA's heads: 512 positions in 21 us against 48 us, to
+which the launch that rotates the packed keys comes."""
 
 
 class Span(NamedTuple):
@@ -32,7 +39,7 @@ class Pass:
 
     longest_query: int
     longest_length: int
-    """Of any span: its rows, and the slots it sees."""
+    """At least those of any span: its rows, and the slots it sees."""
     rows: Tensor
     """(N,) int64, each token's sequence."""
     positions: Tensor
@@ -45,11 +52,17 @@ class Pass:
     """(S,) int64: a span's rows of the packed tokens, and the slots they see."""
     pages: Tensor
     """(S, P) int64"""
+    bounds: Tensor
+    seen: Tensor
+    """(S + 2,) and (S + 1,) int64: see `attention.varlen_attention`. Spans of whole sequences see themselves,
+    all others and the rows after the last span see nothing there; nor do whole ones see the cache: they have
+    no rows in `begin` and `end`. Empty where no span is whole. Where all are, the four above are empty."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Those of the fields that are tensors, in their order."""
-        return self.rows, self.positions, self.slots, self.begin, self.end, self.lengths, self.pages
+        through_cache = self.begin, self.end, self.lengths, self.pages
+        return self.rows, self.positions, self.slots, *through_cache, self.bounds, self.seen
 
 
 class KVCache:
@@ -66,6 +79,9 @@ class KVCache:
     def __init__(self, slots: Tensor, rope: tuple[Tensor, Tensor], table: Tensor | None = None) -> None:
         self.slots, self.rope = slots, rope
         self.table = torch.arange(slots.shape[2])[:, None] if table is None else table
+        self.varlen = has_varlen(slots)
+        """Long spans of whole sequences attend to themselves, not to the cache. A span's own numbers alone
+        decide, so that a sequence's result depends neither on the others of its pass nor on its pages."""
         self.changes = 0
         """Times that pages were assigned."""
         self._plans: dict[tuple[tuple[Span, ...], Fill], Pass] = {}
@@ -135,17 +151,32 @@ class KVCache:
         rows, pages = row.repeat_interleave(count), self.table[row]
         of_token = torch.arange(len(spans)).repeat_interleave(count)
         slots = pages[of_token, positions // self.page_size] * self.page_size + positions % self.page_size
+        bounds = seen = begin[:0]
+        if self.varlen:
+            whole = (start == 0) & (stop == visible) & (visible >= WHOLE)
+            if bool(whole.any()):
+                bounds, seen = F.pad(end, (1, 0)), torch.where(whole, visible, 0)
+                begin, end, visible = (t.masked_fill(whole, 0) for t in (begin, end, visible))
+                if bool(whole.all()):
+                    begin, end, visible, pages = (t[:0] for t in (begin, end, visible, pages))
         if fill is not None and spans:
             more = fill(total) - total
             rows, positions = F.pad(rows, (0, more)), F.pad(positions, (0, more))
             slots = F.pad(slots, (0, more), value=-1)
-            more = _power_of_two(len(spans)) - len(spans)
+            if len(seen):
+                longest_query = max(longest_query, more)  # the rows after the last span are a sequence too
+            more = _power_of_two(len(begin)) - len(begin)
             begin, end, visible = (F.pad(t, (0, more)) for t in (begin, end, visible))
             pages = F.pad(pages, (0, 0, 0, more))
+            more = _power_of_two(len(seen)) - len(seen)
+            bounds, seen = F.pad(bounds, (0, more), value=total), F.pad(seen, (0, more))
             # They bound a launch's grid, whose blocks without work leave at once.
             longest_query = _power_of_two(longest_query)
             longest_length = min(max(256, _power_of_two(longest_length)), self.length)
-        return Pass(longest_query, longest_length, rows, positions, slots, begin, end, visible, pages)
+        if len(seen):
+            bounds, seen = F.pad(bounds, (0, 1), value=len(rows)), F.pad(seen, (0, 1))
+        through_cache = begin, end, visible, pages
+        return Pass(longest_query, longest_length, rows, positions, slots, *through_cache, bounds, seen)
 
 
 def _power_of_two(count: int) -> int:

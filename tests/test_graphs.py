@@ -29,10 +29,12 @@ from torch.utils._pytree import tree_leaves
 
 import dparallel_ext as dx
 from dparallel_ext import batch as batches
+from dparallel_ext import cache as caches
 from dparallel_ext import engine as engines
 from dparallel_ext import graphs as recording
 from dparallel_ext import kept, models, passes
 from dparallel_ext.graphs import LIMIT, CudaRecorder, Graphs
+from dparallel_ext.models import base
 
 GOLDEN = Path(__file__).parent / "golden"
 aten = torch.ops.aten
@@ -462,10 +464,19 @@ def test_most_passes_of_a_sequence_are_replayed(taped: list[Graphs], name: str, 
 
 @pytest.mark.parametrize("rows", [None, ROWS_8B])
 @pytest.mark.parametrize(("name", "share"), [("llada", 0.5), ("sdar", 0.6)])
+@pytest.mark.parametrize("varlen", [False, True])
 def test_most_passes_of_an_engine_are_replayed(
-    taped: list[Graphs], monkeypatch: pytest.MonkeyPatch, rows: int | None, name: str, share: float
+    taped: list[Graphs],
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int | None,
+    name: str,
+    share: float,
+    varlen: bool,
 ) -> None:
-    """64 requests of all lengths in 16 lanes; of a model whose every pass is recorded, and of a large one."""
+    """64 requests of all lengths in 16 lanes; of a model whose every pass is recorded, and of a large one;
+    also where long sequences attend to themselves, as on a GPU."""
+    monkeypatch.setattr(caches, "has_varlen", lambda like: varlen)
+    monkeypatch.setattr(base, "varlen_attention", lambda q, *args, **settings: q.clone())
     if rows is not None:
         monkeypatch.setattr(passes, "recorded_rows", lambda model: rows)
         share = 0.55

@@ -7,6 +7,7 @@ modules by the checkpoint's names; the code here calls them by short names, the 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import warnings
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import kept
-from ..attention import block_attention, kv_write, rope_table
+from ..attention import block_attention, kv_write, rope_table, varlen_attention
 from ..cache import KVCache, Pass, Span
 from ..layers import compiled, fp8_scale, rms_norm, swiglu
 from . import side_by_side
@@ -474,7 +475,11 @@ class Model(Named):
         self._check(input_ids, 1)
         if len(input_ids) != len(plan.positions):
             raise ValueError(f"input_ids: expected ({len(plan.positions)},), got {tuple(input_ids.shape)}")
-        cos, sin = cache.rope
+        write = functools.partial(kv_write, positions=plan.positions, cos=cache.rope[0], sin=cache.rope[1])
+        some_whole = len(plan.seen) > 0
+        if some_whole:
+            nowhere = torch.full_like(plan.slots, -1)
+            bounds, seen = plan.bounds.int(), plan.seen.int()
         x, delta = self.embed(input_ids), None
         for layer, block in enumerate(self.blocks):
             keys, values = cache.layer(layer)
@@ -482,18 +487,14 @@ class Model(Named):
             def attend(
                 q: Tensor, k: Tensor, v: Tensor, keys: Tensor = keys, values: Tensor = values
             ) -> Tensor:
-                kv_write(
-                    q,
-                    k,
-                    v,
-                    keys,
-                    values,
-                    positions=plan.positions,
-                    slots=plan.slots,
-                    cos=cos,
-                    sin=sin,
-                )
-                return block_attention(
+                write(q, k, v, keys, values, slots=plan.slots)
+                of_whole = None
+                if some_whole:
+                    write(k, v, v, keys, values, slots=nowhere)  # rotates k in place, and that is all
+                    of_whole = varlen_attention(q, k, v, bounds, seen, longest=plan.longest_query)
+                    if not len(plan.lengths):
+                        return of_whole
+                y = block_attention(
                     q,
                     keys,
                     values,
@@ -504,6 +505,7 @@ class Model(Named):
                     longest_query=plan.longest_query,
                     longest_length=plan.longest_length,
                 )
+                return y if of_whole is None else of_whole.add_(y)  # each is zero where the other is not
 
             if side_by_side.plain(block, Block):
                 x, delta = block.layers(x, delta, attend)
