@@ -54,6 +54,12 @@ constexpr int kMostBits = 6;       // of the splits of a tile
 constexpr int kLong = 8192;        // slots, from which on a tile may have those
 constexpr int kTallRows = 64, kShortRows = 32, kPlainRows = 16;  // of a tile
 constexpr int kStep = 64, kTensorDim = 128;
+// CTAs an SM: before sm_90 its shared memory holds no third.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kTogether = 2;
+#else
+constexpr int kTogether = 3;
+#endif
 
 // Parts of `size` that make up `count`.
 DP_HD int parts_of(int count, int size) {
@@ -637,7 +643,7 @@ __device__ __forceinline__ void finish(const Work& work, typename TensorShared<k
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, kTogether)
     block_attention_tensor_kernel(BlockAttentionArgs args, Shape shape, float* scratch) {
   using S = Steps<T, kDim>;
   DPARALLEL_LARGE_SHARED(shared, TensorShared<kDim>);
