@@ -9,10 +9,11 @@
 // where there are no clusters, by a second kernel, through scratch. Nothing is counted, so that no
 // launch can leave anything behind for the next.
 //
-// Cut. Splits have at least 64 slots, and there are so many that a segment has about 256 CTAs, two
+// Cut. Splits have at least 128 slots, and there are so many that a segment has up to 256 CTAs, two
 // for each SM of an H100: of the segment's own length and rows, so that what it yields depends on
-// nothing else. The grid is shaped by longest_query and longest_length; CTAs beyond their segment
-// leave at once. A few CTAs more write zeros into the rows that see nothing.
+// nothing else. A block of 32 queries at 512 slots is 4 splits for each of 32 heads. The grid is
+// shaped by longest_query and longest_length; CTAs beyond their segment leave at once. A few CTAs
+// more write zeros into the rows that see nothing.
 //
 // Bytes. Each slot that is seen is read once per tile: 2 * head_dim elements per key head; tiles of
 // one split run side by side, so that all but the first find it in the L2 cache. Slots that are not
@@ -20,19 +21,22 @@
 // there cannot come through 0 * NaN.
 //
 // Tensor cores (16-bit, head_dim a multiple of 8 up to 128, 16-byte strides, a positive scale): a
-// step is 64 slots, whose keys and values, 32 KB, are copied to shared memory while the step before
-// is computed; the first two are asked for at once. A warp has 32 rows, so that what it reads of
-// shared memory (80 ldmatrix for 256 mma) keeps up with its mma. Of a tile of more than 64 rows
-// each warp takes its own rows by all slots of a step; of at most 64 or 32 rows two or four warps
-// share the rows, each with its own half or quarter of the slots: a block of 32 queries uses all
-// four. Queries are read from shared memory again in every step: sums (128 registers) and scores
-// (64) take the rest. Two CTAs an SM: 97 KB of shared memory and at most 255 registers.
+// decode pass waits for memory, and between its copies for the few instructions of one warp, so
+// there must be few of them. A step is 64 slots, 32 KB of keys and values in shared memory; two
+// steps are on their way at once: all of a shortest split. A warp has 16 rows, whose queries stay
+// in registers, by 32 slots at a time. A tile is 64 rows, each warp's own by all slots; or, where
+// there are at most 32 or CTAs are few, 32 rows, and two warps share 16 of them, each with half of
+// the slots of a step. What the warps have of a row is merged with what the other CTAs have, at
+// once. Three CTAs an SM: 72 KB of shared memory (80 where tiles may be of 64 rows: two CTAs) and
+// at most 168 registers.
 //
 // FMA (float32, other head_dims and strides): a tile is 16 rows, a step 128 slots; a thread scores
 // one slot against every row, a warp takes the softmax of every fourth row, a thread gathers two
 // elements of every row's sum. 16 KB of shared memory a CTA.
 //
 // The numbers of `Cut` are reckoned, not yet measured on a GPU.
+#include <algorithm>
+
 #include "cluster.cuh"
 #include "mma.cuh"
 
@@ -42,50 +46,73 @@ namespace dparallel::cuda {
 namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr int kLeastSplit = 64;  // slots; a multiple of kStep
-constexpr int kEnough = 256;     // CTAs of a segment
-constexpr int kClusterBits = 3;  // 8 splits of a tile that are a cluster: what any GPU allows
-constexpr int kMostBits = 6;     // 64 splits of a tile
-constexpr int kLong = 8192;      // slots, from which on few large tiles have many splits
-constexpr int kTensorRows = 128, kPlainRows = 16;
+constexpr int kLeastSplit = 128;   // slots; a multiple of kStep
+constexpr int kEnough = 256;       // CTAs of a segment
+constexpr int kFew = kEnough / 4;  // so few that smaller tiles are worth it
+constexpr int kClusteredBits = 3;  // of the splits that may be a cluster
+constexpr int kMostBits = 6;       // of the splits of a tile
+constexpr int kLong = 8192;        // slots, from which on a tile may have those
+constexpr int kTallRows = 64, kShortRows = 32, kPlainRows = 16;  // of a tile
 constexpr int kStep = 64, kTensorDim = 128;
+// CTAs an SM: before sm_90 its shared memory holds no third.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kTogether = 2;
+#else
+constexpr int kTogether = 3;
+#endif
 
 // Parts of `size` that make up `count`.
 DP_HD int parts_of(int count, int size) {
   return static_cast<int>(static_cast<uint32_t>(count + size - 1) / static_cast<uint32_t>(size));
 }
 
-// Of the most splits of a tile, a power of two, where a key head has so many tiles.
-DP_HD int split_bits(int heads, int tiles, int pieces, int limit) {
-  int bits = limit;
-  while (bits > 0 && (heads * tiles > kEnough >> bits || pieces <= 1 << bits >> 1)) --bits;
+// The power of two from `count` on, or of kMostBits where it is larger.
+DP_HD int bits_above(int count) {
+  int bits = 0;
+  for (int b = 0; b < kMostBits; ++b) bits += count > 1 << b;
   return bits;
+}
+
+// Of the splits that bring so many tiles to kEnough CTAs: a power of two.
+DP_HD int bits_to_enough(int tiles) {
+  int bits = 0;
+  for (int b = 1; b <= kMostBits; ++b) bits += tiles <= kEnough >> b;
+  return bits;
+}
+
+// Of the splits that a length allows.
+DP_HD int bits_of_length(bool on_tensor_cores, int length) {
+  const int most = on_tensor_cores && length < kLong ? kClusteredBits : kMostBits;
+  const int pieces = bits_above(parts_of(length, kLeastSplit));
+  return pieces < most ? pieces : most;
 }
 
 // What a segment's work is cut into; of its own numbers alone.
 struct Cut {
   int tile_rows, tiles;
-  int splits, bits, split;  // splits: at most 1 << bits; split: slots of one
+  int bits;           // a tile has so many places for CTAs: a power of two
+  int splits, split;  // that are taken; slots of one
 
   DP_HD static Cut of(bool on_tensor_cores, int heads, int rows, int length) {
-    Cut cut{on_tensor_cores ? kTensorRows : kPlainRows, 0, 0, 0, kLeastSplit};
+    Cut cut{};
     if (rows <= 0 || length <= 0) return cut;
-    cut.tiles = on_tensor_cores ? parts_of(rows, kTensorRows) : parts_of(rows, kPlainRows);
-    int limit = on_tensor_cores ? kClusterBits : kMostBits;
-    // Few key heads and few rows: smaller tiles are more CTAs, but read more of the L2 cache.
-    if (on_tensor_cores && heads * cut.tiles << kClusterBits < kEnough / 2) {
-      if (length < kLong) {
-        cut.tile_rows = kTensorRows / 2;
-        cut.tiles = parts_of(rows, kTensorRows / 2);
-      } else {
-        limit = kMostBits;
-      }
+    const int most = bits_of_length(on_tensor_cores, length);
+    const auto into = [&](int tile_rows) {
+      cut.tile_rows = tile_rows;
+      cut.tiles = parts_of(rows, tile_rows);
+      const int bits = bits_to_enough(heads * cut.tiles);
+      cut.bits = bits < most ? bits : most;
+    };
+    if (!on_tensor_cores) {
+      into(kPlainRows);
+    } else {
+      into(kTallRows);
+      if (rows <= kShortRows || heads * cut.tiles << cut.bits <= kFew) into(kShortRows);
     }
     const int pieces = parts_of(length, kLeastSplit);
-    cut.bits = split_bits(heads, cut.tiles, pieces, limit);
     const int own = (pieces + (1 << cut.bits) - 1) >> cut.bits;
     cut.split = own * kLeastSplit;
-    cut.splits = parts_of(pieces, own);
+    cut.splits = own == 1 ? pieces : parts_of(pieces, own);
     return cut;
   }
 };
@@ -107,31 +134,16 @@ struct Divisor {
   }
 };
 
-// Bytes from one page, head or slot to the next.
-struct Strides {
-  uint32_t page, head, slot;
-
-  static bool fit(const CacheLayout& layout) {
-    const auto fits = [](int64_t stride) { return 0 <= stride && stride < INT32_MAX; };
-    return fits(layout.page_stride) && fits(layout.head_stride) && fits(layout.slot_stride);
-  }
-  static Strides of(const CacheLayout& layout) {  // of elements of 2 bytes
-    return {2 * static_cast<uint32_t>(layout.page_stride),
-            2 * static_cast<uint32_t>(layout.head_stride),
-            2 * static_cast<uint32_t>(layout.slot_stride)};
-  }
-};
-
 // The launch: `share` CTAs for each segment and key head, enough for any cut, and then those of the
 // rows that see nothing.
 struct Shape {
   bool on_tensor_cores;
   int longest_query, longest_length;
-  int cluster;
+  int cluster;    // a power of two
   int part_rows;  // of scratch for a CTA; 0: nothing is merged by the second kernel
   int64_t part_floats, units;
+  int working;                        // CTAs before those of the rows that see nothing
   Divisor share, heads, group, page;  // the last two: query heads of a key head, slots of a page
-  Strides keys, values;               // on tensor cores
 
   static Shape of(const BlockAttentionArgs& args, bool on_tensor_cores, bool clusters) {
     const auto bound = [](int64_t x) {
@@ -146,28 +158,28 @@ struct Shape {
     shape.longest_query = bound(args.longest_query < args.count ? args.longest_query : args.count);
     shape.longest_length = bound(args.longest_length);
     shape.units = args.segments * k.heads;
-    shape.keys = Strides::of(args.k_layout);
-    shape.values = Strides::of(args.v_layout);
-    const int rows = shape.longest_query * static_cast<int>(shape.group.size);
-    const int tile_rows = on_tensor_cores ? kTensorRows : kPlainRows;
-    const int tiles = parts_of(rows, tile_rows);
-    const bool many = !on_tensor_cores || shape.longest_length >= kLong;
     const int heads = static_cast<int>(k.heads);
-    const int pieces = parts_of(shape.longest_length, kLeastSplit);
-    const int bits = split_bits(heads, 1, pieces, many ? kMostBits : kClusterBits);
-    const int splits = 1 << bits;
+    const int64_t rows = shape.longest_query * int64_t{shape.group.size};
+    int bits = bits_of_length(on_tensor_cores, shape.longest_length);
+    if (bits_to_enough(heads) < bits) bits = bits_to_enough(heads);
     shape.cluster = 1;
     if (on_tensor_cores && clusters)
-      shape.cluster = 1 << (bits < kClusterBits ? bits : kClusterBits);
-    // Tiles are half as large in some cuts. A cluster has places for a power of two.
-    const int most = kEnough > heads ? kEnough / heads : 1;
-    const int64_t split = int64_t{2} * tiles * splits;
-    int shared = static_cast<int>(split < most ? split : most);
-    if (shared < tiles) shared = tiles;
-    if (shared < 1) shared = 1;
-    shape.share = Divisor::of(parts_of(shared, shape.cluster) * shape.cluster);
-    if (splits > shape.cluster) {
-      shape.part_rows = rows < tile_rows ? rows : tile_rows;
+      shape.cluster = 1 << (bits < kClusteredBits ? bits : kClusteredBits);
+    // Where tiles are split there are at most kEnough CTAs of a segment, and half of that where
+    // tiles are short because they are few.
+    const int64_t most = heads < kEnough ? kEnough / heads : 1;
+    const auto tiles = [&](int tile_rows) { return (rows + tile_rows - 1) / tile_rows; };
+    const auto split = [&](int64_t count, int64_t limit) {
+      return count << bits < limit ? count << bits : limit;
+    };
+    const int tile_rows = on_tensor_cores ? kTallRows : kPlainRows;
+    int64_t share = tiles(tile_rows) > 1 ? tiles(tile_rows) : 1;
+    share = std::max(share, split(tiles(tile_rows), most));
+    if (on_tensor_cores) share = std::max(share, split(tiles(kShortRows), most / 2));
+    shape.share = Divisor::of((share + shape.cluster - 1) / shape.cluster * shape.cluster);
+    shape.working = static_cast<int>(shape.units * shape.share.size);
+    if (1 << bits > shape.cluster) {
+      shape.part_rows = static_cast<int>(rows < tile_rows ? rows : tile_rows);
       shape.part_floats = (shape.part_rows * (k.head_dim + 2) + 3) / 4 * 4;
     }
     return shape;
@@ -184,8 +196,9 @@ struct Unit {
   const BlockAttentionArgs& args;
   const Shape& shape;
   int segment, head;
-  int rows, length;  // packed rows, slots; within the launch's bounds, whatever the segment says
-  int64_t begin;     // the segment's first query row
+  int rows, length;    // packed rows, slots; within the launch's bounds, whatever the segment says
+  int64_t begin;       // the segment's first query row
+  uint32_t only_page;  // of a segment that has one
   Cut cut;
 
   __device__ __forceinline__ Unit(const BlockAttentionArgs& args, const Shape& shape, int unit,
@@ -193,8 +206,8 @@ struct Unit {
       : args(args), shape(shape) {
     segment = static_cast<int>(shape.heads.quotient(static_cast<uint32_t>(unit)));
     head = unit - segment * static_cast<int>(shape.heads.size);
-    if (args.table_width > 0) prefetch(args.pages + segment * args.table_width);
     begin = args.begin[segment];
+    only_page = args.table_width == 1 ? static_cast<uint32_t>(args.pages[segment]) : 0;
     const int64_t queries = args.end[segment] - begin, slots = args.length[segment];
     rows = static_cast<int>(shape.group.size) *
            static_cast<int>(queries < shape.longest_query ? queries : shape.longest_query);
@@ -239,31 +252,39 @@ struct Work : Unit {
         rows(0) {
     const int unit = segment * static_cast<int>(shape.heads.size) + head;
     place = block - unit * static_cast<int>(shape.share.size);
-    if (cut.splits == 0) return;
-    if (clustered()) {  // a tile's CTAs are side by side
-      tile = place >> cut.bits;
-      split = place & ((1 << cut.bits) - 1);
-    } else {  // those that read the same slots are
-      split = static_cast<int>(static_cast<uint32_t>(place) / static_cast<uint32_t>(cut.tiles));
-      tile = place - split * cut.tiles;
-    }
-    if (tile >= cut.tiles) return;
-    if (split >= cut.splits) return;
+    tile = place >> cut.bits;  // a tile's CTAs are side by side
+    split = place & ((1 << cut.bits) - 1);
+    if (tile >= cut.tiles || split >= cut.splits) return;
     first = tile * cut.tile_rows;
     rows = Unit::rows - first < cut.tile_rows ? Unit::rows - first : cut.tile_rows;
     start = split * cut.split;
     end = start + cut.split < length ? start + cut.split : length;
   }
 
-  // Elements before the key and the value of a slot.
+  // All warps have their own rows; else two share them.
+  __device__ __forceinline__ bool tall() const { return cut.tile_rows == kTallRows; }
+
+  // Elements before the key and the value of a slot of key head 0.
   struct Place {
     int64_t key, value;
   };
   __device__ __forceinline__ Place place_of(int slot) const {
+    const CacheLayout &k = args.k_layout, &v = args.v_layout;
     const uint32_t page = shape.page.quotient(static_cast<uint32_t>(slot));
     const uint32_t inside = static_cast<uint32_t>(slot) - page * shape.page.size;
-    const int64_t number = args.pages[segment * args.table_width + page];
-    return {args.k_layout.offset(number, inside, head), args.v_layout.offset(number, inside, head)};
+    const auto number = static_cast<uint32_t>(
+        args.table_width == 1 ? only_page : args.pages[segment * args.table_width + page]);
+    return {number * k.page_stride + inside * k.slot_stride,
+            number * v.page_stride + inside * v.slot_stride};
+  }
+  // Those of the work's key head.
+  template <class Storage>
+  __device__ __forceinline__ const Storage* keys() const {
+    return static_cast<const Storage*>(args.k_cache) + head * args.k_layout.head_stride;
+  }
+  template <class Storage>
+  __device__ __forceinline__ const Storage* values() const {
+    return static_cast<const Storage*>(args.v_cache) + head * args.v_layout.head_stride;
   }
 };
 
@@ -383,17 +404,22 @@ __device__ __forceinline__ void write_blanks(const BlockAttentionArgs& args, con
 template <int kDim>
 struct TensorShared {
   static constexpr int kPadded = kDim + 8;  // so that eight rows' elements are in different banks
-  struct Sums {
-    float value[kTensorRows][kPadded], top[kTensorRows], sum[kTensorRows];
-    float merged_top[kTensorRows], merged_sum[kTensorRows];  // of the warps that share rows
-  };
+  // Of a warp's 16 rows by its slots: the weighted sum of values, and then the score that weights
+  // are relative to and their sum.
+  using Sums = float[16 * kWarps][kPadded];
   union alignas(16) {
     struct {
-      uint16_t query[kTensorRows * kDim];
       uint16_t step[2][2 * kStep * kDim];  // keys, values
+      uint16_t query[kTallRows * kDim];
     };
     Sums sums;  // when all steps are done
   };
+  // Of a launch whose segments have no more rows: where all tiles are short they need no more
+  // queries.
+  static size_t bytes(int longest) {
+    return sizeof(TensorShared) -
+           (longest <= kShortRows ? sizeof(uint16_t) * (kTallRows - kShortRows) * kDim : 0);
+  }
 };
 
 template <class T, int kDim>
@@ -412,312 +438,252 @@ struct Steps {
     return (chunk ^ 16 * (k % 4)) + 64 * (k / 4);
   }
 
-  // Begins to copy the queries: zeros beyond the tile's rows up to `rows`, and beyond head_dim.
-  static __device__ __forceinline__ void copy_queries(const Work& work, uint16_t* to, int rows) {
+  // Begins to copy the queries: zeros beyond the tile's rows, and beyond head_dim.
+  static __device__ __forceinline__ void copy_queries(const Work& work, uint16_t* to) {
     const int lane = static_cast<int>(threadIdx.x % kLanes);
     const int dim = static_cast<int>(work.args.k_layout.head_dim);
 #pragma unroll 1
-    for (int r = static_cast<int>(threadIdx.x / kLanes); r < rows; r += kAtOnce) {
+    for (int r = static_cast<int>(threadIdx.x / kLanes); r < work.cut.tile_rows; r += kAtOnce) {
+      const bool there = r < work.rows;
       const uint16_t* from = static_cast<const uint16_t*>(work.args.q) +
-                             work.query(work.first + (r < work.rows ? r : 0)) + lane * 8;
-#pragma unroll
-      for (int c = 0; c < kChunks; c += kLanes)
-        copy_async(to + chunk(r, lane) + c * 8, from + c * 8,
-                   r < work.rows && (lane + c) * 8 < dim);
+                             work.query(work.first + (there ? r : 0)) + lane * 8;
+      copy_row(to + chunk(r, lane), from, there && lane * 8 < dim,
+               there && (lane + kLanes) * 8 < dim);
     }
   }
 
   // Begins to copy the slots [slot, slot + kStep) of the split: zeros beyond its end, and beyond
   // head_dim.
   static __device__ __forceinline__ void copy(const Work& work, int slot, uint16_t* to) {
-    const Shape& shape = work.shape;
     const int dim = static_cast<int>(work.args.k_layout.head_dim);
     const auto t = static_cast<unsigned>(anew(static_cast<int>(threadIdx.x)));
     const int lane = static_cast<int>(t % kLanes), row = static_cast<int>(t / kLanes);
-    const int64_t* pages = work.args.pages + work.segment * work.args.table_width;
-    const uint64_t head = static_cast<uint32_t>(anew(work.head));
-    const char* keys =
-        static_cast<const char*>(work.args.k_cache) + head * shape.keys.head + lane * 16;
-    const char* values =
-        static_cast<const char*>(work.args.v_cache) + head * shape.values.head + lane * 16;
-    uint32_t page[kStep / kAtOnce], inside[kStep / kAtOnce];  // looked up together
+    const uint16_t *keys[kRows], *values[kRows];  // their pages are looked up together
 #pragma unroll
-    for (int i = 0; i < kStep / kAtOnce; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       const int s = slot + row + i * kAtOnce;
-      const auto at = static_cast<uint32_t>(s < work.end ? s : work.end - 1);
-      const uint32_t number = shape.page.quotient(at);
-      inside[i] = at - number * shape.page.size;
-      page[i] = static_cast<uint32_t>(pages[number]);
+      const Work::Place from = work.place_of(s < work.end ? s : work.end - 1);
+      keys[i] = work.keys<uint16_t>() + lane * 8 + from.key;
+      values[i] = work.values<uint16_t>() + lane * 8 + from.value;
     }
     to += chunk(row, lane);
 #pragma unroll
-    for (int i = 0; i < kStep / kAtOnce; ++i) {
-      const auto from = [&](const char* base, const Strides& by) {
-        return base + uint64_t{page[i]} * by.page + uint64_t{inside[i]} * by.slot;
-      };
-      const char *key = from(keys, shape.keys), *value = from(values, shape.values);
-#pragma unroll
-      for (int c = 0; c < kChunks; c += kLanes) {
-        const bool there = slot + row + i * kAtOnce < work.end && (lane + c) * 8 < dim;
-        uint16_t* at = to + i * kAtOnce * kDim + c * 8;
-        copy_async(at, key + c * 16, there);
-        copy_async(at + kTile, value + c * 16, there);
-      }
+    for (int i = 0; i < kRows; ++i) {
+      const bool there = slot + row + i * kAtOnce < work.end;
+      const bool near = there && lane * 8 < dim, far = there && (lane + kLanes) * 8 < dim;
+      copy_row(to + i * kAtOnce * kDim, keys[i], near, far);
+      copy_row(to + i * kAtOnce * kDim + kTile, values[i], near, far);
     }
+  }
+
+ private:
+  static constexpr int kRows = kStep / kAtOnce;
+
+  // A thread's chunks of a row.
+  static __device__ __forceinline__ void copy_row(uint16_t* to, const uint16_t* from, bool near,
+                                                  bool far) {
+    static_assert(kChunks <= 2 * kLanes, "");
+    copy_async<0>(to, from, near);
+    if constexpr (kChunks > kLanes) copy_async<16 * kLanes>(to, from, far);
   }
 };
 
-// A warp's 32 rows and their softmax so far, over the slots that are the warp's.
+// A warp's 16 rows and their softmax so far, over the slots that are the warp's.
 template <class T, int kDim>
 struct Rows {
   using S = Steps<T, kDim>;
-  static constexpr int kDepth = kDim / 16, kTiles = 2;  // of 16 rows
+  static constexpr int kDepth = kDim / 16;
+  static constexpr int kKeys = 32;  // at a time
   // A row's sums are made relative to a larger score only when it is larger by a factor of
   // 2^kSlack: weights stay below that, of which 16 bits make no more than of 1.
   static constexpr float kSlack = 8.0f;
 
-  float out[kTiles][kDim / 8][4] = {};
-  // Of rows g and g + 8 of each 16. top: in units of log 2. sum: of this lane.
-  float top[kTiles][2], sum[kTiles][2] = {};
+  uint32_t query[kDepth][4];
+  float out[kDim / 8][4] = {};
+  // Of rows g and g + 8. top: in units of log 2. sum: of this lane.
+  float top[2] = {-kInfinity, -kInfinity}, sum[2] = {};
 
-  __device__ __forceinline__ Rows() {
+  __device__ __forceinline__ void load(const uint16_t* queries) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const int at = S::chunk(lane % 16, lane / 16);
 #pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) top[i / 2][i % 2] = -kInfinity;
+    for (int k = 0; k < kDepth; ++k) load_matrices(query[k], queries + S::across(at, k));
   }
 
-  // kKeys slots of a step, from `first` on: `left` of them are seen. factor: of scores, to units of
+  // kKeys slots, whose keys are at `step`: `left` of them are seen. factor: of scores, to units of
   // log 2.
-  template <int kKeys>
-  __device__ __forceinline__ void attend(const uint16_t* queries, const uint16_t* step, int first,
-                                         int left, float factor) {
-    if (left <= 0) return;
-    const int lane = anew(static_cast<int>(threadIdx.x)) % 32, q = lane % 4;
+  __device__ __forceinline__ void attend(const uint16_t* step, int left, float factor) {
+    const auto t = static_cast<unsigned>(anew(static_cast<int>(threadIdx.x)));
+    const int lane = static_cast<int>(t % 32), q = static_cast<int>(t % 4);
     // Of the row that the lane names to ldmatrix. Its chunk c + 2k is then at `across(this, k)`.
-    const int query = S::chunk(lane % 16, lane / 16);
-    const int key = first * kDim + S::chunk(lane / 16 * 8 + lane % 8, lane / 8 % 2);
-    const int value = S::kTile + first * kDim + S::chunk(lane % 16, lane / 16);
-    float score[kTiles][kKeys / 8][4] = {};
-#pragma unroll 2  // all of them at once want more registers than there are
-    for (int k = 0; k < kDepth; ++k) {
-      uint32_t a[kTiles][4];
+    const int key = S::chunk(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    const int value = S::kTile + S::chunk(lane % 16, lane / 16);
+    float score[kKeys / 8][4] = {};
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m)
-        load_matrices(a[m], queries + S::across(query, k) + 16 * m * kDim);
+    for (int k = 0; k < kDepth; ++k)
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
         uint32_t b[4];  // keys 16n ... 16n + 7 by dims 16k ... 16k + 15, then the next eight keys
         load_matrices(b, step + S::across(key, k) + 16 * n * kDim);
-#pragma unroll
-        for (int m = 0; m < kTiles; ++m) {
-          mma<T>(score[m][2 * n], a[m], b[0], b[1]);
-          mma<T>(score[m][2 * n + 1], a[m], b[2], b[3]);
-        }
+        mma<T>(score[2 * n], query[k], b[0], b[1]);
+        mma<T>(score[2 * n + 1], query[k], b[2], b[3]);
       }
-    }
     if (left < kKeys) {
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-#pragma unroll
-          for (int m = 0; m < kTiles; ++m)
-            if (8 * n + 2 * q + i % 2 >= left) score[m][n][i] = -kInfinity;
+          if (8 * n + 2 * q + i % 2 >= left) score[n][i] = -kInfinity;
     }
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m)
+    for (int half = 0; half < 2; ++half) {
+      float now = -kInfinity;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float now = -kInfinity;
+      for (int n = 0; n < kKeys / 8; ++n)  // ignores NaN
+        now = fmaxf(now, fmaxf(score[n][2 * half], score[n][2 * half + 1]));
+      now = largest_of(now, 4) * factor;
+      if (now > top[half] + kSlack) {
+        const float kept = weight_of(top[half], now, 1.0f);
+        top[half] = now;
+        sum[half] *= kept;
 #pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n)  // ignores NaN
-          now = fmaxf(now, fmaxf(score[m][n][2 * half], score[m][n][2 * half + 1]));
-        now = largest_of(now, 4) * factor;
-        const float before = top[m][half];
-        if (now > before + kSlack) top[m][half] = now;
-        if (now > before + kSlack && before > -kInfinity) {
-          const float kept = exp2_fast(before - now);
-          sum[m][half] *= kept;
-#pragma unroll
-          for (int d = 0; d < kDim / 8; ++d) {
-            out[m][d][2 * half] *= kept;
-            out[m][d][2 * half + 1] *= kept;
-          }
+        for (int d = 0; d < kDim / 8; ++d) {
+          out[d][2 * half] *= kept;
+          out[d][2 * half + 1] *= kept;
         }
-        const float base = top[m][half] == -kInfinity ? 0.0f : top[m][half];
-#pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            score[m][n][i] = exp2_fast(score[m][n][i] * factor - base);
-            sum[m][half] += score[m][n][i];
-          }
       }
+      const float base = top[half] == -kInfinity ? 0.0f : top[half];
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          score[n][i] = exp2_fast(score[n][i] * factor - base);
+          sum[half] += score[n][i];
+        }
+    }
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) {
-      uint32_t a[kTiles][4];  // a lane's scores of C are, two keys to a register, its part of A
+      uint32_t a[4];  // a lane's scores of C are, two keys to a register, its part of A
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          a[m][i] =
-              pack<T>(score[m][2 * n + i / 2][i % 2 * 2], score[m][2 * n + i / 2][i % 2 * 2 + 1]);
+      for (int i = 0; i < 4; ++i)
+        a[i] = pack<T>(score[2 * n + i / 2][i % 2 * 2], score[2 * n + i / 2][i % 2 * 2 + 1]);
 #pragma unroll
       for (int d = 0; d < kDepth; ++d) {
         uint32_t b[4];  // dims 16d ... 16d + 7 by keys 16n ... 16n + 15, then the next eight dims
         load_matrices_transposed(b, step + S::across(value, d) + 16 * n * kDim);
-#pragma unroll
-        for (int m = 0; m < kTiles; ++m) {
-          mma<T>(out[m][2 * d], a[m], b[0], b[1]);
-          mma<T>(out[m][2 * d + 1], a[m], b[2], b[3]);
-        }
+        mma<T>(out[2 * d], a, b[0], b[1]);
+        mma<T>(out[2 * d + 1], a, b[2], b[3]);
       }
     }
   }
 
-  // Two neighbouring elements of each of the warp's rows at a time: body(row, d, x, y), and before
-  // them begin(row, top, sum), which yields what they are multiplied by.
-  template <class Begin, class Body>
-  __device__ __forceinline__ void each(Begin begin, Body body) const {
+  // What the warp has, into 16 rows of the sums.
+  __device__ __forceinline__ void store(float (*to)[TensorShared<kDim>::kPadded]) const {
     const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int r = 16 * m + 8 * half + g;
-        const float by = begin(r, top[m][half], sum_of(sum[m][half], 4));
-#pragma unroll
-        for (int n = 0; n < kDim / 8; ++n)
-          body(r, 8 * n + 2 * q, out[m][n][2 * half] * by, out[m][n][2 * half + 1] * by);
+    for (int half = 0; half < 2; ++half) {
+      float* row = to[8 * half + g];
+      const float total = sum_of(sum[half], 4);
+      if (q == 0) {
+        row[kDim] = top[half];
+        row[kDim + 1] = total;
       }
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+        row[8 * n + 2 * q] = out[n][2 * half];
+        row[8 * n + 2 * q + 1] = out[n][2 * half + 1];
+      }
+    }
   }
 };
 
-__device__ __forceinline__ int warps_to_a_row(const Work& work) {
-  return work.rows <= 32 ? 4 : work.rows <= 64 ? 2 : 1;
-}
-
-// From the sums of each warp's rows in shared memory to the output, or to scratch.
+// From what each warp has of its rows in shared memory to the output, or to scratch.
 template <class T, int kDim>
 __device__ __forceinline__ void finish(const Work& work, typename TensorShared<kDim>::Sums& sums,
                                        float* scratch) {
   constexpr int kColumns = kDim / 4;
   const int dim = static_cast<int>(work.args.k_layout.head_dim);
-  const int elements = work.rows * kColumns, t = static_cast<int>(threadIdx.x);
-  auto* out = static_cast<typename T::Storage*>(work.args.out);
-  const auto load = [&](int row, int d, float (&value)[4]) {
-    widen<Float32>(*reinterpret_cast<const uint4*>(&sums.value[row][d]), value);
-  };
-  float *tops = sums.top, *totals = sums.sum;
-  const int sharing = warps_to_a_row(work);
-  __syncthreads();
-  if (sharing > 1) {  // into the first warp's
-    const int stride = kTensorRows / sharing;
-    tops = sums.merged_top;
-    totals = sums.merged_sum;
-#pragma unroll 4
-    for (int i = t; i < elements; i += kThreads) {
-      const int r = i / kColumns, d = i % kColumns * 4;
-      const Merged<4, kWarps> merged(sharing, 1.0f,
-                                     [&](int p, float (&value)[4], float& top, float& sum) {
-                                       load(p * stride + r, d, value);
-                                       top = sums.top[p * stride + r];
-                                       sum = sums.sum[p * stride + r];
-                                     });
-      store_stored<Float32>(&sums.value[r][d], merged.value, true);
-      if (d > 0) continue;
-      tops[r] = merged.top;
-      totals[r] = merged.sum;
-    }
-    __syncthreads();
-  }
-  if (work.clustered()) {  // each CTA takes its share of the elements
-    cluster_barrier();
-    const unsigned first = blockIdx.x % work.shape.cluster - work.split;
+  const int sharing = work.tall() ? 0 : 1;  // warps that share a row: 1 << sharing
+  const bool clustered = work.clustered();
+  const int own = static_cast<int>(blockIdx.x) & (work.shape.cluster - 1);
+  const int parts = clustered ? work.cut.splits << sharing : 1 << sharing;
+  const int first = clustered ? own - work.split : own;
+  const int begin = clustered ? work.split : 0, step = clustered ? work.cut.splits : 1;
+  if (clustered) cluster_barrier();
+  else __syncthreads();
 #pragma unroll 1
-    for (int i = work.split * kThreads + t; i < elements; i += work.cut.splits * kThreads) {
-      const int r = i / kColumns, d = i % kColumns * 4;
-      if (d >= dim) continue;
-      const Merged<4, 1 << kClusterBits> merged(
-          work.cut.splits, 1.0f, [&](int p, float (&value)[4], float& top, float& sum) {
-            const auto* at = reinterpret_cast<const uint4*>(&sums.value[r][d]);
-            widen<Float32>(load_of_peer(at, first + p), value);
-            top = load_of_peer(tops + r, first + p);
-            sum = load_of_peer(totals + r, first + p);
-          });
-      store<T>(out + work.output(work.first + r) + d, merged.value, merged.sum);
-    }
-    leave_cluster();  // nobody leaves while others read
-    return;
-  }
-  const Part part(work, scratch, work.place);
-#pragma unroll 1
-  for (int i = t; i < elements; i += kThreads) {
+  for (int i = begin * kThreads + static_cast<int>(threadIdx.x); i < work.rows * kColumns;
+       i += step * kThreads) {  // each CTA takes its share of the elements
     const int r = i / kColumns, d = i % kColumns * 4;
-    float value[4];
-    load(r, d, value);
+    const Merged<4, 8> merged(parts, 1.0f, [&](int p, float (&value)[4], float& top, float& sum) {
+      const float* row = of_peer(sums[(p & sharing) * kShortRows + r],
+                                 static_cast<unsigned>(first + (p >> sharing)));
+      const uint4 four = *reinterpret_cast<const uint4*>(row + d);
+      const uint2 about = *reinterpret_cast<const uint2*>(row + kDim);
+      value[0] = from_bits(four.x);
+      value[1] = from_bits(four.y);
+      value[2] = from_bits(four.z);
+      value[3] = from_bits(four.w);
+      top = from_bits(about.x);
+      sum = from_bits(about.y);
+    });
     if (d >= dim) continue;
-    if (work.cut.splits == 1) {
-      store<T>(out + work.output(work.first + r) + d, value, totals[r]);
+    if (clustered || work.cut.splits == 1) {
+      auto* out = static_cast<typename T::Storage*>(work.args.out);
+      store<T>(out + work.output(work.first + r) + d, merged.value, merged.sum);
       continue;
     }
-    store_stored<Float32>(part.values + r * dim + d, value, true);
+    const Part part(work, scratch, work.place);
+    store_stored<Float32>(part.values + r * dim + d, merged.value, true);
     if (d > 0) continue;
-    part.tops[r] = tops[r];
-    part.sums[r] = totals[r];
+    part.tops[r] = merged.top;
+    part.sums[r] = merged.sum;
   }
+  if (clustered) leave_cluster();  // nobody leaves while others read
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kTogether)
     block_attention_tensor_kernel(BlockAttentionArgs args, Shape shape, float* scratch) {
   using S = Steps<T, kDim>;
   DPARALLEL_LARGE_SHARED(shared, TensorShared<kDim>);
-  const int64_t beyond = blockIdx.x - shape.units * shape.share.size;
-  if (beyond >= 0) return write_blanks<typename T::Storage>(args, shape, static_cast<int>(beyond));
+  const int beyond = static_cast<int>(blockIdx.x) - shape.working;
+  if (beyond >= 0) return write_blanks<typename T::Storage>(args, shape, beyond);
   const Work work(args, shape, static_cast<int>(blockIdx.x), true);
   if (work.rows == 0) return;
-  const int sharing = warps_to_a_row(work);
+  S::copy_queries(work, shared.query);
 #pragma unroll 1
-  for (int slot = work.start; slot < work.start + 2 * kStep && slot < work.end; slot += kStep)
-    S::copy(work, slot, shared.step[(slot - work.start) / kStep]);
-  S::copy_queries(work, shared.query, kTensorRows / sharing);
-  Rows<T, kDim> rows;
-  for (int slot = work.start; slot < work.end; slot += kStep) {
-    wait_for_copies();
-    __syncthreads();  // everyone's copies are there, and everyone is done with the step before
-    const int next = slot + kStep;
-    if (slot > work.start && next < work.end)
-      S::copy(work, next, shared.step[(next - work.start) / kStep % 2]);
-    const int warp = anew(static_cast<int>(threadIdx.x)) / 32;
-    const int row = warp % (kWarps / sharing) * 32, part = warp / (kWarps / sharing);
-    if (row >= work.rows) continue;  // the whole warp
-    const uint16_t* queries = shared.query + row * kDim;
-    const uint16_t* now = shared.step[(slot - work.start) / kStep % 2];
-    const float factor = args.scale * kLog2e;
-    const int left = work.end - slot;
-    if (sharing == 1) rows.template attend<64>(queries, now, 0, left, factor);
-    else if (sharing == 2)
-      rows.template attend<32>(queries, now, 32 * part, left - 32 * part, factor);
-    else rows.template attend<16>(queries, now, 16 * part, left - 16 * part, factor);
+  for (int i = 0; i < 2; ++i) {
+    if (work.start + i * kStep < work.end) S::copy(work, work.start + i * kStep, shared.step[i]);
+    commit_copies();
   }
-  // As `work`, whose numbers need not stay in registers for it.
-  const Work done(args, shape, anew(static_cast<int>(blockIdx.x)), true);
-  __syncthreads();  // everyone is done with the steps
-  auto& sums = shared.sums;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  rows.each(
-      [&](int r, float top, float sum) {
-        if (threadIdx.x % 4 == 0) {
-          sums.top[32 * warp + r] = top;
-          sums.sum[32 * warp + r] = sum;
-        }
-        return 1.0f;
-      },
-      [&](int r, int d, float x, float y) {
-        sums.value[32 * warp + r][d] = x;
-        sums.value[32 * warp + r][d + 1] = y;
-      });
-  finish<T, kDim>(done, sums, scratch);
+  Rows<T, kDim> rows;
+  static_assert(kShortRows == rows.kKeys && kStep == 2 * rows.kKeys, "");
+  // Two warps share a short tile's rows, and take every other kKeys slots of a step.
+  const int warp = static_cast<int>(threadIdx.x / 32), row = warp * 16 & (work.cut.tile_rows - 1);
+  const int begin = warp * 16 - row;  // 0, or kKeys for the second half of a short tile's warps
+  const int stride = work.tall() ? rows.kKeys : kStep;
+  const float factor = args.scale * kLog2e;
+  wait_for_copies<1>();
+  __syncthreads();  // everyone's copies are there
+  rows.load(shared.query + row * kDim);
+  int now = 0;  // the step's half of shared memory
+  for (int slot = work.start; slot < work.end; slot += kStep, now ^= 1) {
+    if (row < work.rows)  // the whole warp
+#pragma unroll 1
+      for (int from = begin; from < kStep && slot + from < work.end; from += stride)
+        rows.attend(shared.step[now] + from * kDim, work.end - slot - from, factor);
+    const int next = slot + 2 * kStep;
+    if (next < work.end) {
+      __syncthreads();  // everyone is done with the step
+      S::copy(work, next, shared.step[now]);
+    }
+    commit_copies();
+    wait_for_copies<1>();
+    __syncthreads();  // the next step's copies are there; or everyone is done with the last
+  }
+  rows.store(shared.sums + warp * 16);
+  finish<T, kDim>(work, shared.sums, scratch);
 }
 
 // ---- FMA ----
@@ -736,8 +702,8 @@ __global__ void __launch_bounds__(kThreads, 3)
     block_attention_plain_kernel(BlockAttentionArgs args, Shape shape, float* scratch) {
   using Storage = typename T::Storage;
   DPARALLEL_SHARED(step, PlainShared);
-  const int64_t beyond = blockIdx.x - shape.units * shape.share.size;
-  if (beyond >= 0) return write_blanks<Storage>(args, shape, static_cast<int>(beyond));
+  const int beyond = static_cast<int>(blockIdx.x) - shape.working;
+  if (beyond >= 0) return write_blanks<Storage>(args, shape, beyond);
   const Work work(args, shape, static_cast<int>(blockIdx.x), false);
   if (work.rows == 0) return;
   const int dim = static_cast<int>(args.k_layout.head_dim), t = threadIdx.x;
@@ -753,8 +719,8 @@ __global__ void __launch_bounds__(kThreads, 3)
     for (int slot = work.start; slot < work.end; slot += kThreads) {
       const int left = work.end - slot < kThreads ? work.end - slot : kThreads;
       // This thread's slot against every row, some dims at a time.
-      const Storage* key = static_cast<const Storage*>(args.k_cache) +
-                           work.place_of(t < left ? slot + t : work.start).key;
+      const Storage* key =
+          work.keys<Storage>() + work.place_of(t < left ? slot + t : work.start).key;
       float score[kPlainRows] = {};
       for (int from = 0; from < dim; from += kThreads) {
         const int dims = dim - from < kThreads ? dim - from : kThreads;
@@ -801,8 +767,7 @@ __global__ void __launch_bounds__(kThreads, 3)
         for (int i = 0; i < kOwned; ++i) out[r][i] *= step.kept[r];
 #pragma unroll 2
       for (int j = 0; j < left; ++j) {
-        const Storage* value =
-            static_cast<const Storage*>(args.v_cache) + work.place_of(slot + j).value;
+        const Storage* value = work.values<Storage>() + work.place_of(slot + j).value;
 #pragma unroll
         for (int i = 0; i < kOwned; ++i) {
           const int d = slice + i * kThreads + t;
@@ -856,7 +821,7 @@ __device__ __forceinline__ void merge_parts(const Unit& unit, const float* scrat
     const int tile = row / unit.cut.tile_rows, r = row % unit.cut.tile_rows;
     const Merged<W, 8> merged(
         unit.cut.splits, scores, [&](int s, float (&value)[W], float& top, float& sum) {
-          const Part part(unit, const_cast<float*>(scratch), s * unit.cut.tiles + tile);
+          const Part part(unit, const_cast<float*>(scratch), (tile << unit.cut.bits) + s);
           const float* from = part.values + r * dim + d;
           if constexpr (W == 4) widen<Float32>(*reinterpret_cast<const uint4*>(from), value);
           else value[0] = *from;
@@ -885,7 +850,7 @@ __global__ void __launch_bounds__(kThreads)
 bool on_tensor_cores(const BlockAttentionArgs& args) {
   const CacheLayout &k = args.k_layout, &v = args.v_layout;
   return args.dtype != DType::float32 && k.head_dim % 8 == 0 && k.head_dim <= kTensorDim &&
-         args.scale > 0.0f && args.scale < kInfinity && Strides::fit(k) && Strides::fit(v) &&
+         args.scale > 0.0f && args.scale < kInfinity &&
          multiples_of_16({args.q, args.k_cache, args.v_cache, args.out},
                          {args.q_stride, k.page_stride, k.head_stride, k.slot_stride, v.page_stride,
                           v.head_stride, v.slot_stride},
@@ -907,9 +872,8 @@ int64_t block_attention_scratch(const BlockAttentionArgs& args) {
 int block_attention(const BlockAttentionArgs& args, const Workspace& workspace, void* stream) {
   const Shape shape = shape_of(args);
   const int64_t blanks = parts_of(static_cast<int>(args.count), kBlankBlock);
-  const auto grid =
-      static_cast<unsigned>((shape.units * shape.share.size + blanks + shape.cluster - 1) /
-                            shape.cluster * shape.cluster);
+  const auto grid = static_cast<unsigned>((shape.working + blanks + shape.cluster - 1) /
+                                          shape.cluster * shape.cluster);
   if (grid == 0) return 0;
   auto* scratch = static_cast<float*>(workspace.scratch);
   return dispatch(args.dtype, [&](auto type) {
@@ -918,22 +882,22 @@ int block_attention(const BlockAttentionArgs& args, const Workspace& workspace, 
       return DPARALLEL_LAUNCH_CLUSTERS(kernel, grid, static_cast<unsigned>(shape.cluster), kThreads,
                                        shared_bytes, stream, args, shape, scratch);
     };
+    const int longest = shape.longest_query * static_cast<int>(shape.group.size);
     int code = 0;
     if constexpr (sizeof(typename T::Storage) == 2) {
       if (!shape.on_tensor_cores) code = attend(block_attention_plain_kernel<T>, 0);
       else if (args.k_layout.head_dim <= 64)
-        code = attend(block_attention_tensor_kernel<T, 64>, sizeof(TensorShared<64>));
+        code = attend(block_attention_tensor_kernel<T, 64>, TensorShared<64>::bytes(longest));
       else
-        code =
-            attend(block_attention_tensor_kernel<T, kTensorDim>, sizeof(TensorShared<kTensorDim>));
+        code = attend(block_attention_tensor_kernel<T, kTensorDim>,
+                      TensorShared<kTensorDim>::bytes(longest));
     } else {
       code = attend(block_attention_plain_kernel<T>, 0);
     }
     if (code != 0 || shape.part_rows == 0) return code;
     // Only so many rows of a key head are ever split.
-    const int longest = shape.longest_query * static_cast<int>(shape.group.size);
-    const int most = kEnough / static_cast<int>(shape.heads.size) *
-                     (shape.on_tensor_cores ? kTensorRows : kPlainRows);
+    const int most = kEnough / 2 / static_cast<int>(shape.heads.size) *
+                     (shape.on_tensor_cores ? kTallRows : kPlainRows);
     const int rows = longest < most ? longest : most;
     const int blocks = parts_of(rows, kMergeRows);
     if (shape.units * blocks == 0) return 0;

@@ -30,6 +30,10 @@ template <class V>
 V load_of_peer(const V* p, unsigned rank) {
   return cuda_host::load(static_cast<const V*>(cuda_host::peer(p, rank)));
 }
+template <class V>
+const V* of_peer(const V* p, unsigned rank) {
+  return static_cast<const V*>(cuda_host::peer(p, rank));
+}
 inline void prefetch(const void*) {}
 
 #else
@@ -157,6 +161,18 @@ __device__ __forceinline__ uint4 load_of_peer(const uint4* p, unsigned rank) {
       : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(p))), "r"(rank));
 #endif
   return x;
+}
+
+// Where that is, for any load. A block that was not launched in a cluster is its own rank 0.
+template <class V>
+__device__ __forceinline__ const V* of_peer(const V* p, unsigned rank) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint64_t at;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(at) : "l"(p), "r"(rank));
+  return reinterpret_cast<const V*>(at);
+#else
+  return p;
+#endif
 }
 
 // Begins to bring a line into the L2 cache that will be read soon.

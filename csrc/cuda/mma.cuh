@@ -77,6 +77,10 @@ inline void copy_async(void* to, const void* from, bool there) {
   cuda_host::copy_later(to, there ? from : nullptr);
 }
 template <int kBytes>
+void copy_async(void* to, const void* from, bool there) {
+  copy_async(static_cast<char*>(to) + kBytes, static_cast<const char*>(from) + kBytes, there);
+}
+template <int kBytes>
 void copy_async_beyond(void* to, const void* from) {
   cuda_host::copy_later(static_cast<char*>(to) + kBytes, static_cast<const char*>(from) + kBytes);
 }
@@ -165,6 +169,12 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool ther
                : "memory");
 }
 // 16 bytes that are so many bytes beyond both: no address is computed.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0+%3], [%1+%3], 16, %2;" ::"r"(shared_address(to)),
+               "l"(from), "r"(there ? 16 : 0), "n"(kBytes)
+               : "memory");
+}
 template <int kBytes>
 __device__ __forceinline__ void copy_async_beyond(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0+%2], [%1+%2], 16;" ::"r"(shared_address(to)),
