@@ -24,7 +24,7 @@
 // in which the inner dimension is summed is free: a lane reads 16 bytes of a row at once, which are
 // its operands of four multiplications, and 32 of each row of x. A byte becomes 16 bits, exactly,
 // by two instructions a byte. Of a step with 384 rows of the weights and 32 of x a warp issues some
-// 290 instructions, 192 of them to widen and 48 multiplications of matrices; two warps share a
+// 340 instructions, 192 of them to widen and 48 multiplications of matrices; two warps share a
 // scheduler, and the memory leaves them 1400 cycles.
 //
 // Heights of tiles, steps of 64 and the weighing of cuts are by arithmetic, not yet by measurement.
