@@ -170,7 +170,7 @@ struct Cpu {
   }
   static void rms_norm(const RmsNormArgs& args, const Tensor&) { cpu::rms_norm(args, parallel); }
   static void swiglu(const SwigluArgs& args, const Tensor&) { cpu::swiglu(args, parallel); }
-  static void fp8_linear(const Fp8LinearArgs& args, const Tensor&, const std::optional<Tensor>&) {
+  static void fp8_linear(const Fp8LinearArgs& args, const Tensor&) {
     cpu::fp8_linear(args, parallel);
   }
   static void fp8_widen(const Fp8WidenArgs& args, const Tensor&) { cpu::fp8_widen(args, parallel); }
@@ -257,18 +257,13 @@ struct Cuda {
     const DeviceGuard guard(like.get_device());
     check(cuda::swiglu(args, stream(like)), "swiglu");
   }
-  static void fp8_linear(const Fp8LinearArgs& args, const Tensor& like,
-                         const std::optional<Tensor>& c) {
-    launch("fp8_linear", args, cuda::fp8_linear_scratch(args), cuda::fp8_linear_counters(args),
-           cuda::fp8_linear, like, c);
+  static void fp8_linear(const Fp8LinearArgs& args, const Tensor& like) {
+    const DeviceGuard guard(like.get_device());
+    check(cuda::fp8_linear(args, stream(like)), "fp8_linear");
   }
   static void fp8_widen(const Fp8WidenArgs& args, const Tensor& like) {
     const DeviceGuard guard(like.get_device());
     check(cuda::fp8_widen(args, stream(like)), "fp8_widen");
-  }
-  static void linear(const LinearArgs& args, const Tensor& like) {
-    const DeviceGuard guard(like.get_device());
-    check(cuda::linear(args, stream(like)), "linear");
   }
 };
 #endif
@@ -642,12 +637,10 @@ Tensor swiglu(Tensor gate, Tensor up) {
 }
 
 constexpr const char* kFp8LinearSchema =
-    "fp8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor(a!)? counters) -> "
-    "Tensor";
+    "fp8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor";
 
 template <class Backend>
-Tensor fp8_linear(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias,
-                  std::optional<Tensor> counters) {
+Tensor fp8_linear(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias) {
   STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x: expected (N, in), weight (out, in)");
   const int64_t count = x.size(0), in = x.size(1), out_width = weight.size(0);
   STD_TORCH_CHECK(x.stride(1) == 1 || in == 1, "x: expected contiguous rows");
@@ -667,7 +660,7 @@ Tensor fp8_linear(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> b
                            data<float>(scale),
                            bias.has_value() ? bias->data_ptr() : nullptr,
                            out.data_ptr()};
-  Backend::fp8_linear(args, x, counters);
+  Backend::fp8_linear(args, x);
   return out;
 }
 
@@ -690,42 +683,6 @@ Tensor fp8_widen(Tensor weight, Tensor scale, Tensor like) {
   Backend::fp8_widen(args, like);
   return out;
 }
-
-constexpr const char* kLinearSchema = "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor";
-
-#if defined(DPARALLEL_WITH_CUDA) || defined(DPARALLEL_WITH_CUDA_HOST)
-template <class Backend>
-Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
-  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x: expected (N, in), weight (out, in)");
-  const int64_t count = x.size(0), in = x.size(1), out_width = weight.size(0);
-  STD_TORCH_CHECK(count <= LinearArgs::kFewRows, "x: expected at most ", LinearArgs::kFewRows,
-                  " rows, got ", count);
-  STD_TORCH_CHECK(in > 0 && in % LinearArgs::kDepth == 0, "x: expected rows of a multiple of ",
-                  LinearArgs::kDepth, " numbers, got ", in);
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half,
-                  "x: expected bfloat16 or float16");
-  STD_TORCH_CHECK(x.stride(1) == 1, "x: expected contiguous rows");
-  contiguous(weight, "weight", x.scalar_type(), {out_width, in}, x);
-  if (bias.has_value()) contiguous(*bias, "bias", x.scalar_type(), {out_width}, x);
-  const auto at_16 = [](const Tensor& t) {
-    return reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
-  };
-  STD_TORCH_CHECK(at_16(x) && at_16(weight) && (count < 2 || x.stride(0) % 8 == 0),
-                  "x: expected rows, and weight, at multiples of 16 bytes");
-  Tensor out = torch::stable::new_empty(x, {count, out_width});
-  const LinearArgs args{dtype_of(x),
-                        x.data_ptr(),
-                        x.stride(0),
-                        count,
-                        in,
-                        out_width,
-                        weight.data_ptr(),
-                        bias.has_value() ? bias->data_ptr() : nullptr,
-                        out.data_ptr()};
-  Backend::linear(args, x);
-  return out;
-}
-#endif
 
 #ifndef DPARALLEL_WITH_CUDA_HOST
 // Where an op has no kernel, its error is a sentence instead of the dispatcher's forty lines.
@@ -767,7 +724,6 @@ STABLE_TORCH_LIBRARY(dparallel, m) {
   m.def(kSwigluSchema);
   m.def(kFp8LinearSchema);
   m.def(kFp8WidenSchema);
-  m.def(kLinearSchema);
 }
 
 #define DPARALLEL_OPS(DO)              \
@@ -783,8 +739,6 @@ STABLE_TORCH_LIBRARY(dparallel, m) {
   DO(swiglu)                           \
   DO(fp8_linear)                       \
   DO(fp8_widen)
-// On the CPU torch has these: nobody calls them there, nor where no GPU's kernels were built.
-#define DPARALLEL_GPU_OPS(DO) DO(linear)
 
 #define DPARALLEL_CPU(op) m.impl(#op, TORCH_BOX(&op<Cpu>));
 #define DPARALLEL_CUDA(op) m.impl(#op, TORCH_BOX(&op<Cuda>));
@@ -794,15 +748,12 @@ STABLE_TORCH_LIBRARY(dparallel, m) {
 #define DPARALLEL_IMPL(KEY, DO) \
   STABLE_TORCH_LIBRARY_IMPL(dparallel, KEY, m) { DPARALLEL_OPS(DO) }
 
-#define DPARALLEL_IMPL_GPU(KEY, DO) \
-  STABLE_TORCH_LIBRARY_IMPL(dparallel, KEY, m) { DPARALLEL_OPS(DO) DPARALLEL_GPU_OPS(DO) }
-
 #ifdef DPARALLEL_WITH_CUDA_HOST
-DPARALLEL_IMPL_GPU(CPU, DPARALLEL_CUDA)
+DPARALLEL_IMPL(CPU, DPARALLEL_CUDA)
 #else
 DPARALLEL_IMPL(CPU, DPARALLEL_CPU)
 #ifdef DPARALLEL_WITH_CUDA
-DPARALLEL_IMPL_GPU(CUDA, DPARALLEL_CUDA)
+DPARALLEL_IMPL(CUDA, DPARALLEL_CUDA)
 #else
 DPARALLEL_IMPL(CUDA, DPARALLEL_NO_CUDA)
 #endif

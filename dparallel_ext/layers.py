@@ -1,21 +1,18 @@
-"""Layers of a transformer: `rms_norm` and `swiglu`, each in one pass, and `fp8_linear`, on 8-bit weights;
-`linear`, which is torch's but where a kernel of ours reads the weights faster.
+"""Layers of a transformer: `rms_norm` and `swiglu`, each in one pass, and `fp8_linear`, on 8-bit weights.
 
 The first two round where the modules they stand for do, so that a model's tokens stay what they were.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
 from typing import overload
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _C
-from .ops import _counters, _rows_view
+from .ops import _rows_view
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = {"cpu", *_C.build_info()["backends"].split()}
@@ -116,9 +113,6 @@ FEW = 64
 FEW_ON_TENSOR_CORES = 256
 """The same where a GPU multiplies: reading them again from its cache costs less than widening them first, a
 read of one byte and a write of two. By arithmetic; not yet measured."""
-OWN_PRODUCTS: Mapping[tuple[int, int], tuple[int, int]] = {(9, 0): (2**22, 2**28)}
-"""Where `linear` takes our kernel: compute capability -> numbers in the weight, from and below. A language
-model's head is larger; the matrix library reads it at the full rate of the memory."""
 
 
 def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,46 +186,8 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = N
         weight,
         scale,
         None if bias is None else bias.contiguous(),
-        _counters(x, -(-len(weight) // 128) * -(-rows // 64)),
     )
     return out.view(*x.shape[:-1], len(weight))
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias, as `torch.nn.functional.linear`.
-
-    Up to 64 rows of 16-bit numbers on a GPU of OWN_PRODUCTS are a product of our own, where no gradient is
-    wanted: summed in float32 and rounded once, and each row to the bit as it is alone. All else is torch's.
-    """
-    if not _own_product(x, weight, bias):
-        return F.linear(x, weight, bias)
-    out: Tensor = torch.ops.dparallel.linear(x.reshape(-1, x.shape[-1]), weight, bias)
-    return out.view(*x.shape[:-1], len(weight))
-
-
-def _own_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not x.is_cuda or "cuda" not in _DEVICES:
-        return False
-    device, width = x.device, x.shape[-1]
-    smallest, beyond = OWN_PRODUCTS.get(_capability(device), (0, 0))
-    return (
-        smallest <= weight.numel() < beyond
-        and 0 < x.numel() <= FEW * width
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and width % 64 == 0
-        and all(
-            type(t) in (Tensor, nn.Parameter) and t.is_contiguous() and t.data_ptr() % 16 == 0
-            for t in (x, weight)
-        )
-        and all(t.dtype == x.dtype and t.device == device for t in (weight, bias) if t is not None)
-        and weight.shape[-1] == width
-        and (bias is None or bias.is_contiguous())
-    )
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 def _check(name: str, given: Tensor) -> None:
@@ -271,15 +227,10 @@ def _(gate, up):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("dparallel::fp8_linear")
-def _(x, weight, scale, bias, counters):  # type: ignore[no-untyped-def]
+def _(x, weight, scale, bias):  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
 @torch.library.register_fake("dparallel::fp8_widen")
 def _(weight, scale, like):  # type: ignore[no-untyped-def]
     return like.new_empty(weight.shape)
-
-
-@torch.library.register_fake("dparallel::linear")
-def _(x, weight, bias):  # type: ignore[no-untyped-def]
-    return x.new_empty((x.shape[0], weight.shape[0]))

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import dparallel_ext as dx
-from dparallel_ext import layers, ops
+from dparallel_ext import ops
 
 STAND_IN = "cuda_host" in ops._C.build_info()["backends"]
 """The CUDA kernels, executed on the CPU, take the place of the CPU's: see test_cuda_host."""
@@ -107,8 +107,7 @@ _given: list[Tensor] = []
 
 @pytest.fixture(autouse=STAND_IN)
 def _stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (layers, ops):
-        monkeypatch.setattr(module, "_counters", counters)
+    monkeypatch.setattr(ops, "_counters", counters)
     yield
     assert not any(bool(given.any()) for given in _given), "counters were not left zero"
     _given.clear()

@@ -19,10 +19,10 @@ template <class Kernel>
 bool has_clusters(Kernel*) {
   return cuda_host::has_clusters();
 }
-// On a device of four SMs.
+// On a device of eight SMs.
 template <auto kernel>
 int clusters_at_once(unsigned cluster, unsigned, size_t) {
-  return cluster == 1 || cuda_host::has_clusters() ? static_cast<int>(4 / cluster) : 0;
+  return cluster == 1 || cuda_host::has_clusters() ? static_cast<int>(8 / cluster) : 0;
 }
 inline void cluster_barrier() { cuda_host::cluster_barrier(); }
 inline void leave_cluster() { cuda_host::cluster_barrier(); }
@@ -100,7 +100,10 @@ int clusters_at_once(unsigned cluster, unsigned block, size_t shared_bytes) {
     config.dynamicSmemBytes = shared_bytes;
     config.attrs = &attribute;
     config.numAttrs = 1;
-    if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) count = 0;
+    if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) {
+      count = 0;
+      cudaGetLastError();  // which is nobody else's
+    }
   }
   kept = count + 1;
   return count;

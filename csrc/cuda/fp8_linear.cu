@@ -2,267 +2,222 @@
 // in 16 or 32 bits, for products of so many rows that they are no longer bound by reading weights.
 //
 // Work: 32 rows of x through a layer of LLaDA-8B, 4096 -> 12288, read 50 MB of weights, 0.25 MB of
-// x, and write 0.75 MB; 3.2 GFLOP. At 4.3 TB/s a multiprocessor takes 18 bytes of weights a cycle,
-// and some 32 KB must be on their way to it at any time.
+// x, and write 0.75 MB; 3.2 GFLOP. At 4.3 TB/s an SM takes 18 bytes of weights a cycle, and some
+// 40 KB must be on their way to it at any time.
 //
-// On tensor cores (16-bit rows, aligned, of a multiple of 64 numbers): a CTA takes 128 rows of the
-// weights, 32 to a warp, and up to 64 rows of x. Its eight warps are two teams, which take steps of
-// 64 numbers of the inner dimension in turn. In a step a lane loads 16 bytes of four rows of the
-// weights, which are its operands of four multiplications: the order in which the inner dimension
-// is summed is free. Two steps of a warp are in flight, in registers, 32 KB of a CTA; two CTAs run
-// on a multiprocessor. x comes in batches of steps through shared memory, twice buffered, once for
-// all warps, each of which multiplies every number of it with 32 rows of weights: with 16 rows,
-// reading shared memory would take longer than the weights at 64 rows of x. From the L2 cache x is
-// read once for each 128 rows of weights, half as many bytes as the weights at 32 rows.
+// On tensor cores (16-bit rows, aligned, of a multiple of 64 numbers): a CTA has an SM to itself
+// and takes a tile of 128, 256 or 384 rows of the weights and up to 64 rows of x. A step is 64
+// numbers of each of these rows, copied past the registers into a ring that fills the SM's shared
+// memory: 150 KB of weights are on their way at any time.
 //
-// A byte becomes 16 bits, exactly, by two multiply-adds and a multiplication, on the pipe of the
-// FMAs; by shifts and masks alone it would keep the other pipe busy for 60 % of the time. Of a step
-// for 32 rows of x a warp issues some 220 instructions, 32 of them multiplications of matrices,
-// where the memory leaves it 440 cycles.
+// A tile also reads all of x, from the L2 cache, whose rate is not much above that of memory: for a
+// tile of 128 rows, 32 rows of x are half as many bytes as the weights, for 384 a sixth. So tiles
+// are high, and two to eight CTAs, a cluster, share a tile and divide its inner dimension, so that
+// all SMs have work and each reads its part of x alone. They then add up their sums, each some of
+// the outputs, out of one another's shared memory, in the order of their parts. The cut is of the
+// weights' shape and the device: a row of x comes out to the bit as it does alone. More than 64
+// rows of x are chunks, next to each other in the grid, so that all but the first find the weights
+// in the L2 cache. Devices without clusters, which have less shared memory too, take tiles of 128
+// rows, each a CTA's alone.
 //
-// Where a weight has too few rows to fill the GPU, its inner dimension is split over CTAs, by its
-// own shape alone, and the last one to arrive adds the parts up in their order: a row of x comes
-// out to the bit as it does alone. More than 64 rows of x are chunks, next to each other in the
-// grid, so that all but the first find the weights in the L2 cache.
+// A warp takes an eighth of the tile's rows, as the left operand of its multiplications. The order
+// in which the inner dimension is summed is free: a lane reads 16 bytes of a row at once, which are
+// its operands of four multiplications, and 32 of each row of x. A byte becomes 16 bits, exactly,
+// by two instructions a byte. Of a step with 384 rows of the weights and 32 of x a warp issues some
+// 340 instructions, 192 of them to widen and 48 multiplications of matrices; two warps share a
+// scheduler, and the memory leaves them 1400 cycles.
 //
-// kEnough, kRing, the 32 rows of a warp and its two teams are by arithmetic, not yet by
-// measurement.
+// Heights of tiles, steps of 64 and the weighing of cuts are by arithmetic, not yet by measurement.
 //
 // Else a warp takes a row of the weights, by FMA.
-#include "device.cuh"
+#include "cluster.cuh"
 #include "dparallel/launch.h"
 #include "mma.cuh"
 
 namespace dparallel::cuda {
 namespace {
 
-constexpr int kWarpRows = 32, kGroups = 4, kTileRows = kGroups * kWarpRows;  // of the weights
-constexpr int kTeams = 2;  // of warps, which share the steps
-constexpr int kThreads = 32 * kGroups * kTeams;
-constexpr int kStep = 64;                   // of the inner dimension
-constexpr int kRing = 2;                    // steps of a warp in flight
-constexpr int kMostTiles = 8;               // of 8 rows of x
-constexpr int kChunkRows = 8 * kMostTiles;  // of x
-constexpr int64_t kEnough = 128;            // CTAs that occupy an H100
-constexpr int64_t kLeastSteps = 8;          // of a split
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kDepth = 64;              // of the inner dimension, a step
+constexpr int kPieces = kDepth / 16;    // of 16 bytes, of a row of the weights
+constexpr int kXPieces = kDepth / 8;    // of a row of x
+constexpr int kChunkRows = 64;          // of x
+constexpr int kMostHeight = 3;          // tiles of 16 rows of the weights, of a warp
+constexpr int kMostClustered = 8;       // CTAs
+constexpr int kTileRows = 16 * kWarps;  // of the weights, for each 16 of a warp
 
-struct Fp8Shape {
-  // Tiles of the weights, splits of the inner dimension, chunks of the rows of x, steps in all and
-  // of a split.
-  unsigned tiles, splits, chunks;
-  int all, steps;
+// kTiles: of 8 rows of x. kHeight: tiles of 16 rows of the weights, of a warp.
+template <int kTiles, int kHeight>
+struct Ring {
+  static constexpr int kRows = kTileRows * kHeight;
+  static constexpr int kStage = kRows * kPieces + 8 * kTiles * kXPieces;  // vectors of 16 bytes
+  // What a CTA can have: where there are no clusters, and on sm_90 and sm_100.
+  static constexpr int kBytes = (kHeight == 1 ? 99 : 227) * 1024;
+  static constexpr int kStages = kBytes / 16 / kStage;
+  // The sums [8 kTiles, kRows] lie there afterwards; with these gaps lanes' writes do not collide.
+  static constexpr int kPitch = kRows + 4;
+  static_assert(8 * kTiles * kPitch * 4 <= kStages * kStage * 16 && kStages > 2, "");
 
-  static Fp8Shape of(const Fp8LinearArgs& args) {
-    const int64_t tiles = (args.out_width + kTileRows - 1) / kTileRows, all = args.in / kStep;
-    const int64_t wanted = (kEnough + tiles - 1) / (tiles > 0 ? tiles : 1);
-    const int64_t most = all >= kLeastSteps ? all / kLeastSteps : 1;
-    const int64_t splits = wanted < most ? wanted : most;
-    const int64_t steps = all > 0 ? (all + splits - 1) / splits : 1;
-    return {static_cast<unsigned>(tiles), static_cast<unsigned>((all + steps - 1) / steps),
-            static_cast<unsigned>((args.count + kChunkRows - 1) / kChunkRows),
-            static_cast<int>(all), static_cast<int>(steps)};
-  }
+  uint4 vectors[kStages * kStage];
 };
 
-__device__ __forceinline__ uint4 bits_of(const float (&four)[4]) {
-  uint4 bits;
-  memcpy(&bits, four, sizeof bits);
-  return bits;
-}
+// Of the weights: tiles of `height`, each of `cluster` CTAs.
+struct Fp8Cut {
+  int height, cluster;
+};
 
-__device__ __forceinline__ void add(float (&to)[4], const uint4& bits) {
-  float four[4];
-  memcpy(four, &bits, sizeof four);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) to[i] += four[i];
-}
-
-// kTiles: of 8 rows of x, those of the largest chunk.
-template <class T, int kTiles>
-__global__ void __launch_bounds__(kThreads, 2)
-    fp8_linear_tensor_kernel(Fp8LinearArgs args, Fp8Shape shape, float* scratch,
-                             int32_t* counters) {
+template <class T, int kTiles, int kHeight>
+__global__ void __launch_bounds__(kThreads, 1)
+    fp8_linear_tensor_kernel(Fp8LinearArgs args, int cluster, int chunks) {
   using Storage = typename T::Storage;
-  constexpr int kRows = 8 * kTiles;           // of x
-  constexpr int kTurns = kTiles > 4 ? 1 : 2;  // steps of a warp in a batch of x
-  constexpr int kBatch = kTurns * kTeams;     // steps
-  constexpr int kPieces = kStep / T::kWidth;  // 16 bytes each, of a row of x
-  constexpr int kHalves = kWarpRows / 8;      // rows of the weights to a lane
-  static_assert(kRing % kTurns == 0 && kTeams == 2 && kWarpRows == 32, "");
-  DPARALLEL_SHARED(staged, uint4[2][kBatch][kRows][kPieces]);
+  using Shared = Ring<kTiles, kHeight>;
+  constexpr int kRows = Shared::kRows, kStage = Shared::kStage, kStages = Shared::kStages;
+  DPARALLEL_LARGE_SHARED(ring, Shared);
+  const int rank = static_cast<int>(blockIdx.x) % cluster;
+  const int unit = static_cast<int>(blockIdx.x) / cluster;
+  const int64_t first = static_cast<int64_t>(unit / chunks) * kRows;
+  const int64_t first_n = static_cast<int64_t>(unit % chunks) * kChunkRows;
+  const int left =
+      static_cast<int>(args.out_width - first < kRows ? args.out_width - first : kRows);
+  const int count =
+      static_cast<int>(args.count - first_n < 8 * kTiles ? args.count - first_n : 8 * kTiles);
+  const int all = static_cast<int>(args.in / kDepth);
+  const int begin = all * rank / cluster, steps = all * (rank + 1) / cluster - begin;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
 
-  const unsigned chunk = blockIdx.x % shape.chunks, unit = blockIdx.x / shape.chunks;
-  const unsigned split = unit % shape.splits, tile = unit / shape.splits;
-  const int group = threadIdx.x / 32 % kGroups, team = threadIdx.x / (32 * kGroups);
-  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-  const int first = split * shape.steps;
-  const int steps = shape.all - first < shape.steps ? shape.all - first : shape.steps;
-  const int64_t n0 = static_cast<int64_t>(chunk) * kChunkRows;
-  const int rows = args.count - n0 < kRows ? static_cast<int>(args.count - n0) : kRows;
-  const int64_t tile_row = static_cast<int64_t>(tile) * kTileRows;
-  const int jump = 8 * static_cast<int>(args.in);
-  const int width = args.out_width - tile_row < kTileRows
-                        ? static_cast<int>(args.out_width - tile_row)
-                        : kTileRows;
-
-  // The lane's rows of the weights are g, g + 8 and so on of its group's; the steps are its team's.
-  // Rows that the weights do not have are zeros.
-  const int row = group * kWarpRows + g;
-  const uint8_t* weight = args.weight + (tile_row + row) * args.in +
-                          static_cast<int64_t>(first + team) * kStep + 16 * q;
-  uint4 ring[kRing][kHalves] = {};
-  const auto load = [&](int slot, int turn) {  // counted from where `weight` is
-    const uint8_t* at = weight + turn * (kTeams * kStep);
+  // What this thread copies of a step: one piece of every 64th row of the weights, and of every
+  // 32nd of x. There, the pieces of a row change places in pairs in odd rows, so that eight lanes
+  // of two rows read eight different ones of 128 bytes.
+  constexpr int kTurn = kThreads / kPieces, kXTurn = kThreads / kXPieces;
+  const int own = threadIdx.x / kPieces, own_n = threadIdx.x / kXPieces;
+  const int piece = threadIdx.x % kPieces, x_piece = threadIdx.x % kXPieces;
+  const int to_x = kRows * kPieces + own_n * kXPieces + (x_piece ^ own_n % 2);
+  const int64_t offset = static_cast<int64_t>(begin) * kDepth;
+  const uint8_t* weight = args.weight + (first + own) * args.in + offset + 16 * piece;
+  const auto* x = static_cast<const Storage*>(args.x) + (first_n + own_n) * args.x_stride + offset +
+                  8 * x_piece;
+  uint4* const vectors = anew(ring.vectors);  // else each copy would make its address from scratch
+  int brought = 0, filled = 0;                // steps; the stage of the next one
+  const auto bring = [&] {
+    if (brought < steps) {
+      uint4* to = vectors + filled * kStage;
+      const uint8_t* from = weight;
 #pragma unroll
-    for (int half = 0; half < kHalves; ++half, at += jump)
-      if (row + 8 * half < width) ring[slot][half] = __ldcs(reinterpret_cast<const uint4*>(at));
+      for (int row = 0; row < kRows; row += kTurn) {
+        if (row + own < left) copy_async_of_line(to + row * kPieces + threadIdx.x, from);
+        from += kTurn * args.in;
+      }
+      const Storage* from_x = x;
+#pragma unroll
+      for (int n = 0; n < 8 * kTiles; n += kXTurn) {
+        if (n + own_n < count) copy_async(to + n * kXPieces + to_x, from_x, true);
+        from_x += kXTurn * args.x_stride;
+      }
+      weight += kDepth;
+      x += kDepth;
+      ++brought;
+      filled = filled + 1 < kStages ? filled + 1 : 0;
+    }
+    commit_copies();
   };
-#pragma unroll
-  for (int slot = 0; slot < kRing; ++slot)
-    if (slot * kTeams + team < steps) load(slot, slot);
 
-  // Batch b of x goes to staged[b % 2]: of row n and step s its pieces, in pairs that change places
-  // in odd rows, so that eight lanes of two rows read eight different ones of 128 bytes. Rows that
-  // x does not have stay what they are: a row comes into no sum but its own.
-  constexpr int kPerRow = kBatch * kPieces, kRowsAtOnce = kThreads / kPerRow;
-  static_assert(kRowsAtOnce % 2 == 0 && kRowsAtOnce <= 16, "");
-  const int own_n = threadIdx.x / kPerRow, own_step = threadIdx.x / kPieces % kBatch;
-  const int stride = static_cast<int>(args.x_stride / T::kWidth);
-  const uint4* const x = static_cast<const uint4*>(args.x) + n0 * stride + first * kPieces;
-  const int own = own_n * stride + own_step * kPieces + threadIdx.x % kPieces;
-  uint4* const to = &staged[0][own_step][own_n][threadIdx.x % kPieces ^ own_n % 2];
-  const auto bring = [&](int b) {
-    if (b * kBatch + own_step >= steps) return;
 #pragma unroll 1
-    for (int n = 0; n < kRows; n += kRowsAtOnce)
-      if (n + own_n < rows)
-        copy_async(to + (b % 2 * kBatch * kRows + n) * kPieces,
-                   x + (own + n * stride + b * kBatch * kPieces), true);
-  };
-  bring(0);
-
-  float sums[2][kTiles][4] = {};  // of 16 rows of the weights each
-  for (int base = 0; base * kTeams < steps; base += kRing) {
+  for (int stage = 0; stage < kStages - 1; ++stage) bring();
+  float sums[kHeight][kTiles][4] = {};
+#pragma unroll 1
+  for (int step = 0, stage = 0; step < steps; ++step) {
+    wait_for_copies<kStages - 2>();
+    __syncthreads();  // the step is there, and nobody reads the one before it any more
+    bring();
+    const uint4* rows = ring.vectors + stage * kStage + (16 * kHeight * warp + g) * kPieces + q;
+    const uint4* x_rows = ring.vectors + stage * kStage + kRows * kPieces + g * kXPieces;
+    uint32_t words[kHeight][2][4];
 #pragma unroll
-    for (int slot = 0; slot < kRing; ++slot) {
-      const int b = (base + slot) / kTurns, step = (base + slot) * kTeams + team;
-      if (slot % kTurns == 0) {
-        if (b * kBatch >= steps) break;
-        wait_for_copies();
-        __syncthreads();  // batch b is there, and nobody reads the one before it any more
-        bring(b + 1);
-      }
-      if (step >= steps) continue;
-      const uint4* mine = &staged[b % 2][slot % kTurns * kTeams + team][g][0];
-      uint32_t words[kHalves][4];
-      memcpy(words, ring[slot], sizeof words);
-      // A loop of its own where the registers hardly suffice; the words move up in it.
-#pragma unroll(kTiles > 4 ? 1 : 2)
-      for (int piece = 0; piece < 2; ++piece) {  // of the lane's two of each row of x
-        uint32_t a[2][2][4];
+    for (int h = 0; h < kHeight; ++h)
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
+      for (int half = 0; half < 2; ++half)
+        memcpy(words[h][half], rows + (16 * h + 8 * half) * kPieces, sizeof words[h][half]);
 #pragma unroll
-          for (int half = 0; half < kHalves; ++half)
-            widen_e4m3<T>(words[half][i], a[i][half / 2][half % 2], a[i][half / 2][half % 2 + 2]);
+    for (int i = 0; i < 2; ++i) {  // of the lane's two pieces of each row of x
+      uint32_t numbers[kTiles][4];
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-          const uint4 loaded = mine[8 * t * kPieces + ((2 * q + piece) ^ g % 2)];
-          uint32_t numbers[4];
-          memcpy(numbers, &loaded, sizeof numbers);
+      for (int t = 0; t < kTiles; ++t)
+        memcpy(numbers[t], x_rows + 8 * t * kXPieces + ((2 * q + i) ^ g % 2), sizeof numbers[t]);
 #pragma unroll
-          for (int i = 0; i < 2; ++i)
+      for (int h = 0; h < kHeight; ++h)
 #pragma unroll
-            for (int w = 0; w < 2; ++w)
-              mma<T>(sums[w][t], a[i][w], numbers[2 * i], numbers[2 * i + 1]);
+        for (int j = 0; j < 2; ++j) {
+          uint32_t a[4];
+          widen_e4m3<T>(words[h][0][2 * i + j], a[0], a[2]);
+          widen_e4m3<T>(words[h][1][2 * i + j], a[1], a[3]);
+#pragma unroll
+          for (int t = 0; t < kTiles; ++t)
+            mma<T>(sums[h][t], a, numbers[t][2 * j], numbers[t][2 * j + 1]);
         }
-#pragma unroll
-        for (auto& four : words) {
-          four[0] = four[2];
-          four[1] = four[3];
-        }
-      }
-      if (step + kRing * kTeams < steps) load(slot, slot + kRing);
     }
-    weight += kRing * kTeams * kStep;
+    stage = stage + 1 < kStages ? stage + 1 : 0;
   }
 
-  // Of each group's two tiles of 16 rows, the teams keep one each and give the other away.
-  __syncthreads();  // nobody reads x any more
-  auto* given = reinterpret_cast<uint4*>(&staged);
-  static_assert(kTiles * kThreads * sizeof(uint4) <= sizeof staged, "");
-  float sum[kTiles][4];
+  // sums[h][t][i]: of row 16 h + g, or 8 on for i >= 2, of the warp's; of x's row 8 t + 2 q + i
+  // % 2.
+  constexpr int kPitch = Shared::kPitch;
+  auto* totals = reinterpret_cast<float*>(ring.vectors);
+  float* mine = totals + 2 * q * kPitch + 16 * kHeight * warp + g;
+  __syncthreads();  // nobody reads the ring any more
 #pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
-    float other[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sum[t][i] = team == 0 ? sums[0][t][i] : sums[1][t][i];
-      other[i] = team == 0 ? sums[1][t][i] : sums[0][t][i];
-    }
-    given[t * kThreads + (threadIdx.x ^ kThreads / 2)] = bits_of(other);
-  }
-  __syncthreads();
-#pragma unroll
-  for (int t = 0; t < kTiles; ++t) add(sum[t], given[t * kThreads + threadIdx.x]);
-
-  // The parts of the splits lie as their lanes hold them, 16 bytes of each thread side by side.
-  if (shape.splits > 1) {
-    const int64_t place = static_cast<int64_t>(tile) * shape.chunks + chunk;
-    constexpr int kPart = kTiles * kThreads;
-    uint4* const parts =
-        reinterpret_cast<uint4*>(scratch) + place * shape.splits * kPart + threadIdx.x;
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) parts[split * kPart + t * kThreads] = bits_of(sum[t]);
-    if (!last_to_arrive(counters + place, shape.splits)) return;
+  for (int h = 0; h < kHeight; ++h)
 #pragma unroll
     for (int t = 0; t < kTiles; ++t)
 #pragma unroll
-      for (float& number : sum[t]) number = 0.0f;
-#pragma unroll(kTiles > 4 ? 2 : 4)
-    for (unsigned s = 0; s < shape.splits; ++s)
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) add(sum[t], __ldcg(parts + s * kPart + t * kThreads));
-  }
+      for (int i = 0; i < 4; ++i)
+        mine[(8 * t + i % 2) * kPitch + 16 * h + i / 2 * 8] = sums[h][t][i];
+  if (cluster > 1) cluster_barrier();
+  else __syncthreads();
 
-  // sum[t][i]: of the lane's row or, for i >= 2, of that 8 on; of x's row 8 t + 2 q + i % 2 of the
-  // chunk. They leave by way of shared memory, 16 bytes of a row of the output to a thread; the gap
-  // between two rows there keeps the lanes' writes off each other.
-  constexpr int kPitch = kTileRows + T::kWidth;
-  static_assert(kRows * kPitch * sizeof(Storage) <= sizeof staged, "");
-  auto* turned = reinterpret_cast<Storage*>(&staged);
-  __syncthreads();  // nobody reads what was given any more
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int at_row = row + 16 * team + 8 * half;
-    const int64_t own = tile_row + (at_row < width ? at_row : width - 1);
-    const float scale = args.scale[own];
-    float bias = 0.0f;
-    if (args.bias != nullptr) bias = T::value(static_cast<const Storage*>(args.bias)[own]);
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-      const uint32_t both =
-          pack<T>(scale * sum[t][2 * half] + bias, scale * sum[t][2 * half + 1] + bias);
-      Storage* at = turned + (8 * t + 2 * q) * kPitch + at_row;
-      at[0] = static_cast<Storage>(both);
-      at[kPitch] = static_cast<Storage>(both >> 16);
-    }
-  }
-  __syncthreads();
-  auto* out = static_cast<Storage*>(args.out) + n0 * args.out_width + tile_row;
-  constexpr int kVectors = kTileRows / T::kWidth;
+  auto* out = static_cast<Storage*>(args.out) + first_n * args.out_width + first;
+  const auto* bias = static_cast<const Storage*>(args.bias);
+  const bool whole = args.out_width % 4 == 0;
+  constexpr int kVectors = kRows / 4;  // of 4 outputs
 #pragma unroll 1
-  for (int i = threadIdx.x; i < rows * kVectors; i += kThreads) {
-    const int n = i / kVectors, column = i % kVectors * T::kWidth;
-    const Storage* at = turned + n * kPitch + column;
-    Storage* end = out + n * args.out_width + column;
-    if (args.out_width % T::kWidth == 0) {
-      if (column < width) *reinterpret_cast<uint4*>(end) = *reinterpret_cast<const uint4*>(at);
+  for (int v = rank * kThreads + threadIdx.x; v < count * kVectors; v += cluster * kThreads) {
+    const int n = v / kVectors, row = v % kVectors * 4;
+    if (row >= left) continue;
+    const auto* part = reinterpret_cast<const uint4*>(totals + n * kPitch + row);
+    uint4 parts[kMostClustered];
+    if (cluster == 1) {
+      parts[0] = *part;
     } else {
-#pragma unroll 1
-      for (int j = 0; j < T::kWidth && column + j < width; ++j) end[j] = at[j];
+#pragma unroll
+      for (int r = 0; r < kMostClustered; ++r)
+        if (r < cluster) parts[r] = load_of_peer(part, r);
+    }
+    float sum[4];
+    memcpy(sum, &parts[0], sizeof sum);
+#pragma unroll
+    for (int r = 1; r < kMostClustered; ++r)
+      if (r < cluster) {
+        float more[4];
+        memcpy(more, &parts[r], sizeof more);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[i] += more[i];
+      }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (row + i < left) {
+        const float added = bias != nullptr ? T::value(bias[first + row + i]) : 0.0f;
+        sum[i] = args.scale[first + row + i] * sum[i] + added;
+      }
+    Storage* to = out + n * args.out_width + row;
+    const uint32_t both[2] = {pack<T>(sum[0], sum[1]), pack<T>(sum[2], sum[3])};
+    if (whole) {
+      *reinterpret_cast<uint2*>(to) = {both[0], both[1]};
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (row + i < left) to[i] = static_cast<Storage>(both[i / 2] >> 16 * (i % 2));
     }
   }
+  if (cluster > 1) leave_cluster();
 }
 
 template <class T>
@@ -270,7 +225,7 @@ __global__ void __launch_bounds__(kThreads) fp8_linear_plain_kernel(Fp8LinearArg
   using Storage = typename T::Storage;
   constexpr int kGroup = 8;  // rows of x between two readings of the weights
   const int lane = threadIdx.x % 32;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (row >= args.out_width) return;
   const uint8_t* weight = args.weight + row * args.in;
   const float scale = args.scale[row];
@@ -297,89 +252,111 @@ __global__ void __launch_bounds__(kThreads) fp8_linear_plain_kernel(Fp8LinearArg
 }
 
 bool on_tensor_cores(const Fp8LinearArgs& args) {
-  return args.dtype != DType::float32 && args.in > 0 && args.in % kStep == 0 &&
-         args.x_stride < int64_t{1} << 27 &&  // so that 64 rows are in the reach of an int
+  return args.dtype != DType::float32 && args.in > 0 && args.in % kDepth == 0 &&
          multiples_of_16({args.x, args.weight, args.out}, {args.x_stride},
                          element_size(args.dtype));
 }
 
-// Tiles of 8 rows of x that a CTA holds: 1, 2, 4 or 8.
-int tiles_of_x(const Fp8LinearArgs& args) {
-  const int64_t tiles = (args.count + 7) / 8;
-  return tiles > 4 ? 8 : tiles > 2 ? 4 : static_cast<int>(tiles);
+template <int kTiles, int kHeight>
+constexpr size_t shared_bytes() {
+  return sizeof(Ring<kTiles, kHeight>);
 }
 
-// Weights in T: kEach of a row to a thread, 16 or, where vectors do not fit, 1.
+// Rounds in which all tiles get done, times what each takes: the bytes of a CTA, over 64, those of
+// 32 rows of x among them, and what its beginning and its end cost beside.
+Fp8Cut cut_of(const Fp8LinearArgs& args) {
+  constexpr int64_t kOverhead = 1500;
+  const int64_t all = args.in / kDepth;
+  Fp8Cut best{1, 1};
+  int64_t least = INT64_MAX;
+  for (int cluster = 1; cluster <= kMostClustered; cluster *= 2) {
+    const int slots = clusters_at_once<fp8_linear_tensor_kernel<BFloat16, 4, kMostHeight>>(
+        static_cast<unsigned>(cluster), kThreads, shared_bytes<4, kMostHeight>());
+    if (cluster == 2 && slots == 0) return {1, 1};  // nor so much shared memory
+    for (int height = 1; height <= kMostHeight && slots > 0; ++height) {
+      const int64_t rows = kTileRows * height, tiles = (args.out_width + rows - 1) / rows;
+      const int64_t rounds = (tiles + slots - 1) / slots, steps = (all + cluster - 1) / cluster;
+      const int64_t cost = rounds * ((rows + 64) * steps + kOverhead);
+      if (cost < least) {
+        least = cost;
+        best = {height, cluster};
+      }
+    }
+  }
+  return best;
+}
+
+template <class T, int kTiles, int kHeight>
+int launch(const Fp8LinearArgs& args, int cluster, void* stream) {
+  constexpr int64_t kRows = kTileRows * kHeight;
+  const int64_t tiles = (args.out_width + kRows - 1) / kRows;
+  const int64_t chunks = (args.count + kChunkRows - 1) / kChunkRows;
+  return DPARALLEL_LAUNCH_CLUSTERS(
+      (fp8_linear_tensor_kernel<T, kTiles, kHeight>),
+      static_cast<unsigned>(tiles * chunks * cluster), static_cast<unsigned>(cluster), kThreads,
+      (shared_bytes<kTiles, kHeight>()), stream, args, cluster, static_cast<int>(chunks));
+}
+
+template <class T, int kTiles>
+int launch(const Fp8LinearArgs& args, void* stream) {
+  const Fp8Cut cut = cut_of(args);
+  switch (cut.height) {
+    case 1: return launch<T, kTiles, 1>(args, cut.cluster, stream);
+    case 2: return launch<T, kTiles, 2>(args, cut.cluster, stream);
+    default: return launch<T, kTiles, 3>(args, cut.cluster, stream);
+  }
+}
+
+// Weights in T: of a row twice kEach to a thread, 8, so that the warp's stores of 16 bytes lie side
+// by side, or, where vectors do not fit, 1.
 template <class T, int kEach>
 __global__ void __launch_bounds__(kThreads) fp8_widen_kernel(Fp8WidenArgs args, unsigned per_row) {
   using Storage = typename T::Storage;
+  constexpr int kTurns = 2, kTurn = kThreads * kEach;
   const int64_t row = blockIdx.x / per_row;
-  const int64_t k = (static_cast<int64_t>(blockIdx.x % per_row) * kThreads + threadIdx.x) * kEach;
-  if (k >= args.in) return;
+  const int64_t k =
+      static_cast<int64_t>(blockIdx.x % per_row) * kTurns * kTurn + threadIdx.x * kEach;
   const uint8_t* from = args.weight + row * args.in + k;
   auto* to = static_cast<Storage*>(args.out) + row * args.in + k;
   const float scale = args.scale[row];
-  if constexpr (kEach == 16) {
-    const uint4 loaded = __ldcs(reinterpret_cast<const uint4*>(from));
-    uint32_t words[4], wide[2][4];
-    memcpy(words, &loaded, sizeof words);
+  if constexpr (kEach == 8) {
+    uint2 loaded[kTurns];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      uint32_t pairs[2];
-      widen_e4m3<T>(words[i], pairs[0], pairs[1]);
+    for (int turn = 0; turn < kTurns; ++turn)
+      if (k + turn * kTurn < args.in)
+        loaded[turn] = __ldcs(reinterpret_cast<const uint2*>(from + turn * kTurn));
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
-        wide[i / 2][i % 2 * 2 + j] =
-            pack<T>(scale * T::value(static_cast<Storage>(pairs[j])),
-                    scale * T::value(static_cast<Storage>(pairs[j] >> 16)));
-    }
+    for (int turn = 0; turn < kTurns; ++turn) {
+      if (k + turn * kTurn >= args.in) break;
+      uint32_t pairs[4], wide[4];
+      widen_e4m3<T>(loaded[turn].x, pairs[0], pairs[1]);
+      widen_e4m3<T>(loaded[turn].y, pairs[2], pairs[3]);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint4 bits;
-      memcpy(&bits, wide[half], sizeof bits);
-      reinterpret_cast<uint4*>(to)[half] = bits;
+      for (int i = 0; i < 4; ++i) {
+        float low, high;
+        T::values(pairs[i], low, high);
+        wide[i] = pack<T>(scale * low, scale * high);
+      }
+      memcpy(to + turn * kTurn, wide, sizeof wide);
     }
   } else {
-    *to = T::narrow(scale * e4m3_value(*from));
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn)
+      if (k + turn * kTurn < args.in)
+        to[turn * kTurn] = T::narrow(scale * e4m3_value(from[turn * kTurn]));
   }
 }
 
 }  // namespace
 
-int64_t fp8_linear_scratch(const Fp8LinearArgs& args) {
-  if (!on_tensor_cores(args)) return 0;
-  const Fp8Shape shape = Fp8Shape::of(args);
-  const int64_t part = 8 * tiles_of_x(args) * kTileRows * static_cast<int64_t>(sizeof(float));
-  return shape.splits > 1 ? part * shape.tiles * shape.chunks * shape.splits : 0;
-}
-
-int64_t fp8_linear_counters(const Fp8LinearArgs& args) {
-  const Fp8Shape shape = Fp8Shape::of(args);
-  return static_cast<int64_t>(shape.tiles) * shape.chunks;
-}
-
-int fp8_linear(const Fp8LinearArgs& args, const Workspace& workspace, void* stream) {
+int fp8_linear(const Fp8LinearArgs& args, void* stream) {
   if (args.count == 0 || args.out_width == 0) return 0;
-  const Fp8Shape shape = Fp8Shape::of(args);
-  auto* scratch = static_cast<float*>(workspace.scratch);
   return dispatch(args.dtype, [&](auto type) {
     using T = decltype(type);
     if constexpr (sizeof(typename T::Storage) == 2)
-      if (on_tensor_cores(args)) {
-        const unsigned grid = shape.chunks * shape.tiles * shape.splits;
-        const auto launch = [&](auto kernel) {
-          DPARALLEL_LAUNCH(kernel, grid, kThreads, stream, args, shape, scratch,
-                           workspace.counters);
-          return static_cast<int>(cudaGetLastError());
-        };
-        switch (tiles_of_x(args)) {
-          case 1: return launch(fp8_linear_tensor_kernel<T, 1>);
-          case 2: return launch(fp8_linear_tensor_kernel<T, 2>);
-          case 4: return launch(fp8_linear_tensor_kernel<T, 4>);
-          default: return launch(fp8_linear_tensor_kernel<T, 8>);
-        }
-      }
-    const auto grid = static_cast<unsigned>((args.out_width + kThreads / 32 - 1) / (kThreads / 32));
+      if (on_tensor_cores(args))
+        return args.count <= 32 ? launch<T, 4>(args, stream) : launch<T, 8>(args, stream);
+    const auto grid = static_cast<unsigned>((args.out_width + kWarps - 1) / kWarps);
     DPARALLEL_LAUNCH((fp8_linear_plain_kernel<T>), grid, kThreads, stream, args);
     return static_cast<int>(cudaGetLastError());
   });
@@ -390,14 +367,14 @@ int fp8_widen(const Fp8WidenArgs& args, void* stream) {
   return dispatch(args.dtype, [&](auto type) {
     using T = decltype(type);
     const auto launch = [&](auto kernel, int each) {
-      const int64_t per_row = (args.in + each * kThreads - 1) / (each * kThreads);
+      const int64_t per_row = (args.in + 2 * each * kThreads - 1) / (2 * each * kThreads);
       DPARALLEL_LAUNCH(kernel, static_cast<unsigned>(args.out_width * per_row), kThreads, stream,
                        args, static_cast<unsigned>(per_row));
       return static_cast<int>(cudaGetLastError());
     };
     if constexpr (sizeof(typename T::Storage) == 2)
       if (multiples_of_16({args.weight, args.out}, {args.in}, 1))
-        return launch(fp8_widen_kernel<T, 16>, 16);
+        return launch(fp8_widen_kernel<T, 8>, 8);
     return launch(fp8_widen_kernel<T, 1>, 1);
   });
 }

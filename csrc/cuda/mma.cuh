@@ -76,6 +76,7 @@ void widen_e4m3(uint32_t bytes, uint32_t& first, uint32_t& second) {
 inline void copy_async(void* to, const void* from, bool there) {
   cuda_host::copy_later(to, there ? from : nullptr);
 }
+inline void copy_async_of_line(void* to, const void* from) { cuda_host::copy_later(to, from); }
 template <int kBytes>
 void copy_async(void* to, const void* from, bool there) {
   copy_async(static_cast<char*>(to) + kBytes, static_cast<const char*>(from) + kBytes, there);
@@ -93,7 +94,10 @@ template <int kPending>
 void wait_for_copies() {
   cuda_host::finish_copies(kPending);
 }
-inline int anew(int x) { return x; }
+template <class V>
+V anew(V x) {
+  return x;
+}
 
 #else
 
@@ -141,24 +145,25 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const
 }
 
 // The exponent of e4m3 in the place of T's, and then the difference of their biases multiplied in,
-// which is exact, subnormal numbers included. Two bytes lie in the low halves of their 16 bits: one
-// multiplication moves them, and another the sign further, both on the pipe of the FMAs.
+// which is exact, subnormal numbers included. Two bytes are extended by their signs to 16 bits each
+// and shifted to where they belong; of the signs, and of what the other half shifted in, the mask
+// leaves the upmost bit.
 template <class T>
 __device__ __forceinline__ void widen_e4m3(uint32_t bytes, uint32_t& first, uint32_t& second) {
-  uint32_t pairs[2] = {__byte_perm(bytes, 0, 0x4140), __byte_perm(bytes, 0, 0x4342)};
-#pragma unroll
-  for (uint32_t& pair : pairs) {
-    const uint32_t signs = pair & 0x00800080u, zero = 0x80008000u;
-    if constexpr (T::kBrain) {
-      pair = pair * 0x10u + signs * 0xf0u;  // bit 7 to bit 11, and from there to 15
-      asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(pair) : "r"(0x7b807b80u), "r"(zero));  // 2^120
-    } else {
-      pair = pair * 0x80u + signs * 0x80u;  // bit 7 to bit 14, and from there to 15
-      asm("fma.rn.f16x2 %0, %0, %1, %2;" : "+r"(pair) : "r"(0x5c005c00u), "r"(zero));  // 2^8
-    }
+  asm("prmt.b32 %0, %1, 0, 0x9180;" : "=r"(first) : "r"(bytes));
+  asm("prmt.b32 %0, %1, 0, 0xb3a2;" : "=r"(second) : "r"(bytes));
+  const uint32_t zero = 0x80008000u;
+  if constexpr (T::kBrain) {
+    first = first << 4 & 0x87f087f0u;
+    second = second << 4 & 0x87f087f0u;
+    asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(first) : "r"(0x7b807b80u), "r"(zero));  // 2^120
+    asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(second) : "r"(0x7b807b80u), "r"(zero));
+  } else {
+    first = first << 7 & 0xbf80bf80u;
+    second = second << 7 & 0xbf80bf80u;
+    asm("fma.rn.f16x2 %0, %0, %1, %2;" : "+r"(first) : "r"(0x5c005c00u), "r"(zero));  // 2^8
+    asm("fma.rn.f16x2 %0, %0, %1, %2;" : "+r"(second) : "r"(0x5c005c00u), "r"(zero));
   }
-  first = pairs[0];
-  second = pairs[1];
 }
 
 // 16 bytes from global to shared memory, past the L1 cache, or zeros, `from` then being read by
@@ -166,6 +171,12 @@ __device__ __forceinline__ void widen_e4m3(uint32_t bytes, uint32_t& first, uint
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(there ? 16 : 0)
+               : "memory");
+}
+// 16 bytes of 128 of which the rest is read next, and already brought into the L2 cache.
+__device__ __forceinline__ void copy_async_of_line(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)),
+               "l"(from)
                : "memory");
 }
 // 16 bytes that are so many bytes beyond both: no address is computed.
@@ -200,6 +211,11 @@ __device__ __forceinline__ void wait_for_copies() {
 __device__ __forceinline__ int anew(int x) {
   asm volatile("" : "+r"(x));
   return x;
+}
+template <class V>
+__device__ __forceinline__ V* anew(V* p) {
+  asm volatile("" : "+l"(p));
+  return p;
 }
 
 #endif

@@ -253,10 +253,9 @@ class Block(Named):
         )
         if s.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        x, y = norm_of_sum(self.norm2, x, side_by_side.call(self.o, attend(q, k, v).flatten(-2)))
+        x, y = norm_of_sum(self.norm2, x, self.o(attend(q, k, v).flatten(-2)))
         gate, up = side_by_side.project(y, (self.gate, self.up))
-        y = swiglu(gate, up) if compiled(gate, up) else F.silu(gate) * up
-        return x, side_by_side.call(self.down, y)
+        return x, self.down(swiglu(gate, up) if compiled(gate, up) else F.silu(gate) * up)
 
     def groups(self) -> Iterator[list[nn.Parameter]]:
         """The weights (and biases) that belong side by side, where no adapter stands among them."""

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeGuard, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import fp8_linear, linear
+from ..layers import fp8_linear
 from .fp8 import Fp8Linear
 
 Kind = TypeVar("Kind", bound=nn.Module)
@@ -57,17 +58,9 @@ def project(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
             alike: list[Any] = [layer for layer in layers if plain(layer, kind)]
             joined = _joined(alike, leaves) if len(alike) == len(layers) else None
             if joined is not None:
-                product: Callable[..., Tensor] = linear if kind is nn.Linear else fp8_linear
+                product: Callable[..., Tensor] = F.linear if kind is nn.Linear else fp8_linear
                 return product(x, *joined).split([layer.out_features for layer in alike], -1)
     return [layer(x) for layer in layers]
-
-
-def call(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x), by the fastest product where the layer is a plain linear one."""
-    if not torch.is_grad_enabled() and plain(layer, nn.Linear):
-        return linear(x, layer.weight, layer.bias)
-    y: Tensor = layer(x)
-    return y
 
 
 LEAVES: dict[type[nn.Module], tuple[str, ...]] = {

@@ -52,11 +52,6 @@ def ops() -> list[str]:
     return sorted(source.stem for source in (CSRC / "cuda").glob("*.cu"))
 
 
-def twins() -> list[str]:
-    """Those that have a CPU kernel too."""
-    return [op for op in ops() if (CSRC / "cpu" / f"{op}.cpp").exists()]
-
-
 def programs(variant: Variant) -> Path:
     """The directory of `twins` and `faults`."""
     host = [(HERE / f"{name}.cpp", f"{variant.flags} -DDPARALLEL_CUDA_HOST") for name in ("races", "twins")]
@@ -102,7 +97,7 @@ def kernels(variant: Variant) -> list[Job]:
     simd = sorted((CSRC / "cpu").glob("*_kernel.cpp"))
     return [
         *((CSRC / "cuda" / f"{op}.cu", cuda) for op in ops()),
-        *((CSRC / "cpu" / f"{name}.cpp", portable) for name in (*twins(), "simd_level")),
+        *((CSRC / "cpu" / f"{name}.cpp", portable) for name in (*ops(), "simd_level")),
         *((source, f"{portable} -DDPARALLEL_SIMD=portable") for source in simd),
         (HERE / "cuda_host.cpp", f"{variant.flags} -DDPARALLEL_CUDA_HOST"),
     ]

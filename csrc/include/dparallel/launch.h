@@ -203,21 +203,6 @@ struct Fp8WidenArgs {
   void* out;              // [out_width, in] contiguous
 };
 
-// out = round(x weight^T + bias), summed in float32 and rounded once. On a GPU alone, for at most
-// kFewRows rows: more are a product for the matrix library, as all are on the CPU.
-struct LinearArgs {
-  static constexpr int64_t kFewRows = 64;
-  static constexpr int64_t kDepth = 64;  // `in` is a multiple of it
-
-  DType dtype;    // of all: bfloat16 or float16
-  const void* x;  // [count, in], rows x_stride elements apart; these and weight at 16 bytes
-  int64_t x_stride;
-  int64_t count, in, out_width;
-  const void* weight;  // [out_width, in] contiguous
-  const void* bias;    // [out_width], or null
-  void* out;           // [count, out_width] contiguous
-};
-
 namespace cpu {
 // parallel(n, body): body(begin, end) over [0, n) on torch's threads.
 using Body = void (*)(int64_t begin, int64_t end, const void* context);
@@ -264,11 +249,8 @@ int64_t block_attention_scratch(const BlockAttentionArgs& args);
 int block_attention(const BlockAttentionArgs& args, const Workspace& workspace, void* stream);
 int rms_norm(const RmsNormArgs& args, void* stream);
 int swiglu(const SwigluArgs& args, void* stream);
-int64_t fp8_linear_scratch(const Fp8LinearArgs& args);
-int64_t fp8_linear_counters(const Fp8LinearArgs& args);
-int fp8_linear(const Fp8LinearArgs& args, const Workspace& workspace, void* stream);
+int fp8_linear(const Fp8LinearArgs& args, void* stream);
 int fp8_widen(const Fp8WidenArgs& args, void* stream);
-int linear(const LinearArgs& args, void* stream);
 const char* error_string(int code);
 }  // namespace cuda
 
