@@ -76,7 +76,6 @@ void widen_e4m3(uint32_t bytes, uint32_t& first, uint32_t& second) {
 inline void copy_async(void* to, const void* from, bool there) {
   cuda_host::copy_later(to, there ? from : nullptr);
 }
-inline void copy_async_of_line(void* to, const void* from) { cuda_host::copy_later(to, from); }
 template <int kBytes>
 void copy_async(void* to, const void* from, bool there) {
   copy_async(static_cast<char*>(to) + kBytes, static_cast<const char*>(from) + kBytes, there);
@@ -171,12 +170,6 @@ __device__ __forceinline__ void widen_e4m3(uint32_t bytes, uint32_t& first, uint
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(there ? 16 : 0)
-               : "memory");
-}
-// 16 bytes of 128 of which the rest is read next, and already brought into the L2 cache.
-__device__ __forceinline__ void copy_async_of_line(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)),
-               "l"(from)
                : "memory");
 }
 // 16 bytes that are so many bytes beyond both: no address is computed.
