@@ -16,8 +16,8 @@ Fill = Callable[[int], int] | None
 
 WHOLE = 256
 """Positions from which on a sequence that is computed whole attends to itself, by `varlen_attention`, and
-not to the cache. A guess. Measured on an H200 with LLaDA's heads: 512 positions in 21 us against 48 us, to
-which the launch that rotates the packed keys comes."""
+not to the cache. Measured on an H200 with LLaDA's heads, the launch that rotates the packed keys counted in:
+256 positions take 15 us against 13 alone, 49 against 87 in a batch of 8; 512 take 24 against 47."""
 
 
 class Span(NamedTuple):

@@ -97,9 +97,9 @@ def test_it_is_attention_to_the_cache(
         cache.varlen = varlen and cache.varlen
         found[varlen] = step(model, cache, spans, ids, fill), cache.slots
     assert len(short) == (0 if mix == "none" else len(model.blocks))
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     for with_it, without in zip(*found.values(), strict=True):
-        torch.testing.assert_close(with_it, without, rtol=tolerance, atol=tolerance)
+        assert float((with_it - without).norm()) <= tolerance * float(without.norm())
     assert not found[True][0].isnan().any()
 
 
