@@ -34,7 +34,9 @@
 // one slot against every row, a warp takes the softmax of every fourth row, a thread gathers two
 // elements of every row's sum. 16 KB of shared memory a CTA.
 //
-// The numbers of `Cut` are reckoned, not yet measured on a GPU.
+// Measured on an H200, 32 queries of LLaDA's heads: 512 slots 13 us alone, 34 in a batch of 8 (the
+// memory's share 2 and 17); splits of 64 slots, in an earlier form of this kernel, took a third
+// longer than of 128.
 #include <algorithm>
 
 #include "cluster.cuh"

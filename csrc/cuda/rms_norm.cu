@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormArgs args
   using E = Elements<T, W>;
   using Vector = typename E::Vector;
   // Vectors of a row that a thread keeps: in a block, 4096 numbers of 16 bits. More would cost
-  // registers, and with them blocks on an SM; a guess, not measured.
+  // registers, and with them blocks on an SM; not measured against others.
   constexpr int kKept = W == 1 ? 4 : 2;
   DPARALLEL_SHARED(squares, float[kNormWarps]);
   const int warp = static_cast<int>(threadIdx.x) / 32, team = warp / Warps * Warps;
