@@ -127,7 +127,7 @@ FEW_SIZES = functools.partial(fill_up, parts=4)
 RECORDED = 2**37
 """Multiplications in a layer up to which a pass is recorded: 630 rows of LLaDA-8B, 2700 of a model of 1.7B.
 More keep a GPU busy for longer than the host needs to issue them (beside an H200 it took 0.4 ms a layer, and
-the GPU 0.3 ms for 512 rows of LLaDA-8B), and a recording would hold as much memory again as the pass needs."""
+the GPU 0.3 ms for 512 rows of LLaDA-8B); and a recording would hold as much memory again as the pass."""
 
 
 def recorded_rows(model: Any) -> int:
