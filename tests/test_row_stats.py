@@ -134,6 +134,19 @@ def test_bad_rows_are_named(dtype: torch.dtype, vocab: int, at: int) -> None:
         dx.row_stats(logits)
 
 
+@every_level
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000, -0x400000], ids=hex)
+@pytest.mark.parametrize("whole", [False, True])
+def test_nan_of_any_bits(bits: int, whole: bool) -> None:
+    """0x7fffffff is a GPU's NaN, -0x400000 an x86 CPU's."""
+    logits = torch.randn(2, 1000)
+    logits[1, slice(None) if whole else 777] = torch.tensor([bits]).to(torch.int32).view(torch.float32)
+    with refused("row 1 holds NaN"):
+        dx.row_stats(logits)
+    with refused("row 1 holds NaN"):
+        dx.certainty_forcing_loss(logits, torch.tensor([1, 2]), torch.ones(2, dtype=torch.bool))
+
+
 @everywhere
 def test_the_mask_token_keeps_its_share_but_is_never_chosen() -> None:
     logits = torch.tensor([[1.0, 5.0, 2.0]])

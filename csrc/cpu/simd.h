@@ -103,10 +103,10 @@ struct Float16 {
 
 // e^x for x in [-87, 0]: 2^n 2^r with n the nearest integer to x log2(e). The polynomial is the
 // minimax one of degree 5 for 2^r on [-1/2, 1/2] with e^0 = 1 exactly, relative error 9.2e-8. NaN
-// stays NaN.
+// of any bits stays NaN, since it is multiplied and its bits are not added to.
 inline F exp_nonpositive(F x) {
   const F log2e = splat(1.44269504088896341f);
-  const F shifter = splat(0x1.8p23f);  // adding it leaves n in the low bits
+  const F shifter = splat(0x1.8p23f + 127.0f);  // adding it leaves n + 127 in the low bits
   const F shifted = x * log2e + shifter;
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   const F r = x * log2e - (shifted - shifter);  // one rounding
@@ -121,7 +121,7 @@ inline F exp_nonpositive(F x) {
   p = p * r + 0x1.ebf9bcp-3f;
   p = p * r + 0x1.62e42ap-1f;
   p = p * r + 1.0f;
-  return (F)((U)p + ((U)shifted << 23));  // of a padding lane any number
+  return p * (F)((U)shifted << 23);  // of a padding lane any number
 }
 
 // ln x for normal x > 0: x = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); relative error below
