@@ -30,6 +30,7 @@ from dparallel_ext import backends
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import build_backend  # noqa: E402
+import cuda_check  # noqa: E402
 import toolchain  # noqa: E402
 
 CPU = toolchain.Torch(Path("torch"), "2.13.0+cpu", cuda=None, hip=None)
@@ -82,6 +83,13 @@ def test_architectures_are_those_that_nvcc_knows(nvcc, release, architectures, p
     machine = [f"-gencode arch=compute_{a},code=sm_{a}" for a in architectures]
     assert options == machine + [f"-gencode arch=compute_{n},code=compute_{n}" for n in ptx]
     assert {re.search(r"compute_(\d+)", option).group(1) for option in options} <= set(NVCC[release].split())
+
+
+def test_a_kernel_is_named_whatever_the_hash_before_it() -> None:
+    """The hash is of the path that is compiled: here it reads as the length of a name."""
+    space = "_ZN9dparallel4cuda45_GLOBAL__N__127847b2_12_row_stats_cu_b6efb60e"
+    kernel = "18row_nucleus_kernelINS0_7Float16EEEvNS_12RowStatsArgsENS0_7ScratchE"
+    assert cuda_check.short_name(space + kernel) == "row_nucleus_kernel<Float16>"
 
 
 @pytest.mark.skipif(toolchain.find_nvcc() is None, reason="no nvcc here")

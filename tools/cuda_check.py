@@ -104,9 +104,11 @@ def parse(text: str) -> dict[str, Usage]:
 
 def short_name(mangled: str) -> str:
     """unmask_kernel<BFloat16, sampling> or kv_write_kernel<Float32, 4> of a mangled name."""
-    lengths = re.finditer(r"(?=(\d\d))", mangled)  # of each name, in front of it
-    named = (mangled[n.start() + 2 :][: int(n.group(1))] for n in lengths)
-    name = next((name for name in named if re.fullmatch(r"[a-z]\w*_kernel", name)), mangled)
+    # Namespaces and then its own name, each behind its length. One has no name but a hash, of any digits.
+    name, rest = mangled, re.sub("^_ZN?", "", mangled)
+    while length := re.match(r"\d+", rest):
+        end = length.end() + int(length.group())
+        name, rest = rest[length.end() : end], rest[end:]
     parts = [t for t in ("BFloat16", "Float32", "Float16", "Float64") if f"{len(t)}{t}" in mangled]
     parts += ["sampling"] if "Lb1E" in mangled else []
     parts += re.findall(r"Li(\d+)E", mangled)
