@@ -568,7 +568,7 @@ struct Rows {
       uint32_t a[4];  // a lane's scores of C are, two keys to a register, its part of A
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        a[i] = pack<T>(score[2 * n + i / 2][i % 2 * 2], score[2 * n + i / 2][i % 2 * 2 + 1]);
+        a[i] = T::narrow(score[2 * n + i / 2][i % 2 * 2], score[2 * n + i / 2][i % 2 * 2 + 1]);
 #pragma unroll
       for (int d = 0; d < kDepth; ++d) {
         uint32_t b[4];  // dims 16d ... 16d + 7 by keys 16n ... 16n + 15, then the next eight dims

@@ -126,10 +126,10 @@ __device__ __forceinline__ typename T::Real largest(const uint4* v) {
   using R = typename T::Real;
   R top = -kInfinity;
   if constexpr (sizeof(typename T::Storage) == 2) {
-    uint32_t two = T::larger(T::larger(v[0].x, v[0].y), T::larger(v[0].z, v[0].w));
+    uint32_t two = max_pair<T>(max_pair<T>(v[0].x, v[0].y), max_pair<T>(v[0].z, v[0].w));
 #pragma unroll
     for (int k = 1; k < N; ++k)
-      two = T::larger(two, T::larger(T::larger(v[k].x, v[k].y), T::larger(v[k].z, v[k].w)));
+      two = max_pair<T>(two, max_pair<T>(max_pair<T>(v[k].x, v[k].y), max_pair<T>(v[k].z, v[k].w)));
     R low, high;
     T::values(two, low, high);
     top = larger(larger(top, low), high);

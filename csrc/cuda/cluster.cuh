@@ -137,20 +137,6 @@ __device__ __forceinline__ void leave_cluster() {
 
 // What lies at `p`, an address in this block's shared memory, in that of the cluster's block
 // `rank`. It must not have left.
-__device__ __forceinline__ float load_of_peer(const float* p, unsigned rank) {
-  float x = 0.0f;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n"
-      ".reg .b32 at;\n"
-      "mapa.shared::cluster.u32 at, %1, %2;\n"
-      "ld.shared::cluster.f32 %0, [at];\n"
-      "}"
-      : "=f"(x)
-      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(p))), "r"(rank));
-#endif
-  return x;
-}
 __device__ __forceinline__ uint4 load_of_peer(const uint4* p, unsigned rank) {
   uint4 x{};
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

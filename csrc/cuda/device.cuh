@@ -95,12 +95,6 @@ struct BFloat16 {
   static uint32_t narrow(float low, float high) {
     return narrow(low) | static_cast<uint32_t>(narrow(high)) << 16;
   }
-  static uint32_t larger(uint32_t a, uint32_t b) {
-    float x[2], y[2];
-    values(a, x[0], x[1]);
-    values(b, y[0], y[1]);
-    return narrow(fmaxf(x[0], y[0]), fmaxf(x[1], y[1]));
-  }
 #else
   static __device__ __forceinline__ uint16_t narrow(float z) {
     uint16_t y;
@@ -110,12 +104,6 @@ struct BFloat16 {
   static __device__ __forceinline__ uint32_t narrow(float low, float high) {
     uint32_t y;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-    return y;
-  }
-  // Of each half the larger, and not NaN where one is a number.
-  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
-    uint32_t y;
-    asm("max.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
     return y;
   }
 #endif
@@ -137,12 +125,6 @@ struct Float16 {
   static uint32_t narrow(float low, float high) {
     return narrow(low) | static_cast<uint32_t>(narrow(high)) << 16;
   }
-  static uint32_t larger(uint32_t a, uint32_t b) {
-    float x[2], y[2];
-    values(a, x[0], x[1]);
-    values(b, y[0], y[1]);
-    return narrow(fmaxf(x[0], y[0]), fmaxf(x[1], y[1]));
-  }
 #else
   static __device__ __forceinline__ float value(uint16_t z) {
     float y;
@@ -162,12 +144,6 @@ struct Float16 {
   static __device__ __forceinline__ uint32_t narrow(float low, float high) {
     uint32_t y;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-    return y;
-  }
-  // Of each half the larger, and not NaN where one is a number.
-  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
-    uint32_t y;
-    asm("max.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
     return y;
   }
 #endif

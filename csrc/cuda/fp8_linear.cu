@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         sum[i] = args.scale[first + row + i] * sum[i] + added;
       }
     Storage* to = out + n * args.out_width + row;
-    const uint32_t both[2] = {pack<T>(sum[0], sum[1]), pack<T>(sum[2], sum[3])};
+    const uint32_t both[2] = {T::narrow(sum[0], sum[1]), T::narrow(sum[2], sum[3])};
     if (whole) {
       *reinterpret_cast<uint2*>(to) = {both[0], both[1]};
     } else {
@@ -347,7 +347,7 @@ __global__ void __launch_bounds__(kThreads) fp8_widen_kernel(Fp8WidenArgs args, 
       for (int i = 0; i < 4; ++i) {
         float low, high;
         T::values(pairs[i], low, high);
-        wide[i] = pack<T>(scale * low, scale * high);
+        wide[i] = T::narrow(scale * low, scale * high);
       }
       uint4 bits;
       memcpy(&bits, wide, sizeof bits);

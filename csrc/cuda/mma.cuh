@@ -15,11 +15,6 @@ namespace dparallel::cuda {
 #if defined(DPARALLEL_CUDA_HOST)
 
 template <class T>
-uint32_t pack(float low, float high) {
-  return T::narrow(low) | static_cast<uint32_t>(T::narrow(high)) << 16;
-}
-
-template <class T>
 void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Fragments {
     uint16_t a[4][2], b[2][2];
@@ -69,8 +64,8 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
 template <class T>
 void widen_e4m3(uint32_t bytes, uint32_t& first, uint32_t& second) {
   const auto value = [bytes](int i) { return e4m3_value(static_cast<uint8_t>(bytes >> 8 * i)); };
-  first = pack<T>(value(0), value(1));
-  second = pack<T>(value(2), value(3));
+  first = T::narrow(value(0), value(1));
+  second = T::narrow(value(2), value(3));
 }
 
 inline void copy_async(void* to, const void* from, bool there) {
@@ -99,15 +94,6 @@ V anew(V x) {
 }
 
 #else
-
-// Two numbers rounded to T, the first in the lower half.
-template <class T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  uint32_t both;
-  if constexpr (T::kBrain) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
 
 // c += a b, accumulated in float32.
 template <class T>
