@@ -7,7 +7,7 @@ WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp')
 
-.PHONY: install demo distill test tests newest test-fast lint format bench bench-report gpu cuda-check clean
+.PHONY: install demo distill test tests newest test-fast attack lint format bench bench-report gpu cuda-check clean
 
 install: $(VENV)/built
 
@@ -47,6 +47,12 @@ $(VENV)/newest: $(VENV)/installed requirements-newest.txt
 # For daily work: without what takes more than a few seconds.
 test-fast: install lint
 	$(PYTEST) -m "not slow"
+
+# Random inputs, clients, files and kills, from a new seed; `tests` has a few cases of each.
+ATTACK_SECONDS ?= 60 # for each test
+ATTACK_SEED ?= $(shell date +%s)
+attack: install
+	$(PYTEST) tests/attack --attack-seconds $(ATTACK_SECONDS) --attack-seed $(ATTACK_SEED)
 
 lint: install
 	$(BIN)/ruff check .

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -149,3 +151,54 @@ def assert_stats_close(actual: Tensor, expected: Tensor, name: str) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("attack", "tests/attack, see the fixture `attack`")
+    group.addoption("--attack-seconds", type=float, default=0, help="for each of its tests; 0: a few cases")
+    group.addoption("--attack-seed", type=int, default=0, help="of the cases")
+    group.addoption("--attack-first", type=int, default=0, help="the number of the first case")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "attack" and terminalreporter.config.getoption("--attack-seconds"):
+                terminalreporter.write_line(f"{report.nodeid.split('/')[-1]}: {value}")
+
+
+class Attack:
+    """The cases of a test of tests/attack: a few in `make test`, as many as time allows in `make attack`."""
+
+    def __init__(self, config: pytest.Config, test: str) -> None:
+        self.seconds: float = config.getoption("--attack-seconds")
+        self.seed: int = config.getoption("--attack-seed")
+        self.first: int = config.getoption("--attack-first")
+        self.test = test
+        self.tried = 0
+
+    def cases(self, few: int) -> Iterator[random.Random]:
+        """A generator of random numbers for each case: `few` of them, or for `--attack-seconds`.
+
+        A case depends on the test's name, the seed and its number, so that each can be run again by itself.
+        """
+        start = time.monotonic()
+        while time.monotonic() - start < self.seconds or (not self.seconds and self.tried < few):
+            number = self.first + self.tried
+            self.tried += 1
+            yield random.Random(f"{self.test} {self.seed} {number}")
+
+    def __str__(self) -> str:
+        last = self.first + self.tried - 1
+        return f"{self.tried} cases, the last of them by --attack-seed {self.seed} --attack-first {last}"
+
+
+@pytest.fixture
+def attack(
+    request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> Iterator[Attack]:
+    """Of a test of tests/attack; where it fails, the case is the last one that is named."""
+    cases = Attack(request.config, request.node.name)
+    yield cases
+    print(cases)
+    record_property("attack", str(cases))
