@@ -161,7 +161,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    for report in terminalreporter.stats.get("passed", []):
+    for report in terminalreporter.stats.get("", []):
         for name, value in report.user_properties:
             if name == "attack" and terminalreporter.config.getoption("--attack-seconds"):
                 terminalreporter.write_line(f"{report.nodeid.split('/')[-1]}: {value}")
