@@ -13,8 +13,8 @@ from .layers import fp8_linear, quantize_fp8, rms_norm, swiglu
 from .loss import CertaintyForcingLoss, certainty_forcing_loss, linear_certainty_forcing_loss
 from .masks import MaskedPair, semi_autoregressive_masks
 from .ops import check_errors, row_stats, select, unmask_
-from .passes import Trajectory
 from .types import RowStats, UnmaskOutput
+from .workspace import Trajectory
 
 __version__ = "0.1.0"
 

@@ -20,8 +20,9 @@ from . import policies
 from .cache import KVCache, Span
 from .models import Model, traits
 from .ops import check_errors
-from .passes import Passes, Policy, Work, Workspace
+from .passes import Passes, Policy, Work
 from .rows import IDLE, Row, Settings, lay_out
+from .workspace import Workspace
 
 CACHES = ("none", "prefix", "dual", "block")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,6 +14,15 @@ from torch import Tensor
 from .attention import has_varlen
 
 Fill = Callable[[int], int] | None
+
+
+def fill_up(count: int, parts: int) -> int:
+    """`count` or the next of 8, 16, 24, ... and then of `parts` numbers to every doubling; 0 stays 0."""
+    size = max(8, 2 ** ((count - 1).bit_length() - parts.bit_length()))
+    return -(-count // size) * size
+
+
+FEW_SIZES = functools.partial(fill_up, parts=4)
 
 WHOLE = 256
 """Positions from which on a sequence that is computed whole attends to itself, by `varlen_attention`, and

@@ -18,8 +18,9 @@ from .arguments import number, whole
 from .batch import AHEAD, CACHES, Batch
 from .models import Model, Traits, for_decoding, traits, warn_beyond
 from .ops import check_sampling
-from .passes import Policy, Trajectory
+from .passes import Policy
 from .rows import Settings, whole_length
+from .workspace import Trajectory
 
 Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]] | Sequence[int] | Mapping[str, Any]
 """Of `decode`: token ids (B, P) or (P,), a list of (P,), or a tokenizer's output with its "input_ids"."""

@@ -8,63 +8,25 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import kept, policies
-from .cache import Fill, KVCache, Pass, Span
-from .graphs import CudaRecorder, Graphs, can_record
+from . import policies
+from .cache import FEW_SIZES, Fill, KVCache, Pass, Span
 from .models import Model, own_precision
-from .ops import NO_ERROR, Cell, explain, row_stats, select, stream_of, unmask_
+from .ops import NO_ERROR, Cell, explain, row_stats, select, unmask_
 from .packed import Shapes, pack, unpack
 from .rows import Row
 from .types import RowStats
+from .workspace import Workspace
 
 Policy = Callable[[RowStats, Tensor, Tensor], Tensor]
 """(stats (B, W), eligible (B, W) bool, step (B,) int64) -> (B, W) bool, over the columns of each block, or of
 its active sub-block."""
-
-
-@dataclass
-class Trajectory:
-    """When each generated token was committed, and how sure the model was."""
-
-    step: Tensor
-    """(B, R) int64, a column for each token of the response: the sequence's pass that committed it, from 1;
-    0 where none did."""
-    confidence: Tensor
-    """(B, R) float32: its probability in that pass; NaN where none did."""
-    logprob: Tensor
-    """(B, R) float32: log of the probability that it was drawn with in that pass, see
-    `RowStats.sample_logprob`; NaN where none did."""
-
-    @classmethod
-    def blank(cls, tokens: Tensor) -> Trajectory:
-        """For every position of tokens (B, L)."""
-        none = torch.full(tokens.shape, math.nan, device=tokens.device)
-        return cls(torch.zeros_like(tokens, dtype=torch.int64), none, none.clone())
-
-    def clear(self, b: int) -> None:
-        """Forget what sequence b was."""
-        self.step[b] = 0
-        self.confidence[b] = self.logprob[b] = math.nan
-
-    def responses(self, masked: Tensor) -> Trajectory:
-        """What it says of the positions `masked` (B, L) bool, a row for a sequence; blank beyond its end.
-
-        L may be less than what it is for.
-        """
-        counts = masked.sum(1)
-        inside = torch.arange(int(counts.max()) if len(counts) else 0, device=masked.device) < counts[:, None]
-        made = Trajectory.blank(inside)
-        for field in ("step", "confidence", "logprob"):
-            getattr(made, field)[inside] = getattr(self, field)[:, : masked.shape[1]][masked]
-        return made
 
 
 class Work(NamedTuple):
@@ -116,14 +78,6 @@ class Form(NamedTuple):
         return self.shapes[0][0]
 
 
-def fill_up(count: int, parts: int) -> int:
-    """`count` or the next of 8, 16, 24, ... and then of `parts` numbers to every doubling; 0 stays 0."""
-    size = max(8, 2 ** ((count - 1).bit_length() - parts.bit_length()))
-    return -(-count // size) * size
-
-
-FEW_SIZES = functools.partial(fill_up, parts=4)
-
 RECORDED = 2**37
 """Multiplications in a layer up to which a pass is recorded: 630 rows of LLaDA-8B, 2700 of a model of 1.7B.
 More keep a GPU busy for longer than the host needs to issue them (beside an H200 it took 0.4 ms a layer, and
@@ -148,60 +102,6 @@ def few_forms(count: int, recorded: int) -> int:
 def runs_ahead(device: torch.device) -> bool:
     """Whether the host issues work for the device without waiting for what came before."""
     return device.type != "cpu"
-
-
-@dataclass
-class Workspace:
-    """What recorded passes read and write, and the recordings. It can serve one batch after another."""
-
-    tokens: Tensor
-    """(lanes, L) int64"""
-    slots: KVCache | None
-    trajectory: Trajectory
-    """Of the sequences that want it, by column."""
-    graphs: Graphs | None
-    """None: nothing is recorded."""
-    suppressed: dict[tuple[int, ...], Tensor]
-    """For ids to suppress, ascending, the tensor that recorded passes read."""
-    key: Hashable = None
-    size: int = 0
-    """What it is kept under, and the bytes of its slots."""
-
-    @classmethod
-    def of(cls, tokens: Tensor, slots: KVCache | None, *, graphs: bool = False) -> Workspace:
-        """A fresh one; `graphs`: where the device has them."""
-        found = Graphs(CudaRecorder(tokens.device)) if graphs and can_record(tokens.device) else None
-        return cls(tokens, slots, Trajectory.blank(tokens), found, {})
-
-    @classmethod
-    def take(
-        cls, model: Model, lanes: int, width: int, mask_id: int, device: torch.device, *, cached: bool
-    ) -> Workspace | None:
-        """The one that an earlier batch of the model gave back, or a fresh one; None where it could not be
-        kept. It has at least `width` positions.
-
-        cached: whether keys and values outlive a pass. What else recorded passes depend on, their forms say.
-        """
-        s = model.shape
-        length = FEW_SIZES(width)
-        of_layer = 2 * lanes * s.kv_heads * length * s.head_dim * model.dtype.itemsize
-        size = of_layer * (s.layers if cached else 1)
-        if not can_record(device) or not lanes or size > kept.BYTES:
-            return None
-        precision = torch.backends.cuda.matmul.fp32_precision
-        # Always used from one stream: whoever takes it comes after all that was done with it before.
-        key = device, stream_of(device), model.dtype, precision, lanes, length, mask_id, cached
-        found: Workspace | None = kept.take(model, key)
-        if found is None:
-            tokens = torch.empty((lanes, length), dtype=torch.int64, device=device)
-            found = cls.of(tokens, model.new_cache(lanes, length, kept=cached), graphs=True)
-            found.key, found.size = key, size
-        return found
-
-    def give(self, model: Model) -> None:
-        """Keep it for `take`; whoever gives it back does not use it any more."""
-        if self.graphs is not None and self.graphs.recorder is not None:
-            kept.give(model, self.key, self, self.size)
 
 
 class Passes:

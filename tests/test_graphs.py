@@ -32,7 +32,7 @@ from dparallel_ext import batch as batches
 from dparallel_ext import cache as caches
 from dparallel_ext import engine as engines
 from dparallel_ext import graphs as recording
-from dparallel_ext import kept, models, passes
+from dparallel_ext import kept, models, passes, workspace
 from dparallel_ext.graphs import LIMIT, CudaRecorder, Graphs
 from dparallel_ext.models import base
 
@@ -149,8 +149,8 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> list[Graphs]:
             self.small += form is not None
             return super().run(form, *args, **settings)
 
-    monkeypatch.setattr(passes, "Graphs", Seen)
-    monkeypatch.setattr(passes, "can_record", lambda device: True)
+    monkeypatch.setattr(workspace, "Graphs", Seen)
+    monkeypatch.setattr(workspace, "can_record", lambda device: True)
     monkeypatch.setattr(passes, "runs_ahead", lambda device: True)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", TapeGraph)
     monkeypatch.setattr(TapeGraph, "pools", {})
@@ -741,7 +741,7 @@ def test_recordings_of_a_gpu_outlive_a_decode(device: str, monkeypatch: pytest.M
             super().__init__(recorder)
             made.append(self)
 
-    monkeypatch.setattr(passes, "Graphs", Seen)
+    monkeypatch.setattr(workspace, "Graphs", Seen)
     model = models.load(GOLDEN / "llada_tiny_a", dtype=torch.bfloat16, device=device)
     prompts = [prompt.to(device) for prompt in PROMPTS]
     dx.decode(model, prompts, **SETTINGS)

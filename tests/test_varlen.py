@@ -15,9 +15,9 @@ from test_graphs import Tape, kernels, prompt, taped, tiny  # noqa: F401
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext import attention, models, passes
+from dparallel_ext import attention, models
 from dparallel_ext import cache as caches
-from dparallel_ext.cache import Pass, Span
+from dparallel_ext.cache import FEW_SIZES, Pass, Span
 from dparallel_ext.graphs import CudaRecorder, Graphs
 from dparallel_ext.models import base
 
@@ -77,7 +77,7 @@ MIXES = {
 
 
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("fill", [None, passes.FEW_SIZES], ids=["as it is", "filled"])
+@pytest.mark.parametrize("fill", [None, FEW_SIZES], ids=["as it is", "filled"])
 @pytest.mark.parametrize("name", ["llada_tiny_a", "dream_tiny_a"])
 @pytest.mark.parametrize("device", ["cpu", *GPUS], indirect=True)
 @torch.no_grad()
@@ -173,7 +173,7 @@ def test_all_rows_are_in_the_launch() -> None:
     """Also the rows that fill up a pass of many sequences, after the last."""
     cache = models.load(GOLDEN / "llada_tiny_a").new_cache(9, 256)
     cache.varlen = True
-    plan = cache.plan([Span(row, 0, 256, 256) for row in range(9)], passes.FEW_SIZES)
+    plan = cache.plan([Span(row, 0, 256, 256) for row in range(9)], FEW_SIZES)
     assert len(plan.positions) == 2560
     assert plan.bounds.tolist() == [*range(0, 2305, 256), *[2304] * 7, 2560]
     assert plan.seen.tolist() == [256] * 9 + [0] * 8
@@ -184,7 +184,7 @@ def test_all_rows_are_in_the_launch() -> None:
     for field in (plan.begin, plan.end, plan.lengths, plan.pages):
         assert len(field) == 0
     for spans in ([Span(0, 0, 255, 255)], [Span(0, 0, 255, 256), Span(1, 1, 256, 256)]):
-        assert not len(cache.plan(spans, passes.FEW_SIZES).seen)
+        assert not len(cache.plan(spans, FEW_SIZES).seen)
 
 
 @pytest.mark.parametrize("device", GPUS, indirect=True)

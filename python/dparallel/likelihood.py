@@ -37,9 +37,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext.cache import KVCache, Pass, Span
+from dparallel_ext.cache import FEW_SIZES, KVCache, Pass, Span
 from dparallel_ext.models import Model, for_decoding, own_precision, traits
-from dparallel_ext.passes import FEW_SIZES
 
 METHODS = ("monte_carlo", "left_to_right")
 SAMPLES = 128
