@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch  # the compiled library links against torch's, so torch comes first
 
-from . import compat, diffusion_gemma, models, policies, reference
+from . import compat, diffusion_gemma, models, policies, reference, rules
 from ._C import build_info, simd_level
 from .attention import block_attention, kv_write, rope_table
 from .decode import DecodeOutput, decode
@@ -48,6 +48,7 @@ __all__ = [
     "rms_norm",
     "rope_table",
     "row_stats",
+    "rules",
     "select",
     "semi_autoregressive_masks",
     "simd_level",

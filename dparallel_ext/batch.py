@@ -19,8 +19,7 @@ from torch import Tensor
 from . import policies
 from .cache import KVCache, Span
 from .models import Model, traits
-from .ops import check_errors
-from .passes import Passes, Policy, Work
+from .passes import Passes, Work, reads
 from .rows import IDLE, Row, Settings, lay_out
 from .workspace import Workspace
 
@@ -35,7 +34,6 @@ class Batch:
 
     Args:
         lanes, width: how many sequences, and the longest one's length.
-        policy: a function that decides instead of the policies of the sequences.
         published: the published loops to the pass: fill the prompt's masks too, and run their extra pass
             where the full pass has completed a block.
         sub_block_length: of each block, the leftmost part of this length that has masks is filled first.
@@ -57,7 +55,6 @@ class Batch:
         *,
         pad_id: int,
         device: torch.device | str = "cpu",
-        policy: Policy | None = None,
         sub_block_length: int | None = None,
         published: bool = False,
         refresh: int | None = None,
@@ -81,7 +78,7 @@ class Batch:
         self._workspace: Workspace | None = None
         if slots is None and isinstance(model, Model):
             cached = cache != "none"
-            if graphs and policy is None:
+            if graphs:
                 at = torch.device(device)
                 self._workspace = Workspace.take(model, lanes, width, mask_id, at, cached=cached)
             slots = self._workspace.slots if self._workspace else model.new_cache(lanes, width, kept=cached)
@@ -99,7 +96,6 @@ class Batch:
             shift=int(self.traits.shift),
             window=self.sub_block_length,
             block=block_length,
-            policy=policy,
             graphs=graphs,
             workspace=self._workspace,
         )
@@ -139,10 +135,13 @@ class Batch:
         self.rows[lane] = row
         if settings.record:
             self.passes.trajectory.clear(lane)
+        if settings.rule is not None:
+            used = {other.settings.rule for other in self.rows if other.settings.rule is not None}
+            self.passes.begin(lane, settings.rule, used)
         self.tokens[lane, :first] = prompt
         self.tokens[lane, first : row.length] = self.mask_id
         self.tokens[lane, row.length :] = self.pad_id
-        self._enter(row)
+        self._enter(lane)
         return row
 
     @property
@@ -150,17 +149,16 @@ class Batch:
         """Sequences that the next pass is over."""
         return [b for b, row in enumerate(self.rows) if not row.done and not row.waiting]
 
-    @property
-    def policies(self) -> Tensor:
-        """(lanes, 5) float32 on the CPU, of the next pass."""
-        return torch.tensor([row.policy for row in self.rows], dtype=torch.float32).view(-1, 5)
-
-    @staticmethod
-    def _enter(row: Row) -> None:
-        """Begin the active block, none of whose masks has been filled."""
+    def _enter(self, b: int) -> None:
+        """Begin the active block."""
+        row = self.rows[b]
         row.turn, row.waiting = 0, False
-        if not row.done:
-            row.left, row.leftmost = row.held, row.ahead
+        if row.done:
+            return
+        row.left, row.leftmost = row.held, row.ahead
+        if reads(row, "response"):  # its rule may have filled some of the masks already
+            start, end = row.block
+            row.look(self.tokens[b, start:end].tolist(), self.mask_id)
 
     def release(self, lane: int) -> None:
         """Forget the lane's sequence."""
@@ -184,21 +182,30 @@ class Batch:
         """
         live = self.live if lanes is None else [b for b in self.live if b in lanes]
         before = [copy.copy(self.rows[b]) for b in live], self.tokens.clone(), self.forwards
+        memory = self._memory(live)
+        remembered = [kept.clone() for kept in memory]
         try:
             return self._step(live, min(ahead, self._certain(live)))
         except BaseException:
             rows, tokens, self.forwards = before
             self.tokens.copy_(tokens)
+            for kept, old in zip(memory, remembered, strict=True):
+                kept.copy_(old)
             for b, row in zip(live, rows, strict=True):
                 self.rows[b].__dict__.update(row.__dict__)
             raise
 
+    def _memory(self, live: list[int]) -> list[Tensor]:
+        """What the rules of those sequences remember."""
+        rules = {rule: None for b in live if (rule := self.rows[b].settings.rule) is not None}
+        return [kept for rule in rules for kept in self.passes.states[rule]]
+
     def _certain(self, live: list[int]) -> int:
         """Passes that can be issued one after the other: a block is complete after the last, if at all."""
         first_mask_matters = self.sub_block_length < self.block_length or (self.traits.shift and self.causal)
-        if self.passes.policy is not None or first_mask_matters:
-            return 1
         rows = [self.rows[b] for b in live]
+        if first_mask_matters or any(row.settings.rule is not None for row in rows):
+            return 1
         return min((max(1, math.ceil(row.left / policies.most(row.policy))) for row in rows), default=1)
 
     def _step(self, live: list[int], passes: int) -> list[int]:
@@ -222,32 +229,39 @@ class Batch:
             if all(work.spans for work in coming.values()):
                 self.passes.prepare(self.rows, coming)
         seen = self.passes.look(results)
-        if self.passes.policy is not None:
-            check_errors(self.tokens.device)
         last = zip(groups, seen[-len(groups) :], strict=True)
         found = {b: lanes[b] for group, lanes in last for b in group}
         finished = []
         for b in live:
             row = self.rows[b]
             start, end = row.block
-            block = found[b][: end - start]
-            row.left = block.count(self.mask_id)
-            row.leftmost = start + block.index(self.mask_id) if row.left else start
+            row.look(found[b][: end - start], self.mask_id)
             if row.left or (b in wasteful and self.published):
                 continue
             # Published: one more pass where the full one completed the block; one that stores the block.
             row.published += b in wasteful or self.cache == "block"
-            row.generated += row.held
-            row.at += 1
             row.waiting = True
             finished.append(b)
-            if (row.settings.eos_id is not None or row.settings.stop) and self._stops(b, start, end):
-                self.end(b)
+            begin = start
+            while True:
+                row.generated += row.held
+                row.at += 1
+                if (row.settings.eos_id is not None or row.settings.stop) and self._stops(b, start, end):
+                    self.end(b)
+                if row.done or not reads(row, "response"):
+                    break
+                start, end = row.block  # a rule may have completed more blocks than the active one
+                if self.mask_id in found[b][start - begin : end - begin]:
+                    break
         return finished
 
     def _work(self, lanes: list[int]) -> dict[int, Work]:
         """Of the next pass."""
-        return {b: Work(self._spans(b), self._window(b), self.rows[b].block) for b in lanes}
+        work = {}
+        for b in lanes:
+            spans, window = self._spans(b), self._window(b)
+            work[b] = Work(spans, window, self.rows[b].block, self._read(self.rows[b], window, spans))
+        return work
 
     def _stops(self, b: int, start: int, end: int) -> bool:
         """Whether EOS or a stop sequence ends in columns [start, end); notes where it begins.
@@ -273,7 +287,7 @@ class Batch:
     def enter(self, finished: list[int]) -> None:
         """Let the sequences that `step` returned begin their next block."""
         for b in finished:
-            self._enter(self.rows[b])
+            self._enter(b)
 
     def _full(self, row: Row) -> bool:
         """Whether this pass computes the whole sequence."""
@@ -329,6 +343,18 @@ class Batch:
             if self.published:
                 start = 0
         return start, end
+
+    def _read(self, row: Row, window: tuple[int, int], spans: Sequence[Span]) -> tuple[int, int]:
+        """Columns whose logits the sequence's rule reads; of a pass that computes them."""
+        if row.settings.rule is None or row.settings.rule.reads == "masked" or self._hands_over(row):
+            return window
+        start, end = row.block
+        if row.settings.rule.reads == "response" and self.cache in ("none", "prefix"):
+            start, end = row.columns[0], row.length
+        return (
+            min(window[0], max(start, spans[0].start)),
+            max(window[1], min(end, spans[-1].end)),
+        )
 
     def _groups(self, live: list[int]) -> list[list[int]]:
         """Sequences that share a pass."""

@@ -12,7 +12,7 @@ the same distribution by Gumbel noise of our own, keyed by one number of torch's
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,11 +21,10 @@ from torch import Tensor
 
 from . import policies
 from .arguments import whole
-from .batch import Batch
 from .decode import check_mask, drawn_seed, make_settings, run, start
 from .models import Model, for_decoding, own_precision, traits, unwrap
 from .ops import check_sampling, row_stats, select
-from .passes import Policy
+from .rules import Decision, Rule, Where
 from .types import RowStats
 
 MASK_ID = 126336
@@ -192,9 +191,9 @@ def _generate(
         )
         prompts = [row.to(torch.int64) for row in rows]
         mask_id = _mask_of(model, mask_id)
-        batch = start(model, prompts, gen_length, block_length, cache, mask_id, settings, published=True)
         if remasking == "random":
-            batch.passes.policy = _randomly(batch)
+            settings = [replace(own, rule=AtRandom()) for own in settings]
+        batch = start(model, prompts, gen_length, block_length, cache, mask_id, settings, published=True)
         run(batch)
     tokens = batch.tokens.clone()
     batch.keep()
@@ -207,13 +206,14 @@ def _mask_of(model: Any, mask_id: int | None) -> int:
     return check_mask(model, (MASK_ID if own is None else own) if mask_id is None else mask_id)
 
 
-def _randomly(batch: Batch) -> Policy:
-    """The sequences' own policies with uniform random numbers for confidences."""
+class AtRandom(Rule):
+    """The policy row with uniform random numbers of torch's generator for confidences."""
 
-    def policy(stats: RowStats, eligible: Tensor, step: Tensor) -> Tensor:
-        return select(stats._replace(confidence=torch.rand_like(stats.confidence)), eligible, batch.policies)
+    recorded = False
 
-    return policy
+    def decide(self, stats: RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
+        stats = stats._replace(confidence=torch.rand_like(stats.confidence))
+        return Decision(where.by_policy(stats))
 
 
 def _check(steps: int, gen_length: int, block_length: int, remasking: str) -> None:

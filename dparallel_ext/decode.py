@@ -18,8 +18,8 @@ from .arguments import number, whole
 from .batch import AHEAD, CACHES, Batch
 from .models import Model, Traits, for_decoding, traits, warn_beyond
 from .ops import check_sampling
-from .passes import Policy
 from .rows import Settings, whole_length
+from .rules import Function, FunctionRule, Rule, parse
 from .workspace import Trajectory
 
 Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]] | Sequence[int] | Mapping[str, Any]
@@ -98,7 +98,8 @@ def decode(
     steps: int | None = None,
     threshold: float | Tensor | None = None,
     selector: policies.Name | None = None,
-    policy: Tensor | Policy | None = None,
+    policy: Tensor | Function | None = None,
+    rule: Rule | Function | str | None = None,
     min_commit: policies.Number = 1,
     max_commit: policies.Number | None = None,
     score: policies.Name | None = None,
@@ -156,9 +157,12 @@ def decode(
         selector, min_commit, max_commit, score: the policy, each one value or one per sequence. They go with
             a `threshold`; its selector is "entropy" by default. The fixed schedule has `score` alone, by
             which it ranks; as published that is entropy with cache "prefix" or "dual", else confidence.
-        policy: instead of all those: (B, 5) rows, or a function (stats, eligible, step) -> bool (B, W)
-            over the columns of the block or sub-block. At least one position commits all the same, and only
-            masked ones.
+        policy: instead of all those: (B, 5) rows; or a function, as `rule`.
+        rule: what decides beside or instead of the policy, see `rules`: a `rules.Rule`; its name, such as
+            "credit", "sched:7.5" or "credit+confidence:0.8", whose part after the plus sign, like
+            "entropy:0.5" alone, stands for selector and threshold; or a function
+            (stats, masked, step) -> bool (B, W) over the columns of the block or sub-block, instead of a
+            policy. At least one position commits all the same, and only masked ones.
         cache: "none", the whole sequence each pass; for our models also "prefix" (one full pass per
             block, then from the block on), "dual" (one full pass per block, then the block alone), and
             for block-causal ones "block" (each pass the block alone; finished blocks are exact). There, with
@@ -207,15 +211,6 @@ def decode(
     with torch.inference_mode():
         prompts = arguments.prompts(prompt, attention_mask)
         size = len(prompts)
-        function = _function(
-            policy,
-            threshold=threshold,
-            steps=steps,
-            selector=selector,
-            min_commit=min_commit,
-            max_commit=max_commit,
-            score=score,
-        )
         batch = start(
             model,
             prompts,
@@ -230,7 +225,8 @@ def decode(
                 steps=steps,
                 threshold=threshold,
                 selector=selector,
-                policy=policy if isinstance(policy, Tensor) else None,
+                policy=policy,
+                rule=rule,
                 min_commit=min_commit,
                 max_commit=max_commit,
                 score=score,
@@ -245,7 +241,6 @@ def decode(
             ),
             infill=infill,
             sub_block_length=sub_block_length,
-            policy=function,
             refresh=refresh,
             batch_invariant=batch_invariant,
             graphs=graphs,
@@ -461,17 +456,38 @@ def _given(arguments: Mapping[str, Any]) -> list[str]:
     return [name for name, value in arguments.items() if not default(name, value)]
 
 
-def _function(policy: Any, **beside: Any) -> Policy | None:
-    """`policy`, where it is a function."""
-    if policy is None:
-        return None
-    if given := _given(beside):
-        raise ValueError(f"policy: give it alone, without {given[0]}")
-    if isinstance(policy, Tensor):
-        return None
-    if not callable(policy):
-        raise ValueError(f"policy: expected rows or a function, got {type(policy).__name__}")
-    return policy
+def _rule(
+    policy: Any, rule: Any, temperature: float, row: dict[str, Any]
+) -> tuple[Rule | None, dict[str, Any]]:
+    """The rule that `policy` or `rule` says, and the arguments for the policy row; `row` are those given."""
+    if policy is not None:
+        if rule is not None:
+            raise ValueError("policy: give it alone, without rule")
+        if given := _given(row):
+            raise ValueError(f"policy: give it alone, without {given[0]}")
+        if isinstance(policy, Tensor):
+            return None, row
+        if isinstance(policy, Rule) or not callable(policy):
+            raise ValueError(f"policy: expected rows or a function, got {type(policy).__name__}")
+        return FunctionRule(policy), row
+    if isinstance(rule, str):
+        named = [name for name in ("threshold", "selector", "steps") if row[name] is not None]
+        rule, found = parse(rule, default=not named)
+        if found and named:
+            raise ValueError(f"rule: names a policy row, so give it without {named[0]}")
+        row = {**row, **found}
+    elif isinstance(rule, Rule):
+        if rule.row is not None and not _given(row):
+            row = {**row, **parse(rule.row)[1]}
+    elif callable(rule):
+        if given := _given(row):
+            raise ValueError(f"rule: a function decides alone, so give it without {given[0]}")
+        rule = FunctionRule(rule)
+    elif rule is not None:
+        raise ValueError(f"rule: expected a Rule, its name or a function, got {type(rule).__name__}")
+    if rule is not None and rule.greedy and temperature > 0:
+        raise ValueError(f"temperature: {type(rule).__name__} commits tokens of its own, so expected 0")
+    return rule, row
 
 
 def make_settings(
@@ -482,7 +498,8 @@ def make_settings(
     steps: int | None = None,
     threshold: Any = None,
     selector: policies.Name | None = None,
-    policy: Tensor | None = None,
+    policy: Tensor | Function | None = None,
+    rule: Rule | Function | str | None = None,
     min_commit: policies.Number = 1,
     max_commit: policies.Number | None = None,
     score: policies.Name | None = None,
@@ -496,7 +513,11 @@ def make_settings(
     record: bool = False,
 ) -> list[Settings]:
     """The settings of `size` sequences from the arguments of `decode`, each one value or one per sequence."""
-    if policy is not None:
+    temperature = number("temperature", temperature)
+    row = {"threshold": threshold, "selector": selector, "steps": steps, "min_commit": min_commit}
+    chosen, row = _rule(policy, rule, temperature, {**row, "max_commit": max_commit, "score": score})
+    threshold, selector, steps = row["threshold"], row["selector"], row["steps"]
+    if isinstance(policy, Tensor):
         policies.check(policy, size)
         rows = policy
     elif threshold is not None:
@@ -529,9 +550,12 @@ def make_settings(
         if score is None:
             score = "entropy" if cache in ("prefix", "dual") else "confidence"
         rows = policies.make("quota", 1, score=score, batch=size)
+    if chosen is not None:
+        for name in (policies.score_of(numbers) for numbers in rows.tolist()):
+            if name in chosen.without:
+                raise ValueError(f"selector: {type(chosen).__name__} has no {name} to rank by")
     if eos_id is not None:
         eos_id = whole("eos_id", eos_id, 0)
-    temperature = number("temperature", temperature)
     if suppress is not None:
         suppress = torch.as_tensor(suppress, dtype=torch.int64)
     top_p, top_k = check_sampling(temperature, top_p, top_k)
@@ -557,8 +581,20 @@ def make_settings(
         stops.append(tuple(ids))
     schedule = steps if threshold is None else None
     return [
-        Settings(tuple(row), schedule, temperature, suppress, key, eos_id, tuple(stops), top_p, top_k, record)
-        for row, key in zip(rows.tolist(), keys, strict=True)
+        Settings(
+            tuple(numbers),
+            schedule,
+            temperature,
+            suppress,
+            key,
+            eos_id,
+            tuple(stops),
+            top_p,
+            top_k,
+            chosen,
+            record,
+        )
+        for numbers, key in zip(rows.tolist(), keys, strict=True)
     ]
 
 

@@ -26,6 +26,7 @@ from .batch import Batch
 from .decode import Prompts, check_model, check_settings, make_settings, masks
 from .models import Model, for_decoding, traits, warn_beyond
 from .rows import Settings, lay_out, whole_length
+from .rules import Function, Rule
 
 log = logging.getLogger(__name__)
 
@@ -311,6 +312,7 @@ class Engine:
         steps: int | None = None,
         threshold: float | None = None,
         selector: str | None = None,
+        rule: Rule | Function | str | None = None,
         min_commit: int = 1,
         max_commit: int | None = None,
         score: str | None = None,
@@ -361,6 +363,7 @@ class Engine:
             steps=steps,
             threshold=threshold,
             selector=selector,
+            rule=rule,
             min_commit=min_commit,
             max_commit=max_commit,
             score=score,

@@ -69,6 +69,38 @@ def row_stats(
         ValueError: on the CPU, for a row that holds NaN or leaves no token to choose. On CUDA, see
             `check_errors`.
     """
+    stats, error = read_rows(
+        logits,
+        rows=rows,
+        mask_id=mask_id,
+        suppress=suppress,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        sequence=sequence,
+        position=position,
+        step=step,
+    )
+    _report(error, named_row)
+    return stats
+
+
+def read_rows(
+    logits: Tensor,
+    *,
+    rows: Tensor | None = None,
+    mask_id: int | None = None,
+    suppress: Ids = None,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | Tensor = 0,
+    sequence: int | Tensor = 0,
+    position: int | Tensor | None = None,
+    step: int | Tensor = 0,
+) -> tuple[RowStats, Tensor]:
+    """`row_stats` that leaves bad rows to the caller: errors (rows,) int64 of `explain`, by row."""
     _check_logits(logits)
     shape, vocab = logits.shape[:-1], logits.shape[-1]
     flat = _rows_view(logits)
@@ -91,17 +123,17 @@ def row_stats(
         keys,
         _counters(logits, count),
     )
-    _report(error, named_row)
-    return _stats(tokens, fields, shape)
+    return _stats(tokens, fields, shape), error
 
 
-def select(stats: RowStats, eligible: Tensor, policy: Tensor) -> Tensor:
+def select(stats: RowStats, eligible: Tensor, policy: Tensor, *, check: bool = True) -> Tensor:
     """The positions that each policy row commits, from given statistics.
 
     Args:
         stats: confidence, margin and entropy (B, L) float32 are used; other fields are ignored.
         eligible: (B, L) bool, the masked positions of the active window.
         policy: (B, 5) float32 rows, see `policies.make`.
+        check: False leaves the values unread, which a recording as a CUDA graph asks for.
 
     Returns:
         (B, L) bool: at least one position of every sequence that has an eligible one.
@@ -118,10 +150,10 @@ def select(stats: RowStats, eligible: Tensor, policy: Tensor) -> Tensor:
                 f"stats.{name}: expected float32 {tuple(eligible.shape)}, "
                 f"got {value.dtype} {tuple(value.shape)}"
             )
-        if value.device.type == "cpu" and bool((value.isnan() & eligible).any()):
+        if check and value.device.type == "cpu" and bool((value.isnan() & eligible).any()):
             b, at = (value.isnan() & eligible).nonzero()[0].tolist()
             raise ValueError(f"stats.{name}: NaN at eligible position {at} of sequence {b}")
-    policies.check(policy, len(eligible))
+    policies.check(policy, len(eligible), values=check)
     return torch.ops.dparallel.select(
         *(x.contiguous() for x in scores), eligible.contiguous(), policy.to(eligible.device)
     )

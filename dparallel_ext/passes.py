@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,15 +18,13 @@ from torch import Tensor
 from . import policies
 from .cache import FEW_SIZES, Fill, KVCache, Pass, Span
 from .models import Model, own_precision
-from .ops import NO_ERROR, Cell, explain, row_stats, select, unmask_
+from .ops import NO_ERROR, Cell, explain, read_rows, select, unmask_
 from .packed import Shapes, pack, unpack
 from .rows import Row
+from .rules import Rule, Where
+from .rules.protocol import Cells, expect
 from .types import RowStats
 from .workspace import Workspace
-
-Policy = Callable[[RowStats, Tensor, Tensor], Tensor]
-"""(stats (B, W), eligible (B, W) bool, step (B,) int64) -> (B, W) bool, over the columns of each block, or of
-its active sub-block."""
 
 
 class Work(NamedTuple):
@@ -38,23 +36,37 @@ class Work(NamedTuple):
     """Columns [start, end) whose masks may be filled."""
     block: tuple[int, int]
     """The active block."""
+    read: tuple[int, int]
+    """Columns [start, end) whose logits its rule reads; the window where it has none."""
 
 
 class Way(NamedTuple):
-    """How a call of `unmask_` chooses tokens."""
+    """How tokens are chosen: by `unmask_`, or by a rule from the statistics."""
 
     temperature: float
     top_p: float
     top_k: int
+    rule: Rule | None
     suppress: Tensor | None
 
     @classmethod
     def of(cls, row: Row) -> Way:
-        return cls(row.settings.temperature, row.settings.top_p, row.settings.top_k, row.suppress)
+        own = row.settings
+        return cls(own.temperature, own.top_p, own.top_k, own.rule, row.suppress)
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return (*self[:3], id(self.suppress))
+        return (*self[:4], id(self.suppress))
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Arguments of `unmask_` and `row_stats`."""
+        return {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "suppress": self.suppress,
+        }
 
 
 class Form(NamedTuple):
@@ -65,12 +77,18 @@ class Form(NamedTuple):
     longest_length: int
     record: bool
     """Whether what is committed goes into the trajectory."""
+    cells: int
+    """Of each sequence, the columns that rules see."""
     ways: tuple[Way, ...]
-    """One for each call of `unmask_`."""
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return (*self[:4], tuple(way.key for way in self.ways))
+        return (*self[:5], tuple(way.key for way in self.ways))
+
+    @property
+    def recorded(self) -> bool:
+        """Whether its launches can be recorded."""
+        return all(way.rule is None or way.rule.recorded for way in self.ways)
 
     @property
     def rows(self) -> int:
@@ -82,6 +100,10 @@ RECORDED = 2**37
 """Multiplications in a layer up to which a pass is recorded: 630 rows of LLaDA-8B, 2700 of a model of 1.7B.
 More keep a GPU busy for longer than the host needs to issue them (beside an H200 it took 0.4 ms a layer, and
 the GPU 0.3 ms for 512 rows of LLaDA-8B); and a recording would hold as much memory again as the pass."""
+
+
+REMEMBERED = 16
+"""Rules whose memory is kept though no sequence uses them."""
 
 
 def recorded_rows(model: Any) -> int:
@@ -112,7 +134,6 @@ class Passes:
         slots: with our models, of so many sequences and positions.
         shift: the logits for position p are produced at position max(p - shift, 0).
         window, block: columns of the widest window that is usual, and of the widest block.
-        policy: a function that decides instead of the policies of the sequences.
         graphs: on a GPU, passes of one form are recorded once and replayed, see `graphs`.
         workspace: of those tokens and slots; default: a fresh one.
     """
@@ -127,17 +148,16 @@ class Passes:
         shift: int,
         window: int,
         block: int,
-        policy: Policy | None = None,
         graphs: bool = True,
         workspace: Workspace | None = None,
     ) -> None:
         self.model, self.tokens, self.slots, self.mask_id = model, tokens, slots, mask_id
-        self.shift, self.policy = shift, policy
+        self.shift = shift
         self.window, self.block = (min(width, tokens.shape[1]) for width in (window, block))
         if workspace is None:
             workspace = Workspace.of(tokens, slots, graphs=graphs and isinstance(model, Model))
         self.trajectory, self.graphs = workspace.trajectory, workspace.graphs
-        self._suppressed = workspace.suppressed
+        self._suppressed, self.states = workspace.suppressed, workspace.states
         self.regular = runs_ahead(tokens.device)
         """Passes take few forms, which hang on nothing that the host would have to wait for."""
         self.recorded_rows = recorded_rows(model)
@@ -164,6 +184,19 @@ class Passes:
             self._suppressed[key] = found
         return self._suppressed[key]
 
+    def begin(self, lane: int, rule: Rule, used: Collection[Rule]) -> None:
+        """A sequence that is decoded by `rule` begins in the lane; `used`: the rules of all lanes."""
+        if rule not in self.states:
+            if len(self.states) >= REMEMBERED and (idle := [old for old in self.states if old not in used]):
+                for old in idle:
+                    del self.states[old]
+                if self.graphs is not None:
+                    self.graphs.forms.clear()  # recordings write to what those remembered
+            lanes, length = self.tokens.shape
+            # A cell of the last column's window may lie beyond it.
+            self.states[rule] = rule.new_state(lanes, 2 * length, self.tokens.device)
+        rule.reset(self.states[rule], lane)
+
     def run(self, rows: Sequence[Row], work: Mapping[int, Work]) -> Tensor:
         """One forward pass over the sequences of `work`, by their lanes in ascending order.
 
@@ -177,9 +210,9 @@ class Passes:
         else:
             numbers, form = self._numbers(rows, work)
         compute = functools.partial(self._compute, form, rows, work)
-        if self.graphs is None or self.graphs.addresses is None or self._exact:
+        if self.graphs is None or self.graphs.addresses is None:
             return compute(numbers.to(self.tokens.device, non_blocking=True))
-        key = form.key if form.rows <= self.recorded_rows else None
+        key = form.key if form.rows <= self.recorded_rows and form.recorded else None
         return self.graphs.run(key, numbers, compute, device=self.tokens.device, held=form)
 
     def look(self, results: Sequence[Tensor]) -> list[list[list[int]]]:
@@ -201,26 +234,23 @@ class Passes:
 
     def _told(self, rows: Sequence[Row], work: Mapping[int, Work]) -> tuple[Any, ...]:
         """All that `_numbers` follows from, where passes are regular."""
-        each = [(r.nfe, r.policy, r.settings.key, r.settings.record, Way.of(r).key) for r in rows]
+        each = [(r.nfe, r.turn, r.policy, r.settings.key, r.settings.record, Way.of(r).key) for r in rows]
         return list(work.items()), each, self.slots and self.slots.changes
-
-    @property
-    def _exact(self) -> bool:
-        """Whether a pass is over no column beside the windows."""
-        return self.policy is not None
 
     def _numbers(self, rows: Sequence[Row], work: Mapping[int, Work]) -> tuple[Tensor, Form]:
         """All that the device has to be told, (n,) int64 on the CPU, and how it is to be read."""
         spans: list[Span] = []
         positions, sources, offset, length = [], [], 0, self.tokens.shape[1]
-        beside = self._beside(len(rows), work)
+        reach = self._reach(rows, work)
+        beside = self._beside(len(rows), work, reach)
         for b in sorted({*work, *beside}):
             if b in beside:  # no window: what is listed is not read
-                positions.append(torch.arange(self.window) + b * length)
-                sources.append(torch.zeros(self.window, dtype=torch.int64))
+                positions.append(torch.arange(reach) + b * length)
+                sources.append(torch.zeros(reach, dtype=torch.int64))
                 continue
             own = work[b]
-            column = self._columns(b, *own.window)
+            everything = reads(rows[b], "block") or reads(rows[b], "response")
+            column = self._columns(b, own.read, reach, everything)
             first, last = own.spans[0].start, own.spans[-1].end
             positions.append(column + b * length)
             sources.append((column - self.shift).clamp(first, last - 1) - first + offset)
@@ -246,9 +276,14 @@ class Passes:
         def columns(of: Mapping[int, tuple[int, int]]) -> Tensor:
             return torch.tensor([of.get(b, (0, 0)) for b in lanes]).T  # (2, lanes)
 
-        edges = [columns({b: work[b].window for b in group}) for group in ways.values()]
+        edges = [
+            torch.cat([columns({b: getattr(work[b], name) for b in group}) for name in ("window", "read")])
+            for group in ways.values()
+        ]
         start, _ = columns({b: own.block for b, own in work.items()})
-        block = (start[:, None] + torch.arange(self.block)).clamp(max=length - 1)  # (lanes, block)
+        block = length if any(reads(row, "response") for row in rows) else self.block
+        seen = (start[:, None] + torch.arange(block)).clamp(max=length - 1)  # (lanes, block)
+        cells = self._cells(rows, work, reach)
         policy = torch.tensor([row.policy for row in rows], dtype=torch.float32).view(-1)
         numbers, shapes = pack(
             (
@@ -256,30 +291,48 @@ class Passes:
                 source,
                 torch.cat(positions),
                 torch.stack(edges),
-                block + torch.arange(len(rows))[:, None] * length,
+                seen + torch.arange(len(rows))[:, None] * length,
                 torch.tensor([(row.nfe + 1, *row.settings.key) for row in rows]).T,
+                torch.tensor([row.progress for row in rows if cells], dtype=torch.int64).view(-1, 3).T,
                 F.pad(policy, (0, len(policy) % 2)).view(torch.int64),
             )
         )
         if self.tokens.device.type == "cuda":
             numbers = numbers.pin_memory()  # else its copy to the device may wait for the passes before
-        return numbers, Form(shapes, *longest, record, tuple(Way.of(row) for row in first_of))
+        return numbers, Form(shapes, *longest, record, cells, tuple(Way.of(row) for row in first_of))
 
-    def _beside(self, lanes: int, work: Mapping[int, Work]) -> set[int]:
+    def _reach(self, rows: Sequence[Row], work: Mapping[int, Work]) -> int:
+        """The most columns whose logits are usual for a sequence of the pass."""
+        if any(reads(rows[b], "response") for b in work):
+            return self.tokens.shape[1]
+        return max(self.window, self.block if any(reads(rows[b], "block") for b in work) else 0)
+
+    def _cells(self, rows: Sequence[Row], work: Mapping[int, Work], reach: int) -> int:
+        """Columns of each sequence that the rules of the pass see; 0 without rules."""
+        rules = {b: rule for b in work if (rule := rows[b].settings.rule) is not None}
+        widest = max((work[b].read[1] - work[b].read[0] for b in rules), default=0)
+        recorded = bool(rules) and self.regular and all(rule.recorded for rule in rules.values())
+        return max(widest, reach) if recorded else widest
+
+    def _beside(self, lanes: int, work: Mapping[int, Work], reach: int) -> set[int]:
         """Lanes beside those of `work`, whose logits are computed for nothing: so passes take few forms."""
-        if not self.regular or self._exact or not isinstance(self.model, Model):
+        if not self.regular or not isinstance(self.model, Model):
             return set()
-        sequences = self._few_forms(len(work) * self.window) // max(1, self.window)
+        sequences = self._few_forms(len(work) * reach) // max(1, reach)
         idle = [b for b in range(lanes) if b not in work]
         return set(idle[: max(0, sequences - len(work))])
 
-    def _columns(self, b: int, start: int, end: int) -> Tensor:
-        """Those whose logits are computed: on the CPU the masks in the window, else as many each time."""
+    def _columns(self, b: int, read: tuple[int, int], reach: int, everything: bool) -> Tensor:
+        """Those whose logits are computed: on the CPU the masks among those read, unless a rule reads
+        everything; else as many each time.
+        """
+        start, end = read
         if not self.regular:
-            return torch.arange(start, end)[self.tokens[b, start:end] == self.mask_id]
-        if not self._exact and end - start < self.window:
-            start = min(start, self.tokens.shape[1] - self.window)
-            end = start + self.window
+            columns = torch.arange(start, end)
+            return columns if everything else columns[self.tokens[b, start:end] == self.mask_id]
+        if end - start < reach:
+            start = min(start, self.tokens.shape[1] - reach)
+            end = start + reach
         return torch.arange(start, end)
 
     @property
@@ -294,7 +347,7 @@ class Passes:
         return FEW_SIZES if self.model.dtype != torch.float32 else None
 
     def _compute(self, form: Form, rows: Sequence[Row], work: Mapping[int, Work], numbers: Tensor) -> Tensor:
-        *plan, source, positions, edges, block, keys, policy = unpack(numbers, form.shapes)
+        *plan, source, positions, edges, block, keys, progress, policy = unpack(numbers, form.shapes)
         if isinstance(self.model, Model):
             made = Pass(form.longest_query, form.longest_length, *plan)
             assert self.slots is not None
@@ -303,33 +356,32 @@ class Passes:
                 logits = self.model.head(x[source])[: len(positions)]
         else:
             logits = self._foreign(work)[source]
-        nfe, seed, sequence = keys.unbind(0)
+        nfe, seed, sequence = keys
         policy = policy.view(torch.float32)[: 5 * len(nfe)].view(-1, 5)
         errors: list[Tensor] = []
         masked, stats = self._masked(positions) if form.record else None, []
-        if self.policy is not None:
-            stats = [self._by_function(self.policy, rows, work, logits, positions, nfe, seed, sequence)]
-        else:
-            for way, (start, end) in zip(form.ways, edges.unbind(0), strict=True):
+        for way, at in zip(form.ways, edges, strict=True):
+            if way.rule is None:
                 out = unmask_(
                     self.tokens,
                     logits,
                     mask_id=self.mask_id,
-                    start=start,
-                    end=end,
+                    start=at[0],
+                    end=at[1],
                     policy=policy,
                     positions=positions,
                     step=nfe,
-                    temperature=way.temperature,
-                    top_p=way.top_p,
-                    top_k=way.top_k,
-                    suppress=way.suppress,
+                    **way.sampling,
                     seed=seed,
                     sequence=sequence,
                     check=False,
                 )
                 stats.append(out.stats)
                 errors.append(out.error)
+            else:
+                own, error = self._by_rule(way, at, logits, positions, keys, progress, policy, form.cells)
+                stats.append(own)
+                errors.append(error)
         if masked is not None:
             self._record(masked, positions, nfe, stats)
         error = functools.reduce(torch.minimum, errors) if errors else torch.full_like(nfe, NO_ERROR)
@@ -350,56 +402,86 @@ class Passes:
         logits: Tensor = output.logits.flatten(0, 1)
         return logits
 
-    def _by_function(
+    def _by_rule(
         self,
-        policy: Policy,
-        rows: Sequence[Row],
-        work: Mapping[int, Work],
+        way: Way,
+        edges: Tensor,
         logits: Tensor,
         positions: Tensor,
-        nfe: Tensor,
-        seed: Tensor,
-        sequence: Tensor,
-    ) -> RowStats:
-        """Commit what a function chooses of statistics laid out (B, W), W the widest window."""
-        x, batch, own = self.tokens, len(rows), rows[next(iter(work))]
-        row_of, column = positions // x.shape[1], positions % x.shape[1]
-        windows = {b: own.window for b, own in work.items()}
-        width = max(end - start for start, end in windows.values())
-        start = torch.tensor([windows.get(b, (0, 0))[0] for b in range(batch)], device=x.device)
-        at = (row_of, column - start[row_of])
-        eligible = torch.zeros((batch, width), dtype=torch.bool, device=x.device)
-        eligible[at] = x[row_of, column] == self.mask_id
-        stats = row_stats(
+        keys: Tensor,
+        progress: Tensor,
+        policy: Tensor,
+        cells: int,
+    ) -> tuple[RowStats, Tensor]:
+        """Commit what the rule of `way` decides for the sequences whose windows `edges` (4, lanes) hold.
+
+        Statistics of the rows read, ids -1 elsewhere; and (lanes,) errors, as `unmask_` gives them.
+        """
+        rule, flat = way.rule, self.tokens.view(-1)
+        assert rule is not None
+        (start, end, first, last), (nfe, seed, sequence), (turn, steps, response) = edges, keys, progress
+        lane, column = positions // self.tokens.shape[1], positions % self.tokens.shape[1]
+        held = flat[positions]
+        read = (column >= first[lane]) & (column < last[lane])
+        masks = read & (held == self.mask_id)
+        if rule.reads == "masked":
+            read = masks
+        stats, error = read_rows(
             logits,
             mask_id=self.mask_id,
-            suppress=own.suppress,
-            temperature=own.settings.temperature,
-            top_p=own.settings.top_p,
-            top_k=own.settings.top_k,
-            seed=seed[row_of],
-            sequence=sequence[row_of],
+            **way.sampling,
+            seed=seed[lane],
+            sequence=sequence[lane],
             position=column,
-            step=nfe[row_of],
+            step=nfe[lane],
         )
-        spread = []
-        for values in stats:
-            blank = -1 if values.dtype == torch.int64 else math.nan
-            whole = values.new_full(eligible.shape, blank)
-            whole[at] = values
-            spread.append(torch.where(eligible, whole, blank))  # on a GPU `at` is the whole window
-        by_column = RowStats(*spread)
-        chosen = policy(by_column, eligible, nfe)
-        if not isinstance(chosen, Tensor) or chosen.shape != eligible.shape or chosen.dtype != torch.bool:
-            kind = type(chosen).__name__
-            if isinstance(chosen, Tensor):
-                kind = f"{chosen.dtype} {tuple(chosen.shape)}"
-            raise ValueError(f"policy: expected a bool Tensor {tuple(eligible.shape)}, got {kind}")
-        best = policies.make("quota", 1, batch=batch, device=x.device)
-        chosen = chosen & eligible
-        chosen |= ~chosen.any(1, keepdim=True) & select(by_column, eligible, best)
-        x[row_of, column] = torch.where(chosen[at], stats.sample, x[row_of, column])
-        return stats
+        bad = torch.where(masks & (error != NO_ERROR), 4 * positions + error % 4, NO_ERROR)
+        errors = torch.full_like(nfe, NO_ERROR).scatter_reduce(0, lane, bad, "amin")
+        masks &= errors[lane] == NO_ERROR  # a bad row keeps its own sequence from committing
+        stats = RowStats(*(torch.where(read, values, _blank(values)) for values in stats))
+        at = lane * (cells + 1) + torch.where(read, column - first[lane], cells)
+        grid = Cells(at, len(nfe), cells)
+        where = Where(
+            start=first,
+            read=grid.spread(read, False),
+            open=grid.spread(masks, False),
+            masked=grid.spread(masks & (column >= start[lane]) & (column < end[lane]), False),
+            token=grid.spread(held, -1),
+            step=nfe,
+            turn=turn,
+            steps=steps,
+            first=response,
+            policy=policy,
+            cells=grid,
+            rows=logits,
+        )
+        by_cell = RowStats(*(grid.spread(values, _blank(values)) for values in stats))
+        commit, token = rule.decide(by_cell, where, self.states[rule])
+        if commit is None:
+            commit = where.by_policy(by_cell)
+        expect(f"{type(rule).__name__}: commit", commit, where.masked)
+        if token is not None:
+            expect(f"{type(rule).__name__}: token", token, where.token)
+            sound = (token >= 0) & (token < logits.shape[1]) & (token != self.mask_id)
+            commit = commit & sound
+            token = torch.where(sound, token, by_cell.sample)
+        commit = commit & where.open
+        best = torch.ones_like(policy)  # a quota of one
+        for field, value in (
+            (0, policies.SELECTORS["quota"]),
+            (3, math.inf),
+            (4, policies.SCORES["confidence"]),
+        ):
+            best[:, field].fill_(value)
+        commit |= ~(commit & where.masked).any(1, keepdim=True) & select(
+            by_cell, where.masked, best, check=False
+        )
+        chosen = stats.sample if token is None else grid.gather(token, -1)
+        flat[positions] = torch.where(grid.gather(commit, False), chosen, held)
+        if token is not None:
+            own = logits.gather(1, chosen.clamp(min=0)[:, None])[:, 0].float() - stats.lse
+            stats = stats._replace(sample=chosen, confidence=own.exp(), sample_logprob=own)
+        return stats, errors
 
     def _masked(self, positions: Tensor) -> Tensor:
         """(N,) bool, which of the flat positions hold a mask."""
@@ -417,3 +499,13 @@ class Passes:
         for field, value in (*values, (kept.logprob, logprob)):
             flat = field.view(-1)
             flat[positions] = torch.where(fresh, value, flat[positions])
+
+
+def reads(row: Row, what: str) -> bool:
+    """Whether the sequence has a rule that reads so much, see `rules.Rule`."""
+    return row.settings.rule is not None and row.settings.rule.reads == what
+
+
+def _blank(values: Tensor) -> float:
+    """Of ids and numbers that there are none of."""
+    return -1 if values.dtype == torch.int64 else math.nan

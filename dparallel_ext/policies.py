@@ -125,8 +125,11 @@ def make(
     return torch.tensor(rows, dtype=torch.float32, device=device).view(batch, len(FIELDS))
 
 
-def check(policy: Tensor, batch: int) -> None:
-    """Raise ValueError unless `policy` is (batch, 5) float32 rows that a kernel can follow."""
+def check(policy: Tensor, batch: int, *, values: bool = True) -> None:
+    """Raise ValueError unless `policy` is (batch, 5) float32 rows that a kernel can follow.
+
+    values: look at the numbers too, where they are on the host.
+    """
     if not isinstance(policy, Tensor):
         raise TypeError(f"policy: expected a Tensor (B, {len(FIELDS)}), got {type(policy).__name__}")
     if policy.shape != (batch, len(FIELDS)) or policy.dtype != torch.float32:
@@ -135,7 +138,7 @@ def check(policy: Tensor, batch: int) -> None:
             f"got {policy.dtype} {tuple(policy.shape)}"
         )
     # Reading values back from a device would stall it, and there are none while tracing.
-    if policy.device.type == "cpu" and not torch.compiler.is_compiling():
+    if values and policy.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_rows(policy.tolist())
 
 
@@ -143,6 +146,12 @@ def most(row: Sequence[float]) -> float:
     """The most positions that a pass commits by a row of `FIELDS`."""
     selector, threshold, low, high, _ = row
     return max(low, min(high, threshold if selector == SELECTORS["quota"] else math.inf))
+
+
+def score_of(row: Sequence[float]) -> str:
+    """The name of what a row of `FIELDS` ranks by."""
+    own = _BY_ID[row[0]][2].score
+    return own or next(name for name, number in SCORES.items() if number == row[4])
 
 
 def _check_rows(rows: Iterable[Sequence[float]]) -> None:

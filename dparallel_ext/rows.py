@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .rules import Rule
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -31,6 +33,8 @@ class Settings:
     top_p: float = 1.0
     top_k: int = 0
     """What may be sampled; 1 and 0: all, see `ops.row_stats`."""
+    rule: Rule | None = None
+    """What decides instead of the policy alone."""
     record: bool = False
     """Whether the passes keep its `passes.Trajectory`."""
 
@@ -148,9 +152,21 @@ class Row:
         apart = self.columns[-1] - (end - 1)
         return self.columns[bisect_left(range(end), apart, key=lambda i: self.columns[i] - i)]
 
+    def look(self, block: list[int], mask_id: int) -> None:
+        """Take in what the active block holds."""
+        start = self.block[0]
+        self.left = block.count(mask_id)
+        self.leftmost = start + block.index(mask_id) if self.left else start
+
     def index(self, column: int) -> int:
         """How many tokens of the response lie in front of `column`."""
         return bisect_left(self.columns, column)
+
+    @property
+    def progress(self) -> tuple[int, int, int]:
+        """For rules: passes that the active block has had, passes of the schedule, the first column."""
+        scheduled = self.settings.steps or len(self.columns)
+        return self.turn, scheduled, self.columns[0] if self.columns else 0
 
     @property
     def policy(self) -> tuple[float, ...]:

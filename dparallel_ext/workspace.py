@@ -14,6 +14,7 @@ from .cache import FEW_SIZES, KVCache
 from .graphs import CudaRecorder, Graphs, can_record
 from .models import Model
 from .ops import stream_of
+from .rules import Rule
 
 
 @dataclass
@@ -66,6 +67,8 @@ class Workspace:
     """None: nothing is recorded."""
     suppressed: dict[tuple[int, ...], Tensor]
     """For ids to suppress, ascending, the tensor that recorded passes read."""
+    states: dict[Rule, tuple[Tensor, ...]]
+    """What rules remember."""
     key: Hashable = None
     size: int = 0
     """What it is kept under, and the bytes of its slots."""
@@ -74,7 +77,7 @@ class Workspace:
     def of(cls, tokens: Tensor, slots: KVCache | None, *, graphs: bool = False) -> Workspace:
         """A fresh one; `graphs`: where the device has them."""
         found = Graphs(CudaRecorder(tokens.device)) if graphs and can_record(tokens.device) else None
-        return cls(tokens, slots, Trajectory.blank(tokens), found, {})
+        return cls(tokens, slots, Trajectory.blank(tokens), found, {}, {})
 
     @classmethod
     def take(
@@ -103,5 +106,7 @@ class Workspace:
 
     def give(self, model: Model) -> None:
         """Keep it for `take`; whoever gives it back does not use it any more."""
+        for rule in [rule for rule in self.states if not rule.recorded]:
+            del self.states[rule]  # a function may hold on to the model
         if self.graphs is not None and self.graphs.recorder is not None:
             kept.give(model, self.key, self, self.size)

@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 import dparallel_ext as dx
-from dparallel_ext import policies
+from dparallel_ext import rules
 from dparallel_ext.arguments import whole
 
 from . import files, registry
@@ -48,7 +48,7 @@ ChatOption = Annotated[
     ),
 ]
 Fp8Option = Annotated[bool, typer.Option("--fp8", help="keep the layers' weights in 8 bits")]
-POLICIES = f"{ONE!r} (one token a pass), steps:N (the fixed schedule), or one of {policies.describe()}"
+POLICIES = rules.describe()
 PolicyOption = Annotated[str, typer.Option(help=POLICIES)]
 PoliciesOption = Annotated[list[str], typer.Option(help=f"repeatable; {POLICIES}")]
 

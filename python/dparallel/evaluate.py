@@ -12,35 +12,24 @@ import torch
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext import policies
+from dparallel_ext import rules
+from dparallel_ext.rules import ONE as ONE
 
 from . import registry, tasks
 from .files import write_json as write_json
 from .text import prompt_encoder
 
-ONE = "one"
-"""The policy that commits one token a pass, the most confident."""
-
 
 def parse_policy(text: str) -> dict[str, Any]:
-    """decode's arguments for "one", "steps:N" (the fixed schedule) or "SELECTOR:THRESHOLD".
+    """decode's arguments for what `rules.parse` takes: "one", "steps:N", "SELECTOR:THRESHOLD", "credit", ...
 
-    Raises ValueError, also for a threshold beyond the selector's bounds.
+    Raises ValueError, also for a number beyond its bounds.
     """
-    if text == ONE:
-        return {}
-    selector, _, number = text.partition(":")
-    if selector == "steps" and number.isdecimal():
-        return {"steps": int(number)}
     try:
-        threshold = float(number)
-        policies.make(selector, threshold)
+        rule, row = rules.parse(text)
     except ValueError as error:
-        raise ValueError(
-            f"policy: expected {ONE!r}, steps:N or SELECTOR:THRESHOLD with a selector of "
-            f"{list(policies.SELECTORS)}, got {text!r} ({error})"
-        ) from error
-    return {"selector": selector, "threshold": threshold}
+        raise ValueError(str(error).replace("rule:", "policy:", 1)) from error
+    return row if rule is None else {"rule": text}
 
 
 def evaluate(

@@ -1,0 +1,20 @@
+"""Rules: what decides which tokens a pass commits. How to write one: `Rule`; rules as numbers: `policies`."""
+
+from .credit import Credit
+from .early import Prophet, SchED
+from .protocol import Decision, Function, FunctionRule, Rule, Where
+from .spec import ONE, describe, parse
+
+__all__ = [
+    "ONE",
+    "Credit",
+    "Decision",
+    "Function",
+    "FunctionRule",
+    "Prophet",
+    "Rule",
+    "SchED",
+    "Where",
+    "describe",
+    "parse",
+]

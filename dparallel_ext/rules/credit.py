@@ -1,0 +1,89 @@
+"""CreditDecoding (arXiv 2510.06133): tokens that were predicted before count for more.
+
+For each masked position and id a credit C, from pass to pass:
+
+    C <- decay C;  C[argmax] += p(argmax) ^ power;  z' = z + scale log(1 + C)
+
+and the policy row judges softmax(z'). Only ids that were the argmax have credit, so that what is kept of a
+position is few ids; z' differs from z in these alone, and its statistics follow from those of z.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..arguments import number, whole
+from ..types import RowStats
+from .protocol import Decision, Rule, Where
+
+
+@dataclass(frozen=True)
+class Credit(Rule):
+    """Adds the credit of earlier passes to the logits, and lets the policy row decide on what comes of it.
+
+    Exact as long as at most `kept` ids have been the argmax of a position; beyond, the least credit goes.
+    """
+
+    scale: float = 0.7
+    decay: float = 0.8
+    power: float = 0.2
+    kept: int = 8
+
+    row = "confidence:0.9"
+    greedy = True
+    without = ("margin",)  # the id of the second logit is not known, nor whether it has credit
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "decay", "power"):
+            number(name, getattr(self, name))
+        if self.decay > 1:
+            raise ValueError(f"decay: expected a number of at most 1, got {self.decay!r}")
+        whole("kept", self.kept, 1)
+
+    def new_state(self, lanes: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
+        ids = torch.zeros((lanes, columns, self.kept), dtype=torch.int64, device=device)
+        return ids, torch.zeros(ids.shape, device=device)
+
+    def decide(self, stats: RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
+        ids, credit = (where.recall(kept) for kept in state)  # (W, C, K)
+        token = stats.token[..., None]
+        credit = credit * self.decay
+        slot = torch.where((ids == token) & (credit > 0), torch.inf, -credit).argmax(2, keepdim=True)
+        before = credit.gather(2, slot) * (ids.gather(2, slot) == token)
+        gained = (stats.top1 - stats.lse)[..., None].exp() ** self.power
+        ids = ids.scatter(2, slot, token)
+        credit = credit.scatter(2, slot, before + gained)
+        for kept, values in zip(state, (ids, credit), strict=True):
+            where.remember(kept, values)
+        raised = self._raised(stats, where.logits(ids), credit, ids)
+        return Decision(where.by_policy(raised), raised.token)
+
+    def _raised(self, stats: RowStats, z: Tensor, credit: Tensor, ids: Tensor) -> RowStats:
+        """The statistics of z', from those of z and its values `z` (W, C, K) at the ids that have credit."""
+        has = credit > 0
+        z, lse, entropy = z.double(), stats.lse.double(), stats.entropy.double()
+        up = z + self.scale * credit.double().log1p()
+        top = torch.where(has, up, -torch.inf).amax(2)  # the argmax has credit, so no other id is above these
+        token = torch.where(has & (up == top[..., None]), ids, torch.iinfo(torch.int64).max).amin(2)
+
+        def terms(values: Tensor) -> tuple[Tensor, Tensor]:
+            """The sums of e^v and of e^v v over the ids, in units of e^top."""
+            e = torch.where(has, (values - top[..., None]).exp(), 0.0)
+            return e.sum(2), torch.where(e > 0, e * values, 0.0).sum(2)
+
+        (plain, plain_z), (more, more_z) = terms(z), terms(up)
+        mass = (lse - top).exp()
+        total = mass - plain + more
+        weighted = mass * (lse - entropy) - plain_z + more_z
+        lse = top + total.log()
+        return stats._replace(
+            token=token,
+            sample=token,
+            lse=lse.float(),
+            confidence=(1 / total).float(),
+            entropy=(lse - weighted / total).clamp(min=0).float(),
+            margin=torch.zeros_like(stats.margin),
+        )

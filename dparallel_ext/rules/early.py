@@ -1,0 +1,107 @@
+"""Prophet (arXiv 2508.19982) and SchED (arXiv 2512.02892): stop where the model is sure of all that is left.
+
+Both look at the gaps between the two largest logits. Where their mean reaches a bar, which falls as the
+passes of the schedule go by, every mask that the pass has logits for is filled at once; before, the policy
+row decides. Published are bars for LLaDA-8B and Dream-7B: gaps are in the units of one model's logits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..arguments import number, whole
+from ..types import RowStats
+from .protocol import Decision, Rule, Where
+
+Shape = Literal["linear", "cosine", "exponential"]
+
+_STEP = 2.0**-20  # of gaps that are summed: sums of few bits are exact, whatever the order and the padding
+
+
+def _mean(gaps: Tensor, cells: Tensor) -> Tensor:
+    """(W,) float64: the mean of gaps (W, C) over the cells of each window; NaN where there is none."""
+    whole = (gaps.double().clamp(max=2.0**20) / _STEP).round() * _STEP
+    return torch.where(cells, whole, 0.0).sum(1) / cells.sum(1)
+
+
+@dataclass(frozen=True)
+class Prophet(Rule):
+    """Fills all masks where the mean gap over the answer's columns reaches 7.5, 5.0 or 2.5, as progress goes.
+
+    The answer's columns are [start, start + width) of the response, masked or not. Published: five, from the
+    second after "The answer is", tokens that the caller has put into the response beforehand (`infill`).
+    """
+
+    start: int
+    width: int = 5
+    bars: tuple[float, float, float] = (7.5, 5.0, 2.5)
+
+    reads = "response"
+
+    def __post_init__(self) -> None:
+        whole("start", self.start, 0)
+        whole("width", self.width, 1)
+        for bar in self.bars:
+            number("bars", bar, -math.inf)
+
+    def decide(self, stats: RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
+        at = where.column - where.first[:, None]
+        answer = (at >= self.start) & (at < self.start + self.width)
+        seen = (where.read & answer).sum(1) == self.width
+        progress = where.step / where.steps
+        high, middle, low = self.bars
+        bar = torch.where(progress < 0.33, high, torch.where(progress < 0.67, middle, low))
+        sure = seen & (_mean(stats.top1 - stats.top2, answer) >= bar)
+        return Decision(where.by_policy(stats) | (where.open & sure[:, None]))
+
+
+@dataclass(frozen=True)
+class SchED(Rule):
+    """Fills all masks where their mean gap reaches a bar that falls from `high` to `low` over the schedule.
+
+    It also asks that at most the share `changes` of their predictions differs from the pass before, and that
+    the share `floor` of the schedule is done. As published but for the mean, which is each sequence's own.
+    """
+
+    high: float = 7.5
+    low: float = 2.5
+    kind: Shape = "linear"
+    k: float = 4.0
+    """How fast an exponential bar falls."""
+    floor: float = 0.0
+    changes: float = 0.0
+
+    reads = "response"
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Shape):
+            raise ValueError(f"kind: expected one of {get_args(Shape)}, got {self.kind!r}")
+        for name in ("high", "low", "k", "floor", "changes"):
+            number(name, getattr(self, name))
+
+    def new_state(self, lanes: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
+        return (
+            torch.zeros((lanes, columns), dtype=torch.int64, device=device),
+        )  # prediction + 1; 0: none yet
+
+    def bar(self, t: Tensor) -> Tensor:
+        """Of progress t from 0 to 1."""
+        if self.kind == "linear":
+            return self.high + (self.low - self.high) * t
+        if self.kind == "cosine":
+            return self.low + (self.high - self.low) * (1 + (math.pi * t).cos()) / 2
+        return self.low + (self.high - self.low) * (-self.k * t).exp()
+
+    def decide(self, stats: RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
+        (last,) = state
+        left = where.open.sum(1)
+        changed = (where.open & (where.recall(last) != stats.token + 1)).sum(1)
+        where.remember(last, stats.token + 1)
+        sure = _mean(stats.top1 - stats.top2, where.open) >= self.bar(where.progress.double())
+        sure &= (changed <= self.changes * left) & (where.progress >= self.floor)
+        return Decision(where.by_policy(stats) | (where.open & sure[:, None]))

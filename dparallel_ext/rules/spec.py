@@ -1,0 +1,109 @@
+"""Rules as text, for the command line, the server and `decode(rule=...)`: "credit+confidence:0.8"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from .. import policies
+from .credit import Credit
+from .early import Prophet, SchED
+from .protocol import Rule
+
+ONE = "one"
+"""The policy that commits one token a pass, the most confident."""
+
+
+class Kind(NamedTuple):
+    """A rule that text can name."""
+
+    make: type[Rule]
+    parameters: tuple[tuple[str, Callable[[str], Any]], ...]
+    """Names and types of what stands after the colon, in order."""
+    needed: int
+    """How many of them have to be given."""
+    does: str
+
+
+KINDS = {
+    "credit": Kind(
+        Credit,
+        (("scale", float), ("decay", float), ("power", float)),
+        0,
+        "adds credit for earlier predictions (CreditDecoding)",
+    ),
+    "sched": Kind(
+        SchED,
+        (("high", float), ("low", float), ("kind", str), ("k", float)),
+        0,
+        "fills all where the mean logit gap reaches a falling bar (SchED)",
+    ),
+    "prophet": Kind(
+        Prophet,
+        (("start", int), ("width", int)),
+        1,
+        "fills all where the gaps of the answer's columns do (Prophet)",
+    ),
+}
+
+
+def parse(text: str, *, default: bool = True) -> tuple[Rule | None, dict[str, Any]]:
+    """A rule, and the arguments of `decode` for the policy row, of "NAME:P,P+SELECTOR:THRESHOLD" or a part.
+
+    "one" and "steps:N", the fixed schedule, stand where a row may.
+
+    default: where the text has no row, take the rule's own.
+
+    Raises ValueError saying what was expected.
+    """
+    name, _, given = text.partition("+")[0].partition(":")
+    if name not in KINDS:
+        return None, _row(text)
+    kind, values = KINDS[name], given.split(",") if given else []
+    names = [parameter for parameter, _ in kind.parameters]
+    if not kind.needed <= len(values) <= len(names):
+        raise ValueError(f"rule: expected {_usage(name)}, got {text!r}")
+    try:
+        made = {key: of(value) for (key, of), value in zip(kind.parameters, values, strict=False)}
+        rule = kind.make(**made)
+    except ValueError as error:
+        raise ValueError(f"rule: expected {_usage(name)}, got {text!r} ({error})") from error
+    row = text.partition("+")[2] if "+" in text else rule.row if default else None
+    return rule, _row(row) if row else {}
+
+
+def _row(text: str) -> dict[str, Any]:
+    """The arguments of `decode` for a policy row, or for the fixed schedule."""
+    if text == ONE:
+        return {}
+    selector, _, number = text.partition(":")
+    if selector == "steps" and number.isdecimal():
+        return {"steps": int(number)}
+    try:
+        threshold = float(number)
+        policies.make(selector, threshold)
+    except ValueError as error:
+        raise ValueError(
+            f"rule: expected {ONE!r}, steps:N, SELECTOR:THRESHOLD with a selector of "
+            f"{list(policies.SELECTORS)}, or a rule of {list(KINDS)}, alone or with one of those behind a plus "
+            f"sign, got {text!r} ({error})"
+        ) from error
+    return {"selector": selector, "threshold": threshold}
+
+
+def _usage(name: str) -> str:
+    kind = KINDS[name]
+    names = [parameter.upper() for parameter, _ in kind.parameters]
+    needed, more = names[: kind.needed], names[kind.needed :]
+    return (
+        name + (":" if needed else "[:") + ",".join(needed) + ("[," if needed else "") + ",".join(more) + "]"
+    )
+
+
+def describe() -> str:
+    """All that `parse` takes, for `--help`."""
+    kinds = "; ".join(f"{_usage(name)} ({kind.does})" for name, kind in KINDS.items())
+    return (
+        f"{ONE!r} (one token a pass), steps:N (the fixed schedule), or one of {policies.describe()}; or "
+        f"a rule with a memory, alone or in front of one of those and a plus sign: {kinds}"
+    )
