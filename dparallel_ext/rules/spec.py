@@ -85,8 +85,8 @@ def _row(text: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(
             f"rule: expected {ONE!r}, steps:N, SELECTOR:THRESHOLD with a selector of "
-            f"{list(policies.SELECTORS)}, or a rule of {list(KINDS)}, alone or with one of those behind a plus "
-            f"sign, got {text!r} ({error})"
+            f"{list(policies.SELECTORS)}, or a rule of {list(KINDS)}, alone or with one of those behind a "
+            f"plus sign, got {text!r} ({error})"
         ) from error
     return {"selector": selector, "threshold": threshold}
 
