@@ -408,7 +408,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> certainty_forcing_loss(
   const int64_t count = row_count(logits);
   contiguous(labels, "labels", ScalarType::Long, {count}, logits);
   contiguous(active, "active", ScalarType::Bool, {count}, logits);
-  STD_TORCH_CHECK(temperature > 0 && ce_temperature > 0, "temperature: expected > 0");
+  for (const double t : {temperature, ce_temperature})
+    STD_TORCH_CHECK(t >= 1e-5 && t <= 1e5, "temperature: expected a number from 1e-5 to 1e5, got ",
+                    t);
   const bool wide = logits.scalar_type() == ScalarType::Double;
   const ScalarType real = wide ? ScalarType::Double : ScalarType::Float;
   Tensor nll = torch::stable::new_empty(logits, {count}, real);

@@ -147,12 +147,14 @@ def check(policy: Tensor, batch: int) -> None:
 
 def in_force(row: Sequence[float]) -> tuple[float, ...]:
     """A row of `FIELDS` as the kernels read it where nobody has checked it, on a GPU: each number within its
-    `BOUNDS`, NaN the least. The threshold stays: none is passed by NaN, and more than the rule gives commits
-    by `min_commit` alone."""
+    `BOUNDS`, NaN the least, and the score that of the rule. The threshold stays: no key passes NaN, so that
+    as many commit as `min_commit` demands."""
     found = dict(zip(FIELDS, row, strict=True))
     for name, (low, high) in BOUNDS.items():
         value = found[name]
         found[name] = low if not value > low else high if value >= high else value // 1
+    rule = _BY_ID[found["selector"]][2]
+    found["score"] = found["score"] if rule.score is None else SCORES[rule.score]
     return tuple(found.values())
 
 
