@@ -181,7 +181,7 @@ def test_rows_at_the_ends_of_a_dtype(dtype: torch.dtype) -> None:
 @everywhere
 def test_scores_far_from_zero_keep_their_noise() -> None:
     """Above 2^24 a float32 does not hold a whole number, and these logits differ by half of that."""
-    n = 4000
+    n = 500 if STAND_IN else 4000
     logits = torch.tensor([2.0**24, 2.0**24 - 1, 2.0**24, 2.0**24 - 1]).expand(n, 4)
     stats = dx.row_stats(logits, temperature=1.0, seed=5)
     observed = stats.sample.bincount(minlength=4) / n

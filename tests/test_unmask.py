@@ -361,13 +361,13 @@ def test_a_masked_position_that_is_not_listed_is_an_error() -> None:
     assert goes_on(tokens) or bool((tokens == MASK).all())
 
 
-JUNK = [math.nan, math.inf, -math.inf, 1e19, -1e19, -1.0, 0.0, 2.5, 2.0**24]
+JUNK = [math.nan, math.inf, -math.inf, 1e19, -1.0, 2.5]
 
 
 @everywhere
 def test_rows_past_the_checks_are_refused_or_within_their_bounds() -> None:
-    """The host's rows are refused by the op itself; those of a device have the same meaning in kernels and twin,
-    and at least one position commits."""
+    """The host's rows are refused by the op itself. Those of a device mean the same to kernels and twin, and
+    at least one position commits."""
     scores, eligible = torch.rand(3, 1, 9), torch.ones(1, 9, dtype=torch.bool)
     logits, all_ = torch.randn(1, 9, 40), torch.tensor([9])
     for selector in policies.SELECTORS.values():
