@@ -45,6 +45,7 @@ def number(name: str, value: Any, least: float = 0.0) -> float:
 
 
 COLDEST, HOTTEST = 1e-5, 2.0**100
+"""Temperatures between which there are others than 0; so also in csrc/include/dparallel/launch.h."""
 
 
 def temperature_in_force(value: Any) -> float:
@@ -52,7 +53,8 @@ def temperature_in_force(value: Any) -> float:
 
     Raises ValueError unless it is a finite number of at least 0.
     """
-    found = number("temperature", value)
+    plain = type(value) is float and 0.0 <= value < math.inf  # as in every pass
+    found: float = value if plain else number("temperature", value)
     return 0.0 if found < COLDEST else min(found, HOTTEST)
 
 

@@ -182,8 +182,9 @@ def unmask_(
 
     Raises:
         ValueError: naming the argument that does not fit; and on the CPU a row that holds NaN or
-            leaves no token to choose, by sequence and position, with every token left as it was. On
-            CUDA such a row commits nothing in its sequence and raises a flag, see `check_errors`.
+            leaves no token to choose (also since there is none but the mask token, or all are
+            suppressed), by sequence and position, with every token left as it was. On CUDA such a row
+            commits nothing in its sequence and raises a flag, see `check_errors`.
     """
     _check_logits(logits)
     if tokens.ndim != 2 or tokens.dtype != torch.int64:
