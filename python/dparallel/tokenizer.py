@@ -35,9 +35,9 @@ def load(directory: Path) -> Any:
     file = directory / "tokenizer.json"
     if not file.is_file():
         return qwen2(directory)
-    files.refuse_pointer(file)
+    text = files.read_text(file)
     try:
-        return Tokenizer.from_file(str(file))
+        return Tokenizer.from_str(text)
     except Exception as error:  # the package raises nothing narrower
         raise ValueError(f"model: {file} is not a tokenizer: {error}") from error
 
@@ -87,10 +87,7 @@ def _add(made: Any, directory: Path, added: dict[str, dict[str, Any]]) -> None:
     from tokenizers import AddedToken, processors
 
     config, roles = files.read_json(directory / "tokenizer_config.json"), files.special_tokens(directory)
-    special = {
-        *roles.values(),
-        *filter(None, map(files.token_text, config.get("additional_special_tokens") or ())),
-    }
+    special = {*roles.values(), *files.more_special_tokens(directory)}
     flags = ("lstrip", "rstrip", "single_word", "normalized")
     tokens = [
         AddedToken(
@@ -122,28 +119,29 @@ def _vocabulary(directory: Path) -> dict[str, int]:
         raise FileNotFoundError(
             f"model: {directory} has no tokenizer.json, nor {' and '.join(missing)} to build one from"
         )
-    family = files.read_json(directory / "config.json").get("model_type")
-    if kind not in QWEN2 and not (kind is None and family in QWEN2_FAMILIES):
+    family = str(files.read_json(directory / "config.json").get("model_type"))
+    if not (family in QWEN2_FAMILIES if kind is None else str(kind) in QWEN2):
         raise ValueError(
             f"model: {directory} has no tokenizer.json, and only {sorted(QWEN2)} are built from vocab.json "
             f"and merges.txt, not tokenizer_class {kind!r}; transformers' save_pretrained writes the former"
         )
     vocabulary = files.read_json(directory / "vocab.json")
-    wrong = next((text for text, index in vocabulary.items() if type(index) is not int or index < 0), None)
+    wrong = next((text for text, index in vocabulary.items() if not files.is_id(index)), None)
     if wrong is not None:
-        raise ValueError(f"model: vocab.json of {directory} gives {wrong!r} the id {vocabulary[wrong]!r}")
+        raise ValueError(
+            f"model: vocab.json of {directory} gives {wrong!r:.80} the id {vocabulary[wrong]!r:.80}"
+        )
     return vocabulary
 
 
 def _merges(directory: Path) -> list[tuple[str, str]]:
     file = directory / "merges.txt"
-    files.refuse_pointer(file)
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(files.read_text(file).split("\n"), 1):
         if not line.strip() or (number == 1 and line.startswith("#version:")):
             continue
         parts = line.split()
         if len(parts) != 2:
-            raise ValueError(f"model: {file}:{number} is {line!r}, expected two parts to merge")
+            raise ValueError(f"model: {file}:{number} is {line!r:.200}, expected two parts to merge")
         found.append((parts[0], parts[1]))
     return found
