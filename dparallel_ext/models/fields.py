@@ -73,7 +73,7 @@ def read(config: Mapping[str, Any], table: Mapping[str, Field]) -> dict[str, Any
             value = field.default
         elif not field.accepts(value):
             raise ValueError(f"config: {key}={value!r:.80}, expected {field}")
-        found[key] = value
+        found[key] = float(value) if field.kind is float and value is not None else value
     return found
 
 

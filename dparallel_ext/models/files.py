@@ -70,6 +70,7 @@ def fetched(name: str) -> Path:
         ) from error
 
 
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 MOST_BYTES = 2**28
 """Of a file that is read whole; the largest of released checkpoints, a tokenizer.json, has a tenth of it."""
 
@@ -100,6 +101,8 @@ def read_json(file: Path, *, required: bool = False) -> dict[str, Any]:
     text = read_text(file)
     try:
         content = json.loads(text, object_pairs_hook=_object)
+        if SURROGATE.search(text):
+            json.dumps(content, ensure_ascii=False).encode()  # raises where half of a pair is alone
     except (ValueError, RecursionError) as error:
         raise ValueError(f"path: {file} is not JSON: {error}") from error
     if not isinstance(content, dict):

@@ -11,6 +11,8 @@ QWEN2 = {"Qwen2Tokenizer", "Qwen2TokenizerFast", "DreamTokenizer"}
 """The tokenizer_class of what `qwen2` builds: Dream's remote code is Qwen2's tokenizer by another name."""
 QWEN2_FAMILIES = {"Dream", "sdar", "Fast_dLLM_Qwen"}
 """The model_type that stands for it where no tokenizer_class is given."""
+ANY_TEXT = "a \n\U0010ffff"
+"""With a sign that no vocabulary has."""
 QWEN2_WORDS = "|".join(
     (
         "(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # the end of a contraction
@@ -28,7 +30,8 @@ QWEN2_WORDS = "|".join(
 def load(directory: Path) -> Any:
     """The `tokenizers.Tokenizer` of a checkpoint.
 
-    Raises FileNotFoundError where its files are not there, ValueError where they hold no tokenizer.
+    Raises FileNotFoundError where its files are not there, ValueError where they hold no tokenizer, or one
+    that does not take every text.
     """
     from tokenizers import Tokenizer
 
@@ -37,9 +40,11 @@ def load(directory: Path) -> Any:
         return qwen2(directory)
     text = files.read_text(file)
     try:
-        return Tokenizer.from_str(text)
+        made = Tokenizer.from_str(text)
+        made.decode(made.encode(ANY_TEXT).ids)
     except Exception as error:  # the package raises nothing narrower
         raise ValueError(f"model: {file} is not a tokenizer: {error}") from error
+    return made
 
 
 def qwen2(directory: Path) -> Any:
