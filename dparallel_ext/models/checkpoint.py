@@ -192,7 +192,7 @@ def save(
     """Write config.json and model.safetensors as the family's published checkpoints have them.
 
     `dtype`: of the file, default the model's. `state_dict`: tensors to write instead of the model's own, as
-    gathered from shards. Each file appears whole or not at all.
+    gathered from shards. Each file appears whole or not at all, config.json last.
 
     Raises ValueError for a quantised model, and for one under adapters.
     """
@@ -219,16 +219,14 @@ def save(
         config["dtype"] = config["torch_dtype"]
     config["model_type"] = names[0] if names else config.get("model_type")
     weights, file = directory / "model.safetensors", directory / "config.json"
-    partial_weights, partial_file = (f.with_name(f"{f.name}.{os.getpid()}.partial") for f in (weights, file))
-    try:
-        partial_file.write_text(json.dumps(config, indent=2) + "\n")
-        save_file(tensors, partial_weights, metadata={"format": "pt"})
-        shutil.copymode(partial_file, partial_weights)  # safetensors makes it the owner's alone
-        os.replace(partial_weights, weights)
-        os.replace(partial_file, file)
-    finally:
-        for partial_one in (partial_weights, partial_file):
-            partial_one.unlink(missing_ok=True)
+    with files.replacing(file) as new_file, files.replacing(weights) as new_weights:
+        new_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, new_weights, metadata={"format": "pt"})
+        shutil.copymode(new_file, new_weights)  # safetensors makes it the owner's alone
+        for new in (new_file, new_weights):
+            files.flush(new)
+        if file.exists() and file.read_bytes() != new_file.read_bytes():
+            file.unlink()  # the weights come first, and another config is not theirs
 
 
 class Offer(NamedTuple):

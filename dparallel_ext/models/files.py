@@ -1,11 +1,13 @@
-"""The files of a checkpoint: where they lie, what they say, and which token is the mask."""
+"""The files of a checkpoint: where they lie, what they say, and how they are written."""
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +274,29 @@ def refuse_quantised(config: Mapping[str, Any], names: Iterable[str], source: st
     packed = sorted(name for name in names if name.rpartition(".")[2] in PACKED)
     if packed:
         raise ValueError(f"{source} is quantised (it has {', '.join(packed[:2])}, ...); {said}")
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(file: str | Path) -> Iterator[Path]:
+    """A path to write to; after the block it takes the place of `file`, or is removed if the block raises.
+
+    The path is this process's own, and its content is on the disk before it has the name of `file`.
+    """
+    file = Path(file)
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        flush(partial)
+        os.replace(partial, file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def flush(file: Path) -> None:
+    """Wait until the content of a file is on the disk. Raises OSError where there is no room for it."""
+    with file.open("rb") as written:
+        os.fsync(written.fileno())

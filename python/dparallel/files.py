@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dparallel_ext.models.files import replacing
+
 # --- reading ------------------------------------------------------------------------------------
 
 
@@ -86,24 +88,6 @@ def writable(argument: str, file: str | Path) -> Path:
     return file
 
 
-@contextmanager
-def replacing(file: str | Path) -> Iterator[Path]:
-    """A path to write to; after the block it takes the place of `file`, or is removed if the block raises.
-
-    The path is this process's own, and its content is on the disk before it has the name of `file`.
-    """
-    file = Path(file)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def write_text(file: str | Path, text: str) -> None:
     """Whole or not at all, in UTF-8; the directory is made."""
     Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +104,8 @@ def write_json(file: str | Path, content: Any) -> None:
 def locked(argument: str, path: Path) -> Iterator[None]:
     """The directory is this run's alone. Raises ValueError where another run has it.
 
-    The lock ends with the process, however that ends. Of several processes of a run the first holds it.
+    The lock ends with the process, however that ends. Of several processes of a run the first holds it. What
+    a run that was killed had half-written (see `replacing`) is removed, unless this run has more processes.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
@@ -136,6 +121,10 @@ def locked(argument: str, path: Path) -> Iterator[None]:
             ) from error
         except OSError:
             pass  # a file system that knows no locks
+        else:
+            if os.environ.get("WORLD_SIZE", "1") == "1":
+                for partial in path.glob("*.partial"):
+                    partial.unlink(missing_ok=True)
         yield
     finally:
         os.close(descriptor)
