@@ -130,7 +130,10 @@ def locked(argument: str, path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-WRITE_FAILED = ("unexpected pos", "PytorchStreamWriter failed", "os error 28", "os error 27", "os error 122")
+WRITE_FAILED = (
+    *("unexpected pos", "PytorchStreamWriter failed", "iostream error"),
+    *("os error 28", "os error 27", "os error 122"),
+)
 """What torch and safetensors say of a write that the disk (or a quota) had no room for."""
 
 
