@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from .. import kept
 from ..attention import block_attention, kv_write, rope_table, varlen_attention
 from ..cache import KVCache, Pass, Span
 from ..layers import compiled, fp8_scale, rms_norm, swiglu
-from . import side_by_side
+from . import files, side_by_side
 from .fp8 import Fp8Linear
 
 
@@ -79,7 +78,7 @@ class Config(dict[str, Any]):
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Config:
         """Of a checkpoint directory. PEFT compares a model's vocabulary with its base's by this name."""
-        return cls(json.loads((Path(directory) / "config.json").read_text()))
+        return cls(files.read_json(Path(directory) / "config.json", required=True))
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self)

@@ -72,7 +72,6 @@ def fetched(name: str) -> Path:
         ) from error
 
 
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 MOST_BYTES = 2**28
 """Of a file that is read whole; the largest of released checkpoints, a tokenizer.json, has a tenth of it."""
 
@@ -103,13 +102,18 @@ def read_json(file: Path, *, required: bool = False) -> dict[str, Any]:
     text = read_text(file)
     try:
         content = json.loads(text, object_pairs_hook=_object)
-        if SURROGATE.search(text):
-            json.dumps(content, ensure_ascii=False).encode()  # raises where half of a pair is alone
+        check_text(text, content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"path: {file} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"path: {file} holds a {type(content).__name__}, expected an object")
     return content
+
+
+def check_text(text: str, content: Any) -> None:
+    """Raise ValueError where a string of JSON has half of a surrogate pair, which no tokenizer takes."""
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        json.dumps(content, ensure_ascii=False).encode()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

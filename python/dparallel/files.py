@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dparallel_ext.models.files import replacing
+from dparallel_ext.models.files import check_text, replacing
 
 # --- reading ------------------------------------------------------------------------------------
 
@@ -46,7 +46,8 @@ def json_object(argument: str, file: str | Path, number: int, line: str) -> dict
     """The JSON object in a line. Raises ValueError naming the line."""
     try:
         content = json.loads(line)
-    except ValueError as error:
+        check_text(line, content)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{argument}: {file}:{number} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{argument}: {file}:{number} holds a {type(content).__name__}, expected an object")

@@ -162,7 +162,7 @@ def read_prompts(source: str, prompt_field: str = "prompt", answer_field: str = 
         for name, kinds in ((prompt_field, (str,)), (answer_field, (str, int, float))):
             if name not in row:
                 raise ValueError(f"data: {file}:{number} has no field {name!r}, only {sorted(row)}")
-            if not isinstance(row[name], kinds):
+            if not isinstance(row[name], kinds) or isinstance(row[name], bool):
                 raise ValueError(
                     f"data: {file}:{number}: expected {' or '.join(kind.__name__ for kind in kinds)} in "
                     f"{name!r}, got {row[name]!r:.60}"
