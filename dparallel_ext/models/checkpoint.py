@@ -156,7 +156,7 @@ def wrap(hf_model: nn.Module) -> Model:
             getattr(hf_model, "generation_config", None), "mask_token_id", None
         )
     files.refuse_quantised(content, given, f"hf_model: {type(hf_model).__name__}")
-    model = _assemble(content, tensors, f"hf_model: {type(hf_model).__name__}")
+    model = _assemble(content, tensors, f"hf_model: {type(hf_model).__name__}", mixed=True)
     for name, module in adapted.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)
@@ -258,8 +258,9 @@ def _assemble(
     source: str,
     fuse: bool = False,
     dtype: torch.dtype | None = None,
+    mixed: bool = False,
 ) -> Model:
-    """The model of `config`, holding `tensors` in `dtype`.
+    """The model of `config`, holding `tensors` in `dtype`; without it they are of one type, unless `mixed`.
 
     Nothing is allotted or initialised beside them, and nothing is read before all are seen to fit.
     """
@@ -279,7 +280,7 @@ def _assemble(
         elif kind not in DTYPES:
             faults.append(f"{name} is {kind}, expected a floating-point type of 16 bits or more")
     kinds = {offer.dtype: offer.name for offer in reversed(fitting) if offer.dtype in DTYPES}
-    if dtype is None and len(kinds) > 1:
+    if dtype is None and not mixed and len(kinds) > 1:
         both = " and ".join(f"{name} {kind}" for kind, name in sorted(kinds.items())[:2])
         faults.append(f"{both}, expected tensors of one type; the argument dtype makes them so")
     faults += [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
