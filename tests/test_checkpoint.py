@@ -89,6 +89,14 @@ def test_config_json_comes_first_and_what_is_asked_for_before_it(tmp_path: Path)
     for wrong in (512, -1, True, 1.5):
         with pytest.raises(ValueError, match=f"^mask_id: expected an id below 512, got {wrong}"):
             models.load(tmp_path, mask_id=wrong)  # type: ignore[arg-type]
+    for value in ("30", True, [30], 1.5, -1):
+        for name, content in (("generation_config.json", {}), ("config.json", CONFIG)):
+            (tmp_path / "generation_config.json").unlink(missing_ok=True)
+            put(tmp_path, name, {**content, "mask_token_id": value})
+            with pytest.raises(ValueError, match=rf"{name}: mask_token_id=.*, expected an id or null"):
+                models.load(tmp_path)
+            assert models.load(tmp_path, mask_id=0).mask_id == 0
+            write(tmp_path, mask_token_id=...)
     put(tmp_path, "generation_config.json", {"mask_token_id": 600})
     with pytest.raises(ValueError, match=r"the mask token of .*, unless mask_id is given: .* 512, got 600"):
         models.load(tmp_path)

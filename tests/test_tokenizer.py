@@ -204,7 +204,7 @@ def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:
         ("merges.txt", "#version: 0.2\na b c\n", r"merges\.txt:2 is 'a b c', expected two parts"),
         ("merges.txt", "zzz yyy\n", r"vocab\.json and merges\.txt of .* do not fit"),
         ("added_tokens.json", '{"a": 7777}', r"'a' is \d+ in vocab\.json and 7777 when added"),
-        ("added_tokens.json", '{"<|mask|>": 3}', r"do not have one id each"),
+        ("added_tokens.json", '{"<|mask|>": 3}', r"one id each: '.*' and '<\|mask\|>' are both 3 in"),
         ("vocab.json", '{"a": "0"}', r"vocab\.json of .* gives 'a' the id '0'"),
         ("vocab.json", "[]", r"vocab\.json holds a list"),
         ("tokenizer.json", "{", r"tokenizer\.json is not a tokenizer"),

@@ -220,10 +220,17 @@ def mask_token_id(directory: Path) -> int | None:
     """The mask's id by config.json, else generation_config.json, else the tokenizer's files, else None.
 
     The tokenizer's mask_token counts; without it, an added token of one of the names `MASK_TOKENS`.
+
+    Raises ValueError naming the file.
     """
     for name in ("config.json", "generation_config.json"):
-        given = read_json(directory / name).get("mask_token_id")
+        given: int | None = read_json(directory / name).get("mask_token_id")
         if given is not None:
+            if not is_id(given):
+                raise ValueError(
+                    f"path: {directory / name}: mask_token_id={given!r:.80}, expected an id or null, unless "
+                    "mask_id is given"
+                )
             return given
     added = added_tokens(directory)
     text = special_tokens(directory).get("mask_token")

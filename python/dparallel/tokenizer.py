@@ -63,14 +63,17 @@ def qwen2(directory: Path) -> Any:
     added = files.added_tokens(directory)
     ids = {**vocabulary, **{text: token["id"] for text, token in added.items()}}
     clash = next((text for text in added if vocabulary.get(text, ids[text]) != ids[text]), None)
-    if clash is not None or len(set(ids.values())) != len(ids):
+    if clash is not None:
         raise ValueError(
-            f"model: the tokens of {directory} do not have one id each"
-            + (
-                f": {clash!r} is {vocabulary[clash]} in vocab.json and {ids[clash]} when added"
-                if clash
-                else ""
-            )
+            f"model: the tokens of {directory} do not have one id each: {clash!r} is {vocabulary[clash]} in "
+            f"vocab.json and {ids[clash]} when added"
+        )
+    of_id = {index: text for text, index in ids.items()}
+    if len(of_id) != len(ids):
+        twice = next(text for text, index in ids.items() if of_id[index] != text)
+        raise ValueError(
+            f"model: the tokens of {directory} do not have one id each: {twice!r:.80} and "
+            f"{of_id[ids[twice]]!r:.80} are both {ids[twice]} in vocab.json and the added tokens"
         )
     try:
         # The added tokens are part of this vocabulary for the sake of their ids; no merge leads to them.
@@ -128,7 +131,8 @@ def _vocabulary(directory: Path) -> dict[str, int]:
     if not (family in QWEN2_FAMILIES if kind is None else str(kind) in QWEN2):
         raise ValueError(
             f"model: {directory} has no tokenizer.json, and only {sorted(QWEN2)} are built from vocab.json "
-            f"and merges.txt, not tokenizer_class {kind!r}; transformers' save_pretrained writes the former"
+            f"and merges.txt, not tokenizer_class {kind!r:.80} of tokenizer_config.json; "
+            "transformers' save_pretrained writes the former"
         )
     vocabulary = files.read_json(directory / "vocab.json")
     wrong = next((text for text, index in vocabulary.items() if not files.is_id(index)), None)
