@@ -273,7 +273,7 @@ def decoded(directory: Path) -> tuple[models.Model, Tensor]:
 def test_one_fault(kind: str, sound: dict[str, Path], attack: Any, tmp_path: Path) -> None:
     where = tmp_path / "checkpoint"
     known = [str(where), "chat template of checkpoint", "prompt: expected ids"]
-    for rng in attack.cases(12):
+    for rng in attack.cases(40):
         shutil.rmtree(where, ignore_errors=True)
         where.mkdir()
         for file in sound[kind].iterdir():
