@@ -253,6 +253,17 @@ def test_an_adapter_that_does_not_fit_is_named(adapter: Path, tmp_path: Path):
         distill.merge(adapter, tmp_path / "out", model="nowhere")
     with pytest.raises(ValueError, match=r"is for no module of"):
         distill.merge(adapter, tmp_path / "out", model=str(GOLDEN / "dream_tiny_a"))
+    for name, content, said in (
+        ("adapter_config.json", b"{", "is not LoRA's"),
+        ("adapter_config.json", b"[]", "is not LoRA's"),
+        ("adapter_config.json", b'{"peft_type": "NONE"}', "is not LoRA's"),
+        ("adapter_model.safetensors", b"half", "is not a readable safetensors file"),
+    ):
+        shutil.rmtree(tmp_path / "broken", ignore_errors=True)
+        shutil.copytree(adapter, tmp_path / "broken")
+        (tmp_path / "broken" / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"adapter: .*{name} {said}"):
+            distill.merge(tmp_path / "broken", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -131,8 +131,8 @@ def test_no_two_labels_of_the_curves_overlap():
     ("content", "said"),
     [
         ("{", "is not JSON"),
-        ('{"model_type": ["llada"]}', "has model_type"),
-        ('{"model_type": "llada", "n_heads": 2}', r"config: '\w+' is missing"),
+        ('{"model_type": ["llada"]}', r"config\.json: model_type \['llada'\] is none of"),
+        ('{"model_type": "llada", "n_heads": 2}', r"config\.json: '\w+' is missing"),
     ],
 )
 def test_a_config_that_names_no_model_is_an_error_by_name(content: str, said: str, tmp_path: Path):

@@ -73,6 +73,7 @@ def test_a_file_appears_whole_with_ordinary_permissions_or_not_at_all(tmp_path: 
         assert (tmp_path / file).stat().st_mode & 0o777 == 0o640, file
     with pytest.raises(OSError, match="half"), files.replacing(tmp_path / "new" / "a.json") as partial:  # noqa: PT012
         partial.write_text("half")
+        assert str(os.getpid()) in partial.name  # another run's has another name
         raise OSError("half-written")
     assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"a": 1}
     assert os.listdir(tmp_path / "new") == ["a.json"]
@@ -116,9 +117,21 @@ def test_two_runs_in_one_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with files.locked("out", tmp_path):  # another process of the same run
             pass
     monkeypatch.delenv("RANK")
+    (tmp_path / "state.pt.7.partial").write_text("of a run that was killed")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with files.locked("out", tmp_path):  # it may be the other process's
+        assert [file.name for file in tmp_path.iterdir()] == ["state.pt.7.partial"]
+    monkeypatch.delenv("WORLD_SIZE")
     with files.locked("out", tmp_path):
-        pass
-    assert not list(tmp_path.iterdir())
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_state_that_is_none_is_named(tmp_path: Path):
+    for content in (b"", b"PK\x03\x04 half a state", None):
+        state = tmp_path / "state.pt"
+        torch.save({"step": 3}, state) if content is None else state.write_bytes(content)
+        with pytest.raises(ValueError, match=r"out: .*state\.pt is not the state of a run"):
+            train.train(tmp_path, train.Settings(steps=1), progress=False)
 
 
 def test_a_checkpoint_counts_once_it_is_saved_to_its_end(tmp_path: Path):

@@ -218,6 +218,18 @@ def test_templates_that_refuse_or_do_not_compile(tmp_path: Path) -> None:
         chat_template(tmp_path)
     write(tmp_path)
     assert chat_template(tmp_path) is None
+    wrong = [3, True, ["a"], [{"name": "default"}], {"default": 3}, [None]]
+    for template in wrong:
+        write(tmp_path, chat_template=template)
+        with pytest.raises(ValueError, match=r"tokenizer_config\.json: expected chat_template to be text"):
+            chat_template(tmp_path)
+    for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"{{ '\xff' }}")
+        with pytest.raises(ValueError, match=rf"{name} is not UTF-8 text: byte 4"):
+            chat_template(tmp_path)
+        (tmp_path / name).unlink()
+    write(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
         chat_template(tmp_path)

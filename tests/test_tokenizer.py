@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from dparallel import registry, tokenizer
-from dparallel.text import TextStream
+from dparallel.text import TextStream, endings
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -204,7 +204,7 @@ def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:
         ("merges.txt", "#version: 0.2\na b c\n", r"merges\.txt:2 is 'a b c', expected two parts"),
         ("merges.txt", "zzz yyy\n", r"vocab\.json and merges\.txt of .* do not fit"),
         ("added_tokens.json", '{"a": 7777}', r"'a' is \d+ in vocab\.json and 7777 when added"),
-        ("added_tokens.json", '{"<|mask|>": 3}', r"do not have one id each"),
+        ("added_tokens.json", '{"<|mask|>": 3}', r"one id each: '.*' and '<\|mask\|>' are both 3 in"),
         ("vocab.json", '{"a": "0"}', r"vocab\.json of .* gives 'a' the id '0'"),
         ("vocab.json", "[]", r"vocab\.json holds a list"),
         ("tokenizer.json", "{", r"tokenizer\.json is not a tokenizer"),
@@ -214,6 +214,85 @@ def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:
         (tmp_path / name).write_text(content)
         with pytest.raises(ValueError, match=said):
             tokenizer.load(tmp_path)
+
+
+def test_files_of_the_wrong_kind_are_named(tmp_path: Path) -> None:
+    """Each by its name, whatever is wrong in it; never an error of another library."""
+    decoder = {"added_tokens_decoder": {"3": {"content": "<a>"}}}
+    for name, content, said in (
+        ("merges.txt", b"h e\n\xff\xfe", r"merges\.txt is not UTF-8 text: byte 4"),
+        ("vocab.json", b'{"a": "\xff"}', r"vocab\.json is not UTF-8 text"),
+        ("vocab.json", b'{"a": true}', r"vocab\.json of .* gives 'a' the id True"),
+        ("vocab.json", b'{"a": 1000000000000}', r"vocab\.json of .* gives 'a' the id 1000000000000"),
+        ("vocab.json", b'{"\\ud800": 1}', r"vocab\.json is not JSON: .*surrogates not allowed"),
+        (
+            "added_tokens.json",
+            b'{"<a>": 1.5}',
+            r"tokens\.json does not list .*: '<a>' with the id 1\.5",
+        ),
+        ("added_tokens.json", b'{"<a>": -1}', r"tokens\.json does not list .*: '<a>' with the id -1"),
+        ("added_tokens.json", b"[1]", r"added_tokens\.json holds a list"),
+        (
+            "special_tokens_map.json",
+            b'{"additional_special_tokens": 3}',
+            r"map\.json: additional.*=3, ",
+        ),
+        ("special_tokens_map.json", b'{"additional_special_tokens": [3]}', r"map\.json: additional.*=\[3\]"),
+        ("special_tokens_map.json", b"3", r"special_tokens_map\.json holds a int"),
+        ("tokenizer_config.json", b'{"tokenizer_class": ["x"]}', r"not tokenizer_class \['x'\]"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": [3]}', r"config\.json does not list its added"),
+        (
+            "tokenizer_config.json",
+            b'{"added_tokens_decoder": {"x": {}}}',
+            r"config\.json does not list its added",
+        ),
+        ("tokenizer_config.json", json.dumps(decoder).replace('"<a>"', "3").encode(), r"3 with the id 3"),
+        ("config.json", b'{"model_type": ["Dream"]}', None),  # the class says it
+    ):
+        write(tmp_path)
+        if name == "tokenizer_config.json":
+            settings = json.loads((tmp_path / name).read_text())
+            content = json.dumps({**settings, **json.loads(content)}).encode()
+        (tmp_path / name).write_bytes(content)
+        if said is None:
+            tokenizer.load(tmp_path)
+        else:
+            with pytest.raises(ValueError, match=rf"^(path|model): .*{said}"):
+                tokenizer.load(tmp_path)
+        (tmp_path / name).unlink()
+
+
+def test_a_tokenizer_json_that_takes_not_every_text_is_named(tmp_path: Path) -> None:
+    shutil.copy(registry.directory_of("builtin:student") / "tokenizer.json", tmp_path)
+    file = tmp_path / "tokenizer.json"
+    whole = file.read_text()
+    for content, said in (
+        (whole.replace('"unk_token": "', '"unk_token": "no '), "UNK"),
+        (whole[:-20], ""),
+        (whole.replace('"id": 0', '"id": -1'), ""),
+        ("3", ""),
+    ):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=rf"model: .*tokenizer\.json is not a tokenizer: .*{said}"):
+            tokenizer.load(tmp_path)
+    file.write_bytes(whole.encode("utf-16"))
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not UTF-8 text"):
+        tokenizer.load(tmp_path)
+
+
+def test_ends_that_the_model_has_no_rows_for_are_named(tmp_path: Path) -> None:
+    shutil.copytree(registry.directory_of("builtin:student"), tmp_path / "m")
+    for ids, said in (
+        ([1, 5000], r"a response of .*m ends with the tokens \[5000\], expected ids below 202"),
+        ("1", r"generation_config\.json: eos_token_id='1', expected ids or null"),
+        ([True], r"generation_config\.json: eos_token_id=\[True\], expected ids or null"),
+    ):
+        (tmp_path / "m" / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        with pytest.raises(ValueError, match=said):
+            registry.load(str(tmp_path / "m"))
+    (tmp_path / "m" / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    _, found = registry.load(str(tmp_path / "m"))
+    assert endings(tmp_path / "m", found) == {"eos_id": 7, "stop": [[9], [1]]}
 
 
 def test_a_tokenizer_json_comes_first(tmp_path: Path) -> None:

@@ -210,6 +210,23 @@ def test_no_prompt_and_no_right_answer(loaded: Any, tmp_path: Path):
         assert len(Trajectories(none)) == 0
 
 
+def test_damaged_rows_and_settings_are_named(tmp_path: Path):
+    settings = {"prompts": 1, "shard": 1, "format": "jsonl"}
+    shard = tmp_path / "part-00000.jsonl"
+    row = {"prompt_ids": [1], "response_ids": [2, 3], "step": [1, 1]}
+    for changed in ({"step": [1]}, {"prompt_ids": None}, {"response_ids": ["x", "y"]}, {"step": [2**40, 1]}):
+        files.write_json(tmp_path / "settings.json", settings)
+        files.write_text(shard, json.dumps(row) + "\n")
+        assert len(Trajectories(tmp_path)) == 1
+        files.write_text(shard, json.dumps({**row, **changed}) + "\n")
+        with pytest.raises(ValueError, match=r"trajectories: .*part-00000.jsonl is damaged"):
+            Trajectories(tmp_path)
+    for content, said in (("{", "is not JSON"), ("{}", "is not that of a run: .*'prompts'")):
+        files.write_text(tmp_path / "settings.json", content)
+        with pytest.raises(ValueError, match=rf"trajectories: .*settings.json.* {said}"):
+            Trajectories(tmp_path)
+
+
 def test_items(whole: Path):
     data, rows = Trajectories(whole), rows_of(whole)
     assert len(data) == len(rows)
@@ -299,6 +316,14 @@ def test_prompts_of_files(tmp_path: Path):
     file.write_text('{"prompt": "a", "answer": null}')
     with pytest.raises(ValueError, match=r"p.jsonl:1: expected str or int or float in 'answer', got None"):
         trajectories.read_prompts(str(file))
+    for line, said in (
+        ('{"prompt": "a", "answer": true}', "in 'answer', got True"),
+        ('{"prompt": "\\ud800", "answer": 1}', "is not JSON: .*surrogates not allowed"),
+        ("[" * 100_000, "is not JSON"),
+    ):
+        file.write_text(line)
+        with pytest.raises(ValueError, match=rf"p.jsonl:1:? .*{said}"):
+            trajectories.read_prompts(str(file))
     for bad in ("builtin:", "builtin:x"):
         with pytest.raises(ValueError, match="builtin:N"):
             trajectories.read_prompts(bad)

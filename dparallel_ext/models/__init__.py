@@ -2,7 +2,7 @@
 
 from ..cache import KVCache
 from .base import Model, Output, Traits
-from .checkpoint import FAMILIES, device_of, load, save, wrap
+from .checkpoint import FAMILIES, config_of, device_of, load, save, wrap
 from .dream import Dream
 from .fast_dllm import FastDLLM
 from .files import locate
@@ -21,6 +21,7 @@ __all__ = [
     "Model",
     "Output",
     "Traits",
+    "config_of",
     "device_of",
     "for_decoding",
     "load",

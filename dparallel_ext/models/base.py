@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +24,7 @@ from .. import kept
 from ..attention import block_attention, kv_write, rope_table, varlen_attention
 from ..cache import KVCache, Pass, Span
 from ..layers import compiled, fp8_scale, rms_norm, swiglu
-from . import side_by_side
+from . import files, side_by_side
 from .fp8 import Fp8Linear
 
 
@@ -66,36 +65,6 @@ class Shape:
             )
 
 
-def check_supported(
-    config: Mapping[str, Any], supported: Mapping[str, Any], explicit: Collection[str] = ()
-) -> None:
-    """Refuse by name what this transformer does not compute; falsy values are one and the same.
-
-    The keys in `explicit` must be there: the published code's default is not what we support.
-    """
-    for key, value in supported.items():
-        given = config[key] if key in explicit else config.get(key, value)
-        if given != value and (given or value):
-            raise ValueError(f"config: {key}={given!r} is not supported, only {value!r}")
-
-
-def number(
-    config: Mapping[str, Any], key: str, default: float | None = None, *, kind: type[float] = int
-) -> Any:
-    """A number > 0 of a config.json, where null is as good as nothing. `kind`: int or float.
-
-    Raises ValueError naming the key.
-    """
-    value = default if config.get(key) is None else config[key]
-    if value is None:
-        raise ValueError(f"config: {key!r} is {'null' if key in config else 'missing'}")
-    expected = (int,) if kind is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, expected) or not value > 0:
-        wanted = "a whole number >= 1" if kind is int else "a number > 0"
-        raise ValueError(f"config: {key}={value!r}, expected {wanted}")
-    return value
-
-
 class Config(dict[str, Any]):
     """A config.json's content. Its keys read as attributes too, and others may set attributes on it, as the
     libraries around transformers expect of a config; neither changes the content."""
@@ -109,10 +78,19 @@ class Config(dict[str, Any]):
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Config:
         """Of a checkpoint directory. PEFT compares a model's vocabulary with its base's by this name."""
-        return cls(json.loads((Path(directory) / "config.json").read_text()))
+        return cls(files.read_json(Path(directory) / "config.json", required=True))
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self)
+
+
+def token_id(config: Mapping[str, Any], key: str, rows: int) -> int | None:
+    """The id, or the first of several, as eos_token_id may be. Raises ValueError naming the key."""
+    given = config.get(key)
+    several: list[Any] = given if isinstance(given, list) and given else [given]
+    if given is not None and not all(type(one) is int and 0 <= one < rows for one in several):
+        raise ValueError(f"config: {key}={given!r:.80}, expected an id below {rows} or null")
+    return several[0]
 
 
 class Named(nn.Module):
@@ -334,8 +312,8 @@ class Model(Named):
         published = self.released_mask_id(s.rows)
         if config.get("mask_token_id") is None and published is not None:
             self.config["mask_token_id"] = published
-        self.mask_id = self._token_id("mask_token_id")
-        self.eos_id = self._token_id("eos_token_id")
+        self.mask_id = token_id(self.config, "mask_token_id", s.rows)
+        self.eos_id = token_id(self.config, "eos_token_id", s.rows)
         self.embed = nn.Embedding(s.rows, s.width)
         names = {o: t.removeprefix(layer + "{}.") for o, t in self.NAMES.items() if "{}" in t}
         self.blocks = nn.ModuleList(Block(s, names) for _ in range(s.layers))
@@ -355,9 +333,11 @@ class Model(Named):
     def shape_of(cls, config: Mapping[str, Any]) -> Shape:
         """What the config.json says of the transformer. Raises ValueError as `Model` does."""
         try:
-            return cls.read_config(config)
+            shape = cls.read_config(config)
         except KeyError as error:
             raise ValueError(f"config: {error} is missing") from error
+        token_id(config, "eos_token_id", shape.rows)
+        return shape
 
     @classmethod
     def released_mask_id(cls, rows: int | None) -> int | None:
@@ -367,14 +347,6 @@ class Model(Named):
         """
         published = cls.published_mask_id
         return published if published is None or rows is None or 0 < rows - published <= 512 else None
-
-    def _token_id(self, key: str) -> int | None:
-        """The id, or the first of several, as eos_token_id may be."""
-        given = self.config.get(key)
-        first: Any = given[0] if isinstance(given, list) and given else given
-        if given is None or (type(first) is int and 0 <= first < self.shape.rows):
-            return first
-        raise ValueError(f"config: {key}={given!r}, expected an id below {self.shape.rows} or null")
 
     def train(self, mode: bool = True) -> Model:
         dropped = {key: self.config[key] for key in DROPOUT if self.config.get(key)}

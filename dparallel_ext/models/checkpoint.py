@@ -6,9 +6,10 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from . import files, side_by_side
-from .base import Model
+from .base import Model, Shape
 from .dream import Dream
 from .fast_dllm import FastDLLM
 from .llada import LLaDA
@@ -59,16 +60,30 @@ def load(
     place = device_of(device)
     directory = files.locate(path)
     source = f"path: {directory}"
-    config = files.read_json(directory / "config.json", required=True)
+    config, shape = config_of(directory)
     files.refuse_quantised(config, (), source)
-    rows = _family(config, source).shape_of(config).rows
-    mask_id = _mask_id(mask_id, directory, rows)
+    mask_id = _mask_id(mask_id, directory, shape.rows)
     if mask_id is not None:
         config["mask_token_id"] = mask_id
     backends.warn_without_kernels(place)
-    stored = _stored(_shards(directory), str(place))
     fuse = place.type != "cpu" if fuse is None else fuse
-    return _assemble(config, stored, source, fuse, dtype)
+    with ExitStack() as opened:
+        stored = _stored(_shards(directory), str(place), opened)
+        return _assemble(config, stored, source, fuse, dtype)
+
+
+def config_of(directory: Path) -> tuple[dict[str, Any], Shape]:
+    """The content of config.json, and what it says of the transformer.
+
+    Raises FileNotFoundError, and ValueError naming the file and the key.
+    """
+    file = directory / "config.json"
+    config = files.read_json(file, required=True)
+    family = _family(config, f"path: {file}")
+    try:
+        return config, family.shape_of(config)
+    except ValueError as error:
+        raise ValueError(f"path: {file}: {str(error).removeprefix('config: ')}") from error
 
 
 def _mask_id(given: int | None, directory: Path, rows: int) -> int | None:
@@ -131,14 +146,17 @@ def wrap(hf_model: nn.Module) -> Model:
     devices = {str(p.device) for p in given.values()}
     if len(devices) > 1 or "meta" in devices:
         raise ValueError(f"hf_model: expected its weights on one device, got {sorted(devices)}")
-    tensors = ((name, tuple(p.shape), partial(_same, p)) for name, p in given.items())
+    tensors = [
+        Offer(name, tuple(p.shape), NAMES.get(p.dtype, str(p.dtype)), partial(_same, p))
+        for name, p in given.items()
+    ]
     content = dict(config if isinstance(config, Mapping) else config.to_dict())
     if content.get("mask_token_id") is None:
         content["mask_token_id"] = getattr(
             getattr(hf_model, "generation_config", None), "mask_token_id", None
         )
     files.refuse_quantised(content, given, f"hf_model: {type(hf_model).__name__}")
-    model = _assemble(content, tensors, f"hf_model: {type(hf_model).__name__}")
+    model = _assemble(content, tensors, f"hf_model: {type(hf_model).__name__}", mixed=True)
     for name, module in adapted.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)
@@ -174,7 +192,7 @@ def save(
     """Write config.json and model.safetensors as the family's published checkpoints have them.
 
     `dtype`: of the file, default the model's. `state_dict`: tensors to write instead of the model's own, as
-    gathered from shards. Each file appears whole or not at all.
+    gathered from shards. Each file appears whole or not at all, config.json last.
 
     Raises ValueError for a quantised model, and for one under adapters.
     """
@@ -201,23 +219,29 @@ def save(
         config["dtype"] = config["torch_dtype"]
     config["model_type"] = names[0] if names else config.get("model_type")
     weights, file = directory / "model.safetensors", directory / "config.json"
-    partial_weights, partial_file = (f.with_name(f"{f.name}.{os.getpid()}.partial") for f in (weights, file))
-    try:
-        partial_file.write_text(json.dumps(config, indent=2) + "\n")
-        save_file(tensors, partial_weights, metadata={"format": "pt"})
-        shutil.copymode(partial_file, partial_weights)  # safetensors makes it the owner's alone
-        os.replace(partial_weights, weights)
-        os.replace(partial_file, file)
-    finally:
-        for partial_one in (partial_weights, partial_file):
-            partial_one.unlink(missing_ok=True)
+    with files.replacing(file) as new_file, files.replacing(weights) as new_weights:
+        new_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, new_weights, metadata={"format": "pt"})
+        shutil.copymode(new_file, new_weights)  # safetensors makes it the owner's alone
+        for new in (new_file, new_weights):
+            files.flush(new)
+        if file.exists() and file.read_bytes() != new_file.read_bytes():
+            file.unlink()  # the weights come first, and another config is not theirs
 
 
-# A tensor on offer: its name, its shape, and how to get it.
-Offer = tuple[str, tuple[int, ...], Callable[[], Tensor]]
+class Offer(NamedTuple):
+    """A tensor that is there to be had."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """A name of `DTYPES`, or another."""
+    fetch: Callable[[], Tensor]
 
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+"""What is read, by the names of safetensors."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def _family(config: Mapping[str, Any], source: str) -> type[Model]:
@@ -234,54 +258,84 @@ def _assemble(
     source: str,
     fuse: bool = False,
     dtype: torch.dtype | None = None,
+    mixed: bool = False,
 ) -> Model:
-    """The model of `config`, holding `tensors` in `dtype`: nothing is allotted or initialised beside them."""
+    """The model of `config`, holding `tensors` in `dtype`; without it they are of one type, unless `mixed`.
+
+    Nothing is allotted or initialised beside them, and nothing is read before all are seen to fit.
+    """
     family = _family(config, source)
     with torch.device("meta"):
         model = family(config)
     wanted = dict(model.named_parameters())
-    places = side_by_side.Places(model.groups() if fuse else ())
     # A tied head may be stored all the same.
     known = {*wanted, model.checkpoint_name("lm_head") + ".weight"} if model.shape.tied else set(wanted)
-    found: set[str] = set()
-    faults: list[str] = []
-    for name, shape, fetch in tensors:
-        found.add(name)
-        if name not in wanted:
-            continue
-        expected = wanted[name]
-        if shape != tuple(expected.shape):
-            faults.append(f"{name} is {shape}, expected {tuple(expected.shape)}")
-            continue
-        tensor = fetch()
-        if tensor.dtype not in DTYPES:
-            faults.append(f"{name} is {tensor.dtype}, expected a floating-point type of 16 bits or more")
-            continue
-        tensor = tensor if dtype is None else tensor.to(dtype)
-        module, _, parameter = name.rpartition(".")
-        held = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(places.put(expected, tensor))
-        setattr(model.get_submodule(module), parameter, held)
-    faults += [f"{name} is missing" for name in sorted(set(wanted) - found)]
-    faults += [f"{name} is unexpected" for name in sorted(found - known)]
+    found = {offer.name: offer for offer in tensors}
+    fitting = [offer for offer in found.values() if offer.name in wanted]
+    faults = []
+    for name, shape, kind, _ in fitting:
+        expected = tuple(wanted[name].shape)
+        if shape != expected:
+            faults.append(f"{name} is {shape}, expected {expected}")
+        elif kind not in DTYPES:
+            faults.append(f"{name} is {kind}, expected a floating-point type of 16 bits or more")
+    kinds = {offer.dtype: offer.name for offer in reversed(fitting) if offer.dtype in DTYPES}
+    if dtype is None and not mixed and len(kinds) > 1:
+        both = " and ".join(f"{name} {kind}" for kind, name in sorted(kinds.items())[:2])
+        faults.append(f"{both}, expected tensors of one type; the argument dtype makes them so")
+    faults += [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
+    faults += [f"{name:.200} is unexpected" for name in sorted(found.keys() - known)]
     if faults:
-        files.refuse_quantised(config, found - known, source)
+        files.refuse_quantised(config, found.keys() - known, source)
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(f"{source} does not fit {family.__name__}: {'; '.join(faults[:5])}{more}")
+    places = side_by_side.Places(model.groups() if fuse else ())
+    for name, _, _, fetch in fitting:
+        tensor = fetch()
+        tensor = tensor if dtype is None else tensor.to(dtype)
+        module, _, parameter = name.rpartition(".")
+        held = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(places.put(wanted[name], tensor))
+        setattr(model.get_submodule(module), parameter, held)
     model.tie()
     return model.eval()
 
 
-def _stored(shards: Mapping[Path, Mapping[str, str] | None], device: str) -> Iterator[Offer]:
+def _stored(
+    shards: Mapping[Path, Mapping[str, str] | None], device: str, opened: ExitStack
+) -> Iterator[Offer]:
+    """The tensors of the files, which stay open as long as `opened`."""
+    seen: dict[str, Path] = {}
     for file, index in shards.items():
-        files.refuse_pointer(file)
-        try:
-            with safe_open(file, framework="pt", device=device) as shard:
-                for name in shard.keys():  # noqa: SIM118 (no mapping)
-                    if index is not None and index.get(name, file.name) != file.name:
-                        continue  # a copy that the index passes over
-                    yield name, tuple(shard.get_slice(name).get_shape()), partial(shard.get_tensor, name)
-        except SafetensorError as error:
-            raise ValueError(f"path: {file} is not a readable safetensors file: {error}") from error
+        with _readable(file):
+            files.refuse_pointer(file)
+            shard = opened.enter_context(safe_open(file, framework="pt", device=device))
+            for name in shard.keys():  # noqa: SIM118 (no mapping)
+                if index is not None and index.get(name, file.name) != file.name:
+                    continue  # a copy that the index passes over
+                if name in seen:
+                    raise ValueError(
+                        f"path: {file} and {seen[name].name} both hold {name:.200}, and the index does not "
+                        "say which is meant"
+                    )
+                seen[name] = file
+                part = shard.get_slice(name)
+                fetch = partial(_fetch, file, shard, name)
+                yield Offer(name, tuple(part.get_shape()), part.get_dtype(), fetch)
+
+
+def _fetch(file: Path, shard: Any, name: str) -> Tensor:
+    with _readable(file):
+        tensor: Tensor = shard.get_tensor(name)
+    return tensor
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Within it, what safetensors and the system say of a file is a ValueError that names it."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"path: {file} is not a readable safetensors file: {error}") from error
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -303,10 +357,10 @@ def _shards(directory: Path) -> dict[Path, dict[str, str] | None]:
     if not isinstance(found, dict):
         raise ValueError(f"path: {index} has no weight_map")
     for name in found.values():
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"path: {index} names {name!r}, expected a file beside it")
+        if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+            raise ValueError(f"path: {index} names {name!r:.200}, expected a file beside it")
     shards = [directory / name for name in sorted(set(found.values()))]
     for file in shards:
-        if not file.is_file():
-            raise FileNotFoundError(f"path: {index.name} names {file.name}, not in {directory}")
+        if not os.path.isfile(file):  # false for a name too long, where Path's raises
+            raise FileNotFoundError(f"path: {index.name} names {file.name!r:.200}, not in {directory}")
     return dict.fromkeys(shards, found)

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
-from .base import Model, Shape, check_supported, number
+from . import fields
+from .base import Model, Shape
+from .fields import Field
 
 _LAYER = "model.layers.{}."
 _SUPPORTED = {
     "hidden_act": "silu",
     "use_sliding_window": False,
     "mlp_bias": False,
+    "partial_rotary_factor": 1,
+}
+_FIELDS = {
+    "num_hidden_layers": fields.LAYERS,
+    "hidden_size": fields.WIDTH,
+    "num_attention_heads": fields.HEADS,
+    "num_key_value_heads": replace(fields.HEADS, default=None),
+    "head_dim": Field(int, None, most=2**16),
+    "intermediate_size": fields.MLP_WIDTH,
+    "vocab_size": fields.VOCABULARY,
+    "rms_norm_eps": fields.EPS,
+    "rope_theta": replace(fields.ROPE_THETA, default=None),
+    "rope_scaling": Field(dict, None),
+    "rope_parameters": Field(dict, None),  # transformers 5
+    "max_position_embeddings": fields.POSITIONS,
+    "tie_word_embeddings": fields.NO,
 }
 
 
@@ -44,27 +63,31 @@ class Dream(Model):
 
 def qwen_shape(config: Mapping[str, Any], **more: Any) -> Shape:
     """The shape of a config.json in the keys of Qwen's models."""
-    check_supported(config, _SUPPORTED)
+    fields.check_supported(config, _SUPPORTED)
+    c = fields.read(config, _FIELDS)
     rope: Mapping[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):  # the second: transformers 5
-        rope = config.get(key) or rope
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = c[key] or rope
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
-            raise ValueError(f"config: {key} of type {kind!r} is not supported")
-    heads, width = number(config, "num_attention_heads"), number(config, "hidden_size")
-    theta = rope.get("rope_theta") if config.get("rope_theta") is None else config["rope_theta"]
+            raise ValueError(f"config: {key} of type {kind!r:.80} is not supported")
+        nested = [name for name, value in rope.items() if isinstance(value, Mapping)]
+        if nested:
+            raise ValueError(f"config: {key} by kinds of layers ({nested[0]!r:.80}) is not supported")
+    fields.check_supported(rope, {"partial_rotary_factor": 1})
+    heads, width = c["num_attention_heads"], c["hidden_size"]
     return Shape(
-        layers=number(config, "num_hidden_layers"),
+        layers=c["num_hidden_layers"],
         width=width,
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or width // heads,
-        mlp_width=number(config, "intermediate_size"),
-        rows=number(config, "vocab_size"),
-        vocab_size=number(config, "vocab_size"),
-        eps=number(config, "rms_norm_eps", 1e-6, kind=float),
-        rope_theta=number({"rope_theta": theta}, "rope_theta", 10000.0, kind=float),
+        kv_heads=c["num_key_value_heads"] or heads,
+        head_dim=c["head_dim"] or fields.width_of_heads(width, heads),
+        mlp_width=c["intermediate_size"],
+        rows=c["vocab_size"],
+        vocab_size=c["vocab_size"],
+        eps=c["rms_norm_eps"],
+        rope_theta=c["rope_theta"] or fields.read(rope, {"rope_theta": fields.ROPE_THETA})["rope_theta"],
         rope_in_float32=False,
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=bool(c["tie_word_embeddings"]),
         **more,
     )

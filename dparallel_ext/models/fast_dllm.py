@@ -36,10 +36,14 @@ class FastDLLM(Model):
 
     shift = True
     strict = frozenset({"confidence"})
-    sub_block_length = 8
+    sub_block_length: ClassVar[int] = 8
     published_mask_id = 151665
     NAMES: ClassVar[dict[str, str]] = QWEN_NAMES
 
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> Shape:
-        return block_causal_shape(config, "bd_size", 32, qkv_bias=True)
+        shape = block_causal_shape(config, "bd_size", 32, qkv_bias=True)
+        part = FastDLLM.sub_block_length
+        if (shape.block_length or 0) % part:
+            raise ValueError(f"config: bd_size={shape.block_length}, expected a multiple of {part}")
+        return shape

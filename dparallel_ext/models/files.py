@@ -1,11 +1,13 @@
-"""The files of a checkpoint: where they lie, what they say, and which token is the mask."""
+"""The files of a checkpoint: where they lie, what they say, and how they are written."""
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +72,37 @@ def fetched(name: str) -> Path:
         ) from error
 
 
+MOST_BYTES = 2**28
+"""Of a file that is read whole; the largest of released checkpoints, a tokenizer.json, has a tenth of it."""
+
+
+def read_text(file: Path) -> str:
+    """The text of a file. Raises ValueError naming the file that is not UTF-8, too large or a pointer."""
+    refuse_pointer(file)
+    try:
+        size = file.stat().st_size
+        if size > MOST_BYTES:
+            raise ValueError(f"path: {file} has {size:,} bytes, expected {MOST_BYTES:,} or fewer")
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"path: {file} is not UTF-8 text: byte {error.start}, {error.reason}") from error
+    except OSError as error:
+        raise ValueError(f"path: {file} cannot be read: {error.strerror}") from error
+
+
 def read_json(file: Path, *, required: bool = False) -> dict[str, Any]:
     """The object in a JSON file; an empty one where there is no file, unless it is required.
 
-    Raises FileNotFoundError, or ValueError naming the file.
+    Raises FileNotFoundError, or ValueError naming the file, and a key that it gives two values.
     """
     if not file.is_file():
         if required:
             raise FileNotFoundError(f"path: no {file.name} in {file.parent}")
         return {}
-    refuse_pointer(file)
+    text = read_text(file)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(text, object_pairs_hook=_object)
+        check_text(text, content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"path: {file} is not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -89,11 +110,30 @@ def read_json(file: Path, *, required: bool = False) -> dict[str, Any]:
     return content
 
 
+def check_text(text: str, content: Any) -> None:
+    """Raise ValueError where a string of JSON has half of a surrogate pair, which no tokenizer takes."""
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        json.dumps(content, ensure_ascii=False).encode()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = [key for key, value in pairs if json.dumps(value) != json.dumps(found[key])]
+        if twice:
+            raise ValueError(f"it has two values for {twice[0]!r:.200}")
+    return found
+
+
 def refuse_pointer(file: Path) -> None:
-    """Raise ValueError where Git LFS left a pointer in the place of the file."""
-    with file.open("rb") as opened:
-        if opened.read(42) == b"version https://git-lfs.github.com/spec/v1":
-            raise ValueError(f"path: {file} is a Git LFS pointer; `git lfs pull` fetches the file itself")
+    """Raise ValueError where Git LFS left a pointer in the place of the file, or it cannot be read."""
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(42)
+    except OSError as error:
+        raise ValueError(f"path: {file} cannot be read: {error.strerror}") from error
+    if start == b"version https://git-lfs.github.com/spec/v1":
+        raise ValueError(f"path: {file} is a Git LFS pointer; `git lfs pull` fetches the file itself")
 
 
 def special_tokens(directory: Path) -> dict[str, str]:
@@ -115,41 +155,82 @@ def token_text(token: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
+def more_special_tokens(directory: Path) -> set[str]:
+    """The texts of additional_special_tokens. Raises ValueError naming the file that lists what are none."""
+    names = ["tokenizer_config.json"]
+    if not read_json(directory / names[0]).get("added_tokens_decoder"):
+        names.insert(0, "special_tokens_map.json")  # as in `special_tokens`
+    for name in names:
+        listed = read_json(directory / name).get("additional_special_tokens")
+        if listed:
+            texts = [token_text(token) for token in listed] if isinstance(listed, list) else [None]
+            if None in texts:
+                raise ValueError(
+                    f"path: {directory / name}: additional_special_tokens={listed!r:.80}, expected a list of "
+                    "tokens"
+                )
+            return {text for text in texts if text}
+    return set()
+
+
 def added_tokens(directory: Path) -> dict[str, dict[str, Any]]:
     """The tokens beside the vocabulary, by their text: {"id": int, "special": bool, "lstrip": bool, ...}.
 
     Of tokenizer_config.json, else tokenizer.json, else added_tokens.json, where those with a role are
     special. Raises ValueError naming the file that does not hold such a list.
     """
-    config = read_json(directory / "tokenizer_config.json")
     file = directory / "tokenizer_config.json"
+    listed = read_json(file).get("added_tokens_decoder")
     try:
-        if config.get("added_tokens_decoder"):
-            listed = config["added_tokens_decoder"]
-            return {token["content"]: {**token, "id": int(index)} for index, token in listed.items()}
-        file = directory / "tokenizer.json"
-        if file.is_file():
-            return {token["content"]: dict(token) for token in read_json(file).get("added_tokens") or ()}
-        file = directory / "added_tokens.json"
-        more = read_json(directory / "special_tokens_map.json").get("additional_special_tokens")
-        more = more or config.get("additional_special_tokens") or ()
-        special = {*special_tokens(directory).values(), *map(token_text, more)}
-        return {
-            text: {"id": int(index), "special": text in special, "normalized": text not in special}
-            for text, index in read_json(file).items()
-        }
+        if listed:
+            tokens = [{**token, "id": int(index)} for index, token in listed.items()]
+        elif (directory / "tokenizer.json").is_file():
+            file = directory / "tokenizer.json"
+            tokens = [dict(token) for token in read_json(file).get("added_tokens") or ()]
+        else:
+            file = directory / "added_tokens.json"
+            special = {*special_tokens(directory).values(), *more_special_tokens(directory)}
+            tokens = [
+                {"content": text, "id": index, "special": text in special, "normalized": text not in special}
+                for text, index in read_json(file).items()
+            ]
+        found = {token["content"]: token for token in tokens}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if str(error).startswith("path: "):
+            raise
         raise ValueError(f"path: {file} does not list its added tokens as expected: {error!r}") from error
+    for text, token in found.items():
+        if not isinstance(text, str) or not is_id(token.get("id")):
+            raise ValueError(
+                f"path: {file} does not list its added tokens as expected: {text!r:.80} with the id "
+                f"{token.get('id')!r:.80}"
+            )
+    return found
+
+
+MOST_IDS = 2**24
+
+
+def is_id(value: Any, most: int = MOST_IDS) -> bool:
+    """Whether a value of a JSON file is a token's id."""
+    return type(value) is int and 0 <= value < most
 
 
 def mask_token_id(directory: Path) -> int | None:
     """The mask's id by config.json, else generation_config.json, else the tokenizer's files, else None.
 
     The tokenizer's mask_token counts; without it, an added token of one of the names `MASK_TOKENS`.
+
+    Raises ValueError naming the file.
     """
     for name in ("config.json", "generation_config.json"):
-        given = read_json(directory / name).get("mask_token_id")
+        given: int | None = read_json(directory / name).get("mask_token_id")
         if given is not None:
+            if not is_id(given):
+                raise ValueError(
+                    f"path: {directory / name}: mask_token_id={given!r:.80}, expected an id or null, unless "
+                    "mask_id is given"
+                )
             return given
     added = added_tokens(directory)
     text = special_tokens(directory).get("mask_token")
@@ -158,10 +239,26 @@ def mask_token_id(directory: Path) -> int | None:
         return ids.pop() if len(ids) == 1 else None
     if text in added:
         return int(added[text]["id"])
-    vocabulary = (read_json(directory / "tokenizer.json").get("model") or {}).get("vocab")
+    model = read_json(directory / "tokenizer.json").get("model")
+    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
     if not isinstance(vocabulary, dict):
         vocabulary = read_json(directory / "vocab.json")
     return vocabulary.get(text)
+
+
+def end_token_ids(directory: Path) -> list[int]:
+    """Of eos_token_id in generation_config.json and config.json, each an id, a list of ids, or null.
+
+    Raises ValueError naming the file.
+    """
+    found: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        given = read_json(directory / name).get("eos_token_id")
+        ids = given if isinstance(given, list) else [] if given is None else [given]
+        if not all(map(is_id, ids)):
+            raise ValueError(f"path: {directory / name}: eos_token_id={given!r:.80}, expected ids or null")
+        found += ids
+    return found
 
 
 PACKED = {
@@ -188,3 +285,29 @@ def refuse_quantised(config: Mapping[str, Any], names: Iterable[str], source: st
     packed = sorted(name for name in names if name.rpartition(".")[2] in PACKED)
     if packed:
         raise ValueError(f"{source} is quantised (it has {', '.join(packed[:2])}, ...); {said}")
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(file: str | Path) -> Iterator[Path]:
+    """A path to write to; after the block it takes the place of `file`, or is removed if the block raises.
+
+    The path is this process's own, and its content is on the disk before it has the name of `file`.
+    """
+    file = Path(file)
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        flush(partial)
+        os.replace(partial, file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def flush(file: Path) -> None:
+    """Wait until the content of a file is on the disk. Raises OSError where there is no room for it."""
+    with file.open("rb") as written:
+        os.fsync(written.fileno())

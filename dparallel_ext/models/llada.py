@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
-from .base import Model, Shape, check_supported, number
+from . import fields
+from .base import Model, Shape
+from .fields import Field
 
 _BLOCK = "model.transformer.blocks.{}."
 
@@ -22,6 +25,26 @@ _SUPPORTED = {
     "clip_qkv": None,
 }
 _EXPLICIT = ("block_type", "activation_type", "layer_norm_type", "rope")
+_FIELDS = {
+    "n_layers": fields.LAYERS,
+    "d_model": fields.WIDTH,
+    "n_heads": fields.HEADS,
+    "n_kv_heads": replace(fields.HEADS, default=None),
+    "multi_query_attention": fields.NO,
+    "mlp_hidden_size": replace(fields.MLP_WIDTH, default=None),
+    "mlp_ratio": Field(int, None, most=1000),
+    "vocab_size": fields.VOCABULARY,
+    "embedding_size": replace(fields.VOCABULARY, default=None, least=0),
+    "rms_norm_eps": replace(fields.EPS, default=1e-5),
+    "rope_theta": fields.ROPE_THETA,
+    "rope_full_precision": Field(bool, True),
+    "max_sequence_length": fields.POSITIONS,
+    "include_bias": Field(bool),
+    "include_qkv_bias": fields.NO,
+    "bias_for_layer_norm": Field(bool, None),
+    "weight_tying": Field(bool),
+    "scale_logits": fields.NO,
+}
 
 
 class LLaDA(Model):
@@ -43,29 +66,28 @@ class LLaDA(Model):
 
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> Shape:
-        check_supported(config, _SUPPORTED, _EXPLICIT)
-        heads, width, bias = (
-            number(config, "n_heads"),
-            number(config, "d_model"),
-            bool(config["include_bias"]),
+        fields.check_supported(config, _SUPPORTED, _EXPLICIT)
+        c = fields.read(config, _FIELDS)
+        heads, width, bias, norm_bias = (
+            c[key] for key in ("n_heads", "d_model", "include_bias", "bias_for_layer_norm")
         )
-        kv_heads = config.get("n_kv_heads") or (1 if config.get("multi_query_attention") else heads)
-        norm_bias = config.get("bias_for_layer_norm")  # null: as include_bias
+        if c["mlp_hidden_size"] is None and c["mlp_ratio"] is None:
+            raise ValueError("config: 'mlp_hidden_size' is missing or null, and so is 'mlp_ratio'")
         return Shape(
-            layers=number(config, "n_layers"),
+            layers=c["n_layers"],
             width=width,
             heads=heads,
-            kv_heads=kv_heads,
-            head_dim=width // heads,
-            mlp_width=config.get("mlp_hidden_size") or number(config, "mlp_ratio") * width,
-            rows=config.get("embedding_size") or number(config, "vocab_size"),
-            vocab_size=number(config, "vocab_size"),
-            eps=number(config, "rms_norm_eps", 1e-5, kind=float),
-            rope_theta=number(config, "rope_theta", 10000.0, kind=float),
-            rope_in_float32=config.get("rope_full_precision", True),
-            qkv_bias=bool(config.get("include_qkv_bias", False)) or bias,
-            bias=bias,
-            norm_bias=bias if norm_bias is None else bool(norm_bias),
-            tied=bool(config["weight_tying"]),
-            logit_scale=width**-0.5 if config.get("scale_logits") else 1.0,
+            kv_heads=c["n_kv_heads"] or (1 if c["multi_query_attention"] else heads),
+            head_dim=fields.width_of_heads(width, heads),
+            mlp_width=c["mlp_hidden_size"] or c["mlp_ratio"] * width,
+            rows=c["embedding_size"] or c["vocab_size"],
+            vocab_size=c["vocab_size"],
+            eps=c["rms_norm_eps"],
+            rope_theta=c["rope_theta"],
+            rope_in_float32=bool(c["rope_full_precision"]),
+            qkv_bias=bool(c["include_qkv_bias"] or bias),
+            bias=bool(bias),
+            norm_bias=bool(bias if norm_bias is None else norm_bias),  # null: as include_bias
+            tied=bool(c["weight_tying"]),
+            logit_scale=width**-0.5 if c["scale_logits"] else 1.0,
         )

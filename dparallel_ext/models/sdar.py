@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
-from .base import Model, Shape, number
+from . import fields
+from .base import Model, Shape
 from .dream import QWEN_NAMES, qwen_shape
 
 
@@ -23,8 +25,8 @@ class SDAR(Model):
 
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> Shape:
-        bias = bool(config.get("attention_bias", False))
-        return block_causal_shape(config, "block_size", 4, qk_norm=True, qkv_bias=bias)
+        bias = fields.read(config, {"attention_bias": fields.NO})["attention_bias"]
+        return block_causal_shape(config, "block_size", 4, qk_norm=True, qkv_bias=bool(bias))
 
 
 def block_causal_shape(config: Mapping[str, Any], key: str, default: int, **more: Any) -> Shape:
@@ -32,4 +34,5 @@ def block_causal_shape(config: Mapping[str, Any], key: str, default: int, **more
 
     `default`: the published one.
     """
-    return qwen_shape(config, block_length=number(config, key, default), **more)
+    blocks = fields.read(config, {key: replace(fields.BLOCK_LENGTH, default=default)})
+    return qwen_shape(config, block_length=blocks[key], **more)

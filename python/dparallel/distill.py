@@ -123,12 +123,12 @@ class Companions:
         self.source = source
 
     def save_pretrained(self, directory: str | Path, **_: Any) -> None:
-        for file in self.source.iterdir():
+        for file in (*self.source.iterdir(), *self.source.glob("additional_chat_templates/*")):
             if file.is_file() and any(fnmatch(file.name, pattern) for pattern in COMPANIONS):
-                shutil.copyfile(file, Path(directory) / file.name)
-        templates = self.source / "additional_chat_templates"
-        if templates.is_dir():
-            shutil.copytree(templates, Path(directory) / templates.name, dirs_exist_ok=True)
+                copy = Path(directory) / file.relative_to(self.source)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                with files.replacing(copy) as partial:
+                    shutil.copyfile(file, partial)
 
 
 def last_checkpoint(directory: Path) -> str | None:
@@ -206,8 +206,8 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
         files.write_json(directory / "training.json", report)
     if isinstance(model, Model) and not trainer.is_fsdp_enabled:
         if trainer.is_world_process_zero():
+            Companions(source).save_pretrained(directory)  # before config.json, which makes it a checkpoint
             dx.models.save(model, directory, dtype=torch.bfloat16)
-            Companions(source).save_pretrained(directory)
     else:
         trainer.save_model(str(directory))
     finish(trainer)
@@ -249,9 +249,11 @@ def merge(
     The adapter may have been trained on one of ours or on the Hugging Face model of the same checkpoint.
     `model`: the base; default: the one that the adapter names. `mask_id`: instead of the base's.
 
-    Raises FileNotFoundError, and ValueError where adapter and base do not fit.
+    Raises FileNotFoundError, ValueError where the adapter cannot be read, adapter and base do not fit, or
+    another run is writing to `out`, and OSError where the disk is full.
     """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     directory = files.possible("out", out)
@@ -259,7 +261,16 @@ def merge(
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (adapter / file).is_file():
             raise FileNotFoundError(f"adapter: no {file} in {adapter}")
-    config = LoraConfig.from_pretrained(str(adapter))
+    try:
+        config = LoraConfig.from_pretrained(str(adapter))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"adapter: {adapter / 'adapter_config.json'} is not LoRA's: {error}") from error
+    try:
+        tensors = load_file(adapter / "adapter_model.safetensors")
+    except SafetensorError as error:
+        raise ValueError(
+            f"adapter: {adapter / 'adapter_model.safetensors'} is not a readable safetensors file: {error}"
+        ) from error
     name = model or config.base_model_name_or_path
     if not name:
         raise ValueError("model: the adapter does not name its base, so give one")
@@ -267,7 +278,7 @@ def merge(
     base = dx.models.load(source, mask_id=mask_id)
     known = {name.rpartition(".")[0]: None for name, _ in base.named_parameters()}
     prefix, found = "base_model.model.", {}
-    for key, tensor in load_file(adapter / "adapter_model.safetensors").items():
+    for key, tensor in tensors.items():
         module, lora, rest = key.removeprefix(prefix).partition(".lora_")
         if module.startswith("blocks."):  # by our names, as adapters were written here once
             module = base.checkpoint_name(module)
@@ -283,8 +294,11 @@ def merge(
     left: Any = set_peft_model_state_dict(adapted, found)
     if left.unexpected_keys:
         raise ValueError(f"adapter: {left.unexpected_keys[0]} does not fit {source}")
-    dx.models.save(adapted.merge_and_unload(), directory)
-    Companions(source).save_pretrained(directory)
+    merged = adapted.merge_and_unload()
+    files.directory("out", directory)
+    with files.locked("out", directory), files.full_disk_named(directory):
+        Companions(source).save_pretrained(directory)  # before config.json, which makes it a checkpoint
+        dx.models.save(merged, directory)
     return directory
 
 
@@ -302,7 +316,7 @@ def plan(recipe: Recipe, *, processes: int = 1) -> dict[str, Any]:
         raise ValueError(f"processes: expected a whole number >= 1, got {processes}")
     config = recipe.architecture
     if config is None:
-        config = json.loads((registry.directory_of(recipe.model) / "config.json").read_text())
+        config, _ = dx.models.config_of(registry.directory_of(recipe.model))
     family = dx.models.FAMILIES.get(str(config.get("model_type")))
     if family is None:
         raise ValueError(

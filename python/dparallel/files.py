@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dparallel_ext.models.files import check_text, replacing
+
 # --- reading ------------------------------------------------------------------------------------
 
 
@@ -44,7 +46,8 @@ def json_object(argument: str, file: str | Path, number: int, line: str) -> dict
     """The JSON object in a line. Raises ValueError naming the line."""
     try:
         content = json.loads(line)
-    except ValueError as error:
+        check_text(line, content)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{argument}: {file}:{number} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{argument}: {file}:{number} holds a {type(content).__name__}, expected an object")
@@ -86,24 +89,6 @@ def writable(argument: str, file: str | Path) -> Path:
     return file
 
 
-@contextmanager
-def replacing(file: str | Path) -> Iterator[Path]:
-    """A path to write to; after the block it takes the place of `file`, or is removed if the block raises.
-
-    The path is this process's own, and its content is on the disk before it has the name of `file`.
-    """
-    file = Path(file)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def write_text(file: str | Path, text: str) -> None:
     """Whole or not at all, in UTF-8; the directory is made."""
     Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +105,8 @@ def write_json(file: str | Path, content: Any) -> None:
 def locked(argument: str, path: Path) -> Iterator[None]:
     """The directory is this run's alone. Raises ValueError where another run has it.
 
-    The lock ends with the process, however that ends. Of several processes of a run the first holds it.
+    The lock ends with the process, however that ends. Of several processes of a run the first holds it. What
+    a run that was killed had half-written (see `replacing`) is removed, unless this run has more processes.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
@@ -136,12 +122,19 @@ def locked(argument: str, path: Path) -> Iterator[None]:
             ) from error
         except OSError:
             pass  # a file system that knows no locks
+        else:
+            if os.environ.get("WORLD_SIZE", "1") == "1":
+                for partial in path.glob("*.partial"):
+                    partial.unlink(missing_ok=True)
         yield
     finally:
         os.close(descriptor)
 
 
-WRITE_FAILED = ("unexpected pos", "PytorchStreamWriter failed", "os error 28", "os error 27", "os error 122")
+WRITE_FAILED = (
+    *("unexpected pos", "PytorchStreamWriter failed", "iostream error"),
+    *("os error 28", "os error 27", "os error 122"),
+)
 """What torch and safetensors say of a write that the disk (or a quota) had no room for."""
 
 

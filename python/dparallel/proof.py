@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import distill, evaluate, plots, train, trajectories
+from . import distill, evaluate, files, plots, train, trajectories
 
 TEACHER_POLICIES = (
     [evaluate.ONE]
@@ -195,7 +195,7 @@ def run(
     evaluate.write_json(out / "report.json", report)
     shown = [row for row in report["table"] if not row["policy"].startswith("entropy_bound")]
     plots.accuracy_against_passes(shown, out / "curves.png")
-    (out / "report.md").write_text(markdown(report))
+    files.write_text(out / "report.md", markdown(report))
     say(markdown(report))
     return report
 

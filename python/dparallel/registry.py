@@ -9,7 +9,7 @@ import torch
 
 from dparallel_ext import models
 
-from . import files, tasks, text, tokenizer
+from . import tasks, text, tokenizer
 
 BUILTIN = Path(__file__).parent / "builtin"
 DEFAULT = "builtin:teacher"
@@ -63,13 +63,7 @@ def block_length(name: str) -> int:
 
     By its config.json alone. Raises FileNotFoundError and ValueError, by name.
     """
-    file = directory_of(name) / "config.json"
-    config = files.json_object("model", file, 1, files.read_text("model", file))
-    kind = config.get("model_type")
-    family = models.FAMILIES.get(kind) if isinstance(kind, str) else None
-    if family is None:
-        raise ValueError(f"model: {file} has model_type {kind!r}, none of {list(models.FAMILIES)}")
-    return family.shape_of(config).block_length or 32
+    return models.config_of(directory_of(name))[1].block_length or 32
 
 
 def gen_length(name: str) -> int:
@@ -121,4 +115,10 @@ def load(
         if dtype is None and not fast_bfloat16(place):
             dtype = torch.float32
     model = models.load(directory, device=place, dtype=dtype, fuse=fuse, mask_id=mask_id)
+    beyond = [one for one in text.end_tokens(directory, found) if one >= model.shape.rows]
+    if beyond:
+        raise ValueError(
+            f"model: a response of {directory} ends with the tokens {beyond}, expected ids below "
+            f"{model.shape.rows}"
+        )
     return model.quantize() if fp8 else model, found

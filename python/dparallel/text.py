@@ -163,7 +163,7 @@ def _chat_templates(directory: Path) -> dict[str, str]:
     alone = {"default": directory / "chat_template.jinja"}
     more = sorted((directory / "additional_chat_templates").glob("*.jinja"))
     found = {
-        name: file.read_text(encoding="utf-8")
+        name: files.read_text(file)
         for name, file in {**alone, **{file.stem: file for file in more}}.items()
         if file.is_file()
     }
@@ -172,7 +172,8 @@ def _chat_templates(directory: Path) -> dict[str, str]:
     for name in ("tokenizer_config.json", "chat_template.json"):
         given = files.read_json(directory / name).get("chat_template")
         if isinstance(given, list):  # several, each {"name": ..., "template": ...}
-            given = {str(one.get("name")): one.get("template") for one in given if isinstance(one, dict)}
+            entries = [one if isinstance(one, dict) else {} for one in given]
+            given = {str(one.get("name")): one.get("template") for one in entries}
         elif given is None or isinstance(given, str):
             given = {"default": given} if given else {}
         if not isinstance(given, dict) or not all(isinstance(one, str) for one in given.values()):
@@ -198,10 +199,7 @@ def prompt_encoder(tokenizer: Any, template: Template | None) -> Callable[[str],
 
 def end_tokens(directory: Path, tokenizer: Any) -> list[int]:
     """The ids that end a response: those of generation_config.json, config.json, and the eos_token."""
-    given: list[Any] = []
-    for name in ("generation_config.json", "config.json"):
-        ids = files.read_json(directory / name).get("eos_token_id")
-        given += ids if isinstance(ids, list) else [ids]
+    given: list[int | None] = [*files.end_token_ids(directory)]
     text = files.special_tokens(directory).get("eos_token")
     given.append(tokenizer.token_to_id(text) if text else None)
     return list(dict.fromkeys(one for one in given if one is not None))

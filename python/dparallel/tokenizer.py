@@ -11,6 +11,8 @@ QWEN2 = {"Qwen2Tokenizer", "Qwen2TokenizerFast", "DreamTokenizer"}
 """The tokenizer_class of what `qwen2` builds: Dream's remote code is Qwen2's tokenizer by another name."""
 QWEN2_FAMILIES = {"Dream", "sdar", "Fast_dLLM_Qwen"}
 """The model_type that stands for it where no tokenizer_class is given."""
+ANY_TEXT = "a \n\U0010ffff"
+"""With a sign that no vocabulary has."""
 QWEN2_WORDS = "|".join(
     (
         "(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # the end of a contraction
@@ -28,18 +30,21 @@ QWEN2_WORDS = "|".join(
 def load(directory: Path) -> Any:
     """The `tokenizers.Tokenizer` of a checkpoint.
 
-    Raises FileNotFoundError where its files are not there, ValueError where they hold no tokenizer.
+    Raises FileNotFoundError where its files are not there, ValueError where they hold no tokenizer, or one
+    that does not take every text.
     """
     from tokenizers import Tokenizer
 
     file = directory / "tokenizer.json"
     if not file.is_file():
         return qwen2(directory)
-    files.refuse_pointer(file)
+    text = files.read_text(file)
     try:
-        return Tokenizer.from_file(str(file))
+        made = Tokenizer.from_str(text)
+        made.decode(made.encode(ANY_TEXT).ids)
     except Exception as error:  # the package raises nothing narrower
         raise ValueError(f"model: {file} is not a tokenizer: {error}") from error
+    return made
 
 
 def qwen2(directory: Path) -> Any:
@@ -58,14 +63,17 @@ def qwen2(directory: Path) -> Any:
     added = files.added_tokens(directory)
     ids = {**vocabulary, **{text: token["id"] for text, token in added.items()}}
     clash = next((text for text in added if vocabulary.get(text, ids[text]) != ids[text]), None)
-    if clash is not None or len(set(ids.values())) != len(ids):
+    if clash is not None:
         raise ValueError(
-            f"model: the tokens of {directory} do not have one id each"
-            + (
-                f": {clash!r} is {vocabulary[clash]} in vocab.json and {ids[clash]} when added"
-                if clash
-                else ""
-            )
+            f"model: the tokens of {directory} do not have one id each: {clash!r} is {vocabulary[clash]} in "
+            f"vocab.json and {ids[clash]} when added"
+        )
+    of_id = {index: text for text, index in ids.items()}
+    if len(of_id) != len(ids):
+        twice = next(text for text, index in ids.items() if of_id[index] != text)
+        raise ValueError(
+            f"model: the tokens of {directory} do not have one id each: {twice!r:.80} and "
+            f"{of_id[ids[twice]]!r:.80} are both {ids[twice]} in vocab.json and the added tokens"
         )
     try:
         # The added tokens are part of this vocabulary for the sake of their ids; no merge leads to them.
@@ -87,10 +95,7 @@ def _add(made: Any, directory: Path, added: dict[str, dict[str, Any]]) -> None:
     from tokenizers import AddedToken, processors
 
     config, roles = files.read_json(directory / "tokenizer_config.json"), files.special_tokens(directory)
-    special = {
-        *roles.values(),
-        *filter(None, map(files.token_text, config.get("additional_special_tokens") or ())),
-    }
+    special = {*roles.values(), *files.more_special_tokens(directory)}
     flags = ("lstrip", "rstrip", "single_word", "normalized")
     tokens = [
         AddedToken(
@@ -122,28 +127,30 @@ def _vocabulary(directory: Path) -> dict[str, int]:
         raise FileNotFoundError(
             f"model: {directory} has no tokenizer.json, nor {' and '.join(missing)} to build one from"
         )
-    family = files.read_json(directory / "config.json").get("model_type")
-    if kind not in QWEN2 and not (kind is None and family in QWEN2_FAMILIES):
+    family = str(files.read_json(directory / "config.json").get("model_type"))
+    if not (family in QWEN2_FAMILIES if kind is None else str(kind) in QWEN2):
         raise ValueError(
             f"model: {directory} has no tokenizer.json, and only {sorted(QWEN2)} are built from vocab.json "
-            f"and merges.txt, not tokenizer_class {kind!r}; transformers' save_pretrained writes the former"
+            f"and merges.txt, not tokenizer_class {kind!r:.80} of tokenizer_config.json; "
+            "transformers' save_pretrained writes the former"
         )
     vocabulary = files.read_json(directory / "vocab.json")
-    wrong = next((text for text, index in vocabulary.items() if type(index) is not int or index < 0), None)
+    wrong = next((text for text, index in vocabulary.items() if not files.is_id(index)), None)
     if wrong is not None:
-        raise ValueError(f"model: vocab.json of {directory} gives {wrong!r} the id {vocabulary[wrong]!r}")
+        raise ValueError(
+            f"model: vocab.json of {directory} gives {wrong!r:.80} the id {vocabulary[wrong]!r:.80}"
+        )
     return vocabulary
 
 
 def _merges(directory: Path) -> list[tuple[str, str]]:
     file = directory / "merges.txt"
-    files.refuse_pointer(file)
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(files.read_text(file).split("\n"), 1):
         if not line.strip() or (number == 1 and line.startswith("#version:")):
             continue
         parts = line.split()
         if len(parts) != 2:
-            raise ValueError(f"model: {file}:{number} is {line!r}, expected two parts to merge")
+            raise ValueError(f"model: {file}:{number} is {line!r:.200}, expected two parts to merge")
         found.append((parts[0], parts[1]))
     return found

@@ -69,7 +69,8 @@ def tokenizer() -> Any:
 
 def save_tokenizer(directory: Path) -> None:
     """tokenizer.json, and tokenizer_config.json so that `transformers.AutoTokenizer` reads it too."""
-    tokenizer().save(str(directory / "tokenizer.json"))
+    with files.replacing(directory / "tokenizer.json") as partial:
+        tokenizer().save(str(partial))
     special = {"pad": tasks.PAD, "eos": tasks.EOS, "unk": tasks.UNKNOWN, "mask": tasks.MASK}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {f"{name}_token": token for name, token in special.items()}
@@ -214,7 +215,14 @@ def _train(
     recent: list[float] = []
     state_file = directory / "state.pt"
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True, map_location=device)
+        try:
+            state = torch.load(state_file, weights_only=True, map_location=device)
+            state["settings"], state["model"], state["optimizers"]
+        except Exception as error:  # of many kinds
+            raise ValueError(
+                f"out: {state_file} is not the state of a run ({type(error).__name__}: {error}); without it "
+                "the run begins anew"
+            ) from error
         if {**state["settings"], "steps": 0} != {**asdict(settings), "steps": 0}:
             raise ValueError(f"out: {directory} holds a run with other settings: {state['settings']}")
         model.load_state_dict(state["model"])
@@ -268,8 +276,8 @@ def _train(
                 torch.save(state, partial)
 
     model.load_state_dict(average, strict=False)
+    save_tokenizer(directory)  # before config.json, which makes it a checkpoint
     models.save(model, directory, dtype=torch.bfloat16)
-    save_tokenizer(directory)
     report: dict[str, Any] = {"settings": asdict(settings), "seconds": round(seconds), "loss": curve}
     if evaluate:
         report["held_out"] = evaluation.evaluate(str(directory), evaluation.ONE, problems=evaluate)

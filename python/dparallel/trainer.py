@@ -275,9 +275,10 @@ class CertaintyForcingTrainer(Trainer):
         if not isinstance(model, Model):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:  # every process is called, one writes
-            dx.models.save(model, directory, state_dict=state_dict)
-            if self.processing_class is not None:
+            if self.processing_class is not None:  # before config.json, which makes it a checkpoint
+                directory.mkdir(parents=True, exist_ok=True)
                 self.processing_class.save_pretrained(str(directory))
+            dx.models.save(model, directory, state_dict=state_dict)
             torch.save(self.args, directory / "training_args.bin")
         if self.args.should_save:
             # safetensors makes files that their owner alone may read.

@@ -162,7 +162,7 @@ def read_prompts(source: str, prompt_field: str = "prompt", answer_field: str = 
         for name, kinds in ((prompt_field, (str,)), (answer_field, (str, int, float))):
             if name not in row:
                 raise ValueError(f"data: {file}:{number} has no field {name!r}, only {sorted(row)}")
-            if not isinstance(row[name], kinds):
+            if not isinstance(row[name], kinds) or isinstance(row[name], bool):
                 raise ValueError(
                     f"data: {file}:{number}: expected {' or '.join(kind.__name__ for kind in kinds)} in "
                     f"{name!r}, got {row[name]!r:.60}"
@@ -438,9 +438,15 @@ class Trajectories(Dataset[dict[str, Any]]):
         directory = Path(directory)
         if not (directory / SETTINGS).is_file():
             raise FileNotFoundError(f"trajectories: no {SETTINGS} in {directory}")
-        self.settings: dict[str, Any] = json.loads(files.read_text("trajectories", directory / SETTINGS))
-        numbers = range(-(-self.settings["prompts"] // self.settings["shard"]))
-        shards = [_shard(directory, i, self.settings["format"]) for i in numbers]
+        said = files.read_text("trajectories", directory / SETTINGS)
+        self.settings = files.json_object("trajectories", directory / SETTINGS, 1, said)
+        try:
+            numbers = range(-(-self.settings["prompts"] // self.settings["shard"]))
+            shards = [_shard(directory, i, self.settings["format"]) for i in numbers]
+        except (KeyError, TypeError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"trajectories: {directory / SETTINGS} is not that of a run: {error!r}"
+            ) from error
         missing = [file.name for file in shards if not file.exists()]
         if missing:
             raise ValueError(
@@ -452,10 +458,16 @@ class Trajectories(Dataset[dict[str, Any]]):
         steps: list[Tensor] = []
         self.bounds: list[tuple[int, int, int]] = []  # start, prompt's length, whole length
         at = 0
-        for row in itertools.chain.from_iterable(_rows_of_shard(file) for file in shards):
-            whole = torch.tensor(row["prompt_ids"] + row["response_ids"], dtype=torch.int32)
+        for file, row in ((shard, row) for shard in shards for row in _rows_of_shard(shard)):
+            try:
+                whole = torch.tensor(row["prompt_ids"] + row["response_ids"], dtype=torch.int32)
+                step = torch.tensor(row["step"], dtype=torch.int32)
+                if (whole.ndim, step.shape) != (1, (len(row["response_ids"]),)):
+                    raise ValueError("expected as many steps as response_ids")
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"trajectories: {file} is damaged: {error!r}") from error
             ids.append(whole)
-            steps.append(torch.tensor(row["step"], dtype=torch.int32))
+            steps.append(step)
             self.bounds.append((at, len(row["prompt_ids"]), len(whole)))
             at += len(whole)
         self.ids = torch.cat(ids) if ids else torch.zeros(0, dtype=torch.int32)

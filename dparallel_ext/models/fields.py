@@ -1,0 +1,84 @@
+"""What the keys of a config.json may hold, checked before a module is built."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+def check_supported(
+    config: Mapping[str, Any], supported: Mapping[str, Any], explicit: Collection[str] = ()
+) -> None:
+    """Refuse by name what this transformer does not compute; falsy values are one and the same.
+
+    The keys in `explicit` must be there: the published code's default is not what we support.
+    """
+    for key, value in supported.items():
+        given = config[key] if key in explicit else config.get(key, value)
+        if given != value and (given or value):
+            raise ValueError(f"config: {key}={given!r:.80} is not supported, only {value!r}")
+
+
+@dataclass(frozen=True)
+class Field:
+    """What a key of a config.json may hold: null, or a value of its kind within bounds."""
+
+    kind: type
+    """int, float, bool (0 and 1 are as good) or dict."""
+    default: Any = ...
+    """Where the key is missing or null; ...: it must be there."""
+    least: float = 1
+    most: float = 2**53
+
+    def accepts(self, value: Any) -> bool:
+        if self.kind is bool:
+            return isinstance(value, int) and value in (0, 1)
+        if self.kind is dict:
+            return isinstance(value, Mapping)
+        kinds = (int,) if self.kind is int else (int, float)
+        right = isinstance(value, kinds) and not isinstance(value, bool)
+        return right and self.least <= value <= self.most  # which NaN is not
+
+    def __str__(self) -> str:
+        if self.kind in (bool, dict):
+            return "true or false" if self.kind is bool else "an object"
+        name = "a whole number" if self.kind is int else "a number"
+        return f"{name} >= {self.least:g} and <= {self.most:.15g}"
+
+
+LAYERS = Field(int, most=1000)
+WIDTH = Field(int, most=2**20)
+HEADS = Field(int, most=2**16)
+MLP_WIDTH = Field(int, most=2**24)
+VOCABULARY = Field(int, most=2**24)
+EPS = Field(float, 1e-6, least=1e-30, most=1)
+ROPE_THETA = Field(float, 10000.0, most=1e30)
+POSITIONS = Field(int, None)
+BLOCK_LENGTH = Field(int, most=4096)
+NO = Field(bool, False)
+"""With the bounds above, no product of sizes overflows, and the modules of a senseless config are few."""
+
+
+def read(config: Mapping[str, Any], table: Mapping[str, Field]) -> dict[str, Any]:
+    """The values of the table's keys. Raises ValueError naming a key that is missing or not of its kind."""
+    found = {}
+    for key, field in table.items():
+        value = config.get(key)
+        if value is None and key in config and field.kind is bool and field.default is not None:
+            value = False  # as null is to the published code
+        elif value is None:
+            if field.default is ...:
+                raise ValueError(f"config: {key!r} is {'null' if key in config else 'missing'}")
+            value = field.default
+        elif not field.accepts(value):
+            raise ValueError(f"config: {key}={value!r:.80}, expected {field}")
+        found[key] = float(value) if field.kind is float and value is not None else value
+    return found
+
+
+def width_of_heads(width: int, heads: int) -> int:
+    """Raises ValueError where the heads do not divide the width."""
+    if width % heads:
+        raise ValueError(f"config: {heads} heads do not divide a width of {width}")
+    return width // heads
