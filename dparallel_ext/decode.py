@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import arguments, policies
-from .arguments import whole
+from .arguments import temperature_in_force, whole
 from .batch import AHEAD, CACHES, Batch
 from .models import Model, Traits, for_decoding, traits, warn_beyond
 from .ops import check_sampling
