@@ -4,17 +4,19 @@ Every rule commits a prefix of the masked positions of the active window, sorted
 (best first, ties to the lowest position). The rule gives the length of the prefix, `min_commit` and
 `max_commit` bound it, and at least one position always commits.
 
-============== ======================================================= =====================
-selector       commits                                                 threshold
-============== ======================================================= =====================
-confidence     p1 >= tau                     (Fast-dLLM, SDAR)         tau, e.g. 0.9
-entropy        H <= tau                      (dParallel, d3LLM)        tau in nats, e.g. 0.5
-margin         p1 - p2 >= tau                                          tau
-quota          the k best by `score`         (fixed schedule)          k
-factor         largest n: p_(n) >= 1 - f/(n+1)  (Fast-dLLM)            f
-entropy_bound  lowest-H prefix whose preceding cumulative H <= gamma   gamma, e.g. 0.1
+============== ========================================================= =====================
+selector       commits                                                   threshold
+============== ========================================================= =====================
+confidence     p1 >= tau                     (Fast-dLLM, SDAR)           tau, e.g. 0.9
+entropy        H <= tau                      (dParallel, d3LLM)          tau in nats, e.g. 0.5
+margin         p1 - p2 >= tau                                            tau
+quota          the k best by `score`         (fixed schedule)            k
+factor         largest n: p_(n) >= 1 - f/(n+1)  (Fast-dLLM)              f
+entropy_bound  lowest-H prefix whose preceding cumulative H <= gamma     gamma, e.g. 0.1
                (EB-sampler, DiffusionGemma)
-============== ======================================================= =====================
+frechet        largest n: p_(n) - sum over j <= n of 1 - p_(j) > delta   delta, e.g. 0.25
+               (Fast-dLLM++, arXiv 2606.02955)
+============== ========================================================= =====================
 """
 
 from __future__ import annotations
@@ -56,6 +58,9 @@ RULES = {
     "quota": Rule(3, None, "the K best", "K", 1.0, math.inf, whole=True),
     "factor": Rule(4, "confidence", "the largest n with p_(n) >= 1 - F/(n+1)", "F", 0.0, math.inf),
     "entropy_bound": Rule(5, "entropy", "lowest H whose preceding sum <= GAMMA", "GAMMA", 0.0, math.inf),
+    "frechet": Rule(
+        6, "confidence", "the largest n with p_(n) - sum_(j<=n) (1 - p_(j)) > DELTA", "DELTA", 0.0, 1.0
+    ),
 }
 SELECTORS = {name: rule.id for name, rule in RULES.items()}
 SCORES = {"confidence": 0, "entropy": 1, "margin": 2}

@@ -152,6 +152,9 @@ def select(confidence: Tensor, margin: Tensor, entropy: Tensor, eligible: Tensor
             case "entropy_bound":
                 preceding = torch.cat([key.new_zeros(1), (-key).cumsum(0)[:-1]])
                 n = int((preceding <= tau).int().cumprod(0).sum())
+            case "frechet":
+                gap = key.double() - (1 - key.double()).cumsum(0)
+                n = int((gap > tau).int().cumprod(0).sum())
         n = int(min(max(n, low), high, masked))
         commit[b, where[order[:n]]] = True
     return commit

@@ -29,6 +29,7 @@ def rows_of(rng, batch: int, length: int) -> Tensor:
             "quota": rng.randint(1, length + 2),
             "factor": rng.uniform(0, 3),
             "entropy_bound": rng.uniform(0, 8),
+            "frechet": rng.uniform(0, 1),
         }[selector]
         low = rng.choice([1, 1, 2, 5])
         high = rng.choice([None, low, low + 1, low + length])
@@ -46,6 +47,8 @@ def too_near(stats: dx.RowStats, eligible: Tensor, policy: Tensor) -> bool:
         key = (p, h, margin)[int(score)]
         n = torch.arange(len(p), 0, -1)
         gaps = [key.diff(), key - threshold, p - (1 - threshold / (n + 1)), h.cumsum(0) - threshold]
+        best_first = p.flip(0)
+        gaps.append(best_first - (1 - best_first).cumsum(0) - threshold)
         if bool((torch.cat(gaps).abs() < 1e-4).any()):
             return True
     return False
@@ -155,6 +158,10 @@ def stats_of(p: list[float], entropy: list[float] | None = None) -> dx.RowStats:
         ("entropy_bound", 0.1, {}, [0.05, 0.04, 0.5, 0.02], [1, 1, 0, 1]),
         ("entropy_bound", 0.12, {}, [0.05, 0.04, 0.5, 0.02], [1, 1, 1, 1]),
         ("entropy_bound", 0.0, {}, [0.05, 0.04, 0.5, 0.02], [0, 0, 0, 1]),
+        # sorted .95 .9 .9 .5: .95 - .05, .9 - .15, .9 - .25, .5 - .75
+        ("frechet", 0.25, {}, [0.9, 0.5, 0.95, 0.9], [1, 0, 1, 1]),
+        ("frechet", 0.7, {}, [0.9, 0.5, 0.95, 0.9], [1, 0, 1, 0]),
+        ("frechet", 0.95, {}, [0.9, 0.5, 0.95, 0.9], [0, 0, 1, 0]),
     ],
 )
 @everywhere
@@ -165,8 +172,19 @@ def test_rules_by_hand(selector, threshold, bounds, values, expected) -> None:
 
 
 @everywhere
+def test_frechet_with_equal_confidences_is_factor() -> None:
+    """At f = 1 - delta: n p - (n - 1) - (1 - p) > delta where p > 1 - (1 - delta) / (n + 1)."""
+    for delta in (0.02, 0.25, 0.6):
+        for p in torch.linspace(0.3, 0.999, 97).tolist():
+            stats, eligible = stats_of([p] * 24), torch.ones(1, 24, dtype=torch.bool)
+            one = dx.select(stats, eligible, policies.make("frechet", delta))
+            other = dx.select(stats, eligible, policies.make("factor", 1 - delta))
+            assert torch.equal(one, other)
+
+
+@everywhere
 def test_a_mixed_batch_equals_each_sequence_alone() -> None:
-    batch, length, vocab = 6, 10, 50
+    batch, length, vocab = len(policies.SELECTORS), 10, 50
     logits = torch.randn(batch, length, vocab) * 4
     policy = torch.cat([policies.make(s, 1) for s in policies.SELECTORS])
     whole = torch.full((batch, length), MASK)
@@ -339,7 +357,7 @@ def test_entropy_bound_equals_diffusion_gemmas_sampler() -> None:
         ({"start": 0.5}, "start: expected an integer"),
         ({"end": torch.zeros(3, dtype=torch.int64)}, "end: expected an integer"),
         ({"policy": torch.zeros(2, 4)}, r"policy: expected float32 \(2, 5\)"),
-        ({"policy": torch.full((2, 5), 9.0)}, "selector: expected ids 0..5"),
+        ({"policy": torch.full((2, 5), 9.0)}, "selector: expected ids 0..6"),
         ({"positions": torch.tensor([1, 0])}, "positions: expected strictly ascending"),
         ({"positions": torch.tensor([6])}, r"positions: expected indices in \[0, 6\)"),
         ({"suppress": [9]}, "suppress: expected ids"),

@@ -55,7 +55,7 @@ __device__ __forceinline__ int select_block(const Policy& policy, const Ranking&
     if (passing > 0 && policy.limit(passing, eligible) == passing) return passing;
   }
   __syncthreads();
-  const bool cumulative = policy.selector == kSelectEntropyBound;
+  const bool cumulative = policy.cumulative();
 #pragma unroll 1
   for (int first = static_cast<int>(threadIdx.x); first < n; first += kAtOnce * kScanThreads) {
     float key[kAtOnce];

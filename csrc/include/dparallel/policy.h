@@ -16,6 +16,7 @@ enum Selector : int {
   kSelectQuota,
   kSelectFactor,
   kSelectEntropyBound,
+  kSelectFrechet,
   kSelectors
 };
 
@@ -51,7 +52,8 @@ struct Policy {
     policy.score = whole_number(row[4], 0, kScores - 1);
     switch (policy.selector) {
       case kSelectConfidence:
-      case kSelectFactor: policy.score = kScoreConfidence; break;
+      case kSelectFactor:
+      case kSelectFrechet: policy.score = kScoreConfidence; break;
       case kSelectEntropy:
       case kSelectEntropyBound: policy.score = kScoreEntropy; break;
       case kSelectMargin: policy.score = kScoreMargin; break;
@@ -70,8 +72,12 @@ struct Policy {
     return selector == kSelectConfidence || selector == kSelectMargin || selector == kSelectEntropy;
   }
 
-  // Whether the i + 1 best may commit, by the key of the last of them. Not for the entropy bound,
-  // which needs the keys before it.
+  // Whether the keys before it say whether one commits: where the rule is about their sum.
+  DP_HD bool cumulative() const {
+    return selector == kSelectEntropyBound || selector == kSelectFrechet;
+  }
+
+  // Whether the i + 1 best may commit, by the key of the last of them; not where it is cumulative.
   DP_HD bool reaches(int32_t i, float key) const {
     switch (selector) {
       case kSelectConfidence:
@@ -99,6 +105,17 @@ struct Policy {
     if (selector == kSelectEntropyBound) {  // preceding cumulative entropy <= gamma
       float preceding = 0.0f;
       while (n < masked && preceding <= threshold) preceding += -sorted(n++);
+    } else if (selector == kSelectFrechet) {
+      // At worst the n best are all right together with the probability 1 - sum_{j <= n} (1 -
+      // p_(j)), and any other token of the last with 1 - p_(n): the gap between the two, p_(n) -
+      // that sum, falls with n.
+      float doubt = 0.0f;
+      while (n < masked) {
+        const float p = sorted(n);
+        doubt += 1.0f - p;
+        if (!(p - doubt > threshold)) break;
+        ++n;
+      }
     } else {
       for (int64_t i = 0; i < masked; ++i)
         if (reaches(static_cast<int32_t>(i), sorted(i))) n = i + 1;
@@ -117,7 +134,8 @@ struct PolicyBounds {
 inline PolicyBounds policy_bounds(int field, const float* row) {
   constexpr PolicyBounds kThreshold[kSelectors] = {
       {0.0f, 1.0f, false},     {0.0f, kInfinity, false}, {0.0f, 1.0f, false},
-      {1.0f, kInfinity, true}, {0.0f, kInfinity, false}, {0.0f, kInfinity, false}};
+      {1.0f, kInfinity, true}, {0.0f, kInfinity, false}, {0.0f, kInfinity, false},
+      {0.0f, 1.0f, false}};
   const PolicyBounds fields[kPolicyFields] = {{0.0f, kSelectors - 1, true},
                                               kThreshold[whole_number(row[0], 0, kSelectors - 1)],
                                               {1.0f, kMostCommits, true},
