@@ -13,6 +13,7 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import policies
+from dparallel_ext.arguments import whole
 
 from . import registry, tasks
 from .files import write_json as write_json
@@ -30,9 +31,9 @@ def parse_policy(text: str) -> dict[str, Any]:
     if text == ONE:
         return {}
     selector, _, number = text.partition(":")
-    if selector == "steps" and number.isdecimal():
-        return {"steps": int(number)}
     try:
+        if selector == "steps":
+            return {"steps": whole("N", int(number), 1)}
         threshold = float(number)
         policies.make(selector, threshold)
     except ValueError as error:
