@@ -337,7 +337,11 @@ def serve(
     host: Annotated[str, typer.Option(help="127.0.0.1 is this machine alone")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: a free one")] = 8000,
     api_key_file: Annotated[
-        Path | None, typer.Option(help="keys, one a line, of which any is asked for")
+        Path | None,
+        typer.Option(
+            help="keys, one a line (# begins a comment), of which any is asked for; so are those of the "
+            "environment's DPARALLEL_API_KEY"
+        ),
     ] = None,
     api_key: Annotated[
         str | None, typer.Option(help="the key itself; others on this machine can read it in ps")
@@ -358,6 +362,9 @@ def serve(
     ] = None,
     max_choices: Annotated[int, typer.Option(help="responses of one request: its prompts times n")] = 64,
     max_body: Annotated[int, typer.Option(help="bytes of a request")] = 2**20,
+    max_connections: Annotated[
+        int | None, typer.Option(help="at once; default: what ulimit -n leaves, at most 4096")
+    ] = None,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(help="web pages of this origin may ask, * those of any; repeatable; default: none"),
@@ -374,9 +381,7 @@ def serve(
     with plain_errors("serve"):
         from . import serve as serving
 
-        if api_key is not None and api_key_file is not None:
-            raise ValueError("api_key: not beside --api-key-file")
-        keys = serving.read_keys(api_key_file) if api_key_file is not None else ()
+        keys = serving.find_keys(api_key, api_key_file)
         serving.run(
             model,
             host=host,
@@ -392,12 +397,13 @@ def serve(
                 "lanes": lanes,
                 "max_waiting": max_waiting,
             },
-            keys=keys if api_key is None else (api_key,),
+            keys=keys,
             name=name,
             policy=policy,
             max_length=max_length,
             max_choices=max_choices,
             max_body=max_body,
+            max_connections=max_connections,
             cors_origins=tuple(cors_origin or ()),
             grace=grace,
         )
