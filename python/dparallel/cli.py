@@ -87,9 +87,10 @@ def plain_errors(extra: str = "cli") -> Iterator[None]:
 
 
 def at_least(name: str, value: int, least: int) -> None:
-    """Raise ValueError naming the option."""
-    if value < least:
-        raise ValueError(f"{name}: expected a whole number >= {least}, got {value}")
+    """Raise ValueError naming the option. No option's number is beyond 64 bits."""
+    if not least <= value <= sys.maxsize:
+        most = f" and <= {sys.maxsize}" if value > least else ""
+        raise ValueError(f"{name}: expected a whole number >= {least}{most}, got {value}")
 
 
 def report() -> dict[str, Any]:
@@ -309,8 +310,7 @@ def evaluate(
             registry.directory_of(name)
         for text in policy:
             measuring.parse_policy(text)
-        rows = []
-        typer.echo(measuring.HEADING)
+        rows: list[dict[str, Any]] = []
         for row in measuring.sweep(
             model,
             policy,
@@ -323,6 +323,8 @@ def evaluate(
             device=device,
             fp8=fp8,
         ):
+            if not rows:  # what is refused is one line alone
+                typer.echo(measuring.HEADING)
             rows.append(row)
             typer.echo(measuring.line(row))
             if json_file is not None:
@@ -461,6 +463,8 @@ def answer(
 
     with plain_errors("train"):
         length = registry.gen_length(model) if gen_length is None else whole("gen_length", gen_length, 1)
+        if block_length is not None:
+            at_least("block_length", block_length, 1)
         settings = trajectories.Settings(
             model, policy, length, block_length, cache, checker, shard, format, chat, mask_id
         )

@@ -20,7 +20,7 @@ from benchmarks.serving import KEY, server
 
 PROMPT = "sam has 3 cups . each cup has 4 beads"
 FIRST = {"model": MODEL, "prompt": PROMPT, "max_tokens": 16}
-LONG = {"max_tokens": 200, "ignore_eos": True, "policy": "one"}
+LONG = {"max_tokens": 60, "ignore_eos": True, "policy": "one"}
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def crowd(rng: random.Random, count: int, port: int, *headers: str) -> list[thre
 
 
 def test_clients_that_do_as_they_like(attack: Any, here: Here, expected: Any) -> None:
-    for rng in attack.cases(3):
+    for rng in attack.cases(2):
         threads = crowd(rng, 12, here.port)
         assert here.get("/health")[0] == 200
         status, answer = here.ask(FIRST)
