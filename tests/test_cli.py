@@ -140,7 +140,7 @@ def test_decode_with_a_checkpoint_directory(checkpoint: Path, cache: str):
 
 
 NUMBERS: dict[tuple[str, ...], dict[str, tuple[object, ...]]] = {
-    ("decode", "x"): {
+    ("decode", "x", "--model", "builtin:student"): {
         "gen-length": (-1,),
         "block-length": (-1, 0),
         "temperature": (-0.1, "nan", "inf"),

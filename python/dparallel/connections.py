@@ -71,13 +71,15 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._stuck: tuple[int, float] | None = None
+        self._unsent = (0, 0.0)  # bytes of answers that wait for the client, and since when as many
         self._begin()
         if len(self.connections) > self.most:
-            waiting = (one for one in self.connections if isinstance(one, Connection) and one.asking)
-            oldest = min(waiting, key=lambda one: one.ends)  # this one at the latest
-            self.connections.discard(oldest)
-            oldest.transport.abort()
+            others = (one for one in self.connections if isinstance(one, Connection) and one is not self)
+            asking = (one for one in others if one.asking)
+            # Those that still take an answer come last.
+            victim = min(asking, key=lambda one: (one.unsent > 0, one.ends), default=self)
+            self.connections.discard(victim)
+            victim.transport.abort()
 
     def _begin(self) -> None:
         self.ends = time.monotonic() + self.seconds
@@ -88,29 +90,21 @@ class Connection(H11Protocol):
         """Whether no whole request is here that is not answered yet."""
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
+    @property
+    def unsent(self) -> int:
+        """Bytes of answers that the operating system does not take, since the client does not."""
+        return self.transport.get_write_buffer_size()
+
     def overdue(self, now: float) -> bool:
-        """Whether the client takes too long: to ask, or to take any of its answer."""
-        if self.asking:
-            return now > self.ends + LATE
-        if self._stuck is None:
-            return False
-        size, since = self._stuck
-        left = self.transport.get_write_buffer_size()
-        if left < size:
-            self._stuck = (left, now)
-        return left >= size and now - since > self.seconds
+        """Whether the client takes too long: to take any more of its answers, or else to ask."""
+        size, since = self._unsent
+        if self.unsent != size:
+            size, since = self._unsent = self.unsent, now
+        return now - since > self.seconds if size else self.asking and now > self.ends + LATE
 
     def on_response_complete(self) -> None:
         self._begin()
         super().on_response_complete()
-
-    def pause_writing(self) -> None:
-        self._stuck = (self.transport.get_write_buffer_size(), time.monotonic())
-        super().pause_writing()
-
-    def resume_writing(self) -> None:
-        self._stuck = None
-        super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
         """What has come is no HTTP. Said in OpenAI's form, unless an answer is already on its way."""
