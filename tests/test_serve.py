@@ -889,6 +889,8 @@ def test_paths_and_methods(served: Served) -> None:
     assert exchange(served, "OPTIONS", "/v1/completions")[1]["Allow"] == "POST, OPTIONS"
     status, headers, _ = exchange(served, "PUT", "/v1/completions", body)
     assert (status, headers["Allow"]) == (405, "POST")
+    status, headers, _ = exchange(served, "PUT", "/health")
+    assert (status, headers["Allow"]) == (405, "GET, HEAD")
     assert exchange(served, "OPTIONS", "/nowhere")[0] == 404
 
 
@@ -1265,7 +1267,7 @@ def test_each_connection_has_an_end() -> None:
         late = here.connect()
         late.sendall(post("/v1/completions", b"{}")[:-1])
         assert b" 408 " in all_of(late)
-        with pytest.raises(OSError, match="reset|Broken pipe"):  # noqa: PT012
+        with pytest.raises(OSError, match=r"reset|Broken pipe"):  # noqa: PT012
             for _ in range(200):
                 trickling.sendall(b"a")
                 time.sleep(0.05)
@@ -1445,6 +1447,8 @@ def test_as_many_messages_as_fit_are_refused_at_once() -> None:
     with pytest.raises(ValidationError) as found:
         serve.ChatRequest.model_validate({"model": "x", "messages": [{}] * 1000})
     assert found.value.error_count() < 10
+    with pytest.raises(ValidationError, match="expected at most 4096 prompts, got 200000"):
+        serve.CompletionRequest.model_validate({"model": "x", "prompt": [[1]] * 200000})
 
 
 # --- chat templates -----------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import errno
 import functools
+import gc
 import hmac
 import json
 import logging
@@ -66,6 +67,8 @@ log = logging.getLogger("uvicorn.dparallel")
 
 T = TypeVar("T")
 
+MOST_PROMPTS = 4096
+"""Of a request, whatever the server's own bound: so many are looked at one by one."""
 MOST_STOPS = 32
 """Stop strings of a request, and stop_token_ids."""
 CHARACTERS_A_TOKEN = 32
@@ -108,7 +111,7 @@ class Settings:
             raise ValueError("api_key: expected a key, got an empty one")
         bounds = {
             "max_length": (1, 2**20),
-            "max_choices": (1, 2**20),
+            "max_choices": (1, MOST_PROMPTS),
             "max_body": (1, 2**31),
             "max_connections": (2, 2**20),
         }
@@ -335,6 +338,8 @@ class CompletionRequest(Options):
 
         if isinstance(value, str) or every(int, value):
             return [value]
+        if isinstance(value, list) and len(value) > MOST_PROMPTS:
+            raise ValueError(f"expected at most {MOST_PROMPTS} prompts, got {len(value)}")
         if every(str, value) or (every(list, value) and all(every(int, one) for one in value)):
             return value
         raise ValueError("expected a string, a list of token ids, or a list of either, none of them empty")
@@ -800,7 +805,6 @@ class Service:
 
     def _gen_length(self, ids: list[int], request: Options, param: str, suffix: int) -> int:
         """max_tokens for a prompt. Raises ApiError if it or the prompt is too long, or has foreign ids."""
-        self._check_ids(param, ids)
         most = self.settings.max_length
         given = len(ids) + suffix
         length = request.max_tokens or max(1, min(self.settings.gen_length, most - given))
@@ -808,6 +812,7 @@ class Service:
             name = param if given >= most else "max_tokens"
             said = f"{name}: expected at most {most} tokens with the response, got {given} + {length}"
             raise ApiError(400, said, param=name, code="context_length_exceeded")
+        self._check_ids(param, ids)
         return length
 
 
@@ -1081,10 +1086,11 @@ def make_app(service: Service) -> FastAPI:
     async def refused(http: Request, error: HTTPException) -> Response:
         path = http.scope["path"]
         if not isinstance(error, ApiError) and error.status_code in (404, 405):
-            missing = error.status_code == 404
-            said = f"path: expected one of {', '.join(PATHS)}, got {path}"
-            said = said if missing else f"method: {path} expects {methods(path)}, got {http.method}"
-            error = ApiError(error.status_code, said, headers=error.headers)
+            said, headers = f"path: expected one of {', '.join(PATHS)}, got {path}", error.headers
+            if error.status_code == 405:
+                allowed = methods(path) or READ
+                said, headers = f"method: {path} expects {allowed}, got {http.method}", {"Allow": allowed}
+            error = ApiError(error.status_code, said, headers=headers)
         return ApiError.of(error).response
 
     @app.exception_handler(RequestValidationError)
@@ -1332,6 +1338,8 @@ def run(
         chosen = replace(chosen, max_connections=connections.most_connections(asked))
         service = Service(running, loaded.shape.rows, tokenizer, directory, chosen)
         opened.callback(service.close)
+        gc.collect()
+        gc.freeze()  # what is here stays, so that no request waits until all of it is looked through
         try:
             with contextlib.suppress(KeyboardInterrupt):
                 make_server(service, log_level).run(sockets)
