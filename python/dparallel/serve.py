@@ -109,6 +109,8 @@ class Settings:
         """Raises ValueError, by name."""
         if not all(key.strip() for key in self.keys):
             raise ValueError("api_key: expected a key, got an empty one")
+        if not self.name.strip():
+            raise ValueError("name: expected the model's name, got an empty one")
         bounds = {
             "max_length": (1, 2**20),
             "max_choices": (1, MOST_PROMPTS),
@@ -1308,10 +1310,12 @@ def run(
     """
     if log_level not in uvicorn.config.LOG_LEVELS:
         raise ValueError(f"log_level: expected one of {list(uvicorn.config.LOG_LEVELS)}, got {log_level!r}")
+    directory = registry.directory_of(model)
+    if not host.strip():  # an unset variable must not open the server either
+        raise ValueError("host: expected a name or an address (0.0.0.0: every one), got an empty one")
     given = {key: value for key, value in settings.items() if value is not None}
     asked = Settings(**{"name": model, **given}).max_connections
     connections.most_connections(asked)
-    directory = registry.directory_of(model)
     with contextlib.ExitStack() as opened:
         sockets = [opened.enter_context(one) for one in listen(host, port)]
         loaded, tokenizer = registry.load(model, device=device, fp8=fp8, mask_id=mask_id)
