@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -49,15 +51,24 @@ class Served:
 
 
 @contextlib.contextmanager
-def server(model: str | Path, *options: object) -> Iterator[Served]:
-    """`dparallel serve` in a process of its own, on a free port of the loopback interface."""
+def server(model: str | Path, *options: object, files: int | None = None) -> Iterator[Served]:
+    """`dparallel serve` in a process of its own, on a free port of the loopback interface.
+
+    files: how many it may have open.
+    """
     with tempfile.TemporaryDirectory() as place:
         keys, log = Path(place) / "keys", Path(place) / "log"
         keys.write_text(f"another\n{KEY}\n")
         command = [sys.executable, "-m", "dparallel.serve", "--model", model, "--port", 0]
         command += ["--api-key-file", keys, *options]
         with log.open("wb") as file:
-            process = subprocess.Popen([str(one) for one in command], stdout=file, stderr=file)
+            limit = None if files is None else functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE)
+            process = subprocess.Popen(
+                [str(one) for one in command],
+                stdout=file,
+                stderr=file,
+                preexec_fn=limit and functools.partial(limit, (files, files)),
+            )
         try:
             ends = time.monotonic() + START_SECONDS
             while not (found := re.search(r"running on http://127\.0\.0\.1:(\d+)", log.read_text())):

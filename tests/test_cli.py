@@ -139,6 +139,65 @@ def test_decode_with_a_checkpoint_directory(checkpoint: Path, cache: str):
     assert row["forwards"] == 8
 
 
+NUMBERS: dict[tuple[str, ...], dict[str, tuple[object, ...]]] = {
+    ("decode", "x", "--model", "builtin:student"): {
+        "gen-length": (-1,),
+        "block-length": (-1, 0),
+        "temperature": (-0.1, "nan", "inf"),
+        "top-p": (-0.1, 1.1, "nan", "inf"),
+        "top-k": (-1,),
+        "seed": (2**63, -(2**63) - 1),
+        "mask-id": (-1, 10**20),
+        "policy": (
+            "confidence:nan",
+            "entropy:-1",
+            "margin:inf",
+            "quota:0",
+            "quota:1.5",
+            "factor:nan",
+            "steps:0",
+        ),
+    },
+    ("demo",): {"problems": (-1, 0, 10**20)},
+    ("evaluate",): {
+        "problems": (-1, 0, 10**20),
+        "batch": (-1, 0, 10**20),
+        "block-length": (-1, 0),
+        "mask-id": (-1, 10**20),
+        "policy": ("steps:-1", "entropy_bound:nan"),
+    },
+    ("train", "out"): {
+        **dict.fromkeys(("steps", "batch", "width", "layers", "heads", "mlp-width", "save-every"), (-1, 0)),
+        "evaluate": (-1,),
+        "seed": (-1, 10**20),
+    },
+    ("trajectories", "out", "--data", "builtin:3"): {
+        "gen-length": (-1, 0),
+        "block-length": (-1, 0),
+        "shard": (-1, 0),
+        "batch": (-1, 0),
+        "mask-id": (-1, 10**20),
+        "data": ("builtin:-1", "builtin:0", f"builtin:{10**20}", "builtin:x"),
+        "policy": ("confidence:inf", "steps:0"),
+    },
+    ("distill", str(RECIPES / "builtin.yaml"), "--dry-run"): {"processes": (-1, 0)},
+}
+"""Numbers outside their meaning, by command and option; those of `serve` are in test_serve."""
+
+
+@pytest.mark.parametrize("command", NUMBERS, ids=lambda command: command[0])
+def test_numbers_outside_their_meaning_are_named(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    for option, values in NUMBERS[command].items():
+        for value in values:
+            text = run(*command, f"--{option}", value, code=2)
+            assert text.startswith(f"error: {option.replace('-', '_')}: expected"), (option, value, text)
+            assert text.count("\n") == 1
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [

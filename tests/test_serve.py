@@ -6,15 +6,19 @@ Each server is a process of its own on a free port of the loopback interface.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import http.client
 import itertools
 import json
+import logging
 import re
+import resource
 import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -26,10 +30,12 @@ from typing import Any
 import openai
 import pytest
 import torch
-from dparallel import protocol, registry, serve, tasks, text
+from dparallel import connections, protocol, registry, serve, tasks, templates, text
 from dparallel.cli import app
 from openai import AsyncOpenAI, OpenAI
-from tokenizers import Tokenizer, decoders
+from pydantic import ValidationError
+from server_here import all_of, answer_of, post, serving
+from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from typer.testing import CliRunner
 
@@ -883,6 +889,8 @@ def test_paths_and_methods(served: Served) -> None:
     assert exchange(served, "OPTIONS", "/v1/completions")[1]["Allow"] == "POST, OPTIONS"
     status, headers, _ = exchange(served, "PUT", "/v1/completions", body)
     assert (status, headers["Allow"]) == (405, "POST")
+    status, headers, _ = exchange(served, "PUT", "/health")
+    assert (status, headers["Allow"]) == (405, "GET, HEAD")
     assert exchange(served, "OPTIONS", "/nowhere")[0] == 404
 
 
@@ -1219,6 +1227,328 @@ def test_metrics(served: Served, client: OpenAI) -> None:
     assert after["dparallel_pages_kept"] >= 0
 
 
+# --- slow, silent and many ----------------------------------------------------------------------
+
+
+def test_half_sent_requests_keep_nobody_out() -> None:
+    """160 of each kind where 128 files may be open: /health answers throughout, and a text is right after."""
+    kinds = (b"POST /v1/completions HT", head("Content-Length: 500") + b'{"mod', b"")
+    with server(MODEL, "--block-length", BLOCK, "--cache", "dual", files=128) as served:
+        before = exchange(served, "POST", "/v1/completions", FIRST)
+        with contextlib.ExitStack() as held:
+            for number in range(160 * len(kinds)):
+                wire = held.enter_context(socket.create_connection(("127.0.0.1", served.port), timeout=10))
+                with contextlib.suppress(OSError):
+                    wire.sendall(kinds[number // 160])
+                if number % 8 == 7:
+                    assert exchange(served, "GET", "/health", key=None)[0] == 200
+            after = exchange(served, "POST", "/v1/completions", FIRST)
+            assert (before[0], after[0]) == (200, 200)
+            assert json.loads(after[2])["choices"] == json.loads(before[2])["choices"]
+        lines = [line for line in served.log.read_text().splitlines() if "/health" not in line]
+        assert len(lines) < 30, lines
+        assert max(map(len, lines)) < 200
+        until(lambda: served.metrics()["process_open_fds"] < 40)
+
+
+FIRST = {"model": MODEL, "prompt": PROMPT, "max_tokens": 8}
+
+
+def test_each_connection_has_an_end() -> None:
+    """Silent ones, those with half a head, those that trickle, and those that do not take their answers."""
+    with serving(body_seconds=0.4, send_buffer=4096) as here:
+        began = time.monotonic()
+        silent, half, trickling = (here.connect() for _ in range(3))
+        greedy = socket.socket()
+        greedy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        greedy.connect(("127.0.0.1", here.port))
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHo")
+        greedy.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 60)
+        late = here.connect()
+        late.sendall(post("/v1/completions", b"{}")[:-1])
+        assert b" 408 " in all_of(late)
+        with pytest.raises(OSError, match=r"reset|Broken pipe"):  # noqa: PT012
+            for _ in range(200):
+                trickling.sendall(b"a")
+                time.sleep(0.05)
+        assert all_of(silent) == all_of(half) == b""
+        until(lambda: not here.server.server_state.connections, 10)
+        assert time.monotonic() - began < 8
+        for wire in (silent, half, trickling, greedy, late):
+            wire.close()
+        assert here.ask(FIRST)[0] == 200
+        assert not here.faults()
+
+
+def test_more_requests_than_connections_are_for(odd_model: Path) -> None:
+    """Some stay free: who is too much is told so, and /health answers."""
+    loaded = registry.load(str(odd_model))
+    with serving(loaded, odd_model, {"cache": "none"}, max_connections=6, max_length=2048) as here:
+        slow = json.dumps({"model": MODEL, "prompt": [5, 6], "max_tokens": 1500, "policy": "one"}).encode()
+        with contextlib.ExitStack() as held:
+            for _ in range(3):
+                held.enter_context(here.connect()).sendall(post("/v1/completions", slow))
+            until(lambda: here.service.engine.stats.active == 3)
+            for _ in range(20):  # they make place for each other
+                held.enter_context(here.connect()).sendall(b"POST")
+            status, answer = here.ask({**FIRST, "prompt": [5, 6]})
+            assert (status, answer["error"]["code"]) == (429, "full")
+            assert here.get("/health")[0] == 200
+            assert here.service.engine.stats.active == 3
+        here.settles()
+        assert here.ask({**FIRST, "prompt": [5, 6]})[0] == 200
+
+
+def test_connections_beyond_the_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [(256, 4096)]
+    monkeypatch.setattr("resource.getrlimit", lambda _: limits[0])
+    most = connections.most_connections(None)
+    assert 100 < most < 256 - connections.SPARE
+    assert connections.most_connections(most - 20) == most - 20
+    with pytest.raises(
+        ValueError, match=rf"max_connections: .* since 256 files may be open .*, got {most + 20}"
+    ):
+        connections.most_connections(most + 20)
+    limits[0] = (32, 4096)
+    with pytest.raises(ValueError, match=r"max_connections: expected at most 0, since 32 files"):
+        connections.most_connections(None)
+    limits[0] = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    assert connections.most_connections(None) == connections.MOST
+
+
+def test_the_log_is_bounded() -> None:
+    """In the length of a line, and in lines of a kind; what is left out is counted."""
+    found: list[logging.LogRecord] = []
+    bound = connections.Bounded()
+
+    def log(second: float, name: str, message: str, *args: Any) -> bool:
+        record = logging.makeLogRecord(
+            {"name": name, "msg": message, "args": args, "created": 1000.0 + second}
+        )
+        found.append(record)
+        return bound.filter(record)
+
+    assert sum(log(i / 1000, "uvicorn.error", "Invalid HTTP request received.") for i in range(2000)) < 530
+    assert log(2, "uvicorn.error", "Another %s", "x" * 10000)
+    assert len(found[-1].getMessage()) == 500
+    asked = ("127.0.0.1:1", "GET", "/" + "a" * 9000, "1.1")
+    assert sum(log(3, "uvicorn.access", '%s - "%s %s HTTP/%s" %d', *asked, 200) for _ in range(1000)) == 500
+    assert log(3, "uvicorn.access", '%s - "%s %s HTTP/%s" %d', *asked, 401)
+    assert len(found[-1].getMessage()) < 300
+    assert log(4, "uvicorn.access", '%s - "%s %s HTTP/%s" %d', *asked, 200)
+    assert "(500 more such lines were left out)" in found[-1].getMessage()
+    assert log(9, "uvicorn.error", "Invalid HTTP request received.")
+    assert "more such lines were left out" in found[-1].getMessage()
+
+
+def test_garbage_behind_a_request_is_no_fault() -> None:
+    """A body that is no body, behind a head that is answered at once; and after an answer."""
+    bad = b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"
+    with serving(keys=("k",)) as here:
+        for sent in (
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + bad,
+            b"GET /health HTTP/1.1\r\nHost: x\r\n" + bad,
+            b"HEAD /health HTTP/1.1\r\nHost: x\r\n\r\nrubbish\r\n\r\n",
+            b"\x16\x03\x01\r\n\r\n",
+        ):
+            assert re.findall(rb"HTTP/1.1 (\d+) ", here.exchange(sent))[-1] == b"400"
+        assert answer_of(here.exchange(sent))[1]["error"]["type"] == "invalid_request_error"
+        assert not here.faults()
+
+
+# --- texts that take long -----------------------------------------------------------------------
+
+
+def byte_level(odd_model: Path, out: Path) -> tuple[Path, Any]:
+    """A tokenizer of byte-level BPE, in a directory of its own."""
+    shutil.copytree(odd_model, out, dirs_exist_ok=True)
+    names = {chr_: b for b, chr_ in enumerate_bytes()}
+    vocabulary = {name: i for i, name in enumerate(sorted(names)[:VOCABULARY])}
+    made = Tokenizer(tokenizer_models.BPE(vocabulary, [], unk_token=next(iter(vocabulary))))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.save(str(out / "tokenizer.json"))
+    return out, made
+
+
+def test_long_prompts_do_not_stop_other_requests(odd_model: Path, tmp_path: Path) -> None:
+    """Two clients send prompts that take long to encode; others get their answers meanwhile."""
+    place, made = byte_level(odd_model, tmp_path)
+    long = "the cat sat on the mat " * 20000
+    began = time.perf_counter()
+    made.encode_batch([long])
+    alone = time.perf_counter() - began
+    assert alone > 0.1
+    model = registry.load(str(odd_model))[0]
+    with serving((model, made), place, max_length=2**15) as here:
+        stopping, answers = threading.Event(), []
+
+        def send() -> None:
+            while not stopping.is_set():
+                answers.append(here.ask({"model": MODEL, "prompt": long}))
+
+        senders = [threading.Thread(target=send) for _ in range(2)]
+        for sender in senders:
+            sender.start()
+        time.sleep(0.1)
+        times, ends = [], time.monotonic() + 1.5
+        while time.monotonic() < ends:
+            began = time.perf_counter()
+            assert here.get("/health")[0] == 200
+            times.append(time.perf_counter() - began)
+        stopping.set()
+        for sender in senders:
+            sender.join()
+        assert percentile(times, 0.5) < alone / 4, (times, alone)
+        assert {(status, answer["error"]["code"]) for status, answer in answers} == {
+            (400, "context_length_exceeded")
+        }
+
+
+def test_texts_that_are_too_long_are_not_encoded(student: tuple[Any, Any]) -> None:
+    model, tokenizer = student
+
+    class Watched:
+        def encode_batch(self, texts: list[str], add_special_tokens: bool) -> Any:
+            assert all(len(text) <= 8192 for text in texts)
+            if "fault" in texts[0]:
+                raise Exception("no such token")
+            return tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
+
+        def __getattr__(self, name: str) -> Any:
+            assert name != "encode"
+            return getattr(tokenizer, name)
+
+    with serving((model, Watched())) as here:
+        for body, param in (
+            ({"prompt": "a" * 8193}, "prompt"),
+            ({"prompt": ["a", "a" * 8193]}, "prompt"),
+            ({"prompt": "a", "suffix": "a" * 8193}, "suffix"),
+        ):
+            status, answer = here.ask({"model": MODEL, **body})
+            assert (status, answer["error"]["param"]) == (400, param)
+            assert (
+                answer["error"]["message"]
+                == f"{param}: expected at most 8192 characters, for 256 tokens, got 8193"
+            )
+        messages = [{"role": "user", "content": "a" * 8193}]
+        status, answer = here.ask({"model": MODEL, "messages": messages}, "/v1/chat/completions")
+        assert (status, answer["error"]["param"]) == (400, "messages")
+        assert here.ask({"model": MODEL, "prompt": " " * 8180 + "sam", "max_tokens": 2})[0] == 200
+        status, answer = here.ask({"model": MODEL, "prompt": "fault"})
+        assert (status, answer["error"]["message"]) == (
+            400,
+            "prompt: the model's tokenizer does not encode it: no such token",
+        )
+
+
+def test_as_many_messages_as_fit_are_refused_at_once() -> None:
+    """One error is told of each request, so no more are looked for."""
+    with pytest.raises(ValidationError) as found:
+        serve.ChatRequest.model_validate({"model": "x", "messages": [{}] * 1000})
+    assert found.value.error_count() < 10
+    with pytest.raises(ValidationError, match="expected at most 4096 prompts, got 200000"):
+        serve.CompletionRequest.model_validate({"model": "x", "prompt": [[1]] * 200000})
+
+
+# --- chat templates -----------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% if loop_it %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    "{% endif %}"
+    "{{ 1 // divide if divide is defined }}{{ say }}{{ messages[-1].content if enable_thinking else 'sam' }}"
+)
+
+
+@pytest.fixture
+def with_template(tmp_path: Path) -> Path:
+    shutil.copytree(registry.directory_of(MODEL), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    return tmp_path
+
+
+def test_variables_of_the_chat_template(
+    with_template: Path, student: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "SECONDS", 0.2)
+    path, asked = "/v1/chat/completions", {"model": MODEL, "messages": [{"role": "user", "content": PROMPT}]}
+    with serving(student, with_template) as here:
+        for given, expected in (
+            ({"enable_thinking": True}, PROMPT),
+            ({"enable_thinking": False}, "sam"),
+            ({}, "sam"),
+            (None, "sam"),
+        ):
+            status, answer = here.ask({**asked, "chat_template_kwargs": given}, path)
+            assert status == 200
+            assert answer["choices"][0]["message"]["content"] == decoded(student, expected)[0]
+        for name in ("messages", "tools", "add_generation_prompt", "chat_template"):
+            status, answer = here.ask({**asked, "chat_template_kwargs": {name: []}}, path)
+            assert (status, answer["error"]["param"]) == (400, "chat_template_kwargs")
+            assert f"but {name} is none of these" in answer["error"]["message"]
+        for given, said in (
+            ({"divide": 0}, "division"),
+            ({"loop_it": True}, r"more than 0\.2 s"),
+            ({"say": "\ud800"}, "surrogate"),
+            ({"say": "a" * 9000}, "at most 8192 characters"),
+            (["a"], "dictionary"),
+        ):
+            status, answer = here.ask({**asked, "chat_template_kwargs": given}, path)
+            assert status == 400
+            assert re.search(said, answer["error"]["message"])
+        assert here.ask(asked, path)[0] == 200
+        assert not here.faults()
+    with serving(student) as here:
+        status, answer = here.ask({**asked, "chat_template_kwargs": {"enable_thinking": True}}, path)
+        assert (status, answer["error"]["param"]) == (400, "chat_template_kwargs")
+
+
+def test_a_template_without_end_stops_nobody(with_template: Path, student: tuple[Any, Any]) -> None:
+    """Other prompts are encoded meanwhile, and the server ends in its time of grace."""
+    path, asked = "/v1/chat/completions", {"model": MODEL, "messages": [{"role": "user", "content": PROMPT}]}
+    endless = json.dumps({**asked, "chat_template_kwargs": {"loop_it": True}}).encode()
+    with serving(student, with_template, grace=0.2) as here, contextlib.ExitStack() as held:
+        wires = [held.enter_context(here.connect()) for _ in range(10)]
+        for wire in wires:
+            wire.sendall(post(path, endless))
+        until(lambda: here.gate.answering == 10)
+        began = time.monotonic()
+        assert here.ask({**FIRST, "max_tokens": 2})[0] == 200
+        assert time.monotonic() - began < 2
+        assert here.stop() < 3
+        for wire in wires:
+            assert b" 503 " in all_of(wire)
+        assert not here.faults()
+
+
+def test_what_may_be_answered_is_described(student: tuple[Any, Any]) -> None:
+    with serving(student, keys=("k",)) as here:
+        said = here.exchange(
+            b"GET /openapi.json HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer k\r\nConnection: close\r\n\r\n"
+        )
+        described = answer_of(said)[1]
+    error = {"$ref": "#/components/schemas/ErrorAnswer"}
+    expected = {
+        "/v1/chat/completions": (400, 401, 404, 413, 429, 503),
+        "/v1/completions": (400, 401, 404, 413, 429, 503),
+        "/v1/models": (401, 413),
+        "/v1/models/{name}": (401, 404, 413),
+        "/metrics": (401, 413),
+        "/version": (401, 413),
+        "/health": (413,),
+    }
+    assert set(described["paths"]) == set(expected)
+    for path, statuses in expected.items():
+        (operation,) = described["paths"][path].values()
+        answers = operation["responses"]
+        assert "422" not in answers
+        for status in (*statuses, "default"):
+            assert answers[str(status)]["content"]["application/json"]["schema"] == error
+    assert "503" in described["paths"]["/health"]["get"]["responses"]
+    fields = described["components"]["schemas"]["ErrorFields"]
+    assert set(fields["required"]) == set(serve.ApiError(400, "").body["error"])
+
+
 # --- the command line ---------------------------------------------------------------------------
 
 
@@ -1232,6 +1562,13 @@ def test_metrics(served: Served, client: OpenAI) -> None:
         (("--api-key", "a", "--api-key-file", "b"), "api_key: not beside"),
         (("--api-key-file", "nowhere"), "nowhere"),
         (("--api-key", ""), "api_key: expected a key"),
+        (("--api-key", "  "), "api_key: expected a key"),
+        (("--api-key", "--fp8"), "api_key: expected a key, got the option --fp8"),
+        (("--api-key-file", ""), "api_key_file: "),
+        (("--host", ""), "host: expected a name or an address (0.0.0.0: every one), got an empty one"),
+        (("--name", " "), "name: expected the model's name, got an empty one"),
+        (("--model", ""), "model: "),
+        (("--device", ""), "device: expected"),
         (("--port", "99999"), "port: expected 0 to 65535, got 99999"),
         (("--port", "-1"), "port: expected 0 to 65535, got -1"),
         (("--host", "a..b"), "host: 'a..b' does not resolve"),
@@ -1239,22 +1576,71 @@ def test_metrics(served: Served, client: OpenAI) -> None:
         (("--log-level", "loud"), "log_level: expected one of"),
         (("--grace", "-1"), "grace: expected seconds >= 0, got -1"),
         (("--max-choices", "0"), "max_choices: expected a whole number >= 1, got 0"),
+        (("--grace", "nan"), "grace: expected seconds >= 0, got nan"),
+        (("--grace", "inf"), "grace: expected seconds >= 0, got inf"),
         (("--max-length", "0"), "max_length: expected a whole number >= 1, got 0"),
+        (
+            ("--max-length", str(2**20 + 1)),
+            "max_length: expected a whole number >= 1 and <= 1048576, got 1048577",
+        ),
+        (("--max-body", "-1"), "max_body: expected a whole number >= 1, got -1"),
+        (("--max-connections", "1"), "max_connections: expected a whole number >= 2, got 1"),
+        (("--max-connections", "1000000"), "max_connections: expected at most"),
+        (("--max-waiting", "0"), "max_waiting: expected a whole number >= 1, got 0"),
+        (("--lanes", str(10**20)), "lanes"),
+        (("--block-length", "0"), "block_length: expected a whole number >= 1, got 0"),
+        (("--mask-id", "-1"), "mask_id: expected an id below"),
+        (("--policy", "confidence:nan"), "policy: expected"),
+        (("--policy", "steps:0"), "policy: expected"),
         (("--cors-origin", "example.org"), "cors_origin: expected '*' or an origin"),
         (("--cors-origin", "https://example.org/page"), "cors_origin: expected '*' or an origin"),
         (("--cors-origin", "https://Example.org"), "cors_origin: expected '*' or an origin"),
     ],
 )
-def test_bad_options_are_one_line(args: tuple[str, ...], said: str) -> None:
+def test_bad_options_are_one_line(args: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: Any) -> None:
+        raise AssertionError("it serves")
+
+    monkeypatch.setattr(serve.Server, "run", run)
     found = CliRunner().invoke(app, ["serve", *args])
     assert (found.exit_code, found.stderr.count("\n")) == (2, 1)
     assert said in found.stderr
 
 
-def test_an_empty_file_of_keys_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text("\n \n")
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf\r\n", b"# nothing\r\n  # yet"])
+def test_an_empty_file_of_keys_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "keys").write_bytes(content)
     with pytest.raises(ValueError, match=r"api_key_file: .* holds no key"):
         serve.read_keys(tmp_path / "keys")
+
+
+def test_a_file_of_keys_as_people_write_it(tmp_path: Path) -> None:
+    """With a byte order mark, of Windows, with blanks and comments."""
+    file = tmp_path / "keys"
+    file.write_bytes("\ufeffsk-1\r\n\r\n# of the tests\r\n  sk-2\t # mine\r\nsk#3 \rключ".encode())
+    assert serve.read_keys(file) == ("sk-1", "sk-2", "sk#3", "ключ")
+    for content, said in ((b"a\x00b", "key 1 has others"), (b"\xff\xfea\x00", "is not UTF-8 text")):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=said):
+            serve.read_keys(file)
+    with pytest.raises(ValueError, match="api_key_file"):
+        serve.read_keys(tmp_path)
+
+
+def test_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("file")
+    monkeypatch.delenv(serve.KEY_VARIABLE, raising=False)
+    assert serve.find_keys(None, None) == ()
+    monkeypatch.setenv(serve.KEY_VARIABLE, " sk-1\nsk-2 ")
+    assert serve.find_keys(None, None) == ("sk-1", "sk-2")
+    assert serve.find_keys(" given ", None) == ("given",)
+    assert serve.find_keys(None, tmp_path / "keys") == ("file",)
+    monkeypatch.setenv(serve.KEY_VARIABLE, " ")
+    found = CliRunner().invoke(app, ["serve"])
+    assert (found.exit_code, found.stderr) == (
+        2,
+        "error: DPARALLEL_API_KEY: expected a key, got an empty one\n",
+    )
 
 
 def test_a_port_that_is_taken_is_one_line() -> None:

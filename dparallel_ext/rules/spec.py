@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .. import policies
+from ..arguments import whole
 from .credit import Credit
 from .early import Prophet, SchED
 from .protocol import Rule
@@ -77,9 +78,9 @@ def _row(text: str) -> dict[str, Any]:
     if text == ONE:
         return {}
     selector, _, number = text.partition(":")
-    if selector == "steps" and number.isdecimal():
-        return {"steps": int(number)}
     try:
+        if selector == "steps":
+            return {"steps": whole("N", int(number), 1)}
         threshold = float(number)
         policies.make(selector, threshold)
     except ValueError as error:

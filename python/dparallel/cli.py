@@ -87,9 +87,10 @@ def plain_errors(extra: str = "cli") -> Iterator[None]:
 
 
 def at_least(name: str, value: int, least: int) -> None:
-    """Raise ValueError naming the option."""
-    if value < least:
-        raise ValueError(f"{name}: expected a whole number >= {least}, got {value}")
+    """Raise ValueError naming the option. No option's number is beyond 64 bits."""
+    if not least <= value <= sys.maxsize:
+        most = f" and <= {sys.maxsize}" if value > least else ""
+        raise ValueError(f"{name}: expected a whole number >= {least}{most}, got {value}")
 
 
 def report() -> dict[str, Any]:
@@ -309,8 +310,7 @@ def evaluate(
             registry.directory_of(name)
         for text in policy:
             measuring.parse_policy(text)
-        rows = []
-        typer.echo(measuring.HEADING)
+        rows: list[dict[str, Any]] = []
         for row in measuring.sweep(
             model,
             policy,
@@ -323,6 +323,8 @@ def evaluate(
             device=device,
             fp8=fp8,
         ):
+            if not rows:  # what is refused is one line alone
+                typer.echo(measuring.HEADING)
             rows.append(row)
             typer.echo(measuring.line(row))
             if json_file is not None:
@@ -337,7 +339,11 @@ def serve(
     host: Annotated[str, typer.Option(help="127.0.0.1 is this machine alone")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: a free one")] = 8000,
     api_key_file: Annotated[
-        Path | None, typer.Option(help="keys, one a line, of which any is asked for")
+        Path | None,
+        typer.Option(
+            help="keys, one a line (# begins a comment), of which any is asked for; so are those of the "
+            "environment's DPARALLEL_API_KEY"
+        ),
     ] = None,
     api_key: Annotated[
         str | None, typer.Option(help="the key itself; others on this machine can read it in ps")
@@ -358,6 +364,9 @@ def serve(
     ] = None,
     max_choices: Annotated[int, typer.Option(help="responses of one request: its prompts times n")] = 64,
     max_body: Annotated[int, typer.Option(help="bytes of a request")] = 2**20,
+    max_connections: Annotated[
+        int | None, typer.Option(help="at once; default: what ulimit -n leaves, at most 4096")
+    ] = None,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(help="web pages of this origin may ask, * those of any; repeatable; default: none"),
@@ -374,9 +383,7 @@ def serve(
     with plain_errors("serve"):
         from . import serve as serving
 
-        if api_key is not None and api_key_file is not None:
-            raise ValueError("api_key: not beside --api-key-file")
-        keys = serving.read_keys(api_key_file) if api_key_file is not None else ()
+        keys = serving.find_keys(api_key, api_key_file)
         serving.run(
             model,
             host=host,
@@ -392,12 +399,13 @@ def serve(
                 "lanes": lanes,
                 "max_waiting": max_waiting,
             },
-            keys=keys if api_key is None else (api_key,),
+            keys=keys,
             name=name,
             policy=policy,
             max_length=max_length,
             max_choices=max_choices,
             max_body=max_body,
+            max_connections=max_connections,
             cors_origins=tuple(cors_origin or ()),
             grace=grace,
         )
@@ -455,6 +463,8 @@ def answer(
 
     with plain_errors("train"):
         length = registry.gen_length(model) if gen_length is None else whole("gen_length", gen_length, 1)
+        if block_length is not None:
+            at_least("block_length", block_length, 1)
         settings = trajectories.Settings(
             model, policy, length, block_length, cache, checker, shard, format, chat, mask_id
         )

@@ -57,7 +57,6 @@ OPENAI: Neutral = {
 VLLM_AND_SGLANG: Neutral = {
     "add_generation_prompt": (True,),
     "bad_words": ([],),
-    "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "custom_params": ({},),
     "documents": ([],),
@@ -105,7 +104,7 @@ LLAMA_CPP: Neutral = {
 }
 REQUEST: Neutral = {**OPENAI, **VLLM_AND_SGLANG, **LLAMA_CPP}
 CHAT: Neutral = {**REQUEST, "add_special_tokens": (False,)}
-COMPLETION: Neutral = {**REQUEST, "add_special_tokens": (True,)}
+COMPLETION: Neutral = {**REQUEST, "add_special_tokens": (True,), "chat_template_kwargs": ({},)}
 STREAM_OPTIONS: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
 MESSAGE: Neutral = {
     "annotations": ([],),
@@ -117,6 +116,20 @@ MESSAGE: Neutral = {
     "type": ("text", "message"),
 }
 """Of a message: an assistant's answer as clients send it back, and what lm-evaluation-harness adds."""
+
+TEMPLATE_NAMES = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "documents",
+        "messages",
+        "tokenize",
+        "tools",
+    }
+)
+"""Names that chat_template_kwargs must not have: a request says these by other parameters, or not at all."""
 
 SCORES = (
     "log-likelihoods of a given text are computed by lm_eval --model dparallel, see "

@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import errno
 import functools
+import gc
 import hmac
 import json
 import logging
@@ -30,10 +31,11 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -48,7 +50,7 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -57,13 +59,24 @@ from starlette.types import Message as Event
 import dparallel_ext as dx
 from dparallel_ext import Completion, Draft, Engine, EngineFull, Handle
 
-from . import protocol, registry, text
+from . import connections, files, protocol, registry, text
 from .evaluate import parse_policy
+from .templates import Renderer
 
 log = logging.getLogger("uvicorn.dparallel")
 
+T = TypeVar("T")
+
+MOST_PROMPTS = 4096
+"""Of a request, whatever the server's own bound: so many are looked at one by one."""
 MOST_STOPS = 32
 """Stop strings of a request, and stop_token_ids."""
+CHARACTERS_A_TOKEN = 32
+"""A text of more, on average, than these and than the longest token has is too long without being encoded."""
+ENCODERS = 2
+"""Threads that encode texts."""
+KEY_VARIABLE = "DPARALLEL_API_KEY"
+"""Of the environment; its keys count where the command line has none."""
 
 
 @dataclass(frozen=True)
@@ -85,18 +98,30 @@ class Settings:
     """Prompts of a request times `n`."""
     max_body: int = 2**20
     """Bytes of a request."""
+    max_connections: int | None = None
+    """At once; requests may be under way on all but a few of them. None: no bound."""
     body_seconds: float = 30.0
-    """In which a request must arrive."""
+    """In which a request must be here, from its connection on, or from the answer before it on."""
     grace: float = 30.0
     """Seconds for running requests once the server is told to stop."""
 
     def __post_init__(self) -> None:
         """Raises ValueError, by name."""
-        if not all(self.keys):
+        if not all(key.strip() for key in self.keys):
             raise ValueError("api_key: expected a key, got an empty one")
-        for name in ("max_length", "max_choices", "max_body"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a whole number >= 1, got {getattr(self, name)}")
+        if not self.name.strip():
+            raise ValueError("name: expected the model's name, got an empty one")
+        bounds = {
+            "max_length": (1, 2**20),
+            "max_choices": (1, MOST_PROMPTS),
+            "max_body": (1, 2**31),
+            "max_connections": (2, 2**20),
+        }
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                most = f" and <= {high}" if value > high else ""
+                raise ValueError(f"{name}: expected a whole number >= {low}{most}, got {value}")
         if not 0 <= self.grace < math.inf:
             raise ValueError(f"grace: expected seconds >= 0, got {self.grace}")
         for origin in self.cors_origins:
@@ -137,22 +162,67 @@ class ApiError(HTTPException):
         return cls(error.status_code, error.detail, headers=error.headers)
 
 
+class ErrorFields(BaseModel):
+    """What is wrong, as OpenAI says it."""
+
+    message: str
+    type: str
+    param: str | None
+    """The parameter that it is about."""
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: ErrorFields
+
+
+ERRORS = {
+    400: "The request cannot be followed: `param` names what is wrong.",
+    401: "The API key is missing or wrong.",
+    404: "There is no such model or path.",
+    413: "The body is too large.",
+    429: "Too many requests are under way; Retry-After says when to come again.",
+    503: "The server is shutting down.",
+}
+
+
+class Health(BaseModel):
+    status: Literal["ok", "closed"]
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """How a path answers where it cannot, for its description; of others that may come, by their form."""
+    found: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorAnswer, "description": ERRORS[status]} for status in statuses
+    }
+    return {**found, "default": {"model": ErrorAnswer, "description": "Another error."}}
+
+
 def stopping() -> ApiError:
     return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Connection": "close"})
+
+
+async def in_time(what: Awaitable[T], aborted: asyncio.Future[None], seconds: float | None = None) -> T:
+    """What is awaited, unless it is late or the server stops. Raises ApiError."""
+    doing = asyncio.ensure_future(what)
+    waiting: set[asyncio.Future[Any]] = {doing, aborted}
+    try:
+        await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if doing.done():
+            return doing.result()
+    finally:
+        doing.cancel()
+    if aborted.done():
+        raise stopping()
+    raise ApiError(408, "the request did not arrive in time", headers={"Connection": "close"})
 
 
 # --- requests -----------------------------------------------------------------------------------
 
 
-def _unicode(value: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"expected text, got half of a surrogate pair at {error.start}") from error
-    return value
-
-
-Text = Annotated[str, AfterValidator(_unicode)]
+Text = Annotated[str, AfterValidator(text.unicode)]
 
 
 class Strict(BaseModel):
@@ -270,6 +340,8 @@ class CompletionRequest(Options):
 
         if isinstance(value, str) or every(int, value):
             return [value]
+        if isinstance(value, list) and len(value) > MOST_PROMPTS:
+            raise ValueError(f"expected at most {MOST_PROMPTS} prompts, got {len(value)}")
         if every(str, value) or (every(list, value) and all(every(int, one) for one in value)):
             return value
         raise ValueError("expected a string, a list of token ids, or a list of either, none of them empty")
@@ -307,9 +379,22 @@ class ChatRequest(Options):
     """POST /v1/chat/completions."""
 
     neutral = protocol.CHAT
-    messages: list[ChatMessage] = Field(min_length=1)
+    # One error is told, so no more are looked for: there may be as many as messages.
+    messages: Annotated[list[ChatMessage], FailFast()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of the model's chat template by name, such as enable_thinking."""
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _variables(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        taken = next((name for name in value or {} if name in protocol.TEMPLATE_NAMES), None)
+        if taken is not None:
+            raise ValueError(
+                f"expected variables of the chat template, but {taken} is none of these: the server sets it"
+            )
+        return value
 
     @property
     def scored(self) -> bool:
@@ -556,7 +641,13 @@ class Service:
     ) -> None:
         self.engine, self.vocabulary, self.tokenizer, self.settings = engine, vocabulary, tokenizer, settings
         self.token_texts = text.TokenTexts(tokenizer)
-        self.template = text.chat_template(directory)
+        # What takes long gets threads and a process of its own, which end with the service whatever they do.
+        self.renderer = Renderer()
+        self.template = text.chat_template(directory, self.renderer)
+        self.rendering = asyncio.Lock()
+        self.encoders = ThreadPoolExecutor(ENCODERS, "encoder")
+        longest = max(map(len, tokenizer.get_vocab()), default=0)
+        self.most_characters = settings.max_length * max(CHARACTERS_A_TOKEN, longest)
         self.ends = text.endings(directory, tokenizer)
         self.metrics = Metrics(engine)
         self.created = int(time.time())
@@ -567,24 +658,68 @@ class Service:
         if not self.aborted.done():
             self.aborted.set_result(None)
 
-    def encode(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
+    def close(self) -> None:
+        """End the threads and the process of texts, whatever they do."""
+        self.encoders.shutdown(wait=False, cancel_futures=True)
+        self.renderer.close()
+
+    async def _ids(self, param: str, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        """The token ids of texts. Raises ApiError where one is too long to be looked at."""
+        most = self.most_characters
+        wrong = next((len(one) for one in texts if len(one) > most), None)
+        if wrong is not None:
+            tokens = self.settings.max_length
+            said = f"{param}: expected at most {most} characters, for {tokens} tokens, got {wrong}"
+            raise ApiError(400, said, param=param, code="context_length_exceeded")
+
+        def encode() -> list[list[int]]:
+            # A batch, of one text so that it is not padded to the length of others: `encode` holds the
+            # interpreter's lock, so that nothing else would run.
+            try:
+                batches = [self.tokenizer.encode_batch([one], add_special_tokens=special) for one in texts]
+            except Exception as error:  # of no kind of its own
+                said = f"{param}: the model's tokenizer does not encode it: {str(error)[:200]}"
+                raise ApiError(400, said, param=param) from error
+            return [batch[0].ids for batch in batches]
+
+        return await self._elsewhere(encode) if any(texts) else [[] for _ in texts]
+
+    async def _elsewhere(self, work: Callable[[], T]) -> T:
+        """The result of what an encoder's thread does. Raises ApiError if the server stops before."""
+        loop = asyncio.get_running_loop()
+        try:
+            doing = loop.run_in_executor(self.encoders, work)
+        except RuntimeError as error:  # they have been ended
+            raise stopping() from error
+        return await in_time(doing, self.aborted)
+
+    async def encode(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
         """The prompts' token ids; a chat is by the checkpoint's template, else its last user message alone.
 
-        Raises ValueError.
+        Raises ApiError, and ValueError that names the argument.
         """
-        encode = self.tokenizer.encode
         if isinstance(request, CompletionRequest):
-            return [encode(one).ids if isinstance(one, str) else one for one in request.prompt]
+            texts = [one for one in request.prompt if isinstance(one, str)]
+            if texts:
+                return await self._ids("prompt", texts, special=True)
+            return [one for one in request.prompt if isinstance(one, list)]
         roles = {"developer": "system"}  # the newer name; templates know the older
         messages = [
             {"role": roles.get(one.role, one.role), "content": one.content or ""} for one in request.messages
         ]
+        given = request.chat_template_kwargs or {}
         if self.template is not None:
-            return [encode(self.template(messages), add_special_tokens=False).ids]
+            render = functools.partial(self.template, messages, **given)
+            async with self.rendering:  # by one thread: templates wait for each other, other texts do not
+                said = await self._elsewhere(render)
+            return await self._ids("messages", [said])
+        if given:
+            said = "chat_template_kwargs: expected none, since the model has no chat template"
+            raise ApiError(400, f"{said}, got {sorted(given)[0]}", param="chat_template_kwargs")
         asked = [one["content"] for one in messages if one["role"] == "user"]
         if not asked:
             raise ValueError("messages: expected one from the user")
-        return [encode(asked[-1]).ids]
+        return await self._ids("messages", asked[-1:], special=True)
 
     async def call(self, request: ChatRequest | CompletionRequest) -> Call:
         """The request, checked and handed to the engine. Raises ApiError."""
@@ -599,10 +734,10 @@ class Service:
             said = f"{name}: expected at most {settings.max_choices} responses, got {prompts * each}"
             raise ApiError(400, said, param=name)
         try:
-            encoded = await asyncio.to_thread(self.encode, request)
+            encoded = await self.encode(request)
         except ValueError as error:
             raise ApiError(400, str(error), param=param) from error
-        suffix = self._suffix(request, encoded)
+        suffix = await self._suffix(request, encoded)
         seed = secrets.randbits(62) if request.seed is None else request.seed
         choices = [
             Choice(
@@ -634,8 +769,7 @@ class Service:
                     **ends,
                 )
             except EngineFull as error:
-                wait = {"Retry-After": str(self.metrics.wait())}
-                raise ApiError(429, "too many requests wait already", code="full", headers=wait) from error
+                raise self.full("too many requests wait already") from error
             except RuntimeError as error:
                 raise ApiError(503, str(error), code="closed") from error
             except ValueError as error:
@@ -646,10 +780,13 @@ class Service:
 
         return Call(self, choices, each, submit)
 
-    def _suffix(self, request: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> list[int]:
+    def full(self, said: str) -> ApiError:
+        return ApiError(429, said, code="full", headers={"Retry-After": str(self.metrics.wait())})
+
+    async def _suffix(self, request: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> list[int]:
         """The token ids that follow the response. Raises ApiError where others than its own masks stand."""
         given = request.suffix if isinstance(request, CompletionRequest) else None
-        ids: list[int] = self.tokenizer.encode(given or "", add_special_tokens=False).ids
+        (ids,) = await self._ids("suffix", [given or ""])
         if ids and any(self.engine.mask_id in prompt for prompt in [*prompts, ids]):
             said = "suffix: neither it nor the prompt may hold the mask token, which stands for the response"
             raise ApiError(400, said, param="suffix")
@@ -670,7 +807,6 @@ class Service:
 
     def _gen_length(self, ids: list[int], request: Options, param: str, suffix: int) -> int:
         """max_tokens for a prompt. Raises ApiError if it or the prompt is too long, or has foreign ids."""
-        self._check_ids(param, ids)
         most = self.settings.max_length
         given = len(ids) + suffix
         length = request.max_tokens or max(1, min(self.settings.gen_length, most - given))
@@ -678,6 +814,7 @@ class Service:
             name = param if given >= most else "max_tokens"
             said = f"{name}: expected at most {most} tokens with the response, got {given} + {length}"
             raise ApiError(400, said, param=name, code="context_length_exceeded")
+        self._check_ids(param, ids)
         return length
 
 
@@ -700,28 +837,38 @@ def methods(path: str) -> str | None:
 
 
 class Gate:
-    """In front of everything but CORS: the key, the bounds on a request's body, and the count of answers."""
+    """In front of everything but CORS: the key, the bounds on a request's body and on the number of requests,
+    and the count of answers."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
         self.keys = [key.encode() for key in service.settings.keys]
+        self.answering = 0
+        """Requests that are here whole, with their body, and are not answered yet."""
+        most = service.settings.max_connections
+        self.most = math.inf if most is None else most - connections.reserved(most)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
-        status, taken, complete = 500, 0, False
-        settings, ends = self.service.settings, time.monotonic() + self.service.settings.body_seconds
+        status, taken, complete, answering = 500, 0, False, 0
+        settings, now = self.service.settings, time.monotonic()
+        ends = scope.get("state", {}).get("ends", now + settings.body_seconds)  # see connections
 
         async def bounded() -> Event:
-            nonlocal taken, complete
+            nonlocal taken, complete, answering
             if complete:
                 return await receive()
-            message = await self._before(ends, receive)
+            message: Event = await in_time(receive(), self.service.aborted, ends - time.monotonic())
             complete = not message.get("more_body", False)
             taken += len(message.get("body", b""))
             if taken > settings.max_body:
                 raise too_large(settings.max_body)
+            if complete and message["type"] == "http.request":
+                if self.answering >= self.most:
+                    raise self.service.full("too many requests are under way already")
+                self.answering, answering = self.answering + 1, 1
             return message
 
         async def counted(message: Event) -> None:
@@ -738,6 +885,7 @@ class Gate:
             else:
                 await self.app(self._as_json(scope), bounded, counted)
         finally:
+            self.answering -= answering
             path = scope["path"] if scope["path"] in PATHS else "other"
             self.service.metrics.http.labels(path, str(status)).inc()
 
@@ -766,21 +914,6 @@ class Gate:
             return scope
         others = [(name, value) for name, value in headers if name != b"content-type"]
         return {**scope, "headers": [*others, (b"content-type", b"application/json")]}
-
-    async def _before(self, ends: float, receive: Receive) -> Event:
-        """The next message of the body, unless it is late or the server stops."""
-        reading: asyncio.Future[Any] = asyncio.ensure_future(receive())
-        aborted: asyncio.Future[Any] = self.service.aborted
-        try:
-            left = ends - time.monotonic()
-            await asyncio.wait({reading, aborted}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            if reading.done():
-                return cast(Event, reading.result())
-        finally:
-            reading.cancel()
-        if aborted.done():
-            raise stopping()
-        raise ApiError(408, "the request did not arrive in time", headers={"Connection": "close"})
 
 
 def is_json(content_type: bytes) -> bool:
@@ -935,6 +1068,7 @@ def make_app(service: Service) -> FastAPI:
         service.aborted = asyncio.get_running_loop().create_future()
         yield
         service.abort()
+        service.close()
         await asyncio.to_thread(service.engine.close, cancel=True)
 
     # No pages of documentation: they would load scripts from elsewhere.
@@ -954,10 +1088,11 @@ def make_app(service: Service) -> FastAPI:
     async def refused(http: Request, error: HTTPException) -> Response:
         path = http.scope["path"]
         if not isinstance(error, ApiError) and error.status_code in (404, 405):
-            missing = error.status_code == 404
-            said = f"path: expected one of {', '.join(PATHS)}, got {path}"
-            said = said if missing else f"method: {path} expects {methods(path)}, got {http.method}"
-            error = ApiError(error.status_code, said, headers=error.headers)
+            said, headers = f"path: expected one of {', '.join(PATHS)}, got {path}", error.headers
+            if error.status_code == 405:
+                allowed = methods(path) or READ
+                said, headers = f"method: {path} expects {allowed}, got {http.method}", {"Allow": allowed}
+            error = ApiError(error.status_code, said, headers=headers)
         return ApiError.of(error).response
 
     @app.exception_handler(RequestValidationError)
@@ -974,16 +1109,17 @@ def make_app(service: Service) -> FastAPI:
     async def broken(_: Request, error: Exception) -> Response:
         return ApiError(500, "internal error", code="internal_error").response
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=errors(*ERRORS))
     async def chat_completions(http: Request, request: ChatRequest) -> Response:
         return await answer(service, http, request)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=errors(*ERRORS))
     async def completions(http: Request, request: CompletionRequest) -> Response:
         return await answer(service, http, request)
 
-    def read(path: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        return app.api_route(path, methods=["GET", "HEAD"])
+    def read(path: str, answers: dict[int | str, dict[str, Any]]) -> Callable[[Any], Any]:
+        head, get = app.head(path, include_in_schema=False), app.get(path, responses=answers)
+        return lambda function: get(head(function))
 
     model = {
         "id": service.settings.name,
@@ -995,27 +1131,32 @@ def make_app(service: Service) -> FastAPI:
         "max_model_len": service.settings.max_length,
     }
 
-    @read("/v1/models")
+    @read("/v1/models", errors(401, 413))
     async def list_models() -> Response:
         return JSONResponse({"object": "list", "data": [model]})
 
-    @read("/v1/models/{name:path}")
+    @read("/v1/models/{name:path}", errors(401, 404, 413))
     async def one_model(name: str) -> Response:
         if name != service.settings.name.rstrip("/"):
             said = f"model: expected {service.settings.name!r}, got {name!r}"
             raise ApiError(404, said, param="model", code="model_not_found")
         return JSONResponse(model)
 
-    @read("/version")
+    @read("/version", errors(401, 413))
     async def version() -> Response:
         return JSONResponse({"version": dx.__version__})
 
-    @read("/health")
+    states = {200: "It takes requests.", 503: "It takes no more requests."}
+
+    @read(
+        "/health",
+        errors(413) | {status: {"model": Health, "description": said} for status, said in states.items()},
+    )
     async def health() -> Response:
         closed = service.engine.closed
         return JSONResponse({"status": "closed" if closed else "ok"}, 503 if closed else 200)
 
-    @read("/metrics")
+    @read("/metrics", errors(401, 413))
     async def metrics() -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -1038,6 +1179,14 @@ class Server(uvicorn.Server):
             at = f"[{host}]" if ":" in host else host
             logging.getLogger("uvicorn.error").info("dparallel running on http://%s:%d", at, port)
 
+        for one in sockets or []:
+            one.listen(connections.BACKLOG)  # how many are accepted in a turn is another number
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:
+            connections.cut_overdue(self.server_state.connections)
+        return await super().on_tick(counter)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         ending = asyncio.get_running_loop().call_later(self.service.settings.grace, self.service.abort)
         try:
@@ -1046,11 +1195,46 @@ class Server(uvicorn.Server):
             ending.cancel()
 
 
+def find_keys(key: str | None, file: Path | None) -> tuple[str, ...]:
+    """API keys: the one that is given, those of a file, or those of the environment.
+
+    Raises ValueError if there is none where some are to be: what should have held them must not open the
+    server to all.
+    """
+    if key is not None and file is not None:
+        raise ValueError("api_key: not beside --api-key-file")
+    if file is not None:
+        return read_keys(file)
+    name = "api_key" if key is not None else KEY_VARIABLE
+    given = os.environ.get(KEY_VARIABLE) if key is None else key
+    if given is None:
+        return ()
+    if key is not None and key.startswith("--"):
+        raise ValueError(f"api_key: expected a key, got the option {key}; is a variable empty?")
+    keys = keys_in(name, given)
+    if not keys:
+        raise ValueError(f"{name}: expected a key, got an empty one")
+    return keys
+
+
 def read_keys(file: Path) -> tuple[str, ...]:
-    """API keys, one a line. Raises ValueError if there is none."""
-    keys = tuple(line.strip() for line in file.read_text().splitlines() if line.strip())
+    """API keys of a file. Raises ValueError if there is none."""
+    keys = keys_in("api_key_file", files.read_text("api_key_file", file))
     if not keys:
         raise ValueError(f"api_key_file: {file} holds no key")
+    return keys
+
+
+def keys_in(name: str, said: str) -> tuple[str, ...]:
+    """API keys, one a line: without blanks around them and without comments, which # begins.
+
+    Raises ValueError where one cannot be sent in a header.
+    """
+    found = (re.split(r"(?:^|\s)#", line)[0].strip() for line in re.split(r"\r\n|\r|\n", said))
+    keys = tuple(key for key in found if key)
+    for number, key in enumerate(keys, 1):
+        if not key.isprintable():
+            raise ValueError(f"{name}: expected printable characters, but key {number} has others")
     return keys
 
 
@@ -1094,6 +1278,19 @@ def unusable(host: str, port: int, error: OSError) -> ValueError:
     return ValueError(f"port: {port} of {host!r} cannot be had ({error.strerror})")
 
 
+def make_server(service: Service, log_level: str = "info") -> Server:
+    """The server of a service; its `run` takes the sockets of `listen`."""
+    settings = service.settings
+    config = connections.config_of(
+        make_app(service),
+        most=settings.max_connections or connections.most_connections(None),
+        seconds=settings.body_seconds,
+        log_level=log_level,
+        shutdown_seconds=math.ceil(settings.grace) + 5,
+    )
+    return Server(config, service)
+
+
 def run(
     model: str,
     *,
@@ -1113,9 +1310,12 @@ def run(
     """
     if log_level not in uvicorn.config.LOG_LEVELS:
         raise ValueError(f"log_level: expected one of {list(uvicorn.config.LOG_LEVELS)}, got {log_level!r}")
-    given = {key: value for key, value in settings.items() if value is not None}
-    Settings(**{"name": model, **given})
     directory = registry.directory_of(model)
+    if not host.strip():  # an unset variable must not open the server either
+        raise ValueError("host: expected a name or an address (0.0.0.0: every one), got an empty one")
+    given = {key: value for key, value in settings.items() if value is not None}
+    asked = Settings(**{"name": model, **given}).max_connections
+    connections.most_connections(asked)
     with contextlib.ExitStack() as opened:
         sockets = [opened.enter_context(one) for one in listen(host, port)]
         loaded, tokenizer = registry.load(model, device=device, fp8=fp8, mask_id=mask_id)
@@ -1130,19 +1330,23 @@ def run(
             log.warning(
                 "max_length: %d, but the model is made for %d positions", chosen.max_length, positions
             )
-        running = Engine(loaded, max_length=chosen.max_length, **engine)
+        try:
+            running = Engine(loaded, max_length=chosen.max_length, **engine)
+        except (MemoryError, OverflowError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"lanes, max_length: {engine.get('lanes')} requests of {chosen.max_length} tokens do not fit "
+                f"({str(error).partition(chr(10))[0][:200]})"
+            ) from error
         opened.callback(running.close, cancel=True)
+        # Only now it is known how many files the model keeps open.
+        chosen = replace(chosen, max_connections=connections.most_connections(asked))
         service = Service(running, loaded.shape.rows, tokenizer, directory, chosen)
-        config = uvicorn.Config(
-            make_app(service),
-            log_level=log_level,
-            server_header=False,
-            # A last resort: by then streams have been told to end.
-            timeout_graceful_shutdown=math.ceil(chosen.grace) + 5,
-        )
+        opened.callback(service.close)
+        gc.collect()
+        gc.freeze()  # what is here stays, so that no request waits until all of it is looked through
         try:
             with contextlib.suppress(KeyboardInterrupt):
-                Server(config, service).run(sockets)
+                make_server(service, log_level).run(sockets)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise

@@ -36,11 +36,15 @@ class TemplateRefused(ValueError):
 
 
 class Renderer:
-    """The process, started when it is first asked, and again after a template was its end."""
+    """The process, started when it is first asked, and again after a template was its end.
+
+    Any thread may ask; while one waits for a template the others wait for it.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
         atexit.register(self.close)
         os.register_at_fork(after_in_child=self._forget)
 
@@ -53,6 +57,11 @@ class Renderer:
         return str(self._ask({"source": source, "variables": variables})["text"])
 
     def close(self) -> None:
+        """End the process at once, whatever it does. Who waits for it or asks later gets TemplateRefused."""
+        self._closed = True
+        process = self._process  # the lock is held by whoever waits for it
+        if process is not None:
+            process.kill()
         with self._lock:
             self._end()
 
@@ -67,6 +76,8 @@ class Renderer:
         except (TypeError, ValueError, RecursionError) as error:
             raise TemplateRefused(f"it is given what is not JSON: {error}") from error
         with self._lock:
+            if self._closed:
+                raise TemplateRefused("its process was closed")
             try:
                 answer = self._exchange(line)
             except OSError as error:
@@ -74,8 +85,10 @@ class Renderer:
             except BaseException:
                 self._end(signal.SIGKILL)  # an answer that is still to come belongs to nobody
                 raise
-            if not answer:
+            if not answer.endswith(b"\n"):  # it ended before its answer did
                 code = self._end()
+                if self._closed:
+                    raise TemplateRefused("its process was closed")
                 if code == -signal.SIGPROF:
                     raise TemplateRefused(f"it took more than {SECONDS:g} s")
                 raise TemplateRefused(f"its process ended (status {code})")
@@ -95,6 +108,8 @@ class Renderer:
                 stderr=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
             )
+        if self._closed:  # meanwhile, by someone who saw no process
+            self._process.kill()
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # then there is no answer either
@@ -115,7 +130,7 @@ class Renderer:
 
 
 renderer = Renderer()
-"""The one of this process; any thread may ask it."""
+"""The one of this process, for whoever needs none of their own."""
 
 
 # --- the other process --------------------------------------------------------------------------

@@ -8,9 +8,20 @@ from typing import Any
 
 from dparallel_ext.models import files
 
-from .templates import TemplateRefused, renderer
+from . import templates
+from .templates import TemplateRefused
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+def unicode(value: str) -> str:
+    """The text itself. Raises ValueError where it holds half of a surrogate pair, which JSON can."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"expected text, got half of a surrogate pair at {error.start}") from error
+    return value
+
 
 Message = dict[str, Any]
 """{"role": "system", "user" or "assistant", "content": text}"""
@@ -118,12 +129,13 @@ Template = Callable[..., str]
 """(messages, **chat_template_kwargs) -> the text of a prompt."""
 
 
-def chat_template(directory: Path) -> Template | None:
+def chat_template(directory: Path, renderer: templates.Renderer | None = None) -> Template | None:
     """The checkpoint's template: messages to the text of a prompt. None if it has none.
 
     Of several the one named "default", and where tools are given "tool_use", as in transformers. What is
     returned takes more variables of the template by name (enable_thinking, ...), which JSON can hold. It runs
-    the template within bounds of time and size, see `templates`.
+    the template within bounds of time and size, see `templates`, in the process of `renderer`; default: the
+    one that is for all.
 
     Raises ValueError if it is no template; what is returned raises it, naming the template, where that
     refuses the messages or exceeds its bounds.
@@ -137,8 +149,9 @@ def chat_template(directory: Path) -> Template | None:
             )
         return None
     special = files.special_tokens(directory)
+    process = templates.renderer if renderer is None else renderer
     try:
-        renderer.compile(source)
+        process.compile(source)
     except TemplateRefused as error:
         raise ValueError(f"model: the chat template of {directory} does not compile: {error}") from error
 
@@ -149,8 +162,8 @@ def chat_template(directory: Path) -> Template | None:
         said = [{key: value for key, value in one.items() if value is not None} for one in messages]
         variables = {"tools": None, "documents": None, "add_generation_prompt": True, **special, **more}
         try:
-            return renderer.render(chosen, {**variables, "messages": said})
-        except TemplateRefused as error:
+            return unicode(process.render(chosen, {**variables, "messages": said}))
+        except ValueError as error:
             raise ValueError(
                 f"messages: the chat template of {directory.name} does not render them: {error}"
             ) from error

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -150,6 +151,8 @@ def read_prompts(source: str, prompt_field: str = "prompt", answer_field: str = 
     if source.startswith("builtin:"):
         try:
             count, seed = (int(part) for part in [*source.split(":"), "77"][1:3])
+            if not 1 <= count <= sys.maxsize:
+                raise ValueError("no number of problems")
         except ValueError as error:
             raise ValueError(f"data: expected builtin:N or builtin:N:SEED, got {source!r}") from error
         stream = itertools.islice(tasks.problems("train", seed=seed), count)

@@ -106,9 +106,9 @@ struct Policy {
       float preceding = 0.0f;
       while (n < masked && preceding <= threshold) preceding += -sorted(n++);
     } else if (selector == kSelectFrechet) {
-      // At worst the n best are all right together with the probability 1 - sum_{j <= n} (1 -
-      // p_(j)), and any other token of the last with 1 - p_(n): the gap between the two, p_(n) -
-      // that sum, falls with n.
+      // At worst the n best are right together with the probability 1 - sum of (1 - p_(j)) over
+      // j <= n, and another token of the last is right with 1 - p_(n). The gap between the two,
+      // p_(n) - sum, falls with n.
       float doubt = 0.0f;
       while (n < masked) {
         const float p = sorted(n);

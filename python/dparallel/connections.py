@@ -1,0 +1,196 @@
+"""The connections of the server's clients: how long and how many they may be, and what they may log.
+
+A request must be here whole within a time that begins with its connection, or with the end of the answer
+before it. There are so many connections at once that each has a file descriptor. Where one more comes, the
+one that has been without a whole request for longest makes place, so that slow, silent and half-open clients
+keep nobody out. Requests that are being answered are never cut for others: `Gate` in `serve` refuses more of
+them than leave some connections free, so that /health answers whatever the load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import logging
+import os
+import resource
+import time
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.config import LOGGING_CONFIG
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+MOST = 4096
+"""Connections by default, where the limit of open files leaves more."""
+SPARE = 40
+"""Descriptors that are no client's: those of accepted connections that are not counted yet, of the event
+loop, of the templates' process, and of files that are read meanwhile."""
+ACCEPTS = 4
+"""Connections accepted in a turn of the event loop."""
+BACKLOG = 128
+"""Connections that the operating system keeps for us to accept."""
+LATE = 1.0
+"""Seconds between the answer that says that a request is late and the end of its connection without one."""
+
+
+def most_connections(asked: int | None) -> int:
+    """How many connections the limit of open files leaves, or `asked`. Raises ValueError, by name."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = 2**31 if limit == resource.RLIM_INFINITY else limit
+    free = limit - len(os.listdir("/dev/fd")) - SPARE
+    least = 2 if asked is None else asked
+    if free < least:
+        raise ValueError(
+            f"max_connections: expected at most {max(free, 0)}, since {limit} files may be open (ulimit -n), "
+            f"got {least}"
+        )
+    return min(MOST, free) if asked is None else asked
+
+
+def reserved(connections: int) -> int:
+    """Of so many, those that are kept free of requests that are being answered."""
+    return max(1, min(32, connections // 2))
+
+
+class Connection(H11Protocol):
+    """A client's connection, with an end.
+
+    `state["ends"]` of a request's scope is when it must be here, on the clock of `time.monotonic`.
+    """
+
+    most: int
+    seconds: float
+
+    @classmethod
+    def bounded(cls, most: int, seconds: float) -> type[Connection]:
+        """With at most so many at once, and so much time for a request."""
+        return type("Connection", (cls,), {"most": most, "seconds": seconds})
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._unsent = (0, 0.0)  # bytes of answers that wait for the client, and since when as many
+        self._begin()
+        if len(self.connections) > self.most:
+            others = (one for one in self.connections if isinstance(one, Connection) and one is not self)
+            asking = (one for one in others if one.asking)
+            # Those that still take an answer come last.
+            victim = min(asking, key=lambda one: (one.unsent > 0, one.ends), default=self)
+            self.connections.discard(victim)
+            victim.transport.abort()
+
+    def _begin(self) -> None:
+        self.ends = time.monotonic() + self.seconds
+        self.app_state = {**self.app_state, "ends": self.ends}
+
+    @property
+    def asking(self) -> bool:
+        """Whether no whole request is here that is not answered yet."""
+        return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+
+    @property
+    def unsent(self) -> int:
+        """Bytes of answers that the operating system does not take, since the client does not."""
+        return self.transport.get_write_buffer_size()
+
+    def overdue(self, now: float) -> bool:
+        """Whether the client takes too long: to take any more of its answers, or else to ask."""
+        size, since = self._unsent
+        if self.unsent != size:
+            size, since = self._unsent = self.unsent, now
+        return now - since > self.seconds if size else self.asking and now > self.ends + LATE
+
+    def on_response_complete(self) -> None:
+        self._begin()
+        super().on_response_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """What has come is no HTTP. Said in OpenAI's form, unless an answer is already on its way."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True  # its own answer would come after this one
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            error = {"message": msg, "type": "invalid_request_error", "param": None, "code": None}
+            body = json.dumps({"error": error}).encode()
+            head = "HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\n"
+            self.transport.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        self.transport.close()
+
+
+def cut_overdue(connections: Any) -> None:
+    """End the connections whose client takes too long."""
+    now = time.monotonic()
+    for one in list(connections):
+        if isinstance(one, Connection) and one.overdue(now):
+            one.transport.abort()
+
+
+# --- the log ------------------------------------------------------------------------------------
+
+
+class Bounded(logging.Filter):
+    """Lines have at most `LENGTH` characters, and of each kind (a message, and of answers their status) there
+    are at most `BURST` at once and `RATE` a second after that; the next line says how many were left out."""
+
+    LENGTH = 500
+    BURST = 500
+    RATE = 10.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kinds: dict[Any, tuple[float, float, int]] = {}  # lines left, when that was so, lines left out
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        # The formatter of answers takes their parts: address, method, path, version, status.
+        parts = record.args if record.name == "uvicorn.access" and isinstance(record.args, tuple) else ()
+        kind = (record.name, str(record.msg)[:80], parts[-1] if parts else None)
+        if kind not in self._kinds and len(self._kinds) > 1000:
+            self._kinds.clear()
+        left, since, out = self._kinds.get(kind, (float(self.BURST), record.created, 0))
+        left = min(self.BURST, left + self.RATE * max(0.0, record.created - since))
+        if left < 1:
+            self._kinds[kind] = (left, record.created, out + 1)
+            return False
+        self._kinds[kind] = (left - 1, record.created, 0)
+        note = f" ({out} more such lines were left out)" if out else ""
+        if parts:
+            *others, path, version, status = (_short(one, self.LENGTH // 2) for one in parts)
+            record.args = (*others, f"{path}{note}", version, status)
+        else:
+            record.msg, record.args = _short(record.getMessage(), self.LENGTH) + note, None
+            record.__dict__.pop("color_message", None)  # uvicorn's, of the same text
+        return True
+
+
+def _short(value: Any, most: int) -> Any:
+    return f"{value[: most - 3]}..." if isinstance(value, str) and len(value) > most else value
+
+
+def log_config() -> dict[str, Any]:
+    """uvicorn's, with bounds; what asyncio has to say goes the same way."""
+    config = copy.deepcopy(LOGGING_CONFIG)
+    config["filters"] = {"bounded": {"()": Bounded}}
+    for handler in config["handlers"].values():
+        handler["filters"] = ["bounded"]
+    config["loggers"]["asyncio"] = {"handlers": ["default"], "level": "WARNING", "propagate": False}
+    return config
+
+
+def config_of(
+    app: Any, *, most: int, seconds: float, log_level: str, shutdown_seconds: int
+) -> uvicorn.Config:
+    """uvicorn's settings for these bounds: its own loop and parser, whatever else is installed."""
+    return uvicorn.Config(
+        app,
+        http=Connection.bounded(most, seconds),
+        ws="none",
+        loop="asyncio",
+        backlog=ACCEPTS,
+        log_config=log_config(),
+        log_level=log_level,
+        server_header=False,
+        # A last resort: by then streams have been told to end.
+        timeout_graceful_shutdown=shutdown_seconds,
+    )
