@@ -35,6 +35,9 @@ from .rows import Settings, lay_out, whole_length
 
 log = logging.getLogger(__name__)
 
+LARGEST = 2**31 - 1
+"""Of the numbers that an engine's memory is made of."""
+
 PATIENCE = 5.0
 """Seconds that the end of the program waits for a callback that does not return."""
 
@@ -121,7 +124,7 @@ class _Subscriber:
         self.callback, self.told, self._busy = callback, 0, threading.Lock()
 
     def next(self, events: list[Event]) -> bool:
-        """Call with the next event. False where there is none, or another thread is at it: that looks again."""
+        """Call with the next event. False where there is none, or another thread is at it and looks again."""
         if self.told == len(events) or not self._busy.acquire(blocking=False):
             return False
         try:
@@ -137,8 +140,8 @@ class _Subscriber:
 class Handle:
     """A request. Iterating yields the tokens of each finished block; `result` waits for all."""
 
-    # Lists that only grow and queues, and no lock: a waiting thread may be interrupted anywhere, a callback may
-    # call anything, and a fork may happen at any moment.
+    # Lists that only grow and queues, and no lock: a waiting thread may be interrupted anywhere, a callback
+    # may call anything, and a fork may happen at any moment.
     id: int
     _engine: Engine = field(repr=False)
     _prompt: Tensor = field(repr=False)
@@ -174,9 +177,10 @@ class Handle:
         """Call `callback` with every event: a list of token ids for each finished block that has some, then
         once a Completion or an exception.
 
-        With the events that have been it is called here, and what it raises, `subscribe` raises. With those to
-        come it is called in the engine's thread, so it must be quick. There it may submit, cancel and close, but
-        wait for no request; if it raises anything, that is logged, and the request fails of a RuntimeError.
+        With the events that have been it is called here, and what it raises, `subscribe` raises. With those
+        to come it is called in the engine's thread, so it must be quick. There it may submit, cancel and
+        close, but wait for no request; if it raises anything, that is logged, and the request fails with a
+        RuntimeError.
         """
         subscriber = _Subscriber(_callable("callback", callback))
         while subscriber.next(self._events):
@@ -214,9 +218,7 @@ class Handle:
         if ready():
             return
         if threading.current_thread() is self._engine._thread:
-            raise RuntimeError(
-                f"request {self.id}: a callback waits for it in the engine's thread, which would wait for itself"
-            )
+            raise RuntimeError(f"request {self.id}: a callback in the engine's thread cannot wait for it")
         end = None if timeout is None else time.monotonic() + min(timeout, threading.TIMEOUT_MAX / 2)
         woken: SimpleQueue[None] = SimpleQueue()
         self._waiters.append(woken)
@@ -301,7 +303,8 @@ class Engine:
                 "model: expected one of dparallel_ext.models (models.load, or models.wrap for a loaded "
                 f"Hugging Face model), got {type(model).__name__}"
             )
-        lanes, max_length = whole("lanes", lanes, 1), whole("max_length", max_length, 1)
+        lanes = whole("lanes", lanes, 1, LARGEST)
+        max_length = whole("max_length", max_length, 1, LARGEST)
         max_waiting = whole("max_waiting", max_waiting, 1)
         causal = traits(model).block_length is not None
         if cache is None:
@@ -311,7 +314,7 @@ class Engine:
         )
         if page_size is None:
             page_size = -(-32 // block_length) * block_length if causal else 32
-        page_size = whole("page_size", page_size, 1)
+        page_size = whole("page_size", page_size, 1, LARGEST)
         if share is None:
             share = cache == "block" and not batch_invariant
         elif share and (cache != "block" or batch_invariant):
@@ -323,27 +326,33 @@ class Engine:
                 f"got {page_size}"
             )
         per_lane = -(-max_length // page_size)
-        pages = whole("pages", lanes * per_lane if pages is None else pages, 1)
+        pages = lanes * per_lane if pages is None else whole("pages", pages, 1, LARGEST)
         self.model, self.cache, self.max_length, self.max_waiting = model, cache, max_length, max_waiting
         self.mask_id = mask_id
-        table = torch.zeros((lanes, per_lane), dtype=torch.int64)
-        with torch.inference_mode():
-            slots = model.new_cache(pages, page_size, table, kept=cache != "none")
-            self._batch = Batch(
-                model,
-                lanes,
-                max_length,
-                block_length,
-                cache,
-                mask_id,
-                pad_id=mask_id,
-                device=model.device,
-                sub_block_length=sub_block_length,
-                refresh=refresh,
-                batch_invariant=batch_invariant,
-                graphs=graphs,
-                slots=slots,
-            )
+        try:
+            table = torch.zeros((lanes, per_lane), dtype=torch.int64)
+            with torch.inference_mode():
+                slots = model.new_cache(pages, page_size, table, kept=cache != "none")
+                self._batch = Batch(
+                    model,
+                    lanes,
+                    max_length,
+                    block_length,
+                    cache,
+                    mask_id,
+                    pad_id=mask_id,
+                    device=model.device,
+                    sub_block_length=sub_block_length,
+                    refresh=refresh,
+                    batch_invariant=batch_invariant,
+                    graphs=graphs,
+                    slots=slots,
+                )
+        except (RuntimeError, MemoryError) as error:
+            raise ValueError(
+                f"lanes, max_length, pages: {lanes} lanes of {max_length} positions and {pages} pages of "
+                f"{page_size} do not fit into memory ({str(error).partition(chr(10))[0]})"
+            ) from error
         self._slots, self._pages = slots, pages
         self._scheduler = Scheduler(lanes=lanes, pages=pages, page_size=page_size, share=share)
         self._share = share

@@ -8,6 +8,7 @@ import math
 import resource
 import threading
 import time
+import tracemalloc
 import weakref
 from collections.abc import Callable
 from concurrent.futures import CancelledError
@@ -302,7 +303,7 @@ def test_what_a_pass_raises_fails_the_requests_that_raise_it(
         bad = [engine.submit([499], gen_length=8) for _ in range(3)]
         expected = error if issubclass(error, Exception) else RuntimeError
         for handle in bad:
-            with pytest.raises(expected, match="no such luck|the model raised") as failed:
+            with pytest.raises(expected, match=r"no such luck|the model raised") as failed:
                 handle.result(60)
             assert error in (type(failed.value), type(failed.value.__cause__))
         assert (
@@ -545,7 +546,7 @@ def test_a_callback_may_call_the_engine(monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(CancelledError):
             more[1].result(60)
     assert len(refusals) == 2
-    assert "request 1: a callback waits for it in the engine's thread" in refusals[0]
+    assert "request 1: a callback in the engine's thread cannot wait for it" in refusals[0]
 
 
 def test_no_lock_is_held_during_a_callback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -681,7 +682,17 @@ def test_drafts_of_an_infill(name: str, cache: str) -> None:
         ({"selector": "best", "threshold": 0.5}, "selector: expected one of"),
         ({"suppress": [-1]}, r"suppress: expected token ids in \[0, 512\), got -1"),
         ({"stop": [[]]}, "stop: expected sequences of at least one token"),
+        ({"stop": 5}, "stop: expected sequences of token ids, got the number 5"),
+        ({"stop": None}, r"stop: expected int64 \(P,\) or a list of ids, got NoneType"),
+        ({"suppress": [1.5]}, r"suppress: expected int64 \(P,\), got torch.float32"),
+        ({"suppress": "ab"}, r"suppress: expected int64 \(P,\) or a list of ids, got str"),
+        ({"suppress": [10**30]}, r"suppress: expected int64 \(P,\) or a list of ids"),
         ({"seed": "x"}, "seed: expected a whole number"),
+        ({"seed": 2**63}, "seed: expected a whole number <= 9223372036854775807, got 9223372036854775808"),
+        ({"top_p": "x", "temperature": 1.0}, "top_p: expected a number from 0 to 1, got 'x'"),
+        ({"temperature": 10**400}, "temperature: expected a finite number >= 0, got 1000"),
+        ({"selector": 5, "threshold": 0.5}, "selector: expected one of"),
+        ({"on_draft": 5}, "on_draft: expected a function, got int"),
     ],
 )
 def test_bad_requests_are_named(change: dict[str, Any], message: str) -> None:
@@ -690,6 +701,36 @@ def test_bad_requests_are_named(change: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             engine.submit(**call)
         assert len(engine.submit([1], gen_length=4).result(60).tokens) == 4
+
+
+WHOLE = ["gen_length", "steps", "min_commit", "max_commit", "top_k", "eos_id", "seed"]
+
+
+@pytest.mark.parametrize(
+    "value", [10**9, 2**63, 10**30, 10**5000, -(10**5000)], ids=["1e9", "2^63", "1e30", "1e5000", "-1e5000"]
+)
+@pytest.mark.parametrize("name", WHOLE)
+def test_numbers_of_any_size_are_named_before_anything_is_allotted(name: str, value: int) -> None:
+    """Or they are in order: there may be so many steps, commits and seeds."""
+    beside = {
+        "min_commit": {"threshold": 0.5},
+        "max_commit": {"threshold": 0.5},
+        "top_k": {"temperature": 1.0},
+    }
+    harmless = {"steps": 2**63, "max_commit": 10**31, "top_k": 2**63, "seed": 2**63}
+    call: dict[str, Any] = {"prompt": [1], "gen_length": 4, name: value, **beside.get(name, {})}
+    with dx.Engine(LLADA, lanes=1, max_length=64) as engine:
+        tracemalloc.start()
+        try:
+            if 0 < value < harmless.get(name, 0):
+                assert len(engine.submit(**call).result(60).tokens) == 4
+            else:
+                with pytest.raises(ValueError, match=f"^{name}: .*(expected|max_length is 64)"):
+                    engine.submit(**call)
+            assert tracemalloc.get_traced_memory()[1] < 2**20
+        finally:
+            tracemalloc.stop()
+        assert engine.stats.waiting == 0
 
 
 @pytest.mark.parametrize(
@@ -701,6 +742,15 @@ def test_bad_requests_are_named(change: dict[str, Any], message: str) -> None:
         ({"pages": 0}, "pages: expected a whole number >= 1"),
         ({"page_size": 0}, "page_size: expected a whole number >= 1"),
         ({"max_waiting": 0}, "max_waiting: expected a whole number >= 1"),
+        ({"lanes": 10**30}, "lanes: expected a whole number <= 2147483647, got 1000"),
+        ({"max_length": 2**31}, "max_length: expected a whole number <= 2147483647, got 2147483648"),
+        ({"pages": 10**15}, "pages: expected a whole number <= 2147483647"),
+        ({"page_size": 10**5000}, "page_size: expected a whole number <= 2147483647, got int that cannot"),
+        ({"max_waiting": 2**63}, "max_waiting: expected a whole number <= 9223372036854775807"),
+        (
+            {"lanes": 2**31 - 1, "max_length": 2**31 - 1},
+            "lanes, max_length, pages: 2147483647 lanes of .* do not fit into memory",
+        ),
         ({"cache": "dual"}, 'cache: expected "block" or "none" for a block-causal model'),
         ({"page_size": 12}, "page_size: expected a multiple of the blocks of 8"),
         ({"batch_invariant": True, "share": True}, "share: goes with .*, got batch_invariant"),
