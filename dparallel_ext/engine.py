@@ -830,10 +830,13 @@ def _failure(error: BaseException, what: str) -> Exception:
 
 def _serve(bell: SimpleQueue[Engine | None], ended: threading.Lock, _gone: weakref.ref[Engine]) -> None:
     """An engine's thread. While there is no request it does not keep the engine, whose end rings too."""
+    process = os.getpid()
     try:
         while (engine := bell.get()) is not None and engine._work():
             del engine
     finally:
+        if os.getpid() != process:  # a callback forked and came back, to a thread that there is no way out of
+            os._exit(1)
         ended.release()
 
 
