@@ -1,7 +1,7 @@
 """Programs that end while an engine computes, for test_engine_chaos: run_engine_ends.py [NAME...].
 
-Each ends in a fork of its own, made before there is any engine or thread, so that torch is imported once. Prints
-as JSON by name how each ended: its exit status, minus the signal, or "hangs".
+Each ends in a fork of its own, made before there is any engine or thread, so that torch is imported once.
+Prints as JSON by name how each ended: its exit status, minus the signal, or "hangs".
 """
 
 from __future__ import annotations
@@ -301,19 +301,19 @@ def wait(child: int) -> int | str:
     return "hangs"
 
 
-torch.set_num_threads(1)  # threads of a pool do not live on in a fork
-gc.freeze()  # a fork's end does not look through all that torch has made
-chosen: Callable[[], None] | None = None
-results = {}
-for function in ENDS:
-    if len(sys.argv) > 1 and function.__name__ not in sys.argv[1:]:
-        continue
-    process = os.fork()
-    if process == 0:
-        chosen = function
-        break
-    results[function.__name__] = wait(process), int(ENDS[function])
-if chosen is None:
-    print(json.dumps(results))
-else:
-    chosen()
+def main(names: list[str]) -> None:
+    torch.set_num_threads(1)  # threads of a pool do not live on in a fork
+    gc.freeze()  # a fork's end does not look through all that torch has made
+    results = {}
+    for function in ENDS:
+        if function.__name__ in names:
+            process = os.fork()
+            if process == 0:
+                return function()
+            results[function.__name__] = wait(process)
+    print(json.dumps(results), flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or [function.__name__ for function in ENDS])
