@@ -44,8 +44,11 @@ RAISED = [
     TimeoutError,
     StopIteration,
 ]
-POISON = {499: RuntimeError, 498: MemoryError, 497: SystemExit, 496: None}
-"""Prompts with such a token make a pass raise; 496 makes their rows NaN."""
+NAN = 496
+POISON = {499: RuntimeError, 498: MemoryError, 497: SystemExit, NAN: None}
+"""Prompts with such a token make a pass raise; NAN makes their keys, values and logits NaN."""
+for model in MODELS.values():
+    model.embed.weight.data[NAN] = float("nan")
 BAD: list[dict[str, Any]] = [
     {"gen_length": 10**9},
     {"gen_length": -1},
@@ -124,6 +127,7 @@ class Client:
             "temperature": rng.choice([0.0, 0.8]),
             "seed": rng.randrange(3),
             "eos_id": rng.choice([None, 5]),
+            "suppress": tuple(POISON),
         }
         on_draft = rng.choice([None, None, lambda draft: self.callback(rng.random())])
         handle = self.engine.submit(prompt, on_draft=on_draft, **own)
@@ -183,11 +187,7 @@ def poisoned(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
         for token, error in POISON.items():
             if error is not None and bool((ids == token).any()):
                 raise error("a model")
-        hidden = step(model, ids, slots, plan)
-        for begin, end in zip(plan.begin.tolist(), plan.end.tolist(), strict=True):
-            if bool((ids[begin:end] == 496).any()):
-                hidden[begin:end] = float("nan")
-        return hidden
+        return step(model, ids, slots, plan)
 
     return stepped
 
