@@ -532,7 +532,7 @@ def make_settings(
         eos_id = whole("eos_id", eos_id, 0)
     temperature = number("temperature", temperature)
     if suppress is not None:
-        suppress = arguments.token_ids("suppress", suppress)
+        suppress = arguments.token_ids("suppress", suppress).clone()  # an engine reads it later
     top_p, top_k = check_sampling(temperature, top_p, top_k)
     if seed is None:
         seed = drawn_seed(temperature)

@@ -186,8 +186,12 @@ class Handle:
         while subscriber.next(self._events):
             pass
         self._subscribers.append(subscriber)
-        while subscriber.next(self._events):  # what came in between
-            pass
+        try:
+            while subscriber.next(self._events):  # what came in between
+                pass
+        except BaseException:
+            self._subscribers.remove(subscriber)
+            raise
 
     def __iter__(self) -> Iterator[list[int]]:
         """Final tokens of each finished block, in order. Raises as `result` does."""
@@ -497,8 +501,9 @@ class Engine:
         rows = arguments.prompts(prompt) or [torch.zeros(0, dtype=torch.int64)]
         if len(rows) != 1:
             raise ValueError(f"prompt: expected one prompt (P,), got {len(rows)}; submit each by itself")
-        arguments.check_ids("prompt", rows, self.model.shape.rows)
-        return rows[0].cpu()
+        ids = rows[0].to("cpu", copy=True)  # the caller may change the prompt while it waits
+        arguments.check_ids("prompt", [ids], self.model.shape.rows)
+        return ids
 
     @property
     def stats(self) -> EngineStats:
@@ -531,14 +536,8 @@ class Engine:
         """
         self._close(cancel)
         if threading.current_thread() is not self._thread:
-            self._over(-1)
-
-    def _over(self, timeout: float) -> bool:
-        """Whether the thread is over, after at most so many seconds; -1: it is."""
-        over = self._ended.acquire(timeout=timeout)
-        if over:
-            self._ended.release()
-        return over
+            with self._ended:
+                pass
 
     def _close(self, cancel: bool) -> None:
         with self._lock:
@@ -831,18 +830,22 @@ def _failure(error: BaseException, what: str) -> Exception:
 def _serve(bell: SimpleQueue[Engine | None], ended: threading.Lock, _gone: weakref.ref[Engine]) -> None:
     """An engine's thread. While there is no request it does not keep the engine, whose end rings too."""
     process = os.getpid()
+    _threads.add(ended)
     try:
         while (engine := bell.get()) is not None and engine._work():
             del engine
     finally:
         if os.getpid() != process:  # a callback forked and came back, to a thread that there is no way out of
             os._exit(1)
+        _threads.discard(ended)
         ended.release()
 
 
 # --- the end of the program, and forks ---------------------------------------------------------------
 
 _engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
+_threads: set[threading.Lock] = set()
+"""`Engine._ended` of each thread that is there; one that has just dropped its engine frees its memory."""
 _leaving = False
 
 
@@ -859,14 +862,16 @@ def _leave() -> None:
     left = _open_engines()
     for engine in left:
         engine._close(cancel=True)
-    for engine in left:
-        while not engine._over(0.1):
-            if time.monotonic() - engine._calling > PATIENCE:
-                log.warning("the program ends, and a callback of a request has not returned")
-                break
+    while _threads:
+        stuck = sum(time.monotonic() - engine._calling > PATIENCE for engine in left)
+        if stuck >= len(_threads):
+            log.warning("the program ends, and a callback of a request has not returned")
+            break
+        time.sleep(0.002)
 
 
 def _forked() -> None:
+    _threads.clear()
     for engine in _open_engines():
         engine._disown()
 

@@ -549,6 +549,20 @@ def test_a_callback_may_call_the_engine(monkeypatch: pytest.MonkeyPatch) -> None
     assert "request 1: a callback in the engine's thread cannot wait for it" in refusals[0]
 
 
+def test_what_the_caller_changes_after_a_submit_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, suppress = torch.tensor([1, 2, 3]), torch.tensor([4, 5])
+    expected = alone(LLADA, prompt, "dual", gen_length=8, suppress=suppress)[0]
+    gate = Gate(monkeypatch)
+    with dx.Engine(LLADA, block_length=BLOCK, lanes=1, max_length=64) as engine:
+        engine.submit([1], gen_length=8)
+        until(lambda: engine.stats.active == 1)
+        handle = engine.submit(prompt, gen_length=8, suppress=suppress)
+        prompt.fill_(10**9)
+        suppress.fill_(expected[0])
+        gate.passes.release(100)
+        assert handle.result(60).tokens == expected
+
+
 def test_no_lock_is_held_during_a_callback(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread may hold what the callback waits for, and ask the handle meanwhile."""
     gate, entered, leave = Gate(monkeypatch), threading.Event(), threading.Event()

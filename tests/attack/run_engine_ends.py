@@ -72,6 +72,11 @@ def dropped_while_it_computes() -> None:
     gc.collect()
 
 
+def dropped_at_the_end() -> None:
+    """The engine's thread may be freeing the engine."""
+    dx.Engine(MODEL, lanes=16, max_length=2**15).submit([1], gen_length=4).result()
+
+
 def sys_exit() -> None:
     next(iter(busy(1).submit([1], gen_length=500)))
     sys.exit(3)
@@ -269,6 +274,7 @@ ENDS: dict[Callable[[], None], int] = {
     several_engines_one_closed: 0,
     a_reference_cycle: 0,
     dropped_while_it_computes: 0,
+    dropped_at_the_end: 0,
     sys_exit: 3,
     an_uncaught_exception: 1,
     an_exception_beside_a_subscriber_that_waits: 1,
