@@ -385,7 +385,12 @@ class Engine:
         self._thread = threading.Thread(
             target=_serve, args=(bell, self._ended, gone), name="dparallel engine", daemon=True
         )
-        self._thread.start()
+        _threads.add(self._ended)
+        try:
+            self._thread.start()
+        except RuntimeError:  # there are too many
+            _threads.discard(self._ended)
+            raise
         _engines[id(self)] = self
         if _leaving:
             self.close()
@@ -830,7 +835,6 @@ def _failure(error: BaseException, what: str) -> Exception:
 def _serve(bell: SimpleQueue[Engine | None], ended: threading.Lock, _gone: weakref.ref[Engine]) -> None:
     """An engine's thread. While there is no request it does not keep the engine, whose end rings too."""
     process = os.getpid()
-    _threads.add(ended)
     try:
         while (engine := bell.get()) is not None and engine._work():
             del engine

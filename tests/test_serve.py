@@ -1216,6 +1216,7 @@ def test_metrics(served: Served, client: OpenAI) -> None:
         usage.completion_tokens / usage.forward_passes
     )
     assert after["dparallel_pages"] > 0
+    assert after["dparallel_closed"] == 0
     assert after["dparallel_pages_kept"] >= 0
 
 

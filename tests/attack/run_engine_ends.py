@@ -12,11 +12,13 @@ import gc
 import json
 import os
 import queue
+import random
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,41 @@ def ctrl_c_while_submitting() -> None:
         made.submit([1], gen_length=60)
 
 
+def ctrl_c_again_and_again() -> None:
+    """At any moment of any call, and the engine is as good as before."""
+    rng, made, handles = (
+        random.Random(time.time_ns()),
+        dx.Engine(MODEL, lanes=2, max_length=64),
+        list[dx.Handle](),
+    )
+    calls: list[Callable[[], Any]] = [
+        lambda: handles.append(made.submit([1, 2], gen_length=8, threshold=0.5)),
+        lambda: handles[-1].result(),
+        lambda: list(handles[-1]),
+        lambda: handles[-1].cancel(),
+        lambda: handles[-1].subscribe(lambda event: None),
+        lambda: made.stats,
+    ]
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    calls[0]()
+    interrupted, end = 0, time.monotonic() + 1
+    while time.monotonic() < end:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, 1e-3))
+            while True:
+                with contextlib.suppress(CancelledError, dx.EngineFull):
+                    rng.choice(calls)()
+        except KeyboardInterrupt:
+            interrupted += 1
+    assert interrupted > 20
+    assert len(made.submit([1, 2], gen_length=8).result(SECONDS).tokens) == 8
+    made.close()
+    stats = made.stats
+    assert (stats.waiting, stats.active, stats.pages_used, stats.failed) == (0, 0, 0, 0)
+    assert all(handle.done for handle in handles)
+    sys.exit(4)
+
+
 def sigterm() -> None:
     global kept
     kept = busy()
@@ -169,7 +206,7 @@ def daemon_threads() -> None:
     made = busy()
 
     def client() -> None:
-        with contextlib.suppress(RuntimeError, dx.EngineFull, dx.engine.CancelledError):
+        with contextlib.suppress(RuntimeError, dx.EngineFull, CancelledError):
             while True:
                 made.submit([1], gen_length=8).result()
 
@@ -282,6 +319,7 @@ ENDS: dict[Callable[[], None], int] = {
     ctrl_c_at_an_iterator: -signal.SIGINT,
     ctrl_c_twice_at_a_close: -signal.SIGINT,
     ctrl_c_while_submitting: -signal.SIGINT,
+    ctrl_c_again_and_again: 4,
     sigterm: -signal.SIGTERM,
     sigterm_with_a_handler_that_exits: 5,
     sigterm_with_a_handler_that_closes: 6,

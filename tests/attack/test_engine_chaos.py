@@ -273,13 +273,10 @@ def check(engine: dx.Engine, clients: list[Client], name: str, cache: str, fault
 
 FEW = [
     "normal_end",
-    "an_uncaught_exception",
     "an_exception_beside_a_subscriber_that_waits",
     "ctrl_c_twice_at_a_close",
-    "sigterm_with_a_handler_that_closes",
     "daemon_threads",
     "a_fork_has_no_engine",
-    "a_fork_in_a_callback",
 ]
 
 
