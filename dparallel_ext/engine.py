@@ -613,7 +613,7 @@ class Engine:
         log.critical("the engine's thread ends", exc_info=error)
         event = _failure(error, "the engine's thread ended")
         with self._lock:
-            self._refusal = f"the engine is closed: its thread ended with {type(error).__name__}: {error}"
+            self._refusal = f"the engine is closed: its thread ended with {type(error).__name__}"
             self._fault = error
             left = {handle.id: handle for handle in [*self._handles.values(), *self._arrivals]}
             for handle in left.values():

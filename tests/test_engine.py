@@ -353,9 +353,7 @@ def test_a_fault_of_the_engine_leaves_nobody_waiting(
         assert error in (type(failed.value), type(failed.value.__cause__))
     until(lambda: len(told) == 2)
     assert told == [failed.value] * 2
-    with pytest.raises(
-        RuntimeError, match=f"the engine is closed: its thread ended with {error.__name__}: a bug"
-    ):
+    with pytest.raises(RuntimeError, match=f"the engine is closed: its thread ended with {error.__name__}$"):
         engine.submit([1], gen_length=4)
     handles[0].cancel()
     engine.close()
