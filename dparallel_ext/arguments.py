@@ -14,10 +14,19 @@ from torch import Tensor
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def whole(name: str, value: Any, least: int) -> int:
+def shown(value: Any) -> str:
+    """`value` in an error: the beginning of what is long, the type of what Python does not write."""
+    try:
+        text = repr(value)
+    except Exception:  # a whole number of more than 4300 digits is refused
+        return f"{type(value).__name__} that cannot be shown"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def whole(name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:
     """`value` as an int: of Python or numpy, or a 0-d tensor.
 
-    Raises ValueError naming the argument unless it is a whole number of at least `least`.
+    Raises ValueError naming the argument unless it is a whole number of at least `least` and at most `most`.
     """
     found = None
     if not isinstance(value, bool) and not (
@@ -26,7 +35,9 @@ def whole(name: str, value: Any, least: int) -> int:
         with contextlib.suppress(TypeError):
             found = operator.index(value)
     if found is None or found < least:
-        raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r}")
+        raise ValueError(f"{name}: expected a whole number >= {least}, got {shown(value)}")
+    if found > most:
+        raise ValueError(f"{name}: expected a whole number <= {most}, got {shown(value)}")
     return found
 
 
@@ -37,10 +48,10 @@ def number(name: str, value: Any, least: float = 0.0) -> float:
     """
     found = math.nan
     if not isinstance(value, (str, bytes, bool)):
-        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+        with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
             found = float(value)
     if not least <= found < math.inf:
-        raise ValueError(f"{name}: expected a finite number >= {least:g}, got {value!r}")
+        raise ValueError(f"{name}: expected a finite number >= {least:g}, got {shown(value)}")
     return found
 
 
@@ -121,7 +132,7 @@ def _rows(name: str, value: Any) -> list[Any]:
         raise ValueError(f"{name}: expected int64 (B, P) or (P,), or a list of (P,), got {_kind(value)}")
     if isinstance(value, Sequence):
         # A list of numbers is one sequence, any other a batch; an empty one is an empty batch.
-        return [value] if value and _is_number(value[0]) else list(value)
+        return [value] if value and is_number(value[0]) else list(value)
     if value.ndim not in (1, 2):
         raise ValueError(f"{name}: expected (B, P) or (P,), got {tuple(value.shape)}")
     return [value] if value.ndim == 1 else list(value)
@@ -140,7 +151,7 @@ def _visible(row: Any) -> Tensor:
     return mask.to(torch.bool)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0
 
 

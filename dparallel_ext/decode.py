@@ -6,7 +6,7 @@ What a pass is: `batch`. Which rule it commits by: here, from the arguments of `
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import arguments, policies
-from .arguments import temperature_in_force, whole
+from .arguments import shown, temperature_in_force, whole
 from .batch import AHEAD, CACHES, Batch
 from .models import Model, Traits, for_decoding, traits, warn_beyond
 from .ops import check_sampling
@@ -525,7 +525,6 @@ def make_settings(
         if steps is not None:
             raise ValueError("steps: belongs to the fixed schedule, so not beside a threshold")
         selector = "entropy" if selector is None else selector
-        names = [selector] * size if isinstance(selector, str) else list(selector)
         rows = policies.make(
             selector,
             threshold,
@@ -534,6 +533,7 @@ def make_settings(
             score=score,
             batch=size,
         )
+        names = [selector] * size if isinstance(selector, str) else list(selector)
         for name, towards in (("entropy", -math.inf), ("confidence", math.inf)):
             if name in found.strict:
                 here = torch.tensor([n == name for n in names], dtype=torch.bool)
@@ -558,7 +558,7 @@ def make_settings(
     if eos_id is not None:
         eos_id = whole("eos_id", eos_id, 0)
     if suppress is not None:
-        suppress = torch.as_tensor(suppress, dtype=torch.int64)
+        suppress = arguments.token_ids("suppress", suppress).clone()  # an engine reads it later
     temperature, top_p, top_k = check_sampling(temperature, top_p, top_k)
     if seed is None:
         seed = drawn_seed(temperature)
@@ -573,9 +573,9 @@ def make_settings(
     # A seed of its own is a sequence's whole key; one for all goes with the place in the batch.
     keys = [(s, 0) for s in seeds.tolist()] if seeds.ndim else [(int(seeds), b) for b in range(size)]
     stops = []
-    for sequence in stop:
+    for sequence in stop if isinstance(stop, Iterable) and getattr(stop, "ndim", None) != 0 else [stop]:
         if getattr(sequence, "ndim", 0 if isinstance(sequence, int) else 1) == 0:
-            raise ValueError(f"stop: expected sequences of token ids, got the number {sequence}")
+            raise ValueError(f"stop: expected sequences of token ids, got the number {shown(sequence)}")
         ids = arguments.token_ids("stop", sequence).tolist()
         if not ids:
             raise ValueError("stop: expected sequences of at least one token, got an empty one")

@@ -7,13 +7,19 @@ out. What a request gets is what `decode` would give it alone.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import itertools
 import logging
+import math
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
@@ -29,6 +35,12 @@ from .rows import Settings, lay_out, whole_length
 from .rules import Function, Rule
 
 log = logging.getLogger(__name__)
+
+LARGEST = 2**31 - 1
+"""Of the numbers that an engine's memory is made of."""
+
+PATIENCE = 5.0
+"""Seconds that the end of the program waits for a callback that does not return."""
 
 
 class EngineFull(RuntimeError):
@@ -87,9 +99,11 @@ class EngineStats:
     """Finished prefixes that no request uses; given up, least recently used first, when pages are needed."""
     page_bytes: int
     """Memory of a page, all layers, keys and values."""
+    closed: bool
+    """Whether the engine takes no more requests, see `Engine.closed`."""
 
 
-Event = list[int] | Completion | BaseException
+Event = list[int] | Completion | Exception
 
 
 @dataclass(frozen=True)
@@ -104,15 +118,38 @@ class Draft:
     """The response's tokens in the block, None where there is a mask; later passes change none of them."""
 
 
+class _Subscriber:
+    """Gets a handle's events, each once and in order, from whichever thread finds that there are more."""
+
+    def __init__(self, callback: Callable[[Event], None]) -> None:
+        self.callback, self.told, self._busy = callback, 0, threading.Lock()
+
+    def next(self, events: list[Event]) -> bool:
+        """Call with the next event. False where there is none, or another thread is at it and looks again."""
+        if self.told == len(events) or not self._busy.acquire(blocking=False):
+            return False
+        try:
+            if self.told < len(events):
+                self.told += 1
+                self.callback(events[self.told - 1])
+            return True
+        finally:
+            self._busy.release()
+
+
 @dataclass(eq=False)
 class Handle:
     """A request. Iterating yields the tokens of each finished block; `result` waits for all."""
 
+    # Lists that only grow and queues, and no lock: a waiting thread may be interrupted anywhere, a callback
+    # may call anything, and a fork may happen at any moment.
     id: int
     _engine: Engine = field(repr=False)
     _prompt: Tensor = field(repr=False)
     _gen_length: int
     _masked: list[int] = field(repr=False)  # columns of the prompt that are filled too
+    _length: int = field(repr=False)  # positions of prompt and response
+    _reusable: int = field(repr=False)  # positions in front, whose keys and values others may have computed
     _settings: Settings = field(repr=False)
     _on_draft: Callable[[Draft], None] | None = field(default=None, repr=False)
     _submitted: float = field(default_factory=time.monotonic, repr=False)
@@ -122,8 +159,8 @@ class Handle:
     _shared: int = field(default=0, repr=False)  # positions whose pages the scheduler knows to be final
     _sent: int = field(default=0, repr=False)  # response tokens that were streamed
     _events: list[Event] = field(default_factory=list, repr=False)
-    _callbacks: list[Callable[[Event], None]] = field(default_factory=list, repr=False)
-    _changed: threading.Condition = field(default_factory=threading.Condition, repr=False)
+    _subscribers: list[_Subscriber] = field(default_factory=list, repr=False)
+    _waiters: list[SimpleQueue[None]] = field(default_factory=list, repr=False)
     logprobs: list[float] = field(default_factory=list, repr=False)
     """One for each token streamed so far, where they were asked for; here before the tokens' own event."""
 
@@ -135,63 +172,87 @@ class Handle:
     @property
     def done(self) -> bool:
         """Whether the last event is there."""
-        with self._changed:
-            return bool(self._events) and not isinstance(self._events[-1], list)
+        return bool(self._events) and not isinstance(self._events[-1], list)
 
     def subscribe(self, callback: Callable[[Event], None]) -> None:
-        """Call `callback` with every event, those that have been first: a list of token ids for each finished
-        block that has some, then once a Completion or an exception.
+        """Call `callback` with every event: a list of token ids for each finished block that has some, then
+        once a Completion or an exception.
 
-        It is called in the engine's thread, so it must be quick; what it raises is logged.
+        With the events that have been it is called here, and what it raises, `subscribe` raises. With those
+        to come it is called in the engine's thread, so it must be quick. There it may submit, cancel and
+        close, but wait for no request; if it raises anything, that is logged, and the request fails with a
+        RuntimeError.
         """
-        with self._changed:
-            for event in self._events:
-                _call(callback, event)
-            self._callbacks.append(callback)
+        subscriber = _Subscriber(_callable("callback", callback))
+        while subscriber.next(self._events):
+            pass
+        self._subscribers.append(subscriber)
+        try:
+            while subscriber.next(self._events):  # what came in between
+                pass
+        except BaseException:
+            self._subscribers.remove(subscriber)
+            raise
 
     def __iter__(self) -> Iterator[list[int]]:
         """Final tokens of each finished block, in order. Raises as `result` does."""
-        events: SimpleQueue[Event] = SimpleQueue()
-        self.subscribe(events.put)
-        while isinstance(event := events.get(), list):
+        for at in itertools.count():
+            self._wait(lambda at=at: len(self._events) > at)  # type: ignore[misc]
+            event = self._events[at]
+            if not isinstance(event, list):
+                self._ended(event)
+                return
             yield event
-        self._ended(event)
 
     def result(self, timeout: float | None = None) -> Completion:
         """Wait for the end.
 
         Raises what the request failed of; CancelledError; or TimeoutError after `timeout` seconds.
         """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self.done, timeout):
-                raise TimeoutError(f"request {self.id} has not ended in {timeout} s")
-            return self._ended(self._events[-1])
+        if timeout is not None and not (isinstance(timeout, (int, float)) and timeout == timeout):
+            raise ValueError(f"timeout: expected seconds or None, got {timeout!r}")
+        self._wait(lambda: self.done, timeout)
+        return self._ended(self._events[-1])
 
     def cancel(self) -> None:
         """Leave the computation at the next pass. No error if the request is over."""
-        self._engine._cancel(self)
+        if not self.done:
+            self._engine._cancel(self)
+
+    def _wait(self, ready: Callable[[], bool], timeout: float | None = None) -> None:
+        if ready():
+            return
+        if threading.current_thread() is self._engine._thread:
+            raise RuntimeError(f"request {self.id}: a callback in the engine's thread cannot wait for it")
+        end = None if timeout is None else time.monotonic() + min(timeout, threading.TIMEOUT_MAX / 2)
+        woken: SimpleQueue[None] = SimpleQueue()
+        self._waiters.append(woken)
+        try:
+            while not ready():
+                woken.get(timeout=None if end is None else max(0, end - time.monotonic()))
+        except Empty:
+            raise TimeoutError(f"request {self.id} has not ended in {timeout} s") from None
+        finally:
+            self._waiters.remove(woken)
 
     def _ended(self, event: Event) -> Completion:
-        if isinstance(event, BaseException):
+        if isinstance(event, Exception):
             raise event
         assert isinstance(event, Completion)
         if event.finish_reason == "cancelled":
             raise CancelledError(f"request {self.id} was cancelled")
         return event
 
-    def _emit(self, event: Event) -> None:
-        with self._changed:
-            self._events.append(event)
-            for callback in self._callbacks:
-                _call(callback, event)
-            self._changed.notify_all()
+    def _add(self, event: Event) -> None:
+        self._events.append(event)
+        for woken in list(self._waiters):
+            woken.put(None)
 
 
-def _call(callback: Callable[[Any], None], event: Event | Draft) -> None:
-    try:
-        callback(event)
-    except Exception:
-        log.exception("a callback of Handle.subscribe or on_draft failed")
+def _callable(name: str, value: Any) -> Any:
+    if not callable(value):
+        raise ValueError(f"{name}: expected a function, got {type(value).__name__}")
+    return value
 
 
 class Engine:
@@ -214,10 +275,13 @@ class Engine:
         batch_invariant, graphs, refresh, mask_id: as in `decode`.
 
     An engine is thread-safe. What one request fails of concerns no other. Use it in a `with` block, or
-    `close` it.
+    `close` it. At the end of the program, whatever ends it, what is still under way is cancelled; an engine
+    that nobody refers to any more ends after its last request. A fork of the process has no engine: there
+    `submit` raises RuntimeError, and so does the result of a request that was under way.
 
     Raises:
         ValueError: naming the argument that does not fit.
+        RuntimeError: if the program ends already.
     """
 
     def __init__(
@@ -244,7 +308,8 @@ class Engine:
                 "model: expected one of dparallel_ext.models (models.load, or models.wrap for a loaded "
                 f"Hugging Face model), got {type(model).__name__}"
             )
-        lanes, max_length = whole("lanes", lanes, 1), whole("max_length", max_length, 1)
+        lanes = whole("lanes", lanes, 1, LARGEST)
+        max_length = whole("max_length", max_length, 1, LARGEST)
         max_waiting = whole("max_waiting", max_waiting, 1)
         causal = traits(model).block_length is not None
         if cache is None:
@@ -254,7 +319,7 @@ class Engine:
         )
         if page_size is None:
             page_size = -(-32 // block_length) * block_length if causal else 32
-        page_size = whole("page_size", page_size, 1)
+        page_size = whole("page_size", page_size, 1, LARGEST)
         if share is None:
             share = cache == "block" and not batch_invariant
         elif share and (cache != "block" or batch_invariant):
@@ -266,42 +331,71 @@ class Engine:
                 f"got {page_size}"
             )
         per_lane = -(-max_length // page_size)
-        pages = whole("pages", lanes * per_lane if pages is None else pages, 1)
+        pages = lanes * per_lane if pages is None else whole("pages", pages, 1, LARGEST)
         self.model, self.cache, self.max_length, self.max_waiting = model, cache, max_length, max_waiting
         self.mask_id = mask_id
-        table = torch.zeros((lanes, per_lane), dtype=torch.int64)
-        with torch.inference_mode():
-            slots = model.new_cache(pages, page_size, table, kept=cache != "none")
-            self._batch = Batch(
-                model,
-                lanes,
-                max_length,
-                block_length,
-                cache,
-                mask_id,
-                pad_id=mask_id,
-                device=model.device,
-                sub_block_length=sub_block_length,
-                refresh=refresh,
-                batch_invariant=batch_invariant,
-                graphs=graphs,
-                slots=slots,
-            )
-        self._slots = slots
+        try:
+            table = torch.zeros((lanes, per_lane), dtype=torch.int64)
+            with torch.inference_mode():
+                slots = model.new_cache(pages, page_size, table, kept=cache != "none")
+                self._batch = Batch(
+                    model,
+                    lanes,
+                    max_length,
+                    block_length,
+                    cache,
+                    mask_id,
+                    pad_id=mask_id,
+                    device=model.device,
+                    sub_block_length=sub_block_length,
+                    refresh=refresh,
+                    batch_invariant=batch_invariant,
+                    graphs=graphs,
+                    slots=slots,
+                )
+        except (RuntimeError, MemoryError) as error:
+            raise ValueError(
+                f"lanes, max_length, pages: {lanes} lanes of {max_length} positions and {pages} pages of "
+                f"{page_size} do not fit into memory ({str(error).partition(chr(10))[0]})"
+            ) from error
+        self._slots, self._pages = slots, pages
         self._scheduler = Scheduler(lanes=lanes, pages=pages, page_size=page_size, share=share)
         self._share = share
         self._page_bytes = slots.slots[:, :, 0].numel() * slots.slots.element_size()
+        self._arrivals: list[Handle] = []  # that the engine's thread has not seen
+        self._handles: dict[int, Handle] = {}  # by id: those it has, waiting or running
         self._running: dict[int, Handle] = {}  # by lane
-        self._handles: dict[int, Handle] = {}  # by id: waiting or running
         self._cancelling: list[Handle] = []
         counted = ("completed", "failed", "cancelled", "sequence_passes", "tokens", "prompt_tokens")
         self._counts = dict.fromkeys(counted, 0)
-        self._next_id = 0
-        self._closing = False
-        self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)
-        self._thread = threading.Thread(target=self._run, name="dparallel engine", daemon=True)
-        self._thread.start()
+        self._ids = itertools.count()
+        self._refusal: str | None = None
+        """Why it takes no more requests."""
+        self._fault: BaseException | None = None
+        """What ended its thread, if it was not `close`."""
+        self._process, self._forked = os.getpid(), False
+        self._calling = math.inf
+        """Since when its thread is in a callback."""
+        # Reentrant, since a signal's handler may close the engine in the midst of a `submit`.
+        self._lock = threading.RLock()
+        self._bell: SimpleQueue[Engine | None] = SimpleQueue()
+        self._ended = threading.Lock()  # held until the thread is over; `join` errs once it was interrupted
+        self._ended.acquire()
+        bell = self._bell
+        gone = weakref.ref(self, lambda _: bell.put(None))
+        self._thread = threading.Thread(
+            target=_serve, args=(bell, self._ended, gone), name="dparallel engine", daemon=True
+        )
+        _threads.add(self._ended)
+        try:
+            self._thread.start()
+        except RuntimeError:  # there are too many
+            _threads.discard(self._ended)
+            raise
+        _engines[id(self)] = self
+        if _leaving:
+            self.close()
+            raise RuntimeError("the program ends: no engine can begin")
 
     def submit(
         self,
@@ -338,22 +432,30 @@ class Engine:
             `Handle.logprobs`; for what they are good, see `decode`.
         on_draft: called with a `Draft` after every pass that the request is in. Where the pass has completed
             a block, the event of that block follows. No draft is kept. It is called in the engine's thread,
-            so it must be quick; what it raises is logged. The tokens are the same without it.
+            so it must be quick; if it raises anything, the request fails. The tokens are the same without it.
 
         Raises:
             ValueError: naming the argument that does not fit, or a request that could never run.
             EngineFull: if max_waiting requests wait.
-            RuntimeError: if the engine is closed.
+            RuntimeError: if the engine is closed, or is another process's.
         """
-        ids = self._ids(prompt)
+        self._check_open()
+        ids = self._prompt(prompt)
         gen_length = whole("gen_length", gen_length, 0)
         if seed is not None:
             seed = whole("seed", seed, -(2**63))
+        if on_draft is not None:
+            _callable("on_draft", on_draft)
         batch, masked = self._batch, masks(ids, self.mask_id) if infill else []
         length = whole_length(len(ids), gen_length, batch.block_length, batch.causal)
         if length > self.max_length:
             raise ValueError(
                 f"gen_length: prompt and response have {length} positions, max_length is {self.max_length}"
+            )
+        needed, size, pages = -(-length // self._slots.page_size), self._slots.page_size, self._pages
+        if needed > pages:
+            raise ValueError(
+                f"gen_length: {length} positions need {needed} pages of {size}, and there are {pages}"
             )
         warn_beyond(self.model, "gen_length", length, stacklevel=2)
         (settings,) = make_settings(
@@ -380,35 +482,45 @@ class Engine:
         check_settings(self.model, [settings], batch.block_length, batch.sub_block_length)
         if settings.suppress is not None:
             arguments.check_ids("suppress", [settings.suppress.cpu().reshape(-1)], self.model.shape.rows)
-        with self._work:
-            if self._closing:
-                raise RuntimeError("the engine is closed")
-            if self._scheduler.waiting >= self.max_waiting:
+        # A page with a mask is not final, and with shifted logits the position before the first mask is
+        # computed in any case: it gives the next token.
+        known = layout.columns[0] if layout.columns else len(ids)
+        reusable = max(0, known - batch.traits.shift)
+        with self._lock:
+            self._check_open()
+            if self._waiting >= self.max_waiting:
                 raise EngineFull(f"{self.max_waiting} requests wait already (max_waiting)")
-            handle = Handle(self._next_id, self, ids, gen_length, masked, settings, on_draft)
-            # A page with a mask is not final, and with shifted logits the position before the first mask is
-            # computed in any case: it gives the next token.
-            known = layout.columns[0] if layout.columns else len(ids)
-            reusable = ids[: max(0, known - batch.traits.shift)]
-            self._scheduler.submit(handle.id, reusable.tolist(), length)
-            self._handles[handle.id] = handle
-            self._next_id += 1
-            self._work.notify()
+            handle = Handle(
+                next(self._ids), self, ids, gen_length, masked, length, reusable, settings, on_draft
+            )
+            self._arrivals.append(handle)
+        self._ring()
         return handle
 
-    def _ids(self, prompt: Any) -> Tensor:
+    @property
+    def _waiting(self) -> int:
+        return len(self._arrivals) + int(self._scheduler.waiting)
+
+    def _check_open(self) -> None:
+        if self._refusal is not None:
+            raise RuntimeError(self._refusal) from self._fault
+
+    def _prompt(self, prompt: Any) -> Tensor:
         rows = arguments.prompts(prompt) or [torch.zeros(0, dtype=torch.int64)]
         if len(rows) != 1:
             raise ValueError(f"prompt: expected one prompt (P,), got {len(rows)}; submit each by itself")
-        arguments.check_ids("prompt", rows, self.model.shape.rows)
-        return rows[0].cpu()
+        ids = rows[0].to("cpu", copy=True)  # the caller may change the prompt while it waits
+        arguments.check_ids("prompt", [ids], self.model.shape.rows)
+        return ids
 
     @property
     def stats(self) -> EngineStats:
+        if self._forked:
+            self._check_open()
         with self._lock:
             s = self._scheduler.stats
             return EngineStats(
-                waiting=self._scheduler.waiting,
+                waiting=self._waiting,
                 active=len(self._running),
                 forwards=self._batch.forwards,
                 reused_tokens=s.reused_tokens,
@@ -416,23 +528,31 @@ class Engine:
                 pages_used=s.used,
                 pages_kept=s.kept,
                 page_bytes=self._page_bytes,
+                closed=self.closed,
                 **self._counts,
             )
 
     @property
     def closed(self) -> bool:
         """Whether it takes no more requests: since `close`, or since a fault of its own."""
-        return self._closing
+        return self._refusal is not None
 
     def close(self, *, cancel: bool = False) -> None:
-        """Take no more requests, end those there are (or cancel them), and wait for the thread."""
-        with self._work:
-            self._closing = True
-            if cancel:
-                self._cancelling += self._handles.values()
-            self._work.notify()
+        """Take no more requests, end those there are (or cancel them), and wait for the thread.
+
+        From a callback it does not wait. In a fork of the process there is nothing to close.
+        """
+        self._close(cancel)
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            with self._ended:
+                pass
+
+    def _close(self, cancel: bool) -> None:
+        with self._lock:
+            self._refusal = self._refusal or "the engine is closed"
+            if cancel:
+                self._cancelling += [*self._handles.values(), *self._arrivals]
+        self._ring()
 
     def __enter__(self) -> Engine:
         return self
@@ -441,40 +561,97 @@ class Engine:
         self.close(cancel=kind is not None)
 
     def _cancel(self, handle: Handle) -> None:
-        with self._work:
+        with self._lock:
             self._cancelling.append(handle)
-            self._work.notify()
+        self._ring()
+
+    def _ring(self) -> None:
+        """Let the thread look at what has changed; if it has not come since the last ring, it will."""
+        if self._bell.empty():
+            self._bell.put(self)
+
+    def _disown(self) -> None:
+        """This is a fork of the engine's process. There is no thread here, and it may have held the locks."""
+        self._refusal = f"the engine is process {self._process}'s, of which this is a fork: make another here"
+        self._forked = True
+        self._lock, self._ended, self._bell = threading.RLock(), threading.Lock(), SimpleQueue()
+        for handle in [*self._handles.values(), *self._arrivals]:
+            handle._subscribers = []
+            if not handle.done:
+                handle._add(RuntimeError(f"request {handle.id}: {self._refusal}"))
+        self._handles, self._running, self._arrivals, self._cancelling = {}, {}, [], []
 
     # --- the engine's thread -----------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _work(self) -> bool:
+        """Run passes until no request is left; returns whether there may come more."""
+        device = self.model.device
         try:
-            device = self.model.device
             with torch.inference_mode(), torch.cuda.device(device if device.type == "cuda" else -1):
-                while self._turn():
-                    pass
+                while True:
+                    with self._lock:
+                        gone = self._receive()
+                        if not self._handles:
+                            return not self.closed
+                    for handle in gone:
+                        self._end(handle, "cancelled")
+                    self._admit()
+                    if self._running:
+                        self._pass()
         except BaseException as error:  # a fault of ours: nobody shall wait for a thread that is gone
-            with self._lock:
-                self._closing = True
-                left, self._handles = list(self._handles.values()), {}
-            for handle in left:
-                handle._emit(error)
-            raise
+            self._break(error)
+            return False
 
-    def _turn(self) -> bool:
-        """Let requests out and in, and run a pass; False when all is over."""
-        with self._work:
-            self._work.wait_for(lambda: self._handles or self._cancelling or self._closing)
-            if self._closing and not self._handles:
-                return False
-            gone, self._cancelling = self._cancelling, []
-        for handle in gone:
-            if handle.id in self._handles:
-                self._end(handle, "cancelled")
-        self._admit()
-        if self._running:
-            self._pass()
-        return True
+    def _receive(self) -> list[Handle]:
+        """Take in what arrived; returns those that are to be cancelled."""
+        for handle in self._arrivals:
+            self._handles[handle.id] = handle
+            self._scheduler.submit(handle.id, handle._prompt[: handle._reusable].tolist(), handle._length)
+        self._arrivals = []
+        gone, self._cancelling = self._cancelling, []
+        return gone
+
+    def _break(self, error: BaseException) -> None:
+        """The thread ends with `error`, and all requests with it."""
+        log.critical("the engine's thread ends", exc_info=error)
+        event = _failure(error, "the engine's thread ended")
+        with self._lock:
+            self._refusal = f"the engine is closed: its thread ended with {type(error).__name__}"
+            self._fault = error
+            left = {handle.id: handle for handle in [*self._handles.values(), *self._arrivals]}
+            for handle in left.values():
+                with contextlib.suppress(Exception):  # the scheduler may not know it
+                    self._scheduler.release(handle.id)
+                handle._add(event)
+            self._counts["failed"] += len(left)
+            self._handles, self._running, self._arrivals, self._cancelling = {}, {}, [], []
+        for handle in left.values():
+            self._tell(handle)
+
+    def _tell(self, handle: Handle) -> None:
+        """Let the subscribers have what they have not had.
+
+        Raises RuntimeError where a callback raises anything, unless the request is over.
+        """
+        for subscriber in list(handle._subscribers):
+            while True:
+                try:
+                    if not self._call(handle, subscriber.next, handle._events):
+                        break
+                except RuntimeError:
+                    if not handle.done:
+                        raise
+
+    def _call(self, handle: Handle, call: Callable[[Any], Any], argument: Any) -> Any:
+        """`call(argument)`, a callback. Raises RuntimeError where it raises anything, SystemExit too."""
+        self._calling = time.monotonic()
+        try:
+            return call(argument)
+        except BaseException as error:
+            log.exception("a callback of Handle.subscribe or on_draft failed")
+            raise RuntimeError(f"request {handle.id}: a callback raised {type(error).__name__}") from error
+        finally:
+            self._calling = math.inf
 
     def _admit(self) -> None:
         while True:
@@ -484,53 +661,58 @@ class Engine:
                     return
                 handle = self._handles[found.id]
                 self._running[found.lane] = handle
-            handle._lane, handle._admitted = found.lane, time.monotonic()
-            handle._reused = handle._shared = found.reused
-            self._slots.assign(found.lane, found.pages)
-            prompt = handle._prompt.to(self._batch.tokens.device)
-            row = self._batch.admit(
-                found.lane,
-                prompt,
-                handle._gen_length,
-                handle._settings,
-                masked=handle._masked,
-                stored=found.reused,
-            )
-            with self._lock:
-                self._counts["prompt_tokens"] += len(prompt) - len(handle._masked)
-            if row.done:  # nothing to decode
-                self._end(handle, "length")
+                handle._lane, handle._admitted = found.lane, time.monotonic()
+                handle._reused = handle._shared = found.reused
+                self._counts["prompt_tokens"] += len(handle._prompt) - len(handle._masked)
+            try:
+                self._slots.assign(found.lane, found.pages)
+                row = self._batch.admit(
+                    found.lane,
+                    handle._prompt.to(self._batch.tokens.device),
+                    handle._gen_length,
+                    handle._settings,
+                    masked=handle._masked,
+                    stored=found.reused,
+                )
+            except BaseException as error:
+                self._end(handle, error)
+            else:
+                if row.done:  # nothing to decode
+                    self._end(handle, "length")
 
     def _pass(self) -> None:
         """One pass over all lanes; if it fails, each request by itself, to find whose fault it is."""
-        lanes = list(self._running)
-        drafted = [
-            (handle, self._batch.rows[lane].block)
-            for lane, handle in self._running.items()
-            if handle._on_draft is not None
-        ]
+        blocks = {lane: self._batch.rows[lane].block for lane in self._running}
         try:
-            finished = self._step(lanes)
-        except Exception as error:
-            if len(lanes) == 1:
-                return self._end(self._running[lanes[0]], error)
+            finished = self._step(list(blocks))
+        except BaseException as error:
+            if len(blocks) == 1:
+                return self._end(self._running[next(iter(blocks))], error)
             finished = []
-            for lane in lanes:
+            for lane in blocks:
                 try:
                     finished += self._step([lane])
-                except Exception as own:
+                except BaseException as own:
                     self._end(self._running[lane], own)
-        for handle, block in drafted:
-            self._draft(handle, *block)
         self._batch.enter(finished)
         for lane, handle in list(self._running.items()):
-            row = self._batch.rows[lane]
-            if self._share:
-                self._publish(handle, row.stored)
-            if lane in finished:
-                self._stream(handle)
-                if row.done:
-                    self._end(handle, "stop" if row.stopped and row.kept < handle._asked else "length")
+            try:
+                self._report(handle, blocks[lane], lane in finished)
+            except BaseException as error:
+                self._end(handle, error)
+
+    def _report(self, handle: Handle, block: tuple[int, int], finished: bool) -> None:
+        """What a pass over the block in columns [start, end) has made of it."""
+        assert handle._lane is not None
+        row = self._batch.rows[handle._lane]
+        if handle._on_draft is not None:
+            self._call(handle, handle._on_draft, self._draft(handle, *block))
+        if self._share:
+            self._publish(handle, row.stored)
+        if finished:
+            self._stream(handle)
+            if row.done:
+                self._end(handle, "stop" if row.stopped and row.kept < handle._asked else "length")
 
     def _step(self, lanes: list[int]) -> list[int]:
         finished = self._batch.step(lanes)
@@ -551,17 +733,12 @@ class Engine:
             self._slots.assign(handle._lane, [page], index)
         handle._shared = stored
 
-    def _draft(self, handle: Handle, start: int, end: int) -> None:
-        """Show the block in columns [start, end) to who asked for drafts, unless the pass failed."""
-        if handle.id not in self._handles:
-            return
+    def _draft(self, handle: Handle, start: int, end: int) -> Draft:
         assert handle._lane is not None
-        assert handle._on_draft is not None
         row = self._batch.rows[handle._lane]
         first, last = row.index(start), min(row.index(end), handle._asked)
         ids = self._tokens(handle._lane, row.columns[first:last])
-        tokens = [None if token == self.mask_id else token for token in ids]
-        _call(handle._on_draft, Draft(row.nfe, first, tokens))
+        return Draft(row.nfe, first, [None if token == self.mask_id else token for token in ids])
 
     def _response(self, handle: Handle) -> list[int]:
         """Tokens of finished blocks, in front of what ended them."""
@@ -606,37 +783,105 @@ class Engine:
             handle._sent += len(fresh)
             with self._lock:
                 self._counts["tokens"] += len(fresh)
-            handle._emit(fresh)
+            handle._add(fresh)
+            self._tell(handle)
 
-    def _end(self, handle: Handle, how: str | Exception) -> None:
-        """The request is over: free its lane and pages, and tell whoever waits."""
-        now, lane = time.monotonic(), handle._lane
+    def _end(self, handle: Handle, how: str | BaseException) -> None:
+        """The request is over, unless it was before: free its lane and pages, and tell whoever waits."""
+        if handle.id not in self._handles:
+            return
         event: Event
-        if isinstance(how, Exception):
-            event = how
-        else:
-            row = None if lane is None else self._batch.rows[lane]
-            admitted = now if handle._admitted is None else handle._admitted
-            tokens = [] if row is None else self._response(handle)
-            kept = self._logprobs(handle, 0, len(tokens)) if handle._settings.record else None
-            event = Completion(
-                tokens=tokens,
-                logprobs=kept,
-                finish_reason=how,
-                nfe=0 if row is None else row.nfe,
-                nfe_published=0 if row is None else row.published,
-                prompt_length=len(handle._prompt),
-                reused=handle._reused,
-                seconds_waiting=admitted - handle._submitted,
-                seconds=now - handle._submitted,
+        try:
+            event = (
+                self._completion(handle, how) if isinstance(how, str) else _failure(how, "the model raised")
             )
-        if lane is not None:
-            self._batch.release(lane)
+        except Exception as error:
+            event = error
+        kind = event.finish_reason if isinstance(event, Completion) else "failed"
+        if handle._lane is not None:
+            self._batch.release(handle._lane)
         with self._lock:
             self._scheduler.release(handle.id)
-            del self._handles[handle.id]
-            if lane is not None:
-                del self._running[lane]
-            kind = "failed" if isinstance(how, Exception) else how
+            if handle._lane is not None:
+                del self._running[handle._lane]
             self._counts[kind if kind in self._counts else "completed"] += 1
-        handle._emit(event)
+            handle._add(event)
+            del self._handles[handle.id]
+        self._tell(handle)
+
+    def _completion(self, handle: Handle, reason: str) -> Completion:
+        now, row = time.monotonic(), None if handle._lane is None else self._batch.rows[handle._lane]
+        admitted = now if handle._admitted is None else handle._admitted
+        tokens = [] if row is None else self._response(handle)
+        return Completion(
+            tokens=tokens,
+            logprobs=self._logprobs(handle, 0, len(tokens)) if handle._settings.record else None,
+            finish_reason=reason,
+            nfe=0 if row is None else row.nfe,
+            nfe_published=0 if row is None else row.published,
+            prompt_length=len(handle._prompt),
+            reused=handle._reused,
+            seconds_waiting=admitted - handle._submitted,
+            seconds=now - handle._submitted,
+        )
+
+
+def _failure(error: BaseException, what: str) -> Exception:
+    """`error`, or what says so of one that would end the thread of whoever waits for the request."""
+    if isinstance(error, Exception):
+        return error
+    made = RuntimeError(f"{what}: {type(error).__name__}")
+    made.__cause__ = error
+    return made
+
+
+def _serve(bell: SimpleQueue[Engine | None], ended: threading.Lock, _gone: weakref.ref[Engine]) -> None:
+    """An engine's thread. While there is no request it does not keep the engine, whose end rings too."""
+    process = os.getpid()
+    try:
+        while (engine := bell.get()) is not None and engine._work():
+            del engine
+    finally:
+        if os.getpid() != process:  # a callback forked and came back, to a thread that there is no way out of
+            os._exit(1)
+        _threads.discard(ended)
+        ended.release()
+
+
+# --- the end of the program, and forks ---------------------------------------------------------------
+
+_engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
+_threads: set[threading.Lock] = set()
+"""`Engine._ended` of each thread that is there; one that has just dropped its engine frees its memory."""
+_leaving = False
+
+
+def _open_engines() -> list[Engine]:
+    found = [reference() for reference in _engines.valuerefs()]
+    return [engine for engine in found if engine is not None]
+
+
+@atexit.register
+def _leave() -> None:
+    """Close the engines: the interpreter's end aborts a thread that computes."""
+    global _leaving
+    _leaving = True
+    left = _open_engines()
+    for engine in left:
+        engine._close(cancel=True)
+    while _threads:
+        stuck = sum(time.monotonic() - engine._calling > PATIENCE for engine in left)
+        if stuck >= len(_threads):
+            log.warning("the program ends, and a callback of a request has not returned")
+            break
+        time.sleep(0.002)
+
+
+def _forked() -> None:
+    _threads.clear()
+    for engine in _open_engines():
+        engine._disown()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

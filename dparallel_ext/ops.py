@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _C, policies  # noqa: F401  (importing _C registers the ops)
-from .arguments import temperature_in_force, whole
+from .arguments import is_number, shown, temperature_in_force, whole
 from .types import RowStats, UnmaskOutput
 
 _ROW_FIELDS = 7
@@ -446,10 +446,10 @@ def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -
     temperature = temperature_in_force(temperature)
     top_p = 1.0 if top_p is None else top_p
     top_k = 0 if top_k is None else top_k
-    if not 0 <= top_p <= 1:
-        raise ValueError(f"top_p: expected a number from 0 to 1, got {top_p!r}")
+    if not (is_number(top_p) and 0 <= top_p <= 1):
+        raise ValueError(f"top_p: expected a number from 0 to 1, got {shown(top_p)}")
     if isinstance(top_k, bool) or not isinstance(top_k, numbers.Integral) or not 0 <= top_k < 2**63:
-        raise ValueError(f"top_k: expected a whole number >= 0 (0 keeps all), got {top_k!r}")
+        raise ValueError(f"top_k: expected a whole number >= 0 (0 keeps all), got {shown(top_k)}")
     return (temperature, float(top_p), int(top_k)) if temperature > 0 else (0.0, 1.0, 0)
 
 

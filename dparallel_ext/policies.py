@@ -28,6 +28,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from .arguments import shown
+
 
 class Rule(NamedTuple):
     """A line of the table above."""
@@ -204,12 +206,12 @@ def _is_whole(value: float) -> bool:
 
 
 def _names(argument: str, value: Name, known: dict[str, int], batch: int) -> list[str]:
-    names = [value] * batch if isinstance(value, str) else list(value)
+    names = [value] * batch if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
     if len(names) != batch:
         raise ValueError(f"{argument}: expected one name or {batch}, got {len(names)}")
     for name in names:
         if name not in known:
-            raise ValueError(f"{argument}: expected one of {list(known)}, got {name!r}")
+            raise ValueError(f"{argument}: expected one of {list(known)}, got {shown(name)}")
     return names
 
 
@@ -220,7 +222,7 @@ def _numbers(argument: str, value: Any, batch: int) -> list[float]:
             return [float(value)] * batch
         numbers = torch.as_tensor(value, dtype=torch.float32, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{argument}: expected a number or {batch} of them, got {value!r}") from error
+        raise ValueError(f"{argument}: expected a number or {batch} of them, got {shown(value)}") from error
     if numbers.ndim > 1 or (numbers.ndim == 1 and len(numbers) != batch):
         raise ValueError(
             f"{argument}: expected a number or shape ({batch},), got shape {tuple(numbers.shape)}"

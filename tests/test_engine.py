@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import resource
 import threading
 import time
+import tracemalloc
+import weakref
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -282,16 +285,102 @@ def test_what_one_request_fails_of_concerns_no_other(monkeypatch: pytest.MonkeyP
     assert (engine.stats.failed, engine.stats.completed) == (2, 6)
 
 
-def test_a_fault_of_the_engine_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, SystemExit, KeyboardInterrupt])
+def test_what_a_pass_raises_fails_the_requests_that_raise_it(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    """In the pass that several share, each by itself then; and where a request is let in."""
+    step, raising = Model.step, threading.Event()
+
+    def broken(model: Model, ids: Tensor, slots: Any, plan: Any) -> Tensor:
+        if bool((ids == 499).any()):
+            raise error("no such luck")
+        return step(model, ids, slots, plan)
+
+    monkeypatch.setattr(Model, "step", broken)
+    with dx.Engine(LLADA, block_length=BLOCK, lanes=3, max_length=64) as engine:
+        good = engine.submit([1, 2], gen_length=24, threshold=1.0)
+        bad = [engine.submit([499], gen_length=8) for _ in range(3)]
+        expected = error if issubclass(error, Exception) else RuntimeError
+        for handle in bad:
+            with pytest.raises(expected, match=r"no such luck|the model raised") as failed:
+                handle.result(60)
+            assert error in (type(failed.value), type(failed.value.__cause__))
+        assert (
+            good.result(60).tokens
+            == alone(LLADA, torch.tensor([1, 2]), "dual", gen_length=24, threshold=1.0)[0]
+        )
+        admit = engine._batch.admit
+
+        def full(*args: Any, **more: Any) -> Any:
+            if raising.is_set():
+                raise error("no such luck")
+            return admit(*args, **more)
+
+        monkeypatch.setattr(engine._batch, "admit", full)
+        raising.set()
+        with pytest.raises(expected):
+            engine.submit([1], gen_length=8).result(60)
+        raising.clear()
+        assert len(engine.submit([1], gen_length=8).result(60).tokens) == 8
+    stats = engine.stats
+    assert (stats.failed, stats.completed, stats.cancelled, stats.pages_used) == (4, 2, 0, 0)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, MemoryError, SystemExit])
+def test_a_fault_of_the_engine_leaves_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: type[BaseException]
+) -> None:
+    gate, told = Gate(monkeypatch), list[Any]()
     engine = dx.Engine(LLADA, lanes=1, max_length=64)
-    monkeypatch.setattr(engine, "_admit", lambda: 1 / 0)
-    handle = engine.submit([1], gen_length=4)
-    with pytest.raises(ZeroDivisionError):
-        handle.result(60)
-    with pytest.raises(RuntimeError, match="the engine is closed"):
+
+    def fault() -> None:
+        raise error("a bug")
+
+    handles = [engine.submit([1], gen_length=8) for _ in range(3)]
+    handles[2].subscribe(told.append)
+    handles[2].subscribe(lambda event: 1 / 0)
+    until(lambda: engine.stats.active == 1)
+    waiting = threading.Thread(target=lambda: told.append(list(handles[1])))
+    monkeypatch.setattr(threading, "excepthook", lambda args: told.append(args.exc_value))
+    waiting.start()
+    monkeypatch.setattr(engine, "_admit", fault)
+    gate.passes.release(100)
+    waiting.join(60)
+    for handle in handles:
+        with pytest.raises(error if issubclass(error, Exception) else RuntimeError) as failed:
+            handle.result(60)
+        assert error in (type(failed.value), type(failed.value.__cause__))
+    until(lambda: len(told) == 2)
+    assert told == [failed.value] * 2
+    with pytest.raises(RuntimeError, match=f"the engine is closed: its thread ended with {error.__name__}$"):
         engine.submit([1], gen_length=4)
+    handles[0].cancel()
     engine.close()
+    assert not engine._thread.is_alive()
+    stats = engine.stats
+    assert (stats.failed, stats.completed, stats.waiting, stats.active, stats.pages_used) == (3, 0, 0, 0, 0)
+    assert stats.closed
+    assert engine.closed
+    assert "the engine's thread ends" in caplog.text
+
+
+def test_an_engine_that_nobody_has_ends_after_its_last_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, told = Gate(monkeypatch), list[Any]()
+    engine: dx.Engine | None = dx.Engine(LLADA, block_length=8, lanes=1, max_length=64)
+    assert engine is not None
+    thread, gone = engine._thread, weakref.ref(engine)
+    engine.submit([1], gen_length=16).subscribe(lambda event: told.append(event))
+    until(lambda: gone().stats.active == 1)  # type: ignore[union-attr]
+    engine = None
+    gc.collect()
+    assert thread.is_alive()
+    gate.passes.release(100)
+    thread.join(60)
+    gc.collect()
+    assert gone() is None
+    assert not thread.is_alive()
+    assert [type(event) for event in told] == [list, list, dx.Completion]
 
 
 def test_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,21 +432,157 @@ def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
         handle = engine.submit([1], gen_length=2)
         with pytest.raises(TimeoutError, match=r"request 0 has not ended in 0.01 s"):
             handle.result(0.01)
+        for timeout in (0, -1.0, -math.inf):
+            with pytest.raises(TimeoutError):
+                handle.result(timeout)
+        for wrong in (math.nan, "1", [1]):
+            with pytest.raises(ValueError, match="timeout: expected seconds or None, got"):
+                handle.result(wrong)  # type: ignore[arg-type]
+        assert handle._waiters == []
         gate.passes.release(10)
-        assert handle.result(60).seconds >= handle.result().seconds_waiting >= 0
+        assert handle.result(math.inf).seconds >= handle.result(1e300).seconds_waiting >= 0
 
 
-def test_subscribers_get_every_event_in_order(caplog: pytest.LogCaptureFixture) -> None:
+def test_subscribers_get_every_event_in_order() -> None:
     with dx.Engine(LLADA, block_length=8, lanes=1, max_length=64) as engine:
         early: list[Any] = []
         handle = engine.submit([1], gen_length=24)
         handle.subscribe(early.append)
-        handle.subscribe(lambda event: 1 / 0)  # logged, and harms nobody
         done = handle.result(60)
     late: list[Any] = []
     handle.subscribe(late.append)
     assert early == late == [*(done.tokens[a : a + 8] for a in (0, 8, 16)), done]
+    with pytest.raises(ValueError, match="callback: expected a function, got int"):
+        handle.subscribe(3)  # type: ignore[arg-type]
+
+
+ERRORS = [
+    RuntimeError,
+    SystemExit,
+    KeyboardInterrupt,
+    GeneratorExit,
+    CancelledError,
+    StopIteration,
+    MemoryError,
+]
+
+
+@pytest.mark.parametrize("by", ["subscribe", "on_draft"])
+@pytest.mark.parametrize("error", ERRORS)
+def test_a_callback_that_raises_ends_its_request_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: type[BaseException], by: str
+) -> None:
+    gate, seen, others = Gate(monkeypatch), list[Any](), list[Any]()
+
+    def fail(event: Any) -> None:
+        seen.append(event)
+        raise error("enough")
+
+    with dx.Engine(LLADA, block_length=8, lanes=2, max_length=64) as engine:
+        bad = engine.submit([1, 2], gen_length=16, on_draft=fail if by == "on_draft" else None)
+        good = engine.submit([1, 2], gen_length=16)
+        if by == "subscribe":
+            bad.subscribe(fail)
+        bad.subscribe(others.append)
+        gate.passes.release(100)
+        with pytest.raises(RuntimeError, match=f"request 0: a callback raised {error.__name__}") as failed:
+            bad.result(60)
+        assert isinstance(failed.value.__cause__, error)
+        with pytest.raises(RuntimeError, match="a callback raised"):
+            list(bad)
+        assert len(good.result(60).tokens) == 16
+        assert len(engine.submit([1, 2], gen_length=16).result(60).tokens) == 16
+    if by == "subscribe":  # both got the block, and then the end
+        assert seen == others
+        assert [type(event) for event in seen] == [list, RuntimeError]
+    assert others[-1] is failed.value
+    assert (engine.stats.failed, engine.stats.completed, engine.stats.pages_used) == (1, 2, 0)
     assert "a callback of Handle.subscribe or on_draft failed" in caplog.text
+    assert "enough" in caplog.text
+
+
+def test_what_a_callback_raises_of_the_last_event_changes_nothing() -> None:
+    def fail(event: Any) -> None:
+        if isinstance(event, dx.Completion):
+            raise SystemExit
+
+    with dx.Engine(LLADA, lanes=1, max_length=64) as engine:
+        handle = engine.submit([1], gen_length=8)
+        handle.subscribe(fail)
+        assert len(handle.result(60).tokens) == 8
+        with pytest.raises(SystemExit):  # here it is the caller's
+            handle.subscribe(fail)
+    assert (engine.stats.completed, engine.stats.failed) == (1, 0)
+
+
+def test_a_callback_may_call_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Submit, cancel, subscribe, close; but it cannot wait for what its own thread is to compute."""
+    gate, more, refusals = Gate(monkeypatch), list[dx.Handle](), list[str]()
+
+    def busy(event: Any) -> None:
+        if not isinstance(event, list) or more:
+            return
+        more.extend(engine.submit([3], gen_length=4) for _ in range(2))
+        more[1].cancel()
+        for wait in (other.result, lambda: next(iter(other))):
+            try:
+                wait()
+            except RuntimeError as error:
+                refusals.append(str(error))
+        assert not handle.done
+        assert engine.stats.active == 2
+        handle.subscribe(lambda event: None)
+        engine.close()
+
+    with dx.Engine(LLADA, block_length=8, lanes=2, max_length=64) as engine:
+        handle, other = engine.submit([1], gen_length=16), engine.submit([1], gen_length=24)
+        handle.subscribe(busy)
+        gate.passes.release(200)
+        assert len(handle.result(60).tokens) == 16
+        assert len(other.result(60).tokens) == 24
+        assert len(more[0].result(60).tokens) == 4
+        with pytest.raises(CancelledError):
+            more[1].result(60)
+    assert len(refusals) == 2
+    assert "request 1: a callback in the engine's thread cannot wait for it" in refusals[0]
+
+
+def test_what_the_caller_changes_after_a_submit_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, suppress = torch.tensor([1, 2, 3]), torch.tensor([4, 5])
+    expected = alone(LLADA, prompt, "dual", gen_length=8, suppress=suppress)[0]
+    gate = Gate(monkeypatch)
+    with dx.Engine(LLADA, block_length=BLOCK, lanes=1, max_length=64) as engine:
+        engine.submit([1], gen_length=8)
+        until(lambda: engine.stats.active == 1)
+        handle = engine.submit(prompt, gen_length=8, suppress=suppress)
+        prompt.fill_(10**9)
+        suppress.fill_(expected[0])
+        gate.passes.release(100)
+        assert handle.result(60).tokens == expected
+
+
+def test_no_lock_is_held_during_a_callback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may hold what the callback waits for, and ask the handle meanwhile."""
+    gate, entered, leave = Gate(monkeypatch), threading.Event(), threading.Event()
+
+    def wait(event: Any) -> None:
+        entered.set()
+        assert leave.wait(60)
+
+    with dx.Engine(LLADA, block_length=8, lanes=1, max_length=64) as engine:
+        handle = engine.submit([1], gen_length=16)
+        handle.subscribe(wait)
+        gate.passes.release(100)
+        assert entered.wait(60)
+        with pytest.raises(TimeoutError):
+            handle.result(0.01)
+        assert not handle.done
+        late: list[Any] = []
+        handle.subscribe(late.append)
+        assert late == [handle._events[0]]
+        assert engine.stats.active == 1
+        leave.set()
+        assert len(handle.result(60).tokens) == 16
 
 
 def test_stop_sequences_are_never_streamed() -> None:
@@ -453,16 +678,6 @@ def test_drafts_of_an_infill(name: str, cache: str) -> None:
     assert found == tokens
 
 
-def test_a_draft_that_nobody_can_take_harms_no_request(caplog: pytest.LogCaptureFixture) -> None:
-    def refuse(draft: dx.Draft) -> None:
-        raise RuntimeError("no draft, please")
-
-    with dx.Engine(LLADA, lanes=1, max_length=64) as engine:
-        expected = engine.submit([1, 2], gen_length=8).result(60).tokens
-        assert engine.submit([1, 2], gen_length=8, on_draft=refuse).result(60).tokens == expected
-    assert "no draft, please" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -479,7 +694,17 @@ def test_a_draft_that_nobody_can_take_harms_no_request(caplog: pytest.LogCapture
         ({"selector": "best", "threshold": 0.5}, "selector: expected one of"),
         ({"suppress": [-1]}, r"suppress: expected token ids in \[0, 512\), got -1"),
         ({"stop": [[]]}, "stop: expected sequences of at least one token"),
+        ({"stop": 5}, "stop: expected sequences of token ids, got the number 5"),
+        ({"stop": None}, r"stop: expected int64 \(P,\) or a list of ids, got NoneType"),
+        ({"suppress": [1.5]}, r"suppress: expected int64 \(P,\), got torch.float32"),
+        ({"suppress": "ab"}, r"suppress: expected int64 \(P,\) or a list of ids, got str"),
+        ({"suppress": [10**30]}, r"suppress: expected int64 \(P,\) or a list of ids"),
         ({"seed": "x"}, "seed: expected a whole number"),
+        ({"seed": 2**63}, "seed: expected a whole number <= 9223372036854775807, got 9223372036854775808"),
+        ({"top_p": "x", "temperature": 1.0}, "top_p: expected a number from 0 to 1, got 'x'"),
+        ({"temperature": 10**400}, "temperature: expected a finite number >= 0, got 1000"),
+        ({"selector": 5, "threshold": 0.5}, "selector: expected one of"),
+        ({"on_draft": 5}, "on_draft: expected a function, got int"),
     ],
 )
 def test_bad_requests_are_named(change: dict[str, Any], message: str) -> None:
@@ -488,6 +713,36 @@ def test_bad_requests_are_named(change: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             engine.submit(**call)
         assert len(engine.submit([1], gen_length=4).result(60).tokens) == 4
+
+
+WHOLE = ["gen_length", "steps", "min_commit", "max_commit", "top_k", "eos_id", "seed"]
+
+
+@pytest.mark.parametrize(
+    "value", [10**9, 2**63, 10**30, 10**5000, -(10**5000)], ids=["1e9", "2^63", "1e30", "1e5000", "-1e5000"]
+)
+@pytest.mark.parametrize("name", WHOLE)
+def test_numbers_of_any_size_are_named_before_anything_is_allotted(name: str, value: int) -> None:
+    """Or they are in order: there may be so many steps, commits and seeds."""
+    beside = {
+        "min_commit": {"threshold": 0.5},
+        "max_commit": {"threshold": 0.5},
+        "top_k": {"temperature": 1.0},
+    }
+    harmless = {"steps": 2**63, "max_commit": 10**31, "top_k": 2**63, "seed": 2**63}
+    call: dict[str, Any] = {"prompt": [1], "gen_length": 4, name: value, **beside.get(name, {})}
+    with dx.Engine(LLADA, lanes=1, max_length=64) as engine:
+        tracemalloc.start()
+        try:
+            if 0 < value < harmless.get(name, 0):
+                assert len(engine.submit(**call).result(60).tokens) == 4
+            else:
+                with pytest.raises(ValueError, match=f"^{name}: .*(expected|max_length is 64)"):
+                    engine.submit(**call)
+            assert tracemalloc.get_traced_memory()[1] < 2**20
+        finally:
+            tracemalloc.stop()
+        assert engine.stats.waiting == 0
 
 
 @pytest.mark.parametrize(
@@ -499,6 +754,15 @@ def test_bad_requests_are_named(change: dict[str, Any], message: str) -> None:
         ({"pages": 0}, "pages: expected a whole number >= 1"),
         ({"page_size": 0}, "page_size: expected a whole number >= 1"),
         ({"max_waiting": 0}, "max_waiting: expected a whole number >= 1"),
+        ({"lanes": 10**30}, "lanes: expected a whole number <= 2147483647, got 1000"),
+        ({"max_length": 2**31}, "max_length: expected a whole number <= 2147483647, got 2147483648"),
+        ({"pages": 10**15}, "pages: expected a whole number <= 2147483647"),
+        ({"page_size": 10**5000}, "page_size: expected a whole number <= 2147483647, got int that cannot"),
+        ({"max_waiting": 2**63}, "max_waiting: expected a whole number <= 9223372036854775807"),
+        (
+            {"lanes": 2**31 - 1, "max_length": 2**31 - 1},
+            "lanes, max_length, pages: 2147483647 lanes of .* do not fit into memory",
+        ),
         ({"cache": "dual"}, 'cache: expected "block" or "none" for a block-causal model'),
         ({"page_size": 12}, "page_size: expected a multiple of the blocks of 8"),
         ({"batch_invariant": True, "share": True}, "share: goes with .*, got batch_invariant"),

@@ -146,6 +146,10 @@ def test_first_come_first_served_and_none_starves() -> None:
     ("call", "message"),
     [
         (lambda s: s.submit(0, [1], 33), "length: 33 positions need 9 pages of 4, and there are 8"),
+        (
+            lambda s: s.submit(0, [1], 2**63 - 1),
+            "length: 9223372036854775807 positions need 2305843009213693952",
+        ),
         (lambda s: s.submit(0, [1, 2], 1), "length: expected at least the prompt's 2, got 1"),
         (lambda s: s.release(7), "id: no request 7"),
         (lambda s: s.store(7, [1]), "id: request 7 does not run"),

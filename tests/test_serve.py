@@ -1224,6 +1224,7 @@ def test_metrics(served: Served, client: OpenAI) -> None:
         usage.completion_tokens / usage.forward_passes
     )
     assert after["dparallel_pages"] > 0
+    assert after["dparallel_closed"] == 0
     assert after["dparallel_pages_kept"] >= 0
 
 

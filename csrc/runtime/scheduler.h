@@ -179,7 +179,9 @@ class Scheduler {
     bool shares;
   };
 
-  int64_t needed(int64_t length) const { return (length + page_size_ - 1) / page_size_; }
+  int64_t needed(int64_t length) const {  // no sum of the two, which may overflow
+    return length / page_size_ + (length % page_size_ != 0);
+  }
 
   Tokens key(const Tokens& tokens, int64_t page) const {
     auto begin = tokens.begin() + page * page_size_;

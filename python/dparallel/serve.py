@@ -424,6 +424,7 @@ GAUGES = {
     "pages_used": "Pages of requests under decoding.",
     "pages_kept": "Pages kept for later requests.",
     "page_bytes": "Memory of a page.",
+    "closed": "1 where no more requests are taken, else 0.",
 }
 COUNTERS = {
     "completed": "Requests that were answered.",
