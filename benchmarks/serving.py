@@ -59,7 +59,7 @@ def server(model: str | Path, *options: object, files: int | None = None) -> Ite
     with tempfile.TemporaryDirectory() as place:
         keys, log = Path(place) / "keys", Path(place) / "log"
         keys.write_text(f"another\n{KEY}\n")
-        command = [sys.executable, "-m", "dparallel.serve", "--model", model, "--port", 0]
+        command = [sys.executable, "-m", "dparallel", "serve", "--model", model, "--port", 0]
         command += ["--api-key-file", keys, *options]
         with log.open("wb") as file:
             limit = None if files is None else functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE)

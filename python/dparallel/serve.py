@@ -28,7 +28,6 @@ import os
 import re
 import secrets
 import socket
-import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -1352,9 +1351,3 @@ def run(
             if error.errno != errno.EADDRINUSE:
                 raise
             raise unusable(host, port, error) from error  # two had the port, one listened first
-
-
-if __name__ == "__main__":
-    from .cli import app as command_line
-
-    command_line(["serve", *sys.argv[1:]])
