@@ -14,7 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dparallel import registry, serve
+from dparallel import registry
+from dparallel.serving.app import Gate
+from dparallel.serving.runner import Server, listen, make_server
+from dparallel.serving.service import Service
+from dparallel.serving.settings import Settings
 
 import dparallel_ext as dx
 
@@ -38,8 +42,8 @@ class Here:
     """A running server."""
 
     port: int
-    server: serve.Server
-    service: serve.Service
+    server: Server
+    service: Service
     thread: threading.Thread
     log: Lines = field(repr=False)
 
@@ -47,7 +51,7 @@ class Here:
     def gate(self) -> Any:
         """Its `Gate`, once there was a request."""
         found = self.server.config.app.middleware_stack
-        while not isinstance(found, serve.Gate):
+        while not isinstance(found, Gate):
             found = found.app
         return found
 
@@ -121,7 +125,7 @@ def serving(
     send_buffer: int | None = None,
     **settings: Any,
 ) -> Iterator[Here]:
-    """A server of the student, or of what is loaded; `settings`: of `serve.Settings`."""
+    """A server of the student, or of what is loaded; `settings`: of `Settings`."""
     model, tokenizer = loaded or registry.load(MODEL)
     settings = {"name": MODEL, "gen_length": 64, "max_length": 256, "grace": 0.5, **settings}
     running = dx.Engine(
@@ -130,15 +134,15 @@ def serving(
         **{"block_length": BLOCK, "cache": "dual", "lanes": 4, "max_waiting": 64, **(engine or {})},
     )
     place = directory or registry.directory_of(MODEL)
-    service = serve.Service(running, model.shape.rows, tokenizer, place, serve.Settings(**settings))
+    service = Service(running, model.shape.rows, tokenizer, place, Settings(**settings))
     loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [(one.handlers[:], one.level, one.propagate) for one in loggers]
     log = Lines()
     try:
-        server = serve.make_server(service)
+        server = make_server(service)
         for one in loggers:
             one.handlers = [] if one.name == "uvicorn.error" else [log]
-        sockets = serve.listen("127.0.0.1", 0)
+        sockets = listen("127.0.0.1", 0)
         if send_buffer is not None:
             sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)

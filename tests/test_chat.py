@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import test_tokenizer
 import torch
-from dparallel import distill, evaluate, registry, serve, tasks, trajectories
+from dparallel import distill, evaluate, registry, tasks, trajectories
 from dparallel.cli import app
+from dparallel.serving import runner
 from typer.testing import CliRunner
 
 from dparallel_ext import models
@@ -126,7 +127,7 @@ def test_a_mask_of_ones_own(
         assert model.mask_id == 7
         raise Reached
 
-    monkeypatch.setattr(serve, "Engine", engine)
+    monkeypatch.setattr(runner, "Engine", engine)
     result = CliRunner().invoke(app, ["serve", "--port", "0", *map(str, own)])
     assert isinstance(result.exception, Reached), result.output
 

@@ -30,9 +30,17 @@ from typing import Any
 import openai
 import pytest
 import torch
-from dparallel import connections, protocol, registry, serve, tasks, templates, text
+from dparallel import registry, tasks, templates, text
 from dparallel.cli import app
+from dparallel.serving import connections, protocol, runner
+from dparallel.serving.app import Gate, make_app
+from dparallel.serving.errors import ApiError
+from dparallel.serving.protocol import ChatRequest, CompletionRequest
+from dparallel.serving.runner import listen, unusable
+from dparallel.serving.service import Call, Choice, Service
+from dparallel.serving.settings import KEY_VARIABLE, Settings, find_keys, read_keys
 from openai import AsyncOpenAI, OpenAI
+from prometheus_client import Counter
 from pydantic import ValidationError
 from server_here import all_of, answer_of, post, serving
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -820,13 +828,13 @@ def test_a_slow_client_gets_the_newest_draft(student: tuple[Any, Any]) -> None:
         service: Any = SimpleNamespace(aborted=asyncio.get_running_loop().create_future())
         nothing = SimpleNamespace(observe=lambda _: None)
         service.metrics = SimpleNamespace(first_block=nothing, finished=lambda *_: None)
-        choice = serve.Choice([1], 4, 0, text.TextStream(student[1]), [])
+        choice = Choice([1], 4, 0, text.TextStream(student[1]), [])
 
         def submit(choice: Any, draft: Callable[[Any], None]) -> Any:
             tell.append(draft)
             return handle
 
-        call = serve.Call(service, [choice], 1, submit)
+        call = Call(service, [choice], 1, submit)
         on_draft, on_event = tell
         for nfe in range(1, 1001):
             on_draft(dx.Draft(nfe, 0, [None, None]))
@@ -989,10 +997,10 @@ def test_a_body_must_arrive_in_time() -> None:
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
-        settings = serve.Settings("x", body_seconds=0.05)
+        settings = Settings("x", body_seconds=0.05)
         service: Any = SimpleNamespace(settings=settings, aborted=loop.create_future())
-        service.metrics = SimpleNamespace(http=serve.Counter("x", "x", ["path", "status"], registry=None))
-        gate = serve.Gate(inner, service)
+        service.metrics = SimpleNamespace(http=Counter("x", "x", ["path", "status"], registry=None))
+        gate = Gate(inner, service)
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
         begun = [{"type": "http.request", "body": b"{", "more_body": True}]
 
@@ -1002,11 +1010,11 @@ def test_a_body_must_arrive_in_time() -> None:
         async def send(message: Any) -> None:
             raise AssertionError(message)
 
-        with pytest.raises(serve.ApiError) as late:
+        with pytest.raises(ApiError) as late:
             await gate(scope, receive, send)
         assert late.value.status_code == 408
         service.aborted.set_result(None)
-        with pytest.raises(serve.ApiError) as stopped:
+        with pytest.raises(ApiError) as stopped:
             await gate(scope, receive, send)
         assert stopped.value.status_code == 503
 
@@ -1035,10 +1043,10 @@ def test_an_engine_that_is_closed(student: tuple[Any, Any]) -> None:
     async def run() -> None:
         model, tokenizer = student
         engine = dx.Engine(model, lanes=1, max_length=64)
-        settings = serve.Settings("x", max_length=64)
+        settings = Settings("x", max_length=64)
         place = registry.directory_of(MODEL)
-        service = serve.Service(engine, model.shape.rows, tokenizer, place, settings)
-        application = serve.make_app(service)
+        service = Service(engine, model.shape.rows, tokenizer, place, settings)
+        application = make_app(service)
         async with application.router.lifespan_context(application):
             assert await ask(application, "GET", "/health", b"") == (200, {"status": "ok"})
             engine.close()
@@ -1446,10 +1454,10 @@ def test_texts_that_are_too_long_are_not_encoded(student: tuple[Any, Any]) -> No
 def test_as_many_messages_as_fit_are_refused_at_once() -> None:
     """One error is told of each request, so no more are looked for."""
     with pytest.raises(ValidationError) as found:
-        serve.ChatRequest.model_validate({"model": "x", "messages": [{}] * 1000})
+        ChatRequest.model_validate({"model": "x", "messages": [{}] * 1000})
     assert found.value.error_count() < 10
     with pytest.raises(ValidationError, match="expected at most 4096 prompts, got 200000"):
-        serve.CompletionRequest.model_validate({"model": "x", "prompt": [[1]] * 200000})
+        CompletionRequest.model_validate({"model": "x", "prompt": [[1]] * 200000})
 
 
 # --- chat templates -----------------------------------------------------------------------------
@@ -1547,7 +1555,7 @@ def test_what_may_be_answered_is_described(student: tuple[Any, Any]) -> None:
             assert answers[str(status)]["content"]["application/json"]["schema"] == error
     assert "503" in described["paths"]["/health"]["get"]["responses"]
     fields = described["components"]["schemas"]["ErrorFields"]
-    assert set(fields["required"]) == set(serve.ApiError(400, "").body["error"])
+    assert set(fields["required"]) == set(ApiError(400, "").body["error"])
 
 
 # --- the command line ---------------------------------------------------------------------------
@@ -1602,7 +1610,7 @@ def test_bad_options_are_one_line(args: tuple[str, ...], said: str, monkeypatch:
     def run(*_: Any) -> None:
         raise AssertionError("it serves")
 
-    monkeypatch.setattr(serve.Server, "run", run)
+    monkeypatch.setattr(runner.Server, "run", run)
     found = CliRunner().invoke(app, ["serve", *args])
     assert (found.exit_code, found.stderr.count("\n")) == (2, 1)
     assert said in found.stderr
@@ -1612,31 +1620,31 @@ def test_bad_options_are_one_line(args: tuple[str, ...], said: str, monkeypatch:
 def test_an_empty_file_of_keys_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "keys").write_bytes(content)
     with pytest.raises(ValueError, match=r"api_key_file: .* holds no key"):
-        serve.read_keys(tmp_path / "keys")
+        read_keys(tmp_path / "keys")
 
 
 def test_a_file_of_keys_as_people_write_it(tmp_path: Path) -> None:
     """With a byte order mark, of Windows, with blanks and comments."""
     file = tmp_path / "keys"
     file.write_bytes("\ufeffsk-1\r\n\r\n# of the tests\r\n  sk-2\t # mine\r\nsk#3 \rключ".encode())
-    assert serve.read_keys(file) == ("sk-1", "sk-2", "sk#3", "ключ")
+    assert read_keys(file) == ("sk-1", "sk-2", "sk#3", "ключ")
     for content, said in ((b"a\x00b", "key 1 has others"), (b"\xff\xfea\x00", "is not UTF-8 text")):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=said):
-            serve.read_keys(file)
+            read_keys(file)
     with pytest.raises(ValueError, match="api_key_file"):
-        serve.read_keys(tmp_path)
+        read_keys(tmp_path)
 
 
 def test_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("file")
-    monkeypatch.delenv(serve.KEY_VARIABLE, raising=False)
-    assert serve.find_keys(None, None) == ()
-    monkeypatch.setenv(serve.KEY_VARIABLE, " sk-1\nsk-2 ")
-    assert serve.find_keys(None, None) == ("sk-1", "sk-2")
-    assert serve.find_keys(" given ", None) == ("given",)
-    assert serve.find_keys(None, tmp_path / "keys") == ("file",)
-    monkeypatch.setenv(serve.KEY_VARIABLE, " ")
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    assert find_keys(None, None) == ()
+    monkeypatch.setenv(KEY_VARIABLE, " sk-1\nsk-2 ")
+    assert find_keys(None, None) == ("sk-1", "sk-2")
+    assert find_keys(" given ", None) == ("given",)
+    assert find_keys(None, tmp_path / "keys") == ("file",)
+    monkeypatch.setenv(KEY_VARIABLE, " ")
     found = CliRunner().invoke(app, ["serve"])
     assert (found.exit_code, found.stderr) == (
         2,
@@ -1654,12 +1662,12 @@ def test_a_port_that_is_taken_is_one_line() -> None:
 
 def test_a_port_on_which_another_listens_first_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two that begin at once both get the port, and the slower one learns it with its model loaded."""
-    (faster,) = serve.listen("127.0.0.1", 0)
+    (faster,) = listen("127.0.0.1", 0)
     with faster:
         port = faster.getsockname()[1]
-        (slower,) = serve.listen("127.0.0.1", port)
+        (slower,) = listen("127.0.0.1", port)
         faster.listen()
-        monkeypatch.setattr(serve, "listen", lambda *_: [slower])
+        monkeypatch.setattr(runner, "listen", lambda *_: [slower])
         found = CliRunner().invoke(
             app, ["serve", "--model", MODEL, "--log-level", "error", "--port", str(port)]
         )
@@ -1671,8 +1679,9 @@ def test_a_port_on_which_another_listens_first_is_one_line(monkeypatch: pytest.M
 def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import dparallel
 
-    monkeypatch.delattr(dparallel, "serve")
-    monkeypatch.delitem(sys.modules, "dparallel.serve")
+    monkeypatch.delattr(dparallel, "serving")
+    for name in [name for name in sys.modules if name.startswith("dparallel.serving")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "fastapi", None)
     found = CliRunner().invoke(app, ["serve"])
     assert (found.exit_code, found.stderr.count("\n")) == (2, 1)
@@ -1682,7 +1691,7 @@ def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_addresses_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every one that the machine has, at one port; names that do not resolve are named."""
     for host in ("localhost", "127.0.0.1", ""):
-        sockets = serve.listen(host, 0)
+        sockets = listen(host, 0)
         assert len({one.getsockname()[1] for one in sockets}) == 1
         assert any(one.family == socket.AF_INET for one in sockets)
         for one in sockets:
@@ -1693,6 +1702,6 @@ def test_addresses_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with pytest.raises(ValueError, match=r"host: 'nowhere' does not resolve \(.*not known"):
-        serve.listen("nowhere", 0)
-    said = str(serve.unusable("h", 80, OSError(errno.EACCES, "Permission denied")))
+        listen("nowhere", 0)
+    said = str(unusable("h", 80, OSError(errno.EACCES, "Permission denied")))
     assert said == "port: 80 of 'h' cannot be had (Permission denied)"

@@ -381,10 +381,10 @@ def serve(
 ) -> None:
     """An OpenAI-compatible server: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
     with plain_errors("serve"):
-        from . import serve as serving
+        from .serving import runner, settings
 
-        keys = serving.find_keys(api_key, api_key_file)
-        serving.run(
+        keys = settings.find_keys(api_key, api_key_file)
+        runner.run(
             model,
             host=host,
             port=port,

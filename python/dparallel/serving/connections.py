@@ -3,7 +3,7 @@
 A request must be here whole within a time that begins with its connection, or with the end of the answer
 before it. There are so many connections at once that each has a file descriptor. Where one more comes, the
 one that has been without a whole request for longest makes place, so that slow, silent and half-open clients
-keep nobody out. Requests that are being answered are never cut for others: `Gate` in `serve` refuses more of
+keep nobody out. Requests that are being answered are never cut for others: `Gate` in `app` refuses more of
 them than leave some connections free, so that /health answers whatever the load.
 """
 

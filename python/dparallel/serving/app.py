@@ -1,0 +1,373 @@
+"""The ASGI application: paths, errors, CORS, keys and bounds, and how an answer is written."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import math
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as Event
+
+import dparallel_ext as dx
+from dparallel_ext import Draft
+
+from .. import text
+from . import connections, protocol
+from .errors import ERRORS, ApiError, errors, in_time
+from .protocol import ChatRequest, CompletionRequest, Health
+from .service import Call, Service
+
+READ = "GET, HEAD"
+PATHS = {
+    "/v1/chat/completions": "POST",
+    "/v1/completions": "POST",
+    "/v1/models": READ,
+    "/health": READ,
+    "/metrics": READ,
+    "/version": READ,
+}
+"""Methods by path; /v1/models/NAME is read too."""
+
+
+def methods(path: str) -> str | None:
+    return READ if path.startswith("/v1/models/") else PATHS.get(path)
+
+
+class Gate:
+    """In front of everything but CORS: the key, the bounds on a request's body and on the number of requests,
+    and the count of answers."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app, self.service = app, service
+        self.keys = [key.encode() for key in service.settings.keys]
+        self.answering = 0
+        """Requests that are here whole, with their body, and are not answered yet."""
+        most = service.settings.max_connections
+        self.most = math.inf if most is None else most - connections.reserved(most)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
+        status, taken, complete, answering = 500, 0, False, 0
+        settings, now = self.service.settings, time.monotonic()
+        ends = scope.get("state", {}).get("ends", now + settings.body_seconds)  # see connections
+
+        async def bounded() -> Event:
+            nonlocal taken, complete, answering
+            if complete:
+                return await receive()
+            message: Event = await in_time(receive(), self.service.aborted, ends - time.monotonic())
+            complete = not message.get("more_body", False)
+            taken += len(message.get("body", b""))
+            if taken > settings.max_body:
+                raise too_large(settings.max_body)
+            if complete and message["type"] == "http.request":
+                if self.answering >= self.most:
+                    raise self.service.full("too many requests are under way already")
+                self.answering, answering = self.answering + 1, 1
+            return message
+
+        async def counted(message: Event) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            allowed, refusal = methods(scope["path"]), self._refusal(scope)
+            if scope["method"] == "OPTIONS" and allowed is not None:
+                await Response(None, 204, {"Allow": f"{allowed}, OPTIONS"})(scope, receive, counted)
+            elif refusal is not None:
+                await refusal.response(scope, receive, counted)
+            else:
+                await self.app(self._as_json(scope), bounded, counted)
+        finally:
+            self.answering -= answering
+            path = scope["path"] if scope["path"] in PATHS else "other"
+            self.service.metrics.http.labels(path, str(status)).inc()
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        headers = dict(scope["headers"])
+        if self.keys and scope["path"] != "/health":
+            kind, _, given = headers.get(b"authorization", b"").partition(b" ")
+            # Every key is compared, and in constant time.
+            same = [hmac.compare_digest(given.strip(), key) for key in self.keys]
+            if kind.lower() != b"bearer" or not any(same):
+                said = "the API key is missing or wrong: expected the header Authorization: Bearer KEY"
+                return ApiError(401, said, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        if int(headers.get(b"content-length", 0)) > self.service.settings.max_body:
+            return too_large(self.service.settings.max_body)
+        kind = headers.get(b"content-type", b"")
+        if scope["method"] == "POST" and b"origin" in headers and not is_json(kind):
+            said = f"content-type: expected application/json from a web page, got {kind.decode('latin-1')!r}"
+            return ApiError(415, said, param="content-type")
+        return None
+
+    @staticmethod
+    def _as_json(scope: Scope) -> Scope:
+        """The request with the Content-Type that its body must have."""
+        headers = scope["headers"]
+        if scope["method"] != "POST" or is_json(dict(headers).get(b"content-type", b"")):
+            return scope
+        others = [(name, value) for name, value in headers if name != b"content-type"]
+        return {**scope, "headers": [*others, (b"content-type", b"application/json")]}
+
+
+def is_json(content_type: bytes) -> bool:
+    kind = content_type.partition(b";")[0].strip().lower()
+    return kind == b"application/json" or (kind.startswith(b"application/") and kind.endswith(b"+json"))
+
+
+def too_large(most: int) -> ApiError:
+    return ApiError(413, f"expected at most {most} bytes", code="request_too_large")
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events of a call, which is closed however they end."""
+
+    def __init__(self, call: Call, events: AsyncIterator[str]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self.call = call
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.call.close()
+
+
+async def answer(service: Service, http: Request, request: ChatRequest | CompletionRequest) -> Response:
+    """The response to either endpoint, whole or streaming."""
+    chat = isinstance(request, ChatRequest)
+    call = await service.call(request)
+    frame = {
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+        "object": "chat.completion" if chat else "text_completion",
+        "created": int(time.time()),
+        "model": request.model,
+    }
+
+    lengths, offsets = [0] * len(call.choices), [0] * len(call.choices)
+
+    def logprobs(index: int, scores: Sequence[tuple[int, float]]) -> dict[str, Any]:
+        """Of the choice's next tokens."""
+        first, offset = lengths[index] == 0, offsets[index]
+        tokens = [
+            (service.token_texts(token, first=first and at == 0), value)
+            for at, (token, value) in enumerate(scores)
+        ]
+        lengths[index] += len(tokens)
+        offsets[index] += sum(len(text) for text, _ in tokens)
+        if isinstance(request, ChatRequest):
+            return protocol.chat_logprobs(tokens)
+        return protocol.completion_logprobs(tokens, offset, bool(request.logprobs))
+
+    def choice(
+        index: int, content: dict[str, Any], reason: str | None, scores: Sequence[tuple[int, float]] | None
+    ) -> dict[str, Any]:
+        scored = None if scores is None else logprobs(index, scores)
+        return {"index": index, **content, "logprobs": scored, "finish_reason": reason}
+
+    if request.stream:
+        usage = bool(request.stream_options and request.stream_options.include_usage)
+        if chat:
+            frame["object"] = "chat.completion.chunk"
+
+        def event(choices: list[dict[str, Any]], used: dict[str, Any] | None = None) -> str:
+            return sse({**frame, "choices": choices, **({"usage": used} if usage else {})})
+
+        def part(
+            index: int,
+            piece: str,
+            reason: str | None = None,
+            scores: Sequence[tuple[int, float]] = (),
+            **more: Any,
+        ) -> str:
+            content = {"delta": {"content": piece} if piece else {}} if chat else {"text": piece}
+            return event([choice(index, {**content, **more}, reason, scores or None)])
+
+        async def events() -> AsyncIterator[str]:
+            try:
+                for index in range(len(call.choices) if chat else 0):
+                    yield part(index, "", delta={"role": "assistant", "content": ""})
+                async for piece in call.pieces():
+                    if piece.draft is not None:
+                        length = call.choices[piece.choice].gen_length
+                        yield part(piece.choice, "", draft=draft_of(piece.draft, length, service.token_texts))
+                    if piece.text or piece.scores:
+                        yield part(piece.choice, piece.text, scores=piece.scores)
+                    if piece.reason is not None:
+                        yield part(piece.choice, "", piece.reason)
+                if usage:
+                    yield event([], call.usage())
+                yield "data: [DONE]\n\n"
+            except ApiError as error:
+                yield sse(error.body)
+
+        return EventStream(call, events())
+
+    texts, reasons = [""] * len(call.choices), [""] * len(call.choices)
+    scores: list[list[tuple[int, float]]] = [[] for _ in call.choices]
+
+    async def gone() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+        call.fail(ApiError(499, "the client left"))
+
+    watching = asyncio.ensure_future(gone())
+    try:
+        async for piece in call.pieces():
+            texts[piece.choice] += piece.text
+            scores[piece.choice] += piece.scores
+            reasons[piece.choice] = piece.reason or ""
+    finally:
+        watching.cancel()
+        call.close()
+    choices = [
+        choice(
+            index,
+            {"message": {"role": "assistant", "content": said, "refusal": None}} if chat else {"text": said},
+            reason,
+            scores[index] if request.scored else None,
+        )
+        for index, (said, reason) in enumerate(zip(texts, reasons, strict=True))
+    ]
+    return JSONResponse({**frame, "choices": choices, "usage": call.usage()})
+
+
+def draft_of(draft: Draft, length: int, texts: text.TokenTexts) -> dict[str, Any]:
+    """The "draft" that stands beside a choice's empty text in a chunk of its own, where a request asks for
+    `stream_drafts`.
+
+    pass: the forward passes that the response has had. start: where the active block begins in the response;
+    the tokens before it are final and were streamed, those after it are masks. length: of the response.
+    tokens: the block's, each as text, special tokens included; null where there is a mask. They join to the
+    text but for characters over several tokens. Where the client is slow, drafts are left out, never a
+    block's last. The whole block follows as text once it is complete.
+    """
+    tokens = [
+        None if token is None else texts(token, first=draft.start + at == 0)
+        for at, token in enumerate(draft.tokens)
+    ]
+    return {"pass": draft.nfe, "start": draft.start, "length": length, "tokens": tokens}
+
+
+def sse(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def make_app(service: Service) -> FastAPI:
+    """The ASGI application of a service. The engine is closed when its lifespan ends."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.aborted = asyncio.get_running_loop().create_future()
+        yield
+        service.abort()
+        service.close()
+        await asyncio.to_thread(service.engine.close, cancel=True)
+
+    # No pages of documentation: they would load scripts from elsewhere.
+    app = FastAPI(title="dparallel", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_middleware(Gate, service=service)
+    if service.settings.cors_origins:
+        # In front of the gate: a browser asks without the key, and a refusal must reach the page.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.settings.cors_origins,
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
+
+    @app.exception_handler(HTTPException)
+    async def refused(http: Request, error: HTTPException) -> Response:
+        path = http.scope["path"]
+        if not isinstance(error, ApiError) and error.status_code in (404, 405):
+            said, headers = f"path: expected one of {', '.join(PATHS)}, got {path}", error.headers
+            if error.status_code == 405:
+                allowed = methods(path) or READ
+                said, headers = f"method: {path} expects {allowed}, got {http.method}", {"Allow": allowed}
+            error = ApiError(error.status_code, said, headers=headers)
+        return ApiError.of(error).response
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            said = f"body: expected JSON ({first['ctx']['error']} at character {first['loc'][-1]})"
+            return ApiError(400, said).response
+        where = [str(one) for one in first["loc"][1:]]
+        said = f"{'.'.join(where) or 'body'}: {first['msg'].removeprefix('Value error, ')}"
+        return ApiError(400, said, param=where[0] if where else None).response
+
+    @app.exception_handler(Exception)
+    async def broken(_: Request, error: Exception) -> Response:
+        return ApiError(500, "internal error", code="internal_error").response
+
+    @app.post("/v1/chat/completions", responses=errors(*ERRORS))
+    async def chat_completions(http: Request, request: ChatRequest) -> Response:
+        return await answer(service, http, request)
+
+    @app.post("/v1/completions", responses=errors(*ERRORS))
+    async def completions(http: Request, request: CompletionRequest) -> Response:
+        return await answer(service, http, request)
+
+    def read(path: str, answers: dict[int | str, dict[str, Any]]) -> Callable[[Any], Any]:
+        head, get = app.head(path, include_in_schema=False), app.get(path, responses=answers)
+        return lambda function: get(head(function))
+
+    model = {
+        "id": service.settings.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "dparallel",
+        "root": service.settings.name,
+        "parent": None,
+        "max_model_len": service.settings.max_length,
+    }
+
+    @read("/v1/models", errors(401, 413))
+    async def list_models() -> Response:
+        return JSONResponse({"object": "list", "data": [model]})
+
+    @read("/v1/models/{name:path}", errors(401, 404, 413))
+    async def one_model(name: str) -> Response:
+        if name != service.settings.name.rstrip("/"):
+            said = f"model: expected {service.settings.name!r}, got {name!r}"
+            raise ApiError(404, said, param="model", code="model_not_found")
+        return JSONResponse(model)
+
+    @read("/version", errors(401, 413))
+    async def version() -> Response:
+        return JSONResponse({"version": dx.__version__})
+
+    states = {200: "It takes requests.", 503: "It takes no more requests."}
+
+    @read(
+        "/health",
+        errors(413) | {status: {"model": Health, "description": said} for status, said in states.items()},
+    )
+    async def health() -> Response:
+        closed = service.engine.closed
+        return JSONResponse({"status": "closed" if closed else "ok"}, 503 if closed else 200)
+
+    @read("/metrics", errors(401, 413))
+    async def metrics() -> Response:
+        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app

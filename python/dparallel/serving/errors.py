@@ -1,0 +1,96 @@
+"""Answers that are errors, in OpenAI's form."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Mapping
+from typing import Any, TypeVar
+
+from fastapi.responses import Response
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+T = TypeVar("T")
+
+
+class ApiError(HTTPException):
+    """An answer in OpenAI's form: {"error": {message, type, param, code}}."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    @property
+    def response(self) -> Response:
+        # ASCII, since a message may quote what is no text.
+        return Response(json.dumps(self.body), self.status_code, self.headers, "application/json")
+
+    @classmethod
+    def of(cls, error: HTTPException) -> ApiError:
+        if isinstance(error, cls):
+            return error
+        return cls(error.status_code, error.detail, headers=error.headers)
+
+
+class ErrorFields(BaseModel):
+    """What is wrong, as OpenAI says it."""
+
+    message: str
+    type: str
+    param: str | None
+    """The parameter that it is about."""
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: ErrorFields
+
+
+ERRORS = {
+    400: "The request cannot be followed: `param` names what is wrong.",
+    401: "The API key is missing or wrong.",
+    404: "There is no such model or path.",
+    413: "The body is too large.",
+    429: "Too many requests are under way; Retry-After says when to come again.",
+    503: "The server is shutting down.",
+}
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """How a path answers where it cannot, for its description; of others that may come, by their form."""
+    found: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorAnswer, "description": ERRORS[status]} for status in statuses
+    }
+    return {**found, "default": {"model": ErrorAnswer, "description": "Another error."}}
+
+
+def stopping() -> ApiError:
+    return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Connection": "close"})
+
+
+async def in_time(what: Awaitable[T], aborted: asyncio.Future[None], seconds: float | None = None) -> T:
+    """What is awaited, unless it is late or the server stops. Raises ApiError."""
+    doing = asyncio.ensure_future(what)
+    waiting: set[asyncio.Future[Any]] = {doing, aborted}
+    try:
+        await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if doing.done():
+            return doing.result()
+    finally:
+        doing.cancel()
+    if aborted.done():
+        raise stopping()
+    raise ApiError(408, "the request did not arrive in time", headers={"Connection": "close"})

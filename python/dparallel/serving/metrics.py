@@ -1,0 +1,78 @@
+"""What is measured: the families of /metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from dparallel_ext import Completion, Engine
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
+GAUGES = {
+    "waiting": "Requests that wait for a lane.",
+    "active": "Requests under decoding.",
+    "pages": "Pages of keys and values.",
+    "pages_used": "Pages of requests under decoding.",
+    "pages_kept": "Pages kept for later requests.",
+    "page_bytes": "Memory of a page.",
+    "closed": "1 where no more requests are taken, else 0.",
+}
+COUNTERS = {
+    "completed": "Requests that were answered.",
+    "failed": "Requests that ended in an error.",
+    "cancelled": "Requests that were cancelled.",
+    "forwards": "Forward passes.",
+    "sequence_passes": "Forward passes, counted once for each sequence in them.",
+    "tokens": "Tokens of finished blocks.",
+    "prompt_tokens": "Tokens of prompts.",
+    "reused_tokens": "Tokens of prompts whose keys and values came from another request.",
+}
+
+
+class Metrics:
+    """The engine's counts as they are at a scrape, and what only the server sees."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
+        ProcessCollector(registry=self.registry)
+        self.http = Counter(
+            "dparallel_http_requests",
+            "HTTP requests by path and status; 499: the client left.",
+            ["path", "status"],
+            registry=self.registry,
+        )
+        self.first_block = self._histogram("first_block_seconds", "From request to first finished block.")
+        self.whole = self._histogram("request_seconds", "From request to its last token, per choice.")
+        self.waiting = self._histogram("waiting_seconds", "From request to its first pass, per choice.")
+        self.rate = self._histogram(
+            "tokens_per_pass", "Tokens of a response per forward pass.", (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+        )
+        self.mean = 1.0
+        """Seconds of a request in its lane, over about the last sixteen."""
+
+    def finished(self, completion: Completion, tokens: int) -> None:
+        self.whole.observe(completion.seconds)
+        self.waiting.observe(completion.seconds_waiting)
+        if completion.nfe:
+            self.rate.observe(tokens / completion.nfe)
+        self.mean += (completion.seconds - completion.seconds_waiting - self.mean) / 16
+
+    def wait(self) -> int:
+        """Seconds after which a request refused now may find a place."""
+        stats = self.engine.stats
+        return min(60, math.ceil(1 + self.mean * stats.waiting / max(1, stats.active)))
+
+    def _histogram(self, name: str, said: str, buckets: Sequence[float] = SECONDS) -> Histogram:
+        return Histogram(f"dparallel_{name}", said, buckets=buckets, registry=self.registry)
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self.engine.stats
+        for name, said in GAUGES.items():
+            yield GaugeMetricFamily(f"dparallel_{name}", said, value=getattr(stats, name))
+        for name, said in COUNTERS.items():
+            yield CounterMetricFamily(f"dparallel_{name}", said, value=getattr(stats, name))

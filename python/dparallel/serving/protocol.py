@@ -1,0 +1,397 @@
+"""The parameters of OpenAI's API and its kin that the server does not follow, and where they ask for nothing.
+
+Clients of OpenAI, vLLM, SGLang and llama.cpp name many parameters at the value that changes nothing. Such a
+request is answered; a request for more is refused by name.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
+
+from ..evaluate import parse_policy
+from ..text import INCOMPLETE, unicode
+from .errors import ApiError
+
+MOST_PROMPTS = 4096
+"""Of a request, whatever the server's own bound: so many are looked at one by one."""
+MOST_STOPS = 32
+"""Stop strings of a request, and stop_token_ids."""
+
+Neutral = Mapping[str, tuple[Any, ...]]
+"""Of each parameter the values that ask for nothing; null always does."""
+
+HARMLESS = frozenset(
+    {
+        "metadata",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "request_id",
+        "rid",
+        "return_mm_kwargs",
+        "safety_identifier",
+        "session_id",
+        "truncation_side",
+        "user",
+    }
+)
+"""Parameters that concern the provider's books, or only what another that is not followed does."""
+
+EITHER = (False, True)
+
+OPENAI: Neutral = {
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "parallel_tool_calls": EITHER,
+    "presence_penalty": (0,),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": ("medium",),
+}
+VLLM_AND_SGLANG: Neutral = {
+    "add_generation_prompt": (True,),
+    "bad_words": ([],),
+    "continue_final_message": (False,),
+    "custom_params": ({},),
+    "documents": ([],),
+    "include_reasoning": (True,),
+    "include_stop_str_in_output": (False,),
+    "kv_transfer_params": ({},),
+    "length_penalty": (1,),
+    "media_io_kwargs": ({},),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "mm_processor_kwargs": ({},),
+    "no_stop_trim": (False,),
+    "priority": (0,),
+    "repetition_penalty": (1,),
+    "return_cached_tokens_details": (False,),
+    "return_hidden_states": (False,),
+    "return_meta_info": (False,),
+    "return_prompt_text": (False,),
+    "return_prompt_token_ids": (False,),
+    "return_routed_experts": (False,),
+    "return_token_ids": (False,),
+    "return_token_offsets": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "routed_experts_prompt_start": (0,),
+    "routed_experts_start_len": (0,),
+    "separate_reasoning": EITHER,
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": EITHER,
+    "stream_reasoning": EITHER,
+    "thinking_token_budget": (-1,),
+    "use_audio_in_video": (False,),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+    "watermarking": (False,),
+}
+LLAMA_CPP: Neutral = {
+    "cache_prompt": EITHER,
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
+    "mirostat": (0,),
+    "repeat_penalty": (1,),
+    "tfs_z": (1,),
+    "typical_p": (1,),
+    "xtc_probability": (0,),
+}
+REQUEST: Neutral = {**OPENAI, **VLLM_AND_SGLANG, **LLAMA_CPP}
+CHAT: Neutral = {**REQUEST, "add_special_tokens": (False,)}
+COMPLETION: Neutral = {**REQUEST, "add_special_tokens": (True,), "chat_template_kwargs": ({},)}
+STREAM_OPTIONS: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
+MESSAGE: Neutral = {
+    "annotations": ([],),
+    "partial": (False,),
+    "prefix": (False,),
+    "reasoning": ("",),
+    "reasoning_content": ("",),
+    "tool_calls": ([],),
+    "type": ("text", "message"),
+}
+"""Of a message: an assistant's answer as clients send it back, and what lm-evaluation-harness adds."""
+
+TEMPLATE_NAMES = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "documents",
+        "messages",
+        "tokenize",
+        "tools",
+    }
+)
+"""Names that chat_template_kwargs must not have: a request says these by other parameters, or not at all."""
+
+SCORES = (
+    "log-likelihoods of a given text are computed by lm_eval --model dparallel, see "
+    "dparallel.integrations.lm_eval"
+)
+HINTS = {"echo": SCORES, "prompt_logprobs": SCORES}
+"""Where to find what the server does not do."""
+
+
+def chat_logprobs(tokens: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    """Texts of tokens and their log-probabilities, as chat completions have them."""
+    content = [
+        {
+            "token": text,
+            "logprob": _finite(value),
+            "bytes": None if INCOMPLETE in text else list(text.encode()),
+            "top_logprobs": [],
+        }
+        for text, value in tokens
+    ]
+    return {"content": content, "refusal": None}
+
+
+def completion_logprobs(tokens: Sequence[tuple[str, float]], offset: int, top: bool) -> dict[str, Any]:
+    """The same as completions have them. `offset`: characters of the tokens before these. `top`: each token
+    is the most probable one of its place, and is listed as that too."""
+    texts, values = [text for text, _ in tokens], [_finite(value) for _, value in tokens]
+    ends = itertools.accumulate(map(len, texts), initial=offset)
+    return {
+        "tokens": texts,
+        "token_logprobs": values,
+        "text_offset": [start for start, _ in zip(ends, texts, strict=False)],
+        "top_logprobs": [{text: value} for text, value in zip(texts, values, strict=True)] if top else None,
+    }
+
+
+def _finite(value: float) -> float:
+    """JSON has no infinity; OpenAI writes -9999 for a token that is as good as impossible."""
+    return max(value, -9999.0)
+
+
+def refused(given: Mapping[str, Any], neutral: Neutral) -> tuple[str, str] | None:
+    """The first parameter that asks for something, and a sentence that names it; None where there is none."""
+    # A parameter with a hint says most about what the client is after.
+    for name in sorted(given, key=lambda name: name not in HINTS):
+        value, accepted = given[name], neutral.get(name, ())
+        if value is None or name in HARMLESS or any(_same(value, one) for one in accepted):
+            continue
+        only = " or ".join(json.dumps(one) for one in accepted)
+        said = f"{name}: " + (f"only {only} is supported" if accepted else "is not supported")
+        return name, f"{said}; {HINTS[name]}" if name in HINTS else said
+    return None
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether JSON values are equal; true is not 1."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
+# --- requests and answers ------------------------------------------------------------------------
+
+
+class Health(BaseModel):
+    status: Literal["ok", "closed"]
+
+
+Text = Annotated[str, AfterValidator(unicode)]
+
+
+class Strict(BaseModel):
+    """Numbers are numbers, and what is not known is refused, unless it is null or neutral."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+    neutral: ClassVar[Neutral] = {}
+
+    @model_validator(mode="after")
+    def _refuse(self) -> Self:
+        found = refused(self.model_extra or {}, self.neutral)
+        if found is not None:
+            name, said = found
+            raise ApiError(400, said, param=name, code="unsupported_parameter")
+        return self
+
+
+class StreamOptions(Strict):
+    neutral = STREAM_OPTIONS
+    include_usage: bool | None = None
+
+
+class Options(Strict):
+    """What both endpoints take."""
+
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1)
+    best_of: int | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1)
+    """-1 and 0: no bound."""
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: list[Text] | None = None
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=MOST_STOPS)
+    ignore_eos: bool | None = None
+    """Decode max_tokens, whatever the model's end tokens."""
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stream_drafts: bool | None = None
+    """Stream the active block after every pass too, see `draft_of`."""
+    policy: str | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _strings(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        found = [value] if isinstance(value, str) else value
+        fits = isinstance(found, list) and len(found) <= MOST_STOPS
+        if fits and all(isinstance(s, str) and s for s in found):
+            return found
+        raise ValueError(f"expected a string or up to {MOST_STOPS}, none of them empty")
+
+    @field_validator("policy")
+    @classmethod
+    def _parsed(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                parse_policy(value)
+            except ValueError as error:
+                raise ValueError(str(error).removeprefix("policy: ")) from error
+        return value
+
+    @model_validator(mode="after")
+    def _streamed(self) -> Self:
+        usage = self.stream_options is not None and self.stream_options.include_usage
+        for name, asked in (("stream_options", usage), ("stream_drafts", self.stream_drafts)):
+            if asked and not self.stream:
+                raise ApiError(400, f"{name}: belongs to stream=true", param=name)
+        return self
+
+    @model_validator(mode="after")
+    def _best_of(self) -> Self:
+        each = self.n or 1
+        if self.best_of is not None and self.best_of != each:
+            said = f"best_of: only n, here {each}, is supported, got {self.best_of}"
+            raise ApiError(400, said, param="best_of", code="unsupported_parameter")
+        return self
+
+
+class CompletionRequest(Options):
+    """POST /v1/completions. `prompt`: a text or its token ids, or a list of either. `suffix`: the text that
+    follows the response, which is decoded between the two."""
+
+    neutral = COMPLETION
+    prompt: list[Text] | list[list[int]]
+    suffix: Text | None = None
+    logprobs: int | None = Field(None, ge=0, le=1)
+    """0: the log-probability of each token. 1: of the most probable one too, which greedy decoding takes."""
+
+    @property
+    def scored(self) -> bool:
+        """Whether log-probabilities are asked for."""
+        return self.logprobs is not None
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _as_in_chats(cls, value: Any) -> Any:
+        return None if value is False else value
+
+    @model_validator(mode="after")
+    def _most_probable(self) -> Self:
+        if self.scored and self.logprobs and self.temperature:
+            said = "logprobs: expected 0 at a temperature above 0, where a token may not be the most probable"
+            raise ApiError(400, f"{said}, got {self.logprobs}", param="logprobs")
+        return self
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        def every(kind: type, values: Any) -> bool:
+            return isinstance(values, list) and bool(values) and all(type(one) is kind for one in values)
+
+        if isinstance(value, str) or every(int, value):
+            return [value]
+        if isinstance(value, list) and len(value) > MOST_PROMPTS:
+            raise ValueError(f"expected at most {MOST_PROMPTS} prompts, got {len(value)}")
+        if every(str, value) or (every(list, value) and all(every(int, one) for one in value)):
+            return value
+        raise ValueError("expected a string, a list of token ids, or a list of either, none of them empty")
+
+
+class ChatMessage(Strict):
+    neutral = MESSAGE
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | None = None
+    """Null in an assistant's empty answer alone."""
+    name: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _joined(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        for part in value:
+            if (
+                not isinstance(part, dict)
+                or part.get("type") != "text"
+                or not isinstance(part.get("text"), str)
+            ):
+                raise ValueError('expected text, or parts {"type": "text", "text": ...}')
+        return "".join(part["text"] for part in value)
+
+    @model_validator(mode="after")
+    def _said(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"content: expected the text of the {self.role}, got null")
+        return self
+
+
+class ChatRequest(Options):
+    """POST /v1/chat/completions."""
+
+    neutral = CHAT
+    # One error is told, so no more are looked for: there may be as many as messages.
+    messages: Annotated[list[ChatMessage], FailFast()] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of the model's chat template by name, such as enable_thinking."""
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _variables(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        taken = next((name for name in value or {} if name in TEMPLATE_NAMES), None)
+        if taken is not None:
+            raise ValueError(
+                f"expected variables of the chat template, but {taken} is none of these: the server sets it"
+            )
+        return value
+
+    @property
+    def scored(self) -> bool:
+        """Whether log-probabilities are asked for."""
+        return bool(self.logprobs)
+
+    @model_validator(mode="after")
+    def _one_name(self) -> Self:
+        newer = self.max_completion_tokens
+        if newer is not None:
+            if self.max_tokens not in (None, newer):
+                said = (
+                    f"max_tokens: not beside another max_completion_tokens, got {self.max_tokens} and {newer}"
+                )
+                raise ApiError(400, said, param="max_tokens")
+            self.max_tokens = newer
+        return self

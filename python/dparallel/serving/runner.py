@@ -1,0 +1,174 @@
+"""The server as a process: its sockets, its beginning and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import gc
+import logging
+import math
+import os
+import socket
+from dataclasses import replace
+from typing import Any
+
+import uvicorn
+
+import dparallel_ext as dx
+from dparallel_ext import Engine
+
+from .. import registry
+from . import connections
+from .app import make_app
+from .service import Service
+from .settings import Settings
+
+log = logging.getLogger("uvicorn.dparallel")
+
+
+class Server(uvicorn.Server):
+    """On SIGTERM or SIGINT it takes no more, and gives running requests their grace before they must end."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.service = service
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        for one in sockets or []:
+            one.listen(self.config.backlog)  # fails, if at all, before anything else has begun
+        await super().startup(sockets)
+        for one in sockets or []:  # uvicorn names only those that it opens
+            host, port = one.getsockname()[:2]
+            at = f"[{host}]" if ":" in host else host
+            logging.getLogger("uvicorn.error").info("dparallel running on http://%s:%d", at, port)
+
+        for one in sockets or []:
+            one.listen(connections.BACKLOG)  # how many are accepted in a turn is another number
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:
+            connections.cut_overdue(self.server_state.connections)
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.get_running_loop().call_later(self.service.settings.grace, self.service.abort)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets that have the port at every address of the host; "": of this machine; port 0: a free one.
+
+    Raises ValueError, by name.
+    """
+    if not 0 <= port < 2**16:
+        raise ValueError(f"port: expected 0 to 65535, got {port}")
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError) as error:
+        raise ValueError(f"host: {host!r} does not resolve ({error})") from error
+    with contextlib.ExitStack() as opened:
+        sockets: list[socket.socket] = []
+        for family, kind, number, _, address in dict.fromkeys(found):
+            try:
+                one = opened.enter_context(socket.socket(family, kind, number))
+                if os.name == "posix":  # else a restart waits for connections that are over
+                    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                one.bind((address[0], port, *address[2:]))
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise unusable(host, port, error) from error
+                continue  # a machine without IPv6, whose names may have such addresses all the same
+            sockets.append(one)
+            port = one.getsockname()[1]
+        if not sockets:
+            raise ValueError(f"host: {host!r} is no address of this machine")
+        opened.pop_all()
+    return sockets
+
+
+def unusable(host: str, port: int, error: OSError) -> ValueError:
+    """Why the port cannot be had."""
+    if error.errno == errno.EADDRINUSE:
+        return ValueError(f"port: {port} of {host!r} is in use already; --port 0 takes a free one")
+    return ValueError(f"port: {port} of {host!r} cannot be had ({error.strerror})")
+
+
+def make_server(service: Service, log_level: str = "info") -> Server:
+    """The server of a service; its `run` takes the sockets of `listen`."""
+    settings = service.settings
+    config = connections.config_of(
+        make_app(service),
+        most=settings.max_connections or connections.most_connections(None),
+        seconds=settings.body_seconds,
+        log_level=log_level,
+        shutdown_seconds=math.ceil(settings.grace) + 5,
+    )
+    return Server(config, service)
+
+
+def run(
+    model: str,
+    *,
+    host: str,
+    port: int,
+    device: str | None,
+    fp8: bool = False,
+    mask_id: int | None = None,
+    log_level: str,
+    engine: dict[str, Any],
+    **settings: Any,
+) -> None:
+    """Serve a model until SIGTERM or SIGINT.
+
+    `engine`: arguments of `Engine`; `settings`: of `Settings`, without those that the model gives.
+    Raises ValueError and FileNotFoundError, by name; what can be known before the model is loaded, then.
+    """
+    if log_level not in uvicorn.config.LOG_LEVELS:
+        raise ValueError(f"log_level: expected one of {list(uvicorn.config.LOG_LEVELS)}, got {log_level!r}")
+    directory = registry.directory_of(model)
+    if not host.strip():  # an unset variable must not open the server either
+        raise ValueError("host: expected a name or an address (0.0.0.0: every one), got an empty one")
+    given = {key: value for key, value in settings.items() if value is not None}
+    asked = Settings(**{"name": model, **given}).max_connections
+    connections.most_connections(asked)
+    with contextlib.ExitStack() as opened:
+        sockets = [opened.enter_context(one) for one in listen(host, port)]
+        loaded, tokenizer = registry.load(model, device=device, fp8=fp8, mask_id=mask_id)
+        positions = dx.models.max_positions(loaded) or math.inf
+        defaults = {
+            "name": model,
+            "gen_length": registry.gen_length(model),
+            "max_length": min(Settings.max_length, positions),
+        }
+        chosen = Settings(**{**defaults, **given})
+        if chosen.max_length > positions:
+            log.warning(
+                "max_length: %d, but the model is made for %d positions", chosen.max_length, positions
+            )
+        try:
+            running = Engine(loaded, max_length=chosen.max_length, **engine)
+        except (MemoryError, OverflowError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"lanes, max_length: {engine.get('lanes')} requests of {chosen.max_length} tokens do not fit "
+                f"({str(error).partition(chr(10))[0][:200]})"
+            ) from error
+        opened.callback(running.close, cancel=True)
+        # Only now it is known how many files the model keeps open.
+        chosen = replace(chosen, max_connections=connections.most_connections(asked))
+        service = Service(running, loaded.shape.rows, tokenizer, directory, chosen)
+        opened.callback(service.close)
+        gc.collect()
+        gc.freeze()  # what is here stays, so that no request waits until all of it is looked through
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                make_server(service, log_level).run(sockets)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise unusable(host, port, error) from error  # two had the port, one listened first

@@ -1,0 +1,366 @@
+"""The engine, and what stands between it and HTTP: requests under way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from dparallel_ext import Completion, Draft, Engine, EngineFull, Handle
+
+from .. import text
+from ..evaluate import parse_policy
+from ..templates import Renderer
+from .errors import ApiError, in_time, stopping
+from .metrics import Metrics
+from .protocol import ChatRequest, CompletionRequest, Options
+from .settings import Settings
+
+log = logging.getLogger("uvicorn.dparallel")
+
+T = TypeVar("T")
+
+CHARACTERS_A_TOKEN = 32
+"""A text of more, on average, than these and than the longest token has is too long without being encoded."""
+ENCODERS = 2
+"""Threads that encode texts."""
+
+
+@dataclass
+class Choice:
+    """One response of a request."""
+
+    prompt: list[int]
+    gen_length: int
+    seed: int
+    text: text.TextStream
+    suffix: list[int]
+    """Token ids that follow the response."""
+    handle: Handle | None = None
+    completion: Completion | None = None
+    draft: Newest | None = None
+    """The last one in the queue, unless it was taken or a block came after it."""
+
+
+@dataclass
+class Newest:
+    """A place in the queue for a draft, which a newer one of its block takes: a slow client gets fewer."""
+
+    draft: Draft
+
+
+class Piece(NamedTuple):
+    """What is new of a choice."""
+
+    choice: int
+    text: str = ""
+    reason: str | None = None
+    """At its end, why it ended."""
+    draft: Draft | None = None
+    scores: Sequence[tuple[int, float]] = ()
+    """Its tokens and their log-probabilities, where they are asked for."""
+
+
+class Call:
+    """What one HTTP request asked for: its choices under way, their events in one queue.
+
+    `submit` hands a choice to the engine, with a callback for its drafts. `fail` ends the call from outside;
+    `close` cancels what is not finished, and may be called again.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        choices: list[Choice],
+        each: int,
+        submit: Callable[[Choice, Callable[[Draft], None]], Handle],
+    ):
+        self.service, self.choices, self.each = service, choices, each
+        self.began = time.perf_counter()
+        self.queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def post(index: int, event: Any) -> None:
+            # A loop that is gone has nobody to tell.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._put, index, event)
+
+        service.aborted.add_done_callback(self._abort)
+        try:
+            for index, choice in enumerate(choices):
+                tell = functools.partial(post, index)
+                choice.handle = submit(choice, tell)
+                choice.handle.subscribe(tell)
+        except BaseException:
+            self.close()
+            raise
+
+    def _put(self, index: int, event: Any) -> None:
+        choice = self.choices[index]
+        if not isinstance(event, Draft):
+            choice.draft = None
+        elif choice.draft is not None and choice.draft.draft.start == event.start:
+            choice.draft.draft = event
+            return
+        else:
+            event = choice.draft = Newest(event)
+        self.queue.put_nowait((index, event))
+
+    def fail(self, error: ApiError) -> None:
+        self.queue.put_nowait((-1, error))
+
+    def _abort(self, _: Any) -> None:
+        self.fail(stopping())
+
+    def close(self) -> None:
+        self.service.aborted.remove_done_callback(self._abort)
+        for choice in self.choices:
+            if choice.handle is not None and choice.completion is None:
+                choice.handle.cancel()
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """What comes, until every choice has ended. Raises ApiError."""
+        metrics, left, seen = self.service.metrics, len(self.choices), False
+        while left:
+            index, event = await self.queue.get()
+            if isinstance(event, ApiError):
+                raise event
+            if isinstance(event, BaseException):
+                log.error("a request failed", exc_info=event)
+                raise ApiError(500, "the model failed on this request", code="internal_error")
+            choice = self.choices[index]
+            if isinstance(event, Newest):
+                if choice.draft is event:
+                    choice.draft = None
+                if not choice.text.stopped:
+                    yield Piece(index, draft=event.draft)
+                continue
+            if isinstance(event, Completion):
+                left -= 1
+                choice.completion = event
+                rest, reason = choice.text.finish(), event.finish_reason
+                if choice.text.stopped:
+                    reason = "stop"
+                elif reason == "cancelled":  # not by us
+                    raise stopping()
+                metrics.finished(event, choice.text.count)
+                yield Piece(index, rest, reason)
+                continue
+            if not seen:
+                seen = True
+                metrics.first_block.observe(time.perf_counter() - self.began)
+            before, piece = choice.text.count, choice.text.put(event)
+            assert choice.handle is not None
+            if choice.text.stopped:
+                choice.handle.cancel()
+            logprobs = choice.handle.logprobs[before : choice.text.count]
+            scores = list(zip(event, logprobs, strict=False))  # up to a stop string, or none at all
+            if piece or scores:
+                yield Piece(index, piece, scores=scores)
+
+    def usage(self) -> dict[str, Any]:
+        """Of a finished call. A prompt counts once, however many its choices."""
+        done = [choice.completion for choice in self.choices if choice.completion is not None]
+        prompt = sum(len(choice.prompt) + len(choice.suffix) for choice in self.choices[:: self.each])
+        tokens, passes = sum(choice.text.count for choice in self.choices), sum(one.nfe for one in done)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": tokens,
+            "total_tokens": prompt + tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(one.reused for one in done[:: self.each])},
+            "forward_passes": passes,
+            "tokens_per_pass": round(tokens / passes, 3) if passes else 0.0,
+        }
+
+
+class Service:
+    """The engine, and what stands between it and HTTP."""
+
+    def __init__(
+        self, engine: Engine, vocabulary: int, tokenizer: Any, directory: Path, settings: Settings
+    ) -> None:
+        self.engine, self.vocabulary, self.tokenizer, self.settings = engine, vocabulary, tokenizer, settings
+        self.token_texts = text.TokenTexts(tokenizer)
+        # What takes long gets threads and a process of its own, which end with the service whatever they do.
+        self.renderer = Renderer()
+        self.template = text.chat_template(directory, self.renderer)
+        self.rendering = asyncio.Lock()
+        self.encoders = ThreadPoolExecutor(ENCODERS, "encoder")
+        longest = max(map(len, tokenizer.get_vocab()), default=0)
+        self.most_characters = settings.max_length * max(CHARACTERS_A_TOKEN, longest)
+        self.ends = text.endings(directory, tokenizer)
+        self.metrics = Metrics(engine)
+        self.created = int(time.time())
+        self.aborted: asyncio.Future[None]
+        """Done when running requests must end; made by the loop that serves."""
+
+    def abort(self) -> None:
+        if not self.aborted.done():
+            self.aborted.set_result(None)
+
+    def close(self) -> None:
+        """End the threads and the process of texts, whatever they do."""
+        self.encoders.shutdown(wait=False, cancel_futures=True)
+        self.renderer.close()
+
+    async def _ids(self, param: str, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        """The token ids of texts. Raises ApiError where one is too long to be looked at."""
+        most = self.most_characters
+        wrong = next((len(one) for one in texts if len(one) > most), None)
+        if wrong is not None:
+            tokens = self.settings.max_length
+            said = f"{param}: expected at most {most} characters, for {tokens} tokens, got {wrong}"
+            raise ApiError(400, said, param=param, code="context_length_exceeded")
+
+        def encode() -> list[list[int]]:
+            # A batch, of one text so that it is not padded to the length of others: `encode` holds the
+            # interpreter's lock, so that nothing else would run.
+            try:
+                batches = [self.tokenizer.encode_batch([one], add_special_tokens=special) for one in texts]
+            except Exception as error:  # of no kind of its own
+                said = f"{param}: the model's tokenizer does not encode it: {str(error)[:200]}"
+                raise ApiError(400, said, param=param) from error
+            return [batch[0].ids for batch in batches]
+
+        return await self._elsewhere(encode) if any(texts) else [[] for _ in texts]
+
+    async def _elsewhere(self, work: Callable[[], T]) -> T:
+        """The result of what an encoder's thread does. Raises ApiError if the server stops before."""
+        loop = asyncio.get_running_loop()
+        try:
+            doing = loop.run_in_executor(self.encoders, work)
+        except RuntimeError as error:  # they have been ended
+            raise stopping() from error
+        return await in_time(doing, self.aborted)
+
+    async def encode(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
+        """The prompts' token ids; a chat is by the checkpoint's template, else its last user message alone.
+
+        Raises ApiError, and ValueError that names the argument.
+        """
+        if isinstance(request, CompletionRequest):
+            texts = [one for one in request.prompt if isinstance(one, str)]
+            if texts:
+                return await self._ids("prompt", texts, special=True)
+            return [one for one in request.prompt if isinstance(one, list)]
+        roles = {"developer": "system"}  # the newer name; templates know the older
+        messages = [
+            {"role": roles.get(one.role, one.role), "content": one.content or ""} for one in request.messages
+        ]
+        given = request.chat_template_kwargs or {}
+        if self.template is not None:
+            render = functools.partial(self.template, messages, **given)
+            async with self.rendering:  # by one thread: templates wait for each other, other texts do not
+                said = await self._elsewhere(render)
+            return await self._ids("messages", [said])
+        if given:
+            said = "chat_template_kwargs: expected none, since the model has no chat template"
+            raise ApiError(400, f"{said}, got {sorted(given)[0]}", param="chat_template_kwargs")
+        asked = [one["content"] for one in messages if one["role"] == "user"]
+        if not asked:
+            raise ValueError("messages: expected one from the user")
+        return await self._ids("messages", asked[-1:], special=True)
+
+    async def call(self, request: ChatRequest | CompletionRequest) -> Call:
+        """The request, checked and handed to the engine. Raises ApiError."""
+        settings, each = self.settings, request.n or 1
+        param = "prompt" if isinstance(request, CompletionRequest) else "messages"
+        if request.model != settings.name:
+            said = f"model: expected {settings.name!r}, got {request.model!r}"
+            raise ApiError(404, said, param="model", code="model_not_found")
+        prompts = len(request.prompt) if isinstance(request, CompletionRequest) else 1
+        if prompts * each > settings.max_choices:
+            name = "n" if prompts <= settings.max_choices else param
+            said = f"{name}: expected at most {settings.max_choices} responses, got {prompts * each}"
+            raise ApiError(400, said, param=name)
+        try:
+            encoded = await self.encode(request)
+        except ValueError as error:
+            raise ApiError(400, str(error), param=param) from error
+        suffix = await self._suffix(request, encoded)
+        seed = secrets.randbits(62) if request.seed is None else request.seed
+        choices = [
+            Choice(
+                ids,
+                self._gen_length(ids, request, param, len(suffix)),
+                (seed + i) % 2**63,
+                text.TextStream(self.tokenizer, request.stop or ()),
+                suffix,
+            )
+            for ids in encoded
+            for i in range(each)
+        ]
+        policy, ends = parse_policy(request.policy or settings.policy), self._ends(request)
+
+        def submit(choice: Choice, tell: Callable[[Draft], None]) -> Handle:
+            try:
+                between = [self.engine.mask_id] * choice.gen_length if choice.suffix else []
+                return self.engine.submit(
+                    [*choice.prompt, *between, *choice.suffix],
+                    gen_length=0 if choice.suffix else choice.gen_length,
+                    infill=bool(choice.suffix),
+                    temperature=request.temperature or 0.0,
+                    top_p=request.top_p,
+                    top_k=max(0, request.top_k or 0),
+                    seed=choice.seed,
+                    logprobs=request.scored,
+                    on_draft=tell if request.stream_drafts else None,
+                    **policy,
+                    **ends,
+                )
+            except EngineFull as error:
+                raise self.full("too many requests wait already") from error
+            except RuntimeError as error:
+                raise ApiError(503, str(error), code="closed") from error
+            except ValueError as error:
+                ours = str(error).partition(":")[0]
+                theirs = {"prompt": param, "gen_length": "max_tokens"}
+                theirs |= {name: name for name in ("temperature", "top_p", "top_k")}
+                raise ApiError(400, str(error), param=theirs.get(ours, "policy")) from error
+
+        return Call(self, choices, each, submit)
+
+    def full(self, said: str) -> ApiError:
+        return ApiError(429, said, code="full", headers={"Retry-After": str(self.metrics.wait())})
+
+    async def _suffix(self, request: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> list[int]:
+        """The token ids that follow the response. Raises ApiError where others than its own masks stand."""
+        given = request.suffix if isinstance(request, CompletionRequest) else None
+        (ids,) = await self._ids("suffix", [given or ""])
+        if ids and any(self.engine.mask_id in prompt for prompt in [*prompts, ids]):
+            said = "suffix: neither it nor the prompt may hold the mask token, which stands for the response"
+            raise ApiError(400, said, param="suffix")
+        return ids
+
+    def _ends(self, request: Options) -> dict[str, Any]:
+        """The tokens that end a response, as arguments of `Engine.submit`."""
+        ends = {"eos_id": None, "stop": []} if request.ignore_eos else self.ends
+        ids = request.stop_token_ids or []
+        self._check_ids("stop_token_ids", ids)
+        return {**ends, "stop": [*ends["stop"], *([one] for one in ids)]}
+
+    def _check_ids(self, param: str, ids: list[int]) -> None:
+        wrong = next((one for one in ids if not 0 <= one < self.vocabulary), None)
+        if wrong is not None:
+            said = f"{param}: expected token ids below {self.vocabulary}, got {wrong}"
+            raise ApiError(400, said, param=param)
+
+    def _gen_length(self, ids: list[int], request: Options, param: str, suffix: int) -> int:
+        """max_tokens for a prompt. Raises ApiError if it or the prompt is too long, or has foreign ids."""
+        most = self.settings.max_length
+        given = len(ids) + suffix
+        length = request.max_tokens or max(1, min(self.settings.gen_length, most - given))
+        if given + length > most:
+            name = param if given >= most else "max_tokens"
+            said = f"{name}: expected at most {most} tokens with the response, got {given} + {length}"
+            raise ApiError(400, said, param=name, code="context_length_exceeded")
+        self._check_ids(param, ids)
+        return length

@@ -1,0 +1,113 @@
+"""What the server is told on its command line, and its keys."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import files
+from ..evaluate import parse_policy
+from .protocol import MOST_PROMPTS
+
+KEY_VARIABLE = "DPARALLEL_API_KEY"
+"""Of the environment; its keys count where the command line has none."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the server is told on its command line."""
+
+    name: str
+    """The model's, in requests."""
+    keys: tuple[str, ...] = ()
+    """API keys, any of which opens everything; none: all is open. /health always is."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages' origins (scheme://host:port, or "null" for files) that may ask; "*": any."""
+    policy: str = "entropy:0.5"
+    gen_length: int = 256
+    """max_tokens where a request has none."""
+    max_length: int = 2048
+    """Tokens of prompt and response."""
+    max_choices: int = 64
+    """Prompts of a request times `n`."""
+    max_body: int = 2**20
+    """Bytes of a request."""
+    max_connections: int | None = None
+    """At once; requests may be under way on all but a few of them. None: no bound."""
+    body_seconds: float = 30.0
+    """In which a request must be here, from its connection on, or from the answer before it on."""
+    grace: float = 30.0
+    """Seconds for running requests once the server is told to stop."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, by name."""
+        if not all(key.strip() for key in self.keys):
+            raise ValueError("api_key: expected a key, got an empty one")
+        if not self.name.strip():
+            raise ValueError("name: expected the model's name, got an empty one")
+        bounds = {
+            "max_length": (1, 2**20),
+            "max_choices": (1, MOST_PROMPTS),
+            "max_body": (1, 2**31),
+            "max_connections": (2, 2**20),
+        }
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                most = f" and <= {high}" if value > high else ""
+                raise ValueError(f"{name}: expected a whole number >= {low}{most}, got {value}")
+        if not 0 <= self.grace < math.inf:
+            raise ValueError(f"grace: expected seconds >= 0, got {self.grace}")
+        for origin in self.cors_origins:
+            # Browsers write them in lower case, without a path.
+            if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+", origin):
+                raise ValueError(
+                    f"cors_origin: expected '*' or an origin such as https://example.org, got {origin!r}"
+                )
+        parse_policy(self.policy)
+
+
+def find_keys(key: str | None, file: Path | None) -> tuple[str, ...]:
+    """API keys: the one that is given, those of a file, or those of the environment.
+
+    Raises ValueError if there is none where some are to be: what should have held them must not open the
+    server to all.
+    """
+    if key is not None and file is not None:
+        raise ValueError("api_key: not beside --api-key-file")
+    if file is not None:
+        return read_keys(file)
+    name = "api_key" if key is not None else KEY_VARIABLE
+    given = os.environ.get(KEY_VARIABLE) if key is None else key
+    if given is None:
+        return ()
+    if key is not None and key.startswith("--"):
+        raise ValueError(f"api_key: expected a key, got the option {key}; is a variable empty?")
+    keys = keys_in(name, given)
+    if not keys:
+        raise ValueError(f"{name}: expected a key, got an empty one")
+    return keys
+
+
+def read_keys(file: Path) -> tuple[str, ...]:
+    """API keys of a file. Raises ValueError if there is none."""
+    keys = keys_in("api_key_file", files.read_text("api_key_file", file))
+    if not keys:
+        raise ValueError(f"api_key_file: {file} holds no key")
+    return keys
+
+
+def keys_in(name: str, said: str) -> tuple[str, ...]:
+    """API keys, one a line: without blanks around them and without comments, which # begins.
+
+    Raises ValueError where one cannot be sent in a header.
+    """
+    found = (re.split(r"(?:^|\s)#", line)[0].strip() for line in re.split(r"\r\n|\r|\n", said))
+    keys = tuple(key for key in found if key)
+    for number, key in enumerate(keys, 1):
+        if not key.isprintable():
+            raise ValueError(f"{name}: expected printable characters, but key {number} has others")
+    return keys
