@@ -55,6 +55,12 @@ def number(name: str, value: Any, least: float = 0.0) -> float:
     return found
 
 
+def function(name: str, value: Any) -> Any:
+    if not callable(value):
+        raise ValueError(f"{name}: expected a function, got {type(value).__name__}")
+    return value
+
+
 COLDEST, HOTTEST = 1e-5, 2.0**100
 """Temperatures between which there are others than 0; so also in csrc/include/dparallel/launch.h."""
 

@@ -183,7 +183,7 @@ class Handle:
         close, but wait for no request; if it raises anything, that is logged, and the request fails with a
         RuntimeError.
         """
-        subscriber = _Subscriber(_callable("callback", callback))
+        subscriber = _Subscriber(arguments.function("callback", callback))
         while subscriber.next(self._events):
             pass
         self._subscribers.append(subscriber)
@@ -247,12 +247,6 @@ class Handle:
         self._events.append(event)
         for woken in list(self._waiters):
             woken.put(None)
-
-
-def _callable(name: str, value: Any) -> Any:
-    if not callable(value):
-        raise ValueError(f"{name}: expected a function, got {type(value).__name__}")
-    return value
 
 
 class Engine:
@@ -445,7 +439,7 @@ class Engine:
         if seed is not None:
             seed = whole("seed", seed, -(2**63))
         if on_draft is not None:
-            _callable("on_draft", on_draft)
+            arguments.function("on_draft", on_draft)
         batch, masked = self._batch, masks(ids, self.mask_id) if infill else []
         length = whole_length(len(ids), gen_length, batch.block_length, batch.causal)
         if length > self.max_length:
