@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import dparallel_ext as dx
-from dparallel_ext import engine as engine_module
+from dparallel_ext.engine import engine as engine_module
 
 MODEL = dx.models.load(Path(__file__).parent.parent / "golden" / "llada_tiny_a")
 SECONDS = 60.0
