@@ -423,7 +423,7 @@ def test_closing(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = dx.Engine(LLADA, lanes=1, max_length=64)
     handles = [engine.submit([1], gen_length=60) for _ in range(3)]
     engine.close(cancel=True)
-    assert {len(h._events) and h._events[-1].finish_reason for h in handles} == {"cancelled"}  # type: ignore[union-attr]
+    assert {len(h._events.all) and h._events.all[-1].finish_reason for h in handles} == {"cancelled"}  # type: ignore[union-attr]
 
 
 def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,7 +438,7 @@ def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
         for wrong in (math.nan, "1", [1]):
             with pytest.raises(ValueError, match="timeout: expected seconds or None, got"):
                 handle.result(wrong)  # type: ignore[arg-type]
-        assert handle._waiters == []
+        assert handle._events.waiters == []
         gate.passes.release(10)
         assert handle.result(math.inf).seconds >= handle.result(1e300).seconds_waiting >= 0
 
@@ -579,7 +579,7 @@ def test_no_lock_is_held_during_a_callback(monkeypatch: pytest.MonkeyPatch) -> N
         assert not handle.done
         late: list[Any] = []
         handle.subscribe(late.append)
-        assert late == [handle._events[0]]
+        assert late == [handle._events.all[0]]
         assert engine.stats.active == 1
         leave.set()
         assert len(handle.result(60).tokens) == 16
@@ -622,7 +622,7 @@ def test_ten_thousand_requests_leave_no_memory_behind() -> None:
         grown = resident() - before  # KiB
     assert engine.stats.completed == 10_000
     assert engine.stats.pages_used == 0
-    assert len(engine._handles) == len(engine._running) == 0
+    assert len(engine._requests) == len(engine._running) == 0
     assert grown < 4096
 
 

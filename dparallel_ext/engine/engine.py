@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
@@ -30,9 +30,9 @@ from ..arguments import whole
 from ..batch import Batch
 from ..decode import Prompts, check_model, check_settings, make_settings, masks
 from ..models import Model, for_decoding, traits, warn_beyond
-from ..rows import lay_out, whole_length
+from ..rows import Settings, lay_out, whole_length
 from ..rules import Function, Rule
-from .handle import Completion, Draft, Event, Handle
+from .handle import Completion, Draft, Event, Events, Handle
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +76,42 @@ class EngineStats:
     """Memory of a page, all layers, keys and values."""
     closed: bool
     """Whether the engine takes no more requests, see `Engine.closed`."""
+
+
+@dataclass(eq=False)
+class Request:
+    """What the engine knows of a request."""
+
+    handle: Handle
+    events: Events
+    """The handle's."""
+    prompt: Tensor
+    gen_length: int
+    masked: list[int]
+    """Columns of the prompt that are filled too."""
+    length: int
+    """Positions of prompt and response."""
+    reusable: int
+    """Positions in front, whose keys and values others may have computed."""
+    settings: Settings
+    on_draft: Callable[[Draft], None] | None
+    submitted: float = field(default_factory=time.monotonic)
+    admitted: float | None = None
+    lane: int | None = None
+    reused: int = 0
+    shared: int = 0
+    """Positions whose pages the scheduler knows to be final."""
+    sent: int = 0
+    """Response tokens that were streamed."""
+
+    @property
+    def id(self) -> int:
+        return self.handle.id
+
+    @property
+    def asked(self) -> int:
+        """Tokens that were asked for; a block-causal model fills its last block beyond them."""
+        return len(self.masked) + self.gen_length
 
 
 class Engine:
@@ -185,10 +221,10 @@ class Engine:
         self._scheduler = Scheduler(lanes=lanes, pages=pages, page_size=page_size, share=share)
         self._share = share
         self._page_bytes = slots.slots[:, :, 0].numel() * slots.slots.element_size()
-        self._arrivals: list[Handle] = []  # that the engine's thread has not seen
-        self._handles: dict[int, Handle] = {}  # by id: those it has, waiting or running
-        self._running: dict[int, Handle] = {}  # by lane
-        self._cancelling: list[Handle] = []
+        self._arrivals: list[Request] = []  # that the engine's thread has not seen
+        self._requests: dict[int, Request] = {}  # by id: those it has, waiting or running
+        self._running: dict[int, Request] = {}  # by lane
+        self._cancelling: list[int] = []  # ids
         counted = ("completed", "failed", "cancelled", "sequence_passes", "tokens", "prompt_tokens")
         self._counts = dict.fromkeys(counted, 0)
         self._ids = itertools.count()
@@ -313,10 +349,11 @@ class Engine:
             self._check_open()
             if self._waiting >= self.max_waiting:
                 raise EngineFull(f"{self.max_waiting} requests wait already (max_waiting)")
-            handle = Handle(
-                next(self._ids), self, ids, gen_length, masked, length, reusable, settings, on_draft
+            events = Events()
+            handle = Handle(next(self._ids), events, self._cancel, self._thread)
+            self._arrivals.append(
+                Request(handle, events, ids, gen_length, masked, length, reusable, settings, on_draft)
             )
-            self._arrivals.append(handle)
         self._ring()
         return handle
 
@@ -374,7 +411,7 @@ class Engine:
         with self._lock:
             self._refusal = self._refusal or "the engine is closed"
             if cancel:
-                self._cancelling += [*self._handles.values(), *self._arrivals]
+                self._cancelling += [*self._requests, *(request.id for request in self._arrivals)]
         self._ring()
 
     def __enter__(self) -> Engine:
@@ -383,9 +420,10 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, *_unused: object) -> None:
         self.close(cancel=kind is not None)
 
-    def _cancel(self, handle: Handle) -> None:
+    def _cancel(self, id: int) -> None:
+        """End a request at the next pass, if it is not over: for its handle."""
         with self._lock:
-            self._cancelling.append(handle)
+            self._cancelling.append(id)
         self._ring()
 
     def _ring(self) -> None:
@@ -398,11 +436,11 @@ class Engine:
         self._refusal = f"the engine is process {self._process}'s, of which this is a fork: make another here"
         self._forked = True
         self._lock, self._ended, self._bell = threading.RLock(), threading.Lock(), SimpleQueue()
-        for handle in [*self._handles.values(), *self._arrivals]:
-            handle._subscribers = []
-            if not handle.done:
-                handle._add(RuntimeError(f"request {handle.id}: {self._refusal}"))
-        self._handles, self._running, self._arrivals, self._cancelling = {}, {}, [], []
+        for request in [*self._requests.values(), *self._arrivals]:
+            request.events.subscribers = []
+            if not request.events.ended:
+                request.events.add(RuntimeError(f"request {request.id}: {self._refusal}"))
+        self._requests, self._running, self._arrivals, self._cancelling = {}, {}, [], []
 
     # --- the engine's thread -----------------------------------------------------------------------
 
@@ -414,10 +452,10 @@ class Engine:
                 while True:
                     with self._lock:
                         gone = self._receive()
-                        if not self._handles:
+                        if not self._requests:
                             return not self.closed
-                    for handle in gone:
-                        self._end(handle, "cancelled")
+                    for request in gone:
+                        self._end(request, "cancelled")
                     self._admit()
                     if self._running:
                         self._pass()
@@ -425,14 +463,14 @@ class Engine:
             self._break(error)
             return False
 
-    def _receive(self) -> list[Handle]:
+    def _receive(self) -> list[Request]:
         """Take in what arrived; returns those that are to be cancelled."""
-        for handle in self._arrivals:
-            self._handles[handle.id] = handle
-            self._scheduler.submit(handle.id, handle._prompt[: handle._reusable].tolist(), handle._length)
+        for request in self._arrivals:
+            self._requests[request.id] = request
+            self._scheduler.submit(request.id, request.prompt[: request.reusable].tolist(), request.length)
         self._arrivals = []
-        gone, self._cancelling = self._cancelling, []
-        return gone
+        ids, self._cancelling = self._cancelling, []
+        return [self._requests[id] for id in ids if id in self._requests]
 
     def _break(self, error: BaseException) -> None:
         """The thread ends with `error`, and all requests with it."""
@@ -441,38 +479,38 @@ class Engine:
         with self._lock:
             self._refusal = f"the engine is closed: its thread ended with {type(error).__name__}"
             self._fault = error
-            left = {handle.id: handle for handle in [*self._handles.values(), *self._arrivals]}
-            for handle in left.values():
+            left = {request.id: request for request in [*self._requests.values(), *self._arrivals]}
+            for request in left.values():
                 with contextlib.suppress(Exception):  # the scheduler may not know it
-                    self._scheduler.release(handle.id)
-                handle._add(event)
+                    self._scheduler.release(request.id)
+                request.events.add(event)
             self._counts["failed"] += len(left)
-            self._handles, self._running, self._arrivals, self._cancelling = {}, {}, [], []
-        for handle in left.values():
-            self._tell(handle)
+            self._requests, self._running, self._arrivals, self._cancelling = {}, {}, [], []
+        for request in left.values():
+            self._tell(request)
 
-    def _tell(self, handle: Handle) -> None:
+    def _tell(self, request: Request) -> None:
         """Let the subscribers have what they have not had.
 
         Raises RuntimeError where a callback raises anything, unless the request is over.
         """
-        for subscriber in list(handle._subscribers):
+        for subscriber in list(request.events.subscribers):
             while True:
                 try:
-                    if not self._call(handle, subscriber.next, handle._events):
+                    if not self._call(request, subscriber.next, request.events.all):
                         break
                 except RuntimeError:
-                    if not handle.done:
+                    if not request.events.ended:
                         raise
 
-    def _call(self, handle: Handle, call: Callable[[Any], Any], argument: Any) -> Any:
+    def _call(self, request: Request, call: Callable[[Any], Any], argument: Any) -> Any:
         """`call(argument)`, a callback. Raises RuntimeError where it raises anything, SystemExit too."""
         self._calling = time.monotonic()
         try:
             return call(argument)
         except BaseException as error:
             log.exception("a callback of Handle.subscribe or on_draft failed")
-            raise RuntimeError(f"request {handle.id}: a callback raised {type(error).__name__}") from error
+            raise RuntimeError(f"request {request.id}: a callback raised {type(error).__name__}") from error
         finally:
             self._calling = math.inf
 
@@ -482,26 +520,26 @@ class Engine:
                 found = self._scheduler.admit()
                 if found is None:
                     return
-                handle = self._handles[found.id]
-                self._running[found.lane] = handle
-                handle._lane, handle._admitted = found.lane, time.monotonic()
-                handle._reused = handle._shared = found.reused
-                self._counts["prompt_tokens"] += len(handle._prompt) - len(handle._masked)
+                request = self._requests[found.id]
+                self._running[found.lane] = request
+                request.lane, request.admitted = found.lane, time.monotonic()
+                request.reused = request.shared = found.reused
+                self._counts["prompt_tokens"] += len(request.prompt) - len(request.masked)
             try:
                 self._slots.assign(found.lane, found.pages)
                 row = self._batch.admit(
                     found.lane,
-                    handle._prompt.to(self._batch.tokens.device),
-                    handle._gen_length,
-                    handle._settings,
-                    masked=handle._masked,
+                    request.prompt.to(self._batch.tokens.device),
+                    request.gen_length,
+                    request.settings,
+                    masked=request.masked,
                     stored=found.reused,
                 )
             except BaseException as error:
-                self._end(handle, error)
+                self._end(request, error)
             else:
                 if row.done:  # nothing to decode
-                    self._end(handle, "length")
+                    self._end(request, "length")
 
     def _pass(self) -> None:
         """One pass over all lanes; if it fails, each request by itself, to find whose fault it is."""
@@ -518,24 +556,24 @@ class Engine:
                 except BaseException as own:
                     self._end(self._running[lane], own)
         self._batch.enter(finished)
-        for lane, handle in list(self._running.items()):
+        for lane, request in list(self._running.items()):
             try:
-                self._report(handle, blocks[lane], lane in finished)
+                self._report(request, blocks[lane], lane in finished)
             except BaseException as error:
-                self._end(handle, error)
+                self._end(request, error)
 
-    def _report(self, handle: Handle, block: tuple[int, int], finished: bool) -> None:
+    def _report(self, request: Request, block: tuple[int, int], finished: bool) -> None:
         """What a pass over the block in columns [start, end) has made of it."""
-        assert handle._lane is not None
-        row = self._batch.rows[handle._lane]
-        if handle._on_draft is not None:
-            self._call(handle, handle._on_draft, self._draft(handle, *block))
+        assert request.lane is not None
+        row = self._batch.rows[request.lane]
+        if request.on_draft is not None:
+            self._call(request, request.on_draft, self._draft(request, *block))
         if self._share:
-            self._publish(handle, row.stored)
+            self._publish(request, row.stored)
         if finished:
-            self._stream(handle)
+            self._stream(request)
             if row.done:
-                self._end(handle, "stop" if row.stopped and row.kept < handle._asked else "length")
+                self._end(request, "stop" if row.stopped and row.kept < request.asked else "length")
 
     def _step(self, lanes: list[int]) -> list[int]:
         finished = self._batch.step(lanes)
@@ -543,32 +581,32 @@ class Engine:
             self._counts["sequence_passes"] += len(lanes)
         return finished
 
-    def _publish(self, handle: Handle, stored: int) -> None:
+    def _publish(self, request: Request, stored: int) -> None:
         """Let others share the pages of the first `stored` positions, which are final."""
-        assert handle._lane is not None
+        assert request.lane is not None
         size = self._slots.page_size
-        if stored // size <= handle._shared // size:
+        if stored // size <= request.shared // size:
             return
-        tokens = self._batch.tokens[handle._lane, :stored].tolist()
+        tokens = self._batch.tokens[request.lane, :stored].tolist()
         with self._lock:
-            replaced = self._scheduler.store(handle.id, tokens)
+            replaced = self._scheduler.store(request.id, tokens)
         for index, page in replaced:
-            self._slots.assign(handle._lane, [page], index)
-        handle._shared = stored
+            self._slots.assign(request.lane, [page], index)
+        request.shared = stored
 
-    def _draft(self, handle: Handle, start: int, end: int) -> Draft:
-        assert handle._lane is not None
-        row = self._batch.rows[handle._lane]
-        first, last = row.index(start), min(row.index(end), handle._asked)
-        ids = self._tokens(handle._lane, row.columns[first:last])
+    def _draft(self, request: Request, start: int, end: int) -> Draft:
+        assert request.lane is not None
+        row = self._batch.rows[request.lane]
+        first, last = row.index(start), min(row.index(end), request.asked)
+        ids = self._tokens(request.lane, row.columns[first:last])
         return Draft(row.nfe, first, [None if token == self.mask_id else token for token in ids])
 
-    def _response(self, handle: Handle) -> list[int]:
+    def _response(self, request: Request) -> list[int]:
         """Tokens of finished blocks, in front of what ended them."""
-        assert handle._lane is not None
-        row = self._batch.rows[handle._lane]
+        assert request.lane is not None
+        row = self._batch.rows[request.lane]
         final = len(row.columns) if row.done else row.index(row.block[0])
-        return self._tokens(handle._lane, row.columns[: min(final, row.kept, handle._asked)])
+        return self._tokens(request.lane, row.columns[: min(final, row.kept, request.asked)])
 
     def _tokens(self, lane: int, columns: Sequence[int]) -> list[int]:
         """What stands in `columns`, which are ascending."""
@@ -578,74 +616,74 @@ class Engine:
         ids: list[int] = self._batch.tokens[lane, first:last].tolist()
         return [ids[column - first] for column in columns]
 
-    def _logprobs(self, handle: Handle, first: int, last: int) -> list[float]:
+    def _logprobs(self, request: Request, first: int, last: int) -> list[float]:
         """Of tokens [first, last) of the response."""
         if first == last:
             return []
-        assert handle._lane is not None
-        columns = self._batch.rows[handle._lane].columns[first:last]
+        assert request.lane is not None
+        columns = self._batch.rows[request.lane].columns[first:last]
         start, end = columns[0], columns[-1] + 1
-        found: list[float] = self._batch.passes.trajectory.logprob[handle._lane, start:end].tolist()
+        found: list[float] = self._batch.passes.trajectory.logprob[request.lane, start:end].tolist()
         return [found[column - start] for column in columns]
 
-    def _stream(self, handle: Handle) -> None:
-        assert handle._lane is not None
-        row, response = self._batch.rows[handle._lane], self._response(handle)
+    def _stream(self, request: Request) -> None:
+        assert request.lane is not None
+        row, response = self._batch.rows[request.lane], self._response(request)
         # What a stop sequence may begin with is held back until it is known whether it does.
         held = 0
         if not row.done:
-            for stop in handle._settings.stop:
+            for stop in request.settings.stop:
                 for size in range(min(len(stop) - 1, len(response)), held, -1):
                     if tuple(response[-size:]) == stop[:size]:
                         held = size
                         break
-        fresh = response[handle._sent : len(response) - held]
+        fresh = response[request.sent : len(response) - held]
         if fresh:
-            if handle._settings.record:
-                handle.logprobs += self._logprobs(handle, handle._sent, handle._sent + len(fresh))
-            handle._sent += len(fresh)
+            if request.settings.record:
+                request.handle.logprobs += self._logprobs(request, request.sent, request.sent + len(fresh))
+            request.sent += len(fresh)
             with self._lock:
                 self._counts["tokens"] += len(fresh)
-            handle._add(fresh)
-            self._tell(handle)
+            request.events.add(fresh)
+            self._tell(request)
 
-    def _end(self, handle: Handle, how: str | BaseException) -> None:
+    def _end(self, request: Request, how: str | BaseException) -> None:
         """The request is over, unless it was before: free its lane and pages, and tell whoever waits."""
-        if handle.id not in self._handles:
+        if request.id not in self._requests:
             return
         event: Event
         try:
             event = (
-                self._completion(handle, how) if isinstance(how, str) else _failure(how, "the model raised")
+                self._completion(request, how) if isinstance(how, str) else _failure(how, "the model raised")
             )
         except Exception as error:
             event = error
         kind = event.finish_reason if isinstance(event, Completion) else "failed"
-        if handle._lane is not None:
-            self._batch.release(handle._lane)
+        if request.lane is not None:
+            self._batch.release(request.lane)
         with self._lock:
-            self._scheduler.release(handle.id)
-            if handle._lane is not None:
-                del self._running[handle._lane]
+            self._scheduler.release(request.id)
+            if request.lane is not None:
+                del self._running[request.lane]
             self._counts[kind if kind in self._counts else "completed"] += 1
-            handle._add(event)
-            del self._handles[handle.id]
-        self._tell(handle)
+            request.events.add(event)
+            del self._requests[request.id]
+        self._tell(request)
 
-    def _completion(self, handle: Handle, reason: str) -> Completion:
-        now, row = time.monotonic(), None if handle._lane is None else self._batch.rows[handle._lane]
-        admitted = now if handle._admitted is None else handle._admitted
-        tokens = [] if row is None else self._response(handle)
+    def _completion(self, request: Request, reason: str) -> Completion:
+        now, row = time.monotonic(), None if request.lane is None else self._batch.rows[request.lane]
+        admitted = now if request.admitted is None else request.admitted
+        tokens = [] if row is None else self._response(request)
         return Completion(
             tokens=tokens,
-            logprobs=self._logprobs(handle, 0, len(tokens)) if handle._settings.record else None,
+            logprobs=self._logprobs(request, 0, len(tokens)) if request.settings.record else None,
             finish_reason=reason,
             nfe=0 if row is None else row.nfe,
             nfe_published=0 if row is None else row.published,
-            prompt_length=len(handle._prompt),
-            reused=handle._reused,
-            seconds_waiting=admitted - handle._submitted,
-            seconds=now - handle._submitted,
+            prompt_length=len(request.prompt),
+            reused=request.reused,
+            seconds_waiting=admitted - request.submitted,
+            seconds=now - request.submitted,
         )
 
 

@@ -93,10 +93,11 @@ def an_exception_beside_a_subscriber_that_waits() -> None:
     """Its queue is full, and who empties it is gone: the end waits for it no longer than PATIENCE."""
     engine_module.PATIENCE = 0.2
     full: queue.Queue[Any] = queue.Queue(1)
-    handle = busy().submit([1], gen_length=8)
-    handle._engine.submit([1], gen_length=64).subscribe(full.put)
-    for one in list(handle._engine._handles.values()):
-        one.cancel()
+    made = busy()
+    made.submit([1], gen_length=8)
+    made.submit([1], gen_length=64).subscribe(full.put)
+    for request in list(made._requests.values()):
+        request.handle.cancel()
     full.get()
     time.sleep(0.2)
     raise ValueError("uncaught")
@@ -196,8 +197,8 @@ def callbacks_that_raise() -> None:
     made = busy()
     for _ in range(3):
         made.submit([1], gen_length=8, on_draft=leave).subscribe(leave)
-    for handle in list(made._handles.values())[:3]:
-        handle.cancel()
+    for request in list(made._requests.values())[:3]:
+        request.handle.cancel()
     time.sleep(0.05)
 
 

@@ -242,10 +242,10 @@ def check(engine: dx.Engine, clients: list[Client], name: str, cache: str, fault
     for asked in [asked for client in clients for asked in client.asked]:
         handle = asked.handle
         assert handle.done
-        assert handle._waiters == []
-        *blocks, last = handle._events
+        assert handle._events.waiters == []
+        *blocks, last = handle._events.all
         assert asked.told[-1] is last
-        assert asked.told == handle._events
+        assert asked.told == handle._events.all
         tokens = list(itertools.chain.from_iterable(blocks))
         if isinstance(last, dx.Completion) and last.finish_reason != "cancelled":
             ends["completed"] += 1
@@ -266,7 +266,7 @@ def check(engine: dx.Engine, clients: list[Client], name: str, cache: str, fault
     assert all(getattr(stats, kind) >= count for kind, count in ends.items()), (stats, ends)
     assert stats.completed + stats.failed + stats.cancelled == next(engine._ids)
     assert (stats.waiting, stats.active, stats.pages_used, stats.closed) == (0, 0, 0, True)
-    assert engine._handles == engine._running == {}
+    assert engine._requests == engine._running == {}
     with pytest.raises(RuntimeError, match=r"^the engine is closed"):
         engine.submit([1])
 
