@@ -212,7 +212,7 @@ def test_memory_is_bounded_and_requests_wait_for_it(monkeypatch: pytest.MonkeyPa
         until(lambda: engine.stats.active == 2)
         stats = engine.stats
         assert (stats.pages, stats.pages_used, stats.waiting) == (5, 4, 4)
-        slots = engine._batch.slots
+        slots = engine._core.batch.slots
         assert slots is not None
         assert slots.slots.numel() * slots.slots.element_size() == 5 * stats.page_bytes
         with pytest.raises(ValueError, match=r"length: 48 positions need 6 pages of 8, and there are 5"):
@@ -310,14 +310,14 @@ def test_what_a_pass_raises_fails_the_requests_that_raise_it(
             good.result(60).tokens
             == alone(LLADA, torch.tensor([1, 2]), "dual", gen_length=24, threshold=1.0)[0]
         )
-        admit = engine._batch.admit
+        admit = engine._core.batch.admit
 
         def full(*args: Any, **more: Any) -> Any:
             if raising.is_set():
                 raise error("no such luck")
             return admit(*args, **more)
 
-        monkeypatch.setattr(engine._batch, "admit", full)
+        monkeypatch.setattr(engine._core.batch, "admit", full)
         raising.set()
         with pytest.raises(expected):
             engine.submit([1], gen_length=8).result(60)
@@ -344,7 +344,7 @@ def test_a_fault_of_the_engine_leaves_nobody_waiting(
     waiting = threading.Thread(target=lambda: told.append(list(handles[1])))
     monkeypatch.setattr(threading, "excepthook", lambda args: told.append(args.exc_value))
     waiting.start()
-    monkeypatch.setattr(engine, "_admit", fault)
+    monkeypatch.setattr(engine._core, "_admit", fault)
     gate.passes.release(100)
     waiting.join(60)
     for handle in handles:
@@ -622,7 +622,7 @@ def test_ten_thousand_requests_leave_no_memory_behind() -> None:
         grown = resident() - before  # KiB
     assert engine.stats.completed == 10_000
     assert engine.stats.pages_used == 0
-    assert len(engine._requests) == len(engine._running) == 0
+    assert len(engine._core.requests) == len(engine._core.running) == 0
     assert grown < 4096
 
 

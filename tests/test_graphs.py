@@ -30,9 +30,9 @@ from torch.utils._pytree import tree_leaves
 import dparallel_ext as dx
 from dparallel_ext import batch as batches
 from dparallel_ext import cache as caches
-from dparallel_ext import engine as engines
 from dparallel_ext import graphs as recording
 from dparallel_ext import kept, models, passes, workspace
+from dparallel_ext.engine.core import EngineCore
 from dparallel_ext.graphs import LIMIT, CudaRecorder, Graphs
 from dparallel_ext.models import base
 
@@ -487,13 +487,13 @@ def test_most_passes_of_an_engine_are_replayed(
         share = 0.55
     drawn = torch.Generator().manual_seed(2)
     all_there = threading.Event()
-    turn = engines.Engine._turn
+    work = EngineCore.work
 
-    def waits(self: engines.Engine) -> bool:
+    def waits(self: EngineCore) -> bool:
         all_there.wait()
-        return turn(self)
+        return work(self)
 
-    monkeypatch.setattr(engines.Engine, "_turn", waits)
+    monkeypatch.setattr(EngineCore, "work", waits)
 
     def number(low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=drawn))

@@ -96,7 +96,7 @@ def an_exception_beside_a_subscriber_that_waits() -> None:
     made = busy()
     made.submit([1], gen_length=8)
     made.submit([1], gen_length=64).subscribe(full.put)
-    for request in list(made._requests.values()):
+    for request in list(made._core.requests.values()):
         request.handle.cancel()
     full.get()
     time.sleep(0.2)
@@ -197,7 +197,7 @@ def callbacks_that_raise() -> None:
     made = busy()
     for _ in range(3):
         made.submit([1], gen_length=8, on_draft=leave).subscribe(leave)
-    for request in list(made._requests.values())[:3]:
+    for request in list(made._core.requests.values())[:3]:
         request.handle.cancel()
     time.sleep(0.05)
 

@@ -224,7 +224,9 @@ def test_chaos(attack: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
             time.sleep(rng.random() * 0.05)
             if fault is not None:
                 error = rng.choice([RuntimeError, MemoryError, SystemExit])
-                patch.setattr(engine, fault, lambda *_, error=error: (_ for _ in ()).throw(error("a fault")))
+                patch.setattr(
+                    engine._core, fault, lambda *_, error=error: (_ for _ in ()).throw(error("a fault"))
+                )
             if rng.random() < 0.5:
                 engine.close(cancel=rng.random() < 0.5)
             for client in clients:
@@ -266,7 +268,7 @@ def check(engine: dx.Engine, clients: list[Client], name: str, cache: str, fault
     assert all(getattr(stats, kind) >= count for kind, count in ends.items()), (stats, ends)
     assert stats.completed + stats.failed + stats.cancelled == next(engine._ids)
     assert (stats.waiting, stats.active, stats.pages_used, stats.closed) == (0, 0, 0, True)
-    assert engine._requests == engine._running == {}
+    assert engine._core.requests == engine._core.running == {}
     with pytest.raises(RuntimeError, match=r"^the engine is closed"):
         engine.submit([1])
 

@@ -1,0 +1,370 @@
+"""The engine's thread: the requests that it has, and one pass after another over them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._C import Scheduler
+from ..batch import Batch
+from ..cache import KVCache
+from ..rows import Settings
+from .handle import Completion, Draft, Event, Events, Handle
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Request:
+    """What the engine knows of a request."""
+
+    handle: Handle
+    events: Events
+    """The handle's."""
+    prompt: Tensor
+    gen_length: int
+    masked: list[int]
+    """Columns of the prompt that are filled too."""
+    length: int
+    """Positions of prompt and response."""
+    reusable: int
+    """Positions in front, whose keys and values others may have computed."""
+    settings: Settings
+    on_draft: Callable[[Draft], None] | None
+    submitted: float = field(default_factory=time.monotonic)
+    admitted: float | None = None
+    lane: int | None = None
+    reused: int = 0
+    shared: int = 0
+    """Positions whose pages the scheduler knows to be final."""
+    sent: int = 0
+    """Response tokens that were streamed."""
+
+    @property
+    def id(self) -> int:
+        return self.handle.id
+
+    @property
+    def asked(self) -> int:
+        """Tokens that were asked for; a block-causal model fills its last block beyond them."""
+        return len(self.masked) + self.gen_length
+
+
+class EngineCore:
+    """Requests from their arrival to their end. `work` is for the engine's thread, the rest for any.
+
+    Args:
+        slots: the batch's, whose pages the scheduler gives out.
+        share: as the scheduler's.
+    """
+
+    def __init__(self, batch: Batch, slots: KVCache, scheduler: Scheduler, share: bool) -> None:
+        self.batch, self.scheduler, self._slots, self._share = batch, scheduler, slots, share
+        self.arrivals: list[Request] = []  # that the engine's thread has not seen
+        self.requests: dict[int, Request] = {}  # by id: those it has, waiting or running
+        self.running: dict[int, Request] = {}  # by lane
+        self._cancelling: list[int] = []  # ids
+        counted = ("completed", "failed", "cancelled", "sequence_passes", "tokens", "prompt_tokens")
+        self.counts = dict.fromkeys(counted, 0)
+        self._refusal: str | None = None
+        """Why it takes no more requests."""
+        self._fault: BaseException | None = None
+        """What ended its thread, if it was not `close`."""
+        self.calling = math.inf
+        """Since when its thread is in a callback."""
+        # Reentrant, since a signal's handler may close the engine in the midst of a `submit`.
+        self.lock = threading.RLock()
+
+    @property
+    def waiting(self) -> int:
+        return len(self.arrivals) + int(self.scheduler.waiting)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._refusal is not None
+
+    def check_open(self) -> None:
+        if self._refusal is not None:
+            raise RuntimeError(self._refusal) from self._fault
+
+    def close(self, cancel: bool) -> None:
+        with self.lock:
+            self._refusal = self._refusal or "the engine is closed"
+            if cancel:
+                self._cancelling += [*self.requests, *(request.id for request in self.arrivals)]
+
+    def cancel(self, id: int) -> None:
+        """End a request at the next pass, if it is not over."""
+        with self.lock:
+            self._cancelling.append(id)
+
+    def disown(self, refusal: str) -> None:
+        """This is a fork of the engine's process. There is no thread here, and it may have held the lock."""
+        self._refusal = refusal
+        self.lock = threading.RLock()
+        for request in [*self.requests.values(), *self.arrivals]:
+            request.events.subscribers = []
+            if not request.events.ended:
+                request.events.add(RuntimeError(f"request {request.id}: {self._refusal}"))
+        self.requests, self.running, self.arrivals, self._cancelling = {}, {}, [], []
+
+    def work(self) -> bool:
+        """Run passes until no request is left; returns whether there may come more."""
+        device = self.batch.model.device
+        try:
+            with torch.inference_mode(), torch.cuda.device(device if device.type == "cuda" else -1):
+                while True:
+                    with self.lock:
+                        gone = self._receive()
+                        if not self.requests:
+                            return not self.closed
+                    for request in gone:
+                        self._end(request, "cancelled")
+                    self._admit()
+                    if self.running:
+                        self._pass()
+        except BaseException as error:  # a fault of ours: nobody shall wait for a thread that is gone
+            self._break(error)
+            return False
+
+    def _receive(self) -> list[Request]:
+        """Take in what arrived; returns those that are to be cancelled."""
+        for request in self.arrivals:
+            self.requests[request.id] = request
+            self.scheduler.submit(request.id, request.prompt[: request.reusable].tolist(), request.length)
+        self.arrivals = []
+        ids, self._cancelling = self._cancelling, []
+        return [self.requests[id] for id in ids if id in self.requests]
+
+    def _break(self, error: BaseException) -> None:
+        """The thread ends with `error`, and all requests with it."""
+        log.critical("the engine's thread ends", exc_info=error)
+        event = _failure(error, "the engine's thread ended")
+        with self.lock:
+            self._refusal = f"the engine is closed: its thread ended with {type(error).__name__}"
+            self._fault = error
+            left = {request.id: request for request in [*self.requests.values(), *self.arrivals]}
+            for request in left.values():
+                with contextlib.suppress(Exception):  # the scheduler may not know it
+                    self.scheduler.release(request.id)
+                request.events.add(event)
+            self.counts["failed"] += len(left)
+            self.requests, self.running, self.arrivals, self._cancelling = {}, {}, [], []
+        for request in left.values():
+            self._tell(request)
+
+    def _tell(self, request: Request) -> None:
+        """Let the subscribers have what they have not had.
+
+        Raises RuntimeError where a callback raises anything, unless the request is over.
+        """
+        for subscriber in list(request.events.subscribers):
+            while True:
+                try:
+                    if not self._call(request, subscriber.next, request.events.all):
+                        break
+                except RuntimeError:
+                    if not request.events.ended:
+                        raise
+
+    def _call(self, request: Request, call: Callable[[Any], Any], argument: Any) -> Any:
+        """`call(argument)`, a callback. Raises RuntimeError where it raises anything, SystemExit too."""
+        self.calling = time.monotonic()
+        try:
+            return call(argument)
+        except BaseException as error:
+            log.exception("a callback of Handle.subscribe or on_draft failed")
+            raise RuntimeError(f"request {request.id}: a callback raised {type(error).__name__}") from error
+        finally:
+            self.calling = math.inf
+
+    def _admit(self) -> None:
+        while True:
+            with self.lock:
+                found = self.scheduler.admit()
+                if found is None:
+                    return
+                request = self.requests[found.id]
+                self.running[found.lane] = request
+                request.lane, request.admitted = found.lane, time.monotonic()
+                request.reused = request.shared = found.reused
+                self.counts["prompt_tokens"] += len(request.prompt) - len(request.masked)
+            try:
+                self._slots.assign(found.lane, found.pages)
+                row = self.batch.admit(
+                    found.lane,
+                    request.prompt.to(self.batch.tokens.device),
+                    request.gen_length,
+                    request.settings,
+                    masked=request.masked,
+                    stored=found.reused,
+                )
+            except BaseException as error:
+                self._end(request, error)
+            else:
+                if row.done:  # nothing to decode
+                    self._end(request, "length")
+
+    def _pass(self) -> None:
+        """One pass over all lanes; if it fails, each request by itself, to find whose fault it is."""
+        blocks = {lane: self.batch.rows[lane].block for lane in self.running}
+        try:
+            finished = self._step(list(blocks))
+        except BaseException as error:
+            if len(blocks) == 1:
+                return self._end(self.running[next(iter(blocks))], error)
+            finished = []
+            for lane in blocks:
+                try:
+                    finished += self._step([lane])
+                except BaseException as own:
+                    self._end(self.running[lane], own)
+        self.batch.enter(finished)
+        for lane, request in list(self.running.items()):
+            try:
+                self._report(request, blocks[lane], lane in finished)
+            except BaseException as error:
+                self._end(request, error)
+
+    def _report(self, request: Request, block: tuple[int, int], finished: bool) -> None:
+        """What a pass over the block in columns [start, end) has made of it."""
+        assert request.lane is not None
+        row = self.batch.rows[request.lane]
+        if request.on_draft is not None:
+            self._call(request, request.on_draft, self._draft(request, *block))
+        if self._share:
+            self._publish(request, row.stored)
+        if finished:
+            self._stream(request)
+            if row.done:
+                self._end(request, "stop" if row.stopped and row.kept < request.asked else "length")
+
+    def _step(self, lanes: list[int]) -> list[int]:
+        finished = self.batch.step(lanes)
+        with self.lock:
+            self.counts["sequence_passes"] += len(lanes)
+        return finished
+
+    def _publish(self, request: Request, stored: int) -> None:
+        """Let others share the pages of the first `stored` positions, which are final."""
+        assert request.lane is not None
+        size = self._slots.page_size
+        if stored // size <= request.shared // size:
+            return
+        tokens = self.batch.tokens[request.lane, :stored].tolist()
+        with self.lock:
+            replaced = self.scheduler.store(request.id, tokens)
+        for index, page in replaced:
+            self._slots.assign(request.lane, [page], index)
+        request.shared = stored
+
+    def _draft(self, request: Request, start: int, end: int) -> Draft:
+        assert request.lane is not None
+        row = self.batch.rows[request.lane]
+        first, last = row.index(start), min(row.index(end), request.asked)
+        ids = self._tokens(request.lane, row.columns[first:last])
+        return Draft(row.nfe, first, [None if token == self.batch.mask_id else token for token in ids])
+
+    def _response(self, request: Request) -> list[int]:
+        """Tokens of finished blocks, in front of what ended them."""
+        assert request.lane is not None
+        row = self.batch.rows[request.lane]
+        final = len(row.columns) if row.done else row.index(row.block[0])
+        return self._tokens(request.lane, row.columns[: min(final, row.kept, request.asked)])
+
+    def _tokens(self, lane: int, columns: Sequence[int]) -> list[int]:
+        """What stands in `columns`, which are ascending."""
+        if not columns:
+            return []
+        first, last = columns[0], columns[-1] + 1
+        ids: list[int] = self.batch.tokens[lane, first:last].tolist()
+        return [ids[column - first] for column in columns]
+
+    def _logprobs(self, request: Request, first: int, last: int) -> list[float]:
+        """Of tokens [first, last) of the response."""
+        if first == last:
+            return []
+        assert request.lane is not None
+        columns = self.batch.rows[request.lane].columns[first:last]
+        start, end = columns[0], columns[-1] + 1
+        found: list[float] = self.batch.passes.trajectory.logprob[request.lane, start:end].tolist()
+        return [found[column - start] for column in columns]
+
+    def _stream(self, request: Request) -> None:
+        assert request.lane is not None
+        row, response = self.batch.rows[request.lane], self._response(request)
+        # What a stop sequence may begin with is held back until it is known whether it does.
+        held = 0
+        if not row.done:
+            for stop in request.settings.stop:
+                for size in range(min(len(stop) - 1, len(response)), held, -1):
+                    if tuple(response[-size:]) == stop[:size]:
+                        held = size
+                        break
+        fresh = response[request.sent : len(response) - held]
+        if fresh:
+            if request.settings.record:
+                request.handle.logprobs += self._logprobs(request, request.sent, request.sent + len(fresh))
+            request.sent += len(fresh)
+            with self.lock:
+                self.counts["tokens"] += len(fresh)
+            request.events.add(fresh)
+            self._tell(request)
+
+    def _end(self, request: Request, how: str | BaseException) -> None:
+        """The request is over, unless it was before: free its lane and pages, and tell whoever waits."""
+        if request.id not in self.requests:
+            return
+        event: Event
+        try:
+            event = (
+                self._completion(request, how) if isinstance(how, str) else _failure(how, "the model raised")
+            )
+        except Exception as error:
+            event = error
+        kind = event.finish_reason if isinstance(event, Completion) else "failed"
+        if request.lane is not None:
+            self.batch.release(request.lane)
+        with self.lock:
+            self.scheduler.release(request.id)
+            if request.lane is not None:
+                del self.running[request.lane]
+            self.counts[kind if kind in self.counts else "completed"] += 1
+            request.events.add(event)
+            del self.requests[request.id]
+        self._tell(request)
+
+    def _completion(self, request: Request, reason: str) -> Completion:
+        now, row = time.monotonic(), None if request.lane is None else self.batch.rows[request.lane]
+        admitted = now if request.admitted is None else request.admitted
+        tokens = [] if row is None else self._response(request)
+        return Completion(
+            tokens=tokens,
+            logprobs=self._logprobs(request, 0, len(tokens)) if request.settings.record else None,
+            finish_reason=reason,
+            nfe=0 if row is None else row.nfe,
+            nfe_published=0 if row is None else row.published,
+            prompt_length=len(request.prompt),
+            reused=request.reused,
+            seconds_waiting=admitted - request.submitted,
+            seconds=now - request.submitted,
+        )
+
+
+def _failure(error: BaseException, what: str) -> Exception:
+    """`error`, or what says so of one that would end the thread of whoever waits for the request."""
+    if isinstance(error, Exception):
+        return error
+    made = RuntimeError(f"{what}: {type(error).__name__}")
+    made.__cause__ = error
+    return made
