@@ -125,7 +125,7 @@ def serving(
     send_buffer: int | None = None,
     **settings: Any,
 ) -> Iterator[Here]:
-    """A server of the student, or of what is loaded; `settings`: of `Settings`."""
+    """A server of the student, or of what is loaded; `settings`: of `serving.settings`."""
     model, tokenizer = loaded or registry.load(MODEL)
     settings = {"name": MODEL, "gen_length": 64, "max_length": 256, "grace": 0.5, **settings}
     running = dx.Engine(

@@ -1,4 +1,4 @@
-"""The parameters of OpenAI's API and its kin that the server does not follow, and where they ask for nothing.
+"""Requests and answers as OpenAI's API has them, and the parameters that the server does not follow.
 
 Clients of OpenAI, vLLM, SGLang and llama.cpp name many parameters at the value that changes nothing. Such a
 request is answered; a request for more is refused by name.
