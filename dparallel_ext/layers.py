@@ -71,8 +71,8 @@ def rms_norm(
     y, s = torch.ops.dparallel.rms_norm(
         _rows_view(x),
         None if delta is None else _rows_view(delta),
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
+        weight,
+        bias,
         eps,
     )
     if x.ndim != y.ndim:
@@ -176,18 +176,11 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = N
             raise ValueError(f"{name}: expected on {x.device} as x, got {given.device}")
     if bias is not None:
         _like("bias", bias, x, width)
-    weight, scale = weight.contiguous(), scale.contiguous()
     rows = x.shape[:-1].numel()
     on_tensor_cores = x.is_cuda and x.dtype != torch.float32 and x.shape[-1] % 64 == 0
     if rows > (FEW_ON_TENSOR_CORES if on_tensor_cores else FEW):
         return F.linear(x, torch.ops.dparallel.fp8_widen(weight, scale, x), bias)
-    flat = x.reshape(rows, x.shape[-1])
-    out: Tensor = torch.ops.dparallel.fp8_linear(
-        flat if flat.stride(1) == 1 else flat.contiguous(),
-        weight,
-        scale,
-        None if bias is None else bias.contiguous(),
-    )
+    out: Tensor = torch.ops.dparallel.fp8_linear(x.reshape(rows, x.shape[-1]), weight, scale, bias)
     return out.view(*x.shape[:-1], len(weight))
 
 

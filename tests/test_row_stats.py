@@ -262,11 +262,13 @@ def test_shapes() -> None:
     [
         (torch.zeros(2, 3, dtype=torch.float64), {}, "logits: expected float32"),
         (torch.zeros(2, 0), {}, "logits: expected .* V >= 1"),
-        (torch.zeros(2, 3), {"rows": torch.tensor([2])}, r"rows: expected indices in \[0, 2\)"),
-        (torch.zeros(2, 3), {"rows": torch.tensor([0.5])}, "rows: expected contiguous int64"),
+        (torch.zeros(2, 3), {"rows": torch.tensor([2])}, r"rows: expected in \[0, 2\), got 2 at 0"),
+        (torch.zeros(2, 3), {"rows": torch.tensor([0.5])}, "rows: expected int64"),
         (torch.zeros(2, 3), {"mask_id": 3}, "mask_id: expected an id below 3, got 3"),
         (torch.zeros(2, 3), {"mask_id": -1}, "mask_id: expected a whole number >= 0"),
         (torch.zeros(2, 3), {"suppress": [3]}, r"suppress: expected ids in \[0, 3\)"),
+        (torch.zeros(2, 3), {"suppress": [1.5]}, "suppress: expected whole numbers, got torch.float32"),
+        (torch.zeros(2, 3), {"temperature": 1.0, "seed": 2**63}, "seed: expected an integer of 64 bits"),
         (torch.zeros(2, 3), {"temperature": -1.0}, "temperature: expected a finite number"),
         (torch.zeros(2, 3), {"temperature": math.nan}, "temperature: expected a finite number"),
         (
