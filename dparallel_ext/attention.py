@@ -119,6 +119,9 @@ def block_attention(
     Raises:
         ValueError: naming the argument that does not fit. Indices are looked at on the CPU alone.
     """
+    for name, given in (("q", q), ("lengths", lengths)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(given).__name__}")
     shape = q.shape
     if q.ndim == 4:
         if begin is not None or end is not None:
@@ -136,8 +139,9 @@ def block_attention(
         raise ValueError("begin: needed, and end, where q is (N, H, D)")
     if pages is None:
         pages = torch.arange(len(lengths) if lengths.ndim == 1 else 0, device=q.device)[:, None]
-    if pages.ndim != 2:
-        raise ValueError(f"pages: expected int64 (S, P), got {tuple(pages.shape)}")
+    if not isinstance(pages, Tensor) or pages.ndim != 2:
+        got = tuple(pages.shape) if isinstance(pages, Tensor) else type(pages).__name__
+        raise ValueError(f"pages: expected int64 (S, P), got {got}")
     for name, given in (("lengths", lengths), ("begin", begin), ("end", end)):
         _expect(name, given, (len(pages),), torch.int64)
     _expect("pages", pages, tuple(pages.shape), torch.int64)
@@ -233,6 +237,8 @@ def _check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
 
 
 def _expect(name: str, given: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(given).__name__}")
     if tuple(given.shape) != shape or (dtype is not None and given.dtype != dtype):
         raise ValueError(
             f"{name}: expected {dtype or given.dtype} {shape}, got {given.dtype} {tuple(given.shape)}"

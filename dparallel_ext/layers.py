@@ -164,6 +164,9 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = N
         ValueError: naming the argument that does not fit; also where a gradient would be lost.
     """
     _check("x", x)
+    for name, given in (("weight", weight), ("scale", scale)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(given).__name__}")
     if weight.dtype != torch.float8_e4m3fn or weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(
             f"weight: expected float8_e4m3fn (out, {x.shape[-1]}), got {weight.dtype} {tuple(weight.shape)}"

@@ -89,6 +89,8 @@ def certainty_forcing_loss(
             no logit above -inf, or whose label is not in [0, V): on the CPU at once, on CUDA from
             `check_errors`, until when its nll and entropy are NaN.
     """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits: expected a Tensor, got {type(logits).__name__}")
     if logits.dtype not in _DTYPES:
         raise ValueError(f"logits: expected float32, bfloat16, float16 or float64, got {logits.dtype}")
     if logits.ndim < 1 or logits.shape[-1] < 1:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _C, policies  # noqa: F401  (importing _C registers the ops)
-from .arguments import INTEGERS, whole
+from .arguments import whole
 from .types import RowStats, UnmaskOutput
 
 _ROW_FIELDS = 7
@@ -52,7 +52,7 @@ def row_stats(
             contiguous).
         rows: (N,) int64 flat indices into the leading dimensions; only these rows are read.
         mask_id: keeps its share of the softmax but is never chosen.
-        suppress: ids left out altogether. On CUDA a tensor on the device must be ascending and unique.
+        suppress: ids left out altogether.
         temperature: above 0, also draw `sample` by Gumbel-max from softmax(logits / temperature).
         top_p, top_k: draw it from the most probable ids alone, ties to the lowest id: from those before
             which at most `top_p` of the probability comes (nucleus sampling, arXiv 1904.09751), and at
@@ -179,6 +179,8 @@ def unmask_(
             CUDA such a row commits nothing in its sequence and raises a flag, see `check_errors`.
     """
     _check_logits(logits)
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"tokens: expected a Tensor, got {type(tokens).__name__}")
     if tokens.ndim != 2 or tokens.dtype != torch.int64:
         raise ValueError(f"tokens: expected int64 (B, L), got {tokens.dtype} {tuple(tokens.shape)}")
     if tokens.device != logits.device:
@@ -382,6 +384,8 @@ def _rows_view(logits: Tensor) -> Tensor:
 
 
 def _check_index(name: str, index: Tensor, logits: Tensor) -> None:
+    if not isinstance(index, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(index).__name__}")
     if index.dtype != torch.int64 or index.ndim != 1:
         raise ValueError(f"{name}: expected int64 (N,), got {index.dtype} {tuple(index.shape)}")
     if index.device != logits.device:
@@ -417,15 +421,17 @@ def _mask_id(mask_id: int | None, vocab: int | None) -> int:
 def _suppress(ids: Ids, logits: Tensor) -> Tensor | None:
     if ids is None:
         return None
-    if isinstance(ids, Tensor) and ids.device.type != "cpu" and ids.dtype == torch.int64:
-        return ids
-    found = torch.as_tensor(ids).reshape(-1).unique()  # ascending
-    if found.numel() and found.dtype not in INTEGERS:
-        raise ValueError(f"suppress: expected whole numbers, got {found.dtype}")
-    found = found.to(torch.int64)
-    if found.numel() and (int(found[0]) < 0 or int(found[-1]) >= logits.shape[-1]):
-        raise ValueError(f"suppress: expected ids in [0, {logits.shape[-1]}), got {found.tolist()[:8]}")
-    return found.to(logits.device) if found.numel() else None
+    if isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.device == logits.device:
+        ids = ids.reshape(-1)
+        return ids.sort().values if ids.device.type == "cpu" else ids  # the CPU bisects them
+    given = ids.reshape(-1).tolist() if isinstance(ids, Tensor) else ids
+    found = sorted({i if type(i) is int else whole("suppress", i, 0) for i in given})
+    vocab = logits.shape[-1]
+    if found and not (found[0] >= 0 and found[-1] < vocab):
+        raise ValueError(
+            f"suppress: expected ids in [0, {vocab}), got {found[0] if found[0] < 0 else found[-1]}"
+        )
+    return torch.tensor(found, dtype=torch.int64, device=logits.device) if found else None
 
 
 def _per_sequence(name: str, value: int | Tensor, batch: int, like: Tensor) -> Tensor:
@@ -433,7 +439,10 @@ def _per_sequence(name: str, value: int | Tensor, batch: int, like: Tensor) -> T
         if not -(2**63) <= value < 2**63:
             raise ValueError(f"{name}: expected an integer of 64 bits, got {value}")
         return torch.full((batch,), value, dtype=torch.int64, device=like.device)
-    values = torch.as_tensor(value, device=like.device)
+    try:
+        values = torch.as_tensor(value, device=like.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: expected an integer or int64 ({batch},), got {value!r}") from error
     if values.is_floating_point() or values.ndim > 1 or values.shape not in ((), (batch,)):
         raise ValueError(
             f"{name}: expected an integer or int64 ({batch},), got {values.dtype} {tuple(values.shape)}"

@@ -265,6 +265,16 @@ def test_functions_check_indices_under_compile() -> None:
     with pytest.raises(ValueError, match=r"rows: expected in \[0, 4\), got 10000000000 at 0"):
         entropy(logits, torch.tensor([10**10]))
 
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def token(logits: Tensor, ids: Tensor) -> Tensor:
+        return dx.row_stats(logits, suppress=ids).token + dx.row_stats(logits, suppress=[8, 1, 8]).token
+
+    ids = torch.tensor([7, 2, 7])
+    expected = dx.row_stats(logits, suppress=[2, 7]).token + dx.row_stats(logits, suppress=[1, 8]).token
+    assert torch.equal(token(logits, ids), expected)
+    with pytest.raises(ValueError, match=r"suppress: expected in \[0, 9\), got 9"):
+        token(logits, ids + 2)
+
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_scores_without_an_order_are_not_sorted(compiled: bool) -> None:
@@ -405,6 +415,7 @@ def test_functions_refuse_a_gradient() -> None:
         function(**{**given, "k": given["k"].requires_grad_()})
 
 
+@pytest.mark.filterwarnings("ignore:Error detected in")
 def test_a_gradient_is_refused_under_compile() -> None:
     _, given = documented(torch.float32)["block_attention"]
     q = given.pop("q").requires_grad_()
