@@ -147,6 +147,20 @@ def test_nan_of_any_bits(bits: int, whole: bool) -> None:
         dx.certainty_forcing_loss(logits, torch.tensor([1, 2]), torch.ones(2, dtype=torch.bool))
 
 
+def test_a_bad_row_is_no_memory_of_others() -> None:
+    """Under torch.compile, which does not raise for it."""
+    logits = torch.randn(3, 9)
+    logits[1] = math.nan
+    for _ in range(5):
+        used = [torch.full(shape, 5.0) for shape in [(6,), (7, 3)] * 8]  # whose memory may come next
+        used += [torch.full((2, 3), 5) for _ in range(8)]
+        del used
+        tokens, fields, error = torch.ops.dparallel.row_stats(logits, None, -1, None, 0.0, 1.0, 0, None, None)
+        assert tokens[:, 1].tolist() == [-1, -1]
+        assert bool(fields[:, 1].isnan().all())
+        assert int(error[1]) == 4 + 1
+
+
 @everywhere
 def test_the_mask_token_keeps_its_share_but_is_never_chosen() -> None:
     logits = torch.tensor([[1.0, 5.0, 2.0]])
