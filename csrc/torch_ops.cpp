@@ -167,12 +167,15 @@ Exclusions exclusions_of(int64_t mask_id, std::optional<Tensor>& suppress, const
 Sampling sampling_of(double temperature, double top_p, int64_t top_k, std::optional<Tensor>& keys,
                      const std::vector<int64_t>& sizes, int64_t position_offset,
                      const Tensor& like) {
-  if (!(temperature > 0)) return {0.0f, nullptr, 0};
+  DP_CHECK(temperature >= 0 && temperature < kInfinity,
+           "temperature: expected a finite number >= 0, got ", temperature);
+  const float in_force = temperature_in_force(temperature);
+  if (in_force == 0.0f) return {0.0f, nullptr, 0};
   DP_CHECK(top_p >= 0 && top_p <= 1, "top_p: expected a number from 0 to 1, got ", top_p);
   DP_CHECK(top_k >= 0, "top_k: expected a whole number >= 0, got ", top_k);
-  DP_CHECK(keys.has_value(), "keys: needed at a temperature above 0");
+  DP_CHECK(keys.has_value(), "keys: needed at a temperature of ", kColdest, " and above");
   expect(*keys, "keys", ScalarType::Long, sizes, like);
-  return {static_cast<float>(temperature), data<int64_t>(*keys), position_offset, top_p, top_k};
+  return {in_force, data<int64_t>(*keys), position_offset, top_p, top_k};
 }
 
 struct RowTensors {
@@ -187,6 +190,19 @@ struct RowTensors {
     return {data<int64_t>(tokens), data<float>(fields), data<int64_t>(error)};
   }
 };
+
+// Of rows whose numbers the host has; on a GPU the kernels bring them within their bounds.
+void check_policy(const float* rows, int64_t batch) {
+  for (int64_t b = 0; b < batch; ++b) {
+    const float* row = rows + b * kPolicyFields;
+    const int field = policy_misfit(row);
+    if (field == kPolicyFields) continue;
+    constexpr const char* kNames[] = {"selector", "threshold", "min_commit", "max_commit", "score"};
+    const PolicyBounds bounds = policy_bounds(field, row);
+    bad_argument(kNames[field], ": expected a ", bounds.whole ? "whole " : "", "number from ",
+                 bounds.low, " to ", bounds.high, ", got ", row[field], " for sequence ", b);
+  }
+}
 
 // How a backend allocates scratch and launches.
 struct Cpu {
@@ -208,6 +224,7 @@ struct Cpu {
     cpu::row_stats(args, parallel);
   }
   static void select(const SelectArgs& args, const Tensor&) {
+    check_policy(args.policy, args.batch);
     // Scores that have no order cannot be sorted.
     for (const auto& [scores, name] : {std::pair{args.confidence, "confidence"},
                                        {args.margin, "margin"},
@@ -218,6 +235,7 @@ struct Cpu {
     cpu::select(args, parallel);
   }
   static void unmask(const UnmaskArgs& args, const Tensor&, const std::optional<Tensor>&) {
+    check_policy(args.policy, args.batch);
     if (args.positions) {
       const int64_t* end = args.positions + args.count;
       within("positions", args.positions, args.count, 0, args.batch * args.length);
@@ -474,7 +492,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> certainty_forcing_loss(
   const int64_t count = row_count(logits);
   expect(labels, "labels", ScalarType::Long, {count}, logits);
   expect(active, "active", ScalarType::Bool, {count}, logits);
-  DP_CHECK(temperature > 0 && ce_temperature > 0, "temperature: expected > 0");
+  for (const double t : {temperature, ce_temperature})
+    DP_CHECK(t >= 1e-5 && t <= 1e5, "temperature: expected a number from 1e-5 to 1e5, got ", t);
   const bool wide = logits.scalar_type() == ScalarType::Double;
   const ScalarType real = wide ? ScalarType::Double : ScalarType::Float;
   Tensor nll = torch::stable::new_empty(logits, {count}, real);

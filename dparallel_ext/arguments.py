@@ -44,6 +44,20 @@ def number(name: str, value: Any, least: float = 0.0) -> float:
     return found
 
 
+COLDEST, HOTTEST = 1e-5, 2.0**100
+"""Temperatures between which there are others than 0; so also in csrc/include/dparallel/launch.h."""
+
+
+def temperature_in_force(value: Any) -> float:
+    """The temperature that `value` stands for: below `COLDEST` 0, which is greedy, and at most `HOTTEST`.
+
+    Raises ValueError unless it is a finite number of at least 0.
+    """
+    plain = type(value) is float and 0.0 <= value < math.inf  # as in every pass
+    found: float = value if plain else number("temperature", value)
+    return 0.0 if found < COLDEST else min(found, HOTTEST)
+
+
 def numbers(name: str, value: Any, count: int, least: int) -> list[int]:
     """`count` whole numbers, from one or from as many in a list, an array or a tensor."""
     if isinstance(value, Sequence) and not isinstance(value, str):

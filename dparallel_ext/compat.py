@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import policies
-from .arguments import whole
+from .arguments import temperature_in_force, whole
 from .batch import Batch
 from .decode import check_mask, drawn_seed, make_settings, run, start
 from .models import Model, for_decoding, own_precision, traits, unwrap
@@ -84,6 +84,7 @@ def generate(
         ours = unwrap(model)
         if read and isinstance(ours, Model) and token >= ours.shape.rows:
             raise ValueError(f"{name}: expected an id below {ours.shape.rows}, got {token}")
+    temperature = temperature_in_force(temperature)
     shared: dict[str, Any] = {
         "steps": steps,
         "gen_length": gen_length,
@@ -415,7 +416,7 @@ def diffusion_generate(
         raise ValueError(f"alg_temp: expected a finite number >= 0, got {alg_temp!r}")
     temperature = option("temperature", temperature, 0.0)
     top_p, top_k = option("top_p", top_p, None), option("top_k", top_k, None)
-    check_sampling(temperature, top_p, top_k)
+    temperature = check_sampling(temperature, top_p, top_k)[0]
     mask = option("mask_token_id", mask_token_id, traits(model).mask_id)
     if mask is None:
         raise ValueError("mask_token_id: the model's config has none, so give one")

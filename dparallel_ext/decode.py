@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import arguments, policies
-from .arguments import number, whole
+from .arguments import whole
 from .batch import AHEAD, CACHES, Batch
 from .models import Model, Traits, for_decoding, traits, warn_beyond
 from .ops import check_sampling
@@ -170,7 +170,8 @@ def decode(
             same without; nothing is recorded where a layer has hooks or adapters. Recordings stay with the
             model for the next calls of about this length and batch size, at most four and 1 GB of keys and
             values, until it is trained, moved or deleted.
-        temperature: 0 is greedy; above it, tokens are Gumbel-max samples of softmax(logits / T).
+        temperature: 0 is greedy, and so is what is below 1e-5; above it, tokens are Gumbel-max samples of
+            softmax(logits / T). Above 2^100 (1.3e30) it is that.
         top_p, top_k: what may be sampled: the most probable ids (temperature first) before which at most
             `top_p` of the probability comes, and at most `top_k` of them. None, 1.0 and 0 leave nothing out.
             The rule judges the statistics of softmax(logits), whatever temperature, top_p and top_k are, and
@@ -496,8 +497,8 @@ def make_settings(
 ) -> list[Settings]:
     """The settings of `size` sequences from the arguments of `decode`, each one value or one per sequence."""
     if policy is not None:
-        policies.check(policy, size)
-        rows = policy
+        rows = policy.cpu()  # so that its numbers are checked wherever they come from
+        policies.check(rows, size)
     elif threshold is not None:
         if steps is not None:
             raise ValueError("steps: belongs to the fixed schedule, so not beside a threshold")
@@ -530,10 +531,9 @@ def make_settings(
         rows = policies.make("quota", 1, score=score, batch=size)
     if eos_id is not None:
         eos_id = whole("eos_id", eos_id, 0)
-    temperature = number("temperature", temperature)
     if suppress is not None:
         suppress = torch.as_tensor(suppress, dtype=torch.int64)
-    top_p, top_k = check_sampling(temperature, top_p, top_k)
+    temperature, top_p, top_k = check_sampling(temperature, top_p, top_k)
     if seed is None:
         seed = drawn_seed(temperature)
     try:

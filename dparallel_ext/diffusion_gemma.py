@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import policies
+from .arguments import COLDEST
 from .models import for_decoding, unwrap
 from .ops import check_errors, row_stats, select
 from .types import RowStats
@@ -266,7 +267,7 @@ def _sample_from_logits(
     `more` is what BlockRefinementScheduler alone gives: use_multinomial, top_k and top_p. Its probabilities
     are those at the temperature, DiscreteDDIMScheduler's those of the model.
     """
-    if temperature == 0 or not more.get("use_multinomial", True):
+    if 0 <= temperature < COLDEST or not more.get("use_multinomial", True):
         stats = row_stats(logits)
         return stats.token, stats.confidence
     filtered = (more.get("top_k") or 0) > 0 or (more.get("top_p") or 1.0) < 1.0

@@ -68,9 +68,9 @@ def certainty_forcing_loss(
         logits: (..., V) float32, bfloat16, float16 or float64, any V; sums are float32 or better.
         labels: (...) int64 or int32; those of rows that are not active may be anything, -100 included.
         active: (...) bool, the rows the loss is of: the masked tokens of the active block.
-        temperature: of the entropy term.
+        temperature: of the entropy term, from 1e-5 to 1e5.
         entropy_weight: beta, 2 for LLaDA and 1 for Dream as published. 0 is cross entropy alone.
-        ce_temperature: of the cross entropy.
+        ce_temperature: of the cross entropy, from 1e-5 to 1e5.
         weight: (...) float, of each row's nll and entropy, as in d3LLM; the denominators stay counts.
         gate: whose entropy counts: "correct", the active rows whose argmax is the label (published);
             "all" active rows; or a bool (...) of your own. No gradient passes through it.
@@ -237,8 +237,8 @@ def _compose(
 
 def _check_settings(temperature: float, ce_temperature: float, reduction: str) -> None:
     for name, value in (("temperature", temperature), ("ce_temperature", ce_temperature)):
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
+        if not 1e-5 <= value <= 1e5:  # its square and the reciprocal of that are to be float32
+            raise ValueError(f"{name}: expected a number from 1e-5 to 1e5, got {value!r}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
 

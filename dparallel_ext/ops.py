@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _C, policies  # noqa: F401  (importing _C registers the ops)
-from .arguments import whole
+from .arguments import temperature_in_force, whole
 from .types import RowStats, UnmaskOutput
 
 _ROW_FIELDS = 7
@@ -53,11 +53,12 @@ def row_stats(
         rows: (N,) int64 flat indices into the leading dimensions; only these rows are read.
         mask_id: keeps its share of the softmax but is never chosen.
         suppress: ids left out altogether.
-        temperature: above 0, also draw `sample` by Gumbel-max from softmax(logits / temperature).
+        temperature: above 0, also draw `sample` by Gumbel-max from softmax(logits / temperature). Below 1e-5
+            it is 0, and above 2^100 (1.3e30) that.
         top_p, top_k: draw it from the most probable ids alone, ties to the lowest id: from those before
             which at most `top_p` of the probability comes (nucleus sampling, arXiv 1904.09751), and at
             most `top_k` of them. None, 1.0 and 0 leave nothing out. The noise of an id stays the same.
-            They are read at a temperature above 0 alone.
+            They are not read where the temperature is 0 (or below 1e-5).
         seed, sequence, position, step: the Philox key, one value or one per row: a sample depends on
             its key alone. `position` defaults to the row's place in the output.
 
@@ -77,7 +78,7 @@ def row_stats(
     if rows is not None:
         _check_index("rows", rows, logits)
         shape, count = rows.shape, rows.numel()
-    kept = check_sampling(temperature, top_p, top_k)
+    temperature, top_p, top_k = check_sampling(temperature, top_p, top_k)
     keys = None
     if temperature > 0:
         where = torch.arange(count, device=logits.device) if position is None else position
@@ -87,8 +88,9 @@ def row_stats(
         rows,
         _mask_id(mask_id, vocab),
         _suppress(suppress, logits),
-        float(temperature),
-        *kept,
+        temperature,
+        top_p,
+        top_k,
         keys,
         _counters(logits, count),
     )
@@ -163,7 +165,8 @@ def unmask_(
             that an LM head may be applied to the needed rows alone. It must list every masked
             position of the windows; others that it lists are not read.
         suppress: ids left out altogether.
-        temperature: above 0, commit Gumbel-max samples of softmax(logits / temperature).
+        temperature: above 0, commit Gumbel-max samples of softmax(logits / temperature). Below 1e-5 it is 0,
+            which commits the argmax, and above 2^100 (1.3e30) that.
         top_p, top_k: what may be sampled, see `row_stats`; the rule sees the statistics of all ids.
         seed, sequence, step: with the position, the sample's key; a number or (B,) int64. `sequence`
             defaults to 0..B-1.
@@ -175,8 +178,9 @@ def unmask_(
 
     Raises:
         ValueError: naming the argument that does not fit; and on the CPU a row that holds NaN or
-            leaves no token to choose, by sequence and position, with every token left as it was. On
-            CUDA such a row commits nothing in its sequence and raises a flag, see `check_errors`.
+            leaves no token to choose (also since there is none but the mask token, or all are
+            suppressed), by sequence and position, with every token left as it was. On CUDA such a row
+            commits nothing in its sequence and raises a flag, see `check_errors`.
     """
     _check_logits(logits)
     if not isinstance(tokens, Tensor):
@@ -211,7 +215,7 @@ def unmask_(
         )
     else:
         policies.check(policy, batch)
-    kept = check_sampling(temperature, top_p, top_k)
+    temperature, top_p, top_k = check_sampling(temperature, top_p, top_k)
     keys = None
     if temperature > 0:
         of = torch.arange(batch, device=logits.device) if sequence is None else sequence
@@ -225,8 +229,9 @@ def unmask_(
         policy.to(logits.device),
         _mask_id(mask_id, None),
         _suppress(suppress, logits),
-        float(temperature),
-        *kept,
+        temperature,
+        top_p,
+        top_k,
         keys,
         position_offset,
         _counters(logits, batch + 1 + logits.shape[:-1].numel()),
@@ -392,20 +397,19 @@ def _check_index(name: str, index: Tensor, logits: Tensor) -> None:
         raise ValueError(f"{name}: expected on {logits.device} as the logits, got {index.device}")
 
 
-def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -> tuple[float, int]:
-    """top_p and top_k in force: (1.0, 0) where none is given, or the temperature is 0.
+def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -> tuple[float, float, int]:
+    """Temperature, top_p and top_k in force: (..., 1.0, 0) where none is given, or the temperature is 0.
 
     Raises ValueError naming the argument that does not fit.
     """
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature: expected a finite number >= 0, got {temperature!r}")
+    temperature = temperature_in_force(temperature)
     top_p = 1.0 if top_p is None else top_p
     top_k = 0 if top_k is None else top_k
     if not 0 <= top_p <= 1:
         raise ValueError(f"top_p: expected a number from 0 to 1, got {top_p!r}")
     if isinstance(top_k, bool) or not isinstance(top_k, numbers.Integral) or not 0 <= top_k < 2**63:
         raise ValueError(f"top_k: expected a whole number >= 0 (0 keeps all), got {top_k!r}")
-    return (float(top_p), int(top_k)) if temperature > 0 else (1.0, 0)
+    return (temperature, float(top_p), int(top_k)) if temperature > 0 else (0.0, 1.0, 0)
 
 
 def _mask_id(mask_id: int | None, vocab: int | None) -> int:

@@ -61,12 +61,18 @@ SELECTORS = {name: rule.id for name, rule in RULES.items()}
 SCORES = {"confidence": 0, "entropy": 1, "margin": 2}
 FIELDS = ("selector", "threshold", "min_commit", "max_commit", "score")
 MOST = 2**24
-"""The largest min_commit: float32 holds every whole number up to it."""
+"""The largest min_commit: float32 holds every whole number up to it. A max_commit of as much is no limit."""
+BOUNDS = {
+    "selector": (0, len(RULES) - 1),
+    "min_commit": (1, MOST),
+    "max_commit": (1, math.inf),
+    "score": (0, len(SCORES) - 1),
+}
+"""Of whole numbers, both allowed; of the threshold its rule has them. So also in
+csrc/include/dparallel/policy.h, for rows that come past this module."""
 
 Name: TypeAlias = str | Sequence[str]
 Number: TypeAlias = float | Sequence[float] | Tensor
-
-_SCORE_IDS = frozenset(SCORES.values())
 
 
 def _one_step(value: float, towards: float) -> float:
@@ -139,6 +145,19 @@ def check(policy: Tensor, batch: int) -> None:
         _check_rows(policy.tolist())
 
 
+def in_force(row: Sequence[float]) -> tuple[float, ...]:
+    """A row of `FIELDS` as the kernels read it where nobody has checked it, on a GPU: each number within its
+    `BOUNDS`, NaN the least, and the score that of the rule. The threshold stays: no key passes NaN, so that
+    as many commit as `min_commit` demands."""
+    found = dict(zip(FIELDS, row, strict=True))
+    for name, (low, high) in BOUNDS.items():
+        value = found[name]
+        found[name] = low if not value > low else high if value >= high else value // 1
+    rule = _BY_ID[found["selector"]][2]
+    found["score"] = found["score"] if rule.score is None else SCORES[rule.score]
+    return tuple(found.values())
+
+
 def most(row: Sequence[float]) -> float:
     """The most positions that a pass commits by a row of `FIELDS`."""
     selector, threshold, low, high, _ = row
@@ -148,21 +167,26 @@ def most(row: Sequence[float]) -> float:
 def _check_rows(rows: Iterable[Sequence[float]]) -> None:
     for sequence, (selector, threshold, low, high, score) in enumerate(rows):
         least, most, rule = _BY_ID.get(selector, _BY_ID[0])  # an unknown selector is named first
-        fits = least <= threshold <= most and (not rule.whole or _is_count(threshold))
+        fits = least <= threshold <= most and (not rule.whole or _is_whole(threshold))
         for name, value, ok, expected in (
             ("selector", selector, selector in _BY_ID, f"ids 0..{len(RULES) - 1} of {list(RULES)}"),
             ("threshold", threshold, fits, rule.expected),
-            ("min_commit", low, _is_count(low) and low <= MOST, f"a whole number >= 1 and <= {MOST}"),
-            ("max_commit", high, _is_count(high), "a whole number >= 1, or inf"),
+            ("min_commit", low, _within(low, "min_commit"), f"a whole number >= 1 and <= {MOST}"),
+            ("max_commit", high, _within(high, "max_commit"), "a whole number >= 1, or inf"),
             ("max_commit", high, high >= low, "at least min_commit"),
-            ("score", score, score in _SCORE_IDS, f"ids 0..{len(SCORES) - 1} of {list(SCORES)}"),
+            ("score", score, _within(score, "score"), f"ids 0..{len(SCORES) - 1} of {list(SCORES)}"),
         ):
             if not ok:
                 raise ValueError(f"{name}: expected {expected}, got {value:g} for sequence {sequence}")
 
 
-def _is_count(value: float) -> bool:
-    return value >= 1 and (math.isinf(value) or value == int(value))
+def _within(value: float, field: str) -> bool:
+    low, high = BOUNDS[field]
+    return low <= value <= high and _is_whole(value)
+
+
+def _is_whole(value: float) -> bool:
+    return math.isinf(value) or value == value // 1
 
 
 def _names(argument: str, value: Name, known: dict[str, int], batch: int) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import policies
+from .arguments import temperature_in_force
 from .loss import CertaintyForcingLoss
 from .ops import NO_ERROR
 from .types import RowStats, UnmaskOutput
@@ -58,6 +59,7 @@ def row_stats(
     s, w = e.sum(1), (e * d).sum(1)
     p1, p2 = (top1 - m).exp() / s, (top2 - m).exp() / s
     sample, chosen, logprob = token, p1, top1 - m - s.log()
+    temperature = temperature_in_force(temperature)
     if temperature > 0:
         n = z.shape[0]
         where = torch.arange(n) if position is None else position
@@ -126,13 +128,13 @@ def select(confidence: Tensor, margin: Tensor, entropy: Tensor, eligible: Tensor
     """See `dparallel_ext.select`: bool (B, L), the eligible positions each policy row commits."""
     policies.check(policy, len(eligible))
     commit = torch.zeros_like(eligible)
-    for b, (selector, threshold, low, high, score) in enumerate(policy.tolist()):
-        where = eligible[b].nonzero()[:, 0]
+    for b, (selector, threshold, low, high, score) in enumerate(map(policies.in_force, policy.tolist())):
+        by_score = (confidence, -entropy, margin)[int(score)][b]
+        where = (eligible[b] & ~by_score.isnan()).nonzero()[:, 0]  # NaN has no place in an order
         masked = len(where)
         if masked == 0:
             continue
-        by_score = (confidence, -entropy, margin)[int(score)]
-        key = by_score[b, where].float()
+        key = by_score[where].float()
         order = key.argsort(descending=True, stable=True)  # ties to the lowest position
         key = key[order]
         tau = torch.tensor(threshold, dtype=torch.float32)
@@ -143,14 +145,14 @@ def select(confidence: Tensor, margin: Tensor, entropy: Tensor, eligible: Tensor
             case "entropy":
                 n = int((-key <= tau).sum())
             case "quota":
-                n = int(min(threshold, masked))
+                n = int((rank <= tau).sum())
             case "factor":
                 holds = key >= 1 - tau / (rank + 1)
                 n = int(rank[holds].max()) if bool(holds.any()) else 0
             case "entropy_bound":
                 preceding = torch.cat([key.new_zeros(1), (-key).cumsum(0)[:-1]])
                 n = int((preceding <= tau).int().cumprod(0).sum())
-        n = int(min(max(n, low, 1), high, masked))
+        n = int(min(max(n, low), high, masked))
         commit[b, where[order[:n]]] = True
     return commit
 

@@ -29,7 +29,7 @@ class RowStats(NamedTuple):
     entropy: Tensor
     """float32: in nats."""
     sample: Tensor
-    """int64: the token to commit: `token` at temperature 0, else a Gumbel-max sample."""
+    """int64: the token to commit: `token` at temperature 0 (or below 1e-5), else a Gumbel-max sample."""
     sample_logprob: Tensor
     """float32: log of the probability that `sample` was drawn with: log softmax(logits / T)[sample] over the
     ids that may be drawn, so without the mask token and what top_p and top_k leave out. At temperature 0

@@ -36,6 +36,24 @@ def test_numbers(kind: Any) -> None:
             arguments.number("x", kind(bad))
 
 
+def test_temperatures_in_force() -> None:
+    for kind in (float, np.float64, torch.tensor):
+        for given, found in (
+            (0.0, 0.0),
+            (5e-324, 0.0),
+            (1e-38, 0.0),
+            (9.9e-6, 0.0),
+            (0.5, 0.5),
+            (1e30, 1e30),
+        ):
+            assert arguments.temperature_in_force(kind(given)) == pytest.approx(found, rel=1e-6)
+    assert arguments.temperature_in_force(1e-5) == 1e-5
+    assert arguments.temperature_in_force(1e38) == arguments.temperature_in_force(10**39) == 2.0**100
+    for bad in (-1e-38, float("nan"), float("inf"), "0", None, True):
+        with pytest.raises(ValueError, match="temperature: expected a finite number >= 0, got"):
+            arguments.temperature_in_force(bad)
+
+
 @pytest.mark.parametrize(
     "value", [True, np.bool_(True), torch.tensor(True), 1.0, np.float64(1), torch.ones(1), "1", None, [1]]
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STAND_IN, assert_stats_close, every_level, everywhere
+from conftest import STAND_IN, assert_stats_close, every_level, everywhere, refused
 from torch import Tensor
 
 import dparallel_ext as dx
@@ -130,6 +130,96 @@ def test_unmask_draws_from_the_nucleus() -> None:
         assert_stats_close(a, e, name)
 
 
+FILTERS: list[dict[str, Any]] = [{}, {"top_p": 0.5}, {"top_p": 5e-324}, {"top_k": 3}, {"top_k": 2**62}]
+
+
+@every_level
+def test_a_tiny_temperature_is_greedy() -> None:
+    """To the bit, whatever else is asked for."""
+    logits = torch.randn(2, 5, 700) * 4
+    logits[0] = logits[0].round()  # ties
+    tokens = torch.full((2, 5), MASK)
+    plain = dx.row_stats(logits, mask_id=MASK)
+    expected = tokens.clone()
+    dx.unmask_(expected, logits, mask_id=MASK, selector="quota", threshold=3)
+    for temperature in (5e-324, 1e-45, 1e-38, 1e-10, 9.99e-6):
+        for kept in FILTERS:
+            drawn = {"temperature": temperature, "seed": 3, **kept}
+            stats = dx.row_stats(logits, mask_id=MASK, **drawn)
+            assert all(torch.equal(a, b) for a, b in zip(stats, plain, strict=True))
+            found = tokens.clone()
+            dx.unmask_(found, logits, mask_id=MASK, selector="quota", threshold=3, **drawn)
+            assert torch.equal(found, expected)
+    assert not torch.equal(dx.row_stats(logits, mask_id=MASK, temperature=1.0).sample, plain.sample)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@every_level
+def test_rows_at_the_ends_of_a_dtype(dtype: torch.dtype) -> None:
+    """Logits / T overflow, or swallow the noise: there is a token all the same, and it is the oracle's."""
+    low, high = torch.finfo(dtype).min, torch.finfo(dtype).max
+    for vocab in (3, 600, 20000):
+        rows = torch.randn(8, vocab)
+        rows[0] = low
+        rows[1] = high
+        rows[2] = (rows[2] / 6).clamp(-1, 1) * high
+        rows[3] = torch.where(rows[3] > 0, high, low)
+        rows[4] = torch.where(rows[4] > 0, low, 1.0)
+        rows[5] -= 30000
+        rows[6, vocab // 2] = high
+        rows[7, vocab // 2] = math.inf
+        logits = rows.to(dtype)
+        for temperature in (1e-5, 0.3, 1e5, 1e38, 1e300):
+            for kept in FILTERS if vocab < 20000 else FILTERS[:1]:
+                drawn = {"temperature": temperature, "seed": 5, "suppress": [0], **kept}
+                actual, expected = dx.row_stats(logits, **drawn), reference.row_stats(logits, **drawn)
+                assert torch.equal(actual.sample, expected.sample), (vocab, temperature, kept)
+                for name in ("token", "confidence", "entropy", "lse"):
+                    assert_stats_close(getattr(actual, name), getattr(expected, name), name)
+
+
+@everywhere
+def test_scores_far_from_zero_keep_their_noise() -> None:
+    """Above 2^24 a float32 does not hold a whole number, and these logits differ by half of that."""
+    n = 500 if STAND_IN else 4000
+    logits = torch.tensor([2.0**24, 2.0**24 - 1, 2.0**24, 2.0**24 - 1]).expand(n, 4)
+    stats = dx.row_stats(logits, temperature=1.0, seed=5)
+    observed = stats.sample.bincount(minlength=4) / n
+    expected = (logits[0].double() - 2**24).softmax(0).float()
+    sigma = (expected * (1 - expected) / n).sqrt()
+    assert bool(((observed - expected).abs() < 4.5 * sigma).all()), (observed, expected)
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nothing_but_a_token_is_committed(dtype: torch.dtype) -> None:
+    logits = torch.full((2, 4, 600), torch.finfo(dtype).min, dtype=dtype)
+    logits[1, 2:] = torch.randn(600).to(dtype) * 1000
+    for temperature in (1e-38, 1e-5, 0.5, 1.0, 1e38):
+        for kept in FILTERS:
+            tokens = torch.full((2, 4), MASK)
+            settings = {"temperature": temperature, "selector": "quota", "threshold": 4, **kept}
+            out = dx.unmask_(tokens, logits, mask_id=MASK, suppress=[0, 599], **settings)
+            assert bool(out.done)
+            assert bool(((tokens > 0) & (tokens < 599) & (tokens != MASK)).all()), tokens
+
+
+@everywhere
+def test_where_nothing_is_left_to_draw() -> None:
+    """The mask token alone in the vocabulary, every other id suppressed, or of no probability."""
+    alone, two = torch.zeros(1, 1, 1), torch.tensor([[[1.0, -math.inf, 2.0]]])
+    for logits, suppress in ((alone, None), (torch.zeros(1, 1, 3), [0, 1]), (two, [0]), (two, [0, 1, 2])):
+        mask_id = logits.shape[-1] - 1
+        for temperature in (0.0, 1e-38, 1.0, 1e38):
+            for kept in FILTERS:
+                tokens = torch.full((1, 1), mask_id)
+                with refused("sequence 0 at position 0 leaves no token to choose"):
+                    dx.unmask_(
+                        tokens, logits, mask_id=mask_id, suppress=suppress, temperature=temperature, **kept
+                    )
+                assert tokens.tolist() == [[mask_id]]
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -193,6 +283,11 @@ def test_greedy_rows_do_not_read_them(llada: models.Model) -> None:
     out = dx.decode(llada, PROMPTS, gen_length=16, threshold=2.0, top_p=0.1, top_k=1)
     assert torch.equal(plain.sequences, out.sequences)
     assert torch.equal(plain.nfe, out.nfe)
+    # nor those of a temperature that is as good as 0, which takes no seed either
+    state = torch.get_rng_state()
+    cold = dx.decode(llada, PROMPTS, gen_length=16, threshold=2.0, temperature=1e-38, top_p=0.1)
+    assert torch.equal(plain.sequences, cold.sequences)
+    assert torch.equal(state, torch.get_rng_state())
     # and drawing from one id is greedy
     one = dx.decode(llada, PROMPTS, gen_length=16, threshold=2.0, temperature=0.7, top_k=1)
     assert torch.equal(plain.sequences, one.sequences)

@@ -360,6 +360,66 @@ def test_a_masked_position_that_is_not_listed_is_an_error() -> None:
     assert goes_on(tokens) or bool((tokens == MASK).all())
 
 
+JUNK = [math.nan, math.inf, -math.inf, 1e19, -1.0, 2.5]
+
+
+@everywhere
+def test_rows_past_the_checks_are_refused_or_within_their_bounds() -> None:
+    """The host's rows are refused by the op itself. Those of a device mean the same to kernels and twin, and
+    at least one position commits."""
+    scores, eligible = torch.rand(3, 1, 9), torch.ones(1, 9, dtype=torch.bool)
+    logits, all_ = torch.randn(1, 9, 40), torch.tensor([9])
+    for selector in policies.SELECTORS.values():
+        for at in range(len(policies.FIELDS)):
+            for junk in JUNK:
+                given = [selector, 2.0 if selector == 3 else 0.5, 2.0, 6.0, 1.0]
+                given[at] = junk
+                row = torch.tensor([given], dtype=torch.float32)
+                tokens = torch.full((1, 9), MASK)
+                args = tokens, logits, None, all_ - 9, all_, row, MASK, None, 0.0, 1.0, 0, None, 0
+                try:
+                    policies.check(row.cpu(), 1)
+                except ValueError as error:
+                    if not goes_on(tokens):
+                        said = f"{str(error).split(':')[0]}: expected .* for sequence 0"
+                        with pytest.raises(ValueError, match=said):
+                            torch.ops.dparallel.select(*scores, eligible, row)
+                        with pytest.raises(ValueError, match=said):
+                            torch.ops.dparallel.unmask_(*args, None)
+                        continue
+                commit = torch.ops.dparallel.select(*scores, eligible, row)
+                committed = torch.ops.dparallel.unmask_(*args, counters(logits, 11))[0]
+                low, high = policies.in_force(given)[2:4]
+                assert torch.equal(commit.cpu(), followed(*scores.cpu(), eligible.cpu(), row.cpu()))
+                assert min(low, high, 9) <= int(commit.sum()) <= high
+                assert min(low, high, 9) <= int(committed) <= high
+
+
+def followed(confidence: Tensor, margin: Tensor, entropy: Tensor, eligible: Tensor, row: Tensor) -> Tensor:
+    """What the twin selects by a row that nobody has checked."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policies, "check", lambda policy, batch: None)
+        return reference.select(confidence, margin, entropy, eligible, row)
+
+
+@everywhere
+def test_scores_of_nan_past_the_checks_are_never_selected() -> None:
+    for selector in policies.SELECTORS:
+        scores = torch.rand(3, 2, 300)
+        scores[:, 0, ::3] = math.nan
+        scores[:, 1] = math.nan
+        eligible = torch.ones(2, 300, dtype=torch.bool)
+        row = policies.make(selector, 1, min_commit=250, batch=2, device=scores.device)
+        if not goes_on(scores):
+            with pytest.raises(ValueError, match="confidence: NaN at eligible position 0 of sequence 0"):
+                torch.ops.dparallel.select(*scores, eligible, row)
+            continue
+        commit = torch.ops.dparallel.select(*scores, eligible, row)
+        assert torch.equal(commit, reference.select(*scores, eligible, row))
+        assert commit.sum(1).tolist() == [200, 0]
+        assert not bool((commit & scores[0].isnan()).any())
+
+
 def test_select_refuses_nan_scores() -> None:
     with pytest.raises(ValueError, match="NaN at eligible position 1 of sequence 0"):
         dx.select(stats_of([0.1, math.nan]), torch.tensor([[True, True]]), policies.make())

@@ -139,11 +139,13 @@ void sample(const RowSpan& span, float inverse_temperature, const SampleKey& key
       sum += exp_nonpositive(d);
     }
     total += reduce_add(sum);
-    if (largest * inverse_temperature + kLargestNoise < part.score)
+    const float reference = score_reference(part.max, inverse_temperature);
+    if ((largest - reference) * inverse_temperature + kLargestNoise < part.score)
       continue;  // none of these can win
     exponentials(key, static_cast<uint32_t>(base / 4), noise);
     for (int64_t i = 0; i < kBlock; i += kLanes) {
-      const F score = load<F>(z + i) * inverse_temperature - log_positive(load<F>(noise + i));
+      const F score =
+          (load<F>(z + i) - reference) * inverse_temperature - log_positive(load<F>(noise + i));
       for (int lane = 0; lane < kLanes; ++lane)
         if (score[lane] > part.score) {
           part.score = score[lane];

@@ -21,8 +21,9 @@ void select(const SelectArgs& args, Parallel parallel) {
     std::vector<Candidate> candidates;
     for (int64_t i = b * args.length; i < (b + 1) * args.length; ++i) {
       args.commit[i] = false;
-      if (args.eligible[i])
-        candidates.push_back({policy.key(args.confidence[i], args.margin[i], args.entropy[i]), i});
+      if (!args.eligible[i]) continue;
+      const float key = policy.key(args.confidence[i], args.margin[i], args.entropy[i]);
+      if (key == key) candidates.push_back({key, i});  // NaN has no place in an order
     }
     const int64_t n = select_prefix(policy, candidates);
     for (int64_t k = 0; k < n; ++k) args.commit[candidates[k].position] = true;

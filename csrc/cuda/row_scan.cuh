@@ -334,19 +334,26 @@ struct Chunk {
     return part;
   }
 
-  // The sampled side, of what the nucleus keeps; each thread's own.
+  // The sampled side, of what the nucleus keeps, after `scan`; each thread's own, all relative to
+  // the largest logit of the chunk, which is kept where any of the chunk is.
   //
   // An id can only win if its noise -ln(-ln(1 - v)), which is at most -ln v, lifts z / T above the
   // best score so far, which the warp shares: if v <= e^(z / T - best). So the two logarithms are
-  // taken for few ids; `slack` is for the rounding of either side.
+  // taken for few ids; `slack` is for the rounding of either side. No noise is below kLeastNoise,
+  // so the best is at least the largest logit and that.
   __device__ __forceinline__ SamplePart draw(const Sampler& sampler) const {
     constexpr int kQuads = kWidth / 4, kShare = 4;
     struct alignas(4 * sizeof(Storage)) Quad {
       Storage z[4];
     };
+    constexpr float kLeastNoise = -2.9f;
     const float inverse = sampler.inverse_temperature;
     SamplePart part;
-    float best = -kInfinity;
+#pragma unroll
+    for (int w = 0; w < kScanWarps; ++w) part.max = fmaxf(part.max, memory.first[w]);
+    const float reference = score_reference(part.max, inverse);
+    const float top = (part.max - reference) * inverse;
+    float best = top + kLeastNoise;
     const int n = groups() * kGroup * kQuads;
 #pragma unroll 1
     for (int q = 0; q < n; ++q) {
@@ -361,8 +368,7 @@ struct Chunk {
         highest = fmaxf(highest, z[i]);
       }
       if (highest > -kInfinity) {
-        if (highest > part.max) part.rescale(highest, inverse);
-        const float top = part.max * inverse, slack = 1e-3f + 1e-6f * (fabsf(top) + fabsf(best));
+        const float slack = 1e-3f + 1e-6f * (fabsf(top) + fabsf(best));
         const float reach = exp2_fast((top - best + slack) * kLog2e);
         const Random4 random = philox(sampler.key, static_cast<uint32_t>(first + at) / 4);
 #pragma unroll
@@ -370,7 +376,7 @@ struct Chunk {
           const float e = exp2_fast(fmaxf((z[i] - part.max) * inverse, kExpFloor) * kLog2e);
           part.sum += e;
           if (static_cast<float>(random.word[i]) * 0x1p-32f > e * reach) continue;
-          const float score = z[i] * inverse + gumbel(random.word[i]);
+          const float score = (z[i] - reference) * inverse + gumbel(random.word[i]);
           if (score > part.score) {
             part.score = score;
             part.logit = z[i];
@@ -379,7 +385,7 @@ struct Chunk {
         }
       }
       if (q % kShare == 0) {
-        best = part.score;
+        best = fmaxf(best, part.score);
 #pragma unroll
         for (int offset = 16; offset > 0; offset /= 2)
           best = fmaxf(best, __shfl_xor_sync(kFullWarp, best, offset));

@@ -18,10 +18,11 @@ __global__ void __launch_bounds__(kScanThreads)
   int mine = 0;
   for (int l = static_cast<int>(threadIdx.x); l < length; l += kScanThreads) {
     const int64_t at = first + l;
-    const bool eligible = args.eligible[at];
-    mine += eligible;
-    ranking.keys[l] = eligible ? policy.key(args.confidence[at], args.margin[at], args.entropy[at])
-                               : from_bits(0x7fc00000u);
+    const float key = args.eligible[at]
+                          ? policy.key(args.confidence[at], args.margin[at], args.entropy[at])
+                          : from_bits(0x7fc00000u);
+    mine += key == key;
+    ranking.keys[l] = key;
   }
   const int n = select_block(policy, ranking, length, sum_block(mine));
   for (int l = static_cast<int>(threadIdx.x); l < length; l += kScanThreads)

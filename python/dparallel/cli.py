@@ -148,7 +148,7 @@ def decode(
     ] = None,
     block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
     cache: Annotated[str, typer.Option(help="none, prefix, dual, or block (block-causal)")] = "none",
-    temperature: Annotated[float, typer.Option(help="0: greedy")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="0, and below 1e-5: greedy")] = 0.0,
     top_p: Annotated[float | None, typer.Option(help="sample from the ids of so much probability")] = None,
     top_k: Annotated[int | None, typer.Option(help="sample from so many ids; 0: all")] = None,
     seed: Annotated[int | None, typer.Option(help="of the samples; default: another each time")] = None,

@@ -62,8 +62,8 @@ class CertaintyForcingArguments(TrainingArguments):
         for name in ("entropy_weight", "ce_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected a finite number >= 0, got {getattr(self, name)!r}")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature: expected a finite number > 0, got {self.temperature!r}")
+        if not 1e-5 <= self.temperature <= 1e5:
+            raise ValueError(f"temperature: expected a number from 1e-5 to 1e5, got {self.temperature!r}")
         if self.block_length is not None and self.block_length < 1:
             raise ValueError(f"block_length: expected a whole number >= 1 or None, got {self.block_length!r}")
         if self.gate not in ("correct", "all"):

@@ -122,6 +122,20 @@ struct Rows {
     }
   }
 
+  // Some rows become what no model gives: of the largest numbers of the dtype, or near them.
+  void exaggerate() {
+    const float most = dtype == DType::float16    ? 65504.0f
+                       : dtype == DType::bfloat16 ? bfloat16_value(0x7f7f)
+                                                  : kLargest;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int kind = chance(0.7) ? -1 : static_cast<int>(below(3));
+      for (int64_t v = 0; v < vocab && kind >= 0; ++v)
+        put(r * stride + v, kind == 0   ? -most
+                            : kind == 1 ? one_of({-most, most, 0.0f, 1.0f})
+                                        : most * static_cast<float>(uniform(-1.0, 1.0)));
+    }
+  }
+
   Logits flat() const {
     return {memory.get(), dtype, vocab, std::max<int64_t>(1, rows), 0, stride};
   }
@@ -144,7 +158,10 @@ std::vector<int64_t> random_suppress(int64_t vocab) {
 
 // Of half of the calls at temperature 0.
 Sampling random_sampling(const std::vector<int64_t>& keys, int64_t position_offset) {
-  const float temperature = chance(0.5) ? 0.0f : static_cast<float>(uniform(0.3, 2.0));
+  const double given = chance(0.5)   ? 0.0
+                       : chance(0.8) ? uniform(0.3, 2.0)
+                                     : one_of({1e-38, 1e-5, 1e-3, 1e4, 1e30, 1e38, 1e300});
+  const float temperature = temperature_in_force(given);
   Sampling sampling{temperature, keys.data(), position_offset};
   if (chance(0.4)) sampling.top_p = chance(0.1) ? 0.0 : uniform(0.0, 1.0);
   if (chance(0.4)) sampling.top_k = one_of<int64_t>({1, 2, 17, 3000});
@@ -172,7 +189,8 @@ struct Memory {
 
 void row_stats_case() {
   const int64_t vocab = random_vocab(), total = below(6);
-  const Rows logits(total, vocab, true, 0.0);
+  Rows logits(total, vocab, true, 0.0);
+  if (chance(0.3)) logits.exaggerate();
   std::vector<int64_t> rows;
   if (chance(0.5) && total > 0)
     for (int64_t i = below(5); i > 0; --i) rows.push_back(below(total));
@@ -213,6 +231,9 @@ std::vector<float> random_policy(int64_t batch) {
     rows.insert(rows.end(), {static_cast<float>(selector), threshold, static_cast<float>(low),
                              chance(0.5) ? kInfinity : static_cast<float>(low + below(5)),
                              static_cast<float>(below(kScores))});
+    if (chance(0.1))  // on a device nobody has checked them
+      rows[rows.size() - 1 - below(kPolicyFields)] =
+          one_of({NAN, kInfinity, -kInfinity, 1e19f, -1e19f, -1.0f, 0.0f, 2.5f, 1e-45f});
   }
   return rows;
 }
@@ -223,7 +244,8 @@ void select_case() {
   std::vector<float> statistics[3];
   for (auto& s : statistics) {
     s.resize(size);
-    for (auto& x : s) x = static_cast<float>(below(40)) / 40.0f;  // with ties
+    for (auto& x : s)  // with ties
+      x = chance(0.02) ? one_of({NAN, kInfinity}) : static_cast<float>(below(40)) / 40.0f;
   }
   std::unique_ptr<bool[]> eligible(new bool[size + 1]), a(new bool[size + 1]),
       b(new bool[size + 1]);
@@ -271,7 +293,8 @@ void unmask_case() {
     }
   positions.reserve(1);  // an empty list is not the lack of one
   const int64_t count = indexed ? static_cast<int64_t>(positions.size()) : batch * length;
-  const Rows rows(count, vocab, chance(0.2), 0.1);
+  Rows rows(count, vocab, chance(0.2), 0.1);
+  if (chance(0.3)) rows.exaggerate();
   Logits logits = rows.flat();
   if (!indexed) {
     logits.inner_rows = length;

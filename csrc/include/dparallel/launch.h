@@ -9,7 +9,17 @@
 
 namespace dparallel {
 
-// Gumbel-max sampling; temperature 0: none.
+// The temperature that a given one stands for. Below 1e-5 it is 0, which is greedy: by then only
+// logits within 1e-4 of the largest have a chance, and reciprocals overflow in the end. Above 2^100
+// it is that, where logits below 1e23 are all the same to the noise. So also in
+// dparallel_ext/arguments.py.
+constexpr double kColdest = 1e-5, kHottest = 0x1p100;
+inline float temperature_in_force(double temperature) {
+  if (!(temperature >= kColdest)) return 0.0f;
+  return static_cast<float>(temperature < kHottest ? temperature : kHottest);
+}
+
+// Gumbel-max sampling; temperature 0: none, else one in force.
 struct Sampling {
   float temperature;
   // row_stats: [count, 4] seed, sequence, position, step of each row.

@@ -3,6 +3,8 @@
 // position.
 #pragma once
 
+#include <cmath>
+
 #include "dparallel/common.h"
 
 namespace dparallel {
@@ -20,6 +22,14 @@ enum Selector : int {
 enum Score : int { kScoreConfidence = 0, kScoreEntropy, kScoreMargin, kScores };
 
 constexpr int kPolicyFields = 5;
+constexpr int kMostCommits = 1 << 24;  // float32 holds every whole number up to it
+
+// A number of a row as a whole one: outside its bounds the nearer of them, NaN the least. Rows on a
+// device are not checked before they are read, and a float that no integer holds has no conversion.
+DP_HD int whole_number(float x, int least, int most) {
+  if (!(x > static_cast<float>(least))) return least;
+  return x < static_cast<float>(most) ? static_cast<int>(x) : most;
+}
 
 struct Policy {
   int selector;
@@ -28,14 +38,17 @@ struct Policy {
   int64_t max_commit;
   int score;
 
-  // row [5]: selector, threshold, min_commit, max_commit (inf: no limit), score
+  // row [5]: selector, threshold, min_commit, max_commit (inf: no limit), score. Any numbers have a
+  // meaning: no key passes a threshold of NaN, so that as many commit as `limit` demands.
   DP_HD static Policy load(const float* row) {
     Policy policy;
-    policy.selector = static_cast<int>(row[0]);
+    policy.selector = whole_number(row[0], 0, kSelectors - 1);
     policy.threshold = row[1];
-    policy.min_commit = row[2] > 1.0f ? static_cast<int64_t>(row[2]) : 1;
-    policy.max_commit = row[3] < 0x1p24f ? static_cast<int64_t>(row[3]) : INT64_MAX;
-    policy.score = static_cast<int>(row[4]);
+    policy.min_commit = whole_number(row[2], 1, kMostCommits);
+    policy.max_commit = row[3] >= static_cast<float>(kMostCommits)
+                            ? INT64_MAX
+                            : whole_number(row[3], 1, kMostCommits);
+    policy.score = whole_number(row[4], 0, kScores - 1);
     switch (policy.selector) {
       case kSelectConfidence:
       case kSelectFactor: policy.score = kScoreConfidence; break;
@@ -93,5 +106,39 @@ struct Policy {
     return limit(n, masked);
   }
 };
+
+struct PolicyBounds {
+  float low, high;
+  bool whole;
+};
+
+// What a field of a row has to be; the table of dparallel_ext/policies.py. A threshold may also be
+// the next float beyond its bounds: that is how published decoders exclude the bound itself.
+inline PolicyBounds policy_bounds(int field, const float* row) {
+  constexpr PolicyBounds kThreshold[kSelectors] = {
+      {0.0f, 1.0f, false},     {0.0f, kInfinity, false}, {0.0f, 1.0f, false},
+      {1.0f, kInfinity, true}, {0.0f, kInfinity, false}, {0.0f, kInfinity, false}};
+  const PolicyBounds fields[kPolicyFields] = {{0.0f, kSelectors - 1, true},
+                                              kThreshold[whole_number(row[0], 0, kSelectors - 1)],
+                                              {1.0f, kMostCommits, true},
+                                              {row[2], kInfinity, true},
+                                              {0.0f, kScores - 1, true}};
+  return fields[field];
+}
+
+// The first field of a row that is out of its bounds; kPolicyFields: none.
+inline int policy_misfit(const float* row) {
+  for (int field = 0; field < kPolicyFields; ++field) {
+    PolicyBounds bounds = policy_bounds(field, row);
+    if (field == 1) {
+      bounds.low = std::nextafter(bounds.low, -kInfinity);
+      bounds.high = std::nextafter(bounds.high, kInfinity);
+    }
+    const float x = row[field];
+    if (!(x >= bounds.low && x <= bounds.high) || (bounds.whole && std::trunc(x) != x))
+      return field;
+  }
+  return kPolicyFields;
+}
 
 }  // namespace dparallel

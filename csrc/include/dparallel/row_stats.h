@@ -103,10 +103,19 @@ struct RowResult {
   float field[kRowFields];
 };
 
+// What scores are relative to, where `max` is the largest logit: 0 as long as its z / T is small,
+// which keeps the scores of ordinary rows as they are, else `max` itself. So the score of the
+// largest logit is finite, and its noise is not lost beside it, whatever the row.
+constexpr float kPlainScore = 1024.0f;
+DP_HD float score_reference(float max, float inverse_temperature) {
+  const float scaled = max * inverse_temperature;
+  return scaled >= -kPlainScore && scaled <= kPlainScore ? 0.0f : max;
+}
+
 // The sampled side of a row: Gumbel-max over logits / T of the ids that may be drawn (not the mask
 // token, nor what the nucleus leaves out), with their own softmax at T beside it.
 struct SamplePart {
-  float score = -kInfinity;  // the largest z / T + Gumbel noise
+  float score = -kInfinity;  // the largest (z - score_reference(max)) / T + Gumbel noise
   float logit = -kInfinity;  // its z
   int32_t token = -1;
   float max = -kInfinity;  // of z
@@ -128,6 +137,9 @@ struct SamplePart {
   DP_HD void rescale(float to, float inverse_temperature) {
     // The difference first: of two large products it would keep their rounding.
     sum *= max == -kInfinity ? 0.0f : expf(shifted((max - to) * inverse_temperature, 0.0f));
+    score +=
+        (score_reference(max, inverse_temperature) - score_reference(to, inverse_temperature)) *
+        inverse_temperature;
     max = to;
   }
 };
