@@ -487,13 +487,13 @@ def test_most_passes_of_an_engine_are_replayed(
         share = 0.55
     drawn = torch.Generator().manual_seed(2)
     all_there = threading.Event()
-    turn = engines.Engine._turn
+    work = engines.Engine._work
 
     def waits(self: engines.Engine) -> bool:
         all_there.wait()
-        return turn(self)
+        return work(self)
 
-    monkeypatch.setattr(engines.Engine, "_turn", waits)
+    monkeypatch.setattr(engines.Engine, "_work", waits)
 
     def number(low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=drawn))
