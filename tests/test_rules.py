@@ -330,3 +330,9 @@ def test_the_example_decodes(capsys: pytest.CaptureFixture[str]) -> None:
     assert right >= 6
     assert passes < found["confidence:0.9"][1]
     assert "in an engine" in capsys.readouterr().out
+
+
+def test_no_rule_commits_what_is_suppressed(llada: models.Model) -> None:
+    one = dx.decode(llada, PROMPTS, gen_length=8, block_length=8, suppress=[9])
+    out = dx.decode(llada, PROMPTS, gen_length=8, block_length=8, suppress=[9], rule=Greedy(9))
+    assert torch.equal(out.sequences, one.sequences)
