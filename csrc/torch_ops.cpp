@@ -1,15 +1,21 @@
 // Schemas, checks and dispatch: the only file that knows torch, through its stable ABI, so that one
-// build serves later releases. Python (dparallel_ext/ops.py) turns user input into these arguments
-// and reports errors by name; the checks here keep memory safe whoever calls.
+// build serves later releases. Python (dparallel_ext/ops.py) turns user input into these arguments;
+// the checks here keep memory safe whoever calls, under torch.compile too. Arguments of other
+// strides than a kernel reads are copied.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <functional>
+#include <limits>
 #include <optional>
+#include <sstream>
 #include <stdexcept>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "dparallel/certainty_forcing_loss.h"
@@ -36,29 +42,82 @@ using namespace dparallel;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-DType dtype_of(const Tensor& logits) {
-  switch (logits.scalar_type()) {
+// In Python a ValueError.
+template <class... Parts>
+[[noreturn]] void bad_argument(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::invalid_argument(text.str());
+}
+#define DP_CHECK(condition, ...)                 \
+  do {                                           \
+    if (!(condition)) bad_argument(__VA_ARGS__); \
+  } while (false)
+
+DType dtype_of(const Tensor& t, const char* name, bool wide = false) {  // wide: float64 too
+  switch (t.scalar_type()) {
     case ScalarType::Float: return DType::float32;
     case ScalarType::BFloat16: return DType::bfloat16;
     case ScalarType::Half: return DType::float16;
-    case ScalarType::Double: return DType::float64;
-    default: STD_TORCH_CHECK(false, "logits: expected float32, bfloat16, float16 or float64");
+    case ScalarType::Double:
+      if (wide) return DType::float64;
+      [[fallthrough]];
+    default:
+      bad_argument(name, ": expected float32, bfloat16 or float16", wide ? " or float64" : "");
   }
-  return DType::float32;
 }
 
-const Tensor& contiguous(const Tensor& t, const char* name, ScalarType dtype,
-                         std::vector<int64_t> sizes, const Tensor& like) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype, name, ": wrong dtype");
-  STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
-  STD_TORCH_CHECK(t.get_device() == like.get_device() && t.is_cpu() == like.is_cpu(), name,
-                  ": expected the device of the logits");
-  STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(sizes.size()), name, ": expected ", sizes.size(),
-                  " dimensions, got ", t.dim());
+void check_device(const Tensor& t, const char* name, const Tensor& like, const char* of) {
+  DP_CHECK(t.get_device() == like.get_device() && t.is_cpu() == like.is_cpu(), name,
+           ": expected on the device of ", of);
+}
+
+// Checks a tensor that is read, and makes it contiguous.
+void expect(Tensor& t, const char* name, ScalarType dtype, const std::vector<int64_t>& sizes,
+            const Tensor& like) {
+  DP_CHECK(t.scalar_type() == dtype, name, ": wrong dtype");
+  check_device(t, name, like, "the others");
+  DP_CHECK(t.dim() == static_cast<int64_t>(sizes.size()), name, ": expected ", sizes.size(),
+           " dimensions, got ", t.dim());
   for (size_t i = 0; i < sizes.size(); ++i)
-    STD_TORCH_CHECK(t.size(i) == sizes[i], name, ": expected size ", sizes[i], " in dimension ", i,
-                    ", got ", t.size(i));
-  return t;
+    DP_CHECK(t.size(i) == sizes[i], name, ": expected size ", sizes[i], " in dimension ", i,
+             ", got ", t.size(i));
+  if (!t.is_contiguous()) t = torch::stable::contiguous(t);
+}
+
+// The last dimension becomes contiguous.
+void make_rows(Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  if (t.stride(last) != 1 && t.size(last) != 1) t = torch::stable::contiguous(t);
+}
+
+// What is changed in place may not be an expanded view, nor another whose elements overlap: by
+// ascending strides, each dimension has to step over all that the smaller ones span.
+void own_memory(const Tensor& t, const char* name) {
+  if (t.numel() == 0) return;
+  std::vector<std::pair<int64_t, int64_t>> steps;  // stride, size
+  for (int64_t d = 0; d < t.dim(); ++d)
+    if (t.size(d) > 1) steps.emplace_back(t.stride(d), t.size(d));
+  std::sort(steps.begin(), steps.end());
+  int64_t span = 0;
+  for (const auto& [stride, size] : steps) {
+    DP_CHECK(stride > span, name,
+             ": expected memory of its own for each element, which is changed in place, got ", size,
+             " elements at a stride of ", stride);
+    span += stride * (size - 1);
+  }
+}
+
+// `rows`: `t`, or the copy that a kernel has changed in its place.
+void write_back(Tensor& t, const Tensor& rows) {
+  if (rows.data_ptr() != t.data_ptr()) torch::stable::copy_(t, rows);
+}
+
+// Indices on the CPU, where a look costs nothing.
+void within(const char* name, const int64_t* index, int64_t count, int64_t low, int64_t high) {
+  for (int64_t i = 0; i < count; ++i)
+    DP_CHECK(low <= index[i] && index[i] < high, name, ": expected in [", std::max<int64_t>(low, 0),
+             ", ", high, "), got ", index[i], " at ", i);
 }
 
 template <class T>
@@ -72,42 +131,50 @@ const int64_t* listed(const Tensor& positions) {
   return positions.numel() > 0 ? data<int64_t>(positions) : &none;
 }
 
-Logits logits_of(const Tensor& t, bool wide = false) {  // (R, V) or (B, L, V); wide: float64 too
-  STD_TORCH_CHECK(t.dim() == 2 || t.dim() == 3, "logits: expected 2 or 3 dimensions, got ",
-                  t.dim());
+int64_t length_of(const Tensor& t, const char* name) {
+  DP_CHECK(t.dim() == 1, name, ": expected 1 dimension, got ", t.dim());
+  return t.size(0);
+}
+
+Logits logits_of(Tensor& t, bool wide = false) {  // (R, V) or (B, L, V); wide: float64 too
+  const DType dtype = dtype_of(t, "logits", wide);
+  DP_CHECK(t.dim() == 2 || t.dim() == 3, "logits: expected 2 or 3 dimensions, got ", t.dim());
   const int64_t last = t.dim() - 1, vocab = t.size(last);
-  STD_TORCH_CHECK(vocab >= 1 && vocab < INT32_MAX, "logits: vocabulary of size ", vocab);
-  STD_TORCH_CHECK(t.stride(last) == 1 || vocab == 1, "logits: the vocabulary must be contiguous");
-  STD_TORCH_CHECK(wide || t.scalar_type() != ScalarType::Double,
-                  "logits: expected float32, bfloat16 or float16");
-  const int64_t inner = t.dim() == 3 ? t.size(1) : (t.size(0) > 0 ? t.size(0) : 1);
-  return {
-      t.data_ptr(),      dtype_of(t), vocab, inner > 0 ? inner : 1, t.dim() == 3 ? t.stride(0) : 0,
-      t.stride(last - 1)};
+  DP_CHECK(vocab >= 1 && vocab < INT32_MAX, "logits: vocabulary of size ", vocab);
+  make_rows(t);
+  const int64_t inner = t.size(last - 1);
+  return {t.data_ptr(),      dtype, vocab, inner > 0 ? inner : 1, t.dim() == 3 ? t.stride(0) : 0,
+          t.stride(last - 1)};
+}
+
+std::vector<int64_t> sizes_of(const Tensor& t) {
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d < t.dim(); ++d) sizes.push_back(t.size(d));
+  return sizes;
 }
 
 int64_t row_count(const Tensor& logits) {
   return logits.dim() == 3 ? logits.size(0) * logits.size(1) : logits.size(0);
 }
 
-Exclusions exclusions_of(int64_t mask_id, const std::optional<Tensor>& suppress,
-                         const Tensor& like) {
+Exclusions exclusions_of(int64_t mask_id, std::optional<Tensor>& suppress, const Tensor& like) {
   if (!suppress.has_value()) return {mask_id, nullptr, 0};
-  contiguous(*suppress, "suppress", ScalarType::Long, {suppress->size(0)}, like);
-  return {mask_id, data<int64_t>(*suppress), suppress->size(0)};
+  const int64_t count = length_of(*suppress, "suppress");
+  expect(*suppress, "suppress", ScalarType::Long, {count}, like);
+  return {mask_id, data<int64_t>(*suppress), count};
 }
 
-Sampling sampling_of(double temperature, double top_p, int64_t top_k,
-                     const std::optional<Tensor>& keys, std::vector<int64_t> sizes,
-                     int64_t position_offset, const Tensor& like) {
-  STD_TORCH_CHECK(temperature >= 0 && temperature < kInfinity,
-                  "temperature: expected a finite number >= 0, got ", temperature);
+Sampling sampling_of(double temperature, double top_p, int64_t top_k, std::optional<Tensor>& keys,
+                     const std::vector<int64_t>& sizes, int64_t position_offset,
+                     const Tensor& like) {
+  DP_CHECK(temperature >= 0 && temperature < kInfinity,
+           "temperature: expected a finite number >= 0, got ", temperature);
   const float in_force = temperature_in_force(temperature);
   if (in_force == 0.0f) return {0.0f, nullptr, 0};
-  STD_TORCH_CHECK(top_p >= 0 && top_p <= 1, "top_p: expected a number from 0 to 1, got ", top_p);
-  STD_TORCH_CHECK(top_k >= 0, "top_k: expected a whole number >= 0, got ", top_k);
-  STD_TORCH_CHECK(keys.has_value(), "keys: needed at a temperature of ", kColdest, " and above");
-  contiguous(*keys, "keys", ScalarType::Long, sizes, like);
+  DP_CHECK(top_p >= 0 && top_p <= 1, "top_p: expected a number from 0 to 1, got ", top_p);
+  DP_CHECK(top_k >= 0, "top_k: expected a whole number >= 0, got ", top_k);
+  DP_CHECK(keys.has_value(), "keys: needed at a temperature of ", kColdest, " and above");
+  expect(*keys, "keys", ScalarType::Long, sizes, like);
   return {in_force, data<int64_t>(*keys), position_offset, top_p, top_k};
 }
 
@@ -132,9 +199,8 @@ void check_policy(const float* rows, int64_t batch) {
     if (field == kPolicyFields) continue;
     constexpr const char* kNames[] = {"selector", "threshold", "min_commit", "max_commit", "score"};
     const PolicyBounds bounds = policy_bounds(field, row);
-    STD_TORCH_CHECK(false, kNames[field], ": expected a ", bounds.whole ? "whole " : "",
-                    "number from ", bounds.low, " to ", bounds.high, ", got ", row[field],
-                    " for sequence ", b);
+    bad_argument(kNames[field], ": expected a ", bounds.whole ? "whole " : "", "number from ",
+                 bounds.low, " to ", bounds.high, ", got ", row[field], " for sequence ", b);
   }
 }
 
@@ -144,15 +210,39 @@ struct Cpu {
     torch::stable::parallel_for(0, n, 1,
                                 [&](int64_t begin, int64_t end) { body(begin, end, context); });
   }
-  static void row_stats(const RowStatsArgs& args, const Tensor&, const std::optional<Tensor>&) {
+  // On a GPU no index is looked at, which would wait for it; the kernels pass over those that are
+  // out of bounds, or report them.
+  static void check_suppress(const Exclusions& ex, int64_t vocab) {
+    within("suppress", ex.suppress, ex.suppress_count, 0, vocab);
+    DP_CHECK(std::is_sorted(ex.suppress, ex.suppress + ex.suppress_count),
+             "suppress: expected ascending ids");
+  }
+  static void row_stats(const RowStatsArgs& args, const Tensor& logits,
+                        const std::optional<Tensor>&) {
+    if (args.rows) within("rows", args.rows, args.count, 0, row_count(logits));
+    check_suppress(args.exclusions, args.logits.vocab);
     cpu::row_stats(args, parallel);
   }
   static void select(const SelectArgs& args, const Tensor&) {
     check_policy(args.policy, args.batch);
+    // Scores that have no order cannot be sorted.
+    for (const auto& [scores, name] : {std::pair{args.confidence, "confidence"},
+                                       {args.margin, "margin"},
+                                       {args.entropy, "entropy"}})
+      for (int64_t i = 0; i < args.batch * args.length; ++i)
+        DP_CHECK(scores[i] == scores[i] || !args.eligible[i], name, ": NaN at eligible position ",
+                 i % args.length, " of sequence ", i / args.length);
     cpu::select(args, parallel);
   }
   static void unmask(const UnmaskArgs& args, const Tensor&, const std::optional<Tensor>&) {
     check_policy(args.policy, args.batch);
+    if (args.positions) {
+      const int64_t* end = args.positions + args.count;
+      within("positions", args.positions, args.count, 0, args.batch * args.length);
+      DP_CHECK(std::adjacent_find(args.positions, end, std::greater_equal<>()) == end,
+               "positions: expected strictly ascending positions");
+    }
+    check_suppress(args.exclusions, args.logits.vocab);
     cpu::unmask(args, parallel);
   }
   static void loss(const LossArgs& args, const Tensor&) {
@@ -161,31 +251,22 @@ struct Cpu {
   static void loss_backward(const LossBackwardArgs& args, const Tensor&) {
     cpu::certainty_forcing_loss_backward(args, parallel);
   }
-  // On a GPU the indices are not looked at, which would wait for it.
   static void kv_write(const KvWriteArgs& args, const Tensor&) {
-    const int64_t slots = args.k_layout.pages * args.k_layout.page_size;
-    for (int64_t i = 0; i < args.count; ++i) {
-      STD_TORCH_CHECK(args.positions[i] >= 0 && args.positions[i] < args.table,
-                      "positions: ", args.positions[i], " of row ", i, ", but cos and sin have ",
-                      args.table, " rows");
-      STD_TORCH_CHECK(args.slots[i] < slots, "slots: ", args.slots[i], " of row ", i,
-                      ", but the cache has ", slots);
-    }
+    within("positions", args.positions, args.count, 0, args.table);
+    within("slots", args.slots, args.count, std::numeric_limits<int64_t>::min(),
+           args.k_layout.pages * args.k_layout.page_size);
     cpu::kv_write(args, parallel);
   }
   static void block_attention(const BlockAttentionArgs& args, const Tensor&) {
-    const int64_t page_size = args.k_layout.page_size;
+    const int64_t size = args.k_layout.page_size, capacity = args.table_width * size;
+    within("begin", args.begin, args.segments, 0, args.count + 1);
+    within("end", args.end, args.segments, 0, args.count + 1);
+    within("lengths", args.length, args.segments, 0, capacity + 1);
     for (int64_t s = 0; s < args.segments; ++s) {
-      const int64_t begin = args.begin[s], end = args.end[s], length = args.length[s];
-      STD_TORCH_CHECK(0 <= begin && begin <= end && end <= args.count, "begin: segment ", s,
-                      " is of rows [", begin, ", ", end, "), but q has ", args.count);
-      STD_TORCH_CHECK(0 <= length && length <= args.table_width * page_size, "length: ", length,
-                      " of segment ", s, ", but its pages hold ", args.table_width * page_size);
-      for (int64_t i = 0; i < (length + page_size - 1) / page_size; ++i) {
-        const int64_t page = args.pages[s * args.table_width + i];
-        STD_TORCH_CHECK(0 <= page && page < args.k_layout.pages, "pages: ", page, " of segment ", s,
-                        ", but the cache has ", args.k_layout.pages);
-      }
+      DP_CHECK(args.begin[s] <= args.end[s], "begin: expected no larger than end, got ",
+               args.begin[s], " above ", args.end[s], " at ", s);
+      within("pages", args.pages + s * args.table_width, (args.length[s] + size - 1) / size, 0,
+             args.k_layout.pages);
     }
     cpu::block_attention(args, parallel);
   }
@@ -216,10 +297,9 @@ struct Cuda {
     return stream;
   }
   static int32_t* counters(const std::optional<Tensor>& t, int64_t needed, const Tensor& like) {
-    STD_TORCH_CHECK(t.has_value() && t->scalar_type() == ScalarType::Int && t->is_contiguous() &&
-                        t->get_device() == like.get_device() && t->numel() >= needed,
-                    "counters: expected at least ", needed,
-                    " contiguous int32 zeros on the device");
+    DP_CHECK(t.has_value() && t->scalar_type() == ScalarType::Int && t->is_contiguous() &&
+                 t->get_device() == like.get_device() && t->numel() >= needed,
+             "counters: expected at least ", needed, " contiguous int32 zeros on the device");
     return data<int32_t>(*t);
   }
   template <class Args>
@@ -300,14 +380,15 @@ std::tuple<Tensor, Tensor, Tensor> row_stats(Tensor logits, std::optional<Tensor
                                              double temperature, double top_p, int64_t top_k,
                                              std::optional<Tensor> keys,
                                              std::optional<Tensor> counters) {
+  const Logits all = logits_of(logits);
   int64_t count = row_count(logits);
   if (rows.has_value()) {
-    count = rows->size(0);
-    contiguous(*rows, "rows", ScalarType::Long, {count}, logits);
+    count = length_of(*rows, "rows");
+    expect(*rows, "rows", ScalarType::Long, {count}, logits);
   }
   const RowTensors out(logits, count, count);
-  const RowStatsArgs args{logits_of(logits),
-                          rows.has_value() ? data<int64_t>(*rows) : nullptr,
+  const RowStatsArgs args{all,
+                          rows.has_value() ? listed(*rows) : nullptr,
                           count,
                           exclusions_of(mask_id, suppress, logits),
                           sampling_of(temperature, top_p, top_k, keys, {count, 4}, 0, logits),
@@ -322,15 +403,13 @@ constexpr const char* kSelectSchema =
 
 template <class Backend>
 Tensor select(Tensor confidence, Tensor margin, Tensor entropy, Tensor eligible, Tensor policy) {
-  STD_TORCH_CHECK(confidence.dim() == 2, "confidence: expected (B, L)");
+  DP_CHECK(confidence.dim() == 2, "confidence: expected 2 dimensions, got ", confidence.dim());
   const int64_t batch = confidence.size(0), length = confidence.size(1);
-  for (const auto& [tensor, name] :
-       {std::pair<const Tensor&, const char*>{confidence, "confidence"},
-        {margin, "margin"},
-        {entropy, "entropy"}})
-    contiguous(tensor, name, ScalarType::Float, {batch, length}, confidence);
-  contiguous(eligible, "eligible", ScalarType::Bool, {batch, length}, confidence);
-  contiguous(policy, "policy", ScalarType::Float, {batch, kPolicyFields}, confidence);
+  expect(confidence, "confidence", ScalarType::Float, {batch, length}, confidence);
+  expect(margin, "margin", ScalarType::Float, {batch, length}, confidence);
+  expect(entropy, "entropy", ScalarType::Float, {batch, length}, confidence);
+  expect(eligible, "eligible", ScalarType::Bool, {batch, length}, confidence);
+  expect(policy, "policy", ScalarType::Float, {batch, kPolicyFields}, confidence);
   Tensor commit = torch::stable::new_empty(confidence, {batch, length}, ScalarType::Bool);
   const SelectArgs args{data<float>(confidence),
                         data<float>(margin),
@@ -356,19 +435,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unmask_(
     Tensor policy, int64_t mask_id, std::optional<Tensor> suppress, double temperature,
     double top_p, int64_t top_k, std::optional<Tensor> keys, int64_t position_offset,
     std::optional<Tensor> counters) {
-  STD_TORCH_CHECK(tokens.dim() == 2 && tokens.scalar_type() == ScalarType::Long,
-                  "tokens: expected int64 (B, L)");
+  DP_CHECK(tokens.dim() == 2 && tokens.scalar_type() == ScalarType::Long,
+           "tokens: expected int64 (B, L)");
+  check_device(tokens, "tokens", logits, "the logits");
+  own_memory(tokens, "tokens");
+  const Logits all = logits_of(logits);
   const int64_t batch = tokens.size(0), length = tokens.size(1), count = row_count(logits);
   if (positions.has_value()) {
-    STD_TORCH_CHECK(logits.dim() == 2, "logits: expected (N, V) with positions");
-    contiguous(*positions, "positions", ScalarType::Long, {count}, logits);
+    DP_CHECK(logits.dim() == 2, "logits: expected (N, V) with positions");
+    expect(*positions, "positions", ScalarType::Long, {count}, logits);
   } else {
-    STD_TORCH_CHECK(logits.dim() == 3 && logits.size(0) == batch && logits.size(1) == length,
-                    "logits: expected (B, L, V) matching tokens");
+    DP_CHECK(logits.dim() == 3 && logits.size(0) == batch && logits.size(1) == length,
+             "logits: expected (B, L, V) matching tokens");
   }
-  contiguous(start, "start", ScalarType::Long, {batch}, logits);
-  contiguous(end, "end", ScalarType::Long, {batch}, logits);
-  contiguous(policy, "policy", ScalarType::Float, {batch, kPolicyFields}, logits);
+  expect(start, "start", ScalarType::Long, {batch}, logits);
+  expect(end, "end", ScalarType::Long, {batch}, logits);
+  expect(policy, "policy", ScalarType::Float, {batch, kPolicyFields}, logits);
   const RowTensors out(logits, count, batch);
   Tensor committed = torch::stable::new_empty(logits, {batch}, ScalarType::Long);
   Tensor remaining = torch::stable::new_empty(logits, {batch}, ScalarType::Long);
@@ -379,7 +461,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unmask_(
       length,
       tokens.stride(0),
       tokens.stride(1),
-      logits_of(logits),
+      all,
       positions.has_value() ? listed(*positions) : nullptr,
       count,
       data<int64_t>(start),
@@ -404,13 +486,14 @@ constexpr const char* kLossSchema =
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> certainty_forcing_loss(
     Tensor logits, Tensor labels, Tensor active, double temperature, double ce_temperature,
-    bool /*inplace*/) {
+    bool inplace) {
+  if (inplace) own_memory(logits, "logits");
+  const Logits all = logits_of(logits, true);
   const int64_t count = row_count(logits);
-  contiguous(labels, "labels", ScalarType::Long, {count}, logits);
-  contiguous(active, "active", ScalarType::Bool, {count}, logits);
+  expect(labels, "labels", ScalarType::Long, {count}, logits);
+  expect(active, "active", ScalarType::Bool, {count}, logits);
   for (const double t : {temperature, ce_temperature})
-    STD_TORCH_CHECK(t >= 1e-5 && t <= 1e5, "temperature: expected a number from 1e-5 to 1e5, got ",
-                    t);
+    DP_CHECK(t >= 1e-5 && t <= 1e5, "temperature: expected a number from 1e-5 to 1e5, got ", t);
   const bool wide = logits.scalar_type() == ScalarType::Double;
   const ScalarType real = wide ? ScalarType::Double : ScalarType::Float;
   Tensor nll = torch::stable::new_empty(logits, {count}, real);
@@ -418,10 +501,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> certainty_forcing_loss(
   Tensor correct = torch::stable::new_empty(logits, {count}, ScalarType::Bool);
   Tensor saved = torch::stable::new_empty(logits, {count, kLossSaved}, real);
   Tensor error = torch::stable::new_empty(logits, {count}, ScalarType::Long);
-  const LossArgs args{
-      logits_of(logits, true), data<bool>(active), data<int64_t>(labels), count,
-      ce_temperature,          temperature,        nll.data_ptr(),        entropy.data_ptr(),
-      data<bool>(correct),     saved.data_ptr(),   data<int64_t>(error)};
+  const LossArgs args{all,
+                      data<bool>(active),
+                      data<int64_t>(labels),
+                      count,
+                      ce_temperature,
+                      temperature,
+                      nll.data_ptr(),
+                      entropy.data_ptr(),
+                      data<bool>(correct),
+                      saved.data_ptr(),
+                      data<int64_t>(error)};
   Backend::loss(args, logits);
   return {nll, entropy, correct, saved, error};
 }
@@ -437,22 +527,29 @@ constexpr const char* kLossBackwardInplaceSchema =
 
 // `grad`: where it goes; null: over the logits.
 template <class Backend>
-void loss_backward(const Tensor& logits, const Tensor& labels, const Tensor& active,
-                   double temperature, double ce_temperature, const Tensor& saved,
-                   const Tensor& grad_nll, const Tensor& grad_entropy, void* grad) {
+void loss_backward(Tensor& logits, Tensor& labels, Tensor& active, double temperature,
+                   double ce_temperature, Tensor& saved, Tensor& grad_nll, Tensor& grad_entropy,
+                   void* grad) {
+  const Logits all = logits_of(logits, true);
   const int64_t count = row_count(logits);
-  contiguous(labels, "labels", ScalarType::Long, {count}, logits);
-  contiguous(active, "active", ScalarType::Bool, {count}, logits);
+  expect(labels, "labels", ScalarType::Long, {count}, logits);
+  expect(active, "active", ScalarType::Bool, {count}, logits);
+  DP_CHECK(temperature > 0 && ce_temperature > 0, "temperature: expected > 0");
   const bool wide = logits.scalar_type() == ScalarType::Double;
   const ScalarType real = wide ? ScalarType::Double : ScalarType::Float;
-  contiguous(saved, "saved", real, {count, kLossSaved}, logits);
-  contiguous(grad_nll, "grad_nll", real, {count}, logits);
-  contiguous(grad_entropy, "grad_entropy", real, {count}, logits);
-  const LossBackwardArgs args{logits_of(logits, true), data<bool>(active),
-                              data<int64_t>(labels),   count,
-                              ce_temperature,          temperature,
-                              saved.data_ptr(),        grad_nll.data_ptr(),
-                              grad_entropy.data_ptr(), grad};
+  expect(saved, "saved", real, {count, kLossSaved}, logits);
+  expect(grad_nll, "grad_nll", real, {count}, logits);
+  expect(grad_entropy, "grad_entropy", real, {count}, logits);
+  const LossBackwardArgs args{all,
+                              data<bool>(active),
+                              data<int64_t>(labels),
+                              count,
+                              ce_temperature,
+                              temperature,
+                              saved.data_ptr(),
+                              grad_nll.data_ptr(),
+                              grad_entropy.data_ptr(),
+                              grad};
   Backend::loss_backward(args, logits);
 }
 
@@ -460,9 +557,7 @@ template <class Backend>
 Tensor certainty_forcing_loss_backward(Tensor logits, Tensor labels, Tensor active,
                                        double temperature, double ce_temperature, Tensor saved,
                                        Tensor grad_nll, Tensor grad_entropy) {
-  std::vector<int64_t> sizes;
-  for (int64_t d = 0; d < logits.dim(); ++d) sizes.push_back(logits.size(d));
-  Tensor grad = torch::stable::new_empty(logits, sizes);
+  Tensor grad = torch::stable::new_empty(logits, sizes_of(logits));
   loss_backward<Backend>(logits, labels, active, temperature, ce_temperature, saved, grad_nll,
                          grad_entropy, grad.data_ptr());
   return grad;
@@ -472,40 +567,42 @@ template <class Backend>
 void certainty_forcing_loss_backward_(Tensor logits, Tensor labels, Tensor active,
                                       double temperature, double ce_temperature, Tensor saved,
                                       Tensor grad_nll, Tensor grad_entropy) {
-  loss_backward<Backend>(logits, labels, active, temperature, ce_temperature, saved, grad_nll,
+  own_memory(logits, "logits");
+  Tensor rows = logits;
+  loss_backward<Backend>(rows, labels, active, temperature, ce_temperature, saved, grad_nll,
                          grad_entropy, nullptr);
+  write_back(logits, rows);
 }
 
-// [count, heads, head_dim] with contiguous heads.
-void check_heads(const Tensor& t, const char* name, int64_t count, int64_t heads, int64_t dim,
-                 const Tensor& like) {
-  STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == count && t.size(1) == heads && t.size(2) == dim,
-                  name, ": expected (", count, ", ", heads, ", ", dim, ")");
-  STD_TORCH_CHECK((t.stride(2) == 1 || dim == 1) && (t.stride(1) == dim || heads == 1), name,
-                  ": expected each row contiguous");
-  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, ": expected the dtype of q");
-  STD_TORCH_CHECK(t.get_device() == like.get_device() && t.is_cpu() == like.is_cpu(), name,
-                  ": expected the device of q");
+// [count, heads, head_dim]; rows become contiguous.
+void expect_heads(Tensor& t, const char* name, int64_t count, int64_t heads, int64_t dim,
+                  const Tensor& like) {
+  DP_CHECK(t.dim() == 3 && t.size(0) == count && t.size(1) == heads && t.size(2) == dim, name,
+           ": expected (", count, ", ", heads, ", ", dim, ")");
+  DP_CHECK(t.scalar_type() == like.scalar_type(), name, ": expected the dtype of q");
+  check_device(t, name, like, "q");
+  if ((t.stride(2) != 1 && dim != 1) || (t.stride(1) != dim && heads != 1))
+    t = torch::stable::contiguous(t);
 }
 
-// (pages, heads, page_size, head_dim)
-CacheLayout layout_of(const Tensor& cache, const char* name, const Tensor& q) {
-  STD_TORCH_CHECK(cache.dim() == 4 && (cache.stride(3) == 1 || cache.size(3) == 1), name,
-                  ": expected (pages, heads, page_size, head_dim), the last contiguous");
-  STD_TORCH_CHECK(cache.scalar_type() == q.scalar_type(), name, ": expected the dtype of q");
-  STD_TORCH_CHECK(cache.get_device() == q.get_device() && cache.is_cpu() == q.is_cpu(), name,
-                  ": expected the device of q");
-  STD_TORCH_CHECK(q.dim() == 3 && cache.size(3) == q.size(2) && cache.size(1) > 0 &&
-                      q.size(1) % cache.size(1) == 0 && q.size(1) <= 64 * cache.size(1) &&
-                      cache.size(2) > 0,
-                  name, ": its heads do not fit those of q");
+// (pages, heads, page_size, head_dim); the last becomes contiguous.
+CacheLayout layout_of(Tensor& cache, const char* name, const Tensor& q) {
+  DP_CHECK(cache.dim() == 4, name, ": expected (pages, heads, page_size, head_dim), got ",
+           cache.dim(), " dimensions");
+  DP_CHECK(cache.scalar_type() == q.scalar_type(), name, ": expected the dtype of q");
+  check_device(cache, name, q, "q");
+  DP_CHECK(q.dim() == 3, "q: expected 3 dimensions, got ", q.dim());
+  DP_CHECK(cache.size(3) == q.size(2) && cache.size(1) > 0 && q.size(1) % cache.size(1) == 0 &&
+               q.size(1) <= 64 * cache.size(1) && cache.size(2) > 0,
+           name, ": its heads do not fit those of q");
+  make_rows(cache);
   return {cache.size(0),   cache.size(2),   cache.size(1),  cache.size(3),
           cache.stride(0), cache.stride(1), cache.stride(2)};
 }
 
 void check_same(const CacheLayout& k, const CacheLayout& v) {
-  STD_TORCH_CHECK(k.pages == v.pages && k.page_size == v.page_size && k.heads == v.heads,
-                  "v_cache: expected the shape of k_cache");
+  DP_CHECK(k.pages == v.pages && k.page_size == v.page_size && k.heads == v.heads,
+           "v_cache: expected the shape of k_cache");
 }
 
 constexpr const char* kKvWriteSchema =
@@ -515,64 +612,83 @@ constexpr const char* kKvWriteSchema =
 template <class Backend>
 void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor positions,
               Tensor slots, Tensor cos, Tensor sin, bool interleaved) {
-  const CacheLayout keys = layout_of(k_cache, "k_cache", q);
-  const CacheLayout values = layout_of(v_cache, "v_cache", q);
+  Tensor q_rows = q, k_rows = k_cache, v_rows = v_cache;
+  const DType dtype = dtype_of(q, "q");
+  const CacheLayout keys = layout_of(k_rows, "k_cache", q);
+  const CacheLayout values = layout_of(v_rows, "v_cache", q);
   check_same(keys, values);
-  const int64_t count = q.size(0), dim = q.size(2);
-  STD_TORCH_CHECK(dim % 2 == 0, "q: expected an even head_dim, got ", dim);
-  check_heads(q, "q", count, q.size(1), dim, q);
-  check_heads(k, "k", count, keys.heads, dim, q);
-  check_heads(v, "v", count, keys.heads, dim, q);
-  contiguous(positions, "positions", ScalarType::Long, {count}, q);
-  contiguous(slots, "slots", ScalarType::Long, {count}, q);
-  contiguous(cos, "cos", ScalarType::Float, {cos.size(0), dim / 2}, q);
-  contiguous(sin, "sin", ScalarType::Float, {cos.size(0), dim / 2}, q);
-  const KvWriteArgs args{dtype_of(q),
-                         q.data_ptr(),
+  own_memory(q, "q");
+  own_memory(k_cache, "k_cache");
+  own_memory(v_cache, "v_cache");
+  DP_CHECK(k_cache.numel() == 0 || k_cache.data_ptr() != v_cache.data_ptr(),
+           "v_cache: expected memory of its own, got that of k_cache");
+  const int64_t count = q.size(0), heads = q.size(1), dim = q.size(2);
+  DP_CHECK(dim % 2 == 0, "q: expected an even head_dim, got ", dim);
+  expect_heads(q_rows, "q", count, heads, dim, q);
+  expect_heads(k, "k", count, keys.heads, dim, q);
+  expect_heads(v, "v", count, keys.heads, dim, q);
+  DP_CHECK(q.numel() == 0 || (k.data_ptr() != q.data_ptr() && v.data_ptr() != q.data_ptr()),
+           "q: expected memory of its own, which is rotated in place, got that of k or v");
+  expect(positions, "positions", ScalarType::Long, {count}, q);
+  expect(slots, "slots", ScalarType::Long, {count}, q);
+  DP_CHECK(cos.dim() == 2, "cos: expected 2 dimensions, got ", cos.dim());
+  const int64_t table = cos.size(0);
+  expect(cos, "cos", ScalarType::Float, {table, dim / 2}, q);
+  expect(sin, "sin", ScalarType::Float, {table, dim / 2}, q);
+  const KvWriteArgs args{dtype,
+                         q_rows.data_ptr(),
                          k.data_ptr(),
                          v.data_ptr(),
-                         q.stride(0),
+                         q_rows.stride(0),
                          k.stride(0),
                          v.stride(0),
                          count,
-                         q.size(1),
+                         heads,
                          data<int64_t>(positions),
                          data<int64_t>(slots),
                          data<float>(cos),
                          data<float>(sin),
-                         cos.size(0),
+                         table,
                          interleaved,
-                         k_cache.data_ptr(),
-                         v_cache.data_ptr(),
+                         k_rows.data_ptr(),
+                         v_rows.data_ptr(),
                          keys,
                          values};
   Backend::kv_write(args, q);
+  write_back(q, q_rows);
+  write_back(k_cache, k_rows);
+  write_back(v_cache, v_rows);
 }
 
 constexpr const char* kBlockAttentionSchema =
     "block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor begin, Tensor end, Tensor "
-    "length, Tensor pages, int longest_query, int longest_length, float scale) -> Tensor";
+    "lengths, Tensor pages, int longest_query, int longest_length, float scale) -> Tensor";
 
 template <class Backend>
 Tensor block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor begin, Tensor end,
-                       Tensor length, Tensor pages, int64_t longest_query, int64_t longest_length,
+                       Tensor lengths, Tensor pages, int64_t longest_query, int64_t longest_length,
                        double scale) {
+  const DType dtype = dtype_of(q, "q");
   const CacheLayout keys = layout_of(k_cache, "k_cache", q);
   const CacheLayout values = layout_of(v_cache, "v_cache", q);
   check_same(keys, values);
-  const int64_t count = q.size(0), segments = begin.numel();
-  check_heads(q, "q", count, q.size(1), q.size(2), q);
-  contiguous(begin, "begin", ScalarType::Long, {segments}, q);
-  contiguous(end, "end", ScalarType::Long, {segments}, q);
-  contiguous(length, "length", ScalarType::Long, {segments}, q);
-  STD_TORCH_CHECK(pages.dim() == 2, "pages: expected 2 dimensions, got ", pages.dim());
-  contiguous(pages, "pages", ScalarType::Long, {segments, pages.size(1)}, q);
-  Tensor out = torch::stable::new_empty(q, {count, q.size(1), q.size(2)});
-  const BlockAttentionArgs args{dtype_of(q),
+  const int64_t count = q.size(0), heads = q.size(1), dim = q.size(2);
+  const int64_t segments = length_of(begin, "begin");
+  expect_heads(q, "q", count, heads, dim, q);
+  expect(begin, "begin", ScalarType::Long, {segments}, q);
+  expect(end, "end", ScalarType::Long, {segments}, q);
+  expect(lengths, "lengths", ScalarType::Long, {segments}, q);
+  DP_CHECK(pages.dim() == 2, "pages: expected 2 dimensions, got ", pages.dim());
+  const int64_t table_width = pages.size(1);
+  expect(pages, "pages", ScalarType::Long, {segments, table_width}, q);
+  DP_CHECK(longest_query >= 0, "longest_query: expected >= 0, got ", longest_query);
+  DP_CHECK(longest_length >= 0, "longest_length: expected >= 0, got ", longest_length);
+  Tensor out = torch::stable::new_empty(q, {count, heads, dim});
+  const BlockAttentionArgs args{dtype,
                                 q.data_ptr(),
                                 q.stride(0),
                                 count,
-                                q.size(1),
+                                heads,
                                 k_cache.data_ptr(),
                                 v_cache.data_ptr(),
                                 keys,
@@ -580,40 +696,31 @@ Tensor block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor begin, T
                                 segments,
                                 data<int64_t>(begin),
                                 data<int64_t>(end),
-                                data<int64_t>(length),
+                                data<int64_t>(lengths),
                                 data<int64_t>(pages),
-                                pages.size(1),
+                                table_width,
                                 longest_query,
                                 longest_length,
                                 static_cast<float>(scale),
                                 out.data_ptr()};
-  if (count > 0) Backend::block_attention(args, q);
+  if (out.numel() > 0) Backend::block_attention(args, q);
   return out;
 }
 
-// (R, width) or (B, L, width) in rows of contiguous numbers, like `like`.
-RowStrides rows_of(const Tensor& t, const char* name, const Tensor& like) {
-  STD_TORCH_CHECK(t.dim() == like.dim() && (t.dim() == 2 || t.dim() == 3), name,
-                  ": expected 2 or 3 dimensions, got ", t.dim());
+// (R, width) or (B, L, width) like `like`; rows become contiguous.
+RowStrides rows_of(Tensor& t, const char* name, const Tensor& like) {
+  DP_CHECK(t.dim() == like.dim() && (t.dim() == 2 || t.dim() == 3), name,
+           ": expected 2 or 3 dimensions, got ", t.dim());
   const int64_t last = t.dim() - 1;
   for (int64_t d = 0; d <= last; ++d)
-    STD_TORCH_CHECK(t.size(d) == like.size(d), name, ": expected size ", like.size(d),
-                    " in dimension ", d, ", got ", t.size(d));
-  STD_TORCH_CHECK(t.size(last) >= 1, name, ": expected rows of at least 1 number");
-  STD_TORCH_CHECK(t.stride(last) == 1 || t.size(last) == 1, name, ": expected contiguous rows");
-  STD_TORCH_CHECK(t.scalar_type() != ScalarType::Double, name,
-                  ": expected float32, bfloat16 or float16");
-  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, ": wrong dtype");
-  STD_TORCH_CHECK(t.get_device() == like.get_device() && t.is_cpu() == like.is_cpu(), name,
-                  ": wrong device");
-  const int64_t inner = t.dim() == 3 ? t.size(1) : t.size(0);
+    DP_CHECK(t.size(d) == like.size(d), name, ": expected size ", like.size(d), " in dimension ", d,
+             ", got ", t.size(d));
+  DP_CHECK(t.size(last) >= 1, name, ": expected rows of at least 1 number");
+  DP_CHECK(t.scalar_type() == like.scalar_type(), name, ": wrong dtype");
+  check_device(t, name, like, "the others");
+  make_rows(t);
+  const int64_t inner = t.size(last - 1);
   return {inner > 0 ? inner : 1, t.dim() == 3 ? t.stride(0) : 0, t.stride(last - 1)};
-}
-
-std::vector<int64_t> sizes_of(const Tensor& t) {
-  std::vector<int64_t> sizes;
-  for (int64_t d = 0; d < t.dim(); ++d) sizes.push_back(t.size(d));
-  return sizes;
 }
 
 constexpr const char* kRmsNormSchema =
@@ -623,18 +730,21 @@ constexpr const char* kRmsNormSchema =
 template <class Backend>
 std::tuple<Tensor, Tensor> rms_norm(Tensor x, std::optional<Tensor> delta, Tensor weight,
                                     std::optional<Tensor> bias, double eps) {
-  const RowStrides rows = rows_of(x, "x", x);
+  const DType dtype = dtype_of(x, "x");
+  const RowStrides x_rows = rows_of(x, "x", x);
+  const RowStrides delta_rows =
+      delta.has_value() ? rows_of(*delta, "delta", x) : RowStrides{1, 0, 0};
   const int64_t width = x.size(x.dim() - 1);
-  contiguous(weight, "weight", x.scalar_type(), {width}, x);
-  if (bias.has_value()) contiguous(*bias, "bias", x.scalar_type(), {width}, x);
+  expect(weight, "weight", x.scalar_type(), {width}, x);
+  if (bias.has_value()) expect(*bias, "bias", x.scalar_type(), {width}, x);
   Tensor out = torch::stable::new_empty(x, sizes_of(x));
   Tensor sum =
       torch::stable::new_empty(x, delta.has_value() ? sizes_of(x) : std::vector<int64_t>{0});
-  const RmsNormArgs args{dtype_of(x),
+  const RmsNormArgs args{dtype,
                          x.data_ptr(),
                          delta.has_value() ? delta->data_ptr() : nullptr,
-                         rows,
-                         delta.has_value() ? rows_of(*delta, "delta", x) : RowStrides{1, 0, 0},
+                         x_rows,
+                         delta_rows,
                          row_count(x),
                          width,
                          weight.data_ptr(),
@@ -650,10 +760,11 @@ constexpr const char* kSwigluSchema = "swiglu(Tensor gate, Tensor up) -> Tensor"
 
 template <class Backend>
 Tensor swiglu(Tensor gate, Tensor up) {
+  const DType dtype = dtype_of(gate, "gate");
   const RowStrides gate_rows = rows_of(gate, "gate", gate), up_rows = rows_of(up, "up", gate);
   Tensor out = torch::stable::new_empty(gate, sizes_of(gate));
   const SwigluArgs args{
-      dtype_of(gate),  gate.data_ptr(),           up.data_ptr(), gate_rows, up_rows,
+      dtype,           gate.data_ptr(),           up.data_ptr(), gate_rows, up_rows,
       row_count(gate), gate.size(gate.dim() - 1), out.data_ptr()};
   Backend::swiglu(args, gate);
   return out;
@@ -664,16 +775,15 @@ constexpr const char* kFp8LinearSchema =
 
 template <class Backend>
 Tensor fp8_linear(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias) {
-  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x: expected (N, in), weight (out, in)");
+  const DType dtype = dtype_of(x, "x");
+  DP_CHECK(x.dim() == 2 && weight.dim() == 2, "x: expected (N, in), weight (out, in)");
   const int64_t count = x.size(0), in = x.size(1), out_width = weight.size(0);
-  STD_TORCH_CHECK(x.stride(1) == 1 || in == 1, "x: expected contiguous rows");
-  STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double,
-                  "x: expected float32, bfloat16 or float16");
-  contiguous(weight, "weight", ScalarType::Float8_e4m3fn, {out_width, in}, x);
-  contiguous(scale, "scale", ScalarType::Float, {out_width}, x);
-  if (bias.has_value()) contiguous(*bias, "bias", x.scalar_type(), {out_width}, x);
+  expect(weight, "weight", ScalarType::Float8_e4m3fn, {out_width, in}, x);
+  expect(scale, "scale", ScalarType::Float, {out_width}, x);
+  if (bias.has_value()) expect(*bias, "bias", x.scalar_type(), {out_width}, x);
+  make_rows(x);
   Tensor out = torch::stable::new_empty(x, {count, out_width});
-  const Fp8LinearArgs args{dtype_of(x),
+  const Fp8LinearArgs args{dtype,
                            x.data_ptr(),
                            x.stride(0),
                            count,
@@ -693,16 +803,18 @@ constexpr const char* kFp8WidenSchema =
 // Of the dtype of `like`.
 template <class Backend>
 Tensor fp8_widen(Tensor weight, Tensor scale, Tensor like) {
-  STD_TORCH_CHECK(weight.dim() == 2, "weight: expected (out, in)");
-  STD_TORCH_CHECK(like.scalar_type() != ScalarType::Double,
-                  "like: expected float32, bfloat16 or float16");
+  const DType dtype = dtype_of(like, "like");
+  DP_CHECK(weight.dim() == 2, "weight: expected (out, in)");
   const int64_t out_width = weight.size(0), in = weight.size(1);
-  contiguous(weight, "weight", ScalarType::Float8_e4m3fn, {out_width, in}, like);
-  contiguous(scale, "scale", ScalarType::Float, {out_width}, like);
+  expect(weight, "weight", ScalarType::Float8_e4m3fn, {out_width, in}, like);
+  expect(scale, "scale", ScalarType::Float, {out_width}, like);
   Tensor out = torch::stable::new_empty(like, {out_width, in});
-  const Fp8WidenArgs args{dtype_of(like),     in,
-                          out_width,          static_cast<const uint8_t*>(weight.data_ptr()),
-                          data<float>(scale), out.data_ptr()};
+  const Fp8WidenArgs args{dtype,
+                          in,
+                          out_width,
+                          static_cast<const uint8_t*>(weight.data_ptr()),
+                          data<float>(scale),
+                          out.data_ptr()};
   Backend::fp8_widen(args, like);
   return out;
 }

@@ -44,17 +44,21 @@ def kv_write(
 ) -> None:
     """Rotate queries in place, rotate keys and put them and the values into their slots, in one pass.
 
+    Strides may be any; rows of q, k and v (H, D), and the last dimension of a cache, that are not contiguous
+    are copied, and what is changed in place may not overlap itself. No gradient.
+
     Args:
-        q: (N, H, D) float32, bfloat16 or float16, rows of any stride; changed in place.
+        q: (N, H, D) float32, bfloat16 or float16; changed in place.
         k, v: (N, Hkv, D), likewise; read.
-        k_cache, v_cache: (pages, Hkv, page_size, D), any strides but the last; changed in place.
+        k_cache, v_cache: (pages, Hkv, page_size, D); changed in place.
         positions: (N,) int64, of the rotary embedding: rows of cos and sin.
         slots: (N,) int64, page * page_size + offset, no two alike; negative: the row is written nowhere.
         cos, sin: (positions, D / 2) float32, see `rope_table`.
         interleaved: rotate the pairs (2 i, 2 i + 1), as GPT-J, and not (i, i + D / 2), as LLaMA.
 
     Raises:
-        ValueError: naming the argument that does not fit. Indices are looked at on the CPU alone.
+        ValueError: naming the argument that does not fit, or that requires a gradient. Indices are looked at
+            on the CPU alone.
     """
     _check("q", q, 3)
     for name, given in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
@@ -69,26 +73,14 @@ def kv_write(
         raise ValueError(f"q: expected an even head_dim, got {dim}")
     for name, given in (("cos", cos), ("sin", sin)):
         _expect(name, given, (len(cos), dim // 2), torch.float32)
-    if q.device.type == "cpu" and count and not torch.compiler.is_compiling():
-        _within("positions", positions, 0, len(cos))
-        _within("slots", slots, None, len(k_cache) * k_cache.shape[2])
     if q.dtype == torch.float64:
         from . import reference
 
+        _within("positions", positions, 0, len(cos))
+        _within("slots", slots, None, len(k_cache) * k_cache.shape[2])
         at = {"positions": positions, "slots": slots, "cos": cos, "sin": sin}
         return reference.kv_write(q, k, v, k_cache, v_cache, **at, interleaved=interleaved)
-    torch.ops.dparallel.kv_write(
-        q,
-        _rows(k),
-        _rows(v),
-        k_cache,
-        v_cache,
-        positions.contiguous(),
-        slots.contiguous(),
-        cos.contiguous(),
-        sin.contiguous(),
-        interleaved,
-    )
+    torch.ops.dparallel.kv_write(q, k, v, k_cache, v_cache, positions, slots, cos, sin, interleaved)
 
 
 def block_attention(
@@ -108,7 +100,7 @@ def block_attention(
 
     A segment is some query rows of one sequence, and how many of its slots they see. Block-causal attention
     is a segment per block, each seeing the slots up to its own block's end, all in one call. No mask tensor;
-    what a segment yields does not depend on the others.
+    what a segment yields does not depend on the others. No gradient: a backward pass raises.
 
     Args:
         q: (S, Q, H, D), a segment of Q rows per sequence; or (N, H, D) with `begin` and `end`. After the
@@ -127,6 +119,9 @@ def block_attention(
     Raises:
         ValueError: naming the argument that does not fit. Indices are looked at on the CPU alone.
     """
+    for name, given in (("q", q), ("lengths", lengths)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(given).__name__}")
     shape = q.shape
     if q.ndim == 4:
         if begin is not None or end is not None:
@@ -144,32 +139,33 @@ def block_attention(
         raise ValueError("begin: needed, and end, where q is (N, H, D)")
     if pages is None:
         pages = torch.arange(len(lengths) if lengths.ndim == 1 else 0, device=q.device)[:, None]
-    if pages.ndim != 2:
-        raise ValueError(f"pages: expected int64 (S, P), got {tuple(pages.shape)}")
+    if not isinstance(pages, Tensor) or pages.ndim != 2:
+        got = tuple(pages.shape) if isinstance(pages, Tensor) else type(pages).__name__
+        raise ValueError(f"pages: expected int64 (S, P), got {got}")
     for name, given in (("lengths", lengths), ("begin", begin), ("end", end)):
         _expect(name, given, (len(pages),), torch.int64)
     _expect("pages", pages, tuple(pages.shape), torch.int64)
     capacity = pages.shape[1] * k_cache.shape[2]
-    if q.device.type == "cpu" and len(lengths) and not torch.compiler.is_compiling():
-        _within("lengths", lengths, 0, capacity + 1)
-        _within("begin", begin, 0, len(q) + 1)
-        _within("end", end, 0, len(q) + 1)
+    scale = max(1, q.shape[2]) ** -0.5 if scale is None else scale
     if q.dtype == torch.float64:
         from . import reference
 
+        _within("lengths", lengths, 0, capacity + 1)
+        _within("begin", begin, 0, len(q) + 1)
+        _within("end", end, 0, len(q) + 1)
         at = {"pages": pages, "begin": begin, "end": end}
         return reference.block_attention(q, k_cache, v_cache, lengths, **at, scale=scale).view(shape)
     out = torch.ops.dparallel.block_attention(
-        _rows(q),
+        q,
         k_cache,
         v_cache,
-        begin.contiguous(),
-        end.contiguous(),
-        lengths.contiguous(),
-        pages.contiguous(),
+        begin,
+        end,
+        lengths,
+        pages,
         len(q) if longest_query is None else longest_query,
         capacity if longest_length is None else longest_length,
-        q.shape[2] ** -0.5 if scale is None else scale,
+        scale,
     )
     return out.view(shape)
 
@@ -238,11 +234,11 @@ def _check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
         raise ValueError(
             f"q: expected at most 64 heads for each of {k_cache.shape[1]} key heads, got {heads}"
         )
-    if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
-        raise ValueError("k_cache: expected its last dimension contiguous")
 
 
 def _expect(name: str, given: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(given).__name__}")
     if tuple(given.shape) != shape or (dtype is not None and given.dtype != dtype):
         raise ValueError(
             f"{name}: expected {dtype or given.dtype} {shape}, got {given.dtype} {tuple(given.shape)}"
@@ -250,16 +246,12 @@ def _expect(name: str, given: Tensor, shape: tuple[int, ...], dtype: torch.dtype
 
 
 def _within(name: str, index: Tensor, low: int | None, high: int) -> None:
+    """Of the twins; the ops look at their indices themselves."""
+    if index.device.type != "cpu" or not index.numel() or torch.compiler.is_compiling():
+        return
     least, most = (int(x) for x in index.aminmax())
     if (low is not None and least < low) or most >= high:
         raise ValueError(f"{name}: expected in [{low or 0}, {high}), got {least} to {most}")
-
-
-def _rows(t: Tensor) -> Tensor:
-    """(N, H, D) with each row contiguous."""
-    heads, dim = t.shape[1:]
-    whole = (t.stride(2) == 1 or dim == 1) and (t.stride(1) == dim or heads == 1)
-    return t if whole else t.contiguous()
 
 
 @torch.library.register_fake("dparallel::kv_write")
@@ -269,6 +261,6 @@ def _(q, k, v, k_cache, v_cache, positions, slots, cos, sin, interleaved):  # ty
 
 @torch.library.register_fake("dparallel::block_attention")
 def _(  # type: ignore[no-untyped-def]
-    q, k_cache, v_cache, begin, end, length, pages, longest_query, longest_length, scale
+    q, k_cache, v_cache, begin, end, lengths, pages, longest_query, longest_length, scale
 ):
     return q.new_empty(q.shape)

@@ -71,8 +71,8 @@ def rms_norm(
     y, s = torch.ops.dparallel.rms_norm(
         _rows_view(x),
         None if delta is None else _rows_view(delta),
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
+        weight,
+        bias,
         eps,
     )
     if x.ndim != y.ndim:
@@ -164,6 +164,9 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = N
         ValueError: naming the argument that does not fit; also where a gradient would be lost.
     """
     _check("x", x)
+    for name, given in (("weight", weight), ("scale", scale)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(given).__name__}")
     if weight.dtype != torch.float8_e4m3fn or weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(
             f"weight: expected float8_e4m3fn (out, {x.shape[-1]}), got {weight.dtype} {tuple(weight.shape)}"
@@ -176,18 +179,11 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = N
             raise ValueError(f"{name}: expected on {x.device} as x, got {given.device}")
     if bias is not None:
         _like("bias", bias, x, width)
-    weight, scale = weight.contiguous(), scale.contiguous()
     rows = x.shape[:-1].numel()
     on_tensor_cores = x.is_cuda and x.dtype != torch.float32 and x.shape[-1] % 64 == 0
     if rows > (FEW_ON_TENSOR_CORES if on_tensor_cores else FEW):
         return F.linear(x, torch.ops.dparallel.fp8_widen(weight, scale, x), bias)
-    flat = x.reshape(rows, x.shape[-1])
-    out: Tensor = torch.ops.dparallel.fp8_linear(
-        flat if flat.stride(1) == 1 else flat.contiguous(),
-        weight,
-        scale,
-        None if bias is None else bias.contiguous(),
-    )
+    out: Tensor = torch.ops.dparallel.fp8_linear(x.reshape(rows, x.shape[-1]), weight, scale, bias)
     return out.view(*x.shape[:-1], len(weight))
 
 

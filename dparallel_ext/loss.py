@@ -89,6 +89,8 @@ def certainty_forcing_loss(
             no logit above -inf, or whose label is not in [0, V): on the CPU at once, on CUDA from
             `check_errors`, until when its nll and entropy are NaN.
     """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits: expected a Tensor, got {type(logits).__name__}")
     if logits.dtype not in _DTYPES:
         raise ValueError(f"logits: expected float32, bfloat16, float16 or float64, got {logits.dtype}")
     if logits.ndim < 1 or logits.shape[-1] < 1:
@@ -99,10 +101,10 @@ def certainty_forcing_loss(
     if inplace:
         _check_inplace(logits)
     flat = _rows_view(logits)
-    active = active.reshape(-1).contiguous()
+    active = active.reshape(-1)
     nll, entropy, correct, _, error = torch.ops.dparallel.certainty_forcing_loss(
         flat,
-        labels.reshape(-1).contiguous().to(torch.int64),
+        labels.reshape(-1).to(torch.int64),
         active,
         float(temperature),
         float(ce_temperature),
@@ -194,11 +196,11 @@ def linear_certainty_forcing_loss(
         chunk_rows = megabytes * 2**20 // (lm_head_weight.shape[0] * hidden.element_size())
         # Whole tiles of the matrix products: 1024 rows of LLaDA's 126464 16-bit logits, not 1061.
         chunk_rows = chunk_rows // 128 * 128 if chunk_rows >= 128 else max(1, chunk_rows)
-    flat = counted.reshape(-1).contiguous()
+    flat = counted.reshape(-1)
     nll, entropy, correct, _, error = torch.ops.dparallel.linear_certainty_forcing_loss(
         hidden.reshape(-1, hidden.shape[-1]),
         lm_head_weight,
-        labels.reshape(-1).contiguous().to(torch.int64),
+        labels.reshape(-1).to(torch.int64),
         flat,
         float(temperature),
         float(ce_temperature),
@@ -245,8 +247,6 @@ def _check_inplace(logits: Tensor) -> None:
     base = logits if logits._base is None else logits._base
     if base.is_leaf and base.requires_grad:
         raise ValueError("inplace: expected logits that an op has made, got a leaf that requires grad")
-    if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
-        raise ValueError("inplace: expected logits with memory of their own for each row, got expanded ones")
 
 
 def _check_rows(like: Tensor, labels: Tensor, active: Tensor, weight: Any, gate: Any, name_of: str) -> None:
@@ -312,10 +312,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, grad_nll: Tensor, grad_entropy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     logits, labels, active, saved = ctx.saved_tensors
     settings = ctx.temperature, ctx.ce_temperature
-    given = logits, labels, active, *settings, saved, grad_nll.contiguous(), grad_entropy.contiguous()
-    if ctx.inplace:
+    given = logits, labels, active, *settings, saved, grad_nll, grad_entropy
+    if ctx.inplace and not torch.is_grad_enabled():  # that is, unless a graph of the gradient is wanted
         torch.ops.dparallel.certainty_forcing_loss_backward_(*given)
-        torch.autograd.graph.increment_version(logits)  # so that autograd knows
         grad = logits.detach()
     else:
         grad = torch.ops.dparallel.certainty_forcing_loss_backward(*given)

@@ -48,10 +48,11 @@ def row_stats(
     """Statistics of softmax(logits), each needed row read once.
 
     Args:
-        logits: (..., V) float32, bfloat16 or float16, any strides (the vocabulary is made contiguous).
+        logits: (..., V) float32, bfloat16 or float16, any strides (copied where the vocabulary is not
+            contiguous).
         rows: (N,) int64 flat indices into the leading dimensions; only these rows are read.
         mask_id: keeps its share of the softmax but is never chosen.
-        suppress: ids left out altogether. On CUDA a tensor on the device must be ascending and unique.
+        suppress: ids left out altogether.
         temperature: above 0, also draw `sample` by Gumbel-max from softmax(logits / temperature). Below 1e-5
             it is 0, and above 2^100 (1.3e30) that.
         top_p, top_k: draw it from the most probable ids alone, ties to the lowest id: from those before
@@ -107,7 +108,7 @@ def read_rows(
     flat = _rows_view(logits)
     count = flat.shape[:-1].numel()
     if rows is not None:
-        _check_index("rows", rows, logits, count)
+        _check_index("rows", rows, logits)
         shape, count = rows.shape, rows.numel()
     temperature, top_p, top_k = check_sampling(temperature, top_p, top_k)
     keys = None
@@ -152,13 +153,8 @@ def select(stats: RowStats, eligible: Tensor, policy: Tensor, *, check: bool = T
                 f"stats.{name}: expected float32 {tuple(eligible.shape)}, "
                 f"got {value.dtype} {tuple(value.shape)}"
             )
-        if check and value.device.type == "cpu" and bool((value.isnan() & eligible).any()):
-            b, at = (value.isnan() & eligible).nonzero()[0].tolist()
-            raise ValueError(f"stats.{name}: NaN at eligible position {at} of sequence {b}")
     policies.check(policy, len(eligible), values=check)
-    return torch.ops.dparallel.select(
-        *(x.contiguous() for x in scores), eligible.contiguous(), policy.to(eligible.device)
-    )
+    return torch.ops.dparallel.select(*scores, eligible, policy.to(eligible.device))
 
 
 def unmask_(
@@ -219,6 +215,8 @@ def unmask_(
             commits nothing in its sequence and raises a flag, see `check_errors`.
     """
     _check_logits(logits)
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"tokens: expected a Tensor, got {type(tokens).__name__}")
     if tokens.ndim != 2 or tokens.dtype != torch.int64:
         raise ValueError(f"tokens: expected int64 (B, L), got {tokens.dtype} {tuple(tokens.shape)}")
     if tokens.device != logits.device:
@@ -231,7 +229,7 @@ def unmask_(
             )
         stats_shape = tokens.shape
     else:
-        _check_index("positions", positions, logits, batch * length, ascending=True)
+        _check_index("positions", positions, logits)
         if logits.ndim != 2 or len(logits) != len(positions):
             raise ValueError(
                 f"logits: expected ({len(positions)}, V), a row for each of positions, "
@@ -260,7 +258,7 @@ def unmask_(
         positions,
         _per_sequence("start", start, batch, logits),
         _per_sequence("end", length if end is None else end, batch, logits),
-        policy.to(logits.device).contiguous(),
+        policy.to(logits.device),
         _mask_id(mask_id, None),
         _suppress(suppress, logits),
         temperature,
@@ -419,23 +417,16 @@ def _rows_view(logits: Tensor) -> Tensor:
     """(..., V) as (R, V) or (B, L, V) without a copy wherever strides allow."""
     if logits.ndim > 3:
         logits = logits.flatten(0, -3)
-    elif logits.ndim == 1:
-        logits = logits[None]
-    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+    return logits[None] if logits.ndim == 1 else logits
 
 
-def _check_index(name: str, index: Tensor, logits: Tensor, size: int, *, ascending: bool = False) -> None:
-    if index.dtype != torch.int64 or index.ndim != 1 or not index.is_contiguous():
-        raise ValueError(f"{name}: expected contiguous int64 (N,), got {index.dtype} {tuple(index.shape)}")
+def _check_index(name: str, index: Tensor, logits: Tensor) -> None:
+    if not isinstance(index, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(index).__name__}")
+    if index.dtype != torch.int64 or index.ndim != 1:
+        raise ValueError(f"{name}: expected int64 (N,), got {index.dtype} {tuple(index.shape)}")
     if index.device != logits.device:
         raise ValueError(f"{name}: expected on {logits.device} as the logits, got {index.device}")
-    if index.device.type != "cpu" or index.numel() == 0 or torch.compiler.is_compiling():
-        return
-    low, high = (int(x) for x in index.aminmax())
-    if low < 0 or high >= size:
-        raise ValueError(f"{name}: expected indices in [0, {size}), got {low} to {high}")
-    if ascending and not bool((index[1:] > index[:-1]).all()):
-        raise ValueError(f"{name}: expected strictly ascending indices")
 
 
 def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -> tuple[float, float, int]:
@@ -466,28 +457,38 @@ def _mask_id(mask_id: int | None, vocab: int | None) -> int:
 def _suppress(ids: Ids, logits: Tensor) -> Tensor | None:
     if ids is None:
         return None
-    if isinstance(ids, Tensor) and ids.device.type != "cpu" and ids.dtype == torch.int64:
-        return ids.contiguous()
-    found = torch.as_tensor(ids, dtype=torch.int64).reshape(-1).unique()  # ascending
-    if found.numel() and (int(found[0]) < 0 or int(found[-1]) >= logits.shape[-1]):
-        raise ValueError(f"suppress: expected ids in [0, {logits.shape[-1]}), got {found.tolist()[:8]}")
-    return found.to(logits.device) if found.numel() else None
+    if isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.device == logits.device:
+        ids = ids.reshape(-1)
+        return ids.sort().values if ids.device.type == "cpu" else ids  # the CPU bisects them
+    given = ids.reshape(-1).tolist() if isinstance(ids, Tensor) else ids
+    found = sorted({i if type(i) is int else whole("suppress", i, 0) for i in given})
+    vocab = logits.shape[-1]
+    if found and not (found[0] >= 0 and found[-1] < vocab):
+        raise ValueError(
+            f"suppress: expected ids in [0, {vocab}), got {found[0] if found[0] < 0 else found[-1]}"
+        )
+    return torch.tensor(found, dtype=torch.int64, device=logits.device) if found else None
 
 
 def _per_sequence(name: str, value: int | Tensor, batch: int, like: Tensor) -> Tensor:
     if type(value) is int:
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name}: expected an integer of 64 bits, got {value}")
         return torch.full((batch,), value, dtype=torch.int64, device=like.device)
-    values = torch.as_tensor(value, device=like.device)
+    try:
+        values = torch.as_tensor(value, device=like.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: expected an integer or int64 ({batch},), got {value!r}") from error
     if values.is_floating_point() or values.ndim > 1 or values.shape not in ((), (batch,)):
         raise ValueError(
             f"{name}: expected an integer or int64 ({batch},), got {values.dtype} {tuple(values.shape)}"
         )
-    return values.to(torch.int64).expand(batch).contiguous()
+    return values.to(torch.int64).expand(batch)
 
 
 def _keys(like: Tensor, count: int, **parts: int | Tensor) -> Tensor:
     """(count, len(parts)) int64."""
-    return torch.stack([_per_sequence(k, v, count, like) for k, v in parts.items()], 1).contiguous()
+    return torch.stack([_per_sequence(k, v, count, like) for k, v in parts.items()], 1)
 
 
 _counter_buffers: dict[tuple[torch.device, int], list[Tensor]] = {}
@@ -556,7 +557,7 @@ def _(  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("dparallel::select")
 def _(confidence, margin, entropy, eligible, policy):  # type: ignore[no-untyped-def]
-    return torch.empty_like(eligible)
+    return eligible.new_empty(eligible.shape)
 
 
 @torch.library.register_fake("dparallel::unmask_")
@@ -583,3 +584,58 @@ def _(  # type: ignore[no-untyped-def]
         logits.new_empty((), dtype=torch.bool),
         *_row_outputs(logits, logits.shape[:-1].numel(), batch),
     )
+
+
+# --- ops without a gradient ---------------------------------------------------------------------
+
+
+_library = torch.library.Library("dparallel", "IMPL")
+
+
+def _below_autograd(op: Any, keys: Any, *arguments: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, op: Any, keys: Any, *arguments: Any) -> Any:
+        ctx.op = op._schema.name
+        return _below_autograd(op, keys, *arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(f"{ctx.op} has no gradient: detach its inputs, or use torch.no_grad()")
+
+
+def _without_gradient(name: str) -> None:
+    """A backward pass through the op raises, where torch's own fallback would warn and yield None.
+
+    An op that returns nothing has no backward pass to raise in, so it refuses inputs that require a gradient.
+    What an op changes in place counts as changed, for those who have saved it for their own gradient.
+    """
+    op = getattr(torch.ops.dparallel, name).default
+    written = [place for place, argument in enumerate(op._schema.arguments) if argument.is_write]
+
+    def kernel(keys: Any, *arguments: Any) -> Any:
+        wanted = None
+        if torch.is_grad_enabled():
+            named = zip(op._schema.arguments, arguments, strict=False)
+            wanted = next((a.name for a, t in named if isinstance(t, Tensor) and t.requires_grad), None)
+        if wanted and not op._schema.returns:
+            raise ValueError(
+                f"{wanted}: requires a gradient, which this op does not have; use torch.no_grad()"
+            )
+        result = (_NoGradient.apply if wanted else _below_autograd)(op, keys, *arguments)
+        changed = [arguments[place] for place in written]
+        torch.autograd.graph.increment_version([t for t in changed if t is not None and not t.is_inference()])
+        return result
+
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+for _name in (
+    "row_stats", "select", "unmask_", "kv_write", "block_attention", "rms_norm", "swiglu", "fp8_linear",
+    "fp8_widen", "certainty_forcing_loss_backward", "certainty_forcing_loss_backward_",
+):  # fmt: skip
+    _without_gradient(_name)

@@ -7,7 +7,6 @@ runs on the device and asks the host for nothing more, so that on a GPU it can b
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,14 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import policies
 from .cache import FEW_SIZES, Fill, KVCache, Pass, Span
 from .models import Model, own_precision
-from .ops import NO_ERROR, Cell, explain, read_rows, select, unmask_
+from .ops import NO_ERROR, Cell, explain
 from .packed import Shapes, pack, unpack
 from .rows import Row
-from .rules import Rule, Where
-from .rules.protocol import Cells, expect
+from .rules import Rule
+from .sampler import Predicted, Way, commit_
 from .types import RowStats
 from .workspace import Workspace
 
@@ -38,35 +36,6 @@ class Work(NamedTuple):
     """The active block."""
     read: tuple[int, int]
     """Columns [start, end) whose logits its rule reads; the window where it has none."""
-
-
-class Way(NamedTuple):
-    """How tokens are chosen: by `unmask_`, or by a rule from the statistics."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    rule: Rule | None
-    suppress: Tensor | None
-
-    @classmethod
-    def of(cls, row: Row) -> Way:
-        own = row.settings
-        return cls(own.temperature, own.top_p, own.top_k, own.rule, row.suppress)
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return (*self[:4], id(self.suppress))
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """Arguments of `unmask_` and `row_stats`."""
-        return {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "suppress": self.suppress,
-        }
 
 
 class Form(NamedTuple):
@@ -356,35 +325,18 @@ class Passes:
                 logits = self.model.head(x[source])[: len(positions)]
         else:
             logits = self._foreign(work)[source]
-        nfe, seed, sequence = keys
-        policy = policy.view(torch.float32)[: 5 * len(nfe)].view(-1, 5)
-        errors: list[Tensor] = []
-        masked, stats = self._masked(positions) if form.record else None, []
-        for way, at in zip(form.ways, edges, strict=True):
-            if way.rule is None:
-                out = unmask_(
-                    self.tokens,
-                    logits,
-                    mask_id=self.mask_id,
-                    start=at[0],
-                    end=at[1],
-                    policy=policy,
-                    positions=positions,
-                    step=nfe,
-                    **way.sampling,
-                    seed=seed,
-                    sequence=sequence,
-                    check=False,
-                )
-                stats.append(out.stats)
-                errors.append(out.error)
-            else:
-                own, error = self._by_rule(way, at, logits, positions, keys, progress, policy, form.cells)
-                stats.append(own)
-                errors.append(error)
+        policy = policy.view(torch.float32)[: 5 * keys.shape[1]].view(-1, 5)
+        predicted = Predicted(logits, positions, keys, progress, policy, form.cells)
+        masked = self._masked(positions) if form.record else None
+        stats, errors = [], []
+        for way, windows in zip(form.ways, edges, strict=True):
+            state = () if way.rule is None else self.states[way.rule]
+            own, error = commit_(self.tokens, predicted, way, windows, state, mask_id=self.mask_id)
+            stats.append(own)
+            errors.append(error)
         if masked is not None:
-            self._record(masked, positions, nfe, stats)
-        error = functools.reduce(torch.minimum, errors) if errors else torch.full_like(nfe, NO_ERROR)
+            self._record(masked, positions, keys[0], stats)
+        error = functools.reduce(torch.minimum, errors) if errors else torch.full_like(keys[0], NO_ERROR)
         return torch.cat((self.tokens.view(-1)[block], error[:, None]), 1)
 
     def _foreign(self, work: Mapping[int, Work]) -> Tensor:
@@ -401,87 +353,6 @@ class Passes:
             )
         logits: Tensor = output.logits.flatten(0, 1)
         return logits
-
-    def _by_rule(
-        self,
-        way: Way,
-        edges: Tensor,
-        logits: Tensor,
-        positions: Tensor,
-        keys: Tensor,
-        progress: Tensor,
-        policy: Tensor,
-        cells: int,
-    ) -> tuple[RowStats, Tensor]:
-        """Commit what the rule of `way` decides for the sequences whose windows `edges` (4, lanes) hold.
-
-        Statistics of the rows read, ids -1 elsewhere; and (lanes,) errors, as `unmask_` gives them.
-        """
-        rule, flat = way.rule, self.tokens.view(-1)
-        assert rule is not None
-        (start, end, first, last), (nfe, seed, sequence), (turn, steps, response) = edges, keys, progress
-        lane, column = positions // self.tokens.shape[1], positions % self.tokens.shape[1]
-        held = flat[positions]
-        read = (column >= first[lane]) & (column < last[lane])
-        masks = read & (held == self.mask_id)
-        if rule.reads == "masked":
-            read = masks
-        stats, error = read_rows(
-            logits,
-            mask_id=self.mask_id,
-            **way.sampling,
-            seed=seed[lane],
-            sequence=sequence[lane],
-            position=column,
-            step=nfe[lane],
-        )
-        bad = torch.where(masks & (error != NO_ERROR), 4 * positions + error % 4, NO_ERROR)
-        errors = torch.full_like(nfe, NO_ERROR).scatter_reduce(0, lane, bad, "amin")
-        masks &= errors[lane] == NO_ERROR  # a bad row keeps its own sequence from committing
-        stats = RowStats(*(torch.where(read, values, _blank(values)) for values in stats))
-        at = lane * (cells + 1) + torch.where(read, column - first[lane], cells)
-        grid = Cells(at, len(nfe), cells)
-        where = Where(
-            start=first,
-            read=grid.spread(read, False),
-            open=grid.spread(masks, False),
-            masked=grid.spread(masks & (column >= start[lane]) & (column < end[lane]), False),
-            token=grid.spread(held, -1),
-            step=nfe,
-            turn=turn,
-            steps=steps,
-            first=response,
-            policy=policy,
-            cells=grid,
-            rows=logits,
-        )
-        by_cell = RowStats(*(grid.spread(values, _blank(values)) for values in stats))
-        commit, token = rule.decide(by_cell, where, self.states[rule])
-        if commit is None:
-            commit = where.by_policy(by_cell)
-        expect(f"{type(rule).__name__}: commit", commit, where.masked)
-        if token is not None:
-            expect(f"{type(rule).__name__}: token", token, where.token)
-            sound = (token >= 0) & (token < logits.shape[1]) & (token != self.mask_id)
-            commit = commit & sound
-            token = torch.where(sound, token, by_cell.sample)
-        commit = commit & where.open
-        best = torch.ones_like(policy)  # a quota of one
-        for field, value in (
-            (0, policies.SELECTORS["quota"]),
-            (3, math.inf),
-            (4, policies.SCORES["confidence"]),
-        ):
-            best[:, field].fill_(value)
-        commit |= ~(commit & where.masked).any(1, keepdim=True) & select(
-            by_cell, where.masked, best, check=False
-        )
-        chosen = stats.sample if token is None else grid.gather(token, -1)
-        flat[positions] = torch.where(grid.gather(commit, False), chosen, held)
-        if token is not None:
-            own = logits.gather(1, chosen.clamp(min=0)[:, None])[:, 0].float() - stats.lse
-            stats = stats._replace(sample=chosen, confidence=own.exp(), sample_logprob=own)
-        return stats, errors
 
     def _masked(self, positions: Tensor) -> Tensor:
         """(N,) bool, which of the flat positions hold a mask."""
@@ -504,8 +375,3 @@ class Passes:
 def reads(row: Row, what: str) -> bool:
     """Whether the sequence has a rule that reads so much, see `rules.Rule`."""
     return row.settings.rule is not None and row.settings.rule.reads == what
-
-
-def _blank(values: Tensor) -> float:
-    """Of ids and numbers that there are none of."""
-    return -1 if values.dtype == torch.int64 else math.nan

@@ -135,6 +135,23 @@ def refused(said: str) -> Iterator[None]:
         dx.check_errors()
 
 
+def layouts(t: Tensor) -> Iterator[Tensor]:
+    """`t` again, in memory of other strides."""
+    order = list(range(t.ndim))[::-1]
+    yield t.permute(order).clone(memory_format=torch.contiguous_format).permute(order)
+    if t.ndim:
+        for step in (1, 2):  # gaps between rows, and between elements
+            wide = t.new_empty((*t.shape[:-1], 2 * t.shape[-1] + 3))
+            yield wide[..., 1 : 1 + step * t.shape[-1] : step].copy_(t)
+    if 1 in t.shape:  # whose stride means nothing
+        own = t.clone(memory_format=torch.contiguous_format)
+        strides = [5 if size == 1 else step for size, step in zip(own.shape, own.stride(), strict=True)]
+        yield own.as_strided(own.shape, strides)
+    for d in range(t.ndim):
+        if t.shape[d] > 1 and bool((t == t.narrow(d, 0, 1)).all()):
+            yield t.narrow(d, 0, 1).expand(t.shape)
+
+
 def assert_stats_close(actual: Tensor, expected: Tensor, name: str) -> None:
     """The bound of DESIGN.md: |d| <= 2e-6 + 1e-6 |x|, infinities equal, ids exact."""
     assert actual.shape == expected.shape, f"{name}: {actual.shape} != {expected.shape}"

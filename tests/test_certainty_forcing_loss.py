@@ -269,7 +269,7 @@ def test_inplace_is_noticed_by_who_needs_the_logits() -> None:
         rows = len(logits)
         with pytest.raises(ValueError, match="inplace: expected logits that an op has made"):
             dx.certainty_forcing_loss(logits, labels[:rows], active[:rows], inplace=True)
-    with pytest.raises(ValueError, match="inplace: expected logits with memory of their own"):
+    with pytest.raises(ValueError, match="logits: expected memory of its own for each element"):
         loss_of((2 * leaf)[:1].expand(4, 30))
     assert dx.certainty_forcing_loss(leaf.detach(), labels, active, inplace=True).loss.isfinite()
 

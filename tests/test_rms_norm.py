@@ -171,11 +171,10 @@ def test_a_direct_call_out_of_bounds_is_refused() -> None:
     x, weight = torch.zeros(9, 16), torch.zeros(16)
     for delta, w, bias, message in (
         (torch.zeros(8, 16), weight, None, "delta"),
-        (torch.zeros(9, 16).T.contiguous().T, weight, None, "delta: expected contiguous rows"),
         (None, torch.zeros(15), None, "weight"),
         (None, weight, torch.zeros(16).half(), "bias"),
     ):
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(ValueError, match=message):
             torch.ops.dparallel.rms_norm(x, delta, w, bias, 1e-5)
-    with pytest.raises(RuntimeError, match="x: expected float32"):
+    with pytest.raises(ValueError, match="x: expected float32"):
         torch.ops.dparallel.rms_norm(x.double(), None, weight.double(), None, 1e-5)

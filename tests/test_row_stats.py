@@ -147,6 +147,20 @@ def test_nan_of_any_bits(bits: int, whole: bool) -> None:
         dx.certainty_forcing_loss(logits, torch.tensor([1, 2]), torch.ones(2, dtype=torch.bool))
 
 
+def test_a_bad_row_is_no_memory_of_others() -> None:
+    """Under torch.compile, which does not raise for it."""
+    logits = torch.randn(3, 9)
+    logits[1] = math.nan
+    for _ in range(5):
+        used = [torch.full(shape, 5.0) for shape in [(6,), (7, 3)] * 8]  # whose memory may come next
+        used += [torch.full((2, 3), 5) for _ in range(8)]
+        del used
+        tokens, fields, error = torch.ops.dparallel.row_stats(logits, None, -1, None, 0.0, 1.0, 0, None, None)
+        assert tokens[:, 1].tolist() == [-1, -1]
+        assert bool(fields[:, 1].isnan().all())
+        assert int(error[1]) == 4 + 1
+
+
 @everywhere
 def test_the_mask_token_keeps_its_share_but_is_never_chosen() -> None:
     logits = torch.tensor([[1.0, 5.0, 2.0]])
@@ -262,11 +276,16 @@ def test_shapes() -> None:
     [
         (torch.zeros(2, 3, dtype=torch.float64), {}, "logits: expected float32"),
         (torch.zeros(2, 0), {}, "logits: expected .* V >= 1"),
-        (torch.zeros(2, 3), {"rows": torch.tensor([2])}, r"rows: expected indices in \[0, 2\)"),
-        (torch.zeros(2, 3), {"rows": torch.tensor([0.5])}, "rows: expected contiguous int64"),
+        (torch.zeros(2, 3), {"rows": torch.tensor([2])}, r"rows: expected in \[0, 2\), got 2 at 0"),
+        (torch.zeros(2, 3), {"rows": torch.tensor([0.5])}, "rows: expected int64"),
         (torch.zeros(2, 3), {"mask_id": 3}, "mask_id: expected an id below 3, got 3"),
         (torch.zeros(2, 3), {"mask_id": -1}, "mask_id: expected a whole number >= 0"),
         (torch.zeros(2, 3), {"suppress": [3]}, r"suppress: expected ids in \[0, 3\)"),
+        (torch.zeros(2, 3), {"suppress": [1.5]}, "suppress: expected a whole number >= 0, got 1.5"),
+        (torch.zeros(2, 3), {"suppress": torch.tensor([1.5])}, "suppress: expected a whole number"),
+        (torch.zeros(2, 3), {"suppress": torch.tensor([3, 0])}, r"suppress: expected in \[0, 3\), got 3"),
+        (torch.zeros(2, 3), {"temperature": 1.0, "step": None}, "step: expected an integer"),
+        (torch.zeros(2, 3), {"temperature": 1.0, "seed": 2**63}, "seed: expected an integer of 64 bits"),
         (torch.zeros(2, 3), {"temperature": -1.0}, "temperature: expected a finite number"),
         (torch.zeros(2, 3), {"temperature": math.nan}, "temperature: expected a finite number"),
         (

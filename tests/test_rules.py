@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -312,3 +314,25 @@ def test_names() -> None:
     assert rules.parse("credit+one") == (Credit(), {})
     assert rules.parse("one") == (None, {})
     assert rules.parse("entropy:0.5") == (None, {"selector": "entropy", "threshold": 0.5})
+
+
+def test_the_example_decodes(capsys: pytest.CaptureFixture[str]) -> None:
+    """A rule of a user's own, in `decode` and in the engine."""
+    file = Path(__file__).parents[1] / "examples" / "custom_rule.py"
+    spec = importlib.util.spec_from_file_location("custom_rule", file)
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    sys.modules["custom_rule"] = example  # where dataclasses look for the names of annotations
+    spec.loader.exec_module(example)
+    found = example.main(8)
+    right, passes = found["Steady(confidence=0.5)"]
+    assert right >= 6
+    assert passes < found["confidence:0.9"][1]
+    assert "in an engine" in capsys.readouterr().out
+
+
+def test_no_rule_commits_what_is_suppressed(llada: models.Model) -> None:
+    one = dx.decode(llada, PROMPTS, gen_length=8, block_length=8, suppress=[9])
+    out = dx.decode(llada, PROMPTS, gen_length=8, block_length=8, suppress=[9], rule=Greedy(9))
+    assert torch.equal(out.sequences, one.sequences)

@@ -63,6 +63,7 @@ void write(const KvWriteArgs& args, Parallel parallel) {
 }  // namespace
 
 void kv_write(const KvWriteArgs& args, Parallel parallel) {
+  if (args.k_layout.head_dim == 0) return;  // nothing has no address
   switch (args.dtype) {
     case DType::float32: return write<Float32>(args, parallel);
     case DType::bfloat16: return write<BFloat16>(args, parallel);

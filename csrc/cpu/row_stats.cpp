@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "dparallel/numeric.h"
 #include "row_kernel.h"
@@ -161,6 +162,10 @@ void row_stats(const RowStatsArgs& args, Parallel parallel) {
     }
   const RowJob job{args.logits, args.rows, args.count, args.exclusions, args.sampling, keys.data()};
   const std::vector<RowAnswer> answers = read_rows(job, parallel);
+  // Of a bad row, where nobody reads its error.
+  std::fill(args.output.tokens, args.output.tokens + 2 * args.count, -1);
+  std::fill(args.output.fields, args.output.fields + kRowFields * args.count,
+            std::numeric_limits<float>::quiet_NaN());
   for (int64_t i = 0; i < args.count; ++i) {
     const RowAnswer& answer = answers[i];
     args.output.error[i] = answer.error == kRowOk ? kNoError : encode_error(i, answer.error);

@@ -36,9 +36,10 @@ void unmask(const UnmaskArgs& args, Parallel parallel) {
     rows.push_back(row);
     if (args.sampling.samples()) {
       const int64_t* k = args.sampling.keys + position / args.length * 3;
-      const int64_t where = position % args.length + args.sampling.position_offset;
-      keys.push_back({static_cast<uint64_t>(k[0]), static_cast<uint32_t>(k[1]),
-                      static_cast<uint32_t>(where), static_cast<uint32_t>(k[2])});
+      const auto where = static_cast<uint32_t>(position % args.length) +
+                         static_cast<uint32_t>(args.sampling.position_offset);
+      keys.push_back({static_cast<uint64_t>(k[0]), static_cast<uint32_t>(k[1]), where,
+                      static_cast<uint32_t>(k[2])});
     }
   }
 

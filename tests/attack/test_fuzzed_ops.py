@@ -1,0 +1,432 @@
+"""Every op on random shapes, dtypes, strides, instruction sets and numbers, against its float64 twin; and on
+arguments that nobody should give, which are errors by name or have a result, but never end the process."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import test_op_inputs as inputs
+import torch
+from conftest import LEVELS, Attack, assert_stats_close, layouts
+from torch import Tensor
+
+import dparallel_ext as dx
+from dparallel_ext import policies, reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STEP = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float64: 2**-52}
+VOCABULARIES = (1, 2, 3, 5, 15, 16, 17, 31, 33, 64, 247, 1000, 2047, 2049, 4100)
+
+
+@pytest.fixture(autouse=True)
+def _level() -> Iterator[None]:
+    before = dx.simd_level()
+    yield
+    dx.ops._C.use_simd_level(before)
+
+
+def randn(rng: random.Random, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(rng.randrange(2**40)))
+
+
+def some(rng: random.Random, p: float, *shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(rng.randrange(2**40))) < p
+
+
+def whole(rng: random.Random, low: int, high: int, *shape: int) -> Tensor:
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(rng.randrange(2**40)))
+
+
+def numbers(rng: random.Random, dtype: torch.dtype, *shape: int, special: tuple[float, ...] = ()) -> Tensor:
+    """Of a random scale, some of them `special` or as small as can be."""
+    tiny = torch.finfo(dtype).smallest_normal
+    t = (randn(rng, *shape) * rng.choice([0.01, 1.0, 1.0, 5.0])).to(dtype)
+    if t.numel():
+        for _ in range(rng.choice([0, 0, 1, 4])):
+            t.view(-1)[rng.randrange(t.numel())] = rng.choice(
+                [0.0, -0.0, tiny, tiny / 4, -tiny / 4, *special]
+            )
+    return t
+
+
+def strided(rng: random.Random, t: Tensor, changed: bool = False) -> Tensor:
+    """`t` in memory of its own, of random strides; expanded too unless it is to be changed."""
+    found = [t.clone(), t.clone(), *layouts(t)]
+    return rng.choice([x for x in found if not (changed and 0 in x.stride())])
+
+
+def near(found: Tensor, expected: Tensor, bound: Tensor | float) -> bool:
+    """Within `bound`; infinities equal, NaN in the same places."""
+    a, b = found.double(), expected.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    return bool((same | ((a - b).abs() <= bound)).all())
+
+
+def policy_rows(rng: random.Random, batch: int, length: int) -> Tensor:
+    made = []
+    for _ in range(batch):
+        selector = rng.choice(list(policies.SELECTORS))
+        high = policies.RULES[selector].high
+        threshold = rng.choice([0.0, 2**-149, 0.5, rng.random(), 1.0, min(high, 3.0), min(high, 1e30)])
+        if selector == "quota":
+            threshold = rng.choice([1, 2, length + 1, 2**40])
+        low = rng.choice([1, 1, 2, length + 3, policies.MOST])
+        most = rng.choice([None, low, low + 1, math.inf])
+        score = rng.choice(list(policies.SCORES)) if selector == "quota" else None
+        made.append(policies.make(selector, threshold, min_commit=low, max_commit=most, score=score))
+    return torch.cat(made) if made else torch.empty(0, 5)
+
+
+# --- against the twins --------------------------------------------------------------------------
+
+
+def row_stats(rng: random.Random) -> None:
+    dtype, vocab = rng.choice(DTYPES), rng.choice(VOCABULARIES)
+    low, high = torch.finfo(dtype).min, torch.finfo(dtype).max
+    lead = rng.choice([(), (0,), (3,), (2, 3), (2, 0), (2, 1, 2)])
+    logits = numbers(rng, dtype, *lead, vocab, special=(math.inf, -math.inf, low, high, 60000.0, math.nan))
+    settings: dict[str, Any] = {}
+    count = math.prod(lead)
+    if rng.random() < 0.4:
+        settings["rows"] = strided(rng, whole(rng, 0, max(1, count), rng.randrange(4) if count else 0))
+    if rng.random() < 0.5:
+        settings["mask_id"] = rng.randrange(vocab)
+    if rng.random() < 0.5:
+        settings["suppress"] = strided(rng, whole(rng, 0, vocab, rng.randrange(4)))
+    try:
+        expected = reference.row_stats(logits, **settings)
+    except ValueError:
+        with pytest.raises(ValueError, match=r"logits: row \d+ (holds NaN|leaves no token)"):
+            dx.row_stats(strided(rng, logits), **settings)
+        return
+    except IndexError:  # the twin's topk and argmax do not take no rows
+        assert not count or not len(settings["rows"])
+        return
+    found = dx.row_stats(strided(rng, logits), **settings)
+    for name, a, b in zip(found._fields, found, expected, strict=True):
+        assert_stats_close(a, b, name)
+
+
+def scores(rng: random.Random, *shape: int) -> Tensor:
+    """Multiples of 1/64, whose sums are exact, and infinities."""
+    t = whole(rng, 0, rng.choice([2, 65, 400]), *shape) / 64
+    return torch.where(some(rng, rng.choice([0.0, 0.1]), *shape), math.inf, t)
+
+
+def select(rng: random.Random) -> None:
+    batch, length = rng.randrange(4), rng.choice([0, 1, 2, 31, 300])
+    shape = (batch, length)
+    stats = dx.RowStats(*[torch.empty(shape)] * 9)._replace(
+        confidence=scores(rng, *shape), margin=scores(rng, *shape) - 1, entropy=scores(rng, *shape)
+    )
+    eligible, policy = some(rng, rng.choice([0.0, 0.5, 1.0]), *shape), policy_rows(rng, batch, length)
+    expected = reference.select(stats.confidence, stats.margin, stats.entropy, eligible, policy)
+    given = stats._replace(
+        **{n: strided(rng, getattr(stats, n)) for n in ("confidence", "margin", "entropy")}
+    )
+    assert torch.equal(dx.select(given, strided(rng, eligible), strided(rng, policy)), expected)
+
+
+def unmask_(rng: random.Random) -> None:
+    dtype, vocab = rng.choice(DTYPES), rng.choice(VOCABULARIES[1:])
+    batch, length, mask = rng.randrange(4), rng.choice([0, 1, 3, 20]), rng.randrange(vocab + 2)
+    special = (math.inf, -math.inf, torch.finfo(dtype).max)
+    logits = numbers(rng, dtype, batch, length, vocab, special=special)
+    tokens = torch.where(some(rng, 0.6, batch, length), mask, whole(rng, 0, vocab, batch, length))
+    start, end = whole(rng, -2, length + 2, batch), whole(rng, -2, length + 9, batch)
+    policy = policy_rows(rng, batch, length)
+    column = torch.arange(length)
+    window = (column >= start[:, None]) & (column < end[:, None])
+    masked = window & (tokens == mask)
+    settings: dict[str, Any] = {"start": strided(rng, start), "end": strided(rng, end)}
+    at = (masked | some(rng, 0.5, batch, length)).flatten().nonzero()[:, 0]
+    packed, given = rng.random() < 0.5, logits
+    if packed:
+        settings["positions"], given = strided(rng, at), logits.flatten(0, 1)[at]
+    needed = masked.flatten().nonzero()[:, 0]
+    keeps = {"mask_id": mask} if mask < vocab else {}
+    try:
+        expected = reference.row_stats(logits[masked], **keeps) if len(needed) else None
+    except ValueError:
+        return  # a row of one token, the mask
+    ours = strided(rng, tokens, changed=True)
+    out = dx.unmask_(ours, strided(rng, given), mask_id=mask, policy=strided(rng, policy), **settings)
+    rows = torch.searchsorted(at, needed) if packed else needed
+    found = dx.RowStats(*(x.flatten()[rows] for x in out.stats))
+    for name, a in zip(found._fields, found, strict=True):
+        if expected is not None:
+            assert_stats_close(a, getattr(expected, name), name)
+
+    def spread(x: Tensor) -> Tensor:
+        return torch.zeros(batch, length, dtype=x.dtype).masked_scatter(masked, x)
+
+    commit = reference.select(
+        *(spread(getattr(found, n)) for n in ("confidence", "margin", "entropy")), masked, policy
+    )
+    by_sum = policy[:, 0] == policies.SELECTORS["entropy_bound"]  # whose order the rounding sees
+    changed = ours != tokens
+    assert not bool((changed & ~masked).any())
+    assert torch.equal(out.committed, (masked & (ours != mask)).sum(1))
+    assert torch.equal(changed[~by_sum], commit[~by_sum])
+    assert torch.equal(ours[changed], spread(found.sample)[changed])
+    assert bool((out.committed >= masked.sum(1).clamp(max=1)).all())
+
+
+def certainty_forcing_loss(rng: random.Random) -> None:
+    dtype, vocab = rng.choice((*DTYPES, torch.float64)), rng.choice(VOCABULARIES)
+    lead = rng.choice([(), (0,), (4,), (2, 3), (2, 0), (2, 1, 2)])
+    most = min(1e30, torch.finfo(dtype).max)
+    logits = numbers(rng, dtype, *lead, vocab, special=(math.inf, -math.inf, most, -most))
+    labels, active = whole(rng, 0, vocab, *lead), some(rng, rng.choice([0.0, 0.6, 1.0]), *lead)
+    if lead and dtype != torch.float64:
+        own = logits.gather(-1, labels[..., None])
+        logits.scatter_(-1, labels[..., None], own.clamp(-50, 50))  # else its loss is infinite
+    else:
+        logits = logits.clamp(-50, 50)
+    settings: dict[str, Any] = {
+        "temperature": rng.choice([0.5, 1.0, 0.3, 2.0]),
+        "ce_temperature": rng.choice([1.0, 2.0, 0.7]),
+        "gate": rng.choice(["correct", "all"]),
+        "reduction": "sum",
+    }
+    leaf = strided(rng, logits).detach().requires_grad_()
+    theirs = logits.double().requires_grad_()
+    ours = dx.certainty_forcing_loss(
+        leaf * 1, strided(rng, labels), strided(rng, active), inplace=rng.random() < 0.5, **settings
+    )
+    twin = reference.certainty_forcing_loss(theirs, labels, active, **settings)
+    assert torch.equal(ours.correct, twin.correct)
+    for a, b in ((ours.nll, twin.nll), (ours.entropy, twin.entropy)):
+        assert near(a, b.float() if dtype != torch.float64 else b, 2e-6 + 2e-6 * b.abs())
+    (grad,) = torch.autograd.grad(ours.loss, leaf)
+    (expected,) = torch.autograd.grad(twin.loss, theirs)
+    assert grad.shape == leaf.shape
+    if bool(logits.isfinite().all()):  # the twin has no gradient at an infinity
+        assert near(grad, expected, 2e-6 + 4 * STEP[dtype] * expected.abs())
+    assert not bool(grad.isnan().any())
+
+
+def kv_write(rng: random.Random) -> None:
+    dtype, count, heads, group = (
+        rng.choice(DTYPES),
+        rng.choice([0, 1, 7, 40]),
+        rng.randint(1, 3),
+        rng.randrange(4),
+    )
+    dim, page, table = rng.choice([0, 2, 6, 16, 34, 64]), rng.choice([1, 5, 16]), rng.randint(1, 60)
+    special = (math.inf, -math.inf, math.nan, torch.finfo(dtype).max / 4)
+    pages = -(-count // page) + rng.randrange(3)
+    made = [numbers(rng, dtype, count, n * heads, dim, special=special) for n in (group, 1, 1)]
+    made += [numbers(rng, dtype, pages, heads, page, dim) for _ in "kv"]
+    slots = torch.randperm(pages * page, generator=torch.Generator().manual_seed(rng.randrange(2**30)))[
+        :count
+    ]
+    slots = torch.where(some(rng, 0.2, count), -rng.randint(1, 2**60), slots)
+    cos, sin = dx.rope_table(table, dim, 500.0) if dim else (torch.ones(table, 0), torch.ones(table, 0))
+    positions, interleaved = whole(rng, 0, table, count), rng.random() < 0.5
+    given = {"positions": positions, "slots": slots, "cos": cos, "sin": sin}
+    ours, twin = [strided(rng, t, changed=True) for t in made], [t.clone() for t in made]
+    dx.kv_write(*ours, **{n: strided(rng, t) for n, t in given.items()}, interleaved=interleaved)
+    if dim:
+        reference.kv_write(*twin, **given, interleaved=interleaved)
+    for a, b in zip(ours, twin, strict=True):
+        scale = b.double().nan_to_num(0, 0, 0).abs().amax(-1, keepdim=True) if dim else 0.0
+        assert near(a, b, STEP[dtype] * (2 * scale + 4 * torch.finfo(dtype).smallest_normal))
+
+
+def block_attention(rng: random.Random) -> None:
+    dtype, heads, group = rng.choice(DTYPES), rng.randint(1, 3), rng.choice([0, 1, 2, 3, 8])
+    dim, page = rng.choice([0, 1, 2, 7, 16, 40, 64]), rng.choice([1, 5, 16, 64])
+    segments, pages = rng.randrange(4), rng.randrange(6)
+    width = rng.randrange(4) if pages else 0
+    queries, gaps = whole(rng, 0, 20, segments), whole(rng, 0, 3, segments)
+    begin = (queries + gaps).cumsum(0) - queries
+    count = int(begin[-1] + queries[-1]) + rng.randrange(3) if segments else rng.randrange(3)
+    infinite = rng.random() < 0.2  # then the twin is NaN where the kernel need not be
+    special = (math.nan, math.inf, -math.inf) if infinite else (math.nan, 300.0, -300.0)
+    q = numbers(rng, dtype, count, group * heads, dim, special=special[1:])
+    k, v = (numbers(rng, dtype, pages, heads, page, dim, special=special) for _ in "kv")
+    given = {
+        "lengths": whole(rng, 0, width * page + 1, segments),
+        "pages": whole(rng, 0, max(1, pages), segments, width),
+        "begin": begin,
+        "end": begin + queries,
+    }
+    scale = rng.choice([None, 0.3, 0.0, 2.0])
+    found = dx.block_attention(
+        *(strided(rng, t) for t in (q, k, v)), **{n: strided(rng, t) for n, t in given.items()}, scale=scale
+    )
+    assert found.shape == q.shape
+    if infinite or not found.numel():
+        return
+    scale = dim**-0.5 if scale is None else scale
+    expected = reference.block_attention(q.double(), k.double(), v.double(), **given, scale=scale)
+    largest = q.double().norm(dim=-1).max() * k.double().nan_to_num(0).norm(dim=-1).amax() if pages else 0.0
+    values = float(v.double().nan_to_num(0).abs().max()) if v.numel() else 0.0
+    assert near(found, expected, (STEP[dtype] + 4e-6 + 1e-6 * scale * float(largest)) * (values + 1e-6))
+
+
+def rms_norm(rng: random.Random) -> None:
+    dtype, width = rng.choice(DTYPES), rng.choice([1, 2, 7, 16, 31, 33, 64, 300])
+    lead = rng.choice([(), (0,), (4,), (2, 3), (2, 0), (2, 1, 2)])
+    special = (math.inf, -math.inf, math.nan)
+    x, delta = (numbers(rng, dtype, *lead, width, special=special) for _ in "xd")
+    weight, bias = (numbers(rng, dtype, width) for _ in "wb")
+    given: dict[str, Any] = {"eps": rng.choice([1e-5, 1e-6, 1.0])}
+    if rng.random() < 0.5:
+        given["bias"] = bias
+    if rng.random() < 0.5:
+        given["delta"] = delta
+    moved = {n: strided(rng, t) if isinstance(t, Tensor) else t for n, t in given.items()}
+    found = dx.rms_norm(strided(rng, x), strided(rng, weight), **moved)
+    expected = reference.rms_norm(x, weight, **given)
+    for a, b in zip(inputs.flat(found), inputs.flat(expected), strict=True):
+        size = (
+            weight.double().abs() * math.sqrt(width)
+            + bias.double().abs()
+            + b.double().abs().nan_to_num(0, 0, 0)
+        )
+        assert a.is_contiguous()
+        assert near(a, b, 4 * STEP[dtype] * size + 1e-7)
+
+
+def swiglu(rng: random.Random) -> None:
+    dtype, width = rng.choice(DTYPES), rng.choice([1, 2, 7, 16, 31, 33, 64, 300])
+    lead = rng.choice([(), (0,), (4,), (2, 3), (2, 0), (2, 1, 2)])
+    most = torch.finfo(dtype).max
+    gate = numbers(
+        rng, dtype, *lead, width, special=(math.inf, -math.inf, math.nan, most, -most, -87.0, -90.0)
+    )
+    up = numbers(rng, dtype, *lead, width, special=(math.inf, math.nan, most))
+    if rng.random() < 0.3:
+        found = dx.swiglu(strided(rng, torch.cat((gate, up), -1)))
+    else:
+        found = dx.swiglu(strided(rng, gate), strided(rng, up))
+    expected = reference.swiglu(gate, up)
+    # Below -87 the gate counts as closed, which `up` may still see where it is as large as can be.
+    known = (gate.double() > -87) | (up.double().abs() < 1e6) | ~gate.isfinite()
+    size = up.double().abs().nan_to_num(0, 0, 0) + expected.double().abs().nan_to_num(0, 0, 0)
+    tiny = float(torch.finfo(dtype).smallest_normal)
+    assert near(found[known], expected[known], (3 * STEP[dtype] * size + tiny * (1 + size))[known])
+
+
+def fp8_linear(rng: random.Random) -> None:
+    dtype, width, out = rng.choice(DTYPES), rng.choice([1, 2, 15, 33, 64, 300]), rng.choice([0, 1, 3, 20])
+    lead = rng.choice([(), (0,), (4,), (2, 3), (64,), (65,), (2, 0), (1, 70)])
+    many = math.prod(lead) > 64  # then weights are rounded to the dtype, and infinity times 0 is NaN
+    x = numbers(rng, dtype, *lead, width, special=() if many else (math.inf, -math.inf, math.nan))
+    weight, scale = dx.quantize_fp8(numbers(rng, torch.float32, out, width, special=(1e-30, 30.0)))
+    bias = numbers(rng, dtype, out) if rng.random() < 0.5 else None
+    moved = (strided(rng, t) for t in (weight, scale))
+    found = dx.fp8_linear(strided(rng, x), *moved, None if bias is None else strided(rng, bias))
+    expected = reference.fp8_linear(x, weight, scale, bias)
+    sizes = x.double().abs().nan_to_num(0, 0, 0) @ (weight.float().double().abs() * scale.double()[:, None]).T
+    bound = (2 * STEP[dtype] + 4e-6) * (sizes + (0.0 if bias is None else bias.double().abs()))
+    assert near(found, expected, bound + torch.finfo(dtype).smallest_normal)
+
+
+TWINS: list[Callable[[random.Random], None]] = [
+    row_stats, select, unmask_, certainty_forcing_loss, kv_write, block_attention, rms_norm, swiglu,
+    fp8_linear,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TWINS, ids=lambda case: case.__name__)
+def test_ops_equal_their_twins(case: Callable[[random.Random], None], attack: Attack) -> None:
+    for rng in attack.cases(25):
+        dx.ops._C.use_simd_level(rng.choice(LEVELS))
+        case(rng)
+
+
+# --- what nobody should give --------------------------------------------------------------------
+
+INDICES = {
+    "row_stats": ("rows", "suppress"),
+    "unmask_": ("suppress", "positions"),
+    "kv_write": ("positions", "slots"),
+    "block_attention": ("begin", "end", "lengths", "pages"),
+}
+
+
+def test_indices_out_of_bounds_are_named(attack: Attack) -> None:
+    """And nothing is changed."""
+    for rng in attack.cases(100):
+        dx.ops._C.use_simd_level(rng.choice(LEVELS))
+        torch.manual_seed(rng.randrange(2**31))
+        name = rng.choice(list(INDICES))
+        op, argument = inputs.op_of(name), rng.choice(INDICES[name])
+        names = [a.name for a in op.default._schema.arguments]
+        call = inputs.copied(inputs.examples(rng.choice(DTYPES))[name])
+        if argument == "positions" and name == "unmask_":
+            call[1], call[2] = call[1].flatten(0, 1), torch.arange(6)
+        index = call[names.index(argument)]
+        bad = rng.choice([-1, 41, 2**31, 2**32 + 1, 2**60, 2**63 - 1, -(2**63), -(2**31)])
+        if argument == "slots":
+            bad = abs(bad) % 2**62 + 40
+        index.view(-1)[rng.randrange(index.numel()) if argument != "pages" else 0] = bad
+        call = [
+            strided(rng, t, changed=a.is_write) if isinstance(t, Tensor) else t
+            for t, a in zip(call, op.default._schema.arguments, strict=True)
+        ]
+        before = inputs.copied(tuple(call))
+        with pytest.raises(ValueError, match=f"^{argument}: expected in "):
+            op(*call)
+        assert inputs.same(call, before)
+
+
+def mutated(rng: random.Random, value: Any) -> Any:
+    if isinstance(value, bool) or value is None:
+        return rng.choice([True, False, None])
+    if isinstance(value, int):
+        return rng.choice([0, -1, 1, 2**31, -(2**31), 2**63 - 1, -(2**63), rng.randrange(100)])
+    if isinstance(value, float):
+        return rng.choice([0.0, -1.0, math.nan, math.inf, -math.inf, 1e-45, 1e308, rng.random()])
+    if value.is_meta:
+        return value
+    kind = rng.randrange(6)
+    if kind == 0:
+        dtypes = (*DTYPES, torch.float64, torch.int64, torch.int32, torch.bool, torch.uint8, torch.complex64)
+        return value if value.is_complex() else value.float().to(rng.choice(dtypes))
+    if kind == 1:  # one dimension more or less, or of another size
+        shape = list(value.shape)
+        change = rng.randrange(4)
+        if shape and change == 0:
+            del shape[rng.randrange(len(shape))]
+        elif change == 1:
+            shape.insert(rng.randint(0, len(shape)), rng.randrange(3))
+        elif shape:
+            shape[rng.randrange(len(shape))] = rng.randrange(9)
+        return value.new_empty(shape).copy_(torch.zeros(shape))
+    if kind == 2 and value.numel():  # the same memory, each element several times
+        return value.clone().flatten().as_strided(value.shape, [rng.randrange(2) for _ in value.shape])
+    if kind == 3 and value.dtype == torch.int64 and value.numel():
+        value = value.clone()
+        value.view(-1)[rng.randrange(value.numel())] = mutated(rng, 1)
+        return value
+    if kind == 4 and value.is_floating_point() and value.dtype != torch.float8_e4m3fn:
+        return torch.full_like(
+            value, rng.choice([math.nan, math.inf, -math.inf, torch.finfo(value.dtype).max, 0])
+        )
+    return rng.choice([None, value, value.to("meta"), *layouts(value)])
+
+
+def test_no_arguments_end_the_process(attack: Attack) -> None:
+    """An error of Python, or a result."""
+    refused = 0
+    for rng in attack.cases(150):
+        dx.ops._C.use_simd_level(rng.choice(LEVELS))
+        torch.manual_seed(rng.randrange(2**31))
+        name = rng.choice(inputs.OPS)
+        call = inputs.copied(inputs.examples(rng.choice(DTYPES))[name])
+        for _ in range(rng.choice([1, 1, 2, 4])):
+            place = rng.randrange(len(call))
+            call[place] = mutated(rng, call[place])
+        try:
+            inputs.op_of(name)(*call)
+        except Exception:
+            refused += 1
+    assert attack.seconds or 0 < refused < attack.tried

@@ -1,0 +1,452 @@
+"""What every op makes of inputs: any strides, sizes of zero, indices out of bounds, memory that overlaps,
+gradients. By its documented function, through torch.ops and under torch.compile alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import counters, everywhere, layouts
+from torch import Tensor
+
+import dparallel_ext as dx
+from dparallel_ext import policies
+
+MASK = 3
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def examples(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+    """Arguments of each op under torch.ops. Some can be expanded: they are constant along a dimension."""
+    z, q, x = torch.randn(2, 3, 40).to(dtype), torch.randn(6, 4, 8).to(dtype), torch.randn(5, 24).to(dtype)
+    k, v = torch.randn(2, 6, 2, 8).to(dtype)
+    k_cache, v_cache = torch.randn(2, 4, 2, 4, 8).to(dtype)
+    tokens = torch.full((2, 3), MASK)
+    tokens[0, 1] = 0
+    start, end = torch.zeros(2, dtype=torch.int64), torch.tensor([3, 2])
+    policy = policies.make("entropy", 4.0, batch=2, device=z.device)
+    keys = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]])
+    ids, rows = torch.tensor([1, 30]), torch.tensor([4, 1])
+    score, eligible = torch.rand(2, 3), torch.tensor([[True, True, False], [True, True, False]])
+    labels, active = torch.randint(0, 40, (6,)), torch.rand(6) < 0.7
+    of_loss = (z, labels, active, 0.5, 1.0)
+    saved = torch.ops.dparallel.certainty_forcing_loss(*of_loss)[3]
+    backward = (*of_loss, saved, torch.ones(6), torch.randn(6))
+    weight, scale = dx.quantize_fp8(torch.randn(7, 24))
+    cos, sin = dx.rope_table(9, 8, device=q.device)
+    at = torch.tensor([0, 1, 2, 5, 6, 7])
+    segments = (torch.tensor([0, 3]), torch.tensor([2, 6]), torch.tensor([5, 7]))
+    table = torch.tensor([[3, 1], [0, 2]])
+    return {
+        "row_stats": (z, rows, MASK, ids, 0.7, 0.9, 20, keys, counters(z, 6)),
+        "select": (score, score.clone(), score.clone(), eligible, policy),
+        "unmask_": (
+            tokens, z, None, start, end, policy, MASK, ids, 0.7, 1.0, 0, keys[:, :3].contiguous(), 0,
+            counters(z, 9),
+        ),
+        "certainty_forcing_loss": of_loss,
+        "certainty_forcing_loss_backward": backward,
+        "certainty_forcing_loss_backward_": backward,
+        "kv_write": (q, k, v, k_cache, v_cache, at, at + 8, cos, sin, False),
+        "block_attention": (q, k_cache, v_cache, *segments, table, 6, 8, 0.3),
+        "rms_norm": (x, x + 1, x[0].clone(), x[1].clone(), 1e-5),
+        "swiglu": (x, x + 1),
+        "fp8_linear": (x, weight, scale, x[0, :7].clone()),
+        "fp8_widen": (weight, scale, x),
+    }  # fmt: skip
+
+
+OPS = sorted(examples(torch.float32))
+
+
+def documented(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
+    """Functions and their arguments."""
+    z, q, x = torch.randn(2, 3, 40).to(dtype), torch.randn(6, 4, 8).to(dtype), torch.randn(5, 24).to(dtype)
+    k, v = torch.randn(2, 6, 2, 8).to(dtype)
+    k_cache, v_cache = torch.randn(2, 4, 2, 4, 8).to(dtype)
+    stats = dx.row_stats(z)
+    weight, scale = dx.quantize_fp8(torch.randn(7, 24))
+    cos, sin = dx.rope_table(9, 8, device=q.device)
+    at, table = torch.tensor([0, 1, 2, 5, 6, 7]), torch.tensor([[3, 1], [0, 2]])
+    eligible, tokens = torch.tensor([[True, True, False]] * 2), torch.full((2, 3), MASK)
+    policy = policies.make("entropy", 4.0, batch=2, device=z.device)
+
+    def select(confidence: Tensor, margin: Tensor, entropy: Tensor, **given: Tensor) -> Tensor:
+        scores = {"confidence": confidence, "margin": margin, "entropy": entropy}
+        return dx.select(stats._replace(**scores), **given)
+
+    def loss(logits: Tensor, inplace: bool, **given: Tensor) -> tuple[Tensor, ...]:
+        leaf = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        out = dx.certainty_forcing_loss(leaf * 1, inplace=inplace, **given)
+        return (*out, *torch.autograd.grad(out.loss, leaf))
+
+    of_loss = {"logits": z, "labels": torch.randint(0, 40, (2, 3)), "active": eligible}
+    return {
+        "row_stats": (dx.row_stats, {"logits": z, "rows": torch.tensor([4, 1]), "temperature": 0.5}),
+        "select": (select, {"confidence": stats.confidence, "margin": stats.margin, "entropy": stats.entropy,
+                            "eligible": eligible, "policy": policy}),
+        "unmask_": (dx.unmask_, {"tokens": tokens, "logits": z, "mask_id": MASK, "policy": policy,
+                                 "start": torch.tensor([0, 1]), "end": torch.tensor([3, 3])}),
+        "unmask_ of rows": (dx.unmask_, {"tokens": tokens, "logits": z.view(6, 40), "mask_id": MASK,
+                                         "positions": torch.arange(6)}),
+        "loss": (loss, {**of_loss, "inplace": False}),
+        "loss inplace": (loss, {**of_loss, "inplace": True}),
+        "kv_write": (dx.kv_write, {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache,
+                                   "positions": at, "slots": at + 8, "cos": cos, "sin": sin}),
+        "block_attention": (dx.block_attention, {"q": q, "k_cache": k_cache, "v_cache": v_cache,
+                                                 "lengths": torch.tensor([5, 7]), "pages": table,
+                                                 "begin": torch.tensor([0, 3]), "end": torch.tensor([2, 6])}),
+        "rms_norm": (dx.rms_norm, {"x": x, "weight": x[0].clone(), "delta": x + 1, "bias": x[1].clone(),
+                                   "eps": 1e-5}),
+        "swiglu": (dx.swiglu, {"gate": x, "up": x + 1}),
+        "fp8_linear": (dx.fp8_linear, {"x": x, "weight": weight, "scale": scale, "bias": x[0, :7].clone()}),
+        "fp8_linear of many": (dx.fp8_linear, {"x": x[:1].expand(300, 24).contiguous(), "weight": weight,
+                                               "scale": scale}),
+    }  # fmt: skip
+
+
+FUNCTIONS = sorted(documented(torch.float32))
+
+
+def op_of(name: str) -> Any:
+    return getattr(torch.ops.dparallel, name)
+
+
+def copied(given: tuple[Any, ...]) -> list[Any]:
+    return [a.clone(memory_format=torch.contiguous_format) if isinstance(a, Tensor) else a for a in given]
+
+
+def flat(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    return [t for part in result or () for t in flat(part)]
+
+
+def same(a: list[Any], b: list[Any]) -> bool:
+    """To the bit; a NaN, of a row that was not read, equals another."""
+    for x, y in zip(a, b, strict=True):
+        if isinstance(x, Tensor):
+            x, y = (t.float() if t.is_floating_point() else t for t in (x, y))
+            if not torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)):
+                return False
+    return True
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OPS)
+@everywhere
+def test_ops_take_any_strides(name: str, dtype: torch.dtype) -> None:
+    given = examples(dtype)[name]
+    op, plain = op_of(name), copied(given)
+    expected = flat(op(*plain))
+    changed = {a.name for a in op.default._schema.arguments if a.is_write}
+    for i, argument in enumerate(op.default._schema.arguments):
+        if i >= len(given) or not isinstance(given[i], Tensor) or argument.name == "counters":
+            continue
+        for other in layouts(given[i]):
+            if argument.name in changed and 0 in other.stride():
+                continue  # see the test of memory that overlaps
+            call = copied(given)
+            call[i] = other
+            assert same(flat(op(*call)), expected), argument.name
+            assert same(call, plain), argument.name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FUNCTIONS)
+@everywhere
+def test_functions_take_any_strides(name: str, dtype: torch.dtype) -> None:
+    function, given = documented(dtype)[name]
+    plain = copied(tuple(given.values()))
+    expected = flat(function(**dict(zip(given, plain, strict=True))))
+    for argument, value in given.items():
+        if not isinstance(value, Tensor):
+            continue
+        for other in layouts(value):
+            if argument == "tokens" and 0 in other.stride():
+                continue
+            call = dict(zip(given, copied(tuple(given.values())), strict=True))
+            call[argument] = other
+            assert same(flat(function(**call)), expected), argument
+            assert same(list(call.values()), plain), argument
+
+
+@pytest.mark.parametrize("name", OPS)
+@everywhere
+def test_compiled_ops_take_any_strides(name: str) -> None:
+    given = examples(torch.float32)[name]
+    plain, op = copied(given), op_of(name)
+    expected = flat(op(*plain))
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=False)
+    def run(*arguments: Any) -> Any:
+        return op(*arguments)
+
+    for number in range(3):
+        call = copied(given)
+        for i, argument in enumerate(given):
+            if isinstance(argument, Tensor) and op.default._schema.arguments[i].name != "counters":
+                call[i] = list(layouts(argument))[number]
+        assert same(flat(run(*call)), expected)
+        assert same(call, plain)
+
+
+OUT_OF_BOUNDS = [
+    ("row_stats", 1, [6, 0], r"rows: expected in \[0, 6\), got 6 at 0"),
+    ("row_stats", 1, [0, -1], r"rows: expected in \[0, 6\), got -1 at 1"),
+    ("row_stats", 3, [40], r"suppress: expected in \[0, 40\), got 40"),
+    ("row_stats", 3, [-5, 1], r"suppress: expected in \[0, 40\), got -5"),
+    ("row_stats", 3, [2, 1], "suppress: expected ascending ids"),
+    ("unmask_", 7, [2**40], "suppress: expected in"),
+    ("kv_write", 5, [0, 1, 2, 3, 4, 9], r"positions: expected in \[0, 9\), got 9 at 5"),
+    ("kv_write", 5, [0, -(2**62), 2, 3, 4, 5], "positions: expected in"),
+    ("kv_write", 6, [0, 1, 2, 3, 4, 16], r"slots: expected in \[0, 16\), got 16 at 5"),
+    ("block_attention", 3, [-1, 3], r"begin: expected in \[0, 7\), got -1 at 0"),
+    ("block_attention", 3, [3, 3], "begin: expected no larger than end, got 3 above 2 at 0"),
+    ("block_attention", 4, [2, 7], r"end: expected in \[0, 7\), got 7 at 1"),
+    ("block_attention", 5, [5, 9], r"lengths: expected in \[0, 9\), got 9 at 1"),
+    ("block_attention", 5, [-1, 0], "lengths: expected in"),
+    ("block_attention", 6, [[3, 1], [0, 4]], r"pages: expected in \[0, 4\), got 4 at 1"),
+    ("block_attention", 6, [[-1, 1], [0, 2]], r"pages: expected in \[0, 4\), got -1 at 0"),
+    ("block_attention", 7, -1, "longest_query: expected >= 0, got -1"),
+]
+
+
+@pytest.mark.parametrize(("name", "place", "value", "said"), OUT_OF_BOUNDS)
+def test_indices_are_checked(name: str, place: int, value: Any, said: str) -> None:
+    call = copied(examples(torch.float32)[name])
+    call[place] = torch.tensor(value) if isinstance(value, list) else value
+    with pytest.raises(ValueError, match=said):
+        op_of(name)(*call)
+
+
+@pytest.mark.parametrize(("name", "place", "value", "said"), OUT_OF_BOUNDS[::5])
+def test_indices_are_checked_under_compile(name: str, place: int, value: Any, said: str) -> None:
+    call = copied(examples(torch.float32)[name])
+    call[place] = torch.tensor(value)
+    run = torch.compile(lambda *a: op_of(name)(*a), fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match=said):
+        run(*call)
+
+
+@pytest.mark.parametrize(
+    ("positions", "said"),
+    [
+        ([0, 6], r"positions: expected in \[0, 6\), got 6 at 1"),
+        ([-1, 2], r"positions: expected in \[0, 6\), got -1 at 0"),
+        ([2, 2], "positions: expected strictly ascending"),
+        ([3, 2], "positions: expected strictly ascending"),
+    ],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_positions_are_checked(positions: list[int], said: str, compiled: bool) -> None:
+    def step(tokens: Tensor, logits: Tensor, at: Tensor) -> Tensor:
+        return dx.unmask_(tokens, logits, mask_id=MASK, positions=at, policy=policy).committed
+
+    policy, tokens = policies.make(batch=2), torch.full((2, 3), MASK)
+    run = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
+    with pytest.raises(ValueError, match=said):
+        run(tokens, torch.randn(2, 9), torch.tensor(positions))
+    assert bool((tokens == MASK).all())
+    with pytest.raises(ValueError, match="positions: expected in"):  # was a division by zero
+        run(tokens[:, :0], torch.randn(2, 9), torch.tensor([0, 1]))
+
+
+def test_functions_check_indices_under_compile() -> None:
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def entropy(logits: Tensor, rows: Tensor) -> Tensor:
+        return dx.row_stats(logits, rows=rows).entropy
+
+    logits = torch.randn(4, 9)
+    assert torch.equal(entropy(logits, torch.tensor([3])), dx.row_stats(logits[3:]).entropy)
+    with pytest.raises(ValueError, match=r"rows: expected in \[0, 4\), got 10000000000 at 0"):
+        entropy(logits, torch.tensor([10**10]))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def token(logits: Tensor, ids: Tensor) -> Tensor:
+        return dx.row_stats(logits, suppress=ids).token + dx.row_stats(logits, suppress=[8, 1, 8]).token
+
+    ids = torch.tensor([7, 2, 7])
+    expected = dx.row_stats(logits, suppress=[2, 7]).token + dx.row_stats(logits, suppress=[1, 8]).token
+    assert torch.equal(token(logits, ids), expected)
+    with pytest.raises(ValueError, match=r"suppress: expected in \[0, 9\), got 9"):
+        token(logits, ids + 2)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_scores_without_an_order_are_not_sorted(compiled: bool) -> None:
+    score = torch.rand(1, 3000)
+    call = [score, score, score.clone(), score < 2, policies.make()]
+    call[2][:, 7::3] = torch.nan
+    run = torch.compile(op_of("select"), fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="entropy: NaN at eligible position 7 of sequence 0"):
+        (run if compiled else op_of("select"))(*call)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("unmask_", "tokens"),
+        ("kv_write", "q"),
+        ("kv_write", "k_cache"),
+        ("kv_write", "v_cache"),
+        ("certainty_forcing_loss_backward_", "logits"),
+    ],
+)
+@everywhere
+def test_memory_that_overlaps_is_not_changed(name: str, argument: str) -> None:
+    given = examples(torch.float32)[name]
+    place = [a.name for a in op_of(name).default._schema.arguments].index(argument)
+    shape = given[place].shape
+    windows = given[place].clone().flatten().as_strided(shape, [1] * len(shape))
+    for overlapping in (given[place][:1].clone().expand(shape), windows):
+        before, call = overlapping.clone(), copied(given)
+        call[place] = overlapping
+        with pytest.raises(ValueError, match=f"{argument}: expected memory of its own for each element"):
+            op_of(name)(*call)
+        assert torch.equal(overlapping, before)
+        assert same(call[:place] + call[place + 1 :], copied(given[:place] + given[place + 1 :]))
+
+
+@everywhere
+def test_arguments_of_kv_write_do_not_share_memory() -> None:
+    _, given = documented(torch.float32)["kv_write"]
+    with pytest.raises(ValueError, match="v_cache: expected memory of its own"):
+        dx.kv_write(**{**given, "v_cache": given["k_cache"]})
+    with pytest.raises(ValueError, match="q: expected memory of its own"):
+        dx.kv_write(**{**given, "q": given["k"]})
+
+
+@everywhere
+def test_tokens_that_overlap_are_refused_by_the_function() -> None:
+    tokens = torch.full((1, 3), MASK).expand(2, 3)
+    with pytest.raises(ValueError, match="tokens: expected memory of its own"):
+        dx.unmask_(tokens, torch.randn(2, 3, 9), mask_id=MASK)
+
+
+@everywhere
+def test_sizes_of_zero() -> None:
+    none, ints = torch.empty(0, 9), torch.empty(0, dtype=torch.int64)
+    assert dx.row_stats(torch.randn(3, 9), rows=ints).token.shape == (0,)
+    assert dx.row_stats(none, rows=ints, temperature=1.0).sample.shape == (0,)
+    for shape in ((0, 4), (3, 0)):
+        stats = dx.row_stats(torch.empty(*shape, 9))
+        assert dx.select(stats, stats.token >= 0, policies.make(batch=shape[0])).shape == shape
+        rows = dx.rms_norm(torch.empty(*shape, 8), torch.ones(8), eps=1e-5)
+        assert rows.shape == dx.swiglu(torch.empty(*shape, 16)).shape == (*shape, 8)
+        leaf = torch.empty(*shape, 9, requires_grad=True)
+        loss = dx.certainty_forcing_loss(leaf, stats.token, stats.token > 0).loss
+        loss.backward()
+        assert float(loss.detach()) == 0.0
+    for out, count in ((0, 3), (5, 0), (0, 0)):
+        weight, scale = dx.quantize_fp8(torch.randn(out, 16))
+        assert dx.fp8_linear(torch.randn(count, 16), weight, scale).shape == (count, out)
+        assert dx.fp8_linear(torch.randn(count + 300, 16), weight, scale).shape == (count + 300, out)
+    weight, scale = torch.empty(5, 0).to(torch.float8_e4m3fn), torch.ones(5)
+    assert op_of("fp8_widen")(weight, scale, none).shape == (5, 0)
+    assert not op_of("fp8_linear")(torch.empty(3, 0), weight, scale, None).any()
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 8), (6, 0, 8), (6, 4, 0), (0, 0, 0)])
+@everywhere
+def test_attention_of_sizes_of_zero(shape: tuple[int, ...]) -> None:
+    count, _, dim = shape
+    q, k, v = torch.randn(shape), torch.randn(count, 2, dim), torch.randn(count, 2, dim)
+    at, nowhere = torch.arange(count), torch.full((count,), -1)
+    cos, sin = torch.ones(9, dim // 2), torch.zeros(9, dim // 2)
+    for pages in (0, 2):
+        k_cache, v_cache = torch.randn(2, pages, 2, 4, dim)
+        tables = {"cos": cos, "sin": sin}
+        dx.kv_write(q, k, v, k_cache, v_cache, positions=at, slots=at if pages else nowhere, **tables)
+        for segments in (0, 1):
+            begin, lengths = torch.zeros(2, segments, dtype=torch.int64)
+            table = torch.zeros(segments, min(pages, 1), dtype=torch.int64)
+            ranges = {"begin": begin, "end": begin + count, "pages": table}
+            out = dx.block_attention(q, k_cache, v_cache, lengths, **ranges)
+            assert out.shape == shape
+            assert not out.any()  # nothing is seen
+    four = dx.block_attention(torch.randn(0, 3, 4, 8), *torch.randn(2, 0, 2, 4, 8), nowhere[:0])
+    assert four.shape == (0, 3, 4, 8)
+
+
+WITHOUT_GRADIENT = [name for name in OPS if name != "certainty_forcing_loss"]
+
+
+@pytest.mark.parametrize("name", WITHOUT_GRADIENT)
+@everywhere
+def test_a_gradient_that_an_op_does_not_have_is_refused(name: str) -> None:
+    """Nothing is silently None, nor right but for a term."""
+    given = examples(torch.float32)[name]
+    for i, argument in enumerate(op_of(name).default._schema.arguments[: len(given)]):
+        value = given[i]
+        if not isinstance(value, Tensor) or value.dtype != torch.float32:
+            continue
+        call = copied(given)
+        call[i] = value.clone().requires_grad_()
+        with torch.no_grad():
+            expected = flat(op_of(name)(*copied(tuple(call))))
+        if not op_of(name).default._schema.returns:
+            with pytest.raises(ValueError, match=f"{argument.name}: requires a gradient"):
+                op_of(name)(*call)
+            continue
+        found = flat(op_of(name)(*call))
+        assert same([t.detach() for t in found], expected)
+        for t in found:
+            if t.is_floating_point() and t.numel():
+                with pytest.raises(NotImplementedError, match=f"dparallel::{name} has no gradient"):
+                    (t.sum() + call[i].sum()).backward(retain_graph=True)
+
+
+@everywhere
+def test_functions_refuse_a_gradient() -> None:
+    for name in ("row_stats", "unmask_", "block_attention"):
+        function, given = documented(torch.float32)[name]
+        which = "q" if name == "block_attention" else "logits"
+        leaf = given[which].clone().requires_grad_()
+        out = function(**{**given, which: leaf * 2})
+        of_floats = out if isinstance(out, Tensor) else (out if name == "row_stats" else out.stats).entropy
+        with pytest.raises(NotImplementedError, match=f"dparallel::{name} has no gradient"):
+            (of_floats.nan_to_num().sum() + leaf.sum()).backward()
+    function, given = documented(torch.float32)["kv_write"]
+    with pytest.raises(ValueError, match="k: requires a gradient"):
+        function(**{**given, "k": given["k"].requires_grad_()})
+
+
+@pytest.mark.filterwarnings("ignore:Error detected in")
+def test_a_gradient_is_refused_under_compile() -> None:
+    _, given = documented(torch.float32)["block_attention"]
+    q = given.pop("q").requires_grad_()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(q: Tensor) -> Tensor:
+        return dx.block_attention(q * 2, **given).sum() + q.sum()
+
+    with pytest.raises(Exception, match="dparallel::block_attention has no gradient"):
+        loss(q).backward()
+    with torch.no_grad():
+        assert torch.equal(loss(q), dx.block_attention(q * 2, **given).sum() + q.sum())
+
+
+@everywhere
+def test_a_second_gradient_of_the_loss_is_refused() -> None:
+    _, given = documented(torch.float32)["loss"]
+    leaf = given.pop("logits").clone().requires_grad_()
+    for inplace in (False, True):
+        loss = dx.certainty_forcing_loss(leaf * 2, **{**given, "inplace": inplace}).loss
+        (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        with pytest.raises(NotImplementedError, match="has no gradient"):
+            grad.square().sum().backward()
+
+
+@everywhere
+def test_changes_are_counted() -> None:
+    """By the versions of tensors, so that autograd notices what it must not use."""
+    for name in ("unmask_", "kv_write"):
+        call = copied(examples(torch.float32)[name])
+        op_of(name)(*call)
+        changed = [a.is_write and a.name != "counters" for a in op_of(name).default._schema.arguments]
+        versions = [a._version for a, written in zip(call, changed, strict=True) if written]
+        assert min(versions) > 0
