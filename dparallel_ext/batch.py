@@ -137,7 +137,7 @@ class Batch:
             self.passes.trajectory.clear(lane)
         if settings.rule is not None:
             used = {other.settings.rule for other in self.rows if other.settings.rule is not None}
-            self.passes.begin(lane, settings.rule, used)
+            self.passes.begin(lane, settings.rule, layout.columns, used)
         self.tokens[lane, :first] = prompt
         self.tokens[lane, first : row.length] = self.mask_id
         self.tokens[lane, row.length :] = self.pad_id
@@ -152,7 +152,7 @@ class Batch:
     def _enter(self, b: int) -> None:
         """Begin the active block."""
         row = self.rows[b]
-        row.turn, row.waiting = 0, False
+        row.turn, row.waiting, row.edits, row.seen = 0, False, 0, []
         if row.done:
             return
         row.left, row.leftmost = row.held, row.ahead
@@ -217,7 +217,7 @@ class Batch:
                 self.forwards += 1
             for b in live:
                 row, hands_over = self.rows[b], self._hands_over(self.rows[b])
-                row.nfe += row.left > 0
+                row.nfe += row.left > 0 or row.edits > 0
                 row.published += not hands_over
                 row.turn += not hands_over
                 if self.cache == "block":
@@ -236,7 +236,7 @@ class Batch:
             row = self.rows[b]
             start, end = row.block
             row.look(found[b][: end - start], self.mask_id)
-            if row.left or (b in wasteful and self.published):
+            if row.left or (b in wasteful and self.published) or row.edits_on():
                 continue
             # Published: one more pass where the full one completed the block; one that stores the block.
             row.published += b in wasteful or self.cache == "block"

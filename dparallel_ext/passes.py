@@ -126,7 +126,7 @@ class Passes:
         if workspace is None:
             workspace = Workspace.of(tokens, slots, graphs=graphs and isinstance(model, Model))
         self.trajectory, self.graphs = workspace.trajectory, workspace.graphs
-        self._suppressed, self.states = workspace.suppressed, workspace.states
+        self._suppressed, self.states, self.given = workspace.suppressed, workspace.states, workspace.given
         self.regular = runs_ahead(tokens.device)
         """Passes take few forms, which hang on nothing that the host would have to wait for."""
         self.recorded_rows = recorded_rows(model)
@@ -153,8 +153,11 @@ class Passes:
             self._suppressed[key] = found
         return self._suppressed[key]
 
-    def begin(self, lane: int, rule: Rule, used: Collection[Rule]) -> None:
-        """A sequence that is decoded by `rule` begins in the lane; `used`: the rules of all lanes."""
+    def begin(self, lane: int, rule: Rule, columns: Sequence[int], used: Collection[Rule]) -> None:
+        """A sequence that is decoded by `rule` begins in the lane.
+
+        columns: those of its response. used: the rules of all lanes.
+        """
         if rule not in self.states:
             if len(self.states) >= REMEMBERED and (idle := [old for old in self.states if old not in used]):
                 for old in idle:
@@ -165,6 +168,9 @@ class Passes:
             # A cell of the last column's window may lie beyond it.
             self.states[rule] = rule.new_state(lanes, 2 * length, self.tokens.device)
         rule.reset(self.states[rule], lane)
+        if rule.edits:
+            self.given[lane] = True
+            self.given[lane, list(columns)] = False
 
     def run(self, rows: Sequence[Row], work: Mapping[int, Work]) -> Tensor:
         """One forward pass over the sequences of `work`, by their lanes in ascending order.
@@ -327,15 +333,17 @@ class Passes:
             logits = self._foreign(work)[source]
         policy = policy.view(torch.float32)[: 5 * keys.shape[1]].view(-1, 5)
         predicted = Predicted(logits, positions, keys, progress, policy, form.cells)
-        masked = self._masked(positions) if form.record else None
+        before = self.tokens.view(-1)[positions] if form.record else None
         stats, errors = [], []
         for way, windows in zip(form.ways, edges, strict=True):
             state = () if way.rule is None else self.states[way.rule]
-            own, error = commit_(self.tokens, predicted, way, windows, state, mask_id=self.mask_id)
+            own, error = commit_(
+                self.tokens, predicted, way, windows, state, mask_id=self.mask_id, given=self.given
+            )
             stats.append(own)
             errors.append(error)
-        if masked is not None:
-            self._record(masked, positions, keys[0], stats)
+        if before is not None:
+            self._record(before, positions, keys[0], stats)
         error = functools.reduce(torch.minimum, errors) if errors else torch.full_like(keys[0], NO_ERROR)
         return torch.cat((self.tokens.view(-1)[block], error[:, None]), 1)
 
@@ -354,13 +362,9 @@ class Passes:
         logits: Tensor = output.logits.flatten(0, 1)
         return logits
 
-    def _masked(self, positions: Tensor) -> Tensor:
-        """(N,) bool, which of the flat positions hold a mask."""
-        return self.tokens.view(-1)[positions] == self.mask_id
-
-    def _record(self, masked: Tensor, positions: Tensor, nfe: Tensor, stats: Sequence[RowStats]) -> None:
-        """Of the positions, those that were `masked` before and are not any more."""
-        fresh = masked & ~self._masked(positions)
+    def _record(self, before: Tensor, positions: Tensor, nfe: Tensor, stats: Sequence[RowStats]) -> None:
+        """Of the positions, those that hold another token than `before`."""
+        fresh = before != self.tokens.view(-1)[positions]
         confidence, logprob = stats[0].confidence, stats[0].sample_logprob
         for other in stats[1:]:  # each read the rows of its own sequences
             confidence = torch.where(other.token >= 0, other.confidence, confidence)

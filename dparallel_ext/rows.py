@@ -6,7 +6,7 @@ import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
@@ -111,6 +111,11 @@ class Row:
     """cache "block": positions whose keys and values are final."""
     waiting: bool = False
     """Its block is complete, and it has not begun the next."""
+    seen: list[int] = field(default_factory=list)
+    """What the active block held after the last pass, and whether that pass changed it."""
+    changed: bool = False
+    edits: int = 0
+    """Passes that an active block without masks stayed open for."""
     stopped: bool = False
     """It met EOS or a stop sequence."""
 
@@ -154,9 +159,18 @@ class Row:
 
     def look(self, block: list[int], mask_id: int) -> None:
         """Take in what the active block holds."""
+        self.changed, self.seen = block != self.seen, block
         start = self.block[0]
         self.left = block.count(mask_id)
         self.leftmost = start + block.index(mask_id) if self.left else start
+
+    def edits_on(self) -> bool:
+        """Whether the active block, which has no mask, is open for another pass of a rule that edits."""
+        rule = self.settings.rule
+        if rule is None or not self.changed or self.edits >= rule.edits:
+            return False
+        self.edits += 1
+        return True
 
     def index(self, column: int) -> int:
         """How many tokens of the response lie in front of `column`."""

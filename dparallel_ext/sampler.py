@@ -70,17 +70,19 @@ def commit_(
     state: tuple[Tensor, ...],
     *,
     mask_id: int,
+    given: Tensor,
 ) -> tuple[RowStats, Tensor]:
     """Commit, in tokens (B, L), what a policy row or the rule of `way` says of some sequences' windows.
 
     windows: (4, B) int64: the columns [start, end) that may be filled, and those that a rule reads; of the
         sequences that go another way, nothing.
     state: what the rule remembers.
+    given: (B, L) bool: what no rule may change.
 
     Returns (N,) statistics of the rows read, ids -1 elsewhere; and (B,) errors, see `ops.explain`.
     """
     if way.rule is not None:
-        return _by_rule(tokens, predicted, way, way.rule, windows, state, mask_id)
+        return _by_rule(tokens, predicted, way, way.rule, windows, state, mask_id, given)
     step, seed, sequence = predicted.keys
     out = unmask_(
         tokens,
@@ -107,6 +109,7 @@ def _by_rule(
     windows: Tensor,
     state: tuple[Tensor, ...],
     mask_id: int,
+    given: Tensor,
 ) -> tuple[RowStats, Tensor]:
     logits, positions, (step, seed, sequence), (turn, steps, response), policy, cells = predicted
     start, end, first, last = windows
@@ -126,9 +129,11 @@ def _by_rule(
         position=column,
         step=step[lane],
     )
-    bad = torch.where(masks & (error != NO_ERROR), 4 * positions + error % 4, NO_ERROR)
+    needed = read if rule.edits else masks
+    bad = torch.where(needed & (error != NO_ERROR), 4 * positions + error % 4, NO_ERROR)
     errors = torch.full_like(step, NO_ERROR).scatter_reduce(0, lane, bad, "amin")
-    masks = masks & (errors[lane] == NO_ERROR)  # a bad row keeps its own sequence from committing
+    moves = read & (errors[lane] == NO_ERROR)  # a bad row keeps its own sequence from committing
+    masks = masks & moves
     stats = RowStats(*(torch.where(read, values, _blank(values)) for values in stats))
     at = lane * (cells + 1) + torch.where(read, column - first[lane], cells)
     grid = Cells(at, len(step), cells)
@@ -138,6 +143,7 @@ def _by_rule(
         open=grid.spread(masks, False),
         masked=grid.spread(masks & (column >= start[lane]) & (column < end[lane]), False),
         token=grid.spread(held, -1),
+        decoded=grid.spread(moves & (held != mask_id) & ~given.view(-1)[positions], False),
         step=step,
         turn=turn,
         steps=steps,
@@ -147,20 +153,23 @@ def _by_rule(
         rows=logits,
     )
     by_cell = RowStats(*(grid.spread(values, _blank(values)) for values in stats))
-    commit, token = rule.decide(by_cell, where, state)
+    commit, token, edit = rule.decide(by_cell, where, state)
     if commit is None:
         commit = where.by_policy(by_cell)
     expect(f"{type(rule).__name__}: commit", commit, where.masked)
+    sound = where.read
     if token is not None:
         expect(f"{type(rule).__name__}: token", token, where.token)
-        sound = (token >= 0) & (token < logits.shape[1]) & (token != mask_id)
+        sound = sound & (token >= 0) & (token < logits.shape[1]) & (token != mask_id)
         if way.suppress is not None:
             sound &= ~torch.isin(token, way.suppress.to(token.device))
-        commit = commit & sound
         token = torch.where(sound, token, by_cell.sample)
-    commit = commit & where.open
+    commit = commit & where.open & sound
     best = select(by_cell, where.masked, _one(policy), check=False)
     commit |= ~(commit & where.masked).any(1, keepdim=True) & best
+    if edit is not None and rule.edits:
+        expect(f"{type(rule).__name__}: edit", edit, where.masked)
+        commit |= edit & where.decoded & sound
     chosen = stats.sample if token is None else grid.gather(token, -1)
     flat[positions] = torch.where(grid.gather(commit, False), chosen, held)
     if token is not None:

@@ -67,6 +67,8 @@ class Workspace:
     """None: nothing is recorded."""
     suppressed: dict[tuple[int, ...], Tensor]
     """For ids to suppress, ascending, the tensor that recorded passes read."""
+    given: Tensor
+    """(lanes, L) bool: what rules that edit may not change."""
     states: dict[Rule, tuple[Tensor, ...]]
     """What rules remember."""
     key: Hashable = None
@@ -77,7 +79,9 @@ class Workspace:
     def of(cls, tokens: Tensor, slots: KVCache | None, *, graphs: bool = False) -> Workspace:
         """A fresh one; `graphs`: where the device has them."""
         found = Graphs(CudaRecorder(tokens.device)) if graphs and can_record(tokens.device) else None
-        return cls(tokens, slots, Trajectory.blank(tokens), found, {}, {})
+        return cls(
+            tokens, slots, Trajectory.blank(tokens), found, {}, torch.ones_like(tokens, dtype=torch.bool), {}
+        )
 
     @classmethod
     def take(

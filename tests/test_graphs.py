@@ -211,6 +211,8 @@ WAYS: list[tuple[str, dict[str, Any]]] = [
     ("llada_tiny_a", {"cache": "none", "rule": "credit+entropy:3.5"}),
     ("llada_tiny_a", {"cache": "dual", "rule": "credit+confidence:0.04"}),
     ("llada_tiny_a", {"cache": "prefix", "rule": "sched:0.4,0.1", "steps": 24}),
+    ("llada_tiny_a", {"cache": "dual", "rule": "edit:0.03,0.05,4"}),
+    ("sdar_tiny_a", {"cache": "block", "rule": "edit:0.03,0.03", "block_length": 8}),
     ("dream_tiny_a", {"cache": "none", "rule": "prophet:6", "temperature": 0.7, "seed": 5}),
     ("sdar_tiny_a", {"cache": "block", "rule": "sched:0.4,0.1,cosine", "block_length": 8}),
     ("dream_tiny_a", {"cache": "none", "threshold": 2.0}),

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from test_graphs import fast_dllm
 from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import models, rules
-from dparallel_ext.rules import Credit, Decision, Prophet, Rule, SchED, Where
+from dparallel_ext.rules import Credit, Decision, Edit, Prophet, Rule, SchED, Where
 
 MASK = 511
 GOLDEN = Path(__file__).parent / "golden"
@@ -157,7 +158,49 @@ def test_prophet_is_its_formula(llada: models.Model, by: float) -> None:
     assert min(passes_run) < total, passes_run
 
 
-RULES = ["credit+confidence:0.03", "credit+entropy:3", "sched:0.3,0.05", "prophet:4", "entropy:3"]
+@pytest.mark.parametrize("edits", [1, 3, 16])
+@pytest.mark.parametrize("by", [0.4, 0.6, 1.0])
+def test_edit_is_its_loop(llada: models.Model, by: float, edits: int) -> None:
+    """With a given token in the midst of the response, which never changes."""
+    model, edited = Sharp(llada, by), 0
+    for prompt in PROMPTS:
+        canvas = torch.cat((prompt, torch.full((32,), MASK)))
+        canvas[len(prompt) + 5] = 17
+        x, passes, given = canvas.clone(), 0, canvas != MASK
+        for start in range(len(prompt), len(x), 16):
+            inside = torch.zeros(len(x), dtype=torch.bool)
+            inside[start : start + 16] = True
+            more, before = 0, x.clone()
+            while bool((x[inside] == MASK).any()) or bool((x != before).any()):
+                if not bool((x[inside] == MASK).any()):
+                    if more == edits:
+                        break
+                    more += 1
+                passes, before = passes + 1, x.clone()
+                z = model(x[None]).logits[0].double()
+                token, masked = argmax(z), inside & (x == MASK)
+                p = z.softmax(1).gather(1, token[:, None])[:, 0]
+                commit = masked & (p > 0.5)
+                if bool(masked.any()):
+                    commit |= best(p, masked) & ~commit.any()
+                change = inside & ~masked & ~given & (p > 0.4) & (token != x)
+                edited += int(change.sum())
+                x = torch.where(commit | change, token, x)
+        rule = Edit(0.5, 0.4, edits)
+        out = dx.decode(model, canvas, gen_length=0, infill=True, block_length=16, rule=rule, mask_id=MASK)
+        assert torch.equal(out.sequences[0], x)
+        assert int(out.nfe) == passes
+    assert edited
+
+
+RULES = [
+    "edit:0.03,0.04,5",
+    "credit+confidence:0.03",
+    "credit+entropy:3",
+    "sched:0.3,0.05",
+    "prophet:4",
+    "entropy:3",
+]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -309,6 +352,7 @@ def test_names() -> None:
     assert rules.parse("credit") == (Credit(), {"selector": "confidence", "threshold": 0.9})
     assert rules.parse("credit:0.5+entropy:0.4") == (Credit(0.5), {"selector": "entropy", "threshold": 0.4})
     assert rules.parse("sched:7.5,0,exponential,16") == (SchED(7.5, 0.0, "exponential", 16.0), {})
+    assert rules.parse("edit:0.8,0.95,4") == (Edit(0.8, 0.95, 4), {})
     assert rules.parse("prophet:203") == (Prophet(203), {})
     assert rules.parse("sched:5+steps:16") == (SchED(5.0), {"steps": 16})
     assert rules.parse("credit+one") == (Credit(), {})
@@ -336,3 +380,8 @@ def test_no_rule_commits_what_is_suppressed(llada: models.Model) -> None:
     one = dx.decode(llada, PROMPTS, gen_length=8, block_length=8, suppress=[9])
     out = dx.decode(llada, PROMPTS, gen_length=8, block_length=8, suppress=[9], rule=Greedy(9))
     assert torch.equal(out.sequences, one.sequences)
+
+
+def test_a_block_that_another_begins_cannot_be_edited() -> None:
+    with pytest.raises(ValueError, match="rule: Edit edits, which goes not with"):
+        dx.decode(fast_dllm(), PROMPTS, gen_length=8, rule="edit")

@@ -50,7 +50,7 @@ class Draft:
     start: int
     """Where the block begins in the response. The tokens before it are final, those after it are masks."""
     tokens: list[int | None]
-    """The response's tokens in the block, None where there is a mask; later passes change none of them."""
+    """The response's tokens in the block, None where there is a mask. Rules that edit may change them."""
 
 
 class Subscriber:

@@ -2,6 +2,7 @@
 
 from .credit import Credit
 from .early import Prophet, SchED
+from .edit import Edit
 from .protocol import Decision, Function, FunctionRule, Rule, Where
 from .spec import ONE, describe, parse
 
@@ -9,6 +10,7 @@ __all__ = [
     "ONE",
     "Credit",
     "Decision",
+    "Edit",
     "Function",
     "FunctionRule",
     "Prophet",

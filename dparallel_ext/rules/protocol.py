@@ -60,6 +60,8 @@ class Where:
     """(W, C) bool: those in the active window. At least one of them is committed whatever a rule says."""
     token: Tensor
     """(W, C) int64: what the cells hold; -1 where there are no statistics."""
+    decoded: Tensor
+    """(W, C) bool: those that hold decoded tokens, none given: what a rule that `edits` may change."""
     step: Tensor
     """(W,) int64: the sequence's pass, from 1."""
     turn: Tensor
@@ -118,6 +120,8 @@ class Decision(NamedTuple):
     """(W, C) bool: cells to commit, of which those that hold masks are. None: what the policy row commits."""
     token: Tensor | None = None
     """(W, C) int64: the tokens to commit. None: `RowStats.sample`."""
+    edit: Tensor | None = None
+    """(W, C) bool, of a rule that `edits`: cells whose decoded tokens are replaced by those."""
 
 
 class Rule:
@@ -129,6 +133,9 @@ class Rule:
     reads: Literal["masked", "block", "response"] = "masked"
     """Statistics of which columns it needs: those of the active window that hold masks; all of the active
     block; or all of the response where a pass computes it (caches "none" and "prefix", else the block)."""
+    edits: int = 0
+    """0: what is committed stays. Else it may change as long as its block is open; a block without a mask is
+    complete once a pass changes nothing, or after so many passes. Reads "block"."""
     recorded: bool = True
     """Whether `decide` launches work for the device and nothing else, so that its passes can be recorded as
     CUDA graphs: it looks at no number on the host, and what it keeps it keeps in the tensors of its state."""

@@ -9,6 +9,7 @@ from .. import policies
 from ..arguments import whole
 from .credit import Credit
 from .early import Prophet, SchED
+from .edit import Edit
 from .protocol import Rule
 
 ONE = "one"
@@ -32,6 +33,12 @@ KINDS = {
         (("scale", float), ("decay", float), ("power", float)),
         0,
         "adds credit for earlier predictions (CreditDecoding)",
+    ),
+    "edit": Kind(
+        Edit,
+        (("mask", float), ("edit", float), ("edits", int)),
+        0,
+        "may change decoded tokens while their block is open (LLaDA2.1)",
     ),
     "sched": Kind(
         SchED,

@@ -1,0 +1,38 @@
+"""Token editing, the joint threshold of LLaDA2.1 (arXiv 2602.08676): what was decoded may change again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..arguments import number, whole
+from ..types import RowStats
+from .protocol import Decision, Rule, Where
+
+
+@dataclass(frozen=True)
+class Edit(Rule):
+    """Commits masks with a confidence above `mask`, and replaces decoded tokens of the block where another is
+    predicted with more than `edit`. Given tokens never change.
+
+    A block is complete once it has no mask and a pass changes nothing, or after `edits` more of them.
+    """
+
+    mask: float = 0.9
+    edit: float = 0.9
+    edits: int = 16
+
+    reads = "block"
+
+    def __post_init__(self) -> None:
+        number("mask", self.mask)
+        number("edit", self.edit)
+        whole("edits", self.edits, 1)
+
+    def decide(self, stats: RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
+        other = stats.sample != where.token
+        return Decision(
+            where.masked & (stats.confidence > self.mask),
+            edit=where.decoded & other & (stats.confidence > self.edit),
+        )
