@@ -115,7 +115,7 @@ def ctrl_c_at_an_iterator() -> None:
 
 def ctrl_c_twice_at_a_close() -> None:
     """`Thread.join` forgets a thread that it was interrupted at."""
-    made = busy()
+    made = busy(100)  # more than it decodes until then
     interrupt(signal.SIGINT)
     with contextlib.suppress(KeyboardInterrupt):
         made.close()
