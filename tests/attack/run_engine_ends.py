@@ -347,6 +347,7 @@ def wait(child: int) -> int | str:
 
 
 def main(names: list[str]) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have background jobs ignore it
     torch.set_num_threads(1)  # threads of a pool do not live on in a fork
     gc.freeze()  # a fork's end does not look through all that torch has made
     results = {}
