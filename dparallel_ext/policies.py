@@ -31,7 +31,7 @@ from torch import Tensor
 from .arguments import shown
 
 
-class Rule(NamedTuple):
+class Line(NamedTuple):
     """A line of the table above."""
 
     id: int
@@ -54,13 +54,13 @@ class Rule(NamedTuple):
 
 
 RULES = {
-    "confidence": Rule(0, "confidence", "p1 >= TAU", "TAU", 0.0, 1.0),
-    "entropy": Rule(1, "entropy", "H <= TAU nats", "TAU", 0.0, math.inf),
-    "margin": Rule(2, "margin", "p1 - p2 >= TAU", "TAU", 0.0, 1.0),
-    "quota": Rule(3, None, "the K best", "K", 1.0, math.inf, whole=True),
-    "factor": Rule(4, "confidence", "the largest n with p_(n) >= 1 - F/(n+1)", "F", 0.0, math.inf),
-    "entropy_bound": Rule(5, "entropy", "lowest H whose preceding sum <= GAMMA", "GAMMA", 0.0, math.inf),
-    "frechet": Rule(
+    "confidence": Line(0, "confidence", "p1 >= TAU", "TAU", 0.0, 1.0),
+    "entropy": Line(1, "entropy", "H <= TAU nats", "TAU", 0.0, math.inf),
+    "margin": Line(2, "margin", "p1 - p2 >= TAU", "TAU", 0.0, 1.0),
+    "quota": Line(3, None, "the K best", "K", 1.0, math.inf, whole=True),
+    "factor": Line(4, "confidence", "the largest n with p_(n) >= 1 - F/(n+1)", "F", 0.0, math.inf),
+    "entropy_bound": Line(5, "entropy", "lowest H whose preceding sum <= GAMMA", "GAMMA", 0.0, math.inf),
+    "frechet": Line(
         6, "confidence", "the largest n with p_(n) - sum_(j<=n) (1 - p_(j)) > DELTA", "DELTA", 0.0, 1.0
     ),
 }
@@ -87,7 +87,7 @@ def _one_step(value: float, towards: float) -> float:
     return torch.nextafter(torch.tensor(value), torch.tensor(towards)).item()
 
 
-_BY_ID: dict[float, tuple[float, float, Rule]] = {
+_BY_ID: dict[float, tuple[float, float, Line]] = {
     rule.id: (_one_step(rule.low, -math.inf), _one_step(rule.high, math.inf), rule) for rule in RULES.values()
 }
 

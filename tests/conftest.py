@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -150,6 +151,17 @@ def layouts(t: Tensor) -> Iterator[Tensor]:
     for d in range(t.ndim):
         if t.shape[d] > 1 and bool((t == t.narrow(d, 0, 1)).all()):
             yield t.narrow(d, 0, 1).expand(t.shape)
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file grows beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def assert_stats_close(actual: Tensor, expected: Tensor, name: str) -> None:
