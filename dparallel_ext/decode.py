@@ -359,7 +359,7 @@ def check_settings(
             raise ValueError(f"eos_id: expected one of the model's {known} token ids, got {own.eos_id}")
         if own.rule is not None and own.rule.edits and found.shift and found.block_length is not None:
             raise ValueError(
-                f"rule: {type(own.rule).__name__} edits, which goes not with {type(model).__name__}: its "
+                f"rule: {type(own.rule).__name__} edits, which does not go with {type(model).__name__}: its "
                 "blocks are begun by the block before"
             )
     steps = next((own.steps for own in settings if own.steps is not None), None)

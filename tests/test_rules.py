@@ -383,5 +383,5 @@ def test_no_rule_commits_what_is_suppressed(llada: models.Model) -> None:
 
 
 def test_a_block_that_another_begins_cannot_be_edited() -> None:
-    with pytest.raises(ValueError, match="rule: Edit edits, which goes not with"):
+    with pytest.raises(ValueError, match="rule: Edit edits, which does not go with"):
         dx.decode(fast_dllm(), PROMPTS, gen_length=8, rule="edit")

@@ -135,14 +135,14 @@ class Rule:
     block; or all of the response where a pass computes it (caches "none" and "prefix", else the block)."""
     edits: int = 0
     """0: what is committed stays. Else it may change as long as its block is open; a block without a mask is
-    complete once a pass changes nothing, or after so many passes. Reads "block"."""
+    complete once a pass changes nothing, or after so many passes. Such a rule reads "block"."""
     recorded: bool = True
     """Whether `decide` launches work for the device and nothing else, so that its passes can be recorded as
     CUDA graphs: it looks at no number on the host, and what it keeps it keeps in the tensors of its state."""
     greedy: bool = False
     """Whether it commits tokens of its own, so that none can be sampled: the temperature has to be 0."""
     without: tuple[str, ...] = ()
-    """Scores that it has not, so that no policy row can rank by them."""
+    """Scores that it does not compute, so that no policy row can rank by them."""
     row: str | None = None
     """The policy row to decide by where the caller names none: "confidence:0.9". None: the fixed schedule."""
 
