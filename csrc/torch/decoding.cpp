@@ -1,4 +1,4 @@
-// From logits to tokens: row_stats, select, unmask_.
+// From logits to tokens: row_stats, select, commit_, and unmask_, which is all three.
 #include <algorithm>
 #include <functional>
 #include <optional>
@@ -151,6 +151,97 @@ DPARALLEL_OP(
     select,
     "select(Tensor confidence, Tensor margin, Tensor entropy, Tensor eligible, Tensor policy) "
     "-> Tensor")
+
+TokenGrid tokens_of(const Tensor& tokens) {
+  DP_CHECK(tokens.dim() == 2 && tokens.scalar_type() == ScalarType::Long,
+           "tokens: expected int64 (B, L)");
+  own_memory(tokens, "tokens");
+  return {data<int64_t>(tokens), tokens.size(0), tokens.size(1), tokens.stride(0),
+          tokens.stride(1)};
+}
+
+Windows windows_of(std::optional<Tensor>& lane, Tensor& start, Tensor& end, int64_t batch,
+                   const Tensor& like) {
+  const int64_t count = lane.has_value() ? length_of(*lane, "lane") : batch;
+  if (lane.has_value()) expect(*lane, "lane", ScalarType::Long, {count}, like);
+  expect(start, "start", ScalarType::Long, {count}, like);
+  expect(end, "end", ScalarType::Long, {count}, like);
+  return {count, lane.has_value() ? listed(*lane) : nullptr, data<int64_t>(start),
+          data<int64_t>(end)};
+}
+
+void check_positions(const int64_t* positions, int64_t count, const TokenGrid& tokens) {
+  if (positions == nullptr) return;
+  within("positions", positions, count, 0, tokens.batch * tokens.length);
+  DP_CHECK(
+      std::adjacent_find(positions, positions + count, std::greater_equal<>()) == positions + count,
+      "positions: expected strictly ascending positions");
+}
+
+void launch(Cpu, const CommitArgs& args, const Tensor&, const std::optional<Tensor>&) {
+  check_positions(args.positions, args.count, args.tokens);
+  if (args.windows.lane)
+    within("lane", args.windows.lane, args.windows.count, 0, args.tokens.batch);
+  for (int64_t row = 0; row < args.count; ++row) {
+    if (!args.commit[row]) continue;
+    const int64_t position = args.positions ? args.positions[row] : row, token = args.token[row];
+    DP_CHECK(token >= 0 && token != args.mask_id,
+             "token: expected ids >= 0, and not the mask token ", args.mask_id, ", got ", token,
+             " for sequence ", position / args.tokens.length, " at position ",
+             position % args.tokens.length);
+  }
+  cpu::commit(args, parallel);
+}
+
+#ifdef DPARALLEL_HAS_CUDA
+void launch(Cuda, const CommitArgs& args, const Tensor& like, const std::optional<Tensor>& c) {
+  const DeviceGuard guard(like.get_device());
+  int32_t* counters = Cuda::counters(c, cuda::commit_counters(args), like);
+  Cuda::check(cuda::commit(args, {nullptr, counters}, Cuda::stream(like)), "commit_");
+}
+#endif
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor> commit_(Tensor tokens, std::optional<Tensor> positions,
+                                                   std::optional<Tensor> commit,
+                                                   std::optional<Tensor> token, int64_t mask_id,
+                                                   std::optional<Tensor> lane, Tensor start,
+                                                   Tensor end, std::optional<Tensor> counters) {
+  const TokenGrid all = tokens_of(tokens);
+  DP_CHECK(commit.has_value() == token.has_value(), "token: expected together with commit");
+  int64_t count = 0;
+  if (commit.has_value()) {
+    count = positions.has_value() ? length_of(*positions, "positions") : all.batch * all.length;
+    expect(*commit, "commit", ScalarType::Bool, {count}, tokens);
+    expect(*token, "token", ScalarType::Long, {count}, tokens);
+  }
+  if (positions.has_value()) expect(*positions, "positions", ScalarType::Long, {count}, tokens);
+  const Windows windows = windows_of(lane, start, end, all.batch, tokens);
+  const auto of_windows = [&] {
+    return torch::stable::new_empty(tokens, {windows.count}, ScalarType::Long);
+  };
+  Tensor remaining = of_windows(), first = of_windows(), changed = of_windows();
+  Tensor error = torch::stable::new_empty(tokens, {1}, ScalarType::Long);
+  const CommitArgs args{all,
+                        positions.has_value() ? listed(*positions) : nullptr,
+                        commit.has_value() ? data<bool>(*commit) : nullptr,
+                        token.has_value() ? data<int64_t>(*token) : nullptr,
+                        count,
+                        mask_id,
+                        windows,
+                        data<int64_t>(remaining),
+                        data<int64_t>(first),
+                        data<int64_t>(changed),
+                        data<int64_t>(error)};
+  launch(Backend{}, args, tokens, counters);
+  return {remaining, first, changed, error};
+}
+
+DPARALLEL_OP(
+    commit_,
+    "commit_(Tensor(a!) tokens, Tensor? positions, Tensor? commit, Tensor? token, int mask_id, "
+    "Tensor? lane, Tensor start, Tensor end, Tensor(b!)? counters) -> (Tensor remaining, Tensor "
+    "first, Tensor changed, Tensor error)")
 
 void launch(Cpu, const UnmaskArgs& args, const Tensor&, const std::optional<Tensor>&) {
   check_policy(args.policy, args.batch);
