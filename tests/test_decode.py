@@ -311,7 +311,7 @@ def test_suppressed_ids_are_never_decoded(llada) -> None:
         ({"selector": "nonsense"}, "selector: belongs to a threshold.* got 'nonsense'"),
         ({"max_commit": 4}, "max_commit: belongs to a threshold"),
         (
-            {"threshold": 0.5, "min_commit": [1, 0]},
+            {"threshold": 0.5, "min_commit": [1, 0, 1]},
             "min_commit: expected a whole number >= 1, got 0 for sequence 1",
         ),
         ({"min_commit": torch.tensor([1, 2, 1])}, "min_commit: belongs to a threshold"),
