@@ -554,6 +554,8 @@ def make_settings(
         if score is None:
             score = "entropy" if cache in ("prefix", "dual") else "confidence"
         rows = policies.make("quota", 1, score=score, batch=size)
+    if still := (rows[:, 2] < 1).nonzero()[:, 0].tolist():  # its passes might commit nothing for ever
+        raise ValueError(f"min_commit: expected a whole number >= 1, got 0 for sequence {still[0]}")
     if chosen is not None:
         for name in (policies.score_of(numbers) for numbers in rows.tolist()):
             if name in chosen.without:
