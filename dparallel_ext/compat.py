@@ -12,7 +12,7 @@ the same distribution by Gumbel noise of our own, keyed by one number of torch's
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from torch import Tensor
 
 from . import policies
 from .arguments import temperature_in_force, whole
-from .decoding.decode import check_mask, drawn_seed, make_settings, run, start
+from .decoding.config import DecodeConfig
+from .decoding.decode import run, start
+from .decoding.settings import check_mask, drawn_seed
 from .models import Model, for_decoding, own_precision, traits, unwrap
 from .ops import row_stats, select
 from .ops.inputs import check_sampling
@@ -178,24 +180,22 @@ def _generate(
     if threshold is None:
         # The published fixed schedule ranks so.
         by_entropy = selector == "entropy" and cache in ("prefix", "dual")
-        rule: dict[str, Any] = {"steps": steps, "score": "entropy" if by_entropy else "confidence"}
+        row: dict[str, Any] = {"steps": steps, "score": "entropy" if by_entropy else "confidence"}
     else:
-        rule = {"threshold": threshold, "selector": selector}
+        row = {"threshold": threshold, "selector": selector}
+    config = DecodeConfig(
+        gen_length=gen_length,
+        block_length=block_length,
+        cache=cache,
+        temperature=temperature,
+        suppress=suppress,
+        mask_id=_mask_of(model, mask_id),
+        rule=AtRandom() if remasking == "random" else None,
+        **row,
+    )
     with torch.inference_mode():
         rows = [prompt] if isinstance(prompt, Tensor) and prompt.ndim == 1 else list(prompt)
-        settings = make_settings(
-            traits(model),
-            cache,
-            len(rows),
-            **rule,
-            temperature=temperature,
-            suppress=suppress,
-        )
-        prompts = [row.to(torch.int64) for row in rows]
-        mask_id = _mask_of(model, mask_id)
-        if remasking == "random":
-            settings = [replace(own, rule=AtRandom()) for own in settings]
-        batch = start(model, prompts, gen_length, block_length, cache, mask_id, settings, published=True)
+        batch = start(model, [ids.to(torch.int64) for ids in rows], config, published=True)
         run(batch)
     tokens = batch.tokens.clone()
     batch.keep()
