@@ -14,7 +14,7 @@ from . import policies
 from .arguments import temperature_in_force
 from .ops import CertaintyForcingLoss
 from .ops.errors import NO_ERROR
-from .types import RowStats, UnmaskOutput
+from .types import CommitOutput, RowStats, UnmaskOutput
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -158,6 +158,38 @@ def select(confidence: Tensor, margin: Tensor, entropy: Tensor, eligible: Tensor
         n = int(min(max(n, low), high, masked))
         commit[b, where[order[:n]]] = True
     return commit
+
+
+def commit_(
+    tokens: Tensor,
+    positions: Tensor | None = None,
+    commit: Tensor | None = None,
+    token: Tensor | None = None,
+    *,
+    mask_id: int,
+    lane: Tensor | None = None,
+    start: int | Tensor = 0,
+    end: int | Tensor | None = None,
+) -> CommitOutput:
+    """See `dparallel_ext.commit_`."""
+    batch, length = tokens.shape
+    before = tokens.clone()
+    if commit is not None and token is not None:
+        commit, token = commit.flatten(), token.flatten()
+        if bool((commit & ((token == mask_id) | (token < 0))).any()):
+            raise ValueError("token: expected ids >= 0, and not the mask token")
+        at = torch.arange(batch * length, device=tokens.device) if positions is None else positions
+        at = at[commit]
+        tokens[at // max(length, 1), at % max(length, 1)] = token[commit]
+    of = torch.arange(batch, device=tokens.device) if lane is None else lane
+    low = torch.as_tensor(start, device=tokens.device).expand(len(of)).clamp(0, length)
+    high = torch.as_tensor(length if end is None else end, device=tokens.device).expand(len(of))
+    high = torch.maximum(high.clamp(max=length), low)
+    column = torch.arange(length, device=tokens.device)
+    inside = (column >= low[:, None]) & (column < high[:, None])  # (W, L)
+    masks = inside & (tokens[of] == mask_id)
+    first = torch.cat((column.where(masks, length), high[:, None]), 1).amin(1)
+    return CommitOutput(masks.sum(1), first, (inside & (tokens != before)[of]).sum(1))
 
 
 def unmask_(

@@ -49,3 +49,14 @@ class UnmaskOutput(NamedTuple):
     """Statistics of the rows read: fields (B, L), or (N,) where `positions` were given."""
     error: Tensor
     """(B,) int64: what kept each sequence from committing, see `ops.explain`; 2**63 - 1 where nothing did."""
+
+
+class CommitOutput(NamedTuple):
+    """What windows hold after `commit_`; device tensors, nothing was synchronised."""
+
+    remaining: Tensor
+    """(W,) int64: masks left in the window."""
+    first: Tensor
+    """(W,) int64: the column of the first of them; where there is none, the window's end (at most L)."""
+    changed: Tensor
+    """(W,) int64: tokens of the window that this call made others than they were."""

@@ -14,6 +14,7 @@ from .inputs import (
     check_index,
     check_logits,
     check_sampling,
+    check_tokens,
     keys_of,
     mask_id_of,
     per_sequence,
@@ -81,10 +82,7 @@ def unmask_(
             commits nothing in its sequence and raises a flag, see `check_errors`.
     """
     check_logits(logits)
-    if not isinstance(tokens, Tensor):
-        raise TypeError(f"tokens: expected a Tensor, got {type(tokens).__name__}")
-    if tokens.ndim != 2 or tokens.dtype != torch.int64:
-        raise ValueError(f"tokens: expected int64 (B, L), got {tokens.dtype} {tuple(tokens.shape)}")
+    check_tokens(tokens)
     if tokens.device != logits.device:
         raise ValueError(f"tokens: expected on {logits.device} as the logits, got {tokens.device}")
     batch, length = tokens.shape
