@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import arguments, policies
-from ..arguments import shown, whole
+from ..arguments import number, shown, whole
 from ..rules import Rule
 
 
@@ -36,6 +36,17 @@ def _switch(name: str, value: Any) -> bool:
 
 def _whole_of(least: int) -> Callable[[str, Any], int | None]:
     return lambda name, value: None if value is None else whole(name, value, least)
+
+
+def _several(name: str, value: Any) -> int:
+    return whole(name, value, 1)
+
+
+def _share(name: str, value: Any) -> float:
+    found = number(name, value)
+    if found > 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {shown(value)}")
+    return found
 
 
 def _counts(name: str, value: Any) -> int | tuple[int, ...]:
@@ -104,6 +115,9 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "max_commit": _plain,
     "score": _plain,
     "refresh": _whole_of(1),
+    "active_blocks": _several,
+    "open_at": _share,
+    "activate_at": _share,
     "batch_invariant": _switch,
     "graphs": _switch,
     "temperature": _real,

@@ -35,7 +35,6 @@ from ..decoding.config import (
     names_fields,
 )
 from ..decoding.decode import Prompts, masks
-from ..decoding.schedule import make
 from ..decoding.sequence import Settings, lay_out, whole_length
 from ..decoding.settings import check_model, check_settings, make_settings
 from ..models import Model, for_decoding, traits, warn_beyond
@@ -143,8 +142,9 @@ class Engine:
         max_waiting = whole("max_waiting", max_waiting, 1)
         self.model, causal = model, traits(model).block_length is not None
         self._of_model = check_model(config, model, "block" if causal else "dual")
-        cache, block_length, sub_block_length, mask_id, refresh = self._of_model
-        self.config = config.replace(**self._of_model._asdict())
+        cache, schedule, mask_id = self._of_model
+        block_length = schedule.block_length
+        self.config = config.replace(**self._of_model.fields)
         """How a request is decoded that says nothing else; fields of the engine are as they are in force."""
         self.cache, self.mask_id = cache, mask_id
         self._settings(self.config.replace(seed=0))  # refused now, not with the first request
@@ -172,7 +172,7 @@ class Engine:
                     model,
                     lanes,
                     max_length,
-                    make(cache, traits(model), block_length, sub_block_length, refresh),
+                    schedule,
                     mask_id,
                     pad_id=mask_id,
                     device=model.device,
