@@ -42,7 +42,7 @@ def row_stats(
     z = z.double().clamp(max=_LARGEST)  # +inf counts as the largest float32
     gathered = None
     if ids is not None:
-        own = ids.expand(len(z), -1) if ids.ndim == 1 else ids.reshape(len(z), -1)
+        own = ids.expand(len(z), -1) if ids.ndim == 1 else ids.reshape(len(z), ids.shape[-1])
         gathered = z.gather(1, own).float().reshape(*shape, ids.shape[-1])
     if suppress is not None:
         z[:, torch.as_tensor(suppress, dtype=torch.long)] = -math.inf

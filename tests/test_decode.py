@@ -387,11 +387,10 @@ def test_stop_sequences_end_a_response_as_eos_does(llada) -> None:
 
 def test_a_pass_that_fails_changes_nothing(llada) -> None:
     """Of the batch: a caller may go on without the sequence that it failed of."""
-    from dparallel_ext.decoding.decode import make_settings, start
-    from dparallel_ext.models import traits
+    from dparallel_ext.decoding.decode import start
 
-    settings = make_settings(traits(llada), "none", 3, threshold=1.0)
-    batch = start(llada, list(PROMPTS), 8, 4, "none", None, settings)
+    config = dx.DecodeConfig(threshold=1.0, gen_length=8, block_length=4)
+    batch = start(llada, list(PROMPTS), config)
     with torch.inference_mode():
         batch.step()
         tokens, rows = batch.tokens.clone(), [vars(row).copy() for row in batch.rows]

@@ -63,12 +63,12 @@ class EngineCore:
     """Requests from their arrival to their end. `work` is for the engine's thread, the rest for any.
 
     Args:
-        slots: the batch's, whose pages the scheduler gives out.
+        kv_cache: the batch's, whose pages the scheduler gives out.
         share: as the scheduler's.
     """
 
-    def __init__(self, batch: Batch, slots: KVCache, scheduler: Scheduler, share: bool) -> None:
-        self.batch, self.scheduler, self._slots, self._share = batch, scheduler, slots, share
+    def __init__(self, batch: Batch, kv_cache: KVCache, scheduler: Scheduler, share: bool) -> None:
+        self.batch, self.scheduler, self._kv_cache, self._share = batch, scheduler, kv_cache, share
         self.arrivals: list[Request] = []  # that the engine's thread has not seen
         self.requests: dict[int, Request] = {}  # by id: those it has, waiting or running
         self.running: dict[int, Request] = {}  # by lane
@@ -200,7 +200,7 @@ class EngineCore:
                 request.reused = request.shared = found.reused
                 self.counts["prompt_tokens"] += len(request.prompt) - len(request.masked)
             try:
-                self._slots.assign(found.lane, found.pages)
+                self._kv_cache.assign(found.lane, found.pages)
                 row = self.batch.admit(
                     found.lane,
                     request.prompt.to(self.batch.tokens.device),
@@ -217,7 +217,8 @@ class EngineCore:
 
     def _pass(self) -> None:
         """One pass over all lanes; if it fails, each request by itself, to find whose fault it is."""
-        blocks = {lane: self.batch.rows[lane].block for lane in self.running}
+        rows = self.batch.rows
+        blocks = {lane: (rows[lane].open[0].start, rows[lane].open[-1].end) for lane in self.running}
         try:
             finished = self._step(list(blocks))
         except BaseException as error:
@@ -237,7 +238,7 @@ class EngineCore:
                 self._end(request, error)
 
     def _report(self, request: Request, block: tuple[int, int], finished: bool) -> None:
-        """What a pass over the block in columns [start, end) has made of it."""
+        """What a pass over the open blocks in columns [start, end) has made of them."""
         assert request.lane is not None
         row = self.batch.rows[request.lane]
         if request.on_draft is not None:
@@ -258,14 +259,14 @@ class EngineCore:
     def _publish(self, request: Request, stored: int) -> None:
         """Let others share the pages of the first `stored` positions, which are final."""
         assert request.lane is not None
-        size = self._slots.page_size
+        size = self._kv_cache.page_size
         if stored // size <= request.shared // size:
             return
         tokens = self.batch.tokens[request.lane, :stored].tolist()
         with self.lock:
             replaced = self.scheduler.store(request.id, tokens)
         for index, page in replaced:
-            self._slots.assign(request.lane, [page], index)
+            self._kv_cache.assign(request.lane, [page], index)
         request.shared = stored
 
     def _draft(self, request: Request, start: int, end: int) -> Draft:

@@ -138,7 +138,7 @@ def read_rows(
         streams.counters_for(logits, count),
     )
     stats = as_stats(tokens, fields, shape)
-    return stats if asked is None else stats._replace(logits=gathered.view(*shape, -1)), error
+    return stats if asked is None else stats._replace(logits=gathered.view(*shape, gathered.shape[-1])), error
 
 
 def merge_row_stats(shards: Sequence[RowStats], offsets: Sequence[int]) -> RowStats:
