@@ -212,6 +212,37 @@ def select(device: torch.device, small: bool, batch: int, length: int) -> Work:
     )
 
 
+def commit(device: torch.device, small: bool, batch: int, length: int) -> Work:
+    """A quarter of the first block of each sequence written, and the block counted."""
+    mask, width = 7, min(BLOCK, length)
+    tokens = torch.full((batch, length), mask, device=device)
+    grid = torch.arange(width, device=device) + length * torch.arange(batch, device=device)[:, None]
+    positions, written = grid.flatten(), torch.rand(batch * width, device=device) < 0.25
+    token = torch.randint(mask, (batch * width,), device=device)
+    board = tokens.expand(16, -1, -1).clone()
+
+    def eager(turn: int, at: int) -> Tensor:
+        flat = board[turn].view(-1)
+        before = flat[positions]
+        flat[positions] = torch.where(written, token, before)
+        masked, changed = flat[grid] == mask, (flat[grid] != before.view_as(grid)).sum(1)
+        first = torch.where(masked.any(1), masked.int().argmax(1), width)
+        return torch.stack((masked.sum(1), first, changed))[:2]
+
+    def ours(turn: int, at: int) -> Tensor:
+        out = dx.commit_(board[turn], positions, written, token, mask_id=mask, end=width)
+        return torch.stack((out.remaining, out.first))
+
+    return Work(
+        {"eager": eager, OURS: ours},
+        [(batch * width * (3 * 8 + 1), 0, 1)],
+        sets=16,
+        graphs=(OURS, "eager"),
+        reset=lambda: board.copy_(tokens.expand_as(board)),
+        agree=torch.equal,
+    )
+
+
 def loss(device: torch.device, small: bool, rows: int, vocab: int) -> Work:
     """Forward and backward, every row active: read twice, and the gradient written."""
     module = bench_certainty_forcing_loss
@@ -551,6 +582,7 @@ CASES = (
     _rows(row_stats, "row_stats", 32),
     _rows(row_stats, "row_stats", 512),
     Case("select, batch 64, 512 positions", "select", select, SELECT, ("warm", "graph, warm")),
+    Case("commit, batch 64, 512 positions", "commit_", commit, SELECT, ("warm", "graph, warm")),
     _step("LLaDA-8B", 8),
     _decode("LLaDA-8B", "none", 8),
     *(_attention("LLaDA", batch, length) for batch, length in ((1, 4096), (1, 32768), (64, 512), (8, 4096))),
