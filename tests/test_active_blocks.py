@@ -1,4 +1,4 @@
-"""Several active blocks: against a plain loop of the formulas, in batches, engines, graphs; what is refused."""
+"""Several active blocks: against a plain loop, in batches, engines, graphs; and what is refused."""
 
 from __future__ import annotations
 
