@@ -27,7 +27,7 @@ demo: install
 	$(BIN)/dparallel demo
 
 distill: install
-	$(BIN)/python -m dparallel.proof --out out/distill
+	$(BIN)/python -m dparallel.toy.study --out out/distill
 
 # cuda-check and newest run beside the rest.
 test:

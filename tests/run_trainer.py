@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType, PartialState
-from dparallel import distill, train
-from dparallel.trainer import CertaintyForcingArguments, CertaintyForcingTrainer
-from dparallel.trajectories import Collator
+from dparallel.toy import train
+from dparallel.training import distill
+from dparallel.training.trainer import CertaintyForcingArguments, CertaintyForcingTrainer
+from dparallel.training.trajectories import Collator
 
 import dparallel_ext as dx
 

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import test_tokenizer
 import torch
-from dparallel import distill, evaluate, registry, tasks, trajectories
+from dparallel import evaluate, registry
 from dparallel.cli import app
 from dparallel.serving import runner
+from dparallel.toy import tasks
+from dparallel.training import distill, trajectories
 from typer.testing import CliRunner
 
 from dparallel_ext import models

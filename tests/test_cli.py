@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from dparallel import cli, demo, evaluate, registry, tasks, train
+from dparallel import cli, evaluate, registry
 from dparallel.cli import app
+from dparallel.toy import demo, tasks, train
 from typer.testing import CliRunner
 
 import dparallel_ext as dx
@@ -277,7 +278,7 @@ def test_missing_packages_and_output_that_nobody_reads(monkeypatch: pytest.Monke
     def missing(*_: object, **__: object) -> None:
         raise ModuleNotFoundError("no such thing", name="peft")
 
-    monkeypatch.setattr("dparallel.distill.merge", missing)
+    monkeypatch.setattr("dparallel.training.distill.merge", missing)
     assert run("merge", "a", "b", code=2) == (
         'error: no peft; pip install ".[cli,train]" installs what this command needs\n'
     )

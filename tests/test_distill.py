@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from dparallel import distill, evaluate, proof, registry, trajectories
-from dparallel.trainer import CertaintyForcingTrainer
+from dparallel import evaluate, registry
+from dparallel.toy import study
+from dparallel.training import distill, trajectories
+from dparallel.training.trainer import CertaintyForcingTrainer
 from safetensors.torch import load_file, save_file
 
 import dparallel_ext as dx
@@ -273,11 +275,11 @@ def test_an_adapter_that_does_not_fit_is_named(adapter: Path, tmp_path: Path):
 @pytest.mark.slow
 def test_the_whole_pipeline_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     few = ["entropy:0.7", "confidence:0.7", "entropy_bound:2.0"]
-    monkeypatch.setattr(proof, "TEACHER_POLICIES", [evaluate.ONE, *few])
-    monkeypatch.setattr(proof, "STUDENT_POLICIES", few)
+    monkeypatch.setattr(study, "TEACHER_POLICIES", [evaluate.ONE, *few])
+    monkeypatch.setattr(study, "STUDENT_POLICIES", few)
     said: list[str] = []
     small = {"seeds": 2, "steps": 2, "sweep_steps": 1, "problems": 3, "validation": 2, "data": "builtin:12"}
-    report = proof.run(
+    report = study.run(
         tmp_path, RECIPES / "builtin.yaml", betas=(0.0, 1.0), ratios=(0.5,), say=said.append, **small
     )  # fmt: skip
     assert {row["model"] for row in report["table"]} == {"teacher", "cross entropy", "certainty forcing"}
@@ -293,7 +295,7 @@ def test_the_whole_pipeline_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyP
     # Again: everything is there, nothing is trained.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CertaintyForcingTrainer, "train", None)
-        again = proof.run(
+        again = study.run(
             tmp_path, RECIPES / "builtin.yaml", betas=(0.0, 1.0), ratios=(0.5,), say=said.append, **small
         )  # fmt: skip
     assert again["table"] == report["table"]
@@ -310,11 +312,11 @@ def row(policy: str, passes: float, accuracy: float) -> dict[str, Any]:
 
 def test_passes_at_an_accuracy():
     rows = [row("entropy:0.5", 4, 0.90), row("entropy:0.3", 8, 0.98), row("confidence:0.9", 9, 0.99)]
-    assert proof.passes_at(rows, 0.90) == 4
-    assert proof.passes_at(rows, 0.94) == pytest.approx(6)
-    assert proof.passes_at(rows, 0.98) == pytest.approx(8)
-    assert proof.passes_at(rows, 0.99) == 9
-    assert proof.passes_at(rows, 0.999) == float("inf")
+    assert study.passes_at(rows, 0.90) == 4
+    assert study.passes_at(rows, 0.94) == pytest.approx(6)
+    assert study.passes_at(rows, 0.98) == pytest.approx(8)
+    assert study.passes_at(rows, 0.99) == 9
+    assert study.passes_at(rows, 0.999) == float("inf")
 
 
 def test_aup_is_that_of_d3llm():
@@ -346,13 +348,13 @@ def test_the_shipped_student_meets_its_targets():
     )
     assert all(row["problems"] == 2000 for row in teacher + student)
     (one,) = (row for row in teacher if row["policy"] == evaluate.ONE)
-    bar = one["accuracy"] - proof.WITHIN
+    bar = one["accuracy"] - study.WITHIN
     theirs, ours = (
-        proof.passes_at(proof.of_rules(rows, proof.THRESHOLDS), bar) for rows in (teacher, student)
+        study.passes_at(study.of_rules(rows, study.THRESHOLDS), bar) for rows in (teacher, student)
     )
     assert ours <= one["nfe_mean"] / 8.5
     assert ours <= theirs / 3
-    good = [row for row in proof.of_rules(student, proof.THRESHOLDS) if row["accuracy"] >= bar]
+    good = [row for row in study.of_rules(student, study.THRESHOLDS) if row["accuracy"] >= bar]
     best = min(good, key=lambda row: row["nfe_mean"])
     fresh = evaluate.evaluate("builtin:student", best["policy"], problems=150, seed=5)
     assert fresh["nfe_mean"] == pytest.approx(best["nfe_mean"], rel=0.12)

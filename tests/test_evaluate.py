@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from dparallel import evaluate, plots, registry, tasks
+from dparallel import evaluate, plots, registry
+from dparallel.toy import tasks
 
 import dparallel_ext as dx
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import full_disk
-from dparallel import distill, files, train
+from dparallel import files
+from dparallel.toy import train
+from dparallel.training import distill
 
 import dparallel_ext as dx
 

@@ -395,7 +395,7 @@ def test_pip_install_of_the_sdist(sdist: Path, tmp_path: Path):
     script = """
 import json, sys, torch
 import dparallel_ext as dx, dparallel
-directory = dparallel.__path__[0] + "/builtin/student"
+directory = dparallel.__path__[0] + "/toy/builtin/student"
 model = dx.models.load(directory, dtype=torch.float32)
 out = dx.decode(model, torch.arange(5, 29)[None], gen_length=32, threshold=0.3)
 print(json.dumps([dx.__file__, dx.build_info(), out.responses[0].tolist(), out.nfe.tolist()]))

@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 import setuptools
 import torch
-from dparallel import registry, tasks
+from dparallel import registry
 from dparallel.likelihood import Likelihood, answer_masks, iter_log_likelihoods, log_likelihoods
+from dparallel.toy import tasks
 
 import dparallel_ext as dx
 from dparallel_ext import models

@@ -30,7 +30,7 @@ from typing import Any
 import openai
 import pytest
 import torch
-from dparallel import registry, tasks, templates, text
+from dparallel import registry, templates, text
 from dparallel.cli import app
 from dparallel.serving import connections, protocol, runner
 from dparallel.serving.app import Gate, make_app
@@ -39,6 +39,7 @@ from dparallel.serving.protocol import ChatRequest, CompletionRequest
 from dparallel.serving.runner import listen, unusable
 from dparallel.serving.service import Call, Choice, Service
 from dparallel.serving.settings import KEY_VARIABLE, Settings, find_keys, read_keys
+from dparallel.toy import tasks
 from openai import AsyncOpenAI, OpenAI
 from prometheus_client import Counter
 from pydantic import ValidationError

@@ -6,7 +6,8 @@ import itertools
 from pathlib import Path
 
 import pytest
-from dparallel import registry, tasks, train
+from dparallel import registry
+from dparallel.toy import tasks, train
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from dparallel import evaluate, registry, tasks, train
+from dparallel import evaluate, registry
+from dparallel.toy import tasks, train
 from safetensors.torch import load_file
 
 import dparallel_ext as dx

@@ -13,8 +13,8 @@ import pytest
 import run_trainer
 import torch
 import yaml
-from dparallel.trainer import CertaintyForcingArguments, CertaintyForcingTrainer, plain_head
-from dparallel.trajectories import Collator
+from dparallel.training.trainer import CertaintyForcingArguments, CertaintyForcingTrainer, plain_head
+from dparallel.training.trajectories import Collator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel

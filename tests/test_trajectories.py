@@ -15,8 +15,10 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
-from dparallel import files, registry, tasks, trajectories
-from dparallel.trajectories import Collator, Prompt, Settings, Trajectories
+from dparallel import files, registry
+from dparallel.toy import tasks
+from dparallel.training import trajectories
+from dparallel.training.trajectories import Collator, Prompt, Settings, Trajectories
 
 import dparallel_ext as dx
 

@@ -564,7 +564,7 @@ def test_reentrant_checkpoints_pass_the_gradients_on(adapted: bool, peft: Any) -
 
 
 def test_the_trainer_sees_through_wrappers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = pytest.importorskip("dparallel.trainer")
+    trainer = pytest.importorskip("dparallel.training.trainer")
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     for i, wrap in enumerate((compiled, nn.DataParallel)):
         model = native()

@@ -1,1 +1,1 @@
-"""The layer above dparallel_ext: tasks, training, evaluation and the command line."""
+"""The layer above dparallel_ext: the command line, a server, training, evaluation, and models that ship."""

@@ -162,9 +162,9 @@ def decode(
 ) -> None:
     """Decode prompts with the built-in model or a checkpoint."""
     from . import text as texts_of
-    from .demo import LiveText
     from .evaluate import parse_policy
     from .text import prompt_encoder
+    from .toy.demo import LiveText
 
     with plain_errors():
         calls = [[text] for text in prompt or []]
@@ -271,7 +271,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="where table.json and the pictures go")] = Path("out/demo"),
 ) -> None:
     """A problem unmasked before one's eyes by each model, a table of policies, and pictures."""
-    from . import demo as show
+    from .toy import demo as show
 
     with plain_errors():
         at_least("problems", problems, 1)
@@ -425,8 +425,8 @@ def train(
     evaluate: Annotated[int, typer.Option(help="held-out problems to check at the end; 0: none")] = 2000,
 ) -> None:
     """Train the built-in model from scratch (75 minutes on two cores)."""
-    from .train import Settings
-    from .train import train as run
+    from .toy.train import Settings
+    from .toy.train import train as run
 
     with plain_errors():
         sizes = {"batch": batch, "width": width, "layers": layers, "heads": heads, "mlp_width": mlp_width}
@@ -459,7 +459,7 @@ def answer(
 
     Under torchrun or accelerate launch each process takes its share.
     """
-    from . import trajectories
+    from .training import trajectories
 
     with plain_errors("train"):
         length = registry.gen_length(model) if gen_length is None else whole("gen_length", gen_length, 1)
@@ -483,7 +483,7 @@ def distill(
     processes: Annotated[int, typer.Option(help="of the dry run")] = 1,
 ) -> None:
     """Certainty forcing as a recipe says (torchrun or accelerate launch for several processes)."""
-    from . import distill as distilling
+    from .training import distill as distilling
 
     with plain_errors("train"):
         changes = {"model": model, "mask_id": mask_id}
@@ -517,7 +517,7 @@ def merge(
     mask_id: MaskOption = None,
 ) -> None:
     """A LoRA adapter and its base as a plain checkpoint in the base's own layout."""
-    from . import distill as distilling
+    from .training import distill as distilling
 
     with plain_errors("train"):
         distilling.merge(adapter, out, model=model, mask_id=mask_id)

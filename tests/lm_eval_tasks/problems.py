@@ -6,7 +6,7 @@ import itertools
 import random
 from typing import Any
 
-from dparallel import tasks
+from dparallel.toy import tasks
 
 
 def documents(count: int, seed: int) -> list[dict[str, Any]]:

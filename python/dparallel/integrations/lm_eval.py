@@ -40,9 +40,10 @@ from tqdm import tqdm
 from dparallel_ext import Completion, Engine
 from dparallel_ext.models import traits
 
-from .. import registry, tasks, text
+from .. import registry, text
 from ..evaluate import parse_policy
 from ..likelihood import SAMPLES, iter_log_likelihoods
+from ..toy import tasks
 
 log = logging.getLogger("lm_eval.dparallel")  # under the harness's own logger, whose handlers print it
 

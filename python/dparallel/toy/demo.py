@@ -12,7 +12,8 @@ from torch import Tensor
 
 import dparallel_ext as dx
 
-from . import evaluate, plots, registry, tasks
+from .. import evaluate, plots, registry
+from . import tasks
 
 POLICIES = (evaluate.ONE, "confidence:0.9", "entropy:0.5")
 HIDDEN = "░░"

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from dparallel_ext import models
 from dparallel_ext.models import LLaDA
 
-from . import evaluate as evaluation
-from . import files, registry, tasks
+from .. import evaluate as evaluation
+from .. import files, registry
+from . import tasks
 
 MOST_SEEDS = 2**40
 """Beyond it the seed of a step would not be one of torch's generator, 64 bits."""

@@ -16,7 +16,8 @@ import torch
 import dparallel_ext as dx
 from dparallel_ext.models import Model
 
-from . import files, registry, trajectories
+from .. import files, registry
+from . import trajectories
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 """As published, by the names of our modules."""

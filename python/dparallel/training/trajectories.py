@@ -26,9 +26,10 @@ from torch.utils.data import Dataset
 
 import dparallel_ext as dx
 
-from . import files, registry, tasks
-from .evaluate import parse_policy
-from .text import Template, prompt_encoder
+from .. import files, registry
+from ..evaluate import parse_policy
+from ..text import Template, prompt_encoder
+from ..toy import tasks
 
 SETTINGS = "settings.json"
 FORMATS = ("parquet", "jsonl")

@@ -23,7 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import distill, evaluate, files, plots, train, trajectories
+from .. import evaluate, files, plots
+from ..training import distill, trajectories
+from . import train
 
 TEACHER_POLICIES = (
     [evaluate.ONE]
@@ -285,7 +287,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m dparallel.proof", description=(__doc__ or "").split("\n")[0]
+        prog="python -m dparallel.toy.study", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--out", default="out/distill")
     parser.add_argument("--recipe", default="recipes/builtin.yaml")
