@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dparallel import cli, evaluate, registry
+from dparallel import cli, evaluate, live, registry
 from dparallel.cli import app
 from dparallel.toy import demo, tasks, train
 from typer.testing import CliRunner
@@ -354,7 +354,7 @@ def test_demo(tmp_path: Path):
     for name in ("student", "teacher"):
         assert (tmp_path / f"response-{name}.png").read_bytes().startswith(b"\x89PNG")
     assert text.count("(right)") == 2
-    assert demo.LEGEND.split()[:8] == text.split()[text.split().index(demo.HIDDEN) :][:8]
+    assert demo.LEGEND.split()[:8] == text.split()[text.split().index(live.HIDDEN) :][:8]
     lines = text[text.index(evaluate.HEADING) :].splitlines()
     assert [line.split()[:2] for line in lines[1:7]] == [[m, p] for m in models for p in policies]
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from dparallel import files, registry
 from dparallel.toy import tasks
-from dparallel.training import trajectories
+from dparallel.training import checkers, trajectories
 from dparallel.training.trajectories import Collator, Prompt, Settings, Trajectories
 
 import dparallel_ext as dx
@@ -282,13 +282,13 @@ def test_collator_pads_with_eos_as_published_or_out_of_sight():
     ],
 )
 def test_checkers(checker: str, answer: str, response: str, right: bool):
-    assert trajectories.checker_of(checker)(answer, response) is right
+    assert checkers.checker_of(checker)(answer, response) is right
 
 
 @pytest.mark.parametrize("name", ["", "nope", "no.module:f", "operator:nope", "math:pi"])
 def test_a_checker_that_is_none_is_named(name: str):
     with pytest.raises(ValueError, match="checker"):
-        trajectories.checker_of(name)
+        checkers.checker_of(name)
 
 
 def test_prompts_of_files(tmp_path: Path):

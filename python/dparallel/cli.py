@@ -161,19 +161,19 @@ def decode(
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
 ) -> None:
     """Decode prompts with the built-in model or a checkpoint."""
-    from . import text as texts_of
+    from .complete import complete
     from .evaluate import parse_policy
-    from .text import prompt_encoder
-    from .toy.demo import LiveText
+    from .live import LiveText
+    from .text import endings
 
     with plain_errors():
         calls = [[text] for text in prompt or []]
         if file is not None:
-            calls += [[text] for text in read_prompts("file", file)]
+            calls += [[text] for text in files.prompts("file", file)]
         if batch is not None:
             if stream:
                 raise ValueError("stream: not together with --batch")
-            calls.append(read_prompts("batch", batch))
+            calls.append(files.prompts("batch", batch))
         if not any(calls):
             raise ValueError("prompt: expected one, as an argument or with --file or --batch")
         settings = parse_policy(policy)
@@ -182,86 +182,44 @@ def decode(
         # A text with gaps is no message, so that a chat template is for who asks for it.
         template = registry.template_of(model, False if chat is None and (infill or suffix) else chat)
         loaded, tokenizer = registry.load(model, device=device, fp8=fp8, mask_id=mask_id)
-        encode, mask = prompt_encoder(tokenizer, template), loaded.mask_id
-        if mask is None:
-            raise ValueError(f"mask_id: the files of {model} name no mask token, so give --mask-id")
-        ends = texts_of.endings(registry.directory_of(model), tokenizer)
-        length = gen_length
-        if length is None:
-            length = 0 if infill and not suffix else registry.gen_length(model)
-        console = Console()
+        ends = endings(registry.directory_of(model), tokenizer)
         for texts in calls:
-            ids = [encode(text) for text in texts]
-            if suffix:
-                between = [mask] * whole("gen_length", length, 1)
-                after = tokenizer.encode(suffix, add_special_tokens=False).ids
-                ids = [[*one, *between, *after] for one in ids]
-            masks = [one.count(mask) if infill or suffix else 0 for one in ids]
-            if infill and not length and not all(masks):
-                said = tokenizer.id_to_token(mask)
-                raise ValueError(f"prompt: expected a mask token, {said}, where --infill is to fill it")
-            registry.check_positions(model, loaded, max(map(len, ids), default=0) + (0 if suffix else length))
-            live = LiveText(console, tokenizer, mask, 0.1) if stream else None
-            if live is not None:
-                live.__enter__()
-            try:
-                out = dx.decode(
-                    loaded,
-                    ids,
-                    gen_length=0 if suffix else length,
-                    infill=infill or bool(suffix),
-                    block_length=block_length,
-                    cache=cache,
-                    temperature=temperature,
-                    top_p=top_p,
-                    top_k=top_k,
-                    seed=seed,
-                    streamer=live,
-                    **settings,
-                    **ends,
-                )
-            finally:
-                if live is not None:
-                    live.__exit__()
-            for i, (text, tokens, passes) in enumerate(
-                zip(texts, out.responses, out.nfe.tolist(), strict=True)
+            for row in complete(
+                model,
+                loaded,
+                tokenizer,
+                texts,
+                template=template,
+                gen_length=gen_length,
+                infill=infill,
+                suffix=suffix,
+                live=LiveText(Console(), tokenizer, loaded.mask_id, 0.1) if stream else None,
+                block_length=block_length,
+                cache=cache,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                seed=seed,
+                **settings,
+                **ends,
             ):
-                # A block-causal model fills its last block beyond what was asked for.
-                kept = min(int(out.kept[i]), masks[i] + (0 if suffix else length))
-                response, rate = tokenizer.decode(tokens[:kept].tolist()), kept / passes if passes else 0.0
-                if unknown := registry.unknown_words(tokenizer, text):
+                if unknown := registry.unknown_words(tokenizer, row["prompt"]):
                     words = ", ".join(map(repr, dict.fromkeys(unknown)))
                     typer.echo(f"warning: {model} has no token for {words} of the prompt", err=True)
-                row = {"prompt": text, "response": response, "tokens": kept, "forwards": passes}
-                if infill:
-                    row["text"] = response = tokenizer.decode(in_place(out, i, kept))
-                if not response.strip():
-                    typer.echo("warning: the response is empty", err=True)
-                if as_json:
-                    typer.echo(json.dumps({**row, "tokens_per_forward": rate}))
-                else:
-                    typer.echo(response)
-                    typer.echo(f"{kept} tokens in {passes} passes, {rate:.1f} a pass", err=True)
+                show_response(row, as_json)
 
 
-def in_place(out: dx.DecodeOutput, i: int, kept: int) -> list[int]:
-    """Tokens of sequence i, given and decoded ones, without what follows the first `kept` decoded."""
-    left_out = set(out.masked[i].nonzero()[kept:, 0].tolist())
-    tokens = out.sequences[i, : int(out.lengths[i])].tolist()
-    return [token for at, token in enumerate(tokens) if at not in left_out]
-
-
-def read_prompts(argument: str, file: Path) -> list[str]:
-    """A prompt a line; a line that is a JSON object gives its "prompt"."""
-    found = []
-    for number, line in files.lines(argument, file):
-        if line.lstrip().startswith("{"):
-            row = files.json_object(argument, file, number, line)
-            if not isinstance(row.get("prompt"), str):
-                raise ValueError(f'{argument}: {file}:{number} has no text "prompt"')
-            line = row["prompt"]
-        found.append(line)
-    return found
+def show_response(row: dict[str, Any], as_json: bool) -> None:
+    shown = row.get("text", row["response"])
+    if not shown.strip():
+        typer.echo("warning: the response is empty", err=True)
+    kept, passes = row["tokens"], row["forwards"]
+    rate = kept / passes if passes else 0.0
+    if as_json:
+        typer.echo(json.dumps({**row, "tokens_per_forward": rate}))
+    else:
+        typer.echo(shown)
+        typer.echo(f"{kept} tokens in {passes} passes, {rate:.1f} a pass", err=True)
 
 
 @app.command()

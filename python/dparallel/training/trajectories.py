@@ -9,11 +9,9 @@ killed goes on with the shards that are not there, and any number of processes s
 from __future__ import annotations
 
 import hashlib
-import importlib
 import itertools
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +28,7 @@ from .. import files, registry
 from ..evaluate import parse_policy
 from ..text import Template, prompt_encoder
 from ..toy import tasks
+from .checkers import Checker, checker_of
 
 SETTINGS = "settings.json"
 FORMATS = ("parquet", "jsonl")
@@ -64,82 +63,6 @@ class Settings:
     """None: the checkpoint's own."""
 
 
-# --- checkers -----------------------------------------------------------------------------------
-
-
-def hashes(answer: str, response: str) -> bool:
-    """The number after #### (GSM8K's own form) is the reference's, or the reference itself."""
-    found = re.search(r"####\s*(-?[\d,.]*\d)", response)
-    return found is not None and _number(found[1]) == _number(_after_hashes(answer))
-
-
-def last_number(answer: str, response: str) -> bool:
-    """The last number of the response is the reference's (GSM8K as usually scored)."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", response)
-    return bool(found) and _number(found[-1]) == _number(_after_hashes(answer))
-
-
-def boxed(answer: str, response: str) -> bool:
-    r"""The last \boxed{...} is the reference's, or the reference itself, spaces aside (MATH)."""
-    found = _boxed(response)
-    expected = _boxed(answer) or answer
-    return found is not None and found.replace(" ", "") == expected.replace(" ", "")
-
-
-def anything(answer: str, response: str) -> bool:
-    """Every answer is kept."""
-    return True
-
-
-Checker = Callable[[str, str], bool]
-"""(the reference, the response as text) -> whether it is right."""
-CHECKERS: dict[str, Checker] = {
-    "hashes": hashes,
-    "last_number": last_number,
-    "boxed": boxed,
-    "none": anything,
-}
-
-
-def checker_of(name: str) -> Checker:
-    """One of CHECKERS, or "package.module:function". Raises ValueError."""
-    if name in CHECKERS:
-        return CHECKERS[name]
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"checker: expected one of {list(CHECKERS)} or package.module:function, got {name!r} ({error})"
-        ) from error
-    if not callable(found):
-        raise ValueError(f"checker: {name!r} is not a function")
-    return found
-
-
-def _after_hashes(answer: str) -> str:
-    return answer.rpartition("####")[2].strip()
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text.replace(",", ""))
-    except ValueError:
-        return text.strip()
-
-
-def _boxed(text: str) -> str | None:
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth, begin = 0, start + len("\\boxed")
-    for i in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth == 0:
-            return text[begin + 1 : i]
-    return None
-
-
 # --- prompts ------------------------------------------------------------------------------------
 
 
@@ -162,7 +85,7 @@ def read_prompts(source: str, prompt_field: str = "prompt", answer_field: str = 
     if not file.is_file():
         raise FileNotFoundError(f"data: no file {file}")
     found = []
-    for number, row in _rows_of("data", file):
+    for number, row in files.rows("data", file):
         for name, kinds in ((prompt_field, (str,)), (answer_field, (str, int, float))):
             if name not in row:
                 raise ValueError(f"data: {file}:{number} has no field {name!r}, only {sorted(row)}")
@@ -173,23 +96,6 @@ def read_prompts(source: str, prompt_field: str = "prompt", answer_field: str = 
                 )
         found.append(Prompt(row[prompt_field], str(row[answer_field])))
     return found
-
-
-def _rows_of(
-    argument: str, file: Path, columns: list[str] | None = None
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line or row from 1, its content) of a JSONL or Parquet file. Raises ValueError."""
-    if file.suffix != ".parquet":
-        for number, line in files.lines(argument, file):
-            yield number, files.json_object(argument, file, number, line)
-        return
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(file, columns=columns).to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{argument}: {file} is not a readable Parquet file: {error}") from error
-    yield from enumerate(rows, 1)
 
 
 # --- answers ------------------------------------------------------------------------------------
@@ -397,7 +303,7 @@ def _rows_of_shard(file: Path, columns: list[str] | None = None) -> Iterator[dic
     """Raises ValueError where the shard is damaged. `columns`: those alone, of Parquet."""
     if file.suffix == ".jsonl" and not file.read_bytes().endswith(b"\n"):
         raise ValueError(f"trajectories: {file} is empty or cut off")
-    for _, row in _rows_of("trajectories", file, columns):
+    for _, row in files.rows("trajectories", file, columns):
         yield row
 
 
