@@ -1,5 +1,5 @@
 // Schemas, checks and dispatch: the only file that knows torch, through its stable ABI, so that one
-// build serves later releases. Python (dparallel_ext/ops.py) turns user input into these arguments;
+// build serves later releases. Python (dparallel_ext/ops) turns user input into these arguments;
 // the checks here keep memory safe whoever calls, under torch.compile too. Arguments of other
 // strides than a kernel reads are copied.
 #include <torch/csrc/stable/accelerator.h>

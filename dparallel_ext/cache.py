@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import has_varlen
+from .ops.varlen_attention import has_varlen
 
 Fill = Callable[[int], int] | None
 

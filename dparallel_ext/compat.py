@@ -21,9 +21,10 @@ from torch import Tensor
 
 from . import policies
 from .arguments import temperature_in_force, whole
-from .decode import check_mask, drawn_seed, make_settings, run, start
+from .decoding.decode import check_mask, drawn_seed, make_settings, run, start
 from .models import Model, for_decoding, own_precision, traits, unwrap
-from .ops import check_sampling, row_stats, select
+from .ops import row_stats, select
+from .ops.inputs import check_sampling
 from .rules import Decision, Rule, Where
 from .types import RowStats
 

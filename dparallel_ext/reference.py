@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import policies
 from .arguments import temperature_in_force
-from .loss import CertaintyForcingLoss
-from .ops import NO_ERROR
+from .ops import CertaintyForcingLoss
+from .ops.errors import NO_ERROR
 from .types import RowStats, UnmaskOutput
 
 _LARGEST = torch.finfo(torch.float32).max

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .._C import Scheduler
-from ..batch import Batch
 from ..cache import KVCache
-from ..rows import Settings
+from ..decoding.batch import Batch
+from ..decoding.rows import Settings
 from .handle import Completion, Draft, Event, Events, Handle
 
 log = logging.getLogger(__name__)

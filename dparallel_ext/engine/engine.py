@@ -25,10 +25,10 @@ from torch import Tensor
 from .. import arguments
 from .._C import Scheduler
 from ..arguments import whole
-from ..batch import Batch
-from ..decode import Prompts, check_model, check_settings, make_settings, masks
+from ..decoding.batch import Batch
+from ..decoding.decode import Prompts, check_model, check_settings, make_settings, masks
+from ..decoding.rows import lay_out, whole_length
 from ..models import Model, for_decoding, traits, warn_beyond
-from ..rows import lay_out, whole_length
 from ..rules import Function, Rule
 from .core import EngineCore, Request
 from .handle import Draft, Events, Handle

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import kept
-from ..attention import block_attention, kv_write, rope_table, varlen_attention
 from ..cache import KVCache, Pass, Span
-from ..layers import compiled, fp8_scale, rms_norm, swiglu
+from ..ops import block_attention, kv_write, rms_norm, rope_table, swiglu, varlen_attention
+from ..ops.fp8_linear import fp8_scale
+from ..ops.inputs import compiled
 from . import files, side_by_side
 from .fp8 import Fp8Linear
 

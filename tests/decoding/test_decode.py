@@ -383,7 +383,7 @@ def test_stop_sequences_end_a_response_as_eos_does(llada) -> None:
 
 def test_a_pass_that_fails_changes_nothing(llada) -> None:
     """Of the batch: a caller may go on without the sequence that it failed of."""
-    from dparallel_ext.decode import make_settings, start
+    from dparallel_ext.decoding.decode import make_settings, start
     from dparallel_ext.models import traits
 
     settings = make_settings(traits(llada), "none", 3, threshold=1.0)

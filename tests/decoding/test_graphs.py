@@ -28,12 +28,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dparallel_ext as dx
-from dparallel_ext import batch as batches
 from dparallel_ext import cache as caches
-from dparallel_ext import graphs as recording
-from dparallel_ext import kept, models, passes, workspace
+from dparallel_ext import kept, models
+from dparallel_ext.decoding import batch as batches
+from dparallel_ext.decoding import graphs as recording
+from dparallel_ext.decoding import passes, workspace
+from dparallel_ext.decoding.graphs import LIMIT, CudaRecorder, Graphs
 from dparallel_ext.engine.core import EngineCore
-from dparallel_ext.graphs import LIMIT, CudaRecorder, Graphs
 from dparallel_ext.models import base
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -49,7 +50,16 @@ WAITS = {
     aten.lift_fresh.default,  # a tensor of numbers from the host
 }
 """What a GPU's recording does not permit; so with an index that is a mask."""
-LOOKS = {"_check", "_check_index", "_check_rows", "_check_caches", "_within", "check", "_suppress"}
+LOOKS = {
+    "_check",
+    "check_heads",
+    "check_index",
+    "check_rows",
+    "check_caches",
+    "within",
+    "check",
+    "suppressed",
+}
 """Functions that read values on the CPU alone."""
 
 

@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import policies
-from .ops import NO_ERROR, read_rows, select, unmask_
+from .. import policies
+from ..ops import select, unmask_
+from ..ops.errors import NO_ERROR
+from ..ops.row_stats import read_rows
+from ..rules import Rule, Where
+from ..rules.protocol import Cells, expect
+from ..types import RowStats
 from .rows import Row
-from .rules import Rule, Where
-from .rules.protocol import Cells, expect
-from .types import RowStats
 
 
 class Way(NamedTuple):

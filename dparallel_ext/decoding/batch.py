@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import policies
-from .cache import KVCache, Span
-from .models import Model, traits
+from .. import policies
+from ..cache import KVCache, Span
+from ..models import Model, traits
 from .passes import Passes, Work, reads
 from .rows import IDLE, Row, Settings, lay_out
 from .workspace import Workspace

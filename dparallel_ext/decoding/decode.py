@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, policies
-from .arguments import shown, temperature_in_force, whole
+from .. import arguments, policies
+from ..arguments import shown, temperature_in_force, whole
+from ..models import Model, Traits, for_decoding, traits, warn_beyond
+from ..ops.inputs import check_sampling
+from ..rules import Function, FunctionRule, Rule, parse
 from .batch import AHEAD, CACHES, Batch
-from .models import Model, Traits, for_decoding, traits, warn_beyond
-from .ops import check_sampling
 from .rows import Settings, whole_length
-from .rules import Function, FunctionRule, Rule, parse
 from .workspace import Trajectory
 
 Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]] | Sequence[int] | Mapping[str, Any]

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import kept
-from .cache import FEW_SIZES, KVCache
+from .. import kept
+from ..cache import FEW_SIZES, KVCache
+from ..models import Model
+from ..ops.streams import stream_of
+from ..rules import Rule
 from .graphs import CudaRecorder, Graphs, can_record
-from .models import Model
-from .ops import stream_of
-from .rules import Rule
 
 
 @dataclass

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cache import FEW_SIZES, Fill, KVCache, Pass, Span
-from .models import Model, own_precision
-from .ops import NO_ERROR, Cell, explain
+from ..cache import FEW_SIZES, Fill, KVCache, Pass, Span
+from ..models import Model, own_precision
+from ..ops.errors import NO_ERROR, Cell, explain
+from ..rules import Rule
+from ..types import RowStats
 from .packed import Shapes, pack, unpack
 from .rows import Row
-from .rules import Rule
 from .sampler import Predicted, Way, commit_
-from .types import RowStats
 from .workspace import Workspace
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .rules import Rule
+from ..rules import Rule
 
 
 @dataclass(frozen=True)

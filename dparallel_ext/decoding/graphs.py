@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .ops import own_recording
+from ..ops.streams import own_recording
 
 log = logging.getLogger(__name__)
 
