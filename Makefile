@@ -38,7 +38,7 @@ tests: install lint
 
 # DiffusionGemma with the newest transformers; `tests` has the pinned one.
 newest: install $(VENV)/newest
-	PYTHONPATH=$(VENV)/newest $(BIN)/python -m pytest tests/test_diffusion_gemma.py
+	PYTHONPATH=$(VENV)/newest $(BIN)/python -m pytest tests/decoding/test_diffusion_gemma.py
 
 $(VENV)/newest: $(VENV)/installed requirements-newest.txt
 	rm -rf $@

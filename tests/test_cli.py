@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from dparallel import cli, evaluate, live, registry
 from dparallel.cli import app
 from dparallel.toy import demo, tasks, train
@@ -24,7 +25,7 @@ PROMPT = (
 )
 
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = ROOT / "recipes"
 HERE = str(Path(__file__).parent)
 
 

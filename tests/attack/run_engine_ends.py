@@ -27,7 +27,7 @@ import torch
 import dparallel_ext as dx
 from dparallel_ext.engine import engine as engine_module
 
-MODEL = dx.models.load(Path(__file__).parent.parent / "golden" / "llada_tiny_a")
+MODEL = dx.models.load(Path(__file__).parents[1] / "golden" / "llada_tiny_a")
 SECONDS = 60.0
 kept: Any = None
 

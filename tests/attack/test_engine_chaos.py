@@ -14,19 +14,18 @@ import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 import run_engine_ends
 import torch
+from conftest import golden
 from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext.models import Model
 
-GOLDEN = Path(__file__).parent.parent / "golden"
-MODELS = {name: dx.models.load(GOLDEN / name) for name in ("llada_tiny_a", "dream_tiny_a", "sdar_tiny_a")}
+MODELS = {name: golden.model(name) for name in ("llada_tiny_a", "dream_tiny_a", "sdar_tiny_a")}
 WAYS = [
     ("llada_tiny_a", "dual"),
     ("llada_tiny_a", "none"),

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections import UserDict
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import golden
 
 import dparallel_ext as dx
 from dparallel_ext import arguments, compat, models
 
-GOLDEN = Path(__file__).parent / "golden"
-LLADA = models.load(GOLDEN / "llada_tiny_a")
+LLADA = golden.model("llada_tiny_a")
 PROMPT = [5, 6, 7]
 
 
@@ -228,8 +227,8 @@ def test_compat_takes_the_models_own_mask() -> None:
 def test_devices_are_named() -> None:
     for device in ("gpu", "mps", "cuda:x"):
         with pytest.raises(ValueError, match="device: expected cpu, cuda or cuda:N, got"):
-            models.load(GOLDEN / "llada_tiny_a", device=device)
+            golden.model("llada_tiny_a", device=device)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device: 'cuda:1' needs an NVIDIA GPU"):
-            models.load(GOLDEN / "llada_tiny_a", device="cuda:1")
-    assert models.load(GOLDEN / "llada_tiny_a", device=torch.device("cpu")).device.type == "cpu"
+            golden.model("llada_tiny_a", device="cuda:1")
+    assert golden.model("llada_tiny_a", device=torch.device("cpu")).device.type == "cpu"

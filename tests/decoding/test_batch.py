@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import json
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -24,10 +24,9 @@ from dparallel_ext.decoding.batch import Batch
 from dparallel_ext.models import SDAR, Model
 
 MASK = 511
-GOLDEN = Path(__file__).parent / "golden"
-CASES = json.loads((GOLDEN / "sdar_tiny_a" / "cases.json").read_text())
+CASES = golden.json("sdar_tiny_a", "cases")
 MODELS = {
-    (name, dtype): models.load(GOLDEN / name, dtype=dtype)
+    (name, dtype): golden.model(name, dtype=dtype)
     for name in ("llada_tiny_a", "dream_tiny_a", "sdar_tiny_a")
     for dtype in (torch.float32, torch.bfloat16)
 }
@@ -51,7 +50,7 @@ def _there(device: str) -> None:
 
 @pytest.fixture
 def sdar(device: str) -> SDAR:
-    model = models.load(GOLDEN / "sdar_tiny_a", device=device)
+    model = golden.model("sdar_tiny_a", device=device)
     assert isinstance(model, SDAR)
     return model
 
@@ -59,9 +58,9 @@ def sdar(device: str) -> SDAR:
 @torch.no_grad()
 def test_sdar_has_the_published_logits(sdar: SDAR, device: str) -> None:
     assert sdar.block_length == 8  # of its config
-    golden = {n: t.to(device) for n, t in load_file(GOLDEN / "sdar_tiny_a" / "logits.safetensors").items()}
+    published = {n: t.to(device) for n, t in golden.tensors("sdar_tiny_a", "logits").items()}
     sdar.block_length = 4  # of the golden logits
-    torch.testing.assert_close(sdar(golden["input_ids"]).logits, golden["logits"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sdar(published["input_ids"]).logits, published["logits"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{len(case['prompt'])}-{case['threshold']}")
@@ -106,7 +105,7 @@ def test_a_block_length_that_is_given_is_attended_by(sdar: SDAR, size: int, cach
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llada_tiny_a", "dream_tiny_a"])
 def test_the_published_count_of_passes(name: str) -> None:
-    for case in json.loads((GOLDEN / name / "cases.json").read_text()):
+    for case in golden.json(name, "cases"):
         if case["threshold"] is None:
             continue
         out = dx.decode(
@@ -276,7 +275,7 @@ def test_bad_arguments_are_named(name: str, change: dict[str, Any], message: str
 def test_sdar_is_written_as_it_was_read(sdar: SDAR, tmp_path: Path) -> None:
     models.save(sdar, tmp_path)
     again = load_file(tmp_path / "model.safetensors")
-    stored = load_file(GOLDEN / "sdar_tiny_a" / "model.safetensors")
+    stored = golden.tensors("sdar_tiny_a")
     assert again.keys() == stored.keys()
     assert all(torch.equal(again[name], stored[name]) for name in stored)
     assert isinstance(models.load(tmp_path), SDAR)

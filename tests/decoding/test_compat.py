@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import STAND_IN
+from conftest import STAND_IN, golden
 
 import dparallel_ext as dx
 from dparallel_ext import compat, models
 
-GOLDEN = Path(__file__).parent / "golden"
 PUBLISHED = {
     "none": compat.generate,
     "prefix": compat.generate_with_prefix_cache,
@@ -22,7 +18,7 @@ FAMILIES = [("llada_tiny_a", c) for c in PUBLISHED] + [("dream_tiny_a", "none")]
 
 
 def cases(name: str, cache: str) -> list[dict]:
-    return [c for c in json.loads((GOLDEN / name / "cases.json").read_text()) if c["cache"] == cache]
+    return [c for c in golden.json(name, "cases") if c["cache"] == cache]
 
 
 def rule(case: dict) -> dict:
@@ -36,7 +32,7 @@ def rule(case: dict) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "cache"), FAMILIES)
 def test_golden_cases(name: str, cache: str, device: str) -> None:
-    model = models.load(GOLDEN / name, device=device)
+    model = golden.model(name, device=device)
     found = cases(name, cache)
     assert len(found) >= 60
     for case in found[:: 20 if STAND_IN else 1]:
@@ -64,7 +60,7 @@ def test_a_foreign_model_gives_the_same(name: str) -> None:
     class Foreign(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = models.load(GOLDEN / name)
+            self.inner = golden.model(name)
             self.config = type("Config", (), self.inner.config)()
 
         def forward(self, input_ids: torch.Tensor) -> object:
@@ -83,7 +79,7 @@ def test_a_foreign_model_gives_the_same(name: str) -> None:
 
 
 def test_random_remasking_and_temperature_follow_torchs_generator() -> None:
-    model = models.load(GOLDEN / "llada_tiny_a")
+    model = golden.model("llada_tiny_a")
     prompt = torch.tensor([[5, 6, 7]])
 
     def run(seed: int, **kwargs: object) -> list[int]:
@@ -99,7 +95,7 @@ def test_random_remasking_and_temperature_follow_torchs_generator() -> None:
 
 
 def test_the_prompts_masks_are_filled_as_published() -> None:
-    model = models.load(GOLDEN / "llada_tiny_a")
+    model = golden.model("llada_tiny_a")
     prompt = torch.tensor([[5, 511, 7]])
     tokens, _ = compat.generate(model, prompt, 8, 8, 8, mask_id=511, threshold=3.5)
     assert 511 not in tokens
@@ -116,7 +112,7 @@ def test_the_prompts_masks_are_filled_as_published() -> None:
     ],
 )
 def test_what_the_published_code_asserts_is_a_clear_error(kwargs: dict, message: str) -> None:
-    model = models.load(GOLDEN / "llada_tiny_a")
+    model = golden.model("llada_tiny_a")
     with pytest.raises(ValueError, match=message):
         compat.generate(model, torch.tensor([[1]]), mask_id=511, **kwargs)
 
@@ -185,7 +181,7 @@ def llada_loop(
 )
 def test_lladas_options(ours: dict, theirs: dict) -> None:
     """To the token, also of padded prompts; each option changes them."""
-    model = models.load(GOLDEN / "llada_tiny_a")
+    model = golden.model("llada_tiny_a")
     prompts = torch.tensor([[5, 6, 7, 8], [300, 20, 11, 40]])
     shared = {"steps": 12, "gen_length": 16, "block_length": 8}
     with torch.no_grad():
@@ -205,7 +201,7 @@ def test_lladas_options(ours: dict, theirs: dict) -> None:
 
 
 def test_lladas_options_take_a_threshold_and_a_temperature() -> None:
-    model = models.load(GOLDEN / "llada_tiny_a")
+    model = golden.model("llada_tiny_a")
     prompt = torch.tensor([[5, 6, 7]])
     shared = {"gen_length": 16, "block_length": 8, "mask_id": 511, "threshold": 3.0}
     _, forwards = compat.generate(model, prompt, cfg_scale=0.5, **shared)
@@ -241,7 +237,7 @@ def test_lladas_options_take_a_threshold_and_a_temperature() -> None:
     ],
 )
 def test_lladas_options_are_checked(kwargs: dict, message: str) -> None:
-    model = models.load(GOLDEN / "llada_tiny_a")
+    model = golden.model("llada_tiny_a")
     with pytest.raises(ValueError, match=message):
         compat.generate(model, torch.tensor([[1]]), mask_id=511, **kwargs)
 
@@ -315,7 +311,7 @@ def dream_loop(
 )
 def test_dreams_options(alg: str, options: dict) -> None:
     """To the token in every step, random positions included: they are drawn as published."""
-    model = models.load(GOLDEN / "dream_tiny_a")
+    model = golden.model("dream_tiny_a")
     prompts = torch.tensor([[5, 6, 7, 8], [300, 20, 11, 40]])
     torch.manual_seed(3)
     with torch.no_grad():
@@ -339,7 +335,7 @@ def test_dreams_options(alg: str, options: dict) -> None:
 
 
 def test_dreams_padding_hooks_and_config() -> None:
-    model = models.load(GOLDEN / "dream_tiny_a")
+    model = golden.model("dream_tiny_a")
     short, settings = torch.tensor([[6, 7, 8]]), {"steps": 6, "alg": "entropy"}
     alone = compat.diffusion_generate(model, short, max_new_tokens=8, **settings)
     padded = torch.tensor([[0, 6, 7, 8], [300, 20, 11, 40]])
@@ -378,7 +374,7 @@ def test_dreams_padding_hooks_and_config() -> None:
 
 def test_dreams_samples() -> None:
     """They come from the restricted distribution, and follow torch's generator."""
-    model = models.load(GOLDEN / "dream_tiny_a")
+    model = golden.model("dream_tiny_a")
     prompt = torch.tensor([[5, 6, 7]])
 
     def run(seed: int, **options: object) -> list[int]:
@@ -414,7 +410,7 @@ def test_dreams_samples() -> None:
     ],
 )
 def test_dreams_options_are_checked(kwargs: dict, message: str) -> None:
-    model = models.load(GOLDEN / "dream_tiny_a")
+    model = golden.model("dream_tiny_a")
     with pytest.raises(ValueError, match=message):
         compat.diffusion_generate(model, torch.tensor([[5, 6, 7]]), **kwargs)
     with pytest.raises(ValueError, match="inputs: expected as many masks in each sequence, got \\[20, 21\\]"):

@@ -5,29 +5,28 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import golden
 from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import models, policies
 
 MASK = 511
-GOLDEN = Path(__file__).parent / "golden"
 PROMPTS = torch.tensor([[115, 277, 342, 230], [29, 331, 41, 8], [3, 3, 9, 77]])
 
 
 @pytest.fixture(scope="module")
 def llada() -> models.Model:
-    return models.load(GOLDEN / "llada_tiny_a")
+    return golden.model("llada_tiny_a")
 
 
 @pytest.fixture(scope="module")
 def dream() -> models.Model:
-    return models.load(GOLDEN / "dream_tiny_a")
+    return golden.model("dream_tiny_a")
 
 
 @pytest.fixture(autouse=True)

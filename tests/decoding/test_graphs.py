@@ -16,12 +16,11 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from conftest import GPUS
+from conftest import GPUS, golden
 from test_infill import fast_dllm
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,7 +36,6 @@ from dparallel_ext.decoding.graphs import LIMIT, CudaRecorder, Graphs
 from dparallel_ext.engine.core import EngineCore
 from dparallel_ext.models import base
 
-GOLDEN = Path(__file__).parent / "golden"
 aten = torch.ops.aten
 
 WAITS = {
@@ -187,7 +185,7 @@ def test_on_the_device(device: str, name: str, dtype: torch.dtype, monkeypatch: 
             made.append(self)
 
     monkeypatch.setattr(batches, "Passes", Kept)
-    model = models.load(GOLDEN / name, dtype=dtype, device=device)
+    model = golden.model(name, dtype=dtype, device=device)
     settings: dict[str, Any] = {"gen_length": 64, "threshold": 1.0}
     settings |= {"cache": "block"} if model.block_length else {"cache": "dual", "block_length": 16}
     prompts = [prompt.to(device) for prompt in PROMPTS]
@@ -237,7 +235,7 @@ WAYS: list[tuple[str, dict[str, Any]]] = [
 def test_the_tokens_are_the_same(
     taped: list[Graphs], name: str, way: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    model = models.load(GOLDEN / name, dtype=dtype)
+    model = golden.model(name, dtype=dtype)
     settings = {"gen_length": 48, "block_length": 16, **way}
     expected = dx.decode(model, PROMPTS, graphs=False, record=True, logprobs=True, **settings)
     assert not taped
@@ -263,7 +261,7 @@ def test_infill_replays(taped: list[Graphs], name: str, cache: str) -> None:
         for start, end in gaps:
             prompt[start:end] = 511
     settings: dict[str, Any] = {"gen_length": 12, "infill": True, "cache": cache, "block_length": 8}
-    model = models.load(GOLDEN / name)
+    model = golden.model(name)
     expected = dx.decode(model, prompts, graphs=False, **settings)
     out = dx.decode(model, prompts, **settings)
     assert torch.equal(out.sequences, expected.sequences)
@@ -286,7 +284,7 @@ def test_passes_that_hand_over_are_followed(taped: list[Graphs], cache: str) -> 
 
 def test_a_form_met_three_times_runs_once(taped: list[Graphs]) -> None:
     """One sequence, dual cache: the full passes take one form and the passes over a block another."""
-    model = models.load(GOLDEN / "llada_tiny_a")
+    model = golden.model("llada_tiny_a")
     out = dx.decode(model, PROMPTS[0], gen_length=128, block_length=16, cache="dual", steps=64)
     (graphs,) = taped
     assert len(graphs.forms) == 2
@@ -322,7 +320,7 @@ def test_the_host_is_ready_for_the_next_pass(
     monkeypatch.setattr(passes.Passes, "_numbers", counted)
     monkeypatch.setattr(passes.Passes, "prepare", ahead)
     monkeypatch.setattr(batches.Batch, "step", moving)
-    model = models.load(GOLDEN / "llada_tiny_a")
+    model = golden.model("llada_tiny_a")
     out = dx.decode(model, PROMPTS[0], gen_length=64, block_length=16, cache="dual", threshold=0.3)
     assert out.forwards > 12
     blocks = [len(PROMPTS[0]) + 16 * block for block in range(4)]
@@ -330,7 +328,7 @@ def test_the_host_is_ready_for_the_next_pass(
 
 
 def test_an_engine_replays(taped: list[Graphs]) -> None:
-    model = models.load(GOLDEN / "sdar_tiny_a")
+    model = golden.model("sdar_tiny_a")
     alone = [
         dx.decode(model, p, gen_length=24, cache="block", threshold=t, graphs=False).responses[0].tolist()
         for p in PROMPTS
@@ -345,7 +343,7 @@ def test_an_engine_replays(taped: list[Graphs]) -> None:
 
 
 def test_a_bad_row_is_named_from_a_replay(taped: list[Graphs]) -> None:
-    model = models.load(GOLDEN / "llada_tiny_a")
+    model = golden.model("llada_tiny_a")
     settings: dict[str, Any] = {"gen_length": 32, "block_length": 16, "cache": "dual", "steps": 32}
     poisoned = iter(range(10))
 
@@ -370,7 +368,7 @@ def test_a_bad_row_is_named_from_a_replay(taped: list[Graphs]) -> None:
 def test_what_cannot_be_recorded_runs_as_it_is(
     taped: list[Graphs], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = models.load(GOLDEN / "llada_tiny_a")
+    model = golden.model("llada_tiny_a")
     settings: dict[str, Any] = {"gen_length": 32, "block_length": 16, "cache": "dual", "steps": 16}
     expected = dx.decode(model, PROMPTS, graphs=False, **settings)
     step = models.Model.step
@@ -391,7 +389,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(
 
 @pytest.mark.parametrize("how", ["hook", "adapter", "policy"])
 def test_what_python_has_to_see_is_not_recorded(taped: list[Graphs], how: str) -> None:
-    model, calls = models.load(GOLDEN / "llada_tiny_a"), []
+    model, calls = golden.model("llada_tiny_a"), []
     settings: dict[str, Any] = {"gen_length": 16, "block_length": 16, "cache": "dual"}
     if how == "hook":
         model.blocks[1].o.register_forward_hook(lambda *_: calls.append(1))
@@ -417,7 +415,7 @@ def test_what_python_has_to_see_is_not_recorded(taped: list[Graphs], how: str) -
 
 def test_weights_that_moved_are_seen(taped: list[Graphs]) -> None:
     """An engine records again where the model lies elsewhere than when its passes were recorded."""
-    model = models.load(GOLDEN / "llada_tiny_a")
+    model = golden.model("llada_tiny_a")
     with dx.Engine(model, lanes=1, max_length=64, cache="dual", block_length=16) as engine:
         first = engine.submit(PROMPTS[0], gen_length=32).result(60).tokens
         with torch.no_grad():
@@ -536,7 +534,7 @@ def test_lanes_that_fill_up_a_pass_change_nothing(
     taped: list[Graphs], monkeypatch: pytest.MonkeyPatch, name: str, cache: str
 ) -> None:
     """Idle lanes among those that decode, whose windows' logits are computed for nothing."""
-    model, size = models.load(GOLDEN / name), {"llada_tiny_a": 16, "sdar_tiny_a": 8}[name]
+    model, size = golden.model(name), {"llada_tiny_a": 16, "sdar_tiny_a": 8}[name]
     prompts = [torch.arange(3, 8 + lane) for lane in range(14)]
     lengths = [size * (1 + lane % 4) for lane in range(14)]
     settings: dict[str, Any] = {"cache": cache, "block_length": size, "threshold": 1.0, "record": True}
@@ -610,7 +608,7 @@ def plain(model: models.Model, prompts: Any, **settings: Any) -> Tensor:
 
 def test_a_second_decode_replays_from_its_first_pass(taped: list[Graphs]) -> None:
     """So does one of other lengths that are near, with other rules, and one that records its trajectory."""
-    model = models.load(GOLDEN / "llada_tiny_a")
+    model = golden.model("llada_tiny_a")
     dx.decode(model, PROMPTS[0], **SETTINGS)
     (graphs,) = taped
     assert len(graphs.forms) == recordings(graphs) == 2
@@ -645,7 +643,7 @@ def test_a_second_decode_replays_from_its_first_pass(taped: list[Graphs]) -> Non
 
 
 def test_what_is_kept_is_bounded(taped: list[Graphs], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, other = (models.load(GOLDEN / "llada_tiny_a") for _ in range(2))
+    model, other = (golden.model("llada_tiny_a") for _ in range(2))
 
     def decode(lanes: int, of: models.Model = model) -> None:
         dx.decode(of, [PROMPTS[0]] * lanes, **SETTINGS)
@@ -668,7 +666,7 @@ def test_what_is_kept_is_bounded(taped: list[Graphs], monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("how", ["deleted", "moved", "trained", "replaced"])
 def test_what_is_kept_goes_with_the_weights(taped: list[Graphs], how: str) -> None:
-    model = models.load(GOLDEN / "llada_tiny_a")
+    model = golden.model("llada_tiny_a")
     dx.decode(model, PROMPTS[0], **SETTINGS)
     recorded = weakref.ref(next(found for found in taped[0].forms.values() if found is not None).result)
     taped[:] = []
@@ -697,7 +695,7 @@ def test_what_is_kept_goes_with_the_weights(taped: list[Graphs], how: str) -> No
 
 
 def test_a_decode_that_raises_leaves_nothing_behind(taped: list[Graphs]) -> None:
-    model = models.load(GOLDEN / "llada_tiny_a")
+    model = golden.model("llada_tiny_a")
     dx.decode(model, PROMPTS[0], **SETTINGS)
     was = model.norm.weight.data.clone()
     model.norm.weight.data.fill_(torch.nan)
@@ -712,7 +710,7 @@ def test_a_decode_that_raises_leaves_nothing_behind(taped: list[Graphs]) -> None
 
 def test_two_threads_decode_with_one_model(taped: list[Graphs]) -> None:
     """Each with recordings of its own. Both are in the midst of it when each is."""
-    model = models.load(GOLDEN / "llada_tiny_a")
+    model = golden.model("llada_tiny_a")
     expected = [plain(model, PROMPTS[place][:11]) for place in (0, 2)]
     meet = threading.Barrier(2)
 
@@ -759,7 +757,7 @@ def test_recordings_of_a_gpu_outlive_a_decode(device: str, monkeypatch: pytest.M
             made.append(self)
 
     monkeypatch.setattr(workspace, "Graphs", Seen)
-    model = models.load(GOLDEN / "llada_tiny_a", dtype=torch.bfloat16, device=device)
+    model = golden.model("llada_tiny_a", dtype=torch.bfloat16, device=device)
     prompts = [prompt.to(device) for prompt in PROMPTS]
     dx.decode(model, prompts, **SETTINGS)
     (graphs,) = made

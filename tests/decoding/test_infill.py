@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from conftest import golden
 from torch import Tensor
 
 import dparallel_ext as dx
@@ -16,7 +16,6 @@ from benchmarks.baselines import Plain, published
 from dparallel_ext import models
 from dparallel_ext.decoding.rows import lay_out
 
-GOLDEN = Path(__file__).parent / "golden"
 MASK, BLOCK = 511, 8
 
 
@@ -35,7 +34,7 @@ def fast_dllm() -> models.Model:
     return model
 
 
-MODELS = {name: models.load(GOLDEN / name) for name in ("llada_tiny_a", "dream_tiny_a", "sdar_tiny_a")}
+MODELS = {name: golden.model(name) for name in ("llada_tiny_a", "dream_tiny_a", "sdar_tiny_a")}
 MODELS["fast_dllm"] = fast_dllm()
 BIDIRECTIONAL = [
     (name, cache) for name in ("llada_tiny_a", "dream_tiny_a") for cache in ("none", "prefix", "dual")

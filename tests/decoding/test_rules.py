@@ -6,12 +6,12 @@ import importlib.util
 import math
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT, golden
 from test_graphs import fast_dllm
 from torch import Tensor
 
@@ -20,13 +20,12 @@ from dparallel_ext import models, rules
 from dparallel_ext.rules import Credit, Decision, Edit, Prophet, Rule, SchED, Where
 
 MASK = 511
-GOLDEN = Path(__file__).parent / "golden"
 PROMPTS = [torch.arange(3, 14), torch.arange(40, 47), torch.arange(1, 30)]
 
 
 @pytest.fixture(scope="module")
 def llada() -> models.Model:
-    return models.load(GOLDEN / "llada_tiny_a")
+    return golden.model("llada_tiny_a")
 
 
 @dataclass
@@ -362,7 +361,7 @@ def test_names() -> None:
 
 def test_the_example_decodes(capsys: pytest.CaptureFixture[str]) -> None:
     """A rule of a user's own, in `decode` and in the engine."""
-    file = Path(__file__).parents[1] / "examples" / "custom_rule.py"
+    file = ROOT / "examples" / "custom_rule.py"
     spec = importlib.util.spec_from_file_location("custom_rule", file)
     assert spec is not None
     assert spec.loader is not None

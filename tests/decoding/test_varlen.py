@@ -5,12 +5,11 @@ Where there is no GPU, the same by a mask in float64 stands in for that kernel, 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import GPUS
+from conftest import GPUS, golden
 from test_graphs import Tape, kernels, prompt, taped, tiny  # noqa: F401
 from torch import Tensor
 
@@ -22,7 +21,6 @@ from dparallel_ext.decoding.graphs import CudaRecorder, Graphs
 from dparallel_ext.models import base
 from dparallel_ext.ops.varlen_attention import has_varlen, varlen_attention
 
-GOLDEN = Path(__file__).parent / "golden"
 LONG = 24
 """Positions of a long sequence, where short ones count."""
 
@@ -87,7 +85,7 @@ def test_it_is_attention_to_the_cache(
 ) -> None:
     """In pages of any order; keys and values are written as ever."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model = models.load(GOLDEN / name, dtype=dtype, device=device)
+    model = golden.model(name, dtype=dtype, device=device)
     spans = [Span(*span) for span in MIXES[mix]]
     ids = torch.randint(0, 510, (sum(span.end - span.start for span in spans),)).cpu()
     table = torch.randperm(25).view(5, 5).cpu()
@@ -122,7 +120,7 @@ def test_an_engine_gives_what_decode_gives(
 ) -> None:
     """Each sequence in passes of its own, to the bit; on the CPU in shared ones, too."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model = models.load(GOLDEN / "llada_tiny_a", dtype=dtype, device=device)
+    model = golden.model("llada_tiny_a", dtype=dtype, device=device)
     settings = {"block_length": 8, "batch_invariant": device != "cpu"}
     alone = [
         dx.decode(model, prompt, gen_length=length, **settings, **way).responses[0].tolist()
@@ -149,7 +147,7 @@ def test_it_is_recorded(
     way: dict[str, Any],
     dtype: torch.dtype,
 ) -> None:
-    model = models.load(GOLDEN / "llada_tiny_a", dtype=dtype)
+    model = golden.model("llada_tiny_a", dtype=dtype)
     settings = {"gen_length": LENGTHS, "block_length": 8, **way}
     expected = dx.decode(model, PROMPTS, graphs=False, **settings)
     assert short
@@ -172,7 +170,7 @@ def test_what_torch_is_given() -> None:
 
 def test_all_rows_are_in_the_launch() -> None:
     """Also the rows that fill up a pass of many sequences, after the last."""
-    cache = models.load(GOLDEN / "llada_tiny_a").new_cache(9, 256)
+    cache = golden.model("llada_tiny_a").new_cache(9, 256)
     cache.varlen = True
     plan = cache.plan([Span(row, 0, 256, 256) for row in range(9)], FEW_SIZES)
     assert len(plan.positions) == 2560

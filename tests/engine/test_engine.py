@@ -12,11 +12,11 @@ import tracemalloc
 import weakref
 from collections.abc import Callable
 from concurrent.futures import CancelledError
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,9 +25,8 @@ import dparallel_ext as dx
 from dparallel_ext import models
 from dparallel_ext.models import Model
 
-GOLDEN = Path(__file__).parent / "golden"
 MODELS = {
-    (name, dtype): models.load(GOLDEN / name, dtype=dtype)
+    (name, dtype): golden.model(name, dtype=dtype)
     for name in ("llada_tiny_a", "dream_tiny_a", "sdar_tiny_a")
     for dtype in (torch.float32, torch.bfloat16)
 }

@@ -8,10 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from dparallel_ext._C import Scheduler
 
-TESTS = Path(__file__).parent
 CXX = os.environ.get("CXX", "c++")
 FLAGS = {"plain": "-O2", "sanitized": "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"}
 
@@ -19,8 +19,8 @@ FLAGS = {"plain": "-O2", "sanitized": "-O1 -g -fsanitize=address,undefined -fno-
 @pytest.fixture(scope="module", params=list(FLAGS))
 def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp(request.param) / "scheduler"
-    include = f"-I{TESTS.parent / 'csrc' / 'runtime'}"
-    source = str(TESTS / "runtime" / "scheduler.cpp")
+    include = f"-I{ROOT / 'csrc' / 'runtime'}"
+    source = str(Path(__file__).with_name("scheduler.cpp"))
     command = [CXX, "-std=c++17", "-Wall", "-Wextra", *FLAGS[request.param].split(), include, source]
     subprocess.run([*command, "-o", str(program)], check=True)
     return program

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import setuptools
 import torch
+from conftest import ROOT, golden
 from dparallel import registry
 from dparallel.likelihood import Likelihood, answer_masks, iter_log_likelihoods, log_likelihoods
 from dparallel.toy import tasks
@@ -29,7 +30,6 @@ from dparallel_ext import models
 from dparallel_ext.models import Model
 
 HERE = Path(__file__).parent
-GOLDEN = HERE / "golden"
 STUDENT = "builtin:student"
 
 
@@ -55,7 +55,7 @@ def small(family: type[Model], **changes: Any) -> Model:
 
 
 BIDIRECTIONAL = {
-    "llada": models.load(GOLDEN / "llada_tiny_a", dtype=torch.float32),
+    "llada": golden.model("llada_tiny_a", dtype=torch.float32),
     "dream": small(models.Dream),
 }
 BLOCK_CAUSAL = {"sdar": small(models.SDAR), "fast_dllm": small(models.FastDLLM)}
@@ -264,8 +264,8 @@ def test_rolling_text_costs_one_block_a_token(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_16_bit_rows_are_filled_up() -> None:
-    model = models.load(GOLDEN / "sdar_tiny_a", dtype=torch.bfloat16)
-    exact = models.load(GOLDEN / "sdar_tiny_a", dtype=torch.float32)
+    model = golden.model("sdar_tiny_a", dtype=torch.bfloat16)
+    exact = golden.model("sdar_tiny_a", dtype=torch.float32)
     prompts, answers = some(model, (5, 6), (11, 3), (2, 9))
     for method in ("left_to_right", "monte_carlo"):
         found = log_likelihoods(model, prompts, answers, method=method, samples=8)
@@ -311,11 +311,11 @@ def test_bad_arguments(options: dict[str, Any], said: str) -> None:
 
 def test_entry_point_names_a_class_that_is_there() -> None:
     """The group that the harness documents; the module is shipped."""
-    project = tomllib.loads((HERE.parent / "pyproject.toml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     target = project["project"]["entry-points"]["lm_eval.models"]["dparallel"]
     module, _, name = target.partition(":")
-    assert module.rpartition(".")[0] in setuptools.find_packages(HERE.parent / "python")
-    source = HERE.parent / "python" / Path(*module.split(".")).with_suffix(".py")
+    assert module.rpartition(".")[0] in setuptools.find_packages(ROOT / "python")
+    source = ROOT / "python" / Path(*module.split(".")).with_suffix(".py")
     assert f"class {name}(" in source.read_text()
 
 

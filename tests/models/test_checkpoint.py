@@ -16,16 +16,16 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import golden
 from dparallel import registry
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dparallel_ext import models
 from dparallel_ext.models import SDAR, Dream, FastDLLM, LLaDA, checkpoint, files
 
-GOLDEN = Path(__file__).parent / "golden"
-CONFIG = json.loads((GOLDEN / "llada_tiny_a" / "config.json").read_text())
-TENSORS = load_file(GOLDEN / "llada_tiny_a" / "model.safetensors")
+CONFIG = golden.json("llada_tiny_a", "config")
+TENSORS = golden.tensors("llada_tiny_a")
 Q = "model.transformer.blocks.0.q_proj.weight"
 
 
@@ -156,7 +156,7 @@ def test_dropout_matters_in_training_alone(tmp_path: Path) -> None:
     """The published class of LLaDA's config has 0.1 for each."""
     dropout = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), 0.1)
     x = torch.arange(12)[None]
-    expected = models.load(GOLDEN / "llada_tiny_a")(x).logits
+    expected = golden.model("llada_tiny_a")(x).logits
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = models.load(write(tmp_path, **dropout))
@@ -164,14 +164,14 @@ def test_dropout_matters_in_training_alone(tmp_path: Path) -> None:
         assert torch.equal(model(x).logits, expected)
     with pytest.warns(UserWarning, match=r"'residual_dropout': 0\.1.* is not followed"):
         model.train()
-    Dream(json.loads((GOLDEN / "dream_tiny_a" / "config.json").read_text()) | {"attention_dropout": 0.1})
+    Dream(golden.json("dream_tiny_a", "config") | {"attention_dropout": 0.1})
 
 
 def test_null_is_as_good_as_nothing(tmp_path: Path) -> None:
     nulls = dict.fromkeys(("rms_norm_eps", "rope_theta", "n_kv_heads", "embedding_size", "eos_token_id"))
     absent = models.LLaDA({key: value for key, value in CONFIG.items() if key not in nulls})
     assert models.LLaDA({**CONFIG, **nulls}).shape == absent.shape
-    dream = json.loads((GOLDEN / "dream_tiny_a" / "config.json").read_text())
+    dream = golden.json("dream_tiny_a", "config")
     nulls = dict.fromkeys(("rms_norm_eps", "rope_theta", "rope_scaling", "head_dim"))
     assert Dream({**dream, **nulls}).shape.rope_theta == 10000.0
 
@@ -220,8 +220,8 @@ WRONG: dict[str, list[Any]] = {
 
 
 def config_of(family: str) -> dict[str, Any]:
-    golden = {"Fast_dLLM_Qwen": "dream"}.get(family, family.lower())
-    config = json.loads((GOLDEN / f"{golden}_tiny_a" / "config.json").read_text())
+    published = {"Fast_dLLM_Qwen": "dream"}.get(family, family.lower())
+    config = golden.json(f"{published}_tiny_a", "config")
     return {**config, "model_type": family, "bd_size": 32}
 
 

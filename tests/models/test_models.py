@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import golden
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -18,7 +19,6 @@ from dparallel_ext import models
 from dparallel_ext.cache import KVCache, Span
 from dparallel_ext.models import Dream, LLaDA, Model
 
-GOLDEN = Path(__file__).parent / "golden"
 NAMES = ["llada_tiny_a", "dream_tiny_a"]
 both = pytest.mark.parametrize("name", NAMES)
 
@@ -31,7 +31,7 @@ def stepped(model: Model, x: Tensor, cache: KVCache, start: int = 0) -> Tensor:
 
 
 def config_of(name: str, **changes: Any) -> dict[str, Any]:
-    return {**json.loads((GOLDEN / name / "config.json").read_text()), **changes}
+    return {**golden.json(name, "config"), **changes}
 
 
 def ids(batch: int, length: int) -> Tensor:
@@ -70,11 +70,11 @@ class HuggingFaceLike(nn.Module):
 
 @both
 def test_golden_logits(name: str) -> None:
-    golden = load_file(GOLDEN / name / "logits.safetensors")
-    model = models.load(GOLDEN / name)
+    published = golden.tensors(name, "logits")
+    model = golden.model(name)
     with torch.no_grad():
-        logits = model(golden["input_ids"]).logits
-    torch.testing.assert_close(logits, golden["logits"], rtol=0, atol=1e-4)
+        logits = model(published["input_ids"]).logits
+    torch.testing.assert_close(logits, published["logits"], rtol=0, atol=1e-4)
     assert not model.training
     assert (model.mask_id, model.eos_id, model.vocab_size) == (511, 1, 512)
     assert model.shift is ("entropy" in model.strict) is (name == "dream_tiny_a")
@@ -159,8 +159,8 @@ def test_llada_config(changes: dict[str, Any], tmp_path: Path) -> None:
 
 @both
 def test_state_dict_has_the_names_of_the_checkpoint(name: str) -> None:
-    stored = load_file(GOLDEN / name / "model.safetensors")
-    model = models.load(GOLDEN / name)
+    stored = golden.tensors(name)
+    model = golden.model(name)
     state = model.state_dict()
     assert state.keys() == stored.keys()
     assert all(torch.equal(state[n], stored[n]) for n in stored)
@@ -179,7 +179,7 @@ def test_state_dict_has_the_names_of_the_checkpoint(name: str) -> None:
 @both
 @torch.no_grad()
 def test_full_pass_with_cache_equals_without(name: str) -> None:
-    model, x = models.load(GOLDEN / name), ids(3, 21)
+    model, x = golden.model(name), ids(3, 21)
     cache = model.new_cache(3, 21)
     assert cache.slots.shape[:2] == (3, 2)
     assert (cache.batch, cache.length) == (3, 21)
@@ -190,7 +190,7 @@ def test_full_pass_with_cache_equals_without(name: str) -> None:
 @pytest.mark.parametrize("span", [(13, 21), (6, 13), (20, 21), (0, 4)])
 @torch.no_grad()
 def test_partial_pass_over_unchanged_tokens_changes_nothing(name: str, span: tuple[int, int]) -> None:
-    model, x, (s, e) = models.load(GOLDEN / name), ids(2, 21), span
+    model, x, (s, e) = golden.model(name), ids(2, 21), span
     cache = model.new_cache(2, 21)
     full = stepped(model, x, cache)
     before = cache.slots.clone()
@@ -201,7 +201,7 @@ def test_partial_pass_over_unchanged_tokens_changes_nothing(name: str, span: tup
 @both
 @torch.no_grad()
 def test_partial_pass_overwrites_its_slots_alone(name: str) -> None:
-    model, x = models.load(GOLDEN / name), ids(2, 21)
+    model, x = golden.model(name), ids(2, 21)
     cache = model.new_cache(2, 21)
     stepped(model, x, cache)
     before = cache.slots.clone()
@@ -225,7 +225,7 @@ def test_partial_pass_overwrites_its_slots_alone(name: str) -> None:
 @both
 @torch.no_grad()
 def test_head_on_chosen_rows(name: str) -> None:
-    model, x = models.load(GOLDEN / name), ids(2, 11)
+    model, x = golden.model(name), ids(2, 11)
     hidden = model.hidden(x)
     rows = torch.tensor([3, 4, 20])
     expected = model(x).logits.flatten(0, 1)[rows]
@@ -235,7 +235,7 @@ def test_head_on_chosen_rows(name: str) -> None:
 @both
 @torch.no_grad()
 def test_a_sequence_does_not_depend_on_its_batch(name: str) -> None:
-    model, x = models.load(GOLDEN / name), ids(5, 17)
+    model, x = golden.model(name), ids(5, 17)
     together = model(x).logits
     for b in range(5):
         torch.testing.assert_close(model(x[b : b + 1]).logits[0], together[b], rtol=0, atol=1e-4)
@@ -244,7 +244,7 @@ def test_a_sequence_does_not_depend_on_its_batch(name: str) -> None:
 @both
 @torch.no_grad()
 def test_every_position_sees_every_other(name: str) -> None:
-    model, x = models.load(GOLDEN / name), ids(1, 9)
+    model, x = golden.model(name), ids(1, 9)
     y = x.clone()
     y[0, 8] = (y[0, 8] + 1) % 510
     assert (model(x).logits != model(y).logits).any(-1).all()
@@ -254,7 +254,7 @@ def test_every_position_sees_every_other(name: str) -> None:
 @pytest.mark.parametrize("shape", [(0, 7), (2, 0), (0, 0), (1, 1)])
 @torch.no_grad()
 def test_empty_and_smallest(name: str, shape: tuple[int, int]) -> None:
-    model = models.load(GOLDEN / name)
+    model = golden.model(name)
     assert model(ids(*shape)).logits.shape == (*shape, 512)
     cache = model.new_cache(*shape)
     assert stepped(model, ids(*shape), cache).shape == (*shape, 64)
@@ -264,12 +264,12 @@ def test_empty_and_smallest(name: str, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @torch.no_grad()
 def test_load_in_another_dtype(name: str, dtype: torch.dtype) -> None:
-    model, x = models.load(GOLDEN / name, dtype=dtype), ids(2, 13)
+    model, x = golden.model(name, dtype=dtype), ids(2, 13)
     assert model.dtype == dtype
     assert {p.dtype for p in model.parameters()} == {dtype}
     logits = model(x).logits
     assert logits.dtype == model.new_cache(1, 1).slots.dtype == dtype
-    reference = models.load(GOLDEN / name)(x).logits
+    reference = golden.model(name)(x).logits
     tolerance = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float64: 1e-4}[dtype]
     assert (logits - reference).abs().max() < tolerance * reference.abs().max()
 
@@ -277,7 +277,7 @@ def test_load_in_another_dtype(name: str, dtype: torch.dtype) -> None:
 @both
 @torch.no_grad()
 def test_bfloat16_rounds_where_the_published_code_does(name: str) -> None:
-    model, x = models.load(GOLDEN / name, dtype=torch.bfloat16), ids(2, 300)
+    model, x = golden.model(name, dtype=torch.bfloat16), ids(2, 300)
     block, embedded = model.blocks[0], model.embed(x)
     block.norm1.weight.mul_(torch.rand(64) + 0.5)
     y = embedded.float()
@@ -297,7 +297,7 @@ def test_bfloat16_rounds_where_the_published_code_does(name: str) -> None:
 
 @both
 def test_gradients_reach_every_parameter_even_after_inference(name: str) -> None:
-    model, x = models.load(GOLDEN / name), ids(2, 13)
+    model, x = golden.model(name), ids(2, 13)
     with torch.inference_mode():
         model(x)
     loss = F.cross_entropy(model(x).logits.flatten(0, 1), x.flatten())
@@ -322,7 +322,7 @@ def test_training_from_scratch_learns() -> None:
 
 
 def test_copy_is_independent() -> None:
-    model = models.load(GOLDEN / "llada_tiny_a")
+    model = golden.model("llada_tiny_a")
     twin = copy.deepcopy(model)
     with torch.no_grad():
         twin.embed.weight.zero_()
@@ -333,16 +333,16 @@ def test_copy_is_independent() -> None:
 
 @both
 def test_sharded(name: str, tmp_path: Path) -> None:
-    tensors = load_file(GOLDEN / name / "model.safetensors")
+    tensors = golden.tensors(name)
     names = sorted(tensors)
     shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
     for file, held in shards.items():
         save_file({n: tensors[n] for n in held}, tmp_path / file)
     index = {"weight_map": {n: file for file, held in shards.items() for n in held}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    shutil.copy(GOLDEN / name / "config.json", tmp_path)
+    shutil.copy(golden.home / name / "config.json", tmp_path)
     x = ids(1, 9)
-    assert torch.equal(models.load(tmp_path)(x).logits, models.load(GOLDEN / name)(x).logits)
+    assert torch.equal(models.load(tmp_path)(x).logits, golden.model(name)(x).logits)
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"names 'b\.safetensors'"):
         models.load(tmp_path)
@@ -357,7 +357,7 @@ def test_tied(key: str, tmp_path: Path) -> None:
         "weight_tying": ("llada_tiny_a", "model.transformer.ff_out.weight"),
         "tie_word_embeddings": ("dream_tiny_a", "lm_head.weight"),
     }[key]
-    tensors, config = load_file(GOLDEN / name / "model.safetensors"), config_of(name, **{key: True})
+    tensors, config = golden.tensors(name), config_of(name, **{key: True})
     stored_too = models.load(write(tmp_path, config, tensors))
     del tensors[head]
     model = models.load(write(tmp_path, config, tensors))
@@ -375,7 +375,7 @@ def test_tied(key: str, tmp_path: Path) -> None:
 
 @both
 def test_save_and_load(name: str, tmp_path: Path) -> None:
-    model = models.load(GOLDEN / name)
+    model = golden.model(name)
     models.save(model, tmp_path / "deep" / "er", dtype=torch.bfloat16)
     again = models.load(tmp_path / "deep" / "er")
     assert again.dtype == torch.bfloat16
@@ -393,12 +393,12 @@ def test_save_and_load(name: str, tmp_path: Path) -> None:
 
 @both
 def test_wrap_shares_the_weights(name: str) -> None:
-    tensors = load_file(GOLDEN / name / "model.safetensors")
+    tensors = golden.tensors(name)
     theirs = HuggingFaceLike(config_of(name), tensors)
     model = models.wrap(theirs)
-    golden = load_file(GOLDEN / name / "logits.safetensors")
-    logits = model(golden["input_ids"]).logits
-    torch.testing.assert_close(logits, golden["logits"], rtol=0, atol=1e-4)
+    published = golden.tensors(name, "logits")
+    logits = model(published["input_ids"]).logits
+    torch.testing.assert_close(logits, published["logits"], rtol=0, atol=1e-4)
     ours = {n: p.data_ptr() for n, p in model.state_dict().items()}
     assert ours == {n: p.data_ptr() for n, p in theirs.named_parameters()}
     theirs.config = theirs.config.to_dict()  # type: ignore[assignment]
@@ -406,7 +406,7 @@ def test_wrap_shares_the_weights(name: str) -> None:
 
 
 def test_wrap_says_what_does_not_fit() -> None:
-    config, tensors = config_of("llada_tiny_a"), load_file(GOLDEN / NAMES[0] / "model.safetensors")
+    config, tensors = config_of("llada_tiny_a"), golden.tensors(NAMES[0])
     name = "model.transformer.blocks.1.up_proj.weight"
     with pytest.raises(ValueError, match=r"hf_model: Linear has no \.config"):
         models.wrap(nn.Linear(1, 1))
@@ -429,7 +429,7 @@ def test_wrap_says_what_does_not_fit() -> None:
     ],
 )
 def test_tensor_that_does_not_fit(name: str, change: str, message: str, tmp_path: Path) -> None:
-    tensors = load_file(GOLDEN / name / "model.safetensors")
+    tensors = golden.tensors(name)
     key = {
         "llada_tiny_a": "model.transformer.blocks.2.q_proj.weight",
         "dream_tiny_a": "model.layers.2.self_attn.q_proj.weight",
@@ -458,10 +458,10 @@ def test_unreadable(tmp_path: Path) -> None:
         models.load(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"no config\.json in"):
         models.load(tmp_path)
-    shutil.copy(GOLDEN / "llada_tiny_a" / "config.json", tmp_path)
+    shutil.copy(golden.home / "llada_tiny_a" / "config.json", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
         models.load(tmp_path)
-    whole = (GOLDEN / "llada_tiny_a" / "model.safetensors").read_bytes()
+    whole = (golden.home / "llada_tiny_a" / "model.safetensors").read_bytes()
     for size in (0, 5, 1000, len(whole) - 1):
         (tmp_path / "model.safetensors").write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"model\.safetensors is not a readable"):
@@ -546,12 +546,12 @@ def test_rope_parameters_as_transformers_5_writes_them() -> None:
 )
 def test_bad_input_ids(given: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        models.load(GOLDEN / "llada_tiny_a")(given)
+        golden.model("llada_tiny_a")(given)
 
 
 @torch.no_grad()
 def test_bad_positions() -> None:
-    model = models.load(GOLDEN / "llada_tiny_a")
+    model = golden.model("llada_tiny_a")
     cache = model.new_cache(2, 8)
     for start, end in ((-1, 4), (5, 9), (9, 10)):
         with pytest.raises(ValueError, match="exceed the cache of 8"):
@@ -566,7 +566,7 @@ def test_bad_positions() -> None:
 
 
 def test_bad_attention_masks() -> None:
-    model = models.load(GOLDEN / "llada_tiny_a")
+    model = golden.model("llada_tiny_a")
     for mask in (torch.ones(1, 4), torch.ones(2, 3, dtype=torch.bool)):
         with pytest.raises(ValueError, match=r"attention_mask: expected bool or whole numbers \(2, 4\)"):
             model(ids(2, 4), attention_mask=mask)
@@ -577,7 +577,7 @@ def test_bad_attention_masks() -> None:
 @pytest.mark.parametrize("name", ["llada_tiny_a", "dream_tiny_a"])
 def test_padding_is_not_seen(name: str) -> None:
     """A padded row's states are those of the row alone, whatever the padding holds."""
-    model = models.load(GOLDEN / name, dtype=torch.float64)
+    model = golden.model(name, dtype=torch.float64)
     tokens = ids(3, 12)
     lengths = (12, 7, 1)
     mask = torch.tensor([[i < n for i in range(12)] for n in lengths])
@@ -588,7 +588,7 @@ def test_padding_is_not_seen(name: str) -> None:
 
 
 def test_gradient_checkpointing_runs_the_layers_again_and_changes_nothing() -> None:
-    model = models.load(GOLDEN / "llada_tiny_a", dtype=torch.float32).train()
+    model = golden.model("llada_tiny_a", dtype=torch.float32).train()
     tokens, grads, calls = ids(2, 6), [], [0]
     model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(calls.pop() + 1))
     for expected in (1, 3):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -12,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import golden
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,7 +19,6 @@ import dparallel_ext as dx
 from dparallel_ext import models
 from dparallel_ext.models import Model, side_by_side
 
-GOLDEN = Path(__file__).parent / "golden"
 NAMES = ["llada_tiny_a", "dream_tiny_a"]  # without and with biases of q, k and v
 both = pytest.mark.parametrize("name", NAMES)
 PRODUCTS = {True: 4, False: 7}  # of a layer: qkv, o, gate and up, down; each by itself
@@ -48,10 +47,10 @@ def joined(model: Model) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @torch.no_grad()
 def test_the_numbers_stay(name: str, dtype: torch.dtype) -> None:
-    plain = models.load(GOLDEN / name, dtype=dtype)
+    plain = golden.model(name, dtype=dtype)
     assert not joined(plain)  # on a CPU the file stays mapped
     x = torch.randint(0, 510, (37,))
-    for model in (models.load(GOLDEN / name, dtype=dtype, fuse=True), copy.deepcopy(plain).fuse()):
+    for model in (golden.model(name, dtype=dtype, fuse=True), copy.deepcopy(plain).fuse()):
         assert joined(model)
         assert (products(plain), products(model)) == (PRODUCTS[False], PRODUCTS[True])
         torch.testing.assert_close(stepped(model, x), stepped(plain, x))
@@ -62,7 +61,7 @@ def test_the_numbers_stay(name: str, dtype: torch.dtype) -> None:
 def test_the_tokens_stay(name: str) -> None:
     prompt = torch.randint(2, 510, (2, 9))
     for dtype in (torch.float32, torch.bfloat16):
-        plain, fused = (models.load(GOLDEN / name, dtype=dtype, fuse=fuse) for fuse in (False, True))
+        plain, fused = (golden.model(name, dtype=dtype, fuse=fuse) for fuse in (False, True))
         for cache in ("none", "prefix", "dual"):
             ours, theirs = (
                 dx.decode(m, prompt, gen_length=24, block_length=8, cache=cache).sequences
@@ -73,7 +72,7 @@ def test_the_tokens_stay(name: str) -> None:
 
 @both
 def test_no_weight_is_held_twice_and_none_is_renamed(name: str, tmp_path: Path) -> None:
-    model, stored = models.load(GOLDEN / name, fuse=True), load_file(GOLDEN / name / "model.safetensors")
+    model, stored = golden.model(name, fuse=True), golden.tensors(name)
     state = model.state_dict()
     assert state.keys() == stored.keys()
     assert all(torch.equal(state[n], t) for n, t in stored.items())
@@ -97,13 +96,13 @@ def test_no_weight_is_held_twice_and_none_is_renamed(name: str, tmp_path: Path) 
 
 @both
 def test_moving_keeps_them_together(name: str) -> None:
-    model = models.load(GOLDEN / name, fuse=True)
+    model = golden.model(name, fuse=True)
     parameters = dict(model.named_parameters())
     assert joined(model.to(torch.bfloat16))
     assert joined(model.half().float())
     assert dict(model.named_parameters()) == parameters  # the same objects
     assert model.dtype == torch.float32
-    assert not joined(models.load(GOLDEN / name).to(torch.bfloat16))  # never asked to
+    assert not joined(golden.model(name).to(torch.bfloat16))  # never asked to
     twin = copy.deepcopy(model)
     assert not joined(twin)
     assert joined(twin.fuse())
@@ -116,7 +115,7 @@ def test_moving_keeps_them_together(name: str) -> None:
 @both
 def test_training_takes_them_apart(name: str) -> None:
     """So that nothing that saves in training takes slices of one storage for one tensor."""
-    model, plain = (models.load(GOLDEN / name, fuse=fuse) for fuse in (True, False))
+    model, plain = (golden.model(name, fuse=fuse) for fuse in (True, False))
     parameters = dict(model.named_parameters())
     assert not joined(model.train())
     assert dict(model.named_parameters()) == parameters
@@ -134,7 +133,7 @@ def test_training_takes_them_apart(name: str) -> None:
 
 def test_gradients_reach_each_while_together() -> None:
     """In evaluation mode too, as where all but an input is frozen."""
-    model, plain = (models.load(GOLDEN / "dream_tiny_a", fuse=fuse) for fuse in (True, False))
+    model, plain = (golden.model("dream_tiny_a", fuse=fuse) for fuse in (True, False))
     x = torch.randint(0, 510, (2, 7))
     for m in (model, plain):
         m(x).logits.square().mean().backward()
@@ -181,7 +180,7 @@ CHANGES = [replace_weight, replace_data, replace_layer, hook, patch_forward]
 )
 @torch.no_grad()
 def test_what_stands_in_their_place_is_used(name: str, change: Callable[[Model], None]) -> None:
-    changed, plain = (models.load(GOLDEN / name, fuse=fuse) for fuse in (True, False))
+    changed, plain = (golden.model(name, fuse=fuse) for fuse in (True, False))
     before = products(changed)
     for model in (changed, plain):
         change(model)
@@ -192,7 +191,7 @@ def test_what_stands_in_their_place_is_used(name: str, change: Callable[[Model],
 
 @torch.no_grad()
 def test_hooks_of_blocks_and_norms_see_every_step() -> None:
-    model = models.load(GOLDEN / "llada_tiny_a", fuse=True)
+    model = golden.model("llada_tiny_a", fuse=True)
     x, seen = torch.arange(11), []
     expected = stepped(model, x)
     streams = []
@@ -205,10 +204,10 @@ def test_hooks_of_blocks_and_norms_see_every_step() -> None:
 
 
 def test_wrap_leaves_the_weights_where_they_are() -> None:
-    tensors = load_file(GOLDEN / "llada_tiny_a" / "model.safetensors")
+    tensors = golden.tensors("llada_tiny_a")
 
     class Theirs(nn.Module):
-        config = json.loads((GOLDEN / "llada_tiny_a" / "config.json").read_text())
+        config = golden.json("llada_tiny_a", "config")
 
         def named_parameters(self, *_args: object, **_settings: object):  # type: ignore[override]
             yield from ((n, nn.Parameter(t)) for n, t in tensors.items())
@@ -221,10 +220,10 @@ def test_wrap_leaves_the_weights_where_they_are() -> None:
 
 
 def test_mixed_dtypes_are_left_apart() -> None:
-    tensors = load_file(GOLDEN / "llada_tiny_a" / "model.safetensors")
+    tensors = golden.tensors("llada_tiny_a")
     name = "model.transformer.blocks.0.k_proj.weight"
     tensors[name] = tensors[name].double()
-    model = models.load(GOLDEN / "llada_tiny_a")
+    model = golden.model("llada_tiny_a")
     model.blocks[0].k.double()
     model.fuse()
     assert [side_by_side.whole(group) is not None for group in model.blocks[0].groups()] == [False, True]
@@ -235,7 +234,7 @@ def test_mixed_dtypes_are_left_apart() -> None:
 
 def test_adapters_are_used_and_the_rest_stays_together() -> None:
     peft = pytest.importorskip("peft")
-    model = models.load(GOLDEN / "llada_tiny_a", fuse=True)
+    model = golden.model("llada_tiny_a", fuse=True)
     x = torch.arange(11)
     with torch.no_grad():
         expected = stepped(model, x)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from conftest import golden
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -20,8 +21,7 @@ import dparallel_ext as dx
 from dparallel_ext import compat, models
 from dparallel_ext.models import Dream, Model, Traits
 
-GOLDEN = Path(__file__).parent / "golden"
-DREAM = GOLDEN / "dream_tiny_a"
+DREAM = golden.home / "dream_tiny_a"
 PROMPT = torch.tensor([[17, 4, 230, 95, 8, 301, 44, 7, 120], [9, 9, 2, 77, 410, 3, 205, 66, 31]])
 BRIEF = {"gen_length": 8, "block_length": 8, "threshold": 0.5}
 
@@ -31,7 +31,7 @@ def tokens(model: Any, **settings: Any) -> Tensor:
 
 
 def native(name: str = "dream_tiny_a", **settings: Any) -> Model:
-    return models.load(GOLDEN / name, **settings)
+    return golden.model(name, **settings)
 
 
 @functools.cache

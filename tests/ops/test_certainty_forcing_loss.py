@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import every_level, everywhere, refused
+from conftest import every_level, everywhere, golden, refused
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import reference
 from dparallel_ext.ops.linear_certainty_forcing_loss import add_product
 
-GOLDEN = Path(__file__).parent / "golden" / "loss_a"
-CASES = json.loads((GOLDEN / "cases.json").read_text())
+CASES = golden.json("loss_a", "cases")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GRADIENT_ERROR = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float64: 1e-12}
 
@@ -27,7 +23,7 @@ GRADIENT_ERROR = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
 @every_level
 def test_golden(case: dict, device: str) -> None:
-    tensors = {name: t.to(device) for name, t in load_file(GOLDEN / "cases.safetensors").items()}
+    tensors = {name: t.to(device) for name, t in golden.tensors("loss_a", "cases").items()}
     total = 0.0
     for side in ("", "_rev"):
         logits = tensors[f"{case['name']}.logits{side}"].requires_grad_()

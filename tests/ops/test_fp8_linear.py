@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import every_level, everywhere
+from conftest import every_level, everywhere, golden
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from dparallel_ext import models, reference
 from dparallel_ext.models.fp8 import Fp8Linear
 from dparallel_ext.ops.fp8_linear import FEW, FEW_ON_TENSOR_CORES
 
-GOLDEN = Path(__file__).parent / "golden"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ["llada_tiny_a", "dream_tiny_a", "sdar_tiny_a"]
 EVERY = torch.arange(256).to(torch.uint8)
@@ -157,7 +156,7 @@ def test_quantisation_is_within_its_bounds(seed: int, size: float) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_quantised_model_computes_what_its_weights_say(name: str) -> None:
     """As the model whose weights are the quantised ones in full: the layers round nothing else."""
-    model = models.load(GOLDEN / name, dtype=torch.float32)
+    model = golden.model(name, dtype=torch.float32)
     full = copy.deepcopy(model)
     for block in full.blocks:
         for layer in block.modules():
@@ -180,7 +179,7 @@ def test_a_quantised_model_computes_what_its_weights_say(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_error_against_bfloat16(name: str, device: str, record_property: Any) -> None:
     """Of the logits, as a share of their spread; e4m3 has 3 bits of mantissa: 2^-4 / sqrt(3) a weight."""
-    model = models.load(GOLDEN / name, dtype=torch.bfloat16, device=device)
+    model = golden.model(name, dtype=torch.bfloat16, device=device)
     ids = torch.randint(0, model.shape.vocab_size, (4, 32))
     with torch.no_grad():
         before = model(ids).logits.double()
@@ -199,7 +198,7 @@ def test_one_product_for_layers_side_by_side(monkeypatch: pytest.MonkeyPatch) ->
         calls.append(tuple(weight.shape))
         return dx.fp8_linear(x, weight, *more)
 
-    model = models.load(GOLDEN / "llada_tiny_a").quantize()
+    model = golden.model("llada_tiny_a").quantize()
     s = model.shape
     monkeypatch.setattr(side_by_side, "fp8_linear", counted)
     for moved in (model, model.to("cpu"), model.to(torch.bfloat16), model.to(torch.float32)):
@@ -212,7 +211,7 @@ def test_one_product_for_layers_side_by_side(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_memory_is_halved() -> None:
-    model = models.load(GOLDEN / "llada_tiny_a", dtype=torch.bfloat16)
+    model = golden.model("llada_tiny_a", dtype=torch.bfloat16)
 
     def held(blocks: nn.Module) -> int:
         return sum(t.nbytes for t in (*blocks.parameters(), *blocks.buffers()))
@@ -222,7 +221,7 @@ def test_memory_is_halved() -> None:
 
 
 def test_what_a_quantised_model_refuses(tmp_path: Path) -> None:
-    model = models.load(GOLDEN / "llada_tiny_a").quantize()
+    model = golden.model("llada_tiny_a").quantize()
     with pytest.raises(ValueError, match="it is quantised"):
         models.save(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -230,7 +229,7 @@ def test_what_a_quantised_model_refuses(tmp_path: Path) -> None:
         model.quantize()
     with pytest.raises(ValueError, match="x: requires a gradient"):
         model(torch.arange(4)[None])
-    broken = models.load(GOLDEN / "llada_tiny_a")
+    broken = golden.model("llada_tiny_a")
     broken.blocks[1].down.weight.data[3, 1] = math.nan
     with pytest.raises(ValueError, match="weight: row 3 holds a number that is not finite"):
         broken.quantize()

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import STAND_IN, assert_stats_close, every_level, everywhere, refused
+from conftest import STAND_IN, assert_stats_close, every_level, everywhere, golden, refused
 from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import models, reference
 
-GOLDEN = Path(__file__).parent / "golden"
 PROMPTS = [torch.tensor([5, 6, 7]), torch.tensor([9, 8, 7, 6, 5, 4]), torch.tensor([11])]
 MASK = 511
 
 
 @pytest.fixture(scope="module")
 def llada() -> models.Model:
-    return models.load(GOLDEN / "llada_tiny_a")
+    return golden.model("llada_tiny_a")
 
 
 def logits_of(rows: int, vocab: int, dtype: torch.dtype, *, coarse: bool) -> Tensor:

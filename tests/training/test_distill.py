@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT, golden
 from dparallel import evaluate, registry
 from dparallel.toy import study
 from dparallel.training import distill, trajectories
@@ -20,8 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import dparallel_ext as dx
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-GOLDEN = Path(__file__).parent / "golden"
+RECIPES = ROOT / "recipes"
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_an_adapter_that_does_not_fit_is_named(adapter: Path, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         distill.merge(adapter, tmp_path / "out", model="nowhere")
     with pytest.raises(ValueError, match=r"is for no module of"):
-        distill.merge(adapter, tmp_path / "out", model=str(GOLDEN / "dream_tiny_a"))
+        distill.merge(adapter, tmp_path / "out", model=str(golden.home / "dream_tiny_a"))
     for name, content, said in (
         ("adapter_config.json", b"{", "is not LoRA's"),
         ("adapter_config.json", b"[]", "is not LoRA's"),

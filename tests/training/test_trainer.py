@@ -13,6 +13,7 @@ import pytest
 import run_trainer
 import torch
 import yaml
+from conftest import ROOT, golden
 from dparallel.training.trainer import CertaintyForcingArguments, CertaintyForcingTrainer, plain_head
 from dparallel.training.trajectories import Collator
 from safetensors.torch import load_file
@@ -21,9 +22,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import dparallel_ext as dx
 from dparallel_ext.ops import errors
-
-ROOT = Path(__file__).parent.parent
-GOLDEN = ROOT / "tests" / "golden"
 
 
 @pytest.fixture(autouse=True)
@@ -76,8 +74,8 @@ def trainer_of(model: nn.Module, tmp_path: Path, **settings: Any) -> CertaintyFo
 def models() -> dict[str, nn.Module]:
     torch.manual_seed(0)
     return {
-        "llada": dx.models.load(GOLDEN / "llada_tiny_a", dtype=torch.float64),
-        "dream": dx.models.load(GOLDEN / "dream_tiny_a", dtype=torch.float64),
+        "llada": golden.model("llada_tiny_a", dtype=torch.float64),
+        "dream": golden.model("dream_tiny_a", dtype=torch.float64),
         "remote": Remote(RemoteConfig()).double(),
         "remote, scaled": Remote(RemoteConfig(scale_logits=True)).double(),
     }
@@ -132,7 +130,7 @@ def test_the_loss_is_that_of_the_definition(name: str, settings: dict[str, Any],
 
 def test_the_head_s_logits_never_exist(tmp_path: Path):
     """Where the head is plain, what the model returns in the place of its logits is three numbers a token."""
-    model = dx.models.load(GOLDEN / "llada_tiny_a", dtype=torch.float32)
+    model = golden.model("llada_tiny_a", dtype=torch.float32)
     trainer = trainer_of(model, tmp_path)
     seen = []
     hook = model.register_forward_hook(lambda _m, _i, out: seen.append(tuple(out.logits.shape)))
@@ -370,7 +368,7 @@ def test_what_a_gpu_finds_bad_ends_the_run_by_its_name(
     """There a loss does not look; the trainer does when it logs."""
     monkeypatch.setattr(errors, "waits", lambda device: True)
     monkeypatch.setattr(errors, "pending", {})
-    model = dx.models.load(GOLDEN / "llada_tiny_a", dtype=torch.float32)
+    model = golden.model("llada_tiny_a", dtype=torch.float32)
     said = r"logits: row \d+ holds NaN"
     if fault == "NaN":
         model.lm_head.weight.data[5] = torch.nan
