@@ -22,7 +22,7 @@ def fill_up(count: int, parts: int) -> int:
     return -(-count // size) * size
 
 
-FEW_SIZES = functools.partial(fill_up, parts=4)
+GRAPH_BUCKETS = functools.partial(fill_up, parts=4)
 
 WHOLE = 256
 """Positions from which on a sequence that is computed whole attends to itself, by `varlen_attention`, and

@@ -19,8 +19,8 @@ from torch import Tensor
 from .. import policies
 from ..cache import KVCache, Span
 from ..models import Model, traits
-from .passes import Passes, Work, reads
-from .rows import IDLE, Row, Settings, lay_out
+from .runner import Runner, SequenceWork, reads
+from .sequence import IDLE, SequenceState, Settings, lay_out
 from .workspace import Workspace
 
 CACHES = ("none", "prefix", "dual", "block")
@@ -63,15 +63,15 @@ class Batch:
         slots: KVCache | None = None,
     ) -> None:
         self.model, self.cache, self.mask_id, self.published = model, cache, mask_id, published
-        self.refresh, self.alone = refresh, batch_invariant
+        self.refresh, self.batch_invariant = refresh, batch_invariant
         self.block_length, self.pad_id = block_length, pad_id
         self.traits = traits(model)
         self.causal = self.traits.block_length is not None
         """The model is block-causal, by blocks of `block_length`."""
         self.sub_block_length = sub_block_length or block_length
-        self.within = cache == "dual" and self.causal
+        self.sub_block_cache = cache == "dual" and self.causal
         """Cache "dual" inside the active block; those before it are stored as with "block"."""
-        if self.within:
+        if self.sub_block_cache:
             self.cache = cache = "block"
         self.rows = [IDLE] * lanes
         self.forwards = 0
@@ -88,7 +88,7 @@ class Batch:
             tokens = torch.full((lanes, width), pad_id, dtype=torch.int64, device=device)
         self.tokens = tokens[:, :width]  # of a workspace, the part that this batch needs
         self.slots = slots
-        self.passes = Passes(
+        self.runner = Runner(
             model,
             tokens,
             slots,
@@ -116,11 +116,11 @@ class Batch:
         settings: Settings,
         *,
         masked: Sequence[int] = (),
-        stored: int = 0,
-    ) -> Row:
+        num_cached: int = 0,
+    ) -> SequenceState:
         """Begin a sequence: `gen_length` tokens after `prompt` (P,) int64, in place of what the lane held.
 
-        `masked`: columns of the prompt that hold masks and are filled too, ascending. `stored`: positions
+        `masked`: columns of the prompt that hold masks and are filled too, ascending. `num_cached`: positions
         whose keys and values are in the lane's slots already (cache "block").
 
         Raises ValueError where `steps` does not divide into the blocks, or for an id to suppress that the
@@ -129,15 +129,17 @@ class Batch:
         first, size = len(prompt), self.block_length
         layout = lay_out(first, gen_length, size, self.causal, settings.steps, masked)
         prefill = self.cache == "block" and bool(layout.blocks) and layout.columns[0] >= size
-        suppress = self.passes.suppress(settings.suppress)
+        suppress = self.runner.suppress(settings.suppress)
         kept = len(layout.columns)
-        row = Row(first, layout, settings, kept, suppress, published=int(prefill), stored=stored)
+        row = SequenceState(
+            first, layout, settings, kept, suppress, published=int(prefill), num_cached=num_cached
+        )
         self.rows[lane] = row
         if settings.record:
-            self.passes.trajectory.clear(lane)
+            self.runner.trajectory.clear(lane)
         if settings.rule is not None:
             used = {other.settings.rule for other in self.rows if other.settings.rule is not None}
-            self.passes.begin(lane, settings.rule, layout.columns, used)
+            self.runner.begin(lane, settings.rule, layout.columns, used)
         self.tokens[lane, :first] = prompt
         self.tokens[lane, first : row.length] = self.mask_id
         self.tokens[lane, row.length :] = self.pad_id
@@ -147,15 +149,15 @@ class Batch:
     @property
     def live(self) -> list[int]:
         """Sequences that the next pass is over."""
-        return [b for b, row in enumerate(self.rows) if not row.done and not row.waiting]
+        return [b for b, row in enumerate(self.rows) if not row.done and not row.between_blocks]
 
     def _enter(self, b: int) -> None:
         """Begin the active block."""
         row = self.rows[b]
-        row.turn, row.waiting, row.edits, row.seen = 0, False, 0, []
+        row.step_in_block, row.between_blocks, row.edits, row.seen = 0, False, 0, []
         if row.done:
             return
-        row.left, row.leftmost = row.held, row.ahead
+        row.masks_left, row.first_mask = row.held, row.ahead
         if reads(row, "response"):  # its rule may have filled some of the masks already
             start, end = row.block
             row.look(self.tokens[b, start:end].tolist(), self.mask_id)
@@ -169,7 +171,7 @@ class Batch:
         row = self.rows[b]
         if not row.done:
             self.tokens[b, row.ahead : row.columns[-1] + 1] = self.pad_id
-            row.at = len(row.blocks)
+            row.block_index = len(row.blocks)
 
     def step(self, lanes: Sequence[int] | None = None, ahead: int = 1) -> list[int]:
         """A pass over every sequence that is not done (of `lanes`); returns those whose block it completed.
@@ -198,7 +200,7 @@ class Batch:
     def _memory(self, live: list[int]) -> list[Tensor]:
         """What the rules of those sequences remember."""
         rules = {rule: None for b in live if (rule := self.rows[b].settings.rule) is not None}
-        return [kept for rule in rules for kept in self.passes.states[rule]]
+        return [kept for rule in rules for kept in self.runner.states[rule]]
 
     def _certain(self, live: list[int]) -> int:
         """Passes that can be issued one after the other: a block is complete after the last, if at all."""
@@ -206,29 +208,31 @@ class Batch:
         rows = [self.rows[b] for b in live]
         if first_mask_matters or any(row.settings.rule is not None for row in rows):
             return 1
-        return min((max(1, math.ceil(row.left / policies.most(row.policy))) for row in rows), default=1)
+        return min((max(1, math.ceil(row.masks_left / policies.most(row.policy))) for row in rows), default=1)
 
     def _step(self, live: list[int], passes: int) -> list[int]:
         groups, results = self._groups(live), []
         for _ in range(passes):
-            wasteful = [b for b in live if self.cache in ("prefix", "dual") and self.rows[b].turn == 0]
+            maybe_redundant = [
+                b for b in live if self.cache in ("prefix", "dual") and self.rows[b].step_in_block == 0
+            ]
             for group in groups:
-                results.append(self.passes.run(self.rows, self._work(group)))  # (lanes, 3)
+                results.append(self.runner.run(self.rows, self._work(group)))  # (lanes, 3)
                 self.forwards += 1
             for b in live:
-                row, hands_over = self.rows[b], self._hands_over(self.rows[b])
-                row.nfe += row.left > 0 or row.edits > 0
-                row.published += not hands_over
-                row.turn += not hands_over
+                row, prefill_only = self.rows[b], self._prefill_only(self.rows[b])
+                row.nfe += row.masks_left > 0 or row.edits > 0
+                row.published += not prefill_only
+                row.step_in_block += not prefill_only
                 if self.cache == "block":
-                    row.stored = row.block[0] - row.block[0] % self.block_length
-        if len(groups) == 1 and self.passes.regular:
+                    row.num_cached = row.block[0] - row.block[0] % self.block_length
+        if len(groups) == 1 and self.runner.static_shapes:
             # While the device is at it: what comes next if no block is complete. What follows a pass that
             # handed over is not known yet: its first token is.
             coming = self._work(live)
             if all(work.spans for work in coming.values()):
-                self.passes.prepare(self.rows, coming)
-        seen = self.passes.look(results)
+                self.runner.prepare(self.rows, coming)
+        seen = self.runner.look(results)
         last = zip(groups, seen[-len(groups) :], strict=True)
         found = {b: lanes[b] for group, lanes in last for b in group}
         finished = []
@@ -236,16 +240,16 @@ class Batch:
             row = self.rows[b]
             start, end = row.block
             row.look(found[b][: end - start], self.mask_id)
-            if row.left or (b in wasteful and self.published) or row.edits_on():
+            if row.masks_left or (b in maybe_redundant and self.published) or row.edits_on():
                 continue
             # Published: one more pass where the full one completed the block; one that stores the block.
-            row.published += b in wasteful or self.cache == "block"
-            row.waiting = True
+            row.published += b in maybe_redundant or self.cache == "block"
+            row.between_blocks = True
             finished.append(b)
             begin = start
             while True:
                 row.generated += row.held
-                row.at += 1
+                row.block_index += 1
                 if (row.settings.eos_id is not None or row.settings.stop) and self._stops(b, start, end):
                     self.end(b)
                 if row.done or not reads(row, "response"):
@@ -255,12 +259,12 @@ class Batch:
                     break
         return finished
 
-    def _work(self, lanes: list[int]) -> dict[int, Work]:
+    def _work(self, lanes: list[int]) -> dict[int, SequenceWork]:
         """Of the next pass."""
         work = {}
         for b in lanes:
             spans, window = self._spans(b), self._window(b)
-            work[b] = Work(spans, window, self.rows[b].block, self._read(self.rows[b], window, spans))
+            work[b] = SequenceWork(spans, window, self.rows[b].block, self._read(self.rows[b], window, spans))
         return work
 
     def _stops(self, b: int, start: int, end: int) -> bool:
@@ -289,25 +293,25 @@ class Batch:
         for b in finished:
             self._enter(b)
 
-    def _full(self, row: Row) -> bool:
+    def _full(self, row: SequenceState) -> bool:
         """Whether this pass computes the whole sequence."""
-        again = self.cache == "dual" and self.refresh is not None and row.turn % self.refresh == 0
-        return self.cache == "none" or (self.cache != "block" and (row.turn == 0 or again))
+        again = self.cache == "dual" and self.refresh is not None and row.step_in_block % self.refresh == 0
+        return self.cache == "none" or (self.cache != "block" and (row.step_in_block == 0 or again))
 
-    def _hands_over(self, row: Row) -> bool:
+    def _prefill_only(self, row: SequenceState) -> bool:
         """Whether this pass is over the blocks before alone: their last position gives its first token.
 
         So it is published for shifted logits in a block-causal model (Fast-dLLM v2): the pass that stores a
         block begins the next, and passes over that one know its first token.
         """
-        at_a_block = row.leftmost > 0 and row.leftmost % self.block_length == 0
+        at_a_block = row.first_mask > 0 and row.first_mask % self.block_length == 0
         return self.traits.shift and self.causal and at_a_block
 
-    def _part(self, row: Row) -> tuple[int, int]:
+    def _part(self, row: SequenceState) -> tuple[int, int]:
         """Columns of the active sub-block, in the prompt too; they count from where the block begins."""
         start = row.block[0]
         origin = start - start % self.block_length if self.causal else start
-        low = row.leftmost - (row.leftmost - origin) % self.sub_block_length
+        low = row.first_mask - (row.first_mask - origin) % self.sub_block_length
         return low, low + self.sub_block_length
 
     def _spans(self, b: int) -> list[Span]:
@@ -315,13 +319,13 @@ class Batch:
         start, end = row.block
         first, last = 0, row.length
         if self.cache == "block":  # the blocks finished since come along, so that theirs are stored
-            first, last = row.stored, end
-            if self._hands_over(row):
+            first, last = row.num_cached, end
+            if self._prefill_only(row):
                 last = start
-            elif self.within:
-                again = row.turn % self.refresh == 0 if self.refresh else row.turn == 0
+            elif self.sub_block_cache:
+                again = row.step_in_block % self.refresh == 0 if self.refresh else row.step_in_block == 0
                 low, high = self._part(row)
-                if not again and row.leftmost > low:  # as published, not before its first column is known
+                if not again and row.first_mask > low:  # as published, not before its first column is known
                     first, last = low, min(high, end)
         elif not self._full(row):
             first, last = start, end if self.cache == "dual" else row.length
@@ -332,21 +336,21 @@ class Batch:
     def _window(self, b: int) -> tuple[int, int]:
         """Columns whose masks this pass may fill."""
         row = self.rows[b]
-        if self._hands_over(row):
-            return row.leftmost, row.leftmost + 1
+        if self._prefill_only(row):
+            return row.first_mask, row.first_mask + 1
         low, high = self._part(row)
         start, end = max(low, row.block[0]), min(high, row.block[1])
         if self._full(row):
-            first = row.leftmost == row.block[0]
-            if self.traits.shift and self.cache != "none" and row.turn == 0 and first:
+            first = row.first_mask == row.block[0]
+            if self.traits.shift and self.cache != "none" and row.step_in_block == 0 and first:
                 end = start + 1  # published: the full pass serves the block's first position
             if self.published:
                 start = 0
         return start, end
 
-    def _read(self, row: Row, window: tuple[int, int], spans: Sequence[Span]) -> tuple[int, int]:
+    def _read(self, row: SequenceState, window: tuple[int, int], spans: Sequence[Span]) -> tuple[int, int]:
         """Columns whose logits the sequence's rule reads; of a pass that computes them."""
-        if row.settings.rule is None or row.settings.rule.reads == "masked" or self._hands_over(row):
+        if row.settings.rule is None or row.settings.rule.reads == "masked" or self._prefill_only(row):
             return window
         start, end = row.block
         if row.settings.rule.reads == "response" and self.cache in ("none", "prefix"):
@@ -358,7 +362,7 @@ class Batch:
 
     def _groups(self, live: list[int]) -> list[list[int]]:
         """Sequences that share a pass."""
-        if self.alone:
+        if self.batch_invariant:
             return [[b] for b in live]
         if isinstance(self.model, Model):
             return [live]

@@ -19,7 +19,7 @@ from ..models import Model, Traits, for_decoding, traits, warn_beyond
 from ..ops.inputs import check_sampling
 from ..rules import Function, FunctionRule, Rule, parse
 from .batch import AHEAD, CACHES, Batch
-from .rows import Settings, whole_length
+from .sequence import Settings, whole_length
 from .workspace import Trajectory
 
 Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]] | Sequence[int] | Mapping[str, Any]
@@ -255,7 +255,7 @@ def decode(
     for places, row in zip(masked, batch.rows, strict=True):
         places[list(row.columns)] = True
     masked = masked.to(x.device)
-    trajectory = batch.passes.trajectory.responses(masked) if record or logprobs else None
+    trajectory = batch.runner.trajectory.responses(masked) if record or logprobs else None
     if not size and isinstance(prompt, Tensor) and isinstance(gen_length, int):
         x, masked = (t.new_zeros((0, prompt.shape[1] + gen_length)) for t in (x, masked))
     numbers = [
@@ -431,10 +431,10 @@ def run(batch: Batch, streamer: Any = None, bar: Any = None) -> None:
     waiting: list[int] = []
     while live := batch.live:
         blocks = {b: batch.rows[b].block for b in live}
-        left = sum(batch.rows[b].left for b in live)
+        left = sum(batch.rows[b].masks_left for b in live)
         finished = batch.step(ahead=1 if drafts else AHEAD)
         if bar is not None:
-            bar.update(left - sum(batch.rows[b].left for b in live))
+            bar.update(left - sum(batch.rows[b].masks_left for b in live))
         if drafts:
             streamer.put_draft(x[:, sent:].cpu())
         for b in finished if streamer is not None else ():

@@ -15,10 +15,10 @@ from ..ops.row_stats import read_rows
 from ..rules import Rule, Where
 from ..rules.protocol import Cells, expect
 from ..types import RowStats
-from .rows import Row
+from .sequence import SequenceState
 
 
-class Way(NamedTuple):
+class SamplingGroup(NamedTuple):
     """How tokens are chosen: by `unmask_`, or by a rule from the statistics."""
 
     temperature: float
@@ -28,7 +28,7 @@ class Way(NamedTuple):
     suppress: Tensor | None
 
     @classmethod
-    def of(cls, row: Row) -> Way:
+    def of(cls, row: SequenceState) -> SamplingGroup:
         own = row.settings
         return cls(own.temperature, own.top_p, own.top_k, own.rule, row.suppress)
 
@@ -57,7 +57,7 @@ class Predicted(NamedTuple):
     keys: Tensor
     """(3, B) int64: each sequence's pass, from 1, and the seed and the number that key its samples."""
     progress: Tensor
-    """(3, B) int64, see `rows.Row.progress`; empty where there is no rule."""
+    """(3, B) int64, see `sequence.SequenceState.progress`; empty where there is no rule."""
     policy: Tensor
     """(B, 5) float32"""
     cells: int
@@ -67,7 +67,7 @@ class Predicted(NamedTuple):
 def commit_(
     tokens: Tensor,
     predicted: Predicted,
-    way: Way,
+    way: SamplingGroup,
     windows: Tensor,
     state: tuple[Tensor, ...],
     *,
@@ -106,7 +106,7 @@ def commit_(
 def _by_rule(
     tokens: Tensor,
     predicted: Predicted,
-    way: Way,
+    way: SamplingGroup,
     rule: Rule,
     windows: Tensor,
     state: tuple[Tensor, ...],

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import kept
-from ..cache import FEW_SIZES, KVCache
+from ..cache import GRAPH_BUCKETS, KVCache
 from ..models import Model
 from ..ops.streams import stream_of
 from ..rules import Rule
@@ -93,7 +93,7 @@ class Workspace:
         cached: whether keys and values outlive a pass. What else recorded passes depend on, their forms say.
         """
         s = model.shape
-        length = FEW_SIZES(width)
+        length = GRAPH_BUCKETS(width)
         of_layer = 2 * lanes * s.kv_heads * length * s.head_dim * model.dtype.itemsize
         size = of_layer * (s.layers if cached else 1)
         if not can_record(device) or not lanes or size > kept.BYTES:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .._C import Scheduler
 from ..cache import KVCache
 from ..decoding.batch import Batch
-from ..decoding.rows import Settings
+from ..decoding.sequence import Settings
 from .handle import Completion, Draft, Event, Events, Handle
 
 log = logging.getLogger(__name__)
@@ -207,7 +207,7 @@ class EngineCore:
                     request.gen_length,
                     request.settings,
                     masked=request.masked,
-                    stored=found.reused,
+                    num_cached=found.reused,
                 )
             except BaseException as error:
                 self._end(request, error)
@@ -243,7 +243,7 @@ class EngineCore:
         if request.on_draft is not None:
             self._call(request, request.on_draft, self._draft(request, *block))
         if self._share:
-            self._publish(request, row.stored)
+            self._publish(request, row.num_cached)
         if finished:
             self._stream(request)
             if row.done:
@@ -297,7 +297,7 @@ class EngineCore:
         assert request.lane is not None
         columns = self.batch.rows[request.lane].columns[first:last]
         start, end = columns[0], columns[-1] + 1
-        found: list[float] = self.batch.passes.trajectory.logprob[request.lane, start:end].tolist()
+        found: list[float] = self.batch.runner.trajectory.logprob[request.lane, start:end].tolist()
         return [found[column - start] for column in columns]
 
     def _stream(self, request: Request) -> None:

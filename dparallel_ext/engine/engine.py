@@ -27,7 +27,7 @@ from .._C import Scheduler
 from ..arguments import whole
 from ..decoding.batch import Batch
 from ..decoding.decode import Prompts, check_model, check_settings, make_settings, masks
-from ..decoding.rows import lay_out, whole_length
+from ..decoding.sequence import lay_out, whole_length
 from ..models import Model, for_decoding, traits, warn_beyond
 from ..rules import Function, Rule
 from .core import EngineCore, Request

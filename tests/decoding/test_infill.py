@@ -14,7 +14,7 @@ from torch import Tensor
 import dparallel_ext as dx
 from benchmarks.baselines import Plain, published
 from dparallel_ext import models
-from dparallel_ext.decoding.rows import lay_out
+from dparallel_ext.decoding.sequence import lay_out
 
 MASK, BLOCK = 511, 8
 

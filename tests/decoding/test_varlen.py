@@ -16,7 +16,7 @@ from torch import Tensor
 import dparallel_ext as dx
 from dparallel_ext import cache as caches
 from dparallel_ext import models
-from dparallel_ext.cache import FEW_SIZES, Pass, Span
+from dparallel_ext.cache import GRAPH_BUCKETS, Pass, Span
 from dparallel_ext.decoding.graphs import CudaRecorder, Graphs
 from dparallel_ext.models import base
 from dparallel_ext.ops.varlen_attention import has_varlen, varlen_attention
@@ -76,7 +76,7 @@ MIXES = {
 
 
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("fill", [None, FEW_SIZES], ids=["as it is", "filled"])
+@pytest.mark.parametrize("fill", [None, GRAPH_BUCKETS], ids=["as it is", "filled"])
 @pytest.mark.parametrize("name", ["llada_tiny_a", "dream_tiny_a"])
 @pytest.mark.parametrize("device", ["cpu", *GPUS], indirect=True)
 @torch.no_grad()
@@ -172,7 +172,7 @@ def test_all_rows_are_in_the_launch() -> None:
     """Also the rows that fill up a pass of many sequences, after the last."""
     cache = golden.model("llada_tiny_a").new_cache(9, 256)
     cache.varlen = True
-    plan = cache.plan([Span(row, 0, 256, 256) for row in range(9)], FEW_SIZES)
+    plan = cache.plan([Span(row, 0, 256, 256) for row in range(9)], GRAPH_BUCKETS)
     assert len(plan.positions) == 2560
     assert plan.bounds.tolist() == [*range(0, 2305, 256), *[2304] * 7, 2560]
     assert plan.seen.tolist() == [256] * 9 + [0] * 8
@@ -183,7 +183,7 @@ def test_all_rows_are_in_the_launch() -> None:
     for field in (plan.begin, plan.end, plan.lengths, plan.pages):
         assert len(field) == 0
     for spans in ([Span(0, 0, 255, 255)], [Span(0, 0, 255, 256), Span(1, 1, 256, 256)]):
-        assert not len(cache.plan(spans, FEW_SIZES).seen)
+        assert not len(cache.plan(spans, GRAPH_BUCKETS).seen)
 
 
 @pytest.mark.parametrize("device", GPUS, indirect=True)

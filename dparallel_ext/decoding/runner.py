@@ -14,18 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cache import FEW_SIZES, Fill, KVCache, Pass, Span
+from ..cache import GRAPH_BUCKETS, Fill, KVCache, Pass, Span
 from ..models import Model, own_precision
 from ..ops.errors import NO_ERROR, Cell, explain
 from ..rules import Rule
 from ..types import RowStats
 from .packed import Shapes, pack, unpack
-from .rows import Row
-from .sampler import Predicted, Way, commit_
+from .sampler import Predicted, SamplingGroup, commit_
+from .sequence import SequenceState
 from .workspace import Workspace
 
 
-class Work(NamedTuple):
+class SequenceWork(NamedTuple):
     """What a pass does with one sequence. Columns are positions of the sequence."""
 
     spans: list[Span]
@@ -38,7 +38,7 @@ class Work(NamedTuple):
     """Columns [start, end) whose logits its rule reads; the window where it has none."""
 
 
-class Form(NamedTuple):
+class GraphKey(NamedTuple):
     """What the launches of a pass depend on, beside the values of its numbers."""
 
     shapes: Shapes
@@ -48,16 +48,16 @@ class Form(NamedTuple):
     """Whether what is committed goes into the trajectory."""
     cells: int
     """Of each sequence, the columns that rules see."""
-    ways: tuple[Way, ...]
+    groups: tuple[SamplingGroup, ...]
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return (*self[:5], tuple(way.key for way in self.ways))
+        return (*self[:5], tuple(way.key for way in self.groups))
 
     @property
     def recorded(self) -> bool:
         """Whether its launches can be recorded."""
-        return all(way.rule is None or way.rule.recorded for way in self.ways)
+        return all(way.rule is None or way.rule.recorded for way in self.groups)
 
     @property
     def rows(self) -> int:
@@ -84,9 +84,9 @@ def recorded_rows(model: Any) -> int:
     return RECORDED // weights
 
 
-def few_forms(count: int, recorded: int) -> int:
+def graph_bucket(count: int, recorded: int) -> int:
     """What `count` rows are filled up to on a GPU: to four sizes a doubling as far as passes are recorded."""
-    filled = FEW_SIZES(count)
+    filled = GRAPH_BUCKETS(count)
     return filled if filled <= recorded else -(-count // 8) * 8
 
 
@@ -95,7 +95,7 @@ def runs_ahead(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-class Passes:
+class Runner:
     """Runs the passes of a batch.
 
     Args:
@@ -127,11 +127,11 @@ class Passes:
             workspace = Workspace.of(tokens, slots, graphs=graphs and isinstance(model, Model))
         self.trajectory, self.graphs = workspace.trajectory, workspace.graphs
         self._suppressed, self.states, self.given = workspace.suppressed, workspace.states, workspace.given
-        self.regular = runs_ahead(tokens.device)
+        self.static_shapes = runs_ahead(tokens.device)
         """Passes take few forms, which hang on nothing that the host would have to wait for."""
         self.recorded_rows = recorded_rows(model)
-        self._few_forms = functools.partial(few_forms, recorded=self.recorded_rows)
-        self._prepared: tuple[tuple[Any, ...], tuple[Tensor, Form]] | None = None
+        self._graph_bucket = functools.partial(graph_bucket, recorded=self.recorded_rows)
+        self._prepared: tuple[tuple[Any, ...], tuple[Tensor, GraphKey]] | None = None
 
     def suppress(self, ids: Tensor | None) -> Tensor | None:
         """One tensor for the same ids; with our models on the device.
@@ -172,18 +172,20 @@ class Passes:
             self.given[lane] = True
             self.given[lane, list(columns)] = False
 
-    def run(self, rows: Sequence[Row], work: Mapping[int, Work]) -> Tensor:
+    def run(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> Tensor:
         """One forward pass over the sequences of `work`, by their lanes in ascending order.
 
         Returns (lanes, block + 1) int64 on the device, what `look` reads.
         """
         if self.graphs is not None and any(rows[b].nfe == 0 for b in work):
-            self.graphs.look(self.model.addresses())  # where a sequence begins, the model may have moved
+            self.graphs.drop_stale(
+                self.model.addresses()
+            )  # where a sequence begins, the model may have moved
         prepared, self._prepared = self._prepared, None
-        if prepared is not None and prepared[0] == self._told(rows, work):
+        if prepared is not None and prepared[0] == self._input_key(rows, work):
             numbers, form = prepared[1]
         else:
-            numbers, form = self._numbers(rows, work)
+            numbers, form = self._inputs(rows, work)
         compute = functools.partial(self._compute, form, rows, work)
         if self.graphs is None or self.graphs.addresses is None:
             return compute(numbers.to(self.tokens.device, non_blocking=True))
@@ -203,16 +205,21 @@ class Passes:
         tokens: list[list[list[int]]] = found[..., :-1].tolist()
         return tokens
 
-    def prepare(self, rows: Sequence[Row], work: Mapping[int, Work]) -> None:
+    def prepare(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> None:
         """Do what the host has to do for a pass that may come next."""
-        self._prepared = self._told(rows, work), self._numbers(rows, work)
+        self._prepared = self._input_key(rows, work), self._inputs(rows, work)
 
-    def _told(self, rows: Sequence[Row], work: Mapping[int, Work]) -> tuple[Any, ...]:
-        """All that `_numbers` follows from, where passes are regular."""
-        each = [(r.nfe, r.turn, r.policy, r.settings.key, r.settings.record, Way.of(r).key) for r in rows]
+    def _input_key(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> tuple[Any, ...]:
+        """All that `_inputs` follows from, where passes are regular."""
+        each = [
+            (r.nfe, r.step_in_block, r.policy, r.settings.key, r.settings.record, SamplingGroup.of(r).key)
+            for r in rows
+        ]
         return list(work.items()), each, self.slots and self.slots.changes
 
-    def _numbers(self, rows: Sequence[Row], work: Mapping[int, Work]) -> tuple[Tensor, Form]:
+    def _inputs(
+        self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]
+    ) -> tuple[Tensor, GraphKey]:
         """All that the device has to be told, (n,) int64 on the CPU, and how it is to be read."""
         spans: list[Span] = []
         positions, sources, offset, length = [], [], 0, self.tokens.shape[1]
@@ -241,10 +248,10 @@ class Passes:
             plan, longest = found.tensors, (found.longest_query, found.longest_length)
             if fill is not None:
                 source = F.pad(source, (0, fill(len(source)) - len(source)))
-        ways: dict[tuple[Any, ...], list[int]] = {}
+        groups: dict[tuple[Any, ...], list[int]] = {}
         for b in work:
-            ways.setdefault(Way.of(rows[b]).key, []).append(b)
-        first_of = [rows[group[0]] for group in ways.values()]
+            groups.setdefault(SamplingGroup.of(rows[b]).key, []).append(b)
+        first_of = [rows[group[0]] for group in groups.values()]
         record = any(rows[b].settings.record for b in work)
         lanes = range(len(rows))
 
@@ -253,7 +260,7 @@ class Passes:
 
         edges = [
             torch.cat([columns({b: getattr(work[b], name) for b in group}) for name in ("window", "read")])
-            for group in ways.values()
+            for group in groups.values()
         ]
         start, _ = columns({b: own.block for b, own in work.items()})
         block = length if any(reads(row, "response") for row in rows) else self.block
@@ -274,26 +281,28 @@ class Passes:
         )
         if self.tokens.device.type == "cuda":
             numbers = numbers.pin_memory()  # else its copy to the device may wait for the passes before
-        return numbers, Form(shapes, *longest, record, cells, tuple(Way.of(row) for row in first_of))
+        return numbers, GraphKey(
+            shapes, *longest, record, cells, tuple(SamplingGroup.of(row) for row in first_of)
+        )
 
-    def _reach(self, rows: Sequence[Row], work: Mapping[int, Work]) -> int:
+    def _reach(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> int:
         """The most columns whose logits are usual for a sequence of the pass."""
         if any(reads(rows[b], "response") for b in work):
             return self.tokens.shape[1]
         return max(self.window, self.block if any(reads(rows[b], "block") for b in work) else 0)
 
-    def _cells(self, rows: Sequence[Row], work: Mapping[int, Work], reach: int) -> int:
+    def _cells(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork], reach: int) -> int:
         """Columns of each sequence that the rules of the pass see; 0 without rules."""
         rules = {b: rule for b in work if (rule := rows[b].settings.rule) is not None}
         widest = max((work[b].read[1] - work[b].read[0] for b in rules), default=0)
-        recorded = bool(rules) and self.regular and all(rule.recorded for rule in rules.values())
+        recorded = bool(rules) and self.static_shapes and all(rule.recorded for rule in rules.values())
         return max(widest, reach) if recorded else widest
 
-    def _beside(self, lanes: int, work: Mapping[int, Work], reach: int) -> set[int]:
+    def _beside(self, lanes: int, work: Mapping[int, SequenceWork], reach: int) -> set[int]:
         """Lanes beside those of `work`, whose logits are computed for nothing: so passes take few forms."""
-        if not self.regular or not isinstance(self.model, Model):
+        if not self.static_shapes or not isinstance(self.model, Model):
             return set()
-        sequences = self._few_forms(len(work) * reach) // max(1, reach)
+        sequences = self._graph_bucket(len(work) * reach) // max(1, reach)
         idle = [b for b in range(lanes) if b not in work]
         return set(idle[: max(0, sequences - len(work))])
 
@@ -302,7 +311,7 @@ class Passes:
         everything; else as many each time.
         """
         start, end = read
-        if not self.regular:
+        if not self.static_shapes:
             columns = torch.arange(start, end)
             return columns if everything else columns[self.tokens[b, start:end] == self.mask_id]
         if end - start < reach:
@@ -317,11 +326,13 @@ class Passes:
         On a GPU so that passes take few forms. On a CPU since the matrix library keeps compiled code for each
         number of rows of 16-bit matrices that it has met, for ever (half a megabyte and half a millisecond).
         """
-        if self.regular:
-            return self._few_forms
-        return FEW_SIZES if self.model.dtype != torch.float32 else None
+        if self.static_shapes:
+            return self._graph_bucket
+        return GRAPH_BUCKETS if self.model.dtype != torch.float32 else None
 
-    def _compute(self, form: Form, rows: Sequence[Row], work: Mapping[int, Work], numbers: Tensor) -> Tensor:
+    def _compute(
+        self, form: GraphKey, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork], numbers: Tensor
+    ) -> Tensor:
         *plan, source, positions, edges, block, keys, progress, policy = unpack(numbers, form.shapes)
         if isinstance(self.model, Model):
             made = Pass(form.longest_query, form.longest_length, *plan)
@@ -335,7 +346,7 @@ class Passes:
         predicted = Predicted(logits, positions, keys, progress, policy, form.cells)
         before = self.tokens.view(-1)[positions] if form.record else None
         stats, errors = [], []
-        for way, windows in zip(form.ways, edges, strict=True):
+        for way, windows in zip(form.groups, edges, strict=True):
             state = () if way.rule is None else self.states[way.rule]
             own, error = commit_(
                 self.tokens, predicted, way, windows, state, mask_id=self.mask_id, given=self.given
@@ -347,7 +358,7 @@ class Passes:
         error = functools.reduce(torch.minimum, errors) if errors else torch.full_like(keys[0], NO_ERROR)
         return torch.cat((self.tokens.view(-1)[block], error[:, None]), 1)
 
-    def _foreign(self, work: Mapping[int, Work]) -> Tensor:
+    def _foreign(self, work: Mapping[int, SequenceWork]) -> Tensor:
         """Of a model that knows no ragged batches: logits (B * L, V) of whole sequences of one length."""
         x = self.tokens[list(work), : next(iter(work.values())).spans[-1].end]
         output = self.model(x)
@@ -376,6 +387,6 @@ class Passes:
             flat[positions] = torch.where(fresh, value, flat[positions])
 
 
-def reads(row: Row, what: str) -> bool:
+def reads(row: SequenceState, what: str) -> bool:
     """Whether the sequence has a rule that reads so much, see `rules.Rule`."""
     return row.settings.rule is not None and row.settings.rule.reads == what

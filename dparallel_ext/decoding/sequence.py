@@ -85,7 +85,7 @@ def lay_out(
 
 
 @dataclass
-class Row:
+class SequenceState:
     """Where one sequence is. Columns are positions of the sequence."""
 
     prompt: int
@@ -95,21 +95,21 @@ class Row:
     """Response tokens in front of EOS or a stop sequence, all where there is none."""
     suppress: Tensor | None = None
     """Those of its settings, one tensor for all sequences of the batch that have the same."""
-    at: int = 0
+    block_index: int = 0
     """The active block; len(blocks): done."""
-    turn: int = 0
+    step_in_block: int = 0
     """Passes that the active block has had."""
-    left: int = 0
+    masks_left: int = 0
     """Masks in the active block."""
-    leftmost: int = 0
+    first_mask: int = 0
     """The column of the first of them."""
     nfe: int = 0
     published: int = 0
     """Passes that the published loop has run so far."""
     generated: int = 0
-    stored: int = 0
+    num_cached: int = 0
     """cache "block": positions whose keys and values are final."""
-    waiting: bool = False
+    between_blocks: bool = False
     """Its block is complete, and it has not begun the next."""
     seen: list[int] = field(default_factory=list)
     """What the active block held after the last pass, and whether that pass changed it."""
@@ -133,11 +133,11 @@ class Row:
 
     @property
     def done(self) -> bool:
-        return self.at == len(self.blocks)
+        return self.block_index == len(self.blocks)
 
     @property
     def block(self) -> tuple[int, int]:
-        return self.blocks[self.at]
+        return self.blocks[self.block_index]
 
     @property
     def held(self) -> int:
@@ -161,8 +161,8 @@ class Row:
         """Take in what the active block holds."""
         self.changed, self.seen = block != self.seen, block
         start = self.block[0]
-        self.left = block.count(mask_id)
-        self.leftmost = start + block.index(mask_id) if self.left else start
+        self.masks_left = block.count(mask_id)
+        self.first_mask = start + block.index(mask_id) if self.masks_left else start
 
     def edits_on(self) -> bool:
         """Whether the active block, which has no mask, is open for another pass of a rule that edits."""
@@ -180,7 +180,7 @@ class Row:
     def progress(self) -> tuple[int, int, int]:
         """For rules: passes that the active block has had, passes of the schedule, the first column."""
         scheduled = self.settings.steps or len(self.columns)
-        return self.turn, scheduled, self.columns[0] if self.columns else 0
+        return self.step_in_block, scheduled, self.columns[0] if self.columns else 0
 
     @property
     def policy(self) -> tuple[float, ...]:
@@ -189,8 +189,8 @@ class Row:
         if steps is None or self.done:
             return chosen
         share, rest = divmod(self.held, steps // len(self.blocks))
-        return (chosen[0], float(max(1, share + (self.turn < rest))), *chosen[2:])
+        return (chosen[0], float(max(1, share + (self.step_in_block < rest))), *chosen[2:])
 
 
-IDLE = Row(0, Layout((), [], 0), Settings((0.0, 0.0, 1.0, math.inf, 0.0)), 0)
+IDLE = SequenceState(0, Layout((), [], 0), Settings((0.0, 0.0, 1.0, math.inf, 0.0)), 0)
 """What a lane without a sequence holds."""
