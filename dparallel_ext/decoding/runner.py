@@ -185,7 +185,7 @@ class Runner:
         if prepared is not None and prepared[0] == self._input_key(rows, work):
             numbers, form = prepared[1]
         else:
-            numbers, form = self._inputs(rows, work)
+            numbers, form = self.inputs(rows, work)
         compute = functools.partial(self._compute, form, rows, work)
         if self.graphs is None or self.graphs.addresses is None:
             return compute(numbers.to(self.tokens.device, non_blocking=True))
@@ -207,24 +207,24 @@ class Runner:
 
     def prepare(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> None:
         """Do what the host has to do for a pass that may come next."""
-        self._prepared = self._input_key(rows, work), self._inputs(rows, work)
+        self._prepared = self._input_key(rows, work), self.inputs(rows, work)
 
     def _input_key(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> tuple[Any, ...]:
-        """All that `_inputs` follows from, where passes are regular."""
+        """All that `inputs` follows from, where passes are regular."""
         each = [
             (r.nfe, r.step_in_block, r.policy, r.settings.key, r.settings.record, SamplingGroup.of(r).key)
             for r in rows
         ]
         return list(work.items()), each, self.slots and self.slots.changes
 
-    def _inputs(
+    def inputs(
         self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]
     ) -> tuple[Tensor, GraphKey]:
         """All that the device has to be told, (n,) int64 on the CPU, and how it is to be read."""
         spans: list[Span] = []
         positions, sources, offset, length = [], [], 0, self.tokens.shape[1]
         reach = self._reach(rows, work)
-        beside = self._beside(len(rows), work, reach)
+        beside = self.beside_of(len(rows), work, reach)
         for b in sorted({*work, *beside}):
             if b in beside:  # no window: what is listed is not read
                 positions.append(torch.arange(reach) + b * length)
@@ -298,7 +298,7 @@ class Runner:
         recorded = bool(rules) and self.static_shapes and all(rule.recorded for rule in rules.values())
         return max(widest, reach) if recorded else widest
 
-    def _beside(self, lanes: int, work: Mapping[int, SequenceWork], reach: int) -> set[int]:
+    def beside_of(self, lanes: int, work: Mapping[int, SequenceWork], reach: int) -> set[int]:
         """Lanes beside those of `work`, whose logits are computed for nothing: so passes take few forms."""
         if not self.static_shapes or not isinstance(self.model, Model):
             return set()

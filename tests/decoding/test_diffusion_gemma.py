@@ -220,7 +220,7 @@ def test_errors_name_their_cause_and_leave_the_model_as_it_was(model) -> None:
 
 def test_the_step_follows_the_names_of_the_installed_release(model, monkeypatch) -> None:
     """What a release calls the cache is its own affair; an argument that we use must be there by its name."""
-    step, passed_on = dx.diffusion_gemma._denoising_step, []
+    step, passed_on = dx.diffusion_gemma.denoising_step, []
 
     def renamed(base: Any, seed: Any, *, decoder_forward: Any, **keys: Any) -> Any:
         cache = next(key for key in ("past_key_values", "cache") if key in keys)
@@ -234,7 +234,7 @@ def test_the_step_follows_the_names_of_the_installed_release(model, monkeypatch)
     settings = {"max_new_tokens": CANVAS, "max_denoising_steps": 2}
     torch.manual_seed(0)
     expected = dx.diffusion_gemma.generate(model, prompt(), **settings)
-    monkeypatch.setattr(dx.diffusion_gemma, "_denoising_step", renamed)
+    monkeypatch.setattr(dx.diffusion_gemma, "denoising_step", renamed)
     torch.manual_seed(0)
     same(dx.diffusion_gemma.generate(model, prompt(), **settings), expected)
     assert len(passed_on) == 2

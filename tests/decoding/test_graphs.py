@@ -298,7 +298,7 @@ def test_the_host_is_ready_for_the_next_pass(
 ) -> None:
     """Within a block it has what a pass needs before it looks at the one before; not where pages moved."""
     late: list[int] = []
-    numbers, prepare, step = runner.Runner._inputs, runner.Runner.prepare, batches.Batch.step
+    numbers, prepare, step = runner.Runner.inputs, runner.Runner.prepare, batches.Batch.step
     preparing = False
 
     def counted(self: runner.Runner, rows: Any, work: Any) -> Any:
@@ -317,7 +317,7 @@ def test_the_host_is_ready_for_the_next_pass(
             self.slots.assign(0, [0])
         return step(self, *args, **settings)
 
-    monkeypatch.setattr(runner.Runner, "_inputs", counted)
+    monkeypatch.setattr(runner.Runner, "inputs", counted)
     monkeypatch.setattr(runner.Runner, "prepare", ahead)
     monkeypatch.setattr(batches.Batch, "step", moving)
     model = golden.model("llada_tiny_a")
@@ -538,13 +538,13 @@ def test_lanes_that_fill_up_a_pass_change_nothing(
     prompts = [torch.arange(3, 8 + lane) for lane in range(14)]
     lengths = [size * (1 + lane % 4) for lane in range(14)]
     settings: dict[str, Any] = {"cache": cache, "block_length": size, "threshold": 1.0, "record": True}
-    beside, idle = runner.Runner._beside, []
+    beside, idle = runner.Runner.beside_of, []
 
     def seen(self: runner.Runner, *args: Any) -> set[int]:
         idle.append(beside(self, *args))
         return idle[-1]
 
-    monkeypatch.setattr(runner.Runner, "_beside", seen)
+    monkeypatch.setattr(runner.Runner, "beside_of", seen)
     out = dx.decode(model, prompts, gen_length=lengths, **settings)
     assert any(lanes for lanes in idle)
     assert taped[0].replays > 0
@@ -739,7 +739,7 @@ def test_two_threads_decode_with_one_model(taped: list[Graphs]) -> None:
 
 def test_recorders_share_no_stream(taped: list[Graphs], monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as torch has enough: it gives out the same ones again in turn."""
-    monkeypatch.setattr(recording, "_recorders", weakref.WeakSet())
+    monkeypatch.setattr(recording, "recorders", weakref.WeakSet())
     made = [CudaRecorder(torch.device("cpu")) for _ in range(20)]
     del made[1::2]
     made += [CudaRecorder(torch.device("cpu")) for _ in range(22)]

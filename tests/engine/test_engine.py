@@ -211,7 +211,7 @@ def test_memory_is_bounded_and_requests_wait_for_it(monkeypatch: pytest.MonkeyPa
         until(lambda: engine.stats.active == 2)
         stats = engine.stats
         assert (stats.pages, stats.pages_used, stats.waiting) == (5, 4, 4)
-        slots = engine._core.batch.slots
+        slots = engine.core.batch.slots
         assert slots is not None
         assert slots.slots.numel() * slots.slots.element_size() == 5 * stats.page_bytes
         with pytest.raises(ValueError, match=r"length: 48 positions need 6 pages of 8, and there are 5"):
@@ -309,14 +309,14 @@ def test_what_a_pass_raises_fails_the_requests_that_raise_it(
             good.result(60).tokens
             == alone(LLADA, torch.tensor([1, 2]), "dual", gen_length=24, threshold=1.0)[0]
         )
-        admit = engine._core.batch.admit
+        admit = engine.core.batch.admit
 
         def full(*args: Any, **more: Any) -> Any:
             if raising.is_set():
                 raise error("no such luck")
             return admit(*args, **more)
 
-        monkeypatch.setattr(engine._core.batch, "admit", full)
+        monkeypatch.setattr(engine.core.batch, "admit", full)
         raising.set()
         with pytest.raises(expected):
             engine.submit([1], gen_length=8).result(60)
@@ -343,7 +343,7 @@ def test_a_fault_of_the_engine_leaves_nobody_waiting(
     waiting = threading.Thread(target=lambda: told.append(list(handles[1])))
     monkeypatch.setattr(threading, "excepthook", lambda args: told.append(args.exc_value))
     waiting.start()
-    monkeypatch.setattr(engine._core, "_admit", fault)
+    monkeypatch.setattr(engine.core, "admit", fault)
     gate.passes.release(100)
     waiting.join(60)
     for handle in handles:
@@ -356,7 +356,7 @@ def test_a_fault_of_the_engine_leaves_nobody_waiting(
         engine.submit([1], gen_length=4)
     handles[0].cancel()
     engine.close()
-    assert not engine._thread.is_alive()
+    assert not engine.thread.is_alive()
     stats = engine.stats
     assert (stats.failed, stats.completed, stats.waiting, stats.active, stats.pages_used) == (3, 0, 0, 0, 0)
     assert stats.closed
@@ -368,7 +368,7 @@ def test_an_engine_that_nobody_has_ends_after_its_last_request(monkeypatch: pyte
     gate, told = Gate(monkeypatch), list[Any]()
     engine: dx.Engine | None = dx.Engine(LLADA, block_length=8, lanes=1, max_length=64)
     assert engine is not None
-    thread, gone = engine._thread, weakref.ref(engine)
+    thread, gone = engine.thread, weakref.ref(engine)
     engine.submit([1], gen_length=16).subscribe(lambda event: told.append(event))
     until(lambda: gone().stats.active == 1)  # type: ignore[union-attr]
     engine = None
@@ -422,7 +422,7 @@ def test_closing(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = dx.Engine(LLADA, lanes=1, max_length=64)
     handles = [engine.submit([1], gen_length=60) for _ in range(3)]
     engine.close(cancel=True)
-    assert {len(h._events.all) and h._events.all[-1].finish_reason for h in handles} == {"cancelled"}  # type: ignore[union-attr]
+    assert {len(h.events.all) and h.events.all[-1].finish_reason for h in handles} == {"cancelled"}  # type: ignore[union-attr]
 
 
 def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,7 +437,7 @@ def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
         for wrong in (math.nan, "1", [1]):
             with pytest.raises(ValueError, match="timeout: expected seconds or None, got"):
                 handle.result(wrong)  # type: ignore[arg-type]
-        assert handle._events.waiters == []
+        assert handle.events.waiters == []
         gate.passes.release(10)
         assert handle.result(math.inf).seconds >= handle.result(1e300).seconds_waiting >= 0
 
@@ -578,7 +578,7 @@ def test_no_lock_is_held_during_a_callback(monkeypatch: pytest.MonkeyPatch) -> N
         assert not handle.done
         late: list[Any] = []
         handle.subscribe(late.append)
-        assert late == [handle._events.all[0]]
+        assert late == [handle.events.all[0]]
         assert engine.stats.active == 1
         leave.set()
         assert len(handle.result(60).tokens) == 16
@@ -621,7 +621,7 @@ def test_ten_thousand_requests_leave_no_memory_behind() -> None:
         grown = resident() - before  # KiB
     assert engine.stats.completed == 10_000
     assert engine.stats.pages_used == 0
-    assert len(engine._core.requests) == len(engine._core.running) == 0
+    assert len(engine.core.requests) == len(engine.core.running) == 0
     assert grown < 4096
 
 

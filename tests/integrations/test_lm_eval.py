@@ -475,13 +475,13 @@ def test_block_causal_checkpoints(harness: Any, tmp_path: Path, family: type[Mod
 def test_special_tokens_and_long_contexts(make: Any, caplog: pytest.LogCaptureFixture) -> None:
     """A special token among `until` ends a response, though it is no part of the text."""
     model = make(gen_length=32)
-    one = model._generation("sam has 4 cups", {"until": ["[EOS]", "[UNK]", "x"], "max_gen_toks": 9}, 0)
+    one = model.generation("sam has 4 cups", {"until": ["[EOS]", "[UNK]", "x"], "max_gen_toks": 9}, 0)
     assert one.stop == [[1], [2]]
     assert one.gen_length == 32
     with caplog.at_level("WARNING", logger="lm_eval.dparallel"):
-        cut = model._generation(" ".join(["sam"] * 300), {}, 0)
-        model._generation("sam juggles 4 cups and whistles", {}, 0)
-        model._generation("sam whistles", {}, 0)
+        cut = model.generation(" ".join(["sam"] * 300), {}, 0)
+        model.generation("sam juggles 4 cups and whistles", {}, 0)
+        model.generation("sam whistles", {}, 0)
     assert len(cut.prompt) == 256 - 32
     assert "its first 76 tokens are left out" in caplog.text
     assert caplog.text.count("does not know all words") == 1
@@ -529,8 +529,8 @@ def test_processes_share_the_documents(harness: Any, make: Any, monkeypatch: pyt
     assert second.all_gather(torch.tensor(3)).tolist() == [3, 3]
     assert second.gather_object("a") is None
     monkeypatch.setattr(harness.torch.cuda, "is_available", lambda: True)
-    assert harness._device("cuda:0", None) == "cuda:0"
-    assert harness._device("cuda:0", "3") == "cuda:3"
+    assert harness.device_of("cuda:0", None) == "cuda:0"
+    assert harness.device_of("cuda:0", "3") == "cuda:3"
 
 
 def test_harness_runs_its_tasks(harness: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

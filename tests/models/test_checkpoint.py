@@ -331,7 +331,7 @@ def test_nothing_is_read_before_every_tensor_is_seen_to_fit(
     def never(*_: object) -> None:
         raise AssertionError("a tensor is read")
 
-    monkeypatch.setattr(checkpoint, "_fetch", never)
+    monkeypatch.setattr(checkpoint, "fetch", never)
     huge = {"d_model": 2**20, "mlp_hidden_size": 2**24, "vocab_size": 2**24, "embedding_size": None}
     with pytest.raises(ValueError, match=r"is \(176, 64\), expected \(16777216, 1048576\)"):
         models.load(write(tmp_path, **huge))
