@@ -124,7 +124,9 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     _given.clear()
 
 
-LONGEST = ("cuda_host", "distill", "serve", "trajectories", "trainer", "benchmarks", "compat", "batch")
+LONGEST = (
+    "cuda_host", "distill", "connections", "load", "trajectories", "trainer", "benchmarks", "compat", "batch",
+)  # fmt: skip
 """The test files that take longest, the longest first."""
 
 
