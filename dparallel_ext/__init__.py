@@ -14,6 +14,7 @@ from .ops import (
     block_attention,
     certainty_forcing_loss,
     check_errors,
+    commit_,
     fp8_linear,
     kv_write,
     linear_certainty_forcing_loss,
@@ -25,12 +26,13 @@ from .ops import (
     swiglu,
     unmask_,
 )
-from .types import RowStats, UnmaskOutput
+from .types import CommitOutput, RowStats, UnmaskOutput
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CertaintyForcingLoss",
+    "CommitOutput",
     "Completion",
     "DecodeOutput",
     "Draft",
@@ -46,6 +48,7 @@ __all__ = [
     "build_info",
     "certainty_forcing_loss",
     "check_errors",
+    "commit_",
     "compat",
     "decode",
     "diffusion_gemma",

@@ -7,6 +7,7 @@ for torch.compile. Their float64 twins are in `dparallel_ext.reference`.
 from . import no_gradient as _no_gradient  # noqa: F401  (registers what a backward pass meets)
 from .block_attention import block_attention
 from .certainty_forcing_loss import CertaintyForcingLoss, certainty_forcing_loss
+from .commit import commit_
 from .errors import check_errors
 from .fp8_linear import fp8_linear, quantize_fp8
 from .kv_write import kv_write, rope_table
@@ -23,6 +24,7 @@ __all__ = [
     "block_attention",
     "certainty_forcing_loss",
     "check_errors",
+    "commit_",
     "fp8_linear",
     "kv_write",
     "linear_certainty_forcing_loss",

@@ -49,13 +49,30 @@ def rows_view(logits: Tensor) -> Tensor:
     return logits[None] if logits.ndim == 1 else logits
 
 
-def check_index(name: str, index: Tensor, logits: Tensor) -> None:
+def check_tokens(tokens: Tensor) -> None:
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"tokens: expected a Tensor, got {type(tokens).__name__}")
+    if tokens.ndim != 2 or tokens.dtype != torch.int64:
+        raise ValueError(f"tokens: expected int64 (B, L), got {tokens.dtype} {tuple(tokens.shape)}")
+
+
+def windows_of(
+    tokens: Tensor, lane: Tensor | None, start: int | Tensor, end: int | Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """First and last column (W,) int64 of windows of tokens (B, L), W = B where no `lane` is given."""
+    if lane is not None:
+        check_index("lane", lane, tokens, "tokens")
+    count, last = len(tokens if lane is None else lane), tokens.shape[1] if end is None else end
+    return per_sequence("start", start, count, tokens), per_sequence("end", last, count, tokens)
+
+
+def check_index(name: str, index: Tensor, like: Tensor, of: str = "logits") -> None:
     if not isinstance(index, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(index).__name__}")
     if index.dtype != torch.int64 or index.ndim != 1:
         raise ValueError(f"{name}: expected int64 (N,), got {index.dtype} {tuple(index.shape)}")
-    if index.device != logits.device:
-        raise ValueError(f"{name}: expected on {logits.device} as the logits, got {index.device}")
+    if index.device != like.device:
+        raise ValueError(f"{name}: expected on {like.device} as the {of}, got {index.device}")
 
 
 def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -> tuple[float, float, int]:

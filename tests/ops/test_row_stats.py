@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext import _C, reference
+from dparallel_ext import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -314,11 +314,11 @@ def test_opcheck_and_compile() -> None:
 
 def test_the_instruction_set_can_be_lowered() -> None:
     before = dx.simd_level()
-    _C.use_simd_level("portable")
+    dx._C.use_simd_level("portable")
     assert dx.simd_level() == "portable"
-    _C.use_simd_level("avx512")  # where a machine has less, its best
+    dx._C.use_simd_level("avx512")  # where a machine has less, its best
     assert LEVELS.index(before) <= ["portable", "avx2", "avx512"].index(dx.simd_level())
-    _C.use_simd_level(before)
+    dx._C.use_simd_level(before)
     assert dx.simd_level() == before
     with pytest.raises(ValueError, match="level: expected portable, avx2 or avx512, got 'sse'"):
-        _C.use_simd_level("sse")
+        dx._C.use_simd_level("sse")
