@@ -203,7 +203,7 @@ class Runner:
         if prepared is not None and prepared[0] == self._input_key(rows, work):
             inputs, key = prepared[1]
         else:
-            inputs, key = self._inputs(rows, work)
+            inputs, key = self.inputs(rows, work)
         compute = functools.partial(self._compute, key, work)
         if self.graphs is None or self.graphs.addresses is None:
             return compute(inputs.to(self.tokens.device, non_blocking=True))
@@ -229,10 +229,10 @@ class Runner:
 
     def prepare(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> None:
         """Do what the host has to do for a pass that may come next."""
-        self._prepared = self._input_key(rows, work), self._inputs(rows, work)
+        self._prepared = self._input_key(rows, work), self.inputs(rows, work)
 
     def _input_key(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> tuple[Any, ...]:
-        """All that `_inputs` follows from, where shapes are static."""
+        """All that `inputs` follows from, where shapes are static."""
         each = [
             (r.nfe, r.settings.policy, r.settings.key, r.settings.record, SamplingGroup.of(r).key)
             for r in rows
@@ -245,14 +245,14 @@ class Runner:
         rest = [(b, own.spans, *own[2:]) for b, own in work.items()]
         return rest, blocks, each, self.kv_cache and self.kv_cache.changes
 
-    def _inputs(
+    def inputs(
         self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]
     ) -> tuple[Tensor, GraphKey]:
         """All that the device has to be told, (n,) int64 on the CPU, and how it is to be read."""
         spans: list[Span] = []
         positions, sources, offset, length = [], [], 0, self.tokens.shape[1]
         reach = self._reach(rows, work)
-        beside = self._beside(len(rows), work, reach)
+        beside = self.beside_of(len(rows), work, reach)
         for b in sorted({*work, *beside}):
             if b in beside:  # no window: what is listed is not read
                 positions.append(torch.arange(reach) + b * length)
@@ -359,7 +359,7 @@ class Runner:
         recorded = bool(rules) and self.static_shapes and all(rule.recorded for rule in rules.values())
         return max(widest, reach) if recorded else widest
 
-    def _beside(self, lanes: int, work: Mapping[int, SequenceWork], reach: int) -> set[int]:
+    def beside_of(self, lanes: int, work: Mapping[int, SequenceWork], reach: int) -> set[int]:
         """Lanes beside those of `work`, whose logits are computed for nothing: so passes take few forms."""
         if not self.static_shapes or not isinstance(self.model, Model):
             return set()
