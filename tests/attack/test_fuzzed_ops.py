@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import test_op_inputs as inputs
 import torch
 from conftest import LEVELS, Attack, assert_stats_close, layouts
-from test_unmask import windows_of
+from ops import test_op_inputs as inputs
+from ops.test_unmask import windows_of
 from torch import Tensor
 
 import dparallel_ext as dx
