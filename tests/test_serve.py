@@ -1558,7 +1558,80 @@ def test_what_may_be_answered_is_described(student: tuple[Any, Any]) -> None:
     assert set(fields["required"]) == set(ApiError(400, "").body["error"])
 
 
+def test_what_a_request_does_not_say_is_as_the_config(student: tuple[Any, Any]) -> None:
+    model, tokenizer = student
+    ids = tokenizer.encode(PROMPT).ids
+    ended = text.endings(registry.directory_of(MODEL), tokenizer)
+    config = {"rule": "confidence:0.6", "temperature": 0.7, "top_k": 3, "seed": 5, "gen_length": 24}
+    own = {**config, "block_length": BLOCK, "cache": "dual", "stop": [[9, 9, 9]]}
+    with serving(student, engine=own) as here:
+
+        def ask(**request: Any) -> list[int]:
+            status, answer = here.ask({"model": MODEL, "prompt": ids, "logprobs": 0, **request})
+            assert status == 200, answer
+            return [answer["choices"][0]["text"], answer["usage"]["forward_passes"]]
+
+        def expected(**fields: Any) -> list[Any]:
+            stop = [*own["stop"], *ended["stop"]]
+            asked = dx.DecodeConfig(**{**own, "stop": stop, "eos_id": ended["eos_id"]})
+            rule = fields.pop("rule", asked.rule)
+            out = dx.decode(model, ids, asked.with_rule(rule, **{**fields, "seed": [fields.get("seed", 5)]}))
+            return [tokenizer.decode(out.responses[0][: int(out.kept)].tolist()), int(out.nfe)]
+
+        assert ask() == ask() == expected()
+        assert ask(seed=6, top_k=-1, top_p=0.5) == expected(seed=6, top_k=0, top_p=0.5)
+        assert ask(temperature=0, max_tokens=16) == expected(temperature=0.0, gen_length=16)
+        assert ask(temperature=0, policy="one") == expected(temperature=0.0, rule="one")
+        assert ask(temperature=0, policy="credit") == expected(temperature=0.0, rule="credit")
+        status, answer = here.ask({"model": MODEL, "prompt": ids, "policy": "credit"})
+        assert (status, answer["error"]["param"]) == (400, "temperature")
+
+
 # --- the command line ---------------------------------------------------------------------------
+
+
+def test_a_file_of_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its fields are the engine's and the requests'; options stand instead of them."""
+    found: list[dx.DecodeConfig] = []
+
+    def run(self: runner.Server, sockets: Any = None) -> None:
+        found.append(self.service.engine.config)
+
+    monkeypatch.setattr(runner.Server, "run", run)
+    file = tmp_path / "config.json"
+
+    def serve(content: dict[str, Any], *options: str) -> dx.DecodeConfig:
+        file.write_text(json.dumps(content))
+        done = CliRunner().invoke(app, ["serve", "--port", "0", "--config", str(file), *options])
+        assert done.exit_code == 0, done.output
+        return found.pop()
+
+    content = {
+        "threshold": 0.8,
+        "selector": "confidence",
+        "min_commit": 2,
+        "cache": "prefix",
+        "block_length": 16,
+    }
+    config = serve(content)
+    assert content.items() <= config.to_dict().items()
+    assert (config.rule, config.gen_length) == (None, 64)
+    config = serve(content, "--policy", "margin:0.5", "--block-length", "8", "--cache", "none")
+    assert (config.rule, config.threshold, config.min_commit) == ("margin:0.5", None, 1)
+    assert (config.block_length, config.cache) == (8, "none")
+    config = serve({"gen_length": 20, "temperature": 0.5})
+    assert (config.rule, config.gen_length, config.temperature) == ("entropy:0.5", 20, 0.5)
+    for wrong, message in (
+        ({"treshold": 0.5}, "config: {file}: expected fields of DecodeConfig, got 'treshold'. Did you mean"),
+        ({"threshold": "x"}, "config: {file}: threshold: expected a number"),
+        ({"cache": "block"}, "cache: expected"),
+        ({"record": True}, "record: an engine keeps no trajectory"),
+        ({"gen_length": [5, 6]}, "gen_length: expected a number or one for each of 1, got 2"),
+    ):
+        file.write_text(json.dumps(wrong))
+        done = CliRunner().invoke(app, ["serve", "--port", "0", "--config", str(file)])
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+        assert message.format(file=file) in done.stderr
 
 
 @pytest.mark.parametrize(
