@@ -11,6 +11,7 @@ the same distribution by Gumbel noise of our own, keyed by one number of torch's
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,8 +22,11 @@ from torch import Tensor
 
 from . import policies
 from .arguments import temperature_in_force, whole
+from .decoding.batch import AHEAD
 from .decoding.config import DecodeConfig
-from .decoding.decode import run, start
+from .decoding.decode import start
+from .decoding.schedule import Schedule, Window
+from .decoding.sequence import SequenceState
 from .decoding.settings import check_mask, drawn_seed
 from .models import Model, for_decoding, own_precision, traits, unwrap
 from .ops import row_stats, select
@@ -195,8 +199,13 @@ def _generate(
     )
     with torch.inference_mode():
         rows = [prompt] if isinstance(prompt, Tensor) and prompt.ndim == 1 else list(prompt)
-        batch = start(model, [ids.to(torch.int64) for ids in rows], config, published=True)
-        run(batch)
+        batch = start(model, [ids.to(torch.int64) for ids in rows], config, schedule=_as_published)
+        waiting: list[int] = []
+        while batch.live:  # at the end of a block every sequence waits for the others
+            waiting += batch.step(ahead=AHEAD)
+            if not batch.live:
+                batch.enter(waiting)
+                waiting = []
     tokens = batch.tokens.clone()
     batch.keep()
     return tokens, batch.forwards
@@ -206,6 +215,24 @@ def _mask_of(model: Any, mask_id: int | None) -> int:
     """The mask that is given, else the model's own, else LLaDA's. Raises ValueError by name."""
     own = traits(model).mask_id
     return check_mask(model, (MASK_ID if own is None else own) if mask_id is None else mask_id)
+
+
+def _as_published(schedule: Schedule) -> Schedule:
+    """The schedule with the published loops' detours."""
+    kind: Any = type(schedule)
+
+    class Published(kind):
+        def front_window(self, s: SequenceState) -> Window:
+            """A pass over the whole sequence fills the prompt's masks, too."""
+            found: Window = super().front_window(s)
+            return found._replace(start=0) if self.full(s) else found
+
+        def is_over(self, s: SequenceState) -> bool:
+            """A block that its full pass has completed gets another pass."""
+            return super().is_over(s) and not self.published_passes(s)
+
+    made: Schedule = Published(**{f.name: getattr(schedule, f.name) for f in dataclasses.fields(schedule)})
+    return made
 
 
 class AtRandom(Rule):

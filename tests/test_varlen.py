@@ -17,7 +17,7 @@ from torch import Tensor
 import dparallel_ext as dx
 from dparallel_ext import cache as caches
 from dparallel_ext import models
-from dparallel_ext.cache import GRAPH_BUCKETS, Pass, Span
+from dparallel_ext.cache import GRAPH_BUCKETS, AttentionMetadata, Span
 from dparallel_ext.decoding.graphs import CudaRecorder, Graphs
 from dparallel_ext.models import base
 from dparallel_ext.ops.varlen_attention import has_varlen, varlen_attention
@@ -64,7 +64,7 @@ def step(model: models.Model, cache: caches.KVCache, spans: list[Span], ids: Ten
     count = len(ids)
     ids = torch.nn.functional.pad(ids, (0, len(plan.positions) - count))
     tensors = (tensor.to(device) for tensor in plan.tensors)
-    on_device = Pass(plan.longest_query, plan.longest_length, *tensors)
+    on_device = AttentionMetadata(plan.longest_query, plan.longest_length, *tensors)
     return model.step(ids.to(device), cache, on_device)[:count]
 
 

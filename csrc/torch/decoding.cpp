@@ -8,6 +8,7 @@
 
 #include "backend.h"
 #include "dparallel/policy.h"
+#include "windows.h"
 
 namespace dparallel {
 namespace {
@@ -178,10 +179,13 @@ void check_positions(const int64_t* positions, int64_t count, const TokenGrid& t
       "positions: expected strictly ascending positions");
 }
 
+void check_lanes(const Windows& windows, const TokenGrid& tokens) {
+  if (windows.lane != nullptr) within("lane", windows.lane, windows.count, 0, tokens.batch);
+}
+
 void launch(Cpu, const CommitArgs& args, const Tensor&, const std::optional<Tensor>&) {
   check_positions(args.positions, args.count, args.tokens);
-  if (args.windows.lane)
-    within("lane", args.windows.lane, args.windows.count, 0, args.tokens.batch);
+  check_lanes(args.windows, args.tokens);
   for (int64_t row = 0; row < args.count; ++row) {
     if (!args.commit[row]) continue;
     const int64_t position = args.positions ? args.positions[row] : row, token = args.token[row];
@@ -243,14 +247,24 @@ DPARALLEL_OP(
     "Tensor? lane, Tensor start, Tensor end, Tensor(b!)? counters) -> (Tensor remaining, Tensor "
     "first, Tensor changed, Tensor error)")
 
-void launch(Cpu, const UnmaskArgs& args, const Tensor&, const std::optional<Tensor>&) {
-  check_policy(args.policy, args.batch);
-  if (args.positions) {
-    const int64_t* end = args.positions + args.count;
-    within("positions", args.positions, args.count, 0, args.batch * args.length);
-    DP_CHECK(std::adjacent_find(args.positions, end, std::greater_equal<>()) == end,
-             "positions: expected strictly ascending positions");
+// Names two that share a position.
+void check_disjoint(const Windows& windows, const TokenGrid& tokens) {
+  if (windows.lane == nullptr) return;
+  const std::vector<cpu::WindowSpan> spans = cpu::spans_of(windows, tokens);
+  for (size_t i = 1; i < spans.size(); ++i) {
+    const int64_t a = spans[i - 1].window, b = spans[i].window;
+    DP_CHECK(spans[i - 1].end <= spans[i].begin,
+             "start: expected windows of a sequence that do not overlap, got [", windows.start[a],
+             ", ", windows.end[a], ") and [", windows.start[b], ", ", windows.end[b], "), windows ",
+             a, " and ", b, " of sequence ", windows.lane[a]);
   }
+}
+
+void launch(Cpu, const UnmaskArgs& args, const Tensor&, const std::optional<Tensor>&) {
+  check_policy(args.policy, args.windows.count);
+  check_positions(args.positions, args.count, args.tokens);
+  check_lanes(args.windows, args.tokens);
+  check_disjoint(args.windows, args.tokens);
   check_suppress(args.exclusions, args.logits.vocab);
   cpu::unmask(args, parallel);
 }
@@ -264,44 +278,36 @@ void launch(Cuda, const UnmaskArgs& args, const Tensor& like, const std::optiona
 
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unmask_(
-    Tensor tokens, Tensor logits, std::optional<Tensor> positions, Tensor start, Tensor end,
-    Tensor policy, int64_t mask_id, std::optional<Tensor> suppress, double temperature,
-    double top_p, int64_t top_k, std::optional<Tensor> keys, int64_t position_offset,
-    std::optional<Tensor> counters) {
-  DP_CHECK(tokens.dim() == 2 && tokens.scalar_type() == ScalarType::Long,
-           "tokens: expected int64 (B, L)");
+    Tensor tokens, Tensor logits, std::optional<Tensor> positions, std::optional<Tensor> lane,
+    Tensor start, Tensor end, Tensor policy, int64_t mask_id, std::optional<Tensor> suppress,
+    double temperature, double top_p, int64_t top_k, std::optional<Tensor> keys,
+    int64_t position_offset, std::optional<Tensor> counters) {
+  const TokenGrid grid = tokens_of(tokens);
   check_device(tokens, "tokens", logits, "the logits");
-  own_memory(tokens, "tokens");
   const Logits all = logits_of(logits);
-  const int64_t batch = tokens.size(0), length = tokens.size(1), count = row_count(logits);
+  const int64_t count = row_count(logits);
   if (positions.has_value()) {
     DP_CHECK(logits.dim() == 2, "logits: expected (N, V) with positions");
     expect(*positions, "positions", ScalarType::Long, {count}, logits);
   } else {
-    DP_CHECK(logits.dim() == 3 && logits.size(0) == batch && logits.size(1) == length,
+    DP_CHECK(logits.dim() == 3 && logits.size(0) == grid.batch && logits.size(1) == grid.length,
              "logits: expected (B, L, V) matching tokens");
   }
-  expect(start, "start", ScalarType::Long, {batch}, logits);
-  expect(end, "end", ScalarType::Long, {batch}, logits);
-  expect(policy, "policy", ScalarType::Float, {batch, kPolicyFields}, logits);
-  const RowTensors out(logits, count, batch);
-  Tensor committed = torch::stable::new_empty(logits, {batch}, ScalarType::Long);
-  Tensor remaining = torch::stable::new_empty(logits, {batch}, ScalarType::Long);
+  const Windows windows = windows_of(lane, start, end, grid.batch, logits);
+  expect(policy, "policy", ScalarType::Float, {windows.count, kPolicyFields}, logits);
+  const RowTensors out(logits, count, windows.count);
+  Tensor committed = torch::stable::new_empty(logits, {windows.count}, ScalarType::Long);
+  Tensor remaining = torch::stable::new_empty(logits, {windows.count}, ScalarType::Long);
   Tensor done = torch::stable::new_empty(logits, {}, ScalarType::Bool);
   const UnmaskArgs args{
-      data<int64_t>(tokens),
-      batch,
-      length,
-      tokens.stride(0),
-      tokens.stride(1),
+      grid,
       all,
       positions.has_value() ? listed(*positions) : nullptr,
       count,
-      data<int64_t>(start),
-      data<int64_t>(end),
+      windows,
       data<float>(policy),
       exclusions_of(mask_id, suppress, logits),
-      sampling_of(temperature, top_p, top_k, keys, {batch, 3}, position_offset, logits),
+      sampling_of(temperature, top_p, top_k, keys, {windows.count, 3}, position_offset, logits),
       data<int64_t>(committed),
       data<int64_t>(remaining),
       data<bool>(done),
@@ -312,9 +318,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unmask_(
 
 DPARALLEL_OP(
     unmask_,
-    "unmask_(Tensor(a!) tokens, Tensor logits, Tensor? positions, Tensor start, Tensor end, "
-    "Tensor policy, int mask_id, Tensor? suppress, float temperature, float top_p, int top_k, "
-    "Tensor? keys, int position_offset, Tensor(b!)? counters) -> (Tensor committed, Tensor "
+    "unmask_(Tensor(a!) tokens, Tensor logits, Tensor? positions, Tensor? lane, Tensor start, "
+    "Tensor end, Tensor policy, int mask_id, Tensor? suppress, float temperature, float top_p, int "
+    "top_k, Tensor? keys, int position_offset, Tensor(b!)? counters) -> (Tensor committed, Tensor "
     "remaining, Tensor done, Tensor row_tokens, Tensor fields, Tensor error)")
 
 }  // namespace

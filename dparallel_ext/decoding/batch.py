@@ -18,12 +18,11 @@ from torch import Tensor
 
 from .. import policies
 from ..cache import KVCache, Span
-from ..models import Model, traits
-from .runner import Runner, SequenceWork, reads
+from ..models import Model
+from .runner import Counts, Runner, SequenceWork, reads
+from .schedule import Schedule, Window
 from .sequence import IDLE, SequenceState, Settings, lay_out
 from .workspace import Workspace
-
-CACHES = ("none", "prefix", "dual", "block")
 
 AHEAD = 8
 """Passes that the host issues before it looks at what they did, where that cannot change what they are."""
@@ -34,14 +33,10 @@ class Batch:
 
     Args:
         lanes, width: how many sequences, and the longest one's length.
-        published: the published loops to the pass: fill the prompt's masks too, and run their extra pass
-            where the full pass has completed a block.
-        sub_block_length: of each block, the leftmost part of this length that has masks is filled first.
-            None: a block is one part.
-        refresh: with cache "dual", a full pass every so many passes over a block.
+        schedule: which positions a pass computes, and which windows it may fill.
         batch_invariant: each sequence in passes of its own.
         graphs: on a GPU, passes of one form are recorded once and replayed, see `graphs`.
-        slots: of lanes and width; default: contiguous ones.
+        kv_cache: of lanes and width; default: a contiguous one.
     """
 
     def __init__(
@@ -49,53 +44,43 @@ class Batch:
         model: Any,
         lanes: int,
         width: int,
-        block_length: int,
-        cache: str,
+        schedule: Schedule,
         mask_id: int,
         *,
         pad_id: int,
         device: torch.device | str = "cpu",
-        sub_block_length: int | None = None,
-        published: bool = False,
-        refresh: int | None = None,
         batch_invariant: bool = False,
         graphs: bool = True,
-        slots: KVCache | None = None,
+        kv_cache: KVCache | None = None,
     ) -> None:
-        self.model, self.cache, self.mask_id, self.published = model, cache, mask_id, published
-        self.refresh, self.batch_invariant = refresh, batch_invariant
-        self.block_length, self.pad_id = block_length, pad_id
-        self.traits = traits(model)
-        self.causal = self.traits.block_length is not None
-        """The model is block-causal, by blocks of `block_length`."""
-        self.sub_block_length = sub_block_length or block_length
-        self.sub_block_cache = cache == "dual" and self.causal
-        """Cache "dual" inside the active block; those before it are stored as with "block"."""
-        if self.sub_block_cache:
-            self.cache = cache = "block"
+        self.model, self.schedule, self.mask_id, self.pad_id = model, schedule, mask_id, pad_id
+        self.batch_invariant = batch_invariant
         self.rows = [IDLE] * lanes
         self.forwards = 0
         self._workspace: Workspace | None = None
-        if slots is None and isinstance(model, Model):
-            cached = cache != "none"
+        if kv_cache is None and isinstance(model, Model):
             if graphs:
                 at = torch.device(device)
-                self._workspace = Workspace.take(model, lanes, width, mask_id, at, cached=cached)
-            slots = self._workspace.slots if self._workspace else model.new_cache(lanes, width, kept=cached)
+                self._workspace = Workspace.take(model, lanes, width, mask_id, at, cached=schedule.keeps)
+            if self._workspace is not None:
+                kv_cache = self._workspace.kv_cache
+            else:
+                kv_cache = model.new_cache(lanes, width, kept=schedule.keeps)
         if self._workspace is not None:
             tokens = self._workspace.tokens.fill_(pad_id)
         else:
             tokens = torch.full((lanes, width), pad_id, dtype=torch.int64, device=device)
         self.tokens = tokens[:, :width]  # of a workspace, the part that this batch needs
-        self.slots = slots
+        self.kv_cache = kv_cache
         self.runner = Runner(
             model,
             tokens,
-            slots,
+            kv_cache,
             mask_id,
-            shift=int(self.traits.shift),
-            window=self.sub_block_length,
-            block=block_length,
+            shift=int(schedule.shift),
+            window=schedule.sub_block_length,
+            block=schedule.block_length,
+            blocks=schedule.active_blocks,
             graphs=graphs,
             workspace=self._workspace,
         )
@@ -121,14 +106,14 @@ class Batch:
         """Begin a sequence: `gen_length` tokens after `prompt` (P,) int64, in place of what the lane held.
 
         `masked`: columns of the prompt that hold masks and are filled too, ascending. `num_cached`: positions
-        whose keys and values are in the lane's slots already (cache "block").
+        whose keys and values are cached already, where the schedule stores blocks.
 
         Raises ValueError where `steps` does not divide into the blocks, or for an id to suppress that the
         model does not have.
         """
-        first, size = len(prompt), self.block_length
-        layout = lay_out(first, gen_length, size, self.causal, settings.steps, masked)
-        prefill = self.cache == "block" and bool(layout.blocks) and layout.columns[0] >= size
+        first, size, schedule = len(prompt), self.schedule.block_length, self.schedule
+        layout = lay_out(first, gen_length, size, schedule.causal, settings.steps, masked)
+        prefill = schedule.stores_blocks and bool(layout.blocks) and layout.columns[0] >= size
         suppress = self.runner.suppress(settings.suppress)
         kept = len(layout.columns)
         row = SequenceState(
@@ -152,15 +137,22 @@ class Batch:
         return [b for b, row in enumerate(self.rows) if not row.done and not row.between_blocks]
 
     def _enter(self, b: int) -> None:
-        """Begin the active block."""
+        """Begin the front block."""
         row = self.rows[b]
-        row.step_in_block, row.between_blocks, row.edits, row.seen = 0, False, 0, []
+        row.step_in_block, row.between_blocks, row.edits = 0, False, 0
         if row.done:
+            row.open = ()
             return
-        row.masks_left, row.first_mask = row.held, row.ahead
-        if reads(row, "response"):  # its rule may have filled some of the masks already
-            start, end = row.block
-            row.look(self.tokens[b, start:end].tolist(), self.mask_id)
+        if not row.open:
+            row.open = (row.opened(row.block_index),)
+            if reads(row, "response"):  # its rule may have filled some of the masks already
+                block = row.open[0]
+                ids = self.tokens[b, block.start : block.end].tolist()
+                left = ids.count(self.mask_id)
+                first = block.start + (ids.index(self.mask_id) if left else 0)
+                row.open = (block._replace(masks_left=left, first_mask=first),)
+        while self.schedule.opens(row):
+            row.open = (*row.open, row.opened(row.block_index + len(row.open)))
 
     def release(self, lane: int) -> None:
         """Forget the lane's sequence."""
@@ -171,7 +163,7 @@ class Batch:
         row = self.rows[b]
         if not row.done:
             self.tokens[b, row.ahead : row.columns[-1] + 1] = self.pad_id
-            row.block_index = len(row.blocks)
+            row.block_index, row.open = len(row.blocks), ()
 
     def step(self, lanes: Sequence[int] | None = None, ahead: int = 1) -> list[int]:
         """A pass over every sequence that is not done (of `lanes`); returns those whose block it completed.
@@ -204,28 +196,23 @@ class Batch:
 
     def _certain(self, live: list[int]) -> int:
         """Passes that can be issued one after the other: a block is complete after the last, if at all."""
-        first_mask_matters = self.sub_block_length < self.block_length or (self.traits.shift and self.causal)
         rows = [self.rows[b] for b in live]
-        if first_mask_matters or any(row.settings.rule is not None for row in rows):
+        free = [row for row in rows if row.settings.rule is not None and not row.settings.rule.by_row]
+        if self.schedule.first_mask_matters or free:
             return 1
-        return min((max(1, math.ceil(row.masks_left / policies.most(row.policy))) for row in rows), default=1)
+        most = [policies.most(row.policy(row.open[0])) for row in rows]
+        return min(
+            (max(1, math.ceil(row.masks_left / n)) for row, n in zip(rows, most, strict=True)), default=1
+        )
 
     def _step(self, live: list[int], passes: int) -> list[int]:
         groups, results = self._groups(live), []
         for _ in range(passes):
-            maybe_redundant = [
-                b for b in live if self.cache in ("prefix", "dual") and self.rows[b].step_in_block == 0
-            ]
             for group in groups:
-                results.append(self.runner.run(self.rows, self._work(group)))  # (lanes, 3)
+                results.append(self.runner.run(self.rows, self._work(group)))
                 self.forwards += 1
             for b in live:
-                row, prefill_only = self.rows[b], self._prefill_only(self.rows[b])
-                row.nfe += row.masks_left > 0 or row.edits > 0
-                row.published += not prefill_only
-                row.step_in_block += not prefill_only
-                if self.cache == "block":
-                    row.num_cached = row.block[0] - row.block[0] % self.block_length
+                self._count_pass(self.rows[b])
         if len(groups) == 1 and self.runner.static_shapes:
             # While the device is at it: what comes next if no block is complete. What follows a pass that
             # handed over is not known yet: its first token is.
@@ -235,37 +222,61 @@ class Batch:
         seen = self.runner.look(results)
         last = zip(groups, seen[-len(groups) :], strict=True)
         found = {b: lanes[b] for group, lanes in last for b in group}
-        finished = []
-        for b in live:
-            row = self.rows[b]
+        return [b for b in live if self._advance(b, found[b][: len(self._counted(self.rows[b]))])]
+
+    def _count_pass(self, row: SequenceState) -> None:
+        """A pass over the sequence was issued."""
+        prefill_only = self.schedule.prefill_only(row)
+        row.nfe += row.masks_left > 0 or row.edits > 0
+        row.published += not prefill_only
+        row.step_in_block += not prefill_only
+        row.open = tuple(block._replace(step=block.step + (not prefill_only)) for block in row.open)
+        if self.schedule.stores_blocks:
+            row.num_cached = row.block[0] - row.block[0] % self.schedule.block_length
+
+    def _advance(self, b: int, found: Counts) -> bool:
+        """Take in what the blocks hold, from the front one on; returns whether the front one is complete."""
+        row = self.rows[b]
+        row.open = tuple(
+            block._replace(masks_left=left, first_mask=first if left else block.start, changed=changed > 0)
+            for block, (left, first, changed) in zip(row.open, found, strict=False)
+        )
+        if not self.schedule.is_over(row) or row.edits_on():
+            while self.schedule.opens(row):
+                row.open = (*row.open, row.opened(row.block_index + len(row.open)))
+            return False
+        row.published += self.schedule.published_passes(row)
+        row.between_blocks = True
+        for left, _, _ in found:  # blocks behind the front one may be complete, too
+            if left or row.done:
+                break
             start, end = row.block
-            row.look(found[b][: end - start], self.mask_id)
-            if row.masks_left or (b in maybe_redundant and self.published) or row.edits_on():
-                continue
-            # Published: one more pass where the full one completed the block; one that stores the block.
-            row.published += b in maybe_redundant or self.cache == "block"
-            row.between_blocks = True
-            finished.append(b)
-            begin = start
-            while True:
-                row.generated += row.held
-                row.block_index += 1
-                if (row.settings.eos_id is not None or row.settings.stop) and self._stops(b, start, end):
-                    self.end(b)
-                if row.done or not reads(row, "response"):
-                    break
-                start, end = row.block  # a rule may have completed more blocks than the active one
-                if self.mask_id in found[b][start - begin : end - begin]:
-                    break
-        return finished
+            row.generated += row.index(end) - row.index(start)
+            row.block_index, row.open = row.block_index + 1, row.open[1:]
+            if (row.settings.eos_id is not None or row.settings.stop) and self._stops(b, start, end):
+                self.end(b)
+        return True
 
     def _work(self, lanes: list[int]) -> dict[int, SequenceWork]:
         """Of the next pass."""
         work = {}
         for b in lanes:
-            spans, window = self._spans(b), self._window(b)
-            work[b] = SequenceWork(spans, window, self.rows[b].block, self._read(self.rows[b], window, spans))
+            row = self.rows[b]
+            first, last = self.schedule.computed(row)
+            spans = [Span(b, first, last, row.length)]
+            if isinstance(self.model, Model):
+                spans = self.model.spans(b, first, last, row.length, self.schedule.block_length)
+            windows = self.schedule.windows(row)
+            read = [self._read(row, window, first, last) for window in windows]
+            work[b] = SequenceWork(spans, windows, read, self._counted(row))
         return work
+
+    def _counted(self, row: SequenceState) -> list[tuple[int, int]]:
+        """The blocks whose counts say how the sequence goes on: the open ones, or all those left where a rule
+        may fill any of them."""
+        if reads(row, "response"):
+            return row.blocks[row.block_index :]
+        return [(block.start, block.end) for block in row.open]
 
     def _stops(self, b: int, start: int, end: int) -> bool:
         """Whether EOS or a stop sequence ends in columns [start, end); notes where it begins.
@@ -293,72 +304,15 @@ class Batch:
         for b in finished:
             self._enter(b)
 
-    def _full(self, row: SequenceState) -> bool:
-        """Whether this pass computes the whole sequence."""
-        again = self.cache == "dual" and self.refresh is not None and row.step_in_block % self.refresh == 0
-        return self.cache == "none" or (self.cache != "block" and (row.step_in_block == 0 or again))
-
-    def _prefill_only(self, row: SequenceState) -> bool:
-        """Whether this pass is over the blocks before alone: their last position gives its first token.
-
-        So it is published for shifted logits in a block-causal model (Fast-dLLM v2): the pass that stores a
-        block begins the next, and passes over that one know its first token.
-        """
-        at_a_block = row.first_mask > 0 and row.first_mask % self.block_length == 0
-        return self.traits.shift and self.causal and at_a_block
-
-    def _part(self, row: SequenceState) -> tuple[int, int]:
-        """Columns of the active sub-block, in the prompt too; they count from where the block begins."""
-        start = row.block[0]
-        origin = start - start % self.block_length if self.causal else start
-        low = row.first_mask - (row.first_mask - origin) % self.sub_block_length
-        return low, low + self.sub_block_length
-
-    def _spans(self, b: int) -> list[Span]:
-        row = self.rows[b]
-        start, end = row.block
-        first, last = 0, row.length
-        if self.cache == "block":  # the blocks finished since come along, so that theirs are stored
-            first, last = row.num_cached, end
-            if self._prefill_only(row):
-                last = start
-            elif self.sub_block_cache:
-                again = row.step_in_block % self.refresh == 0 if self.refresh else row.step_in_block == 0
-                low, high = self._part(row)
-                if not again and row.first_mask > low:  # as published, not before its first column is known
-                    first, last = low, min(high, end)
-        elif not self._full(row):
-            first, last = start, end if self.cache == "dual" else row.length
-        if isinstance(self.model, Model):
-            return self.model.spans(b, first, last, row.length, self.block_length)
-        return [Span(b, first, last, row.length)]
-
-    def _window(self, b: int) -> tuple[int, int]:
-        """Columns whose masks this pass may fill."""
-        row = self.rows[b]
-        if self._prefill_only(row):
-            return row.first_mask, row.first_mask + 1
-        low, high = self._part(row)
-        start, end = max(low, row.block[0]), min(high, row.block[1])
-        if self._full(row):
-            first = row.first_mask == row.block[0]
-            if self.traits.shift and self.cache != "none" and row.step_in_block == 0 and first:
-                end = start + 1  # published: the full pass serves the block's first position
-            if self.published:
-                start = 0
-        return start, end
-
-    def _read(self, row: SequenceState, window: tuple[int, int], spans: Sequence[Span]) -> tuple[int, int]:
-        """Columns whose logits the sequence's rule reads; of a pass that computes them."""
-        if row.settings.rule is None or row.settings.rule.reads == "masked" or self._prefill_only(row):
-            return window
-        start, end = row.block
-        if row.settings.rule.reads == "response" and self.cache in ("none", "prefix"):
+    def _read(self, row: SequenceState, window: Window, first: int, last: int) -> tuple[int, int]:
+        """Columns whose logits the sequence's rule reads, of a pass that computes positions [first, last)."""
+        rule = row.settings.rule
+        if rule is None or rule.reads == "masked" or self.schedule.prefill_only(row):
+            return window.start, window.end
+        start, end = window.block[:2]
+        if rule.reads == "response" and self.schedule.to_the_end:
             start, end = row.columns[0], row.length
-        return (
-            min(window[0], max(start, spans[0].start)),
-            max(window[1], min(end, spans[-1].end)),
-        )
+        return min(window.start, max(start, first)), max(window.end, min(end, last))
 
     def _groups(self, live: list[int]) -> list[list[int]]:
         """Sequences that share a pass."""

@@ -17,8 +17,8 @@ from ..arguments import shown, temperature_in_force
 from ..ops.inputs import check_sampling
 from ..rules import Function, FunctionRule, Rule, parse
 from ..rules.spec import KINDS, ONE
-from .batch import CACHES
 from .fields import CHECKS
+from .schedule import CACHES
 
 F = TypeVar("F", bound=Callable[..., Any])
 

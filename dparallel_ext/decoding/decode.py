@@ -5,7 +5,7 @@ How: `config`. What a pass is: `batch`. What of a config hangs on the model: `se
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Unpack
 
@@ -16,6 +16,7 @@ from .. import arguments
 from ..models import Model, for_decoding, traits, warn_beyond
 from .batch import AHEAD, Batch
 from .config import DecodeConfig, DecodeKeywords, configured, names_fields
+from .schedule import Schedule, make
 from .sequence import whole_length
 from .settings import check_model, check_settings, make_settings, vocabulary
 from .workspace import Trajectory
@@ -153,8 +154,19 @@ def decode(
     return out
 
 
-def start(model: Any, prompts: list[Tensor], config: DecodeConfig, **more: Any) -> Batch:
-    """The batch of a call; `more`: arguments of `Batch`. Raises ValueError naming what does not fit."""
+def start(
+    model: Any,
+    prompts: list[Tensor],
+    config: DecodeConfig,
+    *,
+    schedule: Callable[[Schedule], Schedule] = lambda made: made,
+    **more: Any,
+) -> Batch:
+    """The batch of a call.
+
+    schedule: makes what is followed of the cache mode's. more: arguments of `Batch`. Raises ValueError naming
+    what does not fit.
+    """
     settings = make_settings(config, traits(model), config.cache or "none", len(prompts))
     model = for_decoding(model)
     counts = arguments.numbers("gen_length", config.gen_length, len(prompts), 0)
@@ -175,13 +187,10 @@ def start(model: Any, prompts: list[Tensor], config: DecodeConfig, **more: Any) 
         model,
         len(prompts),
         max(lengths, default=0),
-        block_length,
-        cache,
+        schedule(make(cache, traits(model), block_length, sub_block_length, refresh)),
         mask_id,
         pad_id=mask_id if config.eos_id is None else config.eos_id,
         device=prompts[0].device if prompts else "cpu",
-        sub_block_length=sub_block_length,
-        refresh=refresh,
         **more,
     )
     each = zip(prompts, counts, settings, masked, strict=True)
@@ -197,19 +206,18 @@ def masks(prompt: Tensor, mask_id: int) -> list[int]:
 
 
 def run(batch: Batch, streamer: Any = None, bar: Any = None) -> None:
-    """All passes. In the published loops every sequence waits at the end of a block for the others."""
+    """All passes."""
     x = batch.tokens
     sent = batch.rows[0].ahead if streamer is not None else 0
     if streamer is not None:
         streamer.put(x[:, :sent].cpu())
     drafts = hasattr(streamer, "put_draft")
-    waiting: list[int] = []
     while live := batch.live:
         blocks = {b: batch.rows[b].block for b in live}
-        left = sum(batch.rows[b].masks_left for b in live)
+        decoded = sum(row.decoded for row in batch.rows)
         finished = batch.step(ahead=1 if drafts else AHEAD)
         if bar is not None:
-            bar.update(left - sum(batch.rows[b].masks_left for b in live))
+            bar.update(sum(row.decoded for row in batch.rows) - decoded)
         if drafts:
             streamer.put_draft(x[:, sent:].cpu())
         for b in finished if streamer is not None else ():
@@ -218,10 +226,7 @@ def run(batch: Batch, streamer: Any = None, bar: Any = None) -> None:
                 if sent < last:
                     streamer.put(x[b, sent:last].cpu())
                     sent = last
-        waiting += finished
-        if not (batch.published and batch.live):
-            batch.enter(waiting)
-            waiting = []
+        batch.enter(finished)
     if bar is not None:
         bar.close()
     if streamer is not None:

@@ -14,15 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cache import GRAPH_BUCKETS, Fill, KVCache, Pass, Span
+from ..cache import GRAPH_BUCKETS, AttentionMetadata, Fill, KVCache, Span
 from ..models import Model, own_precision
-from ..ops.errors import NO_ERROR, Cell, explain
+from ..ops import commit_
+from ..ops.errors import Cell, explain
 from ..rules import Rule
-from ..types import RowStats
+from ..types import CommitOutput
 from .packed import Shapes, pack, unpack
-from .sampler import Predicted, SamplingGroup, commit_
-from .sequence import SequenceState
+from .sampler import Decided, Predicted, SamplingGroup, decide
+from .schedule import Window
+from .sequence import IDLE, SequenceState
 from .workspace import Workspace
+
+Counts = list[tuple[int, int, int]]
+"""Of some blocks of a sequence: masks left, the column of the first of them, tokens that the pass changed."""
 
 
 class SequenceWork(NamedTuple):
@@ -30,12 +35,12 @@ class SequenceWork(NamedTuple):
 
     spans: list[Span]
     """Adjoining, of our models' passes: the positions computed."""
-    window: tuple[int, int]
-    """Columns [start, end) whose masks may be filled."""
-    block: tuple[int, int]
-    """The active block."""
-    read: tuple[int, int]
-    """Columns [start, end) whose logits its rule reads; the window where it has none."""
+    windows: list[Window]
+    """What may be filled."""
+    reads: list[tuple[int, int]]
+    """For each window the columns [start, end) whose logits its rule reads; the window where it has none."""
+    counted: list[tuple[int, int]]
+    """Columns [start, end) of the blocks that the host wants the `Counts` of."""
 
 
 class GraphKey(NamedTuple):
@@ -52,12 +57,12 @@ class GraphKey(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return (*self[:5], tuple(way.key for way in self.groups))
+        return (*self[:5], tuple(group.key for group in self.groups))
 
     @property
     def recorded(self) -> bool:
         """Whether its launches can be recorded."""
-        return all(way.rule is None or way.rule.recorded for way in self.groups)
+        return all(group.rule is None or group.rule.recorded for group in self.groups)
 
     @property
     def rows(self) -> int:
@@ -100,31 +105,35 @@ class Runner:
 
     Args:
         tokens: (lanes, L) int64, changed in place.
-        slots: with our models, of so many sequences and positions.
+        kv_cache: with our models, of so many sequences and positions.
         shift: the logits for position p are produced at position max(p - shift, 0).
         window, block: columns of the widest window that is usual, and of the widest block.
+        blocks: how many blocks of a sequence may be open, each with a window.
         graphs: on a GPU, passes of one form are recorded once and replayed, see `graphs`.
-        workspace: of those tokens and slots; default: a fresh one.
+        workspace: of those tokens and that cache; default: a fresh one.
     """
 
     def __init__(
         self,
         model: Any,
         tokens: Tensor,
-        slots: KVCache | None,
+        kv_cache: KVCache | None,
         mask_id: int,
         *,
         shift: int,
         window: int,
         block: int,
+        blocks: int = 1,
         graphs: bool = True,
         workspace: Workspace | None = None,
     ) -> None:
-        self.model, self.tokens, self.slots, self.mask_id = model, tokens, slots, mask_id
-        self.shift = shift
+        self.model, self.tokens, self.kv_cache, self.mask_id = model, tokens, kv_cache, mask_id
+        self.shift, self.blocks = shift, blocks
         self.window, self.block = (min(width, tokens.shape[1]) for width in (window, block))
+        self.lane = self._lane_of(blocks)
+        """(W,) int64: each window's sequence; None where each has one."""
         if workspace is None:
-            workspace = Workspace.of(tokens, slots, graphs=graphs and isinstance(model, Model))
+            workspace = Workspace.of(tokens, kv_cache, graphs=graphs and isinstance(model, Model))
         self.trajectory, self.graphs = workspace.trajectory, workspace.graphs
         self._suppressed, self.states, self.given = workspace.suppressed, workspace.states, workspace.given
         self.static_shapes = runs_ahead(tokens.device)
@@ -175,47 +184,57 @@ class Runner:
     def run(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> Tensor:
         """One forward pass over the sequences of `work`, by their lanes in ascending order.
 
-        Returns (lanes, block + 1) int64 on the device, what `look` reads.
+        Returns (n,) int64 on the device, what `look` reads.
         """
         if self.graphs is not None and any(rows[b].nfe == 0 for b in work):
-            self.graphs.drop_stale(
-                self.model.addresses()
-            )  # where a sequence begins, the model may have moved
+            # Where a sequence begins, the model may have moved.
+            self.graphs.drop_stale(self.model.addresses())
         prepared, self._prepared = self._prepared, None
         if prepared is not None and prepared[0] == self._input_key(rows, work):
-            numbers, form = prepared[1]
+            inputs, key = prepared[1]
         else:
-            numbers, form = self._inputs(rows, work)
-        compute = functools.partial(self._compute, form, rows, work)
+            inputs, key = self._inputs(rows, work)
+        compute = functools.partial(self._compute, key, work)
         if self.graphs is None or self.graphs.addresses is None:
-            return compute(numbers.to(self.tokens.device, non_blocking=True))
-        key = form.key if form.rows <= self.recorded_rows and form.recorded else None
-        return self.graphs.run(key, numbers, compute, device=self.tokens.device, held=form)
+            return compute(inputs.to(self.tokens.device, non_blocking=True))
+        may = key.rows <= self.recorded_rows and key.recorded
+        return self.graphs.run(key.key if may else None, inputs, compute, device=self.tokens.device, held=key)
 
-    def look(self, results: Sequence[Tensor]) -> list[list[list[int]]]:
+    def look(self, results: Sequence[Tensor]) -> list[list[Counts]]:
         """What `run` returned, on the host; this waits for the device.
 
-        For each pass and lane the tokens from the active block's first column on.
+        For each pass and lane the counts of the blocks that its `SequenceWork` names, and perhaps of more.
 
         Raises ValueError for an error that kept a sequence from committing, of the first pass that has one.
         """
-        found = torch.stack(list(results)).cpu()  # (passes, lanes, block + 1)
-        errors = found[..., -1].amin(1).tolist() if found.numel() else []
-        explain(next((error for error in errors if error != NO_ERROR), NO_ERROR), Cell(self.tokens.shape[1]))
-        tokens: list[list[list[int]]] = found[..., :-1].tolist()
-        return tokens
+        found: list[list[Counts]] = []
+        lanes = len(self.tokens)
+        windows = lanes * self.blocks
+        for numbers in torch.stack(list(results)).tolist() if lanes else []:
+            explain(min(numbers[:windows]), Cell(self.tokens.shape[1]))
+            counted = (len(numbers) - windows) // 3
+            counts = list(zip(*(numbers[windows + i * counted :][:counted] for i in range(3)), strict=True))
+            each = counted // lanes
+            found.append([counts[b * each : (b + 1) * each] for b in range(lanes)])
+        return found
 
     def prepare(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> None:
         """Do what the host has to do for a pass that may come next."""
         self._prepared = self._input_key(rows, work), self._inputs(rows, work)
 
     def _input_key(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> tuple[Any, ...]:
-        """All that `_inputs` follows from, where passes are regular."""
+        """All that `_inputs` follows from, where shapes are static."""
         each = [
-            (r.nfe, r.step_in_block, r.policy, r.settings.key, r.settings.record, SamplingGroup.of(r).key)
+            (r.nfe, r.settings.policy, r.settings.key, r.settings.record, SamplingGroup.of(r).key)
             for r in rows
         ]
-        return list(work.items()), each, self.slots and self.slots.changes
+        blocks = [  # not what they hold: that is known after the pass before
+            (window.start, window.end, window.must_move, window.block.held, window.block.step)
+            for own in work.values()
+            for window in own.windows
+        ]
+        rest = [(b, own.spans, own.reads, own.counted) for b, own in work.items()]
+        return rest, blocks, each, self.kv_cache and self.kv_cache.changes
 
     def _inputs(
         self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]
@@ -232,69 +251,90 @@ class Runner:
                 continue
             own = work[b]
             everything = reads(rows[b], "block") or reads(rows[b], "response")
-            column = self._columns(b, own.read, reach, everything)
+            column = self._columns(b, own.reads, reach, everything)
             first, last = own.spans[0].start, own.spans[-1].end
             positions.append(column + b * length)
             sources.append((column - self.shift).clamp(first, last - 1) - first + offset)
             spans += own.spans
             offset += last - first
         source = torch.cat(sources)  # among the packed positions
-        plan: Sequence[Tensor] = ()
+        metadata: Sequence[Tensor] = ()
         longest = 0, 0
         if isinstance(self.model, Model):
-            assert self.slots is not None
+            assert self.kv_cache is not None
             fill = self._fill
-            found = self.slots.plan(spans, fill)
-            plan, longest = found.tensors, (found.longest_query, found.longest_length)
+            found = self.kv_cache.plan(spans, fill)
+            metadata, longest = found.tensors, (found.longest_query, found.longest_length)
             if fill is not None:
                 source = F.pad(source, (0, fill(len(source)) - len(source)))
         groups: dict[tuple[Any, ...], list[int]] = {}
         for b in work:
             groups.setdefault(SamplingGroup.of(rows[b]).key, []).append(b)
-        first_of = [rows[group[0]] for group in groups.values()]
-        record = any(rows[b].settings.record for b in work)
-        lanes = range(len(rows))
-
-        def columns(of: Mapping[int, tuple[int, int]]) -> Tensor:
-            return torch.tensor([of.get(b, (0, 0)) for b in lanes]).T  # (2, lanes)
-
-        edges = [
-            torch.cat([columns({b: getattr(work[b], name) for b in group}) for name in ("window", "read")])
-            for group in groups.values()
-        ]
-        start, _ = columns({b: own.block for b, own in work.items()})
-        block = length if any(reads(row, "response") for row in rows) else self.block
-        seen = (start[:, None] + torch.arange(block)).clamp(max=length - 1)  # (lanes, block)
         cells = self._cells(rows, work, reach)
-        policy = torch.tensor([row.policy for row in rows], dtype=torch.float32).view(-1)
-        numbers, shapes = pack(
+        policy, keys, progress = self._of_windows(rows, work)
+        inputs, shapes = pack(
             (
-                *plan,
+                *metadata,
                 source,
                 torch.cat(positions),
-                torch.stack(edges),
-                seen + torch.arange(len(rows))[:, None] * length,
-                torch.tensor([(row.nfe + 1, *row.settings.key) for row in rows]).T,
-                torch.tensor([row.progress for row in rows if cells], dtype=torch.int64).view(-1, 3).T,
+                torch.stack([self._edges(len(rows), work, group) for group in groups.values()]),
+                self._counted(rows, work),
+                keys,
+                progress if cells else progress[:, :0],
                 F.pad(policy, (0, len(policy) % 2)).view(torch.int64),
             )
         )
         if self.tokens.device.type == "cuda":
-            numbers = numbers.pin_memory()  # else its copy to the device may wait for the passes before
-        return numbers, GraphKey(
-            shapes, *longest, record, cells, tuple(SamplingGroup.of(row) for row in first_of)
-        )
+            inputs = inputs.pin_memory()  # else its copy to the device may wait for the passes before
+        record = any(rows[b].settings.record for b in work)
+        sampling = tuple(SamplingGroup.of(rows[group[0]]) for group in groups.values())
+        return inputs, GraphKey(shapes, *longest, record, cells, sampling)
+
+    def _of_windows(
+        self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Policy rows (W * 5,) float32; (3, W) int64 pass, seed and number of the samples' key; and (3, W)
+        int64 `SequenceState.progress`.
+        """
+        policy, keys, progress = [], [], []
+        for b, row in enumerate(rows):
+            windows = work[b].windows if b in work else []
+            for window in windows:
+                policy.append(row.policy(window.block, window.must_move))
+                progress.append(row.progress(window.block))
+            none = self.blocks - len(windows)
+            policy += [IDLE.settings.policy] * none
+            progress += [(0, 1, 0)] * none
+            keys += [(row.nfe + 1, *row.settings.key)] * self.blocks
+        numbers = torch.tensor((keys, progress), dtype=torch.int64).view(2, -1, 3).transpose(1, 2)
+        return torch.tensor(policy, dtype=torch.float32).view(-1), numbers[0], numbers[1]
+
+    def _edges(self, lanes: int, work: Mapping[int, SequenceWork], group: Sequence[int]) -> Tensor:
+        """(4, W) int64 for some lanes: the windows' columns [start, end), and those that rules read."""
+        edges = [(0, 0, 0, 0)] * (lanes * self.blocks)
+        for b in group:
+            for i, (window, read) in enumerate(zip(work[b].windows, work[b].reads, strict=True)):
+                edges[b * self.blocks + i] = (window.start, window.end, *read)
+        return torch.tensor(edges, dtype=torch.int64).T
+
+    def _counted(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> Tensor:
+        """(2, lanes * k) int64: columns [start, end) of the blocks that are counted, k of each sequence."""
+        most = max([self.blocks, *(len(row.blocks) for row in rows if reads(row, "response"))])
+        counted = [work[b].counted if b in work else [] for b in range(len(rows))]
+        edges = [edge for blocks in counted for edge in blocks + [(0, 0)] * (most - len(blocks))]
+        return torch.tensor(edges, dtype=torch.int64).view(-1, 2).T
 
     def _reach(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> int:
         """The most columns whose logits are usual for a sequence of the pass."""
         if any(reads(rows[b], "response") for b in work):
             return self.tokens.shape[1]
-        return max(self.window, self.block if any(reads(rows[b], "block") for b in work) else 0)
+        widest = self.block if any(reads(rows[b], "block") for b in work) else 0
+        return min(max(self.window, widest) * self.blocks, self.tokens.shape[1])
 
     def _cells(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork], reach: int) -> int:
-        """Columns of each sequence that the rules of the pass see; 0 without rules."""
+        """Columns of each window that the rules of the pass see; 0 without rules."""
         rules = {b: rule for b in work if (rule := rows[b].settings.rule) is not None}
-        widest = max((work[b].read[1] - work[b].read[0] for b in rules), default=0)
+        widest = max((last - first for b in rules for first, last in work[b].reads), default=0)
         recorded = bool(rules) and self.static_shapes and all(rule.recorded for rule in rules.values())
         return max(widest, reach) if recorded else widest
 
@@ -306,11 +346,11 @@ class Runner:
         idle = [b for b in range(lanes) if b not in work]
         return set(idle[: max(0, sequences - len(work))])
 
-    def _columns(self, b: int, read: tuple[int, int], reach: int, everything: bool) -> Tensor:
+    def _columns(self, b: int, reads: list[tuple[int, int]], reach: int, everything: bool) -> Tensor:
         """Those whose logits are computed: on the CPU the masks among those read, unless a rule reads
         everything; else as many each time.
         """
-        start, end = read
+        start, end = reads[0][0], reads[-1][1]  # what lies between windows holds no mask
         if not self.static_shapes:
             columns = torch.arange(start, end)
             return columns if everything else columns[self.tokens[b, start:end] == self.mask_id]
@@ -330,33 +370,61 @@ class Runner:
             return self._graph_bucket
         return GRAPH_BUCKETS if self.model.dtype != torch.float32 else None
 
-    def _compute(
-        self, form: GraphKey, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork], numbers: Tensor
-    ) -> Tensor:
-        *plan, source, positions, edges, block, keys, progress, policy = unpack(numbers, form.shapes)
+    def _compute(self, key: GraphKey, work: Mapping[int, SequenceWork], inputs: Tensor) -> Tensor:
+        *metadata, source, positions, edges, counted, keys, progress, policy = unpack(inputs, key.shapes)
         if isinstance(self.model, Model):
-            made = Pass(form.longest_query, form.longest_length, *plan)
-            assert self.slots is not None
+            made = AttentionMetadata(key.longest_query, key.longest_length, *metadata)
+            assert self.kv_cache is not None
             with own_precision(self.model, self.tokens.device):
-                x = self.model.step(self.tokens[made.rows, made.positions], self.slots, made)
+                x = self.model.step(self.tokens[made.rows, made.positions], self.kv_cache, made)
                 logits = self.model.head(x[source])[: len(positions)]
         else:
             logits = self._foreign(work)[source]
         policy = policy.view(torch.float32)[: 5 * keys.shape[1]].view(-1, 5)
-        predicted = Predicted(logits, positions, keys, progress, policy, form.cells)
-        before = self.tokens.view(-1)[positions] if form.record else None
-        stats, errors = [], []
-        for way, windows in zip(form.groups, edges, strict=True):
-            state = () if way.rule is None else self.states[way.rule]
-            own, error = commit_(
-                self.tokens, predicted, way, windows, state, mask_id=self.mask_id, given=self.given
+        predicted = Predicted(logits, positions, keys, progress, policy, self.lane, key.cells)
+        before = self.tokens.view(-1)[positions] if key.record else None
+        decided = [
+            decide(
+                self.tokens,
+                predicted,
+                group,
+                windows,
+                () if group.rule is None else self.states[group.rule],
+                mask_id=self.mask_id,
+                given=self.given,
             )
-            stats.append(own)
-            errors.append(error)
+            for group, windows in zip(key.groups, edges, strict=True)
+        ]
+        counts = self._commit(positions, decided, counted)
         if before is not None:
-            self._record(before, positions, keys[0], stats)
-        error = functools.reduce(torch.minimum, errors) if errors else torch.full_like(keys[0], NO_ERROR)
-        return torch.cat((self.tokens.view(-1)[block], error[:, None]), 1)
+            self._record(before, positions, keys[0, :: self.blocks], decided)
+        error = functools.reduce(torch.minimum, [each.error for each in decided])
+        return torch.cat((error, *counts))
+
+    def _commit(self, positions: Tensor, decided: Sequence[Decided], counted: Tensor) -> CommitOutput:
+        """Write what rules have decided, and count the blocks in columns `counted` (2, lanes * k)."""
+        commit, token = None, None
+        for each in decided:  # each decided about rows of its own sequences
+            if each.commit is not None and each.token is not None:
+                token = each.token if token is None else torch.where(each.commit, each.token, token)
+                commit = each.commit if commit is None else commit | each.commit
+        return commit_(
+            self.tokens,
+            None if commit is None else positions,
+            commit,
+            token,
+            mask_id=self.mask_id,
+            lane=self._lane_of(counted.shape[1] // len(self.tokens)),
+            start=counted[0],
+            end=counted[1],
+            check=False,
+        )
+
+    def _lane_of(self, each: int) -> Tensor | None:
+        """(lanes * each,) int64: whose each window is; None where each sequence has one."""
+        if each == 1:
+            return None
+        return torch.arange(len(self.tokens), device=self.tokens.device).repeat_interleave(each)
 
     def _foreign(self, work: Mapping[int, SequenceWork]) -> Tensor:
         """Of a model that knows no ragged batches: logits (B * L, V) of whole sequences of one length."""
@@ -373,11 +441,11 @@ class Runner:
         logits: Tensor = output.logits.flatten(0, 1)
         return logits
 
-    def _record(self, before: Tensor, positions: Tensor, nfe: Tensor, stats: Sequence[RowStats]) -> None:
+    def _record(self, before: Tensor, positions: Tensor, nfe: Tensor, decided: Sequence[Decided]) -> None:
         """Of the positions, those that hold another token than `before`."""
         fresh = before != self.tokens.view(-1)[positions]
-        confidence, logprob = stats[0].confidence, stats[0].sample_logprob
-        for other in stats[1:]:  # each read the rows of its own sequences
+        confidence, logprob = decided[0].stats.confidence, decided[0].stats.sample_logprob
+        for other in (each.stats for each in decided[1:]):  # each read the rows of its own sequences
             confidence = torch.where(other.token >= 0, other.confidence, confidence)
             logprob = torch.where(other.token >= 0, other.sample_logprob, logprob)
         kept = self.trajectory

@@ -60,7 +60,7 @@ class Workspace:
 
     tokens: Tensor
     """(lanes, L) int64"""
-    slots: KVCache | None
+    kv_cache: KVCache | None
     trajectory: Trajectory
     """Of the sequences that want it, by column."""
     graphs: Graphs | None
@@ -73,14 +73,20 @@ class Workspace:
     """What rules remember."""
     key: Hashable = None
     size: int = 0
-    """What it is kept under, and the bytes of its slots."""
+    """What it is kept under, and the bytes of its cache."""
 
     @classmethod
-    def of(cls, tokens: Tensor, slots: KVCache | None, *, graphs: bool = False) -> Workspace:
+    def of(cls, tokens: Tensor, kv_cache: KVCache | None, *, graphs: bool = False) -> Workspace:
         """A fresh one; `graphs`: where the device has them."""
         found = Graphs(CudaRecorder(tokens.device)) if graphs and can_record(tokens.device) else None
         return cls(
-            tokens, slots, Trajectory.blank(tokens), found, {}, torch.ones_like(tokens, dtype=torch.bool), {}
+            tokens,
+            kv_cache,
+            Trajectory.blank(tokens),
+            found,
+            {},
+            torch.ones_like(tokens, dtype=torch.bool),
+            {},
         )
 
     @classmethod

@@ -63,12 +63,12 @@ class EngineCore:
     """Requests from their arrival to their end. `work` is for the engine's thread, the rest for any.
 
     Args:
-        slots: the batch's, whose pages the scheduler gives out.
+        kv_cache: the batch's, whose pages the scheduler gives out.
         share: as the scheduler's.
     """
 
-    def __init__(self, batch: Batch, slots: KVCache, scheduler: Scheduler, share: bool) -> None:
-        self.batch, self.scheduler, self._slots, self._share = batch, scheduler, slots, share
+    def __init__(self, batch: Batch, kv_cache: KVCache, scheduler: Scheduler, share: bool) -> None:
+        self.batch, self.scheduler, self._kv_cache, self._share = batch, scheduler, kv_cache, share
         self.arrivals: list[Request] = []  # that the engine's thread has not seen
         self.requests: dict[int, Request] = {}  # by id: those it has, waiting or running
         self.running: dict[int, Request] = {}  # by lane
@@ -200,7 +200,7 @@ class EngineCore:
                 request.reused = request.shared = found.reused
                 self.counts["prompt_tokens"] += len(request.prompt) - len(request.masked)
             try:
-                self._slots.assign(found.lane, found.pages)
+                self._kv_cache.assign(found.lane, found.pages)
                 row = self.batch.admit(
                     found.lane,
                     request.prompt.to(self.batch.tokens.device),
@@ -258,14 +258,14 @@ class EngineCore:
     def _publish(self, request: Request, stored: int) -> None:
         """Let others share the pages of the first `stored` positions, which are final."""
         assert request.lane is not None
-        size = self._slots.page_size
+        size = self._kv_cache.page_size
         if stored // size <= request.shared // size:
             return
         tokens = self.batch.tokens[request.lane, :stored].tolist()
         with self.lock:
             replaced = self.scheduler.store(request.id, tokens)
         for index, page in replaced:
-            self._slots.assign(request.lane, [page], index)
+            self._kv_cache.assign(request.lane, [page], index)
         request.shared = stored
 
     def _draft(self, request: Request, start: int, end: int) -> Draft:

@@ -35,6 +35,7 @@ from ..decoding.config import (
     names_fields,
 )
 from ..decoding.decode import Prompts, masks
+from ..decoding.schedule import make
 from ..decoding.sequence import Settings, lay_out, whole_length
 from ..decoding.settings import check_model, check_settings, make_settings
 from ..models import Model, for_decoding, traits, warn_beyond
@@ -166,21 +167,18 @@ class Engine:
         try:
             table = torch.zeros((lanes, per_lane), dtype=torch.int64)
             with torch.inference_mode():
-                slots = model.new_cache(pages, page_size, table, kept=cache != "none")
+                kv_cache = model.new_cache(pages, page_size, table, kept=cache != "none")
                 batch = Batch(
                     model,
                     lanes,
                     max_length,
-                    block_length,
-                    cache,
+                    make(cache, traits(model), block_length, sub_block_length, refresh),
                     mask_id,
                     pad_id=mask_id,
                     device=model.device,
-                    sub_block_length=sub_block_length,
-                    refresh=refresh,
                     batch_invariant=config.batch_invariant,
                     graphs=config.graphs,
-                    slots=slots,
+                    kv_cache=kv_cache,
                 )
         except (RuntimeError, MemoryError) as error:
             raise ValueError(
@@ -188,9 +186,9 @@ class Engine:
                 f"{page_size} do not fit into memory ({str(error).partition(chr(10))[0]})"
             ) from error
         self._page_size, self._pages = page_size, pages
-        self._page_bytes = slots.slots[:, :, 0].numel() * slots.slots.element_size()
+        self._page_bytes = kv_cache.slots[:, :, 0].numel() * kv_cache.slots.element_size()
         scheduler = Scheduler(lanes=lanes, pages=pages, page_size=page_size, share=share)
-        self._core = EngineCore(batch, slots, scheduler, share)
+        self._core = EngineCore(batch, kv_cache, scheduler, share)
         self._ids = itertools.count()
         self._process, self._forked = os.getpid(), False
         self._bell: SimpleQueue[Engine | None] = SimpleQueue()
@@ -247,8 +245,8 @@ class Engine:
         (gen_length,) = arguments.numbers("gen_length", config.gen_length, 1, 0)
         if on_draft is not None:
             arguments.function("on_draft", on_draft)
-        batch, masked = self._core.batch, masks(ids, self.mask_id) if config.infill else []
-        length = whole_length(len(ids), gen_length, batch.block_length, batch.causal)
+        schedule, masked = self._core.batch.schedule, masks(ids, self.mask_id) if config.infill else []
+        length = whole_length(len(ids), gen_length, schedule.block_length, schedule.causal)
         if length > self.max_length:
             raise ValueError(
                 f"gen_length: prompt and response have {length} positions, max_length is {self.max_length}"
@@ -260,11 +258,11 @@ class Engine:
             )
         warn_beyond(self.model, "gen_length", length, stacklevel=2)
         settings = self._settings(config)
-        layout = lay_out(len(ids), gen_length, batch.block_length, batch.causal, settings.steps, masked)
+        layout = lay_out(len(ids), gen_length, schedule.block_length, schedule.causal, settings.steps, masked)
         # A page with a mask is not final, and with shifted logits the position before the first mask is
         # computed in any case: it gives the next token.
         known = layout.columns[0] if layout.columns else len(ids)
-        reusable = max(0, known - batch.traits.shift)
+        reusable = max(0, known - schedule.shift)
         with self._core.lock:
             self._core.check_open()
             if self._core.waiting >= self.max_waiting:

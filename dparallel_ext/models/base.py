@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import kept
-from ..cache import KVCache, Pass, Span
+from ..cache import AttentionMetadata, KVCache, Span
 from ..ops import block_attention, kv_write, rms_norm, rope_table, swiglu, varlen_attention
 from ..ops.fp8_linear import fp8_scale
 from ..ops.inputs import compiled
@@ -436,7 +436,7 @@ class Model(Named):
                 x = block(x, attend)
         return self.norm(x)
 
-    def step(self, input_ids: Tensor, cache: KVCache, plan: Pass) -> Tensor:
+    def step(self, input_ids: Tensor, cache: KVCache, plan: AttentionMetadata) -> Tensor:
         """Hidden states (N, width) after the final norm, of the packed tokens input_ids (N,) of `plan`.
 
         Their keys and values are written to the cache in place, and attention reads it, so it belongs under

@@ -19,7 +19,8 @@ def select(stats: RowStats, eligible: Tensor, policy: Tensor, *, check: bool = T
         check: False leaves the values unread, which a recording as a CUDA graph asks for.
 
     Returns:
-        (B, L) bool: at least one position of every sequence that has an eligible one.
+        (B, L) bool: at least one position of every sequence that has an eligible one, unless its `min_commit`
+        is 0.
 
     Raises:
         ValueError: naming the argument that does not fit, or an eligible position whose score is NaN.

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext.cache import GRAPH_BUCKETS, KVCache, Pass, Span
+from dparallel_ext.cache import GRAPH_BUCKETS, AttentionMetadata, KVCache, Span
 from dparallel_ext.models import Model, for_decoding, own_precision, traits
 
 METHODS = ("monte_carlo", "left_to_right")
@@ -424,7 +424,7 @@ class Scorer:
         tensors = (tensor.to(device) for tensor in plan.tensors)
         with own_precision(self.model, device):
             return self.model.step(
-                tokens.to(device), cache, Pass(plan.longest_query, plan.longest_length, *tensors)
+                tokens.to(device), cache, AttentionMetadata(plan.longest_query, plan.longest_length, *tensors)
             )
 
     def _score(self, hidden: Tensor, asked: Asked) -> dict[int, Likelihood]:

@@ -23,7 +23,7 @@ inline float temperature_in_force(double temperature) {
 struct Sampling {
   float temperature;
   // row_stats: [count, 4] seed, sequence, position, step of each row.
-  // unmask:    [batch, 3] seed, sequence, step; the position is column + position_offset.
+  // unmask:    [windows, 3] seed, sequence, step; the position is column + position_offset.
   const int64_t* keys;
   int64_t position_offset;
   double top_p = 1.0;  // see nucleus.h; 1: all
@@ -37,7 +37,7 @@ struct RowOutput {
   int64_t* tokens;  // [2, count]: argmax, sample; -1 where the row was not read
   float* fields;    // [kRowFields, count]; NaN where the row was not read
   int64_t*
-      error;  // [count] for row_stats, [batch] for unmask: kNoError, or the lowest encode_error
+      error;  // [count] for row_stats, [windows] for unmask: kNoError, or the lowest encode_error
 };
 
 struct RowStatsArgs {
@@ -81,19 +81,19 @@ struct Windows {
 };
 
 struct UnmaskArgs {
-  int64_t* tokens;  // (batch, length) with strides, changed in place
-  int64_t batch, length, token_stride_b, token_stride_l;
+  TokenGrid tokens;          // changed in place
   Logits logits;             // [count] rows
   const int64_t* positions;  // [count] ascending b * length + l of each row, or null: count = batch
                              // * length, row r is position r
   int64_t count;
-  const int64_t* start;  // [batch] active window [start, end) in columns
-  const int64_t* end;    // [batch]
-  const float* policy;   // [batch, 5]
+  // What may be filled; those of a sequence do not overlap. On a GPU a position of several windows
+  // belongs to the first of them.
+  Windows windows;
+  const float* policy;  // [windows.count, 5]
   Exclusions exclusions;
   Sampling sampling;
-  int64_t* committed;  // [batch]
-  int64_t* remaining;  // [batch] masks left in the window
+  int64_t* committed;  // [windows.count]
+  int64_t* remaining;  // [windows.count] masks left in the window
   bool* done;          // [1] no window has a mask left
   RowOutput output;    // errors are numbered by position b * length + l
 };
