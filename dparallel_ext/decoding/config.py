@@ -333,7 +333,9 @@ def decided(config: DecodeConfig, size: int, cache: str) -> Decided:
     for sequence, numbers in enumerate(rows.tolist()):
         least, score = numbers[2], policies.score_of(numbers)
         if least < 1:  # a window need not move in a pass of several, but decoding has to end
-            raise ValueError(f"min_commit: expected at least 1, got {least:g} for sequence {sequence}")
+            raise ValueError(
+                f"min_commit: expected a whole number >= 1, got {least:g} for sequence {sequence}"
+            )
         if rule is not None and score in rule.without:
             raise ValueError(f"selector: {type(rule).__name__} has no {score} to rank by")
     return Decided(rule, steps if threshold is None else None, rows, selectors)

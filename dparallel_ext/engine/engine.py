@@ -35,6 +35,7 @@ from ..decoding.config import (
     names_fields,
 )
 from ..decoding.decode import Prompts, masks
+from ..decoding.fields import plain
 from ..decoding.schedule import make
 from ..decoding.sequence import Settings, lay_out, whole_length
 from ..decoding.settings import check_model, check_settings, make_settings
@@ -279,7 +280,7 @@ class Engine:
         """The config of a request. Raises ValueError where it asks for what belongs to the engine."""
         asked = {**vars(configured("submit", config, {})), **keywords} if config is not None else {**keywords}
         for name in OF_ENGINE:
-            value, own = asked.pop(name, DEFAULTS[name]), getattr(self.config, name)
+            value, own = plain(asked.pop(name, DEFAULTS[name])), getattr(self.config, name)
             if value not in (DEFAULTS[name], own):
                 raise ValueError(
                     f"{name}: belongs to the engine, which has {own!r}, so expected that or nothing, "
