@@ -240,7 +240,7 @@ def test_numbers_of_numpy_and_torch_become_plain() -> None:
         block_length=torch.tensor(4),
         threshold=np.float32(0.5),
         min_commit=torch.tensor(2),
-        temperature=torch.tensor(0.5),
+        temperature=torch.tensor([0.5]),
         top_k=np.int32(3),
         graphs=np.bool_(False),
         stop=[np.array([1, 2]), torch.tensor([3])],

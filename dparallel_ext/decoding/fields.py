@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import arguments, policies
-from ..arguments import shown, whole
+from ..arguments import number, shown, whole
 from ..rules import Rule
 
 
@@ -106,7 +106,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "refresh": _whole_of(1),
     "batch_invariant": _switch,
     "graphs": _switch,
-    "temperature": _real,
+    "temperature": number,
     "top_p": _real,
     "top_k": _real,
     "suppress": _ids,

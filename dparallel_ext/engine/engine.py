@@ -190,6 +190,10 @@ class Engine:
         self._page_bytes = kv_cache.slots[:, :, 0].numel() * kv_cache.slots.element_size()
         scheduler = Scheduler(lanes=lanes, pages=pages, page_size=page_size, share=share)
         self._core = EngineCore(batch, kv_cache, scheduler, share)
+        self._start()
+
+    def _start(self) -> None:
+        """Begin the thread."""
         self._ids = itertools.count()
         self._process, self._forked = os.getpid(), False
         self._bell: SimpleQueue[Engine | None] = SimpleQueue()
