@@ -40,6 +40,9 @@ class DecodeKeywords(TypedDict, total=False):
     score: policies.Name | None
     cache: str | None
     refresh: int | None
+    active_blocks: int
+    open_at: float
+    activate_at: float
     batch_invariant: bool
     graphs: bool
     temperature: float
@@ -121,6 +124,16 @@ class DecodeConfig:
     and "dual" for others."""
     refresh: int | None = None
     """With cache "dual", a full pass every `refresh` passes over a block, so that no entry grows stale."""
+    active_blocks: int = 1
+    """Blocks of a sequence that passes may fill at once (d3LLM, arXiv 2601.07568; D2F, 2508.09192). With more
+    than one, the next block opens once `open_at` of the last open one is decoded; a pass need commit nothing
+    in a block behind the front one until `activate_at` of the block before it is decoded. Needs a threshold
+    or a rule that says how much a pass commits; not with sub-blocks, nor with rules that edit or that read
+    the whole response: `decode` refuses those, and in an engine such a request has one block open."""
+    open_at: float = 0.1
+    """With several active blocks: the share of a block's masks, from 0 to 1."""
+    activate_at: float = 0.95
+    """With several active blocks: the share of a block's masks, from 0 to 1."""
     batch_invariant: bool = False
     """Each sequence in passes of its own, so that it comes out to the bit as alone. In shared passes the
     matrix library may round the same row otherwise in another batch."""
@@ -232,7 +245,12 @@ class DecodeConfig:
 DEFAULTS = {field.name: field.default for field in fields(DecodeConfig)}
 ROW = ("threshold", "selector", "steps", "max_commit", "score")
 """Fields that say how the policy row of a sequence is made, with `min_commit`; None where nothing is said."""
-OF_ENGINE = ("cache", "block_length", "sub_block_length", "refresh", "batch_invariant", "graphs", "mask_id")
+ACTIVE = ("active_blocks", "open_at", "activate_at")
+"""Fields that say how many blocks are open."""
+OF_ENGINE = (
+    *("cache", "block_length", "sub_block_length", "refresh", "batch_invariant", "graphs", "mask_id"),
+    *ACTIVE,
+)
 """Fields that all requests of an engine share."""
 EACH = ("gen_length", "threshold", "selector", "policy", "min_commit", "max_commit", "score", "seed")
 """Fields that may have a value for each sequence, then a tuple."""

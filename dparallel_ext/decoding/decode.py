@@ -16,7 +16,7 @@ from .. import arguments
 from ..models import Model, for_decoding, traits, warn_beyond
 from .batch import AHEAD, Batch
 from .config import DecodeConfig, DecodeKeywords, configured, names_fields
-from .schedule import Schedule, make
+from .schedule import Schedule
 from .sequence import whole_length
 from .settings import check_model, check_settings, make_settings, vocabulary
 from .workspace import Trajectory
@@ -171,8 +171,13 @@ def start(
     model = for_decoding(model)
     counts = arguments.numbers("gen_length", config.gen_length, len(prompts), 0)
     of_model = check_model(config, model, "none")
-    cache, block_length, sub_block_length, mask_id, refresh = of_model
+    mask_id, block_length = of_model.mask_id, of_model.schedule.block_length
     check_settings(model, settings, of_model)
+    if config.active_blocks > 1 and any(own.one_block for own in settings):
+        raise ValueError(
+            "active_blocks: several need a threshold or a rule, and none that edits or reads the whole "
+            f"response, got {config.active_blocks}"
+        )
     if isinstance(model, Model):
         prompts = [prompt.to(model.device) for prompt in prompts]
     arguments.check_ids("prompt", prompts, vocabulary(model))
@@ -187,7 +192,7 @@ def start(
         model,
         len(prompts),
         max(lengths, default=0),
-        schedule(make(cache, traits(model), block_length, sub_block_length, refresh)),
+        schedule(of_model.schedule),
         mask_id,
         pad_id=mask_id if config.eos_id is None else config.eos_id,
         device=prompts[0].device if prompts else "cpu",

@@ -38,6 +38,17 @@ def _whole_of(least: int) -> Callable[[str, Any], int | None]:
     return lambda name, value: None if value is None else whole(name, value, least)
 
 
+def _several(name: str, value: Any) -> int:
+    return whole(name, value, 1)
+
+
+def _share(name: str, value: Any) -> float:
+    found = number(name, value)
+    if found > 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {shown(value)}")
+    return found
+
+
 def _counts(name: str, value: Any) -> int | tuple[int, ...]:
     several = getattr(value, "ndim", 0) == 1 or (isinstance(value, Sequence) and not isinstance(value, str))
     return tuple(arguments.numbers(name, value, len(value), 0)) if several else whole(name, value, 0)
@@ -104,6 +115,9 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "max_commit": _plain,
     "score": _plain,
     "refresh": _whole_of(1),
+    "active_blocks": _several,
+    "open_at": _share,
+    "activate_at": _share,
     "batch_invariant": _switch,
     "graphs": _switch,
     "temperature": number,

@@ -37,6 +37,14 @@ class Settings:
     """What decides instead of the policy alone."""
     record: bool = False
     """Whether the passes keep its `workspace.Trajectory`."""
+    scheduled: bool = False
+    """Whether the fixed schedule says how many tokens a pass commits."""
+
+    @property
+    def one_block(self) -> bool:
+        """Whether it is decoded by what is for one open block at a time."""
+        of_rule = self.rule is not None and (self.rule.edits > 0 or self.rule.reads == "response")
+        return self.scheduled or self.steps is not None or of_rule
 
 
 class Layout(NamedTuple):

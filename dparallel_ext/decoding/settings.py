@@ -11,18 +11,25 @@ import torch
 from ..arguments import whole
 from ..models import Model, Traits, traits
 from ..ops.inputs import check_sampling
-from .config import DecodeConfig, decided
+from .config import ACTIVE, DecodeConfig, decided
+from .schedule import Schedule, make
 from .sequence import Settings
 
 
 class OfModel(NamedTuple):
-    """The fields of a config that hang on the model, as they are in force."""
+    """What of a config hangs on the model, as it is in force."""
 
     cache: str
-    block_length: int
-    sub_block_length: int
+    schedule: Schedule
     mask_id: int
-    refresh: int | None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Of a config, that say the same."""
+        of_schedule = ("block_length", "sub_block_length", *ACTIVE)
+        return {"cache": self.cache, "mask_id": self.mask_id} | {
+            name: getattr(self.schedule, name) for name in of_schedule
+        }
 
 
 def check_model(config: DecodeConfig, model: Any, cache: str) -> OfModel:
@@ -58,7 +65,15 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> OfModel:
     mask = found.mask_id if config.mask_id is None else config.mask_id
     if mask is None:
         raise ValueError("mask_id: the model's config has no mask_token_id, so give one")
-    return OfModel(cache, block_length, part, check_mask(model, mask), refresh)
+    active = {name: getattr(config, name) for name in ACTIVE}
+    if config.active_blocks > 1 and (part < block_length or (found.shift and causal)):
+        raise ValueError(
+            "active_blocks: several are for blocks that are filled as a whole, and "
+            + (f"this one is filled {part} by {part}" if part < block_length else "this model hands over")
+            + f", so expected 1, got {config.active_blocks}"
+        )
+    schedule = make(cache, found, block_length, part, refresh, **active)
+    return OfModel(cache, schedule, check_mask(model, mask))
 
 
 def make_settings(config: DecodeConfig, found: Traits, cache: str, size: int) -> list[Settings]:
@@ -92,6 +107,7 @@ def make_settings(config: DecodeConfig, found: Traits, cache: str, size: int) ->
             top_k=top_k,
             rule=rule,
             record=config.record or config.logprobs,
+            scheduled=not selectors and rule is None and config.policy is None,
         )
         for numbers, key in zip(rows.tolist(), keys, strict=True)
     ]
@@ -106,7 +122,7 @@ def check_settings(model: Any, settings: Sequence[Settings], of_model: OfModel) 
     """Raise ValueError for an EOS that the model does not have, and for a fixed schedule where a pass may
     fill a part of the block alone.
     """
-    found, known = traits(model), vocabulary(model)
+    found, known, schedule = traits(model), vocabulary(model), of_model.schedule
     for own in settings:
         if known is not None and own.eos_id is not None and own.eos_id >= known:
             raise ValueError(f"eos_id: expected one of the model's {known} token ids, got {own.eos_id}")
@@ -116,13 +132,11 @@ def check_settings(model: Any, settings: Sequence[Settings], of_model: OfModel) 
                 "blocks are begun by the block before"
             )
     steps = next((own.steps for own in settings if own.steps is not None), None)
-    in_parts = of_model.sub_block_length < of_model.block_length or (
-        found.shift and found.block_length is not None
-    )
+    in_parts = schedule.sub_block_length < schedule.block_length or (schedule.shift and schedule.causal)
     if steps is not None and in_parts:
         raise ValueError(
             "steps: the fixed schedule is for whole blocks; this one is filled part by part "
-            f"(sub_block_length {of_model.sub_block_length}), so expected None, got {steps}"
+            f"(sub_block_length {schedule.sub_block_length}), so expected None, got {steps}"
         )
 
 

@@ -36,7 +36,6 @@ from ..decoding.config import (
 )
 from ..decoding.decode import Prompts, masks
 from ..decoding.fields import plain
-from ..decoding.schedule import make
 from ..decoding.sequence import Settings, lay_out, whole_length
 from ..decoding.settings import check_model, check_settings, make_settings
 from ..models import Model, for_decoding, traits, warn_beyond
@@ -93,8 +92,8 @@ class Engine:
     Args:
         model: one of ours (`dparallel_ext.models`), in evaluation mode; wrapped or adapted as in `decode`.
         config: how requests are decoded that say nothing else; default: `DecodeConfig()`. Its cache,
-            block_length, sub_block_length, refresh, batch_invariant, graphs and mask_id are those of every
-            request.
+            block_length, sub_block_length, refresh, active_blocks, open_at, activate_at, batch_invariant,
+            graphs and mask_id are those of every request.
         lanes: requests that are decoded at once.
         max_length: positions that one request may have, prompt and response together.
         pages: memory for keys and values, in pages; default: what `lanes` requests of max_length need. A
@@ -144,8 +143,9 @@ class Engine:
         max_waiting = whole("max_waiting", max_waiting, 1)
         self.model, causal = model, traits(model).block_length is not None
         self._of_model = check_model(config, model, "block" if causal else "dual")
-        cache, block_length, sub_block_length, mask_id, refresh = self._of_model
-        self.config = config.replace(**self._of_model._asdict())
+        cache, schedule, mask_id = self._of_model
+        block_length = schedule.block_length
+        self.config = config.replace(**self._of_model.fields)
         """How a request is decoded that says nothing else; fields of the engine are as they are in force."""
         self.cache, self.mask_id = cache, mask_id
         self._settings(self.config.replace(seed=0))  # refused now, not with the first request
@@ -173,7 +173,7 @@ class Engine:
                     model,
                     lanes,
                     max_length,
-                    make(cache, traits(model), block_length, sub_block_length, refresh),
+                    schedule,
                     mask_id,
                     pad_id=mask_id,
                     device=model.device,
@@ -233,7 +233,7 @@ class Engine:
         `Completion.logprobs`, and as the tokens do in `Handle.logprobs`. Returns at once.
 
         config: how the prompt is decoded; default: the engine's. In it the engine's own fields (cache,
-            block_length, sub_block_length, refresh, batch_invariant, graphs, mask_id) are left out or equal.
+            block_length and so on, see `Engine`) are left out or equal.
         on_draft: called with a `Draft` after every pass that the request is in. Where the pass has completed
             a block, the event of that block follows. No draft is kept. It is called in the engine's thread,
             so it must be quick; if it raises anything, the request fails. The tokens are the same without it.
