@@ -158,8 +158,9 @@ class DecodeConfig:
     mask_id: int | None = None
     """The mask token; None: the model's `mask_token_id`."""
     eos_id: int | None = None
-    """If given, a sequence whose finished block holds it ends there: later blocks are not computed but filled
-    with it. None, as published: every block is decoded."""
+    """If given, a sequence ends where it stands and nothing in front of it is masked any more: the masks
+    behind it, in its block and in later ones, are not computed but filled with it. The tokens in front of it
+    are those of a decode that goes on. None, as published: every block is decoded."""
     stop: Sequence[Sequence[int]] = ()
     """Sequences of tokens that end a response as eos_id does, wherever they lie in it."""
     seed: int | Sequence[int] | Tensor | None = None

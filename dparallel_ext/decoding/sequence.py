@@ -198,6 +198,11 @@ class SequenceState:
         apart = self.columns[-1] - (end - 1)
         return self.columns[bisect_left(range(end), apart, key=lambda i: self.columns[i] - i)]
 
+    @property
+    def edited(self) -> bool:
+        """Whether what is decoded may change as long as its block is open."""
+        return self.settings.rule is not None and self.settings.rule.edits > 0
+
     def edits_on(self) -> bool:
         """Whether the front block, which has no mask, is open for another pass of a rule that edits."""
         rule = self.settings.rule

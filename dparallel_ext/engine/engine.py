@@ -189,24 +189,24 @@ class Engine:
         self._page_size, self._pages = page_size, pages
         self._page_bytes = kv_cache.slots[:, :, 0].numel() * kv_cache.slots.element_size()
         scheduler = Scheduler(lanes=lanes, pages=pages, page_size=page_size, share=share)
-        self._core = EngineCore(batch, kv_cache, scheduler, share)
+        self.core = EngineCore(batch, kv_cache, scheduler, share)
         self._start()
 
     def _start(self) -> None:
         """Begin the thread."""
-        self._ids = itertools.count()
+        self.request_ids = itertools.count()
         self._process, self._forked = os.getpid(), False
         self._bell: SimpleQueue[Engine | None] = SimpleQueue()
         self._ended = threading.Lock()  # held until the thread is over; `join` errs once it was interrupted
         self._ended.acquire()
         bell = self._bell
         gone = weakref.ref(self, lambda _: bell.put(None))
-        self._thread = threading.Thread(
+        self.thread = threading.Thread(
             target=_serve, args=(bell, self._ended, gone), name="dparallel engine", daemon=True
         )
         _threads.add(self._ended)
         try:
-            self._thread.start()
+            self.thread.start()
         except RuntimeError:  # there are too many
             _threads.discard(self._ended)
             raise
@@ -245,12 +245,12 @@ class Engine:
             EngineFull: if max_waiting requests wait.
             RuntimeError: if the engine is closed, or is another process's.
         """
-        self._core.check_open()
+        self.core.check_open()
         ids, config = self._prompt(prompt), self._request(config, keywords)
         (gen_length,) = arguments.numbers("gen_length", config.gen_length, 1, 0)
         if on_draft is not None:
             arguments.function("on_draft", on_draft)
-        schedule, masked = self._core.batch.schedule, masks(ids, self.mask_id) if config.infill else []
+        schedule, masked = self.core.batch.schedule, masks(ids, self.mask_id) if config.infill else []
         length = whole_length(len(ids), gen_length, schedule.block_length, schedule.causal)
         if length > self.max_length:
             raise ValueError(
@@ -268,13 +268,13 @@ class Engine:
         # computed in any case: it gives the next token.
         known = layout.columns[0] if layout.columns else len(ids)
         reusable = max(0, known - schedule.shift)
-        with self._core.lock:
-            self._core.check_open()
-            if self._core.waiting >= self.max_waiting:
+        with self.core.lock:
+            self.core.check_open()
+            if self.core.waiting >= self.max_waiting:
                 raise EngineFull(f"{self.max_waiting} requests wait already (max_waiting)")
             events = Events()
-            handle = Handle(next(self._ids), events, self._cancel, self._thread)
-            self._core.arrivals.append(
+            handle = Handle(next(self.request_ids), events, self._cancel, self.thread)
+            self.core.arrivals.append(
                 Request(handle, events, ids, gen_length, masked, length, reusable, settings, on_draft)
             )
         self._ring()
@@ -315,26 +315,26 @@ class Engine:
     @property
     def stats(self) -> EngineStats:
         if self._forked:
-            self._core.check_open()
-        with self._core.lock:
-            s = self._core.scheduler.stats
+            self.core.check_open()
+        with self.core.lock:
+            s = self.core.scheduler.stats
             return EngineStats(
-                waiting=self._core.waiting,
-                active=len(self._core.running),
-                forwards=self._core.batch.forwards,
+                waiting=self.core.waiting,
+                active=len(self.core.running),
+                forwards=self.core.batch.forwards,
                 reused_tokens=s.reused_tokens,
                 pages=s.pages,
                 pages_used=s.used,
                 pages_kept=s.kept,
                 page_bytes=self._page_bytes,
                 closed=self.closed,
-                **self._core.counts,
+                **self.core.counts,
             )
 
     @property
     def closed(self) -> bool:
         """Whether it takes no more requests: since `close`, or since a fault of its own."""
-        return self._core.closed
+        return self.core.closed
 
     def close(self, *, cancel: bool = False) -> None:
         """Take no more requests, end those there are (or cancel them), and wait for the thread.
@@ -342,12 +342,12 @@ class Engine:
         From a callback it does not wait. In a fork of the process there is nothing to close.
         """
         self._close(cancel)
-        if threading.current_thread() is not self._thread:
+        if threading.current_thread() is not self.thread:
             with self._ended:
                 pass
 
     def _close(self, cancel: bool) -> None:
-        self._core.close(cancel)
+        self.core.close(cancel)
         self._ring()
 
     def __enter__(self) -> Engine:
@@ -357,7 +357,7 @@ class Engine:
         self.close(cancel=kind is not None)
 
     def _cancel(self, id: int) -> None:
-        self._core.cancel(id)
+        self.core.cancel(id)
         self._ring()
 
     def _ring(self) -> None:
@@ -368,7 +368,7 @@ class Engine:
     def _disown(self) -> None:
         """This is a fork of the engine's process. There is no thread here, and it may have held the locks."""
         self._forked, self._ended, self._bell = True, threading.Lock(), SimpleQueue()
-        self._core.disown(
+        self.core.disown(
             f"the engine is process {self._process}'s, of which this is a fork: make another here"
         )
 
@@ -377,7 +377,7 @@ def _serve(bell: SimpleQueue[Engine | None], ended: threading.Lock, _gone: weakr
     """An engine's thread. While there is no request it does not keep the engine, whose end rings too."""
     process = os.getpid()
     try:
-        while (engine := bell.get()) is not None and engine._core.work():
+        while (engine := bell.get()) is not None and engine.core.work():
             del engine
     finally:
         if os.getpid() != process:  # a callback forked and came back, to a thread that there is no way out of
@@ -400,7 +400,7 @@ def _open_engines() -> list[Engine]:
 
 
 @atexit.register
-def _leave() -> None:
+def leave() -> None:
     """Close the engines: the interpreter's end aborts a thread that computes."""
     global _leaving
     _leaving = True
@@ -408,7 +408,7 @@ def _leave() -> None:
     for engine in left:
         engine._close(cancel=True)
     while _threads:
-        stuck = sum(time.monotonic() - engine._core.calling > PATIENCE for engine in left)
+        stuck = sum(time.monotonic() - engine.core.calling > PATIENCE for engine in left)
         if stuck >= len(_threads):
             log.warning("the program ends, and a callback of a request has not returned")
             break

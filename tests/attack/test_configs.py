@@ -6,16 +6,15 @@ import json
 import math
 import random
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import Attack
+from conftest import Attack, golden
 
 import dparallel_ext as dx
-from dparallel_ext import DecodeConfig, models, policies, rules
+from dparallel_ext import DecodeConfig, policies, rules
 from dparallel_ext.decoding.config import DEFAULTS
 
 
@@ -23,7 +22,7 @@ def everything(stats: dx.RowStats, masked: torch.Tensor, step: torch.Tensor) -> 
     return masked
 
 
-LLADA = models.load(Path(__file__).parents[1] / "golden" / "llada_tiny_a")
+LLADA = golden.model("llada_tiny_a")
 PROMPTS = [[5, 6, 7], [8, 511]]
 JUNK = [None, True, -1, 0, 1, 2, 1.5, math.nan, math.inf, 2**63, 10**400, "", "x", b"x", [], [[]], {}]
 JUNK += [torch.tensor(1), torch.tensor([1.5]), torch.zeros(2, 2), np.array([1, 2]), range(3), object()]
