@@ -185,8 +185,7 @@ def decode(
         content = read_fields(config)
         mask_id = take_mask(content, mask_id)
         infill = infill or bool(content.get("infill"))
-        if gen_length is None and "gen_length" not in content:
-            gen_length = 0 if infill and not suffix else registry.gen_length(model)
+        content.setdefault("gen_length", 0 if infill and not suffix else registry.gen_length(model))
         asked = config_of(
             content,
             policy,
@@ -206,15 +205,9 @@ def decode(
         loaded, tokenizer = registry.load(model, device=device, fp8=fp8, mask_id=mask_id)
         asked = with_ends(asked, endings(registry.directory_of(model), tokenizer))
         for texts in calls:
+            live = LiveText(Console(), tokenizer, loaded.mask_id, 0.1) if stream else None
             for row in complete(
-                model,
-                loaded,
-                tokenizer,
-                texts,
-                asked,
-                template=template,
-                suffix=suffix,
-                live=LiveText(Console(), tokenizer, loaded.mask_id, 0.1) if stream else None,
+                model, loaded, tokenizer, texts, asked, template=template, suffix=suffix, live=live
             ):
                 if unknown := registry.unknown_words(tokenizer, row["prompt"]):
                     words = ", ".join(map(repr, dict.fromkeys(unknown)))
@@ -364,8 +357,7 @@ def serve(
         keys = settings.find_keys(api_key, api_key_file)
         content = read_fields(config)
         mask_id = take_mask(content, mask_id)
-        if "gen_length" not in content:
-            content["gen_length"] = registry.gen_length(model)
+        content.setdefault("gen_length", registry.gen_length(model))
         asked = config_of(
             content,
             policy,
