@@ -104,6 +104,7 @@ def decide(
         tokens,
         predicted.logits,
         mask_id=mask_id,
+        lane=predicted.lane,
         start=windows[0],
         end=windows[1],
         policy=predicted.policy,

@@ -220,7 +220,8 @@ class EngineCore:
 
     def advance(self) -> None:
         """One pass over all lanes; if it fails, each request by itself, to find whose fault it is."""
-        blocks = {lane: self.batch.rows[lane].block for lane in self.running}
+        rows = self.batch.rows
+        blocks = {lane: (rows[lane].open[0].start, rows[lane].open[-1].end) for lane in self.running}
         try:
             finished = self._step(list(blocks))
         except BaseException as error:
@@ -240,7 +241,7 @@ class EngineCore:
                 self.end(request, error)
 
     def _report(self, request: Request, block: tuple[int, int], finished: bool) -> None:
-        """What a pass over the block in columns [start, end) has made of it."""
+        """What a pass over the open blocks in columns [start, end) has made of them."""
         assert request.lane is not None
         row = self.batch.rows[request.lane]
         if request.on_draft is not None:

@@ -386,11 +386,10 @@ def test_stop_sequences_end_a_response_as_eos_does(llada) -> None:
 
 def test_a_pass_that_fails_changes_nothing(llada) -> None:
     """Of the batch: a caller may go on without the sequence that it failed of."""
-    from dparallel_ext.decoding.decode import make_settings, start
-    from dparallel_ext.models import traits
+    from dparallel_ext.decoding.decode import start
 
-    settings = make_settings(traits(llada), "none", 3, threshold=1.0)
-    batch = start(llada, list(PROMPTS), 8, 4, "none", None, settings)
+    config = dx.DecodeConfig(threshold=1.0, gen_length=8, block_length=4)
+    batch = start(llada, list(PROMPTS), config)
     with torch.inference_mode():
         batch.step()
         tokens, rows = batch.tokens.clone(), [vars(row).copy() for row in batch.rows]
@@ -421,3 +420,30 @@ def test_sub_blocks_are_filled_from_left_to_right(llada, dream, cache: str) -> N
         dx.decode(llada, PROMPTS, sub_block_length=5, **settings)
     with pytest.raises(ValueError, match="steps: the fixed schedule is for whole blocks"):
         dx.decode(llada, PROMPTS, gen_length=24, block_length=12, sub_block_length=4, steps=6)
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("threshold", [None, 1.0, 3.0])
+def test_eos_ends_a_sequence_once_what_is_in_front_is_final(
+    llada, cache: str, threshold: float | None
+) -> None:
+    """The tokens in front of it, and its own, are those of a decode that goes on; passes are saved."""
+    settings: dict = {"gen_length": 24, "block_length": 12, "cache": cache, "threshold": threshold}
+    saved = 0
+    for prompt in PROMPTS:
+        on = dx.decode(llada, prompt, record=True, **settings)
+        response = on.responses[0].tolist()
+        for at in (3, 5, 15):
+            eos = response[at]
+            first = response.index(eos)
+            out = dx.decode(llada, prompt, eos_id=eos, record=True, **settings)
+            assert out.responses[0][: first + 1].tolist() == response[: first + 1]
+            assert int(out.kept) == first
+            # The last pass is the one that commits the last of them.
+            step = on.trajectory.step[0]
+            assert int(out.nfe) == int(step[: first + 1].max())
+            late = out.trajectory.step[0] == 0
+            assert bool((out.responses[0][late] == eos).all())
+            assert int(out.generated) == 24 - int(late.sum())
+            saved += int(on.nfe) - int(out.nfe)
+    assert saved > 0
