@@ -17,7 +17,7 @@ from .bench_unmask import THRESHOLD
 from .harness import CPU, OURS, Case, Work, on_cpu
 
 SHAPE = {"batch": 64, "length": 512}
-CASE_NAME = "select, batch 64, 512 positions"
+NAME = "select, batch 64, 512 positions"
 
 
 def work(device: torch.device, small: bool, batch: int, length: int) -> Work:
@@ -40,9 +40,9 @@ def work(device: torch.device, small: bool, batch: int, length: int) -> Work:
     )
 
 
-CASE = Case(CASE_NAME, "select", work, SHAPE, ("warm", "graph, warm"))
+CASE = Case(NAME, "select", work, SHAPE, ("warm", "graph, warm"))
 
 
 @pytest.mark.parametrize("contender", ["eager", OURS])
 def test_select(benchmark: Any, read_bandwidth: float, contender: str) -> None:
-    on_cpu(benchmark, CASE_NAME, work(CPU, False, **SHAPE), contender, read_bandwidth, rounds=100)
+    on_cpu(benchmark, NAME, work(CPU, False, **SHAPE), contender, read_bandwidth, rounds=100)

@@ -7,6 +7,7 @@ import torch
 from . import (
     bench_block_attention,
     bench_certainty_forcing_loss,
+    bench_commit,
     bench_decode,
     bench_fp8_linear,
     bench_kv_write,
@@ -60,6 +61,7 @@ CASES = (
     bench_row_stats.case(32),
     bench_row_stats.case(512),
     bench_select.CASE,
+    bench_commit.CASE,
     _step("LLaDA-8B", 8),
     _decode("LLaDA-8B", "none", 8),
     *(_attention("LLaDA", batch, length) for batch, length in ((1, 4096), (1, 32768), (64, 512), (8, 4096))),
