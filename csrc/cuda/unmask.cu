@@ -107,17 +107,17 @@ __device__ inline Window own_window(const UnmaskArgs& args, int w) {
   return window;
 }
 
-// Masked, in window w and in none before it; any column.
+// Masked, in window w and in none before it; any column. Of another's column the token is not
+// looked at, since its window may be writing it.
 __device__ inline bool needs(const UnmaskArgs& args, int w, const Window& window, int64_t column) {
   if (!window.holds(column)) return false;
-  if (args.tokens.at(window.b, column) != args.exclusions.mask_id) return false;
   if (window.contested) {
 #pragma unroll 1
     for (int i = 0; i < w; ++i)
       if (const Window other = window_at(args, i); other.b == window.b && other.holds(column))
         return false;
   }
-  return true;
+  return args.tokens.at(window.b, column) == args.exclusions.mask_id;
 }
 
 // Where a row of the logits belongs.

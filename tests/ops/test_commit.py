@@ -132,7 +132,8 @@ def test_opcheck_and_compile() -> None:
     args = (tokens, at, commit, token, MASK, lane, *edges, counters(tokens, 5))
     torch.library.opcheck(torch.ops.dparallel.commit_.default, args)
     args = (tokens, None, None, None, MASK, None, *(e[:2] for e in edges), counters(tokens, 4))
-    torch.library.opcheck(torch.ops.dparallel.commit_.default, args)
+    shapes = "test_schema", "test_faketensor"
+    torch.library.opcheck(torch.ops.dparallel.commit_.default, args, test_utils=shapes)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def left(tokens: Tensor) -> Tensor:
