@@ -298,7 +298,7 @@ def evaluate(
             rows.append(row)
             typer.echo(measuring.line(row))
             if json_file is not None:
-                measuring.write_json(json_file, rows)
+                files.write_json(json_file, rows)
         if plot is not None:
             plots.accuracy_against_passes(rows, plot)
 

@@ -16,7 +16,6 @@ from dparallel_ext import rules
 from dparallel_ext.rules import ONE as ONE
 
 from . import registry
-from .files import write_json as write_json
 from .text import prompt_encoder
 from .toy import tasks
 

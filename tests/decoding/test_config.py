@@ -283,7 +283,7 @@ SOME: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("fields", SOME, ids=str)
+@pytest.mark.parametrize("fields", SOME, ids=range(len(SOME)))
 def test_a_config_decodes_as_its_keywords(fields: dict[str, Any]) -> None:
     fields = {"gen_length": 16, "block_length": 8, **fields}
     expected = dx.decode(LLADA, PROMPTS, **fields)
