@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from dparallel_ext import DecodeConfig
+
 MAX_LENGTH = 2048
 """Of models whose config does not say how many positions they have."""
 AUTO_BATCH_SIZE = 16
@@ -34,14 +36,10 @@ class Generation:
 
     prompt: list[int]
     gen_length: int
-    sampling: dict[str, Any]
-    """temperature, top_p and top_k of `Engine.submit`."""
-    policy: dict[str, Any]
-    """The arguments of `Engine.submit` that `parse_policy` gives."""
+    config: DecodeConfig
+    """Its stops are the end tokens beside the first, and strings of `until` that are special tokens, which no
+    text holds."""
     until: tuple[str, ...]
-    stop: list[list[int]]
-    """End tokens beside the first, and strings of `until` that are special tokens, which no text holds."""
-    seed: int
 
 
 def batch_size_of(given: int | str | None, largest: int | None) -> int:

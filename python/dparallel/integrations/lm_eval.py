@@ -34,7 +34,8 @@ from lm_eval.api.registry import register_model
 from torch import Tensor
 from tqdm import tqdm
 
-from dparallel_ext import Completion, Engine
+from dparallel_ext import Completion, DecodeConfig, Engine
+from dparallel_ext.decoding import OF_ENGINE
 from dparallel_ext.models import traits
 
 from .. import registry, text
@@ -130,14 +131,15 @@ class DParallelLM(TemplateLM):
         self.pretrained, self.directory = pretrained, registry.directory_of(pretrained)
         self.policy, self.gen_length, self.seed = policy, gen_length, seed
         causal = traits(self.model).block_length is not None
-        self.engine_options: dict[str, Any] = {
-            "cache": cache or ("block" if causal else "none"),
-            "block_length": block_length,
-            "sub_block_length": sub_block_length,
-            "refresh": refresh,
-            "batch_invariant": batch_invariant,
-            "mask_id": mask_id,
-        }
+        self.config = DecodeConfig(
+            rule=policy,
+            cache=cache or ("block" if causal else "none"),
+            block_length=block_length,
+            sub_block_length=sub_block_length,
+            refresh=refresh,
+            batch_invariant=batch_invariant,
+            mask_id=mask_id,
+        )
         self.likelihood_options: dict[str, Any] = {
             "method": None if likelihood == "auto" else likelihood,
             "samples": mc_num,
@@ -222,7 +224,7 @@ class DParallelLM(TemplateLM):
             "model_num_parameters": sum(p.numel() for p in self.model.parameters()),
             "model_dtype": str(self.model.dtype),
             "policy": self.policy,
-            **self.engine_options,
+            **{name: getattr(self.config, name) for name in OF_ENGINE},
             **{f"likelihood_{key}": value for key, value in self.likelihood_options.items()},
             "generated_tokens": self._counts["tokens"],
             "forward_passes": self._counts["passes"],
@@ -361,7 +363,7 @@ class DParallelLM(TemplateLM):
         with bar:
             for index, response in self._decode(generations):
                 results[index] = response
-                if not generations[index].sampling["temperature"]:
+                if not generations[index].config.temperature:
                     self.cache_hook.add_partial("generate_until", requests[index].args, response)
                 bar.update()
                 bar.set_postfix(tokens_per_pass=f"{self._tokens_per_pass:.2f}")
@@ -376,40 +378,39 @@ class DParallelLM(TemplateLM):
         gen_length = self.gen_length or int(next(iter(lengths), self.default_gen_length))
         temperature = temperature_of(left.pop("do_sample", None), left.pop("temperature", None))
         top_k = left.pop("top_k", None)
-        sampling = {
-            "temperature": temperature,
-            "top_p": left.pop("top_p", None),
-            "top_k": None if top_k == -1 else top_k,  # -1 keeps all ids, as in vLLM
-        }
-        policy = parse_policy(left.pop("policy", self.policy))
+        top_p, top_k = left.pop("top_p", None), left.pop("top_k", None)
+        policy = left.pop("policy", self.policy)
+        parse_policy(policy)
         for name, value in left.items():
             idle = name in OF_SAMPLING and not temperature
             if not idle and value not in NEUTRAL.get(name, ()):
                 raise ValueError(f"gen_kwargs: {name}={value!r} is not supported")
         ids = self.tok_encode(context)
         digest = hashlib.sha256(f"{self.seed}:{occurrence}:{context}".encode()).digest()
-        return Generation(
-            prompt=self._fit(ids, gen_length),
+        config = self.config.replace(
             gen_length=gen_length,
-            sampling=sampling,
-            policy=policy,
-            until=tuple(one for one in until if one),
+            rule=policy,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=None if top_k == -1 else top_k,  # -1 keeps all ids, as in vLLM
+            eos_id=self.eot_token_id,
             stop=[
                 *([self.special_ids[one]] for one in until if one in self.special_ids),
                 *([one] for one in self.end_ids[1:]),
             ],
             seed=int.from_bytes(digest[:7], "big"),
         )
+        return Generation(self._fit(ids, gen_length), gen_length, config, tuple(one for one in until if one))
 
     def _engine(self, requests: int, longest: int) -> Engine:
         causal = traits(self.model).block_length
-        size = (self.engine_options["block_length"] or causal) if causal else 1
+        size = (self.config.block_length or causal) if causal else 1
         return Engine(
             self.model,
+            self.config,
             lanes=min(self.batch_size, requests),
             max_length=-(-longest // size) * size,  # a block-causal model fills its last block
             max_waiting=requests,
-            **self.engine_options,
         )
 
     def _decode(self, generations: Sequence[Generation]) -> Iterator[tuple[int, str]]:
@@ -421,15 +422,7 @@ class DParallelLM(TemplateLM):
         with self._engine(len(generations), longest) as engine:
             handles, streams, texts = [], [], [""] * len(generations)
             for index, one in enumerate(generations):
-                handle = engine.submit(
-                    one.prompt,
-                    gen_length=one.gen_length,
-                    eos_id=self.eot_token_id,
-                    stop=one.stop,
-                    seed=one.seed,
-                    **one.sampling,
-                    **one.policy,
-                )
+                handle = engine.submit(one.prompt, one.config)
                 streams.append(text.TextStream(self.tokenizer, one.until))
                 handle.subscribe(functools.partial(_put, events, index))
                 handles.append(handle)
