@@ -362,6 +362,8 @@ def check_settings(
                 f"rule: {type(own.rule).__name__} edits, which does not go with {type(model).__name__}: its "
                 "blocks are begun by the block before"
             )
+    for rule in {own.rule for own in settings if own.rule is not None}:
+        rule.check(model, block_length)
     steps = next((own.steps for own in settings if own.steps is not None), None)
     in_parts = sub_block_length < block_length or (found.shift and found.block_length is not None)
     if steps is not None and in_parts:

@@ -268,7 +268,7 @@ class Passes:
                 torch.stack(edges),
                 seen + torch.arange(len(rows))[:, None] * length,
                 torch.tensor([(row.nfe + 1, *row.settings.key) for row in rows]).T,
-                torch.tensor([row.progress for row in rows if cells], dtype=torch.int64).view(-1, 3).T,
+                torch.tensor([row.progress for row in rows if cells], dtype=torch.int64).view(-1, 4).T,
                 F.pad(policy, (0, len(policy) % 2)).view(torch.int64),
             )
         )

@@ -48,6 +48,8 @@ class Layout(NamedTuple):
     """Columns [start, end) of each block, left to right; each holds some of `columns`."""
     length: int
     """Of the whole sequence."""
+    origin: int = 0
+    """The first column of the first block: one of the prompt's where that ends within a block."""
 
 
 def whole_length(prompt: int, gen_length: int, block_length: int, causal: bool) -> int:
@@ -81,7 +83,7 @@ def lay_out(
     ]
     if steps is not None and blocks and steps % len(blocks):
         raise ValueError(f"steps: expected a multiple of the {len(blocks)} blocks, got {steps}")
-    return Layout(columns, blocks, length)
+    return Layout(columns, blocks, length, origin)
 
 
 @dataclass
@@ -177,10 +179,13 @@ class Row:
         return bisect_left(self.columns, column)
 
     @property
-    def progress(self) -> tuple[int, int, int]:
-        """For rules: passes that the active block has had, passes of the schedule, the first column."""
+    def progress(self) -> tuple[int, int, int, int]:
+        """For rules: passes that the active block has had, passes of the schedule, the response's first
+        column, the active block's first column.
+        """
         scheduled = self.settings.steps or len(self.columns)
-        return self.turn, scheduled, self.columns[0] if self.columns else 0
+        block = self.layout.origin if self.at == 0 or self.done else self.block[0]
+        return self.turn, scheduled, self.columns[0] if self.columns else 0, block
 
     @property
     def policy(self) -> tuple[float, ...]:

@@ -55,7 +55,7 @@ class Predicted(NamedTuple):
     keys: Tensor
     """(3, B) int64: each sequence's pass, from 1, and the seed and the number that key its samples."""
     progress: Tensor
-    """(3, B) int64, see `rows.Row.progress`; empty where there is no rule."""
+    """(4, B) int64, see `rows.Row.progress`; empty where there is no rule."""
     policy: Tensor
     """(B, 5) float32"""
     cells: int
@@ -111,7 +111,7 @@ def _by_rule(
     mask_id: int,
     given: Tensor,
 ) -> tuple[RowStats, Tensor]:
-    logits, positions, (step, seed, sequence), (turn, steps, response), policy, cells = predicted
+    logits, positions, (step, seed, sequence), (turn, steps, response, block), policy, cells = predicted
     start, end, first, last = windows
     flat = tokens.view(-1)
     lane, column = positions // tokens.shape[1], positions % tokens.shape[1]
@@ -129,8 +129,7 @@ def _by_rule(
         position=column,
         step=step[lane],
     )
-    needed = read if rule.edits else masks
-    bad = torch.where(needed & (error != NO_ERROR), 4 * positions + error % 4, NO_ERROR)
+    bad = torch.where(read & (error != NO_ERROR), 4 * positions + error % 4, NO_ERROR)
     errors = torch.full_like(step, NO_ERROR).scatter_reduce(0, lane, bad, "amin")
     moves = read & (errors[lane] == NO_ERROR)  # a bad row keeps its own sequence from committing
     masks = masks & moves
@@ -148,6 +147,7 @@ def _by_rule(
         turn=turn,
         steps=steps,
         first=response,
+        block=block,
         policy=policy,
         cells=grid,
         rows=logits,

@@ -34,6 +34,7 @@ class Credit(Rule):
 
     row = "confidence:0.9"
     greedy = True
+    by_row = True
     without = ("margin",)  # the id of the second logit is not known, nor whether it has credit
 
     def __post_init__(self) -> None:

@@ -70,6 +70,8 @@ class Where:
     """(W,) int64: passes of the fixed schedule; without one, the tokens of the response."""
     first: Tensor
     """(W,) int64: the column of the response's first token."""
+    block: Tensor
+    """(W,) int64: the column of the active block's first token, which the prompt's tail may hold."""
     policy: Tensor
     """(W, 5) float32: the sequences' policy rows, see `policies`."""
     cells: Cells
@@ -143,8 +145,14 @@ class Rule:
     """Whether it commits tokens of its own, so that none can be sampled: the temperature has to be 0."""
     without: tuple[str, ...] = ()
     """Scores that it does not compute, so that no policy row can rank by them."""
+    by_row: bool = False
+    """Whether it commits no more tokens of a window than its policy row may, see `policies.most`. The host
+    can then tell before a pass that a block will not be complete after it."""
     row: str | None = None
     """The policy row to decide by where the caller names none: "confidence:0.9". None: the fixed schedule."""
+
+    def check(self, model: Any, block_length: int) -> None:
+        """Raise ValueError, or warn, where it does not go with a model that decodes by such blocks."""
 
     def new_state(self, lanes: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
         """What it remembers: tensors (lanes, ...), most often (lanes, columns) for `Where.recall`.
