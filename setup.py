@@ -95,11 +95,9 @@ def plan(directory: Path, library: str) -> tuple[str, str]:
             flags = f"-DDPARALLEL_SIMD={level}" + (f" -march={march}" if march else "")
             ninja.compile("cxx", source, flags, f".{level}")
     with_cuda = "-DDPARALLEL_WITH_CUDA" if cuda.nvcc else defines["CUDA_REASON"]
-    ninja.compile(
-        "cxx",
-        ROOT / "csrc" / "torch_ops.cpp",
-        f"-isystem {quote(torch.root / 'include')} -DTORCH_TARGET_VERSION=0x020a000000000000 {with_cuda}",
-    )
+    stable = f"-isystem {quote(torch.root / 'include')} -DTORCH_TARGET_VERSION=0x020a000000000000"
+    for source in sorted((ROOT / "csrc" / "torch").glob("*.cpp")):
+        ninja.compile("cxx", source, f"{stable} {with_cuda}")
     python = f"-isystem {quote(pybind11.get_include())} -isystem {quote(sysconfig.get_path('include'))}"
     for source in sorted((ROOT / "csrc" / "runtime").glob("*.cpp")):
         ninja.compile("cxx", source, f"{python} {' '.join(defines.values())}")

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext.attention import block_attention
 from dparallel_ext.cache import KVCache
 from dparallel_ext.models import Model
+from dparallel_ext.ops import block_attention
 
 from .bench_cache import BLOCK, TAKEN, random_model
 

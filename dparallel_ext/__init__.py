@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import torch  # the compiled library links against torch's, so torch comes first
 
-from . import compat, diffusion_gemma, models, policies, reference, rules
+from . import compat, diffusion_gemma, models, ops, policies, reference, rules
 from ._C import build_info, simd_level
-from .attention import block_attention, kv_write, rope_table
-from .decode import DecodeOutput, decode
+from .decoding import DecodeOutput, Trajectory, decode
 from .engine import Completion, Draft, Engine, EngineFull, EngineStats, Handle
-from .layers import fp8_linear, quantize_fp8, rms_norm, swiglu
-from .loss import CertaintyForcingLoss, certainty_forcing_loss, linear_certainty_forcing_loss
 from .masks import MaskedPair, semi_autoregressive_masks
-from .ops import check_errors, row_stats, select, unmask_
-from .types import RowStats, UnmaskOutput
-from .workspace import Trajectory
+from .ops import (
+    CertaintyForcingLoss,
+    block_attention,
+    certainty_forcing_loss,
+    check_errors,
+    commit_,
+    fp8_linear,
+    kv_write,
+    linear_certainty_forcing_loss,
+    quantize_fp8,
+    rms_norm,
+    rope_table,
+    row_stats,
+    select,
+    swiglu,
+    unmask_,
+)
+from .types import CommitOutput, RowStats, UnmaskOutput
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CertaintyForcingLoss",
+    "CommitOutput",
     "Completion",
     "DecodeOutput",
     "Draft",
@@ -35,6 +48,7 @@ __all__ = [
     "build_info",
     "certainty_forcing_loss",
     "check_errors",
+    "commit_",
     "compat",
     "decode",
     "diffusion_gemma",
@@ -42,6 +56,7 @@ __all__ = [
     "kv_write",
     "linear_certainty_forcing_loss",
     "models",
+    "ops",
     "policies",
     "quantize_fp8",
     "reference",

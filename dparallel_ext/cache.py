@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import has_varlen
+from .ops.varlen_attention import has_varlen
 
 Fill = Callable[[int], int] | None
 
@@ -22,7 +22,7 @@ def fill_up(count: int, parts: int) -> int:
     return -(-count // size) * size
 
 
-FEW_SIZES = functools.partial(fill_up, parts=4)
+GRAPH_BUCKETS = functools.partial(fill_up, parts=4)
 
 WHOLE = 256
 """Positions from which on a sequence that is computed whole attends to itself, by `varlen_attention`, and
@@ -40,7 +40,7 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pass:
+class AttentionMetadata:
     """What one forward pass computes: spans of any sequences and lengths, packed.
 
     N tokens in the order of the spans, S spans; see `attention.kv_write` and `attention.block_attention`.
@@ -94,7 +94,7 @@ class KVCache:
         decide, so that a sequence's result depends neither on the others of its pass nor on its pages."""
         self.changes = 0
         """Times that pages were assigned."""
-        self._plans: dict[tuple[tuple[Span, ...], Fill], Pass] = {}
+        self._plans: dict[tuple[tuple[Span, ...], Fill], AttentionMetadata] = {}
         """The few last ones, the least recently used first."""
 
     @property
@@ -121,7 +121,7 @@ class KVCache:
         self._plans.clear()
         self.changes += 1
 
-    def plan(self, spans: Sequence[Span], fill: Fill = None) -> Pass:
+    def plan(self, spans: Sequence[Span], fill: Fill = None) -> AttentionMetadata:
         """The pass over `spans`, on the CPU.
 
         fill: gives the number, at least its argument, that so many rows are filled up to; with it, spans,
@@ -140,7 +140,7 @@ class KVCache:
             del self._plans[next(iter(self._plans))]
         return found
 
-    def _plan(self, spans: tuple[Span, ...], fill: Fill) -> Pass:
+    def _plan(self, spans: tuple[Span, ...], fill: Fill) -> AttentionMetadata:
         for span in spans:
             if not 0 <= span.row < self.batch:
                 raise ValueError(f"spans: sequence {span.row}, but the cache is for {self.batch}")
@@ -186,7 +186,9 @@ class KVCache:
         if len(seen):
             bounds, seen = F.pad(bounds, (0, 1), value=len(rows)), F.pad(seen, (0, 1))
         through_cache = begin, end, visible, pages
-        return Pass(longest_query, longest_length, rows, positions, slots, *through_cache, bounds, seen)
+        return AttentionMetadata(
+            longest_query, longest_length, rows, positions, slots, *through_cache, bounds, seen
+        )
 
 
 def _power_of_two(count: int) -> int:

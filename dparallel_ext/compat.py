@@ -11,6 +11,7 @@ the same distribution by Gumbel noise of our own, keyed by one number of torch's
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,9 +22,13 @@ from torch import Tensor
 
 from . import policies
 from .arguments import temperature_in_force, whole
-from .decode import check_mask, drawn_seed, make_settings, run, start
+from .decoding.batch import AHEAD
+from .decoding.decode import check_mask, drawn_seed, make_settings, start
+from .decoding.schedule import Schedule, Window
+from .decoding.sequence import SequenceState
 from .models import Model, for_decoding, own_precision, traits, unwrap
-from .ops import check_sampling, row_stats, select
+from .ops import row_stats, select
+from .ops.inputs import check_sampling
 from .rules import Decision, Rule, Where
 from .types import RowStats
 
@@ -194,8 +199,15 @@ def _generate(
         mask_id = _mask_of(model, mask_id)
         if remasking == "random":
             settings = [replace(own, rule=AtRandom()) for own in settings]
-        batch = start(model, prompts, gen_length, block_length, cache, mask_id, settings, published=True)
-        run(batch)
+        batch = start(
+            model, prompts, gen_length, block_length, cache, mask_id, settings, schedule=_as_published
+        )
+        waiting: list[int] = []
+        while batch.live:  # at the end of a block every sequence waits for the others
+            waiting += batch.step(ahead=AHEAD)
+            if not batch.live:
+                batch.enter(waiting)
+                waiting = []
     tokens = batch.tokens.clone()
     batch.keep()
     return tokens, batch.forwards
@@ -205,6 +217,24 @@ def _mask_of(model: Any, mask_id: int | None) -> int:
     """The mask that is given, else the model's own, else LLaDA's. Raises ValueError by name."""
     own = traits(model).mask_id
     return check_mask(model, (MASK_ID if own is None else own) if mask_id is None else mask_id)
+
+
+def _as_published(schedule: Schedule) -> Schedule:
+    """The schedule with the published loops' detours."""
+    kind: Any = type(schedule)
+
+    class Published(kind):
+        def front_window(self, s: SequenceState) -> Window:
+            """A pass over the whole sequence fills the prompt's masks, too."""
+            found: Window = super().front_window(s)
+            return found._replace(start=0) if self.full(s) else found
+
+        def is_over(self, s: SequenceState) -> bool:
+            """A block that its full pass has completed gets another pass."""
+            return super().is_over(s) and not self.published_passes(s)
+
+    made: Schedule = Published(**{f.name: getattr(schedule, f.name) for f in dataclasses.fields(schedule)})
+    return made
 
 
 class AtRandom(Rule):

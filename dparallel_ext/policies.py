@@ -2,7 +2,7 @@
 
 Every rule commits a prefix of the masked positions of the active window, sorted by the rule's score
 (best first, ties to the lowest position). The rule gives the length of the prefix, `min_commit` and
-`max_commit` bound it, and at least one position always commits.
+`max_commit` bound it. With a `min_commit` of 0 a window need not move; else at least one position commits.
 
 ============== ========================================================= =====================
 selector       commits                                                   threshold
@@ -71,7 +71,7 @@ MOST = 2**24
 """The largest min_commit: float32 holds every whole number up to it. A max_commit of as much is no limit."""
 BOUNDS = {
     "selector": (0, len(RULES) - 1),
-    "min_commit": (1, MOST),
+    "min_commit": (0, MOST),
     "max_commit": (1, math.inf),
     "score": (0, len(SCORES) - 1),
 }
@@ -111,7 +111,7 @@ def make(
 
     Each argument is one value or one per sequence. `threshold` is the rule's parameter (see the table
     above): a probability or a difference of two in [0, 1], nats >= 0, a factor >= 0, or a whole number >= 1.
-    `min_commit` is a whole number of at most `MOST`, `max_commit` None is no limit; `score`, what `quota`
+    `min_commit` is a whole number from 0 to `MOST`, `max_commit` None is no limit; `score`, what `quota`
     ranks by, defaults to confidence.
 
     Raises ValueError naming the argument that does not fit.
@@ -187,7 +187,7 @@ def _check_rows(rows: Iterable[Sequence[float]]) -> None:
         for name, value, ok, expected in (
             ("selector", selector, selector in _BY_ID, f"ids 0..{len(RULES) - 1} of {list(RULES)}"),
             ("threshold", threshold, fits, rule.expected),
-            ("min_commit", low, _within(low, "min_commit"), f"a whole number >= 1 and <= {MOST}"),
+            ("min_commit", low, _within(low, "min_commit"), f"a whole number >= 0 and <= {MOST}"),
             ("max_commit", high, _within(high, "max_commit"), "a whole number >= 1, or inf"),
             ("max_commit", high, high >= low, "at least min_commit"),
             ("score", score, _within(score, "score"), f"ids 0..{len(SCORES) - 1} of {list(SCORES)}"),

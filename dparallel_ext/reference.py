@@ -12,9 +12,9 @@ from torch import Tensor
 
 from . import policies
 from .arguments import temperature_in_force
-from .loss import CertaintyForcingLoss
-from .ops import NO_ERROR
-from .types import RowStats, UnmaskOutput
+from .ops import CertaintyForcingLoss
+from .ops.errors import NO_ERROR
+from .types import CommitOutput, RowStats, UnmaskOutput
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -160,11 +160,44 @@ def select(confidence: Tensor, margin: Tensor, entropy: Tensor, eligible: Tensor
     return commit
 
 
+def commit_(
+    tokens: Tensor,
+    positions: Tensor | None = None,
+    commit: Tensor | None = None,
+    token: Tensor | None = None,
+    *,
+    mask_id: int,
+    lane: Tensor | None = None,
+    start: int | Tensor = 0,
+    end: int | Tensor | None = None,
+) -> CommitOutput:
+    """See `dparallel_ext.commit_`."""
+    batch, length = tokens.shape
+    before = tokens.clone()
+    if commit is not None and token is not None:
+        commit, token = commit.flatten(), token.flatten()
+        if bool((commit & ((token == mask_id) | (token < 0))).any()):
+            raise ValueError("token: expected ids >= 0, and not the mask token")
+        at = torch.arange(batch * length, device=tokens.device) if positions is None else positions
+        at = at[commit]
+        tokens[at // max(length, 1), at % max(length, 1)] = token[commit]
+    of = torch.arange(batch, device=tokens.device) if lane is None else lane
+    low = torch.as_tensor(start, device=tokens.device).expand(len(of)).clamp(0, length)
+    high = torch.as_tensor(length if end is None else end, device=tokens.device).expand(len(of))
+    high = torch.maximum(high.clamp(max=length), low)
+    column = torch.arange(length, device=tokens.device)
+    inside = (column >= low[:, None]) & (column < high[:, None])  # (W, L)
+    masks = inside & (tokens[of] == mask_id)
+    first = torch.cat((column.where(masks, length), high[:, None]), 1).amin(1)
+    return CommitOutput(masks.sum(1), first, (inside & (tokens != before)[of]).sum(1))
+
+
 def unmask_(
     tokens: Tensor,
     logits: Tensor,
     *,
     mask_id: int,
+    lane: Tensor | None = None,
     start: int | Tensor = 0,
     end: int | Tensor | None = None,
     policy: Tensor,
@@ -178,20 +211,25 @@ def unmask_(
     step: int | Tensor = 0,
     position_offset: int = 0,
 ) -> UnmaskOutput:
-    """See `dparallel_ext.unmask_`; `policy` (B, 5) rows only."""
+    """See `dparallel_ext.unmask_`; `policy` (W, 5) rows only."""
     batch, length = tokens.shape
     here = tokens.device
-    column = torch.arange(length, device=here)
-    first = torch.as_tensor(start, device=here).expand(batch)[:, None]
-    last = torch.as_tensor(length if end is None else end, device=here).expand(batch)[:, None]
-    window = (column >= first) & (column < last)
-    needed = window & (tokens == mask_id)  # (B, L)
-    flat = needed.flatten().nonzero()[:, 0]
+    lane = torch.arange(batch, device=here) if lane is None else lane
+    windows, column = len(lane), torch.arange(length, device=here)
+    first = torch.as_tensor(start, device=here).expand(windows)[:, None]
+    last = torch.as_tensor(length if end is None else end, device=here).expand(windows)[:, None]
+    open_ = (column >= first) & (column < last) & (tokens[lane] == mask_id)  # (W, L)
+    window = torch.full((batch, length), -1, device=here)  # of each position
+    for w, b in enumerate(lane.tolist()):
+        if bool((window[b][open_[w]] >= 0).any()):
+            raise ValueError("start: expected windows of a sequence that do not overlap")
+        window[b][open_[w]] = w
+    flat = (window >= 0).flatten().nonzero()[:, 0]
     rows = flat if positions is None else torch.searchsorted(positions, flat)
-    of = flat // max(length, 1)
+    of = window.flatten()[flat]
 
     def key(value: int | Tensor) -> Tensor:
-        return torch.as_tensor(value, device=here).expand(batch)[of]
+        return torch.as_tensor(value, device=here).expand(windows)[of]
 
     stats = row_stats(
         logits,
@@ -202,7 +240,7 @@ def unmask_(
         top_p=top_p,
         top_k=top_k,
         seed=key(seed),
-        sequence=key(torch.arange(batch) if sequence is None else sequence),
+        sequence=key(lane if sequence is None else sequence),
         position=flat % max(length, 1) + position_offset,
         step=key(step),
     )
@@ -213,10 +251,11 @@ def unmask_(
 
     full = [spread(x, batch * length, flat).reshape(batch, length) for x in stats]
     by = RowStats(*full)
-    commit = select(by.confidence, by.margin, by.entropy, needed, policy)
-    tokens[commit] = by.sample[commit]
+    commit = select(by.confidence[lane], by.margin[lane], by.entropy[lane], open_, policy)  # (W, L)
+    for w, b in enumerate(lane.tolist()):
+        tokens[b] = torch.where(commit[w], by.sample[b], tokens[b])
     committed = commit.sum(1)
-    remaining = needed.sum(1) - committed
+    remaining = open_.sum(1) - committed
     if positions is not None:
         full = [spread(x, len(positions), rows) for x in stats]
     none = torch.full_like(committed, NO_ERROR)

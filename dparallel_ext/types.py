@@ -40,12 +40,23 @@ class UnmaskOutput(NamedTuple):
     """What one `unmask_` step did; device tensors, nothing was synchronised."""
 
     committed: Tensor
-    """(B,) int64: positions committed."""
+    """(W,) int64: positions committed, by window."""
     remaining: Tensor
-    """(B,) int64: masks left in the window."""
+    """(W,) int64: masks left in the window."""
     done: Tensor
     """() bool: no window has a mask left."""
     stats: RowStats
     """Statistics of the rows read: fields (B, L), or (N,) where `positions` were given."""
     error: Tensor
-    """(B,) int64: what kept each sequence from committing, see `ops.explain`; 2**63 - 1 where nothing did."""
+    """(W,) int64: what kept each window from committing, see `ops.explain`; 2**63 - 1 where nothing did."""
+
+
+class CommitOutput(NamedTuple):
+    """What windows hold after `commit_`; device tensors, nothing was synchronised."""
+
+    remaining: Tensor
+    """(W,) int64: masks left in the window."""
+    first: Tensor
+    """(W,) int64: the column of the first of them; where there is none, the window's end (at most L)."""
+    changed: Tensor
+    """(W,) int64: tokens of the window that this call made others than they were."""

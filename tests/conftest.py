@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import dparallel_ext as dx
-from dparallel_ext import ops
+from dparallel_ext import _C
+from dparallel_ext.ops import streams
 
-STAND_IN = "cuda_host" in ops._C.build_info()["backends"]
+STAND_IN = "cuda_host" in _C.build_info()["backends"]
 """The CUDA kernels, executed on the CPU, take the place of the CPU's: see test_cuda_host."""
 
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=60)
@@ -77,10 +78,10 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         yield "cpu"
     else:
         before = dx.simd_level()
-        ops._C.use_simd_level(request.param)
+        _C.use_simd_level(request.param)
         assert dx.simd_level() == request.param
         yield "cpu"
-        ops._C.use_simd_level(before)
+        _C.use_simd_level(before)
 
 
 everywhere = pytest.mark.usefixtures("device")
@@ -95,7 +96,7 @@ def every_level(test: Callable[..., None]) -> Callable[..., None]:
 def counters(like: Tensor, needed: int) -> Tensor | None:
     """What `torch.ops.dparallel` is given for `like`: int32 zeros where its kernels count blocks."""
     if not STAND_IN:
-        return ops._counters(like, needed)
+        return _counters_for(like, needed)
     _given.append(torch.zeros(needed, dtype=torch.int32))  # to the byte
     return _given[-1]
 
@@ -106,11 +107,12 @@ def goes_on(tokens: Tensor) -> bool:
 
 
 _given: list[Tensor] = []
+_counters_for = streams.counters_for
 
 
 @pytest.fixture(autouse=STAND_IN)
 def _stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(ops, "_counters", counters)
+    monkeypatch.setattr(streams, "counters_for", counters)
     yield
     assert not any(bool(given.any()) for given in _given), "counters were not left zero"
     _given.clear()

@@ -19,8 +19,8 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import kept, models
-from dparallel_ext.batch import Batch
 from dparallel_ext.cache import KVCache
+from dparallel_ext.decoding.batch import Batch
 from dparallel_ext.models import SDAR, Model
 
 MASK = 511
@@ -315,7 +315,7 @@ class Looks:
             return finished
 
         monkeypatch.setattr(Batch, "step", counted)
-        monkeypatch.setattr(importlib.import_module("dparallel_ext.decode"), "AHEAD", ahead)
+        monkeypatch.setattr(importlib.import_module("dparallel_ext.decoding.decode"), "AHEAD", ahead)
 
 
 @pytest.mark.slow
@@ -390,7 +390,7 @@ def test_a_pass_ahead_that_fails_undoes_those_before_it() -> None:
             logits[4 - len(calls), 5] = torch.nan  # of the second sequence, then of the first
         return SimpleNamespace(logits=logits.to(input_ids.device))
 
-    decoding = importlib.import_module("dparallel_ext.decode")
+    decoding = importlib.import_module("dparallel_ext.decoding.decode")
     quota = dx.policies.make("quota", 1, batch=2)
     own = decoding.make_settings(models.traits(model), "none", 2, policy=quota)
     batch = decoding.start(model, [torch.tensor([1, 2])] * 2, 6, 6, "none", 31, own)

@@ -71,7 +71,7 @@ def test_ops_of_these_kernels_pass_the_tests_of_every_device(tmp_path: Path) -> 
     package = build.extension()
     slow = "not (samples_follow or gradcheck and 33 or golden_cases and (none or prefix))"
     shares = (
-        ("row_stats", "unmask", "certainty_forcing_loss"),
+        ("row_stats", "unmask", "commit", "certainty_forcing_loss"),
         ("block_attention", "kv_write", "rms_norm", "swiglu", "fp8_linear", "compat", "sampling"),
     )
     assert {*shares[0], *shares[1]} - {"compat", "sampling"} == {*build.ops()} - {"select"}  # in test_unmask

@@ -310,6 +310,10 @@ def test_suppressed_ids_are_never_decoded(llada) -> None:
         ({"selector": "entropy"}, "selector: belongs to a threshold"),
         ({"selector": "nonsense"}, "selector: belongs to a threshold.* got 'nonsense'"),
         ({"max_commit": 4}, "max_commit: belongs to a threshold"),
+        (
+            {"threshold": 0.5, "min_commit": [1, 0, 1]},
+            "min_commit: expected a whole number >= 1, got 0 for sequence 1",
+        ),
         ({"min_commit": torch.tensor([1, 2, 1])}, "min_commit: belongs to a threshold"),
         ({"selector": "confidence", "threshold": 90}, "threshold: expected a number >= 0 and <= 1"),
         (
@@ -383,7 +387,7 @@ def test_stop_sequences_end_a_response_as_eos_does(llada) -> None:
 
 def test_a_pass_that_fails_changes_nothing(llada) -> None:
     """Of the batch: a caller may go on without the sequence that it failed of."""
-    from dparallel_ext.decode import make_settings, start
+    from dparallel_ext.decoding.decode import make_settings, start
     from dparallel_ext.models import traits
 
     settings = make_settings(traits(llada), "none", 3, threshold=1.0)

@@ -212,7 +212,7 @@ def test_memory_is_bounded_and_requests_wait_for_it(monkeypatch: pytest.MonkeyPa
         until(lambda: engine.stats.active == 2)
         stats = engine.stats
         assert (stats.pages, stats.pages_used, stats.waiting) == (5, 4, 4)
-        slots = engine._core.batch.slots
+        slots = engine._core.batch.kv_cache
         assert slots is not None
         assert slots.slots.numel() * slots.slots.element_size() == 5 * stats.page_bytes
         with pytest.raises(ValueError, match=r"length: 48 positions need 6 pages of 8, and there are 5"):

@@ -13,8 +13,8 @@ from conftest import GPUS, everywhere
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext import ops
-from dparallel_ext.ops import NO_ERROR, Cell, Errors, named_row
+from dparallel_ext.ops import errors, streams
+from dparallel_ext.ops.errors import NO_ERROR, Cell, Errors, named_row
 
 TEXTS = {1: "logits: {} holds NaN", 3: "labels: {} is out of range"}
 
@@ -22,18 +22,18 @@ TEXTS = {1: "logits: {} holds NaN", 3: "labels: {} is out of range"}
 @pytest.fixture
 def waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors wait on the CPU too."""
-    monkeypatch.setattr(ops, "_waits", lambda device: True)
-    monkeypatch.setattr(ops, "_errors", {})
+    monkeypatch.setattr(errors, "waits", lambda device: True)
+    monkeypatch.setattr(errors, "pending", {})
 
 
 def reported(where: Any = named_row, position: int = 5, code: int = 1, size: int = 8) -> None:
     error = torch.full((size,), NO_ERROR)
     error[-1] = 4 * position + code
-    ops._report(error, where, TEXTS)
+    errors.report(error, where, TEXTS)
 
 
 def test_an_error_waits_until_it_is_read(waiting: None) -> None:
-    ops._report(torch.tensor([NO_ERROR, 4 * 7 + 1, 4 * 5 + 1, NO_ERROR]), named_row, TEXTS)
+    errors.report(torch.tensor([NO_ERROR, 4 * 7 + 1, 4 * 5 + 1, NO_ERROR]), named_row, TEXTS)
     reported(position=2)  # what comes later may follow from the first
     reported(position=9)
     with pytest.raises(ValueError, match=r"^logits: row 5 holds NaN$"):
@@ -47,10 +47,10 @@ def test_an_error_waits_until_it_is_read(waiting: None) -> None:
 def test_reports_take_no_memory(waiting: None) -> None:
     for number in range(1000):
         reported(position=number, size=number % 3 + 1)
-        ops._report(torch.empty(0, dtype=torch.int64), named_row, TEXTS)
-    (recorded, errors) = ops._errors.values()
-    assert (len(errors.kinds), len(recorded.kinds)) == (1, 0)
-    assert errors.words.numel() == Errors.KINDS
+        errors.report(torch.empty(0, dtype=torch.int64), named_row, TEXTS)
+    (recorded, own) = errors.pending.values()
+    assert (len(own.kinds), len(recorded.kinds)) == (1, 0)
+    assert own.words.numel() == Errors.KINDS
     with pytest.raises(ValueError, match="row 0 holds"):
         dx.check_errors()
 
@@ -59,12 +59,12 @@ def test_more_kinds_than_words(waiting: None) -> None:
     """To make room a report looks; so does a user who decodes views of many lengths, once in a while."""
     fine = torch.full((4,), NO_ERROR)
     for length in range(1, 3 * Errors.KINDS):
-        ops._report(fine, Cell(length), TEXTS)
+        errors.report(fine, Cell(length), TEXTS)
     reported(Cell(1000), position=2003)
 
     def others() -> None:
         for length in range(2000, 2000 + Errors.KINDS):
-            ops._report(fine, Cell(length), TEXTS)
+            errors.report(fine, Cell(length), TEXTS)
 
     with pytest.raises(ValueError, match="sequence 2 at position 3 holds NaN"):
         others()
@@ -75,9 +75,9 @@ def test_cuda_is_every_gpu(waiting: None) -> None:
     gpus = [torch.device("cuda", index) for index in (0, 1)]
     for asked, index, raises in (("cuda", 1, True), ("cuda:1", 1, True), ("cuda:0", 1, False)):
         for gpu in gpus:
-            ops._errors[gpu, 7] = Errors(torch.device("cpu"))
+            errors.pending[gpu, 7] = Errors(torch.device("cpu"))
         error = torch.tensor([4 * 3 + 1])
-        ops._errors[gpus[index], 7].report(error, named_row, TEXTS)
+        errors.pending[gpus[index], 7].report(error, named_row, TEXTS)
         if raises:
             with pytest.raises(ValueError, match="row 3"):
                 dx.check_errors(asked)
@@ -117,13 +117,13 @@ def test_counters(monkeypatch: pytest.MonkeyPatch) -> None:
         device = torch.device("cuda", 0)
 
     stream, capturing, zeros = 1, False, torch.zeros
-    monkeypatch.setattr(ops, "stream_of", lambda device: stream)
-    monkeypatch.setattr(ops, "_capturing", lambda device: capturing)
-    monkeypatch.setattr(ops, "_counter_buffers", {})
+    monkeypatch.setattr(streams, "stream_of", lambda device: stream)
+    monkeypatch.setattr(streams, "capturing", lambda device: capturing)
+    monkeypatch.setattr(streams, "counter_buffers", {})
     monkeypatch.setattr(torch, "zeros", lambda *size, device, **how: zeros(*size, **how))
 
     def given(needed: int = 10) -> Tensor:
-        made = ops._counters(Like(), needed)  # type: ignore[arg-type]
+        made = streams.counters_for(Like(), needed)  # type: ignore[arg-type]
         assert made is not None
         assert made.numel() >= needed
         assert not made.any()
@@ -139,7 +139,7 @@ def test_counters(monkeypatch: pytest.MonkeyPatch) -> None:
     capturing = True
     own = given(), given()
     assert len({id(t) for t in (first, larger, second, *own)}) == 5
-    with ops.own_recording():
+    with streams.own_recording():
         assert given() is second
     capturing = False
     assert given() is second

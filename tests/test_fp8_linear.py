@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import dparallel_ext as dx
 from dparallel_ext import models, reference
-from dparallel_ext.layers import FEW, FEW_ON_TENSOR_CORES
 from dparallel_ext.models.fp8 import Fp8Linear
+from dparallel_ext.ops.fp8_linear import FEW, FEW_ON_TENSOR_CORES
 
 GOLDEN = Path(__file__).parent / "golden"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -28,12 +28,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dparallel_ext as dx
-from dparallel_ext import batch as batches
 from dparallel_ext import cache as caches
-from dparallel_ext import graphs as recording
-from dparallel_ext import kept, models, passes, workspace
+from dparallel_ext import kept, models
+from dparallel_ext.decoding import batch as batches
+from dparallel_ext.decoding import graphs as recording
+from dparallel_ext.decoding import runner, workspace
+from dparallel_ext.decoding.graphs import LIMIT, CudaRecorder, Graphs
 from dparallel_ext.engine.core import EngineCore
-from dparallel_ext.graphs import LIMIT, CudaRecorder, Graphs
 from dparallel_ext.models import base
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -49,7 +50,16 @@ WAITS = {
     aten.lift_fresh.default,  # a tensor of numbers from the host
 }
 """What a GPU's recording does not permit; so with an index that is a mask."""
-LOOKS = {"_check", "_check_index", "_check_rows", "_check_caches", "_within", "check", "_suppress"}
+LOOKS = {
+    "_check",
+    "check_heads",
+    "check_index",
+    "check_rows",
+    "check_caches",
+    "within",
+    "check",
+    "suppressed",
+}
 """Functions that read values on the CPU alone."""
 
 
@@ -151,7 +161,7 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> list[Graphs]:
 
     monkeypatch.setattr(workspace, "Graphs", Seen)
     monkeypatch.setattr(workspace, "can_record", lambda device: True)
-    monkeypatch.setattr(passes, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(runner, "runs_ahead", lambda device: True)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", TapeGraph)
     monkeypatch.setattr(TapeGraph, "pools", {})
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", itertools.count(1).__next__)
@@ -169,14 +179,14 @@ def recordings(graphs: Graphs) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_on_the_device(device: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA graphs where there is a GPU; on the CPU nothing is recorded."""
-    made: list[passes.Passes] = []
+    made: list[runner.Runner] = []
 
-    class Kept(passes.Passes):
+    class Kept(runner.Runner):
         def __init__(self, *args: Any, **settings: Any) -> None:
             super().__init__(*args, **settings)
             made.append(self)
 
-    monkeypatch.setattr(batches, "Passes", Kept)
+    monkeypatch.setattr(batches, "Runner", Kept)
     model = models.load(GOLDEN / name, dtype=dtype, device=device)
     settings: dict[str, Any] = {"gen_length": 64, "threshold": 1.0}
     settings |= {"cache": "block"} if model.block_length else {"cache": "dual", "block_length": 16}
@@ -290,27 +300,27 @@ def test_the_host_is_ready_for_the_next_pass(
 ) -> None:
     """Within a block it has what a pass needs before it looks at the one before; not where pages moved."""
     late: list[int] = []
-    numbers, prepare, step = passes.Passes._numbers, passes.Passes.prepare, batches.Batch.step
+    numbers, prepare, step = runner.Runner._inputs, runner.Runner.prepare, batches.Batch.step
     preparing = False
 
-    def counted(self: passes.Passes, rows: Any, work: Any) -> Any:
+    def counted(self: runner.Runner, rows: Any, work: Any) -> Any:
         if not preparing:
-            late.append(next(iter(work.values())).block[0])
+            late.append(next(iter(work.values())).windows[0].start)
         return numbers(self, rows, work)
 
-    def ahead(self: passes.Passes, rows: Any, work: Any) -> None:
+    def ahead(self: runner.Runner, rows: Any, work: Any) -> None:
         nonlocal preparing
         preparing = True
         prepare(self, rows, work)
         preparing = False
 
     def moving(self: batches.Batch, *args: Any, **settings: Any) -> list[int]:
-        if moved and self.slots is not None:
-            self.slots.assign(0, [0])
+        if moved and self.kv_cache is not None:
+            self.kv_cache.assign(0, [0])
         return step(self, *args, **settings)
 
-    monkeypatch.setattr(passes.Passes, "_numbers", counted)
-    monkeypatch.setattr(passes.Passes, "prepare", ahead)
+    monkeypatch.setattr(runner.Runner, "_inputs", counted)
+    monkeypatch.setattr(runner.Runner, "prepare", ahead)
     monkeypatch.setattr(batches.Batch, "step", moving)
     model = models.load(GOLDEN / "llada_tiny_a")
     out = dx.decode(model, PROMPTS[0], gen_length=64, block_length=16, cache="dual", threshold=0.3)
@@ -450,9 +460,9 @@ def test_what_is_recorded_is_what_hides_no_launches() -> None:
     qwen = {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 8}
     sdar = {**TINY["sdar"], **qwen, "head_dim": 128, "intermediate_size": 6144}
     with torch.device("meta"):
-        assert passes.recorded_rows(models.LLaDA(llada)) == ROWS_8B
-        assert passes.recorded_rows(models.SDAR(sdar)) > 2500
-    assert passes.recorded_rows(torch.nn.Linear(1, 1)) == 0
+        assert runner.recorded_rows(models.LLaDA(llada)) == ROWS_8B
+        assert runner.recorded_rows(models.SDAR(sdar)) > 2500
+    assert runner.recorded_rows(torch.nn.Linear(1, 1)) == 0
 
 
 @pytest.mark.parametrize(("name", "share"), [("llada", 0.85), ("sdar", 0.8)])
@@ -485,7 +495,7 @@ def test_most_passes_of_an_engine_are_replayed(
     monkeypatch.setattr(caches, "has_varlen", lambda like: varlen)
     monkeypatch.setattr(base, "varlen_attention", lambda q, *args, **settings: q.clone())
     if rows is not None:
-        monkeypatch.setattr(passes, "recorded_rows", lambda model: rows)
+        monkeypatch.setattr(runner, "recorded_rows", lambda model: rows)
         share = 0.55
     drawn = torch.Generator().manual_seed(2)
     all_there = threading.Event()
@@ -530,17 +540,17 @@ def test_lanes_that_fill_up_a_pass_change_nothing(
     prompts = [torch.arange(3, 8 + lane) for lane in range(14)]
     lengths = [size * (1 + lane % 4) for lane in range(14)]
     settings: dict[str, Any] = {"cache": cache, "block_length": size, "threshold": 1.0, "record": True}
-    beside, idle = passes.Passes._beside, []
+    beside, idle = runner.Runner._beside, []
 
-    def seen(self: passes.Passes, *args: Any) -> set[int]:
+    def seen(self: runner.Runner, *args: Any) -> set[int]:
         idle.append(beside(self, *args))
         return idle[-1]
 
-    monkeypatch.setattr(passes.Passes, "_beside", seen)
+    monkeypatch.setattr(runner.Runner, "_beside", seen)
     out = dx.decode(model, prompts, gen_length=lengths, **settings)
     assert any(lanes for lanes in idle)
     assert taped[0].replays > 0
-    monkeypatch.setattr(passes, "runs_ahead", lambda device: False)
+    monkeypatch.setattr(runner, "runs_ahead", lambda device: False)
     expected = dx.decode(model, prompts, gen_length=lengths, graphs=False, **settings)
     assert torch.equal(out.sequences, expected.sequences)
     assert torch.equal(out.nfe, expected.nfe)
@@ -588,7 +598,10 @@ def test_the_kernels_of_a_pass(taped: list[Graphs], monkeypatch: pytest.MonkeyPa
     layer = found[1] - found[0]
     assert layer == {"linear": 4, "rms_norm": 2, "kv_write": 1, "block_attention": 1, "swiglu": 1}
     beside = found[0] - layer
-    assert beside == {"index": 3, "embedding": 1, "rms_norm": 1, "linear": 1, "unmask_": 1, "cat": 1}
+    assert beside == {
+        **{"index": 2, "embedding": 1, "rms_norm": 1, "linear": 1},
+        **{"unmask_": 1, "commit_": 1, "cat": 1},
+    }
 
 
 SETTINGS: dict[str, Any] = {"gen_length": 32, "block_length": 16, "cache": "dual", "steps": 16}
@@ -610,13 +623,13 @@ def test_a_second_decode_replays_from_its_first_pass(taped: list[Graphs]) -> Non
         assert torch.equal(out.sequences, plain(model, PROMPTS[2][:length], **more))
         assert graphs.replays == before + out.forwards
     assert recordings(graphs) == 2
-    ways: list[dict[str, Any]] = [
+    groups: list[dict[str, Any]] = [
         {"record": True, "logprobs": True},
         {"temperature": 0.8, "seed": 3},
         {"suppress": [5, 9]},
         {"gen_length": [30]},
     ]
-    for way in ways:
+    for way in groups:
         for _ in range(2):
             out = dx.decode(model, PROMPTS[0], **{**SETTINGS, **way})
         before = graphs.replays
@@ -809,10 +822,10 @@ def test_forms_are_forgotten() -> None:
     assert recorder.taken == 1  # it was forgotten, so this pass ran as it is
     run(1000, 1)
     assert recorder.taken == 2
-    graphs.look([1])
+    graphs.drop_stale([1])
     assert not graphs.forms
     run(1000, 1)
-    graphs.look([1])
+    graphs.drop_stale([1])
     assert graphs.forms
 
 
@@ -826,7 +839,7 @@ def test_a_pool_without_recordings_is_not_used_again(taped: list[Graphs], how: s
         for _ in range(3):
             assert int(graphs.run("again", number, lambda n: n + 1, device=cpu)) == 2
         if how == "moved":
-            graphs.look([around])
+            graphs.drop_stale([around])
         else:
             for form in range(LIMIT):
                 graphs.run((around, form), number, lambda n: n + 1, device=cpu)

@@ -14,7 +14,7 @@ from torch import Tensor
 import dparallel_ext as dx
 from benchmarks.baselines import Plain, published
 from dparallel_ext import models
-from dparallel_ext.rows import lay_out
+from dparallel_ext.decoding.sequence import lay_out
 
 GOLDEN = Path(__file__).parent / "golden"
 MASK, BLOCK = 511, 8

@@ -207,9 +207,9 @@ def test_tools_that_do_not_run_are_named(monkeypatch, tmp_path):
 
 
 COMMAND = (
-    "FAILED: [code=1] csrc_torch_ops.cpp.o\n"
-    "c++ -MMD -MF csrc_torch_ops.cpp.o.d -O3 -std=c++17 -I../../csrc/include -march=x86-64-v3 "
-    "-isystem /e/torch/include -isystem /e/pybind11/include -c ../../csrc/torch_ops.cpp -o a.o\n"
+    "FAILED: [code=1] csrc_torch_loss.cpp.o\n"
+    "c++ -MMD -MF csrc_torch_loss.cpp.o.d -O3 -std=c++17 -I../../csrc/include -march=x86-64-v3 "
+    "-isystem /e/torch/include -isystem /e/pybind11/include -c ../../csrc/torch/loss.cpp -o a.o\n"
 )
 
 

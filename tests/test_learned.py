@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import dparallel_ext as dx
 from dparallel_ext import models, rules
-from dparallel_ext.graphs import Graphs
+from dparallel_ext.decoding.graphs import Graphs
 from dparallel_ext.rules import Decision, Learned, Rule, Where
 from dparallel_ext.rules.learned import by_place, linear
 

@@ -314,11 +314,11 @@ def test_opcheck_and_compile() -> None:
 
 def test_the_instruction_set_can_be_lowered() -> None:
     before = dx.simd_level()
-    dx.ops._C.use_simd_level("portable")
+    dx._C.use_simd_level("portable")
     assert dx.simd_level() == "portable"
-    dx.ops._C.use_simd_level("avx512")  # where a machine has less, its best
+    dx._C.use_simd_level("avx512")  # where a machine has less, its best
     assert LEVELS.index(before) <= ["portable", "avx2", "avx512"].index(dx.simd_level())
-    dx.ops._C.use_simd_level(before)
+    dx._C.use_simd_level(before)
     assert dx.simd_level() == before
     with pytest.raises(ValueError, match="level: expected portable, avx2 or avx512, got 'sse'"):
-        dx.ops._C.use_simd_level("sse")
+        dx._C.use_simd_level("sse")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 import dparallel_ext as dx
-from dparallel_ext import ops
+from dparallel_ext.ops import errors
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -368,8 +368,8 @@ def test_what_a_gpu_finds_bad_ends_the_run_by_its_name(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """There a loss does not look; the trainer does when it logs."""
-    monkeypatch.setattr(ops, "_waits", lambda device: True)
-    monkeypatch.setattr(ops, "_errors", {})
+    monkeypatch.setattr(errors, "waits", lambda device: True)
+    monkeypatch.setattr(errors, "pending", {})
     model = dx.models.load(GOLDEN / "llada_tiny_a", dtype=torch.float32)
     said = r"logits: row \d+ holds NaN"
     if fault == "NaN":

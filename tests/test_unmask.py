@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 
 import pytest
 import torch
@@ -31,11 +33,23 @@ def rows_of(rng, batch: int, length: int) -> Tensor:
             "entropy_bound": rng.uniform(0, 8),
             "frechet": rng.uniform(0, 1),
         }[selector]
-        low = rng.choice([1, 1, 2, 5])
-        high = rng.choice([None, low, low + 1, low + length])
+        low = rng.choice([0, 1, 1, 2, 5])
+        high = rng.choice([None, max(low, 1), low + 1, low + length])
         score = rng.choice(list(policies.SCORES)) if selector == "quota" else None
         made.append(policies.make(selector, threshold, min_commit=low, max_commit=high, score=score))
-    return torch.cat(made)
+    return torch.cat(made) if made else torch.zeros(0, 5)
+
+
+def windows_of(rng, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Lane, start and end of windows that do not overlap, in any order; some hold nothing."""
+    found = []
+    for b in range(batch):
+        cuts = sorted(rng.sample(range(length + 1), k=min(length + 1, rng.randint(0, 5))))
+        found += [(b, start, end) for start, end in itertools.pairwise(cuts) if rng.random() < 0.8]
+        found += [(b, start, start - rng.randrange(3)) for start in cuts if rng.random() < 0.2]
+    rng.shuffle(found)
+    lane, start, end = torch.tensor(found, dtype=torch.int64).reshape(-1, 3).unbind(1)
+    return lane, start, end
 
 
 def too_near(stats: dx.RowStats, eligible: Tensor, policy: Tensor) -> bool:
@@ -72,20 +86,27 @@ def test_every_policy_against_the_oracle(dtype, batch, length, vocab, packed, sa
     board = torch.randint(0, vocab, (batch, length * 2))
     tokens = board[:, ::2] if rng.random() < 0.5 else board[:, :length]  # a strided view
     tokens[torch.rand(batch, length) < 0.7] = MASK
-    start = torch.tensor([rng.randint(0, length) for _ in range(batch)])
-    end = torch.tensor([rng.randint(0, length) for _ in range(batch)])
-    policy = rows_of(rng, batch, length)
-    settings: dict = {"mask_id": MASK, "start": start, "end": end, "policy": policy}
+    settings: dict = {"mask_id": MASK}
+    if rng.random() < 0.5:
+        lane, start, end = windows_of(rng, batch, length)
+        settings["lane"] = lane
+    else:
+        lane = torch.arange(batch)
+        start = torch.tensor([rng.randint(0, length) for _ in range(batch)])
+        end = torch.tensor([rng.randint(0, length) for _ in range(batch)])
+    policy = rows_of(rng, len(lane), length)
+    settings |= {"start": start, "end": end, "policy": policy}
     if sampled:
         settings |= {
             "temperature": 0.8,
             "seed": 3,
-            "step": torch.arange(batch),
+            "step": torch.arange(len(lane)),
             "position_offset": 2,
         }
     before, other = tokens.clone(), tokens.clone()
     columns = torch.arange(length)
-    needed = (columns >= start[:, None]) & (columns < end[:, None]) & (tokens == MASK)
+    open_ = (columns >= start[:, None]) & (columns < end[:, None]) & (tokens[lane] == MASK)  # (W, L)
+    needed = torch.zeros_like(tokens, dtype=torch.bool).index_put((lane,), open_, accumulate=True)
     expected = reference.unmask_(other, logits, **settings)
     expected_stats = list(expected.stats)
     if packed:  # only the needed rows and some others, as an LM head on few rows would give them
@@ -97,11 +118,12 @@ def test_every_policy_against_the_oracle(dtype, batch, length, vocab, packed, sa
     for name, a, e in zip(dx.RowStats._fields, actual.stats, expected_stats, strict=True):
         assert_stats_close(a, e, name)
     assert torch.equal(tokens[~needed], before[~needed])
-    assert torch.equal(actual.committed > 0, needed.any(1))
-    assert torch.equal(actual.committed + actual.remaining, needed.sum(1))
+    moves = policy[:, 2] > 0
+    assert torch.equal((actual.committed > 0)[moves], open_.any(1)[moves])
+    assert torch.equal(actual.committed + actual.remaining, open_.sum(1))
     changed = tokens != before
     assert torch.equal(tokens[changed], expected.stats.sample[changed])
-    if too_near(expected.stats, needed, policy):
+    if too_near(dx.RowStats(*(x[lane] for x in expected.stats)), open_, policy):
         return  # float32 and float64 may order these differently
     assert torch.equal(tokens, other)
     assert torch.equal(actual.committed, expected.committed)
@@ -123,7 +145,8 @@ def test_select_against_the_oracle_exactly(batch, length, rng) -> None:
     expected = reference.select(confidence, margin, entropy, eligible, policy)
     assert torch.equal(actual, expected)
     assert not bool((actual & ~eligible).any())
-    assert torch.equal(actual.any(1), eligible.any(1))  # at least one commits
+    moves = policy[:, 2] > 0
+    assert torch.equal(actual.any(1)[moves], eligible.any(1)[moves])  # at least one commits
 
 
 def stats_of(p: list[float], entropy: list[float] | None = None) -> dx.RowStats:
@@ -147,6 +170,8 @@ def stats_of(p: list[float], entropy: list[float] | None = None) -> dx.RowStats:
         ("confidence", 0.99, {"min_commit": 3}, [0.5, 0.9, 0.8, 0.9], [0, 1, 1, 1]),
         ("entropy", 0.5, {}, [0.5, 0.6, 0.1, 2.0], [1, 0, 1, 0]),
         ("entropy", 0.05, {}, [0.5, 0.6, 0.1, 0.1], [0, 0, 1, 0]),
+        ("entropy", 0.05, {"min_commit": 0}, [0.5, 0.6, 0.1, 0.1], [0, 0, 0, 0]),
+        ("entropy", 0.5, {"min_commit": 0}, [0.5, 0.6, 0.1, 0.1], [1, 0, 1, 1]),
         ("margin", 0.3, {}, [0.3, 0.2, 0.9, 0.1], [1, 0, 1, 0]),
         ("quota", 2, {}, [0.3, 0.2, 0.9, 0.3], [1, 0, 1, 0]),
         ("quota", 9, {}, [0.3, 0.2, 0.9, 0.3], [1, 1, 1, 1]),
@@ -157,11 +182,14 @@ def stats_of(p: list[float], entropy: list[float] | None = None) -> dx.RowStats:
         ("factor", 1.0, {}, [0.8, 0.8, 0.8, 0.8], [1, 1, 1, 1]),
         ("entropy_bound", 0.1, {}, [0.05, 0.04, 0.5, 0.02], [1, 1, 0, 1]),
         ("entropy_bound", 0.12, {}, [0.05, 0.04, 0.5, 0.02], [1, 1, 1, 1]),
+        ("factor", 0.2, {"min_commit": 0}, [0.5, 0.9, 0.6, 0.7], [0, 1, 0, 0]),
+        ("factor", 0.1, {"min_commit": 0}, [0.5, 0.9, 0.6, 0.7], [0, 0, 0, 0]),
         ("entropy_bound", 0.0, {}, [0.05, 0.04, 0.5, 0.02], [0, 0, 0, 1]),
         # sorted .95 .9 .9 .5: .95 - .05, .9 - .15, .9 - .25, .5 - .75
         ("frechet", 0.25, {}, [0.9, 0.5, 0.95, 0.9], [1, 0, 1, 1]),
         ("frechet", 0.7, {}, [0.9, 0.5, 0.95, 0.9], [1, 0, 1, 0]),
         ("frechet", 0.95, {}, [0.9, 0.5, 0.95, 0.9], [0, 0, 1, 0]),
+        ("frechet", 0.95, {"min_commit": 0}, [0.9, 0.5, 0.95, 0.9], [0, 0, 0, 0]),
     ],
 )
 @everywhere
@@ -215,6 +243,116 @@ def test_windows_per_sequence_and_the_done_flag() -> None:
     assert bool(out.done)
     assert out.committed.tolist() == [0, 0, 0]
     assert torch.equal(again, tokens)
+
+
+@everywhere
+def test_several_windows_of_a_sequence() -> None:
+    """Each commits as if it were a sequence, by its own row and key; in any order."""
+    logits, columns = torch.randn(2, 12, 30) * 3, torch.arange(12)
+    lane, start, end = torch.tensor([1, 0, 1, 1]), torch.tensor([8, 0, 0, 4]), torch.tensor([12, 12, 4, 8])
+    policy = torch.cat([policies.make("quota", 3), policies.make("entropy", 9), policies.make("factor", 1.5)])
+    policy = torch.cat([policy, policies.make("quota", 1, max_commit=1)])
+    settings: dict = {"mask_id": MASK, "temperature": 0.7, "seed": 5}
+    for given_keys in ({}, {"sequence": torch.tensor([3, 4, 5, 6]), "step": torch.tensor([9, 8, 7, 6])}):
+        whole = torch.full((2, 12), MASK)
+        out = dx.unmask_(
+            whole, logits, lane=lane, start=start, end=end, policy=policy, **settings, **given_keys
+        )
+        found = torch.full((2, 12), MASK)
+        for w in range(4):
+            own = {"sequence": lane[w : w + 1], **{k: v[w : w + 1] for k, v in given_keys.items()}}
+            alone = torch.full((1, 12), MASK)
+            edges = {"start": int(start[w]), "end": int(end[w])}
+            logits_of = logits[int(lane[w])][None]
+            one = dx.unmask_(alone, logits_of, policy=policy[w : w + 1], **edges, **settings, **own)
+            inside = (columns >= start[w]) & (columns < end[w])
+            found[int(lane[w])] = torch.where(inside, alone[0], found[int(lane[w])])
+            assert int(one.committed[0]) == int(out.committed[w])
+            assert int(one.remaining[0]) == int(out.remaining[w])
+        assert torch.equal(whole, found)
+        assert out.committed[[0, 3]].tolist() == [3, 1]
+    # Reading goes on past windows that hold nothing, and rows in no window are not read.
+    tokens = torch.full((2, 12), MASK)
+    out = dx.unmask_(tokens, logits, mask_id=MASK, lane=torch.tensor([0, 0]), start=torch.tensor([5, 2]),
+                     end=torch.tensor([5, 3]))  # fmt: skip
+    assert out.committed.tolist() == [0, 1]
+    assert (tokens != MASK).nonzero().tolist() == [[0, 2]]
+    assert (out.stats.token >= 0).nonzero().tolist() == [[0, 2]]
+    assert bool(out.done)
+    out = dx.unmask_(tokens, logits, mask_id=MASK, lane=torch.tensor([], dtype=torch.int64))
+    assert bool(out.done)
+    assert bool((out.stats.token == -1).all())
+
+
+@everywhere
+def test_more_windows_than_a_warp() -> None:
+    tokens, logits = torch.full((3, 120), MASK), torch.randn(3, 120, 20)
+    other = tokens.clone()
+    lane, start = torch.arange(90) % 3, torch.arange(90) // 3 * 4
+    settings: dict = {"mask_id": MASK, "lane": lane, "start": start, "end": start + 3}
+    settings["policy"] = policies.make("quota", 1, batch=90, device=tokens.device)
+    out = dx.unmask_(tokens, logits, **settings)
+    expected = reference.unmask_(other, logits, **settings)
+    assert torch.equal(tokens, other)
+    assert torch.equal(out.committed, expected.committed)
+    assert torch.equal(out.remaining, expected.remaining)
+
+
+@everywhere
+def test_a_bad_row_is_its_windows_alone() -> None:
+    logits = torch.randn(1, 6, 50)
+    logits[0, 4] = math.nan
+    tokens = torch.full((1, 6), MASK)
+    lane, start, end = torch.tensor([0, 0]), torch.tensor([3, 0]), torch.tensor([6, 3])
+    out = dx.unmask_(tokens, logits, mask_id=MASK, lane=lane, start=start, end=end, check=False)
+    assert (out.error // 4).tolist()[0] == 4
+    assert bool((tokens[0, 3:] == MASK).all())
+    assert goes_on(tokens) == bool((tokens[0, :3] != MASK).any())
+    with refused("sequence 0 at position 4"):
+        dx.unmask_(tokens, logits, mask_id=MASK, lane=lane, start=start, end=end)
+
+
+def test_windows_that_overlap_are_refused() -> None:
+    tokens = torch.full((2, 6), MASK)
+    lane, end = torch.tensor([1, 0, 1]), torch.tensor([4, 6, 6])
+    with pytest.raises(
+        ValueError, match=r"do not overlap, got \[0, 4\) and \[3, 6\), windows 0 and 2 of sequence 1"
+    ):
+        dx.unmask_(
+            tokens, torch.randn(2, 6, 9), mask_id=MASK, lane=lane, start=torch.tensor([0, 0, 3]), end=end
+        )
+    assert bool((tokens == MASK).all())
+
+
+@everywhere
+def test_past_the_checks_a_position_belongs_to_the_first_of_its_windows() -> None:
+    """On a GPU nobody has looked at the windows; whatever they are, the result is one."""
+    if not goes_on(torch.zeros(1)):
+        pytest.skip("the CPU refuses them")
+    rng = random.Random(3)
+    for _ in range(6):
+        batch, length, windows = rng.randint(1, 3), rng.randint(1, 40), rng.randint(0, 9)
+        logits, tokens = torch.randn(batch, length, 30), torch.full((batch, length), MASK)
+        lane = torch.tensor([rng.choice([-1, batch, 2**62, *range(batch)]) for _ in range(windows)]).long()
+        start = torch.tensor([rng.choice([-(2**62), *range(-2, length)]) for _ in range(windows)]).long()
+        end = torch.tensor([rng.choice([2**62, *range(length + 2)]) for _ in range(windows)]).long()
+        policy = rows_of(rng, windows, length).reshape(-1, 5)
+        columns, free = torch.arange(length), torch.ones(batch, length, dtype=torch.bool)
+        expected = tokens.clone()
+        committed = []
+        for w, b in enumerate(lane.tolist()):
+            if not 0 <= b < batch:
+                committed.append(0)
+                continue
+            own = free[b] & (columns >= start[w]) & (columns < end[w])
+            free[b] &= ~own
+            alone = torch.where(own, MASK, 0)[None]
+            one = dx.unmask_(alone, logits[b][None], mask_id=MASK, policy=policy[w : w + 1])
+            expected[b] = torch.where(own, alone[0], expected[b])
+            committed.append(int(one.committed[0]))
+        out = dx.unmask_(tokens, logits, mask_id=MASK, lane=lane, start=start, end=end, policy=policy)
+        assert torch.equal(tokens, expected)
+        assert out.committed.tolist() == committed
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0), (0, 0)])
@@ -348,8 +486,8 @@ def test_entropy_bound_equals_diffusion_gemmas_sampler() -> None:
         ({"selector": "entropy_bound", "threshold": -1}, "threshold: expected a number >= 0 "),
         ({"selector": "quota", "threshold": 1.5}, "threshold: expected a whole number >= 1 "),
         ({"policy": torch.tensor([[0, 1.5, 1, 9, 0]] * 2)}, "threshold: expected a number >= 0 and <= 1"),
-        ({"min_commit": 0}, "min_commit: expected a whole number >= 1"),
-        ({"min_commit": math.inf}, "min_commit: expected a whole number >= 1 and <= 16777216"),
+        ({"min_commit": -1}, "min_commit: expected a whole number >= 0"),
+        ({"min_commit": math.inf}, "min_commit: expected a whole number >= 0 and <= 16777216"),
         ({"min_commit": 1e19}, "min_commit: expected a whole number"),
         ({"max_commit": 1.5}, "max_commit: expected a whole number"),
         ({"min_commit": 3, "max_commit": 2}, "max_commit: expected at least min_commit"),
@@ -394,7 +532,7 @@ def test_rows_past_the_checks_are_refused_or_within_their_bounds() -> None:
                 given[at] = junk
                 row = torch.tensor([given], dtype=torch.float32)
                 tokens = torch.full((1, 9), MASK)
-                args = tokens, logits, None, all_ - 9, all_, row, MASK, None, 0.0, 1.0, 0, None, 0
+                args = tokens, logits, None, None, all_ - 9, all_, row, MASK, None, 0.0, 1.0, 0, None, 0
                 try:
                     policies.check(row.cpu(), 1)
                 except ValueError as error:
@@ -406,7 +544,7 @@ def test_rows_past_the_checks_are_refused_or_within_their_bounds() -> None:
                             torch.ops.dparallel.unmask_(*args, None)
                         continue
                 commit = torch.ops.dparallel.select(*scores, eligible, row)
-                committed = torch.ops.dparallel.unmask_(*args, counters(logits, 11))[0]
+                committed = torch.ops.dparallel.unmask_(*args, counters(logits, 12))[0]
                 low, high = policies.in_force(given)[2:4]
                 assert torch.equal(commit.cpu(), followed(*scores.cpu(), eligible.cpu(), row.cpu()))
                 assert min(low, high, 9) <= int(commit.sum()) <= high
@@ -448,8 +586,11 @@ def test_opcheck() -> None:
     tokens, logits = torch.full((2, 4), MASK), torch.randn(2, 4, 30)
     start, end = torch.zeros(2, dtype=torch.int64), torch.full((2,), 4)
     policy, suppress = policies.make("entropy", 0.5, batch=2, device=start.device), torch.tensor([3])
-    count = counters(logits, 11)
-    args = (tokens, logits, None, start, end, policy, MASK, suppress, 0.0, 1.0, 0, None, 0, count)
+    count = counters(logits, 12)  # two windows, two more, eight rows
+    args = (tokens, logits, None, None, start, end, policy, MASK, suppress, 0.0, 1.0, 0, None, 0, count)
+    torch.library.opcheck(torch.ops.dparallel.unmask_.default, args)
+    lane, tokens = torch.tensor([1, 0]), torch.full((2, 4), MASK)
+    args = (tokens, logits, None, lane, start, end, policy, MASK, None, 0.0, 1.0, 0, None, 0, count)
     torch.library.opcheck(torch.ops.dparallel.unmask_.default, args)
     score = torch.rand(2, 4)
     args = (score, score, score, score > 0.3, policies.make(batch=2, device=score.device))

@@ -15,11 +15,12 @@ from test_graphs import Tape, kernels, prompt, taped, tiny  # noqa: F401
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext import attention, models
 from dparallel_ext import cache as caches
-from dparallel_ext.cache import FEW_SIZES, Pass, Span
-from dparallel_ext.graphs import CudaRecorder, Graphs
+from dparallel_ext import models
+from dparallel_ext.cache import GRAPH_BUCKETS, AttentionMetadata, Span
+from dparallel_ext.decoding.graphs import CudaRecorder, Graphs
 from dparallel_ext.models import base
+from dparallel_ext.ops.varlen_attention import has_varlen, varlen_attention
 
 GOLDEN = Path(__file__).parent / "golden"
 LONG = 24
@@ -44,7 +45,7 @@ def by_a_mask(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, seen: Tensor, *, 
 def short(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     """Short sequences count as long, on the CPU too; returns the calls: rows, and whether alone."""
     calls: list[tuple[int, bool]] = []
-    own = attention.varlen_attention
+    own = varlen_attention
 
     def called(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, seen: Tensor, *, longest: int) -> Tensor:
         calls.append((len(q), len(seen) == 2))
@@ -54,7 +55,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
 
     monkeypatch.setattr(caches, "WHOLE", LONG)
     monkeypatch.setattr(base, "varlen_attention", called)
-    monkeypatch.setattr(caches, "has_varlen", lambda like: not like.is_cuda or attention.has_varlen(like))
+    monkeypatch.setattr(caches, "has_varlen", lambda like: not like.is_cuda or has_varlen(like))
     return calls
 
 
@@ -63,7 +64,7 @@ def step(model: models.Model, cache: caches.KVCache, spans: list[Span], ids: Ten
     count = len(ids)
     ids = torch.nn.functional.pad(ids, (0, len(plan.positions) - count))
     tensors = (tensor.to(device) for tensor in plan.tensors)
-    on_device = Pass(plan.longest_query, plan.longest_length, *tensors)
+    on_device = AttentionMetadata(plan.longest_query, plan.longest_length, *tensors)
     return model.step(ids.to(device), cache, on_device)[:count]
 
 
@@ -77,7 +78,7 @@ MIXES = {
 
 
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("fill", [None, FEW_SIZES], ids=["as it is", "filled"])
+@pytest.mark.parametrize("fill", [None, GRAPH_BUCKETS], ids=["as it is", "filled"])
 @pytest.mark.parametrize("name", ["llada_tiny_a", "dream_tiny_a"])
 @pytest.mark.parametrize("device", ["cpu", *GPUS], indirect=True)
 @torch.no_grad()
@@ -164,7 +165,7 @@ def test_what_torch_is_given() -> None:
     """Its operator is not public: its names and types, without a GPU."""
     q, k = (torch.empty(600, heads, 16, device="meta", dtype=torch.bfloat16) for heads in (12, 2))
     bounds = torch.empty(4, device="meta", dtype=torch.int32)
-    found = attention.varlen_attention(q[:, :4], k, k, bounds, bounds[1:], longest=512)
+    found = varlen_attention(q[:, :4], k, k, bounds, bounds[1:], longest=512)
     assert found.shape == (600, 4, 16)
     assert found.is_contiguous()
 
@@ -173,7 +174,7 @@ def test_all_rows_are_in_the_launch() -> None:
     """Also the rows that fill up a pass of many sequences, after the last."""
     cache = models.load(GOLDEN / "llada_tiny_a").new_cache(9, 256)
     cache.varlen = True
-    plan = cache.plan([Span(row, 0, 256, 256) for row in range(9)], FEW_SIZES)
+    plan = cache.plan([Span(row, 0, 256, 256) for row in range(9)], GRAPH_BUCKETS)
     assert len(plan.positions) == 2560
     assert plan.bounds.tolist() == [*range(0, 2305, 256), *[2304] * 7, 2560]
     assert plan.seen.tolist() == [256] * 9 + [0] * 8
@@ -184,7 +185,7 @@ def test_all_rows_are_in_the_launch() -> None:
     for field in (plan.begin, plan.end, plan.lengths, plan.pages):
         assert len(field) == 0
     for spans in ([Span(0, 0, 255, 255)], [Span(0, 0, 255, 256), Span(1, 1, 256, 256)]):
-        assert not len(cache.plan(spans, FEW_SIZES).seen)
+        assert not len(cache.plan(spans, GRAPH_BUCKETS).seen)
 
 
 @pytest.mark.parametrize("device", GPUS, indirect=True)
@@ -199,8 +200,8 @@ def test_the_kernel(device: str, dtype: torch.dtype, heads: int, kv_heads: int, 
     joined = torch.randn(rows, (heads + 2 * kv_heads) * dim).to(dtype)
     parts = joined.split([heads * dim, kv_heads * dim, kv_heads * dim], 1)
     q, k, v = (part.unflatten(1, (-1, dim)) for part in parts)
-    assert attention.has_varlen(q)
-    found = attention.varlen_attention(q, k, v, bounds, seen, longest=1024)
+    assert has_varlen(q)
+    found = varlen_attention(q, k, v, bounds, seen, longest=1024)
     expected = by_a_mask(q, k, v, bounds, seen, longest=1024)
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
     for begin, length, whole in zip(bounds.tolist(), lengths, sees, strict=False):
@@ -211,7 +212,7 @@ def test_the_kernel(device: str, dtype: torch.dtype, heads: int, kv_heads: int, 
         own = torch.tensor([0, length]).int()
         for longest in (length, 2048):
             alone = (t[at].clone() for t in (q, k, v))
-            again = attention.varlen_attention(*alone, own, own[1:], longest=longest)
+            again = varlen_attention(*alone, own, own[1:], longest=longest)
             assert torch.equal(again, found[at])
 
 

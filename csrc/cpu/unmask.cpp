@@ -1,10 +1,11 @@
-// unmask on the CPU: find the needed rows, read them, select per sequence, commit. A bad row
-// anywhere leaves every token as it was.
+// unmask on the CPU: find the needed rows, read them, select per window, commit. A bad row anywhere
+// leaves every token as it was.
 #include <algorithm>
 #include <limits>
 
 #include "row_stats.h"
 #include "select.h"
+#include "windows.h"
 
 namespace dparallel::cpu {
 namespace {
@@ -12,31 +13,33 @@ namespace {
 struct Needed {
   int64_t row;       // of the logits
   int64_t position;  // b * length + l
+  int64_t window;
 };
 
 }  // namespace
 
 void unmask(const UnmaskArgs& args, Parallel parallel) {
+  const TokenGrid& tokens = args.tokens;
   const auto token_at = [&](int64_t position) -> int64_t& {
-    return args.tokens[position / args.length * args.token_stride_b +
-                       position % args.length * args.token_stride_l];
-  };
-  const auto masked = [&](int64_t position) {
-    const int64_t b = position / args.length, l = position % args.length;
-    return l >= args.start[b] && l < args.end[b] && token_at(position) == args.exclusions.mask_id;
+    return tokens.at(position / tokens.length, position % tokens.length);
   };
 
+  // Rows and windows both ascend by their positions.
+  const std::vector<WindowSpan> spans = spans_of(args.windows, tokens);
   std::vector<Needed> needed;
   std::vector<int64_t> rows;
   std::vector<SampleKey> keys;
+  auto span = spans.begin();
   for (int64_t row = 0; row < args.count; ++row) {
     const int64_t position = args.positions ? args.positions[row] : row;
-    if (!masked(position)) continue;
-    needed.push_back({row, position});
+    while (span != spans.end() && span->end <= position) ++span;
+    if (span == spans.end()) break;
+    if (position < span->begin || token_at(position) != args.exclusions.mask_id) continue;
+    needed.push_back({row, position, span->window});
     rows.push_back(row);
     if (args.sampling.samples()) {
-      const int64_t* k = args.sampling.keys + position / args.length * 3;
-      const auto where = static_cast<uint32_t>(position % args.length) +
+      const int64_t* k = args.sampling.keys + span->window * 3;
+      const auto where = static_cast<uint32_t>(position % tokens.length) +
                          static_cast<uint32_t>(args.sampling.position_offset);
       keys.push_back({static_cast<uint64_t>(k[0]), static_cast<uint32_t>(k[1]), where,
                       static_cast<uint32_t>(k[2])});
@@ -50,17 +53,17 @@ void unmask(const UnmaskArgs& args, Parallel parallel) {
   std::fill(args.output.tokens, args.output.tokens + 2 * args.count, -1);
   std::fill(args.output.fields, args.output.fields + kRowFields * args.count,
             std::numeric_limits<float>::quiet_NaN());
-  std::fill(args.output.error, args.output.error + args.batch, kNoError);
+  std::fill(args.output.error, args.output.error + args.windows.count, kNoError);
   bool sound = true;
-  const auto report = [&](int64_t position, RowError code) {
-    int64_t& error = args.output.error[position / args.length];
+  const auto report = [&](int64_t window, int64_t position, RowError code) {
+    int64_t& error = args.output.error[window];
     error = std::min(error, encode_error(position, code));
     sound = false;
   };
   for (size_t i = 0; i < needed.size(); ++i) {
     const RowAnswer& answer = answers[i];
     if (answer.error != kRowOk) {
-      report(needed[i].position, answer.error);
+      report(needed[i].window, needed[i].position, answer.error);
       continue;
     }
     const int64_t row = needed[i].row;
@@ -71,23 +74,23 @@ void unmask(const UnmaskArgs& args, Parallel parallel) {
   }
   if (args.positions) {  // every masked position of a window must be among them
     size_t next = 0;
-    for (int64_t b = 0; b < args.batch; ++b)
-      for (int64_t l = std::max<int64_t>(args.start[b], 0); l < std::min(args.end[b], args.length);
-           ++l) {
-        const int64_t position = b * args.length + l;
-        if (!masked(position)) continue;
+    for (const WindowSpan& in : spans)
+      for (int64_t position = in.begin; position < in.end; ++position) {
+        if (token_at(position) != args.exclusions.mask_id) continue;
         if (next < needed.size() && needed[next].position == position) ++next;
-        else report(position, kRowMissing);
+        else report(in.window, position, kRowMissing);
       }
   }
 
+  std::fill(args.committed, args.committed + args.windows.count, 0);
+  std::fill(args.remaining, args.remaining + args.windows.count, 0);
   *args.done = true;
-  size_t i = 0;  // needed is ascending by position, so each sequence's rows are together
-  for (int64_t b = 0; b < args.batch; ++b) {
-    const Policy policy = Policy::load(args.policy + b * kPolicyFields);
+  size_t i = 0;
+  for (const WindowSpan& in : spans) {
+    const Policy policy = Policy::load(args.policy + in.window * kPolicyFields);
     const size_t first = i;
     std::vector<Candidate> candidates;
-    for (; i < needed.size() && needed[i].position < (b + 1) * args.length; ++i) {
+    for (; i < needed.size() && needed[i].position < in.end; ++i) {
       const float* field = answers[i].result.field;
       candidates.push_back({policy.key(field[kConfidence], field[kMargin], field[kEntropy]),
                             static_cast<int64_t>(i)});
@@ -97,9 +100,9 @@ void unmask(const UnmaskArgs& args, Parallel parallel) {
       const int64_t at = candidates[k].position;
       token_at(needed[at].position) = answers[at].result.sample;
     }
-    args.committed[b] = n;
-    args.remaining[b] = static_cast<int64_t>(i - first) - n;
-    *args.done = *args.done && args.remaining[b] == 0;
+    args.committed[in.window] = n;
+    args.remaining[in.window] = static_cast<int64_t>(i - first) - n;
+    *args.done = *args.done && args.remaining[in.window] == 0;
   }
 }
 

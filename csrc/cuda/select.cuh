@@ -52,7 +52,7 @@ __device__ __forceinline__ int select_block(const Policy& policy, const Ranking&
       mine += passes;
     }
     const int passing = sum_block(mine);
-    if (passing > 0 && policy.limit(passing, eligible) == passing) return passing;
+    if (policy.limit(passing, eligible) == passing) return passing;
   }
   __syncthreads();
   const bool cumulative = policy.cumulative();

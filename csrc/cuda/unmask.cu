@@ -1,16 +1,21 @@
 // unmask: statistics, selection and commit in one launch.
 //
-// Blocks [0, batch): one for each sequence lists the rows that it needs (masked, in its window).
-// The others read a chunk of a row each, if the row is needed, else they leave at once. The last
-// block of a row to arrive merges its chunks, and the last of a sequence, once all of its rows are
-// merged, selects and commits.
+// Blocks [0, windows): one for each window lists the rows that it needs (masked, and its own). The
+// others read a chunk of a row each, if the row is needed, else they leave at once. The last block
+// of a row to arrive merges its chunks, and the last of a window, once all of its rows are merged,
+// selects and commits.
+//
+// Whose a position is: that of the first window that holds it. A row's block tests 32 windows at
+// once, a lane of a warp each, while it waits for its position; the block of a window looks once
+// whether one before it overlaps, which nobody should give.
 //
 // Who is last: counters are zero between launches. A needed row has as many blocks as chunks. The
-// counter of a sequence gains 1 for each merged row, the block that lists takes away as many as
-// there must be, and whoever brings it back to zero is last. So only one block has to count, it
-// does so while the others wait for their logits, and the counter is zero again whatever the
-// arguments are: the rows that are listed and the rows that are read are chosen by the same test,
-// in any order and with repetitions.
+// counter of a window gains 1 for each merged row, the block that lists takes away as many as there
+// must be, and whoever brings it back to zero is last. So only one block has to count, it does so
+// while the others wait for their logits, and the counter is zero again whatever the arguments are:
+// the rows that are listed and the rows that are read are chosen by the same test, in any order and
+// with repetitions. A further counter counts the windows that have arrived, and another says where
+// the next list begins, since the lists share their memory.
 //
 // What follows the scan is a chain of latencies: two arrivals, the parts (a lane for each chunk,
 // merged by shuffles), the list, keys and ranks in shared memory.
@@ -20,19 +25,19 @@
 namespace dparallel::cuda {
 namespace {
 
-// The rows that a sequence needs: rows[before], ..., ascending.
+// The rows that a window needs: rows[before], ..., ascending.
 struct Listed {
   int32_t before, needed;
-  int32_t masked;  // positions of its window, listed or not
+  int32_t masked;  // positions of the window, listed or not
 };
 
-// What a merged row says to its sequence.
+// What a merged row says to its window.
 struct Verdict {
   float key;       // NaN: an error
   int32_t choice;  // the token to commit, or the RowError
 };
 
-// The needed rows of a sequence while they are settled, in shared memory if they fit.
+// The needed rows of a window while they are settled, in shared memory if they fit.
 struct Candidates {
   Ranking ranking;
   int32_t* columns;  // [n]
@@ -47,15 +52,16 @@ struct Candidates {
 
 struct UnmaskScratch {
   Scratch chunks;
-  Listed* listed;     // [batch]
+  Listed* listed;     // [windows]
   Verdict* verdicts;  // [count]
   int32_t* rows;      // [count]
   int32_t* columns;   // [count]
-  char* candidates;   // [count * Candidates::kBytes], of sequences that shared memory does not hold
+  char* candidates;   // [count * Candidates::kBytes], of windows that shared memory does not hold
 
   static int64_t bytes(const UnmaskArgs& args) {
     return Scratch::bytes(args.count, scan_chunks(args.logits), args.sampling) +
-           args.batch * sizeof(Listed) + args.count * (sizeof(Verdict) + 8 + Candidates::kBytes);
+           args.windows.count * sizeof(Listed) +
+           args.count * (sizeof(Verdict) + 8 + Candidates::kBytes);
   }
   static UnmaskScratch at(void* memory, const UnmaskArgs& args) {
     const int64_t chunks = scan_chunks(args.logits);
@@ -63,7 +69,7 @@ struct UnmaskScratch {
     s.chunks = Scratch::at(memory, args.count, chunks, args.sampling);
     s.listed = reinterpret_cast<Listed*>(static_cast<char*>(memory) +
                                          Scratch::bytes(args.count, chunks, args.sampling));
-    s.verdicts = reinterpret_cast<Verdict*>(s.listed + args.batch);
+    s.verdicts = reinterpret_cast<Verdict*>(s.listed + args.windows.count);
     s.rows = reinterpret_cast<int32_t*>(s.verdicts + args.count);
     s.columns = s.rows + args.count;
     s.candidates = reinterpret_cast<char*>(s.columns + args.count);
@@ -71,53 +77,112 @@ struct UnmaskScratch {
   }
 };
 
-__device__ inline int64_t& token_at(const UnmaskArgs& args, int b, int column) {
-  return args.tokens[b * args.token_stride_b + column * args.token_stride_l];
+// A window within its sequence; of none, where its lane is out of bounds.
+struct Window {
+  int b, start, end;
+  bool contested;  // some of it may be another's
+
+  __device__ bool holds(int64_t column) const { return (column >= start) & (column < end); }
+};
+
+__device__ inline Window window_at(const UnmaskArgs& args, int w) {
+  const int64_t b = args.windows.sequence(w), length = args.tokens.length;
+  const int64_t start = args.windows.start[w], end = args.windows.end[w];
+  if (b < 0 || b >= args.tokens.batch) return {0, 0, 0, false};
+  return {static_cast<int>(b), start > 0 ? static_cast<int>(start < length ? start : length) : 0,
+          end > 0 ? static_cast<int>(end < length ? end : length) : 0, false};
 }
 
-// Masked and in the window; any column.
-__device__ inline bool needs(const UnmaskArgs& args, int b, int64_t column) {
-  if (column < 0 || column >= args.length) return false;
-  const int64_t start = args.start[b], end = args.end[b];  // three loads at once
-  const int64_t token = token_at(args, b, static_cast<int>(column));
-  return (column >= start) & (column < end) & (token == args.exclusions.mask_id);
+// By a block: the window, and whether one before it overlaps.
+__device__ inline Window own_window(const UnmaskArgs& args, int w) {
+  Window window = window_at(args, w);
+  if (args.windows.lane == nullptr) return window;
+  int overlapping = 0;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < w; i += kScanThreads) {
+    const Window other = window_at(args, i);
+    overlapping += (other.b == window.b) & (other.start < window.end) & (window.start < other.end);
+  }
+  window.contested = sum_block(overlapping) > 0;
+  return window;
+}
+
+// Masked, in window w and in none before it; any column.
+__device__ inline bool needs(const UnmaskArgs& args, int w, const Window& window, int64_t column) {
+  if (!window.holds(column)) return false;
+  if (args.tokens.at(window.b, column) != args.exclusions.mask_id) return false;
+  if (window.contested) {
+#pragma unroll 1
+    for (int i = 0; i < w; ++i)
+      if (const Window other = window_at(args, i); other.b == window.b && other.holds(column))
+        return false;
+  }
+  return true;
 }
 
 // Where a row of the logits belongs.
 struct Place {
-  int b, column;
+  int window, column;
   bool needed;
 };
 
+// By whole warps.
 __device__ inline Place place_of(const UnmaskArgs& args, const ScanShape& shape, int row) {
   const int64_t position = args.positions ? args.positions[row] : row;
-  if (position < 0 || position >= args.batch * args.length) return {0, 0, false};
-  const auto at = static_cast<uint32_t>(position);
+  const bool valid = position >= 0 && position < args.tokens.batch * args.tokens.length;
+  const auto at = static_cast<uint32_t>(valid ? position : 0);
   const auto b = static_cast<int>(shape.length.quotient(at));
   const int column = static_cast<int>(at) - b * static_cast<int>(shape.length.divisor);
-  return {b, column, needs(args, b, column)};
+  if (args.windows.lane == nullptr) {
+    if (!valid) return {0, 0, false};
+    const int64_t start = args.windows.start[b], end = args.windows.end[b];  // three loads at once
+    const int64_t token = args.tokens.at(b, column);
+    return {b, column, (column >= start) & (column < end) & (token == args.exclusions.mask_id)};
+  }
+  const int64_t token = valid ? args.tokens.at(b, column) : 0;
+  const auto count = static_cast<int>(args.windows.count);
+#pragma unroll 1
+  for (int first = 0; first < count; first += 32) {
+    const int w = first + static_cast<int>(threadIdx.x) % 32;
+    const bool there = w < count;
+    const int64_t lane = there ? args.windows.lane[w] : -1;
+    const int64_t start = there ? args.windows.start[w] : 0, end = there ? args.windows.end[w] : 0;
+    const unsigned holders =
+        __ballot_sync(kFullWarp, valid & (lane == b) & (start <= column) & (column < end));
+    if (holders != 0) return {first + __ffs(holders) - 1, column, token == args.exclusions.mask_id};
+  }
+  return {0, 0, false};
 }
 
-// By the block of a sequence.
-__device__ int list_rows(const UnmaskArgs& args, const UnmaskScratch& scratch, int b) {
+// By the block of a window.
+__device__ int list_rows(const UnmaskArgs& args, const UnmaskScratch& scratch, int w,
+                         int32_t* next_list) {
   DPARALLEL_SHARED(counts, int32_t[kScanWarps]);
-  const int64_t begin = b * args.length;
-  const int count = static_cast<int>(args.positions ? args.count : args.length);
+  DPARALLEL_SHARED(place, int32_t);
+  const Window window = own_window(args, w);
+  const int64_t begin = static_cast<int64_t>(window.b) * args.tokens.length;
+  const int width = window.end > window.start ? window.end - window.start : 0;
+  const int count = args.positions ? static_cast<int>(args.count) : width;
+  const auto column_of = [&](int i) {
+    return args.positions ? args.positions[i] - begin : int64_t{window.start} + i;
+  };
   int before = 0;
-  if (args.positions != nullptr && b > 0) {
+  if (args.windows.count > 1) {
+    int mine = 0;
 #pragma unroll 1
-    for (int row = static_cast<int>(threadIdx.x); row < count; row += kScanThreads)
-      before += args.positions[row] >= 0 && args.positions[row] < begin;
-    before = sum_block(before);
-  } else {
-    before = static_cast<int>(begin);
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += kScanThreads)
+      mine += needs(args, w, window, column_of(i));
+    mine = sum_block(mine);
+    if (threadIdx.x == 0) place = atomicAdd(next_list, mine);
+    __syncthreads();
+    before = place;
   }
   int needed = 0;
 #pragma unroll 1
   for (int first = 0; first < count; first += kScanThreads) {
     const int i = first + static_cast<int>(threadIdx.x);
-    const int64_t column = i >= count ? -1 : args.positions ? args.positions[i] - begin : i;
-    const bool mine = needs(args, b, column);
+    const int64_t column = i < count ? column_of(i) : -1;
+    const bool mine = needs(args, w, window, column);
     const unsigned lanes = __ballot_sync(kFullWarp, mine), lane = threadIdx.x % 32;
     if (lane == 0) counts[threadIdx.x / 32] = __popc(lanes);
     __syncthreads();
@@ -128,7 +193,7 @@ __device__ int list_rows(const UnmaskArgs& args, const UnmaskScratch& scratch, i
       needed += counts[warp];
     }
     if (mine) {
-      scratch.rows[at] = static_cast<int32_t>(args.positions ? i : begin + i);
+      scratch.rows[at] = static_cast<int32_t>(args.positions ? i : begin + column);
       scratch.columns[at] = static_cast<int32_t>(column);
     }
     __syncthreads();
@@ -136,25 +201,24 @@ __device__ int list_rows(const UnmaskArgs& args, const UnmaskScratch& scratch, i
   int masked = needed;
   if (args.positions != nullptr) {
     int mine = 0;
-    const int64_t start = args.start[b] > 0 ? args.start[b] : 0;
-    const int64_t end = args.end[b] < args.length ? args.end[b] : args.length;
 #pragma unroll 1
-    for (int64_t column = start + threadIdx.x; column < end; column += kScanThreads)
-      mine += token_at(args, b, static_cast<int>(column)) == args.exclusions.mask_id;
+    for (int column = window.start + static_cast<int>(threadIdx.x); column < window.end;
+         column += kScanThreads)
+      mine += needs(args, w, window, column);
     masked = sum_block(mine);
   }
-  if (threadIdx.x == 0) scratch.listed[b] = {before, needed, masked};
+  if (threadIdx.x == 0) scratch.listed[w] = {before, needed, masked};
   return needed;
 }
 
 // By the last block of a row: its chunks merged.
 template <bool kSample>
-__device__ __forceinline__ void finish(const UnmaskArgs& args, const UnmaskScratch& scratch, int b,
+__device__ __forceinline__ void finish(const UnmaskArgs& args, const UnmaskScratch& scratch, int w,
                                        int row, int chunks) {
   if (threadIdx.x >= 32) return;
   RowResult result;
   const float inverse = kSample ? 1.0f / args.sampling.temperature : 0.0f;
-  const Policy policy = Policy::load(args.policy + b * kPolicyFields);
+  const Policy policy = Policy::load(args.policy + w * kPolicyFields);
   const RowError error = finish_row<kSample>(scratch.chunks, row, chunks, inverse, result);
   if (threadIdx.x != 0) return;
   write_row(args.output, row, args.count, result);
@@ -165,19 +229,20 @@ __device__ __forceinline__ void finish(const UnmaskArgs& args, const UnmaskScrat
   else scratch.verdicts[row] = {field[kConfidence], static_cast<int32_t>(error)};
 }
 
-// By the last block of a sequence: policy applied, tokens committed.
-__device__ __forceinline__ void settle(const UnmaskArgs& args, const UnmaskScratch& scratch, int b,
+// By the last block of a window: policy applied, tokens committed.
+__device__ __forceinline__ void settle(const UnmaskArgs& args, const UnmaskScratch& scratch, int w,
                                        int32_t* counters, ScanMemory& memory) {
   DPARALLEL_SHARED(worst, int32_t);  // the lowest error, as if the sequence were the first
-  const Listed listed = read_part(scratch.listed + b);
+  const Listed listed = read_part(scratch.listed + w);
   const int n = listed.needed;
-  const Policy policy = Policy::load(args.policy + b * kPolicyFields);
+  const Policy policy = Policy::load(args.policy + w * kPolicyFields);
   const Candidates candidates = Candidates::at(
       n <= kScanBytes / Candidates::kBytes
           ? reinterpret_cast<char*>(memory.slots)
           : scratch.candidates + static_cast<int64_t>(listed.before) * Candidates::kBytes,
       n);
   const Ranking& ranking = candidates.ranking;
+  const auto b = static_cast<int>(args.windows.sequence(w));  // within bounds where n > 0
   if (threadIdx.x == 0) worst = INT32_MAX;
   __syncthreads();
   const auto report = [&](int column, RowError code) {
@@ -194,9 +259,11 @@ __device__ __forceinline__ void settle(const UnmaskArgs& args, const UnmaskScrat
     if (verdict.key != verdict.key) report(column, static_cast<RowError>(verdict.choice));
   }
   if (listed.masked != n) {  // name the first masked position that no row stands for
+    const Window window = own_window(args, w);
 #pragma unroll 1
-    for (int column = static_cast<int>(threadIdx.x); column < args.length; column += kScanThreads) {
-      if (!needs(args, b, column)) continue;
+    for (int column = window.start + static_cast<int>(threadIdx.x); column < window.end;
+         column += kScanThreads) {
+      if (!needs(args, w, window, column)) continue;
       int i = 0;
 #pragma unroll 1
       while (i < n && __ldcg(scratch.columns + listed.before + i) != column) ++i;
@@ -210,23 +277,25 @@ __device__ __forceinline__ void settle(const UnmaskArgs& args, const UnmaskScrat
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < n; i += kScanThreads) {
       if (ranking.ranks[i] < committed)
-        token_at(args, b, candidates.columns[i]) = candidates.choices[i];
+        args.tokens.at(b, candidates.columns[i]) = candidates.choices[i];
     }
   }
   const int remaining = listed.masked - committed;
   if (threadIdx.x == 0) {
-    args.output.error[b] = worst == INT32_MAX ? kNoError : 4 * b * args.length + worst;
-    args.committed[b] = committed;
-    args.remaining[b] = remaining;
+    args.output.error[w] = worst == INT32_MAX ? kNoError : 4 * b * args.tokens.length + worst;
+    args.committed[w] = committed;
+    args.remaining[w] = remaining;
   }
+  const auto windows = static_cast<int>(args.windows.count);
   bool done = remaining == 0;
-  if (args.batch > 1) {
-    if (!last_to_arrive(counters + args.batch, args.batch)) return;
+  if (windows > 1) {
+    if (!last_to_arrive(counters + windows, windows)) return;
     int left = 0;
 #pragma unroll 1
-    for (int64_t i = threadIdx.x; i < args.batch; i += kScanThreads)
+    for (int i = static_cast<int>(threadIdx.x); i < windows; i += kScanThreads)
       left += __ldcg(args.remaining + i) != 0;
     done = sum_block(left) == 0;
+    if (threadIdx.x == 0) counters[windows + 1] = 0;  // where lists begin
   }
   if (threadIdx.x == 0) *args.done = done;
 }
@@ -247,11 +316,12 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
     unmask_kernel(UnmaskArgs args, ScanShape shape, UnmaskScratch scratch, int32_t* counters) {
   DPARALLEL_SHARED(memory, ScanMemory);
   const int chunks = static_cast<int>(shape.chunks.divisor);
-  int b = static_cast<int>(blockIdx.x), arrival;
-  if (b < args.batch) {
-    arrival = -list_rows(args, scratch, b);
+  const auto windows = static_cast<int>(args.windows.count);
+  int w = static_cast<int>(blockIdx.x), arrival;
+  if (w < windows) {
+    arrival = -list_rows(args, scratch, w, counters + windows + 1);
   } else {
-    const unsigned unit = blockIdx.x - static_cast<unsigned>(args.batch);
+    const unsigned unit = blockIdx.x - static_cast<unsigned>(windows);
     const int row = static_cast<int>(shape.chunks.quotient(unit));
     const int chunk = static_cast<int>(unit) - row * chunks;
     const Place place = place_of(args, shape, row);
@@ -259,10 +329,10 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
       if (chunk == 0 && threadIdx.x == 0) write_row(args.output, row, args.count, blank_row());
       return;
     }
-    b = place.b;
+    w = place.window;
     Sampler sampler{};
     if constexpr (kSample) {
-      const int64_t* k = args.sampling.keys + 3 * b;
+      const int64_t* k = args.sampling.keys + 3 * w;
       const int64_t where = place.column + args.sampling.position_offset;
       sampler.inverse_temperature = 1.0f / args.sampling.temperature;
       sampler.key = {static_cast<uint64_t>(k[0]), static_cast<uint32_t>(k[1]),
@@ -271,30 +341,29 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
     }
     scan_chunk<T, kSample>(memory, scan_row<T>(args.logits, shape, row), args.logits.vocab, chunk,
                            args.exclusions, sampler, scratch.chunks, unit);
-    if (!last_to_arrive(counters + args.batch + 1 + row, chunks)) return;
-    finish<kSample>(args, scratch, b, row, chunks);
+    if (!last_to_arrive(counters + windows + 2 + row, chunks)) return;
+    finish<kSample>(args, scratch, w, row, chunks);
     arrival = 1;
   }
-  if (brings_to_zero(counters + b, arrival)) settle(args, scratch, b, counters, memory);
+  if (brings_to_zero(counters + w, arrival)) settle(args, scratch, w, counters, memory);
 }
 
-__global__ void empty_batch_kernel(bool* done) { *done = true; }
+__global__ void no_windows_kernel(bool* done) { *done = true; }
 
 }  // namespace
 
 int64_t unmask_scratch(const UnmaskArgs& args) { return UnmaskScratch::bytes(args); }
 
-int64_t unmask_counters(const UnmaskArgs& args) { return args.batch + 1 + args.count; }
+int64_t unmask_counters(const UnmaskArgs& args) { return args.windows.count + 2 + args.count; }
 
 int unmask(const UnmaskArgs& args, const Workspace& workspace, void* stream) {
-  if (args.batch == 0) {
-    DPARALLEL_LAUNCH(empty_batch_kernel, 1u, 1, stream, args.done);
-    return static_cast<int>(cudaGetLastError());
-  }
-  const ScanShape shape = ScanShape::of(args.logits, args.length);
+  if (args.windows.count == 0) DPARALLEL_LAUNCH(no_windows_kernel, 1u, 1, stream, args.done);
+  const ScanShape shape = ScanShape::of(args.logits, args.tokens.length);
   const UnmaskScratch scratch = UnmaskScratch::at(workspace.scratch, args);
-  const int64_t blocks = args.count * shape.chunks.divisor + args.batch;
-  if (blocks > INT32_MAX || args.batch * args.length > INT32_MAX) return 1;  // an invalid value
+  const int64_t blocks = args.count * shape.chunks.divisor + args.windows.count;
+  if (blocks > INT32_MAX || args.tokens.batch * args.tokens.length > INT32_MAX)
+    return 1;  // an invalid value
+  if (blocks == 0) return static_cast<int>(cudaGetLastError());
   const auto grid = static_cast<unsigned>(blocks);
   return dispatch(args.logits.dtype, [&](auto type) {
     using T = decltype(type);

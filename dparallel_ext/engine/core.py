@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .._C import Scheduler
-from ..batch import Batch
 from ..cache import KVCache
-from ..rows import Settings
+from ..decoding.batch import Batch
+from ..decoding.sequence import Settings
 from .handle import Completion, Draft, Event, Events, Handle
 
 log = logging.getLogger(__name__)
@@ -63,12 +63,12 @@ class EngineCore:
     """Requests from their arrival to their end. `work` is for the engine's thread, the rest for any.
 
     Args:
-        slots: the batch's, whose pages the scheduler gives out.
+        kv_cache: the batch's, whose pages the scheduler gives out.
         share: as the scheduler's.
     """
 
-    def __init__(self, batch: Batch, slots: KVCache, scheduler: Scheduler, share: bool) -> None:
-        self.batch, self.scheduler, self._slots, self._share = batch, scheduler, slots, share
+    def __init__(self, batch: Batch, kv_cache: KVCache, scheduler: Scheduler, share: bool) -> None:
+        self.batch, self.scheduler, self._kv_cache, self._share = batch, scheduler, kv_cache, share
         self.arrivals: list[Request] = []  # that the engine's thread has not seen
         self.requests: dict[int, Request] = {}  # by id: those it has, waiting or running
         self.running: dict[int, Request] = {}  # by lane
@@ -200,14 +200,14 @@ class EngineCore:
                 request.reused = request.shared = found.reused
                 self.counts["prompt_tokens"] += len(request.prompt) - len(request.masked)
             try:
-                self._slots.assign(found.lane, found.pages)
+                self._kv_cache.assign(found.lane, found.pages)
                 row = self.batch.admit(
                     found.lane,
                     request.prompt.to(self.batch.tokens.device),
                     request.gen_length,
                     request.settings,
                     masked=request.masked,
-                    stored=found.reused,
+                    num_cached=found.reused,
                 )
             except BaseException as error:
                 self._end(request, error)
@@ -243,7 +243,7 @@ class EngineCore:
         if request.on_draft is not None:
             self._call(request, request.on_draft, self._draft(request, *block))
         if self._share:
-            self._publish(request, row.stored)
+            self._publish(request, row.num_cached)
         if finished:
             self._stream(request)
             if row.done:
@@ -258,14 +258,14 @@ class EngineCore:
     def _publish(self, request: Request, stored: int) -> None:
         """Let others share the pages of the first `stored` positions, which are final."""
         assert request.lane is not None
-        size = self._slots.page_size
+        size = self._kv_cache.page_size
         if stored // size <= request.shared // size:
             return
         tokens = self.batch.tokens[request.lane, :stored].tolist()
         with self.lock:
             replaced = self.scheduler.store(request.id, tokens)
         for index, page in replaced:
-            self._slots.assign(request.lane, [page], index)
+            self._kv_cache.assign(request.lane, [page], index)
         request.shared = stored
 
     def _draft(self, request: Request, start: int, end: int) -> Draft:
@@ -297,7 +297,7 @@ class EngineCore:
         assert request.lane is not None
         columns = self.batch.rows[request.lane].columns[first:last]
         start, end = columns[0], columns[-1] + 1
-        found: list[float] = self.batch.passes.trajectory.logprob[request.lane, start:end].tolist()
+        found: list[float] = self.batch.runner.trajectory.logprob[request.lane, start:end].tolist()
         return [found[column - start] for column in columns]
 
     def _stream(self, request: Request) -> None:

@@ -25,10 +25,11 @@ from torch import Tensor
 from .. import arguments
 from .._C import Scheduler
 from ..arguments import whole
-from ..batch import Batch
-from ..decode import Prompts, check_model, check_settings, make_settings, masks
+from ..decoding.batch import Batch
+from ..decoding.decode import Prompts, check_model, check_settings, make_settings, masks
+from ..decoding.schedule import make
+from ..decoding.sequence import lay_out, whole_length
 from ..models import Model, for_decoding, traits, warn_beyond
-from ..rows import lay_out, whole_length
 from ..rules import Function, Rule
 from .core import EngineCore, Request
 from .handle import Draft, Events, Handle
@@ -159,21 +160,18 @@ class Engine:
         try:
             table = torch.zeros((lanes, per_lane), dtype=torch.int64)
             with torch.inference_mode():
-                slots = model.new_cache(pages, page_size, table, kept=cache != "none")
+                kv_cache = model.new_cache(pages, page_size, table, kept=cache != "none")
                 batch = Batch(
                     model,
                     lanes,
                     max_length,
-                    block_length,
-                    cache,
+                    make(cache, traits(model), block_length, sub_block_length, refresh),
                     mask_id,
                     pad_id=mask_id,
                     device=model.device,
-                    sub_block_length=sub_block_length,
-                    refresh=refresh,
                     batch_invariant=batch_invariant,
                     graphs=graphs,
-                    slots=slots,
+                    kv_cache=kv_cache,
                 )
         except (RuntimeError, MemoryError) as error:
             raise ValueError(
@@ -181,9 +179,9 @@ class Engine:
                 f"{page_size} do not fit into memory ({str(error).partition(chr(10))[0]})"
             ) from error
         self._page_size, self._pages = page_size, pages
-        self._page_bytes = slots.slots[:, :, 0].numel() * slots.slots.element_size()
+        self._page_bytes = kv_cache.slots[:, :, 0].numel() * kv_cache.slots.element_size()
         scheduler = Scheduler(lanes=lanes, pages=pages, page_size=page_size, share=share)
-        self._core = EngineCore(batch, slots, scheduler, share)
+        self._core = EngineCore(batch, kv_cache, scheduler, share)
         self._ids = itertools.count()
         self._process, self._forked = os.getpid(), False
         self._bell: SimpleQueue[Engine | None] = SimpleQueue()
@@ -254,8 +252,8 @@ class Engine:
             seed = whole("seed", seed, -(2**63))
         if on_draft is not None:
             arguments.function("on_draft", on_draft)
-        batch, masked = self._core.batch, masks(ids, self.mask_id) if infill else []
-        length = whole_length(len(ids), gen_length, batch.block_length, batch.causal)
+        schedule, masked = self._core.batch.schedule, masks(ids, self.mask_id) if infill else []
+        length = whole_length(len(ids), gen_length, schedule.block_length, schedule.causal)
         if length > self.max_length:
             raise ValueError(
                 f"gen_length: prompt and response have {length} positions, max_length is {self.max_length}"
@@ -286,14 +284,14 @@ class Engine:
             seed=None if seed is None else torch.tensor([seed]),
             record=logprobs,
         )
-        layout = lay_out(len(ids), gen_length, batch.block_length, batch.causal, settings.steps, masked)
-        check_settings(self.model, [settings], batch.block_length, batch.sub_block_length)
+        layout = lay_out(len(ids), gen_length, schedule.block_length, schedule.causal, settings.steps, masked)
+        check_settings(self.model, [settings], schedule.block_length, schedule.sub_block_length)
         if settings.suppress is not None:
             arguments.check_ids("suppress", [settings.suppress.cpu().reshape(-1)], self.model.shape.rows)
         # A page with a mask is not final, and with shifted logits the position before the first mask is
         # computed in any case: it gives the next token.
         known = layout.columns[0] if layout.columns else len(ids)
-        reusable = max(0, known - batch.traits.shift)
+        reusable = max(0, known - schedule.shift)
         with self._core.lock:
             self._core.check_open()
             if self._core.waiting >= self.max_waiting:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import kept
-from ..attention import block_attention, kv_write, rope_table, varlen_attention
-from ..cache import KVCache, Pass, Span
-from ..layers import compiled, fp8_scale, rms_norm, swiglu
+from ..cache import AttentionMetadata, KVCache, Span
+from ..ops import block_attention, kv_write, rms_norm, rope_table, swiglu, varlen_attention
+from ..ops.fp8_linear import fp8_scale
+from ..ops.inputs import compiled
 from . import files, side_by_side
 from .fp8 import Fp8Linear
 
@@ -435,7 +436,7 @@ class Model(Named):
                 x = block(x, attend)
         return self.norm(x)
 
-    def step(self, input_ids: Tensor, cache: KVCache, plan: Pass) -> Tensor:
+    def step(self, input_ids: Tensor, cache: KVCache, plan: AttentionMetadata) -> Tensor:
         """Hidden states (N, width) after the final norm, of the packed tokens input_ids (N,) of `plan`.
 
         Their keys and values are written to the cache in place, and attention reads it, so it belongs under

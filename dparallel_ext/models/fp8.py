@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..layers import fp8_linear, quantize_fp8
+from ..ops import fp8_linear, quantize_fp8
 
 
 class Fp8Linear(nn.Module):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import fp8_linear
+from ..ops import fp8_linear
 from .fp8 import Fp8Linear
 
 Kind = TypeVar("Kind", bound=nn.Module)

@@ -5,8 +5,8 @@ program over the statistics of a pass, with a memory of its own if it wants one:
 
     row_stats -> RowStats (W, C) --decide(stats, where, state)--> Decision -> tokens
 
-A pass has W windows, one of each sequence that it is over, and statistics of C columns of each: cell [w, j]
-is column `where.start[w] + j` of the sequence.
+A pass has W windows, one of each sequence that it is over or, where several blocks are open, one of each of
+them, and statistics of C columns of each: cell [w, j] is column `where.start[w] + j` of the sequence.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import select
+from ..ops.select import select
 from ..types import RowStats
 
 Function = Callable[[RowStats, Tensor, Tensor], Tensor]
@@ -50,6 +50,8 @@ class Cells(NamedTuple):
 class Where:
     """Where the statistics of a pass lie, and how far their sequences are; tensors on the model's device."""
 
+    lane: Tensor
+    """(W,) int64: which sequence each window is of."""
     start: Tensor
     """(W,) int64: the sequence's column that cell 0 is."""
     read: Tensor
@@ -102,17 +104,13 @@ class Where:
         return self.cells.spread(found, torch.nan)
 
     def recall(self, state: Tensor) -> Tensor:
-        """(W, C, ...): of a state (W, columns, ...), what it holds for the cells."""
-        return state[self._window, self.column]
+        """(W, C, ...): of a state (lanes, columns, ...), what it holds for the cells."""
+        return state[self.lane[:, None], self.column]
 
     def remember(self, state: Tensor, values: Tensor) -> None:
-        """Put values (W, C, ...) into a state (W, columns, ...), for the cells that have statistics."""
-        read = self.read.view(*self.read.shape, *[1] * (values.ndim - 2))
-        state[self._window, self.column] = torch.where(read, values.to(state.dtype), self.recall(state))
-
-    @property
-    def _window(self) -> Tensor:
-        return torch.arange(self.cells.windows, device=self.start.device)[:, None]
+        """Put values (W, C, ...) into a state (lanes, columns, ...), for the cells that have statistics."""
+        beyond = state.shape[1] - 1  # no window reaches the last column
+        state[self.lane[:, None], torch.where(self.read, self.column, beyond)] = values.to(state.dtype)
 
 
 class Decision(NamedTuple):
@@ -143,11 +141,11 @@ class Rule:
     CUDA graphs: it looks at no number on the host, and what it keeps it keeps in the tensors of its state."""
     greedy: bool = False
     """Whether it commits tokens of its own, so that none can be sampled: the temperature has to be 0."""
+    by_row: bool = False
+    """Whether it commits at most as many tokens a pass as its policy row may, so that the host can issue
+    passes ahead where the row bounds their number."""
     without: tuple[str, ...] = ()
     """Scores that it does not compute, so that no policy row can rank by them."""
-    by_row: bool = False
-    """Whether it commits no more tokens of a window than its policy row may, see `policies.most`. The host
-    can then tell before a pass that a block will not be complete after it."""
     row: str | None = None
     """The policy row to decide by where the caller names none: "confidence:0.9". None: the fixed schedule."""
 
@@ -155,7 +153,7 @@ class Rule:
         """Raise ValueError, or warn, where it does not go with a model that decodes by such blocks."""
 
     def new_state(self, lanes: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
-        """What it remembers: tensors (lanes, ...), most often (lanes, columns) for `Where.recall`.
+        """What it remembers: tensors (lanes, ...), most often (lanes, columns, ...) for `Where.recall`.
 
         They are made once for all passes over those lanes and changed in place.
         """

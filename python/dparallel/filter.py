@@ -106,8 +106,7 @@ class Oracle(Rule):
             )
         )
         live = where.masked.any(1)
-        lanes = torch.arange(len(live), device=live.device)
-        self.passes.append(Records(*(field[live].cpu() for field in (lanes, *of_block))))
+        self.passes.append(Records(*(field[live].cpu() for field in (where.lane, *of_block))))
         known = where.masked & right
         stuck = ~known.any(1, keepdim=True)
         return Decision(known | (where.masked & stuck), answer)

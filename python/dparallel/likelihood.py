@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext.cache import FEW_SIZES, KVCache, Pass, Span
+from dparallel_ext.cache import GRAPH_BUCKETS, AttentionMetadata, KVCache, Span
 from dparallel_ext.models import Model, for_decoding, own_precision, traits
 
 METHODS = ("monte_carlo", "left_to_right")
@@ -275,7 +275,7 @@ class Scorer:
         chunk_bytes = CHUNK_MEGABYTES.get(model.device.type, 256) * 2**20
         self.chunk_rows = max(1, int(chunk_bytes) // row_bytes)
         # The CPU's matrix library keeps code for ever for each number of rows of 16-bit matrices it has met.
-        self.fill = None if model.dtype == torch.float32 else FEW_SIZES
+        self.fill = None if model.dtype == torch.float32 else GRAPH_BUCKETS
 
     def by_masks(
         self, pairs: Sequence[Pair], masks_of: Callable[[int], Masks]
@@ -424,7 +424,7 @@ class Scorer:
         tensors = (tensor.to(device) for tensor in plan.tensors)
         with own_precision(self.model, device):
             return self.model.step(
-                tokens.to(device), cache, Pass(plan.longest_query, plan.longest_length, *tensors)
+                tokens.to(device), cache, AttentionMetadata(plan.longest_query, plan.longest_length, *tensors)
             )
 
     def _score(self, hidden: Tensor, asked: Asked) -> dict[int, Likelihood]:

@@ -29,7 +29,7 @@ TOP_P = (0.0, 5e-324, 1e-10, 0.3, 0.9, 1 - 1e-16, 1.0)
 def _level() -> Iterator[None]:
     before = dx.simd_level()
     yield
-    dx.ops._C.use_simd_level(before)
+    dx._C.use_simd_level(before)
 
 
 def numbers(rng: random.Random, *shape: int) -> Tensor:
@@ -129,7 +129,7 @@ def check_draws(logits: Tensor, drawn: dx.RowStats, mask_id: int, settings: dict
 
 def test_row_stats_are_the_twins(attack: Attack) -> None:
     for rng in attack.cases(150):
-        dx.ops._C.use_simd_level(rng.choice(LEVELS))
+        dx._C.use_simd_level(rng.choice(LEVELS))
         vocab, dtype = rng.choice([1, 2, 3, 8, 33, 100, 700, 2049, 20011]), rng.choice(DTYPES)
         logits = torch.stack([row(rng, vocab, dtype, bad=False) for _ in range(rng.randint(1, 4))])
         mask_id, suppress = rng.choice([None, rng.randrange(vocab)]), suppressed(rng, vocab)
@@ -239,7 +239,7 @@ class Board(NamedTuple):
 
 def test_unmask_keeps_its_laws(attack: Attack) -> None:
     for rng in attack.cases(120):
-        dx.ops._C.use_simd_level(rng.choice(LEVELS))
+        dx._C.use_simd_level(rng.choice(LEVELS))
         board = Board.draw(rng)
         (batch, length), vocab = board.tokens.shape, board.logits.shape[-1]
         needed, rows, suppress = board.needed, board.policy, board.suppress or []

@@ -26,7 +26,7 @@ VOCABULARIES = (1, 2, 3, 5, 15, 16, 17, 31, 33, 64, 247, 1000, 2047, 2049, 4100)
 def _level() -> Iterator[None]:
     before = dx.simd_level()
     yield
-    dx.ops._C.use_simd_level(before)
+    dx._C.use_simd_level(before)
 
 
 def randn(rng: random.Random, *shape: int) -> Tensor:
@@ -338,7 +338,7 @@ TWINS: list[Callable[[random.Random], None]] = [
 @pytest.mark.parametrize("case", TWINS, ids=lambda case: case.__name__)
 def test_ops_equal_their_twins(case: Callable[[random.Random], None], attack: Attack) -> None:
     for rng in attack.cases(25):
-        dx.ops._C.use_simd_level(rng.choice(LEVELS))
+        dx._C.use_simd_level(rng.choice(LEVELS))
         case(rng)
 
 
@@ -355,7 +355,7 @@ INDICES = {
 def test_indices_out_of_bounds_are_named(attack: Attack) -> None:
     """And nothing is changed."""
     for rng in attack.cases(100):
-        dx.ops._C.use_simd_level(rng.choice(LEVELS))
+        dx._C.use_simd_level(rng.choice(LEVELS))
         torch.manual_seed(rng.randrange(2**31))
         name = rng.choice(list(INDICES))
         op, argument = inputs.op_of(name), rng.choice(INDICES[name])
@@ -418,7 +418,7 @@ def test_no_arguments_end_the_process(attack: Attack) -> None:
     """An error of Python, or a result."""
     refused = 0
     for rng in attack.cases(150):
-        dx.ops._C.use_simd_level(rng.choice(LEVELS))
+        dx._C.use_simd_level(rng.choice(LEVELS))
         torch.manual_seed(rng.randrange(2**31))
         name = rng.choice(inputs.OPS)
         call = inputs.copied(inputs.examples(rng.choice(DTYPES))[name])

@@ -76,9 +76,9 @@ def extension() -> Path:
     facts = dict.fromkeys(unset, "")
     facts["BACKENDS"] = "cuda_host"
     named = [f'-DDPARALLEL_{name}="{value}"' for name, value in facts.items()]
-    torch_side = (CSRC / "torch_ops.cpp", f"{flags} {stable}")
+    torch_side = [(source, f"{flags} {stable}") for source in sorted((CSRC / "torch").glob("*.cpp"))]
     module = (CSRC / "runtime" / "module.cpp", f"{flags} {' '.join(named)}")
-    objects = compiled([*kernels(PLAIN), torch_side, module, (HERE / "races.cpp", PLAIN.flags)])
+    objects = compiled([*kernels(PLAIN), *torch_side, module, (HERE / "races.cpp", PLAIN.flags)])
     libraries = [f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     python = sorted((ROOT / "dparallel_ext").rglob("*.py"))
 

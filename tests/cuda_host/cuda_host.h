@@ -145,6 +145,7 @@ inline unsigned __ballot_sync(unsigned mask, bool value) {
     bits |= static_cast<unsigned>(all[cuda_host::kLaneBytes * lane]) << lane;
   return bits;
 }
+inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 // Of one read-modify-write by nobody else in between; other threads may run before and after.

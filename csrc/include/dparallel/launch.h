@@ -23,7 +23,7 @@ inline float temperature_in_force(double temperature) {
 struct Sampling {
   float temperature;
   // row_stats: [count, 4] seed, sequence, position, step of each row.
-  // unmask:    [batch, 3] seed, sequence, step; the position is column + position_offset.
+  // unmask:    [windows, 3] seed, sequence, step; the position is column + position_offset.
   const int64_t* keys;
   int64_t position_offset;
   double top_p = 1.0;  // see nucleus.h; 1: all
@@ -37,7 +37,7 @@ struct RowOutput {
   int64_t* tokens;  // [2, count]: argmax, sample; -1 where the row was not read
   float* fields;    // [kRowFields, count]; NaN where the row was not read
   int64_t*
-      error;  // [count] for row_stats, [batch] for unmask: kNoError, or the lowest encode_error
+      error;  // [count] for row_stats, [windows] for unmask: kNoError, or the lowest encode_error
 };
 
 struct RowStatsArgs {
@@ -59,22 +59,58 @@ struct SelectArgs {
   bool* commit;  // [batch, length]
 };
 
+// Sequences of tokens, with strides.
+struct TokenGrid {
+  int64_t* data;
+  int64_t batch, length, stride_b, stride_l;
+
+  DP_HD int64_t& at(int64_t b, int64_t column) const {
+    return data[b * stride_b + column * stride_l];
+  }
+};
+
+// Columns [start, end) of a sequence each, in any order. What of them lies beyond the sequence is
+// as if it were not there.
+struct Windows {
+  int64_t count;
+  const int64_t* lane;   // [count] the sequence, or null: window w is of sequence w
+  const int64_t* start;  // [count]
+  const int64_t* end;    // [count]
+
+  DP_HD int64_t sequence(int64_t w) const { return lane != nullptr ? lane[w] : w; }
+};
+
 struct UnmaskArgs {
-  int64_t* tokens;  // (batch, length) with strides, changed in place
-  int64_t batch, length, token_stride_b, token_stride_l;
+  TokenGrid tokens;          // changed in place
   Logits logits;             // [count] rows
   const int64_t* positions;  // [count] ascending b * length + l of each row, or null: count = batch
                              // * length, row r is position r
   int64_t count;
-  const int64_t* start;  // [batch] active window [start, end) in columns
-  const int64_t* end;    // [batch]
-  const float* policy;   // [batch, 5]
+  // What may be filled; those of a sequence do not overlap. On a GPU a position of several windows
+  // belongs to the first of them.
+  Windows windows;
+  const float* policy;  // [windows.count, 5]
   Exclusions exclusions;
   Sampling sampling;
-  int64_t* committed;  // [batch]
-  int64_t* remaining;  // [batch] masks left in the window
+  int64_t* committed;  // [windows.count]
+  int64_t* remaining;  // [windows.count] masks left in the window
   bool* done;          // [1] no window has a mask left
   RowOutput output;    // errors are numbered by position b * length + l
+};
+
+// Tokens are written, then windows looked at, which may overlap and be of other sequences.
+struct CommitArgs {
+  TokenGrid tokens;          // changed in place
+  const int64_t* positions;  // [count] b * length + l of each row, or null: row r is position r
+  const bool* commit;        // [count] whether the row is written
+  const int64_t* token;      // [count]
+  int64_t count;
+  int64_t mask_id;
+  Windows windows;
+  int64_t* remaining;  // [windows.count] masks
+  int64_t* first;      // [windows.count] the column of the first of them, or the window's end
+  int64_t* changed;    // [windows.count] tokens that are not what they were
+  int64_t* error;      // [1] kNoError, or the lowest encode_error of a position, kRowMask
 };
 
 // R below: float64 where the logits are, else float32. Rows that are not active are zero in every
@@ -221,6 +257,7 @@ using Parallel = void (*)(int64_t n, Body body, const void* context);
 void row_stats(const RowStatsArgs& args, Parallel parallel);
 void select(const SelectArgs& args, Parallel parallel);
 void unmask(const UnmaskArgs& args, Parallel parallel);
+void commit(const CommitArgs& args, Parallel parallel);
 void certainty_forcing_loss(const LossArgs& args, Parallel parallel);
 void certainty_forcing_loss_backward(const LossBackwardArgs& args, Parallel parallel);
 void kv_write(const KvWriteArgs& args, Parallel parallel);
@@ -248,9 +285,11 @@ int64_t unmask_scratch(const UnmaskArgs& args);
 int64_t select_scratch(const SelectArgs& args);
 int64_t row_stats_counters(const RowStatsArgs& args);
 int64_t unmask_counters(const UnmaskArgs& args);
+int64_t commit_counters(const CommitArgs& args);
 int row_stats(const RowStatsArgs& args, const Workspace& workspace, void* stream);
 int select(const SelectArgs& args, const Workspace& workspace, void* stream);
 int unmask(const UnmaskArgs& args, const Workspace& workspace, void* stream);
+int commit(const CommitArgs& args, const Workspace& workspace, void* stream);
 int64_t certainty_forcing_loss_scratch(const LossArgs& args);
 int certainty_forcing_loss(const LossArgs& args, const Workspace& workspace, void* stream);
 int certainty_forcing_loss_backward(const LossBackwardArgs& args, void* stream);

@@ -45,7 +45,7 @@ struct Policy {
     Policy policy;
     policy.selector = whole_number(row[0], 0, kSelectors - 1);
     policy.threshold = row[1];
-    policy.min_commit = whole_number(row[2], 1, kMostCommits);
+    policy.min_commit = whole_number(row[2], 0, kMostCommits);
     policy.max_commit = row[3] >= static_cast<float>(kMostCommits)
                             ? INT64_MAX
                             : whole_number(row[3], 1, kMostCommits);
@@ -94,7 +94,6 @@ struct Policy {
   DP_HD int64_t limit(int64_t n, int64_t masked) const {
     if (n < min_commit) n = min_commit;
     if (n > max_commit) n = max_commit;
-    if (n < 1) n = 1;
     return n < masked ? n : masked;
   }
 
@@ -138,8 +137,8 @@ inline PolicyBounds policy_bounds(int field, const float* row) {
       {0.0f, 1.0f, false}};
   const PolicyBounds fields[kPolicyFields] = {{0.0f, kSelectors - 1, true},
                                               kThreshold[whole_number(row[0], 0, kSelectors - 1)],
-                                              {1.0f, kMostCommits, true},
-                                              {row[2], kInfinity, true},
+                                              {0.0f, kMostCommits, true},
+                                              {row[2] > 1.0f ? row[2] : 1.0f, kInfinity, true},
                                               {0.0f, kScores - 1, true}};
   return fields[field];
 }

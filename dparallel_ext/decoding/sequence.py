@@ -6,12 +6,12 @@ import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
-from .rules import Rule
+from ..rules import Rule
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Settings:
     rule: Rule | None = None
     """What decides instead of the policy alone."""
     record: bool = False
-    """Whether the passes keep its `passes.Trajectory`."""
+    """Whether the passes keep its `workspace.Trajectory`."""
 
 
 class Layout(NamedTuple):
@@ -86,8 +86,30 @@ def lay_out(
     return Layout(columns, blocks, length, origin)
 
 
+class OpenBlock(NamedTuple):
+    """A block that passes may fill."""
+
+    start: int
+    end: int
+    """Columns [start, end)."""
+    held: int
+    """Masks that it began with."""
+    masks_left: int
+    first_mask: int
+    """The column of the first of them; where there is none, `start`."""
+    step: int = 0
+    """Passes that it has had."""
+    changed: bool = False
+    """Whether the last of them changed it."""
+
+    @property
+    def share(self) -> float:
+        """Of its masks those that are decoded."""
+        return 1 - self.masks_left / max(1, self.held)
+
+
 @dataclass
-class Row:
+class SequenceState:
     """Where one sequence is. Columns are positions of the sequence."""
 
     prompt: int
@@ -97,27 +119,22 @@ class Row:
     """Response tokens in front of EOS or a stop sequence, all where there is none."""
     suppress: Tensor | None = None
     """Those of its settings, one tensor for all sequences of the batch that have the same."""
-    at: int = 0
-    """The active block; len(blocks): done."""
-    turn: int = 0
-    """Passes that the active block has had."""
-    left: int = 0
-    """Masks in the active block."""
-    leftmost: int = 0
-    """The column of the first of them."""
+    block_index: int = 0
+    """The front block, the first that is not complete; len(blocks): done."""
+    open: tuple[OpenBlock, ...] = ()
+    """The blocks that passes may fill, from the front one on."""
+    step_in_block: int = 0
+    """Passes since the front block came to the front."""
     nfe: int = 0
     published: int = 0
     """Passes that the published loop has run so far."""
     generated: int = 0
-    stored: int = 0
-    """cache "block": positions whose keys and values are final."""
-    waiting: bool = False
-    """Its block is complete, and it has not begun the next."""
-    seen: list[int] = field(default_factory=list)
-    """What the active block held after the last pass, and whether that pass changed it."""
-    changed: bool = False
+    num_cached: int = 0
+    """Of a schedule that stores blocks: positions whose keys and values are final."""
+    between_blocks: bool = False
+    """Its front block is complete, and it has not begun the next."""
     edits: int = 0
-    """Passes that an active block without masks stayed open for."""
+    """Passes that a front block without masks stayed open for."""
     stopped: bool = False
     """It met EOS or a stop sequence."""
 
@@ -135,21 +152,37 @@ class Row:
 
     @property
     def done(self) -> bool:
-        return self.at == len(self.blocks)
+        return self.block_index == len(self.blocks)
 
     @property
     def block(self) -> tuple[int, int]:
-        return self.blocks[self.at]
+        return self.blocks[self.block_index]
 
     @property
-    def held(self) -> int:
-        """Masks that the active block began with."""
-        start, end = self.block
-        return self.index(end) - self.index(start)
+    def masks_left(self) -> int:
+        """In the front block."""
+        return self.open[0].masks_left
+
+    @property
+    def first_mask(self) -> int:
+        """Of the front block, the column of its first mask."""
+        return self.open[0].first_mask
+
+    @property
+    def decoded(self) -> int:
+        """Tokens decoded so far."""
+        return self.generated + sum(block.held - block.masks_left for block in self.open)
+
+    def opened(self, index: int) -> OpenBlock:
+        """Block `index` as it is when it opens."""
+        start, end = self.blocks[index]
+        first = self.index(start)
+        held = self.index(end) - first
+        return OpenBlock(start, end, held, held, self.columns[first])
 
     @property
     def ahead(self) -> int:
-        """Where the active block's first mask stood when it began; at the end the length."""
+        """Where the front block's first mask stood when it began; at the end the length."""
         return self.length if self.done else self.columns[self.index(self.block[0])]
 
     @property
@@ -159,17 +192,10 @@ class Row:
         apart = self.columns[-1] - (end - 1)
         return self.columns[bisect_left(range(end), apart, key=lambda i: self.columns[i] - i)]
 
-    def look(self, block: list[int], mask_id: int) -> None:
-        """Take in what the active block holds."""
-        self.changed, self.seen = block != self.seen, block
-        start = self.block[0]
-        self.left = block.count(mask_id)
-        self.leftmost = start + block.index(mask_id) if self.left else start
-
     def edits_on(self) -> bool:
-        """Whether the active block, which has no mask, is open for another pass of a rule that edits."""
+        """Whether the front block, which has no mask, is open for another pass of a rule that edits."""
         rule = self.settings.rule
-        if rule is None or not self.changed or self.edits >= rule.edits:
+        if rule is None or not self.open[0].changed or self.edits >= rule.edits:
             return False
         self.edits += 1
         return True
@@ -178,24 +204,24 @@ class Row:
         """How many tokens of the response lie in front of `column`."""
         return bisect_left(self.columns, column)
 
-    @property
-    def progress(self) -> tuple[int, int, int, int]:
-        """For rules: passes that the active block has had, passes of the schedule, the response's first
-        column, the active block's first column.
+    def progress(self, block: OpenBlock) -> tuple[int, int, int, int]:
+        """For rules: passes that the block has had, passes of the schedule, the response's first column, the
+        block's first column.
         """
         scheduled = self.settings.steps or len(self.columns)
-        block = self.layout.origin if self.at == 0 or self.done else self.block[0]
-        return self.turn, scheduled, self.columns[0] if self.columns else 0, block
+        start = self.layout.origin if block.start == self.blocks[0][0] else block.start
+        return block.step, scheduled, self.columns[0] if self.columns else 0, start
 
-    @property
-    def policy(self) -> tuple[float, ...]:
-        """Of the next pass, a row of `policies.FIELDS`."""
+    def policy(self, block: OpenBlock, must_move: bool = True) -> tuple[float, ...]:
+        """Of the next pass over a block, a row of `policies.FIELDS`."""
         chosen, steps = self.settings.policy, self.settings.steps
-        if steps is None or self.done:
+        if not must_move:
+            return (*chosen[:2], 0.0, *chosen[3:])
+        if steps is None:
             return chosen
-        share, rest = divmod(self.held, steps // len(self.blocks))
-        return (chosen[0], float(max(1, share + (self.turn < rest))), *chosen[2:])
+        share, rest = divmod(block.held, steps // len(self.blocks))
+        return (chosen[0], float(max(1, share + (block.step < rest))), *chosen[2:])
 
 
-IDLE = Row(0, Layout((), [], 0), Settings((0.0, 0.0, 1.0, math.inf, 0.0)), 0)
+IDLE = SequenceState(0, Layout((), [], 0), Settings((0.0, 0.0, 1.0, math.inf, 0.0)), 0)
 """What a lane without a sequence holds."""

@@ -1,4 +1,4 @@
-"""From the logits of a pass to tokens: by a policy row in one launch, or statistics, a rule, and a commit."""
+"""From the logits of a pass to tokens: by policy rows in one launch, or statistics, a rule, and a commit."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import policies
-from .ops import NO_ERROR, read_rows, select, unmask_
-from .rows import Row
-from .rules import Rule, Where
-from .rules.protocol import Cells, expect
-from .types import RowStats
+from .. import policies
+from ..ops import select, unmask_
+from ..ops.errors import NO_ERROR
+from ..ops.row_stats import read_rows
+from ..rules import Rule, Where
+from ..rules.protocol import Cells, expect
+from ..types import RowStats
+from .sequence import SequenceState
 
 
-class Way(NamedTuple):
+class SamplingGroup(NamedTuple):
     """How tokens are chosen: by `unmask_`, or by a rule from the statistics."""
 
     temperature: float
@@ -26,7 +28,7 @@ class Way(NamedTuple):
     suppress: Tensor | None
 
     @classmethod
-    def of(cls, row: Row) -> Way:
+    def of(cls, row: SequenceState) -> SamplingGroup:
         own = row.settings
         return cls(own.temperature, own.top_p, own.top_k, own.rule, row.suppress)
 
@@ -46,101 +48,117 @@ class Way(NamedTuple):
 
 
 class Predicted(NamedTuple):
-    """What a pass has predicted, and of whom; B sequences."""
+    """What a pass has predicted, and of whom; B sequences, W windows."""
 
     logits: Tensor
     """(N, V)"""
     positions: Tensor
     """(N,) int64: the flat positions b * L + l that they stand for."""
     keys: Tensor
-    """(3, B) int64: each sequence's pass, from 1, and the seed and the number that key its samples."""
+    """(3, W) int64: the sequence's pass, from 1, and the seed and the number that key its samples."""
     progress: Tensor
-    """(4, B) int64, see `rows.Row.progress`; empty where there is no rule."""
+    """(4, W) int64, see `sequence.SequenceState.progress`; empty where there is no rule."""
     policy: Tensor
-    """(B, 5) float32"""
+    """(W, 5) float32"""
+    lane: Tensor | None
+    """(W,) int64: each window's sequence, ascending, as many for each; None: one of each."""
     cells: int
-    """Of each sequence, the columns that rules see."""
+    """Of each window, the columns that rules see."""
 
 
-def commit_(
+class Decided(NamedTuple):
+    """What is to be committed."""
+
+    stats: RowStats
+    """(N,) of the rows read; ids -1 elsewhere."""
+    error: Tensor
+    """(W,) int64, see `ops.errors.explain`."""
+    commit: Tensor | None = None
+    """(N,) bool: rows whose `token` is to be written. None: all is written already."""
+    token: Tensor | None = None
+    """(N,) int64"""
+
+
+def decide(
     tokens: Tensor,
     predicted: Predicted,
-    way: Way,
+    group: SamplingGroup,
     windows: Tensor,
     state: tuple[Tensor, ...],
     *,
     mask_id: int,
     given: Tensor,
-) -> tuple[RowStats, Tensor]:
-    """Commit, in tokens (B, L), what a policy row or the rule of `way` says of some sequences' windows.
+) -> Decided:
+    """What a policy row or the rule of `group` says of some sequences' windows; the row writes it as well.
 
-    windows: (4, B) int64: the columns [start, end) that may be filled, and those that a rule reads; of the
-        sequences that go another way, nothing.
+    tokens: (B, L) int64; a policy row commits there.
+    windows: (4, W) int64: the columns [start, end) that may be filled, and those that a rule reads; of the
+        sequences of other groups, nothing.
     state: what the rule remembers.
     given: (B, L) bool: what no rule may change.
-
-    Returns (N,) statistics of the rows read, ids -1 elsewhere; and (B,) errors, see `ops.explain`.
     """
-    if way.rule is not None:
-        return _by_rule(tokens, predicted, way, way.rule, windows, state, mask_id, given)
+    if group.rule is not None:
+        return _by_rule(tokens, predicted, group, group.rule, windows, state, mask_id, given)
     step, seed, sequence = predicted.keys
     out = unmask_(
         tokens,
         predicted.logits,
         mask_id=mask_id,
+        lane=predicted.lane,
         start=windows[0],
         end=windows[1],
         policy=predicted.policy,
         positions=predicted.positions,
         step=step,
-        **way.sampling,
+        **group.sampling,
         seed=seed,
         sequence=sequence,
         check=False,
     )
-    return out.stats, out.error
+    return Decided(out.stats, out.error)
 
 
 def _by_rule(
     tokens: Tensor,
     predicted: Predicted,
-    way: Way,
+    group: SamplingGroup,
     rule: Rule,
     windows: Tensor,
     state: tuple[Tensor, ...],
     mask_id: int,
     given: Tensor,
-) -> tuple[RowStats, Tensor]:
-    logits, positions, (step, seed, sequence), (turn, steps, response, block), policy, cells = predicted
+) -> Decided:
+    logits, positions, (step, seed, sequence), (turn, steps, response, block), policy, _, cells = predicted
     start, end, first, last = windows
-    flat = tokens.view(-1)
     lane, column = positions // tokens.shape[1], positions % tokens.shape[1]
-    held = flat[positions]
-    read = (column >= first[lane]) & (column < last[lane])
+    held = tokens.view(-1)[positions]
+    own = lane if predicted.lane is None else _windows_of(column, lane, first, last, len(tokens))
+    read = (column >= first[own]) & (column < last[own])
     masks = read & (held == mask_id)
     if rule.reads == "masked":
         read = masks
     stats, error = read_rows(
         logits,
         mask_id=mask_id,
-        **way.sampling,
-        seed=seed[lane],
-        sequence=sequence[lane],
+        **group.sampling,
+        seed=seed[own],
+        sequence=sequence[own],
         position=column,
-        step=step[lane],
+        step=step[own],
     )
     bad = torch.where(read & (error != NO_ERROR), 4 * positions + error % 4, NO_ERROR)
-    errors = torch.full_like(step, NO_ERROR).scatter_reduce(0, lane, bad, "amin")
-    moves = read & (errors[lane] == NO_ERROR)  # a bad row keeps its own sequence from committing
+    errors = torch.full_like(step, NO_ERROR).scatter_reduce(0, own, bad, "amin")
+    moves = read & (errors[own] == NO_ERROR)  # a bad row keeps its own window from committing
     masks = masks & moves
     stats = RowStats(*(torch.where(read, values, _blank(values)) for values in stats))
-    at = lane * (cells + 1) + torch.where(read, column - first[lane], cells)
+    at = own * (cells + 1) + torch.where(read, column - first[own], cells)
     grid = Cells(at, len(step), cells)
     where = Where(
+        lane=torch.arange(len(step), device=step.device) if predicted.lane is None else predicted.lane,
         start=first,
         read=grid.spread(read, False),
         open=grid.spread(masks, False),
-        masked=grid.spread(masks & (column >= start[lane]) & (column < end[lane]), False),
+        masked=grid.spread(masks & (column >= start[own]) & (column < end[own]), False),
         token=grid.spread(held, -1),
         decoded=grid.spread(moves & (held != mask_id) & ~given.view(-1)[positions], False),
         step=step,
@@ -161,21 +179,29 @@ def _by_rule(
     if token is not None:
         expect(f"{type(rule).__name__}: token", token, where.token)
         sound = sound & (token >= 0) & (token < logits.shape[1]) & (token != mask_id)
-        if way.suppress is not None:
-            sound &= ~torch.isin(token, way.suppress.to(token.device))
+        if group.suppress is not None:
+            sound &= ~torch.isin(token, group.suppress.to(token.device))
         token = torch.where(sound, token, by_cell.sample)
     commit = commit & where.open & sound
     best = select(by_cell, where.masked, _one(policy), check=False)
-    commit |= ~(commit & where.masked).any(1, keepdim=True) & best
+    must_move = policy[:, 2:3] >= 1
+    commit |= must_move & ~(commit & where.masked).any(1, keepdim=True) & best
     if edit is not None and rule.edits:
         expect(f"{type(rule).__name__}: edit", edit, where.masked)
         commit |= edit & where.decoded & sound
     chosen = stats.sample if token is None else grid.gather(token, -1)
-    flat[positions] = torch.where(grid.gather(commit, False), chosen, held)
     if token is not None:
-        own = logits.gather(1, chosen.clamp(min=0)[:, None])[:, 0].float() - stats.lse
-        stats = stats._replace(sample=chosen, confidence=own.exp(), sample_logprob=own)
-    return stats, errors
+        logprob = logits.gather(1, chosen.clamp(min=0)[:, None])[:, 0].float() - stats.lse
+        stats = stats._replace(sample=chosen, confidence=logprob.exp(), sample_logprob=logprob)
+    return Decided(stats, errors, grid.gather(commit, False), chosen)
+
+
+def _windows_of(column: Tensor, lane: Tensor, first: Tensor, last: Tensor, lanes: int) -> Tensor:
+    """(N,) int64: the window that reads each row's column, any of its sequence where none does."""
+    each = len(first) // max(1, lanes)
+    own = lane[:, None] * each + torch.arange(each, device=lane.device)  # (N, windows of a sequence)
+    inside = (column[:, None] >= first[own]) & (column[:, None] < last[own])
+    return own.gather(1, inside.to(torch.int8).argmax(1, keepdim=True))[:, 0]
 
 
 def _one(policy: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .ops import own_recording
+from ..ops.streams import own_recording
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class Graphs:
         self.addresses: Sequence[int] | None = None
         """Where what the recordings read lies; None: nothing can be recorded."""
 
-    def look(self, addresses: Sequence[int] | None) -> None:
+    def drop_stale(self, addresses: Sequence[int] | None) -> None:
         """Drop the recordings if what they read lies elsewhere now."""
         if addresses != self.addresses:
             self.addresses = addresses

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import kept
-from .cache import FEW_SIZES, KVCache
+from .. import kept
+from ..cache import GRAPH_BUCKETS, KVCache
+from ..models import Model
+from ..ops.streams import stream_of
+from ..rules import Rule
 from .graphs import CudaRecorder, Graphs, can_record
-from .models import Model
-from .ops import stream_of
-from .rules import Rule
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Workspace:
 
     tokens: Tensor
     """(lanes, L) int64"""
-    slots: KVCache | None
+    kv_cache: KVCache | None
     trajectory: Trajectory
     """Of the sequences that want it, by column."""
     graphs: Graphs | None
@@ -73,14 +73,20 @@ class Workspace:
     """What rules remember."""
     key: Hashable = None
     size: int = 0
-    """What it is kept under, and the bytes of its slots."""
+    """What it is kept under, and the bytes of its cache."""
 
     @classmethod
-    def of(cls, tokens: Tensor, slots: KVCache | None, *, graphs: bool = False) -> Workspace:
+    def of(cls, tokens: Tensor, kv_cache: KVCache | None, *, graphs: bool = False) -> Workspace:
         """A fresh one; `graphs`: where the device has them."""
         found = Graphs(CudaRecorder(tokens.device)) if graphs and can_record(tokens.device) else None
         return cls(
-            tokens, slots, Trajectory.blank(tokens), found, {}, torch.ones_like(tokens, dtype=torch.bool), {}
+            tokens,
+            kv_cache,
+            Trajectory.blank(tokens),
+            found,
+            {},
+            torch.ones_like(tokens, dtype=torch.bool),
+            {},
         )
 
     @classmethod
@@ -93,7 +99,7 @@ class Workspace:
         cached: whether keys and values outlive a pass. What else recorded passes depend on, their forms say.
         """
         s = model.shape
-        length = FEW_SIZES(width)
+        length = GRAPH_BUCKETS(width)
         of_layer = 2 * lanes * s.kv_heads * length * s.head_dim * model.dtype.itemsize
         size = of_layer * (s.layers if cached else 1)
         if not can_record(device) or not lanes or size > kept.BYTES:

@@ -6,20 +6,21 @@ What a pass is: `batch`. Which rule it commits by: here, from the arguments of `
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import arguments, policies
-from .arguments import shown, temperature_in_force, whole
-from .batch import AHEAD, CACHES, Batch
-from .models import Model, Traits, for_decoding, traits, warn_beyond
-from .ops import check_sampling
-from .rows import Settings, whole_length
-from .rules import Function, FunctionRule, Rule, parse
+from .. import arguments, policies
+from ..arguments import shown, temperature_in_force, whole
+from ..models import Model, Traits, for_decoding, traits, warn_beyond
+from ..ops.inputs import check_sampling
+from ..rules import Function, FunctionRule, Rule, parse
+from .batch import AHEAD, Batch
+from .schedule import CACHES, Schedule, make
+from .sequence import Settings, whole_length
 from .workspace import Trajectory
 
 Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]] | Sequence[int] | Mapping[str, Any]
@@ -255,7 +256,7 @@ def decode(
     for places, row in zip(masked, batch.rows, strict=True):
         places[list(row.columns)] = True
     masked = masked.to(x.device)
-    trajectory = batch.passes.trajectory.responses(masked) if record or logprobs else None
+    trajectory = batch.runner.trajectory.responses(masked) if record or logprobs else None
     if not size and isinstance(prompt, Tensor) and isinstance(gen_length, int):
         x, masked = (t.new_zeros((0, prompt.shape[1] + gen_length)) for t in (x, masked))
     numbers = [
@@ -283,9 +284,13 @@ def start(
     infill: bool = False,
     sub_block_length: int | None = None,
     refresh: int | None = None,
+    schedule: Callable[[Schedule], Schedule] = lambda made: made,
     **more: Any,
 ) -> Batch:
-    """The batch of a call, its arguments checked; `settings`: one for each prompt."""
+    """The batch of a call, its arguments checked.
+
+    settings: one for each prompt. schedule: makes what is followed of the cache mode's.
+    """
     model = for_decoding(model)
     counts = arguments.numbers("gen_length", gen_length, len(prompts), 0)
     block_length, sub_block_length, mask_id, refresh = check_model(
@@ -307,13 +312,10 @@ def start(
         model,
         len(prompts),
         max(lengths, default=0),
-        block_length,
-        cache,
+        schedule(make(cache, traits(model), block_length, sub_block_length, refresh)),
         mask_id,
         pad_id=mask_id if eos_id is None else eos_id,
         device=prompts[0].device if prompts else "cpu",
-        sub_block_length=sub_block_length,
-        refresh=refresh,
         **more,
     )
     each = zip(prompts, counts, settings, masked, strict=True)
@@ -424,19 +426,18 @@ def check_model(
 
 
 def run(batch: Batch, streamer: Any = None, bar: Any = None) -> None:
-    """All passes. In the published loops every sequence waits at the end of a block for the others."""
+    """All passes."""
     x = batch.tokens
     sent = batch.rows[0].ahead if streamer is not None else 0
     if streamer is not None:
         streamer.put(x[:, :sent].cpu())
     drafts = hasattr(streamer, "put_draft")
-    waiting: list[int] = []
     while live := batch.live:
         blocks = {b: batch.rows[b].block for b in live}
-        left = sum(batch.rows[b].left for b in live)
+        decoded = sum(row.decoded for row in batch.rows)
         finished = batch.step(ahead=1 if drafts else AHEAD)
         if bar is not None:
-            bar.update(left - sum(batch.rows[b].left for b in live))
+            bar.update(sum(row.decoded for row in batch.rows) - decoded)
         if drafts:
             streamer.put_draft(x[:, sent:].cpu())
         for b in finished if streamer is not None else ():
@@ -445,10 +446,7 @@ def run(batch: Batch, streamer: Any = None, bar: Any = None) -> None:
                 if sent < last:
                     streamer.put(x[b, sent:last].cpu())
                     sent = last
-        waiting += finished
-        if not (batch.published and batch.live):
-            batch.enter(waiting)
-            waiting = []
+        batch.enter(finished)
     if bar is not None:
         bar.close()
     if streamer is not None:
@@ -558,6 +556,8 @@ def make_settings(
         if score is None:
             score = "entropy" if cache in ("prefix", "dual") else "confidence"
         rows = policies.make("quota", 1, score=score, batch=size)
+    if still := (rows[:, 2] < 1).nonzero()[:, 0].tolist():  # its passes might commit nothing for ever
+        raise ValueError(f"min_commit: expected a whole number >= 1, got 0 for sequence {still[0]}")
     if chosen is not None:
         for name in (policies.score_of(numbers) for numbers in rows.tolist()):
             if name in chosen.without:

@@ -1,0 +1,178 @@
+// The cache and the attention over it: kv_write, block_attention.
+#include <limits>
+
+#include "backend.h"
+
+namespace dparallel {
+namespace {
+
+// [count, heads, head_dim]; rows become contiguous.
+void expect_heads(Tensor& t, const char* name, int64_t count, int64_t heads, int64_t dim,
+                  const Tensor& like) {
+  DP_CHECK(t.dim() == 3 && t.size(0) == count && t.size(1) == heads && t.size(2) == dim, name,
+           ": expected (", count, ", ", heads, ", ", dim, ")");
+  DP_CHECK(t.scalar_type() == like.scalar_type(), name, ": expected the dtype of q");
+  check_device(t, name, like, "q");
+  if ((t.stride(2) != 1 && dim != 1) || (t.stride(1) != dim && heads != 1))
+    t = torch::stable::contiguous(t);
+}
+
+// (pages, heads, page_size, head_dim); the last becomes contiguous.
+CacheLayout layout_of(Tensor& cache, const char* name, const Tensor& q) {
+  DP_CHECK(cache.dim() == 4, name, ": expected (pages, heads, page_size, head_dim), got ",
+           cache.dim(), " dimensions");
+  DP_CHECK(cache.scalar_type() == q.scalar_type(), name, ": expected the dtype of q");
+  check_device(cache, name, q, "q");
+  DP_CHECK(q.dim() == 3, "q: expected 3 dimensions, got ", q.dim());
+  DP_CHECK(cache.size(3) == q.size(2) && cache.size(1) > 0 && q.size(1) % cache.size(1) == 0 &&
+               q.size(1) <= 64 * cache.size(1) && cache.size(2) > 0,
+           name, ": its heads do not fit those of q");
+  make_rows(cache);
+  return {cache.size(0),   cache.size(2),   cache.size(1),  cache.size(3),
+          cache.stride(0), cache.stride(1), cache.stride(2)};
+}
+
+void check_same(const CacheLayout& k, const CacheLayout& v) {
+  DP_CHECK(k.pages == v.pages && k.page_size == v.page_size && k.heads == v.heads,
+           "v_cache: expected the shape of k_cache");
+}
+
+void launch(Cpu, const KvWriteArgs& args, const Tensor&) {
+  within("positions", args.positions, args.count, 0, args.table);
+  within("slots", args.slots, args.count, std::numeric_limits<int64_t>::min(),
+         args.k_layout.pages * args.k_layout.page_size);
+  cpu::kv_write(args, parallel);
+}
+
+#ifdef DPARALLEL_HAS_CUDA
+void launch(Cuda, const KvWriteArgs& args, const Tensor& like) {
+  Cuda::launch("kv_write", args, like, cuda::kv_write);
+}
+#endif
+
+template <class Backend>
+void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor positions,
+              Tensor slots, Tensor cos, Tensor sin, bool interleaved) {
+  Tensor q_rows = q, k_rows = k_cache, v_rows = v_cache;
+  const DType dtype = dtype_of(q, "q");
+  const CacheLayout keys = layout_of(k_rows, "k_cache", q);
+  const CacheLayout values = layout_of(v_rows, "v_cache", q);
+  check_same(keys, values);
+  own_memory(q, "q");
+  own_memory(k_cache, "k_cache");
+  own_memory(v_cache, "v_cache");
+  DP_CHECK(k_cache.numel() == 0 || k_cache.data_ptr() != v_cache.data_ptr(),
+           "v_cache: expected memory of its own, got that of k_cache");
+  const int64_t count = q.size(0), heads = q.size(1), dim = q.size(2);
+  DP_CHECK(dim % 2 == 0, "q: expected an even head_dim, got ", dim);
+  expect_heads(q_rows, "q", count, heads, dim, q);
+  expect_heads(k, "k", count, keys.heads, dim, q);
+  expect_heads(v, "v", count, keys.heads, dim, q);
+  DP_CHECK(q.numel() == 0 || (k.data_ptr() != q.data_ptr() && v.data_ptr() != q.data_ptr()),
+           "q: expected memory of its own, which is rotated in place, got that of k or v");
+  expect(positions, "positions", ScalarType::Long, {count}, q);
+  expect(slots, "slots", ScalarType::Long, {count}, q);
+  DP_CHECK(cos.dim() == 2, "cos: expected 2 dimensions, got ", cos.dim());
+  const int64_t table = cos.size(0);
+  expect(cos, "cos", ScalarType::Float, {table, dim / 2}, q);
+  expect(sin, "sin", ScalarType::Float, {table, dim / 2}, q);
+  const KvWriteArgs args{dtype,
+                         q_rows.data_ptr(),
+                         k.data_ptr(),
+                         v.data_ptr(),
+                         q_rows.stride(0),
+                         k.stride(0),
+                         v.stride(0),
+                         count,
+                         heads,
+                         data<int64_t>(positions),
+                         data<int64_t>(slots),
+                         data<float>(cos),
+                         data<float>(sin),
+                         table,
+                         interleaved,
+                         k_rows.data_ptr(),
+                         v_rows.data_ptr(),
+                         keys,
+                         values};
+  launch(Backend{}, args, q);
+  write_back(q, q_rows);
+  write_back(k_cache, k_rows);
+  write_back(v_cache, v_rows);
+}
+
+DPARALLEL_OP(
+    kv_write,
+    "kv_write(Tensor(a!) q, Tensor k, Tensor v, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor "
+    "positions, Tensor slots, Tensor cos, Tensor sin, bool interleaved) -> ()")
+
+void launch(Cpu, const BlockAttentionArgs& args, const Tensor&) {
+  const int64_t size = args.k_layout.page_size, capacity = args.table_width * size;
+  within("begin", args.begin, args.segments, 0, args.count + 1);
+  within("end", args.end, args.segments, 0, args.count + 1);
+  within("lengths", args.length, args.segments, 0, capacity + 1);
+  for (int64_t s = 0; s < args.segments; ++s) {
+    DP_CHECK(args.begin[s] <= args.end[s], "begin: expected no larger than end, got ",
+             args.begin[s], " above ", args.end[s], " at ", s);
+    within("pages", args.pages + s * args.table_width, (args.length[s] + size - 1) / size, 0,
+           args.k_layout.pages);
+  }
+  cpu::block_attention(args, parallel);
+}
+
+#ifdef DPARALLEL_HAS_CUDA
+void launch(Cuda, const BlockAttentionArgs& args, const Tensor& like) {
+  Cuda::launch("block_attention", args, like, cuda::block_attention, cuda::block_attention_scratch);
+}
+#endif
+
+template <class Backend>
+Tensor block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor begin, Tensor end,
+                       Tensor lengths, Tensor pages, int64_t longest_query, int64_t longest_length,
+                       double scale) {
+  const DType dtype = dtype_of(q, "q");
+  const CacheLayout keys = layout_of(k_cache, "k_cache", q);
+  const CacheLayout values = layout_of(v_cache, "v_cache", q);
+  check_same(keys, values);
+  const int64_t count = q.size(0), heads = q.size(1), dim = q.size(2);
+  const int64_t segments = length_of(begin, "begin");
+  expect_heads(q, "q", count, heads, dim, q);
+  expect(begin, "begin", ScalarType::Long, {segments}, q);
+  expect(end, "end", ScalarType::Long, {segments}, q);
+  expect(lengths, "lengths", ScalarType::Long, {segments}, q);
+  DP_CHECK(pages.dim() == 2, "pages: expected 2 dimensions, got ", pages.dim());
+  const int64_t table_width = pages.size(1);
+  expect(pages, "pages", ScalarType::Long, {segments, table_width}, q);
+  DP_CHECK(longest_query >= 0, "longest_query: expected >= 0, got ", longest_query);
+  DP_CHECK(longest_length >= 0, "longest_length: expected >= 0, got ", longest_length);
+  Tensor out = torch::stable::new_empty(q, {count, heads, dim});
+  const BlockAttentionArgs args{dtype,
+                                q.data_ptr(),
+                                q.stride(0),
+                                count,
+                                heads,
+                                k_cache.data_ptr(),
+                                v_cache.data_ptr(),
+                                keys,
+                                values,
+                                segments,
+                                data<int64_t>(begin),
+                                data<int64_t>(end),
+                                data<int64_t>(lengths),
+                                data<int64_t>(pages),
+                                table_width,
+                                longest_query,
+                                longest_length,
+                                static_cast<float>(scale),
+                                out.data_ptr()};
+  if (out.numel() > 0) launch(Backend{}, args, q);
+  return out;
+}
+
+DPARALLEL_OP(
+    block_attention,
+    "block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor begin, Tensor end, Tensor "
+    "lengths, Tensor pages, int longest_query, int longest_length, float scale) -> Tensor")
+
+}  // namespace
+}  // namespace dparallel

@@ -1,0 +1,134 @@
+// How a backend allocates scratch and launches, and how an op is registered: DPARALLEL_OP beside
+// the code of the op is all that names it to torch.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+
+#include "checks.h"
+#include "dparallel/launch.h"
+
+#if defined(DPARALLEL_WITH_CUDA) || defined(DPARALLEL_WITH_CUDA_HOST)
+#define DPARALLEL_HAS_CUDA
+#endif
+
+#ifdef DPARALLEL_WITH_CUDA_HOST
+// tests/cuda_host executes the CUDA kernels on the CPU's tensors, in place of the CPU's kernels.
+inline int aoti_torch_get_current_cuda_stream(int32_t, void**) { return 0; }
+struct DeviceGuard {
+  explicit DeviceGuard(int32_t) {}
+};
+#else
+using torch::stable::accelerator::DeviceGuard;
+#ifdef DPARALLEL_WITH_CUDA
+// Weak: absent from a CPU-only torch, where this library must still import.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#endif
+#endif
+
+namespace dparallel {
+
+// Ops are templates over the backend, and call launch(Backend{}, arguments, ...), which stands once
+// for each backend in front of them. On the CPU it looks at indices, which costs nothing there; on
+// a GPU no index is looked at, which would wait for it: the kernels pass over those that are out of
+// bounds, or report them.
+struct Cpu {};
+
+inline void parallel(int64_t n, cpu::Body body, const void* context) {
+  torch::stable::parallel_for(0, n, 1,
+                              [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+#ifdef DPARALLEL_HAS_CUDA
+struct Cuda {
+  static void check(int code, const char* op) {
+    constexpr int kNoKernelImage = 209;  // cudaErrorNoKernelImageForDevice
+    STD_TORCH_CHECK(
+        code == 0, op, ": CUDA launch failed: ", cuda::error_string(code),
+        code == kNoKernelImage
+            ? ": dparallel_ext was built for other GPUs (see `dparallel info`); build it "
+              "with DPARALLEL_CUDA naming this one's compute capability, such as 90a"
+            : "");
+  }
+  static void* stream(const Tensor& like) {
+    void* stream = nullptr;
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(like.get_device(), &stream) == 0,
+                    "could not get the current CUDA stream");
+    return stream;
+  }
+  static int32_t* counters(const std::optional<Tensor>& t, int64_t needed, const Tensor& like) {
+    DP_CHECK(t.has_value() && t->scalar_type() == ScalarType::Int && t->is_contiguous() &&
+                 t->get_device() == like.get_device() && t->numel() >= needed,
+             "counters: expected at least ", needed, " contiguous int32 zeros on the device");
+    return data<int32_t>(*t);
+  }
+  template <class Args>
+  static void launch(const char* op, const Args& args, const Tensor& like,
+                     int (*launcher)(const Args&, void*)) {
+    const DeviceGuard guard(like.get_device());
+    check(launcher(args, stream(like)), op);
+  }
+  template <class Args>
+  static void launch(const char* op, const Args& args, const Tensor& like,
+                     int (*launcher)(const Args&, const cuda::Workspace&, void*),
+                     int64_t (*scratch_bytes)(const Args&), int32_t* counters = nullptr) {
+    const DeviceGuard guard(like.get_device());
+    const Tensor scratch = torch::stable::new_empty(like, {scratch_bytes(args)}, ScalarType::Byte);
+    check(launcher(args, {scratch.data_ptr(), counters}, stream(like)), op);
+  }
+};
+#endif
+
+#ifndef DPARALLEL_WITH_CUDA_HOST
+// Where an op has no kernel, its error is a sentence instead of the dispatcher's forty lines.
+template <class Why, class Result, class... Arguments>
+Result refuse(Arguments...) {
+  throw std::runtime_error(Why::text);
+}
+template <class Why, class Result, class... Arguments>
+constexpr auto refusal(Result (*)(Arguments...)) {
+  return &refuse<Why, Result, Arguments...>;
+}
+struct NoDevice {
+  static constexpr const char* text =
+      "dparallel_ext has kernels for the CPU and for CUDA alone: move the tensors to one of them";
+};
+#ifndef DPARALLEL_WITH_CUDA
+struct NoCuda {
+  static constexpr const char* text =
+      "dparallel_ext has no CUDA kernels in this build and refuses tensors on a "
+      "GPU: " DPARALLEL_CUDA_REASON
+      ". Build them with nvcc on PATH or CUDA_HOME set: DPARALLEL_CUDA=1 pip install "
+      "--force-reinstall --no-cache-dir --no-deps . (see `dparallel info`)";
+};
+#endif
+#endif
+
+}  // namespace dparallel
+
+#define DPARALLEL_KERNEL(KEY, op, kernel) \
+  STABLE_TORCH_LIBRARY_IMPL(dparallel, KEY, m) { m.impl(#op, TORCH_BOX(kernel)); }
+
+#ifdef DPARALLEL_WITH_CUDA_HOST
+#define DPARALLEL_KERNELS(op) DPARALLEL_KERNEL(CPU, op, &op<Cuda>)
+#else
+#ifdef DPARALLEL_WITH_CUDA
+#define DPARALLEL_ON_CUDA(op) &op<Cuda>
+#else
+#define DPARALLEL_ON_CUDA(op) refusal<NoCuda>(&op<Cpu>)
+#endif
+#define DPARALLEL_KERNELS(op)                            \
+  DPARALLEL_KERNEL(CPU, op, &op<Cpu>)                    \
+  DPARALLEL_KERNEL(CUDA, op, DPARALLEL_ON_CUDA(op))      \
+  DPARALLEL_KERNEL(MPS, op, refusal<NoDevice>(&op<Cpu>)) \
+  DPARALLEL_KERNEL(XPU, op, refusal<NoDevice>(&op<Cpu>))
+#endif
+
+// Tells torch of the op `op<Backend>`, a template of this file, and of its schema.
+#define DPARALLEL_OP(op, schema)                                 \
+  STABLE_TORCH_LIBRARY_FRAGMENT(dparallel, m) { m.def(schema); } \
+  DPARALLEL_KERNELS(op)

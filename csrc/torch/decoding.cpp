@@ -1,0 +1,327 @@
+// From logits to tokens: row_stats, select, commit_, and unmask_, which is all three.
+#include <algorithm>
+#include <functional>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "backend.h"
+#include "dparallel/policy.h"
+#include "windows.h"
+
+namespace dparallel {
+namespace {
+
+Exclusions exclusions_of(int64_t mask_id, std::optional<Tensor>& suppress, const Tensor& like) {
+  if (!suppress.has_value()) return {mask_id, nullptr, 0};
+  const int64_t count = length_of(*suppress, "suppress");
+  expect(*suppress, "suppress", ScalarType::Long, {count}, like);
+  return {mask_id, data<int64_t>(*suppress), count};
+}
+
+Sampling sampling_of(double temperature, double top_p, int64_t top_k, std::optional<Tensor>& keys,
+                     const std::vector<int64_t>& sizes, int64_t position_offset,
+                     const Tensor& like) {
+  DP_CHECK(temperature >= 0 && temperature < kInfinity,
+           "temperature: expected a finite number >= 0, got ", temperature);
+  const float in_force = temperature_in_force(temperature);
+  if (in_force == 0.0f) return {0.0f, nullptr, 0};
+  DP_CHECK(top_p >= 0 && top_p <= 1, "top_p: expected a number from 0 to 1, got ", top_p);
+  DP_CHECK(top_k >= 0, "top_k: expected a whole number >= 0, got ", top_k);
+  DP_CHECK(keys.has_value(), "keys: needed at a temperature of ", kColdest, " and above");
+  expect(*keys, "keys", ScalarType::Long, sizes, like);
+  return {in_force, data<int64_t>(*keys), position_offset, top_p, top_k};
+}
+
+struct RowTensors {
+  Tensor tokens, fields, error;
+
+  RowTensors(const Tensor& like, int64_t count, int64_t errors)
+      : tokens(torch::stable::new_empty(like, {2, count}, ScalarType::Long)),
+        fields(torch::stable::new_empty(like, {kRowFields, count}, ScalarType::Float)),
+        error(torch::stable::new_empty(like, {errors}, ScalarType::Long)) {}
+
+  RowOutput output() const {
+    return {data<int64_t>(tokens), data<float>(fields), data<int64_t>(error)};
+  }
+};
+
+// Of rows whose numbers the host has; on a GPU the kernels bring them within their bounds.
+void check_policy(const float* rows, int64_t batch) {
+  for (int64_t b = 0; b < batch; ++b) {
+    const float* row = rows + b * kPolicyFields;
+    const int field = policy_misfit(row);
+    if (field == kPolicyFields) continue;
+    constexpr const char* kNames[] = {"selector", "threshold", "min_commit", "max_commit", "score"};
+    const PolicyBounds bounds = policy_bounds(field, row);
+    bad_argument(kNames[field], ": expected a ", bounds.whole ? "whole " : "", "number from ",
+                 bounds.low, " to ", bounds.high, ", got ", row[field], " for sequence ", b);
+  }
+}
+
+void check_suppress(const Exclusions& ex, int64_t vocab) {
+  within("suppress", ex.suppress, ex.suppress_count, 0, vocab);
+  DP_CHECK(std::is_sorted(ex.suppress, ex.suppress + ex.suppress_count),
+           "suppress: expected ascending ids");
+}
+
+void launch(Cpu, const RowStatsArgs& args, const Tensor& logits, const std::optional<Tensor>&) {
+  if (args.rows) within("rows", args.rows, args.count, 0, row_count(logits));
+  check_suppress(args.exclusions, args.logits.vocab);
+  cpu::row_stats(args, parallel);
+}
+
+#ifdef DPARALLEL_HAS_CUDA
+void launch(Cuda, const RowStatsArgs& args, const Tensor& like, const std::optional<Tensor>& c) {
+  Cuda::launch("row_stats", args, like, cuda::row_stats, cuda::row_stats_scratch,
+               Cuda::counters(c, cuda::row_stats_counters(args), like));
+}
+#endif
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor> row_stats(Tensor logits, std::optional<Tensor> rows,
+                                             int64_t mask_id, std::optional<Tensor> suppress,
+                                             double temperature, double top_p, int64_t top_k,
+                                             std::optional<Tensor> keys,
+                                             std::optional<Tensor> counters) {
+  const Logits all = logits_of(logits);
+  int64_t count = row_count(logits);
+  if (rows.has_value()) {
+    count = length_of(*rows, "rows");
+    expect(*rows, "rows", ScalarType::Long, {count}, logits);
+  }
+  const RowTensors out(logits, count, count);
+  const RowStatsArgs args{all,
+                          rows.has_value() ? listed(*rows) : nullptr,
+                          count,
+                          exclusions_of(mask_id, suppress, logits),
+                          sampling_of(temperature, top_p, top_k, keys, {count, 4}, 0, logits),
+                          out.output()};
+  launch(Backend{}, args, logits, counters);
+  return {out.tokens, out.fields, out.error};
+}
+
+DPARALLEL_OP(
+    row_stats,
+    "row_stats(Tensor logits, Tensor? rows, int mask_id, Tensor? suppress, float temperature, "
+    "float top_p, int top_k, Tensor? keys, Tensor(a!)? counters) -> (Tensor tokens, Tensor fields, "
+    "Tensor error)")
+
+void launch(Cpu, const SelectArgs& args, const Tensor&) {
+  check_policy(args.policy, args.batch);
+  // Scores that have no order cannot be sorted.
+  for (const auto& [scores, name] : {std::pair{args.confidence, "confidence"},
+                                     {args.margin, "margin"},
+                                     {args.entropy, "entropy"}})
+    for (int64_t i = 0; i < args.batch * args.length; ++i)
+      DP_CHECK(scores[i] == scores[i] || !args.eligible[i], name, ": NaN at eligible position ",
+               i % args.length, " of sequence ", i / args.length);
+  cpu::select(args, parallel);
+}
+
+#ifdef DPARALLEL_HAS_CUDA
+void launch(Cuda, const SelectArgs& args, const Tensor& like) {
+  Cuda::launch("select", args, like, cuda::select, cuda::select_scratch);
+}
+#endif
+
+template <class Backend>
+Tensor select(Tensor confidence, Tensor margin, Tensor entropy, Tensor eligible, Tensor policy) {
+  DP_CHECK(confidence.dim() == 2, "confidence: expected 2 dimensions, got ", confidence.dim());
+  const int64_t batch = confidence.size(0), length = confidence.size(1);
+  expect(confidence, "confidence", ScalarType::Float, {batch, length}, confidence);
+  expect(margin, "margin", ScalarType::Float, {batch, length}, confidence);
+  expect(entropy, "entropy", ScalarType::Float, {batch, length}, confidence);
+  expect(eligible, "eligible", ScalarType::Bool, {batch, length}, confidence);
+  expect(policy, "policy", ScalarType::Float, {batch, kPolicyFields}, confidence);
+  Tensor commit = torch::stable::new_empty(confidence, {batch, length}, ScalarType::Bool);
+  const SelectArgs args{data<float>(confidence),
+                        data<float>(margin),
+                        data<float>(entropy),
+                        data<bool>(eligible),
+                        data<float>(policy),
+                        batch,
+                        length,
+                        data<bool>(commit)};
+  launch(Backend{}, args, confidence);
+  return commit;
+}
+
+DPARALLEL_OP(
+    select,
+    "select(Tensor confidence, Tensor margin, Tensor entropy, Tensor eligible, Tensor policy) "
+    "-> Tensor")
+
+TokenGrid tokens_of(const Tensor& tokens) {
+  DP_CHECK(tokens.dim() == 2 && tokens.scalar_type() == ScalarType::Long,
+           "tokens: expected int64 (B, L)");
+  own_memory(tokens, "tokens");
+  return {data<int64_t>(tokens), tokens.size(0), tokens.size(1), tokens.stride(0),
+          tokens.stride(1)};
+}
+
+Windows windows_of(std::optional<Tensor>& lane, Tensor& start, Tensor& end, int64_t batch,
+                   const Tensor& like) {
+  const int64_t count = lane.has_value() ? length_of(*lane, "lane") : batch;
+  if (lane.has_value()) expect(*lane, "lane", ScalarType::Long, {count}, like);
+  expect(start, "start", ScalarType::Long, {count}, like);
+  expect(end, "end", ScalarType::Long, {count}, like);
+  return {count, lane.has_value() ? listed(*lane) : nullptr, data<int64_t>(start),
+          data<int64_t>(end)};
+}
+
+void check_positions(const int64_t* positions, int64_t count, const TokenGrid& tokens) {
+  if (positions == nullptr) return;
+  within("positions", positions, count, 0, tokens.batch * tokens.length);
+  DP_CHECK(
+      std::adjacent_find(positions, positions + count, std::greater_equal<>()) == positions + count,
+      "positions: expected strictly ascending positions");
+}
+
+void check_lanes(const Windows& windows, const TokenGrid& tokens) {
+  if (windows.lane != nullptr) within("lane", windows.lane, windows.count, 0, tokens.batch);
+}
+
+void launch(Cpu, const CommitArgs& args, const Tensor&, const std::optional<Tensor>&) {
+  check_positions(args.positions, args.count, args.tokens);
+  check_lanes(args.windows, args.tokens);
+  for (int64_t row = 0; row < args.count; ++row) {
+    if (!args.commit[row]) continue;
+    const int64_t position = args.positions ? args.positions[row] : row, token = args.token[row];
+    DP_CHECK(token >= 0 && token != args.mask_id,
+             "token: expected ids >= 0, and not the mask token ", args.mask_id, ", got ", token,
+             " for sequence ", position / args.tokens.length, " at position ",
+             position % args.tokens.length);
+  }
+  cpu::commit(args, parallel);
+}
+
+#ifdef DPARALLEL_HAS_CUDA
+void launch(Cuda, const CommitArgs& args, const Tensor& like, const std::optional<Tensor>& c) {
+  const DeviceGuard guard(like.get_device());
+  int32_t* counters = Cuda::counters(c, cuda::commit_counters(args), like);
+  Cuda::check(cuda::commit(args, {nullptr, counters}, Cuda::stream(like)), "commit_");
+}
+#endif
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor> commit_(Tensor tokens, std::optional<Tensor> positions,
+                                                   std::optional<Tensor> commit,
+                                                   std::optional<Tensor> token, int64_t mask_id,
+                                                   std::optional<Tensor> lane, Tensor start,
+                                                   Tensor end, std::optional<Tensor> counters) {
+  const TokenGrid all = tokens_of(tokens);
+  DP_CHECK(commit.has_value() == token.has_value(), "token: expected together with commit");
+  int64_t count = 0;
+  if (commit.has_value()) {
+    count = positions.has_value() ? length_of(*positions, "positions") : all.batch * all.length;
+    expect(*commit, "commit", ScalarType::Bool, {count}, tokens);
+    expect(*token, "token", ScalarType::Long, {count}, tokens);
+  }
+  if (positions.has_value()) expect(*positions, "positions", ScalarType::Long, {count}, tokens);
+  const Windows windows = windows_of(lane, start, end, all.batch, tokens);
+  const auto of_windows = [&] {
+    return torch::stable::new_empty(tokens, {windows.count}, ScalarType::Long);
+  };
+  Tensor remaining = of_windows(), first = of_windows(), changed = of_windows();
+  Tensor error = torch::stable::new_empty(tokens, {1}, ScalarType::Long);
+  const CommitArgs args{all,
+                        positions.has_value() ? listed(*positions) : nullptr,
+                        commit.has_value() ? data<bool>(*commit) : nullptr,
+                        token.has_value() ? data<int64_t>(*token) : nullptr,
+                        count,
+                        mask_id,
+                        windows,
+                        data<int64_t>(remaining),
+                        data<int64_t>(first),
+                        data<int64_t>(changed),
+                        data<int64_t>(error)};
+  launch(Backend{}, args, tokens, counters);
+  return {remaining, first, changed, error};
+}
+
+DPARALLEL_OP(
+    commit_,
+    "commit_(Tensor(a!) tokens, Tensor? positions, Tensor? commit, Tensor? token, int mask_id, "
+    "Tensor? lane, Tensor start, Tensor end, Tensor(b!)? counters) -> (Tensor remaining, Tensor "
+    "first, Tensor changed, Tensor error)")
+
+// Names two that share a position.
+void check_disjoint(const Windows& windows, const TokenGrid& tokens) {
+  if (windows.lane == nullptr) return;
+  const std::vector<cpu::WindowSpan> spans = cpu::spans_of(windows, tokens);
+  for (size_t i = 1; i < spans.size(); ++i) {
+    const int64_t a = spans[i - 1].window, b = spans[i].window;
+    DP_CHECK(spans[i - 1].end <= spans[i].begin,
+             "start: expected windows of a sequence that do not overlap, got [", windows.start[a],
+             ", ", windows.end[a], ") and [", windows.start[b], ", ", windows.end[b], "), windows ",
+             a, " and ", b, " of sequence ", windows.lane[a]);
+  }
+}
+
+void launch(Cpu, const UnmaskArgs& args, const Tensor&, const std::optional<Tensor>&) {
+  check_policy(args.policy, args.windows.count);
+  check_positions(args.positions, args.count, args.tokens);
+  check_lanes(args.windows, args.tokens);
+  check_disjoint(args.windows, args.tokens);
+  check_suppress(args.exclusions, args.logits.vocab);
+  cpu::unmask(args, parallel);
+}
+
+#ifdef DPARALLEL_HAS_CUDA
+void launch(Cuda, const UnmaskArgs& args, const Tensor& like, const std::optional<Tensor>& c) {
+  Cuda::launch("unmask_", args, like, cuda::unmask, cuda::unmask_scratch,
+               Cuda::counters(c, cuda::unmask_counters(args), like));
+}
+#endif
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unmask_(
+    Tensor tokens, Tensor logits, std::optional<Tensor> positions, std::optional<Tensor> lane,
+    Tensor start, Tensor end, Tensor policy, int64_t mask_id, std::optional<Tensor> suppress,
+    double temperature, double top_p, int64_t top_k, std::optional<Tensor> keys,
+    int64_t position_offset, std::optional<Tensor> counters) {
+  const TokenGrid grid = tokens_of(tokens);
+  check_device(tokens, "tokens", logits, "the logits");
+  const Logits all = logits_of(logits);
+  const int64_t count = row_count(logits);
+  if (positions.has_value()) {
+    DP_CHECK(logits.dim() == 2, "logits: expected (N, V) with positions");
+    expect(*positions, "positions", ScalarType::Long, {count}, logits);
+  } else {
+    DP_CHECK(logits.dim() == 3 && logits.size(0) == grid.batch && logits.size(1) == grid.length,
+             "logits: expected (B, L, V) matching tokens");
+  }
+  const Windows windows = windows_of(lane, start, end, grid.batch, logits);
+  expect(policy, "policy", ScalarType::Float, {windows.count, kPolicyFields}, logits);
+  const RowTensors out(logits, count, windows.count);
+  Tensor committed = torch::stable::new_empty(logits, {windows.count}, ScalarType::Long);
+  Tensor remaining = torch::stable::new_empty(logits, {windows.count}, ScalarType::Long);
+  Tensor done = torch::stable::new_empty(logits, {}, ScalarType::Bool);
+  const UnmaskArgs args{
+      grid,
+      all,
+      positions.has_value() ? listed(*positions) : nullptr,
+      count,
+      windows,
+      data<float>(policy),
+      exclusions_of(mask_id, suppress, logits),
+      sampling_of(temperature, top_p, top_k, keys, {windows.count, 3}, position_offset, logits),
+      data<int64_t>(committed),
+      data<int64_t>(remaining),
+      data<bool>(done),
+      out.output()};
+  launch(Backend{}, args, logits, counters);
+  return {committed, remaining, done, out.tokens, out.fields, out.error};
+}
+
+DPARALLEL_OP(
+    unmask_,
+    "unmask_(Tensor(a!) tokens, Tensor logits, Tensor? positions, Tensor? lane, Tensor start, "
+    "Tensor end, Tensor policy, int mask_id, Tensor? suppress, float temperature, float top_p, int "
+    "top_k, Tensor? keys, int position_offset, Tensor(b!)? counters) -> (Tensor committed, Tensor "
+    "remaining, Tensor done, Tensor row_tokens, Tensor fields, Tensor error)")
+
+}  // namespace
+}  // namespace dparallel

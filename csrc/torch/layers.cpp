@@ -1,0 +1,152 @@
+// What a layer computes beside attention: rms_norm, swiglu, fp8_linear, fp8_widen.
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "backend.h"
+
+namespace dparallel {
+namespace {
+
+// (R, width) or (B, L, width) like `like`; rows become contiguous.
+RowStrides rows_of(Tensor& t, const char* name, const Tensor& like) {
+  DP_CHECK(t.dim() == like.dim() && (t.dim() == 2 || t.dim() == 3), name,
+           ": expected 2 or 3 dimensions, got ", t.dim());
+  const int64_t last = t.dim() - 1;
+  for (int64_t d = 0; d <= last; ++d)
+    DP_CHECK(t.size(d) == like.size(d), name, ": expected size ", like.size(d), " in dimension ", d,
+             ", got ", t.size(d));
+  DP_CHECK(t.size(last) >= 1, name, ": expected rows of at least 1 number");
+  DP_CHECK(t.scalar_type() == like.scalar_type(), name, ": wrong dtype");
+  check_device(t, name, like, "the others");
+  make_rows(t);
+  const int64_t inner = t.size(last - 1);
+  return {inner > 0 ? inner : 1, t.dim() == 3 ? t.stride(0) : 0, t.stride(last - 1)};
+}
+
+void launch(Cpu, const RmsNormArgs& args, const Tensor&) { cpu::rms_norm(args, parallel); }
+#ifdef DPARALLEL_HAS_CUDA
+void launch(Cuda, const RmsNormArgs& args, const Tensor& like) {
+  Cuda::launch("rms_norm", args, like, cuda::rms_norm);
+}
+#endif
+
+template <class Backend>
+std::tuple<Tensor, Tensor> rms_norm(Tensor x, std::optional<Tensor> delta, Tensor weight,
+                                    std::optional<Tensor> bias, double eps) {
+  const DType dtype = dtype_of(x, "x");
+  const RowStrides x_rows = rows_of(x, "x", x);
+  const RowStrides delta_rows =
+      delta.has_value() ? rows_of(*delta, "delta", x) : RowStrides{1, 0, 0};
+  const int64_t width = x.size(x.dim() - 1);
+  expect(weight, "weight", x.scalar_type(), {width}, x);
+  if (bias.has_value()) expect(*bias, "bias", x.scalar_type(), {width}, x);
+  Tensor out = torch::stable::new_empty(x, sizes_of(x));
+  Tensor sum =
+      torch::stable::new_empty(x, delta.has_value() ? sizes_of(x) : std::vector<int64_t>{0});
+  const RmsNormArgs args{dtype,
+                         x.data_ptr(),
+                         delta.has_value() ? delta->data_ptr() : nullptr,
+                         x_rows,
+                         delta_rows,
+                         row_count(x),
+                         width,
+                         weight.data_ptr(),
+                         bias.has_value() ? bias->data_ptr() : nullptr,
+                         static_cast<float>(eps),
+                         sum.data_ptr(),
+                         out.data_ptr()};
+  launch(Backend{}, args, x);
+  return {out, sum};
+}
+
+DPARALLEL_OP(
+    rms_norm,
+    "rms_norm(Tensor x, Tensor? delta, Tensor weight, Tensor? bias, float eps) -> (Tensor out, "
+    "Tensor sum)")
+
+void launch(Cpu, const SwigluArgs& args, const Tensor&) { cpu::swiglu(args, parallel); }
+#ifdef DPARALLEL_HAS_CUDA
+void launch(Cuda, const SwigluArgs& args, const Tensor& like) {
+  Cuda::launch("swiglu", args, like, cuda::swiglu);
+}
+#endif
+
+template <class Backend>
+Tensor swiglu(Tensor gate, Tensor up) {
+  const DType dtype = dtype_of(gate, "gate");
+  const RowStrides gate_rows = rows_of(gate, "gate", gate), up_rows = rows_of(up, "up", gate);
+  Tensor out = torch::stable::new_empty(gate, sizes_of(gate));
+  const SwigluArgs args{
+      dtype,           gate.data_ptr(),           up.data_ptr(), gate_rows, up_rows,
+      row_count(gate), gate.size(gate.dim() - 1), out.data_ptr()};
+  launch(Backend{}, args, gate);
+  return out;
+}
+
+DPARALLEL_OP(swiglu, "swiglu(Tensor gate, Tensor up) -> Tensor")
+
+void launch(Cpu, const Fp8LinearArgs& args, const Tensor&) { cpu::fp8_linear(args, parallel); }
+#ifdef DPARALLEL_HAS_CUDA
+void launch(Cuda, const Fp8LinearArgs& args, const Tensor& like) {
+  Cuda::launch("fp8_linear", args, like, cuda::fp8_linear);
+}
+#endif
+
+template <class Backend>
+Tensor fp8_linear(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias) {
+  const DType dtype = dtype_of(x, "x");
+  DP_CHECK(x.dim() == 2 && weight.dim() == 2, "x: expected (N, in), weight (out, in)");
+  const int64_t count = x.size(0), in = x.size(1), out_width = weight.size(0);
+  expect(weight, "weight", ScalarType::Float8_e4m3fn, {out_width, in}, x);
+  expect(scale, "scale", ScalarType::Float, {out_width}, x);
+  if (bias.has_value()) expect(*bias, "bias", x.scalar_type(), {out_width}, x);
+  make_rows(x);
+  Tensor out = torch::stable::new_empty(x, {count, out_width});
+  const Fp8LinearArgs args{dtype,
+                           x.data_ptr(),
+                           x.stride(0),
+                           count,
+                           in,
+                           out_width,
+                           static_cast<const uint8_t*>(weight.data_ptr()),
+                           data<float>(scale),
+                           bias.has_value() ? bias->data_ptr() : nullptr,
+                           out.data_ptr()};
+  launch(Backend{}, args, x);
+  return out;
+}
+
+DPARALLEL_OP(fp8_linear,
+             "fp8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor")
+
+void launch(Cpu, const Fp8WidenArgs& args, const Tensor&) { cpu::fp8_widen(args, parallel); }
+#ifdef DPARALLEL_HAS_CUDA
+void launch(Cuda, const Fp8WidenArgs& args, const Tensor& like) {
+  Cuda::launch("fp8_widen", args, like, cuda::fp8_widen);
+}
+#endif
+
+// Of the dtype of `like`.
+template <class Backend>
+Tensor fp8_widen(Tensor weight, Tensor scale, Tensor like) {
+  const DType dtype = dtype_of(like, "like");
+  DP_CHECK(weight.dim() == 2, "weight: expected (out, in)");
+  const int64_t out_width = weight.size(0), in = weight.size(1);
+  expect(weight, "weight", ScalarType::Float8_e4m3fn, {out_width, in}, like);
+  expect(scale, "scale", ScalarType::Float, {out_width}, like);
+  Tensor out = torch::stable::new_empty(like, {out_width, in});
+  const Fp8WidenArgs args{dtype,
+                          in,
+                          out_width,
+                          static_cast<const uint8_t*>(weight.data_ptr()),
+                          data<float>(scale),
+                          out.data_ptr()};
+  launch(Backend{}, args, like);
+  return out;
+}
+
+DPARALLEL_OP(fp8_widen, "fp8_widen(Tensor weight, Tensor scale, Tensor like) -> Tensor")
+
+}  // namespace
+}  // namespace dparallel

@@ -1,0 +1,326 @@
+"""Sequences under decoding: each with its own length, block and policy, all in one pass after the other.
+
+The semantics are those of the published decoders (LLaDA, Fast-dLLM, dParallel, SDAR): blocks left to right,
+in each pass logits for a span of positions, then a policy commits some of the block's masked positions. Only
+the work differs: the LM head and the statistics touch the masked rows of the blocks alone, and a sequence
+that is complete is in no pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import policies
+from ..cache import KVCache, Span
+from ..models import Model
+from .runner import Counts, Runner, SequenceWork, reads
+from .schedule import Schedule, Window
+from .sequence import IDLE, SequenceState, Settings, lay_out
+from .workspace import Workspace
+
+AHEAD = 8
+"""Passes that the host issues before it looks at what they did, where that cannot change what they are."""
+
+
+class Batch:
+    """Sequences in lanes, and the passes over them; `admit` puts a sequence into a lane.
+
+    Args:
+        lanes, width: how many sequences, and the longest one's length.
+        schedule: which positions a pass computes, and which windows it may fill.
+        batch_invariant: each sequence in passes of its own.
+        graphs: on a GPU, passes of one form are recorded once and replayed, see `graphs`.
+        kv_cache: of lanes and width; default: a contiguous one.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        lanes: int,
+        width: int,
+        schedule: Schedule,
+        mask_id: int,
+        *,
+        pad_id: int,
+        device: torch.device | str = "cpu",
+        batch_invariant: bool = False,
+        graphs: bool = True,
+        kv_cache: KVCache | None = None,
+    ) -> None:
+        self.model, self.schedule, self.mask_id, self.pad_id = model, schedule, mask_id, pad_id
+        self.batch_invariant = batch_invariant
+        self.rows = [IDLE] * lanes
+        self.forwards = 0
+        self._workspace: Workspace | None = None
+        if kv_cache is None and isinstance(model, Model):
+            if graphs:
+                at = torch.device(device)
+                self._workspace = Workspace.take(model, lanes, width, mask_id, at, cached=schedule.keeps)
+            if self._workspace is not None:
+                kv_cache = self._workspace.kv_cache
+            else:
+                kv_cache = model.new_cache(lanes, width, kept=schedule.keeps)
+        if self._workspace is not None:
+            tokens = self._workspace.tokens.fill_(pad_id)
+        else:
+            tokens = torch.full((lanes, width), pad_id, dtype=torch.int64, device=device)
+        self.tokens = tokens[:, :width]  # of a workspace, the part that this batch needs
+        self.kv_cache = kv_cache
+        self.runner = Runner(
+            model,
+            tokens,
+            kv_cache,
+            mask_id,
+            shift=int(schedule.shift),
+            window=schedule.sub_block_length,
+            block=schedule.block_length,
+            blocks=schedule.active_blocks,
+            graphs=graphs,
+            workspace=self._workspace,
+        )
+
+    def keep(self) -> None:
+        """Let the next batch like this one replay what this one has recorded. This one is over: its
+        tensors belong to that one.
+        """
+        if self._workspace is not None:
+            self._workspace.give(self.model)
+            self._workspace = None
+
+    def admit(
+        self,
+        lane: int,
+        prompt: Tensor,
+        gen_length: int,
+        settings: Settings,
+        *,
+        masked: Sequence[int] = (),
+        num_cached: int = 0,
+    ) -> SequenceState:
+        """Begin a sequence: `gen_length` tokens after `prompt` (P,) int64, in place of what the lane held.
+
+        `masked`: columns of the prompt that hold masks and are filled too, ascending. `num_cached`: positions
+        whose keys and values are cached already, where the schedule stores blocks.
+
+        Raises ValueError where `steps` does not divide into the blocks, or for an id to suppress that the
+        model does not have.
+        """
+        first, size, schedule = len(prompt), self.schedule.block_length, self.schedule
+        layout = lay_out(first, gen_length, size, schedule.causal, settings.steps, masked)
+        prefill = schedule.stores_blocks and bool(layout.blocks) and layout.columns[0] >= size
+        suppress = self.runner.suppress(settings.suppress)
+        kept = len(layout.columns)
+        row = SequenceState(
+            first, layout, settings, kept, suppress, published=int(prefill), num_cached=num_cached
+        )
+        self.rows[lane] = row
+        if settings.record:
+            self.runner.trajectory.clear(lane)
+        if settings.rule is not None:
+            used = {other.settings.rule for other in self.rows if other.settings.rule is not None}
+            self.runner.begin(lane, settings.rule, layout.columns, used)
+        self.tokens[lane, :first] = prompt
+        self.tokens[lane, first : row.length] = self.mask_id
+        self.tokens[lane, row.length :] = self.pad_id
+        self._enter(lane)
+        return row
+
+    @property
+    def live(self) -> list[int]:
+        """Sequences that the next pass is over."""
+        return [b for b, row in enumerate(self.rows) if not row.done and not row.between_blocks]
+
+    def _enter(self, b: int) -> None:
+        """Begin the front block."""
+        row = self.rows[b]
+        row.step_in_block, row.between_blocks, row.edits = 0, False, 0
+        if row.done:
+            row.open = ()
+            return
+        if not row.open:
+            row.open = (row.opened(row.block_index),)
+            if reads(row, "response"):  # its rule may have filled some of the masks already
+                block = row.open[0]
+                ids = self.tokens[b, block.start : block.end].tolist()
+                left = ids.count(self.mask_id)
+                first = block.start + (ids.index(self.mask_id) if left else 0)
+                row.open = (block._replace(masks_left=left, first_mask=first),)
+        while self.schedule.opens(row):
+            row.open = (*row.open, row.opened(row.block_index + len(row.open)))
+
+    def release(self, lane: int) -> None:
+        """Forget the lane's sequence."""
+        self.rows[lane] = IDLE
+
+    def end(self, b: int) -> None:
+        """Sequence b is complete: the masks after its last finished block, which adjoin, become padding."""
+        row = self.rows[b]
+        if not row.done:
+            self.tokens[b, row.ahead : row.columns[-1] + 1] = self.pad_id
+            row.block_index, row.open = len(row.blocks), ()
+
+    def step(self, lanes: Sequence[int] | None = None, ahead: int = 1) -> list[int]:
+        """A pass over every sequence that is not done (of `lanes`); returns those whose block it completed.
+
+        ahead: up to so many passes, as many as complete no block whatever the policies choose, and one: the
+            host waits for the device once, and not after each. Guessing further would cost a pass in vain for
+            each block that is complete earlier, where a look costs the host's way there and back.
+
+        Where it raises, what the model, the policy or `unmask_` raises, every sequence is as it was before.
+        """
+        live = self.live if lanes is None else [b for b in self.live if b in lanes]
+        before = [copy.copy(self.rows[b]) for b in live], self.tokens.clone(), self.forwards
+        memory = self._memory(live)
+        remembered = [kept.clone() for kept in memory]
+        try:
+            return self._step(live, min(ahead, self._certain(live)))
+        except BaseException:
+            rows, tokens, self.forwards = before
+            self.tokens.copy_(tokens)
+            for kept, old in zip(memory, remembered, strict=True):
+                kept.copy_(old)
+            for b, row in zip(live, rows, strict=True):
+                self.rows[b].__dict__.update(row.__dict__)
+            raise
+
+    def _memory(self, live: list[int]) -> list[Tensor]:
+        """What the rules of those sequences remember."""
+        rules = {rule: None for b in live if (rule := self.rows[b].settings.rule) is not None}
+        return [kept for rule in rules for kept in self.runner.states[rule]]
+
+    def _certain(self, live: list[int]) -> int:
+        """Passes that can be issued one after the other: a block is complete after the last, if at all."""
+        rows = [self.rows[b] for b in live]
+        free = [row for row in rows if row.settings.rule is not None and not row.settings.rule.by_row]
+        if self.schedule.first_mask_matters or free:
+            return 1
+        most = [policies.most(row.policy(row.open[0])) for row in rows]
+        return min(
+            (max(1, math.ceil(row.masks_left / n)) for row, n in zip(rows, most, strict=True)), default=1
+        )
+
+    def _step(self, live: list[int], passes: int) -> list[int]:
+        groups, results = self._groups(live), []
+        for _ in range(passes):
+            for group in groups:
+                results.append(self.runner.run(self.rows, self._work(group)))
+                self.forwards += 1
+            for b in live:
+                self._count_pass(self.rows[b])
+        if len(groups) == 1 and self.runner.static_shapes:
+            # While the device is at it: what comes next if no block is complete. What follows a pass that
+            # handed over is not known yet: its first token is.
+            coming = self._work(live)
+            if all(work.spans for work in coming.values()):
+                self.runner.prepare(self.rows, coming)
+        seen = self.runner.look(results)
+        last = zip(groups, seen[-len(groups) :], strict=True)
+        found = {b: lanes[b] for group, lanes in last for b in group}
+        return [b for b in live if self._advance(b, found[b][: len(self._counted(self.rows[b]))])]
+
+    def _count_pass(self, row: SequenceState) -> None:
+        """A pass over the sequence was issued."""
+        prefill_only = self.schedule.prefill_only(row)
+        row.nfe += row.masks_left > 0 or row.edits > 0
+        row.published += not prefill_only
+        row.step_in_block += not prefill_only
+        row.open = tuple(block._replace(step=block.step + (not prefill_only)) for block in row.open)
+        if self.schedule.stores_blocks:
+            row.num_cached = row.block[0] - row.block[0] % self.schedule.block_length
+
+    def _advance(self, b: int, found: Counts) -> bool:
+        """Take in what the blocks hold, from the front one on; returns whether the front one is complete."""
+        row = self.rows[b]
+        row.open = tuple(
+            block._replace(masks_left=left, first_mask=first if left else block.start, changed=changed > 0)
+            for block, (left, first, changed) in zip(row.open, found, strict=False)
+        )
+        if not self.schedule.is_over(row) or row.edits_on():
+            while self.schedule.opens(row):
+                row.open = (*row.open, row.opened(row.block_index + len(row.open)))
+            return False
+        row.published += self.schedule.published_passes(row)
+        row.between_blocks = True
+        for left, _, _ in found:  # blocks behind the front one may be complete, too
+            if left or row.done:
+                break
+            start, end = row.block
+            row.generated += row.index(end) - row.index(start)
+            row.block_index, row.open = row.block_index + 1, row.open[1:]
+            if (row.settings.eos_id is not None or row.settings.stop) and self._stops(b, start, end):
+                self.end(b)
+        return True
+
+    def _work(self, lanes: list[int]) -> dict[int, SequenceWork]:
+        """Of the next pass."""
+        work = {}
+        for b in lanes:
+            row = self.rows[b]
+            first, last = self.schedule.computed(row)
+            spans = [Span(b, first, last, row.length)]
+            if isinstance(self.model, Model):
+                spans = self.model.spans(b, first, last, row.length, self.schedule.block_length)
+            windows = self.schedule.windows(row)
+            read = [self._read(row, window, first, last) for window in windows]
+            work[b] = SequenceWork(spans, windows, read, self._counted(row))
+        return work
+
+    def _counted(self, row: SequenceState) -> list[tuple[int, int]]:
+        """The blocks whose counts say how the sequence goes on: the open ones, or all those left where a rule
+        may fill any of them."""
+        if reads(row, "response"):
+            return row.blocks[row.block_index :]
+        return [(block.start, block.end) for block in row.open]
+
+    def _stops(self, b: int, start: int, end: int) -> bool:
+        """Whether EOS or a stop sequence ends in columns [start, end); notes where it begins.
+
+        Sought among the last masks alone: what is decoded in front of a given token does not end there.
+        """
+        row = self.rows[b]
+        sought = row.settings.stop
+        if row.settings.eos_id is not None:
+            sought = (*sought, (row.settings.eos_id,))
+        first = max(row.last_run, start - max(map(len, sought)) + 1)
+        ids = tuple(self.tokens[b, first : min(end, row.columns[-1] + 1)].tolist())
+        begins = [
+            first + at
+            for stop in sought
+            for at in range(max(0, start - first - len(stop) + 1), len(ids) - len(stop) + 1)
+            if ids[at : at + len(stop)] == stop
+        ]
+        if begins:
+            row.kept, row.stopped = row.index(min(begins)), True
+        return row.stopped
+
+    def enter(self, finished: list[int]) -> None:
+        """Let the sequences that `step` returned begin their next block."""
+        for b in finished:
+            self._enter(b)
+
+    def _read(self, row: SequenceState, window: Window, first: int, last: int) -> tuple[int, int]:
+        """Columns whose logits the sequence's rule reads, of a pass that computes positions [first, last)."""
+        rule = row.settings.rule
+        if rule is None or rule.reads == "masked" or self.schedule.prefill_only(row):
+            return window.start, window.end
+        start, end = window.block[:2]
+        if rule.reads == "response" and self.schedule.to_the_end:
+            start, end = row.columns[0], row.length
+        return min(window.start, max(start, first)), max(window.end, min(end, last))
+
+    def _groups(self, live: list[int]) -> list[list[int]]:
+        """Sequences that share a pass."""
+        if self.batch_invariant:
+            return [[b] for b in live]
+        if isinstance(self.model, Model):
+            return [live]
+        by_length: dict[int, list[int]] = {}
+        for b in live:
+            by_length.setdefault(self.rows[b].length, []).append(b)
+        return list(by_length.values())

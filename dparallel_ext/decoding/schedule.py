@@ -1,0 +1,236 @@
+"""Which positions a pass computes, and which windows it may fill: a class for each cache mode.
+
+               computed                                        filled
+    Whole      the sequence                                    the open blocks
+    Prefix     at a block's first pass the sequence,           the open blocks
+               then from the front block on
+    Dual       at a block's first pass (and every `refresh`)   the open blocks
+               the sequence, then the open blocks alone
+    Block      what is not stored, up to the open blocks' end  the open blocks
+    SubBlock   as Block until the sub-block's first token      the front block's first sub-block with masks
+               is known, then the sub-block alone
+
+The semantics are those of the published decoders (LLaDA, Fast-dLLM, dParallel, SDAR, Fast-dLLM v2). The
+front block is the first that is not complete. The loops' own detours are in `compat`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from ..models import Traits
+from .sequence import OpenBlock, SequenceState
+
+
+class Window(NamedTuple):
+    """Columns [start, end) of a sequence whose masks a pass may fill."""
+
+    start: int
+    end: int
+    block: OpenBlock
+    """That it is of."""
+    must_move: bool = True
+    """Whether one of its masks is committed whatever the rule says."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """See the table above.
+
+    With several `active_blocks` (d3LLM, arXiv 2601.07568; D2F, arXiv 2508.09192) the block after the last
+    open one opens once that one's share of decoded tokens reaches `open_at`. A pass need not commit anything
+    in an open block unless it is the front one, or the share of the block before has reached `activate_at`.
+    """
+
+    block_length: int
+    sub_block_length: int
+    shift: bool
+    causal: bool
+    """The model is block-causal, by blocks of `block_length`."""
+    active_blocks: int = 1
+    open_at: float = 0.1
+    activate_at: float = 0.95
+
+    keeps: ClassVar[bool] = True
+    """Whether keys and values outlive a pass."""
+    to_the_end: ClassVar[bool] = False
+    """Whether every pass computes all positions from the front block to the sequence's end."""
+    stores_blocks: ClassVar[bool] = False
+    """Whether finished blocks are final, so that they are stored once, and others may share them."""
+
+    @property
+    def first_mask_matters(self) -> bool:
+        """Whether where the first mask is decides what the next pass is."""
+        in_parts = self.sub_block_length < self.block_length or (self.shift and self.causal)
+        return in_parts or self.active_blocks > 1
+
+    def full(self, s: SequenceState) -> bool:
+        """Whether the next pass computes the whole sequence."""
+        return False
+
+    def computed(self, s: SequenceState) -> tuple[int, int]:
+        """Positions [first, last) that the next pass computes."""
+        raise NotImplementedError
+
+    def prefill_only(self, s: SequenceState) -> bool:
+        """Whether the next pass is over the blocks before the front one alone: their last position gives its
+        first token.
+
+        So it is published for shifted logits in a block-causal model (Fast-dLLM v2): the pass that stores a
+        block begins the next, and passes over that one know its first token.
+        """
+        at_a_block = s.first_mask > 0 and s.first_mask % self.block_length == 0
+        return self.shift and self.causal and at_a_block
+
+    def part(self, s: SequenceState) -> tuple[int, int]:
+        """Columns of the front block's active sub-block, in the prompt too; they count from where the block
+        begins.
+        """
+        start = s.block[0]
+        origin = start - start % self.block_length if self.causal else start
+        low = s.first_mask - (s.first_mask - origin) % self.sub_block_length
+        return low, low + self.sub_block_length
+
+    def windows(self, s: SequenceState) -> list[Window]:
+        """What the next pass may fill, the front block's first."""
+        found = [self.front_window(s)]
+        before = s.open[0]
+        for block in s.open[1:]:
+            if block.masks_left:
+                found.append(Window(block.start, block.end, block, before.share >= self.activate_at))
+            before = block
+        return found
+
+    def front_window(self, s: SequenceState) -> Window:
+        block = s.open[0]
+        if self.prefill_only(s):
+            return Window(s.first_mask, s.first_mask + 1, block)
+        low, high = self.part(s)
+        return Window(max(low, block.start), min(high, block.end), block)
+
+    def opens(self, s: SequenceState) -> bool:
+        """Whether the block after the open ones opens."""
+        last = s.block_index + len(s.open)
+        return len(s.open) < self.active_blocks and last < len(s.blocks) and s.open[-1].share >= self.open_at
+
+    def is_over(self, s: SequenceState) -> bool:
+        """Whether the front block is complete after its last pass."""
+        return not s.masks_left
+
+    def published_passes(self, s: SequenceState) -> int:
+        """Passes that the published loop runs for the front block, which is complete, and that change
+        nothing; asked after its last pass."""
+        return 0
+
+
+class Whole(Schedule):
+    """The whole sequence each pass (LLaDA)."""
+
+    keeps = False
+    to_the_end = True
+
+    def full(self, s: SequenceState) -> bool:
+        return True
+
+    def computed(self, s: SequenceState) -> tuple[int, int]:
+        return 0, s.length
+
+
+class Prefix(Schedule):
+    """Keys and values in front of the front block are as its first pass left them (Fast-dLLM)."""
+
+    to_the_end = True
+
+    def full(self, s: SequenceState) -> bool:
+        return s.step_in_block == 0
+
+    def computed(self, s: SequenceState) -> tuple[int, int]:
+        return (0 if self.full(s) else s.block[0]), s.length
+
+    def front_window(self, s: SequenceState) -> Window:
+        found = super().front_window(s)
+        if self.shift and s.step_in_block == 0 and s.first_mask == s.block[0]:
+            return found._replace(end=found.start + 1)  # published: the full pass serves its first position
+        return found
+
+    def published_passes(self, s: SequenceState) -> int:
+        return int(s.step_in_block == 1)  # one more where the full one completed the block
+
+
+@dataclass(frozen=True)
+class Dual(Prefix):
+    """As Prefix, and behind the open blocks, too (Fast-dLLM)."""
+
+    to_the_end = False
+    refresh: int | None = None
+    """A full pass every so many passes over a block."""
+
+    def full(self, s: SequenceState) -> bool:
+        again = self.refresh is not None and s.step_in_block % self.refresh == 0
+        return s.step_in_block == 0 or again
+
+    def computed(self, s: SequenceState) -> tuple[int, int]:
+        return (0, s.length) if self.full(s) else (s.block[0], s.open[-1].end)
+
+
+class Block(Schedule):
+    """Of a block-causal model: finished blocks are exact, and stored by the pass after their last (SDAR)."""
+
+    stores_blocks = True
+
+    def computed(self, s: SequenceState) -> tuple[int, int]:
+        # The blocks finished since the last pass come along, so that theirs are stored.
+        return s.num_cached, s.block[0] if self.prefill_only(s) else s.open[-1].end
+
+    def published_passes(self, s: SequenceState) -> int:
+        return 1  # that stores the block
+
+
+@dataclass(frozen=True)
+class SubBlock(Block):
+    """As Block; inside the front block its active sub-block alone is computed once its first token is known
+    (Fast-dLLM v2).
+    """
+
+    refresh: int | None = None
+    """The front block every so many passes."""
+
+    def computed(self, s: SequenceState) -> tuple[int, int]:
+        found = super().computed(s)
+        step = s.step_in_block
+        again = step % self.refresh == 0 if self.refresh else step == 0
+        low, high = self.part(s)
+        if self.prefill_only(s) or again or s.first_mask <= low:
+            return found
+        return low, min(high, found[1])
+
+
+CACHES = ("none", "prefix", "dual", "block")
+
+
+def make(
+    cache: str,
+    traits: Traits,
+    block_length: int,
+    sub_block_length: int | None = None,
+    refresh: int | None = None,
+    *,
+    active_blocks: int = 1,
+    open_at: float = 0.1,
+    activate_at: float = 0.95,
+) -> Schedule:
+    """The schedule of one of `CACHES`. What does not go together is refused by `decode`."""
+    causal = traits.block_length is not None
+    kind = {"none": Whole, "prefix": Prefix, "dual": SubBlock if causal else Dual, "block": Block}[cache]
+    made = {"refresh": refresh} if kind in (Dual, SubBlock) else {}
+    return kind(
+        block_length,
+        sub_block_length or block_length,
+        traits.shift,
+        causal,
+        active_blocks,
+        open_at,
+        activate_at,
+        **made,
+    )

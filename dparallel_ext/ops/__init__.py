@@ -1,0 +1,39 @@
+"""The compiled ops under checked, documented signatures, a file for each.
+
+They are torch custom ops (torch.ops.dparallel.*) with CPU and, where built, CUDA kernels, and fake kernels
+for torch.compile. Their float64 twins are in `dparallel_ext.reference`.
+"""
+
+from . import no_gradient as _no_gradient  # noqa: F401  (registers what a backward pass meets)
+from .block_attention import block_attention
+from .certainty_forcing_loss import CertaintyForcingLoss, certainty_forcing_loss
+from .commit import commit_
+from .errors import check_errors
+from .fp8_linear import fp8_linear, quantize_fp8
+from .kv_write import kv_write, rope_table
+from .linear_certainty_forcing_loss import linear_certainty_forcing_loss
+from .rms_norm import rms_norm
+from .row_stats import row_stats
+from .select import select
+from .swiglu import swiglu
+from .unmask import unmask_
+from .varlen_attention import varlen_attention
+
+__all__ = [
+    "CertaintyForcingLoss",
+    "block_attention",
+    "certainty_forcing_loss",
+    "check_errors",
+    "commit_",
+    "fp8_linear",
+    "kv_write",
+    "linear_certainty_forcing_loss",
+    "quantize_fp8",
+    "rms_norm",
+    "rope_table",
+    "row_stats",
+    "select",
+    "swiglu",
+    "unmask_",
+    "varlen_attention",
+]

@@ -1,0 +1,228 @@
+"""The certainty-forcing loss of dParallel (arXiv 2509.26488).
+
+Two compiled passes over the active rows of the logits, forward and backward; everything between (gate,
+weights, normalisation) is a few numbers per row, and torch's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _C  # noqa: F401  (registers the ops)
+from .errors import named_row, report
+from .inputs import rows_view
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def row_errors(vocabulary: int) -> dict[int, str]:
+    return {
+        1: "logits: {} holds NaN",
+        2: "logits: {} has no logit above -inf",
+        3: f"labels: {{}} is active, but its label is no id in [0, {vocabulary}); rows to be ignored (-100) "
+        "belong out of `active`",
+    }
+
+
+class CertaintyForcingLoss(NamedTuple):
+    """What `certainty_forcing_loss` returns; the per-row fields have the shape of `labels`.
+
+    Rows that are not active are 0 and False. `loss`, `nll` and `entropy` carry gradients.
+    """
+
+    loss: Tensor
+    """() float32 (float64 of float64 logits)."""
+    nll: Tensor
+    """float32: -log softmax(z / ce_temperature)[label]."""
+    entropy: Tensor
+    """float32: of softmax(z / temperature), in nats."""
+    correct: Tensor
+    """bool: whether the argmax (ties to the lowest id) is the label."""
+
+
+def certainty_forcing_loss(
+    logits: Tensor,
+    labels: Tensor,
+    active: Tensor,
+    *,
+    temperature: float = 0.5,
+    entropy_weight: float = 2.0,
+    ce_temperature: float = 1.0,
+    weight: Tensor | None = None,
+    gate: Literal["correct", "all"] | Tensor = "correct",
+    reduction: Literal["mean", "sum"] = "mean",
+    inplace: bool = False,
+) -> CertaintyForcingLoss:
+    """Cross entropy of the active rows, plus `entropy_weight` times the entropy of those that pass the gate.
+
+    As published: loss = sum(nll) / |active| + entropy_weight * sum(entropy of gated) / |gated|, and 0 for a
+    share that has no row. The published objective adds the same for the complementary mask: call it
+    twice. Only active rows are read, once forward and once backward; at temperature = ce_temperature / 2
+    one exponential serves both terms.
+
+    Args:
+        logits: (..., V) float32, bfloat16, float16 or float64, any V; sums are float32 or better.
+        labels: (...) int64 or int32; those of rows that are not active may be anything, -100 included.
+        active: (...) bool, the rows the loss is of: the masked tokens of the active block.
+        temperature: of the entropy term, from 1e-5 to 1e5.
+        entropy_weight: beta, 2 for LLaDA and 1 for Dream as published. 0 is cross entropy alone.
+        ce_temperature: of the cross entropy, from 1e-5 to 1e5.
+        weight: (...) float, of each row's nll and entropy, as in d3LLM; the denominators stay counts.
+        gate: whose entropy counts: "correct", the active rows whose argmax is the label (published);
+            "all" active rows; or a bool (...) of your own. No gradient passes through it.
+        reduction: "mean" as above, or "sum": sums instead, so that a caller who knows the counts of all
+            micro-batches or ranks can normalise.
+        inplace: the backward pass writes the gradient over the logits, whose values are lost, instead of
+            into as much memory again. Whatever else needs them for its own gradient (a soft cap, this
+            loss taken twice) then raises autograd's RuntimeError. Under torch.compile, which plans
+            memory itself, nothing is written over.
+
+    Returns:
+        CertaintyForcingLoss.
+
+    Raises:
+        ValueError: naming the argument that does not fit; and for an active row that holds NaN, has
+            no logit above -inf, or whose label is not in [0, V): on the CPU at once, on CUDA from
+            `check_errors`, until when its nll and entropy are NaN.
+    """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits: expected a Tensor, got {type(logits).__name__}")
+    if logits.dtype not in DTYPES:
+        raise ValueError(f"logits: expected float32, bfloat16, float16 or float64, got {logits.dtype}")
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"logits: expected (..., V) with V >= 1, got {tuple(logits.shape)}")
+    check_loss_inputs(logits, labels, active, weight, gate, "logits")
+    check_settings(temperature, ce_temperature, reduction)
+    inplace = inplace and logits.requires_grad and not torch.compiler.is_compiling()
+    if inplace:
+        _check_inplace(logits)
+    flat = rows_view(logits)
+    active = active.reshape(-1)
+    nll, entropy, correct, _, error = torch.ops.dparallel.certainty_forcing_loss(
+        flat,
+        labels.reshape(-1).to(torch.int64),
+        active,
+        float(temperature),
+        float(ce_temperature),
+        inplace,
+    )
+    report(error, named_row, row_errors(logits.shape[-1]))
+    return compose(nll, entropy, correct, labels.shape, active, entropy_weight, weight, gate, reduction)
+
+
+def compose(
+    nll: Tensor,
+    entropy: Tensor,
+    correct: Tensor,
+    shape: torch.Size,
+    active: Tensor,
+    entropy_weight: float,
+    weight: Tensor | None,
+    gate: str | Tensor,
+    reduction: str,
+) -> CertaintyForcingLoss:
+    """The loss from what is known of each row (N,)."""
+    gated = correct if gate == "correct" else active
+    if isinstance(gate, Tensor):
+        gated = active & gate.reshape(-1)
+    own = 1.0 if weight is None else weight.reshape(-1).to(nll.dtype)
+    ce, certainty = (nll * own).sum(), (entropy * own * gated).sum()
+    if reduction == "mean":
+        ce = ce / active.sum().clamp(min=1)
+        certainty = certainty / gated.sum().clamp(min=1)
+    loss = ce + entropy_weight * certainty
+    return CertaintyForcingLoss(loss, nll.view(shape), entropy.view(shape), correct.view(shape))
+
+
+def check_settings(temperature: float, ce_temperature: float, reduction: str) -> None:
+    for name, value in (("temperature", temperature), ("ce_temperature", ce_temperature)):
+        if not 1e-5 <= value <= 1e5:  # its square and the reciprocal of that are to be float32
+            raise ValueError(f"{name}: expected a number from 1e-5 to 1e5, got {value!r}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
+
+
+def _check_inplace(logits: Tensor) -> None:
+    base = logits if logits._base is None else logits._base
+    if base.is_leaf and base.requires_grad:
+        raise ValueError("inplace: expected logits that an op has made, got a leaf that requires grad")
+
+
+def check_loss_inputs(
+    like: Tensor, labels: Tensor, active: Tensor, weight: Any, gate: Any, name_of: str
+) -> None:
+    rows = like.shape[:-1]
+    wanted: list[tuple[str, Any, tuple[torch.dtype, ...]]] = [
+        ("labels", labels, (torch.int64, torch.int32)),
+        ("active", active, (torch.bool,)),
+    ]
+    if weight is not None:
+        wanted.append(("weight", weight, DTYPES))
+    if isinstance(gate, Tensor):
+        wanted.append(("gate", gate, (torch.bool,)))
+    elif gate not in ("correct", "all"):
+        raise ValueError(f"gate: expected 'correct', 'all' or a bool Tensor, got {gate!r}")
+    for name, value, allowed in wanted:
+        if not isinstance(value, Tensor) or value.dtype not in allowed or value.shape != rows:
+            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            kinds = "floating point" if name == "weight" else str(allowed[0]).removeprefix("torch.")
+            raise ValueError(f"{name}: expected {kinds} {tuple(rows)} matching {name_of}, got {got}")
+        if value.device != like.device:
+            raise ValueError(f"{name}: expected on {like.device} as {name_of}, got {value.device}")
+
+
+# --- fake kernels and the gradient --------------------------------------------------------------
+
+
+def real_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("dparallel::certainty_forcing_loss")
+def _(logits, labels, active, temperature, ce_temperature, inplace=False):  # type: ignore[no-untyped-def]
+    n, real = labels.shape[0], real_dtype(logits)
+    return (
+        logits.new_empty((n,), dtype=real),
+        logits.new_empty((n,), dtype=real),
+        logits.new_empty((n,), dtype=torch.bool),
+        logits.new_empty((n, 4), dtype=real),
+        logits.new_empty((n,), dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("dparallel::certainty_forcing_loss_backward")
+def _(  # type: ignore[no-untyped-def]
+    logits, labels, active, temperature, ce_temperature, saved, grad_nll, grad_entropy
+):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("dparallel::certainty_forcing_loss_backward_")
+def _(  # type: ignore[no-untyped-def]
+    logits, labels, active, temperature, ce_temperature, saved, grad_nll, grad_entropy
+):
+    return None
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, labels, active, ctx.temperature, ctx.ce_temperature, ctx.inplace = inputs
+    ctx.save_for_backward(logits, labels, active, output[3])
+    ctx.mark_non_differentiable(output[2], output[3], output[4])
+
+
+def _backward(ctx: Any, grad_nll: Tensor, grad_entropy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    logits, labels, active, saved = ctx.saved_tensors
+    settings = ctx.temperature, ctx.ce_temperature
+    given = logits, labels, active, *settings, saved, grad_nll, grad_entropy
+    if ctx.inplace and not torch.is_grad_enabled():  # that is, unless a graph of the gradient is wanted
+        torch.ops.dparallel.certainty_forcing_loss_backward_(*given)
+        grad = logits.detach()
+    else:
+        grad = torch.ops.dparallel.certainty_forcing_loss_backward(*given)
+    return grad, None, None, None, None, None
+
+
+torch.library.register_autograd("dparallel::certainty_forcing_loss", _backward, setup_context=_save)

@@ -1,0 +1,98 @@
+"""Write tokens, and look at windows of them, in one launch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _C  # noqa: F401  (registers the ops)
+from ..types import CommitOutput
+from . import streams
+from .errors import Cell, report
+from .inputs import check_index, check_tokens, expect, mask_id_of, windows_of
+
+
+def commit_(
+    tokens: Tensor,
+    positions: Tensor | None = None,
+    commit: Tensor | None = None,
+    token: Tensor | None = None,
+    *,
+    mask_id: int,
+    lane: Tensor | None = None,
+    start: int | Tensor = 0,
+    end: int | Tensor | None = None,
+    check: bool = True,
+) -> CommitOutput:
+    """Write tokens in place, then count what windows hold; without `commit` and `token`, count alone.
+
+    The third of the ops between logits and tokens: `row_stats` reads, a rule decides, `commit_` writes.
+
+    Args:
+        tokens: (B, L) int64, any strides; changed in place.
+        positions: (N,) int64 strictly ascending flat positions b * L + l of the rows below; None: every
+            position, N = B * L.
+        commit: (N,) bool, or (B, L) without `positions`: whether the row's token is written.
+        token: (N,) int64, or (B, L): what is written. It is read where `commit` is true alone.
+        mask_id: the token that marks what is to be filled; it is never written.
+        lane: (W,) int64: the sequence of each window; None: window w is of sequence w, and W = B.
+        start, end: columns, a number or (W,) int64; `end` None is L. What lies beyond the sequence counts as
+            if it were not there.
+        check: False leaves a token that may not be written unnamed on a GPU, which saves three small kernels.
+
+    Windows may overlap, come in any order, and be of other sequences than those that are written.
+
+    Returns:
+        CommitOutput of the tokens as they are afterwards, on their device, without synchronisation.
+
+    Raises:
+        ValueError: naming the argument that does not fit; and on the CPU a position that is out of bounds or
+            not ascending, a lane out of bounds, or a token to write that is the mask token or negative, by
+            sequence and position, with every token left as it was. On CUDA positions out of bounds are passed
+            over, which of several tokens for one position stays is not said, a lane out of bounds has no
+            tokens, and a token that may not be written is not, and raises a flag: see `check_errors`.
+
+    Source: the counts are those that published decoders take by `(x == mask_id).sum()` after each pass.
+    """
+    check_tokens(tokens)
+    batch, length = tokens.shape
+    if (commit is None) != (token is None):
+        raise ValueError(
+            "token: expected together with commit, got "
+            + ("commit alone" if token is None else "token alone")
+        )
+    if commit is None and positions is not None:
+        raise ValueError("positions: expected none without commit and token")
+    if commit is not None and token is not None:
+        if positions is not None:
+            check_index("positions", positions, tokens, "tokens")
+        shape = tuple(tokens.shape if positions is None else positions.shape)
+        for name, given, dtype in (("commit", commit, torch.bool), ("token", token, torch.int64)):
+            flat = positions is None and isinstance(given, Tensor) and given.ndim == 1
+            expect(name, given, (batch * length,) if flat else shape, dtype)
+            if given.device != tokens.device:
+                raise ValueError(f"{name}: expected on {tokens.device} as the tokens, got {given.device}")
+        commit, token = commit.reshape(-1), token.reshape(-1)
+    start, end = windows_of(tokens, lane, start, end)
+    remaining, first, changed, error = torch.ops.dparallel.commit_(
+        tokens,
+        positions,
+        commit,
+        token,
+        mask_id_of(mask_id, None),
+        lane,
+        start,
+        end,
+        streams.counters_for(tokens, 2 + len(start)),
+    )
+    if check and commit is not None:
+        report(error, Cell(length), _ERRORS)
+    return CommitOutput(remaining, first, changed)
+
+
+_ERRORS = {1: "token: {} was to become the mask token, or an id below 0"}
+
+
+@torch.library.register_fake("dparallel::commit_")
+def _(tokens, positions, commit, token, mask_id, lane, start, end, counters):  # type: ignore[no-untyped-def]
+    return (*(start.new_empty(start.shape) for _ in range(3)), start.new_empty((1,)))

@@ -1,0 +1,132 @@
+"""What the ops find bad in their rows: named at once on a CPU, kept on a GPU until it is asked for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import streams
+
+NO_ERROR = 2**63 - 1
+ERRORS = {
+    1: "logits: {} holds NaN",
+    2: "logits: {} leaves no token to choose: every logit that may be chosen is -inf",
+    3: "logits: {} is masked and in the active window, but `positions` does not list it",
+}
+
+Where = Callable[[int], str]
+"""Names a flat position; hashable, and equal to one that names all positions alike."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Names a flat position of tokens (B, length), whose columns count from `offset`."""
+
+    length: int
+    offset: int = 0
+
+    def __call__(self, at: int) -> str:
+        return f"sequence {at // self.length} at position {at % self.length + self.offset}"
+
+
+def named_row(at: int) -> str:
+    return f"row {at}"
+
+
+class Errors:
+    """What the launches of one stream have found bad, on the device until it is read.
+
+    A word (an int64 on the device) for each kind of report, that is for each way to put it into words, holds
+    the first report's error since it was read, of several rows' the least. So a report costs three small
+    kernels and no memory.
+    """
+
+    KINDS = 64
+
+    def __init__(self, device: torch.device) -> None:
+        self.words = torch.full((self.KINDS,), NO_ERROR, device=device)
+        self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self.kinds: dict[tuple[Where, tuple[tuple[int, str], ...]], int] = {}
+        """Places among the words."""
+
+    def report(self, error: Tensor, where: Where, texts: Mapping[int, str]) -> None:
+        kind = where, tuple(texts.items())
+        at = self.kinds.get(kind)
+        if at is None:
+            if len(self.kinds) == self.KINDS:
+                if streams.capturing(error.device):
+                    return  # a recording cannot look, and keeps the words that it writes
+                self.read()
+                self.kinds.clear()
+            at = self.kinds[kind] = len(self.kinds)
+        word = self.words[at : at + 1]
+        # In training what follows the first error follows from it.
+        torch.where(word == NO_ERROR, error.amin(0, keepdim=True), word, out=word)
+
+    def read(self) -> None:
+        """Raise ValueError for the first kind that has an error; all words are as new. This waits."""
+        # Not the whole device: that is forbidden while anybody records.
+        here = None if self.stream is None else torch.cuda.current_stream(self.words.device)
+        if self.stream is not None and here is not None:
+            here.wait_stream(self.stream)
+        found = self.words.tolist()
+        if min(found) == NO_ERROR:
+            return
+        self.words.fill_(NO_ERROR)
+        if self.stream is not None and here is not None:
+            self.stream.wait_stream(here)
+        for (where, texts), at in self.kinds.items():
+            explain(found[at], where, dict(texts))
+
+
+pending: dict[tuple[torch.device, int | None], Errors] = {}
+"""By device and stream. What is recorded has its own (stream None): it is replayed on any stream. That exists
+once something was launched that was not recorded, as it is where a recording is warmed up."""
+pending_lock = threading.Lock()
+
+
+def check_errors(device: torch.device | str | None = None) -> None:
+    """Raise ValueError for a bad row that a CUDA op has met since the last call; this synchronises.
+
+    What a CUDA graph of yours found is told once its replay comes before this on the current stream.
+
+    device: "cuda" is every GPU of this process, and None every device.
+    """
+    asked = None if device is None else torch.device(device)
+    with pending_lock, torch.inference_mode():
+        for (of, _), errors in pending.items():
+            if asked is None or (of.type == asked.type and asked.index in (None, of.index)):
+                errors.read()
+
+
+def report(error: Tensor, where: Where, texts: Mapping[int, str] = ERRORS) -> None:
+    if torch.compiler.is_compiling() or isinstance(error, torch._subclasses.FakeTensor):
+        return
+    device = error.device
+    if not waits(device):
+        explain(int(error.min()) if error.numel() else NO_ERROR, where, texts)
+    elif error.numel():
+        with pending_lock, torch.inference_mode():
+            recorded = streams.capturing(device)
+            if not recorded:
+                for stream in (None, streams.stream_of(device)):
+                    if (device, stream) not in pending:
+                        pending[device, stream] = Errors(device)
+            errors = pending.get((device, None if recorded else streams.stream_of(device)))
+            if errors is not None:
+                errors.report(error, where, texts)
+
+
+def explain(error: int, where: Where, texts: Mapping[int, str] = ERRORS) -> None:
+    """Raise ValueError for an error that a kernel reports: 4 * flat position + code; not for NO_ERROR."""
+    if error != NO_ERROR:
+        raise ValueError(texts[error % 4].format(where(error // 4)))
+
+
+def waits(device: torch.device) -> bool:
+    """Whether an error stays on the device until it is asked for, since a look would stop the host."""
+    return device.type != "cpu"

@@ -1,0 +1,214 @@
+"""Checks of what the ops are given; each error names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..arguments import is_number, shown, temperature_in_force, whole
+
+Ids = Tensor | Sequence[int] | None
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of the kernels; float64 is computed by the twins in `reference`."""
+_DEVICES = {"cpu", *_C.build_info()["backends"].split()}
+
+
+def compiled(*inputs: Tensor | None) -> bool:
+    """Whether these ops compute with such inputs: of one dtype, on a built backend, no gradient wanted."""
+    first, *others = (t for t in inputs if t is not None)
+    assert first is not None
+    return (
+        not torch.is_grad_enabled()
+        and first.dtype in DTYPES
+        and first.device.type in _DEVICES
+        and all(t.dtype == first.dtype for t in others)
+    )
+
+
+# --- rows of logits ----------------------------------------------------------------------------
+
+
+def check_logits(logits: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits: expected a Tensor, got {type(logits).__name__}")
+    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"logits: expected float32, bfloat16 or float16, got {logits.dtype}")
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"logits: expected (..., V) with V >= 1, got {tuple(logits.shape)}")
+
+
+def rows_view(logits: Tensor) -> Tensor:
+    """(..., V) as (R, V) or (B, L, V) without a copy wherever strides allow."""
+    if logits.ndim > 3:
+        logits = logits.flatten(0, -3)
+    return logits[None] if logits.ndim == 1 else logits
+
+
+def check_tokens(tokens: Tensor) -> None:
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"tokens: expected a Tensor, got {type(tokens).__name__}")
+    if tokens.ndim != 2 or tokens.dtype != torch.int64:
+        raise ValueError(f"tokens: expected int64 (B, L), got {tokens.dtype} {tuple(tokens.shape)}")
+
+
+def windows_of(
+    tokens: Tensor, lane: Tensor | None, start: int | Tensor, end: int | Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """First and last column (W,) int64 of windows of tokens (B, L), W = B where no `lane` is given."""
+    if lane is not None:
+        check_index("lane", lane, tokens, "tokens")
+    count, last = len(tokens if lane is None else lane), tokens.shape[1] if end is None else end
+    return per_sequence("start", start, count, tokens), per_sequence("end", last, count, tokens)
+
+
+def check_index(name: str, index: Tensor, like: Tensor, of: str = "logits") -> None:
+    if not isinstance(index, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(index).__name__}")
+    if index.dtype != torch.int64 or index.ndim != 1:
+        raise ValueError(f"{name}: expected int64 (N,), got {index.dtype} {tuple(index.shape)}")
+    if index.device != like.device:
+        raise ValueError(f"{name}: expected on {like.device} as the {of}, got {index.device}")
+
+
+def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -> tuple[float, float, int]:
+    """Temperature, top_p and top_k in force: (..., 1.0, 0) where none is given, or the temperature is 0.
+
+    Raises ValueError naming the argument that does not fit.
+    """
+    temperature = temperature_in_force(temperature)
+    top_p = 1.0 if top_p is None else top_p
+    top_k = 0 if top_k is None else top_k
+    if not (is_number(top_p) and 0 <= top_p <= 1):
+        raise ValueError(f"top_p: expected a number from 0 to 1, got {shown(top_p)}")
+    if isinstance(top_k, bool) or not isinstance(top_k, numbers.Integral) or not 0 <= top_k < 2**63:
+        raise ValueError(f"top_k: expected a whole number >= 0 (0 keeps all), got {shown(top_k)}")
+    return (temperature, float(top_p), int(top_k)) if temperature > 0 else (0.0, 1.0, 0)
+
+
+def mask_id_of(mask_id: int | None, vocab: int | None) -> int:
+    if mask_id is None:
+        return -1
+    if type(mask_id) is not int or mask_id < 0:
+        mask_id = whole("mask_id", mask_id, 0)
+    if vocab is not None and mask_id >= vocab:
+        raise ValueError(f"mask_id: expected an id below {vocab}, got {mask_id}")
+    return mask_id
+
+
+def suppressed(ids: Ids, logits: Tensor) -> Tensor | None:
+    if ids is None:
+        return None
+    if isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.device == logits.device:
+        ids = ids.reshape(-1)
+        return ids.sort().values if ids.device.type == "cpu" else ids  # the CPU bisects them
+    given = ids.reshape(-1).tolist() if isinstance(ids, Tensor) else ids
+    found = sorted({i if type(i) is int else whole("suppress", i, 0) for i in given})
+    vocab = logits.shape[-1]
+    if found and not (found[0] >= 0 and found[-1] < vocab):
+        raise ValueError(
+            f"suppress: expected ids in [0, {vocab}), got {found[0] if found[0] < 0 else found[-1]}"
+        )
+    return torch.tensor(found, dtype=torch.int64, device=logits.device) if found else None
+
+
+def per_sequence(name: str, value: int | Tensor, batch: int, like: Tensor) -> Tensor:
+    if type(value) is int:
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name}: expected an integer of 64 bits, got {value}")
+        return torch.full((batch,), value, dtype=torch.int64, device=like.device)
+    try:
+        values = torch.as_tensor(value, device=like.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: expected an integer or int64 ({batch},), got {value!r}") from error
+    if values.is_floating_point() or values.ndim > 1 or values.shape not in ((), (batch,)):
+        raise ValueError(
+            f"{name}: expected an integer or int64 ({batch},), got {values.dtype} {tuple(values.shape)}"
+        )
+    return values.to(torch.int64).expand(batch)
+
+
+def keys_of(like: Tensor, count: int, **parts: int | Tensor) -> Tensor:
+    """(count, len(parts)) int64."""
+    return torch.stack([per_sequence(k, v, count, like) for k, v in parts.items()], 1)
+
+
+# --- heads and caches --------------------------------------------------------------------------
+
+
+def check_heads(name: str, given: Tensor, ndim: int, like: Tensor | None = None) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(given).__name__}")
+    if given.dtype not in (*DTYPES, torch.float64) or (like is not None and given.dtype != like.dtype):
+        wanted = "float32, bfloat16 or float16" if like is None else f"{like.dtype} as q"
+        raise ValueError(f"{name}: expected {wanted}, got {given.dtype}")
+    if like is not None and given.device != like.device:
+        raise ValueError(f"{name}: expected on {like.device} as q, got {given.device}")
+    if given.ndim != ndim:
+        raise ValueError(f"{name}: expected {ndim} dimensions, got {tuple(given.shape)}")
+
+
+def check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    if k_cache.shape != v_cache.shape:
+        raise ValueError(f"v_cache: expected {tuple(k_cache.shape)} as k_cache, got {tuple(v_cache.shape)}")
+    heads, dim = q.shape[1:]
+    if k_cache.shape[3] != dim or k_cache.shape[1] < 1 or heads % k_cache.shape[1] or k_cache.shape[2] < 1:
+        raise ValueError(
+            "k_cache: expected (pages, Hkv, page_size, D) with Hkv dividing the "
+            f"{heads} heads of q and D = {dim}, got {tuple(k_cache.shape)}"
+        )
+    if heads > 64 * k_cache.shape[1]:
+        raise ValueError(
+            f"q: expected at most 64 heads for each of {k_cache.shape[1]} key heads, got {heads}"
+        )
+
+
+def expect(name: str, given: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(given).__name__}")
+    if tuple(given.shape) != shape or (dtype is not None and given.dtype != dtype):
+        raise ValueError(
+            f"{name}: expected {dtype or given.dtype} {shape}, got {given.dtype} {tuple(given.shape)}"
+        )
+
+
+def within(name: str, index: Tensor, low: int | None, high: int) -> None:
+    """Of the twins; the ops look at their indices themselves."""
+    if index.device.type != "cpu" or not index.numel() or torch.compiler.is_compiling():
+        return
+    least, most = (int(x) for x in index.aminmax())
+    if (low is not None and least < low) or most >= high:
+        raise ValueError(f"{name}: expected in [{low or 0}, {high}), got {least} to {most}")
+
+
+# --- rows of layers ----------------------------------------------------------------------------
+
+
+def check_rows(name: str, given: Tensor) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(given).__name__}")
+    if given.dtype not in DTYPES:
+        raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {given.dtype}")
+    if given.ndim < 1 or given.shape[-1] < 1:
+        raise ValueError(f"{name}: expected (..., width) with width >= 1, got {tuple(given.shape)}")
+    if given.requires_grad:
+        _refuse_gradient(name)
+
+
+def check_like(name: str, given: Tensor, like: Tensor, shape: torch.Size) -> None:
+    if given.dtype != like.dtype or given.shape != shape or given.device != like.device:
+        raise ValueError(
+            f"{name}: expected {like.dtype} {tuple(shape)} on {like.device}, "
+            f"got {given.dtype} {tuple(given.shape)} on {given.device}"
+        )
+    if given.requires_grad:
+        _refuse_gradient(name)
+
+
+def _refuse_gradient(name: str) -> None:
+    if torch.is_grad_enabled():
+        raise ValueError(f"{name}: requires a gradient, which this op does not have; use torch.no_grad()")

@@ -1,0 +1,84 @@
+"""New keys and values into their slots, rotated: `kv_write`, and the tables that it rotates by.
+
+A cache is pages of slots, each slot the key and value of one position; a sequence has a list of pages. A
+contiguous cache is one page per sequence. Keys are kept after the rotary embedding, and a block that is
+computed again overwrites its slots.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _C  # noqa: F401  (registers the ops)
+from .inputs import check_caches, check_heads, expect, within
+
+
+def rope_table(
+    length: int, head_dim: int, theta: float = 10000.0, *, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (length, head_dim / 2) float32 of position / theta^(2 i / head_dim) (arXiv 2104.09864)."""
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim: expected an even number >= 2, got {head_dim}")
+    even = torch.arange(0, head_dim, 2, device=device).float()
+    angle = torch.outer(torch.arange(length, device=device).float(), 1.0 / theta ** (even / head_dim))
+    return angle.cos(), angle.sin()
+
+
+def kv_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    positions: Tensor,
+    slots: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool = False,
+) -> None:
+    """Rotate queries in place, rotate keys and put them and the values into their slots, in one pass.
+
+    Strides may be any; rows of q, k and v (H, D), and the last dimension of a cache, that are not contiguous
+    are copied, and what is changed in place may not overlap itself. No gradient.
+
+    Args:
+        q: (N, H, D) float32, bfloat16 or float16; changed in place.
+        k, v: (N, Hkv, D), likewise; read.
+        k_cache, v_cache: (pages, Hkv, page_size, D); changed in place.
+        positions: (N,) int64, of the rotary embedding: rows of cos and sin.
+        slots: (N,) int64, page * page_size + offset, no two alike; negative: the row is written nowhere.
+        cos, sin: (positions, D / 2) float32, see `rope_table`.
+        interleaved: rotate the pairs (2 i, 2 i + 1), as GPT-J, and not (i, i + D / 2), as LLaMA.
+
+    Raises:
+        ValueError: naming the argument that does not fit, or that requires a gradient. Indices are looked at
+            on the CPU alone.
+    """
+    check_heads("q", q, 3)
+    for name, given in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
+        check_heads(name, given, 4 if name.endswith("cache") else 3, like=q)
+    check_caches(q, k_cache, v_cache)
+    count, dim = len(q), q.shape[2]
+    for name, given in (("k", k), ("v", v)):
+        expect(name, given, (count, k_cache.shape[1], dim))
+    for name, given in (("positions", positions), ("slots", slots)):
+        expect(name, given, (count,), torch.int64)
+    if dim % 2:
+        raise ValueError(f"q: expected an even head_dim, got {dim}")
+    for name, given in (("cos", cos), ("sin", sin)):
+        expect(name, given, (len(cos), dim // 2), torch.float32)
+    if q.dtype == torch.float64:
+        from .. import reference
+
+        within("positions", positions, 0, len(cos))
+        within("slots", slots, None, len(k_cache) * k_cache.shape[2])
+        at = {"positions": positions, "slots": slots, "cos": cos, "sin": sin}
+        return reference.kv_write(q, k, v, k_cache, v_cache, **at, interleaved=interleaved)
+    torch.ops.dparallel.kv_write(q, k, v, k_cache, v_cache, positions, slots, cos, sin, interleaved)
+
+
+@torch.library.register_fake("dparallel::kv_write")
+def _(q, k, v, k_cache, v_cache, positions, slots, cos, sin, interleaved):  # type: ignore[no-untyped-def]
+    return None

@@ -1,0 +1,69 @@
+"""The norm of a transformer's residual stream, in one pass.
+
+It rounds where the modules that it stands for do, so that a model's tokens stay what they were.
+"""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from .. import _C  # noqa: F401  (registers the ops)
+from .inputs import check_like, check_rows, rows_view
+
+
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float, bias: Tensor | None = None, delta: None = None
+) -> Tensor: ...
+
+
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float, bias: Tensor | None = None, delta: Tensor
+) -> tuple[Tensor, Tensor]: ...
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float, bias: Tensor | None = None, delta: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """weight * s / sqrt(mean(s^2) + eps) + bias of each row s = x + delta (arXiv 1910.07467), in one pass.
+
+    Computed in float32 and rounded to the dtype after the sum s, the normalisation, the product and the
+    sum with the bias, as by a model that does these one by one. No gradient.
+
+    Args:
+        x: (..., width) float32, bfloat16 or float16, any strides (rows are made contiguous).
+        weight, bias: (width,), the dtype of x.
+        eps: added to the mean square.
+        delta: as x; what the last layer adds to the residual stream x.
+
+    Returns:
+        y (..., width), contiguous; with delta (y, s).
+
+    Raises:
+        ValueError: naming the argument that does not fit; also where a gradient would be lost.
+    """
+    check_rows("x", x)
+    check_like("weight", weight, x, x.shape[-1:])
+    if bias is not None:
+        check_like("bias", bias, x, x.shape[-1:])
+    if delta is not None:
+        check_like("delta", delta, x, x.shape)
+    y, s = torch.ops.dparallel.rms_norm(
+        rows_view(x),
+        None if delta is None else rows_view(delta),
+        weight,
+        bias,
+        eps,
+    )
+    if x.ndim != y.ndim:
+        y, s = y.view(x.shape), s if delta is None else s.view(x.shape)
+    return y if delta is None else (y, s)
+
+
+@torch.library.register_fake("dparallel::rms_norm")
+def _(x, delta, weight, bias, eps):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), x.new_empty((0,) if delta is None else x.shape)

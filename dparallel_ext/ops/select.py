@@ -1,0 +1,43 @@
+"""Which positions policy rows commit, from given statistics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _C, policies  # noqa: F401  (importing _C registers the ops)
+from ..types import RowStats
+
+
+def select(stats: RowStats, eligible: Tensor, policy: Tensor, *, check: bool = True) -> Tensor:
+    """The positions that each policy row commits, from given statistics.
+
+    Args:
+        stats: confidence, margin and entropy (B, L) float32 are used; other fields are ignored.
+        eligible: (B, L) bool, the masked positions of the active window.
+        policy: (B, 5) float32 rows, see `policies.make`.
+        check: False leaves the values unread, which a recording as a CUDA graph asks for.
+
+    Returns:
+        (B, L) bool: at least one position of every sequence that has an eligible one, unless its `min_commit`
+        is 0.
+
+    Raises:
+        ValueError: naming the argument that does not fit, or an eligible position whose score is NaN.
+    """
+    if eligible.ndim != 2 or eligible.dtype != torch.bool:
+        raise ValueError(f"eligible: expected bool (B, L), got {eligible.dtype} {tuple(eligible.shape)}")
+    scores = (stats.confidence, stats.margin, stats.entropy)
+    for name, value in zip(("confidence", "margin", "entropy"), scores, strict=True):
+        if value.shape != eligible.shape or value.dtype != torch.float32:
+            raise ValueError(
+                f"stats.{name}: expected float32 {tuple(eligible.shape)}, "
+                f"got {value.dtype} {tuple(value.shape)}"
+            )
+    policies.check(policy, len(eligible), values=check)
+    return torch.ops.dparallel.select(*scores, eligible, policy.to(eligible.device))
+
+
+@torch.library.register_fake("dparallel::select")
+def _(confidence, margin, entropy, eligible, policy):  # type: ignore[no-untyped-def]
+    return eligible.new_empty(eligible.shape)

@@ -1,0 +1,58 @@
+"""Streams of a GPU: which is current, whether it records, and the counters that its launches share."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def stream_of(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether launches are recorded now, by whomever, and not run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+counter_buffers: dict[tuple[torch.device, int], list[Tensor]] = {}
+_own_recording = threading.local()
+
+
+@contextmanager
+def own_recording() -> Iterator[None]:
+    """Within it, what is recorded uses the counters of the stream that it is recorded on.
+
+    For a recording that is replayed on that stream alone. What is recorded must have run there before, so
+    that the counters are there.
+    """
+    _own_recording.active = True
+    try:
+        yield
+    finally:
+        _own_recording.active = False
+
+
+def counters_for(like: Tensor, needed: int) -> Tensor | None:
+    """int32 zeros for the CUDA kernels' last-block-done counters, which they leave zero again.
+
+    There is one buffer per stream, so that launches that may overlap never share one. Launches that somebody
+    else records, or compiles, get zeros of their own: they may be replayed on any stream.
+    """
+    if like.device.type != "cuda":
+        return None
+    own = not torch.compiler.is_compiling()
+    if own and capturing(like.device):
+        own = getattr(_own_recording, "active", False)
+    if not own:
+        return torch.zeros(needed, dtype=torch.int32, device=like.device)
+    buffers = counter_buffers.setdefault((like.device, stream_of(like.device)), [])
+    if not buffers or buffers[-1].numel() < needed:
+        size = max(4096, 2 * buffers[-1].numel() if buffers else 0, needed)
+        # Those outgrown stay: CUDA graphs may hold their addresses.
+        buffers.append(torch.zeros(size, dtype=torch.int32, device=like.device))
+    return buffers[-1]

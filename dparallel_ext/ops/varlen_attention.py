@@ -1,0 +1,45 @@
+"""Attention of whole sequences whose new tokens see each other alone: torch's, on a GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def has_varlen(like: Tensor) -> bool:
+    """Whether `varlen_attention` computes heads like those of `like` (..., D)."""
+    return (
+        like.is_cuda
+        and like.dtype in (torch.bfloat16, torch.float16)
+        and like.shape[-1] % 8 == 0
+        and like.shape[-1] <= 256
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(like.device) >= (8, 0)
+    )
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, seen: Tensor, *, longest: int
+) -> Tensor:
+    """Attention of packed sequences, each to itself, in both directions: torch's FlashAttention.
+
+    Each sequence's result has the same bits as alone, in every run: no block of threads computes rows of two
+    sequences, the head size alone decides the tiles, and the keys are never split (torch does that for single
+    queries and for pages only). The bounds stay on the device, so a recorded pass serves other lengths.
+    `scaled_dot_product_attention`, by cuDNN, takes half the time on Hopper. But the host must know each
+    length, so every length would need a recording of its own, and cuDNN plans anew, for tens of milliseconds,
+    whenever it meets a length for the first time.
+
+    Args:
+        q: (N, H, D) after the rotary embedding; k, v: (N, Hkv, D), likewise. Rows of any stride.
+        bounds: (S + 1,) int32, ascending from 0 to N: sequence s is rows [bounds[s], bounds[s + 1]).
+        seen: (S,) int32, how many of its rows, the first ones, it sees; where none, it comes out zero.
+        longest: at least the rows of the longest one, which shapes the launch.
+
+    Returns:
+        As q.
+    """
+    out: Tensor = torch.ops.aten._flash_attention_forward(
+        q, k, v, bounds, bounds, longest, longest, 0.0, False, False, seqused_k=seen
+    )[0]
+    return out
