@@ -482,7 +482,7 @@ def learn_filter(
     tau: Annotated[
         float, typer.Option(help="what is surer is committed; learned:FILE,TAU has another")
     ] = 0.9,
-    steps: Annotated[int, typer.Option(help="of AdamW, each over all passes")] = 2000,
+    steps: Annotated[int, typer.Option(help="of AdamW, each over all passes")] = 4000,
     lr: float = 3e-3,
     hidden: Annotated[
         int | None, typer.Option(help="units of the hidden layer; default: a block's tokens")

@@ -39,7 +39,7 @@ class Settings:
 
     tau: float = 0.9
     """What the rule commits beyond, where it is given no other."""
-    steps: int = 2000
+    steps: int = 4000
     lr: float = 3e-3
     hidden: int | None = None
     """Units between the two layers; None: as many as a block has tokens, as published."""
@@ -66,8 +66,6 @@ class Records(NamedTuple):
     """(R, N) float32, 1.0 where the pass computed no logits."""
     right: Tensor
     """(R, N) bool: the prediction is y's; False where there is none."""
-    read: Tensor
-    """(R, N) bool: there is one."""
     masked: Tensor
     """(R, N) bool: what could be committed."""
 
@@ -95,15 +93,10 @@ class Oracle(Rule):
 
     def decide(self, stats: dx.RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
         answer = where.recall(state[0])
-        right, seen = stats.token == answer, torch.ones_like(where.read)
+        right = stats.token == answer
         of_block = (
             by_place(field, where, self.block_length, blank)
-            for field, blank in (
-                (stats.confidence, 1.0),
-                (right, False),
-                (seen, False),
-                (where.masked, False),
-            )
+            for field, blank in ((stats.confidence, 1.0), (right, False), (where.masked, False))
         )
         live = where.masked.any(1)
         self.passes.append(Records(*(field[live].cpu() for field in (where.lane, *of_block))))
@@ -172,7 +165,8 @@ def train(
 ) -> tuple[nn.Sequential, dict[str, Any]]:
     """A filter that learns from the passes over prompts that are not `held` (n,) bool, and a report.
 
-    Binary cross entropy over all columns of the block, AdamW, every pass in every step.
+    Binary cross entropy of the masked columns (published: of all, though what a filter says of the others has
+    no effect), AdamW, every pass in every step, the learning rate falling to zero.
     """
     apart = held[records.prompt]
     learned, judged = records.of(~apart), records.of(apart)
@@ -182,12 +176,14 @@ def train(
         hidden = settings.hidden or size
         net = nn.Sequential(nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, size))
     optimizer = torch.optim.AdamW(net.parameters(), settings.lr)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, settings.steps)
     bar = _bar(progress, settings.steps, "filter", "step")
     for step in range(settings.steps):
         loss = _loss(net, learned)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        decay.step()
         if bar is not None:
             bar.update()
             if step % 100 == 99:
@@ -208,7 +204,7 @@ def _loss(net: nn.Module, records: Records) -> Tensor:
     found = F.binary_cross_entropy_with_logits(
         net(records.confidence), records.right.float(), reduction="none"
     )
-    return found[records.read].mean()
+    return found[records.masked].mean()
 
 
 def judge(net: nn.Module, records: Records, tau: float) -> dict[str, float]:
