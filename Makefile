@@ -27,7 +27,7 @@ demo: install
 	$(BIN)/dparallel demo
 
 distill: install
-	$(BIN)/python -m dparallel.proof --out out/distill
+	$(BIN)/python -m dparallel.toy.study --out out/distill
 
 # cuda-check and newest run beside the rest.
 test:
@@ -38,7 +38,7 @@ tests: install lint
 
 # DiffusionGemma with the newest transformers; `tests` has the pinned one.
 newest: install $(VENV)/newest
-	PYTHONPATH=$(VENV)/newest $(BIN)/python -m pytest tests/test_diffusion_gemma.py
+	PYTHONPATH=$(VENV)/newest $(BIN)/python -m pytest tests/decoding/test_diffusion_gemma.py
 
 $(VENV)/newest: $(VENV)/installed requirements-newest.txt
 	rm -rf $@

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from dparallel import registry, tasks
+from dparallel import registry
+from dparallel.toy import tasks
 
 import dparallel_ext as dx
 

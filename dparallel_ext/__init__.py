@@ -6,7 +6,7 @@ import torch  # the compiled library links against torch's, so torch comes first
 
 from . import compat, diffusion_gemma, models, ops, policies, reference, rules
 from ._C import build_info, simd_level
-from .decoding import DecodeOutput, Trajectory, decode
+from .decoding import DecodeConfig, DecodeOutput, Trajectory, decode
 from .engine import Completion, Draft, Engine, EngineFull, EngineStats, Handle
 from .masks import MaskedPair, semi_autoregressive_masks
 from .ops import (
@@ -34,6 +34,7 @@ __all__ = [
     "CertaintyForcingLoss",
     "CommitOutput",
     "Completion",
+    "DecodeConfig",
     "DecodeOutput",
     "Draft",
     "Engine",

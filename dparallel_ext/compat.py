@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,9 +23,11 @@ from torch import Tensor
 from . import policies
 from .arguments import temperature_in_force, whole
 from .decoding.batch import AHEAD
-from .decoding.decode import check_mask, drawn_seed, make_settings, start
+from .decoding.config import DecodeConfig
+from .decoding.decode import start
 from .decoding.schedule import Schedule, Window
 from .decoding.sequence import SequenceState
+from .decoding.settings import check_mask, drawn_seed
 from .models import Model, for_decoding, own_precision, traits, unwrap
 from .ops import row_stats, select
 from .ops.inputs import check_sampling
@@ -182,26 +184,22 @@ def _generate(
     if threshold is None:
         # The published fixed schedule ranks so.
         by_entropy = selector == "entropy" and cache in ("prefix", "dual")
-        rule: dict[str, Any] = {"steps": steps, "score": "entropy" if by_entropy else "confidence"}
+        row: dict[str, Any] = {"steps": steps, "score": "entropy" if by_entropy else "confidence"}
     else:
-        rule = {"threshold": threshold, "selector": selector}
+        row = {"threshold": threshold, "selector": selector}
+    config = DecodeConfig(
+        gen_length=gen_length,
+        block_length=block_length,
+        cache=cache,
+        temperature=temperature,
+        suppress=suppress,
+        mask_id=_mask_of(model, mask_id),
+        rule=AtRandom() if remasking == "random" else None,
+        **row,
+    )
     with torch.inference_mode():
         rows = [prompt] if isinstance(prompt, Tensor) and prompt.ndim == 1 else list(prompt)
-        settings = make_settings(
-            traits(model),
-            cache,
-            len(rows),
-            **rule,
-            temperature=temperature,
-            suppress=suppress,
-        )
-        prompts = [row.to(torch.int64) for row in rows]
-        mask_id = _mask_of(model, mask_id)
-        if remasking == "random":
-            settings = [replace(own, rule=AtRandom()) for own in settings]
-        batch = start(
-            model, prompts, gen_length, block_length, cache, mask_id, settings, schedule=_as_published
-        )
+        batch = start(model, [ids.to(torch.int64) for ids in rows], config, schedule=_as_published)
         waiting: list[int] = []
         while batch.live:  # at the end of a block every sequence waits for the others
             waiting += batch.step(ahead=AHEAD)

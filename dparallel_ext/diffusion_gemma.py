@@ -60,7 +60,7 @@ def generate(model: Any, input_ids: Tensor, *, multinomial: bool = False, **sett
             "diffusion_gemma.generate needs"
         )
     seed = None if multinomial else int(torch.randint(2**62, ()))
-    with _replaced(base, "_denoising_step", partial(_denoising_step, base, seed)):
+    with _replaced(base, "_denoising_step", partial(denoising_step, base, seed)):
         output = model.generate(input_ids, **settings)
     check_errors(input_ids.device)
     return output
@@ -146,7 +146,7 @@ def _within_bound(stats: RowStats, entropy_bound: float) -> Tensor:
     return select(stats, torch.ones_like(stats.sample, dtype=torch.bool), bound)
 
 
-def _denoising_step(
+def denoising_step(
     model: Any,
     seed: int | None,
     *,
@@ -208,10 +208,10 @@ def _stops(criteria: Any, argmax: Tensor, entropy: Tensor) -> Tensor:
 
 OUR_ARGUMENTS = [
     name
-    for name, parameter in inspect.signature(_denoising_step).parameters.items()
+    for name, parameter in inspect.signature(denoising_step).parameters.items()
     if parameter.kind is parameter.KEYWORD_ONLY
 ]
-"""What `_denoising_step` has to know of its arguments; it passes on the others, whatever they are called."""
+"""What `denoising_step` has to know of its arguments; it passes on the others, whatever they are called."""
 
 
 # --- diffusers' schedulers ----------------------------------------------------------------------

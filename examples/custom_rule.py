@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from dparallel import registry, tasks
+from dparallel import registry
+from dparallel.toy import tasks
 
 import dparallel_ext as dx
 from dparallel_ext.rules import Decision, Rule, Where

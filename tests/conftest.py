@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 # Before torch is imported: threads that wait do not spin, and workers beside each other take one thread each.
@@ -19,13 +21,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 from hypothesis import settings
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import dparallel_ext as dx
 from dparallel_ext import _C
+from dparallel_ext.models import Model
 from dparallel_ext.ops import streams
 
+ROOT = Path(__file__).parents[1]
+TESTS = f"{ROOT / 'tests'}{os.sep}"
 STAND_IN = "cuda_host" in _C.build_info()["backends"]
 """The CUDA kernels, executed on the CPU, take the place of the CPU's: see test_cuda_host."""
 
@@ -60,8 +66,8 @@ class OnDevice(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
         if function in MAKERS and not (kwargs and kwargs.get("device")):
-            caller = sys._getframe(1).f_globals.get("__name__", "")
-            if caller.startswith(("test_", "conftest")):
+            caller = sys._getframe(1).f_globals.get("__file__", "")
+            if caller.startswith(TESTS):
                 gradient = made.requires_grad
                 made = made.detach().to(self.device).requires_grad_(gradient)
         return made
@@ -118,7 +124,9 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     _given.clear()
 
 
-LONGEST = ("cuda_host", "distill", "serve", "trajectories", "trainer", "benchmarks", "compat", "batch")
+LONGEST = (
+    "cuda_host", "distill", "connections", "load", "trajectories", "trainer", "benchmarks", "compat", "batch",
+)  # fmt: skip
 """The test files that take longest, the longest first."""
 
 
@@ -128,6 +136,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items[:] = [item for item in items if "device" in getattr(item, "fixturenames", ())]
     rank = {f"test_{name}": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+class Golden:
+    """What the published code gave, recorded: tests/golden/NAME holds a tiny checkpoint and its cases."""
+
+    home = ROOT / "tests" / "golden"
+
+    def model(self, name: str, **settings: Any) -> Model:
+        """Loaded anew, so that a test may change it; `settings` of `models.load`."""
+        return dx.models.load(self.home / name, **settings)
+
+    def tensors(self, name: str, file: str = "model") -> dict[str, Tensor]:
+        return load_file(self.home / name / f"{file}.safetensors")
+
+    def json(self, name: str, file: str) -> Any:
+        return json.loads((self.home / name / f"{file}.json").read_text())
+
+
+golden = Golden()
+"""Imported rather than injected: test files need it for their parameters too."""
 
 
 @contextmanager

@@ -48,6 +48,10 @@ class Here:
     log: Lines = field(repr=False)
 
     @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
     def gate(self) -> Any:
         """Its `Gate`, once there was a request."""
         found = self.server.config.app.middleware_stack

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import Tensor
 
 from benchmarks import baselines, cases, gpu, report
 from dparallel_ext.models import Model
 
-ROOT = Path(__file__).parent.parent
 COMMIT = "0" * 40
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from dparallel import cli, demo, evaluate, registry, tasks, train
+from conftest import ROOT
+from dparallel import cli, evaluate, live, registry
 from dparallel.cli import app
+from dparallel.toy import demo, tasks, train
 from typer.testing import CliRunner
 
 import dparallel_ext as dx
@@ -23,7 +25,7 @@ PROMPT = (
 )
 
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = ROOT / "recipes"
 HERE = str(Path(__file__).parent)
 
 
@@ -284,7 +286,7 @@ def test_missing_packages_and_output_that_nobody_reads(monkeypatch: pytest.Monke
     def missing(*_: object, **__: object) -> None:
         raise ModuleNotFoundError("no such thing", name="peft")
 
-    monkeypatch.setattr("dparallel.distill.merge", missing)
+    monkeypatch.setattr("dparallel.training.distill.merge", missing)
     assert run("merge", "a", "b", code=2) == (
         'error: no peft; pip install ".[cli,train]" installs what this command needs\n'
     )
@@ -360,7 +362,7 @@ def test_demo(tmp_path: Path):
     for name in ("student", "teacher"):
         assert (tmp_path / f"response-{name}.png").read_bytes().startswith(b"\x89PNG")
     assert text.count("(right)") == 2
-    assert demo.LEGEND.split()[:8] == text.split()[text.split().index(demo.HIDDEN) :][:8]
+    assert demo.LEGEND.split()[:8] == text.split()[text.split().index(live.HIDDEN) :][:8]
     lines = text[text.index(evaluate.HEADING) :].splitlines()
     assert [line.split()[:2] for line in lines[1:7]] == [[m, p] for m in models for p in policies]
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from dparallel import evaluate, plots, registry, tasks
+from conftest import golden
+from dparallel import evaluate, plots, registry
+from dparallel.toy import tasks
 
 import dparallel_ext as dx
 
@@ -45,7 +47,7 @@ def test_one_token_a_pass_is_gen_length_passes(loaded: tuple[Any, Any]):
 
 
 def test_a_block_causal_models_own_blocks_are_the_default(loaded: tuple[Any, Any]):
-    sdar = Path(__file__).parent / "golden" / "sdar_tiny_a"
+    sdar = golden.home / "sdar_tiny_a"
     assert registry.block_length(str(sdar)) == 8
     assert registry.block_length("builtin:teacher") == 32
     given = (dx.models.load(sdar), loaded[1])

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import full_disk
-from dparallel import distill, files, train
+from conftest import full_disk, golden
+from dparallel import files
+from dparallel.toy import train
+from dparallel.training import distill
 
 import dparallel_ext as dx
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 def test_a_newline_alone_ends_a_line(tmp_path: Path):
@@ -53,7 +53,7 @@ def test_a_file_appears_whole_with_ordinary_permissions_or_not_at_all(tmp_path: 
     before = os.umask(0o027)
     try:
         files.write_json(tmp_path / "new" / "a.json", {"a": 1})
-        dx.models.save(dx.models.load(GOLDEN / "llada_tiny_a"), tmp_path / "model")
+        dx.models.save(golden.model("llada_tiny_a"), tmp_path / "model")
     finally:
         os.umask(before)
     for file in ("new/a.json", "model/config.json", "model/model.safetensors"):
@@ -68,7 +68,7 @@ def test_a_file_appears_whole_with_ordinary_permissions_or_not_at_all(tmp_path: 
 
 def test_a_full_disk_is_said(tmp_path: Path):
     """By torch, by safetensors and by Python; what was there is as it was, and nothing half-written stays."""
-    model = dx.models.load(GOLDEN / "llada_tiny_a")
+    model = golden.model("llada_tiny_a")
     dx.models.save(model, tmp_path)
     state = tmp_path / "state.pt"
     torch.save({"step": 3}, state)

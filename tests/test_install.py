@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from dparallel import registry
 from dparallel.cli import app
 from packaging.requirements import Requirement
@@ -27,11 +28,10 @@ from typer.testing import CliRunner
 import dparallel_ext as dx
 from dparallel_ext import backends
 
-ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
-import build_backend  # noqa: E402
-import cuda_check  # noqa: E402
-import toolchain  # noqa: E402
+import build_backend
+import cuda_check
+import toolchain
 
 CPU = toolchain.Torch(Path("torch"), "2.13.0+cpu", cuda=None, hip=None)
 CUDA = toolchain.Torch(Path("torch"), "2.13.0+cu130", cuda="13.0", hip=None)
@@ -395,7 +395,7 @@ def test_pip_install_of_the_sdist(sdist: Path, tmp_path: Path):
     script = """
 import json, sys, torch
 import dparallel_ext as dx, dparallel
-directory = dparallel.__path__[0] + "/builtin/student"
+directory = dparallel.__path__[0] + "/toy/builtin/student"
 model = dx.models.load(directory, dtype=torch.float32)
 out = dx.decode(model, torch.arange(5, 29)[None], gen_length=32, threshold=0.3)
 print(json.dumps([dx.__file__, dx.build_info(), out.responses[0].tolist(), out.nfe.tolist()]))

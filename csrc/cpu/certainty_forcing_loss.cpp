@@ -146,7 +146,7 @@ void backward(const LossBackwardArgs& args, Parallel parallel) {
       for (int64_t id = begin; id < end; ++id)
         store(out, dtype, id, gradient.at(static_cast<const double*>(z)[id]));
     }
-    if (here) store(out, dtype, label, gradient.at(own) - gradient.label);
+    if (here) store(out, dtype, label, gradient.at_label(own));
   });
 }
 

@@ -435,7 +435,7 @@ __global__ void __launch_bounds__(kThreads, T::kWidth > 2 ? kBackwardBlocks : 1)
 #pragma unroll 1
       for (int i = whole; i < chunk.count; ++i)
         out[i] = T::narrow(of(static_cast<R>(T::value(z[i]))));
-    if (here) out[own] = T::narrow(of(of_label) - g.label);
+    if (here) out[own] = T::narrow(g.at_label(of_label));
   };
   if (exponents.squared) write(std::true_type{});
   else write(std::false_type{});

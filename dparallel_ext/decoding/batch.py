@@ -159,11 +159,16 @@ class Batch:
         self.rows[lane] = IDLE
 
     def end(self, b: int) -> None:
-        """Sequence b is complete: the masks after its last finished block, which adjoin, become padding."""
+        """Sequence b is complete: what follows its last finished block, to a given token, becomes padding."""
         row = self.rows[b]
         if not row.done:
             self.tokens[b, row.ahead : row.columns[-1] + 1] = self.pad_id
             row.block_index, row.open = len(row.blocks), ()
+
+    def _fill(self, b: int, start: int, end: int) -> None:
+        """The masks in columns [start, end) become padding."""
+        own = self.tokens[b, start:end]
+        own.masked_fill_(own == self.mask_id, self.pad_id)
 
     def step(self, lanes: Sequence[int] | None = None, ahead: int = 1) -> list[int]:
         """A pass over every sequence that is not done (of `lanes`); returns those whose block it completed.
@@ -198,7 +203,8 @@ class Batch:
         """Passes that can be issued one after the other: a block is complete after the last, if at all."""
         rows = [self.rows[b] for b in live]
         free = [row for row in rows if row.settings.rule is not None and not row.settings.rule.by_row]
-        if self.schedule.first_mask_matters or free:
+        ending = any(row.settings.eos_id is not None for row in rows)
+        if self.schedule.first_mask_matters or free or ending:
             return 1
         most = [policies.most(row.policy(row.open[0])) for row in rows]
         return min(
@@ -219,10 +225,10 @@ class Batch:
             coming = self._work(live)
             if all(work.spans for work in coming.values()):
                 self.runner.prepare(self.rows, coming)
-        seen = self.runner.look(results)
+        seen = self.runner.look(self.rows, results)
         last = zip(groups, seen[-len(groups) :], strict=True)
         found = {b: lanes[b] for group, lanes in last for b in group}
-        return [b for b in live if self._advance(b, found[b][: len(self._counted(self.rows[b]))])]
+        return [b for b in live if self._advance(b, found[b])]
 
     def _count_pass(self, row: SequenceState) -> None:
         """A pass over the sequence was issued."""
@@ -237,17 +243,25 @@ class Batch:
     def _advance(self, b: int, found: Counts) -> bool:
         """Take in what the blocks hold, from the front one on; returns whether the front one is complete."""
         row = self.rows[b]
+        counts = found.blocks[: len(self._counted(row))]
         row.open = tuple(
             block._replace(masks_left=left, first_mask=first if left else block.start, changed=changed > 0)
-            for block, (left, first, changed) in zip(row.open, found, strict=False)
+            for block, (left, first, changed) in zip(row.open, counts, strict=False)
         )
+        front = row.open[0]
+        ends = row.settings.eos_id is not None and found.end is not None and found.end < front.first_mask
+        if ends and not row.edited:  # all that is in front of EOS is final
+            self._fill(b, front.start, front.end)
+            row.generated -= front.masks_left
+            row.open = (front._replace(masks_left=0), *row.open[1:])
+            counts = [(0, front.start, 0)]
         if not self.schedule.is_over(row) or row.edits_on():
             while self.schedule.opens(row):
                 row.open = (*row.open, row.opened(row.block_index + len(row.open)))
             return False
         row.published += self.schedule.published_passes(row)
         row.between_blocks = True
-        for left, _, _ in found:  # blocks behind the front one may be complete, too
+        for left, _, _ in counts:  # blocks behind the front one may be complete, too
             if left or row.done:
                 break
             start, end = row.block
@@ -268,7 +282,10 @@ class Batch:
                 spans = self.model.spans(b, first, last, row.length, self.schedule.block_length)
             windows = self.schedule.windows(row)
             read = [self._read(row, window, first, last) for window in windows]
-            work[b] = SequenceWork(spans, windows, read, self._counted(row))
+            ending = (0, 0)
+            if row.settings.eos_id is not None:
+                ending = max(row.last_run, row.block[0]), row.block[1]
+            work[b] = SequenceWork(spans, windows, read, self._counted(row), ending)
         return work
 
     def _counted(self, row: SequenceState) -> list[tuple[int, int]]:

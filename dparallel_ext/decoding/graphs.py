@@ -41,7 +41,7 @@ class Recorder(Protocol):
 
 _recording = threading.Lock()
 """Held while a pass is recorded: the garbage collector is off then, for the whole process."""
-_recorders: weakref.WeakSet[CudaRecorder] = weakref.WeakSet()
+recorders: weakref.WeakSet[CudaRecorder] = weakref.WeakSet()
 """No two share a stream, or what one launches while the other records would be recorded."""
 
 
@@ -55,11 +55,11 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
         with _recording:
-            others = {other.stream.cuda_stream for other in _recorders}
+            others = {other.stream.cuda_stream for other in recorders}
             for _ in range(32):  # torch hands out so many in turn
                 if self.stream.cuda_stream in others:
                     self.stream = torch.cuda.Stream(device)
-            _recorders.add(self)
+            recorders.add(self)
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         """Those that use the pool."""
 

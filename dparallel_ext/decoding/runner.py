@@ -26,8 +26,15 @@ from .schedule import Window
 from .sequence import IDLE, SequenceState
 from .workspace import Workspace
 
-Counts = list[tuple[int, int, int]]
-"""Of some blocks of a sequence: masks left, the column of the first of them, tokens that the pass changed."""
+
+class Counts(NamedTuple):
+    """What a pass has left of a sequence."""
+
+    blocks: list[tuple[int, int, int]]
+    """Of the blocks that its `SequenceWork` names, and perhaps of more: masks left, the column of the first
+    of them, tokens that the pass changed."""
+    end: int | None
+    """The column of the first EOS in its `ending`, else that one's end; None where no sequence has an EOS."""
 
 
 class SequenceWork(NamedTuple):
@@ -41,6 +48,8 @@ class SequenceWork(NamedTuple):
     """For each window the columns [start, end) whose logits its rule reads; the window where it has none."""
     counted: list[tuple[int, int]]
     """Columns [start, end) of the blocks that the host wants the `Counts` of."""
+    ending: tuple[int, int]
+    """Columns [start, end) where an EOS ends the sequence."""
 
 
 class GraphKey(NamedTuple):
@@ -53,11 +62,12 @@ class GraphKey(NamedTuple):
     """Whether what is committed goes into the trajectory."""
     cells: int
     """Of each sequence, the columns that rules see."""
+    eos_ids: tuple[int, ...]
     groups: tuple[SamplingGroup, ...]
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return (*self[:5], tuple(group.key for group in self.groups))
+        return (*self[:6], tuple(group.key for group in self.groups))
 
     @property
     def recorded(self) -> bool:
@@ -193,17 +203,15 @@ class Runner:
         if prepared is not None and prepared[0] == self._input_key(rows, work):
             inputs, key = prepared[1]
         else:
-            inputs, key = self._inputs(rows, work)
+            inputs, key = self.inputs(rows, work)
         compute = functools.partial(self._compute, key, work)
         if self.graphs is None or self.graphs.addresses is None:
             return compute(inputs.to(self.tokens.device, non_blocking=True))
         may = key.rows <= self.recorded_rows and key.recorded
         return self.graphs.run(key.key if may else None, inputs, compute, device=self.tokens.device, held=key)
 
-    def look(self, results: Sequence[Tensor]) -> list[list[Counts]]:
-        """What `run` returned, on the host; this waits for the device.
-
-        For each pass and lane the counts of the blocks that its `SequenceWork` names, and perhaps of more.
+    def look(self, rows: Sequence[SequenceState], results: Sequence[Tensor]) -> list[list[Counts]]:
+        """What `run` returned, for each pass and lane, on the host; this waits for the device.
 
         Raises ValueError for an error that kept a sequence from committing, of the first pass that has one.
         """
@@ -212,18 +220,19 @@ class Runner:
         windows = lanes * self.blocks
         for numbers in torch.stack(list(results)).tolist() if lanes else []:
             explain(min(numbers[:windows]), Cell(self.tokens.shape[1]))
-            counted = (len(numbers) - windows) // 3
+            ends = numbers[-lanes:] if eos_ids(rows) else [None] * lanes
+            counted = (len(numbers) - windows - (lanes if ends[0] is not None else 0)) // 3
             counts = list(zip(*(numbers[windows + i * counted :][:counted] for i in range(3)), strict=True))
             each = counted // lanes
-            found.append([counts[b * each : (b + 1) * each] for b in range(lanes)])
+            found.append([Counts(counts[b * each :][:each], end) for b, end in enumerate(ends)])
         return found
 
     def prepare(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> None:
         """Do what the host has to do for a pass that may come next."""
-        self._prepared = self._input_key(rows, work), self._inputs(rows, work)
+        self._prepared = self._input_key(rows, work), self.inputs(rows, work)
 
     def _input_key(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> tuple[Any, ...]:
-        """All that `_inputs` follows from, where shapes are static."""
+        """All that `inputs` follows from, where shapes are static."""
         each = [
             (r.nfe, r.settings.policy, r.settings.key, r.settings.record, SamplingGroup.of(r).key)
             for r in rows
@@ -233,17 +242,17 @@ class Runner:
             for own in work.values()
             for window in own.windows
         ]
-        rest = [(b, own.spans, own.reads, own.counted) for b, own in work.items()]
+        rest = [(b, own.spans, *own[2:]) for b, own in work.items()]
         return rest, blocks, each, self.kv_cache and self.kv_cache.changes
 
-    def _inputs(
+    def inputs(
         self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]
     ) -> tuple[Tensor, GraphKey]:
         """All that the device has to be told, (n,) int64 on the CPU, and how it is to be read."""
         spans: list[Span] = []
         positions, sources, offset, length = [], [], 0, self.tokens.shape[1]
         reach = self._reach(rows, work)
-        beside = self._beside(len(rows), work, reach)
+        beside = self.beside_of(len(rows), work, reach)
         for b in sorted({*work, *beside}):
             if b in beside:  # no window: what is listed is not read
                 positions.append(torch.arange(reach) + b * length)
@@ -279,6 +288,7 @@ class Runner:
                 torch.cat(positions),
                 torch.stack([self._edges(len(rows), work, group) for group in groups.values()]),
                 self._counted(rows, work),
+                self._endings(rows, work),
                 keys,
                 progress if cells else progress[:, :0],
                 F.pad(policy, (0, len(policy) % 2)).view(torch.int64),
@@ -288,7 +298,7 @@ class Runner:
             inputs = inputs.pin_memory()  # else its copy to the device may wait for the passes before
         record = any(rows[b].settings.record for b in work)
         sampling = tuple(SamplingGroup.of(rows[group[0]]) for group in groups.values())
-        return inputs, GraphKey(shapes, *longest, record, cells, sampling)
+        return inputs, GraphKey(shapes, *longest, record, cells, eos_ids(rows), sampling)
 
     def _of_windows(
         self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]
@@ -324,6 +334,17 @@ class Runner:
         edges = [edge for blocks in counted for edge in blocks + [(0, 0)] * (most - len(blocks))]
         return torch.tensor(edges, dtype=torch.int64).view(-1, 2).T
 
+    def _endings(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> Tensor:
+        """(ids, 2, lanes) int64: for each EOS id, where it ends a sequence."""
+        endings = [
+            [
+                work[b].ending if b in work and row.settings.eos_id == eos else (0, 0)
+                for b, row in enumerate(rows)
+            ]
+            for eos in eos_ids(rows)
+        ]
+        return torch.tensor(endings, dtype=torch.int64).view(-1, len(rows), 2).transpose(1, 2)
+
     def _reach(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> int:
         """The most columns whose logits are usual for a sequence of the pass."""
         if any(reads(rows[b], "response") for b in work):
@@ -338,7 +359,7 @@ class Runner:
         recorded = bool(rules) and self.static_shapes and all(rule.recorded for rule in rules.values())
         return max(widest, reach) if recorded else widest
 
-    def _beside(self, lanes: int, work: Mapping[int, SequenceWork], reach: int) -> set[int]:
+    def beside_of(self, lanes: int, work: Mapping[int, SequenceWork], reach: int) -> set[int]:
         """Lanes beside those of `work`, whose logits are computed for nothing: so passes take few forms."""
         if not self.static_shapes or not isinstance(self.model, Model):
             return set()
@@ -371,7 +392,9 @@ class Runner:
         return GRAPH_BUCKETS if self.model.dtype != torch.float32 else None
 
     def _compute(self, key: GraphKey, work: Mapping[int, SequenceWork], inputs: Tensor) -> Tensor:
-        *metadata, source, positions, edges, counted, keys, progress, policy = unpack(inputs, key.shapes)
+        *metadata, source, positions, edges, counted, endings, keys, progress, policy = unpack(
+            inputs, key.shapes
+        )
         if isinstance(self.model, Model):
             made = AttentionMetadata(key.longest_query, key.longest_length, *metadata)
             assert self.kv_cache is not None
@@ -399,7 +422,12 @@ class Runner:
         if before is not None:
             self._record(before, positions, keys[0, :: self.blocks], decided)
         error = functools.reduce(torch.minimum, [each.error for each in decided])
-        return torch.cat((error, *counts))
+        ends = [
+            commit_(self.tokens, mask_id=eos, start=ending[0], end=ending[1]).first
+            for eos, ending in zip(key.eos_ids, endings, strict=True)
+        ]
+        end = [functools.reduce(torch.maximum, ends)] if ends else []  # 0 of other ids' sequences
+        return torch.cat((error, *counts, *end))
 
     def _commit(self, positions: Tensor, decided: Sequence[Decided], counted: Tensor) -> CommitOutput:
         """Write what rules have decided, and count the blocks in columns `counted` (2, lanes * k)."""
@@ -453,6 +481,11 @@ class Runner:
         for field, value in (*values, (kept.logprob, logprob)):
             flat = field.view(-1)
             flat[positions] = torch.where(fresh, value, flat[positions])
+
+
+def eos_ids(rows: Sequence[SequenceState]) -> tuple[int, ...]:
+    """The EOS of all sequences, each once."""
+    return tuple(sorted({row.settings.eos_id for row in rows if row.settings.eos_id is not None}))
 
 
 def reads(row: SequenceState, what: str) -> bool:

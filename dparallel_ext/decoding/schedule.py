@@ -111,8 +111,10 @@ class Schedule:
 
     def opens(self, s: SequenceState) -> bool:
         """Whether the block after the open ones opens."""
-        last = s.block_index + len(s.open)
-        return len(s.open) < self.active_blocks and last < len(s.blocks) and s.open[-1].share >= self.open_at
+        after = s.block_index + len(s.open)
+        if len(s.open) == self.active_blocks or after == len(s.blocks) or s.settings.one_block:
+            return False
+        return s.open[-1].share >= self.open_at
 
     def is_over(self, s: SequenceState) -> bool:
         """Whether the front block is complete after its last pass."""

@@ -37,6 +37,14 @@ class Settings:
     """What decides instead of the policy alone."""
     record: bool = False
     """Whether the passes keep its `workspace.Trajectory`."""
+    scheduled: bool = False
+    """Whether the fixed schedule says how many tokens a pass commits."""
+
+    @property
+    def one_block(self) -> bool:
+        """Whether it is decoded by what is for one open block at a time."""
+        of_rule = self.rule is not None and (self.rule.edits > 0 or self.rule.reads == "response")
+        return self.scheduled or self.steps is not None or of_rule
 
 
 class Layout(NamedTuple):
@@ -191,6 +199,11 @@ class SequenceState:
         end = len(self.columns)
         apart = self.columns[-1] - (end - 1)
         return self.columns[bisect_left(range(end), apart, key=lambda i: self.columns[i] - i)]
+
+    @property
+    def edited(self) -> bool:
+        """Whether what is decoded may change as long as its block is open."""
+        return self.settings.rule is not None and self.settings.rule.edits > 0
 
     def edits_on(self) -> bool:
         """Whether the front block, which has no mask, is open for another pass of a rule that edits."""

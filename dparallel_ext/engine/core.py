@@ -60,7 +60,10 @@ class Request:
 
 
 class EngineCore:
-    """Requests from their arrival to their end. `work` is for the engine's thread, the rest for any.
+    """Requests from their arrival to their end.
+
+    `work` and the steps that it takes (receive, admit, advance, publish, end) are for the engine's thread,
+    the rest is for any.
 
     Args:
         kv_cache: the batch's, whose pages the scheduler gives out.
@@ -125,19 +128,19 @@ class EngineCore:
             with torch.inference_mode(), torch.cuda.device(device if device.type == "cuda" else -1):
                 while True:
                     with self.lock:
-                        gone = self._receive()
+                        gone = self.receive()
                         if not self.requests:
                             return not self.closed
                     for request in gone:
-                        self._end(request, "cancelled")
-                    self._admit()
+                        self.end(request, "cancelled")
+                    self.admit()
                     if self.running:
-                        self._pass()
+                        self.advance()
         except BaseException as error:  # a fault of ours: nobody shall wait for a thread that is gone
             self._break(error)
             return False
 
-    def _receive(self) -> list[Request]:
+    def receive(self) -> list[Request]:
         """Take in what arrived; returns those that are to be cancelled."""
         for request in self.arrivals:
             self.requests[request.id] = request
@@ -188,7 +191,7 @@ class EngineCore:
         finally:
             self.calling = math.inf
 
-    def _admit(self) -> None:
+    def admit(self) -> None:
         while True:
             with self.lock:
                 found = self.scheduler.admit()
@@ -210,44 +213,45 @@ class EngineCore:
                     num_cached=found.reused,
                 )
             except BaseException as error:
-                self._end(request, error)
+                self.end(request, error)
             else:
                 if row.done:  # nothing to decode
-                    self._end(request, "length")
+                    self.end(request, "length")
 
-    def _pass(self) -> None:
+    def advance(self) -> None:
         """One pass over all lanes; if it fails, each request by itself, to find whose fault it is."""
-        blocks = {lane: self.batch.rows[lane].block for lane in self.running}
+        rows = self.batch.rows
+        blocks = {lane: (rows[lane].open[0].start, rows[lane].open[-1].end) for lane in self.running}
         try:
             finished = self._step(list(blocks))
         except BaseException as error:
             if len(blocks) == 1:
-                return self._end(self.running[next(iter(blocks))], error)
+                return self.end(self.running[next(iter(blocks))], error)
             finished = []
             for lane in blocks:
                 try:
                     finished += self._step([lane])
                 except BaseException as own:
-                    self._end(self.running[lane], own)
+                    self.end(self.running[lane], own)
         self.batch.enter(finished)
         for lane, request in list(self.running.items()):
             try:
                 self._report(request, blocks[lane], lane in finished)
             except BaseException as error:
-                self._end(request, error)
+                self.end(request, error)
 
     def _report(self, request: Request, block: tuple[int, int], finished: bool) -> None:
-        """What a pass over the block in columns [start, end) has made of it."""
+        """What a pass over the open blocks in columns [start, end) has made of them."""
         assert request.lane is not None
         row = self.batch.rows[request.lane]
         if request.on_draft is not None:
             self._call(request, request.on_draft, self._draft(request, *block))
         if self._share:
-            self._publish(request, row.num_cached)
+            self.publish(request, row.num_cached)
         if finished:
             self._stream(request)
             if row.done:
-                self._end(request, "stop" if row.stopped and row.kept < request.asked else "length")
+                self.end(request, "stop" if row.stopped and row.kept < request.asked else "length")
 
     def _step(self, lanes: list[int]) -> list[int]:
         finished = self.batch.step(lanes)
@@ -255,7 +259,7 @@ class EngineCore:
             self.counts["sequence_passes"] += len(lanes)
         return finished
 
-    def _publish(self, request: Request, stored: int) -> None:
+    def publish(self, request: Request, stored: int) -> None:
         """Let others share the pages of the first `stored` positions, which are final."""
         assert request.lane is not None
         size = self._kv_cache.page_size
@@ -321,7 +325,7 @@ class EngineCore:
             request.events.add(fresh)
             self._tell(request)
 
-    def _end(self, request: Request, how: str | BaseException) -> None:
+    def end(self, request: Request, how: str | BaseException) -> None:
         """The request is over, unless it was before: free its lane and pages, and tell whoever waits."""
         if request.id not in self.requests:
             return

@@ -14,23 +14,30 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from .. import arguments
 from .._C import Scheduler
-from ..arguments import whole
+from ..arguments import shown, whole
 from ..decoding.batch import Batch
-from ..decoding.decode import Prompts, check_model, check_settings, make_settings, masks
-from ..decoding.schedule import make
-from ..decoding.sequence import lay_out, whole_length
+from ..decoding.config import (
+    DEFAULTS,
+    OF_ENGINE,
+    DecodeConfig,
+    DecodeKeywords,
+    configured,
+    names_fields,
+)
+from ..decoding.decode import Prompts, masks
+from ..decoding.sequence import Settings, lay_out, whole_length
+from ..decoding.settings import check_model, check_settings, make_settings
 from ..models import Model, for_decoding, traits, warn_beyond
-from ..rules import Function, Rule
 from .core import EngineCore, Request
 from .handle import Draft, Events, Handle
 
@@ -83,8 +90,9 @@ class Engine:
 
     Args:
         model: one of ours (`dparallel_ext.models`), in evaluation mode; wrapped or adapted as in `decode`.
-        cache: as in `decode`; default "block" for block-causal models, else "dual".
-        block_length, sub_block_length: as in `decode`, of every request.
+        config: how requests are decoded that say nothing else; default: `DecodeConfig()`. Its cache,
+            block_length, sub_block_length, refresh, batch_invariant, graphs and mask_id are those of every
+            request.
         lanes: requests that are decoded at once.
         max_length: positions that one request may have, prompt and response together.
         pages: memory for keys and values, in pages; default: what `lanes` requests of max_length need. A
@@ -95,7 +103,7 @@ class Engine:
         share: with cache "block", requests that begin alike share the pages of that beginning, those of
             finished requests included as long as there is room. Keys and values do not depend on who computed
             them but for rounding, so this is off where `batch_invariant` is on.
-        batch_invariant, graphs, refresh, mask_id: as in `decode`.
+        keywords: fields of `DecodeConfig`, instead of the config's.
 
     An engine is thread-safe. What one request fails of concerns no other. Use it in a `with` block, or
     `close` it. At the end of the program, whatever ends it, what is still under way is cancelled; an engine
@@ -104,27 +112,25 @@ class Engine:
 
     Raises:
         ValueError: naming the argument that does not fit.
+        TypeError: for a keyword that is no field.
         RuntimeError: if the program ends already.
     """
 
+    @names_fields
     def __init__(
         self,
         model: Model,
+        config: DecodeConfig | None = None,
         *,
-        cache: str | None = None,
-        block_length: int | None = None,
-        sub_block_length: int | None = None,
         lanes: int = 16,
         max_length: int = 2048,
         pages: int | None = None,
         page_size: int | None = None,
         max_waiting: int = 1024,
         share: bool | None = None,
-        batch_invariant: bool = False,
-        graphs: bool = True,
-        refresh: int | None = None,
-        mask_id: int | None = None,
+        **keywords: Unpack[DecodeKeywords],
     ) -> None:
+        config = configured("Engine", config, keywords)
         model = for_decoding(model)
         if not isinstance(model, Model):
             raise ValueError(
@@ -134,19 +140,21 @@ class Engine:
         lanes = whole("lanes", lanes, 1, LARGEST)
         max_length = whole("max_length", max_length, 1, LARGEST)
         max_waiting = whole("max_waiting", max_waiting, 1)
-        causal = traits(model).block_length is not None
-        if cache is None:
-            cache = "block" if causal else "dual"
-        block_length, sub_block_length, mask_id, refresh = check_model(
-            model, block_length, sub_block_length, cache, mask_id, refresh
-        )
+        self.model, causal = model, traits(model).block_length is not None
+        self._of_model = check_model(config, model, "block" if causal else "dual")
+        cache, schedule, mask_id = self._of_model
+        block_length = schedule.block_length
+        self.config = config.replace(**self._of_model.fields)
+        """How a request is decoded that says nothing else; fields of the engine are as they are in force."""
+        self.cache, self.mask_id = cache, mask_id
+        self._settings(self.config.replace(seed=0))  # refused now, not with the first request
         if page_size is None:
             page_size = -(-32 // block_length) * block_length if causal else 32
         page_size = whole("page_size", page_size, 1, LARGEST)
         if share is None:
-            share = cache == "block" and not batch_invariant
-        elif share and (cache != "block" or batch_invariant):
-            why = "batch_invariant" if batch_invariant else f"cache {cache!r}"
+            share = cache == "block" and not config.batch_invariant
+        elif share and (cache != "block" or config.batch_invariant):
+            why = "batch_invariant" if config.batch_invariant else f"cache {cache!r}"
             raise ValueError(f"share: goes with cache 'block' and without batch_invariant, got {why}")
         if share and page_size % block_length:
             raise ValueError(
@@ -155,8 +163,7 @@ class Engine:
             )
         per_lane = -(-max_length // page_size)
         pages = lanes * per_lane if pages is None else whole("pages", pages, 1, LARGEST)
-        self.model, self.cache, self.max_length, self.max_waiting = model, cache, max_length, max_waiting
-        self.mask_id = mask_id
+        self.max_length, self.max_waiting = max_length, max_waiting
         try:
             table = torch.zeros((lanes, per_lane), dtype=torch.int64)
             with torch.inference_mode():
@@ -165,12 +172,12 @@ class Engine:
                     model,
                     lanes,
                     max_length,
-                    make(cache, traits(model), block_length, sub_block_length, refresh),
+                    schedule,
                     mask_id,
                     pad_id=mask_id,
                     device=model.device,
-                    batch_invariant=batch_invariant,
-                    graphs=graphs,
+                    batch_invariant=config.batch_invariant,
+                    graphs=config.graphs,
                     kv_cache=kv_cache,
                 )
         except (RuntimeError, MemoryError) as error:
@@ -181,20 +188,20 @@ class Engine:
         self._page_size, self._pages = page_size, pages
         self._page_bytes = kv_cache.slots[:, :, 0].numel() * kv_cache.slots.element_size()
         scheduler = Scheduler(lanes=lanes, pages=pages, page_size=page_size, share=share)
-        self._core = EngineCore(batch, kv_cache, scheduler, share)
-        self._ids = itertools.count()
+        self.core = EngineCore(batch, kv_cache, scheduler, share)
+        self.request_ids = itertools.count()
         self._process, self._forked = os.getpid(), False
         self._bell: SimpleQueue[Engine | None] = SimpleQueue()
         self._ended = threading.Lock()  # held until the thread is over; `join` errs once it was interrupted
         self._ended.acquire()
         bell = self._bell
         gone = weakref.ref(self, lambda _: bell.put(None))
-        self._thread = threading.Thread(
+        self.thread = threading.Thread(
             target=_serve, args=(bell, self._ended, gone), name="dparallel engine", daemon=True
         )
         _threads.add(self._ended)
         try:
-            self._thread.start()
+            self.thread.start()
         except RuntimeError:  # there are too many
             _threads.discard(self._ended)
             raise
@@ -203,56 +210,42 @@ class Engine:
             self.close()
             raise RuntimeError("the program ends: no engine can begin")
 
+    @names_fields
     def submit(
         self,
         prompt: Prompts,
+        config: DecodeConfig | None = None,
         *,
-        gen_length: int = 256,
-        infill: bool = False,
-        steps: int | None = None,
-        threshold: float | None = None,
-        selector: str | None = None,
-        rule: Rule | Function | str | None = None,
-        min_commit: int = 1,
-        max_commit: int | None = None,
-        score: str | None = None,
-        temperature: float = 0.0,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        suppress: Any = None,
-        eos_id: int | None = None,
-        stop: Sequence[Sequence[int]] = (),
-        seed: int | None = None,
-        logprobs: bool = False,
         on_draft: Callable[[Draft], None] | None = None,
+        **keywords: Unpack[DecodeKeywords],
     ) -> Handle:
         """Ask for `gen_length` tokens after `prompt` (P,) int64: a tensor, an array, a list of ids, or a
         tokenizer's output for one text.
 
-        The other arguments are those of `decode` for one sequence; a sample's key is `seed` alone, as with
-        one seed for each sequence there. With `infill`, what is streamed and what a Completion holds are the
-        tokens at the places that held masks, in order; pages are shared up to the first of them, and after it
-        once they are final. Returns at once.
+        A sample's key is `seed` alone, as with one seed for each sequence in `decode`. With `infill`, what is
+        streamed and what a Completion holds are the tokens at the places that held masks, in order; pages are
+        shared up to the first of them, and after it once they are final. With `logprobs` they come as
+        `Completion.logprobs`, and as the tokens do in `Handle.logprobs`. Returns at once.
 
-        logprobs: keep the log-probability of each token, in `Completion.logprobs` and as they come in
-            `Handle.logprobs`; for what they are good, see `decode`.
+        config: how the prompt is decoded; default: the engine's. In it the engine's own fields (cache,
+            block_length, sub_block_length, refresh, batch_invariant, graphs, mask_id) are left out or equal.
         on_draft: called with a `Draft` after every pass that the request is in. Where the pass has completed
             a block, the event of that block follows. No draft is kept. It is called in the engine's thread,
             so it must be quick; if it raises anything, the request fails. The tokens are the same without it.
+        keywords: fields of `DecodeConfig`, instead of the config's.
 
         Raises:
             ValueError: naming the argument that does not fit, or a request that could never run.
+            TypeError: for a keyword that is no field.
             EngineFull: if max_waiting requests wait.
             RuntimeError: if the engine is closed, or is another process's.
         """
-        self._core.check_open()
-        ids = self._prompt(prompt)
-        gen_length = whole("gen_length", gen_length, 0)
-        if seed is not None:
-            seed = whole("seed", seed, -(2**63))
+        self.core.check_open()
+        ids, config = self._prompt(prompt), self._request(config, keywords)
+        (gen_length,) = arguments.numbers("gen_length", config.gen_length, 1, 0)
         if on_draft is not None:
             arguments.function("on_draft", on_draft)
-        schedule, masked = self._core.batch.schedule, masks(ids, self.mask_id) if infill else []
+        schedule, masked = self.core.batch.schedule, masks(ids, self.mask_id) if config.infill else []
         length = whole_length(len(ids), gen_length, schedule.block_length, schedule.causal)
         if length > self.max_length:
             raise ValueError(
@@ -264,45 +257,47 @@ class Engine:
                 f"gen_length: {length} positions need {needed} pages of {size}, and there are {pages}"
             )
         warn_beyond(self.model, "gen_length", length, stacklevel=2)
-        (settings,) = make_settings(
-            traits(self.model),
-            self.cache,
-            1,
-            steps=steps,
-            threshold=threshold,
-            selector=selector,
-            rule=rule,
-            min_commit=min_commit,
-            max_commit=max_commit,
-            score=score,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            suppress=suppress,
-            eos_id=eos_id,
-            stop=stop,
-            seed=None if seed is None else torch.tensor([seed]),
-            record=logprobs,
-        )
+        settings = self._settings(config)
         layout = lay_out(len(ids), gen_length, schedule.block_length, schedule.causal, settings.steps, masked)
-        check_settings(self.model, [settings], schedule.block_length, schedule.sub_block_length)
-        if settings.suppress is not None:
-            arguments.check_ids("suppress", [settings.suppress.cpu().reshape(-1)], self.model.shape.rows)
         # A page with a mask is not final, and with shifted logits the position before the first mask is
         # computed in any case: it gives the next token.
         known = layout.columns[0] if layout.columns else len(ids)
         reusable = max(0, known - schedule.shift)
-        with self._core.lock:
-            self._core.check_open()
-            if self._core.waiting >= self.max_waiting:
+        with self.core.lock:
+            self.core.check_open()
+            if self.core.waiting >= self.max_waiting:
                 raise EngineFull(f"{self.max_waiting} requests wait already (max_waiting)")
             events = Events()
-            handle = Handle(next(self._ids), events, self._cancel, self._thread)
-            self._core.arrivals.append(
+            handle = Handle(next(self.request_ids), events, self._cancel, self.thread)
+            self.core.arrivals.append(
                 Request(handle, events, ids, gen_length, masked, length, reusable, settings, on_draft)
             )
         self._ring()
         return handle
+
+    def _request(self, config: DecodeConfig | None, keywords: Mapping[str, Any]) -> DecodeConfig:
+        """The config of a request. Raises ValueError where it asks for what belongs to the engine."""
+        asked = {**vars(configured("submit", config, {})), **keywords} if config is not None else {**keywords}
+        for name in OF_ENGINE:
+            value, own = asked.pop(name, DEFAULTS[name]), getattr(self.config, name)
+            if value not in (DEFAULTS[name], own):
+                raise ValueError(
+                    f"{name}: belongs to the engine, which has {own!r}, so expected that or nothing, "
+                    f"got {shown(value)}"
+                )
+        if not isinstance(asked.get("seed"), (tuple, type(None))):
+            asked["seed"] = whole("seed", asked["seed"], -(2**63))
+        return configured("submit", self.config, asked)
+
+    def _settings(self, config: DecodeConfig) -> Settings:
+        """The settings of one sequence. Raises ValueError naming the field that does not fit the engine."""
+        if config.record:
+            raise ValueError("record: an engine keeps no trajectory, so expected False (see on_draft)")
+        (settings,) = make_settings(config, traits(self.model), self.cache, 1)
+        check_settings(self.model, [settings], self._of_model)
+        if settings.suppress is not None:
+            arguments.check_ids("suppress", [settings.suppress], self.model.shape.rows)
+        return settings
 
     def _prompt(self, prompt: Any) -> Tensor:
         rows = arguments.prompts(prompt) or [torch.zeros(0, dtype=torch.int64)]
@@ -315,26 +310,26 @@ class Engine:
     @property
     def stats(self) -> EngineStats:
         if self._forked:
-            self._core.check_open()
-        with self._core.lock:
-            s = self._core.scheduler.stats
+            self.core.check_open()
+        with self.core.lock:
+            s = self.core.scheduler.stats
             return EngineStats(
-                waiting=self._core.waiting,
-                active=len(self._core.running),
-                forwards=self._core.batch.forwards,
+                waiting=self.core.waiting,
+                active=len(self.core.running),
+                forwards=self.core.batch.forwards,
                 reused_tokens=s.reused_tokens,
                 pages=s.pages,
                 pages_used=s.used,
                 pages_kept=s.kept,
                 page_bytes=self._page_bytes,
                 closed=self.closed,
-                **self._core.counts,
+                **self.core.counts,
             )
 
     @property
     def closed(self) -> bool:
         """Whether it takes no more requests: since `close`, or since a fault of its own."""
-        return self._core.closed
+        return self.core.closed
 
     def close(self, *, cancel: bool = False) -> None:
         """Take no more requests, end those there are (or cancel them), and wait for the thread.
@@ -342,12 +337,12 @@ class Engine:
         From a callback it does not wait. In a fork of the process there is nothing to close.
         """
         self._close(cancel)
-        if threading.current_thread() is not self._thread:
+        if threading.current_thread() is not self.thread:
             with self._ended:
                 pass
 
     def _close(self, cancel: bool) -> None:
-        self._core.close(cancel)
+        self.core.close(cancel)
         self._ring()
 
     def __enter__(self) -> Engine:
@@ -357,7 +352,7 @@ class Engine:
         self.close(cancel=kind is not None)
 
     def _cancel(self, id: int) -> None:
-        self._core.cancel(id)
+        self.core.cancel(id)
         self._ring()
 
     def _ring(self) -> None:
@@ -368,7 +363,7 @@ class Engine:
     def _disown(self) -> None:
         """This is a fork of the engine's process. There is no thread here, and it may have held the locks."""
         self._forked, self._ended, self._bell = True, threading.Lock(), SimpleQueue()
-        self._core.disown(
+        self.core.disown(
             f"the engine is process {self._process}'s, of which this is a fork: make another here"
         )
 
@@ -377,7 +372,7 @@ def _serve(bell: SimpleQueue[Engine | None], ended: threading.Lock, _gone: weakr
     """An engine's thread. While there is no request it does not keep the engine, whose end rings too."""
     process = os.getpid()
     try:
-        while (engine := bell.get()) is not None and engine._core.work():
+        while (engine := bell.get()) is not None and engine.core.work():
             del engine
     finally:
         if os.getpid() != process:  # a callback forked and came back, to a thread that there is no way out of
@@ -400,7 +395,7 @@ def _open_engines() -> list[Engine]:
 
 
 @atexit.register
-def _leave() -> None:
+def leave() -> None:
     """Close the engines: the interpreter's end aborts a thread that computes."""
     global _leaving
     _leaving = True
@@ -408,7 +403,7 @@ def _leave() -> None:
     for engine in left:
         engine._close(cancel=True)
     while _threads:
-        stuck = sum(time.monotonic() - engine._core.calling > PATIENCE for engine in left)
+        stuck = sum(time.monotonic() - engine.core.calling > PATIENCE for engine in left)
         if stuck >= len(_threads):
             log.warning("the program ends, and a callback of a request has not returned")
             break

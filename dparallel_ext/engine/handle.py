@@ -98,7 +98,7 @@ class Handle:
     """A request. Iterating yields the tokens of each finished block; `result` waits for all."""
 
     id: int
-    _events: Events = field(repr=False)
+    events: Events = field(repr=False)
     _cancel: Callable[[int], None] = field(repr=False)  # a method of the engine, which stays as long
     _thread: threading.Thread = field(repr=False)  # the engine's, which cannot wait
     logprobs: list[float] = field(default_factory=list, repr=False)
@@ -107,7 +107,7 @@ class Handle:
     @property
     def done(self) -> bool:
         """Whether the last event is there."""
-        return self._events.ended
+        return self.events.ended
 
     def subscribe(self, callback: Callable[[Event], None]) -> None:
         """Call `callback` with every event: a list of token ids for each finished block that has some, then
@@ -119,21 +119,21 @@ class Handle:
         RuntimeError.
         """
         subscriber = Subscriber(arguments.function("callback", callback))
-        while subscriber.next(self._events.all):
+        while subscriber.next(self.events.all):
             pass
-        self._events.subscribers.append(subscriber)
+        self.events.subscribers.append(subscriber)
         try:
-            while subscriber.next(self._events.all):  # what came in between
+            while subscriber.next(self.events.all):  # what came in between
                 pass
         except BaseException:
-            self._events.subscribers.remove(subscriber)
+            self.events.subscribers.remove(subscriber)
             raise
 
     def __iter__(self) -> Iterator[list[int]]:
         """Final tokens of each finished block, in order. Raises as `result` does."""
         for at in itertools.count():
-            self._wait(lambda at=at: len(self._events.all) > at)  # type: ignore[misc]
-            event = self._events.all[at]
+            self._wait(lambda at=at: len(self.events.all) > at)  # type: ignore[misc]
+            event = self.events.all[at]
             if not isinstance(event, list):
                 self._ended(event)
                 return
@@ -147,7 +147,7 @@ class Handle:
         if timeout is not None and not (isinstance(timeout, (int, float)) and timeout == timeout):
             raise ValueError(f"timeout: expected seconds or None, got {timeout!r}")
         self._wait(lambda: self.done, timeout)
-        return self._ended(self._events.all[-1])
+        return self._ended(self.events.all[-1])
 
     def cancel(self) -> None:
         """Leave the computation at the next pass. No error if the request is over."""
@@ -161,14 +161,14 @@ class Handle:
             raise RuntimeError(f"request {self.id}: a callback in the engine's thread cannot wait for it")
         end = None if timeout is None else time.monotonic() + min(timeout, threading.TIMEOUT_MAX / 2)
         woken: SimpleQueue[None] = SimpleQueue()
-        self._events.waiters.append(woken)
+        self.events.waiters.append(woken)
         try:
             while not ready():
                 woken.get(timeout=None if end is None else max(0, end - time.monotonic()))
         except Empty:
             raise TimeoutError(f"request {self.id} has not ended in {timeout} s") from None
         finally:
-            self._events.waiters.remove(woken)
+            self.events.waiters.remove(woken)
 
     def _ended(self, event: Event) -> Completion:
         if isinstance(event, Exception):

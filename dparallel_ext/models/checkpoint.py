@@ -319,11 +319,11 @@ def _stored(
                     )
                 seen[name] = file
                 part = shard.get_slice(name)
-                fetch = partial(_fetch, file, shard, name)
-                yield Offer(name, tuple(part.get_shape()), part.get_dtype(), fetch)
+                later = partial(fetch, file, shard, name)
+                yield Offer(name, tuple(part.get_shape()), part.get_dtype(), later)
 
 
-def _fetch(file: Path, shard: Any, name: str) -> Tensor:
+def fetch(file: Path, shard: Any, name: str) -> Tensor:
     with _readable(file):
         tensor: Tensor = shard.get_tensor(name)
     return tensor

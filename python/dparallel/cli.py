@@ -161,19 +161,19 @@ def decode(
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
 ) -> None:
     """Decode prompts with the built-in model or a checkpoint."""
-    from . import text as texts_of
-    from .demo import LiveText
+    from .complete import complete
     from .evaluate import parse_policy
-    from .text import prompt_encoder
+    from .live import LiveText
+    from .text import endings
 
     with plain_errors():
         calls = [[text] for text in prompt or []]
         if file is not None:
-            calls += [[text] for text in read_prompts("file", file)]
+            calls += [[text] for text in files.prompts("file", file)]
         if batch is not None:
             if stream:
                 raise ValueError("stream: not together with --batch")
-            calls.append(read_prompts("batch", batch))
+            calls.append(files.prompts("batch", batch))
         if not any(calls):
             raise ValueError("prompt: expected one, as an argument or with --file or --batch")
         settings = parse_policy(policy)
@@ -182,86 +182,44 @@ def decode(
         # A text with gaps is no message, so that a chat template is for who asks for it.
         template = registry.template_of(model, False if chat is None and (infill or suffix) else chat)
         loaded, tokenizer = registry.load(model, device=device, fp8=fp8, mask_id=mask_id)
-        encode, mask = prompt_encoder(tokenizer, template), loaded.mask_id
-        if mask is None:
-            raise ValueError(f"mask_id: the files of {model} name no mask token, so give --mask-id")
-        ends = texts_of.endings(registry.directory_of(model), tokenizer)
-        length = gen_length
-        if length is None:
-            length = 0 if infill and not suffix else registry.gen_length(model)
-        console = Console()
+        ends = endings(registry.directory_of(model), tokenizer)
         for texts in calls:
-            ids = [encode(text) for text in texts]
-            if suffix:
-                between = [mask] * whole("gen_length", length, 1)
-                after = tokenizer.encode(suffix, add_special_tokens=False).ids
-                ids = [[*one, *between, *after] for one in ids]
-            masks = [one.count(mask) if infill or suffix else 0 for one in ids]
-            if infill and not length and not all(masks):
-                said = tokenizer.id_to_token(mask)
-                raise ValueError(f"prompt: expected a mask token, {said}, where --infill is to fill it")
-            registry.check_positions(model, loaded, max(map(len, ids), default=0) + (0 if suffix else length))
-            live = LiveText(console, tokenizer, mask, 0.1) if stream else None
-            if live is not None:
-                live.__enter__()
-            try:
-                out = dx.decode(
-                    loaded,
-                    ids,
-                    gen_length=0 if suffix else length,
-                    infill=infill or bool(suffix),
-                    block_length=block_length,
-                    cache=cache,
-                    temperature=temperature,
-                    top_p=top_p,
-                    top_k=top_k,
-                    seed=seed,
-                    streamer=live,
-                    **settings,
-                    **ends,
-                )
-            finally:
-                if live is not None:
-                    live.__exit__()
-            for i, (text, tokens, passes) in enumerate(
-                zip(texts, out.responses, out.nfe.tolist(), strict=True)
+            for row in complete(
+                model,
+                loaded,
+                tokenizer,
+                texts,
+                template=template,
+                gen_length=gen_length,
+                infill=infill,
+                suffix=suffix,
+                live=LiveText(Console(), tokenizer, loaded.mask_id, 0.1) if stream else None,
+                block_length=block_length,
+                cache=cache,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                seed=seed,
+                **settings,
+                **ends,
             ):
-                # A block-causal model fills its last block beyond what was asked for.
-                kept = min(int(out.kept[i]), masks[i] + (0 if suffix else length))
-                response, rate = tokenizer.decode(tokens[:kept].tolist()), kept / passes if passes else 0.0
-                if unknown := registry.unknown_words(tokenizer, text):
+                if unknown := registry.unknown_words(tokenizer, row["prompt"]):
                     words = ", ".join(map(repr, dict.fromkeys(unknown)))
                     typer.echo(f"warning: {model} has no token for {words} of the prompt", err=True)
-                row = {"prompt": text, "response": response, "tokens": kept, "forwards": passes}
-                if infill:
-                    row["text"] = response = tokenizer.decode(in_place(out, i, kept))
-                if not response.strip():
-                    typer.echo("warning: the response is empty", err=True)
-                if as_json:
-                    typer.echo(json.dumps({**row, "tokens_per_forward": rate}))
-                else:
-                    typer.echo(response)
-                    typer.echo(f"{kept} tokens in {passes} passes, {rate:.1f} a pass", err=True)
+                show_response(row, as_json)
 
 
-def in_place(out: dx.DecodeOutput, i: int, kept: int) -> list[int]:
-    """Tokens of sequence i, given and decoded ones, without what follows the first `kept` decoded."""
-    left_out = set(out.masked[i].nonzero()[kept:, 0].tolist())
-    tokens = out.sequences[i, : int(out.lengths[i])].tolist()
-    return [token for at, token in enumerate(tokens) if at not in left_out]
-
-
-def read_prompts(argument: str, file: Path) -> list[str]:
-    """A prompt a line; a line that is a JSON object gives its "prompt"."""
-    found = []
-    for number, line in files.lines(argument, file):
-        if line.lstrip().startswith("{"):
-            row = files.json_object(argument, file, number, line)
-            if not isinstance(row.get("prompt"), str):
-                raise ValueError(f'{argument}: {file}:{number} has no text "prompt"')
-            line = row["prompt"]
-        found.append(line)
-    return found
+def show_response(row: dict[str, Any], as_json: bool) -> None:
+    shown = row.get("text", row["response"])
+    if not shown.strip():
+        typer.echo("warning: the response is empty", err=True)
+    kept, passes = row["tokens"], row["forwards"]
+    rate = kept / passes if passes else 0.0
+    if as_json:
+        typer.echo(json.dumps({**row, "tokens_per_forward": rate}))
+    else:
+        typer.echo(shown)
+        typer.echo(f"{kept} tokens in {passes} passes, {rate:.1f} a pass", err=True)
 
 
 @app.command()
@@ -271,7 +229,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="where table.json and the pictures go")] = Path("out/demo"),
 ) -> None:
     """A problem unmasked before one's eyes by each model, a table of policies, and pictures."""
-    from . import demo as show
+    from .toy import demo as show
 
     with plain_errors():
         at_least("problems", problems, 1)
@@ -425,8 +383,8 @@ def train(
     evaluate: Annotated[int, typer.Option(help="held-out problems to check at the end; 0: none")] = 2000,
 ) -> None:
     """Train the built-in model from scratch (75 minutes on two cores)."""
-    from .train import Settings
-    from .train import train as run
+    from .toy.train import Settings
+    from .toy.train import train as run
 
     with plain_errors():
         sizes = {"batch": batch, "width": width, "layers": layers, "heads": heads, "mlp_width": mlp_width}
@@ -459,7 +417,7 @@ def answer(
 
     Under torchrun or accelerate launch each process takes its share.
     """
-    from . import trajectories
+    from .training import trajectories
 
     with plain_errors("train"):
         length = registry.gen_length(model) if gen_length is None else whole("gen_length", gen_length, 1)
@@ -481,8 +439,8 @@ def learn_filter(
     model: Annotated[str | None, typer.Option(help="default: the one that answered")] = None,
     tau: Annotated[
         float, typer.Option(help="what is surer is committed; learned:FILE,TAU has another")
-    ] = 0.9,
-    steps: Annotated[int, typer.Option(help="of AdamW, each over all passes")] = 4000,
+    ] = 0.95,
+    steps: Annotated[int, typer.Option(help="of AdamW, each over all passes")] = 3000,
     lr: float = 3e-3,
     hidden: Annotated[
         int | None, typer.Option(help="units of the hidden layer; default: a block's tokens")
@@ -496,7 +454,7 @@ def learn_filter(
 
     An oracle decodes the prompts of the answers once more and notes what of each pass is as answered.
     """
-    from . import filter as filtering
+    from .training import filter as filtering
 
     with plain_errors("train"):
         at_least("batch", batch, 1)
@@ -517,7 +475,7 @@ def distill(
     processes: Annotated[int, typer.Option(help="of the dry run")] = 1,
 ) -> None:
     """Certainty forcing as a recipe says (torchrun or accelerate launch for several processes)."""
-    from . import distill as distilling
+    from .training import distill as distilling
 
     with plain_errors("train"):
         changes = {"model": model, "mask_id": mask_id}
@@ -551,7 +509,7 @@ def merge(
     mask_id: MaskOption = None,
 ) -> None:
     """A LoRA adapter and its base as a plain checkpoint in the base's own layout."""
-    from . import distill as distilling
+    from .training import distill as distilling
 
     with plain_errors("train"):
         distilling.merge(adapter, out, model=model, mask_id=mask_id)

@@ -15,9 +15,10 @@ import dparallel_ext as dx
 from dparallel_ext import rules
 from dparallel_ext.rules import ONE as ONE
 
-from . import registry, tasks
+from . import registry
 from .files import write_json as write_json
 from .text import prompt_encoder
+from .toy import tasks
 
 
 def parse_policy(text: str, *, files: bool = True) -> dict[str, Any]:

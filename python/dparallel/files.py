@@ -54,6 +54,39 @@ def json_object(argument: str, file: str | Path, number: int, line: str) -> dict
     return content
 
 
+def rows(
+    argument: str, file: str | Path, columns: list[str] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line or row from 1, its content) of a JSONL or Parquet file. Raises ValueError.
+
+    `columns`: those alone, of Parquet.
+    """
+    if Path(file).suffix != ".parquet":
+        for number, line in lines(argument, file):
+            yield number, json_object(argument, file, number, line)
+        return
+    import pyarrow.parquet
+
+    try:
+        content = pyarrow.parquet.read_table(file, columns=columns).to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{argument}: {file} is not a readable Parquet file: {error}") from error
+    yield from enumerate(content, 1)
+
+
+def prompts(argument: str, file: str | Path) -> list[str]:
+    """A prompt a line; a line that is a JSON object gives its "prompt"."""
+    found = []
+    for number, line in lines(argument, file):
+        if line.lstrip().startswith("{"):
+            row = json_object(argument, file, number, line)
+            if not isinstance(row.get("prompt"), str):
+                raise ValueError(f'{argument}: {file}:{number} has no text "prompt"')
+            line = row["prompt"]
+        found.append(line)
+    return found
+
+
 # --- writing ------------------------------------------------------------------------------------
 
 

@@ -10,9 +10,10 @@ import torch
 
 from dparallel_ext import models
 
-from . import tasks, text, tokenizer
+from . import text, tokenizer
+from .toy import tasks
 
-BUILTIN = Path(__file__).parent / "builtin"
+BUILTIN = Path(tasks.__file__).parent / "builtin"
 DEFAULT = "builtin:teacher"
 
 

@@ -27,7 +27,7 @@ import torch
 import dparallel_ext as dx
 from dparallel_ext.engine import engine as engine_module
 
-MODEL = dx.models.load(Path(__file__).parent.parent / "golden" / "llada_tiny_a")
+MODEL = dx.models.load(Path(__file__).parents[1] / "golden" / "llada_tiny_a")
 SECONDS = 60.0
 kept: Any = None
 
@@ -96,7 +96,7 @@ def an_exception_beside_a_subscriber_that_waits() -> None:
     made = busy()
     made.submit([1], gen_length=8)
     made.submit([1], gen_length=64).subscribe(full.put)
-    for request in list(made._core.requests.values()):
+    for request in list(made.core.requests.values()):
         request.handle.cancel()
     full.get()
     time.sleep(0.2)
@@ -197,7 +197,7 @@ def callbacks_that_raise() -> None:
     made = busy()
     for _ in range(3):
         made.submit([1], gen_length=8, on_draft=leave).subscribe(leave)
-    for request in list(made._core.requests.values())[:3]:
+    for request in list(made.core.requests.values())[:3]:
         request.handle.cancel()
     time.sleep(0.05)
 
@@ -236,8 +236,8 @@ def work_at_exit() -> None:
             os._exit(1)
 
     atexit.register(last)
-    atexit.unregister(engine_module._leave)  # so that it comes first
-    atexit.register(engine_module._leave)
+    atexit.unregister(engine_module.leave)  # so that it comes first
+    atexit.register(engine_module.leave)
     atexit.register(last)
 
 

@@ -14,19 +14,18 @@ import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 import run_engine_ends
 import torch
+from conftest import golden
 from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext.models import Model
 
-GOLDEN = Path(__file__).parent.parent / "golden"
-MODELS = {name: dx.models.load(GOLDEN / name) for name in ("llada_tiny_a", "dream_tiny_a", "sdar_tiny_a")}
+MODELS = {name: golden.model(name) for name in ("llada_tiny_a", "dream_tiny_a", "sdar_tiny_a")}
 WAYS = [
     ("llada_tiny_a", "dual"),
     ("llada_tiny_a", "none"),
@@ -216,7 +215,7 @@ def test_chaos(attack: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
         clients = [
             Client(engine, rng.random(), rng.randint(4, 12), f"client {n}") for n in range(rng.randint(1, 4))
         ]
-        fault = rng.choice([None, None, None, "_admit", "_receive", "_pass", "_publish", "_end"])
+        fault = rng.choice([None, None, None, "admit", "receive", "advance", "publish", "end"])
         with monkeypatch.context() as patch:
             patch.setattr(Model, "step", poisoned(step))
             for client in clients:
@@ -225,7 +224,7 @@ def test_chaos(attack: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
             if fault is not None:
                 error = rng.choice([RuntimeError, MemoryError, SystemExit])
                 patch.setattr(
-                    engine._core, fault, lambda *_, error=error: (_ for _ in ()).throw(error("a fault"))
+                    engine.core, fault, lambda *_, error=error: (_ for _ in ()).throw(error("a fault"))
                 )
             if rng.random() < 0.5:
                 engine.close(cancel=rng.random() < 0.5)
@@ -237,17 +236,17 @@ def test_chaos(attack: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
 
 
 def check(engine: dx.Engine, clients: list[Client], name: str, cache: str, fault: str | None) -> None:
-    engine._thread.join(60)
-    assert not engine._thread.is_alive()
+    engine.thread.join(60)
+    assert not engine.thread.is_alive()
     assert not [wrong for client in clients for wrong in client.wrong]
     ends = {"completed": 0, "failed": 0, "cancelled": 0}
     for asked in [asked for client in clients for asked in client.asked]:
         handle = asked.handle
         assert handle.done
-        assert handle._events.waiters == []
-        *blocks, last = handle._events.all
+        assert handle.events.waiters == []
+        *blocks, last = handle.events.all
         assert asked.told[-1] is last
-        assert asked.told == handle._events.all
+        assert asked.told == handle.events.all
         tokens = list(itertools.chain.from_iterable(blocks))
         if isinstance(last, dx.Completion) and last.finish_reason != "cancelled":
             ends["completed"] += 1
@@ -266,9 +265,9 @@ def check(engine: dx.Engine, clients: list[Client], name: str, cache: str, fault
     stats = engine.stats
     # Callbacks submitted some too.
     assert all(getattr(stats, kind) >= count for kind, count in ends.items()), (stats, ends)
-    assert stats.completed + stats.failed + stats.cancelled == next(engine._ids)
+    assert stats.completed + stats.failed + stats.cancelled == next(engine.request_ids)
     assert (stats.waiting, stats.active, stats.pages_used, stats.closed) == (0, 0, 0, True)
-    assert engine._core.requests == engine._core.running == {}
+    assert engine.core.requests == engine.core.running == {}
     with pytest.raises(RuntimeError, match=r"^the engine is closed"):
         engine.submit([1])
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import test_op_inputs as inputs
 import torch
 from conftest import LEVELS, Attack, assert_stats_close, layouts
+from ops import test_op_inputs as inputs
 from torch import Tensor
 
 import dparallel_ext as dx

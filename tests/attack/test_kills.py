@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 from conftest import full_disk
-from dparallel import distill, files, registry, text, train, trajectories
-from dparallel.trajectories import Prompt
+from dparallel import files, registry, text
+from dparallel.toy import train
+from dparallel.training import distill, trajectories
+from dparallel.training.trajectories import Prompt
 
 import dparallel_ext as dx
 

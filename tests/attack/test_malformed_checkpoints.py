@@ -16,15 +16,15 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import golden
 from dparallel import registry, text
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import models
 
-GOLDEN = Path(__file__).parent.parent / "golden"
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}\n{% endfor %}"
 SPECIAL = {"<|endoftext|>": 500, "<|im_end|>": 501, "<|mask|>": 511}
 KINDS = ["llada", "sharded", "dream", "sdar", "fast"]
@@ -59,9 +59,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for kind in KINDS:
         directory = made[kind] = tmp_path_factory.mktemp(kind)
         family = {"sharded": "llada", "fast": "dream"}.get(kind, kind)
-        golden = GOLDEN / f"{family}_tiny_a"
-        tensors = load_file(golden / "model.safetensors")
-        config = json.loads((golden / "config.json").read_text())
+        tensors = golden.tensors(f"{family}_tiny_a")
+        config = golden.json(f"{family}_tiny_a", "config")
         put(directory, "generation_config.json", {"eos_token_id": [1, 500], "mask_token_id": 511})
         if family == "llada":
             for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -101,26 +101,39 @@ struct LossPart {
   }
 };
 
-// The gradient of a row's logits: `at` for every id, less `label` at its label.
+// The gradient of a row's logits: `at` every id but the label, `at_label` there.
 template <class R>
 struct LossGradient {
-  R max, ce, entropy, mean, label;
+  R max, share, ce, entropy, mean, label;
   InverseTemperatures<R> inverse;
 
   DP_HD LossGradient(const R* saved, R grad_nll, R grad_entropy, InverseTemperatures<R> inverse)
       : max(saved[kSavedMax]),
+        share(saved[kSavedSum]),
         ce(grad_nll * inverse.ce * saved[kSavedSum]),
         entropy(-grad_entropy * inverse.entropy * inverse.entropy * saved[kSavedSumT]),
         mean(saved[kSavedMean]),
         label(grad_nll * inverse.ce),
         inverse(inverse) {}
 
+  DP_HD R depth(R z) const {
+    const R floor = inverse.floor(), d = (z > R(kLargest) ? R(kLargest) : z) - max;
+    return d < floor ? floor : d;
+  }
+
+  DP_HD R of_entropy(R d) const {
+    return entropy * floored_exponential(d * inverse.entropy) * (d - mean);
+  }
+
   DP_HD R at(R z) const {
-    const R floor = inverse.floor();
-    R d = (z > R(kLargest) ? R(kLargest) : z) - max;
-    d = d < floor ? floor : d;
-    return ce * floored_exponential(d * inverse.ce) +
-           entropy * floored_exponential(d * inverse.entropy) * (d - mean);
+    const R d = depth(z);
+    return ce * floored_exponential(d * inverse.ce) + of_entropy(d);
+  }
+
+  // 1 is taken from the probability alone: of its product a sure row would be left with rounding.
+  DP_HD R at_label(R z) const {
+    const R d = depth(z);
+    return label * (share * floored_exponential(d * inverse.ce) - R(1)) + of_entropy(d);
   }
 };
 

@@ -40,9 +40,10 @@ from tqdm import tqdm
 from dparallel_ext import Completion, Engine
 from dparallel_ext.models import traits
 
-from .. import registry, tasks, text
+from .. import registry, text
 from ..evaluate import parse_policy
 from ..likelihood import SAMPLES, iter_log_likelihoods
+from ..toy import tasks
 
 log = logging.getLogger("lm_eval.dparallel")  # under the harness's own logger, whose handlers print it
 
@@ -149,7 +150,7 @@ class DParallelLM(TemplateLM):
         self._join_processes()
         if device is None or device.startswith("cuda"):
             # The harness's command line says cuda:0 where its user says nothing.
-            device = _device(device, os.environ.get("LOCAL_RANK"))
+            device = device_of(device, os.environ.get("LOCAL_RANK"))
             log.info("device: %s", device)
         self.model, self.tokenizer = registry.load(pretrained, device=device, dtype=_dtype(dtype), fp8=fp8)
         self.pretrained, self.directory = pretrained, registry.directory_of(pretrained)
@@ -379,7 +380,7 @@ class DParallelLM(TemplateLM):
         for request in requests:
             key = repr(request.args)
             context, options = request.args
-            generations.append(self._generation(context, options, occurrences[key]))
+            generations.append(self.generation(context, options, occurrences[key]))
             occurrences[key] += 1
         results = [""] * len(requests)
         bar = tqdm(total=len(requests), desc="dparallel: generate_until", disable=disable_tqdm)
@@ -392,7 +393,7 @@ class DParallelLM(TemplateLM):
                 bar.set_postfix(tokens_per_pass=f"{self._tokens_per_pass:.2f}")
         return results
 
-    def _generation(self, context: str, options: dict[str, Any], occurrence: int) -> Generation:
+    def generation(self, context: str, options: dict[str, Any], occurrence: int) -> Generation:
         """A request as the engine takes it. Raises ValueError naming the generation argument."""
         left = {key: value for key, value in options.items() if value is not None}
         until = left.pop("until", [])
@@ -490,7 +491,7 @@ def _batch_size(given: int | str | None, largest: int | None) -> int:
     return size
 
 
-def _device(asked: str | None, local_rank: str | None) -> str:
+def device_of(asked: str | None, local_rank: str | None) -> str:
     if not torch.cuda.is_available():
         return "cpu"
     return asked or "cuda" if local_rank is None else f"cuda:{local_rank}"

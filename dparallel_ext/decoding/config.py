@@ -1,0 +1,401 @@
+"""How prompts are decoded, as one object: what `decode`, an engine's requests and the server take alike."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, TypedDict, TypeVar, Unpack
+
+import torch
+from torch import Tensor
+
+from .. import policies
+from ..arguments import shown, temperature_in_force
+from ..ops.inputs import check_sampling
+from ..rules import Function, FunctionRule, Rule, parse
+from ..rules.spec import KINDS, ONE
+from .fields import CHECKS
+from .schedule import CACHES
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class DecodeKeywords(TypedDict, total=False):
+    """The fields of `DecodeConfig` as keywords; for what they are, see there."""
+
+    gen_length: int | Sequence[int] | Tensor
+    infill: bool
+    block_length: int | None
+    sub_block_length: int | None
+    steps: int | None
+    threshold: policies.Number | None
+    selector: policies.Name | None
+    policy: Tensor | Sequence[Sequence[float | None]] | Function | None
+    rule: Rule | Function | str | None
+    min_commit: policies.Number
+    max_commit: policies.Number | None
+    score: policies.Name | None
+    cache: str | None
+    refresh: int | None
+    active_blocks: int
+    open_at: float
+    activate_at: float
+    batch_invariant: bool
+    graphs: bool
+    temperature: float
+    top_p: float | None
+    top_k: int | None
+    suppress: Sequence[int] | Tensor | None
+    mask_id: int | None
+    eos_id: int | None
+    stop: Sequence[Sequence[int]]
+    seed: int | Sequence[int] | Tensor | None
+    record: bool
+    logprobs: bool
+
+
+@dataclass(frozen=True, repr=False)
+class DecodeConfig:
+    """How prompts are decoded: the keywords of `decode`, checked, in one object that does not change.
+
+    `decode(model, prompt, config)`, `Engine(model, config)`, `engine.submit(prompt, config)`; keywords beside
+    a config stand instead of its fields. Where a field says "one per sequence", it is one value for all
+    prompts of the call, or as many as there are prompts, in a list, an array or a tensor. Lists, arrays and
+    tensors are kept as tuples, so that configs compare by value, can be hashed, and stay what they are
+    whatever becomes of the tensors. (A rule or a function is compared as it compares itself.)
+
+    Raises ValueError naming the field that does not fit; what depends on model and prompts is checked in the
+    call.
+    """
+
+    gen_length: int | Sequence[int] | Tensor = 256
+    """Tokens to decode, one number or one per sequence; the last block is shorter where block_length does not
+    divide it. Block-causal models fill the last block to its end. Beyond the positions that the model's
+    config names there is a warning."""
+    infill: bool = False
+    """The prompt's mask tokens are filled too, between given tokens, whether few are missing or most of a
+    response (a warm start); `gen_length` may be 0. One list of blocks goes over all places that hold masks,
+    and counts from the first; blocks without a mask are left out. Given tokens never change. The response,
+    and the columns of a trajectory, are the places that held masks, in order. `eos_id` and `stop` are sought
+    in the last run of masks alone: where more masks follow a given token, nothing ends in front of it, and
+    the masks that an end leaves behind become padding. A streamer gets what stands in front of the first mask
+    as its prompt, then given and decoded tokens in order. A block-causal model's blocks in front of the first
+    mask are prefilled, later ones without a mask are computed with the next that has one; with gen_length 0
+    its last block stays as short as the prompt leaves it."""
+    block_length: int | None = None
+    """Tokens of a block; blocks are decoded left to right. None: the model's own, where it is block-causal
+    (blocks count from position 0), else 32. Block-causal models of ours attend by the blocks that are asked
+    for, as in SDAR's published loop."""
+    sub_block_length: int | None = None
+    """A divisor of block_length: of each block, the leftmost part of this length that has masks is filled
+    first, the rest waits. None: the model's own (Fast-dLLM v2), else block_length."""
+    steps: int | None = None
+    """With `threshold` None, the fixed schedule (LLaDA): passes in all, the same number for each block, each
+    committing its share of the block. None: one token a pass. Not with sub-blocks."""
+    threshold: policies.Number | None = None
+    """The selector's parameter, one per sequence; see `policies`. None: the fixed schedule."""
+    selector: policies.Name | None = None
+    """With a `threshold`, what it is a threshold of, one per sequence; None: "entropy" (dParallel)."""
+    policy: Tensor | Sequence[Sequence[float | None]] | Function | None = None
+    """Instead of threshold, selector, steps, min_commit, max_commit and score: rows (B, 5) float32 as
+    `policies.make` makes them (None for a max_commit without limit); or a function, as `rule`."""
+    rule: Rule | Function | str | None = None
+    """What decides beside or instead of the policy, see `rules`: a `rules.Rule`; its name, such as "credit",
+    "sched:7.5" or "credit+confidence:0.8", whose part after the plus sign, like "entropy:0.5" alone, stands
+    for selector and threshold; or a function (stats, masked, step) -> bool (B, W) over the columns of the
+    block or sub-block, instead of a policy. At least one position commits all the same, and only masked
+    ones."""
+    min_commit: policies.Number = 1
+    """With a `threshold`, the fewest tokens that a pass commits, at least 1; one per sequence."""
+    max_commit: policies.Number | None = None
+    """With a `threshold`, the most tokens that a pass commits, one per sequence; None: no limit."""
+    score: policies.Name | None = None
+    """What "quota" and the fixed schedule rank by, one per sequence: "confidence", "entropy" or "margin".
+    None, as published: entropy for the fixed schedule with cache "prefix" or "dual", else confidence."""
+    cache: str | None = None
+    """"none", the whole sequence each pass; for our models also "prefix" (one full pass per block, then from
+    the block on), "dual" (one full pass per block, then the block alone), and for block-causal ones "block"
+    (each pass the block alone; finished blocks are exact). There, with sub-blocks, "dual" works inside the
+    block: a pass over all of it until the sub-block's first token is known, then over the sub-block alone
+    (Fast-dLLM v2's sub-block cache). None: in `decode` "none", in an engine "block" for block-causal models
+    and "dual" for others."""
+    refresh: int | None = None
+    """With cache "dual", a full pass every `refresh` passes over a block, so that no entry grows stale."""
+    active_blocks: int = 1
+    """Blocks of a sequence that passes may fill at once (d3LLM, arXiv 2601.07568; D2F, 2508.09192). With more
+    than one, the next block opens once `open_at` of the last open one is decoded; a pass need commit nothing
+    in a block behind the front one until `activate_at` of the block before it is decoded. Needs a threshold
+    or a rule that says how much a pass commits; not with sub-blocks, nor with rules that edit or that read
+    the whole response: `decode` refuses those, and in an engine such a request has one block open."""
+    open_at: float = 0.1
+    """With several active blocks: the share of a block's masks, from 0 to 1."""
+    activate_at: float = 0.95
+    """With several active blocks: the share of a block's masks, from 0 to 1."""
+    batch_invariant: bool = False
+    """Each sequence in passes of its own, so that it comes out to the bit as alone. In shared passes the
+    matrix library may round the same row otherwise in another batch."""
+    graphs: bool = True
+    """On a GPU, passes of our models are recorded as CUDA graphs and replayed. The tokens are the same
+    without; nothing is recorded where a layer has hooks or adapters. Recordings stay with the model for the
+    next calls of about this length and batch size, at most four and 1 GB of keys and values, until it is
+    trained, moved or deleted."""
+    temperature: float = 0.0
+    """0 is greedy, and so is what is below 1e-5; above it, tokens are Gumbel-max samples of
+    softmax(logits / T). Above 2^100 (1.3e30) it is that."""
+    top_p: float | None = None
+    """What may be sampled: the most probable ids (temperature first) before which at most `top_p` of the
+    probability comes; None and 1.0 leave nothing out. The rule judges the statistics of softmax(logits),
+    whatever temperature, top_p and top_k are, and as confidence the probability of the sampled token there.
+    Not read where temperature is 0."""
+    top_k: int | None = None
+    """At most so many of the most probable ids may be sampled; None and 0 leave nothing out. Not read where
+    temperature is 0."""
+    suppress: Sequence[int] | Tensor | None = None
+    """Ids (n,) never to be decoded, left out of the softmax."""
+    mask_id: int | None = None
+    """The mask token; None: the model's `mask_token_id`."""
+    eos_id: int | None = None
+    """If given, a sequence ends where it stands and nothing in front of it is masked any more: the masks
+    behind it, in its block and in later ones, are not computed but filled with it. The tokens in front of it
+    are those of a decode that goes on. None, as published: every block is decoded."""
+    stop: Sequence[Sequence[int]] = ()
+    """Sequences of tokens that end a response as eos_id does, wherever they lie in it."""
+    seed: int | Sequence[int] | Tensor | None = None
+    """A number: sequence b's samples are keyed by (seed, b); or one per sequence: by its own seed alone, and
+    so is a request of an engine. None: a number from torch's generator, so that two calls differ and
+    `torch.manual_seed` repeats them; nothing is taken from it where temperature is 0."""
+    record: bool = False
+    """Keep `DecodeOutput.trajectory`; not in an engine."""
+    logprobs: bool = False
+    """Keep the log-probabilities: of each token log softmax(logits / T)[token] over the ids that could be
+    drawn in the pass that committed it (not the mask token, `suppress`, nor what top_p and top_k leave out);
+    where temperature is 0, log softmax(logits)[token]. In reinforcement learning they are the
+    log-probabilities of the behaviour policy, given the positions that the rule chose: a token's importance
+    ratio is exp(new - logprobs), where `new` is the same of the trained model in the same state (the tokens
+    of an earlier `trajectory.step`, masks elsewhere; a pass against a cache saw older keys and values, so
+    that cache "none" or "block" is what can be reproduced)."""
+
+    def __post_init__(self) -> None:
+        for name, check in CHECKS.items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
+        check_sampling(self.temperature, self.top_p, self.top_k)
+        if self.cache not in (None, *CACHES):
+            raise ValueError(f"cache: expected one of {CACHES}, got {shown(self.cache)}")
+        if self.refresh is not None and self.cache not in (None, "dual"):
+            raise ValueError(f'refresh: belongs to cache "dual", got cache={self.cache!r}')
+        size, part = self.block_length, self.sub_block_length
+        if size is not None and part is not None and size % part:
+            raise ValueError(f"sub_block_length: expected a divisor of block_length {size}, got {part}")
+        given = {name: len(value) for name in EACH if isinstance(value := getattr(self, name), tuple)}
+        for name, count in given.items():
+            first, expected = next(iter(given.items()))
+            if count != expected:
+                raise ValueError(
+                    f"{name}: expected one value or {expected}, as many as {first} has, got {count}"
+                )
+        decided(self, next(iter(given.values()), 1), self.cache or "none")
+
+    def __repr__(self) -> str:
+        """Without the fields that have their defaults."""
+        said = [f"{name}={value!r}" for name, value in vars(self).items() if value != DEFAULTS[name]]
+        return f"DecodeConfig({', '.join(said)})"
+
+    def replace(self, **changes: Unpack[DecodeKeywords]) -> DecodeConfig:
+        """The same with other values of the fields that are named."""
+        return configured("replace", self, changes)
+
+    def with_rule(self, rule: Rule | Function | str | None) -> DecodeConfig:
+        """The same with another rule, which alone decides: the fields for a policy are left out."""
+        return DecodeConfig(
+            **{**vars(self), **dict.fromkeys(ROW), "min_commit": 1, "policy": None, "rule": rule}
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON has them, for `from_dict`: rules as their text.
+
+        Raises ValueError for a function, and for a rule that no text stands for.
+        """
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        if isinstance(self.policy, tuple):
+            found["policy"] = [[None if value == math.inf else value for value in row] for row in self.policy]
+        elif self.policy is not None:
+            raise ValueError("policy: a function cannot be written, give rows or a rule with a name")
+        if self.rule is not None and not isinstance(self.rule, str):
+            found["rule"] = text_of(self.rule, own_row=not _given(_row_of(self)))
+        return {name: _listed(value) for name, value in found.items()}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> DecodeConfig:
+        """The config of some fields by name, as `to_dict` gives them. Raises ValueError naming what does not
+        fit."""
+        if not isinstance(content, Mapping):
+            raise ValueError(f"config: expected fields by name, got {type(content).__name__}")
+        for name in content:
+            if name not in DEFAULTS:
+                raise ValueError(
+                    f"config: expected fields of DecodeConfig, got {shown(name)}{_nearest(name)}"
+                )
+        return cls(**content)
+
+
+DEFAULTS = {field.name: field.default for field in fields(DecodeConfig)}
+ROW = ("threshold", "selector", "steps", "max_commit", "score")
+"""Fields that say how the policy row of a sequence is made, with `min_commit`; None where nothing is said."""
+ACTIVE = ("active_blocks", "open_at", "activate_at")
+"""Fields that say how many blocks are open."""
+OF_ENGINE = (
+    *("cache", "block_length", "sub_block_length", "refresh", "batch_invariant", "graphs", "mask_id"),
+    *ACTIVE,
+)
+"""Fields that all requests of an engine share."""
+EACH = ("gen_length", "threshold", "selector", "policy", "min_commit", "max_commit", "score", "seed")
+"""Fields that may have a value for each sequence, then a tuple."""
+
+
+# --- configs and keywords -----------------------------------------------------------------------
+
+
+def configured(where: str, config: DecodeConfig | None, keywords: Mapping[str, Any]) -> DecodeConfig:
+    """`config`, or the default, with `keywords` instead of its fields.
+
+    Raises TypeError, as a call of `where` does, for a keyword that is no field.
+    """
+    for name in keywords:
+        if name not in DEFAULTS:
+            raise TypeError(f"{where}() got an unexpected keyword argument {name!r}{_nearest(name)}")
+    if config is None:
+        return DecodeConfig(**keywords)
+    if not isinstance(config, DecodeConfig):
+        raise ValueError(f"config: expected a DecodeConfig, got {type(config).__name__}")
+    return DecodeConfig(**{**vars(config), **keywords}) if keywords else config
+
+
+def _nearest(name: Any) -> str:
+    near = difflib.get_close_matches(str(name), DEFAULTS, 1)
+    return f". Did you mean {near[0]!r}?" if near else ""
+
+
+def names_fields(function: F) -> F:
+    """Let `help`, `inspect.signature` and editors that ask them show the fields in place of **keywords."""
+    signature = inspect.signature(function)
+    own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    of_config = inspect.signature(DecodeConfig).parameters.values()
+    more = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in of_config]
+    function.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+    return function
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(each) for each in value] if isinstance(value, (tuple, list)) else value
+
+
+def text_of(rule: Rule | Function, *, own_row: bool = True) -> str:
+    """What `rules.parse` makes the rule of. Without `own_row`, its own policy row is left out.
+
+    Raises ValueError where there is no such text.
+    """
+    for name, kind in KINDS.items():
+        if type(rule) is kind.make:
+            values = [str(getattr(rule, parameter)) for parameter, _ in kind.parameters]
+            text = f"{name}:{','.join(values)}"
+            if parse(text)[0] == rule:
+                return text if own_row or rule.row is None else f"{text}+{ONE}"
+    said = "a function" if not isinstance(rule, Rule) else shown(rule)
+    raise ValueError(f"rule: expected one of {list(KINDS)} with the parameters that its text has, got {said}")
+
+
+# --- what decides ------------------------------------------------------------------------------
+
+
+class Decided(NamedTuple):
+    """What decides which tokens a pass commits."""
+
+    rule: Rule | None
+    """Beside the policy rows."""
+    steps: int | None
+    """Of the fixed schedule."""
+    rows: Tensor
+    """(B, 5) float32, see `policies`; of the fixed schedule without its quota."""
+    selectors: list[str]
+    """Of each row, where the rows come from a threshold."""
+
+
+def decided(config: DecodeConfig, size: int, cache: str) -> Decided:
+    """What decides of `size` sequences. Raises ValueError naming the field that does not fit."""
+    rule, row = _rule(config)
+    threshold, selector, steps = row["threshold"], row["selector"], row["steps"]
+    selectors: list[str] = []
+    if isinstance(config.policy, tuple):
+        rows = torch.tensor(config.policy, dtype=torch.float32).view(-1, len(policies.FIELDS))
+        policies.check(rows, size)
+    elif threshold is not None:
+        if steps is not None:
+            raise ValueError("steps: belongs to the fixed schedule, so not beside a threshold")
+        selector = "entropy" if selector is None else selector
+        bounds = {name: row[name] for name in ("min_commit", "max_commit", "score")}
+        rows = policies.make(selector, threshold, **bounds, batch=size)
+        selectors = [selector] * size if isinstance(selector, str) else list(selector)
+    else:
+        ignored = {name: row[name] for name in ("selector", "min_commit", "max_commit")}
+        if given := _given(ignored):
+            raise ValueError(
+                f"{given[0]}: belongs to a threshold, and without one each pass commits the share of a fixed "
+                f"schedule, got {ignored[given[0]]!r}"
+            )
+        by_default = "entropy" if cache in ("prefix", "dual") else "confidence"
+        rows = policies.make("quota", 1, score=row["score"] or by_default, batch=size)
+    for sequence, numbers in enumerate(rows.tolist()):
+        least, score = numbers[2], policies.score_of(numbers)
+        if least < 1:  # a window need not move in a pass of several, but decoding has to end
+            raise ValueError(
+                f"min_commit: expected a whole number >= 1, got {least:g} for sequence {sequence}"
+            )
+        if rule is not None and score in rule.without:
+            raise ValueError(f"selector: {type(rule).__name__} has no {score} to rank by")
+    return Decided(rule, steps if threshold is None else None, rows, selectors)
+
+
+def _row_of(config: DecodeConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in (*ROW, "min_commit")}
+
+
+def _given(values: Mapping[str, Any]) -> list[str]:
+    """The names of those that are not left at their default."""
+
+    def default(name: str, value: Any) -> bool:
+        return value is None or (name == "min_commit" and isinstance(value, int) and value == 1)
+
+    return [name for name, value in values.items() if not default(name, value)]
+
+
+def _rule(config: DecodeConfig) -> tuple[Rule | None, dict[str, Any]]:
+    """The rule that `policy` or `rule` says, and the values that the policy row is made of."""
+    policy, rule = config.policy, config.rule
+    row = _row_of(config)
+    if policy is not None:
+        if rule is not None:
+            raise ValueError("policy: give it alone, without rule")
+        if given := _given(row):
+            raise ValueError(f"policy: give it alone, without {given[0]}")
+        return (FunctionRule(policy) if callable(policy) else None), row
+    if isinstance(rule, str):
+        named = [name for name in ("threshold", "selector", "steps") if row[name] is not None]
+        rule, found = parse(rule, default=not named)
+        if found and named:
+            raise ValueError(f"rule: names a policy row, so give it without {named[0]}")
+        row = {**row, **found}
+    elif isinstance(rule, Rule):
+        if rule.row is not None and not _given(row):
+            row = {**row, **parse(rule.row)[1]}
+    elif callable(rule):
+        if given := _given(row):
+            raise ValueError(f"rule: a function decides alone, so give it without {given[0]}")
+        rule = FunctionRule(rule)
+    elif rule is not None:
+        raise ValueError(f"rule: expected a Rule, its name or a function, got {type(rule).__name__}")
+    if rule is not None and rule.greedy and temperature_in_force(config.temperature) > 0:
+        raise ValueError(f"temperature: {type(rule).__name__} commits tokens of its own, so expected 0")
+    return rule, row

@@ -1,0 +1,134 @@
+"""Values of `DecodeConfig`'s fields as people give them: each by itself checked, and made plain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import arguments, policies
+from ..arguments import number, shown, whole
+from ..rules import Rule
+
+
+def plain(value: Any) -> Any:
+    """The same of Python's own numbers, lists, arrays and tensors as tuples."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
+        return tuple(plain(each) for each in value)
+    return value
+
+
+def _plain(name: str, value: Any) -> Any:
+    return plain(value)
+
+
+def _switch(name: str, value: Any) -> bool:
+    value = plain(value)
+    if not isinstance(value, (bool, int)) or value not in (0, 1):
+        raise ValueError(f"{name}: expected True or False, got {shown(value)}")
+    return bool(value)
+
+
+def _whole_of(least: int) -> Callable[[str, Any], int | None]:
+    return lambda name, value: None if value is None else whole(name, value, least)
+
+
+def _several(name: str, value: Any) -> int:
+    return whole(name, value, 1)
+
+
+def _share(name: str, value: Any) -> float:
+    found = number(name, value)
+    if found > 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {shown(value)}")
+    return found
+
+
+def _counts(name: str, value: Any) -> int | tuple[int, ...]:
+    several = getattr(value, "ndim", 0) == 1 or (isinstance(value, Sequence) and not isinstance(value, str))
+    return tuple(arguments.numbers(name, value, len(value), 0)) if several else whole(name, value, 0)
+
+
+def _real(name: str, value: Any) -> Any:
+    """A number whose bounds are looked at later."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def _rows(name: str, value: Any) -> Any:
+    if value is None or (callable(value) and not isinstance(value, Rule)):
+        return value
+    if isinstance(value, Tensor):
+        rows = value.cpu()  # so that its numbers are checked wherever they come from
+    else:
+        try:
+            filled = [[math.inf if each is None else each for each in row] for row in value]
+            rows = torch.tensor(filled, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"policy: expected rows or a function, got {type(value).__name__}") from error
+    policies.check(rows, len(rows) if rows.ndim else 1)
+    return plain(rows)
+
+
+def _ids(name: str, value: Any) -> tuple[int, ...] | None:
+    return None if value is None else tuple(arguments.token_ids(name, value).tolist())
+
+
+def _stops(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
+    found = []
+    for sequence in value if isinstance(value, Iterable) and getattr(value, "ndim", None) != 0 else [value]:
+        if getattr(sequence, "ndim", 0 if isinstance(sequence, int) else 1) == 0:
+            raise ValueError(f"stop: expected sequences of token ids, got the number {shown(sequence)}")
+        ids = arguments.token_ids("stop", sequence).tolist()
+        if not ids:
+            raise ValueError("stop: expected sequences of at least one token, got an empty one")
+        found.append(tuple(ids))
+    return tuple(found)
+
+
+def _seed(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    try:
+        seeds = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"seed: expected an integer or int64 (B,), got {shown(value)}") from error
+    if seeds.dtype not in (*arguments.INTEGERS, torch.bool) or seeds.ndim > 1:
+        raise ValueError(f"seed: expected an integer or int64 (B,), got {seeds.dtype} {tuple(seeds.shape)}")
+    return plain(seeds.to(torch.int64))
+
+
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "gen_length": _counts,
+    "infill": _switch,
+    "block_length": _whole_of(1),
+    "sub_block_length": _whole_of(1),
+    "steps": _whole_of(1),
+    "threshold": _plain,
+    "selector": _plain,
+    "policy": _rows,
+    "min_commit": _plain,
+    "max_commit": _plain,
+    "score": _plain,
+    "refresh": _whole_of(1),
+    "active_blocks": _several,
+    "open_at": _share,
+    "activate_at": _share,
+    "batch_invariant": _switch,
+    "graphs": _switch,
+    "temperature": _real,
+    "top_p": _real,
+    "top_k": _real,
+    "suppress": _ids,
+    "mask_id": _whole_of(0),
+    "eos_id": _whole_of(0),
+    "stop": _stops,
+    "seed": _seed,
+    "record": _switch,
+    "logprobs": _switch,
+}
+"""(name, value) -> the value that is kept; raises ValueError. How fields go together: `DecodeConfig`."""

@@ -1,0 +1,67 @@
+"""Prompts in, responses out, as text: what `dparallel decode` prints."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import dparallel_ext as dx
+from dparallel_ext.arguments import whole
+from dparallel_ext.models import Model
+
+from . import registry, text
+from .live import LiveText
+
+
+def complete(
+    name: str,
+    model: Model,
+    tokenizer: Any,
+    prompts: list[str],
+    *,
+    template: text.Template | None = None,
+    gen_length: int | None = None,
+    infill: bool = False,
+    suffix: str | None = None,
+    live: LiveText | None = None,
+    **settings: Any,
+) -> Iterator[dict[str, Any]]:
+    """Decode prompts together; yields prompt, response, tokens, forwards and, with `infill`, text of each.
+
+    `name`: the model's. `gen_length`: default the model's; with `infill` alone 0. `suffix`: text behind the
+    response. `settings`: of `dparallel_ext.decode`.
+
+    Raises ValueError, by name.
+    """
+    encode, mask = text.prompt_encoder(tokenizer, template), model.mask_id
+    if mask is None:
+        raise ValueError(f"mask_id: the files of {name} name no mask token, so give --mask-id")
+    if gen_length is None:
+        gen_length = 0 if infill and not suffix else registry.gen_length(name)
+    ids = [encode(prompt) for prompt in prompts]
+    more = gen_length  # tokens that decode appends
+    if suffix:
+        between = [mask] * whole("gen_length", gen_length, 1)
+        after = tokenizer.encode(suffix, add_special_tokens=False).ids
+        ids, more = [[*one, *between, *after] for one in ids], 0
+    gaps = [one.count(mask) if infill or suffix else 0 for one in ids]
+    if infill and not gen_length and not all(gaps):
+        said = tokenizer.id_to_token(mask)
+        raise ValueError(f"prompt: expected a mask token, {said}, where --infill is to fill it")
+    registry.check_positions(name, model, max(map(len, ids), default=0) + more)
+    with live or contextlib.nullcontext():
+        out = dx.decode(model, ids, gen_length=more, infill=infill or bool(suffix), streamer=live, **settings)
+    for i, (prompt, tokens, passes) in enumerate(zip(prompts, out.responses, out.nfe.tolist(), strict=True)):
+        # A block-causal model fills its last block beyond what was asked for.
+        kept = min(int(out.kept[i]), gaps[i] + more)
+        response = tokenizer.decode(tokens[:kept].tolist())
+        row = {"prompt": prompt, "response": response, "tokens": kept, "forwards": passes}
+        yield {**row, "text": tokenizer.decode(in_place(out, i, kept))} if infill else row
+
+
+def in_place(out: dx.DecodeOutput, i: int, kept: int) -> list[int]:
+    """Tokens of sequence i, given and decoded ones, without what follows the first `kept` decoded."""
+    left_out = set(out.masked[i].nonzero()[kept:, 0].tolist())
+    tokens = out.sequences[i, : int(out.lengths[i])].tolist()
+    return [token for at, token in enumerate(tokens) if at not in left_out]

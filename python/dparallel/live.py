@@ -1,0 +1,73 @@
+"""Text that is unmasked before one's eyes: `dparallel decode --stream`, `dparallel demo`."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from torch import Tensor
+
+from .toy import tasks
+
+HIDDEN = "░░"
+
+
+class LiveText:
+    """A streamer for `decode`: what is committed so far, the newest bright; lines where no terminal is."""
+
+    def __init__(self, console: Any, tokenizer: Any, mask_id: int | None, delay: float) -> None:
+        self.console, self.tokenizer, self.mask_id = console, tokenizer, mask_id
+        self.delay = delay if console.is_terminal else 0.0
+        self.done: list[int] = []
+        self.before: list[int] = []
+        self.passes = 0
+        self.prompt_seen = False
+        self.live: Any = None
+
+    def __enter__(self) -> LiveText:
+        from rich.live import Live
+
+        if self.console.is_terminal:
+            self.live = Live(console=self.console, refresh_per_second=30)
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def put(self, value: Tensor) -> None:
+        if self.prompt_seen:
+            self.done += value.flatten().tolist()
+        self.prompt_seen = True
+
+    def put_draft(self, value: Tensor) -> None:
+        self.passes += 1
+        now = self.done + value.flatten().tolist()
+        text = self._text(now)
+        if self.live is not None:
+            self.live.update(text)
+            time.sleep(self.delay)
+        else:
+            self.console.print(text)
+        self.before = now
+
+    def end(self) -> None:
+        pass
+
+    def _text(self, now: list[int]) -> Any:
+        from rich.text import Text
+
+        text = Text(f"pass {self.passes:2d}  ", style="bold")
+        for i, token in enumerate(now):
+            fresh = i >= len(self.before) or token != self.before[i]
+            if token == self.mask_id:
+                text.append(HIDDEN + " ", style="grey37")
+                continue
+            word = self.tokenizer.id_to_token(token)
+            style = "bold black on green" if fresh else "default"
+            if word == tasks.EOS:
+                word, style = "·", "green" if fresh else "grey37"
+            text.append(word, style=style)
+            text.append(" ")
+        return text

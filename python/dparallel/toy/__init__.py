@@ -1,0 +1,1 @@
+"""Word problems whose answers can be checked, the models that ship (trained on them), and a demo."""

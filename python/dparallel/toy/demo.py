@@ -1,0 +1,91 @@
+"""`dparallel demo`: a problem unmasked before one's eyes by each model, a table, and pictures."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dparallel_ext as dx
+
+from .. import evaluate, plots, registry
+from ..live import HIDDEN, LiveText
+from . import tasks
+
+POLICIES = (evaluate.ONE, "confidence:0.9", "entropy:0.5")
+LEGEND = (
+    f"{HIDDEN} is a masked token, · the end of the text. A pass is one run of the model over the text, and a "
+    "policy decides which predictions stay. The student is the teacher, distilled to need fewer passes."
+)
+
+
+def run(
+    names: list[str] | None = None,
+    *,
+    problems: int = 50,
+    out: str | Path = "out/demo",
+    delay: float = 0.25,
+    console: Any = None,
+) -> Path:
+    """The demo of `names`, default all models that ship.
+
+    Writes table.json and, for each model, response-NAME.png to `out`, which it returns.
+    """
+    from rich.console import Console
+
+    console, directory = console or Console(), Path(out)
+    names = names or registry.builtins()
+    # Past the problems that the table counts.
+    problem = next(itertools.islice(tasks.problems("held_out", seed=1), 2, None))
+    console.print(f"\n[bold]{problem.prompt}[/bold]", highlight=False)
+    console.print(LEGEND, highlight=False)
+    pictures = [_show(name, problem, directory, delay, console) for name in names]
+    console.print(f"{problems} held-out problems, {tasks.GEN_LENGTH} tokens each:\n", highlight=False)
+    console.print(evaluate.HEADING, style="bold")
+    rows = []
+    for row in evaluate.sweep(names, POLICIES, problems=problems):
+        rows.append(row)
+        console.print(evaluate.line(row), highlight=False)
+    evaluate.write_json(directory / "table.json", rows)
+    console.print(f"\npictures: {', '.join(map(str, pictures))}", highlight=False)
+    return directory
+
+
+def _show(name: str, problem: tasks.Problem, directory: Path, delay: float, console: Any) -> Path:
+    """One model's answer, pass by pass, and the picture of it."""
+    model, tokenizer = registry.load(name)
+    prompt = torch.tensor([tokenizer.encode(problem.prompt).ids])
+    console.print(f"\n[bold]{name}[/bold]\n", highlight=False)
+    assert model.mask_id is not None
+    with LiveText(console, tokenizer, model.mask_id, delay) as streamer:
+        answer = dx.decode(
+            model,
+            prompt,
+            gen_length=tasks.GEN_LENGTH,
+            threshold=0.5,
+            selector="entropy",
+            streamer=streamer,
+            record=True,
+        )
+    ids = answer.sequences[0, prompt.shape[1] :].tolist()
+    text = tokenizer.decode(ids)
+    verdict = "right" if tasks.is_correct(problem, text) else f"wrong, it is {problem.answer}"
+    kept = evaluate.kept_tokens(answer.sequences[:, prompt.shape[1] :], model.eos_id)
+    console.print(
+        f"\nanswer {tasks.extract_answer(text)} ({verdict}): {kept} tokens in {answer.forwards} passes, "
+        f"{kept / answer.forwards:.1f} tokens a pass ({tasks.GEN_LENGTH} and "
+        f"{answer.padded_tokens_per_forward:.1f} with the padding behind its end)\n",
+        highlight=False,
+    )
+    assert answer.trajectory is not None
+    words = [tokenizer.id_to_token(t) for t in ids]
+    picture = directory / f"response-{Path(name.removeprefix('builtin:')).name}.png"
+    plots.response_by_pass(
+        ["·" if word == tasks.EOS else word for word in words],
+        answer.trajectory.step[0].tolist(),
+        picture,
+        title=f"{problem.prompt}   ({name}: {answer.forwards} passes, entropy 0.5)",
+    )
+    return picture

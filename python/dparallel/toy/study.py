@@ -1,0 +1,316 @@
+"""`make distill`: from the teacher to the curves, and the best student.
+
+    answers      the teacher answers training problems, its right answers are kept
+    sweep        beta and mask ratio, one short run each, judged on problems of their own
+    finals       the best certainty-forcing setting and the best with cross entropy alone, at equal budgets
+                 over several seeds; and the teacher
+    curves       accuracy against passes, with intervals, over problems that nothing was chosen by
+    student      the final run that needs the fewest passes at the teacher's accuracy, judged as the sweep was
+
+Every stage writes files and is left out where they are there, so a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .. import evaluate, files, plots
+from ..training import distill, trajectories
+from . import train
+
+TEACHER_POLICIES = (
+    [evaluate.ONE]
+    + [f"entropy:{t}" for t in (0.5, 0.6, 0.7, 0.8)]
+    + [f"confidence:{t}" for t in (0.9, 0.8, 0.7)]
+    + [f"entropy_bound:{t}" for t in (0.6, 1.0, 2.0)]
+)
+STUDENT_POLICIES = (
+    [f"entropy:{t}" for t in (0.3, 0.5, 0.7, 0.9, 1.1, 1.4)]
+    + [f"confidence:{t}" for t in (0.8, 0.6, 0.5)]
+    + [f"entropy_bound:{t}" for t in (1.0,)]
+)
+SWEEP_POLICIES = [f"entropy:{t}" for t in (0.3, 0.5, 0.7, 1.0)]
+VALIDATION = 1
+"""The seed of the held-out problems that choices are made by; the curves are over those of seed 0."""
+BETAS = (0.0, 0.5, 1.0, 2.0)
+RATIOS: tuple[Any, ...] = (0.5, [0.0, 1.2])
+WITHIN = 0.01
+"""A student may lose a point of accuracy."""
+THRESHOLDS = ("entropy", "confidence")
+"""The policies that are a threshold for each token, as those of the paper; entropy_bound is one for a sum."""
+
+Row = dict[str, Any]
+
+
+def passes_at(rows: Iterable[Row], accuracy: float) -> float:
+    """The fewest passes per answer at no less than `accuracy`; between thresholds, by straight lines."""
+    best = float("inf")
+    rules: dict[str, list[Row]] = {}
+    for row in rows:
+        rules.setdefault(row["policy"].partition(":")[0], []).append(row)
+    for points in rules.values():
+        points.sort(key=lambda row: row["nfe_mean"])
+        best = min([best, *(p["nfe_mean"] for p in points if p["accuracy"] >= accuracy)])
+        for a, b in itertools.pairwise(points):
+            if a["accuracy"] < accuracy <= b["accuracy"]:
+                share = (accuracy - a["accuracy"]) / (b["accuracy"] - a["accuracy"])
+                best = min(best, a["nfe_mean"] + share * (b["nfe_mean"] - a["nfe_mean"]))
+    return best
+
+
+def of_rules(rows: Iterable[Row], rules: Iterable[str]) -> list[Row]:
+    return [row for row in rows if row["policy"].partition(":")[0] in rules]
+
+
+def once(file: Path, make: Callable[[], Any]) -> Any:
+    """What `make` returns, kept in a JSON file; read from it where it is there."""
+    if not file.exists():
+        evaluate.write_json(file, make())
+    return json.loads(file.read_text())
+
+
+def spent(out: Path) -> float:
+    """Seconds of training and evaluation that the files below `out` record."""
+    total = 0.0
+    for file in out.rglob("*.json"):
+        content = json.loads(file.read_text()) if "student" not in file.parts else None
+        if file.name == "training.json" and content is not None:
+            total += content["seconds"]
+        elif isinstance(content, list):
+            total += sum(row["seconds"] for row in content)
+    return total
+
+
+def measured(name: str, policies: Iterable[str], problems: int, seed: int) -> list[Row]:
+    return list(evaluate.sweep([name], policies, problems=problems, seed=seed))
+
+
+def run(
+    out: str | Path,
+    recipe_file: str | Path = "recipes/builtin.yaml",
+    *,
+    seeds: int = 3,
+    steps: int | None = None,
+    sweep_steps: int = 200,
+    problems: int = 2000,
+    validation: int = 300,
+    betas: Iterable[float] = BETAS,
+    ratios: Iterable[Any] = RATIOS,
+    data: str | None = None,
+    model: str | None = None,
+    train_teacher: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """All stages; returns what report.json then holds.
+
+    The teacher is the recipe's; or `model`; or, with `train_teacher`, trained from scratch first.
+    """
+    out, began = Path(out), time.monotonic()
+    if train_teacher:
+        model = str(train.train(out / "teacher"))
+    given = {"data": data, "model": model}
+    base = distill.read(recipe_file, **{key: value for key, value in given.items() if value is not None})
+
+    def clock() -> str:
+        return f"[{(time.monotonic() - began) / 60:5.1f} min]"
+
+    def trained(name: str, changes: dict[str, Any]) -> Path:
+        directory = out / name
+        if not (directory / "training.json").exists():
+            recipe = distill.read(recipe_file, model=base.model, training=changes)
+            distill.run(recipe, out / "answers", directory, progress=False)
+            for checkpoint in directory.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+        return directory
+
+    settings = trajectories.Settings(**{"model": base.model, **base.trajectories})
+    prompts = trajectories.read_prompts(base.data)
+    trajectories.generate(out / "answers", prompts, settings)
+    answers = len(trajectories.Trajectories(out / "answers"))
+    say(f"{clock()} answers: {answers} of {len(prompts)} right")
+
+    checked = once(
+        out / "teacher-validation.json", lambda: measured(base.model, [evaluate.ONE], validation, VALIDATION)
+    )
+    bar = checked[0]["accuracy"] - WITHIN
+    say(f"{clock()} teacher, validation, one token a pass: {checked[0]['accuracy']:.1%}")
+
+    def tried(ratio: Any, beta: float) -> dict[str, Any]:
+        name = f"sweep/beta-{beta:g}-ratio-{'-'.join(map(str, ratio)) if isinstance(ratio, list) else ratio}"
+        changes = {"entropy_weight": beta, "mask_ratio": ratio, "max_steps": sweep_steps}
+        directory = trained(name, changes)
+        rows = once(
+            directory / "validation.json",
+            lambda: measured(str(directory), SWEEP_POLICIES, validation, VALIDATION),
+        )
+        found = {"entropy_weight": beta, "mask_ratio": ratio, "passes": passes_at(rows, bar), "rows": rows}
+        say(f"{clock()} {name}: {found['passes']:.2f} passes at {bar:.1%}")
+        return found
+
+    sweep = [tried(ratio, beta) for ratio, beta in itertools.product(ratios, betas)]
+    choices = {
+        "cross entropy": min((s for s in sweep if s["entropy_weight"] == 0), key=lambda s: s["passes"]),
+        "certainty forcing": min((s for s in sweep if s["entropy_weight"] > 0), key=lambda s: s["passes"]),
+    }
+
+    finals: dict[str, list[dict[str, Any]]] = {}
+    for seed, (objective, choice) in itertools.product(range(seeds), choices.items()):
+        changes = {k: choice[k] for k in ("entropy_weight", "mask_ratio")} | {"seed": seed}
+        changes |= {} if steps is None else {"max_steps": steps}
+        name = f"finals/{objective.replace(' ', '-')}-{seed}"
+        directory = trained(name, changes)
+
+        def judged(policies: list[str], count: int, of: int, directory: Path = directory) -> list[Row]:
+            return measured(str(directory), policies, count, of)
+
+        chosen_by = once(
+            directory / "validation.json", partial(judged, SWEEP_POLICIES, validation, VALIDATION)
+        )
+        rows = once(directory / "held_out.json", partial(judged, STUDENT_POLICIES, problems, 0))
+        finals.setdefault(objective, []).append(
+            {"directory": str(directory), "validation": passes_at(chosen_by, bar), "rows": rows}
+        )
+        say(f"{clock()} {name}: {passes_at(chosen_by, bar):.2f} passes at {bar:.1%}, validation")
+
+    teacher = once(out / "teacher.json", lambda: measured(base.model, TEACHER_POLICIES, problems, 0))
+    best = min((run for runs in finals.values() for run in runs), key=lambda run: run["validation"])
+    student = out / "student"
+    shutil.copytree(best["directory"], student, dirs_exist_ok=True)
+    groups = {"teacher": [teacher]} | {name: [run["rows"] for run in runs] for name, runs in finals.items()}
+    report = summary(groups, best["rows"]) | {
+        "student": best["directory"],
+        "sweep": [{k: v for k, v in s.items() if k != "rows"} for s in sweep],
+        "chosen": {name: {k: c[k] for k in ("entropy_weight", "mask_ratio")} for name, c in choices.items()},
+        "answers": answers,
+        "problems": problems,
+        "minutes": round(spent(out) / 60),
+    }
+    evaluate.write_json(out / "report.json", report)
+    shown = [row for row in report["table"] if not row["policy"].startswith("entropy_bound")]
+    plots.accuracy_against_passes(shown, out / "curves.png")
+    files.write_text(out / "report.md", markdown(report))
+    say(markdown(report))
+    return report
+
+
+def summary(groups: dict[str, list[list[Row]]], student: list[Row]) -> dict[str, Any]:
+    """Each group's accuracy and passes per policy (mean and range over its runs), AUP, and the targets."""
+    top = max(row["accuracy"] for runs in groups.values() for rows in runs for row in rows)
+    teacher = groups["teacher"][0]
+    one = next(row for row in teacher if row["policy"] == evaluate.ONE)
+    bar = one["accuracy"] - WITHIN
+
+    table = []
+    for name, runs in groups.items():
+        for same in zip(*runs, strict=True):
+            accuracy = [row["accuracy"] for row in same]
+            trials = sum(row["problems"] for row in same)
+            right = sum(round(row["accuracy"] * row["problems"]) for row in same)
+            table.append(
+                {
+                    "model": name,
+                    **{key: same[0][key] for key in ("policy", "threshold", "problems", "gen_length")},
+                    "runs": len(same),
+                    "accuracy": statistics.mean(accuracy),
+                    "accuracy_of_runs": [min(accuracy), max(accuracy)],
+                    "accuracy_interval": evaluate.wilson(right, trials),
+                    "nfe_mean": statistics.mean(row["nfe_mean"] for row in same),
+                }
+            )
+    areas = {
+        name: {rule: [evaluate.aup(of_rules(rows, [rule]), top) for rows in runs] for rule in THRESHOLDS}
+        for name, runs in groups.items()
+    }
+    return {
+        "table": table,
+        "aup": areas,
+        "bar": bar,
+        "passes_one_token": one["nfe_mean"],
+        "passes_at_bar": {
+            name: {
+                "threshold": [passes_at(of_rules(rows, THRESHOLDS), bar) for rows in runs],
+                "any policy": [passes_at(rows, bar) for rows in runs],
+            }
+            for name, runs in groups.items()
+        },
+        "student_passes_at_bar": passes_at(student, bar),
+    }
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """report.json for readers."""
+    bar, one = report["bar"], report["passes_one_token"]
+    lines = [
+        f"Fewest passes at an accuracy of at least {bar:.1%} (the teacher's at one token a pass, less a "
+        f"point), over {report['problems']} held-out problems:",
+        "",
+        "| model | setting | passes with a threshold, each run | fewer than one a token "
+        "| fewer than the teacher | with any policy, each run | AUP, entropy | AUP, confidence |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    teacher = report["passes_at_bar"]["teacher"]["threshold"][0]
+    for name, passes in report["passes_at_bar"].items():
+        chosen = report["chosen"].get(name)
+        setting = f"beta {chosen['entropy_weight']:g}, ratio {chosen['mask_ratio']}" if chosen else ""
+        aup = [f"{statistics.mean(report['aup'][name][rule]):.0f}" for rule in THRESHOLDS]
+        each, any_policy = (", ".join(f"{p:.2f}" for p in passes[by]) for by in ("threshold", "any policy"))
+        mean = statistics.mean(passes["threshold"])
+        fewer = f"{one / mean:.1f}x | {teacher / mean:.1f}x"
+        lines.append(f"| {name} | {setting} | {each} | {fewer} | {any_policy} | {aup[0]} | {aup[1]} |")
+    lines += [
+        "",
+        "| model | policy | accuracy | 95 % interval | of runs | passes |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for row in report["table"]:
+        low, high = row["accuracy_interval"]
+        least, most = row["accuracy_of_runs"]
+        of_runs = f"{least:.1%} to {most:.1%}" if row["runs"] > 1 else ""
+        lines.append(
+            f"| {row['model']} | {row['policy']} | {row['accuracy']:.1%} | {low:.1%} to {high:.1%} "
+            f"| {of_runs} | {row['nfe_mean']:.2f} |"
+        )
+    lines += ["", "| beta | mask ratio | passes at the bar (sweep, validation problems) |", "|--:|---|--:|"]
+    lines += [f"| {s['entropy_weight']:g} | {s['mask_ratio']} | {s['passes']:.2f} |" for s in report["sweep"]]
+    lines += ["", f"{report['minutes']} minutes of training and evaluation."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m dparallel.toy.study", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--out", default="out/distill")
+    parser.add_argument("--recipe", default="recipes/builtin.yaml")
+    parser.add_argument("--model", help="the teacher; default: the recipe's")
+    parser.add_argument("--train-teacher", action="store_true", help="from scratch first (75 minutes)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="of the finals; default: the recipe's")
+    parser.add_argument("--sweep-steps", type=int, default=200)
+    parser.add_argument("--problems", type=int, default=2000)
+    parser.add_argument("--validation", type=int, default=300, help="problems that choices are made by")
+    args = parser.parse_args()
+    run(
+        args.out,
+        args.recipe,
+        seeds=args.seeds,
+        steps=args.steps,
+        sweep_steps=args.sweep_steps,
+        problems=args.problems,
+        validation=args.validation,
+        model=args.model,
+        train_teacher=args.train_teacher,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""Train the built-in model from scratch on `tasks`, with the masked-diffusion objective of LLaDA.
+
+Each response token is masked with probability t ~ U(0, 1); the loss is cross entropy on the masked tokens
+weighted 1/t, over the response's length (arXiv 2502.09992, eq. 3). Muon on the matrices of the blocks, AdamW
+on the rest, and an exponential average of the weights is what ships.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dparallel_ext import models
+from dparallel_ext.models import LLaDA
+
+from .. import evaluate as evaluation
+from .. import files, registry
+from . import tasks
+
+MOST_SEEDS = 2**40
+"""Beyond it the seed of a step would not be one of torch's generator, 64 bits."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a training run is; with the same settings it gives the same model."""
+
+    steps: int = 7000
+    batch: int = 64
+    width: int = 192
+    layers: int = 4
+    heads: int = 6
+    mlp_width: int = 512
+    muon_lr: float = 3e-3
+    adam_lr: float = 2e-3
+    weight_decay: float = 0.01
+    warmup: int = 200
+    decay: float = 0.25
+    """Share of the steps, at the end, over which the learning rates fall to zero."""
+    ema: float = 0.998
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "width", "layers", "heads", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a whole number >= 1, got {getattr(self, name)}")
+        if self.width % self.heads:
+            raise ValueError(f"heads: expected a divisor of width {self.width}, got {self.heads}")
+        if not 0 <= self.seed < MOST_SEEDS:
+            raise ValueError(f"seed: expected a whole number >= 0 and < {MOST_SEEDS}, got {self.seed}")
+
+
+def tokenizer() -> Any:
+    """The task's word-level tokenizer (a `tokenizers.Tokenizer`)."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: i for i, word in enumerate(tasks.vocabulary())}
+    made = Tokenizer(models.WordLevel(words, unk_token=tasks.UNKNOWN))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens([tasks.PAD, tasks.EOS, tasks.UNKNOWN, tasks.MASK])
+    return made
+
+
+def save_tokenizer(directory: Path) -> None:
+    """tokenizer.json, and tokenizer_config.json so that `transformers.AutoTokenizer` reads it too."""
+    with files.replacing(directory / "tokenizer.json") as partial:
+        tokenizer().save(str(partial))
+    special = {"pad": tasks.PAD, "eos": tasks.EOS, "unk": tasks.UNKNOWN, "mask": tasks.MASK}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config |= {f"{name}_token": token for name, token in special.items()}
+    files.write_json(directory / "tokenizer_config.json", config)
+
+
+def model_config(settings: Settings) -> dict[str, Any]:
+    """config.json in the layout of LLaDA's checkpoints."""
+    vocabulary = tasks.vocabulary()
+    return {
+        "architectures": ["LLaDAModelLM"],
+        "model_type": "llada",
+        "activation_type": "silu",
+        "alibi": False,
+        "attention_layer_norm": False,
+        "bias_for_layer_norm": False,
+        "block_group_size": 1,
+        "block_type": "llama",
+        "d_model": settings.width,
+        "embedding_size": len(vocabulary),
+        "eos_token_id": vocabulary.index(tasks.EOS),
+        "include_bias": False,
+        "include_qkv_bias": False,
+        "input_emb_norm": False,
+        "layer_norm_type": "rms",
+        "layer_norm_with_affine": True,
+        "mask_token_id": vocabulary.index(tasks.MASK),
+        "max_sequence_length": 256,
+        "mlp_hidden_size": settings.mlp_width,
+        "mlp_ratio": 4,
+        "n_heads": settings.heads,
+        "n_kv_heads": settings.heads,
+        "n_layers": settings.layers,
+        "pad_token_id": vocabulary.index(tasks.PAD),
+        "rms_norm_eps": 1e-5,
+        "rope": True,
+        "rope_full_precision": True,
+        "rope_theta": 10000.0,
+        "scale_logits": False,
+        "torch_dtype": "bfloat16",
+        "vocab_size": len(vocabulary),
+        "weight_tying": False,
+    }
+
+
+def batch_of(settings: Settings, step: int) -> tuple[Tensor, int]:
+    """Token ids (batch, prompt + GEN_LENGTH) of training problems of one length, and the prompt's length.
+
+    It depends on the seed and the step alone, so that a resumed run sees what it would have seen.
+    """
+    ids = {word: i for i, word in enumerate(tasks.vocabulary())}
+    stream = tasks.problems("train", seed=settings.seed * 1_000_003 + step)
+    length = len(next(stream).prompt.split())
+    rows = []
+    for problem in itertools.islice((p for p in stream if len(p.prompt.split()) == length), settings.batch):
+        words = problem.prompt.split() + problem.response.split()
+        words += [tasks.EOS] * (length + tasks.GEN_LENGTH - len(words))
+        rows.append([ids[word] for word in words])
+    return torch.tensor(rows), length
+
+
+def masked_diffusion_loss(model: models.Model, ids: Tensor, prompt: int, seed: int) -> Tensor:
+    """Cross entropy of the masked response tokens of ids (B, L) on the CPU, weighted 1/t."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, length = len(ids), ids.shape[1] - prompt
+    # One t in each of `batch` equal slices of (0, 1): the same law for each row, less noise in the sum.
+    t = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
+    t = t.clamp(min=1e-2)[:, None]
+    masked = torch.rand(batch, length, generator=generator) < t  # (B, L - prompt)
+    assert model.mask_id is not None
+    noisy = ids.clone()
+    noisy[:, prompt:].masked_fill_(masked, model.mask_id)
+    labels, weight = ids[:, prompt:][masked], (1 / t).expand_as(masked)[masked]
+    device = model.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=registry.fast_bfloat16(device)):
+        logits = model.head(model.hidden(noisy.to(device))[:, prompt:][masked.to(device)])  # (masked, V)
+    nll = F.cross_entropy(logits.float(), labels.to(device), reduction="none")
+    return (nll * weight.to(device)).sum() / masked.numel()
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Warm-up, a plateau, and a straight fall to zero; as a share of the full rate."""
+    fall = max(1, round(settings.steps * settings.decay))
+    return min(1.0, (step + 1) / settings.warmup, (settings.steps - step) / fall)
+
+
+def train(
+    out: str | Path,
+    settings: Settings | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    save_every: int = 500,
+    evaluate: int = 2000,
+    progress: bool = True,
+) -> Path:
+    """Train, or go on where a run in `out` was stopped, and write the checkpoint there.
+
+    `out` receives config.json, model.safetensors (bfloat16, the averaged weights), the tokenizer's files and
+    training.json: the settings, the loss, and the share of `evaluate` held-out problems that the checkpoint
+    gets right at one token a pass. Every `save_every` steps the run's state goes to state.pt; a resumed run
+    continues exactly as if it had not been stopped; only `steps` may change.
+
+    Raises ValueError naming the argument that does not fit, also where `out` holds a run of other settings or
+    another run is writing there; OSError where the disk is full.
+    """
+    settings = settings or Settings()
+    for name, value, least in (("save_every", save_every, 1), ("evaluate", evaluate, 0)):
+        if value < least:
+            raise ValueError(f"{name}: expected a whole number >= {least}, got {value}")
+    directory = files.directory("out", out)
+    with files.locked("out", directory), files.full_disk_named(directory):
+        return _train(directory, settings, device, save_every, evaluate, progress)
+
+
+def _train(
+    directory: Path,
+    settings: Settings,
+    device: str | torch.device,
+    save_every: int,
+    evaluate: int,
+    progress: bool,
+) -> Path:
+    torch.manual_seed(settings.seed)
+    model = LLaDA(model_config(settings))
+    initialise(model)
+    model.to(device)
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(
+            matrices,
+            lr=settings.muon_lr,
+            weight_decay=settings.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW(rest, lr=settings.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    full_rates = [settings.muon_lr, settings.adam_lr]
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    first, seconds = 0, 0.0
+    curve: list[list[float]] = []
+    recent: list[float] = []
+    state_file = directory / "state.pt"
+    if state_file.exists():
+        try:
+            state = torch.load(state_file, weights_only=True, map_location=device)
+            state["settings"], state["model"], state["optimizers"]
+        except Exception as error:  # of many kinds
+            raise ValueError(
+                f"out: {state_file} is not the state of a run ({type(error).__name__}: {error}); without it "
+                "the run begins anew"
+            ) from error
+        if {**state["settings"], "steps": 0} != {**asdict(settings), "steps": 0}:
+            raise ValueError(f"out: {directory} holds a run with other settings: {state['settings']}")
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        average, first = state["average"], state["step"]
+        seconds, curve, recent = state["seconds"], state["curve"], state["recent"]
+
+    steps: Any = range(first, settings.steps)
+    if progress:
+        from tqdm import tqdm
+
+        steps = tqdm(steps, initial=first, total=settings.steps, desc="train", mininterval=5)
+    clock = time.monotonic()
+    for step in steps:
+        rate = learning_rate(settings, step)
+        for optimizer, full in zip(optimizers, full_rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = full * rate
+        ids, prompt = batch_of(settings, step)
+        loss = masked_diffusion_loss(model, ids, prompt, settings.seed * 1_000_003 + step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        decay = min(settings.ema, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                average[name].lerp_(p, 1 - decay)
+        recent.append(loss.item())
+        if (step + 1) % 100 == 0:
+            curve.append([step + 1, round(sum(recent) / len(recent), 5)])
+            recent = []
+            if progress:
+                steps.set_postfix(loss=f"{curve[-1][1]:.4f}")
+        if (step + 1) % save_every == 0 or step + 1 == settings.steps:
+            now = time.monotonic()
+            seconds, clock = seconds + now - clock, now
+            state = {
+                "settings": asdict(settings),
+                "step": step + 1,
+                "model": model.state_dict(),
+                "optimizers": [o.state_dict() for o in optimizers],
+                "average": average,
+                "seconds": seconds,
+                "curve": curve,
+                "recent": recent,
+            }
+            with files.replacing(state_file) as partial:
+                torch.save(state, partial)
+
+    model.load_state_dict(average, strict=False)
+    save_tokenizer(directory)  # before config.json, which makes it a checkpoint
+    models.save(model, directory, dtype=torch.bfloat16)
+    report: dict[str, Any] = {"settings": asdict(settings), "seconds": round(seconds), "loss": curve}
+    if evaluate:
+        report["held_out"] = evaluation.evaluate(str(directory), evaluation.ONE, problems=evaluate)
+        report["held_out"]["model"] = directory.name
+    files.write_json(directory / "training.json", report)
+    return directory
+
+
+def initialise(model: LLaDA) -> None:
+    """Normal weights of variance 1 / fan_in, the residual branches' last matrices smaller."""
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            fan_in = 1.0 if name == "embed.weight" else p.shape[1]
+            residual = name.endswith(("o.weight", "down.weight"))
+            scale = (2 * model.shape.layers) ** -0.5 if residual else 1.0
+            nn.init.normal_(p, std=(0.5 if name == "embed.weight" else scale * fan_in**-0.5))
+    nn.init.normal_(model.lm_head.weight, std=0.02)

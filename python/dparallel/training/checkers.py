@@ -1,0 +1,80 @@
+"""Whether a response gives the reference answer: what `dparallel trajectories --checker` names."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+
+
+def hashes(answer: str, response: str) -> bool:
+    """The number after #### (GSM8K's own form) is the reference's, or the reference itself."""
+    found = re.search(r"####\s*(-?[\d,.]*\d)", response)
+    return found is not None and _number(found[1]) == _number(_after_hashes(answer))
+
+
+def last_number(answer: str, response: str) -> bool:
+    """The last number of the response is the reference's (GSM8K as usually scored)."""
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", response)
+    return bool(found) and _number(found[-1]) == _number(_after_hashes(answer))
+
+
+def boxed(answer: str, response: str) -> bool:
+    r"""The last \boxed{...} is the reference's, or the reference itself, spaces aside (MATH)."""
+    found = _boxed(response)
+    expected = _boxed(answer) or answer
+    return found is not None and found.replace(" ", "") == expected.replace(" ", "")
+
+
+def anything(answer: str, response: str) -> bool:
+    """Every answer is kept."""
+    return True
+
+
+Checker = Callable[[str, str], bool]
+"""(the reference, the response as text) -> whether it is right."""
+CHECKERS: dict[str, Checker] = {
+    "hashes": hashes,
+    "last_number": last_number,
+    "boxed": boxed,
+    "none": anything,
+}
+
+
+def checker_of(name: str) -> Checker:
+    """One of CHECKERS, or "package.module:function". Raises ValueError."""
+    if name in CHECKERS:
+        return CHECKERS[name]
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"checker: expected one of {list(CHECKERS)} or package.module:function, got {name!r} ({error})"
+        ) from error
+    if not callable(found):
+        raise ValueError(f"checker: {name!r} is not a function")
+    return found
+
+
+def _after_hashes(answer: str) -> str:
+    return answer.rpartition("####")[2].strip()
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text.replace(",", ""))
+    except ValueError:
+        return text.strip()
+
+
+def _boxed(text: str) -> str | None:
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth, begin = 0, start + len("\\boxed")
+    for i in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return text[begin + 1 : i]
+    return None

@@ -1,0 +1,376 @@
+"""A recipe, run: a model, its own right answers, and certainty forcing on them."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dparallel_ext as dx
+from dparallel_ext.models import Model
+
+from .. import files, registry
+from . import trajectories
+
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+"""As published, by the names of our modules."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The content of a recipe's YAML file."""
+
+    model: str
+    """"builtin:NAME", a checkpoint directory, or ORG/NAME of the Hugging Face Hub."""
+    training: dict[str, Any]
+    """Of `trainer.CertaintyForcingArguments`."""
+    data: str = ""
+    """What `trajectories.read_prompts` reads."""
+    trajectories: dict[str, Any] = field(default_factory=dict)
+    """Of `trajectories.Settings`."""
+    collator: dict[str, Any] = field(default_factory=dict)
+    """Of `trajectories.Collator`: total_length or response_length."""
+    lora: dict[str, Any] | None = None
+    """Of `peft.LoraConfig`, target_modules by the checkpoint's names or ours; None: all weights train."""
+    architecture: dict[str, Any] | None = None
+    """The model's config.json, for a dry run where the checkpoint is not at hand."""
+    examples: int | None = None
+    """Answers kept, for a dry run where the trajectories are not at hand."""
+    mask_id: int | None = None
+    """The mask token's id; None: the checkpoint's own."""
+
+
+SECTIONS: dict[str, set[str] | None] = {
+    "training": None,  # `arguments` knows
+    "trajectories": {f.name for f in fields(trajectories.Settings)},
+    "collator": {f.name for f in fields(trajectories.Collator)} - {"eos_id"},
+    "lora": None,
+    "architecture": None,
+}
+"""The mappings of a recipe, and their keys where these are ours."""
+
+
+def read(file: str | Path, **changes: Any) -> Recipe:
+    """The recipe in a YAML file; `changes` replace its fields, those of `training` one by one.
+
+    Raises FileNotFoundError, or ValueError naming the key that is unknown or missing.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(files.read_text("recipe", file))
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe: {file} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"recipe: {file} holds a {type(content).__name__}, expected a mapping")
+    known = {f.name for f in fields(Recipe)}
+    unknown, missing = sorted(set(content) - known), sorted({"model", "training"} - set(content))
+    if unknown or missing:
+        raise ValueError(f"recipe: {file}: unknown {unknown}, missing {missing}; known are {sorted(known)}")
+    for name, keys in SECTIONS.items():
+        section = content.get(name)
+        if section is not None and not isinstance(section, dict):
+            raise ValueError(f"recipe: {file}: expected a mapping for {name!r}, got {section!r}")
+        if keys and (other := sorted(set(section or {}) - keys)):
+            raise ValueError(f"recipe: {file}: {name} has unknown {other}; known are {sorted(keys)}")
+    training = {**content.pop("training"), **changes.pop("training", {})}
+    return Recipe(**{**content, **changes, "training": training})
+
+
+def arguments(recipe: Recipe, out: str | Path) -> Any:
+    """The recipe's `CertaintyForcingArguments`. Raises ValueError naming a setting that does not exist."""
+    from .trainer import CertaintyForcingArguments
+
+    known = {f.name for f in fields(CertaintyForcingArguments)}
+    unknown = sorted(set(recipe.training) - known)
+    if unknown:
+        raise ValueError(f"training: no setting {unknown} in transformers.TrainingArguments or among ours")
+    defaults = {"report_to": [], "use_cpu": not torch.cuda.is_available()}
+    training = {**defaults, **recipe.training}
+    if training["use_cpu"] and not registry.fast_bfloat16():
+        training["bf16"] = False  # the same training in float32, ten times faster
+    return CertaintyForcingArguments(output_dir=str(out), **training)
+
+
+COMPANIONS = (
+    "*token*.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "*.jinja",
+    "*processor_config.json",
+    "generation_config.json",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""The files of a checkpoint that a model made from it needs too: tokenizer, templates, remote code. The new
+model has its own weights, and what the others say (results, model card, log) is true of the old one alone."""
+
+
+class Companions:
+    """A checkpoint's `COMPANIONS`, where Trainer has a tokenizer."""
+
+    def __init__(self, source: Path) -> None:
+        self.source = source
+
+    def save_pretrained(self, directory: str | Path, **_: Any) -> None:
+        for file in (*self.source.iterdir(), *self.source.glob("additional_chat_templates/*")):
+            if file.is_file() and any(fnmatch(file.name, pattern) for pattern in COMPANIONS):
+                copy = Path(directory) / file.relative_to(self.source)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                with files.replacing(copy) as partial:
+                    shutil.copyfile(file, partial)
+
+
+def last_checkpoint(directory: Path) -> str | None:
+    """The newest checkpoint that was saved to its end.
+
+    transformers writes trainer_state.json after all else, so that of a run that was killed while it saved
+    is missing or half-written.
+    """
+    numbers = {path: path.name.removeprefix("checkpoint-") for path in directory.glob("checkpoint-*")}
+    found = {path: int(number) for path, number in numbers.items() if number.isdecimal()}
+    for path in sorted(found, key=found.__getitem__, reverse=True):
+        try:
+            state = json.loads((path / "trainer_state.json").read_text())
+            if state["global_step"] == found[path]:
+                return str(path)
+        except (OSError, ValueError, TypeError, KeyError):
+            continue
+    return None
+
+
+def run(
+    recipe: Recipe,
+    answers: str | Path,
+    out: str | Path,
+    *,
+    progress: bool = True,
+) -> Path:
+    """Train on the trajectories in `answers`, or go on from the last checkpoint in `out`.
+
+    `out` receives the student in the checkpoint's own layout and in bfloat16 (with LoRA: the adapter, for
+    `merge`), the base's tokenizer files, and training.json: recipe, seconds and the log. A checkpoint whose
+    saving was interrupted is passed over for the one before.
+
+    Raises ValueError where another run is writing to `out`, OSError where the disk is full.
+    """
+    directory = files.directory("out", out)
+    with files.locked("out", directory), files.full_disk_named(directory):
+        return _run(recipe, answers, directory, progress)
+
+
+def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -> Path:
+    from .trainer import CertaintyForcingTrainer
+
+    args = arguments(recipe, directory)
+    args.disable_tqdm = not progress
+    source = registry.directory_of(recipe.model)
+    rows = trajectories.Trajectories(answers)
+    if not len(rows):
+        raise ValueError(f"trajectories: {answers} holds no right answer")
+    # Adapters are trained beside 16-bit weights, where those are fast; weights that are trained want 32.
+    narrow = recipe.lora is not None and registry.fast_bfloat16(args.device)
+    dtype = torch.bfloat16 if narrow else torch.float32
+    model: Any = dx.models.load(source, dtype=dtype, mask_id=recipe.mask_id)
+    eos = model.eos_id
+    if eos is None:
+        raise ValueError("model: its config has no eos_token_id")
+    if recipe.lora is not None:
+        torch.manual_seed(args.seed)
+        model = with_lora(model, recipe.lora, str(source))
+    trainer = CertaintyForcingTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        data_collator=trajectories.Collator(eos, **recipe.collator),
+        processing_class=Companions(source),
+    )
+    if not progress:
+        from transformers import PrinterCallback
+
+        trainer.remove_callback(PrinterCallback)
+    result = trainer.train(resume_from_checkpoint=last_checkpoint(directory))
+    if trainer.is_world_process_zero():
+        report = {"recipe": vars(recipe), "trajectories": rows.settings, "answers": len(rows)}
+        report |= {"seconds": round(result.metrics["train_runtime"]), "log": trainer.state.log_history}
+        files.write_json(directory / "training.json", report)
+    if isinstance(model, Model) and not trainer.is_fsdp_enabled:
+        if trainer.is_world_process_zero():
+            Companions(source).save_pretrained(directory)  # before config.json, which makes it a checkpoint
+            dx.models.save(model, directory, dtype=torch.bfloat16)
+    else:
+        trainer.save_model(str(directory))
+    finish(trainer)
+    return directory
+
+
+def finish(trainer: Any) -> None:
+    """End the process group, if there is one, and with it the threads that may abort the interpreter."""
+    if trainer.args.world_size < 2:
+        return
+    trainer.accelerator.end_training()
+    # DistributedDataParallel holds the group.
+    trainer.accelerator.free_memory()
+    trainer.model_wrapped = trainer.model
+    gc.collect()
+
+
+def with_lora(model: Model, settings: Mapping[str, Any], base: str) -> Any:
+    """The model under a fresh PEFT adapter, by default on the published targets."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = settings.get("target_modules", LORA_TARGETS)
+    if not isinstance(targets, str):
+        theirs = {o: model.checkpoint_name(f"blocks.0.{o}").rpartition(".")[2] for o in LORA_TARGETS}
+        targets = [theirs.get(name, name) for name in targets]
+    # LLaDA calls a layer's last matrix as it calls the head.
+    defaults = {"exclude_modules": [model.checkpoint_name("lm_head")]}
+    config = LoraConfig(**{**defaults, **settings, "target_modules": targets})
+    adapted = get_peft_model(model, config)
+    config.base_model_name_or_path = base
+    return adapted
+
+
+def merge(
+    adapter: str | Path, out: str | Path, *, model: str | None = None, mask_id: int | None = None
+) -> Path:
+    """Add a LoRA adapter's weights to its base and write a plain checkpoint in the base's own layout.
+
+    The adapter may have been trained on one of ours or on the Hugging Face model of the same checkpoint.
+    `model`: the base; default: the one that the adapter names. `mask_id`: instead of the base's.
+
+    Raises FileNotFoundError, ValueError where the adapter cannot be read, adapter and base do not fit, or
+    another run is writing to `out`, and OSError where the disk is full.
+    """
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    directory = files.possible("out", out)
+    adapter = Path(adapter)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter / file).is_file():
+            raise FileNotFoundError(f"adapter: no {file} in {adapter}")
+    try:
+        config = LoraConfig.from_pretrained(str(adapter))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"adapter: {adapter / 'adapter_config.json'} is not LoRA's: {error}") from error
+    try:
+        tensors = load_file(adapter / "adapter_model.safetensors")
+    except SafetensorError as error:
+        raise ValueError(
+            f"adapter: {adapter / 'adapter_model.safetensors'} is not a readable safetensors file: {error}"
+        ) from error
+    name = model or config.base_model_name_or_path
+    if not name:
+        raise ValueError("model: the adapter does not name its base, so give one")
+    source = registry.directory_of(str(name))
+    base = dx.models.load(source, mask_id=mask_id)
+    known = {name.rpartition(".")[0]: None for name, _ in base.named_parameters()}
+    prefix, found = "base_model.model.", {}
+    for key, tensor in tensors.items():
+        module, lora, rest = key.removeprefix(prefix).partition(".lora_")
+        if module.startswith("blocks."):  # by our names, as adapters were written here once
+            module = base.checkpoint_name(module)
+        if not lora or module not in known:
+            raise ValueError(
+                f"adapter: {key} is for no module of {source}, which has {', '.join(list(known)[1:3])}, ..."
+            )
+        found[prefix + module + lora + rest] = tensor
+    config.target_modules = sorted({key.removeprefix(prefix).partition(".lora_")[0] for key in found})
+    config.exclude_modules = None
+    config.inference_mode = True
+    adapted = get_peft_model(base, config)
+    left: Any = set_peft_model_state_dict(adapted, found)
+    if left.unexpected_keys:
+        raise ValueError(f"adapter: {left.unexpected_keys[0]} does not fit {source}")
+    merged = adapted.merge_and_unload()
+    files.directory("out", directory)
+    with files.locked("out", directory), files.full_disk_named(directory):
+        Companions(source).save_pretrained(directory)  # before config.json, which makes it a checkpoint
+        dx.models.save(merged, directory)
+    return directory
+
+
+# --- what a run would need ----------------------------------------------------------------------
+
+
+def plan(recipe: Recipe, *, processes: int = 1) -> dict[str, Any]:
+    """Steps and bytes per process of a recipe, without weights: nothing is allotted.
+
+    Weights, gradients and optimizer state are counted exactly, for data parallelism without sharding
+    (AdamW, two float32 moments); activations are an estimate: the tensors that autograd keeps of each
+    layer, or only the layers' inputs and one layer's tensors with gradient checkpointing.
+    """
+    if processes < 1:
+        raise ValueError(f"processes: expected a whole number >= 1, got {processes}")
+    config = recipe.architecture
+    if config is None:
+        config, _ = dx.models.config_of(registry.directory_of(recipe.model))
+    family = dx.models.FAMILIES.get(str(config.get("model_type")))
+    if family is None:
+        raise ValueError(
+            f"architecture: model_type {config.get('model_type')!r} is none of {list(dx.models.FAMILIES)}"
+        )
+    with torch.device("meta"):
+        model: Any = family(config)
+    shape, vocabulary = model.shape, model.shape.rows
+    total = sum(p.numel() for p in model.parameters())
+    if recipe.lora is not None:
+        model = with_lora(model, recipe.lora, recipe.model)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    else:
+        trainable = total
+    args = arguments(recipe, "unused")
+    micro, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    batch = micro * accumulated * processes
+    examples = recipe.examples
+    if examples is None:
+        examples = len(trajectories.read_prompts(recipe.data)) if recipe.data.startswith("builtin:") else None
+    if args.max_steps > 0:
+        steps: int | None = args.max_steps
+    else:
+        steps = None if examples is None else int(-(-examples // batch) * args.num_train_epochs)
+    gen = trajectories.Settings(**recipe.trajectories).gen_length
+    tokens = recipe.collator.get("total_length") or 128 + (recipe.collator.get("response_length") or gen)
+
+    rows = 2 * micro * tokens  # both views
+    # Kept of a layer: two norms' inputs in float32 and outputs, q, k, v and what attention returns, the
+    # three tensors of the MLP; 16 bits each but for the first.
+    kv = shape.kv_heads * shape.head_dim
+    layer = rows * (2 * 4 * shape.width + 2 * (6 * shape.width + 2 * kv + 4 * shape.mlp_width))
+    inputs = rows * 2 * shape.width
+    checkpointed = args.gradient_checkpointing
+    activations = shape.layers * inputs + layer if checkpointed else shape.layers * layer
+    chunk = min(rows, 256 * 2**20 // (2 * vocabulary)) * vocabulary * 2
+    passes = 3 + bool(checkpointed) + (accumulated > 1)  # backward counts as two
+    weights = 2 * total + 4 * trainable if recipe.lora else 4 * total
+    sizes = {
+        "weights": weights,
+        "gradients": 4 * trainable,
+        "optimizer": 8 * trainable,
+        "activations (estimate)": activations,
+        "loss": 2 * chunk + rows * 2 * shape.width,
+    }
+    return {
+        "parameters": total,
+        "trainable": trainable,
+        "processes": processes,
+        "sequences per step": batch,
+        "tokens per sequence": tokens,
+        "answers": examples,
+        "steps": steps,
+        "forward equivalents per micro-batch": passes,
+        "bytes per process": {**sizes, "total": sum(sizes.values())},
+    }

@@ -1,0 +1,433 @@
+"""A model's own right answers, to train it on: prompts in, shards of checked answers out.
+
+Certainty forcing learns from what the model itself says (dParallel, arXiv 2509.26488): it answers the
+training prompts, a checker keeps what is right, and each answer is kept with the order in which its tokens
+were committed. The prompts are cut into shards; a shard's file appears whole or not at all, so a run that was
+killed goes on with the shards that are not there, and any number of processes share them out by number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+import dparallel_ext as dx
+
+from .. import files, registry
+from ..evaluate import parse_policy
+from ..text import Template, prompt_encoder
+from ..toy import tasks
+from .checkers import Checker, checker_of
+
+SETTINGS = "settings.json"
+FORMATS = ("parquet", "jsonl")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A training prompt as text, and the reference that the checker compares with."""
+
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the answers of a run are; a run goes on only with the same."""
+
+    model: str = registry.DEFAULT
+    policy: str = "entropy:0.5"
+    """"one", "steps:N" (the fixed schedule) or SELECTOR:THRESHOLD."""
+    gen_length: int = tasks.GEN_LENGTH
+    block_length: int | None = None
+    """None: the model's own, if it is block-causal, else 32; settings.json has the number."""
+    cache: str = "none"
+    checker: str = "hashes"
+    shard: int = 500
+    """Prompts per shard."""
+    format: str = "parquet"
+    chat: bool | None = None
+    """Whether prompts go by the checkpoint's chat template; None: where it has one."""
+    mask_id: int | None = None
+    """None: the checkpoint's own."""
+
+
+# --- prompts ------------------------------------------------------------------------------------
+
+
+def read_prompts(source: str, prompt_field: str = "prompt", answer_field: str = "answer") -> list[Prompt]:
+    """Prompts of a JSONL or Parquet file, or of "builtin:N[:SEED]", N training problems of `tasks`.
+
+    A prompt is a text; an answer may be a number too. Raises ValueError naming the line and the field that is
+    missing or neither, FileNotFoundError.
+    """
+    if source.startswith("builtin:"):
+        try:
+            count, seed = (int(part) for part in [*source.split(":"), "77"][1:3])
+            if not 1 <= count <= sys.maxsize:
+                raise ValueError("no number of problems")
+        except ValueError as error:
+            raise ValueError(f"data: expected builtin:N or builtin:N:SEED, got {source!r}") from error
+        stream = itertools.islice(tasks.problems("train", seed=seed), count)
+        return [Prompt(p.prompt, str(p.answer)) for p in stream]
+    file = Path(source)
+    if not file.is_file():
+        raise FileNotFoundError(f"data: no file {file}")
+    found = []
+    for number, row in files.rows("data", file):
+        for name, kinds in ((prompt_field, (str,)), (answer_field, (str, int, float))):
+            if name not in row:
+                raise ValueError(f"data: {file}:{number} has no field {name!r}, only {sorted(row)}")
+            if not isinstance(row[name], kinds) or isinstance(row[name], bool):
+                raise ValueError(
+                    f"data: {file}:{number}: expected {' or '.join(kind.__name__ for kind in kinds)} in "
+                    f"{name!r}, got {row[name]!r:.60}"
+                )
+        found.append(Prompt(row[prompt_field], str(row[answer_field])))
+    return found
+
+
+# --- answers ------------------------------------------------------------------------------------
+
+
+def generate(
+    out: str | Path,
+    prompts: list[Prompt],
+    settings: Settings | None = None,
+    *,
+    batch: int = 100,
+    device: str | None = None,
+    loaded: tuple[Any, Any] | None = None,
+    progress: bool = True,
+) -> Path:
+    """Answer `prompts` and write the right answers to `out`, or go on where a run there was stopped.
+
+    `out` receives settings.json, and part-NNNNN files in the `format` of the settings. Their rows: index (of
+    the prompt), prompt, prompt_ids, response, response_ids, step (the pass that committed each token, from
+    1), confidence (its probability then), nfe (passes). A shard without a right answer has no rows.
+
+    Under `torchrun` or `accelerate launch`, process r of n takes the shards r, r + n, ...: RANK and
+    WORLD_SIZE say which, and the device is cuda:LOCAL_RANK where there is a GPU. The number of
+    processes may change between runs. A shard that is damaged is answered again.
+
+    Args:
+        batch: sequences decoded at once; those of one prompt length go together.
+        loaded: (model, tokenizer), instead of loading settings.model; then `settings.chat` must be true for
+            the chat template of settings.model to be applied.
+
+    Raises:
+        ValueError: where `out` holds a run of other settings or prompts, or another run is writing there; and
+            as `decode`. A run that is refused leaves nothing behind that would refuse the next.
+    """
+    settings = settings or Settings()
+    for name, value in (("shard", settings.shard), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"{name}: expected a whole number >= 1, got {value}")
+    if settings.format not in FORMATS:
+        raise ValueError(f"format: expected one of {FORMATS}, got {settings.format!r}")
+    policy, checker = parse_policy(settings.policy), checker_of(settings.checker)
+    if settings.block_length is None:
+        own = (
+            dx.models.traits(loaded[0]).block_length or 32
+            if loaded
+            else registry.block_length(settings.model)
+        )
+        settings = replace(settings, block_length=own)
+    wanted = settings.chat or loaded is None
+    template = registry.template_of(settings.model, settings.chat) if wanted else None
+    settings = replace(settings, chat=template is not None)
+    directory = files.directory("out", out)
+    with files.locked("out", directory):
+        _generate(directory, prompts, settings, policy, checker, template, batch, device, loaded, progress)
+    return directory
+
+
+def _generate(
+    directory: Path,
+    prompts: list[Prompt],
+    settings: Settings,
+    policy: dict[str, Any],
+    checker: Checker,
+    template: Template | None,
+    batch: int,
+    device: str | None,
+    loaded: tuple[Any, Any] | None,
+    progress: bool,
+) -> None:
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    content = _content(prompts, settings)
+    _check(directory, content)
+    shards = [prompts[first : first + settings.shard] for first in range(0, len(prompts), settings.shard)]
+    mine = range(rank, len(shards), world)
+    missing = [i for i in mine if not _is_whole(directory, i, settings)]
+    if not missing:
+        _claim(directory, content)
+        return
+    for number in missing:  # of a run that was killed
+        for partial in directory.glob(_shard(directory, number, settings.format).name + "*.partial"):
+            partial.unlink(missing_ok=True)
+    if device is None and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    model, tokenizer = loaded or registry.load(settings.model, device=device, mask_id=settings.mask_id)
+    encode = prompt_encoder(tokenizer, template)
+    model = dx.models.for_decoding(model)
+    registry.check_positions(settings.model, model, settings.gen_length)
+    bar = None
+    if progress:
+        from tqdm import tqdm
+
+        total, left = (sum(len(shards[i]) for i in some) for some in (mine, missing))
+        name = "trajectories" if world == 1 else f"trajectories {rank}/{world}"
+        bar = tqdm(total=total, initial=total - left, desc=name, unit="prompt", position=rank)
+    kept = seen = 0
+    for number in missing:
+        first, part = number * settings.shard, shards[number]
+        rows: list[dict[str, Any]] = []
+        for answered in _answer(model, tokenizer, encode, part, settings, policy, batch):
+            for at, row in answered:
+                if checker(part[at].answer, row["response"]):
+                    rows.append({"index": first + at, **row})
+            seen += len(answered)
+            if bar is not None:
+                bar.update(len(answered))
+                bar.set_postfix(right=f"{(kept + len(rows)) / seen:.1%}")
+        kept += len(rows)
+        rows.sort(key=lambda row: row["index"])
+        _claim(directory, content)  # now that nothing was refused
+        _write(_shard(directory, number, settings.format), rows, settings)
+    if bar is not None:
+        bar.close()
+
+
+def _answer(
+    model: Any,
+    tokenizer: Any,
+    encode: Callable[[str], list[int]],
+    prompts: list[Prompt],
+    settings: Settings,
+    policy: dict[str, Any],
+    batch: int,
+) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+    """[(place in prompts, row)] of each batch."""
+    groups: dict[int, list[tuple[int, list[int]]]] = {}
+    for at, prompt in enumerate(prompts):
+        ids = encode(prompt.text)
+        groups.setdefault(len(ids), []).append((at, ids))
+    for length, group in groups.items():
+        for start in range(0, len(group), batch):
+            part = group[start : start + batch]
+            out = dx.decode(
+                model,
+                torch.tensor([ids for _, ids in part], dtype=torch.int64, device=model.device),
+                gen_length=settings.gen_length,
+                block_length=settings.block_length,
+                cache=settings.cache,
+                record=True,
+                **policy,
+            )
+            assert out.trajectory is not None
+            responses = out.sequences[:, length:].tolist()
+            texts = tokenizer.decode_batch(responses)
+            steps, sure = out.trajectory.step.tolist(), out.trajectory.confidence.tolist()
+            yield [
+                (
+                    at,
+                    {
+                        "prompt": prompts[at].text,
+                        "prompt_ids": ids,
+                        "response": texts[i],
+                        "response_ids": responses[i],
+                        "step": steps[i],
+                        "confidence": sure[i],
+                        "nfe": int(out.nfe[i]),
+                    },
+                )
+                for i, (at, ids) in enumerate(part)
+            ]
+
+
+def _shard(directory: Path, number: int, format: str) -> Path:
+    return directory / f"part-{number:05d}.{format}"
+
+
+def _content(prompts: list[Prompt], settings: Settings) -> dict[str, Any]:
+    """Of settings.json: what the answers of the run are."""
+    digest = hashlib.sha256(json.dumps([asdict(p) for p in prompts]).encode()).hexdigest()
+    return {**asdict(settings), "prompts": len(prompts), "prompts_sha256": digest}
+
+
+def _claim(directory: Path, content: dict[str, Any]) -> None:
+    """Write settings.json, or make sure that what is there is the same."""
+    _check(directory, content)
+    if not (directory / SETTINGS).exists():
+        files.write_json(directory / SETTINGS, content)
+
+
+def _check(directory: Path, content: dict[str, Any]) -> None:
+    """Raise ValueError where the directory holds a run with other settings."""
+    file = directory / SETTINGS
+    if not file.exists():
+        return
+    older = {"chat": False, "mask_id": None}  # of a run from before there were these settings
+    found = older | files.json_object("out", file, 1, files.read_text("out", file))
+    other = {key: found.get(key) for key in content if found.get(key) != content[key]}
+    if other:
+        raise ValueError(f"out: {directory} holds a run with other settings: {other}")
+
+
+def _is_whole(directory: Path, number: int, settings: Settings) -> bool:
+    """Whether the shard is there, and holds rows of its own prompts to the end."""
+    file = _shard(directory, number, settings.format)
+    if not file.exists():
+        return False
+    try:
+        found = [row["index"] for row in _rows_of_shard(file, ["index"])]
+    except (ValueError, KeyError):
+        return False
+    first = number * settings.shard
+    return all(first <= index < first + settings.shard for index in found)
+
+
+def _rows_of_shard(file: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Raises ValueError where the shard is damaged. `columns`: those alone, of Parquet."""
+    if file.suffix == ".jsonl" and not file.read_bytes().endswith(b"\n"):
+        raise ValueError(f"trajectories: {file} is empty or cut off")
+    for _, row in files.rows("trajectories", file, columns):
+        yield row
+
+
+def _write(file: Path, rows: list[dict[str, Any]], settings: Settings) -> None:
+    if settings.format == "jsonl":
+        # Without a row it is an empty line, so that an empty file is a damaged one.
+        files.write_text(file, "".join(json.dumps(row) + "\n" for row in rows) or "\n")
+        return
+    import pyarrow
+    import pyarrow.parquet
+
+    ids, text = pyarrow.list_(pyarrow.int32()), pyarrow.string()
+    schema = pyarrow.schema(
+        {
+            "index": pyarrow.int64(),
+            "prompt": text,
+            "prompt_ids": ids,
+            "response": text,
+            "response_ids": ids,
+            "step": ids,
+            "confidence": pyarrow.list_(pyarrow.float32()),
+            "nfe": pyarrow.int32(),
+        },
+        metadata={"settings": json.dumps(asdict(settings))},
+    )
+    with files.replacing(file) as partial:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), partial)
+
+
+# --- reading them -------------------------------------------------------------------------------
+
+
+class Trajectories(Dataset[dict[str, Any]]):
+    """The answers of a finished run, for training.
+
+    Item i: input_ids (T,) int64, prompt and response; prompt_length; step (T - prompt_length,) int64; index.
+
+    Raises FileNotFoundError where there is no run, ValueError where shards are missing or damaged.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        directory = Path(directory)
+        if not (directory / SETTINGS).is_file():
+            raise FileNotFoundError(f"trajectories: no {SETTINGS} in {directory}")
+        said = files.read_text("trajectories", directory / SETTINGS)
+        self.settings = files.json_object("trajectories", directory / SETTINGS, 1, said)
+        try:
+            numbers = range(-(-self.settings["prompts"] // self.settings["shard"]))
+            shards = [_shard(directory, i, self.settings["format"]) for i in numbers]
+        except (KeyError, TypeError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"trajectories: {directory / SETTINGS} is not that of a run: {error!r}"
+            ) from error
+        missing = [file.name for file in shards if not file.exists()]
+        if missing:
+            raise ValueError(
+                f"trajectories: {directory} is not finished: {len(missing)} of {len(shards)} shards are "
+                f"missing ({missing[0]}, ...); run `dparallel trajectories` again"
+            )
+        # One flat buffer each: a hundred thousand answers as Python lists would be gigabytes.
+        ids: list[Tensor] = []
+        steps: list[Tensor] = []
+        self.bounds: list[tuple[int, int, int]] = []  # start, prompt's length, whole length
+        at = 0
+        for file, row in ((shard, row) for shard in shards for row in _rows_of_shard(shard)):
+            try:
+                whole = torch.tensor(row["prompt_ids"] + row["response_ids"], dtype=torch.int32)
+                step = torch.tensor(row["step"], dtype=torch.int32)
+                if (whole.ndim, step.shape) != (1, (len(row["response_ids"]),)):
+                    raise ValueError("expected as many steps as response_ids")
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"trajectories: {file} is damaged: {error!r}") from error
+            ids.append(whole)
+            steps.append(step)
+            self.bounds.append((at, len(row["prompt_ids"]), len(whole)))
+            at += len(whole)
+        self.ids = torch.cat(ids) if ids else torch.zeros(0, dtype=torch.int32)
+        self.steps = torch.cat(steps) if steps else torch.zeros(0, dtype=torch.int32)
+        lengths = [whole - prompt for _, prompt, whole in self.bounds]
+        self.step_starts = [0, *itertools.accumulate(lengths)]
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        start, prompt, whole = self.bounds[i]
+        return {
+            "input_ids": self.ids[start : start + whole].long(),
+            "prompt_length": prompt,
+            "step": self.steps[self.step_starts[i] : self.step_starts[i + 1]].long(),
+            "index": i,
+        }
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Rows of `Trajectories` as a batch, padded on the right.
+
+    As published, responses are lengthened with EOS, which is learned, or cut: to `total_length` tokens with
+    the prompt (LLaDA: 384) or to `response_length` without it (Dream: 256). What length still
+    differs is padding that no position sees.
+    """
+
+    eos_id: int
+    total_length: int | None = None
+    response_length: int | None = None
+
+    def __call__(self, rows: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
+        """input_ids (B, T), prompt_lengths, lengths and index (B,), all int64."""
+        sequences, prompts, index = [], [], []
+        for row in rows:
+            ids, prompt = row["input_ids"], row["prompt_length"]
+            target = len(ids)
+            if self.total_length is not None:
+                target = self.total_length
+            elif self.response_length is not None:
+                target = prompt + self.response_length
+            ids = torch.nn.functional.pad(ids[:target], (0, max(0, target - len(ids))), value=self.eos_id)
+            sequences.append(ids)
+            prompts.append(min(prompt, target))
+            index.append(row["index"])
+        return {
+            "input_ids": torch.nn.utils.rnn.pad_sequence(sequences, True, self.eos_id),
+            "prompt_lengths": torch.tensor(prompts),
+            "lengths": torch.tensor([len(ids) for ids in sequences]),
+            "index": torch.tensor(index),
+        }

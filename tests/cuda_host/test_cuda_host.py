@@ -1,0 +1,157 @@
+"""The CUDA kernels, executed on the CPU by tests/cuda_host, against their CPU twins and the oracles.
+
+Threads are fibers in random order, several blocks interleaved; memory is of exact size under
+AddressSanitizer and UndefinedBehaviorSanitizer; every access is looked at for races. That this notices
+faults is tested with planted ones. A build of the extension whose ops run these kernels on the CPU's
+tensors then goes through the tests that every device goes through.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from cuda_host import build
+
+pytestmark = pytest.mark.slow
+
+
+def run(program: Path, *args: object) -> subprocess.CompletedProcess[str]:
+    settings = {
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    }
+    command = [str(program), *map(str, args)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env={**os.environ, **settings}
+    )
+
+
+@pytest.fixture(scope="module")
+def plain() -> Path:
+    return build.programs(build.PLAIN)
+
+
+@pytest.fixture(scope="module")
+def sanitized() -> Path:
+    return build.programs(build.SANITIZED)
+
+
+@pytest.fixture(scope="module")
+def watched() -> Path:
+    return build.programs(build.WATCHED)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_kernels_equal_their_cpu_twins(plain: Path, seed: int) -> None:
+    result = run(plain / "twins", seed, 250)
+    assert result.returncode == 0, result.stderr
+    assert "250 cases, no difference" in result.stdout
+
+
+def test_kernels_stay_in_their_memory(sanitized: Path) -> None:
+    """And the CPU's; of more losses, whose padding lanes are beyond the range of their exponentials."""
+    for settings in ((100, 90), (100, 60, 3)):
+        result = run(sanitized / "twins", *settings)
+        assert result.returncode == 0, result.stderr[-4000:]
+
+
+def test_kernels_have_no_race(watched: Path) -> None:
+    result = run(watched / "twins", 200, 45)
+    assert result.returncode == 0, result.stderr
+
+
+def test_ops_of_these_kernels_pass_the_tests_of_every_device(tmp_path: Path) -> None:
+    """Against the float64 oracles, the published decoders' tokens, and torch's checks of custom ops."""
+    package = build.extension()
+    slow = "not (samples_follow or gradcheck and 33 or golden_cases and (none or prefix))"
+    shares = (
+        ("row_stats", "unmask", "commit", "certainty_forcing_loss"),
+        ("block_attention", "kv_write", "rms_norm", "swiglu", "fp8_linear", "compat", "sampling"),
+    )
+    assert {*shares[0], *shares[1]} - {"compat", "sampling"} == {*build.ops()} - {"select"}  # in test_unmask
+
+    def passed(names: tuple[str, ...]) -> int:
+        files = [str(next((ROOT / "tests").glob(f"*/test_{name}.py"))) for name in names]
+        here = ["-o", f"pythonpath={package} {ROOT}", "-o", "addopts=", "-p", "no:cacheprovider"]
+        result = subprocess.run(
+            [sys.executable, "-m", "pytest", *here, "-k", slow, "--tb=short", *files],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
+        )
+        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
+        return int(re.findall(r"(\d+) passed", result.stdout)[-1])
+
+    with ThreadPoolExecutor(len(shares)) as pool:
+        assert all(count > 90 for count in pool.map(passed, shares))
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("divergent_barrier", "a barrier that not every thread reaches"),
+        ("misaligned", "misaligned load"),
+        ("partial_shuffle", "shuffle with a partial mask"),
+        ("race", ""),
+        ("not_waited", ""),
+        ("peer_gone", "shared memory of a block that has left"),
+        ("peer_elsewhere", "no such block in the cluster"),
+        ("peers_too_soon", ""),
+    ],
+)
+def test_the_host_notices_a_faulty_kernel(plain: Path, fault: str, said: str) -> None:
+    result = run(plain / "faults", fault)
+    assert result.returncode != 0
+    assert said in result.stderr
+
+
+@pytest.mark.parametrize("fault", ["lost_update", "no_barrier", "arrives_first"])
+def test_interleaved_blocks_show_what_blocks_in_turn_hide(plain: Path, fault: str) -> None:
+    assert run(plain / "faults", fault, 1).returncode == 0
+    for resident in (2, 8, 0):
+        assert run(plain / "faults", fault, resident).returncode == 1
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["lost_update", "no_barrier", "arrives_first", "no_release", "no_acquire", "race", "peers_too_soon"],
+)
+def test_races_are_seen_in_any_order(watched: Path, fault: str) -> None:
+    """Also a missing fence, which no order of the fibers can show, and blocks one after another."""
+    for resident in (1, 8):
+        result = run(watched / "faults", fault, resident)
+        assert result.returncode == 3
+        assert "a race" in result.stderr
+
+
+def test_a_counter_that_is_not_reset_is_noticed(plain: Path) -> None:
+    for resident in (1, 2, 8, 0):
+        assert run(plain / "faults", "not_reset", resident).returncode == 1
+
+
+def test_the_sanitizer_notices_an_overrun(sanitized: Path) -> None:
+    result = run(sanitized / "faults", "overrun")
+    assert result.returncode != 0
+    assert "heap-buffer-overflow" in result.stderr
+
+
+def test_a_sound_kernel_is_not_accused(plain: Path, sanitized: Path, watched: Path) -> None:
+    for directory in (plain, sanitized, watched):
+        assert run(directory / "faults", "copied").returncode == 0
+        assert run(directory / "faults", "peers").returncode == 0
+        for resident in (1, 2, 8, 0):
+            assert run(directory / "faults", "sound", resident).returncode == 0
+
+
+def test_kernels_without_their_barriers_are_found_out() -> None:
+    result = run(build.programs(build.NO_BARRIERS) / "twins", 0, 60)
+    assert result.returncode in (1, 3)
+    assert "twins:" in result.stderr or "cuda_host:" in result.stderr

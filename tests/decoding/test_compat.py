@@ -1,0 +1,417 @@
+"""decode and compat against what the published decoders gave: tokens, and passes, of every golden case."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import STAND_IN, golden
+
+import dparallel_ext as dx
+from dparallel_ext import compat, models
+
+PUBLISHED = {
+    "none": compat.generate,
+    "prefix": compat.generate_with_prefix_cache,
+    "dual": compat.generate_with_dual_cache,
+}
+FAMILIES = [("llada_tiny_a", c) for c in PUBLISHED] + [("dream_tiny_a", "none")]
+
+
+def cases(name: str, cache: str) -> list[dict]:
+    return [c for c in golden.json(name, "cases") if c["cache"] == cache]
+
+
+def rule(case: dict) -> dict:
+    """For decode: the selector with its threshold, or what the published fixed schedule ranks by."""
+    if case["threshold"] is not None:
+        return {key: case[key] for key in ("threshold", "selector")}
+    by_entropy = case["selector"] == "entropy" and case["cache"] != "none"
+    return {"steps": case["steps"], "score": "entropy" if by_entropy else "confidence"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "cache"), FAMILIES)
+def test_golden_cases(name: str, cache: str, device: str) -> None:
+    model = golden.model(name, device=device)
+    found = cases(name, cache)
+    assert len(found) >= 60
+    for case in found[:: 20 if STAND_IN else 1]:
+        prompt = torch.tensor([case["prompt"]])
+        shared = {key: case[key] for key in ("gen_length", "block_length")}
+        published = {key: case[key] for key in ("steps", "threshold", "selector")}
+        tokens, nfe = PUBLISHED[cache](model, prompt, mask_id=511, **shared, **published)
+        assert tokens[0, len(case["prompt"]) :].tolist() == case["tokens"], case
+        assert nfe == case["nfe"], case
+
+        out = dx.decode(model, prompt, cache=cache, record=True, **shared, **rule(case))
+        assert out.sequences[0, len(case["prompt"]) :].tolist() == case["tokens"], case
+        # decode leaves out the pass that changes nothing, where a block was complete after its first.
+        assert out.trajectory is not None
+        last = out.trajectory.step.view(-1, case["block_length"]).amax(1)  # (blocks,)
+        turns = last.diff(prepend=torch.zeros(1, dtype=torch.int64))
+        wasted = int((turns == 1).sum()) if cache != "none" else 0
+        assert out.forwards == int(out.nfe[0]) == case["nfe"] - wasted, case
+
+
+@pytest.mark.parametrize("name", ["llada_tiny_a", "dream_tiny_a"])
+def test_a_foreign_model_gives_the_same(name: str) -> None:
+    """Any module whose call returns .logits; Dream is known by its config's model_type."""
+
+    class Foreign(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = golden.model(name)
+            self.config = type("Config", (), self.inner.config)()
+
+        def forward(self, input_ids: torch.Tensor) -> object:
+            return self.inner(input_ids)
+
+    foreign = Foreign()
+    for case in cases(name, "none")[::7]:
+        shared = {key: case[key] for key in ("gen_length", "block_length")}
+        out = dx.decode(foreign, torch.tensor(case["prompt"]), **shared, **rule(case))
+        assert out.sequences[0, len(case["prompt"]) :].tolist() == case["tokens"]
+        assert out.forwards == case["nfe"]
+    with pytest.raises(ValueError, match=r"selector: expected one of .*got 'nonsense'"):
+        compat.generate(foreign, torch.tensor([[1]]), selector="nonsense")
+    with pytest.raises(ValueError, match=r"cache: 'dual' needs one of dparallel_ext.models"):
+        dx.decode(foreign, torch.tensor([1]), cache="dual")
+
+
+def test_random_remasking_and_temperature_follow_torchs_generator() -> None:
+    model = golden.model("llada_tiny_a")
+    prompt = torch.tensor([[5, 6, 7]])
+
+    def run(seed: int, **kwargs: object) -> list[int]:
+        torch.manual_seed(seed)
+        tokens, nfe = compat.generate(model, prompt, 16, 16, 8, mask_id=511, **kwargs)
+        assert nfe == 16
+        assert 511 not in tokens
+        return tokens[0].tolist()
+
+    for kwargs in ({"remasking": "random"}, {"temperature": 1.0}):
+        assert run(1, **kwargs) == run(1, **kwargs)
+        assert len({tuple(run(s, **kwargs)) for s in range(6)}) > 1
+
+
+def test_the_prompts_masks_are_filled_as_published() -> None:
+    model = golden.model("llada_tiny_a")
+    prompt = torch.tensor([[5, 511, 7]])
+    tokens, _ = compat.generate(model, prompt, 8, 8, 8, mask_id=511, threshold=3.5)
+    assert 511 not in tokens
+    out = dx.decode(model, prompt, gen_length=8, block_length=8, threshold=3.5)
+    assert out.sequences[0, 1] == 511  # decode leaves the prompt alone
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"gen_length": 10, "block_length": 4}, "block_length: expected a divisor of gen_length 10"),
+        ({"gen_length": 8, "block_length": 4, "steps": 3}, "steps: expected a multiple of the 2 blocks"),
+        ({"remasking": "best"}, "remasking: expected"),
+    ],
+)
+def test_what_the_published_code_asserts_is_a_clear_error(kwargs: dict, message: str) -> None:
+    model = golden.model("llada_tiny_a")
+    with pytest.raises(ValueError, match=message):
+        compat.generate(model, torch.tensor([[1]]), mask_id=511, **kwargs)
+
+
+# --- LLaDA's and Dream's options, against their loops in plain torch --------------------------------
+
+
+def llada_loop(
+    model: models.Model,
+    prompt: torch.Tensor,
+    *,
+    steps: int,
+    gen_length: int,
+    block_length: int,
+    cfg_scale: float = 0.0,
+    eos: int | None = None,
+    last: tuple[int, ...] = (),
+) -> torch.Tensor:
+    """LLaDA's published loop, greedy. eos: of logits_eos_inf; last: of confidence_eos_eot_inf."""
+    length, mask = prompt.shape[1], 511
+    x = torch.nn.functional.pad(prompt, (0, gen_length), value=mask)
+    given = x != mask
+    blocks = gen_length // block_length
+    for block in range(blocks):
+        end = length + (block + 1) * block_length
+        base, rest = divmod(block_length, steps // blocks)
+        for turn in range(steps // blocks):
+            masked = x == mask
+            logits = model(x).logits.double()
+            if cfg_scale:
+                without = model(torch.where(given, mask, x)).logits.double()
+                logits = without + (cfg_scale + 1) * (logits - without)
+            if eos is not None:
+                logits[:, :, eos] = -torch.inf
+            best = logits.clone()
+            best[:, :, mask] = -torch.inf  # ours never decodes it
+            x0 = best.argmax(-1)
+            logits[:, :, list(last)] = -torch.inf
+            p = logits.softmax(-1).gather(2, x0[..., None])[..., 0]
+            p[:, end:] = -torch.inf
+            p = p.where(masked, -torch.inf)
+            for b in range(len(x)):
+                chosen = p[b].sort(descending=True, stable=True).indices[: base + (turn < rest)]
+                x[b, chosen] = x0[b, chosen]
+    return x
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({}, {}),
+        ({"cfg_scale": 1.5}, {"cfg_scale": 1.5}),
+        ({"logits_eos_inf": True, "eos_id": 85}, {"eos": 85}),
+        ({"confidence_eos_eot_inf": True, "eos_id": 85, "eot_id": 472}, {"last": (85, 472)}),
+        (
+            {
+                "cfg_scale": 0.5,
+                "logits_eos_inf": True,
+                "confidence_eos_eot_inf": True,
+                "eos_id": 85,
+                "eot_id": 472,
+            },
+            {"cfg_scale": 0.5, "eos": 85, "last": (85, 472)},
+        ),
+    ],
+)
+def test_lladas_options(ours: dict, theirs: dict) -> None:
+    """To the token, also of padded prompts; each option changes them."""
+    model = golden.model("llada_tiny_a")
+    prompts = torch.tensor([[5, 6, 7, 8], [300, 20, 11, 40]])
+    shared = {"steps": 12, "gen_length": 16, "block_length": 8}
+    with torch.no_grad():
+        expected = llada_loop(model, prompts, **shared, **theirs)
+        plain = llada_loop(model, prompts, **shared)
+        short = llada_loop(model, prompts[:1, 1:], **shared, **theirs)
+    tokens, forwards = compat.generate(model, prompts, mask_id=511, **shared, **ours)
+    assert torch.equal(tokens, expected)
+    assert forwards == 12
+    assert torch.equal(expected, plain) == (not ours)
+    padded = torch.tensor([[0, 6, 7, 8], [300, 20, 11, 40]])
+    tokens, _ = compat.generate(
+        model, padded, mask_id=511, attention_mask=(padded != 0).long(), **shared, **ours
+    )
+    assert torch.equal(tokens[1], expected[1])
+    assert tokens[0].tolist() == [0, *short[0].tolist()]
+
+
+def test_lladas_options_take_a_threshold_and_a_temperature() -> None:
+    model = golden.model("llada_tiny_a")
+    prompt = torch.tensor([[5, 6, 7]])
+    shared = {"gen_length": 16, "block_length": 8, "mask_id": 511, "threshold": 3.0}
+    _, forwards = compat.generate(model, prompt, cfg_scale=0.5, **shared)
+    assert forwards < 16
+    # Guidance that changes nothing is the plain loop: there the prompt is all masks.
+    masks = torch.full((1, 2), 511)
+    guided, ran = compat.generate(model, masks, cfg_scale=2.0, **shared)
+    plain, forwards = compat.generate(model, masks, **shared)
+    assert torch.equal(guided, plain)
+    assert ran == forwards
+    for options in ({"cfg_scale": 0.5}, {"remasking": "random", "cfg_scale": 0.5}):
+        runs = []
+        for seed in (1, 1, 2, 3):
+            torch.manual_seed(seed)
+            runs.append(compat.generate(model, prompt, temperature=2.0, **options, **shared)[0].tolist())
+        assert runs[0] == runs[1]
+        assert runs[0] != runs[2] or runs[0] != runs[3]
+        assert 511 not in runs[0][0]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"logits_eos_inf": True}, "eos_id: expected an id below 512, got 126081"),
+        ({"confidence_eos_eot_inf": True, "eos_id": 3}, "eot_id: expected an id below 512, got 126348"),
+        ({"cfg_scale": -1.0}, "cfg_scale: expected a finite number >= 0"),
+        (
+            {"confidence_eos_eot_inf": True, "eos_id": 3, "eot_id": 4, "threshold": 0.5},
+            "confidence_eos_eot_inf: 'entropy' is no rule of confidences",
+        ),
+        ({"steps": torch.ones(1, 1)}, "steps: expected a whole number, got a Tensor; give attention_mask"),
+        ({"attention_mask": torch.ones(1, 2)}, "attention_mask: expected the shape of prompt"),
+    ],
+)
+def test_lladas_options_are_checked(kwargs: dict, message: str) -> None:
+    model = golden.model("llada_tiny_a")
+    with pytest.raises(ValueError, match=message):
+        compat.generate(model, torch.tensor([[1]]), mask_id=511, **kwargs)
+
+
+def dream_loop(
+    model: models.Model,
+    prompt: torch.Tensor,
+    *,
+    steps: int,
+    new: int,
+    alg: str,
+    alg_temp: float = 0.0,
+    eps: float = 1e-3,
+    top_p: float | None = None,
+    top_k: int | None = None,
+) -> list[torch.Tensor]:
+    """Dream's published loop, greedy, over one or more prompts of one length; the state after each step."""
+    mask, states = 511, []
+    x = torch.nn.functional.pad(prompt, (0, new), value=mask)
+    times = torch.linspace(1, eps, steps + 1)
+    for i in range(steps):
+        masked = x == mask
+        logits = model(x).logits
+        logits = torch.cat((logits[:, :1], logits[:, :-1]), 1)[masked]  # (N, V)
+        if top_p is not None:
+            ordered, order = logits.sort(descending=True)
+            remove = ordered.softmax(-1).cumsum(-1) > top_p
+            remove[:, 1:] = remove[:, :-1].clone()
+            remove[:, 0] = False
+            logits = logits.masked_fill(remove.scatter(1, order, remove), torch.finfo(logits.dtype).min)
+        if top_k is not None:
+            worst = logits.topk(top_k).values[:, -1:]
+            logits = logits.masked_fill(logits < worst, torch.finfo(logits.dtype).min)
+        p = logits.softmax(-1)
+        confidence, x0 = p.max(-1)
+        if alg == "origin":
+            share = 1 - times[i + 1] / times[i] if i < steps - 1 else 1
+            moved = torch.rand(len(x0)) < share
+            x[masked] = torch.where(moved, x0, mask)
+        else:
+            if alg == "topk_margin":
+                confidence = p.topk(2).values.diff().neg()[:, 0]
+            elif alg == "entropy":
+                confidence = (p * (p + 1e-10).log()).sum(-1)
+            mean = masked.sum() / len(x)
+            many = int(mean * (1 - times[i + 1] / times[i])) if i < steps - 1 else int(mean)
+            full = torch.full(x.shape, -torch.inf)
+            full[masked] = confidence
+            if many and alg_temp:
+                chosen = torch.multinomial((full / alg_temp).softmax(-1), many)
+            elif many:
+                chosen = full.sort(dim=1, descending=True, stable=True).indices[:, :many]
+            if many:
+                guess = torch.full_like(x, mask)
+                guess[masked] = x0
+                x = x.scatter(1, chosen, guess.gather(1, chosen))
+        states.append(x.clone())
+    return states
+
+
+@pytest.mark.parametrize("alg", compat.ALGORITHMS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 20},
+        {"steps": 6, "eps": 0.1},
+        {"steps": 6, "top_p": 0.8},
+        {"steps": 5, "top_p": 0.9, "top_k": 3},
+        {"steps": 8, "alg_temp": 0.3},
+    ],
+)
+def test_dreams_options(alg: str, options: dict) -> None:
+    """To the token in every step, random positions included: they are drawn as published."""
+    model = golden.model("dream_tiny_a")
+    prompts = torch.tensor([[5, 6, 7, 8], [300, 20, 11, 40]])
+    torch.manual_seed(3)
+    with torch.no_grad():
+        expected = dream_loop(model, prompts, new=12, alg=alg, **options)
+    torch.manual_seed(3)
+    out = compat.diffusion_generate(
+        model,
+        prompts,
+        max_new_tokens=12,
+        alg=alg,
+        output_history=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    assert isinstance(out, compat.DreamOutput)
+    assert out.history is not None
+    assert len(out.history) == options["steps"]
+    for i, (a, b) in enumerate(zip(out.history, expected, strict=True)):
+        assert torch.equal(a, b), f"step {i}"
+    assert torch.equal(out.sequences, expected[-1])
+
+
+def test_dreams_padding_hooks_and_config() -> None:
+    model = golden.model("dream_tiny_a")
+    short, settings = torch.tensor([[6, 7, 8]]), {"steps": 6, "alg": "entropy"}
+    alone = compat.diffusion_generate(model, short, max_new_tokens=8, **settings)
+    padded = torch.tensor([[0, 6, 7, 8], [300, 20, 11, 40]])
+    config = type("Config", (), {**settings, "max_new_tokens": 8, "temperature": 0.0, "top_k": None})()
+    both = compat.diffusion_generate(model, padded, config, attention_mask=padded != 0)
+    assert both.shape == (2, 12)
+    assert both[0].tolist() == [0, *alone[0].tolist()]
+    seen: list[int | None] = []
+
+    def tokens(step: int | None, x: torch.Tensor, logits: torch.Tensor | None) -> torch.Tensor:
+        seen.append(step)
+        assert (logits is None) == (step is None)
+        x[:, 5] = 77  # held, as the published examples do
+        return x
+
+    def logits(step: int, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        z[:, :, 85] = -torch.inf
+        return z
+
+    out = compat.diffusion_generate(
+        model,
+        short,
+        max_length=11,
+        num_return_sequences=2,
+        generation_tokens_hook_func=tokens,
+        generation_logits_hook_func=logits,
+        eos_token_id=9,
+        **settings,
+    )
+    assert seen == [None, *range(6)]
+    assert out.shape == (2, 11)
+    assert out[:, 5].tolist() == [77, 77]
+    assert 85 not in out[:, 3:]
+    assert compat.diffusion_generate(model, short, steps=2).shape == (1, 23)
+
+
+def test_dreams_samples() -> None:
+    """They come from the restricted distribution, and follow torch's generator."""
+    model = golden.model("dream_tiny_a")
+    prompt = torch.tensor([[5, 6, 7]])
+
+    def run(seed: int, **options: object) -> list[int]:
+        torch.manual_seed(seed)
+        out = compat.diffusion_generate(
+            model, prompt, max_new_tokens=8, steps=4, alg="maskgit_plus", temperature=2.0, **options
+        )
+        assert isinstance(out, torch.Tensor)
+        return out[0].tolist()
+
+    assert run(1, top_p=0.95) == run(1, top_p=0.95)
+    assert len({tuple(run(s, top_p=0.95, alg_temp=0.1)) for s in range(4)}) > 1
+    greedy = compat.diffusion_generate(model, prompt, max_new_tokens=8, steps=8, alg="maskgit_plus", top_k=1)
+    torch.manual_seed(0)
+    sampled = compat.diffusion_generate(
+        model, prompt, max_new_tokens=8, steps=8, alg="maskgit_plus", top_k=1, temperature=0.7
+    )
+    assert torch.equal(greedy, sampled)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"alg": "confidence_threshold"}, r"alg: expected one of .*'entropy'\), got 'confidence_threshold'"),
+        ({"threshold": 0.9}, "threshold: not an option of Dream's diffusion_generate"),
+        ({"block_length": 32}, "block_length: not an option of Dream's diffusion_generate"),
+        ({"steps": 0}, "steps: expected a whole number >= 1"),
+        ({"eps": 1.5}, "eps: expected a number from 0 and below 1"),
+        ({"alg_temp": -1.0}, "alg_temp: expected a finite number >= 0"),
+        ({"top_p": 2.0}, "top_p: expected a number from 0 to 1"),
+        ({"max_length": 2}, "max_length: expected more than the 3 tokens of inputs, got 2"),
+        ({"attention_mask": torch.ones(1, 2)}, r"attention_mask: expected the shape of inputs \(1, 3\)"),
+    ],
+)
+def test_dreams_options_are_checked(kwargs: dict, message: str) -> None:
+    model = golden.model("dream_tiny_a")
+    with pytest.raises(ValueError, match=message):
+        compat.diffusion_generate(model, torch.tensor([[5, 6, 7]]), **kwargs)
+    with pytest.raises(ValueError, match="inputs: expected as many masks in each sequence, got \\[20, 21\\]"):
+        compat.diffusion_generate(model, torch.tensor([[1, 2], [511, 3]]), alg="entropy", steps=2)

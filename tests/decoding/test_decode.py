@@ -1,0 +1,449 @@
+"""decode beyond the golden cases: batches, caches, policies, streaming, stopping, bad input."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import golden
+from torch import Tensor
+
+import dparallel_ext as dx
+from dparallel_ext import models, policies
+
+MASK = 511
+PROMPTS = torch.tensor([[115, 277, 342, 230], [29, 331, 41, 8], [3, 3, 9, 77]])
+
+
+@pytest.fixture(scope="module")
+def llada() -> models.Model:
+    return golden.model("llada_tiny_a")
+
+
+@pytest.fixture(scope="module")
+def dream() -> models.Model:
+    return golden.model("dream_tiny_a")
+
+
+@pytest.fixture(autouse=True)
+def _there(device: str, llada, dream, monkeypatch) -> None:
+    """Every test of this file runs on every device."""
+    llada.to(device)
+    dream.to(device)
+    monkeypatch.setattr(f"{__name__}.PROMPTS", PROMPTS.to(device))
+
+
+class Fixed:
+    """A 'model' with the same logits whatever it reads; counts its calls."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits, self.calls = logits, 0  # (L, V)
+
+    def __call__(self, input_ids: Tensor) -> SimpleNamespace:
+        self.calls += 1
+        return SimpleNamespace(logits=self.logits[None, : input_ids.shape[1]].expand(len(input_ids), -1, -1))
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_sequence_does_not_depend_on_the_batch(llada, dream, cache: str, temperature: float) -> None:
+    settings = {
+        "gen_length": 24,
+        "block_length": 8,
+        "cache": cache,
+        "temperature": temperature,
+        "selector": ["entropy", "confidence", "quota"],
+        "threshold": torch.tensor([2.0, 0.4, 3.0]),
+    }
+    for model in (llada, dream):
+        whole = dx.decode(model, PROMPTS, seed=torch.tensor([5, 6, 7]), **settings)
+        assert MASK not in whole.sequences
+        assert whole.forwards == int(whole.nfe.max())
+        for order in ([2, 0, 1], [1], [0, 0]):
+            part = {**settings, "selector": [settings["selector"][i] for i in order]}
+            part["threshold"] = settings["threshold"][order]
+            out = dx.decode(model, PROMPTS[order], seed=torch.tensor([5, 6, 7])[order], **part)
+            assert torch.equal(out.sequences, whole.sequences[order])
+            assert torch.equal(out.nfe, whole.nfe[order])
+
+
+def test_sampling_is_reproducible_and_seeds_matter(llada) -> None:
+    def run(seed: int) -> Tensor:
+        return dx.decode(
+            llada, PROMPTS, gen_length=16, block_length=8, threshold=0.3, temperature=1.0, seed=seed
+        ).sequences
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+    twins = dx.decode(llada, PROMPTS[[0, 0]], gen_length=16, threshold=2.0, temperature=3.0, seed=1)
+    assert not torch.equal(twins.sequences[0], twins.sequences[1])  # (seed, 0) and (seed, 1)
+
+
+def test_unpacking_counts_and_autograd(llada) -> None:
+    out = dx.decode(llada, PROMPTS, gen_length=16, block_length=8)
+    sequences, forwards = out
+    assert torch.equal(sequences, out.sequences)
+    assert forwards == out.forwards == 16
+    assert out.nfe.tolist() == [16, 16, 16]
+    assert out.tokens_per_forward == 1.0
+    assert torch.equal(sequences[:, :4], PROMPTS)
+    llada(sequences).logits.sum().backward()  # what comes back is no inference tensor
+    llada.zero_grad()
+
+
+def test_the_schedule_shares_steps_out(llada) -> None:
+    out = dx.decode(llada, PROMPTS[:1], gen_length=20, block_length=10, steps=8, record=True)
+    assert out.forwards == 8
+    steps = out.trajectory.step.view(2, 10)
+    assert [steps[0].eq(i).sum().item() for i in range(1, 5)] == [3, 3, 2, 2]
+    assert [steps[1].eq(i).sum().item() for i in range(5, 9)] == [3, 3, 2, 2]
+    many = dx.decode(llada, PROMPTS[:1], gen_length=20, block_length=10, steps=64)
+    assert many.forwards == 20  # never a pass that commits nothing
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_lengths_that_do_not_divide(llada, dream, cache: str) -> None:
+    for model in (llada, dream):
+        for gen_length, block_length in ((13, 5), (3, 32), (1, 1), (7, 7)):
+            out = dx.decode(
+                model, PROMPTS, gen_length=gen_length, block_length=block_length, threshold=2.0, cache=cache
+            )
+            assert out.sequences.shape == (3, 4 + gen_length)
+            assert MASK not in out.sequences
+
+
+def test_edges_of_the_batch(llada) -> None:
+    assert dx.decode(llada, PROMPTS[:0], gen_length=8, record=True).sequences.shape == (0, 12)
+    nothing = dx.decode(llada, PROMPTS, gen_length=0)
+    assert torch.equal(nothing.sequences, PROMPTS)
+    assert (nothing.forwards, nothing.tokens_per_forward) == (0, 0.0)
+    one = dx.decode(llada, PROMPTS[0], gen_length=8, threshold=1.0)
+    assert torch.equal(one.sequences, dx.decode(llada, PROMPTS[:1], gen_length=8, threshold=1.0).sequences)
+    empty_prompt = dx.decode(llada, torch.zeros(2, 0, dtype=torch.int64), gen_length=8, threshold=2.0)
+    assert empty_prompt.sequences.shape == (2, 8)
+
+
+def test_dream_without_a_prompt(dream) -> None:
+    for cache in ("none", "dual"):
+        out = dx.decode(dream, torch.zeros(1, 0, dtype=torch.int64), gen_length=8, cache=cache)
+        assert MASK not in out.sequences
+
+
+def test_a_model_that_predicts_the_mask_token_ends(llada) -> None:
+    logits = torch.randn(12, 40)
+    logits[:, 7] = 100.0
+    model = Fixed(logits)
+    out = dx.decode(model, torch.tensor([1, 2]), gen_length=10, block_length=5, threshold=0.9, mask_id=7)
+    assert 7 not in out.sequences
+    assert out.forwards == model.calls <= 10
+
+
+def test_bad_logits_are_named() -> None:
+    logits = torch.randn(12, 40)
+    logits[6] = math.nan
+    with pytest.raises(ValueError, match="sequence 0 at position 6 holds NaN"):
+        dx.decode(Fixed(logits), torch.tensor([1, 2]), gen_length=10, threshold=0.9, mask_id=7)
+
+
+def test_needless_rows_of_the_head_are_not_computed(llada, monkeypatch) -> None:
+    rows = []
+    head = type(llada).head
+    monkeypatch.setattr(type(llada), "head", lambda self, h: rows.append(h.shape) or head(self, h))
+    dx.decode(llada, PROMPTS, gen_length=8, block_length=4, graphs=False)
+    # A GPU computes whole windows, 12, so as not to wait for what is masked, filled up to 16.
+    assert [shape[0] for shape in rows] == ([16] * 8 if PROMPTS.is_cuda else [12, 9, 6, 3] * 2)
+
+
+def test_eos_ends_a_sequence() -> None:
+    logits = torch.full((14, 40), -9.0)
+    logits[torch.arange(14), torch.arange(14) + 10] = 9.0  # position p says token p + 10
+    logits[5, 1] = 20.0  # EOS at position 5, in the first block
+    model = Fixed(logits)
+    out = dx.decode(
+        model, torch.tensor([3, 3]), gen_length=12, block_length=4, threshold=0.5, mask_id=0, eos_id=1
+    )
+    assert out.sequences.tolist() == [[3, 3, 12, 13, 14, 1, *[1] * 8]]
+    assert (out.forwards, out.generated.tolist(), model.calls) == (1, [4], 1)
+    assert (out.kept.tolist(), out.tokens_per_forward, out.padded_tokens_per_forward) == ([3], 3.0, 4.0)
+    on = dx.decode(model, torch.tensor([3, 3]), gen_length=12, block_length=4, threshold=0.5, mask_id=0)
+    assert on.sequences[0, 6:].tolist() == list(range(16, 24))  # as published: no early exit
+
+
+def test_eos_leaves_the_others_alone(llada) -> None:
+    plain = dx.decode(llada, PROMPTS, gen_length=24, block_length=8, threshold=1.0)
+    eos = int(plain.sequences[0, 6])  # in the first block of the first sequence
+    out = dx.decode(llada, PROMPTS, gen_length=24, block_length=8, threshold=1.0, eos_id=eos)
+    for b in range(3):
+        alone = dx.decode(llada, PROMPTS[b], gen_length=24, block_length=8, threshold=1.0, eos_id=eos)
+        assert torch.equal(alone.sequences[0], out.sequences[b])
+        assert (int(alone.nfe), int(alone.generated)) == (int(out.nfe[b]), int(out.generated[b]))
+    assert bool((out.sequences[0, 12:] == eos).all())
+
+
+def test_a_python_policy(llada) -> None:
+    seen = []
+
+    def two_best(stats: dx.RowStats, eligible: Tensor, step: Tensor) -> Tensor:
+        seen.append((eligible.shape, step.tolist()))
+        assert bool((stats.token[~eligible] == -1).all())
+        return dx.select(stats, eligible, policies.make("quota", 2, batch=len(eligible)))
+
+    settings = {"gen_length": 8, "block_length": 4}
+    ours = dx.decode(llada, PROMPTS, policy=two_best, record=True, **settings)
+    rows = dx.decode(llada, PROMPTS, policy=policies.make("quota", 2, batch=3), record=True, **settings)
+    assert torch.equal(ours.sequences, rows.sequences)
+    assert torch.equal(ours.trajectory.step, rows.trajectory.step)
+    assert torch.equal(ours.trajectory.confidence, rows.trajectory.confidence)
+    assert seen[0] == ((3, 4), [1, 1, 1])
+    nothing = dx.decode(llada, PROMPTS, policy=lambda s, e, n: torch.zeros_like(e), **settings)
+    assert nothing.forwards == 8  # at least one commits all the same
+    everything = dx.decode(llada, PROMPTS, policy=lambda s, e, n: torch.ones_like(e), **settings)
+    assert everything.forwards == 2
+    sampled = [
+        dx.decode(llada, PROMPTS, policy=p, temperature=0.7, seed=4, **settings).sequences
+        for p in (two_best, policies.make("quota", 2, batch=3))
+    ]
+    assert torch.equal(*sampled)
+    with pytest.raises(ValueError, match="policy: expected a bool Tensor"):
+        dx.decode(llada, PROMPTS, policy=lambda s, e, n: None, **settings)
+
+
+def test_the_trajectory_replays_the_decoding(llada) -> None:
+    out = dx.decode(llada, PROMPTS, gen_length=16, block_length=8, threshold=2.0, record=True)
+    step, confidence = out.trajectory.step, out.trajectory.confidence
+    assert step.min() == 1
+    assert torch.equal(step.amax(1), out.nfe)
+    assert bool(((confidence > 0) & (confidence <= 1)).all())
+    first = PROMPTS[:1].clone()
+    board = torch.cat((first, torch.full((1, 16), MASK)), 1)
+    p = llada(board).logits.softmax(-1)[0, 4:]
+    at_first = step[0] == 1
+    assert torch.allclose(confidence[0][at_first], p.amax(-1)[at_first], atol=1e-5)
+    assert torch.equal(out.sequences[0, 4:][at_first], p.argmax(-1)[at_first])
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.said: list[tuple[str, list[int]]] = []
+
+    def put(self, value: Tensor) -> None:
+        self.said.append(("put", value.flatten().tolist()))
+
+    def put_draft(self, value: Tensor) -> None:
+        self.said.append(("draft", value.flatten().tolist()))
+
+    def end(self) -> None:
+        self.said.append(("end", []))
+
+
+@pytest.mark.parametrize("eos", [False, True])
+def test_streaming(llada, eos: bool) -> None:
+    streamer = Recorder()
+    settings = {"gen_length": 12, "block_length": 4, "threshold": 2.0}
+    out = dx.decode(llada, PROMPTS[0], streamer=streamer, **settings)
+    if eos:
+        streamer = Recorder()
+        eos_id = int(out.sequences[0, 5])
+        out = dx.decode(llada, PROMPTS[0], streamer=streamer, eos_id=eos_id, **settings)
+    put = [tokens for kind, tokens in streamer.said if kind == "put"]
+    assert put[0] == PROMPTS[0].tolist()
+    assert [token for tokens in put for token in tokens] == out.sequences[0].tolist()
+    assert streamer.said[-1] == ("end", [])
+    drafts = [tokens for kind, tokens in streamer.said if kind == "draft"]
+    assert len(drafts) == out.forwards
+    assert len(drafts[0]) == 12
+    with pytest.raises(ValueError, match="streamer: expected a batch of 1, got 3"):
+        dx.decode(llada, PROMPTS, streamer=streamer, gen_length=4)
+
+
+def test_transformers_streamers_work(llada, capsys) -> None:
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(512)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
+    for kind in ("TextDiffusionStreamer", "TextStreamer"):
+        if not hasattr(transformers, kind):
+            continue
+        streamer = getattr(transformers, kind)(tokenizer)
+        out = dx.decode(llada, PROMPTS[0], gen_length=8, block_length=4, threshold=2.0, streamer=streamer)
+        printed = capsys.readouterr().out
+        for token in out.sequences[0].tolist():
+            assert f"w{token}" in printed
+
+
+def test_progress(llada, capsys) -> None:
+    dx.decode(llada, PROMPTS, gen_length=8, progress=True)
+    assert "24/24" in capsys.readouterr().err
+
+
+def test_suppressed_ids_are_never_decoded(llada) -> None:
+    plain = dx.decode(llada, PROMPTS, gen_length=16, threshold=1.0)
+    banned = plain.sequences[:, 4:].unique().tolist()
+    out = dx.decode(llada, PROMPTS, gen_length=16, threshold=1.0, suppress=banned)
+    assert not set(out.sequences[:, 4:].flatten().tolist()) & set(banned)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": "text"}, "prompt: expected int64 .* got str; encode it"),
+        ({"prompt": torch.zeros(2, 3)}, r"prompt: expected int64 \(P,\), got torch.float32 \(3,\)"),
+        ({"prompt": torch.zeros(1, 2, 3, dtype=torch.int64)}, r"prompt: expected \(B, P\)"),
+        ({"gen_length": -1}, "gen_length: expected a whole number >= 0"),
+        ({"gen_length": 1.5}, "gen_length: expected a whole number >= 0"),
+        ({"block_length": 0}, "block_length: expected a whole number >= 1"),
+        ({"steps": 0}, "steps: expected a whole number >= 1"),
+        ({"steps": 3}, "steps: expected a multiple of the 2 blocks"),
+        ({"steps": 4, "threshold": 0.5}, "steps: belongs to the fixed schedule"),
+        ({"threshold": "high"}, "threshold: expected a number"),
+        ({"threshold": torch.zeros(2)}, r"threshold: expected a number or shape \(3,\)"),
+        ({"selector": "best", "threshold": 0.5}, "selector: expected one of"),
+        ({"selector": "entropy"}, "selector: belongs to a threshold"),
+        ({"selector": "nonsense"}, "selector: belongs to a threshold.* got 'nonsense'"),
+        ({"max_commit": 4}, "max_commit: belongs to a threshold"),
+        (
+            {"threshold": 0.5, "min_commit": [1, 0, 1]},
+            "min_commit: expected a whole number >= 1, got 0 for sequence 1",
+        ),
+        ({"min_commit": torch.tensor([1, 2, 1])}, "min_commit: belongs to a threshold"),
+        ({"selector": "confidence", "threshold": 90}, "threshold: expected a number >= 0 and <= 1"),
+        (
+            {"policy": lambda stats, *_: stats.confidence},
+            r"policy: expected a bool Tensor \(3, 4\), got torch.float32",
+        ),
+        ({"policy": lambda *_: True}, r"policy: expected a bool Tensor \(3, 4\), got bool"),
+        ({"policy": policies.make(batch=3), "max_commit": 2}, "policy: give it alone, without max_commit"),
+        ({"policy": policies.make(batch=2)}, r"policy: expected float32 \(3, 5\)"),
+        ({"policy": "entropy"}, "policy: expected rows or a function"),
+        ({"policy": policies.make(batch=3), "threshold": 0.5}, "policy: give it alone"),
+        ({"cache": "paged"}, "cache: expected one of"),
+        ({"temperature": -1.0, "threshold": 0.5}, "temperature: expected a finite number"),
+        ({"mask_id": -3}, "mask_id: expected a whole number >= 0"),
+        ({"seed": torch.zeros(2, dtype=torch.int64), "temperature": 1.0}, "seed: expected an integer"),
+        ({"model": "llada"}, "model: expected a module or function"),
+    ],
+)
+def test_bad_arguments_are_named(llada, change: dict, message: str) -> None:
+    call = {"model": llada, "prompt": PROMPTS, "gen_length": 8, "block_length": 4, **change}
+    with pytest.raises(ValueError, match=message):
+        dx.decode(call.pop("model"), call.pop("prompt"), **call)
+
+
+def test_positions_that_the_model_was_not_made_for_are_named(llada) -> None:
+    most = models.max_positions(llada)
+    assert most == llada.config["max_sequence_length"] == 512
+    prompt = torch.ones(most - 8, dtype=torch.int64)
+    settings = {"gen_length": 9, "threshold": 9.0, "block_length": 9}
+    with pytest.warns(UserWarning, match=r"gen_length: 513 positions .* config says 512") as said:
+        dx.decode(llada, prompt, **settings)
+    assert said[0].filename == __file__
+    with dx.Engine(llada, lanes=1, max_length=600) as engine, pytest.warns(UserWarning, match="513") as said:
+        engine.submit(prompt, gen_length=9, threshold=9.0).cancel()
+    assert said[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dx.decode(llada, prompt, **{**settings, "gen_length": 8})
+    assert models.max_positions(lambda ids: ids) is None
+    hf = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=7))
+    assert models.max_positions(hf) == 7
+
+
+def test_models_that_do_not_fit_are_named() -> None:
+    with pytest.raises(ValueError, match=r"mask_id: the model's config has no mask_token_id"):
+        dx.decode(Fixed(torch.zeros(9, 9)), torch.tensor([1]))
+    with pytest.raises(ValueError, match=r"model: expected its call to return an object with .logits"):
+        dx.decode(lambda ids: 3, torch.tensor([1]), mask_id=0)
+    with pytest.raises(ValueError, match=r"model: expected logits \(1, 5, V\)"):
+        dx.decode(Fixed(torch.zeros(2, 9)), torch.tensor([1]), gen_length=4, mask_id=0)
+
+
+def test_stop_sequences_end_a_response_as_eos_does(llada) -> None:
+    """Wherever they lie, across the end of a block too; what is behind that block is never computed."""
+    settings = {"gen_length": 32, "block_length": 8}
+    plain = dx.decode(llada, PROMPTS[0], **settings)
+    response = plain.responses[0].tolist()
+    for begin, size in ((0, 1), (3, 2), (6, 4), (15, 2), (14, 3)):
+        stop = response[begin : begin + size]
+        first = next(i for i in range(32) if response[i : i + size] == stop)
+        out = dx.decode(llada, PROMPTS[0], stop=[[509, 509], stop], **settings)
+        finished = -(-(first + size) // 8) * 8
+        assert int(out.kept) == first
+        assert int(out.generated) == int(out.nfe) == finished
+        assert out.responses[0][:finished].tolist() == response[:finished]
+        assert bool((out.responses[0][finished:] == MASK).all())
+    assert int(plain.kept) == 32
+    with pytest.raises(ValueError, match="stop: expected sequences of at least one token"):
+        dx.decode(llada, PROMPTS[0], stop=[[]], **settings)
+
+
+def test_a_pass_that_fails_changes_nothing(llada) -> None:
+    """Of the batch: a caller may go on without the sequence that it failed of."""
+    from dparallel_ext.decoding.decode import start
+
+    config = dx.DecodeConfig(threshold=1.0, gen_length=8, block_length=4)
+    batch = start(llada, list(PROMPTS), config)
+    with torch.inference_mode():
+        batch.step()
+        tokens, rows = batch.tokens.clone(), [vars(row).copy() for row in batch.rows]
+        head, fail = llada.lm_head.weight[0].clone(), float("nan")
+        llada.lm_head.weight[0] = fail
+        with pytest.raises(ValueError, match="holds NaN"):
+            batch.step()
+        llada.lm_head.weight[0] = head
+        assert torch.equal(batch.tokens, tokens)
+        assert [vars(row) for row in batch.rows] == rows
+        batch.step()
+        assert not torch.equal(batch.tokens, tokens)
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_sub_blocks_are_filled_from_left_to_right(llada, dream, cache: str) -> None:
+    settings = {"gen_length": 30, "block_length": 12, "cache": cache, "threshold": 3.0, "record": True}
+    for model in (llada, dream):
+        whole = dx.decode(model, PROMPTS, **settings)
+        again = dx.decode(model, PROMPTS, sub_block_length=12, **settings)
+        assert torch.equal(whole.sequences, again.sequences)
+        parts = dx.decode(model, PROMPTS, sub_block_length=4, **settings)
+        for b in range(len(PROMPTS)):
+            steps = parts.trajectory.step[b].split(4)  # 12 + 12 + 6: the last part is of 2
+            assert all(int(x.max()) < int(y.min()) for x, y in itertools.pairwise(steps))
+            assert any(len(x.unique()) < len(x) for x in steps)  # some in parallel
+    with pytest.raises(ValueError, match="sub_block_length: expected a divisor of block_length 12, got 5"):
+        dx.decode(llada, PROMPTS, sub_block_length=5, **settings)
+    with pytest.raises(ValueError, match="steps: the fixed schedule is for whole blocks"):
+        dx.decode(llada, PROMPTS, gen_length=24, block_length=12, sub_block_length=4, steps=6)
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("threshold", [None, 1.0, 3.0])
+def test_eos_ends_a_sequence_once_what_is_in_front_is_final(
+    llada, cache: str, threshold: float | None
+) -> None:
+    """The tokens in front of it, and its own, are those of a decode that goes on; passes are saved."""
+    settings: dict = {"gen_length": 24, "block_length": 12, "cache": cache, "threshold": threshold}
+    saved = 0
+    for prompt in PROMPTS:
+        on = dx.decode(llada, prompt, record=True, **settings)
+        response = on.responses[0].tolist()
+        for at in (3, 5, 15):
+            eos = response[at]
+            first = response.index(eos)
+            out = dx.decode(llada, prompt, eos_id=eos, record=True, **settings)
+            assert out.responses[0][: first + 1].tolist() == response[: first + 1]
+            assert int(out.kept) == first
+            # The last pass is the one that commits the last of them.
+            step = on.trajectory.step[0]
+            assert int(out.nfe) == int(step[: first + 1].max())
+            late = out.trajectory.step[0] == 0
+            assert bool((out.responses[0][late] == eos).all())
+            assert int(out.generated) == 24 - int(late.sum())
+            saved += int(on.nfe) - int(out.nfe)
+    assert saved > 0

@@ -1,0 +1,386 @@
+"""Rules against plain forms of their formulas, in batches, beside each other, and where they are wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, golden
+from test_graphs import fast_dllm
+from torch import Tensor
+
+import dparallel_ext as dx
+from dparallel_ext import models, rules
+from dparallel_ext.rules import Credit, Decision, Edit, Prophet, Rule, SchED, Where
+
+MASK = 511
+PROMPTS = [torch.arange(3, 14), torch.arange(40, 47), torch.arange(1, 30)]
+
+
+@pytest.fixture(scope="module")
+def llada() -> models.Model:
+    return golden.model("llada_tiny_a")
+
+
+@dataclass
+class Sharp:
+    """A 'model' of any sureness: `llada`'s logits, times `by`."""
+
+    model: Any
+    by: float
+    config: Any = None
+
+    def __call__(self, input_ids: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.model(input_ids).logits * self.by)
+
+
+def plain(model: Any, prompt: Tensor, length: int, block: int, decide: Any) -> tuple[Tensor, int]:
+    """The decoding loop; with logits in float64, decide(z, x, masked, step) -> commit (L,), token (L,)."""
+    x = torch.cat((prompt, torch.full((length,), MASK)))
+    step = 0
+    for start in range(len(prompt), len(x), block):
+        window = torch.zeros(len(x), dtype=torch.bool)
+        window[start : start + block] = True
+        while bool((x[window] == MASK).any()):
+            step += 1
+            z = model(x[None]).logits[0].double()
+            commit, token = decide(z, x, window & (x == MASK), step)
+            x = torch.where(commit & (x == MASK), token, x)
+    return x, step
+
+
+def argmax(z: Tensor) -> Tensor:
+    """The best token but the mask."""
+    return z.index_fill(1, torch.tensor([MASK]), -math.inf).argmax(1)
+
+
+def best(score: Tensor, masked: Tensor) -> Tensor:
+    """One-hot: the masked position with the largest score."""
+    chosen = torch.zeros_like(masked)
+    chosen[score.masked_fill(~masked, -math.inf).argmax()] = True
+    return chosen
+
+
+@pytest.mark.parametrize("by", [0.4, 0.6, 1.0])
+@pytest.mark.parametrize("row", ["confidence:0.5", "entropy:1.0"])
+def test_credit_is_the_dense_form(llada: models.Model, row: str, by: float) -> None:
+    """With a matrix (L, V) of credit in float64."""
+    model = Sharp(llada, by)
+    for prompt in PROMPTS:
+        credit = torch.zeros(len(prompt) + 32, 512, dtype=torch.float64)
+
+        def decide(
+            z: Tensor, x: Tensor, masked: Tensor, step: int, c: Tensor = credit
+        ) -> tuple[Tensor, Tensor]:
+            p = z.softmax(1)
+            token = argmax(z)
+            c[masked] *= 0.8
+            at = masked.nonzero()[:, 0]
+            c[at, token[at]] += p[at, token[at]] ** 0.2
+            raised = z + 0.7 * c.log1p()
+            p, token = raised.softmax(1), argmax(raised)
+            confidence = p.gather(1, token[:, None])[:, 0]
+            entropy = -(p * raised.log_softmax(1)).sum(1)
+            if row.startswith("entropy"):
+                return masked & (entropy <= 1.0) | best(-entropy, masked), token
+            return masked & (confidence >= 0.5) | best(confidence, masked), token
+
+        expected, passes = plain(model, prompt, 32, 16, decide)
+        out = dx.decode(
+            model, prompt, gen_length=32, block_length=16, rule=f"credit+{row}", mask_id=MASK, suppress=None
+        )
+        assert torch.equal(out.sequences[0], expected)
+        assert int(out.nfe) == passes
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "exponential"])
+@pytest.mark.parametrize("by", [0.6, 1.0])
+def test_sched_is_its_formula(llada: models.Model, kind: Any, by: float) -> None:
+    model, total, fired = Sharp(llada, by), 32, 0
+    rule = SchED(high=0.35 * by, low=0.05 * by, kind=kind, k=3.0)
+    bars = {
+        "linear": lambda t: rule.high + (rule.low - rule.high) * t,
+        "cosine": lambda t: rule.low + (rule.high - rule.low) * (1 + math.cos(math.pi * t)) / 2,
+        "exponential": lambda t: rule.low + (rule.high - rule.low) * math.exp(-3 * t),
+    }
+    for prompt in PROMPTS:
+        last = torch.full((len(prompt) + total,), -1)
+
+        def decide(
+            z: Tensor, x: Tensor, masked: Tensor, step: int, last: Tensor = last
+        ) -> tuple[Tensor, Tensor]:
+            two = z.index_fill(1, torch.tensor([MASK]), -math.inf).topk(2, dim=1).values
+            token, left = argmax(z), x == MASK
+            changed = int((left & (token != last)).sum())
+            last.copy_(token)
+            if changed == 0 and (two[:, 0] - two[:, 1])[left].mean() >= bars[kind]((step - 1) / (total - 1)):
+                return left, token
+            return best(z.softmax(1).gather(1, token[:, None])[:, 0], masked), token
+
+        expected, passes = plain(model, prompt, total, 16, decide)
+        out = dx.decode(model, prompt, gen_length=total, block_length=16, rule=rule, mask_id=MASK)
+        assert torch.equal(out.sequences[0], expected)
+        assert int(out.nfe) == passes
+        fired += passes < total
+    assert fired
+
+
+@pytest.mark.parametrize("by", [0.6, 1.0])
+def test_prophet_is_its_formula(llada: models.Model, by: float) -> None:
+    model, total, passes_run = Sharp(llada, by), 24, []
+    rule = Prophet(10, bars=(0.6 * by, 0.4 * by, 0.2 * by))
+    high, middle, low = rule.bars
+    for prompt in PROMPTS:
+        answer = slice(len(prompt) + 10, len(prompt) + 15)
+
+        def decide(
+            z: Tensor, x: Tensor, masked: Tensor, step: int, answer: slice = answer
+        ) -> tuple[Tensor, Tensor]:
+            two = z.index_fill(1, torch.tensor([MASK]), -math.inf).topk(2, dim=1).values
+            token = argmax(z)
+            bar = high if step / total < 0.33 else middle if step / total < 0.67 else low
+            if (two[answer, 0] - two[answer, 1]).mean() >= bar:
+                return x == MASK, token
+            return best(z.softmax(1).gather(1, token[:, None])[:, 0], masked), token
+
+        expected, passes = plain(model, prompt, total, 12, decide)
+        out = dx.decode(model, prompt, gen_length=total, block_length=12, rule=rule, mask_id=MASK)
+        assert torch.equal(out.sequences[0], expected)
+        assert int(out.nfe) == passes
+        passes_run.append(passes)
+    assert min(passes_run) < total, passes_run
+
+
+@pytest.mark.parametrize("edits", [1, 3, 16])
+@pytest.mark.parametrize("by", [0.4, 0.6, 1.0])
+def test_edit_is_its_loop(llada: models.Model, by: float, edits: int) -> None:
+    """With a given token in the midst of the response, which never changes."""
+    model, edited = Sharp(llada, by), 0
+    for prompt in PROMPTS:
+        canvas = torch.cat((prompt, torch.full((32,), MASK)))
+        canvas[len(prompt) + 5] = 17
+        x, passes, given = canvas.clone(), 0, canvas != MASK
+        for start in range(len(prompt), len(x), 16):
+            inside = torch.zeros(len(x), dtype=torch.bool)
+            inside[start : start + 16] = True
+            more, before = 0, x.clone()
+            while bool((x[inside] == MASK).any()) or bool((x != before).any()):
+                if not bool((x[inside] == MASK).any()):
+                    if more == edits:
+                        break
+                    more += 1
+                passes, before = passes + 1, x.clone()
+                z = model(x[None]).logits[0].double()
+                token, masked = argmax(z), inside & (x == MASK)
+                p = z.softmax(1).gather(1, token[:, None])[:, 0]
+                commit = masked & (p > 0.5)
+                if bool(masked.any()):
+                    commit |= best(p, masked) & ~commit.any()
+                change = inside & ~masked & ~given & (p > 0.4) & (token != x)
+                edited += int(change.sum())
+                x = torch.where(commit | change, token, x)
+        rule = Edit(0.5, 0.4, edits)
+        out = dx.decode(model, canvas, gen_length=0, infill=True, block_length=16, rule=rule, mask_id=MASK)
+        assert torch.equal(out.sequences[0], x)
+        assert int(out.nfe) == passes
+    assert edited
+
+
+RULES = [
+    "edit:0.03,0.04,5",
+    "credit+confidence:0.03",
+    "credit+entropy:3",
+    "sched:0.3,0.05",
+    "prophet:4",
+    "entropy:3",
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_a_sequence_does_not_depend_on_the_batch(llada: models.Model, rule: str, cache: str) -> None:
+    settings: dict[str, Any] = {"block_length": 8, "cache": cache, "rule": rule, "batch_invariant": True}
+    together = dx.decode(llada, PROMPTS, gen_length=[24, 20, 5], **settings)
+    assert not bool((together.sequences == MASK)[together.masked].any())
+    for b, (prompt, length) in enumerate(zip(PROMPTS, [24, 20, 5], strict=True)):
+        alone = dx.decode(llada, prompt, gen_length=length, **settings)
+        assert torch.equal(alone.responses[0], together.responses[b])
+        assert int(alone.nfe) == int(together.nfe[b])
+
+
+def test_requests_with_rules_of_their_own(llada: models.Model) -> None:
+    """In one engine, in the same passes."""
+    ways: list[dict[str, Any]] = [{"rule": rule} for rule in RULES] + [{"threshold": 2.0}, {}]
+    ways += [
+        {"rule": lambda stats, masked, step: masked},
+        {"rule": "sched:0.3,0.05", "temperature": 0.8, "seed": 3},
+    ]
+    with dx.Engine(llada, cache="dual", block_length=8, lanes=4) as engine:
+        handles = [engine.submit(PROMPTS[0], gen_length=24, **way) for way in ways]
+        for way, handle in zip(ways, handles, strict=True):
+            if "seed" in way:
+                way["seed"] = torch.tensor([way["seed"]])
+            alone = dx.decode(llada, PROMPTS[0], gen_length=24, cache="dual", block_length=8, **way)
+            assert handle.result(30).tokens == alone.responses[0].tolist()
+            assert handle.result(30).nfe == int(alone.nfe)
+
+
+@dataclass(frozen=True)
+class Counts(Rule):
+    """Commits a position in the pass that its column says, by what it remembers; reads the whole block."""
+
+    reads = "block"
+
+    def new_state(self, lanes: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
+        return (torch.zeros((lanes, columns), dtype=torch.int64, device=device),)
+
+    def decide(self, stats: dx.RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
+        assert bool((where.read == (stats.token >= 0)).all())
+        assert bool((where.token[where.read & ~where.open] != MASK).all())
+        seen = where.recall(state[0]) + 1
+        where.remember(state[0], seen)
+        first = where.column - where.start[:, None]
+        return Decision(seen > first, torch.full_like(stats.token, 7))
+
+
+def test_what_a_rule_remembers_begins_anew_with_each_sequence(llada: models.Model) -> None:
+    with dx.Engine(llada, cache="none", block_length=8, lanes=1) as engine:
+        for _ in range(2):
+            done = engine.submit(PROMPTS[0], gen_length=16, rule=Counts()).result(30)
+            assert done.tokens == [7] * 16
+            assert done.nfe == 16
+
+
+def test_a_pass_that_fails_leaves_what_a_rule_remembers(llada: models.Model) -> None:
+    """One request's NaN makes the engine run the pass again by itself; no credit is counted twice."""
+    rule = Credit()
+    alone = dx.decode(llada, PROMPTS[0], gen_length=24, cache="dual", block_length=8, rule=rule)
+
+    def bad(stats: dx.RowStats, masked: Tensor, step: Tensor) -> Tensor:
+        if int(step.max()) > 3:
+            raise RuntimeError("on purpose")
+        return torch.zeros_like(masked)
+
+    with dx.Engine(llada, cache="dual", block_length=8, lanes=2) as engine:
+        first = engine.submit(PROMPTS[0], gen_length=24, rule=rule)
+        second = engine.submit(PROMPTS[1], gen_length=24, rule=bad)
+        assert first.result(30).tokens == alone.responses[0].tolist()
+        with pytest.raises(RuntimeError, match="on purpose"):
+            second.result(30)
+
+
+class Greedy(Rule):
+    """Says what no rule may: the mask token, ids that are none, tokens for given positions."""
+
+    reads = "response"
+
+    def __init__(self, token: int) -> None:
+        self.says = token
+
+    def decide(self, stats: dx.RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
+        return Decision(torch.ones_like(where.open), torch.full_like(stats.token, self.says))
+
+
+@pytest.mark.parametrize("token", [MASK, -1, 512, 2**40])
+def test_no_rule_commits_what_is_no_token(llada: models.Model, token: int) -> None:
+    one = dx.decode(llada, PROMPTS, gen_length=8, block_length=8)
+    out = dx.decode(llada, PROMPTS, gen_length=8, block_length=8, rule=Greedy(token))
+    assert torch.equal(out.sequences, one.sequences)
+    assert torch.equal(out.nfe, one.nfe)
+
+
+def test_a_rule_may_fill_all_blocks_at_once(llada: models.Model) -> None:
+    out = dx.decode(llada, PROMPTS, gen_length=24, block_length=8, rule=Greedy(9), record=True, logprobs=True)
+    assert out.forwards == 1
+    assert all(response.tolist() == [9] * 24 for response in out.responses)
+    assert torch.equal(out.generated, torch.tensor([24] * 3))
+    x = torch.cat((PROMPTS[0], torch.full((24,), MASK)))
+    logprob = llada(x[None]).logits[0, len(PROMPTS[0]) :].log_softmax(1)[:, 9]
+    torch.testing.assert_close(out.logprobs[0], logprob, rtol=1e-4, atol=1e-4)
+    ended = dx.decode(llada, PROMPTS[0], gen_length=24, block_length=8, rule=Greedy(9), eos_id=9)
+    assert int(ended.kept) == 0
+
+
+def test_a_bad_row_is_named(llada: models.Model) -> None:
+    class Bad:
+        config = None
+
+        def __call__(self, input_ids: Tensor) -> SimpleNamespace:
+            logits = llada(input_ids).logits
+            logits[1, 13, 5] = math.nan
+            return SimpleNamespace(logits=logits)
+
+    prompts = torch.stack([PROMPTS[0], PROMPTS[0]])
+    for rule in ("credit", "sched:7.5", lambda stats, masked, step: masked):
+        with pytest.raises(ValueError, match="logits: sequence 1 at position 13 holds NaN"):
+            dx.decode(Bad(), prompts, gen_length=8, block_length=8, rule=rule, mask_id=MASK)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rule": "nonsense"}, r"rule: expected 'one', .* or a rule of \['credit'"),
+        ({"rule": "entropy:-1"}, "rule: expected 'one', steps:N, SELECTOR:THRESHOLD"),
+        ({"rule": "credit:0.7,2"}, r"rule: expected credit\[:SCALE,DECAY,POWER\], got .*decay: expected"),
+        ({"rule": "credit:nan"}, "scale: expected a finite number"),
+        ({"rule": "credit+nonsense:1"}, "rule: expected 'one', steps:N, SELECTOR:THRESHOLD"),
+        ({"rule": "prophet"}, r"rule: expected prophet:START\[,WIDTH\], got 'prophet'"),
+        ({"rule": "prophet:1.5"}, "rule: expected prophet"),
+        ({"rule": "sched:7.5,2.5,square"}, "kind: expected one of"),
+        ({"rule": 5}, "rule: expected a Rule, its name or a function, got int"),
+        ({"rule": "entropy:0.5", "threshold": 0.5}, "rule: names a policy row, so give it without threshold"),
+        ({"rule": "credit", "temperature": 0.5}, "temperature: Credit commits tokens of its own"),
+        ({"rule": "credit+margin:0.5"}, "selector: Credit has no margin to rank by"),
+        ({"rule": lambda s, m, n: m, "threshold": 0.5}, "rule: a function decides alone"),
+        ({"rule": "credit", "policy": lambda s, m, n: m}, "policy: give it alone, without rule"),
+        ({"rule": lambda s, m, n: m.float()}, "policy: expected a bool Tensor"),
+    ],
+)
+def test_what_does_not_fit_is_said(llada: models.Model, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        dx.decode(llada, PROMPTS, gen_length=8, block_length=8, **settings)
+
+
+def test_names() -> None:
+    assert rules.parse("credit") == (Credit(), {"selector": "confidence", "threshold": 0.9})
+    assert rules.parse("credit:0.5+entropy:0.4") == (Credit(0.5), {"selector": "entropy", "threshold": 0.4})
+    assert rules.parse("sched:7.5,0,exponential,16") == (SchED(7.5, 0.0, "exponential", 16.0), {})
+    assert rules.parse("edit:0.8,0.95,4") == (Edit(0.8, 0.95, 4), {})
+    assert rules.parse("prophet:203") == (Prophet(203), {})
+    assert rules.parse("sched:5+steps:16") == (SchED(5.0), {"steps": 16})
+    assert rules.parse("credit+one") == (Credit(), {})
+    assert rules.parse("one") == (None, {})
+    assert rules.parse("entropy:0.5") == (None, {"selector": "entropy", "threshold": 0.5})
+
+
+def test_the_example_decodes(capsys: pytest.CaptureFixture[str]) -> None:
+    """A rule of a user's own, in `decode` and in the engine."""
+    file = ROOT / "examples" / "custom_rule.py"
+    spec = importlib.util.spec_from_file_location("custom_rule", file)
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    sys.modules["custom_rule"] = example  # where dataclasses look for the names of annotations
+    spec.loader.exec_module(example)
+    found = example.main(8)
+    right, passes = found["Steady(confidence=0.5)"]
+    assert right >= 6
+    assert passes < found["confidence:0.9"][1]
+    assert "in an engine" in capsys.readouterr().out
+
+
+def test_no_rule_commits_what_is_suppressed(llada: models.Model) -> None:
+    one = dx.decode(llada, PROMPTS, gen_length=8, block_length=8, suppress=[9])
+    out = dx.decode(llada, PROMPTS, gen_length=8, block_length=8, suppress=[9], rule=Greedy(9))
+    assert torch.equal(out.sequences, one.sequences)
+
+
+def test_a_block_that_another_begins_cannot_be_edited() -> None:
+    with pytest.raises(ValueError, match="rule: Edit edits, which does not go with"):
+        dx.decode(fast_dllm(), PROMPTS, gen_length=8, rule="edit")

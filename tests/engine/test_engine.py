@@ -1,0 +1,773 @@
+"""Engine: each request as `decode` gives it alone, whatever comes and goes beside it."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import resource
+import threading
+import time
+import tracemalloc
+import weakref
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from typing import Any
+
+import pytest
+import torch
+from conftest import golden
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import dparallel_ext as dx
+from dparallel_ext import models
+from dparallel_ext.models import Model
+
+MODELS = {
+    (name, dtype): golden.model(name, dtype=dtype)
+    for name in ("llada_tiny_a", "dream_tiny_a", "sdar_tiny_a")
+    for dtype in (torch.float32, torch.bfloat16)
+}
+
+
+def fast_dllm(dtype: torch.dtype) -> Model:
+    """Block-causal with shifted logits; its blocks of 8 are filled by sub-blocks of 4."""
+    torch.manual_seed(0)
+    config = {
+        "model_type": "Fast_dLLM_Qwen",
+        "bd_size": BLOCK,
+        "hidden_size": 64,
+        "intermediate_size": 176,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "mask_token_id": 511,
+    }
+    return models.FastDLLM(config).to(dtype).eval()
+
+
+BLOCK = 8
+MODELS |= {("fast_dllm", dtype): fast_dllm(dtype) for dtype in (torch.float32, torch.bfloat16)}
+SDAR = MODELS["sdar_tiny_a", torch.float32]
+LLADA = MODELS["llada_tiny_a", torch.float32]
+
+
+def some_prompts(seed: int, count: int, longest: int = 30) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest, (count,), generator=g).tolist()
+    return [torch.randint(0, 500, (n,), generator=g) for n in lengths]
+
+
+def alone(model: Model, prompt: Tensor, cache: str, **settings: Any) -> tuple[list[int], int]:
+    """Tokens up to EOS, a stop sequence or gen_length, and passes."""
+    seed = torch.tensor([settings.pop("seed", 0)])
+    out = dx.decode(model, [prompt], block_length=BLOCK, cache=cache, seed=seed, **settings)
+    kept = min(int(out.kept[0]), settings["gen_length"])
+    return out.responses[0][:kept].tolist(), int(out.nfe[0])
+
+
+class Gate:
+    """Lets a model's passes through one by one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.passes = threading.Semaphore(0)
+        self.counts: list[int] = []
+        step = Model.step
+
+        def gated(model: Model, ids: Tensor, cache: Any, plan: Any) -> Tensor:
+            assert self.passes.acquire(timeout=60)
+            self.counts.append(len(ids))
+            return step(model, ids, cache, plan)
+
+        monkeypatch.setattr(Model, "step", gated)
+
+
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not come to pass"
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    count=st.integers(1, 9),
+    lanes=st.integers(1, 4),
+    spare=st.integers(0, 8),
+    way=st.sampled_from(
+        [
+            ("llada_tiny_a", "none"),
+            ("llada_tiny_a", "prefix"),
+            ("llada_tiny_a", "dual"),
+            ("dream_tiny_a", "dual"),
+            ("sdar_tiny_a", "block"),
+            ("fast_dllm", "block"),
+            ("fast_dllm", "dual"),
+        ]
+    ),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_a_request_gets_what_decode_gives_it_alone(seed, count, lanes, spare, way, dtype) -> None:
+    """To the bit, at any number of lanes and pages, with settings of its own."""
+    name, cache = way
+    model, g = MODELS[name, dtype], torch.Generator().manual_seed(seed)
+
+    def one_of(*choices: Any) -> Any:
+        return choices[int(torch.randint(len(choices), (), generator=g))]
+
+    prompts = some_prompts(seed, count)
+    own = [
+        {
+            "gen_length": one_of(0, 3, 8, 17, 24),
+            "threshold": float(torch.rand((), generator=g)),
+            "selector": one_of("confidence", "entropy", "factor"),
+            "temperature": one_of(0.0, 0.9),
+            "seed": one_of(1, 2, 3),
+            "eos_id": one_of(None, 5),
+            "suppress": one_of(None, [1, 2, 3]),
+            "stop": one_of((), ((7,), (8, 9))),
+        }
+        for _ in prompts
+    ]
+    with dx.Engine(
+        model,
+        cache=cache,
+        block_length=BLOCK,
+        lanes=lanes,
+        max_length=64,
+        page_size=BLOCK,
+        pages=8 + spare,
+        batch_invariant=True,
+    ) as engine:
+        handles = [engine.submit(p, **settings) for p, settings in zip(prompts, own, strict=True)]
+        for prompt, settings_, handle in zip(prompts, own, handles, strict=True):
+            streamed = list(itertools.chain.from_iterable(handle))
+            done = handle.result(60)
+            expected, nfe = alone(model, prompt, cache, batch_invariant=True, **settings_)
+            assert streamed == done.tokens == expected
+            assert done.nfe == nfe
+            assert done.prompt_length == len(prompt)
+            assert done.finish_reason == ("stop" if len(expected) < settings_["gen_length"] else "length")
+        stats = engine.stats
+    assert (stats.completed, stats.waiting, stats.active, stats.pages_used) == (count, 0, 0, 0)
+    assert stats.tokens == sum(len(h.result().tokens) for h in handles)
+
+
+@pytest.mark.parametrize(("name", "reused"), [("sdar_tiny_a", 64), ("fast_dllm", 64)])
+def test_shared_prefixes_change_nothing_but_the_work(name: str, reused: int) -> None:
+    model = MODELS[name, torch.float32]
+    common = some_prompts(1, 1, 60)[0].new_tensor(range(64))
+    prompts = [torch.cat((common, tail)) for tail in some_prompts(2, 12, 20)]
+    settings: dict[str, Any] = {"gen_length": 16, "threshold": 0.3, "selector": "confidence"}
+    expected = [alone(model, p, "block", **settings) for p in prompts]
+    work = {}
+    for share in (False, True):
+        with dx.Engine(model, lanes=4, max_length=128, share=share) as engine:
+            results = [h.result(60) for h in [engine.submit(p, **settings) for p in prompts]]
+        assert [(r.tokens, r.nfe) for r in results] == expected
+        stats = engine.stats
+        assert stats.reused_tokens == sum(r.reused for r in results)
+        work[share] = stats.prompt_tokens - stats.reused_tokens
+    assert [r.reused for r in results] == [0] + [reused] * 11
+    assert work[False] - work[True] == 11 * reused
+
+
+def test_a_conversation_reuses_its_own_answer() -> None:
+    with dx.Engine(SDAR, lanes=1, max_length=256, page_size=8) as engine:
+        prompt = list(range(20))
+        first = engine.submit(prompt, gen_length=28).result(60)
+        assert len(first.tokens) == 28
+        again = engine.submit([*prompt, *first.tokens, 1, 2, 3], gen_length=8).result(60)
+    assert again.reused == 40  # the last block of the first answer was never stored: nothing followed it
+    assert (
+        again.tokens
+        == alone(SDAR, torch.tensor([*prompt, *first.tokens, 1, 2, 3]), "block", gen_length=8)[0][:8]
+    )
+
+
+def test_what_finished_is_in_no_pass_and_what_waits_comes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    with dx.Engine(LLADA, cache="none", block_length=4, lanes=2, max_length=16) as engine:
+        for gen_length in (4, 8, 4):
+            engine.submit([1, 2, 3, 4], gen_length=gen_length)
+        gate.passes.release(100)
+    assert set(gate.counts) == {8 + 12} | set(gate.counts[:1]) | set(gate.counts[-1:])
+    assert sum(gate.counts) == 4 * 8 + 8 * 12 + 4 * 8  # each request in its own passes, and no others
+    stats = engine.stats
+    assert (stats.sequence_passes, stats.tokens) == (16, 16)
+    assert stats.forwards == len(gate.counts) in (8, 9)  # 9: the first began before the second was there
+
+
+def test_memory_is_bounded_and_requests_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    with dx.Engine(LLADA, block_length=8, lanes=8, max_length=64, page_size=8, pages=5) as engine:
+        handles = [engine.submit([1] * 8, gen_length=8) for _ in range(6)]  # two pages each
+        gate.passes.release()  # the first pass may have begun with the first alone
+        until(lambda: engine.stats.active == 2)
+        stats = engine.stats
+        assert (stats.pages, stats.pages_used, stats.waiting) == (5, 4, 4)
+        slots = engine.core.batch.kv_cache
+        assert slots is not None
+        assert slots.slots.numel() * slots.slots.element_size() == 5 * stats.page_bytes
+        with pytest.raises(ValueError, match=r"length: 48 positions need 6 pages of 8, and there are 5"):
+            engine.submit([1] * 8, gen_length=40)
+        gate.passes.release(1000)
+        assert [h.result(60).tokens for h in handles] == [handles[0].result().tokens] * 6
+
+
+def test_more_than_may_wait_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    with dx.Engine(LLADA, lanes=1, max_length=64, max_waiting=2) as engine:
+        engine.submit([1], gen_length=8)
+        until(lambda: engine.stats.active == 1)
+        handles = [engine.submit([1], gen_length=8) for _ in range(2)]
+        with pytest.raises(dx.EngineFull, match="2 requests wait already"):
+            engine.submit([1], gen_length=8)
+        gate.passes.release(1000)
+        assert all(len(h.result(60).tokens) == 8 for h in handles)
+        engine.submit([1], gen_length=8)
+
+
+def test_cancelled_requests_leave_at_the_next_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    with dx.Engine(LLADA, block_length=8, lanes=1, max_length=64) as engine:
+        running, waiting, last = (engine.submit([1, 2], gen_length=24) for _ in range(3))
+        blocks = iter(running)
+        until(lambda: engine.stats.active == 1)
+        gate.passes.release(8)
+        assert len(next(blocks)) == 8
+        waiting.cancel()
+        running.cancel()
+        gate.passes.release(100)
+        with pytest.raises(CancelledError, match="request 1 was cancelled"):
+            waiting.result(60)
+        with pytest.raises(CancelledError):
+            list(blocks)
+        assert last.result(60).finish_reason == "length"
+        last.cancel()  # over: nothing happens
+        assert last.result().finish_reason == "length"
+    assert (engine.stats.cancelled, engine.stats.completed, engine.stats.pages_used) == (2, 1, 0)
+    assert gate.counts[-1] > 0
+    assert len(gate.counts) <= 8 + 1 + 24
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_what_one_request_fails_of_concerns_no_other(monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
+    """A prompt with token 499 makes its own rows NaN."""
+    step = Model.step
+
+    def poisoned(model: Model, ids: Tensor, slots: Any, plan: Any) -> Tensor:
+        hidden = step(model, ids, slots, plan)
+        for begin, end in zip(plan.begin.tolist(), plan.end.tolist(), strict=True):
+            if bool((ids[begin:end] == 499).any()):
+                hidden[begin:end] = float("nan")
+        return hidden
+
+    monkeypatch.setattr(Model, "step", poisoned)
+    prompts = [p.clamp(max=498) for p in some_prompts(5, 6)]
+    expected = [alone(LLADA, p, cache, gen_length=16, threshold=1.0) for p in prompts]
+    with dx.Engine(LLADA, cache=cache, block_length=BLOCK, lanes=3, max_length=64) as engine:
+        bad = [engine.submit([499, 3], gen_length=16) for _ in range(2)]
+        good = [engine.submit(p, gen_length=16, threshold=1.0) for p in prompts]
+        for handle in bad:
+            with pytest.raises(ValueError, match=r"logits: sequence \d at position 2 holds NaN"):
+                handle.result(60)
+            with pytest.raises(ValueError, match="NaN"):
+                list(handle)
+        for handle, (tokens, nfe) in zip(good, expected, strict=True):
+            assert (handle.result(60).tokens, handle.result().nfe) == (tokens, nfe)
+    assert (engine.stats.failed, engine.stats.completed) == (2, 6)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, SystemExit, KeyboardInterrupt])
+def test_what_a_pass_raises_fails_the_requests_that_raise_it(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    """In the pass that several share, each by itself then; and where a request is let in."""
+    step, raising = Model.step, threading.Event()
+
+    def broken(model: Model, ids: Tensor, slots: Any, plan: Any) -> Tensor:
+        if bool((ids == 499).any()):
+            raise error("no such luck")
+        return step(model, ids, slots, plan)
+
+    monkeypatch.setattr(Model, "step", broken)
+    with dx.Engine(LLADA, block_length=BLOCK, lanes=3, max_length=64) as engine:
+        good = engine.submit([1, 2], gen_length=24, threshold=1.0)
+        bad = [engine.submit([499], gen_length=8) for _ in range(3)]
+        expected = error if issubclass(error, Exception) else RuntimeError
+        for handle in bad:
+            with pytest.raises(expected, match=r"no such luck|the model raised") as failed:
+                handle.result(60)
+            assert error in (type(failed.value), type(failed.value.__cause__))
+        assert (
+            good.result(60).tokens
+            == alone(LLADA, torch.tensor([1, 2]), "dual", gen_length=24, threshold=1.0)[0]
+        )
+        admit = engine.core.batch.admit
+
+        def full(*args: Any, **more: Any) -> Any:
+            if raising.is_set():
+                raise error("no such luck")
+            return admit(*args, **more)
+
+        monkeypatch.setattr(engine.core.batch, "admit", full)
+        raising.set()
+        with pytest.raises(expected):
+            engine.submit([1], gen_length=8).result(60)
+        raising.clear()
+        assert len(engine.submit([1], gen_length=8).result(60).tokens) == 8
+    stats = engine.stats
+    assert (stats.failed, stats.completed, stats.cancelled, stats.pages_used) == (4, 2, 0, 0)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, MemoryError, SystemExit])
+def test_a_fault_of_the_engine_leaves_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: type[BaseException]
+) -> None:
+    gate, told = Gate(monkeypatch), list[Any]()
+    engine = dx.Engine(LLADA, lanes=1, max_length=64)
+
+    def fault() -> None:
+        raise error("a bug")
+
+    handles = [engine.submit([1], gen_length=8) for _ in range(3)]
+    handles[2].subscribe(told.append)
+    handles[2].subscribe(lambda event: 1 / 0)
+    until(lambda: engine.stats.active == 1)
+    waiting = threading.Thread(target=lambda: told.append(list(handles[1])))
+    monkeypatch.setattr(threading, "excepthook", lambda args: told.append(args.exc_value))
+    waiting.start()
+    monkeypatch.setattr(engine.core, "admit", fault)
+    gate.passes.release(100)
+    waiting.join(60)
+    for handle in handles:
+        with pytest.raises(error if issubclass(error, Exception) else RuntimeError) as failed:
+            handle.result(60)
+        assert error in (type(failed.value), type(failed.value.__cause__))
+    until(lambda: len(told) == 2)
+    assert told == [failed.value] * 2
+    with pytest.raises(RuntimeError, match=f"the engine is closed: its thread ended with {error.__name__}$"):
+        engine.submit([1], gen_length=4)
+    handles[0].cancel()
+    engine.close()
+    assert not engine.thread.is_alive()
+    stats = engine.stats
+    assert (stats.failed, stats.completed, stats.waiting, stats.active, stats.pages_used) == (3, 0, 0, 0, 0)
+    assert stats.closed
+    assert engine.closed
+    assert "the engine's thread ends" in caplog.text
+
+
+def test_an_engine_that_nobody_has_ends_after_its_last_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, told = Gate(monkeypatch), list[Any]()
+    engine: dx.Engine | None = dx.Engine(LLADA, block_length=8, lanes=1, max_length=64)
+    assert engine is not None
+    thread, gone = engine.thread, weakref.ref(engine)
+    engine.submit([1], gen_length=16).subscribe(lambda event: told.append(event))
+    until(lambda: gone().stats.active == 1)  # type: ignore[union-attr]
+    engine = None
+    gc.collect()
+    assert thread.is_alive()
+    gate.passes.release(100)
+    thread.join(60)
+    gc.collect()
+    assert gone() is None
+    assert not thread.is_alive()
+    assert [type(event) for event in told] == [list, list, dx.Completion]
+
+
+def test_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = some_prompts(9, 6, 40)
+    expected = [alone(SDAR, p, "block", gen_length=16)[0] for p in prompts]
+    wrong: list[Any] = []
+    with dx.Engine(SDAR, lanes=3, max_length=128, pages=12, page_size=8) as engine:
+
+        def client(number: int) -> None:
+            for turn in range(5):
+                at = (number + turn) % len(prompts)
+                handle = engine.submit(prompts[at], gen_length=16)
+                if (number + turn) % 4 == 0:
+                    handle.cancel()
+                try:
+                    tokens = list(itertools.chain.from_iterable(handle))
+                except CancelledError:
+                    continue
+                if tokens != expected[at][:16]:
+                    wrong.append((at, tokens))
+
+        clients = [threading.Thread(target=client, args=(n,)) for n in range(8)]
+        for thread in clients:
+            thread.start()
+        for thread in clients:
+            thread.join(60)
+    assert not wrong
+    stats = engine.stats
+    assert stats.completed + stats.cancelled == 40
+    assert stats.pages_used == 0
+
+
+def test_closing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with dx.Engine(LLADA, lanes=1, max_length=64) as engine:
+        handles = [engine.submit([1], gen_length=8) for _ in range(3)]
+    assert all(h.done for h in handles)  # leaving the block waits for all
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.submit([1], gen_length=8)
+    engine.close()  # again
+    engine = dx.Engine(LLADA, lanes=1, max_length=64)
+    handles = [engine.submit([1], gen_length=60) for _ in range(3)]
+    engine.close(cancel=True)
+    assert {len(h.events.all) and h.events.all[-1].finish_reason for h in handles} == {"cancelled"}  # type: ignore[union-attr]
+
+
+def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    with dx.Engine(LLADA, lanes=1, max_length=64) as engine:
+        handle = engine.submit([1], gen_length=2)
+        with pytest.raises(TimeoutError, match=r"request 0 has not ended in 0.01 s"):
+            handle.result(0.01)
+        for timeout in (0, -1.0, -math.inf):
+            with pytest.raises(TimeoutError):
+                handle.result(timeout)
+        for wrong in (math.nan, "1", [1]):
+            with pytest.raises(ValueError, match="timeout: expected seconds or None, got"):
+                handle.result(wrong)  # type: ignore[arg-type]
+        assert handle.events.waiters == []
+        gate.passes.release(10)
+        assert handle.result(math.inf).seconds >= handle.result(1e300).seconds_waiting >= 0
+
+
+def test_subscribers_get_every_event_in_order() -> None:
+    with dx.Engine(LLADA, block_length=8, lanes=1, max_length=64) as engine:
+        early: list[Any] = []
+        handle = engine.submit([1], gen_length=24)
+        handle.subscribe(early.append)
+        done = handle.result(60)
+    late: list[Any] = []
+    handle.subscribe(late.append)
+    assert early == late == [*(done.tokens[a : a + 8] for a in (0, 8, 16)), done]
+    with pytest.raises(ValueError, match="callback: expected a function, got int"):
+        handle.subscribe(3)  # type: ignore[arg-type]
+
+
+ERRORS = [
+    RuntimeError,
+    SystemExit,
+    KeyboardInterrupt,
+    GeneratorExit,
+    CancelledError,
+    StopIteration,
+    MemoryError,
+]
+
+
+@pytest.mark.parametrize("by", ["subscribe", "on_draft"])
+@pytest.mark.parametrize("error", ERRORS)
+def test_a_callback_that_raises_ends_its_request_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: type[BaseException], by: str
+) -> None:
+    gate, seen, others = Gate(monkeypatch), list[Any](), list[Any]()
+
+    def fail(event: Any) -> None:
+        seen.append(event)
+        raise error("enough")
+
+    with dx.Engine(LLADA, block_length=8, lanes=2, max_length=64) as engine:
+        bad = engine.submit([1, 2], gen_length=16, on_draft=fail if by == "on_draft" else None)
+        good = engine.submit([1, 2], gen_length=16)
+        if by == "subscribe":
+            bad.subscribe(fail)
+        bad.subscribe(others.append)
+        gate.passes.release(100)
+        with pytest.raises(RuntimeError, match=f"request 0: a callback raised {error.__name__}") as failed:
+            bad.result(60)
+        assert isinstance(failed.value.__cause__, error)
+        with pytest.raises(RuntimeError, match="a callback raised"):
+            list(bad)
+        assert len(good.result(60).tokens) == 16
+        assert len(engine.submit([1, 2], gen_length=16).result(60).tokens) == 16
+    if by == "subscribe":  # both got the block, and then the end
+        assert seen == others
+        assert [type(event) for event in seen] == [list, RuntimeError]
+    assert others[-1] is failed.value
+    assert (engine.stats.failed, engine.stats.completed, engine.stats.pages_used) == (1, 2, 0)
+    assert "a callback of Handle.subscribe or on_draft failed" in caplog.text
+    assert "enough" in caplog.text
+
+
+def test_what_a_callback_raises_of_the_last_event_changes_nothing() -> None:
+    def fail(event: Any) -> None:
+        if isinstance(event, dx.Completion):
+            raise SystemExit
+
+    with dx.Engine(LLADA, lanes=1, max_length=64) as engine:
+        handle = engine.submit([1], gen_length=8)
+        handle.subscribe(fail)
+        assert len(handle.result(60).tokens) == 8
+        with pytest.raises(SystemExit):  # here it is the caller's
+            handle.subscribe(fail)
+    assert (engine.stats.completed, engine.stats.failed) == (1, 0)
+
+
+def test_a_callback_may_call_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Submit, cancel, subscribe, close; but it cannot wait for what its own thread is to compute."""
+    gate, more, refusals = Gate(monkeypatch), list[dx.Handle](), list[str]()
+
+    def busy(event: Any) -> None:
+        if not isinstance(event, list) or more:
+            return
+        more.extend(engine.submit([3], gen_length=4) for _ in range(2))
+        more[1].cancel()
+        for wait in (other.result, lambda: next(iter(other))):
+            try:
+                wait()
+            except RuntimeError as error:
+                refusals.append(str(error))
+        assert not handle.done
+        assert engine.stats.active == 2
+        handle.subscribe(lambda event: None)
+        engine.close()
+
+    with dx.Engine(LLADA, block_length=8, lanes=2, max_length=64) as engine:
+        handle, other = engine.submit([1], gen_length=16), engine.submit([1], gen_length=24)
+        handle.subscribe(busy)
+        gate.passes.release(200)
+        assert len(handle.result(60).tokens) == 16
+        assert len(other.result(60).tokens) == 24
+        assert len(more[0].result(60).tokens) == 4
+        with pytest.raises(CancelledError):
+            more[1].result(60)
+    assert len(refusals) == 2
+    assert "request 1: a callback in the engine's thread cannot wait for it" in refusals[0]
+
+
+def test_what_the_caller_changes_after_a_submit_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, suppress = torch.tensor([1, 2, 3]), torch.tensor([4, 5])
+    expected = alone(LLADA, prompt, "dual", gen_length=8, suppress=suppress)[0]
+    gate = Gate(monkeypatch)
+    with dx.Engine(LLADA, block_length=BLOCK, lanes=1, max_length=64) as engine:
+        engine.submit([1], gen_length=8)
+        until(lambda: engine.stats.active == 1)
+        handle = engine.submit(prompt, gen_length=8, suppress=suppress)
+        prompt.fill_(10**9)
+        suppress.fill_(expected[0])
+        gate.passes.release(100)
+        assert handle.result(60).tokens == expected
+
+
+def test_no_lock_is_held_during_a_callback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may hold what the callback waits for, and ask the handle meanwhile."""
+    gate, entered, leave = Gate(monkeypatch), threading.Event(), threading.Event()
+
+    def wait(event: Any) -> None:
+        entered.set()
+        assert leave.wait(60)
+
+    with dx.Engine(LLADA, block_length=8, lanes=1, max_length=64) as engine:
+        handle = engine.submit([1], gen_length=16)
+        handle.subscribe(wait)
+        gate.passes.release(100)
+        assert entered.wait(60)
+        with pytest.raises(TimeoutError):
+            handle.result(0.01)
+        assert not handle.done
+        late: list[Any] = []
+        handle.subscribe(late.append)
+        assert late == [handle.events.all[0]]
+        assert engine.stats.active == 1
+        leave.set()
+        assert len(handle.result(60).tokens) == 16
+
+
+def test_stop_sequences_are_never_streamed() -> None:
+    """Not even their beginnings: what may be one is held back until it is known."""
+    plain = alone(LLADA, torch.tensor([1, 2, 3]), "dual", gen_length=32)[0]
+    stop = tuple(plain[14:18])  # across the end of the second block
+    at = next(i for i in range(29) if tuple(plain[i : i + 4]) == stop)
+    with dx.Engine(LLADA, block_length=8, lanes=1, max_length=64) as engine:
+        handle = engine.submit([1, 2, 3], gen_length=32, stop=[stop, (510, 510, 510)])
+        streamed = list(itertools.chain.from_iterable(handle))
+    assert streamed == handle.result().tokens == plain[:at]
+    assert handle.result().finish_reason == "stop"
+    assert handle.result().nfe < 32  # the last block was never computed
+
+
+@pytest.mark.slow
+def test_ten_thousand_requests_leave_no_memory_behind() -> None:
+    def resident() -> int:
+        gc.collect()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    tiny = models.LLaDA({**LLADA.config, "n_layers": 1}).eval()
+    with dx.Engine(tiny, lanes=16, max_length=32, max_waiting=64, block_length=4) as engine:
+
+        def flood(count: int) -> None:
+            handles: list[dx.Handle] = []
+            for _ in range(count):
+                if len(handles) == 64:
+                    handles.pop(0).result(60)
+                handles.append(engine.submit([1, 2, 3], gen_length=4, threshold=9.0))
+            for handle in handles:
+                handle.result(60)
+
+        flood(1000)
+        before = resident()
+        flood(9000)
+        grown = resident() - before  # KiB
+    assert engine.stats.completed == 10_000
+    assert engine.stats.pages_used == 0
+    assert len(engine.core.requests) == len(engine.core.running) == 0
+    assert grown < 4096
+
+
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [("llada_tiny_a", "dual"), ("dream_tiny_a", "dual"), ("sdar_tiny_a", "block"), ("fast_dllm", "block")],
+)
+def test_drafts(name: str, cache: str) -> None:
+    """After every pass the block as it is: masks become tokens, which stay, up to the final block."""
+    model, settings = (
+        MODELS[name, torch.float32],
+        {"gen_length": 21, "threshold": 0.9, "selector": "confidence"},
+    )
+    prompts = some_prompts(1, 3)
+    seen: list[list[dx.Draft]] = [[] for _ in prompts]
+    with dx.Engine(model, cache=cache, block_length=BLOCK, lanes=2, max_length=64) as engine:
+        handles = [
+            engine.submit(prompt, on_draft=drafts.append, **settings)
+            for prompt, drafts in zip(prompts, seen, strict=True)
+        ]
+        plain = engine.submit(prompts[0], **settings)
+        for prompt, handle, drafts in zip(prompts, handles, seen, strict=True):
+            tokens = handle.result(60).tokens
+            assert (tokens, drafts[-1].nfe) == alone(model, prompt, cache, **settings)
+            assert [draft.nfe for draft in drafts] == list(range(1, drafts[-1].nfe + 1))
+            for before, after in itertools.pairwise(drafts):
+                if before.start != after.start:
+                    assert None not in before.tokens
+                    assert after.start == before.start + len(before.tokens)
+                else:
+                    assert before.tokens.count(None) >= after.tokens.count(None)
+            for draft in drafts:
+                final = tokens[draft.start : draft.start + len(draft.tokens)]
+                assert all(a in (None, b) for a, b in zip(draft.tokens, final, strict=True))
+            assert drafts[-1].start + len(drafts[-1].tokens) == 21
+        assert any(None in draft.tokens for drafts in seen for draft in drafts)
+        assert plain.result(60).tokens == handles[0].result(60).tokens
+
+
+@pytest.mark.parametrize(("name", "cache"), [("llada_tiny_a", "dual"), ("sdar_tiny_a", "block")])
+def test_drafts_of_an_infill(name: str, cache: str) -> None:
+    """The places that held masks, between given tokens and behind them."""
+    model, drafts = MODELS[name, torch.float32], list[dx.Draft]()
+    mask = model.mask_id
+    assert mask is not None
+    prompt = [1, mask, 2, 3, *[mask] * 9, 4, mask, 5]
+    with dx.Engine(model, cache=cache, block_length=BLOCK, lanes=1, max_length=64) as engine:
+        tokens = engine.submit(prompt, gen_length=3, infill=True, on_draft=drafts.append).result(60).tokens
+    assert len(tokens) == prompt.count(mask) + 3
+    found: list[int | None] = []
+    for draft in drafts:
+        found[draft.start :] = draft.tokens
+    assert found == tokens
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": "text"}, r"prompt: expected int64 \(P,\)"),
+        ({"prompt": torch.zeros(2, 2, dtype=torch.int64)}, r"prompt: expected one prompt \(P,\), got 2"),
+        ({"prompt": [1.5]}, r"prompt: expected int64 \(P,\), got torch.float32"),
+        ({"prompt": [512]}, r"prompt: expected token ids in \[0, 512\), got 512"),
+        ({"gen_length": -1}, "gen_length: expected a whole number >= 0, got -1"),
+        ({"gen_length": 64}, "gen_length: prompt and response have 65 positions, max_length is 64"),
+        ({"gen_length": 10**15}, "gen_length: prompt and response have .* max_length is 64"),
+        ({"gen_length": 48, "steps": 3}, "steps: expected a multiple of the 2 blocks, got 3"),
+        ({"temperature": -1.0}, "temperature: expected a finite number >= 0"),
+        ({"threshold": float("nan")}, "threshold: expected a number"),
+        ({"selector": "best", "threshold": 0.5}, "selector: expected one of"),
+        ({"suppress": [-1]}, r"suppress: expected token ids in \[0, 512\), got -1"),
+        ({"stop": [[]]}, "stop: expected sequences of at least one token"),
+        ({"stop": 5}, "stop: expected sequences of token ids, got the number 5"),
+        ({"stop": None}, r"stop: expected int64 \(P,\) or a list of ids, got NoneType"),
+        ({"suppress": [1.5]}, r"suppress: expected int64 \(P,\), got torch.float32"),
+        ({"suppress": "ab"}, r"suppress: expected int64 \(P,\) or a list of ids, got str"),
+        ({"suppress": [10**30]}, r"suppress: expected int64 \(P,\) or a list of ids"),
+        ({"seed": "x"}, "seed: expected a whole number"),
+        ({"seed": 2**63}, "seed: expected a whole number <= 9223372036854775807, got 9223372036854775808"),
+        ({"top_p": "x", "temperature": 1.0}, "top_p: expected a number from 0 to 1, got 'x'"),
+        ({"temperature": 10**400}, "temperature: expected a finite number >= 0, got 1000"),
+        ({"selector": 5, "threshold": 0.5}, "selector: expected one of"),
+        ({"on_draft": 5}, "on_draft: expected a function, got int"),
+    ],
+)
+def test_bad_requests_are_named(change: dict[str, Any], message: str) -> None:
+    with dx.Engine(LLADA, lanes=1, max_length=64) as engine:
+        call = {"prompt": [1], "gen_length": 8, **change}
+        with pytest.raises(ValueError, match=message):
+            engine.submit(**call)
+        assert len(engine.submit([1], gen_length=4).result(60).tokens) == 4
+
+
+WHOLE = ["gen_length", "steps", "min_commit", "max_commit", "top_k", "eos_id", "seed"]
+
+
+@pytest.mark.parametrize(
+    "value", [10**9, 2**63, 10**30, 10**5000, -(10**5000)], ids=["1e9", "2^63", "1e30", "1e5000", "-1e5000"]
+)
+@pytest.mark.parametrize("name", WHOLE)
+def test_numbers_of_any_size_are_named_before_anything_is_allotted(name: str, value: int) -> None:
+    """Or they are in order: there may be so many steps, commits and seeds."""
+    beside = {
+        "min_commit": {"threshold": 0.5},
+        "max_commit": {"threshold": 0.5},
+        "top_k": {"temperature": 1.0},
+    }
+    harmless = {"steps": 2**63, "max_commit": 10**31, "top_k": 2**63, "seed": 2**63}
+    call: dict[str, Any] = {"prompt": [1], "gen_length": 4, name: value, **beside.get(name, {})}
+    with dx.Engine(LLADA, lanes=1, max_length=64) as engine:
+        tracemalloc.start()
+        try:
+            if 0 < value < harmless.get(name, 0):
+                assert len(engine.submit(**call).result(60).tokens) == 4
+            else:
+                with pytest.raises(ValueError, match=f"^{name}: .*(expected|max_length is 64)"):
+                    engine.submit(**call)
+            assert tracemalloc.get_traced_memory()[1] < 2**20
+        finally:
+            tracemalloc.stop()
+        assert engine.stats.waiting == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": lambda ids: ids}, "model: expected one of dparallel_ext.models"),
+        ({"lanes": 0}, "lanes: expected a whole number >= 1, got 0"),
+        ({"max_length": 0}, "max_length: expected a whole number >= 1"),
+        ({"pages": 0}, "pages: expected a whole number >= 1"),
+        ({"page_size": 0}, "page_size: expected a whole number >= 1"),
+        ({"max_waiting": 0}, "max_waiting: expected a whole number >= 1"),
+        ({"lanes": 10**30}, "lanes: expected a whole number <= 2147483647, got 1000"),
+        ({"max_length": 2**31}, "max_length: expected a whole number <= 2147483647, got 2147483648"),
+        ({"pages": 10**15}, "pages: expected a whole number <= 2147483647"),
+        ({"page_size": 10**5000}, "page_size: expected a whole number <= 2147483647, got int that cannot"),
+        ({"max_waiting": 2**63}, "max_waiting: expected a whole number <= 9223372036854775807"),
+        (
+            {"lanes": 2**31 - 1, "max_length": 2**31 - 1},
+            "lanes, max_length, pages: 2147483647 lanes of .* do not fit into memory",
+        ),
+        ({"cache": "dual"}, 'cache: expected "block" or "none" for a block-causal model'),
+        ({"page_size": 12}, "page_size: expected a multiple of the blocks of 8"),
+        ({"batch_invariant": True, "share": True}, "share: goes with .*, got batch_invariant"),
+        ({"cache": "none", "share": True}, "share: goes with cache 'block' .*, got cache 'none'"),
+    ],
+)
+def test_bad_engines_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dx.Engine(**{"model": SDAR, **change})

@@ -1,0 +1,577 @@
+"""Log-likelihoods against plain loops and exact enumeration, and the lm-evaluation-harness's model.
+
+What needs the harness runs where it is installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import math
+import shutil
+import tomllib
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import setuptools
+import torch
+from conftest import ROOT, golden
+from dparallel import registry
+from dparallel.likelihood import Likelihood, answer_masks, iter_log_likelihoods, log_likelihoods
+from dparallel.toy import tasks
+
+import dparallel_ext as dx
+from dparallel_ext import models
+from dparallel_ext.models import Model
+
+HERE = Path(__file__).parent
+STUDENT = "builtin:student"
+
+
+def small(family: type[Model], **changes: Any) -> Model:
+    """Random weights and a vocabulary of 12; SDAR's blocks have 4 tokens, Fast-dLLM v2's 8."""
+    torch.manual_seed(0)
+    config = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 12,
+        "mask_token_id": 11,
+        "block_size": 4,
+        "bd_size": 8,
+        **changes,
+    }
+    model = family(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight *= 8  # so that predictions differ
+    return model
+
+
+BIDIRECTIONAL = {
+    "llada": golden.model("llada_tiny_a", dtype=torch.float32),
+    "dream": small(models.Dream),
+}
+BLOCK_CAUSAL = {"sdar": small(models.SDAR), "fast_dllm": small(models.FastDLLM)}
+MODELS = BIDIRECTIONAL | BLOCK_CAUSAL
+
+
+def logprobs(model: Model, ids: list[int], position: int) -> torch.Tensor:
+    """(V,) float64, of the token at `position`, by one plain forward pass."""
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, max(position - model.shift, 0)]
+    return logits.double().log_softmax(-1)
+
+
+def left_to_right(model: Model, prompt: list[int], answer: list[int]) -> Likelihood:
+    """The chain rule, one plain pass for each token."""
+    ids, total, greedy = prompt + answer, 0.0, True
+    for at in range(len(prompt), len(ids)):
+        size = model.block_length
+        end = len(ids) if size is None else at - at % size + size
+        found = logprobs(model, ids[:at] + [model.mask_id] * (end - at), at)
+        total += float(found[ids[at]])
+        found[model.mask_id] = -math.inf
+        greedy &= int(found.argmax()) == ids[at]
+    return Likelihood(total, greedy)
+
+
+def expectation(model: Model, prompt: list[int], answer: list[int]) -> float:
+    """LLaDA's bound: E over l and over the masks of l tokens."""
+    length, total = len(answer), 0.0
+    for count in range(1, length + 1):
+        subsets = list(itertools.combinations(range(length), count))
+        for masked in subsets:
+            ids = prompt + [model.mask_id if i in masked else t for i, t in enumerate(answer)]
+            term = sum(float(logprobs(model, ids, len(prompt) + i)[answer[i]]) for i in masked)
+            total += term * length / count / len(subsets) / length
+    return total
+
+
+def some(model: Model, *lengths: tuple[int, int]) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and answers of such lengths."""
+    g = torch.Generator().manual_seed(len(lengths))
+    high = min(model.mask_id, model.shape.rows)
+
+    def draw(n: int) -> list[int]:
+        return torch.randint(0, high, (n,), generator=g).tolist()
+
+    return [draw(p) for p, _ in lengths], [draw(n) for _, n in lengths]
+
+
+LENGTHS = [(0, 3), (5, 5), (7, 1), (8, 6), (9, 0), (16, 4)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_left_to_right_is_the_chain_rule(name: str) -> None:
+    model = MODELS[name]
+    prompts, answers = some(model, *LENGTHS)
+    prompts += [prompts[3]] * 3  # shares its finished blocks, and beginnings of its answer
+    answers += [answers[3], [*answers[3][:3], 1, 2], list(reversed(answers[3]))]
+    results = log_likelihoods(model, prompts, answers, method="left_to_right", batch_size=4)
+    for prompt, answer, result in zip(prompts, answers, results, strict=True):
+        expected = left_to_right(model, prompt, answer)
+        assert result.logprob == pytest.approx(expected.logprob, abs=2e-4)
+        assert result.greedy == expected.greedy
+
+
+@pytest.mark.parametrize("name", BLOCK_CAUSAL)
+def test_block_causal_likelihoods_sum_to_one(name: str) -> None:
+    """Over all answers of two tokens, inside a block and across its edge; one of them is greedy."""
+    model = BLOCK_CAUSAL[name]
+    answers = [list(pair) for pair in itertools.product(range(model.shape.rows), repeat=2)]
+    for prompt in ([3, 1, 4, 1, 5], [3, 1, 4], [3, 1, 4, 1, 5, 9, 2]):
+        found = log_likelihoods(model, [prompt] * len(answers), answers, batch_size=200)
+        assert sum(math.exp(one.logprob) for one in found) == pytest.approx(1, abs=1e-4)
+        assert sum(bool(one.greedy) for one in found) == 1
+
+
+@pytest.mark.parametrize("name", ["llada", "sdar"])
+def test_results_come_one_by_one_outside_of_inference_mode(name: str) -> None:
+    """A consumer may train, or stop, between two results."""
+    prompts, answers = some(MODELS[name], (5, 2), (4, 1), (6, 2))
+    results = iter_log_likelihoods(MODELS[name], prompts, answers, batch_size=1)
+    assert next(results)[0] == 0
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_block_causal_default_and_block_length() -> None:
+    model = BLOCK_CAUSAL["sdar"]
+    prompts, answers = some(model, (5, 6))
+    by_default = log_likelihoods(model, prompts, answers)
+    assert by_default == log_likelihoods(model, prompts, answers, method="left_to_right")
+    wider = small(models.SDAR, block_size=8)
+    assert log_likelihoods(model, prompts, answers, block_length=8) == log_likelihoods(
+        wider, prompts, answers
+    )
+    assert by_default != log_likelihoods(wider, prompts, answers)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_short_answers_get_the_exact_expectation(name: str) -> None:
+    model = MODELS[name]
+    prompts, answers = some(model, (0, 3), (6, 4), (3, 1))
+    found = log_likelihoods(model, prompts, answers, method="monte_carlo", samples=15, batch_size=5)
+    for prompt, answer, one in zip(prompts, answers, found, strict=True):
+        assert one.logprob == pytest.approx(expectation(model, prompt, answer), abs=2e-4)
+
+
+@pytest.mark.parametrize("name", ["llada", "fast_dllm"])
+def test_monte_carlo_converges(name: str) -> None:
+    """The mean over seeds comes to the expectation, as fast as it should; one seed says the same twice."""
+    model = MODELS[name]
+    prompts, answers = some(model, (4, 5))
+    expected = expectation(model, prompts[0], answers[0])
+
+    def estimate(seed: int, batch_size: int = 16) -> float:
+        options: dict[str, Any] = {"method": "monte_carlo", "samples": 16, "greedy": False, "seed": seed}
+        return log_likelihoods(model, prompts, answers, batch_size=batch_size, **options)[0].logprob
+
+    found = torch.tensor([estimate(seed) for seed in range(60)], dtype=torch.float64)
+    assert float(found.std()) > 0
+    assert abs(float(found.mean()) - expected) < 4 * float(found.std()) / 60**0.5
+    assert estimate(7) == pytest.approx(float(found[7]), abs=1e-5)
+    assert estimate(7, batch_size=3) == pytest.approx(float(found[7]), abs=1e-4)
+
+
+def test_counts_are_stratified_and_uniform() -> None:
+    """As published: the counts of masks are spread evenly over 1..L; over all seeds each is as likely."""
+    for length, samples in ((5, 15), (40, 8), (7, 128), (300, 128)):
+        counts = [answer_masks(length, samples, seed).masked.sum(1) for seed in range(20)]
+        for each in counts:
+            assert len(each) == min(samples, 2**length - 1)
+            assert int(each.min()) >= 1
+            assert int(each.max()) <= length
+        if 2**length - 1 > samples:
+            spread = Counter(counts[0].tolist())
+            assert max(spread.values()) <= -(-samples // length)
+            assert len(spread) == min(length, samples)
+    drawn = torch.stack([answer_masks(40, 8, seed).masked for seed in range(400)]).double()
+    assert float((drawn.mean((0, 1)) - 20.5 / 40).abs().max()) < 0.05  # every position, as often
+    masks = answer_masks(40, 8, 0)
+    assert torch.equal(masks.weight > 0, masks.masked)
+    total = masks.weight.sum(1)  # of each sample: L / l * l / n
+    assert torch.allclose(total, torch.full_like(total, 40 / 8))
+
+
+def test_expected_weight_of_every_token_is_one_over_expected_masks() -> None:
+    """If every prediction were log p = -1, the bound would be -L, whichever masks are drawn."""
+    for length, samples in ((1, 1), (3, 7), (3, 5), (30, 16)):
+        weight = answer_masks(length, samples, 0).weight
+        assert float(weight.sum()) == pytest.approx(length)
+
+
+@pytest.mark.parametrize("name", ["llada", "dream"])
+def test_greedy_is_what_decoding_gives(name: str) -> None:
+    model = BIDIRECTIONAL[name]
+    prompts, _ = some(model, (6, 1), (9, 1), (0, 1))
+    answers = [
+        dx.decode(model, torch.tensor(p, dtype=torch.int64), gen_length=n, block_length=n)
+        .responses[0]
+        .tolist()
+        for p, n in zip(prompts, (4, 7, 3), strict=True)
+    ]
+    options: dict[str, Any] = {"method": "monte_carlo", "samples": 2}
+    assert all(one.greedy for one in log_likelihoods(model, prompts, answers, **options))
+    wrong = [
+        [(token + 1) % 11 if i == n % 3 else token for i, token in enumerate(answer)]
+        for n, answer in enumerate(answers)
+    ]
+    assert not any(one.greedy for one in log_likelihoods(model, prompts, wrong, **options))
+    assert all(one.greedy is None for one in log_likelihoods(model, prompts, wrong, greedy=False, **options))
+
+
+def test_one_pass_for_one_token_however_many_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four one-token answers to one prompt are one masked sequence; and the head sees one row."""
+    for model in (BIDIRECTIONAL["llada"], BLOCK_CAUSAL["sdar"], BLOCK_CAUSAL["fast_dllm"]):
+        tokens, rows = [], []
+        step, head = model.step, model.head
+        monkeypatch.setattr(
+            model, "step", lambda ids, *rest, s=step, t=tokens: (t.append(len(ids)), s(ids, *rest))[1]
+        )
+        monkeypatch.setattr(model, "head", lambda x, h=head, r=rows: (r.append(len(x)), h(x))[1])
+        size = model.block_length
+        prompt = [1] * (6 if size is None else size + 2)
+        log_likelihoods(model, [prompt] * 4, [[7], [8], [9], [10]], greedy=False)
+        assert tokens == ([7] if size is None else [size, size])
+        assert rows == [1]
+
+
+def test_rolling_text_costs_one_block_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finished blocks are computed once; a pass holds no more than its tokens, and the head a chunk."""
+    import dparallel.likelihood as likelihood
+
+    model = BLOCK_CAUSAL["sdar"]
+    prompts, answers = some(model, (0, 37))
+    expected = left_to_right(model, prompts[0], answers[0])
+    tokens, rows = [], []
+    step, head = model.step, model.head
+    monkeypatch.setattr(likelihood, "PASS_TOKENS", 40)
+    monkeypatch.setattr(likelihood, "CHUNK_MEGABYTES", {"cpu": 12 * 4 * 3 / 2**20})
+    monkeypatch.setattr(model, "step", lambda ids, *rest: (tokens.append(len(ids)), step(ids, *rest))[1])
+    monkeypatch.setattr(model, "head", lambda x: (rows.append(len(x)), head(x))[1])
+    (found,) = log_likelihoods(model, prompts, answers)
+    assert found.logprob == pytest.approx(expected.logprob, abs=2e-4)
+    assert sum(tokens) == 36 + 37 * 4
+    assert max(tokens) <= 40
+    assert max(rows) <= 3
+
+
+def test_16_bit_rows_are_filled_up() -> None:
+    model = golden.model("sdar_tiny_a", dtype=torch.bfloat16)
+    exact = golden.model("sdar_tiny_a", dtype=torch.float32)
+    prompts, answers = some(model, (5, 6), (11, 3), (2, 9))
+    for method in ("left_to_right", "monte_carlo"):
+        found = log_likelihoods(model, prompts, answers, method=method, samples=8)
+        expected = log_likelihoods(exact, prompts, answers, method=method, samples=8)
+        for one, other in zip(found, expected, strict=True):
+            assert one.logprob == pytest.approx(other.logprob, rel=0.02)
+
+
+def test_teacher_prefers_right_answers() -> None:
+    model, tokenizer = registry.load("builtin:teacher")
+    right = wrong = 0.0
+    for problem in itertools.islice(tasks.problems("held_out", 3), 4):
+        prompt = tokenizer.encode(problem.prompt).ids
+        answers = [
+            tokenizer.encode(problem.response.replace(f"#### {problem.answer}", f"#### {number}")).ids
+            for number in (problem.answer, (problem.answer + 7) % 100)
+        ]
+        first, second = log_likelihoods(model.float(), [prompt] * 2, answers, samples=16, greedy=False)
+        right, wrong = right + first.logprob, wrong + second.logprob
+        assert first.logprob > second.logprob + 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "exact"}, "method: expected one of"),
+        ({"samples": 0}, "samples: expected a whole number >= 1, got 0"),
+        ({"batch_size": 2.0}, "batch_size: expected a whole number >= 1, got 2.0"),
+        ({"block_length": 8}, "block_length: only for block-causal models"),
+        ({"prompts": [[1], [2]]}, "answers: expected one for each of 2 prompts, got 1"),
+        ({"answers": [[512]]}, r"answers\[0\]: expected ids in \[0, 512\), got 512 to 512"),
+        ({"prompts": [[[1]]]}, r"prompts\[0\]: expected a list of ids"),
+        ({"answers": [[0.5]]}, r"answers\[0\]: expected a list of ids"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], said: str) -> None:
+    given = {"prompts": [[1]], "answers": [[2]], **options}
+    with pytest.raises(ValueError, match=said):
+        iter_log_likelihoods(BIDIRECTIONAL["llada"], **given)
+    with pytest.raises(ValueError, match=r"model: expected one of dparallel_ext\.models"):
+        iter_log_likelihoods(lambda ids: None, [[1]], [[2]])  # type: ignore[arg-type]
+
+
+def test_entry_point_names_a_class_that_is_there() -> None:
+    """The group that the harness documents; the module is shipped."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    target = project["project"]["entry-points"]["lm_eval.models"]["dparallel"]
+    module, _, name = target.partition(":")
+    assert module.rpartition(".")[0] in setuptools.find_packages(ROOT / "python")
+    source = ROOT / "python" / Path(*module.split(".")).with_suffix(".py")
+    assert f"class {name}(" in source.read_text()
+
+
+# --- the harness --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def harness() -> Any:
+    """Its `dparallel` integration."""
+    pytest.importorskip("lm_eval")
+    return importlib.import_module("dparallel.integrations.lm_eval")
+
+
+@pytest.fixture(scope="module")
+def make(harness: Any) -> Callable[..., Any]:
+    return lambda **options: harness.DParallelLM(
+        **{"pretrained": STUDENT, "batch_size": 8, "dtype": "float32", **options}
+    )
+
+
+def asked(*arguments: Any) -> Any:
+    return SimpleNamespace(args=arguments)
+
+
+PROBLEMS = list(itertools.islice(tasks.problems("held_out", 5), 8))
+
+
+def responses(count: int, **options: Any) -> list[str]:
+    """Of `decode`, one prompt after the other."""
+    model, tokenizer = registry.load(STUDENT)
+    texts = []
+    for problem in PROBLEMS[:count]:
+        prompt = torch.tensor(tokenizer.encode(problem.prompt).ids)
+        out = dx.decode(model.float(), prompt, eos_id=1, **{"gen_length": 64, **options})
+        texts.append(tokenizer.decode(out.responses[0][: int(out.kept[0])].tolist()))
+    return texts
+
+
+def test_requests_get_what_decode_gives(make: Any) -> None:
+    """Of any lengths and arguments, in the order of the requests, each told to the cache as it ends."""
+    model = make(policy="entropy:0.5", block_length=16, cache="dual", batch_size=4)
+    told: dict[str, str] = {}
+    model.cache_hook = SimpleNamespace(add_partial=lambda kind, args, res: told.__setitem__(args[0], res))
+    found = model.generate_until([asked(p.prompt, {"until": []}) for p in PROBLEMS])
+    assert found == responses(len(PROBLEMS), threshold=0.5, block_length=16, cache="dual")
+    assert told == {p.prompt: text for p, text in zip(PROBLEMS, found, strict=True)}
+    info = model.get_model_info()
+    assert info["generated_tokens"] == sum(len(text.split()) for text in found)
+    assert info["tokens_per_pass"] == info["generated_tokens"] / info["forward_passes"] > 2
+    # `until` cuts the text wherever it lies; the policy may be the request's.
+    options = {"until": [" .", "####"], "policy": "one", "temperature": 0.0, "max_gen_toks": 24}
+    cut = model.generate_until([asked(p.prompt, options) for p in PROBLEMS[:3]])
+    whole = responses(3, gen_length=24, block_length=16, cache="dual")
+    assert cut == [text.split(" .")[0] for text in whole]
+    assert model.generate_until([]) == []
+
+
+def test_gen_length_is_the_arguments_then_the_tasks(make: Any) -> None:
+    prompt = PROBLEMS[0].prompt
+    few = make().generate_until([asked(prompt, {"max_gen_toks": 3}), asked(prompt, {"max_new_tokens": 5})])
+    assert [len(text.split()) for text in few] == [3, 5]
+    assert few[1].startswith(few[0].split()[0])
+    (fixed,) = make(gen_length=7).generate_until([asked(prompt, {"max_gen_toks": 3})])
+    assert len(fixed.split()) == 7
+
+
+def test_samples_differ_between_repeats_and_not_between_runs(make: Any) -> None:
+    options = {"do_sample": True, "temperature": 4.0, "policy": "one", "max_gen_toks": 12}
+    requests = [asked(PROBLEMS[0].prompt, options)] * 3
+    first = make(seed=1).generate_until(requests)
+    assert len(set(first)) > 1
+    assert first == make(seed=1, batch_size=1).generate_until(requests)
+    assert first != make(seed=2).generate_until(requests)
+    greedy = make().generate_until(
+        [asked(PROBLEMS[0].prompt, {**options, "do_sample": False, "top_p": 0.5})] * 2
+    )
+    assert greedy[0] == greedy[1]
+    # The most probable token alone, whatever the temperature.
+    (only,) = make().generate_until([asked(PROBLEMS[0].prompt, {**options, "top_k": 1, "top_p": 0.9})])
+    assert only == greedy[0]
+
+
+def test_log_likelihood_requests(make: Any) -> None:
+    """The Monte Carlo bound of the tokens behind the context; its trailing space goes to the continuation."""
+    model = make(mc_num=8)
+    problem, told = PROBLEMS[0], []
+    model.cache_hook = SimpleNamespace(add_partial=lambda *given: told.append(given))
+    requests = [asked(problem.prompt + " ", problem.response), asked("", "sam has 4 cups")]
+    found = model.loglikelihood(requests)
+    ids = [model.tokenizer.encode(text).ids for text in (problem.prompt, problem.response, "sam has 4 cups")]
+    expected = log_likelihoods(model.model, [ids[0], []], ids[1:], samples=8)
+    assert [one[0] for one in found] == pytest.approx([one.logprob for one in expected], abs=1e-3)
+    assert [one[1] for one in found] == [one.greedy for one in expected]
+    assert [(kind, args) for kind, args, _ in told] == [("loglikelihood", one.args) for one in requests]
+    # Texts longer than the model: every token counts once.
+    model.max_length = 24
+    text = " ".join(p.response for p in PROBLEMS[:2])
+    (rolling,) = model.loglikelihood_rolling([asked(text)])
+    ids = model.tokenizer.encode(text).ids
+    windows, at = [([], ids[:24])], 24
+    while at < len(ids):
+        end = min(at + 23, len(ids))
+        windows.append((ids[end - 24 : at], ids[at:end]))
+        at = end
+    assert sum(len(part) for _, part in windows) == len(ids)
+    parts = log_likelihoods(model.model, *zip(*windows, strict=True), samples=8, greedy=False)
+    assert rolling == pytest.approx(sum(one.logprob for one in parts), abs=1e-3)
+    assert told[-1] == ("loglikelihood_rolling", (text,), rolling)
+
+
+def test_chat_templates(harness: Any, tmp_path: Path) -> None:
+    """Written by the checkpoint's template, whose own special tokens are not added twice."""
+    shutil.copytree(registry.directory_of(STUDENT), tmp_path, dirs_exist_ok=True)
+    turns = "{% for m in messages %} {{ m['content'] }} .{% endfor %}"
+    template = "{{ bos_token }}" + turns + "{% if add_generation_prompt %} now{% endif %}"
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "[PAD]", "eos_token": "[EOS]", "chat_template": template})
+    )
+    model = harness.DParallelLM(str(tmp_path), batch_size=2)
+    chat = [{"role": "user", "content": "sam has 4 cups"}]
+    assert model.apply_chat_template(chat) == "[PAD] sam has 4 cups . now"
+    begun = [*chat, {"role": "assistant", "content": " sam"}]
+    assert model.apply_chat_template(begun, add_generation_prompt=False) == "[PAD] sam has 4 cups . now sam"
+    assert model.chat_template(True) == "[PAD] {content} . now"
+    assert model.chat_template(False) is None
+    assert model.prefix_token_id == 0
+    assert model.tokenizer_name == str(tmp_path).replace("/", "__")
+    with pytest.raises(ValueError, match="apply_chat_template: expected no name"):
+        model.chat_template("tool_use")
+    with pytest.raises(ValueError, match=r"apply_chat_template: .* has no chat template"):
+        harness.DParallelLM(STUDENT).apply_chat_template(chat)
+
+
+@pytest.mark.parametrize("family", [models.SDAR, models.FastDLLM])
+def test_block_causal_checkpoints(harness: Any, tmp_path: Path, family: type[Model]) -> None:
+    """Decoded with the exact cache of blocks, and scored from left to right."""
+    model = small(family, vocab_size=202, mask_token_id=201, eos_token_id=1, max_position_embeddings=128)
+    model.config["model_type"] = {models.SDAR: "sdar", models.FastDLLM: "Fast_dLLM_Qwen"}[family]
+    models.save(model, tmp_path)
+    shutil.copy(registry.directory_of(STUDENT) / "tokenizer.json", tmp_path)
+    loaded = harness.DParallelLM(str(tmp_path), policy="confidence:0.9", batch_size=3, gen_length=20)
+    assert loaded.max_length == 128
+    assert loaded.get_model_info()["cache"] == "block"
+    found = loaded.generate_until([asked(p.prompt, {}) for p in PROBLEMS[:4]])
+    encode, decode = loaded.tokenizer.encode, loaded.tokenizer.decode
+    prompts = [encode(p.prompt).ids for p in PROBLEMS[:4]]
+    rule: dict[str, Any] = {"selector": "confidence", "threshold": 0.9, "cache": "block", "eos_id": 1}
+    for prompt, text in zip(prompts, found, strict=True):
+        out = dx.decode(model, torch.tensor(prompt), gen_length=20, **rule)
+        assert text == decode(out.responses[0][: min(20, int(out.kept[0]))].tolist())
+    scores = loaded.loglikelihood([asked(p.prompt, " " + p.response) for p in PROBLEMS[:2]])
+    for problem, prompt, score in zip(PROBLEMS, prompts, scores, strict=False):
+        expected = left_to_right(model, prompt, encode(problem.response).ids)
+        assert score[0] == pytest.approx(expected.logprob, abs=1e-3)
+
+
+def test_special_tokens_and_long_contexts(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A special token among `until` ends a response, though it is no part of the text."""
+    model = make(gen_length=32)
+    one = model.generation("sam has 4 cups", {"until": ["[EOS]", "[UNK]", "x"], "max_gen_toks": 9}, 0)
+    assert one.stop == [[1], [2]]
+    assert one.gen_length == 32
+    with caplog.at_level("WARNING", logger="lm_eval.dparallel"):
+        cut = model.generation(" ".join(["sam"] * 300), {}, 0)
+        model.generation("sam juggles 4 cups and whistles", {}, 0)
+        model.generation("sam whistles", {}, 0)
+    assert len(cut.prompt) == 256 - 32
+    assert "its first 76 tokens are left out" in caplog.text
+    assert caplog.text.count("does not know all words") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"policy": "entropie:1"}, "policy: expected"),
+        ({"cache": "block"}, "cache: expected"),
+        ({"likelihood": "exact"}, "method: expected one of"),
+        ({"mc_num": 0}, "mc_num: expected a whole number >= 1, got 0"),
+        ({"gen_length": "long"}, "gen_length: expected a whole number >= 1, got 'long'"),
+        ({"batch_size": "many"}, "batch_size: expected a whole number >= 1 or 'auto', got 'many'"),
+        ({"dtype": "int8"}, "dtype: expected float32, bfloat16 or float16, got 'int8'"),
+    ],
+)
+def test_bad_model_arguments(make: Any, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        make(**options)
+
+
+def test_bad_generation_arguments(make: Any) -> None:
+    model = make(batch_size="auto:4")
+    assert model.batch_size == 16
+    for name, value in (("min_p", 0.9), ("num_beams", 4), ("tempreature", 1)):
+        with pytest.raises(ValueError, match=f"gen_kwargs: {name}={value} is not supported"):
+            model.generate_until([asked("sam", {name: value, "do_sample": True})])
+    with pytest.raises(ValueError, match="max_length: 256 positions do not hold 256 tokens"):
+        model.generate_until([asked("sam", {"max_gen_toks": 256})])
+
+
+def test_processes_share_the_documents(harness: Any, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness deals them out by rank and gathers by these calls; here the other process says the same."""
+    alone = make()
+    assert (alone.rank, alone.world_size, alone.gather_object("a")) == (0, 1, ["a"])
+    assert alone.all_gather(torch.tensor(3)).tolist() == [3]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(harness.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(harness.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(harness.dist, "all_gather", lambda parts, own: [part.copy_(own) for part in parts])
+    monkeypatch.setattr(harness.dist, "gather_object", lambda own, all_of, dst: all_of and all_of.clear())
+    second = make()
+    assert (second.rank, second.world_size) == (1, 2)
+    assert second.all_gather(torch.tensor(3)).tolist() == [3, 3]
+    assert second.gather_object("a") is None
+    monkeypatch.setattr(harness.torch.cuda, "is_available", lambda: True)
+    assert harness.device_of("cuda:0", None) == "cuda:0"
+    assert harness.device_of("cuda:0", "3") == "cuda:3"
+
+
+def test_harness_runs_its_tasks(harness: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole harness in process, offline: our tasks in YAML, and its own gsm8k over local problems."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    import datasets
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"question": p.prompt, "answer": p.response} for p in PROBLEMS]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    limit = 4
+    own = Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml"
+    (tmp_path / "local.yaml").write_text(
+        f"include: {own}\n"
+        "task: gsm8k_local\n"
+        "dataset_path: json\n"
+        "dataset_name: null\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'problems.jsonl'}}}}}\n"
+        "fewshot_split: null\ntraining_split: null\nnum_fewshot: 0\n"
+        'doc_to_text: "{{question}}"\n'
+    )
+    manager = TaskManager(include_path=[str(HERE / "lm_eval_tasks"), str(tmp_path)], include_defaults=False)
+    results = lm_eval.simple_evaluate(
+        model="dparallel",
+        model_args={"pretrained": STUDENT, "mc_num": 4, "greedy": False, "dtype": "float32"},
+        tasks=["dparallel_words", "dparallel_choice", "gsm8k_local"],
+        task_manager=manager,
+        batch_size=16,
+        limit=limit,
+        bootstrap_iters=0,
+        use_cache=str(tmp_path / "responses"),
+    )
+    found = results["results"]
+    assert found["dparallel_words"]["exact_match,after-hashes"] >= 0.75
+    assert found["dparallel_choice"]["acc,none"] >= 0.75
+    assert found["gsm8k_local"]["exact_match,strict-match"] >= 0.75
+    assert results["config"]["tokens_per_pass"] > 2
+    samples = results["samples"]["gsm8k_local"]
+    said = [one["resps"][0][0] for one in samples if one["filter"] == "strict-match"]
+    assert said == responses(limit, threshold=0.5)

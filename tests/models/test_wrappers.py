@@ -1,0 +1,594 @@
+"""A wrapped model gives the tokens of the model in it, or is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import golden
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import dparallel_ext as dx
+from dparallel_ext import compat, models
+from dparallel_ext.models import Dream, Model, Traits
+
+DREAM = golden.home / "dream_tiny_a"
+PROMPT = torch.tensor([[17, 4, 230, 95, 8, 301, 44, 7, 120], [9, 9, 2, 77, 410, 3, 205, 66, 31]])
+BRIEF = {"gen_length": 8, "block_length": 8, "threshold": 0.5}
+
+
+def tokens(model: Any, **settings: Any) -> Tensor:
+    return dx.decode(model, PROMPT, **{**BRIEF, **settings}).sequences
+
+
+def native(name: str = "dream_tiny_a", **settings: Any) -> Model:
+    return golden.model(name, **settings)
+
+
+@functools.cache
+def expected(cache: str = "none") -> Tensor:
+    return tokens(native(), cache=cache)
+
+
+class Theirs(nn.Module):
+    """A Hugging Face model as decoding sees it: a config, and a call that returns logits."""
+
+    def __init__(self, name: str = "dream_tiny_a") -> None:
+        super().__init__()
+        self.__dict__["inner"] = native(name)  # not a submodule: it is no model of ours
+        self.config = type("Config", (), dict(self.inner.config))()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    @torch.compiler.disable  # tracing our layers takes seconds
+    def forward(self, input_ids: Tensor) -> Any:
+        return self.inner(input_ids)
+
+
+class Delegating(nn.Module):
+    """A wrapper of nobody's kind."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.held = model
+
+    def forward(self, input_ids: Tensor) -> Any:
+        return self.held(input_ids)
+
+
+def compiled(model: Any) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+# --- compilers and parallelism ------------------------------------------------------------------
+
+
+def averaged(model: nn.Module) -> nn.Module:
+    return torch.optim.swa_utils.AveragedModel(model)
+
+
+WRAPS: list[Callable[[Any], Any]] = [
+    compiled,
+    nn.DataParallel,
+    averaged,
+    lambda model: compiled(nn.DataParallel(model)),
+    lambda model: nn.DataParallel(compiled(model)),
+]
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_ours_in_a_wrapper_is_decoded_as_without(wrap: Callable[[Any], Any]) -> None:
+    model = wrap(native())
+    assert models.traits(model) == models.traits(native())
+    for cache in ("none", "dual"):
+        assert torch.equal(tokens(model, cache=cache), expected(cache))
+
+
+@pytest.mark.parametrize("wrap", WRAPS[:2])
+def test_theirs_in_a_wrapper_keeps_its_traits(wrap: Callable[[Any], Any]) -> None:
+    model = wrap(Theirs())
+    assert models.traits(model) == models.traits(native())
+    assert torch.equal(tokens(model), expected())
+
+
+def test_theirs_is_called_as_it_was_compiled_and_not_by_replicas_wrappers() -> None:
+    theirs = Theirs()
+    one = compiled(theirs)
+    assert models.for_decoding(one) is one
+    assert models.for_decoding(nn.DataParallel(one)) is one
+    assert models.for_decoding(compiled(nn.DataParallel(theirs))) is theirs
+    assert models.unwrap(nn.DataParallel(one)) is theirs
+    plain = nn.Linear(1, 1)
+    assert models.for_decoding(plain) is models.unwrap(plain) is plain
+
+
+def test_a_method_of_a_model_has_its_traits() -> None:
+    for model in (native(), Theirs()):
+        for call in (model.forward, model.__call__, functools.partial(model)):
+            assert torch.equal(tokens(call), expected())
+        assert models.traits(compiled(model.forward)) == models.traits(native())
+
+
+def test_a_function_says_its_traits_itself() -> None:
+    model = native()
+
+    def call(input_ids: Tensor) -> Any:
+        return model(input_ids)
+
+    unshifted = tokens(call, mask_id=511)
+    assert not torch.equal(unshifted, expected())  # a plain function is taken by its word
+    call.traits = models.traits(model)  # type: ignore[attr-defined]
+    assert torch.equal(tokens(call), expected())
+
+
+def test_every_entrance_unwraps() -> None:
+    model, wrapped = native(), compiled(native())
+    given = (8, 8, 8)
+    for generate in (compat.generate, compat.generate_with_dual_cache):
+        ours, plain = (generate(m, PROMPT, *given, mask_id=511, threshold=0.5) for m in (wrapped, model))
+        assert torch.equal(ours[0], plain[0])
+        assert ours[1] == plain[1]
+    with dx.Engine(wrapped, block_length=8) as engine:
+        found = engine.submit(PROMPT[0], gen_length=8, threshold=0.5).result().tokens
+    assert found == expected("dual")[0, 9:].tolist()
+    assert models.wrap(wrapped) is models.unwrap(wrapped)
+    with pytest.raises(ValueError, match=r"model: expected one of dparallel_ext\.models.*got Theirs"):
+        dx.Engine(nn.DataParallel(Theirs()))  # type: ignore[arg-type]
+
+
+def test_ddp_is_unwrapped_and_waits_for_nobody(process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.parallel import DistributedDataParallel
+
+    theirs = Theirs()
+    theirs.register_buffer("counter", torch.zeros(1))  # DDP's call sends buffers to the other processes
+    for inner, caches in ((native(), ("none", "dual")), (theirs, ("none",))):
+        model = DistributedDataParallel(inner)
+        monkeypatch.setattr(DistributedDataParallel, "forward", None)
+        for cache in caches:
+            for wrapped in (model, compiled(model)):
+                assert torch.equal(tokens(wrapped, cache=cache), expected(cache))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_sharded_models_are_refused_by_name_and_the_advice_works(version: int, process_group: None) -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    model: Any = native()
+    if version == 1:
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+        whole = FullyShardedDataParallel.summon_full_params(model, writeback=False)
+        with whole:
+            assert torch.equal(tokens(model.module, cache="dual"), expected("dual"))
+    else:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for part in (*model.blocks, model):
+            fully_shard(part, mesh=mesh)
+    for decode in (tokens, dx.Engine, models.wrap):
+        with pytest.raises(ValueError, match=r"FSDP has sharded its weights \(F.*get_model_state_dict"):
+            decode(model)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    own = Dream(native().config)
+    assert own.load_state_dict(state) == ([], [])
+    assert torch.equal(tokens(own.eval()), expected())
+    theirs = FullyShardedDataParallel(Theirs(), device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match="FSDP has sharded"):
+        tokens(theirs)
+
+
+def test_weights_that_are_elsewhere_are_named() -> None:
+    with torch.device("meta"):
+        model = Dream(native().config)
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight is on the meta device"):
+        tokens(model)
+
+
+def test_accelerate_leaves_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+        model = accelerator.prepare(native())
+        assert "forward" in vars(model)  # its calls run under autocast
+        assert torch.equal(tokens(model, cache="dual"), expected("dual"))
+        assert torch.equal(tokens(accelerator.prepare(nn.DataParallel(native()))), expected())
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_wrapper_of_another_kind_is_refused_unless_nothing_depends_on_it() -> None:
+    for wrapped in (Delegating(native()), Delegating(Theirs()), nn.DataParallel(Delegating(native()))):
+        with pytest.raises(ValueError, match=r"Delegating holds a (Dream|Theirs) as held.*model\.traits ="):
+            tokens(wrapped)
+    saying = Delegating(native())
+    saying.traits = models.traits(saying.held)  # type: ignore[assignment]
+    assert torch.equal(tokens(saying), expected())
+    sdar = Delegating(native("sdar_tiny_a"))
+    sdar.config = sdar.held.config  # of the family, but not block-causal by that alone
+    with pytest.raises(ValueError, match="holds a SDAR"):
+        models.traits(sdar)
+    llada = native("llada_tiny_a")  # nothing but a mask token
+    assert models.traits(Delegating(llada)) == Traits(511) == models.traits(llada)
+    assert torch.equal(tokens(Delegating(llada)), tokens(llada))
+
+    class Holder:
+        def __init__(self) -> None:
+            self.inner = native()
+
+        def __call__(self, input_ids: Tensor) -> Any:
+            return self.inner(input_ids)
+
+    with pytest.raises(ValueError, match="Holder holds a Dream as inner"):
+        tokens(Holder())
+
+
+# --- autocast -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "cache"), [("dream_tiny_a", "dual"), ("sdar_tiny_a", "block")])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_autocast_changes_no_token_of_ours(name: str, cache: str, quantized: bool) -> None:
+    for dtype, other in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)):
+        model = native(name, dtype=dtype)
+        model = model.quantize() if quantized else model
+        settings = {"cache": cache, "block_length": model.block_length or 8}
+        before = tokens(model, **settings)
+        with torch.autocast("cpu", dtype=other):
+            assert torch.equal(tokens(model, **settings), before)
+            assert torch.is_autocast_enabled("cpu")
+
+
+def test_autocast_holds_for_theirs() -> None:
+    seen, theirs = [], Theirs()
+    theirs.register_forward_hook(lambda _m, _i, out: seen.append(out.logits.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens(theirs)
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_the_published_loops_over_logits_unwrap_too() -> None:
+    model = native()
+    for wrapped in (nn.DataParallel(model), compiled(model), model):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = compat.diffusion_generate(wrapped, PROMPT, max_new_tokens=8, steps=4, alg="entropy")
+        plain = compat.diffusion_generate(model, PROMPT, max_new_tokens=8, steps=4, alg="entropy")
+        assert torch.equal(found, plain)
+    with pytest.raises(ValueError, match="Delegating holds a Dream"):
+        compat.diffusion_generate(Delegating(model), PROMPT, max_new_tokens=8, steps=4)
+
+
+def test_likelihoods_unwrap_too() -> None:
+    likelihood = pytest.importorskip("dparallel.likelihood")
+    settings = {"samples": 2, "greedy": False}
+    plain = likelihood.log_likelihoods(native(), [[5, 6]], [[7, 8, 9]], **settings)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = likelihood.log_likelihoods(nn.DataParallel(native()), [[5, 6]], [[7, 8, 9]], **settings)
+    assert found == plain
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_the_loss_under_autocast_is_that_of_autocast_s_dtype(softcap: float | None) -> None:
+    hidden, head = (torch.randn(*shape, requires_grad=True) for shape in ((4, 7, 16), (50, 16)))
+    labels, active = torch.randint(0, 50, (4, 7)), torch.rand(4, 7) < 0.5
+
+    def loss(*given: Tensor) -> Tensor:
+        return dx.linear_certainty_forcing_loss(*given, labels, active, gate="all", softcap=softcap).loss
+
+    def gradients(total: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(total, (hidden, head))
+
+    plain = loss(hidden.bfloat16(), head.bfloat16())
+    wanted = gradients(plain)
+    full = loss(hidden, head)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total = loss(hidden, head)
+        within = gradients(loss(hidden, head))
+        # A graph that was made without autocast runs backward under it all the same.
+        exact = gradients(full)
+        logits = F.linear(hidden, head)
+        dx.certainty_forcing_loss(logits, labels, active).loss.backward()
+    assert torch.equal(total, plain)
+    for found in (within, gradients(total)):
+        for a, b in zip(found, wanted, strict=True):
+            assert a.dtype == torch.float32
+            torch.testing.assert_close(a, b)
+    for a, b in zip(exact, gradients(loss(hidden, head)), strict=True):
+        assert torch.equal(a, b)
+
+
+# --- adapters -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def peft() -> Any:
+    return pytest.importorskip("peft")
+
+
+def lora(peft: Any, **settings: Any) -> Any:
+    given = {"r": 2, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
+    return peft.LoraConfig(**{"task_type": "CAUSAL_LM", **given, **settings})
+
+
+def called(model: nn.Module) -> Any:
+    """The model's own call, and nothing that decoding knows of it."""
+
+    def call(input_ids: Tensor) -> Any:
+        return model(input_ids=input_ids)
+
+    call.traits = models.traits(model)  # type: ignore[attr-defined]
+    return call
+
+
+def randomise(model: nn.Module) -> None:
+    """So that whatever is trainable has an effect."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.mul_(0.5 + torch.rand_like(p))
+
+
+METHODS: dict[str, Callable[[Any], Any]] = {
+    "lora": lora,
+    "dora": lambda peft: lora(peft, use_dora=True),
+    "all-linear": lambda peft: lora(peft, target_modules="all-linear"),
+    "embedding and head": lambda peft: lora(peft, target_modules=["embed_tokens", "lm_head"]),
+    "whole modules": lambda peft: lora(peft, modules_to_save=["norm", "lm_head", "embed_tokens"]),
+    "tokens": lambda peft: lora(peft, trainable_token_indices={"embed_tokens": [4, 17]}),
+    "ia3": lambda peft: peft.IA3Config(
+        task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
+    "norms": lambda peft: peft.LNTuningConfig(target_modules=["input_layernorm", "norm"]),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_adapters_on_ours(method: str, peft: Any, tmp_path: Path) -> None:
+    """By the checkpoint's names, in each cache as its call has it, saved and loaded again."""
+    model = peft.get_peft_model(native(), METHODS[method](peft)).eval()
+    randomise(model)
+    assert not torch.equal(tokens(model), expected())
+    assert torch.equal(tokens(model), tokens(called(model)))
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(native(), tmp_path)
+    assert torch.equal(tokens(again, cache="dual"), tokens(model, cache="dual"))
+    with model.disable_adapter():
+        assert torch.equal(tokens(model, cache="dual"), expected("dual"))
+
+
+def test_the_layers_of_llada_by_its_names(peft: Any) -> None:
+    names = ["q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "blocks.0.ff_out"]
+    model = native("llada_tiny_a")
+    peft.get_peft_model(model, lora(peft, target_modules=names))
+    adapted = {name.rpartition(".lora_A.")[0] for name, _ in model.named_parameters() if ".lora_A." in name}
+    layer = {f"model.transformer.blocks.0.{name.removeprefix('blocks.0.')}" for name in names}
+    assert {name for name in adapted if ".blocks.0." in name} == layer
+    assert len(adapted) == 7 + 2 * 6
+
+
+def test_several_adapters_are_followed(peft: Any, tmp_path: Path) -> None:
+    model = peft.get_peft_model(native(), lora(peft)).eval()
+    model.add_adapter("other", lora(peft))
+    first = tokens(model, cache="dual")
+    model.set_adapter("other")
+    second = tokens(model, cache="dual")
+    assert not torch.equal(first, second)
+    assert torch.equal(tokens(model), tokens(called(model)))
+    model.set_adapter("default")
+    with dx.Engine(compiled(model), block_length=8) as engine:
+        found = engine.submit(PROMPT[0], gen_length=8, threshold=0.5).result().tokens
+    assert found == first[0, 9:].tolist()
+    for adapted in (model, models.unwrap(model)):
+        with pytest.raises(ValueError, match=r"model: adapters stand in its layers.*save_pretrained"):
+            models.save(adapted, tmp_path)
+    model.merge_adapter()
+    assert torch.equal(tokens(model, cache="dual"), first)
+    merged = model.merge_and_unload()
+    assert isinstance(merged, Dream)
+    assert merged.addresses() is not None  # nothing is left that keeps passes from being recorded
+    assert torch.equal(tokens(merged, cache="dual"), first)
+    models.save(compiled(merged), tmp_path)
+    assert torch.equal(tokens(models.load(tmp_path), cache="dual"), first)
+
+
+@pytest.mark.parametrize("kind", ["mixed", "tuner", "injected", "compiled"])
+def test_the_ways_to_adapt(kind: str, peft: Any) -> None:
+    config, base = lora(peft, task_type=None), native()
+    model: Any = {
+        "mixed": lambda: peft.get_peft_model(base, config, mixed=True),
+        "tuner": lambda: peft.LoraModel(base, config, "default"),
+        "injected": lambda: peft.inject_adapter_in_model(config, base),
+        "compiled": lambda: compiled(peft.get_peft_model(base, config)),
+    }[kind]()
+    assert models.unwrap(model) is base
+    found = tokens(model.eval())
+    assert not torch.equal(found, expected())
+    assert torch.equal(found, tokens(called(base)))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda p: p.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+            "PROMPT_TUNING.*virtual",
+        ),
+        (
+            lambda p: p.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+            "PREFIX_TUNING.*virtual",
+        ),
+        (
+            lambda p: p.PolyConfig(poly_type="poly", r=2, n_tasks=2, target_modules=["q_proj"]),
+            "POLY.*as a whole",
+        ),
+        (lambda p: lora(p, alora_invocation_tokens=[3, 4]), "aLoRA.*as a whole"),
+    ],
+)
+def test_methods_beyond_layers_are_refused_by_name(make: Callable[[Any], Any], said: str, peft: Any) -> None:
+    model = peft.get_peft_model(native(), make(peft))
+    for decode in (tokens, lambda m: tokens(m, cache="dual"), dx.Engine, models.wrap):
+        with pytest.raises(ValueError, match=f"model: its adapter is of type {said}.*LoRA"):
+            decode(model)
+
+
+def test_what_peft_passes_on_is_none_or_refused() -> None:
+    model = native()
+    assert torch.equal(model(PROMPT, labels=None, output_attentions=False).logits, model(PROMPT).logits)
+    with pytest.raises(ValueError, match="labels: this model computes logits of input_ids alone"):
+        model(PROMPT, labels=PROMPT)
+
+
+def test_the_config_reads_as_attributes_and_stays_as_it_is() -> None:
+    config = native().config
+    assert (config.model_type, config.vocab_size) == ("Dream", 512)
+    assert not hasattr(config, "nonsense")
+    before = dict(config)
+    config.use_cache = True
+    assert dict(config) == before == config.to_dict() == dict(type(config).from_pretrained(DREAM))
+    assert copy.deepcopy(config).model_type == "Dream"
+
+
+@pytest.fixture(scope="module")
+def hugging_face() -> Callable[[], nn.Module]:
+    """Dream as transformers would have it: Qwen2's own modules, and attention in both directions."""
+    transformers = pytest.importorskip("transformers")
+
+    class Config(transformers.Qwen2Config):
+        model_type = "Dream"
+
+    class HuggingFace(transformers.Qwen2ForCausalLM):
+        config_class = Config
+
+        def forward(self, input_ids: Tensor, attention_mask: Any = None, **more: Any) -> Any:
+            length = input_ids.shape[1]
+            seen = torch.zeros(len(input_ids), 1, length, length)
+            return super().forward(input_ids, attention_mask=seen, use_cache=False)
+
+    def make() -> nn.Module:
+        content = json.loads((DREAM / "config.json").read_text())
+        model = HuggingFace(Config(**content, attn_implementation="eager")).eval()
+        assert not any(model.load_state_dict(load_file(DREAM / "model.safetensors")))
+        return model
+
+    return make
+
+
+def test_adapters_go_from_hugging_face_to_ours_and_back(
+    hugging_face: Callable[[], nn.Module], peft: Any, tmp_path: Path
+) -> None:
+    settings = {"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "o_proj", "gate_proj"]}
+    theirs = peft.get_peft_model(hugging_face(), lora(peft, **settings)).eval()
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = peft.PeftModel.from_pretrained(native(), tmp_path / "theirs").eval()
+    ours.save_pretrained(tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(hugging_face(), tmp_path / "ours").eval()
+    saved = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours")]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(torch.equal(saved[0][name], tensor) for name, tensor in saved[1].items())
+    with torch.no_grad():
+        logits = [model(input_ids=PROMPT).logits for model in (theirs, ours, back)]
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-3)
+    assert torch.equal(logits[0], logits[2])
+    found = tokens(ours)
+    assert not torch.equal(found, expected())
+    assert torch.equal(tokens(theirs), found)  # which is called as it is
+    one = compiled(theirs)
+    assert models.for_decoding(one) is one
+    assert models.traits(one) == models.traits(native())
+
+
+def test_wrap_shares_the_layers_of_an_adapted_model(
+    hugging_face: Callable[[], nn.Module], peft: Any, tmp_path: Path
+) -> None:
+    base = hugging_face()
+    settings = {"modules_to_save": ["norm"], "trainable_token_indices": {"embed_tokens": [4, 17]}}
+    theirs = peft.get_peft_model(base, lora(peft, **settings)).eval()
+    randomise(theirs)
+    theirs.add_adapter("other", lora(peft))
+    theirs.save_pretrained(tmp_path, selected_adapters=["default"])
+    same = peft.PeftModel.from_pretrained(native(), tmp_path)
+    model = models.wrap(compiled(nn.DataParallel(theirs)))
+    assert isinstance(model, Dream)
+    shared = {p.data_ptr() for p in theirs.parameters()}
+    assert {p.data_ptr() for p in model.parameters()} <= shared
+    assert torch.equal(tokens(model, cache="dual"), tokens(same, cache="dual"))
+    first = tokens(model)
+    theirs.set_adapter("other")
+    assert not torch.equal(tokens(model), first)
+    assert torch.equal(tokens(model), tokens(theirs))
+    with theirs.disable_adapter():
+        assert torch.equal(tokens(model, cache="dual"), expected("dual"))
+    theirs.set_adapter("default")
+    merged = models.wrap(theirs.merge_and_unload())
+    assert merged.addresses() is not None
+    assert torch.equal(tokens(merged), first)
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_reentrant_checkpoints_pass_the_gradients_on(adapted: bool, peft: Any) -> None:
+    """Under adapters the embedding is frozen, and such checkpoints yield none unless an input wants one."""
+    grads = []
+    for kind in (None, False, True):
+        torch.manual_seed(0)
+        model: Any = native()
+        if adapted:
+            model = peft.get_peft_model(model, lora(peft))
+        if kind is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": kind})
+        model.train()
+        model(input_ids=PROMPT).logits.square().mean().backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for again in grads[1:]:
+        for name, grad in grads[0].items():
+            assert grad.abs().max() > 0, name
+            torch.testing.assert_close(again[name], grad, rtol=1e-4, atol=1e-4)  # sums in another order
+
+
+def test_the_trainer_sees_through_wrappers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = pytest.importorskip("dparallel.training.trainer")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    for i, wrap in enumerate((compiled, nn.DataParallel)):
+        model = native()
+        args = trainer.CertaintyForcingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+        made = trainer.CertaintyForcingTrainer(model=wrap(model), args=args)
+        assert made.lm_head is model.lm_head
+        assert made.takes_attention_mask
+        assert made.traits == models.traits(model)
+        made.save_model(str(tmp_path / str(i)))
+        assert torch.equal(tokens(models.load(tmp_path / str(i))), expected())
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_neftune_finds_the_embedding(adapted: bool, peft: Any) -> None:
+    neftune = pytest.importorskip("transformers.integrations.neftune")
+    model: Any = native().train()
+    base = model
+    if adapted:
+        model = peft.get_peft_model(model, lora(peft))
+    before = model(input_ids=PROMPT).logits
+    handle = neftune.activate_neftune(model, 5.0)
+    assert not torch.equal(model(input_ids=PROMPT).logits, before)  # noise, in training
+    model.eval()
+    assert torch.equal(model(input_ids=PROMPT).logits, before)
+    neftune.deactivate_neftune(model, handle)
+    assert not base.embed._forward_hooks
+    assert base.get_output_embeddings() is base.lm_head

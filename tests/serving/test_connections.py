@@ -1,0 +1,201 @@
+"""The end of a server and of its connections: signals, silent clients, more than files may be open."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import re
+import resource
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from asking import BLOCK, FIRST, MODEL, exchange, head, until
+from dparallel import registry, text
+from dparallel.serving import connections
+from openai import AsyncOpenAI, OpenAI
+from server_here import all_of, answer_of, post, serving
+
+from benchmarks.serving import KEY, server
+
+pytest_plugins = ["servers"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grace", [60, 0])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_signals_in_mid_stream(odd_model: Path, grace: int, how: signal.Signals) -> None:
+    """What runs is finished in the time of grace, or ends with an error; nothing new is taken."""
+    options = ("--name", "odd", "--policy", "one", "--lanes", 1, "--grace", grace)
+    with server(odd_model, *options) as served:
+        client = OpenAI(base_url=f"{served.url}/v1", api_key=KEY, max_retries=0, timeout=120)
+        settings = {"model": "odd", "prompt": [5, 6], "max_tokens": 300 if grace else 1900}
+        stream = iter(client.completions.create(stream=True, **settings))
+        said = next(stream).choices[0].text
+        served.process.send_signal(how)
+        until(lambda: "Shutting down" in served.log.read_text())
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection(("127.0.0.1", served.port), timeout=5)
+        if grace:
+            chunks = list(stream)
+            said += "".join(chunk.choices[0].text for chunk in chunks)
+            assert chunks[-1].choices[0].finish_reason == "length"
+            assert len(said.strip(text.INCOMPLETE)) == 299
+        else:
+            with pytest.raises(openai.APIError, match="shutting down") as found:
+                list(stream)
+            assert found.value.code == "shutting_down"
+        code = served.process.wait(30)
+        assert code == (-signal.SIGTERM if how == signal.SIGTERM else 0)
+        assert "Traceback" not in served.log.read_text()
+
+
+@pytest.mark.slow
+def test_a_waiting_request_is_told_of_the_end(odd_model: Path) -> None:
+    with server(odd_model, "--name", "odd", "--policy", "one", "--grace", 0.2) as served:
+
+        async def run() -> list[Any]:
+            url = f"{served.url}/v1"
+            async with AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=60) as client:
+                ask = client.completions.create
+                asked = [
+                    asyncio.ensure_future(ask(model="odd", prompt=[5, i], max_tokens=1900))
+                    for i in range(1, 4)
+                ]
+                while served.metrics()["dparallel_active"] < 3:
+                    await asyncio.sleep(0.05)
+                served.process.terminate()
+                return await asyncio.gather(*asked, return_exceptions=True)
+
+        for error in asyncio.run(run()):
+            assert isinstance(error, openai.InternalServerError)
+            assert (error.status_code, error.code) == (503, "shutting_down")
+
+
+def test_half_sent_requests_keep_nobody_out() -> None:
+    """160 of each kind where 128 files may be open: /health answers throughout, and a text is right after."""
+    kinds = (b"POST /v1/completions HT", head("Content-Length: 500") + b'{"mod', b"")
+    with server(MODEL, "--block-length", BLOCK, "--cache", "dual", files=128) as served:
+        before = exchange(served, "POST", "/v1/completions", FIRST)
+        with contextlib.ExitStack() as held:
+            for number in range(160 * len(kinds)):
+                wire = held.enter_context(socket.create_connection(("127.0.0.1", served.port), timeout=10))
+                with contextlib.suppress(OSError):
+                    wire.sendall(kinds[number // 160])
+                if number % 8 == 7:
+                    assert exchange(served, "GET", "/health", key=None)[0] == 200
+            after = exchange(served, "POST", "/v1/completions", FIRST)
+            assert (before[0], after[0]) == (200, 200)
+            assert json.loads(after[2])["choices"] == json.loads(before[2])["choices"]
+        lines = [line for line in served.log.read_text().splitlines() if "/health" not in line]
+        assert len(lines) < 30, lines
+        assert max(map(len, lines)) < 200
+        until(lambda: served.metrics()["process_open_fds"] < 40)
+
+
+def test_each_connection_has_an_end() -> None:
+    """Silent ones, those with half a head, those that trickle, and those that do not take their answers."""
+    with serving(body_seconds=0.4, send_buffer=4096) as here:
+        began = time.monotonic()
+        silent, half, trickling = (here.connect() for _ in range(3))
+        greedy = socket.socket()
+        greedy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        greedy.connect(("127.0.0.1", here.port))
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHo")
+        greedy.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 60)
+        late = here.connect()
+        late.sendall(post("/v1/completions", b"{}")[:-1])
+        assert b" 408 " in all_of(late)
+        with pytest.raises(OSError, match=r"reset|Broken pipe"):  # noqa: PT012
+            for _ in range(200):
+                trickling.sendall(b"a")
+                time.sleep(0.05)
+        assert all_of(silent) == all_of(half) == b""
+        until(lambda: not here.server.server_state.connections, 10)
+        assert time.monotonic() - began < 8
+        for wire in (silent, half, trickling, greedy, late):
+            wire.close()
+        assert here.ask(FIRST)[0] == 200
+        assert not here.faults()
+
+
+def test_more_requests_than_connections_are_for(odd_model: Path) -> None:
+    """Some stay free: who is too much is told so, and /health answers."""
+    loaded = registry.load(str(odd_model))
+    with serving(loaded, odd_model, {"cache": "none"}, max_connections=6, max_length=2048) as here:
+        slow = json.dumps({"model": MODEL, "prompt": [5, 6], "max_tokens": 1500, "policy": "one"}).encode()
+        with contextlib.ExitStack() as held:
+            for _ in range(3):
+                held.enter_context(here.connect()).sendall(post("/v1/completions", slow))
+            until(lambda: here.service.engine.stats.active == 3)
+            for _ in range(20):  # they make place for each other
+                held.enter_context(here.connect()).sendall(b"POST")
+            status, answer = here.ask({**FIRST, "prompt": [5, 6]})
+            assert (status, answer["error"]["code"]) == (429, "full")
+            assert here.get("/health")[0] == 200
+            assert here.service.engine.stats.active == 3
+        here.settles()
+        assert here.ask({**FIRST, "prompt": [5, 6]})[0] == 200
+
+
+def test_connections_beyond_the_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [(256, 4096)]
+    monkeypatch.setattr("resource.getrlimit", lambda _: limits[0])
+    most = connections.most_connections(None)
+    assert 100 < most < 256 - connections.SPARE
+    assert connections.most_connections(most - 20) == most - 20
+    with pytest.raises(
+        ValueError, match=rf"max_connections: .* since 256 files may be open .*, got {most + 20}"
+    ):
+        connections.most_connections(most + 20)
+    limits[0] = (32, 4096)
+    with pytest.raises(ValueError, match=r"max_connections: expected at most 0, since 32 files"):
+        connections.most_connections(None)
+    limits[0] = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    assert connections.most_connections(None) == connections.MOST
+
+
+def test_the_log_is_bounded() -> None:
+    """In the length of a line, and in lines of a kind; what is left out is counted."""
+    found: list[logging.LogRecord] = []
+    bound = connections.Bounded()
+
+    def log(second: float, name: str, message: str, *args: Any) -> bool:
+        record = logging.makeLogRecord(
+            {"name": name, "msg": message, "args": args, "created": 1000.0 + second}
+        )
+        found.append(record)
+        return bound.filter(record)
+
+    assert sum(log(i / 1000, "uvicorn.error", "Invalid HTTP request received.") for i in range(2000)) < 530
+    assert log(2, "uvicorn.error", "Another %s", "x" * 10000)
+    assert len(found[-1].getMessage()) == 500
+    asked = ("127.0.0.1:1", "GET", "/" + "a" * 9000, "1.1")
+    assert sum(log(3, "uvicorn.access", '%s - "%s %s HTTP/%s" %d', *asked, 200) for _ in range(1000)) == 500
+    assert log(3, "uvicorn.access", '%s - "%s %s HTTP/%s" %d', *asked, 401)
+    assert len(found[-1].getMessage()) < 300
+    assert log(4, "uvicorn.access", '%s - "%s %s HTTP/%s" %d', *asked, 200)
+    assert "(500 more such lines were left out)" in found[-1].getMessage()
+    assert log(9, "uvicorn.error", "Invalid HTTP request received.")
+    assert "more such lines were left out" in found[-1].getMessage()
+
+
+def test_garbage_behind_a_request_is_no_fault() -> None:
+    """A body that is no body, behind a head that is answered at once; and after an answer."""
+    bad = b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"
+    with serving(keys=("k",)) as here:
+        for sent in (
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + bad,
+            b"GET /health HTTP/1.1\r\nHost: x\r\n" + bad,
+            b"HEAD /health HTTP/1.1\r\nHost: x\r\n\r\nrubbish\r\n\r\n",
+            b"\x16\x03\x01\r\n\r\n",
+        ):
+            assert re.findall(rb"HTTP/1.1 (\d+) ", here.exchange(sent))[-1] == b"400"
+        assert answer_of(here.exchange(sent))[1]["error"]["type"] == "invalid_request_error"
+        assert not here.faults()

@@ -1,0 +1,163 @@
+"""The command line of `dparallel serve`: options, keys, ports."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from asking import MODEL
+from dparallel.cli import app
+from dparallel.serving import runner
+from dparallel.serving.runner import listen, unusable
+from dparallel.serving.settings import KEY_VARIABLE, find_keys, read_keys
+from typer.testing import CliRunner
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--policy", "x"), "policy: expected"),
+        (("--model", "nowhere"), "model: 'nowhere'"),
+        (("--lanes", "0"), "lanes: expected"),
+        (("--cache", "all"), "cache: expected"),
+        (("--api-key", "a", "--api-key-file", "b"), "api_key: not beside"),
+        (("--api-key-file", "nowhere"), "nowhere"),
+        (("--api-key", ""), "api_key: expected a key"),
+        (("--api-key", "  "), "api_key: expected a key"),
+        (("--api-key", "--fp8"), "api_key: expected a key, got the option --fp8"),
+        (("--api-key-file", ""), "api_key_file: "),
+        (("--host", ""), "host: expected a name or an address (0.0.0.0: every one), got an empty one"),
+        (("--name", " "), "name: expected the model's name, got an empty one"),
+        (("--model", ""), "model: "),
+        (("--device", ""), "device: expected"),
+        (("--port", "99999"), "port: expected 0 to 65535, got 99999"),
+        (("--port", "-1"), "port: expected 0 to 65535, got -1"),
+        (("--host", "a..b"), "host: 'a..b' does not resolve"),
+        (("--host", "192.0.2.1"), "host: '192.0.2.1' is no address of this machine"),
+        (("--log-level", "loud"), "log_level: expected one of"),
+        (("--grace", "-1"), "grace: expected seconds >= 0, got -1"),
+        (("--max-choices", "0"), "max_choices: expected a whole number >= 1, got 0"),
+        (("--grace", "nan"), "grace: expected seconds >= 0, got nan"),
+        (("--grace", "inf"), "grace: expected seconds >= 0, got inf"),
+        (("--max-length", "0"), "max_length: expected a whole number >= 1, got 0"),
+        (
+            ("--max-length", str(2**20 + 1)),
+            "max_length: expected a whole number >= 1 and <= 1048576, got 1048577",
+        ),
+        (("--max-body", "-1"), "max_body: expected a whole number >= 1, got -1"),
+        (("--max-connections", "1"), "max_connections: expected a whole number >= 2, got 1"),
+        (("--max-connections", "1000000"), "max_connections: expected at most"),
+        (("--max-waiting", "0"), "max_waiting: expected a whole number >= 1, got 0"),
+        (("--lanes", str(10**20)), "lanes"),
+        (("--block-length", "0"), "block_length: expected a whole number >= 1, got 0"),
+        (("--mask-id", "-1"), "mask_id: expected an id below"),
+        (("--policy", "confidence:nan"), "policy: expected"),
+        (("--policy", "steps:0"), "policy: expected"),
+        (("--cors-origin", "example.org"), "cors_origin: expected '*' or an origin"),
+        (("--cors-origin", "https://example.org/page"), "cors_origin: expected '*' or an origin"),
+        (("--cors-origin", "https://Example.org"), "cors_origin: expected '*' or an origin"),
+    ],
+)
+def test_bad_options_are_one_line(args: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: Any) -> None:
+        raise AssertionError("it serves")
+
+    monkeypatch.setattr(runner.Server, "run", run)
+    found = CliRunner().invoke(app, ["serve", *args])
+    assert (found.exit_code, found.stderr.count("\n")) == (2, 1)
+    assert said in found.stderr
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf\r\n", b"# nothing\r\n  # yet"])
+def test_an_empty_file_of_keys_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "keys").write_bytes(content)
+    with pytest.raises(ValueError, match=r"api_key_file: .* holds no key"):
+        read_keys(tmp_path / "keys")
+
+
+def test_a_file_of_keys_as_people_write_it(tmp_path: Path) -> None:
+    """With a byte order mark, of Windows, with blanks and comments."""
+    file = tmp_path / "keys"
+    file.write_bytes("\ufeffsk-1\r\n\r\n# of the tests\r\n  sk-2\t # mine\r\nsk#3 \rключ".encode())
+    assert read_keys(file) == ("sk-1", "sk-2", "sk#3", "ключ")
+    for content, said in ((b"a\x00b", "key 1 has others"), (b"\xff\xfea\x00", "is not UTF-8 text")):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=said):
+            read_keys(file)
+    with pytest.raises(ValueError, match="api_key_file"):
+        read_keys(tmp_path)
+
+
+def test_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("file")
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    assert find_keys(None, None) == ()
+    monkeypatch.setenv(KEY_VARIABLE, " sk-1\nsk-2 ")
+    assert find_keys(None, None) == ("sk-1", "sk-2")
+    assert find_keys(" given ", None) == ("given",)
+    assert find_keys(None, tmp_path / "keys") == ("file",)
+    monkeypatch.setenv(KEY_VARIABLE, " ")
+    found = CliRunner().invoke(app, ["serve"])
+    assert (found.exit_code, found.stderr) == (
+        2,
+        "error: DPARALLEL_API_KEY: expected a key, got an empty one\n",
+    )
+
+
+def test_a_port_that_is_taken_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        found = CliRunner().invoke(app, ["serve", "--port", str(port)])
+    assert (found.exit_code, found.stderr.count("\n")) == (2, 1)
+    assert f"port: {port} of '127.0.0.1' is in use already" in found.stderr
+
+
+def test_a_port_on_which_another_listens_first_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that begin at once both get the port, and the slower one learns it with its model loaded."""
+    (faster,) = listen("127.0.0.1", 0)
+    with faster:
+        port = faster.getsockname()[1]
+        (slower,) = listen("127.0.0.1", port)
+        faster.listen()
+        monkeypatch.setattr(runner, "listen", lambda *_: [slower])
+        found = CliRunner().invoke(
+            app, ["serve", "--model", MODEL, "--log-level", "error", "--port", str(port)]
+        )
+    assert found.exit_code == 2
+    assert found.stderr.splitlines()[-1].startswith(f"error: port: {port} of '127.0.0.1' is in use already")
+    assert "Traceback" not in found.output
+
+
+def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import dparallel
+
+    monkeypatch.delattr(dparallel, "serving")
+    for name in [name for name in sys.modules if name.startswith("dparallel.serving")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    found = CliRunner().invoke(app, ["serve"])
+    assert (found.exit_code, found.stderr.count("\n")) == (2, 1)
+    assert 'no fastapi; pip install ".[cli,serve]"' in found.stderr
+
+
+def test_addresses_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every one that the machine has, at one port; names that do not resolve are named."""
+    for host in ("localhost", "127.0.0.1", ""):
+        sockets = listen(host, 0)
+        assert len({one.getsockname()[1] for one in sockets}) == 1
+        assert any(one.family == socket.AF_INET for one in sockets)
+        for one in sockets:
+            one.close()
+
+    def unknown(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(ValueError, match=r"host: 'nowhere' does not resolve \(.*not known"):
+        listen("nowhere", 0)
+    said = str(unusable("h", 80, OSError(errno.EACCES, "Permission denied")))
+    assert said == "port: 80 of 'h' cannot be had (Permission denied)"

@@ -1,0 +1,125 @@
+"""The house: imports point one way and in no circle, and no private name is used across modules."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGES = {
+    "dparallel_ext": ROOT / "dparallel_ext",
+    "dparallel": ROOT / "python" / "dparallel",
+    "benchmarks": ROOT / "benchmarks",
+    "tests": ROOT / "tests",
+}
+ABOVE = {"dparallel_ext": (), "dparallel": ("dparallel_ext",), "benchmarks": ("dparallel_ext", "dparallel")}
+"""The packages of ours that each may import, itself aside."""
+
+
+def name_of(package: str, file: Path) -> str:
+    parts = file.relative_to(PACKAGES[package].parent).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+FILES = {name_of(p, file): file for p, home in PACKAGES.items() for file in sorted(home.glob("**/*.py"))}
+TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in FILES.items()}
+
+
+def imported(module: str, nodes: Iterator[ast.AST]) -> Iterator[tuple[str, int]]:
+    """(the absolute name of what is imported, line) of a module's import statements."""
+    package = module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            yield from ((f"{source}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def when_imported(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that run when the module is imported."""
+    for node in ast.iter_child_nodes(tree):
+        is_typing = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if not is_typing and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield node
+            yield from when_imported(node)
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__") and name not in ("_", "_C")
+
+
+def test_imports_point_one_way():
+    for package, allowed in ABOVE.items():
+        known = {package, *allowed}
+        for module in (name for name in FILES if name.partition(".")[0] == package):
+            for name, line in imported(module, ast.walk(TREES[module])):
+                top = name.partition(".")[0]
+                assert top in known or top not in PACKAGES, f"{module}:{line} imports {name}"
+                compiled = top == "dparallel_ext" and "_C" in name.split(".")
+                assert not compiled or package == "dparallel_ext", f"{module}:{line} imports {name}"
+
+
+def test_no_modules_import_each_other():
+    graph: dict[str, set[str]] = {}
+    for module in FILES:
+        names = {name for name, _ in imported(module, when_imported(TREES[module]))}
+        names = {name for name in names if "_C" not in name.split(".")}
+        graph[module] = {name if name in FILES else name.rpartition(".")[0] for name in names} & FILES.keys()
+        assert module not in graph[module], f"{module} imports itself"
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"modules import each other: {' <- '.join(error.args[1])}")
+
+
+def private_names(tree: ast.AST) -> set[str]:
+    """The private names that a module defines: functions, classes, variables and fields."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "cls"):
+            found.add(node.attr)
+    return {name for name in found if is_private(name)}
+
+
+def used(node: ast.AST) -> str | None:
+    """The name of an attribute: of x.name, or of setattr(x, "name", ...)."""
+    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("getattr", "setattr", "delattr")):
+        return next((arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant)), None)
+    return node.attr if isinstance(node, ast.Attribute) else None
+
+
+def test_private_names_stay_in_their_module():
+    names = {module: private_names(tree) for module, tree in TREES.items()}
+    everywhere = set().union(*names.values())
+    wrong = []
+    for module, tree in TREES.items():
+        for name, line in imported(module, ast.walk(tree)):
+            last = name.rpartition(".")[2]
+            if name.partition(".")[0] in PACKAGES and is_private(last):
+                wrong.append(f"{module}:{line} imports {name}")
+        for node in ast.walk(tree):
+            if used(node) in everywhere - names[module]:
+                wrong.append(f"{module}:{node.lineno} uses {ast.unparse(node)}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(("old", "new"), [("trainer", "training.trainer"), ("proof", "toy.study")])
+def test_a_module_that_moved_says_where_to(old: str, new: str):
+    for statement in (f"dparallel.{old}", f"dparallel.{old}.anything"):
+        with pytest.raises(ImportError, match=f"dparallel.{old} is dparallel.{new} now"):
+            importlib.import_module(statement)
+    importlib.import_module(f"dparallel.{new}")
+    ran = subprocess.run([sys.executable, "-m", f"dparallel.{old}"], capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert f"dparallel.{old} is dparallel.{new} now" in ran.stderr

@@ -1,0 +1,149 @@
+"""Training the built-in model: the objective, determinism, resuming; and the model that ships."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dparallel import evaluate, registry
+from dparallel.toy import tasks, train
+from safetensors.torch import load_file
+
+import dparallel_ext as dx
+
+TINY = train.Settings(steps=6, batch=4, width=32, layers=1, heads=2, mlp_width=32, warmup=2)
+
+
+def run(out: Path, settings: train.Settings = TINY, **more: object) -> dict[str, torch.Tensor]:
+    train.train(out, settings, progress=False, evaluate=0, **more)  # type: ignore[arg-type]
+    return load_file(out / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_training_lowers_the_loss_and_writes_a_checkpoint(tmp_path: Path):
+    settings = replace(TINY, steps=200, batch=16, muon_lr=5e-3, adam_lr=5e-3)
+    train.train(tmp_path, settings, progress=False, evaluate=3)
+    report = json.loads((tmp_path / "training.json").read_text())
+    losses = [loss for _, loss in report["loss"]]
+    assert losses[-1] < 0.9 * losses[0]
+    assert report["settings"] == asdict(settings)
+    assert report["held_out"]["problems"] == 3
+    model = dx.models.load(tmp_path)
+    assert model.dtype == torch.bfloat16
+    assert model.mask_id == tasks.vocabulary().index(tasks.MASK)
+
+
+def test_same_settings_same_model_and_a_stopped_run_goes_on_as_if_it_had_not(tmp_path: Path):
+    whole = run(tmp_path / "whole")
+    again = run(tmp_path / "again")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    # Stopped between two saves: the state of step 4 is what is left.
+    calls = itertools.count()
+    original = train.batch_of
+
+    def stopping(settings: train.Settings, step: int) -> tuple[torch.Tensor, int]:
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return original(settings, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "batch_of", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "part", save_every=2)
+    assert torch.load(tmp_path / "part" / "state.pt", weights_only=True)["step"] == 4
+    assert not (tmp_path / "part" / "model.safetensors").exists()
+    resumed = run(tmp_path / "part", save_every=2)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    other = run(tmp_path / "other", replace(TINY, seed=1))
+    assert any(not torch.equal(whole[name], other[name]) for name in whole)
+
+
+def test_a_run_with_other_settings_is_not_overwritten(tmp_path: Path):
+    run(tmp_path)
+    with pytest.raises(ValueError, match="other settings"):
+        run(tmp_path, replace(TINY, width=64))
+
+
+def test_the_objective_is_llada_s():
+    """1/t-weighted cross entropy of masked tokens over the response length, written out plainly."""
+    torch.manual_seed(0)
+    model = dx.models.LLaDA(train.model_config(TINY))
+    train.initialise(model)
+    ids, prompt = train.batch_of(TINY, 0)
+    seen = []
+
+    def hidden(noisy: torch.Tensor, **more: object) -> torch.Tensor:
+        seen.append(noisy)
+        return type(model).hidden(model, noisy, **more)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(model, "hidden", hidden)
+        loss = train.masked_diffusion_loss(model, ids, prompt, seed=5)
+        noisy = seen[0]
+        logits = model(noisy).logits.double()
+    generator = torch.Generator().manual_seed(5)
+    batch = len(ids)
+    t = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
+    masked = noisy == model.mask_id
+    assert masked[:, :prompt].sum() == 0
+    assert masked.any()
+    assert torch.equal(noisy[~masked], ids[~masked])
+    expected = 0.0
+    for b in range(batch):
+        nll = F.cross_entropy(logits[b], ids[b], reduction="none")
+        expected += float(nll[masked[b]].sum() / max(float(t[b]), 1e-2))
+    expected /= batch * (ids.shape[1] - prompt)
+    assert float(loss) == pytest.approx(expected, rel=2e-2)  # bfloat16 against float64
+
+
+def test_mask_ratios_are_uniform():
+    """Over many batches the share of masked response tokens spreads evenly over (0, 1)."""
+    generator_shares = []
+    model = dx.models.LLaDA(train.model_config(TINY))
+    for seed in range(200):
+        seen: list[torch.Tensor] = []
+
+        def hidden(noisy: torch.Tensor, seen: list[torch.Tensor] = seen) -> torch.Tensor:
+            seen.append(noisy)
+            return type(model).hidden(model, noisy)
+
+        ids, prompt = train.batch_of(TINY, 0)
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            patch.setattr(model, "hidden", hidden)
+            train.masked_diffusion_loss(model, ids, prompt, seed=seed)
+        generator_shares += (seen[0][:, prompt:] == model.mask_id).double().mean(1).tolist()
+    counts = torch.histc(torch.tensor(generator_shares), bins=4, min=0, max=1)
+    assert bool((counts > 150).all()), counts  # of 800, 200 each expected
+    assert bool((counts < 250).all()), counts
+
+
+@pytest.mark.slow
+def test_the_shipped_model_is_right_and_has_passes_left_to_save():
+    """Its recorded accuracy meets the aim, and a fresh sample bears it out."""
+    directory = registry.directory_of(registry.DEFAULT)
+    assert sum(f.stat().st_size for f in directory.iterdir()) <= 8e6
+    recorded = json.loads((directory / "training.json").read_text())
+    assert recorded["settings"] == asdict(train.Settings())
+    assert recorded["held_out"]["problems"] == 2000
+    assert recorded["held_out"]["nfe_mean"] == tasks.GEN_LENGTH
+    assert recorded["held_out"]["accuracy"] >= 0.95
+    loaded = registry.load()
+    one = evaluate.evaluate("", evaluate.ONE, problems=16, loaded=loaded)
+    fast = evaluate.evaluate("", "entropy:0.5", problems=60, loaded=loaded)
+    assert one["accuracy"] >= 0.8  # five standard errors below 95% would be 0.71
+    assert fast["accuracy"] >= 0.88
+    assert 8 < fast["nfe_mean"] < 32
+
+
+def test_transformers_tokenizer_and_our_model_make_the_two_line_example_of_the_readme():
+    model, tokenizer = registry.load()
+    problem = next(tasks.problems("held_out"))
+    prompt = torch.tensor([tokenizer.encode(problem.prompt).ids])
+    sequences, forwards = dx.decode(model, prompt, gen_length=64, threshold=0.5)
+    assert tasks.is_correct(problem, tokenizer.decode(sequences[0, prompt.shape[1] :].tolist()))
+    assert forwards < 40

@@ -1,0 +1,92 @@
+"""Small training runs in a process of their own, for test_trainer: run_trainer.py '{"OUT": SETTINGS, ...}'.
+
+Under torchrun it is one of several processes; with ACCELERATE_USE_FSDP=true each holds a shard of every
+parameter. The rows are of different lengths and the gate is open for some tokens only, so that every way of
+normalising wrongly shows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import DistributedType, PartialState
+from dparallel.toy import train
+from dparallel.training import distill
+from dparallel.training.trainer import CertaintyForcingArguments, CertaintyForcingTrainer
+from dparallel.training.trajectories import Collator
+
+import dparallel_ext as dx
+
+SIZES = train.Settings(width=32, layers=1, heads=2, mlp_width=32)
+
+
+def model(seed: int = 0) -> dx.models.LLaDA:
+    torch.manual_seed(seed)
+    made = dx.models.LLaDA(train.model_config(SIZES))
+    train.initialise(made)
+    return made
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    """Few words, so that an untrained model's argmax is right at times and the gate counts differ."""
+    drawn = torch.Generator().manual_seed(3)
+    made = []
+    for index in range(count):
+        length = int(torch.randint(6, 20, (), generator=drawn))
+        ids = torch.randint(3, 6, (length,), generator=drawn)
+        made.append({"input_ids": ids, "prompt_length": 3, "index": index})
+    return made
+
+
+def run(out: Path, count: int = 16, resume: str | None = None, **settings: Any) -> CertaintyForcingTrainer:
+    defaults: dict[str, Any] = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 1e9,
+        "block_length": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    args = CertaintyForcingArguments(output_dir=str(out), **{**defaults, **settings})
+    trainer = CertaintyForcingTrainer(
+        model=model(), args=args, train_dataset=rows(count), data_collator=Collator(1)
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def shard_on_the_cpu() -> None:
+    """accelerate shards over accelerators alone, torch over anything: here it takes processes for such."""
+    found = PartialState.__init__
+
+    def initialise(self: PartialState, *given: Any, **named: Any) -> None:
+        found(self, *given, **named)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = initialise
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        shard_on_the_cpu()
+    for out, settings in json.loads(sys.argv[1]).items():
+        directory = Path(out)
+        trainer = run(directory, **settings)
+        trainer.save_model(str(directory))
+        if trainer.is_world_process_zero():
+            (directory / "log.json").write_text(json.dumps(trainer.state.log_history))
+        trainer.accelerator.wait_for_everyone()
+    distill.finish(trainer)

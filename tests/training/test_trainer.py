@@ -1,0 +1,381 @@
+"""The trainer: its loss is the published one; batch layout, processes and interruptions do not change it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import run_trainer
+import torch
+import yaml
+from conftest import ROOT, golden
+from dparallel.training.trainer import CertaintyForcingArguments, CertaintyForcingTrainer, plain_head
+from dparallel.training.trajectories import Collator
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+import dparallel_ext as dx
+from dparallel_ext.ops import errors
+
+
+@pytest.fixture(autouse=True)
+def own_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 4 leaves that of one run in the environment, for every run that follows."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+
+
+class RemoteConfig(PretrainedConfig):
+    model_type = "remote"
+
+    def __init__(self, mask_token_id: int = 2, scale_logits: bool = False, **more: Any) -> None:
+        super().__init__(**{"tie_word_embeddings": False, **more})
+        self.mask_token_id = mask_token_id
+        self.scale_logits = scale_logits
+
+
+class Remote(PreTrainedModel):
+    """A model as remote code gives it: bidirectional, .logits, an output embedding; no attention_mask."""
+
+    config_class = RemoteConfig
+    _tied_weights_keys = None
+
+    def __init__(self, config: RemoteConfig) -> None:
+        super().__init__(config)
+        self.embed = nn.Embedding(240, 16)
+        self.mix = nn.Linear(16, 16)
+        self.lm_head = nn.Linear(16, 240, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(self, input_ids: Tensor) -> Any:
+        x = self.embed(input_ids)
+        x = x + torch.tanh(self.mix(x.mean(1, keepdim=True) + x))
+        logits = self.lm_head(x)
+        return dx.models.Output(logits / 4 if self.config.scale_logits else logits)
+
+
+def trainer_of(model: nn.Module, tmp_path: Path, **settings: Any) -> CertaintyForcingTrainer:
+    args = CertaintyForcingArguments(
+        output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, **settings
+    )
+    return CertaintyForcingTrainer(
+        model=model, args=args, train_dataset=run_trainer.rows(4), data_collator=Collator(1)
+    )
+
+
+def models() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    return {
+        "llada": golden.model("llada_tiny_a", dtype=torch.float64),
+        "dream": golden.model("dream_tiny_a", dtype=torch.float64),
+        "remote": Remote(RemoteConfig()).double(),
+        "remote, scaled": Remote(RemoteConfig(scale_logits=True)).double(),
+    }
+
+
+SETTINGS = [
+    {},
+    {"entropy_weight": 0.0},
+    {"ce_weight": 0.0, "entropy_weight": 1.0},
+    {"temperature": 1.0},
+    {"gate": "all"},
+    {"block_length": None, "mask_ratio": [0, 1.2]},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", ["llada", "dream", "remote", "remote, scaled"])
+def test_the_loss_is_that_of_the_definition(name: str, settings: dict[str, Any], tmp_path: Path):
+    """Both views one by one, over the whole logits, by the float64 oracle; and so its gradient."""
+    model = models()[name]
+    trainer = trainer_of(model, tmp_path, **{"block_length": 4, **settings})
+    assert (trainer.lm_head is None) == (name == "remote, scaled")
+    rows = run_trainer.rows(5)
+    for row in rows:
+        row["input_ids"] = row["input_ids"][:6].repeat(2)
+    views = trainer.views(Collator(1)(rows), step=3)
+    assert "attention_mask" not in views
+    model.train()
+    loss = trainer.compute_loss(model, views)
+    loss.backward()
+    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+
+    expected = torch.zeros((), dtype=torch.float64)
+    args, shift = trainer.args, name == "dream"
+    for part in (slice(0, 5), slice(5, 10)):
+        logits = model(views["input_ids"][part]).logits.double()
+        labels, active = views["labels"][part], views["active"][part]
+        if shift:
+            logits, labels, active = logits[:, :-1], labels[:, 1:], active[:, 1:]
+        logits, labels = logits[active], labels[active]
+        nll = nn.functional.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
+        q = (logits / args.temperature).log_softmax(-1)
+        gated = (logits.argmax(-1) == labels) | (args.gate == "all")
+        entropy = -(q.exp() * q).sum(-1)[gated].sum() / max(1, int(gated.sum()))
+        expected = expected + args.ce_weight * nll + args.entropy_weight * entropy
+    expected.backward()
+    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-9, atol=1e-9)
+    for ours, p in zip(grads, (p for p in model.parameters() if p.grad is not None), strict=True):
+        torch.testing.assert_close(ours, p.grad, rtol=1e-5, atol=1e-8)
+
+
+def test_the_head_s_logits_never_exist(tmp_path: Path):
+    """Where the head is plain, what the model returns in the place of its logits is three numbers a token."""
+    model = golden.model("llada_tiny_a", dtype=torch.float32)
+    trainer = trainer_of(model, tmp_path)
+    seen = []
+    hook = model.register_forward_hook(lambda _m, _i, out: seen.append(tuple(out.logits.shape)))
+    trainer.compute_loss(model, trainer.views(Collator(1)(run_trainer.rows(2)), 0))
+    hook.remove()
+    assert seen[0][-1] == 3
+    assert "forward" not in vars(model.lm_head)  # as it was
+    assert model(torch.tensor([[3, 4]])).logits.shape == (1, 2, model.shape.rows)
+
+
+def weights(directory: Path) -> dict[str, Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
+
+
+def in_two_processes(runs: dict[Path, dict[str, Any]], **environment: str) -> None:
+    """Runs with settings, by the directories that they write to, one after the other."""
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            *launch,
+            run_trainer.__file__,
+            json.dumps({str(out): settings for out, settings in runs.items()}),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    """Four steps on batches of 8 rows in one process."""
+    out = tmp_path_factory.mktemp("big")
+    trainer = run_trainer.run(out)
+    trainer.save_model(str(out))
+    log = [entry for entry in trainer.state.log_history if "ce" in entry]
+    start = {name: p.detach() for name, p in run_trainer.model().named_parameters()}
+    moved = max(float((weights(out)[name] - p).abs().max()) for name, p in start.items())
+    assert moved > 0.02  # far above the tolerance
+    assert sum(0 < entry["correct"] < 1 for entry in log) >= 3  # the gate is open for some
+    return weights(out), log
+
+
+@pytest.mark.parametrize("micro", [4, 2, 1])
+def test_accumulation_makes_the_update_of_one_big_batch(micro: int, big: Any, tmp_path: Path):
+    settings = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": 8 // micro}
+    trainer = run_trainer.run(tmp_path, **settings)
+    trainer.save_model(str(tmp_path))
+    close(weights(tmp_path), big[0])
+    log = [entry for entry in trainer.state.log_history if "ce" in entry]
+    for ours, theirs in zip(log, big[1], strict=True):
+        for key in ("loss", "ce", "entropy", "correct", "certainty"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
+
+
+@pytest.mark.slow
+def test_sharded_parameters_train_save_and_resume_as_whole_ones(big: Any, tmp_path: Path):
+    """By FSDP2, as recipes/fsdp.yaml has it."""
+    recipe = yaml.safe_load((ROOT / "recipes" / "fsdp.yaml").read_text())["fsdp_config"]
+    environment = {name.upper(): str(value) for name, value in recipe.items()} | {
+        "ACCELERATE_USE_FSDP": "true"
+    }
+    environment["FSDP_TRANSFORMER_CLS_TO_WRAP"] = environment.pop("FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP")
+    settings = {"per_device_train_batch_size": 4}
+    adam = {**settings, "optim": "adamw_torch"}
+    sharded, whole, resumed = (tmp_path / name for name in ("sharded", "whole", "resumed"))
+    checkpoint = whole / "checkpoint-2"
+    in_two_processes(
+        {
+            sharded: settings,
+            whole: {**adam, "save_strategy": "steps", "save_steps": 2},
+            resumed: {**adam, "resume": str(checkpoint)},
+        },
+        **environment,
+    )
+    close(weights(sharded), big[0])
+    found, expected, half = weights(resumed), weights(whole), weights(checkpoint)
+    assert all(torch.equal(found[name], p) for name, p in expected.items())
+    assert any(not torch.equal(half[name], p) for name, p in expected.items())
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_update_of_one_big_batch(big: Any, tmp_path: Path):
+    shared = {"ddp_backend": "gloo"}
+    runs = {
+        tmp_path / "at-once": {"per_device_train_batch_size": 4, **shared},
+        tmp_path / "accumulated": {
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            **shared,
+        },
+    }
+    in_two_processes(runs)
+    for out in runs:
+        close(weights(out), big[0])
+        log = [entry for entry in json.loads((out / "log.json").read_text()) if "ce" in entry]
+        for ours, theirs in zip(log, big[1], strict=True):
+            for key in ("loss", "ce", "entropy", "correct", "certainty"):
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}], ids=str)
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(settings: dict[str, Any], tmp_path: Path):
+    given = {"optim": "adamw_torch", "learning_rate": 1e-2, "per_device_train_batch_size": 4, **settings}
+    saving = {**given, "save_strategy": "steps", "save_steps": 3, "max_steps": 8}
+    whole = run_trainer.run(tmp_path / "whole", **saving)
+    whole.save_model(str(tmp_path / "whole"))
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    resumed = run_trainer.run(tmp_path / "resumed", resume=str(checkpoint), **saving)
+    resumed.save_model(str(tmp_path / "resumed"))
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert any(not torch.equal(expected[name], p) for name, p in weights(checkpoint).items())
+    assert dx.models.load(checkpoint).mask_id == run_trainer.model().mask_id
+
+
+def test_gradient_checkpointing_and_bf16_train_the_same_thing(big: Any, tmp_path: Path):
+    run_trainer.run(tmp_path, gradient_checkpointing=True).save_model(str(tmp_path))
+    close(weights(tmp_path), big[0])
+    trainer = run_trainer.run(tmp_path, bf16=True)
+    log = [entry["loss"] for entry in trainer.state.log_history if "ce" in entry]
+    assert log == pytest.approx([entry["loss"] for entry in big[1]], rel=0.05)
+
+
+def test_training_makes_right_tokens_certain(tmp_path: Path):
+    """On a task that can be learned, ce and entropy fall, correct and certainty rise."""
+    given = {"optim": "adamw_torch", "learning_rate": 1e-2, "max_steps": 60, "logging_steps": 10}
+    log = [e for e in run_trainer.run(tmp_path, **given).state.log_history if "ce" in e]
+    first, last = log[0], log[-1]
+    assert last["ce"] < 0.7 * first["ce"]
+    assert last["entropy"] < 0.7 * first["entropy"]
+    assert last["certainty"] > first["certainty"] + 0.1
+
+
+def test_views_depend_on_seed_step_and_row_alone(tmp_path: Path):
+    trainer = trainer_of(run_trainer.model(), tmp_path, mask_ratio=[0, 1.2], block_length=4)
+    rows = run_trainer.rows(6)
+    batch = trainer.views(Collator(1)(rows), 5)
+    for i, row in enumerate(rows):
+        length = len(row["input_ids"])
+        alone = trainer.views(Collator(1)([row]), 5)
+        for key in ("input_ids", "labels", "active"):
+            assert torch.equal(alone[key][0], batch[key][i, :length])
+            assert torch.equal(alone[key][1], batch[key][6 + i, :length])
+        assert batch["attention_mask"][i].tolist() == [j < length for j in range(batch["labels"].shape[1])]
+    assert not torch.equal(trainer.views(Collator(1)(rows), 6)["active"], batch["active"])
+    trainer.args.seed += 1
+    assert not torch.equal(trainer.views(Collator(1)(rows), 5)["active"], batch["active"])
+
+
+def test_evaluation_uses_the_same_masks_every_time(tmp_path: Path):
+    trainer = trainer_of(run_trainer.model(), tmp_path, block_length=4)
+    losses = [trainer.evaluate(run_trainer.rows(6))["eval_loss"] for _ in range(2)]
+    assert losses[0] == losses[1] > 0
+
+
+def test_a_hugging_face_model_is_saved_by_its_own_code_and_resumes(tmp_path: Path):
+    torch.manual_seed(0)
+    trainer = trainer_of(
+        Remote(RemoteConfig()), tmp_path, max_steps=2, save_steps=1, per_device_train_batch_size=2
+    )
+    trainer.data_collator = Collator(1, total_length=16)
+    trainer.train()
+    again = Remote.from_pretrained(tmp_path / "checkpoint-2")
+    for ours, theirs in zip(trainer.model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_collator_comes_with_the_trainer(tmp_path: Path):
+    """That of the model's EOS; a model whose config names none is told so."""
+    args = CertaintyForcingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    rows = run_trainer.rows(2)
+    for eos, found in ((5, 5), ([7, 9], 7)):
+        model = run_trainer.model()
+        model.config["eos_token_id"] = eos
+        trainer = CertaintyForcingTrainer(model=model, args=args, train_dataset=rows)
+        assert trainer.data_collator == Collator(found)
+    model.config["eos_token_id"] = None
+    with pytest.raises(ValueError, match=r"data_collator: .* no eos_token_id .* got None"):
+        CertaintyForcingTrainer(model=model, args=args, train_dataset=rows)
+
+
+def test_rows_of_different_lengths_need_an_attention_mask(tmp_path: Path):
+    trainer = trainer_of(Remote(RemoteConfig()), tmp_path)
+    with pytest.raises(ValueError, match="takes no attention_mask: give total_length"):
+        trainer.views(Collator(1)(run_trainer.rows(4)), 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"mask_ratio": -0.1}, "mask_ratio"),
+        ({"mask_ratio": [0.5, 0.2]}, "mask_ratio"),
+        ({"mask_ratio": "half"}, "mask_ratio"),
+        ({"mask_ratio": [1.1, 1.2]}, "mask_ratio"),
+        ({"entropy_weight": -1.0}, "entropy_weight"),
+        ({"ce_weight": float("nan")}, "ce_weight"),
+        ({"gate": "some"}, "gate"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"block_length": 0}, "block_length"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(settings: dict[str, Any], said: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=said):
+        CertaintyForcingArguments(output_dir=str(tmp_path), **settings)
+
+
+def test_a_model_without_a_mask_token_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="mask_token_id"):
+        trainer_of(Remote(RemoteConfig(mask_token_id=None)), tmp_path)
+
+
+def test_which_heads_are_plain():
+    found = models()
+    assert plain_head(found["llada"]) is found["llada"].lm_head
+    assert plain_head(found["remote"]) is found["remote"].lm_head
+    assert plain_head(found["remote, scaled"]) is None
+    assert plain_head(nn.Linear(2, 2)) is None
+
+
+@pytest.mark.parametrize("fault", ["NaN", "label"])
+def test_what_a_gpu_finds_bad_ends_the_run_by_its_name(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """There a loss does not look; the trainer does when it logs."""
+    monkeypatch.setattr(errors, "waits", lambda device: True)
+    monkeypatch.setattr(errors, "pending", {})
+    model = golden.model("llada_tiny_a", dtype=torch.float32)
+    said = r"logits: row \d+ holds NaN"
+    if fault == "NaN":
+        model.lm_head.weight.data[5] = torch.nan
+    else:
+        said = r"labels: row \d+ is active, but its label is no id in \[0, 3\)"
+        model.lm_head = nn.Linear(model.shape.width, 3, bias=False)
+    trainer = trainer_of(model, tmp_path, max_steps=5, logging_steps=2, save_strategy="no")
+    with pytest.raises(ValueError, match=said):
+        trainer.train()
+    assert trainer.state.global_step == 2

@@ -1,0 +1,338 @@
+"""Trajectories: what is kept, shards that survive a kill, processes that share them, reading them back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import torch
+from dparallel import files, registry
+from dparallel.toy import tasks
+from dparallel.training import checkers, trajectories
+from dparallel.training.trajectories import Collator, Prompt, Settings, Trajectories
+
+import dparallel_ext as dx
+
+DPARALLEL = str(Path(sys.executable).with_name("dparallel"))
+SMALL = Settings(policy="entropy_bound:0.1", shard=5)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Any, Any]:
+    return registry.load()
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Prompt]:
+    return trajectories.read_prompts("builtin:23")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, prompts: list[Prompt], loaded: Any) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    return trajectories.generate(out, prompts, SMALL, loaded=loaded, progress=False)
+
+
+def rows_of(directory: Path) -> list[dict[str, Any]]:
+    files = sorted(directory.glob("part-*.parquet"))
+    return [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
+
+
+@pytest.mark.slow
+def test_rows_are_the_model_s_right_answers_and_their_order(whole: Path, prompts: list[Prompt], loaded: Any):
+    model, tokenizer = loaded
+    rows = {row["index"]: row for row in rows_of(whole)}
+    assert 15 < len(rows) <= 23
+    for index, prompt in enumerate(prompts):
+        ids = torch.tensor([tokenizer.encode(prompt.text).ids])
+        out = dx.decode(
+            model, ids, gen_length=64, threshold=0.1, selector="entropy_bound", record=True
+        )  # fmt: skip
+        response = out.sequences[0, ids.shape[1] :].tolist()
+        text = tokenizer.decode(response)
+        right = tasks.extract_answer(text) == int(prompt.answer)
+        assert right == (index in rows)
+        if right:
+            row = rows[index]
+            assert (row["prompt"], row["response"]) == (prompt.text, text)
+            assert (row["prompt_ids"], row["response_ids"]) == (ids[0].tolist(), response)
+            assert row["nfe"] == out.forwards
+            assert row["step"] == out.trajectory.step[0].tolist()
+            assert min(row["step"]) == 1
+            assert max(row["step"]) == row["nfe"]
+            torch.testing.assert_close(torch.tensor(row["confidence"]), out.trajectory.confidence[0])
+
+
+def test_the_settings_are_in_the_directory_and_in_every_parquet_file(whole: Path):
+    found = json.loads((whole / "settings.json").read_text())
+    assert found["policy"] == "entropy_bound:0.1"
+    assert found["prompts"] == 23
+    metadata = pyarrow.parquet.read_schema(whole / "part-00000.parquet").metadata
+    assert json.loads(metadata[b"settings"])["model"] == "builtin:teacher"
+
+
+@pytest.mark.slow
+def test_jsonl_holds_the_same(whole: Path, prompts: list[Prompt], loaded: Any, tmp_path: Path):
+    settings = replace(SMALL, format="jsonl")
+    trajectories.generate(tmp_path, prompts, settings, loaded=loaded, progress=False)
+    files = sorted(tmp_path.glob("part-*.jsonl"))
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    same_rows(rows, rows_of(whole))
+    one, other = Trajectories(tmp_path), Trajectories(whole)
+    assert torch.equal(one.ids, other.ids)
+
+
+def same_rows(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """Of the same settings. The last bits of a probability depend on the process: on how many threads it has,
+    and in float32 on where its memory lies."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert {**one, "confidence": 0} == {**other, "confidence": 0}
+        assert one["confidence"] == pytest.approx(other["confidence"], rel=1e-5)
+
+
+def command(out: Path) -> list[str]:
+    return [DPARALLEL, "trajectories", str(out), "--data", "builtin:23", "--policy", "entropy_bound:0.1",
+            "--shard", "5"]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_loses_and_doubles_nothing(whole: Path, tmp_path: Path):
+    process = subprocess.Popen(command(tmp_path), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("part-*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("part-*.parquet")}
+    assert 1 <= len(done) < 5, "killed too late to show anything"
+    with pytest.raises(ValueError, match=r"not finished: \d of 5 shards are missing"):
+        Trajectories(tmp_path)
+    (tmp_path / "part-00004.parquet.partial").write_text("half a shard")
+    subprocess.run(command(tmp_path), check=True, stderr=subprocess.DEVNULL)
+    same_rows(rows_of(tmp_path), rows_of(whole))
+    assert all((tmp_path / name).stat().st_mtime_ns == at for name, at in done.items())
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_several_processes_each_do_their_share(launcher: str, whole: Path, tmp_path: Path):
+    launch = {
+        "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"],
+        "accelerate": [
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--no_python",
+        ],
+    }[launcher]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launch, *command(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "trajectories 0/2" in done.stderr
+    assert "trajectories 1/2" in done.stderr
+    same_rows(rows_of(tmp_path), rows_of(whole))
+
+
+@pytest.mark.slow
+def test_shares_do_not_depend_on_how_many_processes_there_were_before(
+    whole: Path, prompts: list[Prompt], loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "1")
+    trajectories.generate(tmp_path, prompts, SMALL, loaded=loaded, progress=False)
+    assert [f.name for f in sorted(tmp_path.glob("part*"))] == ["part-00001.parquet", "part-00004.parquet"]
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.delenv("RANK")
+    trajectories.generate(tmp_path, prompts, SMALL, loaded=loaded, progress=False)
+    same_rows(rows_of(tmp_path), rows_of(whole))
+
+
+def test_a_run_of_other_settings_or_prompts_is_refused(whole: Path, prompts: list[Prompt], loaded: Any):
+    with pytest.raises(ValueError, match=r"other settings: \{'policy': 'entropy_bound:0.1'\}"):
+        trajectories.generate(whole, prompts, replace(SMALL, policy="one"), loaded=loaded)
+    with pytest.raises(ValueError, match="prompts"):
+        trajectories.generate(whole, prompts[:-1], SMALL, loaded=loaded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["parquet", "jsonl"])
+def test_shards_are_looked_at_when_a_run_goes_on(
+    format: str, prompts: list[Prompt], loaded: Any, tmp_path: Path
+):
+    """One that is cut off, empty, or holds the rows of another is answered again, and no other."""
+    settings = replace(SMALL, format=format, gen_length=32)
+    whole = trajectories.generate(tmp_path, prompts, settings, loaded=loaded, progress=False)
+    shards = [tmp_path / f"part-{i:05d}.{format}" for i in range(5)]
+    before = [shard.read_bytes() for shard in shards]
+    shards[0].write_bytes(before[0][:-9])
+    shards[1].write_bytes(b"")
+    shards[2].write_bytes(before[3])
+    if format == "jsonl":
+        with pytest.raises(ValueError, match=r"part-00000.jsonl is empty or cut off"):
+            Trajectories(whole)
+    else:
+        with pytest.raises(ValueError, match=r"part-00000.parquet is not a readable Parquet file"):
+            Trajectories(whole)
+    kept = shards[4].stat().st_mtime_ns
+    trajectories.generate(tmp_path, prompts, settings, loaded=loaded, progress=False)
+    assert [shard.read_bytes() for shard in shards] == before
+    assert shards[4].stat().st_mtime_ns == kept
+
+
+def test_another_run_in_the_directory_is_named(prompts: list[Prompt], loaded: Any, tmp_path: Path):
+    with files.locked("out", tmp_path), pytest.raises(ValueError, match="out: another run is writing to"):
+        trajectories.generate(tmp_path, prompts, SMALL, loaded=loaded)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_prompt_and_no_right_answer(loaded: Any, tmp_path: Path):
+    empty = trajectories.generate(tmp_path / "a", [], SMALL, loaded=loaded, progress=False)
+    assert len(Trajectories(empty)) == 0
+    wrong = [Prompt(p.text, "-1") for p in trajectories.read_prompts("builtin:3")]
+    for name, settings in (("b", SMALL), ("c", replace(SMALL, format="jsonl"))):
+        none = trajectories.generate(tmp_path / name, wrong, settings, loaded=loaded, progress=False)
+        assert len(Trajectories(none)) == 0
+
+
+def test_damaged_rows_and_settings_are_named(tmp_path: Path):
+    settings = {"prompts": 1, "shard": 1, "format": "jsonl"}
+    shard = tmp_path / "part-00000.jsonl"
+    row = {"prompt_ids": [1], "response_ids": [2, 3], "step": [1, 1]}
+    for changed in ({"step": [1]}, {"prompt_ids": None}, {"response_ids": ["x", "y"]}, {"step": [2**40, 1]}):
+        files.write_json(tmp_path / "settings.json", settings)
+        files.write_text(shard, json.dumps(row) + "\n")
+        assert len(Trajectories(tmp_path)) == 1
+        files.write_text(shard, json.dumps({**row, **changed}) + "\n")
+        with pytest.raises(ValueError, match=r"trajectories: .*part-00000.jsonl is damaged"):
+            Trajectories(tmp_path)
+    for content, said in (("{", "is not JSON"), ("{}", "is not that of a run: .*'prompts'")):
+        files.write_text(tmp_path / "settings.json", content)
+        with pytest.raises(ValueError, match=rf"trajectories: .*settings.json.* {said}"):
+            Trajectories(tmp_path)
+
+
+def test_items(whole: Path):
+    data, rows = Trajectories(whole), rows_of(whole)
+    assert len(data) == len(rows)
+    for i, row in enumerate(rows):
+        item = data[i]
+        assert item["input_ids"].tolist() == row["prompt_ids"] + row["response_ids"]
+        assert item["step"].tolist() == row["step"]
+        assert (item["prompt_length"], item["index"]) == (len(row["prompt_ids"]), i)
+
+
+def test_collator_pads_with_eos_as_published_or_out_of_sight():
+    rows = [
+        {"input_ids": torch.arange(10, 15), "prompt_length": 2, "index": 7},
+        {"input_ids": torch.arange(20, 28), "prompt_length": 4, "index": 9},
+    ]
+    plain = Collator(1)(rows)
+    assert plain["input_ids"].tolist() == [[10, 11, 12, 13, 14, 1, 1, 1], list(range(20, 28))]
+    assert plain["lengths"].tolist() == [5, 8]
+    assert plain["prompt_lengths"].tolist() == [2, 4]
+    assert plain["index"].tolist() == [7, 9]
+    total = Collator(1, total_length=6)(rows)
+    assert total["input_ids"].tolist() == [[10, 11, 12, 13, 14, 1], [20, 21, 22, 23, 24, 25]]
+    assert total["lengths"].tolist() == [6, 6]
+    response = Collator(1, response_length=5)(rows)
+    assert response["input_ids"].tolist() == [
+        [10, 11, 12, 13, 14, 1, 1, 1, 1],
+        [20, 21, 22, 23, 24, 25, 26, 27, 1],
+    ]
+    assert response["lengths"].tolist() == [7, 9]
+    assert Collator(1, total_length=3)(rows)["prompt_lengths"].tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("checker", "answer", "response", "right"),
+    [
+        ("hashes", "7", "so 3 + 4 = 7 #### 7", True),
+        ("hashes", "words #### 1,200", "#### 1200 [EOS]", True),
+        ("hashes", "7", "it is 7", False),
+        ("hashes", "7", "#### 8", False),
+        ("hashes", "-3", "#### -3.0", True),
+        ("hashes", "3", "####", False),
+        ("last_number", "work #### 18", "she makes 9 * 2 = $18.", True),
+        ("last_number", "18", "18 or 19", False),
+        ("last_number", "18", "none", False),
+        ("boxed", r"\boxed{\frac{1}{2}}", r"thus \boxed{ \frac{1}{2} }", True),
+        ("boxed", "4", r"\boxed{3}, no, \boxed{4}", True),
+        ("boxed", "4", r"\boxed{4", False),
+        ("boxed", "4", "4", False),
+        ("none", "4", "anything", True),
+        ("operator:eq", "a", "a", True),
+    ],
+)
+def test_checkers(checker: str, answer: str, response: str, right: bool):
+    assert checkers.checker_of(checker)(answer, response) is right
+
+
+@pytest.mark.parametrize("name", ["", "nope", "no.module:f", "operator:nope", "math:pi"])
+def test_a_checker_that_is_none_is_named(name: str):
+    with pytest.raises(ValueError, match="checker"):
+        checkers.checker_of(name)
+
+
+def test_prompts_of_files(tmp_path: Path):
+    lines = [{"question": "a", "answer": 1}, {"question": "b", "answer": "2"}]
+    file = tmp_path / "p.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    expected = [Prompt("a", "1"), Prompt("b", "2")]
+    assert trajectories.read_prompts(str(file), "question") == expected
+    table = pyarrow.table({"question": ["a", "b"], "answer": ["1", "2"]})
+    pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
+    assert trajectories.read_prompts(str(tmp_path / "p.parquet"), "question") == expected
+    with pytest.raises(ValueError, match=r"p.jsonl:1 has no field 'prompt', only \['answer', 'question'\]"):
+        trajectories.read_prompts(str(file))
+    file.write_text('{"prompt": "a", "answer": 1}\n{')
+    with pytest.raises(ValueError, match=r"p.jsonl:2 is not JSON"):
+        trajectories.read_prompts(str(file))
+    file.write_text("3")
+    with pytest.raises(ValueError, match=r"p.jsonl:1 holds a int"):
+        trajectories.read_prompts(str(file))
+    for prompt in (None, ["a"], 3):
+        file.write_text(json.dumps({"prompt": "a\u2028b", "answer": 1}, ensure_ascii=False) + "\n")
+        assert trajectories.read_prompts(str(file)) == [Prompt("a\u2028b", "1")]
+        with file.open("a") as more:
+            more.write(json.dumps({"prompt": prompt, "answer": 1}) + "\n")
+        with pytest.raises(ValueError, match=r"p.jsonl:2: expected str in 'prompt', got (None|\[|3)"):
+            trajectories.read_prompts(str(file))
+    file.write_text('{"prompt": "a", "answer": null}')
+    with pytest.raises(ValueError, match=r"p.jsonl:1: expected str or int or float in 'answer', got None"):
+        trajectories.read_prompts(str(file))
+    for line, said in (
+        ('{"prompt": "a", "answer": true}', "in 'answer', got True"),
+        ('{"prompt": "\\ud800", "answer": 1}', "is not JSON: .*surrogates not allowed"),
+        ("[" * 100_000, "is not JSON"),
+    ):
+        file.write_text(line)
+        with pytest.raises(ValueError, match=rf"p.jsonl:1:? .*{said}"):
+            trajectories.read_prompts(str(file))
+    for bad in ("builtin:", "builtin:x"):
+        with pytest.raises(ValueError, match="builtin:N"):
+            trajectories.read_prompts(bad)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        trajectories.read_prompts("nowhere.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"no settings.json"):
+        Trajectories(tmp_path)
+    for name, bad_settings in (("shard", replace(SMALL, shard=0)), ("format", replace(SMALL, format="csv"))):
+        with pytest.raises(ValueError, match=name):
+            trajectories.generate(tmp_path / "x", expected, bad_settings)
