@@ -1,1 +1,7 @@
-"""Microbenchmarks: `make bench` (python -m benchmarks) runs them all and writes the tables of the README."""
+"""Microbenchmarks: `make bench` (python -m benchmarks) and `make gpu` write the tables of the README."""
+
+import sys
+from pathlib import Path
+
+# `make gpu` runs with a Python that nothing of this checkout was installed into.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))

@@ -11,7 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from . import report
+from dparallel.files import write_text
+
+from . import pictures, records, report
 
 HERE = Path(__file__).parent
 
@@ -31,13 +33,13 @@ def main() -> int:
         code = subprocess.call([*command, "--benchmark-group-by=group", "--benchmark-sort=name"])
         if code != 0:
             return code
-    found = report.of_cpu(json.loads(results.read_text()))
+    found = records.of_cpu(json.loads(results.read_text()))
     text = report.cpu_figures(found) + "\n"
-    report.write(options.out / "table.md", text)
-    report.draw_rows(found, options.out / "rows.png")
-    report.draw_passes(found, options.out / "passes.png")
+    write_text(options.out / "table.md", text)
+    pictures.draw_rows(found, options.out / "rows.png")
+    pictures.draw_passes(found, options.out / "passes.png")
     if not options.only:  # `make bench-report` takes it
-        report.write(options.out / "cpu.json", report.dump(found))
+        write_text(options.out / "cpu.json", records.dump(found))
     print(text)
     print(f"written: {results}, {options.out}/table.md, cpu.json and pictures")
     return 0

@@ -193,15 +193,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
-def kv_write(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, cos: Tensor, sin: Tensor
-) -> Tensor:
-    """q (N, H, D) rotated by cos, sin (N, D / 2); k, rotated, and v to rows `slots` (N,) of the caches."""
-    keys[slots] = rotate(k, cos[:, None], sin[:, None])
-    values[slots] = v
-    return rotate(q, cos[:, None], sin[:, None])
-
-
 @torch.no_grad()
 def published_decode(
     forward: Callable[..., Tensor],

@@ -1,93 +1,79 @@
-"""block_attention: 32 queries a sequence to caches of ragged lengths, in bfloat16.
+"""block_attention: 32 queries of each sequence to caches, of one length or ragged, in bfloat16.
 
-The heads are SDAR-8B's: 32 over 8 key heads, of 128.
+On a CPU the heads are SDAR-8B's, 32 over 8 key heads, and lengths go down to half.
 
-Floor: the keys and values that are seen, read once: sum of lengths * 8 * 128 * 2 * 2 bytes.
+Floor: the keys and values that are seen, read once, and queries and output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 import dparallel_ext as dx
 
 from . import baselines
+from .harness import CPU, OURS, Case, Work, close, on_cpu, random, sets_of
 
-QUERIES, HEADS, KV_HEADS, DIM = 32, 32, 8, 128
-SLOT_BYTES = KV_HEADS * DIM * 2 * 2
-
-
-@dataclass
-class Case:
-    q: Tensor
-    """(B, Q, H, D)"""
-    k_cache: Tensor
-    v_cache: Tensor
-    """(B, Hkv, length, D)"""
-    sizes: list[int]
-    """slots that each sequence sees"""
-
-    def __post_init__(self) -> None:
-        self.lengths = torch.tensor(self.sizes)
-        self.begin = QUERIES * torch.arange(len(self.sizes))
-        self.end = self.begin + QUERIES
-        self.pages = torch.arange(len(self.sizes))[:, None]
+QUERIES, DIM = 32, 128
+HEADS = {"LLaDA": (32, 32), "Dream": (28, 4), "SDAR": (32, 8)}
+MASKED, BY_SEQUENCE = "SDPA, padded, with a mask", "SDPA, one sequence after another"
 
 
-def ours(case: Case) -> Tensor:
-    return dx.block_attention(
-        case.q.flatten(0, 1),
-        case.k_cache,
-        case.v_cache,
-        case.lengths,
-        begin=case.begin,
-        end=case.end,
-        pages=case.pages,
-        longest_query=QUERIES,
-        longest_length=max(case.sizes),
-    ).view(case.q.shape)
+def work(
+    device: torch.device,
+    small: bool,
+    batch: int,
+    length: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    ragged: bool = False,
+) -> Work:
+    """Against contiguous caches (B, Hkv, length, D). `ragged`: lengths from `length` down to half of it."""
+    q = random(device, batch, QUERIES, heads, dim)
+    sizes = [length - length // 2 * b // batch if ragged else length for b in range(batch)]
+    lengths, shape = torch.tensor(sizes, device=device), (batch, kv_heads, length, dim)
+    bytes_ = 2 * (2 * sum(sizes) * kv_heads * dim) + 2 * q.nbytes
+    sets = sets_of(bytes_, device, small)
+    data = [(random(device, *shape), random(device, *shape)) for _ in range(sets)]
 
+    def sdpa(turn: int, at: int) -> Tensor:
+        grouped = heads != kv_heads
+        y = functional.scaled_dot_product_attention(q.transpose(1, 2), *data[at], enable_gqa=grouped)
+        return y.transpose(1, 2)
 
-def masked(case: Case) -> Tensor:
-    return baselines.masked_attention(case.q, case.k_cache, case.v_cache, case.lengths)
-
-
-def by_sequence(case: Case) -> Tensor:
-    return baselines.attention_by_sequence(case.q, case.k_cache, case.v_cache, case.sizes)
-
-
-CONTENDERS: dict[str, Callable[[Case], Tensor]] = {
-    "SDPA, padded, with a mask": masked,
-    "SDPA, one sequence after another": by_sequence,
-    "dparallel_ext": ours,
-}
-
-
-def inputs(batch: int, length: int) -> Case:
-    """Lengths from `length` down to half of it."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(shape, generator=generator, dtype=torch.bfloat16)
-        for shape in [(batch, QUERIES, HEADS, DIM)] + 2 * [(batch, KV_HEADS, length, DIM)]
+    peers = {"torch SDPA": sdpa}
+    if ragged:
+        peers = {
+            MASKED: lambda turn, at: baselines.masked_attention(q, *data[at], lengths),
+            BY_SEQUENCE: lambda turn, at: baselines.attention_by_sequence(q, *data[at], sizes),
+        }
+    return Work(
+        {**peers, OURS: lambda turn, at: dx.block_attention(q, *data[at], lengths, longest_length=length)},
+        [(bytes_, 4 * QUERIES * sum(sizes) * heads * dim, 1)],
+        sets=sets,
+        graphs=(OURS, "torch SDPA"),
+        agree=lambda found, expected: close(found, expected, rtol=0.02, atol=0.02),
     )
-    return Case(q, k, v, [length - length // 2 * b // batch for b in range(batch)])
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
+def case(family: str, batch: int, length: int) -> Case:
+    heads, kv_heads = HEADS[family]
+    parameters = {"batch": batch, "length": length, "heads": heads, "kv_heads": kv_heads, "dim": DIM}
+    name = f"block_attention, {family} heads, batch {batch}, length {length}"
+    return Case(name, "block_attention", work, parameters, ("cold", "graph"))
+
+
+@pytest.mark.parametrize("contender", [MASKED, BY_SEQUENCE, OURS])
 @pytest.mark.parametrize(("batch", "length"), [(1, 512), (8, 512), (1, 4096)])
 def test_block_attention(
     benchmark: Any, read_bandwidth: float, batch: int, length: int, contender: str
 ) -> None:
-    case = inputs(batch, length)
-    run = CONTENDERS[contender]
-    torch.testing.assert_close(run(case), by_sequence(case), rtol=0.02, atol=0.02)
-    benchmark.group = f"block_attention, {batch} of {length} slots"
-    floor = sum(case.sizes) * SLOT_BYTES / read_bandwidth
-    benchmark.extra_info.update(contender=contender, floor=floor)
-    benchmark.pedantic(run, args=(case,), rounds=20, warmup_rounds=3)
+    step = work(CPU, False, batch, length, *HEADS["SDAR"], DIM, ragged=True)
+    group = f"block_attention, {batch} of {length} slots"
+    on_cpu(benchmark, group, step, contender, read_bandwidth, rounds=20)

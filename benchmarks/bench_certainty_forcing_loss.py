@@ -6,6 +6,7 @@ its own, beyond the inputs. The contender `inplace` is ours that writes the grad
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,8 +20,9 @@ from torch import Tensor
 import dparallel_ext as dx
 
 from . import baselines
+from .harness import CPU, OURS, Case, Work, on_cpu
 
-VOCAB, ROWS, ACTIVE = 126464, 256, 64
+VOCAB, ROWS, ACTIVE = 126464, 256, slice(96, 160)
 
 
 def ours(logits: Tensor, labels: Tensor, active: Tensor) -> Tensor:
@@ -31,17 +33,12 @@ CONTENDERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "published": baselines.published_loss,
     "eager": baselines.eager_loss,
     "compiled": baselines.compiled_loss,
-    "dparallel_ext": ours,
+    OURS: ours,
 }
-INPLACE = "dparallel_ext, inplace"
+INPLACE, PRODUCTS = f"{OURS}, inplace", "matrix products alone"
 
 
-def inputs(
-    rows: int = ROWS,
-    active: slice = slice(96, 96 + ACTIVE),
-    vocab: int = VOCAB,
-    device: torch.device | str = "cpu",
-) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(rows: int, active: slice, vocab: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (1, rows, V), labels that half of the rows get right, and the active rows."""
     random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     logits = torch.randn(1, rows, vocab, **random)
@@ -53,17 +50,55 @@ def inputs(
     return logits.to(torch.bfloat16).requires_grad_(), labels, chosen
 
 
-def step(contender: str, logits: Tensor, labels: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-    if contender == INPLACE:
-        loss = dx.certainty_forcing_loss(logits, labels, active, inplace=True).loss
-    else:
-        loss = CONTENDERS[contender](logits, labels, active)
-    return loss.detach(), torch.autograd.grad(loss, logits)[0]
+def work(
+    device: torch.device,
+    small: bool,
+    rows: int,
+    vocab: int,
+    active: slice | None = None,
+    inplace: bool = False,
+) -> Work:
+    """Forward and backward, the active rows read twice, the whole gradient written; `active` None: all rows.
+
+    `inplace`: with the contender that writes over the logits, which are made anew for each step.
+    """
+    chosen = active or slice(0, rows)
+    logits, *rest = inputs(rows, chosen, vocab, device)
+    spent = [logits]
+
+    def of(
+        loss_of: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> Callable[[int, int], tuple[Tensor, Tensor]]:
+        def run(turn: int, at: int) -> tuple[Tensor, Tensor]:
+            loss = loss_of(logits, *rest)
+            return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+        return run
+
+    def over_the_logits(turn: int, at: int) -> tuple[Tensor, Tensor]:
+        loss = dx.certainty_forcing_loss(spent[0], *rest, inplace=True).loss
+        return loss.detach(), torch.autograd.grad(loss, spent[0])[0]
+
+    def reset() -> None:
+        spent[0] = logits.clone()
+
+    run = {name: of(loss_of) for name, loss_of in CONTENDERS.items()}
+    bytes_ = (2 * len(range(*chosen.indices(rows))) + rows) * vocab * 2
+    if inplace:
+        return Work({**run, INPLACE: over_the_logits}, [(bytes_, 0, 1)], reset=reset, agree=alike)
+    return Work(run, [(bytes_, 0, 1)], agree=alike)
 
 
-def spent(contender: str, logits: Tensor, *rest: Tensor) -> tuple[str, Tensor, Tensor, Tensor]:
-    """The arguments of a step; logits that are lost with it are of its own."""
-    return contender, logits.clone() if contender == INPLACE else logits, *rest
+def alike(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
+    """The loss, and the gradient in its norm."""
+    (loss, grad), (exact, exact_grad) = found, expected
+    near = (grad - exact_grad).float().norm() <= 0.01 * exact_grad.float().norm()
+    return bool(near) and abs(float(loss) - float(exact)) <= 1e-4 * abs(float(exact))
+
+
+def case() -> Case:
+    parameters = {"rows": 4096, "vocab": VOCAB}
+    return Case("certainty_forcing_loss, 4096 rows", "certainty_forcing_loss", work, parameters, ("cold",))
 
 
 def peak_memory(contender: str) -> float:
@@ -74,28 +109,17 @@ def peak_memory(contender: str) -> float:
 
 @pytest.mark.parametrize("contender", [*CONTENDERS, INPLACE])
 def test_certainty_forcing_loss(benchmark: Any, read_bandwidth: float, contender: str) -> None:
-    case = inputs()
-    loss, grad = step(*spent(contender, *case))
-    exact, exact_grad = step("eager", *case)
-    assert float(loss) == pytest.approx(float(exact), rel=1e-4)
-    assert (grad - exact_grad).float().norm() <= 0.01 * exact_grad.float().norm()
-    slow = contender == "published"
-    benchmark.group = "certainty_forcing_loss, forward and backward"
-    floor = (2 * ACTIVE + ROWS) * VOCAB * 2 / read_bandwidth
-    benchmark.extra_info.update(contender=contender, floor=floor, megabytes=peak_memory(contender))
-    benchmark.pedantic(
-        step,
-        setup=lambda: (spent(contender, *case), {}),
-        rounds=5 if slow else 40,
-        warmup_rounds=1 if slow else 5,
-    )
+    step = work(CPU, False, ROWS, VOCAB, ACTIVE, inplace=contender == INPLACE)
+    group = "certainty_forcing_loss, forward and backward"
+    megabytes = peak_memory(contender)
+    on_cpu(benchmark, group, step, contender, read_bandwidth, rounds=40, megabytes=megabytes)
 
 
 WIDTH = 1024
 
 
 def linear_inputs(
-    rows: int, width: int = WIDTH, vocab: int = VOCAB, device: torch.device | str = "cpu"
+    rows: int, width: int, vocab: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """hidden (rows, width), a frozen head (V, width), labels, all rows active.
 
@@ -110,30 +134,58 @@ def linear_inputs(
     return hidden.requires_grad_(), head, labels, torch.ones(rows, dtype=torch.bool, device=device)
 
 
-def linear_step(hidden: Tensor, head: Tensor, labels: Tensor, active: Tensor) -> Tensor:
-    loss = dx.linear_certainty_forcing_loss(hidden, head, labels, active).loss
-    return torch.autograd.grad(loss, hidden)[0]
+def linear_work(device: torch.device, small: bool, rows: int, width: int, vocab: int) -> Work:
+    """Forward and backward with a frozen head: three matrix products, 6 N H V FLOP."""
+    hidden, head, labels, active = linear_inputs(rows, width, vocab, device)
+    chunk = (256 if device.type == "cuda" else 32) * 2**20 // (vocab * head.itemsize)  # rows, as the op takes
 
+    def gradient(loss_of_rows: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return torch.autograd.grad(loss_of_rows(hidden @ head.T, labels), hidden)[0]
 
-def linear_products(
-    hidden: Tensor, head: Tensor, labels: Tensor, active: Tensor, megabytes: int = 32
-) -> None:
-    """The matrix products of that step alone, in the same chunks: logits twice, and their gradient's."""
-    with torch.no_grad():
-        for rows in hidden.split(max(1, megabytes * 2**20 // (len(head) * head.itemsize))):
-            logits = rows @ head.T
-            logits = rows @ head.T
+    def ours(turn: int, at: int) -> Tensor:
+        loss = dx.linear_certainty_forcing_loss(hidden, head, labels, active).loss
+        return torch.autograd.grad(loss, hidden)[0]
+
+    @torch.no_grad()
+    def products(turn: int, at: int) -> None:
+        """Logits twice, and their gradient's, in the op's chunks."""
+        for part in hidden.split(max(1, chunk)):
+            logits = part @ head.T
+            logits = part @ head.T
             logits @ head
 
+    run: dict[str, Callable[[int, int], Any]] = {
+        "eager": lambda turn, at: gradient(baselines.row_loss),
+        "compiled": lambda turn, at: gradient(baselines.compile_(baselines.row_loss)),
+        OURS: ours,
+        PRODUCTS: products,
+    }
+    if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-@pytest.mark.parametrize("contender", ["matrix products alone", "dparallel_ext"])
+        liger = LigerFusedLinearCrossEntropyLoss()
+
+        def of_liger(turn: int, at: int) -> None:  # not the same gradient
+            torch.autograd.grad(liger(head, hidden, labels), hidden)
+
+        run["Liger (cross entropy alone)"] = of_liger
+
+    def agree(found: Tensor | None, expected: Tensor) -> bool:
+        return found is None or bool((found - expected).norm() <= 0.01 * expected.norm())
+
+    return Work(run, [(3 * head.nbytes, 6 * rows * width * vocab, 1)], agree=agree)
+
+
+def linear_case() -> Case:
+    op, parameters = "linear_certainty_forcing_loss", {"rows": 8192, "width": 4096, "vocab": VOCAB}
+    return Case(f"{op}, 8192 rows", op, linear_work, parameters, ("cold",))
+
+
+@pytest.mark.parametrize("contender", [PRODUCTS, OURS])
 def test_linear(benchmark: Any, contender: str) -> None:
     """256 active rows of width 1024, frozen head."""
-    case = linear_inputs(256)
-    run = linear_step if contender == "dparallel_ext" else linear_products
-    benchmark.group = "linear_certainty_forcing_loss, 256 rows"
-    benchmark.extra_info.update(contender=contender)
-    benchmark.pedantic(run, args=case, rounds=7, warmup_rounds=1)
+    step, group = linear_work(CPU, False, 256, WIDTH, VOCAB), "linear_certainty_forcing_loss, 256 rows"
+    on_cpu(benchmark, group, step, contender, None, rounds=7)
 
 
 @pytest.mark.parametrize("rows", [64, 256, 1024, 4096])
@@ -147,15 +199,18 @@ def test_linear_memory(benchmark: Any, rows: int) -> None:
 
 def main() -> None:
     name, _, rows = sys.argv[1].partition(":")
-    case: Any = linear_inputs(int(rows)) if rows else spent(name, *inputs())
-    run: Any = linear_step if rows else step
+    if rows:
+        name, step = OURS, linear_work(CPU, False, int(rows), WIDTH, VOCAB)
+    else:
+        step = work(CPU, False, ROWS, VOCAB, ACTIVE, inplace=name == INPLACE)
     if name == "compiled":  # the compiler's own memory is not meant
-        run(*case)
+        step.run[name](0, 0)
+    step.reset()
     # The peak so far is that of making the inputs: forget it, then see how far a step goes beyond.
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
     before = resident("VmRSS")
-    run(*case)
+    step.run[name](0, 0)
     print((resident("VmHWM") - before) / 1024)
 
 

@@ -1,7 +1,8 @@
 """fp8_linear against the product it stands for, at the shapes of LLaDA-8B's layers: (4096 -> 12288).
 
 Floor: the weights read once, a byte each. Baselines: the same weights in 16 bits, by the matrix library; and
-those in 8 bits widened and multiplied, call by call. `error`: root mean square, as a share of the output's.
+those in 8 bits widened and multiplied, call by call. `error`: root mean square of the difference to
+16 bits, as a share of the output's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from torch import Tensor
 
 import dparallel_ext as dx
 
-WIDTH, OUT = 4096, 12288
+from .harness import CPU, OURS, Case, Work, on_cpu, result_of, sets_of
+
+WIDTH = 4096
 
 
 class Weights:
@@ -29,28 +32,45 @@ class Weights:
         self.contenders: dict[str, Callable[[Tensor], Tensor]] = {
             "bfloat16 weights": lambda x: F.linear(x, self.full),
             "widened": lambda x: (F.linear(x, self.weight.to(x.dtype)) * self.scale).to(x.dtype),
-            "dparallel_ext": lambda x: dx.fp8_linear(x, self.weight, self.scale),
+            OURS: lambda x: dx.fp8_linear(x, self.weight, self.scale),
         }
 
 
-@pytest.fixture(scope="module")
-def weights() -> Weights:
-    return Weights(OUT, WIDTH)
+def error_of(found: Tensor, expected: Tensor) -> float:
+    """Root mean square, as a share of the output's."""
+    gap, whole = (found.double() - expected.double()).square().mean(), expected.double().square().mean()
+    return float((gap / whole).sqrt())
 
 
-@pytest.mark.parametrize("contender", ["bfloat16 weights", "widened", "dparallel_ext"])
-@pytest.mark.parametrize("rows", [1, 32], ids=lambda rows: f"{rows}_rows")
-@torch.inference_mode()
-def test_fp8_linear(
-    benchmark: Any, read_bandwidth: float, weights: Weights, rows: int, contender: str
-) -> None:
-    x = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(1)).bfloat16()
-    run = weights.contenders[contender]
-    found, expected = run(x).double(), F.linear(x.double(), weights.full.double())
-    error = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
-    assert error < 0.03
-    benchmark.group = f"fp8_linear, {rows} rows, {WIDTH} to {OUT}, bfloat16"
-    benchmark.extra_info.update(
-        contender=contender, floor=weights.weight.numel() / read_bandwidth, error=error
+def work(device: torch.device, small: bool, tokens: int, width: int) -> Work:
+    """To three times the width, as gate or up; several matrices, so that none is in a GPU's L2 cache."""
+    out = 3 * width
+    sets = sets_of(out * width, device, small)
+    weights = [Weights(out, width, device) for _ in range(sets)]
+    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16)
+
+    def step(name: str) -> Callable[[int, int], Tensor]:
+        return lambda turn, at: weights[at].contenders[name](x)
+
+    return Work(
+        {name: step(name) for name in weights[0].contenders},
+        [(out * width, 2 * tokens * out * width, 1)],
+        sets=sets,
+        graphs=tuple(weights[0].contenders),
+        under=torch.inference_mode,
+        agree=lambda found, expected: error_of(found, expected) < 0.03,  # what 8 bits leave
     )
-    benchmark.pedantic(run, args=(x,), rounds=15, warmup_rounds=2)
+
+
+def case(tokens: int) -> Case:
+    name = f"fp8_linear, {tokens} rows of {WIDTH}"
+    return Case(name, "fp8_linear", work, {"tokens": tokens, "width": WIDTH})
+
+
+@pytest.mark.parametrize("contender", ["bfloat16 weights", "widened", OURS])
+@pytest.mark.parametrize("rows", [1, 32], ids=lambda rows: f"{rows}_rows")
+def test_fp8_linear(benchmark: Any, read_bandwidth: float, rows: int, contender: str) -> None:
+    step = work(CPU, False, rows, WIDTH)
+    error = error_of(*(result_of(step, name) for name in (contender, "bfloat16 weights")))
+    group = f"fp8_linear, {rows} rows, {WIDTH} to {3 * WIDTH}, bfloat16"
+    on_cpu(benchmark, group, step, contender, read_bandwidth, rounds=15, error=error)

@@ -1,9 +1,9 @@
 """kv_write: blocks of 32 tokens rotated and put into their slots, in bfloat16.
 
-The heads are SDAR-8B's: 32 over 8 key heads, of 128.
+On a CPU the heads are SDAR-8B's: 32 over 8 key heads. Warm, as in a decode, which has just made the rows.
 
-Floor: queries read and written, keys and values read, and written into the cache:
-tokens * 128 * 2 * (2 * 32 + 4 * 8) bytes.
+Floor: queries read and written, keys and values read, and written into the cache, and the rotary table:
+tokens * 128 * 2 * (2 * heads + 4 * key heads) bytes and 32 * 128 * 4.
 """
 
 from __future__ import annotations
@@ -18,56 +18,77 @@ from torch import Tensor
 import dparallel_ext as dx
 
 from . import baselines
+from .bench_block_attention import DIM, HEADS
+from .harness import CPU, OURS, Case, Work, close, on_cpu, random
 
-HEADS, KV_HEADS, DIM, CAPACITY, BLOCK = 32, 8, 128, 2048, 32
-TOKEN_BYTES = DIM * 2 * (2 * HEADS + 4 * KV_HEADS)
-
-CONTENDERS: dict[str, Callable[..., None]] = {
-    "torch: rotary, index_put": baselines.rotate_and_put,
-    "dparallel_ext": dx.kv_write,
-}
+BLOCK = 32
+ON_CPU = "torch: rotary, index_put"
+"""What results of a CPU call the peer that those of a GPU call eager."""
 
 
-def inputs(sequences: int) -> dict[str, Tensor]:
-    """One block of each sequence, in the middle of its cache."""
-    generator = torch.Generator().manual_seed(0)
-    count = sequences * BLOCK
+def work(
+    device: torch.device,
+    small: bool,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    capacity: int = 2 * BLOCK,
+    eager: str = "eager",
+) -> Work:
+    """A block of each sequence, in the middle of its cache of `capacity` slots."""
+    sequences = -(-tokens // BLOCK)
+    fused = random(device, tokens, (heads + 2 * kv_heads) * dim)
+    q, k, v = fused.unflatten(1, (-1, dim)).split([heads, kv_heads, kv_heads], 1)
+    caches = torch.zeros(2, sequences, kv_heads, capacity, dim, dtype=q.dtype, device=device)
+    positions = capacity // 2 + torch.arange(BLOCK, device=device).repeat(sequences)[:tokens]
+    blocks = torch.arange(sequences, device=device).repeat_interleave(BLOCK)[:tokens]
+    slots = blocks * capacity + positions
+    cos, sin = dx.rope_table(capacity, dim, device=device)
+    given = (q, k, v, caches[0], caches[1], positions, slots, cos, sin)
+    first = q.clone()
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.bfloat16)
+    def of(step: Callable[..., None]) -> Callable[[int, int], tuple[Tensor, Tensor]]:
+        def run(turn: int, at: int) -> tuple[Tensor, Tensor]:
+            step(*given)
+            return q, caches
 
-    fused = normal(count, (HEADS + 2 * KV_HEADS) * DIM)
-    parts = fused.unflatten(1, (-1, DIM)).split([HEADS, KV_HEADS, KV_HEADS], 1)
-    caches = [normal(sequences, KV_HEADS, CAPACITY, DIM) for _ in "kv"]
-    positions = CAPACITY // 2 + torch.arange(BLOCK).repeat(sequences)
-    slots = torch.arange(sequences).repeat_interleave(BLOCK) * CAPACITY + positions
-    cos, sin = dx.rope_table(CAPACITY, DIM)
-    return {
-        **dict(zip("qkv", parts, strict=True)),
-        "k_cache": caches[0],
-        "v_cache": caches[1],
-        "positions": positions,
-        "slots": slots,
-        "cos": cos,
-        "sin": sin,
-    }
+        return run
+
+    def ours(*given: Tensor) -> None:
+        names = ("positions", "slots", "cos", "sin")
+        dx.kv_write(*given[:5], **dict(zip(names, given[5:], strict=True)))
+
+    def reset() -> None:
+        q.copy_(first)
+        caches[:, blocks, :, positions] = 0
+
+    table = 4 * dim * min(tokens, BLOCK)  # the rows of cos and sin that are read
+    return Work(
+        {
+            eager: of(baselines.rotate_and_put),
+            "compiled": of(baselines.compile_(baselines.rotate_and_put)),
+            OURS: of(ours),
+        },
+        [(2 * tokens * dim * (2 * heads + 4 * kv_heads) + table, 0, 1)],
+        sets=16,
+        graphs=(OURS, "eager"),
+        reset=reset,
+        agree=lambda found, expected: all(
+            close(a, b, rtol=0.02, atol=0.02) for a, b in zip(found, expected, strict=True)
+        ),
+    )
 
 
-def check(run: Callable[..., None], case: dict[str, Tensor]) -> None:
-    """What `run` changes is what the baseline does, within the rounding of bfloat16."""
-    found, expected = ({name: t.clone() for name, t in case.items()} for _ in range(2))
-    run(**found)
-    baselines.rotate_and_put(**expected)
-    for name in ("q", "k_cache", "v_cache"):
-        torch.testing.assert_close(found[name], expected[name], rtol=0.02, atol=0.02)
+def case(family: str, tokens: int) -> Case:
+    heads, kv_heads = HEADS[family]
+    parameters = {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "dim": DIM}
+    name = f"kv_write, {family} heads, {tokens} tokens"
+    return Case(name, "kv_write", work, parameters, ("warm", "graph, warm"))
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("contender", [ON_CPU, OURS])
 @pytest.mark.parametrize("sequences", [1, 32])
 def test_kv_write(benchmark: Any, read_bandwidth: float, sequences: int, contender: str) -> None:
-    case, run = inputs(sequences), CONTENDERS[contender]
-    check(run, case)
-    benchmark.group = f"kv_write, {sequences * BLOCK} tokens"
-    floor = sequences * BLOCK * TOKEN_BYTES / read_bandwidth
-    benchmark.extra_info.update(contender=contender, floor=floor)
-    benchmark.pedantic(run, kwargs=case, rounds=50, warmup_rounds=5)
+    step = work(CPU, False, sequences * BLOCK, *HEADS["SDAR"], DIM, capacity=2048, eager=ON_CPU)
+    on_cpu(benchmark, f"kv_write, {sequences * BLOCK} tokens", step, contender, read_bandwidth, rounds=50)

@@ -15,6 +15,9 @@ from torch import Tensor
 
 import dparallel_ext as dx
 
+from . import baselines
+from .harness import CPU, OURS, Case, Work, close, on_cpu, random
+
 WIDTH, EPS = 4096, 1e-5
 
 
@@ -30,25 +33,36 @@ def ours(x: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return dx.rms_norm(x, weight, eps=EPS, delta=delta)
 
 
-CONTENDERS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"eager": eager, "dparallel_ext": ours}
+def work(
+    device: torch.device, small: bool, tokens: int, width: int, dtype: torch.dtype = torch.bfloat16
+) -> Work:
+    x, delta, weight = (random(device, *shape, dtype=dtype) for shape in [(tokens, width)] * 2 + [(width,)])
+    steps = {"eager": eager, "compiled": baselines.compile_(eager), OURS: ours}
+
+    def of(step: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[int, int], tuple[Tensor, Tensor]]:
+        return lambda turn, at: step(x, delta, weight)
+
+    return Work(
+        {name: of(step) for name, step in steps.items()},
+        [(4 * x.nbytes + weight.nbytes, 0, 1)],
+        sets=16,
+        graphs=(OURS, "eager"),
+        under=torch.inference_mode,
+        agree=lambda found, expected: all(close(a, b) for a, b in zip(found, expected, strict=True)),
+    )
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
+def case(tokens: int) -> Case:
+    """Warm, as in a decode, which has just made both."""
+    shape = {"tokens": tokens, "width": WIDTH}
+    return Case(f"rms_norm, {tokens} rows of {WIDTH}", "rms_norm", work, shape, ("warm", "graph, warm"))
+
+
+@pytest.mark.parametrize("contender", ["eager", OURS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("rows", [32, 512], ids=lambda rows: f"{rows}_rows")
-@torch.inference_mode()
 def test_rms_norm(
     benchmark: Any, read_bandwidth: float, rows: int, dtype: torch.dtype, contender: str
 ) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, delta = torch.randn(2, rows, WIDTH, generator=generator).to(dtype)
-    weight = torch.randn(WIDTH, generator=generator).to(dtype)
-    run = CONTENDERS[contender]
-    (y, s), (expected, stream) = run(x, delta, weight), eager(x, delta, weight)
-    assert torch.equal(s, stream)
-    torch.testing.assert_close(y, expected)
-    benchmark.group = f"rms_norm, {rows} rows of {WIDTH}, {dtype}".replace("torch.", "")
-    benchmark.extra_info.update(
-        contender=contender, floor=4 * rows * WIDTH * x.element_size() / read_bandwidth
-    )
-    benchmark.pedantic(run, args=(x, delta, weight), rounds=100, warmup_rounds=10)
+    group = f"rms_norm, {rows} rows of {WIDTH}, {dtype}".replace("torch.", "")
+    on_cpu(benchmark, group, work(CPU, False, rows, WIDTH, dtype), contender, read_bandwidth, rounds=100)

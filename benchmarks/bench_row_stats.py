@@ -1,4 +1,7 @@
-"""row_stats: cost against the rows needed, and against rows that are there but not needed."""
+"""row_stats: cost against the rows needed, and against rows that are there but not needed; in bfloat16.
+
+Floor: the logits of the needed rows, read once: rows * V * 2 bytes.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +12,55 @@ import torch
 
 import dparallel_ext as dx
 
-from .bench_unmask import MASK, VOCAB, inputs
+from . import baselines
+from .bench_unmask import VOCAB, inputs
+from .harness import CPU, OURS, Case, Work, on_cpu, sets_of
 
 NEEDED = (1, 2, 4, 8, 16, 32, 64, 128)
 UNNEEDED = (0, 32, 96, 224, 480, 992)
 
 
+def work(device: torch.device, small: bool, rows: int, vocab: int, unneeded: int = 0) -> Work:
+    """`rows` needed rows, spread evenly among the others."""
+    needed = inputs(rows, vocab, vocab - 1, device)[1][0]
+    logits, at = needed, None
+    if unneeded:
+        total = rows + unneeded
+        logits = torch.empty(total, vocab, dtype=needed.dtype, device=device)
+        at = torch.arange(rows, device=device) * (total // rows)
+        logits[at] = needed
+    sets = sets_of(needed.nbytes, device, small)
+    data = [logits, *(logits.clone() for _ in range(sets - 1))]
+
+    def eager(turn: int, at_: int) -> torch.Tensor:
+        return baselines.statistics(data[at_] if at is None else data[at_][at])[0]
+
+    compiled = baselines.compile_(baselines.statistics)
+    return Work(
+        {
+            "eager": eager,
+            OURS: lambda turn, at_: dx.row_stats(data[at_], rows=at).token,
+            "compiled": lambda turn, at_: compiled(data[at_])[0],
+        },
+        [(needed.nbytes, 0, 1)],
+        sets=sets,
+        graphs=(OURS, "eager"),
+        agree=torch.equal,
+    )
+
+
+def case(rows: int) -> Case:
+    return Case(f"row_stats, {rows} rows", "row_stats", work, {"rows": rows, "vocab": VOCAB})
+
+
 @pytest.mark.parametrize("needed", NEEDED)
 def test_needed_rows(benchmark: Any, read_bandwidth: float, needed: int) -> None:
-    logits = inputs(needed)[1][0]
-    benchmark.group = "row_stats, needed rows"
-    benchmark.extra_info.update(rows=needed, floor=needed * VOCAB * 2 / read_bandwidth)
-    benchmark.pedantic(lambda: dx.row_stats(logits, mask_id=MASK), rounds=60, warmup_rounds=5)
+    step = work(CPU, False, needed, VOCAB)
+    on_cpu(benchmark, "row_stats, needed rows", step, OURS, read_bandwidth, rounds=60, rows=needed)
 
 
 @pytest.mark.parametrize("unneeded", UNNEEDED)
 def test_unneeded_rows(benchmark: Any, read_bandwidth: float, unneeded: int) -> None:
     """32 needed rows, spread evenly among the others."""
-    total = 32 + unneeded
-    logits = torch.empty(total, VOCAB, dtype=torch.bfloat16)
-    rows = torch.arange(32) * (total // 32)
-    logits[rows] = inputs(32)[1][0]
-    benchmark.group = "row_stats, 32 needed rows among others"
-    benchmark.extra_info.update(rows=unneeded, floor=32 * VOCAB * 2 / read_bandwidth)
-    benchmark.pedantic(lambda: dx.row_stats(logits, rows=rows, mask_id=MASK), rounds=60, warmup_rounds=5)
+    step, group = work(CPU, False, 32, VOCAB, unneeded), "row_stats, 32 needed rows among others"
+    on_cpu(benchmark, group, step, OURS, read_bandwidth, rounds=60, rows=unneeded)

@@ -16,6 +16,9 @@ from torch import Tensor
 
 import dparallel_ext as dx
 
+from . import baselines
+from .harness import CPU, OURS, Case, Work, close, on_cpu, random
+
 WIDTH = 12288
 
 
@@ -24,19 +27,34 @@ def eager(both: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-CONTENDERS: dict[str, Callable[[Tensor], Tensor]] = {"eager": eager, "dparallel_ext": dx.swiglu}
+def work(
+    device: torch.device, small: bool, tokens: int, width: int, dtype: torch.dtype = torch.bfloat16
+) -> Work:
+    both = random(device, tokens, 2 * width, dtype=dtype)
+    steps = {"eager": eager, "compiled": baselines.compile_(eager), OURS: dx.swiglu}
+
+    def of(step: Callable[..., Tensor]) -> Callable[[int, int], Tensor]:
+        return lambda turn, at: step(both)
+
+    return Work(
+        {name: of(step) for name, step in steps.items()},
+        [(both.nbytes * 3 // 2, 0, 1)],
+        sets=16,
+        graphs=(OURS, "eager"),
+        under=torch.inference_mode,
+        agree=close,
+    )
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
+def case(tokens: int) -> Case:
+    """Warm, as in a decode, which has just made its input."""
+    shape = {"tokens": tokens, "width": WIDTH}
+    return Case(f"swiglu, {tokens} rows of {WIDTH}", "swiglu", work, shape, ("warm", "graph, warm"))
+
+
+@pytest.mark.parametrize("contender", ["eager", OURS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("rows", [32, 512], ids=lambda rows: f"{rows}_rows")
-@torch.inference_mode()
 def test_swiglu(benchmark: Any, read_bandwidth: float, rows: int, dtype: torch.dtype, contender: str) -> None:
-    both = torch.randn(rows, 2 * WIDTH, generator=torch.Generator().manual_seed(0)).to(dtype)
-    run = CONTENDERS[contender]
-    torch.testing.assert_close(run(both), eager(both))
-    benchmark.group = f"swiglu, {rows} rows of {WIDTH}, {dtype}".replace("torch.", "")
-    benchmark.extra_info.update(
-        contender=contender, floor=3 * rows * WIDTH * both.element_size() / read_bandwidth
-    )
-    benchmark.pedantic(run, args=(both,), rounds=60, warmup_rounds=5)
+    group = f"swiglu, {rows} rows of {WIDTH}, {dtype}".replace("torch.", "")
+    on_cpu(benchmark, group, work(CPU, False, rows, WIDTH, dtype), contender, read_bandwidth, rounds=60)

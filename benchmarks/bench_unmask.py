@@ -16,6 +16,7 @@ from torch import Tensor
 import dparallel_ext as dx
 
 from . import baselines
+from .harness import CPU, OURS, Case, Work, on_cpu, sets_of
 
 VOCAB, MASK, THRESHOLD = 126464, 126336, 0.5
 WINDOW = 32
@@ -44,7 +45,7 @@ CONTENDERS: dict[str, Callable[..., None]] = {
     "published": baselines.published,
     "eager": baselines.eager,
     "compiled": baselines.compiled,
-    "dparallel_ext": step,
+    OURS: step,
 }
 
 
@@ -59,22 +60,38 @@ def inputs(
     return torch.full((1, rows), mask_id, device=device), logits.to(torch.bfloat16)
 
 
+def work(device: torch.device, small: bool, rows: int, vocab: int, window: int | None = None) -> Work:
+    """A step over the first `window` positions of `rows`, all masked; None: over all."""
+    mask, end = min(MASK, vocab - 1), window or rows
+    tokens, logits = inputs(rows, vocab, mask, device)
+    sets = sets_of(logits.nbytes, device, small)
+    data = [logits, *(logits.clone() for _ in range(sets - 1))]
+    board = tokens.expand(sets, -1, -1).clone()
+
+    def of(step: Callable[..., None]) -> Callable[[int, int], Tensor]:
+        def run(turn: int, at: int) -> Tensor:
+            step(board[turn], data[at], mask, 0, end, THRESHOLD)
+            return board[turn]
+
+        return run
+
+    return Work(
+        {name: of(step) for name, step in CONTENDERS.items()},
+        [(end * vocab * 2, 0, 1)],
+        sets=sets,
+        graphs=(OURS,),
+        reset=lambda: board.copy_(tokens.expand_as(board)),
+        agree=torch.equal,
+    )
+
+
+def case(rows: int) -> Case:
+    return Case(f"unmask_, {rows} rows", "unmask_", work, {"rows": rows, "vocab": VOCAB})
+
+
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("rows", [32, 512], ids=lambda rows: f"{rows}_rows")
 def test_unmask(benchmark: Any, read_bandwidth: float, rows: int, contender: str) -> None:
     """32 rows, all in the window; and 512 rows of which the first 32 are."""
-    tokens, logits = inputs(rows)
-    run = CONTENDERS[contender]
-    expected, actual = tokens.clone(), tokens.clone()
-    baselines.published(expected, logits, MASK, 0, WINDOW, THRESHOLD)
-    run(actual, logits, MASK, 0, WINDOW, THRESHOLD)
-    assert torch.equal(actual, expected)
-    slow = contender == "published"
-    benchmark.group = f"unmask, {rows} rows"
-    benchmark.extra_info.update(contender=contender, floor=WINDOW * VOCAB * 2 / read_bandwidth)
-    benchmark.pedantic(
-        run,
-        setup=lambda: ((tokens.clone(), logits, MASK, 0, WINDOW, THRESHOLD), {}),
-        rounds=5 if slow else 100,
-        warmup_rounds=1 if slow else 10,
-    )
+    step = work(CPU, False, rows, VOCAB, WINDOW)
+    on_cpu(benchmark, f"unmask, {rows} rows", step, contender, read_bandwidth, rounds=100)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -23,143 +22,23 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from dparallel.files import write_text
 
 import dparallel_ext as dx
 
-from . import baselines, cases, report
-from .cases import CASES, OURS, Case, Work
+from . import baselines, cases, harness, records, report
+from .cases import CASES
+from .harness import OURS, Case, Clock, OutOfTime, Work, result_of, time_contender
 
 ROOT = Path(__file__).resolve().parent.parent
 STALL = 240.0
 """Seconds without a new figure, after which a case counts as hung."""
-LEAST, MOST = 3, 100
-"""Repeats of a measurement; with `--small` 2."""
-
-
-class OutOfTime(Exception):
-    pass
-
-
-# --- one place for timing ------------------------------------------------------------------------
-
-
-class Clock:
-    """Times work on a device: by events on a GPU, by the clock on the CPU."""
-
-    def __init__(self, device: torch.device, deadline: float, small: bool) -> None:
-        self.device, self.deadline = device, deadline
-        self.least, self.most = (2, 2) if small else (LEAST, MOST)
-        self.cuda = device.type == "cuda"
-        size = 4 * torch.cuda.get_device_properties(device).L2_cache_size if self.cuda else 2**16
-        self._written, self._read = torch.zeros(2, max(size, 2**28 if self.cuda else 0) // 4, device=device)
-
-    def flush(self) -> None:
-        """A buffer larger than L2 is written, then another read, so that no line waits to be written back."""
-        self._written.fill_(1.0)
-        self._read.sum()
-
-    def stamp(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def between(self, a: Any, b: Any) -> float:
-        return float(a.elapsed_time(b)) / 1e3 if self.cuda else b - a
-
-    def wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
-
-    def repeat(
-        self,
-        call: Callable[[], Any],
-        *,
-        before: Callable[[], None],
-        less: Callable[[], Any] | None,
-        per: int,
-        seconds: float,
-    ) -> list[float]:
-        """Seconds of each repeat, until so many seconds have passed.
-
-        Several repeats are queued without waiting, so that the host is ahead of the device where it can be.
-        """
-
-        def one(what: Callable[[], Any]) -> tuple[Any, Any]:
-            before()
-            began = self.stamp()
-            what()
-            return began, self.stamp()
-
-        def turn() -> list[tuple[Any, Any]]:
-            return [one(call)] if less is None else [one(call), one(less)]
-
-        began = time.monotonic()
-        turn()
-        self.wait()
-        once = time.monotonic() - began
-        quick = self.most > 10 and once < seconds / 20
-        for _ in range(3 if quick else 0):  # a slow one is warm by now
-            turn()
-        self.wait()
-        times: list[float] = []
-        began = time.monotonic()
-        while len(times) < self.most and (len(times) < self.least or time.monotonic() - began < seconds):
-            if time.monotonic() > self.deadline:
-                raise OutOfTime
-            found = [turn() for _ in range(10 if quick else 1)]
-            self.wait()
-            for first, *rest in found:
-                taken = sum(self.between(*other) for other in rest)
-                times.append((self.between(*first) - taken) / per)
-        return times
-
-    def graph(self, steps: Callable[[], None]) -> Callable[[], None]:
-        """`steps` as one replay; on the CPU, themselves."""
-        if not self.cuda:
-            return steps
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            steps()
-            steps()
-        self.wait()
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured, stream=stream):
-            steps()
-        return captured.replay
-
-
-def time_contender(clock: Clock, work: Work, name: str, condition: str, seconds: float) -> list[float]:
-    """Of a step under a condition: "cold" or "warm" L2, launched or from a graph."""
-    run, per = work.run[name], work.per
-    call: Callable[[], Any] = functools.partial(run, 0, 0)
-    less = functools.partial(work.less[name], 0, 0) if work.less else None
-    before = work.reset
-    if condition.startswith("graph"):
-
-        def steps() -> None:
-            for i in range(work.sets):
-                run(i, 0 if "warm" in condition else i)
-
-        work.reset()
-        call, per = clock.graph(steps), work.sets
-    elif condition == "cold":
-
-        def before() -> None:
-            work.reset()
-            clock.flush()
-
-    return clock.repeat(call, before=before, less=less, per=per, seconds=seconds)
-
 
 # --- the run, written as it goes -----------------------------------------------------------------
 
@@ -172,11 +51,11 @@ class Run:
 
     @classmethod
     def load(cls, out: Path) -> Run:
-        return cls(out, report.load(out / "results.json"))
+        return cls(out, records.load(out / "results.json"))
 
     def save(self) -> None:
-        report.write(self.out / "results.json", report.dump(self.found))
-        report.write(self.out / "report.md", report.markdown(self.found))
+        write_text(self.out / "results.json", records.dump(self.found))
+        write_text(self.out / "report.md", report.markdown(self.found))
 
     def add(self, **record: Any) -> None:
         self.found["records"].append(record)
@@ -248,7 +127,8 @@ def measure_case(run: Run, clock: Clock, case: Case, small: bool, share: float, 
             try:
                 if condition == case.conditions[0]:
                     peak = peak_memory(clock, work, name, expected)
-                times = time_contender(clock, work, name, condition, min(1.0, share))
+                with work.under():
+                    times = time_contender(clock, work, name, condition, min(1.0, share))
                 dx.check_errors()
             except OutOfTime:
                 over = True
@@ -258,7 +138,7 @@ def measure_case(run: Run, clock: Clock, case: Case, small: bool, share: float, 
                 run.add(**about, contender=name, condition=condition, failed=failed)
                 clock.wait()
                 break
-            record = report.figures(times, work.phases, run.floor(work.phases))
+            record = records.figures(times, work.phases, run.floor(work.phases))
             extra = {"tokens": work.tokens} if work.tokens else {}
             extra |= {} if peak is None else {"peak_memory": peak}
             run.add(**about, contender=name, condition=condition, **record, **extra)
@@ -267,12 +147,6 @@ def measure_case(run: Run, clock: Clock, case: Case, small: bool, share: float, 
     else:
         run.found["done"].append(case.name)
         run.found["left_out"] = [o for o in run.found["left_out"] if o["case"] != case.name]
-
-
-def result_of(work: Work, name: str) -> Any:
-    work.reset()
-    found = work.run[name](0, 0)
-    return found.clone() if isinstance(found, Tensor) else found
 
 
 def peak_memory(clock: Clock, work: Work, name: str, expected: Any) -> int | None:
@@ -284,10 +158,10 @@ def peak_memory(clock: Clock, work: Work, name: str, expected: Any) -> int | Non
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work.reset()
-        work.run[name](0, 0)
+        with work.under():
+            work.run[name](0, 0)
         peak = torch.cuda.max_memory_allocated() - before
-    if not work.agree(result_of(work, name), expected):
-        raise ValueError(f"its result is not that of {next(iter(work.run))}")
+    harness.check(work, name, expected)
     return peak
 
 
@@ -328,17 +202,17 @@ def watched(
     return code, log.read_text(errors="replace")
 
 
+def gpu_tests() -> list[Path]:
+    """The files of tests that take a device: others import what a machine that only measures may lack."""
+    files = sorted((ROOT / "tests").glob("*/test_*.py"))
+    return [path for path in files if re.search("@every|device: str", path.read_text())]
+
+
 def check(name: str, out: Path, seconds: float) -> dict[str, Any]:
     """The GPU tests, or a tool of compute-sanitizer."""
     began, log = time.monotonic(), out / f"{name}.log"
     if name == "tests":
-        # These files alone: others import what a machine that only measures may lack.
-        tests = [
-            path
-            for path in sorted((ROOT / "tests").glob("test_*.py"))
-            if re.search("everywhere|device: str", path.read_text())
-        ]
-        command = [sys.executable, "-m", "pytest", *map(str, tests), "-m", "gpu", "-vv", "--tb=short"]
+        command = [sys.executable, "-m", "pytest", *map(str, gpu_tests()), "-m", "gpu", "-vv", "--tb=short"]
         if importlib.util.find_spec("xdist"):  # one GPU has room for many: most of their time is the host's
             command += ["-n", str(min(16, os.cpu_count() or 1))]
         code, text = watched(command, log, seconds)
@@ -427,7 +301,7 @@ def commit_of(root: Path) -> str:
 def begin(out: Path, device: torch.device, small: bool, commit: str) -> Run:
     """A new run, or the one in `out` where it was of the same machine and commit."""
     fresh: dict[str, Any] = {
-        "schema": report.SCHEMA,
+        "schema": records.SCHEMA,
         "machine": machine(device),
         "commit": commit,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -440,7 +314,7 @@ def begin(out: Path, device: torch.device, small: bool, commit: str) -> Run:
     }
     old = out / "results.json"
     if old.exists() and re.fullmatch("[0-9a-f]{40}", commit):
-        found = report.load(old)
+        found = records.load(old)
         if all(found[key] == fresh[key] for key in ("machine", "commit", "small")):
             return Run(out, found)
     return Run(out, fresh)
@@ -525,7 +399,7 @@ def main(argv: list[str] | None = None) -> int:
     passed_on = ["--out", str(options.out), "--only", options.only, "--peers", options.peers]
     passed_on += ["--small"] if options.small else []
     supervise(options.out, deadline, passed_on)
-    found = report.load(options.out / "results.json")
+    found = records.load(options.out / "results.json")
     report.plots(found, options.out)
     print(report.markdown(found))
     print(f"written: {options.out}/results.json, report.md")

@@ -7,128 +7,20 @@ and writes the README's block between its markers, and docs/*.png, from the newe
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import re
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dparallel.files import write_text
+
+from . import pictures
+from .harness import OURS
+from .records import RESULTS, curves_of_passes, dump, grouped, load, newest, own
+
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-SCHEMA = 1
-OURS = "dparallel_ext"
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
-
-
-# --- files ---------------------------------------------------------------------------------------
-
-
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text)
-    os.replace(beside, path)
-
-
-def dump(found: dict[str, Any]) -> str:
-    """JSON with a line for each record."""
-    lists = {key: value for key, value in found.items() if key in ("records", "checks", "left_out")}
-    rest = json.dumps({k: v for k, v in found.items() if k not in lists}, indent=1)[:-2]
-    for key, value in lists.items():
-        rows = ",\n  ".join(json.dumps(row) for row in value)
-        rest += f',\n "{key}": [' + (f"\n  {rows}\n ]" if rows else "]")
-    return rest + "\n}\n"
-
-
-_NUMBER = (int, float)
-_RECORD = {"median": _NUMBER, "p10": _NUMBER, "p90": _NUMBER, "repeats": int}
-_RUN = {"machine": dict, "commit": str, "date": str, "small": bool, "checks": list, "records": list}
-_RUN |= {"done": list, "left_out": list}
-
-
-def load(path: Path) -> dict[str, Any]:
-    """A run's results. Raises ValueError naming what does not fit."""
-    found = json.loads(path.read_text())
-    if found.get("schema") != SCHEMA:
-        raise ValueError(f"{path.name}: expected schema {SCHEMA}, got {found.get('schema')!r}")
-    for key, kind in _RUN.items():
-        if not isinstance(found.get(key), kind):
-            raise ValueError(f"{path.name}: expected {key}, a {kind.__name__}, got {found.get(key)!r}")
-    for record in found["records"]:
-        wanted = {"case": str, "contender": str, **({"failed": str} if "failed" in record else _RECORD)}
-        for key, kind in wanted.items():
-            if not isinstance(record.get(key), kind):
-                raise ValueError(f"{path.name}: expected {key} in each record, got {record}")
-    return found
-
-
-def figures(
-    times: list[float], phases: list[tuple[float, float, int]], floor: float | None
-) -> dict[str, Any]:
-    """What a record says of repeats in seconds: median and spread, and the floor beside it."""
-    ordered = sorted(times)
-
-    def at(share: float) -> float:
-        return ordered[round(share * (len(ordered) - 1))]
-
-    median = statistics.median(times)
-    return {
-        "median": median,
-        "p10": at(0.1),
-        "p90": at(0.9),
-        "repeats": len(times),
-        "bytes": sum(b * n for b, _, n in phases),
-        "flop": sum(f * n for _, f, n in phases),
-        "floor": floor,
-        "share": floor / median if floor else None,
-    }
-
-
-def of_cpu(found: dict[str, Any]) -> dict[str, Any]:
-    """What is worth keeping of pytest-benchmark's JSON, as a run."""
-    records = []
-    for bench in found["benchmarks"]:
-        extra = bench["extra_info"]
-        times = [t / extra.get("steps", 1) for t in bench["stats"]["data"]]
-        about = {"case": bench["group"], "op": bench["name"].split("[")[0]}
-        record = {
-            **about,
-            "contender": extra.get("contender", OURS),
-            **figures(times, [], extra.get("floor")),
-        }
-        kept = ("rows", "megabytes", "latencies", "attention")
-        records.append(record | {k: extra[k] for k in kept if k in extra})
-        for name, seconds in extra.get("baselines", {}).items():
-            records.append({**about, "contender": name, **figures([seconds], [], extra.get("floor"))})
-    given = found["machine_info"]
-    machine = {key: given[key] for key in ("threads", "torch", "simd")}
-    machine |= {"gpu": None, "cpu": given["cpu"].get("brand_raw", "unknown CPU")}
-    commit = found.get("commit_info", {})
-    return {
-        "schema": SCHEMA,
-        "machine": machine,
-        "commit": str(commit.get("id", "unknown")) + ("+changes" if commit.get("dirty") else ""),
-        "date": found["datetime"],
-        "small": False,
-        "checks": [],
-        "records": records,
-        "done": [],
-        "left_out": [],
-    }
-
-
-def newest(results: Path = RESULTS) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The newest run of a CPU and of a GPU, small ones left out."""
-    runs = [run for path in sorted(results.glob("*.json")) if not (run := load(path))["small"]]
-    runs.sort(key=lambda run: run["date"])
-    cpu = [run for run in runs if run["machine"]["gpu"] is None]
-    gpu = [run for run in runs if run["machine"]["gpu"] is not None]
-    return (cpu or [None])[-1], (gpu or [None])[-1]
 
 
 # --- what was asked for --------------------------------------------------------------------------
@@ -220,19 +112,6 @@ def number(x: float) -> str:
     return f"{x:,.{digits}f}"
 
 
-def grouped(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Records by case and condition."""
-    made: dict[str, list[dict[str, Any]]] = {}
-    for record in found["records"]:
-        condition = record.get("condition")
-        made.setdefault(record["case"] + (f", {condition}" if condition else ""), []).append(record)
-    return made
-
-
-def own(records: list[dict[str, Any]]) -> dict[str, Any] | None:
-    return next((r for r in records if r["contender"].startswith(OURS) and "median" in r), None)
-
-
 def table(found: dict[str, Any], unit: str = "us") -> str:
     """A row for each case: our time beside the floor, and the others' in multiples of it."""
     scale = {"us": 1e6, "ms": 1e3}[unit]
@@ -280,11 +159,6 @@ def cpu_figures(found: dict[str, Any]) -> str:
     about = ", ".join((machine["cpu"], f"{machine['threads']} threads", f"torch {machine['torch']}"))
     lines.append(f"{about}, {machine['simd']}; commit {found['commit'][:9]}, {found['date'][:10]}.")
     return "\n\n".join(lines)
-
-
-def curves_of_passes(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Of bench_engine's test_step: passes over one block against caches of `rows` positions."""
-    return {case: rs for case, rs in grouped(found).items() if all("attention" in r for r in rs)}
 
 
 def passes(case: str, records: list[dict[str, Any]]) -> str:
@@ -365,18 +239,6 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-# --- plots ---------------------------------------------------------------------------------------
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(figsize=(width, height), layout="constrained")
-
-
 def plots(found: dict[str, Any], out: Path) -> None:
     """Share of the floor, decoding, attention against length; named in the run, whose report shows them."""
     try:
@@ -384,111 +246,14 @@ def plots(found: dict[str, Any], out: Path) -> None:
     except ImportError:
         found["plots"] = []
     else:
-        drawn = {"share.png": draw_shares, "decode.png": draw_decodes, "attention.png": draw_attention}
+        drawn = {
+            "share.png": pictures.draw_shares,
+            "decode.png": pictures.draw_decodes,
+            "attention.png": pictures.draw_attention,
+        }
         found["plots"] = [name for name, draw in drawn.items() if draw(found, out / name)]
-    write(out / "results.json", dump(found))
-    write(out / "report.md", markdown(found))
-
-
-def draw_shares(found: dict[str, Any], path: Path) -> bool:
-    kept = {
-        case: ours["share"]
-        for case, records in grouped(found).items()
-        if (ours := own(records)) is not None and ours.get("share")
-    }
-    if not kept:
-        return False
-    figure, axes = _figure(9, 1 + 0.24 * len(kept))
-    axes.barh(list(kept)[::-1], [100 * share for share in kept.values()][::-1])
-    axes.axvline(100, color="grey", linestyle="--")
-    axes.set(xlabel="share of the floor, %")
-    axes.tick_params(axis="y", labelsize=7)
-    figure.savefig(path, dpi=130)
-    return True
-
-
-def draw_decodes(found: dict[str, Any], path: Path) -> bool:
-    kept = [r for r in found["records"] if r.get("tokens") and "median" in r]
-    if not kept:
-        return False
-    names = list(dict.fromkeys(r["case"].split(", ", 1)[1] for r in kept))
-    contenders = list(dict.fromkeys(r["contender"] for r in kept))
-    figure, axes = _figure(9, 1.5 + 0.5 * len(names))
-    for i, contender in enumerate(contenders):
-        mine = [r for r in kept if r["contender"] == contender]
-        at = [names.index(r["case"].split(", ", 1)[1]) + 0.8 * i / len(contenders) for r in mine]
-        axes.barh(at, [r["tokens"] / r["median"] for r in mine], 0.8 / len(contenders), label=contender)
-    axes.set_yticks([i + 0.25 for i in range(len(names))], names, fontsize=7)
-    axes.set(xlabel="tokens a second")
-    axes.invert_yaxis()
-    axes.legend()
-    figure.savefig(path, dpi=130)
-    return True
-
-
-def draw_attention(found: dict[str, Any], path: Path) -> bool:
-    curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for r in found["records"]:
-        shape = re.fullmatch(r"block_attention, (.*), length (\d+)", r["case"])
-        if shape and "median" in r and r["condition"] == "graph":
-            curve = curves.setdefault((shape[1], r["contender"]), [])
-            curve.append((int(shape[2]), 1e6 * r["median"]))
-    if not curves:
-        return False
-    figure, axes = _figure(8, 5)
-    names = list(dict.fromkeys(name for name, _ in curves))
-    for (name, contender), points in curves.items():
-        x, y = zip(*sorted(points), strict=True)
-        line = "-" if contender == OURS else "--"
-        axes.plot(x, y, line, marker="o", color=f"C{names.index(name)}", label=f"{name}, {contender}")
-    axes.set(xlabel="length", ylabel="us", xscale="log", yscale="log", title="32 queries a sequence")
-    axes.legend(fontsize=7)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
-    return True
-
-
-def draw_rows(found: dict[str, Any], path: Path) -> bool:
-    """row_stats' time on a CPU against rows: needed ones, and unneeded ones beside 32 needed."""
-    labels = {
-        "row_stats, needed rows": "needed rows",
-        "row_stats, 32 needed rows among others": "unneeded rows, beside 32 needed",
-    }
-    curves = {case: records for case, records in grouped(found).items() if case in labels}
-    if not curves:
-        return False
-    figure, axes = _figure(7, 4)
-    for case, records in curves.items():
-        axes.plot(
-            [r["rows"] for r in records], [1e3 * r["median"] for r in records], "o-", label=labels[case]
-        )
-    needed = [r for r in curves.get("row_stats, needed rows", []) if r["floor"]]
-    floors = [1e3 * r["floor"] for r in needed]
-    axes.plot([r["rows"] for r in needed], floors, "--", color="grey", label="reading alone")
-    axes.set(xlabel="rows of 126464 bfloat16 logits", ylabel="milliseconds", xscale="symlog", yscale="log")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
-    return True
-
-
-def draw_passes(found: dict[str, Any], path: Path) -> bool:
-    """A pass over one block on a CPU against the length of what is cached, and the same without attention."""
-    curves = curves_of_passes(found)
-    if not curves:
-        return False
-    figure, axes = _figure(7, 4)
-    for number, (case, records) in enumerate(curves.items()):
-        x, name = [r["rows"] for r in records], case.rpartition(", ")[2]
-        whole = [1e3 * r["median"] for r in records]
-        rest = [1e3 * (r["median"] - r["attention"]) for r in records]
-        axes.plot(x, whole, "o-", color=f"C{number}", label=f"cache {name}")
-        axes.plot(x, rest, "o--", color=f"C{number}", label=f"cache {name}, attention apart")
-    axes.set(xlabel="cached positions", ylabel="milliseconds", xscale="log", ylim=(0, None))
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
-    return True
+    write_text(out / "results.json", dump(found))
+    write_text(out / "report.md", markdown(found))
 
 
 # --- the README ----------------------------------------------------------------------------------
@@ -527,18 +292,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     options = parser.parse_args(argv)
     if options.cpu.exists():
-        write(options.results / "cpu.json", dump(load(options.cpu)))
+        write_text(options.results / "cpu.json", dump(load(options.cpu)))
     cpu, gpu = newest(options.results)
     if cpu is None and gpu is None:
         sys.exit(f"benchmarks.report: no results in {options.results}; `make bench` or `make gpu` makes some")
     docs = options.readme.parent / "docs"
     docs.mkdir(exist_ok=True)
     if cpu is not None:
-        draw_rows(cpu, docs / "rows.png")
-        draw_passes(cpu, docs / "passes.png")
+        pictures.draw_rows(cpu, docs / "rows.png")
+        pictures.draw_passes(cpu, docs / "passes.png")
     if gpu is not None:
-        draw_shares(gpu, docs / "share.png")
-    write(options.readme, with_block(options.readme.read_text(), block(cpu, gpu)))
+        pictures.draw_shares(gpu, docs / "share.png")
+    write_text(options.readme, with_block(options.readme.read_text(), block(cpu, gpu)))
     print(f"written: {options.readme}")
     return 0
 

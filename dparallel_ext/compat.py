@@ -12,7 +12,8 @@ the same distribution by Gumbel noise of our own, keyed by one number of torch's
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -319,15 +320,16 @@ def _by_logits(
                     rule = policies.make("quota", max(1, share + (turn < rest)), batch=batch)
                 else:
                     rule = policies.make(selector, threshold, batch=batch)
-                by_column = RowStats(
-                    *(
-                        values.new_zeros(x.shape).index_put_((b, column), values)
-                        for values in stats._replace(confidence=confidence)
-                    )
-                )
+                spread = functools.partial(_spread, shape=x.shape, at=(b, column))
+                by_column = stats._replace(confidence=confidence).map(spread)
                 x = torch.where(select(by_column, eligible, rule), by_column.sample, x)
                 turn += 1
     return x, forwards
+
+
+def _spread(values: Tensor, shape: Sequence[int], at: tuple[Tensor, Tensor]) -> Tensor:
+    """Of the given shape, zero elsewhere."""
+    return values.new_zeros(shape).index_put_(at, values)
 
 
 def _logits(model: Any, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -25,6 +25,7 @@ def row_stats(
     rows: Tensor | None = None,
     mask_id: int | None = None,
     suppress: Tensor | list[int] | None = None,
+    ids: Tensor | None = None,
     temperature: float = 0.0,
     top_p: float | None = None,
     top_k: int | None = None,
@@ -39,6 +40,10 @@ def row_stats(
     if rows is not None:
         z, shape = z[rows], rows.shape
     z = z.double().clamp(max=_LARGEST)  # +inf counts as the largest float32
+    gathered = None
+    if ids is not None:
+        own = ids.expand(len(z), -1) if ids.ndim == 1 else ids.reshape(len(z), ids.shape[-1])
+        gathered = z.gather(1, own).float().reshape(*shape, ids.shape[-1])
     if suppress is not None:
         z[:, torch.as_tensor(suppress, dtype=torch.long)] = -math.inf
     open_ = z.clone()  # what may be chosen
@@ -75,12 +80,13 @@ def row_stats(
     def inf(x: Tensor) -> Tensor:
         return torch.where(x >= _LARGEST, math.inf, x)
 
-    exact = (inf(top1), inf(top2), inf(m + s.log()), chosen, p1 - p2, s.log() - w / s, logprob)
-    *numbers, logprob = (x.float().reshape(shape) for x in exact)
-    top1, top2, lse, confidence, margin, entropy = numbers
-    return RowStats(
-        token.reshape(shape), top1, top2, lse, confidence, margin, entropy, sample.reshape(shape), logprob
-    )
+    exact = (
+        inf(top1), inf(top2), inf(m + s.log()), chosen, p1 - p2, s.log() - w / s, logprob, inf(m), s.log()
+    )  # fmt: skip
+    top1, top2, lse, confidence, margin, entropy, *rest = (x.float().reshape(shape) for x in exact)
+    token, sample = token.reshape(shape), sample.reshape(shape)
+    stats = RowStats(token, top1, top2, lse, confidence, margin, entropy, sample, *rest)
+    return stats._replace(logits=gathered)
 
 
 def nucleus(logits: Tensor, top_p: float | None, top_k: int | None) -> Tensor:
@@ -249,17 +255,16 @@ def unmask_(
         blank = -1 if values.dtype == torch.int64 else math.nan
         return values.new_full((count,), blank).index_put((where,), values)
 
-    full = [spread(x, batch * length, flat).reshape(batch, length) for x in stats]
-    by = RowStats(*full)
+    by = full = stats.map(lambda x: spread(x, batch * length, flat).reshape(batch, length))
     commit = select(by.confidence[lane], by.margin[lane], by.entropy[lane], open_, policy)  # (W, L)
     for w, b in enumerate(lane.tolist()):
         tokens[b] = torch.where(commit[w], by.sample[b], tokens[b])
     committed = commit.sum(1)
     remaining = open_.sum(1) - committed
     if positions is not None:
-        full = [spread(x, len(positions), rows) for x in stats]
+        full = stats.map(lambda x: spread(x, len(positions), rows))
     none = torch.full_like(committed, NO_ERROR)
-    return UnmaskOutput(committed, remaining, (remaining == 0).all(), RowStats(*full), none)
+    return UnmaskOutput(committed, remaining, (remaining == 0).all(), full, none)
 
 
 def certainty_forcing_loss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -34,6 +35,26 @@ class RowStats(NamedTuple):
     """float32: log of the probability that `sample` was drawn with: log softmax(logits / T)[sample] over the
     ids that may be drawn, so without the mask token and what top_p and top_k leave out. At temperature 0
     log softmax(logits)[token], the log of `confidence`."""
+    max_logit: Tensor | None = None
+    """float32: the largest logit of all, the mask token's too. None in statistics that somebody made by hand,
+    as the next."""
+    log_sum: Tensor | None = None
+    """float32: log of the sum of exp(z - max_logit): `lse` - `max_logit` without the rounding of large
+    logits, so that statistics of parts of a vocabulary merge, see `ops.merge_row_stats`."""
+    logits: Tensor | None = None
+    """(..., K) float32: the logits of the K ids that `row_stats` was asked for, whether they may be chosen or
+    not; +inf as the largest float32. None where it was asked for none."""
+
+    @property
+    def mean_logit(self) -> Tensor:
+        """float32: the mean of the logits under their softmax, `lse` - `entropy`."""
+        if self.max_logit is None or self.log_sum is None:
+            return self.lse - self.entropy
+        return self.max_logit - (self.entropy - self.log_sum)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> RowStats:
+        """What `change` makes of each field; `logits` (..., K) too, where there are any."""
+        return RowStats(*(None if values is None else change(values) for values in self))  # type: ignore[arg-type]
 
 
 class UnmaskOutput(NamedTuple):

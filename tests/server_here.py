@@ -131,11 +131,12 @@ def serving(
 ) -> Iterator[Here]:
     """A server of the student, or of what is loaded; `settings`: of `serving.settings`."""
     model, tokenizer = loaded or registry.load(MODEL)
-    settings = {"name": MODEL, "gen_length": 64, "max_length": 256, "grace": 0.5, **settings}
+    settings = {"name": MODEL, "max_length": 256, "grace": 0.5, **settings}
+    defaults = {"block_length": BLOCK, "cache": "dual", "gen_length": 64, "rule": "entropy:0.5"}
     running = dx.Engine(
         model,
         max_length=settings["max_length"],
-        **{"block_length": BLOCK, "cache": "dual", "lanes": 4, "max_waiting": 64, **(engine or {})},
+        **{"lanes": 4, "max_waiting": 64, **defaults, **(engine or {})},
     )
     place = directory or registry.directory_of(MODEL)
     service = Service(running, model.shape.rows, tokenizer, place, Settings(**settings))

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from dparallel.files import write_text
 from torch import Tensor
 
-from benchmarks import baselines, cases, gpu, report
+from benchmarks import baselines, bench_decode, cases, gpu, harness, records, report
 from dparallel_ext.models import Model
 
 COMMIT = "0" * 40
@@ -35,7 +36,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def found(out: Path) -> dict[str, Any]:
-    return report.load(out / "results.json")
+    return records.load(out / "results.json")
 
 
 @pytest.mark.slow
@@ -59,7 +60,7 @@ def test_every_record_is_whole(found: dict[str, Any]) -> None:
             assert record["floor"] > 0
             assert record["share"] == pytest.approx(record["floor"] / record["median"])
     for case in cases.CASES:
-        conditions = {c for name, who, c in made if name == case.name and who == cases.OURS}
+        conditions = {c for name, who, c in made if name == case.name and who == harness.OURS}
         assert conditions == (set(case.conditions) if case.op else set())
 
 
@@ -68,7 +69,7 @@ def test_every_op_has_a_case_with_peers(found: dict[str, Any]) -> None:
     measured = {case.op.rstrip("_") for case in cases.CASES}
     assert compiled | {"linear_certainty_forcing_loss", "decode"} <= measured
     for case in cases.CASES:
-        others = {r["contender"] for r in found["records"] if r["case"] == case.name} - {cases.OURS}
+        others = {r["contender"] for r in found["records"] if r["case"] == case.name} - {harness.OURS}
         assert others, case.name
 
 
@@ -88,13 +89,13 @@ def test_the_report_tells_everything(out: Path, found: dict[str, Any]) -> None:
     assert found["plots"] == ["share.png", "decode.png", "attention.png"]
 
 
-@pytest.mark.parametrize("name", cases.MODELS)
+@pytest.mark.parametrize("name", bench_decode.MODELS)
 @pytest.mark.parametrize("cache", ["none", "dual"])
 def test_the_decodes_compared_are_the_same(name: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 every contender commits the same tokens, in as many passes as the floor counts; on weights
     in 8 bits perhaps others, in as many."""
     device, counts = torch.device("cpu"), []
-    model = cases.model_of(name, device, True).float()
+    model = bench_decode.model_of(name, device, True).float()
     prompts = torch.randint(0, 1000, (3, 19))
     step = Model.step
 
@@ -103,9 +104,9 @@ def test_the_decodes_compared_are_the_same(name: str, cache: str, monkeypatch: p
         return step(self, ids, *given)
 
     monkeypatch.setattr(Model, "step", counted)
-    decoders = cases.decoders(model, prompts, 64, cache)
+    decoders = bench_decode.decoders(model, prompts, 64, cache)
     expected = decoders["published"](8)
-    passes = [times for _, _, times in cases.decode(device, True, name, cache, 3, 19, 64).phases]
+    passes = [times for _, _, times in bench_decode.decode(device, True, name, cache, 3, 19, 64).phases]
     with torch.inference_mode():
         whole = torch.randint(0, 1000, (3, 83))
         eager, compiled = (baselines.Plain(model, compiled=by)(whole) for by in (False, True))
@@ -120,15 +121,30 @@ def test_the_decodes_compared_are_the_same(name: str, cache: str, monkeypatch: p
             assert tokens.shape == expected.shape
         else:
             assert torch.equal(tokens, expected), who
-        if who.startswith(cases.OURS):
+        if who.startswith(harness.OURS):
             assert [counts.count(3 * 83), counts.count(3 * 32)] == passes, who
-    cases.model_of.cache_clear()
+    bench_decode.model_of.cache_clear()
+
+
+def test_it_needs_nothing_installed_but_torch() -> None:
+    packages = str(Path(torch.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": packages}
+    command = [sys.executable, "-S", "-m", "benchmarks.gpu", "--help"]  # -S: without installed checkouts
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "usage: python -m benchmarks.gpu" in ran.stdout
+
+
+def test_a_gpu_runs_the_tests_that_take_a_device() -> None:
+    names = {path.name for path in gpu.gpu_tests()}
+    assert {"test_unmask.py", "test_errors.py", "test_compat.py", "test_varlen.py"} < names
+    assert "test_answers.py" not in names
 
 
 def run(out: Path, *arguments: str) -> dict[str, Any]:
     command = ["--small", "--out", str(out), "--commit", COMMIT, "--only", "select", *arguments]
     assert gpu.main(command) == 0
-    return report.load(out / "results.json")
+    return records.load(out / "results.json")
 
 
 @pytest.mark.slow
@@ -164,7 +180,7 @@ def test_a_case_that_ends_its_process_is_listed_and_the_rest_goes_on(
     monkeypatch.setattr(gpu, "start", start)
     monkeypatch.setattr(gpu, "STALL", 2.0 if end == "hang" else 60.0)
     gpu.supervise(tmp_path, deadline=float("inf"), arguments=[])
-    found = report.load(tmp_path / "results.json")
+    found = records.load(tmp_path / "results.json")
     assert len(started) == 2
     assert found["running"] is None
     assert found["done"] == ["select, batch 64, 512 positions"]
@@ -183,15 +199,15 @@ def test_a_contender_that_fails_does_not_hide_the_others(tmp_path: Path) -> None
 
     contenders = {
         "eager": lambda turn, at: right,
-        cases.OURS: lambda turn, at: right * 2,
+        harness.OURS: lambda turn, at: right * 2,
         "compiled": refuse,
     }
-    case = cases.Case(
-        "c", "select", lambda **_: cases.Work(contenders, [(8, 0, 1)], agree=torch.equal), {}, ("warm",)
+    case = harness.Case(
+        "c", "select", lambda **_: harness.Work(contenders, [(8, 0, 1)], agree=torch.equal), {}, ("warm",)
     )
-    gpu.measure_case(begun, gpu.Clock(device, float("inf"), True), case, True, 1.0)
+    gpu.measure_case(begun, harness.Clock(device, float("inf"), True), case, True, 1.0)
     by = {r["contender"]: r for r in begun.found["records"]}
-    assert by[cases.OURS]["failed"] == "ValueError: its result is not that of eager"
+    assert by[harness.OURS]["failed"] == "ValueError: its result is not that of eager"
     assert by["compiled"]["failed"] == "RuntimeError: no"
     assert by["eager"]["median"] > 0
 
@@ -207,11 +223,11 @@ def test_the_floor_is_the_longer_of_moving_and_computing(tmp_path: Path) -> None
 def test_peers_are_chosen_by_name(tmp_path: Path) -> None:
     device = torch.device("cpu")
     begun = gpu.begin(tmp_path, device, True, COMMIT)
-    names = ("published", cases.OURS, f"{cases.OURS}, 8-bit weights", "eager")
+    names = ("published", harness.OURS, f"{harness.OURS}, 8-bit weights", "eager")
     contenders = dict.fromkeys(names, lambda turn, at: torch.ones(3))
-    case = cases.Case("c", "select", lambda **_: cases.Work(contenders, [(8, 0, 1)]), {}, ("warm",))
-    gpu.measure_case(begun, gpu.Clock(device, float("inf"), True), case, True, 1.0, peers="^eager")
-    assert [r["contender"] for r in begun.found["records"]] == [cases.OURS, names[2], "eager"]
+    case = harness.Case("c", "select", lambda **_: harness.Work(contenders, [(8, 0, 1)]), {}, ("warm",))
+    gpu.measure_case(begun, harness.Clock(device, float("inf"), True), case, True, 1.0, peers="^eager")
+    assert [r["contender"] for r in begun.found["records"]] == [harness.OURS, names[2], "eager"]
 
 
 def test_it_runs_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -253,8 +269,8 @@ def test_targets_are_judged() -> None:
 
     records = [
         record("published", "cold", 1e-3),
-        record(cases.OURS, "cold", 3e-5),
-        record(cases.OURS, "graph", 7e-6),
+        record(harness.OURS, "cold", 3e-5),
+        record(harness.OURS, "graph", 7e-6),
     ]
     rows = report.targets({"records": records, "small": False}).splitlines()
     assert rows[2] == "| unmask_, 32 rows, from a graph | at most 10 us | 7.00 us | met |"
@@ -288,7 +304,7 @@ def test_the_readme_is_made_from_files(tmp_path: Path, found: dict[str, Any]) ->
     arguments = ["--readme", str(readme), "--results", str(results), "--cpu", str(cpu)]
     with pytest.raises(SystemExit, match="no results"):
         report.main(arguments)
-    report.write(cpu, report.dump(report.of_cpu(PYTEST_BENCHMARK)))
+    write_text(cpu, records.dump(records.of_cpu(PYTEST_BENCHMARK)))
     assert report.main(arguments) == 0
     text = readme.read_text()
     assert text.startswith("before\n")
@@ -302,8 +318,8 @@ def test_the_readme_is_made_from_files(tmp_path: Path, found: dict[str, Any]) ->
     assert (tmp_path / "docs" / "rows.png").exists()
     assert "No GPU figure" in text
     measured = {**found, "small": False, "machine": {**found["machine"], "gpu": "A GPU", "driver": "1"}}
-    report.write(results / "gpu.json", report.dump(measured))
-    report.write(results / "small.json", report.dump({**found, "date": "9999"}))  # never shown
+    write_text(results / "gpu.json", records.dump(measured))
+    write_text(results / "small.json", records.dump({**found, "date": "9999"}))  # never shown
     assert report.main(arguments) == 0
     text = readme.read_text()
     assert "A GPU, driver 1" in text
@@ -311,13 +327,13 @@ def test_the_readme_is_made_from_files(tmp_path: Path, found: dict[str, Any]) ->
     assert "unmask_, 32 rows, graph |" in text
     assert "graph, warm |" not in text
     assert (tmp_path / "docs" / "share.png").exists()
-    assert report.between(text) == report.block(*report.newest(results))
+    assert report.between(text) == report.block(*records.newest(results))
     assert report.main(arguments) == 0
     assert readme.read_text() == text
 
 
 def test_the_readme_shows_the_committed_results() -> None:
-    block, (cpu, gpu_run) = report.between((ROOT / "README.md").read_text()), report.newest()
+    block, (cpu, gpu_run) = report.between((ROOT / "README.md").read_text()), records.newest()
     if cpu is None and gpu_run is None:
         assert "GPU figure is given, since none has been measured" in block
     else:
@@ -325,8 +341,8 @@ def test_the_readme_shows_the_committed_results() -> None:
 
 
 def test_results_come_back_as_written(tmp_path: Path, found: dict[str, Any]) -> None:
-    report.write(tmp_path / "a.json", report.dump(found))
-    assert report.load(tmp_path / "a.json") == found
+    write_text(tmp_path / "a.json", records.dump(found))
+    assert records.load(tmp_path / "a.json") == found
 
 
 @pytest.mark.parametrize(
@@ -343,7 +359,7 @@ def test_results_that_do_not_fit_are_named(
 ) -> None:
     (tmp_path / "a.json").write_text(json.dumps({**found, **change}))
     with pytest.raises(ValueError, match=said):
-        report.load(tmp_path / "a.json")
+        records.load(tmp_path / "a.json")
 
 
 def test_a_readme_without_markers_is_refused() -> None:

@@ -8,6 +8,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,36 @@ def test_info():
     assert "builtin:teacher" in found["builtin_models"]
     assert "cpu" in found["backends"]
     assert "simd" in run("info")
+
+
+def test_a_file_of_the_config(tmp_path: Path) -> None:
+    """Its fields stand for options, which stand instead of them where they are given."""
+    file = tmp_path / "config.json"
+
+    def decoded(content: dict[str, Any], *options: object) -> dict[str, Any]:
+        file.write_text(json.dumps(content))
+        return json.loads(run("decode", PROMPT, "--json", "--config", file, *options))
+
+    plain = json.loads(run("decode", PROMPT, "--json"))
+    assert decoded({}) == decoded({"rule": "entropy:0.5"}) == plain
+    options = ("--policy", "confidence:0.8", "--block-length", 16, "--cache", "dual", "--gen-length", 32)
+    expected = json.loads(run("decode", PROMPT, "--json", *options))
+    assert expected["forwards"] != plain["forwards"]
+    content = {"threshold": 0.8, "selector": "confidence", "block_length": 16, "cache": "dual"}
+    assert decoded({**content, "gen_length": 32}) == expected
+    assert decoded({"steps": 4, "block_length": 8, "gen_length": 64}, *options) == expected
+    for wrong, message in (
+        ("[1]", "holds a list, expected an object"),
+        ('{"stop": 5}', "stop: expected sequences of token ids, got the number 5"),
+        ('{"gen_len": 5}', "Did you mean 'gen_length'?"),
+        ("{", "is not JSON"),
+    ):
+        file.write_text(wrong)
+        found = CliRunner().invoke(app, ["decode", "x", "--config", str(file)])
+        assert (found.exit_code, found.stderr.count("\n")) == (2, 1)
+        assert found.stderr.startswith(f"error: config: {file}")
+        assert message in found.stderr
+    assert f"config: no file {tmp_path / 'no'}" in run("decode", "x", "--config", tmp_path / "no", code=2)
 
 
 def test_decode_a_prompt():
@@ -325,10 +356,15 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str):
 def test_evaluate_writes_json_and_a_plot(tmp_path: Path):
     json_file, plot = tmp_path / "rows.json", tmp_path / "rows.png"
     policies = ("--policy", "confidence:0.9", "--policy", "entropy:0.5")
-    text = run("evaluate", "--problems", 4, *policies, "--json", json_file, "--plot", plot)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"cache": "dual", "block_length": 16, "steps": 4}))
+    text = run(
+        "evaluate", "--config", config, "--problems", 4, *policies, "--json", json_file, "--plot", plot
+    )
     rows = json.loads(json_file.read_text())
     assert [row["policy"] for row in rows] == ["confidence:0.9", "entropy:0.5"]
     assert all(row["problems"] == 4 for row in rows)
+    assert all((row["cache"], row["block_length"]) == ("dual", 16) for row in rows)
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "accuracy" in text
     assert not any(row["fp8"] for row in rows)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import golden
-from dparallel import evaluate, plots, registry
+from dparallel import evaluate, files, plots, registry
 from dparallel.toy import tasks
 
 import dparallel_ext as dx
@@ -96,9 +96,9 @@ def test_models_that_ship_are_in_the_dtype_that_is_fast(monkeypatch: pytest.Monk
 
 def test_json_is_written_whole(tmp_path: Path):
     file = tmp_path / "new" / "rows.json"
-    evaluate.write_json(file, [{"a": 1}])
+    files.write_json(file, [{"a": 1}])
     with pytest.raises(TypeError):
-        evaluate.write_json(file, [{"a": object()}])
+        files.write_json(file, [{"a": object()}])
     assert json.loads(file.read_text()) == [{"a": 1}]
     assert list(file.parent.iterdir()) == [file]
 

@@ -140,6 +140,7 @@ std::vector<RowAnswer> read_rows(const RowJob& job, Parallel parallel) {
     if (mask_counts)
       part.add(load_logit(row_at(i), logits.dtype, mask_id), static_cast<int32_t>(mask_id), false);
     answers[i].error = part.error();
+    if (answers[i].error == kRowEmpty) answers[i].result = finish_empty(part);
     if (answers[i].error != kRowOk) continue;
     if (!samples) {
       answers[i].result = finish(part);
@@ -169,12 +170,19 @@ void row_stats(const RowStatsArgs& args, Parallel parallel) {
   for (int64_t i = 0; i < args.count; ++i) {
     const RowAnswer& answer = answers[i];
     args.output.error[i] = answer.error == kRowOk ? kNoError : encode_error(i, answer.error);
-    if (answer.error != kRowOk) continue;
+    if (answer.error == kRowNan) continue;
     args.output.tokens[i] = answer.result.token;
     args.output.tokens[args.count + i] = answer.result.sample;
     for (int f = 0; f < kRowFields; ++f)
       args.output.fields[f * args.count + i] = answer.result.field[f];
   }
+  const Gather& gather = args.gather;
+  for (int64_t i = 0; i < args.count; ++i)
+    for (int64_t k = 0; k < gather.count; ++k) {
+      const void* row = row_pointer(args.logits, args.rows ? args.rows[i] : i);
+      const int64_t id = gather.ids[i * gather.stride + k];
+      gather.logits[i * gather.count + k] = clamp_logit(load_logit(row, args.logits.dtype, id));
+    }
 }
 
 }  // namespace dparallel::cpu

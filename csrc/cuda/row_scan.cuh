@@ -521,11 +521,11 @@ __device__ inline RowResult blank_row() {
   return blank;
 }
 
-// By a warp: the result of a row, blank where it has none. All lanes whose number is below the
-// number of chunks have it.
+// By a warp: the result of a row, blank where it has none, and what it is made of. All lanes whose
+// number is below the number of chunks have it.
 template <bool kSample>
-__device__ __forceinline__ RowError finish_row(const Scratch& scratch, int64_t row, int chunks,
-                                               float inverse_temperature, RowResult& result) {
+__device__ __forceinline__ RowPart finish_row(const Scratch& scratch, int64_t row, int chunks,
+                                              float inverse_temperature, RowResult& result) {
   const RowPart part = merge_chunks(scratch.parts + row * chunks, chunks,
                                     [](RowPart& a, const RowPart& b) { a.merge(b); });
   result = blank_row();
@@ -537,7 +537,7 @@ __device__ __forceinline__ RowError finish_row(const Scratch& scratch, int64_t r
   } else {
     if (part.error() == kRowOk) result = finish(part);
   }
-  return part.error();
+  return part;
 }
 
 __device__ inline const void* row_pointer(const Logits& logits, int64_t row) {

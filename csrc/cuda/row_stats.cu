@@ -14,6 +14,24 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   if (threadIdx.x == 0) scratch.nuclei[blockIdx.x] = found;
 }
 
+// The blocks of a row share its ids.
+template <class T>
+__device__ __forceinline__ void gather_logits(const RowStatsArgs& args, const ScanShape& shape,
+                                              int i, int64_t row, int chunk) {
+  const Gather& gather = args.gather;
+  const auto* logits =
+      static_cast<const typename T::Storage*>(scan_row<T>(args.logits, shape, row));
+  const int step = static_cast<int>(shape.chunks.divisor) * kScanThreads;
+#pragma unroll 1
+  for (int64_t k = chunk * kScanThreads + static_cast<int>(threadIdx.x); k < gather.count;
+       k += step) {
+    const int64_t id = gather.ids[i * gather.stride + k];
+    gather.logits[i * gather.count + k] = id >= 0 && id < args.logits.vocab
+                                              ? clamp_logit(T::value(logits[id]))
+                                              : from_bits(0x7fc00000u);  // NaN
+  }
+}
+
 template <class T, bool kSample>
 __global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
     row_stats_kernel(RowStatsArgs args, ScanShape shape, Scratch scratch, int32_t* counters) {
@@ -32,11 +50,13 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
   }
   scan_chunk<T, kSample>(memory, scan_row<T>(args.logits, shape, row), args.logits.vocab, chunk,
                          args.exclusions, sampler, scratch, blockIdx.x);
+  if (args.gather.count > 0) gather_logits<T>(args, shape, i, row, chunk);
   if (!last_to_arrive(counters + i, chunks) || threadIdx.x >= 32) return;
   RowResult result;
-  const RowError error =
-      finish_row<kSample>(scratch, i, chunks, sampler.inverse_temperature, result);
+  const RowPart part = finish_row<kSample>(scratch, i, chunks, sampler.inverse_temperature, result);
   if (threadIdx.x != 0) return;
+  const RowError error = part.error();
+  if (error == kRowEmpty) result = finish_empty(part);
   args.output.error[i] = error == kRowOk ? kNoError : encode_error(i, error);
   write_row(args.output, i, args.count, result);
 }

@@ -219,7 +219,7 @@ __device__ __forceinline__ void finish(const UnmaskArgs& args, const UnmaskScrat
   RowResult result;
   const float inverse = kSample ? 1.0f / args.sampling.temperature : 0.0f;
   const Policy policy = Policy::load(args.policy + w * kPolicyFields);
-  const RowError error = finish_row<kSample>(scratch.chunks, row, chunks, inverse, result);
+  const RowError error = finish_row<kSample>(scratch.chunks, row, chunks, inverse, result).error();
   if (threadIdx.x != 0) return;
   write_row(args.output, row, args.count, result);
   const float* field = result.field;

@@ -69,6 +69,9 @@ void check_suppress(const Exclusions& ex, int64_t vocab) {
 void launch(Cpu, const RowStatsArgs& args, const Tensor& logits, const std::optional<Tensor>&) {
   if (args.rows) within("rows", args.rows, args.count, 0, row_count(logits));
   check_suppress(args.exclusions, args.logits.vocab);
+  const Gather& gather = args.gather;
+  within("ids", gather.ids, gather.count * (gather.stride > 0 ? args.count : 1), 0,
+         args.logits.vocab);
   cpu::row_stats(args, parallel);
 }
 
@@ -80,11 +83,10 @@ void launch(Cuda, const RowStatsArgs& args, const Tensor& like, const std::optio
 #endif
 
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor> row_stats(Tensor logits, std::optional<Tensor> rows,
-                                             int64_t mask_id, std::optional<Tensor> suppress,
-                                             double temperature, double top_p, int64_t top_k,
-                                             std::optional<Tensor> keys,
-                                             std::optional<Tensor> counters) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats(
+    Tensor logits, std::optional<Tensor> rows, int64_t mask_id, std::optional<Tensor> suppress,
+    std::optional<Tensor> ids, double temperature, double top_p, int64_t top_k,
+    std::optional<Tensor> keys, std::optional<Tensor> counters) {
   const Logits all = logits_of(logits);
   int64_t count = row_count(logits);
   if (rows.has_value()) {
@@ -92,21 +94,36 @@ std::tuple<Tensor, Tensor, Tensor> row_stats(Tensor logits, std::optional<Tensor
     expect(*rows, "rows", ScalarType::Long, {count}, logits);
   }
   const RowTensors out(logits, count, count);
+  Gather gather{};
+  if (ids.has_value()) {
+    DP_CHECK(ids->dim() == 1 || ids->dim() == 2, "ids: expected 1 or 2 dimensions, got ",
+             ids->dim());
+    const bool each = ids->dim() == 2;
+    gather.count = ids->size(each ? 1 : 0);
+    gather.stride = each ? gather.count : 0;
+    expect(*ids, "ids", ScalarType::Long,
+           each ? std::vector<int64_t>{count, gather.count} : std::vector<int64_t>{gather.count},
+           logits);
+    gather.ids = data<int64_t>(*ids);
+  }
+  Tensor gathered = torch::stable::new_empty(logits, {count, gather.count}, ScalarType::Float);
+  gather.logits = data<float>(gathered);
   const RowStatsArgs args{all,
                           rows.has_value() ? listed(*rows) : nullptr,
                           count,
                           exclusions_of(mask_id, suppress, logits),
                           sampling_of(temperature, top_p, top_k, keys, {count, 4}, 0, logits),
+                          gather,
                           out.output()};
   launch(Backend{}, args, logits, counters);
-  return {out.tokens, out.fields, out.error};
+  return {out.tokens, out.fields, out.error, gathered};
 }
 
 DPARALLEL_OP(
     row_stats,
-    "row_stats(Tensor logits, Tensor? rows, int mask_id, Tensor? suppress, float temperature, "
-    "float top_p, int top_k, Tensor? keys, Tensor(a!)? counters) -> (Tensor tokens, Tensor fields, "
-    "Tensor error)")
+    "row_stats(Tensor logits, Tensor? rows, int mask_id, Tensor? suppress, Tensor? ids, float "
+    "temperature, float top_p, int top_k, Tensor? keys, Tensor(a!)? counters) -> (Tensor tokens, "
+    "Tensor fields, Tensor error, Tensor gathered)")
 
 void launch(Cpu, const SelectArgs& args, const Tensor&) {
   check_policy(args.policy, args.batch);

@@ -207,11 +207,13 @@ class DecodeConfig:
         """The same with other values of the fields that are named."""
         return configured("replace", self, changes)
 
-    def with_rule(self, rule: Rule | Function | str | None) -> DecodeConfig:
-        """The same with another rule, which alone decides: the fields for a policy are left out."""
-        return DecodeConfig(
-            **{**vars(self), **dict.fromkeys(ROW), "min_commit": 1, "policy": None, "rule": rule}
-        )
+    def with_rule(self, rule: Rule | Function | str | None, **changes: Any) -> DecodeConfig:
+        """The same with another rule, which alone decides: the fields for a policy are left out.
+
+        changes: other fields, as of `replace`.
+        """
+        decides = {**dict.fromkeys(ROW), "min_commit": 1, "policy": None, "rule": rule}
+        return configured("with_rule", self, {**decides, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON has them, for `from_dict`: rules as their text.

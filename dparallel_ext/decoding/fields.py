@@ -120,7 +120,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "activate_at": _share,
     "batch_invariant": _switch,
     "graphs": _switch,
-    "temperature": _real,
+    "temperature": number,
     "top_p": _real,
     "top_k": _real,
     "suppress": _ids,

@@ -150,7 +150,7 @@ def _by_rule(
     errors = torch.full_like(step, NO_ERROR).scatter_reduce(0, own, bad, "amin")
     moves = read & (errors[own] == NO_ERROR)  # a bad row keeps its own window from committing
     masks = masks & moves
-    stats = RowStats(*(torch.where(read, values, _blank(values)) for values in stats))
+    stats = stats.map(lambda values: torch.where(read, values, _blank(values)))
     at = own * (cells + 1) + torch.where(read, column - first[own], cells)
     grid = Cells(at, len(step), cells)
     where = Where(
@@ -170,7 +170,7 @@ def _by_rule(
         cells=grid,
         rows=logits,
     )
-    by_cell = RowStats(*(grid.spread(values, _blank(values)) for values in stats))
+    by_cell = stats.map(lambda values: grid.spread(values, _blank(values)))
     commit, token, edit = rule.decide(by_cell, where, state)
     if commit is None:
         commit = where.by_policy(by_cell)

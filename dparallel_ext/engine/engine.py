@@ -35,6 +35,7 @@ from ..decoding.config import (
     names_fields,
 )
 from ..decoding.decode import Prompts, masks
+from ..decoding.fields import plain
 from ..decoding.sequence import Settings, lay_out, whole_length
 from ..decoding.settings import check_model, check_settings, make_settings
 from ..models import Model, for_decoding, traits, warn_beyond
@@ -91,8 +92,8 @@ class Engine:
     Args:
         model: one of ours (`dparallel_ext.models`), in evaluation mode; wrapped or adapted as in `decode`.
         config: how requests are decoded that say nothing else; default: `DecodeConfig()`. Its cache,
-            block_length, sub_block_length, refresh, batch_invariant, graphs and mask_id are those of every
-            request.
+            block_length, sub_block_length, refresh, active_blocks, open_at, activate_at, batch_invariant,
+            graphs and mask_id are those of every request.
         lanes: requests that are decoded at once.
         max_length: positions that one request may have, prompt and response together.
         pages: memory for keys and values, in pages; default: what `lanes` requests of max_length need. A
@@ -189,6 +190,10 @@ class Engine:
         self._page_bytes = kv_cache.slots[:, :, 0].numel() * kv_cache.slots.element_size()
         scheduler = Scheduler(lanes=lanes, pages=pages, page_size=page_size, share=share)
         self.core = EngineCore(batch, kv_cache, scheduler, share)
+        self._start()
+
+    def _start(self) -> None:
+        """Begin the thread."""
         self.request_ids = itertools.count()
         self._process, self._forked = os.getpid(), False
         self._bell: SimpleQueue[Engine | None] = SimpleQueue()
@@ -228,7 +233,7 @@ class Engine:
         `Completion.logprobs`, and as the tokens do in `Handle.logprobs`. Returns at once.
 
         config: how the prompt is decoded; default: the engine's. In it the engine's own fields (cache,
-            block_length, sub_block_length, refresh, batch_invariant, graphs, mask_id) are left out or equal.
+            block_length and so on, see `Engine`) are left out or equal.
         on_draft: called with a `Draft` after every pass that the request is in. Where the pass has completed
             a block, the event of that block follows. No draft is kept. It is called in the engine's thread,
             so it must be quick; if it raises anything, the request fails. The tokens are the same without it.
@@ -279,7 +284,7 @@ class Engine:
         """The config of a request. Raises ValueError where it asks for what belongs to the engine."""
         asked = {**vars(configured("submit", config, {})), **keywords} if config is not None else {**keywords}
         for name in OF_ENGINE:
-            value, own = asked.pop(name, DEFAULTS[name]), getattr(self.config, name)
+            value, own = plain(asked.pop(name, DEFAULTS[name])), getattr(self.config, name)
             if value not in (DEFAULTS[name], own):
                 raise ValueError(
                     f"{name}: belongs to the engine, which has {own!r}, so expected that or nothing, "

@@ -13,7 +13,7 @@ from .fp8_linear import fp8_linear, quantize_fp8
 from .kv_write import kv_write, rope_table
 from .linear_certainty_forcing_loss import linear_certainty_forcing_loss
 from .rms_norm import rms_norm
-from .row_stats import row_stats
+from .row_stats import merge_row_stats, row_stats
 from .select import select
 from .swiglu import swiglu
 from .unmask import unmask_
@@ -28,6 +28,7 @@ __all__ = [
     "fp8_linear",
     "kv_write",
     "linear_certainty_forcing_loss",
+    "merge_row_stats",
     "quantize_fp8",
     "rms_norm",
     "rope_table",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
+from ..arguments import whole
 from ..types import RowStats
 from . import streams
-from .errors import named_row, report
+from .errors import NO_ERROR, named_row, report
 from .inputs import (
     Ids,
     check_index,
@@ -23,7 +25,8 @@ from .inputs import (
     suppressed,
 )
 
-_ROW_FIELDS = 7
+_ROW_FIELDS = 9
+LARGEST = torch.finfo(torch.float32).max
 
 
 def row_stats(
@@ -32,6 +35,7 @@ def row_stats(
     rows: Tensor | None = None,
     mask_id: int | None = None,
     suppress: Ids = None,
+    ids: Ids = None,
     temperature: float = 0.0,
     top_p: float | None = None,
     top_k: int | None = None,
@@ -39,6 +43,7 @@ def row_stats(
     sequence: int | Tensor = 0,
     position: int | Tensor | None = None,
     step: int | Tensor = 0,
+    check: bool = True,
 ) -> RowStats:
     """Statistics of softmax(logits), each needed row read once.
 
@@ -48,6 +53,8 @@ def row_stats(
         rows: (N,) int64 flat indices into the leading dimensions; only these rows are read.
         mask_id: keeps its share of the softmax but is never chosen.
         suppress: ids left out altogether.
+        ids: (K,) int64, or (..., K) for each row its own: return the logits of these too, of the mask token
+            and of suppressed ids as of others. On CUDA an id out of bounds has NaN.
         temperature: above 0, also draw `sample` by Gumbel-max from softmax(logits / temperature). Below 1e-5
             it is 0, and above 2^100 (1.3e30) that.
         top_p, top_k: draw it from the most probable ids alone, ties to the lowest id: from those before
@@ -56,6 +63,10 @@ def row_stats(
             They are not read where the temperature is 0 (or below 1e-5).
         seed, sequence, position, step: the Philox key, one value or one per row: a sample depends on
             its key alone. `position` defaults to the row's place in the output.
+        check: False leaves bad rows unnamed: their ids are -1, and their numbers NaN. But where there is no
+            NaN and no token to choose, top1 and top2 are -inf, and lse, entropy, max_logit and log_sum are
+            right (-inf, 0, -inf and 0 where every logit is -inf): such a row may be part of a vocabulary, see
+            `merge_row_stats`.
 
     Returns:
         RowStats with fields shaped like the leading dimensions, or (N,) with `rows`. The statistics do
@@ -71,6 +82,7 @@ def row_stats(
         rows=rows,
         mask_id=mask_id,
         suppress=suppress,
+        ids=ids,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
@@ -79,7 +91,8 @@ def row_stats(
         position=position,
         step=step,
     )
-    report(error, named_row)
+    if check:
+        report(error, named_row)
     return stats
 
 
@@ -89,6 +102,7 @@ def read_rows(
     rows: Tensor | None = None,
     mask_id: int | None = None,
     suppress: Ids = None,
+    ids: Ids = None,
     temperature: float = 0.0,
     top_p: float | None = None,
     top_k: int | None = None,
@@ -110,24 +124,116 @@ def read_rows(
     if temperature > 0:
         where = torch.arange(count, device=logits.device) if position is None else position
         keys = keys_of(logits, count, seed=seed, sequence=sequence, position=where, step=step)
-    tokens, fields, error = torch.ops.dparallel.row_stats(
+    asked = None if ids is None else _ids(ids, shape, vocab, logits)
+    tokens, fields, error, gathered = torch.ops.dparallel.row_stats(
         flat,
         rows,
         mask_id_of(mask_id, vocab),
         suppressed(suppress, logits),
+        asked,
         temperature,
         top_p,
         top_k,
         keys,
         streams.counters_for(logits, count),
     )
-    return as_stats(tokens, fields, shape), error
+    stats = as_stats(tokens, fields, shape)
+    return stats if asked is None else stats._replace(logits=gathered.view(*shape, gathered.shape[-1])), error
+
+
+def merge_row_stats(shards: Sequence[RowStats], offsets: Sequence[int]) -> RowStats:
+    """The statistics of rows whose vocabulary is split into parts, from those of the parts.
+
+    So a head that is split over devices sends some numbers a row instead of its logits:
+
+        stats = row_stats(part, mask_id=..., suppress=..., check=False)   # each its own ids, from 0
+        whole = merge_row_stats(gathered, offsets)
+
+    Args:
+        shards: what `row_stats` returned for each part of the same rows, with `check=False`, at temperature
+            0. A part may have no id to choose, and hold the mask token alone.
+        offsets: the id in the whole vocabulary of each part's first. Ascending or not.
+
+    Returns:
+        RowStats as those of the whole row, within the same bounds (2e-6 + 1e-6 |x| of float64); the sample is
+        the token, and `logits` None. Computed in float64 by torch, on the device of the parts, without
+        synchronisation.
+
+    Raises:
+        ValueError: naming the argument that does not fit; and on the CPU a row that holds NaN or leaves no
+            token to choose. On CUDA, see `check_errors`.
+    """
+    if not shards or len(shards) != len(offsets):
+        raise ValueError(
+            f"offsets: expected one for each of {len(shards)} shards, at least one, got {len(offsets)}"
+        )
+    for at, shard in enumerate(shards):
+        if shard.max_logit is None or shard.log_sum is None:
+            raise ValueError(f"shards: expected max_logit and log_sum, as of row_stats, none at {at}")
+        if shard.token.shape != shards[0].token.shape:
+            raise ValueError(
+                f"shards: expected the same rows, got {tuple(shards[0].token.shape)} at 0 and "
+                f"{tuple(shard.token.shape)} at {at}"
+            )
+    first = [whole("offsets", offset, 0) for offset in offsets]
+
+    def stacked(name: str) -> Tensor:  # (S, ...), +inf as the largest float32
+        return torch.stack([getattr(s, name) for s in shards]).double().clamp(max=LARGEST)
+
+    token = torch.stack(
+        [torch.where(s.token < 0, -1, s.token + own) for s, own in zip(shards, first, strict=True)]
+    )
+    top1, top2, largest = stacked("top1"), stacked("top2"), stacked("max_logit")
+    top = largest.amax(0)  # NaN if any is
+    nothing = top == -math.inf
+    anchor = torch.where(nothing, 0.0, top)
+    log_sums = largest - anchor + stacked("log_sum")  # of each part, relative to the largest logit of all
+    log_sum = log_sums.logsumexp(0)
+    share = log_sums - log_sum  # log of the part's share of the probability
+    # Of a part with nothing in it: -inf, or NaN where no part has anything.
+    share = torch.where(largest == -math.inf, -math.inf, share)
+    entropy = (share.exp() * torch.where(share > -math.inf, stacked("entropy") - share, 0.0)).sum(0)
+    best = top1.amax(0)
+    held = (top1 == best) & (token >= 0)
+    chosen = torch.where(held, token, NO_ERROR).amin(0)  # of a tie the lowest id
+    second = torch.cat((top1, top2)).sort(0, descending=True).values[1]
+    logprob = best - anchor - log_sum
+    p1, p2 = logprob.exp(), (second - anchor - log_sum).exp()
+    error = torch.where(top.isnan(), 1, torch.where(held.any(0), NO_ERROR, 2)).flatten()
+    row = torch.arange(error.numel(), device=error.device)
+    report(torch.where(error == NO_ERROR, error, 4 * row + error), named_row)
+
+    def real(values: Tensor) -> Tensor:
+        return values.float()
+
+    def infinite(values: Tensor) -> Tensor:
+        return torch.where(values >= LARGEST, math.inf, values).float()
+
+    chosen = torch.where(held.any(0), chosen, -1)
+    lse = torch.where(nothing, -math.inf, torch.where(top >= LARGEST, math.inf, top + log_sum))
+    return RowStats(
+        chosen, infinite(best), infinite(second), real(lse), real(p1), real(p1 - p2), real(entropy),
+        chosen.clone(), real(logprob), infinite(top), real(log_sum),
+    )  # fmt: skip
 
 
 def as_stats(tokens: Tensor, fields: Tensor, shape: Sequence[int]) -> RowStats:
     token, sample = (x.view(shape) for x in tokens.unbind(0))
-    top1, top2, lse, confidence, margin, entropy, logprob = (x.view(shape) for x in fields.unbind(0))
-    return RowStats(token, top1, top2, lse, confidence, margin, entropy, sample, logprob)
+    top1, top2, lse, confidence, margin, entropy, *rest = (x.view(shape) for x in fields.unbind(0))
+    return RowStats(token, top1, top2, lse, confidence, margin, entropy, sample, *rest)
+
+
+def _ids(ids: Tensor | Sequence[int], rows: Sequence[int], vocab: int, logits: Tensor) -> Tensor:
+    """(K,) int64, or (N, K) for N rows; those of the host are looked at here, those of the CPU by the op."""
+    if not isinstance(ids, Tensor):
+        ids = torch.tensor([whole("ids", i, 0, vocab - 1) for i in ids], device=logits.device).long()
+    if ids.dtype != torch.int64 or ids.ndim < 1 or (ids.ndim > 1 and tuple(ids.shape[:-1]) != tuple(rows)):
+        raise ValueError(
+            f"ids: expected int64 (K,) or {(*rows, 'K')}, got {ids.dtype} {tuple(ids.shape)}".replace("'", "")
+        )
+    if ids.device != logits.device:
+        raise ValueError(f"ids: expected on {logits.device} as the logits, got {ids.device}")
+    return ids if ids.ndim == 1 else ids.reshape(math.prod(rows), ids.shape[-1])
 
 
 def row_outputs(like: Tensor, count: Any, errors: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,7 +246,8 @@ def row_outputs(like: Tensor, count: Any, errors: Any) -> tuple[Tensor, Tensor, 
 
 @torch.library.register_fake("dparallel::row_stats")
 def _(  # type: ignore[no-untyped-def]
-    logits, rows, mask_id, suppress, temperature, top_p, top_k, keys, counters
+    logits, rows, mask_id, suppress, ids, temperature, top_p, top_k, keys, counters
 ):
     count = logits.shape[:-1].numel() if rows is None else rows.shape[0]
-    return row_outputs(logits, count, count)
+    gathered = logits.new_empty((count, 0 if ids is None else ids.shape[-1]), dtype=torch.float32)
+    return *row_outputs(logits, count, count), gathered

@@ -21,6 +21,7 @@ from dparallel_ext import rules
 from dparallel_ext.arguments import whole
 
 from . import files, registry
+from .configs import POLICY, config_of, read_fields, take_mask, with_ends
 from .evaluate import ONE
 
 try:
@@ -49,7 +50,10 @@ ChatOption = Annotated[
 ]
 Fp8Option = Annotated[bool, typer.Option("--fp8", help="keep the layers' weights in 8 bits")]
 POLICIES = rules.describe()
-PolicyOption = Annotated[str, typer.Option(help=POLICIES)]
+PolicyOption = Annotated[str | None, typer.Option(help=f"default: the config's, else {POLICY}; {POLICIES}")]
+ConfigOption = Annotated[
+    Path | None, typer.Option(help="a JSON file of DecodeConfig's fields; options stand instead of them")
+]
 PoliciesOption = Annotated[list[str], typer.Option(help=f"repeatable; {POLICIES}")]
 
 
@@ -133,7 +137,8 @@ def decode(
     file: Annotated[Path | None, typer.Option(help="a prompt a line; of JSONL, its 'prompt'")] = None,
     batch: Annotated[Path | None, typer.Option(help="as --file, all decoded together")] = None,
     model: ModelOption = registry.DEFAULT,
-    policy: PolicyOption = "entropy:0.5",
+    config: ConfigOption = None,
+    policy: PolicyOption = None,
     gen_length: Annotated[
         int | None, typer.Option(help="tokens; default 64 built-in, 256 else; with --infill 0")
     ] = None,
@@ -148,8 +153,10 @@ def decode(
         typer.Option(help="text that follows the response, which goes between; --no-chat by default"),
     ] = None,
     block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
-    cache: Annotated[str, typer.Option(help="none, prefix, dual, or block (block-causal)")] = "none",
-    temperature: Annotated[float, typer.Option(help="0, and below 1e-5: greedy")] = 0.0,
+    cache: Annotated[
+        str | None, typer.Option(help="none (default), prefix, dual, or block (block-causal)")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 (default), and below 1e-5: greedy")] = None,
     top_p: Annotated[float | None, typer.Option(help="sample from the ids of so much probability")] = None,
     top_k: Annotated[int | None, typer.Option(help="sample from so many ids; 0: all")] = None,
     seed: Annotated[int | None, typer.Option(help="of the samples; default: another each time")] = None,
@@ -162,7 +169,6 @@ def decode(
 ) -> None:
     """Decode prompts with the built-in model or a checkpoint."""
     from .complete import complete
-    from .evaluate import parse_policy
     from .live import LiveText
     from .text import endings
 
@@ -176,32 +182,32 @@ def decode(
             calls.append(files.prompts("batch", batch))
         if not any(calls):
             raise ValueError("prompt: expected one, as an argument or with --file or --batch")
-        settings = parse_policy(policy)
-        if seed is None:
+        content = read_fields(config)
+        mask_id = take_mask(content, mask_id)
+        infill = infill or bool(content.get("infill"))
+        content.setdefault("gen_length", 0 if infill and not suffix else registry.gen_length(model))
+        asked = config_of(
+            content,
+            policy,
+            gen_length=gen_length,
+            infill=infill,
+            block_length=block_length,
+            cache=cache,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+        )
+        if asked.seed is None:
             torch.seed()  # a fresh process's generator always begins alike
         # A text with gaps is no message, so that a chat template is for who asks for it.
         template = registry.template_of(model, False if chat is None and (infill or suffix) else chat)
         loaded, tokenizer = registry.load(model, device=device, fp8=fp8, mask_id=mask_id)
-        ends = endings(registry.directory_of(model), tokenizer)
+        asked = with_ends(asked, endings(registry.directory_of(model), tokenizer))
         for texts in calls:
+            live = LiveText(Console(), tokenizer, loaded.mask_id, 0.1) if stream else None
             for row in complete(
-                model,
-                loaded,
-                tokenizer,
-                texts,
-                template=template,
-                gen_length=gen_length,
-                infill=infill,
-                suffix=suffix,
-                live=LiveText(Console(), tokenizer, loaded.mask_id, 0.1) if stream else None,
-                block_length=block_length,
-                cache=cache,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                seed=seed,
-                **settings,
-                **ends,
+                model, loaded, tokenizer, texts, asked, template=template, suffix=suffix, live=live
             ):
                 if unknown := registry.unknown_words(tokenizer, row["prompt"]):
                     words = ", ".join(map(repr, dict.fromkeys(unknown)))
@@ -240,11 +246,14 @@ def demo(
 @app.command()
 def evaluate(
     model: Annotated[list[str], typer.Option(help="repeatable")] = [registry.DEFAULT],  # noqa: B006
+    config: Annotated[
+        Path | None, typer.Option(help="a JSON file of DecodeConfig's fields, for all but the policies")
+    ] = None,
     policy: PoliciesOption = [ONE, "confidence:0.9", "entropy:0.5"],  # noqa: B006
     problems: int = 500,
     batch: int = 100,
     block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
-    cache: str = "none",
+    cache: Annotated[str | None, typer.Option(help="none (default), prefix, dual or block")] = None,
     mask_id: MaskOption = None,
     chat: ChatOption = None,
     device: str | None = None,
@@ -268,10 +277,13 @@ def evaluate(
             registry.directory_of(name)
         for text in policy:
             measuring.parse_policy(text)
+        content = read_fields(config)
+        mask_id = take_mask(content, mask_id)
         rows: list[dict[str, Any]] = []
         for row in measuring.sweep(
             model,
             policy,
+            config=config_of(content, ONE),
             problems=problems,
             batch=batch,
             block_length=block_length,
@@ -286,7 +298,7 @@ def evaluate(
             rows.append(row)
             typer.echo(measuring.line(row))
             if json_file is not None:
-                measuring.write_json(json_file, rows)
+                files.write_json(json_file, rows)
         if plot is not None:
             plots.accuracy_against_passes(rows, plot)
 
@@ -307,7 +319,8 @@ def serve(
         str | None, typer.Option(help="the key itself; others on this machine can read it in ps")
     ] = None,
     name: Annotated[str | None, typer.Option(help="the model's name in requests; default: --model")] = None,
-    policy: PolicyOption = "entropy:0.5",
+    config: ConfigOption = None,
+    policy: PolicyOption = None,
     cache: Annotated[
         str | None, typer.Option(help="none, prefix, dual or block; default: the engine's")
     ] = None,
@@ -342,6 +355,16 @@ def serve(
         from .serving import runner, settings
 
         keys = settings.find_keys(api_key, api_key_file)
+        content = read_fields(config)
+        mask_id = take_mask(content, mask_id)
+        content.setdefault("gen_length", registry.gen_length(model))
+        asked = config_of(
+            content,
+            policy,
+            cache=cache,
+            block_length=block_length,
+            batch_invariant=batch_invariant or None,
+        )
         runner.run(
             model,
             host=host,
@@ -350,16 +373,11 @@ def serve(
             fp8=fp8,
             mask_id=mask_id,
             log_level=log_level,
-            engine={
-                "cache": cache,
-                "block_length": block_length,
-                "batch_invariant": batch_invariant,
-                "lanes": lanes,
-                "max_waiting": max_waiting,
-            },
+            config=asked,
+            lanes=lanes,
+            max_waiting=max_waiting,
             keys=keys,
             name=name,
-            policy=policy,
             max_length=max_length,
             max_choices=max_choices,
             max_body=max_body,
@@ -397,7 +415,7 @@ def answer(
     out: Annotated[Path, typer.Argument(help="the shards' directory; a run that was stopped goes on")],
     data: Annotated[str, typer.Option(help="builtin:N, or JSONL or Parquet with prompt and answer")],
     model: ModelOption = registry.DEFAULT,
-    policy: PolicyOption = "entropy:0.5",
+    policy: Annotated[str, typer.Option(help=POLICIES)] = POLICY,
     gen_length: Annotated[int | None, typer.Option(help="tokens; default 64 built-in, 256 else")] = None,
     block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
     cache: Annotated[str, typer.Option(help="none, prefix or dual")] = "none",

@@ -19,39 +19,33 @@ def complete(
     model: Model,
     tokenizer: Any,
     prompts: list[str],
+    config: dx.DecodeConfig,
     *,
     template: text.Template | None = None,
-    gen_length: int | None = None,
-    infill: bool = False,
     suffix: str | None = None,
     live: LiveText | None = None,
-    **settings: Any,
 ) -> Iterator[dict[str, Any]]:
     """Decode prompts together; yields prompt, response, tokens, forwards and, with `infill`, text of each.
 
-    `name`: the model's. `gen_length`: default the model's; with `infill` alone 0. `suffix`: text behind the
-    response. `settings`: of `dparallel_ext.decode`.
+    `name`: the model's. `suffix`: text behind the response, which stands in between.
 
     Raises ValueError, by name.
     """
     encode, mask = text.prompt_encoder(tokenizer, template), model.mask_id
     if mask is None:
         raise ValueError(f"mask_id: the files of {name} name no mask token, so give --mask-id")
-    if gen_length is None:
-        gen_length = 0 if infill and not suffix else registry.gen_length(name)
-    ids = [encode(prompt) for prompt in prompts]
-    more = gen_length  # tokens that decode appends
+    ids, infill = [encode(prompt) for prompt in prompts], config.infill
+    more = whole("gen_length", config.gen_length, 1 if suffix else 0)  # tokens that decode appends
     if suffix:
-        between = [mask] * whole("gen_length", gen_length, 1)
         after = tokenizer.encode(suffix, add_special_tokens=False).ids
-        ids, more = [[*one, *between, *after] for one in ids], 0
+        ids, more = [[*one, *[mask] * more, *after] for one in ids], 0
     gaps = [one.count(mask) if infill or suffix else 0 for one in ids]
-    if infill and not gen_length and not all(gaps):
+    if infill and not more and not all(gaps):
         said = tokenizer.id_to_token(mask)
         raise ValueError(f"prompt: expected a mask token, {said}, where --infill is to fill it")
     registry.check_positions(name, model, max(map(len, ids), default=0) + more)
     with live or contextlib.nullcontext():
-        out = dx.decode(model, ids, gen_length=more, infill=infill or bool(suffix), streamer=live, **settings)
+        out = dx.decode(model, ids, config, gen_length=more, infill=infill or bool(suffix), streamer=live)
     for i, (prompt, tokens, passes) in enumerate(zip(prompts, out.responses, out.nfe.tolist(), strict=True)):
         # A block-causal model fills its last block beyond what was asked for.
         kept = min(int(out.kept[i]), gaps[i] + more)

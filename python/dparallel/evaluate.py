@@ -16,7 +16,6 @@ from dparallel_ext import rules
 from dparallel_ext.rules import ONE as ONE
 
 from . import registry
-from .files import write_json as write_json
 from .text import prompt_encoder
 from .toy import tasks
 
@@ -45,11 +44,12 @@ def evaluate(
     model_name: str,
     policy: str,
     *,
+    config: dx.DecodeConfig | None = None,
     problems: int = 500,
     seed: int = 0,
     batch: int = 100,
     block_length: int | None = None,
-    cache: str = "none",
+    cache: str | None = None,
     mask_id: int | None = None,
     chat: bool | None = None,
     device: str | None = None,
@@ -58,16 +58,18 @@ def evaluate(
 ) -> dict[str, Any]:
     """Decode `problems` held-out problems, the same for every call with one `seed`, and check the answers.
 
-    Every sequence is decoded to its full length, so that passes compare. `block_length`: default the model's
-    own, if it is block-causal, else 32. `chat`: the problems go by the checkpoint's chat template; default:
-    where it has one. A model that comes as `loaded` is asked without unless `chat` is true, which takes the
-    template of `model_name`.
+    Every sequence is decoded to its full length, so that passes compare. `config`: how, but for the length
+    and the rule, which `policy` says. `block_length` and `cache`: default the config's. `chat`: the problems
+    go by the checkpoint's chat template; default: where it has one. A model that comes as `loaded` is asked
+    without unless `chat` is true, which takes the template of `model_name`.
 
     Returns model, policy, threshold, problems, seed, accuracy, accuracy_interval (Wilson's, 95 %), nfe_mean
     (passes per answer), tokens_per_forward (those in front of EOS, the model's `eos_id`),
     padded_tokens_per_forward (all gen_length of them), seconds, gen_length, block_length, cache, chat, fp8.
     """
-    settings = parse_policy(policy)
+    threshold = parse_policy(policy).get("threshold")
+    config = (config or dx.DecodeConfig()).with_rule(policy).replace(gen_length=tasks.GEN_LENGTH)
+    config = config.replace(block_length=block_length or config.block_length, cache=cache or config.cache)
     for name, value, least in (("problems", problems, 0), ("batch", batch, 1)):
         if value < least:
             raise ValueError(f"{name}: expected a whole number >= {least}, got {value}")
@@ -84,14 +86,7 @@ def evaluate(
         for at in range(0, len(group), batch):
             part = group[at : at + batch]
             prompt = torch.tensor([ids for _, ids in part], device=model.device)
-            out = dx.decode(
-                model,
-                prompt,
-                gen_length=tasks.GEN_LENGTH,
-                block_length=block_length,
-                cache=cache,
-                **settings,
-            )
+            out = dx.decode(model, prompt, config)
             responses = out.sequences[:, prompt.shape[1] :]
             answers = tokenizer.decode_batch(responses.tolist())
             correct += sum(tasks.is_correct(p, text) for (p, _), text in zip(part, answers, strict=True))
@@ -101,7 +96,7 @@ def evaluate(
     return {
         "model": model_name,
         "policy": policy,
-        "threshold": settings.get("threshold"),
+        "threshold": threshold,
         "problems": problems,
         "seed": seed,
         "accuracy": correct / problems if problems else 0.0,
@@ -111,8 +106,8 @@ def evaluate(
         "padded_tokens_per_forward": padded / passes if passes else 0.0,
         "seconds": round(time.perf_counter() - began, 3),
         "gen_length": tasks.GEN_LENGTH,
-        "block_length": block_length or dx.models.traits(model).block_length or 32,
-        "cache": cache,
+        "block_length": config.block_length or dx.models.traits(model).block_length or 32,
+        "cache": config.cache or "none",
         "chat": template is not None,
         "fp8": model.quantized,
     }

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import LEVELS, Attack, assert_stats_close, layouts
 from ops import test_op_inputs as inputs
+from ops.test_unmask import windows_of
 from torch import Tensor
 
 import dparallel_ext as dx
@@ -74,8 +75,8 @@ def policy_rows(rng: random.Random, batch: int, length: int) -> Tensor:
         threshold = rng.choice([0.0, 2**-149, 0.5, rng.random(), 1.0, min(high, 3.0), min(high, 1e30)])
         if selector == "quota":
             threshold = rng.choice([1, 2, length + 1, 2**40])
-        low = rng.choice([1, 1, 2, length + 3, policies.MOST])
-        most = rng.choice([None, low, low + 1, math.inf])
+        low = rng.choice([0, 1, 1, 2, length + 3, policies.MOST])
+        most = rng.choice([None, max(low, 1), low + 1, math.inf])
         score = rng.choice(list(policies.SCORES)) if selector == "quota" else None
         made.append(policies.make(selector, threshold, min_commit=low, max_commit=most, score=score))
     return torch.cat(made) if made else torch.empty(0, 5)
@@ -97,6 +98,10 @@ def row_stats(rng: random.Random) -> None:
         settings["mask_id"] = rng.randrange(vocab)
     if rng.random() < 0.5:
         settings["suppress"] = strided(rng, whole(rng, 0, vocab, rng.randrange(4)))
+    if rng.random() < 0.5:
+        shape = settings["rows"].shape if "rows" in settings else lead
+        own = shape if rng.random() < 0.5 else ()
+        settings["ids"] = strided(rng, whole(rng, 0, vocab, *own, rng.randrange(4)))
     try:
         expected = reference.row_stats(logits, **settings)
     except ValueError:
@@ -137,12 +142,18 @@ def unmask_(rng: random.Random) -> None:
     special = (math.inf, -math.inf, torch.finfo(dtype).max)
     logits = numbers(rng, dtype, batch, length, vocab, special=special)
     tokens = torch.where(some(rng, 0.6, batch, length), mask, whole(rng, 0, vocab, batch, length))
-    start, end = whole(rng, -2, length + 2, batch), whole(rng, -2, length + 9, batch)
-    policy = policy_rows(rng, batch, length)
+    settings: dict[str, Any] = {}
+    if rng.random() < 0.5:
+        lane, start, end = windows_of(rng, batch, length)
+        settings["lane"] = strided(rng, lane)
+    else:
+        lane = torch.arange(batch)
+        start, end = whole(rng, -2, length + 2, batch), whole(rng, -2, length + 9, batch)
+    policy = policy_rows(rng, len(lane), length)
     column = torch.arange(length)
-    window = (column >= start[:, None]) & (column < end[:, None])
-    masked = window & (tokens == mask)
-    settings: dict[str, Any] = {"start": strided(rng, start), "end": strided(rng, end)}
+    open_ = (column >= start[:, None]) & (column < end[:, None]) & (tokens[lane] == mask)  # (W, L)
+    masked = torch.zeros_like(tokens, dtype=torch.bool).index_put((lane,), open_, accumulate=True)
+    settings |= {"start": strided(rng, start), "end": strided(rng, end)}
     at = (masked | some(rng, 0.5, batch, length)).flatten().nonzero()[:, 0]
     packed, given = rng.random() < 0.5, logits
     if packed:
@@ -156,24 +167,51 @@ def unmask_(rng: random.Random) -> None:
     ours = strided(rng, tokens, changed=True)
     out = dx.unmask_(ours, strided(rng, given), mask_id=mask, policy=strided(rng, policy), **settings)
     rows = torch.searchsorted(at, needed) if packed else needed
-    found = dx.RowStats(*(x.flatten()[rows] for x in out.stats))
+    found = out.stats.map(lambda x: x.flatten()[rows])
     for name, a in zip(found._fields, found, strict=True):
-        if expected is not None:
+        if expected is not None and a is not None:
             assert_stats_close(a, getattr(expected, name), name)
 
     def spread(x: Tensor) -> Tensor:
         return torch.zeros(batch, length, dtype=x.dtype).masked_scatter(masked, x)
 
     commit = reference.select(
-        *(spread(getattr(found, n)) for n in ("confidence", "margin", "entropy")), masked, policy
+        *(spread(getattr(found, n))[lane] for n in ("confidence", "margin", "entropy")), open_, policy
     )
     by_sum = policy[:, 0] == policies.SELECTORS["entropy_bound"]  # whose order the rounding sees
     changed = ours != tokens
+    of_window = changed[lane] & open_
     assert not bool((changed & ~masked).any())
-    assert torch.equal(out.committed, (masked & (ours != mask)).sum(1))
-    assert torch.equal(changed[~by_sum], commit[~by_sum])
+    assert torch.equal(out.committed, of_window.sum(1))
+    assert torch.equal(out.remaining, (open_ & ~of_window).sum(1))
+    assert torch.equal(of_window[~by_sum], commit[~by_sum])
     assert torch.equal(ours[changed], spread(found.sample)[changed])
-    assert bool((out.committed >= masked.sum(1).clamp(max=1)).all())
+    assert bool((out.committed >= open_.sum(1).clamp(max=1))[policy[:, 2] > 0].all())
+
+
+def commit_(rng: random.Random) -> None:
+    batch, length, mask = rng.randrange(4), rng.choice([0, 1, 3, 20, 700]), rng.randrange(5)
+    tokens = whole(rng, 0, 5, batch, length)
+    lanes = rng.random() < 0.5 and batch > 0
+    windows = rng.randrange(9) if lanes else batch
+    settings: dict[str, Any] = {"mask_id": mask}
+    if lanes:
+        settings["lane"] = strided(rng, whole(rng, 0, batch, windows))
+    if rng.random() < 0.8:
+        edges = [whole(rng, -2, length + 2, windows), whole(rng, -2, length + 9, windows)]
+        edges[1][some(rng, 0.1, windows)] = rng.choice([2**63 - 1, -(2**63)])
+        settings |= {"start": strided(rng, edges[0]), "end": strided(rng, edges[1])}
+    rows: list[Tensor | None] = [None, None, None]
+    if rng.random() < 0.8:
+        at = some(rng, 0.5, batch * length).nonzero()[:, 0] if rng.random() < 0.5 else None
+        shape = (batch, length) if at is None else at.shape
+        token = whole(rng, -1, 6, *shape)
+        commit = some(rng, 0.4, *shape) & (token >= 0) & (token != mask)
+        rows = [None if at is None else strided(rng, at), strided(rng, commit), strided(rng, token)]
+    ours, plain = strided(rng, tokens, changed=True), tokens.clone()
+    found, expected = dx.commit_(ours, *rows, **settings), reference.commit_(plain, *rows, **settings)
+    assert torch.equal(ours, plain)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def certainty_forcing_loss(rng: random.Random) -> None:
@@ -330,7 +368,7 @@ def fp8_linear(rng: random.Random) -> None:
 
 
 TWINS: list[Callable[[random.Random], None]] = [
-    row_stats, select, unmask_, certainty_forcing_loss, kv_write, block_attention, rms_norm, swiglu,
+    row_stats, select, unmask_, commit_, certainty_forcing_loss, kv_write, block_attention, rms_norm, swiglu,
     fp8_linear,
 ]  # fmt: skip
 
@@ -345,8 +383,9 @@ def test_ops_equal_their_twins(case: Callable[[random.Random], None], attack: At
 # --- what nobody should give --------------------------------------------------------------------
 
 INDICES = {
-    "row_stats": ("rows", "suppress"),
-    "unmask_": ("suppress", "positions"),
+    "row_stats": ("rows", "suppress", "ids"),
+    "unmask_": ("suppress", "positions", "lane"),
+    "commit_": ("positions", "lane"),
     "kv_write": ("positions", "slots"),
     "block_attention": ("begin", "end", "lengths", "pages"),
 }

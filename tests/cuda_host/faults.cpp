@@ -140,6 +140,74 @@ bool merges(Merge merge) {
   return true;
 }
 
+// As commit: every block writes its tokens, and the last to arrive counts those of all; or one
+// counts at once.
+__global__ void counted(int* tokens, int32_t* counter, int* total, int blocks, bool waits) {
+  DPARALLEL_SHARED(sum, int);
+  tokens[32 * blockIdx.x + threadIdx.x] = 1;
+  if (waits ? !arrive(counter, blocks, kSound) : blockIdx.x != 0) return;
+  if (threadIdx.x == 0) sum = 0;
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < 32 * blocks; i += 32)
+    atomicAdd(&sum, __ldcg(tokens + i));
+  __syncthreads();
+  if (threadIdx.x == 0) *total = sum;
+}
+
+bool counts(bool waits) {
+  for (uint64_t seed = 0; seed < 50; ++seed) {
+    cuda_host::seed(seed);
+    std::vector<int> tokens(32 * 6);
+    int32_t counter = 0;
+    int total = -1;
+    DPARALLEL_LAUNCH(counted, 6, 32, nullptr, tokens.data(), &counter, &total, 6, waits);
+    if (total != 32 * 6 || counter != 0) return false;
+  }
+  return true;
+}
+
+// As unmask: a block for each window announces the rows that are its own, those that it is the
+// first to hold, and a block for each row arrives at the window that it takes for its own: the
+// first, or the last that holds it. Whoever brings the counter of a window to zero settles it.
+__global__ void owned(const int* ends, int windows, int rows, int32_t* counters, int* settled,
+                      bool first) {
+  int w = static_cast<int>(blockIdx.x), change = 0;
+  if (w < windows) {  // windows [0, ends[w])
+    for (int row = 0; row < rows; ++row) {
+      int owner = 0;
+      while (owner < windows && row >= ends[owner]) ++owner;
+      change -= owner == w;
+    }
+  } else {
+    const int row = w - windows, lane = static_cast<int>(threadIdx.x);
+    const unsigned holders = __ballot_sync(0xffffffffu, lane < windows && row < ends[lane]);
+    if (holders == 0) return;
+    w = first ? __ffs(holders) - 1 : 31 - __builtin_clz(holders);
+    change = 1;
+  }
+  if (dparallel::cuda::brings_to_zero(counters + w, change) && threadIdx.x == 0) ++settled[w];
+}
+
+bool settles(bool first) {
+  for (uint64_t seed = 0; seed < 20; ++seed) {
+    cuda_host::seed(seed);
+    const std::vector<int> ends = {2, 5, 3};
+    std::vector<int32_t> counters(3);
+    std::vector<int> settled(3);
+    DPARALLEL_LAUNCH(owned, 3 + 6, 32, nullptr, ends.data(), 3, 6, counters.data(), settled.data(),
+                     first);
+    for (int w = 0; w < 3; ++w)
+      if (settled[w] != 1 || counters[w] != 0) return false;
+  }
+  return true;
+}
+
+// As row_stats of ids: the last of them is out of bounds.
+__global__ void gathered(const float* row, const int64_t* ids, int vocab, float* out, bool looks) {
+  const int64_t id = ids[threadIdx.x];
+  out[threadIdx.x] = looks && (id < 0 || id >= vocab) ? 0.0f : row[id];
+}
+
 }  // namespace
 
 int main(int count, char** argv) {
@@ -162,6 +230,15 @@ int main(int count, char** argv) {
     cuda_host::launch(1, 64, [] { divergent_barrier(); });
   } else if (name == "copied" || name == "not_waited") {
     return copies(name == "copied") ? 0 : 1;
+  } else if (name == "counted" || name == "counted_too_soon") {
+    return counts(name == "counted") ? 0 : 1;
+  } else if (name == "owned" || name == "owned_by_another") {
+    return settles(name == "owned") ? 0 : 1;
+  } else if (name == "gathered" || name == "gathered_beyond") {
+    std::vector<float> row(64), out(32);
+    std::vector<int64_t> ids(32, 64);
+    DPARALLEL_LAUNCH(gathered, 1, 32, nullptr, row.data(), ids.data(), 64, out.data(),
+                     name == "gathered");
   } else if (name == "peers") {
     return reads_peers(kTogether) ? 0 : 1;
   } else if (name == "peers_too_soon") {

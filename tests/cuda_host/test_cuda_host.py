@@ -105,6 +105,8 @@ def test_ops_of_these_kernels_pass_the_tests_of_every_device(tmp_path: Path) -> 
         ("peer_gone", "shared memory of a block that has left"),
         ("peer_elsewhere", "no such block in the cluster"),
         ("peers_too_soon", ""),
+        ("counted_too_soon", ""),
+        ("owned_by_another", ""),
     ],
 )
 def test_the_host_notices_a_faulty_kernel(plain: Path, fault: str, said: str) -> None:
@@ -122,7 +124,16 @@ def test_interleaved_blocks_show_what_blocks_in_turn_hide(plain: Path, fault: st
 
 @pytest.mark.parametrize(
     "fault",
-    ["lost_update", "no_barrier", "arrives_first", "no_release", "no_acquire", "race", "peers_too_soon"],
+    [
+        "lost_update",
+        "no_barrier",
+        "arrives_first",
+        "no_release",
+        "no_acquire",
+        "race",
+        "peers_too_soon",
+        "counted_too_soon",
+    ],
 )
 def test_races_are_seen_in_any_order(watched: Path, fault: str) -> None:
     """Also a missing fence, which no order of the fibers can show, and blocks one after another."""
@@ -138,15 +149,16 @@ def test_a_counter_that_is_not_reset_is_noticed(plain: Path) -> None:
 
 
 def test_the_sanitizer_notices_an_overrun(sanitized: Path) -> None:
-    result = run(sanitized / "faults", "overrun")
-    assert result.returncode != 0
-    assert "heap-buffer-overflow" in result.stderr
+    for fault in ("overrun", "gathered_beyond"):
+        result = run(sanitized / "faults", fault)
+        assert result.returncode != 0
+        assert "heap-buffer-overflow" in result.stderr
 
 
 def test_a_sound_kernel_is_not_accused(plain: Path, sanitized: Path, watched: Path) -> None:
     for directory in (plain, sanitized, watched):
-        assert run(directory / "faults", "copied").returncode == 0
-        assert run(directory / "faults", "peers").returncode == 0
+        for sound in ("copied", "peers", "counted", "owned", "gathered"):
+            assert run(directory / "faults", sound).returncode == 0
         for resident in (1, 2, 8, 0):
             assert run(directory / "faults", "sound", resident).returncode == 0
 

@@ -203,20 +203,38 @@ void row_stats_case() {
   const Exclusions exclusions{chance(0.7) ? below(vocab) : -1, suppress.data(),
                               static_cast<int64_t>(suppress.size())};
   Result on_cuda(count, count), on_cpu(count, count);
-  RowStatsArgs args{logits.flat(), indexed ? rows.data() : nullptr, count,
-                    exclusions,    random_sampling(keys, 0),        on_cpu.output()};
+  const bool each = chance(0.5);  // ids of its own for each row
+  const int64_t asked = chance(0.5) ? 0 : one_of<int64_t>({1, 3, 200, 700});
+  std::vector<int64_t> ids(asked * (each ? count : 1));
+  for (auto& id : ids) id = below(vocab);
+  std::vector<float> gathered(count * asked, -7.0f), gathered_cpu(gathered);
+  RowStatsArgs args{logits.flat(),
+                    indexed ? rows.data() : nullptr,
+                    count,
+                    exclusions,
+                    random_sampling(keys, 0),
+                    {ids.data(), asked, each ? asked : 0, gathered_cpu.data()},
+                    on_cpu.output()};
   cpu::row_stats(args, serial);
   args.output = on_cuda.output();
+  args.gather.logits = gathered.data();
+  std::vector<size_t> bad;
+  for (size_t i = 0; i < ids.size(); ++i)
+    if (chance(0.05)) {  // on a device nobody has looked
+      bad.push_back(i);
+      ids[i] = one_of<int64_t>({-1, vocab, INT64_MAX, INT64_MIN});
+    }
   Memory memory(cuda::row_stats_scratch(args), cuda::row_stats_counters(args));
   cuda::row_stats(args, memory.workspace(), nullptr);
   memory.check();
   same(on_cuda.error, on_cpu.error, "error");
-  for (int64_t i = 0; i < count; ++i) {  // of a bad row only the error is said
-    if (on_cpu.error[i] == kNoError) continue;
-    for (int64_t f = i; f < 2 * count; f += count) on_cpu.tokens[f] = on_cuda.tokens[f] = 0;
-    for (int64_t f = i; f < kRowFields * count; f += count)
-      on_cpu.fields[f] = on_cuda.fields[f] = 0;
-  }
+  for (const size_t i : bad)
+    for (int64_t row = 0; row < (each ? 1 : count); ++row)
+      gathered_cpu[row * asked + static_cast<int64_t>(i)] = NAN;
+  for (size_t i = 0; i < gathered.size(); ++i)
+    REQUIRE(gathered[i] == gathered_cpu[i] ||
+                (gathered[i] != gathered[i] && gathered_cpu[i] != gathered_cpu[i]),
+            "logit %zu: %.9g, CPU %.9g", i, gathered[i], gathered_cpu[i]);
   same(on_cuda.tokens, on_cpu.tokens, "tokens");
   close(on_cuda.fields, on_cpu.fields, "fields");
 }

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, golden
-from test_graphs import fast_dllm
+from test_infill import fast_dllm
 from torch import Tensor
 
 import dparallel_ext as dx

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import GPUS, golden
-from test_graphs import Tape, kernels, prompt, taped, tiny  # noqa: F401
+from tape import Tape, kernels, prompt, tiny
 from torch import Tensor
 
 import dparallel_ext as dx
@@ -20,6 +20,8 @@ from dparallel_ext.cache import GRAPH_BUCKETS, AttentionMetadata, Span
 from dparallel_ext.decoding.graphs import CudaRecorder, Graphs
 from dparallel_ext.models import base
 from dparallel_ext.ops.varlen_attention import has_varlen, varlen_attention
+
+pytest_plugins = ["taping"]
 
 LONG = 24
 """Positions of a long sequence, where short ones count."""
@@ -142,7 +144,7 @@ def test_an_engine_gives_what_decode_gives(
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_it_is_recorded(
-    taped: list[Graphs],  # noqa: F811
+    taped: list[Graphs],
     short: list[tuple[int, bool]],
     way: dict[str, Any],
     dtype: torch.dtype,
@@ -215,7 +217,7 @@ def test_the_kernel(device: str, dtype: torch.dtype, heads: int, kv_heads: int, 
 
 
 def test_the_kernels_of_a_full_pass(
-    taped: list[Graphs],  # noqa: F811
+    taped: list[Graphs],
     short: list[tuple[int, bool]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -476,7 +476,7 @@ def test_special_tokens_and_long_contexts(make: Any, caplog: pytest.LogCaptureFi
     """A special token among `until` ends a response, though it is no part of the text."""
     model = make(gen_length=32)
     one = model.generation("sam has 4 cups", {"until": ["[EOS]", "[UNK]", "x"], "max_gen_toks": 9}, 0)
-    assert one.stop == [[1], [2]]
+    assert one.config.stop == ((1,), (2,))
     assert one.gen_length == 32
     with caplog.at_level("WARNING", logger="lm_eval.dparallel"):
         cut = model.generation(" ".join(["sam"] * 300), {}, 0)

@@ -40,7 +40,9 @@ def examples(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     segments = (torch.tensor([0, 3]), torch.tensor([2, 6]), torch.tensor([5, 7]))
     table = torch.tensor([[3, 1], [0, 2]])
     return {
-        "row_stats": (z, rows, MASK, ids, 0.7, 0.9, 20, keys, counters(z, 6)),
+        "row_stats": (
+            z, rows, MASK, ids, torch.tensor([[0, 39, MASK]] * 2), 0.7, 0.9, 20, keys, counters(z, 6),
+        ),
         "select": (score, score.clone(), score.clone(), eligible, policy),
         "unmask_": (
             tokens, z, None, torch.tensor([1, 0]), start, end, policy, MASK, ids, 0.7, 1.0, 0,
@@ -89,6 +91,7 @@ def documented(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], dict[s
     of_loss = {"logits": z, "labels": torch.randint(0, 40, (2, 3)), "active": eligible}
     return {
         "row_stats": (dx.row_stats, {"logits": z, "rows": torch.tensor([4, 1]), "temperature": 0.5}),
+        "row_stats of ids": (dx.row_stats, {"logits": z, "ids": torch.arange(30).view(2, 3, 5)}),
         "select": (select, {"confidence": stats.confidence, "margin": stats.margin, "entropy": stats.entropy,
                             "eligible": eligible, "policy": policy}),
         "unmask_": (dx.unmask_, {"tokens": tokens, "logits": z, "mask_id": MASK, "policy": policy,
@@ -210,6 +213,8 @@ OUT_OF_BOUNDS = [
     ("row_stats", 3, [40], r"suppress: expected in \[0, 40\), got 40"),
     ("row_stats", 3, [-5, 1], r"suppress: expected in \[0, 40\), got -5"),
     ("row_stats", 3, [2, 1], "suppress: expected ascending ids"),
+    ("row_stats", 4, [[0, 1, 2], [3, 40, 0]], r"ids: expected in \[0, 40\), got 40 at 4"),
+    ("row_stats", 4, [-1], r"ids: expected in \[0, 40\), got -1"),
     ("unmask_", 8, [2**40], "suppress: expected in"),
     ("unmask_", 3, [0, 2], r"lane: expected in \[0, 2\), got 2 at 1"),
     ("unmask_", 3, [-(2**62), 1], "lane: expected in"),

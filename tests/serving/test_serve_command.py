@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import socket
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from dparallel.serving import runner
 from dparallel.serving.runner import listen, unusable
 from dparallel.serving.settings import KEY_VARIABLE, find_keys, read_keys
 from typer.testing import CliRunner
+
+import dparallel_ext as dx
 
 
 @pytest.mark.parametrize(
@@ -161,3 +164,47 @@ def test_addresses_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
         listen("nowhere", 0)
     said = str(unusable("h", 80, OSError(errno.EACCES, "Permission denied")))
     assert said == "port: 80 of 'h' cannot be had (Permission denied)"
+
+
+def test_a_file_of_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its fields are the engine's and the requests'; options stand instead of them."""
+    found: list[dx.DecodeConfig] = []
+
+    def run(self: runner.Server, sockets: Any = None) -> None:
+        found.append(self.service.engine.config)
+
+    monkeypatch.setattr(runner.Server, "run", run)
+    file = tmp_path / "config.json"
+
+    def serve(content: dict[str, Any], *options: str) -> dx.DecodeConfig:
+        file.write_text(json.dumps(content))
+        done = CliRunner().invoke(app, ["serve", "--port", "0", "--config", str(file), *options])
+        assert done.exit_code == 0, done.output
+        return found.pop()
+
+    content = {
+        "threshold": 0.8,
+        "selector": "confidence",
+        "min_commit": 2,
+        "cache": "prefix",
+        "block_length": 16,
+    }
+    config = serve(content)
+    assert content.items() <= config.to_dict().items()
+    assert (config.rule, config.gen_length) == (None, 64)
+    config = serve(content, "--policy", "margin:0.5", "--block-length", "8", "--cache", "none")
+    assert (config.rule, config.threshold, config.min_commit) == ("margin:0.5", None, 1)
+    assert (config.block_length, config.cache) == (8, "none")
+    config = serve({"gen_length": 20, "temperature": 0.5})
+    assert (config.rule, config.gen_length, config.temperature) == ("entropy:0.5", 20, 0.5)
+    for wrong, message in (
+        ({"treshold": 0.5}, "config: {file}: expected fields of DecodeConfig, got 'treshold'. Did you mean"),
+        ({"threshold": "x"}, "config: {file}: threshold: expected a number"),
+        ({"cache": "block"}, "cache: expected"),
+        ({"record": True}, "record: an engine keeps no trajectory"),
+        ({"gen_length": [5, 6]}, "gen_length: expected a number or one for each of 1, got 2"),
+    ):
+        file.write_text(json.dumps(wrong))
+        done = CliRunner().invoke(app, ["serve", "--port", "0", "--config", str(file)])
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+        assert message.format(file=file) in done.stderr

@@ -40,12 +40,21 @@ struct RowOutput {
       error;  // [count] for row_stats, [windows] for unmask: kNoError, or the lowest encode_error
 };
 
+// Logits to return as they are, of whatever ids; +inf as the largest number. NaN for an id out of
+// bounds.
+struct Gather {
+  const int64_t* ids;  // [rows, count], rows `stride` apart; stride 0: the same for every row
+  int64_t count, stride;
+  float* logits;  // [rows, count]
+};
+
 struct RowStatsArgs {
   Logits logits;
   const int64_t* rows;  // [count] row indices, or null: row i is row i of the logits
   int64_t count;
   Exclusions exclusions;
   Sampling sampling;
+  Gather gather;
   RowOutput output;  // errors are numbered by the row's place in the output
 };
 

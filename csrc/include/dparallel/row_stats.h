@@ -94,6 +94,8 @@ enum RowField : int {
   kMargin,
   kEntropy,
   kSampleLogprob,
+  kMaxLogit,
+  kLogSum,
   kRowFields
 };
 
@@ -144,6 +146,9 @@ struct SamplePart {
   }
 };
 
+// Of infinity, which counts as the largest number.
+DP_HD float unclamped(float z) { return z >= kLargest ? kInfinity : z; }
+
 DP_HD RowResult finish(const RowPart& part) {
   const float log_sum = logf(part.sum);
   const float p1 = expf(shifted(part.top1, part.max)) / part.sum;
@@ -151,13 +156,33 @@ DP_HD RowResult finish(const RowPart& part) {
   const float entropy = log_sum - part.weighted / part.sum;
   RowResult result;
   result.token = result.sample = part.token;
-  result.field[kTop1] = part.top1 >= kLargest ? kInfinity : part.top1;
-  result.field[kTop2] = part.top2 >= kLargest ? kInfinity : part.top2;
+  result.field[kTop1] = unclamped(part.top1);
+  result.field[kTop2] = unclamped(part.top2);
   result.field[kLse] = part.max >= kLargest ? kInfinity : part.max + log_sum;
   result.field[kConfidence] = p1;
   result.field[kMargin] = p1 - p2;
   result.field[kEntropy] = entropy > 0.0f ? entropy : 0.0f;
   result.field[kSampleLogprob] = (part.top1 - part.max) - log_sum;
+  result.field[kMaxLogit] = unclamped(part.max);
+  result.field[kLogSum] = log_sum;
+  return result;
+}
+
+// Of a row that leaves no token to choose: what it adds to others, where it is a part of a
+// vocabulary. Without any logit above -inf it adds nothing.
+DP_HD RowResult finish_empty(const RowPart& part) {
+  constexpr float kNan = __builtin_nanf("");
+  RowResult result;
+  result.token = result.sample = -1;
+  result.field[kTop1] = result.field[kTop2] = -kInfinity;
+  result.field[kConfidence] = result.field[kMargin] = result.field[kSampleLogprob] = kNan;
+  const bool nothing = !(part.sum >= 0.5f);  // the largest logit alone adds 1
+  const float log_sum = nothing ? 0.0f : logf(part.sum);
+  const float entropy = nothing ? 0.0f : log_sum - part.weighted / part.sum;
+  result.field[kMaxLogit] = nothing ? -kInfinity : unclamped(part.max);
+  result.field[kLogSum] = log_sum;
+  result.field[kLse] = result.field[kMaxLogit] + log_sum;
+  result.field[kEntropy] = entropy > 0.0f ? entropy : 0.0f;
   return result;
 }
 

@@ -19,14 +19,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -37,50 +34,28 @@ from lm_eval.api.registry import register_model
 from torch import Tensor
 from tqdm import tqdm
 
-from dparallel_ext import Completion, Engine
+from dparallel_ext import Completion, DecodeConfig, Engine
+from dparallel_ext.decoding import OF_ENGINE
 from dparallel_ext.models import traits
 
 from .. import registry, text
 from ..evaluate import parse_policy
 from ..likelihood import SAMPLES, iter_log_likelihoods
-from ..toy import tasks
+from .arguments import (
+    LENGTH_NAMES,
+    NEUTRAL,
+    OF_SAMPLING,
+    Generation,
+    batch_size_of,
+    bos_token_of,
+    device_of,
+    dtype_of,
+    positions_of,
+    temperature_of,
+    windows_of,
+)
 
 log = logging.getLogger("lm_eval.dparallel")  # under the harness's own logger, whose handlers print it
-
-GEN_LENGTH = 256
-"""Where neither the model's arguments nor the task say how many tokens to decode."""
-MAX_LENGTH = 2048
-"""Of models whose config does not say how many positions they have."""
-AUTO_BATCH_SIZE = 16
-"""What `--batch_size auto` is."""
-LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "min_p": (0,),
-    "num_beams": (1,),
-    "num_return_sequences": (1,),
-    "repetition_penalty": (1,),
-    "typical_p": (1,),
-    "use_cache": (True, False),
-}
-"""Generation arguments that are not followed, each with the values that ask for nothing."""
-OF_SAMPLING = {"min_p", "typical_p"}
-"""The generation arguments among them that change nothing of greedy decoding."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """How one request of `generate_until` is decoded."""
-
-    prompt: list[int]
-    gen_length: int
-    sampling: dict[str, Any]
-    """temperature, top_p and top_k of `Engine.submit`."""
-    policy: dict[str, Any]
-    """The arguments of `Engine.submit` that `parse_policy` gives."""
-    until: tuple[str, ...]
-    stop: list[list[int]]
-    """End tokens beside the first, and strings of `until` that are special tokens, which no text holds."""
-    seed: int
 
 
 @register_model("dparallel")
@@ -143,7 +118,7 @@ class DParallelLM(TemplateLM):
     ) -> None:
         super().__init__()
         parse_policy(policy)
-        self.batch_size = _batch_size(batch_size, max_batch_size)
+        self.batch_size = batch_size_of(batch_size, max_batch_size)
         for name, value in (("gen_length", gen_length), ("max_length", max_length), ("mc_num", mc_num)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
@@ -152,18 +127,19 @@ class DParallelLM(TemplateLM):
             # The harness's command line says cuda:0 where its user says nothing.
             device = device_of(device, os.environ.get("LOCAL_RANK"))
             log.info("device: %s", device)
-        self.model, self.tokenizer = registry.load(pretrained, device=device, dtype=_dtype(dtype), fp8=fp8)
+        self.model, self.tokenizer = registry.load(pretrained, device=device, dtype=dtype_of(dtype), fp8=fp8)
         self.pretrained, self.directory = pretrained, registry.directory_of(pretrained)
         self.policy, self.gen_length, self.seed = policy, gen_length, seed
         causal = traits(self.model).block_length is not None
-        self.engine_options: dict[str, Any] = {
-            "cache": cache or ("block" if causal else "none"),
-            "block_length": block_length,
-            "sub_block_length": sub_block_length,
-            "refresh": refresh,
-            "batch_invariant": batch_invariant,
-            "mask_id": mask_id,
-        }
+        self.config = DecodeConfig(
+            rule=policy,
+            cache=cache or ("block" if causal else "none"),
+            block_length=block_length,
+            sub_block_length=sub_block_length,
+            refresh=refresh,
+            batch_invariant=batch_invariant,
+            mask_id=mask_id,
+        )
         self.likelihood_options: dict[str, Any] = {
             "method": None if likelihood == "auto" else likelihood,
             "samples": mc_num,
@@ -172,10 +148,10 @@ class DParallelLM(TemplateLM):
             "block_length": block_length if causal else None,
             "mask_id": mask_id,
         }
-        self.default_gen_length = tasks.GEN_LENGTH if pretrained.startswith("builtin:") else GEN_LENGTH
-        self.max_length = max_length or _positions(self.model.config)
+        self.default_gen_length = registry.gen_length(pretrained)
+        self.max_length = max_length or positions_of(self.model.config)
         self.end_ids = text.end_tokens(self.directory, self.tokenizer)
-        self.bos_token = _bos_token(self.directory)
+        self.bos_token = bos_token_of(self.directory)
         self.special_ids: dict[str, int] = {
             token.content: number
             for number, token in self.tokenizer.get_added_tokens_decoder().items()
@@ -248,7 +224,7 @@ class DParallelLM(TemplateLM):
             "model_num_parameters": sum(p.numel() for p in self.model.parameters()),
             "model_dtype": str(self.model.dtype),
             "policy": self.policy,
-            **self.engine_options,
+            **{name: getattr(self.config, name) for name in OF_ENGINE},
             **{f"likelihood_{key}": value for key, value in self.likelihood_options.items()},
             "generated_tokens": self._counts["tokens"],
             "forward_passes": self._counts["passes"],
@@ -340,7 +316,7 @@ class DParallelLM(TemplateLM):
         """Of whole texts: each token is in one window of at most max_length positions, the first window after
         the prefix token if there is one, later ones after as many tokens as fit."""
         windows = [
-            list(_windows(self.tok_encode(request.args[0]), self._prefix, self.max_length))
+            list(windows_of(self.tok_encode(request.args[0]), self._prefix, self.max_length))
             for request in requests
         ]
         parts = iter(self._loglikelihood_tokens([(None, *w) for each in windows for w in each], disable_tqdm))
@@ -387,7 +363,7 @@ class DParallelLM(TemplateLM):
         with bar:
             for index, response in self._decode(generations):
                 results[index] = response
-                if not generations[index].sampling["temperature"]:
+                if not generations[index].config.temperature:
                     self.cache_hook.add_partial("generate_until", requests[index].args, response)
                 bar.update()
                 bar.set_postfix(tokens_per_pass=f"{self._tokens_per_pass:.2f}")
@@ -400,42 +376,41 @@ class DParallelLM(TemplateLM):
         until = [until] if isinstance(until, str) else list(until)
         lengths = [left.pop(name) for name in LENGTH_NAMES if name in left]
         gen_length = self.gen_length or int(next(iter(lengths), self.default_gen_length))
-        temperature = _temperature(left.pop("do_sample", None), left.pop("temperature", None))
+        temperature = temperature_of(left.pop("do_sample", None), left.pop("temperature", None))
         top_k = left.pop("top_k", None)
-        sampling = {
-            "temperature": temperature,
-            "top_p": left.pop("top_p", None),
-            "top_k": None if top_k == -1 else top_k,  # -1 keeps all ids, as in vLLM
-        }
-        policy = parse_policy(left.pop("policy", self.policy))
+        top_p, top_k = left.pop("top_p", None), left.pop("top_k", None)
+        policy = left.pop("policy", self.policy)
+        parse_policy(policy)
         for name, value in left.items():
             idle = name in OF_SAMPLING and not temperature
             if not idle and value not in NEUTRAL.get(name, ()):
                 raise ValueError(f"gen_kwargs: {name}={value!r} is not supported")
         ids = self.tok_encode(context)
         digest = hashlib.sha256(f"{self.seed}:{occurrence}:{context}".encode()).digest()
-        return Generation(
-            prompt=self._fit(ids, gen_length),
+        config = self.config.replace(
             gen_length=gen_length,
-            sampling=sampling,
-            policy=policy,
-            until=tuple(one for one in until if one),
+            rule=policy,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=None if top_k == -1 else top_k,  # -1 keeps all ids, as in vLLM
+            eos_id=self.eot_token_id,
             stop=[
                 *([self.special_ids[one]] for one in until if one in self.special_ids),
                 *([one] for one in self.end_ids[1:]),
             ],
             seed=int.from_bytes(digest[:7], "big"),
         )
+        return Generation(self._fit(ids, gen_length), gen_length, config, tuple(one for one in until if one))
 
     def _engine(self, requests: int, longest: int) -> Engine:
         causal = traits(self.model).block_length
-        size = (self.engine_options["block_length"] or causal) if causal else 1
+        size = (self.config.block_length or causal) if causal else 1
         return Engine(
             self.model,
+            self.config,
             lanes=min(self.batch_size, requests),
             max_length=-(-longest // size) * size,  # a block-causal model fills its last block
             max_waiting=requests,
-            **self.engine_options,
         )
 
     def _decode(self, generations: Sequence[Generation]) -> Iterator[tuple[int, str]]:
@@ -447,15 +422,7 @@ class DParallelLM(TemplateLM):
         with self._engine(len(generations), longest) as engine:
             handles, streams, texts = [], [], [""] * len(generations)
             for index, one in enumerate(generations):
-                handle = engine.submit(
-                    one.prompt,
-                    gen_length=one.gen_length,
-                    eos_id=self.eot_token_id,
-                    stop=one.stop,
-                    seed=one.seed,
-                    **one.sampling,
-                    **one.policy,
-                )
+                handle = engine.submit(one.prompt, one.config)
                 streams.append(text.TextStream(self.tokenizer, one.until))
                 handle.subscribe(functools.partial(_put, events, index))
                 handles.append(handle)
@@ -477,69 +444,6 @@ class DParallelLM(TemplateLM):
 
 def _put(events: SimpleQueue[tuple[int, Any]], index: int, event: Any) -> None:
     events.put((index, event))
-
-
-def _batch_size(given: int | str | None, largest: int | None) -> int:
-    if isinstance(given, str) and given.startswith("auto"):
-        return min(AUTO_BATCH_SIZE, int(largest or AUTO_BATCH_SIZE))
-    try:
-        size = int(given or 1)
-    except ValueError:
-        size = 0
-    if size < 1:
-        raise ValueError(f"batch_size: expected a whole number >= 1 or 'auto', got {given!r}")
-    return size
-
-
-def device_of(asked: str | None, local_rank: str | None) -> str:
-    if not torch.cuda.is_available():
-        return "cpu"
-    return asked or "cuda" if local_rank is None else f"cuda:{local_rank}"
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    if name in (None, "auto"):
-        return None
-    dtype = getattr(torch, str(name), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {name!r}")
-    return dtype
-
-
-def _positions(config: dict[str, Any]) -> int:
-    limits = [config.get(key) for key in ("max_sequence_length", "max_position_embeddings")]
-    return min((int(limit) for limit in limits if limit), default=MAX_LENGTH)
-
-
-def _bos_token(directory: Path) -> str | None:
-    file = directory / "tokenizer_config.json"
-    token = json.loads(file.read_text()).get("bos_token") if file.is_file() else None
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _temperature(do_sample: bool | None, temperature: float | None) -> float:
-    """Greedy unless the task samples. Without a temperature, sampling is at 1, as in transformers."""
-    if do_sample is False:
-        return 0.0
-    if temperature is None:
-        return 1.0 if do_sample else 0.0
-    return float(temperature)
-
-
-def _windows(ids: list[int], prefix: list[int], width: int) -> Iterator[tuple[list[int], list[int]]]:
-    """(context, continuation) of at most `width` tokens, whose continuations make up `ids`.
-
-    The first one's context is the prefix. Each later continuation is as long as leaves its context one token,
-    and the last one has all the context that fits.
-    """
-    first = ids[: max(1, width - len(prefix))]
-    if first:
-        yield prefix, first
-    at = len(first)
-    while at < len(ids):
-        end = min(at + max(1, width - 1), len(ids))
-        yield ids[max(0, end - width) : at], ids[at:end]
-        at = end
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 import uvicorn
 
 import dparallel_ext as dx
-from dparallel_ext import Engine
+from dparallel_ext import DecodeConfig, Engine
 
 from .. import registry
 from . import connections
@@ -121,12 +121,15 @@ def run(
     fp8: bool = False,
     mask_id: int | None = None,
     log_level: str,
-    engine: dict[str, Any],
+    config: DecodeConfig,
+    lanes: int,
+    max_waiting: int,
     **settings: Any,
 ) -> None:
     """Serve a model until SIGTERM or SIGINT.
 
-    `engine`: arguments of `Engine`; `settings`: of `Settings`, without those that the model gives.
+    `config`, `lanes`, `max_waiting`: of the `Engine`; the config is that of requests which say nothing else.
+    `settings`: of `Settings`, without those that the model gives.
     Raises ValueError and FileNotFoundError, by name; what can be known before the model is loaded, then.
     """
     if log_level not in uvicorn.config.LOG_LEVELS:
@@ -143,7 +146,6 @@ def run(
         positions = dx.models.max_positions(loaded) or math.inf
         defaults = {
             "name": model,
-            "gen_length": registry.gen_length(model),
             "max_length": min(Settings.max_length, positions),
         }
         chosen = Settings(**{**defaults, **given})
@@ -152,10 +154,12 @@ def run(
                 "max_length: %d, but the model is made for %d positions", chosen.max_length, positions
             )
         try:
-            running = Engine(loaded, max_length=chosen.max_length, **engine)
+            running = Engine(
+                loaded, config, lanes=lanes, max_waiting=max_waiting, max_length=chosen.max_length
+            )
         except (MemoryError, OverflowError, RuntimeError, TypeError) as error:
             raise ValueError(
-                f"lanes, max_length: {engine.get('lanes')} requests of {chosen.max_length} tokens do not fit "
+                f"lanes, max_length: {lanes} requests of {chosen.max_length} tokens do not fit "
                 f"({str(error).partition(chr(10))[0][:200]})"
             ) from error
         opened.callback(running.close, cancel=True)

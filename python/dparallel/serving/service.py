@@ -8,16 +8,16 @@ import functools
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from dparallel_ext import Completion, Draft, Engine, EngineFull, Handle
+from dparallel_ext import Completion, DecodeConfig, Draft, Engine, EngineFull, Handle, arguments
 
 from .. import text
-from ..evaluate import parse_policy
+from ..configs import with_ends
 from ..templates import Renderer
 from .errors import ApiError, in_time, stopping
 from .metrics import Metrics
@@ -196,7 +196,12 @@ class Service:
         self.encoders = ThreadPoolExecutor(ENCODERS, "encoder")
         longest = max(map(len, tokenizer.get_vocab()), default=0)
         self.most_characters = settings.max_length * max(CHARACTERS_A_TOKEN, longest)
-        self.ends = text.endings(directory, tokenizer)
+        self.without_ends = engine.config
+        """How a request is decoded that says nothing else, and ignores the model's end tokens."""
+        self.config = with_ends(engine.config, text.endings(directory, tokenizer))
+        (self.gen_length,) = arguments.numbers("gen_length", engine.config.gen_length, 1, 1)
+        given = engine.config.seed
+        self.seed = None if given is None else arguments.numbers("seed", given, 1, -(2**63))[0]
         self.metrics = Metrics(engine)
         self.created = int(time.time())
         self.aborted: asyncio.Future[None]
@@ -286,7 +291,8 @@ class Service:
         except ValueError as error:
             raise ApiError(400, str(error), param=param) from error
         suffix = await self._suffix(request, encoded)
-        seed = secrets.randbits(62) if request.seed is None else request.seed
+        seed = self.seed if request.seed is None else request.seed
+        seed = secrets.randbits(62) if seed is None else seed
         choices = [
             Choice(
                 ids,
@@ -298,35 +304,37 @@ class Service:
             for ids in encoded
             for i in range(each)
         ]
-        policy, ends = parse_policy(request.policy or settings.policy), self._ends(request)
+        with self._engine_errors(param):
+            config = self._config(request)
 
         def submit(choice: Choice, tell: Callable[[Draft], None]) -> Handle:
-            try:
+            with self._engine_errors(param):
                 between = [self.engine.mask_id] * choice.gen_length if choice.suffix else []
                 return self.engine.submit(
                     [*choice.prompt, *between, *choice.suffix],
+                    config,
                     gen_length=0 if choice.suffix else choice.gen_length,
                     infill=bool(choice.suffix),
-                    temperature=request.temperature or 0.0,
-                    top_p=request.top_p,
-                    top_k=max(0, request.top_k or 0),
                     seed=choice.seed,
-                    logprobs=request.scored,
                     on_draft=tell if request.stream_drafts else None,
-                    **policy,
-                    **ends,
                 )
-            except EngineFull as error:
-                raise self.full("too many requests wait already") from error
-            except RuntimeError as error:
-                raise ApiError(503, str(error), code="closed") from error
-            except ValueError as error:
-                ours = str(error).partition(":")[0]
-                theirs = {"prompt": param, "gen_length": "max_tokens"}
-                theirs |= {name: name for name in ("temperature", "top_p", "top_k")}
-                raise ApiError(400, str(error), param=theirs.get(ours, "policy")) from error
 
         return Call(self, choices, each, submit)
+
+    @contextlib.contextmanager
+    def _engine_errors(self, param: str) -> Iterator[None]:
+        """What the engine refuses as ApiError; `param` is the request's name for the prompt."""
+        try:
+            yield
+        except EngineFull as error:
+            raise self.full("too many requests wait already") from error
+        except RuntimeError as error:
+            raise ApiError(503, str(error), code="closed") from error
+        except ValueError as error:
+            ours = str(error).partition(":")[0]
+            theirs = {"prompt": param, "gen_length": "max_tokens"}
+            theirs |= {name: name for name in ("temperature", "top_p", "top_k")}
+            raise ApiError(400, str(error), param=theirs.get(ours, "policy")) from error
 
     def full(self, said: str) -> ApiError:
         return ApiError(429, said, code="full", headers={"Retry-After": str(self.metrics.wait())})
@@ -340,12 +348,21 @@ class Service:
             raise ApiError(400, said, param="suffix")
         return ids
 
-    def _ends(self, request: Options) -> dict[str, Any]:
-        """The tokens that end a response, as arguments of `Engine.submit`."""
-        ends = {"eos_id": None, "stop": []} if request.ignore_eos else self.ends
+    def _config(self, request: ChatRequest | CompletionRequest) -> DecodeConfig:
+        """How the request is decoded: as it says, else as the server's config. Raises ApiError."""
+        config = self.without_ends if request.ignore_eos else self.config
         ids = request.stop_token_ids or []
         self._check_ids("stop_token_ids", ids)
-        return {**ends, "stop": [*ends["stop"], *([one] for one in ids)]}
+        changes: dict[str, Any] = {
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "top_k": None if request.top_k is None else max(0, request.top_k),
+        }
+        changes = {name: value for name, value in changes.items() if value is not None}
+        changes |= {"stop": [*config.stop, *([one] for one in ids)], "logprobs": request.scored}
+        if request.policy is None:
+            return config.replace(**changes)
+        return config.with_rule(request.policy, **changes)
 
     def _check_ids(self, param: str, ids: list[int]) -> None:
         wrong = next((one for one in ids if not 0 <= one < self.vocabulary), None)
@@ -357,7 +374,7 @@ class Service:
         """max_tokens for a prompt. Raises ApiError if it or the prompt is too long, or has foreign ids."""
         most = self.settings.max_length
         given = len(ids) + suffix
-        length = request.max_tokens or max(1, min(self.settings.gen_length, most - given))
+        length = request.max_tokens or max(1, min(self.gen_length, most - given))
         if given + length > most:
             name = param if given >= most else "max_tokens"
             said = f"{name}: expected at most {most} tokens with the response, got {given} + {length}"

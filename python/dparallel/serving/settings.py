@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import files
-from ..evaluate import parse_policy
 from .protocol import MOST_PROMPTS
 
 KEY_VARIABLE = "DPARALLEL_API_KEY"
@@ -26,9 +25,6 @@ class Settings:
     """API keys, any of which opens everything; none: all is open. /health always is."""
     cors_origins: tuple[str, ...] = ()
     """Web pages' origins (scheme://host:port, or "null" for files) that may ask; "*": any."""
-    policy: str = "entropy:0.5"
-    gen_length: int = 256
-    """max_tokens where a request has none."""
     max_length: int = 2048
     """Tokens of prompt and response."""
     max_choices: int = 64
@@ -67,7 +63,6 @@ class Settings:
                 raise ValueError(
                     f"cors_origin: expected '*' or an origin such as https://example.org, got {origin!r}"
                 )
-        parse_policy(self.policy)
 
 
 def find_keys(key: str | None, file: Path | None) -> tuple[str, ...]:

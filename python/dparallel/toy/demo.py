@@ -10,7 +10,7 @@ import torch
 
 import dparallel_ext as dx
 
-from .. import evaluate, plots, registry
+from .. import evaluate, files, plots, registry
 from ..live import HIDDEN, LiveText
 from . import tasks
 
@@ -48,7 +48,7 @@ def run(
     for row in evaluate.sweep(names, POLICIES, problems=problems):
         rows.append(row)
         console.print(evaluate.line(row), highlight=False)
-    evaluate.write_json(directory / "table.json", rows)
+    files.write_json(directory / "table.json", rows)
     console.print(f"\npictures: {', '.join(map(str, pictures))}", highlight=False)
     return directory
 

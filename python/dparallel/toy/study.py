@@ -19,7 +19,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def of_rules(rows: Iterable[Row], rules: Iterable[str]) -> list[Row]:
 def once(file: Path, make: Callable[[], Any]) -> Any:
     """What `make` returns, kept in a JSON file; read from it where it is there."""
     if not file.exists():
-        evaluate.write_json(file, make())
+        files.write_json(file, make())
     return json.loads(file.read_text())
 
 
@@ -92,6 +92,66 @@ def spent(out: Path) -> float:
 
 def measured(name: str, policies: Iterable[str], problems: int, seed: int) -> list[Row]:
     return list(evaluate.sweep([name], policies, problems=problems, seed=seed))
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What the runs of a study share, and its stages; each is left out where its files are there."""
+
+    out: Path
+    recipe_file: str | Path
+    base: distill.Recipe
+    problems: int
+    """That the curves are over."""
+    validation: int
+    """That choices are made by."""
+    say: Callable[[str], None]
+    began: float = field(default_factory=time.monotonic)
+
+    def tell(self, text: str) -> None:
+        self.say(f"[{(time.monotonic() - self.began) / 60:5.1f} min] {text}")
+
+    def answered(self) -> int:
+        """The teacher's right answers, and their number."""
+        settings = trajectories.Settings(**{"model": self.base.model, **self.base.trajectories})
+        prompts = trajectories.read_prompts(self.base.data)
+        trajectories.generate(self.out / "answers", prompts, settings)
+        count = len(trajectories.Trajectories(self.out / "answers"))
+        self.tell(f"answers: {count} of {len(prompts)} right")
+        return count
+
+    def trained(self, name: str, changes: dict[str, Any]) -> Path:
+        directory = self.out / name
+        if not (directory / "training.json").exists():
+            recipe = distill.read(self.recipe_file, model=self.base.model, training=changes)
+            distill.run(recipe, self.out / "answers", directory, progress=False)
+            for checkpoint in directory.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+        return directory
+
+    def judged(self, file: Path, name: str, policies: list[str], last: bool = False) -> list[Row]:
+        """Measured on the problems that choices are made by, or on the last ones."""
+        count, seed = (self.problems, 0) if last else (self.validation, VALIDATION)
+        rows: list[Row] = once(file, lambda: measured(name, policies, count, seed))
+        return rows
+
+    def tried(self, bar: float, ratio: Any, beta: float, steps: int) -> dict[str, Any]:
+        """A short run of the sweep."""
+        name = f"sweep/beta-{beta:g}-ratio-{'-'.join(map(str, ratio)) if isinstance(ratio, list) else ratio}"
+        changes = {"entropy_weight": beta, "mask_ratio": ratio, "max_steps": steps}
+        directory = self.trained(name, changes)
+        rows = self.judged(directory / "validation.json", str(directory), SWEEP_POLICIES)
+        found = {"entropy_weight": beta, "mask_ratio": ratio, "passes": passes_at(rows, bar), "rows": rows}
+        self.tell(f"{name}: {found['passes']:.2f} passes at {bar:.1%}")
+        return found
+
+    def final(self, bar: float, name: str, changes: dict[str, Any]) -> dict[str, Any]:
+        directory = self.trained(name, changes)
+        chosen_by = self.judged(directory / "validation.json", str(directory), SWEEP_POLICIES)
+        rows = self.judged(directory / "held_out.json", str(directory), STUDENT_POLICIES, last=True)
+        validation = passes_at(chosen_by, bar)
+        self.tell(f"{name}: {validation:.2f} passes at {bar:.1%}, validation")
+        return {"directory": str(directory), "validation": validation, "rows": rows}
 
 
 def run(
@@ -119,72 +179,26 @@ def run(
         model = str(train.train(out / "teacher"))
     given = {"data": data, "model": model}
     base = distill.read(recipe_file, **{key: value for key, value in given.items() if value is not None})
+    stages = Stages(out, recipe_file, base, problems, validation, say, began)
 
-    def clock() -> str:
-        return f"[{(time.monotonic() - began) / 60:5.1f} min]"
-
-    def trained(name: str, changes: dict[str, Any]) -> Path:
-        directory = out / name
-        if not (directory / "training.json").exists():
-            recipe = distill.read(recipe_file, model=base.model, training=changes)
-            distill.run(recipe, out / "answers", directory, progress=False)
-            for checkpoint in directory.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
-        return directory
-
-    settings = trajectories.Settings(**{"model": base.model, **base.trajectories})
-    prompts = trajectories.read_prompts(base.data)
-    trajectories.generate(out / "answers", prompts, settings)
-    answers = len(trajectories.Trajectories(out / "answers"))
-    say(f"{clock()} answers: {answers} of {len(prompts)} right")
-
-    checked = once(
-        out / "teacher-validation.json", lambda: measured(base.model, [evaluate.ONE], validation, VALIDATION)
-    )
+    answers = stages.answered()
+    checked = stages.judged(out / "teacher-validation.json", base.model, [evaluate.ONE])
     bar = checked[0]["accuracy"] - WITHIN
-    say(f"{clock()} teacher, validation, one token a pass: {checked[0]['accuracy']:.1%}")
-
-    def tried(ratio: Any, beta: float) -> dict[str, Any]:
-        name = f"sweep/beta-{beta:g}-ratio-{'-'.join(map(str, ratio)) if isinstance(ratio, list) else ratio}"
-        changes = {"entropy_weight": beta, "mask_ratio": ratio, "max_steps": sweep_steps}
-        directory = trained(name, changes)
-        rows = once(
-            directory / "validation.json",
-            lambda: measured(str(directory), SWEEP_POLICIES, validation, VALIDATION),
-        )
-        found = {"entropy_weight": beta, "mask_ratio": ratio, "passes": passes_at(rows, bar), "rows": rows}
-        say(f"{clock()} {name}: {found['passes']:.2f} passes at {bar:.1%}")
-        return found
-
-    sweep = [tried(ratio, beta) for ratio, beta in itertools.product(ratios, betas)]
+    stages.tell(f"teacher, validation, one token a pass: {checked[0]['accuracy']:.1%}")
+    sweep = [stages.tried(bar, *each, sweep_steps) for each in itertools.product(ratios, betas)]
     choices = {
         "cross entropy": min((s for s in sweep if s["entropy_weight"] == 0), key=lambda s: s["passes"]),
         "certainty forcing": min((s for s in sweep if s["entropy_weight"] > 0), key=lambda s: s["passes"]),
     }
-
     finals: dict[str, list[dict[str, Any]]] = {}
     for seed, (objective, choice) in itertools.product(range(seeds), choices.items()):
         changes = {k: choice[k] for k in ("entropy_weight", "mask_ratio")} | {"seed": seed}
         changes |= {} if steps is None else {"max_steps": steps}
         name = f"finals/{objective.replace(' ', '-')}-{seed}"
-        directory = trained(name, changes)
-
-        def judged(policies: list[str], count: int, of: int, directory: Path = directory) -> list[Row]:
-            return measured(str(directory), policies, count, of)
-
-        chosen_by = once(
-            directory / "validation.json", partial(judged, SWEEP_POLICIES, validation, VALIDATION)
-        )
-        rows = once(directory / "held_out.json", partial(judged, STUDENT_POLICIES, problems, 0))
-        finals.setdefault(objective, []).append(
-            {"directory": str(directory), "validation": passes_at(chosen_by, bar), "rows": rows}
-        )
-        say(f"{clock()} {name}: {passes_at(chosen_by, bar):.2f} passes at {bar:.1%}, validation")
-
-    teacher = once(out / "teacher.json", lambda: measured(base.model, TEACHER_POLICIES, problems, 0))
+        finals.setdefault(objective, []).append(stages.final(bar, name, changes))
+    teacher = stages.judged(out / "teacher.json", base.model, TEACHER_POLICIES, last=True)
     best = min((run for runs in finals.values() for run in runs), key=lambda run: run["validation"])
-    student = out / "student"
-    shutil.copytree(best["directory"], student, dirs_exist_ok=True)
+    shutil.copytree(best["directory"], out / "student", dirs_exist_ok=True)
     groups = {"teacher": [teacher]} | {name: [run["rows"] for run in runs] for name, runs in finals.items()}
     report = summary(groups, best["rows"]) | {
         "student": best["directory"],
@@ -194,12 +208,17 @@ def run(
         "problems": problems,
         "minutes": round(spent(out) / 60),
     }
-    evaluate.write_json(out / "report.json", report)
+    write(report, out)
+    say(markdown(report))
+    return report
+
+
+def write(report: dict[str, Any], out: Path) -> None:
+    """report.json, and what is read of it."""
+    files.write_json(out / "report.json", report)
     shown = [row for row in report["table"] if not row["policy"].startswith("entropy_bound")]
     plots.accuracy_against_passes(shown, out / "curves.png")
     files.write_text(out / "report.md", markdown(report))
-    say(markdown(report))
-    return report
 
 
 def summary(groups: dict[str, list[list[Row]]], student: list[Row]) -> dict[str, Any]:

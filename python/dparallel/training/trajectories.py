@@ -62,6 +62,17 @@ class Settings:
     mask_id: int | None = None
     """None: the checkpoint's own."""
 
+    @property
+    def config(self) -> dx.DecodeConfig:
+        """How prompts are decoded. Raises ValueError naming the setting that does not fit."""
+        return dx.DecodeConfig(
+            rule=self.policy,
+            gen_length=self.gen_length,
+            block_length=self.block_length,
+            cache=self.cache,
+            record=True,
+        )
+
 
 # --- prompts ------------------------------------------------------------------------------------
 
@@ -136,7 +147,8 @@ def generate(
             raise ValueError(f"{name}: expected a whole number >= 1, got {value}")
     if settings.format not in FORMATS:
         raise ValueError(f"format: expected one of {FORMATS}, got {settings.format!r}")
-    policy, checker = parse_policy(settings.policy), checker_of(settings.checker)
+    parse_policy(settings.policy)
+    checker = checker_of(settings.checker)
     if settings.block_length is None:
         own = (
             dx.models.traits(loaded[0]).block_length or 32
@@ -147,9 +159,10 @@ def generate(
     wanted = settings.chat or loaded is None
     template = registry.template_of(settings.model, settings.chat) if wanted else None
     settings = replace(settings, chat=template is not None)
+    config = settings.config
     directory = files.directory("out", out)
     with files.locked("out", directory):
-        _generate(directory, prompts, settings, policy, checker, template, batch, device, loaded, progress)
+        _generate(directory, prompts, settings, config, checker, template, batch, device, loaded, progress)
     return directory
 
 
@@ -157,7 +170,7 @@ def _generate(
     directory: Path,
     prompts: list[Prompt],
     settings: Settings,
-    policy: dict[str, Any],
+    config: dx.DecodeConfig,
     checker: Checker,
     template: Template | None,
     batch: int,
@@ -194,7 +207,7 @@ def _generate(
     for number in missing:
         first, part = number * settings.shard, shards[number]
         rows: list[dict[str, Any]] = []
-        for answered in _answer(model, tokenizer, encode, part, settings, policy, batch):
+        for answered in _answer(model, tokenizer, encode, part, config, batch):
             for at, row in answered:
                 if checker(part[at].answer, row["response"]):
                     rows.append({"index": first + at, **row})
@@ -215,8 +228,7 @@ def _answer(
     tokenizer: Any,
     encode: Callable[[str], list[int]],
     prompts: list[Prompt],
-    settings: Settings,
-    policy: dict[str, Any],
+    config: dx.DecodeConfig,
     batch: int,
 ) -> Iterator[list[tuple[int, dict[str, Any]]]]:
     """[(place in prompts, row)] of each batch."""
@@ -230,11 +242,7 @@ def _answer(
             out = dx.decode(
                 model,
                 torch.tensor([ids for _, ids in part], dtype=torch.int64, device=model.device),
-                gen_length=settings.gen_length,
-                block_length=settings.block_length,
-                cache=settings.cache,
-                record=True,
-                **policy,
+                config,
             )
             assert out.trajectory is not None
             responses = out.sequences[:, length:].tolist()

@@ -1,0 +1,127 @@
+"""A run's results: how they are read and written, and what is looked up in them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from .harness import OURS
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SCHEMA = 1
+
+
+def dump(found: dict[str, Any]) -> str:
+    """JSON with a line for each record."""
+    lists = {key: value for key, value in found.items() if key in ("records", "checks", "left_out")}
+    rest = json.dumps({k: v for k, v in found.items() if k not in lists}, indent=1)[:-2]
+    for key, value in lists.items():
+        rows = ",\n  ".join(json.dumps(row) for row in value)
+        rest += f',\n "{key}": [' + (f"\n  {rows}\n ]" if rows else "]")
+    return rest + "\n}\n"
+
+
+_NUMBER = (int, float)
+_RECORD = {"median": _NUMBER, "p10": _NUMBER, "p90": _NUMBER, "repeats": int}
+_RUN = {"machine": dict, "commit": str, "date": str, "small": bool, "checks": list, "records": list}
+_RUN |= {"done": list, "left_out": list}
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A run's results. Raises ValueError naming what does not fit."""
+    found = json.loads(path.read_text())
+    if found.get("schema") != SCHEMA:
+        raise ValueError(f"{path.name}: expected schema {SCHEMA}, got {found.get('schema')!r}")
+    for key, kind in _RUN.items():
+        if not isinstance(found.get(key), kind):
+            raise ValueError(f"{path.name}: expected {key}, a {kind.__name__}, got {found.get(key)!r}")
+    for record in found["records"]:
+        wanted = {"case": str, "contender": str, **({"failed": str} if "failed" in record else _RECORD)}
+        for key, kind in wanted.items():
+            if not isinstance(record.get(key), kind):
+                raise ValueError(f"{path.name}: expected {key} in each record, got {record}")
+    return found
+
+
+def figures(
+    times: list[float], phases: list[tuple[float, float, int]], floor: float | None
+) -> dict[str, Any]:
+    """What a record says of repeats in seconds: median and spread, and the floor beside it."""
+    ordered = sorted(times)
+
+    def at(share: float) -> float:
+        return ordered[round(share * (len(ordered) - 1))]
+
+    median = statistics.median(times)
+    return {
+        "median": median,
+        "p10": at(0.1),
+        "p90": at(0.9),
+        "repeats": len(times),
+        "bytes": sum(b * n for b, _, n in phases),
+        "flop": sum(f * n for _, f, n in phases),
+        "floor": floor,
+        "share": floor / median if floor else None,
+    }
+
+
+def of_cpu(found: dict[str, Any]) -> dict[str, Any]:
+    """What is worth keeping of pytest-benchmark's JSON, as a run."""
+    records = []
+    for bench in found["benchmarks"]:
+        extra = bench["extra_info"]
+        times = [t / extra.get("steps", 1) for t in bench["stats"]["data"]]
+        about = {"case": bench["group"], "op": bench["name"].split("[")[0]}
+        record = {
+            **about,
+            "contender": extra.get("contender", OURS),
+            **figures(times, [], extra.get("floor")),
+        }
+        kept = ("rows", "megabytes", "latencies", "attention")
+        records.append(record | {k: extra[k] for k in kept if k in extra})
+        for name, seconds in extra.get("baselines", {}).items():
+            records.append({**about, "contender": name, **figures([seconds], [], extra.get("floor"))})
+    given = found["machine_info"]
+    machine = {key: given[key] for key in ("threads", "torch", "simd")}
+    machine |= {"gpu": None, "cpu": given["cpu"].get("brand_raw", "unknown CPU")}
+    commit = found.get("commit_info", {})
+    return {
+        "schema": SCHEMA,
+        "machine": machine,
+        "commit": str(commit.get("id", "unknown")) + ("+changes" if commit.get("dirty") else ""),
+        "date": found["datetime"],
+        "small": False,
+        "checks": [],
+        "records": records,
+        "done": [],
+        "left_out": [],
+    }
+
+
+def newest(results: Path = RESULTS) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The newest run of a CPU and of a GPU, small ones left out."""
+    runs = [run for path in sorted(results.glob("*.json")) if not (run := load(path))["small"]]
+    runs.sort(key=lambda run: run["date"])
+    cpu = [run for run in runs if run["machine"]["gpu"] is None]
+    gpu = [run for run in runs if run["machine"]["gpu"] is not None]
+    return (cpu or [None])[-1], (gpu or [None])[-1]
+
+
+def grouped(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Records by case and condition."""
+    made: dict[str, list[dict[str, Any]]] = {}
+    for record in found["records"]:
+        condition = record.get("condition")
+        made.setdefault(record["case"] + (f", {condition}" if condition else ""), []).append(record)
+    return made
+
+
+def own(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return next((r for r in records if r["contender"].startswith(OURS) and "median" in r), None)
+
+
+def curves_of_passes(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Of bench_engine's test_step: passes over one block against caches of `rows` positions."""
+    return {case: rs for case, rs in grouped(found).items() if all("attention" in r for r in rs)}

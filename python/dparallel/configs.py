@@ -1,0 +1,60 @@
+"""Configs of the command line: a JSON file of `DecodeConfig`'s fields, and the options beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dparallel_ext import DecodeConfig
+
+from . import files
+from .evaluate import parse_policy
+
+POLICY = "entropy:0.5"
+"""The rule where neither an option nor the file says how a pass decides."""
+DECIDES = {"rule", "policy", "threshold", "selector", "steps", "min_commit", "max_commit", "score"}
+"""Fields that say so."""
+
+
+def read_fields(file: Path | None) -> dict[str, Any]:
+    """The fields that the file names; none without a file.
+
+    Raises ValueError and FileNotFoundError, by name.
+    """
+    if file is None:
+        return {}
+    content = files.json_object("config", file, 1, files.read_text("config", file))
+    try:
+        DecodeConfig.from_dict(content)
+    except ValueError as error:
+        raise ValueError(f"config: {file}: {str(error).removeprefix('config: ')}") from error
+    return content
+
+
+def take_mask(content: dict[str, Any], option: int | None) -> int | None:
+    """The mask token that the option names, else the file. It is the model's from its loading on, and no
+    field any more."""
+    of_file = content.pop("mask_id", None)
+    return of_file if option is None else option
+
+
+def config_of(content: Mapping[str, Any], policy: str | None, **options: Any) -> DecodeConfig:
+    """The config of a file's fields and of the options beside them, None where an option is not given.
+
+    policy: what `parse_policy` takes; it stands instead of what the file says of rule and policy.
+    Raises ValueError naming the option that does not fit.
+    """
+    config = DecodeConfig.from_dict(content)
+    given: Any = {name: value for name, value in options.items() if value is not None}
+    if policy is not None or not DECIDES & content.keys():
+        parse_policy(policy or POLICY)
+        return config.with_rule(policy or POLICY, **given)
+    return config.replace(**given)
+
+
+def with_ends(config: DecodeConfig, ends: Mapping[str, Any]) -> DecodeConfig:
+    """A response ends where the config says, and at what `text.endings` found: its eos_id unless the config
+    has one, and its stops too."""
+    eos_id = ends["eos_id"] if config.eos_id is None else config.eos_id
+    return config.replace(eos_id=eos_id, stop=[*config.stop, *ends["stop"]])

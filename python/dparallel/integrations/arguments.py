@@ -1,0 +1,105 @@
+"""What the harness's arguments mean to us: those of a model, and those of a generation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dparallel_ext import DecodeConfig
+
+MAX_LENGTH = 2048
+"""Of models whose config does not say how many positions they have."""
+AUTO_BATCH_SIZE = 16
+"""What `--batch_size auto` is."""
+LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "min_p": (0,),
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "repetition_penalty": (1,),
+    "typical_p": (1,),
+    "use_cache": (True, False),
+}
+"""Generation arguments that are not followed, each with the values that ask for nothing."""
+OF_SAMPLING = {"min_p", "typical_p"}
+"""The generation arguments among them that change nothing of greedy decoding."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How one request of `generate_until` is decoded."""
+
+    prompt: list[int]
+    gen_length: int
+    config: DecodeConfig
+    """Its stops are the end tokens beside the first, and strings of `until` that are special tokens, which no
+    text holds."""
+    until: tuple[str, ...]
+
+
+def batch_size_of(given: int | str | None, largest: int | None) -> int:
+    if isinstance(given, str) and given.startswith("auto"):
+        return min(AUTO_BATCH_SIZE, int(largest or AUTO_BATCH_SIZE))
+    try:
+        size = int(given or 1)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise ValueError(f"batch_size: expected a whole number >= 1 or 'auto', got {given!r}")
+    return size
+
+
+def device_of(asked: str | None, local_rank: str | None) -> str:
+    if not torch.cuda.is_available():
+        return "cpu"
+    return asked or "cuda" if local_rank is None else f"cuda:{local_rank}"
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    if name in (None, "auto"):
+        return None
+    dtype = getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {name!r}")
+    return dtype
+
+
+def positions_of(config: dict[str, Any]) -> int:
+    limits = [config.get(key) for key in ("max_sequence_length", "max_position_embeddings")]
+    return min((int(limit) for limit in limits if limit), default=MAX_LENGTH)
+
+
+def bos_token_of(directory: Path) -> str | None:
+    file = directory / "tokenizer_config.json"
+    token = json.loads(file.read_text()).get("bos_token") if file.is_file() else None
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def temperature_of(do_sample: bool | None, temperature: float | None) -> float:
+    """Greedy unless the task samples. Without a temperature, sampling is at 1, as in transformers."""
+    if do_sample is False:
+        return 0.0
+    if temperature is None:
+        return 1.0 if do_sample else 0.0
+    return float(temperature)
+
+
+def windows_of(ids: list[int], prefix: list[int], width: int) -> Iterator[tuple[list[int], list[int]]]:
+    """(context, continuation) of at most `width` tokens, whose continuations make up `ids`.
+
+    The first one's context is the prefix. Each later continuation is as long as leaves its context one token,
+    and the last one has all the context that fits.
+    """
+    first = ids[: max(1, width - len(prefix))]
+    if first:
+        yield prefix, first
+    at = len(first)
+    while at < len(ids):
+        end = min(at + max(1, width - 1), len(ids))
+        yield ids[max(0, end - width) : at], ids[at:end]
+        at = end

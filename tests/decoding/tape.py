@@ -1,0 +1,170 @@
+"""A stand-in for CUDA graphs where there is no GPU, and what its tests share.
+
+A `Tape` keeps the operators that a pass dispatches, with the very tensors, and a replay runs them again on
+those, without any of the Python around them. So a number that was read on the host while recording stays what
+it was, as in a CUDA graph. Everything else is the library's own.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import sys
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dparallel_ext import models
+from dparallel_ext.decoding.graphs import Graphs
+
+aten = torch.ops.aten
+WAITS = {
+    aten.item.default,
+    aten._local_scalar_dense.default,
+    aten.is_nonzero.default,
+    aten.equal.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.lift_fresh.default,  # a tensor of numbers from the host
+}
+"""What a GPU's recording does not permit; so with an index that is a mask."""
+LOOKS = {
+    "_check",
+    "check_heads",
+    "check_index",
+    "check_rows",
+    "check_caches",
+    "within",
+    "check",
+    "suppressed",
+}
+"""Functions that read values on the CPU alone."""
+
+
+class Tape(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.written: list[tuple[Tensor, Tensor]] = []
+        """Before each call, what it changes and a copy of it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        by_mask = func is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if (func in WAITS or by_mask) and not looks():
+            raise RuntimeError(f"{func}: not permitted while recording")
+        for place, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = args[place] if place < len(args) else kwargs.get(argument.name)
+                if isinstance(given, Tensor):
+                    self.written.append((given, given.clone()))
+        out = func(*args, **kwargs)
+        self.calls.append((func, args, kwargs, out))
+        return out
+
+    def put_back(self) -> None:
+        """As if nothing had run."""
+        for tensor, was in reversed(self.written):
+            tensor.copy_(was)
+        self.written.clear()
+        self.calls[-1][-1].fill_(-7)  # the result
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor) and old.numel() and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def looks() -> bool:
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "_compute":
+        if frame.f_code.co_name in LOOKS:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+class TapeGraph:
+    """A `torch.cuda.CUDAGraph` on a tape, whose pools follow the rules of torch's allocator."""
+
+    pools: ClassVar[dict[int, int]] = {}
+    """How many graphs use each. One that no graph uses any more stays known, and is refused."""
+
+    def capture_begin(self, pool: int, capture_error_mode: str) -> None:
+        assert capture_error_mode == "thread_local"
+        if not self.pools.get(pool, 1) > 0:
+            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
+        self.users, self.pool, self.tape = self.pools, pool, Tape()
+        self.users[pool] = self.users.get(pool, 0) + 1
+        self.tape.__enter__()
+
+    def capture_end(self) -> None:
+        self.tape.__exit__(None, None, None)
+        self.tape.put_back()
+
+    def replay(self) -> None:
+        self.tape.replay()
+
+    def __del__(self) -> None:
+        if hasattr(self, "pool"):
+            self.users[self.pool] -= 1
+
+
+class TapeStream:
+    made = itertools.count()
+
+    def __init__(self, device: Any = None) -> None:
+        self.device, self.cuda_stream = device, next(self.made) % 32
+
+    def wait_stream(self, other: TapeStream) -> None:
+        pass
+
+
+def recordings(graphs: Graphs) -> int:
+    return sum(found is not None for found in graphs.forms.values())
+
+
+PROMPTS = [torch.arange(3, 14), torch.arange(40, 47), torch.arange(1, 30)]
+TINY = {
+    "llada": {
+        "d_model": 16, "n_layers": 1, "n_heads": 2, "mlp_hidden_size": 16, "vocab_size": 64,
+        "block_type": "llama", "activation_type": "silu", "layer_norm_type": "rms", "rope": True,
+        "rope_theta": 1e4, "include_bias": False, "weight_tying": False, "mask_token_id": 60,
+    },
+    "sdar": {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+        "vocab_size": 64, "mask_token_id": 60, "block_size": 32,
+    },
+}  # fmt: skip
+
+
+def tiny(name: str, layers: int = 1) -> models.Model:
+    family, key = {"llada": (models.LLaDA, "n_layers"), "sdar": (models.SDAR, "num_hidden_layers")}[name]
+    return family({**TINY[name], key: layers}).eval()  # type: ignore[abstract]
+
+
+def prompt(length: int) -> Tensor:
+    return torch.randint(0, 59, (length,))
+
+
+LOOKING = {"aminmax", "gt", "all"}
+"""Operators of the checks that are made on the CPU alone."""
+
+
+def kernels(tape: Tape) -> collections.Counter[str]:
+    """Operators that launch something: not views, nor those that only make room or give a number."""
+    found: collections.Counter[str] = collections.Counter()
+    for func, args, kwargs, out in tape.calls:
+        name = func._schema.name.split("::")[1]
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        views = bool(made) and all(t.untyped_storage().data_ptr() in given for t in made)
+        changes = func._schema.is_mutable
+        if changes or (made and not views and name not in LOOKING and "empty" not in name):
+            found[name] += 1
+    return found

@@ -1,0 +1,42 @@
+"""The fixture `taped`: batches on the CPU are recorded, on a tape."""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from tape import TapeGraph, TapeStream
+from torch import Tensor
+
+from dparallel_ext.decoding import runner, workspace
+from dparallel_ext.decoding.graphs import Graphs
+
+
+@pytest.fixture
+def taped(monkeypatch: pytest.MonkeyPatch) -> list[Graphs]:
+    """Batches on the CPU whose passes take the forms they have on a GPU, and are recorded."""
+    made: list[Graphs] = []
+
+    class Seen(Graphs):
+        def __init__(self, recorder: Any) -> None:
+            super().__init__(recorder)
+            self.small = 0  # passes that may be recorded
+            made.append(self)
+
+        def run(self, form: Any, *args: Any, **settings: Any) -> Tensor:
+            self.small += form is not None
+            return super().run(form, *args, **settings)
+
+    monkeypatch.setattr(workspace, "Graphs", Seen)
+    monkeypatch.setattr(workspace, "can_record", lambda device: True)
+    monkeypatch.setattr(runner, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", TapeGraph)
+    monkeypatch.setattr(TapeGraph, "pools", {})
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", itertools.count(1).__next__)
+    monkeypatch.setattr(torch.cuda, "Stream", TapeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", TapeStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    return made
