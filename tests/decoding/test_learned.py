@@ -14,7 +14,6 @@ from conftest import golden
 from dparallel import evaluate, registry
 from dparallel.serving.protocol import CompletionRequest
 from safetensors.torch import load_file, save_file
-from test_graphs import taped  # noqa: F401
 from test_rules import MASK, PROMPTS, Sharp, argmax, best, plain
 from torch import Tensor, nn
 
@@ -23,6 +22,8 @@ from dparallel_ext import models, rules
 from dparallel_ext.decoding.graphs import Graphs
 from dparallel_ext.rules import Decision, Learned, Rule, Where
 from dparallel_ext.rules.learned import by_place, linear
+
+pytest_plugins = ["taping"]
 
 BLOCK = 16
 
@@ -129,7 +130,7 @@ def test_a_layer_rounds_alike_in_every_batch(size: int) -> None:
     ],
 )
 def test_recorded_passes_give_the_same(
-    taped: list[Graphs],  # noqa: F811
+    taped: list[Graphs],
     file: Path,
     name: str,
     cache: str,
