@@ -8,7 +8,7 @@ from .fast_dllm import FastDLLM
 from .files import locate
 from .llada import LLaDA
 from .sdar import SDAR
-from .traits import max_positions, traits, warn_beyond
+from .traits import fingerprint, max_positions, traits, warn_beyond
 from .wrappers import for_decoding, own_precision, unwrap
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Traits",
     "config_of",
     "device_of",
+    "fingerprint",
     "for_decoding",
     "load",
     "locate",

@@ -3,8 +3,9 @@
 from .credit import Credit
 from .early import Prophet, SchED
 from .edit import Edit
+from .learned import Learned
 from .protocol import Decision, Function, FunctionRule, Rule, Where
-from .spec import ONE, describe, parse
+from .spec import ONE, describe, parse, reads_file
 
 __all__ = [
     "ONE",
@@ -13,10 +14,12 @@ __all__ = [
     "Edit",
     "Function",
     "FunctionRule",
+    "Learned",
     "Prophet",
     "Rule",
     "SchED",
     "Where",
     "describe",
     "parse",
+    "reads_file",
 ]

@@ -20,11 +20,19 @@ from .text import prompt_encoder
 from .toy import tasks
 
 
-def parse_policy(text: str) -> dict[str, Any]:
+def parse_policy(text: str, *, files: bool = True) -> dict[str, Any]:
     """decode's arguments for what `rules.parse` takes: "one", "steps:N", "SELECTOR:THRESHOLD", "credit", ...
+
+    files: whether it may name any file of this machine ("learned:PATH"), not those alone that ship
+    ("learned:builtin:teacher").
 
     Raises ValueError, also for a number beyond its bounds.
     """
+    given, text = text, registry.policy_text(text)
+    if not files and text == given and rules.reads_file(text):
+        raise ValueError(
+            "policy: expected a file that ships, learned:builtin:NAME, where a request names one"
+        )
     try:
         rule, row = rules.parse(text)
     except ValueError as error:

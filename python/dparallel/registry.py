@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,24 @@ def directory_of(name: str) -> Path:
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(said)
     return directory
+
+
+FILTER = "filter.safetensors"
+"""In a built-in model's directory, what the rule `learned` reads."""
+
+
+def policy_text(text: str) -> str:
+    """A policy's text as `rules.parse` takes it: for "learned:builtin:NAME" with the path of that file.
+
+    Raises ValueError where none ships.
+    """
+    found = re.match(r"learned:(builtin:[^,+]*)", text)
+    if found is None:
+        return text
+    there = {f"builtin:{path.parent.name}": path for path in sorted(BUILTIN.glob(f"*/{FILTER}"))}
+    if found[1] not in there:
+        raise ValueError(f"policy: no filter ships for {found[1]!r}, only for {list(there)}")
+    return f"learned:{there[found[1]]}{text[found.end() :]}"
 
 
 def template_of(name: str, chat: bool | None = None) -> text.Template | None:
