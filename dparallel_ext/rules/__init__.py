@@ -5,7 +5,7 @@ from .early import Prophet, SchED
 from .edit import Edit
 from .learned import Learned
 from .protocol import Decision, Function, FunctionRule, Rule, Where
-from .spec import ONE, describe, parse, reads_file
+from .spec import ONE, describe, file_of, parse
 
 __all__ = [
     "ONE",
@@ -20,6 +20,6 @@ __all__ = [
     "SchED",
     "Where",
     "describe",
+    "file_of",
     "parse",
-    "reads_file",
 ]

@@ -32,6 +32,9 @@ from .protocol import Decision, Rule, Where
 TENSORS = ("0.weight", "0.bias", "2.weight", "2.bias")
 """W1 (H, N), b1, W2 (N, H), b2 by their names in a file: those of Sequential(Linear, ReLU, Linear)."""
 
+NAMED: dict[str, Path] = {}
+"""Files that have a name, as "builtin:teacher": `dparallel.registry` names those that ship."""
+
 
 @dataclass(frozen=True)
 class Learned(Rule):
@@ -44,6 +47,7 @@ class Learned(Rule):
     """
 
     file: str | Path = field(compare=False)
+    """Or one of `NAMED`."""
     tau: float | None = None
     """None: the file's own."""
     content: str = field(init=False, repr=False)
@@ -56,12 +60,13 @@ class Learned(Rule):
 
     def __post_init__(self) -> None:
         try:
-            stat = Path(self.file).stat()
-            content, weights, said = _read(str(self.file), stat.st_mtime_ns, stat.st_size)
+            path = NAMED.get(str(self.file), Path(self.file))
+            stat = path.stat()
+            content, weights, said = _read(str(path), stat.st_mtime_ns, stat.st_size)
         except (OSError, SafetensorError) as error:
             why = str(getattr(error, "strerror", None) or error)
             if str(self.file).startswith("builtin:"):
-                why += f"; dparallel.registry.policy_text knows 'learned:{self.file}'"
+                why += f"; filters with a name: {list(NAMED)}, once dparallel.registry is imported"
             raise ValueError(f"file: {self.file} is not a readable safetensors file: {why}") from error
         tau = said.get("tau", "none") if self.tau is None else self.tau
         try:

@@ -88,10 +88,7 @@ def parse(text: str, *, default: bool = True) -> tuple[Rule | None, dict[str, An
     if name not in KINDS:
         return None, _row(text)
     kind = KINDS[name]
-    own, plus, beside = text.rpartition("+") if kind.path else text.partition("+")
-    if kind.path and beside.partition(":")[0] not in ROWS:
-        own, plus = text, ""
-    values = kind.values(own.partition(":")[2])
+    values, beside = _parts(text, kind)
     names = [parameter for parameter, _ in kind.parameters]
     if not kind.needed <= len(values) <= len(names):
         raise ValueError(f"rule: expected {_usage(name)}, got {text!r}")
@@ -100,14 +97,22 @@ def parse(text: str, *, default: bool = True) -> tuple[Rule | None, dict[str, An
         rule = kind.make(**made)
     except ValueError as error:
         raise ValueError(f"rule: expected {_usage(name)}, got {text!r} ({error})") from error
-    row = beside if plus else rule.row if default else None
+    row = beside if beside is not None else rule.row if default else None
     return rule, _row(row) if row else {}
 
 
-def reads_file(text: str) -> bool:
-    """Whether a rule's text names a file, which `parse` reads."""
+def file_of(text: str) -> str | None:
+    """The file that a rule's text names, which `parse` reads; None where it names none."""
     kind = KINDS.get(_name(text))
-    return kind is not None and kind.path
+    return "".join(_parts(text, kind)[0][:1]) if kind is not None and kind.path else None
+
+
+def _parts(text: str, kind: Kind) -> tuple[list[str], str | None]:
+    """What stands after the colon, and after the plus sign; None without one that begins a policy row."""
+    own, plus, beside = text.rpartition("+") if kind.path else text.partition("+")
+    if kind.path and beside.partition(":")[0] not in ROWS:
+        own, plus = text, ""
+    return kind.values(own.partition(":")[2]), beside if plus else None
 
 
 def _name(text: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 import dparallel_ext as dx
 from dparallel_ext import rules
 from dparallel_ext.rules import ONE as ONE
+from dparallel_ext.rules import learned
 
 from . import registry
 from .text import prompt_encoder
@@ -28,8 +29,8 @@ def parse_policy(text: str, *, files: bool = True) -> dict[str, Any]:
 
     Raises ValueError, also for a number beyond its bounds.
     """
-    given, text = text, registry.policy_text(text)
-    if not files and text == given and rules.reads_file(text):
+    file = rules.file_of(text)
+    if not files and file is not None and file not in learned.NAMED:
         raise ValueError(
             "policy: expected a file that ships, learned:builtin:NAME, where a request names one"
         )

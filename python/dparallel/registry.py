@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dparallel_ext import models
+from dparallel_ext.rules import learned
 
 from . import text, tokenizer
 from .toy import tasks
@@ -39,21 +39,8 @@ def directory_of(name: str) -> Path:
 
 
 FILTER = "filter.safetensors"
-"""In a built-in model's directory, what the rule `learned` reads."""
-
-
-def policy_text(text: str) -> str:
-    """A policy's text as `rules.parse` takes it: for "learned:builtin:NAME" with the path of that file.
-
-    Raises ValueError where none ships.
-    """
-    found = re.match(r"learned:(builtin:[^,+]*)", text)
-    if found is None:
-        return text
-    there = {f"builtin:{path.parent.name}": path for path in sorted(BUILTIN.glob(f"*/{FILTER}"))}
-    if found[1] not in there:
-        raise ValueError(f"policy: no filter ships for {found[1]!r}, only for {list(there)}")
-    return f"learned:{there[found[1]]}{text[found.end() :]}"
+"""In a built-in model's directory, what "learned:builtin:NAME" reads."""
+learned.NAMED.update({f"builtin:{path.parent.name}": path for path in sorted(BUILTIN.glob(f"*/{FILTER}"))})
 
 
 def template_of(name: str, chat: bool | None = None) -> text.Template | None:

@@ -224,8 +224,9 @@ def test_names(file: Path) -> None:
     assert rules.parse(f"learned:{file},0.25") == (Learned(file, 0.25), quota)
     assert rules.parse(f"learned:{file},1e-1+one") == (Learned(file, 0.1), {})
     assert rules.parse(f"learned:{file}+steps:4") == (Learned(file), {"steps": 4})
-    assert rules.reads_file(f"learned:{file}+one")
-    assert not rules.reads_file("credit+entropy:0.5")
+    assert rules.file_of(f"learned:{file},0.5+one") == str(file)
+    assert rules.file_of("credit+entropy:0.5") is None
+    assert dx.DecodeConfig(rule=Learned(file, 0.2)).to_dict()["rule"] == f"learned:{file},0.2"
     assert str(Learned(str(file))) == f"Learned(file={str(file)!r}, tau=0.7)"
 
 
@@ -267,8 +268,8 @@ def test_what_is_no_filter_is_named(llada: models.Model, file: Path, tmp_path: P
         Learned(tmp_path)
     with pytest.raises(ValueError, match=r"tau: expected a number from 0 to 1, got -0\.1"):
         Learned(file, -0.1)
-    with pytest.raises(ValueError, match=r"registry\.policy_text knows 'learned:builtin:teacher'"):
-        rules.parse("learned:builtin:teacher")
+    with pytest.raises(ValueError, match=r"No such file .*; filters with a name: \['builtin:teacher'\]"):
+        rules.parse("learned:builtin:no")
 
 
 def test_a_filter_is_for_its_blocks_and_says_what_it_was_trained_for(
@@ -298,13 +299,10 @@ def test_fingerprints_do_not_hang_on_dtype_or_layout() -> None:
     assert models.fingerprint(Sharp(plain_one, 1.0)) is None
 
 
-def test_policies_by_name() -> None:
+def test_filters_that_ship_have_a_name() -> None:
     shipped = registry.BUILTIN / "teacher" / registry.FILTER
-    assert evaluate.parse_policy("learned:builtin:teacher,0.5+one") == {"rule": f"learned:{shipped},0.5+one"}
-    with pytest.raises(ValueError, match=r"policy: no filter ships for 'builtin:no', only for \['builtin:t"):
-        evaluate.parse_policy("learned:builtin:no")
-    with pytest.raises(ValueError, match=r"policy: no filter ships for 'builtin:../x'"):
-        evaluate.parse_policy("learned:builtin:../x")
+    assert Learned("builtin:teacher") == Learned(shipped)
+    assert evaluate.parse_policy("learned:builtin:teacher,0.5+one")["rule"].startswith("learned:builtin")
 
 
 def test_a_request_names_no_file_of_the_server(file: Path) -> None:
