@@ -214,6 +214,11 @@ NUMBERS: dict[tuple[str, ...], dict[str, tuple[object, ...]]] = {
         "policy": ("confidence:inf", "steps:0"),
     },
     ("distill", str(RECIPES / "builtin.yaml"), "--dry-run"): {"processes": (-1, 0)},
+    ("filter", "out", "--answers", "nowhere"): {
+        **dict.fromkeys(("steps", "batch", "hidden"), (-1, 0, 10**20)),
+        **dict.fromkeys(("tau", "held-out", "lr"), (0, 1, "nan")),
+        "seed": (-1, 10**20),
+    },
 }
 """Numbers outside their meaning, by command and option; those of `serve` are in test_serve."""
 
@@ -255,6 +260,8 @@ def test_numbers_outside_their_meaning_are_named(
         (("evaluate", "--policy", "x"), "policy: expected"),
         (("trajectories", "out", "--data", "nowhere.jsonl"), "data: no file"),
         (("trajectories", "out", "--data", "builtin:3", "--checker", "x"), "checker: expected"),
+        (("filter", "out", "--answers", "nowhere"), "trajectories: no settings.json in nowhere"),
+        (("filter", ".", "--answers", "nowhere"), "out: . is a directory"),
         (("distill", "nowhere.yaml"), "recipe: no file"),
         (("distill", str(RECIPES / "builtin.yaml")), "answers, out: both"),
         (("merge", "nowhere", "out"), "adapter: no adapter_config.json"),

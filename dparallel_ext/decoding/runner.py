@@ -303,7 +303,7 @@ class Runner:
     def _of_windows(
         self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Policy rows (W * 5,) float32; (3, W) int64 pass, seed and number of the samples' key; and (3, W)
+        """Policy rows (W * 5,) float32; (3, W) int64 pass, seed and number of the samples' key; and (4, W)
         int64 `SequenceState.progress`.
         """
         policy, keys, progress = [], [], []
@@ -314,10 +314,10 @@ class Runner:
                 progress.append(row.progress(window.block))
             none = self.blocks - len(windows)
             policy += [IDLE.settings.policy] * none
-            progress += [(0, 1, 0)] * none
+            progress += [(0, 1, 0, 0)] * none
             keys += [(row.nfe + 1, *row.settings.key)] * self.blocks
-        numbers = torch.tensor((keys, progress), dtype=torch.int64).view(2, -1, 3).transpose(1, 2)
-        return torch.tensor(policy, dtype=torch.float32).view(-1), numbers[0], numbers[1]
+        own, far = (torch.tensor(each, dtype=torch.int64) for each in (keys, progress))
+        return torch.tensor(policy, dtype=torch.float32).view(-1), own.view(-1, 3).T, far.view(-1, 4).T
 
     def _edges(self, lanes: int, work: Mapping[int, SequenceWork], group: Sequence[int]) -> Tensor:
         """(4, W) int64 for some lanes: the windows' columns [start, end), and those that rules read."""

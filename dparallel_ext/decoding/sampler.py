@@ -57,7 +57,7 @@ class Predicted(NamedTuple):
     keys: Tensor
     """(3, W) int64: the sequence's pass, from 1, and the seed and the number that key its samples."""
     progress: Tensor
-    """(3, W) int64, see `sequence.SequenceState.progress`; empty where there is no rule."""
+    """(4, W) int64, see `sequence.SequenceState.progress`; empty where there is no rule."""
     policy: Tensor
     """(W, 5) float32"""
     lane: Tensor | None
@@ -128,7 +128,7 @@ def _by_rule(
     mask_id: int,
     given: Tensor,
 ) -> Decided:
-    logits, positions, (step, seed, sequence), (turn, steps, response), policy, _, cells = predicted
+    logits, positions, (step, seed, sequence), (turn, steps, response, block), policy, _, cells = predicted
     start, end, first, last = windows
     lane, column = positions // tokens.shape[1], positions % tokens.shape[1]
     held = tokens.view(-1)[positions]
@@ -146,8 +146,7 @@ def _by_rule(
         position=column,
         step=step[own],
     )
-    needed = read if rule.edits else masks
-    bad = torch.where(needed & (error != NO_ERROR), 4 * positions + error % 4, NO_ERROR)
+    bad = torch.where(read & (error != NO_ERROR), 4 * positions + error % 4, NO_ERROR)
     errors = torch.full_like(step, NO_ERROR).scatter_reduce(0, own, bad, "amin")
     moves = read & (errors[own] == NO_ERROR)  # a bad row keeps its own window from committing
     masks = masks & moves
@@ -166,6 +165,7 @@ def _by_rule(
         turn=turn,
         steps=steps,
         first=response,
+        block=block,
         policy=policy,
         cells=grid,
         rows=logits,

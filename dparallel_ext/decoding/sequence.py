@@ -56,6 +56,8 @@ class Layout(NamedTuple):
     """Columns [start, end) of each block, left to right; each holds some of `columns`."""
     length: int
     """Of the whole sequence."""
+    origin: int = 0
+    """The first column of the first block: one of the prompt's where that ends within a block."""
 
 
 def whole_length(prompt: int, gen_length: int, block_length: int, causal: bool) -> int:
@@ -89,7 +91,7 @@ def lay_out(
     ]
     if steps is not None and blocks and steps % len(blocks):
         raise ValueError(f"steps: expected a multiple of the {len(blocks)} blocks, got {steps}")
-    return Layout(columns, blocks, length)
+    return Layout(columns, blocks, length, origin)
 
 
 class OpenBlock(NamedTuple):
@@ -215,10 +217,13 @@ class SequenceState:
         """How many tokens of the response lie in front of `column`."""
         return bisect_left(self.columns, column)
 
-    def progress(self, block: OpenBlock) -> tuple[int, int, int]:
-        """For rules: passes that the block has had, passes of the schedule, the first column."""
+    def progress(self, block: OpenBlock) -> tuple[int, int, int, int]:
+        """For rules: passes that the block has had, passes of the schedule, the response's first column, the
+        block's first column.
+        """
         scheduled = self.settings.steps or len(self.columns)
-        return block.step, scheduled, self.columns[0] if self.columns else 0
+        start = self.layout.origin if block.start == self.blocks[0][0] else block.start
+        return block.step, scheduled, self.columns[0] if self.columns else 0, start
 
     def policy(self, block: OpenBlock, must_move: bool = True) -> tuple[float, ...]:
         """Of the next pass over a block, a row of `policies.FIELDS`."""

@@ -131,6 +131,8 @@ def check_settings(model: Any, settings: Sequence[Settings], of_model: OfModel) 
                 f"rule: {type(own.rule).__name__} edits, which does not go with {type(model).__name__}: its "
                 "blocks are begun by the block before"
             )
+    for rule in {own.rule for own in settings if own.rule is not None}:
+        rule.check(model, schedule.block_length)
     steps = next((own.steps for own in settings if own.steps is not None), None)
     in_parts = schedule.sub_block_length < schedule.block_length or (schedule.shift and schedule.causal)
     if steps is not None and in_parts:

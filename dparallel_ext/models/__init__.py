@@ -1,14 +1,15 @@
 """Native models that read published checkpoints as they are."""
 
 from ..cache import KVCache
-from .base import Model, Output, Traits
+from .base import Model
 from .checkpoint import FAMILIES, config_of, device_of, load, save, wrap
+from .config import Output, Traits
 from .dream import Dream
 from .fast_dllm import FastDLLM
 from .files import locate
 from .llada import LLaDA
 from .sdar import SDAR
-from .traits import max_positions, traits, warn_beyond
+from .traits import fingerprint, max_positions, traits, warn_beyond
 from .wrappers import for_decoding, own_precision, unwrap
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Traits",
     "config_of",
     "device_of",
+    "fingerprint",
     "for_decoding",
     "load",
     "locate",

@@ -3,20 +3,25 @@
 from .credit import Credit
 from .early import Prophet, SchED
 from .edit import Edit
+from .end_of_text import EndOfText
+from .learned import Learned
 from .protocol import Decision, Function, FunctionRule, Rule, Where
-from .spec import ONE, describe, parse
+from .spec import ONE, describe, file_of, parse
 
 __all__ = [
     "ONE",
     "Credit",
     "Decision",
     "Edit",
+    "EndOfText",
     "Function",
     "FunctionRule",
+    "Learned",
     "Prophet",
     "Rule",
     "SchED",
     "Where",
     "describe",
+    "file_of",
     "parse",
 ]

@@ -72,6 +72,8 @@ class Where:
     """(W,) int64: passes of the fixed schedule; without one, the tokens of the response."""
     first: Tensor
     """(W,) int64: the column of the response's first token."""
+    block: Tensor
+    """(W,) int64: the column of the active block's first token, which the prompt's tail may hold."""
     policy: Tensor
     """(W, 5) float32: the sequences' policy rows, see `policies`."""
     cells: Cells
@@ -146,6 +148,9 @@ class Rule:
     """Scores that it does not compute, so that no policy row can rank by them."""
     row: str | None = None
     """The policy row to decide by where the caller names none: "confidence:0.9". None: the fixed schedule."""
+
+    def check(self, model: Any, block_length: int) -> None:
+        """Raise ValueError, or warn, where it does not go with a model that decodes by such blocks."""
 
     def new_state(self, lanes: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
         """What it remembers: tensors (lanes, ...), most often (lanes, columns, ...) for `Where.recall`.

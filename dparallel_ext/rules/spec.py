@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,10 +11,14 @@ from ..arguments import whole
 from .credit import Credit
 from .early import Prophet, SchED
 from .edit import Edit
+from .end_of_text import EndOfText
+from .learned import Learned
 from .protocol import Rule
 
 ONE = "one"
 """The policy that commits one token a pass, the most confident."""
+ROWS = {ONE, "steps", *policies.SELECTORS}
+"""What the text of a policy row, or of the fixed schedule, begins with."""
 
 
 class Kind(NamedTuple):
@@ -25,6 +30,15 @@ class Kind(NamedTuple):
     needed: int
     """How many of them have to be given."""
     does: str
+    path: bool = False
+    """The first is a path, in which commas, colons and plus signs may stand."""
+
+    def values(self, given: str) -> list[str]:
+        """What stands after the colon, parted; behind a path that is a number alone."""
+        path, _, last = given.rpartition(",")
+        if not self.path:
+            return given.split(",") if given else []
+        return [path, last] if path and _is_number(last) else [given] if given else []
 
 
 KINDS = {
@@ -52,6 +66,19 @@ KINDS = {
         1,
         "fills all where the gaps of the answer's columns do (Prophet)",
     ),
+    "eot": Kind(
+        EndOfText,
+        (("eos", int), ("floor", float)),
+        1,
+        "fills with EOS all behind the first that is predicted with at least FLOOR (Learn2PD)",
+    ),
+    "learned": Kind(
+        Learned,
+        (("file", str), ("tau", float)),
+        1,
+        "commits what a trained filter takes for right, see `dparallel filter` (Learn2PD)",
+        path=True,
+    ),
 }
 
 
@@ -64,10 +91,11 @@ def parse(text: str, *, default: bool = True) -> tuple[Rule | None, dict[str, An
 
     Raises ValueError saying what was expected.
     """
-    name, _, given = text.partition("+")[0].partition(":")
+    name = _name(text)
     if name not in KINDS:
         return None, _row(text)
-    kind, values = KINDS[name], given.split(",") if given else []
+    kind = KINDS[name]
+    values, beside = _parts(text, kind)
     names = [parameter for parameter, _ in kind.parameters]
     if not kind.needed <= len(values) <= len(names):
         raise ValueError(f"rule: expected {_usage(name)}, got {text!r}")
@@ -76,8 +104,26 @@ def parse(text: str, *, default: bool = True) -> tuple[Rule | None, dict[str, An
         rule = kind.make(**made)
     except ValueError as error:
         raise ValueError(f"rule: expected {_usage(name)}, got {text!r} ({error})") from error
-    row = text.partition("+")[2] if "+" in text else rule.row if default else None
+    row = beside if beside is not None else rule.row if default else None
     return rule, _row(row) if row else {}
+
+
+def file_of(text: str) -> str | None:
+    """The file that a rule's text names, which `parse` reads; None where it names none."""
+    kind = KINDS.get(_name(text))
+    return "".join(_parts(text, kind)[0][:1]) if kind is not None and kind.path else None
+
+
+def _parts(text: str, kind: Kind) -> tuple[list[str], str | None]:
+    """What stands after the colon, and after the plus sign; None without one that begins a policy row."""
+    own, plus, beside = text.rpartition("+") if kind.path else text.partition("+")
+    if kind.path and beside.partition(":")[0] not in ROWS:
+        own, plus = text, ""
+    return kind.values(own.partition(":")[2]), beside if plus else None
+
+
+def _name(text: str) -> str:
+    return re.split(r"[:+]", text, maxsplit=1)[0]
 
 
 def _row(text: str) -> dict[str, Any]:
@@ -97,6 +143,14 @@ def _row(text: str) -> dict[str, Any]:
             f"plus sign, got {text!r} ({error})"
         ) from error
     return {"selector": selector, "threshold": threshold}
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _usage(name: str) -> str:

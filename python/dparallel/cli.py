@@ -1,4 +1,4 @@
-"""The command line, `dparallel`: info, decode, demo, evaluate, serve, train, trajectories, distill, merge."""
+"""The command line, `dparallel`: decode, demo, evaluate, serve, train, trajectories, filter, distill, ..."""
 
 from __future__ import annotations
 
@@ -446,6 +446,40 @@ def answer(
         )
         prompts = trajectories.read_prompts(data, prompt_field, answer_field)
         trajectories.generate(out, prompts, settings, batch=batch, device=device)
+
+
+@app.command("filter")
+def learn_filter(
+    out: Annotated[Path, typer.Argument(help="the filter's file, for --policy learned:FILE")],
+    answers: Annotated[
+        Path, typer.Option(help="the directory that `trajectories` wrote; it may be of --checker none")
+    ],
+    model: Annotated[str | None, typer.Option(help="default: the one that answered")] = None,
+    tau: Annotated[
+        float, typer.Option(help="what is surer is committed; learned:FILE,TAU has another")
+    ] = 0.95,
+    steps: Annotated[int, typer.Option(help="of AdamW, each over all passes")] = 3000,
+    lr: float = 3e-3,
+    hidden: Annotated[
+        int | None, typer.Option(help="units of the hidden layer; default: a block's tokens")
+    ] = None,
+    held_out: Annotated[float, typer.Option(help="share of the prompts that it is judged by")] = 0.1,
+    seed: int = 0,
+    batch: Annotated[int, typer.Option(help="sequences decoded at once")] = 100,
+    device: str | None = None,
+) -> None:
+    """Train a filter that says which predictions of a block are right by now (the rule `learned`, Learn2PD).
+
+    An oracle decodes the prompts of the answers once more and notes what of each pass is as answered.
+    """
+    from .training import filter as filtering
+
+    with plain_errors("train"):
+        at_least("batch", batch, 1)
+        settings = filtering.Settings(tau, steps, lr, hidden, held_out, seed)
+        report = filtering.run(answers, out, settings, model=model, batch=batch, device=device)
+        for text in filtering.lines(report):
+            typer.echo(text)
 
 
 @app.command()

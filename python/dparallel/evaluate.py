@@ -14,17 +14,26 @@ from torch import Tensor
 import dparallel_ext as dx
 from dparallel_ext import rules
 from dparallel_ext.rules import ONE as ONE
+from dparallel_ext.rules import learned
 
 from . import registry
 from .text import prompt_encoder
 from .toy import tasks
 
 
-def parse_policy(text: str) -> dict[str, Any]:
+def parse_policy(text: str, *, files: bool = True) -> dict[str, Any]:
     """decode's arguments for what `rules.parse` takes: "one", "steps:N", "SELECTOR:THRESHOLD", "credit", ...
+
+    files: whether it may name any file of this machine ("learned:PATH"), not those alone that ship
+    ("learned:builtin:teacher").
 
     Raises ValueError, also for a number beyond its bounds.
     """
+    file = rules.file_of(text)
+    if not files and file is not None and file not in learned.NAMED:
+        raise ValueError(
+            "policy: expected a file that ships, learned:builtin:NAME, where a request names one"
+        )
     try:
         rule, row = rules.parse(text)
     except ValueError as error:
@@ -60,8 +69,11 @@ def evaluate(
     padded_tokens_per_forward (all gen_length of them), seconds, gen_length, block_length, cache, chat, fp8.
     """
     threshold = parse_policy(policy).get("threshold")
-    config = (config or dx.DecodeConfig()).with_rule(policy).replace(gen_length=tasks.GEN_LENGTH)
-    config = config.replace(block_length=block_length or config.block_length, cache=cache or config.cache)
+    config = (config or dx.DecodeConfig()).with_rule(policy, gen_length=tasks.GEN_LENGTH)
+    if block_length is not None:
+        config = config.replace(block_length=block_length)
+    if cache is not None:
+        config = config.replace(cache=cache)
     for name, value, least in (("problems", problems, 0), ("batch", batch, 1)):
         if value < least:
             raise ValueError(f"{name}: expected a whole number >= {least}, got {value}")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dparallel_ext import models
+from dparallel_ext.rules import learned
 
 from . import text, tokenizer
 from .toy import tasks
@@ -35,6 +36,11 @@ def directory_of(name: str) -> Path:
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(said)
     return directory
+
+
+FILTER = "filter.safetensors"
+"""In a built-in model's directory, what "learned:builtin:NAME" reads."""
+learned.NAMED.update({f"builtin:{path.parent.name}": path for path in sorted(BUILTIN.glob(f"*/{FILTER}"))})
 
 
 def template_of(name: str, chat: bool | None = None) -> text.Template | None:

@@ -266,7 +266,7 @@ class Options(Strict):
     def _parsed(cls, value: str | None) -> str | None:
         if value is not None:
             try:
-                parse_policy(value)
+                parse_policy(value, files=False)
             except ValueError as error:
                 raise ValueError(str(error).removeprefix("policy: ")) from error
         return value

@@ -1,0 +1,156 @@
+"""Learn2PD (arXiv 2509.25188): a small network says which columns of the block are predicted right by now.
+
+It sees the confidences x (N,) of the active block's N columns in this pass, committed ones included:
+
+    z = W2 relu(W1 x + b1) + b2;  commit the masked columns with sigmoid(z) > tau
+
+and beside them what the policy row says, as published the one surest column. Columns that a pass computes no
+logits for (the prompt's tail in a block-causal model's block, what the last block lacks) count as sure, 1.0.
+The paper does not name its activation. A ReLU rounds nothing, so that a batch cannot change a sequence.
+`dparallel filter` trains such a network for a model.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..models import fingerprint
+from ..types import RowStats
+from .protocol import Decision, Rule, Where
+
+TENSORS = ("0.weight", "0.bias", "2.weight", "2.bias")
+"""W1 (H, N), b1, W2 (N, H), b2 by their names in a file: those of Sequential(Linear, ReLU, Linear)."""
+
+NAMED: dict[str, Path] = {}
+"""Files that have a name, as "builtin:teacher": `dparallel.registry` names those that ship."""
+
+
+@dataclass(frozen=True)
+class Learned(Rule):
+    """Commits what a trained filter takes for right, see `dparallel filter`.
+
+    A filter of another model than the one that decodes may be as good (a finetuned model's, say) or
+    not: there is a warning, and no error. Rules of equal content and tau are equal.
+
+    Raises ValueError for a file that is no filter.
+    """
+
+    file: str | Path = field(compare=False)
+    """Or one of `NAMED`."""
+    tau: float | None = None
+    """None: the file's own."""
+    content: str = field(init=False, repr=False)
+    weights: tuple[Tensor, ...] = field(init=False, repr=False, compare=False)
+    model: str | None = field(init=False, repr=False, compare=False)
+    """The `models.fingerprint` of the model that it was trained for."""
+
+    reads = "block"
+    row = "quota:1"
+
+    def __post_init__(self) -> None:
+        try:
+            path = NAMED.get(str(self.file), Path(self.file))
+            stat = path.stat()
+            content, weights, said = _read(str(path), stat.st_mtime_ns, stat.st_size)
+        except (OSError, SafetensorError) as error:
+            why = str(getattr(error, "strerror", None) or error)
+            if str(self.file).startswith("builtin:"):
+                why += f"; filters with a name: {list(NAMED)}, once dparallel.registry is imported"
+            raise ValueError(f"file: {self.file} is not a readable safetensors file: {why}") from error
+        tau = said.get("tau", "none") if self.tau is None else self.tau
+        try:
+            tau = float(tau)
+        except (TypeError, ValueError):
+            tau = math.nan
+        if not 0 <= tau <= 1:
+            raise ValueError(f"tau: expected a number from 0 to 1, got {tau} for {self.file}")
+        found = {"tau": tau, "content": content, "weights": weights, "model": said.get("model")}
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def block_length(self) -> int:
+        return self.weights[0].shape[1]
+
+    @property
+    def bar(self) -> float:
+        """z where its sigmoid is tau."""
+        tau = self.tau or 0.0
+        return math.log(tau / (1 - tau)) if 0 < tau < 1 else math.copysign(math.inf, tau - 0.5)
+
+    def check(self, model: Any, block_length: int) -> None:
+        if block_length != self.block_length:
+            raise ValueError(
+                f"rule: {self.file} is for a block_length of {self.block_length}, got {block_length}"
+            )
+        found = fingerprint(model)
+        if found and self.model and found != self.model:
+            warnings.warn(
+                f"rule: {self.file} was trained for another model ({self.model}, and this is {found}), so "
+                "that it may commit too much or too little",
+                stacklevel=4,
+            )
+
+    def new_state(self, lanes: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
+        """The weights, where recorded passes find them; no sequence changes them."""
+        return tuple(weight.to(device, copy=True) for weight in self.weights)
+
+    def reset(self, state: tuple[Tensor, ...], lane: int) -> None:
+        pass
+
+    def decide(self, stats: RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
+        w1, b1, w2, b2 = state
+        z = linear(linear(by_place(stats.confidence, where, self.block_length, 1.0), w1, b1).relu(), w2, b2)
+        right = z > self.bar  # (W, N)
+        place = where.column - where.block[:, None]
+        inside = (place >= 0) & (place < self.block_length)
+        right = right.gather(1, place.clamp(0, self.block_length - 1)) & inside
+        return Decision(where.by_policy(stats) | (where.masked & right))
+
+
+def by_place(values: Tensor, where: Where, length: int, blank: float) -> Tensor:
+    """(W, length): values (W, C) by their places in the block, `blank` where there are no statistics."""
+    cell = torch.arange(length, device=values.device) + (where.block - where.start)[:, None]
+    at = cell.clamp(0, values.shape[1] - 1)
+    return torch.where(where.read.gather(1, at) & (cell == at), values.gather(1, at), blank)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (W, N) -> (W, M), each sum in one order, which a matrix product's may not be."""
+    terms = x[:, None] * weight
+    while (count := terms.shape[2]) > 1:
+        half = (count + 1) // 2
+        rest = terms[..., half:]
+        terms = terms[..., :half] + (F.pad(rest, (0, 1)) if count % 2 else rest)
+    return terms[..., 0] + bias
+
+
+@functools.lru_cache(16)
+def _read(file: str, time: int, size: int) -> tuple[str, tuple[Tensor, ...], dict[str, str]]:
+    """The hash of the weights, these and the metadata of a file, read again where it has changed."""
+    with safe_open(file, framework="pt") as opened:
+        said = opened.metadata() or {}
+        if not {*TENSORS} <= {*opened.keys()}:
+            raise ValueError(
+                f"file: {file} is no filter: expected {list(TENSORS)}, got {sorted(opened.keys())[:8]}"
+            )
+        weights = tuple(opened.get_tensor(name).float().clone() for name in TENSORS)  # no maps of the file
+    w1 = weights[0]
+    shapes = [tuple(weight.shape) for weight in weights]
+    if w1.ndim != 2 or not w1.numel() or shapes != [w1.shape, w1.shape[:1], w1.shape[::-1], w1.shape[1:]]:
+        raise ValueError(f"file: {file} is no filter: expected (H, N), (H,), (N, H), (N,), got {shapes}")
+    if not all(bool(weight.isfinite().all()) for weight in weights):
+        raise ValueError(f"file: {file} holds NaN or infinite weights")
+    content = hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in weights))
+    return content.hexdigest(), weights, said
