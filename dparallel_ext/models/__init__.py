@@ -1,8 +1,9 @@
 """Native models that read published checkpoints as they are."""
 
 from ..cache import KVCache
-from .base import Model, Output, Traits
+from .base import Model
 from .checkpoint import FAMILIES, config_of, device_of, load, save, wrap
+from .config import Output, Traits
 from .dream import Dream
 from .fast_dllm import FastDLLM
 from .files import locate

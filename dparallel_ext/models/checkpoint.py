@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from .. import backends
 from . import files, side_by_side
-from .base import Model, Shape
+from .base import Model
+from .config import Shape
 from .dream import Dream
 from .fast_dllm import FastDLLM
 from .llada import LLaDA

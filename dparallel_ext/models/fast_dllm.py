@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from .base import Model, Shape
+from .base import Model
+from .config import Shape
 from .dream import QWEN_NAMES
 from .sdar import block_causal_shape
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from . import fields
-from .base import Model, Shape
+from .base import Model
+from .config import Shape
 from .dream import QWEN_NAMES, qwen_shape
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import Model, Traits
+from .base import Model
 from .checkpoint import FAMILIES
+from .config import Traits
 from .fast_dllm import FastDLLM
 from .wrappers import said, unwrap
 

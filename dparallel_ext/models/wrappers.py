@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import Model, Traits
+from .base import Model
+from .config import Traits
 
 Class = tuple[str, str, str]
 """Its module, its name, and the attribute that holds what it wraps."""

@@ -3,6 +3,7 @@
 from .credit import Credit
 from .early import Prophet, SchED
 from .edit import Edit
+from .end_of_text import EndOfText
 from .learned import Learned
 from .protocol import Decision, Function, FunctionRule, Rule, Where
 from .spec import ONE, describe, file_of, parse
@@ -12,6 +13,7 @@ __all__ = [
     "Credit",
     "Decision",
     "Edit",
+    "EndOfText",
     "Function",
     "FunctionRule",
     "Learned",

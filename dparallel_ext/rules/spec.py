@@ -11,6 +11,7 @@ from ..arguments import whole
 from .credit import Credit
 from .early import Prophet, SchED
 from .edit import Edit
+from .end_of_text import EndOfText
 from .learned import Learned
 from .protocol import Rule
 
@@ -64,6 +65,12 @@ KINDS = {
         (("start", int), ("width", int)),
         1,
         "fills all where the gaps of the answer's columns do (Prophet)",
+    ),
+    "eot": Kind(
+        EndOfText,
+        (("eos", int), ("floor", float)),
+        1,
+        "fills with EOS all behind the first that is predicted with at least FLOOR (Learn2PD)",
     ),
     "learned": Kind(
         Learned,

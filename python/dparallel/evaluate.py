@@ -69,8 +69,11 @@ def evaluate(
     padded_tokens_per_forward (all gen_length of them), seconds, gen_length, block_length, cache, chat, fp8.
     """
     threshold = parse_policy(policy).get("threshold")
-    config = (config or dx.DecodeConfig()).with_rule(policy).replace(gen_length=tasks.GEN_LENGTH)
-    config = config.replace(block_length=block_length or config.block_length, cache=cache or config.cache)
+    config = (config or dx.DecodeConfig()).with_rule(policy, gen_length=tasks.GEN_LENGTH)
+    if block_length is not None:
+        config = config.replace(block_length=block_length)
+    if cache is not None:
+        config = config.replace(cache=cache)
     for name, value, least in (("problems", problems, 0), ("batch", batch, 1)):
         if value < least:
             raise ValueError(f"{name}: expected a whole number >= {least}, got {value}")

@@ -192,12 +192,44 @@ def test_edit_is_its_loop(llada: models.Model, by: float, edits: int) -> None:
     assert edited
 
 
+@pytest.mark.parametrize("cache", ["none", "prefix"])
+def test_end_of_text_is_its_formula(llada: models.Model, cache: str) -> None:
+    """All masks from the first sure EOS on become EOS, in later blocks too, and the rest follows the row."""
+    floor, fired = 0.02, 0
+    for prompt in PROMPTS:
+        full = dx.decode(llada, prompt, gen_length=32, block_length=16, rule="entropy:3")
+        eos = int(full.responses[0][12])
+
+        def decide(z: Tensor, x: Tensor, masked: Tensor, step: int, eos: int = eos) -> tuple[Tensor, Tensor]:
+            nonlocal fired
+            p, token = z.softmax(1), argmax(z)
+            confidence, entropy = p.gather(1, token[:, None])[:, 0], -(p * z.log_softmax(1)).sum(1)
+            commit = masked & (entropy <= 3) | best(-entropy, masked)
+            ends = ((x == MASK) & (token == eos) & (confidence >= floor)).nonzero()[:, 0]
+            if len(ends):
+                fired += 1
+                behind = (x == MASK) & (torch.arange(len(x)) >= ends[0])
+                commit, token = commit | behind, torch.where(behind, eos, token)
+            return commit, token
+
+        out = dx.decode(
+            llada, prompt, gen_length=32, block_length=16, rule=f"eot:{eos},{floor}+entropy:3", cache=cache
+        )
+        if cache == "none":
+            expected, passes = plain(llada, prompt, 32, 16, decide)
+            assert torch.equal(out.sequences[0], expected)
+            assert int(out.nfe) == passes
+            assert fired
+        assert int(out.nfe) <= int(full.nfe)
+
+
 RULES = [
     "edit:0.03,0.04,5",
     "credit+confidence:0.03",
     "credit+entropy:3",
     "sched:0.3,0.05",
     "prophet:4",
+    "eot:439,0.02+entropy:3",
     "entropy:3",
 ]
 

@@ -131,7 +131,7 @@ class DParallelLM(TemplateLM):
         self.pretrained, self.directory = pretrained, registry.directory_of(pretrained)
         self.policy, self.gen_length, self.seed = policy, gen_length, seed
         causal = traits(self.model).block_length is not None
-        self.config = DecodeConfig(
+        self.decoding = DecodeConfig(
             rule=policy,
             cache=cache or ("block" if causal else "none"),
             block_length=block_length,
@@ -224,7 +224,7 @@ class DParallelLM(TemplateLM):
             "model_num_parameters": sum(p.numel() for p in self.model.parameters()),
             "model_dtype": str(self.model.dtype),
             "policy": self.policy,
-            **{name: getattr(self.config, name) for name in OF_ENGINE},
+            **{name: getattr(self.decoding, name) for name in OF_ENGINE},
             **{f"likelihood_{key}": value for key, value in self.likelihood_options.items()},
             "generated_tokens": self._counts["tokens"],
             "forward_passes": self._counts["passes"],
@@ -387,7 +387,7 @@ class DParallelLM(TemplateLM):
                 raise ValueError(f"gen_kwargs: {name}={value!r} is not supported")
         ids = self.tok_encode(context)
         digest = hashlib.sha256(f"{self.seed}:{occurrence}:{context}".encode()).digest()
-        config = self.config.replace(
+        config = self.decoding.replace(
             gen_length=gen_length,
             rule=policy,
             temperature=temperature,
@@ -404,10 +404,10 @@ class DParallelLM(TemplateLM):
 
     def _engine(self, requests: int, longest: int) -> Engine:
         causal = traits(self.model).block_length
-        size = (self.config.block_length or causal) if causal else 1
+        size = (self.decoding.block_length or causal) if causal else 1
         return Engine(
             self.model,
-            self.config,
+            self.decoding,
             lanes=min(self.batch_size, requests),
             max_length=-(-longest // size) * size,  # a block-causal model fills its last block
             max_waiting=requests,

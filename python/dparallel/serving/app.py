@@ -270,29 +270,8 @@ def sse(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def make_app(service: Service) -> FastAPI:
-    """The ASGI application of a service. The engine is closed when its lifespan ends."""
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.aborted = asyncio.get_running_loop().create_future()
-        yield
-        service.abort()
-        service.close()
-        await asyncio.to_thread(service.engine.close, cancel=True)
-
-    # No pages of documentation: they would load scripts from elsewhere.
-    app = FastAPI(title="dparallel", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(Gate, service=service)
-    if service.settings.cors_origins:
-        # In front of the gate: a browser asks without the key, and a refusal must reach the page.
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=service.settings.cors_origins,
-            allow_methods=["GET", "HEAD", "POST"],
-            allow_headers=["*"],
-            expose_headers=["Retry-After"],
-        )
+def name_errors(app: FastAPI) -> None:
+    """Every error is answered in OpenAI's form."""
 
     @app.exception_handler(HTTPException)
     async def refused(http: Request, error: HTTPException) -> Response:
@@ -318,6 +297,33 @@ def make_app(service: Service) -> FastAPI:
     @app.exception_handler(Exception)
     async def broken(_: Request, error: Exception) -> Response:
         return ApiError(500, "internal error", code="internal_error").response
+
+
+def make_app(service: Service) -> FastAPI:
+    """The ASGI application of a service. The engine is closed when its lifespan ends."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.aborted = asyncio.get_running_loop().create_future()
+        yield
+        service.abort()
+        service.close()
+        await asyncio.to_thread(service.engine.close, cancel=True)
+
+    # No pages of documentation: they would load scripts from elsewhere.
+    app = FastAPI(title="dparallel", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_middleware(Gate, service=service)
+    if service.settings.cors_origins:
+        # In front of the gate: a browser asks without the key, and a refusal must reach the page.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.settings.cors_origins,
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
+
+    name_errors(app)
 
     @app.post("/v1/chat/completions", responses=errors(*ERRORS))
     async def chat_completions(http: Request, request: ChatRequest) -> Response:

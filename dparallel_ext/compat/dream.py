@@ -1,0 +1,219 @@
+"""`diffusion_generate` of Dream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..arguments import whole
+from ..decoding.settings import drawn_seed
+from ..models import traits
+from ..ops import row_stats
+from ..ops.inputs import check_sampling
+from .logits import logits_of
+
+ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
+"""Dream's: random positions; those of the largest probability, margin p1 - p2, or the least entropy."""
+_UNREAD = {"bos_token_id", "eos_token_id", "pad_token_id", "generation_kwargs", "transformers_version"}
+"""Options of Dream's generation config that its loop does not read."""
+
+
+@dataclass
+class DreamOutput:
+    """What `diffusion_generate` returns with `return_dict_in_generate`."""
+
+    sequences: Tensor
+    """(B, L) int64"""
+    history: tuple[Tensor, ...] | None = field(default=None, repr=False)
+    """With `output_history`, the sequences after each step."""
+
+
+def diffusion_generate(
+    model: Any,
+    inputs: Tensor,
+    generation_config: Any = None,
+    *,
+    attention_mask: Tensor | None = None,
+    max_new_tokens: int | None = None,
+    max_length: int | None = None,
+    steps: int | None = None,
+    eps: float | None = None,
+    alg: str | None = None,
+    alg_temp: float | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    num_return_sequences: int | None = None,
+    output_history: bool | None = None,
+    return_dict_in_generate: bool | None = None,
+    mask_token_id: int | None = None,
+    generation_tokens_hook_func: Callable[[int | None, Tensor, Tensor | None], Tensor] | None = None,
+    generation_logits_hook_func: Callable[[int, Tensor, Tensor], Tensor] | None = None,
+    **others: Any,
+) -> Tensor | DreamOutput:
+    """Dream's `model.diffusion_generate`: its schedule, over the whole response at once, of `steps` passes.
+
+    In step i, of times t_i from 1 down to `eps` in equal steps, a share 1 - t_(i+1) / t_i of the masks is
+    committed, in the last all. Unlike in `decode`, positions are ranked by the distribution that tokens are
+    drawn from: temperature, then top_p, then top_k, also at temperature 0 (ties are cut at exactly top_k).
+
+    Args:
+        inputs: (B, P) int64. Masks in it are filled too.
+        generation_config: an object whose attributes of these names stand where an argument is None;
+            beyond it the published defaults: steps 512, eps 1e-3, alg "origin", temperature 0, and 20 new
+            tokens.
+        attention_mask: (B, P), 0 where `inputs` is padded.
+        max_length: instead of max_new_tokens, of prompt and response together.
+        alg: one of `ALGORITHMS`.
+        alg_temp: above 0, positions are drawn with softmax(ranks / alg_temp), by torch's generator.
+        generation_tokens_hook_func, generation_logits_hook_func: x = f(step, x, logits), at first with None
+            for step and logits, and logits = f(step, x, logits); logits (B, L, V) as shifted.
+
+    Returns:
+        (B, L) int64, or a DreamOutput with return_dict_in_generate.
+
+    Raises:
+        ValueError: naming the argument that does not fit, options of other loops (threshold, block_length,
+            dual_cache: see `decode`) included.
+    """
+
+    def option(name: str, given: Any, default: Any) -> Any:
+        if given is None:
+            given = getattr(generation_config, name, None)
+        return default if given is None else given
+
+    if left := {name: value for name, value in others.items() if name not in _UNREAD and value is not None}:
+        name, value = next(iter(left.items()))
+        raise ValueError(f"{name}: not an option of Dream's diffusion_generate (see `decode`), got {value!r}")
+    if not isinstance(inputs, Tensor) or inputs.ndim != 2 or inputs.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"inputs: expected int64 (B, P), got {getattr(inputs, 'shape', type(inputs).__name__)}"
+        )
+    alg = option("alg", alg, "origin")
+    if alg not in ALGORITHMS:
+        raise ValueError(f"alg: expected one of {ALGORITHMS}, got {alg!r}; for thresholds see `decode`")
+    steps = option("steps", steps, 512)
+    whole("steps", steps, 1)
+    eps = option("eps", eps, 1e-3)
+    if not 0 <= eps < 1:
+        raise ValueError(f"eps: expected a number from 0 and below 1, got {eps!r}")
+    alg_temp = option("alg_temp", alg_temp, 0.0)
+    if not 0 <= alg_temp < float("inf"):
+        raise ValueError(f"alg_temp: expected a finite number >= 0, got {alg_temp!r}")
+    temperature = option("temperature", temperature, 0.0)
+    top_p, top_k = option("top_p", top_p, None), option("top_k", top_k, None)
+    temperature = check_sampling(temperature, top_p, top_k)[0]
+    mask = option("mask_token_id", mask_token_id, traits(model).mask_id)
+    if mask is None:
+        raise ValueError("mask_token_id: the model's config has none, so give one")
+    whole("mask_token_id", mask, 0)
+    copies = option("num_return_sequences", num_return_sequences, 1)
+    whole("num_return_sequences", copies, 1)
+    x = inputs.to(torch.int64).repeat_interleave(copies, 0)  # (B, P)
+    new = option("max_new_tokens", max_new_tokens, None)
+    if new is None:
+        total = option("max_length", max_length, 20)
+        whole("max_length", total, 1)
+        new = total - x.shape[1] if max_length is not None or total != 20 else 20
+        if new <= 0:
+            raise ValueError(f"max_length: expected more than the {x.shape[1]} tokens of inputs, got {total}")
+    whole("max_new_tokens", new, 0)
+    padding = None
+    if attention_mask is not None:
+        if attention_mask.shape != inputs.shape:
+            raise ValueError(
+                f"attention_mask: expected the shape of inputs {tuple(inputs.shape)}, "
+                f"got {tuple(attention_mask.shape)}"
+            )
+        padding = attention_mask.to(x.device, torch.bool).repeat_interleave(copies, 0)
+        padding = F.pad(padding, (0, new), value=True)
+    look_at_tokens = generation_tokens_hook_func or (lambda step, x, logits: x)
+    look_at_logits = generation_logits_hook_func or (lambda step, x, logits: logits)
+    seed = drawn_seed(temperature)
+    history = []
+    with torch.no_grad():
+        times = torch.linspace(1, eps, steps + 1, device=x.device)
+        x = look_at_tokens(None, F.pad(x, (0, new), value=mask), None)
+        for i in range(steps):
+            masked = x == mask if padding is None else (x == mask) & padding
+            logits = look_at_logits(i, x, logits_of(model, x, padding))
+            share = 1 - times[i + 1] / times[i] if i < steps - 1 else torch.ones((), device=x.device)
+            if alg == "origin":
+                chosen = masked.clone()
+                chosen[masked] = torch.rand(int(masked.sum()), device=x.device) < share
+                _, sample = _ranked(logits, chosen, mask, temperature, top_p, top_k, alg, seed, i)
+            else:
+                rank, sample = _ranked(logits, masked, mask, temperature, top_p, top_k, alg, seed, i)
+                chosen = _best(rank, masked, share, alg_temp)
+            x = look_at_tokens(i, torch.where(chosen, sample, x), logits)
+            if option("output_history", output_history, False):
+                history.append(x.clone())
+    if not option("return_dict_in_generate", return_dict_in_generate, False):
+        return x
+    return DreamOutput(x, tuple(history) if option("output_history", output_history, False) else None)
+
+
+def _ranked(
+    logits: Tensor,
+    rows: Tensor,
+    mask: int,
+    temperature: float,
+    top_p: float | None,
+    top_k: int | None,
+    alg: str,
+    seed: int,
+    step: int,
+) -> tuple[Tensor, Tensor]:
+    """Ranks (B, L) float32, -inf where `rows` (B, L) are not, and the tokens drawn (B, L)."""
+    b, column = rows.nonzero(as_tuple=True)
+    z = logits[b, column].float()  # (N, V)
+    if temperature > 0:
+        z = z / temperature
+    if (top_p is not None and top_p < 1) or top_k:
+        z[:, mask] = -torch.inf  # it could be all that is left
+        z = _nucleus(z, top_p, top_k)
+    stats = row_stats(
+        z,
+        mask_id=mask,
+        temperature=float(temperature > 0),
+        seed=seed,
+        sequence=b,
+        position=column,
+        step=step,
+    )
+    # Where one token is left H is 0, as published: the kernels count each other id at e^-87, 1e-31 in all.
+    entropy = stats.entropy.masked_fill(stats.entropy < 1e-30, 0.0)
+    rank = {"topk_margin": stats.margin, "entropy": -entropy}.get(alg, stats.confidence)
+    ranks = rank.new_full(rows.shape, -torch.inf).index_put_((b, column), rank)
+    return ranks, stats.sample.new_zeros(rows.shape).index_put_((b, column), stats.sample)
+
+
+def _nucleus(z: Tensor, top_p: float | None, top_k: int | None) -> Tensor:
+    """z (N, V) with -inf for what top_p and top_k leave out; ties go to the lowest id."""
+    ordered, order = z.sort(dim=1, descending=True, stable=True)
+    p = ordered.softmax(1)
+    out = p.cumsum(1) - p > (1.0 if top_p is None else top_p)
+    if top_k:
+        out[:, top_k:] = True
+    out[:, 0] = False
+    return z.masked_fill(torch.zeros_like(out).scatter(1, order, out), -torch.inf)
+
+
+def _best(ranks: Tensor, masked: Tensor, share: Tensor, alg_temp: float) -> Tensor:
+    """bool (B, L): a share of the masked positions, the best ranks first or drawn by them."""
+    counts = masked.sum(1)
+    if bool((counts != counts[:1]).any()):
+        raise ValueError(f"inputs: expected as many masks in each sequence, got {counts.tolist()}")
+    many = int(counts.sum() / max(1, len(counts)) * share)  # as published: in float32, cut off
+    if many == 0:
+        return torch.zeros_like(masked)
+    if alg_temp > 0:
+        at = torch.multinomial((ranks / alg_temp).softmax(1), many)
+    else:
+        at = ranks.argsort(dim=1, descending=True, stable=True)[:, :many]
+    return torch.zeros_like(masked).scatter(1, at, True)

@@ -1,0 +1,103 @@
+"""What a family's config.json says: sizes of the network, and traits of its decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from . import files
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the transformer needs to know of a config.json."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    rows: int
+    """Rows of the embedding and the head, which may exceed the vocabulary."""
+    vocab_size: int
+    eps: float
+    rope_theta: float
+    rope_in_float32: bool = True
+    qkv_bias: bool = False
+    bias: bool = False
+    norm_bias: bool = False
+    tied: bool = False
+    logit_scale: float = 1.0
+    qk_norm: bool = False
+    """Queries and keys of each head are normalised before the rotary embedding (Qwen3)."""
+    block_length: int | None = None
+    """Of block-causal models."""
+
+    def __post_init__(self) -> None:
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"config: expected heads of even size, got {self.head_dim}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"config: {self.kv_heads} key heads do not divide {self.heads} heads")
+        if self.rows < self.vocab_size:
+            raise ValueError(
+                f"config: {self.rows} embedding rows do not hold a vocabulary of {self.vocab_size}"
+            )
+
+
+class Config(dict[str, Any]):
+    """A config.json's content. Its keys read as attributes too, and others may set attributes on it, as the
+    libraries around transformers expect of a config; neither changes the content."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"config has no {name}") from None
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Config:
+        """Of a checkpoint directory. PEFT compares a model's vocabulary with its base's by this name."""
+        return cls(files.read_json(Path(directory) / "config.json", required=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self)
+
+
+def token_id(config: Mapping[str, Any], key: str, rows: int) -> int | None:
+    """The id, or the first of several, as eos_token_id may be. Raises ValueError naming the key."""
+    given = config.get(key)
+    several: list[Any] = given if isinstance(given, list) and given else [given]
+    if given is not None and not all(type(one) is int and 0 <= one < rows for one in several):
+        raise ValueError(f"config: {key}={given!r:.80}, expected an id below {rows} or null")
+    return several[0]
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What decoding and training need to know of a model, ours or not.
+
+    A function, or a module that holds a model in a way of its own, says them by an attribute `traits`.
+    """
+
+    mask_id: int | None = None
+    shift: bool = False
+    """The logits for position p are produced at position max(p - 1, 0)."""
+    strict: frozenset[str] = frozenset()
+    """The selectors by which its published decoder commits beyond the threshold, not at it."""
+    block_length: int | None = None
+    """Of block-causal models."""
+    sub_block_length: int | None = None
+    """The part of a block that its published decoder fills at a time; None: all of it."""
+
+
+@dataclass
+class Output:
+    """What a forward pass returns."""
+
+    logits: Tensor
+    """(B, L, V)"""

@@ -1,0 +1,174 @@
+"""The modules of the one transformer, known by short names beside the checkpoint's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import rms_norm, swiglu
+from ..ops.fp8_linear import fp8_scale
+from ..ops.inputs import compiled
+from . import side_by_side
+from .config import Shape
+from .fp8 import Fp8Linear
+
+
+class Named(nn.Module):
+    """A module whose parts torch knows by the names of a checkpoint, and the code here by names of ours.
+
+    Whatever is set under one of our names, a part that replaces another included, lies in the tree under the
+    checkpoint's name, and whatever lies there is what our name reads.
+    """
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        """names: ours -> the checkpoint's, "self_attn.q_proj"; modules on the way to it hold nothing else."""
+        super().__init__()
+        self._paths = {ours: theirs.split(".") for ours, theirs in names.items()}
+
+    def __getattr__(self, name: str) -> Any:
+        path = self.__dict__.get("_paths", {}).get(name)
+        if path is None:
+            return super().__getattr__(name)
+        found: Any = self
+        try:
+            for part in path:
+                found = found._modules[part]
+        except (KeyError, AttributeError):
+            raise AttributeError(f"{type(self).__name__} has no {name}") from None
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        path = self.__dict__.get("_paths", {}).get(name)
+        if path is None or not (value is None or isinstance(value, nn.Module)):
+            return super().__setattr__(name, value)
+        at: nn.Module = self
+        for part in path[:-1]:
+            if part not in at._modules:
+                at.add_module(part, nn.Module())
+            at = at.get_submodule(part)
+        at.add_module(path[-1], value)
+
+
+class RMSNorm(nn.Module):
+    """Normalised in float32 or better, scaled in the model's dtype, as published."""
+
+    def __init__(self, shape: Shape, width: int | None = None) -> None:
+        super().__init__()
+        self.eps, width = shape.eps, width or shape.width
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if shape.norm_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if compiled(x, self.weight):
+            return rms_norm(x, self.weight, eps=self.eps, bias=self.bias)
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        y = self.weight * y.to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+def norm_of_sum(norm: nn.Module, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x + delta, the residual stream, and its norm; `norm` may be what an adapter has put in its place."""
+    if delta is None:
+        return x, norm(x)
+    if side_by_side.plain(norm, RMSNorm) and compiled(x, delta, norm.weight):
+        y, x = rms_norm(x, norm.weight, eps=norm.eps, bias=norm.bias, delta=delta)
+        return x, y
+    x = x + delta
+    return x, norm(x)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Half-split rotary embedding of x (B, Q, H, D) by cos, sin (Q, 1, D / 2)."""
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries (..., heads, D), keys and values (..., kv_heads, D), before RoPE -> (..., heads, D)."""
+
+
+DROPOUT = ("attention_dropout", "embedding_dropout", "residual_dropout")
+"""The keys of a config.json that only matter in training; the published class of LLaDA's has 0.1 for each."""
+LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
+"""The linear layers of a block."""
+
+
+class Block(Named):
+    def __init__(self, shape: Shape, names: Mapping[str, str]) -> None:
+        super().__init__(names)
+        s = self.shape = shape
+        self.norm1 = RMSNorm(s)
+        self.q = nn.Linear(s.width, s.heads * s.head_dim, bias=s.qkv_bias)
+        self.k = nn.Linear(s.width, s.kv_heads * s.head_dim, bias=s.qkv_bias)
+        self.v = nn.Linear(s.width, s.kv_heads * s.head_dim, bias=s.qkv_bias)
+        if s.qk_norm:
+            self.q_norm = RMSNorm(s, s.head_dim)
+            self.k_norm = RMSNorm(s, s.head_dim)
+        self.o = nn.Linear(s.heads * s.head_dim, s.width, bias=s.bias)
+        self.norm2 = RMSNorm(s)
+        self.gate = nn.Linear(s.width, s.mlp_width, bias=s.bias)
+        self.up = nn.Linear(s.width, s.mlp_width, bias=s.bias)
+        self.down = nn.Linear(s.mlp_width, s.width, bias=s.bias)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """x (..., width) -> (..., width)"""
+        x, delta = self.layers(x, None, attend)
+        return x + delta
+
+    def layers(self, x: Tensor, delta: Tensor | None, attend: Attend) -> tuple[Tensor, Tensor]:
+        """Of the input x + delta (..., width): the stream x before the last sum, and what is to be added."""
+        s = self.shape
+        x, y = norm_of_sum(self.norm1, x, delta)
+        q, k, v = (
+            t.unflatten(-1, (-1, s.head_dim)) for t in side_by_side.project(y, (self.q, self.k, self.v))
+        )
+        if s.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        x, y = norm_of_sum(self.norm2, x, self.o(attend(q, k, v).flatten(-2)))
+        gate, up = side_by_side.project(y, (self.gate, self.up))
+        return x, self.down(swiglu(gate, up) if compiled(gate, up) else F.silu(gate) * up)
+
+    def groups(self) -> Iterator[list[nn.Parameter]]:
+        """The weights (and biases) that belong side by side, where no adapter stands among them."""
+        return side_by_side.parameters(self._of_one_input())
+
+    def _of_one_input(self) -> list[list[nn.Module]]:
+        return [[self.q, self.k, self.v], [self.gate, self.up]]
+
+    def check_quantizable(self) -> None:
+        """Raise ValueError as `Model.quantize` does."""
+        for name in LINEAR:
+            layer = getattr(self, name)
+            if not side_by_side.plain(layer, nn.Linear):
+                raise ValueError(f"model: expected a plain nn.Linear layer {name} to quantise, got {layer}")
+            fp8_scale(layer.weight)
+
+    def quantize(self) -> None:
+        """See `Model.quantize`."""
+        for name in LINEAR:
+            setattr(self, name, Fp8Linear(getattr(self, name)))
+        self._join_quantised()
+
+    def _join_quantised(self) -> None:
+        for layers in self._of_one_input():
+            side_by_side.join_quantised([layer for layer in layers if isinstance(layer, Fp8Linear)])
+
+    def train(self, mode: bool = True) -> Block:
+        if mode:
+            for group in self.groups():
+                side_by_side.separate(group)
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Block:
+        joined = [side_by_side.whole(group) is not None for group in self.groups()]
+        super()._apply(fn, recurse)  # copies one parameter after another
+        for group, was_joined in zip(self.groups(), joined, strict=True):
+            if was_joined:
+                side_by_side.join(group)
+        self._join_quantised()
+        return self
