@@ -174,4 +174,4 @@ def test_the_filter_that_ships_saves_passes() -> None:
         warnings.simplefilter("error")  # it was trained for this very model
         found = evaluate.evaluate("", "learned:builtin:teacher", problems=40, loaded=loaded)
     assert found["accuracy"] >= 0.9
-    assert found["nfe_mean"] < 9
+    assert found["nfe_mean"] < 10  # confidence:0.7, which is as often right, needs 10.7
