@@ -73,6 +73,83 @@ def test_policies_are_checked_before_anything_is_decoded():
         next(iter(evaluate.sweep(["builtin:teacher"], ["entropy:0.5", "nonsense"])))
 
 
+SPREAD = {"rule": "entropy:0.5", "block_length": 8, "active_blocks": 3, "open_at": 0.0}
+
+
+def test_a_row_may_set_other_fields_of_the_config(loaded: tuple[Any, Any]):
+    model, tokenizer = loaded
+    row = next(iter(evaluate.sweep(["builtin:teacher"], [SPREAD], problems=3, cache="dual")))
+    passes = 0
+    for problem in itertools.islice(tasks.problems("held_out"), 3):
+        ids = [tokenizer.encode(problem.prompt).ids]
+        passes += dx.decode(model, ids, dx.DecodeConfig(**SPREAD, gen_length=64, cache="dual")).forwards
+    assert row["nfe_mean"] == pytest.approx(passes / 3)
+    assert (row["policy"], row["block_length"], row["cache"]) == ("entropy:0.5", 8, "dual")
+    assert row["config"] == {"block_length": 8, "cache": "dual", "active_blocks": 3, "open_at": 0.0}
+
+
+@pytest.mark.parametrize("fields", [{}, {"active_blocks": 3}, {"rule": "edit:0.9,0.9"}], ids=str)
+def test_passes_to_eos_are_those_of_decoding_to_it(fields: dict[str, Any]):
+    model, tokenizer = registry.load("builtin:student")
+    problems = itertools.islice(tasks.problems("held_out"), 6)
+    prompts = [tokenizer.encode(problem.prompt).ids for problem in problems]
+    config = dx.DecodeConfig(gen_length=64, block_length=8).replace(**{"rule": "entropy:0.5", **fields})
+    whole, ended = (
+        dx.decode(model, prompts, config, record=True),
+        dx.decode(model, prompts, config, eos_id=model.eos_id),
+    )
+    assert (whole.nfe > ended.nfe).all()
+    ends = torch.stack(whole.responses) == model.eos_id
+    found = evaluate.passes_to_eos(whole.trajectory.step, whole.nfe, ends, 8)
+    assert found.tolist() == ended.nfe.tolist()
+
+
+def test_results_of_an_earlier_run_are_not_measured_again(monkeypatch: pytest.MonkeyPatch):
+    measured = []
+
+    def once(
+        name: str, policy: str, *, config: dx.DecodeConfig, problems: int, **rest: Any
+    ) -> dict[str, Any]:
+        measured.append(policy)
+        row = measure(name, policy, config=config, problems=0, **rest)
+        return row | {"problems": problems}
+
+    measure = evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", once)
+
+    def sweep(known: list[dict[str, Any]], problems: int = 5) -> list[dict[str, Any]]:
+        return list(evaluate.sweep(["builtin:student"], ["one", SPREAD], known, problems=problems))
+
+    rows = sweep([])
+    assert measured == ["one", "entropy:0.5"]
+    assert sweep(rows) == rows
+    assert sweep(rows[1:]) == rows
+    assert measured == ["one", "entropy:0.5", "one"]
+    sweep(rows, problems=6)
+    assert len(measured) == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "rows: .* is not JSON"),
+        ("{}", "rows: .* holds a dict, expected a list"),
+        ('["entropy:0.5"]', 'entry 1: expected an object with a "rule"'),
+        (
+            '[{"rule": "one"}, {"rule": "one", "gen_length": 3}]',
+            "entry 2: expected fields of .* got 'gen_length'",
+        ),
+        ('[{"rule": "one", "active_blocks": 0}]', "entry 1: active_blocks: expected"),
+        ('[{"rule": "nonsense"}]', "entry 1: rule: expected"),
+    ],
+)
+def test_a_file_of_rows_that_is_none_is_named(content: str, said: str, tmp_path: Path):
+    file = tmp_path / "rows.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=said):
+        evaluate.read_rows(file)
+
+
 def test_models_are_found_by_name_or_path(tmp_path: Path):
     assert "builtin:teacher" in registry.builtins()
     assert registry.directory_of("builtin:teacher") == registry.directory_of(
@@ -127,6 +204,50 @@ def test_no_two_labels_of_the_curves_overlap():
     assert len(boxes) == sum(row["threshold"] is not None for row in rows) > 12
     assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
     assert all(axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max) for box in boxes)
+
+
+def test_the_example_of_several_answers_runs(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    import several_answers  # type: ignore[import-not-found]
+
+    model, tokenizer = registry.load("builtin:student", dtype=torch.float32)
+    before = model.lm_head.weight.clone()
+    tuned = several_answers.finetune(model.requires_grad_(), tokenizer, steps=1, problems=4)
+    assert (tuned.lm_head.weight != before).any()
+    config = dx.DecodeConfig(rule="confidence:0.2", active_blocks=4, cache="dual")
+    right, problems, passes, kept = several_answers.measure(tuned, tokenizer, config, sequences=1, count=2)
+    assert problems == 2 >= right
+    assert 0 < passes <= kept <= 128
+
+
+def test_many_rules_have_a_panel_for_each_model():
+    base = {"problems": 5, "gen_length": 64, "nfe_mean": 9.0, "accuracy": 0.9}
+    names = [
+        "one",
+        "entropy:0.5",
+        "credit+frechet:0.25",
+        "edit:0.9,0.9",
+        "margin:0.5",
+        "sched:14,8+entropy:0.5",
+    ]
+    rows = [{**base, "model": m, "policy": name} for m in "ab" for name in names]
+    rows.append({**base, "model": "a", "policy": "entropy:0.5", "config": {"active_blocks": 2}})
+    figure = plots.draw_accuracy(rows)
+    assert [len(axes.get_legend().get_texts()) for axes in figure.axes] == [7, 6]
+    said = {text.get_text() for text in figure.axes[0].texts}
+    assert said == {"0.5", "0.25", "0.9,0.9", "14,8+0.5"}
+
+
+def test_the_tables_of_the_docs_are_what_their_results_make():
+    docs = Path(__file__).parent.parent / "docs"
+    text, rows = (docs / "rules.md").read_text(), json.loads((docs / "rules.json").read_text())
+    assert evaluate.table(rows) in text
+    measured = {(row["policy"], json.dumps(row["config"])) for row in rows}
+    asked = evaluate.read_rows(docs.parent / "recipes" / "rules.json")
+    assert {row["model"] for row in rows} == {"builtin:teacher", "builtin:student"}
+    assert {
+        (row["rule"], json.dumps({k: v for k, v in row.items() if k != "rule"})) for row in asked
+    } == measured
 
 
 @pytest.mark.parametrize(

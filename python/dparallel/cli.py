@@ -54,7 +54,7 @@ PolicyOption = Annotated[str | None, typer.Option(help=f"default: the config's, 
 ConfigOption = Annotated[
     Path | None, typer.Option(help="a JSON file of DecodeConfig's fields; options stand instead of them")
 ]
-PoliciesOption = Annotated[list[str], typer.Option(help=f"repeatable; {POLICIES}")]
+EVALUATED = (ONE, "confidence:0.9", "entropy:0.5")
 
 
 def show_version(wanted: bool) -> None:
@@ -249,7 +249,16 @@ def evaluate(
     config: Annotated[
         Path | None, typer.Option(help="a JSON file of DecodeConfig's fields, for all but the policies")
     ] = None,
-    policy: PoliciesOption = [ONE, "confidence:0.9", "entropy:0.5"],  # noqa: B006
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help=f"repeatable; default: those of --rows, else {', '.join(EVALUATED)}; {POLICIES}"),
+    ] = None,
+    rows: Annotated[
+        Path | None,
+        typer.Option(
+            help="a JSON list of policies with other fields of DecodeConfig beside, as recipes/rules.json"
+        ),
+    ] = None,
     problems: int = 500,
     batch: int = 100,
     block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
@@ -259,6 +268,10 @@ def evaluate(
     device: str | None = None,
     fp8: Fp8Option = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the results here")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="do not measure again what the file of --json has")
+    ] = False,
+    markdown: Annotated[Path | None, typer.Option(help="write the results here as a table")] = None,
     plot: Annotated[Path | None, typer.Option(help="a PNG of accuracy against passes")] = None,
 ) -> None:
     """Accuracy, passes, tokens per pass and time on held-out problems, for models and policies."""
@@ -268,21 +281,26 @@ def evaluate(
     with plain_errors():
         at_least("problems", problems, 1)
         at_least("batch", batch, 1)
-        if json_file is not None:
-            files.writable("json", json_file)
+        for name, file in (("json", json_file), ("markdown", markdown), ("plot", plot)):
+            if file is not None:
+                files.writable(name, file)
         if plot is not None:
-            files.writable("plot", plot)
             plots.load_pyplot()
+        if resume and json_file is None:
+            raise ValueError("resume: goes on with the results in a file, so expected --json")
         for name in model:
             registry.directory_of(name)
-        for text in policy:
-            measuring.parse_policy(text)
+        policies: list[str | measuring.Fields] = [*(policy or ([] if rows else EVALUATED))]
+        if rows is not None:
+            policies += measuring.read_rows(rows)
         content = read_fields(config)
         mask_id = take_mask(content, mask_id)
-        rows: list[dict[str, Any]] = []
+        known = measuring.read_results(json_file) if resume and json_file and json_file.exists() else []
+        results: list[dict[str, Any]] = []
         for row in measuring.sweep(
             model,
-            policy,
+            policies,
+            known,
             config=config_of(content, ONE),
             problems=problems,
             batch=batch,
@@ -293,14 +311,16 @@ def evaluate(
             device=device,
             fp8=fp8,
         ):
-            if not rows:  # what is refused is one line alone
+            if not results:  # what is refused is one line alone
                 typer.echo(measuring.HEADING)
-            rows.append(row)
+            results.append(row)
             typer.echo(measuring.line(row))
             if json_file is not None:
-                files.write_json(json_file, rows)
+                files.write_json(json_file, results + [old for old in known if old not in results])
+        if markdown is not None:
+            files.write_text(markdown, measuring.table(results))
         if plot is not None:
-            plots.accuracy_against_passes(rows, plot)
+            plots.accuracy_against_passes(results, plot)
 
 
 @app.command()

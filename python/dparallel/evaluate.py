@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from dparallel_ext.rules import ONE as ONE
 from dparallel_ext.rules import learned
 
 from . import registry
+from .files import read_text
 from .text import prompt_encoder
 from .toy import tasks
 
@@ -39,6 +42,57 @@ def parse_policy(text: str, *, files: bool = True) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(str(error).replace("rule:", "policy:", 1)) from error
     return row if rule is None else {"rule": text}
+
+
+Fields = Mapping[str, Any]
+"""Of `DecodeConfig`, by name, with a "rule" among them."""
+VARIED = (
+    *("rule", "block_length", "sub_block_length", "cache", "refresh"),
+    *("active_blocks", "open_at", "activate_at"),
+)
+"""The fields that the rows of a table may differ in."""
+
+
+def read_rows(file: str | Path) -> list[Fields]:
+    """What a JSON file says of each row of a table: a list of objects with a "rule" and others of `VARIED`.
+
+    Raises FileNotFoundError, and ValueError naming the entry and the field that does not fit.
+    """
+    entries = _read_list("rows", file)
+    for number, entry in enumerate(entries, 1):
+        try:
+            check_row(entry)
+        except ValueError as error:
+            raise ValueError(f"rows: {file}, entry {number}: {error}") from error
+    return entries
+
+
+def check_row(entry: Any) -> None:
+    """Raise ValueError naming what does not fit."""
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("rule"), str):
+        raise ValueError('expected an object with a "rule", a text')
+    if unknown := [name for name in entry if name not in VARIED]:
+        raise ValueError(f"expected fields of {list(VARIED)}, got {unknown[0]!r}")
+    dx.DecodeConfig.from_dict(entry)
+
+
+def read_results(file: str | Path) -> list[dict[str, Any]]:
+    """What an earlier run wrote. Raises ValueError where it is something else."""
+    rows = _read_list("json", file)
+    if not all(isinstance(row, dict) and {"model", "policy", "accuracy"} <= row.keys() for row in rows):
+        raise ValueError(f"json: {file} holds other things than results")
+    return rows
+
+
+def _read_list(argument: str, file: str | Path) -> list[Any]:
+    text = read_text(argument, file)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{argument}: {file} is not JSON: {error}") from error
+    if not isinstance(content, list):
+        raise ValueError(f"{argument}: {file} holds a {type(content).__name__}, expected a list")
+    return content
 
 
 def evaluate(
@@ -64,16 +118,20 @@ def evaluate(
     go by the checkpoint's chat template; default: where it has one. A model that comes as `loaded` is asked
     without unless `chat` is true, which takes the template of `model_name`.
 
-    Returns model, policy, threshold, problems, seed, accuracy, accuracy_interval (Wilson's, 95 %), nfe_mean
-    (passes per answer), tokens_per_forward (those in front of EOS, the model's `eos_id`),
-    padded_tokens_per_forward (all gen_length of them), seconds, gen_length, block_length, cache, chat, fp8.
+    Returns model, policy, config (what else differs from the defaults), threshold, problems, seed, accuracy,
+    accuracy_interval (Wilson's, 95 %), nfe_mean (passes per answer), nfe_to_eos (those until the block that
+    holds EOS, the model's `eos_id`, is complete: with `decode(eos_id=...)` there are no more),
+    tokens_per_forward (those in front of EOS), padded_tokens_per_forward (all gen_length of them), seconds,
+    gen_length, block_length, cache, chat, fp8.
     """
     threshold = parse_policy(policy).get("threshold")
-    config = (config or dx.DecodeConfig()).with_rule(policy, gen_length=tasks.GEN_LENGTH)
+    config = (config or dx.DecodeConfig()).with_rule(policy)
     if block_length is not None:
         config = config.replace(block_length=block_length)
     if cache is not None:
         config = config.replace(cache=cache)
+    said = _said(config)
+    config = config.replace(gen_length=tasks.GEN_LENGTH, record=True)
     for name, value, least in (("problems", problems, 0), ("batch", batch, 1)):
         if value < least:
             raise ValueError(f"{name}: expected a whole number >= {least}, got {value}")
@@ -84,7 +142,9 @@ def evaluate(
     for problem in itertools.islice(tasks.problems("held_out", seed), problems):
         ids = encode(problem.prompt)
         groups.setdefault(len(ids), []).append((problem, ids))
-    correct = passes = tokens = padded = 0
+    causal = dx.models.traits(model).block_length
+    block = config.block_length or causal or 32
+    correct = passes = to_eos = tokens = padded = 0
     began = time.perf_counter()
     for group in groups.values():
         for at in range(0, len(group), batch):
@@ -96,21 +156,26 @@ def evaluate(
             correct += sum(tasks.is_correct(p, text) for (p, _), text in zip(part, answers, strict=True))
             passes += int(out.nfe.sum())
             tokens += kept_tokens(responses[:, : tasks.GEN_LENGTH], model.eos_id)
+            assert out.trajectory is not None
+            steps, ends = out.trajectory.step, responses == (-1 if model.eos_id is None else model.eos_id)
+            to_eos += int(passes_to_eos(steps, out.nfe, ends, block, prompt.shape[1] if causal else 0).sum())
             padded += int(out.generated.sum())
     return {
         "model": model_name,
         "policy": policy,
+        "config": said,
         "threshold": threshold,
         "problems": problems,
         "seed": seed,
         "accuracy": correct / problems if problems else 0.0,
         "accuracy_interval": wilson(correct, problems),
         "nfe_mean": passes / problems if problems else 0.0,
+        "nfe_to_eos": to_eos / problems if problems else 0.0,
         "tokens_per_forward": tokens / passes if passes else 0.0,
         "padded_tokens_per_forward": padded / passes if passes else 0.0,
         "seconds": round(time.perf_counter() - began, 3),
         "gen_length": tasks.GEN_LENGTH,
-        "block_length": config.block_length or dx.models.traits(model).block_length or 32,
+        "block_length": block,
         "cache": config.cache or "none",
         "chat": template is not None,
         "fp8": model.quantized,
@@ -122,17 +187,69 @@ def kept_tokens(responses: Tensor, eos_id: int | None) -> int:
     return int((responses == (-1 if eos_id is None else eos_id)).cumsum(1).eq(0).sum())
 
 
-def sweep(names: Iterable[str], texts: Iterable[str], **settings: Any) -> Iterable[dict[str, Any]]:
-    """`evaluate` for every model and policy, each model loaded once; yields as it goes."""
-    texts = list(texts)
-    for text in texts:
-        parse_policy(text)
+def passes_to_eos(steps: Tensor, nfe: Tensor, ends: Tensor, block_length: int, start: int = 0) -> Tensor:
+    """(B,) passes of each sequence until the block that holds its first EOS was complete; without one all.
+
+    steps: (B, R) of a `Trajectory`. nfe: (B,). ends: (B, R) bool, where EOS is. start: how far into a block
+    the response begins.
+    """
+    if not steps.shape[1]:
+        return nfe
+    index = (torch.arange(steps.shape[1], device=steps.device) + start) // block_length  # (R,) of the block
+    held = torch.where(ends.any(1), index[ends.int().argmax(1)], index[-1])[:, None]  # (B, 1)
+    last = steps.masked_fill(index > held, 0).amax(1)
+    # A rule that edits has passes that commit nothing before the next block begins.
+    after = torch.where(index == held + 1, steps, nfe[:, None] + 1).amin(1) - 1
+    return torch.where(held[:, 0] == index[-1], nfe, torch.maximum(last, after))
+
+
+def sweep(
+    names: Iterable[str],
+    policies: Iterable[str | Fields],
+    known: Iterable[dict[str, Any]] = (),
+    *,
+    config: dx.DecodeConfig | None = None,
+    **settings: Any,
+) -> Iterable[dict[str, Any]]:
+    """`evaluate` for every model and policy, each model loaded once; yields as it goes.
+
+    policies: texts, or the fields of a row. known: results of an earlier run; those of the same settings are
+    not measured again.
+    """
+    entries = [{"rule": each} if isinstance(each, str) else each for each in policies]
+    for entry in entries:
+        parse_policy(entry["rule"])
+        check_row(entry)
+    found = {_key(row): row for row in known}
+    for_all = {
+        name: settings.pop(name) for name in ("block_length", "cache") if settings.get(name) is not None
+    }
     for name in names:
         options = {key: settings[key] for key in ("device", "fp8", "mask_id") if key in settings}
-        chat = registry.template_of(name, settings.get("chat")) is not None
-        loaded = registry.load(name, **options)
-        for text in texts:
-            yield evaluate(name, text, loaded=loaded, **{**settings, "chat": chat})
+        settings = {**settings, "chat": registry.template_of(name, settings.get("chat")) is not None}
+        loaded: tuple[Any, Any] | None = None
+        for entry in entries:
+            text = entry["rule"]
+            of_row = (config or dx.DecodeConfig()).with_rule(text).replace(**{**for_all, **entry})
+            asked = {"model": name, "policy": text, "config": _said(of_row), **settings}
+            row = found.get(_key(asked))
+            if row is None:
+                loaded = loaded or registry.load(name, **options)
+                row = evaluate(name, text, config=of_row, loaded=loaded, **settings)
+            yield row
+
+
+def _said(config: dx.DecodeConfig) -> dict[str, Any]:
+    """The fields that differ from the defaults, as JSON has them, but for rule and length."""
+    own, defaults = config.with_rule(None).to_dict(), dx.DecodeConfig().to_dict()
+    return {name: own[name] for name in own if own[name] != defaults[name] and name != "gen_length"}
+
+
+def _key(row: Mapping[str, Any]) -> str:
+    """All that a result depends on."""
+    defaults = {"config": {}, "problems": 500, "seed": 0, "chat": False, "fp8": False}
+    known = {**defaults, **row}
+    return json.dumps([known[name] for name in ("model", "policy", *defaults)], sort_keys=True)
 
 
 def wilson(right: int, trials: int) -> list[float]:
@@ -163,12 +280,41 @@ def aup(rows: Iterable[dict[str, Any]], best: float) -> float:
     return area
 
 
-HEADING = f"{'model':<18} {'policy':<18} {'accuracy':>8} {'passes':>7} {'tokens/pass':>12} {'seconds':>8}"
+HEADING = (
+    f"{'model':<16} {'policy':<17} {'accuracy':>8} {'passes':>7} {'to EOS':>7} {'tokens/pass':>11} "
+    f"{'seconds':>7}"
+)
 
 
-def line(row: dict[str, Any]) -> str:
+def label(row: Mapping[str, Any]) -> str:
+    """A result's policy, and the other fields of its config, as text."""
+    said = ", ".join(f"{name} {value}" for name, value in row.get("config", {}).items())
+    return str(row["policy"]) + (f", {said}" if said else "")
+
+
+def line(row: Mapping[str, Any]) -> str:
     """A result as a line under HEADING."""
     return (
-        f"{row['model']:<18} {row['policy']:<18} {row['accuracy']:>8.1%} {row['nfe_mean']:>7.1f} "
-        f"{row['tokens_per_forward']:>12.2f} {row['seconds']:>8.1f}"
+        f"{row['model']:<16} {label(row):<17} {row['accuracy']:>8.1%} {row['nfe_mean']:>7.1f} "
+        f"{row['nfe_to_eos']:>7.1f} {row['tokens_per_forward']:>11.2f} {row['seconds']:>7.1f}"
     )
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Results as a table in Markdown."""
+    lines = [
+        "| model | rule | problems | accuracy | 95 % interval | passes | to EOS | tokens a pass to EOS |",
+        "|--|--|--:|--:|--|--:|--:|--:|",
+    ]
+    for row in rows:
+        low, high = row["accuracy_interval"]
+        rule = f"`{row['policy']}`" + label(row).removeprefix(row["policy"])
+        to_eos = ["", ""]
+        if row.get("nfe_to_eos"):
+            tokens = row["tokens_per_forward"] * row["nfe_mean"]
+            to_eos = [f"{row['nfe_to_eos']:.2f}", f"{tokens / row['nfe_to_eos']:.2f}"]
+        lines.append(
+            f"| {row['model'].removeprefix('builtin:')} | {rule} | {row['problems']} | {row['accuracy']:.1%} "
+            f"| {low:.1%} to {high:.1%} | {row['nfe_mean']:.2f} | {' | '.join(to_eos)} |"
+        )
+    return "\n".join(lines) + "\n"

@@ -22,7 +22,7 @@ def load_pyplot() -> Any:
 
 
 def accuracy_against_passes(rows: list[dict[str, Any]], path: str | Path) -> None:
-    """A PNG with a curve per model (colour) and selector (line).
+    """A PNG with a curve per model (colour) and rule (line); of many rules, a panel per model.
 
     `rows` are those of `evaluate`; the bars are their accuracy_interval.
     """
@@ -32,11 +32,34 @@ def accuracy_against_passes(rows: list[dict[str, Any]], path: str | Path) -> Non
 def draw_accuracy(rows: list[dict[str, Any]]) -> Any:
     """The figure that `accuracy_against_passes` writes."""
     pyplot = load_pyplot()
-    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
     models = list(dict.fromkeys(row["model"] for row in rows))
-    selectors = list(dict.fromkeys(_selector(row) for row in rows))
-    for model, selector in ((m, s) for m in models for s in selectors):
-        points = [row for row in rows if row["model"] == model and _selector(row) == selector]
+    rules = list(dict.fromkeys(_rule(row) for row in rows))
+    if len(rules) <= len(LINES):
+        figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
+        styles = {
+            (m, r): {"color": f"C{i}", "linestyle": LINES[j], "marker": "o"}
+            for (i, m), (j, r) in itertools.product(enumerate(models), enumerate(rules))
+        }
+        _draw(figure, axes, rows, styles)
+        return figure
+    figure, panels = pyplot.subplots(
+        max(1, len(models)), figsize=(11, 6.5 * max(1, len(models))), layout="constrained", squeeze=False
+    )
+    colours = pyplot.get_cmap("tab10").colors
+    styles = {
+        (m, r): {"color": colours[j % 10], "linestyle": "-", "marker": MARKERS[j // 10 % len(MARKERS)]}
+        for m, (j, r) in itertools.product(models, enumerate(rules))
+    }
+    for model, axes in zip(models, panels[:, 0], strict=False):
+        _draw(figure, axes, [row for row in rows if row["model"] == model], styles)
+        axes.set_title(f"{model}: {axes.get_title()}")
+    return figure
+
+
+def _draw(figure: Any, axes: Any, rows: list[dict[str, Any]], styles: dict[tuple[str, str], Any]) -> None:
+    """The curves of `rows`, each in the style of its model and rule."""
+    for (model, rule), style in styles.items():
+        points = [row for row in rows if row["model"] == model and _rule(row) == rule]
         if not points:
             continue
         points.sort(key=lambda row: row["nfe_mean"])
@@ -45,22 +68,13 @@ def draw_accuracy(rows: list[dict[str, Any]]) -> Any:
         # A share of 0 or 1 lies at an end of its interval, up to rounding.
         below = [max(0.0, at - 100 * low) for at, (low, _) in zip(y, ends, strict=True)]
         above = [max(0.0, 100 * high - at) for at, (_, high) in zip(y, ends, strict=True)]
-        axes.errorbar(
-            x,
-            y,
-            yerr=[below, above],
-            color=f"C{models.index(model)}",
-            linestyle=LINES[selectors.index(selector) % len(LINES)],
-            marker="o",
-            markersize=4,
-            capsize=2,
-            label=f"{model}, {selector}",
-        )
-    problems = rows[0]["problems"] if rows else 0
+        axes.errorbar(x, y, yerr=[below, above], markersize=4, capsize=2, label=f"{model}, {rule}", **style)
+    problems = sorted({row["problems"] for row in rows}) or [0]
     axes.set(
         xlabel=f"forward passes per answer of {rows[0]['gen_length'] if rows else 0} tokens",
         ylabel="accuracy, %",
-        title=f"{problems} held-out problems; numbers are thresholds, bars 95 % intervals",
+        title=f"{' to '.join(map(str, dict.fromkeys((problems[0], problems[-1]))))} held-out problems; "
+        "numbers are thresholds, bars 95 % intervals",
     )
     if any(row["nfe_mean"] > 30 for row in rows):
         axes.set_xscale("log", base=2)
@@ -68,12 +82,10 @@ def draw_accuracy(rows: list[dict[str, Any]]) -> Any:
     axes.set_ylim(bottom=max(0.0, min((100 * row["accuracy"] for row in rows), default=0) - 3), top=101)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)
-    named = [row for row in rows if row["threshold"] is not None]
-    texts = [f"{row['threshold']:g}" for row in named]
-    colours = [f"C{models.index(row['model'])}" for row in named]
-    places = [(row["nfe_mean"], 100 * row["accuracy"]) for row in named]
-    _label(figure, axes, list(zip(places, texts, colours, strict=True)))
-    return figure
+    named = [(row, text) for row in rows if (text := _threshold(row))]
+    colours = [styles[row["model"], _rule(row)]["color"] for row, _ in named]
+    places = [(row["nfe_mean"], 100 * row["accuracy"]) for row, _ in named]
+    _label(figure, axes, list(zip(places, [text for _, text in named], colours, strict=True)))
 
 
 def _label(figure: Any, axes: Any, points: list[tuple[tuple[float, float], str, str]]) -> None:
@@ -125,10 +137,19 @@ def text_box(annotation: Any) -> Any:
 
 
 LINES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "v")
 
 
-def _selector(row: dict[str, Any]) -> str:
-    return str(row["policy"]).partition(":")[0]
+def _rule(row: dict[str, Any]) -> str:
+    """A row's rule without its numbers, and what it sets beside."""
+    names = "+".join(part.partition(":")[0] for part in str(row["policy"]).split("+"))
+    return ", ".join([names, *(f"{name} {value}" for name, value in row.get("config", {}).items())])
+
+
+def _threshold(row: dict[str, Any]) -> str:
+    """The numbers of a row's rule; "builtin:NAME", a filter that ships, is none."""
+    given = [part.partition(":")[2].split(",") for part in str(row["policy"]).split("+")]
+    return "+".join(filter(None, (",".join(n for n in numbers if ":" not in n) for numbers in given)))
 
 
 def response_by_pass(words: list[str], steps: list[int], path: str | Path, *, title: str = "") -> None:
