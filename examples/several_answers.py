@@ -1,0 +1,138 @@
+"""A longer task, for several active blocks: four problems in one sequence, each followed by its 64 tokens.
+
+python examples/several_answers.py OUT
+
+Finetunes the teacher to it (300 steps, eight minutes of one core), writes the checkpoint to OUT, and decodes
+held-out problems with one block open and with several.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from dparallel import registry
+from dparallel.toy import tasks, train
+
+import dparallel_ext as dx
+
+SLOT = tasks.GEN_LENGTH
+SETTINGS = ({"active_blocks": 1}, {"active_blocks": 4}, {"active_blocks": 8, "open_at": 0.0})
+
+
+class Problems:
+    """Training problems, drawn by the length of their prompts so that sequences of a batch are alike."""
+
+    def __init__(self, tokenizer, eos_id: int, seed: int) -> None:
+        self.tokenizer, self.eos_id = tokenizer, eos_id
+        self.stream = tasks.problems("train", seed)
+        self.kept: dict[int, list[list[int]]] = defaultdict(list)
+        self.random = random.Random(seed)
+        for _ in range(64):
+            self.read()
+
+    def read(self) -> None:
+        problem = next(self.stream)
+        prompt, answer = (self.tokenizer.encode(text).ids for text in (problem.prompt, problem.response))
+        self.kept[len(prompt)].append([*prompt, *answer, *[self.eos_id] * (SLOT - len(answer))])
+
+    def batch(self, count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (size, L) of `count` problems each, and (L,) the slot of each column; -1: of a prompt."""
+        lengths = [self.random.choice(sorted(self.kept)) for _ in range(count)]
+        rows = []
+        for _ in range(size):
+            row: list[int] = []
+            for length in lengths:
+                while not self.kept[length]:
+                    self.read()
+                row += self.kept[length].pop()
+            rows.append(row)
+        slots = [slot for i, length in enumerate(lengths) for slot in [-1] * length + [i] * SLOT]
+        return torch.tensor(rows), torch.tensor(slots)
+
+
+def finetune(model, tokenizer, steps: int = 300, problems: int = 48, seed: int = 0):
+    """LLaDA's objective, with a share of masks for each slot, so that later slots may be ahead of earlier."""
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    muon = torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    optimizers = [muon, torch.optim.AdamW(rest, lr=5e-4, betas=(0.9, 0.98), weight_decay=0.0)]
+    rates = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1.0, (i + 1) / 20, 2 * (steps - i) / steps))
+        for o in optimizers
+    ]
+    data = Problems(tokenizer, model.eos_id, seed + 7)
+    generator = torch.Generator().manual_seed(seed)
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.95)
+    )
+    for step in range(steps):
+        count = data.random.choice((2, 3, 4))
+        size = problems // count
+        tokens, slots = data.batch(count, size)
+        every = torch.randperm(size * count, generator=generator) + torch.rand(
+            size * count, generator=generator
+        )
+        share = (every / (size * count)).clamp(min=1e-2).view(size, count)
+        share = torch.where(slots >= 0, share[:, slots.clamp(min=0)], 0.0)  # (size, L)
+        masked = torch.rand(tokens.shape, generator=generator) < share
+        with torch.autocast("cpu", torch.bfloat16, enabled=registry.fast_bfloat16()):
+            logits = model.head(model.hidden(tokens.masked_fill(masked, model.mask_id))[masked])
+        nll = F.cross_entropy(logits.float(), tokens[masked], reduction="none")
+        loss = (nll / share[masked]).sum() / (size * count * SLOT)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, rate in zip(optimizers, rates, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            rate.step()
+        average.update_parameters(model)
+        if (step + 1) % 20 == 0:
+            print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
+    return average.module
+
+
+def measure(model, tokenizer, config: dx.DecodeConfig, sequences: int = 100, count: int = 4):
+    """(right answers, problems, passes, tokens in front of EOS) of held-out problems."""
+    stream, right, passes, kept = tasks.problems("held_out", seed=2), 0, 0, 0
+    for start in range(0, sequences, 10):
+        asked = [[next(stream) for _ in range(count)] for _ in range(min(10, sequences - start))]
+        prompts = [
+            [id for p in group for id in [*tokenizer.encode(p.prompt).ids, *[model.mask_id] * SLOT]]
+            for group in asked
+        ]
+        out = dx.decode(model, prompts, config, gen_length=0, infill=True)
+        for group, response in zip(asked, out.responses, strict=True):
+            for problem, answer in zip(group, response.split(SLOT), strict=True):
+                right += tasks.is_correct(problem, tokenizer.decode(answer.tolist()))
+                kept += int((answer == model.eos_id).cumsum(0).eq(0).sum())
+        passes += int(out.nfe.sum())
+    return right, sequences * count, passes, kept
+
+
+def main(out: str, steps: int = 300, sequences: int = 100) -> None:
+    directory = Path(out)
+    if not (directory / "model.safetensors").exists():
+        model, tokenizer = registry.load("builtin:teacher", dtype=torch.float32)
+        tuned = finetune(model.requires_grad_(), tokenizer, steps)
+        directory.mkdir(parents=True, exist_ok=True)
+        train.save_tokenizer(directory)
+        dx.models.save(tuned, directory, dtype=torch.bfloat16)
+    model, tokenizer = registry.load(out, dtype=torch.float32)
+    for rule in ("entropy:0.2", "entropy:0.3"):
+        for fields in SETTINGS:
+            config = dx.DecodeConfig(rule=rule, cache="dual", **fields)
+            right, problems, passes, kept = measure(model, tokenizer, config, sequences)
+            print(
+                f"{rule} {fields}: {right / problems:.1%} of {problems} right, "
+                f"{passes / sequences:.1f} passes, {kept / passes:.2f} tokens a pass",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
