@@ -67,12 +67,12 @@ def row(rng: random.Random, vocab: int, dtype: torch.dtype, *, bad: bool) -> Ten
     return z
 
 
-def policy(rng: random.Random, width: int) -> Tensor:
-    """(1, 5): within the bounds of the tables, at them often."""
+def policy(rng: random.Random, width: int, least: int = 0) -> Tensor:
+    """(1, 5): within the bounds of the tables, at them often; `least`: of min_commit."""
     name = rng.choice(list(policies.RULES))
     rule = policies.RULES[name]
     threshold = rng.choice([rule.low, min(rule.high, 1e30), rng.uniform(rule.low, min(rule.high, 6.0))])
-    low = rng.choice([0, 1, 1, 1, 2, 3, policies.MOST])
+    low = max(least, rng.choice([0, 1, 1, 1, 2, 3, policies.MOST]))
     return policies.make(
         name,
         float(math.ceil(threshold)) if rule.whole else threshold,
@@ -323,7 +323,7 @@ def test_every_decode_ends(attack: Attack) -> None:
             "mask_id": mask_id,
         }
         if rng.random() < 0.8:
-            rows = torch.cat([policy(rng, 12) for _ in range(batch)])
+            rows = torch.cat([policy(rng, 12, least=1) for _ in range(batch)])
         else:  # the fixed schedule
             rows = None
             settings["score"] = rng.choice([None, *policies.SCORES])

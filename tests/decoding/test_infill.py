@@ -380,4 +380,4 @@ def test_layouts() -> None:
     between = lay_out(40, 0, 8, False, None, [3, 4, 30])
     assert (between.blocks, between.length, list(between.columns)) == ([(3, 11), (27, 35)], 40, [3, 4, 30])
     assert lay_out(42, 0, 8, True, None, [3, 30, 41]).blocks == [(3, 8), (24, 32), (40, 42)]
-    assert lay_out(9, 0, 8, True) == ([], [], 9)
+    assert lay_out(9, 0, 8, True)[:3] == ([], [], 9)

@@ -62,9 +62,9 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     seen: list[Any] = []
     decode = dx.decode
 
-    def watched(model: Any, ids: Any, **settings: Any) -> Any:
+    def watched(model: Any, ids: Any, config: Any = None, **settings: Any) -> Any:
         seen.extend([torch.as_tensor(one).tolist(), model.mask_id] for one in ids)
-        return decode(model, ids, **settings)
+        return decode(model, ids, config, **settings)
 
     monkeypatch.setattr(dx, "decode", watched)
     return seen
@@ -125,7 +125,7 @@ def test_a_mask_of_ones_own(
     class Reached(Exception):
         """The engine is as far as this test goes."""
 
-    def engine(model: models.Model, **_: Any) -> None:
+    def engine(model: models.Model, config: Any = None, **_: Any) -> None:
         assert model.mask_id == 7
         raise Reached
 
