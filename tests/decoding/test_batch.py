@@ -360,6 +360,8 @@ def test_passes_that_run_ahead_are_the_same(seed, count, way, most, temperature,
         ({"steps": 8}, [4, 4]),
         ({"steps": 14}, [6, 1, 6, 1]),  # 3, 3, 2, ...: by 3 it would be 6
         ({"selector": "quota", "threshold": 3}, [6, 6]),
+        ({"rule": "credit+quota:3"}, [6, 6]),
+        ({"rule": "sched:9+quota:3"}, [1] * 12),  # it may fill all at any pass
         ({"threshold": 9.0, "max_commit": 5}, [4, 4]),  # 16 = 5 + 5 + 5 + 1
         (
             {"threshold": 0.0, "max_commit": 5},
@@ -375,6 +377,12 @@ def test_how_far_passes_run_ahead(monkeypatch, way: dict[str, Any], passes: list
     out = dx.decode(model, torch.arange(5, 20), gen_length=32, block_length=16, cache="dual", **way)
     assert sum(looks.passes) == out.forwards
     assert looks.passes == passes
+    each = dx.decode(
+        model, torch.arange(5, 20), gen_length=32, block_length=16, cache="dual", eos_id=MASK, **way
+    )
+    # An EOS may end it after any pass; this one, the mask, is never committed.
+    assert looks.passes[len(passes) :] == [1] * each.forwards
+    assert torch.equal(each.sequences, out.sequences)
 
 
 def test_a_pass_ahead_that_fails_undoes_those_before_it() -> None:
