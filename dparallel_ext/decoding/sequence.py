@@ -11,7 +11,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .. import policies
 from ..rules import Rule
+
+NOTHING = (float(policies.SELECTORS["confidence"]), 1.0 + 2**-23, 0.0, math.inf, 0.0)
+"""A policy row that commits nothing: no probability reaches the float32 after 1."""
 
 
 @dataclass(frozen=True)
@@ -228,8 +232,8 @@ class SequenceState:
     def policy(self, block: OpenBlock, must_move: bool = True) -> tuple[float, ...]:
         """Of the next pass over a block, a row of `policies.FIELDS`."""
         chosen, steps = self.settings.policy, self.settings.steps
-        if not must_move:
-            return (*chosen[:2], 0.0, *chosen[3:])
+        if not must_move:  # a quota says what a window commits that has to
+            return NOTHING if chosen[0] == policies.SELECTORS["quota"] else (*chosen[:2], 0.0, *chosen[3:])
         if steps is None:
             return chosen
         share, rest = divmod(block.held, steps // len(self.blocks))

@@ -169,3 +169,14 @@ def test_an_engine_opens_one_block_of_what_is_for_one(llada: models.Model) -> No
             found = engine.submit(PROMPTS[0], gen_length=40, **way).result(30)
             alone = dx.decode(llada, PROMPTS[0], gen_length=40, **several, **way)
             assert (found.tokens, found.nfe) == (alone.responses[0].tolist(), int(alone.nfe))
+
+
+@pytest.mark.parametrize("way", [{"selector": "quota", "threshold": 2}, {"rule": "credit+quota:1"}])
+def test_a_quota_is_for_blocks_that_must_move(llada: models.Model, way: dict[str, Any]) -> None:
+    settings = {"gen_length": LENGTHS, "block_length": 8, **way}
+    one = dx.decode(llada, PROMPTS, **settings)
+    out = dx.decode(llada, PROMPTS, active_blocks=3, open_at=0.0, activate_at=1.0, **settings)
+    assert "rule" in way or torch.equal(out.sequences, one.sequences)  # credit has seen the blocks before
+    assert torch.equal(out.nfe, one.nfe)
+    sooner = dx.decode(llada, PROMPTS, active_blocks=3, open_at=0.0, activate_at=0.5, **settings)
+    assert int(sooner.nfe.sum()) < int(one.nfe.sum())
