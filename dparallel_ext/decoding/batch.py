@@ -151,6 +151,10 @@ class Batch:
                 left = ids.count(self.mask_id)
                 first = block.start + (ids.index(self.mask_id) if left else 0)
                 row.open = (block._replace(masks_left=left, first_mask=first),)
+        self._open_more(row)
+
+    def _open_more(self, row: SequenceState) -> None:
+        """Open the blocks that are due behind those that are open."""
         while self.schedule.opens(row):
             row.open = (*row.open, row.opened(row.block_index + len(row.open)))
 
@@ -256,8 +260,7 @@ class Batch:
             row.open = (front._replace(masks_left=0), *row.open[1:])
             counts = [(0, front.start, 0)]
         if not self.schedule.is_over(row) or row.edits_on():
-            while self.schedule.opens(row):
-                row.open = (*row.open, row.opened(row.block_index + len(row.open)))
+            self._open_more(row)
             return False
         row.published += self.schedule.published_passes(row)
         row.between_blocks = True

@@ -16,7 +16,7 @@ from .. import policies
 from ..arguments import shown, temperature_in_force
 from ..ops.inputs import check_sampling
 from ..rules import Function, FunctionRule, Rule, parse
-from ..rules.spec import KINDS, ONE
+from ..rules.spec import text_of
 from .fields import CHECKS
 from .schedule import CACHES
 
@@ -292,21 +292,6 @@ def names_fields(function: F) -> F:
 
 def _listed(value: Any) -> Any:
     return [_listed(each) for each in value] if isinstance(value, (tuple, list)) else value
-
-
-def text_of(rule: Rule | Function, *, own_row: bool = True) -> str:
-    """What `rules.parse` makes the rule of. Without `own_row`, its own policy row is left out.
-
-    Raises ValueError where there is no such text.
-    """
-    for name, kind in KINDS.items():
-        if type(rule) is kind.make:
-            values = [str(getattr(rule, parameter)) for parameter, _ in kind.parameters]
-            text = f"{name}:{','.join(values)}"
-            if parse(text)[0] == rule:
-                return text if own_row or rule.row is None else f"{text}+{ONE}"
-    said = "a function" if not isinstance(rule, Rule) else shown(rule)
-    raise ValueError(f"rule: expected one of {list(KINDS)} with the parameters that its text has, got {said}")
 
 
 # --- what decides ------------------------------------------------------------------------------

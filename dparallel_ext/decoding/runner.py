@@ -147,7 +147,7 @@ class Runner:
         self.trajectory, self.graphs = workspace.trajectory, workspace.graphs
         self._suppressed, self.states, self.given = workspace.suppressed, workspace.states, workspace.given
         self.static_shapes = runs_ahead(tokens.device)
-        """Passes take few forms, which hang on nothing that the host would have to wait for."""
+        """Input shapes come from a small set and depend on no device results, so passes can be recorded."""
         self.recorded_rows = recorded_rows(model)
         self._graph_bucket = functools.partial(graph_bucket, recorded=self.recorded_rows)
         self._prepared: tuple[tuple[Any, ...], tuple[Tensor, GraphKey]] | None = None
@@ -449,7 +449,7 @@ class Runner:
         )
 
     def _lane_of(self, each: int) -> Tensor | None:
-        """(lanes * each,) int64: whose each window is; None where each sequence has one."""
+        """(lanes * each,) int64: the sequence of each window; None where each sequence has one."""
         if each == 1:
             return None
         return torch.arange(len(self.tokens), device=self.tokens.device).repeat_interleave(each)

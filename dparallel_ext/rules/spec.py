@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .. import policies
-from ..arguments import whole
+from ..arguments import shown, whole
 from .credit import Credit
 from .early import Prophet, SchED
 from .edit import Edit
 from .end_of_text import EndOfText
 from .learned import Learned
-from .protocol import Rule
+from .protocol import Function, Rule
 
 ONE = "one"
 """The policy that commits one token a pass, the most confident."""
@@ -124,6 +124,21 @@ def _parts(text: str, kind: Kind) -> tuple[list[str], str | None]:
 
 def _name(text: str) -> str:
     return re.split(r"[:+]", text, maxsplit=1)[0]
+
+
+def text_of(rule: Rule | Function, *, own_row: bool = True) -> str:
+    """What `rules.parse` makes the rule of. Without `own_row`, its own policy row is left out.
+
+    Raises ValueError where there is no such text.
+    """
+    for name, kind in KINDS.items():
+        if type(rule) is kind.make:
+            values = [str(getattr(rule, parameter)) for parameter, _ in kind.parameters]
+            text = f"{name}:{','.join(values)}"
+            if parse(text)[0] == rule:
+                return text if own_row or rule.row is None else f"{text}+{ONE}"
+    said = "a function" if not isinstance(rule, Rule) else shown(rule)
+    raise ValueError(f"rule: expected one of {list(KINDS)} with the parameters that its text has, got {said}")
 
 
 def _row(text: str) -> dict[str, Any]:
