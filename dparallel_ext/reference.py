@@ -311,7 +311,7 @@ def kv_write(
     v_cache: Tensor,
     *,
     positions: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     cos: Tensor,
     sin: Tensor,
     interleaved: bool = False,
@@ -324,8 +324,8 @@ def kv_write(
         turned = (a.double() * c - b.double() * s, b.double() * c + a.double() * s)
         return (torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)).to(x.dtype)
 
-    written = slots >= 0
-    page, at = slots[written] // k_cache.shape[2], slots[written] % k_cache.shape[2]
+    written = slot_mapping >= 0
+    page, at = slot_mapping[written] // k_cache.shape[2], slot_mapping[written] % k_cache.shape[2]
     k_cache[page, :, at] = rotate(k)[written]
     v_cache[page, :, at] = v[written]
     q.copy_(rotate(q))
@@ -335,17 +335,17 @@ def block_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    lengths: Tensor,
+    kv_lens: Tensor,
     *,
-    pages: Tensor,
-    begin: Tensor,
-    end: Tensor,
+    block_table: Tensor,
+    q_start: Tensor,
+    q_end: Tensor,
     scale: float | None = None,
 ) -> Tensor:
     """See `dparallel_ext.block_attention`; any floating-point dtype."""
     out, group = torch.zeros_like(q), q.shape[1] // k_cache.shape[1]
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    for first, last, length, table in zip(begin, end, lengths.tolist(), pages, strict=True):
+    for first, last, length, table in zip(q_start, q_end, kv_lens.tolist(), block_table, strict=True):
         slot = torch.arange(length, device=q.device)
         at = (table[slot // k_cache.shape[2]], slice(None), slot % k_cache.shape[2])
         k, v = (t[at].double().repeat_interleave(group, 1) for t in (k_cache, v_cache))  # (length, H, D)

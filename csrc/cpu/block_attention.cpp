@@ -25,10 +25,10 @@ void block_attention(const BlockAttentionArgs& args, Parallel parallel) {
   // A segment's tiles count from its own first row, so that its result depends on nothing else.
   std::vector<AttentionTile> tiles;
   for (int64_t s = 0; s < args.segments; ++s)
-    for (int64_t first = args.begin[s]; first < args.end[s]; first += step)
+    for (int64_t first = args.q_start[s]; first < args.q_end[s]; first += step)
       for (int64_t head = 0; head < heads; ++head)
-        tiles.push_back({first, std::min(step, args.end[s] - first) * group, head, group,
-                         args.length[s], args.pages + s * args.table_width});
+        tiles.push_back({first, std::min(step, args.q_end[s] - first) * group, head, group,
+                         args.kv_lens[s], args.block_table + s * args.table_width});
   run_parallel(parallel, static_cast<int64_t>(tiles.size()), [&](int64_t i) {
     static thread_local std::vector<float> scratch;
     scratch.resize(attention_scratch(args.k_layout.head_dim));

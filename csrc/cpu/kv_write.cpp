@@ -47,8 +47,9 @@ void write(const KvWriteArgs& args, Parallel parallel) {
     auto* q = static_cast<Storage*>(args.q) + row * args.q_stride;
     for (int64_t head = 0; head < args.q_heads; ++head)
       rotate<T>(q + head * dim, q + head * dim, dim, cos, sin, args.interleaved);
-    if (args.slots[row] < 0) return;
-    const int64_t page = args.slots[row] / keys.page_size, at = args.slots[row] % keys.page_size;
+    if (args.slot_mapping[row] < 0) return;
+    const int64_t page = args.slot_mapping[row] / keys.page_size,
+                  at = args.slot_mapping[row] % keys.page_size;
     const auto* k = static_cast<const Storage*>(args.k) + row * args.k_stride;
     const auto* v = static_cast<const Storage*>(args.v) + row * args.v_stride;
     for (int64_t head = 0; head < keys.heads; ++head) {

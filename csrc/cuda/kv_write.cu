@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kWriteThreads, kWriteBlocksPerSm)
   const uint32_t item = blockIdx.x * kWriteThreads + threadIdx.x;
   const uint32_t row = item / of_row, unit = item - row * of_row;
   if (row >= args.count) return;
-  const int64_t position = args.positions[row], slot = args.slots[row];
+  const int64_t position = args.positions[row], slot = args.slot_mapping[row];
   uint32_t head = unit / units;  // the query heads come first
   const uint32_t pair = (unit - head * units) * W;
   const uint32_t at[2] = {args.interleaved ? 2 * pair : pair,

@@ -33,7 +33,7 @@ def kv_write(
     v_cache: Tensor,
     *,
     positions: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     cos: Tensor,
     sin: Tensor,
     interleaved: bool = False,
@@ -48,7 +48,8 @@ def kv_write(
         k, v: (N, Hkv, D), likewise; read.
         k_cache, v_cache: (pages, Hkv, page_size, D); changed in place.
         positions: (N,) int64, of the rotary embedding: rows of cos and sin.
-        slots: (N,) int64, page * page_size + offset, no two alike; negative: the row is written nowhere.
+        slot_mapping: (N,) int64, page * page_size + offset, no two alike; negative: the row is
+            written nowhere.
         cos, sin: (positions, D / 2) float32, see `rope_table`.
         interleaved: rotate the pairs (2 i, 2 i + 1), as GPT-J, and not (i, i + D / 2), as LLaMA.
 
@@ -63,7 +64,7 @@ def kv_write(
     count, dim = len(q), q.shape[2]
     for name, given in (("k", k), ("v", v)):
         expect(name, given, (count, k_cache.shape[1], dim))
-    for name, given in (("positions", positions), ("slots", slots)):
+    for name, given in (("positions", positions), ("slot_mapping", slot_mapping)):
         expect(name, given, (count,), torch.int64)
     if dim % 2:
         raise ValueError(f"q: expected an even head_dim, got {dim}")
@@ -73,12 +74,12 @@ def kv_write(
         from .. import reference
 
         within("positions", positions, 0, len(cos))
-        within("slots", slots, None, len(k_cache) * k_cache.shape[2])
-        at = {"positions": positions, "slots": slots, "cos": cos, "sin": sin}
+        within("slot_mapping", slot_mapping, None, len(k_cache) * k_cache.shape[2])
+        at = {"positions": positions, "slot_mapping": slot_mapping, "cos": cos, "sin": sin}
         return reference.kv_write(q, k, v, k_cache, v_cache, **at, interleaved=interleaved)
-    torch.ops.dparallel.kv_write(q, k, v, k_cache, v_cache, positions, slots, cos, sin, interleaved)
+    torch.ops.dparallel.kv_write(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin, interleaved)
 
 
 @torch.library.register_fake("dparallel::kv_write")
-def _(q, k, v, k_cache, v_cache, positions, slots, cos, sin, interleaved):  # type: ignore[no-untyped-def]
+def _(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin, interleaved):  # type: ignore[no-untyped-def]
     return None

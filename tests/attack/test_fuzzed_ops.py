@@ -266,7 +266,7 @@ def kv_write(rng: random.Random) -> None:
     slots = torch.where(some(rng, 0.2, count), -rng.randint(1, 2**60), slots)
     cos, sin = dx.rope_table(table, dim, 500.0) if dim else (torch.ones(table, 0), torch.ones(table, 0))
     positions, interleaved = whole(rng, 0, table, count), rng.random() < 0.5
-    given = {"positions": positions, "slots": slots, "cos": cos, "sin": sin}
+    given = {"positions": positions, "slot_mapping": slots, "cos": cos, "sin": sin}
     ours, twin = [strided(rng, t, changed=True) for t in made], [t.clone() for t in made]
     dx.kv_write(*ours, **{n: strided(rng, t) for n, t in given.items()}, interleaved=interleaved)
     if dim:
@@ -289,10 +289,10 @@ def block_attention(rng: random.Random) -> None:
     q = numbers(rng, dtype, count, group * heads, dim, special=special[1:])
     k, v = (numbers(rng, dtype, pages, heads, page, dim, special=special) for _ in "kv")
     given = {
-        "lengths": whole(rng, 0, width * page + 1, segments),
-        "pages": whole(rng, 0, max(1, pages), segments, width),
-        "begin": begin,
-        "end": begin + queries,
+        "kv_lens": whole(rng, 0, width * page + 1, segments),
+        "block_table": whole(rng, 0, max(1, pages), segments, width),
+        "q_start": begin,
+        "q_end": begin + queries,
     }
     scale = rng.choice([None, 0.3, 0.0, 2.0])
     found = dx.block_attention(
@@ -386,8 +386,8 @@ INDICES = {
     "row_stats": ("rows", "suppress", "ids"),
     "unmask_": ("suppress", "positions", "lane"),
     "commit_": ("positions", "lane"),
-    "kv_write": ("positions", "slots"),
-    "block_attention": ("begin", "end", "lengths", "pages"),
+    "kv_write": ("positions", "slot_mapping"),
+    "block_attention": ("q_start", "q_end", "kv_lens", "block_table"),
 }
 
 
@@ -404,9 +404,9 @@ def test_indices_out_of_bounds_are_named(attack: Attack) -> None:
             call[1], call[2] = call[1].flatten(0, 1), torch.arange(6)
         index = call[names.index(argument)]
         bad = rng.choice([-1, 41, 2**31, 2**32 + 1, 2**60, 2**63 - 1, -(2**63), -(2**31)])
-        if argument == "slots":
+        if argument == "slot_mapping":
             bad = abs(bad) % 2**62 + 40
-        index.view(-1)[rng.randrange(index.numel()) if argument != "pages" else 0] = bad
+        index.view(-1)[rng.randrange(index.numel()) if argument != "block_table" else 0] = bad
         call = [
             strided(rng, t, changed=a.is_write) if isinstance(t, Tensor) else t
             for t, a in zip(call, op.default._schema.arguments, strict=True)

@@ -818,20 +818,20 @@ void block_attention_case() {
   near(out2, out, "out");
   if (chance(0.1)) {  // wrong bounds are no fault of the memory's, nor of the next launch
     const BlockAttentionArgs right = args;
-    args.longest_query = below(most + 1);
-    args.longest_length = below(longest);
+    args.max_q_len = below(most + 1);
+    args.max_kv_len = below(longest);
     launch(out);
     args = right;
   }
   args.segments = 1;  // each segment alone, to the bit
   const int64_t row = out.bytes() / std::max<int64_t>(1, rows);
   for (int64_t s = 0; s < segments; ++s) {
-    args.begin = &begin[s];
-    args.end = &end[s];
-    args.length = &length[s];
-    args.pages = &order[s * width];
-    args.longest_query = end[s] - begin[s] + below(3);
-    args.longest_length = length[s] + below(300);
+    args.q_start = &begin[s];
+    args.q_end = &end[s];
+    args.kv_lens = &length[s];
+    args.block_table = &order[s * width];
+    args.max_q_len = end[s] - begin[s] + below(3);
+    args.max_kv_len = length[s] + below(300);
     launch(out);
     const auto of = [&](const Numbers& numbers) {
       return reinterpret_cast<const char*>(numbers.memory.get()) + begin[s] * row;

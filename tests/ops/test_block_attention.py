@@ -31,7 +31,9 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, arguments: dict, scale: float) -> Te
     flat = [t.transpose(1, 2).flatten(0, 1).double().nan_to_num(0, 0, 0) for t in (k, v)]  # (slots, Hkv, D)
     keys, values = (t.repeat_interleave(group, 1).transpose(0, 1) for t in flat)
     mask = torch.zeros(len(q), keys.shape[1], dtype=torch.bool)
-    for b, e, n, table in zip(*(arguments[x] for x in ("begin", "end", "lengths", "pages")), strict=True):
+    for b, e, n, table in zip(
+        *(arguments[x] for x in ("q_start", "q_end", "kv_lens", "block_table")), strict=True
+    ):
         slot = torch.arange(int(n))
         mask[b:e, table[slot // size] * size + slot % size] = True
     y = F.scaled_dot_product_attention(q.transpose(0, 1).double(), keys, values, attn_mask=mask, scale=scale)
@@ -58,7 +60,7 @@ def case(seed: int, dtype: torch.dtype, lengths: list[int], heads: int, group: i
     end = begin + queries
     rows = int(end[-1]) + 2 if segments else 2
     q = torch.randn(rows, 2 * group * heads, dim, generator=g).to(dtype)[:, : group * heads]
-    arguments = {"lengths": torch.tensor(lengths), "pages": pages, "begin": begin, "end": end}
+    arguments = {"kv_lens": torch.tensor(lengths), "block_table": pages, "q_start": begin, "q_end": end}
     return q, k, v, arguments
 
 
@@ -84,7 +86,7 @@ def test_it_is_attention_with_a_mask(seed, dtype, lengths, heads, group, dim, pa
     torch.testing.assert_close(twin.double(), expected, rtol=tolerance, atol=tolerance)
     for s in range(len(lengths)):  # to the bit as the segment alone
         alone = {name: value[s : s + 1] for name, value in arguments.items()}
-        at = slice(int(alone["begin"]), int(alone["end"]))
+        at = slice(int(alone["q_start"]), int(alone["q_end"]))
         assert torch.equal(dx.block_attention(q, k, v, **alone, scale=scale)[at], found[at])
 
 
@@ -123,7 +125,7 @@ def test_nothing_to_do(shape: tuple[int, ...]) -> None:
 @everywhere
 def test_opcheck() -> None:
     q, k, v, a = case(1, torch.float32, [5, 30], 2, 2, 16, 8)
-    ragged = (a["begin"], a["end"], a["lengths"], a["pages"], len(q), 64)
+    ragged = (a["q_start"], a["q_end"], a["kv_lens"], a["block_table"], len(q), 64)
     given = (q.contiguous(), k, v, *ragged, 0.25)
     torch.library.opcheck(torch.ops.dparallel.block_attention, given)
 
@@ -136,11 +138,11 @@ def test_opcheck() -> None:
             r"k_cache: expected \(pages, Hkv, page_size, D\) with Hkv dividing the 5",
         ),
         ({"q": torch.zeros(9, 4, 16).half()}, "k_cache: expected torch.float16 as q"),
-        ({"lengths": torch.tensor([5, 33])}, r"lengths: expected in \[0, 33\), got 33 at 1"),
-        ({"lengths": torch.tensor([5])}, r"lengths: expected torch.int64 \(2,\)"),
-        ({"begin": None}, "begin: needed"),
-        ({"end": torch.tensor([1, 10**6])}, "end: expected in"),
-        ({"pages": torch.zeros(2, dtype=torch.int64)}, r"pages: expected int64 \(S, P\)"),
+        ({"kv_lens": torch.tensor([5, 33])}, r"kv_lens: expected in \[0, 33\), got 33 at 1"),
+        ({"kv_lens": torch.tensor([5])}, r"kv_lens: expected torch.int64 \(2,\)"),
+        ({"q_start": None}, "q_start: needed"),
+        ({"q_end": torch.tensor([1, 10**6])}, "q_end: expected in"),
+        ({"block_table": torch.zeros(2, dtype=torch.int64)}, r"block_table: expected int64 \(S, P\)"),
     ],
 )
 def test_bad_arguments_are_named(change: dict, message: str) -> None:
@@ -152,6 +154,6 @@ def test_bad_arguments_are_named(change: dict, message: str) -> None:
 def test_pages_out_of_bounds_are_refused() -> None:
     q, k, v, arguments = case(1, torch.float32, [5, 30], 2, 2, 16, 8)
     for page in (-1, len(k)):
-        arguments["pages"] = torch.full_like(arguments["pages"], page)
-        with pytest.raises(ValueError, match=rf"pages: expected in \[0, {len(k)}\), got {page} at 0"):
+        arguments["block_table"] = torch.full_like(arguments["block_table"], page)
+        with pytest.raises(ValueError, match=rf"block_table: expected in \[0, {len(k)}\), got {page} at 0"):
             dx.block_attention(q, k, v, **arguments)

@@ -31,7 +31,7 @@ def case(seed: int, dtype: torch.dtype, count: int, heads: int, group: int, dim:
         "k_cache": caches[0],
         "v_cache": caches[1],
         "positions": torch.randint(50, (count,), generator=g),
-        "slots": slots,
+        "slot_mapping": slots,
         "cos": cos,
         "sin": sin,
     }
@@ -80,7 +80,7 @@ def test_one_rounding(dtype: torch.dtype) -> None:
 @everywhere
 def test_opcheck() -> None:
     arguments = case(1, torch.float32, 9, 2, 2, 16, 8)
-    names = ("q", "k", "v", "k_cache", "v_cache", "positions", "slots", "cos", "sin")
+    names = ("q", "k", "v", "k_cache", "v_cache", "positions", "slot_mapping", "cos", "sin")
     torch.library.opcheck(torch.ops.dparallel.kv_write, (*(arguments[n] for n in names), False))
 
 
@@ -94,8 +94,8 @@ def test_opcheck() -> None:
         ({"v_cache": torch.zeros(4, 2, 7, 16)}, r"v_cache: expected \(4, 2, 8, 16\) as k_cache"),
         ({"positions": torch.full((9,), 50)}, r"positions: expected in \[0, 50\), got 50"),
         ({"positions": torch.full((9,), -1)}, r"positions: expected in \[0, 50\), got -1"),
-        ({"slots": torch.full((9,), 32)}, r"slots: expected in \[0, 32\), got 32"),
-        ({"slots": torch.zeros(9)}, r"slots: expected torch.int64 \(9,\)"),
+        ({"slot_mapping": torch.full((9,), 32)}, r"slot_mapping: expected in \[0, 32\), got 32"),
+        ({"slot_mapping": torch.zeros(9)}, r"slot_mapping: expected torch.int64 \(9,\)"),
         ({"cos": torch.zeros(50, 16)}, r"cos: expected torch.float32 \(50, 8\)"),
     ],
 )
@@ -107,8 +107,8 @@ def test_bad_arguments_are_named(change: dict, message: str) -> None:
 def test_a_direct_call_out_of_bounds_is_refused() -> None:
     """torch.ops keeps memory safe whoever calls."""
     arguments = case(1, torch.float32, 9, 2, 2, 16, 8)
-    names = ("q", "k", "v", "k_cache", "v_cache", "positions", "slots", "cos", "sin")
-    for name, value in (("positions", 50), ("positions", -1), ("slots", 10**6)):
+    names = ("q", "k", "v", "k_cache", "v_cache", "positions", "slot_mapping", "cos", "sin")
+    for name, value in (("positions", 50), ("positions", -1), ("slot_mapping", 10**6)):
         changed = {**arguments, name: torch.full((9,), value)}
         with pytest.raises(ValueError, match=rf"{name}: expected in \[0, .*got {value} at 0"):
             torch.ops.dparallel.kv_write(*(changed[n] for n in names), False)
