@@ -52,7 +52,7 @@ void launch(Cuda, const KvWriteArgs& args, const Tensor& like) {
 
 template <class Backend>
 void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor positions,
-              Tensor slot_mapping, Tensor cos, Tensor sin, bool interleaved) {
+              Tensor slot_mapping, Tensor cos, Tensor sin) {
   Tensor q_rows = q, k_rows = k_cache, v_rows = v_cache;
   const DType dtype = dtype_of(q, "q");
   const CacheLayout keys = layout_of(k_rows, "k_cache", q);
@@ -73,9 +73,10 @@ void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tens
   expect(positions, "positions", ScalarType::Long, {count}, q);
   expect(slot_mapping, "slot_mapping", ScalarType::Long, {count}, q);
   DP_CHECK(cos.dim() == 2, "cos: expected 2 dimensions, got ", cos.dim());
-  const int64_t table = cos.size(0);
-  expect(cos, "cos", ScalarType::Float, {table, dim / 2}, q);
-  expect(sin, "sin", ScalarType::Float, {table, dim / 2}, q);
+  const int64_t table = cos.size(0), half = cos.size(1);
+  DP_CHECK(2 * half <= dim, "cos: expected at most ", dim / 2, " pairs of a head, got ", half);
+  expect(cos, "cos", ScalarType::Float, {table, half}, q);
+  expect(sin, "sin", ScalarType::Float, {table, half}, q);
   const KvWriteArgs args{dtype,
                          q_rows.data_ptr(),
                          k.data_ptr(),
@@ -90,7 +91,7 @@ void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tens
                          data<float>(cos),
                          data<float>(sin),
                          table,
-                         interleaved,
+                         2 * half,
                          k_rows.data_ptr(),
                          v_rows.data_ptr(),
                          keys,
@@ -104,7 +105,7 @@ void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tens
 DPARALLEL_OP(
     kv_write,
     "kv_write(Tensor(a!) q, Tensor k, Tensor v, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor "
-    "positions, Tensor slot_mapping, Tensor cos, Tensor sin, bool interleaved) -> ()")
+    "positions, Tensor slot_mapping, Tensor cos, Tensor sin) -> ()")
 
 void launch(Cpu, const BlockAttentionArgs& args, const Tensor&) {
   const int64_t size = args.k_layout.page_size, capacity = args.table_width * size;
@@ -114,6 +115,14 @@ void launch(Cpu, const BlockAttentionArgs& args, const Tensor&) {
   for (int64_t s = 0; s < args.segments; ++s) {
     DP_CHECK(args.q_start[s] <= args.q_end[s], "q_start: expected no larger than q_end, got ",
              args.q_start[s], " above ", args.q_end[s], " at ", s);
+    if (args.restricted()) {
+      const int64_t rows = args.q_end[s] - args.q_start[s];
+      DP_CHECK(rows <= args.kv_lens[s], "kv_lens: expected a slot for each of the segment's ", rows,
+               " rows, got ", args.kv_lens[s], " at ", s);
+      DP_CHECK(args.causal || rows <= 64 * args.words,
+               "ancestors: expected a bit for each of the segment's ", rows, " rows, got ",
+               64 * args.words, " at ", s);
+    }
     within("block_table", args.block_table + s * args.table_width,
            (args.kv_lens[s] + size - 1) / size, 0, args.k_layout.pages);
   }
@@ -129,7 +138,7 @@ void launch(Cuda, const BlockAttentionArgs& args, const Tensor& like) {
 template <class Backend>
 Tensor block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor q_start, Tensor q_end,
                        Tensor kv_lens, Tensor block_table, int64_t max_q_len, int64_t max_kv_len,
-                       double scale) {
+                       double scale, bool causal, std::optional<Tensor> ancestors) {
   const DType dtype = dtype_of(q, "q");
   const CacheLayout keys = layout_of(k_cache, "k_cache", q);
   const CacheLayout values = layout_of(v_cache, "v_cache", q);
@@ -145,6 +154,13 @@ Tensor block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor q_start,
   expect(block_table, "block_table", ScalarType::Long, {segments, table_width}, q);
   DP_CHECK(max_q_len >= 0, "max_q_len: expected >= 0, got ", max_q_len);
   DP_CHECK(max_kv_len >= 0, "max_kv_len: expected >= 0, got ", max_kv_len);
+  int64_t words = 0;
+  if (ancestors.has_value()) {
+    DP_CHECK(ancestors->dim() == 2, "ancestors: expected 2 dimensions, got ", ancestors->dim());
+    DP_CHECK(!causal, "ancestors: expected instead of causal, got both");
+    words = ancestors->size(1);
+    expect(*ancestors, "ancestors", ScalarType::Long, {count, words}, q);
+  }
   Tensor out = torch::stable::new_empty(q, {count, heads, dim});
   const BlockAttentionArgs args{dtype,
                                 q.data_ptr(),
@@ -164,7 +180,10 @@ Tensor block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor q_start,
                                 max_q_len,
                                 max_kv_len,
                                 static_cast<float>(scale),
-                                out.data_ptr()};
+                                out.data_ptr(),
+                                causal,
+                                ancestors.has_value() ? listed(*ancestors) : nullptr,
+                                words};
   if (out.numel() > 0) launch(Backend{}, args, q);
   return out;
 }
@@ -172,7 +191,8 @@ Tensor block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor q_start,
 DPARALLEL_OP(block_attention,
              "block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor q_start, Tensor "
              "q_end, Tensor "
-             "kv_lens, Tensor block_table, int max_q_len, int max_kv_len, float scale) -> Tensor")
+             "kv_lens, Tensor block_table, int max_q_len, int max_kv_len, float scale, bool "
+             "causal, Tensor? ancestors) -> Tensor")
 
 }  // namespace
 }  // namespace dparallel

@@ -264,13 +264,14 @@ def kv_write(rng: random.Random) -> None:
         :count
     ]
     slots = torch.where(some(rng, 0.2, count), -rng.randint(1, 2**60), slots)
-    cos, sin = dx.rope_table(table, dim, 500.0) if dim else (torch.ones(table, 0), torch.ones(table, 0))
-    positions, interleaved = whole(rng, 0, table, count), rng.random() < 0.5
+    rotary = 2 * rng.randint(0, dim // 2)
+    cos, sin = dx.rope_table(table, rotary, 500.0) if rotary else torch.ones(2, table, 0)
+    positions = whole(rng, 0, table, count)
     given = {"positions": positions, "slot_mapping": slots, "cos": cos, "sin": sin}
     ours, twin = [strided(rng, t, changed=True) for t in made], [t.clone() for t in made]
-    dx.kv_write(*ours, **{n: strided(rng, t) for n, t in given.items()}, interleaved=interleaved)
+    dx.kv_write(*ours, **{n: strided(rng, t) for n, t in given.items()})
     if dim:
-        reference.kv_write(*twin, **given, interleaved=interleaved)
+        reference.kv_write(*twin, **given)
     for a, b in zip(ours, twin, strict=True):
         scale = b.double().nan_to_num(0, 0, 0).abs().amax(-1, keepdim=True) if dim else 0.0
         assert near(a, b, STEP[dtype] * (2 * scale + 4 * torch.finfo(dtype).smallest_normal))
@@ -294,15 +295,26 @@ def block_attention(rng: random.Random) -> None:
         "q_start": begin,
         "q_end": begin + queries,
     }
+    kind = rng.choice(["all", "causal", "ancestors"])
+    if kind != "all":
+        given["q_end"] = torch.minimum(given["q_end"], begin + given["kv_lens"])
+    restriction = {"causal": kind == "causal"}
+    if kind == "ancestors":
+        given["ancestors"] = whole(rng, -(2**62), 2**62, count, rng.randint(1, 2))
     scale = rng.choice([None, 0.3, 0.0, 2.0])
     found = dx.block_attention(
-        *(strided(rng, t) for t in (q, k, v)), **{n: strided(rng, t) for n, t in given.items()}, scale=scale
+        *(strided(rng, t) for t in (q, k, v)),
+        **{n: strided(rng, t) for n, t in given.items()},
+        scale=scale,
+        **restriction,
     )
     assert found.shape == q.shape
     if infinite or not found.numel():
         return
     scale = dim**-0.5 if scale is None else scale
-    expected = reference.block_attention(q.double(), k.double(), v.double(), **given, scale=scale)
+    expected = reference.block_attention(
+        q.double(), k.double(), v.double(), **given, **restriction, scale=scale
+    )
     largest = q.double().norm(dim=-1).max() * k.double().nan_to_num(0).norm(dim=-1).amax() if pages else 0.0
     values = float(v.double().nan_to_num(0).abs().max()) if v.numel() else 0.0
     assert near(found, expected, (STEP[dtype] + 4e-6 + 1e-6 * scale * float(largest)) * (values + 1e-6))

@@ -708,7 +708,8 @@ void kv_write_case() {
   const int64_t q_stride = group * heads * dim + gap, k_stride = heads * dim + gap;
   Numbers q(dtype, count * q_stride), k(dtype, count * k_stride), v(dtype, count * k_stride);
   Numbers keys(dtype, pages * page_size * heads * dim), values(keys);
-  std::vector<float> cos(table * dim / 2), sin(table * dim / 2);
+  const int64_t rotary = chance(0.5) ? dim : 2 * below(dim / 2 + 1);
+  std::vector<float> cos(table * rotary / 2), sin(table * rotary / 2);
   for (auto& x : cos) x = static_cast<float>(uniform(-1, 1));
   for (auto& x : sin) x = static_cast<float>(uniform(-1, 1));
   std::vector<int64_t> slots(pages * page_size), positions(count);
@@ -733,7 +734,7 @@ void kv_write_case() {
                    cos.data(),
                    sin.data(),
                    table,
-                   chance(0.5),
+                   rotary,
                    keys.memory.get(),
                    values.memory.get(),
                    layout,

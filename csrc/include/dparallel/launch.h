@@ -172,9 +172,9 @@ struct KvWriteArgs {
   const int64_t* positions;     // [count] of the rotary embedding, rows of the tables
   const int64_t* slot_mapping;  // [count] page * page_size + slot; negative: written nowhere
   const float* cos;
-  const float* sin;  // [table, head_dim / 2]
+  const float* sin;  // [table, rotary_dim / 2]
   int64_t table;
-  bool interleaved;  // pairs (2i, 2i + 1) rather than (i, i + head_dim / 2)
+  int64_t rotary_dim;  // even, up to head_dim: pairs (i, i + rotary_dim / 2) turn, the rest is copied
   void* k_cache;
   void* v_cache;
   CacheLayout k_layout, v_layout;
@@ -200,6 +200,15 @@ struct BlockAttentionArgs {
   int64_t max_q_len, max_kv_len;
   float scale;
   void* out;  // [count, q_heads, head_dim] contiguous, every element written
+  // The segment's rows are the last of its slots where one of these is given: slot `base` and on,
+  // base = kv_len - rows. Slots below base are seen by all of them. Of the others, row i sees those
+  // up to its own, base + i, where causal; or slot base + b where bit b % 64 of its word b / 64 is
+  // set.
+  bool causal;
+  const int64_t* ancestors;  // [count, words]; null: none
+  int64_t words;
+
+  DP_HD bool restricted() const { return causal || ancestors != nullptr; }
 };
 
 // Rows of contiguous numbers, as those of Logits: row r = outer * inner_rows + inner.
