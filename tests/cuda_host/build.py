@@ -54,7 +54,8 @@ def ops() -> list[str]:
 
 def programs(variant: Variant) -> Path:
     """The directory of `twins` and `faults`."""
-    host = [(HERE / f"{name}.cpp", f"{variant.flags} -DDPARALLEL_CUDA_HOST") for name in ("races", "twins")]
+    sources = [HERE / "races.cpp", *sorted((HERE / "twins").glob("*.cpp"))]
+    host = [(source, f"{variant.flags} -DDPARALLEL_CUDA_HOST") for source in sources]
     faults = HERE / "faults.cpp", f"{variant.flags} -DDPARALLEL_CUDA_HOST {variant.kernels}"
     objects = compiled([*kernels(variant), *host, faults])
     emulation, races = (next(o for o in objects if name in o.name) for name in ("cuda_host", "races"))
@@ -112,7 +113,7 @@ def compiled(jobs: Iterable[Job]) -> list[Path]:
         target = f"{source.stem}.o"
         made = kept(
             source.stem,
-            [compiler(), headers(), torch.__version__, *command, source.read_text()],
+            [compiler(), headers(source.parent), torch.__version__, *command, source.read_text()],
             lambda directory: run(*command, "-c", source, "-o", directory / target),
         )
         return made / target
@@ -138,9 +139,10 @@ def kept(name: str, made_of: Iterable[str], make: Callable[[Path], None]) -> Pat
 
 
 @functools.cache
-def headers() -> str:
-    """All headers, as one text."""
-    found = [path for root in (CSRC, HERE) for pattern in ("*.h", "*.cuh") for path in root.rglob(pattern)]
+def headers(home: Path) -> str:
+    """All headers that a source in `home` may include, as one text."""
+    places = (*CSRC.glob("**/"), HERE, home)
+    found = {path for place in places for pattern in ("*.h", "*.cuh") for path in place.glob(pattern)}
     return "\0".join(f"{path} {path.read_text()}" for path in sorted(found))
 
 

@@ -1,0 +1,107 @@
+// Cases of the loss.
+#include "twins.h"
+
+namespace twins {
+
+namespace {
+
+template <class R>
+void loss_case_of(const Rows& rows, const std::vector<int64_t>& labels, const bool* active,
+                  double ce_temperature, double temperature) {
+  const int64_t count = rows.rows, vocab = rows.vocab;
+  struct Outputs {
+    std::vector<R> nll, entropy, saved;
+    std::unique_ptr<bool[]> correct;
+    std::vector<int64_t> error;
+    explicit Outputs(int64_t n)
+        : nll(n, -7),
+          entropy(n, -7),
+          saved(n * kLossSaved, -7),
+          correct(new bool[n + 1]),
+          error(n, -7) {}
+  } cpu_out(count), cuda_out(count);
+  const auto args_of = [&](Outputs& o) {
+    return LossArgs{rows.flat(),     active,         labels.data(), count,
+                    ce_temperature,  temperature,    o.nll.data(),  o.entropy.data(),
+                    o.correct.get(), o.saved.data(), o.error.data()};
+  };
+  const LossArgs args = args_of(cuda_out);
+  cpu::certainty_forcing_loss(args_of(cpu_out), serial);
+  Memory memory(cuda::certainty_forcing_loss_scratch(args), 0);
+  cuda::certainty_forcing_loss(args, memory.workspace(), nullptr);
+  same(cuda_out.error, cpu_out.error, "error");
+  const auto near = [](const std::vector<R>& cuda, const std::vector<R>& cpu, const char* name) {
+    for (size_t i = 0; i < cpu.size(); ++i) {
+      const double a = cuda[i], b = cpu[i];
+      REQUIRE(a == b || (a != a && b != b) || std::fabs(a - b) <= 4e-6 + 4e-6 * std::fabs(b),
+              "%s[%zu]: %.9g, CPU %.9g", name, i, a, b);
+    }
+  };
+  near(cuda_out.nll, cpu_out.nll, "nll");
+  near(cuda_out.entropy, cpu_out.entropy, "entropy");
+  near(cuda_out.saved, cpu_out.saved, "saved");
+  for (int64_t i = 0; i < count; ++i)
+    REQUIRE(cuda_out.correct[i] == cpu_out.correct[i], "correct[%lld]", (long long)i);
+  std::vector<R> grad_nll(count), grad_entropy(count);
+  for (int64_t i = 0; i < count; ++i) {
+    grad_nll[i] = chance(0.2) ? R(0) : static_cast<R>(uniform(-1, 1));
+    grad_entropy[i] = chance(0.2) ? R(0) : static_cast<R>(uniform(-1, 1));
+  }
+  const int64_t size = rows.element_size();
+  std::unique_ptr<char[]> a(new char[count * vocab * size + 1]),
+      b(new char[count * vocab * size + 1]);
+  LossBackwardArgs backward{rows.flat(),         active,      labels.data(),        count,
+                            ce_temperature,      temperature, cpu_out.saved.data(), grad_nll.data(),
+                            grad_entropy.data(), a.get()};
+  cpu::certainty_forcing_loss_backward(backward, serial);
+  backward.grad = b.get();
+  cuda::certainty_forcing_loss_backward(backward, nullptr);
+  const double step = rows.dtype == DType::bfloat16  ? 0.01
+                      : rows.dtype == DType::float16 ? 2e-3
+                                                     : 2e-6;
+  for (int64_t i = 0; i < count * vocab; ++i) {
+    if (cpu_out.error[i / vocab] != kNoError)
+      continue;  // nothing is promised of a bad row's gradient
+    const double x = rows.element(a.get(), i), y = rows.element(b.get(), i);
+    REQUIRE(std::fabs(x - y) <= 3e-7 + step * std::fabs(x), "grad[%lld]: %.9g, CPU %.9g",
+            (long long)i, y, x);
+  }
+  // Over the logits it is the same, to the bit.
+  const auto over_the_logits = [&](const char* expected, auto launch, const char* name) {
+    const int64_t bytes = count ? ((count - 1) * rows.stride + vocab) * size : 0;
+    std::unique_ptr<char[]> own(new char[bytes]);
+    std::memcpy(own.get(), rows.memory.get(), bytes);
+    backward.logits.data = own.get();
+    backward.grad = nullptr;
+    launch();
+    for (int64_t i = 0; i < count; ++i)
+      REQUIRE(!std::memcmp(own.get() + i * rows.stride * size, expected + i * vocab * size,
+                           vocab * size),
+              "%s over the logits: row %lld", name, (long long)i);
+  };
+  over_the_logits(
+      a.get(), [&] { cpu::certainty_forcing_loss_backward(backward, serial); }, "grad, CPU");
+  over_the_logits(
+      b.get(), [&] { cuda::certainty_forcing_loss_backward(backward, nullptr); }, "grad");
+}
+
+}  // namespace
+
+void loss_case() {
+  int64_t vocab = random_vocab();
+  const int64_t count = below(6);
+  Rows rows(count, vocab, chance(0.3), 0.0, chance(0.15));
+  if (count > 0 && chance(0.2))  // as large as an infinite one is taken to be
+    rows.put(below(count) * rows.stride + below(vocab), kLargest);
+  std::vector<int64_t> labels(count);
+  std::unique_ptr<bool[]> active(new bool[count + 1]);
+  for (int64_t i = 0; i < count; ++i) {
+    active[i] = chance(0.7);
+    labels[i] = chance(0.1) ? -100 : below(vocab);
+  }
+  const double ce = one_of({1.0, 1.0, 0.7, 2.0}), t = one_of({0.5 * ce, ce, 0.3, 2.5});
+  if (rows.dtype == DType::float64) loss_case_of<double>(rows, labels, active.get(), ce, t);
+  else loss_case_of<float>(rows, labels, active.get(), ce, t);
+}
+
+}  // namespace twins
