@@ -7,7 +7,6 @@ modules by the checkpoint's names; the code here calls them by short names, the 
 
 from __future__ import annotations
 
-import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -20,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import kept
 from ..cache import AttentionMetadata, KVCache, Span
-from ..ops import block_attention, kv_write, varlen_attention
 from . import rope, side_by_side
+from .attention import PagedAttention
 from .config import Config, Output, Shape, token_ids
 from .fp8 import Fp8Linear
 from .modules import DROPOUT, Block, Named, RMSNorm, norm_of_sum, rotate
@@ -194,11 +193,20 @@ class Model(Named):
                 x = block(x, attend)
         return self.norm(x)
 
-    def step(self, input_ids: Tensor, kv_cache: KVCache, metadata: AttentionMetadata) -> Tensor:
+    def step(
+        self,
+        input_ids: Tensor,
+        kv_cache: KVCache,
+        metadata: AttentionMetadata,
+        *,
+        tap: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
         """Hidden states (N, width) after the final norm, of the packed tokens input_ids (N,) of `metadata`.
 
         Their keys and values are written to the cache in place, and attention reads it, so it belongs under
         `torch.no_grad` or `inference_mode`.
+
+        tap: is called after each layer with its number and the residual stream (N, width) behind it.
 
         Raises TypeError or ValueError as `hidden` does.
         """
@@ -207,44 +215,16 @@ class Model(Named):
             raise ValueError(
                 f"input_ids: expected ({len(metadata.positions)},), got {tuple(input_ids.shape)}"
             )
-        write = functools.partial(
-            kv_write, positions=metadata.positions, cos=kv_cache.rope[0], sin=kv_cache.rope[1]
-        )
-        some_whole = len(metadata.seqused_k) > 0
-        if some_whole:
-            nowhere = torch.full_like(metadata.slot_mapping, -1)
-            cu_seqlens, seqused_k = metadata.cu_seqlens.int(), metadata.seqused_k.int()
         x, delta = self.embed(input_ids), None
+        attention = PagedAttention(kv_cache, metadata)
         for layer, block in enumerate(self.blocks):
-            keys, values = kv_cache.layer(layer)
-
-            def attend(
-                q: Tensor, k: Tensor, v: Tensor, keys: Tensor = keys, values: Tensor = values
-            ) -> Tensor:
-                write(q, k, v, keys, values, slot_mapping=metadata.slot_mapping)
-                of_whole = None
-                if some_whole:
-                    write(k, v, v, keys, values, slot_mapping=nowhere)  # rotates k in place, and that is all
-                    of_whole = varlen_attention(q, k, v, cu_seqlens, seqused_k, max_seqlen=metadata.max_q_len)
-                    if not len(metadata.kv_lens):
-                        return of_whole
-                y = block_attention(
-                    q,
-                    keys,
-                    values,
-                    metadata.kv_lens,
-                    block_table=metadata.block_table,
-                    q_start=metadata.q_start,
-                    q_end=metadata.q_end,
-                    max_q_len=metadata.max_q_len,
-                    max_kv_len=metadata.max_kv_len,
-                )
-                return y if of_whole is None else of_whole.add_(y)  # each is zero where the other is not
-
+            attend = attention.layer(layer)
             if side_by_side.plain(block, Block):
                 x, delta = block.layers(x, delta, attend)
             else:
                 x, delta = block(x if delta is None else x + delta, attend), None
+            if tap is not None:
+                tap(layer, x if delta is None else x + delta)
         return norm_of_sum(self.norm, x, delta)[1]
 
     def spans(
