@@ -331,6 +331,14 @@ def kv_write(
     q.copy_(rotate(q))
 
 
+def kv_move(kv_cache: Tensor, source: Tensor, target: Tensor) -> None:
+    """See `dparallel_ext.kv_move`; any dtype."""
+    moved = (source >= 0) & (target >= 0)
+    page_size = kv_cache.shape[4]
+    (old_page, old), (page, at) = ((t[moved] // page_size, t[moved] % page_size) for t in (source, target))
+    kv_cache[:, :, page, :, at] = kv_cache[:, :, old_page, :, old]
+
+
 def block_attention(
     q: Tensor,
     k_cache: Tensor,

@@ -10,6 +10,7 @@ from .certainty_forcing_loss import CertaintyForcingLoss, certainty_forcing_loss
 from .commit import commit_
 from .errors import check_errors
 from .fp8_linear import fp8_linear, quantize_fp8
+from .kv_move import kv_move
 from .kv_write import kv_write, rope_table
 from .linear_certainty_forcing_loss import linear_certainty_forcing_loss
 from .rms_norm import rms_norm
@@ -26,6 +27,7 @@ __all__ = [
     "check_errors",
     "commit_",
     "fp8_linear",
+    "kv_move",
     "kv_write",
     "linear_certainty_forcing_loss",
     "merge_row_stats",

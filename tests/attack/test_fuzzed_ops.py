@@ -276,6 +276,24 @@ def kv_write(rng: random.Random) -> None:
         assert near(a, b, STEP[dtype] * (2 * scale + 4 * torch.finfo(dtype).smallest_normal))
 
 
+def kv_move(rng: random.Random) -> None:
+    dtype, page = rng.choice((*DTYPES, torch.float64)), rng.choice([1, 5, 16])
+    lanes, count, pages = rng.randrange(4), rng.choice([0, 1, 7, 40]), rng.randint(1, 40)
+    count = min(count, pages * page // max(lanes, 1))
+    shape = (rng.randrange(3), 2, pages, rng.randrange(3), page, rng.choice([0, 1, 6, 16]))
+    cache = randn(rng, *shape).to(dtype)
+    order = torch.randperm(pages * page, generator=torch.Generator().manual_seed(rng.randrange(2**30)))
+    target = order[: lanes * count].view(lanes, count)
+    source = target.gather(1, whole(rng, 0, max(1, count), lanes, count))
+    nowhere = -rng.randint(1, 2**60)
+    source = torch.where(some(rng, 0.2, lanes, count), nowhere, source)
+    target = torch.where(some(rng, 0.2, lanes, count), nowhere, target)
+    ours, twin = strided(rng, cache, changed=True), cache.clone()
+    dx.kv_move(ours, strided(rng, source), strided(rng, target))
+    reference.kv_move(twin, source, target)
+    assert torch.equal(ours, twin)
+
+
 def block_attention(rng: random.Random) -> None:
     dtype, heads, group = rng.choice(DTYPES), rng.randint(1, 3), rng.choice([0, 1, 2, 3, 8])
     dim, page = rng.choice([0, 1, 2, 7, 16, 40, 64]), rng.choice([1, 5, 16, 64])
@@ -368,8 +386,8 @@ def fp8_linear(rng: random.Random) -> None:
 
 
 TWINS: list[Callable[[random.Random], None]] = [
-    row_stats, select, unmask_, commit_, certainty_forcing_loss, kv_write, block_attention, rms_norm, swiglu,
-    fp8_linear,
+    row_stats, select, unmask_, commit_, certainty_forcing_loss, kv_write, kv_move, block_attention, rms_norm,
+    swiglu, fp8_linear,
 ]  # fmt: skip
 
 
@@ -387,6 +405,7 @@ INDICES = {
     "unmask_": ("suppress", "positions", "lane"),
     "commit_": ("positions", "lane"),
     "kv_write": ("positions", "slots"),
+    "kv_move": ("source", "target"),
     "block_attention": ("begin", "end", "lengths", "pages"),
 }
 
@@ -404,7 +423,7 @@ def test_indices_out_of_bounds_are_named(attack: Attack) -> None:
             call[1], call[2] = call[1].flatten(0, 1), torch.arange(6)
         index = call[names.index(argument)]
         bad = rng.choice([-1, 41, 2**31, 2**32 + 1, 2**60, 2**63 - 1, -(2**63), -(2**31)])
-        if argument == "slots":
+        if argument in ("slots", "source", "target"):
             bad = abs(bad) % 2**62 + 40
         index.view(-1)[rng.randrange(index.numel()) if argument != "pages" else 0] = bad
         call = [

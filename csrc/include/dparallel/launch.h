@@ -180,6 +180,20 @@ struct KvWriteArgs {
   CacheLayout k_layout, v_layout;
 };
 
+// Entries of a lane: the keys and values of slot source[lane, i] go to target[lane, i], in every
+// layer and head. All of a lane are read before any is written. No two lanes have a slot in common,
+// nor has a lane a target twice.
+struct KvMoveArgs {
+  void* kv_cache;        // [layers, 2, pages, heads, page_size, head_dim]
+  int64_t element_size;  // bytes: 2, 4 or 8
+  int64_t layers, layer_stride, kv_stride;
+  CacheLayout layout;     // of keys or values of a layer
+  int64_t lanes, count;   // at most kMostMoves
+  const int64_t* source;  // [lanes, count] page * page_size + slot
+  const int64_t* target;  // [lanes, count]; negative in either: the entry is passed over
+};
+constexpr int64_t kMostMoves = 2048;
+
 // A segment: query rows [begin, end) that see slots [0, length) of the pages that its row of the
 // table lists. Rows that see nothing, or are in no segment, come out zero.
 struct BlockAttentionArgs {
@@ -270,6 +284,7 @@ void commit(const CommitArgs& args, Parallel parallel);
 void certainty_forcing_loss(const LossArgs& args, Parallel parallel);
 void certainty_forcing_loss_backward(const LossBackwardArgs& args, Parallel parallel);
 void kv_write(const KvWriteArgs& args, Parallel parallel);
+void kv_move(const KvMoveArgs& args, Parallel parallel);
 void block_attention(const BlockAttentionArgs& args, Parallel parallel);
 void rms_norm(const RmsNormArgs& args, Parallel parallel);
 void swiglu(const SwigluArgs& args, Parallel parallel);
@@ -303,6 +318,7 @@ int64_t certainty_forcing_loss_scratch(const LossArgs& args);
 int certainty_forcing_loss(const LossArgs& args, const Workspace& workspace, void* stream);
 int certainty_forcing_loss_backward(const LossBackwardArgs& args, void* stream);
 int kv_write(const KvWriteArgs& args, void* stream);
+int kv_move(const KvMoveArgs& args, void* stream);
 int64_t block_attention_scratch(const BlockAttentionArgs& args);
 int block_attention(const BlockAttentionArgs& args, const Workspace& workspace, void* stream);
 int rms_norm(const RmsNormArgs& args, void* stream);

@@ -235,6 +235,7 @@ void select_case();
 void unmask_case();
 void loss_case();
 void kv_write_case();
+void kv_move_case();
 void block_attention_case();
 void rms_norm_case();
 void swiglu_case();
