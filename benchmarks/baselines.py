@@ -285,13 +285,13 @@ def rotate_and_put(
     k_cache: Tensor,
     v_cache: Tensor,
     positions: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     cos: Tensor,
     sin: Tensor,
 ) -> None:
     """The rotary embedding in float32 as LLaMA's, then the cache by index_put."""
     cos, sin = (t[positions][:, None] for t in (cos, sin))  # (N, 1, D / 2)
-    page, at = slots // k_cache.shape[2], slots % k_cache.shape[2]
+    page, at = slot_mapping // k_cache.shape[2], slot_mapping % k_cache.shape[2]
     k_cache[page, :, at] = rotate(k, cos, sin)
     v_cache[page, :, at] = v
     q.copy_(rotate(q, cos, sin))

@@ -54,7 +54,7 @@ def work(
             BY_SEQUENCE: lambda turn, at: baselines.attention_by_sequence(q, *data[at], sizes),
         }
     return Work(
-        {**peers, OURS: lambda turn, at: dx.block_attention(q, *data[at], lengths, longest_length=length)},
+        {**peers, OURS: lambda turn, at: dx.block_attention(q, *data[at], lengths, max_kv_len=length)},
         [(bytes_, 4 * QUERIES * sum(sizes) * heads * dim, 1)],
         sets=sets,
         graphs=(OURS, "torch SDPA"),

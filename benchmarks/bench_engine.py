@@ -128,29 +128,37 @@ def test_step(benchmark: Any, length: int, cache: str) -> None:
     whole = length + BLOCK if cache == "block" else length + 4 * BLOCK
     slots = model.new_cache(1, whole)
     slots.slots.normal_(generator=torch.Generator().manual_seed(0))
-    plan = slots.plan(model.spans(0, length, length + BLOCK, whole))
+    metadata = slots.metadata(model.spans(0, length, length + BLOCK, whole))
     ids = torch.full((BLOCK,), model.mask_id or 0)
 
     @torch.inference_mode()
     def step() -> None:
-        model.head(model.step(ids, slots, plan))
+        model.head(model.step(ids, slots, metadata))
 
     benchmark.group = f"one block against a cache, {cache}"
     step()
     benchmark.pedantic(step, rounds=15, warmup_rounds=3)
     benchmark.extra_info.update(
-        rows=length, attention=min(seconds(attention(model, slots, plan)) for _ in range(10))
+        rows=length, attention=min(seconds(attention(model, slots, metadata)) for _ in range(10))
     )
 
 
-def attention(model: Model, slots: KVCache, plan: Any) -> Callable[[], None]:
+def attention(model: Model, slots: KVCache, metadata: Any) -> Callable[[], None]:
     """The attention of a pass, alone."""
     s = model.shape
-    q = torch.randn(len(plan.positions), s.heads, s.head_dim).to(model.dtype)
+    q = torch.randn(len(metadata.positions), s.heads, s.head_dim).to(model.dtype)
 
     def all_layers() -> None:
         for layer in range(s.layers):
             keys, values = slots.layer(layer)
-            block_attention(q, keys, values, plan.lengths, pages=plan.pages, begin=plan.begin, end=plan.end)
+            block_attention(
+                q,
+                keys,
+                values,
+                metadata.kv_lens,
+                block_table=metadata.block_table,
+                q_start=metadata.q_start,
+                q_end=metadata.q_end,
+            )
 
     return functools.partial(all_layers)

@@ -56,7 +56,7 @@ def work(
         return run
 
     def ours(*given: Tensor) -> None:
-        names = ("positions", "slots", "cos", "sin")
+        names = ("positions", "slot_mapping", "cos", "sin")
         dx.kv_write(*given[:5], **dict(zip(names, given[5:], strict=True)))
 
     def reset() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .ops.varlen_attention import has_varlen
 
-Fill = Callable[[int], int] | None
+PadTo = Callable[[int], int] | None
 
 
 def fill_up(count: int, parts: int) -> int:
@@ -47,32 +47,32 @@ class AttentionMetadata:
     Rows may follow that are no tokens (at position 0, in no slot and no span), and spans without any.
     """
 
-    longest_query: int
-    longest_length: int
+    max_q_len: int
+    max_kv_len: int
     """At least those of any span: its rows, and the slots it sees."""
     rows: Tensor
     """(N,) int64, each token's sequence."""
     positions: Tensor
     """(N,) int64, its position in that."""
-    slots: Tensor
+    slot_mapping: Tensor
     """(N,) int64, where its key and value go."""
-    begin: Tensor
-    end: Tensor
-    lengths: Tensor
+    q_start: Tensor
+    q_end: Tensor
+    kv_lens: Tensor
     """(S,) int64: a span's rows of the packed tokens, and the slots they see."""
-    pages: Tensor
+    block_table: Tensor
     """(S, P) int64"""
-    bounds: Tensor
-    seen: Tensor
+    cu_seqlens: Tensor
+    seqused_k: Tensor
     """(S + 2,) and (S + 1,) int64: see `attention.varlen_attention`. Spans of whole sequences see themselves,
     all others and the rows after the last span see nothing there; nor do whole ones see the cache: they have
-    no rows in `begin` and `end`. Empty where no span is whole. Where all are, the four above are empty."""
+    no rows in `q_start` and `q_end`. Empty where no span is whole; where all are, the four above are."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Those of the fields that are tensors, in their order."""
-        through_cache = self.begin, self.end, self.lengths, self.pages
-        return self.rows, self.positions, self.slots, *through_cache, self.bounds, self.seen
+        through_cache = self.q_start, self.q_end, self.kv_lens, self.block_table
+        return self.rows, self.positions, self.slot_mapping, *through_cache, self.cu_seqlens, self.seqused_k
 
 
 class KVCache:
@@ -83,18 +83,18 @@ class KVCache:
             model. With one layer every layer uses the same slots: enough where each pass computes whole
             sequences and nothing is kept.
         rope: cos, sin of the model's rotary embedding, each (at least length, head_dim / 2) float32.
-        table: (B, P) int64 on the CPU, each sequence's pages in order. Default: page b for sequence b.
+        block_table: (B, P) int64 on the CPU, each sequence's pages in order. Default: page b for sequence b.
     """
 
-    def __init__(self, slots: Tensor, rope: tuple[Tensor, Tensor], table: Tensor | None = None) -> None:
+    def __init__(self, slots: Tensor, rope: tuple[Tensor, Tensor], block_table: Tensor | None = None) -> None:
         self.slots, self.rope = slots, rope
-        self.table = torch.arange(slots.shape[2])[:, None] if table is None else table
+        self.block_table = torch.arange(slots.shape[2])[:, None] if block_table is None else block_table
         self.varlen = has_varlen(slots)
         """Long spans of whole sequences attend to themselves, not to the cache. A span's own numbers alone
         decide, so that a sequence's result depends neither on the others of its pass nor on its pages."""
         self.changes = 0
         """Times that pages were assigned."""
-        self._plans: dict[tuple[tuple[Span, ...], Fill], AttentionMetadata] = {}
+        self._known: dict[tuple[tuple[Span, ...], PadTo], AttentionMetadata] = {}
         """The few last ones, the least recently used first."""
 
     @property
@@ -103,12 +103,12 @@ class KVCache:
 
     @property
     def batch(self) -> int:
-        return len(self.table)
+        return len(self.block_table)
 
     @property
     def length(self) -> int:
         """Positions that a sequence has slots for."""
-        return self.table.shape[1] * self.page_size
+        return self.block_table.shape[1] * self.page_size
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values (pages, kv_heads, page_size, head_dim) of a layer."""
@@ -117,30 +117,30 @@ class KVCache:
 
     def assign(self, row: int, pages: Sequence[int], first: int = 0) -> None:
         """Let `pages` be those of sequence `row`, from its page number `first` on."""
-        self.table[row, first : first + len(pages)] = torch.tensor(pages, dtype=torch.int64)
-        self._plans.clear()
+        self.block_table[row, first : first + len(pages)] = torch.tensor(pages, dtype=torch.int64)
+        self._known.clear()
         self.changes += 1
 
-    def plan(self, spans: Sequence[Span], fill: Fill = None) -> AttentionMetadata:
+    def metadata(self, spans: Sequence[Span], pad_to: PadTo = None) -> AttentionMetadata:
         """The pass over `spans`, on the CPU.
 
-        fill: gives the number, at least its argument, that so many rows are filled up to; with it, spans,
-            `longest_query` and `longest_length` (from 256 on) become powers of two, none beyond the slots.
+        pad_to: gives the number, at least its argument, that so many rows are filled up to; with it, spans,
+            `max_q_len` and `max_kv_len` (from 256 on) become powers of two, none beyond the slots.
             None: nothing is filled up.
 
         Raises:
             ValueError: for a span of no sequence of the cache, or beyond its slots.
         """
-        key = (tuple(spans), fill)
-        found = self._plans.pop(key, None)  # the passes over a block are alike, and those over everything
+        key = (tuple(spans), pad_to)
+        found = self._known.pop(key, None)  # the passes over a block are alike, and those over everything
         if found is None:
-            found = self._plan(*key)
-        self._plans[key] = found
-        if len(self._plans) > 8:
-            del self._plans[next(iter(self._plans))]
+            found = self._metadata(*key)
+        self._known[key] = found
+        if len(self._known) > 8:
+            del self._known[next(iter(self._known))]
         return found
 
-    def _plan(self, spans: tuple[Span, ...], fill: Fill) -> AttentionMetadata:
+    def _metadata(self, spans: tuple[Span, ...], pad_to: PadTo) -> AttentionMetadata:
         for span in spans:
             if not 0 <= span.row < self.batch:
                 raise ValueError(f"spans: sequence {span.row}, but the cache is for {self.batch}")
@@ -154,11 +154,11 @@ class KVCache:
         count = stop - start
         end = count.cumsum(0)
         begin = end - count
-        total, longest_query, longest_length = (
+        total, max_q_len, max_kv_len = (
             int(t[-1] if t is end else t.max()) if len(t) else 0 for t in (end, count, visible)
         )
         positions = torch.arange(total) + (start - begin).repeat_interleave(count)
-        rows, pages = row.repeat_interleave(count), self.table[row]
+        rows, pages = row.repeat_interleave(count), self.block_table[row]
         of_token = torch.arange(len(spans)).repeat_interleave(count)
         slots = pages[of_token, positions // self.page_size] * self.page_size + positions % self.page_size
         bounds = seen = begin[:0]
@@ -169,26 +169,24 @@ class KVCache:
                 begin, end, visible = (t.masked_fill(whole, 0) for t in (begin, end, visible))
                 if bool(whole.all()):
                     begin, end, visible, pages = (t[:0] for t in (begin, end, visible, pages))
-        if fill is not None and spans:
-            more = fill(total) - total
+        if pad_to is not None and spans:
+            more = pad_to(total) - total
             rows, positions = F.pad(rows, (0, more)), F.pad(positions, (0, more))
             slots = F.pad(slots, (0, more), value=-1)
             if len(seen):
-                longest_query = max(longest_query, more)  # the rows after the last span are a sequence too
+                max_q_len = max(max_q_len, more)  # the rows after the last span are a sequence too
             more = _power_of_two(len(begin)) - len(begin)
             begin, end, visible = (F.pad(t, (0, more)) for t in (begin, end, visible))
             pages = F.pad(pages, (0, 0, 0, more))
             more = _power_of_two(len(seen)) - len(seen)
             bounds, seen = F.pad(bounds, (0, more), value=total), F.pad(seen, (0, more))
             # They bound a launch's grid, whose blocks without work leave at once.
-            longest_query = _power_of_two(longest_query)
-            longest_length = min(max(256, _power_of_two(longest_length)), self.length)
+            max_q_len = _power_of_two(max_q_len)
+            max_kv_len = min(max(256, _power_of_two(max_kv_len)), self.length)
         if len(seen):
             bounds, seen = F.pad(bounds, (0, 1), value=len(rows)), F.pad(seen, (0, 1))
         through_cache = begin, end, visible, pages
-        return AttentionMetadata(
-            longest_query, longest_length, rows, positions, slots, *through_cache, bounds, seen
-        )
+        return AttentionMetadata(max_q_len, max_kv_len, rows, positions, slots, *through_cache, bounds, seen)
 
 
 def _power_of_two(count: int) -> int:

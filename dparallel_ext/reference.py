@@ -311,21 +311,23 @@ def kv_write(
     v_cache: Tensor,
     *,
     positions: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     cos: Tensor,
     sin: Tensor,
-    interleaved: bool = False,
 ) -> None:
     """See `dparallel_ext.kv_write`; any floating-point dtype."""
-    c, s = (t.double()[positions][:, None] for t in (cos, sin))  # (N, 1, D / 2)
+    half = cos.shape[1]
 
     def rotate(x: Tensor) -> Tensor:
-        a, b = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
-        turned = (a.double() * c - b.double() * s, b.double() * c + a.double() * s)
-        return (torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)).to(x.dtype)
+        turned = x.double()
+        for row, position in enumerate(positions.tolist()):
+            pairs = torch.complex(turned[row, :, :half], turned[row, :, half : 2 * half])
+            pairs = pairs * torch.complex(cos[position].double(), sin[position].double())
+            turned[row, :, : 2 * half] = torch.cat((pairs.real, pairs.imag), -1)
+        return turned.to(x.dtype)
 
-    written = slots >= 0
-    page, at = slots[written] // k_cache.shape[2], slots[written] % k_cache.shape[2]
+    written = slot_mapping >= 0
+    page, at = slot_mapping[written] // k_cache.shape[2], slot_mapping[written] % k_cache.shape[2]
     k_cache[page, :, at] = rotate(k)[written]
     v_cache[page, :, at] = v[written]
     q.copy_(rotate(q))
@@ -343,22 +345,35 @@ def block_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    lengths: Tensor,
+    kv_lens: Tensor,
     *,
-    pages: Tensor,
-    begin: Tensor,
-    end: Tensor,
+    block_table: Tensor,
+    q_start: Tensor,
+    q_end: Tensor,
+    causal: bool = False,
+    ancestors: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """See `dparallel_ext.block_attention`; any floating-point dtype."""
     out, group = torch.zeros_like(q), q.shape[1] // k_cache.shape[1]
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    for first, last, length, table in zip(begin, end, lengths.tolist(), pages, strict=True):
-        slot = torch.arange(length, device=q.device)
-        at = (table[slot // k_cache.shape[2]], slice(None), slot % k_cache.shape[2])
-        k, v = (t[at].double().repeat_interleave(group, 1) for t in (k_cache, v_cache))  # (length, H, D)
-        scores = torch.einsum("qhd,khd->hqk", q[first:last].double(), k) * scale
-        out[first:last] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(q.dtype)
+    segments = zip(q_start.tolist(), q_end.tolist(), kv_lens.tolist(), block_table, strict=True)
+    for first, last, length, table in segments:
+        base = length - (last - first)
+        for row in range(first, last):
+            slot = torch.arange(length, device=q.device)
+            if causal:
+                slot = slot[: base + row - first + 1]
+            elif ancestors is not None:
+                words = [word % 2**64 for word in ancestors[row].tolist()]
+                seen = [j < base or words[(j - base) // 64] >> (j - base) % 64 & 1 for j in range(length)]
+                slot = slot[torch.tensor(seen, dtype=torch.bool, device=q.device)]
+            if not len(slot):
+                continue
+            at = (table[slot // k_cache.shape[2]], slice(None), slot % k_cache.shape[2])
+            k, v = (t[at].double().repeat_interleave(group, 1) for t in (k_cache, v_cache))  # (slots, H, D)
+            scores = torch.einsum("hd,khd->hk", q[row].double(), k) * scale
+            out[row] = torch.einsum("hk,khd->hd", scores.softmax(-1), v).to(q.dtype)
     return out
 
 

@@ -121,6 +121,67 @@ constexpr int64_t kKeys = 64;  // of a step: its scores, keys and values stay in
 
 int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
+// A row's softmax so far: its largest score, the sum of exponentials relative to it, and the sum of
+// values [wide] that they weight.
+struct Softmax {
+  float &top, &sum;
+  float* out;
+};
+
+// Exponentials take the place of `count` scores, with room up to a whole vector.
+inline void soften(float* s, int64_t count, int64_t wide, const Softmax& row) {
+  const int64_t lanes = padded(count);
+  for (int64_t j = count; j < lanes; ++j) s[j] = -kInfinity;
+  F largest = load<F>(s);
+  for (int64_t j = kLanes; j < lanes; j += kLanes) largest = maximum(load<F>(s + j), largest);
+  const float before = row.top;
+  const float now = std::max(before, clamp_logit(reduce_max(largest)));
+  // NaN scores stay NaN; where all are -inf the row is uniform, as in a softmax of equals.
+  const F m = splat(now == -kInfinity ? 0.0f : now), floor = splat(kExpFloor);
+  F part = splat(0.0f);
+  for (int64_t j = 0; j < lanes; j += kLanes) {
+    F e = load<F>(s + j) - m;
+    e = exp_nonpositive(e < floor ? floor : e);
+    if (j + kLanes > count)
+      for (int i = 0; i < kLanes; ++i) e[i] = j + i < count ? e[i] : 0.0f;
+    std::memcpy(s + j, &e, sizeof e);
+    part += e;
+  }
+  if (now > before && before > -kInfinity) {
+    const float scale = __builtin_expf(before - now);
+    row.sum *= scale;
+    for (int64_t d = 0; d < wide; ++d) row.out[d] *= scale;
+  }
+  row.top = now;
+  row.sum += reduce_add(part);
+}
+
+struct Run {
+  int64_t first, count;  // of the slots of a step
+};
+
+// The slots among [start, start + count) that query row `row` of the tile sees, in order.
+inline int64_t runs_of(const BlockAttentionArgs& args, const AttentionTile& tile, int64_t row,
+                       int64_t start, int64_t count, Run* runs) {
+  const int64_t before = std::clamp<int64_t>(tile.base - start, 0, count);
+  if (args.causal) {
+    runs[0] = {0, std::clamp<int64_t>(tile.base + tile.offset + row + 1 - start, 0, count)};
+    return 1;
+  }
+  const auto* words =
+      reinterpret_cast<const uint64_t*>(args.ancestors) + (tile.first + row) * args.words;
+  int64_t number = 0;
+  if (before > 0) runs[number++] = {0, before};
+  for (int64_t j = before; j < count; ++j) {
+    const int64_t bit = start + j - tile.base;
+    if (!(words[bit / 64] >> (bit % 64) & 1)) continue;
+    Run* last = number > 0 ? &runs[number - 1] : nullptr;
+    if (last != nullptr && last->first + last->count == j) ++last->count;
+    else runs[number++] = {j, 1};
+  }
+  return number;
+}
+
 template <class T>
 void attend(const BlockAttentionArgs& args, const AttentionTile& tile, float* scratch) {
   using Storage = typename T::Storage;
@@ -165,40 +226,35 @@ void attend(const BlockAttentionArgs& args, const AttentionTile& tile, float* sc
         transpose_square(keys.row(j) + d, wide, keys_t.row(d) + j, kKeys);
     for (int64_t r = 0; r < rows; ++r) std::fill_n(scores.row(r), lanes, 0.0f);
     multiply(q, keys_t, scores, rows, lanes, wide);
+    if (start + count <= tile.base) {  // every row sees all of them
+      for (int64_t r = 0; r < rows; ++r)
+        soften(scores.row(r), count, wide, {top[r], sum[r], out.row(r)});
+      multiply(scores, values, out, rows, wide, count);
+      continue;
+    }
+    // What a row does not see is as if it were not there: its scores close up, its values are not
+    // touched (0 * NaN would be seen).
     for (int64_t r = 0; r < rows; ++r) {
       float* s = scores.row(r);
-      for (int64_t j = count; j < lanes; ++j) s[j] = -kInfinity;
-      F largest = load<F>(s);
-      for (int64_t j = kLanes; j < lanes; j += kLanes) largest = maximum(load<F>(s + j), largest);
-      const float before = top[r];
-      const float now = std::max(before, clamp_logit(reduce_max(largest)));
-      // NaN scores stay NaN; where all are -inf the row is uniform, as in a softmax of equals.
-      const F m = splat(now == -kInfinity ? 0.0f : now), floor = splat(kExpFloor);
-      F part = splat(0.0f);
-      for (int64_t j = 0; j < lanes; j += kLanes) {
-        F e = load<F>(s + j) - m;
-        e = exp_nonpositive(e < floor ? floor : e);
-        if (j + kLanes > count)
-          for (int i = 0; i < kLanes; ++i) e[i] = j + i < count ? e[i] : 0.0f;
-        std::memcpy(s + j, &e, sizeof e);
-        part += e;
+      Run runs[kKeys];
+      const int64_t number = runs_of(args, tile, r / tile.group, start, count, runs);
+      int64_t seen = 0;
+      for (int64_t i = 0; i < number; ++i) {
+        std::memmove(s + seen, s + runs[i].first, runs[i].count * sizeof(float));
+        seen += runs[i].count;
       }
-      if (now > before && before > -kInfinity) {
-        const float scale = __builtin_expf(before - now);
-        sum[r] *= scale;
-        float* o = out.row(r);
-        for (int64_t d = 0; d < wide; ++d) o[d] *= scale;
-      }
-      top[r] = now;
-      sum[r] += reduce_add(part);
+      if (seen == 0) continue;
+      soften(s, seen, wide, {top[r], sum[r], out.row(r)});
+      for (int64_t i = 0, at = 0; i < number; at += runs[i++].count)
+        multiply({s + at, kKeys}, {values.row(runs[i].first), wide}, {out.row(r), wide}, 1, wide,
+                 runs[i].count);
     }
-    multiply(scores, values, out, rows, wide, count);
   }
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t head = tile.head * tile.group + r % tile.group;
     auto* to = static_cast<Storage*>(args.out) +
                ((tile.first + r / tile.group) * args.q_heads + head) * dim;
-    const float inverse = tile.length > 0 ? 1.0f / sum[r] : 0.0f;
+    const float inverse = sum[r] != 0.0f ? 1.0f / sum[r] : 0.0f;  // 0: it saw nothing
     for (int64_t d = 0; d < dim; ++d) {
       const float value = out.row(r)[d] * inverse;
       if constexpr (std::is_same_v<T, Float32>) to[d] = value;

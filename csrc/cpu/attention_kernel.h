@@ -11,8 +11,11 @@ namespace dparallel::cpu {
 struct AttentionTile {
   int64_t first, rows;  // rows = query rows * group, at most kTileRows
   int64_t head, group;
-  int64_t length;        // slots [0, length) are visible
+  int64_t length;        // slots [0, length) are visible: to all rows, or see `base`
   const int64_t* pages;  // [table_width]
+  // Slots [0, base) are visible to every row; of those from base on, query row i of the segment
+  // sees what BlockAttentionArgs says. `offset`: the segment's row that is the tile's first.
+  int64_t base, offset;
 };
 
 constexpr int64_t kTileRows = 64;

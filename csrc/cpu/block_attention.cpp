@@ -24,11 +24,17 @@ void block_attention(const BlockAttentionArgs& args, Parallel parallel) {
   const int64_t step = std::max<int64_t>(1, kTileRows / group);  // query rows of a tile
   // A segment's tiles count from its own first row, so that its result depends on nothing else.
   std::vector<AttentionTile> tiles;
-  for (int64_t s = 0; s < args.segments; ++s)
-    for (int64_t first = args.begin[s]; first < args.end[s]; first += step)
+  for (int64_t s = 0; s < args.segments; ++s) {
+    const int64_t queries = args.q_end[s] - args.q_start[s], length = args.kv_lens[s];
+    const int64_t base = args.restricted() ? length - queries : length;
+    for (int64_t offset = 0; offset < queries; offset += step) {
+      const int64_t rows = std::min(step, queries - offset);
+      const int64_t seen = args.causal ? base + offset + rows : length;  // by the tile's last row
       for (int64_t head = 0; head < heads; ++head)
-        tiles.push_back({first, std::min(step, args.end[s] - first) * group, head, group,
-                         args.length[s], args.pages + s * args.table_width});
+        tiles.push_back({args.q_start[s] + offset, rows * group, head, group, seen,
+                         args.block_table + s * args.table_width, base, offset});
+    }
+  }
   run_parallel(parallel, static_cast<int64_t>(tiles.size()), [&](int64_t i) {
     static thread_local std::vector<float> scratch;
     scratch.resize(attention_scratch(args.k_layout.head_dim));

@@ -24,15 +24,15 @@ struct Float16 {
   static uint16_t narrow(float x) { return float16_bits(x); }
 };
 
-// One head [dim]; `in` may be `out`.
+// The first `width` numbers of one head; `in` may be `out`.
 template <class T>
-void rotate(const typename T::Storage* in, typename T::Storage* out, int64_t dim, const float* cos,
-            const float* sin, bool interleaved) {
-  const int64_t half = dim / 2, next = interleaved ? 1 : half, step = interleaved ? 2 : 1;
+void rotate(const typename T::Storage* in, typename T::Storage* out, int64_t width,
+            const float* cos, const float* sin) {
+  const int64_t half = width / 2;
   for (int64_t i = 0; i < half; ++i) {
-    const float a = T::value(in[i * step]), b = T::value(in[i * step + next]);
-    out[i * step] = T::narrow(a * cos[i] - b * sin[i]);
-    out[i * step + next] = T::narrow(b * cos[i] + a * sin[i]);
+    const float a = T::value(in[i]), b = T::value(in[i + half]);
+    out[i] = T::narrow(a * cos[i] - b * sin[i]);
+    out[i + half] = T::narrow(b * cos[i] + a * sin[i]);
   }
 }
 
@@ -40,20 +40,22 @@ template <class T>
 void write(const KvWriteArgs& args, Parallel parallel) {
   using Storage = typename T::Storage;
   const CacheLayout &keys = args.k_layout, &values = args.v_layout;
-  const int64_t dim = keys.head_dim;
+  const int64_t dim = keys.head_dim, width = args.rotary_dim;
   run_parallel(parallel, args.count, [&](int64_t row) {
-    const float* cos = args.cos + args.positions[row] * (dim / 2);
-    const float* sin = args.sin + args.positions[row] * (dim / 2);
+    const float* cos = args.cos + args.positions[row] * (width / 2);
+    const float* sin = args.sin + args.positions[row] * (width / 2);
     auto* q = static_cast<Storage*>(args.q) + row * args.q_stride;
     for (int64_t head = 0; head < args.q_heads; ++head)
-      rotate<T>(q + head * dim, q + head * dim, dim, cos, sin, args.interleaved);
-    if (args.slots[row] < 0) return;
-    const int64_t page = args.slots[row] / keys.page_size, at = args.slots[row] % keys.page_size;
+      rotate<T>(q + head * dim, q + head * dim, width, cos, sin);
+    if (args.slot_mapping[row] < 0) return;
+    const int64_t page = args.slot_mapping[row] / keys.page_size,
+                  at = args.slot_mapping[row] % keys.page_size;
     const auto* k = static_cast<const Storage*>(args.k) + row * args.k_stride;
     const auto* v = static_cast<const Storage*>(args.v) + row * args.v_stride;
     for (int64_t head = 0; head < keys.heads; ++head) {
-      rotate<T>(k + head * dim, static_cast<Storage*>(args.k_cache) + keys.offset(page, at, head),
-                dim, cos, sin, args.interleaved);
+      auto* key = static_cast<Storage*>(args.k_cache) + keys.offset(page, at, head);
+      rotate<T>(k + head * dim, key, width, cos, sin);
+      std::memcpy(key + width, k + head * dim + width, (dim - width) * sizeof(Storage));
       std::memcpy(static_cast<Storage*>(args.v_cache) + values.offset(page, at, head),
                   v + head * dim, dim * sizeof(Storage));
     }

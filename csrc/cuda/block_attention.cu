@@ -12,7 +12,7 @@
 // Cut. Splits have at least 128 slots, and there are so many that a segment has up to 256 CTAs, two
 // for each SM of an H100: of the segment's own length and rows, so that what it yields depends on
 // nothing else. A block of 32 queries at 512 slots is 4 splits for each of 32 heads. The grid is
-// shaped by longest_query and longest_length; CTAs beyond their segment leave at once. A few CTAs
+// shaped by max_q_len and max_kv_len; CTAs beyond their segment leave at once. A few CTAs
 // more write zeros into the rows that see nothing.
 //
 // Bytes. Each slot that is seen is read once per tile: 2 * head_dim elements per key head; tiles of
@@ -140,7 +140,7 @@ struct Divisor {
 // rows that see nothing.
 struct Shape {
   bool on_tensor_cores;
-  int longest_query, longest_length;
+  int max_q_len, max_kv_len;
   int cluster;    // a power of two
   int part_rows;  // of scratch for a CTA; 0: nothing is merged by the second kernel
   int64_t part_floats, units;
@@ -157,12 +157,12 @@ struct Shape {
     shape.heads = Divisor::of(k.heads);
     shape.group = Divisor::of(args.q_heads / k.heads);
     shape.page = Divisor::of(k.page_size);
-    shape.longest_query = bound(args.longest_query < args.count ? args.longest_query : args.count);
-    shape.longest_length = bound(args.longest_length);
+    shape.max_q_len = bound(args.max_q_len < args.count ? args.max_q_len : args.count);
+    shape.max_kv_len = bound(args.max_kv_len);
     shape.units = args.segments * k.heads;
     const int heads = static_cast<int>(k.heads);
-    const int64_t rows = shape.longest_query * int64_t{shape.group.size};
-    int bits = bits_of_length(on_tensor_cores, shape.longest_length);
+    const int64_t rows = shape.max_q_len * int64_t{shape.group.size};
+    int bits = bits_of_length(on_tensor_cores, shape.max_kv_len);
     if (bits_to_enough(heads) < bits) bits = bits_to_enough(heads);
     shape.cluster = 1;
     if (on_tensor_cores && clusters)
@@ -208,12 +208,12 @@ struct Unit {
       : args(args), shape(shape) {
     segment = static_cast<int>(shape.heads.quotient(static_cast<uint32_t>(unit)));
     head = unit - segment * static_cast<int>(shape.heads.size);
-    begin = args.begin[segment];
-    only_page = args.table_width == 1 ? static_cast<uint32_t>(args.pages[segment]) : 0;
-    const int64_t queries = args.end[segment] - begin, slots = args.length[segment];
+    begin = args.q_start[segment];
+    only_page = args.table_width == 1 ? static_cast<uint32_t>(args.block_table[segment]) : 0;
+    const int64_t queries = args.q_end[segment] - begin, slots = args.kv_lens[segment];
     rows = static_cast<int>(shape.group.size) *
-           static_cast<int>(queries < shape.longest_query ? queries : shape.longest_query);
-    length = static_cast<int>(slots < shape.longest_length ? slots : shape.longest_length);
+           static_cast<int>(queries < shape.max_q_len ? queries : shape.max_q_len);
+    length = static_cast<int>(slots < shape.max_kv_len ? slots : shape.max_kv_len);
     cut = Cut::of(on_tensor_cores, static_cast<int>(shape.heads.size), rows, length);
   }
 
@@ -275,7 +275,7 @@ struct Work : Unit {
     const uint32_t page = shape.page.quotient(static_cast<uint32_t>(slot));
     const uint32_t inside = static_cast<uint32_t>(slot) - page * shape.page.size;
     const auto number = static_cast<uint32_t>(
-        args.table_width == 1 ? only_page : args.pages[segment * args.table_width + page]);
+        args.table_width == 1 ? only_page : args.block_table[segment * args.table_width + page]);
     return {number * k.page_stride + inside * k.slot_stride,
             number * v.page_stride + inside * v.slot_stride};
   }
@@ -385,9 +385,9 @@ __device__ __forceinline__ void write_blanks(const BlockAttentionArgs& args, con
       static_cast<int64_t>(block) * kBlankBlock + static_cast<int>(threadIdx.x) / 32 * kBlankRows;
   unsigned seeing = 0;  // a bit for each row
   for (int64_t s = lane; s < args.segments; s += 32) {
-    if (args.length[s] <= 0 || shape.longest_length <= 0) continue;
-    const int64_t begin = args.begin[s], most = begin + shape.longest_query;
-    const int64_t end = args.end[s] < most ? args.end[s] : most;
+    if (args.kv_lens[s] <= 0 || shape.max_kv_len <= 0) continue;
+    const int64_t begin = args.q_start[s], most = begin + shape.max_q_len;
+    const int64_t end = args.q_end[s] < most ? args.q_end[s] : most;
 #pragma unroll
     for (int r = 0; r < kBlankRows; ++r)
       if (begin <= first + r && first + r < end) seeing |= 1u << r;
@@ -884,7 +884,7 @@ int block_attention(const BlockAttentionArgs& args, const Workspace& workspace, 
       return DPARALLEL_LAUNCH_CLUSTERS(kernel, grid, static_cast<unsigned>(shape.cluster), kThreads,
                                        shared_bytes, stream, args, shape, scratch);
     };
-    const int longest = shape.longest_query * static_cast<int>(shape.group.size);
+    const int longest = shape.max_q_len * static_cast<int>(shape.group.size);
     int code = 0;
     if constexpr (sizeof(typename T::Storage) == 2) {
       if (!shape.on_tensor_cores) code = attend(block_attention_plain_kernel<T>, 0);

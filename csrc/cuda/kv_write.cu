@@ -29,38 +29,28 @@ __device__ __forceinline__ void load_table(const float* p, float (&x)[W]) {
   }
 }
 
-// Rotates W pairs. Element e of the two vectors together is x[e / W][e % W]; pair i is (2i, 2i + 1)
-// of them, or (i, i + W).
+// Rotates W pairs: pair i is element i of the one vector and of the other.
 template <class T, int W>
 __device__ __forceinline__ void rotate(typename Elements<T, W>::Vector (&stored)[2],
-                                       const float (&cos)[W], const float (&sin)[W],
-                                       bool interleaved) {
+                                       const float (&cos)[W], const float (&sin)[W]) {
   using E = Elements<T, W>;
-  float x[2][W], y[2][W];
-  E::widen(stored[0], x[0]);
-  E::widen(stored[1], x[1]);
+  float a[W], b[W], first[W], second[W];
+  E::widen(stored[0], a);
+  E::widen(stored[1], b);
 #pragma unroll
   for (int i = 0; i < W; ++i) {
-    float &a = x[2 * i / W][2 * i % W], &b = x[(2 * i + 1) / W][(2 * i + 1) % W];
-    const float first = interleaved ? a : x[0][i], second = interleaved ? b : x[1][i];
-    const float turned_first = first * cos[i] - second * sin[i];
-    const float turned_second = second * cos[i] + first * sin[i];
-    if (interleaved) {
-      y[2 * i / W][2 * i % W] = turned_first;
-      y[(2 * i + 1) / W][(2 * i + 1) % W] = turned_second;
-    } else {
-      y[0][i] = turned_first;
-      y[1][i] = turned_second;
-    }
+    first[i] = a[i] * cos[i] - b[i] * sin[i];
+    second[i] = b[i] * cos[i] + a[i] * sin[i];
   }
-  stored[0] = E::narrow(y[0]);
-  stored[1] = E::narrow(y[1]);
+  stored[0] = E::narrow(first);
+  stored[1] = E::narrow(second);
 }
 
-// `units`: runs of W pairs in a head.
+// `units`: runs of W pairs in a head; `turned` of them, the first, are rotated, and the others are
+// two vectors side by side.
 template <class T, int W>
 __global__ void __launch_bounds__(kWriteThreads, kWriteBlocksPerSm)
-    kv_write_kernel(KvWriteArgs args, uint32_t units) {
+    kv_write_kernel(KvWriteArgs args, uint32_t units, uint32_t turned) {
   using Storage = typename T::Storage;
   using E = Elements<T, W>;
   using Vector = typename E::Vector;
@@ -70,11 +60,12 @@ __global__ void __launch_bounds__(kWriteThreads, kWriteBlocksPerSm)
   const uint32_t item = blockIdx.x * kWriteThreads + threadIdx.x;
   const uint32_t row = item / of_row, unit = item - row * of_row;
   if (row >= args.count) return;
-  const int64_t position = args.positions[row], slot = args.slots[row];
+  const int64_t position = args.positions[row], slot = args.slot_mapping[row];
   uint32_t head = unit / units;  // the query heads come first
-  const uint32_t pair = (unit - head * units) * W;
-  const uint32_t at[2] = {args.interleaved ? 2 * pair : pair,
-                          args.interleaved ? 2 * pair + W : pair + dim / 2};
+  const uint32_t run = unit - head * units, pair = run * W;
+  const bool turns = run < turned;
+  const uint32_t first = turns ? pair : 2 * pair;  // the rotated ones before hold two vectors each
+  const uint32_t at[2] = {first, first + (turns ? turned * W : W)};
   const bool of_q = head < q_heads;
   if (!of_q) head -= q_heads;
   auto* q = static_cast<Storage*>(args.q) + row * args.q_stride + head * dim;
@@ -86,10 +77,14 @@ __global__ void __launch_bounds__(kWriteThreads, kWriteBlocksPerSm)
     values[0] = E::load_once(v + at[0]);
     values[1] = E::load_once(v + at[1]);
   }
-  float cos[W], sin[W];
-  load_table<W>(args.cos + position * (dim / 2) + pair, cos);
-  load_table<W>(args.sin + position * (dim / 2) + pair, sin);
-  rotate<T, W>(x, cos, sin, args.interleaved);
+  if (turns) {
+    float cos[W], sin[W];
+    load_table<W>(args.cos + position * (turned * W) + pair, cos);
+    load_table<W>(args.sin + position * (turned * W) + pair, sin);
+    rotate<T, W>(x, cos, sin);
+  } else if (of_q) {
+    return;
+  }
   if (!of_q && slot < 0) return;  // every thread asks for the slot, lest it come last
   const auto page_size = static_cast<uint32_t>(args.k_layout.page_size);  // of the values too
   const uint32_t page = static_cast<uint32_t>(slot) / page_size;
@@ -107,7 +102,7 @@ __global__ void __launch_bounds__(kWriteThreads, kWriteBlocksPerSm)
 // Whether every run of `width` pairs is two whole vectors in each of the tensors and the tables.
 bool vectorises(const KvWriteArgs& args, int64_t width) {
   const CacheLayout &k = args.k_layout, &v = args.v_layout;
-  return k.head_dim % (2 * width) == 0 &&
+  return k.head_dim % (2 * width) == 0 && args.rotary_dim % (2 * width) == 0 &&
          multiples_of_16({args.q, args.k, args.v, args.k_cache, args.v_cache, args.cos, args.sin},
                          {args.q_stride, args.k_stride, args.v_stride, k.page_stride, k.head_stride,
                           k.slot_stride, v.page_stride, v.head_stride, v.slot_stride},
@@ -124,13 +119,14 @@ int kv_write(const KvWriteArgs& args, void* stream) {
     constexpr int W = T::kWidth;
     const bool vectors = vectorises(args, W);
     const auto units = static_cast<uint32_t>(vectors ? pairs / W : pairs);
+    const auto turned = static_cast<uint32_t>(args.rotary_dim / 2 / (vectors ? W : 1));
     const int64_t items = args.count * heads * units;
     if (items > INT32_MAX)
       return static_cast<int>(cudaErrorInvalidValue);  // 8 GB of q and k, at least
     const auto grid = static_cast<unsigned>((items + kWriteThreads - 1) / kWriteThreads);
     if (vectors)
-      DPARALLEL_LAUNCH((kv_write_kernel<T, W>), grid, kWriteThreads, stream, args, units);
-    else DPARALLEL_LAUNCH((kv_write_kernel<T, 1>), grid, kWriteThreads, stream, args, units);
+      DPARALLEL_LAUNCH((kv_write_kernel<T, W>), grid, kWriteThreads, stream, args, units, turned);
+    else DPARALLEL_LAUNCH((kv_write_kernel<T, 1>), grid, kWriteThreads, stream, args, units, turned);
     return static_cast<int>(cudaGetLastError());
   });
 }

@@ -42,7 +42,7 @@ void check_same(const CacheLayout& k, const CacheLayout& v) {
 
 void launch(Cpu, const KvWriteArgs& args, const Tensor&) {
   within("positions", args.positions, args.count, 0, args.table);
-  within("slots", args.slots, args.count, std::numeric_limits<int64_t>::min(),
+  within("slot_mapping", args.slot_mapping, args.count, std::numeric_limits<int64_t>::min(),
          args.k_layout.pages * args.k_layout.page_size);
   cpu::kv_write(args, parallel);
 }
@@ -55,7 +55,7 @@ void launch(Cuda, const KvWriteArgs& args, const Tensor& like) {
 
 template <class Backend>
 void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor positions,
-              Tensor slots, Tensor cos, Tensor sin, bool interleaved) {
+              Tensor slot_mapping, Tensor cos, Tensor sin) {
   Tensor q_rows = q, k_rows = k_cache, v_rows = v_cache;
   const DType dtype = dtype_of(q, "q");
   const CacheLayout keys = layout_of(k_rows, "k_cache", q);
@@ -74,11 +74,12 @@ void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tens
   DP_CHECK(q.numel() == 0 || (k.data_ptr() != q.data_ptr() && v.data_ptr() != q.data_ptr()),
            "q: expected memory of its own, which is rotated in place, got that of k or v");
   expect(positions, "positions", ScalarType::Long, {count}, q);
-  expect(slots, "slots", ScalarType::Long, {count}, q);
+  expect(slot_mapping, "slot_mapping", ScalarType::Long, {count}, q);
   DP_CHECK(cos.dim() == 2, "cos: expected 2 dimensions, got ", cos.dim());
-  const int64_t table = cos.size(0);
-  expect(cos, "cos", ScalarType::Float, {table, dim / 2}, q);
-  expect(sin, "sin", ScalarType::Float, {table, dim / 2}, q);
+  const int64_t table = cos.size(0), half = cos.size(1);
+  DP_CHECK(2 * half <= dim, "cos: expected at most ", dim / 2, " pairs of a head, got ", half);
+  expect(cos, "cos", ScalarType::Float, {table, half}, q);
+  expect(sin, "sin", ScalarType::Float, {table, half}, q);
   const KvWriteArgs args{dtype,
                          q_rows.data_ptr(),
                          k.data_ptr(),
@@ -89,11 +90,11 @@ void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tens
                          count,
                          heads,
                          data<int64_t>(positions),
-                         data<int64_t>(slots),
+                         data<int64_t>(slot_mapping),
                          data<float>(cos),
                          data<float>(sin),
                          table,
-                         interleaved,
+                         2 * half,
                          k_rows.data_ptr(),
                          v_rows.data_ptr(),
                          keys,
@@ -107,7 +108,7 @@ void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tens
 DPARALLEL_OP(
     kv_write,
     "kv_write(Tensor(a!) q, Tensor k, Tensor v, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor "
-    "positions, Tensor slots, Tensor cos, Tensor sin, bool interleaved) -> ()")
+    "positions, Tensor slot_mapping, Tensor cos, Tensor sin) -> ()")
 
 // What one lane writes, another neither reads nor writes, nor writes it twice.
 void check_apart(const KvMoveArgs& args) {
@@ -179,14 +180,22 @@ DPARALLEL_OP(kv_move, "kv_move(Tensor(a!) kv_cache, Tensor source, Tensor target
 
 void launch(Cpu, const BlockAttentionArgs& args, const Tensor&) {
   const int64_t size = args.k_layout.page_size, capacity = args.table_width * size;
-  within("begin", args.begin, args.segments, 0, args.count + 1);
-  within("end", args.end, args.segments, 0, args.count + 1);
-  within("lengths", args.length, args.segments, 0, capacity + 1);
+  within("q_start", args.q_start, args.segments, 0, args.count + 1);
+  within("q_end", args.q_end, args.segments, 0, args.count + 1);
+  within("kv_lens", args.kv_lens, args.segments, 0, capacity + 1);
   for (int64_t s = 0; s < args.segments; ++s) {
-    DP_CHECK(args.begin[s] <= args.end[s], "begin: expected no larger than end, got ",
-             args.begin[s], " above ", args.end[s], " at ", s);
-    within("pages", args.pages + s * args.table_width, (args.length[s] + size - 1) / size, 0,
-           args.k_layout.pages);
+    DP_CHECK(args.q_start[s] <= args.q_end[s], "q_start: expected no larger than q_end, got ",
+             args.q_start[s], " above ", args.q_end[s], " at ", s);
+    if (args.restricted()) {
+      const int64_t rows = args.q_end[s] - args.q_start[s];
+      DP_CHECK(rows <= args.kv_lens[s], "kv_lens: expected a slot for each of the segment's ", rows,
+               " rows, got ", args.kv_lens[s], " at ", s);
+      DP_CHECK(args.causal || rows <= 64 * args.words,
+               "ancestors: expected a bit for each of the segment's ", rows, " rows, got ",
+               64 * args.words, " at ", s);
+    }
+    within("block_table", args.block_table + s * args.table_width,
+           (args.kv_lens[s] + size - 1) / size, 0, args.k_layout.pages);
   }
   cpu::block_attention(args, parallel);
 }
@@ -198,24 +207,31 @@ void launch(Cuda, const BlockAttentionArgs& args, const Tensor& like) {
 #endif
 
 template <class Backend>
-Tensor block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor begin, Tensor end,
-                       Tensor lengths, Tensor pages, int64_t longest_query, int64_t longest_length,
-                       double scale) {
+Tensor block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor q_start, Tensor q_end,
+                       Tensor kv_lens, Tensor block_table, int64_t max_q_len, int64_t max_kv_len,
+                       double scale, bool causal, std::optional<Tensor> ancestors) {
   const DType dtype = dtype_of(q, "q");
   const CacheLayout keys = layout_of(k_cache, "k_cache", q);
   const CacheLayout values = layout_of(v_cache, "v_cache", q);
   check_same(keys, values);
   const int64_t count = q.size(0), heads = q.size(1), dim = q.size(2);
-  const int64_t segments = length_of(begin, "begin");
+  const int64_t segments = length_of(q_start, "q_start");
   expect_heads(q, "q", count, heads, dim, q);
-  expect(begin, "begin", ScalarType::Long, {segments}, q);
-  expect(end, "end", ScalarType::Long, {segments}, q);
-  expect(lengths, "lengths", ScalarType::Long, {segments}, q);
-  DP_CHECK(pages.dim() == 2, "pages: expected 2 dimensions, got ", pages.dim());
-  const int64_t table_width = pages.size(1);
-  expect(pages, "pages", ScalarType::Long, {segments, table_width}, q);
-  DP_CHECK(longest_query >= 0, "longest_query: expected >= 0, got ", longest_query);
-  DP_CHECK(longest_length >= 0, "longest_length: expected >= 0, got ", longest_length);
+  expect(q_start, "q_start", ScalarType::Long, {segments}, q);
+  expect(q_end, "q_end", ScalarType::Long, {segments}, q);
+  expect(kv_lens, "kv_lens", ScalarType::Long, {segments}, q);
+  DP_CHECK(block_table.dim() == 2, "block_table: expected 2 dimensions, got ", block_table.dim());
+  const int64_t table_width = block_table.size(1);
+  expect(block_table, "block_table", ScalarType::Long, {segments, table_width}, q);
+  DP_CHECK(max_q_len >= 0, "max_q_len: expected >= 0, got ", max_q_len);
+  DP_CHECK(max_kv_len >= 0, "max_kv_len: expected >= 0, got ", max_kv_len);
+  int64_t words = 0;
+  if (ancestors.has_value()) {
+    DP_CHECK(ancestors->dim() == 2, "ancestors: expected 2 dimensions, got ", ancestors->dim());
+    DP_CHECK(!causal, "ancestors: expected instead of causal, got both");
+    words = ancestors->size(1);
+    expect(*ancestors, "ancestors", ScalarType::Long, {count, words}, q);
+  }
   Tensor out = torch::stable::new_empty(q, {count, heads, dim});
   const BlockAttentionArgs args{dtype,
                                 q.data_ptr(),
@@ -227,23 +243,27 @@ Tensor block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor begin, T
                                 keys,
                                 values,
                                 segments,
-                                data<int64_t>(begin),
-                                data<int64_t>(end),
-                                data<int64_t>(lengths),
-                                data<int64_t>(pages),
+                                data<int64_t>(q_start),
+                                data<int64_t>(q_end),
+                                data<int64_t>(kv_lens),
+                                data<int64_t>(block_table),
                                 table_width,
-                                longest_query,
-                                longest_length,
+                                max_q_len,
+                                max_kv_len,
                                 static_cast<float>(scale),
-                                out.data_ptr()};
+                                out.data_ptr(),
+                                causal,
+                                ancestors.has_value() ? listed(*ancestors) : nullptr,
+                                words};
   if (out.numel() > 0) launch(Backend{}, args, q);
   return out;
 }
 
-DPARALLEL_OP(
-    block_attention,
-    "block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor begin, Tensor end, Tensor "
-    "lengths, Tensor pages, int longest_query, int longest_length, float scale) -> Tensor")
+DPARALLEL_OP(block_attention,
+             "block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor q_start, Tensor "
+             "q_end, Tensor "
+             "kv_lens, Tensor block_table, int max_q_len, int max_kv_len, float scale, bool "
+             "causal, Tensor? ancestors) -> Tensor")
 
 }  // namespace
 }  // namespace dparallel

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cache import GRAPH_BUCKETS, AttentionMetadata, Fill, KVCache, Span
+from ..cache import GRAPH_BUCKETS, AttentionMetadata, KVCache, PadTo, Span
 from ..models import Model, own_precision
 from ..ops import commit_
 from ..ops.errors import Cell, explain
@@ -56,8 +56,8 @@ class GraphKey(NamedTuple):
     """What the launches of a pass depend on, beside the values of its numbers."""
 
     shapes: Shapes
-    longest_query: int
-    longest_length: int
+    max_q_len: int
+    max_kv_len: int
     record: bool
     """Whether what is committed goes into the trajectory."""
     cells: int
@@ -271,11 +271,11 @@ class Runner:
         longest = 0, 0
         if isinstance(self.model, Model):
             assert self.kv_cache is not None
-            fill = self._fill
-            found = self.kv_cache.plan(spans, fill)
-            metadata, longest = found.tensors, (found.longest_query, found.longest_length)
-            if fill is not None:
-                source = F.pad(source, (0, fill(len(source)) - len(source)))
+            pad_to = self._pad_to
+            found = self.kv_cache.metadata(spans, pad_to)
+            metadata, longest = found.tensors, (found.max_q_len, found.max_kv_len)
+            if pad_to is not None:
+                source = F.pad(source, (0, pad_to(len(source)) - len(source)))
         groups: dict[tuple[Any, ...], list[int]] = {}
         for b in work:
             groups.setdefault(SamplingGroup.of(rows[b]).key, []).append(b)
@@ -381,7 +381,7 @@ class Runner:
         return torch.arange(start, end)
 
     @property
-    def _fill(self) -> Fill:
+    def _pad_to(self) -> PadTo:
         """How many rows a number of rows is filled up to; not a method, since the slots remember it.
 
         On a GPU so that passes take few forms. On a CPU since the matrix library keeps compiled code for each
@@ -396,7 +396,7 @@ class Runner:
             inputs, key.shapes
         )
         if isinstance(self.model, Model):
-            made = AttentionMetadata(key.longest_query, key.longest_length, *metadata)
+            made = AttentionMetadata(key.max_q_len, key.max_kv_len, *metadata)
             assert self.kv_cache is not None
             with own_precision(self.model, self.tokens.device):
                 x = self.model.step(self.tokens[made.rows, made.positions], self.kv_cache, made)

@@ -186,8 +186,8 @@ class Model(Named):
                 x = block(x, attend)
         return self.norm(x)
 
-    def step(self, input_ids: Tensor, cache: KVCache, plan: AttentionMetadata) -> Tensor:
-        """Hidden states (N, width) after the final norm, of the packed tokens input_ids (N,) of `plan`.
+    def step(self, input_ids: Tensor, kv_cache: KVCache, metadata: AttentionMetadata) -> Tensor:
+        """Hidden states (N, width) after the final norm, of the packed tokens input_ids (N,) of `metadata`.
 
         Their keys and values are written to the cache in place, and attention reads it, so it belongs under
         `torch.no_grad` or `inference_mode`.
@@ -195,37 +195,41 @@ class Model(Named):
         Raises TypeError or ValueError as `hidden` does.
         """
         self._check(input_ids, 1)
-        if len(input_ids) != len(plan.positions):
-            raise ValueError(f"input_ids: expected ({len(plan.positions)},), got {tuple(input_ids.shape)}")
-        write = functools.partial(kv_write, positions=plan.positions, cos=cache.rope[0], sin=cache.rope[1])
-        some_whole = len(plan.seen) > 0
+        if len(input_ids) != len(metadata.positions):
+            raise ValueError(
+                f"input_ids: expected ({len(metadata.positions)},), got {tuple(input_ids.shape)}"
+            )
+        write = functools.partial(
+            kv_write, positions=metadata.positions, cos=kv_cache.rope[0], sin=kv_cache.rope[1]
+        )
+        some_whole = len(metadata.seqused_k) > 0
         if some_whole:
-            nowhere = torch.full_like(plan.slots, -1)
-            bounds, seen = plan.bounds.int(), plan.seen.int()
+            nowhere = torch.full_like(metadata.slot_mapping, -1)
+            cu_seqlens, seqused_k = metadata.cu_seqlens.int(), metadata.seqused_k.int()
         x, delta = self.embed(input_ids), None
         for layer, block in enumerate(self.blocks):
-            keys, values = cache.layer(layer)
+            keys, values = kv_cache.layer(layer)
 
             def attend(
                 q: Tensor, k: Tensor, v: Tensor, keys: Tensor = keys, values: Tensor = values
             ) -> Tensor:
-                write(q, k, v, keys, values, slots=plan.slots)
+                write(q, k, v, keys, values, slot_mapping=metadata.slot_mapping)
                 of_whole = None
                 if some_whole:
-                    write(k, v, v, keys, values, slots=nowhere)  # rotates k in place, and that is all
-                    of_whole = varlen_attention(q, k, v, bounds, seen, longest=plan.longest_query)
-                    if not len(plan.lengths):
+                    write(k, v, v, keys, values, slot_mapping=nowhere)  # rotates k in place, and that is all
+                    of_whole = varlen_attention(q, k, v, cu_seqlens, seqused_k, max_seqlen=metadata.max_q_len)
+                    if not len(metadata.kv_lens):
                         return of_whole
                 y = block_attention(
                     q,
                     keys,
                     values,
-                    plan.lengths,
-                    pages=plan.pages,
-                    begin=plan.begin,
-                    end=plan.end,
-                    longest_query=plan.longest_query,
-                    longest_length=plan.longest_length,
+                    metadata.kv_lens,
+                    block_table=metadata.block_table,
+                    q_start=metadata.q_start,
+                    q_end=metadata.q_end,
+                    max_q_len=metadata.max_q_len,
+                    max_kv_len=metadata.max_kv_len,
                 )
                 return y if of_whole is None else of_whole.add_(y)  # each is zero where the other is not
 
@@ -343,16 +347,16 @@ class Model(Named):
         return logits if self.shape.logit_scale == 1.0 else logits * self.shape.logit_scale
 
     def new_cache(
-        self, pages: int, page_size: int, table: Tensor | None = None, *, kept: bool = True
+        self, pages: int, page_size: int, block_table: Tensor | None = None, *, kept: bool = True
     ) -> KVCache:
         """An empty cache of so many pages of slots; not `kept`: for one pass alone.
 
-        table: (B, P) int64 on the CPU, see `KVCache`; default: a page for each sequence.
+        block_table: (B, P) int64 on the CPU, see `KVCache`; default: a page for each sequence.
         """
         s, page_size = self.shape, max(1, page_size)
         shape = (s.layers if kept else 1, 2, pages, s.kv_heads, page_size, s.head_dim)
-        rope = self._rope_of(page_size * (1 if table is None else table.shape[1]))
-        return KVCache(torch.zeros(shape, dtype=self.dtype, device=self.device), rope, table)
+        rope = self._rope_of(page_size * (1 if block_table is None else block_table.shape[1]))
+        return KVCache(torch.zeros(shape, dtype=self.dtype, device=self.device), rope, block_table)
 
     def _rope_of(self, length: int) -> tuple[Tensor, Tensor]:
         """cos, sin (at least length, head_dim / 2) float32."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
@@ -13,30 +14,39 @@ def block_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    lengths: Tensor,
+    kv_lens: Tensor,
     *,
-    pages: Tensor | None = None,
-    begin: Tensor | None = None,
-    end: Tensor | None = None,
+    block_table: Tensor | None = None,
+    q_start: Tensor | None = None,
+    q_end: Tensor | None = None,
+    causal: bool = False,
+    ancestors: Tensor | None = None,
     scale: float | None = None,
-    longest_query: int | None = None,
-    longest_length: int | None = None,
+    max_q_len: int | None = None,
+    max_kv_len: int | None = None,
 ) -> Tensor:
-    """Attention of each segment's queries to its own sequence's slots: all of them, in both directions.
+    """Attention of each segment's queries to its own sequence's slots: by default all, in both directions.
 
     A segment is some query rows of one sequence, and how many of its slots they see. Block-causal attention
     is a segment per block, each seeing the slots up to its own block's end, all in one call. No mask tensor;
-    what a segment yields does not depend on the others. No gradient: a backward pass raises.
+    what a row yields depends on the slots that it sees alone. No gradient: a backward pass raises.
+
+    With `causal` or `ancestors` a segment's Q rows are the last of its slots: row i is slot base + i, base =
+    kv_len - Q, and every row sees the slots [0, base).
 
     Args:
-        q: (S, Q, H, D), a segment of Q rows per sequence; or (N, H, D) with `begin` and `end`. After the
+        q: (S, Q, H, D), a segment of Q rows per sequence; or (N, H, D) with `q_start` and `q_end`. After the
             rotary embedding; float32, bfloat16 or float16.
         k_cache, v_cache: (pages, Hkv, page_size, D), Hkv dividing H: query head h uses head h // (H / Hkv).
-        lengths: (S,) int64, the slots [0, length) that the segment sees. The others may hold anything.
-        pages: (S, P) int64, the segment's pages in order; None: page s for segment s.
-        begin, end: (S,) int64, rows of q; rows in no segment come out zero.
+        kv_lens: (S,) int64, the slots [0, kv_len) that the segment sees. The others may hold anything.
+        block_table: (S, P) int64, the segment's pages in order; None: page s for segment s.
+        q_start, q_end: (S,) int64, rows of q; rows in no segment come out zero.
+        causal: row i of a segment sees the slots [0, base + i + 1).
+        ancestors: (N, W) int64, not with `causal`: row r sees slot base + b where bit b % 64 of its word
+            b // 64 is set, its own slot too only then. A tree of drafted tokens (arXiv 2401.10774); W at
+            least Q / 64.
         scale: of the scores, default D ** -0.5.
-        longest_query, longest_length: at least the largest end - begin and length, numbers that a CUDA
+        max_q_len, max_kv_len: at least the largest q_end - q_start and kv_len, numbers that a CUDA
             launch is shaped by without waiting for the device. Default: all rows, all slots.
 
     Returns:
@@ -45,59 +55,104 @@ def block_attention(
     Raises:
         ValueError: naming the argument that does not fit. Indices are looked at on the CPU alone.
     """
-    for name, given in (("q", q), ("lengths", lengths)):
+    for name, given in (("q", q), ("kv_lens", kv_lens)):
         if not isinstance(given, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(given).__name__}")
     shape = q.shape
     if q.ndim == 4:
-        if begin is not None or end is not None:
-            raise ValueError("begin: belongs to q of (N, H, D)")
-        begin = torch.arange(0, shape[0] * shape[1], max(1, shape[1]), device=q.device)[: shape[0]]
-        begin = begin if shape[1] else begin.new_zeros(shape[0])
-        end = begin + shape[1]
-        longest_query = shape[1]
+        if q_start is not None or q_end is not None:
+            raise ValueError("q_start: belongs to q of (N, H, D)")
+        q_start = torch.arange(0, shape[0] * shape[1], max(1, shape[1]), device=q.device)[: shape[0]]
+        q_start = q_start if shape[1] else q_start.new_zeros(shape[0])
+        q_end = q_start + shape[1]
+        max_q_len = shape[1]
         q = q.flatten(0, 1)
     check_heads("q", q, 3)
     check_heads("k_cache", k_cache, 4, like=q)
     check_heads("v_cache", v_cache, 4, like=q)
     check_caches(q, k_cache, v_cache)
-    if begin is None or end is None:
-        raise ValueError("begin: needed, and end, where q is (N, H, D)")
-    if pages is None:
-        pages = torch.arange(len(lengths) if lengths.ndim == 1 else 0, device=q.device)[:, None]
-    if not isinstance(pages, Tensor) or pages.ndim != 2:
-        got = tuple(pages.shape) if isinstance(pages, Tensor) else type(pages).__name__
-        raise ValueError(f"pages: expected int64 (S, P), got {got}")
-    for name, given in (("lengths", lengths), ("begin", begin), ("end", end)):
-        expect(name, given, (len(pages),), torch.int64)
-    expect("pages", pages, tuple(pages.shape), torch.int64)
-    capacity = pages.shape[1] * k_cache.shape[2]
+    if q_start is None or q_end is None:
+        raise ValueError("q_start: needed, and q_end, where q is (N, H, D)")
+    if block_table is None:
+        block_table = torch.arange(len(kv_lens) if kv_lens.ndim == 1 else 0, device=q.device)[:, None]
+    if not isinstance(block_table, Tensor) or block_table.ndim != 2:
+        got = tuple(block_table.shape) if isinstance(block_table, Tensor) else type(block_table).__name__
+        raise ValueError(f"block_table: expected int64 (S, P), got {got}")
+    for name, given in (("kv_lens", kv_lens), ("q_start", q_start), ("q_end", q_end)):
+        expect(name, given, (len(block_table),), torch.int64)
+    expect("block_table", block_table, tuple(block_table.shape), torch.int64)
+    capacity = block_table.shape[1] * k_cache.shape[2]
     scale = max(1, q.shape[2]) ** -0.5 if scale is None else scale
+    if ancestors is not None:
+        if causal:
+            raise ValueError("ancestors: expected instead of causal, got both")
+        if not isinstance(ancestors, Tensor) or ancestors.ndim != 2:
+            got = tuple(ancestors.shape) if isinstance(ancestors, Tensor) else type(ancestors).__name__
+            raise ValueError(f"ancestors: expected int64 ({len(q)}, W), got {got}")
+        expect("ancestors", ancestors, (len(q), ancestors.shape[1]), torch.int64)
     if q.dtype == torch.float64:
-        from .. import reference
-
-        within("lengths", lengths, 0, capacity + 1)
-        within("begin", begin, 0, len(q) + 1)
-        within("end", end, 0, len(q) + 1)
-        at = {"pages": pages, "begin": begin, "end": end}
-        return reference.block_attention(q, k_cache, v_cache, lengths, **at, scale=scale).view(shape)
+        within("kv_lens", kv_lens, 0, capacity + 1)
+        within("q_start", q_start, 0, len(q) + 1)
+        within("q_end", q_end, 0, len(q) + 1)
+        rows = q_end - q_start
+        if causal or ancestors is not None:
+            within("kv_lens", kv_lens - rows, 0, capacity + 1)
+        if ancestors is not None:
+            within("ancestors", rows, 0, 64 * ancestors.shape[1] + 1)
+        segments = q_start, q_end, kv_lens, block_table
+        return _in_float64(q, k_cache, v_cache, *segments, scale, causal, ancestors).view(shape)
     out = torch.ops.dparallel.block_attention(
         q,
         k_cache,
         v_cache,
-        begin,
-        end,
-        lengths,
-        pages,
-        len(q) if longest_query is None else longest_query,
-        capacity if longest_length is None else longest_length,
+        q_start,
+        q_end,
+        kv_lens,
+        block_table,
+        len(q) if max_q_len is None else max_q_len,
+        capacity if max_kv_len is None else max_kv_len,
         scale,
+        causal,
+        ancestors,
     )
     return out.view(shape)
 
 
+def _in_float64(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_start: Tensor,
+    q_end: Tensor,
+    kv_lens: Tensor,
+    block_table: Tensor,
+    scale: float,
+    causal: bool,
+    ancestors: Tensor | None,
+) -> Tensor:
+    """By torch: the kernels have no float64."""
+    out, page_size = torch.zeros_like(q), k_cache.shape[2]
+    segments = zip(q_start.tolist(), q_end.tolist(), kv_lens.tolist(), block_table, strict=True)
+    for first, last, length, table in segments:
+        if first >= last or not length:
+            continue
+        slot = torch.arange(length, device=q.device)
+        page, offset = table[slot // page_size], slot % page_size
+        k, v = (cache[page, :, offset].transpose(0, 1) for cache in (k_cache, v_cache))  # (Hkv, kv_len, D)
+        row, own = torch.arange(last - first, device=q.device)[:, None], slot - (length - (last - first))
+        seen = own <= row if causal else own < last - first  # (Q, kv_len)
+        if ancestors is not None:
+            bit = own.clamp(min=0)
+            seen = (own < 0) | ((ancestors[first:last, bit // 64] >> bit % 64) & 1).bool()
+        y = F.scaled_dot_product_attention(
+            q[None, first:last].transpose(1, 2), k[None], v[None], seen, scale=scale, enable_gqa=True
+        )
+        out[first:last] = y[0].transpose(0, 1).masked_fill(~seen.any(1)[:, None, None], 0)
+    return out
+
+
 @torch.library.register_fake("dparallel::block_attention")
 def _(  # type: ignore[no-untyped-def]
-    q, k_cache, v_cache, begin, end, lengths, pages, longest_query, longest_length, scale
+    q, k_cache, v_cache, q_start, q_end, kv_lens, block_table, max_q_len, max_kv_len, scale, causal, ancestors
 ):
     return q.new_empty(q.shape)

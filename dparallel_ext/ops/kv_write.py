@@ -33,12 +33,14 @@ def kv_write(
     v_cache: Tensor,
     *,
     positions: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     cos: Tensor,
     sin: Tensor,
-    interleaved: bool = False,
 ) -> None:
     """Rotate queries in place, rotate keys and put them and the values into their slots, in one pass.
+
+    The first R of a head's D dimensions are rotated, in the pairs (i, i + R / 2), as LLaMA's (GPT-NeoX's)
+    rotary embedding with a rotary width of R; the others stay as they are.
 
     Strides may be any; rows of q, k and v (H, D), and the last dimension of a cache, that are not contiguous
     are copied, and what is changed in place may not overlap itself. No gradient.
@@ -48,9 +50,9 @@ def kv_write(
         k, v: (N, Hkv, D), likewise; read.
         k_cache, v_cache: (pages, Hkv, page_size, D); changed in place.
         positions: (N,) int64, of the rotary embedding: rows of cos and sin.
-        slots: (N,) int64, page * page_size + offset, no two alike; negative: the row is written nowhere.
-        cos, sin: (positions, D / 2) float32, see `rope_table`.
-        interleaved: rotate the pairs (2 i, 2 i + 1), as GPT-J, and not (i, i + D / 2), as LLaMA.
+        slot_mapping: (N,) int64, page * page_size + offset, no two alike; negative: the row is
+            written nowhere.
+        cos, sin: (positions, R / 2) float32, R <= D, see `rope_table`.
 
     Raises:
         ValueError: naming the argument that does not fit, or that requires a gradient. Indices are looked at
@@ -63,22 +65,49 @@ def kv_write(
     count, dim = len(q), q.shape[2]
     for name, given in (("k", k), ("v", v)):
         expect(name, given, (count, k_cache.shape[1], dim))
-    for name, given in (("positions", positions), ("slots", slots)):
+    for name, given in (("positions", positions), ("slot_mapping", slot_mapping)):
         expect(name, given, (count,), torch.int64)
     if dim % 2:
         raise ValueError(f"q: expected an even head_dim, got {dim}")
+    if not isinstance(cos, Tensor) or cos.ndim != 2 or 2 * cos.shape[1] > dim:
+        got = tuple(cos.shape) if isinstance(cos, Tensor) else type(cos).__name__
+        raise ValueError(f"cos: expected float32 (positions, R / 2) with R <= {dim}, got {got}")
     for name, given in (("cos", cos), ("sin", sin)):
-        expect(name, given, (len(cos), dim // 2), torch.float32)
+        expect(name, given, tuple(cos.shape), torch.float32)
     if q.dtype == torch.float64:
-        from .. import reference
-
         within("positions", positions, 0, len(cos))
-        within("slots", slots, None, len(k_cache) * k_cache.shape[2])
-        at = {"positions": positions, "slots": slots, "cos": cos, "sin": sin}
-        return reference.kv_write(q, k, v, k_cache, v_cache, **at, interleaved=interleaved)
-    torch.ops.dparallel.kv_write(q, k, v, k_cache, v_cache, positions, slots, cos, sin, interleaved)
+        within("slot_mapping", slot_mapping, None, len(k_cache) * k_cache.shape[2])
+        return _in_float64(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin)
+    torch.ops.dparallel.kv_write(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin)
+
+
+def _in_float64(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> None:
+    """By torch: the kernels have no float64."""
+    half = cos.shape[1]
+    c, s = (table[positions][:, None].double() for table in (cos, sin))  # (N, 1, R / 2)
+
+    def rotated(x: Tensor) -> Tensor:
+        a, b, rest = x.split((half, half, x.shape[2] - 2 * half), -1)
+        return torch.cat((a * c - b * s, b * c + a * s, rest), -1)
+
+    written = (slot_mapping >= 0).nonzero()[:, 0]
+    slot = slot_mapping[written]
+    page, offset = slot // k_cache.shape[2], slot % k_cache.shape[2]
+    k_cache[page, :, offset] = rotated(k)[written]
+    v_cache[page, :, offset] = v[written]
+    q.copy_(rotated(q))
 
 
 @torch.library.register_fake("dparallel::kv_write")
-def _(q, k, v, k_cache, v_cache, positions, slots, cos, sin, interleaved):  # type: ignore[no-untyped-def]
+def _(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin):  # type: ignore[no-untyped-def]
     return None

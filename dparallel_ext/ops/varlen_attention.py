@@ -19,7 +19,7 @@ def has_varlen(like: Tensor) -> bool:
 
 
 def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, seen: Tensor, *, longest: int
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seqused_k: Tensor, *, max_seqlen: int
 ) -> Tensor:
     """Attention of packed sequences, each to itself, in both directions: torch's FlashAttention.
 
@@ -32,14 +32,15 @@ def varlen_attention(
 
     Args:
         q: (N, H, D) after the rotary embedding; k, v: (N, Hkv, D), likewise. Rows of any stride.
-        bounds: (S + 1,) int32, ascending from 0 to N: sequence s is rows [bounds[s], bounds[s + 1]).
-        seen: (S,) int32, how many of its rows, the first ones, it sees; where none, it comes out zero.
-        longest: at least the rows of the longest one, which shapes the launch.
+        cu_seqlens: (S + 1,) int32, ascending from 0 to N: sequence s is rows
+            [cu_seqlens[s], cu_seqlens[s + 1]).
+        seqused_k: (S,) int32, how many of its rows, the first ones, it sees; where none, it comes out zero.
+        max_seqlen: at least the rows of the longest one, which shapes the launch.
 
     Returns:
         As q.
     """
     out: Tensor = torch.ops.aten._flash_attention_forward(
-        q, k, v, bounds, bounds, longest, longest, 0.0, False, False, seqused_k=seen
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, False, False, seqused_k=seqused_k
     )[0]
     return out

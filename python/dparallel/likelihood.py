@@ -275,7 +275,7 @@ class Scorer:
         chunk_bytes = CHUNK_MEGABYTES.get(model.device.type, 256) * 2**20
         self.chunk_rows = max(1, int(chunk_bytes) // row_bytes)
         # The CPU's matrix library keeps code for ever for each number of rows of 16-bit matrices it has met.
-        self.fill = None if model.dtype == torch.float32 else GRAPH_BUCKETS
+        self.pad_to = None if model.dtype == torch.float32 else GRAPH_BUCKETS
 
     def by_masks(
         self, pairs: Sequence[Pair], masks_of: Callable[[int], Masks]
@@ -419,12 +419,12 @@ class Scorer:
 
     def _step(self, cache: KVCache, spans: Sequence[Span], tokens: Tensor) -> Tensor:
         """Hidden states (N, width) of the packed tokens (N,) of the spans."""
-        plan, device = cache.plan(spans, self.fill), self.model.device
-        tokens = F.pad(tokens, (0, len(plan.positions) - len(tokens)))
-        tensors = (tensor.to(device) for tensor in plan.tensors)
+        metadata, device = cache.metadata(spans, self.pad_to), self.model.device
+        tokens = F.pad(tokens, (0, len(metadata.positions) - len(tokens)))
+        tensors = (tensor.to(device) for tensor in metadata.tensors)
         with own_precision(self.model, device):
             return self.model.step(
-                tokens.to(device), cache, AttentionMetadata(plan.longest_query, plan.longest_length, *tensors)
+                tokens.to(device), cache, AttentionMetadata(metadata.max_q_len, metadata.max_kv_len, *tensors)
             )
 
     def _score(self, hidden: Tensor, asked: Asked) -> dict[int, Likelihood]:
@@ -440,8 +440,8 @@ class Scorer:
             part = source[begin : begin + self.chunk_rows]
             here = ((row >= begin) & (row < begin + len(part))).nonzero()[:, 0]
             at, target = (row[here] - begin).to(device), asked.target[here].to(device)
-            if self.fill is not None:
-                part = F.pad(part, (0, self.fill(len(part)) - len(part)))
+            if self.pad_to is not None:
+                part = F.pad(part, (0, self.pad_to(len(part)) - len(part)))
             with own_precision(self.model, device):
                 logits = self.model.head(hidden[part.to(device)])
             stats = dx.row_stats(logits, mask_id=self.mask_id)

@@ -182,11 +182,11 @@ class Client:
 
 
 def poisoned(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def stepped(model: Model, ids: Tensor, slots: Any, plan: Any) -> Tensor:
+    def stepped(model: Model, ids: Tensor, slots: Any, metadata: Any) -> Tensor:
         for token, error in POISON.items():
             if error is not None and bool((ids == token).any()):
                 raise error("a model")
-        return step(model, ids, slots, plan)
+        return step(model, ids, slots, metadata)
 
     return stepped
 

@@ -264,13 +264,14 @@ def kv_write(rng: random.Random) -> None:
         :count
     ]
     slots = torch.where(some(rng, 0.2, count), -rng.randint(1, 2**60), slots)
-    cos, sin = dx.rope_table(table, dim, 500.0) if dim else (torch.ones(table, 0), torch.ones(table, 0))
-    positions, interleaved = whole(rng, 0, table, count), rng.random() < 0.5
-    given = {"positions": positions, "slots": slots, "cos": cos, "sin": sin}
+    rotary = 2 * rng.randint(0, dim // 2)
+    cos, sin = dx.rope_table(table, rotary, 500.0) if rotary else torch.ones(2, table, 0)
+    positions = whole(rng, 0, table, count)
+    given = {"positions": positions, "slot_mapping": slots, "cos": cos, "sin": sin}
     ours, twin = [strided(rng, t, changed=True) for t in made], [t.clone() for t in made]
-    dx.kv_write(*ours, **{n: strided(rng, t) for n, t in given.items()}, interleaved=interleaved)
+    dx.kv_write(*ours, **{n: strided(rng, t) for n, t in given.items()})
     if dim:
-        reference.kv_write(*twin, **given, interleaved=interleaved)
+        reference.kv_write(*twin, **given)
     for a, b in zip(ours, twin, strict=True):
         scale = b.double().nan_to_num(0, 0, 0).abs().amax(-1, keepdim=True) if dim else 0.0
         assert near(a, b, STEP[dtype] * (2 * scale + 4 * torch.finfo(dtype).smallest_normal))
@@ -307,20 +308,31 @@ def block_attention(rng: random.Random) -> None:
     q = numbers(rng, dtype, count, group * heads, dim, special=special[1:])
     k, v = (numbers(rng, dtype, pages, heads, page, dim, special=special) for _ in "kv")
     given = {
-        "lengths": whole(rng, 0, width * page + 1, segments),
-        "pages": whole(rng, 0, max(1, pages), segments, width),
-        "begin": begin,
-        "end": begin + queries,
+        "kv_lens": whole(rng, 0, width * page + 1, segments),
+        "block_table": whole(rng, 0, max(1, pages), segments, width),
+        "q_start": begin,
+        "q_end": begin + queries,
     }
+    kind = rng.choice(["all", "causal", "ancestors"])
+    if kind != "all":
+        given["q_end"] = torch.minimum(given["q_end"], begin + given["kv_lens"])
+    restriction = {"causal": kind == "causal"}
+    if kind == "ancestors":
+        given["ancestors"] = whole(rng, -(2**62), 2**62, count, rng.randint(1, 2))
     scale = rng.choice([None, 0.3, 0.0, 2.0])
     found = dx.block_attention(
-        *(strided(rng, t) for t in (q, k, v)), **{n: strided(rng, t) for n, t in given.items()}, scale=scale
+        *(strided(rng, t) for t in (q, k, v)),
+        **{n: strided(rng, t) for n, t in given.items()},
+        scale=scale,
+        **restriction,
     )
     assert found.shape == q.shape
     if infinite or not found.numel():
         return
     scale = dim**-0.5 if scale is None else scale
-    expected = reference.block_attention(q.double(), k.double(), v.double(), **given, scale=scale)
+    expected = reference.block_attention(
+        q.double(), k.double(), v.double(), **given, **restriction, scale=scale
+    )
     largest = q.double().norm(dim=-1).max() * k.double().nan_to_num(0).norm(dim=-1).amax() if pages else 0.0
     values = float(v.double().nan_to_num(0).abs().max()) if v.numel() else 0.0
     assert near(found, expected, (STEP[dtype] + 4e-6 + 1e-6 * scale * float(largest)) * (values + 1e-6))
@@ -404,9 +416,9 @@ INDICES = {
     "row_stats": ("rows", "suppress", "ids"),
     "unmask_": ("suppress", "positions", "lane"),
     "commit_": ("positions", "lane"),
-    "kv_write": ("positions", "slots"),
+    "kv_write": ("positions", "slot_mapping"),
     "kv_move": ("source", "target"),
-    "block_attention": ("begin", "end", "lengths", "pages"),
+    "block_attention": ("q_start", "q_end", "kv_lens", "block_table"),
 }
 
 
@@ -423,9 +435,9 @@ def test_indices_out_of_bounds_are_named(attack: Attack) -> None:
             call[1], call[2] = call[1].flatten(0, 1), torch.arange(6)
         index = call[names.index(argument)]
         bad = rng.choice([-1, 41, 2**31, 2**32 + 1, 2**60, 2**63 - 1, -(2**63), -(2**31)])
-        if argument in ("slots", "source", "target"):
+        if argument in ("slot_mapping", "source", "target"):
             bad = abs(bad) % 2**62 + 40
-        index.view(-1)[rng.randrange(index.numel()) if argument != "pages" else 0] = bad
+        index.view(-1)[rng.randrange(index.numel()) if argument != "block_table" else 0] = bad
         call = [
             strided(rng, t, changed=a.is_write) if isinstance(t, Tensor) else t
             for t, a in zip(call, op.default._schema.arguments, strict=True)

@@ -186,9 +186,9 @@ def test_finished_sequences_are_in_no_pass(monkeypatch: pytest.MonkeyPatch) -> N
     model, counts = MODELS["llada_tiny_a", torch.float32], []
     step = Model.step
 
-    def counted(self: Model, ids: Tensor, cache: Any, plan: Any) -> Tensor:
-        counts.append(int((plan.end > plan.begin).sum()))  # spans without rows fill up
-        return step(self, ids, cache, plan)
+    def counted(self: Model, ids: Tensor, cache: Any, metadata: Any) -> Tensor:
+        counts.append(int((metadata.q_end > metadata.q_start).sum()))  # spans without rows fill up
+        return step(self, ids, cache, metadata)
 
     monkeypatch.setattr(Model, "step", counted)
     prompts = random_prompts(torch.Generator().manual_seed(1), 3)
@@ -237,9 +237,9 @@ def test_a_dual_cache_can_be_renewed(monkeypatch, refresh: int) -> None:
     model, spans = MODELS["llada_tiny_a", torch.float32], []
     step = Model.step
 
-    def counted(self: Model, ids: Tensor, cache: Any, plan: Any) -> Tensor:
-        spans.append(int((plan.end - plan.begin).sum()))
-        return step(self, ids, cache, plan)
+    def counted(self: Model, ids: Tensor, cache: Any, metadata: Any) -> Tensor:
+        spans.append(int((metadata.q_end - metadata.q_start).sum()))
+        return step(self, ids, cache, metadata)
 
     monkeypatch.setattr(Model, "step", counted)
     prompt = torch.tensor([5, 6, 7, 8])
@@ -286,7 +286,9 @@ def test_passes_come_in_few_sizes(device: str, monkeypatch: pytest.MonkeyPatch) 
     model, sizes = MODELS["dream_tiny_a", torch.bfloat16], set()
     step, head = Model.step, Model.head
     monkeypatch.setattr(
-        Model, "step", lambda self, ids, cache, plan: sizes.add(len(ids)) or step(self, ids, cache, plan)
+        Model,
+        "step",
+        lambda self, ids, cache, metadata: sizes.add(len(ids)) or step(self, ids, cache, metadata),
     )
     monkeypatch.setattr(Model, "head", lambda self, hidden: sizes.add(len(hidden)) or head(self, hidden))
     generator = torch.Generator().manual_seed(0)

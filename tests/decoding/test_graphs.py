@@ -233,9 +233,9 @@ def test_what_cannot_be_recorded_runs_as_it_is(
     expected = dx.decode(model, PROMPTS, graphs=False, **settings)
     step = models.Model.step
 
-    def waits(self: models.Model, ids: Tensor, cache: Any, plan: Any) -> Tensor:
+    def waits(self: models.Model, ids: Tensor, cache: Any, metadata: Any) -> Tensor:
         int(ids[0])
-        return step(self, ids, cache, plan)
+        return step(self, ids, cache, metadata)
 
     monkeypatch.setattr(models.Model, "step", waits)
     with caplog.at_level(logging.WARNING):

@@ -27,17 +27,19 @@ LONG = 24
 """Positions of a long sequence, where short ones count."""
 
 
-def by_a_mask(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, seen: Tensor, *, longest: int) -> Tensor:
+def by_a_mask(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seqused_k: Tensor, *, max_seqlen: int
+) -> Tensor:
     """`varlen_attention`, on any device, without a look at a number."""
     row = torch.arange(len(q), device=q.device)
-    begin = bounds.long()
+    begin = cu_seqlens.long()
     which = torch.searchsorted(begin, row, right=True) - 1
     key = row - begin[which]  # of a row, its place in its sequence
-    mask = (which[:, None] == which) & (key < seen[which])
+    mask = (which[:, None] == which) & (key < seqused_k[which])
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     queries, k, v = (t.transpose(0, 1).double() for t in (q, k, v))
     weights = (queries @ k.transpose(1, 2) / q.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf).softmax(-1)
-    out = (weights.nan_to_num() @ v).masked_fill((key >= longest)[:, None], torch.nan)  # not computed
+    out = (weights.nan_to_num() @ v).masked_fill((key >= max_seqlen)[:, None], torch.nan)  # not computed
     return out.transpose(0, 1).to(q.dtype)
 
 
@@ -47,11 +49,13 @@ def short(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     calls: list[tuple[int, bool]] = []
     own = varlen_attention
 
-    def called(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, seen: Tensor, *, longest: int) -> Tensor:
-        calls.append((len(q), len(seen) == 2))
+    def called(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seqused_k: Tensor, *, max_seqlen: int
+    ) -> Tensor:
+        calls.append((len(q), len(seqused_k) == 2))
         if q.is_cuda:
-            return own(q, k, v, bounds, seen, longest=longest)
-        return by_a_mask(q, k, v, bounds, seen, longest=longest)
+            return own(q, k, v, cu_seqlens, seqused_k, max_seqlen=max_seqlen)
+        return by_a_mask(q, k, v, cu_seqlens, seqused_k, max_seqlen=max_seqlen)
 
     monkeypatch.setattr(caches, "WHOLE", LONG)
     monkeypatch.setattr(base, "varlen_attention", called)
@@ -59,12 +63,12 @@ def short(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     return calls
 
 
-def step(model: models.Model, cache: caches.KVCache, spans: list[Span], ids: Tensor, fill: Any) -> Tensor:
-    plan, device = cache.plan(spans, fill), model.device
+def step(model: models.Model, cache: caches.KVCache, spans: list[Span], ids: Tensor, pad_to: Any) -> Tensor:
+    metadata, device = cache.metadata(spans, pad_to), model.device
     count = len(ids)
-    ids = torch.nn.functional.pad(ids, (0, len(plan.positions) - count))
-    tensors = (tensor.to(device) for tensor in plan.tensors)
-    on_device = AttentionMetadata(plan.longest_query, plan.longest_length, *tensors)
+    ids = torch.nn.functional.pad(ids, (0, len(metadata.positions) - count))
+    tensors = (tensor.to(device) for tensor in metadata.tensors)
+    on_device = AttentionMetadata(metadata.max_q_len, metadata.max_kv_len, *tensors)
     return model.step(ids.to(device), cache, on_device)[:count]
 
 
@@ -78,12 +82,12 @@ MIXES = {
 
 
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("fill", [None, GRAPH_BUCKETS], ids=["as it is", "filled"])
+@pytest.mark.parametrize("pad_to", [None, GRAPH_BUCKETS], ids=["as it is", "filled"])
 @pytest.mark.parametrize("name", ["llada_tiny_a", "dream_tiny_a"])
 @pytest.mark.parametrize("device", ["cpu", *GPUS], indirect=True)
 @torch.no_grad()
 def test_it_is_attention_to_the_cache(
-    short: list[tuple[int, bool]], device: str, name: str, fill: Any, mix: str
+    short: list[tuple[int, bool]], device: str, name: str, pad_to: Any, mix: str
 ) -> None:
     """In pages of any order; keys and values are written as ever."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -96,7 +100,7 @@ def test_it_is_attention_to_the_cache(
         cache = model.new_cache(25, 8, table)
         cache.slots.normal_(generator=torch.Generator(device).manual_seed(1))
         cache.varlen = varlen and cache.varlen
-        found[varlen] = step(model, cache, spans, ids, fill), cache.slots
+        found[varlen] = step(model, cache, spans, ids, pad_to), cache.slots
     assert len(short) == (0 if mix == "none" else len(model.blocks))
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     for with_it, without in zip(*found.values(), strict=True):
@@ -164,8 +168,8 @@ def test_it_is_recorded(
 def test_what_torch_is_given() -> None:
     """Its operator is not public: its names and types, without a GPU."""
     q, k = (torch.empty(600, heads, 16, device="meta", dtype=torch.bfloat16) for heads in (12, 2))
-    bounds = torch.empty(4, device="meta", dtype=torch.int32)
-    found = varlen_attention(q[:, :4], k, k, bounds, bounds[1:], longest=512)
+    cu_seqlens = torch.empty(4, device="meta", dtype=torch.int32)
+    found = varlen_attention(q[:, :4], k, k, cu_seqlens, cu_seqlens[1:], max_seqlen=512)
     assert found.shape == (600, 4, 16)
     assert found.is_contiguous()
 
@@ -174,45 +178,45 @@ def test_all_rows_are_in_the_launch() -> None:
     """Also the rows that fill up a pass of many sequences, after the last."""
     cache = golden.model("llada_tiny_a").new_cache(9, 256)
     cache.varlen = True
-    plan = cache.plan([Span(row, 0, 256, 256) for row in range(9)], GRAPH_BUCKETS)
-    assert len(plan.positions) == 2560
-    assert plan.bounds.tolist() == [*range(0, 2305, 256), *[2304] * 7, 2560]
-    assert plan.seen.tolist() == [256] * 9 + [0] * 8
-    assert plan.longest_query == 256
-    plan = cache.plan([Span(0, 0, 256, 256)], lambda count: 600)
-    assert plan.bounds.tolist() == [0, 256, 600]
-    assert plan.longest_query == 512
-    for field in (plan.begin, plan.end, plan.lengths, plan.pages):
+    metadata = cache.metadata([Span(row, 0, 256, 256) for row in range(9)], GRAPH_BUCKETS)
+    assert len(metadata.positions) == 2560
+    assert metadata.cu_seqlens.tolist() == [*range(0, 2305, 256), *[2304] * 7, 2560]
+    assert metadata.seqused_k.tolist() == [256] * 9 + [0] * 8
+    assert metadata.max_q_len == 256
+    metadata = cache.metadata([Span(0, 0, 256, 256)], lambda count: 600)
+    assert metadata.cu_seqlens.tolist() == [0, 256, 600]
+    assert metadata.max_q_len == 512
+    for field in (metadata.q_start, metadata.q_end, metadata.kv_lens, metadata.block_table):
         assert len(field) == 0
     for spans in ([Span(0, 0, 255, 255)], [Span(0, 0, 255, 256), Span(1, 1, 256, 256)]):
-        assert not len(cache.plan(spans, GRAPH_BUCKETS).seen)
+        assert not len(cache.metadata(spans, GRAPH_BUCKETS).seqused_k)
 
 
 @pytest.mark.parametrize("device", GPUS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 32, 128), (28, 4, 128), (4, 2, 16), (6, 6, 40)])
 def test_the_kernel(device: str, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> None:
-    """Right; to the bit as alone, in any company; zero where nothing is seen."""
+    """Right; to the bit as alone, in any company; zero where nothing is seqused_k."""
     lengths, sees = [300, 17, 0, 1024, 257, 5], [True, False, False, True, True, False]
-    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-    seen = torch.tensor([n if whole else 0 for n, whole in zip(lengths, sees, strict=True)]).int()
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    seqused_k = torch.tensor([n if whole else 0 for n, whole in zip(lengths, sees, strict=True)]).int()
     rows = sum(lengths)
     joined = torch.randn(rows, (heads + 2 * kv_heads) * dim).to(dtype)
     parts = joined.split([heads * dim, kv_heads * dim, kv_heads * dim], 1)
     q, k, v = (part.unflatten(1, (-1, dim)) for part in parts)
     assert has_varlen(q)
-    found = varlen_attention(q, k, v, bounds, seen, longest=1024)
-    expected = by_a_mask(q, k, v, bounds, seen, longest=1024)
+    found = varlen_attention(q, k, v, cu_seqlens, seqused_k, max_seqlen=1024)
+    expected = by_a_mask(q, k, v, cu_seqlens, seqused_k, max_seqlen=1024)
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
-    for begin, length, whole in zip(bounds.tolist(), lengths, sees, strict=False):
+    for begin, length, whole in zip(cu_seqlens.tolist(), lengths, sees, strict=False):
         at = slice(begin, begin + length)
         if not whole:
             assert not found[at].any()
             continue
         own = torch.tensor([0, length]).int()
-        for longest in (length, 2048):
+        for max_seqlen in (length, 2048):
             alone = (t[at].clone() for t in (q, k, v))
-            again = varlen_attention(*alone, own, own[1:], longest=longest)
+            again = varlen_attention(*alone, own, own[1:], max_seqlen=max_seqlen)
             assert torch.equal(again, found[at])
 
 

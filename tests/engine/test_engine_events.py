@@ -47,9 +47,9 @@ def test_what_one_request_fails_of_concerns_no_other(monkeypatch: pytest.MonkeyP
     """A prompt with token 499 makes its own rows NaN."""
     step = Model.step
 
-    def poisoned(model: Model, ids: Tensor, slots: Any, plan: Any) -> Tensor:
-        hidden = step(model, ids, slots, plan)
-        for begin, end in zip(plan.begin.tolist(), plan.end.tolist(), strict=True):
+    def poisoned(model: Model, ids: Tensor, slots: Any, metadata: Any) -> Tensor:
+        hidden = step(model, ids, slots, metadata)
+        for begin, end in zip(metadata.q_start.tolist(), metadata.q_end.tolist(), strict=True):
             if bool((ids[begin:end] == 499).any()):
                 hidden[begin:end] = float("nan")
         return hidden
@@ -77,10 +77,10 @@ def test_what_a_pass_raises_fails_the_requests_that_raise_it(
     """In the pass that several share, each by itself then; and where a request is let in."""
     step, raising = Model.step, threading.Event()
 
-    def broken(model: Model, ids: Tensor, slots: Any, plan: Any) -> Tensor:
+    def broken(model: Model, ids: Tensor, slots: Any, metadata: Any) -> Tensor:
         if bool((ids == 499).any()):
             raise error("no such luck")
-        return step(model, ids, slots, plan)
+        return step(model, ids, slots, metadata)
 
     monkeypatch.setattr(Model, "step", broken)
     with dx.Engine(LLADA, block_length=BLOCK, lanes=3, max_length=64) as engine:

@@ -27,7 +27,7 @@ def stepped(model: Model, x: Tensor, cache: KVCache, start: int = 0) -> Tensor:
     """Hidden states (B, Q, width) of positions start .. start + Q - 1 of every sequence, by one `step`."""
     end = start + x.shape[1]
     spans = [span for b in range(len(x)) for span in model.spans(b, start, end, cache.length)]
-    return model.step(x.flatten(), cache, cache.plan(spans)).view(*x.shape, model.shape.width)
+    return model.step(x.flatten(), cache, cache.metadata(spans)).view(*x.shape, model.shape.width)
 
 
 def config_of(name: str, **changes: Any) -> dict[str, Any]:
@@ -555,14 +555,14 @@ def test_bad_positions() -> None:
     cache = model.new_cache(2, 8)
     for start, end in ((-1, 4), (5, 9), (9, 10)):
         with pytest.raises(ValueError, match="exceed the cache of 8"):
-            cache.plan([Span(0, start, end, 8)])
+            cache.metadata([Span(0, start, end, 8)])
     with pytest.raises(ValueError, match="sequence 2, but the cache is for 2"):
-        cache.plan([Span(2, 0, 4, 8)])
-    plan = cache.plan([Span(0, 0, 4, 8), Span(1, 2, 3, 8)])
+        cache.metadata([Span(2, 0, 4, 8)])
+    metadata = cache.metadata([Span(0, 0, 4, 8), Span(1, 2, 3, 8)])
     with pytest.raises(ValueError, match=r"input_ids: expected \(5,\), got \(4,\)"):
-        model.step(ids(1, 4)[0], cache, plan)
+        model.step(ids(1, 4)[0], cache, metadata)
     with pytest.raises(ValueError, match=r"input_ids: expected int64 \(N,\)"):
-        model.step(ids(1, 5), cache, plan)
+        model.step(ids(1, 5), cache, metadata)
 
 
 def test_bad_attention_masks() -> None:

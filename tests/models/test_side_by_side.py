@@ -26,7 +26,7 @@ PRODUCTS = {True: 4, False: 7}  # of a layer: qkv, o, gate and up, down; each by
 
 def stepped(model: Model, x: Tensor) -> Tensor:
     cache = model.new_cache(1, len(x))
-    return model.step(x, cache, cache.plan(model.spans(0, 0, len(x), len(x))))
+    return model.step(x, cache, cache.metadata(model.spans(0, 0, len(x), len(x))))
 
 
 @torch.no_grad()

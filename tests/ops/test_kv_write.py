@@ -14,7 +14,16 @@ from dparallel_ext import reference
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def case(seed: int, dtype: torch.dtype, count: int, heads: int, group: int, dim: int, page: int) -> dict:
+def case(
+    seed: int,
+    dtype: torch.dtype,
+    count: int,
+    heads: int,
+    group: int,
+    dim: int,
+    page: int,
+    rotary: int | None = None,
+) -> dict:
     """Arguments of kv_write: rows of one fused buffer, caches of any layout, some rows written nowhere."""
     g = torch.Generator().manual_seed(seed)
     fused = torch.randn(count, (group + 2) * heads * dim, generator=g).to(dtype)
@@ -23,7 +32,7 @@ def case(seed: int, dtype: torch.dtype, count: int, heads: int, group: int, dim:
     caches = [torch.randn(pages, page, heads, dim, generator=g).to(dtype).transpose(1, 2) for _ in "kv"]
     slots = torch.randperm(pages * page, generator=g)[:count]
     slots[torch.rand(count, generator=g) < 0.2] = -1
-    cos, sin = dx.rope_table(50, dim, 500.0, device=slots.device)
+    cos, sin = dx.rope_table(50, rotary or dim, 500.0, device=slots.device)
     return {
         "q": q.unflatten(1, (-1, dim)),
         "k": k.unflatten(1, (-1, dim)),
@@ -31,7 +40,7 @@ def case(seed: int, dtype: torch.dtype, count: int, heads: int, group: int, dim:
         "k_cache": caches[0],
         "v_cache": caches[1],
         "positions": torch.randint(50, (count,), generator=g),
-        "slots": slots,
+        "slot_mapping": slots,
         "cos": cos,
         "sin": sin,
     }
@@ -49,14 +58,15 @@ def copied(arguments: dict) -> dict:
     group=st.integers(1, 4),
     dim=st.sampled_from([2, 6, 16, 64, 80]),
     page=st.sampled_from([1, 5, 16, 64]),
-    interleaved=st.booleans(),
+    part=st.sampled_from([1, 1, 2, 4]),
 )
 @everywhere
-def test_it_does_what_its_twin_does(seed, dtype, count, heads, group, dim, page, interleaved) -> None:
-    ours = case(seed, dtype, count, heads, group, dim, page)
+def test_it_does_what_its_twin_does(seed, dtype, count, heads, group, dim, page, part) -> None:
+    rotary = max(2, dim // part // 2 * 2)
+    ours = case(seed, dtype, count, heads, group, dim, page, rotary)
     twin = copied(ours)
-    dx.kv_write(**ours, interleaved=interleaved)
-    reference.kv_write(**twin, interleaved=interleaved)
+    dx.kv_write(**ours)
+    reference.kv_write(**twin)
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     for name in ("q", "k_cache"):
         torch.testing.assert_close(ours[name], twin[name], rtol=tolerance, atol=tolerance)
@@ -80,8 +90,8 @@ def test_one_rounding(dtype: torch.dtype) -> None:
 @everywhere
 def test_opcheck() -> None:
     arguments = case(1, torch.float32, 9, 2, 2, 16, 8)
-    names = ("q", "k", "v", "k_cache", "v_cache", "positions", "slots", "cos", "sin")
-    torch.library.opcheck(torch.ops.dparallel.kv_write, (*(arguments[n] for n in names), False))
+    names = ("q", "k", "v", "k_cache", "v_cache", "positions", "slot_mapping", "cos", "sin")
+    torch.library.opcheck(torch.ops.dparallel.kv_write, tuple(arguments[n] for n in names))
 
 
 @pytest.mark.parametrize(
@@ -94,9 +104,13 @@ def test_opcheck() -> None:
         ({"v_cache": torch.zeros(4, 2, 7, 16)}, r"v_cache: expected \(4, 2, 8, 16\) as k_cache"),
         ({"positions": torch.full((9,), 50)}, r"positions: expected in \[0, 50\), got 50"),
         ({"positions": torch.full((9,), -1)}, r"positions: expected in \[0, 50\), got -1"),
-        ({"slots": torch.full((9,), 32)}, r"slots: expected in \[0, 32\), got 32"),
-        ({"slots": torch.zeros(9)}, r"slots: expected torch.int64 \(9,\)"),
-        ({"cos": torch.zeros(50, 16)}, r"cos: expected torch.float32 \(50, 8\)"),
+        ({"slot_mapping": torch.full((9,), 32)}, r"slot_mapping: expected in \[0, 32\), got 32"),
+        ({"slot_mapping": torch.zeros(9)}, r"slot_mapping: expected torch.int64 \(9,\)"),
+        (
+            {"cos": torch.zeros(50, 16)},
+            r"cos: expected float32 \(positions, R / 2\) with R <= 16, got \(50, 16\)",
+        ),
+        ({"sin": torch.zeros(50, 7)}, r"sin: expected torch.float32 \(50, 8\)"),
     ],
 )
 def test_bad_arguments_are_named(change: dict, message: str) -> None:
@@ -107,11 +121,11 @@ def test_bad_arguments_are_named(change: dict, message: str) -> None:
 def test_a_direct_call_out_of_bounds_is_refused() -> None:
     """torch.ops keeps memory safe whoever calls."""
     arguments = case(1, torch.float32, 9, 2, 2, 16, 8)
-    names = ("q", "k", "v", "k_cache", "v_cache", "positions", "slots", "cos", "sin")
-    for name, value in (("positions", 50), ("positions", -1), ("slots", 10**6)):
+    names = ("q", "k", "v", "k_cache", "v_cache", "positions", "slot_mapping", "cos", "sin")
+    for name, value in (("positions", 50), ("positions", -1), ("slot_mapping", 10**6)):
         changed = {**arguments, name: torch.full((9,), value)}
         with pytest.raises(ValueError, match=rf"{name}: expected in \[0, .*got {value} at 0"):
-            torch.ops.dparallel.kv_write(*(changed[n] for n in names), False)
+            torch.ops.dparallel.kv_write(*(changed[n] for n in names))
 
 
 def test_the_rotary_table() -> None:

@@ -55,12 +55,12 @@ def examples(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "certainty_forcing_loss": of_loss,
         "certainty_forcing_loss_backward": backward,
         "certainty_forcing_loss_backward_": backward,
-        "kv_write": (q, k, v, k_cache, v_cache, at, at + 8, cos, sin, False),
+        "kv_write": (q, k, v, k_cache, v_cache, at, at + 8, cos, sin),
         "kv_move": (
             torch.randn(2, 2, 4, 2, 4, 8).to(dtype), torch.tensor([[1, 2], [8, -1]]),
             torch.tensor([[0, 1], [9, 4]]),
         ),
-        "block_attention": (q, k_cache, v_cache, *segments, table, 6, 8, 0.3),
+        "block_attention": (q, k_cache, v_cache, *segments, table, 6, 8, 0.3, False, None),
         "rms_norm": (x, x + 1, x[0].clone(), x[1].clone(), 1e-5),
         "swiglu": (x, x + 1),
         "fp8_linear": (x, weight, scale, x[0, :7].clone()),
@@ -111,13 +111,14 @@ def documented(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], dict[s
         "loss": (loss, {**of_loss, "inplace": False}),
         "loss inplace": (loss, {**of_loss, "inplace": True}),
         "kv_write": (dx.kv_write, {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache,
-                                   "positions": at, "slots": at + 8, "cos": cos, "sin": sin}),
+                                   "positions": at, "slot_mapping": at + 8, "cos": cos, "sin": sin}),
         "kv_move": (dx.kv_move, {"kv_cache": torch.randn(2, 2, 4, 2, 4, 8).to(dtype),
                                  "source": torch.tensor([[1, 2], [8, -1]]),
                                  "target": torch.tensor([[0, 1], [9, 4]])}),
         "block_attention": (dx.block_attention, {"q": q, "k_cache": k_cache, "v_cache": v_cache,
-                                                 "lengths": torch.tensor([5, 7]), "pages": table,
-                                                 "begin": torch.tensor([0, 3]), "end": torch.tensor([2, 6])}),
+                                                 "kv_lens": torch.tensor([5, 7]), "block_table": table,
+                                                 "q_start": torch.tensor([0, 3]),
+                                                 "q_end": torch.tensor([2, 6])}),
         "rms_norm": (dx.rms_norm, {"x": x, "weight": x[0].clone(), "delta": x + 1, "bias": x[1].clone(),
                                    "eps": 1e-5}),
         "swiglu": (dx.swiglu, {"gate": x, "up": x + 1}),
@@ -235,23 +236,18 @@ OUT_OF_BOUNDS = [
     ("commit_", 5, [2, 0], r"lane: expected in \[0, 2\), got 2 at 0"),
     ("kv_write", 5, [0, 1, 2, 3, 4, 9], r"positions: expected in \[0, 9\), got 9 at 5"),
     ("kv_write", 5, [0, -(2**62), 2, 3, 4, 5], "positions: expected in"),
-    ("kv_write", 6, [0, 1, 2, 3, 4, 16], r"slots: expected in \[0, 16\), got 16 at 5"),
+    ("kv_write", 6, [0, 1, 2, 3, 4, 16], r"slot_mapping: expected in \[0, 16\), got 16 at 5"),
     ("kv_move", 1, [[1, 2], [16, -1]], r"source: expected in \[0, 16\), got 16 at 2"),
     ("kv_move", 2, [[0, 2**62], [9, 4]], r"target: expected in \[0, 16\), got 4611686018427387904 at 1"),
-    (
-        "kv_move",
-        2,
-        [[0, 1], [1, 4]],
-        "target: expected lanes that share no slot, got slot 1 in lanes 0 and 1",
-    ),
-    ("block_attention", 3, [-1, 3], r"begin: expected in \[0, 7\), got -1 at 0"),
-    ("block_attention", 3, [3, 3], "begin: expected no larger than end, got 3 above 2 at 0"),
-    ("block_attention", 4, [2, 7], r"end: expected in \[0, 7\), got 7 at 1"),
-    ("block_attention", 5, [5, 9], r"lengths: expected in \[0, 9\), got 9 at 1"),
-    ("block_attention", 5, [-1, 0], "lengths: expected in"),
-    ("block_attention", 6, [[3, 1], [0, 4]], r"pages: expected in \[0, 4\), got 4 at 1"),
-    ("block_attention", 6, [[-1, 1], [0, 2]], r"pages: expected in \[0, 4\), got -1 at 0"),
-    ("block_attention", 7, -1, "longest_query: expected >= 0, got -1"),
+    ("kv_move", 2, [[0, 1], [1, 4]], "target: .* share no slot, got slot 1 in lanes 0 and 1"),
+    ("block_attention", 3, [-1, 3], r"q_start: expected in \[0, 7\), got -1 at 0"),
+    ("block_attention", 3, [3, 3], "q_start: expected no larger than q_end, got 3 above 2 at 0"),
+    ("block_attention", 4, [2, 7], r"q_end: expected in \[0, 7\), got 7 at 1"),
+    ("block_attention", 5, [5, 9], r"kv_lens: expected in \[0, 9\), got 9 at 1"),
+    ("block_attention", 5, [-1, 0], "kv_lens: expected in"),
+    ("block_attention", 6, [[3, 1], [0, 4]], r"block_table: expected in \[0, 4\), got 4 at 1"),
+    ("block_attention", 6, [[-1, 1], [0, 2]], r"block_table: expected in \[0, 4\), got -1 at 0"),
+    ("block_attention", 7, -1, "max_q_len: expected >= 0, got -1"),
 ]
 
 
@@ -402,14 +398,14 @@ def test_attention_of_sizes_of_zero(shape: tuple[int, ...]) -> None:
     for pages in (0, 2):
         k_cache, v_cache = torch.randn(2, pages, 2, 4, dim)
         tables = {"cos": cos, "sin": sin}
-        dx.kv_write(q, k, v, k_cache, v_cache, positions=at, slots=at if pages else nowhere, **tables)
+        dx.kv_write(q, k, v, k_cache, v_cache, positions=at, slot_mapping=at if pages else nowhere, **tables)
         for layers in (0, 2):
             dx.kv_move(torch.randn(layers, 2, pages, 2, 4, dim), *torch.full((2, 1, 1), pages - 1))
             dx.kv_move(torch.randn(layers, 2, pages, 0, 4, dim), nowhere[:, None], nowhere[:, None])
         for segments in (0, 1):
             begin, lengths = torch.zeros(2, segments, dtype=torch.int64)
             table = torch.zeros(segments, min(pages, 1), dtype=torch.int64)
-            ranges = {"begin": begin, "end": begin + count, "pages": table}
+            ranges = {"q_start": begin, "q_end": begin + count, "block_table": table}
             out = dx.block_attention(q, k_cache, v_cache, lengths, **ranges)
             assert out.shape == shape
             assert not out.any()  # nothing is seen

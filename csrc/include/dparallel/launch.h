@@ -169,12 +169,12 @@ struct KvWriteArgs {
   const void* v;  // [count, heads, head_dim]
   int64_t q_stride, k_stride, v_stride;
   int64_t count, q_heads;
-  const int64_t* positions;  // [count] of the rotary embedding, rows of the tables
-  const int64_t* slots;      // [count] page * page_size + slot; negative: written nowhere
+  const int64_t* positions;     // [count] of the rotary embedding, rows of the tables
+  const int64_t* slot_mapping;  // [count] page * page_size + slot; negative: written nowhere
   const float* cos;
-  const float* sin;  // [table, head_dim / 2]
+  const float* sin;  // [table, rotary_dim / 2]
   int64_t table;
-  bool interleaved;  // pairs (2i, 2i + 1) rather than (i, i + head_dim / 2)
+  int64_t rotary_dim;  // even, up to head_dim: pairs (i, i + rotary_dim / 2) turn, the rest is copied
   void* k_cache;
   void* v_cache;
   CacheLayout k_layout, v_layout;
@@ -194,8 +194,8 @@ struct KvMoveArgs {
 };
 constexpr int64_t kMostMoves = 2048;
 
-// A segment: query rows [begin, end) that see slots [0, length) of the pages that its row of the
-// table lists. Rows that see nothing, or are in no segment, come out zero.
+// A segment: query rows [q_start, q_end) that see slots [0, kv_len) of the pages that its row of
+// the table lists. Rows that see nothing, or are in no segment, come out zero.
 struct BlockAttentionArgs {
   DType dtype;    // float32, bfloat16 or float16
   const void* q;  // [count, q_heads, head_dim], rows q_stride elements apart
@@ -204,16 +204,25 @@ struct BlockAttentionArgs {
   const void* v_cache;
   CacheLayout k_layout, v_layout;
   int64_t segments;
-  const int64_t* begin;
-  const int64_t* end;
-  const int64_t* length;  // [segments]
-  const int64_t* pages;   // [segments, table_width]
+  const int64_t* q_start;
+  const int64_t* q_end;
+  const int64_t* kv_lens;      // [segments]
+  const int64_t* block_table;  // [segments, table_width]
   int64_t table_width;
-  // At least the largest end - begin and the largest length, for a launch that need not ask. On a
-  // GPU, rows and slots beyond them are as if they were not there.
-  int64_t longest_query, longest_length;
+  // At least the largest q_end - q_start and the largest of kv_lens, for a launch that need not
+  // ask. On a GPU, rows and slots beyond them are as if they were not there.
+  int64_t max_q_len, max_kv_len;
   float scale;
   void* out;  // [count, q_heads, head_dim] contiguous, every element written
+  // The segment's rows are the last of its slots where one of these is given: slot `base` and on,
+  // base = kv_len - rows. Slots below base are seen by all of them. Of the others, row i sees those
+  // up to its own, base + i, where causal; or slot base + b where bit b % 64 of its word b / 64 is
+  // set.
+  bool causal;
+  const int64_t* ancestors;  // [count, words]; null: none
+  int64_t words;
+
+  DP_HD bool restricted() const { return causal || ancestors != nullptr; }
 };
 
 // Rows of contiguous numbers, as those of Logits: row r = outer * inner_rows + inner.

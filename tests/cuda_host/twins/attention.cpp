@@ -22,7 +22,8 @@ void kv_write_case() {
   const int64_t q_stride = group * heads * dim + gap, k_stride = heads * dim + gap;
   Numbers q(dtype, count * q_stride), k(dtype, count * k_stride), v(dtype, count * k_stride);
   Numbers keys(dtype, pages * page_size * heads * dim), values(keys);
-  std::vector<float> cos(table * dim / 2), sin(table * dim / 2);
+  const int64_t rotary = chance(0.5) ? dim : 2 * below(dim / 2 + 1);
+  std::vector<float> cos(table * rotary / 2), sin(table * rotary / 2);
   for (auto& x : cos) x = static_cast<float>(uniform(-1, 1));
   for (auto& x : sin) x = static_cast<float>(uniform(-1, 1));
   std::vector<int64_t> slots(pages * page_size), positions(count);
@@ -47,7 +48,7 @@ void kv_write_case() {
                    cos.data(),
                    sin.data(),
                    table,
-                   chance(0.5),
+                   rotary,
                    keys.memory.get(),
                    values.memory.get(),
                    layout,
@@ -167,20 +168,20 @@ void block_attention_case() {
   near(out2, out, "out");
   if (chance(0.1)) {  // wrong bounds are no fault of the memory's, nor of the next launch
     const BlockAttentionArgs right = args;
-    args.longest_query = below(most + 1);
-    args.longest_length = below(longest);
+    args.max_q_len = below(most + 1);
+    args.max_kv_len = below(longest);
     launch(out);
     args = right;
   }
   args.segments = 1;  // each segment alone, to the bit
   const int64_t row = out.bytes() / std::max<int64_t>(1, rows);
   for (int64_t s = 0; s < segments; ++s) {
-    args.begin = &begin[s];
-    args.end = &end[s];
-    args.length = &length[s];
-    args.pages = &order[s * width];
-    args.longest_query = end[s] - begin[s] + below(3);
-    args.longest_length = length[s] + below(300);
+    args.q_start = &begin[s];
+    args.q_end = &end[s];
+    args.kv_lens = &length[s];
+    args.block_table = &order[s * width];
+    args.max_q_len = end[s] - begin[s] + below(3);
+    args.max_kv_len = length[s] + below(300);
     launch(out);
     const auto of = [&](const Numbers& numbers) {
       return reinterpret_cast<const char*>(numbers.memory.get()) + begin[s] * row;
