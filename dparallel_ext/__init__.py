@@ -23,11 +23,12 @@ from .ops import (
     rms_norm,
     rope_table,
     row_stats,
+    row_topk,
     select,
     swiglu,
     unmask_,
 )
-from .types import CommitOutput, RowStats, UnmaskOutput
+from .types import CommitOutput, RowStats, RowTopK, UnmaskOutput
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "Handle",
     "MaskedPair",
     "RowStats",
+    "RowTopK",
     "Trajectory",
     "UnmaskOutput",
     "block_attention",
@@ -66,6 +68,7 @@ __all__ = [
     "rms_norm",
     "rope_table",
     "row_stats",
+    "row_topk",
     "rules",
     "select",
     "semi_autoregressive_masks",

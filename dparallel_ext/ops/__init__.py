@@ -15,6 +15,7 @@ from .kv_write import kv_write, rope_table
 from .linear_certainty_forcing_loss import linear_certainty_forcing_loss
 from .rms_norm import rms_norm
 from .row_stats import merge_row_stats, row_stats
+from .row_topk import row_topk
 from .select import select
 from .swiglu import swiglu
 from .unmask import unmask_
@@ -35,6 +36,7 @@ __all__ = [
     "rms_norm",
     "rope_table",
     "row_stats",
+    "row_topk",
     "select",
     "swiglu",
     "unmask_",

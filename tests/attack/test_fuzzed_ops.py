@@ -116,6 +116,30 @@ def row_stats(rng: random.Random) -> None:
         assert_stats_close(a, b, name)
 
 
+def row_topk(rng: random.Random) -> None:
+    dtype, vocab, k = rng.choice(DTYPES), rng.choice(VOCABULARIES), rng.randint(1, 16)
+    lead = rng.choice([(), (3,), (2, 3), (2, 1, 2)])
+    low, high = torch.finfo(dtype).min, torch.finfo(dtype).max
+    logits = numbers(rng, dtype, *lead, vocab, special=(math.inf, -math.inf, low, high, 60000.0, math.nan))
+    logits = logits.round() if rng.random() < 0.3 else logits
+    settings: dict[str, Any] = {}
+    if rng.random() < 0.4:
+        settings["rows"] = strided(rng, whole(rng, 0, math.prod(lead), 1 + rng.randrange(4)))
+    if rng.random() < 0.5:
+        settings["mask_id"] = rng.randrange(vocab)
+    if rng.random() < 0.5:
+        settings["suppress"] = strided(rng, whole(rng, 0, vocab, rng.randrange(4)))
+    try:
+        expected = reference.row_topk(logits, k, **settings)
+    except ValueError:
+        with pytest.raises(ValueError, match=r"logits: row \d+ (holds NaN|leaves no token)"):
+            dx.row_topk(strided(rng, logits), k, **settings)
+        return
+    found = dx.row_topk(strided(rng, logits), k, **settings)
+    for name, a, b in zip(found._fields, found, expected, strict=True):
+        assert_stats_close(a, b, name)
+
+
 def scores(rng: random.Random, *shape: int) -> Tensor:
     """Multiples of 1/64, whose sums are exact, and infinities."""
     t = whole(rng, 0, rng.choice([2, 65, 400]), *shape) / 64
@@ -398,8 +422,8 @@ def fp8_linear(rng: random.Random) -> None:
 
 
 TWINS: list[Callable[[random.Random], None]] = [
-    row_stats, select, unmask_, commit_, certainty_forcing_loss, kv_write, kv_move, block_attention, rms_norm,
-    swiglu, fp8_linear,
+    row_stats, row_topk, select, unmask_, commit_, certainty_forcing_loss, kv_write, kv_move, block_attention,
+    rms_norm, swiglu, fp8_linear,
 ]  # fmt: skip
 
 
@@ -414,6 +438,7 @@ def test_ops_equal_their_twins(case: Callable[[random.Random], None], attack: At
 
 INDICES = {
     "row_stats": ("rows", "suppress", "ids"),
+    "row_topk": ("rows", "suppress"),
     "unmask_": ("suppress", "positions", "lane"),
     "commit_": ("positions", "lane"),
     "kv_write": ("positions", "slot_mapping"),

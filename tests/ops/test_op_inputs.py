@@ -43,6 +43,7 @@ def examples(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "row_stats": (
             z, rows, MASK, ids, torch.tensor([[0, 39, MASK]] * 2), 0.7, 0.9, 20, keys, counters(z, 6),
         ),
+        "row_topk": (z, 3, rows, MASK, ids, counters(z, 6)),
         "select": (score, score.clone(), score.clone(), eligible, policy),
         "unmask_": (
             tokens, z, None, torch.tensor([1, 0]), start, end, policy, MASK, ids, 0.7, 1.0, 0,
@@ -96,6 +97,7 @@ def documented(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], dict[s
     return {
         "row_stats": (dx.row_stats, {"logits": z, "rows": torch.tensor([4, 1]), "temperature": 0.5}),
         "row_stats of ids": (dx.row_stats, {"logits": z, "ids": torch.arange(30).view(2, 3, 5)}),
+        "row_topk": (dx.row_topk, {"logits": z, "k": 3, "rows": torch.tensor([4, 1]), "mask_id": MASK}),
         "select": (select, {"confidence": stats.confidence, "margin": stats.margin, "entropy": stats.entropy,
                             "eligible": eligible, "policy": policy}),
         "unmask_": (dx.unmask_, {"tokens": tokens, "logits": z, "mask_id": MASK, "policy": policy,
@@ -223,6 +225,10 @@ OUT_OF_BOUNDS = [
     ("row_stats", 3, [2, 1], "suppress: expected ascending ids"),
     ("row_stats", 4, [[0, 1, 2], [3, 40, 0]], r"ids: expected in \[0, 40\), got 40 at 4"),
     ("row_stats", 4, [-1], r"ids: expected in \[0, 40\), got -1"),
+    ("row_topk", 2, [6, 0], r"rows: expected in \[0, 6\), got 6 at 0"),
+    ("row_topk", 4, [2, 41], r"suppress: expected in \[0, 40\), got 41 at 1"),
+    ("row_topk", 4, [2, 1], "suppress: expected ascending ids"),
+    ("row_topk", 1, 17, "k: expected 1 to 16, got 17"),
     ("unmask_", 8, [2**40], "suppress: expected in"),
     ("unmask_", 3, [0, 2], r"lane: expected in \[0, 2\), got 2 at 1"),
     ("unmask_", 3, [-(2**62), 1], "lane: expected in"),
@@ -262,7 +268,7 @@ def test_indices_are_checked(name: str, place: int, value: Any, said: str) -> No
 @pytest.mark.parametrize(("name", "place", "value", "said"), OUT_OF_BOUNDS[::5])
 def test_indices_are_checked_under_compile(name: str, place: int, value: Any, said: str) -> None:
     call = copied(examples(torch.float32)[name])
-    call[place] = torch.tensor(value)
+    call[place] = torch.tensor(value) if isinstance(value, list) else value
     run = torch.compile(lambda *a: op_of(name)(*a), fullgraph=True, backend="aot_eager")
     with pytest.raises(ValueError, match=said):
         run(*call)
@@ -372,6 +378,7 @@ def test_sizes_of_zero() -> None:
     assert dx.row_stats(none, rows=ints, temperature=1.0).sample.shape == (0,)
     for shape in ((0, 4), (3, 0)):
         stats = dx.row_stats(torch.empty(*shape, 9))
+        assert dx.row_topk(torch.empty(*shape, 9), 2).token.shape == (*shape, 2)
         assert dx.select(stats, stats.token >= 0, policies.make(batch=shape[0])).shape == shape
         rows = dx.rms_norm(torch.empty(*shape, 8), torch.ones(8), eps=1e-5)
         assert rows.shape == dx.swiglu(torch.empty(*shape, 16)).shape == (*shape, 8)

@@ -58,6 +58,18 @@ struct RowStatsArgs {
   RowOutput output;  // errors are numbered by the row's place in the output
 };
 
+// The k largest logits of each row that may be chosen, in descending order, ties to the lowest id;
+// where fewer are above -inf, -1 and -inf follow. Of a bad row, -1 and NaN.
+struct RowTopkArgs {
+  Logits logits;
+  const int64_t* rows;  // [count] row indices, or null: row i is row i of the logits
+  int64_t count, k;     // k: 1 to kMostTop
+  Exclusions exclusions;
+  int64_t* tokens;  // [count, k]
+  float* logprobs;  // [count, k] of the softmax of all but what is suppressed
+  int64_t* error;   // [count] kNoError, or encode_error of the place in the output
+};
+
 struct SelectArgs {
   const float* confidence;  // [batch, length] each
   const float* margin;
@@ -174,7 +186,8 @@ struct KvWriteArgs {
   const float* cos;
   const float* sin;  // [table, rotary_dim / 2]
   int64_t table;
-  int64_t rotary_dim;  // even, up to head_dim: pairs (i, i + rotary_dim / 2) turn, the rest is copied
+  int64_t
+      rotary_dim;  // even, up to head_dim: pairs (i, i + rotary_dim / 2) turn, the rest is copied
   void* k_cache;
   void* v_cache;
   CacheLayout k_layout, v_layout;
@@ -287,6 +300,7 @@ using Body = void (*)(int64_t begin, int64_t end, const void* context);
 using Parallel = void (*)(int64_t n, Body body, const void* context);
 
 void row_stats(const RowStatsArgs& args, Parallel parallel);
+void row_topk(const RowTopkArgs& args, Parallel parallel);
 void select(const SelectArgs& args, Parallel parallel);
 void unmask(const UnmaskArgs& args, Parallel parallel);
 void commit(const CommitArgs& args, Parallel parallel);
@@ -317,9 +331,12 @@ int64_t row_stats_scratch(const RowStatsArgs& args);
 int64_t unmask_scratch(const UnmaskArgs& args);
 int64_t select_scratch(const SelectArgs& args);
 int64_t row_stats_counters(const RowStatsArgs& args);
+int64_t row_topk_scratch(const RowTopkArgs& args);
+int64_t row_topk_counters(const RowTopkArgs& args);
 int64_t unmask_counters(const UnmaskArgs& args);
 int64_t commit_counters(const CommitArgs& args);
 int row_stats(const RowStatsArgs& args, const Workspace& workspace, void* stream);
+int row_topk(const RowTopkArgs& args, const Workspace& workspace, void* stream);
 int select(const SelectArgs& args, const Workspace& workspace, void* stream);
 int unmask(const UnmaskArgs& args, const Workspace& workspace, void* stream);
 int commit(const CommitArgs& args, const Workspace& workspace, void* stream);
