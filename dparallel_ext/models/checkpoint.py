@@ -112,8 +112,9 @@ def _add_ends(config: dict[str, Any], more: Iterable[int], rows: int, source: st
     """Let the config's eos_token_id be its own ids, then those of `more` that it lacks."""
     own = token_ids(config, "eos_token_id", rows)
     ends = list(dict.fromkeys([*own, *more]))
-    if any(one >= rows for one in ends):
-        raise ValueError(f"{source}: eos_token_id={ends!r:.80}, expected ids below {rows}")
+    beyond = [one for one in ends if one >= rows]
+    if beyond:
+        raise ValueError(f"{source}: eos_token_id has {beyond!r:.80}, expected ids below {rows}")
     if len(ends) > len(own):
         config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from dparallel.complete import complete
 from dparallel.likelihood import log_likelihoods
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"tie_word_embeddings": True, "use_sliding_window": True, "max_window_layers": 2}),
     ("qwen3", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}}),
     ("qwen3", {"tie_word_embeddings": True, "attention_bias": True, "head_dim": 8}),
-    ("qwen3", {"rope_parameters": {**YARN, "attention_factor": 1.5, "original_max_position_embeddings": 64}}),
+    ("qwen3", {"rope_parameters": {**YARN, "attention_factor": 1.5, "original_max_position_embeddings": 4}}),
 ]
 each = pytest.mark.parametrize(("family", "changes"), CASES, ids=str)
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -364,7 +365,7 @@ def test_every_end_is_known(config: Any, generation: Any, expected: tuple[int, .
 def test_an_end_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
     case("llama").save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 97]}')
-    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id=\[2, 97\], .* below 97"):
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id has \[97\], .* below 97"):
         models.load(tmp_path)
 
 
@@ -474,6 +475,8 @@ def test_diffusion_refuses_autoregressive_models(family: str) -> None:
         dx.Engine(models.wrap(theirs), mask_id=96)
     with pytest.raises(ValueError, match=said):
         log_likelihoods(models.wrap(theirs), [[5, 6]], [[7]], mask_id=96)
+    with pytest.raises(ValueError, match=said):
+        next(complete("a name", models.wrap(theirs), None, ["a prompt"], dx.DecodeConfig()))
 
 
 def test_a_model_that_was_made_to_see_both_ways_says_so() -> None:
