@@ -271,17 +271,30 @@ def test_gradients_are_those_of_transformers(padded: bool) -> None:
 
 @every_family
 @torch.no_grad()
-def test_steps_of_a_token_write_what_transformers_generates(family: str) -> None:
+def test_steps_write_what_transformers_generates(family: str) -> None:
     theirs, prompt = case(family), ids(1, 5)
     expected = theirs.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)[0]
     model = models.wrap(theirs)
-    cache, tokens = model.new_cache(1, 17), prompt[0].tolist()
-    for position in range(16):
-        spans = model.spans(0, position, position + 1, 17)
-        hidden = model.step(torch.tensor([tokens[position]]), cache, cache.metadata(spans))
-        if position >= 4:
-            tokens.append(int(model.head(hidden).argmax()))
+    cache, tokens, start = model.new_cache(1, 17), prompt[0].tolist(), 0
+    while len(tokens) < 17:
+        metadata = cache.metadata(model.spans(0, start, len(tokens), 17), causal=model.causal)
+        hidden = model.step(torch.tensor(tokens[start:]), cache, metadata)
+        start = len(tokens)
+        tokens.append(int(model.head(hidden[-1]).argmax()))
     assert tokens == expected.tolist()
+
+
+@each
+@torch.no_grad()
+def test_steps_of_any_length_compute_the_hidden_states(family: str, changes: dict[str, Any]) -> None:
+    model, x = models.wrap(theirs_of(family, **changes)), ids(2, 30)
+    expected, cache = model.hidden(x), model.new_cache(2, 30)
+    for passes in (((0, 0, 13), (1, 0, 4)), ((1, 4, 5), (0, 13, 30)), ((1, 5, 30),)):
+        spans = [span for row, start, end in passes for span in model.spans(row, start, end, 30)]
+        packed = torch.cat([x[row, start:end] for row, start, end in passes])
+        hidden = model.step(packed, cache, cache.metadata(spans, causal=model.causal))
+        states = torch.cat([expected[row, start:end] for row, start, end in passes])
+        torch.testing.assert_close(hidden, states, rtol=0, atol=1e-4)
 
 
 def test_spans() -> None:
@@ -374,6 +387,10 @@ def test_a_mask_of_the_tokenizer_is_not_asked_for(tmp_path: Path) -> None:
     (tmp_path / "added_tokens.json").write_text('{"<mask>": 500}')
     assert models.load(tmp_path).mask_id is None
     assert models.load(tmp_path, mask_id=96).mask_id == 96
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "mask_token_id": 97}))
+    with pytest.raises(ValueError, match=r"the mask token of .*, unless mask_id is given: .* 97, got 97"):
+        models.load(tmp_path)
 
 
 # --- what is refused ----------------------------------------------------------------------------
