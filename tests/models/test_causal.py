@@ -496,6 +496,26 @@ def test_diffusion_refuses_autoregressive_models(family: str) -> None:
         next(complete("a name", models.wrap(theirs), None, ["a prompt"], dx.DecodeConfig()))
 
 
+def test_a_module_that_holds_an_autoregressive_model_says_what_it_is() -> None:
+    class Holder(nn.Module):
+        def __init__(self, held: nn.Module) -> None:
+            super().__init__()
+            self.held = held
+
+        def forward(self, input_ids: Tensor) -> Any:
+            return self.held(input_ids)
+
+    for held in (case("qwen3"), models.wrap(case("qwen3"))):
+        model = Holder(held)
+        with pytest.raises(
+            ValueError, match=r"Holder holds a Qwen3\w* as held.*or causal.*or other \S+Traits$"
+        ):
+            dx.decode(model, ids(1, 4), gen_length=4, mask_id=96)
+        model.traits = models.traits(held)
+        with pytest.raises(ValueError, match="Holder is autoregressive"):
+            dx.decode(model, ids(1, 4), gen_length=4, mask_id=96)
+
+
 def test_a_model_that_was_made_to_see_both_ways_says_so() -> None:
     theirs = theirs_of("qwen3")
     with pytest.raises(ValueError, match=r"say so: model\.traits = dparallel_ext\.models\.Traits"):

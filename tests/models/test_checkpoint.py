@@ -285,6 +285,13 @@ def test_numbers_that_do_not_go_together(
         models.load(tmp_path)
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_attention_bias_of_sdar_is_that_of_all_four_projections(given: bool) -> None:
+    model = SDAR({**config_of("sdar"), "attention_bias": given})
+    biases = {name for name in model.state_dict() if name.endswith("bias") and ".0." in name}
+    assert biases == {f"model.layers.0.self_attn.{p}_proj.bias" for p in "qkvo" if given}
+
+
 def test_what_null_and_zero_mean_to_the_published_code() -> None:
     for changes in (
         {"embedding_size": 0},
