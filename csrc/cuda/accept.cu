@@ -30,7 +30,7 @@ struct LaneRows {
 
 // The rows of a lane while it is settled; in shared memory unless they are more than anybody
 // drafts.
-constexpr int kSharedRows = 512;
+constexpr int kSharedRows = 256;
 struct Links {
   int32_t* follows;  // [n]
   int32_t* choices;  // [n]

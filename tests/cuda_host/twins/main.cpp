@@ -4,28 +4,26 @@
 
 using namespace twins;
 
+struct {
+  const char* name;
+  void (*run)();
+} const cases_of[] = {{"row_stats", row_stats_case},   {"select", select_case},
+                      {"unmask", unmask_case},         {"certainty_forcing_loss", loss_case},
+                      {"kv_write", kv_write_case},     {"block_attention", block_attention_case},
+                      {"rms_norm", rms_norm_case},     {"swiglu", swiglu_case},
+                      {"fp8_linear", fp8_linear_case}, {"commit", commit_case},
+                      {"accept", accept_case}};
+constexpr int kOps = sizeof cases_of / sizeof cases_of[0];
+
 int main(int argc, char** argv) {
   const uint64_t seed = std::strtoull(argv[1], nullptr, 10);
   const int cases = std::atoi(argv[2]);
   for (int i = 0; i < cases; ++i) {
     engine.seed(seed * 1000003 + static_cast<uint64_t>(i));
     cuda_host::seed(engine());
-    const int64_t op = argc > 3 ? std::atoi(argv[3]) : i % 10;
-    const char* const names[] = {
-        "row_stats",  "select",          "unmask",   "certainty_forcing_loss",
-        "kv_write",   "block_attention", "rms_norm", "swiglu",
-        "fp8_linear", "commit"};
-    now = std::string(names[op]) + " of seed " + argv[1] + ", case " + std::to_string(i);
-    if (op == 0) row_stats_case();
-    else if (op == 1) select_case();
-    else if (op == 2) unmask_case();
-    else if (op == 3) loss_case();
-    else if (op == 4) kv_write_case();
-    else if (op == 5) block_attention_case();
-    else if (op == 6) rms_norm_case();
-    else if (op == 7) swiglu_case();
-    else if (op == 8) fp8_linear_case();
-    else commit_case();
+    const auto& op = cases_of[argc > 3 ? std::atoi(argv[3]) : i % kOps];
+    now = std::string(op.name) + " of seed " + argv[1] + ", case " + std::to_string(i);
+    op.run();
   }
   std::printf("%d cases, no difference\n", cases);
   return 0;
