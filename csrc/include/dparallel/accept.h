@@ -33,7 +33,7 @@ DP_HD int32_t without_children(int32_t choice, const int64_t* eos_ids, int64_t e
 // Whether row i > 0 follows its parent, as far as choices tell; no row before it is the parent's.
 // choices [i]. A parent that does not lie before its child is nobody's.
 DP_HD bool is_chosen(int32_t i, int64_t parent, int64_t draft, const int32_t* choices) {
-  return parent >= 0 && parent < i && draft >= 0 && choices[parent] == draft;
+  return parent >= 0 && parent < i && choices[parent] == draft;
 }
 
 struct Path {
