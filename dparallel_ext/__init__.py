@@ -17,17 +17,19 @@ from .ops import (
     check_errors,
     commit_,
     fp8_linear,
+    kv_move,
     kv_write,
     linear_certainty_forcing_loss,
     quantize_fp8,
     rms_norm,
     rope_table,
     row_stats,
+    row_topk,
     select,
     swiglu,
     unmask_,
 )
-from .types import AcceptOutput, CommitOutput, RowStats, UnmaskOutput
+from .types import AcceptOutput, CommitOutput, RowStats, RowTopK, UnmaskOutput
 
 __version__ = "0.1.0"
 
@@ -45,6 +47,7 @@ __all__ = [
     "Handle",
     "MaskedPair",
     "RowStats",
+    "RowTopK",
     "Trajectory",
     "UnmaskOutput",
     "accept",
@@ -57,6 +60,7 @@ __all__ = [
     "decode",
     "diffusion_gemma",
     "fp8_linear",
+    "kv_move",
     "kv_write",
     "linear_certainty_forcing_loss",
     "models",
@@ -67,6 +71,7 @@ __all__ = [
     "rms_norm",
     "rope_table",
     "row_stats",
+    "row_topk",
     "rules",
     "select",
     "semi_autoregressive_masks",

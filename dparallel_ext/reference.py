@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import policies
 from .arguments import temperature_in_force
 from .ops import CertaintyForcingLoss
 from .ops.errors import NO_ERROR
-from .types import AcceptOutput, CommitOutput, RowStats, UnmaskOutput
+from .types import AcceptOutput, CommitOutput, RowStats, RowTopK, UnmaskOutput
 
 _LARGEST = torch.finfo(torch.float32).max
 _KEY = ("seed", "sequence", "position", "step")
@@ -89,6 +90,31 @@ def row_stats(
     token, sample = token.reshape(shape), sample.reshape(shape)
     stats = RowStats(token, top1, top2, lse, confidence, margin, entropy, sample, *rest)
     return stats._replace(logits=gathered)
+
+
+def row_topk(
+    logits: Tensor,
+    k: int,
+    *,
+    rows: Tensor | None = None,
+    mask_id: int | None = None,
+    suppress: Tensor | list[int] | None = None,
+) -> RowTopK:
+    """See `dparallel_ext.row_topk`."""
+    shape = row_stats(logits, rows=rows, mask_id=mask_id, suppress=suppress).token.shape  # refuses bad rows
+    z = logits.reshape(-1, logits.shape[-1])
+    z = (z if rows is None else z[rows]).double().clamp(max=_LARGEST)
+    if suppress is not None:
+        z[:, torch.as_tensor(suppress, dtype=torch.long)] = -math.inf
+    logprob = z.log_softmax(1)
+    if mask_id is not None:
+        z[:, mask_id] = -math.inf
+    order = z.argsort(dim=1, descending=True, stable=True)[:, :k]  # ties to the lowest id
+    none = z.gather(1, order) == -math.inf
+    token, logprob = order.masked_fill(none, -1), logprob.gather(1, order).masked_fill(none, -math.inf)
+    short = (0, k - order.shape[1])  # of a vocabulary of fewer than k
+    token, logprob = F.pad(token, short, value=-1), F.pad(logprob, short, value=-math.inf)
+    return RowTopK(token.view(*shape, k), logprob.float().view(*shape, k))
 
 
 def nucleus(logits: Tensor, top_p: float | None, top_k: int | None) -> Tensor:
@@ -407,6 +433,14 @@ def kv_write(
     k_cache[page, :, at] = rotate(k)[written]
     v_cache[page, :, at] = v[written]
     q.copy_(rotate(q))
+
+
+def kv_move(kv_cache: Tensor, source: Tensor, target: Tensor) -> None:
+    """See `dparallel_ext.kv_move`; any dtype."""
+    moved = (source >= 0) & (target >= 0)
+    page_size = kv_cache.shape[4]
+    (old_page, old), (page, at) = ((t[moved] // page_size, t[moved] % page_size) for t in (source, target))
+    kv_cache[:, :, page, :, at] = kv_cache[:, :, old_page, :, old]
 
 
 def block_attention(

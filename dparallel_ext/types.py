@@ -57,6 +57,15 @@ class RowStats(NamedTuple):
         return RowStats(*(None if values is None else change(values) for values in self))  # type: ignore[arg-type]
 
 
+class RowTopK(NamedTuple):
+    """The k best tokens of rows of logits, in descending order; shaped like the rows asked for, and k."""
+
+    token: Tensor
+    """(..., k) int64: ids; -1 where the row has fewer that may be chosen."""
+    logprob: Tensor
+    """(..., k) float32: log softmax(logits)[token], in which the mask token keeps its share; or -inf."""
+
+
 class UnmaskOutput(NamedTuple):
     """What one `unmask_` step did; device tensors, nothing was synchronised."""
 

@@ -6,28 +6,28 @@
 namespace dparallel::cpu::DPARALLEL_SIMD {
 namespace {
 
-// A tile that reaches the top two is looked at again; few do. Logits in ascending order rank as
-// they come, so that ties go to the lowest id.
-template <class T>
-void rank_tile(const typename T::Storage* z, int64_t first_id, int64_t count, RowPart& part) {
+// A tile that reaches the best so far, the top two or k, is looked at again; few do. Logits in
+// ascending order rank as they come, so that ties go to the lowest id.
+template <class T, class Best>
+void rank_tile(const typename T::Storage* z, int64_t first_id, int64_t count, Best& best) {
   int64_t i = 0;
   const auto rank = [&](int64_t end) {
     for (; i < end; ++i) {
       const float value = clamp_logit(T::value(z[i]));
-      if (value > part.top2) part.rank(value, static_cast<int32_t>(first_id + i));
+      if (value > best.bar()) best.rank(value, static_cast<int32_t>(first_id + i));
     }
   };
   while (i + kStep <= count) {
     const Pair v = T::widen(z + i);
-    if (any((v.first > part.top2) | (v.second > part.top2))) rank(i + kStep);
+    if (const float bar = best.bar(); any((v.first > bar) | (v.second > bar))) rank(i + kStep);
     else i += kStep;
   }
   rank(count);
 }
 
 template <class T>
-void tile_stats(const typename T::Storage* z, int64_t first_id, int64_t count, RowPart& part) {
-  const float top = tile_max<T>(z, count);
+void tile_stats(const typename T::Storage* z, int64_t first_id, int64_t count, float top,
+                RowPart& part) {
   if (top > part.top2) rank_tile<T>(z, first_id, count, part);
 
   // The sums, relative to the largest seen so far. A tile of -inf and NaN alone is summed relative
@@ -66,11 +66,29 @@ void tile_stats(const typename T::Storage* z, int64_t first_id, int64_t count, R
   part.sum += 1.0f;
 }
 
+// visit(logits, first id, count, the largest of them) for each tile.
+template <class T, class Visit>
+void each_tile(const RowSpan& span, Visit visit) {
+  const auto* row = static_cast<const typename T::Storage*>(span.row);
+  for (int64_t id = span.begin; id < span.end; id += kTile) {
+    const int64_t count = span.end - id < kTile ? span.end - id : kTile;
+    visit(row + id, id, count, tile_max<T>(row + id, count));
+  }
+}
+
 template <class T>
 void stats(const RowSpan& span, RowPart& part) {
-  const auto* row = static_cast<const typename T::Storage*>(span.row);
-  for (int64_t id = span.begin; id < span.end; id += kTile)
-    tile_stats<T>(row + id, id, span.end - id < kTile ? span.end - id : kTile, part);
+  each_tile<T>(span, [&](const typename T::Storage* z, int64_t id, int64_t count, float top) {
+    tile_stats<T>(z, id, count, top, part);
+  });
+}
+
+template <class T>
+void topk(const RowSpan& span, RowPart& part, TopKeys& best) {
+  each_tile<T>(span, [&](const typename T::Storage* z, int64_t id, int64_t count, float top) {
+    if (top > best.bar()) rank_tile<T>(z, id, count, best);
+    tile_stats<T>(z, id, count, top, part);
+  });
 }
 
 // Exponential variates -ln(1 - v) for kLanes groups of 4 ids; see philox.h, whose gumbel() this
@@ -160,6 +178,7 @@ void sample(const RowSpan& span, float inverse_temperature, const SampleKey& key
 }  // namespace
 
 const RowKernel row_kernel = {{stats<Float32>, stats<BFloat16>, stats<Float16>},
+                              {topk<Float32>, topk<BFloat16>, topk<Float16>},
                               {sample<Float32>, sample<BFloat16>, sample<Float16>}};
 
 }  // namespace dparallel::cpu::DPARALLEL_SIMD

@@ -5,35 +5,10 @@
 #include <cstring>
 #include <limits>
 
-#include "dparallel/numeric.h"
 #include "row_kernel.h"
 
 namespace dparallel::cpu {
 namespace {
-
-// The admissible pieces of [begin, end): what is left between the excluded ids.
-template <class Visit>
-void each_admissible(int64_t begin, int64_t end, const Exclusions& ex, Visit visit) {
-  const int64_t* next = std::lower_bound(ex.suppress, ex.suppress + ex.suppress_count, begin);
-  const int64_t* last = ex.suppress + ex.suppress_count;
-  while (begin < end) {
-    int64_t cut = next != last ? std::min(*next, end) : end;
-    if (ex.mask_id >= begin && ex.mask_id < cut) cut = ex.mask_id;
-    if (begin < cut) visit(begin, cut);
-    if (next != last && cut == *next) ++next;
-    begin = cut + 1;
-  }
-}
-
-bool suppressed(const Exclusions& ex, int64_t id) {
-  return std::binary_search(ex.suppress, ex.suppress + ex.suppress_count, id);
-}
-
-float load_logit(const void* row, DType dtype, int64_t id) {
-  if (dtype == DType::float32) return static_cast<const float*>(row)[id];
-  const uint16_t bits = static_cast<const uint16_t*>(row)[id];
-  return dtype == DType::bfloat16 ? bfloat16_value(bits) : float16_value(bits);
-}
 
 // visit(z, id) for every admissible id whose logit is above -inf.
 template <class Visit>
@@ -123,8 +98,7 @@ std::vector<RowAnswer> read_rows(const RowJob& job, Parallel parallel) {
                [&](int64_t unit) { scan(unit, true, samples && !filters); });
 
   const int64_t mask_id = job.exclusions.mask_id;
-  const bool mask_counts =
-      mask_id >= 0 && mask_id < logits.vocab && !suppressed(job.exclusions, mask_id);
+  const bool mask_counts = counts_mask(logits, job.exclusions);
   std::vector<RowPart> rows(job.count);
   for (int64_t i = 0; i < job.count; ++i)
     for (int64_t c = 0; c < chunks; ++c) rows[i].merge(parts[i * chunks + c]);

@@ -1,10 +1,11 @@
-// How row_stats and unmask read rows on the CPU.
+// How row_stats, row_topk and unmask read rows on the CPU.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
 #include "dparallel/launch.h"
+#include "dparallel/numeric.h"
 #include "dparallel/philox.h"
 
 namespace dparallel::cpu {
@@ -38,6 +39,32 @@ inline int64_t element_size(DType dtype) {
 
 inline const void* row_pointer(const Logits& logits, int64_t row) {
   return static_cast<const char*>(logits.data) + logits.offset(row) * element_size(logits.dtype);
+}
+
+// The admissible pieces of [begin, end): what is left between the excluded ids.
+template <class Visit>
+void each_admissible(int64_t begin, int64_t end, const Exclusions& ex, Visit visit) {
+  const int64_t* next = std::lower_bound(ex.suppress, ex.suppress + ex.suppress_count, begin);
+  const int64_t* last = ex.suppress + ex.suppress_count;
+  while (begin < end) {
+    int64_t cut = next != last ? std::min(*next, end) : end;
+    if (ex.mask_id >= begin && ex.mask_id < cut) cut = ex.mask_id;
+    if (begin < cut) visit(begin, cut);
+    if (next != last && cut == *next) ++next;
+    begin = cut + 1;
+  }
+}
+
+// Whether the mask token has a share of the softmax.
+inline bool counts_mask(const Logits& logits, const Exclusions& ex) {
+  return ex.mask_id >= 0 && ex.mask_id < logits.vocab &&
+         !std::binary_search(ex.suppress, ex.suppress + ex.suppress_count, ex.mask_id);
+}
+
+inline float load_logit(const void* row, DType dtype, int64_t id) {
+  if (dtype == DType::float32) return static_cast<const float*>(row)[id];
+  const uint16_t bits = static_cast<const uint16_t*>(row)[id];
+  return dtype == DType::bfloat16 ? bfloat16_value(bits) : float16_value(bits);
 }
 
 template <class F>

@@ -227,8 +227,8 @@ struct Chunk {
     if (const uint32_t at = place(ex.mask_id); mine(at)) memory.mask = exclude(at);
   }
 
-  // The part of the chunk; valid in thread 0.
-  __device__ __forceinline__ RowPart scan(const Exclusions& ex) const {
+  // The part of the chunk; valid in thread 0. `largest`: of what the thread itself has read.
+  __device__ __forceinline__ RowPart scan(const Exclusions& ex, float* largest = nullptr) const {
     constexpr float kLowest = -kLargest;
     TopTwo<T> top;
     float max = kLowest, sum = 0.0f, weighted = 0.0f;
@@ -269,6 +269,7 @@ struct Chunk {
     }
 
     const float own = clamp_logit(top.largest());
+    if (largest != nullptr) *largest = own;
     float best = own, second = clamp_logit(top.next());
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) {

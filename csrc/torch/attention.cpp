@@ -1,5 +1,8 @@
-// The cache and the attention over it: kv_write, block_attention.
+// The cache and the attention over it: kv_write, kv_move, block_attention.
+#include <algorithm>
 #include <limits>
+#include <tuple>
+#include <vector>
 
 #include "backend.h"
 
@@ -106,6 +109,74 @@ DPARALLEL_OP(
     kv_write,
     "kv_write(Tensor(a!) q, Tensor k, Tensor v, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor "
     "positions, Tensor slot_mapping, Tensor cos, Tensor sin) -> ()")
+
+// What one lane writes, another neither reads nor writes, nor writes it twice.
+void check_apart(const KvMoveArgs& args) {
+  std::vector<std::tuple<int64_t, int64_t, bool>> uses;  // slot, lane, whether it is read
+  for (int64_t i = 0; i < args.lanes * args.count; ++i)
+    if (args.source[i] >= 0 && args.target[i] >= 0) {
+      uses.emplace_back(args.source[i], i / args.count, true);
+      uses.emplace_back(args.target[i], i / args.count, false);
+    }
+  std::sort(uses.begin(), uses.end());  // of a slot and lane, what is written comes first
+  for (size_t i = 1; i < uses.size(); ++i) {
+    const auto& [slot, lane, read] = uses[i];
+    const auto& [last_slot, last_lane, last_read] = uses[i - 1];
+    if (slot != last_slot) continue;
+    DP_CHECK(lane == last_lane, "target: expected lanes that share no slot, got slot ", slot,
+             " in lanes ", last_lane, " and ", lane);
+    DP_CHECK(read || last_read, "target: expected each slot once, got slot ", slot,
+             " twice in lane ", lane);
+  }
+}
+
+void launch(Cpu, const KvMoveArgs& args, const Tensor&) {
+  const int64_t slots = args.layout.pages * args.layout.page_size;
+  constexpr int64_t low = std::numeric_limits<int64_t>::min();
+  within("source", args.source, args.lanes * args.count, low, slots);
+  within("target", args.target, args.lanes * args.count, low, slots);
+  check_apart(args);
+  cpu::kv_move(args, parallel);
+}
+
+#ifdef DPARALLEL_HAS_CUDA
+void launch(Cuda, const KvMoveArgs& args, const Tensor& like) {
+  Cuda::launch("kv_move", args, like, cuda::kv_move);
+}
+#endif
+
+template <class Backend>
+void kv_move(Tensor kv_cache, Tensor source, Tensor target) {
+  const DType dtype = dtype_of(kv_cache, "kv_cache", true);
+  DP_CHECK(kv_cache.dim() == 6 && kv_cache.size(1) == 2 && kv_cache.size(4) > 0,
+           "kv_cache: expected (layers, 2, pages, heads, page_size, head_dim)");
+  own_memory(kv_cache, "kv_cache");
+  DP_CHECK(source.dim() == 2, "source: expected 2 dimensions, got ", source.dim());
+  const int64_t lanes = source.size(0), count = source.size(1);
+  DP_CHECK(count <= kMostMoves, "source: expected at most ", kMostMoves, " entries a lane, got ",
+           count);
+  expect(source, "source", ScalarType::Long, {lanes, count}, kv_cache);
+  expect(target, "target", ScalarType::Long, {lanes, count}, kv_cache);
+  Tensor rows = kv_cache;
+  make_rows(rows);
+  const KvMoveArgs args{rows.data_ptr(),
+                        dtype == DType::float64   ? 8
+                        : dtype == DType::float32 ? 4
+                                                  : 2,
+                        rows.size(0),
+                        rows.stride(0),
+                        rows.stride(1),
+                        {rows.size(2), rows.size(4), rows.size(3), rows.size(5), rows.stride(2),
+                         rows.stride(3), rows.stride(4)},
+                        lanes,
+                        count,
+                        data<int64_t>(source),
+                        data<int64_t>(target)};
+  launch(Backend{}, args, kv_cache);
+  write_back(kv_cache, rows);
+}
+
+DPARALLEL_OP(kv_move, "kv_move(Tensor(a!) kv_cache, Tensor source, Tensor target) -> ()")
 
 void launch(Cpu, const BlockAttentionArgs& args, const Tensor&) {
   const int64_t size = args.k_layout.page_size, capacity = args.table_width * size;

@@ -1,4 +1,5 @@
-// From logits to tokens: row_stats, select, commit_, and unmask_, which is all three; and accept.
+// From logits to tokens: row_stats, row_topk, select, commit_, and unmask_, which is three of them;
+// and accept.
 #include <algorithm>
 #include <functional>
 #include <optional>
@@ -9,6 +10,7 @@
 #include "backend.h"
 #include "dparallel/accept.h"
 #include "dparallel/policy.h"
+#include "dparallel/row_topk.h"
 #include "windows.h"
 
 namespace dparallel {
@@ -125,6 +127,50 @@ DPARALLEL_OP(
     "row_stats(Tensor logits, Tensor? rows, int mask_id, Tensor? suppress, Tensor? ids, float "
     "temperature, float top_p, int top_k, Tensor? keys, Tensor(a!)? counters) -> (Tensor tokens, "
     "Tensor fields, Tensor error, Tensor gathered)")
+
+void launch(Cpu, const RowTopkArgs& args, const Tensor& logits, const std::optional<Tensor>&) {
+  if (args.rows) within("rows", args.rows, args.count, 0, row_count(logits));
+  check_suppress(args.exclusions, args.logits.vocab);
+  cpu::row_topk(args, parallel);
+}
+
+#ifdef DPARALLEL_HAS_CUDA
+void launch(Cuda, const RowTopkArgs& args, const Tensor& like, const std::optional<Tensor>& c) {
+  Cuda::launch("row_topk", args, like, cuda::row_topk, cuda::row_topk_scratch,
+               Cuda::counters(c, cuda::row_topk_counters(args), like));
+}
+#endif
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor> row_topk(Tensor logits, int64_t k, std::optional<Tensor> rows,
+                                            int64_t mask_id, std::optional<Tensor> suppress,
+                                            std::optional<Tensor> counters) {
+  const Logits all = logits_of(logits);
+  DP_CHECK(k >= 1 && k <= kMostTop, "k: expected 1 to ", kMostTop, ", got ", k);
+  int64_t count = row_count(logits);
+  if (rows.has_value()) {
+    count = length_of(*rows, "rows");
+    expect(*rows, "rows", ScalarType::Long, {count}, logits);
+  }
+  Tensor tokens = torch::stable::new_empty(logits, {count, k}, ScalarType::Long);
+  Tensor logprobs = torch::stable::new_empty(logits, {count, k}, ScalarType::Float);
+  Tensor error = torch::stable::new_empty(logits, {count}, ScalarType::Long);
+  const RowTopkArgs args{all,
+                         rows.has_value() ? listed(*rows) : nullptr,
+                         count,
+                         k,
+                         exclusions_of(mask_id, suppress, logits),
+                         data<int64_t>(tokens),
+                         data<float>(logprobs),
+                         data<int64_t>(error)};
+  launch(Backend{}, args, logits, counters);
+  return {tokens, logprobs, error};
+}
+
+DPARALLEL_OP(
+    row_topk,
+    "row_topk(Tensor logits, int k, Tensor? rows, int mask_id, Tensor? suppress, Tensor(a!)? "
+    "counters) -> (Tensor tokens, Tensor logprobs, Tensor error)")
 
 void launch(Cpu, const SelectArgs& args, const Tensor&) {
   check_policy(args.policy, args.batch);

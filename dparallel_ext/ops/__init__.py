@@ -11,10 +11,12 @@ from .certainty_forcing_loss import CertaintyForcingLoss, certainty_forcing_loss
 from .commit import commit_
 from .errors import check_errors
 from .fp8_linear import fp8_linear, quantize_fp8
+from .kv_move import kv_move
 from .kv_write import kv_write, rope_table
 from .linear_certainty_forcing_loss import linear_certainty_forcing_loss
 from .rms_norm import rms_norm
 from .row_stats import merge_row_stats, row_stats
+from .row_topk import row_topk
 from .select import select
 from .swiglu import swiglu
 from .unmask import unmask_
@@ -28,6 +30,7 @@ __all__ = [
     "check_errors",
     "commit_",
     "fp8_linear",
+    "kv_move",
     "kv_write",
     "linear_certainty_forcing_loss",
     "merge_row_stats",
@@ -35,6 +38,7 @@ __all__ = [
     "rms_norm",
     "rope_table",
     "row_stats",
+    "row_topk",
     "select",
     "swiglu",
     "unmask_",

@@ -117,6 +117,30 @@ def row_stats(rng: random.Random) -> None:
         assert_stats_close(a, b, name)
 
 
+def row_topk(rng: random.Random) -> None:
+    dtype, vocab, k = rng.choice(DTYPES), rng.choice(VOCABULARIES), rng.randint(1, 16)
+    lead = rng.choice([(), (3,), (2, 3), (2, 1, 2)])
+    low, high = torch.finfo(dtype).min, torch.finfo(dtype).max
+    logits = numbers(rng, dtype, *lead, vocab, special=(math.inf, -math.inf, low, high, 60000.0, math.nan))
+    logits = logits.round() if rng.random() < 0.3 else logits
+    settings: dict[str, Any] = {}
+    if rng.random() < 0.4:
+        settings["rows"] = strided(rng, whole(rng, 0, math.prod(lead), 1 + rng.randrange(4)))
+    if rng.random() < 0.5:
+        settings["mask_id"] = rng.randrange(vocab)
+    if rng.random() < 0.5:
+        settings["suppress"] = strided(rng, whole(rng, 0, vocab, rng.randrange(4)))
+    try:
+        expected = reference.row_topk(logits, k, **settings)
+    except ValueError:
+        with pytest.raises(ValueError, match=r"logits: row \d+ (holds NaN|leaves no token)"):
+            dx.row_topk(strided(rng, logits), k, **settings)
+        return
+    found = dx.row_topk(strided(rng, logits), k, **settings)
+    for name, a, b in zip(found._fields, found, expected, strict=True):
+        assert_stats_close(a, b, name)
+
+
 def scores(rng: random.Random, *shape: int) -> Tensor:
     """Multiples of 1/64, whose sums are exact, and infinities."""
     t = whole(rng, 0, rng.choice([2, 65, 400]), *shape) / 64
@@ -304,6 +328,24 @@ def kv_write(rng: random.Random) -> None:
         assert near(a, b, STEP[dtype] * (2 * scale + 4 * torch.finfo(dtype).smallest_normal))
 
 
+def kv_move(rng: random.Random) -> None:
+    dtype, page = rng.choice((*DTYPES, torch.float64)), rng.choice([1, 5, 16])
+    lanes, count, pages = rng.randrange(4), rng.choice([0, 1, 7, 40]), rng.randint(1, 40)
+    count = min(count, pages * page // max(lanes, 1))
+    shape = (rng.randrange(3), 2, pages, rng.randrange(3), page, rng.choice([0, 1, 6, 16]))
+    cache = randn(rng, *shape).to(dtype)
+    order = torch.randperm(pages * page, generator=torch.Generator().manual_seed(rng.randrange(2**30)))
+    target = order[: lanes * count].view(lanes, count)
+    source = target.gather(1, whole(rng, 0, max(1, count), lanes, count))
+    nowhere = -rng.randint(1, 2**60)
+    source = torch.where(some(rng, 0.2, lanes, count), nowhere, source)
+    target = torch.where(some(rng, 0.2, lanes, count), nowhere, target)
+    ours, twin = strided(rng, cache, changed=True), cache.clone()
+    dx.kv_move(ours, strided(rng, source), strided(rng, target))
+    reference.kv_move(twin, source, target)
+    assert torch.equal(ours, twin)
+
+
 def block_attention(rng: random.Random) -> None:
     dtype, heads, group = rng.choice(DTYPES), rng.randint(1, 3), rng.choice([0, 1, 2, 3, 8])
     dim, page = rng.choice([0, 1, 2, 7, 16, 40, 64]), rng.choice([1, 5, 16, 64])
@@ -407,8 +449,8 @@ def fp8_linear(rng: random.Random) -> None:
 
 
 TWINS: list[Callable[[random.Random], None]] = [
-    row_stats, select, unmask_, commit_, accept, certainty_forcing_loss, kv_write, block_attention, rms_norm,
-    swiglu, fp8_linear,
+    row_stats, row_topk, select, unmask_, commit_, accept, certainty_forcing_loss, kv_write, kv_move,
+    block_attention, rms_norm, swiglu, fp8_linear,
 ]  # fmt: skip
 
 
@@ -423,10 +465,12 @@ def test_ops_equal_their_twins(case: Callable[[random.Random], None], attack: At
 
 INDICES = {
     "row_stats": ("rows", "suppress", "ids"),
+    "row_topk": ("rows", "suppress"),
     "unmask_": ("suppress", "positions", "lane"),
     "commit_": ("positions", "lane"),
     "accept": ("q_start", "q_end", "suppress"),
     "kv_write": ("positions", "slot_mapping"),
+    "kv_move": ("source", "target"),
     "block_attention": ("q_start", "q_end", "kv_lens", "block_table"),
 }
 
@@ -444,7 +488,7 @@ def test_indices_out_of_bounds_are_named(attack: Attack) -> None:
             call[1], call[2] = call[1].flatten(0, 1), torch.arange(6)
         index = call[names.index(argument)]
         bad = rng.choice([-1, 41, 2**31, 2**32 + 1, 2**60, 2**63 - 1, -(2**63), -(2**31)])
-        if argument == "slot_mapping":
+        if argument in ("slot_mapping", "source", "target"):
             bad = abs(bad) % 2**62 + 40
         index.view(-1)[rng.randrange(index.numel()) if argument != "block_table" else 0] = bad
         call = [

@@ -202,6 +202,50 @@ bool settles(bool first) {
   return true;
 }
 
+// As kv_move: every thread reads a slot, and when all have, writes it where another read.
+__global__ void moved(int* slots, const int* source, bool waits) {
+  const int held = slots[source[threadIdx.x]];
+  if (waits) __syncthreads();
+  slots[threadIdx.x] = held;
+}
+
+bool moves(bool waits) {
+  for (uint64_t seed = 0; seed < 20; ++seed) {
+    cuda_host::seed(seed);
+    std::vector<int> slots(64), source(64);
+    for (int i = 0; i < 64; ++i) slots[i] = 100 + i, source[i] = (i + 1) % 64;
+    DPARALLEL_LAUNCH(moved, 1, 64, nullptr, slots.data(), source.data(), waits);
+    for (int i = 0; i < 64; ++i)
+      if (slots[i] != 100 + (i + 1) % 64) return false;
+  }
+  return true;
+}
+
+// As row_topk: every thread lists a key, and when all have, its place is the number of larger ones.
+__global__ void ranked(const int* keys, int* best, bool waits) {
+  DPARALLEL_SHARED(listed, int[64]);
+  DPARALLEL_SHARED(count, int);
+  if (threadIdx.x == 0) count = 0;
+  __syncthreads();
+  listed[atomicAdd(&count, 1)] = keys[threadIdx.x];
+  if (waits) __syncthreads();
+  int larger = 0;
+  for (int i = 0; i < count; ++i) larger += listed[i] > keys[threadIdx.x];
+  best[larger] = keys[threadIdx.x];
+}
+
+bool ranks(bool waits) {
+  for (uint64_t seed = 0; seed < 20; ++seed) {
+    cuda_host::seed(seed);
+    std::vector<int> keys(64), best(64, -1);
+    for (int i = 0; i < 64; ++i) keys[i] = i * 37 % 64;
+    DPARALLEL_LAUNCH(ranked, 1, 64, nullptr, keys.data(), best.data(), waits);
+    for (int i = 0; i < 64; ++i)
+      if (best[i] != 63 - i) return false;
+  }
+  return true;
+}
+
 // As accept: every row tells its parent of itself, the lowest child stays, and one thread follows.
 enum Tree { kLinked, kLastChild, kWalkedTooSoon };
 
@@ -270,6 +314,10 @@ int main(int count, char** argv) {
     return counts(name == "counted") ? 0 : 1;
   } else if (name == "owned" || name == "owned_by_another") {
     return settles(name == "owned") ? 0 : 1;
+  } else if (name == "moved" || name == "moved_too_soon") {
+    return moves(name == "moved") ? 0 : 1;
+  } else if (name == "ranked" || name == "ranked_too_soon") {
+    return ranks(name == "ranked") ? 0 : 1;
   } else if (name == "linked" || name == "last_child" || name == "walked_too_soon") {
     return follows(name == "linked"       ? kLinked
                    : name == "last_child" ? kLastChild

@@ -73,8 +73,8 @@ def test_ops_of_these_kernels_pass_the_tests_of_every_device(tmp_path: Path) -> 
     package = build.extension()
     slow = "not (samples_follow or gradcheck and 33 or golden_cases and (none or prefix))"
     shares = (
-        ("row_stats", "unmask", "commit", "accept", "certainty_forcing_loss"),
-        ("block_attention", "kv_write", "rms_norm", "swiglu", "fp8_linear", "compat", "sampling"),
+        ("row_stats", "row_topk", "unmask", "commit", "accept", "certainty_forcing_loss"),
+        ("block_attention", "kv_write", "kv_move", "rms_norm", "swiglu", "fp8_linear", "compat", "sampling"),
     )
     assert {*shares[0], *shares[1]} - {"compat", "sampling"} == {*build.ops()} - {"select"}  # in test_unmask
 
@@ -109,6 +109,8 @@ def test_ops_of_these_kernels_pass_the_tests_of_every_device(tmp_path: Path) -> 
         ("peers_too_soon", ""),
         ("counted_too_soon", ""),
         ("owned_by_another", ""),
+        ("moved_too_soon", ""),
+        ("ranked_too_soon", ""),
         ("last_child", ""),
         ("walked_too_soon", ""),
     ],
@@ -137,6 +139,8 @@ def test_interleaved_blocks_show_what_blocks_in_turn_hide(plain: Path, fault: st
         "race",
         "peers_too_soon",
         "counted_too_soon",
+        "moved_too_soon",
+        "ranked_too_soon",
         "last_child",
     ],
 )
@@ -162,7 +166,7 @@ def test_the_sanitizer_notices_an_overrun(sanitized: Path) -> None:
 
 def test_a_sound_kernel_is_not_accused(plain: Path, sanitized: Path, watched: Path) -> None:
     for directory in (plain, sanitized, watched):
-        for sound in ("copied", "peers", "counted", "owned", "linked", "gathered"):
+        for sound in ("copied", "peers", "counted", "owned", "moved", "ranked", "linked", "gathered"):
             assert run(directory / "faults", sound).returncode == 0
         for resident in (1, 2, 8, 0):
             assert run(directory / "faults", "sound", resident).returncode == 0

@@ -43,6 +43,7 @@ def examples(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "row_stats": (
             z, rows, MASK, ids, torch.tensor([[0, 39, MASK]] * 2), 0.7, 0.9, 20, keys, counters(z, 6),
         ),
+        "row_topk": (z, 3, rows, MASK, ids, counters(z, 6)),
         "select": (score, score.clone(), score.clone(), eligible, policy),
         "unmask_": (
             tokens, z, None, torch.tensor([1, 0]), start, end, policy, MASK, ids, 0.7, 1.0, 0,
@@ -61,6 +62,10 @@ def examples(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "certainty_forcing_loss_backward": backward,
         "certainty_forcing_loss_backward_": backward,
         "kv_write": (q, k, v, k_cache, v_cache, at, at + 8, cos, sin),
+        "kv_move": (
+            torch.randn(2, 2, 4, 2, 4, 8).to(dtype), torch.tensor([[1, 2], [8, -1]]),
+            torch.tensor([[0, 1], [9, 4]]),
+        ),
         "block_attention": (q, k_cache, v_cache, *segments, table, 6, 8, 0.3, False, None),
         "rms_norm": (x, x + 1, x[0].clone(), x[1].clone(), 1e-5),
         "swiglu": (x, x + 1),
@@ -97,6 +102,7 @@ def documented(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], dict[s
     return {
         "row_stats": (dx.row_stats, {"logits": z, "rows": torch.tensor([4, 1]), "temperature": 0.5}),
         "row_stats of ids": (dx.row_stats, {"logits": z, "ids": torch.arange(30).view(2, 3, 5)}),
+        "row_topk": (dx.row_topk, {"logits": z, "k": 3, "rows": torch.tensor([4, 1]), "mask_id": MASK}),
         "select": (select, {"confidence": stats.confidence, "margin": stats.margin, "entropy": stats.entropy,
                             "eligible": eligible, "policy": policy}),
         "unmask_": (dx.unmask_, {"tokens": tokens, "logits": z, "mask_id": MASK, "policy": policy,
@@ -121,6 +127,9 @@ def documented(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], dict[s
         "loss inplace": (loss, {**of_loss, "inplace": True}),
         "kv_write": (dx.kv_write, {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache,
                                    "positions": at, "slot_mapping": at + 8, "cos": cos, "sin": sin}),
+        "kv_move": (dx.kv_move, {"kv_cache": torch.randn(2, 2, 4, 2, 4, 8).to(dtype),
+                                 "source": torch.tensor([[1, 2], [8, -1]]),
+                                 "target": torch.tensor([[0, 1], [9, 4]])}),
         "block_attention": (dx.block_attention, {"q": q, "k_cache": k_cache, "v_cache": v_cache,
                                                  "kv_lens": torch.tensor([5, 7]), "block_table": table,
                                                  "q_start": torch.tensor([0, 3]),
@@ -229,6 +238,10 @@ OUT_OF_BOUNDS = [
     ("row_stats", 3, [2, 1], "suppress: expected ascending ids"),
     ("row_stats", 4, [[0, 1, 2], [3, 40, 0]], r"ids: expected in \[0, 40\), got 40 at 4"),
     ("row_stats", 4, [-1], r"ids: expected in \[0, 40\), got -1"),
+    ("row_topk", 2, [6, 0], r"rows: expected in \[0, 6\), got 6 at 0"),
+    ("row_topk", 4, [2, 41], r"suppress: expected in \[0, 40\), got 41 at 1"),
+    ("row_topk", 4, [2, 1], "suppress: expected ascending ids"),
+    ("row_topk", 1, 17, "k: expected 1 to 16, got 17"),
     ("unmask_", 8, [2**40], "suppress: expected in"),
     ("unmask_", 3, [0, 2], r"lane: expected in \[0, 2\), got 2 at 1"),
     ("unmask_", 3, [-(2**62), 1], "lane: expected in"),
@@ -250,6 +263,9 @@ OUT_OF_BOUNDS = [
     ("kv_write", 5, [0, 1, 2, 3, 4, 9], r"positions: expected in \[0, 9\), got 9 at 5"),
     ("kv_write", 5, [0, -(2**62), 2, 3, 4, 5], "positions: expected in"),
     ("kv_write", 6, [0, 1, 2, 3, 4, 16], r"slot_mapping: expected in \[0, 16\), got 16 at 5"),
+    ("kv_move", 1, [[1, 2], [16, -1]], r"source: expected in \[0, 16\), got 16 at 2"),
+    ("kv_move", 2, [[0, 2**62], [9, 4]], r"target: expected in \[0, 16\), got 4611686018427387904 at 1"),
+    ("kv_move", 2, [[0, 1], [1, 4]], "target: .* share no slot, got slot 1 in lanes 0 and 1"),
     ("block_attention", 3, [-1, 3], r"q_start: expected in \[0, 7\), got -1 at 0"),
     ("block_attention", 3, [3, 3], "q_start: expected no larger than q_end, got 3 above 2 at 0"),
     ("block_attention", 4, [2, 7], r"q_end: expected in \[0, 7\), got 7 at 1"),
@@ -272,7 +288,7 @@ def test_indices_are_checked(name: str, place: int, value: Any, said: str) -> No
 @pytest.mark.parametrize(("name", "place", "value", "said"), OUT_OF_BOUNDS[::5])
 def test_indices_are_checked_under_compile(name: str, place: int, value: Any, said: str) -> None:
     call = copied(examples(torch.float32)[name])
-    call[place] = torch.tensor(value)
+    call[place] = torch.tensor(value) if isinstance(value, list) else value
     run = torch.compile(lambda *a: op_of(name)(*a), fullgraph=True, backend="aot_eager")
     with pytest.raises(ValueError, match=said):
         run(*call)
@@ -340,6 +356,7 @@ def test_scores_without_an_order_are_not_sorted(compiled: bool) -> None:
         ("kv_write", "q"),
         ("kv_write", "k_cache"),
         ("kv_write", "v_cache"),
+        ("kv_move", "kv_cache"),
         ("certainty_forcing_loss_backward_", "logits"),
     ],
 )
@@ -381,6 +398,7 @@ def test_sizes_of_zero() -> None:
     assert dx.row_stats(none, rows=ints, temperature=1.0).sample.shape == (0,)
     for shape in ((0, 4), (3, 0)):
         stats = dx.row_stats(torch.empty(*shape, 9))
+        assert dx.row_topk(torch.empty(*shape, 9), 2).token.shape == (*shape, 2)
         assert dx.select(stats, stats.token >= 0, policies.make(batch=shape[0])).shape == shape
         rows = dx.rms_norm(torch.empty(*shape, 8), torch.ones(8), eps=1e-5)
         assert rows.shape == dx.swiglu(torch.empty(*shape, 16)).shape == (*shape, 8)
@@ -408,6 +426,9 @@ def test_attention_of_sizes_of_zero(shape: tuple[int, ...]) -> None:
         k_cache, v_cache = torch.randn(2, pages, 2, 4, dim)
         tables = {"cos": cos, "sin": sin}
         dx.kv_write(q, k, v, k_cache, v_cache, positions=at, slot_mapping=at if pages else nowhere, **tables)
+        for layers in (0, 2):
+            dx.kv_move(torch.randn(layers, 2, pages, 2, 4, dim), *torch.full((2, 1, 1), pages - 1))
+            dx.kv_move(torch.randn(layers, 2, pages, 0, 4, dim), nowhere[:, None], nowhere[:, None])
         for segments in (0, 1):
             begin, lengths = torch.zeros(2, segments, dtype=torch.int64)
             table = torch.zeros(segments, min(pages, 1), dtype=torch.int64)

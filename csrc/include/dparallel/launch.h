@@ -59,6 +59,18 @@ struct RowStatsArgs {
   RowOutput output;  // errors are numbered by the row's place in the output
 };
 
+// The k largest logits of each row that may be chosen, in descending order, ties to the lowest id;
+// where fewer are above -inf, -1 and -inf follow. Of a bad row, -1 and NaN.
+struct RowTopkArgs {
+  Logits logits;
+  const int64_t* rows;  // [count] row indices, or null: row i is row i of the logits
+  int64_t count, k;     // k: 1 to kMostTop
+  Exclusions exclusions;
+  int64_t* tokens;  // [count, k]
+  float* logprobs;  // [count, k] of the softmax of all but what is suppressed
+  int64_t* error;   // [count] kNoError, or encode_error of the place in the output
+};
+
 struct SelectArgs {
   const float* confidence;  // [batch, length] each
   const float* margin;
@@ -214,11 +226,26 @@ struct KvWriteArgs {
   const float* cos;
   const float* sin;  // [table, rotary_dim / 2]
   int64_t table;
-  int64_t rotary_dim;  // even, up to head_dim: pairs (i, i + rotary_dim / 2) turn, the rest is copied
+  int64_t
+      rotary_dim;  // even, up to head_dim: pairs (i, i + rotary_dim / 2) turn, the rest is copied
   void* k_cache;
   void* v_cache;
   CacheLayout k_layout, v_layout;
 };
+
+// Entries of a lane: the keys and values of slot source[lane, i] go to target[lane, i], in every
+// layer and head. All of a lane are read before any is written. No two lanes have a slot in common,
+// nor has a lane a target twice.
+struct KvMoveArgs {
+  void* kv_cache;        // [layers, 2, pages, heads, page_size, head_dim]
+  int64_t element_size;  // bytes: 2, 4 or 8
+  int64_t layers, layer_stride, kv_stride;
+  CacheLayout layout;     // of keys or values of a layer
+  int64_t lanes, count;   // at most kMostMoves
+  const int64_t* source;  // [lanes, count] page * page_size + slot
+  const int64_t* target;  // [lanes, count]; negative in either: the entry is passed over
+};
+constexpr int64_t kMostMoves = 2048;
 
 // A segment: query rows [q_start, q_end) that see slots [0, kv_len) of the pages that its row of
 // the table lists. Rows that see nothing, or are in no segment, come out zero.
@@ -313,6 +340,7 @@ using Body = void (*)(int64_t begin, int64_t end, const void* context);
 using Parallel = void (*)(int64_t n, Body body, const void* context);
 
 void row_stats(const RowStatsArgs& args, Parallel parallel);
+void row_topk(const RowTopkArgs& args, Parallel parallel);
 void select(const SelectArgs& args, Parallel parallel);
 void unmask(const UnmaskArgs& args, Parallel parallel);
 void commit(const CommitArgs& args, Parallel parallel);
@@ -320,6 +348,7 @@ void accept(const AcceptArgs& args, Parallel parallel);
 void certainty_forcing_loss(const LossArgs& args, Parallel parallel);
 void certainty_forcing_loss_backward(const LossBackwardArgs& args, Parallel parallel);
 void kv_write(const KvWriteArgs& args, Parallel parallel);
+void kv_move(const KvMoveArgs& args, Parallel parallel);
 void block_attention(const BlockAttentionArgs& args, Parallel parallel);
 void rms_norm(const RmsNormArgs& args, Parallel parallel);
 void swiglu(const SwigluArgs& args, Parallel parallel);
@@ -344,10 +373,13 @@ int64_t unmask_scratch(const UnmaskArgs& args);
 int64_t select_scratch(const SelectArgs& args);
 int64_t accept_scratch(const AcceptArgs& args);
 int64_t row_stats_counters(const RowStatsArgs& args);
+int64_t row_topk_scratch(const RowTopkArgs& args);
+int64_t row_topk_counters(const RowTopkArgs& args);
 int64_t unmask_counters(const UnmaskArgs& args);
 int64_t commit_counters(const CommitArgs& args);
 int64_t accept_counters(const AcceptArgs& args);
 int row_stats(const RowStatsArgs& args, const Workspace& workspace, void* stream);
+int row_topk(const RowTopkArgs& args, const Workspace& workspace, void* stream);
 int select(const SelectArgs& args, const Workspace& workspace, void* stream);
 int unmask(const UnmaskArgs& args, const Workspace& workspace, void* stream);
 int commit(const CommitArgs& args, const Workspace& workspace, void* stream);
@@ -356,6 +388,7 @@ int64_t certainty_forcing_loss_scratch(const LossArgs& args);
 int certainty_forcing_loss(const LossArgs& args, const Workspace& workspace, void* stream);
 int certainty_forcing_loss_backward(const LossBackwardArgs& args, void* stream);
 int kv_write(const KvWriteArgs& args, void* stream);
+int kv_move(const KvMoveArgs& args, void* stream);
 int64_t block_attention_scratch(const BlockAttentionArgs& args);
 int block_attention(const BlockAttentionArgs& args, const Workspace& workspace, void* stream);
 int rms_norm(const RmsNormArgs& args, void* stream);

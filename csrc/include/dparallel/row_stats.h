@@ -44,6 +44,9 @@ struct RowPart {
     if (admissible) rank(z, id);
   }
 
+  // What a logit has to exceed to rank, where ids ascend.
+  DP_HD float bar() const { return top2; }
+
   DP_HD void rank(float z, int32_t id) {
     if (z > top1 || (z == top1 && z > -kInfinity && id < token)) {
       top2 = top1;

@@ -63,6 +63,41 @@ void kv_write_case() {
   near(values2, values, "v_cache");
 }
 
+void kv_move_case() {
+  // Paths that a block holds, and those of which it holds some columns alone, down to one vector.
+  const int64_t size = one_of<int64_t>({2, 2, 4, 8}), lanes = below(4);
+  const int64_t dim = one_of<int64_t>({1, 3, 8, 16, 64, 80});
+  const int64_t count =
+      lanes > 0 && chance(0.05) ? 1 + below(kMostMoves) : below(chance(0.1) ? 300 : 20);
+  const int64_t page_size = one_of<int64_t>({1, 5, 16}), heads = 1 + below(3);
+  const int64_t pages = (lanes * count + page_size - 1) / page_size + 1 + below(3);
+  const CacheLayout layout = random_layout(pages, page_size, heads, dim);
+  const int64_t layers = 1 + below(3), gap = one_of<int64_t>({0, 0, 8, 3});
+  const int64_t kv_stride = pages * page_size * heads * dim + gap,
+                layer_stride = 2 * kv_stride + gap;
+  const int64_t bytes = (layers * layer_stride - gap) * size;
+  std::unique_ptr<char[]> on_cpu(new char[bytes]), on_cuda(new char[bytes]);
+  for (int64_t i = 0; i < bytes; ++i) on_cpu[i] = on_cuda[i] = static_cast<char>(below(256));
+  std::vector<int64_t> slots(pages * page_size), source, target;
+  for (size_t i = 0; i < slots.size(); ++i) slots[i] = static_cast<int64_t>(i);
+  std::shuffle(slots.begin(), slots.end(), engine);
+  for (int64_t lane = 0; lane < lanes; ++lane)
+    for (int64_t i = 0; i < count; ++i) {  // within the lane anything may be a source
+      source.push_back(chance(0.1) ? -1 - below(9) : slots[lane * count + below(count)]);
+      target.push_back(chance(0.1) ? INT64_MIN + below(9) : slots[lane * count + i]);
+    }
+  KvMoveArgs args{on_cpu.get(), size,  layers, layer_stride,  kv_stride,
+                  layout,       lanes, count,  source.data(), target.data()};
+  cpu::kv_move(args, serial);
+  for (auto* list : {&source, &target})  // on a device nobody has looked
+    for (auto& slot : *list)
+      if (slot < 0 && chance(0.5))
+        slot = one_of<int64_t>({pages * page_size, INT64_MAX, 1LL << 32});
+  args.kv_cache = on_cuda.get();
+  cuda::kv_move(args, nullptr);
+  REQUIRE(std::memcmp(on_cuda.get(), on_cpu.get(), bytes) == 0, "kv_cache differs");
+}
+
 void block_attention_case() {
   const DType dtype = one_of({DType::float32, DType::bfloat16, DType::float16});
   // Splits that no cluster can merge; or tiles so many that they are large, and not split.
@@ -83,6 +118,7 @@ void block_attention_case() {
   order.resize(segments * width);
   std::vector<bool> seen(pages * page_size);
   int64_t rows = 0, most = 0;
+  const int64_t kind = below(3);  // all slots, causal, or by ancestors
   for (int64_t s = 0; s < segments; ++s) {
     rows += below(3);
     begin.push_back(rows);
@@ -90,6 +126,7 @@ void block_attention_case() {
     end.push_back(rows);
     most = std::max(most, end[s] - begin[s]);
     length.push_back(chance(0.1) ? 0 : longer ? longest : 1 + below(longest));
+    if (kind != 0 && end[s] - begin[s] > length[s]) rows = end[s] = begin[s] + length[s];
     for (int64_t j = 0; j < length[s]; ++j)
       seen[order[s * width + j / page_size] * page_size + j % page_size] = true;
   }
@@ -102,6 +139,20 @@ void block_attention_case() {
   const int64_t stride = group * heads * dim + one_of({0, 0, 8, 3});
   Numbers q(dtype, rows * stride), out(dtype, rows * group * heads * dim);
   Numbers out2(out);
+  for (int64_t s = 0; kind != 0 && s < segments; ++s) {  // what only some of a segment's rows see
+    if (begin[s] == end[s] || !chance(0.3)) continue;
+    const int64_t j = length[s] - 1 - below(end[s] - begin[s]);
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t d = 0; d < dim; ++d) {
+        const int64_t page = order[s * width + j / page_size];
+        keys.set(layout.offset(page, j % page_size, h) + d, NAN);
+        values.set(v_layout.offset(page, j % page_size, h) + d, NAN);
+      }
+  }
+  const int64_t words = (most + 63) / 64 + below(2);
+  std::vector<int64_t> ancestors(rows * words);
+  for (auto& word : ancestors)
+    word = static_cast<int64_t>(engine() & (chance(0.5) ? ~uint64_t{0} : engine()));
   BlockAttentionArgs args{dtype,
                           q.memory.get(),
                           stride,
@@ -120,7 +171,10 @@ void block_attention_case() {
                           most + below(3),
                           longest,
                           static_cast<float>(uniform(0.05, dtype == DType::float32 ? 0.5 : 4)),
-                          out.memory.get()};
+                          out.memory.get(),
+                          kind == 1,
+                          kind == 2 ? ancestors.data() : nullptr,
+                          words};
   cpu::block_attention(args, serial);
   cuda_host::clusters(chance(0.7));  // a device has them or not; sums are of other orders
   const auto launch = [&args](Numbers& to) {

@@ -54,6 +54,53 @@ void row_stats_case() {
   close(on_cuda.fields, on_cpu.fields, "fields");
 }
 
+void row_topk_case() {
+  const bool wide = chance(0.1);  // more keys than the last block looks at together
+  const int64_t vocab = wide ? 300000 : random_vocab(), total = wide ? 1 : 1 + below(4);
+  Rows logits(total, vocab, true, 0.0);
+  if (chance(0.3)) logits.exaggerate();
+  for (int64_t r = 0; r < total; ++r) {
+    const int64_t kind = below(8), first = below(vocab), many = below(300);
+    if (kind == 0)  // more equal logits than a block lists
+      for (int64_t v = first; v < vocab; ++v) logits.put(r * logits.stride + v, 7.0f);
+    else if (kind == 1)  // few that may be chosen
+      for (int64_t v = 0; v < vocab; ++v)
+        if (v < first || v > first + many) logits.put(r * logits.stride + v, -kInfinity);
+  }
+  std::vector<int64_t> rows;
+  const bool indexed = chance(0.5);
+  for (int64_t i = indexed ? below(5) : 0; i > 0; --i) rows.push_back(below(total));
+  rows.reserve(1);  // an empty list is not the lack of one
+  const int64_t count = indexed ? static_cast<int64_t>(rows.size()) : total;
+  const std::vector<int64_t> suppress = random_suppress(vocab);
+  const int64_t k = wide ? kMostTop : 1 + below(kMostTop);
+  struct Output {
+    std::vector<int64_t> tokens, error;
+    std::vector<float> logprobs;
+    Output(int64_t count, int64_t k)
+        : tokens(count * k, -7), error(count, -7), logprobs(count * k, -7.0f) {}
+  } on_cpu(count, k), on_cuda(count, k);
+  const int64_t mask_id = chance(0.7) ? below(vocab) : -1;
+  const auto args_of = [&](Output& o) {
+    return RowTopkArgs{logits.flat(),
+                       indexed ? rows.data() : nullptr,
+                       count,
+                       k,
+                       {mask_id, suppress.data(), static_cast<int64_t>(suppress.size())},
+                       o.tokens.data(),
+                       o.logprobs.data(),
+                       o.error.data()};
+  };
+  cpu::row_topk(args_of(on_cpu), serial);
+  const RowTopkArgs args = args_of(on_cuda);
+  Memory memory(cuda::row_topk_scratch(args), cuda::row_topk_counters(args));
+  cuda::row_topk(args, memory.workspace(), nullptr);
+  memory.check();
+  same(on_cuda.error, on_cpu.error, "error");
+  same(on_cuda.tokens, on_cpu.tokens, "tokens");
+  close(on_cuda.logprobs, on_cpu.logprobs, "logprobs");
+}
+
 namespace {
 
 std::vector<float> random_policy(int64_t batch) {

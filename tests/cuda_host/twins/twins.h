@@ -14,6 +14,7 @@
 #include "dparallel/certainty_forcing_loss.h"
 #include "dparallel/launch.h"
 #include "dparallel/numeric.h"
+#include "dparallel/row_topk.h"
 
 namespace twins {
 
@@ -231,10 +232,12 @@ inline void near(const Numbers& cuda, const Numbers& cpu, const char* name) {
 
 // A random case of an op, whose CUDA kernel and CPU twin are run on it.
 void row_stats_case();
+void row_topk_case();
 void select_case();
 void unmask_case();
 void loss_case();
 void kv_write_case();
+void kv_move_case();
 void block_attention_case();
 void rms_norm_case();
 void swiglu_case();

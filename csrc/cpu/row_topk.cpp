@@ -1,0 +1,49 @@
+// row_topk on the CPU: chunks of rows in parallel, as of row_stats, merged in order.
+#include <limits>
+
+#include "row_kernel.h"
+#include "row_stats.h"
+
+namespace dparallel::cpu {
+
+void row_topk(const RowTopkArgs& args, Parallel parallel) {
+  const RowKernel& kernel = row_kernel_in_use();
+  const Logits& logits = args.logits;
+  const int dtype = static_cast<int>(logits.dtype);
+  const int64_t chunks = chunks_of(logits.vocab);
+  const auto row_at = [&](int64_t i) { return row_pointer(logits, args.rows ? args.rows[i] : i); };
+
+  std::vector<RowPart> parts(args.count * chunks);                  // [count, chunks]
+  std::vector<TopKeys> best(args.count * chunks, TopKeys(args.k));  // [count, chunks]
+  run_parallel(parallel, args.count * chunks, [&](int64_t unit) {
+    const int64_t i = unit / chunks, begin = unit % chunks * kChunk;
+    const int64_t end = std::min(begin + kChunk, logits.vocab);
+    each_admissible(begin, end, args.exclusions, [&](int64_t from, int64_t to) {
+      kernel.topk[dtype]({row_at(i), from, to}, parts[unit], best[unit]);
+    });
+  });
+
+  const int64_t mask_id = args.exclusions.mask_id;
+  const bool mask_counts = counts_mask(logits, args.exclusions);
+  for (int64_t i = 0; i < args.count; ++i) {
+    RowPart part;
+    TopKeys top(args.k);
+    for (int64_t c = 0; c < chunks; ++c) {
+      part.merge(parts[i * chunks + c]);
+      for (int64_t n = 0; n < args.k; ++n) top.rank(best[i * chunks + c].keys[n]);
+    }
+    if (mask_counts)
+      part.add(load_logit(row_at(i), logits.dtype, mask_id), static_cast<int32_t>(mask_id), false);
+    const RowError error = part.error();
+    args.error[i] = error == kRowOk ? kNoError : encode_error(i, error);
+    for (int64_t n = 0; n < args.k; ++n) {
+      const bool found = error == kRowOk && top.keys[n] != kNoKey;
+      args.tokens[i * args.k + n] = found ? top_id(top.keys[n]) : -1;
+      args.logprobs[i * args.k + n] = found             ? top_logprob(top.keys[n], part)
+                                      : error == kRowOk ? -kInfinity
+                                                        : std::numeric_limits<float>::quiet_NaN();
+    }
+  }
+}
+
+}  // namespace dparallel::cpu

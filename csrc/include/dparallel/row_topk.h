@@ -1,0 +1,40 @@
+// The k largest logits of a row, as keys that order logits and ids at once.
+#pragma once
+
+#include "dparallel/nucleus.h"
+
+namespace dparallel {
+
+constexpr int kMostTop = 16;
+constexpr uint64_t kNoKey = 0;  // below that of any logit
+
+// A logit above -inf, clamped, and its id: larger for a larger logit, and for a lower id among
+// equal ones. No two are alike, so that the k largest are the same in whatever order they are met.
+DP_HD uint64_t top_key(float z, int64_t id) { return nucleus_key(z, id); }
+DP_HD float top_logit(uint64_t key) { return nucleus_logit(static_cast<uint32_t>(key >> 32)); }
+DP_HD int64_t top_id(uint64_t key) { return 0xffffffffu - static_cast<uint32_t>(key); }
+
+// The log-probability of what a key stands for, of a row whose logits have this maximum and sum.
+DP_HD float top_logprob(uint64_t key, const RowPart& row) {
+  return (top_logit(key) - row.max) - logf(row.sum);
+}
+
+// The largest keys so far, in descending order.
+struct TopKeys {
+  uint64_t keys[kMostTop] = {};
+  int k;
+
+  DP_HD explicit TopKeys(int64_t k) : k(static_cast<int>(k)) {}
+
+  // What a logit has to exceed where ids ascend.
+  DP_HD float bar() const { return keys[k - 1] == kNoKey ? -kInfinity : top_logit(keys[k - 1]); }
+  DP_HD void rank(float z, int64_t id) { rank(top_key(z, id)); }
+  DP_HD void rank(uint64_t key) {
+    if (key <= keys[k - 1]) return;
+    int at = k - 1;
+    for (; at > 0 && keys[at - 1] < key; --at) keys[at] = keys[at - 1];
+    keys[at] = key;
+  }
+};
+
+}  // namespace dparallel

@@ -1,0 +1,54 @@
+"""Keys and values from slot to slot: `kv_move`.
+
+A pass over a draft tree writes each node into a slot of its own. The nodes of the path that is accepted then
+move to the slots that follow the sequence; where the draft is a chain they are there already.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _C  # noqa: F401  (registers the ops)
+from .inputs import check_heads, expect
+
+
+def kv_move(kv_cache: Tensor, source: Tensor, target: Tensor) -> None:
+    """Move the keys and values of every layer from slot source[b, m] to target[b, m], in one launch.
+
+    Each lane b is read whole before any of its targets is written, so that a source may be the target of
+    another entry of the lane: paths may be shifted, swapped or turned round. A source keeps what it holds
+    unless it is a target. An entry whose source is its target costs nothing. No gradient.
+
+    Args:
+        kv_cache: (layers, 2, pages, Hkv, page_size, D) float32, bfloat16, float16 or float64, keys and values
+            as in `KVCache.slots`; changed in place. Strides may be any; a last dimension that is not
+            contiguous is copied, and elements may not overlap.
+        source, target: (B, M) int64, M <= 2048, page * page_size + offset; negative in either: the entry is
+            passed over. Lanes share no slot, and none is twice among a lane's targets.
+
+    Raises:
+        ValueError: naming the argument that does not fit, or that requires a gradient; then nothing has
+            moved. Slots are looked at on the CPU alone; on a GPU an entry beyond the cache is passed over,
+            and of slots that are shared some value ends up.
+    """
+    check_heads("kv_cache", kv_cache, 6)
+    if kv_cache.shape[1] != 2 or kv_cache.shape[4] < 1:
+        raise ValueError(
+            "kv_cache: expected (layers, 2, pages, Hkv, page_size, D) with page_size >= 1, "
+            f"got {tuple(kv_cache.shape)}"
+        )
+    for name, given in (("source", source), ("target", target)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(given).__name__}")
+        if given.ndim != 2:
+            raise ValueError(f"{name}: expected int64 (B, M), got {given.dtype} {tuple(given.shape)}")
+        expect(name, given, tuple(source.shape), torch.int64)
+        if given.device != kv_cache.device:
+            raise ValueError(f"{name}: expected on {kv_cache.device} as kv_cache, got {given.device}")
+    torch.ops.dparallel.kv_move(kv_cache, source, target)
+
+
+@torch.library.register_fake("dparallel::kv_move")
+def _(kv_cache, source, target):  # type: ignore[no-untyped-def]
+    return None

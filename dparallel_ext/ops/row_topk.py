@@ -1,0 +1,74 @@
+"""The k best tokens of rows of logits, each needed row read once: what a draft tree branches into."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _C  # noqa: F401  (registers the ops)
+from ..arguments import whole
+from ..types import RowTopK
+from . import streams
+from .errors import named_row, report
+from .inputs import Ids, check_index, check_logits, mask_id_of, rows_view, suppressed
+
+MOST = 16
+
+
+def row_topk(
+    logits: Tensor,
+    k: int,
+    *,
+    rows: Tensor | None = None,
+    mask_id: int | None = None,
+    suppress: Ids = None,
+) -> RowTopK:
+    """The k largest logits of each row, in descending order, and their log-probabilities.
+
+    Ties go to the lowest id. The log-probabilities are of the softmax of the whole row, by the rules of
+    `row_stats`, and within the same bounds; so the first is what `row_stats` says of its `token`.
+
+    Args:
+        logits: (..., V) float32, bfloat16 or float16, any strides (copied where the vocabulary is not
+            contiguous).
+        k: 1 to 16.
+        rows: (N,) int64 flat indices into the leading dimensions; only these rows are read.
+        mask_id: keeps its share of the softmax but is never chosen.
+        suppress: ids left out altogether.
+
+    Returns:
+        RowTopK of token (..., k) int64 and logprob (..., k) float32, or (N, k) with `rows`. Where fewer than
+        k ids have a logit above -inf, token -1 and logprob -inf follow them. A logit of +inf counts as the
+        largest float32: several of them share the probability evenly.
+
+    Raises:
+        ValueError: naming the argument that does not fit; and on the CPU, for a row that holds NaN or leaves
+            no token to choose. On CUDA, see `check_errors`: such a row has the ids -1 and NaN.
+    """
+    check_logits(logits)
+    if type(k) is not int or not 1 <= k <= MOST:
+        k = whole("k", k, 1, MOST)
+    shape = logits.shape[:-1]
+    if rows is not None:
+        check_index("rows", rows, logits)
+        shape = rows.shape
+    tokens, logprobs, error = torch.ops.dparallel.row_topk(
+        rows_view(logits),
+        k,
+        rows,
+        mask_id_of(mask_id, logits.shape[-1]),
+        suppressed(suppress, logits),
+        streams.counters_for(logits, shape.numel()),
+    )
+    report(error, named_row)
+    return RowTopK(tokens.view(*shape, k), logprobs.view(*shape, k))
+
+
+@torch.library.register_fake("dparallel::row_topk")
+def _(logits, k, rows, mask_id, suppress, counters):  # type: ignore[no-untyped-def]
+    count = logits.shape[:-1].numel() if rows is None else rows.shape[0]
+    return (
+        logits.new_empty((count, k), dtype=torch.int64),
+        logits.new_empty((count, k), dtype=torch.float32),
+        logits.new_empty((count,), dtype=torch.int64),
+    )
