@@ -157,7 +157,7 @@ __device__ __forceinline__ void settle(const AcceptArgs& args, const AcceptScrat
     args.emitted[b] = found.count;
     args.ended[b] = found.ended();
     args.output.error[b] = found.follows == kPathFails
-                               ? encode_error(b * kLaneRows + first + found.last,
+                               ? encode_error(b * kLaneRows + found.last,
                                               static_cast<RowError>(-links.choices[found.last]))
                                : kNoError;
   }

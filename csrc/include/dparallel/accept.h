@@ -14,7 +14,7 @@ constexpr int32_t kPathFails = -2;        // the row has no choice
 constexpr int32_t kPathEnds = -1;         // its choice is an end-of-text id
 constexpr int32_t kPathLeaf = INT32_MAX;  // no child holds its choice, the bonus token
 
-// Errors are numbered by lane * kLaneRows + row of the logits.
+// Errors are numbered by lane * kLaneRows + row within the lane.
 constexpr int64_t kLaneRows = int64_t{1} << 31;
 
 // A row's choice is its token, or below 0 the RowError for which it has none.
