@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import (
+    bench_accept,
     bench_block_attention,
     bench_certainty_forcing_loss,
     bench_commit,
@@ -62,6 +63,7 @@ CASES = (
     bench_row_stats.case(512),
     bench_select.CASE,
     bench_commit.CASE,
+    *(bench_accept.case(rows) for rows in bench_accept.ROWS),
     _step("LLaDA-8B", 8),
     _decode("LLaDA-8B", "none", 8),
     *(_attention("LLaDA", batch, length) for batch, length in ((1, 4096), (1, 32768), (64, 512), (8, 4096))),

@@ -320,7 +320,7 @@ def accept(
     for b, span in enumerate(spans):
         for i, r in enumerate(span):
             if parents[r] not in (range(i) if i else (-1,)):
-                raise ValueError(f"parent: expected an earlier row, got {parents[r]} at row {r} of lane {b}")
+                raise ValueError(f"parent: expected an earlier row, got {parents[r]} at row {i} of lane {b}")
     open_ = logits.clone()  # (N, V) what may be chosen
     if suppress is not None:
         open_[:, torch.as_tensor(suppress, dtype=torch.long)] = -math.inf
@@ -352,7 +352,7 @@ def accept(
         while row is not None and count[b] < most[b] and not ended[b]:
             choice, at = choices[span[row]], count[b]
             if choice < 0:
-                error[b] = 4 * ((b << 31) + span[row]) + codes[span[row]]
+                error[b] = 4 * ((b << 31) + row) + codes[span[row]]
                 count[b], path[b], tokens[b] = 0, -1, -1
                 break
             path[b, at], tokens[b, at] = row, choice

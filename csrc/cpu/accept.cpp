@@ -37,8 +37,8 @@ void settle(const AcceptArgs& args, int64_t lane, int64_t first,
   args.ended[lane] = found.ended();
   args.output.error[lane] = kNoError;
   if (found.follows == kPathFails)
-    args.output.error[lane] = encode_error(lane * kLaneRows + first + found.last,
-                                           static_cast<RowError>(-choices[found.last]));
+    args.output.error[lane] =
+        encode_error(lane * kLaneRows + found.last, static_cast<RowError>(-choices[found.last]));
 }
 
 }  // namespace

@@ -30,7 +30,7 @@ struct LaneRows {
 
 // The rows of a lane while it is settled; in shared memory unless they are more than anybody
 // drafts.
-constexpr int kSharedRows = 512;
+constexpr int kSharedRows = 256;
 struct Links {
   int32_t* follows;  // [n]
   int32_t* choices;  // [n]
@@ -157,7 +157,7 @@ __device__ __forceinline__ void settle(const AcceptArgs& args, const AcceptScrat
     args.emitted[b] = found.count;
     args.ended[b] = found.ended();
     args.output.error[b] = found.follows == kPathFails
-                               ? encode_error(b * kLaneRows + first + found.last,
+                               ? encode_error(b * kLaneRows + found.last,
                                               static_cast<RowError>(-links.choices[found.last]))
                                : kNoError;
   }

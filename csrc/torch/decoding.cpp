@@ -414,10 +414,10 @@ void check_lanes(const AcceptArgs& args) {
   for (const int64_t b : order) {
     const int64_t start = args.q_start[b];
     DP_CHECK(args.parent[start] == -1, "parent: expected -1, of a root, got ", args.parent[start],
-             " at row ", start, " of lane ", b);
+             " at row 0 of lane ", b);
     for (int64_t row = start + 1; row < args.q_end[b]; ++row)
       DP_CHECK(args.parent[row] >= 0 && args.parent[row] < row - start, "parent: expected in [0, ",
-               row - start, "), got ", args.parent[row], " at row ", row, " of lane ", b);
+               row - start, "), got ", args.parent[row], " at row ", row - start, " of lane ", b);
   }
 }
 

@@ -65,11 +65,11 @@ def accept(
     Raises:
         ValueError: naming the argument that does not fit; and on the CPU, before anything is read, lanes that
             are out of bounds, overlap or have more rows than max_q_len, and a parent that is not an earlier
-            row; and a row on a lane's path that holds NaN or leaves no token to choose, by row and lane. Rows
-            off the path may be bad: plain decoding would not have computed them. On CUDA a lane with such a
-            row on its path emits nothing and raises a flag, see `check_errors`; a lane that is out of bounds,
-            or overlaps one before it, emits nothing, rows beyond max_q_len are as if they were not there, and
-            a parent that is not an earlier row has no child there.
+            row; and a row on a lane's path that holds NaN or leaves no token to choose, by lane and row in
+            it. Rows off the path may be bad: plain decoding would not have computed them. On CUDA a lane with
+            such a row on its path emits nothing and raises a flag, see `check_errors`; a lane that is out of
+            bounds, or overlaps one before it, emits nothing, rows beyond max_q_len are as if they were not
+            there, and a row whose parent is not an earlier one is nobody's child.
 
     Source: token matching along a tree as SpecInfer's greedy verification (arXiv 2305.09781), with samples
     coupled by position-keyed Gumbel noise in place of rejection sampling.

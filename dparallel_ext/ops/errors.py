@@ -38,7 +38,7 @@ def named_row(at: int) -> str:
 
 
 def lane_row(at: int) -> str:
-    """Of `accept`: lane * 2^31 + row, so also in csrc/include/dparallel/accept.h."""
+    """Of `accept`: lane * 2^31 + row within it, so also in csrc/include/dparallel/accept.h."""
     return f"row {at & 0x7FFFFFFF} of lane {at >> 31}"
 
 

@@ -246,6 +246,42 @@ bool ranks(bool waits) {
   return true;
 }
 
+// As accept: every row tells its parent of itself, the lowest child stays, and one thread follows.
+enum Tree { kLinked, kLastChild, kWalkedTooSoon };
+
+__global__ void linked(const int* parent, int* visited, Tree tree) {
+  DPARALLEL_SHARED(child, int32_t[64]);
+  const int row = static_cast<int>(threadIdx.x);
+  child[row] = INT32_MAX;
+  __syncthreads();
+  if (row > 0) {
+    int32_t& link = child[parent[row]];
+    if (tree == kLastChild) {
+      const int32_t held = link;
+      cuda_host::yield();  // a load and a store where an atomic should be
+      link = row < held ? row : held;
+    } else {
+      atomicMin(&link, row);
+    }
+  }
+  if (tree != kWalkedTooSoon) __syncthreads();
+  if (row == 0)
+    for (int32_t at = 0; at != INT32_MAX; at = child[at]) *visited++ = at;
+}
+
+bool follows(Tree tree) {
+  for (uint64_t seed = 0; seed < 50; ++seed) {
+    cuda_host::seed(seed);
+    std::vector<int> parent(64), visited(64, -1);
+    for (int i = 1; i < 64; ++i) parent[i] = (i - 1) / 3;  // children 3p + 1 to 3p + 3
+    DPARALLEL_LAUNCH(linked, 1, 64, nullptr, parent.data(), visited.data(), tree);
+    const std::vector<int> path = {0, 1, 4, 13, 40, -1};
+    for (size_t i = 0; i < path.size(); ++i)
+      if (visited[i] != path[i]) return false;
+  }
+  return true;
+}
+
 // As row_stats of ids: the last of them is out of bounds.
 __global__ void gathered(const float* row, const int64_t* ids, int vocab, float* out, bool looks) {
   const int64_t id = ids[threadIdx.x];
@@ -282,6 +318,12 @@ int main(int count, char** argv) {
     return moves(name == "moved") ? 0 : 1;
   } else if (name == "ranked" || name == "ranked_too_soon") {
     return ranks(name == "ranked") ? 0 : 1;
+  } else if (name == "linked" || name == "last_child" || name == "walked_too_soon") {
+    return follows(name == "linked"       ? kLinked
+                   : name == "last_child" ? kLastChild
+                                          : kWalkedTooSoon)
+               ? 0
+               : 1;
   } else if (name == "gathered" || name == "gathered_beyond") {
     std::vector<float> row(64), out(32);
     std::vector<int64_t> ids(32, 64);

@@ -73,7 +73,7 @@ def test_ops_of_these_kernels_pass_the_tests_of_every_device(tmp_path: Path) -> 
     package = build.extension()
     slow = "not (samples_follow or gradcheck and 33 or golden_cases and (none or prefix))"
     shares = (
-        ("row_stats", "row_topk", "unmask", "commit", "certainty_forcing_loss"),
+        ("row_stats", "row_topk", "unmask", "commit", "accept", "certainty_forcing_loss"),
         ("block_attention", "kv_write", "kv_move", "rms_norm", "swiglu", "fp8_linear", "compat", "sampling"),
     )
     assert {*shares[0], *shares[1]} - {"compat", "sampling"} == {*build.ops()} - {"select"}  # in test_unmask
@@ -111,6 +111,8 @@ def test_ops_of_these_kernels_pass_the_tests_of_every_device(tmp_path: Path) -> 
         ("owned_by_another", ""),
         ("moved_too_soon", ""),
         ("ranked_too_soon", ""),
+        ("last_child", ""),
+        ("walked_too_soon", ""),
     ],
 )
 def test_the_host_notices_a_faulty_kernel(plain: Path, fault: str, said: str) -> None:
@@ -139,6 +141,7 @@ def test_interleaved_blocks_show_what_blocks_in_turn_hide(plain: Path, fault: st
         "counted_too_soon",
         "moved_too_soon",
         "ranked_too_soon",
+        "last_child",
     ],
 )
 def test_races_are_seen_in_any_order(watched: Path, fault: str) -> None:
@@ -163,7 +166,7 @@ def test_the_sanitizer_notices_an_overrun(sanitized: Path) -> None:
 
 def test_a_sound_kernel_is_not_accused(plain: Path, sanitized: Path, watched: Path) -> None:
     for directory in (plain, sanitized, watched):
-        for sound in ("copied", "peers", "counted", "owned", "moved", "ranked", "gathered"):
+        for sound in ("copied", "peers", "counted", "owned", "moved", "ranked", "linked", "gathered"):
             assert run(directory / "faults", sound).returncode == 0
         for resident in (1, 2, 8, 0):
             assert run(directory / "faults", "sound", resident).returncode == 0

@@ -14,7 +14,7 @@ constexpr int32_t kPathFails = -2;        // the row has no choice
 constexpr int32_t kPathEnds = -1;         // its choice is an end-of-text id
 constexpr int32_t kPathLeaf = INT32_MAX;  // no child holds its choice, the bonus token
 
-// Errors are numbered by lane * kLaneRows + row of the logits.
+// Errors are numbered by lane * kLaneRows + row within the lane.
 constexpr int64_t kLaneRows = int64_t{1} << 31;
 
 // A row's choice is its token, or below 0 the RowError for which it has none.
@@ -33,7 +33,7 @@ DP_HD int32_t without_children(int32_t choice, const int64_t* eos_ids, int64_t e
 // Whether row i > 0 follows its parent, as far as choices tell; no row before it is the parent's.
 // choices [i]. A parent that does not lie before its child is nobody's.
 DP_HD bool is_chosen(int32_t i, int64_t parent, int64_t draft, const int32_t* choices) {
-  return parent >= 0 && parent < i && draft >= 0 && choices[parent] == draft;
+  return parent >= 0 && parent < i && choices[parent] == draft;
 }
 
 struct Path {

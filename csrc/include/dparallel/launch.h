@@ -157,7 +157,7 @@ struct AcceptArgs {
   int64_t* path;     // [lanes, max_q_len] rows within the lane; -1 behind them
   int64_t* tokens;   // [lanes, max_q_len] -1 behind them
   bool* ended;       // [lanes] by an end-of-text id
-  RowOutput output;  // errors are numbered by lane * kLaneRows + row, see accept.h
+  RowOutput output;  // errors are numbered by lane * kLaneRows + row within it, see accept.h
 
   // Rows [first, first + count) of a lane, of those that are read. On a GPU nobody has looked: a
   // lane that is out of bounds has none.

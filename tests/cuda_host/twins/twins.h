@@ -243,5 +243,6 @@ void rms_norm_case();
 void swiglu_case();
 void fp8_linear_case();
 void commit_case();
+void accept_case();
 
 }  // namespace twins
