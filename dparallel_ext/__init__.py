@@ -11,6 +11,7 @@ from .engine import Completion, Draft, Engine, EngineFull, EngineStats, Handle
 from .masks import MaskedPair, semi_autoregressive_masks
 from .ops import (
     CertaintyForcingLoss,
+    accept,
     block_attention,
     certainty_forcing_loss,
     check_errors,
@@ -28,11 +29,12 @@ from .ops import (
     swiglu,
     unmask_,
 )
-from .types import CommitOutput, RowStats, RowTopK, UnmaskOutput
+from .types import AcceptOutput, CommitOutput, RowStats, RowTopK, UnmaskOutput
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AcceptOutput",
     "CertaintyForcingLoss",
     "CommitOutput",
     "Completion",
@@ -48,6 +50,7 @@ __all__ = [
     "RowTopK",
     "Trajectory",
     "UnmaskOutput",
+    "accept",
     "block_attention",
     "build_info",
     "certainty_forcing_loss",

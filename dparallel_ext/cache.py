@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,12 +67,18 @@ class AttentionMetadata:
     """(S + 2,) and (S + 1,) int64: see `attention.varlen_attention`. Spans of whole sequences see themselves,
     all others and the rows after the last span see nothing there; nor do whole ones see the cache: they have
     no rows in `q_start` and `q_end`. Empty where no span is whole; where all are, the four above are."""
+    ancestors: Tensor | None = None
+    """(N, W) int64: which of its span's slots a token sees, see `ops.block_attention`; None where the spans
+    are no trees."""
+    causal: bool = field(default=False, kw_only=True)
+    """Whether a token sees its span's slots up to its own alone."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Those of the fields that are tensors, in their order."""
         through_cache = self.q_start, self.q_end, self.kv_lens, self.block_table
-        return self.rows, self.positions, self.slot_mapping, *through_cache, self.cu_seqlens, self.seqused_k
+        found = self.rows, self.positions, self.slot_mapping, *through_cache, self.cu_seqlens, self.seqused_k
+        return found if self.ancestors is None else (*found, self.ancestors)
 
 
 class KVCache:
@@ -94,7 +100,7 @@ class KVCache:
         decide, so that a sequence's result depends neither on the others of its pass nor on its pages."""
         self.changes = 0
         """Times that pages were assigned."""
-        self._known: dict[tuple[tuple[Span, ...], PadTo], AttentionMetadata] = {}
+        self._known: dict[tuple[Any, ...], AttentionMetadata] = {}
         """The few last ones, the least recently used first."""
 
     @property
@@ -121,17 +127,29 @@ class KVCache:
         self._known.clear()
         self.changes += 1
 
-    def metadata(self, spans: Sequence[Span], pad_to: PadTo = None) -> AttentionMetadata:
+    def metadata(
+        self,
+        spans: Sequence[Span],
+        pad_to: PadTo = None,
+        *,
+        causal: bool = False,
+        parents: Sequence[Sequence[int]] | None = None,
+    ) -> AttentionMetadata:
         """The pass over `spans`, on the CPU.
 
         pad_to: gives the number, at least its argument, that so many rows are filled up to; with it, spans,
             `max_q_len` and `max_kv_len` (from 256 on) become powers of two, none beyond the slots.
             None: nothing is filled up.
+        causal: each token sees its span's slots up to its own; a span then ends where it sees to.
+        parents: instead, spans that are trees: of each token its parent's place in the span, an earlier one,
+            -1 for a root. A token takes the slot of its place, the position of its depth, and sees its
+            ancestors.
 
         Raises:
             ValueError: for a span of no sequence of the cache, or beyond its slots.
         """
-        key = (tuple(spans), pad_to)
+        trees = None if parents is None else tuple(map(tuple, parents))
+        key = (tuple(spans), pad_to, causal, trees)
         found = self._known.pop(key, None)  # the passes over a block are alike, and those over everything
         if found is None:
             found = self._metadata(*key)
@@ -140,7 +158,13 @@ class KVCache:
             del self._known[next(iter(self._known))]
         return found
 
-    def _metadata(self, spans: tuple[Span, ...], pad_to: PadTo) -> AttentionMetadata:
+    def _metadata(
+        self,
+        spans: tuple[Span, ...],
+        pad_to: PadTo,
+        causal: bool,
+        trees: tuple[tuple[int, ...], ...] | None,
+    ) -> AttentionMetadata:
         for span in spans:
             if not 0 <= span.row < self.batch:
                 raise ValueError(f"spans: sequence {span.row}, but the cache is for {self.batch}")
@@ -161,8 +185,12 @@ class KVCache:
         rows, pages = row.repeat_interleave(count), self.block_table[row]
         of_token = torch.arange(len(spans)).repeat_interleave(count)
         slots = pages[of_token, positions // self.page_size] * self.page_size + positions % self.page_size
+        ancestors = None
+        if trees is not None:
+            depths, ancestors = _of_trees(trees)
+            positions = start.repeat_interleave(count) + depths
         bounds = seen = begin[:0]
-        if self.varlen:
+        if self.varlen and trees is None:
             whole = (start == 0) & (stop == visible) & (visible >= WHOLE)
             if bool(whole.any()):
                 bounds, seen = F.pad(end, (1, 0)), torch.where(whole, visible, 0)
@@ -173,6 +201,8 @@ class KVCache:
             more = pad_to(total) - total
             rows, positions = F.pad(rows, (0, more)), F.pad(positions, (0, more))
             slots = F.pad(slots, (0, more), value=-1)
+            if ancestors is not None:
+                ancestors = F.pad(ancestors, (0, 0, 0, more))
             if len(seen):
                 max_q_len = max(max_q_len, more)  # the rows after the last span are a sequence too
             more = _power_of_two(len(begin)) - len(begin)
@@ -186,7 +216,24 @@ class KVCache:
         if len(seen):
             bounds, seen = F.pad(bounds, (0, 1), value=len(rows)), F.pad(seen, (0, 1))
         through_cache = begin, end, visible, pages
-        return AttentionMetadata(max_q_len, max_kv_len, rows, positions, slots, *through_cache, bounds, seen)
+        tensors = rows, positions, slots, *through_cache, bounds, seen, ancestors
+        return AttentionMetadata(max_q_len, max_kv_len, *tensors, causal=causal)
+
+
+def _of_trees(trees: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """(N,) int64 depths and (N, W) int64 ancestor words of the tokens of trees, themselves among them."""
+    depths: list[int] = []
+    words: list[list[int]] = []
+    width = -(-max(map(len, trees), default=0) // 64)
+    for parents in trees:
+        first = len(depths)
+        for place, parent in enumerate(parents):
+            own = list(words[first + parent]) if parent >= 0 else [0] * width
+            own[place // 64] |= 1 << place % 64
+            words.append(own)
+            depths.append(depths[first + parent] + 1 if parent >= 0 else 0)
+    signed = [[word - 2**64 if word >= 2**63 else word for word in own] for own in words]
+    return torch.tensor(depths, dtype=torch.int64), torch.tensor(signed, dtype=torch.int64).view(-1, width)
 
 
 def _power_of_two(count: int) -> int:

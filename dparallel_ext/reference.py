@@ -15,9 +15,11 @@ from . import policies
 from .arguments import temperature_in_force
 from .ops import CertaintyForcingLoss
 from .ops.errors import NO_ERROR
-from .types import CommitOutput, RowStats, RowTopK, UnmaskOutput
+from .types import AcceptOutput, CommitOutput, RowStats, RowTopK, UnmaskOutput
 
 _LARGEST = torch.finfo(torch.float32).max
+_KEY = ("seed", "sequence", "position", "step")
+_FIELDS = RowStats._fields[:-1]
 
 
 def row_stats(
@@ -291,6 +293,80 @@ def unmask_(
         full = stats.map(lambda x: spread(x, len(positions), rows))
     none = torch.full_like(committed, NO_ERROR)
     return UnmaskOutput(committed, remaining, (remaining == 0).all(), full, none)
+
+
+def accept(
+    logits: Tensor,
+    draft: Tensor,
+    parent: Tensor,
+    q_start: Tensor,
+    q_end: Tensor,
+    *,
+    room: int | Tensor | None = None,
+    eos_ids: Tensor | None = None,
+    mask_id: int | None = None,
+    suppress: Tensor | list[int] | None = None,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    keys: Tensor | None = None,
+    max_q_len: int | None = None,
+) -> AcceptOutput:
+    """See `dparallel_ext.accept`; a bad row has no statistics, as one that is not read."""
+    here, rows, lanes = logits.device, len(logits), len(q_start)
+    most = torch.as_tensor(rows if room is None else room).expand(lanes).tolist()
+    spans = [range(a, b) for a, b in zip(q_start.tolist(), q_end.tolist(), strict=True)]
+    parents, drafts = parent.tolist(), draft.tolist()
+    for b, span in enumerate(spans):
+        for i, r in enumerate(span):
+            if parents[r] not in (range(i) if i else (-1,)):
+                raise ValueError(f"parent: expected an earlier row, got {parents[r]} at row {r} of lane {b}")
+    open_ = logits.clone()  # (N, V) what may be chosen
+    if suppress is not None:
+        open_[:, torch.as_tensor(suppress, dtype=torch.long)] = -math.inf
+    nan = open_.isnan().any(1)
+    if mask_id is not None:
+        open_[:, mask_id] = -math.inf
+    code = torch.where(nan, 1, torch.where((open_ == -math.inf).all(1), 2, 0))
+    read = torch.zeros(rows, dtype=torch.bool, device=here)
+    for span, n in zip(spans, most, strict=True):
+        read[span.start : span.stop] = n > 0
+    good = (read & (code == 0)).nonzero()[:, 0]
+    ints = torch.full((rows,), -1, device=here)
+    stats = RowStats(*(ints if name in ("token", "sample") else ints * math.nan for name in _FIELDS))
+    if len(good):
+        key = {} if keys is None else dict(zip(_KEY, keys[good].unbind(1), strict=True))
+        found = row_stats(
+            logits, rows=good, mask_id=mask_id, suppress=suppress, temperature=temperature, top_p=top_p,
+            top_k=top_k, **key,
+        )  # fmt: skip
+        stats = RowStats(
+            *(a.index_put((good,), x) for a, x in zip(stats[:-1], found[:-1], strict=True))  # type: ignore[union-attr,arg-type]
+        )
+    choices, codes = stats.sample.tolist(), code.tolist()
+    count, ended, error = [0] * lanes, [False] * lanes, [NO_ERROR] * lanes
+    path = torch.full((lanes, rows if max_q_len is None else max_q_len), -1)
+    tokens = path.clone()
+    for b, span in enumerate(spans):
+        row = 0 if span else None
+        while row is not None and count[b] < most[b] and not ended[b]:
+            choice, at = choices[span[row]], count[b]
+            if choice < 0:
+                error[b] = 4 * ((b << 31) + span[row]) + codes[span[row]]
+                count[b], path[b], tokens[b] = 0, -1, -1
+                break
+            path[b, at], tokens[b, at] = row, choice
+            count[b], ended[b] = at + 1, eos_ids is not None and choice in eos_ids[b].tolist()
+            children = (i for i, r in enumerate(span) if i and parents[r] == row)
+            row = next((i for i in children if drafts[span[i]] == choice), None)
+    return AcceptOutput(
+        torch.tensor(count, dtype=torch.int64, device=here),
+        path.to(here),
+        tokens.to(here),
+        torch.tensor(ended, dtype=torch.bool, device=here),
+        stats,
+        torch.tensor(error, dtype=torch.int64, device=here),
+    )
 
 
 def certainty_forcing_loss(

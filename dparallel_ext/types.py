@@ -11,8 +11,8 @@ from torch import Tensor
 class RowStats(NamedTuple):
     """Statistics of rows of logits, each field shaped like the rows asked for.
 
-    All are of softmax(logits) over every id that is not suppressed. Where `unmask_` did not read a
-    row, the ids are -1 and the numbers NaN.
+    All are of softmax(logits) over every id that is not suppressed. Where `unmask_` or `accept` did not
+    read a row, the ids are -1 and the numbers NaN.
     """
 
     token: Tensor
@@ -90,3 +90,25 @@ class CommitOutput(NamedTuple):
     """(W,) int64: the column of the first of them; where there is none, the window's end (at most L)."""
     changed: Tensor
     """(W,) int64: tokens of the window that this call made others than they were."""
+
+
+class AcceptOutput(NamedTuple):
+    """What each lane of a verify pass emits; device tensors, nothing was synchronised.
+
+    D is the `max_q_len` of `accept`. Behind `count`, `path` and `tokens` are -1.
+    """
+
+    count: Tensor  # type: ignore[assignment]  # in place of tuple's method
+    """(B,) int64: the tokens that the lane emits, those of its draft that are accepted and one more; 0 where
+    it has no row or no room, or failed."""
+    path: Tensor
+    """(B, D) int64: the rows that emit them, counted from the lane's first row, which is 0. The first is the
+    root; the keys and values of these rows are what the lane keeps."""
+    tokens: Tensor
+    """(B, D) int64: the tokens, each the choice of the row of `path` in its place."""
+    ended: Tensor
+    """(B,) bool: the last of them is one of the lane's `eos_ids`."""
+    stats: RowStats
+    """Statistics of the rows, fields (N,): the choice of row r is `stats.sample[r]`."""
+    error: Tensor
+    """(B,) int64: what kept each lane from emitting, see `ops.explain`; 2**63 - 1 where nothing did."""

@@ -30,6 +30,11 @@
 // once. Three CTAs an SM: 72 KB of shared memory (80 where tiles may be of 64 rows: two CTAs) and
 // at most 168 registers.
 //
+// Restricted launches (causal, or by ancestors) are kernels of their own: a row's bits of 32 slots
+// decide which scores count. Slots below `base` are seen by all, so only the steps behind it are
+// looked at more closely: values there that are not finite become zeros, and NaN in the rows that
+// see them.
+//
 // FMA (float32, other head_dims and strides): a tile is 16 rows, a step 128 slots; a thread scores
 // one slot against every row, a warp takes the softmax of every fourth row, a thread gathers two
 // elements of every row's sum. 16 KB of shared memory a CTA.
@@ -38,6 +43,7 @@
 // memory's share 2 and 17); splits of 64 slots, in an earlier form of this kernel, took a third
 // longer than of 128.
 #include <algorithm>
+#include <type_traits>
 
 #include "cluster.cuh"
 #include "mma.cuh"
@@ -200,6 +206,7 @@ struct Unit {
   int segment, head;
   int rows, length;    // packed rows, slots; within the launch's bounds, whatever the segment says
   int64_t begin;       // the segment's first query row
+  int base;            // slots below it are seen by every row
   uint32_t only_page;  // of a segment that has one
   Cut cut;
 
@@ -214,12 +221,18 @@ struct Unit {
     rows = static_cast<int>(shape.group.size) *
            static_cast<int>(queries < shape.max_q_len ? queries : shape.max_q_len);
     length = static_cast<int>(slots < shape.max_kv_len ? slots : shape.max_kv_len);
+    base = args.restricted() ? static_cast<int>(slots - queries) : length;
     cut = Cut::of(on_tensor_cores, static_cast<int>(shape.heads.size), rows, length);
   }
 
   // Whether a tile's splits are merged by their CTAs.
   __device__ __forceinline__ bool clustered() const {
     return cut.splits > 1 && 1 << cut.bits <= shape.cluster;
+  }
+
+  // What a row's weighted values are divided by; one that sees nothing has zeros.
+  __device__ __forceinline__ float divisor(float sum) const {
+    return args.restricted() && sum == 0.0f ? 1.0f : sum;
   }
 
   // Elements before a packed row, in q and in the output.
@@ -261,6 +274,32 @@ struct Work : Unit {
     rows = Unit::rows - first < cut.tile_rows ? Unit::rows - first : cut.tile_rows;
     start = split * cut.split;
     end = start + cut.split < length ? start + cut.split : length;
+    if (!args.causal) return;
+    const int seen = base + row_of_segment(first + rows - 1) + 1;  // by the tile's last row
+    end = seen < end ? (seen > start ? seen : start) : end;
+  }
+
+  // The query row that a packed row belongs to, from the segment's first.
+  __device__ __forceinline__ int row_of_segment(int row) const {
+    return static_cast<int>(shape.group.quotient(static_cast<uint32_t>(row)));
+  }
+
+  // Of 32 slots from `slot` on, a bit for each that packed row `row` sees.
+  __device__ __forceinline__ uint32_t seen_of(int row, int slot) const {
+    const int ahead = slot - base;  // the first one's bit among the segment's own slots
+    const int of_query = row_of_segment(row);
+    if (ahead <= -32) return ~0u;
+    if (args.causal) {
+      const int count = of_query + 1 - ahead;
+      return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1;
+    }
+    const auto* words =
+        reinterpret_cast<const uint64_t*>(args.ancestors) + (begin + of_query) * args.words;
+    const auto word = [&](int i) { return i < args.words ? words[i] : uint64_t{0}; };
+    if (ahead < 0) return static_cast<uint32_t>(word(0) << -ahead) | ((1u << -ahead) - 1);
+    const int shift = ahead % 64;
+    const uint64_t low = word(ahead / 64) >> shift;
+    return static_cast<uint32_t>(shift > 32 ? low | word(ahead / 64 + 1) << (64 - shift) : low);
   }
 
   // All warps have their own rows; else two share them.
@@ -491,7 +530,7 @@ struct Steps {
 };
 
 // A warp's 16 rows and their softmax so far, over the slots that are the warp's.
-template <class T, int kDim>
+template <class T, int kDim, bool kRestricted>
 struct Rows {
   using S = Steps<T, kDim>;
   static constexpr int kDepth = kDim / 16;
@@ -512,9 +551,11 @@ struct Rows {
     for (int k = 0; k < kDepth; ++k) load_matrices(query[k], queries + S::across(at, k));
   }
 
-  // kKeys slots, whose keys are at `step`: `left` of them are seen. factor: of scores, to units of
-  // log 2.
-  __device__ __forceinline__ void attend(const uint16_t* step, int left, float factor) {
+  // kKeys slots, whose keys are at `step`: `left` of them are seen; of a restricted launch those of
+  // `seen` by rows g and g + 8, and `bad` hold values that are not finite. factor: of scores, to
+  // units of log 2.
+  __device__ __forceinline__ void attend(const uint16_t* step, int left, float factor,
+                                         const uint32_t (&seen)[2], uint32_t bad) {
     const auto t = static_cast<unsigned>(anew(static_cast<int>(threadIdx.x)));
     const int lane = static_cast<int>(t % 32), q = static_cast<int>(t % 4);
     // Of the row that the lane names to ldmatrix. Its chunk c + 2k is then at `across(this, k)`.
@@ -530,7 +571,18 @@ struct Rows {
         mma<T>(score[2 * n], query[k], b[0], b[1]);
         mma<T>(score[2 * n + 1], query[k], b[2], b[3]);
       }
-    if (left < kKeys) {
+    if constexpr (kRestricted) {
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int slot = 8 * n + 2 * q + i % 2;
+          if (slot >= left || !(seen[i / 2] >> slot & 1)) score[n][i] = -kInfinity;
+        }
+#pragma unroll
+      for (int half = 0; half < 2; ++half)  // the values themselves are zeros by now
+        if (seen[half] & bad) sum[half] = __builtin_nanf("");
+    } else if (left < kKeys) {
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
@@ -632,7 +684,7 @@ __device__ __forceinline__ void finish(const Work& work, typename TensorShared<k
     if (d >= dim) continue;
     if (clustered || work.cut.splits == 1) {
       auto* out = static_cast<typename T::Storage*>(work.args.out);
-      store<T>(out + work.output(work.first + r) + d, merged.value, merged.sum);
+      store<T>(out + work.output(work.first + r) + d, merged.value, work.divisor(merged.sum));
       continue;
     }
     const Part part(work, scratch, work.place);
@@ -644,7 +696,36 @@ __device__ __forceinline__ void finish(const Work& work, typename TensorShared<k
   if (clustered) leave_cluster();  // nobody leaves while others read
 }
 
+// Of kKeys slots of a step in shared memory, a bit for each whose values are not all finite. A row
+// that does not see such a slot must not meet it as 0 * NaN.
 template <class T, int kDim>
+__device__ __forceinline__ uint32_t not_finite(const uint16_t* step, int from) {
+  using S = Steps<T, kDim>;
+  constexpr uint32_t kExponent = std::is_same<T, BFloat16>::value ? 0x7f80u : 0x7c00u;
+  const int row = from + static_cast<int>(threadIdx.x % 32);
+  bool bad = false;
+#pragma unroll 1
+  for (int c = 0; c < S::kChunks; ++c) {
+    const uint4 eight = *reinterpret_cast<const uint4*>(step + S::kTile + S::chunk(row, c));
+    for (const uint32_t two : {eight.x, eight.y, eight.z, eight.w})
+      bad |= (two & kExponent) == kExponent || (two >> 16 & kExponent) == kExponent;
+  }
+  return __ballot_sync(kFullWarp, bad);
+}
+
+// Zeros in place of the values of `bad` slots of a step, by one warp.
+template <class T, int kDim>
+__device__ __forceinline__ void blank_values(uint16_t* step, int from, uint32_t bad) {
+  using S = Steps<T, kDim>;
+  const auto lane = threadIdx.x % 32;
+  if (!(bad >> lane & 1)) return;
+#pragma unroll 1
+  for (int c = 0; c < S::kChunks; ++c)
+    *reinterpret_cast<uint4*>(step + S::kTile + S::chunk(from + static_cast<int>(lane), c)) =
+        uint4{0, 0, 0, 0};
+}
+
+template <class T, int kDim, bool kRestricted>
 __global__ void __launch_bounds__(kThreads, kTogether)
     block_attention_tensor_kernel(BlockAttentionArgs args, Shape shape, float* scratch) {
   using S = Steps<T, kDim>;
@@ -659,7 +740,7 @@ __global__ void __launch_bounds__(kThreads, kTogether)
     if (work.start + i * kStep < work.end) S::copy(work, work.start + i * kStep, shared.step[i]);
     commit_copies();
   }
-  Rows<T, kDim> rows;
+  Rows<T, kDim, kRestricted> rows;
   static_assert(kShortRows == rows.kKeys && kStep == 2 * rows.kKeys, "");
   // Two warps share a short tile's rows, and take every other kKeys slots of a step.
   const int warp = static_cast<int>(threadIdx.x / 32), row = warp * 16 & (work.cut.tile_rows - 1);
@@ -671,10 +752,31 @@ __global__ void __launch_bounds__(kThreads, kTogether)
   rows.load(shared.query + row * kDim);
   int now = 0;  // the step's half of shared memory
   for (int slot = work.start; slot < work.end; slot += kStep, now ^= 1) {
+    uint32_t bad[2] = {};  // of the step's halves
+    if constexpr (kRestricted) {
+      if (slot + kStep > work.base) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          bad[half] = not_finite<T, kDim>(shared.step[now], half * rows.kKeys);
+        __syncthreads();
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          if (warp == half) blank_values<T, kDim>(shared.step[now], half * rows.kKeys, bad[half]);
+        __syncthreads();
+      }
+    }
     if (row < work.rows)  // the whole warp
 #pragma unroll 1
-      for (int from = begin; from < kStep && slot + from < work.end; from += stride)
-        rows.attend(shared.step[now] + from * kDim, work.end - slot - from, factor);
+      for (int from = begin; from < kStep && slot + from < work.end; from += stride) {
+        uint32_t seen[2] = {};
+        if constexpr (kRestricted) {
+          const int own = work.first + row + static_cast<int>(threadIdx.x % 32 / 4);
+          seen[0] = work.seen_of(own, slot + from);
+          seen[1] = work.seen_of(own + 8, slot + from);
+        }
+        rows.attend(shared.step[now] + from * kDim, work.end - slot - from, factor, seen,
+                    from == 0 ? bad[0] : bad[1]);
+      }
     const int next = slot + 2 * kStep;
     if (next < work.end) {
       __syncthreads();  // everyone is done with the step
@@ -699,7 +801,7 @@ struct PlainShared {
   float kept[kPlainRows], sum[kPlainRows];
 };
 
-template <class T>
+template <class T, bool kRestricted>
 __global__ void __launch_bounds__(kThreads, 3)
     block_attention_plain_kernel(BlockAttentionArgs args, Shape shape, float* scratch) {
   using Storage = typename T::Storage;
@@ -743,7 +845,13 @@ __global__ void __launch_bounds__(kThreads, 3)
           }
       }
 #pragma unroll
-      for (int r = 0; r < kPlainRows; ++r) step.weight[r][t] = t < left ? score[r] : -kInfinity;
+      for (int r = 0; r < kPlainRows; ++r) {
+        bool seen = t < left;
+        if constexpr (kRestricted)
+          if (r < work.rows)
+            seen = seen && work.seen_of(work.first + r, slot + t - lane) >> lane & 1;
+        step.weight[r][t] = seen ? score[r] : -kInfinity;
+      }
       __syncthreads();
       // A warp's rows: their largest score, exponentials and sums.
 #pragma unroll
@@ -776,7 +884,8 @@ __global__ void __launch_bounds__(kThreads, 3)
           if (d >= dim) continue;
           const float x = T::value(value[d]);
 #pragma unroll
-          for (int r = 0; r < kPlainRows; ++r) out[r][i] += step.weight[r][j] * x;
+          for (int r = 0; r < kPlainRows; ++r)
+            if (!kRestricted || step.weight[r][j] != 0.0f) out[r][i] += step.weight[r][j] * x;
         }
       }
     }
@@ -803,7 +912,7 @@ __global__ void __launch_bounds__(kThreads, 3)
         if (split) part.values[r * dim + d] = out[r][i];
         else
           static_cast<Storage*>(args.out)[done.output(done.first + r) + d] =
-              T::narrow(out[r][i] / step.sum[r]);
+              T::narrow(out[r][i] / done.divisor(step.sum[r]));
       }
   }
 }
@@ -831,7 +940,7 @@ __device__ __forceinline__ void merge_parts(const Unit& unit, const float* scrat
           sum = part.sums[r];
         });
     store<T>(static_cast<typename T::Storage*>(unit.args.out) + unit.output(row) + d, merged.value,
-             merged.sum);
+             unit.divisor(merged.sum));
   }
 }
 
@@ -860,7 +969,7 @@ bool on_tensor_cores(const BlockAttentionArgs& args) {
 }
 
 Shape shape_of(const BlockAttentionArgs& args) {
-  const bool clusters = has_clusters(block_attention_tensor_kernel<BFloat16, kTensorDim>);
+  const bool clusters = has_clusters(block_attention_tensor_kernel<BFloat16, kTensorDim, false>);
   return Shape::of(args, on_tensor_cores(args), clusters);
 }
 
@@ -885,17 +994,19 @@ int block_attention(const BlockAttentionArgs& args, const Workspace& workspace, 
                                        shared_bytes, stream, args, shape, scratch);
     };
     const int longest = shape.max_q_len * static_cast<int>(shape.group.size);
-    int code = 0;
-    if constexpr (sizeof(typename T::Storage) == 2) {
-      if (!shape.on_tensor_cores) code = attend(block_attention_plain_kernel<T>, 0);
-      else if (args.k_layout.head_dim <= 64)
-        code = attend(block_attention_tensor_kernel<T, 64>, TensorShared<64>::bytes(longest));
-      else
-        code = attend(block_attention_tensor_kernel<T, kTensorDim>,
-                      TensorShared<kTensorDim>::bytes(longest));
-    } else {
-      code = attend(block_attention_plain_kernel<T>, 0);
-    }
+    const auto attend_by = [&](auto restricted) {
+      constexpr bool kRestricted = decltype(restricted)::value;
+      if constexpr (sizeof(typename T::Storage) == 2) {
+        if (shape.on_tensor_cores && args.k_layout.head_dim <= 64)
+          return attend(block_attention_tensor_kernel<T, 64, kRestricted>,
+                        TensorShared<64>::bytes(longest));
+        if (shape.on_tensor_cores)
+          return attend(block_attention_tensor_kernel<T, kTensorDim, kRestricted>,
+                        TensorShared<kTensorDim>::bytes(longest));
+      }
+      return attend(block_attention_plain_kernel<T, kRestricted>, 0);
+    };
+    const int code = args.restricted() ? attend_by(std::true_type{}) : attend_by(std::false_type{});
     if (code != 0 || shape.part_rows == 0) return code;
     // Only so many rows of a key head are ever split.
     const int most = kEnough / 2 / static_cast<int>(shape.heads.size) *

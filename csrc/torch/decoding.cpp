@@ -1,4 +1,5 @@
-// From logits to tokens: row_stats, row_topk, select, commit_, and unmask_, which is three of them.
+// From logits to tokens: row_stats, row_topk, select, commit_, and unmask_, which is three of them;
+// and accept.
 #include <algorithm>
 #include <functional>
 #include <optional>
@@ -7,6 +8,7 @@
 #include <vector>
 
 #include "backend.h"
+#include "dparallel/accept.h"
 #include "dparallel/policy.h"
 #include "dparallel/row_topk.h"
 #include "windows.h"
@@ -384,6 +386,111 @@ DPARALLEL_OP(
     "Tensor end, Tensor policy, int mask_id, Tensor? suppress, float temperature, float top_p, int "
     "top_k, Tensor? keys, int position_offset, Tensor(b!)? counters) -> (Tensor committed, Tensor "
     "remaining, Tensor done, Tensor row_tokens, Tensor fields, Tensor error)")
+
+// Lanes within bounds, that share no row and fit, and trees: a parent before its children.
+void check_lanes(const AcceptArgs& args) {
+  within("q_start", args.q_start, args.lanes, 0, args.count + 1);
+  within("q_end", args.q_end, args.lanes, 0, args.count + 1);
+  std::vector<int64_t> order;  // of the lanes that have rows
+  for (int64_t b = 0; b < args.lanes; ++b) {
+    const int64_t start = args.q_start[b], end = args.q_end[b];
+    DP_CHECK(start <= end, "q_start: expected no larger than q_end, got ", start, " above ", end,
+             " at ", b);
+    DP_CHECK(end - start <= args.max_q_len, "max_q_len: expected at least ", end - start,
+             ", the rows of lane ", b, ", got ", args.max_q_len);
+    DP_CHECK(args.room == nullptr || args.room[b] >= 0, "room: expected >= 0, got ", args.room[b],
+             " at ", b);
+    if (start < end) order.push_back(b);
+  }
+  std::sort(order.begin(), order.end(),
+            [&](int64_t a, int64_t b) { return args.q_start[a] < args.q_start[b]; });
+  for (size_t i = 1; i < order.size(); ++i) {
+    const int64_t a = std::min(order[i - 1], order[i]), b = std::max(order[i - 1], order[i]);
+    DP_CHECK(args.q_end[order[i - 1]] <= args.q_start[order[i]],
+             "q_start: expected lanes that do not overlap, got [", args.q_start[a], ", ",
+             args.q_end[a], ") and [", args.q_start[b], ", ", args.q_end[b], "), lanes ", a,
+             " and ", b);
+  }
+  for (const int64_t b : order) {
+    const int64_t start = args.q_start[b];
+    DP_CHECK(args.parent[start] == -1, "parent: expected -1, of a root, got ", args.parent[start],
+             " at row ", start, " of lane ", b);
+    for (int64_t row = start + 1; row < args.q_end[b]; ++row)
+      DP_CHECK(args.parent[row] >= 0 && args.parent[row] < row - start, "parent: expected in [0, ",
+               row - start, "), got ", args.parent[row], " at row ", row, " of lane ", b);
+  }
+}
+
+void launch(Cpu, const AcceptArgs& args, const Tensor&, const std::optional<Tensor>&) {
+  check_lanes(args);
+  check_suppress(args.exclusions, args.logits.vocab);
+  cpu::accept(args, parallel);
+}
+
+#ifdef DPARALLEL_HAS_CUDA
+void launch(Cuda, const AcceptArgs& args, const Tensor& like, const std::optional<Tensor>& c) {
+  Cuda::launch("accept", args, like, cuda::accept, cuda::accept_scratch,
+               Cuda::counters(c, cuda::accept_counters(args), like));
+}
+#endif
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> accept(
+    Tensor logits, Tensor draft, Tensor parent, Tensor q_start, Tensor q_end,
+    std::optional<Tensor> room, std::optional<Tensor> eos_ids, int64_t mask_id,
+    std::optional<Tensor> suppress, double temperature, double top_p, int64_t top_k,
+    std::optional<Tensor> keys, int64_t max_q_len, std::optional<Tensor> counters) {
+  const Logits all = logits_of(logits);
+  DP_CHECK(logits.dim() == 2, "logits: expected (N, V), got ", logits.dim(), " dimensions");
+  const int64_t count = row_count(logits), lanes = length_of(q_start, "q_start");
+  DP_CHECK(count < kLaneRows, "logits: expected fewer than ", kLaneRows, " rows, got ", count);
+  DP_CHECK(max_q_len >= 0, "max_q_len: expected >= 0, got ", max_q_len);
+  expect(draft, "draft", ScalarType::Long, {count}, logits);
+  expect(parent, "parent", ScalarType::Long, {count}, logits);
+  expect(q_start, "q_start", ScalarType::Long, {lanes}, logits);
+  expect(q_end, "q_end", ScalarType::Long, {lanes}, logits);
+  if (room.has_value()) expect(*room, "room", ScalarType::Long, {lanes}, logits);
+  int64_t eos_count = 0;
+  if (eos_ids.has_value()) {
+    DP_CHECK(eos_ids->dim() == 2, "eos_ids: expected 2 dimensions, got ", eos_ids->dim());
+    eos_count = eos_ids->size(1);
+    expect(*eos_ids, "eos_ids", ScalarType::Long, {lanes, eos_count}, logits);
+  }
+  const RowTensors out(logits, count, lanes);
+  const auto of_lanes = [&](const std::vector<int64_t>& sizes, ScalarType dtype) {
+    return torch::stable::new_empty(logits, sizes, dtype);
+  };
+  Tensor emitted = of_lanes({lanes}, ScalarType::Long), ended = of_lanes({lanes}, ScalarType::Bool);
+  Tensor path = of_lanes({lanes, max_q_len}, ScalarType::Long);
+  Tensor tokens = of_lanes({lanes, max_q_len}, ScalarType::Long);
+  const AcceptArgs args{all,
+                        data<int64_t>(draft),
+                        data<int64_t>(parent),
+                        count,
+                        lanes,
+                        data<int64_t>(q_start),
+                        data<int64_t>(q_end),
+                        room.has_value() ? data<int64_t>(*room) : nullptr,
+                        eos_ids.has_value() ? data<int64_t>(*eos_ids) : nullptr,
+                        eos_count,
+                        max_q_len,
+                        exclusions_of(mask_id, suppress, logits),
+                        sampling_of(temperature, top_p, top_k, keys, {count, 4}, 0, logits),
+                        data<int64_t>(emitted),
+                        data<int64_t>(path),
+                        data<int64_t>(tokens),
+                        data<bool>(ended),
+                        out.output()};
+  launch(Backend{}, args, logits, counters);
+  return {emitted, path, tokens, ended, out.tokens, out.fields, out.error};
+}
+
+DPARALLEL_OP(
+    accept,
+    "accept(Tensor logits, Tensor draft, Tensor parent, Tensor q_start, Tensor q_end, Tensor? "
+    "room, Tensor? eos_ids, int mask_id, Tensor? suppress, float temperature, float top_p, int "
+    "top_k, Tensor? keys, int max_q_len, Tensor(a!)? counters) -> (Tensor count, Tensor path, "
+    "Tensor tokens, Tensor ended, Tensor row_tokens, Tensor fields, Tensor error)")
 
 }  // namespace
 }  // namespace dparallel

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..arguments import whole
 from ..decoding.settings import drawn_seed
-from ..models import traits
+from ..models import check_diffusion, traits
 from ..ops import row_stats
 from ..ops.inputs import check_sampling
 from .logits import logits_of
@@ -108,6 +108,7 @@ def diffusion_generate(
     temperature = option("temperature", temperature, 0.0)
     top_p, top_k = option("top_p", top_p, None), option("top_k", top_k, None)
     temperature = check_sampling(temperature, top_p, top_k)[0]
+    check_diffusion(model)
     mask = option("mask_token_id", mask_token_id, traits(model).mask_id)
     if mask is None:
         raise ValueError("mask_token_id: the model's config has none, so give one")

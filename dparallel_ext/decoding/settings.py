@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..arguments import whole
-from ..models import Model, Traits, traits
+from ..models import Model, Traits, check_diffusion, traits
 from ..ops.inputs import check_sampling
 from .config import ACTIVE, DecodeConfig, decided
 from .schedule import Schedule, make
@@ -35,8 +35,10 @@ class OfModel(NamedTuple):
 def check_model(config: DecodeConfig, model: Any, cache: str) -> OfModel:
     """What the config says of cache, blocks and mask, by default the model's.
 
-    cache: where the config has none. Raises ValueError naming the field that does not fit the model.
+    cache: where the config has none. Raises ValueError naming the field that does not fit the model, and for
+    an autoregressive model.
     """
+    check_diffusion(model)
     found, cache, refresh = traits(model), config.cache or cache, config.refresh
     causal = found.block_length is not None
     block_length = config.block_length or found.block_length or 32

@@ -8,8 +8,10 @@ from .dream import Dream
 from .fast_dllm import FastDLLM
 from .files import locate
 from .llada import LLaDA
+from .llama import Llama
+from .qwen import Qwen2, Qwen3
 from .sdar import SDAR
-from .traits import fingerprint, max_positions, traits, warn_beyond
+from .traits import check_diffusion, fingerprint, max_positions, traits, warn_beyond
 from .wrappers import for_decoding, own_precision, unwrap
 
 __all__ = [
@@ -19,9 +21,13 @@ __all__ = [
     "FastDLLM",
     "KVCache",
     "LLaDA",
+    "Llama",
     "Model",
     "Output",
+    "Qwen2",
+    "Qwen3",
     "Traits",
+    "check_diffusion",
     "config_of",
     "device_of",
     "fingerprint",

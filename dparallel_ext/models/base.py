@@ -7,7 +7,6 @@ modules by the checkpoint's names; the code here calls them by short names, the 
 
 from __future__ import annotations
 
-import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -20,22 +19,22 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import kept
 from ..cache import AttentionMetadata, KVCache, Span
-from ..ops import block_attention, kv_write, rope_table, varlen_attention
-from . import side_by_side
-from .config import Config, Output, Shape, token_id
+from . import rope, side_by_side
+from .attention import PagedAttention
+from .config import Config, Output, Shape, token_ids
 from .fp8 import Fp8Linear
 from .modules import DROPOUT, Block, Named, RMSNorm, norm_of_sum, rotate
 
 
 class Model(Named):
-    """A masked diffusion language model.
+    """A language model: of masked diffusion, or autoregressive where the family is `causal`.
 
     Every position sees every other; or, where the family is block-causal, those up to the end of its own
-    block. Called on input_ids (B, L) int64 it returns an object with `.logits` (B, L, V), raw, as the
-    Hugging Face model of the same checkpoint does (V: rows of the embedding). `hidden` and `head` are its
-    two halves; `step` is `hidden` for decoding, of chosen positions and against a cache. Built from a
-    config.json's content, it has fresh weights to train, initialised as torch does; `load` and `wrap`
-    fill it with given ones.
+    block; or, where it is causal, those up to itself. Called on input_ids (B, L) int64 it returns an object
+    with `.logits` (B, L, V), raw, as the Hugging Face model of the same checkpoint does (V: rows of the
+    embedding). `hidden` and `head` are its two halves; `step` is `hidden` for decoding, of chosen positions
+    and against a cache. Built from a config.json's content, it has fresh weights to train, initialised as
+    torch does; `load` and `wrap` fill it with given ones.
 
     Raises ValueError naming the config key that is missing or asks for what is not implemented.
     """
@@ -44,6 +43,8 @@ class Model(Named):
     """Our name of a module -> the checkpoint's; `{}` stands for the layer."""
     shift: ClassVar[bool] = False
     """The logits for position p are produced at position max(p - 1, 0)."""
+    causal: ClassVar[bool] = False
+    """Position p sees the positions up to p, and its logits are for position p + 1."""
     strict: ClassVar[frozenset[str]] = frozenset()
     """The selectors by which this family's published decoder commits beyond the threshold, not at it."""
     sub_block_length: ClassVar[int | None] = None
@@ -63,13 +64,14 @@ class Model(Named):
         published = self.released_mask_id(s.rows)
         if config.get("mask_token_id") is None and published is not None:
             self.config["mask_token_id"] = published
-        self.mask_id = token_id(self.config, "mask_token_id", s.rows)
-        self.eos_id = token_id(self.config, "eos_token_id", s.rows)
+        self.mask_id = next(iter(token_ids(self.config, "mask_token_id", s.rows)), None)
+        self.eos_ids = token_ids(self.config, "eos_token_id", s.rows)
+        self.eos_id = next(iter(self.eos_ids), None)
         self.embed = nn.Embedding(s.rows, s.width)
         names = {o: t.removeprefix(layer + "{}.") for o, t in self.NAMES.items() if "{}" in t}
         self.blocks = nn.ModuleList(Block(s, names) for _ in range(s.layers))
         self.norm = RMSNorm(s)
-        self.lm_head = nn.Linear(s.width, s.rows, bias=s.bias and not s.tied)
+        self.lm_head = nn.Linear(s.width, s.rows, bias=s.head_bias and not s.tied)
         self.tie()
         self.checkpointing: dict[str, Any] | None = None
         self._rope: tuple[Tensor, Tensor] | None = None
@@ -87,7 +89,7 @@ class Model(Named):
             shape = cls.read_config(config)
         except KeyError as error:
             raise ValueError(f"config: {error} is missing") from error
-        token_id(config, "eos_token_id", shape.rows)
+        token_ids(config, "eos_token_id", shape.rows)
         return shape
 
     @classmethod
@@ -157,13 +159,16 @@ class Model(Named):
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Hidden states (B, L, width) after the final norm, of whole sequences input_ids (B, L).
 
-        attention_mask (B, L), bool or whole numbers, is 0 where a position is padding, that none shall see.
+        attention_mask (B, L), bool or whole numbers, is 0 where a position is padding, on either side, that
+        none shall see. Positions are counted from the first column, padding or not: rotary embeddings tell
+        only how far apart two are.
 
         Raises TypeError or ValueError for ids of a wrong type, shape or (on the CPU, where looking
         costs no synchronisation) range.
         """
         self._check(input_ids, 2)
         s, visible = self.shape, self._visible(input_ids, attention_mask)
+        triangle = self.causal and visible is None
         x = self.embed(input_ids)
         rope_dtype = torch.promote_types(x.dtype, torch.float32) if s.rope_in_float32 else x.dtype
         cos, sin = (t[: x.shape[1], None].to(rope_dtype) for t in self._rope_of(x.shape[1]))
@@ -172,7 +177,9 @@ class Model(Named):
             q, k = (rotate(t.to(rope_dtype), cos, sin).to(v.dtype) for t in (q, k))
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             grouped = s.kv_heads != s.heads
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=visible, is_causal=triangle, enable_gqa=grouped
+            )
             return y.transpose(1, 2)
 
         checkpointing = self.checkpointing if self.training else None
@@ -186,11 +193,20 @@ class Model(Named):
                 x = block(x, attend)
         return self.norm(x)
 
-    def step(self, input_ids: Tensor, kv_cache: KVCache, metadata: AttentionMetadata) -> Tensor:
+    def step(
+        self,
+        input_ids: Tensor,
+        kv_cache: KVCache,
+        metadata: AttentionMetadata,
+        *,
+        tap: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
         """Hidden states (N, width) after the final norm, of the packed tokens input_ids (N,) of `metadata`.
 
         Their keys and values are written to the cache in place, and attention reads it, so it belongs under
         `torch.no_grad` or `inference_mode`.
+
+        tap: is called after each layer with its number and the residual stream (N, width) behind it.
 
         Raises TypeError or ValueError as `hidden` does.
         """
@@ -199,44 +215,16 @@ class Model(Named):
             raise ValueError(
                 f"input_ids: expected ({len(metadata.positions)},), got {tuple(input_ids.shape)}"
             )
-        write = functools.partial(
-            kv_write, positions=metadata.positions, cos=kv_cache.rope[0], sin=kv_cache.rope[1]
-        )
-        some_whole = len(metadata.seqused_k) > 0
-        if some_whole:
-            nowhere = torch.full_like(metadata.slot_mapping, -1)
-            cu_seqlens, seqused_k = metadata.cu_seqlens.int(), metadata.seqused_k.int()
         x, delta = self.embed(input_ids), None
+        attention = PagedAttention(kv_cache, metadata)
         for layer, block in enumerate(self.blocks):
-            keys, values = kv_cache.layer(layer)
-
-            def attend(
-                q: Tensor, k: Tensor, v: Tensor, keys: Tensor = keys, values: Tensor = values
-            ) -> Tensor:
-                write(q, k, v, keys, values, slot_mapping=metadata.slot_mapping)
-                of_whole = None
-                if some_whole:
-                    write(k, v, v, keys, values, slot_mapping=nowhere)  # rotates k in place, and that is all
-                    of_whole = varlen_attention(q, k, v, cu_seqlens, seqused_k, max_seqlen=metadata.max_q_len)
-                    if not len(metadata.kv_lens):
-                        return of_whole
-                y = block_attention(
-                    q,
-                    keys,
-                    values,
-                    metadata.kv_lens,
-                    block_table=metadata.block_table,
-                    q_start=metadata.q_start,
-                    q_end=metadata.q_end,
-                    max_q_len=metadata.max_q_len,
-                    max_kv_len=metadata.max_kv_len,
-                )
-                return y if of_whole is None else of_whole.add_(y)  # each is zero where the other is not
-
+            attend = attention.layer(layer)
             if side_by_side.plain(block, Block):
                 x, delta = block.layers(x, delta, attend)
             else:
                 x, delta = block(x if delta is None else x + delta, attend), None
+            if tap is not None:
+                tap(layer, x if delta is None else x + delta)
         return norm_of_sum(self.norm, x, delta)[1]
 
     def spans(
@@ -244,8 +232,11 @@ class Model(Named):
     ) -> list[Span]:
         """Positions [start, end) of sequence `row`, which has `length`, with what each may see.
 
-        Block-causal models see by blocks of `block_length`, by default their own.
+        Block-causal models see by blocks of `block_length`, by default their own. Of a causal model it is one
+        span that sees [0, end), whose positions see up to themselves.
         """
+        if self.causal:
+            return [Span(row, start, end, end)] if start < end else []
         if self.block_length is None:
             return [Span(row, start, end, length)] if start < end else []
         size = block_length or self.block_length
@@ -364,17 +355,18 @@ class Model(Named):
             rows = max(64, 2 ** (length - 1).bit_length()) if length else 64
             # An inference tensor, kept, would break a later training pass.
             with torch.inference_mode(False), torch.no_grad():
-                self._rope = rope_table(rows, self.shape.head_dim, self.shape.rope_theta, device=self.device)
+                s = self.shape
+                self._rope = rope.table(rows, s.head_dim, s.rope_theta, s.rope_scaling, self.device)
         return self._rope
 
     def _visible(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """What attention takes for a mask, (B or 1, 1, 1 or L, L) bool, or None."""
-        causal = None
+        earlier, position = None, torch.arange(input_ids.shape[1], device=input_ids.device)
         if self.block_length is not None:
-            block = torch.arange(input_ids.shape[1], device=input_ids.device) // self.block_length
-            causal = (block[:, None] >= block)[None, None]
+            block = position // self.block_length
+            earlier = (block[:, None] >= block)[None, None]
         if attention_mask is None:
-            return causal
+            return earlier  # None of a causal model too: attention needs no mask to leave out what is later
         if attention_mask.shape != input_ids.shape or attention_mask.is_floating_point():
             raise ValueError(
                 f"attention_mask: expected bool or whole numbers {tuple(input_ids.shape)} as input_ids, "
@@ -385,7 +377,10 @@ class Model(Named):
         if on_cpu and visible.numel() and not bool(visible.any(1).all()):
             raise ValueError("attention_mask: expected a visible position in every row")
         visible = visible[:, None, None]
-        return visible if causal is None else visible & causal
+        if self.causal:
+            # Padding in front of a sequence sees itself: for a row that sees nothing some kernels give NaN.
+            return visible & (position[:, None] >= position) | (position[:, None] == position)
+        return visible if earlier is None else visible & earlier
 
     def _check(self, input_ids: Tensor, ndim: int) -> None:
         if not isinstance(input_ids, Tensor):

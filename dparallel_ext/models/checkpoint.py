@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from .. import backends
 from . import files, side_by_side
 from .base import Model
-from .config import Shape
+from .config import Shape, token_ids
 from .dream import Dream
 from .fast_dllm import FastDLLM
 from .llada import LLaDA
+from .llama import Llama
+from .qwen import Qwen2, Qwen3
 from .sdar import SDAR
 from .wrappers import ADAPTED_LAYERS, classes, for_decoding, unwrap
 
@@ -31,6 +33,9 @@ FAMILIES: dict[str, type[Model]] = {
     "Dream": Dream,
     "sdar": SDAR,
     "Fast_dLLM_Qwen": FastDLLM,
+    "llama": Llama,
+    "qwen2": Qwen2,
+    "qwen3": Qwen3,
 }
 """config.json's model_type -> the family that reads it."""
 
@@ -49,7 +54,8 @@ def load(
     `device` (default: CPU) and `dtype` (default: as stored). The model comes in evaluation mode. `fuse`: as
     `Model.fuse` would leave it, each tensor read to its place; default: unless on the CPU. `mask_id`: instead
     of the checkpoint's, which is that of config.json, generation_config.json or the tokenizer's files, else
-    the one that the released checkpoints of its family have.
+    the one that the released checkpoints of its family have; of a causal model that of config.json alone.
+    The model's `eos_ids` are those of config.json, then those of generation_config.json.
 
     Raises:
         FileNotFoundError: naming what is not there.
@@ -63,9 +69,11 @@ def load(
     source = f"path: {directory}"
     config, shape = config_of(directory)
     files.refuse_quantised(config, (), source)
-    mask_id = _mask_id(mask_id, directory, shape.rows)
+    if mask_id is not None or not _family(config, source).causal:
+        mask_id = _mask_id(mask_id, directory, shape.rows)
     if mask_id is not None:
         config["mask_token_id"] = mask_id
+    _add_ends(config, files.end_token_ids(directory), shape.rows, f"{source}: generation_config.json")
     backends.warn_without_kernels(place)
     fuse = place.type != "cpu" if fuse is None else fuse
     with ExitStack() as opened:
@@ -98,6 +106,16 @@ def _mask_id(given: int | None, directory: Path, rows: int) -> int | None:
     if found is not None and (type(found) is not int or not 0 <= found < rows):
         raise ValueError(f"{name}: expected an id below {rows}, got {found!r}")
     return found
+
+
+def _add_ends(config: dict[str, Any], more: Iterable[int], rows: int, source: str) -> None:
+    """Let the config's eos_token_id be its own ids, then those of `more` that it lacks."""
+    own = token_ids(config, "eos_token_id", rows)
+    ends = list(dict.fromkeys([*own, *more]))
+    if any(one >= rows for one in ends):
+        raise ValueError(f"{source}: eos_token_id={ends!r:.80}, expected ids below {rows}")
+    if len(ends) > len(own):
+        config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
 
 
 def device_of(device: torch.device | str | None) -> torch.device:
@@ -152,12 +170,14 @@ def wrap(hf_model: nn.Module) -> Model:
         for name, p in given.items()
     ]
     content = dict(config if isinstance(config, Mapping) else config.to_dict())
+    generation, source = getattr(hf_model, "generation_config", None), f"hf_model: {type(hf_model).__name__}"
     if content.get("mask_token_id") is None:
-        content["mask_token_id"] = getattr(
-            getattr(hf_model, "generation_config", None), "mask_token_id", None
-        )
-    files.refuse_quantised(content, given, f"hf_model: {type(hf_model).__name__}")
-    model = _assemble(content, tensors, f"hf_model: {type(hf_model).__name__}", mixed=True)
+        content["mask_token_id"] = getattr(generation, "mask_token_id", None)
+    files.refuse_quantised(content, given, source)
+    rows = _family(content, source).shape_of(content).rows
+    ends = token_ids({"eos_token_id": getattr(generation, "eos_token_id", None)}, "eos_token_id", rows)
+    _add_ends(content, ends, rows, source)
+    model = _assemble(content, tensors, source, mixed=True)
     for name, module in adapted.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)
@@ -243,6 +263,8 @@ class Offer(NamedTuple):
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 """What is read, by the names of safetensors."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+TABLES = ".rotary_emb.inv_freq"
+"""The end of the names of tensors that checkpoints of Llama 1 and 2 hold, and config.json says again."""
 
 
 def _family(config: Mapping[str, Any], source: str) -> type[Model]:
@@ -285,9 +307,10 @@ def _assemble(
         both = " and ".join(f"{name} {kind}" for kind, name in sorted(kinds.items())[:2])
         faults.append(f"{both}, expected tensors of one type; the argument dtype makes them so")
     faults += [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
-    faults += [f"{name:.200} is unexpected" for name in sorted(found.keys() - known)]
+    extra = {name for name in found.keys() - known if not name.endswith(TABLES)}
+    faults += [f"{name:.200} is unexpected" for name in sorted(extra)]
     if faults:
-        files.refuse_quantised(config, found.keys() - known, source)
+        files.refuse_quantised(config, extra, source)
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(f"{source} does not fit {family.__name__}: {'; '.join(faults[:5])}{more}")
     places = side_by_side.Places(model.groups() if fuse else ())

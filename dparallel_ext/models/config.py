@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from . import files
+from .rope import RopeScaling
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,12 @@ class Shape:
     vocab_size: int
     eps: float
     rope_theta: float
+    rope_scaling: RopeScaling | None = None
     rope_in_float32: bool = True
     qkv_bias: bool = False
-    bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
     norm_bias: bool = False
     tied: bool = False
     logit_scale: float = 1.0
@@ -68,13 +72,13 @@ class Config(dict[str, Any]):
         return dict(self)
 
 
-def token_id(config: Mapping[str, Any], key: str, rows: int) -> int | None:
-    """The id, or the first of several, as eos_token_id may be. Raises ValueError naming the key."""
+def token_ids(config: Mapping[str, Any], key: str, rows: int) -> tuple[int, ...]:
+    """The id, or several, as eos_token_id may be; none where it is null. Raises ValueError naming the key."""
     given = config.get(key)
     several: list[Any] = given if isinstance(given, list) and given else [given]
     if given is not None and not all(type(one) is int and 0 <= one < rows for one in several):
         raise ValueError(f"config: {key}={given!r:.80}, expected an id below {rows} or null")
-    return several[0]
+    return () if given is None else tuple(several)
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ class Traits:
     """Of block-causal models."""
     sub_block_length: int | None = None
     """The part of a block that its published decoder fills at a time; None: all of it."""
+    causal: bool = False
+    """Autoregressive: position p sees the positions up to p, and its logits are for position p + 1."""
 
 
 @dataclass

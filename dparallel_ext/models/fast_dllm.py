@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from .base import Model
 from .config import Shape
-from .dream import QWEN_NAMES
+from .llama import LLAMA_NAMES
 from .sdar import block_causal_shape
 
 
@@ -39,7 +39,7 @@ class FastDLLM(Model):
     strict = frozenset({"confidence"})
     sub_block_length: ClassVar[int] = 8
     published_mask_id = 151665
-    NAMES: ClassVar[dict[str, str]] = QWEN_NAMES
+    NAMES: ClassVar[dict[str, str]] = LLAMA_NAMES
 
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> Shape:

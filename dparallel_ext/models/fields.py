@@ -60,19 +60,22 @@ NO = Field(bool, False)
 """With the bounds above, no product of sizes overflows, and the modules of a senseless config are few."""
 
 
-def read(config: Mapping[str, Any], table: Mapping[str, Field]) -> dict[str, Any]:
-    """The values of the table's keys. Raises ValueError naming a key that is missing or not of its kind."""
-    found = {}
+def read(config: Mapping[str, Any], table: Mapping[str, Field], within: str | None = None) -> dict[str, Any]:
+    """The values of the table's keys. Raises ValueError naming a key that is missing or not of its kind.
+
+    within: the key of the config.json whose object `config` is.
+    """
+    found, where = {}, "config" if within is None else f"config: {within}"
     for key, field in table.items():
         value = config.get(key)
         if value is None and key in config and field.kind is bool and field.default is not None:
             value = False  # as null is to the published code
         elif value is None:
             if field.default is ...:
-                raise ValueError(f"config: {key!r} is {'null' if key in config else 'missing'}")
+                raise ValueError(f"{where}: {key!r} is {'null' if key in config else 'missing'}")
             value = field.default
         elif not field.accepts(value):
-            raise ValueError(f"config: {key}={value!r:.80}, expected {field}")
+            raise ValueError(f"{where}: {key}={value!r:.80}, expected {field}")
         found[key] = float(value) if field.kind is float and value is not None else value
     return found
 

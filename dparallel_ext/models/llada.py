@@ -87,7 +87,9 @@ class LLaDA(Model):
             rope_theta=c["rope_theta"],
             rope_in_float32=bool(c["rope_full_precision"]),
             qkv_bias=bool(c["include_qkv_bias"] or bias),
-            bias=bool(bias),
+            o_bias=bool(bias),
+            mlp_bias=bool(bias),
+            head_bias=bool(bias),
             norm_bias=bool(bias if norm_bias is None else norm_bias),  # null: as include_bias
             tied=bool(c["weight_tying"]),
             logit_scale=width**-0.5 if c["scale_logits"] else 1.0,

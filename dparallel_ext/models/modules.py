@@ -109,11 +109,11 @@ class Block(Named):
         if s.qk_norm:
             self.q_norm = RMSNorm(s, s.head_dim)
             self.k_norm = RMSNorm(s, s.head_dim)
-        self.o = nn.Linear(s.heads * s.head_dim, s.width, bias=s.bias)
+        self.o = nn.Linear(s.heads * s.head_dim, s.width, bias=s.o_bias)
         self.norm2 = RMSNorm(s)
-        self.gate = nn.Linear(s.width, s.mlp_width, bias=s.bias)
-        self.up = nn.Linear(s.width, s.mlp_width, bias=s.bias)
-        self.down = nn.Linear(s.mlp_width, s.width, bias=s.bias)
+        self.gate = nn.Linear(s.width, s.mlp_width, bias=s.mlp_bias)
+        self.up = nn.Linear(s.width, s.mlp_width, bias=s.mlp_bias)
+        self.down = nn.Linear(s.mlp_width, s.width, bias=s.mlp_bias)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """x (..., width) -> (..., width)"""

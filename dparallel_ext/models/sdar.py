@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from . import fields
 from .base import Model
 from .config import Shape
-from .dream import QWEN_NAMES, qwen_shape
+from .dream import diffusion_shape
+from .qwen import QWEN3_NAMES
 
 
 class SDAR(Model):
@@ -18,11 +19,7 @@ class SDAR(Model):
 
     strict = frozenset({"confidence"})
     published_mask_id = 151669
-    NAMES: ClassVar[dict[str, str]] = {
-        **QWEN_NAMES,
-        "q_norm": "model.layers.{}.self_attn.q_norm",
-        "k_norm": "model.layers.{}.self_attn.k_norm",
-    }
+    NAMES: ClassVar[dict[str, str]] = QWEN3_NAMES
 
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> Shape:
@@ -36,4 +33,4 @@ def block_causal_shape(config: Mapping[str, Any], key: str, default: int, **more
     `default`: the published one.
     """
     blocks = fields.read(config, {key: replace(fields.BLOCK_LENGTH, default=default)})
-    return qwen_shape(config, block_length=blocks[key], **more)
+    return diffusion_shape(config, block_length=blocks[key], **more)

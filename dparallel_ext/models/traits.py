@@ -31,7 +31,14 @@ def traits(model: Any) -> Traits:
     if (own := said(inner)) is not None:
         return own
     if isinstance(inner, Model):
-        return Traits(inner.mask_id, inner.shift, inner.strict, inner.block_length, inner.sub_block_length)
+        return Traits(
+            inner.mask_id,
+            inner.shift,
+            inner.strict,
+            inner.block_length,
+            inner.sub_block_length,
+            inner.causal,
+        )
     if not callable(inner):
         raise ValueError(f"model: expected a module or function, got {type(inner).__name__}")
     config = getattr(inner, "config", None)
@@ -41,14 +48,15 @@ def traits(model: Any) -> Traits:
     mask_id, block_length = next((one for one in given if one is not None), None), None
     if family is FastDLLM:  # block-causal whenever it is called, unlike SDAR, whose mask its caller makes
         block_length = getattr(config, "bd_size", None) or 32
-    found = Traits(mask_id, family.shift, family.strict, block_length, family.sub_block_length)
+    found = Traits(mask_id, family.shift, family.strict, block_length, family.sub_block_length, family.causal)
     for name, part in _held(inner, known=family is not Model):
         inside = traits(part)
         if replace(inside, mask_id=None) != replace(found, mask_id=None):
             raise ValueError(
                 f"model: {type(inner).__name__} holds a {type(part).__name__} as {name}, and whether its own "
-                "logits are shifted or block-causal as the inner model's is not known. Pass the inner model, "
-                f"or say it: model.traits = dparallel_ext.models.traits(model.{name})"
+                "logits are shifted or block-causal, or causal, as the inner model's is not known. Pass the "
+                f"inner model, or say it: model.traits = dparallel_ext.models.traits(model.{name}), or other "
+                "dparallel_ext.models.Traits"
             )
         found = inside if found.mask_id is None else found
     return found
@@ -65,12 +73,26 @@ def _held(model: Any, known: bool) -> Iterator[tuple[str, Any]]:
             yield name, part
 
 
+def check_diffusion(model: Any) -> None:
+    """Raise ValueError for a model that is no masked diffusion model but autoregressive."""
+    if traits(model).causal:
+        inner = unwrap(model)
+        other = " If it was made to see both ways, say so: model.traits = dparallel_ext.models.Traits(...)"
+        raise ValueError(
+            f"model: {type(inner).__name__} is autoregressive, and this is for masked diffusion models; "
+            f"dparallel_ext.speculate decodes it.{'' if isinstance(inner, Model) else other}"
+        )
+
+
 def max_positions(model: Any) -> int | None:
     """The positions that the model was made for, by its config; None where the config does not say."""
-    config = getattr(unwrap(model), "config", None)
+    inner = unwrap(model)
+    config = getattr(inner, "config", None)
     content = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
     keys = ("max_sequence_length", "max_position_embeddings")
-    return min((content[key] for key in keys if isinstance(content.get(key), int)), default=None)
+    most = min((content[key] for key in keys if isinstance(content.get(key), int)), default=None)
+    scaling = inner.shape.rope_scaling if isinstance(inner, Model) else None
+    return most if most is None or scaling is None else max(most, int(scaling.positions))
 
 
 _FINGERPRINTS: weakref.WeakKeyDictionary[Model, str] = weakref.WeakKeyDictionary()

@@ -5,6 +5,7 @@ for torch.compile. Their float64 twins are in `dparallel_ext.reference`.
 """
 
 from . import no_gradient as _no_gradient  # noqa: F401  (registers what a backward pass meets)
+from .accept import accept
 from .block_attention import block_attention
 from .certainty_forcing_loss import CertaintyForcingLoss, certainty_forcing_loss
 from .commit import commit_
@@ -23,6 +24,7 @@ from .varlen_attention import varlen_attention
 
 __all__ = [
     "CertaintyForcingLoss",
+    "accept",
     "block_attention",
     "certainty_forcing_loss",
     "check_errors",

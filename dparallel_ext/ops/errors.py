@@ -37,6 +37,11 @@ def named_row(at: int) -> str:
     return f"row {at}"
 
 
+def lane_row(at: int) -> str:
+    """Of `accept`: lane * 2^31 + row, so also in csrc/include/dparallel/accept.h."""
+    return f"row {at & 0x7FFFFFFF} of lane {at >> 31}"
+
+
 class Errors:
     """What the launches of one stream have found bad, on the device until it is read.
 

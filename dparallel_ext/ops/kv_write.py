@@ -15,13 +15,25 @@ from .inputs import check_caches, check_heads, expect, within
 
 
 def rope_table(
-    length: int, head_dim: int, theta: float = 10000.0, *, device: torch.device | str | None = None
+    length: int,
+    head_dim: int,
+    theta: float = 10000.0,
+    *,
+    inv_freq: Tensor | None = None,
+    device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, head_dim / 2) float32 of position / theta^(2 i / head_dim) (arXiv 2104.09864)."""
+    """cos and sin (length, head_dim / 2) float32 of position / theta^(2 i / head_dim) (arXiv 2104.09864).
+
+    inv_freq: (head_dim / 2,) float32, by which positions are multiplied instead: frequencies that are scaled.
+    """
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"head_dim: expected an even number >= 2, got {head_dim}")
-    even = torch.arange(0, head_dim, 2, device=device).float()
-    angle = torch.outer(torch.arange(length, device=device).float(), 1.0 / theta ** (even / head_dim))
+    if inv_freq is None:
+        inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
+    else:
+        expect("inv_freq", inv_freq, (head_dim // 2,), torch.float32)
+        inv_freq = inv_freq.to(device)
+    angle = torch.outer(torch.arange(length, device=device).float(), inv_freq)
     return angle.cos(), angle.sin()
 
 

@@ -19,9 +19,16 @@ def has_varlen(like: Tensor) -> bool:
 
 
 def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seqused_k: Tensor, *, max_seqlen: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    seqused_k: Tensor,
+    *,
+    max_seqlen: int,
+    causal: bool = False,
 ) -> Tensor:
-    """Attention of packed sequences, each to itself, in both directions: torch's FlashAttention.
+    """Attention of packed sequences, each to itself: torch's FlashAttention.
 
     Each sequence's result has the same bits as alone, in every run: no block of threads computes rows of two
     sequences, the head size alone decides the tiles, and the keys are never split (torch does that for single
@@ -36,11 +43,12 @@ def varlen_attention(
             [cu_seqlens[s], cu_seqlens[s + 1]).
         seqused_k: (S,) int32, how many of its rows, the first ones, it sees; where none, it comes out zero.
         max_seqlen: at least the rows of the longest one, which shapes the launch.
+        causal: a row sees those up to its own; otherwise, both directions.
 
     Returns:
         As q.
     """
     out: Tensor = torch.ops.aten._flash_attention_forward(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, False, False, seqused_k=seqused_k
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, causal, False, seqused_k=seqused_k
     )[0]
     return out

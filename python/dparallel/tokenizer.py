@@ -9,7 +9,7 @@ from dparallel_ext.models import files
 
 QWEN2 = {"Qwen2Tokenizer", "Qwen2TokenizerFast", "DreamTokenizer"}
 """The tokenizer_class of what `qwen2` builds: Dream's remote code is Qwen2's tokenizer by another name."""
-QWEN2_FAMILIES = {"Dream", "sdar", "Fast_dLLM_Qwen"}
+QWEN2_FAMILIES = {"Dream", "sdar", "Fast_dLLM_Qwen", "qwen2", "qwen3"}
 """The model_type that stands for it where no tokenizer_class is given."""
 ANY_TEXT = "a \n\U0010ffff"
 """With a sign that no vocabulary has."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import LEVELS, Attack, assert_stats_close, layouts
 from ops import test_op_inputs as inputs
+from ops.test_accept import forest
 from ops.test_unmask import windows_of
 from torch import Tensor
 
@@ -238,6 +239,32 @@ def commit_(rng: random.Random) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def accept(rng: random.Random) -> None:
+    dtype, vocab = rng.choice(DTYPES), rng.choice(VOCABULARIES)
+    lanes, most = rng.randrange(5), rng.choice([1, 3, 20])
+    rows = lanes * most
+    special = (math.inf, -math.inf, torch.finfo(dtype).max, math.nan)
+    logits = numbers(rng, dtype, rows, vocab, special=special)
+    settings: dict[str, Any] = {"max_q_len": rng.choice([None, most])}
+    if rng.random() < 0.5:
+        settings["mask_id"] = rng.randrange(vocab)
+    if rng.random() < 0.5:
+        settings["suppress"] = strided(rng, whole(rng, 0, vocab, rng.randrange(3)))
+    if rng.random() < 0.5:
+        settings["room"] = strided(rng, whole(rng, 0, most + 2, lanes))
+    if rng.random() < 0.5:
+        settings["eos_ids"] = strided(rng, whole(rng, -1, vocab, lanes, rng.randrange(3)))
+    trees = forest(rng, dx.row_stats(logits, check=False).token, lanes, most)
+    found = dx.accept(strided(rng, logits), *(strided(rng, t) for t in trees), check=False, **settings)
+    expected = reference.accept(logits, *trees, **settings)
+    for name in ("count", "path", "tokens", "ended", "error"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    read = expected.stats.token >= 0
+    for name, a, b in zip(found.stats._fields, found.stats, expected.stats, strict=True):
+        if a is not None and b is not None:
+            assert_stats_close(a[read], b[read], name)
+
+
 def certainty_forcing_loss(rng: random.Random) -> None:
     dtype, vocab = rng.choice((*DTYPES, torch.float64)), rng.choice(VOCABULARIES)
     lead = rng.choice([(), (0,), (4,), (2, 3), (2, 0), (2, 1, 2)])
@@ -422,8 +449,8 @@ def fp8_linear(rng: random.Random) -> None:
 
 
 TWINS: list[Callable[[random.Random], None]] = [
-    row_stats, row_topk, select, unmask_, commit_, certainty_forcing_loss, kv_write, kv_move, block_attention,
-    rms_norm, swiglu, fp8_linear,
+    row_stats, row_topk, select, unmask_, commit_, accept, certainty_forcing_loss, kv_write, kv_move,
+    block_attention, rms_norm, swiglu, fp8_linear,
 ]  # fmt: skip
 
 
@@ -441,6 +468,7 @@ INDICES = {
     "row_topk": ("rows", "suppress"),
     "unmask_": ("suppress", "positions", "lane"),
     "commit_": ("positions", "lane"),
+    "accept": ("q_start", "q_end", "suppress"),
     "kv_write": ("positions", "slot_mapping"),
     "kv_move": ("source", "target"),
     "block_attention": ("q_start", "q_end", "kv_lens", "block_table"),

@@ -23,7 +23,7 @@ from dparallel_ext.decoding import batch as batches
 from dparallel_ext.decoding import runner
 from dparallel_ext.decoding.graphs import Graphs
 from dparallel_ext.engine.core import EngineCore
-from dparallel_ext.models import base
+from dparallel_ext.models import attention
 
 pytest_plugins = ["taping"]
 
@@ -331,7 +331,7 @@ def test_most_passes_of_an_engine_are_replayed(
     """64 requests of all lengths in 16 lanes; of a model whose every pass is recorded, and of a large one;
     also where long sequences attend to themselves, as on a GPU."""
     monkeypatch.setattr(caches, "has_varlen", lambda like: varlen)
-    monkeypatch.setattr(base, "varlen_attention", lambda q, *args, **settings: q.clone())
+    monkeypatch.setattr(attention, "varlen_attention", lambda q, *args, **settings: q.clone())
     if rows is not None:
         monkeypatch.setattr(runner, "recorded_rows", lambda model: rows)
         share = 0.55

@@ -18,7 +18,7 @@ from dparallel_ext import cache as caches
 from dparallel_ext import models
 from dparallel_ext.cache import GRAPH_BUCKETS, AttentionMetadata, Span
 from dparallel_ext.decoding.graphs import CudaRecorder, Graphs
-from dparallel_ext.models import base
+from dparallel_ext.models import attention
 from dparallel_ext.ops.varlen_attention import has_varlen, varlen_attention
 
 pytest_plugins = ["taping"]
@@ -28,7 +28,14 @@ LONG = 24
 
 
 def by_a_mask(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seqused_k: Tensor, *, max_seqlen: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    seqused_k: Tensor,
+    *,
+    max_seqlen: int,
+    causal: bool = False,
 ) -> Tensor:
     """`varlen_attention`, on any device, without a look at a number."""
     row = torch.arange(len(q), device=q.device)
@@ -50,7 +57,14 @@ def short(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     own = varlen_attention
 
     def called(
-        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seqused_k: Tensor, *, max_seqlen: int
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        seqused_k: Tensor,
+        *,
+        max_seqlen: int,
+        causal: bool = False,
     ) -> Tensor:
         calls.append((len(q), len(seqused_k) == 2))
         if q.is_cuda:
@@ -58,7 +72,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
         return by_a_mask(q, k, v, cu_seqlens, seqused_k, max_seqlen=max_seqlen)
 
     monkeypatch.setattr(caches, "WHOLE", LONG)
-    monkeypatch.setattr(base, "varlen_attention", called)
+    monkeypatch.setattr(attention, "varlen_attention", called)
     monkeypatch.setattr(caches, "has_varlen", lambda like: not like.is_cuda or has_varlen(like))
     return calls
 
@@ -235,7 +249,7 @@ def test_the_kernels_of_a_full_pass(
         return made
 
     monkeypatch.setattr(CudaRecorder, "record", kept)
-    monkeypatch.setattr(base, "varlen_attention", lambda q, *args, **settings: q.clone())
+    monkeypatch.setattr(attention, "varlen_attention", lambda q, *args, **settings: q.clone())
     found = []
     for layers in (1, 2):
         model = tiny("llada", layers).to(torch.bfloat16).fuse()

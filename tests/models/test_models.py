@@ -474,10 +474,11 @@ def test_unreadable(tmp_path: Path) -> None:
         models.load(tmp_path, dtype=torch.int8)
 
 
-@pytest.mark.parametrize("model_type", ["llama", None, "dream"])
+@pytest.mark.parametrize("model_type", ["mamba", None, "dream"])
 def test_unknown_model_type(model_type: str | None, tmp_path: Path) -> None:
     path = write(tmp_path, config_of("llada_tiny_a", model_type=model_type), {})
-    message = rf"model_type {model_type!r} is none of \['llada', 'Dream', 'sdar', 'Fast_dLLM_Qwen'\]"
+    known = r"\['llada', 'Dream', 'sdar', 'Fast_dLLM_Qwen', 'llama', 'qwen2', 'qwen3'\]"
+    message = rf"model_type {model_type!r} is none of {known}"
     with pytest.raises(ValueError, match=message):
         models.load(path)
 

@@ -224,11 +224,11 @@ def test_nothing_to_do(shape: tuple[int, ...]) -> None:
 @everywhere
 def test_opcheck() -> None:
     q, k, v, a = case(1, torch.float32, [5, 30], 2, 2, 16, 8)
+    a = restricted("tree", 1, a)
     ragged = (a["q_start"], a["q_end"], a["kv_lens"], a["block_table"], len(q), 64)
-    given = (q.contiguous(), k, v, *ragged, 0.25)
-    ancestors = torch.ones(len(q), 1, dtype=torch.int64, device=q.device)
-    for restriction in ((False, None), (False, ancestors)):
-        torch.library.opcheck(torch.ops.dparallel.block_attention, (*given, *restriction))
+    for restriction in ((False, None), (False, a["ancestors"]), (True, None)):
+        given = (q.contiguous(), k, v, *ragged, 0.25, *restriction)
+        torch.library.opcheck(torch.ops.dparallel.block_attention, given)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,11 @@ def examples(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
             tokens.clone(), torch.tensor([0, 2, 4]), torch.tensor([True, False, True]),
             torch.tensor([5, 6, 7]), MASK, torch.tensor([1, 0]), start, end, counters(tokens, 4),
         ),
+        "accept": (
+            z.flatten(0, 1), torch.tensor([0, 5, 5, 0, 7, 7]), torch.tensor([-1, 0, 0, -1, 0, 0]),
+            torch.tensor([3, 0]), torch.tensor([6, 3]), torch.tensor([2, 2]), torch.tensor([[5], [5]]), MASK,
+            ids, 0.7, 0.9, 20, torch.arange(24).view(6, 4), 4, counters(z, 8),
+        ),
         "certainty_forcing_loss": of_loss,
         "certainty_forcing_loss_backward": backward,
         "certainty_forcing_loss_backward_": backward,
@@ -110,6 +115,14 @@ def documented(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], dict[s
         "commit_": (dx.commit_, {"tokens": tokens, "positions": torch.tensor([1, 5]),
                                  "commit": torch.tensor([True, False]), "token": torch.tensor([4, MASK]),
                                  "mask_id": MASK, "lane": torch.tensor([1, 0, 1])}),
+        "accept": (dx.accept, {"logits": z.view(6, 40), "draft": torch.full((6,), 7), "mask_id": MASK,
+                               "parent": torch.tensor([-1, 0, 1, -1, 0, 0]), "q_start": torch.tensor([3, 0]),
+                               "q_end": torch.tensor([6, 3]), "room": torch.tensor([2, 2]),
+                               "eos_ids": torch.tensor([[5, 9], [5, 9]])}),
+        "accept of samples": (dx.accept, {"logits": z.view(6, 40), "draft": torch.full((6,), 7),
+                                          "parent": torch.tensor([-1, 0, 1, 2, 3, 4]),
+                                          "q_start": torch.tensor([0]), "q_end": torch.tensor([6]),
+                                          "temperature": 0.5, "keys": torch.arange(24).view(6, 4)}),
         "loss": (loss, {**of_loss, "inplace": False}),
         "loss inplace": (loss, {**of_loss, "inplace": True}),
         "kv_write": (dx.kv_write, {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache,
@@ -240,6 +253,13 @@ OUT_OF_BOUNDS = [
     ),
     ("commit_", 1, [0, 2, 6], r"positions: expected in \[0, 6\), got 6 at 2"),
     ("commit_", 5, [2, 0], r"lane: expected in \[0, 2\), got 2 at 0"),
+    ("accept", 2, [-1, 0, 2, -1, 0, 0], r"parent: expected in \[0, 2\), got 2 at row 2 of lane 1"),
+    ("accept", 3, [3, -1], r"q_start: expected in \[0, 7\), got -1 at 1"),
+    ("accept", 4, [2**62, 3], r"q_end: expected in \[0, 7\), got 4611686018427387904 at 0"),
+    ("accept", 3, [2, 0], r"do not overlap, got \[2, 6\) and \[0, 3\), lanes 0 and 1"),
+    ("accept", 5, [0, -1], "room: expected >= 0, got -1 at 1"),
+    ("accept", 8, [1, 40], r"suppress: expected in \[0, 40\), got 40"),
+    ("accept", 13, 2, "max_q_len: expected at least 3, the rows of lane 0, got 2"),
     ("kv_write", 5, [0, 1, 2, 3, 4, 9], r"positions: expected in \[0, 9\), got 9 at 5"),
     ("kv_write", 5, [0, -(2**62), 2, 3, 4, 5], "positions: expected in"),
     ("kv_write", 6, [0, 1, 2, 3, 4, 16], r"slot_mapping: expected in \[0, 16\), got 16 at 5"),
@@ -450,7 +470,7 @@ def test_a_gradient_that_an_op_does_not_have_is_refused(name: str) -> None:
 
 @everywhere
 def test_functions_refuse_a_gradient() -> None:
-    for name in ("row_stats", "unmask_", "block_attention"):
+    for name in ("row_stats", "unmask_", "accept", "block_attention"):
         function, given = documented(torch.float32)[name]
         which = "q" if name == "block_attention" else "logits"
         leaf = given[which].clone().requires_grad_()

@@ -22,8 +22,8 @@ inline float temperature_in_force(double temperature) {
 // Gumbel-max sampling; temperature 0: none, else one in force.
 struct Sampling {
   float temperature;
-  // row_stats: [count, 4] seed, sequence, position, step of each row.
-  // unmask:    [windows, 3] seed, sequence, step; the position is column + position_offset.
+  // row_stats, accept: [count, 4] seed, sequence, position, step of each row.
+  // unmask: [windows, 3] seed, sequence, step; the position is column + position_offset.
   const int64_t* keys;
   int64_t position_offset;
   double top_p = 1.0;  // see nucleus.h; 1: all
@@ -36,8 +36,9 @@ struct Sampling {
 struct RowOutput {
   int64_t* tokens;  // [2, count]: argmax, sample; -1 where the row was not read
   float* fields;    // [kRowFields, count]; NaN where the row was not read
-  int64_t*
-      error;  // [count] for row_stats, [windows] for unmask: kNoError, or the lowest encode_error
+  // [count] for row_stats, [windows] for unmask, [lanes] for accept: kNoError, or the lowest
+  // encode_error
+  int64_t* error;
 };
 
 // Logits to return as they are, of whatever ids; +inf as the largest number. NaN for an id out of
@@ -132,6 +133,45 @@ struct CommitArgs {
   int64_t* first;      // [windows.count] the column of the first of them, or the window's end
   int64_t* changed;    // [windows.count] tokens that are not what they were
   int64_t* error;      // [1] kNoError, or the lowest encode_error of a position, kRowMask
+};
+
+// A lane has rows [q_start, q_end) of a verify pass: a tree of drafted tokens, its root first, a
+// parent before its children. Lanes share no row, in any order; rows of no lane are not read.
+struct AcceptArgs {
+  Logits logits;          // [count] rows
+  const int64_t* draft;   // [count] the token at each row; that of a root is not looked at
+  const int64_t* parent;  // [count] within the lane; that of a root is not looked at
+  int64_t count;
+  int64_t lanes;
+  const int64_t* q_start;  // [lanes]
+  const int64_t* q_end;    // [lanes]
+  const int64_t* room;     // [lanes] the most tokens that a lane may emit, or null
+  const int64_t* eos_ids;  // [lanes, eos_count]; negative: none
+  int64_t eos_count;
+  // At least the largest q_end - q_start, for outputs that need not ask. On a GPU, rows of a lane
+  // beyond it are as if they were not there.
+  int64_t max_q_len;
+  Exclusions exclusions;
+  Sampling sampling;
+  int64_t* emitted;  // [lanes] tokens
+  int64_t* path;     // [lanes, max_q_len] rows within the lane; -1 behind them
+  int64_t* tokens;   // [lanes, max_q_len] -1 behind them
+  bool* ended;       // [lanes] by an end-of-text id
+  RowOutput output;  // errors are numbered by lane * kLaneRows + row, see accept.h
+
+  // Rows [first, first + count) of a lane, of those that are read. On a GPU nobody has looked: a
+  // lane that is out of bounds has none.
+  struct Rows {
+    int64_t first, count;
+
+    DP_HD bool hold(int64_t row) const { return row >= first && row < first + count; }
+  };
+  DP_HD Rows rows_of(int64_t lane) const {
+    const int64_t first = q_start[lane], last = q_end[lane];
+    if (first < 0 || last > count || first >= last || (room != nullptr && room[lane] <= 0))
+      return {0, 0};
+    return {first, last - first < max_q_len ? last - first : max_q_len};
+  }
 };
 
 // R below: float64 where the logits are, else float32. Rows that are not active are zero in every
@@ -304,6 +344,7 @@ void row_topk(const RowTopkArgs& args, Parallel parallel);
 void select(const SelectArgs& args, Parallel parallel);
 void unmask(const UnmaskArgs& args, Parallel parallel);
 void commit(const CommitArgs& args, Parallel parallel);
+void accept(const AcceptArgs& args, Parallel parallel);
 void certainty_forcing_loss(const LossArgs& args, Parallel parallel);
 void certainty_forcing_loss_backward(const LossBackwardArgs& args, Parallel parallel);
 void kv_write(const KvWriteArgs& args, Parallel parallel);
@@ -330,16 +371,19 @@ struct Workspace {
 int64_t row_stats_scratch(const RowStatsArgs& args);
 int64_t unmask_scratch(const UnmaskArgs& args);
 int64_t select_scratch(const SelectArgs& args);
+int64_t accept_scratch(const AcceptArgs& args);
 int64_t row_stats_counters(const RowStatsArgs& args);
 int64_t row_topk_scratch(const RowTopkArgs& args);
 int64_t row_topk_counters(const RowTopkArgs& args);
 int64_t unmask_counters(const UnmaskArgs& args);
 int64_t commit_counters(const CommitArgs& args);
+int64_t accept_counters(const AcceptArgs& args);
 int row_stats(const RowStatsArgs& args, const Workspace& workspace, void* stream);
 int row_topk(const RowTopkArgs& args, const Workspace& workspace, void* stream);
 int select(const SelectArgs& args, const Workspace& workspace, void* stream);
 int unmask(const UnmaskArgs& args, const Workspace& workspace, void* stream);
 int commit(const CommitArgs& args, const Workspace& workspace, void* stream);
+int accept(const AcceptArgs& args, const Workspace& workspace, void* stream);
 int64_t certainty_forcing_loss_scratch(const LossArgs& args);
 int certainty_forcing_loss(const LossArgs& args, const Workspace& workspace, void* stream);
 int certainty_forcing_loss_backward(const LossBackwardArgs& args, void* stream);

@@ -114,6 +114,7 @@ class CertaintyForcingTrainer(Trainer):
         # The loss is normalised over the whole step here.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
+        dx.models.check_diffusion(model)
         self.traits = dx.models.traits(model)
         if self.traits.mask_id is None:
             raise ValueError("model: its config has no mask_token_id")

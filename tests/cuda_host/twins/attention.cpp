@@ -118,6 +118,7 @@ void block_attention_case() {
   order.resize(segments * width);
   std::vector<bool> seen(pages * page_size);
   int64_t rows = 0, most = 0;
+  const int64_t kind = below(3);  // all slots, causal, or by ancestors
   for (int64_t s = 0; s < segments; ++s) {
     rows += below(3);
     begin.push_back(rows);
@@ -125,6 +126,7 @@ void block_attention_case() {
     end.push_back(rows);
     most = std::max(most, end[s] - begin[s]);
     length.push_back(chance(0.1) ? 0 : longer ? longest : 1 + below(longest));
+    if (kind != 0 && end[s] - begin[s] > length[s]) rows = end[s] = begin[s] + length[s];
     for (int64_t j = 0; j < length[s]; ++j)
       seen[order[s * width + j / page_size] * page_size + j % page_size] = true;
   }
@@ -137,6 +139,20 @@ void block_attention_case() {
   const int64_t stride = group * heads * dim + one_of({0, 0, 8, 3});
   Numbers q(dtype, rows * stride), out(dtype, rows * group * heads * dim);
   Numbers out2(out);
+  for (int64_t s = 0; kind != 0 && s < segments; ++s) {  // what only some of a segment's rows see
+    if (begin[s] == end[s] || !chance(0.3)) continue;
+    const int64_t j = length[s] - 1 - below(end[s] - begin[s]);
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t d = 0; d < dim; ++d) {
+        const int64_t page = order[s * width + j / page_size];
+        keys.set(layout.offset(page, j % page_size, h) + d, NAN);
+        values.set(v_layout.offset(page, j % page_size, h) + d, NAN);
+      }
+  }
+  const int64_t words = (most + 63) / 64 + below(2);
+  std::vector<int64_t> ancestors(rows * words);
+  for (auto& word : ancestors)
+    word = static_cast<int64_t>(engine() & (chance(0.5) ? ~uint64_t{0} : engine()));
   BlockAttentionArgs args{dtype,
                           q.memory.get(),
                           stride,
@@ -155,7 +171,10 @@ void block_attention_case() {
                           most + below(3),
                           longest,
                           static_cast<float>(uniform(0.05, dtype == DType::float32 ? 0.5 : 4)),
-                          out.memory.get()};
+                          out.memory.get(),
+                          kind == 1,
+                          kind == 2 ? ancestors.data() : nullptr,
+                          words};
   cpu::block_attention(args, serial);
   cuda_host::clusters(chance(0.7));  // a device has them or not; sums are of other orders
   const auto launch = [&args](Numbers& to) {

@@ -1,0 +1,84 @@
+// accept on the CPU: read the rows of all lanes, then walk each lane's tree.
+#include "dparallel/accept.h"
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "row_stats.h"
+
+namespace dparallel::cpu {
+namespace {
+
+// choices [rows of the lane].
+void settle(const AcceptArgs& args, int64_t lane, int64_t first,
+            const std::vector<int32_t>& choices) {
+  const auto count = static_cast<int32_t>(choices.size());
+  int64_t* path = args.path + lane * args.max_q_len;
+  int64_t* tokens = args.tokens + lane * args.max_q_len;
+  std::vector<int32_t> follows(count);
+  for (int32_t i = 0; i < count; ++i)
+    follows[i] = without_children(choices[i], args.eos_ids + lane * args.eos_count, args.eos_count);
+  for (int32_t i = 1; i < count; ++i) {
+    const int64_t parent = args.parent[first + i];
+    if (is_chosen(i, parent, args.draft[first + i], choices.data()))
+      follows[parent] = std::min(follows[parent], i);
+  }
+  Path found{0, 0, kPathLeaf};
+  if (count > 0)
+    found = walk_path(follows.data(), args.room ? args.room[lane] : count,
+                      [&](int32_t place, int32_t row) {
+                        path[place] = row;
+                        tokens[place] = choices[row];
+                      });
+  std::fill(path + found.count, path + args.max_q_len, -1);
+  std::fill(tokens + found.count, tokens + args.max_q_len, -1);
+  args.emitted[lane] = found.count;
+  args.ended[lane] = found.ended();
+  args.output.error[lane] = kNoError;
+  if (found.follows == kPathFails)
+    args.output.error[lane] = encode_error(lane * kLaneRows + first + found.last,
+                                           static_cast<RowError>(-choices[found.last]));
+}
+
+}  // namespace
+
+void accept(const AcceptArgs& args, Parallel parallel) {
+  std::vector<int64_t> rows;
+  std::vector<SampleKey> keys;
+  for (int64_t lane = 0; lane < args.lanes; ++lane) {
+    const AcceptArgs::Rows own = args.rows_of(lane);
+    for (int64_t row = own.first; row < own.first + own.count; ++row) {
+      rows.push_back(row);
+      if (!args.sampling.samples()) continue;
+      const int64_t* k = args.sampling.keys + 4 * row;
+      keys.push_back({static_cast<uint64_t>(k[0]), static_cast<uint32_t>(k[1]),
+                      static_cast<uint32_t>(k[2]), static_cast<uint32_t>(k[3])});
+    }
+  }
+  const RowJob job{args.logits,     rows.data(),   static_cast<int64_t>(rows.size()),
+                   args.exclusions, args.sampling, keys.data()};
+  const std::vector<RowAnswer> answers = read_rows(job, parallel);
+
+  std::fill(args.output.tokens, args.output.tokens + 2 * args.count, -1);
+  std::fill(args.output.fields, args.output.fields + kRowFields * args.count,
+            std::numeric_limits<float>::quiet_NaN());
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const RowAnswer& answer = answers[i];
+    if (answer.error == kRowNan) continue;
+    args.output.tokens[rows[i]] = answer.result.token;
+    args.output.tokens[args.count + rows[i]] = answer.result.sample;
+    for (int f = 0; f < kRowFields; ++f)
+      args.output.fields[f * args.count + rows[i]] = answer.result.field[f];
+  }
+  const RowAnswer* answer = answers.data();
+  for (int64_t lane = 0; lane < args.lanes; ++lane) {
+    const AcceptArgs::Rows own = args.rows_of(lane);
+    std::vector<int32_t> choices;
+    for (int64_t i = 0; i < own.count; ++i, ++answer)
+      choices.push_back(choice_of(answer->error, answer->result.sample));
+    settle(args, lane, own.first, choices);
+  }
+}
+
+}  // namespace dparallel::cpu

@@ -1,0 +1,244 @@
+// accept: the choice of every row, and the walk along each lane's tree, in one launch.
+//
+// Blocks [0, lanes): one for each lane says how many rows it has. The others read a chunk of a row
+// each, if a lane has the row, else they leave at once. The last block of a row to arrive merges
+// its chunks, and the last of a lane, once all of its rows are merged, walks.
+//
+// Whose a row is: that of the first lane that holds it. A row's block tests 32 lanes at once, as in
+// unmask. A lane that overlaps one before it, which nobody should give, emits nothing, so that the
+// lanes that do share no row.
+//
+// Who is last: counters are zero between launches, as in unmask. The counter of a lane gains 1 for
+// each merged row, the lane's own block takes away as many as are its own, and whoever brings it
+// back to zero walks. Whatever the lanes are, a row is one lane's on either side.
+//
+// What follows the scan is a chain of latencies, so the walk itself follows links in shared memory:
+// each row finds out for itself, all at once, whether it is the child that its parent chose.
+#include "nucleus.cuh"
+#include "select.cuh"
+
+// after the headers that know the device
+#include "dparallel/accept.h"
+
+namespace dparallel::cuda {
+namespace {
+
+// The rows of a lane that walks.
+struct LaneRows {
+  int32_t first, count;
+};
+
+// The rows of a lane while it is settled; in shared memory unless they are more than anybody
+// drafts.
+constexpr int kSharedRows = 512;
+struct Links {
+  int32_t* follows;  // [n]
+  int32_t* choices;  // [n]
+
+  static constexpr int kBytes = 8;
+  static_assert(kSharedRows * kBytes <= kScanBytes, "");
+  static __device__ Links at(void* memory, int n) {
+    auto* follows = static_cast<int32_t*>(memory);
+    return {follows, follows + n};
+  }
+};
+
+struct AcceptScratch {
+  Scratch chunks;
+  LaneRows* lanes;   // [lanes]
+  int32_t* choices;  // [count]
+  char* links;       // [count * Links::kBytes], of lanes that shared memory does not hold
+
+  static int64_t bytes(const AcceptArgs& args) {
+    return Scratch::bytes(args.count, scan_chunks(args.logits), args.sampling) +
+           args.lanes * sizeof(LaneRows) + args.count * (4 + Links::kBytes);
+  }
+  static AcceptScratch at(void* memory, const AcceptArgs& args) {
+    const int64_t chunks = scan_chunks(args.logits);
+    AcceptScratch s;
+    s.chunks = Scratch::at(memory, args.count, chunks, args.sampling);
+    s.lanes = reinterpret_cast<LaneRows*>(static_cast<char*>(memory) +
+                                          Scratch::bytes(args.count, chunks, args.sampling));
+    s.choices = reinterpret_cast<int32_t*>(s.lanes + args.lanes);
+    s.links = reinterpret_cast<char*>(s.choices + args.count);
+    return s;
+  }
+};
+
+// The first lane that holds a row of the logits, -1 where none does. By whole warps.
+__device__ inline int lane_of(const AcceptArgs& args, int row) {
+  const auto lanes = static_cast<int>(args.lanes);
+#pragma unroll 1
+  for (int first = 0; first < lanes; first += 32) {
+    const int b = first + static_cast<int>(threadIdx.x) % 32;
+    const bool holds = b < lanes && args.rows_of(b).hold(row);
+    const unsigned holders = __ballot_sync(kFullWarp, holds);
+    if (holders != 0) return first + __ffs(holders) - 1;
+  }
+  return -1;
+}
+
+// By the block of a lane: how many rows are its own. It walks if all of them are.
+__device__ inline int announce(const AcceptArgs& args, const AcceptScratch& scratch, int b) {
+  const AcceptArgs::Rows rows = args.rows_of(b);
+  int overlapping = 0;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < b; i += kScanThreads) {
+    const AcceptArgs::Rows other = args.rows_of(i);
+    overlapping += other.first < rows.first + rows.count && rows.first < other.first + other.count;
+  }
+  int own = static_cast<int>(rows.count);
+  const bool alone = sum_block(overlapping) == 0;
+  if (!alone) {
+    own = 0;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < rows.count; i += kScanThreads) {
+      int holder = 0;
+#pragma unroll 1
+      while (!args.rows_of(holder).hold(rows.first + i)) ++holder;  // b at the latest
+      own += holder == b;
+    }
+    own = sum_block(own);
+  }
+  if (threadIdx.x == 0) scratch.lanes[b] = {static_cast<int32_t>(rows.first), alone ? own : 0};
+  return own;
+}
+
+// By the last block of a row: its chunks merged.
+template <bool kSample>
+__device__ __forceinline__ void finish(const AcceptArgs& args, const AcceptScratch& scratch,
+                                       int row, int chunks) {
+  if (threadIdx.x >= 32) return;
+  RowResult result;
+  const float inverse = kSample ? 1.0f / args.sampling.temperature : 0.0f;
+  const RowPart part = finish_row<kSample>(scratch.chunks, row, chunks, inverse, result);
+  if (threadIdx.x != 0) return;
+  const RowError error = part.error();
+  if (error == kRowEmpty) result = finish_empty(part);
+  write_row(args.output, row, args.count, result);
+  scratch.choices[row] = choice_of(error, result.sample);
+}
+
+// By the last block of a lane.
+__device__ __forceinline__ void settle(const AcceptArgs& args, const AcceptScratch& scratch, int b,
+                                       ScanMemory& memory) {
+  DPARALLEL_SHARED(emitted, int32_t);
+  const LaneRows rows = read_part(scratch.lanes + b);
+  const int n = rows.count;
+  const int64_t first = rows.first;
+  const Links links = Links::at(n <= kSharedRows ? reinterpret_cast<char*>(memory.slots)
+                                                 : scratch.links + first * Links::kBytes,
+                                n);
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < n; i += kScanThreads) {
+    const int choice = __ldcg(scratch.choices + first + i);
+    links.choices[i] = choice;
+    links.follows[i] = without_children(choice, args.eos_ids + b * args.eos_count, args.eos_count);
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int i = 1 + static_cast<int>(threadIdx.x); i < n; i += kScanThreads) {
+    const int64_t parent = args.parent[first + i];
+    if (is_chosen(i, parent, args.draft[first + i], links.choices))
+      atomicMin(links.follows + parent, i);
+  }
+  __syncthreads();
+  int64_t* path = args.path + b * args.max_q_len;
+  int64_t* tokens = args.tokens + b * args.max_q_len;
+  if (threadIdx.x == 0) {
+    Path found{0, 0, kPathLeaf};
+    if (n > 0)
+      found =
+          walk_path(links.follows, args.room ? args.room[b] : n, [&](int32_t place, int32_t row) {
+            path[place] = row;
+            tokens[place] = links.choices[row];
+          });
+    emitted = found.count;
+    args.emitted[b] = found.count;
+    args.ended[b] = found.ended();
+    args.output.error[b] = found.follows == kPathFails
+                               ? encode_error(b * kLaneRows + first + found.last,
+                                              static_cast<RowError>(-links.choices[found.last]))
+                               : kNoError;
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int64_t i = emitted + static_cast<int>(threadIdx.x); i < args.max_q_len; i += kScanThreads)
+    path[i] = tokens[i] = -1;
+}
+
+// One block per row of the logits: what may be sampled of it, where a lane has it.
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    accept_nucleus_kernel(AcceptArgs args, Scratch scratch) {
+  const int row = static_cast<int>(blockIdx.x);
+  if (lane_of(args, row) < 0) return;
+  const Nucleus found = find_nucleus<T>(row_pointer(args.logits, row), args.logits.vocab,
+                                        args.exclusions, args.sampling);
+  if (threadIdx.x == 0) scratch.nuclei[row] = found;
+}
+
+template <class T, bool kSample>
+__global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
+    accept_kernel(AcceptArgs args, ScanShape shape, AcceptScratch scratch, int32_t* counters) {
+  DPARALLEL_SHARED(memory, ScanMemory);
+  const auto lanes = static_cast<int>(args.lanes);
+  int b = static_cast<int>(blockIdx.x), arrival;
+  if (b < lanes) {
+    arrival = -announce(args, scratch, b);
+  } else {
+    const int chunks = static_cast<int>(shape.chunks.divisor);
+    const unsigned unit = blockIdx.x - static_cast<unsigned>(lanes);
+    const int row = static_cast<int>(shape.chunks.quotient(unit));
+    const int chunk = static_cast<int>(unit) - row * chunks;
+    b = lane_of(args, row);
+    if (b < 0) {
+      if (chunk == 0 && threadIdx.x == 0) write_row(args.output, row, args.count, blank_row());
+      return;
+    }
+    Sampler sampler{};
+    if constexpr (kSample) {
+      const int64_t* k = args.sampling.keys + 4 * static_cast<int64_t>(row);
+      sampler.inverse_temperature = 1.0f / args.sampling.temperature;
+      sampler.key = {static_cast<uint64_t>(k[0]), static_cast<uint32_t>(k[1]),
+                     static_cast<uint32_t>(k[2]), static_cast<uint32_t>(k[3])};
+      if (scratch.chunks.nuclei != nullptr) sampler.nucleus = scratch.chunks.nuclei[row];
+    }
+    scan_chunk<T, kSample>(memory, scan_row<T>(args.logits, shape, row), args.logits.vocab, chunk,
+                           args.exclusions, sampler, scratch.chunks, unit);
+    if (!last_to_arrive(counters + lanes + row, chunks)) return;
+    finish<kSample>(args, scratch, row, chunks);
+    arrival = 1;
+  }
+  if (brings_to_zero(counters + b, arrival)) settle(args, scratch, b, memory);
+}
+
+}  // namespace
+
+int64_t accept_scratch(const AcceptArgs& args) { return AcceptScratch::bytes(args); }
+
+int64_t accept_counters(const AcceptArgs& args) { return args.lanes + args.count; }
+
+int accept(const AcceptArgs& args, const Workspace& workspace, void* stream) {
+  const ScanShape shape = ScanShape::of(args.logits, 1);
+  const AcceptScratch scratch = AcceptScratch::at(workspace.scratch, args);
+  const int64_t blocks = args.count * shape.chunks.divisor + args.lanes;
+  if (blocks > INT32_MAX) return 1;  // an invalid value
+  if (blocks == 0) return 0;
+  const auto grid = static_cast<unsigned>(blocks);
+  return dispatch(args.logits.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (args.sampling.filters() && args.count > 0)
+      DPARALLEL_LAUNCH((accept_nucleus_kernel<T>), static_cast<unsigned>(args.count), kThreads,
+                       stream, args, scratch.chunks);
+    if (args.sampling.samples())
+      DPARALLEL_LAUNCH((accept_kernel<T, true>), grid, kScanThreads, stream, args, shape, scratch,
+                       workspace.counters);
+    else
+      DPARALLEL_LAUNCH((accept_kernel<T, false>), grid, kScanThreads, stream, args, shape, scratch,
+                       workspace.counters);
+    return static_cast<int>(cudaGetLastError());
+  });
+}
+
+}  // namespace dparallel::cuda

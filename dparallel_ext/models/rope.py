@@ -1,0 +1,227 @@
+"""Rotary embeddings as a config.json asks for them: their base, and how their frequencies are scaled.
+
+transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters` with the base in it.
+The formulas are those of transformers 5, in its order of operations, so that the tables are equal to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ..ops import rope_table
+from . import fields
+from .fields import Field
+
+
+class RopeScaling(Protocol):
+    """How the frequencies of a longer context are made of those that a model was first trained with."""
+
+    @property
+    def attention_factor(self) -> float:
+        """Multiplies cos and sin."""
+
+    @property
+    def positions(self) -> float:
+        """The positions that the scaling is made for; 0: as many as the config says without it."""
+
+    def inv_freq(self, head_dim: int, theta: float) -> Tensor:
+        """(head_dim / 2,) float32 on the CPU: the angle from one position to the next."""
+
+
+def _powers(head_dim: int, theta: float) -> Tensor:
+    """theta^(2 i / head_dim), (head_dim / 2,) float32: the inverse of the frequencies before scaling."""
+    powers: Tensor = theta ** (torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
+    return powers
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Positions are divided by the factor."""
+
+    factor: float
+    positions: float
+    attention_factor: ClassVar[float] = 1.0
+
+    def inv_freq(self, head_dim: int, theta: float) -> Tensor:
+        return 1.0 / _powers(head_dim, theta) / self.factor
+
+
+@dataclass(frozen=True)
+class Llama3:
+    """Llama 3.1: long waves are stretched, short ones are not, and those between them in part."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original: int
+    attention_factor: ClassVar[float] = 1.0
+    positions: ClassVar[float] = 0.0
+
+    def inv_freq(self, head_dim: int, theta: float) -> Tensor:
+        low, high = self.low_freq_factor, self.high_freq_factor
+        inv_freq = 1.0 / _powers(head_dim, theta)
+        wavelength = 2 * math.pi / inv_freq
+        share = (self.original / wavelength - low) / (high - low)
+        between = (1 - share) * inv_freq / self.factor + share * inv_freq
+        long, short = wavelength > self.original / low, wavelength < self.original / high
+        return torch.where(long, inv_freq / self.factor, torch.where(short, inv_freq, between))
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN (arXiv 2309.00071): from the frequencies as they are to divided ones, by a ramp over them."""
+
+    factor: float
+    original: int
+    beta_fast: float
+    beta_slow: float
+    truncate: bool
+    attention_factor: float
+
+    @property
+    def positions(self) -> float:
+        return self.factor * self.original
+
+    def inv_freq(self, head_dim: int, theta: float) -> Tensor:
+        def dimension(rotations: float) -> float:
+            """The one that turns so often within the original context."""
+            return (head_dim * math.log(self.original / (rotations * 2 * math.pi))) / (2 * math.log(theta))
+
+        low, high = dimension(self.beta_fast), dimension(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        high += 0.001 if low == high else 0
+        ramp = (torch.arange(head_dim // 2, device="cpu").float() - low) / (high - low)
+        as_trained = 1 - ramp.clamp(0, 1)
+        powers = _powers(head_dim, theta)
+        return 1.0 / (self.factor * powers) * (1 - as_trained) + 1.0 / powers * as_trained
+
+
+def table(
+    length: int, head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos, sin (length, head_dim / 2) float32, see `rope_table`."""
+    if scaling is None:
+        return rope_table(length, head_dim, theta, device=device)
+    cos, sin = rope_table(length, head_dim, device=device, inv_freq=scaling.inv_freq(head_dim, theta))
+    return cos * scaling.attention_factor, sin * scaling.attention_factor
+
+
+# --- of a config.json ---------------------------------------------------------------------------
+
+FIELDS = {
+    "rope_theta": replace(fields.ROPE_THETA, default=None),
+    "rope_scaling": Field(dict, None),
+    "rope_parameters": Field(dict, None),
+    "max_position_embeddings": fields.POSITIONS,
+    "original_max_position_embeddings": fields.POSITIONS,
+}
+"""Keys of the config."""
+_FACTOR = Field(float, most=2**20)
+_BETA = Field(float, None, least=0, most=2**20)
+_LLAMA3 = {
+    "factor": _FACTOR,
+    "low_freq_factor": Field(float, least=1e-6, most=2**20),
+    "high_freq_factor": Field(float, least=1e-6, most=2**20),
+}
+_YARN = {
+    "factor": _FACTOR,
+    "attention_factor": Field(float, None, least=1e-6, most=2**20),
+    "beta_fast": _BETA,
+    "beta_slow": _BETA,
+    "mscale": Field(float, None, least=0, most=2**20),
+    "mscale_all_dim": Field(float, None, least=0, most=2**20),
+    "truncate": Field(bool, True),
+}
+
+
+def _linear(rope: Mapping[str, Any], config: Mapping[str, Any], key: str) -> RopeScaling:
+    factor = fields.read(rope, {"factor": _FACTOR}, key)["factor"]
+    return Linear(factor, factor * (config["max_position_embeddings"] or 0))
+
+
+def _llama3(rope: Mapping[str, Any], config: Mapping[str, Any], key: str) -> RopeScaling:
+    c = fields.read(rope, _LLAMA3, key)
+    if c["low_freq_factor"] >= c["high_freq_factor"]:
+        raise ValueError(
+            f"config: {key}: expected low_freq_factor below high_freq_factor, "
+            f"got {c['low_freq_factor']:g} and {c['high_freq_factor']:g}"
+        )
+    return Llama3(**c, original=_original(rope, config, key))
+
+
+def _yarn(rope: Mapping[str, Any], config: Mapping[str, Any], key: str) -> RopeScaling:
+    c = fields.read(rope, _YARN, key)
+    fast, slow = c["beta_fast"] or 32.0, c["beta_slow"] or 1.0
+    if fast < slow:
+        raise ValueError(f"config: {key}: expected beta_fast >= beta_slow, got {fast:g} and {slow:g}")
+
+    def scale(weight: float) -> float:
+        return 1.0 if c["factor"] <= 1 else 0.1 * weight * math.log(c["factor"]) + 1.0
+
+    attention = c["attention_factor"]
+    if attention is None:
+        both = c["mscale"] and c["mscale_all_dim"]
+        attention = scale(c["mscale"]) / scale(c["mscale_all_dim"]) if both else scale(1.0)
+    original = _original(rope, config, key)
+    return Yarn(c["factor"], original, fast, slow, bool(c["truncate"]), attention)
+
+
+def _original(rope: Mapping[str, Any], config: Mapping[str, Any], key: str) -> int:
+    """The positions of the training before."""
+    name = "original_max_position_embeddings"
+    inside = fields.read(rope, {name: fields.POSITIONS}, key)[name]
+    original: int | None = config[name] or inside or config["max_position_embeddings"]
+    if original is None:
+        raise ValueError(f"config: {key}: {name!r} is missing")
+    return original
+
+
+SCALINGS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any], str], RopeScaling]] = {
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}
+"""The types beside "default", and what reads them."""
+
+
+def read(
+    config: Mapping[str, Any], scalings: Collection[str] = tuple(SCALINGS)
+) -> tuple[float, RopeScaling | None]:
+    """The base and the scaling that a config.json asks for.
+
+    Raises ValueError naming a type that is none of `scalings`, or keys that contradict each other.
+    """
+    c = fields.read(config, FIELDS)
+    thetas = {"rope_theta": c["rope_theta"]}
+    found: dict[str, RopeScaling | None] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = c[key]
+        if not rope:
+            continue
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default" and (not isinstance(kind, str) or kind not in scalings):
+            raise ValueError(f"config: {key} of type {kind!r:.80} is not supported")
+        nested = [name for name, value in rope.items() if isinstance(value, Mapping)]
+        if nested:
+            raise ValueError(f"config: {key} by kinds of layers ({nested[0]!r:.80}) is not supported")
+        fields.check_supported(rope, {"partial_rotary_factor": 1})
+        thetas[key] = fields.read(rope, {"rope_theta": FIELDS["rope_theta"]}, key)["rope_theta"]
+        found[key] = None if kind == "default" else SCALINGS[kind](rope, c, key)
+    bases = {key: theta for key, theta in thetas.items() if theta is not None}
+    if len(set(bases.values())) > 1:
+        raise ValueError(f"config: the rope_theta of {' and '.join(map(str, bases))} differ: {bases}")
+    if len(set(found.values())) > 1:
+        raise ValueError("config: rope_scaling and rope_parameters ask for different embeddings")
+    theta = next(iter(bases.values()), fields.ROPE_THETA.default)
+    scaling = next(iter(found.values()), None)
+    if isinstance(scaling, Yarn) and theta == 1:
+        raise ValueError("config: rope_theta=1, expected more for yarn")
+    return theta, scaling

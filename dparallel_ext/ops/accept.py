@@ -1,0 +1,153 @@
+"""Accept the drafted tokens that are the model's own choice: statistics and walk in one launch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _C  # noqa: F401  (registers the ops)
+from ..arguments import whole
+from ..types import AcceptOutput
+from . import streams
+from .errors import lane_row, report
+from .inputs import Ids, check_logits, check_sampling, expect, mask_id_of, per_sequence, suppressed
+from .row_stats import as_stats, row_outputs
+
+
+def accept(
+    logits: Tensor,
+    draft: Tensor,
+    parent: Tensor,
+    q_start: Tensor,
+    q_end: Tensor,
+    *,
+    room: int | Tensor | None = None,
+    eos_ids: Tensor | None = None,
+    mask_id: int | None = None,
+    suppress: Ids = None,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    keys: Tensor | None = None,
+    max_q_len: int | None = None,
+    check: bool = True,
+) -> AcceptOutput:
+    """What a verify pass emits: of each lane's draft the tokens that the model itself would have chosen.
+
+    A lane is a sequence of the pass, and has rows [q_start, q_end): a tree of drafted tokens, its root first.
+    The choice at a row is `row_stats(...).sample` there, to the bit: the argmax, or a Gumbel-max sample whose
+    noise hangs on its key alone. From the root the walk goes to the child whose drafted token is the choice,
+    of several the lowest row, and from there on. What it emits are the choices along the path, the last of
+    which no child holds (the bonus token). Each is the model's own choice behind what it emitted before, so
+    where keys name position and sequence, the text is that of plain decoding, whatever the draft.
+
+    Args:
+        logits: (N, V) float32, bfloat16 or float16: the rows of all lanes.
+        draft: (N,) int64 the token at each row; that of a root, the last committed token, is not looked at.
+        parent: (N,) int64 rows counted from the lane's first: -1 for the root, for others an earlier row. A
+            chain is the row before.
+        q_start, q_end: (B,) int64 rows of each lane, in any order; lanes share no row, and rows of no lane
+            are not read. A lane without rows is idle.
+        room: the most tokens that a lane may emit, a number or (B,) int64 >= 0. With 0 its rows are not read.
+        eos_ids: (B, E) int64 end-of-text ids of each lane, negative: none. The first of them that is emitted
+            is the last token.
+        mask_id, suppress: what is never chosen, see `row_stats`.
+        temperature, top_p, top_k: of the samples, see `row_stats`.
+        keys: (N, 4) int64 seed, sequence, position, step of each row's noise. Not read at temperature 0.
+        max_q_len: at least the largest q_end - q_start, a number that the output and a CUDA launch are shaped
+            by without waiting for the device. Default: N.
+        check: False leaves a bad row to the caller, who finds it in `error`, on the CPU too.
+
+    Returns:
+        AcceptOutput: tensors on the device of the logits, without synchronisation. What a lane emits does not
+        depend on the others.
+
+    Raises:
+        ValueError: naming the argument that does not fit; and on the CPU, before anything is read, lanes that
+            are out of bounds, overlap or have more rows than max_q_len, and a parent that is not an earlier
+            row; and a row on a lane's path that holds NaN or leaves no token to choose, by row and lane. Rows
+            off the path may be bad: plain decoding would not have computed them. On CUDA a lane with such a
+            row on its path emits nothing and raises a flag, see `check_errors`; a lane that is out of bounds,
+            or overlaps one before it, emits nothing, rows beyond max_q_len are as if they were not there, and
+            a parent that is not an earlier row has no child there.
+
+    Source: token matching along a tree as SpecInfer's greedy verification (arXiv 2305.09781), with samples
+    coupled by position-keyed Gumbel noise in place of rejection sampling.
+    """
+    check_logits(logits)
+    if logits.ndim != 2:
+        raise ValueError(f"logits: expected (N, V), got {tuple(logits.shape)}")
+    rows, vocab = logits.shape
+    if not isinstance(q_start, Tensor) or q_start.ndim != 1:
+        got = tuple(q_start.shape) if isinstance(q_start, Tensor) else type(q_start).__name__
+        raise ValueError(f"q_start: expected int64 (B,), got {got}")
+    lanes = len(q_start)
+    temperature, top_p, top_k = check_sampling(temperature, top_p, top_k)
+    if temperature == 0:
+        keys = None
+    elif keys is None:
+        raise ValueError(f"keys: expected int64 ({rows}, 4) at a temperature of {temperature:g}, got None")
+    if room is not None:
+        room = per_sequence("room", room, lanes, logits)
+    ids = eos_ids.shape[-1] if isinstance(eos_ids, Tensor) and eos_ids.ndim else 0
+    for name, given, shape in (
+        ("draft", draft, (rows,)),
+        ("parent", parent, (rows,)),
+        ("q_start", q_start, (lanes,)),
+        ("q_end", q_end, (lanes,)),
+        ("eos_ids", eos_ids, (lanes, ids)),
+        ("keys", keys, (rows, 4)),
+    ):
+        if given is None:
+            continue
+        expect(name, given, shape, torch.int64)
+        if given.device != logits.device:
+            raise ValueError(f"{name}: expected on {logits.device} as the logits, got {given.device}")
+    count, path, tokens, ended, row_tokens, fields, error = torch.ops.dparallel.accept(
+        logits,
+        draft,
+        parent,
+        q_start,
+        q_end,
+        room,
+        eos_ids,
+        mask_id_of(mask_id, vocab),
+        suppressed(suppress, logits),
+        temperature,
+        top_p,
+        top_k,
+        keys,
+        rows if max_q_len is None else whole("max_q_len", max_q_len, 0),
+        streams.counters_for(logits, lanes + rows),
+    )
+    if check:
+        report(error, lane_row)
+    return AcceptOutput(count, path, tokens, ended, as_stats(row_tokens, fields, (rows,)), error)
+
+
+@torch.library.register_fake("dparallel::accept")
+def _(  # type: ignore[no-untyped-def]
+    logits,
+    draft,
+    parent,
+    q_start,
+    q_end,
+    room,
+    eos_ids,
+    mask_id,
+    suppress,
+    temperature,
+    top_p,
+    top_k,
+    keys,
+    max_q_len,
+    counters,
+):
+    lanes = q_start.shape[0]
+    return (
+        logits.new_empty((lanes,), dtype=torch.int64),
+        logits.new_empty((lanes, max_q_len), dtype=torch.int64),
+        logits.new_empty((lanes, max_q_len), dtype=torch.int64),
+        logits.new_empty((lanes,), dtype=torch.bool),
+        *row_outputs(logits, logits.shape[0], lanes),
+    )

@@ -1,0 +1,484 @@
+"""Autoregressive families: the logits of transformers' own classes, from checkpoints as these write them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dparallel.likelihood import log_likelihoods
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import dparallel_ext as dx
+from dparallel_ext import compat, models
+from dparallel_ext.cache import Span
+from dparallel_ext.models import Llama, Model, Qwen2, Qwen3, Traits
+
+transformers = pytest.importorskip("transformers")
+
+FAMILIES: dict[str, type[Model]] = {"llama": Llama, "qwen2": Qwen2, "qwen3": Qwen3}
+LINEAR = {"rope_type": "linear", "factor": 3.0}
+LLAMA3 = {
+    **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "original_max_position_embeddings": 24,
+}
+YARN = {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 20}
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": True, "num_key_value_heads": None, "rope_parameters": LLAMA3}),
+    ("llama", {"attention_bias": True, "head_dim": 16, "rope_parameters": LINEAR}),
+    ("llama", {"mlp_bias": True, "rms_norm_eps": 1e-3, "rope_parameters": YARN}),
+    ("qwen2", {"rope_parameters": {**YARN, "beta_fast": 4, "beta_slow": 0.5, "truncate": False}}),
+    ("qwen2", {"tie_word_embeddings": True, "use_sliding_window": True, "max_window_layers": 2}),
+    ("qwen3", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}}),
+    ("qwen3", {"tie_word_embeddings": True, "attention_bias": True, "head_dim": 8}),
+    ("qwen3", {"rope_parameters": {**YARN, "attention_factor": 1.5, "original_max_position_embeddings": 64}}),
+]
+each = pytest.mark.parametrize(("family", "changes"), CASES, ids=str)
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def config_of(family: str, **changes: Any) -> Any:
+    """transformers' config of a tiny model."""
+    rope = {"rope_theta": 500.0, "rope_type": "default", **changes.pop("rope_parameters", {})}
+    sizes = {
+        **{"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
+        **{"eos_token_id": 2, "pad_token_id": 0, "rope_parameters": rope},
+        **({"head_dim": 16} if family == "qwen3" else {}),
+    }
+    return transformers.AutoConfig.for_model(family, **{**sizes, **changes})
+
+
+def theirs_of(family: str, **changes: Any) -> Any:
+    """transformers' model with random weights, large enough that all parts of the layers tell."""
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(config_of(family, **copy.deepcopy(changes)))
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            p.normal_(1.0 if "norm" in name else 0.0, 0.3)
+    return theirs.eval()
+
+
+def ids(batch: int, length: int) -> Tensor:
+    return torch.randint(3, 97, (batch, length))
+
+
+PADDING = torch.tensor([[1] * 40, [0] * 9 + [1] * 31, [1] * 28 + [0] * 12])
+"""(3, 40): none, in front, behind."""
+
+
+@functools.cache
+def case(family: str) -> Any:
+    """The first of the family's cases, for tests that do not change it."""
+    return theirs_of(family)
+
+
+# --- logits -------------------------------------------------------------------------------------
+
+
+@each
+@torch.no_grad()
+def test_logits_are_those_of_transformers(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    theirs, x = theirs_of(family, **changes), ids(3, 40)
+    theirs.save_pretrained(tmp_path)
+    model = models.load(tmp_path)
+    assert type(model) is FAMILIES[family]
+    assert (model.dtype, model.mask_id, model.eos_id, model.eos_ids) == (torch.float32, None, 2, (2,))
+    assert models.traits(model) == Traits(causal=True)
+    expected = theirs(x).logits
+    assert expected.std() > 1
+    torch.testing.assert_close(model(x).logits, expected, rtol=0, atol=1e-4)
+    logits = model(x, attention_mask=PADDING).logits
+    assert logits.isfinite().all()
+    seen = PADDING.bool()
+    expected = theirs(x, attention_mask=PADDING).logits
+    torch.testing.assert_close(logits[seen], expected[seen], rtol=0, atol=1e-4)
+    cos, sin = theirs.model.rotary_emb(x.float(), torch.arange(64)[None])
+    half = model.shape.head_dim // 2
+    for ours, table in zip(model.new_cache(1, 64).rope, (cos, sin), strict=True):
+        assert torch.equal(ours, table[0, :, :half])
+
+
+@pytest.mark.parametrize("rope", [LINEAR, LLAMA3, YARN], ids=lambda rope: rope["rope_type"])
+def test_scaled_rope_as_transformers_4_writes_it(rope: dict[str, Any]) -> None:
+    """`rope_theta` beside `rope_scaling`, whose type is called "type" too."""
+    new = config_of("llama", rope_parameters=rope).to_dict()
+    old = {**new, "rope_theta": new["rope_parameters"]["rope_theta"], "rope_parameters": None}
+    plain = Llama({**old, "rope_scaling": None}).shape
+    assert plain.rope_scaling is None
+    for kind in ("rope_type", "type"):
+        scaling = {kind: rope["rope_type"], **{k: v for k, v in rope.items() if k != "rope_type"}}
+        shape = Llama({**old, "rope_scaling": scaling}).shape
+        assert shape == Llama(new).shape == Llama({**old, **new, "rope_scaling": scaling}).shape
+        assert shape.rope_scaling is not None
+        assert shape.rope_theta == plain.rope_theta == 500
+    if "original_max_position_embeddings" in rope:  # by default the positions of the config
+        del scaling["original_max_position_embeddings"]
+        scaling = Llama({**old, "rope_scaling": scaling}).shape.rope_scaling
+        assert scaling is not None
+        assert scaling.original == 64
+
+
+LLAMA_2 = {
+    **{"hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 11008, "model_type": "llama"},
+    **{"max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32},
+    **{"num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None},
+    **{"tie_word_embeddings": False, "vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2},
+}
+LLAMA_31 = {
+    **LLAMA_2,
+    **{"attention_bias": False, "mlp_bias": False, "intermediate_size": 14336, "num_key_value_heads": 8},
+    **{"max_position_embeddings": 131072, "rope_theta": 500000.0, "vocab_size": 128256},
+    "rope_scaling": {
+        **{"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3"},
+        "original_max_position_embeddings": 8192,
+    },
+    "eos_token_id": [128001, 128008, 128009],
+}
+QWEN_25 = {
+    **{"hidden_act": "silu", "hidden_size": 3584, "intermediate_size": 18944, "model_type": "qwen2"},
+    **{"max_position_embeddings": 32768, "max_window_layers": 28, "num_attention_heads": 28},
+    **{"num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0},
+    **{"sliding_window": 131072, "tie_word_embeddings": False, "use_sliding_window": False},
+    **{"vocab_size": 152064, "bos_token_id": 151643, "eos_token_id": 151645},
+    "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
+}
+QWEN_3 = {
+    **{"attention_bias": False, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024},
+    **{"intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28},
+    **{"model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8},
+    **{"rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None},
+    **{
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+        "eos_token_id": 151645,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters", "positions"),
+    [
+        (
+            {**LLAMA_2, "max_sequence_length": 2048, "num_key_value_heads": ...},
+            6_738_415_616,
+            2048,
+        ),  # Llama 1
+        (LLAMA_2, 6_738_415_616, 4096),
+        ({**LLAMA_2, "rope_scaling": {"type": "linear", "factor": 4.0}}, 6_738_415_616, 16384),  # Vicuna 16k
+        (LLAMA_31, 8_030_261_248, 131072),
+        (QWEN_25, 7_615_616_512, 131072),
+        (QWEN_3, 596_049_920, 40960),
+    ],
+    ids=["llama 1", "llama 2", "linear", "llama 3.1", "qwen 2.5", "qwen 3"],
+)
+def test_configs_of_released_checkpoints(config: dict[str, Any], parameters: int, positions: int) -> None:
+    config = {key: value for key, value in config.items() if value is not ...}
+    with torch.device("meta"):
+        model = models.FAMILIES[config["model_type"]](config)
+        theirs = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**copy.deepcopy(config))
+        )
+    own = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    released = {name: tuple(p.shape) for name, p in theirs.state_dict().items()}
+    if config["tie_word_embeddings"]:
+        del released["lm_head.weight"]
+    assert own == released
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert models.max_positions(model) == positions
+    rotary = type(theirs.model.rotary_emb)(transformers.AutoConfig.for_model(**copy.deepcopy(config)))
+    far = torch.arange(0, 40000, 997)
+    cos, sin = rotary(torch.zeros(1), far[None])
+    s = model.shape
+    tables = models.rope.table(40000, s.head_dim, s.rope_theta, s.rope_scaling, torch.device("cpu"))
+    for ours, table in zip(tables, (cos, sin), strict=True):
+        assert torch.equal(ours[far], table[0, :, : s.head_dim // 2])
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_other_dtypes(family: str, dtype: torch.dtype) -> None:
+    theirs, x = copy.deepcopy(case(family)).to(dtype), ids(2, 20)
+    expected, logits = theirs(x).logits, models.wrap(theirs)(x).logits
+    assert logits.dtype == dtype
+    bound = {torch.bfloat16: 0.05, torch.float64: 1e-5}[dtype]
+    assert (logits - expected).abs().max() < bound * expected.abs().max()
+
+
+# --- what a position sees -----------------------------------------------------------------------
+
+
+@every_family
+@torch.no_grad()
+def test_a_position_sees_those_up_to_itself(family: str) -> None:
+    model, x = models.wrap(case(family)), ids(1, 12)
+    y = x.clone()
+    y[0, 7] = (y[0, 7] + 1) % 97
+    changed = (model(x).logits != model(y).logits).any(-1)[0]
+    assert changed.tolist() == [False] * 7 + [True] * 5
+    for length in (0, 1):
+        assert model(ids(2, length)).logits.shape == (2, length, 97)
+
+
+@torch.no_grad()
+def test_padding_changes_nothing_on_either_side() -> None:
+    model = models.wrap(copy.deepcopy(case("qwen3")).double())
+    x, lengths = ids(3, 12), (12, 7, 1)
+    behind = torch.tensor([[i < n for i in range(12)] for n in lengths])
+    for mask in (behind, behind.flip(1)):
+        padded = model.hidden(x, attention_mask=mask)
+        assert padded.isfinite().all()
+        for row in range(3):
+            alone = model.hidden(x[row : row + 1, mask[row]])
+            torch.testing.assert_close(padded[row : row + 1, mask[row]], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_gradients_are_those_of_transformers(padded: bool) -> None:
+    """With checkpoints of the layers too."""
+    theirs, x = theirs_of("qwen2"), ids(3, 40)
+    mask = PADDING if padded else None
+    seen = PADDING[:, 1:] & PADDING[:, :-1]
+    model = models.wrap(copy.deepcopy(theirs)).train()
+
+    def loss(module: nn.Module) -> Tensor:
+        logits = module(x, attention_mask=mask).logits[:, :-1]
+        return F.cross_entropy(logits.transpose(1, 2), x[:, 1:].where(seen.bool(), -100))
+
+    found = []
+    for recompute in (None, {}, {"use_reentrant": True}):
+        model.zero_grad()
+        if recompute is not None:
+            model.gradient_checkpointing_enable(recompute)
+        loss(model).backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    loss(theirs).backward()
+    for name, p in theirs.named_parameters():
+        assert torch.equal(found[1][name], found[0][name]), name
+        for grads in found:
+            torch.testing.assert_close(grads[name], p.grad, rtol=1e-3, atol=1e-4)
+
+
+@every_family
+@torch.no_grad()
+def test_steps_of_a_token_write_what_transformers_generates(family: str) -> None:
+    theirs, prompt = case(family), ids(1, 5)
+    expected = theirs.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)[0]
+    model = models.wrap(theirs)
+    cache, tokens = model.new_cache(1, 17), prompt[0].tolist()
+    for position in range(16):
+        spans = model.spans(0, position, position + 1, 17)
+        hidden = model.step(torch.tensor([tokens[position]]), cache, cache.metadata(spans))
+        if position >= 4:
+            tokens.append(int(model.head(hidden).argmax()))
+    assert tokens == expected.tolist()
+
+
+def test_spans() -> None:
+    model = models.wrap(case("llama"))
+    assert model.spans(3, 2, 9, 40) == [Span(3, 2, 9, 9)]
+    assert model.spans(0, 2, 9, 40, block_length=4) == [Span(0, 2, 9, 9)]
+    assert model.spans(0, 2, 2, 40) == []
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+
+@each
+@torch.no_grad()
+def test_transformers_reads_what_is_saved(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    theirs, x = theirs_of(family, **changes), ids(2, 30)
+    theirs.save_pretrained(tmp_path / "a", max_shard_size="20KB")
+    assert len(list((tmp_path / "a").glob("*.safetensors"))) > 1
+    model = models.load(tmp_path / "a")
+    models.save(model, tmp_path / "b")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    assert type(again) is type(theirs)
+    assert torch.equal(again(x).logits, theirs(x).logits)
+    stored = load_file(tmp_path / "b" / "model.safetensors")
+    assert ("lm_head.weight" in stored) is not changes.get("tie_word_embeddings", False)
+    assert models.load(tmp_path / "b").shape == model.shape
+    assert torch.equal(models.load(tmp_path / "b", fuse=True)(x).logits, model(x).logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@every_family
+@torch.no_grad()
+def test_wrap_shares_the_weights(family: str, tied: bool) -> None:
+    theirs, x = theirs_of(family, tie_word_embeddings=tied), ids(2, 9)
+    model = models.wrap(theirs)
+    assert type(model) is FAMILIES[family]
+    given = {name: p.data_ptr() for name, p in theirs.named_parameters(remove_duplicate=False)}
+    assert {name: p.data_ptr() for name, p in model.named_parameters(remove_duplicate=False)} == given
+    assert models.traits(theirs) == models.traits(model) == Traits(causal=True)
+    theirs.model.layers[1].mlp.up_proj.weight.mul_(2)
+    theirs.model.embed_tokens.weight.mul_(1.5)
+    torch.testing.assert_close(model(x).logits, theirs(x).logits, rtol=0, atol=1e-4)
+
+
+def test_tables_in_old_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    """Those of Llama 2 hold the frequencies of each layer."""
+    case("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, tmp_path / "model.safetensors")
+    x = ids(1, 9)
+    torch.testing.assert_close(models.load(tmp_path)(x).logits, case("llama")(x).logits, rtol=0, atol=1e-4)
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"does not fit Llama: \S+q_proj\.bias is unexpected$"):
+        models.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        (2, 2, (2,)),
+        ([5, 7], None, (5, 7)),
+        (5, [7, 5, 9], (5, 7, 9)),
+        (None, [7, 9], (7, 9)),
+        (None, 7, (7,)),
+        (None, None, ()),
+    ],
+)
+def test_every_end_is_known(config: Any, generation: Any, expected: tuple[int, ...], tmp_path: Path) -> None:
+    theirs = copy.deepcopy(case("llama"))
+    theirs.config.eos_token_id, theirs.generation_config.eos_token_id = config, generation
+    theirs.save_pretrained(tmp_path / "a")
+    loaded = models.load(tmp_path / "a")
+    models.save(loaded, tmp_path / "b")
+    for model in (loaded, models.load(tmp_path / "b"), models.wrap(theirs)):
+        assert model.eos_ids == expected
+        assert model.eos_id == (expected[0] if expected else None)
+
+
+def test_an_end_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    case("llama").save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 97]}')
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id=\[2, 97\], .* below 97"):
+        models.load(tmp_path)
+
+
+def test_a_mask_of_the_tokenizer_is_not_asked_for(tmp_path: Path) -> None:
+    case("llama").save_pretrained(tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<mask>": 500}')
+    assert models.load(tmp_path).mask_id is None
+    assert models.load(tmp_path, mask_id=96).mask_id == 96
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+SCALED = {"rope_type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ("llama", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types with 'sliding_att"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "layer_types with 'sliding_attention'"),
+        ("qwen3", {"layer_types": "full_attention"}, "layer_types with 'full_attention' is not"),
+        (
+            "qwen2",
+            {"layer_types": None, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            "use_sliding_window=True is not supported: layers from max_window_layers=1 on would see 8",
+        ),
+        ("qwen3", {"num_key_value_heads": 3}, "3 key heads do not divide 4 heads"),
+        ("qwen3", {"use_sliding_window": "no"}, "use_sliding_window='no', expected true or false"),
+        ("llama", {"mlp_bias": 2}, "mlp_bias=2, expected true or false"),
+        ("llama", {"head_dim": 15}, "expected heads of even size, got 15"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_parameters of type 'dyn",
+        ),
+        ("llama", {"rope_scaling": {"type": "longrope"}}, "rope_scaling of type 'longrope' is not supported"),
+        ("llama", {"rope_scaling": {"type": ["yarn"]}}, r"rope_scaling of type \['yarn'\] is not supported"),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling: 'factor' is missing"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling: factor=0, expected a n"),
+        ("llama", {"rope_scaling": SCALED}, "rope_scaling and rope_parameters ask for different embeddings"),
+        ("llama", {"rope_theta": 7.0}, "the rope_theta of rope_theta and rope_parameters differ"),
+        (
+            "llama",
+            {"rope_parameters": SCALED, "max_position_embeddings": None},
+            "rope_parameters: 'original_max_position_embeddings' is missing",
+        ),
+        ("llama", {"rope_parameters": {**SCALED, "rope_theta": 1}}, "rope_theta=1, expected more for yarn"),
+        (
+            "llama",
+            {"rope_parameters": {**SCALED, "beta_fast": 1, "beta_slow": 2}},
+            "rope_parameters: expected beta_fast >= beta_slow, got 1 and 2",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {**LLAMA3, "low_freq_factor": 4}},
+            "rope_parameters: expected low_freq_factor below high_freq_factor, got 4 and 4",
+        ),
+        ("qwen3", {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "by kinds of layers"),
+        (
+            "qwen2",
+            {"quantization_config": {"quant_method": "awq"}},
+            r"is quantised \(quantization_config: awq",
+        ),
+        ("qwen3", {"hidden_size": ...}, "'hidden_size' is missing"),
+    ],
+    ids=str,
+)
+def test_configs_that_are_refused(family: str, changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    config = {**config_of(family).to_dict(), **changes}
+    written = {key: value for key, value in config.items() if value is not ...}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match=rf"^path: \S+ ?.*{said}"):
+        models.load(tmp_path)
+
+
+def test_what_a_config_may_say_without_effect() -> None:
+    plain = config_of("qwen2").to_dict()
+    for changes in (
+        {"sliding_window": 8, "use_sliding_window": False, "layer_types": None},
+        {"sliding_window": 8, "use_sliding_window": True, "layer_types": None, "max_window_layers": 2},
+        {"sliding_window": None, "use_sliding_window": True, "layer_types": None, "max_window_layers": 0},
+        {"attention_bias": True},
+    ):
+        assert Qwen2({**plain, **changes}).shape == Qwen2(plain).shape
+    absent = {key: value for key, value in plain.items() if key not in ("head_dim", "rope_parameters")}
+    assert Qwen3(absent).shape.head_dim == 128  # the published default
+    assert Qwen2(absent).shape.head_dim == 8
+    assert Qwen2(absent).shape.rope_theta == 10000
+
+
+@every_family
+def test_diffusion_refuses_autoregressive_models(family: str) -> None:
+    theirs, prompt = case(family), ids(1, 4)
+    said = r"^model: \w+ is autoregressive, .*dparallel_ext\.speculate"
+    for model in (theirs, models.wrap(theirs), torch.nn.DataParallel(theirs)):
+        with pytest.raises(ValueError, match=said):
+            dx.decode(model, prompt, gen_length=8)
+        with pytest.raises(ValueError, match=said):
+            dx.decode(model, prompt, gen_length=8, mask_id=96, cache="none")
+        with pytest.raises(ValueError, match=said):
+            compat.generate(model, prompt, steps=8, gen_length=8, block_length=8, mask_id=96)
+        with pytest.raises(ValueError, match=said):
+            compat.diffusion_generate(model, prompt, max_new_tokens=8, mask_token_id=96)
+    with pytest.raises(ValueError, match=said):
+        dx.Engine(models.wrap(theirs), mask_id=96)
+    with pytest.raises(ValueError, match=said):
+        log_likelihoods(models.wrap(theirs), [[5, 6]], [[7]], mask_id=96)
+
+
+def test_a_model_that_was_made_to_see_both_ways_says_so() -> None:
+    theirs = theirs_of("qwen3")
+    with pytest.raises(ValueError, match=r"say so: model\.traits = dparallel_ext\.models\.Traits"):
+        dx.decode(theirs, ids(1, 4), gen_length=4, mask_id=96)
+    theirs.traits = Traits(mask_id=96)
+    assert dx.decode(theirs, ids(1, 4), gen_length=4).sequences.shape == (1, 8)
