@@ -105,6 +105,17 @@ def graph_bucket(count: int, recorded: int) -> int:
     return filled if filled <= recorded else -(-count // 8) * 8
 
 
+def row_padding(model: Model) -> PadTo:
+    """How many rows a number of rows of a pass is filled up to.
+
+    On a GPU so that passes take few forms. On a CPU since the matrix library keeps compiled code for each
+    number of rows of 16-bit matrices that it has met, for ever (half a megabyte and half a millisecond).
+    """
+    if runs_ahead(model.device):
+        return functools.partial(graph_bucket, recorded=recorded_rows(model))
+    return GRAPH_BUCKETS if model.dtype != torch.float32 else None
+
+
 def runs_ahead(device: torch.device) -> bool:
     """Whether the host issues work for the device without waiting for what came before."""
     return device.type != "cpu"
@@ -150,6 +161,7 @@ class Runner:
         """Input shapes come from a small set and depend on no device results, so passes can be recorded."""
         self.recorded_rows = recorded_rows(model)
         self._graph_bucket = functools.partial(graph_bucket, recorded=self.recorded_rows)
+        self._pad_to = row_padding(model) if isinstance(model, Model) else None
         self._prepared: tuple[tuple[Any, ...], tuple[Tensor, GraphKey]] | None = None
 
     def suppress(self, ids: Tensor | None) -> Tensor | None:
@@ -379,17 +391,6 @@ class Runner:
             start = min(start, self.tokens.shape[1] - reach)
             end = start + reach
         return torch.arange(start, end)
-
-    @property
-    def _pad_to(self) -> PadTo:
-        """How many rows a number of rows is filled up to; not a method, since the slots remember it.
-
-        On a GPU so that passes take few forms. On a CPU since the matrix library keeps compiled code for each
-        number of rows of 16-bit matrices that it has met, for ever (half a megabyte and half a millisecond).
-        """
-        if self.static_shapes:
-            return self._graph_bucket
-        return GRAPH_BUCKETS if self.model.dtype != torch.float32 else None
 
     def _compute(self, key: GraphKey, work: Mapping[int, SequenceWork], inputs: Tensor) -> Tensor:
         *metadata, source, positions, edges, counted, endings, keys, progress, policy = unpack(

@@ -43,6 +43,8 @@ def by_a_mask(
     which = torch.searchsorted(begin, row, right=True) - 1
     key = row - begin[which]  # of a row, its place in its sequence
     mask = (which[:, None] == which) & (key < seqused_k[which])
+    if causal:
+        mask &= row <= row[:, None]
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     queries, k, v = (t.transpose(0, 1).double() for t in (q, k, v))
     weights = (queries @ k.transpose(1, 2) / q.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf).softmax(-1)
@@ -68,8 +70,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     ) -> Tensor:
         calls.append((len(q), len(seqused_k) == 2))
         if q.is_cuda:
-            return own(q, k, v, cu_seqlens, seqused_k, max_seqlen=max_seqlen)
-        return by_a_mask(q, k, v, cu_seqlens, seqused_k, max_seqlen=max_seqlen)
+            return own(q, k, v, cu_seqlens, seqused_k, max_seqlen=max_seqlen, causal=causal)
+        return by_a_mask(q, k, v, cu_seqlens, seqused_k, max_seqlen=max_seqlen, causal=causal)
 
     monkeypatch.setattr(caches, "WHOLE", LONG)
     monkeypatch.setattr(attention, "varlen_attention", called)

@@ -1,0 +1,60 @@
+"""What a drafter guesses of the tokens to come: a chain, or a tree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ..arguments import shown
+
+
+class Draft(NamedTuple):
+    """Guessed tokens behind the last known one, the root. Nodes are numbered from 1; 0 is the root."""
+
+    tokens: tuple[int, ...] = ()
+    """Of the nodes 1, 2, ..."""
+    parents: tuple[int, ...] | None = None
+    """Each node's parent, an earlier one or the root; None: a chain, each node behind the one before."""
+
+    @property
+    def is_chain(self) -> bool:
+        return self.parents is None or self.parents == tuple(range(len(self.tokens)))
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Parents of the root and the nodes as the rows of a verify pass have them: -1 for the root."""
+        return -1, *(range(len(self.tokens)) if self.parents is None else self.parents)
+
+    def cut(self, most: int) -> Draft:
+        """Its first `most` nodes: a tree too, since parents come first."""
+        if len(self.tokens) <= most:
+            return self
+        return Draft(self.tokens[:most], None if self.parents is None else self.parents[:most])
+
+
+def check_drafts(
+    drafts: Sequence[Draft], lanes: Sequence[int], sizes: Sequence[int], vocabulary: int
+) -> None:
+    """Raise ValueError where a drafter gave what is no draft, or not what it was asked for."""
+    if len(drafts) != len(lanes):
+        raise ValueError(f"drafter: expected a draft for each of {len(lanes)} lanes, got {len(drafts)}")
+    for draft, lane, most in zip(drafts, lanes, sizes, strict=True):
+        count = len(draft.tokens)
+        if count > most:
+            raise ValueError(f"drafter: expected at most {most} nodes for lane {lane}, got {count}")
+        if any(not 0 <= token < vocabulary for token in draft.tokens):
+            bad = next(token for token in draft.tokens if not 0 <= token < vocabulary)
+            raise ValueError(f"drafter: expected token ids in [0, {vocabulary}), got {shown(bad)}")
+        if draft.parents is None:
+            continue
+        if len(draft.parents) != count:
+            raise ValueError(
+                f"drafter: expected a parent for each of {count} nodes of lane {lane}, "
+                f"got {len(draft.parents)}"
+            )
+        for node, parent in enumerate(draft.parents, 1):
+            if not 0 <= parent < node:
+                raise ValueError(
+                    f"drafter: no tree, node {node} of lane {lane} has the parent {shown(parent)}, "
+                    f"expected one of [0, {node})"
+                )

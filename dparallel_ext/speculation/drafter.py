@@ -1,0 +1,86 @@
+"""What guesses the tokens that a verify pass looks at: the protocol of drafters, and their names.
+
+A drafter changes how many passes a text takes, never the text: whatever it guesses, only the model's own
+choices are emitted. So a drafter may be as rough as it likes, and has no temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from ..arguments import shown
+from ..cache import AttentionMetadata, KVCache
+from ..models import Model
+from .draft import Draft
+from .ngram import NGram
+
+
+class Lane(NamedTuple):
+    """A sequence that a draft is asked for."""
+
+    lane: int
+    tokens: Tensor
+    """(n,) int64 on the CPU: prompt and what is decoded, the last of them the root of the draft. All but the
+    root are in the cache."""
+
+
+class DraftSession(Protocol):
+    """What a drafter remembers of the sequences in a batch's lanes."""
+
+    taps: tuple[int, ...]
+    """Layers of the model behind which it wants to see the residual stream."""
+
+    def reset(self, lane: int) -> None:
+        """A sequence begins in the lane."""
+
+    def observe(self, metadata: AttentionMetadata, taps: Sequence[Tensor]) -> None:
+        """A pass of the model has computed the tokens of `metadata`; taps: (N, width) behind each of `taps`.
+
+        Part of the pass, which may be recorded: nothing of it may wait for the device. Tokens of drafts are
+        among them that the pass then refuses; the next pass computes the places behind the accepted ones
+        again.
+        """
+
+    def moved(self, source: Tensor, target: Tensor) -> None:
+        """What a path of a tree has put into slots `source` (B, M) lies in `target` from now on, as
+        `ops.kv_move` has it. Part of the pass."""
+
+    def propose(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:
+        """A draft for each of `lanes`, of at most so many nodes each."""
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Guesses tokens. One object serves any number of batches, each with a session of its own."""
+
+    most: int
+    """The most nodes of a draft that are of use."""
+
+    def check(self, model: Model) -> None:
+        """Raise ValueError where it cannot draft for the model: another vocabulary, another target."""
+
+    def session(self, model: Model, kv_cache: KVCache, lanes: int) -> DraftSession:
+        """For a batch of so many lanes. What it keeps of positions belongs into pages like those of
+        `kv_cache`, under its `block_table`, so that sequences that share a beginning share this too."""
+
+
+def drafter_of(given: Any) -> Drafter | None:
+    """A drafter, its name ("ngram", "ngram:4") or its file's path; None stays None.
+
+    Raises ValueError for anything else.
+    """
+    if given is None or (isinstance(given, Drafter) and not isinstance(given, (str, Path))):
+        return given
+    if isinstance(given, str):
+        name, colon, argument = given.partition(":")
+        if name == "ngram":
+            if colon and not argument.isdecimal():
+                raise ValueError(f'drafter: expected "ngram" or "ngram:N", got {shown(given)}')
+            return NGram(int(argument)) if colon else NGram()
+    raise ValueError(
+        f'drafter: expected a Drafter, the name "ngram" or None for plain decoding, got {shown(given)}'
+    )

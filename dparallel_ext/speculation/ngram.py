@@ -1,0 +1,81 @@
+"""Drafts without weights: what followed the last time that the text ended so (prompt lookup decoding).
+
+Source: A. Saxena, "Prompt Lookup Decoding" (2023); LLMA, arXiv 2304.04487.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..arguments import whole
+from .draft import Draft
+
+if TYPE_CHECKING:
+    from ..cache import AttentionMetadata, KVCache
+    from ..models import Model
+    from .drafter import Lane
+
+
+class NGram:
+    """Drafts the tokens that followed the latest earlier place where the last `longest` tokens stand; where
+    there is none, the last `longest` - 1 of them, and so on down to `shortest`.
+
+    most: the most tokens of a draft.
+    """
+
+    def __init__(self, longest: int = 3, *, shortest: int = 1, most: int = 16) -> None:
+        self.longest = whole("longest", longest, 1)
+        self.shortest = whole("shortest", shortest, 1, self.longest)
+        self.most = whole("most", most, 1)
+
+    def __repr__(self) -> str:
+        return f"NGram({self.longest}, shortest={self.shortest}, most={self.most})"
+
+    def check(self, model: Model) -> None:
+        """It goes with every model."""
+
+    def session(self, model: Model, kv_cache: KVCache, lanes: int) -> _Session:
+        return _Session(self, lanes)
+
+
+class _Session:
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, drafter: NGram, lanes: int) -> None:
+        self._drafter = drafter
+        self._sizes = range(drafter.longest, drafter.shortest - 1, -1)
+        self._ids: list[list[int]] = [[] for _ in range(lanes)]
+        """Of each lane's sequence, the tokens that are indexed."""
+        self._ends: list[dict[tuple[int, ...], int]] = [{} for _ in range(lanes)]
+        """Of each n-gram that a token follows, the index of the latest such token."""
+
+    def reset(self, lane: int) -> None:
+        self._ids[lane], self._ends[lane] = [], {}
+
+    def observe(self, metadata: AttentionMetadata, taps: Sequence[Tensor]) -> None:
+        pass
+
+    def moved(self, source: Any, target: Any) -> None:
+        pass
+
+    def propose(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:
+        return [self._draft(each, most) for each, most in zip(lanes, sizes, strict=True)]
+
+    def _draft(self, lane: Lane, most: int) -> Draft:
+        ids, ends = self._ids[lane.lane], self._ends[lane.lane]
+        for token in lane.tokens[len(ids) :].tolist():
+            for size in self._sizes:
+                if size <= len(ids):
+                    ends[tuple(ids[-size:])] = len(ids)
+            ids.append(token)
+        for size in self._sizes:
+            at = ends.get(tuple(ids[-size:])) if size <= len(ids) else None
+            if at is not None:
+                found: list[int] = []
+                for place in range(at, at + most):  # what repeats goes on repeating
+                    found.append(ids[place] if place < len(ids) else found[place - len(ids)])
+                return Draft(tuple(found))
+        return Draft()

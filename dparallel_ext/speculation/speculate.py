@@ -1,0 +1,239 @@
+"""Decode an autoregressive model, several tokens a pass where a drafter guesses them: the text is its own.
+
+How: `batch`. What guesses: `drafter`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from .. import arguments
+from ..decoding.config import DEFAULTS, DecodeConfig, DecodeKeywords, configured, names_fields
+from ..decoding.decode import DecodeOutput, Prompts
+from ..decoding.settings import make_settings
+from ..models import Model, for_decoding, traits, warn_beyond
+from .batch import CausalBatch
+from .drafter import Drafter, drafter_of
+from .sizing import Fixed, Measured, Sizer
+
+OF_DIFFUSION = (
+    *("infill", "block_length", "sub_block_length", "steps", "threshold", "selector", "policy", "rule"),
+    *("min_commit", "max_commit", "score", "cache", "refresh", "active_blocks", "open_at", "activate_at"),
+    *("mask_id", "record"),
+)
+"""Fields of `DecodeConfig` that say how masks are filled."""
+
+
+@dataclass
+class SpeculateOutput(DecodeOutput):
+    """What `speculate` returns, as `decode`: `nfe` and `forwards` count passes of the model alone."""
+
+    draft_nfe: Tensor = field(kw_only=True)
+    """(B,) int64: drafts made for each sequence."""
+    draft_forwards: int = field(kw_only=True)
+    """Times that the call asked its drafter."""
+    drafted: Tensor = field(kw_only=True)
+    """(D,) int64: drafts, over all sequences, that reached depth 1, 2, ..., D."""
+    accepted: Tensor = field(kw_only=True)
+    """(D,) int64: of these, the drafts whose token at that depth was the model's own choice."""
+
+    @property
+    def accepted_per_draft(self) -> float:
+        """Tokens of a draft that are accepted, on average, without the one that each pass gives anyway."""
+        drafts = int(self.drafted[0]) if len(self.drafted) else 0
+        return int(self.accepted.sum()) / drafts if drafts else 0.0
+
+
+@names_fields
+def speculate(
+    model: Any,
+    prompt: Prompts,
+    config: DecodeConfig | None = None,
+    *,
+    drafter: Drafter | str | None = None,
+    draft_size: int | None = None,
+    attention_mask: Any = None,
+    streamer: Any = None,
+    progress: bool = False,
+    **keywords: Unpack[DecodeKeywords],
+) -> SpeculateOutput:
+    """Decode up to `gen_length` tokens after each prompt with an autoregressive model.
+
+    The text is the model's own: at temperature 0 the argmax after every token, above it a sample whose noise
+    is keyed by seed, sequence and position. A drafter changes how many passes that takes, not one token of
+    it: of its guesses only those stay that are the model's choice. (The matrix library may round a row
+    otherwise beside other rows, so where two logits are equal but for rounding, another may win.)
+
+    Args:
+        model: an autoregressive one of ours (`dparallel_ext.models`: Llama, Qwen2, Qwen3; `models.wrap` makes
+            one of a loaded Hugging Face model).
+        prompt: see `decode`; each has at least one token.
+        config: how the prompts are decoded; default: `DecodeConfig()`. What is about masks (block_length,
+            threshold, rule, cache and the like) belongs to `decode`.
+        drafter: what guesses tokens, see `speculation`: a `Drafter`, or "ngram" (what followed when the text
+            last ended so; "ngram:N" with up to N tokens compared). None: plain decoding.
+        draft_size: the most nodes of a draft. None: as many as bring the most tokens per second, by the
+            seconds that passes of each size take here and by what is accepted; the text is the same, and so
+            are the passes only with a number.
+        attention_mask: see `decode`.
+        streamer: an object with `put` and `end`, as transformers' streamers. Batch size 1.
+        progress: a tqdm bar of tokens.
+        keywords: fields of `DecodeConfig`. `eos_id`: None is the model's own end tokens, as in transformers'
+            `generate`, all of them; a number stands instead of them, and -1 for none.
+
+    Returns:
+        SpeculateOutput. A sequence that has ended is in no pass; what follows its end is filled with the end
+        token.
+
+    Raises:
+        ValueError: naming the argument that does not fit; or naming sequence and position where the
+            logits hold NaN or leave no token to choose.
+        TypeError: for a keyword that is no field.
+    """
+    ends = keywords.pop("eos_id", None if config is None else config.eos_id)
+    config = configured("speculate", config, {**keywords, "eos_id": None})
+    check_causal(config)
+    with torch.inference_mode():
+        prompts = arguments.prompts(prompt, attention_mask)
+        size = len(prompts)
+        model = causal_model(model)
+        eos_ids = end_ids(model, ends)
+        drafter = drafter_of(drafter)
+        if drafter is not None:
+            drafter.check(model)
+        counts = arguments.numbers("gen_length", config.gen_length, size, 0)
+        settings = make_settings(config, traits(model), "none", size)
+        check_prompts(model, prompts, config)
+        if streamer is not None and size != 1:
+            raise ValueError(f"streamer: expected a batch of 1, got {size}")
+        lengths = [len(ids) + count for ids, count in zip(prompts, counts, strict=True)]
+        warn_beyond(model, "gen_length", max(lengths, default=0))
+        batch = CausalBatch(
+            model,
+            size,
+            max(lengths, default=0),
+            drafter=drafter,
+            sizer=sizer_of(drafter, draft_size),
+            pad_id=eos_ids[0] if eos_ids else 0,
+            batch_invariant=config.batch_invariant,
+            graphs=config.graphs,
+        )
+        for lane, (ids, count, own) in enumerate(zip(prompts, counts, settings, strict=True)):
+            batch.admit(lane, ids.cpu(), count, own, eos_ids=eos_ids)
+        _run(batch, streamer, _bar(progress, sum(counts)))
+    return _output(batch, prompts, config)
+
+
+def causal_model(model: Any) -> Model:
+    """One of ours, autoregressive. Raises ValueError for another."""
+    found = for_decoding(model)
+    if not isinstance(found, Model):
+        raise ValueError(
+            "model: expected an autoregressive one of dparallel_ext.models (models.load, or models.wrap for "
+            f"a loaded Hugging Face model), got {type(found).__name__}"
+        )
+    if not found.causal:
+        raise ValueError(
+            f"model: {type(found).__name__} is a diffusion model, whose masks `dparallel_ext.decode` fills; "
+            "expected an autoregressive one"
+        )
+    return found
+
+
+def check_causal(config: DecodeConfig) -> None:
+    """Raise ValueError for a field that an autoregressive model has no use for."""
+    for name in OF_DIFFUSION:
+        if (value := getattr(config, name)) != DEFAULTS[name]:
+            raise ValueError(
+                f"{name}: belongs to masked diffusion; an autoregressive model takes none, "
+                f"got {arguments.shown(value)}"
+            )
+
+
+def check_prompts(model: Model, prompts: Sequence[Tensor], config: DecodeConfig) -> None:
+    """Raise ValueError for ids that the model does not have, and for a prompt without a token."""
+    arguments.check_ids("prompt", prompts, model.shape.rows)
+    if config.suppress is not None:
+        arguments.check_ids("suppress", [torch.tensor(config.suppress)], model.shape.rows)
+    for number, ids in enumerate(prompts):
+        if not len(ids):
+            raise ValueError(f"prompt: expected at least one token, got none in sequence {number}")
+
+
+def end_ids(model: Model, given: Any) -> tuple[int, ...]:
+    """The ids that end a sequence; None: the model's own. Raises ValueError for ids that it does not have."""
+    if given is None:
+        return model.eos_ids
+    eos = arguments.whole("eos_id", given, -1)
+    if eos >= model.shape.rows:
+        raise ValueError(f"eos_id: expected one of the model's {model.shape.rows} token ids, got {eos}")
+    return () if eos < 0 else (eos,)
+
+
+def sizer_of(drafter: Drafter | None, draft_size: int | None) -> Sizer:
+    if draft_size is not None:
+        return Fixed(arguments.whole("draft_size", draft_size, 0))
+    return Fixed(0) if drafter is None else Measured(drafter.most)
+
+
+def _run(batch: CausalBatch, streamer: Any, bar: Any) -> None:
+    """All passes."""
+    if streamer is not None:
+        streamer.put(batch.tokens[:, : batch.rows[0].prompt].clone())
+    while live := batch.live:
+        known = [batch.rows[b].known for b in live]
+        batch.step()
+        fresh = sum(batch.rows[b].known for b in live) - sum(known)
+        if bar is not None:
+            bar.update(fresh)
+        if streamer is not None:
+            streamer.put(batch.tokens[:, known[0] : batch.rows[0].known].clone())
+    if bar is not None:
+        bar.close()
+    if streamer is not None:
+        streamer.end()
+
+
+def _output(batch: CausalBatch, prompts: Sequence[Tensor], config: DecodeConfig) -> SpeculateOutput:
+    device = prompts[0].device if prompts else torch.device("cpu")
+    width = batch.tokens.shape[1]
+    masked = torch.zeros(batch.tokens.shape, dtype=torch.bool)
+    longest = max((len(row.columns) for row in batch.rows), default=0)
+    logprobs = torch.full((len(batch.rows), longest), torch.nan)
+    for b, row in enumerate(batch.rows):
+        masked[b, row.prompt : row.length] = True
+        logprobs[b, : len(row.columns)] = batch.logprobs[b, row.prompt : row.length]
+
+    def numbers(name: str) -> Tensor:
+        found = torch.tensor([getattr(row, name) for row in batch.rows], dtype=torch.int64)
+        return found.to(device)
+
+    return SpeculateOutput(
+        batch.tokens[:, :width].clone().to(device),
+        numbers("nfe"),
+        batch.forwards,
+        numbers("generated"),
+        numbers("kept"),
+        numbers("length"),
+        numbers("prompt"),
+        masked.to(device),
+        numbers("nfe"),
+        logprobs=logprobs.to(device) if config.logprobs else None,
+        draft_nfe=numbers("draft_nfe"),
+        draft_forwards=batch.draft_forwards,
+        drafted=torch.tensor(batch.counts.drafted, dtype=torch.int64),
+        accepted=torch.tensor(batch.counts.accepted, dtype=torch.int64),
+    )
+
+
+def _bar(progress: bool, total: int) -> Any:
+    if not progress:
+        return None
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc="speculate", unit="token")
