@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch  # the compiled library links against torch's, so torch comes first
 
-from . import compat, diffusion_gemma, models, ops, policies, reference, rules
+from . import compat, diffusion_gemma, models, ops, policies, reference, rules, speculation
 from ._C import build_info, simd_level
 from .decoding import DecodeConfig, DecodeOutput, Trajectory, decode
 from .engine import Completion, Draft, Engine, EngineFull, EngineStats, Handle
@@ -29,6 +29,7 @@ from .ops import (
     swiglu,
     unmask_,
 )
+from .speculation import SpeculateOutput, speculate
 from .types import AcceptOutput, CommitOutput, RowStats, RowTopK, UnmaskOutput
 
 __version__ = "0.1.0"
@@ -48,6 +49,7 @@ __all__ = [
     "MaskedPair",
     "RowStats",
     "RowTopK",
+    "SpeculateOutput",
     "Trajectory",
     "UnmaskOutput",
     "accept",
@@ -76,6 +78,8 @@ __all__ = [
     "select",
     "semi_autoregressive_masks",
     "simd_level",
+    "speculate",
+    "speculation",
     "swiglu",
     "unmask_",
 ]

@@ -54,6 +54,11 @@ class Trajectory:
         return made
 
 
+def graphs_on(device: torch.device) -> Graphs | None:
+    """What records passes on the device, if it can."""
+    return Graphs(CudaRecorder(device)) if can_record(device) else None
+
+
 @dataclass
 class Workspace:
     """What recorded passes read and write, and the recordings. It can serve one batch after another."""
@@ -78,7 +83,7 @@ class Workspace:
     @classmethod
     def of(cls, tokens: Tensor, kv_cache: KVCache | None, *, graphs: bool = False) -> Workspace:
         """A fresh one; `graphs`: where the device has them."""
-        found = Graphs(CudaRecorder(tokens.device)) if graphs and can_record(tokens.device) else None
+        found = graphs_on(tokens.device) if graphs else None
         return cls(
             tokens,
             kv_cache,

@@ -69,8 +69,7 @@ def load(
     source = f"path: {directory}"
     config, shape = config_of(directory)
     files.refuse_quantised(config, (), source)
-    if mask_id is not None or not _family(config, source).causal:
-        mask_id = _mask_id(mask_id, directory, shape.rows)
+    mask_id = _mask_id(mask_id, config, directory, shape.rows)
     if mask_id is not None:
         config["mask_token_id"] = mask_id
     _add_ends(config, files.end_token_ids(directory), shape.rows, f"{source}: generation_config.json")
@@ -95,14 +94,13 @@ def config_of(directory: Path) -> tuple[dict[str, Any], Shape]:
         raise ValueError(f"path: {file}: {str(error).removeprefix('config: ')}") from error
 
 
-def _mask_id(given: int | None, directory: Path, rows: int) -> int | None:
-    """The id that is given, else that of the checkpoint's files."""
+def _mask_id(given: int | None, config: Mapping[str, Any], directory: Path, rows: int) -> int | None:
+    """The id that is given, else that of the checkpoint's files; of a causal model's, of its config alone."""
     name, found = "mask_id", given
     if given is None:
-        name, found = (
-            f"path: the mask token of {directory}, unless mask_id is given",
-            files.mask_token_id(directory),
-        )
+        name = f"path: the mask token of {directory}, unless mask_id is given"
+        causal = _family(config, f"path: {directory}").causal
+        found = config.get("mask_token_id") if causal else files.mask_token_id(directory)
     if found is not None and (type(found) is not int or not 0 <= found < rows):
         raise ValueError(f"{name}: expected an id below {rows}, got {found!r}")
     return found
@@ -112,8 +110,9 @@ def _add_ends(config: dict[str, Any], more: Iterable[int], rows: int, source: st
     """Let the config's eos_token_id be its own ids, then those of `more` that it lacks."""
     own = token_ids(config, "eos_token_id", rows)
     ends = list(dict.fromkeys([*own, *more]))
-    if any(one >= rows for one in ends):
-        raise ValueError(f"{source}: eos_token_id={ends!r:.80}, expected ids below {rows}")
+    beyond = [one for one in ends if one >= rows]
+    if beyond:
+        raise ValueError(f"{source}: eos_token_id has {beyond!r:.80}, expected ids below {rows}")
     if len(ends) > len(own):
         config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
 

@@ -23,8 +23,8 @@ class SDAR(Model):
 
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> Shape:
-        bias = fields.read(config, {"attention_bias": fields.NO})["attention_bias"]
-        return block_causal_shape(config, "block_size", 4, qk_norm=True, qkv_bias=bool(bias))
+        bias = bool(fields.read(config, {"attention_bias": fields.NO})["attention_bias"])
+        return block_causal_shape(config, "block_size", 4, qk_norm=True, qkv_bias=bias, o_bias=bias)
 
 
 def block_causal_shape(config: Mapping[str, Any], key: str, default: int, **more: Any) -> Shape:

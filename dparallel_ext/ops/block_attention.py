@@ -140,7 +140,7 @@ def _in_float64(
         page, offset = table[slot // page_size], slot % page_size
         k, v = (cache[page, :, offset].transpose(0, 1) for cache in (k_cache, v_cache))  # (Hkv, kv_len, D)
         row, own = torch.arange(last - first, device=q.device)[:, None], slot - (length - (last - first))
-        seen = own <= row if causal else own < last - first  # (Q, kv_len)
+        seen = own <= (row if causal else torch.full_like(row, last - first))  # (Q, kv_len)
         if ancestors is not None:
             bit = own.clamp(min=0)
             seen = (own < 0) | ((ancestors[first:last, bit // 64] >> bit % 64) & 1).bool()

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from ..cache import AttentionMetadata, KVCache, PadTo, Span
-from ..decoding.graphs import CudaRecorder, Graphs, can_record
 from ..decoding.packed import Shapes, pack, unpack
 from ..decoding.runner import recorded_rows, row_padding
 from ..decoding.sequence import Settings
+from ..decoding.workspace import graphs_on
 from ..models import Model, own_precision
 from ..ops import accept, kv_move
 from ..ops.errors import NO_ERROR, explain
@@ -139,8 +139,7 @@ class CausalBatch:
         self._most = 0 if drafter is None else drafter.most
         self._session = None if drafter is None else drafter.session(model, self.kv_cache, lanes)
         self._sizer: Sizer = Fixed(self._most) if sizer is None else sizer
-        recorded = graphs and can_record(model.device)
-        self._graphs = Graphs(CudaRecorder(model.device)) if recorded else None
+        self.graphs = graphs_on(model.device) if graphs else None
         self._recorded_rows = recorded_rows(model)
         self._pad_to: PadTo = row_padding(model)
         self._suppressed: dict[tuple[int, ...], Tensor] = {}
@@ -266,17 +265,17 @@ class CausalBatch:
 
     def _verify(self, drafts: dict[int, Draft], tree: bool) -> dict[int, Emitted]:
         """One pass over some sequences. Nothing of them changes but keys and values behind the known ones."""
-        if self._graphs is not None and any(self.rows[b].nfe == 0 for b in drafts):
-            self._graphs.drop_stale(self.model.addresses())  # the model may have moved
+        if self.graphs is not None and any(self.rows[b].nfe == 0 for b in drafts):
+            self.graphs.drop_stale(self.model.addresses())  # the model may have moved
         inputs, key = self._inputs(drafts, tree)
         device = self.model.device
         compute = functools.partial(self._compute, key)
         with self._sizer.verifying():
-            if self._graphs is None or self._graphs.addresses is None:
+            if self.graphs is None or self.graphs.addresses is None:
                 result = compute(inputs.to(device, non_blocking=True))
             else:
                 few = key.shapes[0][0] <= self._recorded_rows
-                result = self._graphs.run(key.key if few else None, inputs, compute, device=device, held=key)
+                result = self.graphs.run(key.key if few else None, inputs, compute, device=device, held=key)
             numbers = result.tolist()  # waits for the device
         return self._look(drafts, key, numbers)
 
@@ -429,7 +428,8 @@ class CausalBatch:
 
             def where(at: int) -> str:
                 lane, row = at >> 31, at & 0x7FFFFFFF
-                return f"sequence {lane} at position {self.rows[lane].known - 1 + _depths(drafts[lane])[row]}"
+                own = row - sum(1 + len(draft.tokens) for b, draft in drafts.items() if b < lane)
+                return f"sequence {lane} at position {self.rows[lane].known + _depths(drafts[lane])[own]}"
 
             explain(min(error), where)
         logprobs: list[float] = []

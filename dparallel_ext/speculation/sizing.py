@@ -7,7 +7,7 @@ A pass over n more rows takes L(n) seconds and brings tau(n) tokens; drafts are 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
@@ -54,7 +54,8 @@ class Measured:
 
     EVERY, TRIALS, PART = 64, 2, 0.1
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
         self.sizes = sorted({0, most, *(1 << bit for bit in range(most.bit_length()) if 1 << bit <= most)})
         self._seconds: dict[int, dict[int, list[float]]] = {}
         """By the number of sequences and by size: times asked for, and the mean seconds of draft and pass."""
@@ -86,15 +87,15 @@ class Measured:
 
     @contextmanager
     def drafting(self) -> Iterator[None]:
-        begun = time.perf_counter()
+        begun = self._clock()
         yield
-        self._drafting = time.perf_counter() - begun
+        self._drafting = self._clock() - begun
 
     @contextmanager
     def verifying(self) -> Iterator[None]:
-        begun = time.perf_counter()
+        begun = self._clock()
         yield
-        seconds, entry = time.perf_counter() - begun + self._drafting, self._entry
+        seconds, entry = self._clock() - begun + self._drafting, self._entry
         entry[0] += 1
         # The first of a size pays for what the others find made.
         entry[1] = seconds if entry[0] <= 2 else entry[1] + self.PART * (seconds - entry[1])

@@ -419,6 +419,7 @@ def train(
     mlp_width: int = 512,
     save_every: int = 500,
     evaluate: Annotated[int, typer.Option(help="held-out problems to check at the end; 0: none")] = 2000,
+    causal: Annotated[bool, typer.Option("--causal", help="its autoregressive sibling")] = False,
 ) -> None:
     """Train the built-in model from scratch (75 minutes on two cores)."""
     from .toy.train import Settings
@@ -426,7 +427,8 @@ def train(
 
     with plain_errors():
         sizes = {"batch": batch, "width": width, "layers": layers, "heads": heads, "mlp_width": mlp_width}
-        settings = Settings(seed=seed, **sizes, **({} if steps is None else {"steps": steps}))
+        given: dict[str, Any] = {**sizes, "seed": seed, "causal": causal}
+        settings = Settings(**given | ({} if steps is None else {"steps": steps}))
         run(out, settings, save_every=save_every, evaluate=evaluate)
 
 

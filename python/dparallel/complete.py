@@ -8,7 +8,7 @@ from typing import Any
 
 import dparallel_ext as dx
 from dparallel_ext.arguments import whole
-from dparallel_ext.models import Model
+from dparallel_ext.models import Model, check_diffusion
 
 from . import registry, text
 from .live import LiveText
@@ -31,6 +31,7 @@ def complete(
 
     Raises ValueError, by name.
     """
+    check_diffusion(model)
     encode, mask = text.prompt_encoder(tokenizer, template), model.mask_id
     if mask is None:
         raise ValueError(f"mask_id: the files of {name} name no mask token, so give --mask-id")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from dparallel.complete import complete
 from dparallel.likelihood import log_likelihoods
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"tie_word_embeddings": True, "use_sliding_window": True, "max_window_layers": 2}),
     ("qwen3", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}}),
     ("qwen3", {"tie_word_embeddings": True, "attention_bias": True, "head_dim": 8}),
-    ("qwen3", {"rope_parameters": {**YARN, "attention_factor": 1.5, "original_max_position_embeddings": 64}}),
+    ("qwen3", {"rope_parameters": {**YARN, "attention_factor": 1.5, "original_max_position_embeddings": 4}}),
 ]
 each = pytest.mark.parametrize(("family", "changes"), CASES, ids=str)
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -270,17 +271,30 @@ def test_gradients_are_those_of_transformers(padded: bool) -> None:
 
 @every_family
 @torch.no_grad()
-def test_steps_of_a_token_write_what_transformers_generates(family: str) -> None:
+def test_steps_write_what_transformers_generates(family: str) -> None:
     theirs, prompt = case(family), ids(1, 5)
     expected = theirs.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)[0]
     model = models.wrap(theirs)
-    cache, tokens = model.new_cache(1, 17), prompt[0].tolist()
-    for position in range(16):
-        spans = model.spans(0, position, position + 1, 17)
-        hidden = model.step(torch.tensor([tokens[position]]), cache, cache.metadata(spans))
-        if position >= 4:
-            tokens.append(int(model.head(hidden).argmax()))
+    cache, tokens, start = model.new_cache(1, 17), prompt[0].tolist(), 0
+    while len(tokens) < 17:
+        metadata = cache.metadata(model.spans(0, start, len(tokens), 17), causal=model.causal)
+        hidden = model.step(torch.tensor(tokens[start:]), cache, metadata)
+        start = len(tokens)
+        tokens.append(int(model.head(hidden[-1]).argmax()))
     assert tokens == expected.tolist()
+
+
+@each
+@torch.no_grad()
+def test_steps_of_any_length_compute_the_hidden_states(family: str, changes: dict[str, Any]) -> None:
+    model, x = models.wrap(theirs_of(family, **changes)), ids(2, 30)
+    expected, cache = model.hidden(x), model.new_cache(2, 30)
+    for passes in (((0, 0, 13), (1, 0, 4)), ((1, 4, 5), (0, 13, 30)), ((1, 5, 30),)):
+        spans = [span for row, start, end in passes for span in model.spans(row, start, end, 30)]
+        packed = torch.cat([x[row, start:end] for row, start, end in passes])
+        hidden = model.step(packed, cache, cache.metadata(spans, causal=model.causal))
+        states = torch.cat([expected[row, start:end] for row, start, end in passes])
+        torch.testing.assert_close(hidden, states, rtol=0, atol=1e-4)
 
 
 def test_spans() -> None:
@@ -364,7 +378,7 @@ def test_every_end_is_known(config: Any, generation: Any, expected: tuple[int, .
 def test_an_end_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
     case("llama").save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 97]}')
-    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id=\[2, 97\], .* below 97"):
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id has \[97\], .* below 97"):
         models.load(tmp_path)
 
 
@@ -373,6 +387,10 @@ def test_a_mask_of_the_tokenizer_is_not_asked_for(tmp_path: Path) -> None:
     (tmp_path / "added_tokens.json").write_text('{"<mask>": 500}')
     assert models.load(tmp_path).mask_id is None
     assert models.load(tmp_path, mask_id=96).mask_id == 96
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "mask_token_id": 97}))
+    with pytest.raises(ValueError, match=r"the mask token of .*, unless mask_id is given: .* 97, got 97"):
+        models.load(tmp_path)
 
 
 # --- what is refused ----------------------------------------------------------------------------
@@ -474,6 +492,28 @@ def test_diffusion_refuses_autoregressive_models(family: str) -> None:
         dx.Engine(models.wrap(theirs), mask_id=96)
     with pytest.raises(ValueError, match=said):
         log_likelihoods(models.wrap(theirs), [[5, 6]], [[7]], mask_id=96)
+    with pytest.raises(ValueError, match=said):
+        next(complete("a name", models.wrap(theirs), None, ["a prompt"], dx.DecodeConfig()))
+
+
+def test_a_module_that_holds_an_autoregressive_model_says_what_it_is() -> None:
+    class Holder(nn.Module):
+        def __init__(self, held: nn.Module) -> None:
+            super().__init__()
+            self.held = held
+
+        def forward(self, input_ids: Tensor) -> Any:
+            return self.held(input_ids)
+
+    for held in (case("qwen3"), models.wrap(case("qwen3"))):
+        model = Holder(held)
+        with pytest.raises(
+            ValueError, match=r"Holder holds a Qwen3\w* as held.*or causal.*or other \S+Traits$"
+        ):
+            dx.decode(model, ids(1, 4), gen_length=4, mask_id=96)
+        model.traits = models.traits(held)
+        with pytest.raises(ValueError, match="Holder is autoregressive"):
+            dx.decode(model, ids(1, 4), gen_length=4, mask_id=96)
 
 
 def test_a_model_that_was_made_to_see_both_ways_says_so() -> None:

@@ -197,6 +197,9 @@ KEYS = {
     "Dream": QWEN_KEYS,
     "sdar": f"{QWEN_KEYS} block_size attention_bias",
     "Fast_dLLM_Qwen": f"{QWEN_KEYS} bd_size",
+    "llama": f"{QWEN_KEYS} original_max_position_embeddings attention_bias mlp_bias",
+    "qwen2": f"{QWEN_KEYS} sliding_window use_sliding_window",
+    "qwen3": f"{QWEN_KEYS} sliding_window use_sliding_window attention_bias",
 }
 """The keys of numbers and flags of each family's config.json."""
 WRONG: dict[str, list[Any]] = {
@@ -220,7 +223,7 @@ WRONG: dict[str, list[Any]] = {
 
 
 def config_of(family: str) -> dict[str, Any]:
-    published = {"Fast_dLLM_Qwen": "dream"}.get(family, family.lower())
+    published = family.lower() if family in ("llada", "Dream", "sdar") else "dream"
     config = golden.json(f"{published}_tiny_a", "config")
     return {**config, "model_type": family, "bd_size": 32}
 
@@ -231,8 +234,8 @@ def test_every_number_and_flag_is_checked_by_name(tmp_path: Path, family: str) -
     put(tmp_path, "config.json", config)
     assert models.config_of(tmp_path)[1].heads == 4
     for key in KEYS[family].split():
-        flag = key.startswith(("include", "bias", "multi", "weight", "scale", "tie", "attention")) or (
-            key == "rope_full_precision"
+        flag = key.startswith(("include", "bias", "multi", "weight", "scale", "tie", "use")) or (
+            key in ("rope_full_precision", "attention_bias", "mlp_bias")
         )
         kind = "flag" if flag else "number" if key in ("rms_norm_eps", "rope_theta") else "whole"
         for value in WRONG[kind][key == "embedding_size" :]:  # there 0 is null, as published
@@ -280,6 +283,13 @@ def test_numbers_that_do_not_go_together(
     put(tmp_path, "config.json", config)
     with pytest.raises(ValueError, match=rf"^path: .*config\.json: .*{said}"):
         models.load(tmp_path)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_attention_bias_of_sdar_is_that_of_all_four_projections(given: bool) -> None:
+    model = SDAR({**config_of("sdar"), "attention_bias": given})
+    biases = {name for name in model.state_dict() if name.endswith("bias") and ".0." in name}
+    assert biases == {f"model.layers.0.self_attn.{p}_proj.bias" for p in "qkvo" if given}
 
 
 def test_what_null_and_zero_mean_to_the_published_code() -> None:

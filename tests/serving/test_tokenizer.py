@@ -283,7 +283,7 @@ def test_a_tokenizer_json_that_takes_not_every_text_is_named(tmp_path: Path) -> 
 def test_ends_that_the_model_has_no_rows_for_are_named(tmp_path: Path) -> None:
     shutil.copytree(registry.directory_of("builtin:student"), tmp_path / "m")
     for ids, said in (
-        ([1, 5000], r"a response of .*m ends with the tokens \[5000\], expected ids below 202"),
+        ([1, 5000], r"m: generation_config\.json: eos_token_id has \[5000\], expected ids below 202"),
         ("1", r"generation_config\.json: eos_token_id='1', expected ids or null"),
         ([True], r"generation_config\.json: eos_token_id=\[True\], expected ids or null"),
     ):
@@ -293,6 +293,15 @@ def test_ends_that_the_model_has_no_rows_for_are_named(tmp_path: Path) -> None:
     (tmp_path / "m" / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     _, found = registry.load(str(tmp_path / "m"))
     assert endings(tmp_path / "m", found) == {"eos_id": 7, "stop": [[9], [1]]}
+    file = tmp_path / "m" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["added_tokens"].append({**content["added_tokens"][0], "content": "<far>", "id": 5000})
+    file.write_text(json.dumps(content))
+    (tmp_path / "m" / "tokenizer_config.json").write_text('{"eos_token": "<far>"}')
+    with pytest.raises(
+        ValueError, match=r"a response of .*m ends with the tokens \[\d+\], expected ids below"
+    ):
+        registry.load(str(tmp_path / "m"))
 
 
 def test_a_tokenizer_json_comes_first(tmp_path: Path) -> None:

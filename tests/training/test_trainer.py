@@ -323,6 +323,13 @@ def test_a_collator_comes_with_the_trainer(tmp_path: Path):
         CertaintyForcingTrainer(model=model, args=args, train_dataset=rows)
 
 
+def test_an_autoregressive_model_is_refused(tmp_path: Path):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = dx.models.Llama({**sizes, "vocab_size": 16, "mask_token_id": 15, "eos_token_id": 1})
+    with pytest.raises(ValueError, match=r"model: Llama is autoregressive"):
+        trainer_of(model, tmp_path)
+
+
 def test_rows_of_different_lengths_need_an_attention_mask(tmp_path: Path):
     trainer = trainer_of(Remote(RemoteConfig()), tmp_path)
     with pytest.raises(ValueError, match="takes no attention_mask: give total_length"):

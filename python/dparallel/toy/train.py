@@ -1,7 +1,8 @@
-"""Train the built-in model from scratch on `tasks`, with the masked-diffusion objective of LLaDA.
+"""Train the built-in models from scratch on `tasks`: masked diffusion, or its autoregressive sibling.
 
-Each response token is masked with probability t ~ U(0, 1); the loss is cross entropy on the masked tokens
-weighted 1/t, over the response's length (arXiv 2502.09992, eq. 3). Muon on the matrices of the blocks, AdamW
+Masked diffusion as LLaDA: each response token is masked with probability t ~ U(0, 1); the loss is cross
+entropy on the masked tokens weighted 1/t, over the response's length (arXiv 2502.09992, eq. 3). The sibling,
+in Qwen3's layout, learns each response token from those before it. Muon on the matrices of the blocks, AdamW
 on the rest, and an exponential average of the weights is what ships.
 """
 
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dparallel_ext import models
-from dparallel_ext.models import LLaDA
+from dparallel_ext.models import LLaDA, Qwen3
 
 from .. import evaluate as evaluation
 from .. import files, registry
@@ -46,6 +47,8 @@ class Settings:
     """Share of the steps, at the end, over which the learning rates fall to zero."""
     ema: float = 0.998
     seed: int = 0
+    causal: bool = False
+    """The autoregressive sibling."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "width", "layers", "heads", "mlp_width"):
@@ -117,6 +120,33 @@ def model_config(settings: Settings) -> dict[str, Any]:
     }
 
 
+def causal_config(settings: Settings) -> dict[str, Any]:
+    """config.json in the layout of Qwen3's checkpoints."""
+    vocabulary = tasks.vocabulary()
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "attention_bias": False,
+        "bos_token_id": None,
+        "eos_token_id": vocabulary.index(tasks.EOS),
+        "head_dim": settings.width // settings.heads,
+        "hidden_act": "silu",
+        "hidden_size": settings.width,
+        "intermediate_size": settings.mlp_width,
+        "max_position_embeddings": 256,
+        "num_attention_heads": settings.heads,
+        "num_hidden_layers": settings.layers,
+        "num_key_value_heads": settings.heads,
+        "pad_token_id": vocabulary.index(tasks.PAD),
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_sliding_window": False,
+        "vocab_size": len(vocabulary),
+    }
+
+
 def batch_of(settings: Settings, step: int) -> tuple[Tensor, int]:
     """Token ids (batch, prompt + GEN_LENGTH) of training problems of one length, and the prompt's length.
 
@@ -150,6 +180,19 @@ def masked_diffusion_loss(model: models.Model, ids: Tensor, prompt: int, seed: i
         logits = model.head(model.hidden(noisy.to(device))[:, prompt:][masked.to(device)])  # (masked, V)
     nll = F.cross_entropy(logits.float(), labels.to(device), reduction="none")
     return (nll * weight.to(device)).sum() / masked.numel()
+
+
+def next_token_loss(model: models.Model, ids: Tensor, prompt: int, eos_id: int) -> Tensor:
+    """Cross entropy of the response tokens of ids (B, L) on the CPU, the first EOS of each among them."""
+    labels = ids[:, prompt:]
+    asked = (labels == eos_id).cumsum(1) - (labels == eos_id).long() == 0  # (B, R): none in front of it
+    ids = ids[:, : prompt + int(asked.any(0).sum())]  # no longer than the longest response
+    labels, asked = (t[:, : ids.shape[1] - prompt] for t in (labels, asked))
+    device = model.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=registry.fast_bfloat16(device)):
+        hidden = model.hidden(ids[:, :-1].to(device))[:, prompt - 1 :]
+        logits = model.head(hidden[asked.to(device)])  # (asked, V)
+    return F.cross_entropy(logits.float(), labels[asked].to(device))
 
 
 def learning_rate(settings: Settings, step: int) -> float:
@@ -195,7 +238,7 @@ def _train(
     progress: bool,
 ) -> Path:
     torch.manual_seed(settings.seed)
-    model = LLaDA(model_config(settings))
+    model = Qwen3(causal_config(settings)) if settings.causal else LLaDA(model_config(settings))
     initialise(model)
     model.to(device)
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
@@ -224,7 +267,7 @@ def _train(
                 f"out: {state_file} is not the state of a run ({type(error).__name__}: {error}); without it "
                 "the run begins anew"
             ) from error
-        if {**state["settings"], "steps": 0} != {**asdict(settings), "steps": 0}:
+        if asdict(Settings(**{**state["settings"], "steps": 1})) != {**asdict(settings), "steps": 1}:
             raise ValueError(f"out: {directory} holds a run with other settings: {state['settings']}")
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -244,7 +287,11 @@ def _train(
             for group in optimizer.param_groups:
                 group["lr"] = full * rate
         ids, prompt = batch_of(settings, step)
-        loss = masked_diffusion_loss(model, ids, prompt, settings.seed * 1_000_003 + step)
+        if settings.causal:
+            assert model.eos_id is not None
+            loss = next_token_loss(model, ids, prompt, model.eos_id)
+        else:
+            loss = masked_diffusion_loss(model, ids, prompt, settings.seed * 1_000_003 + step)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -287,7 +334,7 @@ def _train(
     return directory
 
 
-def initialise(model: LLaDA) -> None:
+def initialise(model: models.Model) -> None:
     """Normal weights of variance 1 / fan_in, the residual branches' last matrices smaller."""
     for name, p in model.named_parameters():
         if p.ndim == 2:

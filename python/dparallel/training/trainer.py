@@ -103,6 +103,7 @@ class CertaintyForcingTrainer(Trainer):
     args: CertaintyForcingArguments
 
     def __init__(self, model: nn.Module, args: CertaintyForcingArguments, **more: Any) -> None:
+        dx.models.check_diffusion(model)
         if more.get("data_collator") is None:
             more["data_collator"] = default_collator(model)
         super().__init__(model=model, args=args, **more)
@@ -114,7 +115,6 @@ class CertaintyForcingTrainer(Trainer):
         # The loss is normalised over the whole step here.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
-        dx.models.check_diffusion(model)
         self.traits = dx.models.traits(model)
         if self.traits.mask_id is None:
             raise ValueError("model: its config has no mask_token_id")

@@ -1,0 +1,365 @@
+"""speculate: whatever is guessed, the text is the model's own; plain, it is transformers' generate."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from conftest import golden
+from drafters import Knowing
+from torch import Tensor
+
+import dparallel_ext as dx
+from dparallel_ext import models
+from dparallel_ext.decoding.config import DecodeConfig
+from dparallel_ext.models import Model
+from dparallel_ext.speculation import CausalBatch, Draft, Measured, NGram
+from dparallel_ext.speculation.sizing import Fixed
+
+SIZES = {
+    **{"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 512, "head_dim": 8},
+}
+
+
+def model_of(family: str = "qwen3", dtype: torch.dtype = torch.float32, **changes: Any) -> Model:
+    """Random weights, large enough that every token tells."""
+    torch.manual_seed(3)
+    config = {"model_type": family, "rms_norm_eps": 1e-5, "rope_theta": 1000.0, **SIZES, **changes}
+    model = models.FAMILIES[family](config)
+    for p in model.parameters():
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=0.4)
+    return model.to(dtype).eval()
+
+
+MODEL = model_of(eos_token_id=[5, 9])
+PROMPTS = [torch.randint(10, 61, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 1, 20, 70)]
+
+
+def plain(model: Model = MODEL, prompts: list[Tensor] = PROMPTS, **settings: Any) -> dx.SpeculateOutput:
+    return dx.speculate(model, prompts, **{"gen_length": 24, "eos_id": -1, **settings})
+
+
+def drafters(texts: list[Tensor]) -> list[tuple[str, Any]]:
+    return [
+        ("ngram", "ngram"),
+        ("ngram of 1", NGram(1, most=3)),
+        ("chains", Knowing(texts)),
+        ("trees", Knowing(texts, tree=True)),
+        ("wide trees", Knowing(texts, tree=True, most=90, right=0.4)),
+        ("nonsense", Knowing(texts, right=0.0)),
+    ]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_plain_decoding_is_transformers_greedy_generate(family: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(1)
+    sizes = {**SIZES, "eos_token_id": [5, 9], "pad_token_id": 0}
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(family, **sizes)
+    ).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.ndim == 2:
+                p.normal_(std=0.4)
+    ours = models.wrap(theirs)
+    assert next(iter(ours.parameters())).data_ptr() in {p.data_ptr() for p in theirs.parameters()}
+    generated = [
+        theirs.generate(prompt[None], max_new_tokens=40, do_sample=False, pad_token_id=0)[0]
+        for prompt in PROMPTS
+    ]
+    for drafter in (None, "ngram"):
+        found = dx.speculate(ours, PROMPTS, gen_length=40, drafter=drafter)
+        for b, text in enumerate(generated):
+            assert torch.equal(found.sequences[b, : len(text)], text), (drafter, b)
+            response = text[len(PROMPTS[b]) :].tolist()
+            ended = next((i for i, token in enumerate(response) if token in (5, 9)), len(response))
+            assert int(found.kept[b]) == ended
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_drafter_changes_no_token(family: str, temperature: float) -> None:
+    model = MODEL if family == "qwen3" else model_of(family)
+    settings = {"temperature": temperature, "seed": 7, "gen_length": [24, 30, 1, 11]}
+    expected = plain(model, **settings)
+    assert expected.nfe.tolist() == [24, 30, 1, 11]
+    texts = list(expected.sequences)
+    for name, drafter in drafters(texts):
+        for size in (None, 1, 5):
+            found = plain(model, drafter=drafter, draft_size=size, **settings)
+            assert torch.equal(found.sequences, expected.sequences), (name, size)
+            assert torch.equal(found.kept, expected.kept)
+            assert bool((found.nfe <= expected.nfe).all())
+        if name in ("chains", "trees"):
+            assert found.nfe.sum() < expected.nfe.sum()
+            assert found.tokens_per_forward > expected.tokens_per_forward
+
+
+def test_hundreds_of_random_cases() -> None:
+    """Batches, sizes of draft, temperatures, ends: what is decoded is what plain decoding gives."""
+    rng = random.Random(0)
+    for _ in range(60):
+        lanes = rng.randint(1, 4)
+        prompts = [torch.randint(10, 61, (rng.choice([1, 2, 7, 33]),)) for _ in range(lanes)]
+        settings: dict[str, Any] = {
+            "gen_length": [rng.randint(0, 20) for _ in prompts],
+            "temperature": rng.choice([0.0, 0.7, 1.5]),
+            "seed": rng.randrange(10**6),
+            "top_k": rng.choice([None, 5]),
+            "top_p": rng.choice([None, 0.9]),
+            "eos_id": rng.choice([-1, None, rng.randrange(61)]),
+            "suppress": rng.choice([None, [3, 17]]),
+            "stop": rng.choice([(), [[rng.randrange(61)]], [[rng.randrange(61), rng.randrange(61)], [4]]]),
+            "logprobs": rng.random() < 0.3,
+        }
+        expected = dx.speculate(MODEL, prompts, **settings)
+        drafter = Knowing(
+            list(expected.sequences), tree=rng.random() < 0.5, right=rng.random(), seed=rng.randrange(99)
+        )
+        more = {"draft_size": rng.choice([None, 2, 8]), "batch_invariant": rng.random() < 0.3}
+        found = dx.speculate(MODEL, prompts, drafter=drafter, **more, **settings)
+        assert torch.equal(found.sequences, expected.sequences), settings
+        assert torch.equal(found.kept, expected.kept)
+        assert torch.equal(found.generated, expected.generated)
+        if settings["logprobs"]:
+            torch.testing.assert_close(found.logprobs, expected.logprobs, equal_nan=True, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+@pytest.mark.parametrize("tree", [False, True])
+def test_pages_of_any_size_in_any_order(page_size: int, tree: bool) -> None:
+    expected = plain()
+    width = expected.sequences.shape[1]
+    per_lane = -(-width // page_size)
+    pages = torch.randperm(len(PROMPTS) * per_lane + 3)[: len(PROMPTS) * per_lane].view(len(PROMPTS), -1)
+    with torch.inference_mode():
+        cache = MODEL.new_cache(len(PROMPTS) * per_lane + 3, page_size, pages)
+        cache.slots.fill_(math.nan)
+        drafter = Knowing(list(expected.sequences), tree=tree)
+        drafter.check(MODEL)
+        batch = CausalBatch(MODEL, len(PROMPTS), width, drafter=drafter, sizer=Fixed(9), kv_cache=cache)
+        settings = DecodeConfig()
+        from dparallel_ext.decoding.settings import make_settings
+
+        for lane, prompt in enumerate(PROMPTS):
+            own = make_settings(settings, models.traits(MODEL), "none", 1)[0]
+            batch.admit(lane, prompt, 24, own)
+        while batch.live:
+            batch.step()
+    for b, prompt in enumerate(PROMPTS):
+        assert torch.equal(
+            batch.tokens[b, : len(prompt) + 24], expected.sequences[b, : len(prompt) + 24].cpu()
+        )
+
+
+def test_a_sequence_is_what_it_is_alone() -> None:
+    for temperature in (0.0, 0.9):
+        together = plain(temperature=temperature, seed=[1, 2, 3, 4], drafter="ngram", draft_size=4)
+        for b, prompt in enumerate(PROMPTS):
+            alone = plain(prompts=[prompt], temperature=temperature, seed=[b + 1])
+            length = int(alone.lengths[0])
+            assert torch.equal(alone.sequences[0], together.sequences[b, :length])
+
+
+def test_ends_of_a_text() -> None:
+    """EOS ids, several and the model's own; stop sequences, over the border of two passes; all cut a path."""
+    full = plain(prompts=PROMPTS[:1])
+    response = full.responses[0].tolist()
+    texts = list(full.sequences)
+    for size in (0, 1, 3, 23):
+        settings: dict[str, Any] = {"prompts": PROMPTS[:1], "drafter": Knowing(texts, right=1.0)}
+        settings["draft_size"] = size
+        for at in (0, 4, 7):
+            ends = response.index(response[at])
+            found = plain(eos_id=response[at], **settings)
+            assert int(found.kept[0]) == ends
+            assert found.responses[0].tolist() == [*response[:ends], *[response[at]] * (24 - ends)]
+            assert int(found.generated[0]) == ends + 1
+        pair = response[6:8]
+        begin = next(i for i in range(23) if response[i : i + 2] == pair)
+        found = plain(stop=[pair, [60, 60, 60]], **settings)
+        assert int(found.kept[0]) == begin
+        assert found.responses[0].tolist()[: begin + 2] == response[: begin + 2]
+
+
+def test_the_models_own_ends_count_where_none_is_named() -> None:
+    model = model_of(eos_token_id=[MODEL_FIRST := int(plain(prompts=PROMPTS[:1]).responses[0][4]), 60])
+    found = dx.speculate(model, PROMPTS[:1], gen_length=24)
+    assert int(found.kept[0]) == plain(prompts=PROMPTS[:1]).responses[0].tolist().index(MODEL_FIRST)
+    assert int(dx.speculate(model, PROMPTS[:1], gen_length=24, eos_id=-1).kept[0]) == 24
+
+
+def test_it_counts_what_drafts_are_worth() -> None:
+    texts = list(plain().sequences)
+    found = plain(drafter=Knowing(texts, right=1.0, ragged=False), draft_size=4)
+    assert len(found.drafted) == len(found.accepted) == 4
+    assert torch.equal(found.drafted, found.accepted)
+    assert found.drafted.tolist() == sorted(found.drafted.tolist(), reverse=True)
+    # The prompt's pass emits one token, and each of the others five, save that the last has no more room.
+    assert found.nfe.tolist() == [1 + math.ceil(23 / 5)] * 4
+    assert found.draft_nfe.tolist() == [math.ceil(23 / 5)] * 4
+    assert found.accepted_per_draft == pytest.approx((23 - 5) / 5)
+    nothing = plain(drafter=Knowing(texts, right=0.0), draft_size=4)
+    assert nothing.accepted_per_draft < 0.2
+
+
+def test_streaming_gives_each_token_once_in_order() -> None:
+    class Streamer:
+        def __init__(self) -> None:
+            self.parts: list[list[int]] = []
+            self.ended = False
+
+        def put(self, ids: Tensor) -> None:
+            self.parts.append(ids.flatten().tolist())
+
+        def end(self) -> None:
+            self.ended = True
+
+    expected = plain(prompts=PROMPTS[:1])
+    streamer = Streamer()
+    drafter = Knowing(list(expected.sequences))
+    plain(prompts=PROMPTS[:1], drafter=drafter, draft_size=5, streamer=streamer)
+    assert streamer.parts[0] == PROMPTS[0].tolist()
+    assert [token for part in streamer.parts for token in part] == expected.sequences[0].tolist()
+    assert max(map(len, streamer.parts[1:])) > 1
+    assert streamer.ended
+    with pytest.raises(ValueError, match="streamer: expected a batch of 1, got 4"):
+        plain(streamer=streamer)
+
+
+def test_sizes_follow_what_passes_take_and_bring() -> None:
+    now = [0.0]
+    sizer = Measured(8, clock=lambda: now[0])
+    assert sizer.sizes == [0, 1, 2, 4, 8]
+
+    def run(right: float, cost: dict[int, float], passes: int) -> list[int]:
+        rng, asked = random.Random(0), []
+        for _ in range(passes):
+            size = sizer.size(1)
+            with sizer.verifying():
+                now[0] += cost[size]
+            taken = 0
+            while taken < size and rng.random() < right:
+                taken += 1
+            if size:
+                sizer.learn(size, taken)
+            asked.append(size)
+        return asked
+
+    cheap = {0: 1.0, 1: 1.01, 2: 1.02, 4: 1.04, 8: 1.1}
+    assert set(run(0.95, cheap, 12)) == {0, 1, 2, 4, 8}  # each is tried
+    run(0.95, cheap, 100)
+    assert run(0.95, cheap, 200).count(8) > 150
+    dear = {0: 1.0, 1: 3.0, 2: 3.0, 4: 3.0, 8: 3.0}
+    run(0.05, dear, 2000)
+    assert run(0.05, dear, 200).count(0) > 150  # drafting is off
+
+
+def test_nothing_to_do() -> None:
+    assert dx.speculate(MODEL, []).sequences.shape == (0, 0)
+    found = dx.speculate(MODEL, PROMPTS, gen_length=0, drafter="ngram")
+    assert found.nfe.tolist() == [0] * 4
+    assert [len(r) for r in found.responses] == [0] * 4
+
+
+def test_bad_input_is_named_before_anything_runs() -> None:
+    class Model2(Knowing):
+        def check(self, model: Any) -> None:
+            raise ValueError("drafter: made for another vocabulary")
+
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"threshold": 0.5}, "threshold: belongs to masked diffusion"),
+        ({"block_length": 8}, "block_length: belongs to masked diffusion"),
+        ({"rule": "credit"}, "rule: belongs to masked diffusion"),
+        ({"cache": "block"}, "cache: belongs to masked diffusion"),
+        ({"record": True}, "record: belongs to masked diffusion"),
+        ({"eos_id": 61}, "eos_id: expected one of the model's 61 token ids, got 61"),
+        ({"eos_id": -2}, "eos_id: expected a whole number >= -1"),
+        ({"drafter": "medusa"}, "drafter: expected a Drafter, .*got .medusa"),
+        ({"drafter": "ngram:x"}, 'drafter: expected "ngram" or "ngram:N"'),
+        ({"drafter": 3}, "drafter: expected a Drafter"),
+        ({"drafter": Model2([])}, "drafter: made for another vocabulary"),
+        ({"draft_size": -1, "drafter": "ngram"}, "draft_size: expected a whole number >= 0"),
+        ({"suppress": [61]}, r"suppress: expected token ids in \[0, 61\), got 61"),
+        ({"gen_length": [1, 2]}, "gen_length: expected a number or one for each of 4"),
+    ]
+    for settings, message in cases:
+        with pytest.raises(ValueError, match=message):
+            plain(**settings)
+    with pytest.raises(ValueError, match="prompt: expected at least one token, got none in sequence 1"):
+        plain(prompts=[PROMPTS[0], PROMPTS[0][:0]])
+    with pytest.raises(ValueError, match=r"prompt: expected token ids in \[0, 61\), got 99"):
+        plain(prompts=[torch.tensor([99])])
+    with pytest.raises(ValueError, match="is a diffusion model"):
+        dx.speculate(golden.model("llada_tiny_a"), PROMPTS)
+    with pytest.raises(ValueError, match="model: expected an autoregressive one"):
+        dx.speculate(lambda ids: ids, PROMPTS)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'gen_lenght'"):
+        plain(gen_lenght=3)
+
+
+@pytest.mark.parametrize(
+    ("draft", "message"),
+    [
+        (Draft((1, 2), (0, 2)), "drafter: no tree, node 2 of lane 0 has the parent 2"),
+        (Draft((1, 2), (0,)), "drafter: expected a parent for each of 2 nodes of lane 0, got 1"),
+        (Draft((1, 61)), r"drafter: expected token ids in \[0, 61\), got 61"),
+        (Draft((1,) * 6), "drafter: expected at most 5 nodes for lane 0, got 6"),
+    ],
+)
+def test_what_is_no_draft_is_refused(draft: Draft, message: str) -> None:
+    class Bad(Knowing):
+        def propose(self, lanes: Any, sizes: Any) -> list[Draft]:
+            return [draft]
+
+    with pytest.raises(ValueError, match=message):
+        plain(prompts=PROMPTS[:1], drafter=Bad([]), draft_size=5)
+
+
+def test_a_bad_row_is_named_by_sequence_and_position() -> None:
+    """And the sequences are as they were before."""
+    model = model_of()
+    clean = plain(model, PROMPTS[:2])
+    texts = clean.sequences.tolist()
+    # A token of the second response that nothing before it holds, in either sequence.
+    at = next(
+        at
+        for at in range(len(PROMPTS[1]) + 1, len(PROMPTS[1]) + 24)
+        if texts[1][at] not in texts[1][:at] and texts[1][at] not in texts[0][: at + 2]
+    )
+    with torch.no_grad():
+        model.embed.weight[texts[1][at]] = math.nan
+    for drafter in (None, Knowing(list(clean.sequences), right=1.0)):
+        with pytest.raises(ValueError, match=f"sequence 1 at position {at + 1} holds NaN"):
+            plain(model, PROMPTS[:2], drafter=drafter, draft_size=0 if drafter is None else 2)
+
+
+def test_bad_rows_off_the_path_do_not_matter() -> None:
+    """Plain decoding would not have computed them."""
+    model = model_of()
+    clean = plain(model, PROMPTS[:1])
+    unused = next(t for t in range(61) if t not in clean.sequences[0].tolist())
+    with torch.no_grad():
+        model.embed.weight[unused] = math.nan
+
+    class Poison(Knowing):
+        def propose(self, lanes: Any, sizes: Any) -> list[Draft]:
+            return [Draft((unused,) * most, (0,) * most) for most in sizes]
+
+    found = plain(model, PROMPTS[:1], drafter=Poison([]), draft_size=3)
+    assert torch.equal(found.sequences, clean.sequences)
+
+
+def test_in_16_bits_texts_are_nearly_the_same() -> None:
+    """Rows are rounded otherwise beside others, so where two logits are near another token may win."""
+    model = model_of(dtype=torch.bfloat16)
+    expected = plain(model)
+    found = plain(model, drafter=Knowing(list(expected.sequences)), draft_size=6)
+    same = [torch.equal(a, b) for a, b in zip(found.responses, expected.responses, strict=True)]
+    assert sum(same) >= 2
