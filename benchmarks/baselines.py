@@ -74,6 +74,19 @@ def statistics(z: Tensor) -> tuple[Tensor, Tensor]:
     return z.argmax(-1), lse - ((z - lse[:, None]).exp() * z).sum(-1)
 
 
+def topk(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best ids of rows (N, V) and their log-probabilities."""
+    best, token = z.topk(k, -1)
+    return token, best.float() - z.float().logsumexp(-1, keepdim=True)
+
+
+def move_slots(kv_cache: Tensor, source: Tensor, target: Tensor) -> None:
+    """Slots of kv_cache (layers, 2, pages, heads, page_size, D) by one gather and one scatter."""
+    size = kv_cache.shape[4]
+    moved = kv_cache[:, :, source // size, :, source % size]
+    kv_cache[:, :, target // size, :, target % size] = moved
+
+
 def commit(
     tokens: Tensor,
     stats: Callable[[Tensor], tuple[Tensor, Tensor]],

@@ -11,15 +11,18 @@ namespace {
 template <class T, class Best>
 void rank_tile(const typename T::Storage* z, int64_t first_id, int64_t count, Best& best) {
   int64_t i = 0;
+  float bar = best.bar();
   const auto rank = [&](int64_t end) {
     for (; i < end; ++i) {
       const float value = clamp_logit(T::value(z[i]));
-      if (value > best.bar()) best.rank(value, static_cast<int32_t>(first_id + i));
+      if (!(value > bar)) continue;
+      best.rank(value, static_cast<int32_t>(first_id + i));
+      bar = best.bar();
     }
   };
   while (i + kStep <= count) {
     const Pair v = T::widen(z + i);
-    if (const float bar = best.bar(); any((v.first > bar) | (v.second > bar))) rank(i + kStep);
+    if (any((v.first > bar) | (v.second > bar))) rank(i + kStep);
     else i += kStep;
   }
   rank(count);

@@ -16,6 +16,28 @@ struct RowSpan {
   int64_t begin, end;
 };
 
+// The largest keys so far, in descending order.
+struct TopKeys {
+  uint64_t keys[kMostTop] = {};
+  int k;
+  float floor = -kInfinity;  // the k largest are above it, as other parts of the row have shown
+
+  DP_HD explicit TopKeys(int64_t k) : k(static_cast<int>(k)) {}
+
+  // What a logit has to exceed where ids ascend.
+  DP_HD float bar() const {
+    const float last = keys[k - 1] == kNoKey ? -kInfinity : top_logit(keys[k - 1]);
+    return last > floor ? last : floor;
+  }
+  DP_HD void rank(float z, int64_t id) { rank(top_key(z, id)); }
+  DP_HD void rank(uint64_t key) {
+    if (key <= keys[k - 1]) return;
+    int at = k - 1;
+    for (; at > 0 && keys[at - 1] < key; --at) keys[at] = keys[at - 1];
+    keys[at] = key;
+  }
+};
+
 struct RowKernel {
   // Indexed by DType.
   void (*stats[3])(const RowSpan& span, RowPart& part);

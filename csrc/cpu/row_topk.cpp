@@ -1,4 +1,6 @@
 // row_topk on the CPU: chunks of rows in parallel, as of row_stats, merged in order.
+#include <atomic>
+#include <cmath>
 #include <limits>
 
 #include "row_kernel.h"
@@ -15,12 +17,21 @@ void row_topk(const RowTopkArgs& args, Parallel parallel) {
 
   std::vector<RowPart> parts(args.count * chunks);                  // [count, chunks]
   std::vector<TopKeys> best(args.count * chunks, TopKeys(args.k));  // [count, chunks]
+  // The largest k-th logit that a chunk of the row has had: what is less is not among the row's k,
+  // so that later chunks pass over it. That changes what a chunk lists, but not the best of all.
+  std::vector<std::atomic<float>> known(args.count);
+  for (auto& bar : known) bar = -kInfinity;
   run_parallel(parallel, args.count * chunks, [&](int64_t unit) {
     const int64_t i = unit / chunks, begin = unit % chunks * kChunk;
     const int64_t end = std::min(begin + kChunk, logits.vocab);
+    TopKeys top(args.k);
+    top.floor = std::nextafter(known[i].load(std::memory_order_relaxed), -kInfinity);
     each_admissible(begin, end, args.exclusions, [&](int64_t from, int64_t to) {
-      kernel.topk[dtype]({row_at(i), from, to}, parts[unit], best[unit]);
+      kernel.topk[dtype]({row_at(i), from, to}, parts[unit], top);
     });
+    best[unit] = top;
+    if (top.keys[args.k - 1] != kNoKey && top.bar() > known[i].load(std::memory_order_relaxed))
+      known[i].store(top.bar(), std::memory_order_relaxed);
   });
 
   const int64_t mask_id = args.exclusions.mask_id;

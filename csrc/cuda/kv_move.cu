@@ -9,6 +9,8 @@
 //
 // Bytes: each entry read and written once. An entry that is in place already, as those of a chain
 // are, costs the look at its numbers. Three trips to memory: numbers, elements, and the way back.
+#include <type_traits>
+
 #include "device.cuh"
 
 // after the header that knows the device
@@ -35,8 +37,15 @@ struct MoveShape {
   }
 };
 
-template <class Vector>
+// A vector of so many bytes: 16, or an element.
+template <int kBytes>
+using VectorOf = std::conditional_t<
+    kBytes == 16, uint4,
+    std::conditional_t<kBytes == 8, uint64_t, std::conditional_t<kBytes == 4, uint32_t, uint16_t>>>;
+
+template <int kBytes>
 __global__ void __launch_bounds__(kMoveThreads) kv_move_kernel(KvMoveArgs args, MoveShape shape) {
+  using Vector = VectorOf<kBytes>;
   const CacheLayout& layout = args.layout;
   const auto heads = static_cast<uint32_t>(layout.heads), lanes = static_cast<uint32_t>(args.lanes);
   const auto count = static_cast<uint32_t>(args.count);
@@ -48,7 +57,7 @@ __global__ void __launch_bounds__(kMoveThreads) kv_move_kernel(KvMoveArgs args, 
   auto* cache =
       static_cast<char*>(args.kv_cache) +
       (of_layer / 2 * args.layer_stride + of_layer % 2 * args.kv_stride) * args.element_size +
-      first * sizeof(Vector);
+      first * kBytes;
   const int64_t* source = args.source + static_cast<int64_t>(lane) * count;
   const int64_t* target = args.target + static_cast<int64_t>(lane) * count;
   const auto page_size = static_cast<uint32_t>(layout.page_size);
@@ -83,15 +92,15 @@ __global__ void __launch_bounds__(kMoveThreads) kv_move_kernel(KvMoveArgs args, 
     if (to[k] != nullptr) *to[k] = held[k];
 }
 
-template <class Vector>
+template <int kBytes>
 int launch(const KvMoveArgs& args, void* stream) {
   const CacheLayout& layout = args.layout;
-  const int64_t vectors = layout.head_dim * args.element_size / sizeof(Vector);
+  const int64_t vectors = layout.head_dim * args.element_size / kBytes;
   const MoveShape shape = MoveShape::of(vectors, args.count);
   const int64_t blocks = args.layers * 2 * layout.heads * args.lanes * shape.slices;
   if (blocks > INT32_MAX || layout.pages * layout.page_size > INT32_MAX)
     return static_cast<int>(cudaErrorInvalidValue);
-  DPARALLEL_LAUNCH((kv_move_kernel<Vector>), static_cast<unsigned>(blocks), shape.threads, stream,
+  DPARALLEL_LAUNCH((kv_move_kernel<kBytes>), static_cast<unsigned>(blocks), shape.threads, stream,
                    args, shape);
   return static_cast<int>(cudaGetLastError());
 }
@@ -105,11 +114,11 @@ int kv_move(const KvMoveArgs& args, void* stream) {
                       {layout.head_dim, args.layer_stride, args.kv_stride, layout.page_stride,
                        layout.head_stride, layout.slot_stride},
                       args.element_size))
-    return launch<uint4>(args, stream);
+    return launch<16>(args, stream);
   switch (args.element_size) {
-    case 2: return launch<uint16_t>(args, stream);
-    case 4: return launch<uint32_t>(args, stream);
-    default: return launch<uint64_t>(args, stream);
+    case 2: return launch<2>(args, stream);
+    case 4: return launch<4>(args, stream);
+    default: return launch<8>(args, stream);
   }
 }
 

@@ -107,6 +107,17 @@ def test_a_row_is_the_same_among_others() -> None:
         assert all(torch.equal(a, b[rows]) for a, b in zip(part, whole, strict=True))
 
 
+def test_threads_share_what_they_know_of_a_row() -> None:
+    """Of a tie that several of them meet, the lowest ids: here the first chunk of row 1 is read last."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        for _ in range(20):
+            assert dx.row_topk(torch.ones(2, 70000), 16).token.tolist() == [list(range(16))] * 2
+    finally:
+        torch.set_num_threads(threads)
+
+
 @everywhere
 def test_rows_are_picked_and_others_never_read() -> None:
     logits = torch.full((2, 3, 1000), math.nan)

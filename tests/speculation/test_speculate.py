@@ -201,10 +201,11 @@ def test_it_counts_what_drafts_are_worth() -> None:
     assert len(found.drafted) == len(found.accepted) == 4
     assert torch.equal(found.drafted, found.accepted)
     assert found.drafted.tolist() == sorted(found.drafted.tolist(), reverse=True)
-    # The prompt's pass emits one token, and each of the others five, save that the last has no more room.
-    assert found.nfe.tolist() == [1 + math.ceil(23 / 5)] * 4
-    assert found.draft_nfe.tolist() == [math.ceil(23 / 5)] * 4
-    assert found.accepted_per_draft == pytest.approx((23 - 5) / 5)
+    # The prompt's pass emits one token (a prompt of one token is a root itself), and each of the others five,
+    # save that the last has no more room.
+    assert found.nfe.tolist() == [6, 5, 6, 6]
+    assert found.draft_nfe.tolist() == [5, 5, 5, 5]
+    assert found.accepted_per_draft == pytest.approx((18 + 19 + 18 + 18) / 20)
     nothing = plain(drafter=Knowing(texts, right=0.0), draft_size=4)
     assert nothing.accepted_per_draft < 0.2
 

@@ -19,22 +19,4 @@ DP_HD float top_logprob(uint64_t key, const RowPart& row) {
   return (top_logit(key) - row.max) - logf(row.sum);
 }
 
-// The largest keys so far, in descending order.
-struct TopKeys {
-  uint64_t keys[kMostTop] = {};
-  int k;
-
-  DP_HD explicit TopKeys(int64_t k) : k(static_cast<int>(k)) {}
-
-  // What a logit has to exceed where ids ascend.
-  DP_HD float bar() const { return keys[k - 1] == kNoKey ? -kInfinity : top_logit(keys[k - 1]); }
-  DP_HD void rank(float z, int64_t id) { rank(top_key(z, id)); }
-  DP_HD void rank(uint64_t key) {
-    if (key <= keys[k - 1]) return;
-    int at = k - 1;
-    for (; at > 0 && keys[at - 1] < key; --at) keys[at] = keys[at - 1];
-    keys[at] = key;
-  }
-};
-
 }  // namespace dparallel
