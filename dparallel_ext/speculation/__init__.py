@@ -6,6 +6,7 @@ from .drafter import Drafter, DraftSession, Lane, drafter_of
 from .ngram import NGram
 from .sizing import Fixed, Measured, Sizer
 from .speculate import SpeculateOutput, speculate
+from .whole_models import ModelDrafter
 
 __all__ = [
     "CausalBatch",
@@ -15,6 +16,7 @@ __all__ = [
     "Fixed",
     "Lane",
     "Measured",
+    "ModelDrafter",
     "NGram",
     "Sizer",
     "SpeculateOutput",

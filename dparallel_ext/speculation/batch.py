@@ -243,7 +243,7 @@ class CausalBatch:
         """What is guessed of each."""
         if self._session is None or not sizes:
             return {}
-        views = [Lane(b, self.tokens[b, : self.rows[b].known]) for b in sizes]
+        views = [Lane(b, self.tokens[b, : row.known], row.room) for b in sizes for row in [self.rows[b]]]
         with self._sizer.drafting():
             found = self._session.propose(views, list(sizes.values()))
         check_drafts(found, list(sizes), list(sizes.values()), self.model.shape.rows)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from ..arguments import shown
@@ -17,6 +18,7 @@ from ..cache import AttentionMetadata, KVCache
 from ..models import Model
 from .draft import Draft
 from .ngram import NGram
+from .whole_models import ModelDrafter
 
 
 class Lane(NamedTuple):
@@ -26,6 +28,8 @@ class Lane(NamedTuple):
     tokens: Tensor
     """(n,) int64 on the CPU: prompt and what is decoded, the last of them the root of the draft. All but the
     root are in the cache."""
+    room: int
+    """Tokens that may still come behind the root."""
 
 
 class DraftSession(Protocol):
@@ -69,12 +73,14 @@ class Drafter(Protocol):
 
 
 def drafter_of(given: Any) -> Drafter | None:
-    """A drafter, its name ("ngram", "ngram:4") or its file's path; None stays None.
+    """A drafter, its name ("ngram", "ngram:4"), its file's path, or a model that drafts; None stays None.
 
     Raises ValueError for anything else.
     """
     if given is None or (isinstance(given, Drafter) and not isinstance(given, (str, Path))):
         return given
+    if isinstance(given, torch.nn.Module):
+        return ModelDrafter(given)
     if isinstance(given, str):
         name, colon, argument = given.partition(":")
         if name == "ngram":
