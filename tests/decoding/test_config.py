@@ -111,7 +111,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("suppress", [1.5], r"suppress: expected int64 \(P,\), got torch.float32"),
     ("suppress", "ab", "suppress: expected int64 .* got str"),
     ("mask_id", -1, "mask_id: expected a whole number >= 0, got -1"),
-    ("eos_id", -1, "eos_id: expected a whole number >= 0, got -1"),
+    ("eos_id", -2, "eos_id: expected a whole number >= -1, got -2"),
     ("stop", 5, "stop: expected sequences of token ids, got the number 5"),
     ("stop", [5], "stop: expected sequences of token ids, got the number 5"),
     ("stop", [[]], "stop: expected sequences of at least one token"),
