@@ -197,6 +197,8 @@ class CausalBatch:
             return None
         key = tuple(ids.unique().tolist())
         if key not in self._suppressed:
+            if len(self._suppressed) == 64:
+                self._suppressed.clear()
             self._suppressed[key] = torch.tensor(key, device=self.model.device)
         return self._suppressed[key]
 
@@ -448,6 +450,7 @@ class CausalBatch:
             self.counts.add(depth, count - 1)
         start = row.known
         row.nfe += 1
+        row.drafted, row.accepted = len(draft.tokens), count - 1
         row.num_cached = row.known + count - 1
         row.known += count
         self.tokens[b, start : row.known] = torch.tensor(emitted.tokens)

@@ -45,7 +45,10 @@ def test_the_keywords_are_the_fields() -> None:
         (dx.Engine(LLADA, lanes=1, max_length=8).submit, ["prompt", "config", "on_draft"]),
         (
             dx.Engine,
-            ["model", "config", "lanes", "max_length", "pages", "page_size", "max_waiting", "share"],
+            [
+                *("model", "config", "drafter", "draft_size", "lanes", "max_length", "pages", "page_size"),
+                *("max_waiting", "share"),
+            ],
         ),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import golden
-from drafters import Knowing
+from drafters import SIZES, Knowing, model_of
 from torch import Tensor
 
 import dparallel_ext as dx
@@ -18,23 +18,6 @@ from dparallel_ext.decoding.config import DecodeConfig
 from dparallel_ext.models import Model
 from dparallel_ext.speculation import CausalBatch, Draft, Measured, NGram
 from dparallel_ext.speculation.sizing import Fixed
-
-SIZES = {
-    **{"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
-    **{"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 512, "head_dim": 8},
-}
-
-
-def model_of(family: str = "qwen3", dtype: torch.dtype = torch.float32, **changes: Any) -> Model:
-    """Random weights, large enough that every token tells."""
-    torch.manual_seed(3)
-    config = {"model_type": family, "rms_norm_eps": 1e-5, "rope_theta": 1000.0, **SIZES, **changes}
-    model = models.FAMILIES[family](config)
-    for p in model.parameters():
-        if p.ndim == 2:
-            torch.nn.init.normal_(p, std=0.4)
-    return model.to(dtype).eval()
-
 
 MODEL = model_of(eos_token_id=[5, 9])
 PROMPTS = [torch.randint(10, 61, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 1, 20, 70)]
