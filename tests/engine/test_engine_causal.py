@@ -59,7 +59,8 @@ def test_a_request_gets_what_speculate_gives_it_alone(case: int) -> None:
     rng = random.Random(case)
     beginnings = prompts_of(case, 3, 40)
     prompts = [
-        torch.cat((rng.choice(beginnings)[: rng.randint(1, 40)], tail)) for tail in prompts_of(case + 100, 9, 12)
+        torch.cat((rng.choice(beginnings)[: rng.randint(1, 40)], tail))
+        for tail in prompts_of(case + 100, 9, 12)
     ]
     own = [settings_of(rng) for _ in prompts]
     expected = [alone(prompt, **settings) for prompt, settings in zip(prompts, own, strict=True)]
@@ -137,8 +138,8 @@ def test_a_conversation_reuses_its_own_answer() -> None:
 
 
 class Remembering(Knowing):
-    """Keeps what it has seen of each position, as a drafter with weights keeps its context: in pages under the
-    model's block table. Looks before each draft whether all of a sequence is there, and as it should be."""
+    """Keeps what it has seen of each position, as a drafter with weights keeps its context: in pages under
+    the model's block table. Before each draft it looks whether all of the sequence is there, and right."""
 
     taps = (0, 1)
 
@@ -242,7 +243,9 @@ def test_stop_sequences_are_never_streamed(size: int) -> None:
     near = [*stop[:3], 60 if stop[3] != 60 else 59]
     drafter = Knowing([text_of(prompt, plain)], right=1.0, ragged=False)
     with dx.Engine(MODEL, drafter=drafter, draft_size=size, lanes=1, max_length=64, eos_id=-1) as engine:
-        streamed = list(itertools.chain.from_iterable(engine.submit(prompt, gen_length=32, stop=[stop, near])))
+        streamed = list(
+            itertools.chain.from_iterable(engine.submit(prompt, gen_length=32, stop=[stop, near]))
+        )
         whole = engine.submit(prompt, gen_length=32, stop=[near])
         assert list(itertools.chain.from_iterable(whole)) == plain
         end = engine.submit(prompt, gen_length=32, eos_id=plain[9]).result(60)
