@@ -348,6 +348,15 @@ def serve(
     batch_invariant: Annotated[
         bool, typer.Option("--batch-invariant", help="each sequence in passes of its own")
     ] = False,
+    drafter: Annotated[
+        str | None,
+        typer.Option(
+            help="what guesses tokens of an autoregressive model: ngram, or a file; default: nothing"
+        ),
+    ] = None,
+    draft_size: Annotated[
+        int | None, typer.Option(help="the most tokens that it guesses; default: as many as pay, measured")
+    ] = None,
     lanes: Annotated[int, typer.Option(help="requests decoded together")] = 16,
     max_waiting: Annotated[int, typer.Option(help="requests that may wait; beyond: 429")] = 1024,
     max_length: Annotated[
@@ -378,9 +387,14 @@ def serve(
         content = read_fields(config)
         mask_id = take_mask(content, mask_id)
         content.setdefault("gen_length", registry.gen_length(model))
+        causal = registry.is_causal(model)
+        for option, value in (("policy", policy), ("mask_id", mask_id)):
+            if causal and value is not None:
+                raise ValueError(f"{option}: belongs to masked diffusion, and {model} is autoregressive")
         asked = config_of(
             content,
             policy,
+            default=None if causal else POLICY,
             cache=cache,
             block_length=block_length,
             batch_invariant=batch_invariant or None,
@@ -394,6 +408,8 @@ def serve(
             mask_id=mask_id,
             log_level=log_level,
             config=asked,
+            drafter=drafter,
+            draft_size=draft_size,
             lanes=lanes,
             max_waiting=max_waiting,
             keys=keys,

@@ -39,22 +39,34 @@ def take_mask(content: dict[str, Any], option: int | None) -> int | None:
     return of_file if option is None else option
 
 
-def config_of(content: Mapping[str, Any], policy: str | None, **options: Any) -> DecodeConfig:
+def config_of(
+    content: Mapping[str, Any], policy: str | None, *, default: str | None = POLICY, **options: Any
+) -> DecodeConfig:
     """The config of a file's fields and of the options beside them, None where an option is not given.
 
     policy: what `parse_policy` takes; it stands instead of what the file says of rule and policy.
+    default: where neither says anything; None, with an autoregressive model: nothing.
     Raises ValueError naming the option that does not fit.
     """
     config = DecodeConfig.from_dict(content)
     given: Any = {name: value for name, value in options.items() if value is not None}
-    if policy is not None or not DECIDES & content.keys():
-        parse_policy(policy or POLICY)
-        return config.with_rule(policy or POLICY, **given)
-    return config.replace(**given)
+    if policy is None and not DECIDES & content.keys():
+        policy = default
+    if policy is None:
+        return config.replace(**given)
+    parse_policy(policy)
+    return config.with_rule(policy, **given)
+
+
+def without_ends(config: DecodeConfig) -> DecodeConfig:
+    """A response ends where the config says, and not at the model's own end tokens."""
+    return config.replace(eos_id=-1) if config.eos_id is None else config
 
 
 def with_ends(config: DecodeConfig, ends: Mapping[str, Any]) -> DecodeConfig:
     """A response ends where the config says, and at what `text.endings` found: its eos_id unless the config
-    has one, and its stops too."""
+    has one, and its stops too. With eos_id -1 it ends where the config says alone."""
+    if config.eos_id == -1:
+        return config
     eos_id = ends["eos_id"] if config.eos_id is None else config.eos_id
     return config.replace(eos_id=eos_id, stop=[*config.stop, *ends["stop"]])
