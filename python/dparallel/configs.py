@@ -39,23 +39,25 @@ def take_mask(content: dict[str, Any], option: int | None) -> int | None:
     return of_file if option is None else option
 
 
-def config_of(
-    content: Mapping[str, Any], policy: str | None, *, default: str | None = POLICY, **options: Any
-) -> DecodeConfig:
+def config_of(content: Mapping[str, Any], policy: str | None, **options: Any) -> DecodeConfig:
     """The config of a file's fields and of the options beside them, None where an option is not given.
 
     policy: what `parse_policy` takes; it stands instead of what the file says of rule and policy.
-    default: where neither says anything; None, with an autoregressive model: nothing.
     Raises ValueError naming the option that does not fit.
     """
     config = DecodeConfig.from_dict(content)
     given: Any = {name: value for name, value in options.items() if value is not None}
-    if policy is None and not DECIDES & content.keys():
-        policy = default
-    if policy is None:
-        return config.replace(**given)
-    parse_policy(policy)
-    return config.with_rule(policy, **given)
+    if policy is not None or not DECIDES & content.keys():
+        parse_policy(policy or POLICY)
+        return config.with_rule(policy or POLICY, **given)
+    return config.replace(**given)
+
+
+def causal_config_of(content: Mapping[str, Any], policy: str | None, **options: Any) -> DecodeConfig:
+    """The same for an autoregressive model, which takes no policy."""
+    assert policy is None
+    given: Any = {name: value for name, value in options.items() if value is not None}
+    return DecodeConfig.from_dict(content).replace(**given)
 
 
 def without_ends(config: DecodeConfig) -> DecodeConfig:

@@ -74,7 +74,7 @@ def block_length(name: str) -> int:
 
 
 def is_causal(name: str) -> bool:
-    """Whether the model is autoregressive. By its config.json alone; raises as `block_length` does."""
+    """Whether it is autoregressive, by its config.json alone. Raises as `block_length`."""
     config, _ = models.config_of(directory_of(name))
     return models.FAMILIES[config["model_type"]].causal
 
