@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -272,7 +273,9 @@ class CausalBatch:
         inputs, key = self._inputs(drafts, tree)
         device = self.model.device
         compute = functools.partial(self._compute, key)
-        with self._sizer.verifying():
+        # A pass that computes a prompt says nothing of what a size of draft takes.
+        prefills = any(self.rows[b].prefills for b in drafts)
+        with nullcontext() if prefills else self._sizer.verifying():
             if self.graphs is None or self.graphs.addresses is None:
                 result = compute(inputs.to(device, non_blocking=True))
             else:

@@ -65,7 +65,10 @@ class Drafter(Protocol):
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int) -> DraftSession:
         """For a batch of so many lanes. What it keeps of positions belongs into pages like those of
-        `kv_cache`, under its `block_table`, so that sequences that share a beginning share this too."""
+        `kv_cache`, under its `block_table`, so that sequences that share a beginning share this too: in an
+        engine a sequence may begin with pages that others have filled, and pages are shared once the model's
+        passes have filled them. So what `observe` and `moved` put there is there for every position that is
+        in the cache, whoever's pass computed it; what `propose` puts there may not be."""
 
 
 def drafter_of(given: Any) -> Drafter | None:

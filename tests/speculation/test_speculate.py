@@ -15,6 +15,7 @@ from torch import Tensor
 import dparallel_ext as dx
 from dparallel_ext import models
 from dparallel_ext.decoding.config import DecodeConfig
+from dparallel_ext.decoding.settings import make_settings
 from dparallel_ext.models import Model
 from dparallel_ext.speculation import CausalBatch, Draft, Measured, NGram
 from dparallel_ext.speculation.sizing import Fixed
@@ -128,8 +129,6 @@ def test_pages_of_any_size_in_any_order(page_size: int, tree: bool) -> None:
         drafter.check(MODEL)
         batch = CausalBatch(MODEL, len(PROMPTS), width, drafter=drafter, sizer=Fixed(9), kv_cache=cache)
         settings = DecodeConfig()
-        from dparallel_ext.decoding.settings import make_settings
-
         for lane, prompt in enumerate(PROMPTS):
             own = make_settings(settings, models.traits(MODEL), "none", 1)[0]
             batch.admit(lane, prompt, 24, own)
@@ -243,6 +242,28 @@ def test_sizes_follow_what_passes_take_and_bring() -> None:
     dear = {0: 1.0, 1: 3.0, 2: 3.0, 4: 3.0, 8: 3.0}
     run(0.05, dear, 2000)
     assert run(0.05, dear, 200).count(0) > 150  # drafting is off
+
+
+def test_passes_over_prompts_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would make the size that was asked for look dear, for as long as it is not asked for again."""
+    batch = CausalBatch(MODEL, 2, 60, drafter=NGram(), sizer=(sizer := Measured(4)))
+    timed: list[int] = []
+    verifying = sizer.verifying
+
+    def seen() -> Any:
+        timed.append(batch.forwards)
+        return verifying()
+
+    monkeypatch.setattr(sizer, "verifying", seen)
+    own = make_settings(DecodeConfig(), models.traits(MODEL), "none", 1)[0]
+    with torch.inference_mode():
+        batch.admit(0, PROMPTS[2], 20, own)
+        for _ in range(4):
+            batch.step()
+        batch.admit(1, PROMPTS[2], 20, own)  # beside one that is verified
+        for _ in range(3):
+            batch.step()
+    assert timed == [1, 2, 3, 5, 6]
 
 
 def test_nothing_to_do() -> None:
