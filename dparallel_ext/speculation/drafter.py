@@ -29,7 +29,12 @@ class Lane(NamedTuple):
 
 
 class DraftSession(Protocol):
-    """What a drafter remembers of the sequences in a batch's lanes."""
+    """What a drafter remembers of the sequences in a batch's lanes.
+
+    In an engine a sequence may begin with pages that others have filled, and pages are shared as soon as the
+    model's passes have filled them. What `observe` and `moved` put into pages is there for every position
+    that is in the cache, whoever's pass has computed it; what `propose` puts there may not be.
+    """
 
     taps: tuple[int, ...]
     """Layers of the model behind which it wants to see the residual stream."""
@@ -65,10 +70,7 @@ class Drafter(Protocol):
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int) -> DraftSession:
         """For a batch of so many lanes. What it keeps of positions belongs into pages like those of
-        `kv_cache`, under its `block_table`, so that sequences that share a beginning share this too: in an
-        engine a sequence may begin with pages that others have filled, and pages are shared once the model's
-        passes have filled them. So what `observe` and `moved` put there is there for every position that is
-        in the cache, whoever's pass computed it; what `propose` puts there may not be."""
+        `kv_cache`, under its `block_table`, so that sequences that share a beginning share this too."""
 
 
 def drafter_of(given: Any) -> Drafter | None:

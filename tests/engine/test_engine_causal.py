@@ -147,7 +147,7 @@ class Remembering(Knowing):
         super().__init__(texts, **settings)
         self.model, self.looks, self.resets = model, 0, list[int]()
 
-    def session(self, model: Any, kv_cache: Any, lanes: int) -> Remembering:
+    def session(self, model: Any, kv_cache: Any, lanes: int, *, graphs: bool = True) -> Remembering:
         self.kv_cache = kv_cache
         pages, size = kv_cache.slots.shape[2], kv_cache.page_size
         self.seen = torch.full((pages * size, len(self.taps), model.shape.width), math.nan)
