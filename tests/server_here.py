@@ -132,7 +132,9 @@ def serving(
     """A server of the student, or of what is loaded; `settings`: of `serving.settings`."""
     model, tokenizer = loaded or registry.load(MODEL)
     settings = {"name": MODEL, "max_length": 256, "grace": 0.5, **settings}
-    defaults = {"block_length": BLOCK, "cache": "dual", "gen_length": 64, "rule": "entropy:0.5"}
+    defaults: dict[str, Any] = {"gen_length": 64}
+    if not model.causal:
+        defaults |= {"block_length": BLOCK, "cache": "dual", "rule": "entropy:0.5"}
     running = dx.Engine(
         model,
         max_length=settings["max_length"],

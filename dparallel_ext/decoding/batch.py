@@ -57,6 +57,7 @@ class Batch:
         self.batch_invariant = batch_invariant
         self.rows = [IDLE] * lanes
         self.forwards = 0
+        self.draft_forwards = 0  # nothing is guessed here
         self._workspace: Workspace | None = None
         if kv_cache is None and isinstance(model, Model):
             if graphs:
@@ -130,6 +131,11 @@ class Batch:
         self.tokens[lane, row.length :] = self.pad_id
         self._enter(lane)
         return row
+
+    @property
+    def logprobs(self) -> Tensor:
+        """(lanes, width) float32: of each token, where a sequence wants them."""
+        return self.runner.trajectory.logprob
 
     @property
     def live(self) -> list[int]:

@@ -160,7 +160,8 @@ class DecodeConfig:
     eos_id: int | None = None
     """If given, a sequence ends where it stands and nothing in front of it is masked any more: the masks
     behind it, in its block and in later ones, are not computed but filled with it. The tokens in front of it
-    are those of a decode that goes on. None, as published: every block is decoded."""
+    are those of a decode that goes on. None, as published: every block is decoded; of an autoregressive model
+    None is its own end tokens, all of them. -1: none, whatever the model's own."""
     stop: Sequence[Sequence[int]] = ()
     """Sequences of tokens that end a response as eos_id does, wherever they lie in it."""
     seed: int | Sequence[int] | Tensor | None = None
@@ -197,6 +198,11 @@ class DecodeConfig:
                     f"{name}: expected one value or {expected}, as many as {first} has, got {count}"
                 )
         decided(self, next(iter(given.values()), 1), self.cache or "none")
+
+    @property
+    def end_id(self) -> int | None:
+        """`eos_id` where it is a token."""
+        return None if self.eos_id == -1 else self.eos_id
 
     def __repr__(self) -> str:
         """Without the fields that have their defaults."""

@@ -194,7 +194,7 @@ def start(
         max(lengths, default=0),
         schedule(of_model.schedule),
         mask_id,
-        pad_id=mask_id if config.eos_id is None else config.eos_id,
+        pad_id=mask_id if config.end_id is None else config.end_id,
         device=prompts[0].device if prompts else "cpu",
         **more,
     )

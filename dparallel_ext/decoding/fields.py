@@ -125,7 +125,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "top_k": _real,
     "suppress": _ids,
     "mask_id": _whole_of(0),
-    "eos_id": _whole_of(0),
+    "eos_id": _whole_of(-1),
     "stop": _stops,
     "seed": _seed,
     "record": _switch,

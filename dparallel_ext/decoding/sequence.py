@@ -7,7 +7,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -149,6 +149,10 @@ class SequenceState:
     """Passes that a front block without masks stayed open for."""
     stopped: bool = False
     """It met EOS or a stop sequence."""
+    draft_nfe: ClassVar[int] = 0
+    drafted: ClassVar[int] = 0
+    accepted: ClassVar[int] = 0
+    """No drafter guesses here, see `speculation.sequence`."""
 
     @property
     def length(self) -> int:

@@ -103,7 +103,7 @@ def make_settings(config: DecodeConfig, found: Traits, cache: str, size: int) ->
             temperature=temperature,
             suppress=suppress,
             key=key,
-            eos_id=config.eos_id,
+            eos_id=config.end_id,
             stop=tuple(map(tuple, config.stop)),
             top_p=top_p,
             top_k=top_k,

@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .._C import Scheduler
 from ..cache import KVCache
-from ..decoding.batch import Batch
-from ..decoding.sequence import Settings
 from .handle import Completion, Draft, Event, Events, Handle
+from .kinds import Batch, Kind, Plan, Region
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +28,7 @@ class Request:
     handle: Handle
     events: Events
     """The handle's."""
-    prompt: Tensor
-    gen_length: int
-    masked: list[int]
-    """Columns of the prompt that are filled too."""
-    length: int
-    """Positions of prompt and response."""
-    reusable: int
-    """Positions in front, whose keys and values others may have computed."""
-    settings: Settings
+    plan: Plan
     on_draft: Callable[[Draft], None] | None
     submitted: float = field(default_factory=time.monotonic)
     admitted: float | None = None
@@ -53,11 +43,6 @@ class Request:
     def id(self) -> int:
         return self.handle.id
 
-    @property
-    def asked(self) -> int:
-        """Tokens that were asked for; a block-causal model fills its last block beyond them."""
-        return len(self.masked) + self.gen_length
-
 
 class EngineCore:
     """Requests from their arrival to their end.
@@ -66,18 +51,23 @@ class EngineCore:
     the rest is for any.
 
     Args:
+        kind: of the model.
+        batch: that the kind has made.
         kv_cache: the batch's, whose pages the scheduler gives out.
         share: as the scheduler's.
     """
 
-    def __init__(self, batch: Batch, kv_cache: KVCache, scheduler: Scheduler, share: bool) -> None:
+    def __init__(
+        self, kind: Kind, batch: Batch, kv_cache: KVCache, scheduler: Scheduler, share: bool
+    ) -> None:
         self.batch, self.scheduler, self._kv_cache, self._share = batch, scheduler, kv_cache, share
+        self._kind = kind
         self.arrivals: list[Request] = []  # that the engine's thread has not seen
         self.requests: dict[int, Request] = {}  # by id: those it has, waiting or running
         self.running: dict[int, Request] = {}  # by lane
         self._cancelling: list[int] = []  # ids
         counted = ("completed", "failed", "cancelled", "sequence_passes", "tokens", "prompt_tokens")
-        self.counts = dict.fromkeys(counted, 0)
+        self.counts = dict.fromkeys((*counted, "drafted_tokens", "accepted_tokens"), 0)
         self._refusal: str | None = None
         """Why it takes no more requests."""
         self._fault: BaseException | None = None
@@ -144,7 +134,8 @@ class EngineCore:
         """Take in what arrived; returns those that are to be cancelled."""
         for request in self.arrivals:
             self.requests[request.id] = request
-            self.scheduler.submit(request.id, request.prompt[: request.reusable].tolist(), request.length)
+            plan = request.plan
+            self.scheduler.submit(request.id, plan.prompt[: plan.reusable].tolist(), plan.length)
         self.arrivals = []
         ids, self._cancelling = self._cancelling, []
         return [self.requests[id] for id in ids if id in self.requests]
@@ -201,17 +192,10 @@ class EngineCore:
                 self.running[found.lane] = request
                 request.lane, request.admitted = found.lane, time.monotonic()
                 request.reused = request.shared = found.reused
-                self.counts["prompt_tokens"] += len(request.prompt) - len(request.masked)
+                self.counts["prompt_tokens"] += len(request.plan.prompt) - len(request.plan.masked)
             try:
                 self._kv_cache.assign(found.lane, found.pages)
-                row = self.batch.admit(
-                    found.lane,
-                    request.prompt.to(self.batch.tokens.device),
-                    request.gen_length,
-                    request.settings,
-                    masked=request.masked,
-                    num_cached=found.reused,
-                )
+                row = self._kind.admit(self.batch, found.lane, request.plan, found.reused)
             except BaseException as error:
                 self.end(request, error)
             else:
@@ -220,15 +204,14 @@ class EngineCore:
 
     def advance(self) -> None:
         """One pass over all lanes; if it fails, each request by itself, to find whose fault it is."""
-        rows = self.batch.rows
-        blocks = {lane: (rows[lane].open[0].start, rows[lane].open[-1].end) for lane in self.running}
+        opened = {lane: self.batch.rows[lane].open for lane in self.running}
         try:
-            finished = self._step(list(blocks))
+            finished = self._step(list(opened))
         except BaseException as error:
-            if len(blocks) == 1:
-                return self.end(self.running[next(iter(blocks))], error)
+            if len(opened) == 1:
+                return self.end(self.running[next(iter(opened))], error)
             finished = []
-            for lane in blocks:
+            for lane in opened:
                 try:
                     finished += self._step([lane])
                 except BaseException as own:
@@ -236,27 +219,30 @@ class EngineCore:
         self.batch.enter(finished)
         for lane, request in list(self.running.items()):
             try:
-                self._report(request, blocks[lane], lane in finished)
+                self._report(request, opened[lane], lane in finished)
             except BaseException as error:
                 self.end(request, error)
 
-    def _report(self, request: Request, block: tuple[int, int], finished: bool) -> None:
-        """What a pass over the open blocks in columns [start, end) has made of them."""
+    def _report(self, request: Request, opened: Sequence[Region], finished: bool) -> None:
+        """What a pass over the open blocks, or behind the known tokens, has made of them."""
         assert request.lane is not None
         row = self.batch.rows[request.lane]
         if request.on_draft is not None:
-            self._call(request, request.on_draft, self._draft(request, *block))
+            self._call(request, request.on_draft, self._draft(request, opened))
         if self._share:
             self.publish(request, row.num_cached)
         if finished:
             self._stream(request)
             if row.done:
-                self.end(request, "stop" if row.stopped and row.kept < request.asked else "length")
+                self.end(request, "stop" if row.stopped and row.kept < request.plan.asked else "length")
 
     def _step(self, lanes: list[int]) -> list[int]:
         finished = self.batch.step(lanes)
+        rows = [self.batch.rows[lane] for lane in lanes]
         with self.lock:
             self.counts["sequence_passes"] += len(lanes)
+            self.counts["drafted_tokens"] += sum(row.drafted for row in rows)
+            self.counts["accepted_tokens"] += sum(row.accepted for row in rows)
         return finished
 
     def publish(self, request: Request, stored: int) -> None:
@@ -272,19 +258,21 @@ class EngineCore:
             self._kv_cache.assign(request.lane, [page], index)
         request.shared = stored
 
-    def _draft(self, request: Request, start: int, end: int) -> Draft:
+    def _draft(self, request: Request, opened: Sequence[Region]) -> Draft:
         assert request.lane is not None
         row = self.batch.rows[request.lane]
-        first, last = row.index(start), min(row.index(end), request.asked)
+        start, end = self._kind.told(row, opened)
+        first, last = row.index(start), min(row.index(end), request.plan.asked)
         ids = self._tokens(request.lane, row.columns[first:last])
-        return Draft(row.nfe, first, [None if token == self.batch.mask_id else token for token in ids])
+        tokens = [None if token == self.batch.mask_id else token for token in ids]
+        return Draft(row.nfe, first, tokens, row.drafted, row.accepted)
 
-    def _response(self, request: Request) -> list[int]:
-        """Tokens of finished blocks, in front of what ended them."""
+    def _response(self, request: Request, first: int = 0) -> list[int]:
+        """Final tokens from the `first` one on, in front of what ended the response."""
         assert request.lane is not None
         row = self.batch.rows[request.lane]
         final = len(row.columns) if row.done else row.index(row.block[0])
-        return self._tokens(request.lane, row.columns[: min(final, row.kept, request.asked)])
+        return self._tokens(request.lane, row.columns[first : min(final, row.kept, request.plan.asked)])
 
     def _tokens(self, lane: int, columns: Sequence[int]) -> list[int]:
         """What stands in `columns`, which are ascending."""
@@ -301,23 +289,24 @@ class EngineCore:
         assert request.lane is not None
         columns = self.batch.rows[request.lane].columns[first:last]
         start, end = columns[0], columns[-1] + 1
-        found: list[float] = self.batch.runner.trajectory.logprob[request.lane, start:end].tolist()
+        found: list[float] = self.batch.logprobs[request.lane, start:end].tolist()
         return [found[column - start] for column in columns]
 
     def _stream(self, request: Request) -> None:
         assert request.lane is not None
-        row, response = self.batch.rows[request.lane], self._response(request)
-        # What a stop sequence may begin with is held back until it is known whether it does.
+        fresh = self._response(request, request.sent)
+        # What a stop sequence may begin with is held back until it is known whether it does. What was sent
+        # was no beginning of one.
         held = 0
-        if not row.done:
-            for stop in request.settings.stop:
-                for size in range(min(len(stop) - 1, len(response)), held, -1):
-                    if tuple(response[-size:]) == stop[:size]:
+        if not self.batch.rows[request.lane].done:
+            for stop in request.plan.settings.stop:
+                for size in range(min(len(stop) - 1, len(fresh)), held, -1):
+                    if tuple(fresh[-size:]) == stop[:size]:
                         held = size
                         break
-        fresh = response[request.sent : len(response) - held]
+        fresh = fresh[: len(fresh) - held]
         if fresh:
-            if request.settings.record:
+            if request.plan.settings.record:
                 request.handle.logprobs += self._logprobs(request, request.sent, request.sent + len(fresh))
             request.sent += len(fresh)
             with self.lock:
@@ -354,11 +343,12 @@ class EngineCore:
         tokens = [] if row is None else self._response(request)
         return Completion(
             tokens=tokens,
-            logprobs=self._logprobs(request, 0, len(tokens)) if request.settings.record else None,
+            logprobs=self._logprobs(request, 0, len(tokens)) if request.plan.settings.record else None,
             finish_reason=reason,
             nfe=0 if row is None else row.nfe,
             nfe_published=0 if row is None else row.published,
-            prompt_length=len(request.prompt),
+            draft_nfe=0 if row is None else row.draft_nfe,
+            prompt_length=len(request.plan.prompt),
             reused=request.reused,
             seconds_waiting=admitted - request.submitted,
             seconds=now - request.submitted,

@@ -1,8 +1,8 @@
 """Requests that come and go, decoded together: continuous admission, shared prefixes, bounded memory.
 
-`decode` is for the prompts at hand; an `Engine` is for prompts that arrive while others are being decoded.
-Its thread runs one pass after another over whatever is in its lanes; between passes it lets requests in and
-out. What a request gets is what `decode` would give it alone.
+`decode` and `speculate` are for the prompts at hand; an `Engine` is for prompts that arrive while others are
+being decoded. Its thread runs one pass after another over whatever is in its lanes; between passes it lets
+requests in and out. What a request gets is what `decode`, or `speculate`, would give it alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from torch import Tensor
 from .. import arguments
 from .._C import Scheduler
 from ..arguments import shown, whole
-from ..decoding.batch import Batch
 from ..decoding.config import (
     DEFAULTS,
     OF_ENGINE,
@@ -34,13 +33,13 @@ from ..decoding.config import (
     configured,
     names_fields,
 )
-from ..decoding.decode import Prompts, masks
+from ..decoding.decode import Prompts
 from ..decoding.fields import plain
-from ..decoding.sequence import Settings, lay_out, whole_length
-from ..decoding.settings import check_model, check_settings, make_settings
-from ..models import Model, for_decoding, traits, warn_beyond
+from ..models import Model, for_decoding, warn_beyond
+from ..speculation import Drafter
 from .core import EngineCore, Request
 from .handle import Draft, Events, Handle
+from .kinds import kind_of
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +69,12 @@ class EngineStats:
     """Passes times the requests in each."""
     tokens: int
     """Response tokens of finished blocks."""
+    draft_forwards: int
+    """Times that the drafter was asked."""
+    drafted_tokens: int
+    """Tokens that it has guessed."""
+    accepted_tokens: int
+    """Of those, how many were the model's own choice."""
     prompt_tokens: int
     """Of the requests let in, without the masks that are filled."""
     reused_tokens: int
@@ -90,10 +95,13 @@ class Engine:
     """Decodes requests as they come, in one thread of its own.
 
     Args:
-        model: one of ours (`dparallel_ext.models`), in evaluation mode; wrapped or adapted as in `decode`.
+        model: one of ours (`dparallel_ext.models`), in evaluation mode, a diffusion model or an
+            autoregressive one; wrapped or adapted as in `decode`.
         config: how requests are decoded that say nothing else; default: `DecodeConfig()`. Its cache,
             block_length, sub_block_length, refresh, active_blocks, open_at, activate_at, batch_invariant,
-            graphs and mask_id are those of every request.
+            graphs and mask_id are those of every request. With an autoregressive model, what is about masks
+            stays at its default, and `eos_id` None is the model's own end tokens, see `speculate`.
+        drafter, draft_size: of an autoregressive model, see `speculate`.
         lanes: requests that are decoded at once.
         max_length: positions that one request may have, prompt and response together.
         pages: memory for keys and values, in pages; default: what `lanes` requests of max_length need. A
@@ -101,9 +109,10 @@ class Engine:
         page_size: positions of a page. Default: for block-causal models the multiple of the block that is
             nearest to 32 from above, else 32.
         max_waiting: requests that may wait; one more is refused with EngineFull.
-        share: with cache "block", requests that begin alike share the pages of that beginning, those of
-            finished requests included as long as there is room. Keys and values do not depend on who computed
-            them but for rounding, so this is off where `batch_invariant` is on.
+        share: with cache "block" and with autoregressive models, requests that begin alike share the pages of
+            that beginning, those of finished requests included as long as there is room, and what a drafter
+            keeps in them. Keys and values do not depend on who computed them but for rounding, so this is off
+            where `batch_invariant` is on.
         keywords: fields of `DecodeConfig`, instead of the config's.
 
     An engine is thread-safe. What one request fails of concerns no other. Use it in a `with` block, or
@@ -123,6 +132,8 @@ class Engine:
         model: Model,
         config: DecodeConfig | None = None,
         *,
+        drafter: Drafter | str | None = None,
+        draft_size: int | None = None,
         lanes: int = 16,
         max_length: int = 2048,
         pages: int | None = None,
@@ -141,26 +152,25 @@ class Engine:
         lanes = whole("lanes", lanes, 1, LARGEST)
         max_length = whole("max_length", max_length, 1, LARGEST)
         max_waiting = whole("max_waiting", max_waiting, 1)
-        self.model, causal = model, traits(model).block_length is not None
-        self._of_model = check_model(config, model, "block" if causal else "dual")
-        cache, schedule, mask_id = self._of_model
-        block_length = schedule.block_length
-        self.config = config.replace(**self._of_model.fields)
+        self.model = model
+        self._kind = kind = kind_of(model, config, drafter, draft_size)
+        self.config = kind.config
         """How a request is decoded that says nothing else; fields of the engine are as they are in force."""
-        self.cache, self.mask_id = cache, mask_id
-        self._settings(self.config.replace(seed=0))  # refused now, not with the first request
-        if page_size is None:
-            page_size = -(-32 // block_length) * block_length if causal else 32
-        page_size = whole("page_size", page_size, 1, LARGEST)
-        if share is None:
-            share = cache == "block" and not config.batch_invariant
-        elif share and (cache != "block" or config.batch_invariant):
-            why = "batch_invariant" if config.batch_invariant else f"cache {cache!r}"
-            raise ValueError(f"share: goes with cache 'block' and without batch_invariant, got {why}")
-        if share and page_size % block_length:
+        self.cache, self.mask_id = kind.cache, kind.mask_id
+        self._check(self.config)  # refused now, not with the first request
+        kind.settings(self.config.replace(seed=0))
+        unit = kind.page_unit
+        page_size = whole("page_size", -(-32 // unit) * unit if page_size is None else page_size, 1, LARGEST)
+        unshared = "batch_invariant" if config.batch_invariant else kind.unshared
+        share = unshared is None if share is None else share
+        if share and unshared is not None:
             raise ValueError(
-                f"page_size: expected a multiple of the blocks of {block_length} to share pages, "
-                f"got {page_size}"
+                f"share: goes with cache 'block' or an autoregressive model, and without batch_invariant, "
+                f"got {unshared}"
+            )
+        if share and page_size % unit:
+            raise ValueError(
+                f"page_size: expected a multiple of the blocks of {unit} to share pages, got {page_size}"
             )
         per_lane = -(-max_length // page_size)
         pages = lanes * per_lane if pages is None else whole("pages", pages, 1, LARGEST)
@@ -168,19 +178,8 @@ class Engine:
         try:
             table = torch.zeros((lanes, per_lane), dtype=torch.int64)
             with torch.inference_mode():
-                kv_cache = model.new_cache(pages, page_size, table, kept=cache != "none")
-                batch = Batch(
-                    model,
-                    lanes,
-                    max_length,
-                    schedule,
-                    mask_id,
-                    pad_id=mask_id,
-                    device=model.device,
-                    batch_invariant=config.batch_invariant,
-                    graphs=config.graphs,
-                    kv_cache=kv_cache,
-                )
+                kv_cache = model.new_cache(pages, page_size, table, kept=kind.keeps)
+                batch = kind.make_batch(lanes, max_length, kv_cache)
         except (RuntimeError, MemoryError) as error:
             raise ValueError(
                 f"lanes, max_length, pages: {lanes} lanes of {max_length} positions and {pages} pages of "
@@ -189,7 +188,7 @@ class Engine:
         self._page_size, self._pages = page_size, pages
         self._page_bytes = kv_cache.slots[:, :, 0].numel() * kv_cache.slots.element_size()
         scheduler = Scheduler(lanes=lanes, pages=pages, page_size=page_size, share=share)
-        self.core = EngineCore(batch, kv_cache, scheduler, share)
+        self.core = EngineCore(kind, batch, kv_cache, scheduler, share)
         self._start()
 
     def _start(self) -> None:
@@ -250,8 +249,7 @@ class Engine:
         (gen_length,) = arguments.numbers("gen_length", config.gen_length, 1, 0)
         if on_draft is not None:
             arguments.function("on_draft", on_draft)
-        schedule, masked = self.core.batch.schedule, masks(ids, self.mask_id) if config.infill else []
-        length = whole_length(len(ids), gen_length, schedule.block_length, schedule.causal)
+        length = self._kind.length(len(ids), gen_length)
         if length > self.max_length:
             raise ValueError(
                 f"gen_length: prompt and response have {length} positions, max_length is {self.max_length}"
@@ -262,27 +260,22 @@ class Engine:
                 f"gen_length: {length} positions need {needed} pages of {size}, and there are {pages}"
             )
         warn_beyond(self.model, "gen_length", length, stacklevel=2)
-        settings = self._settings(config)
-        layout = lay_out(len(ids), gen_length, schedule.block_length, schedule.causal, settings.steps, masked)
-        # A page with a mask is not final, and with shifted logits the position before the first mask is
-        # computed in any case: it gives the next token.
-        known = layout.columns[0] if layout.columns else len(ids)
-        reusable = max(0, known - schedule.shift)
+        self._check(config)
+        plan = self._kind.plan(ids, gen_length, config)
         with self.core.lock:
             self.core.check_open()
             if self.core.waiting >= self.max_waiting:
                 raise EngineFull(f"{self.max_waiting} requests wait already (max_waiting)")
             events = Events()
             handle = Handle(next(self.request_ids), events, self._cancel, self.thread)
-            self.core.arrivals.append(
-                Request(handle, events, ids, gen_length, masked, length, reusable, settings, on_draft)
-            )
+            self.core.arrivals.append(Request(handle, events, plan, on_draft))
         self._ring()
         return handle
 
     def _request(self, config: DecodeConfig | None, keywords: Mapping[str, Any]) -> DecodeConfig:
         """The config of a request. Raises ValueError where it asks for what belongs to the engine."""
         asked = {**vars(configured("submit", config, {})), **keywords} if config is not None else {**keywords}
+        self._kind.check(asked)
         for name in OF_ENGINE:
             value, own = plain(asked.pop(name, DEFAULTS[name])), getattr(self.config, name)
             if value not in (DEFAULTS[name], own):
@@ -294,15 +287,12 @@ class Engine:
             asked["seed"] = whole("seed", asked["seed"], -(2**63))
         return configured("submit", self.config, asked)
 
-    def _settings(self, config: DecodeConfig) -> Settings:
-        """The settings of one sequence. Raises ValueError naming the field that does not fit the engine."""
+    def _check(self, config: DecodeConfig) -> None:
+        """Raise ValueError for what no engine does, and for ids that its model does not have."""
         if config.record:
             raise ValueError("record: an engine keeps no trajectory, so expected False (see on_draft)")
-        (settings,) = make_settings(config, traits(self.model), self.cache, 1)
-        check_settings(self.model, [settings], self._of_model)
-        if settings.suppress is not None:
-            arguments.check_ids("suppress", [settings.suppress], self.model.shape.rows)
-        return settings
+        if config.suppress is not None:
+            arguments.check_ids("suppress", [torch.tensor(config.suppress)], self.model.shape.rows)
 
     def _prompt(self, prompt: Any) -> Tensor:
         rows = arguments.prompts(prompt) or [torch.zeros(0, dtype=torch.int64)]
@@ -322,6 +312,7 @@ class Engine:
                 waiting=self.core.waiting,
                 active=len(self.core.running),
                 forwards=self.core.batch.forwards,
+                draft_forwards=self.core.batch.draft_forwards,
                 reused_tokens=s.reused_tokens,
                 pages=s.pages,
                 pages_used=s.used,

@@ -36,6 +36,8 @@ class Completion:
     """From `submit` to the end."""
     logprobs: list[float] | None = None
     """One for each of `tokens`, where they were asked for: see `decode`."""
+    draft_nfe: int = 0
+    """Drafts made for it; no drafter, none."""
 
 
 Event = list[int] | Completion | Exception
@@ -43,7 +45,8 @@ Event = list[int] | Completion | Exception
 
 @dataclass(frozen=True)
 class Draft:
-    """What a pass has made of the block that it was over."""
+    """What a pass has made of the block that it was over; of an autoregressive model the tokens that it has
+    brought, all of them final."""
 
     nfe: int
     """The passes that the request was in, this one included."""
@@ -51,6 +54,10 @@ class Draft:
     """Where the block begins in the response. The tokens before it are final, those after it are masks."""
     tokens: list[int | None]
     """The response's tokens in the block, None where there is a mask. Rules that edit may change them."""
+    drafted: int = 0
+    """Tokens that a drafter had guessed for the pass."""
+    accepted: int = 0
+    """Of these, how many were the model's own choice."""
 
 
 class Subscriber:
@@ -95,7 +102,8 @@ class Events:
 
 @dataclass(eq=False)
 class Handle:
-    """A request. Iterating yields the tokens of each finished block; `result` waits for all."""
+    """A request. Iterating yields the tokens of each finished block, of an autoregressive model those of each
+    pass; `result` waits for all."""
 
     id: int
     events: Events = field(repr=False)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -197,6 +198,8 @@ class CausalBatch:
             return None
         key = tuple(ids.unique().tolist())
         if key not in self._suppressed:
+            if len(self._suppressed) == 64:
+                self._suppressed.clear()
             self._suppressed[key] = torch.tensor(key, device=self.model.device)
         return self._suppressed[key]
 
@@ -270,7 +273,9 @@ class CausalBatch:
         inputs, key = self._inputs(drafts, tree)
         device = self.model.device
         compute = functools.partial(self._compute, key)
-        with self._sizer.verifying():
+        # A pass that computes a prompt says nothing of what a size of draft takes.
+        prefills = any(self.rows[b].prefills for b in drafts)
+        with nullcontext() if prefills else self._sizer.verifying():
             if self.graphs is None or self.graphs.addresses is None:
                 result = compute(inputs.to(device, non_blocking=True))
             else:
@@ -447,6 +452,7 @@ class CausalBatch:
             self.counts.add(depth, count - 1)
         start = row.known
         row.nfe += 1
+        row.drafted, row.accepted = len(draft.tokens), count - 1
         row.num_cached = row.known + count - 1
         row.known += count
         self.tokens[b, start : row.known] = torch.tensor(emitted.tokens)

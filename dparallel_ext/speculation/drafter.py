@@ -33,7 +33,12 @@ class Lane(NamedTuple):
 
 
 class DraftSession(Protocol):
-    """What a drafter remembers of the sequences in a batch's lanes."""
+    """What a drafter remembers of the sequences in a batch's lanes.
+
+    In an engine a sequence may begin with pages that others have filled, and pages are shared as soon as the
+    model's passes have filled them. What `observe` and `moved` put into pages is there for every position
+    that is in the cache, whoever's pass has computed it; what `propose` puts there may not be.
+    """
 
     taps: tuple[int, ...]
     """Layers of the model behind which it wants to see the residual stream."""

@@ -39,6 +39,10 @@ class CausalSequence:
     """Passes of the model it was in."""
     draft_nfe: int = 0
     """Drafts that were made for it, if drafting takes a pass."""
+    drafted: int = 0
+    """Nodes of its last draft; 0 where the last pass was without."""
+    accepted: int = 0
+    """Of these, the tokens that were accepted."""
     kept: int = 0
     """Response tokens in front of what ended it; all where nothing did."""
     done: bool = False

@@ -5,7 +5,7 @@ How: `batch`. What guesses: `drafter`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Unpack
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import arguments
 from ..decoding.config import DEFAULTS, DecodeConfig, DecodeKeywords, configured, names_fields
 from ..decoding.decode import DecodeOutput, Prompts
+from ..decoding.fields import plain
 from ..decoding.settings import make_settings
 from ..models import Model, for_decoding, traits, warn_beyond
 from .batch import CausalBatch
@@ -85,7 +86,7 @@ def speculate(
         streamer: an object with `put` and `end`, as transformers' streamers. Batch size 1.
         progress: a tqdm bar of tokens.
         keywords: fields of `DecodeConfig`. `eos_id`: None is the model's own end tokens, as in transformers'
-            `generate`, all of them; a number stands instead of them, and -1 for none.
+            `generate`; a number stands instead of them, and -1 for none.
 
     Returns:
         SpeculateOutput. A sequence that has ended is in no pass; what follows its end is filled with the end
@@ -96,14 +97,13 @@ def speculate(
             logits hold NaN or leave no token to choose.
         TypeError: for a keyword that is no field.
     """
-    ends = keywords.pop("eos_id", None if config is None else config.eos_id)
-    config = configured("speculate", config, {**keywords, "eos_id": None})
-    check_causal(config)
+    config = configured("speculate", config, keywords)
+    check_causal(vars(config))
     with torch.inference_mode():
         prompts = arguments.prompts(prompt, attention_mask)
         size = len(prompts)
         model = causal_model(model)
-        eos_ids = end_ids(model, ends)
+        eos_ids = end_ids(model, config)
         drafter = drafter_of(drafter)
         if drafter is not None:
             drafter.check(model)
@@ -146,10 +146,10 @@ def causal_model(model: Any) -> Model:
     return found
 
 
-def check_causal(config: DecodeConfig) -> None:
-    """Raise ValueError for a field that an autoregressive model has no use for."""
+def check_causal(fields: Mapping[str, Any]) -> None:
+    """Raise ValueError for a field of `DecodeConfig` that an autoregressive model has no use for."""
     for name in OF_DIFFUSION:
-        if (value := getattr(config, name)) != DEFAULTS[name]:
+        if (value := plain(fields.get(name, DEFAULTS[name]))) != DEFAULTS[name]:
             raise ValueError(
                 f"{name}: belongs to masked diffusion; an autoregressive model takes none, "
                 f"got {arguments.shown(value)}"
@@ -166,11 +166,11 @@ def check_prompts(model: Model, prompts: Sequence[Tensor], config: DecodeConfig)
             raise ValueError(f"prompt: expected at least one token, got none in sequence {number}")
 
 
-def end_ids(model: Model, given: Any) -> tuple[int, ...]:
-    """The ids that end a sequence; None: the model's own. Raises ValueError for ids that it does not have."""
-    if given is None:
+def end_ids(model: Model, config: DecodeConfig) -> tuple[int, ...]:
+    """The ids that end a sequence. Raises ValueError for one that the model does not have."""
+    eos = config.eos_id
+    if eos is None:
         return model.eos_ids
-    eos = arguments.whole("eos_id", given, -1)
     if eos >= model.shape.rows:
         raise ValueError(f"eos_id: expected one of the model's {model.shape.rows} token ids, got {eos}")
     return () if eos < 0 else (eos,)

@@ -377,6 +377,8 @@ def serve(
     batch_invariant: Annotated[
         bool, typer.Option("--batch-invariant", help="each sequence in passes of its own")
     ] = False,
+    drafter: DrafterOption = None,
+    draft_size: DraftSizeOption = None,
     lanes: Annotated[int, typer.Option(help="requests decoded together")] = 16,
     max_waiting: Annotated[int, typer.Option(help="requests that may wait; beyond: 429")] = 1024,
     max_length: Annotated[
@@ -407,7 +409,11 @@ def serve(
         content = read_fields(config)
         mask_id = take_mask(content, mask_id)
         content.setdefault("gen_length", registry.gen_length(model))
-        asked = config_of(
+        causal = registry.is_causal(model)
+        for option, value in (("policy", policy), ("mask_id", mask_id)):
+            if causal and value is not None:
+                raise ValueError(f"{option}: belongs to masked diffusion, and {model} is autoregressive")
+        asked = (causal_config_of if causal else config_of)(
             content,
             policy,
             cache=cache,
@@ -423,6 +429,8 @@ def serve(
             mask_id=mask_id,
             log_level=log_level,
             config=asked,
+            drafter=drafter,
+            draft_size=draft_size,
             lanes=lanes,
             max_waiting=max_waiting,
             keys=keys,

@@ -60,8 +60,15 @@ def causal_config_of(content: Mapping[str, Any], policy: str | None, **options: 
     return DecodeConfig.from_dict(content).replace(**given)
 
 
+def without_ends(config: DecodeConfig) -> DecodeConfig:
+    """A response ends where the config says, and not at the model's own end tokens."""
+    return config.replace(eos_id=-1) if config.eos_id is None else config
+
+
 def with_ends(config: DecodeConfig, ends: Mapping[str, Any]) -> DecodeConfig:
     """A response ends where the config says, and at what `text.endings` found: its eos_id unless the config
-    has one, and its stops too."""
+    has one, and its stops too. With eos_id -1 it ends where the config says alone."""
+    if config.eos_id == -1:
+        return config
     eos_id = ends["eos_id"] if config.eos_id is None else config.eos_id
     return config.replace(eos_id=eos_id, stop=[*config.stop, *ends["stop"]])

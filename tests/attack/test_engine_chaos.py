@@ -20,19 +20,25 @@ import pytest
 import run_engine_ends
 import torch
 from conftest import golden
+from drafters import Knowing, model_of
 from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext.models import Model
+from dparallel_ext.speculation import Draft, Lane
 
 MODELS = {name: golden.model(name) for name in ("llada_tiny_a", "dream_tiny_a", "sdar_tiny_a")}
-WAYS = [
+MODELS["causal"] = model_of(vocab_size=512)
+DIFFUSION = [
     ("llada_tiny_a", "dual"),
     ("llada_tiny_a", "none"),
     ("dream_tiny_a", "prefix"),
     ("sdar_tiny_a", "block"),
     ("sdar_tiny_a", "block"),
 ]
+"""Models and caches."""
+CAUSAL = [("causal", "plain"), ("causal", "ngram"), ("causal", "chains"), ("causal", "trees")]
+"""And drafters."""
 BLOCK, LONGEST = 8, 56
 RAISED = [
     ValueError,
@@ -56,6 +62,7 @@ BAD: list[dict[str, Any]] = [
     {"prompt": [512]},
     {"prompt": None},
     {"steps": 0},
+    {"eos_id": -2},
     {"temperature": float("inf")},
     {"threshold": "x"},
     {"seed": 2**64},
@@ -66,14 +73,18 @@ BAD: list[dict[str, Any]] = [
 
 
 @functools.cache
-def alone(name: str, cache: str, prompt: tuple[int, ...], settings: tuple[tuple[str, Any], ...]) -> list[int]:
-    """What `decode` gives."""
+def alone(name: str, way: str, prompt: tuple[int, ...], settings: tuple[tuple[str, Any], ...]) -> list[int]:
+    """What `decode` or `speculate` gives."""
     call = dict(settings)
     seed = torch.tensor([call.pop("seed")])
     ids = torch.tensor(prompt, dtype=torch.int64)
-    out = dx.decode(
-        MODELS[name], [ids], block_length=BLOCK, cache=cache, seed=seed, batch_invariant=True, **call
-    )
+    out: dx.DecodeOutput
+    if name == "causal":
+        out = dx.speculate(MODELS[name], [ids], seed=seed, **call)
+    else:
+        out = dx.decode(
+            MODELS[name], [ids], block_length=BLOCK, cache=way, seed=seed, batch_invariant=True, **call
+        )
     found: list[int] = out.responses[0][: min(int(out.kept[0]), call["gen_length"])].tolist()
     return found
 
@@ -92,8 +103,9 @@ class Asked:
 class Client:
     """A thread that does as it likes, by its own random numbers."""
 
-    def __init__(self, engine: dx.Engine, seed: float, turns: int, name: str) -> None:
+    def __init__(self, engine: dx.Engine, causal: bool, seed: float, turns: int, name: str) -> None:
         self.engine, self.rng, self.turns = engine, random.Random(seed), turns
+        self.causal = causal
         self.asked: list[Asked] = []
         self.wrong: list[str] = []
         self.thread = threading.Thread(target=self.run, name=name)
@@ -115,19 +127,19 @@ class Client:
 
     def submit(self) -> None:
         rng = self.rng
-        prompt = [rng.choice([1, 2]) for _ in range(rng.choice([0, 3, 8, 17, 24]))]
+        prompt = [rng.choice([1, 2]) for _ in range(rng.choice([int(self.causal), 3, 8, 17, 24]))]
         poison = rng.random() < 0.15
         if poison:
             prompt.append(rng.choice(list(POISON)))
         own: dict[str, Any] = {
             "gen_length": rng.choice([0, 1, 8, 13, 24]),
-            "threshold": rng.choice([0.3, 0.9]),
-            "selector": "confidence",
             "temperature": rng.choice([0.0, 0.8]),
             "seed": rng.randrange(3),
             "eos_id": rng.choice([None, 5]),
             "suppress": tuple(POISON),
         }
+        if not self.causal:
+            own |= {"threshold": rng.choice([0.3, 0.9]), "selector": "confidence"}
         on_draft = rng.choice([None, None, lambda draft: self.callback(rng.random())])
         handle = self.engine.submit(prompt, on_draft=on_draft, **own)
         made = Asked(handle, tuple(prompt), tuple(own.items()), poison and own["gen_length"] > 0)
@@ -182,38 +194,63 @@ class Client:
 
 
 def poisoned(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def stepped(model: Model, ids: Tensor, slots: Any, metadata: Any) -> Tensor:
+    def stepped(model: Model, ids: Tensor, slots: Any, metadata: Any, **more: Any) -> Tensor:
         for token, error in POISON.items():
             if error is not None and bool((ids == token).any()):
                 raise error("a model")
-        return step(model, ids, slots, metadata)
+        return step(model, ids, slots, metadata, **more)
 
     return stepped
 
 
-def test_chaos(attack: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+class Guessing(Knowing):
+    """Guesses the tokens that the text has already, so that some are right."""
+
+    def _draft(self, lane: Lane, most: int) -> Draft:
+        draft = super()._draft(lane, most)
+        return draft._replace(tokens=tuple(self.rng.choice(lane.tokens.tolist()) for _ in draft.tokens))
+
+
+def engine_of(name: str, way: str, rng: random.Random) -> dx.Engine:
+    lanes, own = rng.randint(1, 4), dict[str, Any]()
+    if name == "causal":
+        guessing = Guessing([], tree=way == "trees", right=0.0, seed=rng.randrange(99))
+        own["drafter"] = {"plain": None, "ngram": "ngram"}.get(way, guessing)
+        own["draft_size"] = rng.choice([None, 4])
+    else:
+        own = {"cache": way, "block_length": BLOCK}
+    return dx.Engine(
+        MODELS[name],
+        lanes=lanes,
+        max_length=LONGEST,
+        page_size=BLOCK,
+        pages=LONGEST // BLOCK + rng.randint(0, 6 * lanes),
+        max_waiting=rng.choice([1, 3, 100]),
+        batch_invariant=(name != "causal" and way != "block") or rng.random() < 0.5,
+        **own,
+    )
+
+
+@pytest.mark.parametrize(("ways", "few"), [(DIFFUSION, 25), (CAUSAL, 12)], ids=["diffusion", "causal"])
+def test_chaos(
+    ways: list[tuple[str, str]],
+    few: int,
+    attack: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Threads submit, cancel, wait, give bad arguments and close; callbacks and passes raise; the engine's
     own thread fails. Every request ends, those that finish as if they were alone; no page is lost, and the
     counters add up.
     """
     caplog.set_level(logging.CRITICAL + 1, logger="dparallel_ext.engine")
     step = Model.step
-    for rng in attack.cases(25):
-        name, cache = rng.choice(WAYS)
-        lanes = rng.randint(1, 4)
-        engine = dx.Engine(
-            MODELS[name],
-            cache=cache,
-            block_length=BLOCK,
-            lanes=lanes,
-            max_length=LONGEST,
-            page_size=BLOCK,
-            pages=LONGEST // BLOCK + rng.randint(0, 6 * lanes),
-            max_waiting=rng.choice([1, 3, 100]),
-            batch_invariant=cache != "block" or rng.random() < 0.5,
-        )
+    for rng in attack.cases(few):
+        name, way = rng.choice(ways)
+        engine = engine_of(name, way, rng)
         clients = [
-            Client(engine, rng.random(), rng.randint(4, 12), f"client {n}") for n in range(rng.randint(1, 4))
+            Client(engine, name == "causal", rng.random(), rng.randint(4, 12), f"client {n}")
+            for n in range(rng.randint(1, 4))
         ]
         fault = rng.choice([None, None, None, "admit", "receive", "advance", "publish", "end"])
         with monkeypatch.context() as patch:
@@ -232,10 +269,10 @@ def test_chaos(attack: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
                 client.thread.join(60)
                 assert not client.thread.is_alive(), "a client hangs"
             engine.close(cancel=rng.random() < 0.3)
-        check(engine, clients, name, cache, fault)
+        check(engine, clients, name, way, fault)
 
 
-def check(engine: dx.Engine, clients: list[Client], name: str, cache: str, fault: str | None) -> None:
+def check(engine: dx.Engine, clients: list[Client], name: str, way: str, fault: str | None) -> None:
     engine.thread.join(60)
     assert not engine.thread.is_alive()
     assert not [wrong for client in clients for wrong in client.wrong]
@@ -250,13 +287,13 @@ def check(engine: dx.Engine, clients: list[Client], name: str, cache: str, fault
         tokens = list(itertools.chain.from_iterable(blocks))
         if isinstance(last, dx.Completion) and last.finish_reason != "cancelled":
             ends["completed"] += 1
-            assert tokens == last.tokens == alone(name, cache, asked.prompt, asked.settings)
+            assert tokens == last.tokens == alone(name, way, asked.prompt, asked.settings)
             assert not asked.poisoned
         elif isinstance(last, dx.Completion):
             ends["cancelled"] += 1
             assert tokens == last.tokens[: len(tokens)]
             if not asked.poisoned:
-                assert last.tokens == alone(name, cache, asked.prompt, asked.settings)[: len(last.tokens)]
+                assert last.tokens == alone(name, way, asked.prompt, asked.settings)[: len(last.tokens)]
         else:
             ends["failed"] += 1
             assert isinstance(last, Exception)

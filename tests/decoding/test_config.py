@@ -45,7 +45,10 @@ def test_the_keywords_are_the_fields() -> None:
         (dx.Engine(LLADA, lanes=1, max_length=8).submit, ["prompt", "config", "on_draft"]),
         (
             dx.Engine,
-            ["model", "config", "lanes", "max_length", "pages", "page_size", "max_waiting", "share"],
+            [
+                *("model", "config", "drafter", "draft_size", "lanes", "max_length", "pages", "page_size"),
+                *("max_waiting", "share"),
+            ],
         ),
     ],
 )
@@ -111,7 +114,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("suppress", [1.5], r"suppress: expected int64 \(P,\), got torch.float32"),
     ("suppress", "ab", "suppress: expected int64 .* got str"),
     ("mask_id", -1, "mask_id: expected a whole number >= 0, got -1"),
-    ("eos_id", -1, "eos_id: expected a whole number >= 0, got -1"),
+    ("eos_id", -2, "eos_id: expected a whole number >= -1, got -2"),
     ("stop", 5, "stop: expected sequences of token ids, got the number 5"),
     ("stop", [5], "stop: expected sequences of token ids, got the number 5"),
     ("stop", [[]], "stop: expected sequences of at least one token"),

@@ -171,6 +171,10 @@ def test_eos_ends_a_sequence() -> None:
     assert (out.kept.tolist(), out.tokens_per_forward, out.padded_tokens_per_forward) == ([3], 3.0, 4.0)
     on = dx.decode(model, torch.tensor([3, 3]), gen_length=12, block_length=4, threshold=0.5, mask_id=0)
     assert on.sequences[0, 6:].tolist() == list(range(16, 24))  # as published: no early exit
+    none = dx.decode(
+        model, torch.tensor([3, 3]), gen_length=12, block_length=4, threshold=0.5, mask_id=0, eos_id=-1
+    )
+    assert torch.equal(none.sequences, on.sequences)
 
 
 def test_eos_leaves_the_others_alone(llada) -> None:

@@ -9,6 +9,7 @@ import logging
 import threading
 from typing import Any
 
+import drafters
 import pytest
 import torch
 from conftest import golden
@@ -422,3 +423,29 @@ def test_the_kernels_of_a_pass(taped: list[Graphs], monkeypatch: pytest.MonkeyPa
         **{"index": 2, "embedding": 1, "rms_norm": 1, "linear": 1},
         **{"unmask_": 1, "commit_": 1, "cat": 1},
     }
+
+
+@pytest.mark.parametrize("drafter", [None, "ngram", "chains", "trees"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_passes_over_drafts_are_replayed(taped: list[Graphs], drafter: Any, temperature: float) -> None:
+    """Of an autoregressive model, in `speculate` and in an engine, whose pages change: one form for the sizes
+    of draft that are alike."""
+    model = drafters.model_of()
+    settings: dict[str, Any] = {"gen_length": 40, "temperature": temperature, "seed": [4, 5, 6], "eos_id": -1}
+    expected = dx.speculate(model, PROMPTS, graphs=False, **settings)
+    texts = [text[: int(length)] for text, length in zip(expected.sequences, expected.lengths, strict=True)]
+    if drafter in ("chains", "trees"):
+        drafter = drafters.Knowing(texts, tree=drafter == "trees", right=0.7)
+    assert not taped
+    out = dx.speculate(model, PROMPTS, drafter=drafter, draft_size=4, **settings)
+    assert torch.equal(out.sequences, expected.sequences)
+    size = {"lanes": 2, "max_length": 80, "page_size": 8, "drafter": drafter, "draft_size": 4}
+    with dx.Engine(model, **size) as engine:
+        asked = list(zip(PROMPTS, settings.pop("seed"), strict=True)) * 2
+        handles = [engine.submit(ids, **{**settings, "seed": seed}) for ids, seed in asked]
+        found = [handle.result(60).tokens for handle in handles]
+    assert found == [response.tolist() for response in expected.responses] * 2
+    assert sum(handle.result().reused for handle in handles) > 0
+    for graphs, forwards in zip(taped, (out.forwards, engine.stats.forwards), strict=True):
+        assert graphs.recorder is not None, "a recording failed"
+        assert graphs.replays > forwards / 4, f"{graphs.replays} of {forwards}"

@@ -72,10 +72,10 @@ class Gate:
         self.counts: list[int] = []
         step = Model.step
 
-        def gated(model: Model, ids: Tensor, cache: Any, metadata: Any) -> Tensor:
+        def gated(model: Model, ids: Tensor, cache: Any, metadata: Any, **more: Any) -> Tensor:
             assert self.passes.acquire(timeout=60)
             self.counts.append(len(ids))
-            return step(model, ids, cache, metadata)
+            return step(model, ids, cache, metadata, **more)
 
         monkeypatch.setattr(Model, "step", gated)
 

@@ -488,7 +488,7 @@ def test_diffusion_refuses_autoregressive_models(family: str) -> None:
             compat.generate(model, prompt, steps=8, gen_length=8, block_length=8, mask_id=96)
         with pytest.raises(ValueError, match=said):
             compat.diffusion_generate(model, prompt, max_new_tokens=8, mask_token_id=96)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match="mask_id: belongs to masked diffusion"):
         dx.Engine(models.wrap(theirs), mask_id=96)
     with pytest.raises(ValueError, match=said):
         log_likelihoods(models.wrap(theirs), [[5, 6]], [[7]], mask_id=96)

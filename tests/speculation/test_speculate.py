@@ -9,32 +9,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import golden
-from drafters import Knowing
+from drafters import SIZES, Knowing, model_of
 from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import models
 from dparallel_ext.decoding.config import DecodeConfig
+from dparallel_ext.decoding.settings import make_settings
 from dparallel_ext.models import Model
 from dparallel_ext.speculation import CausalBatch, Draft, Measured, ModelDrafter, NGram
 from dparallel_ext.speculation.sizing import Fixed
-
-SIZES = {
-    **{"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
-    **{"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 512, "head_dim": 8},
-}
-
-
-def model_of(family: str = "qwen3", dtype: torch.dtype = torch.float32, **changes: Any) -> Model:
-    """Random weights, large enough that every token tells."""
-    torch.manual_seed(3)
-    config = {"model_type": family, "rms_norm_eps": 1e-5, "rope_theta": 1000.0, **SIZES, **changes}
-    model = models.FAMILIES[family](config)
-    for p in model.parameters():
-        if p.ndim == 2:
-            torch.nn.init.normal_(p, std=0.4)
-    return model.to(dtype).eval()
-
 
 MODEL = model_of(eos_token_id=[5, 9])
 PROMPTS = [torch.randint(10, 61, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 1, 20, 70)]
@@ -145,8 +129,6 @@ def test_pages_of_any_size_in_any_order(page_size: int, tree: bool) -> None:
         drafter.check(MODEL)
         batch = CausalBatch(MODEL, len(PROMPTS), width, drafter=drafter, sizer=Fixed(9), kv_cache=cache)
         settings = DecodeConfig()
-        from dparallel_ext.decoding.settings import make_settings
-
         for lane, prompt in enumerate(PROMPTS):
             own = make_settings(settings, models.traits(MODEL), "none", 1)[0]
             batch.admit(lane, prompt, 24, own)
@@ -291,6 +273,28 @@ def test_diffusion_models_draft() -> None:
             assert int(found.drafted.sum()) > 0
         with pytest.raises(ValueError, match=r"drafter: .* has a vocabulary of .* and the model one of 61"):
             plain(drafter=diffusion)
+
+
+def test_passes_over_prompts_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would make the size that was asked for look dear, for as long as it is not asked for again."""
+    batch = CausalBatch(MODEL, 2, 60, drafter=NGram(), sizer=(sizer := Measured(4)))
+    timed: list[int] = []
+    verifying = sizer.verifying
+
+    def seen() -> Any:
+        timed.append(batch.forwards)
+        return verifying()
+
+    monkeypatch.setattr(sizer, "verifying", seen)
+    own = make_settings(DecodeConfig(), models.traits(MODEL), "none", 1)[0]
+    with torch.inference_mode():
+        batch.admit(0, PROMPTS[2], 20, own)
+        for _ in range(4):
+            batch.step()
+        batch.admit(1, PROMPTS[2], 20, own)  # beside one that is verified
+        for _ in range(3):
+            batch.step()
+    assert timed == [1, 2, 3, 5, 6]
 
 
 def test_nothing_to_do() -> None:

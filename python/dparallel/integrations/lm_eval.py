@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from dparallel_ext import Completion, DecodeConfig, Engine
 from dparallel_ext.decoding import OF_ENGINE
-from dparallel_ext.models import traits
+from dparallel_ext.models import check_diffusion, traits
 
 from .. import registry, text
 from ..evaluate import parse_policy
@@ -128,6 +128,7 @@ class DParallelLM(TemplateLM):
             device = device_of(device, os.environ.get("LOCAL_RANK"))
             log.info("device: %s", device)
         self.model, self.tokenizer = registry.load(pretrained, device=device, dtype=dtype_of(dtype), fp8=fp8)
+        check_diffusion(self.model)
         self.pretrained, self.directory = pretrained, registry.directory_of(pretrained)
         self.policy, self.gen_length, self.seed = policy, gen_length, seed
         causal = traits(self.model).block_length is not None

@@ -3,11 +3,11 @@
     POST /v1/completions, /v1/chat/completions      GET /v1/models, /health, /metrics, /version
 
 What differs from OpenAI: `temperature` is 0 unless given, as everywhere here; `policy` chooses the unmasking
-rule; text streams by finished blocks, and with `stream_drafts` by passes too (`draft_of`); `usage` also has
-forward_passes and tokens_per_pass; `logprobs` are those with which the tokens were drawn, see `decode`; a
-completion with `suffix` is decoded between two texts. `top_k`, `ignore_eos` and `stop_token_ids` are vLLM's.
-A parameter that the server does not follow is refused by name, unless its value is one that changes nothing
-(`protocol`).
+rule of a diffusion model; text streams by finished blocks, of an autoregressive model by passes, and with
+`stream_drafts` by passes always (`draft_of`); `usage` also has forward_passes and tokens_per_pass; `logprobs`
+are those with which the tokens were drawn, see `decode`; a completion with `suffix` is decoded between two
+texts, by a diffusion model. `top_k`, `ignore_eos` and `stop_token_ids` are vLLM's. A parameter that the
+server does not follow is refused by name, unless its value is one that changes nothing (`protocol`).
 
 A body is JSON whatever its Content-Type says, except where a web page sends it: pages say application/json,
 so that the browser asks first whether they may.

@@ -257,13 +257,18 @@ def draft_of(draft: Draft, length: int, texts: text.TokenTexts) -> dict[str, Any
     the tokens before it are final and were streamed, those after it are masks. length: of the response.
     tokens: the block's, each as text, special tokens included; null where there is a mask. They join to the
     text but for characters over several tokens. Where the client is slow, drafts are left out, never a
-    block's last. The whole block follows as text once it is complete.
+    block's last. The whole block follows as text once it is complete. Of an autoregressive model the block is
+    the tokens that the pass has brought.
+
+    drafted, accepted: the tokens that a drafter had guessed for the pass, and those of them that the model
+    took.
     """
     tokens = [
         None if token is None else texts(token, first=draft.start + at == 0)
         for at, token in enumerate(draft.tokens)
     ]
-    return {"pass": draft.nfe, "start": draft.start, "length": length, "tokens": tokens}
+    guesses = {"drafted": draft.drafted, "accepted": draft.accepted}
+    return {"pass": draft.nfe, "start": draft.start, "length": length, "tokens": tokens, **guesses}
 
 
 def sse(content: dict[str, Any]) -> str:

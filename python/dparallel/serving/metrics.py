@@ -27,6 +27,9 @@ COUNTERS = {
     "forwards": "Forward passes.",
     "sequence_passes": "Forward passes, counted once for each sequence in them.",
     "tokens": "Tokens of finished blocks.",
+    "draft_forwards": "Times that the drafter was asked.",
+    "drafted_tokens": "Tokens that the drafter has guessed.",
+    "accepted_tokens": "Of those, the model's own choices.",
     "prompt_tokens": "Tokens of prompts.",
     "reused_tokens": "Tokens of prompts whose keys and values came from another request.",
 }
@@ -46,7 +49,9 @@ class Metrics:
             ["path", "status"],
             registry=self.registry,
         )
-        self.first_block = self._histogram("first_block_seconds", "From request to first finished block.")
+        self.first_block = self._histogram(
+            "first_block_seconds", "From request to first finished block, or first token."
+        )
         self.whole = self._histogram("request_seconds", "From request to its last token, per choice.")
         self.waiting = self._histogram("waiting_seconds", "From request to its first pass, per choice.")
         self.rate = self._histogram(

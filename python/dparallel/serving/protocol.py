@@ -249,6 +249,7 @@ class Options(Strict):
     stream_drafts: bool | None = None
     """Stream the active block after every pass too, see `draft_of`."""
     policy: str | None = None
+    """How a pass of a diffusion model decides."""
 
     @field_validator("stop", mode="before")
     @classmethod

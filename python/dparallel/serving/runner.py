@@ -17,6 +17,7 @@ import uvicorn
 
 import dparallel_ext as dx
 from dparallel_ext import DecodeConfig, Engine
+from dparallel_ext.speculation import drafter_of
 
 from .. import registry
 from . import connections
@@ -122,19 +123,23 @@ def run(
     mask_id: int | None = None,
     log_level: str,
     config: DecodeConfig,
+    drafter: str | None = None,
+    draft_size: int | None = None,
     lanes: int,
     max_waiting: int,
     **settings: Any,
 ) -> None:
     """Serve a model until SIGTERM or SIGINT.
 
-    `config`, `lanes`, `max_waiting`: of the `Engine`; the config is that of requests which say nothing else.
+    `config`, `drafter`, `draft_size`, `lanes`, `max_waiting`: of the `Engine`; the config is that of requests
+    which say nothing else.
     `settings`: of `Settings`, without those that the model gives.
     Raises ValueError and FileNotFoundError, by name; what can be known before the model is loaded, then.
     """
     if log_level not in uvicorn.config.LOG_LEVELS:
         raise ValueError(f"log_level: expected one of {list(uvicorn.config.LOG_LEVELS)}, got {log_level!r}")
     directory = registry.directory_of(model)
+    guessing = drafter_of(drafter)
     if not host.strip():  # an unset variable must not open the server either
         raise ValueError("host: expected a name or an address (0.0.0.0: every one), got an empty one")
     given = {key: value for key, value in settings.items() if value is not None}
@@ -155,7 +160,13 @@ def run(
             )
         try:
             running = Engine(
-                loaded, config, lanes=lanes, max_waiting=max_waiting, max_length=chosen.max_length
+                loaded,
+                config,
+                drafter=guessing,
+                draft_size=draft_size,
+                lanes=lanes,
+                max_waiting=max_waiting,
+                max_length=chosen.max_length,
             )
         except (MemoryError, OverflowError, RuntimeError, TypeError) as error:
             raise ValueError(

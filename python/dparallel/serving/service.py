@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 from dparallel_ext import Completion, DecodeConfig, Draft, Engine, EngineFull, Handle, arguments
 
 from .. import text
-from ..configs import with_ends
+from ..configs import with_ends, without_ends
 from ..templates import Renderer
 from .errors import ApiError, in_time, stopping
 from .metrics import Metrics
@@ -196,7 +196,7 @@ class Service:
         self.encoders = ThreadPoolExecutor(ENCODERS, "encoder")
         longest = max(map(len, tokenizer.get_vocab()), default=0)
         self.most_characters = settings.max_length * max(CHARACTERS_A_TOKEN, longest)
-        self.without_ends = engine.config
+        self.without_ends = without_ends(engine.config)
         """How a request is decoded that says nothing else, and ignores the model's end tokens."""
         self.config = with_ends(engine.config, text.endings(directory, tokenizer))
         (self.gen_length,) = arguments.numbers("gen_length", engine.config.gen_length, 1, 1)
@@ -278,6 +278,7 @@ class Service:
         """The request, checked and handed to the engine. Raises ApiError."""
         settings, each = self.settings, request.n or 1
         param = "prompt" if isinstance(request, CompletionRequest) else "messages"
+        self._check_kind(request)
         if request.model != settings.name:
             said = f"model: expected {settings.name!r}, got {request.model!r}"
             raise ApiError(404, said, param="model", code="model_not_found")
@@ -307,9 +308,11 @@ class Service:
         with self._engine_errors(param):
             config = self._config(request)
 
+        mask_id = self.engine.mask_id
+
         def submit(choice: Choice, tell: Callable[[Draft], None]) -> Handle:
             with self._engine_errors(param):
-                between = [self.engine.mask_id] * choice.gen_length if choice.suffix else []
+                between = [mask_id] * choice.gen_length if choice.suffix and mask_id is not None else []
                 return self.engine.submit(
                     [*choice.prompt, *between, *choice.suffix],
                     config,
@@ -320,6 +323,16 @@ class Service:
                 )
 
         return Call(self, choices, each, submit)
+
+    def _check_kind(self, request: ChatRequest | CompletionRequest) -> None:
+        """Raise ApiError for what belongs to masked diffusion, where the model is autoregressive."""
+        if self.engine.mask_id is not None:
+            return
+        suffix = request.suffix if isinstance(request, CompletionRequest) else None
+        for name, value in (("policy", request.policy), ("suffix", suffix)):
+            if value:
+                said = f"{name}: belongs to masked diffusion, and {self.settings.name!r} is autoregressive"
+                raise ApiError(400, said, param=name, code="unsupported_parameter")
 
     @contextlib.contextmanager
     def _engine_errors(self, param: str) -> Iterator[None]:

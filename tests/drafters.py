@@ -1,4 +1,5 @@
-"""Drafters for tests: they know the text, or half of it, and guess in every shape."""
+"""For tests of speculation: a small autoregressive model, and drafters that know the text, or half of it, and
+guess in every shape."""
 
 from __future__ import annotations
 
@@ -6,14 +7,33 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from dparallel_ext import models
+from dparallel_ext.models import Model
 from dparallel_ext.speculation import Draft, Lane
+
+SIZES = {
+    **{"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 512, "head_dim": 8},
+}
+
+
+def model_of(family: str = "qwen3", dtype: torch.dtype = torch.float32, **changes: Any) -> Model:
+    """Random weights, large enough that every token tells."""
+    torch.manual_seed(3)
+    config = {"model_type": family, "rms_norm_eps": 1e-5, "rope_theta": 1000.0, **SIZES, **changes}
+    model = models.FAMILIES[family](config)
+    for p in model.parameters():
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=0.4)
+    return model.to(dtype).eval()
 
 
 class Knowing:
-    """Guesses the tokens of `texts` (one for each lane, prompt and all), each right with probability `right`,
-    in chains or in random trees."""
+    """Guesses how `texts` (prompt and all) go on, each token right with probability `right`, in chains or in
+    random trees. Of a lane's text it knows nothing where none of `texts` begins so."""
 
     taps: tuple[int, ...] = ()
 
@@ -33,7 +53,7 @@ class Knowing:
     def check(self, model: Any) -> None:
         self.vocabulary = model.shape.rows
 
-    def session(self, model: Any, kv_cache: Any, lanes: int) -> Knowing:
+    def session(self, model: Any, kv_cache: Any, lanes: int, *, graphs: bool = True) -> Knowing:
         return self
 
     def reset(self, lane: int) -> None:
@@ -49,7 +69,8 @@ class Knowing:
         return [self._draft(lane, most) for lane, most in zip(lanes, sizes, strict=True)]
 
     def _draft(self, lane: Lane, most: int) -> Draft:
-        text, known = self.texts[lane.lane], len(lane.tokens)
+        ids, known = lane.tokens.tolist(), len(lane.tokens)
+        text: list[int] = next((text for text in self.texts if text[:known] == ids), [])
         tokens: list[int] = []
         parents: list[int] = []
         depths = [0]

@@ -1,0 +1,271 @@
+"""What of an engine depends on the kind of its model: masked diffusion, or autoregressive."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..arguments import shown
+from ..cache import KVCache
+from ..decoding import batch as diffusion
+from ..decoding.config import DecodeConfig
+from ..decoding.decode import masks
+from ..decoding.sequence import SequenceState, Settings, lay_out, whole_length
+from ..decoding.settings import check_model, check_settings, make_settings
+from ..models import Model, traits
+from ..speculation import CausalBatch, Drafter, drafter_of
+from ..speculation.sequence import CausalSequence
+from ..speculation.speculate import causal_model, check_causal, end_ids, sizer_of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request as the batch takes it."""
+
+    prompt: Tensor
+    """(P,) int64 on the CPU."""
+    gen_length: int
+    length: int
+    """Positions of prompt and response."""
+    reusable: int
+    """Positions in front, whose keys and values others may have computed."""
+    settings: Settings
+    masked: Sequence[int] = ()
+    """Columns of the prompt that are filled too."""
+    eos_ids: tuple[int, ...] = ()
+    """That end an autoregressive model's sequence; a diffusion model's is in `settings`."""
+
+    @property
+    def asked(self) -> int:
+        """Tokens that were asked for; a block-causal model fills its last block beyond them."""
+        return len(self.masked) + self.gen_length
+
+
+class Region(Protocol):
+    """Columns [start, end) of a sequence."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+
+
+class Row(Protocol):
+    """A sequence in a batch's lane, see `decoding.sequence` and `speculation.sequence`."""
+
+    nfe: int
+    num_cached: int
+    kept: int
+    stopped: bool
+
+    @property
+    def done(self) -> bool: ...
+    @property
+    def columns(self) -> Sequence[int]: ...
+    @property
+    def open(self) -> Sequence[Region]: ...
+    @property
+    def block(self) -> tuple[int, int]: ...
+    @property
+    def published(self) -> int: ...
+    @property
+    def draft_nfe(self) -> int: ...
+    @property
+    def drafted(self) -> int: ...
+    @property
+    def accepted(self) -> int: ...
+    def index(self, column: int) -> int: ...
+
+
+class Batch(Protocol):
+    """Sequences in lanes, see `decoding.batch` and `speculation.batch`."""
+
+    tokens: Tensor
+    mask_id: int
+    forwards: int
+    draft_forwards: int
+
+    @property
+    def model(self) -> Any: ...
+    @property
+    def rows(self) -> Sequence[Row]: ...
+    @property
+    def logprobs(self) -> Tensor: ...
+    def step(self, lanes: Sequence[int]) -> list[int]: ...
+    def enter(self, finished: list[int]) -> None: ...
+    def release(self, lane: int) -> None: ...
+
+
+class Kind(ABC):
+    """What an engine asks of its kind of model."""
+
+    config: DecodeConfig
+    """How a request is decoded that says nothing else; fields of the engine are as they are in force."""
+    cache: str | None = None
+    mask_id: int | None = None
+    """Of masked diffusion, as `cache`."""
+    page_unit = 1
+    """Shared pages are multiples of so many positions."""
+    unshared: str | None = None
+    """Why keys and values of positions in front are not final, so that no others can share them."""
+    keeps = True
+    """Whether keys and values outlive a pass."""
+
+    @abstractmethod
+    def check(self, fields: Mapping[str, Any]) -> None:
+        """Raise ValueError for a field of a config that the model has no use for."""
+
+    @abstractmethod
+    def settings(self, config: DecodeConfig) -> Settings:
+        """Of one sequence. Raises ValueError naming the field that does not fit the engine."""
+
+    @abstractmethod
+    def length(self, prompt: int, gen_length: int) -> int:
+        """Positions of a request."""
+
+    @abstractmethod
+    def plan(self, ids: Tensor, gen_length: int, config: DecodeConfig) -> Plan:
+        """Raises ValueError naming the argument that does not fit the model."""
+
+    @abstractmethod
+    def make_batch(self, lanes: int, width: int, kv_cache: KVCache) -> Batch: ...
+
+    @abstractmethod
+    def admit(self, batch: Any, lane: int, plan: Plan, num_cached: int) -> Row:
+        """Begin a sequence in a lane of the batch that `make_batch` has made."""
+
+    @abstractmethod
+    def told(self, row: Any, opened: Sequence[Region]) -> tuple[int, int]:
+        """Columns [start, end) that a `Draft` tells of, after a pass before which `opened` were open."""
+
+
+class Diffusion(Kind):
+    """Masked diffusion: blocks of masks, and a rule that decides which of them a pass fills."""
+
+    def __init__(self, model: Model, config: DecodeConfig) -> None:
+        self._model, block_causal = model, traits(model).block_length is not None
+        self._of_model = check_model(config, model, "block" if block_causal else "dual")
+        self.cache, self._schedule, self._mask_id = self._of_model
+        self.mask_id = self._mask_id
+        self.config = config.replace(**self._of_model.fields)
+        self.page_unit = self._schedule.block_length if block_causal else 1
+        self.unshared = None if self.cache == "block" else f"cache {self.cache!r}"
+        self.keeps = self.cache != "none"
+
+    def check(self, fields: Mapping[str, Any]) -> None:
+        """It has a use for each."""
+
+    def settings(self, config: DecodeConfig) -> Settings:
+        (settings,) = make_settings(config, traits(self._model), self._of_model.cache, 1)
+        check_settings(self._model, [settings], self._of_model)
+        return settings
+
+    def length(self, prompt: int, gen_length: int) -> int:
+        return whole_length(prompt, gen_length, self._schedule.block_length, self._schedule.causal)
+
+    def plan(self, ids: Tensor, gen_length: int, config: DecodeConfig) -> Plan:
+        settings, schedule = self.settings(config), self._schedule
+        masked = masks(ids, self._mask_id) if config.infill else []
+        size, causal = schedule.block_length, schedule.causal
+        layout = lay_out(len(ids), gen_length, size, causal, settings.steps, masked)
+        # A page with a mask is not final, and with shifted logits the position before the first mask is
+        # computed in any case: it gives the next token.
+        known = layout.columns[0] if layout.columns else len(ids)
+        reusable = max(0, known - schedule.shift)
+        return Plan(ids, gen_length, layout.length, reusable, settings, masked)
+
+    def make_batch(self, lanes: int, width: int, kv_cache: KVCache) -> diffusion.Batch:
+        return diffusion.Batch(
+            self._model,
+            lanes,
+            width,
+            self._schedule,
+            self._mask_id,
+            pad_id=self._mask_id,
+            device=self._model.device,
+            batch_invariant=self.config.batch_invariant,
+            graphs=self.config.graphs,
+            kv_cache=kv_cache,
+        )
+
+    def admit(self, batch: diffusion.Batch, lane: int, plan: Plan, num_cached: int) -> SequenceState:
+        prompt = plan.prompt.to(batch.tokens.device)
+        return batch.admit(
+            lane, prompt, plan.gen_length, plan.settings, masked=plan.masked, num_cached=num_cached
+        )
+
+    def told(self, row: SequenceState, opened: Sequence[Region]) -> tuple[int, int]:
+        """The blocks that were open: what is decoded of them, and masks."""
+        return opened[0].start, opened[-1].end
+
+
+class Autoregressive(Kind):
+    """Token by token, several a pass where a drafter guesses them."""
+
+    def __init__(
+        self, model: Model, config: DecodeConfig, drafter: Drafter | str | None, draft_size: int | None
+    ) -> None:
+        check_causal(vars(config))
+        self._model, self.config, self._drafter = causal_model(model), config, drafter_of(drafter)
+        if self._drafter is not None:
+            self._drafter.check(model)
+        self._sizer = sizer_of(self._drafter, draft_size)
+
+    def check(self, fields: Mapping[str, Any]) -> None:
+        check_causal(fields)
+
+    def settings(self, config: DecodeConfig) -> Settings:
+        (settings,) = make_settings(config, traits(self._model), "none", 1)
+        end_ids(self._model, config)
+        return settings
+
+    def length(self, prompt: int, gen_length: int) -> int:
+        return prompt + gen_length
+
+    def plan(self, ids: Tensor, gen_length: int, config: DecodeConfig) -> Plan:
+        if not len(ids):
+            raise ValueError("prompt: expected at least one token, got none")
+        # The last token's row gives the next, so that it is computed in any case.
+        reusable, eos_ids = len(ids) - 1, end_ids(self._model, config)
+        length = self.length(len(ids), gen_length)
+        return Plan(ids, gen_length, length, reusable, self.settings(config), eos_ids=eos_ids)
+
+    def make_batch(self, lanes: int, width: int, kv_cache: KVCache) -> CausalBatch:
+        return CausalBatch(
+            self._model,
+            lanes,
+            width,
+            drafter=self._drafter,
+            sizer=self._sizer,
+            batch_invariant=self.config.batch_invariant,
+            graphs=self.config.graphs,
+            kv_cache=kv_cache,
+        )
+
+    def admit(self, batch: CausalBatch, lane: int, plan: Plan, num_cached: int) -> CausalSequence:
+        return batch.admit(
+            lane, plan.prompt, plan.gen_length, plan.settings, eos_ids=plan.eos_ids, num_cached=num_cached
+        )
+
+    def told(self, row: CausalSequence, opened: Sequence[Region]) -> tuple[int, int]:
+        """The tokens that the pass has brought."""
+        return opened[0].start, row.known
+
+
+def kind_of(
+    model: Model, config: DecodeConfig, drafter: Drafter | str | None, draft_size: int | None
+) -> Kind:
+    """Raises ValueError naming the argument that does not fit the model."""
+    if traits(model).causal:
+        return Autoregressive(model, config, drafter, draft_size)
+    for name, value in (("drafter", drafter), ("draft_size", draft_size)):
+        if value is not None:
+            raise ValueError(
+                f"{name}: belongs to autoregressive models, and {type(model).__name__} is a diffusion model, "
+                f"so expected None, got {shown(value)}"
+            )
+    return Diffusion(model, config)

@@ -1,0 +1,218 @@
+"""The server of an autoregressive model: as of a diffusion model, and each text is `speculate`'s."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from asking import MODEL, PROMPTS, VOCABULARY, joined
+from dparallel import registry, tokenizer
+from dparallel.cli import app
+from dparallel.serving import runner
+from drafters import model_of
+from openai import BadRequestError, OpenAI
+from server_here import Here, serving
+from typer.testing import CliRunner
+
+import dparallel_ext as dx
+from benchmarks.serving import Served
+
+EOS = 1
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of random weights with the tokenizer of the models that ship, and two end tokens, one of
+    which it does write."""
+    out = tmp_path_factory.mktemp("causal")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(registry.directory_of(MODEL) / file, out)
+    plain, ids = model_of(vocab_size=VOCABULARY), tokenizer.load(out).encode(PROMPTS[0]).ids
+    written = int(dx.speculate(plain, ids, gen_length=24).responses[0][13])
+    dx.models.save(model_of(vocab_size=VOCABULARY, eos_token_id=[EOS, written]), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def loaded(directory: Path) -> tuple[Any, Any]:
+    return dx.models.load(directory), tokenizer.load(directory)
+
+
+@pytest.fixture(scope="module", params=[None, "ngram"])
+def here(request: pytest.FixtureRequest, loaded: tuple[Any, Any], directory: Path) -> Iterator[Here]:
+    engine = {"drafter": request.param, "lanes": 3, "page_size": 4}
+    with serving(loaded, directory, engine=engine, name="causal") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(here: Here) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{here.url}/v1", api_key="none", max_retries=0, timeout=60) as made:
+        yield made
+
+
+def said_by(loaded: tuple[Any, Any], prompt: str, **settings: Any) -> tuple[str, int, int]:
+    """Text, tokens and passes of plain decoding."""
+    model, tokens = loaded
+    settings = {"gen_length": 64, **settings, "seed": [settings.get("seed", 0)]}
+    found = dx.speculate(model, torch.tensor(tokens.encode(prompt).ids), **settings)
+    response = found.responses[0][: int(found.kept[0])].tolist()
+    return tokens.decode(response), len(response), int(found.nfe[0])
+
+
+def ask(client: OpenAI, prompt: Any = PROMPTS[0], **settings: Any) -> Any:
+    return client.completions.create(model="causal", prompt=prompt, **{"max_tokens": 24, **settings})
+
+
+def test_answers_are_what_speculate_says(client: OpenAI, loaded: tuple[Any, Any], here: Here) -> None:
+    """Of many at once, with seeds of their own; streaming or not; chats and completions."""
+    asked = [
+        {"prompt": prompt, "temperature": temperature, "seed": seed, "ignore_eos": ignored}
+        for seed, prompt in enumerate(PROMPTS[:4])
+        for temperature, ignored in ((0.0, True), (0.0, False), (0.9, False))
+    ]
+
+    def of(prompt: str, ignore_eos: bool, **own: Any) -> Any:
+        return ask(client, prompt, **own, extra_body={"ignore_eos": ignore_eos})
+
+    with ThreadPoolExecutor(6) as threads:
+        answers = list(threads.map(lambda one: of(**one), asked))
+    for one, answer in zip(asked, answers, strict=True):
+        eos_id = -1 if one["ignore_eos"] else None
+        own = {"temperature": one["temperature"], "seed": one["seed"], "eos_id": eos_id}
+        text, count, passes = said_by(loaded, str(one["prompt"]), gen_length=24, **own)
+        (choice,) = answer.choices
+        assert (choice.text, choice.finish_reason) == (text, "stop" if count < 24 else "length")
+        assert answer.usage.completion_tokens == count
+        assert answer.usage.forward_passes <= passes
+    assert {answer.usage.completion_tokens for answer in answers if answer.usage} > {24}
+    two = ask(client, PROMPTS[:2], n=2, temperature=0.9, seed=7)
+    expected = [
+        said_by(loaded, PROMPTS[i // 2], gen_length=24, temperature=0.9, seed=7 + i % 2) for i in range(4)
+    ]
+    assert [choice.text for choice in two.choices] == [text for text, _, _ in expected]
+    for _ in range(2):
+        again = ask(client, " ".join(PROMPTS[:3]), max_tokens=1)
+    assert again.usage.prompt_tokens_details.cached_tokens >= 8
+    chat = client.chat.completions.create(
+        model="causal", messages=[{"role": "user", "content": PROMPTS[0]}], max_tokens=24
+    )
+    assert chat.choices[0].message.content == said_by(loaded, PROMPTS[0], gen_length=24)[0]
+    assert not here.faults()
+
+
+def test_text_streams_pass_by_pass(client: OpenAI, loaded: tuple[Any, Any]) -> None:
+    asked = {"max_tokens": 24, "stream": True, "extra_body": {"ignore_eos": True, "stream_drafts": True}}
+    chunks = list(ask(client, **asked))
+    texts, reasons, count = joined(chunks)
+    text, tokens, _ = said_by(loaded, PROMPTS[0], gen_length=24, eos_id=-1)
+    assert (texts, reasons) == ({0: text}, {0: "length"})
+    drafts = [chunk.choices[0].draft for chunk in chunks if hasattr(chunk.choices[0], "draft")]
+    assert 1 < count <= len(drafts)
+    assert [draft["pass"] for draft in drafts] == list(range(1, len(drafts) + 1))
+    lengths = [len(draft["tokens"]) for draft in drafts]
+    assert [draft["start"] for draft in drafts] == [0, *itertools.accumulate(lengths[:-1])]
+    assert sum(lengths) == tokens == 24
+    assert [draft["accepted"] + 1 for draft in drafts] == lengths
+
+
+def test_stops_and_logprobs(client: OpenAI, loaded: tuple[Any, Any]) -> None:
+    model, tokens = loaded
+    prompt = tokens.encode(PROMPTS[0]).ids
+    found = dx.speculate(model, prompt, gen_length=24, eos_id=-1, logprobs=True)
+    assert found.logprobs is not None
+    response = found.responses[0].tolist()
+    answer = ask(client, prompt, logprobs=0, extra_body={"ignore_eos": True})
+    given = answer.choices[0].logprobs.token_logprobs
+    torch.testing.assert_close(torch.tensor(given), found.logprobs[0], rtol=0, atol=1e-4)
+    stop = response[9]
+    answer = ask(client, prompt, extra_body={"ignore_eos": True, "stop_token_ids": [stop]})
+    assert answer.usage.completion_tokens == response.index(stop)
+    assert answer.choices[0].finish_reason == "stop"
+    words = tokens.decode(response).split()
+    said = " ".join(words[4:6])
+    answer = ask(client, prompt, stop=said, extra_body={"ignore_eos": True})
+    assert answer.choices[0].text == tokens.decode(response).partition(said)[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "said"),
+    [
+        ({"extra_body": {"policy": "entropy:0.5"}}, "policy", "belongs to masked diffusion, and 'causal' is"),
+        ({"suffix": "so it is"}, "suffix", "belongs to masked diffusion, and 'causal' is"),
+        ({"prompt": ""}, "prompt", "prompt: expected at least one token, got none"),
+        ({"max_tokens": 500}, "max_tokens", "expected at most 256 tokens"),
+        ({"prompt": [VOCABULARY]}, "prompt", f"expected token ids below {VOCABULARY}"),
+    ],
+)
+def test_what_does_not_fit_is_refused(client: OpenAI, change: dict[str, Any], param: str, said: str) -> None:
+    with pytest.raises(BadRequestError, match=said) as error:
+        ask(client, **change)
+    assert error.value.param == param
+    assert ask(client, max_tokens=2, suffix="").usage.completion_tokens <= 2
+
+
+def test_the_model_and_what_is_measured(client: OpenAI, here: Here) -> None:
+    (model,) = client.models.list().data
+    assert (model.id, model.max_model_len) == ("causal", 256)  # type: ignore[attr-defined]
+    served = Served(None, here.port, Path())  # type: ignore[arg-type]
+    before = served.metrics()
+    usage = ask(client, PROMPTS[5], extra_body={"ignore_eos": True}).usage
+    after = served.metrics()
+
+    def more(name: str) -> float:
+        return after[f"dparallel_{name}_total"] - before[f"dparallel_{name}_total"]
+
+    assert more("completed") == 1
+    assert more("tokens") == usage.completion_tokens == 24
+    assert more("forwards") == more("sequence_passes") == usage.forward_passes
+    guesses = here.service.engine.stats.draft_forwards > 0
+    assert (more("draft_forwards") > 0) == (more("drafted_tokens") > 0) == guesses
+    assert more("accepted_tokens") == 24 - usage.forward_passes
+    assert usage.tokens_per_pass == round(24 / usage.forward_passes, 3)
+
+
+def test_the_command_serves_it(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[tuple[dx.DecodeConfig, int]] = []
+
+    def run(self: runner.Server, sockets: Any = None) -> None:
+        engine = self.service.engine
+        engine.submit([3, 4, 3, 4, 3], gen_length=12, eos_id=-1).result(60)
+        found.append((engine.config, engine.stats.draft_forwards))
+
+    monkeypatch.setattr(runner.Server, "run", run)
+
+    def serve(*options: str, model: Any = directory) -> Any:
+        return CliRunner().invoke(app, ["serve", "--port", "0", "--model", str(model), *options])
+
+    for options, guesses in ((), False), (("--drafter", "ngram", "--draft-size", "3"), True):
+        done = serve(*options)
+        assert done.exit_code == 0, done.output
+        config, drafts = found.pop()
+        assert (config.rule, config.gen_length) == (None, 256)
+        assert (drafts > 0) == guesses
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"temperature": 0.5, "gen_length": 20}))
+    assert serve("--config", str(file)).exit_code == 0
+    assert (found[0][0].temperature, found[0][0].gen_length) == (0.5, 20)
+    for options, said in (
+        (("--policy", "entropy:0.5"), "policy: belongs to masked diffusion, and "),
+        (("--mask-id", "3"), "mask_id: belongs to masked diffusion, and "),
+        (("--cache", "dual"), "cache: belongs to masked diffusion; "),
+        (("--block-length", "8"), "block_length: belongs to masked diffusion; "),
+        (("--drafter", "medusa"), "drafter: expected a Drafter, "),
+        (("--drafter", "ngram", "--draft-size", "-1"), "draft_size: expected a whole number >= 0, got -1"),
+    ):
+        done = serve(*options)
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1), done.output
+        assert said in done.stderr
+    done = serve("--drafter", "ngram", model=MODEL)
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "drafter: belongs to autoregressive models, and LLaDA is a diffusion model" in done.stderr
