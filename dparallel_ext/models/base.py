@@ -156,12 +156,18 @@ class Model(Named):
                 raise ValueError(f"{name}: this model computes logits of input_ids alone, so expected None")
         return Output(self.head(self.hidden(input_ids, attention_mask=attention_mask)))
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        tap: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
         """Hidden states (B, L, width) after the final norm, of whole sequences input_ids (B, L).
 
         attention_mask (B, L), bool or whole numbers, is 0 where a position is padding, on either side, that
         none shall see. Positions are counted from the first column, padding or not: rotary embeddings tell
-        only how far apart two are.
+        only how far apart two are. tap: as that of `step`.
 
         Raises TypeError or ValueError for ids of a wrong type, shape or (on the CPU, where looking
         costs no synchronisation) range.
@@ -186,11 +192,15 @@ class Model(Named):
         if checkpointing and checkpointing["use_reentrant"] and torch.is_grad_enabled():
             # Such a checkpoint yields no gradient unless an input wants one; under adapters none does.
             x = x if x.requires_grad else x.detach().requires_grad_()
-        for block in self.blocks:
+        if tap is not None:
+            tap(-1, x)
+        for layer, block in enumerate(self.blocks):
             if checkpointing is not None:
                 x = checkpoint(block, x, attend, **checkpointing)
             else:
                 x = block(x, attend)
+            if tap is not None:
+                tap(layer, x)
         return self.norm(x)
 
     def step(
@@ -206,7 +216,8 @@ class Model(Named):
         Their keys and values are written to the cache in place, and attention reads it, so it belongs under
         `torch.no_grad` or `inference_mode`.
 
-        tap: is called after each layer with its number and the residual stream (N, width) behind it.
+        tap: is called after each layer with its number and the residual stream (N, width) behind it; before
+            the first with -1 and the tokens' embeddings.
 
         Raises TypeError or ValueError as `hidden` does.
         """
@@ -217,6 +228,8 @@ class Model(Named):
             )
         x, delta = self.embed(input_ids), None
         attention = PagedAttention(kv_cache, metadata)
+        if tap is not None:
+            tap(-1, x)
         for layer, block in enumerate(self.blocks):
             attend = attention.layer(layer)
             if side_by_side.plain(block, Block):

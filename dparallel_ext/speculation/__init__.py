@@ -1,6 +1,7 @@
 """Several tokens a pass of an autoregressive model, with its own text: draft, verify, accept, commit."""
 
 from .batch import CausalBatch
+from .dflash import BlockDrafter, DraftModel, load
 from .draft import Draft
 from .drafter import Drafter, DraftSession, Lane, drafter_of
 from .ngram import NGram
@@ -8,8 +9,10 @@ from .sizing import Fixed, Measured, Sizer
 from .speculate import SpeculateOutput, speculate
 
 __all__ = [
+    "BlockDrafter",
     "CausalBatch",
     "Draft",
+    "DraftModel",
     "DraftSession",
     "Drafter",
     "Fixed",
@@ -19,5 +22,6 @@ __all__ = [
     "Sizer",
     "SpeculateOutput",
     "drafter_of",
+    "load",
     "speculate",
 ]

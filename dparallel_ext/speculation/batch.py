@@ -243,7 +243,8 @@ class CausalBatch:
         """What is guessed of each."""
         if self._session is None or not sizes:
             return {}
-        views = [Lane(b, self.tokens[b, : self.rows[b].known]) for b in sizes]
+        rows = [(b, self.rows[b]) for b in sizes]
+        views = [Lane(b, self.tokens[b, : row.known], row.length, row.suppress) for b, row in rows]
         with self._sizer.drafting():
             found = self._session.propose(views, list(sizes.values()))
         check_drafts(found, list(sizes), list(sizes.values()), self.model.shape.rows)

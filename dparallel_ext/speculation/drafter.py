@@ -15,6 +15,7 @@ from torch import Tensor
 from ..arguments import shown
 from ..cache import AttentionMetadata, KVCache
 from ..models import Model
+from . import dflash
 from .draft import Draft
 from .ngram import NGram
 
@@ -26,13 +27,17 @@ class Lane(NamedTuple):
     tokens: Tensor
     """(n,) int64 on the CPU: prompt and what is decoded, the last of them the root of the draft. All but the
     root are in the cache."""
+    length: int
+    """Positions that the sequence may come to have: the slots behind are not its own."""
+    suppress: Tensor | None = None
+    """(n,) int64 on the device: ids that the model never chooses."""
 
 
 class DraftSession(Protocol):
     """What a drafter remembers of the sequences in a batch's lanes."""
 
     taps: tuple[int, ...]
-    """Layers of the model behind which it wants to see the residual stream."""
+    """Layers of the model, ascending, behind which it wants to see the residual stream; -1: the embedding."""
 
     def reset(self, lane: int) -> None:
         """A sequence begins in the lane."""
@@ -69,9 +74,9 @@ class Drafter(Protocol):
 
 
 def drafter_of(given: Any) -> Drafter | None:
-    """A drafter, its name ("ngram", "ngram:4") or its file's path; None stays None.
+    """A drafter, its name ("ngram", "ngram:4") or its file's path, see `dflash.load`; None stays None.
 
-    Raises ValueError for anything else.
+    Raises ValueError for anything else, and as `dflash.load`.
     """
     if given is None or (isinstance(given, Drafter) and not isinstance(given, (str, Path))):
         return given
@@ -81,6 +86,15 @@ def drafter_of(given: Any) -> Drafter | None:
             if colon and not argument.isdecimal():
                 raise ValueError(f'drafter: expected "ngram" or "ngram:N", got {shown(given)}')
             return NGram(int(argument)) if colon else NGram()
+    named = isinstance(given, str) and (
+        "/" in given or given.endswith(".safetensors") or Path(given).exists()
+    )
+    if named or isinstance(given, Path):
+        try:
+            return dflash.load(given)
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(f"drafter: {str(error).removeprefix('path: ')}") from error
     raise ValueError(
-        f'drafter: expected a Drafter, the name "ngram" or None for plain decoding, got {shown(given)}'
+        'drafter: expected a Drafter, the name "ngram", the path of one or None for plain decoding, '
+        f"got {shown(given)}"
     )
