@@ -183,16 +183,16 @@ class DraftModel(nn.Module):
             cos, sin: (at least the positions, head_dim / 2), see `rope_table`.
         """
         length = feature.shape[1]
-        of_rows = [t[positions][:, :, None].to(x.dtype) for t in (cos, sin)]  # (B, M, 1, head_dim / 2)
-        of_context = [t[:length, None].to(x.dtype) for t in (cos, sin)]  # (L, 1, head_dim / 2)
+        of_rows = [t[positions][:, :, None] for t in (cos, sin)]  # (B, M, 1, head_dim / 2)
+        of_context = [t[:length, None] for t in (cos, sin)]  # (L, 1, head_dim / 2)
         s = self.layout.shape
         for layer, block in enumerate(self.layers):
             known = self.context(layer, feature)
 
             def attend(q: Tensor, k: Tensor, v: Tensor, known: tuple[Tensor, Tensor] = known) -> Tensor:
-                k = torch.cat((rotate(known[0], *of_context), rotate(k, *of_rows)), 1)
-                v = torch.cat((known[1], v), 1)
-                q, k, v = (t.transpose(1, 2) for t in (rotate(q, *of_rows), k, v))
+                k = torch.cat((rotate(known[0], *of_context), rotate(k, *of_rows)), 1).to(v.dtype)
+                q, v = rotate(q, *of_rows).to(v.dtype), torch.cat((known[1], v), 1)
+                q, k, v = (t.transpose(1, 2) for t in (q, k, v))
                 grouped = s.heads != s.kv_heads
                 y = F.scaled_dot_product_attention(q, k, v, visible[:, None], enable_gqa=grouped)
                 return y.transpose(1, 2)
