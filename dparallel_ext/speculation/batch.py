@@ -137,7 +137,9 @@ class CausalBatch:
         self.draft_forwards = 0
         self.counts = Counts([], [])
         self._most = 0 if drafter is None else drafter.most
-        self._session = None if drafter is None else drafter.session(model, self.kv_cache, lanes)
+        self._session = (
+            None if drafter is None else drafter.session(model, self.kv_cache, lanes, graphs=graphs)
+        )
         self._sizer: Sizer = Fixed(self._most) if sizer is None else sizer
         self.graphs = graphs_on(model.device) if graphs else None
         self._recorded_rows = recorded_rows(model)

@@ -238,8 +238,8 @@ class BlockDrafter:
                 f"drafter: {self.source} was trained for another model ({said.target}, and this is {target})"
             )
 
-    def session(self, model: Model, kv_cache: KVCache, lanes: int) -> _Session:
-        return _Session(self.on(model.device, model.dtype), model, kv_cache)
+    def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> _Session:
+        return _Session(self.on(model.device, model.dtype), model, kv_cache, graphs)
 
     def on(self, device: torch.device, dtype: torch.dtype) -> DraftModel:
         """Its weights there; of those elsewhere a copy, kept for the next batch."""
@@ -354,7 +354,7 @@ class _Key(NamedTuple):
 class _Session:
     """The context of a batch's lanes, under the block table of the target's cache."""
 
-    def __init__(self, drafter: DraftModel, model: Model, kv_cache: KVCache) -> None:
+    def __init__(self, drafter: DraftModel, model: Model, kv_cache: KVCache, graphs: bool) -> None:
         self._drafter, self._model = drafter, model
         self.layout = drafter.layout
         self.taps = self.layout.taps
@@ -367,7 +367,7 @@ class _Session:
         """The target's: it knows when pages are assigned, and so what of the metadata it may keep."""
         self.kv_cache = KVCache(slots, table, kv_cache.block_table)
         self._pad_to, self._recorded_rows = row_padding(model), recorded_rows(model)
-        self._graphs = graphs_on(model.device)
+        self._graphs = graphs_on(model.device) if graphs else None
 
     def reset(self, lane: int) -> None:
         """What of the lane was written before is overwritten before it is seen."""
@@ -453,7 +453,7 @@ class _Session:
         with own_precision(self._model, self._model.device):
             x = self._drafter.rows(self._model.embed(ids), PagedAttention(self.kv_cache, metadata))
             logits = self._model.head(x[source])
-        logits[:, self.layout.mask_id] = -torch.inf
+        logits[:, self.layout.mask_id].fill_(-torch.inf)
         for number, tokens in enumerate(key.suppressed):
             out = torch.zeros_like(logits[0], dtype=torch.bool).index_fill_(0, tokens, True)
             logits.masked_fill_((group == number)[:, None] & out, -torch.inf)

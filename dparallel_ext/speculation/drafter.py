@@ -68,9 +68,10 @@ class Drafter(Protocol):
     def check(self, model: Model) -> None:
         """Raise ValueError where it cannot draft for the model: another vocabulary, another target."""
 
-    def session(self, model: Model, kv_cache: KVCache, lanes: int) -> DraftSession:
-        """For a batch of so many lanes. What it keeps of positions belongs into pages like those of
-        `kv_cache`, under its `block_table`, so that sequences that share a beginning share this too."""
+    def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> DraftSession:
+        """For a batch of so many lanes; graphs: passes may be recorded. What it keeps of positions belongs
+        into pages like those of `kv_cache`, under its `block_table`, so that sequences that share a beginning
+        share this too."""
 
 
 def drafter_of(given: Any) -> Drafter | None:

@@ -33,7 +33,7 @@ class Knowing:
     def check(self, model: Any) -> None:
         self.vocabulary = model.shape.rows
 
-    def session(self, model: Any, kv_cache: Any, lanes: int) -> Knowing:
+    def session(self, model: Any, kv_cache: Any, lanes: int, *, graphs: bool = True) -> Knowing:
         return self
 
     def reset(self, lane: int) -> None:

@@ -25,6 +25,8 @@ from dparallel_ext.speculation import BlockDrafter, CausalBatch, Draft, DraftMod
 from dparallel_ext.speculation.dflash import default_taps
 from dparallel_ext.speculation.sizing import Fixed
 
+pytest_plugins = ["taping"]
+
 KINDS = {
     "dflash": {"block": 9, "taps": [0, 1], "layers": 2},
     "parallelspec": {"block": 5, "taps": [-1, 1], "layers": 1},
@@ -148,8 +150,8 @@ class Heard:
         if self.instead is not None:
             self.instead.check(model)
 
-    def session(self, model: Any, kv_cache: Any, lanes: int) -> Heard:
-        self.own = self.inner.session(model, kv_cache, lanes)
+    def session(self, model: Any, kv_cache: Any, lanes: int, *, graphs: bool = True) -> Heard:
+        self.own = self.inner.session(model, kv_cache, lanes, graphs=graphs)
         self.taps, self.reset, self.observe, self.moved = (
             self.own.taps, self.own.reset, self.own.observe, self.own.moved
         )  # fmt: skip
@@ -436,3 +438,20 @@ def test_another_model_is_refused_before_anything_runs() -> None:
     said = "drafter was trained for another model"
     with pytest.raises(ValueError, match=rf"{said} \({models.fingerprint(MODEL)}, and this is "):
         plain(other, drafter=drafter_with("dflash"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recorded_drafts_are_the_same(kind: str, request: pytest.FixtureRequest) -> None:
+    """On a tape in place of a GPU: drafts wait for nothing, and read nothing from the host."""
+    settings: dict[str, Any] = {"drafter": drafter_with(kind), "draft_size": 4, "gen_length": 40}
+    prompts = [PROMPTS[0], PROMPTS[2]]
+    expected = plain(prompts=prompts, suppress=[3], **settings)
+    taped = request.getfixturevalue("taped")
+    found = plain(prompts=prompts, suppress=[3], **settings)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert torch.equal(found.accepted, expected.accepted)
+    assert len(taped) == 2
+    assert all(graphs.replays > 5 for graphs in taped)
+    taped.clear()
+    plain(prompts=prompts, graphs=False, **settings)
+    assert not taped
