@@ -286,8 +286,9 @@ struct Work : Unit {
 
   // Of 32 slots from `slot` on, a bit for each that packed row `row` sees.
   __device__ __forceinline__ uint32_t seen_of(int row, int slot) const {
-    const int ahead = slot - base;  // the first one's bit among the segment's own slots
-    const int of_query = row_of_segment(row);
+    const int ahead = slot - base;      // the first one's bit among the segment's own slots
+    const int last = first + rows - 1;  // a tile's padding rows see what its last one sees
+    const int of_query = row_of_segment(row < last ? row : last);
     if (ahead <= -32) return ~0u;
     if (args.causal) {
       const int count = of_query + 1 - ahead;
@@ -726,7 +727,7 @@ __device__ __forceinline__ void blank_values(uint16_t* step, int from, uint32_t 
 }
 
 template <class T, int kDim, bool kRestricted>
-__global__ void __launch_bounds__(kThreads, kTogether)
+__global__ void __launch_bounds__(kThreads, kRestricted ? 2 : kTogether)
     block_attention_tensor_kernel(BlockAttentionArgs args, Shape shape, float* scratch) {
   using S = Steps<T, kDim>;
   DPARALLEL_LARGE_SHARED(shared, TensorShared<kDim>);
@@ -802,7 +803,7 @@ struct PlainShared {
 };
 
 template <class T, bool kRestricted>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, kRestricted ? 2 : 3)
     block_attention_plain_kernel(BlockAttentionArgs args, Shape shape, float* scratch) {
   using Storage = typename T::Storage;
   DPARALLEL_SHARED(step, PlainShared);
@@ -912,7 +913,7 @@ __global__ void __launch_bounds__(kThreads, 3)
         if (split) part.values[r * dim + d] = out[r][i];
         else
           static_cast<Storage*>(args.out)[done.output(done.first + r) + d] =
-              T::narrow(out[r][i] / done.divisor(step.sum[r]));
+              T::narrow(out[r][i] / (kRestricted ? done.divisor(step.sum[r]) : step.sum[r]));
       }
   }
 }

@@ -431,8 +431,7 @@ class CausalBatch:
 
             def where(at: int) -> str:
                 lane, row = at >> 31, at & 0x7FFFFFFF
-                own = row - sum(1 + len(draft.tokens) for b, draft in drafts.items() if b < lane)
-                return f"sequence {lane} at position {self.rows[lane].known + _depths(drafts[lane])[own]}"
+                return f"sequence {lane} at position {self.rows[lane].known + _depths(drafts[lane])[row]}"
 
             explain(min(error), where)
         logprobs: list[float] = []

@@ -21,7 +21,7 @@ from dparallel_ext import rules
 from dparallel_ext.arguments import whole
 
 from . import files, registry
-from .configs import POLICY, config_of, read_fields, take_mask, with_ends
+from .configs import POLICY, causal_config_of, config_of, read_fields, take_mask, with_ends
 from .evaluate import ONE
 
 try:
@@ -53,6 +53,13 @@ POLICIES = rules.describe()
 PolicyOption = Annotated[str | None, typer.Option(help=f"default: the config's, else {POLICY}; {POLICIES}")]
 ConfigOption = Annotated[
     Path | None, typer.Option(help="a JSON file of DecodeConfig's fields; options stand instead of them")
+]
+DrafterOption = Annotated[
+    str | None,
+    typer.Option(help="of an autoregressive model: ngram, ngram:N or a drafter's file; default: none"),
+]
+DraftSizeOption = Annotated[
+    int | None, typer.Option(help="tokens of a draft; default: as many as pay, by measurement")
 ]
 EVALUATED = (ONE, "confidence:0.9", "entropy:0.5")
 
@@ -160,6 +167,8 @@ def decode(
     top_p: Annotated[float | None, typer.Option(help="sample from the ids of so much probability")] = None,
     top_k: Annotated[int | None, typer.Option(help="sample from so many ids; 0: all")] = None,
     seed: Annotated[int | None, typer.Option(help="of the samples; default: another each time")] = None,
+    drafter: DrafterOption = None,
+    draft_size: DraftSizeOption = None,
     mask_id: MaskOption = None,
     chat: ChatOption = None,
     device: str | None = None,
@@ -168,7 +177,7 @@ def decode(
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
 ) -> None:
     """Decode prompts with the built-in model or a checkpoint."""
-    from .complete import complete
+    from .complete import complete, complete_causal
     from .live import LiveText
     from .text import endings
 
@@ -186,7 +195,13 @@ def decode(
         mask_id = take_mask(content, mask_id)
         infill = infill or bool(content.get("infill"))
         content.setdefault("gen_length", 0 if infill and not suffix else registry.gen_length(model))
-        asked = config_of(
+        causal = registry.is_causal(model)
+        if not causal and (drafter is not None or draft_size is not None):
+            raise ValueError(f"drafter: {model} is a diffusion model, which takes none")
+        if causal and (suffix or policy):
+            name = "suffix" if suffix else "policy"
+            raise ValueError(f"{name}: belongs to masked diffusion; {model} is autoregressive")
+        asked = (causal_config_of if causal else config_of)(
             content,
             policy,
             gen_length=gen_length,
@@ -205,10 +220,14 @@ def decode(
         loaded, tokenizer = registry.load(model, device=device, fp8=fp8, mask_id=mask_id)
         asked = with_ends(asked, endings(registry.directory_of(model), tokenizer))
         for texts in calls:
-            live = LiveText(Console(), tokenizer, loaded.mask_id, 0.1) if stream else None
-            for row in complete(
-                model, loaded, tokenizer, texts, asked, template=template, suffix=suffix, live=live
-            ):
+            live = LiveText(Console(), tokenizer, loaded.mask_id, 0.1, causal=causal) if stream else None
+            shared: dict[str, Any] = {"template": template, "live": live}
+            given = model, loaded, tokenizer, texts, asked
+            if causal:
+                found = complete_causal(*given, drafter=drafter, draft_size=draft_size, **shared)
+            else:
+                found = complete(*given, suffix=suffix, **shared)
+            for row in found:
                 if unknown := registry.unknown_words(tokenizer, row["prompt"]):
                     words = ", ".join(map(repr, dict.fromkeys(unknown)))
                     typer.echo(f"warning: {model} has no token for {words} of the prompt", err=True)
@@ -273,6 +292,12 @@ def evaluate(
     ] = False,
     markdown: Annotated[Path | None, typer.Option(help="write the results here as a table")] = None,
     plot: Annotated[Path | None, typer.Option(help="a PNG of accuracy against passes")] = None,
+    drafter: Annotated[
+        list[str] | None,
+        typer.Option(help="of autoregressive models; repeatable; default: plain, ngram"),
+    ] = None,
+    draft_size: DraftSizeOption = None,
+    report: Annotated[bool, typer.Option("--report", help="what drafts were worth, by position")] = False,
 ) -> None:
     """Accuracy, passes, tokens per pass and time on held-out problems, for models and policies."""
     from . import evaluate as measuring
@@ -310,11 +335,15 @@ def evaluate(
             chat=chat,
             device=device,
             fp8=fp8,
+            drafters=drafter or (measuring.PLAIN, "ngram"),
+            draft_size=draft_size,
         ):
             if not results:  # what is refused is one line alone
                 typer.echo(measuring.HEADING)
             results.append(row)
             typer.echo(measuring.line(row))
+            if report and row.get("drafted"):
+                typer.echo(measuring.report(row))
             if json_file is not None:
                 files.write_json(json_file, results + [old for old in known if old not in results])
         if markdown is not None:

@@ -55,6 +55,34 @@ def complete(
         yield {**row, "text": tokenizer.decode(in_place(out, i, kept))} if infill else row
 
 
+def complete_causal(
+    name: str,
+    model: Model,
+    tokenizer: Any,
+    prompts: list[str],
+    config: dx.DecodeConfig,
+    *,
+    drafter: str | None = None,
+    draft_size: int | None = None,
+    template: text.Template | None = None,
+    live: LiveText | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The same with an autoregressive model; yields the draft's worth too: drafts, drafted and accepted.
+
+    Raises ValueError, by name.
+    """
+    encode = text.prompt_encoder(tokenizer, template)
+    ids = [encode(prompt) for prompt in prompts]
+    more = whole("gen_length", config.gen_length, 0)
+    registry.check_positions(name, model, max(map(len, ids), default=0) + more)
+    with live or contextlib.nullcontext():
+        out = dx.speculate(model, ids, config, drafter=drafter, draft_size=draft_size, streamer=live)
+    for i, (prompt, tokens) in enumerate(zip(prompts, out.responses, strict=True)):
+        kept = int(out.kept[i])
+        row = {"prompt": prompt, "response": tokenizer.decode(tokens[:kept].tolist()), "tokens": kept}
+        yield {**row, "forwards": int(out.nfe[i]), "drafts": int(out.draft_nfe[i])}
+
+
 def in_place(out: dx.DecodeOutput, i: int, kept: int) -> list[int]:
     """Tokens of sequence i, given and decoded ones, without what follows the first `kept` decoded."""
     left_out = set(out.masked[i].nonzero()[kept:, 0].tolist())

@@ -53,6 +53,13 @@ def config_of(content: Mapping[str, Any], policy: str | None, **options: Any) ->
     return config.replace(**given)
 
 
+def causal_config_of(content: Mapping[str, Any], policy: str | None, **options: Any) -> DecodeConfig:
+    """The same for an autoregressive model, which takes no policy."""
+    assert policy is None
+    given: Any = {name: value for name, value in options.items() if value is not None}
+    return DecodeConfig.from_dict(content).replace(**given)
+
+
 def with_ends(config: DecodeConfig, ends: Mapping[str, Any]) -> DecodeConfig:
     """A response ends where the config says, and at what `text.endings` found: its eos_id unless the config
     has one, and its stops too."""

@@ -53,6 +53,10 @@ VARIED = (
 """The fields that the rows of a table may differ in."""
 
 
+PLAIN = "plain"
+"""Of an autoregressive model: without a drafter."""
+
+
 def read_rows(file: str | Path) -> list[Fields]:
     """What a JSON file says of each row of a table: a list of objects with a "rule" and others of `VARIED`.
 
@@ -137,11 +141,9 @@ def evaluate(
             raise ValueError(f"{name}: expected a whole number >= {least}, got {value}")
     template = registry.template_of(model_name, chat) if chat or loaded is None else None
     model, tokenizer = loaded or registry.load(model_name, device=device, fp8=fp8, mask_id=mask_id)
-    model, encode = dx.models.for_decoding(model), prompt_encoder(tokenizer, template)
-    groups: dict[int, list[tuple[tasks.Problem, list[int]]]] = {}
-    for problem in itertools.islice(tasks.problems("held_out", seed), problems):
-        ids = encode(problem.prompt)
-        groups.setdefault(len(ids), []).append((problem, ids))
+    model = dx.models.for_decoding(model)
+    dx.models.check_diffusion(model)
+    groups = _groups(problems, seed, prompt_encoder(tokenizer, template))
     causal = dx.models.traits(model).block_length
     block = config.block_length or causal or 32
     correct = passes = to_eos = tokens = padded = 0
@@ -182,6 +184,102 @@ def evaluate(
     }
 
 
+def evaluate_drafter(
+    model_name: str,
+    drafter: str | None,
+    *,
+    draft_size: int | None = None,
+    problems: int = 500,
+    seed: int = 0,
+    batch: int = 100,
+    device: str | None = None,
+    loaded: tuple[Any, Any] | None = None,
+    texts: list[list[int]] | None = None,
+) -> dict[str, Any]:
+    """The same problems with an autoregressive model, each to its end, drafted by `drafter` (None: plain).
+
+    texts: receives the responses, in the order of the problems, where a list is given.
+
+    Returns as `evaluate`: nfe_mean and nfe_to_eos are passes of the model per answer, tokens_per_forward what
+    each pass brings, the end among the tokens; policy is "plain" or the drafter's name, as it is given. And
+    draft_mean (drafts per answer), drafted and accepted (drafts that reached each depth, and those whose
+    token there was the model's own), accepted_per_draft.
+    """
+    model, tokenizer = loaded or registry.load(model_name, device=device)
+    encode = prompt_encoder(tokenizer, registry.template_of(model_name))
+    correct = passes = drafts = tokens = 0
+    drafted, accepted = [0] * 0, [0] * 0
+    found: dict[str, list[int]] = {}
+    made = dx.speculation.drafter_of(drafter)
+    began = time.perf_counter()
+    for group in _groups(problems, seed, encode).values():
+        for at in range(0, len(group), batch):
+            part = group[at : at + batch]
+            out = dx.speculate(
+                model,
+                [ids for _, ids in part],
+                gen_length=tasks.GEN_LENGTH,
+                drafter=made,
+                draft_size=draft_size,
+            )
+            kept = [r[:n].tolist() for r, n in zip(out.responses, out.kept.tolist(), strict=True)]
+            answers = tokenizer.decode_batch(kept)
+            correct += sum(tasks.is_correct(p, text) for (p, _), text in zip(part, answers, strict=True))
+            found |= {p.prompt: ids for (p, _), ids in zip(part, kept, strict=True)}
+            passes, drafts = passes + int(out.nfe.sum()), drafts + int(out.draft_nfe.sum())
+            tokens += int(out.generated.sum())
+            drafted, accepted = (
+                [sum(pair) for pair in itertools.zip_longest(old, new.tolist(), fillvalue=0)]
+                for old, new in ((drafted, out.drafted), (accepted, out.accepted))
+            )
+    seconds = time.perf_counter() - began
+    if texts is not None:
+        texts += [found[p.prompt] for p in itertools.islice(tasks.problems("held_out", seed), problems)]
+    return {
+        "model": model_name,
+        "policy": drafter or PLAIN,
+        "config": {} if draft_size is None else {"draft_size": draft_size},
+        "threshold": None,
+        "problems": problems,
+        "seed": seed,
+        "accuracy": correct / problems if problems else 0.0,
+        "accuracy_interval": wilson(correct, problems),
+        "nfe_mean": passes / problems if problems else 0.0,
+        "nfe_to_eos": passes / problems if problems else 0.0,
+        "draft_mean": drafts / problems if problems else 0.0,
+        "tokens_per_forward": tokens / passes if passes else 0.0,
+        "padded_tokens_per_forward": tokens / passes if passes else 0.0,
+        "drafted": drafted,
+        "accepted": accepted,
+        "accepted_per_draft": sum(accepted) / drafted[0] if drafted else 0.0,
+        "seconds": round(seconds, 3),
+        "gen_length": tasks.GEN_LENGTH,
+        "batch": batch,
+    }
+
+
+def _groups(problems: int, seed: int, encode: Any) -> dict[int, list[tuple[tasks.Problem, list[int]]]]:
+    """The held-out problems and the ids of their prompts, by these' length."""
+    groups: dict[int, list[tuple[tasks.Problem, list[int]]]] = {}
+    for problem in itertools.islice(tasks.problems("held_out", seed), problems):
+        ids = encode(problem.prompt)
+        groups.setdefault(len(ids), []).append((problem, ids))
+    return groups
+
+
+def report(row: Mapping[str, Any]) -> str:
+    """What the drafts of a result were worth, by position, in lines."""
+    lines = ["position   drafted  accepted   share  of all"]
+    first = row["drafted"][0] if row["drafted"] else 0
+    for at, (asked, taken) in enumerate(zip(row["drafted"], row["accepted"], strict=True), 1):
+        lines.append(f"{at:>8} {asked:>9} {taken:>9} {taken / asked:>7.1%} {taken / first:>7.1%}")
+    without = row["accepted_per_draft"]
+    lines.append(
+        f"tokens of a draft that are accepted: {without:.2f}; with the pass's own token {without + 1:.2f}"
+    )
+    return "\n".join(lines)
+
+
 def kept_tokens(responses: Tensor, eos_id: int | None) -> int:
     """Tokens of responses (B, R) that stand in front of EOS, over all of them."""
     return int((responses == (-1 if eos_id is None else eos_id)).cumsum(1).eq(0).sum())
@@ -208,13 +306,16 @@ def sweep(
     policies: Iterable[str | Fields],
     known: Iterable[dict[str, Any]] = (),
     *,
+    drafters: Iterable[str] = (PLAIN, "ngram"),
+    draft_size: int | None = None,
     config: dx.DecodeConfig | None = None,
     **settings: Any,
 ) -> Iterable[dict[str, Any]]:
-    """`evaluate` for every model and policy, each model loaded once; yields as it goes.
+    """`evaluate` for every model and policy, and `evaluate_drafter` for every autoregressive model and
+    drafter, each model loaded once; yields as it goes.
 
-    policies: texts, or the fields of a row. known: results of an earlier run; those of the same settings are
-    not measured again.
+    policies: texts, or the fields of a row. drafters: "plain" for none. known: results of an earlier run;
+    those of the same settings are not measured again.
     """
     entries = [{"rule": each} if isinstance(each, str) else each for each in policies]
     for entry in entries:
@@ -226,6 +327,10 @@ def sweep(
     }
     for name in names:
         options = {key: settings[key] for key in ("device", "fp8", "mask_id") if key in settings}
+        if registry.is_causal(name):
+            shared = {key: value for key, value in settings.items() if key in ("problems", "seed", "batch")}
+            yield from _drafted(name, drafters, draft_size, found, options.get("device"), shared)
+            continue
         settings = {**settings, "chat": registry.template_of(name, settings.get("chat")) is not None}
         loaded: tuple[Any, Any] | None = None
         for entry in entries:
@@ -237,6 +342,26 @@ def sweep(
                 loaded = loaded or registry.load(name, **options)
                 row = evaluate(name, text, config=of_row, loaded=loaded, **settings)
             yield row
+
+
+def _drafted(
+    name: str,
+    drafters: Iterable[str],
+    draft_size: int | None,
+    known: Mapping[str, dict[str, Any]],
+    device: str | None,
+    settings: Mapping[str, Any],
+) -> Iterable[dict[str, Any]]:
+    """The rows of an autoregressive model."""
+    loaded: tuple[Any, Any] | None = None
+    sized = {} if draft_size is None else {"draft_size": draft_size}
+    for drafter in drafters:
+        row = known.get(_key({"model": name, "policy": drafter, "config": sized, **settings}))
+        if row is None:
+            loaded = loaded or registry.load(name, device=device)
+            given = None if drafter == PLAIN else drafter
+            row = evaluate_drafter(name, given, draft_size=draft_size, loaded=loaded, **settings)
+        yield row
 
 
 def _said(config: dx.DecodeConfig) -> dict[str, Any]:

@@ -13,10 +13,13 @@ HIDDEN = "░░"
 
 
 class LiveText:
-    """A streamer for `decode`: what is committed so far, the newest bright; lines where no terminal is."""
+    """A streamer for `decode` and, `causal`, for `speculate`: what is committed so far, the newest bright;
+    lines where no terminal is."""
 
-    def __init__(self, console: Any, tokenizer: Any, mask_id: int | None, delay: float) -> None:
-        self.console, self.tokenizer, self.mask_id = console, tokenizer, mask_id
+    def __init__(
+        self, console: Any, tokenizer: Any, mask_id: int | None, delay: float, *, causal: bool = False
+    ) -> None:
+        self.console, self.tokenizer, self.mask_id, self.causal = console, tokenizer, mask_id, causal
         self.delay = delay if console.is_terminal else 0.0
         self.done: list[int] = []
         self.before: list[int] = []
@@ -39,11 +42,15 @@ class LiveText:
     def put(self, value: Tensor) -> None:
         if self.prompt_seen:
             self.done += value.flatten().tolist()
+            if self.causal:
+                self._show(self.done.copy())
         self.prompt_seen = True
 
     def put_draft(self, value: Tensor) -> None:
+        self._show(self.done + value.flatten().tolist())
+
+    def _show(self, now: list[int]) -> None:
         self.passes += 1
-        now = self.done + value.flatten().tolist()
         text = self._text(now)
         if self.live is not None:
             self.live.update(text)

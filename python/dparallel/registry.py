@@ -73,6 +73,12 @@ def block_length(name: str) -> int:
     return models.config_of(directory_of(name))[1].block_length or 32
 
 
+def is_causal(name: str) -> bool:
+    """Whether it is autoregressive, by its config.json alone. Raises as `block_length`."""
+    config, _ = models.config_of(directory_of(name))
+    return models.FAMILIES[config["model_type"]].causal
+
+
 def gen_length(name: str) -> int:
     """Tokens of a response where no number is asked for."""
     return tasks.GEN_LENGTH if name.startswith("builtin:") else 256
