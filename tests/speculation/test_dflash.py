@@ -269,9 +269,9 @@ def test_training_computes_what_decoding_does() -> None:
     for kind, said in KINDS.items():
         drafter, block = drafter_with(kind), said["block"]
         ids = torch.randint(0, 60, (2, 14), generator=torch.Generator().manual_seed(0))
-        taps: dict[int, Tensor] = {}
+        taps = models.Taps(drafter.layout.taps)
         with torch.no_grad():
-            MODEL.hidden(ids, tap=taps.__setitem__)
+            MODEL.hidden(ids, taps=taps)
             feature = drafter.model.feature([taps[tap] for tap in drafter.layout.taps])
             anchors = torch.tensor([[4, 9], [1, 13]])
             rows = anchors[..., None] + torch.arange(block)  # (2, 2, block)

@@ -486,19 +486,14 @@ def loss_of(
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     some = torch.randint(len(answers), (settings.batch,), generator=generator).tolist()
     batch = pack_blocks([answers[i] for i in some], said, settings.anchors, generator)
-    taps: dict[int, Tensor] = {}
-
-    def tap(layer: int, x: Tensor) -> None:
-        if layer in said.taps:
-            taps[layer] = x
-
+    taps = models.Taps(said.taps)
     labels = batch.labels.to(device)
     asked = labels >= 0
     s = said.shape
     # On a CPU, even one with products of bfloat16, its many small operations are faster in float32.
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
         with torch.no_grad():
-            target.hidden(batch.ids.to(device), tap=tap)
+            target.hidden(batch.ids.to(device), taps=taps)
             x = target.embed(batch.rows.to(device)).float()
             length = batch.ids.shape[1] + said.block  # no block reaches further
             cos, sin = rope.table(length, s.head_dim, s.rope_theta, s.rope_scaling, device)
