@@ -1,6 +1,7 @@
 """Several tokens a pass of an autoregressive model, with its own text: draft, verify, accept, commit."""
 
 from .batch import CausalBatch
+from .dflash import BlockDrafter, DraftModel, load
 from .draft import Draft
 from .drafter import Drafter, DraftSession, Lane, drafter_of
 from .ngram import NGram
@@ -9,8 +10,10 @@ from .speculate import SpeculateOutput, speculate
 from .whole_models import ModelDrafter
 
 __all__ = [
+    "BlockDrafter",
     "CausalBatch",
     "Draft",
+    "DraftModel",
     "DraftSession",
     "Drafter",
     "Fixed",
@@ -21,5 +24,6 @@ __all__ = [
     "Sizer",
     "SpeculateOutput",
     "drafter_of",
+    "load",
     "speculate",
 ]

@@ -37,7 +37,7 @@ class NGram:
     def check(self, model: Model) -> None:
         """It goes with every model."""
 
-    def session(self, model: Model, kv_cache: KVCache, lanes: int) -> DraftSession:
+    def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> DraftSession:
         return _Session(self, lanes)
 
 

@@ -52,7 +52,7 @@ class ModelDrafter:
         if self.model.device != model.device:
             raise ValueError(f"drafter: expected on {model.device} as the model, got {self.model.device}")
 
-    def session(self, model: Model, kv_cache: KVCache, lanes: int) -> DraftSession:
+    def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> DraftSession:
         return (_Causal if self.model.causal else _Diffusion)(self, kv_cache, lanes)
 
 
