@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +79,13 @@ class AttentionMetadata:
         through_cache = self.q_start, self.q_end, self.kv_lens, self.block_table
         found = self.rows, self.positions, self.slot_mapping, *through_cache, self.cu_seqlens, self.seqused_k
         return found if self.ancestors is None else (*found, self.ancestors)
+
+    def to(self, device: torch.device | str) -> AttentionMetadata:
+        """The same on a device."""
+        moved: Any = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
 
 class KVCache:

@@ -219,6 +219,15 @@ NUMBERS: dict[tuple[str, ...], dict[str, tuple[object, ...]]] = {
         **dict.fromkeys(("tau", "held-out", "lr"), (0, 1, "nan")),
         "seed": (-1, 10**20),
     },
+    ("drafter", "nowhere", "out"): {
+        **dict.fromkeys(("steps", "batch", "anchors", "layers", "gen-length", "save-every"), (-1, 0, 10**20)),
+        "block": (-1, 1, 10**20),
+        "evaluate": (-1, 10**20),
+        "seed": (-1, 10**20),
+        "mask-id": (-1, 10**20),
+        "taps": ("x", "1,"),
+        **dict.fromkeys(("kind", "loss"), ("x",)),
+    },
 }
 """Numbers outside their meaning, by command and option; those of `serve` are in test_serve."""
 
@@ -262,6 +271,8 @@ def test_numbers_outside_their_meaning_are_named(
         (("trajectories", "out", "--data", "builtin:3", "--checker", "x"), "checker: expected"),
         (("filter", "out", "--answers", "nowhere"), "trajectories: no settings.json in nowhere"),
         (("filter", ".", "--answers", "nowhere"), "out: . is a directory"),
+        (("drafter", "nowhere", "out"), "model: 'nowhere' is neither"),
+        (("drafter", "builtin:teacher", "out"), "model: LLaDA is a diffusion model"),
         (("distill", "nowhere.yaml"), "recipe: no file"),
         (("distill", str(RECIPES / "builtin.yaml")), "answers, out: both"),
         (("merge", "nowhere", "out"), "adapter: no adapter_config.json"),

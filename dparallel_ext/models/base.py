@@ -23,7 +23,7 @@ from . import rope, side_by_side
 from .attention import PagedAttention
 from .config import Config, Output, Shape, token_ids
 from .fp8 import Fp8Linear
-from .modules import DROPOUT, Block, Named, RMSNorm, norm_of_sum, rotate
+from .modules import DROPOUT, Block, Named, RMSNorm, Taps, norm_of_sum, rotate
 
 
 class Model(Named):
@@ -156,12 +156,18 @@ class Model(Named):
                 raise ValueError(f"{name}: this model computes logits of input_ids alone, so expected None")
         return Output(self.head(self.hidden(input_ids, attention_mask=attention_mask)))
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        taps: Taps | None = None,
+    ) -> Tensor:
         """Hidden states (B, L, width) after the final norm, of whole sequences input_ids (B, L).
 
         attention_mask (B, L), bool or whole numbers, is 0 where a position is padding, on either side, that
         none shall see. Positions are counted from the first column, padding or not: rotary embeddings tell
-        only how far apart two are.
+        only how far apart two are. taps: the streams (B, L, width) that are wanted too.
 
         Raises TypeError or ValueError for ids of a wrong type, shape or (on the CPU, where looking
         costs no synchronisation) range.
@@ -186,11 +192,15 @@ class Model(Named):
         if checkpointing and checkpointing["use_reentrant"] and torch.is_grad_enabled():
             # Such a checkpoint yields no gradient unless an input wants one; under adapters none does.
             x = x if x.requires_grad else x.detach().requires_grad_()
-        for block in self.blocks:
+        if taps is not None:
+            taps.take(-1, x)
+        for layer, block in enumerate(self.blocks):
             if checkpointing is not None:
                 x = checkpoint(block, x, attend, **checkpointing)
             else:
                 x = block(x, attend)
+            if taps is not None:
+                taps.take(layer, x)
         return self.norm(x)
 
     def step(
@@ -199,14 +209,14 @@ class Model(Named):
         kv_cache: KVCache,
         metadata: AttentionMetadata,
         *,
-        tap: Callable[[int, Tensor], None] | None = None,
+        taps: Taps | None = None,
     ) -> Tensor:
         """Hidden states (N, width) after the final norm, of the packed tokens input_ids (N,) of `metadata`.
 
         Their keys and values are written to the cache in place, and attention reads it, so it belongs under
         `torch.no_grad` or `inference_mode`.
 
-        tap: is called after each layer with its number and the residual stream (N, width) behind it.
+        taps: the streams (N, width) that are wanted too.
 
         Raises TypeError or ValueError as `hidden` does.
         """
@@ -217,14 +227,16 @@ class Model(Named):
             )
         x, delta = self.embed(input_ids), None
         attention = PagedAttention(kv_cache, metadata)
+        if taps is not None:
+            taps.take(-1, x)
         for layer, block in enumerate(self.blocks):
             attend = attention.layer(layer)
             if side_by_side.plain(block, Block):
                 x, delta = block.layers(x, delta, attend)
             else:
                 x, delta = block(x if delta is None else x + delta, attend), None
-            if tap is not None:
-                tap(layer, x if delta is None else x + delta)
+            if taps is not None:
+                taps.take(layer, x, delta)
         return norm_of_sum(self.norm, x, delta)[1]
 
     def spans(

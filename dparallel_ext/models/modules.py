@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -86,6 +86,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Half-split rotary embedding of x (B, Q, H, D) by cos, sin (Q, 1, D / 2)."""
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+class Taps(dict[int, Tensor]):
+    """The residual stream behind some layers of a pass, by their numbers; -1: the embeddings, before all."""
+
+    def __init__(self, layers: Collection[int]) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def take(self, layer: int, x: Tensor, delta: Tensor | None = None) -> None:
+        """The stream behind a layer is x + delta."""
+        if layer in self.layers:
+            self[layer] = x if delta is None else x + delta
 
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from ..decoding.packed import Shapes, pack, unpack
 from ..decoding.runner import recorded_rows, row_padding
 from ..decoding.sequence import Settings
 from ..decoding.workspace import graphs_on
-from ..models import Model, own_precision
+from ..models import Model, Taps, own_precision
 from ..ops import accept, kv_move
 from ..ops.errors import NO_ERROR, explain
 from .draft import Draft, check_drafts
@@ -138,7 +138,9 @@ class CausalBatch:
         self.draft_forwards = 0
         self.counts = Counts([], [])
         self._most = 0 if drafter is None else drafter.most
-        self._session = None if drafter is None else drafter.session(model, self.kv_cache, lanes)
+        self._session = (
+            None if drafter is None else drafter.session(model, self.kv_cache, lanes, graphs=graphs)
+        )
         self._sizer: Sizer = Fixed(self._most) if sizer is None else sizer
         self.graphs = graphs_on(model.device) if graphs else None
         self._recorded_rows = recorded_rows(model)
@@ -246,7 +248,8 @@ class CausalBatch:
         """What is guessed of each."""
         if self._session is None or not sizes:
             return {}
-        views = [Lane(b, self.tokens[b, : self.rows[b].known]) for b in sizes]
+        rows = [(b, self.rows[b]) for b in sizes]
+        views = [Lane(b, self.tokens[b, : row.known], row.length, row.suppress) for b, row in rows]
         with self._sizer.drafting():
             found = self._session.propose(views, list(sizes.values()))
         check_drafts(found, list(sizes), list(sizes.values()), self.model.shape.rows)
@@ -357,20 +360,12 @@ class CausalBatch:
             inputs, key.shapes
         )
         metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *given, causal=not key.tree)
-        taps: dict[int, Tensor] = {}
-        tap: Callable[[int, Tensor], None] | None = None
-        wanted = () if self._session is None else self._session.taps
-        if wanted:
-
-            def tap(layer: int, x: Tensor) -> None:
-                if layer in wanted:
-                    taps[layer] = x
-
+        taps = Taps(() if self._session is None else self._session.taps)
         with own_precision(self.model, self.model.device):
-            x = self.model.step(ids, self.kv_cache, metadata, tap=tap)
+            x = self.model.step(ids, self.kv_cache, metadata, taps=taps)
             logits = self.model.head(x[source])
             if self._session is not None:
-                self._session.observe(metadata, [taps[layer] for layer in wanted])
+                self._session.observe(metadata, [taps[layer] for layer in self._session.taps])
         found = [
             accept(
                 logits,

@@ -10,13 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from ..arguments import shown
 from ..cache import AttentionMetadata, KVCache
 from ..models import Model
+from . import dflash
 from .draft import Draft
 from .ngram import NGram
+from .whole_models import ModelDrafter
 
 
 class Lane(NamedTuple):
@@ -26,6 +29,15 @@ class Lane(NamedTuple):
     tokens: Tensor
     """(n,) int64 on the CPU: prompt and what is decoded, the last of them the root of the draft. All but the
     root are in the cache."""
+    length: int
+    """Positions that the sequence may come to have: the slots behind are not its own."""
+    suppress: Tensor | None = None
+    """(n,) int64 on the device: ids that the model never chooses."""
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still come behind the root."""
+        return self.length - len(self.tokens)
 
 
 class DraftSession(Protocol):
@@ -37,7 +49,7 @@ class DraftSession(Protocol):
     """
 
     taps: tuple[int, ...]
-    """Layers of the model behind which it wants to see the residual stream."""
+    """Layers of the model, ascending, behind which it wants to see the residual stream; -1: the embedding."""
 
     def reset(self, lane: int) -> None:
         """A sequence begins in the lane."""
@@ -68,24 +80,37 @@ class Drafter(Protocol):
     def check(self, model: Model) -> None:
         """Raise ValueError where it cannot draft for the model: another vocabulary, another target."""
 
-    def session(self, model: Model, kv_cache: KVCache, lanes: int) -> DraftSession:
-        """For a batch of so many lanes. What it keeps of positions belongs into pages like those of
-        `kv_cache`, under its `block_table`, so that sequences that share a beginning share this too."""
+    def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> DraftSession:
+        """For a batch of so many lanes; graphs: passes may be recorded. What it keeps of positions belongs
+        into pages like those of `kv_cache`, under its `block_table`, so that sequences that share a beginning
+        share this too."""
 
 
 def drafter_of(given: Any) -> Drafter | None:
-    """A drafter, its name ("ngram", "ngram:4") or its file's path; None stays None.
+    """A drafter, its name ("ngram", "ngram:4"), its file's path (see `dflash.load`), or a model that drafts;
+    None stays None.
 
-    Raises ValueError for anything else.
+    Raises ValueError for anything else, and as `dflash.load`.
     """
     if given is None or (isinstance(given, Drafter) and not isinstance(given, (str, Path))):
         return given
+    if isinstance(given, torch.nn.Module):
+        return ModelDrafter(given)
     if isinstance(given, str):
         name, colon, argument = given.partition(":")
         if name == "ngram":
             if colon and not argument.isdecimal():
                 raise ValueError(f'drafter: expected "ngram" or "ngram:N", got {shown(given)}')
             return NGram(int(argument)) if colon else NGram()
+    named = isinstance(given, str) and (
+        "/" in given or given.endswith(".safetensors") or Path(given).exists()
+    )
+    if named or isinstance(given, Path):
+        try:
+            return dflash.load(given)
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(f"drafter: {str(error).removeprefix('path: ')}") from error
     raise ValueError(
-        f'drafter: expected a Drafter, the name "ngram" or None for plain decoding, got {shown(given)}'
+        'drafter: expected a Drafter, the name "ngram", the path of one or None for plain decoding, '
+        f"got {shown(given)}"
     )

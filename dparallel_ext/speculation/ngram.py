@@ -16,7 +16,7 @@ from .draft import Draft
 if TYPE_CHECKING:
     from ..cache import AttentionMetadata, KVCache
     from ..models import Model
-    from .drafter import Lane
+    from .drafter import DraftSession, Lane
 
 
 class NGram:
@@ -37,7 +37,7 @@ class NGram:
     def check(self, model: Model) -> None:
         """It goes with every model."""
 
-    def session(self, model: Model, kv_cache: KVCache, lanes: int) -> _Session:
+    def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> DraftSession:
         return _Session(self, lanes)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Unpack
 
 import torch
@@ -56,7 +57,7 @@ def speculate(
     prompt: Prompts,
     config: DecodeConfig | None = None,
     *,
-    drafter: Drafter | str | None = None,
+    drafter: Drafter | str | Path | None = None,
     draft_size: int | None = None,
     attention_mask: Any = None,
     streamer: Any = None,
@@ -76,8 +77,10 @@ def speculate(
         prompt: see `decode`; each has at least one token.
         config: how the prompts are decoded; default: `DecodeConfig()`. What is about masks (block_length,
             threshold, rule, cache and the like) belongs to `decode`.
-        drafter: what guesses tokens, see `speculation`: a `Drafter`, or "ngram" (what followed when the text
-            last ended so; "ngram:N" with up to N tokens compared). None: plain decoding.
+        drafter: what guesses tokens, see `speculation`: a `Drafter`; "ngram" (what followed when the text
+            last ended so; "ngram:N" with up to N tokens compared); the path of a drafter with weights (`dparallel
+            drafter` trains one; `speculation.load` reads it, and the published DFlash checkpoints); or a
+            model of ours of the same vocabulary, autoregressive or of masked diffusion. None: plain decoding.
         draft_size: the most nodes of a draft. None: as many as bring the most tokens per second, by the
             seconds that passes of each size take here and by what is accepted; the text is the same, and so
             are the passes only with a number.

@@ -549,6 +549,70 @@ def learn_filter(
 
 
 @app.command()
+def drafter(
+    target: Annotated[str, typer.Argument(help="an autoregressive model: builtin:NAME, a directory, ...")],
+    out: Annotated[Path, typer.Argument(help="the drafter's directory; a run that was stopped goes on")],
+    kind: Annotated[str, typer.Option(help="dflash or parallelspec")] = "dflash",
+    data: Annotated[
+        str, typer.Option(help="builtin:N[:SEED], or a JSONL or Parquet file with prompts")
+    ] = "builtin:4000",
+    steps: int = 2000,
+    batch: Annotated[int, typer.Option(help="answers in a step")] = 16,
+    anchors: Annotated[int, typer.Option(help="blocks behind each answer in a step")] = 16,
+    layers: Annotated[int | None, typer.Option(help="default: 3 of dflash, 1 of parallelspec")] = None,
+    block: Annotated[
+        int | None, typer.Option(help="rows, the last known token's with them; default: 16 or 7")
+    ] = None,
+    taps: Annotated[
+        str | None, typer.Option(help='layers of the target, as "1,9,17"; -1 is the embedding')
+    ] = None,
+    loss: Annotated[str, typer.Option(help="d-pace or exp")] = "d-pace",
+    gen_length: Annotated[int | None, typer.Option(help="tokens; default 64 built-in, 256 else")] = None,
+    seed: int = 0,
+    save_every: Annotated[int, typer.Option(help="steps between states that a run can go on from")] = 250,
+    evaluate: Annotated[int, typer.Option(help="prompts that it is judged by and does not learn from")] = 500,
+    prompt_field: str = "prompt",
+    mask_id: MaskOption = None,
+    chat: ChatOption = None,
+    device: str | None = None,
+) -> None:
+    """Train a drafter for `speculate` (DFlash or ParallelSpec) on a model's own answers."""
+    from .training import drafters
+
+    with plain_errors("train"):
+        try:
+            layers_of_target = None if taps is None else tuple(int(tap) for tap in taps.split(","))
+        except ValueError as error:
+            raise ValueError(f'taps: expected numbers as "1,9,17", got {taps!r:.80}') from error
+        settings = drafters.Settings(
+            kind=kind,
+            steps=steps,
+            batch=batch,
+            anchors=anchors,
+            layers=layers,
+            block=block,
+            taps=layers_of_target,
+            mask_id=mask_id,
+            loss=loss,
+            gen_length=registry.gen_length(target) if gen_length is None else gen_length,
+            seed=seed,
+        )
+        report = drafters.run(
+            target,
+            out,
+            data,
+            settings,
+            prompt_field=prompt_field,
+            evaluate=evaluate,
+            save_every=save_every,
+            chat=chat,
+            device=device,
+        )
+        for text in drafters.lines(report):
+            typer.echo(text)
+
+
+@app.command()
 def distill(
     recipe: Annotated[Path, typer.Argument(help="a YAML file, such as recipes/builtin.yaml")],
     answers: Annotated[Path | None, typer.Option(help="the directory that `trajectories` wrote")] = None,

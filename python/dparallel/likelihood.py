@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext.cache import GRAPH_BUCKETS, AttentionMetadata, KVCache, Span
+from dparallel_ext.cache import GRAPH_BUCKETS, KVCache, Span
 from dparallel_ext.models import Model, check_diffusion, for_decoding, own_precision, traits
 
 METHODS = ("monte_carlo", "left_to_right")
@@ -420,13 +420,11 @@ class Scorer:
 
     def _step(self, cache: KVCache, spans: Sequence[Span], tokens: Tensor) -> Tensor:
         """Hidden states (N, width) of the packed tokens (N,) of the spans."""
-        metadata, device = cache.metadata(spans, self.pad_to), self.model.device
+        device = self.model.device
+        metadata = cache.metadata(spans, self.pad_to).to(device)
         tokens = F.pad(tokens, (0, len(metadata.positions) - len(tokens)))
-        tensors = (tensor.to(device) for tensor in metadata.tensors)
         with own_precision(self.model, device):
-            return self.model.step(
-                tokens.to(device), cache, AttentionMetadata(metadata.max_q_len, metadata.max_kv_len, *tensors)
-            )
+            return self.model.step(tokens.to(device), cache, metadata)
 
     def _score(self, hidden: Tensor, asked: Asked) -> dict[int, Likelihood]:
         """For each pair, the weighted sum of its tokens' log-probabilities, and whether all are the argmax.

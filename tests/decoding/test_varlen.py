@@ -16,7 +16,7 @@ from torch import Tensor
 import dparallel_ext as dx
 from dparallel_ext import cache as caches
 from dparallel_ext import models
-from dparallel_ext.cache import GRAPH_BUCKETS, AttentionMetadata, Span
+from dparallel_ext.cache import GRAPH_BUCKETS, Span
 from dparallel_ext.decoding.graphs import CudaRecorder, Graphs
 from dparallel_ext.models import attention
 from dparallel_ext.ops.varlen_attention import has_varlen, varlen_attention
@@ -80,12 +80,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
 
 
 def step(model: models.Model, cache: caches.KVCache, spans: list[Span], ids: Tensor, pad_to: Any) -> Tensor:
-    metadata, device = cache.metadata(spans, pad_to), model.device
-    count = len(ids)
+    metadata, count = cache.metadata(spans, pad_to).to(model.device), len(ids)
     ids = torch.nn.functional.pad(ids, (0, len(metadata.positions) - count))
-    tensors = (tensor.to(device) for tensor in metadata.tensors)
-    on_device = AttentionMetadata(metadata.max_q_len, metadata.max_kv_len, *tensors)
-    return model.step(ids.to(device), cache, on_device)[:count]
+    return model.step(ids.to(model.device), cache, metadata)[:count]
 
 
 MIXES = {

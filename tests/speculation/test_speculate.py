@@ -17,7 +17,7 @@ from dparallel_ext import models
 from dparallel_ext.decoding.config import DecodeConfig
 from dparallel_ext.decoding.settings import make_settings
 from dparallel_ext.models import Model
-from dparallel_ext.speculation import CausalBatch, Draft, Measured, NGram
+from dparallel_ext.speculation import CausalBatch, Draft, Measured, ModelDrafter, NGram
 from dparallel_ext.speculation.sizing import Fixed
 
 MODEL = model_of(eos_token_id=[5, 9])
@@ -242,6 +242,37 @@ def test_sizes_follow_what_passes_take_and_bring() -> None:
     dear = {0: 1.0, 1: 3.0, 2: 3.0, 4: 3.0, 8: 3.0}
     run(0.05, dear, 2000)
     assert run(0.05, dear, 200).count(0) > 150  # drafting is off
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_whole_models_draft(temperature: float) -> None:
+    """The model itself, whose greedy drafts are all right at temperature 0, and another."""
+    settings: dict[str, Any] = {"temperature": temperature, "seed": 3, "gen_length": [24, 5, 17, 24]}
+    expected = plain(**settings)
+    itself = plain(drafter=MODEL, draft_size=4, **settings)
+    assert torch.equal(itself.sequences, expected.sequences)
+    if temperature == 0:
+        assert torch.equal(itself.accepted, itself.drafted)
+        assert itself.nfe.tolist() == [6, 1, 5, 6]
+    other = plain(drafter=ModelDrafter(model_of("llama")), **settings)
+    assert torch.equal(other.sequences, expected.sequences)
+
+
+def test_diffusion_models_draft() -> None:
+    """Shifted and block-causal ones too."""
+    for name in ("llada_tiny_a", "dream_tiny_a", "sdar_tiny_a"):
+        diffusion = golden.model(name)
+        target = model_of(vocab_size=diffusion.shape.rows)
+        target.vocab_size = diffusion.vocab_size
+        prompts = [torch.randint(10, 61, (n,)) for n in (1, 6, 40)]
+        expected = plain(target, prompts)
+        for canvas in (None, 1, 12):
+            drafter = ModelDrafter(diffusion, most=6, canvas=canvas)
+            found = plain(target, prompts, drafter=drafter, draft_size=6)
+            assert torch.equal(found.sequences, expected.sequences), (name, canvas)
+            assert int(found.drafted.sum()) > 0
+        with pytest.raises(ValueError, match=r"drafter: .* has a vocabulary of .* and the model one of 61"):
+            plain(drafter=diffusion)
 
 
 def test_passes_over_prompts_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

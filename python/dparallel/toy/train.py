@@ -195,10 +195,10 @@ def next_token_loss(model: models.Model, ids: Tensor, prompt: int, eos_id: int) 
     return F.cross_entropy(logits.float(), labels[asked].to(device))
 
 
-def learning_rate(settings: Settings, step: int) -> float:
+def learning_rate(step: int, *, steps: int, warmup: int, decay: float) -> float:
     """Warm-up, a plateau, and a straight fall to zero; as a share of the full rate."""
-    fall = max(1, round(settings.steps * settings.decay))
-    return min(1.0, (step + 1) / settings.warmup, (settings.steps - step) / fall)
+    fall = max(1, round(steps * decay))
+    return min(1.0, (step + 1) / warmup, (steps - step) / fall)
 
 
 def train(
@@ -282,7 +282,7 @@ def _train(
         steps = tqdm(steps, initial=first, total=settings.steps, desc="train", mininterval=5)
     clock = time.monotonic()
     for step in steps:
-        rate = learning_rate(settings, step)
+        rate = learning_rate(step, steps=settings.steps, warmup=settings.warmup, decay=settings.decay)
         for optimizer, full in zip(optimizers, full_rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = full * rate

@@ -1,0 +1,460 @@
+"""Drafters that guess a whole block in one pass: DFlash, and ParallelSpec.
+
+Sources: DFlash, arXiv 2602.06036; ParallelSpec, arXiv 2410.05589, in the form that can be trained, PARD's
+group mask, arXiv 2504.18583.
+
+    feature   of each known token: RMSNorm(fc(streams of the target behind the tapped layers))
+    context   keys and values of the feature, in each draft layer by its own k_proj, k_norm and v_proj; they
+              are all that is kept, at the token's own slot, in pages like those of the target's cache
+    block     rows [root, mask, mask, ...] at the positions from the root's on, through layers in Qwen3's
+              layout between the target's embedding and the target's head. Each sees the context of all
+              positions in front of the root, and of the block every row (DFlash) or those up to itself
+              (ParallelSpec)
+    draft     each mask row's argmax: the token at the row's own position
+
+The root's own feature is not known yet: the pass that verifies the draft computes it. A block's keys and
+values lie behind the context, where the next pass writes that of the tokens it computes.
+
+Both kinds are one module. DFlash taps some layers and has a few of its own; ParallelSpec has one, and its
+context is made of the token's embedding (tap -1) and the last layer's stream.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..cache import AttentionMetadata, KVCache, Span
+from ..decoding.packed import Shapes, pack, unpack
+from ..decoding.runner import recorded_rows, row_padding
+from ..decoding.workspace import graphs_on
+from ..models import Model, Qwen3, files, fingerprint, own_precision, rope, side_by_side
+from ..models.attention import PagedAttention
+from ..models.config import Shape, token_ids
+from ..models.fields import LAYERS, Field, check_supported, read
+from ..models.modules import Block, RMSNorm, norm_of_sum, rotate
+from ..ops import kv_move, kv_write
+from .draft import Draft
+
+if TYPE_CHECKING:
+    from .drafter import Lane
+
+CAUSAL = {"dflash": False, "parallelspec": True}
+"""The kinds of drafters: whether a row of the block sees only the rows in front of it."""
+EMBEDDING = -1
+"""The tap in front of the first layer: the token's embedding."""
+OURS = "dparallel"
+"""The key of config.json under which stands what the published layout has no place for."""
+METADATA = "config"
+"""The key of a single file's metadata that holds the content of config.json."""
+_LAYER = "model.layers.{}."
+_NAMES = {
+    ours: theirs.removeprefix(_LAYER) for ours, theirs in Qwen3.NAMES.items() if theirs.startswith(_LAYER)
+}
+_BLOCK = Field(int, None, least=2, most=512)
+
+
+class Layout(NamedTuple):
+    """What a drafter's config.json says."""
+
+    shape: Shape
+    kind: str
+    taps: tuple[int, ...]
+    """Layers of the target, ascending, counted from 0."""
+    block: int
+    """Rows of a block, the root among them."""
+    mask_id: int
+    target_layers: int
+    target: str | None
+    """The `models.fingerprint` of the model that it was trained for; None: the file does not say."""
+    template: str | None
+    """The chat template that prompts had in training, as the trainer names it."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Layout:
+        """Of the content of config.json, ours or one of the published (z-lab's DFlash).
+
+        Raises ValueError naming the key that is missing or asks for what is not there.
+        """
+        try:
+            shape = Qwen3.shape_of(config)
+        except KeyError as error:
+            raise ValueError(f"config: {error} is missing") from error
+        check_supported(config, {"fc_layernorm": False})
+        ours = read(config, {OURS: Field(dict, {})})[OURS]
+        kind = ours.get("kind", "dflash")
+        if kind not in list(CAUSAL):
+            raise ValueError(f"config: {OURS}: kind={kind!r:.80}, expected one of {list(CAUSAL)}")
+        layers = read(config, {"num_target_layers": LAYERS})["num_target_layers"]
+        inner = read(config, {"dflash_config": Field(dict)})["dflash_config"]
+        check_supported(inner, {"fc_layernorm": False})
+        sizes = [read(of, {"block_size": _BLOCK})["block_size"] for of in (config, inner)]
+        block = next((size for size in sizes if size is not None), None)
+        if block is None:
+            raise ValueError("config: 'block_size' is missing")
+        masks = token_ids(inner, "mask_token_id", shape.rows)
+        if len(masks) != 1:
+            raise ValueError("config: dflash_config: 'mask_token_id' is missing")
+        taps = inner.get("target_layer_ids")
+        taps = list(default_taps(layers, shape.layers)) if taps is None else taps
+        check_taps("config: dflash_config: target_layer_ids", taps, layers)
+        texts = [ours.get(name) for name in ("target", "template")]
+        for name, text in zip(("target", "template"), texts, strict=True):
+            if text is not None and not isinstance(text, str):
+                raise ValueError(f"config: {OURS}: {name}={text!r:.80}, expected text or null")
+        return cls(shape, kind, tuple(taps), block, masks[0], layers, *texts)
+
+
+def default_taps(target_layers: int, count: int) -> tuple[int, ...]:
+    """Layers of the target as DFlash spreads them: from the second to the third from the end."""
+    if count == 1:
+        return (target_layers // 2,)
+    return tuple(round(1 + i * (target_layers - 4) / (count - 1)) for i in range(count))
+
+
+def check_taps(name: str, taps: Any, target_layers: int) -> None:
+    """Raise ValueError where they are no ascending layers of the target."""
+    whole = isinstance(taps, (list, tuple)) and all(type(tap) is int for tap in taps) and len(taps) > 0
+    inside = whole and taps[0] >= EMBEDDING and taps[-1] < target_layers
+    if not inside or any(a >= b for a, b in itertools.pairwise(taps)):
+        raise ValueError(
+            f"{name}: expected ascending layers of [{EMBEDDING}, {target_layers}), got {taps!r:.80}"
+        )
+
+
+class DraftModel(nn.Module):
+    """The weights, named as in the published checkpoints; embedding and head are the target's.
+
+    Raises ValueError naming the config key that is missing or asks for what is not implemented.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.config = dict(config)
+        self.layout = Layout.of(config)
+        s = self.layout.shape
+        self.layers = nn.ModuleList(Block(s, _NAMES) for _ in range(s.layers))
+        self.norm = RMSNorm(s)
+        self.fc = nn.Linear(len(self.layout.taps) * s.width, s.width, bias=False)
+        self.hidden_norm = RMSNorm(s)
+
+    def feature(self, taps: Sequence[Tensor]) -> Tensor:
+        """(..., width) of the target's streams (..., width), one behind each tapped layer."""
+        feature: Tensor = self.hidden_norm(self.fc(torch.cat(tuple(taps), -1)))
+        return feature
+
+    def context(self, layer: int, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys before RoPE and values (..., kv_heads, head_dim) of features (..., width)."""
+        block: Any = self.layers[layer]
+        k, v = (
+            t.unflatten(-1, (-1, self.layout.shape.head_dim))
+            for t in side_by_side.project(feature, (block.k, block.v))
+        )
+        return block.k_norm(k), v
+
+    def rows(self, x: Tensor, attention: PagedAttention) -> Tensor:
+        """Hidden states (M, width) after the final norm, of packed embedded rows x (M, width)."""
+        delta = None
+        for layer, block in enumerate(self.layers):
+            x, delta = block.layers(x, delta, attention.layer(layer))  # type: ignore[operator]
+        return norm_of_sum(self.norm, x, delta)[1]
+
+    def forward(
+        self, x: Tensor, positions: Tensor, feature: Tensor, visible: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """For training: hidden states (B, M, width) after the final norm, of blocks behind whole sequences.
+
+        Args:
+            x: (B, M, width), embedded rows of any blocks.
+            positions: (B, M) int64, theirs.
+            feature: (B, L, width), the sequences' features; positions are counted from 0.
+            visible: (B, M, L + M) bool, what of the context and then of the rows a row sees.
+            cos, sin: (at least the positions, head_dim / 2), see `rope_table`.
+        """
+        length = feature.shape[1]
+        of_rows = [t[positions][:, :, None] for t in (cos, sin)]  # (B, M, 1, head_dim / 2)
+        of_context = [t[:length, None] for t in (cos, sin)]  # (L, 1, head_dim / 2)
+        s = self.layout.shape
+        for layer, block in enumerate(self.layers):
+            known = self.context(layer, feature)
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, known: tuple[Tensor, Tensor] = known) -> Tensor:
+                k = torch.cat((rotate(known[0], *of_context), rotate(k, *of_rows)), 1).to(v.dtype)
+                q, v = rotate(q, *of_rows).to(v.dtype), torch.cat((known[1], v), 1)
+                q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+                grouped = s.heads != s.kv_heads
+                y = F.scaled_dot_product_attention(q, k, v, visible[:, None], enable_gqa=grouped)
+                return y.transpose(1, 2)
+
+            x = block(x, attend)
+        y: Tensor = self.norm(x)
+        return y
+
+
+class BlockDrafter:
+    """A drafter of one block a pass, see above. `load` reads one; `dparallel drafter` trains one.
+
+    Args:
+        model: in evaluation mode and without gradients from now on.
+        source: what errors call it.
+    """
+
+    def __init__(self, model: DraftModel, source: str = "drafter") -> None:
+        self.model, self.source = model.eval().requires_grad_(False), source
+        self.layout = model.layout
+        self.most = self.layout.block - 1
+        self._placed: tuple[tuple[torch.device, torch.dtype], DraftModel] | None = None
+
+    def __repr__(self) -> str:
+        layout = self.layout
+        return f"BlockDrafter({layout.kind}, block={layout.block}, taps={list(layout.taps)})"
+
+    def check(self, model: Model) -> None:
+        """Raise ValueError for a model of another vocabulary, other sizes or other weights."""
+        said, s = self.layout, self.layout.shape
+        for what, own, theirs in (
+            ("a vocabulary of {} tokens", s.rows, model.shape.rows),
+            ("a model of width {}", s.width, model.shape.width),
+            ("a model of {} layers", said.target_layers, model.shape.layers),
+        ):
+            if own != theirs:
+                raise ValueError(
+                    f"drafter: {self.source} was made for {what.format(own)}, and the model has {theirs}"
+                )
+        target = fingerprint(model)
+        if said.target is not None and target != said.target:
+            raise ValueError(
+                f"drafter: {self.source} was trained for another model ({said.target}, and this is {target})"
+            )
+
+    def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> _Session:
+        return _Session(self.on(model.device, model.dtype), model, kv_cache, graphs)
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> DraftModel:
+        """Its weights there; of those elsewhere a copy, kept for the next batch."""
+        if self._placed is None or self._placed[0] != (device, dtype):
+            # Made outside inference mode, so that they may serve anywhere.
+            with torch.inference_mode(False), torch.no_grad():
+                there = (self.model.fc.weight.device, self.model.fc.weight.dtype) == (device, dtype)
+                placed = self.model if there else copy.deepcopy(self.model).to(device, dtype)
+                for block in placed.layers:
+                    for group in block.groups():  # type: ignore[operator]
+                        side_by_side.join(group)
+            self._placed = (device, dtype), placed
+        return self._placed[1]
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Write it: to one file if the path ends in .safetensors, else to a directory in the layout of the
+        published checkpoints. Each file appears whole or not at all."""
+        path = Path(path)
+        config = {**self.model.config, "torch_dtype": str(dtype).removeprefix("torch.")}
+        tensors = {
+            name: t.to("cpu", dtype, copy=True).contiguous() for name, t in self.model.state_dict().items()
+        }
+        one = path.suffix == ".safetensors"
+        metadata = {METADATA: json.dumps(config)} if one else {"format": "pt"}
+        weights = path if one else path / "model.safetensors"
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as replaced:
+            if not one:
+                file = replaced.enter_context(files.replacing(path / "config.json"))
+                file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            replaced.enter_context(files.replacing(weights)).write_bytes(save(tensors, metadata))
+
+
+def load(path: str | Path) -> BlockDrafter:
+    """Read a drafter: a directory with config.json and model.safetensors, or one .safetensors file.
+
+    A directory may be one of the published DFlash checkpoints (z-lab), by ORG/NAME too, see `models.locate`.
+    Layers that see a window of the text alone, and what DFlash2 adds, are not supported.
+
+    Raises:
+        FileNotFoundError: naming what is not there.
+        ValueError: naming the config key, or the missing, extra, misshapen or unreadable tensors.
+    """
+    path = Path(path)
+    one = path.suffix == ".safetensors" and not path.is_dir()
+    directory = path.parent if one else files.locate(path)
+    file = path if one else directory / "model.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"path: no file {file}")
+    files.refuse_pointer(file)
+    try:
+        # Outside inference mode, so that what is read may be trained or copied anywhere.
+        with torch.inference_mode(False), safe_open(file, framework="pt") as opened:
+            config = _of_metadata(file, opened.metadata()) if one else None
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"path: {file} is not a readable safetensors file: {error}") from error
+    if config is None:
+        config = files.read_json(directory / "config.json", required=True)
+    try:
+        with torch.device("meta"):
+            model = DraftModel(config)
+    except ValueError as error:
+        raise ValueError(f"path: {path}: {str(error).removeprefix('config: ')}") from error
+    _check_tensors(str(path), model, tensors)
+    with torch.inference_mode(False):
+        model.load_state_dict(tensors, assign=True)
+    return BlockDrafter(model, str(path))
+
+
+def _of_metadata(file: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    text = (metadata or {}).get(METADATA)
+    try:
+        config = json.loads(text or "")
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"path: {file} is no drafter: its metadata has no config, as `save` writes it")
+    return config
+
+
+def _check_tensors(source: str, model: DraftModel, tensors: Mapping[str, Tensor]) -> None:
+    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    faults = []
+    for name, shape in wanted.items():
+        found = tensors.get(name)
+        if found is None:
+            faults.append(f"{name} is missing")
+        elif tuple(found.shape) != shape:
+            faults.append(f"{name} is {tuple(found.shape)}, expected {shape}")
+        elif found.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            faults.append(f"{name} is {found.dtype}, expected a floating-point type of 16 or 32 bits")
+    faults += [f"{name:.200} is unexpected" for name in sorted(tensors.keys() - wanted.keys())]
+    if faults:
+        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise ValueError(f"path: {source} does not fit its config: {'; '.join(faults[:5])}{more}")
+
+
+class _Key(NamedTuple):
+    """What the launches of a draft depend on, beside the values of its inputs."""
+
+    shapes: Shapes
+    max_q_len: int
+    max_kv_len: int
+    suppressed: tuple[Tensor, ...]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (*self[:3], *map(id, self.suppressed))
+
+
+class _Session:
+    """The context of a batch's lanes, under the block table of the target's cache."""
+
+    def __init__(self, drafter: DraftModel, model: Model, kv_cache: KVCache, graphs: bool) -> None:
+        self._drafter, self._model = drafter, model
+        self.layout = drafter.layout
+        self.taps = self.layout.taps
+        s, pages, size = self.layout.shape, kv_cache.slots.shape[2], kv_cache.page_size
+        slots = torch.zeros(
+            (s.layers, 2, pages, s.kv_heads, size, s.head_dim), dtype=model.dtype, device=model.device
+        )
+        table = rope.table(kv_cache.length, s.head_dim, s.rope_theta, s.rope_scaling, model.device)
+        self._pages = kv_cache
+        """The target's: it knows when pages are assigned, and so what of the metadata it may keep."""
+        self.kv_cache = KVCache(slots, table, kv_cache.block_table)
+        self._pad_to, self._recorded_rows = row_padding(model), recorded_rows(model)
+        self._graphs = graphs_on(model.device) if graphs else None
+
+    def reset(self, lane: int) -> None:
+        """What of the lane was written before is overwritten before it is seen."""
+        if self._graphs is not None:
+            self._graphs.drop_stale(self._model.addresses())
+
+    def observe(self, metadata: AttentionMetadata, taps: Sequence[Tensor]) -> None:
+        feature = self._drafter.feature(taps)
+        cos, sin = self.kv_cache.rope
+        for layer in range(self.layout.shape.layers):
+            k, v = self._drafter.context(layer, feature)
+            kv_write(
+                torch.empty_like(k),  # queries, of which there are none
+                k,
+                v,
+                *self.kv_cache.layer(layer),
+                positions=metadata.positions,
+                slot_mapping=metadata.slot_mapping,
+                cos=cos,
+                sin=sin,
+            )
+
+    def moved(self, source: Tensor, target: Tensor) -> None:
+        kv_move(self.kv_cache.slots, source, target)
+
+    def propose(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:
+        causal, mask_id = CAUSAL[self.layout.kind], self.layout.mask_id
+        spans: list[Span] = []
+        ids: list[int] = []
+        source: list[int] = []
+        group: list[int] = []
+        counts: list[int] = []
+        suppressed: dict[int, Tensor] = {}
+        for lane, most in zip(lanes, sizes, strict=True):
+            start, ends = len(lane.tokens) - 1, lane.length
+            # Rows behind those that are read are seen by them in both directions, but not causally.
+            rows = min(most + 1 if causal else self.layout.block, ends - start)
+            counts.append(min(most, rows - 1))
+            source += range(len(ids) + 1, len(ids) + 1 + counts[-1])
+            ids += [int(lane.tokens[-1]), *[mask_id] * (rows - 1)]
+            spans.append(Span(lane.lane, start, start + rows, start + rows))
+            if lane.suppress is not None:
+                suppressed.setdefault(id(lane.suppress), lane.suppress)
+            own = list(suppressed).index(id(lane.suppress)) if lane.suppress is not None else -1
+            group += [own] * counts[-1]
+        metadata = self._pages.metadata(spans, self._pad_to, causal=causal)
+        more_ids = len(metadata.positions) - len(ids)
+        more = 0 if self._pad_to is None else self._pad_to(len(source)) - len(source)
+        inputs, shapes = pack(
+            (
+                *metadata.tensors,
+                torch.tensor(ids + [mask_id] * more_ids),
+                torch.tensor(source + [0] * more, dtype=torch.int64),
+                torch.tensor(group + [-1] * more, dtype=torch.int64),
+            )
+        )
+        device = self._model.device
+        if device.type == "cuda":
+            inputs = inputs.pin_memory()
+        key = _Key(shapes, metadata.max_q_len, metadata.max_kv_len, tuple(suppressed.values()))
+
+        def compute(inputs: Tensor) -> Tensor:
+            return self._compute(key, inputs)
+
+        if self._graphs is None or self._graphs.addresses is None:
+            found = compute(inputs.to(device, non_blocking=True)).tolist()
+        else:
+            few = shapes[0][0] <= self._recorded_rows
+            found = self._graphs.run(
+                key.key if few else None, inputs, compute, device=device, held=key
+            ).tolist()
+        drafts, at = [], 0
+        for count in counts:
+            drafts.append(Draft(tuple(found[at : at + count])))
+            at += count
+        return drafts
+
+    def _compute(self, key: _Key, inputs: Tensor) -> Tensor:
+        """(M,) int64: what each row that is read guesses."""
+        *given, ids, source, group = unpack(inputs, key.shapes)
+        causal = CAUSAL[self.layout.kind]
+        metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *given, causal=causal)
+        with own_precision(self._model, self._model.device):
+            x = self._drafter.rows(self._model.embed(ids), PagedAttention(self.kv_cache, metadata))
+            logits = self._model.head(x[source])
+        logits[:, self.layout.mask_id].fill_(-torch.inf)
+        for number, tokens in enumerate(key.suppressed):
+            out = torch.zeros_like(logits[0], dtype=torch.bool).index_fill_(0, tokens, True)
+            logits.masked_fill_((group == number)[:, None] & out, -torch.inf)
+        return logits.argmax(1)

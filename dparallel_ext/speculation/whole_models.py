@@ -1,0 +1,143 @@
+"""Whole models as drafters: a smaller autoregressive one, or a masked diffusion model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..arguments import whole
+from ..cache import AttentionMetadata, KVCache, Span
+from ..models import Model, for_decoding, own_precision
+from ..ops import row_stats
+from .draft import Draft
+
+if TYPE_CHECKING:
+    from .drafter import DraftSession, Lane
+
+
+class ModelDrafter:
+    """Drafts with a model: where it is autoregressive token by token, each a pass over one token a lane
+    (arXiv 2211.17192); a masked diffusion model in one pass over the text and a canvas of masks behind it, of
+    which each takes its own best token (DiffuSpec, arXiv 2510.02358, without its search).
+
+    Args:
+        model: one of ours, of the target's vocabulary and on its device.
+        most: the most tokens of a draft.
+        canvas: of a diffusion model: masks behind the text, the draft's among them, as far as there is room.
+            Models of this kind see an end where the canvas ends. None: as many as there is room for.
+    """
+
+    def __init__(self, model: Any, *, most: int = 8, canvas: int | None = None) -> None:
+        found = for_decoding(model)
+        if not isinstance(found, Model):
+            raise ValueError(f"drafter: expected one of dparallel_ext.models, got {type(found).__name__}")
+        if not found.causal and found.mask_id is None:
+            raise ValueError("drafter: the diffusion model's config has no mask_token_id")
+        self.model, self.most = found, whole("most", most, 1)
+        self.canvas = None if canvas is None else whole("canvas", canvas, 1)
+
+    def __repr__(self) -> str:
+        return f"ModelDrafter({type(self.model).__name__}, most={self.most})"
+
+    def check(self, model: Model) -> None:
+        own, target = self.model.vocab_size, model.vocab_size
+        if own != target:
+            raise ValueError(
+                f"drafter: {type(self.model).__name__} has a vocabulary of {own} tokens, and the model "
+                f"one of {target}"
+            )
+        if self.model.device != model.device:
+            raise ValueError(f"drafter: expected on {model.device} as the model, got {self.model.device}")
+
+    def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> DraftSession:
+        return (_Causal if self.model.causal else _Diffusion)(self, kv_cache, lanes)
+
+
+class _Session:
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, drafter: ModelDrafter, target: KVCache, lanes: int) -> None:
+        self.drafter, self.model = drafter, drafter.model
+
+    def reset(self, lane: int) -> None:
+        pass
+
+    def observe(self, metadata: AttentionMetadata, taps: Sequence[Tensor]) -> None:
+        pass
+
+    def moved(self, source: Any, target: Any) -> None:
+        pass
+
+    def _best(
+        self, kv_cache: KVCache, spans: Sequence[Span], ids: Sequence[int], source: Sequence[int]
+    ) -> list[int]:
+        """The best token at some of the packed tokens of a pass."""
+        device = self.model.device
+        metadata = kv_cache.metadata(spans, causal=self.model.causal).to(device)
+        with own_precision(self.model, device):
+            x = self.model.step(torch.tensor(ids, device=device), kv_cache, metadata)
+            logits = self.model.head(x[torch.tensor(source, device=device)])
+        found: list[int] = row_stats(logits, mask_id=self.model.mask_id, check=False).token.tolist()
+        return found
+
+
+class _Causal(_Session):
+    """Its keys and values lie in pages of their own under the target's table."""
+
+    def __init__(self, drafter: ModelDrafter, target: KVCache, lanes: int) -> None:
+        super().__init__(drafter, target, lanes)
+        self._kv_cache = self.model.new_cache(target.slots.shape[2], target.page_size, target.block_table)
+        self._cached: list[list[int]] = [[] for _ in range(lanes)]
+        """Of each lane, the tokens whose keys and values are there."""
+
+    def reset(self, lane: int) -> None:
+        self._cached[lane] = []
+
+    def propose(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:
+        texts = [lane.tokens.tolist() for lane in lanes]
+        for lane, text in zip(lanes, texts, strict=True):
+            cached = self._cached[lane.lane]
+            pairs = enumerate(zip(cached, text, strict=False))
+            same = next((i for i, (old, new) in pairs if old != new), len(cached))
+            del cached[min(same, len(text) - 1) :]  # what was refused; the root is computed in any case
+        drafts: list[list[int]] = [[] for _ in lanes]
+        for depth in range(max(sizes)):
+            spans: list[Span] = []
+            ids: list[int] = []
+            source: list[int] = []
+            going = [i for i, size in enumerate(sizes) if size > depth]
+            for i in going:
+                cached, whole_text = self._cached[lanes[i].lane], texts[i] + drafts[i]
+                fresh = whole_text[len(cached) :]
+                spans.append(Span(lanes[i].lane, len(cached), len(whole_text), len(whole_text)))
+                ids += fresh
+                source.append(len(ids) - 1)
+                cached += fresh
+            for i, token in zip(going, self._best(self._kv_cache, spans, ids, source), strict=True):
+                drafts[i].append(max(0, token))  # a bad row has no best token, and any guess will do
+        return [Draft(tuple(draft)) for draft in drafts]
+
+
+class _Diffusion(_Session):
+    def __init__(self, drafter: ModelDrafter, target: KVCache, lanes: int) -> None:
+        super().__init__(drafter, target, lanes)
+        self._kv_cache = self.model.new_cache(lanes, target.length, kept=False)
+
+    def propose(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:
+        assert self.model.mask_id is not None
+        spans: list[Span] = []
+        ids: list[int] = []
+        source: list[int] = []
+        for lane, size in zip(lanes, sizes, strict=True):
+            text = lane.tokens.tolist()
+            masks = lane.room if self.drafter.canvas is None else min(lane.room, self.drafter.canvas)
+            length, first = len(text) + max(size, masks), len(ids)
+            spans += self.model.spans(lane.lane, 0, length, length)
+            ids += [*text, *[self.model.mask_id] * (length - len(text))]
+            at = first + len(text) - int(self.model.shift)
+            source += range(at, at + size)
+        best = iter(self._best(self._kv_cache, spans, ids, source))
+        return [Draft(tuple(max(0, next(best)) for _ in range(size))) for size in sizes]

@@ -1,0 +1,211 @@
+"""The trainer of drafters: its blocks and weights against loops, resuming, the command, and its refusals."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dparallel import cli, registry
+from dparallel.toy import tasks, train
+from dparallel.training import drafters
+from dparallel.training.drafters import Settings
+from safetensors.torch import load_file
+from torch import Tensor
+from typer.testing import CliRunner
+
+import dparallel_ext as dx
+from dparallel_ext import models
+from dparallel_ext.speculation.dflash import Layout
+
+TINY = Settings(steps=6, batch=4, anchors=3, layers=1, mlp_width=24, gen_length=12, warmup=2)
+MASK = tasks.vocabulary().index(tasks.MASK)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("target")
+    settings = train.Settings(steps=1, batch=2, width=32, layers=2, heads=2, mlp_width=32, causal=True)
+    return train.train(out, settings, progress=False, evaluate=0)
+
+
+def run(target: Path, out: Path, settings: Settings = TINY, **more: Any) -> dict[str, Tensor]:
+    given = {"data": "builtin:40", "evaluate": 0, "save_every": 2, "progress": False, **more}
+    drafters.run(str(target), out, settings=settings, **given)
+    return load_file(out / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", drafters.KINDS)
+def test_same_settings_same_drafter_and_a_stopped_run_goes_on_as_if_it_had_not(
+    target: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(TINY, kind=kind)
+    expected = run(target, tmp_path / "whole", settings)
+    original, calls = drafters.loss_of, itertools.count()
+
+    def stopping(*args: Any) -> Tensor:
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drafters, "loss_of", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(target, tmp_path / "part", settings)
+    assert torch.load(tmp_path / "part" / "state.pt", weights_only=True)["step"] == 4
+    assert not (tmp_path / "part" / "model.safetensors").exists()
+    with monkeypatch.context() as patch:  # the answers are there
+        patch.setattr(drafters, "answer_all", None)
+        resumed = run(target, tmp_path / "part", settings)
+    assert resumed.keys() == expected.keys()
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match=r"out: .* holds a run with other settings: \{'loss': 'd-pace'\}"):
+        run(target, tmp_path / "part", replace(settings, loss="exp"))
+    with pytest.raises(ValueError, match=r"out: .*answers-00000.* holds answers of another run"):
+        run(target, tmp_path / "part", settings, data="builtin:41")
+    (tmp_path / "part" / "state.pt").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="is not the state of a run"):
+        run(target, tmp_path / "part", settings)
+    after = load_file(tmp_path / "part" / "model.safetensors")
+    assert all(torch.equal(after[name], expected[name]) for name in expected)
+
+
+def test_what_it_writes_drafts(target: Path, tmp_path: Path) -> None:
+    """By the command, on prompts of a file, some of which it is judged by."""
+    out, data = tmp_path / "out", tmp_path / "prompts.jsonl"
+    problems = itertools.islice(tasks.problems("train"), 30)
+    data.write_text("".join(json.dumps({"question": p.prompt}) + "\n" for p in problems))
+    options = {"data": data, "prompt-field": "question", "evaluate": 5, "steps": 3, "batch": 2, "anchors": 2}
+    options |= {"layers": 2, "block": 5, "taps": "-1,1", "gen-length": 10, "loss": "exp", "kind": "dflash"}
+    args = [str(each) for key, value in options.items() for each in (f"--{key}", value)]
+    found = CliRunner().invoke(cli.app, ["drafter", str(target), str(out), *args])
+    assert found.exit_code == 0, found.output
+    assert "5 held out" in found.output
+    report = json.loads((out / "training.json").read_text())
+    held = report["held_out"]
+    assert report["answers"] == 25
+    assert held["prompts"] == 5
+    assert len(held["accepted"]) == 4
+    assert held["tokens"] / held["passes"] == pytest.approx(held["tokens_per_pass"])
+    assert report["bytes"] == (out / "model.safetensors").stat().st_size
+    drafter = dx.speculation.load(out)
+    model, _ = registry.load(str(target))
+    fingerprint = models.fingerprint(model)
+    assert drafter.layout[1:] == ("dflash", (-1, 1), 5, MASK, 2, fingerprint, None)
+    prompts = [torch.tensor([3, 4, 5])]
+    expected = dx.speculate(model, prompts, gen_length=12)
+    assert torch.equal(dx.speculate(model, prompts, gen_length=12, drafter=out).sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("kind", drafters.KINDS)
+def test_it_learns_what_can_be_known(tmp_path: Path, kind: str) -> None:
+    """The target says a token after its last one alone, round and round."""
+    torch.manual_seed(0)
+    sizes = train.Settings(width=32, heads=2, layers=2, mlp_width=32)
+    model = models.Qwen3(train.causal_config(sizes)).eval()
+    with torch.no_grad():
+        model.embed.weight.normal_()
+        model.lm_head.weight.zero_()
+        for token in range(8):
+            model.lm_head.weight[10 + (token + 1) % 8] = model.embed.weight[10 + token]
+        for block in model.blocks:
+            block.o.weight.zero_()
+            block.down.weight.zero_()
+    settings = replace(TINY, kind=kind, block=5, steps=50, batch=8, gen_length=16, mask_id=MASK)
+    settings = replace(settings, muon_lr=1e-2, adam_lr=1e-2, ema=0.9)
+    loaded = model, train.tokenizer()
+    report = drafters.run(
+        "ring", tmp_path, "builtin:40", settings, evaluate=20, loaded=loaded, progress=False
+    )
+    held = report["held_out"]
+    assert held["tau"] > 3, held
+    assert held["tokens"] == 16
+    assert held["passes"] < 8
+
+
+def test_blocks_are_packed_as_a_loop_would() -> None:
+    answers = [(torch.arange(100, 100 + n), p) for n, p in ((12, 3), (9, 7), (20, 2))]
+    config = drafters.config_of(
+        models.Qwen3(train.causal_config(train.Settings(width=32, heads=2, layers=2))), TINY, MASK
+    )
+    for kind in drafters.KINDS:
+        layout = Layout.of(config | {"dparallel": {"kind": kind}, "block_size": 5})
+        packed = drafters.pack_blocks(answers, layout, 4, torch.Generator().manual_seed(0))
+        count, length = 4 * 5, packed.ids.shape[1]
+        assert packed.labels.shape == (3, 4, 4)
+        for b, (ids, prompt) in enumerate(answers):
+            blocks = [a for a in range(4) if bool((packed.labels[b, a] >= 0).any())]
+            places = [int(packed.positions[b, a * 5]) for a in blocks]
+            assert len(set(places)) == len(places) == min(4, len(ids) - prompt - 1)
+            assert all(prompt <= place <= len(ids) - 2 for place in places)
+            for a, place in zip(blocks, places, strict=True):
+                assert packed.rows[b, a * 5 : a * 5 + 5].tolist() == [int(ids[place]), *[MASK] * 4]
+                assert packed.positions[b, a * 5 : a * 5 + 5].tolist() == [*range(place, place + 5)]
+                after = ids[place + 1 : place + 5].tolist()
+                assert packed.labels[b, a].tolist() == after + [-1] * (4 - len(after))
+                for row in range(5):
+                    seen = packed.visible[b, a * 5 + row]
+                    last = row if kind == "parallelspec" else 4
+                    assert seen.nonzero()[:, 0].tolist() == [
+                        *range(place),
+                        *range(length + a * 5, length + a * 5 + last + 1),
+                    ]
+        assert packed.visible.shape == (3, count, length + count)
+
+
+def test_weights_of_rows() -> None:
+    nll = torch.tensor([[[0.1, 2.0, 0.5], [0.0, 1.0, 9.0]]])
+    asked = torch.tensor([[[True, True, True], [True, True, False]]])
+    found = drafters.weights(nll, asked, "d-pace")
+    for block in range(2):
+        s = [0.5 * math.exp(-x) + 0.5 for x in nll[0, block].tolist()]
+        count = int(asked[0, block].sum())
+        expected = [sum(math.prod(s[: j + 1]) for j in range(k, count)) for k in range(count)]
+        assert found[0, block].tolist() == pytest.approx(expected + [0.0] * (3 - count))
+    for size, fall in ((8, 4.0), (10, 5.0), (16, 7.0)):
+        found = drafters.weights(torch.zeros(1, size - 1), torch.ones(1, size - 1, dtype=torch.bool), "exp")
+        assert found[0].tolist() == pytest.approx([math.exp(-k / fall) for k in range(size - 1)])
+
+
+def test_taps_where_none_are_named() -> None:
+    for layers, kind, taps in (
+        (4, "dflash", [0, 1, 2, 3]),
+        (36, "dflash", [1, 9, 17, 25, 33]),
+        (4, "parallelspec", [-1, 3]),
+    ):
+        with torch.device("meta"):
+            model = models.Qwen3(train.causal_config(train.Settings(width=32, heads=2, layers=layers)))
+        model.norm.weight, model.lm_head.weight = (torch.nn.Parameter(torch.ones(32)) for _ in range(2))
+        config = drafters.config_of(model, Settings(kind=kind), MASK)
+        assert config["dflash_config"]["target_layer_ids"] == taps
+
+
+def test_what_does_not_fit_is_named_and_nothing_is_written(target: Path, tmp_path: Path) -> None:
+    cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({"kind": "medusa"}, {}, r"kind: expected one of \['dflash', 'parallelspec'\], got 'medusa'"),
+        ({"loss": "kl"}, {}, "loss: expected one of"),
+        ({"block": 1}, {}, "block: expected a whole number >= 2, got 1"),
+        ({"ema": 1.0}, {}, "ema: expected a number between 0 and 1"),
+        ({"taps": (0, 2)}, {}, r"taps: expected ascending layers of \[-1, 2\), got \(0, 2\)"),
+        ({"mask_id": 999}, {}, "mask_id: expected one of the model's 202 token ids, got 999"),
+        ({}, {"evaluate": -1}, "evaluate: expected a whole number >= 0"),
+        ({}, {"save_every": 0}, "save_every: expected a whole number >= 1"),
+        ({}, {"data": "builtin:0"}, "data: expected builtin:N"),
+        ({}, {"chat": True}, "chat: the checkpoint .* has no chat template"),
+    ]
+    for change, more, message in cases:
+        with pytest.raises(ValueError, match=message):
+            run(target, tmp_path / "out", replace(TINY, **change), **more)
+    with pytest.raises(FileNotFoundError, match="data: no file nowhere"):
+        run(target, tmp_path / "out", data="nowhere")
+    with pytest.raises(ValueError, match="is a diffusion model"):
+        run("builtin:teacher", tmp_path / "out")  # type: ignore[arg-type]
+    model = registry.load(str(target))
+    with pytest.raises(ValueError, match=r"mask_id: .* has no mask token; name an id"):
+        run(target, tmp_path / "out", loaded=model)
+    assert not list(tmp_path.iterdir())
