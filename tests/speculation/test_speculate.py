@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import golden
-from drafters import SIZES, Knowing, model_of
+from drafters import MODEL, SIZES, Knowing, model_of
 from torch import Tensor
 
 import dparallel_ext as dx
@@ -20,7 +20,6 @@ from dparallel_ext.models import Model
 from dparallel_ext.speculation import CausalBatch, Draft, Measured, ModelDrafter, NGram
 from dparallel_ext.speculation.sizing import Fixed
 
-MODEL = model_of(eos_token_id=[5, 9])
 PROMPTS = [torch.randint(10, 61, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 1, 20, 70)]
 
 
