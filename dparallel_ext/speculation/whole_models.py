@@ -117,13 +117,12 @@ class _Causal(_Session):
             going = [i for i, size in enumerate(sizes) if size > depth]
             for i in going:
                 cached, whole_text = self._cached[lanes[i].lane], texts[i] + drafts[i]
-                fresh = whole_text[len(cached) :]
                 spans.append(Span(lanes[i].lane, len(cached), len(whole_text), len(whole_text)))
-                ids += fresh
+                ids += whole_text[len(cached) :]
                 source.append(len(ids) - 1)
-                cached += fresh
             metadata = self._pages.metadata(spans, causal=True)
             for i, token in zip(going, self._best(self._kv_cache, metadata, ids, source), strict=True):
+                self._cached[lanes[i].lane] = texts[i] + drafts[i]
                 drafts[i].append(max(0, token))  # a bad row has no best token, and any guess will do
         return [Draft(tuple(draft)) for draft in drafts]
 

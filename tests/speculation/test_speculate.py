@@ -274,6 +274,31 @@ def test_diffusion_models_draft() -> None:
             plain(drafter=diffusion)
 
 
+def test_a_draft_that_failed_is_made_again_from_the_whole_text() -> None:
+    """A drafter that is the model itself is right wherever it has seen the text."""
+    itself = ModelDrafter(model_of(), most=4)
+    step, calls = itself.model.step, list[int]()
+
+    def failing(*args: Any, **more: Any) -> Tensor:
+        calls.append(len(args[0]))
+        if len(calls) == 1:
+            raise RuntimeError("no such luck")
+        return step(*args, **more)
+
+    itself.model.step = failing  # type: ignore[method-assign]
+    batch = CausalBatch(MODEL, 1, 60, drafter=itself)
+    own = make_settings(DecodeConfig(), models.traits(MODEL), "none", 1)[0]
+    with torch.inference_mode():
+        batch.admit(0, PROMPTS[2], 24, own)
+        batch.step()
+        with pytest.raises(RuntimeError, match="no such luck"):
+            batch.step()
+        while batch.live:
+            batch.step()
+    assert calls[:2] == [21, 21]
+    assert batch.counts.drafted == batch.counts.accepted
+
+
 def test_passes_over_prompts_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """They would make the size that was asked for look dear, for as long as it is not asked for again."""
     batch = CausalBatch(MODEL, 2, 60, drafter=NGram(), sizer=(sizer := Measured(4)))
