@@ -1,5 +1,5 @@
-"""For tests of speculation: a small autoregressive model, and drafters that know the text, or half of it, and
-guess in every shape."""
+"""For tests of speculation: a small autoregressive model; drafters with random weights, and those that know
+the text, or half of it, and guess in every shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dparallel_ext import models
 from dparallel_ext.models import Model
-from dparallel_ext.speculation import Draft, Lane
+from dparallel_ext.speculation import BlockDrafter, Draft, DraftModel, Lane
 
 SIZES = {
     **{"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -29,6 +29,39 @@ def model_of(family: str = "qwen3", dtype: torch.dtype = torch.float32, **change
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=0.4)
     return model.to(dtype).eval()
+
+
+MODEL = model_of(eos_token_id=[5, 9])
+
+KINDS = {
+    "dflash": {"block": 9, "taps": [0, 1], "layers": 2},
+    "parallelspec": {"block": 5, "taps": [-1, 1], "layers": 1},
+}
+
+
+def config_of(kind: str, target: Model = MODEL, **changes: Any) -> dict[str, Any]:
+    said = KINDS[kind]
+    return {
+        **{key: target.config[key] for key in ("vocab_size", "hidden_size", "head_dim")},
+        **{"num_hidden_layers": said["layers"], "num_attention_heads": 4, "num_key_value_heads": 2},
+        **{"intermediate_size": 40, "rms_norm_eps": 1e-6, "rope_theta": 5000.0, "model_type": "qwen3"},
+        **{"num_target_layers": target.shape.layers, "block_size": said["block"]},
+        "dflash_config": {"mask_token_id": 60, "target_layer_ids": said["taps"]},
+        "dparallel": {"kind": kind, "target": models.fingerprint(target), "template": None},
+        **changes,
+    }
+
+
+def drafter_with(kind: str, target: Model = MODEL, **changes: Any) -> BlockDrafter:
+    """Random weights, large enough that every token of the context tells."""
+    torch.manual_seed(11)
+    model = DraftModel(config_of(kind, target, **changes))
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=0.4)
+        elif "norm" in name:
+            torch.nn.init.uniform_(p, 0.5, 1.5)
+    return BlockDrafter(model)
 
 
 class Knowing:

@@ -16,6 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Unpack
 
@@ -132,7 +133,7 @@ class Engine:
         model: Model,
         config: DecodeConfig | None = None,
         *,
-        drafter: Drafter | str | None = None,
+        drafter: Drafter | str | Path | None = None,
         draft_size: int | None = None,
         lanes: int = 16,
         max_length: int = 2048,
@@ -159,19 +160,7 @@ class Engine:
         self.cache, self.mask_id = kind.cache, kind.mask_id
         self._check(self.config)  # refused now, not with the first request
         kind.settings(self.config.replace(seed=0))
-        unit = kind.page_unit
-        page_size = whole("page_size", -(-32 // unit) * unit if page_size is None else page_size, 1, LARGEST)
-        unshared = "batch_invariant" if config.batch_invariant else kind.unshared
-        share = unshared is None if share is None else share
-        if share and unshared is not None:
-            raise ValueError(
-                f"share: goes with cache 'block' or an autoregressive model, and without batch_invariant, "
-                f"got {unshared}"
-            )
-        if share and page_size % unit:
-            raise ValueError(
-                f"page_size: expected a multiple of the blocks of {unit} to share pages, got {page_size}"
-            )
+        share, page_size = self._pages_of(share, page_size)
         per_lane = -(-max_length // page_size)
         pages = lanes * per_lane if pages is None else whole("pages", pages, 1, LARGEST)
         self.max_length, self.max_waiting = max_length, max_waiting
@@ -190,6 +179,23 @@ class Engine:
         scheduler = Scheduler(lanes=lanes, pages=pages, page_size=page_size, share=share)
         self.core = EngineCore(kind, batch, kv_cache, scheduler, share)
         self._start()
+
+    def _pages_of(self, share: bool | None, page_size: int | None) -> tuple[bool, int]:
+        """Whether pages are shared, and their size. Raises ValueError where the two do not go together."""
+        unit = self._kind.page_unit
+        page_size = whole("page_size", -(-32 // unit) * unit if page_size is None else page_size, 1, LARGEST)
+        unshared = "batch_invariant" if self.config.batch_invariant else self._kind.unshared
+        share = unshared is None if share is None else share
+        if share and unshared is not None:
+            raise ValueError(
+                "share: goes with cache 'block' or an autoregressive model, and without batch_invariant, "
+                f"got {unshared}"
+            )
+        if share and page_size % unit:
+            raise ValueError(
+                f"page_size: expected a multiple of the blocks of {unit} to share pages, got {page_size}"
+            )
+        return share, page_size
 
     def _start(self) -> None:
         """Begin the thread."""

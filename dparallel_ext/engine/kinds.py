@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -207,7 +208,7 @@ class Autoregressive(Kind):
     """Token by token, several a pass where a drafter guesses them."""
 
     def __init__(
-        self, model: Model, config: DecodeConfig, drafter: Drafter | str | None, draft_size: int | None
+        self, model: Model, config: DecodeConfig, drafter: Drafter | str | Path | None, draft_size: int | None
     ) -> None:
         check_causal(vars(config))
         self._model, self.config, self._drafter = causal_model(model), config, drafter_of(drafter)
@@ -257,7 +258,7 @@ class Autoregressive(Kind):
 
 
 def kind_of(
-    model: Model, config: DecodeConfig, drafter: Drafter | str | None, draft_size: int | None
+    model: Model, config: DecodeConfig, drafter: Drafter | str | Path | None, draft_size: int | None
 ) -> Kind:
     """Raises ValueError naming the argument that does not fit the model."""
     if traits(model).causal:

@@ -72,11 +72,15 @@ class _Session:
         pass
 
     def _best(
-        self, kv_cache: KVCache, spans: Sequence[Span], ids: Sequence[int], source: Sequence[int]
+        self,
+        kv_cache: KVCache,
+        metadata: AttentionMetadata,
+        ids: Sequence[int],
+        source: Sequence[int],
     ) -> list[int]:
         """The best token at some of the packed tokens of a pass."""
         device = self.model.device
-        metadata = kv_cache.metadata(spans, causal=self.model.causal).to(device)
+        metadata = metadata.to(device)
         with own_precision(self.model, device):
             x = self.model.step(torch.tensor(ids, device=device), kv_cache, metadata)
             logits = self.model.head(x[torch.tensor(source, device=device)])
@@ -90,6 +94,8 @@ class _Causal(_Session):
     def __init__(self, drafter: ModelDrafter, target: KVCache, lanes: int) -> None:
         super().__init__(drafter, target, lanes)
         self._kv_cache = self.model.new_cache(target.slots.shape[2], target.page_size, target.block_table)
+        self._pages = target
+        """It knows when pages are assigned, and so what of the metadata it may keep."""
         self._cached: list[list[int]] = [[] for _ in range(lanes)]
         """Of each lane, the tokens whose keys and values are there."""
 
@@ -111,12 +117,12 @@ class _Causal(_Session):
             going = [i for i, size in enumerate(sizes) if size > depth]
             for i in going:
                 cached, whole_text = self._cached[lanes[i].lane], texts[i] + drafts[i]
-                fresh = whole_text[len(cached) :]
                 spans.append(Span(lanes[i].lane, len(cached), len(whole_text), len(whole_text)))
-                ids += fresh
+                ids += whole_text[len(cached) :]
                 source.append(len(ids) - 1)
-                cached += fresh
-            for i, token in zip(going, self._best(self._kv_cache, spans, ids, source), strict=True):
+            metadata = self._pages.metadata(spans, causal=True)
+            for i, token in zip(going, self._best(self._kv_cache, metadata, ids, source), strict=True):
+                self._cached[lanes[i].lane] = texts[i] + drafts[i]
                 drafts[i].append(max(0, token))  # a bad row has no best token, and any guess will do
         return [Draft(tuple(draft)) for draft in drafts]
 
@@ -139,5 +145,5 @@ class _Diffusion(_Session):
             ids += [*text, *[self.model.mask_id] * (length - len(text))]
             at = first + len(text) - int(self.model.shift)
             source += range(at, at + size)
-        best = iter(self._best(self._kv_cache, spans, ids, source))
+        best = iter(self._best(self._kv_cache, self._kv_cache.metadata(spans), ids, source))
         return [Draft(tuple(max(0, next(best)) for _ in range(size))) for size in sizes]

@@ -104,6 +104,17 @@ def at_least(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name}: expected a whole number >= {least}{most}, got {value}")
 
 
+def check_kind(model: str, causal: bool, **given: Any) -> None:
+    """Raise ValueError for an option, None where it is not given, that is for another kind of model."""
+    for name, value in given.items():
+        of_causal = name in ("drafter", "draft_size")
+        if value is None or of_causal == causal:
+            continue
+        if causal:
+            raise ValueError(f"{name}: belongs to masked diffusion; {model} is autoregressive")
+        raise ValueError(f"{name}: {model} is a diffusion model, which takes none")
+
+
 def report() -> dict[str, Any]:
     """What was built, and what this machine has."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -196,11 +207,9 @@ def decode(
         infill = infill or bool(content.get("infill"))
         content.setdefault("gen_length", 0 if infill and not suffix else registry.gen_length(model))
         causal = registry.is_causal(model)
-        if not causal and (drafter is not None or draft_size is not None):
-            raise ValueError(f"drafter: {model} is a diffusion model, which takes none")
-        if causal and (suffix or policy):
-            name = "suffix" if suffix else "policy"
-            raise ValueError(f"{name}: belongs to masked diffusion; {model} is autoregressive")
+        check_kind(
+            model, causal, drafter=drafter, draft_size=draft_size, suffix=suffix or None, policy=policy
+        )
         asked = (causal_config_of if causal else config_of)(
             content,
             policy,
@@ -410,9 +419,7 @@ def serve(
         mask_id = take_mask(content, mask_id)
         content.setdefault("gen_length", registry.gen_length(model))
         causal = registry.is_causal(model)
-        for option, value in (("policy", policy), ("mask_id", mask_id)):
-            if causal and value is not None:
-                raise ValueError(f"{option}: belongs to masked diffusion, and {model} is autoregressive")
+        check_kind(model, causal, drafter=drafter, draft_size=draft_size, policy=policy, mask_id=mask_id)
         asked = (causal_config_of if causal else config_of)(
             content,
             policy,

@@ -20,12 +20,12 @@ import pytest
 import run_engine_ends
 import torch
 from conftest import golden
-from drafters import Knowing, model_of
+from drafters import KINDS, Knowing, drafter_with, model_of
 from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext.models import Model
-from dparallel_ext.speculation import Draft, Lane
+from dparallel_ext.speculation import Draft, Lane, ModelDrafter
 
 MODELS = {name: golden.model(name) for name in ("llada_tiny_a", "dream_tiny_a", "sdar_tiny_a")}
 MODELS["causal"] = model_of(vocab_size=512)
@@ -37,7 +37,7 @@ DIFFUSION = [
     ("sdar_tiny_a", "block"),
 ]
 """Models and caches."""
-CAUSAL = [("causal", "plain"), ("causal", "ngram"), ("causal", "chains"), ("causal", "trees")]
+CAUSAL = [("causal", way) for way in ("plain", "ngram", "chains", "trees", "model", "dflash", "parallelspec")]
 """And drafters."""
 BLOCK, LONGEST = 8, 56
 RAISED = [
@@ -203,6 +203,14 @@ def poisoned(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return stepped
 
 
+DRAFTERS = {
+    "plain": None,
+    "ngram": "ngram",
+    "model": ModelDrafter(model_of("llama", vocab_size=512, num_hidden_layers=1), most=4),
+    **{kind: drafter_with(kind, MODELS["causal"]) for kind in KINDS},
+}
+
+
 class Guessing(Knowing):
     """Guesses the tokens that the text has already, so that some are right."""
 
@@ -215,7 +223,7 @@ def engine_of(name: str, way: str, rng: random.Random) -> dx.Engine:
     lanes, own = rng.randint(1, 4), dict[str, Any]()
     if name == "causal":
         guessing = Guessing([], tree=way == "trees", right=0.0, seed=rng.randrange(99))
-        own["drafter"] = {"plain": None, "ngram": "ngram"}.get(way, guessing)
+        own["drafter"] = DRAFTERS.get(way, guessing)
         own["draft_size"] = rng.choice([None, 4])
     else:
         own = {"cache": way, "block_length": BLOCK}

@@ -12,17 +12,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import golden
-from drafters import Knowing, model_of
+from drafters import KINDS, MODEL, Knowing, drafter_with, model_of
 from engines import Gate, until
 from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext.cache import Span
-from dparallel_ext.models import Model
-from dparallel_ext.models.modules import Taps
-from dparallel_ext.speculation import Draft, Lane
-
-MODEL = model_of(eos_token_id=[5, 9])
+from dparallel_ext.models import Model, Taps
+from dparallel_ext.speculation import Draft, Lane, ModelDrafter
 
 
 def prompts_of(seed: int, count: int, longest: int = 30, first: int = 10) -> list[Tensor]:
@@ -176,10 +173,10 @@ class Remembering(Knowing):
 
     def context(self, ids: Tensor) -> Tensor:
         """What the model gives of them in a pass by themselves."""
-        cache, found = self.model.new_cache(1, len(ids)), Taps(self.taps)
+        cache, taps = self.model.new_cache(1, len(ids)), Taps(self.taps)
         metadata = cache.metadata([Span(0, 0, len(ids), len(ids))], causal=True)
-        self.model.step(ids, cache, metadata, taps=found)
-        return torch.stack([found[layer] for layer in self.taps], 1)
+        self.model.step(ids, cache, metadata, taps=taps)
+        return torch.stack([taps[layer] for layer in self.taps], 1)
 
 
 @pytest.mark.parametrize("tree", [False, True])
@@ -202,6 +199,67 @@ def test_a_shared_page_holds_what_a_drafter_keeps_of_it_too(tree: bool) -> None:
     assert results[-1].reused >= 40
     assert drafter.looks > 30
     assert len(drafter.resets) == len(prompts)
+
+
+def drafters_of(kind: str) -> Any:
+    if kind in KINDS:
+        return drafter_with(kind)
+    return ModelDrafter(model_of("llama", num_hidden_layers=1), most=4)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "model"])
+def test_drafters_guess_the_same_whoever_has_computed_the_pages(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a text they guess what they guess after it alone, on pages of their own, of others, and on such
+    as were another's before."""
+    common = prompts_of(1, 1, 31)[0].repeat(40)[:37]
+    lengths = [(37, 3), (37, 9), (20, 4), (37, 3), (30, 1), (20, 4), (12, 5)]
+    prompts = [torch.cat((common[:n], prompts_of(n + m, 1, m + 1, 20)[0])) for n, m in lengths]
+    prompts += prompts[:3]
+    own: dict[str, Any] = {"gen_length": 21, "eos_id": -1, "suppress": [60]}
+    seen: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+
+    def guesses(drafter: Any) -> Any:
+        """The same drafter, whose drafts are seen."""
+        session = drafter.session
+
+        def noted(*args: Any, **more: Any) -> Any:
+            made = session(*args, **more)
+            propose = made.propose
+
+            def proposed(lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:
+                drafts: list[Draft] = propose(lanes, sizes)
+                for lane, draft in zip(lanes, drafts, strict=True):
+                    seen.setdefault(tuple(lane.tokens.tolist()), []).append(draft.tokens)
+                return drafts
+
+            made.propose = proposed
+            return made
+
+        monkeypatch.setattr(drafter, "session", noted)
+        return drafter
+
+    expected = [
+        dx.speculate(MODEL, [p], drafter=guesses(drafters_of(kind)), draft_size=4, seed=[0], **own)
+        .responses[0]
+        .tolist()
+        for p in prompts
+    ]
+    assert expected == [alone(prompt, **own)[0] for prompt in prompts]
+    size: dict[str, Any] = {"max_length": 64, "page_size": 4, "pages": 34}
+    for lanes in (1, 2):
+        with dx.Engine(
+            MODEL, drafter=guesses(drafters_of(kind)), draft_size=4, lanes=lanes, **size
+        ) as engine:
+            found = [h.result(60) for h in [engine.submit(prompt, **own) for prompt in prompts]]
+        assert [done.tokens for done in found] == expected
+        assert sum(done.reused for done in found) > 100
+    assert len(seen) > 80
+    for text, drafts in seen.items():
+        # The longest is a draft of each length, since none is cut by how much room is left.
+        longest = max(drafts, key=len)
+        assert all(draft == longest[: len(draft)] for draft in drafts), text
 
 
 def test_streaming_and_drafts() -> None:

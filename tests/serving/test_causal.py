@@ -203,8 +203,8 @@ def test_the_command_serves_it(directory: Path, tmp_path: Path, monkeypatch: pyt
     assert serve("--config", str(file)).exit_code == 0
     assert (found[0][0].temperature, found[0][0].gen_length) == (0.5, 20)
     for options, said in (
-        (("--policy", "entropy:0.5"), "policy: belongs to masked diffusion, and "),
-        (("--mask-id", "3"), "mask_id: belongs to masked diffusion, and "),
+        (("--policy", "entropy:0.5"), "policy: belongs to masked diffusion; "),
+        (("--mask-id", "3"), "mask_id: belongs to masked diffusion; "),
         (("--cache", "dual"), "cache: belongs to masked diffusion; "),
         (("--block-length", "8"), "block_length: belongs to masked diffusion; "),
         (("--drafter", "medusa"), "drafter: expected a Drafter, "),
@@ -213,6 +213,7 @@ def test_the_command_serves_it(directory: Path, tmp_path: Path, monkeypatch: pyt
         done = serve(*options)
         assert (done.exit_code, done.stderr.count("\n")) == (2, 1), done.output
         assert said in done.stderr
-    done = serve("--drafter", "ngram", model=MODEL)
-    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
-    assert "drafter: belongs to autoregressive models, and LLaDA is a diffusion model" in done.stderr
+    for options, name in ((("--drafter", "ngram"), "drafter"), (("--draft-size", "2"), "draft_size")):
+        done = serve(*options, model=MODEL)
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+        assert f"{name}: {MODEL} is a diffusion model, which takes none" in done.stderr

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from drafters import Knowing
+from drafters import KINDS, MODEL, Knowing, drafter_with, model_of
 from safetensors.torch import load_file, save_file
-from test_speculate import MODEL, PROMPTS, model_of, plain
+from test_speculate import PROMPTS, plain
 from torch import Tensor
 
 import dparallel_ext as dx
@@ -21,42 +21,11 @@ from dparallel_ext import models
 from dparallel_ext.decoding.config import DecodeConfig
 from dparallel_ext.decoding.settings import make_settings
 from dparallel_ext.models import Model
-from dparallel_ext.speculation import BlockDrafter, CausalBatch, Draft, DraftModel, drafter_of
+from dparallel_ext.speculation import BlockDrafter, CausalBatch, Draft, drafter_of
 from dparallel_ext.speculation.dflash import default_taps
 from dparallel_ext.speculation.sizing import Fixed
 
 pytest_plugins = ["taping"]
-
-KINDS = {
-    "dflash": {"block": 9, "taps": [0, 1], "layers": 2},
-    "parallelspec": {"block": 5, "taps": [-1, 1], "layers": 1},
-}
-
-
-def config_of(kind: str, target: Model = MODEL, **changes: Any) -> dict[str, Any]:
-    said = KINDS[kind]
-    return {
-        **{key: target.config[key] for key in ("vocab_size", "hidden_size", "head_dim")},
-        **{"num_hidden_layers": said["layers"], "num_attention_heads": 4, "num_key_value_heads": 2},
-        **{"intermediate_size": 40, "rms_norm_eps": 1e-6, "rope_theta": 5000.0, "model_type": "qwen3"},
-        **{"num_target_layers": target.shape.layers, "block_size": said["block"]},
-        "dflash_config": {"mask_token_id": 60, "target_layer_ids": said["taps"]},
-        "dparallel": {"kind": kind, "target": models.fingerprint(target), "template": None},
-        **changes,
-    }
-
-
-def drafter_with(kind: str, target: Model = MODEL, **changes: Any) -> BlockDrafter:
-    """Random weights, large enough that every token of the context tells."""
-    torch.manual_seed(11)
-    model = DraftModel(config_of(kind, target, **changes))
-    for name, p in model.named_parameters():
-        if p.ndim == 2:
-            torch.nn.init.normal_(p, std=0.4)
-        elif "norm" in name:
-            torch.nn.init.uniform_(p, 0.5, 1.5)
-    return BlockDrafter(model)
-
 
 # --- the whole computation in plain torch ---------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import golden
-from drafters import SIZES, Knowing, model_of
+from drafters import MODEL, SIZES, Knowing, model_of
 from torch import Tensor
 
 import dparallel_ext as dx
@@ -20,7 +20,6 @@ from dparallel_ext.models import Model
 from dparallel_ext.speculation import CausalBatch, Draft, Measured, ModelDrafter, NGram
 from dparallel_ext.speculation.sizing import Fixed
 
-MODEL = model_of(eos_token_id=[5, 9])
 PROMPTS = [torch.randint(10, 61, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 1, 20, 70)]
 
 
@@ -273,6 +272,31 @@ def test_diffusion_models_draft() -> None:
             assert int(found.drafted.sum()) > 0
         with pytest.raises(ValueError, match=r"drafter: .* has a vocabulary of .* and the model one of 61"):
             plain(drafter=diffusion)
+
+
+def test_a_draft_that_failed_is_made_again_from_the_whole_text() -> None:
+    """A drafter that is the model itself is right wherever it has seen the text."""
+    itself = ModelDrafter(model_of(), most=4)
+    step, calls = itself.model.step, list[int]()
+
+    def failing(*args: Any, **more: Any) -> Tensor:
+        calls.append(len(args[0]))
+        if len(calls) == 1:
+            raise RuntimeError("no such luck")
+        return step(*args, **more)
+
+    itself.model.step = failing  # type: ignore[method-assign]
+    batch = CausalBatch(MODEL, 1, 60, drafter=itself)
+    own = make_settings(DecodeConfig(), models.traits(MODEL), "none", 1)[0]
+    with torch.inference_mode():
+        batch.admit(0, PROMPTS[2], 24, own)
+        batch.step()
+        with pytest.raises(RuntimeError, match="no such luck"):
+            batch.step()
+        while batch.live:
+            batch.step()
+    assert calls[:2] == [21, 21]
+    assert batch.counts.drafted == batch.counts.accepted
 
 
 def test_passes_over_prompts_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
