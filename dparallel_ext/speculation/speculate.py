@@ -78,9 +78,10 @@ def speculate(
         config: how the prompts are decoded; default: `DecodeConfig()`. What is about masks (block_length,
             threshold, rule, cache and the like) belongs to `decode`.
         drafter: what guesses tokens, see `speculation`: a `Drafter`; "ngram" (what followed when the text
-            last ended so; "ngram:N" with up to N tokens compared); the path of a drafter with weights (`dparallel
-            drafter` trains one; `speculation.load` reads it, and the published DFlash checkpoints); or a
-            model of ours of the same vocabulary, autoregressive or of masked diffusion. None: plain decoding.
+            last ended so; "ngram:N" with up to N tokens compared); the path of a drafter with weights
+            (`dparallel drafter` trains one; `speculation.load` reads it, and the published DFlash
+            checkpoints); or a model of ours of the same vocabulary, autoregressive or of masked diffusion.
+            None: plain decoding.
         draft_size: the most nodes of a draft. None: as many as bring the most tokens per second, by the
             seconds that passes of each size take here and by what is accepted; the text is the same, and so
             are the passes only with a number.

@@ -236,6 +236,22 @@ def test_its_context_lies_in_pages_like_the_targets(page_size: int) -> None:
     assert heard.compare(MODEL) > 160
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_engines_shared_pages_hold_its_context_too(kind: str) -> None:
+    """And few pages, evicted and used again."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randint(10, 60, (24,), generator=generator)
+    prompts = [torch.cat((common, torch.randint(10, 60, (n,), generator=generator))) for n in range(1, 7)]
+    expected = plain(prompts=prompts, gen_length=20)
+    heard = Heard(drafter_with(kind), Knowing(list(expected.sequences), right=0.7))
+    settings: dict[str, Any] = {"lanes": 2, "max_length": 64, "page_size": 8, "pages": 14, "draft_size": 4}
+    with dx.Engine(MODEL, drafter=heard, **settings) as engine:
+        results = [h.result(60) for h in [engine.submit(p, gen_length=20, eos_id=-1) for p in prompts]]
+    assert [result.tokens for result in results] == [response.tolist() for response in expected.responses]
+    assert [result.reused for result in results[2:]] == [24] * 4
+    assert heard.compare(MODEL) > 100
+
+
 def test_a_draft_ends_with_the_sequences_own_slots() -> None:
     """Lanes lie behind each other in one page: a row too many would overwrite the next one's."""
     drafter = Heard(drafter_with("dflash"))
