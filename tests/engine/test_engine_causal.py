@@ -17,7 +17,9 @@ from engines import Gate, until
 from torch import Tensor
 
 import dparallel_ext as dx
+from dparallel_ext.cache import Span
 from dparallel_ext.models import Model
+from dparallel_ext.models.modules import Taps
 from dparallel_ext.speculation import Draft, Lane
 
 MODEL = model_of(eos_token_id=[5, 9])
@@ -174,11 +176,9 @@ class Remembering(Knowing):
 
     def context(self, ids: Tensor) -> Tensor:
         """What the model gives of them in a pass by themselves."""
-        from dparallel_ext.cache import Span
-
-        cache, found = self.model.new_cache(1, len(ids)), dict[int, Tensor]()
+        cache, found = self.model.new_cache(1, len(ids)), Taps(self.taps)
         metadata = cache.metadata([Span(0, 0, len(ids), len(ids))], causal=True)
-        self.model.step(ids, cache, metadata, tap=found.__setitem__)
+        self.model.step(ids, cache, metadata, taps=found)
         return torch.stack([found[layer] for layer in self.taps], 1)
 
 
