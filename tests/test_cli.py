@@ -226,6 +226,7 @@ NUMBERS: dict[tuple[str, ...], dict[str, tuple[object, ...]]] = {
         "seed": (-1, 10**20),
         "mask-id": (-1, 10**20),
         "taps": ("x", "1,"),
+        "temperature": (-1, "nan"),
         **dict.fromkeys(("kind", "loss"), ("x",)),
     },
 }

@@ -568,6 +568,7 @@ def drafter(
     ] = None,
     loss: Annotated[str, typer.Option(help="d-pace or exp")] = "d-pace",
     gen_length: Annotated[int | None, typer.Option(help="tokens; default 64 built-in, 256 else")] = None,
+    temperature: Annotated[float, typer.Option(help="of the answers that it learns from")] = 0.0,
     seed: int = 0,
     save_every: Annotated[int, typer.Option(help="steps between states that a run can go on from")] = 250,
     evaluate: Annotated[int, typer.Option(help="prompts that it is judged by and does not learn from")] = 500,
@@ -595,6 +596,7 @@ def drafter(
             mask_id=mask_id,
             loss=loss,
             gen_length=registry.gen_length(target) if gen_length is None else gen_length,
+            temperature=temperature,
             seed=seed,
         )
         report = drafters.run(

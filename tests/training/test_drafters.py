@@ -128,6 +128,25 @@ def test_it_learns_what_can_be_known(tmp_path: Path, kind: str) -> None:
     assert held["passes"] < 8
 
 
+def test_answers_are_the_targets_own(target: Path, tmp_path: Path) -> None:
+    """Greedy or sampled, whatever they are computed beside."""
+    model = registry.load(str(target))[0].float()
+    prompts = [torch.arange(3, 3 + n) for n in (4, 9, 1)]
+    for temperature in (0.0, 1.0):
+        settings = replace(TINY, temperature=temperature, seed=2)
+        found = drafters.answer_all(model, prompts, settings, 7)
+        for number, (prompt, (ids, length)) in enumerate(zip(prompts, found, strict=True)):
+            (alone,) = drafters.answer_all(model, [prompt], settings, 7 + number)
+            assert torch.equal(ids, alone[0])
+            assert length == len(prompt)
+            assert torch.equal(ids[:length], prompt)
+            ended = (ids[length:] == model.eos_id).nonzero()[:, 0].tolist()
+            assert ended == [len(ids) - length - 1] or (not ended and len(ids) - length == 12)
+    run(target, tmp_path / "a", replace(TINY, temperature=1.0))
+    with pytest.raises(ValueError, match="holds answers of another run"):
+        run(target, tmp_path / "a")
+
+
 def test_blocks_are_packed_as_a_loop_would() -> None:
     answers = [(torch.arange(100, 100 + n), p) for n, p in ((12, 3), (9, 7), (20, 2))]
     config = drafters.config_of(

@@ -74,6 +74,8 @@ class Settings:
     loss: str = "d-pace"
     gen_length: int = 256
     """Of the answers at most."""
+    temperature: float = 0.0
+    """Of the answers: what is decoded at a higher one goes ways that the likeliest answers never went."""
     muon_lr: float = 3e-3
     adam_lr: float = 2e-3
     weight_decay: float = 0.01
@@ -99,6 +101,8 @@ class Settings:
         for name in ("weight_decay", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
+        if not 0 <= self.temperature <= 100:
+            raise ValueError(f"temperature: expected a number from 0 to 100, got {self.temperature}")
         if not 0 <= whole("seed", self.seed, 0) < MOST_SEEDS:
             raise ValueError(f"seed: expected a whole number >= 0 and < {MOST_SEEDS}, got {self.seed}")
 
@@ -155,7 +159,7 @@ def run(
     check_prompts(model, [*learned, *judged], dx.DecodeConfig())
     directory = files.directory("out", out)
     with files.locked("out", directory), files.full_disk_named(directory):
-        answers = _answers(directory, model, learned, settings.gen_length, answer_batch, progress)
+        answers = _answers(directory, model, learned, settings, answer_batch, progress)
         drafter, report = _train(directory, model, answers, config, settings, save_every, progress)
         drafter.save(directory)
         report |= {"target": target, "data": data, "answers": len(answers)}
@@ -257,10 +261,17 @@ Answer = tuple[Tensor, int]
 
 
 def _answers(
-    directory: Path, model: models.Model, prompts: list[Tensor], gen_length: int, batch: int, progress: bool
+    directory: Path,
+    model: models.Model,
+    prompts: list[Tensor],
+    settings: Settings,
+    batch: int,
+    progress: bool,
 ) -> list[Answer]:
     """The target's answers, those that are in the directory as they are there; too short ones left out."""
-    said = {"gen_length": gen_length, "target": models.fingerprint(model)}
+    said: dict[str, Any] = {"target": models.fingerprint(model), "gen_length": settings.gen_length}
+    if settings.temperature:
+        said |= {"temperature": settings.temperature, "seed": settings.seed}
     parts = [prompts[first : first + SHARD] for first in range(0, len(prompts), SHARD)]
     bar = _bar(progress, len(prompts), "answers", "prompt")
     found: list[Answer] = []
@@ -273,7 +284,7 @@ def _answers(
             answers = [
                 answer
                 for first in range(0, len(part), batch)
-                for answer in answer_all(model, part[first : first + batch], gen_length)
+                for answer in answer_all(model, part[first : first + batch], settings, number * SHARD + first)
             ]
             tensors = {
                 "ids": torch.cat([ids for ids, _ in answers]).int(),
@@ -292,9 +303,17 @@ def _answers(
     return found
 
 
-def answer_all(model: models.Model, prompts: Sequence[Tensor], gen_length: int) -> list[Answer]:
-    """The target's own texts, up to and with the end token."""
-    out = dx.speculate(model, list(prompts), gen_length=gen_length)
+def answer_all(
+    model: models.Model, prompts: Sequence[Tensor], settings: Settings, first: int = 0
+) -> list[Answer]:
+    """The target's own texts, up to and with the end token; first: the number of the first prompt."""
+    out = dx.speculate(
+        model,
+        list(prompts),
+        gen_length=settings.gen_length,
+        temperature=settings.temperature,
+        seed=[settings.seed * 1_000_003 + first + i for i in range(len(prompts))],
+    )
     ends = [len(prompt) + int(n) for prompt, n in zip(prompts, out.generated, strict=True)]
     return [
         (row[:end].cpu(), len(prompt)) for row, end, prompt in zip(out.sequences, ends, prompts, strict=True)
