@@ -211,7 +211,8 @@ class Autoregressive(Kind):
         self, model: Model, config: DecodeConfig, drafter: Drafter | str | Path | None, draft_size: int | None
     ) -> None:
         check_causal(vars(config))
-        self._model, self.config, self._drafter = causal_model(model), config, drafter_of(drafter)
+        self._model, self.config = causal_model(model), config
+        self._drafter = drafter_of(drafter, self._model.device)
         if self._drafter is not None:
             self._drafter.check(model)
         self._sizer = sizer_of(self._drafter, draft_size)

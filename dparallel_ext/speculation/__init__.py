@@ -3,13 +3,14 @@
 from .batch import CausalBatch
 from .dflash import BlockDrafter, DraftModel, load
 from .draft import Draft
-from .drafter import Drafter, DraftSession, Lane, drafter_of
+from .drafter import NAMED, Drafter, DraftSession, Lane, drafter_of
 from .ngram import NGram
 from .sizing import Fixed, Measured, Sizer
 from .speculate import SpeculateOutput, speculate
 from .whole_models import ModelDrafter
 
 __all__ = [
+    "NAMED",
     "BlockDrafter",
     "CausalBatch",
     "Draft",

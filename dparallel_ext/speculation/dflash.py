@@ -273,6 +273,11 @@ class BlockDrafter:
             replaced.enter_context(files.replacing(weights)).write_bytes(save(tensors, metadata))
 
 
+def is_drafter(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is a drafter's: its families are those of models."""
+    return "dflash_config" in config or OURS in config
+
+
 def load(path: str | Path) -> BlockDrafter:
     """Read a drafter: a directory with config.json and model.safetensors, or one .safetensors file.
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..arguments import shown
 from ..cache import AttentionMetadata, KVCache
-from ..models import Model
+from ..models import FAMILIES, Model, load
+from ..models.files import read_json
 from . import dflash
 from .draft import Draft
 from .ngram import NGram
@@ -86,11 +87,15 @@ class Drafter(Protocol):
         share this too."""
 
 
-def drafter_of(given: Any) -> Drafter | None:
-    """A drafter, its name ("ngram", "ngram:4"), its file's path (see `dflash.load`), or a model that drafts;
-    None stays None.
+NAMED: dict[str, Path] = {}
+"""Drafters that have a name, as "builtin:dflash": `dparallel.registry` names those that ship, models too."""
 
-    Raises ValueError for anything else, and as `dflash.load`.
+
+def drafter_of(given: Any, device: torch.device | str | None = None) -> Drafter | None:
+    """A drafter; the name of one ("ngram", "ngram:4", or one of `NAMED`); the path of one with weights (see
+    `dflash.load`), or of a model that drafts, which is loaded onto `device`; or such a model. None stays None.
+
+    Raises ValueError for anything else, and as `dflash.load` and `models.load`.
     """
     if given is None or (isinstance(given, Drafter) and not isinstance(given, (str, Path))):
         return given
@@ -102,15 +107,26 @@ def drafter_of(given: Any) -> Drafter | None:
             if colon and not argument.isdecimal():
                 raise ValueError(f'drafter: expected "ngram" or "ngram:N", got {shown(given)}')
             return NGram(int(argument)) if colon else NGram()
-    named = isinstance(given, str) and (
-        "/" in given or given.endswith(".safetensors") or Path(given).exists()
-    )
-    if named or isinstance(given, Path):
+    path = NAMED.get(given, given) if isinstance(given, str) else given
+    if isinstance(path, Path) or (isinstance(path, str) and _is_path(path)):
         try:
-            return dflash.load(given)
+            return ModelDrafter(load(path, device=device)) if _is_model(Path(path)) else dflash.load(path)
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"drafter: {str(error).removeprefix('path: ')}") from error
     raise ValueError(
-        'drafter: expected a Drafter, the name "ngram", the path of one or None for plain decoding, '
-        f"got {shown(given)}"
+        f"drafter: expected a Drafter, a name ({', '.join(['ngram', *NAMED])}), the path of one, a model, or "
+        f"None for plain decoding, got {shown(given)}"
     )
+
+
+def _is_path(text: str) -> bool:
+    return "/" in text or text.endswith(".safetensors") or Path(text).exists()
+
+
+def _is_model(path: Path) -> bool:
+    """Whether a directory holds a language model, and not a drafter, whose config names the same families."""
+    file = path / "config.json"
+    if not file.is_file():
+        return False
+    config = read_json(file, required=True)
+    return config.get("model_type") in FAMILIES and not dflash.is_drafter(config)

@@ -7,9 +7,10 @@ A pass over n more rows takes L(n) seconds and brings tau(n) tokens; drafts are 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Sizer(Protocol):
@@ -103,3 +104,19 @@ class Measured:
     def learn(self, asked: int, taken: int) -> None:
         for at in range(min(asked, taken + 1)):
             self._accepted[at] += self.PART * ((at < taken) - self._accepted[at])
+
+
+REMEMBERED = 16
+"""Drafters of a model whose measurements are kept."""
+
+_measured: weakref.WeakKeyDictionary[Any, dict[Hashable, Measured]] = weakref.WeakKeyDictionary()
+
+
+def measured(model: Any, drafter: Hashable, most: int) -> Measured:
+    """What earlier calls with this model and drafter have measured, so that the next goes on from there."""
+    known = _measured.setdefault(model, {})
+    found = known.pop(drafter, None) or Measured(most)
+    known[drafter] = found
+    while len(known) > REMEMBERED:
+        del known[next(iter(known))]
+    return found

@@ -5,7 +5,7 @@ How: `batch`. What guesses: `drafter`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
@@ -21,7 +21,7 @@ from ..decoding.settings import make_settings
 from ..models import Model, for_decoding, traits, warn_beyond
 from .batch import CausalBatch
 from .drafter import Drafter, drafter_of
-from .sizing import Fixed, Measured, Sizer
+from .sizing import Fixed, Measured, Sizer, measured
 
 OF_DIFFUSION = (
     *("infill", "block_length", "sub_block_length", "steps", "threshold", "selector", "policy", "rule"),
@@ -107,7 +107,7 @@ def speculate(
         size = len(prompts)
         model = causal_model(model)
         eos_ids = end_ids(model, config)
-        drafter = drafter_of(drafter)
+        given, drafter = drafter, drafter_of(drafter, model.device)
         if drafter is not None:
             drafter.check(model)
         counts = arguments.numbers("gen_length", config.gen_length, size, 0)
@@ -122,7 +122,7 @@ def speculate(
             size,
             max(lengths, default=0),
             drafter=drafter,
-            sizer=sizer_of(drafter, draft_size),
+            sizer=sizer_of(drafter, draft_size, lambda most: measured(model, given, most)),
             pad_id=eos_ids[0] if eos_ids else 0,
             batch_invariant=config.batch_invariant,
             graphs=config.graphs,
@@ -179,10 +179,13 @@ def end_ids(model: Model, config: DecodeConfig) -> tuple[int, ...]:
     return () if eos < 0 else (eos,)
 
 
-def sizer_of(drafter: Drafter | None, draft_size: int | None) -> Sizer:
+def sizer_of(
+    drafter: Drafter | None, draft_size: int | None, measured: Callable[[int], Sizer] = Measured
+) -> Sizer:
+    """measured: makes the sizer of a drafter's most nodes, where no size is given."""
     if draft_size is not None:
         return Fixed(arguments.whole("draft_size", draft_size, 0))
-    return Fixed(0) if drafter is None else Measured(drafter.most)
+    return Fixed(0) if drafter is None else measured(drafter.most)
 
 
 def _run(batch: CausalBatch, streamer: Any, bar: Any) -> None:

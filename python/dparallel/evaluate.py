@@ -210,7 +210,8 @@ def evaluate_drafter(
     correct = passes = drafts = tokens = 0
     drafted, accepted = [0] * 0, [0] * 0
     found: dict[str, list[int]] = {}
-    made = dx.speculation.drafter_of(drafter)
+    made = dx.speculation.drafter_of(drafter, model.device)
+    size = made.most if made is not None and draft_size is None else draft_size  # so that passes compare
     began = time.perf_counter()
     for group in _groups(problems, seed, encode).values():
         for at in range(0, len(group), batch):
@@ -220,7 +221,7 @@ def evaluate_drafter(
                 [ids for _, ids in part],
                 gen_length=tasks.GEN_LENGTH,
                 drafter=made,
-                draft_size=draft_size,
+                draft_size=size,
             )
             kept = [r[:n].tolist() for r, n in zip(out.responses, out.kept.tolist(), strict=True)]
             answers = tokenizer.decode_batch(kept)

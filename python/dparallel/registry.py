@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dparallel_ext import models
+from dparallel_ext import models, speculation
 from dparallel_ext.rules import learned
 
 from . import text, tokenizer
@@ -37,6 +37,14 @@ def directory_of(name: str) -> Path:
         raise FileNotFoundError(said)
     return directory
 
+
+DRAFTERS = {
+    f"builtin:{file.stem}": file
+    for file in sorted((BUILTIN / "causal").glob("*.safetensors"))
+    if file.stem != "model"
+}
+"""Of builtin:causal, by what `speculate` and the command line call them."""
+speculation.NAMED.update(DRAFTERS | {name: BUILTIN / name.removeprefix("builtin:") for name in builtins()})
 
 FILTER = "filter.safetensors"
 """In a built-in model's directory, what "learned:builtin:NAME" reads."""

@@ -139,7 +139,7 @@ def run(
     if log_level not in uvicorn.config.LOG_LEVELS:
         raise ValueError(f"log_level: expected one of {list(uvicorn.config.LOG_LEVELS)}, got {log_level!r}")
     directory = registry.directory_of(model)
-    guessing = drafter_of(drafter)
+    guessing = drafter_of(drafter, dx.models.device_of(device))
     if not host.strip():  # an unset variable must not open the server either
         raise ValueError("host: expected a name or an address (0.0.0.0: every one), got an empty one")
     given = {key: value for key, value in settings.items() if value is not None}
