@@ -93,7 +93,7 @@ NAMED: dict[str, Path] = {}
 
 def drafter_of(given: Any, device: torch.device | str | None = None) -> Drafter | None:
     """A drafter; the name of one ("ngram", "ngram:4", or one of `NAMED`); the path of one with weights (see
-    `dflash.load`), or of a model that drafts, which is loaded onto `device`; or such a model. None stays None.
+    `dflash.load`), or of a model that drafts, loaded onto `device`; or such a model. None stays None.
 
     Raises ValueError for anything else, and as `dflash.load` and `models.load`.
     """

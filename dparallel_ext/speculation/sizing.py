@@ -112,7 +112,7 @@ REMEMBERED = 16
 _measured: weakref.WeakKeyDictionary[Any, dict[Hashable, Measured]] = weakref.WeakKeyDictionary()
 
 
-def measured(model: Any, drafter: Hashable, most: int) -> Measured:
+def measured(model: Any, drafter: Any, most: int) -> Measured:
     """What earlier calls with this model and drafter have measured, so that the next goes on from there."""
     known = _measured.setdefault(model, {})
     found = known.pop(drafter, None) or Measured(most)
