@@ -25,18 +25,19 @@ class ModelDrafter:
 
     Args:
         model: one of ours, of the target's vocabulary and on its device.
-        most: the most tokens of a draft.
+        most: the most tokens of a draft. None: 8 token by token, 16 in one pass.
         canvas: of a diffusion model: masks behind the text, the draft's among them, as far as there is room.
             Models of this kind see an end where the canvas ends. None: as many as there is room for.
     """
 
-    def __init__(self, model: Any, *, most: int = 8, canvas: int | None = None) -> None:
+    def __init__(self, model: Any, *, most: int | None = None, canvas: int | None = None) -> None:
         found = for_decoding(model)
         if not isinstance(found, Model):
             raise ValueError(f"drafter: expected one of dparallel_ext.models, got {type(found).__name__}")
         if not found.causal and found.mask_id is None:
             raise ValueError("drafter: the diffusion model's config has no mask_token_id")
-        self.model, self.most = found, whole("most", most, 1)
+        self.model = found
+        self.most = (8 if found.causal else 16) if most is None else whole("most", most, 1)
         self.canvas = None if canvas is None else whole("canvas", canvas, 1)
 
     def __repr__(self) -> str:

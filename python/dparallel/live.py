@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -27,7 +27,7 @@ class LiveText:
         self.prompt_seen = False
         self.live: Any = None
 
-    def __enter__(self) -> LiveText:
+    def __enter__(self) -> Self:
         from rich.live import Live
 
         if self.console.is_terminal:

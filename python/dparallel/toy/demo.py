@@ -17,8 +17,11 @@ from . import tasks
 POLICIES = (evaluate.ONE, "confidence:0.9", "entropy:0.5")
 LEGEND = (
     f"{HIDDEN} is a masked token, · the end of the text. A pass is one run of the model over the text, and a "
-    "policy decides which predictions stay. The student is the teacher, distilled to need fewer passes."
+    "policy decides which predictions stay. The student is the teacher, distilled to need fewer passes. The "
+    "causal model writes from left to right, and a pass keeps what a drafter guessed right."
 )
+DRAFTER = "builtin:dflash"
+DRAFTERS = (evaluate.PLAIN, "ngram", *registry.DRAFTERS, "builtin:student")
 
 
 def run(
@@ -45,7 +48,7 @@ def run(
     console.print(f"{problems} held-out problems, {tasks.GEN_LENGTH} tokens each:\n", highlight=False)
     console.print(evaluate.HEADING, style="bold")
     rows = []
-    for row in evaluate.sweep(names, POLICIES, problems=problems):
+    for row in evaluate.sweep(names, POLICIES, problems=problems, drafters=DRAFTERS):
         rows.append(row)
         console.print(evaluate.line(row), highlight=False)
     files.write_json(directory / "table.json", rows)
@@ -58,6 +61,9 @@ def _show(name: str, problem: tasks.Problem, directory: Path, delay: float, cons
     model, tokenizer = registry.load(name)
     prompt = torch.tensor([tokenizer.encode(problem.prompt).ids])
     console.print(f"\n[bold]{name}[/bold]\n", highlight=False)
+    picture = directory / f"response-{Path(name.removeprefix('builtin:')).name}.png"
+    if model.causal:
+        return _show_drafted(name, model, tokenizer, prompt, problem, picture, delay, console)
     assert model.mask_id is not None
     with LiveText(console, tokenizer, model.mask_id, delay) as streamer:
         answer = dx.decode(
@@ -81,7 +87,6 @@ def _show(name: str, problem: tasks.Problem, directory: Path, delay: float, cons
     )
     assert answer.trajectory is not None
     words = [tokenizer.id_to_token(t) for t in ids]
-    picture = directory / f"response-{Path(name.removeprefix('builtin:')).name}.png"
     plots.response_by_pass(
         ["·" if word == tasks.EOS else word for word in words],
         answer.trajectory.step[0].tolist(),
@@ -89,3 +94,49 @@ def _show(name: str, problem: tasks.Problem, directory: Path, delay: float, cons
         title=f"{problem.prompt}   ({name}: {answer.forwards} passes, entropy 0.5)",
     )
     return picture
+
+
+def _show_drafted(
+    name: str,
+    model: dx.models.Model,
+    tokenizer: Any,
+    prompt: torch.Tensor,
+    problem: tasks.Problem,
+    picture: Path,
+    delay: float,
+    console: Any,
+) -> Path:
+    """An autoregressive model's answer, a line for each pass and what it keeps of its draft."""
+    drafter = DRAFTER if name == "builtin:causal" else "ngram"
+    with Passes(console, tokenizer, None, delay, causal=True) as streamer:
+        answer = dx.speculate(
+            model, prompt, gen_length=tasks.GEN_LENGTH, drafter=drafter, draft_size=15, streamer=streamer
+        )
+    kept = int(answer.kept[0])
+    text = tokenizer.decode(answer.responses[0][:kept].tolist())
+    verdict = "right" if tasks.is_correct(problem, text) else f"wrong, it is {problem.answer}"
+    console.print(
+        f"\nanswer {tasks.extract_answer(text)} ({verdict}): {kept} tokens and the end in {answer.forwards} "
+        f"passes, drafted by {drafter}; without a draft {kept + 1} passes give the same text\n",
+        highlight=False,
+    )
+    words = [tokenizer.id_to_token(token) for token in answer.responses[0][: kept + 1].tolist()]
+    plots.response_by_pass(
+        ["·" if word == tasks.EOS else word for word in words],
+        streamer.of_token,
+        picture,
+        title=f"{problem.prompt}   ({name}: {answer.forwards} passes, {drafter})",
+    )
+    return picture
+
+
+class Passes(LiveText):
+    """It also notes the pass that each token came in."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.of_token: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        super().put(value)
+        self.of_token += [self.passes] * (len(self.done) - len(self.of_token))
