@@ -1,6 +1,7 @@
 """block_attention: 32 queries of each sequence to caches, of one length or ragged, in bfloat16.
 
-On a CPU the heads are SDAR-8B's, 32 over 8 key heads, and lengths go down to half.
+On a CPU the heads are SDAR-8B's, 32 over 8 key heads, and lengths go down to half. A verify pass is causal:
+1, 16 or 64 rows, the last of their cache, with Qwen3-8B's heads; torch gets the same by a mask.
 
 Floor: the keys and values that are seen, read once, and queries and output.
 """
@@ -20,7 +21,9 @@ from . import baselines
 from .harness import CPU, OURS, Case, Work, close, on_cpu, random, sets_of
 
 QUERIES, DIM = 32, 128
-HEADS = {"LLaDA": (32, 32), "Dream": (28, 4), "SDAR": (32, 8)}
+HEADS = {"LLaDA": (32, 32), "Dream": (28, 4), "SDAR": (32, 8), "Qwen3": (32, 8)}
+ROWS = (1, 16, 64)
+"""Of a verify pass."""
 MASKED, BY_SEQUENCE = "SDPA, padded, with a mask", "SDPA, one sequence after another"
 
 
@@ -33,18 +36,22 @@ def work(
     kv_heads: int,
     dim: int,
     ragged: bool = False,
+    rows: int = QUERIES,
+    causal: bool = False,
 ) -> Work:
     """Against contiguous caches (B, Hkv, length, D). `ragged`: lengths from `length` down to half of it."""
-    q = random(device, batch, QUERIES, heads, dim)
+    q = random(device, batch, rows, heads, dim)
     sizes = [length - length // 2 * b // batch if ragged else length for b in range(batch)]
     lengths, shape = torch.tensor(sizes, device=device), (batch, kv_heads, length, dim)
     bytes_ = 2 * (2 * sum(sizes) * kv_heads * dim) + 2 * q.nbytes
     sets = sets_of(bytes_, device, small)
     data = [(random(device, *shape), random(device, *shape)) for _ in range(sets)]
 
+    seen = torch.ones(rows, length, dtype=torch.bool, device=device).tril(length - rows) if causal else None
+
     def sdpa(turn: int, at: int) -> Tensor:
         grouped = heads != kv_heads
-        y = functional.scaled_dot_product_attention(q.transpose(1, 2), *data[at], enable_gqa=grouped)
+        y = functional.scaled_dot_product_attention(q.transpose(1, 2), *data[at], seen, enable_gqa=grouped)
         return y.transpose(1, 2)
 
     peers = {"torch SDPA": sdpa}
@@ -54,8 +61,13 @@ def work(
             BY_SEQUENCE: lambda turn, at: baselines.attention_by_sequence(q, *data[at], sizes),
         }
     return Work(
-        {**peers, OURS: lambda turn, at: dx.block_attention(q, *data[at], lengths, max_kv_len=length)},
-        [(bytes_, 4 * QUERIES * sum(sizes) * heads * dim, 1)],
+        {
+            **peers,
+            OURS: lambda turn, at: dx.block_attention(
+                q, *data[at], lengths, causal=causal, max_kv_len=length
+            ),
+        },
+        [(bytes_, 4 * rows * sum(sizes) * heads * dim, 1)],
         sets=sets,
         graphs=(OURS, "torch SDPA"),
         agree=lambda found, expected: close(found, expected, rtol=0.02, atol=0.02),
@@ -67,6 +79,21 @@ def case(family: str, batch: int, length: int) -> Case:
     parameters = {"batch": batch, "length": length, "heads": heads, "kv_heads": kv_heads, "dim": DIM}
     name = f"block_attention, {family} heads, batch {batch}, length {length}"
     return Case(name, "block_attention", work, parameters, ("cold", "graph"))
+
+
+def verify_case(rows: int, length: int = 4096) -> Case:
+    heads, kv_heads = HEADS["Qwen3"]
+    parameters = {"batch": 1, "length": length, "heads": heads, "kv_heads": kv_heads, "dim": DIM}
+    name = f"block_attention, verify of {rows} rows, length {length}"
+    made = {**parameters, "rows": rows, "causal": True}
+    return Case(name, "block_attention", work, made, ("cold", "graph"))
+
+
+@pytest.mark.parametrize("contender", ["torch SDPA", OURS])
+@pytest.mark.parametrize("rows", ROWS)
+def test_verify(benchmark: Any, read_bandwidth: float, rows: int, contender: str) -> None:
+    step = work(CPU, False, 1, 4096, *HEADS["Qwen3"], DIM, rows=rows, causal=True)
+    on_cpu(benchmark, f"block_attention, verify of {rows} rows", step, contender, read_bandwidth, rounds=20)
 
 
 @pytest.mark.parametrize("contender", [MASKED, BY_SEQUENCE, OURS])

@@ -68,6 +68,7 @@ CASES = (
     bench_select.CASE,
     bench_commit.CASE,
     *(bench_accept.case(rows) for rows in bench_accept.ROWS),
+    *(bench_block_attention.verify_case(rows) for rows in bench_block_attention.ROWS),
     _step("LLaDA-8B", 8),
     _decode("LLaDA-8B", "none", 8),
     *(_attention("LLaDA", batch, length) for batch, length in ((1, 4096), (1, 32768), (64, 512), (8, 4096))),

@@ -6,9 +6,9 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -184,6 +184,13 @@ def evaluate(
     }
 
 
+class Answer(NamedTuple):
+    """The ids of a prompt and of its response, without the end."""
+
+    prompt: list[int]
+    tokens: list[int]
+
+
 def evaluate_drafter(
     model_name: str,
     drafter: str | None,
@@ -194,11 +201,11 @@ def evaluate_drafter(
     batch: int = 100,
     device: str | None = None,
     loaded: tuple[Any, Any] | None = None,
-    texts: list[list[int]] | None = None,
+    answers: list[Answer] | None = None,
 ) -> dict[str, Any]:
     """The same problems with an autoregressive model, each to its end, drafted by `drafter` (None: plain).
 
-    texts: receives the responses, in the order of the problems, where a list is given.
+    answers: a list that receives them, in the order of the problems.
 
     Returns as `evaluate`: nfe_mean and nfe_to_eos are passes of the model per answer, tokens_per_forward what
     each pass brings, the end among the tokens; policy is "plain" or the drafter's name, as it is given. And
@@ -209,7 +216,7 @@ def evaluate_drafter(
     encode = prompt_encoder(tokenizer, registry.template_of(model_name))
     correct = passes = drafts = tokens = 0
     drafted, accepted = [0] * 0, [0] * 0
-    found: dict[str, list[int]] = {}
+    found: dict[str, Answer] = {}
     made = dx.speculation.drafter_of(drafter, model.device)
     size = made.most if made is not None and draft_size is None else draft_size  # so that passes compare
     began = time.perf_counter()
@@ -224,9 +231,9 @@ def evaluate_drafter(
                 draft_size=size,
             )
             kept = [r[:n].tolist() for r, n in zip(out.responses, out.kept.tolist(), strict=True)]
-            answers = tokenizer.decode_batch(kept)
-            correct += sum(tasks.is_correct(p, text) for (p, _), text in zip(part, answers, strict=True))
-            found |= {p.prompt: ids for (p, _), ids in zip(part, kept, strict=True)}
+            texts = tokenizer.decode_batch(kept)
+            correct += sum(tasks.is_correct(p, text) for (p, _), text in zip(part, texts, strict=True))
+            found |= {p.prompt: Answer(ids, own) for (p, ids), own in zip(part, kept, strict=True)}
             passes, drafts = passes + int(out.nfe.sum()), drafts + int(out.draft_nfe.sum())
             tokens += int(out.generated.sum())
             drafted, accepted = (
@@ -234,8 +241,8 @@ def evaluate_drafter(
                 for old, new in ((drafted, out.drafted), (accepted, out.accepted))
             )
     seconds = time.perf_counter() - began
-    if texts is not None:
-        texts += [found[p.prompt] for p in itertools.islice(tasks.problems("held_out", seed), problems)]
+    if answers is not None:
+        answers += [found[p.prompt] for p in itertools.islice(tasks.problems("held_out", seed), problems)]
     return {
         "model": model_name,
         "policy": drafter or PLAIN,
@@ -278,6 +285,14 @@ def report(row: Mapping[str, Any]) -> str:
     lines.append(
         f"tokens of a draft that are accepted: {without:.2f}; with the pass's own token {without + 1:.2f}"
     )
+    if row.get("same_texts") is not None:
+        tokens, gaps = row["nfe_mean"] * row["tokens_per_forward"] * row["problems"], row["gaps"]
+        lines.append(f"texts as plain decoding gives them: {row['same_texts']} of {row['problems']}")
+        if gaps:
+            lines.append(
+                f"the others part where the two best logits are {gaps[0]:g} to {gaps[-1]:g} apart, "
+                f"{len(gaps) / tokens * 10_000:.2f} times in 10,000 tokens"
+            )
     return "\n".join(lines)
 
 
@@ -356,13 +371,35 @@ def _drafted(
     """The rows of an autoregressive model."""
     loaded: tuple[Any, Any] | None = None
     sized = {} if draft_size is None else {"draft_size": draft_size}
+    plain: list[Answer] = []
     for drafter in drafters:
         row = known.get(_key({"model": name, "policy": drafter, "config": sized, **settings}))
         if row is None:
             loaded = loaded or registry.load(name, device=device)
-            given = None if drafter == PLAIN else drafter
-            row = evaluate_drafter(name, given, draft_size=draft_size, loaded=loaded, **settings)
+            given, answers = None if drafter == PLAIN else drafter, list[Answer]()
+            row = evaluate_drafter(
+                name, given, draft_size=draft_size, loaded=loaded, answers=answers, **settings
+            )
+            plain = answers if drafter == PLAIN else plain
+            if plain:
+                row |= compared(loaded[0], plain, answers)
         yield row
+
+
+def compared(model: Any, plain: Sequence[Answer], drafted: Sequence[Answer]) -> dict[str, Any]:
+    """same_texts: how many answers are those of plain decoding; gaps: of the others, how far apart the two
+    best logits are where they part, for rounding may choose either of two that are near."""
+    gaps = []
+    for one, other in zip(plain, drafted, strict=True):
+        if one == other:
+            continue
+        pairs = enumerate(itertools.zip_longest(one.tokens, other.tokens))
+        at = next(i for i, (a, b) in pairs if a != b)
+        with torch.inference_mode():
+            ids = torch.tensor([one.prompt + one.tokens[:at]], device=model.device)
+            best = model(ids).logits[0, -1].float().topk(2).values
+        gaps.append(round(float(best[0] - best[1]), 5))
+    return {"same_texts": len(plain) - len(gaps), "gaps": sorted(gaps)}
 
 
 def _said(config: dx.DecodeConfig) -> dict[str, Any]:
@@ -427,7 +464,33 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Results as a table in Markdown."""
+    """Results as tables in Markdown: of policies, and of drafters."""
+    rows = list(rows)
+    drafted = [row for row in rows if "drafted" in row]
+    others = [row for row in rows if "drafted" not in row]
+    return "\n".join(make(part) for make, part in ((_policies, others), (_drafters, drafted)) if part)
+
+
+def _drafters(rows: Iterable[Mapping[str, Any]]) -> str:
+    lines = [
+        "| model | drafter | problems | accuracy | texts as plain | passes | drafts | tokens a pass | "
+        "accepted of a draft | seconds |",
+        "|--|--|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        same = "" if row.get("same_texts") is None else f"{row['same_texts']:,}"
+        drafts, accepted = f"{row['draft_mean']:.2f}", f"{row['accepted_per_draft']:.2f}"
+        if not row["drafted"]:
+            drafts = accepted = ""
+        lines.append(
+            f"| {row['model'].removeprefix('builtin:')} | `{label(row)}` | {row['problems']} "
+            f"| {row['accuracy']:.1%} | {same} | {row['nfe_mean']:.2f} | {drafts} "
+            f"| {row['tokens_per_forward']:.2f} | {accepted} | {row['seconds']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _policies(rows: Iterable[Mapping[str, Any]]) -> str:
     lines = [
         "| model | rule | problems | accuracy | 95 % interval | passes | to EOS | tokens a pass to EOS |",
         "|--|--|--:|--:|--|--:|--:|--:|",
