@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import shutil
 import sys
@@ -405,14 +406,49 @@ def test_train_and_evaluate_what_was_trained(tmp_path: Path):
 def test_demo(tmp_path: Path):
     text = run("demo", "--problems", 3, "--out", tmp_path)
     rows = json.loads((tmp_path / "table.json").read_text())
-    models, policies = ["builtin:student", "builtin:teacher"], ["one", "confidence:0.9", "entropy:0.5"]
-    assert [(row["model"], row["policy"]) for row in rows] == [(m, p) for m in models for p in policies]
-    for name in ("student", "teacher"):
+    drafters = [("builtin:causal", drafter) for drafter in demo.DRAFTERS]
+    policies = itertools.product(
+        ("builtin:student", "builtin:teacher"), ("one", "confidence:0.9", "entropy:0.5")
+    )
+    asked = [*drafters, *policies]
+    assert [(row["model"], row["policy"]) for row in rows] == asked
+    for name in ("causal", "student", "teacher"):
         assert (tmp_path / f"response-{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert text.count("(right)") == 2
+    assert text.count("(right)") == 3
+    assert "without a draft" in text
     assert demo.LEGEND.split()[:8] == text.split()[text.split().index(live.HIDDEN) :][:8]
     lines = text[text.index(evaluate.HEADING) :].splitlines()
-    assert [line.split()[:2] for line in lines[1:7]] == [[m, p] for m in models for p in policies]
+    assert [tuple(line.split()[:2]) for line in lines[1 : 1 + len(asked)]] == asked
+
+
+def test_an_autoregressive_model_with_and_without_a_drafter(tmp_path: Path) -> None:
+    model = ("--model", "builtin:causal")
+    plain = json.loads(run("decode", PROMPT, "--json", *model))
+    assert tasks.extract_answer(plain["response"]) == 4
+    assert plain["drafts"] == 0
+    for drafter in ("ngram", "builtin:dflash", "builtin:parallelspec", "builtin:student"):
+        found = json.loads(run("decode", PROMPT, "--json", *model, "--drafter", drafter, "--draft-size", 6))
+        assert found["response"] == plain["response"]
+        assert 0 < found["drafts"] < found["forwards"] <= plain["forwards"]
+    assert "pass" in run("decode", PROMPT, *model, "--stream", "--drafter", "builtin:dflash")
+    table, file = tmp_path / "table.md", tmp_path / "rows.json"
+    options = ("--problems", 12, "--json", file, "--markdown", table, "--report", "--resume")
+    text = run("evaluate", *model, "--drafter", "plain", "--drafter", "builtin:dflash", *options)
+    assert "texts as plain decoding gives them: 12 of 12" in text
+    assert "| causal | `builtin:dflash` | 12 |" in table.read_text()
+    known = file.read_text()
+    run("evaluate", *model, "--drafter", "plain", "--drafter", "builtin:dflash", *options)
+    assert file.read_text() == known  # nothing was measured again
+    for wrong, message in (
+        ((*model, "--policy", "one"), "policy: "),
+        ((*model, "--suffix", "x"), "suffix: "),
+        ((*model, "--drafter", "medusa"), "drafter: expected a Drafter, a name (ngram, builtin:dflash"),
+        ((*model, "--cache", "dual"), "cache: belongs to masked diffusion"),
+        (("--drafter", "ngram"), "drafter: "),
+    ):
+        found = CliRunner().invoke(app, ["decode", PROMPT, *map(str, wrong)])
+        assert (found.exit_code, found.stderr.count("\n")) == (2, 1), found.stderr
+        assert found.stderr.startswith(f"error: {message}"), found.stderr
 
 
 @pytest.mark.slow

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import runpy
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from dparallel import evaluate, registry
 from dparallel.toy import tasks, train
 from safetensors.torch import load_file
@@ -128,7 +130,7 @@ def test_the_shipped_model_is_right_and_has_passes_left_to_save():
     directory = registry.directory_of(registry.DEFAULT)
     assert sum(f.stat().st_size for f in directory.iterdir()) <= 8e6
     recorded = json.loads((directory / "training.json").read_text())
-    assert recorded["settings"] == asdict(train.Settings())
+    assert train.Settings(**recorded["settings"]) == train.Settings()
     assert recorded["held_out"]["problems"] == 2000
     assert recorded["held_out"]["nfe_mean"] == tasks.GEN_LENGTH
     assert recorded["held_out"]["accuracy"] >= 0.95
@@ -147,3 +149,34 @@ def test_transformers_tokenizer_and_our_model_make_the_two_line_example_of_the_r
     sequences, forwards = dx.decode(model, prompt, gen_length=64, threshold=0.5)
     assert tasks.is_correct(problem, tokenizer.decode(sequences[0, prompt.shape[1] :].tolist()))
     assert forwards < 40
+
+
+def test_its_autoregressive_sibling_and_the_drafters_that_ship() -> None:
+    """The recorded figures, borne out by a fresh sample; transformers reads it, and gives the same text."""
+    directory = registry.directory_of("builtin:causal")
+    recorded = json.loads((directory / "training.json").read_text())
+    assert recorded["settings"] == asdict(train.Settings(steps=1500, causal=True))
+    assert recorded["held_out"]["problems"] == 2000
+    assert recorded["held_out"]["accuracy"] >= 0.97
+    loaded = registry.load("builtin:causal", dtype=torch.float32)
+    plain: list[evaluate.Answer] = []
+    row = evaluate.evaluate_drafter("builtin:causal", None, problems=60, loaded=loaded, answers=plain)
+    assert row["accuracy"] >= 0.95
+    for name, least in (("builtin:dflash", 6), ("builtin:parallelspec", 3), ("ngram", 1)):
+        answers: list[evaluate.Answer] = []
+        row = evaluate.evaluate_drafter("builtin:causal", name, problems=60, loaded=loaded, answers=answers)
+        assert answers == plain
+        assert row["tokens_per_forward"] > least, name
+        if name in registry.DRAFTERS:
+            assert registry.DRAFTERS[name].stat().st_size <= 4e6
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    for answer in plain[:3]:
+        found = theirs.generate(torch.tensor([answer.prompt]), max_new_tokens=64, do_sample=False)
+        assert found[0, len(answer.prompt) : -1].tolist() == answer.tokens
+
+
+def test_the_example_of_speculate(capsys: pytest.CaptureFixture[str]) -> None:
+    found = runpy.run_path(str(ROOT / "examples" / "speculate.py"))["main"](8)
+    assert all(same == 8 for same, _ in found.values())
+    assert found["builtin:dflash"][1] > 5

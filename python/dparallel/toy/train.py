@@ -328,7 +328,10 @@ def _train(
     models.save(model, directory, dtype=torch.bfloat16)
     report: dict[str, Any] = {"settings": asdict(settings), "seconds": round(seconds), "loss": curve}
     if evaluate:
-        report["held_out"] = evaluation.evaluate(str(directory), evaluation.ONE, problems=evaluate)
+        if settings.causal:
+            report["held_out"] = evaluation.evaluate_drafter(str(directory), None, problems=evaluate)
+        else:
+            report["held_out"] = evaluation.evaluate(str(directory), evaluation.ONE, problems=evaluate)
         report["held_out"]["model"] = directory.name
     files.write_json(directory / "training.json", report)
     return directory
