@@ -10,7 +10,7 @@ from .decoding import DecodeConfig, DecodeOutput, Trajectory, decode
 from .engine import Completion, Draft, Engine, EngineFull, EngineStats, Handle
 from .masks import MaskedPair, semi_autoregressive_masks
 from .ops import (
-    CertaintyForcingLoss,
+    CertaintyForcingLossOutput,
     accept,
     block_attention,
     certainty_forcing_loss,
@@ -36,7 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AcceptOutput",
-    "CertaintyForcingLoss",
+    "CertaintyForcingLossOutput",
     "CommitOutput",
     "Completion",
     "DecodeConfig",

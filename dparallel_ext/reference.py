@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import policies
 from .arguments import temperature_in_force
-from .ops import CertaintyForcingLoss
+from .ops import CertaintyForcingLossOutput
 from .ops.errors import NO_ERROR
 from .types import AcceptOutput, CommitOutput, RowStats, RowTopK, UnmaskOutput
 
@@ -380,7 +380,7 @@ def certainty_forcing_loss(
     weight: Tensor | None = None,
     gate: str | Tensor = "correct",
     reduction: str = "mean",
-) -> CertaintyForcingLoss:
+) -> CertaintyForcingLossOutput:
     """See `dparallel_ext.certainty_forcing_loss`; in float64, differentiable."""
     z = logits.double().clamp(max=_LARGEST)[active]  # (N, V)
     y = labels[active]
@@ -402,7 +402,7 @@ def certainty_forcing_loss(
         return x.new_zeros(active.shape).masked_scatter(active, x)
 
     loss = ce + entropy_weight * certainty
-    return CertaintyForcingLoss(loss, spread(nll), spread(entropy), spread(correct))
+    return CertaintyForcingLossOutput(loss, spread(nll), spread(entropy), spread(correct))
 
 
 def kv_write(

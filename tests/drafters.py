@@ -84,7 +84,7 @@ class Knowing:
         self.rng, self.ragged = random.Random(seed), ragged
 
     def check(self, model: Any) -> None:
-        self.vocabulary = model.shape.rows
+        self.vocabulary = model.shape.embedding_size
 
     def session(self, model: Any, kv_cache: Any, lanes: int, *, graphs: bool = True) -> Knowing:
         return self

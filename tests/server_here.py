@@ -141,7 +141,7 @@ def serving(
         **{"lanes": 4, "max_waiting": 64, **defaults, **(engine or {})},
     )
     place = directory or registry.directory_of(MODEL)
-    service = Service(running, model.shape.rows, tokenizer, place, Settings(**settings))
+    service = Service(running, model.shape.embedding_size, tokenizer, place, Settings(**settings))
     loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [(one.handlers[:], one.level, one.propagate) for one in loggers]
     log = Lines()

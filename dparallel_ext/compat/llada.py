@@ -79,8 +79,8 @@ def generate(
     ):
         whole(name, token, 0)
         ours = unwrap(model)
-        if read and isinstance(ours, Model) and token >= ours.shape.rows:
-            raise ValueError(f"{name}: expected an id below {ours.shape.rows}, got {token}")
+        if read and isinstance(ours, Model) and token >= ours.shape.embedding_size:
+            raise ValueError(f"{name}: expected an id below {ours.shape.embedding_size}, got {token}")
     temperature = temperature_in_force(temperature)
     shared: dict[str, Any] = {
         "steps": steps,

@@ -175,7 +175,7 @@ class Runner:
         if key not in self._suppressed:
             found = torch.tensor(key)
             if isinstance(self.model, Model):
-                size = self.model.shape.rows
+                size = self.model.shape.embedding_size
                 if key[0] < 0 or key[-1] >= size:
                     raise ValueError(f"suppress: expected ids in [0, {size}), got {list(key[:8])}")
                 found = found.to(self.tokens.device)

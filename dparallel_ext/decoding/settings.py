@@ -147,7 +147,7 @@ def check_settings(model: Any, settings: Sequence[Settings], of_model: OfModel) 
 def vocabulary(model: Any) -> int | None:
     """Ids that the model's embedding knows; None where it cannot be asked."""
     if isinstance(model, Model):
-        return model.shape.rows
+        return model.shape.embedding_size
     try:
         size = model.get_input_embeddings().num_embeddings
     except (AttributeError, NotImplementedError):

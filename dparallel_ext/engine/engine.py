@@ -298,14 +298,14 @@ class Engine:
         if config.record:
             raise ValueError("record: an engine keeps no trajectory, so expected False (see on_draft)")
         if config.suppress is not None:
-            arguments.check_ids("suppress", [torch.tensor(config.suppress)], self.model.shape.rows)
+            arguments.check_ids("suppress", [torch.tensor(config.suppress)], self.model.shape.embedding_size)
 
     def _prompt(self, prompt: Any) -> Tensor:
         rows = arguments.prompts(prompt) or [torch.zeros(0, dtype=torch.int64)]
         if len(rows) != 1:
             raise ValueError(f"prompt: expected one prompt (P,), got {len(rows)}; submit each by itself")
         ids = rows[0].to("cpu", copy=True)  # the caller may change the prompt while it waits
-        arguments.check_ids("prompt", [ids], self.model.shape.rows)
+        arguments.check_ids("prompt", [ids], self.model.shape.embedding_size)
         return ids
 
     @property

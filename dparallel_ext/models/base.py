@@ -1,6 +1,6 @@
 """One transformer for every family: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
-A family is data: how its config.json reads (`Shape`) and what its checkpoint calls each module (`NAMES`).
+A family is data: how its config.json reads (`ModelConfig`), and what its checkpoint calls a module (`NAMES`).
 Torch, and all that works on the names of modules and parameters (adapters, sharders, optimizers), knows the
 modules by the checkpoint's names; the code here calls them by short names, the same in every family.
 """
@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import kept
 from ..cache import AttentionMetadata, KVCache, Span
-from . import rope, side_by_side
+from . import fused_weights, rope
 from .attention import PagedAttention
-from .config import Config, Output, Shape, token_ids
+from .config import Config, ModelConfig, Output, token_ids
 from .fp8 import Fp8Linear
 from .modules import DROPOUT, Block, Named, RMSNorm, Taps, norm_of_sum, rotate
 
@@ -61,17 +61,17 @@ class Model(Named):
         self.config = Config(config)
         s = self.shape = self.shape_of(config)
         self.vocab_size, self.block_length = s.vocab_size, s.block_length
-        published = self.released_mask_id(s.rows)
+        published = self.released_mask_id(s.embedding_size)
         if config.get("mask_token_id") is None and published is not None:
             self.config["mask_token_id"] = published
-        self.mask_id = next(iter(token_ids(self.config, "mask_token_id", s.rows)), None)
-        self.eos_ids = token_ids(self.config, "eos_token_id", s.rows)
+        self.mask_id = next(iter(token_ids(self.config, "mask_token_id", s.embedding_size)), None)
+        self.eos_ids = token_ids(self.config, "eos_token_id", s.embedding_size)
         self.eos_id = next(iter(self.eos_ids), None)
-        self.embed = nn.Embedding(s.rows, s.width)
+        self.embed = nn.Embedding(s.embedding_size, s.width)
         names = {o: t.removeprefix(layer + "{}.") for o, t in self.NAMES.items() if "{}" in t}
         self.blocks = nn.ModuleList(Block(s, names) for _ in range(s.layers))
         self.norm = RMSNorm(s)
-        self.lm_head = nn.Linear(s.width, s.rows, bias=s.head_bias and not s.tied)
+        self.lm_head = nn.Linear(s.width, s.embedding_size, bias=s.head_bias and not s.tied)
         self.tie()
         self.checkpointing: dict[str, Any] | None = None
         self._rope: tuple[Tensor, Tensor] | None = None
@@ -79,17 +79,17 @@ class Model(Named):
         self.register_load_state_dict_pre_hook(_with_tied_head)
 
     @staticmethod
-    def read_config(config: Mapping[str, Any]) -> Shape:
+    def read_config(config: Mapping[str, Any]) -> ModelConfig:
         raise NotImplementedError
 
     @classmethod
-    def shape_of(cls, config: Mapping[str, Any]) -> Shape:
+    def shape_of(cls, config: Mapping[str, Any]) -> ModelConfig:
         """What the config.json says of the transformer. Raises ValueError as `Model` does."""
         try:
             shape = cls.read_config(config)
         except KeyError as error:
             raise ValueError(f"config: {error} is missing") from error
-        token_ids(config, "eos_token_id", shape.rows)
+        token_ids(config, "eos_token_id", shape.embedding_size)
         return shape
 
     @classmethod
@@ -231,7 +231,7 @@ class Model(Named):
             taps.take(-1, x)
         for layer, block in enumerate(self.blocks):
             attend = attention.layer(layer)
-            if side_by_side.plain(block, Block):
+            if fused_weights.is_unmodified(block, Block):
                 x, delta = block.layers(x, delta, attend)
             else:
                 x, delta = block(x if delta is None else x + delta, attend), None
@@ -305,7 +305,7 @@ class Model(Named):
         it is asked again.
         """
         for group in self.groups():
-            side_by_side.join(group)
+            fused_weights.join(group)
         return self
 
     def quantize(self) -> Model:
@@ -338,7 +338,7 @@ class Model(Named):
             Block, RMSNorm, nn.Linear, Fp8Linear, nn.Embedding, nn.ModuleList, nn.Module, type(self)
         }  # fmt: skip
         modules = list(self.modules())
-        if any(not side_by_side.plain(m, type(m)) or type(m) not in own for m in modules):
+        if any(not fused_weights.is_unmodified(m, type(m)) or type(m) not in own for m in modules):
             return None
         if not {"hidden", "step", "head"}.isdisjoint(vars(self)):
             return None
@@ -405,9 +405,9 @@ class Model(Named):
         on_cpu = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
         if on_cpu and input_ids.numel():
             low, high = (int(x) for x in input_ids.aminmax())
-            if low < 0 or high >= self.shape.rows:
+            if low < 0 or high >= self.shape.embedding_size:
                 worst = low if low < 0 else high
-                raise ValueError(f"input_ids: expected ids in [0, {self.shape.rows}), got {worst}")
+                raise ValueError(f"input_ids: expected ids in [0, {self.shape.embedding_size}), got {worst}")
 
 
 def _without_tied_head(model: Model, state: MutableMapping[str, Any], prefix: str, _metadata: object) -> None:

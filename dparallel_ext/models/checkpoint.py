@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import backends
-from . import files, side_by_side
+from . import files, fused_weights
 from .base import Model
-from .config import Shape, token_ids
+from .config import ModelConfig, token_ids
 from .dream import Dream
 from .fast_dllm import FastDLLM
 from .llada import LLaDA
@@ -69,10 +69,12 @@ def load(
     source = f"path: {directory}"
     config, shape = config_of(directory)
     files.refuse_quantised(config, (), source)
-    mask_id = _mask_id(mask_id, config, directory, shape.rows)
+    mask_id = _mask_id(mask_id, config, directory, shape.embedding_size)
     if mask_id is not None:
         config["mask_token_id"] = mask_id
-    _add_ends(config, files.end_token_ids(directory), shape.rows, f"{source}: generation_config.json")
+    _add_ends(
+        config, files.end_token_ids(directory), shape.embedding_size, f"{source}: generation_config.json"
+    )
     backends.warn_without_kernels(place)
     fuse = place.type != "cpu" if fuse is None else fuse
     with ExitStack() as opened:
@@ -80,7 +82,7 @@ def load(
         return _assemble(config, stored, source, fuse, dtype)
 
 
-def config_of(directory: Path) -> tuple[dict[str, Any], Shape]:
+def config_of(directory: Path) -> tuple[dict[str, Any], ModelConfig]:
     """The content of config.json, and what it says of the transformer.
 
     Raises FileNotFoundError, and ValueError naming the file and the key.
@@ -173,7 +175,7 @@ def wrap(hf_model: nn.Module) -> Model:
     if content.get("mask_token_id") is None:
         content["mask_token_id"] = getattr(generation, "mask_token_id", None)
     files.refuse_quantised(content, given, source)
-    rows = _family(content, source).shape_of(content).rows
+    rows = _family(content, source).shape_of(content).embedding_size
     ends = token_ids({"eos_token_id": getattr(generation, "eos_token_id", None)}, "eos_token_id", rows)
     _add_ends(content, ends, rows, source)
     model = _assemble(content, tensors, source, mixed=True)
@@ -312,7 +314,7 @@ def _assemble(
         files.refuse_quantised(config, extra, source)
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(f"{source} does not fit {family.__name__}: {'; '.join(faults[:5])}{more}")
-    places = side_by_side.Places(model.groups() if fuse else ())
+    places = fused_weights.FusedLoader(model.groups() if fuse else ())
     for name, _, _, fetch in fitting:
         tensor = fetch()
         tensor = tensor if dtype is None else tensor.to(dtype)

@@ -14,7 +14,7 @@ from .rope import RopeScaling
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelConfig:
     """What the transformer needs to know of a config.json."""
 
     layers: int
@@ -23,7 +23,7 @@ class Shape:
     kv_heads: int
     head_dim: int
     mlp_width: int
-    rows: int
+    embedding_size: int
     """Rows of the embedding and the head, which may exceed the vocabulary."""
     vocab_size: int
     eps: float
@@ -47,9 +47,9 @@ class Shape:
             raise ValueError(f"config: expected heads of even size, got {self.head_dim}")
         if self.heads % self.kv_heads:
             raise ValueError(f"config: {self.kv_heads} key heads do not divide {self.heads} heads")
-        if self.rows < self.vocab_size:
+        if self.embedding_size < self.vocab_size:
             raise ValueError(
-                f"config: {self.rows} embedding rows do not hold a vocabulary of {self.vocab_size}"
+                f"config: {self.embedding_size} embedding rows do not hold a vocabulary of {self.vocab_size}"
             )
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from . import fields
 from .base import Model
-from .config import Shape
+from .config import ModelConfig
 from .llama import LLAMA_NAMES, llama_shape
 
 _SUPPORTED = {"use_sliding_window": False, "mlp_bias": False}
@@ -20,11 +20,11 @@ class Dream(Model):
     NAMES: ClassVar[dict[str, str]] = LLAMA_NAMES
 
     @staticmethod
-    def read_config(config: Mapping[str, Any]) -> Shape:
+    def read_config(config: Mapping[str, Any]) -> ModelConfig:
         return diffusion_shape(config, qkv_bias=True)
 
 
-def diffusion_shape(config: Mapping[str, Any], **more: Any) -> Shape:
+def diffusion_shape(config: Mapping[str, Any], **more: Any) -> ModelConfig:
     """The shape of a config.json of the diffusion models that were made of Qwen's.
 
     Their rotary embeddings may not be scaled: their published code runs with releases of transformers that

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from .base import Model
-from .config import Shape
+from .config import ModelConfig
 from .llama import LLAMA_NAMES
 from .sdar import block_causal_shape
 
@@ -42,7 +42,7 @@ class FastDLLM(Model):
     NAMES: ClassVar[dict[str, str]] = LLAMA_NAMES
 
     @staticmethod
-    def read_config(config: Mapping[str, Any]) -> Shape:
+    def read_config(config: Mapping[str, Any]) -> ModelConfig:
         shape = block_causal_shape(config, "bd_size", 32, qkv_bias=True)
         part = FastDLLM.sub_block_length
         if (shape.block_length or 0) % part:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from . import fields
 from .base import Model
-from .config import Shape
+from .config import ModelConfig
 from .fields import Field
 
 _BLOCK = "model.transformer.blocks.{}."
@@ -66,7 +66,7 @@ class LLaDA(Model):
     }
 
     @staticmethod
-    def read_config(config: Mapping[str, Any]) -> Shape:
+    def read_config(config: Mapping[str, Any]) -> ModelConfig:
         fields.check_supported(config, _SUPPORTED, _EXPLICIT)
         c = fields.read(config, _FIELDS)
         heads, width, bias, norm_bias = (
@@ -74,14 +74,14 @@ class LLaDA(Model):
         )
         if c["mlp_hidden_size"] is None and c["mlp_ratio"] is None:
             raise ValueError("config: 'mlp_hidden_size' is missing or null, and so is 'mlp_ratio'")
-        return Shape(
+        return ModelConfig(
             layers=c["n_layers"],
             width=width,
             heads=heads,
             kv_heads=c["n_kv_heads"] or (1 if c["multi_query_attention"] else heads),
             head_dim=fields.width_of_heads(width, heads),
             mlp_width=c["mlp_hidden_size"] or c["mlp_ratio"] * width,
-            rows=c["embedding_size"] or c["vocab_size"],
+            embedding_size=c["embedding_size"] or c["vocab_size"],
             vocab_size=c["vocab_size"],
             eps=c["rms_norm_eps"],
             rope_theta=c["rope_theta"],

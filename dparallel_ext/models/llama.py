@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from . import fields, rope
 from .base import Model
-from .config import Shape
+from .config import ModelConfig
 from .fields import Field
 
 _LAYER = "model.layers.{}."
@@ -52,7 +52,7 @@ class Llama(Model):
     NAMES: ClassVar[dict[str, str]] = LLAMA_NAMES
 
     @staticmethod
-    def read_config(config: Mapping[str, Any]) -> Shape:
+    def read_config(config: Mapping[str, Any]) -> ModelConfig:
         c = fields.read(config, {"attention_bias": fields.NO, "mlp_bias": fields.NO})
         bias = bool(c["attention_bias"])
         return llama_shape(config, qkv_bias=bias, o_bias=bias, mlp_bias=bool(c["mlp_bias"]))
@@ -64,7 +64,7 @@ def llama_shape(
     head_dim: int | None = None,
     scalings: Collection[str] = tuple(rope.SCALINGS),
     **more: Any,
-) -> Shape:
+) -> ModelConfig:
     """The shape of a config.json in Llama's keys, which are Qwen's too.
 
     head_dim: where the config has none; None: the heads share the width. scalings: of `rope.SCALINGS`, that
@@ -75,14 +75,14 @@ def llama_shape(
     theta, scaling = rope.read(config, scalings)
     _refuse_windows(config, c["num_hidden_layers"])
     heads, width = c["num_attention_heads"], c["hidden_size"]
-    return Shape(
+    return ModelConfig(
         layers=c["num_hidden_layers"],
         width=width,
         heads=heads,
         kv_heads=c["num_key_value_heads"] or heads,
         head_dim=c["head_dim"] or head_dim or fields.width_of_heads(width, heads),
         mlp_width=c["intermediate_size"],
-        rows=c["vocab_size"],
+        embedding_size=c["vocab_size"],
         vocab_size=c["vocab_size"],
         eps=c["rms_norm_eps"],
         rope_theta=theta,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..ops import rms_norm, swiglu
 from ..ops.fp8_linear import fp8_scale
 from ..ops.inputs import compiled
-from . import side_by_side
-from .config import Shape
+from . import fused_weights
+from .config import ModelConfig
 from .fp8 import Fp8Linear
 
 
@@ -56,7 +56,7 @@ class Named(nn.Module):
 class RMSNorm(nn.Module):
     """Normalised in float32 or better, scaled in the model's dtype, as published."""
 
-    def __init__(self, shape: Shape, width: int | None = None) -> None:
+    def __init__(self, shape: ModelConfig, width: int | None = None) -> None:
         super().__init__()
         self.eps, width = shape.eps, width or shape.width
         self.weight = nn.Parameter(torch.ones(width))
@@ -75,7 +75,7 @@ def norm_of_sum(norm: nn.Module, x: Tensor, delta: Tensor | None) -> tuple[Tenso
     """x + delta, the residual stream, and its norm; `norm` may be what an adapter has put in its place."""
     if delta is None:
         return x, norm(x)
-    if side_by_side.plain(norm, RMSNorm) and compiled(x, delta, norm.weight):
+    if fused_weights.is_unmodified(norm, RMSNorm) and compiled(x, delta, norm.weight):
         y, x = rms_norm(x, norm.weight, eps=norm.eps, bias=norm.bias, delta=delta)
         return x, y
     x = x + delta
@@ -112,7 +112,7 @@ LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 class Block(Named):
-    def __init__(self, shape: Shape, names: Mapping[str, str]) -> None:
+    def __init__(self, shape: ModelConfig, names: Mapping[str, str]) -> None:
         super().__init__(names)
         s = self.shape = shape
         self.norm1 = RMSNorm(s)
@@ -138,17 +138,17 @@ class Block(Named):
         s = self.shape
         x, y = norm_of_sum(self.norm1, x, delta)
         q, k, v = (
-            t.unflatten(-1, (-1, s.head_dim)) for t in side_by_side.project(y, (self.q, self.k, self.v))
+            t.unflatten(-1, (-1, s.head_dim)) for t in fused_weights.project(y, (self.q, self.k, self.v))
         )
         if s.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         x, y = norm_of_sum(self.norm2, x, self.o(attend(q, k, v).flatten(-2)))
-        gate, up = side_by_side.project(y, (self.gate, self.up))
+        gate, up = fused_weights.project(y, (self.gate, self.up))
         return x, self.down(swiglu(gate, up) if compiled(gate, up) else F.silu(gate) * up)
 
     def groups(self) -> Iterator[list[nn.Parameter]]:
         """The weights (and biases) that belong side by side, where no adapter stands among them."""
-        return side_by_side.parameters(self._of_one_input())
+        return fused_weights.parameters(self._of_one_input())
 
     def _of_one_input(self) -> list[list[nn.Module]]:
         return [[self.q, self.k, self.v], [self.gate, self.up]]
@@ -157,7 +157,7 @@ class Block(Named):
         """Raise ValueError as `Model.quantize` does."""
         for name in LINEAR:
             layer = getattr(self, name)
-            if not side_by_side.plain(layer, nn.Linear):
+            if not fused_weights.is_unmodified(layer, nn.Linear):
                 raise ValueError(f"model: expected a plain nn.Linear layer {name} to quantise, got {layer}")
             fp8_scale(layer.weight)
 
@@ -169,19 +169,19 @@ class Block(Named):
 
     def _join_quantised(self) -> None:
         for layers in self._of_one_input():
-            side_by_side.join_quantised([layer for layer in layers if isinstance(layer, Fp8Linear)])
+            fused_weights.join_quantised([layer for layer in layers if isinstance(layer, Fp8Linear)])
 
     def train(self, mode: bool = True) -> Block:
         if mode:
             for group in self.groups():
-                side_by_side.separate(group)
+                fused_weights.separate(group)
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Block:
-        joined = [side_by_side.whole(group) is not None for group in self.groups()]
+        joined = [fused_weights.joined_view(group) is not None for group in self.groups()]
         super()._apply(fn, recurse)  # copies one parameter after another
         for group, was_joined in zip(self.groups(), joined, strict=True):
             if was_joined:
-                side_by_side.join(group)
+                fused_weights.join(group)
         self._join_quantised()
         return self

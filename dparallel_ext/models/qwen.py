@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from . import fields
 from .base import Model
-from .config import Shape
+from .config import ModelConfig
 from .llama import LLAMA_NAMES, llama_shape
 
 QWEN3_NAMES = {
@@ -24,7 +24,7 @@ class Qwen2(Model):
     NAMES: ClassVar[dict[str, str]] = LLAMA_NAMES
 
     @staticmethod
-    def read_config(config: Mapping[str, Any]) -> Shape:
+    def read_config(config: Mapping[str, Any]) -> ModelConfig:
         return llama_shape(config, qkv_bias=True)
 
 
@@ -35,6 +35,6 @@ class Qwen3(Model):
     NAMES: ClassVar[dict[str, str]] = QWEN3_NAMES
 
     @staticmethod
-    def read_config(config: Mapping[str, Any]) -> Shape:
+    def read_config(config: Mapping[str, Any]) -> ModelConfig:
         bias = bool(fields.read(config, {"attention_bias": fields.NO})["attention_bias"])
         return llama_shape(config, head_dim=128, qk_norm=True, qkv_bias=bias, o_bias=bias)

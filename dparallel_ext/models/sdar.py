@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from . import fields
 from .base import Model
-from .config import Shape
+from .config import ModelConfig
 from .dream import diffusion_shape
 from .qwen import QWEN3_NAMES
 
@@ -22,12 +22,12 @@ class SDAR(Model):
     NAMES: ClassVar[dict[str, str]] = QWEN3_NAMES
 
     @staticmethod
-    def read_config(config: Mapping[str, Any]) -> Shape:
+    def read_config(config: Mapping[str, Any]) -> ModelConfig:
         bias = bool(fields.read(config, {"attention_bias": fields.NO})["attention_bias"])
         return block_causal_shape(config, "block_size", 4, qk_norm=True, qkv_bias=bias, o_bias=bias)
 
 
-def block_causal_shape(config: Mapping[str, Any], key: str, default: int, **more: Any) -> Shape:
+def block_causal_shape(config: Mapping[str, Any], key: str, default: int, **more: Any) -> ModelConfig:
     """The shape of a config.json in the keys of Qwen's models, whose `key` is the length of its blocks.
 
     `default`: the published one.

@@ -7,7 +7,7 @@ for torch.compile. Their float64 twins are in `dparallel_ext.reference`.
 from . import no_gradient as _no_gradient  # noqa: F401  (registers what a backward pass meets)
 from .accept import accept
 from .block_attention import block_attention
-from .certainty_forcing_loss import CertaintyForcingLoss, certainty_forcing_loss
+from .certainty_forcing_loss import CertaintyForcingLossOutput, certainty_forcing_loss
 from .commit import commit_
 from .errors import check_errors
 from .fp8_linear import fp8_linear, quantize_fp8
@@ -23,7 +23,7 @@ from .unmask import unmask_
 from .varlen_attention import varlen_attention
 
 __all__ = [
-    "CertaintyForcingLoss",
+    "CertaintyForcingLossOutput",
     "accept",
     "block_attention",
     "certainty_forcing_loss",

@@ -27,7 +27,7 @@ def row_errors(vocabulary: int) -> dict[int, str]:
     }
 
 
-class CertaintyForcingLoss(NamedTuple):
+class CertaintyForcingLossOutput(NamedTuple):
     """What `certainty_forcing_loss` returns; the per-row fields have the shape of `labels`.
 
     Rows that are not active are 0 and False. `loss`, `nll` and `entropy` carry gradients.
@@ -55,7 +55,7 @@ def certainty_forcing_loss(
     gate: Literal["correct", "all"] | Tensor = "correct",
     reduction: Literal["mean", "sum"] = "mean",
     inplace: bool = False,
-) -> CertaintyForcingLoss:
+) -> CertaintyForcingLossOutput:
     """Cross entropy of the active rows, plus `entropy_weight` times the entropy of those that pass the gate.
 
     As published: loss = sum(nll) / |active| + entropy_weight * sum(entropy of gated) / |gated|, and 0 for a
@@ -81,7 +81,7 @@ def certainty_forcing_loss(
             memory itself, nothing is written over.
 
     Returns:
-        CertaintyForcingLoss.
+        CertaintyForcingLossOutput.
 
     Raises:
         ValueError: naming the argument that does not fit; and for an active row that holds NaN, has
@@ -123,7 +123,7 @@ def compose(
     weight: Tensor | None,
     gate: str | Tensor,
     reduction: str,
-) -> CertaintyForcingLoss:
+) -> CertaintyForcingLossOutput:
     """The loss from what is known of each row (N,)."""
     gated = correct if gate == "correct" else active
     if isinstance(gate, Tensor):
@@ -134,7 +134,7 @@ def compose(
         ce = ce / active.sum().clamp(min=1)
         certainty = certainty / gated.sum().clamp(min=1)
     loss = ce + entropy_weight * certainty
-    return CertaintyForcingLoss(loss, nll.view(shape), entropy.view(shape), correct.view(shape))
+    return CertaintyForcingLossOutput(loss, nll.view(shape), entropy.view(shape), correct.view(shape))
 
 
 def check_settings(temperature: float, ce_temperature: float, reduction: str) -> None:

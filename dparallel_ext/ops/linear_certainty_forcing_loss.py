@@ -11,7 +11,7 @@ from torch import Tensor
 from ..arguments import whole
 from .certainty_forcing_loss import (
     DTYPES,
-    CertaintyForcingLoss,
+    CertaintyForcingLossOutput,
     check_loss_inputs,
     check_settings,
     compose,
@@ -36,7 +36,7 @@ def linear_certainty_forcing_loss(
     softcap: float | None = None,
     shift: bool = False,
     chunk_rows: int | None = None,
-) -> CertaintyForcingLoss:
+) -> CertaintyForcingLossOutput:
     """`certainty_forcing_loss` of hidden @ lm_head_weight.T, whose logits never exist all at once.
 
     The head is applied to chunks of active rows; the backward pass computes each chunk's logits again and
@@ -57,7 +57,7 @@ def linear_certainty_forcing_loss(
             and a multiple of 128 rows where so many fit.
 
     Returns:
-        CertaintyForcingLoss, its fields in the place of the labels.
+        CertaintyForcingLossOutput, its fields in the place of the labels.
 
     Raises:
         ValueError: as `certainty_forcing_loss`.

@@ -252,7 +252,7 @@ class CausalBatch:
         views = [Lane(b, self.tokens[b, : row.known], row.length, row.suppress) for b, row in rows]
         with self._sizer.drafting():
             found = self._session.propose(views, list(sizes.values()))
-        check_drafts(found, list(sizes), list(sizes.values()), self.model.shape.rows)
+        check_drafts(found, list(sizes), list(sizes.values()), self.model.shape.embedding_size)
         self.draft_forwards += 1
         for b in sizes:
             self.rows[b].draft_nfe += 1

@@ -39,9 +39,9 @@ from ..cache import AttentionMetadata, KVCache, Span
 from ..decoding.packed import Shapes, pack, unpack
 from ..decoding.runner import recorded_rows, row_padding
 from ..decoding.workspace import graphs_on
-from ..models import Model, Qwen3, files, fingerprint, own_precision, rope, side_by_side
+from ..models import Model, Qwen3, files, fingerprint, fused_weights, own_precision, rope
 from ..models.attention import PagedAttention
-from ..models.config import Shape, token_ids
+from ..models.config import ModelConfig, token_ids
 from ..models.fields import LAYERS, Field, check_supported, read
 from ..models.modules import Block, RMSNorm, norm_of_sum, rotate
 from ..ops import kv_move, kv_write
@@ -68,7 +68,7 @@ _BLOCK = Field(int, None, least=2, most=512)
 class Layout(NamedTuple):
     """What a drafter's config.json says."""
 
-    shape: Shape
+    shape: ModelConfig
     kind: str
     taps: tuple[int, ...]
     """Layers of the target, ascending, counted from 0."""
@@ -103,7 +103,7 @@ class Layout(NamedTuple):
         block = next((size for size in sizes if size is not None), None)
         if block is None:
             raise ValueError("config: 'block_size' is missing")
-        masks = token_ids(inner, "mask_token_id", shape.rows)
+        masks = token_ids(inner, "mask_token_id", shape.embedding_size)
         if len(masks) != 1:
             raise ValueError("config: dflash_config: 'mask_token_id' is missing")
         taps = inner.get("target_layer_ids")
@@ -159,7 +159,7 @@ class DraftModel(nn.Module):
         block: Any = self.layers[layer]
         k, v = (
             t.unflatten(-1, (-1, self.layout.shape.head_dim))
-            for t in side_by_side.project(feature, (block.k, block.v))
+            for t in fused_weights.project(feature, (block.k, block.v))
         )
         return block.k_norm(k), v
 
@@ -224,7 +224,7 @@ class BlockDrafter:
         """Raise ValueError for a model of another vocabulary, other sizes or other weights."""
         said, s = self.layout, self.layout.shape
         for what, own, theirs in (
-            ("a vocabulary of {} tokens", s.rows, model.shape.rows),
+            ("a vocabulary of {} tokens", s.embedding_size, model.shape.embedding_size),
             ("a model of width {}", s.width, model.shape.width),
             ("a model of {} layers", said.target_layers, model.shape.layers),
         ):
@@ -250,7 +250,7 @@ class BlockDrafter:
                 placed = self.model if there else copy.deepcopy(self.model).to(device, dtype)
                 for block in placed.layers:
                     for group in block.groups():  # type: ignore[operator]
-                        side_by_side.join(group)
+                        fused_weights.join(group)
             self._placed = (device, dtype), placed
         return self._placed[1]
 

@@ -161,9 +161,9 @@ def check_causal(fields: Mapping[str, Any]) -> None:
 
 def check_prompts(model: Model, prompts: Sequence[Tensor], config: DecodeConfig) -> None:
     """Raise ValueError for ids that the model does not have, and for a prompt without a token."""
-    arguments.check_ids("prompt", prompts, model.shape.rows)
+    arguments.check_ids("prompt", prompts, model.shape.embedding_size)
     if config.suppress is not None:
-        arguments.check_ids("suppress", [torch.tensor(config.suppress)], model.shape.rows)
+        arguments.check_ids("suppress", [torch.tensor(config.suppress)], model.shape.embedding_size)
     for number, ids in enumerate(prompts):
         if not len(ids):
             raise ValueError(f"prompt: expected at least one token, got none in sequence {number}")
@@ -174,8 +174,10 @@ def end_ids(model: Model, config: DecodeConfig) -> tuple[int, ...]:
     eos = config.eos_id
     if eos is None:
         return model.eos_ids
-    if eos >= model.shape.rows:
-        raise ValueError(f"eos_id: expected one of the model's {model.shape.rows} token ids, got {eos}")
+    if eos >= model.shape.embedding_size:
+        raise ValueError(
+            f"eos_id: expected one of the model's {model.shape.embedding_size} token ids, got {eos}"
+        )
     return () if eos < 0 else (eos,)
 
 

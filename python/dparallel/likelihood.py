@@ -146,7 +146,7 @@ class Pair(NamedTuple):
 def _ids(name: str, ids: Sequence[int], model: Model) -> Tensor:
     tensor = torch.as_tensor(ids, device="cpu")
     tensor = tensor if tensor.numel() else tensor.to(torch.int64)
-    size = model.shape.rows
+    size = model.shape.embedding_size
     if tensor.ndim != 1 or tensor.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name}: expected a list of ids, got {tensor.dtype} {tuple(tensor.shape)}")
     if tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < size:
@@ -272,7 +272,7 @@ class Scorer:
     ) -> None:
         self.model, self.mask_id, self.block_length = model, mask_id, block_length
         self.shift, self.batch_size = shift, batch_size
-        row_bytes = model.shape.rows * model.lm_head.weight.element_size()
+        row_bytes = model.shape.embedding_size * model.lm_head.weight.element_size()
         chunk_bytes = CHUNK_MEGABYTES.get(model.device.type, 256) * 2**20
         self.chunk_rows = max(1, int(chunk_bytes) // row_bytes)
         # The CPU's matrix library keeps code for ever for each number of rows of 16-bit matrices it has met.

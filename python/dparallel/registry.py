@@ -136,10 +136,10 @@ def load(
         if dtype is None and not fast_bfloat16(place):
             dtype = torch.float32
     model = models.load(directory, device=place, dtype=dtype, fuse=fuse, mask_id=mask_id)
-    beyond = [one for one in text.end_tokens(directory, found) if one >= model.shape.rows]
+    beyond = [one for one in text.end_tokens(directory, found) if one >= model.shape.embedding_size]
     if beyond:
         raise ValueError(
             f"model: a response of {directory} ends with the tokens {beyond}, expected ids below "
-            f"{model.shape.rows}"
+            f"{model.shape.embedding_size}"
         )
     return model.quantize() if fp8 else model, found

@@ -97,7 +97,7 @@ def expectation(model: Model, prompt: list[int], answer: list[int]) -> float:
 def some(model: Model, *lengths: tuple[int, int]) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts and answers of such lengths."""
     g = torch.Generator().manual_seed(len(lengths))
-    high = min(model.mask_id, model.shape.rows)
+    high = min(model.mask_id, model.shape.embedding_size)
 
     def draw(n: int) -> list[int]:
         return torch.randint(0, high, (n,), generator=g).tolist()
@@ -125,7 +125,7 @@ def test_left_to_right_is_the_chain_rule(name: str) -> None:
 def test_block_causal_likelihoods_sum_to_one(name: str) -> None:
     """Over all answers of two tokens, inside a block and across its edge; one of them is greedy."""
     model = BLOCK_CAUSAL[name]
-    answers = [list(pair) for pair in itertools.product(range(model.shape.rows), repeat=2)]
+    answers = [list(pair) for pair in itertools.product(range(model.shape.embedding_size), repeat=2)]
     for prompt in ([3, 1, 4, 1, 5], [3, 1, 4], [3, 1, 4, 1, 5, 9, 2]):
         found = log_likelihoods(model, [prompt] * len(answers), answers, batch_size=200)
         assert sum(math.exp(one.logprob) for one in found) == pytest.approx(1, abs=1e-4)

@@ -190,7 +190,7 @@ def test_error_against_bfloat16(name: str, device: str, record_property: Any) ->
 
 
 def test_one_product_for_layers_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dparallel_ext.models import side_by_side
+    from dparallel_ext.models import fused_weights
 
     calls = []
 
@@ -200,7 +200,7 @@ def test_one_product_for_layers_side_by_side(monkeypatch: pytest.MonkeyPatch) ->
 
     model = golden.model("llada_tiny_a").quantize()
     s = model.shape
-    monkeypatch.setattr(side_by_side, "fp8_linear", counted)
+    monkeypatch.setattr(fused_weights, "fp8_linear", counted)
     for moved in (model, model.to("cpu"), model.to(torch.bfloat16), model.to(torch.float32)):
         calls.clear()
         dx.decode(moved, torch.arange(5), gen_length=4, block_length=4, steps=1)

@@ -433,7 +433,7 @@ def test_an_engine_that_is_closed(student: tuple[Any, Any]) -> None:
         engine = dx.Engine(model, lanes=1, max_length=64)
         settings = Settings("x", max_length=64)
         place = registry.directory_of(MODEL)
-        service = Service(engine, model.shape.rows, tokenizer, place, settings)
+        service = Service(engine, model.shape.embedding_size, tokenizer, place, settings)
         application = make_app(service)
         async with application.router.lifespan_context(application):
             assert await ask(application, "GET", "/health", b"") == (200, {"status": "ok"})

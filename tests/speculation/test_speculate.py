@@ -261,7 +261,7 @@ def test_diffusion_models_draft() -> None:
     """Shifted and block-causal ones too."""
     for name in ("llada_tiny_a", "dream_tiny_a", "sdar_tiny_a"):
         diffusion = golden.model(name)
-        target = model_of(vocab_size=diffusion.shape.rows)
+        target = model_of(vocab_size=diffusion.shape.embedding_size)
         target.vocab_size = diffusion.vocab_size
         prompts = [torch.randint(10, 61, (n,)) for n in (1, 6, 40)]
         expected = plain(target, prompts)

@@ -138,7 +138,7 @@ def test_the_head_s_logits_never_exist(tmp_path: Path):
     hook.remove()
     assert seen[0][-1] == 3
     assert "forward" not in vars(model.lm_head)  # as it was
-    assert model(torch.tensor([[3, 4]])).logits.shape == (1, 2, model.shape.rows)
+    assert model(torch.tensor([[3, 4]])).logits.shape == (1, 2, model.shape.embedding_size)
 
 
 def weights(directory: Path) -> dict[str, Tensor]:

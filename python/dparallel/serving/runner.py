@@ -176,7 +176,7 @@ def run(
         opened.callback(running.close, cancel=True)
         # Only now it is known how many files the model keeps open.
         chosen = replace(chosen, max_connections=connections.most_connections(asked))
-        service = Service(running, loaded.shape.rows, tokenizer, directory, chosen)
+        service = Service(running, loaded.shape.embedding_size, tokenizer, directory, chosen)
         opened.callback(service.close)
         gc.collect()
         gc.freeze()  # what is here stays, so that no request waits until all of it is looked through

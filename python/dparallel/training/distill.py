@@ -325,7 +325,7 @@ def plan(recipe: Recipe, *, processes: int = 1) -> dict[str, Any]:
         )
     with torch.device("meta"):
         model: Any = family(config)
-    shape, vocabulary = model.shape, model.shape.rows
+    shape, vocabulary = model.shape, model.shape.embedding_size
     total = sum(p.numel() for p in model.parameters())
     if recipe.lora is not None:
         model = with_lora(model, recipe.lora, recipe.model)

@@ -178,10 +178,12 @@ def _mask_id(given: int | None, target: str, model: models.Model, of_tokenizer: 
     if found is None:
         raise ValueError(
             f"mask_id: {target} has no mask token; name an id that its text does not use, below "
-            f"{model.shape.rows}"
+            f"{model.shape.embedding_size}"
         )
-    if found >= model.shape.rows:
-        raise ValueError(f"mask_id: expected one of the model's {model.shape.rows} token ids, got {found}")
+    if found >= model.shape.embedding_size:
+        raise ValueError(
+            f"mask_id: expected one of the model's {model.shape.embedding_size} token ids, got {found}"
+        )
     return found
 
 
@@ -226,7 +228,7 @@ def config_of(
         "rms_norm_eps": s.eps,
         "rope_theta": s.rope_theta,
         "tie_word_embeddings": False,
-        "vocab_size": s.rows,
+        "vocab_size": s.embedding_size,
         **scaling,
         "dparallel": {"kind": settings.kind, "target": models.fingerprint(model), "template": template},
     }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import dparallel_ext as dx
 from dparallel_ext import models
-from dparallel_ext.models import Model, side_by_side
+from dparallel_ext.models import Model, fused_weights
 
 NAMES = ["llada_tiny_a", "dream_tiny_a"]  # without and with biases of q, k and v
 both = pytest.mark.parametrize("name", NAMES)
@@ -38,7 +38,7 @@ def products(model: Model) -> float:
 
 
 def joined(model: Model) -> bool:
-    found = {side_by_side.whole(group) is not None for group in model.groups()}
+    found = {fused_weights.joined_view(group) is not None for group in model.groups()}
     assert len(found) == 1  # all or none
     return found.pop()
 
@@ -226,7 +226,10 @@ def test_mixed_dtypes_are_left_apart() -> None:
     model = golden.model("llada_tiny_a")
     model.blocks[0].k.double()
     model.fuse()
-    assert [side_by_side.whole(group) is not None for group in model.blocks[0].groups()] == [False, True]
+    assert [fused_weights.joined_view(group) is not None for group in model.blocks[0].groups()] == [
+        False,
+        True,
+    ]
     assert all(torch.equal(model.state_dict()[n], t) for n, t in tensors.items())
     model.fuse()  # nor does asking again
     assert model.blocks[0].k.weight.dtype == torch.float64

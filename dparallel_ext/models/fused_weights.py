@@ -20,7 +20,7 @@ from .fp8 import Fp8Linear
 Kind = TypeVar("Kind", bound=nn.Module)
 
 
-def whole(parts: Sequence[Tensor]) -> Tensor | None:
+def joined_view(parts: Sequence[Tensor]) -> Tensor | None:
     """(rows, ...) of all parts (rows_i, ...), in their own memory; None where they are not side by side."""
     first = parts[0]
     ordinary = all(type(part) in (nn.Parameter, Tensor) for part in parts)  # not sharded, fake or quantised
@@ -41,7 +41,7 @@ def whole(parts: Sequence[Tensor]) -> Tensor | None:
     return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
 
 
-def plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
+def is_unmodified(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether calling `module` does what its class says and nothing beside: no hook, nothing in its place."""
     return (
         type(module) is kind
@@ -55,7 +55,7 @@ def project(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
     """Each layer's output of x, by one matrix product where that may be."""
     if not torch.is_grad_enabled():
         for kind, leaves in LEAVES.items():
-            alike: list[Any] = [layer for layer in layers if plain(layer, kind)]
+            alike: list[Any] = [layer for layer in layers if is_unmodified(layer, kind)]
             joined = _joined(alike, leaves) if len(alike) == len(layers) else None
             if joined is not None:
                 product: Callable[..., Tensor] = F.linear if kind is nn.Linear else fp8_linear
@@ -75,7 +75,7 @@ def _joined(layers: Sequence[Any], leaves: Sequence[str]) -> list[Tensor | None]
     found: list[Tensor | None] = []
     for leaf in leaves:
         parts = [part for layer in layers if (part := getattr(layer, leaf)) is not None]
-        joined = whole(parts) if len(parts) == len(layers) else None
+        joined = joined_view(parts) if len(parts) == len(layers) else None
         if parts and joined is None:
             return None
         found.append(joined)
@@ -92,7 +92,7 @@ def parameters(groups: Sequence[Sequence[nn.Module]]) -> Iterator[list[nn.Parame
                 yield parts
 
 
-class Places:
+class FusedLoader:
     """Where the parameters of a model that is being read go, so that each group comes to lie side by side."""
 
     def __init__(self, groups: Iterable[list[nn.Parameter]]) -> None:
@@ -116,7 +116,7 @@ class Places:
 
 def join(parts: Sequence[nn.Parameter]) -> None:
     """Lay them side by side; they take new memory and leave the old."""
-    if whole(parts) is None and len({(p.dtype, p.device) for p in parts}) == 1:
+    if joined_view(parts) is None and len({(p.dtype, p.device) for p in parts}) == 1:
         joined = torch.cat([part.data for part in parts])
         for part, data in zip(parts, joined.split([len(part) for part in parts]), strict=True):
             part.data = data
@@ -126,7 +126,7 @@ def join_quantised(layers: Sequence[Fp8Linear]) -> None:
     """The same of quantised layers, their scales too."""
     for leaf in ("weight", "scale"):
         parts = [getattr(layer, leaf) for layer in layers]
-        if len(parts) > 1 and whole(parts) is None:
+        if len(parts) > 1 and joined_view(parts) is None:
             joined = torch.cat(parts).split([len(part) for part in parts])
             for layer, part in zip(layers, joined, strict=True):
                 setattr(layer, leaf, part)
@@ -137,6 +137,6 @@ def join_quantised(layers: Sequence[Fp8Linear]) -> None:
 
 def separate(parts: Sequence[nn.Parameter]) -> None:
     """Give each memory of its own again."""
-    if whole(parts) is not None:
+    if joined_view(parts) is not None:
         for part in parts:
             part.data = part.data.clone()
