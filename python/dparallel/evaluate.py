@@ -444,7 +444,7 @@ def aup(rows: Iterable[dict[str, Any]], best: float) -> float:
 
 
 HEADING = (
-    f"{'model':<16} {'policy':<20} {'accuracy':>8} {'passes':>7} {'to EOS':>7} {'tokens/pass':>11} "
+    f"{'model':<15} {'policy':<20} {'accuracy':>8} {'passes':>6} {'to EOS':>7} {'tokens/pass':>11} "
     f"{'seconds':>7}"
 )
 
@@ -458,7 +458,7 @@ def label(row: Mapping[str, Any]) -> str:
 def line(row: Mapping[str, Any]) -> str:
     """A result as a line under HEADING."""
     return (
-        f"{row['model']:<16} {label(row):<20} {row['accuracy']:>8.1%} {row['nfe_mean']:>7.1f} "
+        f"{row['model']:<15} {label(row):<20} {row['accuracy']:>8.1%} {row['nfe_mean']:>6.1f} "
         f"{row['nfe_to_eos']:>7.1f} {row['tokens_per_forward']:>11.2f} {row['seconds']:>7.1f}"
     )
 
