@@ -126,7 +126,8 @@ int kv_write(const KvWriteArgs& args, void* stream) {
     const auto grid = static_cast<unsigned>((items + kWriteThreads - 1) / kWriteThreads);
     if (vectors)
       DPARALLEL_LAUNCH((kv_write_kernel<T, W>), grid, kWriteThreads, stream, args, units, turned);
-    else DPARALLEL_LAUNCH((kv_write_kernel<T, 1>), grid, kWriteThreads, stream, args, units, turned);
+    else
+      DPARALLEL_LAUNCH((kv_write_kernel<T, 1>), grid, kWriteThreads, stream, args, units, turned);
     return static_cast<int>(cudaGetLastError());
   });
 }
