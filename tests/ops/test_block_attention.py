@@ -172,7 +172,7 @@ def test_what_a_row_does_not_see_may_hold_anything(dtype: torch.dtype, kind: str
     s, size = 0, k.shape[2]
     first, last, length = (int(arguments[name][s]) for name in ("q_start", "q_end", "kv_lens"))
     for bad in (math.nan, math.inf, -math.inf):
-        for row in range(first, last, 3):
+        for row in range(first, last, 9 if STAND_IN else 3):
             slot = length - last + row
             page = int(arguments["block_table"][s, slot // size])
             keys, values = k.clone(), v.clone()
