@@ -9,7 +9,6 @@ on the rest, and an exponential average of the weights is what ships.
 from __future__ import annotations
 
 import itertools
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from dparallel_ext.models import LLaDA, Qwen3
 
 from .. import evaluate as evaluation
 from .. import files, registry
+from ..training import loop
 from . import tasks
 
 MOST_SEEDS = 2**40
@@ -195,12 +195,6 @@ def next_token_loss(model: models.Model, ids: Tensor, prompt: int, eos_id: int) 
     return F.cross_entropy(logits.float(), labels[asked].to(device))
 
 
-def learning_rate(step: int, *, steps: int, warmup: int, decay: float) -> float:
-    """Warm-up, a plateau, and a straight fall to zero; as a share of the full rate."""
-    fall = max(1, round(steps * decay))
-    return min(1.0, (step + 1) / warmup, (steps - step) / fall)
-
-
 def train(
     out: str | Path,
     settings: Settings | None = None,
@@ -241,89 +235,27 @@ def _train(
     model = Qwen3(causal_config(settings)) if settings.causal else LLaDA(model_config(settings))
     initialise(model)
     model.to(device)
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(
-            matrices,
-            lr=settings.muon_lr,
-            weight_decay=settings.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        torch.optim.AdamW(rest, lr=settings.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-    full_rates = [settings.muon_lr, settings.adam_lr]
-    average = {name: p.detach().clone() for name, p in model.named_parameters()}
-    first, seconds = 0, 0.0
-    curve: list[list[float]] = []
-    recent: list[float] = []
-    state_file = directory / "state.pt"
-    if state_file.exists():
-        try:
-            state = torch.load(state_file, weights_only=True, map_location=device)
-            state["settings"], state["model"], state["optimizers"]
-        except Exception as error:  # of many kinds
-            raise ValueError(
-                f"out: {state_file} is not the state of a run ({type(error).__name__}: {error}); without it "
-                "the run begins anew"
-            ) from error
-        if asdict(Settings(**{**state["settings"], "steps": 1})) != {**asdict(settings), "steps": 1}:
-            raise ValueError(f"out: {directory} holds a run with other settings: {state['settings']}")
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        average, first = state["average"], state["step"]
-        seconds, curve, recent = state["seconds"], state["curve"], state["recent"]
 
-    steps: Any = range(first, settings.steps)
-    if progress:
-        from tqdm import tqdm
-
-        steps = tqdm(steps, initial=first, total=settings.steps, desc="train", mininterval=5)
-    clock = time.monotonic()
-    for step in steps:
-        rate = learning_rate(step, steps=settings.steps, warmup=settings.warmup, decay=settings.decay)
-        for optimizer, full in zip(optimizers, full_rates, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = full * rate
+    def loss_of(step: int) -> Tensor:
         ids, prompt = batch_of(settings, step)
         if settings.causal:
             assert model.eos_id is not None
-            loss = next_token_loss(model, ids, prompt, model.eos_id)
-        else:
-            loss = masked_diffusion_loss(model, ids, prompt, settings.seed * 1_000_003 + step)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        decay = min(settings.ema, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                average[name].lerp_(p, 1 - decay)
-        recent.append(loss.item())
-        if (step + 1) % 100 == 0:
-            curve.append([step + 1, round(sum(recent) / len(recent), 5)])
-            recent = []
-            if progress:
-                steps.set_postfix(loss=f"{curve[-1][1]:.4f}")
-        if (step + 1) % save_every == 0 or step + 1 == settings.steps:
-            now = time.monotonic()
-            seconds, clock = seconds + now - clock, now
-            state = {
-                "settings": asdict(settings),
-                "step": step + 1,
-                "model": model.state_dict(),
-                "optimizers": [o.state_dict() for o in optimizers],
-                "average": average,
-                "seconds": seconds,
-                "curve": curve,
-                "recent": recent,
-            }
-            with files.replacing(state_file) as partial:
-                torch.save(state, partial)
+            return next_token_loss(model, ids, prompt, model.eos_id)
+        return masked_diffusion_loss(model, ids, prompt, settings.seed * 1_000_003 + step)
 
-    model.load_state_dict(average, strict=False)
+    seconds, curve = loop.run(
+        directory,
+        model,
+        [p for p in model.blocks.parameters() if p.ndim == 2],
+        loss_of,
+        settings,
+        asdict(settings),
+        defaults=asdict(Settings()),
+        save_every=save_every,
+        report_every=100,
+        described="train",
+        progress=progress,
+    )
     save_tokenizer(directory)  # before config.json, which makes it a checkpoint
     models.save(model, directory, dtype=torch.bfloat16)
     report: dict[str, Any] = {"settings": asdict(settings), "seconds": round(seconds), "loss": curve}

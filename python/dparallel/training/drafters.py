@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,7 +38,8 @@ from dparallel_ext.speculation.speculate import causal_model, check_prompts
 from .. import files, registry
 from ..text import Template, prompt_encoder
 from ..toy import tasks
-from ..toy.train import MOST_SEEDS, learning_rate
+from ..toy.train import MOST_SEEDS
+from . import loop
 from .filter import hold_out
 from .trajectories import Prompt, read_prompts
 
@@ -355,85 +355,19 @@ def _train(
         model = DraftModel(config)
         initialise(model)
     model.to(device).train()
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if p.ndim != 2]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(
-            matrices,
-            lr=settings.muon_lr,
-            weight_decay=settings.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        torch.optim.AdamW(rest, lr=settings.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-    full_rates = [settings.muon_lr, settings.adam_lr]
-    average = {name: p.detach().clone() for name, p in model.named_parameters()}
-    first, seconds = 0, 0.0
-    curve: list[list[float]] = []
-    recent: list[float] = []
-    state_file, own = directory / "state.pt", {**asdict(settings), "config": config, "answers": len(answers)}
-    own = json.loads(json.dumps(own))
-    if state_file.exists():
-        try:
-            state = torch.load(state_file, weights_only=True, map_location=device)
-            state["settings"], state["model"], state["optimizers"]
-        except Exception as error:  # of many kinds
-            raise ValueError(
-                f"out: {state_file} is not the state of a run ({type(error).__name__}: {error}); without it "
-                "the run begins anew"
-            ) from error
-        if {**state["settings"], "steps": 1} != {**own, "steps": 1}:
-            other = {key: value for key, value in state["settings"].items() if own.get(key) != value}
-            raise ValueError(f"out: {directory} holds a run with other settings: {other}")
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        average, first = state["average"], state["step"]
-        seconds, curve, recent = state["seconds"], state["curve"], state["recent"]
-
-    bar = _bar(progress, settings.steps, settings.kind, "step", first)
-    clock = time.monotonic()
-    for step in range(first, settings.steps):
-        rate = learning_rate(step, steps=settings.steps, warmup=settings.warmup, decay=settings.decay)
-        for optimizer, full in zip(optimizers, full_rates, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = full * rate
-        loss = loss_of(model, target, answers, settings, step)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        decay = min(settings.ema, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                average[name].lerp_(p, 1 - decay)
-        recent.append(loss.item())
-        if (step + 1) % 50 == 0:
-            curve.append([step + 1, round(sum(recent) / len(recent), 5)])
-            recent = []
-        if bar is not None:
-            bar.update()
-            if curve:
-                bar.set_postfix(loss=f"{curve[-1][1]:.4f}", refresh=False)
-        if (step + 1) % save_every == 0 or step + 1 == settings.steps:
-            now = time.monotonic()
-            seconds, clock = seconds + now - clock, now
-            state = {
-                "settings": own,
-                "step": step + 1,
-                "model": model.state_dict(),
-                "optimizers": [o.state_dict() for o in optimizers],
-                "average": average,
-                "seconds": seconds,
-                "curve": curve,
-                "recent": recent,
-            }
-            with files.replacing(state_file) as partial:
-                torch.save(state, partial)
-    if bar is not None:
-        bar.close()
-    model.load_state_dict(average)
+    own = json.loads(json.dumps({**asdict(settings), "config": config, "answers": len(answers)}))
+    seconds, curve = loop.run(
+        directory,
+        model,
+        [p for p in model.parameters() if p.ndim == 2],
+        lambda step: loss_of(model, target, answers, settings, step),
+        settings,
+        own,
+        save_every=save_every,
+        report_every=50,
+        described=settings.kind,
+        progress=progress,
+    )
     report = {
         "settings": own,
         "parameters": sum(p.numel() for p in model.parameters()),

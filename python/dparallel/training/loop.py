@@ -1,0 +1,158 @@
+"""A training run of a small model: Muon on the matrices, AdamW on the rest, and an average of the weights.
+
+A run that was stopped goes on with the same weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .. import files
+
+
+class Schedule(Protocol):
+    """Of a run, what its settings say of steps and rates."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def muon_lr(self) -> float: ...
+    @property
+    def adam_lr(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def decay(self) -> float: ...
+    @property
+    def ema(self) -> float: ...
+
+
+class Trained(NamedTuple):
+    """What a run has taken."""
+
+    seconds: float
+    curve: list[list[float]]
+    """[step, mean loss since the entry before]"""
+
+
+def learning_rate(step: int, *, steps: int, warmup: int, decay: float) -> float:
+    """Warm-up, a plateau, and a straight fall to zero; as a share of the full rate."""
+    fall = max(1, round(steps * decay))
+    return min(1.0, (step + 1) / warmup, (steps - step) / fall)
+
+
+def run(
+    directory: Path,
+    model: nn.Module,
+    matrices: Iterable[nn.Parameter],
+    loss_of: Callable[[int], Tensor],
+    schedule: Schedule,
+    settings: Mapping[str, Any],
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    save_every: int,
+    report_every: int,
+    described: str,
+    progress: bool,
+) -> Trained:
+    """Train `model`, or go on where the run in `directory` was stopped; it then has the averaged weights.
+
+    matrices: the parameters that Muon moves. loss_of: a step's loss, of the step's number alone. settings:
+    what the run is; where another than "steps" differs it is another run. defaults: of settings that an
+    older run's state does not name.
+
+    Raises ValueError where `directory` holds a run of other settings, or state.pt is not a run's.
+    """
+    matrices = list(matrices)
+    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(
+            matrices,
+            lr=schedule.muon_lr,
+            weight_decay=schedule.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW(rest, lr=schedule.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    full_rates = [schedule.muon_lr, schedule.adam_lr]
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    first, seconds = 0, 0.0
+    curve: list[list[float]] = []
+    recent: list[float] = []
+    state_file = directory / "state.pt"
+    if state_file.exists():
+        state = _read(state_file, next(model.parameters()).device)
+        before = {**(defaults or {}), **state["settings"]}
+        if {**before, "steps": 0} != {**settings, "steps": 0}:
+            other = {key: value for key, value in before.items() if settings.get(key) != value}
+            raise ValueError(f"out: {directory} holds a run with other settings: {other}")
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        average, first = state["average"], state["step"]
+        seconds, curve, recent = state["seconds"], state["curve"], state["recent"]
+
+    steps: Any = range(first, schedule.steps)
+    if progress:
+        from tqdm import tqdm
+
+        steps = tqdm(steps, initial=first, total=schedule.steps, desc=described, mininterval=5)
+    clock = time.monotonic()
+    for step in steps:
+        rate = learning_rate(step, steps=schedule.steps, warmup=schedule.warmup, decay=schedule.decay)
+        for optimizer, full in zip(optimizers, full_rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = full * rate
+        loss = loss_of(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        kept = min(schedule.ema, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                average[name].lerp_(p, 1 - kept)
+        recent.append(loss.item())
+        if (step + 1) % report_every == 0:
+            curve.append([step + 1, round(sum(recent) / len(recent), 5)])
+            recent = []
+            if progress:
+                steps.set_postfix(loss=f"{curve[-1][1]:.4f}")
+        if (step + 1) % save_every == 0 or step + 1 == schedule.steps:
+            now = time.monotonic()
+            seconds, clock = seconds + now - clock, now
+            state = {
+                "settings": dict(settings),
+                "step": step + 1,
+                "model": model.state_dict(),
+                "optimizers": [o.state_dict() for o in optimizers],
+                "average": average,
+                "seconds": seconds,
+                "curve": curve,
+                "recent": recent,
+            }
+            with files.replacing(state_file) as partial:
+                torch.save(state, partial)
+    model.load_state_dict(average, strict=False)
+    return Trained(seconds, curve)
+
+
+def _read(file: Path, device: torch.device) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(file, weights_only=True, map_location=device)
+        state["settings"], state["model"], state["optimizers"]
+    except Exception as error:  # of many kinds
+        raise ValueError(
+            f"out: {file} is not the state of a run ({type(error).__name__}: {error}); without it "
+            "the run begins anew"
+        ) from error
+    return state
