@@ -131,7 +131,7 @@ def decode(
         batch = start(model, prompts, config, batch_invariant=config.batch_invariant, graphs=config.graphs)
         if streamer is not None and size != 1:
             raise ValueError(f"streamer: expected a batch of 1, got {size}")
-        run(batch, streamer, _bar(progress, sum(len(row.columns) for row in batch.rows)))
+        run(batch, streamer, progress_bar(progress, sum(len(row.columns) for row in batch.rows), "decode"))
     # Tensors made in inference mode cannot enter autograd later; their copies can.
     x = batch.tokens.clone()
     masked = torch.zeros(x.shape, dtype=torch.bool)
@@ -238,9 +238,10 @@ def run(batch: Batch, streamer: Any = None, bar: Any = None) -> None:
         streamer.end()
 
 
-def _bar(progress: bool, total: int) -> Any:
+def progress_bar(progress: bool, total: int, name: str) -> Any:
+    """A tqdm bar of tokens, if `progress`; else None."""
     if not progress:
         return None
     from tqdm import tqdm
 
-    return tqdm(total=total, desc="decode", unit="token")
+    return tqdm(total=total, desc=name, unit="token")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import arguments
 from ..decoding.config import DEFAULTS, DecodeConfig, DecodeKeywords, configured, names_fields
-from ..decoding.decode import DecodeOutput, Prompts
+from ..decoding.decode import DecodeOutput, Prompts, progress_bar
 from ..decoding.fields import plain
 from ..decoding.settings import make_settings
 from ..models import Model, for_decoding, traits, warn_beyond
@@ -129,7 +129,7 @@ def speculate(
         )
         for lane, (ids, count, own) in enumerate(zip(prompts, counts, settings, strict=True)):
             batch.admit(lane, ids.cpu(), count, own, eos_ids=eos_ids)
-        _run(batch, streamer, _bar(progress, sum(counts)))
+        _run(batch, streamer, progress_bar(progress, sum(counts), "speculate"))
     return _output(batch, prompts, config)
 
 
@@ -238,11 +238,3 @@ def _output(batch: CausalBatch, prompts: Sequence[Tensor], config: DecodeConfig)
         drafted=torch.tensor(batch.counts.drafted, dtype=torch.int64),
         accepted=torch.tensor(batch.counts.accepted, dtype=torch.int64),
     )
-
-
-def _bar(progress: bool, total: int) -> Any:
-    if not progress:
-        return None
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc="speculate", unit="token")

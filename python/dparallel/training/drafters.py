@@ -275,7 +275,7 @@ def _answers(
     if settings.temperature:
         said |= {"temperature": settings.temperature, "seed": settings.seed}
     parts = [prompts[first : first + SHARD] for first in range(0, len(prompts), SHARD)]
-    bar = _bar(progress, len(prompts), "answers", "prompt")
+    bar = loop.progress_bar(progress, len(prompts), "answers", "prompt")
     found: list[Answer] = []
     for number, part in enumerate(parts):
         file = directory / f"answers-{number:05d}.safetensors"
@@ -528,11 +528,3 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
             f"{held['passes']:.2f} passes)"
         )
         yield "accepted by depth: " + " ".join(f"{share:.0%}" for share in held["accepted"])
-
-
-def _bar(progress: bool, total: int, name: str, unit: str, initial: int = 0) -> Any:
-    if not progress:
-        return None
-    from tqdm import tqdm
-
-    return tqdm(total=total, initial=initial, desc=name, unit=unit, mininterval=5)

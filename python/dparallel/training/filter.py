@@ -27,6 +27,7 @@ from dparallel_ext.rules import Decision, Rule, Where
 from dparallel_ext.rules.learned import by_place
 
 from .. import files, registry
+from . import loop
 from .trajectories import Trajectories
 
 TAUS = (0.5, 0.7, 0.8, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
@@ -121,7 +122,7 @@ def record(
     """
     if not answers:
         raise ValueError("answers: expected at least one, got none")
-    bar = _bar(progress, len(answers), "oracle", "prompt")
+    bar = loop.progress_bar(progress, len(answers), "oracle", "prompt")
     notes, passes = [], 0
     for first in range(0, len(answers), batch):
         part = answers[first : first + batch]
@@ -177,7 +178,7 @@ def train(
         hidden = settings.hidden or size
         net = nn.Sequential(nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, size))
     optimizer = torch.optim.AdamW(net.parameters(), settings.lr)
-    bar = _bar(progress, settings.steps, "filter", "step")
+    bar = loop.progress_bar(progress, settings.steps, "filter", "step")
     for step in range(settings.steps):
         loss = _loss(net, learned)
         optimizer.zero_grad()
@@ -215,14 +216,6 @@ def judge(net: nn.Module, records: Records, tau: float) -> dict[str, float]:
         "accepted": _share(accepted, right),
         "false_positive_rate": _share(accepted, wrong),
     }
-
-
-def _bar(progress: bool, total: int, name: str, unit: str) -> Any:
-    if not progress:
-        return None
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=name, unit=unit)
 
 
 def _share(accepted: Tensor, among: Tensor) -> float:
