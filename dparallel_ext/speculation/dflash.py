@@ -43,7 +43,7 @@ from ..models import Model, Qwen3, files, fingerprint, fused_weights, own_precis
 from ..models.attention import PagedAttention
 from ..models.config import ModelConfig, token_ids
 from ..models.fields import LAYERS, Field, check_supported, read
-from ..models.modules import Block, RMSNorm, norm_of_sum, rotate
+from ..models.modules import Block, RMSNorm, Stream, norm_of_sum, rotate
 from ..ops import kv_move, kv_write
 from .draft import Draft
 
@@ -165,10 +165,10 @@ class DraftModel(nn.Module):
 
     def rows(self, x: Tensor, attention: PagedAttention) -> Tensor:
         """Hidden states (M, width) after the final norm, of packed embedded rows x (M, width)."""
-        delta = None
+        stream = Stream(x)
         for layer, block in enumerate(self.layers):
-            x, delta = block.layers(x, delta, attention.layer(layer))  # type: ignore[operator]
-        return norm_of_sum(self.norm, x, delta)[1]
+            stream = block.layers(stream, attention.layer(layer))  # type: ignore[operator]
+        return norm_of_sum(self.norm, stream)[1]
 
     def forward(
         self, x: Tensor, positions: Tensor, feature: Tensor, visible: Tensor, cos: Tensor, sin: Tensor
