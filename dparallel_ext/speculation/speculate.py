@@ -20,7 +20,8 @@ from ..decoding.fields import plain
 from ..decoding.settings import make_settings
 from ..models import Model, for_decoding, traits, warn_beyond
 from .batch import CausalBatch
-from .drafter import Drafter, drafter_of
+from .drafter import Drafter
+from .loading import drafter_of
 from .sizing import Fixed, Measured, Sizer, measured
 
 OF_DIFFUSION = (

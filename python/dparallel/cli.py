@@ -560,9 +560,11 @@ def drafter(
     data: Annotated[
         str, typer.Option(help="builtin:N[:SEED], or a JSONL or Parquet file with prompts")
     ] = "builtin:4000",
-    steps: int = 2000,
-    batch: Annotated[int, typer.Option(help="answers in a step")] = 16,
-    anchors: Annotated[int, typer.Option(help="blocks behind each answer in a step")] = 16,
+    steps: Annotated[
+        int | None, typer.Option(help="default: the kind's own; so with the numbers below")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="answers in a step")] = None,
+    anchors: Annotated[int | None, typer.Option(help="places in each answer that a step learns from")] = None,
     layers: Annotated[int | None, typer.Option(help="default: 3 of dflash, 1 of parallelspec")] = None,
     block: Annotated[
         int | None, typer.Option(help="rows, the last known token's with them; default: 16 or 7")
@@ -570,7 +572,7 @@ def drafter(
     taps: Annotated[
         str | None, typer.Option(help='layers of the target, as "1,9,17"; -1 is the embedding')
     ] = None,
-    loss: Annotated[str, typer.Option(help="d-pace or exp")] = "d-pace",
+    loss: Annotated[str | None, typer.Option(help="d-pace (default) or exp")] = None,
     gen_length: Annotated[int | None, typer.Option(help="tokens; default 64 built-in, 256 else")] = None,
     temperature: Annotated[float, typer.Option(help="of the answers that it learns from")] = 0.0,
     seed: int = 0,
@@ -589,20 +591,12 @@ def drafter(
             layers_of_target = None if taps is None else tuple(int(tap) for tap in taps.split(","))
         except ValueError as error:
             raise ValueError(f'taps: expected numbers as "1,9,17", got {taps!r:.80}') from error
-        settings = drafters.Settings(
-            kind=kind,
-            steps=steps,
-            batch=batch,
-            anchors=anchors,
-            layers=layers,
-            block=block,
-            taps=layers_of_target,
-            mask_id=mask_id,
-            loss=loss,
-            gen_length=registry.gen_length(target) if gen_length is None else gen_length,
-            temperature=temperature,
-            seed=seed,
-        )
+        given = {
+            **{"steps": steps, "batch": batch, "anchors": anchors, "temperature": temperature, "seed": seed},
+            **{"layers": layers, "block": block, "taps": layers_of_target, "mask_id": mask_id, "loss": loss},
+            "gen_length": registry.gen_length(target) if gen_length is None else gen_length,
+        }
+        settings = drafters.settings_of(kind, **{k: v for k, v in given.items() if v is not None})
         report = drafters.run(
             target,
             out,
