@@ -123,8 +123,9 @@ class ExitHeads(nn.Module):
             nn.init.eye_(each.weight)  # type: ignore[arg-type]
 
     def forward(self, index: int, stream: Tensor, target: Model) -> Tensor:
-        """Logits (..., V) of streams (..., width) behind `layout.layers[index]` layers."""
-        return target.head(target.norm(self.maps[index](stream)))
+        """Logits (..., V) of streams (..., width), in the dtype of the maps, behind `layout.layers[index]`
+        layers."""
+        return target.head(target.norm(self.maps[index](stream).to(target.dtype)))
 
 
 class AdaDecode:
@@ -341,9 +342,8 @@ class _Session:
             stream = self._model.run_layers(stream, self._kv_cache, metadata, first, layers[key.head])
             x = stream.sum
             self._streams[places] = x
-            if not len(source):
-                return source
-            logits = self._heads(key.head, x[source], self._model)
+            # No row is read where all queues are full.
+            logits = self._heads(key.head, x[source], self._model) if key.groups else x[:0]
         token = torch.full_like(source, -1)
         for number, sampling in enumerate(key.groups):
             seed, sequence, position = keys.unbind(1)

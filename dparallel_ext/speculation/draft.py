@@ -35,9 +35,8 @@ class Draft(NamedTuple):
         """Its first `most` nodes: a tree too, since parents come first."""
         if len(self.tokens) <= most:
             return self
-        return self._replace(
-            tokens=self.tokens[:most], parents=None if self.parents is None else self.parents[:most]
-        )
+        parents = None if self.parents is None else self.parents[:most]
+        return Draft(self.tokens[:most], parents, self.start, self.layers)
 
 
 def check_drafts(
