@@ -7,8 +7,8 @@ Source: AdaDecode, arXiv 2506.03700.
     draft     a token runs through layers [0, l). Where max p > gamma, the next token is out at once: it is
               drafted, and runs in its turn
     queue     the streams behind layer l of all tokens that have run so far
-    verify    where a head is not sure, or the draft is as long as was asked for, the queue goes through
-              layers [l, L) in one pass; what the model chooses there is compared with the draft
+    verify    where a head is not sure, or the draft is as long as was asked for, or at its end, the queue
+              goes through layers [l, L) in one pass; what the model chooses there is compared with the draft
 
 The draft writes keys and values of layers [0, l) into the model's own cache, and the verify pass those of
 [l, L), so each layer computes each row once. What takes the place of a refused token overwrites its keys.
@@ -202,10 +202,13 @@ class _Queue:
     tokens: list[int] = field(default_factory=list)
     """Drafted."""
     layers: int = 0
+    ended: bool = False
+    """Whether a head was sure of an end, which is the model's to say."""
 
     @property
     def full(self) -> bool:
-        return len(self.tokens) == self.most
+        """Whether no head is asked any more."""
+        return self.ended or len(self.tokens) == self.most
 
 
 class _Key(NamedTuple):
@@ -273,7 +276,9 @@ class _Session:
                 guesses = self._run(head, asked)
                 unsure = []
                 for queue, guess in zip(asked, guesses, strict=True):
-                    if guess is None:
+                    if guess in queue.lane.eos_ids:
+                        queue.ended = True
+                    if guess is None or queue.ended:
                         unsure.append(queue)
                     else:
                         queue.tokens.append(guess)

@@ -234,7 +234,7 @@ class CausalBatch:
             return {}
         rows = [(b, self.rows[b]) for b in sizes]
         views = [
-            Lane(b, self.tokens[b, : row.known], row.length, row.sampling, row.settings.key)
+            Lane(b, self.tokens[b, : row.known], row.length, row.sampling, row.settings.key, row.eos_ids)
             for b, row in rows
         ]
         found: list[Draft] = []

@@ -30,6 +30,8 @@ class Lane(NamedTuple):
     """How the model's own choices are made."""
     key: tuple[int, int]
     """Of their noise: seed, sequence. The position of the chosen token is the third number, the last is 0."""
+    eos_ids: tuple[int, ...] = ()
+    """The first of them ends the sequence."""
 
     @property
     def suppress(self) -> Tensor | None:

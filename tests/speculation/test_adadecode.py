@@ -248,20 +248,48 @@ def test_drafts_are_those_of_plain_torch(layers: tuple[int, ...]) -> None:
     assert tokens > 20
 
 
-def test_samples_are_drawn_with_the_models_noise() -> None:
-    """Where a head says what the model does, its guess is the model's choice at any temperature."""
+def agreeing_model() -> Model:
     model = model_of(num_hidden_layers=3)
     with torch.no_grad():
         for part in (model.blocks[2].o, model.blocks[2].down):
             part.weight.zero_()  # the last layer adds nothing
+    return model
+
+
+def agreeing_exits(model: Model) -> AdaDecode:
+    """One head, which says what the whole model does."""
     drafter = exits((2,), 0.0, 5, target=model)
     torch.nn.init.eye_(drafter.heads.maps[0].weight)
+    return drafter
+
+
+def test_samples_are_drawn_with_the_models_noise() -> None:
+    """Where a head says what the model does, its guess is the model's choice at any temperature."""
+    model = agreeing_model()
+    drafter = agreeing_exits(model)
     for more in ({}, {"top_k": 4}, {"top_p": 0.8, "suppress": [3, 17]}):
         settings: dict[str, Any] = {"temperature": 1.2, "seed": [3, 4, 5, 6], **more}
         found = plain(model, drafter=drafter, draft_size=5, **settings)
         assert torch.equal(found.sequences, plain(model, **settings).sequences)
         assert torch.equal(found.accepted, found.drafted)
         assert found.nfe.tolist() == [5, 4, 5, 5]
+
+
+def test_nothing_is_drafted_behind_an_end() -> None:
+    """Where the heads are right, no drafted token is in vain, and none is an end."""
+    model = agreeing_model()
+    drafter = agreeing_exits(model)
+    full = plain(model)
+    ends = 0
+    for eos in range(61):
+        heard = Heard(drafter)
+        found = plain(model, drafter=heard, draft_size=5, eos_id=eos)
+        assert torch.equal(found.sequences, plain(model, eos_id=eos).sequences)
+        assert torch.equal(found.accepted, found.drafted)
+        assert all(eos not in draft.tokens for *_, draft in heard.heard)
+        ends += int((found.kept < 24).sum())
+    assert ends > 20
+    assert torch.equal(full.sequences, plain(model, drafter=drafter, draft_size=5).sequences)
 
 
 # --- pages, ends, engines, recordings -------------------------------------------------------------
