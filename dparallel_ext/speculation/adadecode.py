@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 KIND = "adadecode"
 _KEY = "adadecode_config"
 _GAMMA = Field(float, 0.85, least=0, most=1)
-_MOST = Field(int, 8, most=512)
+_MOST = Field(int, 16, most=512)
 
 
 class Layout(NamedTuple):

@@ -581,12 +581,13 @@ def drafter(
         str | None, typer.Option(help='layers of the target, as "1,9,17"; -1 is the embedding')
     ] = None,
     exits: Annotated[
-        str | None, typer.Option(help='of adadecode: behind so many layers stand heads, as "8,16,24"')
+        str | None,
+        typer.Option(help='of adadecode: behind so many layers stand heads, as "8,16,24"; default: quarters'),
     ] = None,
     gamma: Annotated[
         float | None, typer.Option(help="of adadecode: how sure a head has to be; default 0.85")
     ] = None,
-    most: Annotated[int | None, typer.Option(help="of adadecode: tokens of a draft; default 8")] = None,
+    most: Annotated[int | None, typer.Option(help="of adadecode: tokens of a draft; default 16")] = None,
     loss: Annotated[str | None, typer.Option(help="d-pace (default) or exp")] = None,
     gen_length: Annotated[int | None, typer.Option(help="tokens; default 64 built-in, 256 else")] = None,
     temperature: Annotated[float, typer.Option(help="of the answers that it learns from")] = 0.0,

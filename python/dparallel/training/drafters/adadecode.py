@@ -29,11 +29,11 @@ class ExitSettings(Settings):
     steps: int = 1000
     anchors: int = 64
     exits: tuple[int, ...] | None = None
-    """Behind so many layers stand heads; None: behind half of a target of up to 8 layers, else behind a
-    quarter, a half and three quarters, as published."""
+    """Behind so many layers stand heads; None: behind a quarter, a half and three quarters of the target's,
+    as published."""
     gamma: float = 0.85
     """How sure a head has to be, as a probability."""
-    most: int = 8
+    most: int = 16
     """Tokens of a draft."""
 
     def __post_init__(self) -> None:
@@ -51,8 +51,7 @@ class Exits(Trainee):
         self._target, self._settings = target.model, settings
         s, exits = target.model.shape, settings.exits
         if exits is None:
-            parts = (2,) if s.layers <= 8 else (1, 2, 3)
-            exits = tuple(s.layers * part // 4 for part in parts)
+            exits = tuple(sorted({s.layers * part // 4 for part in (1, 2, 3)} - {0}))
         check_layers("exits", exits, s.layers)
         origin = target.origin(settings.kind)
         self.layout = Layout(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,10 @@ def run(
     directory = files.directory("out", out)
     with files.locked("out", directory), files.full_disk_named(directory):
         answers = answers_of(directory, model, learned, settings, answer_batch, progress)
-        drafter, report = _train(directory, trainee, model.device, answers, settings, save_every, progress)
+        with _frozen(model):
+            drafter, report = _train(
+                directory, trainee, model.device, answers, settings, save_every, progress
+            )
         drafter.save(directory)
         report |= {"target": target, "data": data, "answers": len(answers)}
         report["bytes"] = (directory / "model.safetensors").stat().st_size
@@ -99,6 +103,19 @@ def run(
             report["held_out"] = judge(model, drafter, judged, settings.gen_length, answer_batch)
         files.write_json(directory / "training.json", report)
     return report
+
+
+@contextmanager
+def _frozen(model: models.Model) -> Iterator[None]:
+    """No gradient of the target's weights is computed."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in learning:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
 
 
 def _train(
