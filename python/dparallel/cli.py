@@ -58,7 +58,7 @@ DrafterOption = Annotated[
     str | None,
     typer.Option(
         help="of an autoregressive model: ngram, ngram:N, a drafter's or a model's path; for builtin:causal "
-        "also builtin:dflash, builtin:parallelspec, builtin:student; default: none"
+        "also builtin:dflash, builtin:parallelspec, builtin:adadecode, builtin:student; default: none"
     ),
 ]
 DraftSizeOption = Annotated[
@@ -599,7 +599,7 @@ def drafter(
     chat: ChatOption = None,
     device: str | None = None,
 ) -> None:
-    """Train a drafter for `speculate` (DFlash or ParallelSpec) on a model's own answers."""
+    """Train a drafter for `speculate` (DFlash, ParallelSpec, AdaDecode's heads) on a model's own answers."""
     from .training import drafters
 
     with plain_errors("train"):
