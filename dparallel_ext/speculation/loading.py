@@ -12,7 +12,7 @@ from ..arguments import shown
 from ..models import FAMILIES
 from ..models import load as load_model
 from ..models.files import read_json
-from . import dflash
+from . import adadecode, dflash
 from .checkpoint import OURS, DraftCheckpoint, Origin, read_checkpoint
 from .drafter import Drafter
 from .ngram import NGram
@@ -20,6 +20,7 @@ from .whole_models import ModelDrafter
 
 KINDS: dict[str, Callable[[DraftCheckpoint], Drafter]] = {
     **dict.fromkeys(dflash.CAUSAL, dflash.drafter_of_blocks),
+    adadecode.KIND: adadecode.drafter_of_heads,
 }
 """By the kind that a file says it is, what makes a drafter of it; raises ValueError where it is none."""
 PUBLISHED = "dflash"
