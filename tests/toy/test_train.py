@@ -135,8 +135,8 @@ def test_the_shipped_model_is_right_and_has_passes_left_to_save():
     assert recorded["held_out"]["nfe_mean"] == tasks.GEN_LENGTH
     assert recorded["held_out"]["accuracy"] >= 0.95
     loaded = registry.load()
-    one = evaluate.evaluate("", evaluate.ONE, problems=16, loaded=loaded)
-    fast = evaluate.evaluate("", "entropy:0.5", problems=60, loaded=loaded)
+    one = evaluate.evaluate("", evaluate.ONE, problems=8, loaded=loaded)
+    fast = evaluate.evaluate("", "entropy:0.5", problems=40, loaded=loaded)
     assert one["accuracy"] >= 0.8  # five standard errors below 95% would be 0.71
     assert fast["accuracy"] >= 0.88
     assert 8 < fast["nfe_mean"] < 32
