@@ -7,7 +7,7 @@ WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp')
 
-.PHONY: install demo distill test tests newest test-fast attack lint format bench bench-report gpu cuda-check clean
+.PHONY: install demo distill test tests newest test-fast attack lint docs format bench bench-report gpu cuda-check clean
 
 install: $(VENV)/built
 
@@ -33,7 +33,7 @@ distill: install
 test:
 	$(MAKE) --jobs 2 cuda-check tests newest
 
-tests: install lint
+tests: install lint docs
 	$(PYTEST) --durations 20
 
 # DiffusionGemma with the newest transformers; `tests` has the pinned one.
@@ -59,6 +59,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+# The site; strict: no link and no reference leads nowhere.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -1,12 +1,14 @@
-"""From results to what is read: tables, plots, targets met or missed, and the README's figures.
+"""From results to what is read: tables, plots, targets, docs/benchmarks.md, the README's five figures.
 
 `make bench-report` (python -m benchmarks.report) takes the CPU run of `make bench` into benchmarks/results,
-and writes the README's block between its markers, and docs/*.png, from the newest results there alone.
+and writes what stands between the markers of docs/benchmarks.md and of README.md, and docs/*.png, from the
+newest results there and from docs/rules.json and docs/speculation.json alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -142,7 +144,7 @@ def memory(record: dict[str, Any]) -> str:
 
 
 def cpu_figures(found: dict[str, Any]) -> str:
-    """The README's part on CPU figures."""
+    """The part on CPU figures."""
     peaks = [r for r in found["records"] if r["case"].endswith("peak memory") and "rows" in r]
     machine = found["machine"]
     lines = [table(found, "ms")]
@@ -193,7 +195,7 @@ def ceilings(found: dict[str, Any]) -> str:
 
 
 def gpu_figures(found: dict[str, Any]) -> str:
-    """The README's part on GPU figures: the targets, and each case cold or from a graph."""
+    """The part on GPU figures: the targets, and each case cold or from a graph."""
     warm = ("bandwidth, warm", "rate, warm", "graph, warm")
     kept = [r for r in found["records"] if not f"{r['case']}, {r.get('condition')}".endswith(warm)]
     parts = [about_gpu(found), f"Ceilings: {ceilings(found)}." if ceilings(found) else ""]
@@ -256,27 +258,97 @@ def plots(found: dict[str, Any], out: Path) -> None:
     write_text(out / "report.md", markdown(found))
 
 
-# --- the README ----------------------------------------------------------------------------------
+# --- the pages -----------------------------------------------------------------------------------
 
 
 def block(cpu: dict[str, Any] | None, gpu: dict[str, Any] | None) -> str:
-    """What stands between the markers."""
-    parts = [] if cpu is None else [cpu_figures(cpu)]
+    """What stands between the markers of docs/benchmarks.md."""
+    parts = [] if cpu is None else ["## On a CPU", cpu_figures(cpu)]
     if cpu is not None and any(r["case"] == "row_stats, needed rows" for r in cpu["records"]):
-        parts.append("![Time of row_stats against rows](docs/rows.png)")
+        parts.append("![Time of row_stats against rows](rows.png)")
     if cpu is not None and curves_of_passes(cpu):
-        parts.append("![Time of a pass against cached positions](docs/passes.png)")
+        parts.append("![Time of a pass against cached positions](passes.png)")
+    parts.append("## On a GPU")
     if gpu is None:
         parts.append("No GPU figure is given, since none has been measured.")
     else:
-        parts += [gpu_figures(gpu), "![Share of the floor](docs/share.png)"]
+        parts += [gpu_figures(gpu), "![Share of the floor](share.png)"]
     return "\n\n".join(parts)
+
+
+def headlines(
+    cpu: dict[str, Any], gpu: dict[str, Any], rules: list[dict[str, Any]], drafters: list[dict[str, Any]]
+) -> str:
+    """The README's table: five figures, each with its machine and the command that makes it."""
+
+    def of(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
+        return next(row for row in rows if wanted.items() <= row.items())
+
+    def passes_of(model: str, policy: str) -> dict[str, Any]:
+        return of(rules, model=f"builtin:{model}", policy=policy, config={}, problems=2000)
+
+    on_gpu = Lookup(gpu)
+    one, student = passes_of("teacher", "one"), passes_of("student", "entropy:0.5")
+    plain, drafted = of(drafters, policy="plain"), of(drafters, policy="builtin:dflash")
+    whole = "16 passes, prompt 512, 128 new tokens, cache dual, float32"
+    records = next(r for case, r in grouped(cpu).items() if case.startswith(whole))
+    ours, published = own(records), of(records, contender="published")
+    assert ours is not None
+    batch, loss = _DUAL.format(1), "certainty_forcing_loss, 4096 rows"
+    rows = [
+        (
+            "passes for an answer, a token a pass and after certainty forcing",
+            f"{one['nfe_mean']:.0f} and {student['nfe_mean']:.2f}, "
+            f"{one['accuracy']:.1%} and {student['accuracy']:.1%} of {student['problems']:,} right",
+            "models that ship",
+            "[rules](docs/rules.md)",
+        ),
+        (
+            "passes for a text of an autoregressive model, alone and with a drafter",
+            f"{plain['nfe_mean']:.1f} and {drafted['nfe_mean']:.2f}, "
+            f"{drafted['same_texts']:,} of {drafted['problems']:,} texts the same",
+            "models that ship",
+            "[speculation](docs/speculation.md)",
+        ),
+        (
+            "decoding in as many passes, the published code's time in ours",
+            f"{published['median'] / ours['median']:.1f}, every token the same",
+            "CPU",
+            "`make bench`",
+        ),
+        (
+            "decoding in LLaDA-8B's shapes, likewise",
+            f"{on_gpu.times(batch, 'warm'):.2f}, {on_gpu.rate(batch):,.0f} tokens a second (weights random)",
+            "H200",
+            "`make gpu`",
+        ),
+        (
+            "`certainty_forcing_loss` and its gradient, the published code's time in ours",
+            f"{on_gpu.times(loss, 'cold'):.0f}, {on_gpu.share(loss, 'cold'):.0%} of copy bandwidth",
+            "H200",
+            "`make gpu`",
+        ),
+    ]
+    lines = ["| figure | measured | on | command |", "|---|---|---|---|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    verdicts = targets(gpu)
+    met, missed = verdicts.count("| met |"), verdicts.count("**missed**")
+    said = f"Of {met + missed} targets on the H200 {met} are met; the others, and where we lose, are in"
+    return "\n".join([*lines, "", said, "[benchmarks](docs/benchmarks.md)."])
+
+
+def decodes() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What `dparallel evaluate` measured, of rules and of drafters."""
+    rules, drafters = (
+        json.loads((ROOT / "docs" / f"{n}.json").read_text()) for n in ("rules", "speculation")
+    )
+    return rules, drafters
 
 
 def between(text: str) -> str:
     """What stands between the markers of `text`. Raises ValueError where they do not."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"README: expected {BEGIN} and {END} once each, in this order")
+        raise ValueError(f"expected {BEGIN} and {END} once each, in this order")
     return text.split(BEGIN)[1].split(END)[0].strip()
 
 
@@ -285,26 +357,33 @@ def with_block(text: str, made: str) -> str:
     return f"{text.split(BEGIN)[0]}{BEGIN}\n\n{made}\n\n{END}{text.split(END)[1]}"
 
 
+def write(path: Path, made: str) -> None:
+    write_text(path, with_block(path.read_text(), made))
+    print(f"written: {path}")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
     parser.add_argument("--cpu", type=Path, default=ROOT / "out/bench/cpu.json", help="of `make bench`")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs/ are")
     options = parser.parse_args(argv)
     if options.cpu.exists():
         write_text(options.results / "cpu.json", dump(load(options.cpu)))
     cpu, gpu = newest(options.results)
     if cpu is None and gpu is None:
         sys.exit(f"benchmarks.report: no results in {options.results}; `make bench` or `make gpu` makes some")
-    docs = options.readme.parent / "docs"
-    docs.mkdir(exist_ok=True)
+    docs = options.root / "docs"
     if cpu is not None:
         pictures.draw_rows(cpu, docs / "rows.png")
         pictures.draw_passes(cpu, docs / "passes.png")
     if gpu is not None:
         pictures.draw_shares(gpu, docs / "share.png")
-    write_text(options.readme, with_block(options.readme.read_text(), block(cpu, gpu)))
-    print(f"written: {options.readme}")
+    write(docs / "benchmarks.md", block(cpu, gpu))
+    if cpu is not None and gpu is not None:
+        readme = options.root / "README.md"
+        if readme.exists():
+            write(readme, headlines(cpu, gpu, *decodes()))
     return 0
 
 

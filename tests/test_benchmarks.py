@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu` at tiny sizes, what it leaves behind, and the README made from results."""
+"""`python -m benchmarks.gpu` at tiny sizes, what it leaves behind, and the pages made from results."""
 
 from __future__ import annotations
 
@@ -298,15 +298,16 @@ PYTEST_BENCHMARK = {
 }
 
 
-def test_the_readme_is_made_from_files(tmp_path: Path, found: dict[str, Any]) -> None:
-    readme, results, cpu = tmp_path / "README.md", tmp_path / "results", tmp_path / "cpu.json"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    arguments = ["--readme", str(readme), "--results", str(results), "--cpu", str(cpu)]
+def test_the_page_is_made_from_files(tmp_path: Path, found: dict[str, Any]) -> None:
+    page, results, cpu = tmp_path / "docs" / "benchmarks.md", tmp_path / "results", tmp_path / "cpu.json"
+    page.parent.mkdir()
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    arguments = ["--root", str(tmp_path), "--results", str(results), "--cpu", str(cpu)]
     with pytest.raises(SystemExit, match="no results"):
         report.main(arguments)
     write_text(cpu, records.dump(records.of_cpu(PYTEST_BENCHMARK)))
     assert report.main(arguments) == 0
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "| unmask, 32 rows | 0.500 | 0.100 | 20 % | published 60.0 |" in text
@@ -321,7 +322,7 @@ def test_the_readme_is_made_from_files(tmp_path: Path, found: dict[str, Any]) ->
     write_text(results / "gpu.json", records.dump(measured))
     write_text(results / "small.json", records.dump({**found, "date": "9999"}))  # never shown
     assert report.main(arguments) == 0
-    text = readme.read_text()
+    text = page.read_text()
     assert "A GPU, driver 1" in text
     assert "No GPU figure" not in text
     assert "unmask_, 32 rows, graph |" in text
@@ -329,15 +330,16 @@ def test_the_readme_is_made_from_files(tmp_path: Path, found: dict[str, Any]) ->
     assert (tmp_path / "docs" / "share.png").exists()
     assert report.between(text) == report.block(*records.newest(results))
     assert report.main(arguments) == 0
-    assert readme.read_text() == text
+    assert page.read_text() == text
 
 
-def test_the_readme_shows_the_committed_results() -> None:
-    block, (cpu, gpu_run) = report.between((ROOT / "README.md").read_text()), records.newest()
-    if cpu is None and gpu_run is None:
-        assert "GPU figure is given, since none has been measured" in block
-    else:
-        assert block == report.block(cpu, gpu_run), "make bench-report"
+def test_the_pages_show_the_committed_results() -> None:
+    cpu, gpu_run = records.newest()
+    shown = {name: report.between((ROOT / name).read_text()) for name in ("README.md", "docs/benchmarks.md")}
+    assert shown["docs/benchmarks.md"] == report.block(cpu, gpu_run), "make bench-report"
+    assert cpu is not None
+    assert gpu_run is not None
+    assert shown["README.md"] == report.headlines(cpu, gpu_run, *report.decodes()), "make bench-report"
 
 
 def test_results_come_back_as_written(tmp_path: Path, found: dict[str, Any]) -> None:
@@ -362,6 +364,6 @@ def test_results_that_do_not_fit_are_named(
         records.load(tmp_path / "a.json")
 
 
-def test_a_readme_without_markers_is_refused() -> None:
+def test_a_page_without_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="figures:begin"):
         report.between("nothing")

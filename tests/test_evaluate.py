@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import golden
 from dparallel import evaluate, files, plots, registry
-from dparallel.toy import tasks
+from dparallel.toy import several_answers, tasks
 
 import dparallel_ext as dx
 
@@ -230,10 +230,7 @@ def test_no_two_labels_of_the_curves_overlap():
     assert all(axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max) for box in boxes)
 
 
-def test_the_example_of_several_answers_runs(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
-    import several_answers  # type: ignore[import-not-found]
-
+def test_several_answers_in_small():
     model, tokenizer = registry.load("builtin:student", dtype=torch.float32)
     before = model.lm_head.weight.clone()
     tuned = several_answers.finetune(model.requires_grad_(), tokenizer, steps=1, problems=4)

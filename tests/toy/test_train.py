@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import runpy
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from dparallel import evaluate, registry
 from dparallel.toy import tasks, train
 from safetensors.torch import load_file
@@ -184,9 +182,3 @@ def test_its_autoregressive_sibling_and_the_drafters_that_ship() -> None:
     for answer in plain[:3]:
         found = theirs.generate(torch.tensor([answer.prompt]), max_new_tokens=64, do_sample=False)
         assert found[0, len(answer.prompt) : -1].tolist() == answer.tokens
-
-
-def test_the_example_of_speculate(capsys: pytest.CaptureFixture[str]) -> None:
-    found = runpy.run_path(str(ROOT / "examples" / "speculate.py"))["main"](8)
-    assert all(same == 8 for same, _ in found.values())
-    assert found["builtin:dflash"][1] > 5

@@ -1,6 +1,6 @@
 """A longer task, for several active blocks: four problems in one sequence, each followed by its 64 tokens.
 
-python examples/several_answers.py OUT
+python -m dparallel.toy.several_answers OUT
 
 Finetunes the teacher to it (300 steps, eight minutes of one core), writes the checkpoint to OUT, and decodes
 held-out problems with one block open and with several.
@@ -12,13 +12,15 @@ import random
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from dparallel import registry
-from dparallel.toy import tasks, train
 
 import dparallel_ext as dx
+
+from .. import registry
+from . import tasks, train
 
 SLOT = tasks.GEN_LENGTH
 SETTINGS = ({"active_blocks": 1}, {"active_blocks": 4}, {"active_blocks": 8, "open_at": 0.0})
@@ -27,7 +29,7 @@ SETTINGS = ({"active_blocks": 1}, {"active_blocks": 4}, {"active_blocks": 8, "op
 class Problems:
     """Training problems, drawn by the length of their prompts so that sequences of a batch are alike."""
 
-    def __init__(self, tokenizer, eos_id: int, seed: int) -> None:
+    def __init__(self, tokenizer: Any, eos_id: int, seed: int) -> None:
         self.tokenizer, self.eos_id = tokenizer, eos_id
         self.stream = tasks.problems("train", seed)
         self.kept: dict[int, list[list[int]]] = defaultdict(list)
@@ -55,7 +57,7 @@ class Problems:
         return torch.tensor(rows), torch.tensor(slots)
 
 
-def finetune(model, tokenizer, steps: int = 300, problems: int = 48, seed: int = 0):
+def finetune(model: Any, tokenizer: Any, steps: int = 300, problems: int = 48, seed: int = 0) -> Any:
     """LLaDA's objective, with a share of masks for each slot, so that later slots may be ahead of earlier."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
@@ -96,7 +98,9 @@ def finetune(model, tokenizer, steps: int = 300, problems: int = 48, seed: int =
     return average.module
 
 
-def measure(model, tokenizer, config: dx.DecodeConfig, sequences: int = 100, count: int = 4):
+def measure(
+    model: Any, tokenizer: Any, config: dx.DecodeConfig, sequences: int = 100, count: int = 4
+) -> tuple[int, int, int, int]:
     """(right answers, problems, passes, tokens in front of EOS) of held-out problems."""
     stream, right, passes, kept = tasks.problems("held_out", seed=2), 0, 0, 0
     for start in range(0, sequences, 10):
