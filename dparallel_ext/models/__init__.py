@@ -9,7 +9,7 @@ from .fast_dllm import FastDLLM
 from .files import locate
 from .llada import LLaDA
 from .llama import Llama
-from .modules import Taps
+from .modules import Stream, Taps
 from .qwen import Qwen2, Qwen3
 from .sdar import SDAR
 from .traits import check_diffusion, fingerprint, max_positions, traits, warn_beyond
@@ -27,6 +27,7 @@ __all__ = [
     "Output",
     "Qwen2",
     "Qwen3",
+    "Stream",
     "Taps",
     "Traits",
     "check_diffusion",

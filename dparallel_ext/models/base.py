@@ -23,7 +23,7 @@ from . import fused_weights, rope
 from .attention import PagedAttention
 from .config import Config, ModelConfig, Output, token_ids
 from .fp8 import Fp8Linear
-from .modules import DROPOUT, Block, Named, RMSNorm, Taps, norm_of_sum, rotate
+from .modules import DROPOUT, Block, Named, RMSNorm, Stream, Taps, norm_of_sum, rotate
 
 
 class Model(Named):
@@ -172,7 +172,7 @@ class Model(Named):
         Raises TypeError or ValueError for ids of a wrong type, shape or (on the CPU, where looking
         costs no synchronisation) range.
         """
-        self._check(input_ids, 2)
+        self._check(input_ids, 2, self.shape.embedding_size)
         s, visible = self.shape, self._visible(input_ids, attention_mask)
         triangle = self.causal and visible is None
         x = self.embed(input_ids)
@@ -193,14 +193,14 @@ class Model(Named):
             # Such a checkpoint yields no gradient unless an input wants one; under adapters none does.
             x = x if x.requires_grad else x.detach().requires_grad_()
         if taps is not None:
-            taps.take(-1, x)
+            taps.take(-1, Stream(x))
         for layer, block in enumerate(self.blocks):
             if checkpointing is not None:
                 x = checkpoint(block, x, attend, **checkpointing)
             else:
                 x = block(x, attend)
             if taps is not None:
-                taps.take(layer, x)
+                taps.take(layer, Stream(x))
         return self.norm(x)
 
     def step(
@@ -210,34 +210,70 @@ class Model(Named):
         metadata: AttentionMetadata,
         *,
         taps: Taps | None = None,
+        extra: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (N, width) after the final norm, of the packed tokens input_ids (N,) of `metadata`.
 
         Their keys and values are written to the cache in place, and attention reads it, so it belongs under
-        `torch.no_grad` or `inference_mode`.
+        `torch.no_grad` or `inference_mode`. A pass that stops on its way, or begins there, is made of the
+        three parts of this one: `embedded`, `run_layers`, `final_norm`.
 
-        taps: the streams (N, width) that are wanted too.
+        taps: the streams (N, width) that are wanted too. extra: see `embedded`.
 
         Raises TypeError or ValueError as `hidden` does.
         """
-        self._check(input_ids, 1)
+        stream = self.embedded(input_ids, extra)
         if len(input_ids) != len(metadata.positions):
             raise ValueError(
                 f"input_ids: expected ({len(metadata.positions)},), got {tuple(input_ids.shape)}"
             )
-        x, delta = self.embed(input_ids), None
+        return self.final_norm(self.run_layers(stream, kv_cache, metadata, taps=taps))
+
+    def embedded(self, input_ids: Tensor, extra: Tensor | None = None) -> Stream:
+        """What the first layer gets for input_ids (N,).
+
+        extra: (K, width), the embeddings of K ids more, from `shape.embedding_size` on. The head does not
+        know them, so none of them is ever chosen.
+        """
+        count = self.shape.embedding_size
+        self._check(input_ids, 1, count + (0 if extra is None else len(extra)))
+        if extra is None or not len(extra):
+            return Stream(self.embed(input_ids))
+        beyond = input_ids >= count
+        rows = F.embedding((input_ids - count).clamp(min=0), extra.to(self.dtype))
+        own = self.embed(input_ids.masked_fill(beyond, 0))
+        return Stream(torch.where(beyond[:, None], rows, own))
+
+    def run_layers(
+        self,
+        stream: Stream,
+        kv_cache: KVCache,
+        metadata: AttentionMetadata,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        taps: Taps | None = None,
+    ) -> Stream:
+        """The stream of the packed tokens of `metadata` behind layers [start, stop), from the one before.
+
+        Only these layers' keys and values are written. stop: None, the last layer.
+        """
         attention = PagedAttention(kv_cache, metadata)
-        if taps is not None:
-            taps.take(-1, x)
-        for layer, block in enumerate(self.blocks):
-            attend = attention.layer(layer)
+        if taps is not None and start == 0:
+            taps.take(-1, stream)
+        for layer in range(start, len(self.blocks) if stop is None else stop):
+            block, attend = self.blocks[layer], attention.layer(layer)
             if fused_weights.is_unmodified(block, Block):
-                x, delta = block.layers(x, delta, attend)
+                stream = block.layers(stream, attend)
             else:
-                x, delta = block(x if delta is None else x + delta, attend), None
+                stream = Stream(block(stream.sum, attend))
             if taps is not None:
-                taps.take(layer, x, delta)
-        return norm_of_sum(self.norm, x, delta)[1]
+                taps.take(layer, stream)
+        return stream
+
+    def final_norm(self, stream: Stream) -> Tensor:
+        """(N, width) of what `head` makes logits."""
+        return norm_of_sum(self.norm, stream)[1]
 
     def spans(
         self, row: int, start: int, end: int, length: int, block_length: int | None = None
@@ -340,7 +376,8 @@ class Model(Named):
         modules = list(self.modules())
         if any(not fused_weights.is_unmodified(m, type(m)) or type(m) not in own for m in modules):
             return None
-        if not {"hidden", "step", "head"}.isdisjoint(vars(self)):
+        parts = {"hidden", "step", "embedded", "run_layers", "final_norm", "head"}
+        if not parts.isdisjoint(vars(self)):
             return None
         return [tensor.data_ptr() for tensor in itertools.chain(self.parameters(), self.buffers())]
 
@@ -394,7 +431,7 @@ class Model(Named):
             return visible & (position[:, None] >= position) | (position[:, None] == position)
         return visible if earlier is None else visible & earlier
 
-    def _check(self, input_ids: Tensor, ndim: int) -> None:
+    def _check(self, input_ids: Tensor, ndim: int, ids: int) -> None:
         if not isinstance(input_ids, Tensor):
             raise TypeError(f"input_ids: expected a tensor, got {type(input_ids).__name__}")
         if input_ids.ndim != ndim or input_ids.dtype not in (torch.int64, torch.int32):
@@ -405,9 +442,9 @@ class Model(Named):
         on_cpu = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
         if on_cpu and input_ids.numel():
             low, high = (int(x) for x in input_ids.aminmax())
-            if low < 0 or high >= self.shape.embedding_size:
+            if low < 0 or high >= ids:
                 worst = low if low < 0 else high
-                raise ValueError(f"input_ids: expected ids in [0, {self.shape.embedding_size}), got {worst}")
+                raise ValueError(f"input_ids: expected ids in [0, {ids}), got {worst}")
 
 
 def _without_tied_head(model: Model, state: MutableMapping[str, Any], prefix: str, _metadata: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,8 +71,20 @@ class RMSNorm(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def norm_of_sum(norm: nn.Module, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x + delta, the residual stream, and its norm; `norm` may be what an adapter has put in its place."""
+class Stream(NamedTuple):
+    """The residual stream x + delta (..., width), whose sum the next norm makes."""
+
+    x: Tensor
+    delta: Tensor | None = None
+
+    @property
+    def sum(self) -> Tensor:
+        return self.x if self.delta is None else self.x + self.delta
+
+
+def norm_of_sum(norm: nn.Module, stream: Stream) -> tuple[Tensor, Tensor]:
+    """The stream's sum and its norm; `norm` may be what an adapter has put in its place."""
+    x, delta = stream
     if delta is None:
         return x, norm(x)
     if fused_weights.is_unmodified(norm, RMSNorm) and compiled(x, delta, norm.weight):
@@ -95,10 +107,9 @@ class Taps(dict[int, Tensor]):
         super().__init__()
         self.layers = layers
 
-    def take(self, layer: int, x: Tensor, delta: Tensor | None = None) -> None:
-        """The stream behind a layer is x + delta."""
+    def take(self, layer: int, stream: Stream) -> None:
         if layer in self.layers:
-            self[layer] = x if delta is None else x + delta
+            self[layer] = stream.sum
 
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -130,21 +141,20 @@ class Block(Named):
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """x (..., width) -> (..., width)"""
-        x, delta = self.layers(x, None, attend)
-        return x + delta
+        return self.layers(Stream(x), attend).sum
 
-    def layers(self, x: Tensor, delta: Tensor | None, attend: Attend) -> tuple[Tensor, Tensor]:
-        """Of the input x + delta (..., width): the stream x before the last sum, and what is to be added."""
+    def layers(self, stream: Stream, attend: Attend) -> Stream:
+        """The stream (..., width) behind the block, its last sum not yet made."""
         s = self.shape
-        x, y = norm_of_sum(self.norm1, x, delta)
+        x, y = norm_of_sum(self.norm1, stream)
         q, k, v = (
             t.unflatten(-1, (-1, s.head_dim)) for t in fused_weights.project(y, (self.q, self.k, self.v))
         )
         if s.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        x, y = norm_of_sum(self.norm2, x, self.o(attend(q, k, v).flatten(-2)))
+        x, y = norm_of_sum(self.norm2, Stream(x, self.o(attend(q, k, v).flatten(-2))))
         gate, up = fused_weights.project(y, (self.gate, self.up))
-        return x, self.down(swiglu(gate, up) if compiled(gate, up) else F.silu(gate) * up)
+        return Stream(x, self.down(swiglu(gate, up) if compiled(gate, up) else F.silu(gate) * up))
 
     def groups(self) -> Iterator[list[nn.Parameter]]:
         """The weights (and biases) that belong side by side, where no adapter stands among them."""

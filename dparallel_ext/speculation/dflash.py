@@ -23,28 +23,25 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..cache import AttentionMetadata, KVCache, Span
 from ..decoding.packed import Shapes, pack, unpack
 from ..decoding.runner import recorded_rows, row_padding
 from ..decoding.workspace import graphs_on
-from ..models import Model, Qwen3, files, fingerprint, fused_weights, own_precision, rope
+from ..models import Model, Qwen3, fused_weights, own_precision, rope
 from ..models.attention import PagedAttention
 from ..models.config import ModelConfig, token_ids
 from ..models.fields import LAYERS, Field, check_supported, read
-from ..models.modules import Block, RMSNorm, norm_of_sum, rotate
+from ..models.modules import Block, RMSNorm, Stream, norm_of_sum, rotate
 from ..ops import kv_move, kv_write
+from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
 from .draft import Draft
 
 if TYPE_CHECKING:
@@ -54,10 +51,6 @@ CAUSAL = {"dflash": False, "parallelspec": True}
 """The kinds of drafters: whether a row of the block sees only the rows in front of it."""
 EMBEDDING = -1
 """The tap in front of the first layer: the token's embedding."""
-OURS = "dparallel"
-"""The key of config.json under which stands what the published layout has no place for."""
-METADATA = "config"
-"""The key of a single file's metadata that holds the content of config.json."""
 _LAYER = "model.layers.{}."
 _NAMES = {
     ours: theirs.removeprefix(_LAYER) for ours, theirs in Qwen3.NAMES.items() if theirs.startswith(_LAYER)
@@ -92,10 +85,10 @@ class Layout(NamedTuple):
         except KeyError as error:
             raise ValueError(f"config: {error} is missing") from error
         check_supported(config, {"fc_layernorm": False})
-        ours = read(config, {OURS: Field(dict, {})})[OURS]
-        kind = ours.get("kind", "dflash")
-        if kind not in list(CAUSAL):
-            raise ValueError(f"config: {OURS}: kind={kind!r:.80}, expected one of {list(CAUSAL)}")
+        origin = Origin.of(config)
+        kind = origin.kind or "dflash"
+        if kind not in CAUSAL:
+            raise ValueError(f"config: kind={kind!r:.80}, expected one of {list(CAUSAL)}")
         layers = read(config, {"num_target_layers": LAYERS})["num_target_layers"]
         inner = read(config, {"dflash_config": Field(dict)})["dflash_config"]
         check_supported(inner, {"fc_layernorm": False})
@@ -109,11 +102,7 @@ class Layout(NamedTuple):
         taps = inner.get("target_layer_ids")
         taps = list(default_taps(layers, shape.layers)) if taps is None else taps
         check_taps("config: dflash_config: target_layer_ids", taps, layers)
-        texts = [ours.get(name) for name in ("target", "template")]
-        for name, text in zip(("target", "template"), texts, strict=True):
-            if text is not None and not isinstance(text, str):
-                raise ValueError(f"config: {OURS}: {name}={text!r:.80}, expected text or null")
-        return cls(shape, kind, tuple(taps), block, masks[0], layers, *texts)
+        return cls(shape, kind, tuple(taps), block, masks[0], layers, origin.target, origin.template)
 
 
 def default_taps(target_layers: int, count: int) -> tuple[int, ...]:
@@ -165,10 +154,10 @@ class DraftModel(nn.Module):
 
     def rows(self, x: Tensor, attention: PagedAttention) -> Tensor:
         """Hidden states (M, width) after the final norm, of packed embedded rows x (M, width)."""
-        delta = None
+        stream = Stream(x)
         for layer, block in enumerate(self.layers):
-            x, delta = block.layers(x, delta, attention.layer(layer))  # type: ignore[operator]
-        return norm_of_sum(self.norm, x, delta)[1]
+            stream = block.layers(stream, attention.layer(layer))  # type: ignore[operator]
+        return norm_of_sum(self.norm, stream)[1]
 
     def forward(
         self, x: Tensor, positions: Tensor, feature: Tensor, visible: Tensor, cos: Tensor, sin: Tensor
@@ -223,20 +212,10 @@ class BlockDrafter:
     def check(self, model: Model) -> None:
         """Raise ValueError for a model of another vocabulary, other sizes or other weights."""
         said, s = self.layout, self.layout.shape
-        for what, own, theirs in (
-            ("a vocabulary of {} tokens", s.embedding_size, model.shape.embedding_size),
-            ("a model of width {}", s.width, model.shape.width),
-            ("a model of {} layers", said.target_layers, model.shape.layers),
-        ):
-            if own != theirs:
-                raise ValueError(
-                    f"drafter: {self.source} was made for {what.format(own)}, and the model has {theirs}"
-                )
-        target = fingerprint(model)
-        if said.target is not None and target != said.target:
-            raise ValueError(
-                f"drafter: {self.source} was trained for another model ({said.target}, and this is {target})"
-            )
+        origin = Origin(said.kind, said.target, said.template)
+        check_target(
+            self.source, origin, model, vocabulary=s.embedding_size, width=s.width, layers=said.target_layers
+        )
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> _Session:
         return _Session(self.on(model.device, model.dtype), model, kv_cache, graphs)
@@ -255,92 +234,16 @@ class BlockDrafter:
         return self._placed[1]
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write it: to one file if the path ends in .safetensors, else to a directory in the layout of the
-        published checkpoints. Each file appears whole or not at all."""
-        path = Path(path)
-        config = {**self.model.config, "torch_dtype": str(dtype).removeprefix("torch.")}
-        tensors = {
-            name: t.to("cpu", dtype, copy=True).contiguous() for name, t in self.model.state_dict().items()
-        }
-        one = path.suffix == ".safetensors"
-        metadata = {METADATA: json.dumps(config)} if one else {"format": "pt"}
-        weights = path if one else path / "model.safetensors"
-        weights.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as replaced:
-            if not one:
-                file = replaced.enter_context(files.replacing(path / "config.json"))
-                file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            replaced.enter_context(files.replacing(weights)).write_bytes(save(tensors, metadata))
+        """Write it, see `write_checkpoint`."""
+        write_checkpoint(path, self.model.config, self.model, dtype)
 
 
-def is_drafter(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is a drafter's: its families are those of models."""
-    return "dflash_config" in config or OURS in config
-
-
-def load(path: str | Path) -> BlockDrafter:
-    """Read a drafter: a directory with config.json and model.safetensors, or one .safetensors file.
-
-    A directory may be one of the published DFlash checkpoints (z-lab), by ORG/NAME too, see `models.locate`.
-    Layers that see a window of the text alone, and what DFlash2 adds, are not supported.
-
-    Raises:
-        FileNotFoundError: naming what is not there.
-        ValueError: naming the config key, or the missing, extra, misshapen or unreadable tensors.
-    """
-    path = Path(path)
-    one = path.suffix == ".safetensors" and not path.is_dir()
-    directory = path.parent if one else files.locate(path)
-    file = path if one else directory / "model.safetensors"
-    if not file.is_file():
-        raise FileNotFoundError(f"path: no file {file}")
-    files.refuse_pointer(file)
-    try:
-        # Outside inference mode, so that what is read may be trained or copied anywhere.
-        with torch.inference_mode(False), safe_open(file, framework="pt") as opened:
-            config = _of_metadata(file, opened.metadata()) if one else None
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"path: {file} is not a readable safetensors file: {error}") from error
-    if config is None:
-        config = files.read_json(directory / "config.json", required=True)
-    try:
-        with torch.device("meta"):
-            model = DraftModel(config)
-    except ValueError as error:
-        raise ValueError(f"path: {path}: {str(error).removeprefix('config: ')}") from error
-    _check_tensors(str(path), model, tensors)
-    with torch.inference_mode(False):
-        model.load_state_dict(tensors, assign=True)
-    return BlockDrafter(model, str(path))
-
-
-def _of_metadata(file: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    text = (metadata or {}).get(METADATA)
-    try:
-        config = json.loads(text or "")
-    except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise ValueError(f"path: {file} is no drafter: its metadata has no config, as `save` writes it")
-    return config
-
-
-def _check_tensors(source: str, model: DraftModel, tensors: Mapping[str, Tensor]) -> None:
-    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    faults = []
-    for name, shape in wanted.items():
-        found = tensors.get(name)
-        if found is None:
-            faults.append(f"{name} is missing")
-        elif tuple(found.shape) != shape:
-            faults.append(f"{name} is {tuple(found.shape)}, expected {shape}")
-        elif found.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            faults.append(f"{name} is {found.dtype}, expected a floating-point type of 16 or 32 bits")
-    faults += [f"{name:.200} is unexpected" for name in sorted(tensors.keys() - wanted.keys())]
-    if faults:
-        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise ValueError(f"path: {source} does not fit its config: {'; '.join(faults[:5])}{more}")
+def drafter_of_blocks(found: DraftCheckpoint) -> BlockDrafter:
+    """Of a file. Raises ValueError naming the config key, or the tensors, that do not fit."""
+    with torch.device("meta"):
+        model = DraftModel(found.config)
+    found.fill(model)
+    return BlockDrafter(model, found.source)
 
 
 class _Key(NamedTuple):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..arguments import shown
+from ..models.config import ModelConfig
 
 
 class Draft(NamedTuple):
@@ -15,6 +16,11 @@ class Draft(NamedTuple):
     """Of the nodes 1, 2, ..."""
     parents: tuple[int, ...] | None = None
     """Each node's parent, an earlier one or the root; None: a chain, each node behind the one before."""
+    start: int = 0
+    """The layer at which the verify pass begins: root and nodes have been through those in front of it, and
+    the session has their streams, see `drafter.KeepsStreams`."""
+    layers: int = 0
+    """Layers of the model that were run to make the draft, one after the other."""
 
     @property
     def is_chain(self) -> bool:
@@ -29,13 +35,15 @@ class Draft(NamedTuple):
         """Its first `most` nodes: a tree too, since parents come first."""
         if len(self.tokens) <= most:
             return self
-        return Draft(self.tokens[:most], None if self.parents is None else self.parents[:most])
+        parents = None if self.parents is None else self.parents[:most]
+        return Draft(self.tokens[:most], parents, self.start, self.layers)
 
 
 def check_drafts(
-    drafts: Sequence[Draft], lanes: Sequence[int], sizes: Sequence[int], vocabulary: int
+    drafts: Sequence[Draft], lanes: Sequence[int], sizes: Sequence[int], shape: ModelConfig
 ) -> None:
     """Raise ValueError where a drafter gave what is no draft, or not what it was asked for."""
+    vocabulary = shape.embedding_size
     if len(drafts) != len(lanes):
         raise ValueError(f"drafter: expected a draft for each of {len(lanes)} lanes, got {len(drafts)}")
     for draft, lane, most in zip(drafts, lanes, sizes, strict=True):
@@ -45,6 +53,10 @@ def check_drafts(
         if any(not 0 <= token < vocabulary for token in draft.tokens):
             bad = next(token for token in draft.tokens if not 0 <= token < vocabulary)
             raise ValueError(f"drafter: expected token ids in [0, {vocabulary}), got {shown(bad)}")
+        if not 0 <= draft.start < shape.layers:
+            raise ValueError(
+                f"drafter: expected a draft that begins at a layer of [0, {shape.layers}), got {draft.start}"
+            )
         if draft.parents is None:
             continue
         if len(draft.parents) != count:

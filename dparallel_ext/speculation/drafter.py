@@ -1,4 +1,4 @@
-"""What guesses the tokens that a verify pass looks at: the protocol of drafters, and their names.
+"""What guesses the tokens that a verify pass looks at: the protocol of drafters.
 
 A drafter changes how many passes a text takes, never the text: whatever it guesses, only the model's own
 choices are emitted. So a drafter may be as rough as it likes, and has no temperature.
@@ -7,20 +7,14 @@ choices are emitted. So a drafter may be as rough as it likes, and has no temper
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
-from ..arguments import shown
 from ..cache import AttentionMetadata, KVCache
-from ..models import FAMILIES, Model, load
-from ..models.files import read_json
-from . import dflash
+from ..models import Model, Stream
 from .draft import Draft
-from .ngram import NGram
-from .whole_models import ModelDrafter
+from .sequence import SamplingGroup
 
 
 class Lane(NamedTuple):
@@ -32,8 +26,17 @@ class Lane(NamedTuple):
     root are in the cache."""
     length: int
     """Positions that the sequence may come to have: the slots behind are not its own."""
-    suppress: Tensor | None = None
-    """(n,) int64 on the device: ids that the model never chooses."""
+    sampling: SamplingGroup
+    """How the model's own choices are made."""
+    key: tuple[int, int]
+    """Of their noise: seed, sequence. The position of the chosen token is the third number, the last is 0."""
+    eos_ids: tuple[int, ...] = ()
+    """The first of them ends the sequence."""
+
+    @property
+    def suppress(self) -> Tensor | None:
+        """(n,) int64 on the device: ids that the model never chooses."""
+        return self.sampling.suppress
 
     @property
     def room(self) -> int:
@@ -72,6 +75,15 @@ class DraftSession(Protocol):
 
 
 @runtime_checkable
+class KeepsStreams(Protocol):
+    """A session that drafts with layers of the model itself, which the verify pass does not run again."""
+
+    def streams(self, metadata: AttentionMetadata) -> Stream:
+        """Of the packed tokens of `metadata`, roots and nodes of drafts, what layer `Draft.start` gets. The
+        layers in front of it have written these tokens' keys and values. Part of the pass, as `observe`."""
+
+
+@runtime_checkable
 class Drafter(Protocol):
     """Guesses tokens. One object serves any number of batches, each with a session of its own."""
 
@@ -85,48 +97,3 @@ class Drafter(Protocol):
         """For a batch of so many lanes; graphs: passes may be recorded. What it keeps of positions belongs
         into pages like those of `kv_cache`, under its `block_table`, so that sequences that share a beginning
         share this too."""
-
-
-NAMED: dict[str, Path] = {}
-"""Drafters that have a name, as "builtin:dflash": `dparallel.registry` names those that ship, models too."""
-
-
-def drafter_of(given: Any, device: torch.device | str | None = None) -> Drafter | None:
-    """A drafter; the name of one ("ngram", "ngram:4", or one of `NAMED`); the path of one with weights (see
-    `dflash.load`), or of a model that drafts, loaded onto `device`; or such a model. None stays None.
-
-    Raises ValueError for anything else, and as `dflash.load` and `models.load`.
-    """
-    if given is None or (isinstance(given, Drafter) and not isinstance(given, (str, Path))):
-        return given
-    if isinstance(given, torch.nn.Module):
-        return ModelDrafter(given)
-    if isinstance(given, str):
-        name, colon, argument = given.partition(":")
-        if name == "ngram":
-            if colon and not argument.isdecimal():
-                raise ValueError(f'drafter: expected "ngram" or "ngram:N", got {shown(given)}')
-            return NGram(int(argument)) if colon else NGram()
-    path = NAMED.get(given, given) if isinstance(given, str) else given
-    if isinstance(path, Path) or (isinstance(path, str) and _is_path(path)):
-        try:
-            return ModelDrafter(load(path, device=device)) if _is_model(Path(path)) else dflash.load(path)
-        except (FileNotFoundError, ValueError) as error:
-            raise ValueError(f"drafter: {str(error).removeprefix('path: ')}") from error
-    raise ValueError(
-        f"drafter: expected a Drafter, a name ({', '.join(['ngram', *NAMED])}), the path of one, a model, or "
-        f"None for plain decoding, got {shown(given)}"
-    )
-
-
-def _is_path(text: str) -> bool:
-    return "/" in text or text.endswith(".safetensors") or Path(text).exists()
-
-
-def _is_model(path: Path) -> bool:
-    """Whether a directory holds a language model, and not a drafter, whose config names the same families."""
-    file = path / "config.json"
-    if not file.is_file():
-        return False
-    config = read_json(file, required=True)
-    return config.get("model_type") in FAMILIES and not dflash.is_drafter(config)

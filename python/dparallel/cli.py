@@ -58,7 +58,7 @@ DrafterOption = Annotated[
     str | None,
     typer.Option(
         help="of an autoregressive model: ngram, ngram:N, a drafter's or a model's path; for builtin:causal "
-        "also builtin:dflash, builtin:parallelspec, builtin:student; default: none"
+        "also builtin:dflash, builtin:parallelspec, builtin:adadecode, builtin:student; default: none"
     ),
 ]
 DraftSizeOption = Annotated[
@@ -552,17 +552,27 @@ def learn_filter(
             typer.echo(text)
 
 
+def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
+    """Numbers with commas between them. Raises ValueError for another text."""
+    try:
+        return None if text is None else tuple(int(each) for each in text.split(","))
+    except ValueError as error:
+        raise ValueError(f'{name}: expected numbers as "1,9,17", got {text!r:.80}') from error
+
+
 @app.command()
 def drafter(
     target: Annotated[str, typer.Argument(help="an autoregressive model: builtin:NAME, a directory, ...")],
     out: Annotated[Path, typer.Argument(help="the drafter's directory; a run that was stopped goes on")],
-    kind: Annotated[str, typer.Option(help="dflash or parallelspec")] = "dflash",
+    kind: Annotated[str, typer.Option(help="dflash, parallelspec or adadecode")] = "dflash",
     data: Annotated[
         str, typer.Option(help="builtin:N[:SEED], or a JSONL or Parquet file with prompts")
     ] = "builtin:4000",
-    steps: int = 2000,
-    batch: Annotated[int, typer.Option(help="answers in a step")] = 16,
-    anchors: Annotated[int, typer.Option(help="blocks behind each answer in a step")] = 16,
+    steps: Annotated[
+        int | None, typer.Option(help="default: the kind's own; so with the numbers below")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="answers in a step")] = None,
+    anchors: Annotated[int | None, typer.Option(help="places in each answer that a step learns from")] = None,
     layers: Annotated[int | None, typer.Option(help="default: 3 of dflash, 1 of parallelspec")] = None,
     block: Annotated[
         int | None, typer.Option(help="rows, the last known token's with them; default: 16 or 7")
@@ -570,7 +580,15 @@ def drafter(
     taps: Annotated[
         str | None, typer.Option(help='layers of the target, as "1,9,17"; -1 is the embedding')
     ] = None,
-    loss: Annotated[str, typer.Option(help="d-pace or exp")] = "d-pace",
+    exits: Annotated[
+        str | None,
+        typer.Option(help='of adadecode: behind so many layers stand heads, as "8,16,24"; default: quarters'),
+    ] = None,
+    gamma: Annotated[
+        float | None, typer.Option(help="of adadecode: how sure a head has to be; default 0.85")
+    ] = None,
+    most: Annotated[int | None, typer.Option(help="of adadecode: tokens of a draft; default 16")] = None,
+    loss: Annotated[str | None, typer.Option(help="d-pace (default) or exp")] = None,
     gen_length: Annotated[int | None, typer.Option(help="tokens; default 64 built-in, 256 else")] = None,
     temperature: Annotated[float, typer.Option(help="of the answers that it learns from")] = 0.0,
     seed: int = 0,
@@ -581,28 +599,18 @@ def drafter(
     chat: ChatOption = None,
     device: str | None = None,
 ) -> None:
-    """Train a drafter for `speculate` (DFlash or ParallelSpec) on a model's own answers."""
+    """Train a drafter for `speculate` (DFlash, ParallelSpec, AdaDecode's heads) on a model's own answers."""
     from .training import drafters
 
     with plain_errors("train"):
-        try:
-            layers_of_target = None if taps is None else tuple(int(tap) for tap in taps.split(","))
-        except ValueError as error:
-            raise ValueError(f'taps: expected numbers as "1,9,17", got {taps!r:.80}') from error
-        settings = drafters.Settings(
-            kind=kind,
-            steps=steps,
-            batch=batch,
-            anchors=anchors,
-            layers=layers,
-            block=block,
-            taps=layers_of_target,
-            mask_id=mask_id,
-            loss=loss,
-            gen_length=registry.gen_length(target) if gen_length is None else gen_length,
-            temperature=temperature,
-            seed=seed,
-        )
+        given = {
+            **{"steps": steps, "batch": batch, "anchors": anchors, "temperature": temperature, "seed": seed},
+            **{"layers": layers, "block": block, "taps": _numbers("taps", taps)},
+            **{"exits": _numbers("exits", exits), "gamma": gamma, "most": most},
+            **{"mask_id": mask_id, "loss": loss},
+            "gen_length": registry.gen_length(target) if gen_length is None else gen_length,
+        }
+        settings = drafters.settings_of(kind, **{k: v for k, v in given.items() if v is not None})
         report = drafters.run(
             target,
             out,

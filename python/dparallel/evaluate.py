@@ -210,11 +210,12 @@ def evaluate_drafter(
     Returns as `evaluate`: nfe_mean and nfe_to_eos are passes of the model per answer, tokens_per_forward what
     each pass brings, the end among the tokens; policy is "plain" or the drafter's name, as it is given. And
     draft_mean (drafts per answer), drafted and accepted (drafts that reached each depth, and those whose
-    token there was the model's own), accepted_per_draft.
+    token there was the model's own), accepted_per_draft, and layers: of the model that were run for a token,
+    one after the other, as a share of all its layers.
     """
     model, tokenizer = loaded or registry.load(model_name, device=device)
     encode = prompt_encoder(tokenizer, registry.template_of(model_name))
-    correct = passes = drafts = tokens = 0
+    correct = passes = drafts = tokens = layers = 0
     drafted, accepted = [0] * 0, [0] * 0
     found: dict[str, Answer] = {}
     made = dx.speculation.drafter_of(drafter, model.device)
@@ -235,7 +236,7 @@ def evaluate_drafter(
             correct += sum(tasks.is_correct(p, text) for (p, _), text in zip(part, texts, strict=True))
             found |= {p.prompt: Answer(ids, own) for (p, ids), own in zip(part, kept, strict=True)}
             passes, drafts = passes + int(out.nfe.sum()), drafts + int(out.draft_nfe.sum())
-            tokens += int(out.generated.sum())
+            tokens, layers = tokens + int(out.generated.sum()), layers + int(out.layers.sum())
             drafted, accepted = (
                 [sum(pair) for pair in itertools.zip_longest(old, new.tolist(), fillvalue=0)]
                 for old, new in ((drafted, out.drafted), (accepted, out.accepted))
@@ -260,6 +261,7 @@ def evaluate_drafter(
         "drafted": drafted,
         "accepted": accepted,
         "accepted_per_draft": sum(accepted) / drafted[0] if drafted else 0.0,
+        "layers": layers / (tokens * model.shape.layers) if tokens else 0.0,
         "seconds": round(seconds, 3),
         "gen_length": tasks.GEN_LENGTH,
         "batch": batch,
@@ -285,6 +287,10 @@ def report(row: Mapping[str, Any]) -> str:
     lines.append(
         f"tokens of a draft that are accepted: {without:.2f}; with the pass's own token {without + 1:.2f}"
     )
+    asked, taken = sum(row["drafted"]), sum(row["accepted"])
+    lines.append(f"of all drafted tokens accepted: {taken / max(1, asked):.1%}")
+    if "layers" in row:
+        lines.append(f"layers of the model run for a token: {row['layers']:.3f} of all")
     if row.get("same_texts") is not None:
         tokens, gaps = row["nfe_mean"] * row["tokens_per_forward"] * row["problems"], row["gaps"]
         lines.append(f"texts as plain decoding gives them: {row['same_texts']} of {row['problems']}")

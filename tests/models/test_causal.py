@@ -297,6 +297,50 @@ def test_steps_of_any_length_compute_the_hidden_states(family: str, changes: dic
         torch.testing.assert_close(hidden, states, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_pass_in_two_parts_is_the_pass_to_the_bit(at: int) -> None:
+    """Also where tokens are joined to the stream between the parts: their lower keys are never written."""
+    model, tokens = models.wrap(case("qwen3")), ids(1, 9)[0]
+    caches = [model.new_cache(1, 16) for _ in range(3)]
+    with torch.no_grad():
+        whole, halves = models.Taps((-1, 0, 1)), models.Taps((-1, 0, 1))
+        made = caches[0].metadata([Span(0, 0, 9, 9)], causal=True)
+        expected = model.step(tokens, caches[0], made, taps=whole)
+        lower = model.run_layers(model.embedded(tokens), caches[1], made, 0, at, taps=halves)
+        found = model.final_norm(model.run_layers(lower, caches[1], made, at, taps=halves))
+        assert torch.equal(found, expected)
+        assert torch.equal(caches[0].slots, caches[1].slots)
+        assert whole.keys() == halves.keys()
+        assert all(torch.equal(whole[layer], halves[layer]) for layer in whole)
+
+        first = caches[2].metadata([Span(0, 0, 6, 6)], causal=True)
+        lower = model.run_layers(model.embedded(tokens[:6]), caches[2], first, 0, at).sum
+        born = torch.randn(3, model.shape.width)
+        both = models.Stream(torch.cat([lower, born]))
+        joined = model.final_norm(model.run_layers(both, caches[2], made, at))
+        assert torch.equal(joined[:6], expected[:6])
+        assert not torch.equal(joined[6:], expected[6:])
+        assert not caches[2].slots[:at, :, :, :, 6:].any()
+        assert caches[2].slots[at:, :, :, :, 6:9].any()
+
+
+def test_ids_beyond_the_vocabulary_have_embeddings_of_their_own() -> None:
+    model, tokens = models.wrap(case("qwen3")), ids(1, 5)[0]
+    rows = model.shape.embedding_size
+    extra = model.embed.weight[[7, 3]].detach().clone()
+    beyond = tokens.clone()
+    beyond[1], beyond[4], tokens[1], tokens[4] = rows, rows + 1, 7, 3
+    made = model.new_cache(1, 8).metadata([Span(0, 0, 5, 5)], causal=True)
+    with torch.no_grad():
+        expected = model.step(tokens, model.new_cache(1, 8), made)
+        assert torch.equal(model.step(beyond, model.new_cache(1, 8), made, extra=extra), expected)
+        for given, count in ((None, rows), (extra[:1], rows + 1)):
+            with pytest.raises(
+                ValueError, match=rf"input_ids: expected ids in \[0, {count}\), got {rows + 1}"
+            ):
+                model.step(beyond, model.new_cache(1, 8), made, extra=given)
+
+
 def test_spans() -> None:
     model = models.wrap(case("llama"))
     assert model.spans(3, 2, 9, 40) == [Span(3, 2, 9, 9)]

@@ -14,15 +14,20 @@ import torch
 from dparallel import cli, registry
 from dparallel.toy import tasks, train
 from dparallel.training import drafters
-from dparallel.training.drafters import Settings
+from dparallel.training.drafters import adadecode, answers, blocks
+from dparallel.training.drafters.adadecode import ExitSettings
+from dparallel.training.drafters.blocks import BlockSettings as Settings
+from dparallel.training.drafters.common import Target
 from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
 import dparallel_ext as dx
 from dparallel_ext import models
+from dparallel_ext.speculation.checkpoint import Origin
 from dparallel_ext.speculation.dflash import Layout
 
+EXITS = ExitSettings(steps=6, batch=4, anchors=3, gen_length=12, warmup=2)
 TINY = Settings(steps=6, batch=4, anchors=3, layers=1, mlp_width=24, gen_length=12, warmup=2)
 MASK = tasks.vocabulary().index(tasks.MASK)
 
@@ -44,9 +49,9 @@ def run(target: Path, out: Path, settings: Settings = TINY, **more: Any) -> dict
 def test_same_settings_same_drafter_and_a_stopped_run_goes_on_as_if_it_had_not(
     target: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = replace(TINY, kind=kind)
+    settings = EXITS if kind == EXITS.kind else replace(TINY, kind=kind)
     expected = run(target, tmp_path / "whole", settings)
-    original, calls = drafters.loss_of, itertools.count()
+    original, calls = drafters.KINDS[kind].loss_of, itertools.count()
 
     def stopping(*args: Any) -> Tensor:
         if next(calls) == 5:
@@ -54,18 +59,18 @@ def test_same_settings_same_drafter_and_a_stopped_run_goes_on_as_if_it_had_not(
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(drafters, "loss_of", stopping)
+        patch.setattr(drafters.KINDS[kind], "loss_of", stopping)
         with pytest.raises(KeyboardInterrupt):
             run(target, tmp_path / "part", settings)
     assert torch.load(tmp_path / "part" / "state.pt", weights_only=True)["step"] == 4
     assert not (tmp_path / "part" / "model.safetensors").exists()
     with monkeypatch.context() as patch:  # the answers are there
-        patch.setattr(drafters, "answer_all", None)
+        patch.setattr(answers, "answer_all", None)
         resumed = run(target, tmp_path / "part", settings)
     assert resumed.keys() == expected.keys()
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
-    with pytest.raises(ValueError, match=r"out: .* holds a run with other settings: \{'loss': 'd-pace'\}"):
-        run(target, tmp_path / "part", replace(settings, loss="exp"))
+    with pytest.raises(ValueError, match=r"out: .* holds a run with other settings: \{'seed': 0\}"):
+        run(target, tmp_path / "part", replace(settings, seed=1))
     with pytest.raises(ValueError, match=r"out: .*answers-00000.* holds answers of another run"):
         run(target, tmp_path / "part", settings, data="builtin:41")
     (tmp_path / "part" / "state.pt").write_bytes(b"nothing")
@@ -102,7 +107,7 @@ def test_what_it_writes_drafts(target: Path, tmp_path: Path) -> None:
     assert torch.equal(dx.speculate(model, prompts, gen_length=12, drafter=out).sequences, expected.sequences)
 
 
-@pytest.mark.parametrize("kind", drafters.KINDS)
+@pytest.mark.parametrize("kind", blocks.KINDS)
 def test_it_learns_what_can_be_known(tmp_path: Path, kind: str) -> None:
     """The target says a token after its last one alone, round and round."""
     torch.manual_seed(0)
@@ -126,6 +131,76 @@ def test_it_learns_what_can_be_known(tmp_path: Path, kind: str) -> None:
     assert held["tau"] > 3, held
     assert held["tokens"] == 16
     assert held["passes"] < 8
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_heads_of_first_layers_learn_what_the_whole_model_says(target: Path, tmp_path: Path) -> None:
+    """At the places of the answers, by KL."""
+    model = registry.load(str(target))[0].float().requires_grad_(False)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for block in model.blocks:
+            for part in (block.o, block.down):
+                part.weight.normal_(std=0.3)
+    texts = [(torch.randint(3, 90, (n,)), prompt) for n, prompt in ((12, 3), (9, 7), (20, 2))]
+    ids, places = adadecode.places_of(texts, 4, torch.Generator().manual_seed(0))
+    assert len(places) == 4 + 2 + 4
+    for b, (text, prompt) in enumerate(texts):
+        own = [int(at) - b * 20 for at in places if b * 20 <= at < (b + 1) * 20]
+        assert all(prompt - 1 <= at <= len(text) - 2 for at in own)
+        assert len(set(own)) == min(4, len(text) - prompt)
+    trainee = adadecode.Exits(Target("tiny", model, None, False), replace(EXITS, batch=3))
+    assert trainee.layout.layers == (1,)
+    heads = trainee.module = trainee.build()
+    with torch.no_grad():
+        streams = models.Taps((0,))
+        p = model.head(model.hidden(ids, taps=streams)).double().softmax(-1).flatten(0, 1)[places]
+        q = model.head(model.norm(streams[0])).double().softmax(-1).flatten(0, 1)[places]
+    expected = (p * (p / q).log()).sum(-1).mean()  # each matrix is the identity at first
+    assert adadecode.loss_of(heads, model, ids, places).item() == pytest.approx(float(expected), rel=1e-4)
+    run(target, tmp_path, EXITS)
+    with pytest.raises(
+        ValueError, match=r"exits: expected ascending numbers of layers of \[1, 2\), got \(2,\)"
+    ):
+        run(target, tmp_path / "none", replace(EXITS, exits=(2,)))
+    assert not (tmp_path / "none").exists()
+    for name, value, message in (
+        ("gamma", 1.5, "gamma: expected a number from 0 to 1, got 1.5"),
+        ("most", 0, "most: expected a whole number >= 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(EXITS, **{name: value})
+    optimizer = torch.optim.Adam(heads.parameters(), lr=1e-2)
+    for step in range(60):
+        loss = trainee.loss_of(texts, step)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.5 * expected.item()
+
+
+def test_heads_are_trained_by_the_command(target: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = {"kind": "adadecode", "exits": "1", "gamma": 0.2, "most": 5, "steps": 3, "gen-length": 10}
+    options |= {"data": "builtin:30", "evaluate": 5, "batch": 2}
+    args = [str(each) for key, value in options.items() for each in (f"--{key}", value)]
+    found = CliRunner().invoke(cli.app, ["drafter", str(target), str(out), *args])
+    assert found.exit_code == 0, found.output
+    assert "of the model's layers for a token" in found.output
+    held = json.loads((out / "training.json").read_text())["held_out"]
+    assert 0 <= held["accepted_share"] <= 1
+    assert held["layers"] >= 0.5
+    drafter = dx.speculation.load(out)
+    assert drafter.layout[3:6] == ((1,), 0.2, 5)
+    prompts = [torch.tensor([3, 4, 5])]
+    model, _ = registry.load(str(target))
+    expected = dx.speculate(model, prompts, gen_length=12)
+    assert torch.equal(dx.speculate(model, prompts, gen_length=12, drafter=out).sequences, expected.sequences)
+    found = CliRunner().invoke(cli.app, ["drafter", str(target), str(out), "--exits", "a"])
+    assert found.exit_code != 0
+    assert 'exits: expected numbers as "1,9,17", got' in found.output
+    found = CliRunner().invoke(cli.app, ["drafter", str(target), str(out), "--exits", "1"])
+    assert "exits: belongs to adadecode, not to dflash" in found.output
 
 
 def test_answers_are_the_targets_own(target: Path, tmp_path: Path) -> None:
@@ -134,9 +209,9 @@ def test_answers_are_the_targets_own(target: Path, tmp_path: Path) -> None:
     prompts = [torch.arange(3, 3 + n) for n in (4, 9, 1)]
     for temperature in (0.0, 1.0):
         settings = replace(TINY, temperature=temperature, seed=2)
-        found = drafters.answer_all(model, prompts, settings, 7)
+        found = answers.answer_all(model, prompts, settings, 7)
         for number, (prompt, (ids, length)) in enumerate(zip(prompts, found, strict=True)):
-            (alone,) = drafters.answer_all(model, [prompt], settings, 7 + number)
+            (alone,) = answers.answer_all(model, [prompt], settings, 7 + number)
             assert torch.equal(ids, alone[0])
             assert length == len(prompt)
             assert torch.equal(ids[:length], prompt)
@@ -148,21 +223,24 @@ def test_answers_are_the_targets_own(target: Path, tmp_path: Path) -> None:
 
 
 def test_blocks_are_packed_as_a_loop_would() -> None:
-    answers = [(torch.arange(100, 100 + n), p) for n, p in ((12, 3), (9, 7), (20, 2))]
-    config = drafters.config_of(
-        models.Qwen3(train.causal_config(train.Settings(width=32, heads=2, layers=2))), TINY, MASK
+    texts = [(torch.arange(100, 100 + n), p) for n, p in ((12, 3), (9, 7), (20, 2))]
+    config = blocks.config_of(
+        models.Qwen3(train.causal_config(train.Settings(width=32, heads=2, layers=2))),
+        TINY,
+        MASK,
+        Origin("dflash", None, None),
     )
-    for kind in drafters.KINDS:
+    for kind in blocks.KINDS:
         layout = Layout.of(config | {"dparallel": {"kind": kind}, "block_size": 5})
-        packed = drafters.pack_blocks(answers, layout, 4, torch.Generator().manual_seed(0))
+        packed = blocks.pack_blocks(texts, layout, 4, torch.Generator().manual_seed(0))
         count, length = 4 * 5, packed.ids.shape[1]
         assert packed.labels.shape == (3, 4, 4)
-        for b, (ids, prompt) in enumerate(answers):
-            blocks = [a for a in range(4) if bool((packed.labels[b, a] >= 0).any())]
-            places = [int(packed.positions[b, a * 5]) for a in blocks]
+        for b, (ids, prompt) in enumerate(texts):
+            there = [a for a in range(4) if bool((packed.labels[b, a] >= 0).any())]
+            places = [int(packed.positions[b, a * 5]) for a in there]
             assert len(set(places)) == len(places) == min(4, len(ids) - prompt - 1)
             assert all(prompt <= place <= len(ids) - 2 for place in places)
-            for a, place in zip(blocks, places, strict=True):
+            for a, place in zip(there, places, strict=True):
                 assert packed.rows[b, a * 5 : a * 5 + 5].tolist() == [int(ids[place]), *[MASK] * 4]
                 assert packed.positions[b, a * 5 : a * 5 + 5].tolist() == [*range(place, place + 5)]
                 after = ids[place + 1 : place + 5].tolist()
@@ -180,14 +258,14 @@ def test_blocks_are_packed_as_a_loop_would() -> None:
 def test_weights_of_rows() -> None:
     nll = torch.tensor([[[0.1, 2.0, 0.5], [0.0, 1.0, 9.0]]])
     asked = torch.tensor([[[True, True, True], [True, True, False]]])
-    found = drafters.weights(nll, asked, "d-pace")
+    found = blocks.weights(nll, asked, "d-pace")
     for block in range(2):
         s = [0.5 * math.exp(-x) + 0.5 for x in nll[0, block].tolist()]
         count = int(asked[0, block].sum())
         expected = [sum(math.prod(s[: j + 1]) for j in range(k, count)) for k in range(count)]
         assert found[0, block].tolist() == pytest.approx(expected + [0.0] * (3 - count))
     for size, fall in ((8, 4.0), (10, 5.0), (16, 7.0)):
-        found = drafters.weights(torch.zeros(1, size - 1), torch.ones(1, size - 1, dtype=torch.bool), "exp")
+        found = blocks.weights(torch.zeros(1, size - 1), torch.ones(1, size - 1, dtype=torch.bool), "exp")
         assert found[0].tolist() == pytest.approx([math.exp(-k / fall) for k in range(size - 1)])
 
 
@@ -200,7 +278,7 @@ def test_taps_where_none_are_named() -> None:
         with torch.device("meta"):
             model = models.Qwen3(train.causal_config(train.Settings(width=32, heads=2, layers=layers)))
         model.norm.weight, model.lm_head.weight = (torch.nn.Parameter(torch.ones(32)) for _ in range(2))
-        config = drafters.config_of(model, Settings(kind=kind), MASK)
+        config = blocks.config_of(model, Settings(kind=kind), MASK, Origin(kind, None, None))
         assert config["dflash_config"]["target_layer_ids"] == taps
 
 

@@ -1,0 +1,159 @@
+"""Files of drafters with weights: config.json and model.safetensors in a directory, or one .safetensors file.
+
+What the published layouts have no place for stands in config.json under the key `OURS`: which kind of drafter
+it is, for which model it was trained, and behind which chat template.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..models import Model, files, fingerprint
+from ..models.fields import Field, read
+
+OURS = "dparallel"
+"""The key of config.json under which stands what the published layout has no place for."""
+METADATA = "config"
+"""The key of a single file's metadata that holds the content of config.json."""
+
+
+class Origin(NamedTuple):
+    """What a config.json says of a drafter's training; nothing of it where the file is a published one."""
+
+    kind: str | None
+    target: str | None
+    """The `models.fingerprint` of the model that it was trained for; None: the file does not say."""
+    template: str | None
+    """The chat template that prompts had in training, as the trainer names it."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Origin:
+        """Raises ValueError for what is no text."""
+        ours = read(config, {OURS: Field(dict, {})})[OURS]
+        texts = [ours.get(name) for name in ("kind", "target", "template")]
+        for name, text in zip(("kind", "target", "template"), texts, strict=True):
+            if not isinstance(text, str | None):
+                raise ValueError(f"config: {OURS}: {name}={text!r:.80}, expected text or null")
+        return cls(*texts)
+
+    @property
+    def ours(self) -> dict[str, Any]:
+        """As config.json has it."""
+        return {OURS: {"kind": self.kind, "target": self.target, "template": self.template}}
+
+
+class DraftCheckpoint(NamedTuple):
+    """What was read."""
+
+    source: str
+    """What errors call it."""
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def fill(self, model: nn.Module) -> None:
+        """Let the weights be those of `model`, which is on the device "meta".
+
+        Raises ValueError naming missing, extra and misshapen tensors.
+        """
+        wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        faults = []
+        for name, shape in wanted.items():
+            found = self.tensors.get(name)
+            if found is None:
+                faults.append(f"{name} is missing")
+            elif tuple(found.shape) != shape:
+                faults.append(f"{name} is {tuple(found.shape)}, expected {shape}")
+            elif found.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+                faults.append(f"{name} is {found.dtype}, expected a floating-point type of 16 or 32 bits")
+        faults += [f"{name:.200} is unexpected" for name in sorted(self.tensors.keys() - wanted.keys())]
+        if faults:
+            more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+            raise ValueError(f"{self.source} does not fit its config: {'; '.join(faults[:5])}{more}")
+        with torch.inference_mode(False):
+            model.load_state_dict(self.tensors, assign=True)
+
+
+def read_checkpoint(path: str | Path) -> DraftCheckpoint:
+    """Of a directory (by ORG/NAME too, see `models.locate`), or of one .safetensors file.
+
+    Raises:
+        FileNotFoundError: naming what is not there.
+        ValueError: naming the file that cannot be read.
+    """
+    path = Path(path)
+    one = path.suffix == ".safetensors" and not path.is_dir()
+    directory = path.parent if one else files.locate(path)
+    file = path if one else directory / "model.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"path: no file {file}")
+    files.refuse_pointer(file)
+    try:
+        # Outside inference mode, so that what is read may be trained or copied anywhere.
+        with torch.inference_mode(False), safe_open(file, framework="pt") as opened:
+            config = _of_metadata(file, opened.metadata()) if one else None
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"path: {file} is not a readable safetensors file: {error}") from error
+    if config is None:
+        config = files.read_json(directory / "config.json", required=True)
+    return DraftCheckpoint(str(path), config, tensors)
+
+
+def _of_metadata(file: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    text = (metadata or {}).get(METADATA)
+    try:
+        config = json.loads(text or "")
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"path: {file} is no drafter: its metadata has no config, as `save` writes it")
+    return config
+
+
+def write_checkpoint(
+    path: str | Path, config: Mapping[str, Any], model: nn.Module, dtype: torch.dtype
+) -> None:
+    """To one file if the path ends in .safetensors, else to a directory in the layout of the published
+    checkpoints. Each file appears whole or not at all."""
+    path = Path(path)
+    config = {**config, "torch_dtype": str(dtype).removeprefix("torch.")}
+    tensors = {name: t.to("cpu", dtype, copy=True).contiguous() for name, t in model.state_dict().items()}
+    one = path.suffix == ".safetensors"
+    metadata = {METADATA: json.dumps(config)} if one else {"format": "pt"}
+    weights = path if one else path / "model.safetensors"
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as replaced:
+        if not one:
+            file = replaced.enter_context(files.replacing(path / "config.json"))
+            file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        replaced.enter_context(files.replacing(weights)).write_bytes(save(tensors, metadata))
+
+
+def check_target(source: str, origin: Origin, model: Model, **sizes: int) -> None:
+    """Raise ValueError for a model of another vocabulary, other sizes or other weights than a drafter's.
+
+    sizes: of the model that the drafter was made for, by name: vocabulary, width, layers.
+    """
+    s = model.shape
+    for name, what, theirs in (
+        ("vocabulary", "a vocabulary of {} tokens", s.embedding_size),
+        ("width", "a model of width {}", s.width),
+        ("layers", "a model of {} layers", s.layers),
+    ):
+        if sizes.get(name, theirs) != theirs:
+            raise ValueError(
+                f"drafter: {source} was made for {what.format(sizes[name])}, and the model has {theirs}"
+            )
+    if origin.target is not None and (target := fingerprint(model)) != origin.target:
+        raise ValueError(
+            f"drafter: {source} was trained for another model ({origin.target}, and this is {target})"
+        )

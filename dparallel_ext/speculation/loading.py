@@ -1,0 +1,95 @@
+"""Which drafter is meant: a name, a file of weights of any kind, a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..arguments import shown
+from ..models import FAMILIES
+from ..models import load as load_model
+from ..models.files import read_json
+from . import adadecode, dflash
+from .checkpoint import OURS, DraftCheckpoint, Origin, read_checkpoint
+from .drafter import Drafter
+from .ngram import NGram
+from .whole_models import ModelDrafter
+
+KINDS: dict[str, Callable[[DraftCheckpoint], Drafter]] = {
+    **dict.fromkeys(dflash.CAUSAL, dflash.drafter_of_blocks),
+    adadecode.KIND: adadecode.drafter_of_heads,
+}
+"""By the kind that a file says it is, what makes a drafter of it; raises ValueError where it is none."""
+PUBLISHED = "dflash"
+"""The kind of files that do not say."""
+
+NAMED: dict[str, Path] = {}
+"""Drafters that have a name, as "builtin:dflash": `dparallel.registry` names those that ship, models too."""
+
+
+def load(path: str | Path) -> Drafter:
+    """Read a drafter with weights: a directory with config.json and model.safetensors, or one .safetensors
+    file, of any of `KINDS`.
+
+    A directory may be one of the published DFlash checkpoints (z-lab), by ORG/NAME too, see `models.locate`.
+    Layers that see a window of the text alone, and what DFlash2 adds, are not supported.
+
+    Raises:
+        FileNotFoundError: naming what is not there.
+        ValueError: naming the config key, or the missing, extra, misshapen or unreadable tensors.
+    """
+    found = read_checkpoint(path)
+    try:
+        kind = Origin.of(found.config).kind or PUBLISHED
+        if kind not in KINDS:
+            raise ValueError(f"config: {OURS}: kind={kind!r:.80}, expected one of {list(KINDS)}")
+        return KINDS[kind](found)
+    except ValueError as error:
+        said = str(error)
+        if said.startswith("config: "):
+            said = f"{path}: {said.removeprefix('config: ')}"
+        raise ValueError(f"path: {said}") from error
+
+
+def drafter_of(given: Any, device: torch.device | str | None = None) -> Drafter | None:
+    """A drafter; the name of one ("ngram", "ngram:4", or one of `NAMED`); the path of one with weights (see
+    `load`), or of a model that drafts, loaded onto `device`; or such a model. None stays None.
+
+    Raises ValueError for anything else, and as `load` and `models.load`.
+    """
+    if given is None or (isinstance(given, Drafter) and not isinstance(given, (str, Path))):
+        return given
+    if isinstance(given, torch.nn.Module):
+        return ModelDrafter(given)
+    if isinstance(given, str):
+        name, colon, argument = given.partition(":")
+        if name == "ngram":
+            if colon and not argument.isdecimal():
+                raise ValueError(f'drafter: expected "ngram" or "ngram:N", got {shown(given)}')
+            return NGram(int(argument)) if colon else NGram()
+    path = NAMED.get(given, given) if isinstance(given, str) else given
+    if isinstance(path, Path) or (isinstance(path, str) and _is_path(path)):
+        try:
+            return ModelDrafter(load_model(path, device=device)) if _is_model(Path(path)) else load(path)
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(f"drafter: {str(error).removeprefix('path: ')}") from error
+    raise ValueError(
+        f"drafter: expected a Drafter, a name ({', '.join(['ngram', *NAMED])}), the path of one, a model, or "
+        f"None for plain decoding, got {shown(given)}"
+    )
+
+
+def _is_path(text: str) -> bool:
+    return "/" in text or text.endswith(".safetensors") or Path(text).exists()
+
+
+def _is_model(path: Path) -> bool:
+    """Whether a directory holds a language model, and not a drafter, whose config may name a family too."""
+    file = path / "config.json"
+    if not file.is_file():
+        return False
+    config = read_json(file, required=True)
+    return config.get("model_type") in FAMILIES and not ("dflash_config" in config or OURS in config)

@@ -1,0 +1,124 @@
+"""What a drafter learns from and is judged by: prompts, and the target's own answers to them, kept as ids."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+import dparallel_ext as dx
+from dparallel_ext import models
+
+from ... import files
+from ...toy import tasks
+from .. import loop
+from ..filter import hold_out
+from ..trajectories import Prompt, read_prompts
+from .common import Answer, Settings
+
+SHARD = 512
+"""Answers in a file: what a run that is stopped loses at most."""
+
+
+def prompts_of(
+    data: str, prompt_field: str, answer_field: str | None, encode: Callable[[str], list[int]], held: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Token ids of the prompts to learn from, and of those to be judged by."""
+
+    def ids(prompts: Sequence[Prompt]) -> list[Tensor]:
+        return [torch.tensor(encode(prompt.text), dtype=torch.int64) for prompt in prompts]
+
+    found = ids(read_prompts(data, prompt_field, answer_field or prompt_field))
+    if data.startswith("builtin:"):
+        stream = itertools.islice(tasks.problems("held_out"), held)
+        return found, ids([Prompt(p.prompt, str(p.answer)) for p in stream])
+    if not held:
+        return found, []
+    apart = hold_out(found, held / max(1, len(found))).tolist()
+    return (
+        [prompt for prompt, out in zip(found, apart, strict=True) if not out],
+        [prompt for prompt, out in zip(found, apart, strict=True) if out],
+    )
+
+
+def answers_of(
+    directory: Path,
+    model: models.Model,
+    prompts: list[Tensor],
+    settings: Settings,
+    batch: int,
+    progress: bool,
+) -> list[Answer]:
+    """The target's answers, those that are in the directory as they are there; too short ones left out."""
+    said: dict[str, Any] = {"target": models.fingerprint(model), "gen_length": settings.gen_length}
+    if settings.temperature:
+        said |= {"temperature": settings.temperature, "seed": settings.seed}
+    parts = [prompts[first : first + SHARD] for first in range(0, len(prompts), SHARD)]
+    bar = loop.progress_bar(progress, len(prompts), "answers", "prompt")
+    found: list[Answer] = []
+    for number, part in enumerate(parts):
+        file = directory / f"answers-{number:05d}.safetensors"
+        digest = hashlib.sha256(b"".join(ids.numpy().tobytes() for ids in part)).hexdigest()
+        content = json.dumps({**said, "prompts": [len(part), digest]})
+        answers = _read_answers(file, content)
+        if answers is None:
+            answers = [
+                answer
+                for first in range(0, len(part), batch)
+                for answer in answer_all(model, part[first : first + batch], settings, number * SHARD + first)
+            ]
+            tensors = {
+                "ids": torch.cat([ids for ids, _ in answers]).int(),
+                "prompt": torch.tensor([length for _, length in answers]),
+                "length": torch.tensor([len(ids) for ids, _ in answers]),
+            }
+            with files.replacing(file) as partial:
+                partial.write_bytes(safetensors.torch.save(tensors, {"of": content}))
+        found += [(ids, length) for ids, length in answers if len(ids) - length >= 2]
+        if bar is not None:
+            bar.update(len(part))
+    if bar is not None:
+        bar.close()
+    if not found:
+        raise ValueError("data: the target's answers have fewer than two tokens, and nothing can be learned")
+    return found
+
+
+def answer_all(
+    model: models.Model, prompts: Sequence[Tensor], settings: Settings, first: int = 0
+) -> list[Answer]:
+    """The target's own texts, up to and with the end token; first: the number of the first prompt."""
+    out = dx.speculate(
+        model,
+        list(prompts),
+        gen_length=settings.gen_length,
+        temperature=settings.temperature,
+        seed=[settings.seed * 1_000_003 + first + i for i in range(len(prompts))],
+    )
+    ends = [len(prompt) + int(n) for prompt, n in zip(prompts, out.generated, strict=True)]
+    return [
+        (row[:end].cpu(), len(prompt)) for row, end, prompt in zip(out.sequences, ends, prompts, strict=True)
+    ]
+
+
+def _read_answers(file: Path, content: str) -> list[Answer] | None:
+    """What a file holds; None where it is not there. Raises ValueError for one of another run."""
+    if not file.exists():
+        return None
+    try:
+        with safe_open(file, framework="pt") as opened:
+            said = (opened.metadata() or {}).get("of")
+            ids, prompt, length = (opened.get_tensor(name) for name in ("ids", "prompt", "length"))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"out: {file} is not a readable file of answers: {error}") from error
+    if said != content:
+        raise ValueError(f"out: {file} holds answers of another run: {said}, expected {content}")
+    return list(zip(ids.long().split(length.tolist()), prompt.tolist(), strict=True))

@@ -1,0 +1,221 @@
+"""Drafters of a block a pass: DFlash and ParallelSpec.
+
+A step lays blocks behind the target's answers, each at a random place, packed under one mask: a block sees
+the context in front of its root, and itself. Each row behind the root learns the token at its own position by
+cross entropy. Rows count by what they are worth, since a draft ends at its first wrong token (`weights`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from dparallel_ext import models
+from dparallel_ext.arguments import whole
+from dparallel_ext.models import rope
+from dparallel_ext.speculation import BlockDrafter, DraftModel
+from dparallel_ext.speculation.checkpoint import Origin
+from dparallel_ext.speculation.dflash import CAUSAL, EMBEDDING, Layout, check_taps, default_taps
+
+from .common import Answer, Settings, Target, Trainee
+
+KINDS = {"dflash": {"layers": 3, "block": 16}, "parallelspec": {"layers": 1, "block": 7}}
+"""Layers and rows of a block, the root among them, where no numbers are given."""
+DECAY = ((8, 4.0), (10, 5.0), (16, 7.0))
+"""DFlash's: of blocks up to so many rows, the rows in which a row's weight falls to 1 / e."""
+LOSSES = ("d-pace", "exp")
+
+
+@dataclass(frozen=True)
+class BlockSettings(Settings):
+    KINDS = tuple(KINDS)
+    kind: str = "dflash"
+    layers: int | None = None
+    block: int | None = None
+    taps: tuple[int, ...] | None = None
+    """Layers of the target; None: of DFlash all of a small target, of a large one as published; of
+    ParallelSpec the embedding and the last."""
+    mlp_width: int | None = None
+    """None: the target's."""
+    mask_id: int | None = None
+    """None: the mask token of the target's tokenizer."""
+    loss: str = "d-pace"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss: expected one of {LOSSES}, got {self.loss!r}")
+        for name, least in (("layers", 1), ("block", 2), ("mlp_width", 1), ("mask_id", 0)):
+            if getattr(self, name) is not None:
+                whole(name, getattr(self, name), least)
+
+
+class Blocks(Trainee):
+    SETTINGS = BlockSettings
+    module: DraftModel
+
+    def __init__(self, target: Target, settings: BlockSettings) -> None:
+        self._target, self._settings = target.model, settings
+        mask_id = target.mask_id(settings.mask_id)
+        self.config = config_of(target.model, settings, mask_id, target.origin(settings.kind))
+        Layout.of(self.config)
+
+    def build(self) -> DraftModel:
+        model = DraftModel(self.config)
+        initialise(model)
+        return model
+
+    def loss_of(self, answers: Sequence[Answer], step: int) -> Tensor:
+        return loss_of(self.module, self._target, answers, self._settings, step)
+
+    def drafter(self, source: str, measured: Sequence[Answer]) -> BlockDrafter:
+        return BlockDrafter(self.module, source)
+
+
+def config_of(model: models.Model, settings: BlockSettings, mask_id: int, origin: Origin) -> dict[str, Any]:
+    """config.json of a drafter for `model`, in the layout of the published ones.
+
+    Raises ValueError naming the setting that does not fit the model.
+    """
+    s, default = model.shape, KINDS[settings.kind]
+    layers, taps = settings.layers or default["layers"], settings.taps
+    if taps is None and CAUSAL[settings.kind]:
+        taps = (EMBEDDING, s.layers - 1)
+    elif taps is None:
+        taps = tuple(range(s.layers)) if s.layers <= 5 else default_taps(s.layers, 5)
+    check_taps("taps", taps, s.layers)
+    keys = ("rope_scaling", "rope_parameters") if s.rope_scaling is not None else ()
+    scaling = {key: model.config[key] for key in keys if key in model.config}
+    return {
+        "architectures": ["DFlashDraftModel"],
+        "model_type": "qwen3",
+        "attention_bias": False,
+        "block_size": settings.block or default["block"],
+        "dflash_config": {"mask_token_id": mask_id, "target_layer_ids": list(taps)},
+        "head_dim": s.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": s.width,
+        "intermediate_size": settings.mlp_width or s.mlp_width,
+        "max_position_embeddings": models.max_positions(model),
+        "num_attention_heads": s.heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": s.kv_heads,
+        "num_target_layers": s.layers,
+        "rms_norm_eps": s.eps,
+        "rope_theta": s.rope_theta,
+        "tie_word_embeddings": False,
+        "vocab_size": s.embedding_size,
+        **scaling,
+        **origin.ours,
+    }
+
+
+def initialise(model: DraftModel) -> None:
+    """Normal weights of variance 1 / fan_in, the residual branches' last matrices smaller."""
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            last = name.endswith(("o_proj.weight", "down_proj.weight"))
+            scale = (2 * model.layout.shape.layers) ** -0.5 if last else 1.0
+            nn.init.normal_(p, std=scale * p.shape[1] ** -0.5)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Answers and the blocks behind them: B sequences, A blocks of N rows each."""
+
+    ids: Tensor
+    """(B, L) int64, filled up with any token."""
+    rows: Tensor
+    """(B, A N) int64: tokens of the blocks' rows, roots and masks."""
+    positions: Tensor
+    """(B, A N) int64"""
+    visible: Tensor
+    """(B, A N, L + A N) bool: what a row sees, of the context and of the rows."""
+    labels: Tensor
+    """(B, A, N - 1) int64: the token at the position of each row behind the root; -1 where there is none."""
+
+
+def pack_blocks(
+    answers: Sequence[Answer], layout: Layout, anchors: int, generator: torch.Generator
+) -> Packed:
+    """Blocks at up to `anchors` random places of each answer, so that root and next token are its tokens."""
+    block = layout.block
+    ids = pad_sequence([each for each, _ in answers], batch_first=True)
+    prompts = torch.tensor([length for _, length in answers])[:, None]
+    ends = torch.tensor([len(each) for each, _ in answers])[:, None]
+    at = torch.arange(ids.shape[1])
+    # Random numbers in order: the first `anchors` places among those that may be.
+    key = torch.rand(ids.shape, generator=generator).masked_fill((at < prompts) | (at > ends - 2), 2.0)
+    key, place = key.sort(1)
+    key, place = key[:, :anchors], place[:, :anchors]
+    used = int((key < 2).any(0).sum())  # of the answer with the most places
+    place, there = place[:, :used], (key < 2)[:, :used]
+    place = torch.where(there, place, prompts)  # a block that is not there has no labels
+    count, size = ids.shape[0], used * block
+    offset = torch.arange(block)
+    positions = place[..., None] + offset  # (B, A, N)
+    token = ids.gather(1, positions.flatten(1).clamp(max=ids.shape[1] - 1)).view(count, used, block)
+    labels = token.masked_fill((positions >= ends[..., None]) | ~there[..., None], -1)[..., 1:]
+    rows = torch.where(offset == 0, token, layout.mask_id)
+    row = torch.arange(size)
+    own = row[:, None] // block == row // block
+    if CAUSAL[layout.kind]:
+        own &= row[:, None] >= row
+    context = at < place.repeat_interleave(block, 1)[..., None]  # (B, A N, L)
+    visible = torch.cat((context, own.expand(count, -1, -1)), -1)
+    return Packed(ids, rows.flatten(1), positions.flatten(1), visible, labels)
+
+
+def loss_of(
+    model: DraftModel, target: models.Model, answers: Sequence[Answer], settings: BlockSettings, step: int
+) -> Tensor:
+    """Of a step. It depends on the seed and the step alone, so that a resumed run sees what it would have."""
+    said, device = model.layout, target.device
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    some = torch.randint(len(answers), (settings.batch,), generator=generator).tolist()
+    batch = pack_blocks([answers[i] for i in some], said, settings.anchors, generator)
+    taps = models.Taps(said.taps)
+    labels = batch.labels.to(device)
+    asked = labels >= 0
+    s = said.shape
+    # On a CPU, even one with products of bfloat16, its many small operations are faster in float32.
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
+        with torch.no_grad():
+            target.hidden(batch.ids.to(device), taps=taps)
+            x = target.embed(batch.rows.to(device)).float()
+            length = batch.ids.shape[1] + said.block  # no block reaches further
+            cos, sin = rope.table(length, s.head_dim, s.rope_theta, s.rope_scaling, device)
+        feature = model.feature([taps[each].float() for each in said.taps])
+        visible, positions = batch.visible.to(device), batch.positions.to(device)
+        y = model(x, positions, feature, visible, cos, sin)
+        y = y.unflatten(1, (-1, said.block))[:, :, 1:][asked]
+        logits = target.head(y.to(target.dtype))
+    logits = logits.float()
+    logits[:, said.mask_id] = -torch.inf  # it is never drafted
+    nll = torch.zeros(labels.shape, device=device)
+    nll[asked] = F.cross_entropy(logits, labels[asked], reduction="none")
+    weight = weights(nll.detach(), asked, settings.loss)
+    return (nll * weight).sum() / weight.sum()
+
+
+def weights(nll: Tensor, asked: Tensor, loss: str) -> Tensor:
+    """(..., N - 1): how much each row counts, 0 where it is not asked.
+
+    "exp": exp(-(k - 1) / g) of row k, as DFlash. "d-pace" (arXiv 2605.18810): with s = q / 2 + 1 / 2 of the
+    label's probability q, the sum over j >= k of s_1 ... s_j: what a draft's length gains by row k. Both go
+    by what the row says now, and no gradient goes through them.
+    """
+    if loss == "exp":
+        size = nll.shape[-1] + 1
+        fall = next((g for rows, g in DECAY if size <= rows), DECAY[-1][1])
+        weight = torch.exp(-torch.arange(size - 1, device=nll.device) / fall).expand_as(nll)
+    else:
+        reach = (0.5 * torch.exp(-nll) + 0.5).cumprod(-1) * asked
+        weight = reach.flip(-1).cumsum(-1).flip(-1)
+    return weight * asked

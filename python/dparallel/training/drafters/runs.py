@@ -1,0 +1,217 @@
+"""A run: the target answers, a drafter learns from its answers, and is judged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dparallel_ext as dx
+from dparallel_ext import models
+from dparallel_ext.arguments import whole
+from dparallel_ext.speculation import Drafter
+from dparallel_ext.speculation.speculate import causal_model, check_prompts
+
+from ... import files, registry
+from ...text import prompt_encoder
+from .. import loop
+from . import adadecode, blocks
+from .answers import answers_of, prompts_of
+from .common import Answer, Saved, Settings, Target, Trainee
+
+TRAINEES: tuple[type[Trainee], ...] = (blocks.Blocks, adadecode.Exits)
+KINDS: dict[str, type[Trainee]] = {kind: trainee for trainee in TRAINEES for kind in trainee.SETTINGS.KINDS}
+
+
+def settings_of(kind: str, **given: Any) -> Settings:
+    """Of a kind of drafters. Raises ValueError for an unknown kind, and for a setting of others."""
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {list(KINDS)}, got {kind!r:.80}")
+    of_kind = KINDS[kind].SETTINGS
+    for name in given:
+        if name not in of_kind.__dataclass_fields__:
+            kinds = [other for other in KINDS if name in KINDS[other].SETTINGS.__dataclass_fields__]
+            raise ValueError(f"{name}: belongs to {', '.join(kinds)}, not to {kind}")
+    return of_kind(kind=kind, **given)
+
+
+def run(
+    target: str,
+    out: str | Path,
+    data: str = "builtin:4000",
+    settings: Settings | None = None,
+    *,
+    prompt_field: str = "prompt",
+    answer_field: str | None = None,
+    evaluate: int = 500,
+    save_every: int = 250,
+    answer_batch: int = 128,
+    chat: bool | None = None,
+    device: str | None = None,
+    loaded: tuple[Any, Any] | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train a drafter for `target`, or go on where a run in `out` was stopped.
+
+    `out` receives config.json and model.safetensors (bfloat16: the drafter, `speculate(drafter=out)`),
+    training.json (the report) and, for a run that goes on, answers-NNNNN.safetensors and state.pt, every
+    `save_every` steps. A resumed run continues exactly as if it had not been stopped; only `steps` may
+    change.
+
+    Args:
+        target: an autoregressive model as `registry.load` names it.
+        data: prompts, see `trajectories.read_prompts`.
+        evaluate: prompts that it is judged by and does not learn from: held-out problems of the built-in
+            task, or so many of the file's.
+        answer_batch: sequences that answer at once.
+        chat: see `registry.template_of`.
+        loaded: (model, tokenizer), instead of loading the target; then without chat template, unless `chat`.
+
+    Returns the report: settings, target, answers, parameters, bytes, seconds, loss (a curve), and held_out,
+    see `judge`.
+
+    Raises ValueError and FileNotFoundError, by name; a run that is refused writes nothing.
+    """
+    settings = settings or blocks.BlockSettings()
+    for name, value, least in (("evaluate", evaluate, 0), ("save_every", save_every, 1)):
+        whole(name, value, least)
+    whole("answer_batch", answer_batch, 1)
+    template = registry.template_of(target, chat) if chat or loaded is None else None
+    model, tokenizer = loaded or registry.load(target, device=device)
+    model = causal_model(model)
+    encode = prompt_encoder(tokenizer, template)
+    trainee = KINDS[settings.kind](Target(target, model, template, loaded is None), settings)
+    learned, judged = prompts_of(data, prompt_field, answer_field, encode, evaluate)
+    check_prompts(model, [*learned, *judged], dx.DecodeConfig())
+    directory = files.directory("out", out)
+    with files.locked("out", directory), files.full_disk_named(directory):
+        answers = answers_of(directory, model, learned, settings, answer_batch, progress)
+        with _frozen(model):
+            drafter, report = _train(
+                directory, trainee, model.device, answers, settings, save_every, progress
+            )
+        drafter.save(directory)
+        report |= {"target": target, "data": data, "answers": len(answers)}
+        report["bytes"] = (directory / "model.safetensors").stat().st_size
+        if judged:
+            report["held_out"] = judge(model, drafter, judged, settings.gen_length, answer_batch)
+        files.write_json(directory / "training.json", report)
+    return report
+
+
+@contextmanager
+def _frozen(model: models.Model) -> Iterator[None]:
+    """No gradient of the target's weights is computed."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in learning:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
+
+
+def _train(
+    directory: Path,
+    trainee: Trainee,
+    device: torch.device,
+    answers: list[Answer],
+    settings: Settings,
+    save_every: int,
+    progress: bool,
+) -> tuple[Saved, dict[str, Any]]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        module = trainee.build()
+    trainee.module = module.to(device).train()
+    learned, measured = answers, answers[:0]
+    if trainee.measured:
+        if len(answers) <= trainee.measured:
+            raise ValueError(
+                f"data: expected more than {trainee.measured} answers, by which a drafter of kind "
+                f"{settings.kind} is measured, got {len(answers)}"
+            )
+        learned, measured = answers[: -trainee.measured], answers[-trainee.measured :]
+    own = json.loads(json.dumps({**asdict(settings), "config": trainee.config, "answers": len(answers)}))
+    seconds, curve = loop.run(
+        directory,
+        module,
+        trainee.matrices,
+        lambda step: trainee.loss_of(learned, step),
+        settings,
+        own,
+        save_every=save_every,
+        report_every=50,
+        described=settings.kind,
+        progress=progress,
+    )
+    report = {
+        "settings": own,
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "seconds": round(seconds),
+        "loss": curve,
+    }
+    return trainee.drafter(str(directory), measured), report
+
+
+# --- what it is worth -----------------------------------------------------------------------------
+
+
+def judge(
+    target: models.Model, drafter: Drafter, prompts: Sequence[Tensor], gen_length: int, batch: int = 128
+) -> dict[str, Any]:
+    """Decoding of prompts with drafts of the drafter's most tokens in every pass, to the end token.
+
+    prompts; tokens (an answer's mean, the end token among them); passes (an answer's mean, with that over the
+    prompt); tau: tokens of a pass that has a draft, the model's own among them; tokens_per_pass: of all
+    passes; accepted: of each depth of a draft, as far as there was room for it, the share of drafts that were
+    right up to it; accepted_share: of all drafted tokens; layers: of the model that were run for a token, one
+    after the other, as a share of all its layers.
+    """
+    tokens = passes = drafts = layers = 0
+    depth = torch.zeros(2, drafter.most, dtype=torch.int64)
+    for first in range(0, len(prompts), batch):
+        part = list(prompts[first : first + batch])
+        out = dx.speculate(target, part, gen_length=gen_length, drafter=drafter, draft_size=drafter.most)
+        tokens += int(out.generated.sum())
+        passes += int(out.nfe.sum())
+        drafts += int(out.draft_nfe.sum())
+        layers += int(out.layers.sum())
+        for row, counts in zip(depth, (out.drafted, out.accepted), strict=True):
+            row[: len(counts)] += counts
+    gained = int(depth[1].sum())
+    return {
+        "prompts": len(prompts),
+        "tokens": tokens / len(prompts),
+        "passes": passes / len(prompts),
+        "tau": 1 + gained / max(1, drafts),
+        "tokens_per_pass": tokens / max(1, passes),
+        "accepted": [round(float(share), 4) for share in depth[1] / depth[0].clamp(min=1)],
+        "accepted_share": gained / max(1, int(depth[0].sum())),
+        "layers": layers / max(1, tokens) / target.shape.layers,
+    }
+
+
+def lines(report: dict[str, Any]) -> Iterator[str]:
+    """A report as text."""
+    yield f"{report['settings']['kind']}: {report['parameters']:,} parameters, {report['bytes']:,} bytes"
+    yield f"learned from {report['answers']} answers in {report['seconds']} s"
+    held = report.get("held_out")
+    if held is not None:
+        yield (
+            f"{held['prompts']} held out: {held['tau']:.2f} tokens a pass with a draft, "
+            f"{held['tokens_per_pass']:.2f} with that over the prompt ({held['tokens']:.1f} tokens in "
+            f"{held['passes']:.2f} passes)"
+        )
+        yield (
+            f"{held['accepted_share']:.1%} of the drafted tokens accepted, {held['layers']:.3f} of the "
+            "model's layers for a token"
+        )
+        yield "accepted by depth: " + " ".join(f"{share:.0%}" for share in held["accepted"])
