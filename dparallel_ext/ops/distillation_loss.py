@@ -20,7 +20,8 @@ from .inputs import rows_view
 ROW_ERRORS = {
     1: "{} holds NaN",
     2: "{} has no logit above -inf",
-    3: "{} is -inf where the teacher's logit is not, so that the divergence is infinite",
+    3: "{} gives nothing (-inf, or 1e30 below its maximum) to an id that the teacher gives something: "
+    "the divergence is infinite",
 }
 
 
@@ -48,13 +49,13 @@ def distillation_loss(
         d loss / d student_j = w / temperature (kl_weight (q_j - p_j)
                                + l1_weight q_j (s_j - sum_i s_i q_i)),   s_j = sign(q_j - p_j)
 
-    KL is Hinton's distillation (arXiv 1503.02531; multiply by temperature^2 to keep the size of its gradient, as
-    there), the loss of PPD's prompt tokens (2405.18628, w = 0.8^distance) and of AdaDecode's intermediate heads
-    (2506.03700). L1, twice the total variation, is 2 minus twice the probability that speculative sampling accepts
-    the student's token, and the loss of DSpark (2607.05147).
+    KL is Hinton's distillation (arXiv 1503.02531; multiply by temperature^2 to keep the size of its gradient,
+    as there), the loss of PPD's prompt tokens (2405.18628, w = 0.8^distance) and of AdaDecode's intermediate
+    heads (2506.03700). L1, twice the total variation, is 2 minus twice the probability that speculative
+    sampling accepts the student's token, and the loss of DSpark (2607.05147).
 
-    Both rows are read once forward, once more where l1_weight is above 0, and once backward. Sums are float32 or
-    better, relative to the maximum. Equal rows have exactly the loss 0 and the gradient 0.
+    Both rows are read once forward, once more where l1_weight is above 0, and once backward. Sums are float32
+    or better, relative to the maximum. Equal rows have exactly the loss 0 and the gradient 0.
 
     Args:
         student: (..., V) float32, bfloat16, float16 or float64, any V.
@@ -65,18 +66,18 @@ def distillation_loss(
         l1_weight: a number >= 0.
         reduction: "sum" as above, or "none": what each row adds to the sum, in the shape of the rows. A mean is
             the sum with weights that add up to 1.
-        inplace: the backward pass writes the gradient over the student's logits, whose values are lost, as in
-            `certainty_forcing_loss`. Where the teacher is a view of the same storage, and under torch.compile,
-            nothing is written over.
+        inplace: the backward pass writes the gradient over the student's logits, whose values are lost, as
+            in `certainty_forcing_loss`. Where the teacher is a view of the same storage, and under
+            torch.compile, nothing is written over.
 
     Returns:
         () or (...) float32 (float64 of float64 logits).
 
     Raises:
-        ValueError: naming the argument that does not fit; and for a row that holds NaN, has no logit above -inf, or
-            in which the student's logit is -inf and the teacher's is not while kl_weight is above 0: on the CPU at
-            once, on CUDA from `check_errors`, until when it is NaN. An id that is -inf in both, as one that is
-            suppressed, adds nothing.
+        ValueError: naming the argument that does not fit; and for a row that holds NaN, has no logit above
+            -inf, or whose student gives nothing to an id (-inf, or 1e30 below its maximum) that the teacher's
+            logit is not -inf of, while kl_weight is above 0: on the CPU at once, on CUDA from `check_errors`,
+            until when it is NaN. An id that is -inf in both, as one that is suppressed, adds nothing.
     """
     check_rows("student", student)
     check_rows("teacher", teacher)

@@ -29,10 +29,10 @@ def linear_distillation_loss(
 ) -> Tensor:
     """`distillation_loss` of hidden @ lm_head_weight.T and the teacher's, which never exist all at once.
 
-    Both heads are applied to chunks of the rows whose weight is not 0; the backward pass computes each chunk's
-    logits again and writes the student's gradient over its own. Two chunks of logits (three with a soft cap) and
-    the gradient of the hidden states are all that is held. That is five matrix products per row, and a sixth where
-    the head is trainable.
+    Both heads are applied to chunks of the rows whose weight is not 0; the backward pass computes each
+    chunk's logits again and writes the student's gradient over its own. Two chunks of logits (three with a
+    soft cap) and the gradient of the hidden states are all that is held. That is five matrix products per
+    row, and a sixth where the head is trainable.
 
     Under `torch.autocast` the heads multiply in autocast's dtype, as a linear layer does.
 

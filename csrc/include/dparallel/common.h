@@ -48,7 +48,7 @@ enum RowError : int64_t {
   kRowEmpty = 2,       // no id that may be chosen has a logit above -inf
   kRowMissing = 3,     // a masked position of the window that `positions` does not list
   kRowLabel = 3,       // of the loss: a label outside the vocabulary
-  kRowImpossible = 3,  // of distillation: -inf where the teacher's logit is not
+  kRowImpossible = 3,  // of distillation: no probability where the teacher has some
   kRowMask = 1         // of commit: a token to write that is the mask token, or negative
 };
 constexpr int64_t kNoError = INT64_MAX;

@@ -90,7 +90,9 @@ struct DistillationPart {
     const RowError of_student = student.error(), of_teacher = teacher.error();
     if (of_student != kRowOk) return encode_error(2 * row, of_student);
     if (of_teacher != kRowOk) return encode_error(2 * row + 1, of_teacher);
-    if (kl_counts && cross - cross != R(0)) return encode_error(2 * row, kRowImpossible);
+    // Also of what is 1e30 below the maximum, as beside +inf or where -3e38 stands for -inf.
+    if (kl_counts && !(cross <= R(1e30) * teacher.total()))
+      return encode_error(2 * row, kRowImpossible);
     return kNoError;
   }
 
@@ -165,10 +167,10 @@ struct DistillationGradient {
     same = R(0.5) * (above + below);
   }
 
-  DP_HD R at(R z, R t) const {
-    const R q = row.q(z), p = row.p(t);
+  DP_HD R of(R q, R p) const {
     return kl * DistillationRow<R>::difference(q, p) + q * (q > p ? above : q < p ? below : same);
   }
+  DP_HD R at(R z, R t) const { return of(row.q(z), row.p(t)); }
 };
 
 }  // namespace dparallel
