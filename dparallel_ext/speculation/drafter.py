@@ -49,7 +49,8 @@ class DraftSession(Protocol):
 
     In an engine a sequence may begin with pages that others have filled, and pages are shared as soon as the
     model's passes have filled them. What `observe` and `moved` put into pages is there for every position
-    that is in the cache, whoever's pass has computed it; what `propose` puts there may not be.
+    that is in the cache, whoever's pass has computed it; what `propose` puts there may not be, but for keys
+    and values of the model itself, see `KeepsStreams`.
     """
 
     taps: tuple[int, ...]

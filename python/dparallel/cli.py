@@ -64,6 +64,13 @@ DrafterOption = Annotated[
 DraftSizeOption = Annotated[
     int | None, typer.Option(help="tokens of a draft; default: as many as pay, by measurement")
 ]
+GuessesOption = Annotated[
+    int | None,
+    typer.Option(
+        help="tokens of a draft; default: as many as pay, by measurement. Of diffusion models, with a policy "
+        "one, steps:N or quota:K: guesses of self-speculation; default: none"
+    ),
+]
 EVALUATED = (ONE, "confidence:0.9", "entropy:0.5")
 
 
@@ -182,7 +189,7 @@ def decode(
     top_k: Annotated[int | None, typer.Option(help="sample from so many ids; 0: all")] = None,
     seed: Annotated[int | None, typer.Option(help="of the samples; default: another each time")] = None,
     drafter: DrafterOption = None,
-    draft_size: DraftSizeOption = None,
+    draft_size: GuessesOption = None,
     mask_id: MaskOption = None,
     chat: ChatOption = None,
     device: str | None = None,
@@ -210,9 +217,7 @@ def decode(
         infill = infill or bool(content.get("infill"))
         content.setdefault("gen_length", 0 if infill and not suffix else registry.gen_length(model))
         causal = registry.is_causal(model)
-        check_kind(
-            model, causal, drafter=drafter, draft_size=draft_size, suffix=suffix or None, policy=policy
-        )
+        check_kind(model, causal, drafter=drafter, suffix=suffix or None, policy=policy)
         asked = (causal_config_of if causal else config_of)(
             content,
             policy,
@@ -238,7 +243,7 @@ def decode(
             if causal:
                 found = complete_causal(*given, drafter=drafter, draft_size=draft_size, **shared)
             else:
-                found = complete(*given, suffix=suffix, **shared)
+                found = complete(*given, suffix=suffix, draft_size=draft_size, **shared)
             for row in found:
                 if unknown := registry.unknown_words(tokenizer, row["prompt"]):
                     words = ", ".join(map(repr, dict.fromkeys(unknown)))
@@ -308,7 +313,7 @@ def evaluate(
         list[str] | None,
         typer.Option(help="of autoregressive models; repeatable; default: plain, ngram"),
     ] = None,
-    draft_size: DraftSizeOption = None,
+    draft_size: GuessesOption = None,
     report: Annotated[bool, typer.Option("--report", help="what drafts were worth, by position")] = False,
 ) -> None:
     """Accuracy, passes, tokens per pass and time on held-out problems, for models and policies."""
