@@ -419,7 +419,7 @@ def distillation_loss(
     active = torch.ones(student.shape[:-1]).bool() if weight is None else weight != 0
     z, t = (x.double().clamp(max=_LARGEST)[active] for x in (student, teacher.detach()))  # (N, V)
     log_q, log_p = ((x / temperature).log_softmax(-1) for x in (z, t))
-    never = t == -math.inf
+    never = t < t.amax(-1, keepdim=True) - 1e29
     kl = (log_p.exp() * (log_p.masked_fill(never, 0) - log_q.masked_fill(never, 0))).sum(-1)
     l1 = (log_p.exp() - log_q.exp()).abs().sum(-1)
     divergence = l1_weight * l1 + (kl_weight * kl if kl_weight else 0.0)

@@ -40,14 +40,14 @@ void tile_sums(const typename T::Storage* z, const typename T::Storage* t, int64
     return splat(of.empty() ? 0.0f : static_cast<float>(of.max));
   };
   const F m = reference(part.student), n = reference(part.teacher), scale = splat(inverse);
-  const F floor = splat(kExpFloor), largest = splat(kLargest), none = splat(-kInfinity);
+  const F floor = splat(kExpFloor), largest = splat(kLargest), nothing = splat(kNothing);
   const auto add = [&](F vz, F vt, Sums& sums) {
-    const F d = minimum(largest, vz) - m;
-    const F e = maximum(splat(-kLargest), minimum(largest, vt) - n);  // finite
-    const F x = e * scale;
+    const F d = minimum(largest, vz) - m, e = minimum(largest, vt) - n, x = e * scale;
     F q = exp_nonpositive(maximum(floor, d * scale)), p = exp_nonpositive(maximum(floor, x));
-    // No term where the teacher has -inf, nor of a probability too small to count: but 0 infinity.
-    sums.cross += vt > none ? (x < floor ? F{} : p) * (e - d) : F{};
+    // No term of what the teacher gives nothing, and 0 of a probability too small to count, but for
+    // 0 infinity.
+    const F apart = e - (d < nothing ? splat(-kInfinity) : d);
+    sums.cross += e < nothing ? F{} : (x < floor ? F{} : p) * apart;
     if (kRisen) {
       const I of_student = student_risen ? (I)(d == F{}) : I{};
       const I of_teacher = teacher_risen ? (I)(e == F{}) : I{};

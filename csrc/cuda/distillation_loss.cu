@@ -103,11 +103,12 @@ __global__ void __launch_bounds__(kThreads, T::kWidth > 2 ? kBlocks : 1)
 #pragma unroll
       for (int i = 0; i < W; ++i) {
         const R d = (kHoldsTop ? capped(z[i]) : z[i]) - m;
-        const R e = floored((kHoldsTop ? capped(t[i]) : t[i]) - n, R(-kLargest));  // finite
+        const R e = (kHoldsTop ? capped(t[i]) : t[i]) - n;
         R q = in_units(d * scale), p = in_units(e * scale);
-        // What the teacher gives -inf has no term. What the student gives -inf has an infinite
-        // one, or 0 infinity.
-        sums[kCross] += t[i] == R(-kInfinity) ? R(0) : p * (e - d);
+        // What the teacher gives nothing has no term. What the student gives nothing has an
+        // infinite one, or 0 infinity.
+        const R apart = e - (d < R(kNothing) ? R(-kInfinity) : d);
+        sums[kCross] += e < R(kNothing) ? R(0) : p * apart;
         if (kHoldsTop) {
           const bool of_student = d == R(0) && !no_student, of_teacher = e == R(0) && !no_teacher;
           sums[kStudentTies] += of_student ? R(1) : R(0);

@@ -20,7 +20,7 @@ from .inputs import rows_view
 ROW_ERRORS = {
     1: "{} holds NaN",
     2: "{} has no logit above -inf",
-    3: "{} gives nothing (-inf, or 1e30 below its maximum) to an id that the teacher gives something: "
+    3: "{} gives nothing (-inf, or 1e29 below its maximum) to an id that the teacher gives something: "
     "the divergence is infinite",
 }
 
@@ -64,8 +64,8 @@ def distillation_loss(
         temperature: of both softmaxes, from 1e-5 to 1e5.
         kl_weight: a number >= 0.
         l1_weight: a number >= 0.
-        reduction: "sum" as above, or "none": what each row adds to the sum, in the shape of the rows. A mean is
-            the sum with weights that add up to 1.
+        reduction: "sum" as above, or "none": what each row adds to the sum, in the shape of the rows. A mean
+            is the sum with weights that add up to 1.
         inplace: the backward pass writes the gradient over the student's logits, whose values are lost, as
             in `certainty_forcing_loss`. Where the teacher is a view of the same storage, and under
             torch.compile, nothing is written over.
@@ -75,9 +75,10 @@ def distillation_loss(
 
     Raises:
         ValueError: naming the argument that does not fit; and for a row that holds NaN, has no logit above
-            -inf, or whose student gives nothing to an id (-inf, or 1e30 below its maximum) that the teacher's
-            logit is not -inf of, while kl_weight is above 0: on the CPU at once, on CUDA from `check_errors`,
-            until when it is NaN. An id that is -inf in both, as one that is suppressed, adds nothing.
+            -inf, or whose student gives nothing (-inf, or 1e29 below the row's maximum) to an id that the
+            teacher gives something, however little, while kl_weight is above 0: on the CPU at once, on CUDA
+            from `check_errors`, until when it is NaN. An id that the teacher gives nothing, as one that is
+            suppressed, adds nothing.
     """
     check_rows("student", student)
     check_rows("teacher", teacher)

@@ -73,7 +73,7 @@ def slope_of(softcap: float, logits: Tensor) -> Tensor | None:
 
 
 class HeadGradient:
-    """The gradients of the hidden states (N, H) and, where it needs one, of the head (V, H), summed by chunks."""
+    """The gradients of the hidden states (N, H) and, where it needs one, of the head (V, H), by chunks."""
 
     def __init__(self, hidden: Tensor, head: Tensor, head_needs_grad: bool) -> None:
         self.head, self.head_needs_grad = head, head_needs_grad

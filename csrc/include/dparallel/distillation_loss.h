@@ -14,6 +14,10 @@
 
 namespace dparallel {
 
+// A logit so far below its row's maximum counts as -inf, which gives its id nothing: -3e38, as some
+// masks write it, and whatever stands beside +inf. All else stays finite in float32's sums.
+constexpr float kNothing = -1e29f;
+
 enum DistillationSaved : int {
   kSavedStudentMax = 0,
   kSavedTeacherMax,
@@ -55,9 +59,9 @@ struct SoftmaxPart {
   }
 };
 
-// Part of both rows. An id that the teacher gives -inf has no term in `cross`. One that the student
-// gives -inf and the teacher does not makes it infinite or NaN, which it stays: the divergence is
-// infinite then, however small the teacher's probability is.
+// Part of both rows. An id that the teacher gives nothing has no term in `cross`. One that the
+// student gives nothing and the teacher something makes it infinite or NaN, which it stays: the
+// divergence is infinite then, however small the teacher's probability is.
 template <class R>
 struct DistillationPart {
   SoftmaxPart<R> student, teacher;
@@ -65,8 +69,10 @@ struct DistillationPart {
 
   // C of the same part, relative to maxima not below its own.
   DP_HD R cross_at(R student_max, R teacher_max, R inverse) const {
-    const R e = teacher.empty() ? R(0) : teacher.max - teacher_max;
+    if (teacher.empty() || teacher.max - teacher_max < R(kNothing)) return R(0);
+    const R e = teacher.max - teacher_max;
     const R d = student.empty() ? R(0) : student.max - student_max;
+    if (d < R(kNothing)) return R(kInfinity);
     if (e * inverse < R(kExpFloor)) return cross - cross;  // its probability is 0: 0, or NaN
     return exponential(e * inverse) * (cross + teacher.total() * (e - d));
   }
@@ -90,9 +96,7 @@ struct DistillationPart {
     const RowError of_student = student.error(), of_teacher = teacher.error();
     if (of_student != kRowOk) return encode_error(2 * row, of_student);
     if (of_teacher != kRowOk) return encode_error(2 * row + 1, of_teacher);
-    // Also of what is 1e30 below the maximum, as beside +inf or where -3e38 stands for -inf.
-    if (kl_counts && !(cross <= R(1e30) * teacher.total()))
-      return encode_error(2 * row, kRowImpossible);
+    if (kl_counts && !(cross < R(kInfinity))) return encode_error(2 * row, kRowImpossible);
     return kNoError;
   }
 
