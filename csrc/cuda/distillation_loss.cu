@@ -155,10 +155,11 @@ __device__ __forceinline__ Part merged(const Part* parts, uint32_t row, uint32_t
   return part;
 }
 
-template <class R>
+template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
-    distillation_rows_kernel(DistillationArgs args, const DistillationPart<R>* parts,
-                             uint32_t chunks, R inverse) {
+    distillation_rows_kernel(DistillationArgs args, const DistillationPart<typename T::Real>* parts,
+                             uint32_t chunks, typename T::Real inverse) {
+  using R = typename T::Real;
   const uint32_t row = blockIdx.x * kWarps + threadIdx.x / 32;
   if (row >= args.count) return;
   R divergence = R(0), saved[kDistillationSaved] = {};
@@ -238,9 +239,11 @@ __global__ void __launch_bounds__(kThreads, T::kWidth > 2 ? kBlocks : 1)
   parts[blockIdx.x] = part;
 }
 
-template <class R>
+template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
-    distance_rows_kernel(DistillationArgs args, const DistancePart<R>* parts, uint32_t chunks) {
+    distance_rows_kernel(DistillationArgs args, const DistancePart<typename T::Real>* parts,
+                         uint32_t chunks) {
+  using R = typename T::Real;
   const uint32_t row = blockIdx.x * kWarps + threadIdx.x / 32;
   if (row >= args.count || !args.active[row] || args.error[row] != kNoError) return;
   const auto part =
@@ -348,7 +351,7 @@ int distillation_loss(const DistillationArgs& args, const Workspace& workspace, 
     else
       DPARALLEL_LAUNCH((distillation_sums_kernel<T, 1>), grid, kThreads, stream, args, parts,
                        chunks, scale);
-    DPARALLEL_LAUNCH(distillation_rows_kernel<R>, blocks, kThreads, stream, args, parts, chunks,
+    DPARALLEL_LAUNCH(distillation_rows_kernel<T>, blocks, kThreads, stream, args, parts, chunks,
                      inverse);
     if (args.l1_weight > 0) {
       auto* distances = static_cast<DistancePart<R>*>(workspace.scratch);
@@ -358,7 +361,7 @@ int distillation_loss(const DistillationArgs& args, const Workspace& workspace, 
       else
         DPARALLEL_LAUNCH((distance_sums_kernel<T, 1>), grid, kThreads, stream, args, distances,
                          chunks, scale);
-      DPARALLEL_LAUNCH(distance_rows_kernel<R>, blocks, kThreads, stream, args, distances, chunks);
+      DPARALLEL_LAUNCH(distance_rows_kernel<T>, blocks, kThreads, stream, args, distances, chunks);
     }
     return static_cast<int>(cudaGetLastError());
   });
