@@ -11,7 +11,7 @@
 // Forward, a thread requests its 4 vectors of both rows at once and keeps them, as stored, in 32
 // registers. The block finds both maxima, and only then are the exponentials summed: no sum is ever
 // rescaled within a chunk. The own terms of the maxima are left out of the sums (see SoftmaxPart),
-// by the threads that hold one, which take a longer way. Left for each pair of numbers are some 16
+// by the threads that hold one, which take a longer way. Left for each pair of numbers are some 18
 // instructions, where an H200's memory leaves time for 28.
 //
 // Not measured yet, as the sizes: 4 vectors of each row and 4 blocks on an SM forward; 8 vectors,
