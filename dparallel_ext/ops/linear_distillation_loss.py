@@ -36,6 +36,15 @@ def linear_distillation_loss(
 
     Under `torch.autocast` the heads multiply in autocast's dtype, as a linear layer does.
 
+    A step of distillation, of the mean over the `active` positions:
+
+        with torch.no_grad():
+            theirs = teacher.hidden(ids)
+        loss = dx.linear_distillation_loss(
+            student.hidden(ids), student.lm_head.weight, theirs, teacher.lm_head.weight,
+            weight=active / active.sum(),
+        )
+
     Args:
         hidden: (..., H) float32, bfloat16, float16 or float64, the student's, after the final norm.
         lm_head_weight: (V, H), same dtype. It gets a gradient only if it requires one.
