@@ -268,6 +268,13 @@ def compiled_loss(logits: Tensor, labels: Tensor, active: Tensor) -> Tensor:
     return compile_(row_loss)(logits[active], labels[active])
 
 
+def divergence(student: Tensor, teacher: Tensor, l1: float) -> Tensor:
+    """KL from the teacher's rows (N, V) to the student's and `l1` times the L1 distance, in float32."""
+    log_q, log_p = (z.float().log_softmax(-1) for z in (student, teacher))
+    loss = functional.kl_div(log_q, log_p, log_target=True, reduction="sum")
+    return loss + l1 * (log_q.exp() - log_p.exp()).abs().sum() if l1 else loss
+
+
 def masked_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
     """Padded batch: torch's attention of q (B, Q, H, D) to caches (B, Hkv, L, D) under a mask."""
     seen = torch.arange(k_cache.shape[2], device=q.device) < lengths[:, None]

@@ -134,10 +134,14 @@ def linear_inputs(
     return hidden.requires_grad_(), head, labels, torch.ones(rows, dtype=torch.bool, device=device)
 
 
+def chunk_rows(head: Tensor) -> int:
+    """As the op takes by default."""
+    return max(1, (256 if head.is_cuda else 32) * 2**20 // (len(head) * head.itemsize))
+
+
 def linear_work(device: torch.device, small: bool, rows: int, width: int, vocab: int) -> Work:
     """Forward and backward with a frozen head: three matrix products, 6 N H V FLOP."""
     hidden, head, labels, active = linear_inputs(rows, width, vocab, device)
-    chunk = (256 if device.type == "cuda" else 32) * 2**20 // (vocab * head.itemsize)  # rows, as the op takes
 
     def gradient(loss_of_rows: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         return torch.autograd.grad(loss_of_rows(hidden @ head.T, labels), hidden)[0]
@@ -149,7 +153,7 @@ def linear_work(device: torch.device, small: bool, rows: int, width: int, vocab:
     @torch.no_grad()
     def products(turn: int, at: int) -> None:
         """Logits twice, and their gradient's, in the op's chunks."""
-        for part in hidden.split(max(1, chunk)):
+        for part in hidden.split(chunk_rows(head)):
             logits = part @ head.T
             logits = part @ head.T
             logits @ head

@@ -405,6 +405,31 @@ def certainty_forcing_loss(
     return CertaintyForcingLossOutput(loss, spread(nll), spread(entropy), spread(correct))
 
 
+def distillation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    weight: Tensor | None = None,
+    temperature: float = 1.0,
+    kl_weight: float = 1.0,
+    l1_weight: float = 0.0,
+    reduction: str = "sum",
+) -> Tensor:
+    """See `dparallel_ext.distillation_loss`; in float64, differentiable."""
+    active = torch.ones(student.shape[:-1]).bool() if weight is None else weight != 0
+    z, t = (x.double().clamp(max=_LARGEST)[active] for x in (student, teacher.detach()))  # (N, V)
+    log_q, log_p = ((x / temperature).log_softmax(-1) for x in (z, t))
+    never = t < t.amax(-1, keepdim=True) - 1e29
+    kl = (log_p.exp() * (log_p.masked_fill(never, 0) - log_q.masked_fill(never, 0))).sum(-1)
+    l1 = (log_p.exp() - log_q.exp()).abs().sum(-1)
+    divergence = l1_weight * l1 + (kl_weight * kl if kl_weight else 0.0)
+    if weight is not None:
+        divergence = divergence * weight[active].double()
+    if reduction == "sum":
+        return divergence.sum()
+    return divergence.new_zeros(active.shape).masked_scatter(active, divergence)
+
+
 def kv_write(
     q: Tensor,
     k: Tensor,

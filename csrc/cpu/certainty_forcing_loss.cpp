@@ -1,30 +1,16 @@
 // certainty_forcing_loss on the CPU: chunks of active rows in parallel, merged in order.
 #include "dparallel/certainty_forcing_loss.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
 #include "dparallel/launch.h"
-#include "dparallel/numeric.h"
+#include "loss.h"
 #include "loss_kernel.h"
-#include "row_stats.h"
 
 namespace dparallel::cpu {
 namespace {
-
-double logit_at(const void* row, DType dtype, int64_t id) {
-  switch (dtype) {
-    case DType::float64: return static_cast<const double*>(row)[id];
-    case DType::float32: return clamp_logit(static_cast<const float*>(row)[id]);
-    case DType::bfloat16: return clamp_logit(bfloat16_value(static_cast<const uint16_t*>(row)[id]));
-    default: return clamp_logit(float16_value(static_cast<const uint16_t*>(row)[id]));
-  }
-}
 
 // R: float or double, the kind of the results.
 template <class R>
@@ -34,9 +20,7 @@ void forward(const LossArgs& args, Parallel parallel) {
   const InverseTemperatures<double> inverse{1 / args.ce_temperature, 1 / args.temperature};
   const InverseTemperatures<float> inverse32{static_cast<float>(inverse.ce),
                                              static_cast<float>(inverse.entropy)};
-  std::vector<int64_t> rows;
-  for (int64_t row = 0; row < args.count; ++row)
-    if (args.active[row]) rows.push_back(row);
+  const std::vector<int64_t> rows = active_rows(args.active, args.count);
   const auto count = static_cast<int64_t>(rows.size());
   std::vector<LossPart<double>> parts(count * chunks);
   run_parallel(parallel, count * chunks, [&](int64_t unit) {
@@ -88,31 +72,6 @@ void forward(const LossArgs& args, Parallel parallel) {
     for (int s = 0; s < kLossSaved; ++s)
       saved[row * kLossSaved + s] = static_cast<R>(result.saved[s]);
   }
-}
-
-void store(void* row, DType dtype, int64_t id, double value) {
-  switch (dtype) {
-    case DType::float64: static_cast<double*>(row)[id] = value; break;
-    case DType::float32: static_cast<float*>(row)[id] = static_cast<float>(value); break;
-    case DType::bfloat16:
-      static_cast<uint16_t*>(row)[id] = bfloat16_bits(static_cast<float>(value));
-      break;
-    default: static_cast<uint16_t*>(row)[id] = float16_bits(static_cast<float>(value));
-  }
-}
-
-// The gradient is tens of megabytes that nobody has touched: by pages of 4 KB, the kernel's work to
-// hand them out would exceed ours. This asks for pages of 2 MB.
-void prefer_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end =
-      (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // or not
-#else
-  (void)data, (void)bytes;
-#endif
 }
 
 template <class R>

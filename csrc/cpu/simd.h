@@ -168,24 +168,13 @@ constexpr int64_t kTile = 2048;  // logits: 4 to 8 KB, read twice, the second ti
 
 constexpr int64_t kStep = 2 * kLanes;
 
-// Visits `count` logits in pairs of vectors; the last is padded with -inf, which changes nothing.
-template <class T, class Visit>
-inline void each_pair(const typename T::Storage* z, int64_t count, Visit visit) {
-  int64_t i = 0;
-  for (; i + kStep <= count; i += kStep) visit(T::widen(z + i));
-  if (i < count) {
-    typename T::Storage padded[kStep];
-    for (auto& value : padded) value = T::kMinusInfinity;
-    std::memcpy(padded, z + i, (count - i) * sizeof(*z));
-    visit(T::widen(padded));
-  }
-}
-
-// The first `count` numbers at p, up to kStep, zeros after them; and the way back.
+// The first `count` numbers at p, up to kStep, and `padding` after them; and the way back.
 template <class T>
-inline Pair load_step(const typename T::Storage* p, int64_t count) {
+inline Pair load_step(const typename T::Storage* p, int64_t count,
+                      typename T::Storage padding = 0) {
   if (count >= kStep) return T::widen(p);
-  typename T::Storage padded[kStep] = {};
+  typename T::Storage padded[kStep];
+  for (auto& value : padded) value = padding;
   std::memcpy(padded, p, count * sizeof(*p));
   return T::widen(padded);
 }
@@ -196,6 +185,14 @@ inline void store_step(Pair v, typename T::Storage* p, int64_t count) {
   typename T::Storage padded[kStep];
   T::narrow(v, padded);
   std::memcpy(p, padded, count * sizeof(*p));
+}
+
+// Visits `count` logits in pairs of vectors; the last is padded with -inf, which changes nothing.
+template <class T, class Visit>
+inline void each_pair(const typename T::Storage* z, int64_t count, Visit visit) {
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) visit(T::widen(z + i));
+  if (i < count) visit(load_step<T>(z + i, count - i, T::kMinusInfinity));
 }
 
 // The largest of a tile, NaN ignored, +inf as the largest float.

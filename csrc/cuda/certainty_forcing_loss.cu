@@ -24,36 +24,21 @@
 // Measured on an H200: forward and backward of 4096 rows of 126464 in 1.07 ms, 69 % of its
 // bandwidth. Not measured against others: 8 vectors and 4 blocks on an SM forward; 16 vectors, 4 of
 // them in flight, and 4 blocks backward; 256 threads.
-#include "vectors.cuh"
-
-#include "dparallel/certainty_forcing_loss.h"
+#include "loss.cuh"
 
 namespace dparallel::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
 constexpr int kVectors = 8;  // of a chunk, for each thread, all at once
 constexpr int kBackwardVectors = 16;
 constexpr int kInFlight = 4;       // of them at once
 constexpr int kForwardBlocks = 4;  // on an SM, at least
 constexpr int kBackwardBlocks = 4;
 
-__device__ __forceinline__ float in_units(float x) { return exp2_fast(x); }
-__device__ __forceinline__ double in_units(double x) { return exp(x); }
-constexpr float units(float x) { return x * kLog2e; }
-constexpr double units(double x) { return x; }
-
 __device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double multiply_add(double a, double b, double c) {
   return fma(a, b, c);
 }
-__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }  // ignores NaN
-__device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
-__device__ __forceinline__ float floored(float x, float floor) { return max_nan(x, floor); }
-__device__ __forceinline__ double floored(double x, double floor) { return x < floor ? floor : x; }
-__device__ __forceinline__ float clamped(float z) { return min_nan(z, kLargest); }
-__device__ __forceinline__ double clamped(double z) { return z; }
 
 template <class R>
 struct Exponents {
@@ -80,70 +65,6 @@ struct Exponents {
     return kSquared ? e * e : in_units(ratio * x);
   }
 };
-
-// A block's share of a row: kCount vectors for each thread.
-template <class T, int kCount>
-struct Chunk {
-  static constexpr int kSize = kThreads * kCount * T::kWidth;
-  uint32_t row, begin;
-  int count;  // of numbers
-
-  static uint32_t in(int64_t vocab) { return static_cast<uint32_t>((vocab + kSize - 1) / kSize); }
-  __device__ __forceinline__ Chunk(uint32_t chunks, int64_t vocab) {
-    row = blockIdx.x / chunks;
-    begin = (blockIdx.x - row * chunks) * kSize;
-    const int64_t left = vocab - begin;
-    count = left < kSize ? static_cast<int>(left) : kSize;
-  }
-  // Of the thread's first number, and from one of its vectors to the next.
-  static __device__ __forceinline__ int first() {
-    return static_cast<int>(threadIdx.x) * T::kWidth;
-  }
-  static constexpr int kStep = kThreads * T::kWidth;
-  // Whether the calling thread has the vector of the number at `i`.
-  static __device__ __forceinline__ bool has(int i) {
-    return i / T::kWidth % kThreads == static_cast<int>(threadIdx.x);
-  }
-  __device__ __forceinline__ const typename T::Storage* logits(const Logits& z) const {
-    const RowStrides rows{z.inner_rows, z.outer_stride, z.inner_stride};
-    return static_cast<const typename T::Storage*>(z.data) + offset_of(rows, row) + begin;
-  }
-};
-
-template <class T>
-__device__ __forceinline__ uint4 all_of(typename T::Storage z) {
-  typename T::Storage stored[T::kWidth];
-#pragma unroll
-  for (int i = 0; i < T::kWidth; ++i) stored[i] = z;
-  uint4 bytes;
-  memcpy(&bytes, stored, sizeof bytes);
-  return bytes;
-}
-
-// The largest of N vectors, or -inf; NaN is ignored.
-template <class T, int N>
-__device__ __forceinline__ typename T::Real largest(const uint4* v) {
-  using R = typename T::Real;
-  R top = -kInfinity;
-  if constexpr (sizeof(typename T::Storage) == 2) {
-    uint32_t two = max_pair<T>(max_pair<T>(v[0].x, v[0].y), max_pair<T>(v[0].z, v[0].w));
-#pragma unroll
-    for (int k = 1; k < N; ++k)
-      two = max_pair<T>(two, max_pair<T>(max_pair<T>(v[k].x, v[k].y), max_pair<T>(v[k].z, v[k].w)));
-    R low, high;
-    T::values(two, low, high);
-    top = larger(larger(top, low), high);
-  } else {
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      R values[T::kWidth];
-      widen<T>(v[k], values);
-#pragma unroll
-      for (int i = 0; i < T::kWidth; ++i) top = larger(top, values[i]);
-    }
-  }
-  return top;
-}
 
 template <class R>
 struct LossSums {
@@ -185,28 +106,7 @@ __global__ void __launch_bounds__(kThreads, T::kWidth > 2 ? kForwardBlocks : 1)
 
   const uint4 nothing = all_of<T>(T::kMinusInfinity);
   uint4 stored[kVectors];
-  if (chunk.count == Own::kSize) {
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k)
-      stored[k] = load_stored<T>(z + first + k * kStep, kAtOnce > 1);
-  } else {
-    uint4 cut = nothing;  // the vector that the row's end cuts short
-    const int whole = chunk.count / W * W;
-    if (whole < chunk.count && chunk.has(whole)) {
-      typename T::Storage last[W];
-#pragma unroll
-      for (int i = 0; i < W; ++i)
-        last[i] = whole + i < chunk.count ? z[whole + i] : T::kMinusInfinity;
-      memcpy(&cut, last, sizeof cut);
-    }
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-      const int at = first + k * kStep;
-      stored[k] = nothing;
-      if (at < whole) stored[k] = load_stored<T>(z + first + k * kStep, kAtOnce > 1);
-      else if (at < chunk.count) stored[k] = cut;
-    }
-  }
+  chunk.template load<kAtOnce>(z, stored);
 
   const R own_top = largest<T, kVectors>(stored);
   R top = own_top;
@@ -308,17 +208,6 @@ __global__ void __launch_bounds__(kThreads, T::kWidth > 2 ? kForwardBlocks : 1)
   parts[blockIdx.x] = part;
 }
 
-template <class R>
-__device__ __forceinline__ LossPart<R> shuffle_down(const LossPart<R>& part, int offset) {
-  uint32_t words[sizeof part / 4];
-  memcpy(words, &part, sizeof part);
-#pragma unroll
-  for (auto& word : words) word = __shfl_down_sync(kFullWarp, word, offset);
-  LossPart<R> other;
-  memcpy(&other, words, sizeof other);
-  return other;
-}
-
 // A warp merges the parts of a row, in the order of the chunks.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -355,19 +244,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int s = 0; s < kLossSaved; ++s)
     static_cast<R*>(args.saved)[static_cast<int64_t>(row) * kLossSaved + s] = result.saved[s];
   args.error[row] = error == kRowOk ? kNoError : encode_error(row, error);
-}
-
-// What nobody will read soon: the caches drop it first.
-template <class T, int kAtOnce>
-__device__ __forceinline__ void store_once(typename T::Storage* p, const uint4& bytes) {
-  if (kAtOnce > 1) {
-    __stcs(reinterpret_cast<uint4*>(p), bytes);
-  } else {
-    typename T::Storage stored[T::kWidth];
-    memcpy(stored, &bytes, sizeof bytes);
-#pragma unroll
-    for (int i = 0; i < T::kWidth; ++i) p[i] = stored[i];
-  }
 }
 
 template <class T, int kAtOnce>
@@ -439,23 +315,6 @@ __global__ void __launch_bounds__(kThreads, T::kWidth > 2 ? kBackwardBlocks : 1)
   };
   if (exponents.squared) write(std::true_type{});
   else write(std::false_type{});
-}
-
-// Calls body(T{}) with the element type of the logits.
-template <class Body>
-int dispatch_wide(DType dtype, Body body) {
-  return dtype == DType::float64 ? body(Float64{}) : dispatch(dtype, body);
-}
-
-// Numbers that are read at once where rows are aligned. float64 is for checks: one way is enough.
-template <class T>
-constexpr int kVector = T::kWidth > 2 ? T::kWidth : 1;
-
-// Whether every row of these logits, and of a gradient at `grad`, is of aligned vectors.
-template <class T>
-bool aligned(const Logits& z, const void* grad) {
-  return multiples_of_16({z.data, grad}, {z.outer_stride, z.inner_stride, grad ? z.vocab : 0},
-                         sizeof(typename T::Storage));
 }
 
 }  // namespace

@@ -116,11 +116,12 @@ inline int64_t length_of(const Tensor& t, const char* name) {
   return t.size(0);
 }
 
-inline Logits logits_of(Tensor& t, bool wide = false) {  // (R, V) or (B, L, V); wide: float64 too
-  const DType dtype = dtype_of(t, "logits", wide);
-  DP_CHECK(t.dim() == 2 || t.dim() == 3, "logits: expected 2 or 3 dimensions, got ", t.dim());
+// (R, V) or (B, L, V); wide: float64 too.
+inline Logits logits_of(Tensor& t, bool wide = false, const char* name = "logits") {
+  const DType dtype = dtype_of(t, name, wide);
+  DP_CHECK(t.dim() == 2 || t.dim() == 3, name, ": expected 2 or 3 dimensions, got ", t.dim());
   const int64_t last = t.dim() - 1, vocab = t.size(last);
-  DP_CHECK(vocab >= 1 && vocab < INT32_MAX, "logits: vocabulary of size ", vocab);
+  DP_CHECK(vocab >= 1 && vocab < INT32_MAX, name, ": vocabulary of size ", vocab);
   make_rows(t);
   const int64_t inner = t.size(last - 1);
   return {t.data_ptr(),      dtype, vocab, inner > 0 ? inner : 1, t.dim() == 3 ? t.stride(0) : 0,

@@ -1,8 +1,9 @@
-// The certainty-forcing loss and its gradients.
+// The losses and their gradients.
 #include <tuple>
 
 #include "backend.h"
 #include "dparallel/certainty_forcing_loss.h"
+#include "dparallel/distillation_loss.h"
 
 namespace dparallel {
 namespace {
@@ -126,6 +127,114 @@ DPARALLEL_OP(
     certainty_forcing_loss_backward_,
     "certainty_forcing_loss_backward_(Tensor(a!) logits, Tensor labels, Tensor active, float "
     "temperature, float ce_temperature, Tensor saved, Tensor grad_nll, Tensor grad_entropy) -> ()")
+
+void launch(Cpu, const DistillationArgs& args, const Tensor&) {
+  cpu::distillation_loss(args, parallel);
+}
+void launch(Cpu, const DistillationBackwardArgs& args, const Tensor&) {
+  cpu::distillation_loss_backward(args, parallel);
+}
+#ifdef DPARALLEL_HAS_CUDA
+void launch(Cuda, const DistillationArgs& args, const Tensor& like) {
+  Cuda::launch("distillation_loss", args, like, cuda::distillation_loss,
+               cuda::distillation_loss_scratch);
+}
+void launch(Cuda, const DistillationBackwardArgs& args, const Tensor& like) {
+  Cuda::launch("distillation_loss_backward", args, like, cuda::distillation_loss_backward);
+}
+#endif
+
+// What both passes are given.
+struct Rows {
+  Logits student, teacher;
+  int64_t count;
+  ScalarType real;
+};
+
+Rows rows_of(Tensor& student, Tensor& teacher, Tensor& active, double temperature, double kl_weight,
+             double l1_weight) {
+  const Logits own = logits_of(student, true, "student");
+  DP_CHECK(teacher.scalar_type() == student.scalar_type() && sizes_of(teacher) == sizes_of(student),
+           "teacher: expected the dtype and the shape of student");
+  check_device(teacher, "teacher", student, "student");
+  const Logits other = logits_of(teacher, true, "teacher");
+  const int64_t count = row_count(student);
+  expect(active, "active", ScalarType::Bool, {count}, student);
+  DP_CHECK(temperature >= 1e-5 && temperature <= 1e5,
+           "temperature: expected a number from 1e-5 to 1e5, got ", temperature);
+  for (const double weight : {kl_weight, l1_weight})
+    DP_CHECK(weight >= 0 && weight <= kLargest,
+             "kl_weight, l1_weight: expected finite numbers >= 0, got ", weight);
+  const bool wide = student.scalar_type() == ScalarType::Double;
+  return {own, other, count, wide ? ScalarType::Double : ScalarType::Float};
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor> distillation_loss(Tensor student, Tensor teacher, Tensor active,
+                                                     double temperature, double kl_weight,
+                                                     double l1_weight, bool inplace) {
+  if (inplace) own_memory(student, "student");
+  const Rows rows = rows_of(student, teacher, active, temperature, kl_weight, l1_weight);
+  Tensor divergence = torch::stable::new_empty(student, {rows.count}, rows.real);
+  Tensor saved = torch::stable::new_empty(student, {rows.count, kDistillationSaved}, rows.real);
+  Tensor error = torch::stable::new_empty(student, {rows.count}, ScalarType::Long);
+  const DistillationArgs args{
+      rows.student, rows.teacher, data<bool>(active),    rows.count,       temperature,
+      kl_weight,    l1_weight,    divergence.data_ptr(), saved.data_ptr(), data<int64_t>(error)};
+  launch(Backend{}, args, student);
+  return {divergence, saved, error};
+}
+
+DPARALLEL_OP(distillation_loss,
+             "distillation_loss(Tensor student, Tensor teacher, Tensor active, float temperature, "
+             "float kl_weight, float l1_weight, bool inplace=False) -> (Tensor divergence, Tensor "
+             "saved, Tensor error)")
+
+// `grad`: where it goes; null: over the student's logits.
+template <class Backend>
+void gradient_of(Tensor& student, Tensor& teacher, Tensor& active, double temperature,
+                 double kl_weight, double l1_weight, Tensor& saved, Tensor& grad_divergence,
+                 void* grad) {
+  const Rows rows = rows_of(student, teacher, active, temperature, kl_weight, l1_weight);
+  expect(saved, "saved", rows.real, {rows.count, kDistillationSaved}, student);
+  expect(grad_divergence, "grad_divergence", rows.real, {rows.count}, student);
+  const DistillationBackwardArgs args{rows.student, rows.teacher,     data<bool>(active),
+                                      rows.count,   temperature,      kl_weight,
+                                      l1_weight,    saved.data_ptr(), grad_divergence.data_ptr(),
+                                      grad};
+  launch(Backend{}, args, student);
+}
+
+template <class Backend>
+Tensor distillation_loss_backward(Tensor student, Tensor teacher, Tensor active, double temperature,
+                                  double kl_weight, double l1_weight, Tensor saved,
+                                  Tensor grad_divergence) {
+  Tensor grad = torch::stable::new_empty(student, sizes_of(student));
+  gradient_of<Backend>(student, teacher, active, temperature, kl_weight, l1_weight, saved,
+                       grad_divergence, grad.data_ptr());
+  return grad;
+}
+
+DPARALLEL_OP(distillation_loss_backward,
+             "distillation_loss_backward(Tensor student, Tensor teacher, Tensor active, float "
+             "temperature, float kl_weight, float l1_weight, Tensor saved, Tensor "
+             "grad_divergence) -> Tensor")
+
+template <class Backend>
+void distillation_loss_backward_(Tensor student, Tensor teacher, Tensor active, double temperature,
+                                 double kl_weight, double l1_weight, Tensor saved,
+                                 Tensor grad_divergence) {
+  own_memory(student, "student");
+  Tensor rows = student;
+  gradient_of<Backend>(rows, teacher, active, temperature, kl_weight, l1_weight, saved,
+                       grad_divergence, nullptr);
+  write_back(student, rows);
+}
+
+DPARALLEL_OP(distillation_loss_backward_,
+             "distillation_loss_backward_(Tensor(a!) student, Tensor teacher, Tensor active, float "
+             "temperature, float kl_weight, float l1_weight, Tensor saved, Tensor "
+             "grad_divergence) -> ()")
 
 }  // namespace
 }  // namespace dparallel

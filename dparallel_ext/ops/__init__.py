@@ -9,11 +9,13 @@ from .accept import accept
 from .block_attention import block_attention
 from .certainty_forcing_loss import CertaintyForcingLossOutput, certainty_forcing_loss
 from .commit import commit_
+from .distillation_loss import distillation_loss
 from .errors import check_errors
 from .fp8_linear import fp8_linear, quantize_fp8
 from .kv_move import kv_move
 from .kv_write import kv_write, rope_table
 from .linear_certainty_forcing_loss import linear_certainty_forcing_loss
+from .linear_distillation_loss import linear_distillation_loss
 from .rms_norm import rms_norm
 from .row_stats import merge_row_stats, row_stats
 from .row_topk import row_topk
@@ -29,10 +31,12 @@ __all__ = [
     "certainty_forcing_loss",
     "check_errors",
     "commit_",
+    "distillation_loss",
     "fp8_linear",
     "kv_move",
     "kv_write",
     "linear_certainty_forcing_loss",
+    "linear_distillation_loss",
     "merge_row_stats",
     "quantize_fp8",
     "rms_norm",

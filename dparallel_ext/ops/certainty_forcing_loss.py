@@ -98,7 +98,7 @@ def certainty_forcing_loss(
     check_settings(temperature, ce_temperature, reduction)
     inplace = inplace and logits.requires_grad and not torch.compiler.is_compiling()
     if inplace:
-        _check_inplace(logits)
+        check_inplace(logits)
     flat = rows_view(logits)
     active = active.reshape(-1)
     nll, entropy, correct, _, error = torch.ops.dparallel.certainty_forcing_loss(
@@ -138,14 +138,18 @@ def compose(
 
 
 def check_settings(temperature: float, ce_temperature: float, reduction: str) -> None:
-    for name, value in (("temperature", temperature), ("ce_temperature", ce_temperature)):
-        if not 1e-5 <= value <= 1e5:  # its square and the reciprocal of that are to be float32
-            raise ValueError(f"{name}: expected a number from 1e-5 to 1e5, got {value!r}")
+    check_temperature("temperature", temperature)
+    check_temperature("ce_temperature", ce_temperature)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
 
 
-def _check_inplace(logits: Tensor) -> None:
+def check_temperature(name: str, value: float) -> None:
+    if not 1e-5 <= value <= 1e5:  # its square and the reciprocal of that are to be float32
+        raise ValueError(f"{name}: expected a number from 1e-5 to 1e5, got {value!r}")
+
+
+def check_inplace(logits: Tensor) -> None:
     base = logits if logits._base is None else logits._base
     if base.is_leaf and base.requires_grad:
         raise ValueError("inplace: expected logits that an op has made, got a leaf that requires grad")

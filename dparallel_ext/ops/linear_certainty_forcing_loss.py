@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..arguments import whole
 from .certainty_forcing_loss import (
-    DTYPES,
     CertaintyForcingLossOutput,
     check_loss_inputs,
     check_settings,
@@ -19,6 +16,7 @@ from .certainty_forcing_loss import (
     row_errors,
 )
 from .errors import NO_ERROR, named_row, report
+from .head import HeadGradient, check_head, check_softcap, chunks, rows_of_chunk, slope_of
 
 
 def linear_certainty_forcing_loss(
@@ -62,34 +60,10 @@ def linear_certainty_forcing_loss(
     Raises:
         ValueError: as `certainty_forcing_loss`.
     """
-    if hidden.ndim < 1 or hidden.dtype not in DTYPES:
-        raise ValueError(
-            f"hidden: expected floating point (..., H), got {hidden.dtype} {tuple(hidden.shape)}"
-        )
-    if lm_head_weight.ndim != 2 or lm_head_weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"lm_head_weight: expected (V, {hidden.shape[-1]}) matching hidden, "
-            f"got {tuple(lm_head_weight.shape)}"
-        )
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, lm_head_weight = (
-            t if t.dtype == torch.float64 else t.to(dtype) for t in (hidden, lm_head_weight)
-        )
-    if lm_head_weight.dtype != hidden.dtype or lm_head_weight.device != hidden.device:
-        raise ValueError(
-            f"lm_head_weight: expected {hidden.dtype} on {hidden.device} as hidden, "
-            f"got {lm_head_weight.dtype} on {lm_head_weight.device}"
-        )
-    if lm_head_weight.shape[0] < 1:
-        raise ValueError("lm_head_weight: expected at least one row")
+    hidden, lm_head_weight = check_head(hidden, lm_head_weight, "hidden", "lm_head_weight")
     check_loss_inputs(hidden, labels, active, weight, gate, "hidden")
     check_settings(temperature, ce_temperature, reduction)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected a number > 0 or None, got {softcap!r}")
-    if chunk_rows is not None:
-        chunk_rows = whole("chunk_rows", chunk_rows, 1)
+    cap, chunk_rows = check_softcap(softcap), rows_of_chunk(chunk_rows, lm_head_weight)
     shape, counted = labels.shape, active
     if shift:
         if labels.ndim < 1:
@@ -98,11 +72,6 @@ def linear_certainty_forcing_loss(
         hidden = torch.cat((hidden[..., :1, :], hidden[..., :-1, :]), -2)
         counted = active.clone()
         counted[..., :1] = False
-    if chunk_rows is None:
-        megabytes = 256 if hidden.device.type == "cuda" else 32
-        chunk_rows = megabytes * 2**20 // (lm_head_weight.shape[0] * hidden.element_size())
-        # Whole tiles of the matrix products: 1024 rows of LLaDA's 126464 16-bit logits, not 1061.
-        chunk_rows = chunk_rows // 128 * 128 if chunk_rows >= 128 else max(1, chunk_rows)
     flat = counted.reshape(-1)
     nll, entropy, correct, _, error = torch.ops.dparallel.linear_certainty_forcing_loss(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -111,7 +80,7 @@ def linear_certainty_forcing_loss(
         flat,
         float(temperature),
         float(ce_temperature),
-        0.0 if softcap is None else float(softcap),
+        cap,
         chunk_rows,
     )
     report(error, named_row, row_errors(len(lm_head_weight)))
@@ -121,34 +90,6 @@ def linear_certainty_forcing_loss(
 # --- the head and the loss, chunk by chunk ------------------------------------------------------
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def _chunks(
-    hidden: Tensor, head: Tensor, active: Tensor, softcap: float, chunk_rows: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of the active rows, in pieces: indices, hidden states, and logits, all in the same memory."""
-    at = active.nonzero()[:, 0]
-    memory = hidden.new_empty((min(chunk_rows, len(at)), len(head)))
-    for begin in range(0, len(at), chunk_rows):
-        rows = at[begin : begin + chunk_rows]
-        own, logits = hidden[rows], memory[: len(rows)]
-        torch.mm(own, head.T, out=logits)
-        if softcap:
-            logits.div_(softcap).tanh_().mul_(softcap)
-        yield rows, own, logits
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total (m, n) += a (m, k) @ b (k, n), where `total` may be float32 and the others of 16 bits."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif total.is_cuda:
-        # cuBLAS adds to the float32 sum: the product is neither rounded nor stored. `addmm` refuses
-        # a float32 sum in some releases; `baddbmm`, of a batch of one, takes it in all.
-        batch = total[None]
-        torch.ops.aten.baddbmm.dtype_out(batch, a[None], b[None], total.dtype, out=batch)
-    else:
-        total += a @ b
 
 
 @torch.library.custom_op("dparallel::linear_certainty_forcing_loss", mutates_args=())
@@ -167,7 +108,7 @@ def _linear(
     correct = active.new_zeros(n)
     saved = hidden.new_zeros((n, 4), dtype=real)
     error = labels.new_full((n,), NO_ERROR)
-    for rows, _, logits in _chunks(hidden, head, active, softcap, chunk_rows):
+    for rows, _, logits in chunks(hidden, head, active, softcap, chunk_rows):
         one = active.new_ones(len(rows))
         out = torch.ops.dparallel.certainty_forcing_loss(
             logits, labels[rows], one, temperature, ce_temperature
@@ -208,14 +149,10 @@ def _linear_backward(
     grad_entropy: Tensor,
     head_needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    grad = torch.zeros_like(hidden)
-    # Over many chunks, 16 bits would lose the small ones.
-    grad_head = torch.zeros(
-        head.shape if head_needs_grad else (0,), dtype=real_dtype(head), device=head.device
-    )
-    for rows, own, logits in _chunks(hidden, head, active, softcap, chunk_rows):
+    total = HeadGradient(hidden, head, head_needs_grad)
+    for rows, own, logits in chunks(hidden, head, active, softcap, chunk_rows):
         one = active.new_ones(len(rows))
-        slope_of_cap = (logits / softcap).square_().neg_().add_(1) if softcap else None
+        slope = slope_of(softcap, logits)
         torch.ops.dparallel.certainty_forcing_loss_backward_(
             logits,
             labels[rows],
@@ -226,13 +163,8 @@ def _linear_backward(
             grad_nll[rows],
             grad_entropy[rows],
         )
-        gradient = logits  # now
-        if slope_of_cap is not None:
-            gradient *= slope_of_cap
-        grad[rows] = gradient @ head
-        if head_needs_grad:
-            add_product(grad_head, gradient.T, own)
-    return grad, grad_head.to(head.dtype)
+        total.add(rows, own, logits, slope)  # the logits are their gradient now
+    return total.result()
 
 
 @_linear_backward.register_fake
@@ -240,7 +172,7 @@ def _(  # type: ignore[no-untyped-def]
     hidden, head, labels, active, temperature, ce_temperature, softcap, chunk_rows,
     saved, grad_nll, grad_entropy, head_needs_grad,
 ):  # fmt: skip
-    return torch.empty_like(hidden), head.new_empty(head.shape if head_needs_grad else (0,))
+    return HeadGradient.fake(hidden, head, head_needs_grad)
 
 
 def _linear_save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:

@@ -13,6 +13,7 @@ import torch
 from conftest import LEVELS, Attack, assert_stats_close, layouts
 from ops import test_op_inputs as inputs
 from ops.test_accept import forest
+from ops.test_distillation_loss import compare
 from ops.test_unmask import windows_of
 from torch import Tensor
 
@@ -299,6 +300,33 @@ def certainty_forcing_loss(rng: random.Random) -> None:
     assert not bool(grad.isnan().any())
 
 
+def distillation_loss(rng: random.Random) -> None:
+    dtype, vocab = rng.choice((*DTYPES, torch.float64)), rng.choice(VOCABULARIES)
+    lead = rng.choice([(), (0,), (4,), (2, 3), (2, 0), (2, 1, 2)])
+    least = max(torch.finfo(torch.float32).min, torch.finfo(dtype).min)
+    special = (math.inf, -math.inf, least, 1e4, -1e4)
+    student, teacher = (numbers(rng, dtype, *lead, vocab, special=special) for _ in range(2))
+    if rng.random() < 0.3:
+        teacher = student + numbers(rng, dtype, *lead, vocab) / 8
+    student[some(rng, rng.choice([0.0, 0.0, 0.3]), *lead, vocab)] = rng.choice([-math.inf, least])
+    # An id that the student gives nothing is one that the teacher gives nothing; one has something.
+    top, at = student.max(-1, keepdim=True)
+    student.scatter_(-1, at, top.clamp(min=-50))
+    wide = student.double().clamp(max=torch.finfo(torch.float32).max)
+    teacher.masked_fill_(wide < wide.amax(-1, keepdim=True) - 1e29, -math.inf)
+    teacher.scatter_(-1, at, teacher.gather(-1, at).nan_to_num(0.0).clamp(-50, 50))
+    weight = torch.rand(lead, generator=torch.Generator().manual_seed(rng.randrange(2**40)))
+    weight = weight * some(rng, 0.7, *lead)
+    compare(
+        strided(rng, student),
+        strided(rng, teacher),
+        weight=strided(rng, weight) if lead and rng.random() < 0.5 else None,
+        temperature=rng.choice([1.0, 1.0, 0.3, 2.0]),
+        kl_weight=rng.choice([1.0, 0.5, 0.0]),
+        l1_weight=rng.choice([0.0, 0.0, 1.0]),
+    )
+
+
 def kv_write(rng: random.Random) -> None:
     dtype, count, heads, group = (
         rng.choice(DTYPES),
@@ -449,8 +477,8 @@ def fp8_linear(rng: random.Random) -> None:
 
 
 TWINS: list[Callable[[random.Random], None]] = [
-    row_stats, row_topk, select, unmask_, commit_, accept, certainty_forcing_loss, kv_write, kv_move,
-    block_attention, rms_norm, swiglu, fp8_linear,
+    row_stats, row_topk, select, unmask_, commit_, accept, certainty_forcing_loss, distillation_loss,
+    kv_write, kv_move, block_attention, rms_norm, swiglu, fp8_linear,
 ]  # fmt: skip
 
 

@@ -282,6 +282,37 @@ bool follows(Tree tree) {
   return true;
 }
 
+// As distillation_loss: every warp writes its largest number of two rows, and when all have, every
+// thread takes the largest of all.
+__global__ void peaked(const int* student, const int* teacher, int* out, bool waits) {
+  DPARALLEL_SHARED(tops, int[2][2]);
+  int top[2] = {student[threadIdx.x], teacher[threadIdx.x]};
+  for (int row = 0; row < 2; ++row) {
+    for (int offset = 16; offset > 0; offset /= 2) {
+      const int other = __shfl_xor_sync(0xffffffffu, top[row], offset);
+      top[row] = other > top[row] ? other : top[row];
+    }
+    if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32][row] = top[row];
+  }
+  if (waits) __syncthreads();
+  for (int row = 0; row < 2; ++row)
+    for (int warp = 0; warp < 2; ++warp)
+      if (tops[warp][row] > top[row]) top[row] = tops[warp][row];
+  out[threadIdx.x] = top[0] - top[1];
+}
+
+bool peaks(bool waits) {
+  for (uint64_t seed = 0; seed < 20; ++seed) {
+    cuda_host::seed(seed);
+    std::vector<int> student(64), teacher(64), out(64);
+    for (int i = 0; i < 64; ++i) student[i] = 100 + i * 37 % 64, teacher[i] = i * 29 % 64;
+    DPARALLEL_LAUNCH(peaked, 1, 64, nullptr, student.data(), teacher.data(), out.data(), waits);
+    for (int i = 0; i < 64; ++i)
+      if (out[i] != 100) return false;
+  }
+  return true;
+}
+
 // As row_stats of ids: the last of them is out of bounds.
 __global__ void gathered(const float* row, const int64_t* ids, int vocab, float* out, bool looks) {
   const int64_t id = ids[threadIdx.x];
@@ -324,6 +355,8 @@ int main(int count, char** argv) {
                                           : kWalkedTooSoon)
                ? 0
                : 1;
+  } else if (name == "peaked" || name == "peaked_too_soon") {
+    return peaks(name == "peaked") ? 0 : 1;
   } else if (name == "gathered" || name == "gathered_beyond") {
     std::vector<float> row(64), out(32);
     std::vector<int64_t> ids(32, 64);

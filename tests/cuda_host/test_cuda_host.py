@@ -76,8 +76,11 @@ def test_ops_of_these_kernels_pass_the_tests_of_every_device(tmp_path: Path) -> 
     slow = f"not ({same} or samples_follow or gradcheck and 33 or golden_cases and (none or prefix))"
     shares = (
         ("row_stats", "row_topk", "unmask", "commit", "accept", "certainty_forcing_loss"),
-        ("block_attention", "kv_write", "kv_move", "rms_norm", "swiglu", "fp8_linear", "compat", "sampling"),
-    )
+        (
+            "block_attention", "kv_write", "kv_move", "rms_norm", "swiglu", "fp8_linear", "distillation_loss",
+            "compat", "sampling",
+        ),
+    )  # fmt: skip
     assert {*shares[0], *shares[1]} - {"compat", "sampling"} == {*build.ops()} - {"select"}  # in test_unmask
 
     def passed(names: tuple[str, ...]) -> int:
@@ -113,6 +116,7 @@ def test_ops_of_these_kernels_pass_the_tests_of_every_device(tmp_path: Path) -> 
         ("owned_by_another", ""),
         ("moved_too_soon", ""),
         ("ranked_too_soon", ""),
+        ("peaked_too_soon", ""),
         ("last_child", ""),
         ("walked_too_soon", ""),
     ],
@@ -143,6 +147,7 @@ def test_interleaved_blocks_show_what_blocks_in_turn_hide(plain: Path, fault: st
         "counted_too_soon",
         "moved_too_soon",
         "ranked_too_soon",
+        "peaked_too_soon",
         "last_child",
     ],
 )
@@ -168,7 +173,9 @@ def test_the_sanitizer_notices_an_overrun(sanitized: Path) -> None:
 
 def test_a_sound_kernel_is_not_accused(plain: Path, sanitized: Path, watched: Path) -> None:
     for directory in (plain, sanitized, watched):
-        for sound in ("copied", "peers", "counted", "owned", "moved", "ranked", "linked", "gathered"):
+        for sound in (
+            "copied", "peers", "counted", "owned", "moved", "ranked", "peaked", "linked", "gathered",
+        ):  # fmt: skip
             assert run(directory / "faults", sound).returncode == 0
         for resident in (1, 2, 8, 0):
             assert run(directory / "faults", "sound", resident).returncode == 0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import reference
-from dparallel_ext.ops.linear_certainty_forcing_loss import add_product
+from dparallel_ext.ops.head import add_product
 
 CASES = golden.json("loss_a", "cases")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -102,10 +102,17 @@ def test_the_ops_name_their_rows(waiting: None) -> None:
     dx.certainty_forcing_loss(logits, labels, active)
     with pytest.raises(ValueError, match="logits: row 9 holds NaN"):
         dx.check_errors(logits.device)
+    dx.distillation_loss(torch.zeros(2, 6, 40), logits, weight=active.float())
+    with pytest.raises(ValueError, match="teacher: row 9 holds NaN"):
+        dx.check_errors()
     labels[0, 2] = 40
     hidden, head = torch.ones(2, 6, 8), torch.ones(40, 8)
     dx.linear_certainty_forcing_loss(hidden, head, labels, active)
     with pytest.raises(ValueError, match=r"labels: row 2 is active, .* no id in \[0, 40\)"):
+        dx.check_errors()
+    of_teacher = torch.cat((hidden[:1], hidden[1:] * torch.nan))
+    dx.linear_distillation_loss(hidden, head, of_teacher, chunk_rows=5)
+    with pytest.raises(ValueError, match="teacher: row 6 holds NaN"):
         dx.check_errors()
     dx.check_errors()
 

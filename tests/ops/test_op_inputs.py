@@ -34,6 +34,9 @@ def examples(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     of_loss = (z, labels, active, 0.5, 1.0)
     saved = torch.ops.dparallel.certainty_forcing_loss(*of_loss)[3]
     backward = (*of_loss, saved, torch.ones(6), torch.randn(6))
+    of_distillation = (z, z + torch.randn(2, 3, 40).to(dtype), active, 0.5, 1.0, 0.5)
+    saved = torch.ops.dparallel.distillation_loss(*of_distillation)[1]
+    of_its_backward = (*of_distillation, saved, torch.randn(6))
     weight, scale = dx.quantize_fp8(torch.randn(7, 24))
     cos, sin = dx.rope_table(9, 8, device=q.device)
     at = torch.tensor([0, 1, 2, 5, 6, 7])
@@ -61,6 +64,9 @@ def examples(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "certainty_forcing_loss": of_loss,
         "certainty_forcing_loss_backward": backward,
         "certainty_forcing_loss_backward_": backward,
+        "distillation_loss": of_distillation,
+        "distillation_loss_backward": of_its_backward,
+        "distillation_loss_backward_": of_its_backward,
         "kv_write": (q, k, v, k_cache, v_cache, at, at + 8, cos, sin),
         "kv_move": (
             torch.randn(2, 2, 4, 2, 4, 8).to(dtype), torch.tensor([[1, 2], [8, -1]]),
@@ -98,6 +104,12 @@ def documented(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], dict[s
         out = dx.certainty_forcing_loss(leaf * 1, inplace=inplace, **given)
         return (*out, *torch.autograd.grad(out.loss, leaf))
 
+    def distillation(student: Tensor, inplace: bool, **given: Tensor) -> tuple[Tensor, ...]:
+        leaf = student.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        loss = dx.distillation_loss(leaf * 1, inplace=inplace, l1_weight=0.5, **given)
+        return loss, *torch.autograd.grad(loss, leaf)
+
+    of_distillation = {"student": z, "teacher": z + 1 / (z + 5), "weight": torch.rand(2, 3) * eligible}
     of_loss = {"logits": z, "labels": torch.randint(0, 40, (2, 3)), "active": eligible}
     return {
         "row_stats": (dx.row_stats, {"logits": z, "rows": torch.tensor([4, 1]), "temperature": 0.5}),
@@ -125,6 +137,8 @@ def documented(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], dict[s
                                           "temperature": 0.5, "keys": torch.arange(24).view(6, 4)}),
         "loss": (loss, {**of_loss, "inplace": False}),
         "loss inplace": (loss, {**of_loss, "inplace": True}),
+        "distillation": (distillation, {**of_distillation, "inplace": False}),
+        "distillation inplace": (distillation, {**of_distillation, "inplace": True}),
         "kv_write": (dx.kv_write, {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache,
                                    "positions": at, "slot_mapping": at + 8, "cos": cos, "sin": sin}),
         "kv_move": (dx.kv_move, {"kv_cache": torch.randn(2, 2, 4, 2, 4, 8).to(dtype),
@@ -358,6 +372,7 @@ def test_scores_without_an_order_are_not_sorted(compiled: bool) -> None:
         ("kv_write", "v_cache"),
         ("kv_move", "kv_cache"),
         ("certainty_forcing_loss_backward_", "logits"),
+        ("distillation_loss_backward_", "student"),
     ],
 )
 @everywhere
@@ -406,6 +421,7 @@ def test_sizes_of_zero() -> None:
         loss = dx.certainty_forcing_loss(leaf, stats.token, stats.token > 0).loss
         loss.backward()
         assert float(loss.detach()) == 0.0
+        assert float(dx.distillation_loss(leaf, leaf.detach().clone()).detach()) == 0.0
     for out, count in ((0, 3), (5, 0), (0, 0)):
         weight, scale = dx.quantize_fp8(torch.randn(out, 16))
         assert dx.fp8_linear(torch.randn(count, 16), weight, scale).shape == (count, out)
@@ -440,7 +456,7 @@ def test_attention_of_sizes_of_zero(shape: tuple[int, ...]) -> None:
     assert four.shape == (0, 3, 4, 8)
 
 
-WITHOUT_GRADIENT = [name for name in OPS if name != "certainty_forcing_loss"]
+WITHOUT_GRADIENT = [name for name in OPS if name not in ("certainty_forcing_loss", "distillation_loss")]
 
 
 @pytest.mark.parametrize("name", WITHOUT_GRADIENT)
@@ -499,14 +515,15 @@ def test_a_gradient_is_refused_under_compile() -> None:
 
 
 @everywhere
-def test_a_second_gradient_of_the_loss_is_refused() -> None:
-    _, given = documented(torch.float32)["loss"]
-    leaf = given.pop("logits").clone().requires_grad_()
+def test_a_second_gradient_of_a_loss_is_refused() -> None:
+    z, labels, teacher = torch.randn(2, 3, 40), torch.randint(0, 40, (2, 3)), torch.randn(2, 3, 40)
+    leaf = z.requires_grad_()
     for inplace in (False, True):
-        loss = dx.certainty_forcing_loss(leaf * 2, **{**given, "inplace": inplace}).loss
-        (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
-        with pytest.raises(NotImplementedError, match="has no gradient"):
-            grad.square().sum().backward()
+        certainty = dx.certainty_forcing_loss(leaf * 2, labels, labels > 5, inplace=inplace).loss
+        for loss in (certainty, dx.distillation_loss(leaf * 2, teacher, inplace=inplace)):
+            (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+            with pytest.raises(NotImplementedError, match="has no gradient"):
+                grad.square().sum().backward()
 
 
 @everywhere

@@ -24,6 +24,8 @@ from typer.testing import CliRunner
 
 import dparallel_ext as dx
 from dparallel_ext import models
+from dparallel_ext.ops import errors
+from dparallel_ext.speculation.adadecode import ExitHeads
 from dparallel_ext.speculation.checkpoint import Origin
 from dparallel_ext.speculation.dflash import Layout
 
@@ -177,6 +179,19 @@ def test_heads_of_first_layers_learn_what_the_whole_model_says(target: Path, tmp
         optimizer.step()
         optimizer.zero_grad()
     assert loss.item() < 0.5 * expected.item()
+
+
+def test_what_a_gpu_finds_bad_ends_the_run_by_its_name(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There a loss does not look; the run does after each step, before it saves."""
+    monkeypatch.setattr(errors, "waits", lambda device: True)
+    monkeypatch.setattr(errors, "pending", {})
+    forward = ExitHeads.forward
+    monkeypatch.setattr(ExitHeads, "forward", lambda *given: torch.nan * forward(*given))
+    with pytest.raises(ValueError, match="student: row 0 holds NaN"):
+        run(target, tmp_path, EXITS)
+    assert not (tmp_path / "state.pt").exists()
 
 
 def test_heads_are_trained_by_the_command(target: Path, tmp_path: Path) -> None:

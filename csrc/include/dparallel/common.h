@@ -44,11 +44,12 @@ struct Exclusions {
 // Why a row has no statistics. Kept as row * 4 + code, so that the lowest bad row is the minimum.
 enum RowError : int64_t {
   kRowOk = 0,
-  kRowNan = 1,      // holds NaN
-  kRowEmpty = 2,    // no id that may be chosen has a logit above -inf
-  kRowMissing = 3,  // a masked position of the window that `positions` does not list
-  kRowLabel = 3,    // of the loss: a label outside the vocabulary
-  kRowMask = 1      // of commit: a token to write that is the mask token, or negative
+  kRowNan = 1,         // holds NaN
+  kRowEmpty = 2,       // no id that may be chosen has a logit above -inf
+  kRowMissing = 3,     // a masked position of the window that `positions` does not list
+  kRowLabel = 3,       // of the loss: a label outside the vocabulary
+  kRowImpossible = 3,  // of distillation: no probability where the teacher has some
+  kRowMask = 1         // of commit: a token to write that is the mask token, or negative
 };
 constexpr int64_t kNoError = INT64_MAX;
 DP_HD int64_t encode_error(int64_t row, RowError code) { return row * 4 + code; }

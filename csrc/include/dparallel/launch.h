@@ -201,6 +201,28 @@ struct LossBackwardArgs {
   void* grad;  // [count, vocab], the dtype of the logits, every element written; null: over them
 };
 
+// R as above. Rows that are not active are zero in every output, and no logit of them is read.
+struct DistillationArgs {
+  Logits student, teacher;  // [count] rows each, of the same vocabulary and dtype
+  const bool* active;       // [count]
+  int64_t count;
+  double temperature, kl_weight, l1_weight;
+  void* divergence;  // R [count]
+  void* saved;       // R [count, kDistillationSaved]
+  int64_t* error;    // [count] of row 2 i, the student's, or 2 i + 1, the teacher's
+};
+
+struct DistillationBackwardArgs {
+  Logits student, teacher;
+  const bool* active;
+  int64_t count;
+  double temperature, kl_weight, l1_weight;
+  const void* saved;            // of the forward pass
+  const void* grad_divergence;  // R [count]
+  void* grad;  // [count, vocab], the dtype of the logits, every element written; null: over the
+               // student's
+};
+
 // The keys or the values of one layer: pages of `page_size` slots, head_dim contiguous, strides in
 // elements. A contiguous cache is one page per sequence.
 struct CacheLayout {
@@ -347,6 +369,8 @@ void commit(const CommitArgs& args, Parallel parallel);
 void accept(const AcceptArgs& args, Parallel parallel);
 void certainty_forcing_loss(const LossArgs& args, Parallel parallel);
 void certainty_forcing_loss_backward(const LossBackwardArgs& args, Parallel parallel);
+void distillation_loss(const DistillationArgs& args, Parallel parallel);
+void distillation_loss_backward(const DistillationBackwardArgs& args, Parallel parallel);
 void kv_write(const KvWriteArgs& args, Parallel parallel);
 void kv_move(const KvMoveArgs& args, Parallel parallel);
 void block_attention(const BlockAttentionArgs& args, Parallel parallel);
@@ -387,6 +411,9 @@ int accept(const AcceptArgs& args, const Workspace& workspace, void* stream);
 int64_t certainty_forcing_loss_scratch(const LossArgs& args);
 int certainty_forcing_loss(const LossArgs& args, const Workspace& workspace, void* stream);
 int certainty_forcing_loss_backward(const LossBackwardArgs& args, void* stream);
+int64_t distillation_loss_scratch(const DistillationArgs& args);
+int distillation_loss(const DistillationArgs& args, const Workspace& workspace, void* stream);
+int distillation_loss_backward(const DistillationBackwardArgs& args, void* stream);
 int kv_write(const KvWriteArgs& args, void* stream);
 int kv_move(const KvMoveArgs& args, void* stream);
 int64_t block_attention_scratch(const BlockAttentionArgs& args);

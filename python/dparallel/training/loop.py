@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+import dparallel_ext as dx
+
 from .. import files
 
 
@@ -78,7 +80,8 @@ def run(
     what the run is; where another than "steps" differs it is another run. defaults: of settings that an
     older run's state does not name.
 
-    Raises ValueError where `directory` holds a run of other settings, or state.pt is not a run's.
+    Raises ValueError where `directory` holds a run of other settings, or state.pt is not a run's, and for
+    what a loss of ours finds bad, as a row with NaN.
     """
     matrices = list(matrices)
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
@@ -134,6 +137,7 @@ def run(
             for name, p in model.named_parameters():
                 average[name].lerp_(p, 1 - kept)
         recent.append(loss.item())
+        dx.check_errors(loss.device)  # on a GPU a loss does not wait to look
         if (step + 1) % report_every == 0:
             curve.append([step + 1, round(sum(recent) / len(recent), 5)])
             recent = []

@@ -1,4 +1,4 @@
-// Cases of the loss.
+// Cases of the losses.
 #include "twins.h"
 
 namespace twins {
@@ -102,6 +102,132 @@ void loss_case() {
   const double ce = one_of({1.0, 1.0, 0.7, 2.0}), t = one_of({0.5 * ce, ce, 0.3, 2.5});
   if (rows.dtype == DType::float64) loss_case_of<double>(rows, labels, active.get(), ce, t);
   else loss_case_of<float>(rows, labels, active.get(), ce, t);
+}
+
+namespace {
+
+template <class R>
+void distillation_case_of(const Rows& student, const Rows& teacher, const bool* active,
+                          double temperature, double kl_weight, double l1_weight) {
+  const int64_t count = student.rows, vocab = student.vocab;
+  struct Outputs {
+    std::vector<R> divergence, saved;
+    std::vector<int64_t> error;
+    explicit Outputs(int64_t n) : divergence(n, -7), saved(n * kDistillationSaved, -7), error(n) {}
+  } cpu_out(count), cuda_out(count);
+  const auto args_of = [&](Outputs& o) {
+    return DistillationArgs{student.flat(), teacher.flat(), active,    count,
+                            temperature,    kl_weight,      l1_weight, o.divergence.data(),
+                            o.saved.data(), o.error.data()};
+  };
+  const DistillationArgs args = args_of(cuda_out);
+  cpu::distillation_loss(args_of(cpu_out), serial);
+  Memory memory(cuda::distillation_loss_scratch(args), 0);
+  cuda::distillation_loss(args, memory.workspace(), nullptr);
+  same(cuda_out.error, cpu_out.error, "error");
+  // q and p of number i of all, and whether rounding decides between their signs.
+  const auto probabilities = [&](int64_t i) {
+    const int64_t row = i / vocab;
+    if (!active[row]) return std::pair<R, R>(0, 0);
+    const DistillationRow<R> of(cpu_out.saved.data() + row * kDistillationSaved,
+                                static_cast<R>(1 / temperature));
+    const auto at = [&](const Rows& rows) {
+      return static_cast<R>(rows.element(rows.memory.get(), row * rows.stride + i % vocab));
+    };
+    return std::pair<R, R>(of.q(at(student)), of.p(at(teacher)));
+  };
+  const auto in_doubt = [&](R q, R p) { return l1_weight > 0 && std::fabs(q - p) <= R(1e-5) * q; };
+  std::vector<double> in_doubt_of(count);  // the sum of such q
+  for (int64_t i = 0; i < count * vocab; ++i) {
+    if (cpu_out.error[i / vocab] != kNoError) continue;  // nothing is promised of a bad row
+    const auto [q, p] = probabilities(i);
+    if (in_doubt(q, p)) in_doubt_of[i / vocab] += q;
+  }
+  // How far numbers of a row may differ: exponents of d / T are off by d's own rounding.
+  const auto require_near = [&](R cuda, R cpu, double also, const char* name, int64_t row) {
+    const double a = cuda, b = cpu,
+                 most = (1 + kl_weight + l1_weight) * (8e-6 + 8e-6 * std::fabs(b)) + also;
+    REQUIRE(a == b || (a != a && b != b) || std::fabs(a - b) <= most,
+            "%s of row %lld: %.9g, CPU %.9g", name, (long long)row, a, b);
+  };
+  for (int64_t row = 0; row < count; ++row) {
+    require_near(cuda_out.divergence[row], cpu_out.divergence[row], 0, "divergence", row);
+    for (int s = 0; s < kDistillationSaved; ++s) {
+      const bool of_signs = s == kSavedAbove || s == kSavedBelow;
+      const int64_t i = row * kDistillationSaved + s;
+      require_near(cuda_out.saved[i], cpu_out.saved[i], of_signs ? 2 * in_doubt_of[row] : 0,
+                   "saved", row);
+    }
+  }
+  std::vector<R> grad_divergence(count);
+  for (R& g : grad_divergence) g = chance(0.2) ? R(0) : static_cast<R>(uniform(-1, 1));
+  const int64_t size = student.element_size();
+  std::unique_ptr<char[]> a(new char[count * vocab * size + 1]),
+      b(new char[count * vocab * size + 1]);
+  DistillationBackwardArgs backward{student.flat(), teacher.flat(),       active,
+                                    count,          temperature,          kl_weight,
+                                    l1_weight,      cpu_out.saved.data(), grad_divergence.data(),
+                                    a.get()};
+  cpu::distillation_loss_backward(backward, serial);
+  backward.grad = b.get();
+  cuda::distillation_loss_backward(backward, nullptr);
+  const double step = student.dtype == DType::bfloat16  ? 0.01
+                      : student.dtype == DType::float16 ? 2e-3
+                                                        : 4e-6;
+  for (int64_t i = 0; i < count * vocab; ++i) {
+    if (cpu_out.error[i / vocab] != kNoError) continue;
+    const auto [q, p] = probabilities(i);
+    if (in_doubt(q, p)) continue;
+    const double x = student.element(a.get(), i), y = student.element(b.get(), i);
+    REQUIRE(std::fabs(x - y) <=
+                2e-6 * (kl_weight + l1_weight) / temperature * (q + p) + 1e-7 + step * std::fabs(x),
+            "grad[%lld]: %.9g, CPU %.9g", (long long)i, y, x);
+  }
+  // Over the student's logits it is the same, to the bit.
+  const auto over_the_logits = [&](const char* expected, auto launch, const char* name) {
+    const int64_t bytes = count ? ((count - 1) * student.stride + vocab) * size : 0;
+    std::unique_ptr<char[]> own(new char[bytes]);
+    std::memcpy(own.get(), student.memory.get(), bytes);
+    backward.student.data = own.get();
+    backward.grad = nullptr;
+    launch();
+    for (int64_t i = 0; i < count; ++i)
+      REQUIRE(!std::memcmp(own.get() + i * student.stride * size, expected + i * vocab * size,
+                           vocab * size),
+              "%s over the logits: row %lld", name, (long long)i);
+  };
+  over_the_logits(a.get(), [&] { cpu::distillation_loss_backward(backward, serial); }, "grad, CPU");
+  over_the_logits(b.get(), [&] { cuda::distillation_loss_backward(backward, nullptr); }, "grad");
+}
+
+}  // namespace
+
+void distillation_case() {
+  const int64_t vocab = random_vocab(), count = below(6);
+  Rows student(count, vocab, chance(0.3), 0.0, chance(0.15));
+  Rows teacher(count, vocab, chance(0.3), 0.0, student.dtype);
+  if (chance(0.1)) student.exaggerate();
+  if (chance(0.1)) teacher.exaggerate();
+  std::unique_ptr<bool[]> active(new bool[count + 1]);
+  for (int64_t row = 0; row < count; ++row) {
+    active[row] = chance(0.7);
+    const bool equal = chance(0.2), holes = chance(0.3), apart = chance(0.1);
+    const float hole = one_of({-kInfinity, -kLargest});
+    for (int64_t v = 0; v < vocab; ++v) {
+      const int64_t z = row * student.stride + v, t = row * teacher.stride + v;
+      const double of_student = student.element(student.memory.get(), z);
+      if (equal) teacher.put(t, static_cast<float>(of_student));
+      // Else most rows would be bad: an id that the student gives nothing is one that the teacher
+      // gives nothing, and one beside which it gives the others nothing has all of the teacher's.
+      else if (std::isinf(of_student) && !apart) teacher.put(t, static_cast<float>(of_student));
+      else if (holes && chance(0.3)) student.put(z, hole), teacher.put(t, -kInfinity);
+    }
+  }
+  const double t = one_of({1.0, 1.0, 0.3, 2.5});
+  const double kl = one_of({1.0, 0.5, 0.0}), l1 = one_of({0.0, 1.0, 0.5});
+  if (student.dtype == DType::float64)
+    distillation_case_of<double>(student, teacher, active.get(), t, kl, l1);
+  else distillation_case_of<float>(student, teacher, active.get(), t, kl, l1);
 }
 
 }  // namespace twins

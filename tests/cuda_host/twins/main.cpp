@@ -13,7 +13,7 @@ struct {
                       {"rms_norm", rms_norm_case},     {"swiglu", swiglu_case},
                       {"fp8_linear", fp8_linear_case}, {"commit", commit_case},
                       {"kv_move", kv_move_case},       {"row_topk", row_topk_case},
-                      {"accept", accept_case}};
+                      {"accept", accept_case},         {"distillation_loss", distillation_case}};
 constexpr int kOps = sizeof cases_of / sizeof cases_of[0];
 
 int main(int argc, char** argv) {

@@ -12,6 +12,7 @@
 
 #include "cuda_host.h"
 #include "dparallel/certainty_forcing_loss.h"
+#include "dparallel/distillation_loss.h"
 #include "dparallel/launch.h"
 #include "dparallel/numeric.h"
 #include "dparallel/row_topk.h"
@@ -71,10 +72,10 @@ struct Rows {
   std::unique_ptr<char[]> memory;
 
   Rows(int64_t rows, int64_t vocab, bool bad, double repeat, bool wide = false)
-      : dtype(wide ? DType::float64 : one_of({DType::float32, DType::bfloat16, DType::float16})),
-        vocab(vocab),
-        stride(vocab + (chance(0.5) ? below(9) : 0)),
-        rows(rows) {
+      : Rows(rows, vocab, bad, repeat,
+             wide ? DType::float64 : one_of({DType::float32, DType::bfloat16, DType::float16})) {}
+  Rows(int64_t rows, int64_t vocab, bool bad, double repeat, DType dtype)
+      : dtype(dtype), vocab(vocab), stride(vocab + (chance(0.5) ? below(9) : 0)), rows(rows) {
     const int64_t size = element_size();
     const int64_t elements = rows == 0 ? 0 : (rows - 1) * stride + vocab;
     memory.reset(new char[std::max<int64_t>(1, elements * size)]);
@@ -236,6 +237,7 @@ void row_topk_case();
 void select_case();
 void unmask_case();
 void loss_case();
+void distillation_case();
 void kv_write_case();
 void kv_move_case();
 void block_attention_case();

@@ -1,8 +1,8 @@
 """AdaDecode's heads: each learns to say behind some layers what the whole model says, by KL.
 
 A step takes places of the target's answers. The target's streams behind the layers and its logits at the end
-come from one pass; a head's loss is KL(p || p_l) in float32, p the whole model's distribution. The loss of
-several heads is their mean.
+come from one pass; a head's loss is KL(p || p_l), p the whole model's distribution. The loss of several heads
+is their mean.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+import dparallel_ext as dx
 from dparallel_ext import models
 from dparallel_ext.arguments import number, whole
 from dparallel_ext.speculation.adadecode import KIND, AdaDecode, ExitHeads, Layout, check_layers
@@ -91,10 +91,8 @@ def loss_of(heads: ExitHeads, target: models.Model, ids: Tensor, places: Tensor)
     taps = models.Taps(tuple(layer - 1 for layer in layers))
     with torch.no_grad():
         hidden = target.hidden(ids, taps=taps).flatten(0, 1)[places]
-        whole_model = target.head(hidden).float().log_softmax(-1)
-    losses = []
-    for index, layer in enumerate(layers):
-        stream = taps[layer - 1].flatten(0, 1)[places].float()
-        logits = heads(index, stream, target).float()
-        losses.append(F.kl_div(logits.log_softmax(-1), whole_model, log_target=True, reduction="batchmean"))
-    return torch.stack(losses).mean()
+        whole_model = target.head(hidden)
+    streams = [taps[layer - 1].flatten(0, 1)[places].float() for layer in layers]
+    # (heads, N, V)
+    logits = torch.stack([heads(index, stream, target) for index, stream in enumerate(streams)])
+    return dx.distillation_loss(logits, whole_model.expand_as(logits), inplace=True) / logits[..., 0].numel()

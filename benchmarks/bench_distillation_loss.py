@@ -1,0 +1,137 @@
+"""The distillation loss, forward and backward, on LLaDA's vocabulary in bfloat16: KL, and KL with L1.
+
+Floor: both rows read forward, read again and the student's gradient written backward; the distance reads both
+once more. The contender `inplace` is ours that writes the gradient over the student's logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dparallel_ext as dx
+
+from . import baselines
+from .bench_certainty_forcing_loss import (
+    INPLACE,
+    PRODUCTS,
+    VOCAB,
+    WIDTH,
+    alike,
+    chunk_rows,
+    linear_inputs,
+)
+from .harness import CPU, OURS, Case, Work, on_cpu
+
+ROWS = 64
+
+CONTENDERS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "eager": baselines.divergence,
+    "compiled": lambda *given: baselines.compile_(baselines.divergence)(*given),
+    OURS: lambda student, teacher, l1: dx.distillation_loss(student, teacher, l1_weight=l1),
+}
+
+
+def inputs(rows: int, vocab: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A teacher's logits (rows, V) sure of a token in half of the rows, and a student's not far off."""
+    random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    teacher = torch.randn(rows, vocab, **random)
+    at = torch.arange(rows, device=device)
+    teacher[at, torch.randint(0, vocab, (rows,), **random)] += 14.0 * (at % 2)
+    student = teacher + torch.randn(rows, vocab, **random)
+    return student.to(torch.bfloat16).requires_grad_(), teacher.to(torch.bfloat16)
+
+
+def work(
+    device: torch.device, small: bool, rows: int, vocab: int, l1: float = 0.0, inplace: bool = False
+) -> Work:
+    """`inplace`: with the contender that writes over the student's logits, made anew for each step."""
+    student, teacher = inputs(rows, vocab, device)
+    spent = [student]
+
+    def of(
+        loss_of: Callable[[Tensor, Tensor, float], Tensor],
+    ) -> Callable[[int, int], tuple[Tensor, Tensor]]:
+        def run(turn: int, at: int) -> tuple[Tensor, Tensor]:
+            loss = loss_of(student, teacher, l1)
+            return loss.detach(), torch.autograd.grad(loss, student)[0]
+
+        return run
+
+    def over_the_logits(turn: int, at: int) -> tuple[Tensor, Tensor]:
+        loss = dx.distillation_loss(spent[0], teacher, l1_weight=l1, inplace=True)
+        return loss.detach(), torch.autograd.grad(loss, spent[0])[0]
+
+    def reset() -> None:
+        spent[0] = student.clone()
+
+    run = {name: of(loss_of) for name, loss_of in CONTENDERS.items()}
+    bytes_ = ((7 if l1 else 5) * student.nbytes, 0, 1)
+    if inplace:
+        return Work({**run, INPLACE: over_the_logits}, [bytes_], reset=reset, agree=alike)
+    return Work(run, [bytes_], agree=alike)
+
+
+def case(l1: float) -> Case:
+    name = "distillation_loss, 4096 rows" + (", with L1" if l1 else "")
+    return Case(name, "distillation_loss", work, {"rows": 4096, "vocab": VOCAB, "l1": l1}, ("cold",))
+
+
+@pytest.mark.parametrize("l1", [0.0, 1.0])
+@pytest.mark.parametrize("contender", [*CONTENDERS, INPLACE])
+def test_distillation_loss(benchmark: Any, read_bandwidth: float, contender: str, l1: float) -> None:
+    step = work(CPU, False, ROWS, VOCAB, l1, inplace=contender == INPLACE)
+    group = "distillation_loss, forward and backward" + (", with L1" if l1 else "")
+    on_cpu(benchmark, group, step, contender, read_bandwidth, rounds=40)
+
+
+def linear_work(device: torch.device, small: bool, rows: int, width: int, vocab: int) -> Work:
+    """Forward and backward with frozen heads: five matrix products, 10 N H V FLOP."""
+    hidden, head, *_ = linear_inputs(rows, width, vocab, device)
+    teacher, teacher_head = hidden.detach().flip(0), head.flip(0)
+
+    def gradient(loss_of: Callable[[Tensor, Tensor, float], Tensor]) -> Tensor:
+        return torch.autograd.grad(loss_of(hidden @ head.T, teacher @ teacher_head.T, 0.0), hidden)[0]
+
+    def ours(turn: int, at: int) -> Tensor:
+        return torch.autograd.grad(dx.linear_distillation_loss(hidden, head, teacher, teacher_head), hidden)[
+            0
+        ]
+
+    @torch.no_grad()
+    def products(turn: int, at: int) -> None:
+        """Both logits twice, and the gradient of the student's, in the op's chunks."""
+        size = chunk_rows(head)
+        for part, other in zip(hidden.split(size), teacher.split(size), strict=True):
+            for _ in range(2):
+                logits = part @ head.T
+                other @ teacher_head.T
+            logits @ head
+
+    run: dict[str, Callable[[int, int], Any]] = {
+        "eager": lambda turn, at: gradient(baselines.divergence),
+        "compiled": lambda turn, at: gradient(baselines.compile_(baselines.divergence)),
+        OURS: ours,
+        PRODUCTS: products,
+    }
+
+    def agree(found: Tensor | None, expected: Tensor) -> bool:
+        return found is None or bool((found - expected).norm() <= 0.01 * expected.norm())
+
+    return Work(run, [(5 * head.nbytes, 10 * rows * width * vocab, 1)], agree=agree)
+
+
+def linear_case() -> Case:
+    op, parameters = "linear_distillation_loss", {"rows": 8192, "width": 4096, "vocab": VOCAB}
+    return Case(f"{op}, 8192 rows", op, linear_work, parameters, ("cold",))
+
+
+@pytest.mark.parametrize("contender", [PRODUCTS, OURS])
+def test_linear(benchmark: Any, contender: str) -> None:
+    """64 rows of width 1024, frozen heads."""
+    step, group = linear_work(CPU, False, ROWS, WIDTH, VOCAB), "linear_distillation_loss, 64 rows"
+    on_cpu(benchmark, group, step, contender, None, rounds=7)

@@ -1,0 +1,143 @@
+// distillation_loss on the CPU: chunks of active rows in parallel, merged in order.
+#include "dparallel/distillation_loss.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "distillation_kernel.h"
+#include "dparallel/launch.h"
+#include "loss.h"
+
+namespace dparallel::cpu {
+namespace {
+
+template <class Args>
+PairSpan span_of(const Args& args, int64_t row, int64_t chunk) {
+  const int64_t begin = chunk * kChunk, end = std::min(begin + kChunk, args.student.vocab);
+  return {row_pointer(args.student, row), row_pointer(args.teacher, row), begin, end};
+}
+
+double clamped(double z) { return z > kLargest ? double(kLargest) : z; }
+
+void add_stats(const PairSpan& span, double inverse, DistillationPart<double>& part) {
+  const auto* z = static_cast<const double*>(span.student);
+  const auto* t = static_cast<const double*>(span.teacher);
+  for (int64_t id = span.begin; id < span.end; ++id) {
+    DistillationPart<double> one;  // of one id
+    one.student.max = z[id] > -kInfinity ? clamped(z[id]) : -kInfinity;
+    one.teacher.max = t[id] > -kInfinity ? clamped(t[id]) : -kInfinity;
+    one.student.sum = z[id] != z[id] ? z[id] : 0.0;
+    one.teacher.sum = t[id] != t[id] ? t[id] : 0.0;
+    one.cross = one.student.empty() && !one.teacher.empty() ? kInfinity : 0.0;
+    part.merge(one, inverse);
+  }
+}
+
+// R: float or double, the kind of the results.
+template <class R>
+void forward(const DistillationArgs& args, Parallel parallel) {
+  const auto dtype = static_cast<int>(args.student.dtype);
+  const int64_t chunks = chunks_of(args.student.vocab);
+  const double inverse = 1 / args.temperature;
+  std::vector<int64_t> rows = active_rows(args.active, args.count);
+  std::vector<DistillationPart<double>> parts(rows.size() * chunks);
+  run_parallel(parallel, static_cast<int64_t>(parts.size()), [&](int64_t unit) {
+    const PairSpan span = span_of(args, rows[unit / chunks], unit % chunks);
+    DistillationPart<double> part;
+    if constexpr (sizeof(R) == 4)
+      distillation_kernel_in_use().stats[dtype](span, static_cast<float>(inverse), part);
+    else add_stats(span, inverse, part);
+    parts[unit] = part;
+  });
+  auto* divergence = static_cast<R*>(args.divergence);
+  auto* saved = static_cast<R*>(args.saved);
+  std::fill_n(divergence, args.count, R(0));
+  std::fill_n(saved, args.count * kDistillationSaved, R(0));
+  std::fill_n(args.error, args.count, kNoError);
+  std::vector<int64_t> sound;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    DistillationPart<double> part;
+    for (int64_t c = 0; c < chunks; ++c) part.merge(parts[i * chunks + c], inverse);
+    const int64_t row = rows[i];
+    args.error[row] = part.error(row, args.kl_weight > 0);
+    if (args.error[row] != kNoError) {
+      divergence[row] = R(NAN);
+      continue;
+    }
+    double of_row[kDistillationSaved];
+    part.save(of_row);
+    for (int s = 0; s < kDistillationSaved; ++s)
+      saved[row * kDistillationSaved + s] = static_cast<R>(of_row[s]);
+    if (args.kl_weight > 0) divergence[row] = static_cast<R>(args.kl_weight * part.kl(inverse));
+    sound.push_back(row);
+  }
+  if (!(args.l1_weight > 0)) return;
+  std::vector<DistancePart<double>> distances(sound.size() * chunks);
+  run_parallel(parallel, static_cast<int64_t>(distances.size()), [&](int64_t unit) {
+    const int64_t row = sound[unit / chunks];
+    const PairSpan span = span_of(args, row, unit % chunks);
+    const DistillationRow<R> of(saved + row * kDistillationSaved, static_cast<R>(inverse));
+    DistancePart<double> part;
+    if constexpr (sizeof(R) == 4) {
+      distillation_kernel_in_use().distance[dtype](span, of, part);
+    } else {
+      for (int64_t id = span.begin; id < span.end; ++id)
+        of.add_distance(static_cast<const double*>(span.student)[id],
+                        static_cast<const double*>(span.teacher)[id], part);
+    }
+    distances[unit] = part;
+  });
+  for (size_t i = 0; i < sound.size(); ++i) {
+    DistancePart<double> part;
+    for (int64_t c = 0; c < chunks; ++c) part.merge(distances[i * chunks + c]);
+    divergence[sound[i]] += static_cast<R>(args.l1_weight * part.distance);
+    R* of_row = saved + sound[i] * kDistillationSaved;
+    of_row[kSavedAbove] = static_cast<R>(part.above);
+    of_row[kSavedBelow] = static_cast<R>(part.below);
+  }
+}
+
+template <class R>
+void backward(const DistillationBackwardArgs& args, Parallel parallel) {
+  const DType dtype = args.student.dtype;
+  const int64_t vocab = args.student.vocab, chunks = chunks_of(vocab), size = element_size(dtype);
+  const auto inverse = static_cast<R>(1 / args.temperature);
+  if (args.grad) prefer_huge_pages(args.grad, args.count * vocab * size);
+  run_parallel(parallel, args.count * chunks, [&](int64_t unit) {
+    const int64_t row = unit / chunks;
+    const PairSpan span = span_of(args, row, unit % chunks);
+    char* out = args.grad ? static_cast<char*>(args.grad) + row * vocab * size
+                          : static_cast<char*>(const_cast<void*>(span.student));
+    const R grad = static_cast<const R*>(args.grad_divergence)[row];
+    if (!args.active[row] || grad == 0) {
+      std::memset(out + span.begin * size, 0, (span.end - span.begin) * size);
+      return;
+    }
+    const DistillationGradient<R> gradient(
+        static_cast<const R*>(args.saved) + row * kDistillationSaved, grad, args.kl_weight,
+        args.l1_weight, inverse);
+    if constexpr (sizeof(R) == 4) {
+      distillation_kernel_in_use().gradient[static_cast<int>(dtype)](span, gradient, out);
+    } else {
+      for (int64_t id = span.begin; id < span.end; ++id)
+        store(out, dtype, id,
+              gradient.at(static_cast<const double*>(span.student)[id],
+                          static_cast<const double*>(span.teacher)[id]));
+    }
+  });
+}
+
+}  // namespace
+
+void distillation_loss(const DistillationArgs& args, Parallel parallel) {
+  if (args.student.dtype == DType::float64) forward<double>(args, parallel);
+  else forward<float>(args, parallel);
+}
+
+void distillation_loss_backward(const DistillationBackwardArgs& args, Parallel parallel) {
+  if (args.student.dtype == DType::float64) backward<double>(args, parallel);
+  else backward<float>(args, parallel);
+}
+
+}  // namespace dparallel::cpu

@@ -1,0 +1,57 @@
+// What the losses share on the CPU: active rows, single logits, memory for a gradient.
+#pragma once
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <vector>
+
+#include "dparallel/launch.h"
+#include "dparallel/numeric.h"
+#include "row_stats.h"
+
+namespace dparallel::cpu {
+
+inline std::vector<int64_t> active_rows(const bool* active, int64_t count) {
+  std::vector<int64_t> rows;
+  for (int64_t row = 0; row < count; ++row)
+    if (active[row]) rows.push_back(row);
+  return rows;
+}
+
+inline double logit_at(const void* row, DType dtype, int64_t id) {
+  switch (dtype) {
+    case DType::float64: return static_cast<const double*>(row)[id];
+    case DType::float32: return clamp_logit(static_cast<const float*>(row)[id]);
+    case DType::bfloat16: return clamp_logit(bfloat16_value(static_cast<const uint16_t*>(row)[id]));
+    default: return clamp_logit(float16_value(static_cast<const uint16_t*>(row)[id]));
+  }
+}
+
+inline void store(void* row, DType dtype, int64_t id, double value) {
+  switch (dtype) {
+    case DType::float64: static_cast<double*>(row)[id] = value; break;
+    case DType::float32: static_cast<float*>(row)[id] = static_cast<float>(value); break;
+    case DType::bfloat16:
+      static_cast<uint16_t*>(row)[id] = bfloat16_bits(static_cast<float>(value));
+      break;
+    default: static_cast<uint16_t*>(row)[id] = float16_bits(static_cast<float>(value));
+  }
+}
+
+// The gradient is tens of megabytes that nobody has touched: by pages of 4 KB, the kernel's work to
+// hand them out would exceed ours. This asks for pages of 2 MB.
+inline void prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end =
+      (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // or not
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+}  // namespace dparallel::cpu

@@ -1,0 +1,202 @@
+"""The divergence of a student's distribution from a teacher's, of whole rows of logits.
+
+Two compiled passes over both rows, forward and backward, and a third forward where the L1 distance counts;
+weights and sums are a few numbers per row, and torch's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import _C  # noqa: F401  (registers the ops)
+from ..arguments import number
+from .certainty_forcing_loss import DTYPES, check_inplace, check_temperature, real_dtype
+from .errors import report
+from .inputs import rows_view
+
+ROW_ERRORS = {
+    1: "{} holds NaN",
+    2: "{} has no logit above -inf",
+    3: "{} gives nothing (-inf, or 1e29 below its maximum) to an id that the teacher gives something: "
+    "the divergence is infinite",
+}
+
+
+def named_pair(at: int) -> str:
+    return f"{'teacher' if at % 2 else 'student'}: row {at // 2}"
+
+
+def distillation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    weight: Tensor | None = None,
+    temperature: float = 1.0,
+    kl_weight: float = 1.0,
+    l1_weight: float = 0.0,
+    reduction: Literal["sum", "none"] = "sum",
+    inplace: bool = False,
+) -> Tensor:
+    """The weighted sum over rows of a divergence from the teacher's distribution to the student's.
+
+    With p = softmax(teacher / temperature) and q = softmax(student / temperature) of a row, w its weight:
+
+        loss = sum over rows of w (kl_weight KL + l1_weight L1)
+        KL = sum_j p_j (ln p_j - ln q_j)          L1 = sum_j |p_j - q_j|
+        d loss / d student_j = w / temperature (kl_weight (q_j - p_j)
+                               + l1_weight q_j (s_j - sum_i s_i q_i)),   s_j = sign(q_j - p_j)
+
+    KL is Hinton's distillation (arXiv 1503.02531; multiply by temperature^2 to keep the size of its gradient,
+    as there), the loss of PPD's prompt tokens (2405.18628, w = 0.8^distance) and of AdaDecode's intermediate
+    heads (2506.03700). L1, twice the total variation, is 2 minus twice the probability that speculative
+    sampling accepts the student's token, and the loss of DSpark (2607.05147).
+
+    Both rows are read once forward, once more where l1_weight is above 0, and once backward. Sums are float32
+    or better, relative to the maximum. Equal rows have exactly the loss 0 and the gradient 0.
+
+    Args:
+        student: (..., V) float32, bfloat16, float16 or float64, any V.
+        teacher: (..., V) of the same shape and dtype. No gradient passes through it.
+        weight: (...) float, of each row; default: 1. A row whose weight is 0 is not read.
+        temperature: of both softmaxes, from 1e-5 to 1e5.
+        kl_weight: a number >= 0.
+        l1_weight: a number >= 0.
+        reduction: "sum" as above, or "none": what each row adds to the sum, in the shape of the rows. A mean
+            is the sum with weights that add up to 1.
+        inplace: the backward pass writes the gradient over the student's logits, whose values are lost, as
+            in `certainty_forcing_loss`. Where the teacher is a view of the same storage, and under
+            torch.compile, nothing is written over.
+
+    Returns:
+        () or (...) float32 (float64 of float64 logits).
+
+    Raises:
+        ValueError: naming the argument that does not fit; and for a row that holds NaN, has no logit above
+            -inf, or whose student gives nothing (-inf, or 1e29 below the row's maximum) to an id that the
+            teacher gives something, however little, while kl_weight is above 0: on the CPU at once, on CUDA
+            from `check_errors`, until when it is NaN. An id that the teacher gives nothing, as one that is
+            suppressed, adds nothing.
+    """
+    check_rows("student", student)
+    check_rows("teacher", teacher)
+    if teacher.shape != student.shape or teacher.dtype != student.dtype or teacher.device != student.device:
+        raise ValueError(
+            f"teacher: expected {student.dtype} {tuple(student.shape)} on {student.device} as the student, "
+            f"got {teacher.dtype} {tuple(teacher.shape)} on {teacher.device}"
+        )
+    settings = check_divergence(student, "student", weight, temperature, kl_weight, l1_weight, reduction)
+    inplace = inplace and student.requires_grad and not torch.compiler.is_compiling()
+    if inplace:
+        check_inplace(student)
+        inplace = teacher.untyped_storage().data_ptr() != student.untyped_storage().data_ptr()
+    rows = student.shape[:-1]
+    divergence, _, error = torch.ops.dparallel.distillation_loss(
+        rows_view(student), rows_view(teacher.detach()), read_rows(student, weight), *settings, inplace
+    )
+    report(error, named_pair, ROW_ERRORS)
+    return reduced(divergence, rows, weight, reduction)
+
+
+def reduced(divergence: Tensor, rows: torch.Size, weight: Tensor | None, reduction: str) -> Tensor:
+    """The loss, or what each row adds to it, from the divergence of each row (N,)."""
+    if weight is not None:
+        divergence = divergence * weight.reshape(-1).to(divergence.dtype)
+    return divergence.sum() if reduction == "sum" else divergence.view(rows)
+
+
+def read_rows(like: Tensor, weight: Tensor | None) -> Tensor:
+    """bool (N,): the rows of `like` (..., width) that count."""
+    if weight is None:
+        return torch.ones(like.shape[:-1].numel(), dtype=torch.bool, device=like.device)
+    return weight.detach().reshape(-1) != 0
+
+
+# --- checks -------------------------------------------------------------------------------------
+
+
+def check_rows(name: str, logits: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(logits).__name__}")
+    if logits.dtype not in DTYPES:
+        raise ValueError(f"{name}: expected float32, bfloat16, float16 or float64, got {logits.dtype}")
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"{name}: expected (..., V) with V >= 1, got {tuple(logits.shape)}")
+
+
+def check_divergence(
+    like: Tensor,
+    name_of: str,
+    weight: Any,
+    temperature: float,
+    kl_weight: float,
+    l1_weight: float,
+    reduction: str,
+) -> tuple[float, float, float]:
+    """Temperature, kl_weight and l1_weight as floats; what does not fit is named."""
+    rows = like.shape[:-1]
+    if weight is not None:
+        if not isinstance(weight, Tensor) or weight.dtype not in DTYPES or weight.shape != rows:
+            got = (
+                f"{weight.dtype} {tuple(weight.shape)}"
+                if isinstance(weight, Tensor)
+                else type(weight).__name__
+            )
+            raise ValueError(f"weight: expected floating point {tuple(rows)} matching {name_of}, got {got}")
+        if weight.device != like.device:
+            raise ValueError(f"weight: expected on {like.device} as {name_of}, got {weight.device}")
+    check_temperature("temperature", temperature)
+    if reduction not in ("sum", "none"):
+        raise ValueError(f"reduction: expected 'sum' or 'none', got {reduction!r}")
+    return float(temperature), number("kl_weight", kl_weight), number("l1_weight", l1_weight)
+
+
+# --- fake kernels and the gradient --------------------------------------------------------------
+
+
+@torch.library.register_fake("dparallel::distillation_loss")
+def _(  # type: ignore[no-untyped-def]
+    student, teacher, active, temperature, kl_weight, l1_weight, inplace=False
+):
+    n, real = active.shape[0], real_dtype(student)
+    return (
+        student.new_empty((n,), dtype=real),
+        student.new_empty((n, 6), dtype=real),
+        student.new_empty((n,), dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("dparallel::distillation_loss_backward")
+def _(  # type: ignore[no-untyped-def]
+    student, teacher, active, temperature, kl_weight, l1_weight, saved, grad_divergence
+):
+    return torch.empty_like(student, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("dparallel::distillation_loss_backward_")
+def _(  # type: ignore[no-untyped-def]
+    student, teacher, active, temperature, kl_weight, l1_weight, saved, grad_divergence
+):
+    return None
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    student, teacher, active, *ctx.settings, ctx.inplace = inputs
+    ctx.save_for_backward(student, teacher, active, output[1])
+    ctx.mark_non_differentiable(output[1], output[2])
+
+
+def _backward(ctx: Any, grad_divergence: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    student, teacher, active, saved = ctx.saved_tensors
+    given = student, teacher, active, *ctx.settings, saved, grad_divergence
+    if ctx.inplace and not torch.is_grad_enabled():  # that is, unless a graph of the gradient is wanted
+        torch.ops.dparallel.distillation_loss_backward_(*given)
+        grad = student.detach()
+    else:
+        grad = torch.ops.dparallel.distillation_loss_backward(*given)
+    return grad, None, None, None, None, None, None
+
+
+torch.library.register_autograd("dparallel::distillation_loss", _backward, setup_context=_save)
