@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dparallel_ext import models
 from dparallel_ext.models import Model
-from dparallel_ext.speculation import BlockDrafter, Draft, DraftModel, Lane
+from dparallel_ext.speculation import BlockDrafter, Draft, DraftModel, DraftSession, Lane
 
 SIZES = {
     **{"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -64,11 +64,9 @@ def drafter_with(kind: str, target: Model = MODEL, **changes: Any) -> BlockDraft
     return BlockDrafter(model)
 
 
-class Knowing:
+class Knowing(DraftSession):
     """Guesses how `texts` (prompt and all) go on, each token right with probability `right`, in chains or in
     random trees. Of a lane's text it knows nothing where none of `texts` begins so."""
-
-    taps: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -88,15 +86,6 @@ class Knowing:
 
     def session(self, model: Any, kv_cache: Any, lanes: int, *, graphs: bool = True) -> Knowing:
         return self
-
-    def reset(self, lane: int) -> None:
-        pass
-
-    def observe(self, metadata: Any, taps: Sequence[Tensor]) -> None:
-        pass
-
-    def moved(self, source: Tensor, target: Tensor) -> None:
-        pass
 
     def propose(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:
         return [self._draft(lane, most) for lane, most in zip(lanes, sizes, strict=True)]

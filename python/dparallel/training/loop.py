@@ -82,16 +82,21 @@ def run(
     """
     matrices = list(matrices)
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(
-            matrices,
-            lr=schedule.muon_lr,
-            weight_decay=schedule.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        torch.optim.AdamW(rest, lr=schedule.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-    full_rates = [schedule.muon_lr, schedule.adam_lr]
+    optimizers: list[torch.optim.Optimizer] = []
+    full_rates: list[float] = []
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(
+                matrices,
+                lr=schedule.muon_lr,
+                weight_decay=schedule.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+        full_rates.append(schedule.muon_lr)
+    if rest:
+        optimizers.append(torch.optim.AdamW(rest, lr=schedule.adam_lr, betas=(0.9, 0.98), weight_decay=0.0))
+        full_rates.append(schedule.adam_lr)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     first, seconds = 0, 0.0
     curve: list[list[float]] = []

@@ -20,11 +20,11 @@ from dparallel_ext.speculation.speculate import causal_model, check_prompts
 from ... import files, registry
 from ...text import prompt_encoder
 from .. import loop
-from . import blocks
+from . import blocks, riders
 from .answers import answers_of, prompts_of
 from .common import Answer, Saved, Settings, Target, Trainee
 
-TRAINEES: tuple[type[Trainee], ...] = (blocks.Blocks,)
+TRAINEES: tuple[type[Trainee], ...] = (blocks.Blocks, riders.Prompts, riders.Transfers)
 KINDS: dict[str, type[Trainee]] = {kind: trainee for trainee in TRAINEES for kind in trainee.SETTINGS.KINDS}
 
 
