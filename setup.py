@@ -83,6 +83,7 @@ def plan(directory: Path, library: str) -> tuple[str, str]:
     # Only what needs torch, pybind11 or a fact sees it: the rest is not compiled again for another.
     ninja = Ninja(directory)
     common = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -Wall -Wextra -Wno-psabi"
+    common = f"{common} {os.environ.get('CXXFLAGS', '')}".rstrip()
     ninja.rule(
         "cxx",
         f"{cxx} -MMD -MF $out.d {common} {ninja.include('include', 'cpu')} $flags -c $in -o $out",

@@ -13,6 +13,8 @@ from torch import Tensor
 from dparallel_ext import models
 from dparallel_ext.models import Model
 from dparallel_ext.speculation import BlockDrafter, Draft, DraftModel, DraftSession, Lane
+from dparallel_ext.speculation.adadecode import AdaDecode, ExitHeads, Layout
+from dparallel_ext.speculation.checkpoint import Origin
 
 SIZES = {
     **{"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -62,6 +64,31 @@ def drafter_with(kind: str, target: Model = MODEL, **changes: Any) -> BlockDraft
         elif "norm" in name:
             torch.nn.init.uniform_(p, 0.5, 1.5)
     return BlockDrafter(model)
+
+
+def deep_model(family: str = "qwen3", **changes: Any) -> Model:
+    """Five layers, of which the last say little: what the first ones guess is often right."""
+    model = model_of(family, **{"num_hidden_layers": 5, "eos_token_id": [5, 9], **changes})
+    with torch.no_grad():
+        for block in model.blocks[1:]:
+            for part in (block.o, block.down):
+                part.weight.mul_(0.2)
+    return model
+
+
+DEEP = deep_model()
+
+
+def exits(layers: Sequence[int] = (2,), gamma: float = 0.5, most: int = 6, target: Model = DEEP) -> AdaDecode:
+    """Heads of a model's first layers whose matrices are near the identity."""
+    torch.manual_seed(5)
+    s = target.shape
+    origin = Origin("adadecode", models.fingerprint(target), None)
+    layout = Layout(s.width, s.embedding_size, s.layers, tuple(layers), gamma, most, origin)
+    heads = ExitHeads(layout)
+    for p in heads.parameters():
+        p.data.add_(torch.randn(p.shape), alpha=0.02)
+    return AdaDecode(heads)
 
 
 class Knowing(DraftSession):

@@ -421,6 +421,15 @@ def test_demo(tmp_path: Path):
     assert [tuple(line.split()[:2]) for line in lines[1 : 1 + len(asked)]] == asked
 
 
+def test_a_diffusion_model_guesses_what_the_next_passes_commit() -> None:
+    given = ("decode", PROMPT, "--json", "--policy", "one")
+    plain, guessed = (json.loads(run(*given, *more)) for more in ((), ("--draft-size", 4)))
+    assert guessed["response"] == plain["response"]
+    assert guessed["forwards"] <= plain["forwards"] * 2 / 3
+    refused = run("decode", PROMPT, "--draft-size", 4, code=2)
+    assert "draft_size: belongs to a fixed number of tokens a pass" in refused
+
+
 def test_an_autoregressive_model_with_and_without_a_drafter(tmp_path: Path) -> None:
     model = ("--model", "builtin:causal")
     plain = json.loads(run("decode", PROMPT, "--json", *model))
@@ -442,7 +451,7 @@ def test_an_autoregressive_model_with_and_without_a_drafter(tmp_path: Path) -> N
     for wrong, message in (
         ((*model, "--policy", "one"), "policy: "),
         ((*model, "--suffix", "x"), "suffix: "),
-        ((*model, "--drafter", "medusa"), "drafter: expected a Drafter, a name (ngram, builtin:dflash"),
+        ((*model, "--drafter", "medusa"), "drafter: expected a Drafter, a name (ngram, builtin:adadecode"),
         ((*model, "--cache", "dual"), "cache: belongs to masked diffusion"),
         (("--drafter", "ngram"), "drafter: "),
     ):

@@ -129,6 +129,29 @@ def test_results_of_an_earlier_run_are_not_measured_again(monkeypatch: pytest.Mo
     assert len(measured) == 5
 
 
+def test_guesses_of_self_speculation_are_a_row_beside():
+    """And not of the policies, where --draft-size is for the drafters of an autoregressive model."""
+    policies = [evaluate.ONE, {"rule": "one", "draft_size": 4}]
+    plain, guessed = evaluate.sweep(["builtin:student"], policies, problems=3)
+    assert "canvases_mean" not in plain
+    assert "same_texts" not in plain
+    assert guessed["config"] == {"draft_size": 4}
+    assert guessed["same_texts"] == 3
+    assert guessed["nfe_mean"] < 45 < plain["nfe_mean"] < guessed["canvases_mean"] <= 5 * guessed["nfe_mean"]
+    assert guessed["nfe_to_eos"] < plain["nfe_to_eos"]
+    assert guessed["accuracy"] == plain["accuracy"]
+    table = evaluate.table([plain, guessed]).splitlines()
+    assert table[0].endswith("canvases | texts as without |")
+    assert table[2].endswith("| 64.00 |  |")
+    assert table[3].endswith(f"| {guessed['canvases_mean']:.2f} | 3 |")
+    (for_all,) = evaluate.sweep(["builtin:student"], [evaluate.ONE], problems=3, draft_size=4)
+    assert for_all["nfe_mean"] == guessed["nfe_mean"]
+    names = ["builtin:student", "builtin:causal"]
+    first, *_ = evaluate.sweep(names, [evaluate.ONE], problems=1, draft_size=4, drafters=["plain"])
+    assert first["config"] == {}
+    assert first["nfe_mean"] == tasks.GEN_LENGTH
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -141,6 +164,7 @@ def test_results_of_an_earlier_run_are_not_measured_again(monkeypatch: pytest.Mo
         ),
         ('[{"rule": "one", "active_blocks": 0}]', "entry 1: active_blocks: expected"),
         ('[{"rule": "nonsense"}]', "entry 1: rule: expected"),
+        ('[{"rule": "one", "draft_size": -1}]', "entry 1: draft_size: expected a whole number >= 0, got -1"),
     ],
 )
 def test_a_file_of_rows_that_is_none_is_named(content: str, said: str, tmp_path: Path):

@@ -4,7 +4,9 @@ Prints registers, shared memory and spills per kernel; fails on a spill, or wher
 csrc/cuda/budgets.json allows. Another nvcc than the one that the file names allots registers otherwise: it is
 told what exceeds them, and only a kernel that does not compile is a fault. `--update` rewrites the file.
 
-What was measured is kept in build/cuda_check, so that a kernel is compiled again only when it has changed.
+A kernel is compiled again only when it has changed: the file says by a hash of which sources, headers and
+nvcc its numbers were made, and what has been measured since is kept in build/cuda_check. `--all` compiles
+them all.
 """
 
 from __future__ import annotations
@@ -49,13 +51,16 @@ def version_of(nvcc: str) -> str:
 PTX_OF = {"86": "80", "89": "80"}
 
 
+def hash_of(source: Path, headers: str) -> str:
+    return hashlib.sha256(f"{headers}\0{source.read_text()}".encode()).hexdigest()[:16]
+
+
 def measure(nvcc: str, source: Path, architectures: list[str], headers: str) -> dict[str, dict[str, Usage]]:
     """Architecture -> kernel -> usage; exits with the compiler's output where it fails."""
     found: dict[str, dict[str, Usage]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for architecture in architectures:
-            made_of = hashlib.sha256("\0".join((headers, source.read_text(), architecture)).encode())
-            file = MEASURED / f"{source.stem}-{architecture}-{made_of.hexdigest()[:16]}.txt"
+            file = MEASURED / f"{source.stem}-{architecture}-{hash_of(source, headers)}.txt"
             if not file.exists():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 partial = file.with_suffix(f".{os.getpid()}")
@@ -118,6 +123,7 @@ def short_name(mangled: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--update", action="store_true", help="rewrite the budget file")
+    parser.add_argument("--all", action="store_true", help="compile what has not changed too")
     parser.add_argument(
         "--if-available", action="store_true", help="where there is no nvcc, say so and succeed"
     )
@@ -130,16 +136,21 @@ def main() -> None:
     version = version_of(nvcc)
     architectures = toolchain.default_architectures(toolchain.known_architectures(nvcc))
     headers = "\0".join([version, *(p.read_text() for p in sorted((ROOT / "csrc").rglob("*.*h")))])
+    made_with = {"nvcc": version, "architectures": [], "sources": {}, "kernels": {}}
+    if BUDGETS.exists():
+        made_with = json.loads(BUDGETS.read_text())
     sources = sorted(SOURCES.glob("*.cu"), key=lambda source: source.name != "unmask.cu")  # the longest first
+    hashes = {source.stem: hash_of(source, headers) for source in sources}
+    same = made_with["architectures"] == architectures and not (options.all or options.update)
+    changed = [s for s in sources if not same or made_with["sources"].get(s.stem) != hashes[s.stem]]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(lambda source: measure(nvcc, source, architectures, headers), sources))
+        found = list(pool.map(lambda source: measure(nvcc, source, architectures, headers), changed))
     usage: dict[str, dict[str, Usage]] = {}
-    for source, by_architecture in zip(sources, found, strict=True):
+    for source, by_architecture in zip(changed, found, strict=True):
         for architecture, got in by_architecture.items():
             for kernel, used in got.items():
                 usage.setdefault(f"{source.stem}: {kernel}", {})[architecture] = used
 
-    made_with = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {"nvcc": version, "kernels": {}}
     budgets = made_with["kernels"]
     faults = []
     print(f"{'kernel':60}" + "".join(f"{'sm_' + a:>16}" for a in architectures))
@@ -169,7 +180,8 @@ def main() -> None:
             }
             for kernel, by_architecture in sorted(usage.items())
         }
-        BUDGETS.write_text(json.dumps({"nvcc": version, "kernels": table}, indent=1) + "\n")
+        content = {"nvcc": version, "architectures": architectures, "sources": hashes, "kernels": table}
+        BUDGETS.write_text(json.dumps(content, indent=1) + "\n")
     if faults and (options.update or made_with["nvcc"] == version):
         sys.exit("cuda-check: " + "\n            ".join(faults))
     if faults:
@@ -177,6 +189,10 @@ def main() -> None:
         print(f"cuda-check: not held against nvcc {version}: the budgets are those of {made_with['nvcc']}")
         return
     print(f"cuda-check: {len(usage)} kernels x {len(architectures)} architectures within budget, no spills")
+    if len(changed) < len(sources):
+        print(
+            f"cuda-check: {len(sources) - len(changed)} of {len(sources)} sources are as they were measured"
+        )
 
 
 if __name__ == "__main__":

@@ -138,6 +138,11 @@ class Batch:
         return self.runner.trajectory.logprob
 
     @property
+    def nfe(self) -> list[int]:
+        """Passes that each sequence has been in."""
+        return [row.nfe for row in self.rows]
+
+    @property
     def live(self) -> list[int]:
         """Sequences that the next pass is over."""
         return [b for b, row in enumerate(self.rows) if not row.done and not row.between_blocks]

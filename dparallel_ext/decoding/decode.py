@@ -5,6 +5,7 @@ How: `config`. What a pass is: `batch`. What of a config hangs on the model: `se
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Unpack
@@ -17,6 +18,7 @@ from ..models import Model, for_decoding, traits, warn_beyond
 from .batch import AHEAD, Batch
 from .config import DecodeConfig, DecodeKeywords, configured, names_fields
 from .schedule import Schedule
+from .self_speculation import SelfSpeculation, check_draft
 from .sequence import whole_length
 from .settings import check_model, check_settings, make_settings, vocabulary
 from .workspace import Trajectory
@@ -54,6 +56,9 @@ class DecodeOutput:
     logprobs: Tensor | None = field(default=None, repr=False)
     """(B, R) float32, with `logprobs`: log of the probability that each token of the response was
     drawn with, in the pass that committed it; NaN where none did (EOS filling, padding)."""
+    canvases: Tensor | None = field(default=None, repr=False)
+    """(B,) int64, with `draft_size`: how often the passes have computed each sequence, copies of it that hold
+    guesses included. Without, a pass computes each sequence once."""
 
     @property
     def responses(self) -> list[Tensor]:
@@ -91,6 +96,7 @@ def decode(
     prompt: Prompts,
     config: DecodeConfig | None = None,
     *,
+    draft_size: int | None = None,
     attention_mask: Any = None,
     streamer: Any = None,
     progress: bool = False,
@@ -108,6 +114,10 @@ def decode(
             will do, and what a tokenizer returns, with its attention_mask. Mask tokens stay as they are,
             unless `infill` is on. With one of our models it goes to the model's device.
         config: how the prompts are decoded; default: `DecodeConfig()`.
+        draft_size: self-speculation (SSD, arXiv 2510.04147), see `self_speculation`: the same text in fewer
+            passes, each over up to 1 + draft_size copies of a sequence, which hold guesses of what the next
+            passes would commit (`DecodeOutput.canvases` counts the copies). For the fixed schedule, or the
+            selector "quota", with cache "none" or "block". None and 0: nothing is guessed.
         attention_mask: like `prompt`, bool or whole numbers, 0 where that is padded, on either side. Padding
             is taken out: it costs nothing and changes nothing.
         streamer: an object with `put` and `end`, and perhaps `put_draft`, as transformers' streamers.
@@ -117,7 +127,8 @@ def decode(
 
     Returns:
         DecodeOutput. A sequence that is complete is in no pass; each goes from block to block at its own
-        pace. The published loops run some passes that change nothing: `nfe_published` counts them.
+        pace. The published loops run some passes that change nothing: `nfe_published` counts them (with
+        `draft_size`, those of the schedule that is followed).
 
     Raises:
         ValueError: naming the argument that does not fit; or naming sequence and position where the
@@ -128,26 +139,32 @@ def decode(
     with torch.inference_mode():
         prompts = arguments.prompts(prompt, attention_mask)
         size = len(prompts)
-        batch = start(model, prompts, config, batch_invariant=config.batch_invariant, graphs=config.graphs)
+        options: Any = {"batch_invariant": config.batch_invariant, "graphs": config.graphs}
+        batch = start(model, prompts, config, draft_size=draft_size, **options)
         if streamer is not None and size != 1:
             raise ValueError(f"streamer: expected a batch of 1, got {size}")
         run(batch, streamer, progress_bar(progress, sum(len(row.columns) for row in batch.rows), "decode"))
     # Tensors made in inference mode cannot enter autograd later; their copies can.
-    x = batch.tokens.clone()
+    x, rows = batch.tokens[:size].clone(), batch.rows[:size]
     masked = torch.zeros(x.shape, dtype=torch.bool)
-    for places, row in zip(masked, batch.rows, strict=True):
+    for places, row in zip(masked, rows, strict=True):
         places[list(row.columns)] = True
     masked = masked.to(x.device)
     trajectory = batch.runner.trajectory.responses(masked) if config.record or config.logprobs else None
     if not size and isinstance(prompt, Tensor) and isinstance(config.gen_length, int):
         x, masked = (t.new_zeros((0, prompt.shape[1] + config.gen_length)) for t in (x, masked))
     numbers = [
-        x.new_tensor([getattr(row, name) for row in batch.rows])
-        for name in ("nfe", "generated", "kept", "length", "prompt", "published")
+        x.new_tensor([getattr(row, name) for row in rows])
+        for name in ("generated", "kept", "length", "prompt", "published")
     ]
-    nfe, generated, kept, lengths, prompt_lengths, published = numbers
+    nfe, canvases = x.new_tensor(batch.nfe), None
+    if isinstance(batch, SelfSpeculation):
+        canvases = x.new_tensor(batch.canvases)
+    generated, kept, lengths, prompt_lengths, published = numbers
     batch.keep()
-    out = DecodeOutput(x, nfe, batch.forwards, generated, kept, lengths, prompt_lengths, masked, published)
+    out = DecodeOutput(
+        x, nfe, batch.forwards, generated, kept, lengths, prompt_lengths, masked, published, canvases=canvases
+    )
     if trajectory is not None:
         out.trajectory = trajectory if config.record else None
         out.logprobs = trajectory.logprob if config.logprobs else None
@@ -159,13 +176,14 @@ def start(
     prompts: list[Tensor],
     config: DecodeConfig,
     *,
+    draft_size: int | None = None,
     schedule: Callable[[Schedule], Schedule] = lambda made: made,
     **more: Any,
 ) -> Batch:
     """The batch of a call.
 
-    schedule: makes what is followed of the cache mode's. more: arguments of `Batch`. Raises ValueError naming
-    what does not fit.
+    draft_size: see `decode`. schedule: makes what is followed of the cache mode's. more: arguments of
+    `Batch`. Raises ValueError naming what does not fit.
     """
     settings = make_settings(config, traits(model), config.cache or "none", len(prompts))
     model = for_decoding(model)
@@ -178,6 +196,10 @@ def start(
             "active_blocks: several need a threshold or a rule, and none that edits or reads the whole "
             f"response, got {config.active_blocks}"
         )
+    kind: Any = Batch
+    if draft_size is not None and arguments.whole("draft_size", draft_size, 0):
+        check_draft(settings, of_model.schedule)
+        kind = functools.partial(SelfSpeculation, draft_size=draft_size)
     if isinstance(model, Model):
         prompts = [prompt.to(model.device) for prompt in prompts]
     arguments.check_ids("prompt", prompts, vocabulary(model))
@@ -188,7 +210,7 @@ def start(
         for prompt, count in zip(prompts, counts, strict=True)
     ]
     warn_beyond(model, "gen_length", max(lengths, default=0))
-    batch = Batch(
+    batch: Batch = kind(
         model,
         len(prompts),
         max(lengths, default=0),
@@ -212,7 +234,7 @@ def masks(prompt: Tensor, mask_id: int) -> list[int]:
 
 def run(batch: Batch, streamer: Any = None, bar: Any = None) -> None:
     """All passes."""
-    x = batch.tokens
+    x = batch.tokens[:1]  # of a streamer
     sent = batch.rows[0].ahead if streamer is not None else 0
     if streamer is not None:
         streamer.put(x[:, :sent].cpu())

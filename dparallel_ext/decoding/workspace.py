@@ -44,13 +44,13 @@ class Trajectory:
     def responses(self, masked: Tensor) -> Trajectory:
         """What it says of the positions `masked` (B, L) bool, a row for a sequence; blank beyond its end.
 
-        L may be less than what it is for.
+        B and L may be less than what it is for.
         """
         counts = masked.sum(1)
         inside = torch.arange(int(counts.max()) if len(counts) else 0, device=masked.device) < counts[:, None]
         made = Trajectory.blank(inside)
         for field in ("step", "confidence", "logprob"):
-            getattr(made, field)[inside] = getattr(self, field)[:, : masked.shape[1]][masked]
+            getattr(made, field)[inside] = getattr(self, field)[: len(masked), : masked.shape[1]][masked]
         return made
 
 

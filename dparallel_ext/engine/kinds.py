@@ -267,7 +267,7 @@ def kind_of(
     for name, value in (("drafter", drafter), ("draft_size", draft_size)):
         if value is not None:
             raise ValueError(
-                f"{name}: belongs to autoregressive models, and {type(model).__name__} is a diffusion model, "
-                f"so expected None, got {shown(value)}"
+                f"{name}: belongs to autoregressive models in an engine, and {type(model).__name__} is a "
+                f"diffusion model, so expected None, got {shown(value)}"
             )
     return Diffusion(model, config)

@@ -1,5 +1,6 @@
 """Several tokens a pass of an autoregressive model, with its own text: draft, verify, accept, commit."""
 
+from .adadecode import AdaDecode
 from .batch import CausalBatch
 from .dflash import BlockDrafter, DraftModel
 from .draft import Draft
@@ -15,6 +16,7 @@ from .whole_models import ModelDrafter
 
 __all__ = [
     "NAMED",
+    "AdaDecode",
     "BlockDrafter",
     "CausalBatch",
     "Draft",

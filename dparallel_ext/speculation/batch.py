@@ -31,30 +31,12 @@ from ..models.modules import Stream
 from ..ops import accept, kv_move
 from ..ops.errors import NO_ERROR, explain
 from .draft import Draft, check_drafts
-from .drafter import Drafter, Lane
-from .sequence import IDLE, CausalSequence
+from .drafter import Drafter, KeepsStreams, Lane
+from .sequence import IDLE, CausalSequence, SamplingGroup
 from .sizing import Fixed, Sizer
 
 UNKNOWN = -1
 """What stands in the place of a token that is not known yet."""
-
-
-class SamplingGroup(NamedTuple):
-    """How the choices of some sequences are made."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    suppress: Tensor | None
-
-    @classmethod
-    def of(cls, row: CausalSequence) -> SamplingGroup:
-        own = row.settings
-        return cls(own.temperature, own.top_p, own.top_k, row.suppress)
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return (*self[:3], id(self.suppress))
 
 
 class PassKey(NamedTuple):
@@ -65,6 +47,8 @@ class PassKey(NamedTuple):
     max_kv_len: int
     rows: int
     """The most rows of a lane that are verified."""
+    start: int
+    """The first layer."""
     tree: bool
     riders: int
     """Tensors that tell of the riders; 0: there are none."""
@@ -259,28 +243,39 @@ class CausalBatch:
         if self._session is None or not sizes:
             return {}
         rows = [(b, self.rows[b]) for b in sizes]
-        views = [Lane(b, self.tokens[b, : row.known], row.length, row.suppress) for b, row in rows]
+        views = [
+            Lane(b, self.tokens[b, : row.known], row.length, row.sampling, row.settings.key, row.eos_ids)
+            for b, row in rows
+        ]
+        found: list[Draft] = []
         with self._sizer.drafting():
-            found = self._session.propose(views, list(sizes.values()))
+            for part in (
+                [slice(i, i + 1) for i in range(len(rows))] if self.batch_invariant else [slice(None)]
+            ):
+                found += self._session.propose(views[part], list(sizes.values())[part])
         prefilling = [b for b in sizes if self.rows[b].prefills]
         most_riders = 0 if self._riders is None else self._riders.most
-        vocabulary = self.model.shape.embedding_size
-        check_drafts(found, list(sizes), list(sizes.values()), vocabulary, most_riders, prefilling)
-        self.draft_forwards += len(prefilling) < len(sizes)
+        check_drafts(found, list(sizes), list(sizes.values()), self.model.shape, most_riders, prefilling)
+        drafting = len(sizes) - len(prefilling)
+        self.draft_forwards += drafting if self.batch_invariant else drafting > 0
         for b in sizes:
             self.rows[b].draft_nfe += b not in prefilling
         return dict(zip(sizes, found, strict=True))
 
     def _groups(self, live: Sequence[int], drafts: dict[int, Draft]) -> list[tuple[list[int], bool]]:
-        """Sequences that share a pass, and whether it is one over trees."""
+        """Sequences that share a pass, all of which begin at one layer, and whether it is one over trees."""
         if self.batch_invariant:
             return [([b], not drafts[b].is_chain) for b in live]
-        trees = [b for b in live if not drafts[b].is_chain]
-        chains = [b for b in live if drafts[b].is_chain]
-        if trees:  # a short chain is a tree; the rows of a prompt are too many to be
-            trees += [b for b in chains if not self.rows[b].prefills]
-            chains = [b for b in chains if self.rows[b].prefills]
-        return [(sorted(group), tree) for group, tree in ((chains, False), (trees, True)) if group]
+        found = []
+        for start in sorted({drafts[b].start for b in live}):
+            alike = [b for b in live if drafts[b].start == start]
+            trees = [b for b in alike if not drafts[b].is_chain]
+            chains = [b for b in alike if drafts[b].is_chain]
+            if trees:  # a short chain is a tree; the rows of a prompt are too many to be
+                trees += [b for b in chains if not self.rows[b].prefills]
+                chains = [b for b in chains if self.rows[b].prefills]
+            found += [(sorted(group), tree) for group, tree in ((chains, False), (trees, True)) if group]
+        return found
 
     def _verify(self, drafts: dict[int, Draft], tree: bool) -> dict[int, Emitted]:
         """One pass over some sequences. Nothing of them changes but keys and values behind the known ones."""
@@ -344,7 +339,7 @@ class CausalBatch:
         more = 0 if pad_to is None else pad_to(len(source)) - len(source)
         groups: dict[tuple[Any, ...], list[int]] = {}
         for b in drafts:
-            groups.setdefault(SamplingGroup.of(self.rows[b]).key, []).append(b)
+            groups.setdefault(self.rows[b].sampling.key, []).append(b)
         edges = torch.zeros((len(groups), 2, lanes), dtype=torch.int64)
         for edge, group in zip(edges, groups.values(), strict=True):
             for b in group:
@@ -373,9 +368,18 @@ class CausalBatch:
         if pad_to is not None:
             rows = 1 << (rows - 1).bit_length()
         logprobs = any(self.rows[b].settings.record for b in drafts)
-        sampling = tuple(SamplingGroup.of(self.rows[group[0]]) for group in groups.values())
+        sampling = tuple(self.rows[group[0]].sampling for group in groups.values())
+        start = next(iter(drafts.values())).start
         return inputs, PassKey(
-            shapes, metadata.max_q_len, metadata.max_kv_len, rows, tree, len(joined), logprobs, sampling
+            shapes,
+            metadata.max_q_len,
+            metadata.max_kv_len,
+            rows,
+            start,
+            tree,
+            len(joined),
+            logprobs,
+            sampling,
         )
 
     def _joined(self, drafts: dict[int, Draft], tree: bool, rows: int) -> tuple[tuple[Tensor, ...], int]:
@@ -431,6 +435,11 @@ class CausalBatch:
         with own_precision(self.model, self.model.device):
             if key.riders:
                 x = self._step_with_riders(ids, metadata, joined)
+            elif key.start:
+                assert isinstance(self._session, KeepsStreams)
+                stream = self._session.streams(metadata)
+                stream = self.model.run_layers(stream, self.kv_cache, metadata, key.start, taps=taps)
+                x = self.model.final_norm(stream)
             else:
                 x = self.model.step(ids, self.kv_cache, metadata, taps=taps)
             logits = self.model.head(x[source])
@@ -571,6 +580,7 @@ class CausalBatch:
             self.counts.add(depth, count - 1)
         start = row.known
         row.nfe += 1
+        row.layers += draft.layers + self.model.shape.layers - draft.start
         row.drafted, row.accepted = len(draft.tokens), count - 1
         row.num_cached = row.known + count - 1
         row.known += count

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from ..arguments import shown
+from ..models.config import ModelConfig
 
 
 class Draft(NamedTuple):
@@ -19,6 +20,11 @@ class Draft(NamedTuple):
     """Of the nodes 1, 2, ..."""
     parents: tuple[int, ...] | None = None
     """Each node's parent, an earlier one or the root; None: a chain, each node behind the one before."""
+    start: int = 0
+    """The layer at which the verify pass begins: root and nodes have been through those in front of it, and
+    the session has their streams, see `drafter.KeepsStreams`."""
+    layers: int = 0
+    """Layers of the model that were run to make the draft, one after the other."""
     riders: tuple[int, ...] = ()
     """How many ride behind the root and behind each node; empty: none anywhere."""
 
@@ -53,7 +59,7 @@ def check_drafts(
     drafts: Sequence[Draft],
     lanes: Sequence[int],
     sizes: Sequence[int],
-    vocabulary: int,
+    shape: ModelConfig,
     riders: int = 0,
     prefilling: Collection[int] = (),
 ) -> None:
@@ -61,6 +67,7 @@ def check_drafts(
 
     riders: the most behind a node. prefilling: the lanes whose drafts may have no nodes.
     """
+    vocabulary = shape.embedding_size
     if len(drafts) != len(lanes):
         raise ValueError(f"drafter: expected a draft for each of {len(lanes)} lanes, got {len(drafts)}")
     for draft, lane, most in zip(drafts, lanes, sizes, strict=True):
@@ -74,6 +81,10 @@ def check_drafts(
         if any(not 0 <= token < vocabulary for token in draft.tokens):
             bad = next(token for token in draft.tokens if not 0 <= token < vocabulary)
             raise ValueError(f"drafter: expected token ids in [0, {vocabulary}), got {shown(bad)}")
+        if not 0 <= draft.start < shape.layers:
+            raise ValueError(
+                f"drafter: expected a draft that begins at a layer of [0, {shape.layers}), got {draft.start}"
+            )
         if draft.parents is None:
             continue
         if len(draft.parents) != count:

@@ -12,8 +12,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from torch import Tensor
 
 from ..cache import AttentionMetadata, KVCache
-from ..models import Model
+from ..models import Model, Stream
 from .draft import Draft
+from .sequence import SamplingGroup
 
 
 class Lane(NamedTuple):
@@ -25,8 +26,17 @@ class Lane(NamedTuple):
     root are in the cache."""
     length: int
     """Positions that the sequence may come to have: the slots behind are not its own."""
-    suppress: Tensor | None = None
-    """(n,) int64 on the device: ids that the model never chooses."""
+    sampling: SamplingGroup
+    """How the model's own choices are made."""
+    key: tuple[int, int]
+    """Of their noise: seed, sequence. The position of the chosen token is the third number, the last is 0."""
+    eos_ids: tuple[int, ...] = ()
+    """The first of them ends the sequence."""
+
+    @property
+    def suppress(self) -> Tensor | None:
+        """(n,) int64 on the device: ids that the model never chooses."""
+        return self.sampling.suppress
 
     @property
     def room(self) -> int:
@@ -68,14 +78,15 @@ class DraftSession:
 
     In an engine a sequence may begin with pages that others have filled, and pages are shared as soon as the
     model's passes have filled them. What `observe` and `moved` put into pages is there for every position
-    that is in the cache, whoever's pass has computed it; what `propose` puts there may not be.
+    that is in the cache, whoever's pass has computed it; what `propose` puts there may not be, but for keys
+    and values of the model itself, see `KeepsStreams`.
     """
 
     taps: tuple[int, ...] = ()
     """Layers of the model, ascending, behind which it wants to see the residual stream; -1: the embedding."""
     riders: Riders | None = None
-    """How the riders of its drafts come to be; such a session has no taps. A pass over a prompt may have
-    riders too, so it is then asked for drafts of these lanes, which have no nodes."""
+    """How the riders of its drafts come to be; such a session has no taps, and keeps no streams. A pass over
+    a prompt may have riders too, so it is then asked for drafts of these lanes, which have no nodes."""
 
     def reset(self, lane: int) -> None:
         """A sequence begins in the lane."""
@@ -99,6 +110,15 @@ class DraftSession:
     def propose(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:
         """A draft for each of `lanes`, of at most so many nodes, riders among them, each."""
         raise NotImplementedError
+
+
+@runtime_checkable
+class KeepsStreams(Protocol):
+    """A session that drafts with layers of the model itself, which the verify pass does not run again."""
+
+    def streams(self, metadata: AttentionMetadata) -> Stream:
+        """Of the packed tokens of `metadata`, roots and nodes of drafts, what layer `Draft.start` gets. The
+        layers in front of it have written these tokens' keys and values. Part of the pass, as `observe`."""
 
 
 @runtime_checkable

@@ -13,7 +13,7 @@ from ..arguments import shown
 from ..models import FAMILIES
 from ..models import load as load_model
 from ..models.files import read_json
-from . import dflash
+from . import adadecode, dflash
 from .checkpoint import OURS, DraftCheckpoint, Origin, read_checkpoint
 from .drafter import Drafter
 from .hidden_transfer import HiddenTransfer
@@ -25,6 +25,7 @@ from .whole_models import ModelDrafter
 KINDS: dict[str, Callable[[DraftCheckpoint], Drafter]] = {
     **dict.fromkeys(dflash.CAUSAL, dflash.drafter_of_blocks),
     **{of.KIND: functools.partial(drafter_of_riders, of) for of in (PromptTokens, HiddenTransfer)},
+    adadecode.KIND: adadecode.drafter_of_heads,
 }
 """By the kind that a file says it is, what makes a drafter of it; raises ValueError where it is none."""
 PUBLISHED = "dflash"

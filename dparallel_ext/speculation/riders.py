@@ -186,5 +186,5 @@ class _Session(DraftSession):
     def _draft(self, guesses: list[list[int]], size: int) -> Draft:
         nodes, riders = self._drafter.plan(size).trees[len(guesses)]
         # A row that was bad, or had too few tokens to choose among, names -1: any guess will do.
-        tokens = (guesses[node.depth][node.rank] for node in nodes)
-        return Draft(tuple(max(0, token) for token in tokens), tuple(node.parent for node in nodes), riders)
+        tokens = tuple(max(0, guesses[node.depth][node.rank]) for node in nodes)
+        return Draft(tokens, tuple(node.parent for node in nodes), riders=riders)

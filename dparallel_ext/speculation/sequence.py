@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..decoding.sequence import Settings
+
+
+class SamplingGroup(NamedTuple):
+    """How the choices of some sequences are made."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    suppress: Tensor | None
+    """(n,) int64 on the device: ids that are never chosen."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (*self[:3], id(self.suppress))
 
 
 class OpenRegion(NamedTuple):
@@ -28,7 +42,7 @@ class CausalSequence:
     """Of prompt and response."""
     settings: Settings
     suppress: Tensor | None
-    """On the device, see `SamplingGroup`."""
+    """The settings', on the device."""
     eos_ids: tuple[int, ...] = ()
     known: int = 0
     """Tokens known, from the first; the last of them is the root of the next draft."""
@@ -39,6 +53,8 @@ class CausalSequence:
     """Passes of the model it was in."""
     draft_nfe: int = 0
     """Drafts that were made for it, if drafting takes a pass."""
+    layers: int = 0
+    """Layers of the model that were run for it, one after the other: in `nfe` and for drafts."""
     drafted: int = 0
     """Nodes of its last draft; 0 where the last pass was without."""
     accepted: int = 0
@@ -48,6 +64,11 @@ class CausalSequence:
     done: bool = False
     stopped: bool = False
     """Whether EOS or a stop sequence ended it."""
+
+    @property
+    def sampling(self) -> SamplingGroup:
+        own = self.settings
+        return SamplingGroup(own.temperature, own.top_p, own.top_k, self.suppress)
 
     @property
     def columns(self) -> range:

@@ -44,6 +44,9 @@ class SpeculateOutput(DecodeOutput):
     """(D,) int64: drafts, over all sequences, that reached depth 1, 2, ..., D."""
     accepted: Tensor = field(kw_only=True)
     """(D,) int64: of these, the drafts whose token at that depth was the model's own choice."""
+    layers: Tensor = field(kw_only=True)
+    """(B,) int64: layers of the model that were run for each sequence, one after the other: all of them in
+    each pass, but where drafts are made by some."""
 
     @property
     def accepted_per_draft(self) -> float:
@@ -238,4 +241,5 @@ def _output(batch: CausalBatch, prompts: Sequence[Tensor], config: DecodeConfig)
         draft_forwards=batch.draft_forwards,
         drafted=torch.tensor(batch.counts.drafted, dtype=torch.int64),
         accepted=torch.tensor(batch.counts.accepted, dtype=torch.int64),
+        layers=numbers("layers"),
     )

@@ -58,11 +58,18 @@ DrafterOption = Annotated[
     str | None,
     typer.Option(
         help="of an autoregressive model: ngram, ngram:N, a drafter's or a model's path; for builtin:causal "
-        "also builtin:dflash, builtin:parallelspec, builtin:student; default: none"
+        "also builtin:dflash, builtin:parallelspec, builtin:adadecode, builtin:student; default: none"
     ),
 ]
 DraftSizeOption = Annotated[
     int | None, typer.Option(help="tokens of a draft; default: as many as pay, by measurement")
+]
+GuessesOption = Annotated[
+    int | None,
+    typer.Option(
+        help="tokens of a draft; default: as many as pay, by measurement. Of diffusion models, with a policy "
+        "one, steps:N or quota:K: guesses of self-speculation; default: none"
+    ),
 ]
 EVALUATED = (ONE, "confidence:0.9", "entropy:0.5")
 
@@ -182,7 +189,7 @@ def decode(
     top_k: Annotated[int | None, typer.Option(help="sample from so many ids; 0: all")] = None,
     seed: Annotated[int | None, typer.Option(help="of the samples; default: another each time")] = None,
     drafter: DrafterOption = None,
-    draft_size: DraftSizeOption = None,
+    draft_size: GuessesOption = None,
     mask_id: MaskOption = None,
     chat: ChatOption = None,
     device: str | None = None,
@@ -210,9 +217,7 @@ def decode(
         infill = infill or bool(content.get("infill"))
         content.setdefault("gen_length", 0 if infill and not suffix else registry.gen_length(model))
         causal = registry.is_causal(model)
-        check_kind(
-            model, causal, drafter=drafter, draft_size=draft_size, suffix=suffix or None, policy=policy
-        )
+        check_kind(model, causal, drafter=drafter, suffix=suffix or None, policy=policy)
         asked = (causal_config_of if causal else config_of)(
             content,
             policy,
@@ -238,7 +243,7 @@ def decode(
             if causal:
                 found = complete_causal(*given, drafter=drafter, draft_size=draft_size, **shared)
             else:
-                found = complete(*given, suffix=suffix, **shared)
+                found = complete(*given, suffix=suffix, draft_size=draft_size, **shared)
             for row in found:
                 if unknown := registry.unknown_words(tokenizer, row["prompt"]):
                     words = ", ".join(map(repr, dict.fromkeys(unknown)))
@@ -308,7 +313,7 @@ def evaluate(
         list[str] | None,
         typer.Option(help="of autoregressive models; repeatable; default: plain, ngram"),
     ] = None,
-    draft_size: DraftSizeOption = None,
+    draft_size: GuessesOption = None,
     report: Annotated[bool, typer.Option("--report", help="what drafts were worth, by position")] = False,
 ) -> None:
     """Accuracy, passes, tokens per pass and time on held-out problems, for models and policies."""
@@ -552,11 +557,19 @@ def learn_filter(
             typer.echo(text)
 
 
+def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
+    """Numbers with commas between them. Raises ValueError for another text."""
+    try:
+        return None if text is None else tuple(int(each) for each in text.split(","))
+    except ValueError as error:
+        raise ValueError(f'{name}: expected numbers as "1,9,17", got {text!r:.80}') from error
+
+
 @app.command()
 def drafter(
     target: Annotated[str, typer.Argument(help="an autoregressive model: builtin:NAME, a directory, ...")],
     out: Annotated[Path, typer.Argument(help="the drafter's directory; a run that was stopped goes on")],
-    kind: Annotated[str, typer.Option(help="dflash or parallelspec")] = "dflash",
+    kind: Annotated[str, typer.Option(help="dflash, parallelspec or adadecode")] = "dflash",
     data: Annotated[
         str, typer.Option(help="builtin:N[:SEED], or a JSONL or Parquet file with prompts")
     ] = "builtin:4000",
@@ -572,6 +585,14 @@ def drafter(
     taps: Annotated[
         str | None, typer.Option(help='layers of the target, as "1,9,17"; -1 is the embedding')
     ] = None,
+    exits: Annotated[
+        str | None,
+        typer.Option(help='of adadecode: behind so many layers stand heads, as "8,16,24"; default: quarters'),
+    ] = None,
+    gamma: Annotated[
+        float | None, typer.Option(help="of adadecode: how sure a head has to be; default 0.85")
+    ] = None,
+    most: Annotated[int | None, typer.Option(help="of adadecode: tokens of a draft; default 16")] = None,
     loss: Annotated[str | None, typer.Option(help="d-pace (default) or exp")] = None,
     gen_length: Annotated[int | None, typer.Option(help="tokens; default 64 built-in, 256 else")] = None,
     temperature: Annotated[float, typer.Option(help="of the answers that it learns from")] = 0.0,
@@ -583,17 +604,15 @@ def drafter(
     chat: ChatOption = None,
     device: str | None = None,
 ) -> None:
-    """Train a drafter for `speculate` (DFlash or ParallelSpec) on a model's own answers."""
+    """Train a drafter for `speculate` (DFlash, ParallelSpec, AdaDecode's heads) on a model's own answers."""
     from .training import drafters
 
     with plain_errors("train"):
-        try:
-            layers_of_target = None if taps is None else tuple(int(tap) for tap in taps.split(","))
-        except ValueError as error:
-            raise ValueError(f'taps: expected numbers as "1,9,17", got {taps!r:.80}') from error
         given = {
             **{"steps": steps, "batch": batch, "anchors": anchors, "temperature": temperature, "seed": seed},
-            **{"layers": layers, "block": block, "taps": layers_of_target, "mask_id": mask_id, "loss": loss},
+            **{"layers": layers, "block": block, "taps": _numbers("taps", taps)},
+            **{"exits": _numbers("exits", exits), "gamma": gamma, "most": most},
+            **{"mask_id": mask_id, "loss": loss},
             "gen_length": registry.gen_length(target) if gen_length is None else gen_length,
         }
         settings = drafters.settings_of(kind, **{k: v for k, v in given.items() if v is not None})

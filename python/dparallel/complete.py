@@ -23,11 +23,13 @@ def complete(
     *,
     template: text.Template | None = None,
     suffix: str | None = None,
+    draft_size: int | None = None,
     live: LiveText | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Decode prompts together; yields prompt, response, tokens, forwards and, with `infill`, text of each.
 
-    `name`: the model's. `suffix`: text behind the response, which stands in between.
+    `name`: the model's. `suffix`: text behind the response, which stands in between. `draft_size`: of
+    `decode`.
 
     Raises ValueError, by name.
     """
@@ -46,7 +48,8 @@ def complete(
         raise ValueError(f"prompt: expected a mask token, {said}, where --infill is to fill it")
     registry.check_positions(name, model, max(map(len, ids), default=0) + more)
     with live or contextlib.nullcontext():
-        out = dx.decode(model, ids, config, gen_length=more, infill=infill or bool(suffix), streamer=live)
+        config = config.replace(gen_length=more, infill=infill or bool(suffix))
+        out = dx.decode(model, ids, config, draft_size=draft_size, streamer=live)
     for i, (prompt, tokens, passes) in enumerate(zip(prompts, out.responses, out.nfe.tolist(), strict=True)):
         # A block-causal model fills its last block beyond what was asked for.
         kept = min(int(out.kept[i]), gaps[i] + more)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import operator
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import rules
+from dparallel_ext.arguments import whole
 from dparallel_ext.rules import ONE as ONE
 from dparallel_ext.rules import learned
 
@@ -48,9 +50,9 @@ Fields = Mapping[str, Any]
 """Of `DecodeConfig`, by name, with a "rule" among them."""
 VARIED = (
     *("rule", "block_length", "sub_block_length", "cache", "refresh"),
-    *("active_blocks", "open_at", "activate_at"),
+    *("active_blocks", "open_at", "activate_at", "draft_size"),
 )
-"""The fields that the rows of a table may differ in."""
+"""The fields that the rows of a table may differ in; `draft_size` is `decode`'s."""
 
 
 PLAIN = "plain"
@@ -77,7 +79,14 @@ def check_row(entry: Any) -> None:
         raise ValueError('expected an object with a "rule", a text')
     if unknown := [name for name in entry if name not in VARIED]:
         raise ValueError(f"expected fields of {list(VARIED)}, got {unknown[0]!r}")
-    dx.DecodeConfig.from_dict(entry)
+    dx.DecodeConfig.from_dict(of_config(entry))
+    if (size := entry.get("draft_size")) is not None:
+        whole("draft_size", size, 0)
+
+
+def of_config(entry: Fields) -> dict[str, Any]:
+    """What of a row's fields are `DecodeConfig`'s."""
+    return {name: value for name, value in entry.items() if name != "draft_size"}
 
 
 def read_results(file: str | Path) -> list[dict[str, Any]]:
@@ -113,20 +122,24 @@ def evaluate(
     chat: bool | None = None,
     device: str | None = None,
     fp8: bool = False,
+    draft_size: int | None = None,
     loaded: tuple[Any, Any] | None = None,
+    answers: list[Answer] | None = None,
 ) -> dict[str, Any]:
     """Decode `problems` held-out problems, the same for every call with one `seed`, and check the answers.
 
     Every sequence is decoded to its full length, so that passes compare. `config`: how, but for the length
     and the rule, which `policy` says. `block_length` and `cache`: default the config's. `chat`: the problems
     go by the checkpoint's chat template; default: where it has one. A model that comes as `loaded` is asked
-    without unless `chat` is true, which takes the template of `model_name`.
+    without unless `chat` is true, which takes the template of `model_name`. `draft_size`: of `decode`.
+    `answers`: a list that receives whole responses, in the order of the problems.
 
     Returns model, policy, config (what else differs from the defaults), threshold, problems, seed, accuracy,
     accuracy_interval (Wilson's, 95 %), nfe_mean (passes per answer), nfe_to_eos (those until the block that
     holds EOS, the model's `eos_id`, is complete: with `decode(eos_id=...)` there are no more),
     tokens_per_forward (those in front of EOS), padded_tokens_per_forward (all gen_length of them), seconds,
-    gen_length, block_length, cache, chat, fp8.
+    gen_length, block_length, cache, chat, fp8; with a draft_size canvases_mean, copies of an answer that its
+    passes computed.
     """
     threshold = parse_policy(policy).get("threshold")
     config = (config or dx.DecodeConfig()).with_rule(policy)
@@ -134,7 +147,7 @@ def evaluate(
         config = config.replace(block_length=block_length)
     if cache is not None:
         config = config.replace(cache=cache)
-    said = _said(config)
+    said = _said(config) | drafted_by(draft_size)
     config = config.replace(gen_length=tasks.GEN_LENGTH, record=True)
     for name, value, least in (("problems", problems, 0), ("batch", batch, 1)):
         if value < least:
@@ -146,22 +159,30 @@ def evaluate(
     groups = _groups(problems, seed, prompt_encoder(tokenizer, template))
     causal = dx.models.traits(model).block_length
     block = config.block_length or causal or 32
-    correct = passes = to_eos = tokens = padded = 0
+    correct = passes = canvases = to_eos = tokens = padded = 0
+    found: dict[str, Answer] = {}
     began = time.perf_counter()
     for group in groups.values():
         for at in range(0, len(group), batch):
             part = group[at : at + batch]
             prompt = torch.tensor([ids for _, ids in part], device=model.device)
-            out = dx.decode(model, prompt, config)
+            out = dx.decode(model, prompt, config, draft_size=draft_size)
             responses = out.sequences[:, prompt.shape[1] :]
             answers = tokenizer.decode_batch(responses.tolist())
             correct += sum(tasks.is_correct(p, text) for (p, _), text in zip(part, answers, strict=True))
+            found |= {
+                p.prompt: Answer(ids, own) for (p, ids), own in zip(part, responses.tolist(), strict=True)
+            }
             passes += int(out.nfe.sum())
+            canvases += 0 if out.canvases is None else int(out.canvases.sum())
             tokens += kept_tokens(responses[:, : tasks.GEN_LENGTH], model.eos_id)
             assert out.trajectory is not None
             steps, ends = out.trajectory.step, responses == (-1 if model.eos_id is None else model.eos_id)
             to_eos += int(passes_to_eos(steps, out.nfe, ends, block, prompt.shape[1] if causal else 0).sum())
             padded += int(out.generated.sum())
+    if answers is not None:
+        answers += [found[p.prompt] for p in itertools.islice(tasks.problems("held_out", seed), problems)]
+    of_drafts = {"canvases_mean": canvases / problems if problems else 0.0} if draft_size else {}
     return {
         "model": model_name,
         "policy": policy,
@@ -181,11 +202,12 @@ def evaluate(
         "cache": config.cache or "none",
         "chat": template is not None,
         "fp8": model.quantized,
+        **of_drafts,
     }
 
 
 class Answer(NamedTuple):
-    """The ids of a prompt and of its response, without the end."""
+    """The ids of a prompt and of its response; of an autoregressive model without the end."""
 
     prompt: list[int]
     tokens: list[int]
@@ -210,11 +232,12 @@ def evaluate_drafter(
     Returns as `evaluate`: nfe_mean and nfe_to_eos are passes of the model per answer, tokens_per_forward what
     each pass brings, the end among the tokens; policy is "plain" or the drafter's name, as it is given. And
     draft_mean (drafts per answer), drafted and accepted (drafts that reached each depth, and those whose
-    token there was the model's own), accepted_per_draft.
+    token there was the model's own), accepted_per_draft, and layers: of the model that were run for a token,
+    one after the other, as a share of all its layers.
     """
     model, tokenizer = loaded or registry.load(model_name, device=device)
     encode = prompt_encoder(tokenizer, registry.template_of(model_name))
-    correct = passes = drafts = tokens = 0
+    correct = passes = drafts = tokens = layers = 0
     drafted, accepted = [0] * 0, [0] * 0
     found: dict[str, Answer] = {}
     made = dx.speculation.drafter_of(drafter, model.device)
@@ -235,7 +258,7 @@ def evaluate_drafter(
             correct += sum(tasks.is_correct(p, text) for (p, _), text in zip(part, texts, strict=True))
             found |= {p.prompt: Answer(ids, own) for (p, ids), own in zip(part, kept, strict=True)}
             passes, drafts = passes + int(out.nfe.sum()), drafts + int(out.draft_nfe.sum())
-            tokens += int(out.generated.sum())
+            tokens, layers = tokens + int(out.generated.sum()), layers + int(out.layers.sum())
             drafted, accepted = (
                 [sum(pair) for pair in itertools.zip_longest(old, new.tolist(), fillvalue=0)]
                 for old, new in ((drafted, out.drafted), (accepted, out.accepted))
@@ -260,6 +283,7 @@ def evaluate_drafter(
         "drafted": drafted,
         "accepted": accepted,
         "accepted_per_draft": sum(accepted) / drafted[0] if drafted else 0.0,
+        "layers": layers / (tokens * model.shape.layers) if tokens else 0.0,
         "seconds": round(seconds, 3),
         "gen_length": tasks.GEN_LENGTH,
         "batch": batch,
@@ -285,6 +309,10 @@ def report(row: Mapping[str, Any]) -> str:
     lines.append(
         f"tokens of a draft that are accepted: {without:.2f}; with the pass's own token {without + 1:.2f}"
     )
+    asked, taken = sum(row["drafted"]), sum(row["accepted"])
+    lines.append(f"of all drafted tokens accepted: {taken / max(1, asked):.1%}")
+    if "layers" in row:
+        lines.append(f"layers of the model run for a token: {row['layers']:.3f} of all")
     if row.get("same_texts") is not None:
         tokens, gaps = row["nfe_mean"] * row["tokens_per_forward"] * row["problems"], row["gaps"]
         lines.append(f"texts as plain decoding gives them: {row['same_texts']} of {row['problems']}")
@@ -330,8 +358,10 @@ def sweep(
     """`evaluate` for every model and policy, and `evaluate_drafter` for every autoregressive model and
     drafter, each model loaded once; yields as it goes.
 
-    policies: texts, or the fields of a row. drafters: "plain" for none. known: results of an earlier run;
-    those of the same settings are not measured again.
+    policies: texts, or the fields of a row. drafters: "plain" for none. draft_size: of the drafters; where
+    all models are diffusion models, `decode`'s for every policy that names none. same_texts of a result with
+    one: how many responses are those of the same policy without. known: results of an earlier run; those of
+    the same settings are not measured again.
     """
     entries = [{"rule": each} if isinstance(each, str) else each for each in policies]
     for entry in entries:
@@ -341,6 +371,8 @@ def sweep(
     for_all = {
         name: settings.pop(name) for name in ("block_length", "cache") if settings.get(name) is not None
     }
+    names = list(names)
+    of_policies = None if any(registry.is_causal(name) for name in names) else draft_size
     for name in names:
         options = {key: settings[key] for key in ("device", "fp8", "mask_id") if key in settings}
         if registry.is_causal(name):
@@ -349,14 +381,22 @@ def sweep(
             continue
         settings = {**settings, "chat": registry.template_of(name, settings.get("chat")) is not None}
         loaded: tuple[Any, Any] | None = None
+        plain: dict[dx.DecodeConfig, list[Answer]] = {}
         for entry in entries:
-            text = entry["rule"]
-            of_row = (config or dx.DecodeConfig()).with_rule(text).replace(**{**for_all, **entry})
-            asked = {"model": name, "policy": text, "config": _said(of_row), **settings}
+            text = str(entry["rule"])
+            size: Any = entry.get("draft_size", of_policies)
+            of_row = (config or dx.DecodeConfig()).with_rule(text).replace(**{**for_all, **of_config(entry)})
+            asked = {"model": name, "policy": text, "config": _said(of_row) | drafted_by(size), **settings}
             row = found.get(_key(asked))
             if row is None:
                 loaded = loaded or registry.load(name, **options)
-                row = evaluate(name, text, config=of_row, loaded=loaded, **settings)
+                answers: list[Answer] = []
+                more: dict[str, Any] = {"draft_size": size, "loaded": loaded, "answers": answers}
+                row = evaluate(name, text, config=of_row, **more, **settings)
+                if not size:
+                    plain[of_row] = answers
+                elif of_row in plain:
+                    row["same_texts"] = sum(map(operator.eq, plain[of_row], answers))
             yield row
 
 
@@ -400,6 +440,11 @@ def compared(model: Any, plain: Sequence[Answer], drafted: Sequence[Answer]) -> 
             best = model(ids).logits[0, -1].float().topk(2).values
         gaps.append(round(float(best[0] - best[1]), 5))
     return {"same_texts": len(plain) - len(gaps), "gaps": sorted(gaps)}
+
+
+def drafted_by(size: int | None) -> dict[str, int]:
+    """What a row's config says of it."""
+    return {"draft_size": size} if size else {}
 
 
 def _said(config: dx.DecodeConfig) -> dict[str, Any]:
@@ -491,10 +536,14 @@ def _drafters(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _policies(rows: Iterable[Mapping[str, Any]]) -> str:
+    rows = list(rows)
+    guessed = any("canvases_mean" in row for row in rows)
     lines = [
         "| model | rule | problems | accuracy | 95 % interval | passes | to EOS | tokens a pass to EOS |",
         "|--|--|--:|--:|--|--:|--:|--:|",
     ]
+    if guessed:
+        lines = [lines[0] + " canvases | texts as without |", lines[1] + "--:|--:|"]
     for row in rows:
         low, high = row["accuracy_interval"]
         rule = f"`{row['policy']}`" + label(row).removeprefix(row["policy"])
@@ -506,4 +555,7 @@ def _policies(rows: Iterable[Mapping[str, Any]]) -> str:
             f"| {row['model'].removeprefix('builtin:')} | {rule} | {row['problems']} | {row['accuracy']:.1%} "
             f"| {low:.1%} to {high:.1%} | {row['nfe_mean']:.2f} | {' | '.join(to_eos)} |"
         )
+        if guessed:
+            same = "" if row.get("same_texts") is None else f"{row['same_texts']:,}"
+            lines[-1] += f" {row.get('canvases_mean', row['nfe_mean']):.2f} | {same} |"
     return "\n".join(lines) + "\n"

@@ -40,7 +40,7 @@ def test_the_keywords_are_the_fields() -> None:
 @pytest.mark.parametrize(
     ("call", "own"),
     [
-        (dx.decode, ["model", "prompt", "config", "attention_mask", "streamer", "progress"]),
+        (dx.decode, ["model", "prompt", "config", "draft_size", "attention_mask", "streamer", "progress"]),
         (dx.Engine.submit, ["self", "prompt", "config", "on_draft"]),
         (dx.Engine(LLADA, lanes=1, max_length=8).submit, ["prompt", "config", "on_draft"]),
         (

@@ -279,8 +279,11 @@ def test_the_whole_pipeline_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(study, "STUDENT_POLICIES", few)
     said: list[str] = []
     small = {"seeds": 2, "steps": 2, "sweep_steps": 1, "problems": 3, "validation": 2, "data": "builtin:12"}
+    recipe = tmp_path / "recipe.yaml"
+    text = (RECIPES / "builtin.yaml").read_text()
+    recipe.write_text(text.replace("per_device_train_batch_size: 32", "per_device_train_batch_size: 4"))
     report = study.run(
-        tmp_path, RECIPES / "builtin.yaml", betas=(0.0, 1.0), ratios=(0.5,), say=said.append, **small
+        tmp_path, recipe, betas=(0.0, 1.0), ratios=(0.5,), say=said.append, **small
     )  # fmt: skip
     assert {row["model"] for row in report["table"]} == {"teacher", "cross entropy", "certainty forcing"}
     assert report["chosen"]["cross entropy"]["entropy_weight"] == 0
@@ -296,7 +299,7 @@ def test_the_whole_pipeline_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CertaintyForcingTrainer, "train", None)
         again = study.run(
-            tmp_path, RECIPES / "builtin.yaml", betas=(0.0, 1.0), ratios=(0.5,), say=said.append, **small
+            tmp_path, recipe, betas=(0.0, 1.0), ratios=(0.5,), say=said.append, **small
         )  # fmt: skip
     assert again["table"] == report["table"]
 

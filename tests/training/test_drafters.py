@@ -14,8 +14,10 @@ import torch
 from dparallel import cli, registry
 from dparallel.toy import tasks, train
 from dparallel.training import drafters
-from dparallel.training.drafters import answers, blocks
+from dparallel.training.drafters import adadecode, answers, blocks
+from dparallel.training.drafters.adadecode import ExitSettings
 from dparallel.training.drafters.blocks import BlockSettings as Settings
+from dparallel.training.drafters.common import Target
 from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
@@ -25,6 +27,7 @@ from dparallel_ext import models
 from dparallel_ext.speculation.checkpoint import Origin
 from dparallel_ext.speculation.dflash import Layout
 
+EXITS = ExitSettings(steps=6, batch=4, anchors=3, gen_length=12, warmup=2)
 TINY = Settings(steps=6, batch=4, anchors=3, layers=1, mlp_width=24, gen_length=12, warmup=2)
 MASK = tasks.vocabulary().index(tasks.MASK)
 
@@ -42,11 +45,11 @@ def run(target: Path, out: Path, settings: Settings = TINY, **more: Any) -> dict
     return load_file(out / "model.safetensors")
 
 
-@pytest.mark.parametrize("kind", blocks.KINDS)
+@pytest.mark.parametrize("kind", drafters.KINDS)
 def test_same_settings_same_drafter_and_a_stopped_run_goes_on_as_if_it_had_not(
     target: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = replace(TINY, kind=kind)
+    settings = EXITS if kind == EXITS.kind else replace(TINY, kind=kind)
     expected = run(target, tmp_path / "whole", settings)
     original, calls = drafters.KINDS[kind].loss_of, itertools.count()
 
@@ -66,8 +69,8 @@ def test_same_settings_same_drafter_and_a_stopped_run_goes_on_as_if_it_had_not(
         resumed = run(target, tmp_path / "part", settings)
     assert resumed.keys() == expected.keys()
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
-    with pytest.raises(ValueError, match=r"out: .* holds a run with other settings: \{'loss': 'd-pace'\}"):
-        run(target, tmp_path / "part", replace(settings, loss="exp"))
+    with pytest.raises(ValueError, match=r"out: .* holds a run with other settings: \{'seed': 0\}"):
+        run(target, tmp_path / "part", replace(settings, seed=1))
     with pytest.raises(ValueError, match=r"out: .*answers-00000.* holds answers of another run"):
         run(target, tmp_path / "part", settings, data="builtin:41")
     (tmp_path / "part" / "state.pt").write_bytes(b"nothing")
@@ -128,6 +131,76 @@ def test_it_learns_what_can_be_known(tmp_path: Path, kind: str) -> None:
     assert held["tau"] > 3, held
     assert held["tokens"] == 16
     assert held["passes"] < 8
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_heads_of_first_layers_learn_what_the_whole_model_says(target: Path, tmp_path: Path) -> None:
+    """At the places of the answers, by KL."""
+    model = registry.load(str(target))[0].float().requires_grad_(False)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for block in model.blocks:
+            for part in (block.o, block.down):
+                part.weight.normal_(std=0.3)
+    texts = [(torch.randint(3, 90, (n,)), prompt) for n, prompt in ((12, 3), (9, 7), (20, 2))]
+    ids, places = adadecode.places_of(texts, 4, torch.Generator().manual_seed(0))
+    assert len(places) == 4 + 2 + 4
+    for b, (text, prompt) in enumerate(texts):
+        own = [int(at) - b * 20 for at in places if b * 20 <= at < (b + 1) * 20]
+        assert all(prompt - 1 <= at <= len(text) - 2 for at in own)
+        assert len(set(own)) == min(4, len(text) - prompt)
+    trainee = adadecode.Exits(Target("tiny", model, None, False), replace(EXITS, batch=3))
+    assert trainee.layout.layers == (1,)
+    heads = trainee.module = trainee.build()
+    with torch.no_grad():
+        streams = models.Taps((0,))
+        p = model.head(model.hidden(ids, taps=streams)).double().softmax(-1).flatten(0, 1)[places]
+        q = model.head(model.norm(streams[0])).double().softmax(-1).flatten(0, 1)[places]
+    expected = (p * (p / q).log()).sum(-1).mean()  # each matrix is the identity at first
+    assert adadecode.loss_of(heads, model, ids, places).item() == pytest.approx(float(expected), rel=1e-4)
+    run(target, tmp_path, EXITS)
+    with pytest.raises(
+        ValueError, match=r"exits: expected ascending numbers of layers of \[1, 2\), got \(2,\)"
+    ):
+        run(target, tmp_path / "none", replace(EXITS, exits=(2,)))
+    assert not (tmp_path / "none").exists()
+    for name, value, message in (
+        ("gamma", 1.5, "gamma: expected a number from 0 to 1, got 1.5"),
+        ("most", 0, "most: expected a whole number >= 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(EXITS, **{name: value})
+    optimizer = torch.optim.Adam(heads.parameters(), lr=1e-2)
+    for step in range(60):
+        loss = trainee.loss_of(texts, step)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.5 * expected.item()
+
+
+def test_heads_are_trained_by_the_command(target: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = {"kind": "adadecode", "exits": "1", "gamma": 0.2, "most": 5, "steps": 3, "gen-length": 10}
+    options |= {"data": "builtin:30", "evaluate": 5, "batch": 2}
+    args = [str(each) for key, value in options.items() for each in (f"--{key}", value)]
+    found = CliRunner().invoke(cli.app, ["drafter", str(target), str(out), *args])
+    assert found.exit_code == 0, found.output
+    assert "of the model's layers for a token" in found.output
+    held = json.loads((out / "training.json").read_text())["held_out"]
+    assert 0 <= held["accepted_share"] <= 1
+    assert held["layers"] >= 0.5
+    drafter = dx.speculation.load(out)
+    assert drafter.layout[3:6] == ((1,), 0.2, 5)
+    prompts = [torch.tensor([3, 4, 5])]
+    model, _ = registry.load(str(target))
+    expected = dx.speculate(model, prompts, gen_length=12)
+    assert torch.equal(dx.speculate(model, prompts, gen_length=12, drafter=out).sequences, expected.sequences)
+    found = CliRunner().invoke(cli.app, ["drafter", str(target), str(out), "--exits", "a"])
+    assert found.exit_code != 0
+    assert 'exits: expected numbers as "1,9,17", got' in found.output
+    found = CliRunner().invoke(cli.app, ["drafter", str(target), str(out), "--exits", "1"])
+    assert "exits: belongs to adadecode, not to dflash" in found.output
 
 
 def test_answers_are_the_targets_own(target: Path, tmp_path: Path) -> None:

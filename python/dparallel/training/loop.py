@@ -82,21 +82,19 @@ def run(
     """
     matrices = list(matrices)
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    optimizers: list[torch.optim.Optimizer] = []
-    full_rates: list[float] = []
+    optimizers: list[tuple[torch.optim.Optimizer, float]] = []
+    """With their full rates."""
     if matrices:
-        optimizers.append(
-            torch.optim.Muon(
-                matrices,
-                lr=schedule.muon_lr,
-                weight_decay=schedule.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
+        muon = torch.optim.Muon(
+            matrices,
+            lr=schedule.muon_lr,
+            weight_decay=schedule.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
         )
-        full_rates.append(schedule.muon_lr)
+        optimizers.append((muon, schedule.muon_lr))
     if rest:
-        optimizers.append(torch.optim.AdamW(rest, lr=schedule.adam_lr, betas=(0.9, 0.98), weight_decay=0.0))
-        full_rates.append(schedule.adam_lr)
+        adam = torch.optim.AdamW(rest, lr=schedule.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
+        optimizers.append((adam, schedule.adam_lr))
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     first, seconds = 0, 0.0
     curve: list[list[float]] = []
@@ -109,7 +107,7 @@ def run(
             other = {key: value for key, value in before.items() if settings.get(key) != value}
             raise ValueError(f"out: {directory} holds a run with other settings: {other}")
         model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        for (optimizer, _), saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         average, first = state["average"], state["step"]
         seconds, curve, recent = state["seconds"], state["curve"], state["recent"]
@@ -122,13 +120,13 @@ def run(
     clock = time.monotonic()
     for step in steps:
         rate = learning_rate(step, steps=schedule.steps, warmup=schedule.warmup, decay=schedule.decay)
-        for optimizer, full in zip(optimizers, full_rates, strict=True):
+        for optimizer, full in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = full * rate
         loss = loss_of(step)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
+        for optimizer, _ in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         kept = min(schedule.ema, (step + 1) / (step + 10))
@@ -148,7 +146,7 @@ def run(
                 "settings": dict(settings),
                 "step": step + 1,
                 "model": model.state_dict(),
-                "optimizers": [o.state_dict() for o in optimizers],
+                "optimizers": [o.state_dict() for o, _ in optimizers],
                 "average": average,
                 "seconds": seconds,
                 "curve": curve,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ from dparallel_ext.speculation.speculate import causal_model, check_prompts
 from ... import files, registry
 from ...text import prompt_encoder
 from .. import loop
-from . import blocks, riders
+from . import adadecode, blocks, riders
 from .answers import answers_of, prompts_of
 from .common import Answer, Saved, Settings, Target, Trainee
 
-TRAINEES: tuple[type[Trainee], ...] = (blocks.Blocks, riders.Prompts, riders.Transfers)
+TRAINEES: tuple[type[Trainee], ...] = (blocks.Blocks, riders.Prompts, riders.Transfers, adadecode.Exits)
 KINDS: dict[str, type[Trainee]] = {kind: trainee for trainee in TRAINEES for kind in trainee.SETTINGS.KINDS}
 
 
@@ -91,7 +92,10 @@ def run(
     directory = files.directory("out", out)
     with files.locked("out", directory), files.full_disk_named(directory):
         answers = answers_of(directory, model, learned, settings, answer_batch, progress)
-        drafter, report = _train(directory, trainee, model.device, answers, settings, save_every, progress)
+        with _frozen(model):
+            drafter, report = _train(
+                directory, trainee, model.device, answers, settings, save_every, progress
+            )
         drafter.save(directory)
         report |= {"target": target, "data": data, "answers": len(answers)}
         report["bytes"] = (directory / "model.safetensors").stat().st_size
@@ -99,6 +103,19 @@ def run(
             report["held_out"] = judge(model, drafter, judged, settings.gen_length, answer_batch)
         files.write_json(directory / "training.json", report)
     return report
+
+
+@contextmanager
+def _frozen(model: models.Model) -> Iterator[None]:
+    """No gradient of the target's weights is computed."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in learning:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
 
 
 def _train(
@@ -150,14 +167,15 @@ def _train(
 def judge(
     target: models.Model, drafter: Drafter, prompts: Sequence[Tensor], gen_length: int, batch: int = 128
 ) -> dict[str, Any]:
-    """Decoding of prompts with the whole block drafted in every pass, to the end token.
+    """Decoding of prompts with drafts of the drafter's most tokens in every pass, to the end token.
 
     prompts; tokens (an answer's mean, the end token among them); passes (an answer's mean, with that over the
     prompt); tau: tokens of a pass that has a draft, the model's own among them; tokens_per_pass: of all
     passes; accepted: of each depth of a draft, as far as there was room for it, the share of drafts that were
-    right up to it.
+    right up to it; accepted_share: of all drafted tokens; layers: of the model that were run for a token, one
+    after the other, as a share of all its layers.
     """
-    tokens = passes = drafts = 0
+    tokens = passes = drafts = layers = 0
     depth = torch.zeros(2, drafter.most, dtype=torch.int64)
     for first in range(0, len(prompts), batch):
         part = list(prompts[first : first + batch])
@@ -165,6 +183,7 @@ def judge(
         tokens += int(out.generated.sum())
         passes += int(out.nfe.sum())
         drafts += int(out.draft_nfe.sum())
+        layers += int(out.layers.sum())
         for row, counts in zip(depth, (out.drafted, out.accepted), strict=True):
             row[: len(counts)] += counts
     gained = int(depth[1].sum())
@@ -175,6 +194,8 @@ def judge(
         "tau": 1 + gained / max(1, drafts),
         "tokens_per_pass": tokens / max(1, passes),
         "accepted": [round(float(share), 4) for share in depth[1] / depth[0].clamp(min=1)],
+        "accepted_share": gained / max(1, int(depth[0].sum())),
+        "layers": layers / max(1, tokens) / target.shape.layers,
     }
 
 
@@ -188,5 +209,9 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
             f"{held['prompts']} held out: {held['tau']:.2f} tokens a pass with a draft, "
             f"{held['tokens_per_pass']:.2f} with that over the prompt ({held['tokens']:.1f} tokens in "
             f"{held['passes']:.2f} passes)"
+        )
+        yield (
+            f"{held['accepted_share']:.1%} of the drafted tokens accepted, {held['layers']:.3f} of the "
+            "model's layers for a token"
         )
         yield "accepted by depth: " + " ".join(f"{share:.0%}" for share in held["accepted"])

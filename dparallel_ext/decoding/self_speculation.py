@@ -1,0 +1,264 @@
+"""Self-speculation of masked diffusion models (SSD, arXiv 2510.04147): several passes of a schedule in one.
+
+A decode that commits a fixed number of tokens a pass, most often one, takes as many passes as that needs.
+The statistics of a pass hint at what the next ones will commit:
+
+    draft     the window's masks by the rule's score, the surest first, as the last pass saw them: state 0 is
+              the sequence itself, state i what i more passes make of it if that order and its tokens hold
+    verify    one pass over states 0 to N side by side; in each the rule decides as it would in a pass alone
+    accept    state i + 1 while what state i decided, positions and tokens, makes exactly that state of it
+    commit    what the last accepted state has become; its statistics are the next draft
+
+So every token is committed where, when and by which statistics the schedule alone would have committed it:
+the text is the same. A pass computes N + 1 canvases, the rejected ones for nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import policies
+from ..cache import KVCache
+from ..models import Model
+from ..rules import Decision, Rule, Where
+from ..types import RowStats
+from .batch import Batch
+from .schedule import Schedule
+from .sequence import IDLE, OpenBlock, SequenceState, Settings
+
+
+@dataclass(frozen=True)
+class Ranks(Rule):
+    """Commits what the policy row says, and remembers each position's token and how soon it would come."""
+
+    score: str
+
+    def new_state(self, lanes: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
+        token = torch.zeros((lanes, columns), dtype=torch.int64, device=device)
+        return token, torch.zeros((lanes, columns), device=device)
+
+    def decide(self, stats: RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
+        score: Tensor = getattr(stats, self.score)
+        where.remember(state[0], stats.token)
+        where.remember(state[1], -score if self.score == "entropy" else score)
+        return Decision()
+
+
+class Guess(NamedTuple):
+    """What a state has that the state before it has not."""
+
+    columns: list[int]
+    tokens: list[int]
+    block: OpenBlock
+    """The front block, with them."""
+
+
+class Pass(NamedTuple):
+    """The last pass of a sequence."""
+
+    lane: int = 0
+    """Of the accepted state."""
+    start: int = 0
+    end: int = 0
+    """Columns [start, end) that it had statistics of."""
+
+
+def check_draft(settings: Sequence[Settings], schedule: Schedule) -> None:
+    """Raise ValueError, naming `draft_size`, where states cannot be told beforehand or have caches apart."""
+    for own in settings:
+        got = None if own.rule is None else f"the rule {type(own.rule).__name__}"
+        if got is None and own.policy[0] != policies.SELECTORS["quota"]:
+            got = (
+                f"the selector {next(name for name, i in policies.SELECTORS.items() if i == own.policy[0])!r}"
+            )
+        if got is not None:
+            raise ValueError(
+                "draft_size: belongs to a fixed number of tokens a pass, so to no threshold (the fixed "
+                f"schedule), or that of the selector 'quota', got {got}"
+            )
+    if schedule.active_blocks > 1:
+        raise ValueError(f"draft_size: goes with active_blocks=1 alone, got {schedule.active_blocks}")
+    if schedule.keeps and not schedule.stores_blocks:
+        raise ValueError(
+            'draft_size: goes with cache "none", or "block" for a block-causal model; with others each '
+            "guessed state would need stale keys and values of its own"
+        )
+
+
+class SelfSpeculation(Batch):
+    """A batch whose passes are over up to 1 + `draft_size` states of each sequence, see above.
+
+    Lane b of the first `count` holds sequence b, its state 0; the states that are guessed have lanes of their
+    own, which are idle between passes. Where blocks are stored, all states of a sequence share the pages of
+    finished blocks, and each guessed one has a page for the front block.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        lanes: int,
+        width: int,
+        schedule: Schedule,
+        mask_id: int,
+        *,
+        draft_size: int,
+        **more: Any,
+    ) -> None:
+        self.count, self.draft_size = lanes, draft_size
+        self.passes, self.canvases = [0] * lanes, [0] * lanes
+        self._last = [Pass()] * lanes
+        kv_cache = None
+        if schedule.stores_blocks:
+            kv_cache = self._paged(model, width, schedule.block_length)
+        lanes *= 1 + draft_size
+        super().__init__(model, lanes, width, schedule, mask_id, kv_cache=kv_cache, **more)
+
+    def _paged(self, model: Model, width: int, block_length: int) -> KVCache:
+        """A page is a block: those of the sequences, and then one for each guessed state."""
+        pages, guessed = max(1, -(-width // block_length)), self.count * self.draft_size
+        table = torch.arange(self.count * pages).view(self.count, pages)
+        table = torch.cat((table, table.repeat_interleave(self.draft_size, 0)))
+        return model.new_cache(self.count * pages + guessed, block_length, table)
+
+    @property
+    def nfe(self) -> list[int]:
+        return self.passes
+
+    def states(self, b: int) -> list[int]:
+        """The lanes of sequence b's states."""
+        first = self.count + b * self.draft_size
+        return [b, *range(first, first + self.draft_size)]
+
+    def admit(
+        self, lane: int, prompt: Tensor, gen_length: int, settings: Settings, **more: Any
+    ) -> SequenceState:
+        self._last[lane], self.passes[lane], self.canvases[lane] = Pass(), 0, 0
+        ranks = Ranks(policies.score_of(settings.policy))
+        return super().admit(lane, prompt, gen_length, dataclasses.replace(settings, rule=ranks), **more)
+
+    def step(self, lanes: Sequence[int] | None = None, ahead: int = 1) -> list[int]:
+        """A pass over the states of every sequence that is not done (of `lanes`), as `Batch.step`."""
+        live = self.live if lanes is None else [b for b in self.live if b in lanes]
+        drafts = self._drafts(live)
+        try:
+            return self._verify(drafts)
+        except ValueError:
+            if not any(drafts.values()):
+                raise
+            # It may be of a state that decoding would never have come to.
+            return self._verify({b: [] for b in live})
+
+    def _groups(self, live: list[int]) -> list[list[int]]:
+        if not self.batch_invariant:
+            return super()._groups(live)
+        groups = [[lane for lane in self.states(b) if lane in live] for b in range(self.count)]
+        return [group for group in groups if group]
+
+    # --- draft --------------------------------------------------------------------------------------
+
+    def _drafts(self, live: Sequence[int]) -> dict[int, list[Guess]]:
+        """States 1, 2, ... of each."""
+        tokens = self.tokens[: self.count].tolist()
+        rules = {rule: None for b in live if (rule := self.rows[b].settings.rule) is not None}
+        states = {rule: [kept.cpu() for kept in self.runner.states[rule]] for rule in rules}
+        return {b: self._draft(b, tokens[b], *states[self.rows[b].settings.rule]) for b in live}  # type: ignore[index]
+
+    def _draft(self, b: int, held: list[int], token: Tensor, rank: Tensor) -> list[Guess]:
+        """held: the sequence's tokens. token, rank: (lanes, columns), see `Ranks`."""
+        row, last = self.rows[b], self._last[b]
+        block, window = row.open[0], self.schedule.front_window(row)
+        start, end = max(window.start, last.start), min(window.end, last.end)
+        if start >= end:
+            return []
+        tokens, ranks = (kept[last.lane, start:end].tolist() for kept in (token, rank))
+        masked = [column for column in range(block.start, block.end) if held[column] == self.mask_id]
+        known = [column for column in masked if start <= column < end]
+        known.sort(key=lambda column: (-ranks[column - start], column))
+        guesses: list[Guess] = []
+        while len(guesses) < self.draft_size:
+            columns = known[: int(policies.most(row.policy(block)))]
+            if not columns or len(columns) == len(masked):  # a state without a mask has nothing to decide
+                break
+            known = known[len(columns) :]
+            masked = [column for column in masked if column not in columns]
+            block = block._replace(masks_left=len(masked), first_mask=masked[0], step=block.step + 1)
+            guesses.append(Guess(columns, [tokens[column - start] for column in columns], block))
+        return guesses
+
+    # --- verify, accept, commit ---------------------------------------------------------------------
+
+    def _verify(self, drafts: dict[int, list[Guess]]) -> list[int]:
+        lanes = {b: self.states(b)[: 1 + len(guesses)] for b, guesses in drafts.items()}
+        for b, guesses in drafts.items():
+            self._lay_out(lanes[b], guesses)
+        try:
+            return self._decide(lanes)
+        finally:
+            for own in lanes.values():
+                for lane in own[1:]:
+                    self.rows[lane] = IDLE
+
+    def _lay_out(self, lanes: Sequence[int], guesses: Sequence[Guess]) -> None:
+        """Put the guessed states into their lanes."""
+        for lane, before, guess in zip(lanes[1:], lanes, guesses, strict=False):
+            row = copy.copy(self.rows[before])
+            row.open = (guess.block,)
+            # The pass's number keys its samples.
+            row.nfe, row.published, row.step_in_block = (
+                number + 1 for number in (row.nfe, row.published, row.step_in_block)
+            )
+            self.rows[lane] = row
+            self.tokens[lane] = self.tokens[before]
+            self.tokens[lane, guess.columns] = self.tokens.new_tensor(guess.tokens)
+            if row.settings.record:
+                self.runner.trajectory.clear(lane)
+            if self.schedule.stores_blocks and self.kv_cache is not None:
+                self._share(lane, lanes[0], row.block[0] // self.schedule.block_length)
+
+    def _share(self, lane: int, b: int, page: int) -> None:
+        """Let a state see the pages of sequence b but for that of the front block, number `page`."""
+        assert self.kv_cache is not None
+        pages = self.kv_cache.block_table[b].tolist()
+        pages[page] = self.kv_cache.slots.shape[2] - (len(self.rows) - lane)
+        if self.kv_cache.block_table[lane].tolist() != pages:
+            self.kv_cache.assign(lane, pages)
+
+    def _decide(self, lanes: dict[int, list[int]]) -> list[int]:
+        """The pass; returns the sequences whose block it completed. lanes: of each sequence's states."""
+        before = self.tokens.clone()
+        windows = {b: self.schedule.front_window(self.rows[b])[:2] for own in lanes.values() for b in own}
+        numbers = {b: self.rows[b].nfe + 1 for b in windows}
+        finished = super().step(list(windows))
+        pairs = [pair for own in lanes.values() for pair in itertools.pairwise(own)]
+        one, next_one = ([pair[side] for pair in pairs] for side in (0, 1))
+        came = dict(zip(one, (self.tokens[one] == before[next_one]).all(1).tolist(), strict=True))
+        last = {b: next(lane for lane in own if not came.get(lane, False)) for b, own in lanes.items()}
+        self.tokens[list(last)] = self.tokens[list(last.values())]
+        for b, lane in last.items():
+            self.passes[b] += 1
+            self.canvases[b] += len(lanes[b])
+            self._last[b], self.rows[b] = Pass(lane, *windows[lane]), self.rows[lane]
+            if self.rows[b].settings.record:
+                accepted = lanes[b][: lanes[b].index(lane) + 1]
+                self._record(b, {each: numbers[each] for each in accepted})
+        return [b for b, lane in last.items() if lane in finished]
+
+    def _record(self, b: int, numbers: dict[int, int]) -> None:
+        """Let the trajectory of sequence b have what its accepted states have committed.
+
+        numbers: of each state's lane the pass that the schedule alone would have had there.
+        """
+        kept = self.runner.trajectory
+        for lane, number in numbers.items():
+            fresh = kept.step[lane] == number
+            for field in (kept.confidence, kept.logprob):
+                field[b] = torch.where(fresh, field[lane], field[b])
+            kept.step[b] = torch.where(fresh, self.passes[b], kept.step[b])

@@ -1,0 +1,358 @@
+"""AdaDecode: the model's own first layers draft, and the verify pass goes on where they stopped.
+
+Source: AdaDecode, arXiv 2506.03700.
+
+    head      behind l layers: logits = lm_head(norm(T h)), h the stream there, norm and lm_head the model's,
+              T one matrix (width, width), trained by KL to what the whole model says
+    draft     a token runs through layers [0, l). Where max p > gamma, the next token is out at once: it is
+              drafted, and runs in its turn
+    queue     the streams behind layer l of all tokens that have run so far
+    verify    where a head is not sure, or the draft is as long as was asked for, or at its end, the queue
+              goes through layers [l, L) in one pass; what the model chooses there is compared with the draft
+
+The draft writes keys and values of layers [0, l) into the model's own cache, and the verify pass those of
+[l, L), so each layer computes each row once. What takes the place of a refused token overwrites its keys.
+With several heads a token that one of them is not sure of goes on to the next, together with those in front
+of it that have not been so far; the first sure head wins.
+
+Two things are not the paper's. The model's norm stands between T and the head (there: lm_head(T h)): with T
+the identity, a head then starts as the model reads its own last stream, and it learns more. And the model's
+own choices are compared (sample matching) in place of rejection sampling, so the text is that of plain
+decoding at every temperature. Above 0, a head draws with the noise that the model draws with at the same
+position: where the two distributions are close, the choices mostly agree.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..arguments import shown, whole
+from ..cache import AttentionMetadata, KVCache, Span
+from ..decoding.packed import Shapes, pack, unpack
+from ..decoding.runner import recorded_rows, row_padding
+from ..decoding.workspace import graphs_on
+from ..models import Model, Stream, own_precision
+from ..models.fields import LAYERS, VOCABULARY, WIDTH, Field, read
+from ..ops import row_stats
+from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
+from .draft import Draft
+from .drafter import DraftSession, Lane
+from .sequence import SamplingGroup
+
+KIND = "adadecode"
+_KEY = "adadecode_config"
+_GAMMA = Field(float, 0.85, least=0, most=1)
+_MOST = Field(int, 16, most=512)
+
+
+class Layout(NamedTuple):
+    """What a drafter's config.json says."""
+
+    width: int
+    vocabulary: int
+    target_layers: int
+    layers: tuple[int, ...]
+    """Behind so many layers stand heads, ascending."""
+    gamma: float
+    most: int
+    origin: Origin
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Layout:
+        """Raises ValueError naming the key that is missing or does not fit."""
+        sizes = read(config, {"hidden_size": WIDTH, "vocab_size": VOCABULARY, "num_target_layers": LAYERS})
+        inner = read(read(config, {_KEY: Field(dict)})[_KEY], {"gamma": _GAMMA, "most": _MOST}, _KEY)
+        layers = config[_KEY].get("exit_layers")
+        check_layers(f"config: {_KEY}: exit_layers", layers, sizes["num_target_layers"])
+        return cls(
+            width=sizes["hidden_size"],
+            vocabulary=sizes["vocab_size"],
+            target_layers=sizes["num_target_layers"],
+            layers=tuple(layers),
+            gamma=inner["gamma"],
+            most=inner["most"],
+            origin=Origin.of(config),
+        )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The content of config.json."""
+        return {
+            "architectures": ["AdaDecode"],
+            "hidden_size": self.width,
+            "vocab_size": self.vocabulary,
+            "num_target_layers": self.target_layers,
+            _KEY: {"exit_layers": list(self.layers), "gamma": self.gamma, "most": self.most},
+            **self.origin.ours,
+        }
+
+
+def check_layers(name: str, layers: Any, target_layers: int) -> None:
+    """Raise ValueError where heads cannot stand behind so many layers of the target."""
+    whole_numbers = isinstance(layers, (list, tuple)) and all(type(layer) is int for layer in layers)
+    if (
+        not whole_numbers
+        or not layers
+        or not (layers[0] >= 1 and layers[-1] < target_layers)
+        or any(a >= b for a, b in itertools.pairwise(layers))
+    ):
+        raise ValueError(
+            f"{name}: expected ascending numbers of layers of [1, {target_layers}), got {shown(layers)}"
+        )
+
+
+class ExitHeads(nn.Module):
+    """The matrices T, each the identity at first."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.layout = layout
+        self.maps = nn.ModuleList(nn.Linear(layout.width, layout.width, bias=False) for _ in layout.layers)
+        for each in self.maps:
+            nn.init.eye_(each.weight)  # type: ignore[arg-type]
+
+    def forward(self, index: int, stream: Tensor, target: Model) -> Tensor:
+        """Logits (..., V) of streams (..., width), in the dtype of the maps, behind `layout.layers[index]`
+        layers."""
+        return target.head(target.norm(self.maps[index](stream).to(target.dtype)))
+
+
+class AdaDecode:
+    """A drafter of a model's own first layers, see above. `load` reads one; `dparallel drafter` trains one.
+
+    Args:
+        heads: in evaluation mode and without gradients from now on.
+        gamma: how sure a head has to be, as a probability. None: what the file says.
+        most: the most tokens of a draft. None: what the file says.
+        source: what errors call it.
+    """
+
+    def __init__(
+        self,
+        heads: ExitHeads,
+        *,
+        gamma: float | None = None,
+        most: int | None = None,
+        source: str = "drafter",
+    ) -> None:
+        said = heads.layout
+        gamma = said.gamma if gamma is None else gamma
+        if not (isinstance(gamma, (int, float)) and 0 <= gamma <= 1):
+            raise ValueError(f"gamma: expected a number from 0 to 1, got {shown(gamma)}")
+        most = said.most if most is None else whole("most", most, 1)
+        self.heads, self.source = heads.eval().requires_grad_(False), source
+        self.layout = said._replace(gamma=float(gamma), most=most)
+        self.most = most
+        self._placed: tuple[tuple[torch.device, torch.dtype], ExitHeads] | None = None
+
+    def __repr__(self) -> str:
+        said = self.layout
+        return f"AdaDecode(layers={list(said.layers)}, gamma={said.gamma:g}, most={said.most})"
+
+    def check(self, model: Model) -> None:
+        """Raise ValueError for a model of another vocabulary, other sizes or other weights."""
+        said = self.layout
+        sizes = {"vocabulary": said.vocabulary, "width": said.width, "layers": said.target_layers}
+        check_target(self.source, said.origin, model, **sizes)
+
+    def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> _Session:
+        heads = self._on(model.device, model.dtype)
+        return _Session(self.layout, heads, model, kv_cache, lanes, graphs)
+
+    def _on(self, device: torch.device, dtype: torch.dtype) -> ExitHeads:
+        """The heads there, kept for the next batch."""
+        if self._placed is None or self._placed[0] != (device, dtype):
+            # Made outside inference mode, so that they may serve anywhere.
+            with torch.inference_mode(False), torch.no_grad():
+                self._placed = (device, dtype), copy.deepcopy(self.heads).to(device, dtype)
+        return self._placed[1]
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Write it, see `checkpoint.write_checkpoint`."""
+        write_checkpoint(path, self.layout.config, self.heads, dtype)
+
+
+def drafter_of_heads(found: DraftCheckpoint) -> AdaDecode:
+    """Raises ValueError naming the config key, or missing, extra and misshapen tensors."""
+    with torch.device("meta"):
+        heads = ExitHeads(Layout.of(found.config))
+    found.fill(heads)
+    return AdaDecode(heads, source=found.source)
+
+
+@dataclass
+class _Queue:
+    """The rows of a lane: the root and its draft so far."""
+
+    lane: Lane
+    most: int
+    computed: list[int]
+    """Of each head: rows, from the root on, that have been through the layers in front of it."""
+    tokens: list[int] = field(default_factory=list)
+    """Drafted."""
+    layers: int = 0
+    ended: bool = False
+    """Whether a head was sure of an end, which is the model's to say."""
+
+    @property
+    def full(self) -> bool:
+        """Whether no head is asked any more."""
+        return self.ended or len(self.tokens) == self.most
+
+
+class _Key(NamedTuple):
+    """What the launches of a part of a draft depend on, beside the values of its inputs."""
+
+    shapes: Shapes
+    max_q_len: int
+    max_kv_len: int
+    head: int
+    groups: tuple[SamplingGroup, ...]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (*self[:-1], tuple(group.key for group in self.groups))
+
+
+class _Session(DraftSession):
+    """The queues of a batch's lanes. They are empty between passes of the model."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        heads: ExitHeads,
+        model: Model,
+        kv_cache: KVCache,
+        lanes: int,
+        graphs: bool,
+    ) -> None:
+        self._layout, self._heads, self._model, self._kv_cache = layout, heads, model, kv_cache
+        self._rows = layout.most + 1
+        """Of a lane: positions that far apart share no row."""
+        # One more than there are, for rows of a pass that are no tokens.
+        size = lanes * self._rows + 1, layout.width
+        self._streams = torch.zeros(size, dtype=model.dtype, device=model.device)
+        self._pad_to, self._recorded_rows = row_padding(model), recorded_rows(model)
+        self._graphs = graphs_on(model.device) if graphs else None
+
+    def reset(self, lane: int) -> None:
+        if self._graphs is not None:
+            self._graphs.drop_stale(self._model.addresses())
+
+    def streams(self, metadata: AttentionMetadata) -> Stream:
+        return Stream(self._streams[self._places(metadata)])
+
+    def _places(self, metadata: AttentionMetadata) -> Tensor:
+        """(N,) int64: where the streams of the packed tokens are kept."""
+        place = metadata.rows * self._rows + metadata.positions % self._rows
+        return place.masked_fill(metadata.slot_mapping < 0, len(self._streams) - 1)
+
+    def propose(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:
+        heads = range(len(self._layout.layers))
+        queues = [_Queue(lane, most, [0 for _ in heads]) for lane, most in zip(lanes, sizes, strict=True)]
+        running = queues
+        while running:
+            asked, sure = running, list[_Queue]()
+            for head in heads:
+                guesses = self._run(head, asked)
+                unsure = []
+                for queue, guess in zip(asked, guesses, strict=True):
+                    if guess in queue.lane.eos_ids:
+                        queue.ended = True
+                    if guess is None or queue.ended:
+                        unsure.append(queue)
+                    else:
+                        queue.tokens.append(guess)
+                        sure.append(queue)
+                if not (asked := unsure):
+                    break
+            running = sure
+        start = self._layout.layers[-1]
+        return [Draft(tuple(queue.tokens), start=start, layers=queue.layers) for queue in queues]
+
+    def _run(self, head: int, queues: Sequence[_Queue]) -> list[int | None]:
+        """Run the rows that are not behind a head's layers yet through them; returns the token that the last
+        row of each queue guesses, None where the head is not sure or the queue is full."""
+        spans: list[Span] = []
+        ids: list[int] = []
+        source: list[int] = []
+        keys: list[tuple[int, int, int]] = []
+        group: list[int] = []
+        groups: dict[tuple[Any, ...], SamplingGroup] = {}
+        layers = self._layout.layers
+        for queue in queues:
+            lane, done, rows = queue.lane, queue.computed[head], len(queue.tokens) + 1
+            root = len(lane.tokens) - 1
+            spans.append(Span(lane.lane, root + done, root + rows, root + rows))
+            ids += [int(lane.tokens[-1]), *queue.tokens][done:]
+            if not queue.full:
+                source.append(len(ids) - 1)
+                keys.append((*lane.key, root + rows))
+                groups.setdefault(lane.sampling.key, lane.sampling)
+                group.append(list(groups).index(lane.sampling.key))
+            queue.computed[head] = rows
+            queue.layers += layers[head] - (layers[head - 1] if head else 0)
+        metadata = self._kv_cache.metadata(spans, self._pad_to, causal=True)
+        more_ids = len(metadata.positions) - len(ids)
+        more = 0 if self._pad_to is None else self._pad_to(len(source)) - len(source)
+        inputs, shapes = pack(
+            (
+                *metadata.tensors,
+                torch.tensor(ids + [0] * more_ids),
+                torch.tensor(source + [0] * more, dtype=torch.int64),
+                torch.tensor(keys + [(0, 0, 0)] * more, dtype=torch.int64).view(-1, 3),
+                torch.tensor(group + [0] * more, dtype=torch.int64),
+            )
+        )
+        device = self._model.device
+        if device.type == "cuda":
+            inputs = inputs.pin_memory()  # else its copy to the device may wait for what came before
+        key = _Key(shapes, metadata.max_q_len, metadata.max_kv_len, head, tuple(groups.values()))
+        compute = functools.partial(self._compute, key)
+        if self._graphs is None or self._graphs.addresses is None:
+            found = compute(inputs.to(device, non_blocking=True))
+        else:
+            few = shapes[0][0] <= self._recorded_rows
+            found = self._graphs.run(key.key if few else None, inputs, compute, device=device, held=key)
+        guesses = iter(found.tolist())  # waits for the device
+        return [None if queue.full or (guess := next(guesses)) < 0 else guess for queue in queues]
+
+    def _compute(self, key: _Key, inputs: Tensor) -> Tensor:
+        """(M,) int64: what each row that is read guesses, -1 where the head is not sure."""
+        *given, ids, source, keys, group = unpack(inputs, key.shapes)
+        metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *given, causal=True)
+        places, layers = self._places(metadata), self._layout.layers
+        with own_precision(self._model, self._model.device):
+            stream = self.streams(metadata) if key.head else self._model.embedded(ids)
+            first = layers[key.head - 1] if key.head else 0
+            stream = self._model.run_layers(stream, self._kv_cache, metadata, first, layers[key.head])
+            x = stream.sum
+            self._streams[places] = x
+            # No row is read where all queues are full.
+            logits = self._heads(key.head, x[source], self._model) if key.groups else x[:0]
+        token = torch.full_like(source, -1)
+        for number, sampling in enumerate(key.groups):
+            seed, sequence, position = keys.unbind(1)
+            stats = row_stats(
+                logits,
+                suppress=sampling.suppress,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                seed=seed,
+                sequence=sequence,
+                position=position,
+                check=False,
+            )
+            sure = (stats.top1 - stats.lse).exp() > self._layout.gamma  # not of a row that holds NaN
+            token = torch.where(sure & (group == number), stats.sample, token)
+        return token

@@ -1,0 +1,329 @@
+"""Self-speculation (SSD, arXiv 2510.04147): the text of the schedule alone, in fewer passes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import STAND_IN, golden, refused
+from torch import Tensor
+
+import dparallel_ext as dx
+from dparallel_ext.decoding.decode import start
+from dparallel_ext.models import FastDLLM, Model
+
+MASK, VOCAB = 511, 512
+WAYS = [
+    ("llada_tiny_a", "none"),
+    ("dream_tiny_a", "none"),
+    ("sdar_tiny_a", "none"),
+    ("sdar_tiny_a", "block"),
+    ("fast_dllm", "none"),
+    ("fast_dllm", "block"),
+]
+
+
+def fast_dllm() -> Model:
+    """Random weights; block-causal, in sub-blocks, the block before giving a block its first token."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": VOCAB}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "bd_size": 16, "mask_token_id": MASK}
+    model = FastDLLM({"model_type": "Fast_dLLM_Qwen", "rms_norm_eps": 1e-6, **sizes, **heads}).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 2:
+                p.normal_(std=1.0 if len(p) == VOCAB else p.shape[1] ** -0.5)
+    return model.requires_grad_(False)
+
+
+torch.manual_seed(0)
+MODELS: dict[str, Model] = {
+    name: fast_dllm() if name == "fast_dllm" else golden.model(name) for name, _ in WAYS
+}
+CASES = 5 if STAND_IN else 75
+
+
+@pytest.fixture(autouse=True)
+def _there(device: str) -> None:
+    """Every test of this file runs on every device."""
+    for model in MODELS.values():
+        model.to(device)
+
+
+def random_case(g: torch.Generator, name: str) -> tuple[list[Tensor], dict[str, Any]]:
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=g))
+
+    prompts = [torch.randint(0, 500, (draw(1, 20),), generator=g) for _ in range(draw(1, 4))]
+    block_length = [4, 8, 12, 32][draw(0, 4)]
+    case: dict[str, Any] = {
+        "gen_length": [draw(0, 26) for _ in prompts],
+        "block_length": block_length,
+        "score": [None, "confidence", "entropy", "margin"][draw(0, 4)],
+        "temperature": [0.0, 0.0, 0.7][draw(0, 3)],
+        "seed": draw(0, 99),
+        "batch_invariant": draw(0, 4) == 0,
+        "suppress": [7, 9] if draw(0, 3) == 0 else None,
+    }
+    if draw(0, 2):
+        ends = torch.randint(0, 500, (3,), generator=g).tolist()
+        case |= {"eos_id": ends[0], "stop": [ends[1:2], ends[1:]]}
+    kind = draw(0, 4)
+    if name == "fast_dllm":
+        case |= {"block_length": [8, 16][draw(0, 2)], "sub_block_length": [4, 8][draw(0, 2)]}
+        kind = -1 if kind in (1, 2) else kind
+    if kind == 0:
+        case |= {"selector": "quota", "threshold": float(draw(1, 4))}
+    elif kind == 1 and block_length == 12:
+        case |= {"sub_block_length": 4}
+    elif kind == 2:
+        case |= {"gen_length": 24, "block_length": 8}
+        blocks = {-(-(len(p) % 8 * (name == "sdar_tiny_a") + 24) // 8) for p in prompts}
+        case["steps"] = 4 * math.lcm(*blocks)
+    elif kind == 3:
+        for prompt in prompts:
+            prompt[torch.rand(len(prompt), generator=g) < 0.4] = MASK
+        case |= {"infill": True}
+    return prompts, case
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_the_text_is_that_of_the_schedule_alone(way: tuple[str, str]) -> None:
+    """Random cases: every field but the passes, of which there are fewer, and all that was committed."""
+    (name, cache), saved = way, 0
+    for seed in range(CASES):
+        g = torch.Generator().manual_seed(1000 * WAYS.index(way) + seed)
+        prompts, case = random_case(g, name)
+        size = int(torch.randint(1, 9, (), generator=g))
+        shared = {"cache": cache, "record": True, "logprobs": True, **case}
+        plain = dx.decode(MODELS[name], prompts, **shared)
+        out = dx.decode(MODELS[name], prompts, draft_size=size, **shared)
+        for field in ("sequences", "generated", "kept", "lengths", "prompt_lengths", "masked"):
+            assert torch.equal(getattr(out, field), getattr(plain, field)), (seed, field)
+        assert torch.equal(out.nfe_published, plain.nfe_published)
+        assert bool((out.nfe <= plain.nfe).all())
+        assert bool((out.canvases >= out.nfe).all())
+        assert bool((out.canvases <= (1 + size) * out.nfe).all())
+        if not case["batch_invariant"]:
+            assert out.forwards == int(out.nfe.max())
+        check_trajectories(out, plain)
+        saved += int((plain.nfe - out.nfe).sum())
+    assert saved > CASES
+
+
+def check_trajectories(out: dx.DecodeOutput, plain: dx.DecodeOutput) -> None:
+    """The same, but that several passes of the one are one of the other."""
+    assert out.trajectory is not None
+    assert plain.trajectory is not None
+    for name in ("confidence", "logprob"):
+        one, other = (getattr(each.trajectory, name) for each in (out, plain))
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, equal_nan=True)
+    for b, (one, other) in enumerate(zip(out.trajectory.step, plain.trajectory.step, strict=True)):
+        assert torch.equal(one == 0, other == 0)
+        order = other[other > 0].argsort(stable=True)
+        passes = one[one > 0][order]
+        assert bool((passes.diff() >= 0).all())  # in the order of the schedule
+        assert passes.unique().tolist() == list(range(1, int(out.nfe[b]) + 1))
+
+
+def reference(
+    logits_of: Callable[[Tensor], Tensor], canvas: Tensor, start: int, block_length: int, draft_size: int
+) -> tuple[Tensor, int, int]:
+    """SSD in plain torch, of one sequence: canvas (L,), filled; passes; canvases."""
+    canvas, passes, canvases = canvas.clone(), 0, 0
+
+    def step(logits: Tensor, canvas: Tensor, end: int) -> list[tuple[int, int]]:
+        """Positions and tokens of the block's masks, the surest first."""
+        logits[:, MASK] = -torch.inf
+        confidence, token = logits.softmax(-1).max(-1)
+        masked = [p for p in range(end) if canvas[p] == MASK]
+        order = sorted(masked, key=lambda p: (-float(confidence[p]), p))
+        return [(p, int(token[p])) for p in order]
+
+    for first in range(start, len(canvas), block_length):
+        end, draft = min(first + block_length, len(canvas)), list[tuple[int, int]]()
+        while bool((canvas[:end] == MASK).any()):
+            left = int((canvas[:end] == MASK).sum())
+            draft = draft[: min(draft_size, left - 1)]
+            states = [canvas]
+            for position, token in draft:
+                states.append(states[-1].clone())
+                states[-1][position] = token
+            logits = logits_of(torch.stack(states))  # one pass
+            passes, canvases = passes + 1, canvases + len(states)
+            for i, state in enumerate(states):
+                decision, *draft_after = step(logits[i].clone(), state, end)
+                canvas = state.clone()
+                canvas[decision[0]] = decision[1]
+                if i == len(draft) or decision != draft[i]:
+                    break
+            draft = draft_after
+    return canvas, passes, canvases
+
+
+@pytest.mark.parametrize("name", ["llada_tiny_a", "dream_tiny_a"])
+@torch.inference_mode()
+def test_it_is_the_published_rule(name: str) -> None:
+    """Tokens, passes and canvases, against the rule in plain torch."""
+    model, g = MODELS[name], torch.Generator().manual_seed(5)
+
+    def logits_of(canvases: Tensor) -> Tensor:
+        logits = model(canvases).logits.float()
+        return torch.cat((logits[:, :1], logits[:, :-1]), 1) if type(model).shift else logits
+
+    for draft_size in (1, 2, 5, 31):
+        prompt = torch.randint(0, 500, (6,), generator=g)
+        canvas = torch.cat((prompt, torch.full((20,), MASK)))
+        out = dx.decode(model, prompt, gen_length=20, block_length=12, draft_size=draft_size)
+        tokens, passes, canvases = reference(logits_of, canvas.to(model.device), 6, 12, draft_size)
+        assert out.sequences[0].tolist() == tokens.tolist()
+        assert (int(out.nfe), int(out.canvases)) == (passes, canvases)
+        assert passes < 20
+
+
+class Canned:
+    """Logits (L, V) that the masks do not change, unless `change` says so of canvases (B, L)."""
+
+    def __init__(self, logits: Tensor, change: Callable[[Tensor, Tensor], None] | None = None) -> None:
+        self.logits, self.change = logits, change
+
+    def __call__(self, input_ids: Tensor) -> SimpleNamespace:
+        logits = self.logits.to(input_ids.device)[None].repeat(len(input_ids), 1, 1)
+        if self.change is not None:
+            self.change(input_ids, logits)
+        return SimpleNamespace(logits=logits)
+
+
+def decoded(model: Any, **more: Any) -> dx.DecodeOutput:
+    return dx.decode(model, torch.zeros(2, dtype=torch.int64), mask_id=9, eos_id=-1, **more)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_where_the_order_holds_every_state_is_accepted(tie: bool) -> None:
+    """Confidences that all are 1.0 tie: the lowest position comes first, in the draft as in the passes."""
+    logits = torch.full((26, 10), -100.0)
+    logits[torch.arange(26), torch.arange(26) % 7] = 100.0 if tie else torch.linspace(-99.0, -95.0, 26)
+    for draft_size in (1, 3, 4, 30):
+        out = decoded(Canned(logits), gen_length=24, block_length=12, draft_size=draft_size)
+        assert out.responses[0].tolist() == [column % 7 for column in range(2, 26)]
+        assert int(out.nfe) == 2 * (1 + math.ceil(11 / (draft_size + 1)))  # a block begins without a draft
+        assert int(out.canvases) == 2 * 12
+        assert out.tokens_per_forward == 24 / int(out.nfe)
+    assert int(decoded(Canned(logits), gen_length=24, block_length=12, draft_size=0).nfe) == 24
+
+
+def test_a_token_at_another_place_than_guessed_is_refused() -> None:
+    """All tokens are alike, so that places alone tell states apart: the order is part of the text."""
+    logits = torch.zeros(8, 10)
+    logits[:, 3] = torch.linspace(5.0, 4.0, 8)
+
+    def last_first(
+        ids: Tensor, logits: Tensor
+    ) -> None:  # once column 2 is filled, the last mask is the surest
+        for own, rows in zip(ids, logits, strict=True):
+            if own[2] != 9:
+                rows[:, 3] = rows[:, 3].flip(0)
+
+    out = decoded(Canned(logits, last_first), gen_length=6, draft_size=2, record=True)
+    plain = decoded(Canned(logits, last_first), gen_length=6, record=True)
+    assert out.trajectory is not None
+    assert plain.trajectory is not None
+    assert plain.trajectory.step[0].tolist() == [1, 6, 5, 4, 3, 2]
+    # Pass 1 without a draft; pass 2 refuses the guess of column 3 and takes column 7; 3 takes the rest.
+    assert out.trajectory.step[0].tolist() == [1, 4, 3, 3, 3, 2]
+    assert int(out.nfe) == 4
+    assert int(out.canvases) == 1 + 3 + 3 + 1
+
+
+def test_a_state_that_decoding_never_comes_to_may_be_bad() -> None:
+    logits = torch.zeros(8, 10)
+    logits[:, 3] = torch.linspace(5.0, 4.0, 8)
+
+    def bad(ids: Tensor, logits: Tensor) -> None:
+        for own, rows in zip(ids, logits, strict=True):
+            if own[2] != 9:
+                rows[:, 3] = rows[:, 3].flip(0)
+            if own[3] != 9 and own[7] == 9:
+                rows[:] = torch.nan
+
+    out = decoded(Canned(logits, bad), gen_length=6, draft_size=2)
+    assert out.responses[0].tolist() == [3] * 6
+    assert int(out.nfe) == 4
+
+    def worse(ids: Tensor, logits: Tensor) -> None:
+        logits[(ids != 9).sum(1) >= 6] = torch.nan
+
+    prompts = torch.zeros((2, 2), dtype=torch.int64)
+    with refused("logits: sequence 0 at position 6 holds NaN"):
+        dx.decode(Canned(logits, worse), prompts, mask_id=9, gen_length=6, draft_size=2)
+
+
+def test_states_share_the_pages_of_finished_blocks() -> None:
+    """A guessed state has one page of its own, whatever the length."""
+    model, prompts = MODELS["sdar_tiny_a"], [torch.arange(21), torch.arange(3)]
+    config = dx.DecodeConfig(gen_length=[20, 9], cache="block", eos_id=-1)
+    with torch.inference_mode():
+        batch = start(model, prompts, config, draft_size=3)
+        assert batch.kv_cache is not None
+        assert batch.kv_cache.slots.shape[2] == 2 * 6 + 2 * 3
+        while live := batch.live:
+            pages = {b: batch.kv_cache.block_table[b].clone() for b in live}
+            blocks = {b: batch.rows[b].block[0] // 8 for b in live}
+            before = batch.kv_cache.slots.clone()
+            drafted = {b: batch.canvases[b] for b in live}  # type: ignore[attr-defined]
+            cached = {b: batch.rows[b].num_cached for b in live}
+            finished = batch.step()
+            for b in live:
+                final = pages[b][: cached[b] // 8]
+                assert torch.equal(batch.kv_cache.slots[:, :, final], before[:, :, final])
+                for lane in batch.states(b)[1 : batch.canvases[b] - drafted[b]]:  # type: ignore[attr-defined]
+                    own = batch.kv_cache.block_table[lane] != pages[b]
+                    assert own.nonzero()[:, 0].tolist() == [blocks[b]]
+                    assert int(batch.kv_cache.block_table[lane][blocks[b]]) >= 12
+            batch.enter(finished)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"threshold": 0.5}, "draft_size: .*the selector 'entropy'"),
+        ({"rule": "confidence:0.9"}, "draft_size: .*the selector 'confidence'"),
+        ({"rule": "credit"}, "draft_size: .*the rule Credit"),
+        ({"rule": "sched:7.5"}, "draft_size: .*the rule "),
+        ({"policy": lambda stats, masked, step: masked}, "draft_size: .*the rule FunctionRule"),
+        ({"cache": "dual"}, 'draft_size: goes with cache "none"'),
+        ({"cache": "prefix"}, 'draft_size: goes with cache "none"'),
+        ({"rule": "quota:2", "active_blocks": 2}, "draft_size: goes with active_blocks=1 alone, got 2"),
+        ({"draft_size": -1}, "draft_size: expected a whole number >= 0, got -1"),
+        ({"draft_size": 1.5}, "draft_size: "),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        dx.decode(MODELS["llada_tiny_a"], [1, 2], **{"gen_length": 8, "draft_size": 2, **arguments})
+
+
+def test_a_streamer_gets_the_text() -> None:
+    class Streamer:
+        def __init__(self) -> None:
+            self.sent: list[int] = []
+            self.drafts = 0
+
+        def put(self, value: Tensor) -> None:
+            self.sent += value.flatten().tolist()
+
+        def put_draft(self, value: Tensor) -> None:
+            assert value.shape[0] == 1
+            self.drafts += 1
+
+        def end(self) -> None:
+            pass
+
+    streamer = Streamer()
+    model: Model = MODELS["llada_tiny_a"]
+    out = dx.decode(model, [1, 2, 3], gen_length=20, block_length=8, draft_size=3, streamer=streamer)
+    assert streamer.sent == out.sequences[0].tolist()
+    assert streamer.drafts == int(out.nfe) < 20
