@@ -172,7 +172,7 @@ class Model(Named):
         Raises TypeError or ValueError for ids of a wrong type, shape or (on the CPU, where looking
         costs no synchronisation) range.
         """
-        self._check(input_ids, 2, self.shape.embedding_size)
+        self._check(input_ids, 2)
         s, visible = self.shape, self._visible(input_ids, attention_mask)
         triangle = self.causal and visible is None
         x = self.embed(input_ids)
@@ -210,7 +210,6 @@ class Model(Named):
         metadata: AttentionMetadata,
         *,
         taps: Taps | None = None,
-        extra: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (N, width) after the final norm, of the packed tokens input_ids (N,) of `metadata`.
 
@@ -218,31 +217,21 @@ class Model(Named):
         `torch.no_grad` or `inference_mode`. A pass that stops on its way, or begins there, is made of the
         three parts of this one: `embedded`, `run_layers`, `final_norm`.
 
-        taps: the streams (N, width) that are wanted too. extra: see `embedded`.
+        taps: the streams (N, width) that are wanted too.
 
         Raises TypeError or ValueError as `hidden` does.
         """
-        stream = self.embedded(input_ids, extra)
+        stream = self.embedded(input_ids)
         if len(input_ids) != len(metadata.positions):
             raise ValueError(
                 f"input_ids: expected ({len(metadata.positions)},), got {tuple(input_ids.shape)}"
             )
         return self.final_norm(self.run_layers(stream, kv_cache, metadata, taps=taps))
 
-    def embedded(self, input_ids: Tensor, extra: Tensor | None = None) -> Stream:
-        """What the first layer gets for input_ids (N,).
-
-        extra: (K, width), the embeddings of K ids more, from `shape.embedding_size` on. The head does not
-        know them, so none of them is ever chosen.
-        """
-        count = self.shape.embedding_size
-        self._check(input_ids, 1, count + (0 if extra is None else len(extra)))
-        if extra is None or not len(extra):
-            return Stream(self.embed(input_ids))
-        beyond = input_ids >= count
-        rows = F.embedding((input_ids - count).clamp(min=0), extra.to(self.dtype))
-        own = self.embed(input_ids.masked_fill(beyond, 0))
-        return Stream(torch.where(beyond[:, None], rows, own))
+    def embedded(self, input_ids: Tensor) -> Stream:
+        """What the first layer gets for input_ids (N,). Raises TypeError or ValueError as `hidden` does."""
+        self._check(input_ids, 1)
+        return Stream(self.embed(input_ids))
 
     def run_layers(
         self,
@@ -431,7 +420,7 @@ class Model(Named):
             return visible & (position[:, None] >= position) | (position[:, None] == position)
         return visible if earlier is None else visible & earlier
 
-    def _check(self, input_ids: Tensor, ndim: int, ids: int) -> None:
+    def _check(self, input_ids: Tensor, ndim: int) -> None:
         if not isinstance(input_ids, Tensor):
             raise TypeError(f"input_ids: expected a tensor, got {type(input_ids).__name__}")
         if input_ids.ndim != ndim or input_ids.dtype not in (torch.int64, torch.int32):
@@ -442,9 +431,9 @@ class Model(Named):
         on_cpu = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
         if on_cpu and input_ids.numel():
             low, high = (int(x) for x in input_ids.aminmax())
-            if low < 0 or high >= ids:
+            if low < 0 or high >= self.shape.embedding_size:
                 worst = low if low < 0 else high
-                raise ValueError(f"input_ids: expected ids in [0, {ids}), got {worst}")
+                raise ValueError(f"input_ids: expected ids in [0, {self.shape.embedding_size}), got {worst}")
 
 
 def _without_tied_head(model: Model, state: MutableMapping[str, Any], prefix: str, _metadata: object) -> None:

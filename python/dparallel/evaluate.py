@@ -168,8 +168,8 @@ def evaluate(
             prompt = torch.tensor([ids for _, ids in part], device=model.device)
             out = dx.decode(model, prompt, config, draft_size=draft_size)
             responses = out.sequences[:, prompt.shape[1] :]
-            answers = tokenizer.decode_batch(responses.tolist())
-            correct += sum(tasks.is_correct(p, text) for (p, _), text in zip(part, answers, strict=True))
+            texts = tokenizer.decode_batch(responses.tolist())
+            correct += sum(tasks.is_correct(p, text) for (p, _), text in zip(part, texts, strict=True))
             found |= {
                 p.prompt: Answer(ids, own) for (p, ids), own in zip(part, responses.tolist(), strict=True)
             }

@@ -324,23 +324,6 @@ def test_a_pass_in_two_parts_is_the_pass_to_the_bit(at: int) -> None:
         assert caches[2].slots[at:, :, :, :, 6:9].any()
 
 
-def test_ids_beyond_the_vocabulary_have_embeddings_of_their_own() -> None:
-    model, tokens = models.wrap(case("qwen3")), ids(1, 5)[0]
-    rows = model.shape.embedding_size
-    extra = model.embed.weight[[7, 3]].detach().clone()
-    beyond = tokens.clone()
-    beyond[1], beyond[4], tokens[1], tokens[4] = rows, rows + 1, 7, 3
-    made = model.new_cache(1, 8).metadata([Span(0, 0, 5, 5)], causal=True)
-    with torch.no_grad():
-        expected = model.step(tokens, model.new_cache(1, 8), made)
-        assert torch.equal(model.step(beyond, model.new_cache(1, 8), made, extra=extra), expected)
-        for given, count in ((None, rows), (extra[:1], rows + 1)):
-            with pytest.raises(
-                ValueError, match=rf"input_ids: expected ids in \[0, {count}\), got {rows + 1}"
-            ):
-                model.step(beyond, model.new_cache(1, 8), made, extra=given)
-
-
 def test_spans() -> None:
     model = models.wrap(case("llama"))
     assert model.spans(3, 2, 9, 40) == [Span(3, 2, 9, 9)]
