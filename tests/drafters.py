@@ -12,9 +12,19 @@ from torch import Tensor
 
 from dparallel_ext import models
 from dparallel_ext.models import Model
-from dparallel_ext.speculation import BlockDrafter, Draft, DraftModel, DraftSession, Lane
+from dparallel_ext.speculation import (
+    BlockDrafter,
+    Draft,
+    DraftModel,
+    DraftSession,
+    HiddenTransfer,
+    Lane,
+    PromptTokens,
+    RiderDrafter,
+)
 from dparallel_ext.speculation.adadecode import AdaDecode, ExitHeads, Layout
 from dparallel_ext.speculation.checkpoint import Origin
+from dparallel_ext.speculation.riders import config_of as config_of_riders
 
 SIZES = {
     **{"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -89,6 +99,17 @@ def exits(layers: Sequence[int] = (2,), gamma: float = 0.5, most: int = 6, targe
     for p in heads.parameters():
         p.data.add_(torch.randn(p.shape), alpha=0.02)
     return AdaDecode(heads)
+
+
+def riding(kind: str, target: Model = MODEL) -> RiderDrafter:
+    """Random weights, and ranks by which its trees have several depths."""
+    torch.manual_seed(4)
+    origin = Origin(kind, models.fingerprint(target), None)
+    of, more = {"ppd": (PromptTokens, {}), "hidden_transfer": (HiddenTransfer, {"layer": 1})}[kind]
+    birth = of(config_of_riders(target, 3, origin, **more))
+    for p in birth.parameters():
+        torch.nn.init.normal_(p, std=0.4)
+    return RiderDrafter(birth, ((0.6, 0.2, 0.1), (0.5, 0.2, 0.1, 0.05), (0.4, 0.2)))
 
 
 class Knowing(DraftSession):
