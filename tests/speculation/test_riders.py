@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from dparallel.training.drafters import riders as training
+from dparallel.training.drafters.common import Target
 from drafters import MODEL, Knowing, model_of, riding
 from safetensors.torch import load_file, save_file
 from test_dflash import layer, norm
@@ -122,6 +124,54 @@ def test_what_riders_guess_is_their_computation_in_plain_torch(kind: str, tree: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_is_that_of_the_riders_in_plain_torch(kind: str) -> None:
+    """KL to what the target says at the true tokens, each distance .8 times the one in front of it."""
+    drafter = riding(kind)
+    settings = {"batch": 3, "anchors": 4, "soften": 2.0}
+    target = Target("it", MODEL, None, False)
+    trainee: Any = (
+        training.Prompts(target, training.PromptSettings(**settings))
+        if kind == "ppd"
+        else training.Transfers(target, training.TransferSettings(layer=1, **settings))
+    )
+    trainee.module = drafter.birth
+    generator = torch.Generator().manual_seed(0)
+    texts = [(torch.randint(10, 61, (n,), generator=generator), p) for n, p in ((14, 3), (9, 6), (20, 2))]
+    placed = training.place(texts, 3, 4, generator)
+    student, teacher, true = training.logits_of(drafter.birth, MODEL, placed)
+    seen = 0
+    for b, a, i in placed.asked.nonzero().tolist():
+        text, prompt = texts[b]
+        at = int(placed.places[b, a])
+        assert prompt - 1 <= at < at + 2 + i < len(text)
+        torch.testing.assert_close(
+            student[seen].double(), guessed(drafter, MODEL, text[: at + 1])[i], rtol=0, atol=1e-3
+        )
+        torch.testing.assert_close(teacher[seen], MODEL(text[None]).logits[0, at + 1 + i], rtol=0, atol=1e-3)
+        assert true[seen] == text[at + 2 + i]
+        seen += 1
+    assert seen == len(student) > 20
+    generator = torch.Generator().manual_seed(5)
+    some = torch.randint(3, (3,), generator=generator).tolist()
+    placed = training.place([texts[i] for i in some], 3, 4, generator)
+    student, teacher, _ = (t.double() for t in training.logits_of(drafter.birth, MODEL, placed))
+    p, q = teacher.softmax(-1), (student / 2).softmax(-1)
+    weights = [0.8**i for _, _, i in placed.asked.nonzero().tolist()]
+    kl = (p * (p / q).log()).sum(-1).tolist()
+    expected = sum(w * each for w, each in zip(weights, kl, strict=True)) / sum(weights)
+    assert trainee.loss_of(texts, 5).item() == pytest.approx(expected, rel=1e-3)
+    ranks = training.ranks_of(drafter.birth, MODEL, texts)
+    every = training.place(texts, 3, None)
+    student, _, true = training.logits_of(drafter.birth, MODEL, every)
+    place = (student > student.gather(1, true[:, None])).sum(1)
+    for i, row in enumerate(ranks):
+        own = place[every.asked.nonzero()[:, 2] == i]
+        assert list(row) == pytest.approx(
+            [float((own == rank).float().mean()) for rank in range(10)], abs=1e-4
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_fault_is_found(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Riders in another order, at another place, or of another node."""
     expected = plain()
@@ -166,7 +216,7 @@ def test_they_change_no_token(kind: str, temperature: float) -> None:
 def test_hundreds_of_random_cases(kind: str) -> None:
     """Batches, sizes, ends inside a path, room, and riders behind any node."""
     rng = random.Random(1)
-    for case in range(60):
+    for case in range(30):
         prompts = [torch.randint(10, 61, (rng.choice([1, 2, 7, 33]),)) for _ in range(rng.randint(1, 4))]
         settings: dict[str, Any] = {
             "gen_length": [rng.randint(0, 20) for _ in prompts],

@@ -3,7 +3,9 @@
 A step lays riders behind random places of the target's answers, a chain of all distances behind each. They
 see the text up to their place and the riders in front of them. A rider learns the distribution that the
 target has in the row of the true token at the rider's position: KL(target || rider), in which distance i
-counts .8^i (PPD, arXiv 2405.18628; Hidden Transfer, 2404.12022, distils so too). Nothing but what the kind
+counts .8^i (PPD, arXiv 2405.18628; Hidden Transfer, 2404.12022, distils so too). The rider's logits are
+divided by `soften` there. Only their order is used; and the head, which is not trained, is so sure of itself
+that at 1 nearly all of the loss is of places where nobody can know what comes. Nothing but what the kind
 trains gets a gradient.
 
 What is left is measured at the end, on answers that nothing was learned from: how often the true token is the
@@ -38,18 +40,22 @@ DECAY = 0.8
 class RiderSettings(Settings):
     riders: int = 3
     """Behind a node: so many tokens beyond the next are guessed."""
+    soften: float = 3.0
+    """By this the riders' logits are divided in the loss."""
     ema: float = 0.99
 
     def __post_init__(self) -> None:
         super().__post_init__()
         whole("riders", self.riders, 1, 16)
+        if not 0 < self.soften <= 100:
+            raise ValueError(f"soften: expected a number above 0 and at most 100, got {self.soften}")
 
 
 @dataclass(frozen=True)
 class PromptSettings(RiderSettings):
     KINDS = (PromptTokens.KIND,)
     kind: str = PromptTokens.KIND
-    adam_lr: float = 1e-2
+    adam_lr: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ class _Riders(Trainee):
         some = torch.randint(len(answers), (self._settings.batch,), generator=generator).tolist()
         placed = place([answers[i] for i in some], self._settings.riders, self._settings.anchors, generator)
         student, teacher, _ = logits_of(self.module, self._target, placed)
+        student = student / self._settings.soften
         kl = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True)
         distance = placed.asked.nonzero()[:, 2].to(kl.device)
         weight = DECAY**distance
