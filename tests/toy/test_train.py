@@ -166,6 +166,7 @@ def test_its_autoregressive_sibling_and_the_drafters_that_ship() -> None:
         ("builtin:dflash", 6),
         ("builtin:parallelspec", 3),
         ("builtin:adadecode", 4),
+        ("builtin:ppd", 2.2),
         ("ngram", 1),
     ):
         answers: list[evaluate.Answer] = []

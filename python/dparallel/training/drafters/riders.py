@@ -62,6 +62,7 @@ class PromptSettings(RiderSettings):
 class TransferSettings(RiderSettings):
     KINDS = (HiddenTransfer.KIND,)
     kind: str = HiddenTransfer.KIND
+    adam_lr: float = 3e-3
     layer: int | None = None
     """In front of which riders join; None: the middle one."""
 
