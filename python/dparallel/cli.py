@@ -601,7 +601,7 @@ def drafter(
     ] = None,
     soften: Annotated[
         float | None,
-        typer.Option(help="of ppd and hidden_transfer: divides the riders' logits in the loss; default 3"),
+        typer.Option(help="of ppd and hidden_transfer: divides their logits in the loss; default 3 and 1"),
     ] = None,
     layer: Annotated[
         int | None,

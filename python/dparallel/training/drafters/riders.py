@@ -4,9 +4,10 @@ A step lays riders behind random places of the target's answers, a chain of all 
 see the text up to their place and the riders in front of them. A rider learns the distribution that the
 target has in the row of the true token at the rider's position: KL(target || rider), in which distance i
 counts .8^i (PPD, arXiv 2405.18628; Hidden Transfer, 2404.12022, distils so too). The rider's logits are
-divided by `soften` there. Only their order is used; and the head, which is not trained, is so sure of itself
-that at 1 nearly all of the loss is of places where nobody can know what comes. Nothing but what the kind
-trains gets a gradient.
+divided by `soften` there, since their order alone is used: few numbers cannot make a head that is sure of
+itself unsure, and at 1 most of the loss of prompt tokens is of places where they cannot know what comes (300
+steps for `builtin:causal`: the first choice of the first of them right in 38% at 1, in 49% at 3). Maps can:
+they are better at 1. Nothing but what the kind trains gets a gradient.
 
 What is left is measured at the end, on answers that nothing was learned from: how often the true token is the
 likeliest of a rider's row, the second, and so on. The drafter's trees are built from that.
@@ -40,7 +41,7 @@ DECAY = 0.8
 class RiderSettings(Settings):
     riders: int = 3
     """Behind a node: so many tokens beyond the next are guessed."""
-    soften: float = 3.0
+    soften: float = 1.0
     """By this the riders' logits are divided in the loss."""
     ema: float = 0.99
 
@@ -56,6 +57,7 @@ class PromptSettings(RiderSettings):
     KINDS = (PromptTokens.KIND,)
     kind: str = PromptTokens.KIND
     adam_lr: float = 0.1
+    soften: float = 3.0
 
 
 @dataclass(frozen=True)
