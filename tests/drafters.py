@@ -12,9 +12,19 @@ from torch import Tensor
 
 from dparallel_ext import models
 from dparallel_ext.models import Model
-from dparallel_ext.speculation import BlockDrafter, Draft, DraftModel, Lane
+from dparallel_ext.speculation import (
+    BlockDrafter,
+    Draft,
+    DraftModel,
+    DraftSession,
+    HiddenTransfer,
+    Lane,
+    PromptTokens,
+    RiderDrafter,
+)
 from dparallel_ext.speculation.adadecode import AdaDecode, ExitHeads, Layout
 from dparallel_ext.speculation.checkpoint import Origin
+from dparallel_ext.speculation.riders import config_of as config_of_riders
 
 SIZES = {
     **{"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -91,11 +101,20 @@ def exits(layers: Sequence[int] = (2,), gamma: float = 0.5, most: int = 6, targe
     return AdaDecode(heads)
 
 
-class Knowing:
+def riding(kind: str, target: Model = MODEL) -> RiderDrafter:
+    """Random weights, and ranks by which its trees have several depths."""
+    torch.manual_seed(4)
+    origin = Origin(kind, models.fingerprint(target), None)
+    of, more = {"ppd": (PromptTokens, {}), "hidden_transfer": (HiddenTransfer, {"layer": 1})}[kind]
+    birth = of(config_of_riders(target, 3, origin, **more))
+    for p in birth.parameters():
+        torch.nn.init.normal_(p, std=0.4)
+    return RiderDrafter(birth, ((0.6, 0.2, 0.1), (0.5, 0.2, 0.1, 0.05), (0.4, 0.2)))
+
+
+class Knowing(DraftSession):
     """Guesses how `texts` (prompt and all) go on, each token right with probability `right`, in chains or in
     random trees. Of a lane's text it knows nothing where none of `texts` begins so."""
-
-    taps: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -115,15 +134,6 @@ class Knowing:
 
     def session(self, model: Any, kv_cache: Any, lanes: int, *, graphs: bool = True) -> Knowing:
         return self
-
-    def reset(self, lane: int) -> None:
-        pass
-
-    def observe(self, metadata: Any, taps: Sequence[Tensor]) -> None:
-        pass
-
-    def moved(self, source: Tensor, target: Tensor) -> None:
-        pass
 
     def propose(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:
         return [self._draft(lane, most) for lane, most in zip(lanes, sizes, strict=True)]

@@ -435,7 +435,8 @@ def test_an_autoregressive_model_with_and_without_a_drafter(tmp_path: Path) -> N
     plain = json.loads(run("decode", PROMPT, "--json", *model))
     assert tasks.extract_answer(plain["response"]) == 4
     assert plain["drafts"] == 0
-    for drafter in ("ngram", "builtin:dflash", "builtin:parallelspec", "builtin:student"):
+    for name in ("ngram", "dflash", "parallelspec", "ppd", "hidden_transfer", "student"):
+        drafter = name if name == "ngram" else f"builtin:{name}"
         found = json.loads(run("decode", PROMPT, "--json", *model, "--drafter", drafter, "--draft-size", 6))
         assert found["response"] == plain["response"]
         assert 0 < found["drafts"] < found["forwards"] <= plain["forwards"]

@@ -5,8 +5,11 @@ from .batch import CausalBatch
 from .dflash import BlockDrafter, DraftModel
 from .draft import Draft
 from .drafter import Drafter, DraftSession, Lane
+from .hidden_transfer import HiddenTransfer
 from .loading import NAMED, drafter_of, load
 from .ngram import NGram
+from .ppd import PromptTokens
+from .riders import RiderDrafter
 from .sizing import Fixed, Measured, Sizer
 from .speculate import SpeculateOutput, speculate
 from .whole_models import ModelDrafter
@@ -21,10 +24,13 @@ __all__ = [
     "DraftSession",
     "Drafter",
     "Fixed",
+    "HiddenTransfer",
     "Lane",
     "Measured",
     "ModelDrafter",
     "NGram",
+    "PromptTokens",
+    "RiderDrafter",
     "Sizer",
     "SpeculateOutput",
     "drafter_of",

@@ -30,7 +30,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +45,8 @@ from ..models.fields import LAYERS, VOCABULARY, WIDTH, Field, read
 from ..ops import row_stats
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
 from .draft import Draft
+from .drafter import DraftSession, Lane
 from .sequence import SamplingGroup
-
-if TYPE_CHECKING:
-    from .drafter import Lane
 
 KIND = "adadecode"
 _KEY = "adadecode_config"
@@ -225,10 +223,8 @@ class _Key(NamedTuple):
         return (*self[:-1], tuple(group.key for group in self.groups))
 
 
-class _Session:
+class _Session(DraftSession):
     """The queues of a batch's lanes. They are empty between passes of the model."""
-
-    taps: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -251,12 +247,6 @@ class _Session:
     def reset(self, lane: int) -> None:
         if self._graphs is not None:
             self._graphs.drop_stale(self._model.addresses())
-
-    def observe(self, metadata: AttentionMetadata, taps: Sequence[Tensor]) -> None:
-        pass
-
-    def moved(self, source: Tensor, target: Tensor) -> None:
-        pass
 
     def streams(self, metadata: AttentionMetadata) -> Stream:
         return Stream(self._streams[self._places(metadata)])

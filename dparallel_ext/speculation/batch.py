@@ -27,6 +27,7 @@ from ..decoding.runner import recorded_rows, row_padding
 from ..decoding.sequence import Settings
 from ..decoding.workspace import graphs_on
 from ..models import Model, Taps, own_precision
+from ..models.modules import Stream
 from ..ops import accept, kv_move
 from ..ops.errors import NO_ERROR, explain
 from .draft import Draft, check_drafts
@@ -49,6 +50,8 @@ class PassKey(NamedTuple):
     start: int
     """The first layer."""
     tree: bool
+    riders: int
+    """Tensors that tell of the riders; 0: there are none."""
     logprobs: bool
     groups: tuple[SamplingGroup, ...]
 
@@ -63,6 +66,10 @@ class Emitted(NamedTuple):
     tokens: list[int]
     logprobs: list[float]
     """With `logprobs`, of each token."""
+    riders: int = 0
+    """That rode behind the node whose choice is the last token."""
+    guessed: Sequence[int] = ()
+    """What was made of their logits, see `DraftSession.guessed`."""
 
 
 @dataclass
@@ -125,6 +132,7 @@ class CausalBatch:
         self._session = (
             None if drafter is None else drafter.session(model, self.kv_cache, lanes, graphs=graphs)
         )
+        self._riders = None if self._session is None else self._session.riders
         self._sizer: Sizer = Fixed(self._most) if sizer is None else sizer
         self.graphs = graphs_on(model.device) if graphs else None
         self._recorded_rows = recorded_rows(model)
@@ -214,18 +222,20 @@ class CausalBatch:
                 self.rows[b].__dict__.update(row.__dict__)
             raise
         for b in live:
-            if sizes.get(b):
+            # A draft of riders alone says nothing of what drafts are worth.
+            if sizes.get(b) and (drafts[b].tokens or not drafts[b].riders):
                 self._sizer.learn(sizes[b], len(found[b].tokens) - 1)
             self._advance(b, drafts[b], found[b])
         return live
 
     def _sizes(self, live: Sequence[int]) -> dict[int, int]:
-        """The most nodes of each draft; none while the prompt is computed."""
+        """The most rows of each draft; while the prompt is computed none, or riders alone."""
         if self._session is None:
             return {}
         size = min(self._sizer.size(len(live)), self._most)
+        asked = [b for b in live if self._riders is not None or not self.rows[b].prefills]
         # The last token that there is room for is the model's own choice in any case.
-        sizes = {b: min(size, self.rows[b].room - 1) for b in live if not self.rows[b].prefills}
+        sizes = {b: min(size, self.rows[b].room - 1) for b in asked}
         return {b: most for b, most in sizes.items() if most > 0}
 
     def _drafts(self, sizes: dict[int, int]) -> dict[int, Draft]:
@@ -243,10 +253,13 @@ class CausalBatch:
                 [slice(i, i + 1) for i in range(len(rows))] if self.batch_invariant else [slice(None)]
             ):
                 found += self._session.propose(views[part], list(sizes.values())[part])
-                self.draft_forwards += 1
-        check_drafts(found, list(sizes), list(sizes.values()), self.model.shape)
+        prefilling = [b for b in sizes if self.rows[b].prefills]
+        most_riders = 0 if self._riders is None else self._riders.most
+        check_drafts(found, list(sizes), list(sizes.values()), self.model.shape, most_riders, prefilling)
+        drafting = len(sizes) - len(prefilling)
+        self.draft_forwards += drafting if self.batch_invariant else drafting > 0
         for b in sizes:
-            self.rows[b].draft_nfe += 1
+            self.rows[b].draft_nfe += b not in prefilling
         return dict(zip(sizes, found, strict=True))
 
     def _groups(self, live: Sequence[int], drafts: dict[int, Draft]) -> list[tuple[list[int], bool]]:
@@ -285,7 +298,8 @@ class CausalBatch:
     def _inputs(self, drafts: dict[int, Draft], tree: bool) -> tuple[Tensor, PassKey]:
         """All that the device has to be told, (n,) int64 on the CPU, and how it is to be read.
 
-        N packed tokens of the pass; M rows that are verified, each lane's root and nodes; B lanes.
+        N packed tokens of the pass; M rows whose logits are wanted, each lane's root and nodes, which are
+        verified, and behind them its riders, which are not; B lanes.
         """
         lanes, pad_to = len(self.rows), self._pad_to
         spans: list[Span] = []
@@ -298,22 +312,30 @@ class CausalBatch:
         q_start, q_end = [0] * lanes, [0] * lanes
         offset = 0
         for b, draft in drafts.items():
-            row, size = self.rows[b], len(draft.tokens)
-            spans.append(Span(b, row.num_cached, row.known + size, row.known + size))
+            row, end = self.rows[b], self.rows[b].known + draft.size
+            spans.append(Span(b, row.num_cached, end, end))
             known = self.tokens[b, row.num_cached : row.known].tolist()
             ids += [*known, *draft.tokens]
             parents.append(draft.rows)
             q_start[b] = len(source)
-            source += range(offset + len(known) - 1, offset + len(known) + size)
-            q_end[b] = len(source)
+            source += range(offset + len(known) - 1, offset + len(known) + draft.size)
+            q_end[b] = q_start[b] + 1 + len(draft.tokens)
             token += [known[-1], *draft.tokens]
-            parent += draft.rows
+            parent += draft.verified_rows
             seed, number = row.settings.key
             positions = [row.known + depth for depth in _depths(draft)]  # of what each row chooses
             keys += [(seed, number, position, 0) for position in positions]
-            offset += len(known) + size
+            offset += len(known) + draft.size
+            riders = len(source) - q_end[b]  # `accept` does not look at their rows
+            token += [0] * riders
+            parent += [-1] * riders
+            keys += [(0, 0, 0, 0)] * riders
         metadata = self.kv_cache.metadata(spans, pad_to, causal=not tree, parents=parents if tree else None)
-        more_ids = len(metadata.positions) - len(ids)
+        joined: tuple[Tensor, ...] = ()
+        tokens = len(metadata.positions)
+        if any(draft.size > len(draft.tokens) for draft in drafts.values()):
+            joined, tokens = self._joined(drafts, tree, len(source))
+        more_ids = tokens - len(ids)
         more = 0 if pad_to is None else pad_to(len(source)) - len(source)
         groups: dict[tuple[Any, ...], list[int]] = {}
         for b in drafts:
@@ -337,6 +359,7 @@ class CausalBatch:
             torch.tensor([[*each, *[UNKNOWN] * (width - len(each))] for each in eos]),
             torch.tensor(bases),
             self.kv_cache.block_table if tree else torch.zeros((0, 0), dtype=torch.int64),
+            *joined,
         )
         inputs, shapes = pack(tensors)
         if self.model.device.type == "cuda":
@@ -348,17 +371,71 @@ class CausalBatch:
         sampling = tuple(self.rows[group[0]].sampling for group in groups.values())
         start = next(iter(drafts.values())).start
         return inputs, PassKey(
-            shapes, metadata.max_q_len, metadata.max_kv_len, rows, start, tree, logprobs, sampling
+            shapes,
+            metadata.max_q_len,
+            metadata.max_kv_len,
+            rows,
+            start,
+            tree,
+            len(joined),
+            logprobs,
+            sampling,
         )
 
+    def _joined(self, drafts: dict[int, Draft], tree: bool, rows: int) -> tuple[tuple[Tensor, ...], int]:
+        """What `_compute` has to know of the riders of a pass, and how many tokens there are in front of the
+        layer where they join: the pass without them is a pass of its own.
+
+        rows: whose logits are wanted.
+        """
+        assert self._riders is not None
+        spans: list[Span] = []
+        parents: list[tuple[int, ...]] = []
+        node: list[int] = []
+        number: list[int] = []
+        order: list[int] = []
+        first: list[int] = []
+        offset = 0
+        for b, draft in drafts.items():
+            row = self.rows[b]
+            end = row.known + len(draft.tokens)
+            spans.append(Span(b, row.num_cached, end, end))
+            parents.append(draft.verified_rows)
+            root = offset + row.known - row.num_cached - 1
+            order += [*range(offset, root + 1 + len(draft.tokens))]
+            row_of_rider = len(first) + 1 + len(draft.tokens)
+            counts = draft.riders or [0] * (1 + len(draft.tokens))
+            for place, count in enumerate(counts):
+                first.append(row_of_rider)
+                row_of_rider += count
+                order += [-1] * count  # the next of the riders
+                node += [root + place] * count
+                number += range(count)
+            first += [0] * sum(counts)
+            offset += end - row.num_cached
+        pad_to = self._pad_to
+        if self._riders.layer:
+            below = self.kv_cache.metadata(spans, pad_to, causal=not tree, parents=parents if tree else None)
+            tensors, tokens = below.tensors, len(below.positions)
+        else:
+            tensors, tokens = (), offset if pad_to is None else pad_to(offset)
+        rider = iter(range(tokens, tokens + len(node)))
+        order = [next(rider) if place < 0 else place for place in order]
+        if pad_to is not None:
+            for numbers, size in ((order, len(order)), (first, rows), (node, len(node)), (number, len(node))):
+                numbers += [0] * (pad_to(size) - size)
+        return (*tensors, *map(torch.tensor, (node, number, order, first))), tokens
+
     def _compute(self, key: PassKey, inputs: Tensor) -> Tensor:
-        *given, ids, source, token, parent, keys, edges, room, eos_ids, bases, table = unpack(
-            inputs, key.shapes
-        )
+        tensors = unpack(inputs, key.shapes)
+        tensors, joined = tensors[: len(tensors) - key.riders], tensors[len(tensors) - key.riders :]
+        *given, ids, source, token, parent, keys, edges, room, eos_ids, bases, table = tensors
         metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *given, causal=not key.tree)
         taps = Taps(() if self._session is None else self._session.taps)
         with own_precision(self.model, self.model.device):
-            if key.start:
+            if key.riders:
+                x = self._step_with_riders(ids, metadata, joined)
+            elif key.start:
                 assert isinstance(self._session, KeepsStreams)
                 stream = self._session.streams(metadata)
                 stream = self.model.run_layers(stream, self.kv_cache, metadata, key.start, taps=taps)
@@ -399,7 +476,10 @@ class CausalBatch:
             kv_move(self.kv_cache.slots, source_slots, target_slots)
             if self._session is not None:
                 self._session.moved(source_slots, target_slots)
+        if key.tree or key.riders:
             results.append(path.flatten())
+        if key.riders:
+            results.append(self._guesses(key, logits, edges, path, count, joined[-1]).flatten())
         if key.logprobs:
             each = [
                 one.stats.sample_logprob[(edge[0][:, None] + one.path).clamp(min=0)].masked_fill(
@@ -410,6 +490,46 @@ class CausalBatch:
             logprob = functools.reduce(torch.maximum, each)
             results.append(logprob.view(torch.int32).to(torch.int64).flatten())
         return torch.cat(results)
+
+    def _step_with_riders(self, ids: Tensor, metadata: AttentionMetadata, joined: Sequence[Tensor]) -> Tensor:
+        """`Model.step` of the tokens `ids`, which riders join on the way: (N, width) of all of `metadata`."""
+        *below, node, number, order, _ = joined
+        riders, model = self._riders, self.model
+        assert riders is not None
+        stream = model.embedded(ids)
+        if riders.layer:
+            without = AttentionMetadata(
+                metadata.max_q_len, metadata.max_kv_len, *below, causal=metadata.causal
+            )
+            stream = model.run_layers(stream, self.kv_cache, without, 0, riders.layer)
+        born = riders.born(stream.sum[node], number)
+        delta = None if stream.delta is None else torch.cat((stream.delta, torch.zeros_like(born)))[order]
+        stream = Stream(torch.cat((stream.x, born))[order], delta)
+        return model.final_norm(model.run_layers(stream, self.kv_cache, metadata, riders.layer))
+
+    def _guesses(
+        self,
+        key: PassKey,
+        logits: Tensor,
+        edges: Tensor,
+        path: Tensor,
+        count: Tensor,
+        first: Tensor,
+    ) -> Tensor:
+        """(B, K) what riders behind each lane's last accepted node have guessed.
+
+        first: (M,) of each node its first rider, among the rows of the logits.
+        """
+        riders = self._riders
+        assert riders is not None
+        leaf = path.gather(1, (count - 1).clamp(min=0)[:, None])[:, 0].clamp(min=0)
+        begin = first[edges[:, 0].sum(0) + leaf]  # a lane is of one group, and 0 in the others
+        rows = (begin[:, None] + torch.arange(riders.most, device=begin.device)).clamp(max=len(logits) - 1)
+        found = [
+            riders.guess(logits, rows, group.suppress).where((edge[1] > edge[0])[:, None], -1)
+            for group, edge in zip(key.groups, edges, strict=True)
+        ]
+        return functools.reduce(torch.maximum, found)
 
     def _moves(self, path: Tensor, bases: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """(B, D) slots that a path's keys and values lie in, and those that they belong into; -1 for none."""
@@ -436,14 +556,25 @@ class CausalBatch:
         logprobs: list[float] = []
         if key.logprobs:
             bits = torch.tensor(rest[-lanes * width :]).to(torch.int32)
-            logprobs = bits.view(torch.float32).tolist()
-        return {b: Emitted(rest[b * width :][: count[b]], logprobs[b * width :][: count[b]]) for b in drafts}
+            logprobs, rest = bits.view(torch.float32).tolist(), rest[: -lanes * width]
+        found = {b: Emitted(rest[b * width :][: count[b]], logprobs[b * width :][: count[b]]) for b in drafts}
+        if key.riders:
+            path, guesses = rest[lanes * width : 2 * lanes * width], rest[2 * lanes * width :]
+            each = len(guesses) // lanes
+            for b, draft in drafts.items():
+                if draft.riders:
+                    riders = draft.riders[path[b * width + count[b] - 1]]
+                    guessed = guesses[b * each : (b + 1) * each] if riders else ()
+                    found[b] = found[b]._replace(riders=riders, guessed=guessed)
+        return found
 
     # --- what it has brought ------------------------------------------------------------------------
 
     def _advance(self, b: int, draft: Draft, emitted: Emitted) -> None:
         """Take in the tokens that a pass has emitted of a sequence."""
         row, count = self.rows[b], len(emitted.tokens)
+        if self._session is not None:
+            self._session.guessed(b, emitted.riders, emitted.guessed)
         if draft.tokens:
             depth = max(_depths(draft))
             self.counts.add(depth, count - 1)

@@ -25,7 +25,7 @@ import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +43,7 @@ from ..models.modules import Block, RMSNorm, Stream, norm_of_sum, rotate
 from ..ops import kv_move, kv_write
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
 from .draft import Draft
-
-if TYPE_CHECKING:
-    from .drafter import Lane
+from .drafter import DraftSession, Lane
 
 CAUSAL = {"dflash": False, "parallelspec": True}
 """The kinds of drafters: whether a row of the block sees only the rows in front of it."""
@@ -259,7 +257,7 @@ class _Key(NamedTuple):
         return (*self[:3], *map(id, self.suppressed))
 
 
-class _Session:
+class _Session(DraftSession):
     """The context of a batch's lanes, under the block table of the target's cache."""
 
     def __init__(self, drafter: DraftModel, model: Model, kv_cache: KVCache, graphs: bool) -> None:

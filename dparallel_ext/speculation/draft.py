@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from ..arguments import shown
@@ -10,7 +10,11 @@ from ..models.config import ModelConfig
 
 
 class Draft(NamedTuple):
-    """Guessed tokens behind the last known one, the root. Nodes are numbered from 1; 0 is the root."""
+    """Guessed tokens behind the last known one, the root. Nodes are numbered from 1; 0 is the root.
+
+    Behind the root and each node there may be a chain of riders, rows of the pass that are not verified but
+    guess tokens for the next draft, see `drafter.Riders`.
+    """
 
     tokens: tuple[int, ...] = ()
     """Of the nodes 1, 2, ..."""
@@ -21,35 +25,59 @@ class Draft(NamedTuple):
     the session has their streams, see `drafter.KeepsStreams`."""
     layers: int = 0
     """Layers of the model that were run to make the draft, one after the other."""
+    riders: tuple[int, ...] = ()
+    """How many ride behind the root and behind each node; empty: none anywhere."""
+
+    @property
+    def size(self) -> int:
+        """Rows behind the root: nodes and riders."""
+        return len(self.tokens) + sum(self.riders)
 
     @property
     def is_chain(self) -> bool:
-        return self.parents is None or self.parents == tuple(range(len(self.tokens)))
+        """Whether each row, those of riders too, is behind the one before."""
+        if not self.riders:
+            return self.parents is None or self.parents == tuple(range(len(self.tokens)))
+        return self.rows == tuple(range(-1, self.size))
 
     @property
-    def rows(self) -> tuple[int, ...]:
+    def verified_rows(self) -> tuple[int, ...]:
         """Parents of the root and the nodes as the rows of a verify pass have them: -1 for the root."""
         return -1, *(range(len(self.tokens)) if self.parents is None else self.parents)
 
-    def cut(self, most: int) -> Draft:
-        """Its first `most` nodes: a tree too, since parents come first."""
-        if len(self.tokens) <= most:
-            return self
-        parents = None if self.parents is None else self.parents[:most]
-        return Draft(self.tokens[:most], parents, self.start, self.layers)
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The same with the riders' rows, which follow those of all nodes in the order of their nodes."""
+        parents = [*self.verified_rows]
+        for node, count in enumerate(self.riders):
+            for number in range(count):
+                parents.append(len(parents) - 1 if number else node)
+        return tuple(parents)
 
 
 def check_drafts(
-    drafts: Sequence[Draft], lanes: Sequence[int], sizes: Sequence[int], shape: ModelConfig
+    drafts: Sequence[Draft],
+    lanes: Sequence[int],
+    sizes: Sequence[int],
+    shape: ModelConfig,
+    riders: int = 0,
+    prefilling: Collection[int] = (),
 ) -> None:
-    """Raise ValueError where a drafter gave what is no draft, or not what it was asked for."""
+    """Raise ValueError where a drafter gave what is no draft, or not what it was asked for.
+
+    riders: the most behind a node. prefilling: the lanes whose drafts may have no nodes.
+    """
     vocabulary = shape.embedding_size
     if len(drafts) != len(lanes):
         raise ValueError(f"drafter: expected a draft for each of {len(lanes)} lanes, got {len(drafts)}")
     for draft, lane, most in zip(drafts, lanes, sizes, strict=True):
         count = len(draft.tokens)
-        if count > most:
-            raise ValueError(f"drafter: expected at most {most} nodes for lane {lane}, got {count}")
+        _check_riders(draft, lane, riders)
+        if draft.size > most:
+            of = f"{draft.size}" if draft.size == count else f"{count} and {draft.size - count} riders"
+            raise ValueError(f"drafter: expected at most {most} nodes for lane {lane}, got {of}")
+        if count and lane in prefilling:
+            raise ValueError(f"drafter: expected no nodes for lane {lane} with its prompt, got {count}")
         if any(not 0 <= token < vocabulary for token in draft.tokens):
             bad = next(token for token in draft.tokens if not 0 <= token < vocabulary)
             raise ValueError(f"drafter: expected token ids in [0, {vocabulary}), got {shown(bad)}")
@@ -70,3 +98,19 @@ def check_drafts(
                     f"drafter: no tree, node {node} of lane {lane} has the parent {shown(parent)}, "
                     f"expected one of [0, {node})"
                 )
+
+
+def _check_riders(draft: Draft, lane: int, most: int) -> None:
+    """Before anything else is asked of the draft: how many rows it has hangs on them."""
+    if not draft.riders:
+        return
+    if len(draft.riders) != 1 + len(draft.tokens):
+        raise ValueError(
+            f"drafter: expected riders of the root and each of {len(draft.tokens)} nodes of lane {lane}, "
+            f"got {len(draft.riders)} numbers"
+        )
+    for count in draft.riders:
+        if type(count) is not int or not 0 <= count <= most:
+            raise ValueError(
+                f"drafter: expected from 0 to {most} riders behind a node of lane {lane}, got {shown(count)}"
+            )

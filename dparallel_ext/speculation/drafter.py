@@ -44,8 +44,37 @@ class Lane(NamedTuple):
         return self.length - len(self.tokens)
 
 
-class DraftSession(Protocol):
-    """What a drafter remembers of the sequences in a batch's lanes.
+class Riders(Protocol):
+    """Rows of a verify pass that are not verified: each guesses a token, for the draft of the next pass.
+
+    A rider has its place in a chain behind a node of the draft (or the root) and sees what the node sees, the
+    node, and the chain in front of it. It joins the pass in front of a layer, by what `born` makes of the
+    node's stream there; its keys and values of earlier layers do not exist, and the others are never kept.
+    So a rider's logits are those of a token that was not there to be known, and its row brings the pass no
+    token. The text does not depend on it.
+    """
+
+    most: int
+    """The most behind a node."""
+    layer: int
+    """The layer in front of which riders join; 0: the first."""
+
+    def born(self, nodes: Tensor, numbers: Tensor) -> Tensor:
+        """(R, width): the stream of R riders. nodes: (R, width), that of each one's node; numbers: (R,)
+        int64, its place in the chain, from 0. Part of the pass, which may be recorded."""
+
+    def guess(self, logits: Tensor, rows: Tensor, suppress: Tensor | None) -> Tensor:
+        """(B, K) int64, what the host is to hear of each lane: see `DraftSession.guessed`. Part of the pass.
+
+        rows: (B, most) int64, the rows of `logits` (M, V) that are the riders of the last accepted node; of
+        these so many are the lane's as rode there, and the rest may be any. suppress: (n,) ids that the
+        model never chooses.
+        """
+
+
+class DraftSession:
+    """What a drafter remembers of the sequences in a batch's lanes. A session has `propose`, and of the rest
+    what it needs.
 
     In an engine a sequence may begin with pages that others have filled, and pages are shared as soon as the
     model's passes have filled them. What `observe` and `moved` put into pages is there for every position
@@ -53,8 +82,11 @@ class DraftSession(Protocol):
     and values of the model itself, see `KeepsStreams`.
     """
 
-    taps: tuple[int, ...]
+    taps: tuple[int, ...] = ()
     """Layers of the model, ascending, behind which it wants to see the residual stream; -1: the embedding."""
+    riders: Riders | None = None
+    """How the riders of its drafts come to be; such a session has no taps, and keeps no streams. A pass over
+    a prompt may have riders too, so it is then asked for drafts of these lanes, which have no nodes."""
 
     def reset(self, lane: int) -> None:
         """A sequence begins in the lane."""
@@ -71,8 +103,13 @@ class DraftSession(Protocol):
         """What a path of a tree has put into slots `source` (B, M) lies in `target` from now on, as
         `ops.kv_move` has it. Part of the pass."""
 
+    def guessed(self, lane: int, riders: int, numbers: Sequence[int]) -> None:
+        """What a pass with the lane has guessed: so many riders rode behind the node whose choice is the new
+        root, and `numbers` are the K that `Riders.guess` made of them; none where none rode."""
+
     def propose(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:
-        """A draft for each of `lanes`, of at most so many nodes each."""
+        """A draft for each of `lanes`, of at most so many nodes, riders among them, each."""
+        raise NotImplementedError
 
 
 @runtime_checkable
@@ -98,3 +135,11 @@ class Drafter(Protocol):
         """For a batch of so many lanes; graphs: passes may be recorded. What it keeps of positions belongs
         into pages like those of `kv_cache`, under its `block_table`, so that sequences that share a beginning
         share this too."""
+
+
+@runtime_checkable
+class Expecting(Protocol):
+    """A drafter that knows how many tokens a pass with its drafts may bring."""
+
+    def expected(self, size: int) -> float:
+        """Tokens of a pass whose draft has `size` nodes, riders among them, on average."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,15 @@ from ..models.files import read_json
 from . import adadecode, dflash
 from .checkpoint import OURS, DraftCheckpoint, Origin, read_checkpoint
 from .drafter import Drafter
+from .hidden_transfer import HiddenTransfer
 from .ngram import NGram
+from .ppd import PromptTokens
+from .riders import drafter_of_riders
 from .whole_models import ModelDrafter
 
 KINDS: dict[str, Callable[[DraftCheckpoint], Drafter]] = {
     **dict.fromkeys(dflash.CAUSAL, dflash.drafter_of_blocks),
+    **{of.KIND: functools.partial(drafter_of_riders, of) for of in (PromptTokens, HiddenTransfer)},
     adadecode.KIND: adadecode.drafter_of_heads,
 }
 """By the kind that a file says it is, what makes a drafter of it; raises ValueError where it is none."""

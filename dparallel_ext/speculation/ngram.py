@@ -6,17 +6,15 @@ Source: A. Saxena, "Prompt Lookup Decoding" (2023); LLMA, arXiv 2304.04487.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..arguments import whole
 from .draft import Draft
+from .drafter import DraftSession, Lane
 
 if TYPE_CHECKING:
-    from ..cache import AttentionMetadata, KVCache
+    from ..cache import KVCache
     from ..models import Model
-    from .drafter import DraftSession, Lane
 
 
 class NGram:
@@ -41,9 +39,7 @@ class NGram:
         return _Session(self, lanes)
 
 
-class _Session:
-    taps: tuple[int, ...] = ()
-
+class _Session(DraftSession):
     def __init__(self, drafter: NGram, lanes: int) -> None:
         self._drafter = drafter
         self._sizes = range(drafter.longest, drafter.shortest - 1, -1)
@@ -54,12 +50,6 @@ class _Session:
 
     def reset(self, lane: int) -> None:
         self._ids[lane], self._ends[lane] = [], {}
-
-    def observe(self, metadata: AttentionMetadata, taps: Sequence[Tensor]) -> None:
-        pass
-
-    def moved(self, source: Any, target: Any) -> None:
-        pass
 
     def propose(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:
         return [self._draft(each, most) for each, most in zip(lanes, sizes, strict=True)]

@@ -12,6 +12,8 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
+from .drafter import Drafter, Expecting
+
 
 class Sizer(Protocol):
     def size(self, lanes: int) -> int:
@@ -55,8 +57,16 @@ class Measured:
 
     EVERY, TRIALS, PART = 64, 2, 0.1
 
-    def __init__(self, most: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    def __init__(
+        self,
+        most: int,
+        clock: Callable[[], float] = time.perf_counter,
+        expected: Callable[[int], float] | None = None,
+    ) -> None:
+        """expected: see `drafter.Expecting`; None: drafts are taken for chains."""
+        self._clock, self._expected = clock, expected
+        self._worth = [1.0, 1.0]
+        """With `expected`: tokens that were accepted of drafts, and those that were expected to be."""
         self.sizes = sorted({0, most, *(1 << bit for bit in range(most.bit_length()) if 1 << bit <= most)})
         self._seconds: dict[int, dict[int, list[float]]] = {}
         """By the number of sequences and by size: times asked for, and the mean seconds of draft and pass."""
@@ -79,7 +89,10 @@ class Measured:
         return asked
 
     def tokens(self, nodes: int) -> float:
-        """Expected of a pass over a chain of so many nodes."""
+        """Expected of a pass over a draft of so many nodes."""
+        if self._expected is not None:
+            accepted, said = self._worth
+            return 1.0 + accepted / said * (self._expected(nodes) - 1.0)
         reached, found = 1.0, 1.0
         for share in self._accepted[:nodes]:
             reached *= share
@@ -102,6 +115,9 @@ class Measured:
         entry[1] = seconds if entry[0] <= 2 else entry[1] + self.PART * (seconds - entry[1])
 
     def learn(self, asked: int, taken: int) -> None:
+        if self._expected is not None:
+            for at, tokens in enumerate((float(taken), self._expected(asked) - 1.0)):
+                self._worth[at] += self.PART * (tokens - self._worth[at])
         for at in range(min(asked, taken + 1)):
             self._accepted[at] += self.PART * ((at < taken) - self._accepted[at])
 
@@ -112,11 +128,19 @@ REMEMBERED = 16
 _measured: weakref.WeakKeyDictionary[Any, dict[Hashable, Measured]] = weakref.WeakKeyDictionary()
 
 
-def measured(model: Any, drafter: Any, most: int) -> Measured:
-    """What earlier calls with this model and drafter have measured, so that the next goes on from there."""
+def sizer_for(drafter: Drafter) -> Measured:
+    """One that has not measured anything yet."""
+    return Measured(drafter.most, expected=drafter.expected if isinstance(drafter, Expecting) else None)
+
+
+def measured(model: Any, given: Any, drafter: Drafter) -> Measured:
+    """What earlier calls with this model and drafter have measured, so that the next goes on from there.
+
+    given: what stood for the drafter in the call, hashable.
+    """
     known = _measured.setdefault(model, {})
-    found = known.pop(drafter, None) or Measured(most)
-    known[drafter] = found
+    found = known.pop(given, None) or sizer_for(drafter)
+    known[given] = found
     while len(known) > REMEMBERED:
         del known[next(iter(known))]
     return found

@@ -22,7 +22,7 @@ from ..models import Model, for_decoding, traits, warn_beyond
 from .batch import CausalBatch
 from .drafter import Drafter
 from .loading import drafter_of
-from .sizing import Fixed, Measured, Sizer, measured
+from .sizing import Fixed, Sizer, measured, sizer_for
 
 OF_DIFFUSION = (
     *("infill", "block_length", "sub_block_length", "steps", "threshold", "selector", "policy", "rule"),
@@ -86,9 +86,9 @@ def speculate(
             (`dparallel drafter` trains one; `speculation.load` reads it, and the published DFlash
             checkpoints); or a model of ours of the same vocabulary, autoregressive or of masked diffusion.
             None: plain decoding.
-        draft_size: the most nodes of a draft. None: as many as bring the most tokens per second, by the
-            seconds that passes of each size take here and by what is accepted; the text is the same, and so
-            are the passes only with a number.
+        draft_size: the most nodes of a draft, rows that ride along among them. None: as many as bring the
+            most tokens per second, by the seconds that passes of each size take here and by what is accepted;
+            the text is the same, and so are the passes only with a number.
         attention_mask: see `decode`.
         streamer: an object with `put` and `end`, as transformers' streamers. Batch size 1.
         progress: a tqdm bar of tokens.
@@ -126,7 +126,7 @@ def speculate(
             size,
             max(lengths, default=0),
             drafter=drafter,
-            sizer=sizer_of(drafter, draft_size, lambda most: measured(model, given, most)),
+            sizer=sizer_of(drafter, draft_size, lambda drafter: measured(model, given, drafter)),
             pad_id=eos_ids[0] if eos_ids else 0,
             batch_invariant=config.batch_invariant,
             graphs=config.graphs,
@@ -186,12 +186,12 @@ def end_ids(model: Model, config: DecodeConfig) -> tuple[int, ...]:
 
 
 def sizer_of(
-    drafter: Drafter | None, draft_size: int | None, measured: Callable[[int], Sizer] = Measured
+    drafter: Drafter | None, draft_size: int | None, measured: Callable[[Drafter], Sizer] = sizer_for
 ) -> Sizer:
-    """measured: makes the sizer of a drafter's most nodes, where no size is given."""
+    """measured: makes the sizer of a drafter, where no size is given."""
     if draft_size is not None:
         return Fixed(arguments.whole("draft_size", draft_size, 0))
-    return Fixed(0) if drafter is None else measured(drafter.most)
+    return Fixed(0) if drafter is None else measured(drafter)
 
 
 def _run(batch: CausalBatch, streamer: Any, bar: Any) -> None:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..arguments import whole
 from ..cache import AttentionMetadata, KVCache, Span
 from ..models import Model, for_decoding, own_precision
 from ..ops import row_stats
 from .draft import Draft
-
-if TYPE_CHECKING:
-    from .drafter import DraftSession, Lane
+from .drafter import DraftSession, Lane
 
 
 class ModelDrafter:
@@ -57,20 +54,9 @@ class ModelDrafter:
         return (_Causal if self.model.causal else _Diffusion)(self, kv_cache, lanes)
 
 
-class _Session:
-    taps: tuple[int, ...] = ()
-
+class _Session(DraftSession):
     def __init__(self, drafter: ModelDrafter, target: KVCache, lanes: int) -> None:
         self.drafter, self.model = drafter, drafter.model
-
-    def reset(self, lane: int) -> None:
-        pass
-
-    def observe(self, metadata: AttentionMetadata, taps: Sequence[Tensor]) -> None:
-        pass
-
-    def moved(self, source: Any, target: Any) -> None:
-        pass
 
     def _best(
         self,

@@ -569,7 +569,9 @@ def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
 def drafter(
     target: Annotated[str, typer.Argument(help="an autoregressive model: builtin:NAME, a directory, ...")],
     out: Annotated[Path, typer.Argument(help="the drafter's directory; a run that was stopped goes on")],
-    kind: Annotated[str, typer.Option(help="dflash, parallelspec or adadecode")] = "dflash",
+    kind: Annotated[
+        str, typer.Option(help="dflash, parallelspec, ppd, hidden_transfer or adadecode")
+    ] = "dflash",
     data: Annotated[
         str, typer.Option(help="builtin:N[:SEED], or a JSONL or Parquet file with prompts")
     ] = "builtin:4000",
@@ -593,7 +595,21 @@ def drafter(
         float | None, typer.Option(help="of adadecode: how sure a head has to be; default 0.85")
     ] = None,
     most: Annotated[int | None, typer.Option(help="of adadecode: tokens of a draft; default 16")] = None,
-    loss: Annotated[str | None, typer.Option(help="d-pace (default) or exp")] = None,
+    riders: Annotated[
+        int | None,
+        typer.Option(help="of ppd and hidden_transfer: tokens beyond the next that are guessed; default 3"),
+    ] = None,
+    soften: Annotated[
+        float | None,
+        typer.Option(help="of ppd and hidden_transfer: divides their logits in the loss; default 3 and 1"),
+    ] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(help="of hidden_transfer: in front of which riders join; default: the middle one"),
+    ] = None,
+    loss: Annotated[
+        str | None, typer.Option(help="of dflash and parallelspec: d-pace (default) or exp")
+    ] = None,
     gen_length: Annotated[int | None, typer.Option(help="tokens; default 64 built-in, 256 else")] = None,
     temperature: Annotated[float, typer.Option(help="of the answers that it learns from")] = 0.0,
     seed: int = 0,
@@ -604,7 +620,8 @@ def drafter(
     chat: ChatOption = None,
     device: str | None = None,
 ) -> None:
-    """Train a drafter for `speculate` (DFlash, ParallelSpec, AdaDecode's heads) on a model's own answers."""
+    """Train a drafter for `speculate` on a model's own answers: DFlash, ParallelSpec, prompt tokens (PPD),
+    Hidden Transfer, AdaDecode's heads."""
     from .training import drafters
 
     with plain_errors("train"):
@@ -612,6 +629,7 @@ def drafter(
             **{"steps": steps, "batch": batch, "anchors": anchors, "temperature": temperature, "seed": seed},
             **{"layers": layers, "block": block, "taps": _numbers("taps", taps)},
             **{"exits": _numbers("exits", exits), "gamma": gamma, "most": most},
+            **{"riders": riders, "soften": soften, "layer": layer},
             **{"mask_id": mask_id, "loss": loss},
             "gen_length": registry.gen_length(target) if gen_length is None else gen_length,
         }

@@ -489,8 +489,7 @@ def aup(rows: Iterable[dict[str, Any]], best: float) -> float:
 
 
 HEADING = (
-    f"{'model':<15} {'policy':<20} {'accuracy':>8} {'passes':>6} {'to EOS':>7} {'tokens/pass':>11} "
-    f"{'seconds':>7}"
+    f"{'model':<15} {'policy':<23} {'accuracy':>8} {'passes':>6} {'to EOS':>7} {'tok/pass':>8} {'seconds':>7}"
 )
 
 
@@ -503,8 +502,8 @@ def label(row: Mapping[str, Any]) -> str:
 def line(row: Mapping[str, Any]) -> str:
     """A result as a line under HEADING."""
     return (
-        f"{row['model']:<15} {label(row):<20} {row['accuracy']:>8.1%} {row['nfe_mean']:>6.1f} "
-        f"{row['nfe_to_eos']:>7.1f} {row['tokens_per_forward']:>11.2f} {row['seconds']:>7.1f}"
+        f"{row['model']:<15} {label(row):<23} {row['accuracy']:>8.1%} {row['nfe_mean']:>6.1f} "
+        f"{row['nfe_to_eos']:>7.1f} {row['tokens_per_forward']:>8.2f} {row['seconds']:>7.1f}"
     )
 
 

@@ -16,7 +16,7 @@ from asking import MODEL, PROMPTS, VOCABULARY, joined
 from dparallel import registry, tokenizer
 from dparallel.cli import app
 from dparallel.serving import runner
-from drafters import model_of
+from drafters import model_of, riding
 from openai import BadRequestError, OpenAI
 from server_here import Here, serving
 from typer.testing import CliRunner
@@ -108,6 +108,26 @@ def test_answers_are_what_speculate_says(client: OpenAI, loaded: tuple[Any, Any]
     )
     assert chat.choices[0].message.content == said_by(loaded, PROMPTS[0], gen_length=24)[0]
     assert not here.faults()
+
+
+@pytest.mark.parametrize("kind", ["ppd", "hidden_transfer"])
+def test_rows_that_ride_along_serve_too(kind: str, loaded: tuple[Any, Any], directory: Path) -> None:
+    """Of requests at once and one after another, which share pages."""
+    engine = {"drafter": riding(kind, loaded[0]), "draft_size": 9, "lanes": 3, "page_size": 4}
+    with serving(loaded, directory, engine=engine, name="causal") as here:
+        client = OpenAI(base_url=f"{here.url}/v1", api_key="none", max_retries=0, timeout=60)
+        asked = [{"temperature": (0.0, 0.9)[i % 2], "seed": i} for i in range(6)]
+        with ThreadPoolExecutor(6) as threads:
+            answers = list(threads.map(lambda own: ask(client, PROMPTS[own["seed"] // 2], **own), asked))
+        answers.append(ask(client, PROMPTS[0], **asked[0]))
+        client.close()
+        assert not here.faults()
+    expected = [said_by(loaded, PROMPTS[own["seed"] // 2], gen_length=24, **own) for own in asked]
+    for answer, (text, count, passes) in zip(answers, [*expected, expected[0]], strict=True):
+        assert answer.choices[0].text == text
+        assert answer.usage.completion_tokens == count
+        assert answer.usage.forward_passes <= passes
+    assert answers[-1].usage.prompt_tokens_details.cached_tokens >= 4
 
 
 def test_text_streams_pass_by_pass(client: OpenAI, loaded: tuple[Any, Any]) -> None:

@@ -21,7 +21,7 @@ from dparallel_ext import models
 from dparallel_ext.decoding.config import DecodeConfig
 from dparallel_ext.decoding.settings import make_settings
 from dparallel_ext.models import Model
-from dparallel_ext.speculation import BlockDrafter, CausalBatch, Draft, drafter_of
+from dparallel_ext.speculation import BlockDrafter, CausalBatch, Draft, DraftSession, drafter_of
 from dparallel_ext.speculation.dflash import default_taps
 from dparallel_ext.speculation.sizing import Fixed
 
@@ -107,7 +107,7 @@ def guessed(drafter: BlockDrafter, target: Model, tokens: Tensor, rows: int) -> 
     return logits
 
 
-class Heard:
+class Heard(DraftSession):
     """Notes what a drafter would draft, and drafts what `instead` does: some of it is accepted."""
 
     def __init__(self, drafter: BlockDrafter, instead: Knowing | None = None) -> None:

@@ -164,10 +164,15 @@ def test_its_autoregressive_sibling_and_the_drafters_that_ship() -> None:
         ("builtin:dflash", 6),
         ("builtin:parallelspec", 3),
         ("builtin:adadecode", 4),
+        ("builtin:ppd", 2),
+        ("builtin:hidden_transfer", 3),
         ("ngram", 1),
     ):
         answers: list[evaluate.Answer] = []
-        row = evaluate.evaluate_drafter("builtin:causal", name, problems=60, loaded=loaded, answers=answers)
+        size = 16 if name in ("builtin:ppd", "builtin:hidden_transfer") else None
+        row = evaluate.evaluate_drafter(
+            "builtin:causal", name, draft_size=size, problems=60, loaded=loaded, answers=answers
+        )
         assert answers == plain
         assert row["tokens_per_forward"] > least, name
         if name == "builtin:adadecode":

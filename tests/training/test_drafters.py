@@ -17,7 +17,9 @@ from dparallel.training import drafters
 from dparallel.training.drafters import adadecode, answers, blocks
 from dparallel.training.drafters.adadecode import ExitSettings
 from dparallel.training.drafters.blocks import BlockSettings as Settings
+from dparallel.training.drafters.common import Settings as AnySettings
 from dparallel.training.drafters.common import Target
+from dparallel.training.drafters.riders import PromptSettings, TransferSettings
 from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
@@ -31,6 +33,12 @@ from dparallel_ext.speculation.dflash import Layout
 
 EXITS = ExitSettings(steps=6, batch=4, anchors=3, gen_length=12, warmup=2)
 TINY = Settings(steps=6, batch=4, anchors=3, layers=1, mlp_width=24, gen_length=12, warmup=2)
+OF_KIND: dict[str, Any] = {
+    **{kind: replace(TINY, kind=kind) for kind in blocks.KINDS},
+    "ppd": PromptSettings(steps=6, batch=4, anchors=3, gen_length=12, warmup=2),
+    "hidden_transfer": TransferSettings(steps=6, batch=4, anchors=3, gen_length=12, warmup=2),
+    "adadecode": EXITS,
+}
 MASK = tasks.vocabulary().index(tasks.MASK)
 
 
@@ -41,7 +49,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train.train(out, settings, progress=False, evaluate=0)
 
 
-def run(target: Path, out: Path, settings: Settings = TINY, **more: Any) -> dict[str, Tensor]:
+def run(target: Path, out: Path, settings: AnySettings = TINY, **more: Any) -> dict[str, Tensor]:
     given = {"data": "builtin:40", "evaluate": 0, "save_every": 2, "progress": False, **more}
     drafters.run(str(target), out, settings=settings, **given)
     return load_file(out / "model.safetensors")
@@ -51,7 +59,7 @@ def run(target: Path, out: Path, settings: Settings = TINY, **more: Any) -> dict
 def test_same_settings_same_drafter_and_a_stopped_run_goes_on_as_if_it_had_not(
     target: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = EXITS if kind == EXITS.kind else replace(TINY, kind=kind)
+    settings = OF_KIND[kind]
     expected = run(target, tmp_path / "whole", settings)
     original, calls = drafters.KINDS[kind].loss_of, itertools.count()
 
@@ -109,7 +117,7 @@ def test_what_it_writes_drafts(target: Path, tmp_path: Path) -> None:
     assert torch.equal(dx.speculate(model, prompts, gen_length=12, drafter=out).sequences, expected.sequences)
 
 
-@pytest.mark.parametrize("kind", blocks.KINDS)
+@pytest.mark.parametrize("kind", [*blocks.KINDS, "hidden_transfer"])
 def test_it_learns_what_can_be_known(tmp_path: Path, kind: str) -> None:
     """The target says a token after its last one alone, round and round."""
     torch.manual_seed(0)
@@ -123,8 +131,9 @@ def test_it_learns_what_can_be_known(tmp_path: Path, kind: str) -> None:
         for block in model.blocks:
             block.o.weight.zero_()
             block.down.weight.zero_()
-    settings = replace(TINY, kind=kind, block=5, steps=50, batch=8, gen_length=16, mask_id=MASK)
-    settings = replace(settings, muon_lr=1e-2, adam_lr=1e-2, ema=0.9)
+    settings = replace(OF_KIND[kind], steps=50, batch=8, gen_length=16, muon_lr=1e-2, adam_lr=1e-2, ema=0.9)
+    if kind in blocks.KINDS:
+        settings = replace(settings, block=5, mask_id=MASK)
     loaded = model, train.tokenizer()
     report = drafters.run(
         "ring", tmp_path, "builtin:40", settings, evaluate=20, loaded=loaded, progress=False
@@ -216,6 +225,54 @@ def test_heads_are_trained_by_the_command(target: Path, tmp_path: Path) -> None:
     assert 'exits: expected numbers as "1,9,17", got' in found.output
     found = CliRunner().invoke(cli.app, ["drafter", str(target), str(out), "--exits", "1"])
     assert "exits: belongs to adadecode, not to dflash" in found.output
+
+
+@pytest.mark.parametrize(("kind", "more"), [("ppd", {}), ("hidden_transfer", {"layer": 1})])
+def test_riders_are_trained_by_the_command(
+    target: Path, tmp_path: Path, kind: str, more: dict[str, int]
+) -> None:
+    out = tmp_path / "out"
+    options = {"kind": kind, "riders": 2, "soften": 1.5, "steps": 3, "gen-length": 10, **more}
+    options |= {"data": "builtin:30", "evaluate": 5, "batch": 2}
+    args = [str(each) for key, value in options.items() for each in (f"--{key}", value)]
+    found = CliRunner().invoke(cli.app, ["drafter", str(target), str(out), *args])
+    assert found.exit_code == 0, found.output
+    report = json.loads((out / "training.json").read_text())
+    assert report["parameters"] == {"ppd": 2 * 32, "hidden_transfer": 2 * 32 * 32}[kind]
+    assert len(report["held_out"]["accepted"]) <= 2
+    assert report["settings"]["soften"] == 1.5
+    drafter = dx.speculation.load(out)
+    assert (drafter.birth.KIND, drafter.birth.most, drafter.birth.layer) == (kind, 2, len(more))
+    assert [len(row) for row in drafter.ranks] == [10, 10]
+    prompts = [torch.tensor([3, 4, 5])]
+    model, _ = registry.load(str(target))
+    expected = dx.speculate(model, prompts, gen_length=12)
+    assert torch.equal(dx.speculate(model, prompts, gen_length=12, drafter=out).sequences, expected.sequences)
+
+
+def test_what_riders_cannot_be_trained_by_is_named(target: Path, tmp_path: Path) -> None:
+    riders, transfer = OF_KIND["ppd"], OF_KIND["hidden_transfer"]
+    for change, message in (
+        ({"riders": 0}, "riders: expected a whole number >= 1"),
+        ({"riders": 17}, "riders: expected a whole number"),
+        ({"soften": 0}, "soften: expected a number above 0 and at most 100, got 0"),
+        ({"kind": "hidden_transfer"}, r"kind: expected one of \['ppd'\], got 'hidden_transfer'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(riders, **change)
+    with pytest.raises(ValueError, match=r"layer: expected one of \[1, 2\), got 2"):
+        run(target, tmp_path / "out", replace(transfer, layer=2))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="data: expected at least 10 answers, of which a tenth measures"):
+        run(target, tmp_path / "out", riders, data="builtin:9")
+    for kind, option, owners in (
+        ("ppd", "layer", "hidden_transfer, not to ppd"),
+        ("dflash", "riders", "ppd, hidden_transfer, not to dflash"),
+    ):
+        args = ["drafter", str(target), str(tmp_path / "none"), "--kind", kind, f"--{option}", "1"]
+        found = CliRunner().invoke(cli.app, args)
+        assert found.exit_code != 0
+        assert f"{option}: belongs to {owners}" in found.output
 
 
 def test_answers_are_the_targets_own(target: Path, tmp_path: Path) -> None:

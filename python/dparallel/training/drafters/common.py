@@ -126,7 +126,7 @@ class Trainee(ABC):
     module: nn.Module
     """What is trained: what `build` has made, on the target's device."""
     measured: ClassVar[int] = 0
-    """Answers that it does not learn from, and that `drafter` gets."""
+    """Answers, a tenth of all at most, that it does not learn from, and that `drafter` gets."""
 
     @abstractmethod
     def __init__(self, target: Target, settings: Any) -> None: ...

@@ -21,11 +21,11 @@ from dparallel_ext.speculation.speculate import causal_model, check_prompts
 from ... import files, registry
 from ...text import prompt_encoder
 from .. import loop
-from . import adadecode, blocks
+from . import adadecode, blocks, riders
 from .answers import answers_of, prompts_of
 from .common import Answer, Saved, Settings, Target, Trainee
 
-TRAINEES: tuple[type[Trainee], ...] = (blocks.Blocks, adadecode.Exits)
+TRAINEES: tuple[type[Trainee], ...] = (blocks.Blocks, riders.Prompts, riders.Transfers, adadecode.Exits)
 KINDS: dict[str, type[Trainee]] = {kind: trainee for trainee in TRAINEES for kind in trainee.SETTINGS.KINDS}
 
 
@@ -133,12 +133,13 @@ def _train(
     trainee.module = module.to(device).train()
     learned, measured = answers, answers[:0]
     if trainee.measured:
-        if len(answers) <= trainee.measured:
+        apart = min(trainee.measured, len(answers) // 10)
+        if not apart:
             raise ValueError(
-                f"data: expected more than {trainee.measured} answers, by which a drafter of kind "
-                f"{settings.kind} is measured, got {len(answers)}"
+                f"data: expected at least 10 answers, of which a tenth measures a drafter of kind "
+                f"{settings.kind}, got {len(answers)}"
             )
-        learned, measured = answers[: -trainee.measured], answers[-trainee.measured :]
+        learned, measured = answers[:-apart], answers[-apart:]
     own = json.loads(json.dumps({**asdict(settings), "config": trainee.config, "answers": len(answers)}))
     seconds, curve = loop.run(
         directory,
@@ -171,9 +172,9 @@ def judge(
 
     prompts; tokens (an answer's mean, the end token among them); passes (an answer's mean, with that over the
     prompt); tau: tokens of a pass that has a draft, the model's own among them; tokens_per_pass: of all
-    passes; accepted: of each depth of a draft, as far as there was room for it, the share of drafts that were
-    right up to it; accepted_share: of all drafted tokens; layers: of the model that were run for a token, one
-    after the other, as a share of all its layers.
+    passes; accepted: of each depth that drafts have had, as far as there was room for it, the share of drafts
+    that were right up to it; accepted_share: of all drafted tokens; layers: of the model that were run for a
+    token, one after the other, as a share of all its layers.
     """
     tokens = passes = drafts = layers = 0
     depth = torch.zeros(2, drafter.most, dtype=torch.int64)
@@ -187,6 +188,7 @@ def judge(
         for row, counts in zip(depth, (out.drafted, out.accepted), strict=True):
             row[: len(counts)] += counts
     gained = int(depth[1].sum())
+    depth = depth[:, : int((depth[0] > 0).sum())]
     return {
         "prompts": len(prompts),
         "tokens": tokens / len(prompts),

@@ -1,0 +1,190 @@
+"""Drafters that guess and verify in one pass: behind its nodes a draft has riders, rows that guess the next.
+
+What the kinds have in common. They differ in how a rider's row comes to be (`Birth`), a file for each: an
+embedding of its own (`ppd`), or a map of its node's stream at a middle layer (`hidden_transfer`). The tokens
+that the riders of the last accepted node rank first are the guesses that the next draft's tree is made of;
+its shape is the best for the measured ranks (`trees`).
+
+Both papers verify greedy texts exactly. PPD's typical acceptance at a temperature is lossy and not used:
+here samples are matched, so that texts are the model's own at every temperature.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..cache import KVCache
+from ..models import Model
+from ..models.fields import LAYERS, VOCABULARY, WIDTH, Field, read
+from ..ops import row_topk
+from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
+from .draft import Draft
+from .drafter import DraftSession, Lane, Riders
+from .trees import Ranks, plan
+
+MOST = 63
+"""Rows of a draft at most: with the root 64."""
+GUESSES = 10
+"""Tokens that a rider names, the likeliest first."""
+
+
+class Birth(nn.Module):
+    """The weights of a kind: what is trained, and how rows are made of it."""
+
+    KIND: ClassVar[str]
+    most: int
+    """Riders behind a node at most."""
+    layer: int
+    """In front of which they join."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """Raises ValueError naming the key of config.json that does not fit."""
+        super().__init__()
+        sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_target_layers": LAYERS}
+        found = read(config, {**sizes, "num_riders": Field(int, most=16)})
+        self.config = dict(config)
+        self.origin = Origin.of(config)
+        self.vocabulary, self.width = found["vocab_size"], found["hidden_size"]
+        self.target_layers, self.most = found["num_target_layers"], found["num_riders"]
+        self.layer = 0
+
+    def born(self, nodes: Tensor, numbers: Tensor) -> Tensor:
+        """(..., width) of riders, see `drafter.Riders`; nodes (..., width), numbers (...)."""
+        raise NotImplementedError
+
+
+def config_of(model: Model, riders: int, origin: Origin, **more: Any) -> dict[str, Any]:
+    """config.json of a drafter for `model`; more: what a kind adds."""
+    s = model.shape
+    return {
+        "hidden_size": s.width,
+        "num_riders": riders,
+        "num_target_layers": s.layers,
+        "vocab_size": s.embedding_size,
+        **more,
+        **origin.ours,
+    }
+
+
+class RiderDrafter:
+    """A drafter whose guesses ride along, see above. `load` reads one; `dparallel drafter` trains one.
+
+    Args:
+        birth: in evaluation mode and without gradients from now on.
+        ranks: for each rider of a chain, how often the true token was the likeliest of its row, the second,
+            and so on, up to `GUESSES`.
+        source: what errors call it.
+    """
+
+    most = MOST
+
+    def __init__(self, birth: Birth, ranks: Ranks, source: str = "drafter") -> None:
+        self.birth, self.source = birth.eval().requires_grad_(False), source
+        self.ranks = _checked(ranks, birth.most)
+        self.plan = functools.cache(functools.partial(plan, self.ranks))
+        self._placed: tuple[tuple[torch.device, torch.dtype], Birth] | None = None
+
+    def __repr__(self) -> str:
+        return f"RiderDrafter({self.birth.KIND}, riders={self.birth.most}, layer={self.birth.layer})"
+
+    def check(self, model: Model) -> None:
+        """Raise ValueError for a model of another vocabulary, other sizes or other weights."""
+        own = self.birth
+        check_target(
+            self.source, own.origin, model,
+            vocabulary=own.vocabulary, width=own.width, layers=own.target_layers,
+        )  # fmt: skip
+
+    def expected(self, size: int) -> float:
+        """Tokens of a pass whose draft has `size` rows, by the ranks."""
+        return self.plan(min(size, self.most)).tokens
+
+    def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> DraftSession:
+        return _Session(self, _Rows(self.on(model.device, model.dtype)), lanes)
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> Birth:
+        """Its weights there; of those elsewhere a copy, kept for the next batch."""
+        if self._placed is None or self._placed[0] != (device, dtype):
+            # Made outside inference mode, so that they may serve anywhere.
+            with torch.inference_mode(False), torch.no_grad():
+                self._placed = (device, dtype), copy.deepcopy(self.birth).to(device, dtype)
+        return self._placed[1]
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Write it, see `write_checkpoint`."""
+        config = {**self.birth.config, "ranks": [list(row) for row in self.ranks]}
+        write_checkpoint(path, config, self.birth, dtype)
+
+
+def _checked(ranks: Any, riders: int) -> Ranks:
+    """Raise ValueError where they are no shares for each rider."""
+    rows = ranks if isinstance(ranks, (list, tuple)) else ()
+    fits = len(rows) == riders and all(
+        isinstance(row, (list, tuple))
+        and 1 <= len(row) <= GUESSES
+        and all(isinstance(share, int | float) and 0 <= share <= 1 for share in row)
+        and sum(row) <= 1 + 1e-6
+        for row in rows
+    )
+    if not fits:
+        raise ValueError(
+            f"config: ranks: expected for each of {riders} riders up to {GUESSES} shares of sum at most 1, "
+            f"got {ranks!r:.80}"
+        )
+    return tuple(tuple(float(share) for share in row) for row in rows)
+
+
+def drafter_of_riders(of: type[Birth], found: DraftCheckpoint) -> RiderDrafter:
+    """Of a file. Raises ValueError naming the config key, or the tensors, that do not fit."""
+    with torch.device("meta"):
+        birth = of(found.config)
+    if "ranks" not in found.config:
+        raise ValueError("config: 'ranks' is missing")
+    ranks = _checked(found.config["ranks"], birth.most)
+    found.fill(birth)
+    return RiderDrafter(birth, ranks, found.source)
+
+
+class _Rows:
+    """Riders of a batch's passes."""
+
+    def __init__(self, birth: Birth) -> None:
+        self.most, self.layer, self._birth = birth.most, birth.layer, birth
+
+    def born(self, nodes: Tensor, numbers: Tensor) -> Tensor:
+        return self._birth.born(nodes, numbers)
+
+    def guess(self, logits: Tensor, rows: Tensor, suppress: Tensor | None) -> Tensor:
+        count = min(GUESSES, logits.shape[-1])
+        found = row_topk(logits, count, rows=rows.flatten(), suppress=suppress, check=False)
+        return found.token.view(len(rows), -1)
+
+
+class _Session(DraftSession):
+    def __init__(self, drafter: RiderDrafter, riders: Riders, lanes: int) -> None:
+        self._drafter, self.riders, self._most = drafter, riders, riders.most
+        self._guesses: list[list[list[int]]] = [[] for _ in range(lanes)]
+        """Of each lane, for each depth of the next draft, the tokens guessed, the likeliest first."""
+
+    def reset(self, lane: int) -> None:
+        self._guesses[lane] = []
+
+    def guessed(self, lane: int, riders: int, numbers: Sequence[int]) -> None:
+        each = len(numbers) // self._most
+        self._guesses[lane] = [list(numbers[i * each : (i + 1) * each]) for i in range(riders)]
+
+    def propose(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:
+        return [self._draft(self._guesses[each.lane], size) for each, size in zip(lanes, sizes, strict=True)]
+
+    def _draft(self, guesses: list[list[int]], size: int) -> Draft:
+        nodes, riders = self._drafter.plan(size).trees[len(guesses)]
+        # A row that was bad, or had too few tokens to choose among, names -1: any guess will do.
+        tokens = tuple(max(0, guesses[node.depth][node.rank]) for node in nodes)
+        return Draft(tokens, tuple(node.parent for node in nodes), riders=riders)

@@ -1,0 +1,157 @@
+"""Draft trees of riders: which guesses to verify, and behind which of them to ride (PPD, arXiv 2405.18628).
+
+    a[d][r]   measured: how often the true token is the one of rank r among those guessed for depth d + 1
+    value     of a node: the product of a along its path, the chance that it is accepted. The best tree of m
+              nodes is the m nodes of the highest values (a parent's is never below its child's)
+    stop      the chance that a node is the last that is accepted: its value less its children's
+    state     s, the riders behind that last node: so deep the next tree may be. There is a tree for each
+
+Of a budget of rows each tree has m nodes, and the riders have the rest. One rider more behind a node, its
+s-th, is worth stop x (h[s] - h[s - 1]), where h is what a state is worth: PPD takes the value V[s] of its
+tree; here it is the value over all passes to come (the relative value of the Markov decision process whose
+states are s and whose reward is V[s]), which begins with PPD's and is iterated. The number m of each tree is
+the one that brings the most tokens a pass in the steady state.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Ranks = tuple[tuple[float, ...], ...]
+"""a[d][r]"""
+ROUNDS, CLOSE = 200, 1e-7
+"""Of the iteration, at most; and the change at which it ends."""
+
+
+class Node(NamedTuple):
+    """A guess of a tree: the token of `rank` among those for `depth`, from 0."""
+
+    parent: int
+    """Among the root, 0, and the nodes from 1."""
+    depth: int
+    rank: int
+    value: float
+
+
+class Tree(NamedTuple):
+    """What a pass verifies, and where it guesses."""
+
+    nodes: tuple[Node, ...]
+    riders: tuple[int, ...]
+    """Behind the root and each node."""
+
+
+class Plan(NamedTuple):
+    """The trees of a budget of rows."""
+
+    trees: tuple[Tree, ...]
+    """For each state: the number of riders behind the node whose choice is the root."""
+    tokens: float
+    """Of a pass in the steady state, as far as `ranks` are so."""
+
+
+def best_nodes(ranks: Ranks, depth: int, most: int) -> list[Node]:
+    """The `most` nodes of the highest values, of depths below `depth`, highest first: each prefix is a tree,
+    and the best of its size. Nodes of value 0 are left out."""
+    order = [sorted(range(len(row)), key=row.__getitem__, reverse=True) for row in ranks[:depth]]
+    heap: list[tuple[float, int, int, int, int, float]] = []
+
+    def push(parent: int, at: int, place: int, above: float) -> None:
+        """The node of the place-th best rank behind a parent whose value is `above`."""
+        if at < len(order) and place < len(order[at]):
+            value = above * ranks[at][order[at][place]]
+            if value > 0:
+                # Of equal values the one nearer the root, and then the earlier parent's, comes first.
+                heapq.heappush(heap, (-value, at, parent, place, len(found), above))
+
+    found: list[Node] = []
+    push(0, 0, 0, 1.0)
+    while heap and len(found) < most:
+        value, at, parent, place, _, above = heapq.heappop(heap)
+        found.append(Node(parent, at, order[at][place], -value))
+        push(parent, at, place + 1, above)
+        push(len(found), at + 1, 0, -value)
+    return found
+
+
+class _Candidates:
+    """For a state the trees of 0, 1, ..., M nodes: what each is worth, and where it stops."""
+
+    def __init__(self, ranks: Ranks, state: int, budget: int) -> None:
+        self.nodes = best_nodes(ranks, state, budget)
+        count = len(self.nodes)
+        values = torch.tensor([node.value for node in self.nodes], dtype=torch.float64)
+        self.worth = torch.cat((values.new_zeros(1), values.cumsum(0)))
+        """(M + 1,) V: tokens accepted of the tree of m nodes."""
+        self.stop = torch.zeros(count + 1, count + 1, dtype=torch.float64)
+        """(M + 1, M + 1): of the tree of m nodes, at the root and each node."""
+        self.stop[:, 0] = 1.0
+        for number, node in enumerate(self.nodes, 1):
+            self.stop[number:, number] += node.value
+            self.stop[number:, node.parent] -= node.value
+        self.stop.clamp_(min=0.0)
+        self.left = budget - torch.arange(count + 1)
+        """(M + 1,) the rows for riders."""
+
+    def riders(self, worth: Tensor) -> Tensor:
+        """(M + 1, M + 1) int64: behind root and nodes of each tree, as many as its rows allow.
+
+        worth: (n,) what the s-th rider behind a node brings if the node is the last.
+        """
+        worth = worth.cummin(0).values.clamp(min=0.0)  # a rider is worth nothing without those in front of it
+        gain = self.stop[:, :, None] * worth  # (M + 1, M + 1, n)
+        gain = gain.flatten(1)
+        best = gain.argsort(dim=1, descending=True, stable=True)
+        place = torch.empty_like(best).scatter_(1, best, torch.arange(gain.shape[1]).expand_as(best))
+        chosen = (place < self.left[:, None]) & (gain > 0)
+        return chosen.unflatten(1, (-1, len(worth))).sum(-1)
+
+
+def plan(ranks: Ranks, budget: int) -> Plan:
+    """The trees of at most `budget` rows behind the root, nodes and riders, that bring the most tokens a
+    pass in the steady state; `ranks`: for each depth, as many as ride behind a node at most."""
+    most = len(ranks)
+    states = [_Candidates(ranks, state, budget) for state in range(most + 1)]
+    h = torch.tensor([float(state.worth[-1]) for state in states], dtype=torch.float64)
+    h = h - h[0]
+    for _ in range(ROUNDS):
+        step = h.diff()
+        best = [state.worth + (state.stop * h[state.riders(step)]).sum(1) for state in states]
+        new = torch.stack([each.max() for each in best])
+        new = 0.5 * (new - new[0]) + 0.5 * h  # half a step, so that it cannot oscillate
+        close = float((new - h).abs().max()) < CLOSE
+        h = new
+        if close:
+            break
+    trees = []
+    for state, each in zip(states, best, strict=True):
+        size = int(each.argmax())
+        riders = state.riders(h.diff())[size, : size + 1].tolist()
+        trees.append(Tree(tuple(state.nodes[:size]), tuple(riders)))
+    return Plan(tuple(trees), 1.0 + steady_state(trees)[1])
+
+
+def steady_state(trees: Sequence[Tree]) -> tuple[list[float], float]:
+    """How often passes are in each state, in the long run, and the tokens of a draft that they accept."""
+    count = len(trees)
+    step = torch.zeros(count, count, dtype=torch.float64)
+    worth = torch.zeros(count, dtype=torch.float64)
+    for state, tree in enumerate(trees):
+        stop = [1.0, *(node.value for node in tree.nodes)]
+        for node in tree.nodes:
+            stop[node.parent] -= node.value
+        for chance, riders in zip(stop, tree.riders, strict=True):
+            step[state, riders] += chance
+        worth[state] = sum(node.value for node in tree.nodes)
+    share = torch.full((count,), 1.0 / count, dtype=torch.float64)
+    total = share.clone()
+    for _ in range(ROUNDS):  # the mean over passes, which is there for a chain that goes in circles too
+        share = share @ step
+        total += share
+    share = total / total.sum()
+    return share.tolist(), float(share @ worth)

@@ -1,0 +1,246 @@
+"""Drafters whose guesses ride along: prompt tokens (PPD) and Hidden Transfer.
+
+A step lays riders behind random places of the target's answers, a chain of all distances behind each. They
+see the text up to their place and the riders in front of them. A rider learns the distribution that the
+target has in the row of the true token at the rider's position: KL(target || rider), in which distance i
+counts .8^i (PPD, arXiv 2405.18628; Hidden Transfer, 2404.12022, distils so too). The rider's logits are
+divided by `soften` there, since their order alone is used: few numbers cannot make a head that is sure of
+itself unsure, and at 1 most of the loss of prompt tokens is of places where they cannot know what comes (300
+steps for `builtin:causal`: the first choice of the first of them right in 38% at 1, in 49% at 3). Maps can:
+they are better at 1. Nothing but what the kind trains gets a gradient.
+
+What is left is measured at the end, on answers that nothing was learned from: how often the true token is the
+likeliest of a rider's row, the second, and so on. The drafter's trees are built from that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from dparallel_ext import models
+from dparallel_ext.arguments import whole
+from dparallel_ext.models import rope
+from dparallel_ext.models.modules import rotate
+from dparallel_ext.speculation import HiddenTransfer, PromptTokens, RiderDrafter
+from dparallel_ext.speculation.riders import GUESSES, Birth, config_of
+
+from .common import Answer, Settings, Target, Trainee
+
+DECAY = 0.8
+"""What a rider counts less than the one in front of it."""
+
+
+@dataclass(frozen=True)
+class RiderSettings(Settings):
+    riders: int = 3
+    """Behind a node: so many tokens beyond the next are guessed."""
+    soften: float = 1.0
+    """By this the riders' logits are divided in the loss."""
+    ema: float = 0.99
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole("riders", self.riders, 1, 16)
+        if not 0 < self.soften <= 100:
+            raise ValueError(f"soften: expected a number above 0 and at most 100, got {self.soften}")
+
+
+@dataclass(frozen=True)
+class PromptSettings(RiderSettings):
+    KINDS = (PromptTokens.KIND,)
+    kind: str = PromptTokens.KIND
+    adam_lr: float = 0.1
+    soften: float = 3.0
+
+
+@dataclass(frozen=True)
+class TransferSettings(RiderSettings):
+    KINDS = (HiddenTransfer.KIND,)
+    kind: str = HiddenTransfer.KIND
+    adam_lr: float = 3e-3
+    layer: int | None = None
+    """In front of which riders join; None: the middle one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layer is not None:
+            whole("layer", self.layer, 1)
+
+
+class _Riders(Trainee):
+    module: Birth
+    measured = 200
+
+    def __init__(self, target: Target, settings: RiderSettings) -> None:
+        self._target, self._settings = target.model, settings
+        self.config = config_of(target.model, settings.riders, target.origin(settings.kind))
+
+    def loss_of(self, answers: Sequence[Answer], step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self._settings.seed * 1_000_003 + step)
+        some = torch.randint(len(answers), (self._settings.batch,), generator=generator).tolist()
+        placed = place([answers[i] for i in some], self._settings.riders, self._settings.anchors, generator)
+        student, teacher, _ = logits_of(self.module, self._target, placed)
+        student = student / self._settings.soften
+        kl = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True)
+        distance = placed.asked.nonzero()[:, 2].to(kl.device)
+        weight = DECAY**distance
+        return (kl.sum(-1) * weight).sum() / weight.sum()
+
+    def drafter(self, source: str, measured: Sequence[Answer]) -> RiderDrafter:
+        return RiderDrafter(self.module, ranks_of(self.module, self._target, measured), source)
+
+
+class Prompts(_Riders):
+    SETTINGS = PromptSettings
+
+    @property
+    def matrices(self) -> list[torch.nn.Parameter]:
+        return []  # embeddings, as those of a model, are AdamW's
+
+    def build(self) -> PromptTokens:
+        """The embeddings of tokens of the vocabulary."""
+        module = PromptTokens(self.config)
+        some = torch.randint(module.vocabulary, (module.most,))
+        with torch.no_grad():
+            module.prompt.copy_(self._target.embed.weight[some.to(self._target.device)])
+        return module
+
+
+class Transfers(_Riders):
+    SETTINGS = TransferSettings
+
+    def __init__(self, target: Target, settings: TransferSettings) -> None:
+        super().__init__(target, settings)
+        layers = target.model.shape.layers
+        layer = max(1, layers // 2) if settings.layer is None else settings.layer
+        if not layer < layers:
+            raise ValueError(f"layer: expected one of [1, {layers}), got {layer}")
+        self.config["layer"] = layer
+
+    @property
+    def matrices(self) -> list[torch.nn.Parameter]:
+        return []
+
+    def build(self) -> HiddenTransfer:
+        """The identity: the stream of the node itself."""
+        module = HiddenTransfer(self.config)
+        with torch.no_grad():
+            module.maps.copy_(torch.eye(module.width).expand_as(module.maps))
+        return module
+
+
+class Placed(NamedTuple):
+    """Answers and riders behind some places of each: B sequences, A places, n riders behind each."""
+
+    ids: Tensor
+    """(B, L) int64, filled up with any token."""
+    places: Tensor
+    """(B, A) int64: the positions of the nodes; their choice is the next token."""
+    asked: Tensor
+    """(B, A, n) bool: behind the rider's position there is a token of the answer, which it guesses."""
+
+
+def place(
+    answers: Sequence[Answer], riders: int, anchors: int | None, generator: torch.Generator | None = None
+) -> Placed:
+    """Riders behind up to `anchors` random places of each answer (None: behind all), so that at least one has
+    a token to guess."""
+    ids = pad_sequence([each for each, _ in answers], batch_first=True)
+    prompts = torch.tensor([length for _, length in answers])[:, None]
+    ends = torch.tensor([len(each) for each, _ in answers])[:, None]
+    at = torch.arange(ids.shape[1])
+    # Of a node at p the next token is p + 1, and the first rider guesses p + 2.
+    key = torch.rand(ids.shape, generator=generator).masked_fill((at < prompts - 1) | (at > ends - 3), 2.0)
+    key, places = key.sort(1)
+    used = int((key < 2).any(0).sum()) if anchors is None else min(anchors, int((key < 2).any(0).sum()))
+    places, there = places[:, :used], key[:, :used] < 2
+    target = places[..., None] + 2 + torch.arange(riders)
+    return Placed(ids, places, there[..., None] & (target < ends[..., None]))
+
+
+def logits_of(birth: Birth, model: models.Model, placed: Placed) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the riders that are asked (R of them): their logits (R, V) float32, those of the target in the rows
+    of the true tokens at their positions, and the true tokens that they guess (R,)."""
+    device, n = model.device, birth.most
+    ids, places, asked = (each.to(device) for each in placed)
+    length, s = ids.shape[1], model.shape
+    cos, sin = rope.table(length + n, s.head_dim, s.rope_theta, s.rope_scaling, device)
+    with torch.no_grad():
+        known, stream, hidden = context_of(model, ids, birth.layer, cos, sin)
+        positions = places[..., None] + 1 + torch.arange(n, device=device)  # (B, A, n)
+        rows = positions.clamp(max=length - 1)
+        true = ids.gather(1, (rows + 1).clamp(max=length - 1).flatten(1)).view_as(rows)[asked]
+        at = torch.arange(len(ids), device=device)[:, None, None].expand_as(rows)
+        teacher = model.head(hidden[at[asked], rows[asked]]).float()
+        nodes = stream[at[..., 0], places]  # (B, A, width)
+    numbers = torch.arange(n, device=device).expand(*places.shape, n)
+    x = birth.born(nodes[:, :, None].expand(-1, -1, n, -1).float(), numbers).flatten(1, 2)  # (B, A n, width)
+    row = torch.arange(x.shape[1], device=device)
+    own = (row[:, None] // n == row // n) & (row[:, None] >= row)
+    seen = torch.arange(length, device=device) <= places.repeat_interleave(n, 1)[..., None]  # (B, A n, L)
+    visible = torch.cat((seen, own.expand(len(ids), -1, -1)), -1)[:, None]
+    turn = [t[positions.flatten(1)][:, :, None] for t in (cos, sin)]  # (B, A n, 1, head_dim / 2)
+    x = x.to(model.dtype)
+    for block, of_layer in zip(list(model.blocks)[birth.layer :], known, strict=True):
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, known: tuple[Tensor, Tensor] = of_layer) -> Tensor:
+            q, k = (rotate(t.to(turn[0].dtype), *turn).to(v.dtype) for t in (q, k))
+            return attention(q, torch.cat((known[0], k), 1), torch.cat((known[1], v), 1), visible)
+
+        x = block(x, attend)
+    student = model.head(model.norm(x).view(*places.shape, n, -1)[asked]).float()
+    return student, teacher, true
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """(B, N, heads, D) of q, k and v (B, M, kv_heads, D) after RoPE. visible: None is causal."""
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None, enable_gqa=grouped)
+    return y.transpose(1, 2)
+
+
+def context_of(
+    model: models.Model, ids: Tensor, layer: int, cos: Tensor, sin: Tensor
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
+    """Of whole sequences ids (B, L): keys after RoPE and values (B, L, kv_heads, D) of the layers from
+    `layer` on, the stream (B, L, width) in front of it, and what the head takes (B, L, width)."""
+    turn = [t[: ids.shape[1], None] for t in (cos, sin)]  # (L, 1, head_dim / 2)
+    known: list[tuple[Tensor, Tensor]] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = (rotate(t.to(turn[0].dtype), *turn).to(v.dtype) for t in (q, k))
+        known.append((k, v))
+        return attention(q, k, v, None)
+
+    x = stream = model.embed(ids)
+    for number, block in enumerate(model.blocks):
+        if number == layer:
+            stream = x
+        x = block(x, attend)
+    return known[layer:], stream, model.norm(x)
+
+
+def ranks_of(
+    birth: Birth, model: models.Model, answers: Sequence[Answer], batch: int = 16
+) -> tuple[tuple[float, ...], ...]:
+    """For each rider of a chain: how often the true token was its likeliest, its second, ..."""
+    count = min(GUESSES, birth.vocabulary)
+    hits = torch.zeros(birth.most, count)
+    total = torch.zeros(birth.most, 1)
+    for first in range(0, len(answers), batch):
+        placed = place(answers[first : first + batch], birth.most, None)
+        with torch.no_grad():
+            student, _, true = logits_of(birth, model, placed)
+        found = (student.topk(count).indices == true[:, None]).float().cpu()
+        distance = placed.asked.nonzero()[:, 2]
+        hits.index_add_(0, distance, found)
+        total.index_add_(0, distance, torch.ones(len(found), 1))
+    return tuple(tuple(round(share, 5) for share in row) for row in (hits / total.clamp(min=1)).tolist())
