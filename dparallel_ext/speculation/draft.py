@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,6 +31,18 @@ class Draft(NamedTuple):
     def rows(self) -> tuple[int, ...]:
         """Parents of the root and the nodes as the rows of a verify pass have them: -1 for the root."""
         return -1, *(range(len(self.tokens)) if self.parents is None else self.parents)
+
+    def refused(self, emitted: Sequence[int]) -> tuple[int, ...]:
+        """The tokens of the nodes that are not on the way of the tokens that their pass has emitted."""
+        if self.is_chain:
+            pairs = zip(self.tokens, emitted, strict=False)
+            return self.tokens[sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)) :]
+        nodes = list(enumerate(zip(self.tokens, self.rows[1:], strict=True), 1))
+        front, taken = {0}, set[int]()
+        for token in emitted:
+            front = {node for node, (own, parent) in nodes if own == token and parent in front}
+            taken |= front
+        return tuple(own for node, (own, _) in nodes if node not in taken)
 
     def cut(self, most: int) -> Draft:
         """Its first `most` nodes: a tree too, since parents come first."""

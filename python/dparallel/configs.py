@@ -9,7 +9,7 @@ from typing import Any
 from dparallel_ext import DecodeConfig
 
 from . import files
-from .evaluate import parse_policy
+from .evaluate import ONE, parse_policy
 
 POLICY = "entropy:0.5"
 """The rule where neither an option nor the file says how a pass decides."""
@@ -58,6 +58,18 @@ def causal_config_of(content: Mapping[str, Any], policy: str | None, **options: 
     assert policy is None
     given: Any = {name: value for name, value in options.items() if value is not None}
     return DecodeConfig.from_dict(content).replace(**given)
+
+
+def policy_of(config: DecodeConfig) -> str | None:
+    """How a pass decides, as `parse_policy` takes it; None where no text says it."""
+    defaults = DecodeConfig()
+    given = {name for name in DECIDES if getattr(config, name) != getattr(defaults, name)}
+    if given <= {"rule"}:
+        rule = config.rule or ONE
+        return rule if isinstance(rule, str) else None
+    if given <= {"selector", "threshold"}:
+        return f"{config.selector or 'entropy'}:{config.threshold}"
+    return f"steps:{config.steps}" if given == {"steps"} else None
 
 
 def without_ends(config: DecodeConfig) -> DecodeConfig:

@@ -355,16 +355,16 @@ def test_a_slow_client_gets_the_newest_draft(student: tuple[Any, Any]) -> None:
     async def run() -> list[Any]:
         tell: list[Callable[[Any], None]] = []
         handle: Any = SimpleNamespace(subscribe=tell.append, cancel=lambda: None, logprobs=[])
-        service: Any = SimpleNamespace(aborted=asyncio.get_running_loop().create_future())
+        aborted = asyncio.get_running_loop().create_future()
         nothing = SimpleNamespace(observe=lambda _: None)
-        service.metrics = SimpleNamespace(first_block=nothing, finished=lambda *_: None)
+        metrics: Any = SimpleNamespace(first_block=nothing, finished=lambda *_: None)
         choice = Choice([1], 4, 0, text.TextStream(student[1]), [])
 
         def submit(choice: Any, draft: Callable[[Any], None]) -> Any:
             tell.append(draft)
             return handle
 
-        call = Call(service, [choice], 1, submit)
+        call = Call(aborted, metrics, [choice], 1, submit)
         on_draft, on_event = tell
         for nfe in range(1, 1001):
             on_draft(dx.Draft(nfe, 0, [None, None]))

@@ -171,7 +171,7 @@ def test_a_file_of_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     found: list[dx.DecodeConfig] = []
 
     def run(self: runner.Server, sockets: Any = None) -> None:
-        found.append(self.service.engine.config)
+        found.extend(model.engine.config for model in self.service.models.values())
 
     monkeypatch.setattr(runner.Server, "run", run)
     file = tmp_path / "config.json"
