@@ -9,7 +9,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,12 +134,12 @@ def serving(
     engine: dict[str, Any] | None = None,
     send_buffer: int | None = None,
     name: str = MODEL,
-    others: Sequence[str] = (),
+    others: Mapping[str, dict[str, Any]] | None = None,
     **settings: Any,
 ) -> Iterator[Here]:
     """A server of the student, or of what is loaded, under a name; `settings`: of `serving.settings`.
 
-    others: models that ship, served beside it.
+    others: models that ship, served beside it, and what their engines are told.
     """
     model, tokenizer = loaded or registry.load(MODEL)
     settings = {"max_length": 256, "grace": 0.5, **settings}
@@ -154,8 +154,8 @@ def serving(
         service.add(name, made, model.shape.embedding_size, tokenizer, place, engine.get("drafter"))
 
     add(name, model, tokenizer, directory or registry.directory_of(MODEL), engine or {})
-    for other in others:
-        add(other, *registry.load(other), registry.directory_of(other), {})
+    for other, own in (others or {}).items():
+        add(other, *registry.load(other), registry.directory_of(other), own)
     loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [(one.handlers[:], one.level, one.propagate) for one in loggers]
     log = Lines()
