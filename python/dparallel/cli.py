@@ -194,14 +194,20 @@ def decode(
     device: str | None = None,
     fp8: Fp8Option = False,
     stream: Annotated[bool, typer.Option("--stream", help="show the unmasking")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="write the passes here, a page of one file to look through them")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
 ) -> None:
     """Decode prompts with the built-in model or a checkpoint."""
     from .complete import complete, complete_causal
     from .live import LiveText
+    from .recording import Recording
     from .text import endings
 
     with plain_errors():
+        if html is not None:
+            files.writable("html", html)
         calls = [[text] for text in prompt or []]
         if file is not None:
             calls += [[text] for text in files.prompts("file", file)]
@@ -235,9 +241,10 @@ def decode(
         template = registry.template_of(model, False if chat is None and (infill or suffix) else chat)
         loaded, tokenizer = registry.load(model, device=device, fp8=fp8, mask_id=mask_id)
         asked = with_ends(asked, endings(registry.directory_of(model), tokenizer))
+        recording = None if html is None else Recording("dparallel decode")
         for texts in calls:
             live = LiveText(Console(), tokenizer, loaded.mask_id, 0.1, causal=causal) if stream else None
-            shared: dict[str, Any] = {"template": template, "live": live}
+            shared: dict[str, Any] = {"template": template, "live": live, "recording": recording}
             given = model, loaded, tokenizer, texts, asked
             if causal:
                 found = complete_causal(*given, drafter=drafter, draft_size=draft_size, **shared)
@@ -248,6 +255,8 @@ def decode(
                     words = ", ".join(map(repr, dict.fromkeys(unknown)))
                     typer.echo(f"warning: {model} has no token for {words} of the prompt", err=True)
                 show_response(row, as_json)
+        if html is not None and recording is not None:
+            files.write_text(html, recording.html())
 
 
 def show_response(row: dict[str, Any], as_json: bool) -> None:
@@ -308,6 +317,10 @@ def evaluate(
     ] = False,
     markdown: Annotated[Path | None, typer.Option(help="write the results here as a table")] = None,
     plot: Annotated[Path | None, typer.Option(help="a PNG of accuracy against passes")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="write the first problems' passes here, all that is measured side by side"),
+    ] = None,
     drafter: Annotated[
         list[str] | None,
         typer.Option(help="of autoregressive models; repeatable; default: plain, ngram"),
@@ -318,11 +331,12 @@ def evaluate(
     """Accuracy, passes, tokens per pass and time on held-out problems, for models and policies."""
     from . import evaluate as measuring
     from . import plots
+    from .recording import Recording
 
     with plain_errors():
         at_least("problems", problems, 1)
         at_least("batch", batch, 1)
-        for name, file in (("json", json_file), ("markdown", markdown), ("plot", plot)):
+        for name, file in (("json", json_file), ("markdown", markdown), ("plot", plot), ("html", html)):
             if file is not None:
                 files.writable(name, file)
         if plot is not None:
@@ -338,6 +352,7 @@ def evaluate(
         mask_id = take_mask(content, mask_id)
         known = measuring.read_results(json_file) if resume and json_file and json_file.exists() else []
         results: list[dict[str, Any]] = []
+        recording = None if html is None else Recording("dparallel evaluate")
         for row in measuring.sweep(
             model,
             policies,
@@ -353,6 +368,7 @@ def evaluate(
             fp8=fp8,
             drafters=drafter or (measuring.PLAIN, "ngram"),
             draft_size=draft_size,
+            recording=recording,
         ):
             if not results:  # what is refused is one line alone
                 typer.echo(measuring.HEADING)
@@ -366,6 +382,8 @@ def evaluate(
             files.write_text(markdown, measuring.table(results))
         if plot is not None:
             plots.accuracy_against_passes(results, plot)
+        if html is not None and recording is not None:
+            files.write_text(html, recording.html())
 
 
 @app.command()

@@ -16,6 +16,7 @@ import pytest
 import torch
 from asking import BLOCK, EOS, MODEL, PROMPT, PROMPTS, chat, decoded, joined, raw
 from dparallel import registry, text
+from dparallel.configs import parse_policy
 from dparallel.serving import protocol
 from dparallel.serving.service import Call, Choice
 from dparallel.toy import tasks
@@ -123,8 +124,6 @@ def test_max_tokens_ends_an_answer(client: OpenAI, student: tuple[Any, Any]) -> 
 
 @pytest.mark.parametrize("policy", ["one", "confidence:0.9", "entropy_bound:0.1", "steps:16"])
 def test_policies(client: OpenAI, student: tuple[Any, Any], policy: str) -> None:
-    from dparallel.evaluate import parse_policy
-
     said, _, passes = decoded(student, PROMPT, **{"threshold": None, **parse_policy(policy)})
     answer = chat(client, extra_body={"policy": policy})
     assert answer.choices[0].message.content == said

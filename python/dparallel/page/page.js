@@ -24,7 +24,8 @@ const short = (number) => (number >= 100 ? Math.round(number).toString() : numbe
 
 // --- a decode -------------------------------------------------------------------------------------------
 
-// What is known of one answer. An event is a "draft" of the server's stream: what a pass has made of the block
+// What is known of one answer. Pass 0 is what was given: tokens between masks that are filled.
+// An event is a "draft" of the server's stream: what a pass has made of the block
 // from `start` on. `passes` and `logprobs` say of each token when it was decided, where they are there; so
 // nothing is lost where the server has left drafts out for a slow client.
 class Track {
@@ -76,7 +77,7 @@ class Track {
   after(pass) {
     const passes = Math.min(pass, this.passes);
     let tokens = 0;
-    for (let place = 0; place < (this.kept ?? this.places.length); place++) tokens += this.token(place, pass) !== null;
+    for (let place = 0; place < (this.kept ?? this.places.length); place++) tokens += this.token(place, pass)?.pass > 0;
     let drafted = 0;
     let accepted = 0;
     for (const [own, guess] of this.guesses) {
@@ -175,10 +176,10 @@ class Pane {
       if (end) classes.push("behind");
     } else {
       text = end ? "·" : visible(token.text);
-      classes.push("token");
+      classes.push(token.pass ? "token" : "given");
       if (end) classes.push("end");
       if (token.guessed) classes.push("guessed");
-      if (token.pass === pass) classes.push("fresh");
+      if (pass && token.pass === pass) classes.push("fresh");
       colour(slot.chip, token.pass);
     }
     const name = classes.join(" ");
@@ -194,6 +195,7 @@ class Pane {
     const token = this.track?.token(place, this.shown);
     if (!token) return [{ text: `place ${place + 1}: still masked` }];
     const parts = [{ text: visible(token.text), strong: true }];
+    if (!token.pass) return [...parts, { text: " given" }];
     let said = ` decided in pass ${token.pass}`;
     if (token.guessed) said += ", guessed by the drafter";
     if (token.edited) said += ", in place of another";
@@ -239,7 +241,7 @@ class Pane {
       ["tokens a pass", passes ? short(tokens / passes) : "–"],
     ];
     const seconds = track.seconds ?? track.last;
-    const all = track.kept ?? track.places.length;
+    const all = track.after(Infinity).tokens;
     if (seconds) found.push(["tokens a second", short(all / seconds)]);
     if (drafted) found.push(["guesses accepted", `${accepted} of ${drafted}`]);
     const row = found.map(([name, value]) => make("div", {}, make("dt", { text: name }), make("dd", { text: value })));
@@ -333,7 +335,7 @@ for (const pass of SCALE) {
 
 function replay({ title, problems }) {
   document.title = title;
-  at("about").textContent = title;
+  at("about").textContent = `A recording of ${title}`;
   at("problems").hidden = false;
   at("choose").hidden = problems.length < 2;
   problems.forEach((problem, i) => at("problem").append(new Option(`${i + 1} of ${problems.length}`, i)));
@@ -344,7 +346,7 @@ function replay({ title, problems }) {
       const pane = new Pane();
       pane.element.querySelector(".controls").remove();
       pane.name = pane.label.textContent = track.model;
-      pane.how.textContent = track.how;
+      pane.how.textContent = [track.how, track.note].filter(Boolean).join(" · ");
       pane.track = new Track(track);
       return pane;
     });

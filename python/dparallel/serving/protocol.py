@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 
-from ..evaluate import parse_policy
+from ..configs import parse_policy
 from ..text import INCOMPLETE, unicode
 from .errors import ApiError
 
