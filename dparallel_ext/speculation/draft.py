@@ -38,10 +38,13 @@ class Draft(NamedTuple):
             pairs = zip(self.tokens, emitted, strict=False)
             return self.tokens[sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)) :]
         nodes = list(enumerate(zip(self.tokens, self.rows[1:], strict=True), 1))
-        front, taken = {0}, set[int]()
-        for token in emitted:
-            front = {node for node, (own, parent) in nodes if own == token and parent in front}
-            taken |= front
+        at: int | None = 0
+        taken = set[int]()
+        for token in emitted:  # of siblings that guess the same, the first is on the way: see `ops.accept`
+            at = next((node for node, (own, parent) in nodes if own == token and parent == at), None)
+            if at is None:
+                break
+            taken.add(at)
         return tuple(own for node, (own, _) in nodes if node not in taken)
 
     def cut(self, most: int) -> Draft:

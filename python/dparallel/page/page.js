@@ -169,11 +169,13 @@ class Pane {
     if (slot.lead.data !== lead) slot.lead.data = lead;
     const classes = ["chip"];
     let text = "";
-    if (token === null) {
+    if (token === null && end && pass >= track.passes) {
+      text = "·"; // nothing had to be decided here
+      classes.push("end");
+    } else if (token === null) {
       classes.push("mask");
       if (track === null || place >= open) classes.push("later");
       slot.chip.dataset.shape = end ? "·" : form ? visible(form.text) : "0000";
-      if (end) classes.push("behind");
     } else {
       text = end ? "·" : visible(token.text);
       classes.push(token.pass ? "token" : "given");
@@ -193,6 +195,7 @@ class Pane {
   // A token in words: parts, of which the first may be strong.
   describe(place) {
     const token = this.track?.token(place, this.shown);
+    if (!token && this.track?.behindEnd(place) && this.shown >= this.track.passes) return [{ text: "behind the end" }];
     if (!token) return [{ text: `place ${place + 1}: still masked` }];
     const parts = [{ text: visible(token.text), strong: true }];
     if (!token.pass) return [...parts, { text: " given" }];
