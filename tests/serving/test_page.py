@@ -321,7 +321,6 @@ def test_any_rule_and_any_model(browser: Any, here: Here) -> None:
         assert (rule.input_value(), parameter.input_value()) == ("entropy", "0.5")
         for chosen, value, policy in (
             ("one", None, "one"),
-            ("confidence", "0.6", "confidence:0.6"),
             ("credit", "+confidence:0.8", "credit+confidence:0.8"),
         ):
             rule.select_option(chosen)
@@ -340,7 +339,7 @@ def test_any_rule_and_any_model(browser: Any, here: Here) -> None:
         accepted, drafted = (sum(draft[name] for draft in drafts) for name in ("accepted", "drafted"))
         assert page.figures(1)["guesses accepted"] == f"{accepted} of {drafted}"
         slider = tab.get_by_role("slider")
-        for draft in drafts[:-1]:
+        for draft in [draft for draft in drafts[:-1] if draft["refused"]]:
             slider.fill(str(draft["pass"]))
             pane = tab.locator(".pane").nth(1)
             refused = [text.strip() for text in draft["refused"]]
@@ -382,12 +381,12 @@ def test_errors_are_said_in_words(browser: Any, here: Here, monkeypatch: pytest.
     with Watched(browser).open(here.url, 2) as page:
         tab = page.tab
         tab.get_by_label("Parameter of the rule").nth(0).fill(evil)
-        page.decode(PROMPT)
+        page.decode(evil)
         first, second = tab.locator(".pane .error").all()
         assert "policy: expected 'one', steps:N, SELECTOR:THRESHOLD" in first.inner_text()
         assert evil in first.inner_text()
         assert not second.is_visible()
-        assert page.tokens(TEACHER)
+        assert "passes" in page.figures(1)
         assert tab.locator("img, script:not(head script, #data, [src='page.js'])").count() == 0
         # A refusal of the server's is a message of the browser's, too, and no fault of the page's.
         assert [one for one in page.complaints if "400" not in one] == []
@@ -436,8 +435,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Any, locked: Here) -> N
 
 
 @in_chromium
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_is_legible_and_fits(browser: Any, here: Here, scheme: str) -> None:
+def test_it_is_legible_and_fits(browser: Any, here: Here) -> None:
     """Text on every colour of the scale by WCAG's AA; the scale by its lightness alone; no sideways scrolling
     on a phone."""
     pixels = """names => {
@@ -460,20 +458,22 @@ def test_it_is_legible_and_fits(browser: Any, here: Here, scheme: str) -> None:
         return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
 
     size = {"width": 360, "height": 740}
-    with Watched(browser, color_scheme=scheme, viewport=size).open(here.url, 2) as page:
+    with Watched(browser, viewport=size).open(here.url, 2) as page:
         page.decode(PROMPT)
         wide = "() => [document.documentElement.scrollWidth, innerWidth]"
         assert page.tab.evaluate(wide) == [360, 360]
         others = "label, .hint, .quiet, dt, dd, button:enabled, select, textarea, .detail, #about"
-        for names in ("#scale .chip", ".canvas .token", others):
-            pairs = page.tab.evaluate(pixels, names)
-            assert len(pairs) >= 7
-            for pair in pairs:
-                low, high = sorted(map(luminance, pair))
-                assert (high + 0.05) / (low + 0.05) >= 4.5, pair
-        scale = [luminance(back) for _, back in page.tab.evaluate(pixels, "#scale .chip")]
-        assert scale == sorted(scale, reverse=scheme == "light")
-        assert min(abs(a - b) for a, b in itertools.pairwise(scale)) > 0.015
+        for scheme in ("light", "dark"):
+            page.tab.emulate_media(color_scheme=scheme)
+            for names in ("#scale .chip", ".canvas .token", others):
+                pairs = page.tab.evaluate(pixels, names)
+                assert len(pairs) >= 7
+                for pair in pairs:
+                    low, high = sorted(map(luminance, pair))
+                    assert (high + 0.05) / (low + 0.05) >= 4.5, pair
+            scale = [luminance(back) for _, back in page.tab.evaluate(pixels, "#scale .chip")]
+            assert scale == sorted(scale, reverse=scheme == "light")
+            assert min(abs(a - b) for a, b in itertools.pairwise(scale)) > 0.015
 
 
 @in_chromium
@@ -490,7 +490,7 @@ def test_a_recording_opens_without_a_server(browser: Any, here: Here, tmp_path: 
         assert live.tokens(TEACHER) == recorded.tokens(TEACHER)
         figures = live.figures(1)
         assert {**recorded.figures(0), "tokens a second": ""} == {**figures, "tokens a second": ""}
-        for number in range(int(figures["passes"])):
+        for number in (0, 1, int(figures["passes"]) // 2):
             for page in (live, recorded):
                 page.tab.get_by_role("slider").fill(str(number))
             assert live.tokens(TEACHER) == recorded.tokens(TEACHER)

@@ -121,7 +121,8 @@ class Pane {
 
   set name(name) {
     this.title = name;
-    this.canvas.setAttribute("aria-label", `Tokens of ${name}`);
+    this.element.ariaLabel = name;
+    this.canvas.ariaLabel = `Tokens of ${name}`;
   }
 
   fail(said) {
@@ -446,7 +447,7 @@ function addPane(name) {
     pane.abort?.abort();
     view.panes.splice(view.panes.indexOf(pane), 1);
     pane.element.remove();
-    count_panes();
+    countPanes();
     view.refresh();
   });
   // What `policy` of a request says; undefined: as the server has it.
@@ -459,11 +460,11 @@ function addPane(name) {
   adapt();
   view.panes.push(pane);
   at("panes").append(pane.element);
-  count_panes();
+  countPanes();
   view.refresh();
 }
 
-function count_panes() {
+function countPanes() {
   at("compare").disabled = view.panes.length >= MOST_PANES;
   for (const pane of view.panes) pane.element.querySelector(".remove").hidden = view.panes.length < 2;
 }
@@ -495,7 +496,7 @@ async function ask(pane, prompt) {
     logprobs: true,
     policy: pane.policy(),
     max_tokens: Number(at("tokens").value) || undefined,
-    temperature: Number(at("temperature").value) || undefined,
+    temperature: at("temperature").value === "" ? undefined : Number(at("temperature").value),
   };
   pane.fail("");
   pane.track = null;
@@ -520,6 +521,7 @@ async function ask(pane, prompt) {
       if (draft) track.add(draft, passed());
       view.refresh();
     }
+    if (track.kept === null) throw new Error("The answer broke off.");
     track.seconds = track.last;
     return `${pane.model.id}: ${count(track.kept, "token")} in ${count(track.passes, "pass")}.`;
   } catch (error) {
