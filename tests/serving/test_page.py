@@ -252,13 +252,13 @@ class Watched:
 def slow(here: Here, name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """An engine whose passes take long, so that its requests can be left under way."""
     engine = here.service.models[name].engine
-    step = engine.core._step
+    step = engine.core.batch.step
 
     def late(lanes: Any) -> Any:
         time.sleep(0.1)
         return step(lanes)
 
-    monkeypatch.setattr(engine.core, "_step", late)
+    monkeypatch.setattr(engine.core.batch, "step", late)
     return engine
 
 
@@ -397,7 +397,7 @@ def test_errors_are_said_in_words(browser: Any, here: Here, monkeypatch: pytest.
         def fails(lanes: Any) -> Any:
             raise ValueError("no")
 
-        monkeypatch.setattr(engine.core, "_step", fails)
+        monkeypatch.setattr(engine.core.batch, "step", fails)
         page.decode(PROMPT)
         assert first.inner_text() == "the model failed on this request"
         monkeypatch.undo()
