@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,14 +15,21 @@ from typing import Any
 
 import pytest
 from asking import MODEL, PROMPT, exchange
+from conftest import ROOT
 from dparallel import page as pages
 from dparallel.cli import app
+from dparallel.configs import config_of, policy_of
 from dparallel.toy import tasks
 from server_here import Here, answer_of, serving
 from typer.testing import CliRunner
 
+import dparallel_ext as dx
 from benchmarks.serving import KEY
 from dparallel_ext import rules
+from dparallel_ext.decoding.settings import make_settings
+
+sys.path.insert(0, str(ROOT / "tools"))
+import screenshot
 
 TEACHER, CAUSAL = "builtin:teacher", "builtin:causal"
 PATHS = ("/", "/page.css", "/page.js")
@@ -108,6 +116,31 @@ def test_what_is_recorded_stays_data() -> None:
     assert "src=" not in found.split("</head>")[1]
 
 
+@pytest.mark.parametrize(
+    ("fields", "policy"),
+    [
+        ({}, "one"),
+        ({"rule": "credit+confidence:0.8"}, "credit+confidence:0.8"),
+        ({"threshold": 0.7}, "entropy:0.7"),
+        ({"threshold": 0.9, "selector": "confidence"}, "confidence:0.9"),
+        ({"steps": 16}, "steps:16"),
+        ({"threshold": 0.9, "selector": "confidence", "min_commit": 2}, None),
+        ({"rule": rules.Credit()}, None),
+    ],
+)
+def test_a_config_says_its_policy_where_it_has_a_name(fields: dict[str, Any], policy: str | None) -> None:
+    config = dx.DecodeConfig(**fields, cache="dual")
+    assert policy_of(config) == policy
+    if policy is not None:
+        assert decided(config_of({}, policy, cache="dual")) == decided(config)
+
+
+def decided(config: dx.DecodeConfig) -> Any:
+    """What a pass of `decode` commits by."""
+    (settings,) = make_settings(config, dx.models.Traits(), "dual", 1)
+    return settings.policy, settings.steps, settings.rule
+
+
 # --- several models -------------------------------------------------------------------------------
 
 
@@ -187,7 +220,7 @@ def test_health_covers_all() -> None:
 # --- the page in a browser ------------------------------------------------------------------------
 
 PLAYWRIGHT = importlib.util.find_spec("playwright") is not None
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = any(map(shutil.which, screenshot.BROWSERS))
 in_chromium = pytest.mark.skipif(
     not (PLAYWRIGHT and CHROMIUM), reason="no chromium here" if PLAYWRIGHT else "no playwright here"
 )
@@ -195,12 +228,8 @@ in_chromium = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM)
+    with screenshot.chromium() as running:
         yield running
-        running.close()
 
 
 class Watched:
@@ -498,3 +527,12 @@ def test_a_recording_opens_without_a_server(browser: Any, here: Here, tmp_path: 
         assert recorded.tab.locator("#problem-text").inner_text() == evil
         assert recorded.tab.locator("script").count() == 2
         assert not recorded.tab.get_by_role("button", name="Decode").is_visible()
+
+
+@in_chromium
+def test_the_picture_of_the_docs_is_made(browser: Any, here: Here, tmp_path: Path) -> None:
+    """As tools/screenshot.py makes it; the one in the docs is small, too."""
+    screenshot.take(browser, here.url, tmp_path / "new" / "page.png")
+    for file in (tmp_path / "new" / "page.png", ROOT / "docs" / "page.png"):
+        assert file.read_bytes().startswith(b"\x89PNG")
+        assert 50_000 < file.stat().st_size < 200_000

@@ -273,12 +273,14 @@ const view = {
   playing: false,
   following: false, // events may still come
   since: 0,
+  drawn: 0,
 
   get pace() {
     return Number(at("pace").value);
   },
 
   show(pass) {
+    this.drawn = performance.now();
     this.shown = Math.max(0, Math.min(pass, this.most));
     at("pass").max = this.most;
     at("pass").value = this.shown;
@@ -291,8 +293,14 @@ const view = {
     document.body.classList.toggle("drafts", tracks.some((track) => track.guesses.size));
   },
 
-  // There may be more passes than before.
-  refresh() {
+  // There may be more passes than before. Where these come fast, not each of them is drawn.
+  refresh(soon = false) {
+    clearTimeout(this.later);
+    const wait = soon ? 33 - (performance.now() - this.drawn) : 0;
+    if (wait > 0) {
+      this.later = setTimeout(() => this.refresh(), wait);
+      return;
+    }
     this.most = Math.max(0, ...this.panes.map((pane) => pane.track?.passes ?? 0));
     this.show(this.playing && !this.pace ? this.most : this.shown);
     this.tick();
@@ -419,13 +427,13 @@ function addPane(name) {
     const causal = pane.model.kind === "autoregressive";
     pane.expected = causal ? 0 : pane.model.max_tokens;
     rule.hidden = parameter.hidden = causal;
-    rule.options[0].value === "" && rule.options[0].remove();
+    if (rule.options[0].value === "") rule.options[0].remove();
     if (!causal) {
-      const [own, ...rest] = (pane.model.policy ?? "").split(":");
+      const [, own, rest] = (pane.model.policy ?? "").match(/^([^:+]*):?(.*)$/s);
       const known = DATA.rules.some((each) => each.name === own);
       if (!known) rule.prepend(new Option("the server's", ""));
       rule.value = known ? own : "";
-      choose(known ? rest.join(":") : null);
+      choose(rest);
     } else {
       const { drafter } = pane.model;
       pane.how.textContent = drafter ? `autoregressive, ${drafter} guesses ahead` : "autoregressive, a token a pass";
@@ -519,7 +527,7 @@ async function ask(pane, prompt) {
       if (event.usage) track.kept = event.usage.completion_tokens;
       const draft = event.choices[0]?.draft;
       if (draft) track.add(draft, passed());
-      view.refresh();
+      view.refresh(true);
     }
     if (track.kept === null) throw new Error("The answer broke off.");
     track.seconds = track.last;
