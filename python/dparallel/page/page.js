@@ -139,15 +139,12 @@ class Pane {
     while (this.slots.length < places) {
       const chip = make("span", { id: `${this.id}-${this.slots.length}` });
       chip.setAttribute("role", "option");
-      const slot = { lead: document.createTextNode(""), chip };
-      this.canvas.insertBefore(slot.lead, this.ghosts[0] ?? null);
-      this.canvas.insertBefore(chip, this.ghosts[0] ?? null);
+      const slot = { lead: document.createTextNode(""), chip, trail: document.createTextNode("") };
+      for (const node of Object.values(slot)) this.canvas.insertBefore(node, this.ghosts[0] ?? null);
       this.slots.push(slot);
     }
     while (this.slots.length > places) {
-      const slot = this.slots.pop();
-      slot.lead.remove();
-      slot.chip.remove();
+      for (const node of Object.values(this.slots.pop())) node.remove();
     }
     const open = track?.blocks.findLast(([own]) => own <= Math.max(1, pass))?.[1] ?? Infinity;
     this.slots.forEach((slot, place) => this.#fill(slot, place, pass, open));
@@ -166,8 +163,11 @@ class Pane {
     const token = track?.token(place, pass) ?? null;
     const form = token ?? track?.final(place); // what will stand here gives the mask its width: lines stay
     const end = track?.behindEnd(place) ?? false;
-    const lead = end ? (place ? " " : "") : form ? form.text.match(/^\s*/)[0] : place ? " " : "";
+    let lead = place ? " " : "";
+    let trail = "";
+    if (form && !end) [lead, trail] = form.text.trim() ? [form.text.match(/^\s*/)[0], ""] : ["", form.text];
     if (slot.lead.data !== lead) slot.lead.data = lead;
+    if (slot.trail.data !== trail) slot.trail.data = trail;
     const classes = ["chip"];
     let text = "";
     if (token === null && end && pass >= track.passes) {
@@ -253,7 +253,7 @@ class Pane {
   }
 }
 
-// A token's text without the blanks before it, which stand between the chips; blanks alone get a sign.
+// A token's text without the blanks before it, which stand between the chips; of blanks alone a sign, before them.
 function visible(text) {
   if (text === "") return "∅";
   return text.trim() || (text.includes("\n") ? "↵" : "␣");
