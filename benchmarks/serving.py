@@ -38,14 +38,14 @@ class Served:
         return f"http://127.0.0.1:{self.port}"
 
     def metrics(self) -> dict[str, float]:
-        """Samples by name; those with labels by name{value,value}."""
+        """Samples by name; those with labels beside the model's name by name{value,value}."""
         request = urllib.request.Request(f"{self.url}/metrics", headers={"Authorization": f"Bearer {KEY}"})
         with urllib.request.urlopen(request) as answer:
             families = text_string_to_metric_families(answer.read().decode())
         found = {}
         for family in families:
             for sample in family.samples:
-                labels = ",".join(sample.labels.values())
+                labels = ",".join(value for name, value in sample.labels.items() if name != "model")
                 found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
         return found
 

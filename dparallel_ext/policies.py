@@ -43,6 +43,8 @@ class Line(NamedTuple):
     low: float
     high: float
     """Bounds of the threshold, both allowed."""
+    usual: float
+    """A threshold to begin with."""
     whole: bool = False
 
     @property
@@ -54,14 +56,14 @@ class Line(NamedTuple):
 
 
 RULES = {
-    "confidence": Line(0, "confidence", "p1 >= TAU", "TAU", 0.0, 1.0),
-    "entropy": Line(1, "entropy", "H <= TAU nats", "TAU", 0.0, math.inf),
-    "margin": Line(2, "margin", "p1 - p2 >= TAU", "TAU", 0.0, 1.0),
-    "quota": Line(3, None, "the K best", "K", 1.0, math.inf, whole=True),
-    "factor": Line(4, "confidence", "the largest n with p_(n) >= 1 - F/(n+1)", "F", 0.0, math.inf),
-    "entropy_bound": Line(5, "entropy", "lowest H whose preceding sum <= GAMMA", "GAMMA", 0.0, math.inf),
+    "confidence": Line(0, "confidence", "p1 >= TAU", "TAU", 0.0, 1.0, 0.9),
+    "entropy": Line(1, "entropy", "H <= TAU nats", "TAU", 0.0, math.inf, 0.5),
+    "margin": Line(2, "margin", "p1 - p2 >= TAU", "TAU", 0.0, 1.0, 0.5),
+    "quota": Line(3, None, "the K best", "K", 1.0, math.inf, 2.0, whole=True),
+    "factor": Line(4, "confidence", "the largest n with p_(n) >= 1 - F/(n+1)", "F", 0.0, math.inf, 0.75),
+    "entropy_bound": Line(5, "entropy", "lowest H whose preceding sum <= GAMMA", "GAMMA", 0.0, math.inf, 0.5),
     "frechet": Line(
-        6, "confidence", "the largest n with p_(n) - sum_(j<=n) (1 - p_(j)) > DELTA", "DELTA", 0.0, 1.0
+        6, "confidence", "the largest n with p_(n) - sum_(j<=n) (1 - p_(j)) > DELTA", "DELTA", 0.0, 1.0, 0.25
     ),
 }
 SELECTORS = {name: rule.id for name, rule in RULES.items()}

@@ -9,7 +9,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,12 @@ class Here:
         return f"http://127.0.0.1:{self.port}"
 
     @property
+    def engine(self) -> dx.Engine:
+        """Of its model, where it has one."""
+        (model,) = self.service.models.values()
+        return model.engine
+
+    @property
     def gate(self) -> Any:
         """Its `Gate`, once there was a request."""
         found = self.server.config.app.middleware_stack
@@ -88,11 +94,11 @@ class Here:
         """Wait until nobody is served; the counters must say so in time."""
         ends = time.monotonic() + seconds
         while True:
-            stats = self.service.engine.stats
-            left = (stats.active, stats.waiting, stats.pages_used, self.gate.answering)
-            if not any(left):
+            stats = [model.engine.stats for model in self.service.models.values()]
+            left = [(one.active, one.waiting, one.pages_used) for one in stats] + [(self.gate.answering,)]
+            if not any(map(any, left)):
                 return
-            assert time.monotonic() < ends, f"active, waiting, pages, answering: {left}"
+            assert time.monotonic() < ends, f"active, waiting, pages; answering: {left}"
             time.sleep(0.01)
 
     def faults(self) -> list[str]:
@@ -127,21 +133,29 @@ def serving(
     directory: Path | None = None,
     engine: dict[str, Any] | None = None,
     send_buffer: int | None = None,
+    name: str = MODEL,
+    others: Mapping[str, dict[str, Any]] | None = None,
     **settings: Any,
 ) -> Iterator[Here]:
-    """A server of the student, or of what is loaded; `settings`: of `serving.settings`."""
+    """A server of the student, or of what is loaded, under a name; `settings`: of `serving.settings`.
+
+    others: models that ship, served beside it, and what their engines are told.
+    """
     model, tokenizer = loaded or registry.load(MODEL)
-    settings = {"name": MODEL, "max_length": 256, "grace": 0.5, **settings}
-    defaults: dict[str, Any] = {"gen_length": 64}
-    if not model.causal:
-        defaults |= {"block_length": BLOCK, "cache": "dual", "rule": "entropy:0.5"}
-    running = dx.Engine(
-        model,
-        max_length=settings["max_length"],
-        **{"lanes": 4, "max_waiting": 64, **defaults, **(engine or {})},
-    )
-    place = directory or registry.directory_of(MODEL)
-    service = Service(running, model.shape.embedding_size, tokenizer, place, Settings(**settings))
+    settings = {"max_length": 256, "grace": 0.5, **settings}
+    service, running = Service(Settings(**settings)), []
+
+    def add(name: str, model: Any, tokenizer: Any, place: Path, engine: dict[str, Any]) -> None:
+        defaults: dict[str, Any] = {"gen_length": 64, "lanes": 4, "max_waiting": 64}
+        if not model.causal:
+            defaults |= {"block_length": BLOCK, "cache": "dual", "rule": "entropy:0.5"}
+        made = dx.Engine(model, max_length=settings["max_length"], **{**defaults, **engine})
+        running.append(made)
+        service.add(name, made, model.shape.embedding_size, tokenizer, place, engine.get("drafter"))
+
+    add(name, model, tokenizer, directory or registry.directory_of(MODEL), engine or {})
+    for other, own in (others or {}).items():
+        add(other, *registry.load(other), registry.directory_of(other), own)
     loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [(one.handlers[:], one.level, one.propagate) for one in loggers]
     log = Lines()
@@ -163,7 +177,8 @@ def serving(
     finally:
         server.should_exit = True
         thread.join(30)
-        running.close(cancel=True)
+        for one in running:
+            one.close(cancel=True)
         for one, (handlers, level, propagate) in zip(loggers, before, strict=True):
             one.handlers, one.propagate = handlers, propagate
             one.setLevel(level)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import golden
 from dparallel import evaluate, files, plots, registry
+from dparallel.configs import parse_policy
 from dparallel.toy import several_answers, tasks
 
 import dparallel_ext as dx
@@ -65,7 +66,7 @@ def test_a_block_causal_models_own_blocks_are_the_default(loaded: tuple[Any, Any
 )
 def test_a_policy_that_is_none_is_named(text: str):
     with pytest.raises(ValueError, match=r"policy: expected"):
-        evaluate.parse_policy(text)
+        parse_policy(text)
 
 
 def test_policies_are_checked_before_anything_is_decoded():

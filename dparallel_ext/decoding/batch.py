@@ -138,6 +138,12 @@ class Batch:
         return self.runner.trajectory.logprob
 
     @property
+    def steps(self) -> Tensor:
+        """(lanes, width) int64: the pass that committed each token, where a sequence wants log-probabilities
+        or the trajectory."""
+        return self.runner.trajectory.step
+
+    @property
     def nfe(self) -> list[int]:
         """Passes that each sequence has been in."""
         return [row.nfe for row in self.rows]

@@ -169,7 +169,7 @@ class DecodeConfig:
     so is a request of an engine. None: a number from torch's generator, so that two calls differ and
     `torch.manual_seed` repeats them; nothing is taken from it where temperature is 0."""
     record: bool = False
-    """Keep `DecodeOutput.trajectory`; not in an engine."""
+    """Keep `DecodeOutput.trajectory`, and in `speculate` `SpeculateOutput.passes`; not in an engine."""
     logprobs: bool = False
     """Keep the log-probabilities: of each token log softmax(logits / T)[token] over the ids that could be
     drawn in the pass that committed it (not the mask token, `suppress`, nor what top_p and top_k leave out);

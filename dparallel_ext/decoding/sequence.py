@@ -152,6 +152,7 @@ class SequenceState:
     draft_nfe: ClassVar[int] = 0
     drafted: ClassVar[int] = 0
     accepted: ClassVar[int] = 0
+    refused: ClassVar[tuple[int, ...]] = ()
     """No drafter guesses here, see `speculation.sequence`."""
 
     @property

@@ -8,10 +8,11 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._C import Scheduler
 from ..cache import KVCache
@@ -263,34 +264,33 @@ class EngineCore:
         row = self.batch.rows[request.lane]
         start, end = self._kind.told(row, opened)
         first, last = row.index(start), min(row.index(end), request.plan.asked)
-        ids = self._tokens(request.lane, row.columns[first:last])
+        columns = row.columns[first:last]
+        ids: list[int] = _at(self.batch.tokens[request.lane], columns)
         tokens = [None if token == self.batch.mask_id else token for token in ids]
-        return Draft(row.nfe, first, tokens, row.drafted, row.accepted)
+        draft = Draft(row.nfe, first, tokens, row.drafted, row.accepted, list(row.refused))
+        if not request.plan.settings.record:
+            return draft
+
+        def known(values: Tensor) -> list[Any]:
+            """What a tensor says of the tokens that are no masks."""
+            found = _at(values[request.lane], columns)
+            return [None if token is None else value for token, value in zip(tokens, found, strict=True)]
+
+        return replace(draft, passes=known(self.batch.steps), logprobs=known(self.batch.logprobs))
 
     def _response(self, request: Request, first: int = 0) -> list[int]:
         """Final tokens from the `first` one on, in front of what ended the response."""
         assert request.lane is not None
         row = self.batch.rows[request.lane]
         final = len(row.columns) if row.done else row.index(row.block[0])
-        return self._tokens(request.lane, row.columns[first : min(final, row.kept, request.plan.asked)])
-
-    def _tokens(self, lane: int, columns: Sequence[int]) -> list[int]:
-        """What stands in `columns`, which are ascending."""
-        if not columns:
-            return []
-        first, last = columns[0], columns[-1] + 1
-        ids: list[int] = self.batch.tokens[lane, first:last].tolist()
-        return [ids[column - first] for column in columns]
+        return _at(
+            self.batch.tokens[request.lane], row.columns[first : min(final, row.kept, request.plan.asked)]
+        )
 
     def _logprobs(self, request: Request, first: int, last: int) -> list[float]:
         """Of tokens [first, last) of the response."""
-        if first == last:
-            return []
         assert request.lane is not None
-        columns = self.batch.rows[request.lane].columns[first:last]
-        start, end = columns[0], columns[-1] + 1
-        found: list[float] = self.batch.logprobs[request.lane, start:end].tolist()
-        return [found[column - start] for column in columns]
+        return _at(self.batch.logprobs[request.lane], self.batch.rows[request.lane].columns[first:last])
 
     def _stream(self, request: Request) -> None:
         assert request.lane is not None
@@ -353,6 +353,15 @@ class EngineCore:
             seconds_waiting=admitted - request.submitted,
             seconds=now - request.submitted,
         )
+
+
+def _at(values: Tensor, columns: Sequence[int]) -> list[Any]:
+    """The values (width,) of `columns`, which are ascending."""
+    if not columns:
+        return []
+    first, last = columns[0], columns[-1] + 1
+    found = values[first:last].tolist()
+    return [found[column - first] for column in columns]
 
 
 def _failure(error: BaseException, what: str) -> Exception:

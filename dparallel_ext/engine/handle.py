@@ -57,7 +57,13 @@ class Draft:
     drafted: int = 0
     """Tokens that a drafter had guessed for the pass."""
     accepted: int = 0
-    """Of these, how many were the model's own choice."""
+    """Of these, how many were the model's own choice: the first of `tokens`."""
+    refused: list[int] = field(default_factory=list)
+    """The others, as the drafter gave them."""
+    passes: list[int | None] | None = None
+    """Where `logprobs` are asked for: of each of `tokens` the pass that committed it, None of a mask."""
+    logprobs: list[float | None] | None = None
+    """Where they are asked for: of each of `tokens`, None of a mask."""
 
 
 class Subscriber:

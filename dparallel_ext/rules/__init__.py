@@ -6,7 +6,7 @@ from .edit import Edit
 from .end_of_text import EndOfText
 from .learned import Learned
 from .protocol import Decision, Function, FunctionRule, Rule, Where
-from .spec import ONE, describe, file_of, parse
+from .spec import ONE, describe, file_of, menu, parse
 
 __all__ = [
     "ONE",
@@ -23,5 +23,6 @@ __all__ = [
     "Where",
     "describe",
     "file_of",
+    "menu",
     "parse",
 ]

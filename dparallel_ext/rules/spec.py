@@ -12,7 +12,7 @@ from .credit import Credit
 from .early import Prophet, SchED
 from .edit import Edit
 from .end_of_text import EndOfText
-from .learned import Learned
+from .learned import NAMED, Learned
 from .protocol import Function, Rule
 
 ONE = "one"
@@ -158,6 +158,23 @@ def _row(text: str) -> dict[str, Any]:
             f"plus sign, got {text!r} ({error})"
         ) from error
     return {"selector": selector, "threshold": threshold}
+
+
+def menu() -> list[dict[str, str]]:
+    """All that `parse` takes, for a choice of rules: of each its name, what may stand after a colon ("" for
+    nothing; in brackets what may be left out), what usually does, and what the rule does."""
+    found = [
+        (ONE, "", "", "one token a pass, the most confident"),
+        ("steps", "N", "16", "the fixed schedule of N passes"),
+        *(
+            (name, line.parameter, f"{line.usual:g}", f"commits {line.commits}")
+            for name, line in policies.RULES.items()
+        ),
+    ]
+    for name, kind in KINDS.items():
+        parameters = _usage(name).removeprefix(name).replace("[:", "[").removeprefix(":")
+        found.append((name, parameters, next(iter(NAMED), "") if kind.path else "", kind.does))
+    return [dict(zip(("name", "parameters", "usual", "does"), each, strict=True)) for each in found]
 
 
 def _is_number(text: str) -> bool:

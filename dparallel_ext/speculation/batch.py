@@ -32,7 +32,7 @@ from ..ops import accept, kv_move
 from ..ops.errors import NO_ERROR, explain
 from .draft import Draft, check_drafts
 from .drafter import Drafter, KeepsStreams, Lane
-from .sequence import IDLE, CausalSequence, SamplingGroup
+from .sequence import IDLE, CausalSequence, SamplingGroup, Verified
 from .sizing import Fixed, Sizer
 
 UNKNOWN = -1
@@ -123,6 +123,9 @@ class CausalBatch:
         """On the CPU: drafters and stop sequences look at them there."""
         self.logprobs = torch.full((lanes, width), torch.nan)
         """(lanes, width) float32: of each token, where a sequence wants them."""
+        self.steps = torch.zeros((lanes, width), dtype=torch.int64)
+        """(lanes, width): the pass that brought each token, where a sequence wants log-probabilities or the
+        record."""
         self.kv_cache = model.new_cache(lanes, width) if kv_cache is None else kv_cache
         self.rows: list[CausalSequence] = [IDLE] * lanes
         self.forwards = 0
@@ -169,7 +172,7 @@ class CausalBatch:
         self.tokens[lane] = self.pad_id
         self.tokens[lane, :first] = prompt
         self.tokens[lane, first:length] = UNKNOWN
-        self.logprobs[lane] = torch.nan
+        self.logprobs[lane], self.steps[lane] = torch.nan, 0
         if self._session is not None:
             self._session.reset(lane)
         return row
@@ -582,11 +585,14 @@ class CausalBatch:
         row.nfe += 1
         row.layers += draft.layers + self.model.shape.layers - draft.start
         row.drafted, row.accepted = len(draft.tokens), count - 1
+        row.refused = draft.refused(emitted.tokens)
         row.num_cached = row.known + count - 1
         row.known += count
         self.tokens[b, start : row.known] = torch.tensor(emitted.tokens)
-        if emitted.logprobs:
+        if row.settings.record:
             self.logprobs[b, start : row.known] = torch.tensor(emitted.logprobs)
+            self.steps[b, start : row.known] = row.nfe
+            row.passes.append(Verified(row.drafted, row.accepted, row.refused))
         # Only the last tokens can be part of what ends at a new one.
         reach = max((len(stop) for stop in row.settings.stop), default=1)
         first = max(row.prompt, start - reach + 1)
@@ -595,7 +601,7 @@ class CausalBatch:
             begin, end = ended
             row.kept, row.stopped = row.index(begin), True
             row.known, row.num_cached = end, min(row.num_cached, end - 1)
-            self.logprobs[b, end:] = torch.nan
+            self.logprobs[b, end:], self.steps[b, end:] = torch.nan, 0
         if row.stopped or not row.room:
             row.done = True
             self.tokens[b, row.known :] = self.pad_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -53,6 +54,21 @@ class Draft(NamedTuple):
             for number in range(count):
                 parents.append(len(parents) - 1 if number else node)
         return tuple(parents)
+
+    def refused(self, emitted: Sequence[int]) -> tuple[int, ...]:
+        """The tokens of the nodes that are not on the way of the tokens that their pass has emitted."""
+        if self.is_chain:
+            pairs = zip(self.tokens, emitted, strict=False)
+            return self.tokens[sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)) :]
+        nodes = list(enumerate(zip(self.tokens, self.verified_rows[1:], strict=True), 1))
+        at: int | None = 0
+        taken = set[int]()
+        for token in emitted:  # of siblings that guess the same, the first is on the way: see `ops.accept`
+            at = next((node for node, (own, parent) in nodes if own == token and parent == at), None)
+            if at is None:
+                break
+            taken.add(at)
+        return tuple(own for node, (own, _) in nodes if node not in taken)
 
 
 def check_drafts(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -30,6 +30,17 @@ class OpenRegion(NamedTuple):
 
     start: int
     end: int
+
+
+class Verified(NamedTuple):
+    """What a pass has made of a draft."""
+
+    drafted: int
+    """Nodes."""
+    accepted: int
+    """Of these, the tokens that were the model's own choice; they are the first that the pass has brought."""
+    refused: tuple[int, ...]
+    """The tokens of the other nodes, in the draft's order."""
 
 
 @dataclass
@@ -59,6 +70,10 @@ class CausalSequence:
     """Nodes of its last draft; 0 where the last pass was without."""
     accepted: int = 0
     """Of these, the tokens that were accepted."""
+    refused: tuple[int, ...] = ()
+    """The tokens of the other nodes."""
+    passes: list[Verified] = field(default_factory=list)
+    """Of each pass, where the settings ask for a record."""
     kept: int = 0
     """Response tokens in front of what ended it; all where nothing did."""
     done: bool = False

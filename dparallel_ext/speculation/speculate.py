@@ -18,16 +18,18 @@ from ..decoding.config import DEFAULTS, DecodeConfig, DecodeKeywords, configured
 from ..decoding.decode import DecodeOutput, Prompts, progress_bar
 from ..decoding.fields import plain
 from ..decoding.settings import make_settings
+from ..decoding.workspace import Trajectory
 from ..models import Model, for_decoding, traits, warn_beyond
 from .batch import CausalBatch
 from .drafter import Drafter
 from .loading import drafter_of
+from .sequence import Verified
 from .sizing import Fixed, Sizer, measured, sizer_for
 
 OF_DIFFUSION = (
     *("infill", "block_length", "sub_block_length", "steps", "threshold", "selector", "policy", "rule"),
     *("min_commit", "max_commit", "score", "cache", "refresh", "active_blocks", "open_at", "activate_at"),
-    *("mask_id", "record"),
+    "mask_id",
 )
 """Fields of `DecodeConfig` that say how masks are filled."""
 
@@ -47,6 +49,8 @@ class SpeculateOutput(DecodeOutput):
     layers: Tensor = field(kw_only=True)
     """(B,) int64: layers of the model that were run for each sequence, one after the other: all of them in
     each pass, but where drafts are made by some."""
+    passes: list[list[Verified]] | None = field(default=None, repr=False)
+    """With `record`: what each pass of each sequence has made of its draft."""
 
     @property
     def accepted_per_draft(self) -> float:
@@ -216,11 +220,11 @@ def _output(batch: CausalBatch, prompts: Sequence[Tensor], config: DecodeConfig)
     device = prompts[0].device if prompts else torch.device("cpu")
     width = batch.tokens.shape[1]
     masked = torch.zeros(batch.tokens.shape, dtype=torch.bool)
-    longest = max((len(row.columns) for row in batch.rows), default=0)
-    logprobs = torch.full((len(batch.rows), longest), torch.nan)
     for b, row in enumerate(batch.rows):
         masked[b, row.prompt : row.length] = True
-        logprobs[b, : len(row.columns)] = batch.logprobs[b, row.prompt : row.length]
+    # How sure the model was is what it drew with: there is no mask token, whose share would be another's.
+    found = Trajectory(batch.steps, batch.logprobs.exp(), batch.logprobs).responses(masked)
+    trajectory = Trajectory(*(field.to(device) for field in vars(found).values()))
 
     def numbers(name: str) -> Tensor:
         found = torch.tensor([getattr(row, name) for row in batch.rows], dtype=torch.int64)
@@ -236,10 +240,12 @@ def _output(batch: CausalBatch, prompts: Sequence[Tensor], config: DecodeConfig)
         numbers("prompt"),
         masked.to(device),
         numbers("nfe"),
-        logprobs=logprobs.to(device) if config.logprobs else None,
+        trajectory=trajectory if config.record else None,
+        logprobs=trajectory.logprob if config.logprobs else None,
         draft_nfe=numbers("draft_nfe"),
         draft_forwards=batch.draft_forwards,
         drafted=torch.tensor(batch.counts.drafted, dtype=torch.int64),
         accepted=torch.tensor(batch.counts.accepted, dtype=torch.int64),
         layers=numbers("layers"),
+        passes=[row.passes for row in batch.rows] if config.record else None,
     )

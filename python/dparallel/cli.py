@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ from dparallel_ext.arguments import whole
 
 from . import files, registry
 from .configs import POLICY, causal_config_of, config_of, read_fields, take_mask, with_ends
-from .evaluate import ONE
+from .evaluate import ONE, PLAIN
 
 try:
     import typer
@@ -54,13 +55,11 @@ PolicyOption = Annotated[str | None, typer.Option(help=f"default: the config's, 
 ConfigOption = Annotated[
     Path | None, typer.Option(help="a JSON file of DecodeConfig's fields; options stand instead of them")
 ]
-DrafterOption = Annotated[
-    str | None,
-    typer.Option(
-        help="of an autoregressive model: ngram, ngram:N, a drafter's or a model's path; for builtin:causal "
-        "also builtin:dflash, builtin:parallelspec, builtin:adadecode, builtin:student; default: none"
-    ),
-]
+DRAFTERS = (
+    "of an autoregressive model: ngram, ngram:N, a drafter's or a model's path; for builtin:causal also "
+    "builtin:dflash, builtin:parallelspec, builtin:adadecode, builtin:student; default: none"
+)
+DrafterOption = Annotated[str | None, typer.Option(help=DRAFTERS)]
 DraftSizeOption = Annotated[
     int | None, typer.Option(help="tokens of a draft; default: as many as pay, by measurement")
 ]
@@ -195,14 +194,20 @@ def decode(
     device: str | None = None,
     fp8: Fp8Option = False,
     stream: Annotated[bool, typer.Option("--stream", help="show the unmasking")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="write the passes here, a page of one file to look through them")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
 ) -> None:
     """Decode prompts with the built-in model or a checkpoint."""
     from .complete import complete, complete_causal
     from .live import LiveText
+    from .recording import Recording
     from .text import endings
 
     with plain_errors():
+        if html is not None:
+            files.writable("html", html)
         calls = [[text] for text in prompt or []]
         if file is not None:
             calls += [[text] for text in files.prompts("file", file)]
@@ -236,9 +241,10 @@ def decode(
         template = registry.template_of(model, False if chat is None and (infill or suffix) else chat)
         loaded, tokenizer = registry.load(model, device=device, fp8=fp8, mask_id=mask_id)
         asked = with_ends(asked, endings(registry.directory_of(model), tokenizer))
+        recording = None if html is None else Recording("dparallel decode")
         for texts in calls:
             live = LiveText(Console(), tokenizer, loaded.mask_id, 0.1, causal=causal) if stream else None
-            shared: dict[str, Any] = {"template": template, "live": live}
+            shared: dict[str, Any] = {"template": template, "live": live, "recording": recording}
             given = model, loaded, tokenizer, texts, asked
             if causal:
                 found = complete_causal(*given, drafter=drafter, draft_size=draft_size, **shared)
@@ -249,6 +255,8 @@ def decode(
                     words = ", ".join(map(repr, dict.fromkeys(unknown)))
                     typer.echo(f"warning: {model} has no token for {words} of the prompt", err=True)
                 show_response(row, as_json)
+        if html is not None and recording is not None:
+            files.write_text(html, recording.html())
 
 
 def show_response(row: dict[str, Any], as_json: bool) -> None:
@@ -309,6 +317,10 @@ def evaluate(
     ] = False,
     markdown: Annotated[Path | None, typer.Option(help="write the results here as a table")] = None,
     plot: Annotated[Path | None, typer.Option(help="a PNG of accuracy against passes")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="write the first problems' passes here, all that is measured side by side"),
+    ] = None,
     drafter: Annotated[
         list[str] | None,
         typer.Option(help="of autoregressive models; repeatable; default: plain, ngram"),
@@ -319,11 +331,12 @@ def evaluate(
     """Accuracy, passes, tokens per pass and time on held-out problems, for models and policies."""
     from . import evaluate as measuring
     from . import plots
+    from .recording import Recording
 
     with plain_errors():
         at_least("problems", problems, 1)
         at_least("batch", batch, 1)
-        for name, file in (("json", json_file), ("markdown", markdown), ("plot", plot)):
+        for name, file in (("json", json_file), ("markdown", markdown), ("plot", plot), ("html", html)):
             if file is not None:
                 files.writable(name, file)
         if plot is not None:
@@ -339,6 +352,7 @@ def evaluate(
         mask_id = take_mask(content, mask_id)
         known = measuring.read_results(json_file) if resume and json_file and json_file.exists() else []
         results: list[dict[str, Any]] = []
+        recording = None if html is None else Recording("dparallel evaluate")
         for row in measuring.sweep(
             model,
             policies,
@@ -354,6 +368,7 @@ def evaluate(
             fp8=fp8,
             drafters=drafter or (measuring.PLAIN, "ngram"),
             draft_size=draft_size,
+            recording=recording,
         ):
             if not results:  # what is refused is one line alone
                 typer.echo(measuring.HEADING)
@@ -367,11 +382,19 @@ def evaluate(
             files.write_text(markdown, measuring.table(results))
         if plot is not None:
             plots.accuracy_against_passes(results, plot)
+        if html is not None and recording is not None:
+            files.write_text(html, recording.html())
 
 
 @app.command()
 def serve(
-    model: ModelOption = registry.DEFAULT,
+    model: Annotated[
+        list[str],
+        typer.Option(
+            help="builtin:NAME, a checkpoint directory, or ORG/NAME of the Hugging Face Hub; repeatable: "
+            "requests choose by name"
+        ),
+    ] = [registry.DEFAULT],  # noqa: B006
     host: Annotated[str, typer.Option(help="127.0.0.1 is this machine alone")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: a free one")] = 8000,
     api_key_file: Annotated[
@@ -384,7 +407,13 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(help="the key itself; others on this machine can read it in ps")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="the model's name in requests; default: --model")] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="the model's name in requests; of several models one for each, in their order; default: "
+            "--model, and +DRAFTER where there are several drafters"
+        ),
+    ] = None,
     config: ConfigOption = None,
     policy: PolicyOption = None,
     cache: Annotated[
@@ -394,9 +423,12 @@ def serve(
     batch_invariant: Annotated[
         bool, typer.Option("--batch-invariant", help="each sequence in passes of its own")
     ] = False,
-    drafter: DrafterOption = None,
+    drafter: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{DRAFTERS}; repeatable: the model is served once with each, plain is without"),
+    ] = None,
     draft_size: DraftSizeOption = None,
-    lanes: Annotated[int, typer.Option(help="requests decoded together")] = 16,
+    lanes: Annotated[int, typer.Option(help="requests decoded together, of each model")] = 16,
     max_waiting: Annotated[int, typer.Option(help="requests that may wait; beyond: 429")] = 1024,
     max_length: Annotated[
         int | None, typer.Option(help="tokens of prompt and response; default: the model's, at most 2048")
@@ -416,40 +448,56 @@ def serve(
     mask_id: MaskOption = None,
     device: str | None = None,
     fp8: Fp8Option = False,
+    page: Annotated[
+        bool, typer.Option("--page/--no-page", help="at / a page to watch decoding; it needs no key")
+    ] = True,
     log_level: Annotated[str, typer.Option(help="info logs every request; warning, error")] = "info",
 ) -> None:
-    """An OpenAI-compatible server: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
+    """An OpenAI-compatible server: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics, and
+    at / a page to watch decoding."""
     with plain_errors("serve"):
         from .serving import runner, settings
 
         keys = settings.find_keys(api_key, api_key_file)
         content = read_fields(config)
         mask_id = take_mask(content, mask_id)
-        content.setdefault("gen_length", registry.gen_length(model))
-        causal = registry.is_causal(model)
-        check_kind(model, causal, drafter=drafter, draft_size=draft_size, policy=policy, mask_id=mask_id)
-        asked = (causal_config_of if causal else config_of)(
-            content,
-            policy,
-            cache=cache,
-            block_length=block_length,
-            batch_invariant=batch_invariant or None,
-        )
+        of_diffusion = {"policy": policy, "cache": cache, "block_length": block_length, "mask_id": mask_id}
+        of_causal = {"drafter": drafter or None, "draft_size": draft_size}
+        causal = {each: registry.is_causal(each) for each in model}
+        for each in model:  # of several kinds of models each takes what is for its own
+            others = {} if len(set(causal.values())) > 1 else {**of_diffusion, **of_causal}
+            check_kind(each, causal[each], **others)
+        found = []
+        for each in model:
+            fields = {"gen_length": registry.gen_length(each), **content}
+            shared: dict[str, Any] = {"batch_invariant": batch_invariant or None}
+            if causal[each]:
+                asked = causal_config_of(fields, None, **shared)
+                several = len(drafter or ()) > 1
+                for guessing in drafter or (PLAIN,):
+                    own = None if guessing == PLAIN else guessing
+                    called = f"{each}+{guessing}" if several and own else each
+                    found.append(runner.Model(called, each, asked, drafter=own, draft_size=draft_size))
+            else:
+                asked = config_of(fields, policy, cache=cache, block_length=block_length, **shared)
+                found.append(runner.Model(each, each, asked, mask_id=mask_id))
+        if name and len(name) != len(found):
+            called = ", ".join(one.name for one in found)
+            raise ValueError(f"name: expected one for each of {called}, got {len(name)}")
+        found = [
+            replace(one, name=own) for one, own in zip(found, name or [f.name for f in found], strict=True)
+        ]
         runner.run(
-            model,
+            found,
             host=host,
             port=port,
             device=device,
             fp8=fp8,
-            mask_id=mask_id,
             log_level=log_level,
-            config=asked,
-            drafter=drafter,
-            draft_size=draft_size,
             lanes=lanes,
             max_waiting=max_waiting,
             keys=keys,
-            name=name,
+            page=page,
             max_length=max_length,
             max_choices=max_choices,
             max_body=max_body,

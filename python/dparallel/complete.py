@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from dparallel_ext.models import Model, check_diffusion
 
 from . import registry, text
 from .live import LiveText
+from .recording import Recording, answer_of, how_of
 
 
 def complete(
@@ -25,11 +27,12 @@ def complete(
     suffix: str | None = None,
     draft_size: int | None = None,
     live: LiveText | None = None,
+    recording: Recording | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Decode prompts together; yields prompt, response, tokens, forwards and, with `infill`, text of each.
 
     `name`: the model's. `suffix`: text behind the response, which stands in between. `draft_size`: of
-    `decode`.
+    `decode`. `recording`: gets the answers.
 
     Raises ValueError, by name.
     """
@@ -48,12 +51,19 @@ def complete(
         raise ValueError(f"prompt: expected a mask token, {said}, where --infill is to fill it")
     registry.check_positions(name, model, max(map(len, ids), default=0) + more)
     with live or contextlib.nullcontext():
-        config = config.replace(gen_length=more, infill=infill or bool(suffix))
+        config = config.replace(gen_length=more, infill=infill or bool(suffix), record=recording is not None)
+        began = time.perf_counter()
         out = dx.decode(model, ids, config, draft_size=draft_size, streamer=live)
+        seconds = time.perf_counter() - began
+    texts = text.TokenTexts(tokenizer)
     for i, (prompt, tokens, passes) in enumerate(zip(prompts, out.responses, out.nfe.tolist(), strict=True)):
         # A block-causal model fills its last block beyond what was asked for.
         kept = min(int(out.kept[i]), gaps[i] + more)
         response = tokenizer.decode(tokens[:kept].tolist())
+        if recording is not None:
+            how, took = how_of(config, guesses=draft_size), alone(seconds, prompts, live)
+            shown: dict[str, Any] = {"model": name, "how": how, "seconds": took, "infill": infill}
+            recording.add(prompt, answer_of(out, i, texts, kept=kept, length=gaps[i] + more, **shown))
         row = {"prompt": prompt, "response": response, "tokens": kept, "forwards": passes}
         yield {**row, "text": tokenizer.decode(in_place(out, i, kept))} if infill else row
 
@@ -69,6 +79,7 @@ def complete_causal(
     draft_size: int | None = None,
     template: text.Template | None = None,
     live: LiveText | None = None,
+    recording: Recording | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The same with an autoregressive model; yields the draft's worth too: drafts, drafted and accepted.
 
@@ -79,11 +90,24 @@ def complete_causal(
     more = whole("gen_length", config.gen_length, 0)
     registry.check_positions(name, model, max(map(len, ids), default=0) + more)
     with live or contextlib.nullcontext():
+        config = config.replace(record=recording is not None)
+        began = time.perf_counter()
         out = dx.speculate(model, ids, config, drafter=drafter, draft_size=draft_size, streamer=live)
+        seconds = time.perf_counter() - began
+    texts = text.TokenTexts(tokenizer)
     for i, (prompt, tokens) in enumerate(zip(prompts, out.responses, strict=True)):
         kept = int(out.kept[i])
+        if recording is not None:
+            how = "a token a pass" if drafter is None else f"{drafter} guesses ahead"
+            shared: dict[str, Any] = {"seconds": alone(seconds, prompts, live), "length": len(tokens)}
+            recording.add(prompt, answer_of(out, i, texts, model=name, how=how, kept=kept, **shared))
         row = {"prompt": prompt, "response": tokenizer.decode(tokens[:kept].tolist()), "tokens": kept}
         yield {**row, "forwards": int(out.nfe[i]), "drafts": int(out.draft_nfe[i])}
+
+
+def alone(seconds: float, prompts: list[str], live: LiveText | None) -> float | None:
+    """Of a call, where they are those of one prompt and nobody was shown its passes meanwhile."""
+    return seconds if len(prompts) == 1 and live is None else None
 
 
 def in_place(out: dx.DecodeOutput, i: int, kept: int) -> list[int]:

@@ -6,15 +6,35 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dparallel_ext import DecodeConfig
+from dparallel_ext import DecodeConfig, rules
+from dparallel_ext.rules import ONE, learned
 
 from . import files
-from .evaluate import parse_policy
 
 POLICY = "entropy:0.5"
 """The rule where neither an option nor the file says how a pass decides."""
 DECIDES = {"rule", "policy", "threshold", "selector", "steps", "min_commit", "max_commit", "score"}
 """Fields that say so."""
+
+
+def parse_policy(text: str, *, files: bool = True) -> dict[str, Any]:
+    """decode's arguments for what `rules.parse` takes: "one", "steps:N", "SELECTOR:THRESHOLD", "credit", ...
+
+    files: whether it may name any file of this machine ("learned:PATH"), not those alone that ship
+    ("learned:builtin:teacher").
+
+    Raises ValueError, also for a number beyond its bounds.
+    """
+    file = rules.file_of(text)
+    if not files and file is not None and file not in learned.NAMED:
+        raise ValueError(
+            "policy: expected a file that ships, learned:builtin:NAME, where a request names one"
+        )
+    try:
+        rule, row = rules.parse(text)
+    except ValueError as error:
+        raise ValueError(str(error).replace("rule:", "policy:", 1)) from error
+    return row if rule is None else {"rule": text}
 
 
 def read_fields(file: Path | None) -> dict[str, Any]:
@@ -58,6 +78,18 @@ def causal_config_of(content: Mapping[str, Any], policy: str | None, **options: 
     assert policy is None
     given: Any = {name: value for name, value in options.items() if value is not None}
     return DecodeConfig.from_dict(content).replace(**given)
+
+
+def policy_of(config: DecodeConfig) -> str | None:
+    """How a pass decides, as `parse_policy` takes it; None where no text says it."""
+    defaults = DecodeConfig()
+    given = {name for name in DECIDES if getattr(config, name) != getattr(defaults, name)}
+    if given <= {"rule"}:
+        rule = config.rule or ONE
+        return rule if isinstance(rule, str) else None
+    if given <= {"selector", "threshold"}:
+        return f"{config.selector or 'entropy'}:{config.threshold}"
+    return f"steps:{config.steps}" if given == {"steps"} else None
 
 
 def without_ends(config: DecodeConfig) -> DecodeConfig:

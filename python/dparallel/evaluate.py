@@ -15,36 +15,15 @@ import torch
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext import rules
 from dparallel_ext.arguments import whole
 from dparallel_ext.rules import ONE as ONE
-from dparallel_ext.rules import learned
 
 from . import registry
+from .configs import parse_policy
 from .files import read_text
-from .text import prompt_encoder
+from .recording import Recording, answer_of
+from .text import TokenTexts, prompt_encoder
 from .toy import tasks
-
-
-def parse_policy(text: str, *, files: bool = True) -> dict[str, Any]:
-    """decode's arguments for what `rules.parse` takes: "one", "steps:N", "SELECTOR:THRESHOLD", "credit", ...
-
-    files: whether it may name any file of this machine ("learned:PATH"), not those alone that ship
-    ("learned:builtin:teacher").
-
-    Raises ValueError, also for a number beyond its bounds.
-    """
-    file = rules.file_of(text)
-    if not files and file is not None and file not in learned.NAMED:
-        raise ValueError(
-            "policy: expected a file that ships, learned:builtin:NAME, where a request names one"
-        )
-    try:
-        rule, row = rules.parse(text)
-    except ValueError as error:
-        raise ValueError(str(error).replace("rule:", "policy:", 1)) from error
-    return row if rule is None else {"rule": text}
-
 
 Fields = Mapping[str, Any]
 """Of `DecodeConfig`, by name, with a "rule" among them."""
@@ -125,6 +104,7 @@ def evaluate(
     draft_size: int | None = None,
     loaded: tuple[Any, Any] | None = None,
     answers: list[Answer] | None = None,
+    recording: Recording | None = None,
 ) -> dict[str, Any]:
     """Decode `problems` held-out problems, the same for every call with one `seed`, and check the answers.
 
@@ -132,7 +112,8 @@ def evaluate(
     and the rule, which `policy` says. `block_length` and `cache`: default the config's. `chat`: the problems
     go by the checkpoint's chat template; default: where it has one. A model that comes as `loaded` is asked
     without unless `chat` is true, which takes the template of `model_name`. `draft_size`: of `decode`.
-    `answers`: a list that receives whole responses, in the order of the problems.
+    `answers`: a list that receives whole responses, in the order of the problems. `recording`: gets those of
+    the first `RECORDED` problems.
 
     Returns model, policy, config (what else differs from the defaults), threshold, problems, seed, accuracy,
     accuracy_interval (Wilson's, 95 %), nfe_mean (passes per answer), nfe_to_eos (those until the block that
@@ -180,6 +161,10 @@ def evaluate(
             steps, ends = out.trajectory.step, responses == (-1 if model.eos_id is None else model.eos_id)
             to_eos += int(passes_to_eos(steps, out.nfe, ends, block, prompt.shape[1] if causal else 0).sum())
             padded += int(out.generated.sum())
+            if recording is not None:
+                ends = kept_of(responses[:, : tasks.GEN_LENGTH], model.eos_id)
+                label_of = {"model": model_name, "how": label({"policy": policy, "config": said})}
+                _record(recording, part, seed, texts, out, ends, tokenizer, **label_of)
     if answers is not None:
         answers += [found[p.prompt] for p in itertools.islice(tasks.problems("held_out", seed), problems)]
     of_drafts = {"canvases_mean": canvases / problems if problems else 0.0} if draft_size else {}
@@ -224,10 +209,11 @@ def evaluate_drafter(
     device: str | None = None,
     loaded: tuple[Any, Any] | None = None,
     answers: list[Answer] | None = None,
+    recording: Recording | None = None,
 ) -> dict[str, Any]:
     """The same problems with an autoregressive model, each to its end, drafted by `drafter` (None: plain).
 
-    answers: a list that receives them, in the order of the problems.
+    answers: a list that receives them, in the order of the problems. recording: see `evaluate`.
 
     Returns as `evaluate`: nfe_mean and nfe_to_eos are passes of the model per answer, tokens_per_forward what
     each pass brings, the end among the tokens; policy is "plain" or the drafter's name, as it is given. And
@@ -252,6 +238,7 @@ def evaluate_drafter(
                 gen_length=tasks.GEN_LENGTH,
                 drafter=made,
                 draft_size=size,
+                record=recording is not None,
             )
             kept = [r[:n].tolist() for r, n in zip(out.responses, out.kept.tolist(), strict=True)]
             texts = tokenizer.decode_batch(kept)
@@ -263,6 +250,11 @@ def evaluate_drafter(
                 [sum(pair) for pair in itertools.zip_longest(old, new.tolist(), fillvalue=0)]
                 for old, new in ((drafted, out.drafted), (accepted, out.accepted))
             )
+            if recording is not None:
+                how = f"{drafter} guesses ahead" if drafter else "a token a pass"
+                _record(
+                    recording, part, seed, texts, out, out.kept.tolist(), tokenizer, model=model_name, how=how
+                )
     seconds = time.perf_counter() - began
     if answers is not None:
         answers += [found[p.prompt] for p in itertools.islice(tasks.problems("held_out", seed), problems)]
@@ -288,6 +280,30 @@ def evaluate_drafter(
         "gen_length": tasks.GEN_LENGTH,
         "batch": batch,
     }
+
+
+RECORDED = 3
+"""Problems of a recording: enough to look at."""
+
+
+def _record(
+    recording: Recording,
+    part: Sequence[tuple[tasks.Problem, list[int]]],
+    seed: int,
+    answers: Sequence[str],
+    out: dx.DecodeOutput,
+    kept: Sequence[int],
+    tokenizer: Any,
+    **said: Any,
+) -> None:
+    """The answers of a batch that belong into the recording; `said`: of `answer_of`."""
+    first = {problem.prompt for problem in itertools.islice(tasks.problems("held_out", seed), RECORDED)}
+    texts = TokenTexts(tokenizer)
+    for i, ((problem, _), answer) in enumerate(zip(part, answers, strict=True)):
+        if problem.prompt in first:
+            note = "right" if tasks.is_correct(problem, answer) else f"wrong, it is {problem.answer}"
+            found = answer_of(out, i, texts, kept=kept[i], length=tasks.GEN_LENGTH, note=note, **said)
+            recording.add(problem.prompt, found)
 
 
 def _groups(problems: int, seed: int, encode: Any) -> dict[int, list[tuple[tasks.Problem, list[int]]]]:
@@ -326,7 +342,13 @@ def report(row: Mapping[str, Any]) -> str:
 
 def kept_tokens(responses: Tensor, eos_id: int | None) -> int:
     """Tokens of responses (B, R) that stand in front of EOS, over all of them."""
-    return int((responses == (-1 if eos_id is None else eos_id)).cumsum(1).eq(0).sum())
+    return sum(kept_of(responses, eos_id))
+
+
+def kept_of(responses: Tensor, eos_id: int | None) -> list[int]:
+    """Of each."""
+    found: list[int] = (responses == (-1 if eos_id is None else eos_id)).cumsum(1).eq(0).sum(1).tolist()
+    return found
 
 
 def passes_to_eos(steps: Tensor, nfe: Tensor, ends: Tensor, block_length: int, start: int = 0) -> Tensor:
@@ -353,6 +375,7 @@ def sweep(
     drafters: Iterable[str] = (PLAIN, "ngram"),
     draft_size: int | None = None,
     config: dx.DecodeConfig | None = None,
+    recording: Recording | None = None,
     **settings: Any,
 ) -> Iterable[dict[str, Any]]:
     """`evaluate` for every model and policy, and `evaluate_drafter` for every autoregressive model and
@@ -361,7 +384,7 @@ def sweep(
     policies: texts, or the fields of a row. drafters: "plain" for none. draft_size: of the drafters; where
     all models are diffusion models, `decode`'s for every policy that names none. same_texts of a result with
     one: how many responses are those of the same policy without. known: results of an earlier run; those of
-    the same settings are not measured again.
+    the same settings are not measured again. recording: gets what is measured, see `evaluate`.
     """
     entries = [{"rule": each} if isinstance(each, str) else each for each in policies]
     for entry in entries:
@@ -377,7 +400,7 @@ def sweep(
         options = {key: settings[key] for key in ("device", "fp8", "mask_id") if key in settings}
         if registry.is_causal(name):
             shared = {key: value for key, value in settings.items() if key in ("problems", "seed", "batch")}
-            yield from _drafted(name, drafters, draft_size, found, options.get("device"), shared)
+            yield from _drafted(name, drafters, draft_size, found, options.get("device"), shared, recording)
             continue
         settings = {**settings, "chat": registry.template_of(name, settings.get("chat")) is not None}
         loaded: tuple[Any, Any] | None = None
@@ -392,6 +415,7 @@ def sweep(
                 loaded = loaded or registry.load(name, **options)
                 answers: list[Answer] = []
                 more: dict[str, Any] = {"draft_size": size, "loaded": loaded, "answers": answers}
+                more["recording"] = recording
                 row = evaluate(name, text, config=of_row, **more, **settings)
                 if not size:
                     plain[of_row] = answers
@@ -407,6 +431,7 @@ def _drafted(
     known: Mapping[str, dict[str, Any]],
     device: str | None,
     settings: Mapping[str, Any],
+    recording: Recording | None = None,
 ) -> Iterable[dict[str, Any]]:
     """The rows of an autoregressive model."""
     loaded: tuple[Any, Any] | None = None
@@ -417,9 +442,8 @@ def _drafted(
         if row is None:
             loaded = loaded or registry.load(name, device=device)
             given, answers = None if drafter == PLAIN else drafter, list[Answer]()
-            row = evaluate_drafter(
-                name, given, draft_size=draft_size, loaded=loaded, answers=answers, **settings
-            )
+            more: dict[str, Any] = {"loaded": loaded, "answers": answers, "recording": recording}
+            row = evaluate_drafter(name, given, draft_size=draft_size, **more, **settings)
             plain = answers if drafter == PLAIN else plain
             if plain:
                 row |= compared(loaded[0], plain, answers)

@@ -113,8 +113,8 @@ def test_an_end_amid_clients(attack: Any, loaded: Any) -> None:
             time.sleep(rng.uniform(0.05, 0.3))
             assert here.stop() < grace + 3
             assert not here.faults(), here.faults()[0]
-            assert here.service.engine.closed
-            stats = here.service.engine.stats
+            assert here.engine.closed
+            stats = here.engine.stats
             assert (stats.active, stats.waiting, stats.pages_used) == (0, 0, 0)
             for thread in threads:
                 thread.join(20)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import golden
-from dparallel import evaluate, registry
+from dparallel import registry
+from dparallel.configs import parse_policy
 from dparallel.serving.protocol import CompletionRequest
 from safetensors.torch import load_file, save_file
 from test_rules import MASK, PROMPTS, Sharp, argmax, best, plain
@@ -302,7 +303,7 @@ def test_fingerprints_do_not_hang_on_dtype_or_layout() -> None:
 def test_filters_that_ship_have_a_name() -> None:
     shipped = registry.BUILTIN / "teacher" / registry.FILTER
     assert Learned("builtin:teacher") == Learned(shipped)
-    assert evaluate.parse_policy("learned:builtin:teacher,0.5+one")["rule"].startswith("learned:builtin")
+    assert parse_policy("learned:builtin:teacher,0.5+one")["rule"].startswith("learned:builtin")
 
 
 def test_a_request_names_no_file_of_the_server(file: Path) -> None:

@@ -407,7 +407,7 @@ class Foreign(Knowing):
         ({"block_length": 8}, "block_length: belongs to masked diffusion"),
         ({"rule": "entropy:0.5"}, "rule: belongs to masked diffusion"),
         ({"mask_id": 3}, "mask_id: belongs to masked diffusion"),
-        ({"record": True}, "record: belongs to masked diffusion"),
+        ({"record": True}, "record: an engine keeps no trajectory, so expected False"),
         ({"eos_id": 61}, "eos_id: expected one of the model's 61 token ids, got 61"),
         ({"suppress": [61]}, r"suppress: expected token ids in \[0, 61\), got 61"),
         ({"drafter": "medusa"}, "drafter: expected a Drafter, .*got .medusa"),

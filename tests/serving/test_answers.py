@@ -16,6 +16,7 @@ import pytest
 import torch
 from asking import BLOCK, EOS, MODEL, PROMPT, PROMPTS, chat, decoded, joined, raw
 from dparallel import registry, text
+from dparallel.configs import parse_policy
 from dparallel.serving import protocol
 from dparallel.serving.service import Call, Choice
 from dparallel.toy import tasks
@@ -123,8 +124,6 @@ def test_max_tokens_ends_an_answer(client: OpenAI, student: tuple[Any, Any]) -> 
 
 @pytest.mark.parametrize("policy", ["one", "confidence:0.9", "entropy_bound:0.1", "steps:16"])
 def test_policies(client: OpenAI, student: tuple[Any, Any], policy: str) -> None:
-    from dparallel.evaluate import parse_policy
-
     said, _, passes = decoded(student, PROMPT, **{"threshold": None, **parse_policy(policy)})
     answer = chat(client, extra_body={"policy": policy})
     assert answer.choices[0].message.content == said
@@ -355,16 +354,16 @@ def test_a_slow_client_gets_the_newest_draft(student: tuple[Any, Any]) -> None:
     async def run() -> list[Any]:
         tell: list[Callable[[Any], None]] = []
         handle: Any = SimpleNamespace(subscribe=tell.append, cancel=lambda: None, logprobs=[])
-        service: Any = SimpleNamespace(aborted=asyncio.get_running_loop().create_future())
+        aborted = asyncio.get_running_loop().create_future()
         nothing = SimpleNamespace(observe=lambda _: None)
-        service.metrics = SimpleNamespace(first_block=nothing, finished=lambda *_: None)
+        metrics: Any = SimpleNamespace(first_block=nothing, finished=lambda *_: None)
         choice = Choice([1], 4, 0, text.TextStream(student[1]), [])
 
         def submit(choice: Any, draft: Callable[[Any], None]) -> Any:
             tell.append(draft)
             return handle
 
-        call = Call(service, [choice], 1, submit)
+        call = Call(aborted, metrics, [choice], 1, submit)
         on_draft, on_event = tell
         for nfe in range(1, 1001):
             on_draft(dx.Draft(nfe, 0, [None, None]))

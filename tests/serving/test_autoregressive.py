@@ -195,7 +195,7 @@ def test_the_model_and_what_is_measured(client: OpenAI, here: Here) -> None:
     assert more("completed") == 1
     assert more("tokens") == usage.completion_tokens == 24
     assert more("forwards") == more("sequence_passes") == usage.forward_passes
-    guesses = here.service.engine.stats.draft_forwards > 0
+    guesses = here.engine.stats.draft_forwards > 0
     assert (more("draft_forwards") > 0) == (more("drafted_tokens") > 0) == guesses
     assert more("accepted_tokens") == 24 - usage.forward_passes
     assert usage.tokens_per_pass == round(24 / usage.forward_passes, 3)
@@ -205,7 +205,8 @@ def test_the_command_serves_it(directory: Path, tmp_path: Path, monkeypatch: pyt
     found: list[tuple[dx.DecodeConfig, int]] = []
 
     def run(self: runner.Server, sockets: Any = None) -> None:
-        engine = self.service.engine
+        (model,) = self.service.models.values()
+        engine = model.engine
         engine.submit([3, 4, 3, 4, 3], gen_length=12, eos_id=-1).result(60)
         found.append((engine.config, engine.stats.draft_forwards))
 

@@ -133,13 +133,13 @@ def test_more_requests_than_connections_are_for(odd_model: Path) -> None:
         with contextlib.ExitStack() as held:
             for _ in range(3):
                 held.enter_context(here.connect()).sendall(post("/v1/completions", slow))
-            until(lambda: here.service.engine.stats.active == 3)
+            until(lambda: here.engine.stats.active == 3)
             for _ in range(20):  # they make place for each other
                 held.enter_context(here.connect()).sendall(b"POST")
             status, answer = here.ask({**FIRST, "prompt": [5, 6]})
             assert (status, answer["error"]["code"]) == (429, "full")
             assert here.get("/health")[0] == 200
-            assert here.service.engine.stats.active == 3
+            assert here.engine.stats.active == 3
         here.settles()
         assert here.ask({**FIRST, "prompt": [5, 6]})[0] == 200
 

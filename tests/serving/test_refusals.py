@@ -385,8 +385,8 @@ def test_a_body_must_arrive_in_time() -> None:
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
-        settings = Settings("x", body_seconds=0.05)
-        service: Any = SimpleNamespace(settings=settings, aborted=loop.create_future())
+        settings = Settings(body_seconds=0.05)
+        service: Any = SimpleNamespace(settings=settings, page={}, aborted=loop.create_future())
         service.metrics = SimpleNamespace(http=Counter("x", "x", ["path", "status"], registry=None))
         gate = Gate(inner, service)
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
@@ -431,9 +431,8 @@ def test_an_engine_that_is_closed(student: tuple[Any, Any]) -> None:
     async def run() -> None:
         model, tokenizer = student
         engine = dx.Engine(model, lanes=1, max_length=64)
-        settings = Settings("x", max_length=64)
-        place = registry.directory_of(MODEL)
-        service = Service(engine, model.shape.embedding_size, tokenizer, place, settings)
+        service = Service(Settings())
+        service.add("x", engine, model.shape.embedding_size, tokenizer, registry.directory_of(MODEL))
         application = make_app(service)
         async with application.router.lifespan_context(application):
             assert await ask(application, "GET", "/health", b"") == (200, {"status": "ok"})

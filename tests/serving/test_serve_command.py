@@ -171,7 +171,7 @@ def test_a_file_of_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     found: list[dx.DecodeConfig] = []
 
     def run(self: runner.Server, sockets: Any = None) -> None:
-        found.append(self.service.engine.config)
+        found.extend(model.engine.config for model in self.service.models.values())
 
     monkeypatch.setattr(runner.Server, "run", run)
     file = tmp_path / "config.json"
@@ -208,3 +208,51 @@ def test_a_file_of_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         done = CliRunner().invoke(app, ["serve", "--port", "0", "--config", str(file)])
         assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
         assert message.format(file=file) in done.stderr
+
+
+def test_several_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by its name, with the options of its kind; an autoregressive one once for each drafter."""
+    served: list[runner.Service] = []
+
+    def run(self: runner.Server, sockets: Any = None) -> None:
+        served.append(self.service)
+
+    monkeypatch.setattr(runner.Server, "run", run)
+
+    def serve(*options: str) -> Any:
+        return CliRunner().invoke(app, ["serve", "--port", "0", *options])
+
+    causal = ("--model", "builtin:causal", "--drafter", "plain", "--drafter", "ngram", "--draft-size", "4")
+    done = serve(
+        "--model", "builtin:teacher", "--model", MODEL, *causal, "--policy", "one", "--cache", "prefix"
+    )
+    assert done.exit_code == 0, done.output
+    models = served.pop().models
+    described = {name: (one.described["policy"], one.drafter) for name, one in models.items()}
+    assert described == {
+        "builtin:teacher": ("one", None),
+        MODEL: ("one", None),
+        "builtin:causal": (None, None),
+        "builtin:causal+ngram": (None, "ngram"),
+    }
+    assert [one.engine.cache for one in models.values()] == ["prefix", "prefix", None, None]
+    plain, drafted = models["builtin:causal"].engine, models["builtin:causal+ngram"].engine
+    assert plain.model is drafted.model  # the weights are there once
+    assert serve("--model", MODEL, "--model", MODEL, "--name", "a", "--name", "b").exit_code == 0
+    assert list(served.pop().models) == ["a", "b"]
+    for options, said in (
+        (("--model", MODEL, "--model", MODEL), f"name: two models are called {MODEL!r}; give each a --name"),
+        (("--model", MODEL, "--name", "a", "--name", "b"), f"name: expected one for each of {MODEL}, got 2"),
+        (("--model", MODEL, "--model", "nowhere"), "model: 'nowhere'"),
+        (
+            ("--model", "builtin:causal", "--drafter", "plain", "--drafter", "x"),
+            "drafter: expected a Drafter",
+        ),
+        (
+            ("--model", MODEL, "--model", "builtin:teacher", "--drafter", "ngram"),
+            f"drafter: {MODEL} is a diff",
+        ),
+    ):
+        done = serve(*options)
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1), done.output
+        assert said in done.stderr

@@ -38,6 +38,49 @@ def drafters(texts: list[Tensor]) -> list[tuple[str, Any]]:
     ]
 
 
+def test_a_record_says_what_became_of_each_guess() -> None:
+    """Of every pass: the tokens that it has brought, the guesses among them, and those that it refused."""
+    texts = plain().sequences
+    for name, drafter in [("plain", None), *drafters([row[row >= 0] for row in texts])]:
+        kept = plain(drafter=drafter, draft_size=5, record=True, logprobs=True)
+        bare = plain(drafter=drafter, draft_size=5)
+        assert torch.equal(kept.sequences, bare.sequences), name
+        assert (bare.trajectory, bare.passes) == (None, None)
+        assert kept.trajectory is not None
+        assert kept.passes is not None
+        assert kept.logprobs is not None
+        torch.testing.assert_close(kept.trajectory.logprob, kept.logprobs, equal_nan=True)
+        torch.testing.assert_close(kept.trajectory.confidence.log(), kept.logprobs, rtol=0, atol=1e-5)
+        refused = 0
+        for steps, passes, nfe in zip(kept.trajectory.step, kept.passes, kept.nfe.tolist(), strict=True):
+            assert len(passes) == nfe
+            assert torch.equal(steps, steps.sort().values)
+            brought = torch.bincount(steps, minlength=nfe + 1)[1:].tolist()
+            assert brought == [one.accepted + 1 for one in passes], name
+            assert all(one.drafted == one.accepted + len(one.refused) for one in passes), name
+            refused += sum(len(one.refused) for one in passes)
+        assert (refused > 0) == (name != "plain"), name
+
+
+def test_refused_are_the_nodes_beside_the_way() -> None:
+    chain, tree = Draft((4, 5, 6)), Draft((4, 7, 5, 8, 5), (0, 0, 1, 1, 2))
+    assert [chain.refused(path) for path in ([9], [4, 9], [4, 5, 6, 9], [4, 5, 6])] == [
+        (4, 5, 6),
+        (5, 6),
+        (),
+        (),
+    ]
+    assert [tree.refused(path) for path in ([9], [4, 8, 9], [7, 5, 9], [4, 9])] == [
+        (4, 7, 5, 8, 5),
+        (7, 5, 5),
+        (4, 5, 8),
+        (7, 5, 8, 5),
+    ]
+    assert Draft().refused([3]) == ()
+    # Of siblings that guess the same one is on the way.
+    assert Draft((4, 4, 5), (0, 0, 1)).refused([4, 5, 1]) == (4,)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_plain_decoding_is_transformers_greedy_generate(family: str) -> None:
     transformers = pytest.importorskip("transformers")
@@ -338,7 +381,6 @@ def test_bad_input_is_named_before_anything_runs() -> None:
         ({"block_length": 8}, "block_length: belongs to masked diffusion"),
         ({"rule": "credit"}, "rule: belongs to masked diffusion"),
         ({"cache": "block"}, "cache: belongs to masked diffusion"),
-        ({"record": True}, "record: belongs to masked diffusion"),
         ({"eos_id": 61}, "eos_id: expected one of the model's 61 token ids, got 61"),
         ({"eos_id": -2}, "eos_id: expected a whole number >= -1"),
         ({"drafter": "medusa"}, "drafter: expected a Drafter, .*got .medusa"),

@@ -39,7 +39,7 @@ from dparallel_ext.decoding import OF_ENGINE
 from dparallel_ext.models import check_diffusion, traits
 
 from .. import registry, text
-from ..evaluate import parse_policy
+from ..configs import parse_policy
 from ..likelihood import SAMPLES, iter_log_likelihoods
 from .arguments import (
     LENGTH_NAMES,

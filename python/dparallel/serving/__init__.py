@@ -1,6 +1,9 @@
 """`dparallel serve`: an HTTP server that speaks OpenAI's protocol, over `dparallel_ext.Engine`.
 
-    POST /v1/completions, /v1/chat/completions      GET /v1/models, /health, /metrics, /version
+    POST /v1/completions, /v1/chat/completions      GET /v1/models, /health, /metrics, /version, / (the page)
+
+It serves one model or several, each with an engine of its own; a request names its model. /health is of all,
+and what /metrics says of a model bears its name.
 
 What differs from OpenAI: `temperature` is 0 unless given, as everywhere here; `policy` chooses the unmasking
 rule of a diffusion model; text streams by finished blocks, of an autoregressive model by passes, and with

@@ -24,7 +24,7 @@ from starlette.types import Message as Event
 import dparallel_ext as dx
 from dparallel_ext import Draft
 
-from .. import text
+from .. import page, text
 from . import connections, protocol
 from .errors import ERRORS, ApiError, errors, in_time
 from .protocol import ChatRequest, CompletionRequest, Health
@@ -39,11 +39,11 @@ PATHS = {
     "/metrics": READ,
     "/version": READ,
 }
-"""Methods by path; /v1/models/NAME is read too."""
+"""Methods by path; /v1/models/NAME is read too, and what the page has."""
 
 
-def methods(path: str) -> str | None:
-    return READ if path.startswith("/v1/models/") else PATHS.get(path)
+def methods(path: str, service: Service) -> str | None:
+    return READ if path.startswith("/v1/models/") or path in service.page else PATHS.get(path)
 
 
 class Gate:
@@ -87,7 +87,7 @@ class Gate:
             await send(message)
 
         try:
-            allowed, refusal = methods(scope["path"]), self._refusal(scope)
+            allowed, refusal = methods(scope["path"], self.service), self._refusal(scope)
             if scope["method"] == "OPTIONS" and allowed is not None:
                 await Response(None, 204, {"Allow": f"{allowed}, OPTIONS"})(scope, receive, counted)
             elif refusal is not None:
@@ -96,12 +96,13 @@ class Gate:
                 await self.app(self._as_json(scope), bounded, counted)
         finally:
             self.answering -= answering
-            path = scope["path"] if scope["path"] in PATHS else "other"
+            known = scope["path"] in PATHS or scope["path"] in self.service.page
+            path = scope["path"] if known else "other"
             self.service.metrics.http.labels(path, str(status)).inc()
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = dict(scope["headers"])
-        if self.keys and scope["path"] != "/health":
+        if self.keys and scope["path"] != "/health" and scope["path"] not in self.service.page:
             kind, _, given = headers.get(b"authorization", b"").partition(b" ")
             # Every key is compared, and in constant time.
             same = [hmac.compare_digest(given.strip(), key) for key in self.keys]
@@ -154,6 +155,7 @@ async def answer(service: Service, http: Request, request: ChatRequest | Complet
     """The response to either endpoint, whole or streaming."""
     chat = isinstance(request, ChatRequest)
     call = await service.call(request)
+    token_texts = service.model(request.model).token_texts
     frame = {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
         "object": "chat.completion" if chat else "text_completion",
@@ -167,8 +169,7 @@ async def answer(service: Service, http: Request, request: ChatRequest | Complet
         """Of the choice's next tokens."""
         first, offset = lengths[index] == 0, offsets[index]
         tokens = [
-            (service.token_texts(token, first=first and at == 0), value)
-            for at, (token, value) in enumerate(scores)
+            (token_texts(token, first=first and at == 0), value) for at, (token, value) in enumerate(scores)
         ]
         lengths[index] += len(tokens)
         offsets[index] += sum(len(text) for text, _ in tokens)
@@ -207,7 +208,7 @@ async def answer(service: Service, http: Request, request: ChatRequest | Complet
                 async for piece in call.pieces():
                     if piece.draft is not None:
                         length = call.choices[piece.choice].gen_length
-                        yield part(piece.choice, "", draft=draft_of(piece.draft, length, service.token_texts))
+                        yield part(piece.choice, "", draft=draft_of(piece.draft, length, token_texts))
                     if piece.text or piece.scores:
                         yield part(piece.choice, piece.text, scores=piece.scores)
                     if piece.reason is not None:
@@ -260,22 +261,32 @@ def draft_of(draft: Draft, length: int, texts: text.TokenTexts) -> dict[str, Any
     block's last. The whole block follows as text once it is complete. Of an autoregressive model the block is
     the tokens that the pass has brought.
 
-    drafted, accepted: the tokens that a drafter had guessed for the pass, and those of them that the model
-    took.
+    drafted, accepted: how many tokens a drafter had guessed for the pass, and how many of these the model
+    took: the first of the pass's tokens. refused: the other guesses, each as text.
+
+    passes, logprobs: where the request asks for `logprobs`, of each token the pass that committed it and its
+    log-probability; null where there is a mask.
     """
     tokens = [
         None if token is None else texts(token, first=draft.start + at == 0)
         for at, token in enumerate(draft.tokens)
     ]
-    guesses = {"drafted": draft.drafted, "accepted": draft.accepted}
-    return {"pass": draft.nfe, "start": draft.start, "length": length, "tokens": tokens, **guesses}
+    found = {"pass": draft.nfe, "start": draft.start, "length": length, "tokens": tokens}
+    found |= {"drafted": draft.drafted, "accepted": draft.accepted}
+    found["refused"] = [texts(token, first=False) for token in draft.refused]
+    if draft.passes is not None and draft.logprobs is not None:
+        values = [
+            None if value is None or math.isnan(value) else protocol.finite(value) for value in draft.logprobs
+        ]
+        found |= {"passes": draft.passes, "logprobs": values}
+    return found
 
 
 def sse(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def name_errors(app: FastAPI) -> None:
+def name_errors(app: FastAPI, service: Service) -> None:
     """Every error is answered in OpenAI's form."""
 
     @app.exception_handler(HTTPException)
@@ -284,7 +295,7 @@ def name_errors(app: FastAPI) -> None:
         if not isinstance(error, ApiError) and error.status_code in (404, 405):
             said, headers = f"path: expected one of {', '.join(PATHS)}, got {path}", error.headers
             if error.status_code == 405:
-                allowed = methods(path) or READ
+                allowed = methods(path, service) or READ
                 said, headers = f"method: {path} expects {allowed}, got {http.method}", {"Allow": allowed}
             error = ApiError(error.status_code, said, headers=headers)
         return ApiError.of(error).response
@@ -305,7 +316,7 @@ def name_errors(app: FastAPI) -> None:
 
 
 def make_app(service: Service) -> FastAPI:
-    """The ASGI application of a service. The engine is closed when its lifespan ends."""
+    """The ASGI application of a service. The engines are closed when its lifespan ends."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -313,7 +324,8 @@ def make_app(service: Service) -> FastAPI:
         yield
         service.abort()
         service.close()
-        await asyncio.to_thread(service.engine.close, cancel=True)
+        for model in service.models.values():
+            await asyncio.to_thread(model.engine.close, cancel=True)
 
     # No pages of documentation: they would load scripts from elsewhere.
     app = FastAPI(title="dparallel", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -328,7 +340,7 @@ def make_app(service: Service) -> FastAPI:
             expose_headers=["Retry-After"],
         )
 
-    name_errors(app)
+    name_errors(app, service)
 
     @app.post("/v1/chat/completions", responses=errors(*ERRORS))
     async def chat_completions(http: Request, request: ChatRequest) -> Response:
@@ -342,26 +354,16 @@ def make_app(service: Service) -> FastAPI:
         head, get = app.head(path, include_in_schema=False), app.get(path, responses=answers)
         return lambda function: get(head(function))
 
-    model = {
-        "id": service.settings.name,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "dparallel",
-        "root": service.settings.name,
-        "parent": None,
-        "max_model_len": service.settings.max_length,
-    }
-
     @read("/v1/models", errors(401, 413))
     async def list_models() -> Response:
-        return JSONResponse({"object": "list", "data": [model]})
+        found = [model.described for model in service.models.values()]
+        return JSONResponse({"object": "list", "data": found})
 
     @read("/v1/models/{name:path}", errors(401, 404, 413))
     async def one_model(name: str) -> Response:
-        if name != service.settings.name.rstrip("/"):
-            said = f"model: expected {service.settings.name!r}, got {name!r}"
-            raise ApiError(404, said, param="model", code="model_not_found")
-        return JSONResponse(model)
+        # The gate has taken the slash from the path's end, with which a directory's name may end too.
+        whole = next((own for own in service.models if own.rstrip("/") == name), name)
+        return JSONResponse(service.model(whole).described)
 
     @read("/version", errors(401, 413))
     async def version() -> Response:
@@ -374,11 +376,18 @@ def make_app(service: Service) -> FastAPI:
         errors(413) | {status: {"model": Health, "description": said} for status, said in states.items()},
     )
     async def health() -> Response:
-        closed = service.engine.closed
+        closed = service.closed
         return JSONResponse({"status": "closed" if closed else "ok"}, 503 if closed else 200)
 
     @read("/metrics", errors(401, 413))
     async def metrics() -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def page_part(http: Request) -> Response:
+        part = service.page[http.scope["path"]]
+        return Response(part.content, headers=page.HEADERS, media_type=part.media_type)
+
+    for path in service.page:
+        app.add_route(path, page_part, methods=READ.split(", "), include_in_schema=False)
 
     return app

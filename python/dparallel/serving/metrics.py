@@ -36,10 +36,11 @@ COUNTERS = {
 
 
 class Metrics:
-    """The engine's counts as they are at a scrape, and what only the server sees."""
+    """What only the server sees, and the engines' counts as they are at a scrape. What is a model's bears its
+    name as a label."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self) -> None:
+        self.models: dict[str, ModelMetrics] = {}
         self.registry = CollectorRegistry()
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
@@ -57,6 +58,36 @@ class Metrics:
         self.rate = self._histogram(
             "tokens_per_pass", "Tokens of a response per forward pass.", (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
         )
+
+    def add(self, name: str, engine: Engine) -> ModelMetrics:
+        """Those of one more model."""
+        self.models[name] = made = ModelMetrics(self, name, engine)
+        return made
+
+    def wait(self) -> int:
+        """Seconds after which a request refused now may find a place, whatever its model."""
+        return max((model.wait() for model in self.models.values()), default=1)
+
+    def _histogram(self, name: str, said: str, buckets: Sequence[float] = SECONDS) -> Histogram:
+        return Histogram(f"dparallel_{name}", said, ["model"], buckets=buckets, registry=self.registry)
+
+    def collect(self) -> Iterator[Metric]:
+        stats = {name: model.engine.stats for name, model in self.models.items()}
+        for kind, families in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
+            for name, said in families.items():
+                family = kind(f"dparallel_{name}", said, labels=["model"])
+                for model, counts in stats.items():
+                    family.add_metric([model], getattr(counts, name))
+                yield family
+
+
+class ModelMetrics:
+    """Of one model."""
+
+    def __init__(self, shared: Metrics, name: str, engine: Engine) -> None:
+        self.engine = engine
+        self.first_block, self.whole = shared.first_block.labels(name), shared.whole.labels(name)
+        self.waiting, self.rate = shared.waiting.labels(name), shared.rate.labels(name)
         self.mean = 1.0
         """Seconds of a request in its lane, over about the last sixteen."""
 
@@ -71,13 +102,3 @@ class Metrics:
         """Seconds after which a request refused now may find a place."""
         stats = self.engine.stats
         return min(60, math.ceil(1 + self.mean * stats.waiting / max(1, stats.active)))
-
-    def _histogram(self, name: str, said: str, buckets: Sequence[float] = SECONDS) -> Histogram:
-        return Histogram(f"dparallel_{name}", said, buckets=buckets, registry=self.registry)
-
-    def collect(self) -> Iterator[Metric]:
-        stats = self.engine.stats
-        for name, said in GAUGES.items():
-            yield GaugeMetricFamily(f"dparallel_{name}", said, value=getattr(stats, name))
-        for name, said in COUNTERS.items():
-            yield CounterMetricFamily(f"dparallel_{name}", said, value=getattr(stats, name))

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 
-from ..evaluate import parse_policy
+from ..configs import parse_policy
 from ..text import INCOMPLETE, unicode
 from .errors import ApiError
 
@@ -153,7 +153,7 @@ def chat_logprobs(tokens: Sequence[tuple[str, float]]) -> dict[str, Any]:
     content = [
         {
             "token": text,
-            "logprob": _finite(value),
+            "logprob": finite(value),
             "bytes": None if INCOMPLETE in text else list(text.encode()),
             "top_logprobs": [],
         }
@@ -165,7 +165,7 @@ def chat_logprobs(tokens: Sequence[tuple[str, float]]) -> dict[str, Any]:
 def completion_logprobs(tokens: Sequence[tuple[str, float]], offset: int, top: bool) -> dict[str, Any]:
     """The same as completions have them. `offset`: characters of the tokens before these. `top`: each token
     is the most probable one of its place, and is listed as that too."""
-    texts, values = [text for text, _ in tokens], [_finite(value) for _, value in tokens]
+    texts, values = [text for text, _ in tokens], [finite(value) for _, value in tokens]
     ends = itertools.accumulate(map(len, texts), initial=offset)
     return {
         "tokens": texts,
@@ -175,7 +175,7 @@ def completion_logprobs(tokens: Sequence[tuple[str, float]], offset: int, top: b
     }
 
 
-def _finite(value: float) -> float:
+def finite(value: float) -> float:
     """JSON has no infinity; OpenAI writes -9999 for a token that is as good as impossible."""
     return max(value, -9999.0)
 

@@ -10,7 +10,8 @@ import logging
 import math
 import os
 import socket
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import uvicorn
@@ -23,7 +24,7 @@ from .. import registry
 from . import connections
 from .app import make_app
 from .service import Service
-from .settings import Settings
+from .settings import MAX_LENGTH, Settings
 
 log = logging.getLogger("uvicorn.dparallel")
 
@@ -113,71 +114,66 @@ def make_server(service: Service, log_level: str = "info") -> Server:
     return Server(config, service)
 
 
+@dataclass(frozen=True)
+class Model:
+    """A model that is to be served, and how requests are decoded that say nothing else."""
+
+    name: str
+    """In requests."""
+    model: str
+    """What `registry.load` takes."""
+    config: DecodeConfig
+    drafter: str | None = None
+    draft_size: int | None = None
+    mask_id: int | None = None
+
+
 def run(
-    model: str,
+    models: Sequence[Model],
     *,
     host: str,
     port: int,
     device: str | None,
     fp8: bool = False,
-    mask_id: int | None = None,
     log_level: str,
-    config: DecodeConfig,
-    drafter: str | None = None,
-    draft_size: int | None = None,
     lanes: int,
     max_waiting: int,
     **settings: Any,
 ) -> None:
-    """Serve a model until SIGTERM or SIGINT.
+    """Serve models until SIGTERM or SIGINT, each with an engine of its own.
 
-    `config`, `drafter`, `draft_size`, `lanes`, `max_waiting`: of the `Engine`; the config is that of requests
-    which say nothing else.
-    `settings`: of `Settings`, without those that the model gives.
-    Raises ValueError and FileNotFoundError, by name; what can be known before the model is loaded, then.
+    `lanes`, `max_waiting`: of each `Engine`. `settings`: of `Settings`.
+    Raises ValueError and FileNotFoundError, by name; what can be known before a model is loaded, then.
     """
     if log_level not in uvicorn.config.LOG_LEVELS:
         raise ValueError(f"log_level: expected one of {list(uvicorn.config.LOG_LEVELS)}, got {log_level!r}")
-    directory = registry.directory_of(model)
-    guessing = drafter_of(drafter, dx.models.device_of(device))
+    check_names([model.name for model in models])
+    directories = {model.model: registry.directory_of(model.model) for model in models}
+    drafters = [drafter_of(model.drafter, dx.models.device_of(device)) for model in models]
     if not host.strip():  # an unset variable must not open the server either
         raise ValueError("host: expected a name or an address (0.0.0.0: every one), got an empty one")
-    given = {key: value for key, value in settings.items() if value is not None}
-    asked = Settings(**{"name": model, **given}).max_connections
-    connections.most_connections(asked)
+    asked = Settings(**{key: value for key, value in settings.items() if value is not None})
+    connections.most_connections(asked.max_connections)
     with contextlib.ExitStack() as opened:
         sockets = [opened.enter_context(one) for one in listen(host, port)]
-        loaded, tokenizer = registry.load(model, device=device, fp8=fp8, mask_id=mask_id)
-        positions = dx.models.max_positions(loaded) or math.inf
-        defaults = {
-            "name": model,
-            "max_length": min(Settings.max_length, positions),
-        }
-        chosen = Settings(**{**defaults, **given})
-        if chosen.max_length > positions:
-            log.warning(
-                "max_length: %d, but the model is made for %d positions", chosen.max_length, positions
-            )
-        try:
-            running = Engine(
-                loaded,
-                config,
-                drafter=guessing,
-                draft_size=draft_size,
-                lanes=lanes,
-                max_waiting=max_waiting,
-                max_length=chosen.max_length,
-            )
-        except (MemoryError, OverflowError, RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"lanes, max_length: {lanes} requests of {chosen.max_length} tokens do not fit "
-                f"({str(error).partition(chr(10))[0][:200]})"
-            ) from error
-        opened.callback(running.close, cancel=True)
-        # Only now it is known how many files the model keeps open.
-        chosen = replace(chosen, max_connections=connections.most_connections(asked))
-        service = Service(running, loaded.shape.embedding_size, tokenizer, directory, chosen)
+        engines: list[tuple[Engine, Any]] = []
+        loaded: dict[tuple[str, int | None], tuple[Any, Any]] = {}
+        for model, drafter in zip(models, drafters, strict=True):
+            key = model.model, model.mask_id
+            if key not in loaded:  # engines share a model's weights
+                loaded[key] = registry.load(model.model, device=device, fp8=fp8, mask_id=model.mask_id)
+            weights, tokenizer = loaded[key]
+            engine = make_engine(weights, model, drafter, asked.max_length, lanes, max_waiting)
+            opened.callback(engine.close, cancel=True)
+            engines.append((engine, tokenizer))
+        # Only now it is known how many files the models keep open.
+        most = connections.most_connections(asked.max_connections)
+        service = Service(replace(asked, max_connections=most))
         opened.callback(service.close)
+        for model, (engine, tokenizer) in zip(models, engines, strict=True):
+            vocabulary = engine.model.shape.embedding_size
+            place = directories[model.model]
+            service.add(model.name, engine, vocabulary, tokenizer, place, model.drafter)
         gc.collect()
         gc.freeze()  # what is here stays, so that no request waits until all of it is looked through
         try:
@@ -187,3 +183,37 @@ def run(
             if error.errno != errno.EADDRINUSE:
                 raise
             raise unusable(host, port, error) from error  # two had the port, one listened first
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise ValueError where requests could not tell the models by their names."""
+    for at, name in enumerate(names):
+        if not name.strip():
+            raise ValueError("name: expected the model's name, got an empty one")
+        if name in names[:at]:
+            raise ValueError(f"name: two models are called {name!r}; give each a --name of its own")
+
+
+def make_engine(
+    weights: Any, model: Model, drafter: Any, max_length: int | None, lanes: int, max_waiting: int
+) -> Engine:
+    """The engine of a loaded model. `max_length`: None is the model's own, at most `MAX_LENGTH`."""
+    positions = dx.models.max_positions(weights) or math.inf
+    length = int(min(MAX_LENGTH, positions)) if max_length is None else max_length
+    if length > positions:
+        log.warning("max_length: %d, but %s is made for %d positions", length, model.name, positions)
+    try:
+        return Engine(
+            weights,
+            model.config,
+            drafter=drafter,
+            draft_size=model.draft_size,
+            lanes=lanes,
+            max_waiting=max_waiting,
+            max_length=length,
+        )
+    except (MemoryError, OverflowError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"lanes, max_length: {lanes} requests of {length} tokens do not fit "
+            f"({str(error).partition(chr(10))[0][:200]})"
+        ) from error

@@ -1,4 +1,4 @@
-"""The engine, and what stands between it and HTTP: requests under way."""
+"""The engines, and what stands between them and HTTP: requests under way."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from dparallel_ext import Completion, DecodeConfig, Draft, Engine, EngineFull, Handle, arguments
 
-from .. import text
-from ..configs import with_ends, without_ends
+from .. import page, registry, text
+from ..configs import policy_of, with_ends, without_ends
 from ..templates import Renderer
 from .errors import ApiError, in_time, stopping
-from .metrics import Metrics
+from .metrics import Metrics, ModelMetrics
 from .protocol import ChatRequest, CompletionRequest, Options
 from .settings import Settings
 
@@ -78,12 +78,13 @@ class Call:
 
     def __init__(
         self,
-        service: Service,
+        aborted: asyncio.Future[None],
+        metrics: ModelMetrics,
         choices: list[Choice],
         each: int,
         submit: Callable[[Choice, Callable[[Draft], None]], Handle],
     ):
-        self.service, self.choices, self.each = service, choices, each
+        self.aborted, self.metrics, self.choices, self.each = aborted, metrics, choices, each
         self.began = time.perf_counter()
         self.queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -93,7 +94,7 @@ class Call:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._put, index, event)
 
-        service.aborted.add_done_callback(self._abort)
+        aborted.add_done_callback(self._abort)
         try:
             for index, choice in enumerate(choices):
                 tell = functools.partial(post, index)
@@ -121,14 +122,14 @@ class Call:
         self.fail(stopping())
 
     def close(self) -> None:
-        self.service.aborted.remove_done_callback(self._abort)
+        self.aborted.remove_done_callback(self._abort)
         for choice in self.choices:
             if choice.handle is not None and choice.completion is None:
                 choice.handle.cancel()
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """What comes, until every choice has ended. Raises ApiError."""
-        metrics, left, seen = self.service.metrics, len(self.choices), False
+        metrics, left, seen = self.metrics, len(self.choices), False
         while left:
             index, event = await self.queue.get()
             if isinstance(event, ApiError):
@@ -181,31 +182,60 @@ class Call:
         }
 
 
-class Service:
-    """The engine, and what stands between it and HTTP."""
+def full(said: str, wait: int) -> ApiError:
+    """`wait`: seconds after which there may be room."""
+    return ApiError(429, said, code="full", headers={"Retry-After": str(wait)})
 
-    def __init__(
-        self, engine: Engine, vocabulary: int, tokenizer: Any, directory: Path, settings: Settings
-    ) -> None:
-        self.engine, self.vocabulary, self.tokenizer, self.settings = engine, vocabulary, tokenizer, settings
-        self.token_texts = text.TokenTexts(tokenizer)
+
+class Service:
+    """The models that are served, by the names that requests have for them, and what they share."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.models: dict[str, ModelService] = {}
+        self.metrics = Metrics()
         # What takes long gets threads and a process of its own, which end with the service whatever they do.
         self.renderer = Renderer()
-        self.template = text.chat_template(directory, self.renderer)
         self.rendering = asyncio.Lock()
         self.encoders = ThreadPoolExecutor(ENCODERS, "encoder")
-        longest = max(map(len, tokenizer.get_vocab()), default=0)
-        self.most_characters = settings.max_length * max(CHARACTERS_A_TOKEN, longest)
-        self.without_ends = without_ends(engine.config)
-        """How a request is decoded that says nothing else, and ignores the model's end tokens."""
-        self.config = with_ends(engine.config, text.endings(directory, tokenizer))
-        (self.gen_length,) = arguments.numbers("gen_length", engine.config.gen_length, 1, 1)
-        given = engine.config.seed
-        self.seed = None if given is None else arguments.numbers("seed", given, 1, -(2**63))[0]
-        self.metrics = Metrics(engine)
-        self.created = int(time.time())
         self.aborted: asyncio.Future[None]
         """Done when running requests must end; made by the loop that serves."""
+
+    @functools.cached_property
+    def page(self) -> dict[str, page.Part]:
+        """The parts of the page by path, none where there is to be none. Made once all models are here."""
+        if not self.settings.page:
+            return {}
+        return page.served(all(model.builtin for model in self.models.values()))
+
+    def add(
+        self,
+        name: str,
+        engine: Engine,
+        vocabulary: int,
+        tokenizer: Any,
+        directory: Path,
+        drafter: str | None = None,
+    ) -> ModelService:
+        """Serve one more model. `drafter`: the engine's, as it is called."""
+        self.models[name] = made = ModelService(self, name, engine, vocabulary, tokenizer, directory, drafter)
+        return made
+
+    def model(self, name: str) -> ModelService:
+        """Raises ApiError."""
+        found = self.models.get(name)
+        if found is None:
+            names = list(self.models)
+            expected = repr(names[0]) if len(names) == 1 else f"one of {names}"
+            raise ApiError(
+                404, f"model: expected {expected}, got {name!r}", param="model", code="model_not_found"
+            )
+        return found
+
+    @property
+    def closed(self) -> bool:
+        """Whether an engine takes no more requests."""
+        return any(model.engine.closed for model in self.models.values())
 
     def abort(self) -> None:
         if not self.aborted.done():
@@ -216,13 +246,78 @@ class Service:
         self.encoders.shutdown(wait=False, cancel_futures=True)
         self.renderer.close()
 
+    def full(self, said: str) -> ApiError:
+        return full(said, self.metrics.wait())
+
+    async def elsewhere(self, work: Callable[[], T]) -> T:
+        """The result of what an encoder's thread does. Raises ApiError if the server stops before."""
+        loop = asyncio.get_running_loop()
+        try:
+            doing = loop.run_in_executor(self.encoders, work)
+        except RuntimeError as error:  # they have been ended
+            raise stopping() from error
+        return await in_time(doing, self.aborted)
+
+    async def call(self, request: ChatRequest | CompletionRequest) -> Call:
+        """The request, checked and handed to the engine of its model. Raises ApiError."""
+        return await self.model(request.model).call(request)
+
+
+class ModelService:
+    """A model's engine and tokenizer. `service`: that it belongs to."""
+
+    def __init__(
+        self,
+        service: Service,
+        name: str,
+        engine: Engine,
+        vocabulary: int,
+        tokenizer: Any,
+        directory: Path,
+        drafter: str | None,
+    ) -> None:
+        self.service, self.name, self.engine, self.drafter = service, name, engine, drafter
+        self.vocabulary, self.tokenizer = vocabulary, tokenizer
+        self.token_texts = text.TokenTexts(tokenizer)
+        self.template = text.chat_template(directory, service.renderer)
+        self.builtin = directory.is_relative_to(registry.BUILTIN)
+        self.max_length = engine.max_length
+        longest = max(map(len, tokenizer.get_vocab()), default=0)
+        self.most_characters = self.max_length * max(CHARACTERS_A_TOKEN, longest)
+        self.without_ends = without_ends(engine.config)
+        """How a request is decoded that says nothing else, and ignores the model's end tokens."""
+        self.config = with_ends(engine.config, text.endings(directory, tokenizer))
+        (self.gen_length,) = arguments.numbers("gen_length", engine.config.gen_length, 1, 1)
+        given = engine.config.seed
+        self.seed = None if given is None else arguments.numbers("seed", given, 1, -(2**63))[0]
+        self.metrics = service.metrics.add(name, engine)
+        self.created = int(time.time())
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """An entry of /v1/models: what OpenAI and vLLM say there; the kind of the model; and how a request is
+        decoded that says nothing else, `policy` null where no text says it."""
+        causal = self.engine.mask_id is None
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "dparallel",
+            "root": self.name,
+            "parent": None,
+            "max_model_len": self.max_length,
+            "kind": "autoregressive" if causal else "diffusion",
+            "policy": None if causal else policy_of(self.config),
+            "drafter": self.drafter,
+            "max_tokens": self.gen_length,
+        }
+
     async def _ids(self, param: str, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         """The token ids of texts. Raises ApiError where one is too long to be looked at."""
         most = self.most_characters
         wrong = next((len(one) for one in texts if len(one) > most), None)
         if wrong is not None:
-            tokens = self.settings.max_length
-            said = f"{param}: expected at most {most} characters, for {tokens} tokens, got {wrong}"
+            said = f"{param}: expected at most {most} characters, for {self.max_length} tokens, got {wrong}"
             raise ApiError(400, said, param=param, code="context_length_exceeded")
 
         def encode() -> list[list[int]]:
@@ -235,16 +330,7 @@ class Service:
                 raise ApiError(400, said, param=param) from error
             return [batch[0].ids for batch in batches]
 
-        return await self._elsewhere(encode) if any(texts) else [[] for _ in texts]
-
-    async def _elsewhere(self, work: Callable[[], T]) -> T:
-        """The result of what an encoder's thread does. Raises ApiError if the server stops before."""
-        loop = asyncio.get_running_loop()
-        try:
-            doing = loop.run_in_executor(self.encoders, work)
-        except RuntimeError as error:  # they have been ended
-            raise stopping() from error
-        return await in_time(doing, self.aborted)
+        return await self.service.elsewhere(encode) if any(texts) else [[] for _ in texts]
 
     async def encode(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
         """The prompts' token ids; a chat is by the checkpoint's template, else its last user message alone.
@@ -263,8 +349,8 @@ class Service:
         given = request.chat_template_kwargs or {}
         if self.template is not None:
             render = functools.partial(self.template, messages, **given)
-            async with self.rendering:  # by one thread: templates wait for each other, other texts do not
-                said = await self._elsewhere(render)
+            async with self.service.rendering:  # by one thread: templates wait for each other, texts do not
+                said = await self.service.elsewhere(render)
             return await self._ids("messages", [said])
         if given:
             said = "chat_template_kwargs: expected none, since the model has no chat template"
@@ -276,12 +362,9 @@ class Service:
 
     async def call(self, request: ChatRequest | CompletionRequest) -> Call:
         """The request, checked and handed to the engine. Raises ApiError."""
-        settings, each = self.settings, request.n or 1
+        settings, each = self.service.settings, request.n or 1
         param = "prompt" if isinstance(request, CompletionRequest) else "messages"
         self._check_kind(request)
-        if request.model != settings.name:
-            said = f"model: expected {settings.name!r}, got {request.model!r}"
-            raise ApiError(404, said, param="model", code="model_not_found")
         prompts = len(request.prompt) if isinstance(request, CompletionRequest) else 1
         if prompts * each > settings.max_choices:
             name = "n" if prompts <= settings.max_choices else param
@@ -322,7 +405,7 @@ class Service:
                     on_draft=tell if request.stream_drafts else None,
                 )
 
-        return Call(self, choices, each, submit)
+        return Call(self.service.aborted, self.metrics, choices, each, submit)
 
     def _check_kind(self, request: ChatRequest | CompletionRequest) -> None:
         """Raise ApiError for what belongs to masked diffusion, where the model is autoregressive."""
@@ -331,7 +414,7 @@ class Service:
         suffix = request.suffix if isinstance(request, CompletionRequest) else None
         for name, value in (("policy", request.policy), ("suffix", suffix)):
             if value:
-                said = f"{name}: belongs to masked diffusion, and {self.settings.name!r} is autoregressive"
+                said = f"{name}: belongs to masked diffusion, and {self.name!r} is autoregressive"
                 raise ApiError(400, said, param=name, code="unsupported_parameter")
 
     @contextlib.contextmanager
@@ -340,7 +423,7 @@ class Service:
         try:
             yield
         except EngineFull as error:
-            raise self.full("too many requests wait already") from error
+            raise full("too many requests wait already", self.metrics.wait()) from error
         except RuntimeError as error:
             raise ApiError(503, str(error), code="closed") from error
         except ValueError as error:
@@ -348,9 +431,6 @@ class Service:
             theirs = {"prompt": param, "gen_length": "max_tokens"}
             theirs |= {name: name for name in ("temperature", "top_p", "top_k")}
             raise ApiError(400, str(error), param=theirs.get(ours, "policy")) from error
-
-    def full(self, said: str) -> ApiError:
-        return ApiError(429, said, code="full", headers={"Retry-After": str(self.metrics.wait())})
 
     async def _suffix(self, request: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> list[int]:
         """The token ids that follow the response. Raises ApiError where others than its own masks stand."""
@@ -385,7 +465,7 @@ class Service:
 
     def _gen_length(self, ids: list[int], request: Options, param: str, suffix: int) -> int:
         """max_tokens for a prompt. Raises ApiError if it or the prompt is too long, or has foreign ids."""
-        most = self.settings.max_length
+        most = self.max_length
         given = len(ids) + suffix
         length = request.max_tokens or max(1, min(self.gen_length, most - given))
         if given + length > most:

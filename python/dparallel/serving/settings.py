@@ -15,18 +15,20 @@ KEY_VARIABLE = "DPARALLEL_API_KEY"
 """Of the environment; its keys count where the command line has none."""
 
 
+MAX_LENGTH = 2048
+"""Tokens of prompt and response where nothing is asked for."""
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What the server is told on its command line."""
+    """What the server is told on its command line, whatever its models."""
 
-    name: str
-    """The model's, in requests."""
     keys: tuple[str, ...] = ()
-    """API keys, any of which opens everything; none: all is open. /health always is."""
+    """API keys, any of which opens everything; none: all is open. /health and the page always are."""
     cors_origins: tuple[str, ...] = ()
     """Web pages' origins (scheme://host:port, or "null" for files) that may ask; "*": any."""
-    max_length: int = 2048
-    """Tokens of prompt and response."""
+    max_length: int | None = None
+    """Tokens of prompt and response; None: of each model its own, at most `MAX_LENGTH`."""
     max_choices: int = 64
     """Prompts of a request times `n`."""
     max_body: int = 2**20
@@ -37,13 +39,13 @@ class Settings:
     """In which a request must be here, from its connection on, or from the answer before it on."""
     grace: float = 30.0
     """Seconds for running requests once the server is told to stop."""
+    page: bool = True
+    """Whether there is a page at /."""
 
     def __post_init__(self) -> None:
         """Raises ValueError, by name."""
         if not all(key.strip() for key in self.keys):
             raise ValueError("api_key: expected a key, got an empty one")
-        if not self.name.strip():
-            raise ValueError("name: expected the model's name, got an empty one")
         bounds = {
             "max_length": (1, 2**20),
             "max_choices": (1, MOST_PROMPTS),

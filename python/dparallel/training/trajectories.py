@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 import dparallel_ext as dx
 
 from .. import files, registry
-from ..evaluate import parse_policy
+from ..configs import parse_policy
 from ..text import Template, prompt_encoder
 from ..toy import tasks
 from .checkers import Checker, checker_of

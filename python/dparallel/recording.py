@@ -1,0 +1,123 @@
+"""Recordings of decodes, for the page of `page.recorded`: `dparallel decode --html`, `evaluate --html`.
+
+A recording holds problems, and of each the answers of some models and rules. An answer says what the server's
+stream of drafts would have said of it, see `serving.app.draft_of`: of masked diffusion one event, whose
+`passes` say when each token was committed; of an autoregressive model one for each pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dparallel_ext import DecodeConfig, DecodeOutput
+from dparallel_ext.speculation import SpeculateOutput
+
+from . import page, text
+from .configs import policy_of
+
+
+class Recording:
+    """What is recorded, in the order in which it comes; a problem's answers stand side by side."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.problems: dict[str, list[dict[str, Any]]] = {}
+
+    def add(self, prompt: str, answer: dict[str, Any]) -> None:
+        self.problems.setdefault(prompt, []).append(answer)
+
+    def html(self) -> str:
+        """The page, one file that needs no other."""
+        problems = [{"prompt": prompt, "tracks": tracks} for prompt, tracks in self.problems.items()]
+        return page.recorded({"title": self.title, "problems": problems})
+
+
+def answer_of(
+    out: DecodeOutput,
+    i: int,
+    texts: text.TokenTexts,
+    *,
+    model: str,
+    how: str,
+    kept: int,
+    length: int,
+    note: str = "",
+    seconds: float | None = None,
+    infill: bool = False,
+) -> dict[str, Any]:
+    """Sequence i of an output with a trajectory.
+
+    model, how: what it is called, and how it was decoded. kept: tokens in front of its end. length: tokens
+    that were asked for. note: more about it. infill: its prompt held masks, so that it is shown too.
+    """
+    assert out.trajectory is not None
+    ids = out.responses[i][:length].tolist()
+    steps: list[int] = out.trajectory.step[i, :length].tolist()
+    logprobs = [None if math.isnan(value) else value for value in _listed(out.trajectory.logprob[i, :length])]
+    passes = int(out.nfe[i])
+    causal = isinstance(out, SpeculateOutput)
+    said = {"model": model, "how": how, "note": note, "passes": passes, "seconds": seconds}
+    said |= {"kind": "autoregressive" if causal else "diffusion", "kept": kept, "length": length}
+    if causal:
+        assert isinstance(out, SpeculateOutput)
+        assert out.passes is not None
+        events = []
+        for number, verified in enumerate(out.passes[i], 1):
+            start, end = steps.index(number), len(steps) - steps[::-1].index(number)
+            tokens = [texts(ids[at], first=at == 0) for at in range(start, end)]
+            event = {"pass": number, "start": start, "tokens": tokens, "logprobs": logprobs[start:end]}
+            refused = [texts(token) for token in verified.refused]
+            events.append(
+                event | {"drafted": verified.drafted, "accepted": verified.accepted, "refused": refused}
+            )
+        return said | {"events": events, "length": int(out.generated[i])}
+    if infill:
+        return said | _in_place(out, i, texts, ids, steps, logprobs)
+    tokens = [texts(token, first=at == 0) for at, token in enumerate(ids)]
+    whole = {"pass": passes, "start": 0, "tokens": tokens, "passes": steps, "logprobs": logprobs}
+    return said | {"events": [whole]}
+
+
+def _in_place(
+    out: DecodeOutput,
+    i: int,
+    texts: text.TokenTexts,
+    ids: Sequence[int],
+    steps: Sequence[int],
+    logprobs: Sequence[float | None],
+) -> dict[str, Any]:
+    """The same among the given tokens, which were there before the first pass."""
+    sequence: list[int] = out.sequences[i, : int(out.lengths[i])].tolist()
+    masked: list[bool] = out.masked[i, : len(sequence)].tolist()
+    words = [texts(token, first=at == 0) for at, token in enumerate(sequence)]
+    decoded = iter(zip(steps, logprobs, strict=True))
+    each = [next(decoded, (None, None)) if mask else (None, None) for mask in masked]
+    given = [None if mask else word for mask, word in zip(masked, words, strict=True)]
+    filled = [word if mask else None for mask, word in zip(masked, words, strict=True)]
+    events = [
+        {"pass": 0, "start": 0, "tokens": given},
+        {
+            "pass": int(out.nfe[i]),
+            "start": 0,
+            "tokens": filled,
+            "passes": [step for step, _ in each],
+            "logprobs": [logprob for _, logprob in each],
+        },
+    ]
+    return {"events": events, "kept": None, "length": len(sequence)}
+
+
+def _listed(values: Tensor) -> list[float]:
+    found: list[float] = values.tolist()
+    return found
+
+
+def how_of(config: DecodeConfig, **more: Any) -> str:
+    """How masks are filled, in words; `more`: what else is to be said, None where nothing is."""
+    said = {"cache": config.cache, "blocks of": config.block_length, "temperature": config.temperature}
+    others = [f"{name} {value}" for name, value in {**said, **more}.items() if value]
+    return ", ".join([policy_of(config) or "a rule without a name", *others])
