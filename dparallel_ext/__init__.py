@@ -1,4 +1,4 @@
-"""Decode diffusion language models many tokens at a time, on compiled kernels."""
+"""Decode language models many tokens at a time, on compiled kernels."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .ops import (
 from .speculation import SpeculateOutput, speculate
 from .types import AcceptOutput, CommitOutput, RowStats, RowTopK, UnmaskOutput
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AcceptOutput",

@@ -9,7 +9,9 @@ import sys
 
 from openai import OpenAI
 
-PROBLEM = "Tom has 4 apples and buys 3 more. How many apples does Tom have?"
+PROBLEM = (
+    "sam has 4 cups now . first sam grows 3 times . finally sam sells 8 cups . how many cups does sam have ?"
+)
 
 
 def main(model: str = "builtin:student") -> None:

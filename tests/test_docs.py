@@ -87,6 +87,17 @@ def test_links_of_the_readme_lead_somewhere() -> None:
                 assert (file.parent / link).exists(), f"{file.name}: {link}"
 
 
+def test_errors_of_the_troubleshooting_are_said() -> None:
+    """Each text there is one that the code says, "..." being what it fills in."""
+    sources = [*ROOT.glob("dparallel_ext/**/*.py"), *ROOT.glob("python/**/*.py"), *ROOT.glob("tools/*.py")]
+    said = " ".join(re.sub(r'"\s*\n\s*f?"', "", file.read_text()) for file in sources)
+    texts = re.findall(r"^\*\*.*?`\.?\*\*", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    quoted = [quote for text in texts for quote in re.findall(r"`([^`]+)`", text)]
+    assert len(quoted) > 12
+    for quote in quoted:
+        assert all(piece.strip() in said for piece in quote.split("...")), quote
+
+
 EXAMPLES: dict[str, list[Any]] = {
     "custom_rule": [4],
     "decode": [],
@@ -94,7 +105,7 @@ EXAMPLES: dict[str, list[Any]] = {
     "ragged_batch": [],
     "serve_and_ask": [],
     "speculate": [4],
-    "train_a_student": [Path("out"), 32, 2],
+    "train_a_student": [Path("out"), 8, 1],
     "wrap_transformers": [],
 }
 """What its `main` is given, so that it takes a second or so."""

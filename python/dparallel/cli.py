@@ -38,6 +38,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+DECODE, LOOK, TRAIN = "Decode and serve", "Look and measure", "Train"
+"""Groups of commands in the help."""
 ModelOption = Annotated[
     str, typer.Option(help="builtin:NAME, a checkpoint directory, or ORG/NAME of the Hugging Face Hub")
 ]
@@ -85,7 +87,14 @@ def options(
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="print it and stop")
     ] = False,
 ) -> None:
-    """Decode diffusion language models many tokens at a time."""
+    """Decode language models many tokens at a time.
+
+    `dparallel demo` shows the models that ship at work.
+
+    `dparallel serve` opens a page to watch them at http://127.0.0.1:8000, and an API like OpenAI's.
+
+    `dparallel decode --model path/to/LLaDA-8B-Instruct "..."` decodes with a checkpoint of yours.
+    """
 
 
 @contextmanager
@@ -140,7 +149,7 @@ def report() -> dict[str, Any]:
     }
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def info(as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False) -> None:
     """Versions, backends, architectures compiled, the SIMD level in use, GPUs."""
     found = report()
@@ -158,7 +167,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="machine-readable"
         typer.echo(f"warning: tensors on a GPU will be refused: {found['cuda_reason']}", err=True)
 
 
-@app.command()
+@app.command(rich_help_panel=DECODE)
 def decode(
     prompt: Annotated[list[str] | None, typer.Argument(help="prompts")] = None,
     file: Annotated[Path | None, typer.Option(help="a prompt a line; of JSONL, its 'prompt'")] = None,
@@ -272,7 +281,7 @@ def show_response(row: dict[str, Any], as_json: bool) -> None:
         typer.echo(f"{kept} tokens in {passes} passes, {rate:.1f} a pass", err=True)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def demo(
     model: Annotated[list[str] | None, typer.Option(help="repeatable; default: all that ship")] = None,
     problems: int = 50,
@@ -287,7 +296,7 @@ def demo(
         show.run(model, problems=problems, out=out)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def evaluate(
     model: Annotated[list[str], typer.Option(help="repeatable")] = [registry.DEFAULT],  # noqa: B006
     config: Annotated[
@@ -386,7 +395,7 @@ def evaluate(
             files.write_text(html, recording.html())
 
 
-@app.command()
+@app.command(rich_help_panel=DECODE)
 def serve(
     model: Annotated[
         list[str],
@@ -507,7 +516,7 @@ def serve(
         )
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def train(
     out: Annotated[Path, typer.Argument(help="the run's directory; an interrupted run in it goes on")],
     steps: Annotated[int | None, typer.Option(help="default: the shipped model's")] = None,
@@ -533,7 +542,7 @@ def train(
         run(out, settings, save_every=save_every, evaluate=evaluate)
 
 
-@app.command("trajectories")
+@app.command("trajectories", rich_help_panel=TRAIN)
 def answer(
     out: Annotated[Path, typer.Argument(help="the shards' directory; a run that was stopped goes on")],
     data: Annotated[str, typer.Option(help="builtin:N, or JSONL or Parquet with prompt and answer")],
@@ -571,7 +580,7 @@ def answer(
         trajectories.generate(out, prompts, settings, batch=batch, device=device)
 
 
-@app.command("filter")
+@app.command("filter", rich_help_panel=TRAIN)
 def learn_filter(
     out: Annotated[Path, typer.Argument(help="the filter's file, for --policy learned:FILE")],
     answers: Annotated[
@@ -613,7 +622,7 @@ def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
         raise ValueError(f'{name}: expected numbers as "1,9,17", got {text!r:.80}') from error
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def drafter(
     target: Annotated[str, typer.Argument(help="an autoregressive model: builtin:NAME, a directory, ...")],
     out: Annotated[Path, typer.Argument(help="the drafter's directory; a run that was stopped goes on")],
@@ -697,7 +706,7 @@ def drafter(
             typer.echo(text)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def distill(
     recipe: Annotated[Path, typer.Argument(help="a YAML file, such as recipes/builtin.yaml")],
     answers: Annotated[Path | None, typer.Option(help="the directory that `trajectories` wrote")] = None,
@@ -734,7 +743,7 @@ def show_plan(plan: dict[str, Any]) -> None:
     Console().print(table)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def merge(
     adapter: Annotated[Path, typer.Argument(help="a LoRA adapter's directory")],
     out: Annotated[Path, typer.Argument(help="where the plain checkpoint goes")],

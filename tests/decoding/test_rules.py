@@ -402,12 +402,12 @@ def test_the_rule_of_the_example() -> None:
     sys.modules["custom_rule"] = example  # where dataclasses look for the names of annotations
     spec.loader.exec_module(example)
     model = registry.load("builtin:teacher")[0]
-    asked: dict[str, Any] = {"gen_length": 32, "cache": "none", "rule": example.Steady()}
-    alone = dx.decode(model, PROMPTS, **asked)
+    asked: dict[str, Any] = {"gen_length": 32, "rule": example.Steady()}
+    alone = dx.decode(model, PROMPTS, cache="dual", **asked)
     with dx.Engine(model, lanes=2) as engine:
         handles = [engine.submit(prompt, **asked) for prompt in PROMPTS]
         for handle, response, passes in zip(handles, alone.responses, alone.nfe, strict=True):
-            assert handle.result().response.tolist() == response.tolist()
+            assert handle.result().tokens == response.tolist()
             assert handle.result().nfe == passes
 
 
