@@ -1,8 +1,8 @@
-"""From results to what is read: tables, plots, targets, docs/benchmarks.md, the README's five figures.
+"""From results to what is read: tables, plots, targets, the pages that are made of them.
 
 `make bench-report` (python -m benchmarks.report) takes the CPU run of `make bench` into benchmarks/results,
-and writes what stands between the markers of docs/benchmarks.md and of README.md, and docs/*.png, from the
-newest results there and from docs/rules.json and docs/speculation.json alone.
+and writes what stands between the markers of docs/benchmarks.md, docs/systems.md and README.md, and the
+pictures there, from the newest results there and from docs/*.json alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from dparallel.files import write_text
 
-from . import pictures
+from . import pictures, systems
 from .harness import OURS
 from .records import RESULTS, curves_of_passes, dump, grouped, load, newest, own
 
@@ -380,6 +380,9 @@ def main(argv: list[str] | None = None) -> int:
     if gpu is not None:
         pictures.draw_shares(gpu, docs / "share.png")
     write(docs / "benchmarks.md", block(cpu, gpu))
+    if (docs / "systems.md").exists():
+        systems.draw(docs / "systems.png")
+        write(docs / "systems.md", systems.table())
     if cpu is not None and gpu is not None:
         readme = options.root / "README.md"
         if readme.exists():

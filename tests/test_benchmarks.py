@@ -17,7 +17,7 @@ from conftest import ROOT
 from dparallel.files import write_text
 from torch import Tensor
 
-from benchmarks import baselines, bench_decode, cases, gpu, harness, records, report
+from benchmarks import baselines, bench_decode, cases, gpu, harness, records, report, systems
 from dparallel_ext.models import Model
 
 COMMIT = "0" * 40
@@ -336,6 +336,7 @@ def test_the_page_is_made_from_files(tmp_path: Path, found: dict[str, Any]) -> N
 def test_the_pages_show_the_committed_results() -> None:
     cpu, gpu_run = records.newest()
     shown = {name: report.between((ROOT / name).read_text()) for name in ("README.md", "docs/benchmarks.md")}
+    assert report.between((ROOT / "docs/systems.md").read_text()) == systems.table(), "make bench-report"
     assert shown["docs/benchmarks.md"] == report.block(cpu, gpu_run), "make bench-report"
     assert cpu is not None
     assert gpu_run is not None
