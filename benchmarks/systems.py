@@ -98,11 +98,10 @@ def table() -> str:
         row, (numbers, minutes) = row_of(system), training_of(system)
         tokens = "" if row.get("tokens_per_forward") is None else f"{row['tokens_per_forward']:.2f}"
         same = row.get("same_texts")
-        cells = [
-            system.name, system.paper, system.model, f"{row['nfe_mean']:.2f}", tokens,
-            f"{row['accuracy']:.1%}", "" if same is None or system.policy == "plain" else f"{same:,}", f"{row['problems']:,}", numbers,
-            minutes, system.lacks,
-        ]  # fmt: skip
+        identical = "" if same is None or system.policy == "plain" else f"{same:,}"
+        passes, right, of = f"{row['nfe_mean']:.2f}", f"{row['accuracy']:.1%}", f"{row['problems']:,}"
+        cells = [system.name, system.paper, system.model, passes, tokens, right, identical, of]
+        cells += [numbers, minutes, system.lacks]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
