@@ -1,4 +1,4 @@
-# make demo and make test are all that most people need; each makes .venv first.
+# make demo and make test are all that most people need; each makes .venv first, the second with more in it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,10 +11,10 @@ CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.c
 
 install: $(VENV)/built
 
-$(VENV)/installed: requirements-dev.txt
-	@echo "dparallel-ext: installing the pinned packages of requirements-dev.txt into $(VENV)"
+$(VENV)/installed: requirements.txt
+	@echo "dparallel-ext: installing the pinned packages of $< into $(VENV)"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -r requirements-dev.txt
+	$(PIP) -r $<
 	touch $@
 
 $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(shell find csrc tools -name '*.py' -o -path 'csrc/*' -type f)
@@ -23,57 +23,63 @@ $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(shell find csrc tools
 	@$(BIN)/python -c "import torch, dparallel_ext._C as c; i = c.build_info(); print('dparallel-ext: built', i['backends'], 'with torch', i['built_with_torch'])"
 	touch $@
 
+# After the build: both write into the same environment.
+$(VENV)/developed: $(VENV)/built requirements-dev.txt requirements.txt
+	@echo "dparallel-ext: installing the pinned packages of requirements-dev.txt into $(VENV)"
+	$(PIP) -r requirements-dev.txt
+	touch $@
+
 demo: install
 	$(BIN)/dparallel demo
 
-distill: install
+distill: $(VENV)/developed
 	$(BIN)/python -m dparallel.toy.study --out out/distill
 
 # cuda-check and newest run beside the rest.
 test:
 	$(MAKE) --jobs 2 cuda-check tests newest
 
-tests: install lint docs
+tests: $(VENV)/developed lint docs
 	$(PYTEST) --durations 20
 
 # DiffusionGemma with the newest transformers; `tests` has the pinned one.
-newest: install $(VENV)/newest
+newest: $(VENV)/developed $(VENV)/newest
 	PYTHONPATH=$(VENV)/newest $(BIN)/python -m pytest tests/decoding/test_diffusion_gemma.py
 
-$(VENV)/newest: $(VENV)/installed requirements-newest.txt
+$(VENV)/newest: $(VENV)/developed requirements-newest.txt
 	rm -rf $@
 	$(PIP) --no-deps --target $@ -r requirements-newest.txt
 
 # For daily work: without what takes more than a few seconds.
-test-fast: install lint
+test-fast: $(VENV)/developed lint
 	$(PYTEST) -m "not slow"
 
 # Random inputs, clients, files and kills, from a new seed; `tests` has a few cases of each.
 ATTACK_SECONDS ?= 60 # for each test
 ATTACK_SEED ?= $(shell date +%s)
-attack: install
+attack: $(VENV)/developed
 	$(PYTEST) tests/attack --attack-seconds $(ATTACK_SECONDS) --attack-seed $(ATTACK_SEED)
 
-lint: install
+lint: $(VENV)/developed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 # The site; strict: no link and no reference leads nowhere.
-docs: install
+docs: $(VENV)/developed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-format: install
+format: $(VENV)/developed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-bench: install
+bench: $(VENV)/developed
 	$(BIN)/python -m benchmarks --out out/bench
 
 # The newest results of benchmarks/results and of `make bench`, into the README's figures.
-bench-report: install
+bench-report: $(VENV)/developed
 	$(BIN)/python -m benchmarks.report
 
 # Builds for the GPU that is there and measures it, with the PYTHON whose torch is a CUDA build (no .venv).
