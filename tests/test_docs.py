@@ -127,5 +127,7 @@ def test_examples_run(
     module = type(sys)(name)
     monkeypatch.setitem(sys.modules, name, module)  # where dataclasses look for the names of annotations
     vars(module).update(runpy.run_path(str(file), run_name=name))
+    # Commands of the example run here, where torch and transformers are imported already.
+    monkeypatch.setattr("subprocess.run", lambda words, check: cli.app(words[3:], standalone_mode=False))
     vars(module)["main"](*EXAMPLES[name])
     assert capsys.readouterr().out
