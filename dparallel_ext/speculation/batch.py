@@ -27,9 +27,9 @@ from ..decoding.runner import recorded_rows, row_padding
 from ..decoding.sequence import Settings
 from ..decoding.workspace import graphs_on
 from ..models import Model, Taps, own_precision
-from ..models.modules import Stream
 from ..ops import accept, kv_move
 from ..ops.errors import NO_ERROR, explain
+from . import riding
 from .draft import Draft, check_drafts
 from .drafter import Drafter, KeepsStreams, Lane
 from .sequence import IDLE, CausalSequence, SamplingGroup, Verified
@@ -337,7 +337,9 @@ class CausalBatch:
         joined: tuple[Tensor, ...] = ()
         tokens = len(metadata.positions)
         if any(draft.size > len(draft.tokens) for draft in drafts.values()):
-            joined, tokens = self._joined(drafts, tree, len(source))
+            assert self._riders is not None
+            own, wanted = {b: self.rows[b] for b in drafts}, len(source)
+            joined, tokens = riding.inputs(self._riders, self.kv_cache, own, drafts, tree, wanted, pad_to)
         more_ids = tokens - len(ids)
         more = 0 if pad_to is None else pad_to(len(source)) - len(source)
         groups: dict[tuple[Any, ...], list[int]] = {}
@@ -385,50 +387,6 @@ class CausalBatch:
             sampling,
         )
 
-    def _joined(self, drafts: dict[int, Draft], tree: bool, rows: int) -> tuple[tuple[Tensor, ...], int]:
-        """What `_compute` has to know of the riders of a pass, and how many tokens there are in front of the
-        layer where they join: the pass without them is a pass of its own.
-
-        rows: whose logits are wanted.
-        """
-        assert self._riders is not None
-        spans: list[Span] = []
-        parents: list[tuple[int, ...]] = []
-        node: list[int] = []
-        number: list[int] = []
-        order: list[int] = []
-        first: list[int] = []
-        offset = 0
-        for b, draft in drafts.items():
-            row = self.rows[b]
-            end = row.known + len(draft.tokens)
-            spans.append(Span(b, row.num_cached, end, end))
-            parents.append(draft.verified_rows)
-            root = offset + row.known - row.num_cached - 1
-            order += [*range(offset, root + 1 + len(draft.tokens))]
-            row_of_rider = len(first) + 1 + len(draft.tokens)
-            counts = draft.riders or [0] * (1 + len(draft.tokens))
-            for place, count in enumerate(counts):
-                first.append(row_of_rider)
-                row_of_rider += count
-                order += [-1] * count  # the next of the riders
-                node += [root + place] * count
-                number += range(count)
-            first += [0] * sum(counts)
-            offset += end - row.num_cached
-        pad_to = self._pad_to
-        if self._riders.layer:
-            below = self.kv_cache.metadata(spans, pad_to, causal=not tree, parents=parents if tree else None)
-            tensors, tokens = below.tensors, len(below.positions)
-        else:
-            tensors, tokens = (), offset if pad_to is None else pad_to(offset)
-        rider = iter(range(tokens, tokens + len(node)))
-        order = [next(rider) if place < 0 else place for place in order]
-        if pad_to is not None:
-            for numbers, size in ((order, len(order)), (first, rows), (node, len(node)), (number, len(node))):
-                numbers += [0] * (pad_to(size) - size)
-        return (*tensors, *map(torch.tensor, (node, number, order, first))), tokens
-
     def _compute(self, key: PassKey, inputs: Tensor) -> Tensor:
         tensors = unpack(inputs, key.shapes)
         tensors, joined = tensors[: len(tensors) - key.riders], tensors[len(tensors) - key.riders :]
@@ -437,7 +395,8 @@ class CausalBatch:
         taps = Taps(() if self._session is None else self._session.taps)
         with own_precision(self.model, self.model.device):
             if key.riders:
-                x = self._step_with_riders(ids, metadata, joined)
+                assert self._riders is not None
+                x = riding.step(self.model, self._riders, self.kv_cache, ids, metadata, joined)
             elif key.start:
                 assert isinstance(self._session, KeepsStreams)
                 stream = self._session.streams(metadata)
@@ -482,7 +441,9 @@ class CausalBatch:
         if key.tree or key.riders:
             results.append(path.flatten())
         if key.riders:
-            results.append(self._guesses(key, logits, edges, path, count, joined[-1]).flatten())
+            assert self._riders is not None
+            guessed = riding.guesses(self._riders, key.groups, logits, edges, path, count, joined[-1])
+            results.append(guessed.flatten())
         if key.logprobs:
             each = [
                 one.stats.sample_logprob[(edge[0][:, None] + one.path).clamp(min=0)].masked_fill(
@@ -493,46 +454,6 @@ class CausalBatch:
             logprob = functools.reduce(torch.maximum, each)
             results.append(logprob.view(torch.int32).to(torch.int64).flatten())
         return torch.cat(results)
-
-    def _step_with_riders(self, ids: Tensor, metadata: AttentionMetadata, joined: Sequence[Tensor]) -> Tensor:
-        """`Model.step` of the tokens `ids`, which riders join on the way: (N, width) of all of `metadata`."""
-        *below, node, number, order, _ = joined
-        riders, model = self._riders, self.model
-        assert riders is not None
-        stream = model.embedded(ids)
-        if riders.layer:
-            without = AttentionMetadata(
-                metadata.max_q_len, metadata.max_kv_len, *below, causal=metadata.causal
-            )
-            stream = model.run_layers(stream, self.kv_cache, without, 0, riders.layer)
-        born = riders.born(stream.sum[node], number)
-        delta = None if stream.delta is None else torch.cat((stream.delta, torch.zeros_like(born)))[order]
-        stream = Stream(torch.cat((stream.x, born))[order], delta)
-        return model.final_norm(model.run_layers(stream, self.kv_cache, metadata, riders.layer))
-
-    def _guesses(
-        self,
-        key: PassKey,
-        logits: Tensor,
-        edges: Tensor,
-        path: Tensor,
-        count: Tensor,
-        first: Tensor,
-    ) -> Tensor:
-        """(B, K) what riders behind each lane's last accepted node have guessed.
-
-        first: (M,) of each node its first rider, among the rows of the logits.
-        """
-        riders = self._riders
-        assert riders is not None
-        leaf = path.gather(1, (count - 1).clamp(min=0)[:, None])[:, 0].clamp(min=0)
-        begin = first[edges[:, 0].sum(0) + leaf]  # a lane is of one group, and 0 in the others
-        rows = (begin[:, None] + torch.arange(riders.most, device=begin.device)).clamp(max=len(logits) - 1)
-        found = [
-            riders.guess(logits, rows, group.suppress).where((edge[1] > edge[0])[:, None], -1)
-            for group, edge in zip(key.groups, edges, strict=True)
-        ]
-        return functools.reduce(torch.maximum, found)
 
     def _moves(self, path: Tensor, bases: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """(B, D) slots that a path's keys and values lie in, and those that they belong into; -1 for none."""

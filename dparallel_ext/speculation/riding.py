@@ -1,0 +1,115 @@
+"""Riders in a pass: rows that join it at a layer, see nodes and riders in front of them, and guess tokens.
+
+The pass without them is a pass of its own up to that layer, so that what is in front of it never has their
+keys and values (Hidden Transfer, arXiv 2404.12022); with layer 0 they ride from the beginning (prompt
+tokens, 2405.18628).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..cache import AttentionMetadata, KVCache, PadTo, Span
+from ..models import Model
+from ..models.modules import Stream
+from .draft import Draft
+from .drafter import Riders
+from .sequence import CausalSequence, SamplingGroup
+
+
+def inputs(
+    riders: Riders,
+    kv_cache: KVCache,
+    rows: Mapping[int, CausalSequence],
+    drafts: Mapping[int, Draft],
+    tree: bool,
+    wanted: int,
+    pad_to: PadTo | None,
+) -> tuple[tuple[Tensor, ...], int]:
+    """What `step` and `guesses` have to know, and how many tokens there are in front of the riders' layer.
+
+    rows: the sequence of each draft. wanted: the rows whose logits are wanted, riders among them.
+    """
+    spans: list[Span] = []
+    parents: list[tuple[int, ...]] = []
+    node: list[int] = []
+    number: list[int] = []
+    order: list[int] = []
+    first: list[int] = []
+    offset = 0
+    for b, draft in drafts.items():
+        row = rows[b]
+        end = row.known + len(draft.tokens)
+        spans.append(Span(b, row.num_cached, end, end))
+        parents.append(draft.verified_rows)
+        root = offset + row.known - row.num_cached - 1
+        order += [*range(offset, root + 1 + len(draft.tokens))]
+        row_of_rider = len(first) + 1 + len(draft.tokens)
+        counts = draft.riders or [0] * (1 + len(draft.tokens))
+        for place, count in enumerate(counts):
+            first.append(row_of_rider)
+            row_of_rider += count
+            order += [-1] * count  # the next of the riders
+            node += [root + place] * count
+            number += range(count)
+        first += [0] * sum(counts)
+        offset += end - row.num_cached
+    if riders.layer:
+        below = kv_cache.metadata(spans, pad_to, causal=not tree, parents=parents if tree else None)
+        tensors, tokens = below.tensors, len(below.positions)
+    else:
+        tensors, tokens = (), offset if pad_to is None else pad_to(offset)
+    rider = iter(range(tokens, tokens + len(node)))
+    order = [next(rider) if place < 0 else place for place in order]
+    if pad_to is not None:
+        for numbers, size in ((order, len(order)), (first, wanted), (node, len(node)), (number, len(node))):
+            numbers += [0] * (pad_to(size) - size)
+    return (*tensors, *map(torch.tensor, (node, number, order, first))), tokens
+
+
+def step(
+    model: Model,
+    riders: Riders,
+    kv_cache: KVCache,
+    ids: Tensor,
+    metadata: AttentionMetadata,
+    joined: Sequence[Tensor],
+) -> Tensor:
+    """`Model.step` of the tokens `ids`, which riders join on the way: (N, width) of all of `metadata`."""
+    *below, node, number, order, _ = joined
+    stream = model.embedded(ids)
+    if riders.layer:
+        without = AttentionMetadata(metadata.max_q_len, metadata.max_kv_len, *below, causal=metadata.causal)
+        stream = model.run_layers(stream, kv_cache, without, 0, riders.layer)
+    born = riders.born(stream.sum[node], number)
+    delta = None if stream.delta is None else torch.cat((stream.delta, torch.zeros_like(born)))[order]
+    stream = Stream(torch.cat((stream.x, born))[order], delta)
+    return model.final_norm(model.run_layers(stream, kv_cache, metadata, riders.layer))
+
+
+def guesses(
+    riders: Riders,
+    groups: Sequence[SamplingGroup],
+    logits: Tensor,
+    edges: Tensor,
+    path: Tensor,
+    count: Tensor,
+    first: Tensor,
+) -> Tensor:
+    """(B, K) what riders behind each lane's last accepted node have guessed.
+
+    edges: (groups, 2, B) of each lane its rows among the logits; path, count: of `accept`, (B, D) and (B,).
+    first: (M,) of each node its first rider, among the rows of the logits.
+    """
+    leaf = path.gather(1, (count - 1).clamp(min=0)[:, None])[:, 0].clamp(min=0)
+    begin = first[edges[:, 0].sum(0) + leaf]  # a lane is of one group, and 0 in the others
+    rows = (begin[:, None] + torch.arange(riders.most, device=begin.device)).clamp(max=len(logits) - 1)
+    found = [
+        riders.guess(logits, rows, group.suppress).where((edge[1] > edge[0])[:, None], -1)
+        for group, edge in zip(groups, edges, strict=True)
+    ]
+    return functools.reduce(torch.maximum, found)
