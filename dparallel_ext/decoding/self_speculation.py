@@ -58,14 +58,14 @@ class Guess(NamedTuple):
     columns: list[int]
     tokens: list[int]
     block: OpenBlock
-    """The front block, with them."""
+    """The front block as it is with these tokens."""
 
 
 class Pass(NamedTuple):
     """The last pass of a sequence."""
 
     lane: int = 0
-    """Of the accepted state."""
+    """The lane that holds the accepted state."""
     start: int = 0
     end: int = 0
     """Columns [start, end) that it had statistics of."""

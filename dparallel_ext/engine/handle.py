@@ -59,7 +59,7 @@ class Draft:
     accepted: int = 0
     """Of these, how many were the model's own choice: the first of `tokens`."""
     refused: list[int] = field(default_factory=list)
-    """The others, as the drafter gave them."""
+    """The guesses that the model did not take, as the drafter gave them."""
     passes: list[int | None] | None = None
     """Where `logprobs` are asked for: of each of `tokens` the pass that committed it, None of a mask."""
     logprobs: list[float | None] | None = None

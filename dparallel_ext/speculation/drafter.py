@@ -55,7 +55,7 @@ class Riders(Protocol):
     """
 
     most: int
-    """The most behind a node."""
+    """How many may ride behind a node."""
     layer: int
     """The layer in front of which riders join; 0: the first."""
 

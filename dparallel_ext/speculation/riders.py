@@ -40,9 +40,9 @@ class Birth(nn.Module):
 
     KIND: ClassVar[str]
     most: int
-    """Riders behind a node at most."""
+    """How many may ride behind a node."""
     layer: int
-    """In front of which they join."""
+    """The layer in front of which they join the pass."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Raises ValueError naming the key of config.json that does not fit."""

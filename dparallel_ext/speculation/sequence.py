@@ -36,9 +36,9 @@ class Verified(NamedTuple):
     """What a pass has made of a draft."""
 
     drafted: int
-    """Nodes."""
+    """How many nodes the draft had."""
     accepted: int
-    """Of these, the tokens that were the model's own choice; they are the first that the pass has brought."""
+    """How many of them were the model's own choice; these are the first tokens that the pass has brought."""
     refused: tuple[int, ...]
     """The tokens of the other nodes, in the draft's order."""
 
@@ -71,7 +71,7 @@ class CausalSequence:
     accepted: int = 0
     """Of these, the tokens that were accepted."""
     refused: tuple[int, ...] = ()
-    """The tokens of the other nodes."""
+    """The tokens of the nodes that were not accepted."""
     passes: list[Verified] = field(default_factory=list)
     """Of each pass, where the settings ask for a record."""
     kept: int = 0

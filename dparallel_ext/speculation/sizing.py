@@ -89,7 +89,7 @@ class Measured:
         return asked
 
     def tokens(self, nodes: int) -> float:
-        """Expected of a pass over a draft of so many nodes."""
+        """How many tokens a pass over a draft of so many nodes is expected to bring."""
         if self._expected is not None:
             accepted, said = self._worth
             return 1.0 + accepted / said * (self._expected(nodes) - 1.0)
@@ -129,7 +129,7 @@ _measured: weakref.WeakKeyDictionary[Any, dict[Hashable, Measured]] = weakref.We
 
 
 def sizer_for(drafter: Drafter) -> Measured:
-    """One that has not measured anything yet."""
+    """A sizer that has not measured anything yet."""
     return Measured(drafter.most, expected=drafter.expected if isinstance(drafter, Expecting) else None)
 
 

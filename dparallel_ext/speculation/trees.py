@@ -43,7 +43,7 @@ class Tree(NamedTuple):
 
     nodes: tuple[Node, ...]
     riders: tuple[int, ...]
-    """Behind the root and each node."""
+    """How many ride behind the root and behind each node."""
 
 
 class Plan(NamedTuple):

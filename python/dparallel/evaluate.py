@@ -346,7 +346,7 @@ def kept_tokens(responses: Tensor, eos_id: int | None) -> int:
 
 
 def kept_of(responses: Tensor, eos_id: int | None) -> list[int]:
-    """Of each."""
+    """How many tokens each response has in front of its end."""
     found: list[int] = (responses == (-1 if eos_id is None else eos_id)).cumsum(1).eq(0).sum(1).tolist()
     return found
 

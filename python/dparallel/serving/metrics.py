@@ -60,7 +60,7 @@ class Metrics:
         )
 
     def add(self, name: str, engine: Engine) -> ModelMetrics:
-        """Those of one more model."""
+        """Add the metrics of one more model."""
         self.models[name] = made = ModelMetrics(self, name, engine)
         return made
 
@@ -82,7 +82,7 @@ class Metrics:
 
 
 class ModelMetrics:
-    """Of one model."""
+    """The metrics of one model."""
 
     def __init__(self, shared: Metrics, name: str, engine: Engine) -> None:
         self.engine = engine
