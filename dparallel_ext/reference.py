@@ -416,7 +416,7 @@ def distillation_loss(
     reduction: str = "sum",
 ) -> Tensor:
     """See `dparallel_ext.distillation_loss`; in float64, differentiable."""
-    active = torch.ones(student.shape[:-1]).bool() if weight is None else weight != 0
+    active = student.new_ones(student.shape[:-1], dtype=torch.bool) if weight is None else weight != 0
     z, t = (x.double().clamp(max=_LARGEST)[active] for x in (student, teacher.detach()))  # (N, V)
     log_q, log_p = ((x / temperature).log_softmax(-1) for x in (z, t))
     never = t < t.amax(-1, keepdim=True) - 1e29

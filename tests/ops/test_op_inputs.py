@@ -184,6 +184,20 @@ def same(a: list[Any], b: list[Any]) -> bool:
     return True
 
 
+BY_VECTORS = ("rms_norm", "block_attention")
+"""The ops that a GPU sums in another order where vectors of 16 bytes do not fit."""
+
+
+def as_found(name: str, found: list[Any], expected: list[Any]) -> bool:
+    """`same`, or on a GPU of the results of `BY_VECTORS` to the rounding of their dtype."""
+    if name not in BY_VECTORS or not expected[0].is_cuda:
+        return same(found, expected)
+    return all(
+        bool(((x - y).abs() <= 4 * torch.finfo(y.dtype).eps * y.abs().max()).all())
+        for x, y in zip(found, expected, strict=True)
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OPS)
 @everywhere
@@ -200,7 +214,7 @@ def test_ops_take_any_strides(name: str, dtype: torch.dtype) -> None:
                 continue  # see the test of memory that overlaps
             call = copied(given)
             call[i] = other
-            assert same(flat(op(*call)), expected), argument.name
+            assert as_found(name, flat(op(*call)), expected), argument.name
             assert same(call, plain), argument.name
 
 
@@ -219,7 +233,7 @@ def test_functions_take_any_strides(name: str, dtype: torch.dtype) -> None:
                 continue
             call = dict(zip(given, copied(tuple(given.values())), strict=True))
             call[argument] = other
-            assert same(flat(function(**call)), expected), argument
+            assert as_found(name, flat(function(**call)), expected), argument
             assert same(list(call.values()), plain), argument
 
 
@@ -240,7 +254,7 @@ def test_compiled_ops_take_any_strides(name: str) -> None:
         for i, argument in enumerate(given):
             if isinstance(argument, Tensor) and op.default._schema.arguments[i].name != "counters":
                 call[i] = list(layouts(argument))[number]
-        assert same(flat(run(*call)), expected)
+        assert as_found(name, flat(run(*call)), expected)
         assert same(call, plain)
 
 
