@@ -282,7 +282,7 @@ def test_prompts_of_a_file_are_compared_with_the_most_passes(tmp_path: Path) -> 
         (("--model", "nowhere"), "model: 'nowhere'"),
         (("--prompts", "nowhere"), "prompts: no file nowhere"),
         (("--prompts", "/dev/null"), "prompts: /dev/null has none"),
-        (("--policy", "x"), "rule: expected"),
+        (("--policy", "x"), "policy: expected"),
         (("--tolerance", "nan"), "tolerance: expected a finite number >= 0, got nan"),
         (("--gen-length", 1), "gen_length: expected a whole number >= 2, got 1"),
         (("--cache", "block"), "cache: expected"),

@@ -32,7 +32,7 @@ from dparallel_ext.speculation.speculate import causal_model, check_prompts, end
 
 from . import files, registry, text
 from .complete import complete
-from .configs import TUNED, with_ends
+from .configs import TUNED, parse_policy, with_ends
 from .evaluate import check_row
 from .toy import tasks
 
@@ -117,7 +117,7 @@ def load(settings: Settings) -> Work:
     return Work(model, tokenizer, template, texts, problems, config)
 
 
-def best_of(runs: Sequence[Sequence[float]]) -> float:
+def median_seconds(runs: Sequence[Sequence[float]]) -> float:
     """The seconds of what each run has done in the same parts: the sum of each part's median."""
     return sum(statistics.median(part) for part in zip(*runs, strict=False))
 
@@ -186,8 +186,8 @@ def curve(
         tau = {size: 1 + worth * (expected(size) - 1) for size in runs}
     rows = []
     for size, passes in runs.items():
-        seconds = best_of([[each.seconds for each in run] for run in passes])
-        drafting = best_of([[each.drafting for each in run] for run in passes])
+        seconds = median_seconds([[each.seconds for each in run] for run in passes])
+        drafting = median_seconds([[each.drafting for each in run] for run in passes])
         each = 1e3 / len(passes[0])
         row = {"draft_size": size, "pass_ms": each * (seconds - drafting), "draft_ms": each * drafting}
         row |= {"tokens_per_forward": tau[size], "tokens_per_second": tau[size] * lanes[size] / seconds}
@@ -285,6 +285,7 @@ def measure_policies(settings: Settings, grid: Mapping[str, Any], say: Say) -> t
     found |= {name: values for name, values in grid.items() if values}
     asked = [dict(zip(found, each, strict=True)) for each in itertools.product(*found.values())]
     for row in asked:
+        parse_policy(row["rule"])
         check_row(row)
     work = load(settings)
     models.check_diffusion(work.model)
@@ -326,7 +327,7 @@ def _measured(settings: Settings, work: Work, row: Row) -> tuple[Row, list[str]]
     measured = {
         "passes": rounded(passes / len(found)),
         "tokens_per_forward": rounded(tokens / passes),
-        "tokens_per_second": rounded(tokens / best_of(runs[1:])),
+        "tokens_per_second": rounded(tokens / median_seconds(runs[1:])),
     }
     return measured, [each["response"] for each in found]
 
