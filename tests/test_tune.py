@@ -15,6 +15,7 @@ from dparallel.toy import tasks
 from dparallel.tune import Pass
 from typer.testing import CliRunner
 
+from dparallel_ext import speculation
 from dparallel_ext.speculation import trees
 
 PROMPT = (
@@ -60,6 +61,7 @@ def test_the_size_is_the_best_by_ranks_and_seconds(slope: float, best: int) -> N
     assert found["draft_size"] == best == max(worth, key=worth.__getitem__)
     for size, row in zip(tune.SIZES, rows, strict=True):
         assert row["pass_ms"] == pytest.approx(1e3 * seconds(size))
+        assert row["tokens_per_forward"] == pytest.approx(1 + 0.5 * (expected(size) - 1), rel=1e-5)
         assert row["tokens_per_second"] == pytest.approx(
             2 * row["tokens_per_forward"] / seconds(size), rel=1e-3
         )
@@ -128,6 +130,15 @@ def test_every_pass_has_the_rows_that_are_asked_for(monkeypatch: pytest.MonkeyPa
     assert [set(row) for row in rows] == [{"draft_size", "pass_ms"}] * 3
     assert set(seen) == {7, 31}
     assert seen.count(7) == seen.count(31) == 2 * 3 * 5  # runs, prompts, tokens behind the first
+
+
+def test_tokens_of_riders_go_by_their_ranks() -> None:
+    settings = tune.Settings("builtin:causal", problems=2, repeats=1, gen_length=12)
+    _, rows = tune.measure_drafts(settings, "builtin:ppd", [0, 3, 15], lambda text: None)
+    promised = speculation.load(registry.DRAFTERS["builtin:ppd"]).expected
+    none, few, many = (row["tokens_per_forward"] - 1 for row in rows)
+    assert none == 0 < few < many
+    assert many / few == pytest.approx((promised(15) - 1) / (promised(3) - 1), rel=1e-4)
 
 
 @pytest.fixture(scope="module")
