@@ -220,14 +220,13 @@ def measure_drafts(
     registry.check_positions(settings.model, model, positions)
     sizer = Stopwatch(0)
     batch = speculation.CausalBatch(model, settings.batch, positions, drafter=made or Filler(), sizer=sizer)
-    # One batch for all, as in an engine: passes that the first run records are replayed in the others. And
-    # every run has all sizes, so that a machine that grows slower does so for each.
-    runs: dict[int, list[list[Pass]]] = {size: [] for size in asked}
-    for run in range(1 + settings.repeats):
-        say(f"run {run + 1} of {1 + settings.repeats}")
-        for sizer.nodes in asked:
-            runs[sizer.nodes].append([*_passes(batch, sizer, prompts, length, work.config)])
-    timed = {size: passes[1:] for size, passes in runs.items()}
+    # One batch for all, as in an engine. Passes that a size's first run records are replayed in its others,
+    # which follow at once: so many forms are not remembered that other sizes may come between.
+    timed: dict[int, list[list[Pass]]] = {}
+    for sizer.nodes in asked:
+        runs = [[*_passes(batch, sizer, prompts, length, work.config)] for _ in range(1 + settings.repeats)]
+        timed[sizer.nodes] = runs[1:]
+        say(f"draft_size {sizer.nodes}: {len(runs[0])} passes, {1 + settings.repeats} times")
     rows = curve(timed, made.expected if isinstance(made, Expecting) else None)
     if made is None:
         return work, [{name: row[name] for name in ("draft_size", "pass_ms")} for row in rows]
