@@ -74,7 +74,8 @@ ConfigOption = Annotated[
 ]
 DRAFTERS = (
     "of an autoregressive model: ngram, ngram:N, a drafter's or a model's path; for builtin:causal also "
-    "builtin:dflash, builtin:parallelspec, builtin:adadecode, builtin:student; default: none"
+    "builtin:dflash, builtin:parallelspec, builtin:adadecode, builtin:ppd, builtin:hidden_transfer, "
+    "builtin:student; default: none"
 )
 DrafterOption = Annotated[str | None, typer.Option(help=DRAFTERS)]
 DraftSizeOption = Annotated[
