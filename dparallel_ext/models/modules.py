@@ -53,6 +53,17 @@ class Named(nn.Module):
         at.add_module(path[-1], value)
 
 
+def all_modules(module: nn.Module) -> list[nn.Module]:
+    """It and all within it, each once: `module.modules()`, which is asked at every decode, without names."""
+    found, waiting = {module: None}, [module]
+    while waiting:
+        for part in waiting.pop()._modules.values():
+            if part is not None and part not in found:
+                found[part] = None
+                waiting.append(part)
+    return list(found)
+
+
 class RMSNorm(nn.Module):
     """Normalised in float32 or better, scaled in the model's dtype, as published."""
 
