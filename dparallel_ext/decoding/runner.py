@@ -80,6 +80,16 @@ class GraphKey(NamedTuple):
         return self.shapes[0][0]
 
 
+class Prepared(NamedTuple):
+    """What the host has done already for a pass that may come."""
+
+    inputs_key: tuple[Any, ...]
+    rows: tuple[SequenceState, ...]
+    """Kept so that what `inputs_key` names by its id stays."""
+    inputs: Tensor
+    key: GraphKey
+
+
 RECORDED = 2**37
 """Multiplications in a layer up to which a pass is recorded: 630 rows of LLaDA-8B, 2700 of a model of 1.7B.
 More keep a GPU busy for longer than the host needs to issue them (beside an H200 it took 0.4 ms a layer, and
@@ -162,7 +172,7 @@ class Runner:
         self.recorded_rows = recorded_rows(model)
         self._graph_bucket = functools.partial(graph_bucket, recorded=self.recorded_rows)
         self._pad_to = row_padding(model) if isinstance(model, Model) else None
-        self._prepared: tuple[tuple[Any, ...], tuple[Tensor, GraphKey]] | None = None
+        self._prepared: list[Prepared] = []
 
     def suppress(self, ids: Tensor | None) -> Tensor | None:
         """One tensor for the same ids; with our models on the device.
@@ -211,11 +221,10 @@ class Runner:
         if self.graphs is not None and any(rows[b].nfe == 0 for b in work):
             # Where a sequence begins, the model may have moved.
             self.graphs.drop_stale(self.model.addresses())
-        prepared, self._prepared = self._prepared, None
-        if prepared is not None and prepared[0] == self._input_key(rows, work):
-            inputs, key = prepared[1]
-        else:
-            inputs, key = self.inputs(rows, work)
+        prepared, self._prepared = self._prepared, []
+        inputs_key = self._input_key(rows, work) if prepared else ()
+        found = next((each for each in prepared if each.inputs_key == inputs_key), None)
+        inputs, key = self.inputs(rows, work) if found is None else (found.inputs, found.key)
         compute = functools.partial(self._compute, key, work)
         if self.graphs is None or self.graphs.addresses is None:
             return compute(inputs.to(self.tokens.device, non_blocking=True))
@@ -240,19 +249,19 @@ class Runner:
         return found
 
     def prepare(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> None:
-        """Do what the host has to do for a pass that may come next."""
-        self._prepared = self._input_key(rows, work), self.inputs(rows, work)
+        """Do what the host has to do for a pass that may come next, beside others that may. The next pass
+        uses it if it is that very pass.
+        """
+        self._prepared.append(Prepared(self._input_key(rows, work), tuple(rows), *self.inputs(rows, work)))
 
     def _input_key(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> tuple[Any, ...]:
         """All that `inputs` follows from, where shapes are static."""
-        each = [
-            (r.nfe, r.settings.policy, r.settings.key, r.settings.record, SamplingGroup.of(r).key)
-            for r in rows
-        ]
+        # What does not change is the same object, or it may be another sequence.
+        each = [(r.nfe, id(r.settings), id(r.layout), id(r.suppress)) for r in rows]
         blocks = [  # not what they hold: that is known after the pass before
-            (window.start, window.end, window.must_move, window.block.held, window.block.step)
+            (w.start, w.end, w.must_move, w.block.start, w.block.held, w.block.step)
             for own in work.values()
-            for window in own.windows
+            for w in own.windows
         ]
         rest = [(b, own.spans, *own[2:]) for b, own in work.items()]
         return rest, blocks, each, self.kv_cache and self.kv_cache.changes
