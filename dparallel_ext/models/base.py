@@ -371,8 +371,9 @@ class Model(Named):
             return None
         tensors: list[Tensor | None] = []
         for module in modules:
-            for held in ("_parameters", "_buffers"):
-                tensors += vars(module)[held].values()
+            for held in (vars(module)["_parameters"], vars(module)["_buffers"]):
+                if held:
+                    tensors += held.values()
         return [tensor.data_ptr() for tensor in tensors if tensor is not None]
 
     def head(self, hidden: Tensor) -> Tensor:

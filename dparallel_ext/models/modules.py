@@ -54,14 +54,15 @@ class Named(nn.Module):
 
 
 def all_modules(module: nn.Module) -> list[nn.Module]:
-    """It and all within it, each once: `module.modules()`, which is asked at every decode, without names."""
-    found, waiting = {module: None}, [module]
-    while waiting:
-        for part in waiting.pop()._modules.values():
-            if part is not None and part not in found:
-                found[part] = None
-                waiting.append(part)
-    return list(found)
+    """It and all within it, each once: `module.modules()` without names, since every decode asks."""
+    found, met = [module], {module}
+    for each in found:
+        if each._modules:
+            for part in each._modules.values():
+                if part is not None and part not in met:
+                    met.add(part)
+                    found.append(part)
+    return found
 
 
 class RMSNorm(nn.Module):
