@@ -127,8 +127,9 @@ class Batch:
             used = {other.settings.rule for other in self.rows if other.settings.rule is not None}
             self.runner.begin(lane, settings.rule, layout.columns, used)
         self.tokens[lane, :first] = prompt
-        self.tokens[lane, first : row.length] = self.mask_id
-        self.tokens[lane, row.length :] = self.pad_id
+        self.tokens[lane, first : row.length].fill_(self.mask_id)
+        if row.length < self.tokens.shape[1]:
+            self.tokens[lane, row.length :].fill_(self.pad_id)
         self._enter(lane)
         return row
 
@@ -186,7 +187,7 @@ class Batch:
         """Sequence b is complete: what follows its last finished block, to a given token, becomes padding."""
         row = self.rows[b]
         if not row.done:
-            self.tokens[b, row.ahead : row.columns[-1] + 1] = self.pad_id
+            self.tokens[b, row.ahead : row.columns[-1] + 1].fill_(self.pad_id)
             row.block_index, row.open = len(row.blocks), ()
 
     def _fill(self, b: int, start: int, end: int) -> None:
