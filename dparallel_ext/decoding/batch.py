@@ -157,7 +157,7 @@ class Batch:
     def _enter(self, b: int) -> None:
         """Begin the front block."""
         row = self.rows[b]
-        self._open_front(row)
+        self.open_front(row)
         if row.open and reads(row, "response"):  # its rule may have filled some of the masks already
             block = row.open[0]
             ids = self.tokens[b, block.start : block.end].tolist()
@@ -165,7 +165,7 @@ class Batch:
             first = block.start + (ids.index(self.mask_id) if left else 0)
             row.open = (block._replace(masks_left=left, first_mask=first),)
 
-    def _open_front(self, row: SequenceState) -> None:
+    def open_front(self, row: SequenceState) -> None:
         """Open the front block where that is not open yet, and the blocks that are due behind it."""
         row.step_in_block, row.between_blocks, row.edits = 0, False, 0
         if row.done:
@@ -270,7 +270,7 @@ class Batch:
         if row.masks_left <= most:
             rows[live[0]] = after = copy.copy(row)
             after.block_index, after.open = row.block_index + 1, row.open[1:]
-            self._open_front(after)
+            self.open_front(after)
             complete = [] if after.done else [rows]
         if row.masks_left <= least:
             return complete

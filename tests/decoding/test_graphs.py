@@ -292,7 +292,7 @@ def test_a_state_that_is_guessed_wrong_is_not_used(monkeypatch: pytest.MonkeyPat
     model = golden.model("llada_tiny_a")
     settings: dict[str, Any] = {"gen_length": 64, "block_length": 16, "cache": "dual", "threshold": 2.0}
     expected = dx.decode(model, PROMPTS[0], **settings)
-    told, opens = Told(monkeypatch), batches.Batch._open_front
+    told, opens = Told(monkeypatch), batches.Batch.open_front
     wrong: list[Callable[[Any], None]] = [
         lambda row: setattr(row, "nfe", row.nfe + 1),
         lambda row: setattr(row, "step_in_block", 1),
@@ -310,7 +310,7 @@ def test_a_state_that_is_guessed_wrong_is_not_used(monkeypatch: pytest.MonkeyPat
             if all(row is not own for own in self.rows) and row.open:
                 change(row)
 
-        monkeypatch.setattr(batches.Batch, "_open_front", guessed)
+        monkeypatch.setattr(batches.Batch, "open_front", guessed)
         out = dx.decode(model, PROMPTS[0], **settings)
         assert torch.equal(out.sequences, expected.sequences)
         assert torch.equal(out.nfe, expected.nfe)
