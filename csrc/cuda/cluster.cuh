@@ -4,7 +4,6 @@
 #pragma once
 
 #include <atomic>
-#include <cstdlib>
 
 #include "device.cuh"
 
@@ -23,10 +22,10 @@ template <auto kernel>
 bool has_clusters_here() {
   return cuda_host::has_clusters();
 }
+// On a device of eight SMs.
 template <auto kernel>
 int clusters_at_once(unsigned cluster, unsigned, size_t) {
-  return cluster == 1 || cuda_host::has_clusters() ? cuda_host::sms() / static_cast<int>(cluster)
-                                                   : 0;
+  return cluster == 1 || cuda_host::has_clusters() ? static_cast<int>(8 / cluster) : 0;
 }
 inline void cluster_barrier() { cuda_host::cluster_barrier(); }
 inline void leave_cluster() { cuda_host::cluster_barrier(); }
@@ -89,7 +88,7 @@ int launch_clusters(void (*kernel)(Parameters...), unsigned grid, unsigned clust
     attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
     attributes[config.numAttrs++].val.clusterDim = {cluster, 1, 1};
   }
-  if (early && getenv("DP_NOT_EARLY") == nullptr) {
+  if (early) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
@@ -117,7 +116,7 @@ bool has_clusters_here() {
 
 // Clusters of so many blocks, up to 8, that run at once on the current device, which is asked the
 // first time; 0: it has none. GPCs are of different numbers of SMs, so that not every SM may find a
-// place in a cluster. Of one block: the SMs. `kernel` stands for all that take as much of an SM.
+// place in a cluster. `kernel` stands for all that take a whole SM.
 template <auto kernel>
 int clusters_at_once(unsigned cluster, unsigned block, size_t shared_bytes) {
   constexpr int kDevices = 64;
