@@ -107,9 +107,7 @@ def adaptive_decode(
     """
     config = configured("adaptive_decode", config, keywords)
     check_fields(vars(config))
-    mixture = arguments.number("mixture", mixture)
-    if mixture > 1:
-        raise ValueError(f"mixture: expected a number from 0 to 1, got {mixture:g}")
+    check_numbers(mixture, window, lookahead)
     with torch.inference_mode():
         prompts = arguments.prompts(prompt, attention_mask)
         size = len(prompts)
@@ -132,9 +130,9 @@ def adaptive_decode(
             size,
             width,
             verifier=verifier,
-            mixture=mixture,
-            window=width + 1 if window is None else arguments.whole("window", window, 1),
-            lookahead=width + 1 if lookahead is None else arguments.whole("lookahead", lookahead, 1),
+            mixture=float(mixture),
+            window=width + 1 if window is None else int(window),
+            lookahead=width + 1 if lookahead is None else int(lookahead),
             mask_id=check_mask(model, mask),
             pad_id=eos_ids[0] if eos_ids else mask,
             batch_invariant=config.batch_invariant,
@@ -162,6 +160,15 @@ def check_fields(fields: Mapping[str, Any]) -> None:
                 f"{name}: adaptive_decode goes left to right, as far as its verifier agrees, and takes none, "
                 f"got {arguments.shown(value)}"
             )
+
+
+def check_numbers(mixture: float = 0.5, window: int | None = None, lookahead: int | None = None) -> None:
+    """Raise ValueError naming the argument of `adaptive_decode` that does not fit."""
+    if arguments.number("mixture", mixture) > 1:
+        raise ValueError(f"mixture: expected a number from 0 to 1, got {mixture:g}")
+    for name, value in (("window", window), ("lookahead", lookahead)):
+        if value is not None:
+            arguments.whole(name, value, 1)
 
 
 def diffusion_model(model: Any) -> Model:
