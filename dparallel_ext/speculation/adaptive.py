@@ -8,9 +8,8 @@ pass as a small autoregressive model goes along with. The text is neither model'
     commit    the accepted tokens; the others are masks again
 
 Above temperature 0 draft and choice share their noise, keyed by seed, sequence and position, as the paper
-says. (The published code compares with the argmax there. Where it accepts all M tokens it also judges the
-next one by a row of the pass before; here each row is of this pass.) M bounds what the diffusion model sees
-of the canvas: its texts end where the canvas does, so a short one costs accuracy.
+says. (The published code compares with the argmax there.) M bounds what the diffusion model sees of the
+canvas: its texts end where the canvas does, so a short one costs accuracy.
 
 Keys and values of the diffusion model outlive a pass. The tokens that the last pass has committed, which it
 saw as masks, are computed again, and W - 1 tokens in front of them; those further left stay as they were
