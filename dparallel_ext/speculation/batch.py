@@ -502,18 +502,24 @@ class CausalBatch:
         if draft.tokens:
             depth = max(_depths(draft))
             self.counts.add(depth, count - 1)
+        row.layers += draft.layers + self.model.shape.layers - draft.start
+        row.judged(Verified(len(draft.tokens), count - 1, draft.refused(emitted.tokens)))
+        self.commit(b, emitted.tokens, emitted.logprobs)
+
+    def commit(self, b: int, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
+        """Append the tokens that a pass has brought to sequence b, as far as its end.
+
+        logprobs: of each, where the sequence is recorded.
+        """
+        row, count = self.rows[b], len(tokens)
         start = row.known
         row.nfe += 1
-        row.layers += draft.layers + self.model.shape.layers - draft.start
-        row.drafted, row.accepted = len(draft.tokens), count - 1
-        row.refused = draft.refused(emitted.tokens)
         row.num_cached = row.known + count - 1
         row.known += count
-        self.tokens[b, start : row.known] = torch.tensor(emitted.tokens)
+        self.tokens[b, start : row.known] = torch.tensor(tokens)
         if row.settings.record:
-            self.logprobs[b, start : row.known] = torch.tensor(emitted.logprobs)
+            self.logprobs[b, start : row.known] = torch.tensor(logprobs)
             self.steps[b, start : row.known] = row.nfe
-            row.passes.append(Verified(row.drafted, row.accepted, row.refused))
         # Only the last tokens can be part of what ends at a new one.
         reach = max((len(stop) for stop in row.settings.stop), default=1)
         first = max(row.prompt, start - reach + 1)

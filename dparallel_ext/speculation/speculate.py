@@ -137,7 +137,7 @@ def speculate(
         )
         for lane, (ids, count, own) in enumerate(zip(prompts, counts, settings, strict=True)):
             batch.admit(lane, ids.cpu(), count, own, eos_ids=eos_ids)
-        _run(batch, streamer, progress_bar(progress, sum(counts), "speculate"))
+        run(batch, streamer, progress_bar(progress, sum(counts), "speculate"))
     return _output(batch, prompts, config)
 
 
@@ -198,7 +198,7 @@ def sizer_of(
     return Fixed(0) if drafter is None else measured(drafter)
 
 
-def _run(batch: CausalBatch, streamer: Any, bar: Any) -> None:
+def run(batch: CausalBatch, streamer: Any, bar: Any) -> None:
     """All passes."""
     if streamer is not None:
         streamer.put(batch.tokens[:, : batch.rows[0].prompt].clone())
@@ -217,8 +217,22 @@ def _run(batch: CausalBatch, streamer: Any, bar: Any) -> None:
 
 
 def _output(batch: CausalBatch, prompts: Sequence[Tensor], config: DecodeConfig) -> SpeculateOutput:
+    found = decoded(batch, prompts, config)
+    layers, draft_nfe = ([getattr(row, name) for row in batch.rows] for name in ("layers", "draft_nfe"))
+    return SpeculateOutput(
+        **found,
+        draft_nfe=found["nfe"].new_tensor(draft_nfe),
+        draft_forwards=batch.draft_forwards,
+        drafted=torch.tensor(batch.counts.drafted, dtype=torch.int64),
+        accepted=torch.tensor(batch.counts.accepted, dtype=torch.int64),
+        layers=found["nfe"].new_tensor(layers),
+        passes=[row.passes for row in batch.rows] if config.record else None,
+    )
+
+
+def decoded(batch: CausalBatch, prompts: Sequence[Tensor], config: DecodeConfig) -> dict[str, Any]:
+    """The fields of a `DecodeOutput`."""
     device = prompts[0].device if prompts else torch.device("cpu")
-    width = batch.tokens.shape[1]
     masked = torch.zeros(batch.tokens.shape, dtype=torch.bool)
     for b, row in enumerate(batch.rows):
         masked[b, row.prompt : row.length] = True
@@ -230,22 +244,16 @@ def _output(batch: CausalBatch, prompts: Sequence[Tensor], config: DecodeConfig)
         found = torch.tensor([getattr(row, name) for row in batch.rows], dtype=torch.int64)
         return found.to(device)
 
-    return SpeculateOutput(
-        batch.tokens[:, :width].clone().to(device),
-        numbers("nfe"),
-        batch.forwards,
-        numbers("generated"),
-        numbers("kept"),
-        numbers("length"),
-        numbers("prompt"),
-        masked.to(device),
-        numbers("nfe"),
-        trajectory=trajectory if config.record else None,
-        logprobs=trajectory.logprob if config.logprobs else None,
-        draft_nfe=numbers("draft_nfe"),
-        draft_forwards=batch.draft_forwards,
-        drafted=torch.tensor(batch.counts.drafted, dtype=torch.int64),
-        accepted=torch.tensor(batch.counts.accepted, dtype=torch.int64),
-        layers=numbers("layers"),
-        passes=[row.passes for row in batch.rows] if config.record else None,
-    )
+    return {
+        "sequences": batch.tokens.clone().to(device),
+        "nfe": numbers("nfe"),
+        "forwards": batch.forwards,
+        "generated": numbers("generated"),
+        "kept": numbers("kept"),
+        "lengths": numbers("length"),
+        "prompt_lengths": numbers("prompt"),
+        "masked": masked.to(device),
+        "nfe_published": numbers("nfe"),
+        "trajectory": trajectory if config.record else None,
+        "logprobs": trajectory.logprob if config.logprobs else None,
+    }
