@@ -311,7 +311,7 @@ def test_bad_input_is_one_line(
     assert not list(tmp_path.iterdir())  # nor is anything left behind
 
 
-@pytest.mark.parametrize("command", ["decode", "evaluate", "serve", "trajectories"])
+@pytest.mark.parametrize("command", ["decode", "evaluate", "serve", "trajectories", "tune"])
 def test_help_names_every_rule_and_its_parameter(command: str):
     text = " ".join(run(command, "--help").replace("│", " ").split())
     for name, rule in policies.RULES.items():

@@ -38,20 +38,27 @@ class Trajectory:
 
     def clear(self, b: int) -> None:
         """Forget what sequence b was."""
-        self.step[b] = 0
-        self.confidence[b] = self.logprob[b] = math.nan
+        self.step[b].fill_(0)
+        self.confidence[b].fill_(math.nan)
+        self.logprob[b].fill_(math.nan)
 
     def responses(self, masked: Tensor) -> Trajectory:
         """What it says of the positions `masked` (B, L) bool, a row for a sequence; blank beyond its end.
 
-        B and L may be less than what it is for.
+        B and L may be less than what it is for. The mask is on the CPU: a device would be waited for.
         """
         counts = masked.sum(1)
-        inside = torch.arange(int(counts.max()) if len(counts) else 0, device=masked.device) < counts[:, None]
-        made = Trajectory.blank(inside)
-        for field in ("step", "confidence", "logprob"):
-            getattr(made, field)[inside] = getattr(self, field)[: len(masked), : masked.shape[1]][masked]
-        return made
+        of_sequence = torch.arange(int(counts.max()) if len(counts) else 0) < counts[:, None]
+        places = torch.full(of_sequence.shape, -1)
+        places[of_sequence] = masked.nonzero()[:, 1]
+        places = places.to(self.step.device)
+        inside, places, blank = places >= 0, places.clamp(min=0), Trajectory.blank(places)
+        return Trajectory(
+            *(
+                torch.where(inside, getattr(self, name)[: len(masked)].gather(1, places), none)
+                for name, none in vars(blank).items()
+            )
+        )
 
 
 def graphs_on(device: torch.device) -> Graphs | None:

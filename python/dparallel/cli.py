@@ -22,8 +22,19 @@ from dparallel_ext import rules
 from dparallel_ext.arguments import whole
 
 from . import files, registry
-from .configs import POLICY, causal_config_of, config_of, read_fields, take_mask, with_ends
+from .configs import (
+    POLICY,
+    causal_config_of,
+    config_of,
+    policy_in,
+    read_fields,
+    take_drafter,
+    take_mask,
+    take_tuned,
+    with_ends,
+)
 from .evaluate import ONE, PLAIN
+from .tune import GRID, SIZES
 
 try:
     import typer
@@ -55,11 +66,16 @@ Fp8Option = Annotated[bool, typer.Option("--fp8", help="keep the layers' weights
 POLICIES = rules.describe()
 PolicyOption = Annotated[str | None, typer.Option(help=f"default: the config's, else {POLICY}; {POLICIES}")]
 ConfigOption = Annotated[
-    Path | None, typer.Option(help="a JSON file of DecodeConfig's fields; options stand instead of them")
+    Path | None,
+    typer.Option(
+        help="a JSON file of DecodeConfig's fields, or what `dparallel tune` wrote; options stand instead of "
+        "what it says"
+    ),
 ]
 DRAFTERS = (
     "of an autoregressive model: ngram, ngram:N, a drafter's or a model's path; for builtin:causal also "
-    "builtin:dflash, builtin:parallelspec, builtin:adadecode, builtin:student; default: none"
+    "builtin:dflash, builtin:parallelspec, builtin:adadecode, builtin:ppd, builtin:hidden_transfer, "
+    "builtin:student; default: none"
 )
 DrafterOption = Annotated[str | None, typer.Option(help=DRAFTERS)]
 DraftSizeOption = Annotated[
@@ -125,12 +141,28 @@ def at_least(name: str, value: int, least: int) -> None:
 def check_kind(model: str, causal: bool, **given: Any) -> None:
     """Raise ValueError for an option, None where it is not given, that is for another kind of model."""
     for name, value in given.items():
-        of_causal = name in ("drafter", "draft_size")
+        of_causal = name in ("drafter", "draft_size", "context")
         if value is None or of_causal == causal:
             continue
         if causal:
             raise ValueError(f"{name}: belongs to masked diffusion; {model} is autoregressive")
         raise ValueError(f"{name}: {model} is a diffusion model, which takes none")
+
+
+def read_config(
+    file: Path | None,
+    models: list[str],
+    device: str | None,
+    mask_id: int | None,
+    drafters: list[str] | None,
+    draft_size: int | None,
+) -> tuple[dict[str, Any], int | None, list[str] | None, int | None]:
+    """Fields of `DecodeConfig` that the file names, and mask, drafters and draft size, of options or file."""
+    content = read_fields(file)
+    mask_id = take_mask(content, mask_id)
+    if warning := take_tuned(content, file, models, device, mask_id):
+        typer.echo(f"warning: {warning}", err=True)
+    return content, mask_id, *take_drafter(content, drafters, draft_size)
 
 
 def report() -> dict[str, Any]:
@@ -243,8 +275,10 @@ def decode(
             calls.append(files.prompts("batch", batch))
         if not any(calls):
             raise ValueError("prompt: expected one, as an argument or with --file or --batch")
-        content = read_fields(config)
-        mask_id = take_mask(content, mask_id)
+        content, mask_id, drafters, draft_size = read_config(
+            config, [model], device, mask_id, [drafter] if drafter else None, draft_size
+        )
+        drafter = drafters[0] if drafters else None
         infill = infill or bool(content.get("infill"))
         content.setdefault("gen_length", 0 if infill and not suffix else registry.gen_length(model))
         causal = registry.is_causal(model)
@@ -329,12 +363,13 @@ def demo(
 @app.command(rich_help_panel=LOOK)
 def evaluate(
     model: Annotated[list[str], typer.Option(help="repeatable")] = [registry.DEFAULT],  # noqa: B006
-    config: Annotated[
-        Path | None, typer.Option(help="a JSON file of DecodeConfig's fields, for all but the policies")
-    ] = None,
+    config: ConfigOption = None,
     policy: Annotated[
         list[str] | None,
-        typer.Option(help=f"repeatable; default: those of --rows, else {', '.join(EVALUATED)}; {POLICIES}"),
+        typer.Option(
+            help=f"repeatable; default: those of --rows, else the config's, else {', '.join(EVALUATED)}; "
+            f"{POLICIES}"
+        ),
     ] = None,
     rows: Annotated[
         Path | None,
@@ -385,11 +420,14 @@ def evaluate(
             raise ValueError("resume: goes on with the results in a file, so expected --json")
         for name in model:
             registry.directory_of(name)
-        policies: list[str | measuring.Fields] = [*(policy or ([] if rows else EVALUATED))]
+        content, mask_id, drafter, draft_size = read_config(
+            config, model, device, mask_id, drafter, draft_size
+        )
+        policies: list[str | measuring.Fields] = [*(policy or [])]
         if rows is not None:
             policies += measuring.read_rows(rows)
-        content = read_fields(config)
-        mask_id = take_mask(content, mask_id)
+        elif not policy:
+            policies += [own] if (own := policy_in(content)) else EVALUATED
         known = measuring.read_results(json_file) if resume and json_file and json_file.exists() else []
         results: list[dict[str, Any]] = []
         recording = None if html is None else Recording("dparallel evaluate")
@@ -424,6 +462,83 @@ def evaluate(
             plots.accuracy_against_passes(results, plot)
         if html is not None and recording is not None:
             files.write_text(html, recording.html())
+
+
+@app.command(rich_help_panel=LOOK)
+def tune(
+    out: Annotated[Path, typer.Argument(help="the file of what was measured and chosen, for --config")],
+    model: ModelOption = registry.DEFAULT,
+    drafter: DrafterOption = None,
+    draft_size: Annotated[
+        list[int] | None,
+        typer.Option(help=f"rows of a draft; repeatable; default: {', '.join(map(str, SIZES))}"),
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"of a diffusion model; repeatable; default: {', '.join(GRID['rule'])}; {POLICIES}"
+        ),
+    ] = None,
+    block_length: Annotated[
+        list[int] | None, typer.Option(help="repeatable; default: 16 and 32, or a block-causal model's own")
+    ] = None,
+    active_blocks: Annotated[
+        list[int] | None, typer.Option(help="blocks filled at once; repeatable; default: 1 and 2")
+    ] = None,
+    cache: Annotated[
+        list[str] | None, typer.Option(help="repeatable; default: none, or block of a block-causal model")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="points that a policy may lose against the best, of right or same answers")
+    ] = 1.0,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="a prompt a line; of JSONL, its 'prompt'; default: held-out built-in problems"),
+    ] = None,
+    problems: Annotated[int, typer.Option(help="prompts to decode, at most")] = 16,
+    gen_length: Annotated[int | None, typer.Option(help="tokens; default 64 built-in, 256 else")] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(help="of an autoregressive model: tokens of a prompt, others in front of it"),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="prompts decoded together")] = 1,
+    repeats: Annotated[int, typer.Option(help="runs that medians are of, behind one to warm up")] = 3,
+    mask_id: MaskOption = None,
+    chat: ChatOption = None,
+    device: str | None = None,
+    fp8: Fp8Option = False,
+) -> None:
+    """Measure what passes cost on this device, and choose by tokens per second: a drafter's size of draft; a
+    diffusion model's policy, block length, active blocks and cache.
+
+    `--config OUT` of decode, evaluate and serve takes the choice.
+    """
+    from . import tune as tuning
+
+    with plain_errors():
+        files.writable("out", out)
+        causal = registry.is_causal(model)
+        options: dict[str, Any] = {"drafter": drafter, "draft_size": draft_size, "context": context}
+        options |= {"policy": policy, "block_length": block_length, "active_blocks": active_blocks}
+        options |= {"cache": cache, "mask_id": mask_id}
+        check_kind(model, causal, **{name: None if each == [] else each for name, each in options.items()})
+        settings = tuning.Settings(
+            *(model, prompts, problems, gen_length, batch, repeats, context),
+            *(tolerance, device, fp8, mask_id, chat),
+        )
+
+        def say(text: str) -> None:
+            typer.echo(text, err=True)
+
+        if causal:
+            work, rows = tuning.measure_drafts(settings, drafter, draft_size, say)
+        else:
+            grid = {"rule": policy, "block_length": block_length, "active_blocks": active_blocks}
+            work, rows = tuning.measure_policies(settings, {**grid, "cache": cache}, say)
+        chosen = tuning.choose(rows, settings.tolerance)
+        for line in tuning.chart(rows, chosen):
+            typer.echo(line)
+        files.write_json(out, tuning.content(settings, work, rows, chosen))
 
 
 @app.command(rich_help_panel=DECODE)
@@ -499,8 +614,9 @@ def serve(
         from .serving import runner, settings
 
         keys = settings.find_keys(api_key, api_key_file)
-        content = read_fields(config)
-        mask_id = take_mask(content, mask_id)
+        content, mask_id, drafter, draft_size = read_config(
+            config, model, device, mask_id, drafter, draft_size
+        )
         of_diffusion = {"policy": policy, "cache": cache, "block_length": block_length, "mask_id": mask_id}
         of_causal = {"drafter": drafter or None, "draft_size": draft_size}
         causal = {each: registry.is_causal(each) for each in model}

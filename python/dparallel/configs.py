@@ -1,20 +1,30 @@
-"""Configs of the command line: a JSON file of `DecodeConfig`'s fields, and the options beside it."""
+"""Configs of the command line: a JSON file of `DecodeConfig`'s fields, and the options beside it.
+
+Beside these fields a file may have `drafter` and `draft_size`, which the options of these names stand instead
+of, and what `dparallel tune` says of its measurements.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dparallel_ext import DecodeConfig, rules
+from dparallel_ext import DecodeConfig, models, rules
+from dparallel_ext.arguments import shown, whole
 from dparallel_ext.rules import ONE, learned
 
-from . import files
+from . import files, registry
 
 POLICY = "entropy:0.5"
 """The rule where neither an option nor the file says how a pass decides."""
 DECIDES = {"rule", "policy", "threshold", "selector", "steps", "min_commit", "max_commit", "score"}
 """Fields that say so."""
+TUNED = "tuned"
+"""The key of a file of `dparallel tune` under which stands for what its settings were chosen."""
+TOLD = ("model", "fingerprint", "device")
+"""What it has to say to be checked."""
+BESIDE = ("drafter", "draft_size", TUNED)
 
 
 def parse_policy(text: str, *, files: bool = True) -> dict[str, Any]:
@@ -38,7 +48,7 @@ def parse_policy(text: str, *, files: bool = True) -> dict[str, Any]:
 
 
 def read_fields(file: Path | None) -> dict[str, Any]:
-    """The fields that the file names; none without a file.
+    """The fields that the file names, those of `BESIDE` among them; none without a file.
 
     Raises ValueError and FileNotFoundError, by name.
     """
@@ -46,10 +56,52 @@ def read_fields(file: Path | None) -> dict[str, Any]:
         return {}
     content = files.json_object("config", file, 1, files.read_text("config", file))
     try:
-        DecodeConfig.from_dict(content)
+        DecodeConfig.from_dict({name: value for name, value in content.items() if name not in BESIDE})
+        if not isinstance(drafter := content.get("drafter"), str | None):
+            raise ValueError(f"drafter: expected a text or null, got {shown(drafter)}")
+        if (size := content.get("draft_size")) is not None:
+            whole("draft_size", size, 0)
+        tuned = content.get(TUNED, {})
+        if not isinstance(tuned, dict) or (
+            TUNED in content and not all(isinstance(tuned.get(name), str) for name in TOLD)
+        ):
+            raise ValueError(f"{TUNED}: expected what `dparallel tune` writes, with {', '.join(TOLD)}")
     except ValueError as error:
         raise ValueError(f"config: {file}: {str(error).removeprefix('config: ')}") from error
     return content
+
+
+def take_tuned(
+    content: dict[str, Any], file: Path | None, names: Sequence[str], device: str | None, mask_id: int | None
+) -> str | None:
+    """A warning where the file's settings were measured on another device. They are no field any more.
+
+    Raises ValueError where they were measured with another model than each of `names`.
+    """
+    tuned = content.pop(TUNED, None)
+    if tuned is None:
+        return None
+    for name in names:
+        # Its tensors are mapped from the files, and few are looked at.
+        model = models.load(registry.directory_of(name), mask_id=mask_id)
+        if models.fingerprint(model) != tuned["fingerprint"]:
+            raise ValueError(
+                f"config: {file} was tuned for {tuned['model']}, and {name} is another model; "
+                "`dparallel tune` makes a file for it"
+            )
+    if (here := registry.device_name(device)) != tuned["device"]:
+        return f"config: {file} was tuned on {tuned['device']}, and this is {here}"
+    return None
+
+
+def take_drafter(
+    content: dict[str, Any], drafters: list[str] | None, draft_size: int | None
+) -> tuple[list[str] | None, int | None]:
+    """The drafters and the size that the options name, else the file: its size only with its own drafter."""
+    drafter, size = content.pop("drafter", None), content.pop("draft_size", None)
+    if drafters and drafters != [drafter]:
+        return drafters, draft_size
+    return [drafter] if drafter else None, size if draft_size is None else draft_size
 
 
 def take_mask(content: dict[str, Any], option: int | None) -> int | None:
@@ -71,6 +123,11 @@ def config_of(content: Mapping[str, Any], policy: str | None, **options: Any) ->
         parse_policy(policy or POLICY)
         return config.with_rule(policy or POLICY, **given)
     return config.replace(**given)
+
+
+def policy_in(content: Mapping[str, Any]) -> str | None:
+    """What a file's fields say of how a pass decides, as a text; None where they say nothing."""
+    return policy_of(DecodeConfig.from_dict(content)) if DECIDES & content.keys() else None
 
 
 def causal_config_of(content: Mapping[str, Any], policy: str | None, **options: Any) -> DecodeConfig:

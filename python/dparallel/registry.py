@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dparallel_ext import models, speculation
+from dparallel_ext import models, simd_level, speculation
 from dparallel_ext.rules import learned
 
 from . import text, tokenizer
@@ -73,6 +74,14 @@ def fast_bfloat16(device: torch.device | str | None = None) -> bool:
         return True
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return supported is not None and supported()
+
+
+def device_name(device: torch.device | str | None = None) -> str:
+    """What a device is, in words: measurements on another do not hold there."""
+    place = models.device_of(device)
+    if place.type == "cuda":
+        return torch.cuda.get_device_name(place)
+    return f"{platform.machine()} CPU, {simd_level()}, threads: {torch.get_num_threads()}"
 
 
 def block_length(name: str) -> int:

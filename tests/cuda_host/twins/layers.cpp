@@ -94,7 +94,8 @@ void fp8_linear_case() {
                      weight.get(),
                      scale.data(),
                      chance(0.5) ? bias.memory.get() : nullptr,
-                     out.memory.get()};
+                     out.memory.get(),
+                     chance(0.5)};
   cpu::fp8_linear(args, serial);
   const auto launch = [&args](Numbers& to, int64_t rows) {
     args.count = rows;

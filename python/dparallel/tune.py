@@ -1,0 +1,417 @@
+"""What passes cost on this device with this model, and the settings that bring the most tokens a second.
+
+    autoregressive   of each size of draft: L, the seconds of a pass, D, those of drafting, and tau, tokens of
+                     a pass; the best is argmax tau / (L + D) (PPD, arXiv 2405.18628)
+    diffusion        of each policy, block length, number of active blocks and cache: passes, tokens, seconds;
+                     the best is the fastest of those that answer as well as the best
+
+`dparallel tune` writes the choice into a file, which `--config` of the other commands takes: see `configs`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import dparallel_ext as dx
+from dparallel_ext import models, speculation
+from dparallel_ext.arguments import number, whole
+from dparallel_ext.decoding.settings import make_settings
+from dparallel_ext.models import Model
+from dparallel_ext.speculation.drafter import Expecting
+from dparallel_ext.speculation.speculate import causal_model, check_prompts, end_ids
+
+from . import files, registry, text
+from .complete import complete
+from .configs import TUNED, parse_policy, with_ends
+from .evaluate import check_row
+from .toy import tasks
+
+SIZES = (0, 1, 3, 7, 15, 23, 31, 47, 63)
+"""Rows of drafts; with the root's 1, 2, 4, 8, 16, 24, 32, 48, 64."""
+GRID: dict[str, tuple[Any, ...]] = {
+    "rule": ("confidence:0.9", "entropy:0.3", "entropy:0.5", "entropy:0.7"),
+    "block_length": (16, 32),
+    "active_blocks": (1, 2),
+    "cache": ("none",),
+}
+"""Of a diffusion model; a block-causal one's own blocks and cache "block"."""
+CHOSEN = ("drafter", "draft_size", *GRID)
+"""What of a row is a setting."""
+JUDGED = ("right", "same")
+"""Shares that a diffusion model's rows are judged by: of right answers, or of the reference's texts."""
+
+Row = dict[str, Any]
+"""What was measured, as the file has it."""
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured with. Raises ValueError naming the number that does not fit."""
+
+    model: str
+    prompts: Path | None = None
+    """A prompt a line, see `files.prompts`; None: held-out problems of the built-in task."""
+    problems: int = 16
+    """Prompts, at most."""
+    gen_length: int | None = None
+    """None: the model's default, see `registry.gen_length`."""
+    batch: int = 1
+    repeats: int = 3
+    """Times that everything is measured, once more than that run; the median counts."""
+    context: int | None = None
+    """Of an autoregressive model: tokens of each prompt, other prompts in front of it. None: its own."""
+    tolerance: float = 1.0
+    """Of a diffusion model: points that the choice may lose against the best row."""
+    device: str | None = None
+    fp8: bool = False
+    mask_id: int | None = None
+    chat: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("problems", "batch", "repeats"):
+            whole(name, getattr(self, name), 1)
+        number("tolerance", self.tolerance)
+        for name, least in (("gen_length", 2), ("context", 1)):
+            if getattr(self, name) is not None:
+                whole(name, getattr(self, name), least)
+
+
+class Work(NamedTuple):
+    """A loaded model and what it is to answer."""
+
+    model: Model
+    tokenizer: Any
+    template: text.Template | None
+    texts: list[str]
+    problems: list[tasks.Problem] | None
+    """The texts', where they can be judged."""
+    config: dx.DecodeConfig
+
+
+def load(settings: Settings) -> Work:
+    """Raises ValueError and FileNotFoundError, by name."""
+    problems = None
+    if settings.prompts is None:
+        problems = [*itertools.islice(tasks.problems("held_out"), settings.problems)]
+        texts = [problem.prompt for problem in problems]
+    else:
+        texts = files.prompts("prompts", settings.prompts)[: settings.problems]
+        if not texts:
+            raise ValueError(f"prompts: {settings.prompts} has none")
+    name, length = settings.model, settings.gen_length
+    template = registry.template_of(name, settings.chat)
+    model, tokenizer = registry.load(name, device=settings.device, fp8=settings.fp8, mask_id=settings.mask_id)
+    config = dx.DecodeConfig(gen_length=registry.gen_length(name) if length is None else length)
+    config = with_ends(config, text.endings(registry.directory_of(name), tokenizer))
+    return Work(model, tokenizer, template, texts, problems, config)
+
+
+def median_seconds(runs: Sequence[Sequence[float]]) -> float:
+    """The seconds of what each run has done in the same parts: the sum of each part's median."""
+    return sum(statistics.median(part) for part in zip(*runs, strict=False))
+
+
+def rounded(value: float) -> float:
+    """To six digits; whole numbers stay what they are."""
+    return value if isinstance(value, int) else float(f"{value:.6g}")
+
+
+# --- autoregressive models ------------------------------------------------------------------------
+
+
+class Stopwatch(speculation.Fixed):
+    """Always the same number of nodes; adds up the seconds of drafts."""
+
+    seconds = 0.0
+
+    @contextmanager
+    def drafting(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - began
+
+
+class Filler(speculation.DraftSession):
+    """Where there is no drafter: drafts as long as is asked, of one token over and over."""
+
+    most = SIZES[-1]
+
+    def check(self, model: Model) -> None:
+        """It goes with every model."""
+
+    def session(self, *_: Any, **__: Any) -> speculation.DraftSession:
+        return self
+
+    def propose(self, lanes: Sequence[speculation.Lane], sizes: Sequence[int]) -> list[speculation.Draft]:
+        return [speculation.Draft((0,) * size) for size in sizes]
+
+
+class Pass(NamedTuple):
+    """A pass over roots and drafts, until its result is on the host; passes over prompts are left out."""
+
+    seconds: float
+    """Of drafting, the pass, and the host's work before and after it."""
+    drafting: float
+    lanes: int
+    tokens: int
+
+
+def curve(
+    runs: Mapping[int, Sequence[Sequence[Pass]]], expected: Callable[[int], float] | None = None
+) -> list[Row]:
+    """A row of each size, from the passes of every run over the same texts.
+
+    expected: of a drafter that knows from measured ranks what a size brings, see `drafter.Expecting`. Its
+    tokens of a pass are that, less one, times a factor that the passes here say, of all sizes together.
+    """
+    lanes = {size: sum(each.lanes for each in passes[0]) for size, passes in runs.items()}
+    tokens = {size: sum(each.tokens for each in passes[0]) for size, passes in runs.items()}
+    if not all(lanes.values()):
+        raise ValueError("prompts: each response ends with its first token, expected longer ones")
+    tau = {size: tokens[size] / lanes[size] for size in runs}
+    if expected is not None:
+        promised = sum(lanes[size] * (expected(size) - 1) for size in runs)
+        worth = (sum(tokens.values()) - sum(lanes.values())) / promised if promised else 1.0
+        tau = {size: 1 + worth * (expected(size) - 1) for size in runs}
+    rows = []
+    for size, passes in runs.items():
+        seconds = median_seconds([[each.seconds for each in run] for run in passes])
+        drafting = median_seconds([[each.drafting for each in run] for run in passes])
+        each = 1e3 / len(passes[0])
+        row = {"draft_size": size, "pass_ms": each * (seconds - drafting), "draft_ms": each * drafting}
+        row |= {"tokens_per_forward": tau[size], "tokens_per_second": tau[size] * lanes[size] / seconds}
+        rows.append({name: rounded(value) for name, value in row.items()})
+    return rows
+
+
+def sizes_of(most: int, asked: Iterable[int] | None) -> list[int]:
+    """The sizes to measure, ascending. Raises ValueError for one beyond what the drafter has a use for."""
+    if asked:
+        return sorted({whole("draft_size", size, 0, most) for size in asked})
+    return sorted({*(size for size in SIZES if size < most), most})
+
+
+def measure_drafts(
+    settings: Settings, drafter: str | None, sizes: Iterable[int] | None, say: Say
+) -> tuple[Work, list[Row]]:
+    """Without a drafter the rows have `pass_ms` alone, of passes over drafts that mean nothing."""
+    made = speculation.drafter_of(drafter, models.device_of(settings.device))
+    asked = sizes_of(Filler.most if made is None else made.most, sizes)
+    work = load(settings)
+    model = causal_model(work.model)
+    if made is not None:
+        made.check(model)
+    encode = text.prompt_encoder(work.tokenizer, work.template)
+    prompts = [torch.tensor(ids) for ids in lengthened([*map(encode, work.texts)], settings.context)]
+    check_prompts(model, prompts, work.config)
+    length = whole("gen_length", work.config.gen_length, 2)
+    positions = max(map(len, prompts)) + length + asked[-1]  # so that the last drafts have room too
+    registry.check_positions(settings.model, model, positions)
+    sizer = Stopwatch(0)
+    batch = speculation.CausalBatch(model, settings.batch, positions, drafter=made or Filler(), sizer=sizer)
+    # One batch for all, as in an engine. Passes that a size's first run records are replayed in its others,
+    # which follow at once: so many forms are not remembered that other sizes may come between.
+    timed: dict[int, list[list[Pass]]] = {}
+    for sizer.nodes in asked:
+        runs = [[*_passes(batch, sizer, prompts, length, work.config)] for _ in range(1 + settings.repeats)]
+        timed[sizer.nodes] = runs[1:]
+        say(f"draft_size {sizer.nodes}: {len(runs[0])} passes, {1 + settings.repeats} times")
+    rows = curve(timed, made.expected if isinstance(made, Expecting) else None)
+    if made is None:
+        return work, [{name: row[name] for name in ("draft_size", "pass_ms")} for row in rows]
+    return work, [{"drafter": drafter, **row} for row in rows]
+
+
+def lengthened(prompts: list[list[int]], context: int | None) -> list[list[int]]:
+    """Each prompt with the others in front of it, over and over, until it has `context` tokens."""
+    found = []
+    for at, ids in enumerate(prompts):
+        others = [*itertools.chain(*prompts[at + 1 :], *prompts[: at + 1])]
+        more = max(0, (context or 0) - len(ids))
+        found.append([*itertools.islice(itertools.cycle(others), more), *ids])
+    return found
+
+
+def _passes(
+    batch: speculation.CausalBatch,
+    sizer: Stopwatch,
+    prompts: Sequence[torch.Tensor],
+    gen_length: int,
+    config: dx.DecodeConfig,
+) -> Iterator[Pass]:
+    """Decode all prompts, as many at a time as there are lanes."""
+    lanes, model = len(batch.rows), batch.model
+    for at in range(0, len(prompts), lanes):
+        part = prompts[at : at + lanes]
+        given = zip(part, make_settings(config, models.traits(model), "none", len(part)), strict=True)
+        for lane, (ids, own) in enumerate(given):
+            more = batch.tokens.shape[1] - len(ids)
+            batch.admit(lane, ids, more, own, eos_ids=end_ids(model, config))
+        while live := batch.live:
+            rows = [batch.rows[lane] for lane in live]
+            prefills, known = any(row.prefills for row in rows), sum(row.known for row in rows)
+            began, drafting = time.perf_counter(), sizer.seconds
+            with torch.inference_mode():
+                batch.step()  # returns when the result is on the host
+            seconds = time.perf_counter() - began
+            if not prefills:
+                tokens = sum(row.known for row in rows) - known
+                yield Pass(seconds, sizer.seconds - drafting, len(live), tokens)
+            for lane, row in zip(live, rows, strict=True):
+                if row.generated >= gen_length:
+                    batch.release(lane)
+
+
+# --- diffusion models -----------------------------------------------------------------------------
+
+
+def measure_policies(settings: Settings, grid: Mapping[str, Any], say: Say) -> tuple[Work, list[Row]]:
+    """grid: of `GRID`, values to try, in every combination, and None for the default. A combination that the
+    model refuses is left out, unless it refuses all."""
+    own = models.config_of(registry.directory_of(settings.model))[1].block_length  # of a block-causal model
+    found = GRID | ({} if own is None else {"block_length": (own,), "cache": ("block",)})
+    found |= {name: values for name, values in grid.items() if values}
+    asked = [dict(zip(found, each, strict=True)) for each in itertools.product(*found.values())]
+    for row in asked:
+        parse_policy(row["rule"])
+        check_row(row)
+    work = load(settings)
+    models.check_diffusion(work.model)
+    rows, answers = list[Row](), list[list[str]]()
+    refused: ValueError | None = None
+    for row in asked:
+        try:
+            measured, responses = _measured(settings, work, row)
+        except ValueError as error:
+            refused = error
+            say(f"left out: {label(row)}: {error}")
+            continue
+        say(f"{label(row)}: {measured['tokens_per_second']:.1f} tokens a second")
+        rows.append({**row, **measured})
+        answers.append(responses)
+    if refused is not None and not rows:
+        raise refused
+    judge(rows, answers, work.problems)
+    return work, rows
+
+
+def _measured(settings: Settings, work: Work, row: Row) -> tuple[Row, list[str]]:
+    """What decoding as the row says takes, and the responses."""
+    fields = {name: value for name, value in row.items() if name != "rule"}
+    config = work.config.with_rule(row["rule"], **fields)
+    parts = [work.texts[at : at + settings.batch] for at in range(0, len(work.texts), settings.batch)]
+    runs: list[list[float]] = []
+    for _ in range(1 + settings.repeats):
+        found: list[Row] = []
+        seconds = []
+        for part in parts:
+            began = time.perf_counter()
+            found += complete(
+                settings.model, work.model, work.tokenizer, part, config, template=work.template
+            )
+            seconds.append(time.perf_counter() - began)
+        runs.append(seconds)
+    tokens, passes = (sum(each[name] for each in found) for name in ("tokens", "forwards"))
+    measured = {
+        "passes": rounded(passes / len(found)),
+        "tokens_per_forward": rounded(tokens / passes),
+        "tokens_per_second": rounded(tokens / median_seconds(runs[1:])),
+    }
+    return measured, [each["response"] for each in found]
+
+
+def judge(
+    rows: Sequence[Row], answers: Sequence[Sequence[str]], problems: Sequence[tasks.Problem] | None
+) -> None:
+    """Give each row its share of right answers; where no row has any, or nobody knows them, of texts that are
+    those of the row with the most passes."""
+    if problems is not None:
+        right = [sum(map(tasks.is_correct, problems, responses)) / len(problems) for responses in answers]
+        if any(right):
+            for row, share in zip(rows, right, strict=True):
+                row["right"] = rounded(share)
+            return
+    reference = answers[max(range(len(rows)), key=lambda at: rows[at]["passes"])]
+    for row, responses in zip(rows, answers, strict=True):
+        same = sum(a == b for a, b in zip(responses, reference, strict=True))
+        row["same"] = rounded(same / len(reference))
+
+
+# --- the choice -----------------------------------------------------------------------------------
+
+
+def choose(rows: Sequence[Row], tolerance: float = 1.0) -> Row | None:
+    """The row of the most tokens per second, of those whose share of right answers or same texts is at most
+    `tolerance` points below the best one's; the first of equal rows. None where only passes were timed."""
+    judged = next((name for name in JUDGED if name in rows[0]), None)
+    if judged is not None:
+        least = max(row[judged] for row in rows) - tolerance / 100 - 1e-9
+        rows = [row for row in rows if row[judged] >= least]
+    return max(rows, key=lambda row: row["tokens_per_second"]) if "tokens_per_second" in rows[0] else None
+
+
+def content(settings: Settings, work: Work, rows: Sequence[Row], chosen: Row | None) -> Row:
+    """What the file holds."""
+    return {
+        **{name: chosen[name] for name in CHOSEN if chosen is not None and name in chosen},
+        TUNED: {
+            "model": settings.model,
+            "fingerprint": models.fingerprint(work.model),
+            "device": registry.device_name(work.model.device),
+            "fp8": settings.fp8,
+            "torch": torch.__version__,
+            "dparallel_ext": dx.__version__,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "prompts": len(work.texts),
+            "gen_length": work.config.gen_length,
+            "context": settings.context,
+            "batch": settings.batch,
+            "curve": list(rows),
+        },
+    }
+
+
+def label(row: Row) -> str:
+    """A row's settings in words; two of one name are not in one table."""
+    if "draft_size" in row:
+        return str(row["draft_size"])
+    return f"{row['rule']} blocks {row['block_length']} x {row['active_blocks']} {row['cache']}"
+
+
+COLUMNS = {
+    "draft_ms": ("draft ms", "9.3f"),
+    "pass_ms": ("pass ms", "9.3f"),
+    "passes": ("passes", "7.1f"),
+    "right": ("right", "7.1%"),
+    "same": ("same", "7.1%"),
+    "tokens_per_forward": ("tok/pass", "8.2f"),
+    "tokens_per_second": ("tok/s", "9.1f"),
+}
+"""What of a row is shown: heading and format."""
+BAR = 30
+
+
+def chart(rows: Sequence[Row], chosen: Row | None) -> Iterator[str]:
+    """The rows as lines, with bars of tokens per second, or of the passes' time where that is all."""
+    columns = [name for name in COLUMNS if name in rows[0]]
+    shown = "tokens_per_second" if "tokens_per_second" in rows[0] else "pass_ms"
+    first = "draft_size" if "draft_size" in rows[0] else "policy"
+    width = max(len(first), *(len(label(row)) for row in rows))
+    heads = [f"{COLUMNS[name][0]:>{COLUMNS[name][1].split('.')[0]}}" for name in columns]
+    yield " ".join([f"{first:<{width}}", *heads])
+    most = max(row[shown] for row in rows)
+    for row in rows:
+        cells = [f"{row[name]:{COLUMNS[name][1]}}" for name in columns]
+        bar = "#" * (round(BAR * row[shown] / most) if most else 0)
+        yield " ".join([f"{label(row):<{width}}", *cells, bar + (" <- chosen" if row is chosen else "")])
