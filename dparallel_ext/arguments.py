@@ -169,15 +169,22 @@ def _shape(value: Any) -> str:
     return str(tuple(value.shape)) if hasattr(value, "shape") else f"{len(value)} rows"
 
 
+def moved(ids: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Token ids (P,) of any lengths on a device, by one copy where they are on one other device."""
+    if len({each.device for each in ids} - {device}) != 1 or any(each.device == device for each in ids):
+        return [each.to(device) for each in ids]
+    return list(torch.cat(list(ids)).to(device).split([len(each) for each in ids]))
+
+
 def check_ids(name: str, ids: Sequence[Tensor], vocabulary: int | None) -> None:
     """Raise ValueError naming the argument where an id of `ids` is negative or not below `vocabulary`.
 
-    This waits for the device, so it belongs in front of the passes.
+    This waits for a device that ids are on, so it belongs in front of the passes.
     """
-    together = torch.cat(list(ids)) if ids else torch.zeros(0, dtype=torch.int64)
-    if not together.numel():
-        return
-    low, high = torch.stack(together.aminmax()).tolist()
-    if low < 0 or (vocabulary is not None and high >= vocabulary):
-        wanted = ">= 0" if vocabulary is None else f"in [0, {vocabulary})"
-        raise ValueError(f"{name}: expected token ids {wanted}, got {low if low < 0 else high}")
+    for device in {each.device: None for each in ids}:
+        there = [each for each in ids if each.device == device]
+        together = torch.cat(there) if len(there) > 1 else there[0]
+        low, high = torch.stack(together.aminmax()).tolist() if together.numel() else (0, -1)
+        if low < 0 or (vocabulary is not None and high >= vocabulary):
+            wanted = ">= 0" if vocabulary is None else f"in [0, {vocabulary})"
+            raise ValueError(f"{name}: expected token ids {wanted}, got {low if low < 0 else high}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .ops.varlen_attention import has_varlen
+from .packed import Packing, unpack
 
 PadTo = Callable[[int], int] | None
 
@@ -172,63 +175,103 @@ class KVCache:
         causal: bool,
         trees: tuple[tuple[int, ...], ...] | None,
     ) -> AttentionMetadata:
-        for span in spans:
-            if not 0 <= span.row < self.batch:
-                raise ValueError(f"spans: sequence {span.row}, but the cache is for {self.batch}")
-            if not (0 <= span.start <= span.end <= self.length and span.visible <= self.length):
+        batch, length = self.batch, self.length
+        for row, start, end, visible in spans:
+            if not 0 <= row < batch:
+                raise ValueError(f"spans: sequence {row}, but the cache is for {batch}")
+            if not (0 <= start <= end <= length and visible <= length):
                 raise ValueError(
-                    f"spans: positions [{span.start}, {span.end}) seeing {span.visible} exceed the "
-                    f"cache of {self.length}"
+                    f"spans: positions [{start}, {end}) seeing {visible} exceed the cache of {length}"
                 )
-        numbers = torch.tensor([list(span) for span in spans], dtype=torch.int64).view(-1, 4)
-        row, start, stop, visible = numbers.unbind(1)
-        count = stop - start
-        end = count.cumsum(0)
-        begin = end - count
-        total, max_q_len, max_kv_len = (
-            int(t[-1] if t is end else t.max()) if len(t) else 0 for t in (end, count, visible)
-        )
-        positions = torch.arange(total) + (start - begin).repeat_interleave(count)
-        rows, pages = row.repeat_interleave(count), self.block_table[row]
-        of_token = torch.arange(len(spans)).repeat_interleave(count)
-        slots = pages[of_token, positions // self.page_size] * self.page_size + positions % self.page_size
-        ancestors = None
-        if trees is not None:
-            depths, ancestors = _of_trees(trees)
-            positions = start.repeat_interleave(count) + depths
-        bounds = seen = begin[:0]
-        if self.varlen and trees is None:
-            whole = (start == 0) & (stop == visible) & (visible >= WHOLE)
-            if bool(whole.any()):
-                bounds, seen = F.pad(end, (1, 0)), torch.where(whole, visible, 0)
-                begin, end, visible = (t.masked_fill(whole, 0) for t in (begin, end, visible))
-                if bool(whole.all()):
-                    begin, end, visible, pages = (t[:0] for t in (begin, end, visible, pages))
+        counts = [span.end - span.start for span in spans]
+        ends = list(itertools.accumulate(counts))
+        begins = [end - count for end, count in zip(ends, counts, strict=True)]
+        seen_slots = [span.visible for span in spans]
+        total, max_q_len, max_kv_len = sum(counts), max(counts, default=0), max(seen_slots, default=0)
+        bounds: list[int] = []
+        seen: list[int] = []
+        through = list(spans)  # those that attend through the cache
+        whole = [self.varlen and trees is None and is_whole(span) for span in spans]
+        if any(whole):
+            bounds = [0, *ends]
+            seen = [span.visible if own else 0 for span, own in zip(spans, whole, strict=True)]
+            begins, ends, seen_slots = (
+                [0 if own else number for number, own in zip(numbers, whole, strict=True)]
+                for numbers in (begins, ends, seen_slots)
+            )
+            if all(whole):
+                begins, ends, seen_slots, through = [], [], [], []
+        more = more_spans = 0
         if pad_to is not None and spans:
             more = pad_to(total) - total
-            rows, positions = F.pad(rows, (0, more)), F.pad(positions, (0, more))
-            slots = F.pad(slots, (0, more), value=-1)
-            if ancestors is not None:
-                ancestors = F.pad(ancestors, (0, 0, 0, more))
-            if len(seen):
+            if seen:
                 max_q_len = max(max_q_len, more)  # the rows after the last span are a sequence too
-            more = _power_of_two(len(begin)) - len(begin)
-            begin, end, visible = (F.pad(t, (0, more)) for t in (begin, end, visible))
-            pages = F.pad(pages, (0, 0, 0, more))
-            more = _power_of_two(len(seen)) - len(seen)
-            bounds, seen = F.pad(bounds, (0, more), value=total), F.pad(seen, (0, more))
+            more_spans = _power_of_two(len(begins)) - len(begins)
+            more_seen = _power_of_two(len(seen)) - len(seen)
+            bounds += [total] * more_seen
+            seen += [0] * more_seen
             # They bound a launch's grid, whose blocks without work leave at once.
             max_q_len = _power_of_two(max_q_len)
-            max_kv_len = min(max(256, _power_of_two(max_kv_len)), self.length)
-        if len(seen):
-            bounds, seen = F.pad(bounds, (0, 1), value=len(rows)), F.pad(seen, (0, 1))
-        through_cache = begin, end, visible, pages
-        tensors = rows, positions, slots, *through_cache, bounds, seen, ancestors
+            max_kv_len = min(max(256, _power_of_two(max_kv_len)), length)
+        if seen:
+            bounds.append(total + more)
+            seen.append(0)
+        packing = Packing()
+        for span, count in zip(spans, counts, strict=True):
+            packing.repeat(span.row, count)
+        packing.repeat(0, more)
+        packing.close(total + more)
+        if trees is None:
+            for span in spans:
+                packing.ascending(span.start, span.end)
+        else:
+            depths, ancestors = _of_trees(trees)
+            own_starts = itertools.chain.from_iterable(
+                [span.start] * count for span, count in zip(spans, counts, strict=True)
+            )
+            packing.add(map(operator.add, own_starts, depths))
+        packing.repeat(0, more)
+        packing.close(total + more)
+        self._put_slots(packing, spans)
+        packing.repeat(-1, more)
+        packing.close(total + more)
+        for numbers in (begins, ends, seen_slots):
+            packing.add(numbers)
+            packing.repeat(0, more_spans)
+            packing.close(len(begins) + more_spans)
+        pages = self.block_table[[span.row for span in through]]
+        packing.tensors((F.pad(pages, (0, 0, 0, more_spans)),))
+        for numbers in (bounds, seen):
+            packing.add(numbers)
+            packing.close(len(numbers))
+        if trees is not None:
+            width = len(ancestors[0]) if ancestors else 0
+            packing.add(itertools.chain.from_iterable(ancestors))
+            packing.repeat(0, more * width)
+            packing.close(total + more, width)
+        tensors = unpack(*packing.pack())
         return AttentionMetadata(max_q_len, max_kv_len, *tensors, causal=causal)
 
+    def _put_slots(self, packing: Packing, spans: Sequence[Span]) -> None:
+        """Where the keys and values of the spans' tokens go."""
+        rows, size = list({span.row: None for span in spans}), self.page_size
+        tables = dict(zip(rows, self.block_table[rows].tolist(), strict=True))
+        for row, start, end, _ in spans:
+            while start < end:
+                page, offset = divmod(start, size)
+                count = min(size - offset, end - start)
+                slot = tables[row][page] * size + offset
+                packing.ascending(slot, slot + count)
+                start += count
 
-def _of_trees(trees: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """(N,) int64 depths and (N, W) int64 ancestor words of the tokens of trees, themselves among them."""
+
+def is_whole(span: Span) -> bool:
+    """Whether a sequence is computed whole, and so long that it attends to itself where it can."""
+    return span.start == 0 and span.end == span.visible >= WHOLE
+
+
+def _of_trees(trees: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
+    """The depths of N tokens of trees, and (N, W) words of their ancestors, themselves among them, signed."""
     depths: list[int] = []
     words: list[list[int]] = []
     width = -(-max(map(len, trees), default=0) // 64)
@@ -239,8 +282,7 @@ def _of_trees(trees: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
             own[place // 64] |= 1 << place % 64
             words.append(own)
             depths.append(depths[first + parent] + 1 if parent >= 0 else 0)
-    signed = [[word - 2**64 if word >= 2**63 else word for word in own] for own in words]
-    return torch.tensor(depths, dtype=torch.int64), torch.tensor(signed, dtype=torch.int64).view(-1, width)
+    return depths, [[word - 2**64 if word >= 2**63 else word for word in own] for own in words]
 
 
 def _power_of_two(count: int) -> int:

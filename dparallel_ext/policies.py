@@ -176,6 +176,11 @@ def most(row: Sequence[float]) -> float:
     return max(low, min(high, threshold if selector == SELECTORS["quota"] else math.inf))
 
 
+def least(row: Sequence[float]) -> float:
+    """The fewest positions, of as many masks, that a pass commits by a row of `FIELDS`."""
+    return most(row) if row[0] == SELECTORS["quota"] else max(1.0, row[2])
+
+
 def score_of(row: Sequence[float]) -> str:
     """The name of what a row of `FIELDS` ranks by."""
     own = _BY_ID[row[0]][2].score

@@ -127,8 +127,9 @@ class Batch:
             used = {other.settings.rule for other in self.rows if other.settings.rule is not None}
             self.runner.begin(lane, settings.rule, layout.columns, used)
         self.tokens[lane, :first] = prompt
-        self.tokens[lane, first : row.length] = self.mask_id
-        self.tokens[lane, row.length :] = self.pad_id
+        self.tokens[lane, first : row.length].fill_(self.mask_id)
+        if row.length < self.tokens.shape[1]:
+            self.tokens[lane, row.length :].fill_(self.pad_id)
         self._enter(lane)
         return row
 
@@ -156,18 +157,21 @@ class Batch:
     def _enter(self, b: int) -> None:
         """Begin the front block."""
         row = self.rows[b]
+        self.open_front(row)
+        if row.open and reads(row, "response"):  # its rule may have filled some of the masks already
+            block = row.open[0]
+            ids = self.tokens[b, block.start : block.end].tolist()
+            left = ids.count(self.mask_id)
+            first = block.start + (ids.index(self.mask_id) if left else 0)
+            row.open = (block._replace(masks_left=left, first_mask=first),)
+
+    def open_front(self, row: SequenceState) -> None:
+        """Open the front block where that is not open yet, and the blocks that are due behind it."""
         row.step_in_block, row.between_blocks, row.edits = 0, False, 0
         if row.done:
             row.open = ()
             return
-        if not row.open:
-            row.open = (row.opened(row.block_index),)
-            if reads(row, "response"):  # its rule may have filled some of the masks already
-                block = row.open[0]
-                ids = self.tokens[b, block.start : block.end].tolist()
-                left = ids.count(self.mask_id)
-                first = block.start + (ids.index(self.mask_id) if left else 0)
-                row.open = (block._replace(masks_left=left, first_mask=first),)
+        row.open = row.open or (row.opened(row.block_index),)
         self._open_more(row)
 
     def _open_more(self, row: SequenceState) -> None:
@@ -183,7 +187,7 @@ class Batch:
         """Sequence b is complete: what follows its last finished block, to a given token, becomes padding."""
         row = self.rows[b]
         if not row.done:
-            self.tokens[b, row.ahead : row.columns[-1] + 1] = self.pad_id
+            self.tokens[b, row.ahead : row.columns[-1] + 1].fill_(self.pad_id)
             row.block_index, row.open = len(row.blocks), ()
 
     def _fill(self, b: int, start: int, end: int) -> None:
@@ -201,7 +205,7 @@ class Batch:
         Where it raises, what the model, the policy or `unmask_` raises, every sequence is as it was before.
         """
         live = self.live if lanes is None else [b for b in self.live if b in lanes]
-        before = [copy.copy(self.rows[b]) for b in live], self.tokens.clone(), self.forwards
+        before = [vars(self.rows[b]).copy() for b in live], self.tokens.clone(), self.forwards
         memory = self._memory(live)
         remembered = [kept.clone() for kept in memory]
         try:
@@ -212,7 +216,7 @@ class Batch:
             for kept, old in zip(memory, remembered, strict=True):
                 kept.copy_(old)
             for b, row in zip(live, rows, strict=True):
-                self.rows[b].__dict__.update(row.__dict__)
+                vars(self.rows[b]).update(row)
             raise
 
     def _memory(self, live: list[int]) -> list[Tensor]:
@@ -236,20 +240,51 @@ class Batch:
         groups, results = self._groups(live), []
         for _ in range(passes):
             for group in groups:
-                results.append(self.runner.run(self.rows, self._work(group)))
+                results.append(self.runner.run(self.rows, self._work(group, self.rows)))
                 self.forwards += 1
             for b in live:
                 self._count_pass(self.rows[b])
         if len(groups) == 1 and self.runner.static_shapes:
-            # While the device is at it: what comes next if no block is complete. What follows a pass that
-            # handed over is not known yet: its first token is.
-            coming = self._work(live)
-            if all(work.spans for work in coming.values()):
-                self.runner.prepare(self.rows, coming)
+            # While the device is at it. What follows a pass that handed over is not known yet: its first
+            # token is.
+            for rows in self._coming(live, passes):
+                coming = self._work(live, rows)
+                if all(work.spans for work in coming.values()):
+                    self.runner.prepare(rows, coming)
         seen = self.runner.look(self.rows, results)
         last = zip(groups, seen[-len(groups) :], strict=True)
         found = {b: lanes[b] for group, lanes in last for b in group}
         return [b for b in live if self._advance(b, found[b])]
+
+    def _coming(self, live: list[int], passes: int) -> list[list[SequenceState]]:
+        """The rows as the next pass may find them, the likelier case first: as they are, if no block is
+        complete; and where they are of one sequence, as they are if its front block is.
+
+        passes: that were issued, and that nobody has looked at yet.
+        """
+        row = self.rows[live[0]] if len(live) == 1 else None
+        if row is None or row.edited or reads(row, "response"):  # a rule may fill other blocks, too
+            return [self.rows]
+        least, most = self._commits(row, passes)
+        complete, rows = [], self.rows.copy()
+        if row.masks_left <= most:
+            rows[live[0]] = after = copy.copy(row)
+            after.block_index, after.open = row.block_index + 1, row.open[1:]
+            self.open_front(after)
+            complete = [] if after.done else [rows]
+        if row.masks_left <= least:
+            return complete
+        likely = row.masks_left * (row.nfe - passes) <= row.decoded * passes  # at its pace so far
+        return [*complete, self.rows] if likely else [self.rows, *complete]
+
+    def _commits(self, row: SequenceState, passes: int) -> tuple[float, float]:
+        """The fewest and the most masks of the front block that the last passes commit, of as many."""
+        if row.settings.rule is not None and not row.settings.rule.by_row:
+            return passes, math.inf
+        front = row.open[0]
+        each = [row.policy(front._replace(step=step)) for step in range(front.step - passes, front.step)]
+        least = passes if self.schedule.first_mask_matters else sum(map(policies.least, each))
+        return least, sum(map(policies.most, each))
 
     def _count_pass(self, row: SequenceState) -> None:
         """A pass over the sequence was issued."""
@@ -291,11 +326,11 @@ class Batch:
                 self.end(b)
         return True
 
-    def _work(self, lanes: list[int]) -> dict[int, SequenceWork]:
+    def _work(self, lanes: list[int], rows: Sequence[SequenceState]) -> dict[int, SequenceWork]:
         """Of the next pass."""
         work = {}
         for b in lanes:
-            row = self.rows[b]
+            row = rows[b]
             first, last = self.schedule.computed(row)
             spans = [Span(b, first, last, row.length)]
             if isinstance(self.model, Model):

@@ -148,23 +148,26 @@ def decode(
     x, rows = batch.tokens[:size].clone(), batch.rows[:size]
     masked = torch.zeros(x.shape, dtype=torch.bool)
     for places, row in zip(masked, rows, strict=True):
-        places[list(row.columns)] = True
+        places[row.prompt : row.length].fill_(True)
+        if row.columns and row.columns[0] < row.prompt:
+            places[list(row.columns)] = True
     masked = masked.to(x.device)
-    trajectory = batch.runner.trajectory.responses(masked) if config.record or config.logprobs else None
+    trajectory = None
+    if config.record or config.logprobs:
+        trajectory = batch.runner.trajectory.responses([row.columns for row in rows])
     if not size and isinstance(prompt, Tensor) and isinstance(config.gen_length, int):
         x, masked = (t.new_zeros((0, prompt.shape[1] + config.gen_length)) for t in (x, masked))
-    numbers = [
-        x.new_tensor([getattr(row, name) for row in rows])
-        for name in ("generated", "kept", "length", "prompt", "published")
-    ]
-    nfe, canvases = x.new_tensor(batch.nfe), None
+    names = ("generated", "kept", "length", "prompt", "published")
+    numbers = [batch.nfe, *([getattr(row, name) for row in rows] for name in names)]
     if isinstance(batch, SelfSpeculation):
-        canvases = x.new_tensor(batch.canvases)
-    generated, kept, lengths, prompt_lengths, published = numbers
+        numbers.append(batch.canvases)
+    # In one copy to the device.
+    nfe, generated, kept, lengths, prompt_lengths, published, *canvases = torch.tensor(
+        numbers, dtype=torch.int64
+    ).to(x.device)
     batch.keep()
-    out = DecodeOutput(
-        x, nfe, batch.forwards, generated, kept, lengths, prompt_lengths, masked, published, canvases=canvases
-    )
+    counts = nfe, batch.forwards, generated, kept, lengths, prompt_lengths
+    out = DecodeOutput(x, *counts, masked, published, canvases=canvases[0] if canvases else None)
     if trajectory is not None:
         out.trajectory = trajectory if config.record else None
         out.logprobs = trajectory.logprob if config.logprobs else None
@@ -200,10 +203,12 @@ def start(
     if draft_size is not None and arguments.whole("draft_size", draft_size, 0):
         check_draft(settings, of_model.schedule)
         kind = functools.partial(SelfSpeculation, draft_size=draft_size)
+    arguments.check_ids("prompt", prompts, vocabulary(model))  # where they are: on the CPU without waiting
+    masked: list[list[int]] = [[] for _ in prompts]
+    if config.infill:
+        masked = [masks(prompt, mask_id) for prompt in arguments.moved(prompts, torch.device("cpu"))]
     if isinstance(model, Model):
-        prompts = [prompt.to(model.device) for prompt in prompts]
-    arguments.check_ids("prompt", prompts, vocabulary(model))
-    masked = [masks(prompt, mask_id) if config.infill else [] for prompt in prompts]
+        prompts = arguments.moved(prompts, model.device)
     causal = traits(model).block_length is not None
     lengths = [
         whole_length(len(prompt), count, block_length, causal)

@@ -7,20 +7,20 @@ runs on the device and asks the host for nothing more, so that on a GPU it can b
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..cache import GRAPH_BUCKETS, AttentionMetadata, KVCache, PadTo, Span
 from ..models import Model, own_precision
 from ..ops import commit_
 from ..ops.errors import Cell, explain
+from ..packed import Packing, Shapes, unpack
 from ..rules import Rule
 from ..types import CommitOutput
-from .packed import Shapes, pack, unpack
 from .sampler import Decided, Predicted, SamplingGroup, decide
 from .schedule import Window
 from .sequence import IDLE, SequenceState
@@ -78,6 +78,16 @@ class GraphKey(NamedTuple):
     def rows(self) -> int:
         """Of the packed tokens that the pass computes."""
         return self.shapes[0][0]
+
+
+class Prepared(NamedTuple):
+    """What the host has done already for a pass that may come."""
+
+    inputs_key: tuple[Any, ...]
+    rows: tuple[SequenceState, ...]
+    """Kept so that what `inputs_key` names by its id stays."""
+    inputs: Tensor
+    key: GraphKey
 
 
 RECORDED = 2**37
@@ -162,7 +172,7 @@ class Runner:
         self.recorded_rows = recorded_rows(model)
         self._graph_bucket = functools.partial(graph_bucket, recorded=self.recorded_rows)
         self._pad_to = row_padding(model) if isinstance(model, Model) else None
-        self._prepared: tuple[tuple[Any, ...], tuple[Tensor, GraphKey]] | None = None
+        self._prepared: list[Prepared] = []
 
     def suppress(self, ids: Tensor | None) -> Tensor | None:
         """One tensor for the same ids; with our models on the device.
@@ -211,11 +221,10 @@ class Runner:
         if self.graphs is not None and any(rows[b].nfe == 0 for b in work):
             # Where a sequence begins, the model may have moved.
             self.graphs.drop_stale(self.model.addresses())
-        prepared, self._prepared = self._prepared, None
-        if prepared is not None and prepared[0] == self._input_key(rows, work):
-            inputs, key = prepared[1]
-        else:
-            inputs, key = self.inputs(rows, work)
+        prepared, self._prepared = self._prepared, []
+        inputs_key = self._input_key(rows, work) if prepared else ()
+        found = next((each for each in prepared if each.inputs_key == inputs_key), None)
+        inputs, key = self.inputs(rows, work) if found is None else (found.inputs, found.key)
         compute = functools.partial(self._compute, key, work)
         if self.graphs is None or self.graphs.addresses is None:
             return compute(inputs.to(self.tokens.device, non_blocking=True))
@@ -240,19 +249,19 @@ class Runner:
         return found
 
     def prepare(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> None:
-        """Do what the host has to do for a pass that may come next."""
-        self._prepared = self._input_key(rows, work), self.inputs(rows, work)
+        """Do what the host has to do for a pass that may come next, beside others that may. The next pass
+        uses it if it is that very pass.
+        """
+        self._prepared.append(Prepared(self._input_key(rows, work), tuple(rows), *self.inputs(rows, work)))
 
     def _input_key(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> tuple[Any, ...]:
         """All that `inputs` follows from, where shapes are static."""
-        each = [
-            (r.nfe, r.settings.policy, r.settings.key, r.settings.record, SamplingGroup.of(r).key)
-            for r in rows
-        ]
+        # What does not change is the same object, or it may be another sequence.
+        each = [(r.nfe, id(r.settings), id(r.layout), id(r.suppress)) for r in rows]
         blocks = [  # not what they hold: that is known after the pass before
-            (window.start, window.end, window.must_move, window.block.held, window.block.step)
+            (w.start, w.end, w.must_move, w.block.start, w.block.held, w.block.step)
             for own in work.values()
-            for window in own.windows
+            for w in own.windows
         ]
         rest = [(b, own.spans, *own[2:]) for b, own in work.items()]
         return rest, blocks, each, self.kv_cache and self.kv_cache.changes
@@ -261,101 +270,135 @@ class Runner:
         self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]
     ) -> tuple[Tensor, GraphKey]:
         """All that the device has to be told, (n,) int64 on the CPU, and how it is to be read."""
-        spans: list[Span] = []
-        positions, sources, offset, length = [], [], 0, self.tokens.shape[1]
         reach = self._reach(rows, work)
-        beside = self.beside_of(len(rows), work, reach)
-        for b in sorted({*work, *beside}):
-            if b in beside:  # no window: what is listed is not read
-                positions.append(torch.arange(reach) + b * length)
-                sources.append(torch.zeros(reach, dtype=torch.int64))
-                continue
-            own = work[b]
-            everything = reads(rows[b], "block") or reads(rows[b], "response")
-            column = self._columns(b, own.reads, reach, everything)
-            first, last = own.spans[0].start, own.spans[-1].end
-            positions.append(column + b * length)
-            sources.append((column - self.shift).clamp(first, last - 1) - first + offset)
-            spans += own.spans
-            offset += last - first
-        source = torch.cat(sources)  # among the packed positions
-        metadata: Sequence[Tensor] = ()
-        longest = 0, 0
+        lanes = sorted({*work, *self.beside_of(len(rows), work, reach)})
+        packing, longest = Packing(), (0, 0)
         if isinstance(self.model, Model):
             assert self.kv_cache is not None
-            pad_to = self._pad_to
-            found = self.kv_cache.metadata(spans, pad_to)
-            metadata, longest = found.tensors, (found.max_q_len, found.max_kv_len)
-            if pad_to is not None:
-                source = F.pad(source, (0, pad_to(len(source)) - len(source)))
+            spans = [span for b in lanes if b in work for span in work[b].spans]
+            metadata = self.kv_cache.metadata(spans, self._pad_to)
+            longest = metadata.max_q_len, metadata.max_kv_len
+            packing.tensors(metadata.tensors)
         groups: dict[tuple[Any, ...], list[int]] = {}
         for b in work:
             groups.setdefault(SamplingGroup.of(rows[b]).key, []).append(b)
         cells = self._cells(rows, work, reach)
-        policy, keys, progress = self._of_windows(rows, work)
-        inputs, shapes = pack(
-            (
-                *metadata,
-                source,
-                torch.cat(positions),
-                torch.stack([self._edges(len(rows), work, group) for group in groups.values()]),
-                self._counted(rows, work),
-                self._endings(rows, work),
-                keys,
-                progress if cells else progress[:, :0],
-                F.pad(policy, (0, len(policy) % 2)).view(torch.int64),
-            )
-        )
+        self._put_rows(packing, rows, work, lanes, reach)
+        for group in groups.values():
+            packing.add(_by_field(self._edges(len(rows), work, group)))
+        packing.close(len(groups), 4, len(rows) * self.blocks)
+        counted = self._counted(rows, work)
+        packing.add(_by_field(counted))
+        packing.close(2, len(counted))
+        eos = eos_ids(rows)
+        for each in eos:
+            packing.add(_by_field(self._endings(rows, work, each)))
+        packing.close(len(eos), 2, len(rows))
+        self._put_windows(packing, rows, work, bool(cells))
+        inputs, shapes = packing.pack()
         if self.tokens.device.type == "cuda":
             inputs = inputs.pin_memory()  # else its copy to the device may wait for the passes before
         record = any(rows[b].settings.record for b in work)
         sampling = tuple(SamplingGroup.of(rows[group[0]]) for group in groups.values())
-        return inputs, GraphKey(shapes, *longest, record, cells, eos_ids(rows), sampling)
+        return inputs, GraphKey(shapes, *longest, record, cells, eos, sampling)
 
-    def _of_windows(
-        self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Policy rows (W * 5,) float32; (3, W) int64 pass, seed and number of the samples' key; and (4, W)
-        int64 `SequenceState.progress`.
+    def _put_rows(
+        self,
+        packing: Packing,
+        rows: Sequence[SequenceState],
+        work: Mapping[int, SequenceWork],
+        lanes: Sequence[int],
+        reach: int,
+    ) -> None:
+        """(n,) of each row of logits: its place among the packed positions, to n = so many as `row_padding`
+        says; and its flat position b * L + l. Of lanes beside those of `work`: what is not read.
         """
-        policy, keys, progress = [], [], []
+        of_lane: list[range | list[int]] = []
+        offset, count = 0, 0
+        for b in lanes:
+            if b not in work:
+                of_lane.append(range(reach))
+                packing.repeat(0, reach)
+            else:
+                own = work[b]
+                everything = reads(rows[b], "block") or reads(rows[b], "response")
+                columns = self._columns(b, own.reads, reach, everything)
+                first, last = own.spans[0].start, own.spans[-1].end
+                of_lane.append(columns)
+                low, high = (columns[0], columns[-1]) if columns else (first, first)
+                if first <= low - self.shift and high - self.shift < last and isinstance(columns, range):
+                    to = offset - first - self.shift
+                    packing.ascending(columns.start + to, columns.stop + to)
+                else:
+                    near = (min(max(column - self.shift, first), last - 1) for column in columns)
+                    packing.add(at - first + offset for at in near)
+                offset += last - first
+            count += len(of_lane[-1])
+        padded = count if self._pad_to is None else self._pad_to(count)
+        packing.repeat(0, padded - count)
+        packing.close(padded)
+        length = self.tokens.shape[1]
+        for b, columns in zip(lanes, of_lane, strict=True):
+            if isinstance(columns, range):
+                packing.ascending(columns.start + b * length, columns.stop + b * length)
+            else:
+                packing.add(column + b * length for column in columns)
+        packing.close(count)
+
+    def _put_windows(
+        self,
+        packing: Packing,
+        rows: Sequence[SequenceState],
+        work: Mapping[int, SequenceWork],
+        by_rule: bool,
+    ) -> None:
+        """Of all W windows: (3, W) pass, seed and number of the samples' key; (4, W), or (4, 0) without
+        rules, of `SequenceState.progress`; and policy rows, W * 5 float32 and one more where that is odd.
+        """
+        policy: list[float] = []
+        progress: list[tuple[int, int, int, int]] = []
+        keys = [(row.nfe + 1, *row.settings.key) for row in rows for _ in range(self.blocks)]
         for b, row in enumerate(rows):
             windows = work[b].windows if b in work else []
             for window in windows:
-                policy.append(row.policy(window.block, window.must_move))
+                policy += row.policy(window.block, window.must_move)
                 progress.append(row.progress(window.block))
-            none = self.blocks - len(windows)
-            policy += [IDLE.settings.policy] * none
-            progress += [(0, 1, 0, 0)] * none
-            keys += [(row.nfe + 1, *row.settings.key)] * self.blocks
-        own, far = (torch.tensor(each, dtype=torch.int64) for each in (keys, progress))
-        return torch.tensor(policy, dtype=torch.float32).view(-1), own.view(-1, 3).T, far.view(-1, 4).T
+            for _ in range(self.blocks - len(windows)):
+                policy += IDLE.settings.policy
+                progress.append((0, 1, 0, 0))
+        packing.add(_by_field(keys))
+        packing.close(3, len(keys))
+        packing.add(_by_field(progress) if by_rule else ())
+        packing.close(4, len(progress) if by_rule else 0)
+        packing.floats(policy)
+        packing.close(-(-len(policy) // 2))
 
-    def _edges(self, lanes: int, work: Mapping[int, SequenceWork], group: Sequence[int]) -> Tensor:
-        """(4, W) int64 for some lanes: the windows' columns [start, end), and those that rules read."""
+    def _edges(
+        self, lanes: int, work: Mapping[int, SequenceWork], group: Sequence[int]
+    ) -> list[tuple[int, int, int, int]]:
+        """For some lanes: each window's columns [start, end), and those that rules read."""
         edges = [(0, 0, 0, 0)] * (lanes * self.blocks)
         for b in group:
             for i, (window, read) in enumerate(zip(work[b].windows, work[b].reads, strict=True)):
                 edges[b * self.blocks + i] = (window.start, window.end, *read)
-        return torch.tensor(edges, dtype=torch.int64).T
+        return edges
 
-    def _counted(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> Tensor:
-        """(2, lanes * k) int64: columns [start, end) of the blocks that are counted, k of each sequence."""
+    def _counted(
+        self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]
+    ) -> list[tuple[int, int]]:
+        """Columns [start, end) of the blocks that are counted, as many of each sequence."""
         most = max([self.blocks, *(len(row.blocks) for row in rows if reads(row, "response"))])
         counted = [work[b].counted if b in work else [] for b in range(len(rows))]
-        edges = [edge for blocks in counted for edge in blocks + [(0, 0)] * (most - len(blocks))]
-        return torch.tensor(edges, dtype=torch.int64).view(-1, 2).T
+        return [edge for blocks in counted for edge in blocks + [(0, 0)] * (most - len(blocks))]
 
-    def _endings(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> Tensor:
-        """(ids, 2, lanes) int64: for each EOS id, where it ends a sequence."""
-        endings = [
-            [
-                work[b].ending if b in work and row.settings.eos_id == eos else (0, 0)
-                for b, row in enumerate(rows)
-            ]
-            for eos in eos_ids(rows)
+    def _endings(
+        self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork], eos: int
+    ) -> list[tuple[int, int]]:
+        """Of each lane, where this EOS ends the sequence."""
+        return [
+            work[b].ending if b in work and row.settings.eos_id == eos else (0, 0)
+            for b, row in enumerate(rows)
         ]
-        return torch.tensor(endings, dtype=torch.int64).view(-1, len(rows), 2).transpose(1, 2)
 
     def _reach(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> int:
         """The most columns whose logits are usual for a sequence of the pass."""
@@ -379,18 +422,20 @@ class Runner:
         idle = [b for b in range(lanes) if b not in work]
         return set(idle[: max(0, sequences - len(work))])
 
-    def _columns(self, b: int, reads: list[tuple[int, int]], reach: int, everything: bool) -> Tensor:
+    def _columns(
+        self, b: int, reads: list[tuple[int, int]], reach: int, everything: bool
+    ) -> range | list[int]:
         """Those whose logits are computed: on the CPU the masks among those read, unless a rule reads
         everything; else as many each time.
         """
         start, end = reads[0][0], reads[-1][1]  # what lies between windows holds no mask
-        if not self.static_shapes:
-            columns = torch.arange(start, end)
-            return columns if everything else columns[self.tokens[b, start:end] == self.mask_id]
-        if end - start < reach:
+        if not self.static_shapes and not everything:
+            held = self.tokens[b, start:end].tolist()
+            return [start + at for at, token in enumerate(held) if token == self.mask_id]
+        if self.static_shapes and end - start < reach:
             start = min(start, self.tokens.shape[1] - reach)
             end = start + reach
-        return torch.arange(start, end)
+        return range(start, end)
 
     def _compute(self, key: GraphKey, work: Mapping[int, SequenceWork], inputs: Tensor) -> Tensor:
         *metadata, source, positions, edges, counted, endings, keys, progress, policy = unpack(
@@ -482,6 +527,11 @@ class Runner:
         for field, value in (*values, (kept.logprob, logprob)):
             flat = field.view(-1)
             flat[positions] = torch.where(fresh, value, flat[positions])
+
+
+def _by_field(rows: Sequence[tuple[int, ...]]) -> Iterable[int]:
+    """The first number of all, the second of all, ..."""
+    return itertools.chain.from_iterable(zip(*rows, strict=True))
 
 
 def eos_ids(rows: Sequence[SequenceState]) -> tuple[int, ...]:

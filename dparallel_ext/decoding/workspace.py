@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,20 +38,25 @@ class Trajectory:
 
     def clear(self, b: int) -> None:
         """Forget what sequence b was."""
-        self.step[b] = 0
-        self.confidence[b] = self.logprob[b] = math.nan
+        self.step[b].fill_(0)
+        self.confidence[b].fill_(math.nan)
+        self.logprob[b].fill_(math.nan)
 
-    def responses(self, masked: Tensor) -> Trajectory:
-        """What it says of the positions `masked` (B, L) bool, a row for a sequence; blank beyond its end.
+    def responses(self, columns: Sequence[Sequence[int]]) -> Trajectory:
+        """What it says of the response of each of the first sequences, a row for each; blank beyond its end.
 
-        B and L may be less than what it is for.
+        columns: of the responses, ascending.
         """
-        counts = masked.sum(1)
-        inside = torch.arange(int(counts.max()) if len(counts) else 0, device=masked.device) < counts[:, None]
-        made = Trajectory.blank(inside)
-        for field in ("step", "confidence", "logprob"):
-            getattr(made, field)[inside] = getattr(self, field)[: len(masked), : masked.shape[1]][masked]
-        return made
+        width = max(map(len, columns), default=0)
+        places = torch.tensor([[*own, *[-1] * (width - len(own))] for own in columns], dtype=torch.int64)
+        places = places.view(len(columns), width).to(self.step.device)
+        inside, places, blank = places >= 0, places.clamp(min=0), Trajectory.blank(places)
+        return Trajectory(
+            *(
+                torch.where(inside, getattr(self, name)[: len(columns)].gather(1, places), none)
+                for name, none in vars(blank).items()
+            )
+        )
 
 
 def graphs_on(device: torch.device) -> Graphs | None:

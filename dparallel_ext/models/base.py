@@ -23,7 +23,7 @@ from . import fused_weights, rope
 from .attention import PagedAttention
 from .config import Config, ModelConfig, Output, token_ids
 from .fp8 import Fp8Linear
-from .modules import DROPOUT, Block, Named, RMSNorm, Stream, Taps, norm_of_sum, rotate
+from .modules import DROPOUT, Block, Named, RMSNorm, Stream, Taps, all_modules, norm_of_sum, rotate
 
 
 class Model(Named):
@@ -362,13 +362,19 @@ class Model(Named):
         own = {
             Block, RMSNorm, nn.Linear, Fp8Linear, nn.Embedding, nn.ModuleList, nn.Module, type(self)
         }  # fmt: skip
-        modules = list(self.modules())
-        if any(not fused_weights.is_unmodified(m, type(m)) or type(m) not in own for m in modules):
-            return None
         parts = {"hidden", "step", "embedded", "run_layers", "final_norm", "head"}
         if not parts.isdisjoint(vars(self)):
             return None
-        return [tensor.data_ptr() for tensor in itertools.chain(self.parameters(), self.buffers())]
+        modules = all_modules(self)
+        kinds = [type(module) for module in modules]
+        if not own.issuperset(kinds) or not all(map(fused_weights.is_unmodified, modules, kinds)):
+            return None
+        tensors: list[Tensor | None] = []
+        for module in modules:
+            for held in (vars(module)["_parameters"], vars(module)["_buffers"]):
+                if held:
+                    tensors += held.values()
+        return [tensor.data_ptr() for tensor in tensors if tensor is not None]
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., width)."""

@@ -53,6 +53,18 @@ class Named(nn.Module):
         at.add_module(path[-1], value)
 
 
+def all_modules(module: nn.Module) -> list[nn.Module]:
+    """It and all within it, each once: `module.modules()` without names, since every decode asks."""
+    found, met = [module], {module}
+    for each in found:
+        if each._modules:
+            for part in each._modules.values():
+                if part is not None and part not in met:
+                    met.add(part)
+                    found.append(part)
+    return found
+
+
 class RMSNorm(nn.Module):
     """Normalised in float32 or better, scaled in the model's dtype, as published."""
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from .base import Model
 from .config import Traits
+from .modules import all_modules
 
 Class = tuple[str, str, str]
 """Its module, its name, and the attribute that holds what it wraps."""
@@ -58,10 +59,10 @@ def classes(*wanted: Class) -> tuple[Any, ...]:
 
 
 def layers(model: Any) -> Iterator[Any]:
-    """`model`, what it wraps, what that wraps, and so on; up to what says its traits itself."""
+    """`model`, what it wraps, and so on; up to one of ours, or what says its traits itself."""
     while model is not None:
         yield model
-        if said(model) is not None:
+        if issubclass(type(model), Model) or said(model) is not None:
             return
         attribute = next((w[2] for w in WRAPPERS if isinstance(model, classes(w))), None)
         if attribute is not None:
@@ -118,8 +119,8 @@ def own_precision(model: Any, device: torch.device) -> AbstractContextManager[An
 def check_whole(found: list[Any]) -> None:
     """Raise ValueError where weights of a model, with its wrappers in front of it, are elsewhere."""
     inner, sharded = found[-1], classes(FSDP1, FSDP2)
-    parts = [*found, *(inner.modules() if isinstance(inner, nn.Module) else ())]
-    shard = next((part for part in parts if isinstance(part, sharded)), None)
+    parts = all_modules(inner) if isinstance(inner, nn.Module) else []
+    shard = next((part for part in (*found, *parts) if isinstance(part, sharded)), None) if sharded else None
     if shard is not None:
         raise ValueError(
             f"model: FSDP has sharded its weights ({type(shard).__name__}), and processes that decode "
@@ -128,8 +129,10 @@ def check_whole(found: list[Any]) -> None:
             "load it into a model of its own"
         )
     if isinstance(inner, Model):
-        for name, p in inner.named_parameters():
-            if p.is_meta or hasattr(p, "placements") or not p.numel():
+        parameters = [p for part in parts for p in part._parameters.values() if p is not None]
+        away = {id(p) for p in parameters if p.is_meta or hasattr(p, "placements") or not p.numel()}
+        for name, p in inner.named_parameters() if away else ():
+            if id(p) in away:
                 where = "on the meta device" if p.is_meta else "sharded"
                 raise ValueError(
                     f"model: expected all its weights in this process, but {name} is {where}: load it, or "

@@ -37,12 +37,12 @@ from torch import Tensor, nn
 
 from ..arguments import shown, whole
 from ..cache import AttentionMetadata, KVCache, Span
-from ..decoding.packed import Shapes, pack, unpack
 from ..decoding.runner import recorded_rows, row_padding
 from ..decoding.workspace import graphs_on
 from ..models import Model, Stream, own_precision
 from ..models.fields import LAYERS, VOCABULARY, WIDTH, Field, read
 from ..ops import row_stats
+from ..packed import Shapes, pack, unpack
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
 from .draft import Draft
 from .drafter import DraftSession, Lane

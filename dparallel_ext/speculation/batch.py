@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from ..cache import AttentionMetadata, KVCache, PadTo, Span
-from ..decoding.packed import Shapes, pack, unpack
 from ..decoding.runner import recorded_rows, row_padding
 from ..decoding.sequence import Settings
 from ..decoding.workspace import graphs_on
 from ..models import Model, Taps, own_precision
 from ..ops import accept, kv_move
 from ..ops.errors import NO_ERROR, explain
+from ..packed import Shapes, pack, unpack
 from . import riding
 from .draft import Draft, check_drafts
 from .drafter import Drafter, KeepsStreams, Lane

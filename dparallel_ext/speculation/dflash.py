@@ -32,7 +32,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cache import AttentionMetadata, KVCache, Span
-from ..decoding.packed import Shapes, pack, unpack
 from ..decoding.runner import recorded_rows, row_padding
 from ..decoding.workspace import graphs_on
 from ..models import Model, Qwen3, fused_weights, own_precision, rope
@@ -41,6 +40,7 @@ from ..models.config import ModelConfig, token_ids
 from ..models.fields import LAYERS, Field, check_supported, read
 from ..models.modules import Block, RMSNorm, Stream, norm_of_sum, rotate
 from ..ops import kv_move, kv_write
+from ..packed import Shapes, pack, unpack
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
 from .draft import Draft
 from .drafter import DraftSession, Lane

@@ -223,7 +223,9 @@ def _output(batch: CausalBatch, prompts: Sequence[Tensor], config: DecodeConfig)
     for b, row in enumerate(batch.rows):
         masked[b, row.prompt : row.length] = True
     # How sure the model was is what it drew with: there is no mask token, whose share would be another's.
-    found = Trajectory(batch.steps, batch.logprobs.exp(), batch.logprobs).responses(masked)
+    found = Trajectory(batch.steps, batch.logprobs.exp(), batch.logprobs).responses(
+        [range(row.prompt, row.length) for row in batch.rows]
+    )
     trajectory = Trajectory(*(field.to(device) for field in vars(found).values()))
 
     def numbers(name: str) -> Tensor:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import collections
+import importlib
 import itertools
 import math
 import warnings
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from conftest import golden
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dparallel_ext as dx
 from dparallel_ext import models, policies
@@ -451,3 +455,40 @@ def test_eos_ends_a_sequence_once_what_is_in_front_is_final(
             assert int(out.generated) == 24 - int(late.sum())
             saved += int(on.nfe) - int(out.nfe)
     assert saved > 0
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that are dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found[func._schema.name.partition("::")[2]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("more", [{}, {"record": True, "logprobs": True}], ids=str)
+@pytest.mark.parametrize("count", [1, 5])
+def test_numbers_go_to_the_device_together(
+    monkeypatch: pytest.MonkeyPatch, llada: models.Model, count: int, more: dict[str, Any]
+) -> None:
+    """As many copies and looks for one sequence as for several, before the first pass and after the last."""
+    decoding = importlib.import_module("dparallel_ext.decoding.decode")
+    run, operators = decoding.run, Operators()
+    begun: collections.Counter[str] = collections.Counter()
+
+    def runs(*args: Any) -> None:
+        begun.update(operators.found)
+        run(*args)
+        operators.found.clear()
+
+    monkeypatch.setattr(decoding, "run", runs)
+    prompts = [torch.arange(3, 9 + i).to(llada.device) for i in range(count)]
+    with operators:
+        dx.decode(llada, prompts, gen_length=16, block_length=8, graphs=False, **more)
+    assert begun["aminmax"] == 1
+    made = {name: operators.found[name] for name in ("lift_fresh", "_local_scalar_dense", "nonzero", "index")}
+    assert made == {"lift_fresh": 2 if more else 1, "_local_scalar_dense": 0, "nonzero": 0, "index": 0}
+    assert not any("index_put" in name for name in (*begun, *operators.found))

@@ -251,3 +251,60 @@ def test_adapters_are_used_and_the_rest_stays_together() -> None:
         assert (changed - expected).abs().max() > 0.01
         merged = adapted.merge_and_unload()
         torch.testing.assert_close(stepped(merged, x), changed, rtol=1e-4, atol=1e-4)
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "a hook": lambda part: part.register_forward_hook(lambda *_: None),
+    "a hook in front": lambda part: part.register_forward_pre_hook(lambda *_: None),
+    "a method in its place": lambda part: setattr(part, "forward", part.forward),
+    "compiled": lambda part: part.compile(),
+    "another class": lambda part: setattr(part, "__class__", type("Other", (type(part),), {})),
+    "another kind of part": lambda part: part.add_module("beside", nn.Dropout()),
+}
+
+
+@both
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_addresses_tell_of_every_change_to_any_part(name: str, change: str) -> None:
+    """In any module, the model itself excepted where it is of another class."""
+    model = golden.model(name)
+    addresses = model.addresses()
+    assert addresses is not None
+    assert set(addresses) == {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
+    for path, _ in list(model.named_modules()):
+        changed = copy.deepcopy(model)
+        assert changed.addresses() is not None
+        CHANGES[change](changed.get_submodule(path))
+        assert (changed.addresses() is None) == (path != "" or change != "another class"), path
+
+
+@both
+def test_the_addresses_tell_of_every_tensor_that_moves(name: str) -> None:
+    model = golden.model(name)
+    model.blocks[1].register_buffer("beside", torch.zeros(3))
+    before = model.addresses()
+    assert model.addresses() == before
+    for _, tensor in (*model.named_parameters(), *model.named_buffers()):
+        tensor.data = tensor.data.clone()
+        after = model.addresses()
+        assert after != before
+        before = after
+    for quantised in (model.blocks[0].quantize, model.blocks[1].quantize):
+        quantised()
+        after = model.addresses()
+        assert after is not None
+        assert after != before
+        before = after
+
+
+@both
+def test_a_weight_that_is_elsewhere_is_named(name: str) -> None:
+    model = golden.model(name)
+    for path, parameter in list(model.named_parameters()):
+        module, _, leaf = path.rpartition(".")
+        for away, said in ((parameter.to("meta"), "on the meta device"), (parameter[:0], "sharded")):
+            setattr(model.get_submodule(module), leaf, nn.Parameter(away.detach()))
+            with pytest.raises(ValueError, match=f"{path} is {said}"):
+                models.for_decoding(model)
+        setattr(model.get_submodule(module), leaf, parameter)
+        assert models.for_decoding(model) is model

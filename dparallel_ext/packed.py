@@ -1,0 +1,79 @@
+"""Tensors of whole numbers in one, so that a single copy brings all that a pass needs to the device."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+Shapes = tuple[tuple[int, ...], ...]
+
+COUNTING = array("q", range(2**16))
+"""The numbers of which `Packing.ascending` copies a slice."""
+
+
+def pack(tensors: Iterable[Tensor]) -> tuple[Tensor, Shapes]:
+    """int64 tensors of any shapes -> (n,) int64, and their shapes."""
+    parts = list(tensors)
+    return torch.cat([part.reshape(-1) for part in parts]), tuple(tuple(part.shape) for part in parts)
+
+
+def unpack(numbers: Tensor, shapes: Shapes) -> list[Tensor]:
+    """The tensors that `pack` was given, as views of its `numbers` or of a copy."""
+    parts = numbers.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+class Packing:
+    """What `pack` returns, number by number: a pass has many short tensors, and each operator of torch costs
+    as much as a hundred numbers do here. `close` ends a tensor.
+    """
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        self._parts: list[Tensor] = []
+        self._last = array("q")
+        """The numbers after the last of `_parts`."""
+
+    def add(self, numbers: Iterable[int]) -> None:
+        self._last += array("q", numbers if isinstance(numbers, list) else list(numbers))
+
+    def ascending(self, start: int, end: int) -> None:
+        """start, start + 1, ..., end - 1"""
+        if start >= 0 and end <= len(COUNTING):
+            self._last += COUNTING[start:end]
+        elif end - start < 128:  # beyond, torch makes it faster than Python
+            self.add(range(start, end))
+        else:
+            self._append(torch.arange(start, end))
+
+    def repeat(self, number: int, count: int) -> None:
+        self._last += array("q", (number,)) * count
+
+    def floats(self, numbers: Sequence[float]) -> None:
+        """float32, two in each int64, the last with a zero if it is alone; `view(torch.float32)` has them."""
+        self._last.frombytes(array("f", [*numbers, *[0.0] * (len(numbers) % 2)]).tobytes())
+
+    def close(self, *shape: int) -> None:
+        """What was added since the last tensor is one of this shape."""
+        self.shapes.append(shape)
+
+    def tensors(self, tensors: Iterable[Tensor]) -> None:
+        """int64 tensors, each with its shape."""
+        for tensor in tensors:
+            self._append(tensor.reshape(-1))
+            self.shapes.append(tuple(tensor.shape))
+
+    def pack(self) -> tuple[Tensor, Shapes]:
+        """(n,) int64 of all, and the shapes."""
+        self._append(torch.empty(0, dtype=torch.int64))
+        return torch.cat(self._parts), tuple(self.shapes)
+
+    def _append(self, part: Tensor) -> None:
+        if self._last:
+            self._parts.append(torch.frombuffer(self._last, dtype=torch.int64))
+            self._last = array("q")
+        self._parts.append(part)
