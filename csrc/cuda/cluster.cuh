@@ -19,10 +19,10 @@ template <class Kernel>
 bool has_clusters(Kernel*) {
   return cuda_host::has_clusters();
 }
-// On a device of eight SMs.
 template <auto kernel>
 int clusters_at_once(unsigned cluster, unsigned, size_t) {
-  return cluster == 1 || cuda_host::has_clusters() ? static_cast<int>(8 / cluster) : 0;
+  return cluster == 1 || cuda_host::has_clusters() ? cuda_host::sms() / static_cast<int>(cluster)
+                                                   : 0;
 }
 inline void cluster_barrier() { cuda_host::cluster_barrier(); }
 inline void leave_cluster() { cuda_host::cluster_barrier(); }
@@ -76,7 +76,7 @@ bool has_clusters(void (*kernel)(Parameters...)) {
 
 // Clusters of so many blocks, up to 8, that run at once on the current device, which is asked the
 // first time; 0: it has none. GPCs are of different numbers of SMs, so that not every SM may find a
-// place in a cluster. `kernel` stands for all that take a whole SM.
+// place in a cluster. Of one block: the SMs. `kernel` stands for all that take as much of an SM.
 template <auto kernel>
 int clusters_at_once(unsigned cluster, unsigned block, size_t shared_bytes) {
   constexpr int kDevices = 64;
