@@ -64,8 +64,7 @@ class _Session(DraftSession):
         for size in self._sizes:
             at = ends.get(tuple(ids[-size:])) if size <= len(ids) else None
             if at is not None:
-                found: list[int] = []
-                for place in range(at, at + most):  # what repeats goes on repeating
-                    found.append(ids[place] if place < len(ids) else found[place - len(ids)])
-                return Draft(tuple(found))
+                found = ids[at : at + most]
+                repeats = -(-most // len(found))  # what repeats goes on repeating
+                return Draft(tuple((found * repeats)[:most]))
         return Draft()

@@ -134,6 +134,7 @@ def speculate(
             pad_id=eos_ids[0] if eos_ids else 0,
             batch_invariant=config.batch_invariant,
             graphs=config.graphs,
+            ahead=1,
         )
         for lane, (ids, count, own) in enumerate(zip(prompts, counts, settings, strict=True)):
             batch.admit(lane, ids.cpu(), count, own, eos_ids=eos_ids)
