@@ -25,14 +25,14 @@ from torch import Tensor
 from ..cache import AttentionMetadata, KVCache, PadTo, Span
 from ..decoding import runner
 from ..decoding.sequence import Settings
-from ..decoding.workspace import graphs_on
+from ..decoding.workspace import Workspace
 from ..models import Model, Taps, own_precision
 from ..ops import accept, kv_move
 from ..ops.errors import NO_ERROR, explain
 from ..packed import Packing, Shapes, unpack
 from . import riding
 from .draft import Draft, check_drafts
-from .drafter import Drafter, KeepsStreams, Lane
+from .drafter import Apart, Drafter, DraftSession, KeepsStreams, Lane
 from .sequence import IDLE, CausalSequence, SamplingGroup, Verified
 from .sizing import Fixed, Sizer
 
@@ -154,28 +154,49 @@ class CausalBatch:
         self.steps = torch.zeros((lanes, width), dtype=torch.int64)
         """(lanes, width): the pass that brought each token, where a sequence wants log-probabilities or the
         record."""
-        self.kv_cache = model.new_cache(lanes, width) if kv_cache is None else kv_cache
+        self.device = device = model.device
+        owner = None if isinstance(drafter, Apart) else drafter
+        space = None
+        if kv_cache is None and graphs:
+            space = Workspace.take(model, lanes, width, UNKNOWN, device, cached=True, drafter=owner)
+        if space is None:
+            kv_cache = model.new_cache(lanes, width) if kv_cache is None else kv_cache
+            space = Workspace.of(
+                torch.zeros((lanes, 1), dtype=torch.int64, device=device), kv_cache, graphs=graphs
+            )
+        assert space.kv_cache is not None
+        self._workspace: Workspace | None = space
+        self.kv_cache, self.graphs = space.kv_cache, space.graphs
         self.rows: list[CausalSequence] = [IDLE] * lanes
         self.forwards = 0
         self.draft_forwards = 0
         self.counts = Counts([], [])
         self._most = 0 if drafter is None else drafter.most
-        self._session = (
-            None if drafter is None else drafter.session(model, self.kv_cache, lanes, graphs=graphs)
-        )
+        self._session: DraftSession | None = space.session
+        if drafter is not None and self._session is None:
+            self._session = drafter.session(model, self.kv_cache, lanes, graphs=graphs)
+        self._owned = self._session if owner is not None else None
+        """What recorded passes read of the drafter."""
         self._riders = None if self._session is None else self._session.riders
         self._sizer: Sizer = Fixed(self._most) if sizer is None else sizer
-        self.device = model.device
-        self.graphs = graphs_on(self.device) if graphs else None
+        self._suppressed = space.suppressed
         self._recorded_rows = runner.recorded_rows(model)
         self._pad_to: PadTo = runner.row_padding(model)
-        may = drafter is None and not batch_invariant and runner.runs_ahead(self.device)
+        may = drafter is None and not batch_invariant and runner.runs_ahead(device)
         self._ahead = ahead if may else 0
-        self._last = torch.zeros(lanes, dtype=torch.int64, device=self.device) if self._ahead else None
+        self._last = space.tokens[:, 0] if self._ahead else None
         """(lanes,) int64: what the last pass has chosen, where the next may be issued without knowing it."""
         self._issued: collections.deque[Issued] = collections.deque()
         """Passes that were not looked at, the oldest first."""
-        self._suppressed: dict[tuple[int, ...], Tensor] = {}
+
+    def keep(self) -> None:
+        """Let the next batch like this one replay what this one has recorded, if its drafter's session can go
+        on, too. This one is over: its tensors belong to that one.
+        """
+        space, self._workspace = self._workspace, None
+        if space is not None and space.key is not None and (self._owned is None or self._owned.recorded):
+            space.session = self._owned
+            space.give(self.model)
 
     def admit(
         self,
@@ -344,7 +365,9 @@ class CausalBatch:
         """A pass, behind those that were issued."""
         coming = {b: self._coming(b) for b in drafts}
         if self.graphs is not None and any(self.rows[b].nfe + coming[b] == 0 for b in drafts):
-            self.graphs.drop_stale(self.model.addresses())  # the model may have moved
+            # The model may have moved, or the drafter.
+            of_model, of_drafter = self.model.addresses(), self._owned and self._owned.addresses()
+            self.graphs.drop_stale(of_model if of_model is None else [*of_model, *(of_drafter or ())])
         inputs, key = self._inputs(drafts, tree, coming)
         compute = functools.partial(self._compute, key)
         if self.graphs is None or self.graphs.addresses is None:

@@ -6,7 +6,7 @@ Source: A. Saxena, "Prompt Lookup Decoding" (2023); LLMA, arXiv 2304.04487.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ..arguments import whole
 from .draft import Draft
@@ -23,6 +23,8 @@ class NGram:
 
     most: the most tokens of a draft.
     """
+
+    apart: Literal[True] = True
 
     def __init__(self, longest: int = 3, *, shortest: int = 1, most: int = 16) -> None:
         self.longest = whole("longest", longest, 1)

@@ -21,7 +21,7 @@ from ..decoding.settings import make_settings
 from ..decoding.workspace import Trajectory
 from ..models import Model, for_decoding, traits, warn_beyond
 from .batch import CausalBatch
-from .drafter import Drafter
+from .drafter import Apart, Drafter
 from .loading import drafter_of
 from .sequence import Verified
 from .sizing import Fixed, Sizer, measured, sizer_for
@@ -90,6 +90,8 @@ def speculate(
             (`dparallel drafter` trains one; `speculation.load` reads it, and the published DFlash
             checkpoints); or a model of ours of the same vocabulary, autoregressive or of masked diffusion.
             None: plain decoding.
+            What a call has recorded on a GPU is there for the next with the same model, plain or with a
+            drafter without weights; and with one that has weights where it is the same object.
         draft_size: the most nodes of a draft, rows that ride along among them. None: as many as bring the
             most tokens per second, by the seconds that passes of each size take here and by what is accepted;
             the text is the same, and so are the passes only with a number.
@@ -112,6 +114,8 @@ def speculate(
     check_causal(vars(config))
     with torch.inference_mode():
         prompts = arguments.prompts(prompt, attention_mask)
+        device = prompts[0].device if prompts else torch.device("cpu")
+        prompts = arguments.moved(prompts, torch.device("cpu"))
         size = len(prompts)
         model = causal_model(model)
         eos_ids = end_ids(model, config)
@@ -137,9 +141,11 @@ def speculate(
             ahead=1,
         )
         for lane, (ids, count, own) in enumerate(zip(prompts, counts, settings, strict=True)):
-            batch.admit(lane, ids.cpu(), count, own, eos_ids=eos_ids)
+            batch.admit(lane, ids, count, own, eos_ids=eos_ids)
         _run(batch, streamer, progress_bar(progress, sum(counts), "speculate"))
-    return _output(batch, prompts, config)
+        if drafter is given or isinstance(drafter, Apart):  # else the next call has another
+            batch.keep()
+    return _output(batch, device, config)
 
 
 def causal_model(model: Any) -> Model:
@@ -217,38 +223,39 @@ def _run(batch: CausalBatch, streamer: Any, bar: Any) -> None:
         streamer.end()
 
 
-def _output(batch: CausalBatch, prompts: Sequence[Tensor], config: DecodeConfig) -> SpeculateOutput:
-    device = prompts[0].device if prompts else torch.device("cpu")
-    width = batch.tokens.shape[1]
+def _output(batch: CausalBatch, device: torch.device, config: DecodeConfig) -> SpeculateOutput:
+    rows = batch.rows
     masked = torch.zeros(batch.tokens.shape, dtype=torch.bool)
-    for b, row in enumerate(batch.rows):
-        masked[b, row.prompt : row.length] = True
-    # How sure the model was is what it drew with: there is no mask token, whose share would be another's.
-    found = Trajectory(batch.steps, batch.logprobs.exp(), batch.logprobs).responses(
-        [range(row.prompt, row.length) for row in batch.rows]
-    )
-    trajectory = Trajectory(*(field.to(device) for field in vars(found).values()))
-
-    def numbers(name: str) -> Tensor:
-        found = torch.tensor([getattr(row, name) for row in batch.rows], dtype=torch.int64)
-        return found.to(device)
-
+    for places, row in zip(masked, rows, strict=True):
+        places[row.prompt : row.length].fill_(True)
+    trajectory = None
+    if config.record or config.logprobs:
+        # How sure the model was is what it drew with: there is no mask token, whose share would be another's.
+        found = Trajectory(batch.steps, batch.logprobs.exp(), batch.logprobs).responses(
+            [range(row.prompt, row.length) for row in rows]
+        )
+        trajectory = Trajectory(*(field.to(device) for field in vars(found).values()))
+    names = ("nfe", "generated", "kept", "length", "prompt", "draft_nfe", "layers")
+    numbers = [[getattr(row, name) for row in rows] for name in names]
+    nfe, generated, kept, lengths, prompt_lengths, draft_nfe, layers = torch.tensor(
+        numbers, dtype=torch.int64
+    ).to(device)
     return SpeculateOutput(
-        batch.tokens[:, :width].clone().to(device),
-        numbers("nfe"),
+        batch.tokens.clone().to(device),
+        nfe,
         batch.forwards,
-        numbers("generated"),
-        numbers("kept"),
-        numbers("length"),
-        numbers("prompt"),
+        generated,
+        kept,
+        lengths,
+        prompt_lengths,
         masked.to(device),
-        numbers("nfe"),
+        nfe.clone(),
         trajectory=trajectory if config.record else None,
-        logprobs=trajectory.logprob if config.logprobs else None,
-        draft_nfe=numbers("draft_nfe"),
+        logprobs=trajectory.logprob if trajectory is not None and config.logprobs else None,
+        draft_nfe=draft_nfe,
         draft_forwards=batch.draft_forwards,
         drafted=torch.tensor(batch.counts.drafted, dtype=torch.int64),
         accepted=torch.tensor(batch.counts.accepted, dtype=torch.int64),
-        layers=numbers("layers"),
-        passes=[row.passes for row in batch.rows] if config.record else None,
+        layers=layers,
+        passes=[row.passes for row in rows] if config.record else None,
     )
