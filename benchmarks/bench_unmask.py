@@ -23,16 +23,24 @@ WINDOW = 32
 
 
 def step(tokens: Tensor, logits: Tensor, mask_id: int, start: int, end: int, threshold: float) -> None:
-    """As a decode calls it: with the positions of its rows, and a bad row left to whoever reads `error`."""
+    """As a decode calls it: all that it is told lies on the device, and a bad row is left to whoever reads
+    `error`."""
     policy = policy_of(threshold, len(tokens), tokens.device)
     positions = positions_of(tokens.numel(), tokens.device)
-    where = {"positions": positions, "mask_id": mask_id, "start": start, "end": end}
+    bounds = bounds_of(start, end, len(tokens), tokens.device)
+    where = {"positions": positions, "mask_id": mask_id, "start": bounds[0], "end": bounds[1]}
     dx.unmask_(tokens, logits.flatten(0, 1), policy=policy, check=False, **where)
 
 
 @functools.cache
 def positions_of(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device)
+
+
+@functools.cache
+def bounds_of(start: int, end: int, batch: int, device: torch.device) -> Tensor:
+    """(2, batch): they come to the device with all else that a pass is told, in one copy."""
+    return torch.tensor([[start] * batch, [end] * batch], device=device)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """docs/systems.md: every system that the package holds, on one task; from what `dparallel evaluate` measured.
 
-`make bench-report` writes it from docs/rules.json, speculation.json and self_speculation.json, as the
-commands on that page make them, and from the reports of training beside the models that ship.
+`make bench-report` writes it from docs/rules.json, speculation.json, self_speculation.json and apd.json, as
+the commands on that page make them, and from the reports of training beside the models that ship.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ SYSTEMS = (
            "a model that is trained to correct itself"),
     System("self-speculation (SSD)", "2510.04147", "self_speculation", "teacher", "one",
            "caches prefix and dual", (("draft_size", 4),)),
+    System("adaptive decoding (APD)", "2506.00413", "apd", "teacher", "builtin:verifier",
+           "in an engine", (("mixture", 0.5),), trained="verifier/training"),
     System("dParallel, entropy", "2509.26488", "rules", "student", "entropy:0.5", "",
            trained="student/training"),
     System("autoregressive, alone", "", "speculation", "causal", "plain", ""),
@@ -99,6 +101,8 @@ def table() -> str:
         same = row.get("same_texts")
         identical = "" if same is None or system.policy == "plain" else f"{same:,}"
         passes, right, of = f"{row['nfe_mean']:.2f}", f"{row['accuracy']:.1%}", f"{row['problems']:,}"
+        if "verifier_mean" in row:
+            passes += f" and {row['verifier_mean']:.2f} of the verifier"
         cells = [system.name, system.paper, system.model, passes, tokens, right, identical, of]
         cells += [numbers, minutes, system.lacks]
         lines.append("| " + " | ".join(cells) + " |")
@@ -118,9 +122,10 @@ def draw(path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 0.36 * len(SYSTEMS) + 1), layout="constrained")
     axes.barh(range(len(rows)), passes, color=colours, height=0.62)
     for at, (row, count) in enumerate(zip(rows, passes, strict=True)):
-        axes.text(
-            count * 1.04, at, f"{count:.1f} passes, {row['accuracy']:.1%} right", va="center", fontsize=8
-        )
+        said = f"{count:.1f} passes, {row['accuracy']:.1%} right"
+        if "verifier_mean" in row:
+            said += f"; {row['verifier_mean']:.1f} passes of the verifier beside"
+        axes.text(count * 1.04, at, said, va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [system.name for system in SYSTEMS], fontsize=8.5)
     axes.invert_yaxis()
     axes.set_xscale("log")

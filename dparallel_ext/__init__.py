@@ -31,13 +31,14 @@ from .ops import (
     swiglu,
     unmask_,
 )
-from .speculation import SpeculateOutput, speculate
+from .speculation import AdaptiveOutput, SpeculateOutput, adaptive_decode, speculate
 from .types import AcceptOutput, CommitOutput, RowStats, RowTopK, UnmaskOutput
 
 __version__ = "0.2.0"
 
 __all__ = [
     "AcceptOutput",
+    "AdaptiveOutput",
     "CertaintyForcingLossOutput",
     "CommitOutput",
     "Completion",
@@ -55,6 +56,7 @@ __all__ = [
     "Trajectory",
     "UnmaskOutput",
     "accept",
+    "adaptive_decode",
     "block_attention",
     "build_info",
     "certainty_forcing_loss",

@@ -1,5 +1,5 @@
-"""For tests of speculation: a small autoregressive model; drafters with random weights, and those that know
-the text, or half of it, and guess in every shape."""
+"""For tests of speculation: small models; drafters with random weights, and those that know the text, or half
+of it, and guess in every shape."""
 
 from __future__ import annotations
 
@@ -41,6 +41,18 @@ def model_of(family: str = "qwen3", dtype: torch.dtype = torch.float32, **change
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=0.4)
     return model.to(dtype).eval()
+
+
+def fast_dllm() -> Model:
+    """Random weights; block-causal, in sub-blocks, the block before giving a block its first token."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 512}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "bd_size": 16, "mask_token_id": 511}
+    model = models.FastDLLM({"model_type": "Fast_dLLM_Qwen", "rms_norm_eps": 1e-6, **sizes, **heads}).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 2:
+                p.normal_(std=1.0 if len(p) == 512 else p.shape[1] ** -0.5)
+    return model.requires_grad_(False)
 
 
 MODEL = model_of(eos_token_id=[5, 9])

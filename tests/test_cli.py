@@ -461,6 +461,43 @@ def test_an_autoregressive_model_with_and_without_a_drafter(tmp_path: Path) -> N
         assert found.stderr.startswith(f"error: {message}"), found.stderr
 
 
+def test_a_diffusion_model_and_a_verifier(tmp_path: Path) -> None:
+    verifier, page = ("--verifier", registry.VERIFIER), tmp_path / "page.html"
+    found = json.loads(run("decode", PROMPT, "--json", *verifier, "--mixture", 0.6, "--html", page))
+    assert tasks.extract_answer(found["response"]) == 4
+    assert 0 < found["verifications"] <= found["forwards"] < 10 < found["tokens"]
+    assert "mixture 0.6" in page.read_text()
+    more = json.loads(run("decode", PROMPT, "--json", *verifier, "--window", 4, "--lookahead", 3))
+    assert more["forwards"] >= more["tokens"] / 3
+    assert "pass" in run("decode", PROMPT, "--stream", *verifier)
+    rows, table, file = (tmp_path / name for name in ("rows.json", "table.md", "results.json"))
+    rows.write_text(json.dumps([{"rule": "entropy:0.5"}, {"verifier": registry.VERIFIER, "mixture": 0.7}]))
+    options = ("--rows", rows, "--problems", 8, "--json", file, "--markdown", table, "--resume")
+    assert "builtin:verifier, mixture 0.7" in run("evaluate", *options)
+    lines = table.read_text().splitlines()
+    assert lines[0].endswith("| verifier's passes |")
+    assert lines[2].endswith("|  |")
+    assert "| `builtin:verifier`, mixture 0.7 | 8 |" in lines[3]
+    known = json.loads(file.read_text())
+    run("evaluate", *options)
+    assert json.loads(file.read_text()) == known  # nothing was measured again
+    assert known[1]["accuracy"] == 1.0
+    assert 0 < known[1]["verifier_mean"] <= known[1]["nfe_mean"] < 8
+    for wrong, message in (
+        ((*verifier, "--policy", "one"), "policy: not together with --verifier, got 'one'"),
+        ((*verifier, "--draft-size", 3), "draft_size: not together with --verifier, got 3"),
+        (("--window", 3), "window: belongs to --verifier, got 3"),
+        ((*verifier, "--cache", "dual"), "cache: adaptive_decode goes left to right"),
+        ((*verifier, "--mixture", 2), "mixture: expected a number from 0 to 1, got 2"),
+        ((*verifier, "--model", "builtin:causal"), "verifier: belongs to masked diffusion"),
+        (("--verifier", "builtin:teacher"), "verifier: expected an autoregressive model"),
+        (("--verifier", "nobody"), "verifier: 'nobody' is neither"),
+    ):
+        refused = CliRunner().invoke(app, ["decode", PROMPT, *map(str, wrong)])
+        assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1), refused.stderr
+        assert refused.stderr.startswith(f"error: {message}"), refused.stderr
+
+
 @pytest.mark.slow
 def test_trajectories_distill_and_merge(tmp_path: Path):
     run("trajectories", tmp_path / "answers", "--data", "builtin:20", "--policy", "entropy_bound:0.1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -166,6 +166,10 @@ def test_guesses_of_self_speculation_are_a_row_beside():
         ('[{"rule": "one", "active_blocks": 0}]', "entry 1: active_blocks: expected"),
         ('[{"rule": "nonsense"}]', "entry 1: rule: expected"),
         ('[{"rule": "one", "draft_size": -1}]', "entry 1: draft_size: expected a whole number >= 0, got -1"),
+        ('[{"verifier": 3}]', 'entry 1: expected an object with a "rule", or a "verifier"'),
+        ('[{"verifier": "builtin:verifier", "mixture": 2}]', "entry 1: mixture: expected a number"),
+        ('[{"verifier": "builtin:verifier", "window": 0}]', "entry 1: window: expected a whole number >= 1"),
+        ('[{"verifier": "builtin:verifier", "rule": "one"}]', "entry 1: expected fields of .* got 'rule'"),
     ],
 )
 def test_a_file_of_rows_that_is_none_is_named(content: str, said: str, tmp_path: Path):
@@ -175,8 +179,26 @@ def test_a_file_of_rows_that_is_none_is_named(content: str, said: str, tmp_path:
         evaluate.read_rows(file)
 
 
+def test_a_verifier_of_other_tokens_is_named():
+    class Tokens(NamedTuple):
+        words: dict[str, int]
+
+        def get_vocab(self) -> dict[str, int]:
+            return self.words
+
+    model, tokenizer = registry.load("builtin:student")
+    words = tokenizer.get_vocab()
+    assert registry.load_verifier(registry.VERIFIER, model, tokenizer).causal
+    names = {at: word for word, at in words.items()}
+    swapped = {**words, names[7]: 8, names[8]: 7}
+    with pytest.raises(ValueError, match=f"verifier: token 7 of builtin:verifier is '{names[7]}', and the"):
+        registry.load_verifier(registry.VERIFIER, model, Tokens(swapped))
+    beyond = {**words, "more": len(words)}  # which the verifier does not have
+    assert registry.load_verifier(registry.VERIFIER, model, Tokens(beyond)).causal
+
+
 def test_models_are_found_by_name_or_path(tmp_path: Path):
-    assert "builtin:teacher" in registry.builtins()
+    assert {registry.DEFAULT, registry.VERIFIER} <= {*registry.builtins()}
     assert registry.directory_of("builtin:teacher") == registry.directory_of(
         str(registry.BUILTIN / "teacher")
     )

@@ -731,6 +731,7 @@ __global__ void __launch_bounds__(kThreads, kRestricted ? 2 : kTogether)
     block_attention_tensor_kernel(BlockAttentionArgs args, Shape shape, float* scratch) {
   using S = Steps<T, kDim>;
   DPARALLEL_LARGE_SHARED(shared, TensorShared<kDim>);
+  wait_for_earlier();
   const int beyond = static_cast<int>(blockIdx.x) - shape.working;
   if (beyond >= 0) return write_blanks<typename T::Storage>(args, shape, beyond);
   const Work work(args, shape, static_cast<int>(blockIdx.x), true);
@@ -807,6 +808,7 @@ __global__ void __launch_bounds__(kThreads, kRestricted ? 2 : 3)
     block_attention_plain_kernel(BlockAttentionArgs args, Shape shape, float* scratch) {
   using Storage = typename T::Storage;
   DPARALLEL_SHARED(step, PlainShared);
+  wait_for_earlier();
   const int beyond = static_cast<int>(blockIdx.x) - shape.working;
   if (beyond >= 0) return write_blanks<Storage>(args, shape, beyond);
   const Work work(args, shape, static_cast<int>(blockIdx.x), false);
@@ -969,9 +971,12 @@ bool on_tensor_cores(const BlockAttentionArgs& args) {
                          element_size(args.dtype));
 }
 
+bool clusters() {
+  return has_clusters_here<block_attention_tensor_kernel<BFloat16, kTensorDim, false>>();
+}
+
 Shape shape_of(const BlockAttentionArgs& args) {
-  const bool clusters = has_clusters(block_attention_tensor_kernel<BFloat16, kTensorDim, false>);
-  return Shape::of(args, on_tensor_cores(args), clusters);
+  return Shape::of(args, on_tensor_cores(args), clusters());
 }
 
 }  // namespace
@@ -992,7 +997,7 @@ int block_attention(const BlockAttentionArgs& args, const Workspace& workspace, 
     using T = decltype(type);
     const auto attend = [&](auto kernel, size_t shared_bytes) {
       return DPARALLEL_LAUNCH_CLUSTERS(kernel, grid, static_cast<unsigned>(shape.cluster), kThreads,
-                                       shared_bytes, stream, args, shape, scratch);
+                                       shared_bytes, clusters(), stream, args, shape, scratch);
     };
     const int longest = shape.max_q_len * static_cast<int>(shape.group.size);
     const auto attend_by = [&](auto restricted) {

@@ -1,5 +1,6 @@
-// What a launch needs beyond device.cuh: more shared memory than 48 KB, and clusters, blocks that
-// run at the same time and read one another's shared memory (sm_90 and later).
+// What a launch needs beyond device.cuh: more shared memory than 48 KB; clusters, blocks that run
+// at the same time and read one another's shared memory; and early launches, whose blocks begin
+// while the kernel before them still runs (both sm_90 and later).
 #pragma once
 
 #include <atomic>
@@ -11,18 +12,20 @@ namespace dparallel::cuda {
 #if defined(DPARALLEL_CUDA_HOST)
 
 #define DPARALLEL_LARGE_SHARED(name, ...) DPARALLEL_SHARED(name, __VA_ARGS__)
-#define DPARALLEL_LAUNCH_CLUSTERS(kernel, grid, cluster, block, shared_bytes, stream, ...) \
-  ((void)(stream), (void)(shared_bytes),                                                   \
+#define DPARALLEL_LAUNCH_CLUSTERS(kernel, grid, cluster, block, shared_bytes, early, stream, ...) \
+  ((void)(stream), (void)(shared_bytes), (void)(early),                                           \
    cuda_host::launch(grid, block, [&] { kernel(__VA_ARGS__); }, cluster), 0)
+#define DPARALLEL_LAUNCH_EARLY DPARALLEL_LAUNCH
+inline void wait_for_earlier() {}
 
-template <class Kernel>
-bool has_clusters(Kernel*) {
+template <auto kernel>
+bool has_clusters_here() {
   return cuda_host::has_clusters();
 }
+// On a device of eight SMs.
 template <auto kernel>
 int clusters_at_once(unsigned cluster, unsigned, size_t) {
-  return cluster == 1 || cuda_host::has_clusters() ? cuda_host::sms() / static_cast<int>(cluster)
-                                                   : 0;
+  return cluster == 1 || cuda_host::has_clusters() ? static_cast<int>(8 / cluster) : 0;
 }
 inline void cluster_barrier() { cuda_host::cluster_barrier(); }
 inline void leave_cluster() { cuda_host::cluster_barrier(); }
@@ -43,27 +46,52 @@ inline void prefetch(const void*) {}
   extern __shared__ __align__(16) unsigned char name##_bytes[]; \
   auto& name = *reinterpret_cast<dparallel::cuda::Same<__VA_ARGS__>*>(name##_bytes)
 
-// `cluster` blocks in a row are a cluster; the grid is a multiple of it. Yields a cudaError_t.
-#define DPARALLEL_LAUNCH_CLUSTERS(kernel, grid, cluster, block, shared_bytes, stream, ...) \
-  dparallel::cuda::launch_clusters(kernel, grid, cluster, block, shared_bytes,             \
+// `cluster` blocks in a row are a cluster; the grid is a multiple of it. `early`: see
+// wait_for_earlier. Yields a cudaError_t.
+#define DPARALLEL_LAUNCH_CLUSTERS(kernel, grid, cluster, block, shared_bytes, early, stream, ...) \
+  dparallel::cuda::launch_clusters(kernel, grid, cluster, block, shared_bytes, early,             \
                                    static_cast<cudaStream_t>(stream), __VA_ARGS__)
+// DPARALLEL_LAUNCH of a kernel that waits for those before it, see wait_for_earlier.
+#define DPARALLEL_LAUNCH_EARLY(kernel, grid, block, stream, ...)                 \
+  dparallel::cuda::launch_clusters(kernel, grid, 1, block, 0,                    \
+                                   dparallel::cuda::has_clusters_here<kernel>(), \
+                                   static_cast<cudaStream_t>(stream), __VA_ARGS__)
+
+// Until all that was launched before is done, and what it wrote is visible; and lets the next
+// kernel begin, if it is launched early. Where there are such launches every kernel of ours that is
+// launched so calls it, each thread of it, before it reads or writes what others may: so whoever
+// begins early finds that all is done but for the kernel before. The launch hides behind that one's
+// work, and what may be read before this call does, too.
+__device__ __forceinline__ void wait_for_earlier() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 template <class... Parameters, class... Args>
 int launch_clusters(void (*kernel)(Parameters...), unsigned grid, unsigned cluster, unsigned block,
-                    size_t shared_bytes, cudaStream_t stream, const Args&... args) {
-  const cudaError_t allowed = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  if (allowed != cudaSuccess) return static_cast<int>(allowed);
+                    size_t shared_bytes, bool early, cudaStream_t stream, const Args&... args) {
+  if (shared_bytes > 0) {
+    const cudaError_t allowed = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (allowed != cudaSuccess) return static_cast<int>(allowed);
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(grid);
   config.blockDim = dim3(block);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {cluster, 1, 1};
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
+  cudaLaunchAttribute attributes[2];
+  config.attrs = attributes;
+  if (cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {cluster, 1, 1};
+  }
+  if (early) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
   return static_cast<int>(cudaLaunchKernelEx(&config, kernel, args...));
 }
 
@@ -74,9 +102,21 @@ bool has_clusters(void (*kernel)(Parameters...)) {
   return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
 }
 
+// The same, asked once for each device.
+template <auto kernel>
+bool has_clusters_here() {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];  // and one more
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
+  std::atomic<int>& kept = known[device];
+  if (kept == 0) kept = 1 + has_clusters(kernel);
+  return kept > 1;
+}
+
 // Clusters of so many blocks, up to 8, that run at once on the current device, which is asked the
 // first time; 0: it has none. GPCs are of different numbers of SMs, so that not every SM may find a
-// place in a cluster. Of one block: the SMs. `kernel` stands for all that take as much of an SM.
+// place in a cluster. `kernel` stands for all that take a whole SM.
 template <auto kernel>
 int clusters_at_once(unsigned cluster, unsigned block, size_t shared_bytes) {
   constexpr int kDevices = 64;
@@ -88,7 +128,7 @@ int clusters_at_once(unsigned cluster, unsigned block, size_t shared_bytes) {
   int count = 0;
   if (cluster == 1) {
     cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  } else if (has_clusters(kernel)) {
+  } else if (has_clusters_here<kernel>()) {
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                          static_cast<int>(shared_bytes));
     cudaLaunchAttribute attribute;

@@ -27,8 +27,11 @@
 // some 340 instructions, 192 of them to widen and 48 multiplications of matrices; two warps share a
 // scheduler, and the memory leaves them 1400 cycles.
 //
-// Measured on an H200: 32 rows through that layer in 23 us, half of its bandwidth; steps of 64
-// numbers took 27, with smaller clusters or lower tiles as long or longer.
+// Measured on an H200: 32 rows through that layer in 23 us, half of its bandwidth. A CTA reads some
+// 40 bytes a nanosecond, and a launch takes some 6 us more than its bytes: where the weights are
+// constant it begins early, while the kernel before still runs, and asks for the first of them,
+// which takes 5 % off a decode in 8 bits. Steps of 64 numbers took 27 us, twice the warps or lower
+// tiles as long; clusters of 3, 5 or 7 were faster alone, and slower in a decode.
 //
 // Else a warp takes a row of the weights, by FMA.
 #include "cluster.cuh"
@@ -45,6 +48,7 @@ constexpr int kXPieces = kDepth / 8;    // of a row of x
 constexpr int kMultiple = 64;           // of it, the inner dimension
 constexpr int kChunkRows = 64;          // of x
 constexpr int kMostHeight = 3;          // tiles of 16 rows of the weights, of a warp
+constexpr int kAhead = 2;               // steps whose weights are asked for before x is there
 constexpr int kMostClustered = 8;       // CTAs
 constexpr int kTileRows = 16 * kWarps;  // of the weights, for each 16 of a warp
 
@@ -100,41 +104,76 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto* x = static_cast<const Storage*>(args.x) + (first_n + own_n) * args.x_stride + offset +
                   8 * x_piece;
   uint4* const vectors = anew(ring.vectors);  // else each copy would make its address from scratch
-  int brought = 0, filled = 0;                // steps; the stage of the next one
-  const auto bring = [&] {
-    if (brought < steps) {
-      uint4* to = vectors + filled * kStage;
-      const int at = (begin + brought) * kDepth;
-      const bool there = at + 16 * piece < in, x_there = at + 8 * x_piece < in;
-      const uint8_t* from = weight;
+  const auto bring_weights = [&](int step, int stage) {
+    uint4* to = vectors + stage * kStage;
+    const bool there = (begin + step) * kDepth + 16 * piece < in;
+    const uint8_t* from = weight + step * kDepth;
 #pragma unroll
-      for (int row = 0; row < kRows; row += kTurn) {
-        if (row + own < left)
-          copy_async(to + (row + own) * kPieces + (piece ^ own % 2 * 4), from, there);
-        from += kTurn * args.in;
-      }
-      const Storage* from_x = x;
-#pragma unroll
-      for (int n = 0; n < 8 * kTiles; n += kXTurn) {
-        if (n + own_n < count) copy_async(to + n * kXPieces + to_x, from_x, x_there);
-        from_x += kXTurn * args.x_stride;
-      }
-      weight += kDepth;
-      x += kDepth;
-      ++brought;
-      filled = filled + 1 < kStages ? filled + 1 : 0;
+    for (int row = 0; row < kRows; row += kTurn) {
+      if (row + own < left)
+        copy_async(to + (row + own) * kPieces + (piece ^ own % 2 * 4), from, there);
+      from += kTurn * args.in;
     }
-    commit_copies();
+  };
+  // Of row n + own_n of x: put(n, from, there), a piece of 16 bytes.
+  constexpr int kXPut = (8 * kTiles + kXTurn - 1) / kXTurn;
+  const auto bring_x = [&](int step, auto put) {
+    const bool there = (begin + step) * kDepth + 8 * x_piece < in;
+    const Storage* from = x + step * kDepth;
+#pragma unroll
+    for (int n = 0; n < kXPut; ++n) {
+      if (n * kXTurn + own_n < count) put(n, from, there);
+      from += kXTurn * args.x_stride;
+    }
   };
 
+  const auto copy_x = [&](int step, int stage) {
+    bring_x(step, [&](int n, const Storage* from, bool there) {
+      copy_async(vectors + stage * kStage + to_x + n * kXTurn * kXPieces, from, there);
+    });
+  };
+
+  // What the kernel before may write is x alone: the weights of the first steps are on their way
+  // meanwhile. Their x comes by way of registers: copies would complete behind all others. More
+  // steps would keep it waiting behind their weights.
+#pragma unroll
+  for (int stage = 0; stage < kAhead; ++stage) {
+    if (stage < steps) bring_weights(stage, stage);
+    commit_copies();
+  }
+  wait_for_earlier();
+  uint4 first_x[kAhead][kXPut];
+#pragma unroll
+  for (int stage = 0; stage < kAhead; ++stage)
+    if (stage < steps)
+      bring_x(stage, [&](int n, const Storage* from, bool there) {
+        first_x[stage][n] = there ? __ldcg(reinterpret_cast<const uint4*>(from)) : uint4{};
+      });
 #pragma unroll 1
-  for (int stage = 0; stage < kStages - 1; ++stage) bring();
+  for (int stage = kAhead; stage < kStages - 1; ++stage) {
+    if (stage < steps) {
+      bring_weights(stage, stage);
+      copy_x(stage, stage);
+    }
+    commit_copies();
+  }
+#pragma unroll
+  for (int stage = 0; stage < kAhead; ++stage)
+    if (stage < steps)
+      bring_x(stage, [&](int n, const Storage*, bool) {
+        vectors[stage * kStage + to_x + n * kXTurn * kXPieces] = first_x[stage][n];
+      });
   float sums[kHeight][kTiles][4] = {};
 #pragma unroll 1
   for (int step = 0, stage = 0; step < steps; ++step) {
     wait_for_copies<kStages - 2>();
     __syncthreads();  // the step is there, and nobody reads the one before it any more
-    bring();
+    if (const int next = step + kStages - 1; next < steps) {
+      const int emptied = stage > 0 ? stage - 1 : kStages - 1;
+      bring_weights(next, emptied);
+      copy_x(next, emptied);
+    }
+    commit_copies();
     const uint4* rows = ring.vectors + stage * kStage + (16 * kHeight * warp + g) * kPieces;
     const uint4* x_rows = ring.vectors + stage * kStage + kRows * kPieces + g * kXPieces;
 #pragma unroll
@@ -274,57 +313,27 @@ constexpr size_t shared_bytes() {
   return sizeof(Ring<kTiles, kHeight>);
 }
 
-// What a CTA costs: nanoseconds to begin and to end, and for each 1,000 bytes that its SM reads, of
-// the weights and of 32 rows of x; as fitted to the times of six shapes on an H200.
-template <int kHeight>
-struct Fp8Cost;
-template <>
-struct Fp8Cost<1> {
-  static constexpr double kEnds = 4400, kRead = 26.2;
-};
-template <>
-struct Fp8Cost<2> {
-  static constexpr double kEnds = 5800, kRead = 25.3;
-};
-template <>
-struct Fp8Cost<3> {
-  static constexpr double kEnds = 7500, kRead = 24.6;
-};
-
-// The best cluster for tiles of a height, if it takes less than `least` nanoseconds.
-template <int kHeight>
-void try_height(const Fp8LinearArgs& args, Fp8Cut& best, double& least) {
-  constexpr auto at_once = clusters_at_once<fp8_linear_tensor_kernel<BFloat16, 4, kHeight>>;
-  constexpr size_t kBytes = shared_bytes<4, kHeight>();
-  const int64_t sms = at_once(1, kThreads, kBytes);
-  const int64_t rows = kTileRows * kHeight, tiles = (args.out_width + rows - 1) / rows;
+// Rounds in which all tiles get done, times what each takes: the bytes of a CTA, over 64, those of
+// 32 rows of x among them, and what its beginning and its end cost beside.
+Fp8Cut cut_of(const Fp8LinearArgs& args) {
+  constexpr int64_t kOverhead = 1500;
   const int64_t all = (args.in + kDepth - 1) / kDepth;
-  for (int cluster = 1; cluster <= kMostClustered; ++cluster) {
-    const int64_t slots = cluster == 1 ? (kHeight == 1 ? 2 : 1) * sms
-                                       : at_once(static_cast<unsigned>(cluster), kThreads, kBytes);
-    if (slots == 0) continue;
-    const int64_t rounds = (tiles + slots - 1) / slots, steps = (all + cluster - 1) / cluster;
-    const bool two = kHeight == 1 && tiles * cluster > sms;  // to an SM at a time
-    const double read = (two ? 2e-3 : 1e-3) * static_cast<double>((rows + 64) * kDepth * steps);
-    const double cost =
-        static_cast<double>(rounds) * (Fp8Cost<kHeight>::kEnds + Fp8Cost<kHeight>::kRead * read);
-    if (cost < least) {
-      least = cost;
-      best = {kHeight, cluster};
+  Fp8Cut best{1, 1};
+  int64_t least = INT64_MAX;
+  for (int cluster = 1; cluster <= kMostClustered; cluster *= 2) {
+    const int slots = clusters_at_once<fp8_linear_tensor_kernel<BFloat16, 4, kMostHeight>>(
+        static_cast<unsigned>(cluster), kThreads, shared_bytes<4, kMostHeight>());
+    if (cluster == 2 && slots == 0) return {1, 1};  // nor so much shared memory
+    for (int height = 1; height <= kMostHeight && slots > 0; ++height) {
+      const int64_t rows = kTileRows * height, tiles = (args.out_width + rows - 1) / rows;
+      const int64_t rounds = (tiles + slots - 1) / slots, steps = (all + cluster - 1) / cluster;
+      const int64_t cost = rounds * ((rows + 64) * steps + kOverhead);
+      if (cost < least) {
+        least = cost;
+        best = {height, cluster};
+      }
     }
   }
-}
-
-Fp8Cut cut_of(const Fp8LinearArgs& args) {
-  Fp8Cut best{1, 1};
-  double least = 1e300;
-  // Devices without clusters have not so much shared memory either.
-  if (clusters_at_once<fp8_linear_tensor_kernel<BFloat16, 4, kMostHeight>>(
-          2, kThreads, shared_bytes<4, kMostHeight>()) == 0)
-    return best;
-  try_height<1>(args, best, least);
-  try_height<2>(args, best, least);
-  try_height<3>(args, best, least);
   return best;
 }
 
@@ -333,10 +342,12 @@ int launch(const Fp8LinearArgs& args, int cluster, void* stream) {
   constexpr int64_t kRows = kTileRows * kHeight;
   const int64_t tiles = (args.out_width + kRows - 1) / kRows;
   const int64_t chunks = (args.count + kChunkRows - 1) / kChunkRows;
+  const bool early =
+      args.constant && has_clusters_here<fp8_linear_tensor_kernel<T, kTiles, kHeight>>();
   return DPARALLEL_LAUNCH_CLUSTERS(
       (fp8_linear_tensor_kernel<T, kTiles, kHeight>),
       static_cast<unsigned>(tiles * chunks * cluster), static_cast<unsigned>(cluster), kThreads,
-      (shared_bytes<kTiles, kHeight>()), stream, args, cluster, static_cast<int>(chunks));
+      (shared_bytes<kTiles, kHeight>()), early, stream, args, cluster, static_cast<int>(chunks));
 }
 
 template <class T, int kTiles>

@@ -5,6 +5,7 @@
 // come from the caches. A row's position and slot, and the elements of q, k and v, are requested
 // first, the tables as soon as the position is there, and nothing but an address waits for the
 // slot: two trips to memory. Numbers of rows, heads and slots are of 32 bits, addresses of 64.
+#include "cluster.cuh"
 #include "vectors.cuh"
 
 namespace dparallel::cuda {
@@ -59,6 +60,7 @@ __global__ void __launch_bounds__(kWriteThreads, kWriteBlocksPerSm)
   const uint32_t of_row = units * (q_heads + static_cast<uint32_t>(args.k_layout.heads));
   const uint32_t item = blockIdx.x * kWriteThreads + threadIdx.x;
   const uint32_t row = item / of_row, unit = item - row * of_row;
+  wait_for_earlier();
   if (row >= args.count) return;
   const int64_t position = args.positions[row], slot = args.slot_mapping[row];
   uint32_t head = unit / units;  // the query heads come first
@@ -125,9 +127,11 @@ int kv_write(const KvWriteArgs& args, void* stream) {
       return static_cast<int>(cudaErrorInvalidValue);  // 8 GB of q and k, at least
     const auto grid = static_cast<unsigned>((items + kWriteThreads - 1) / kWriteThreads);
     if (vectors)
-      DPARALLEL_LAUNCH((kv_write_kernel<T, W>), grid, kWriteThreads, stream, args, units, turned);
+      DPARALLEL_LAUNCH_EARLY((kv_write_kernel<T, W>), grid, kWriteThreads, stream, args, units,
+                             turned);
     else
-      DPARALLEL_LAUNCH((kv_write_kernel<T, 1>), grid, kWriteThreads, stream, args, units, turned);
+      DPARALLEL_LAUNCH_EARLY((kv_write_kernel<T, 1>), grid, kWriteThreads, stream, args, units,
+                             turned);
     return static_cast<int>(cudaGetLastError());
   });
 }

@@ -7,6 +7,7 @@
 // threads and the store. Only rows longer than kKept vectors a thread are read again, from the
 // cache. x, the sum and the weight stay in the caches for whoever is next; delta is not needed
 // again.
+#include "cluster.cuh"
 #include "vectors.cuh"
 
 namespace dparallel::cuda {
@@ -26,6 +27,7 @@ __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormArgs args
   // registers, and with them blocks on an SM; not measured against others.
   constexpr int kKept = W == 1 ? 4 : 2;
   DPARALLEL_SHARED(squares, float[kNormWarps]);
+  wait_for_earlier();
   const int warp = static_cast<int>(threadIdx.x) / 32, team = warp / Warps * Warps;
   const uint32_t row = blockIdx.x * (kNormWarps / Warps) + warp / Warps;
   const bool here = row < args.count;  // every thread comes to the barrier
@@ -121,8 +123,9 @@ void launch(const RmsNormArgs& args, void* stream) {
   const bool wide = args.width > kLongRow;
   const int64_t rows = wide ? 1 : kNormWarps;
   const auto grid = static_cast<unsigned>((args.count + rows - 1) / rows);
-  if (wide) DPARALLEL_LAUNCH((rms_norm_kernel<T, W, kNormWarps>), grid, kNormThreads, stream, args);
-  else DPARALLEL_LAUNCH((rms_norm_kernel<T, W, 1>), grid, kNormThreads, stream, args);
+  if (wide)
+    DPARALLEL_LAUNCH_EARLY((rms_norm_kernel<T, W, kNormWarps>), grid, kNormThreads, stream, args);
+  else DPARALLEL_LAUNCH_EARLY((rms_norm_kernel<T, W, 1>), grid, kNormThreads, stream, args);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 // Bytes: 3 of the dtype for each element. Instructions: about 11 an element of 16 bits, where
 // memory leaves time for 30 (H200); one vector a thread and 8 blocks on an SM have 64 KB in flight
 // there.
+#include "cluster.cuh"
 #include "vectors.cuh"
 
 namespace dparallel::cuda {
@@ -23,6 +24,7 @@ template <class T, int W>
 __global__ void __launch_bounds__(kSwigluThreads) swiglu_kernel(SwigluArgs args, uint32_t tiles) {
   using Storage = typename T::Storage;
   using E = Elements<T, W>;
+  wait_for_earlier();
   const uint32_t row = blockIdx.x / tiles, tile = blockIdx.x - row * tiles;
   const int64_t at = static_cast<int64_t>(tile * kSwigluThreads + threadIdx.x) * W;
   if (at >= args.width) return;
@@ -44,8 +46,8 @@ __global__ void __launch_bounds__(kSwigluThreads) swiglu_kernel(SwigluArgs args,
 template <class T, int W>
 void launch(const SwigluArgs& args, void* stream) {
   const int64_t tiles = (args.width / W + kSwigluThreads - 1) / kSwigluThreads;
-  DPARALLEL_LAUNCH((swiglu_kernel<T, W>), static_cast<unsigned>(args.count * tiles), kSwigluThreads,
-                   stream, args, static_cast<uint32_t>(tiles));
+  DPARALLEL_LAUNCH_EARLY((swiglu_kernel<T, W>), static_cast<unsigned>(args.count * tiles),
+                         kSwigluThreads, stream, args, static_cast<uint32_t>(tiles));
 }
 
 }  // namespace

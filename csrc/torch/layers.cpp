@@ -94,10 +94,12 @@ void launch(Cuda, const Fp8LinearArgs& args, const Tensor& like) {
 #endif
 
 template <class Backend>
-Tensor fp8_linear(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias) {
+Tensor fp8_linear(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias,
+                  bool constant) {
   const DType dtype = dtype_of(x, "x");
   DP_CHECK(x.dim() == 2 && weight.dim() == 2, "x: expected (N, in), weight (out, in)");
   const int64_t count = x.size(0), in = x.size(1), out_width = weight.size(0);
+  const void* given = weight.data_ptr();
   expect(weight, "weight", ScalarType::Float8_e4m3fn, {out_width, in}, x);
   expect(scale, "scale", ScalarType::Float, {out_width}, x);
   if (bias.has_value()) expect(*bias, "bias", x.scalar_type(), {out_width}, x);
@@ -112,13 +114,15 @@ Tensor fp8_linear(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> b
                            static_cast<const uint8_t*>(weight.data_ptr()),
                            data<float>(scale),
                            bias.has_value() ? bias->data_ptr() : nullptr,
-                           out.data_ptr()};
+                           out.data_ptr(),
+                           constant && weight.data_ptr() == given};  // a copy was just written
   launch(Backend{}, args, x);
   return out;
 }
 
 DPARALLEL_OP(fp8_linear,
-             "fp8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor")
+             "fp8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, "
+             "bool constant=False) -> Tensor")
 
 void launch(Cpu, const Fp8WidenArgs& args, const Tensor&) { cpu::fp8_widen(args, parallel); }
 #ifdef DPARALLEL_HAS_CUDA

@@ -248,8 +248,8 @@ class Batch:
             # While the device is at it. What follows a pass that handed over is not known yet: its first
             # token is.
             for rows in self._coming(live, passes):
-                coming = self._work(live, rows)
-                if all(work.spans for work in coming.values()):
+                coming = self._work([b for b in live if not rows[b].done], rows)
+                if coming and all(work.spans for work in coming.values()):
                     self.runner.prepare(rows, coming)
         seen = self.runner.look(self.rows, results)
         last = zip(groups, seen[-len(groups) :], strict=True)
@@ -257,25 +257,29 @@ class Batch:
         return [b for b in live if self._advance(b, found[b])]
 
     def _coming(self, live: list[int], passes: int) -> list[list[SequenceState]]:
-        """The rows as the next pass may find them, the likelier case first: as they are, if no block is
-        complete; and where they are of one sequence, as they are if its front block is.
+        """The rows as the next pass may find them: with the next block in front where the last passes
+        complete a block for sure. Where they may, of several sequences as they are now; of a sequence alone
+        both ways, the likelier first.
 
         passes: that were issued, and that nobody has looked at yet.
         """
-        row = self.rows[live[0]] if len(live) == 1 else None
-        if row is None or row.edited or reads(row, "response"):  # a rule may fill other blocks, too
-            return [self.rows]
-        least, most = self._commits(row, passes)
-        complete, rows = [], self.rows.copy()
-        if row.masks_left <= most:
-            rows[live[0]] = after = copy.copy(row)
+        found = [self.rows.copy()]
+        for b in live:
+            row = self.rows[b]
+            if row.edited or reads(row, "response"):  # its rule may fill other blocks, too
+                continue
+            least, most = self._commits(row, passes)
+            if row.masks_left > (most if len(live) == 1 else least):
+                continue
+            after = copy.copy(row)
             after.block_index, after.open = row.block_index + 1, row.open[1:]
             self.open_front(after)
-            complete = [] if after.done else [rows]
-        if row.masks_left <= least:
-            return complete
-        likely = row.masks_left * (row.nfe - passes) <= row.decoded * passes  # at its pace so far
-        return [*complete, self.rows] if likely else [self.rows, *complete]
+            if row.masks_left <= least:
+                found[0][b] = after
+            else:
+                likely = row.masks_left * (row.nfe - passes) <= row.decoded * passes  # at its pace so far
+                found.insert(0 if likely else 1, [*self.rows[:b], after, *self.rows[b + 1 :]])
+        return found
 
     def _commits(self, row: SequenceState, passes: int) -> tuple[float, float]:
         """The fewest and the most masks of the front block that the last passes commit, of as many."""

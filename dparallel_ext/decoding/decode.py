@@ -151,10 +151,8 @@ def decode(
         places[row.prompt : row.length].fill_(True)
         if row.columns and row.columns[0] < row.prompt:
             places[list(row.columns)] = True
+    trajectory = batch.runner.trajectory.responses(masked) if config.record or config.logprobs else None
     masked = masked.to(x.device)
-    trajectory = None
-    if config.record or config.logprobs:
-        trajectory = batch.runner.trajectory.responses([row.columns for row in rows])
     if not size and isinstance(prompt, Tensor) and isinstance(config.gen_length, int):
         x, masked = (t.new_zeros((0, prompt.shape[1] + config.gen_length)) for t in (x, masked))
     names = ("generated", "kept", "length", "prompt", "published")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,18 +43,20 @@ class Trajectory:
         self.confidence[b].fill_(math.nan)
         self.logprob[b].fill_(math.nan)
 
-    def responses(self, columns: Sequence[Sequence[int]]) -> Trajectory:
-        """What it says of the response of each of the first sequences, a row for each; blank beyond its end.
+    def responses(self, masked: Tensor) -> Trajectory:
+        """What it says of the positions `masked` (B, L) bool, a row for a sequence; blank beyond its end.
 
-        columns: of the responses, ascending.
+        B and L may be less than what it is for. The mask is on the CPU: a device would be waited for.
         """
-        width = max(map(len, columns), default=0)
-        places = torch.tensor([[*own, *[-1] * (width - len(own))] for own in columns], dtype=torch.int64)
-        places = places.view(len(columns), width).to(self.step.device)
+        counts = masked.sum(1)
+        of_sequence = torch.arange(int(counts.max()) if len(counts) else 0) < counts[:, None]
+        places = torch.full(of_sequence.shape, -1)
+        places[of_sequence] = masked.nonzero()[:, 1]
+        places = places.to(self.step.device)
         inside, places, blank = places >= 0, places.clamp(min=0), Trajectory.blank(places)
         return Trajectory(
             *(
-                torch.where(inside, getattr(self, name)[: len(columns)].gather(1, places), none)
+                torch.where(inside, getattr(self, name)[: len(masked)].gather(1, places), none)
                 for name, none in vars(blank).items()
             )
         )

@@ -24,12 +24,12 @@ class Fp8Linear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight, scale = quantize_fp8(linear.weight)
         self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
+        self.register_buffer("scale", scale.clone())  # by the last kernel: not the one that writes the weight
         self.register_parameter("bias", linear.bias)
         self.training = linear.training
 
     def forward(self, x: Tensor) -> Tensor:
-        return fp8_linear(x, self.weight, self.scale, self.bias)
+        return fp8_linear(x, self.weight, self.scale, self.bias, constant=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
         """Moves with the model, but another dtype is for the bias alone."""

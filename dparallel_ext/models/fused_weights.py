@@ -7,6 +7,7 @@ back one product each.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeGuard, TypeVar
 
@@ -58,11 +59,12 @@ def project(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
             alike: list[Any] = [layer for layer in layers if is_unmodified(layer, kind)]
             joined = _joined(alike, leaves) if len(alike) == len(layers) else None
             if joined is not None:
-                product: Callable[..., Tensor] = F.linear if kind is nn.Linear else fp8_linear
+                product: Callable[..., Tensor] = F.linear if kind is nn.Linear else _of_constants
                 return product(x, *joined).split([layer.out_features for layer in alike], -1)
     return [layer(x) for layer in layers]
 
 
+_of_constants = functools.partial(fp8_linear, constant=True)
 LEAVES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("weight", "bias"),
     Fp8Linear: ("weight", "scale", "bias"),
@@ -123,7 +125,7 @@ def join(parts: Sequence[nn.Parameter]) -> None:
 
 
 def join_quantised(layers: Sequence[Fp8Linear]) -> None:
-    """The same of quantised layers, their scales too."""
+    """The same of quantised layers, their scales too, those last: see `fp8_linear` on constant weights."""
     for leaf in ("weight", "scale"):
         parts = [getattr(layer, leaf) for layer in layers]
         if len(parts) > 1 and joined_view(parts) is None:

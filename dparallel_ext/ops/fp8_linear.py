@@ -45,7 +45,9 @@ def fp8_scale(weight: Tensor) -> Tensor:
     return scale.clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def fp8_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, *, constant: bool = False
+) -> Tensor:
     """scale * (x weight^T) + bias, the weights in 8 bits and everything else in the dtype of x.
 
     Up to 64 rows, or 256 on a GPU's tensor cores, the weights are read as bytes; the sum is in float32 and
@@ -58,6 +60,8 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = N
         weight: (out, in) float8_e4m3fn, contiguous and without NaN; `quantize_fp8` makes it.
         scale: (out,) float32.
         bias: (out,), the dtype of x.
+        constant: the last kernel launched before on this stream does not write `weight`. A GPU of compute
+            capability 9.0 or more then reads the first of it while that kernel still runs.
 
     Returns:
         (..., out), contiguous.
@@ -85,12 +89,13 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = N
     on_tensor_cores = x.is_cuda and x.dtype != torch.float32 and x.shape[-1] % 64 == 0
     if rows > (FEW_ON_TENSOR_CORES if on_tensor_cores else FEW):
         return F.linear(x, torch.ops.dparallel.fp8_widen(weight, scale, x), bias)
-    out: Tensor = torch.ops.dparallel.fp8_linear(x.reshape(rows, x.shape[-1]), weight, scale, bias)
+    x_rows = x.reshape(rows, x.shape[-1])
+    out: Tensor = torch.ops.dparallel.fp8_linear(x_rows, weight, scale, bias, constant)
     return out.view(*x.shape[:-1], len(weight))
 
 
 @torch.library.register_fake("dparallel::fp8_linear")
-def _(x, weight, scale, bias):  # type: ignore[no-untyped-def]
+def _(x, weight, scale, bias, constant=False):  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 

@@ -1,6 +1,10 @@
-"""Several tokens a pass of an autoregressive model, with its own text: draft, verify, accept, commit."""
+"""Several tokens a pass of an autoregressive model, with its own text: draft, verify, accept, commit.
+
+`adaptive` is the exception: a diffusion model's pass, verified by a mixture, with another text.
+"""
 
 from .adadecode import AdaDecode
+from .adaptive import AdaptiveBatch, AdaptiveOutput, adaptive_decode
 from .batch import CausalBatch
 from .dflash import BlockDrafter, DraftModel
 from .draft import Draft
@@ -17,6 +21,8 @@ from .whole_models import ModelDrafter
 __all__ = [
     "NAMED",
     "AdaDecode",
+    "AdaptiveBatch",
+    "AdaptiveOutput",
     "BlockDrafter",
     "CausalBatch",
     "Draft",
@@ -33,6 +39,7 @@ __all__ = [
     "RiderDrafter",
     "Sizer",
     "SpeculateOutput",
+    "adaptive_decode",
     "drafter_of",
     "load",
     "speculate",

@@ -630,21 +630,27 @@ class CausalBatch:
             self._session.guessed(b, emitted.riders, emitted.guessed)
         if draft.tokens:
             self.counts.add(max(_depths(draft)), count - 1)
+        row.layers += draft.layers + self.model.shape.layers - draft.start
+        row.judged(Verified(len(draft.tokens), count - 1, draft.refused(emitted.tokens)))
+        self.commit(b, emitted.tokens, emitted.logprobs)
+
+    def commit(self, b: int, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
+        """Append the tokens that a pass has brought to sequence b, as far as its end.
+
+        logprobs: of each, where the sequence is recorded.
+        """
+        row, count = self.rows[b], len(tokens)
         start = row.known
         row.nfe += 1
-        row.layers += draft.layers + self.model.shape.layers - draft.start
-        row.drafted, row.accepted = len(draft.tokens), count - 1
-        row.refused = draft.refused(emitted.tokens)
         row.num_cached = row.known + count - 1
         row.known += count
         lane = b * self.tokens.shape[1]  # where the sequence begins in `_ids`
-        self._ids[lane + start : lane + row.known] = array("q", emitted.tokens)
+        self._ids[lane + start : lane + row.known] = array("q", tokens)
         if row.settings.record:
-            self.logprobs[b, start : row.known] = torch.tensor(emitted.logprobs)
+            self.logprobs[b, start : row.known] = torch.tensor(logprobs)
             self.steps[b, start : row.known] = row.nfe
-            row.passes.append(Verified(row.drafted, row.accepted, row.refused))
         ended = None
-        if row.settings.stop or not set(row.eos_ids).isdisjoint(emitted.tokens):
+        if row.settings.stop or not set(row.eos_ids).isdisjoint(tokens):
             # Only the last tokens can be part of what ends at a new one.
             reach = max((len(stop) for stop in row.settings.stop), default=1)
             first = max(row.prompt, start - reach + 1)

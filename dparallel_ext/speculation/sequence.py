@@ -121,6 +121,12 @@ class CausalSequence:
         """Passes of the published loop: the same."""
         return self.nfe
 
+    def judged(self, draft: Verified) -> None:
+        """Note what the pass has made of its draft."""
+        self.drafted, self.accepted, self.refused = draft
+        if self.settings.record:
+            self.passes.append(draft)
+
     def first_end(self, ids: Sequence[int], first: int, new: int) -> tuple[int, int] | None:
         """Columns [begin, end) of the EOS or stop sequence that is complete first; None where none is.
 

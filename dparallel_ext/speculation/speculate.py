@@ -142,10 +142,16 @@ def speculate(
         )
         for lane, (ids, count, own) in enumerate(zip(prompts, counts, settings, strict=True)):
             batch.admit(lane, ids, count, own, eos_ids=eos_ids)
-        _run(batch, streamer, progress_bar(progress, sum(counts), "speculate"))
+        run(batch, streamer, progress_bar(progress, sum(counts), "speculate"))
         if drafter is given or isinstance(drafter, Apart):  # else the next call has another
             batch.keep()
-    return _output(batch, device, config)
+    return SpeculateOutput(
+        **decoded(batch, device, config, "draft_nfe", "layers"),
+        draft_forwards=batch.draft_forwards,
+        drafted=torch.tensor(batch.counts.drafted, dtype=torch.int64),
+        accepted=torch.tensor(batch.counts.accepted, dtype=torch.int64),
+        passes=[row.passes for row in batch.rows] if config.record else None,
+    )
 
 
 def causal_model(model: Any) -> Model:
@@ -205,7 +211,7 @@ def sizer_of(
     return Fixed(0) if drafter is None else measured(drafter)
 
 
-def _run(batch: CausalBatch, streamer: Any, bar: Any) -> None:
+def run(batch: CausalBatch, streamer: Any, bar: Any) -> None:
     """All passes."""
     if streamer is not None:
         streamer.put(batch.tokens[:, : batch.rows[0].prompt].clone())
@@ -223,7 +229,8 @@ def _run(batch: CausalBatch, streamer: Any, bar: Any) -> None:
         streamer.end()
 
 
-def _output(batch: CausalBatch, device: torch.device, config: DecodeConfig) -> SpeculateOutput:
+def decoded(batch: CausalBatch, device: torch.device, config: DecodeConfig, *more: str) -> dict[str, Any]:
+    """The fields of a `DecodeOutput`, on the device; more: numbers of a sequence."""
     rows = batch.rows
     masked = torch.zeros(batch.tokens.shape, dtype=torch.bool)
     for places, row in zip(masked, rows, strict=True):
@@ -231,31 +238,22 @@ def _output(batch: CausalBatch, device: torch.device, config: DecodeConfig) -> S
     trajectory = None
     if config.record or config.logprobs:
         # How sure the model was is what it drew with: there is no mask token, whose share would be another's.
-        found = Trajectory(batch.steps, batch.logprobs.exp(), batch.logprobs).responses(
-            [range(row.prompt, row.length) for row in rows]
-        )
+        found = Trajectory(batch.steps, batch.logprobs.exp(), batch.logprobs).responses(masked)
         trajectory = Trajectory(*(field.to(device) for field in vars(found).values()))
-    names = ("nfe", "generated", "kept", "length", "prompt", "draft_nfe", "layers")
-    numbers = [[getattr(row, name) for row in rows] for name in names]
-    nfe, generated, kept, lengths, prompt_lengths, draft_nfe, layers = torch.tensor(
-        numbers, dtype=torch.int64
-    ).to(device)
-    return SpeculateOutput(
-        batch.tokens.clone().to(device),
-        nfe,
-        batch.forwards,
-        generated,
-        kept,
-        lengths,
-        prompt_lengths,
-        masked.to(device),
-        nfe.clone(),
-        trajectory=trajectory if config.record else None,
-        logprobs=trajectory.logprob if trajectory is not None and config.logprobs else None,
-        draft_nfe=draft_nfe,
-        draft_forwards=batch.draft_forwards,
-        drafted=torch.tensor(batch.counts.drafted, dtype=torch.int64),
-        accepted=torch.tensor(batch.counts.accepted, dtype=torch.int64),
-        layers=layers,
-        passes=[row.passes for row in rows] if config.record else None,
-    )
+    names = ("nfe", "generated", "kept", "length", "prompt", "nfe", *more)
+    numbers = torch.tensor([[getattr(row, name) for row in rows] for name in names], dtype=torch.int64)
+    nfe, generated, kept, lengths, prompt_lengths, published, *others = numbers.to(device)
+    return {
+        "sequences": batch.tokens.clone().to(device),
+        "nfe": nfe,
+        "forwards": batch.forwards,
+        "generated": generated,
+        "kept": kept,
+        "lengths": lengths,
+        "prompt_lengths": prompt_lengths,
+        "masked": masked.to(device),
+        "nfe_published": published,
+        "trajectory": trajectory if config.record else None,
+        "logprobs": trajectory.logprob if trajectory is not None and config.logprobs else None,
+        **dict(zip(more, others, strict=True)),
+    }

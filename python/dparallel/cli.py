@@ -230,6 +230,23 @@ def decode(
     seed: Annotated[int | None, typer.Option(help="of the samples; default: another each time")] = None,
     drafter: DrafterOption = None,
     draft_size: GuessesOption = None,
+    verifier: Annotated[
+        str | None,
+        typer.Option(
+            help="an autoregressive model of the same tokens, as builtin:verifier: a diffusion model goes "
+            "left to right, as far as it agrees (APD, lossy)"
+        ),
+    ] = None,
+    mixture: Annotated[
+        float | None, typer.Option(help="with --verifier, the diffusion model's share in it; default 0.5")
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(help="with --verifier, known tokens that a pass computes again; default: all"),
+    ] = None,
+    lookahead: Annotated[
+        int | None, typer.Option(help="with --verifier, masks that a pass sees; default: all")
+    ] = None,
     mask_id: MaskOption = None,
     chat: ChatOption = None,
     device: str | None = None,
@@ -241,7 +258,7 @@ def decode(
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
 ) -> None:
     """Decode prompts with the built-in model or a checkpoint."""
-    from .complete import complete, complete_causal
+    from .complete import complete, complete_adaptive, complete_causal
     from .live import LiveText
     from .recording import Recording
     from .text import endings
@@ -265,8 +282,16 @@ def decode(
         infill = infill or bool(content.get("infill"))
         content.setdefault("gen_length", 0 if infill and not suffix else registry.gen_length(model))
         causal = registry.is_causal(model)
-        check_kind(model, causal, drafter=drafter, suffix=suffix or None, policy=policy)
-        asked = (causal_config_of if causal else config_of)(
+        check_kind(model, causal, drafter=drafter, suffix=suffix or None, policy=policy, verifier=verifier)
+        numbers = {"mixture": mixture, "window": window, "lookahead": lookahead}
+        numbers = {key: value for key, value in numbers.items() if value is not None}
+        others = {"policy": policy, "suffix": suffix or None, "draft_size": draft_size}
+        for key, value in others.items() if verifier else numbers.items():
+            if value is not None:
+                raise ValueError(
+                    f"{key}: {'not together with' if verifier else 'belongs to'} --verifier, got {value!r}"
+                )
+        asked = (causal_config_of if causal or verifier else config_of)(
             content,
             policy,
             gen_length=gen_length,
@@ -286,11 +311,14 @@ def decode(
         asked = with_ends(asked, endings(registry.directory_of(model), tokenizer))
         recording = None if html is None else Recording("dparallel decode")
         for texts in calls:
-            live = LiveText(Console(), tokenizer, loaded.mask_id, 0.1, causal=causal) if stream else None
+            onward = causal or verifier is not None
+            live = LiveText(Console(), tokenizer, loaded.mask_id, 0.1, causal=onward) if stream else None
             shared: dict[str, Any] = {"template": template, "live": live, "recording": recording}
             given = model, loaded, tokenizer, texts, asked
             if causal:
                 found = complete_causal(*given, drafter=drafter, draft_size=draft_size, **shared)
+            elif verifier is not None:
+                found = complete_adaptive(*given, verifier=verifier, numbers=numbers, **shared)
             else:
                 found = complete(*given, suffix=suffix, draft_size=draft_size, **shared)
             for row in found:
@@ -317,7 +345,9 @@ def show_response(row: dict[str, Any], as_json: bool) -> None:
 
 @app.command(rich_help_panel=LOOK)
 def demo(
-    model: Annotated[list[str] | None, typer.Option(help="repeatable; default: all that ship")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="repeatable; default: all that ship, but the verifier")
+    ] = None,
     problems: int = 50,
     out: Annotated[Path, typer.Option(help="where table.json and the pictures go")] = Path("out/demo"),
 ) -> None:
@@ -344,7 +374,8 @@ def evaluate(
     rows: Annotated[
         Path | None,
         typer.Option(
-            help="a JSON list of policies with other fields of DecodeConfig beside, as recipes/rules.json"
+            help="a JSON list of policies with other fields of DecodeConfig beside, as recipes/rules.json, "
+            "or of verifiers, as recipes/adaptive.json"
         ),
     ] = None,
     problems: int = 500,

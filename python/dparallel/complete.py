@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import dparallel_ext as dx
 from dparallel_ext.arguments import whole
@@ -14,6 +15,8 @@ from dparallel_ext.models import Model, check_diffusion
 from . import registry, text
 from .live import LiveText
 from .recording import Recording, answer_of, how_of
+
+Output = TypeVar("Output", bound=dx.DecodeOutput)
 
 
 def complete(
@@ -85,6 +88,53 @@ def complete_causal(
 
     Raises ValueError, by name.
     """
+    decode = functools.partial(dx.speculate, model, drafter=drafter, draft_size=draft_size)
+    how = "a token a pass" if drafter is None else f"{drafter} guesses ahead"
+    shared: dict[str, Any] = {"template": template, "live": live, "recording": recording}
+    for row, out, i in _left_to_right(name, model, tokenizer, prompts, config, decode, how, **shared):
+        yield {**row, "drafts": int(out.draft_nfe[i])}
+
+
+def complete_adaptive(
+    name: str,
+    model: Model,
+    tokenizer: Any,
+    prompts: list[str],
+    config: dx.DecodeConfig,
+    *,
+    verifier: str,
+    numbers: Mapping[str, Any],
+    template: text.Template | None = None,
+    live: LiveText | None = None,
+    recording: Recording | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The same with a diffusion model and a verifier, see `adaptive_decode`; yields passes of the verifier
+    too. numbers: mixture, window and lookahead, as far as they are given.
+
+    Raises ValueError, by name.
+    """
+    judge = registry.load_verifier(verifier, model, tokenizer)
+    decode = functools.partial(dx.adaptive_decode, model, verifier=judge, **numbers)
+    how = ", ".join([f"{verifier} agrees", *(f"{key} {value}" for key, value in numbers.items())])
+    shared: dict[str, Any] = {"template": template, "live": live, "recording": recording}
+    for row, out, i in _left_to_right(name, model, tokenizer, prompts, config, decode, how, **shared):
+        yield {**row, "verifications": int(out.verifier_nfe[i])}
+
+
+def _left_to_right(
+    name: str,
+    model: Model,
+    tokenizer: Any,
+    prompts: list[str],
+    config: dx.DecodeConfig,
+    decode: Callable[..., Output],
+    how: str,
+    *,
+    template: text.Template | None,
+    live: LiveText | None,
+    recording: Recording | None,
+) -> Iterator[tuple[dict[str, Any], Output, int]]:
+    """Of each prompt prompt, response, tokens and forwards, the output, and its number there."""
     encode = text.prompt_encoder(tokenizer, template)
     ids = [encode(prompt) for prompt in prompts]
     more = whole("gen_length", config.gen_length, 0)
@@ -92,17 +142,16 @@ def complete_causal(
     with live or contextlib.nullcontext():
         config = config.replace(record=recording is not None)
         began = time.perf_counter()
-        out = dx.speculate(model, ids, config, drafter=drafter, draft_size=draft_size, streamer=live)
+        out = decode(ids, config, streamer=live)
         seconds = time.perf_counter() - began
     texts = text.TokenTexts(tokenizer)
     for i, (prompt, tokens) in enumerate(zip(prompts, out.responses, strict=True)):
         kept = int(out.kept[i])
         if recording is not None:
-            how = "a token a pass" if drafter is None else f"{drafter} guesses ahead"
             shared: dict[str, Any] = {"seconds": alone(seconds, prompts, live), "length": len(tokens)}
             recording.add(prompt, answer_of(out, i, texts, model=name, how=how, kept=kept, **shared))
         row = {"prompt": prompt, "response": tokenizer.decode(tokens[:kept].tolist()), "tokens": kept}
-        yield {**row, "forwards": int(out.nfe[i]), "drafts": int(out.draft_nfe[i])}
+        yield {**row, "forwards": int(out.nfe[i])}, out, i
 
 
 def alone(seconds: float, prompts: list[str], live: LiveText | None) -> float | None:

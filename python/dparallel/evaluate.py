@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
 import operator
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from .recording import Recording, answer_of
 from .text import TokenTexts, prompt_encoder
 from .toy import tasks
 
+Output = TypeVar("Output", bound=dx.DecodeOutput)
 Fields = Mapping[str, Any]
 """Of `DecodeConfig`, by name, with a "rule" among them."""
 VARIED = (
@@ -32,6 +34,8 @@ VARIED = (
     *("active_blocks", "open_at", "activate_at", "draft_size"),
 )
 """The fields that the rows of a table may differ in; `draft_size` is `decode`'s."""
+ADAPTIVE = ("verifier", "mixture", "window", "lookahead")
+"""The fields of a row of `adaptive_decode`: the verifier's name, and numbers."""
 
 
 PLAIN = "plain"
@@ -39,7 +43,8 @@ PLAIN = "plain"
 
 
 def read_rows(file: str | Path) -> list[Fields]:
-    """What a JSON file says of each row of a table: a list of objects with a "rule" and others of `VARIED`.
+    """What a JSON file says of each row of a table: a list of objects with a "rule" and others of `VARIED`,
+    or with a "verifier" and others of `ADAPTIVE`.
 
     Raises FileNotFoundError, and ValueError naming the entry and the field that does not fit.
     """
@@ -54,10 +59,14 @@ def read_rows(file: str | Path) -> list[Fields]:
 
 def check_row(entry: Any) -> None:
     """Raise ValueError naming what does not fit."""
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("rule"), str):
-        raise ValueError('expected an object with a "rule", a text')
-    if unknown := [name for name in entry if name not in VARIED]:
-        raise ValueError(f"expected fields of {list(VARIED)}, got {unknown[0]!r}")
+    known = ADAPTIVE if isinstance(entry, Mapping) and "verifier" in entry else VARIED
+    if not isinstance(entry, Mapping) or not isinstance(entry.get(known[0]), str):
+        raise ValueError('expected an object with a "rule", or a "verifier", a text')
+    if unknown := [name for name in entry if name not in known]:
+        raise ValueError(f"expected fields of {list(known)}, got {unknown[0]!r}")
+    if known is ADAPTIVE:
+        dx.speculation.adaptive.check_numbers(**numbers_of(entry))
+        return
     dx.DecodeConfig.from_dict(of_config(entry))
     if (size := entry.get("draft_size")) is not None:
         whole("draft_size", size, 0)
@@ -66,6 +75,11 @@ def check_row(entry: Any) -> None:
 def of_config(entry: Fields) -> dict[str, Any]:
     """What of a row's fields are `DecodeConfig`'s."""
     return {name: value for name, value in entry.items() if name != "draft_size"}
+
+
+def numbers_of(entry: Fields) -> dict[str, Any]:
+    """What of a row of `adaptive_decode` its verifier's name is not."""
+    return {name: value for name, value in entry.items() if name != "verifier"}
 
 
 def read_results(file: str | Path) -> list[dict[str, Any]]:
@@ -229,32 +243,24 @@ def evaluate_drafter(
     made = dx.speculation.drafter_of(drafter, model.device)
     size = made.most if made is not None and draft_size is None else draft_size  # so that passes compare
     began = time.perf_counter()
-    for group in _groups(problems, seed, encode).values():
-        for at in range(0, len(group), batch):
-            part = group[at : at + batch]
-            out = dx.speculate(
-                model,
-                [ids for _, ids in part],
-                gen_length=tasks.GEN_LENGTH,
-                drafter=made,
-                draft_size=size,
-                record=recording is not None,
-            )
-            kept = [r[:n].tolist() for r, n in zip(out.responses, out.kept.tolist(), strict=True)]
-            texts = tokenizer.decode_batch(kept)
-            correct += sum(tasks.is_correct(p, text) for (p, _), text in zip(part, texts, strict=True))
-            found |= {p.prompt: Answer(ids, own) for (p, ids), own in zip(part, kept, strict=True)}
-            passes, drafts = passes + int(out.nfe.sum()), drafts + int(out.draft_nfe.sum())
-            tokens, layers = tokens + int(out.generated.sum()), layers + int(out.layers.sum())
-            drafted, accepted = (
-                [sum(pair) for pair in itertools.zip_longest(old, new.tolist(), fillvalue=0)]
-                for old, new in ((drafted, out.drafted), (accepted, out.accepted))
-            )
-            if recording is not None:
-                how = f"{drafter} guesses ahead" if drafter else "a token a pass"
-                _record(
-                    recording, part, seed, texts, out, out.kept.tolist(), tokenizer, model=model_name, how=how
-                )
+    decode = functools.partial(
+        dx.speculate,
+        model,
+        gen_length=tasks.GEN_LENGTH,
+        drafter=made,
+        draft_size=size,
+        record=recording is not None,
+    )
+    how = f"{drafter} guesses ahead" if drafter else "a token a pass"
+    noted = functools.partial(_record, recording, seed=seed, tokenizer=tokenizer, model=model_name, how=how)
+    for out, right in _to_the_end(decode, _groups(problems, seed, encode), batch, tokenizer, found, noted):
+        correct += right
+        passes, drafts = passes + int(out.nfe.sum()), drafts + int(out.draft_nfe.sum())
+        tokens, layers = tokens + int(out.generated.sum()), layers + int(out.layers.sum())
+        drafted, accepted = (
+            [sum(pair) for pair in itertools.zip_longest(old, new.tolist(), fillvalue=0)]
+            for old, new in ((drafted, out.drafted), (accepted, out.accepted))
+        )
     seconds = time.perf_counter() - began
     if answers is not None:
         answers += [found[p.prompt] for p in itertools.islice(tasks.problems("held_out", seed), problems)]
@@ -282,12 +288,96 @@ def evaluate_drafter(
     }
 
 
+def _to_the_end(
+    decode: Callable[[list[list[int]]], Output],
+    groups: Mapping[int, list[tuple[tasks.Problem, list[int]]]],
+    batch: int,
+    tokenizer: Any,
+    found: dict[str, Answer],
+    noted: Callable[..., None],
+) -> Iterator[tuple[Output, int]]:
+    """What `decode` makes of the prompts of each batch, and how many answers are right.
+
+    found: receives the answers, by prompt. noted: `_record` but for the batch and what came of it.
+    """
+    for group in groups.values():
+        for at in range(0, len(group), batch):
+            part = group[at : at + batch]
+            out = decode([ids for _, ids in part])
+            kept = [r[:n].tolist() for r, n in zip(out.responses, out.kept.tolist(), strict=True)]
+            texts = tokenizer.decode_batch(kept)
+            found |= {p.prompt: Answer(ids, own) for (p, ids), own in zip(part, kept, strict=True)}
+            noted(part=part, answers=texts, out=out, kept=out.kept.tolist())
+            yield out, sum(tasks.is_correct(p, text) for (p, _), text in zip(part, texts, strict=True))
+
+
+def evaluate_adaptive(
+    model_name: str,
+    verifier: str,
+    *,
+    numbers: Fields | None = None,
+    config: dx.DecodeConfig | None = None,
+    problems: int = 500,
+    seed: int = 0,
+    batch: int = 100,
+    mask_id: int | None = None,
+    chat: bool | None = None,
+    device: str | None = None,
+    fp8: bool = False,
+    loaded: tuple[Any, Any] | None = None,
+    recording: Recording | None = None,
+) -> dict[str, Any]:
+    """The same problems with a diffusion model and a verifier, see `adaptive_decode`, each to its end.
+
+    verifier: its name. numbers: mixture, window and lookahead, as far as they are given. config: what else.
+    The other arguments are those of `evaluate`.
+
+    Returns as `evaluate`, the policy being the verifier's name: nfe_mean and nfe_to_eos are passes of the
+    diffusion model per answer, to its end. And verifier_mean, passes of the verifier.
+    """
+    numbers, config = dict(numbers or {}), config or dx.DecodeConfig()
+    said = _said(config) | numbers
+    model, tokenizer = loaded or registry.load(model_name, device=device, fp8=fp8, mask_id=mask_id)
+    judge = registry.load_verifier(verifier, model, tokenizer)
+    template = registry.template_of(model_name, chat)
+    config = config.replace(gen_length=tasks.GEN_LENGTH, record=recording is not None)
+    decode = functools.partial(dx.adaptive_decode, model, config=config, verifier=judge, **numbers)
+    how = label({"policy": verifier, "config": said})
+    noted = functools.partial(_record, recording, seed=seed, tokenizer=tokenizer, model=model_name, how=how)
+    groups = _groups(problems, seed, prompt_encoder(tokenizer, template))
+    correct = passes = verified = tokens = kept = 0
+    began = time.perf_counter()
+    for out, right in _to_the_end(decode, groups, batch, tokenizer, {}, noted):
+        correct, passes = correct + right, passes + int(out.nfe.sum())
+        verified += int(out.verifier_nfe.sum())
+        tokens, kept = tokens + int(out.generated.sum()), kept + int(out.kept.sum())
+    return {
+        "model": model_name,
+        "policy": verifier,
+        "config": said,
+        "threshold": None,
+        "problems": problems,
+        "seed": seed,
+        "accuracy": correct / problems if problems else 0.0,
+        "accuracy_interval": wilson(correct, problems),
+        "nfe_mean": passes / problems if problems else 0.0,
+        "nfe_to_eos": passes / problems if problems else 0.0,
+        "verifier_mean": verified / problems if problems else 0.0,
+        "tokens_per_forward": kept / passes if passes else 0.0,
+        "padded_tokens_per_forward": tokens / passes if passes else 0.0,
+        "seconds": round(time.perf_counter() - began, 3),
+        "gen_length": tasks.GEN_LENGTH,
+        "chat": template is not None,
+        "fp8": model.quantized,
+    }
+
+
 RECORDED = 3
 """Problems of a recording: enough to look at."""
 
 
 def _record(
-    recording: Recording,
+    recording: Recording | None,
     part: Sequence[tuple[tasks.Problem, list[int]]],
     seed: int,
     answers: Sequence[str],
@@ -296,7 +386,9 @@ def _record(
     tokenizer: Any,
     **said: Any,
 ) -> None:
-    """The answers of a batch that belong into the recording; `said`: of `answer_of`."""
+    """The answers of a batch that belong into the recording, if any; `said`: of `answer_of`."""
+    if recording is None:
+        return
     first = {problem.prompt for problem in itertools.islice(tasks.problems("held_out", seed), RECORDED)}
     texts = TokenTexts(tokenizer)
     for i, ((problem, _), answer) in enumerate(zip(part, answers, strict=True)):
@@ -378,8 +470,8 @@ def sweep(
     recording: Recording | None = None,
     **settings: Any,
 ) -> Iterable[dict[str, Any]]:
-    """`evaluate` for every model and policy, and `evaluate_drafter` for every autoregressive model and
-    drafter, each model loaded once; yields as it goes.
+    """`evaluate` for every model and policy (`evaluate_adaptive` of a row with a verifier), and
+    `evaluate_drafter` for every autoregressive model and drafter, each model loaded once; yields as it goes.
 
     policies: texts, or the fields of a row. drafters: "plain" for none. draft_size: of the drafters; where
     all models are diffusion models, `decode`'s for every policy that names none. same_texts of a result with
@@ -388,12 +480,12 @@ def sweep(
     """
     entries = [{"rule": each} if isinstance(each, str) else each for each in policies]
     for entry in entries:
-        parse_policy(entry["rule"])
+        if "verifier" not in entry:
+            parse_policy(entry["rule"])
         check_row(entry)
     found = {_key(row): row for row in known}
-    for_all = {
-        name: settings.pop(name) for name in ("block_length", "cache") if settings.get(name) is not None
-    }
+    of_all = {name: settings.pop(name, None) for name in ("block_length", "cache")}
+    for_all = {name: value for name, value in of_all.items() if value is not None}
     names = list(names)
     of_policies = None if any(registry.is_causal(name) for name in names) else draft_size
     for name in names:
@@ -404,8 +496,20 @@ def sweep(
             continue
         settings = {**settings, "chat": registry.template_of(name, settings.get("chat")) is not None}
         loaded: tuple[Any, Any] | None = None
+        more: dict[str, Any]
         plain: dict[dx.DecodeConfig, list[Answer]] = {}
         for entry in entries:
+            if "verifier" in entry:
+                of_row = (config or dx.DecodeConfig()).with_rule(None).replace(**for_all)
+                judge, numbers = str(entry["verifier"]), numbers_of(entry)
+                asked = {"model": name, "policy": judge, "config": _said(of_row) | numbers, **settings}
+                row = found.get(_key(asked))
+                if row is None:
+                    loaded = loaded or registry.load(name, **options)
+                    more = {"loaded": loaded, "recording": recording}
+                    row = evaluate_adaptive(name, judge, numbers=numbers, config=of_row, **more, **settings)
+                yield row
+                continue
             text = str(entry["rule"])
             size: Any = entry.get("draft_size", of_policies)
             of_row = (config or dx.DecodeConfig()).with_rule(text).replace(**{**for_all, **of_config(entry)})
@@ -414,7 +518,7 @@ def sweep(
             if row is None:
                 loaded = loaded or registry.load(name, **options)
                 answers: list[Answer] = []
-                more: dict[str, Any] = {"draft_size": size, "loaded": loaded, "answers": answers}
+                more = {"draft_size": size, "loaded": loaded, "answers": answers}
                 more["recording"] = recording
                 row = evaluate(name, text, config=of_row, **more, **settings)
                 if not size:
@@ -561,12 +665,15 @@ def _drafters(rows: Iterable[Mapping[str, Any]]) -> str:
 def _policies(rows: Iterable[Mapping[str, Any]]) -> str:
     rows = list(rows)
     guessed = any("canvases_mean" in row for row in rows)
+    verified = any("verifier_mean" in row for row in rows)
     lines = [
         "| model | rule | problems | accuracy | 95 % interval | passes | to EOS | tokens a pass to EOS |",
         "|--|--|--:|--:|--|--:|--:|--:|",
     ]
     if guessed:
         lines = [lines[0] + " canvases | texts as without |", lines[1] + "--:|--:|"]
+    if verified:
+        lines = [lines[0] + " verifier's passes |", lines[1] + "--:|"]
     for row in rows:
         low, high = row["accuracy_interval"]
         rule = f"`{row['policy']}`" + label(row).removeprefix(row["policy"])
@@ -581,4 +688,6 @@ def _policies(rows: Iterable[Mapping[str, Any]]) -> str:
         if guessed:
             same = "" if row.get("same_texts") is None else f"{row['same_texts']:,}"
             lines[-1] += f" {row.get('canvases_mean', row['nfe_mean']):.2f} | {same} |"
+        if verified:
+            lines[-1] += f" {row['verifier_mean']:.2f} |" if "verifier_mean" in row else "  |"
     return "\n".join(lines) + "\n"

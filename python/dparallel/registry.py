@@ -16,6 +16,8 @@ from .toy import tasks
 
 BUILTIN = Path(tasks.__file__).parent / "builtin"
 DEFAULT = "builtin:teacher"
+VERIFIER = "builtin:verifier"
+"""A small autoregressive model, for `adaptive_decode` of the others."""
 
 
 def builtins() -> list[str]:
@@ -152,3 +154,24 @@ def load(
             f"{model.shape.embedding_size}"
         )
     return model.quantize() if fp8 else model, found
+
+
+def load_verifier(name: str, model: models.Model, known: Any, **options: Any) -> models.Model:
+    """The verifier of that name for `adaptive_decode` of a model, on its device; `known`: its tokenizer.
+
+    Raises as `load`, and ValueError where a token id that both have means something else to each.
+    """
+    try:
+        found, own = load(name, device=str(model.device), **options)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(str(error).replace("model: ", "verifier: ", 1)) from error
+    shared = min(model.shape.embedding_size, found.shape.embedding_size)
+    theirs, ours = (
+        {id: token for token, id in one.get_vocab().items() if id < shared} for one in (own, known)
+    )
+    for id in sorted(theirs.keys() & ours.keys()):
+        if theirs[id] != ours[id]:
+            raise ValueError(
+                f"verifier: token {id} of {name} is {theirs[id]!r}, and the model's is {ours[id]!r}"
+            )
+    return found

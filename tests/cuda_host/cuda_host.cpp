@@ -64,7 +64,6 @@ struct Block {
 std::mt19937_64 random_engine;
 unsigned fixed_resident = 0;
 bool clusters_on = true;
-int sm_count = 8;
 Shadow shadow;
 std::map<const void*, Clock> handed_on;  // by the atomics on an address
 bool in_atomic = false;
@@ -197,10 +196,6 @@ void resident(unsigned blocks) { fixed_resident = blocks; }
 void clusters(bool on) { clusters_on = on; }
 
 bool has_clusters() { return clusters_on; }
-
-void sms(int count) { sm_count = count; }
-
-int sms() { return sm_count; }
 
 bool chance(unsigned of) { return below(of) == 0; }
 

@@ -48,8 +48,6 @@ void launch(unsigned grid, unsigned threads, const std::function<void()>& thread
             unsigned cluster = 1);
 void clusters(bool on);  // whether kernels are told that there are clusters: yes at first
 bool has_clusters();
-void sms(int count);  // of the device that kernels are told of: eight at first
-int sms();
 bool chance(unsigned of);     // true once in so many times
 void yield(unsigned of = 2);  // to other threads, once in so many times
 void block_barrier();

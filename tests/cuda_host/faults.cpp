@@ -69,7 +69,7 @@ bool reads_peers(Cluster cluster) {
   for (uint64_t seed = 0; seed < 50; ++seed) {
     cuda_host::seed(seed);
     std::vector<int> out(32 * 8);
-    DPARALLEL_LAUNCH_CLUSTERS(of_peers, 8, 4, 32, 0, nullptr, out.data(), cluster);
+    DPARALLEL_LAUNCH_CLUSTERS(of_peers, 8, 4, 32, 0, false, nullptr, out.data(), cluster);
     for (int i = 0; i < 32 * 8; ++i)
       if (out[i] != 100 * ((i / 32 + 1) % 4) + 31 - i % 32) return false;
   }

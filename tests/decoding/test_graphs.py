@@ -288,6 +288,15 @@ def test_a_block_begins_with_what_was_prepared(
     assert (told.late, told.prepared) == (1, prepared)  # the very first pass
 
 
+def test_blocks_begin_with_what_was_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several sequences, each in another block, and one after the other complete."""
+    model, told = golden.model("llada_tiny_a"), Told(monkeypatch)
+    settings: dict[str, Any] = {"gen_length": [64, 24, 7], "selector": "quota", "threshold": [4, 3, 2]}
+    out = dx.decode(model, PROMPTS, block_length=16, cache="dual", **settings)
+    assert out.nfe.tolist() == [16, 9, 4]
+    assert (told.late, told.looks) == (1, told.prepared + 1)
+
+
 def test_a_state_that_is_guessed_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     model = golden.model("llada_tiny_a")
     settings: dict[str, Any] = {"gen_length": 64, "block_length": 16, "cache": "dual", "threshold": 2.0}

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import STAND_IN, golden, refused
+from drafters import fast_dllm
 from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext.decoding.decode import start
-from dparallel_ext.models import FastDLLM, Model
+from dparallel_ext.models import Model
 
-MASK, VOCAB = 511, 512
+MASK = 511
 WAYS = [
     ("llada_tiny_a", "none"),
     ("dream_tiny_a", "none"),
@@ -25,18 +26,6 @@ WAYS = [
     ("fast_dllm", "none"),
     ("fast_dllm", "block"),
 ]
-
-
-def fast_dllm() -> Model:
-    """Random weights; block-causal, in sub-blocks, the block before giving a block its first token."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": VOCAB}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "bd_size": 16, "mask_token_id": MASK}
-    model = FastDLLM({"model_type": "Fast_dLLM_Qwen", "rms_norm_eps": 1e-6, **sizes, **heads}).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim == 2:
-                p.normal_(std=1.0 if len(p) == VOCAB else p.shape[1] ** -0.5)
-    return model.requires_grad_(False)
 
 
 torch.manual_seed(0)

@@ -345,6 +345,7 @@ struct Fp8LinearArgs {
   const float* scale;     // [out_width]
   const void* bias;       // [out_width], or null
   void* out;              // [count, out_width] contiguous
+  bool constant;          // the weights are not what the kernel before writes
 };
 
 // out = round(scale * weight): weights as above, for a product of the matrix library.

@@ -32,14 +32,14 @@ def run(
     delay: float = 0.25,
     console: Any = None,
 ) -> Path:
-    """The demo of `names`, default all models that ship.
+    """The demo of `names`, default all models that ship but the verifier.
 
     Writes table.json and, for each model, response-NAME.png to `out`, which it returns.
     """
     from rich.console import Console
 
     console, directory = console or Console(), Path(out)
-    names = names or registry.builtins()
+    names = names or [name for name in registry.builtins() if name != registry.VERIFIER]
     # Past the problems that the table counts.
     problem = next(itertools.islice(tasks.problems("held_out", seed=1), 2, None))
     console.print(f"\n[bold]{problem.prompt}[/bold]", highlight=False)
