@@ -1,7 +1,7 @@
 """What is costly to make, kept beside a model for whoever needs the like next.
 
-`decode` keeps here what its recorded passes work on. What is kept may not refer to the model: it is freed
-with it, and when the model moves or is trained.
+`decode` and `speculate` keep here what their recorded passes work on. What is kept may not refer to the
+model: it is freed with it, and when the model moves or is trained.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,6 +87,8 @@ class Workspace:
     key: Hashable = None
     size: int = 0
     """What it is kept under, and the bytes of its cache."""
+    session: Any = None
+    """Of a drafter, what recorded passes read of it, a `speculation.DraftSession`."""
 
     @classmethod
     def of(cls, tokens: Tensor, kv_cache: KVCache | None, *, graphs: bool = False) -> Workspace:
@@ -103,12 +106,21 @@ class Workspace:
 
     @classmethod
     def take(
-        cls, model: Model, lanes: int, width: int, mask_id: int, device: torch.device, *, cached: bool
+        cls,
+        model: Model,
+        lanes: int,
+        width: int,
+        mask_id: int,
+        device: torch.device,
+        *,
+        cached: bool,
+        drafter: Any = None,
     ) -> Workspace | None:
         """The one that an earlier batch of the model gave back, or a fresh one; None where it could not be
         kept. It has at least `width` positions.
 
-        cached: whether keys and values outlive a pass. What else recorded passes depend on, their forms say.
+        cached: whether keys and values outlive a pass. drafter: whose session the passes read. What else
+        recorded passes depend on, their forms say.
         """
         s = model.shape
         length = GRAPH_BUCKETS(width)
@@ -118,7 +130,7 @@ class Workspace:
             return None
         precision = torch.backends.cuda.matmul.fp32_precision
         # Always used from one stream: whoever takes it comes after all that was done with it before.
-        key = device, stream_of(device), model.dtype, precision, lanes, length, mask_id, cached
+        key = device, stream_of(device), model.dtype, precision, lanes, length, mask_id, cached, drafter
         found: Workspace | None = kept.take(model, key)
         if found is None:
             tokens = torch.empty((lanes, length), dtype=torch.int64, device=device)
@@ -130,5 +142,6 @@ class Workspace:
         """Keep it for `take`; whoever gives it back does not use it any more."""
         for rule in [rule for rule in self.states if not rule.recorded]:
             del self.states[rule]  # a function may hold on to the model
-        if self.graphs is not None and self.graphs.recorder is not None:
-            kept.give(model, self.key, self, self.size)
+        size = self.size + (0 if self.session is None else self.session.size)
+        if self.graphs is not None and self.graphs.recorder is not None and size <= kept.BYTES:
+            kept.give(model, self.key, self, size)

@@ -27,6 +27,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -235,18 +236,34 @@ class _Session(DraftSession):
         lanes: int,
         graphs: bool,
     ) -> None:
-        self._layout, self._heads, self._model, self._kv_cache = layout, heads, model, kv_cache
+        self._layout, self._heads, self._kv_cache = layout, heads, kv_cache
+        self._target = weakref.ref(model)
         self._rows = layout.most + 1
         """Of a lane: positions that far apart share no row."""
         # One more than there are, for rows of a pass that are no tokens.
         size = lanes * self._rows + 1, layout.width
         self._streams = torch.zeros(size, dtype=model.dtype, device=model.device)
+        self.size = self._streams.nbytes
         self._pad_to, self._recorded_rows = row_padding(model), recorded_rows(model)
         self._graphs = graphs_on(model.device) if graphs else None
 
+    @property
+    def _model(self) -> Model:
+        model = self._target()
+        assert model is not None  # its batch is there
+        return model
+
+    @property
+    def recorded(self) -> bool:  # type: ignore[override]
+        return self._graphs is not None and self._graphs.recorder is not None
+
+    def addresses(self) -> Sequence[int]:
+        return [p.data_ptr() for p in self._heads.parameters()]
+
     def reset(self, lane: int) -> None:
         if self._graphs is not None:
-            self._graphs.drop_stale(self._model.addresses())
+            of_model = self._model.addresses()
+            self._graphs.drop_stale(None if of_model is None else [*of_model, *self.addresses()])
 
     def streams(self, metadata: AttentionMetadata) -> Stream:
         return Stream(self._streams[self._places(metadata)])

@@ -139,7 +139,7 @@ def adaptive_decode(
         for lane, (ids, count, own) in enumerate(zip(prompts, counts, settings, strict=True)):
             batch.admit(lane, ids.cpu(), count, own, eos_ids=eos_ids)
         run(batch, streamer, progress_bar(progress, sum(counts), "adaptive_decode"))
-    found = decoded(batch, prompts, config)
+    found = decoded(batch, prompts[0].device if prompts else torch.device("cpu"), config)
     return AdaptiveOutput(
         **found,
         verifier_nfe=found["nfe"].new_tensor(batch.verified),

@@ -11,8 +11,9 @@ function of prompt and seed, whatever the drafter. Each sequence goes on at its 
 
 from __future__ import annotations
 
-import copy
+import collections
 import functools
+from array import array
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,16 +23,16 @@ import torch
 from torch import Tensor
 
 from ..cache import AttentionMetadata, KVCache, PadTo, Span
-from ..decoding.runner import recorded_rows, row_padding
+from ..decoding import runner
 from ..decoding.sequence import Settings
-from ..decoding.workspace import graphs_on
+from ..decoding.workspace import Workspace
 from ..models import Model, Taps, own_precision
 from ..ops import accept, kv_move
 from ..ops.errors import NO_ERROR, explain
-from ..packed import Shapes, pack, unpack
+from ..packed import Packing, Shapes, unpack
 from . import riding
 from .draft import Draft, check_drafts
-from .drafter import Drafter, KeepsStreams, Lane
+from .drafter import Apart, Drafter, DraftSession, KeepsStreams, Lane
 from .sequence import IDLE, CausalSequence, SamplingGroup, Verified
 from .sizing import Fixed, Sizer
 
@@ -52,6 +53,8 @@ class PassKey(NamedTuple):
     tree: bool
     riders: int
     """Tensors that tell of the riders; 0: there are none."""
+    follows: bool
+    """Whether the pass leaves what it chooses for a next one that is issued before the host knows of it."""
     logprobs: bool
     groups: tuple[SamplingGroup, ...]
 
@@ -70,6 +73,24 @@ class Emitted(NamedTuple):
     """That rode behind the node whose choice is the last token."""
     guessed: Sequence[int] = ()
     """What was made of their logits, see `DraftSession.guessed`."""
+
+
+class Issued(NamedTuple):
+    """A pass that the device is at, or will be."""
+
+    drafts: dict[int, Draft]
+    key: PassKey
+    result: Tensor
+    """On the host, once `there`."""
+    there: torch.cuda.Event | None
+    """None: already."""
+
+    def numbers(self) -> list[int]:
+        """The result; this waits for the device."""
+        if self.there is not None:
+            self.there.synchronize()
+        found: list[int] = self.result.tolist()
+        return found
 
 
 @dataclass
@@ -101,6 +122,9 @@ class CausalBatch:
         pad_id: what stands behind the end of a sequence.
         batch_invariant: each sequence in passes of its own.
         graphs: on a GPU, passes of one form are recorded once and replayed.
+        ahead: passes that the host issues before it looks at what the one before them did, where it need not
+            know: on a GPU, without a drafter. An end is met so many passes late, which are run in vain and
+            count for nothing.
         kv_cache: of so many sequences and positions; default: a fresh one.
     """
 
@@ -115,32 +139,64 @@ class CausalBatch:
         pad_id: int = UNKNOWN,
         batch_invariant: bool = False,
         graphs: bool = True,
+        ahead: int = 0,
         kv_cache: KVCache | None = None,
     ) -> None:
         self.model, self.pad_id, self.batch_invariant = model, pad_id, batch_invariant
         self.mask_id = UNKNOWN
-        self.tokens = torch.full((lanes, width), pad_id, dtype=torch.int64)
-        """On the CPU: drafters and stop sequences look at them there."""
+        # At least one, since torch makes no tensor of an empty buffer.
+        self._ids = array("q", (pad_id,)) * max(1, lanes * width)
+        """The memory of `tokens`, for the few that a pass reads and writes."""
+        self.tokens = torch.frombuffer(self._ids, dtype=torch.int64)[: lanes * width].view(lanes, width)
+        """(lanes, width) int64 on the CPU: drafters and stop sequences look at them there."""
         self.logprobs = torch.full((lanes, width), torch.nan)
         """(lanes, width) float32: of each token, where a sequence wants them."""
         self.steps = torch.zeros((lanes, width), dtype=torch.int64)
         """(lanes, width): the pass that brought each token, where a sequence wants log-probabilities or the
         record."""
-        self.kv_cache = model.new_cache(lanes, width) if kv_cache is None else kv_cache
+        self.device = device = model.device
+        owner = None if isinstance(drafter, Apart) else drafter
+        space = None
+        if kv_cache is None and graphs:
+            space = Workspace.take(model, lanes, width, UNKNOWN, device, cached=True, drafter=owner)
+        if space is None:
+            kv_cache = model.new_cache(lanes, width) if kv_cache is None else kv_cache
+            space = Workspace.of(
+                torch.zeros((lanes, 1), dtype=torch.int64, device=device), kv_cache, graphs=graphs
+            )
+        assert space.kv_cache is not None
+        self._workspace: Workspace | None = space
+        self.kv_cache, self.graphs = space.kv_cache, space.graphs
         self.rows: list[CausalSequence] = [IDLE] * lanes
         self.forwards = 0
         self.draft_forwards = 0
         self.counts = Counts([], [])
         self._most = 0 if drafter is None else drafter.most
-        self._session = (
-            None if drafter is None else drafter.session(model, self.kv_cache, lanes, graphs=graphs)
-        )
+        self._session: DraftSession | None = space.session
+        if drafter is not None and self._session is None:
+            self._session = drafter.session(model, self.kv_cache, lanes, graphs=graphs)
+        self._owned = self._session if owner is not None else None
+        """What recorded passes read of the drafter."""
         self._riders = None if self._session is None else self._session.riders
         self._sizer: Sizer = Fixed(self._most) if sizer is None else sizer
-        self.graphs = graphs_on(model.device) if graphs else None
-        self._recorded_rows = recorded_rows(model)
-        self._pad_to: PadTo = row_padding(model)
-        self._suppressed: dict[tuple[int, ...], Tensor] = {}
+        self._suppressed = space.suppressed
+        self._recorded_rows = runner.recorded_rows(model)
+        self._pad_to: PadTo = runner.row_padding(model)
+        may = drafter is None and not batch_invariant and runner.runs_ahead(device)
+        self._ahead = ahead if may else 0
+        self._last = space.tokens[:, 0] if self._ahead else None
+        """(lanes,) int64: what the last pass has chosen, where the next may be issued without knowing it."""
+        self._issued: collections.deque[Issued] = collections.deque()
+        """Passes that were not looked at, the oldest first."""
+
+    def keep(self) -> None:
+        """Let the next batch like this one replay what this one has recorded, if its drafter's session can go
+        on, too. This one is over: its tensors belong to that one.
+        """
+        space, self._workspace = self._workspace, None
+        if space is not None and space.key is not None and (self._owned is None or self._owned.recorded):
+            space.session = self._owned
+            space.give(self.model)
 
     def admit(
         self,
@@ -169,6 +225,7 @@ class CausalBatch:
             done=gen_length == 0,
         )
         self.rows[lane] = row
+        self._issued.clear()
         self.tokens[lane] = self.pad_id
         self.tokens[lane, :first] = prompt
         self.tokens[lane, first:length] = UNKNOWN
@@ -185,6 +242,7 @@ class CausalBatch:
     def release(self, lane: int) -> None:
         """Forget the lane's sequence."""
         self.rows[lane] = IDLE
+        self._issued.clear()
 
     def enter(self, finished: list[int]) -> None:
         """Nothing is between blocks here."""
@@ -197,7 +255,7 @@ class CausalBatch:
         if key not in self._suppressed:
             if len(self._suppressed) == 64:
                 self._suppressed.clear()
-            self._suppressed[key] = torch.tensor(key, device=self.model.device)
+            self._suppressed[key] = torch.tensor(key, device=self.device)
         return self._suppressed[key]
 
     # --- a pass -------------------------------------------------------------------------------------
@@ -211,7 +269,7 @@ class CausalBatch:
         live = self.live if lanes is None else [b for b in self.live if b in lanes]
         if not live:
             return []
-        before = [copy.copy(self.rows[b]) for b in live], self.forwards, self.draft_forwards
+        before = [vars(self.rows[b]).copy() for b in live], self.forwards, self.draft_forwards
         try:
             sizes = self._sizes(live)
             drafts = dict.fromkeys(live, Draft()) | self._drafts(sizes)
@@ -222,7 +280,8 @@ class CausalBatch:
         except BaseException:
             rows, self.forwards, self.draft_forwards = before
             for b, row in zip(live, rows, strict=True):
-                self.rows[b].__dict__.update(row.__dict__)
+                vars(self.rows[b]).update(row)
+            self._issued.clear()
             raise
         for b in live:
             # A draft of riders alone says nothing of what drafts are worth.
@@ -282,118 +341,184 @@ class CausalBatch:
 
     def _verify(self, drafts: dict[int, Draft], tree: bool) -> dict[int, Emitted]:
         """One pass over some sequences. Nothing of them changes but keys and values behind the known ones."""
-        if self.graphs is not None and any(self.rows[b].nfe == 0 for b in drafts):
-            self.graphs.drop_stale(self.model.addresses())  # the model may have moved
-        inputs, key = self._inputs(drafts, tree)
-        device = self.model.device
-        compute = functools.partial(self._compute, key)
         # A pass that computes a prompt says nothing of what a size of draft takes.
         prefills = any(self.rows[b].prefills for b in drafts)
         with nullcontext() if prefills else self._sizer.verifying():
-            if self.graphs is None or self.graphs.addresses is None:
-                result = compute(inputs.to(device, non_blocking=True))
-            else:
-                few = key.shapes[0][0] <= self._recorded_rows
-                result = self.graphs.run(key.key if few else None, inputs, compute, device=device, held=key)
-            numbers = result.tolist()  # waits for the device
-        return self._look(drafts, key, numbers)
+            if self._issued and [b for b in self._issued[0].drafts if not self.rows[b].done] != [*drafts]:
+                self._issued.clear()  # it was not for these
+            if not self._issued:
+                self._issued.append(self._issue(drafts, tree))
+            while len(self._issued) <= self._ahead:
+                coming = [b for b in drafts if self.rows[b].room > self._coming(b)]
+                if not coming:
+                    break
+                self._issued.append(self._issue(dict.fromkeys(coming, Draft()), tree))
+            issued = self._issued.popleft()
+            numbers = issued.numbers()
+        return self._look(drafts, issued.key, numbers)
 
-    def _inputs(self, drafts: dict[int, Draft], tree: bool) -> tuple[Tensor, PassKey]:
+    def _coming(self, b: int) -> int:
+        """Passes over the sequence that were not looked at, each of which brings a token."""
+        return sum(b in issued.drafts for issued in self._issued)
+
+    def _issue(self, drafts: dict[int, Draft], tree: bool) -> Issued:
+        """A pass, behind those that were issued."""
+        coming = {b: self._coming(b) for b in drafts}
+        if self.graphs is not None and any(self.rows[b].nfe + coming[b] == 0 for b in drafts):
+            # The model may have moved, or the drafter.
+            of_model, of_drafter = self.model.addresses(), self._owned and self._owned.addresses()
+            self.graphs.drop_stale(of_model if of_model is None else [*of_model, *(of_drafter or ())])
+        inputs, key = self._inputs(drafts, tree, coming)
+        compute = functools.partial(self._compute, key)
+        if self.graphs is None or self.graphs.addresses is None:
+            result = compute(inputs.to(self.device, non_blocking=True))
+        else:
+            few = key.shapes[0][0] <= self._recorded_rows
+            result = self.graphs.run(key.key if few else None, inputs, compute, device=self.device, held=key)
+        there = None
+        if self.device.type == "cuda":
+            # Into pinned memory: a later pass does not delay it, as it would a copy that is asked for later.
+            result = result.to("cpu", non_blocking=True)
+            there = torch.cuda.current_stream(self.device).record_event()
+        return Issued(drafts, key, result, there)
+
+    def _inputs(self, drafts: dict[int, Draft], tree: bool, coming: dict[int, int]) -> tuple[Tensor, PassKey]:
         """All that the device has to be told, (n,) int64 on the CPU, and how it is to be read.
 
         N packed tokens of the pass; M rows whose logits are wanted, each lane's root and nodes, which are
         verified, and behind them its riders, which are not; B lanes.
+
+        coming: of each lane, the tokens of passes that were not looked at.
         """
-        lanes, pad_to = len(self.rows), self._pad_to
+        lanes, width, pad_to = len(self.rows), self.tokens.shape[1], self._pad_to
         spans: list[Span] = []
         ids: list[int] = []
+        unknown: list[tuple[int, int]] = []  # places among them, and whose last token belongs there
         source: list[int] = []
         token: list[int] = []
         parent: list[int] = []
-        keys: list[tuple[int, int, int, int]] = []
+        keys: list[int] = []
         parents: list[tuple[int, ...]] = []
-        q_start, q_end = [0] * lanes, [0] * lanes
-        offset = 0
+        groups: dict[tuple[Any, ...], tuple[SamplingGroup, list[int]]] = {}  # each with the edges of B lanes
+        room, bases = [row.room for row in self.rows], [row.known - 1 for row in self.rows]
+        offset, rows, riding_along, logprobs = 0, 1, False, False
         for b, draft in drafts.items():
-            row, end = self.rows[b], self.rows[b].known + draft.size
-            spans.append(Span(b, row.num_cached, end, end))
-            known = self.tokens[b, row.num_cached : row.known].tolist()
-            ids += [*known, *draft.tokens]
-            parents.append(draft.rows)
-            q_start[b] = len(source)
-            source += range(offset + len(known) - 1, offset + len(known) + draft.size)
-            q_end[b] = q_start[b] + 1 + len(draft.tokens)
-            token += [known[-1], *draft.tokens]
-            parent += draft.verified_rows
+            row, first, nodes, size = self.rows[b], len(source), draft.tokens, draft.size
+            known, start = row.known, row.num_cached
+            if coming[b]:
+                known += coming[b]
+                start = known - 1
+                room[b] -= coming[b]
+                bases[b] = known - 1
+                unknown.append((len(ids), b))
+                ids.append(0)
+                root = 0
+            else:
+                ids += self._ids[b * width + start : b * width + known]
+                root = ids[-1]
+            spans.append(Span(b, start, known + size, known + size))
+            offset += known - start
+            source.append(offset - 1)
+            offset += size
+            token.append(root)
             seed, number = row.settings.key
-            positions = [row.known + depth for depth in _depths(draft)]  # of what each row chooses
-            keys += [(seed, number, position, 0) for position in positions]
-            offset += len(known) + draft.size
-            riders = len(source) - q_end[b]  # `accept` does not look at their rows
-            token += [0] * riders
-            parent += [-1] * riders
-            keys += [(0, 0, 0, 0)] * riders
+            if size:
+                riders = size - len(nodes)
+                riding_along |= riders > 0
+                rows = max(rows, 1 + len(nodes))
+                ids += nodes
+                source += range(source[-1] + 1, source[-1] + 1 + size)
+                token += nodes
+                parent += draft.verified_rows
+                for depth in _depths(draft):  # of what each row chooses
+                    keys += (seed, number, known + depth, 0)
+                # `accept` does not look at the rows of riders.
+                token += [0] * riders
+                parent += [-1] * riders
+                keys += [0] * (4 * riders)
+                end = len(source) - riders
+            else:
+                parent.append(-1)
+                keys += (seed, number, known, 0)
+                end = len(source)
+            if tree:
+                parents.append(draft.rows)
+            group = row.sampling
+            _, edges = groups.setdefault(group.key, (group, [0] * (2 * lanes)))
+            edges[b], edges[lanes + b] = first, end
+            logprobs |= row.settings.record
         metadata = self.kv_cache.metadata(spans, pad_to, causal=not tree, parents=parents if tree else None)
         joined: tuple[Tensor, ...] = ()
-        tokens = len(metadata.positions)
-        if any(draft.size > len(draft.tokens) for draft in drafts.values()):
+        tokens, wanted = len(metadata.positions), len(source)
+        if riding_along:
             assert self._riders is not None
-            own, wanted = {b: self.rows[b] for b in drafts}, len(source)
+            own = {b: self.rows[b] for b in drafts}
             joined, tokens = riding.inputs(self._riders, self.kv_cache, own, drafts, tree, wanted, pad_to)
-        more_ids = tokens - len(ids)
-        more = 0 if pad_to is None else pad_to(len(source)) - len(source)
-        groups: dict[tuple[Any, ...], list[int]] = {}
-        for b in drafts:
-            groups.setdefault(self.rows[b].sampling.key, []).append(b)
-        edges = torch.zeros((len(groups), 2, lanes), dtype=torch.int64)
-        for edge, group in zip(edges, groups.values(), strict=True):
-            for b in group:
-                edge[0, b], edge[1, b] = q_start[b], q_end[b]
+        more = 0 if pad_to is None else pad_to(wanted) - wanted
+        packing = Packing()
+        packing.tensors(metadata.tensors)
+        packing.add(ids)
+        packing.repeat(0, tokens - len(ids))
+        packing.close(tokens)
+        if unknown:
+            places = list(range(tokens))
+            for place, b in unknown:
+                places[place] = tokens + b
+            packing.add(places)
+        packing.close(tokens if unknown else 0)
+        for numbers, none in ((source, 0), (token, 0), (parent, -1)):
+            packing.add(numbers)
+            packing.repeat(none, more)
+            packing.close(wanted + more)
+        packing.add(keys)
+        packing.repeat(0, 4 * more)
+        packing.close(wanted + more, 4)
+        for _, edges in groups.values():
+            packing.add(edges)
+        packing.close(len(groups), 2, lanes)
+        packing.add(room)
+        packing.close(lanes)
         eos = [row.eos_ids for row in self.rows]
-        width = max(1, *map(len, eos))
-        bases = [row.known - 1 for row in self.rows]
-        tensors = (
-            *metadata.tensors,
-            torch.tensor(ids + [0] * more_ids),
-            torch.tensor(source + [0] * more),
-            torch.tensor(token + [0] * more),
-            torch.tensor(parent + [-1] * more),
-            torch.tensor(keys + [(0, 0, 0, 0)] * more),
-            edges,
-            torch.tensor([row.room for row in self.rows]),
-            torch.tensor([[*each, *[UNKNOWN] * (width - len(each))] for each in eos]),
-            torch.tensor(bases),
-            self.kv_cache.block_table if tree else torch.zeros((0, 0), dtype=torch.int64),
-            *joined,
-        )
-        inputs, shapes = pack(tensors)
-        if self.model.device.type == "cuda":
+        most = max(1, *map(len, eos))
+        for each in eos:
+            packing.add(each)
+            packing.repeat(UNKNOWN, most - len(each))
+        packing.close(lanes, most)
+        packing.add(bases)
+        packing.close(lanes)
+        if tree:
+            packing.tensors((self.kv_cache.block_table,))
+        else:
+            packing.close(0, 0)
+        packing.tensors(joined)
+        inputs, shapes = packing.pack()
+        if self.device.type == "cuda":
             inputs = inputs.pin_memory()  # else its copy to the device may wait for the passes before
-        rows = 1 + max(len(draft.tokens) for draft in drafts.values())
         if pad_to is not None:
             rows = 1 << (rows - 1).bit_length()
-        logprobs = any(self.rows[b].settings.record for b in drafts)
-        sampling = tuple(self.rows[group[0]].sampling for group in groups.values())
-        start = next(iter(drafts.values())).start
         return inputs, PassKey(
             shapes,
             metadata.max_q_len,
             metadata.max_kv_len,
             rows,
-            start,
+            next(iter(drafts.values())).start,
             tree,
             len(joined),
+            self._last is not None,
             logprobs,
-            sampling,
+            tuple(group for group, _ in groups.values()),
         )
 
     def _compute(self, key: PassKey, inputs: Tensor) -> Tensor:
         tensors = unpack(inputs, key.shapes)
         tensors, joined = tensors[: len(tensors) - key.riders], tensors[len(tensors) - key.riders :]
-        *given, ids, source, token, parent, keys, edges, room, eos_ids, bases, table = tensors
+        *given, ids, places, source, token, parent, keys, edges, room, eos_ids, bases, table = tensors
         metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *given, causal=not key.tree)
         taps = Taps(() if self._session is None else self._session.taps)
-        with own_precision(self.model, self.model.device):
+        if len(places):
+            assert self._last is not None
+            ids = torch.cat((ids, self._last))[places]
+        with own_precision(self.model, self.device):
             if key.riders:
                 assert self._riders is not None
                 x = riding.step(self.model, self._riders, self.kv_cache, ids, metadata, joined)
@@ -432,6 +557,10 @@ class CausalBatch:
             for each in zip(*((one.count, one.path, one.tokens) for one in found), strict=True)
         )
         error = functools.reduce(torch.minimum, [one.error for one in found])
+        if key.follows:
+            assert self._last is not None
+            # A bad row has chosen none: what follows it is not looked at, and any token will do.
+            torch.clamp(tokens[:, 0], min=0, out=self._last)
         results = [error, count, tokens.flatten()]
         if key.tree:
             source_slots, target_slots = self._moves(path, bases, table)
@@ -470,13 +599,13 @@ class CausalBatch:
         """What a pass has emitted, from its result. Raises ValueError for a row that kept one from it."""
         lanes, width = len(self.rows), key.rows
         error, count, rest = numbers[:lanes], numbers[lanes : 2 * lanes], numbers[2 * lanes :]
-        if min(error) != NO_ERROR:
+        if (first := min(error[b] for b in drafts)) != NO_ERROR:
 
             def where(at: int) -> str:
                 lane, row = at >> 31, at & 0x7FFFFFFF
                 return f"sequence {lane} at position {self.rows[lane].known + _depths(drafts[lane])[row]}"
 
-            explain(min(error), where)
+            explain(first, where)
         logprobs: list[float] = []
         if key.logprobs:
             bits = torch.tensor(rest[-lanes * width :]).to(torch.int32)
@@ -500,8 +629,7 @@ class CausalBatch:
         if self._session is not None:
             self._session.guessed(b, emitted.riders, emitted.guessed)
         if draft.tokens:
-            depth = max(_depths(draft))
-            self.counts.add(depth, count - 1)
+            self.counts.add(max(_depths(draft)), count - 1)
         row.layers += draft.layers + self.model.shape.layers - draft.start
         row.judged(Verified(len(draft.tokens), count - 1, draft.refused(emitted.tokens)))
         self.commit(b, emitted.tokens, emitted.logprobs)
@@ -516,14 +644,17 @@ class CausalBatch:
         row.nfe += 1
         row.num_cached = row.known + count - 1
         row.known += count
-        self.tokens[b, start : row.known] = torch.tensor(tokens)
+        lane = b * self.tokens.shape[1]  # where the sequence begins in `_ids`
+        self._ids[lane + start : lane + row.known] = array("q", tokens)
         if row.settings.record:
             self.logprobs[b, start : row.known] = torch.tensor(logprobs)
             self.steps[b, start : row.known] = row.nfe
-        # Only the last tokens can be part of what ends at a new one.
-        reach = max((len(stop) for stop in row.settings.stop), default=1)
-        first = max(row.prompt, start - reach + 1)
-        ended = row.first_end(self.tokens[b, first : row.known].tolist(), first, start)
+        ended = None
+        if row.settings.stop or not set(row.eos_ids).isdisjoint(tokens):
+            # Only the last tokens can be part of what ends at a new one.
+            reach = max((len(stop) for stop in row.settings.stop), default=1)
+            first = max(row.prompt, start - reach + 1)
+            ended = row.first_end(self._ids[lane + first : lane + row.known].tolist(), first, start)
         if ended is not None:
             begin, end = ended
             row.kept, row.stopped = row.index(begin), True
@@ -534,9 +665,11 @@ class CausalBatch:
             self.tokens[b, row.known :] = self.pad_id
 
 
-def _depths(draft: Draft) -> list[int]:
+def _depths(draft: Draft) -> Sequence[int]:
     """Of the root and the nodes: steps from the root."""
+    if draft.parents is None:
+        return range(len(draft.tokens) + 1)
     depths = [0]
     for node in range(1, len(draft.tokens) + 1):
-        depths.append(1 + depths[node - 1 if draft.parents is None else draft.parents[node - 1]])
+        depths.append(1 + depths[draft.parents[node - 1]])
     return depths

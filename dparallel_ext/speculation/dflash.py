@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -261,7 +262,7 @@ class _Session(DraftSession):
     """The context of a batch's lanes, under the block table of the target's cache."""
 
     def __init__(self, drafter: DraftModel, model: Model, kv_cache: KVCache, graphs: bool) -> None:
-        self._drafter, self._model = drafter, model
+        self._drafter, self._target = drafter, weakref.ref(model)
         self.layout = drafter.layout
         self.taps = self.layout.taps
         s, pages, size = self.layout.shape, kv_cache.slots.shape[2], kv_cache.page_size
@@ -272,13 +273,28 @@ class _Session(DraftSession):
         self._pages = kv_cache
         """The target's: it knows when pages are assigned, and so what of the metadata it may keep."""
         self.kv_cache = KVCache(slots, table, kv_cache.block_table)
+        self.size = slots.nbytes
         self._pad_to, self._recorded_rows = row_padding(model), recorded_rows(model)
         self._graphs = graphs_on(model.device) if graphs else None
+
+    @property
+    def _model(self) -> Model:
+        model = self._target()
+        assert model is not None  # its batch is there
+        return model
+
+    @property
+    def recorded(self) -> bool:  # type: ignore[override]
+        return self._graphs is not None and self._graphs.recorder is not None
+
+    def addresses(self) -> Sequence[int]:
+        return [p.data_ptr() for p in self._drafter.parameters()]
 
     def reset(self, lane: int) -> None:
         """What of the lane was written before is overwritten before it is seen."""
         if self._graphs is not None:
-            self._graphs.drop_stale(self._model.addresses())
+            of_model = self._model.addresses()
+            self._graphs.drop_stale(None if of_model is None else [*of_model, *self.addresses()])
 
     def observe(self, metadata: AttentionMetadata, taps: Sequence[Tensor]) -> None:
         feature = self._drafter.feature(taps)

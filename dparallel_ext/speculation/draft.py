@@ -32,7 +32,7 @@ class Draft(NamedTuple):
     @property
     def size(self) -> int:
         """Rows behind the root: nodes and riders."""
-        return len(self.tokens) + sum(self.riders)
+        return len(self.tokens) + sum(self.riders) if self.riders else len(self.tokens)
 
     @property
     def is_chain(self) -> bool:
@@ -57,6 +57,8 @@ class Draft(NamedTuple):
 
     def refused(self, emitted: Sequence[int]) -> tuple[int, ...]:
         """The tokens of the nodes that are not on the way of the tokens that their pass has emitted."""
+        if not self.tokens:
+            return ()
         if self.is_chain:
             pairs = zip(self.tokens, emitted, strict=False)
             return self.tokens[sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)) :]
@@ -94,7 +96,7 @@ def check_drafts(
             raise ValueError(f"drafter: expected at most {most} nodes for lane {lane}, got {of}")
         if count and lane in prefilling:
             raise ValueError(f"drafter: expected no nodes for lane {lane} with its prompt, got {count}")
-        if any(not 0 <= token < vocabulary for token in draft.tokens):
+        if count and not (min(draft.tokens) >= 0 and max(draft.tokens) < vocabulary):
             bad = next(token for token in draft.tokens if not 0 <= token < vocabulary)
             raise ValueError(f"drafter: expected token ids in [0, {vocabulary}), got {shown(bad)}")
         if not 0 <= draft.start < shape.layers:

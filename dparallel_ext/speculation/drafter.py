@@ -7,7 +7,7 @@ choices are emitted. So a drafter may be as rough as it likes, and has no temper
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -84,12 +84,21 @@ class DraftSession:
 
     taps: tuple[int, ...] = ()
     """Layers of the model, ascending, behind which it wants to see the residual stream; -1: the embedding."""
+    recorded: bool = False
+    """Whether it may serve the next batch like this one, `reset` for each lane, with the recordings that read
+    its tensors. It then says the `addresses` of its weights, and does not keep the model alive."""
+    size: int = 0
+    """Bytes of the tensors that are its own."""
     riders: Riders | None = None
     """How the riders of its drafts come to be; such a session has no taps, and keeps no streams. A pass over
     a prompt may have riders too, so it is then asked for drafts of these lanes, which have no nodes."""
 
     def reset(self, lane: int) -> None:
         """A sequence begins in the lane."""
+
+    def addresses(self) -> Sequence[int]:
+        """Where the weights lie that its part of the passes reads."""
+        return ()
 
     def observe(self, metadata: AttentionMetadata, taps: Sequence[Tensor]) -> None:
         """A pass of the model has computed the tokens of `metadata`; taps: (N, width) behind each of `taps`.
@@ -135,6 +144,14 @@ class Drafter(Protocol):
         """For a batch of so many lanes; graphs: passes may be recorded. What it keeps of positions belongs
         into pages like those of `kv_cache`, under its `block_table`, so that sequences that share a beginning
         share this too."""
+
+
+@runtime_checkable
+class Apart(Protocol):
+    """A drafter whose sessions have no part in the model's passes: neither taps nor streams nor riders, and
+    nothing to do where a pass is observed or a path moves. So passes recorded with one serve with another."""
+
+    apart: Literal[True]
 
 
 @runtime_checkable

@@ -6,7 +6,7 @@ Source: A. Saxena, "Prompt Lookup Decoding" (2023); LLMA, arXiv 2304.04487.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ..arguments import whole
 from .draft import Draft
@@ -23,6 +23,8 @@ class NGram:
 
     most: the most tokens of a draft.
     """
+
+    apart: Literal[True] = True
 
     def __init__(self, longest: int = 3, *, shortest: int = 1, most: int = 16) -> None:
         self.longest = whole("longest", longest, 1)
@@ -64,8 +66,7 @@ class _Session(DraftSession):
         for size in self._sizes:
             at = ends.get(tuple(ids[-size:])) if size <= len(ids) else None
             if at is not None:
-                found: list[int] = []
-                for place in range(at, at + most):  # what repeats goes on repeating
-                    found.append(ids[place] if place < len(ids) else found[place - len(ids)])
-                return Draft(tuple(found))
+                found = ids[at : at + most]
+                repeats = -(-most // len(found))  # what repeats goes on repeating
+                return Draft(tuple((found * repeats)[:most]))
         return Draft()

@@ -26,7 +26,7 @@ from ..models.fields import LAYERS, VOCABULARY, WIDTH, Field, read
 from ..ops import row_topk
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
 from .draft import Draft
-from .drafter import DraftSession, Lane, Riders
+from .drafter import DraftSession, Lane
 from .trees import Ranks, plan
 
 MOST = 63
@@ -156,10 +156,10 @@ class _Rows:
     """Riders of a batch's passes."""
 
     def __init__(self, birth: Birth) -> None:
-        self.most, self.layer, self._birth = birth.most, birth.layer, birth
+        self.most, self.layer, self.birth = birth.most, birth.layer, birth
 
     def born(self, nodes: Tensor, numbers: Tensor) -> Tensor:
-        return self._birth.born(nodes, numbers)
+        return self.birth.born(nodes, numbers)
 
     def guess(self, logits: Tensor, rows: Tensor, suppress: Tensor | None) -> Tensor:
         count = min(GUESSES, logits.shape[-1])
@@ -168,13 +168,19 @@ class _Rows:
 
 
 class _Session(DraftSession):
-    def __init__(self, drafter: RiderDrafter, riders: Riders, lanes: int) -> None:
+    recorded = True
+
+    def __init__(self, drafter: RiderDrafter, riders: _Rows, lanes: int) -> None:
         self._drafter, self.riders, self._most = drafter, riders, riders.most
+        self._birth = riders.birth
         self._guesses: list[list[list[int]]] = [[] for _ in range(lanes)]
         """Of each lane, for each depth of the next draft, the tokens guessed, the likeliest first."""
 
     def reset(self, lane: int) -> None:
         self._guesses[lane] = []
+
+    def addresses(self) -> Sequence[int]:
+        return [p.data_ptr() for p in self._birth.parameters()]
 
     def guessed(self, lane: int, riders: int, numbers: Sequence[int]) -> None:
         each = len(numbers) // self._most

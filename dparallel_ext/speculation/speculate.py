@@ -21,7 +21,7 @@ from ..decoding.settings import make_settings
 from ..decoding.workspace import Trajectory
 from ..models import Model, for_decoding, traits, warn_beyond
 from .batch import CausalBatch
-from .drafter import Drafter
+from .drafter import Apart, Drafter
 from .loading import drafter_of
 from .sequence import Verified
 from .sizing import Fixed, Sizer, measured, sizer_for
@@ -90,6 +90,8 @@ def speculate(
             (`dparallel drafter` trains one; `speculation.load` reads it, and the published DFlash
             checkpoints); or a model of ours of the same vocabulary, autoregressive or of masked diffusion.
             None: plain decoding.
+            What a call has recorded on a GPU is there for the next with the same model, plain or with a
+            drafter without weights; and with one that has weights where it is the same object.
         draft_size: the most nodes of a draft, rows that ride along among them. None: as many as bring the
             most tokens per second, by the seconds that passes of each size take here and by what is accepted;
             the text is the same, and so are the passes only with a number.
@@ -112,6 +114,8 @@ def speculate(
     check_causal(vars(config))
     with torch.inference_mode():
         prompts = arguments.prompts(prompt, attention_mask)
+        device = prompts[0].device if prompts else torch.device("cpu")
+        prompts = arguments.moved(prompts, torch.device("cpu"))
         size = len(prompts)
         model = causal_model(model)
         eos_ids = end_ids(model, config)
@@ -134,11 +138,20 @@ def speculate(
             pad_id=eos_ids[0] if eos_ids else 0,
             batch_invariant=config.batch_invariant,
             graphs=config.graphs,
+            ahead=1,
         )
         for lane, (ids, count, own) in enumerate(zip(prompts, counts, settings, strict=True)):
-            batch.admit(lane, ids.cpu(), count, own, eos_ids=eos_ids)
+            batch.admit(lane, ids, count, own, eos_ids=eos_ids)
         run(batch, streamer, progress_bar(progress, sum(counts), "speculate"))
-    return _output(batch, prompts, config)
+        if drafter is given or isinstance(drafter, Apart):  # else the next call has another
+            batch.keep()
+    return SpeculateOutput(
+        **decoded(batch, device, config, "draft_nfe", "layers"),
+        draft_forwards=batch.draft_forwards,
+        drafted=torch.tensor(batch.counts.drafted, dtype=torch.int64),
+        accepted=torch.tensor(batch.counts.accepted, dtype=torch.int64),
+        passes=[row.passes for row in batch.rows] if config.record else None,
+    )
 
 
 def causal_model(model: Any) -> Model:
@@ -216,44 +229,31 @@ def run(batch: CausalBatch, streamer: Any, bar: Any) -> None:
         streamer.end()
 
 
-def _output(batch: CausalBatch, prompts: Sequence[Tensor], config: DecodeConfig) -> SpeculateOutput:
-    found = decoded(batch, prompts, config)
-    layers, draft_nfe = ([getattr(row, name) for row in batch.rows] for name in ("layers", "draft_nfe"))
-    return SpeculateOutput(
-        **found,
-        draft_nfe=found["nfe"].new_tensor(draft_nfe),
-        draft_forwards=batch.draft_forwards,
-        drafted=torch.tensor(batch.counts.drafted, dtype=torch.int64),
-        accepted=torch.tensor(batch.counts.accepted, dtype=torch.int64),
-        layers=found["nfe"].new_tensor(layers),
-        passes=[row.passes for row in batch.rows] if config.record else None,
-    )
-
-
-def decoded(batch: CausalBatch, prompts: Sequence[Tensor], config: DecodeConfig) -> dict[str, Any]:
-    """The fields of a `DecodeOutput`."""
-    device = prompts[0].device if prompts else torch.device("cpu")
+def decoded(batch: CausalBatch, device: torch.device, config: DecodeConfig, *more: str) -> dict[str, Any]:
+    """The fields of a `DecodeOutput`, on the device; more: numbers of a sequence."""
+    rows = batch.rows
     masked = torch.zeros(batch.tokens.shape, dtype=torch.bool)
-    for b, row in enumerate(batch.rows):
-        masked[b, row.prompt : row.length] = True
-    # How sure the model was is what it drew with: there is no mask token, whose share would be another's.
-    found = Trajectory(batch.steps, batch.logprobs.exp(), batch.logprobs).responses(masked)
-    trajectory = Trajectory(*(field.to(device) for field in vars(found).values()))
-
-    def numbers(name: str) -> Tensor:
-        found = torch.tensor([getattr(row, name) for row in batch.rows], dtype=torch.int64)
-        return found.to(device)
-
+    for places, row in zip(masked, rows, strict=True):
+        places[row.prompt : row.length].fill_(True)
+    trajectory = None
+    if config.record or config.logprobs:
+        # How sure the model was is what it drew with: there is no mask token, whose share would be another's.
+        found = Trajectory(batch.steps, batch.logprobs.exp(), batch.logprobs).responses(masked)
+        trajectory = Trajectory(*(field.to(device) for field in vars(found).values()))
+    names = ("nfe", "generated", "kept", "length", "prompt", "nfe", *more)
+    numbers = torch.tensor([[getattr(row, name) for row in rows] for name in names], dtype=torch.int64)
+    nfe, generated, kept, lengths, prompt_lengths, published, *others = numbers.to(device)
     return {
         "sequences": batch.tokens.clone().to(device),
-        "nfe": numbers("nfe"),
+        "nfe": nfe,
         "forwards": batch.forwards,
-        "generated": numbers("generated"),
-        "kept": numbers("kept"),
-        "lengths": numbers("length"),
-        "prompt_lengths": numbers("prompt"),
+        "generated": generated,
+        "kept": kept,
+        "lengths": lengths,
+        "prompt_lengths": prompt_lengths,
         "masked": masked.to(device),
-        "nfe_published": numbers("nfe"),
+        "nfe_published": published,
         "trajectory": trajectory if config.record else None,
-        "logprobs": trajectory.logprob if config.logprobs else None,
+        "logprobs": trajectory.logprob if trajectory is not None and config.logprobs else None,
+        **dict(zip(more, others, strict=True)),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -26,6 +26,8 @@ class ModelDrafter:
         canvas: of a diffusion model: masks behind the text, the draft's among them, as far as there is room.
             Models of this kind see an end where the canvas ends. None: as many as there is room for.
     """
+
+    apart: Literal[True] = True
 
     def __init__(self, model: Any, *, most: int | None = None, canvas: int | None = None) -> None:
         found = for_decoding(model)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
+import drafters
 import pytest
 import torch
 from conftest import GPUS, golden
@@ -273,3 +276,146 @@ def test_a_pool_without_recordings_is_not_used_again(taped: list[Graphs], how: s
         for _ in range(2):
             graphs.run(form, number, lambda n: n + 1, device=cpu)
     assert list(TapeGraph.pools.values()) == [0, 0, 0, 2]
+
+
+CAUSAL: dict[str, Any] = {"gen_length": 24, "eos_id": -1}
+
+
+def drafter_of(kind: str | None) -> tuple[models.Model, Any]:
+    """A model, and what drafts for it."""
+    if kind in ("dflash", "parallelspec"):
+        return (model := drafters.model_of()), drafters.drafter_with(kind, model)
+    if kind in ("ppd", "hidden_transfer"):
+        return (model := drafters.model_of()), drafters.riding(kind, model)
+    if kind == "adadecode":
+        return (model := drafters.deep_model()), drafters.exits(target=model)
+    return drafters.model_of(), drafters.model_of("llama") if kind == "model" else kind
+
+
+WITH_WEIGHTS = ["dflash", "parallelspec", "ppd", "hidden_transfer", "adadecode"]
+
+
+@pytest.mark.parametrize("kind", [None, "ngram", "model", *WITH_WEIGHTS])
+def test_a_second_speculate_replays(taped: list[Graphs], kind: str | None) -> None:
+    """Its drafter's passes, too; after another text and samples between them."""
+    model, drafter = drafter_of(kind)
+    settings = CAUSAL | {"drafter": drafter, "draft_size": 4}
+    first = dx.speculate(model, PROMPTS[0], **settings)
+    made = len(taped)
+    dx.speculate(model, PROMPTS[0] + 20, temperature=0.8, seed=3, suppress=[5], **settings)
+    before = [(graphs.replays, set(graphs.forms)) for graphs in taped]
+    again = dx.speculate(model, PROMPTS[0], **settings)
+    assert len(taped) == made == (2 if kind in ("dflash", "parallelspec", "adadecode") else 1)
+    expected = dx.speculate(model, PROMPTS[0], graphs=False, **settings)
+    for found in (first, again):
+        for name in ("sequences", "nfe", "drafted", "accepted", "layers"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    for graphs, (replays, forms) in zip(taped, before, strict=True):
+        assert graphs.recorder is not None, "a recording failed"
+        assert graphs.replays > replays
+        # A form of the first that came once is recorded now; none is new.
+        assert set(graphs.forms) == forms
+    replays = taped[0].replays  # of the model's passes
+    third = dx.speculate(model, PROMPTS[0], **settings)
+    assert torch.equal(third.sequences, expected.sequences)
+    assert taped[0].replays == replays + third.forwards
+
+
+def test_plain_passes_and_those_over_guesses_without_weights_share_what_is_kept(taped: list[Graphs]) -> None:
+    model = drafters.model_of()
+    for drafter in (None, "ngram", None, "ngram:2", model):
+        found = dx.speculate(model, PROMPTS[0], drafter=drafter, draft_size=3, **CAUSAL)
+        expected = dx.speculate(model, PROMPTS[0], graphs=False, **CAUSAL)
+        assert torch.equal(found.sequences, expected.sequences)
+    assert len(taped) == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [
+        *itertools.product(["deleted", "moved", "replaced"], [None, "dflash", "ppd", "adadecode"]),
+        *itertools.product(["drafter replaced"], ["dflash", "ppd", "adadecode"]),
+    ],
+)
+def test_what_speculate_keeps_goes_with_the_weights(taped: list[Graphs], kind: str | None, how: str) -> None:
+    model, drafter = drafter_of(kind)
+    settings = CAUSAL | {"drafter": drafter, "draft_size": 4}
+    for _ in range(2):
+        dx.speculate(model, PROMPTS[0], **settings)
+    recorded = [
+        weakref.ref(found.result) for graphs in taped for found in graphs.forms.values() if found is not None
+    ]
+    taped[:] = []
+    assert all(result() is not None for result in recorded)
+    assert recorded
+    if how == "deleted":
+        del model
+        gc.collect()
+        assert all(result() is None for result in recorded)
+        return
+    if how == "moved":
+        model.to(torch.float64).to(torch.float32)
+    elif how == "replaced":
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()
+    else:
+        with torch.no_grad():
+            parts = [part for part in vars(drafter).values() if isinstance(part, torch.nn.Module)]
+            for parameter in [*parts, drafter._placed[1]][-1].parameters():
+                parameter.data = parameter.data.clone()
+    for _ in range(2):
+        out = dx.speculate(model, PROMPTS[0], **settings)
+        assert torch.equal(out.sequences, dx.speculate(model, PROMPTS[0], graphs=False, **CAUSAL).sequences)
+    assert all(result() is None for result in recorded)
+
+
+def test_a_speculate_that_raises_leaves_nothing_behind(taped: list[Graphs]) -> None:
+    model = drafters.model_of()
+    dx.speculate(model, PROMPTS[0], **CAUSAL)
+    was = model.norm.weight.data.clone()
+    model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="holds NaN"):
+        dx.speculate(model, PROMPTS[0], **CAUSAL)
+    model.norm.weight.data.copy_(was)
+    for _ in range(2):
+        out = dx.speculate(model, PROMPTS[0], **CAUSAL)
+        assert torch.equal(out.sequences, dx.speculate(model, PROMPTS[0], graphs=False, **CAUSAL).sequences)
+    assert len(taped) == 2
+
+
+def test_two_threads_speculate_with_one_model(taped: list[Graphs]) -> None:
+    """Each with recordings of its own. Both are in the midst of it when each is."""
+    model = drafters.model_of()
+    expected = [dx.speculate(model, PROMPTS[place], graphs=False, **CAUSAL).sequences for place in (0, 1)]
+    meet, found = threading.Barrier(2), dict[int, Tensor]()
+
+    class Waits:
+        def put(self, tokens: Tensor) -> None:
+            meet.wait(60)
+
+        def end(self) -> None:
+            pass
+
+    def decode(place: int) -> None:
+        found[place] = dx.speculate(model, PROMPTS[place], streamer=Waits(), **CAUSAL).sequences
+
+    for _ in range(2):
+        threads = [threading.Thread(target=decode, args=(place,)) for place in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(torch.equal(found.pop(place), expected[place]) for place in (0, 1))
+    assert len(taped) == 2
+
+
+def test_a_drafter_that_is_read_in_each_call_is_not_kept(taped: list[Graphs], tmp_path: Path) -> None:
+    """Nobody else has it, so that nobody would take what is kept with it."""
+    model, drafter = drafter_of("ppd")
+    drafter.save(tmp_path)
+    dx.speculate(model, PROMPTS[0], drafter=tmp_path, draft_size=4, **CAUSAL)
+    recorded = weakref.ref(next(found for found in taped[0].forms.values() if found is not None).result)
+    taped[:] = []
+    gc.collect()
+    assert recorded() is None
