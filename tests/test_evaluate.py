@@ -292,6 +292,11 @@ def test_the_tables_of_the_docs_are_what_their_results_make():
     assert {
         (row["rule"], json.dumps({k: v for k, v in row.items() if k != "rule"})) for row in asked
     } == measured
+    rows = json.loads((docs / "apd.json").read_text())
+    assert evaluate.table(rows) in (docs / "speculation.md").read_text()
+    asked = evaluate.read_rows(docs.parent / "recipes" / "adaptive.json")
+    kinds = ["rule" if row["policy"] == evaluate.ONE else "verifier" for row in rows]
+    assert asked == [{kind: row["policy"], **row["config"]} for kind, row in zip(kinds, rows, strict=True)]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Compile every CUDA kernel for the architectures that nvcc knows, without a GPU, and hold it to its budget.
 
-Prints registers, shared memory and spills per kernel; fails on a spill, or where a kernel uses more than
-csrc/cuda/budgets.json allows. Another nvcc than the one that the file names allots registers otherwise: it is
-told what exceeds them, and only a kernel that does not compile is a fault. `--update` rewrites the file.
+Prints registers, shared memory, spills and the bytes of machine code per kernel; fails on a spill, or where a
+kernel uses more than csrc/cuda/budgets.json allows. Another nvcc than the one that the file names allots
+registers otherwise: it is told what exceeds them, and only a kernel that does not compile is a fault.
+`--update` rewrites the file.
 
 A kernel is compiled again only when it has changed: the file says by a hash of which sources, headers and
 nvcc its numbers were made, and what has been measured since is kept in build/cuda_check. `--all` compiles
@@ -16,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -38,6 +40,12 @@ class Usage:
     """bytes, static"""
     spills: int = 0
     """bytes stored and loaded"""
+    code: int = 0
+    """bytes of machine code; an SM's cache holds 128 KB"""
+
+
+SAID = {"registers": "registers", "shared": "bytes of shared memory", "code": "bytes of machine code"}
+"""What a budget limits."""
 
 
 def version_of(nvcc: str) -> str:
@@ -52,7 +60,7 @@ PTX_OF = {"86": "80", "89": "80"}
 
 
 def hash_of(source: Path, headers: str) -> str:
-    return hashlib.sha256(f"{headers}\0{source.read_text()}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"code\0{headers}\0{source.read_text()}".encode()).hexdigest()[:16]
 
 
 def measure(nvcc: str, source: Path, architectures: list[str], headers: str) -> dict[str, dict[str, Usage]]:
@@ -71,13 +79,12 @@ def measure(nvcc: str, source: Path, architectures: list[str], headers: str) -> 
 
 
 def compile_one(nvcc: str, source: Path, architecture: str, scratch: Path) -> str:
-    """What ptxas reports."""
+    """What ptxas reports, and behind it the lines of `code_of`."""
     virtual = PTX_OF.get(architecture, architecture)
     ptx = scratch / f"{virtual}.ptx"
     includes = [f"-I{ROOT / 'csrc' / 'include'}", f"-I{SOURCES}"]
-    commands = [
-        [nvcc, f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v", str(ptx), "-o", str(scratch / "out")]
-    ]
+    cubin = scratch / f"{architecture}.cubin"
+    commands = [[nvcc, f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v", str(ptx), "-o", str(cubin)]]
     if not ptx.exists():
         front = [nvcc, "-O3", "-std=c++17", f"-arch=compute_{virtual}", "-ptx", *includes, str(source)]
         commands.insert(0, [*front, "-o", str(ptx)])
@@ -85,11 +92,26 @@ def compile_one(nvcc: str, source: Path, architecture: str, scratch: Path) -> st
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             sys.exit(f"{source.name} does not compile for sm_{architecture}:\n{result.stderr}")
-    return result.stderr
+    return f"{result.stderr}\n{code_of(cubin)}"
+
+
+def code_of(cubin: Path) -> str:
+    """Lines "code NAME BYTES" of the kernels: those sections of the ELF file that hold instructions."""
+    elf = cubin.read_bytes()
+    (table,) = struct.unpack_from("<Q", elf, 0x28)
+    size, count, names_at = struct.unpack_from("<HHH", elf, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", elf, table + i * size) for i in range(count)]
+    names = sections[names_at][4]
+    lines = []
+    for name_at, _, _, _, _, length in sections:
+        name = elf[names + name_at : elf.index(b"\0", names + name_at)].decode()
+        if name.startswith(".text."):
+            lines.append(f"code {name.removeprefix('.text.')} {length}")
+    return "\n".join(lines)
 
 
 def parse(text: str) -> dict[str, Usage]:
-    """The report of ptxas -v: the most that any instance of a name uses."""
+    """The report of `compile_one`: the most that any instance of a name uses."""
     kernels: dict[str, Usage] = {}
     usage = Usage()
     for line in text.splitlines():
@@ -104,6 +126,8 @@ def parse(text: str) -> dict[str, Usage]:
             usage.registers = max(usage.registers, int(match.group(1)))
             shared = re.search(r"(\d+) bytes smem", line)
             usage.shared = max(usage.shared, int(shared.group(1)) if shared else 0)
+        elif match := re.match(r"code (\w+) (\d+)", line):
+            kernels[short_name(match.group(1))].code = int(match.group(2))
     return kernels
 
 
@@ -153,11 +177,13 @@ def main() -> None:
 
     budgets = made_with["kernels"]
     faults = []
-    print(f"{'kernel':60}" + "".join(f"{'sm_' + a:>16}" for a in architectures))
-    print(f"{'':60}" + f"{'regs smem spill':>16}" * len(architectures))
+    print(f"{'kernel':60}" + "".join(f"{'sm_' + a:>23}" for a in architectures))
+    print(f"{'':60}" + f"{'regs  smem spill   code':>23}" * len(architectures))
     for kernel, by_architecture in sorted(usage.items()):
         cells = [by_architecture[a] for a in architectures]
-        print(f"{kernel:60}" + "".join(f"{u.registers:>5}{u.shared:>6}{u.spills:>5}" for u in cells))
+        print(
+            f"{kernel:60}" + "".join(f"{u.registers:>5}{u.shared:>6}{u.spills:>5}{u.code:>7}" for u in cells)
+        )
         for architecture, used in by_architecture.items():
             allowed = budgets.get(kernel, {}).get(architecture)
             where = f"{kernel} on sm_{architecture}"
@@ -169,8 +195,8 @@ def main() -> None:
                 faults.append(f"{where} has no budget (tools/cuda_check.py --update)")
             else:
                 faults += [
-                    f"{where} uses {value} {what}, budget {allowed[what]}"
-                    for what in ("registers", "shared")
+                    f"{where} uses {value} {SAID[what]}, budget {allowed[what]}"
+                    for what in SAID
                     if (value := getattr(used, what)) > allowed[what]
                 ]
     if options.update:

@@ -151,7 +151,7 @@ def test_at_a_mixture_of_0_the_verifier_judges_alone() -> None:
     assert out.passes is not None
     for b, prompt in enumerate(PROMPTS):
         text, steps = out.sequences[b, : len(prompt) + 24], out.trajectory.step[b].tolist()
-        best = VERIFIER(text[None]).logits[0, :, :2].argmax(-1).tolist()
+        best = VERIFIER(text[None].to(VERIFIER.device)).logits[0, :, :2].argmax(-1).tolist()
         for at in range(1, 24):
             if steps[at] == steps[at - 1]:
                 more += 1
