@@ -162,19 +162,26 @@ class KVCache:
         key = (tuple(spans), pad_to, causal, trees)
         found = self._known.pop(key, None)  # the passes over a block are alike, and those over everything
         if found is None:
-            found = self._metadata(*key)
+            packing = Packing()
+            _, max_q_len, max_kv_len = self.put(packing, spans, pad_to, parents=parents)
+            found = AttentionMetadata(max_q_len, max_kv_len, *unpack(*packing.pack()), causal=causal)
         self._known[key] = found
         if len(self._known) > 8:
             del self._known[next(iter(self._known))]
         return found
 
-    def _metadata(
+    def put(
         self,
-        spans: tuple[Span, ...],
-        pad_to: PadTo,
-        causal: bool,
-        trees: tuple[tuple[int, ...], ...] | None,
-    ) -> AttentionMetadata:
+        packing: Packing,
+        spans: Sequence[Span],
+        pad_to: PadTo = None,
+        *,
+        parents: Sequence[Sequence[int]] | None = None,
+    ) -> tuple[int, int, int]:
+        """Pack the tensors that `metadata` has, in their order. For passes that do not come again.
+
+        Returns the number of tokens, those included that fill up, `max_q_len` and `max_kv_len`.
+        """
         batch, length = self.batch, self.length
         for row, start, end, visible in spans:
             if not 0 <= row < batch:
@@ -191,7 +198,7 @@ class KVCache:
         bounds: list[int] = []
         seen: list[int] = []
         through = list(spans)  # those that attend through the cache
-        whole = [self.varlen and trees is None and is_whole(span) for span in spans]
+        whole = [self.varlen and parents is None and is_whole(span) for span in spans]
         if any(whole):
             bounds = [0, *ends]
             seen = [span.visible if own else 0 for span, own in zip(spans, whole, strict=True)]
@@ -216,51 +223,50 @@ class KVCache:
         if seen:
             bounds.append(total + more)
             seen.append(0)
-        packing = Packing()
         for span, count in zip(spans, counts, strict=True):
             packing.repeat(span.row, count)
         packing.repeat(0, more)
         packing.close(total + more)
-        if trees is None:
+        if parents is None:
             for span in spans:
                 packing.ascending(span.start, span.end)
         else:
-            depths, ancestors = _of_trees(trees)
+            depths, ancestors = _of_trees(parents)
             own_starts = itertools.chain.from_iterable(
                 [span.start] * count for span, count in zip(spans, counts, strict=True)
             )
             packing.add(map(operator.add, own_starts, depths))
         packing.repeat(0, more)
         packing.close(total + more)
-        self._put_slots(packing, spans)
+        pages = self.block_table[[span.row for span in spans]]
+        self._put_slots(packing, spans, pages.tolist())
         packing.repeat(-1, more)
         packing.close(total + more)
         for numbers in (begins, ends, seen_slots):
             packing.add(numbers)
             packing.repeat(0, more_spans)
             packing.close(len(begins) + more_spans)
-        pages = self.block_table[[span.row for span in through]]
-        packing.tensors((F.pad(pages, (0, 0, 0, more_spans)),))
+        if len(through) < len(spans):
+            pages = self.block_table[[span.row for span in through]]
+        packing.tensors((F.pad(pages, (0, 0, 0, more_spans)) if more_spans else pages,))
         for numbers in (bounds, seen):
             packing.add(numbers)
             packing.close(len(numbers))
-        if trees is not None:
+        if parents is not None:
             width = len(ancestors[0]) if ancestors else 0
             packing.add(itertools.chain.from_iterable(ancestors))
             packing.repeat(0, more * width)
             packing.close(total + more, width)
-        tensors = unpack(*packing.pack())
-        return AttentionMetadata(max_q_len, max_kv_len, *tensors, causal=causal)
+        return total + more, max_q_len, max_kv_len
 
-    def _put_slots(self, packing: Packing, spans: Sequence[Span]) -> None:
-        """Where the keys and values of the spans' tokens go."""
-        rows, size = list({span.row: None for span in spans}), self.page_size
-        tables = dict(zip(rows, self.block_table[rows].tolist(), strict=True))
-        for row, start, end, _ in spans:
+    def _put_slots(self, packing: Packing, spans: Sequence[Span], pages: Sequence[Sequence[int]]) -> None:
+        """Where the keys and values of the spans' tokens go; pages: of each span's sequence."""
+        size = self.page_size
+        for (_, start, end, _), table in zip(spans, pages, strict=True):
             while start < end:
                 page, offset = divmod(start, size)
                 count = min(size - offset, end - start)
-                slot = tables[row][page] * size + offset
+                slot = table[page] * size + offset
                 packing.ascending(slot, slot + count)
                 start += count
 

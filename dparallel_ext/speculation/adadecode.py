@@ -166,10 +166,10 @@ class AdaDecode:
         check_target(self.source, said.origin, model, **sizes)
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> _Session:
-        heads = self._on(model.device, model.dtype)
+        heads = self.on(model.device, model.dtype)
         return _Session(self.layout, heads, model, kv_cache, lanes, graphs)
 
-    def _on(self, device: torch.device, dtype: torch.dtype) -> ExitHeads:
+    def on(self, device: torch.device, dtype: torch.dtype) -> ExitHeads:
         """The heads there, kept for the next batch."""
         if self._placed is None or self._placed[0] != (device, dtype):
             # Made outside inference mode, so that they may serve anywhere.

@@ -447,16 +447,15 @@ class CausalBatch:
             _, edges = groups.setdefault(group.key, (group, [0] * (2 * lanes)))
             edges[b], edges[lanes + b] = first, end
             logprobs |= row.settings.record
-        metadata = self.kv_cache.metadata(spans, pad_to, causal=not tree, parents=parents if tree else None)
+        packing, wanted = Packing(), len(source)
+        trees = parents if tree else None
+        tokens, max_q_len, max_kv_len = self.kv_cache.put(packing, spans, pad_to, parents=trees)
         joined: tuple[Tensor, ...] = ()
-        tokens, wanted = len(metadata.positions), len(source)
         if riding_along:
             assert self._riders is not None
             own = {b: self.rows[b] for b in drafts}
             joined, tokens = riding.inputs(self._riders, self.kv_cache, own, drafts, tree, wanted, pad_to)
         more = 0 if pad_to is None else pad_to(wanted) - wanted
-        packing = Packing()
-        packing.tensors(metadata.tensors)
         packing.add(ids)
         packing.repeat(0, tokens - len(ids))
         packing.close(tokens)
@@ -498,8 +497,8 @@ class CausalBatch:
             rows = 1 << (rows - 1).bit_length()
         return inputs, PassKey(
             shapes,
-            metadata.max_q_len,
-            metadata.max_kv_len,
+            max_q_len,
+            max_kv_len,
             rows,
             next(iter(drafts.values())).start,
             tree,

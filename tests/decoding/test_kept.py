@@ -361,8 +361,7 @@ def test_what_speculate_keeps_goes_with_the_weights(taped: list[Graphs], kind: s
                 parameter.data = parameter.data.clone()
     else:
         with torch.no_grad():
-            parts = [part for part in vars(drafter).values() if isinstance(part, torch.nn.Module)]
-            for parameter in [*parts, drafter._placed[1]][-1].parameters():
+            for parameter in drafter.on(model.device, model.dtype).parameters():
                 parameter.data = parameter.data.clone()
     for _ in range(2):
         out = dx.speculate(model, PROMPTS[0], **settings)
