@@ -7,7 +7,6 @@ back one product each.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeGuard, TypeVar
 
@@ -64,7 +63,10 @@ def project(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
     return [layer(x) for layer in layers]
 
 
-_of_constants = functools.partial(fp8_linear, constant=True)
+def _of_constants(x: Tensor, *layer: Tensor) -> Tensor:
+    return fp8_linear(x, *layer, constant=True)
+
+
 LEAVES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("weight", "bias"),
     Fp8Linear: ("weight", "scale", "bias"),
