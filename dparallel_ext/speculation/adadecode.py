@@ -27,7 +27,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,14 +38,13 @@ from torch import Tensor, nn
 from ..arguments import shown, whole
 from ..cache import AttentionMetadata, KVCache, Span
 from ..decoding.runner import recorded_rows, row_padding
-from ..decoding.workspace import graphs_on
 from ..models import Model, Stream, own_precision
 from ..models.fields import LAYERS, VOCABULARY, WIDTH, Field, read
 from ..ops import row_stats
 from ..packed import Shapes, pack, unpack
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
 from .draft import Draft
-from .drafter import DraftSession, Lane
+from .drafter import Lane, RecordedSession
 from .sequence import SamplingGroup
 
 KIND = "adadecode"
@@ -224,7 +222,7 @@ class _Key(NamedTuple):
         return (*self[:-1], tuple(group.key for group in self.groups))
 
 
-class _Session(DraftSession):
+class _Session(RecordedSession):
     """The queues of a batch's lanes. They are empty between passes of the model."""
 
     def __init__(
@@ -236,8 +234,8 @@ class _Session(DraftSession):
         lanes: int,
         graphs: bool,
     ) -> None:
+        super().__init__(heads, model, graphs)
         self._layout, self._heads, self._kv_cache = layout, heads, kv_cache
-        self._target = weakref.ref(model)
         self._rows = layout.most + 1
         """Of a lane: positions that far apart share no row."""
         # One more than there are, for rows of a pass that are no tokens.
@@ -245,25 +243,6 @@ class _Session(DraftSession):
         self._streams = torch.zeros(size, dtype=model.dtype, device=model.device)
         self.size = self._streams.nbytes
         self._pad_to, self._recorded_rows = row_padding(model), recorded_rows(model)
-        self._graphs = graphs_on(model.device) if graphs else None
-
-    @property
-    def _model(self) -> Model:
-        model = self._target()
-        assert model is not None  # its batch is there
-        return model
-
-    @property
-    def recorded(self) -> bool:  # type: ignore[override]
-        return self._graphs is not None and self._graphs.recorder is not None
-
-    def addresses(self) -> Sequence[int]:
-        return [p.data_ptr() for p in self._heads.parameters()]
-
-    def reset(self, lane: int) -> None:
-        if self._graphs is not None:
-            of_model = self._model.addresses()
-            self._graphs.drop_stale(None if of_model is None else [*of_model, *self.addresses()])
 
     def streams(self, metadata: AttentionMetadata) -> Stream:
         return Stream(self._streams[self._places(metadata)])
@@ -330,16 +309,16 @@ class _Session(DraftSession):
                 torch.tensor(group + [0] * more, dtype=torch.int64),
             )
         )
-        device = self._model.device
+        device = self.model.device
         if device.type == "cuda":
             inputs = inputs.pin_memory()  # else its copy to the device may wait for what came before
         key = _Key(shapes, metadata.max_q_len, metadata.max_kv_len, head, tuple(groups.values()))
         compute = functools.partial(self._compute, key)
-        if self._graphs is None or self._graphs.addresses is None:
+        if self.graphs is None or self.graphs.addresses is None:
             found = compute(inputs.to(device, non_blocking=True))
         else:
             few = shapes[0][0] <= self._recorded_rows
-            found = self._graphs.run(key.key if few else None, inputs, compute, device=device, held=key)
+            found = self.graphs.run(key.key if few else None, inputs, compute, device=device, held=key)
         guesses = iter(found.tolist())  # waits for the device
         return [None if queue.full or (guess := next(guesses)) < 0 else guess for queue in queues]
 
@@ -348,14 +327,14 @@ class _Session(DraftSession):
         *given, ids, source, keys, group = unpack(inputs, key.shapes)
         metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *given, causal=True)
         places, layers = self._places(metadata), self._layout.layers
-        with own_precision(self._model, self._model.device):
-            stream = self.streams(metadata) if key.head else self._model.embedded(ids)
+        with own_precision(self.model, self.model.device):
+            stream = self.streams(metadata) if key.head else self.model.embedded(ids)
             first = layers[key.head - 1] if key.head else 0
-            stream = self._model.run_layers(stream, self._kv_cache, metadata, first, layers[key.head])
+            stream = self.model.run_layers(stream, self._kv_cache, metadata, first, layers[key.head])
             x = stream.sum
             self._streams[places] = x
             # No row is read where all queues are full.
-            logits = self._heads(key.head, x[source], self._model) if key.groups else x[:0]
+            logits = self._heads(key.head, x[source], self.model) if key.groups else x[:0]
         token = torch.full_like(source, -1)
         for number, sampling in enumerate(key.groups):
             seed, sequence, position = keys.unbind(1)

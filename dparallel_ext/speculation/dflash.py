@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +33,6 @@ from torch import Tensor, nn
 
 from ..cache import AttentionMetadata, KVCache, Span
 from ..decoding.runner import recorded_rows, row_padding
-from ..decoding.workspace import graphs_on
 from ..models import Model, Qwen3, fused_weights, own_precision, rope
 from ..models.attention import PagedAttention
 from ..models.config import ModelConfig, token_ids
@@ -44,7 +42,7 @@ from ..ops import kv_move, kv_write
 from ..packed import Shapes, pack, unpack
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
 from .draft import Draft
-from .drafter import DraftSession, Lane
+from .drafter import Lane, RecordedSession
 
 CAUSAL = {"dflash": False, "parallelspec": True}
 """The kinds of drafters: whether a row of the block sees only the rows in front of it."""
@@ -258,11 +256,12 @@ class _Key(NamedTuple):
         return (*self[:3], *map(id, self.suppressed))
 
 
-class _Session(DraftSession):
+class _Session(RecordedSession):
     """The context of a batch's lanes, under the block table of the target's cache."""
 
     def __init__(self, drafter: DraftModel, model: Model, kv_cache: KVCache, graphs: bool) -> None:
-        self._drafter, self._target = drafter, weakref.ref(model)
+        super().__init__(drafter, model, graphs)
+        self._drafter = drafter
         self.layout = drafter.layout
         self.taps = self.layout.taps
         s, pages, size = self.layout.shape, kv_cache.slots.shape[2], kv_cache.page_size
@@ -275,26 +274,6 @@ class _Session(DraftSession):
         self.kv_cache = KVCache(slots, table, kv_cache.block_table)
         self.size = slots.nbytes
         self._pad_to, self._recorded_rows = row_padding(model), recorded_rows(model)
-        self._graphs = graphs_on(model.device) if graphs else None
-
-    @property
-    def _model(self) -> Model:
-        model = self._target()
-        assert model is not None  # its batch is there
-        return model
-
-    @property
-    def recorded(self) -> bool:  # type: ignore[override]
-        return self._graphs is not None and self._graphs.recorder is not None
-
-    def addresses(self) -> Sequence[int]:
-        return [p.data_ptr() for p in self._drafter.parameters()]
-
-    def reset(self, lane: int) -> None:
-        """What of the lane was written before is overwritten before it is seen."""
-        if self._graphs is not None:
-            of_model = self._model.addresses()
-            self._graphs.drop_stale(None if of_model is None else [*of_model, *self.addresses()])
 
     def observe(self, metadata: AttentionMetadata, taps: Sequence[Tensor]) -> None:
         feature = self._drafter.feature(taps)
@@ -346,7 +325,7 @@ class _Session(DraftSession):
                 torch.tensor(group + [-1] * more, dtype=torch.int64),
             )
         )
-        device = self._model.device
+        device = self.model.device
         if device.type == "cuda":
             inputs = inputs.pin_memory()
         key = _Key(shapes, metadata.max_q_len, metadata.max_kv_len, tuple(suppressed.values()))
@@ -354,11 +333,11 @@ class _Session(DraftSession):
         def compute(inputs: Tensor) -> Tensor:
             return self._compute(key, inputs)
 
-        if self._graphs is None or self._graphs.addresses is None:
+        if self.graphs is None or self.graphs.addresses is None:
             found = compute(inputs.to(device, non_blocking=True)).tolist()
         else:
             few = shapes[0][0] <= self._recorded_rows
-            found = self._graphs.run(
+            found = self.graphs.run(
                 key.key if few else None, inputs, compute, device=device, held=key
             ).tolist()
         drafts, at = [], 0
@@ -372,9 +351,9 @@ class _Session(DraftSession):
         *given, ids, source, group = unpack(inputs, key.shapes)
         causal = CAUSAL[self.layout.kind]
         metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *given, causal=causal)
-        with own_precision(self._model, self._model.device):
-            x = self._drafter.rows(self._model.embed(ids), PagedAttention(self.kv_cache, metadata))
-            logits = self._model.head(x[source])
+        with own_precision(self.model, self.model.device):
+            x = self._drafter.rows(self.model.embed(ids), PagedAttention(self.kv_cache, metadata))
+            logits = self.model.head(x[source])
         logits[:, self.layout.mask_id].fill_(-torch.inf)
         for number, tokens in enumerate(key.suppressed):
             out = torch.zeros_like(logits[0], dtype=torch.bool).index_fill_(0, tokens, True)

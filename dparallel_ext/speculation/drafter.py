@@ -6,12 +6,14 @@ choices are emitted. So a drafter may be as rough as it likes, and has no temper
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..cache import AttentionMetadata, KVCache
+from ..decoding.workspace import graphs_on
 from ..models import Model, Stream
 from .draft import Draft
 from .sequence import SamplingGroup
@@ -119,6 +121,37 @@ class DraftSession:
     def propose(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:
         """A draft for each of `lanes`, of at most so many nodes, riders among them, each."""
         raise NotImplementedError
+
+
+class RecordedSession(DraftSession):
+    """A session with passes of its own, recorded where the batch's are; it does not keep the model alive.
+
+    weights: of the drafter.
+    """
+
+    def __init__(self, weights: nn.Module, model: Model, graphs: bool) -> None:
+        self.weights, self._target = weights, weakref.ref(model)
+        self.graphs = graphs_on(model.device) if graphs else None
+
+    @property
+    def model(self) -> Model:
+        model = self._target()
+        assert model is not None  # its batch is there
+        return model
+
+    @property
+    def recorded(self) -> bool:  # type: ignore[override]
+        return self.graphs is not None and self.graphs.recorder is not None
+
+    def addresses(self) -> Sequence[int]:
+        return [p.data_ptr() for p in self.weights.parameters()]
+
+    def reset(self, lane: int) -> None:
+        """Recordings go where weights have moved. What of the lane was written before is overwritten before
+        it is seen."""
+        if self.graphs is not None:
+            of_model = self.model.addresses()
+            self.graphs.drop_stale(None if of_model is None else [*of_model, *self.addresses()])
 
 
 @runtime_checkable

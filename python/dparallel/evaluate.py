@@ -183,14 +183,7 @@ def evaluate(
         answers += [found[p.prompt] for p in itertools.islice(tasks.problems("held_out", seed), problems)]
     of_drafts = {"canvases_mean": canvases / problems if problems else 0.0} if draft_size else {}
     return {
-        "model": model_name,
-        "policy": policy,
-        "config": said,
-        "threshold": threshold,
-        "problems": problems,
-        "seed": seed,
-        "accuracy": correct / problems if problems else 0.0,
-        "accuracy_interval": wilson(correct, problems),
+        **_judged(model_name, policy, said, problems, seed, correct, threshold),
         "nfe_mean": passes / problems if problems else 0.0,
         "nfe_to_eos": to_eos / problems if problems else 0.0,
         "tokens_per_forward": tokens / passes if passes else 0.0,
@@ -202,6 +195,28 @@ def evaluate(
         "chat": template is not None,
         "fp8": model.quantized,
         **of_drafts,
+    }
+
+
+def _judged(
+    model_name: str,
+    policy: str,
+    said: Fields,
+    problems: int,
+    seed: int,
+    correct: int,
+    threshold: float | None = None,
+) -> dict[str, Any]:
+    """What every result begins with: whose it is, and how many answers are right."""
+    return {
+        "model": model_name,
+        "policy": policy,
+        "config": said,
+        "threshold": threshold,
+        "problems": problems,
+        "seed": seed,
+        "accuracy": correct / problems if problems else 0.0,
+        "accuracy_interval": wilson(correct, problems),
     }
 
 
@@ -264,15 +279,9 @@ def evaluate_drafter(
     seconds = time.perf_counter() - began
     if answers is not None:
         answers += [found[p.prompt] for p in itertools.islice(tasks.problems("held_out", seed), problems)]
+    said: Fields = {} if draft_size is None else {"draft_size": draft_size}
     return {
-        "model": model_name,
-        "policy": drafter or PLAIN,
-        "config": {} if draft_size is None else {"draft_size": draft_size},
-        "threshold": None,
-        "problems": problems,
-        "seed": seed,
-        "accuracy": correct / problems if problems else 0.0,
-        "accuracy_interval": wilson(correct, problems),
+        **_judged(model_name, drafter or PLAIN, said, problems, seed, correct),
         "nfe_mean": passes / problems if problems else 0.0,
         "nfe_to_eos": passes / problems if problems else 0.0,
         "draft_mean": drafts / problems if problems else 0.0,
@@ -352,14 +361,7 @@ def evaluate_adaptive(
         verified += int(out.verifier_nfe.sum())
         tokens, kept = tokens + int(out.generated.sum()), kept + int(out.kept.sum())
     return {
-        "model": model_name,
-        "policy": verifier,
-        "config": said,
-        "threshold": None,
-        "problems": problems,
-        "seed": seed,
-        "accuracy": correct / problems if problems else 0.0,
-        "accuracy_interval": wilson(correct, problems),
+        **_judged(model_name, verifier, said, problems, seed, correct),
         "nfe_mean": passes / problems if problems else 0.0,
         "nfe_to_eos": passes / problems if problems else 0.0,
         "verifier_mean": verified / problems if problems else 0.0,
