@@ -41,6 +41,13 @@ def work(
 ) -> Work:
     """Against contiguous caches (B, Hkv, length, D). `ragged`: lengths from `length` down to half of it."""
     q = random(device, batch, rows, heads, dim)
+    rows_of_q, start = q.flatten(0, 1), torch.arange(0, batch * rows, rows, device=device)
+    segments = {  # as a pass is told of them, on the device
+        "q_start": start,
+        "q_end": start + rows,
+        "block_table": torch.arange(batch, device=device)[:, None],
+        "max_q_len": rows,
+    }
     sizes = [length - length // 2 * b // batch if ragged else length for b in range(batch)]
     lengths, shape = torch.tensor(sizes, device=device), (batch, kv_heads, length, dim)
     bytes_ = 2 * (2 * sum(sizes) * kv_heads * dim) + 2 * q.nbytes
@@ -64,8 +71,8 @@ def work(
         {
             **peers,
             OURS: lambda turn, at: dx.block_attention(
-                q, *data[at], lengths, causal=causal, max_kv_len=length
-            ),
+                rows_of_q, *data[at], lengths, **segments, causal=causal, max_kv_len=length
+            ).view_as(q),
         },
         [(bytes_, 4 * rows * sum(sizes) * heads * dim, 1)],
         sets=sets,

@@ -523,6 +523,12 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     return ((z * z.sigmoid()).to(gate.dtype).double() * up.double()).to(gate.dtype)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See `dparallel_ext.linear`; any floating-point dtype."""
+    y = x.double() @ weight.double().T
+    return (y if bias is None else y + bias.double()).to(x.dtype)
+
+
 def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """See `dparallel_ext.fp8_linear`; any floating-point dtype."""
     y = x.double() @ weight.to(torch.float32).double().T * scale.double()

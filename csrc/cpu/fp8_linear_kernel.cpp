@@ -21,6 +21,7 @@ void rows(const Fp8LinearArgs& args, int64_t begin, int64_t end) {
   for (int bits = 0; bits < 256; ++bits)
     exact[bits] = narrowed(T{}, e4m3_value(static_cast<uint8_t>(bits)));
   const auto* x = static_cast<const Storage*>(args.x);
+  const auto* weights = static_cast<const uint8_t*>(args.weight);
   const auto* bias = static_cast<const Storage*>(args.bias);
   auto* out = static_cast<Storage*>(args.out);
   for (int64_t row = begin; row < end; ++row)
@@ -29,7 +30,7 @@ void rows(const Fp8LinearArgs& args, int64_t begin, int64_t end) {
       float sums[kGroup] = {};
       for (int64_t k = 0; k < args.in; k += kDepth) {
         const int64_t depth = args.in - k < kDepth ? args.in - k : kDepth;
-        for (int64_t i = 0; i < depth; ++i) weight[i] = exact[args.weight[row * args.in + k + i]];
+        for (int64_t i = 0; i < depth; ++i) weight[i] = exact[weights[row * args.in + k + i]];
         for (int64_t j = 0; j < group; ++j) {
           const Storage* own = x + (n + j) * args.x_stride + k;
           F first = splat(0.0f), second = first;

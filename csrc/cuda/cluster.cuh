@@ -16,6 +16,7 @@ namespace dparallel::cuda {
   ((void)(stream), (void)(shared_bytes), (void)(early),                                           \
    cuda_host::launch(grid, block, [&] { kernel(__VA_ARGS__); }, cluster), 0)
 #define DPARALLEL_LAUNCH_EARLY DPARALLEL_LAUNCH
+inline void let_next_begin() {}
 inline void wait_for_earlier() {}
 
 template <auto kernel>
@@ -27,6 +28,7 @@ template <auto kernel>
 int clusters_at_once(unsigned cluster, unsigned, size_t) {
   return cluster == 1 || cuda_host::has_clusters() ? static_cast<int>(8 / cluster) : 0;
 }
+inline void team_barrier() { cuda_host::team_barrier(); }
 inline void cluster_barrier() { cuda_host::cluster_barrier(); }
 inline void leave_cluster() { cuda_host::cluster_barrier(); }
 template <class V>
@@ -57,15 +59,23 @@ inline void prefetch(const void*) {}
                                    dparallel::cuda::has_clusters_here<kernel>(), \
                                    static_cast<cudaStream_t>(stream), __VA_ARGS__)
 
-// Until all that was launched before is done, and what it wrote is visible; and lets the next
-// kernel begin, if it is launched early. Where there are such launches every kernel of ours that is
-// launched so calls it, each thread of it, before it reads or writes what others may: so whoever
-// begins early finds that all is done but for the kernel before. The launch hides behind that one's
-// work, and what may be read before this call does, too.
+// The next kernel may begin, if it is launched early: once all blocks of this one have called it,
+// and there is room on the SMs. The launch then hides behind this kernel's work, and so does what
+// the next one does before it waits.
+__device__ __forceinline__ void let_next_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Until all that was launched before is done, and what it wrote is visible. Every kernel that is
+// launched early calls it, each thread of it, before it reads or writes what others may. What it
+// reads before was written before the last kernel that was not launched early began: of those since
+// then, all that call let_next_begin, none need be done.
 __device__ __forceinline__ void wait_for_earlier() {
+  let_next_begin();
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
@@ -147,6 +157,12 @@ int clusters_at_once(unsigned cluster, unsigned block, size_t shared_bytes) {
   }
   kept = count + 1;
   return count;
+}
+
+// A barrier of a block's 128 threads from a multiple of 128 on; what they wrote before it is then
+// visible to each of them.
+__device__ __forceinline__ void team_barrier() {
+  asm volatile("bar.sync %0, 128;" ::"r"(1 + threadIdx.x / 128) : "memory");
 }
 
 // A barrier of all threads of the cluster that have not left; what was written before it is then

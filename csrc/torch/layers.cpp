@@ -86,6 +86,46 @@ Tensor swiglu(Tensor gate, Tensor up) {
 
 DPARALLEL_OP(swiglu, "swiglu(Tensor gate, Tensor up) -> Tensor")
 
+// Of x (N, in) by weights (out, in) of `weight_dtype`; `out` is made.
+LinearArgs linear_args(Tensor& x, Tensor& weight, ScalarType weight_dtype,
+                       std::optional<Tensor>& bias, bool constant, Tensor& out) {
+  const DType dtype = dtype_of(x, "x");
+  DP_CHECK(x.dim() == 2 && weight.dim() == 2, "x: expected (N, in), weight (out, in)");
+  const int64_t count = x.size(0), in = x.size(1), out_width = weight.size(0);
+  const void* given = weight.data_ptr();
+  expect(weight, "weight", weight_dtype, {out_width, in}, x);
+  if (bias.has_value()) expect(*bias, "bias", x.scalar_type(), {out_width}, x);
+  make_rows(x);
+  out = torch::stable::new_empty(x, {count, out_width});
+  return {dtype,
+          x.data_ptr(),
+          x.stride(0),
+          count,
+          in,
+          out_width,
+          weight.data_ptr(),
+          bias.has_value() ? bias->data_ptr() : nullptr,
+          out.data_ptr(),
+          constant && weight.data_ptr() == given};  // a copy was just written
+}
+
+void launch(Cpu, const LinearArgs& args, const Tensor&) { cpu::linear(args, parallel); }
+#ifdef DPARALLEL_HAS_CUDA
+void launch(Cuda, const LinearArgs& args, const Tensor& like) {
+  Cuda::launch("linear", args, like, cuda::linear);
+}
+#endif
+
+template <class Backend>
+Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, bool constant) {
+  Tensor out;
+  const LinearArgs args = linear_args(x, weight, x.scalar_type(), bias, constant, out);
+  launch(Backend{}, args, x);
+  return out;
+}
+
+DPARALLEL_OP(linear, "linear(Tensor x, Tensor weight, Tensor? bias, bool constant=False) -> Tensor")
+
 void launch(Cpu, const Fp8LinearArgs& args, const Tensor&) { cpu::fp8_linear(args, parallel); }
 #ifdef DPARALLEL_HAS_CUDA
 void launch(Cuda, const Fp8LinearArgs& args, const Tensor& like) {
@@ -96,27 +136,10 @@ void launch(Cuda, const Fp8LinearArgs& args, const Tensor& like) {
 template <class Backend>
 Tensor fp8_linear(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias,
                   bool constant) {
-  const DType dtype = dtype_of(x, "x");
-  DP_CHECK(x.dim() == 2 && weight.dim() == 2, "x: expected (N, in), weight (out, in)");
-  const int64_t count = x.size(0), in = x.size(1), out_width = weight.size(0);
-  const void* given = weight.data_ptr();
-  expect(weight, "weight", ScalarType::Float8_e4m3fn, {out_width, in}, x);
-  expect(scale, "scale", ScalarType::Float, {out_width}, x);
-  if (bias.has_value()) expect(*bias, "bias", x.scalar_type(), {out_width}, x);
-  make_rows(x);
-  Tensor out = torch::stable::new_empty(x, {count, out_width});
-  const Fp8LinearArgs args{dtype,
-                           x.data_ptr(),
-                           x.stride(0),
-                           count,
-                           in,
-                           out_width,
-                           static_cast<const uint8_t*>(weight.data_ptr()),
-                           data<float>(scale),
-                           bias.has_value() ? bias->data_ptr() : nullptr,
-                           out.data_ptr(),
-                           constant && weight.data_ptr() == given};  // a copy was just written
-  launch(Backend{}, args, x);
+  Tensor out;
+  const LinearArgs args = linear_args(x, weight, ScalarType::Float8_e4m3fn, bias, constant, out);
+  expect(scale, "scale", ScalarType::Float, {args.out_width}, x);
+  launch(Backend{}, Fp8LinearArgs{args, data<float>(scale)}, x);
   return out;
 }
 

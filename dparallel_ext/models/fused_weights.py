@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeGuard, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import fp8_linear
+from ..ops import fp8_linear, linear
 from .fp8 import Fp8Linear
 
 Kind = TypeVar("Kind", bound=nn.Module)
@@ -58,13 +57,17 @@ def project(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
             alike: list[Any] = [layer for layer in layers if is_unmodified(layer, kind)]
             joined = _joined(alike, leaves) if len(alike) == len(layers) else None
             if joined is not None:
-                product: Callable[..., Tensor] = F.linear if kind is nn.Linear else _of_constants
-                return product(x, *joined).split([layer.out_features for layer in alike], -1)
+                product: Callable[..., Tensor] = linear if kind is nn.Linear else fp8_linear
+                return product(x, *joined, constant=True).split([layer.out_features for layer in alike], -1)
     return [layer(x) for layer in layers]
 
 
-def _of_constants(x: Tensor, *layer: Tensor) -> Tensor:
-    return fp8_linear(x, *layer, constant=True)
+def apply(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer's output of x, by `linear` where the layer is torch's and does nothing else."""
+    if torch.is_grad_enabled() or not is_unmodified(layer, nn.Linear):
+        out: Tensor = layer(x)
+        return out
+    return linear(x, layer.weight, layer.bias, constant=True)
 
 
 LEAVES: dict[type[nn.Module], tuple[str, ...]] = {

@@ -164,9 +164,10 @@ class Block(Named):
         )
         if s.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        x, y = norm_of_sum(self.norm2, Stream(x, self.o(attend(q, k, v).flatten(-2))))
+        x, y = norm_of_sum(self.norm2, Stream(x, fused_weights.apply(self.o, attend(q, k, v).flatten(-2))))
         gate, up = fused_weights.project(y, (self.gate, self.up))
-        return Stream(x, self.down(swiglu(gate, up) if compiled(gate, up) else F.silu(gate) * up))
+        y = swiglu(gate, up) if compiled(gate, up) else F.silu(gate) * up
+        return Stream(x, fused_weights.apply(self.down, y))
 
     def groups(self) -> Iterator[list[nn.Parameter]]:
         """The weights (and biases) that belong side by side, where no adapter stands among them."""

@@ -14,6 +14,7 @@ from .errors import check_errors
 from .fp8_linear import fp8_linear, quantize_fp8
 from .kv_move import kv_move
 from .kv_write import kv_write, rope_table
+from .linear import linear
 from .linear_certainty_forcing_loss import linear_certainty_forcing_loss
 from .linear_distillation_loss import linear_distillation_loss
 from .rms_norm import rms_norm
@@ -35,6 +36,7 @@ __all__ = [
     "fp8_linear",
     "kv_move",
     "kv_write",
+    "linear",
     "linear_certainty_forcing_loss",
     "linear_distillation_loss",
     "merge_row_stats",

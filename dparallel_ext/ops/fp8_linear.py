@@ -50,7 +50,7 @@ def fp8_linear(
 ) -> Tensor:
     """scale * (x weight^T) + bias, the weights in 8 bits and everything else in the dtype of x.
 
-    Up to 64 rows, or 256 on a GPU's tensor cores, the weights are read as bytes; the sum is in float32 and
+    Up to 64 rows, or 128 on a GPU's tensor cores, the weights are read as bytes; the sum is in float32 and
     rounded once, and a row is to the bit what it is alone. More rows are a product of the matrix library, of
     weights scaled and rounded to the dtype of x, as those of a model that was never quantised are; they
     live for the call alone. No gradient.
@@ -60,8 +60,9 @@ def fp8_linear(
         weight: (out, in) float8_e4m3fn, contiguous and without NaN; `quantize_fp8` makes it.
         scale: (out,) float32.
         bias: (out,), the dtype of x.
-        constant: the last kernel launched before on this stream does not write `weight`. A GPU of compute
-            capability 9.0 or more then reads the first of it while that kernel still runs.
+        constant: since `weight` was written, a kernel of torch's was launched on this stream, such as a
+            lookup of embeddings. A GPU of compute capability 9.0 or more then reads the first of it while
+            the kernels before this one still run.
 
     Returns:
         (..., out), contiguous.

@@ -461,6 +461,20 @@ def swiglu(rng: random.Random) -> None:
     assert near(found[known], expected[known], (3 * STEP[dtype] * size + tiny * (1 + size))[known])
 
 
+def linear(rng: random.Random) -> None:
+    """The op: `dx.linear` on a CPU is torch's product."""
+    dtype, width, out = rng.choice(DTYPES), rng.choice([1, 2, 15, 33, 64, 300]), rng.choice([0, 1, 3, 20])
+    x = numbers(rng, dtype, rng.choice([0, 1, 4, 65]), width, special=(math.inf, -math.inf, math.nan))
+    weight = numbers(rng, dtype, out, width, special=(1e-30, 30.0))
+    bias = numbers(rng, dtype, out) if rng.random() < 0.5 else None
+    given = strided(rng, x), strided(rng, weight), None if bias is None else strided(rng, bias)
+    found = torch.ops.dparallel.linear(*given, rng.random() < 0.5)
+    expected = reference.linear(x, weight, bias)
+    sizes = x.double().abs().nan_to_num(0, 0, 0) @ weight.double().abs().T
+    bound = (2 * STEP[dtype] + 4e-6) * (sizes + (0.0 if bias is None else bias.double().abs()))
+    assert near(found, expected, bound + torch.finfo(dtype).smallest_normal)
+
+
 def fp8_linear(rng: random.Random) -> None:
     dtype, width, out = rng.choice(DTYPES), rng.choice([1, 2, 15, 33, 64, 300]), rng.choice([0, 1, 3, 20])
     lead = rng.choice([(), (0,), (4,), (2, 3), (64,), (65,), (2, 0), (1, 70)])
@@ -478,7 +492,7 @@ def fp8_linear(rng: random.Random) -> None:
 
 TWINS: list[Callable[[random.Random], None]] = [
     row_stats, row_topk, select, unmask_, commit_, accept, certainty_forcing_loss, distillation_loss,
-    kv_write, kv_move, block_attention, rms_norm, swiglu, fp8_linear,
+    kv_write, kv_move, block_attention, rms_norm, swiglu, linear, fp8_linear,
 ]  # fmt: skip
 
 

@@ -16,14 +16,15 @@ namespace cuda_host {
 namespace {
 
 constexpr size_t kStack = 256 * 1024;
-// Else the barrier waited at: 0 the block's, 1 + w warp w's.
+constexpr unsigned kTeam = Epoch::kTeam, kMostTeams = 1024 / kTeam;  // threads; of a block
+// Else the barrier waited at: 0 the block's, then the teams', then the warps'.
 constexpr int kReady = -1, kDone = -2, kAtCluster = -3;
 
 struct Fiber {
   Context context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   int state = kReady;
-  unsigned barriers = 0, exchanges = 0, fences = 0;  // so far
+  unsigned barriers = 0, team_barriers = 0, exchanges = 0, fences = 0;  // so far
   ThreadClock clock;
   std::vector<std::pair<void*, const void*>> copies;  // begun
   std::vector<size_t> groups;                         // how many of them, of each group
@@ -133,14 +134,15 @@ void release(Cluster& cluster) {
 
 Epoch now() {
   const Fiber& self = current->fibers[threadIdx.x];
-  return {current->index, threadIdx.x, self.barriers, self.fences};
+  return {current->index, threadIdx.x, self.barriers, self.fences, self.team_barriers};
 }
 
 bool happened_before(const Epoch& access) {
   const Epoch here = now();
   if (access.block != here.block)
     return current->known.covers(access) || current->fibers[threadIdx.x].clock.known.covers(access);
-  return access.thread == here.thread || access.barriers < here.barriers;
+  if (access.thread == here.thread || access.barriers < here.barriers) return true;
+  return access.team() == here.team() && access.team_barriers < here.team_barriers;
 }
 
 void run_fiber() {
@@ -158,7 +160,7 @@ void start(Block& block, unsigned index, unsigned threads) {
   block.index = index;
   block.live = block.size = threads;
   block.period = periods[below(4)];
-  block.arrived.assign(1 + (threads + 31) / 32, 0);
+  block.arrived.assign(1 + kMostTeams + (threads + 31) / 32, 0);
   for (auto& lanes : block.lanes) lanes.resize((threads + 31) / 32 * 32);
   block.shared.clear();
   block.known.clear();
@@ -168,7 +170,7 @@ void start(Block& block, unsigned index, unsigned threads) {
     Fiber& fiber = block.fibers[t];
     fiber.context.start(fiber.stack.get(), kStack, run_fiber);
     fiber.state = kReady;
-    fiber.barriers = fiber.exchanges = fiber.fences = 0;
+    fiber.barriers = fiber.team_barriers = fiber.exchanges = fiber.fences = 0;
     fiber.clock = {};
     fiber.copies.clear();
     fiber.groups.clear();
@@ -209,6 +211,13 @@ void block_barrier() {
   self.clock.known.clear();
   wait(0, current->live);
   ++self.barriers;
+}
+
+void team_barrier() {
+  const unsigned team = threadIdx.x / kTeam;
+  if (current->size < (team + 1) * kTeam) fail("a team of too few threads");
+  wait(1 + static_cast<int>(team), kTeam);
+  ++current->fibers[threadIdx.x].team_barriers;
 }
 
 void cluster_barrier() {
@@ -276,7 +285,7 @@ const char* exchange(const void* mine, size_t bytes) {
   // A lane that is one exchange ahead writes the other half; it cannot be two ahead.
   std::vector<Lane>& lanes = current->lanes[current->fibers[threadIdx.x].exchanges++ % 2];
   std::memcpy(lanes[threadIdx.x].bytes, mine, bytes);
-  wait(1 + static_cast<int>(first / 32), 32);
+  wait(static_cast<int>(1 + kMostTeams + first / 32), 32);
   return lanes[first].bytes;
 }
 

@@ -51,6 +51,7 @@ bool has_clusters();
 bool chance(unsigned of);     // true once in so many times
 void yield(unsigned of = 2);  // to other threads, once in so many times
 void block_barrier();
+void team_barrier();  // of 128 threads of the block
 void cluster_barrier();
 // Lane i's `bytes` at kLaneBytes * i, once every lane of the warp has given its own; until the
 // calling thread's next but one.

@@ -76,6 +76,26 @@ bool reads_peers(Cluster cluster) {
   return true;
 }
 
+// Two teams reverse what is theirs, or, where they are confused, one what the other's is.
+__global__ void of_team(int* out, bool confused) {
+  DPARALLEL_SHARED(value, int[256]);
+  value[threadIdx.x] = static_cast<int>(threadIdx.x);
+  dparallel::cuda::team_barrier();
+  const unsigned team = threadIdx.x / 128 ^ (confused ? 1 : 0);
+  out[threadIdx.x] = value[128 * team + 127 - threadIdx.x % 128];
+}
+
+bool reverses(bool confused) {
+  for (uint64_t seed = 0; seed < 20; ++seed) {
+    cuda_host::seed(seed);
+    std::vector<int> out(256);
+    DPARALLEL_LAUNCH(of_team, 1, 256, nullptr, out.data(), confused);
+    for (int i = 0; i < 256; ++i)
+      if (out[i] != ((i / 128) ^ (confused ? 1 : 0)) * 128 + 127 - i % 128) return false;
+  }
+  return true;
+}
+
 // What every kernel that is merged by its last block does, sound, or with one fault: each thread of
 // each block writes a part, and the last block to arrive adds them all up.
 enum Merge {
@@ -362,6 +382,8 @@ int main(int count, char** argv) {
     std::vector<int64_t> ids(32, 64);
     DPARALLEL_LAUNCH(gathered, 1, 32, nullptr, row.data(), ids.data(), 64, out.data(),
                      name == "gathered");
+  } else if (name == "teams" || name == "teams_confused") {
+    return reverses(name == "teams_confused") ? 0 : 1;
   } else if (name == "peers") {
     return reads_peers(kTogether) ? 0 : 1;
   } else if (name == "peers_too_soon") {

@@ -2,9 +2,10 @@
 // of them a write, by threads that no barrier and no fence puts in order are a race, whatever order
 // the fibers happened to run in.
 //
-// Within a block, barriers order; shuffles do not. Between blocks, what a thread did or knew of at
-// a fence is handed on by its next atomic to whoever does an atomic on the same address later, and
-// counts there after a fence of its own; a barrier spreads it over the block.
+// Within a block, barriers order, of a team its own threads; shuffles do not. Between blocks, what
+// a thread did or knew of at a fence is handed on by its next atomic to whoever does an atomic on
+// the same address later, and counts there after a fence of its own; a barrier spreads it over the
+// block.
 #pragma once
 
 #include <algorithm>
@@ -17,10 +18,16 @@
 
 namespace cuda_host {
 
-// When a thread did something: the barriers and fences behind it.
+// When a thread did something: the barriers, of its block and its team, and fences behind it.
 struct Epoch {
-  static constexpr uint32_t kAny = 0xffffffffu;  // several threads
-  uint32_t block = 0, thread = 0, barriers = 0, fences = 0;
+  static constexpr uint32_t kAny = 0xffffffffu;     // several threads,
+  static constexpr uint32_t kOfTeam = 0x80000000u;  // of this team alone where it is added
+  static constexpr uint32_t kTeam = 128;            // threads
+  uint32_t block = 0, thread = 0, barriers = 0, fences = 0, team_barriers = 0;
+
+  uint32_t team() const {
+    return thread == kAny ? kAny : thread >= kOfTeam ? thread - kOfTeam : thread / kTeam;
+  }
 };
 
 // What is known of other blocks: of each, all that its threads did before a barrier of theirs, and
@@ -86,8 +93,11 @@ class Shadow {
   using Page = std::array<Cell, 256>;
 
   static void merge(Epoch& read, const Epoch& now) {
-    read.thread = Epoch::kAny;  // another than now.thread
+    const uint32_t team = read.team();  // of another thread than now
+    const bool same = team == now.team();
+    read.thread = same ? Epoch::kOfTeam + team : Epoch::kAny;
     read.barriers = std::max(read.barriers, now.barriers);
+    read.team_barriers = same ? std::max(read.team_barriers, now.team_barriers) : 0;
   }
   Cell& at(uintptr_t address) {
     const uintptr_t number = address / 256;

@@ -77,8 +77,8 @@ def test_ops_of_these_kernels_pass_the_tests_of_every_device(tmp_path: Path) -> 
     shares = (
         ("row_stats", "row_topk", "unmask", "commit", "accept", "certainty_forcing_loss"),
         (
-            "block_attention", "kv_write", "kv_move", "rms_norm", "swiglu", "fp8_linear", "distillation_loss",
-            "compat", "sampling",
+            "block_attention", "kv_write", "kv_move", "rms_norm", "swiglu", "linear", "fp8_linear",
+            "distillation_loss", "compat", "sampling",
         ),
     )  # fmt: skip
     assert {*shares[0], *shares[1]} - {"compat", "sampling"} == {*build.ops()} - {"select"}  # in test_unmask
@@ -112,6 +112,7 @@ def test_ops_of_these_kernels_pass_the_tests_of_every_device(tmp_path: Path) -> 
         ("peer_gone", "shared memory of a block that has left"),
         ("peer_elsewhere", "no such block in the cluster"),
         ("peers_too_soon", ""),
+        ("teams_confused", ""),
         ("counted_too_soon", ""),
         ("owned_by_another", ""),
         ("moved_too_soon", ""),
@@ -144,6 +145,7 @@ def test_interleaved_blocks_show_what_blocks_in_turn_hide(plain: Path, fault: st
         "no_acquire",
         "race",
         "peers_too_soon",
+        "teams_confused",
         "counted_too_soon",
         "moved_too_soon",
         "ranked_too_soon",
@@ -174,7 +176,7 @@ def test_the_sanitizer_notices_an_overrun(sanitized: Path) -> None:
 def test_a_sound_kernel_is_not_accused(plain: Path, sanitized: Path, watched: Path) -> None:
     for directory in (plain, sanitized, watched):
         for sound in (
-            "copied", "peers", "counted", "owned", "moved", "ranked", "peaked", "linked", "gathered",
+            "copied", "peers", "teams", "counted", "owned", "moved", "ranked", "peaked", "linked", "gathered",
         ):  # fmt: skip
             assert run(directory / "faults", sound).returncode == 0
         for resident in (1, 2, 8, 0):

@@ -75,6 +75,7 @@ def examples(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "block_attention": (q, k_cache, v_cache, *segments, table, 6, 8, 0.3, False, None),
         "rms_norm": (x, x + 1, x[0].clone(), x[1].clone(), 1e-5),
         "swiglu": (x, x + 1),
+        "linear": (x, torch.randn(7, 24).to(dtype), x[0, :7].clone()),
         "fp8_linear": (x, weight, scale, x[0, :7].clone()),
         "fp8_widen": (weight, scale, x),
     }  # fmt: skip

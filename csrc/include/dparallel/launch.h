@@ -334,18 +334,22 @@ struct SwigluArgs {
   void* out;  // [count, width] contiguous
 };
 
-// out = round(scale * (x weight^T) + bias): weights of 8 bits (e4m3, no infinities), a scale for
-// each of their rows. Products are summed in float32 and rounded once.
-struct Fp8LinearArgs {
-  DType dtype;    // of x, bias and out: float32, bfloat16 or float16
+// out = round(x weight^T + bias). Products are summed in float32 and rounded once.
+struct LinearArgs {
+  DType dtype;    // of x, weight, bias and out: float32, bfloat16 or float16
   const void* x;  // [count, in], rows x_stride elements apart
   int64_t x_stride;
   int64_t count, in, out_width;
-  const uint8_t* weight;  // [out_width, in] contiguous
-  const float* scale;     // [out_width]
-  const void* bias;       // [out_width], or null
-  void* out;              // [count, out_width] contiguous
-  bool constant;          // the weights are not what the kernel before writes
+  const void* weight;  // [out_width, in] contiguous
+  const void* bias;    // [out_width], or null
+  void* out;           // [count, out_width] contiguous
+  bool constant;       // the weights are older than the last kernel that waited for all before it
+};
+
+// out = round(scale * (x weight^T) + bias): weights of 8 bits (e4m3, no infinities), a scale for
+// each of their rows.
+struct Fp8LinearArgs : LinearArgs {
+  const float* scale;  // [out_width]
 };
 
 // out = round(scale * weight): weights as above, for a product of the matrix library.
@@ -377,6 +381,7 @@ void kv_move(const KvMoveArgs& args, Parallel parallel);
 void block_attention(const BlockAttentionArgs& args, Parallel parallel);
 void rms_norm(const RmsNormArgs& args, Parallel parallel);
 void swiglu(const SwigluArgs& args, Parallel parallel);
+void linear(const LinearArgs& args, Parallel parallel);
 void fp8_linear(const Fp8LinearArgs& args, Parallel parallel);
 void fp8_widen(const Fp8WidenArgs& args, Parallel parallel);
 const char* simd_level();  // "avx512", "avx2" or "portable"
@@ -421,6 +426,7 @@ int64_t block_attention_scratch(const BlockAttentionArgs& args);
 int block_attention(const BlockAttentionArgs& args, const Workspace& workspace, void* stream);
 int rms_norm(const RmsNormArgs& args, void* stream);
 int swiglu(const SwigluArgs& args, void* stream);
+int linear(const LinearArgs& args, void* stream);
 int fp8_linear(const Fp8LinearArgs& args, void* stream);
 int fp8_widen(const Fp8WidenArgs& args, void* stream);
 const char* error_string(int code);

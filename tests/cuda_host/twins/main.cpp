@@ -7,13 +7,21 @@ using namespace twins;
 struct {
   const char* name;
   void (*run)();
-} const cases_of[] = {{"row_stats", row_stats_case},   {"select", select_case},
-                      {"unmask", unmask_case},         {"certainty_forcing_loss", loss_case},
-                      {"kv_write", kv_write_case},     {"block_attention", block_attention_case},
-                      {"rms_norm", rms_norm_case},     {"swiglu", swiglu_case},
-                      {"fp8_linear", fp8_linear_case}, {"commit", commit_case},
-                      {"kv_move", kv_move_case},       {"row_topk", row_topk_case},
-                      {"accept", accept_case},         {"distillation_loss", distillation_case}};
+} const cases_of[] = {{"row_stats", row_stats_case},
+                      {"select", select_case},
+                      {"unmask", unmask_case},
+                      {"certainty_forcing_loss", loss_case},
+                      {"kv_write", kv_write_case},
+                      {"block_attention", block_attention_case},
+                      {"rms_norm", rms_norm_case},
+                      {"swiglu", swiglu_case},
+                      {"linear", linear_case},
+                      {"fp8_linear", fp8_linear_case},
+                      {"commit", commit_case},
+                      {"kv_move", kv_move_case},
+                      {"row_topk", row_topk_case},
+                      {"accept", accept_case},
+                      {"distillation_loss", distillation_case}};
 constexpr int kOps = sizeof cases_of / sizeof cases_of[0];
 
 int main(int argc, char** argv) {

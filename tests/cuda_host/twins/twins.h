@@ -243,6 +243,7 @@ void kv_move_case();
 void block_attention_case();
 void rms_norm_case();
 void swiglu_case();
+void linear_case();
 void fp8_linear_case();
 void commit_case();
 void accept_case();

@@ -1,0 +1,59 @@
+"""linear where it stands: layers of LLaDA-8B's shape, 32 rows in bfloat16, one after another.
+
+A step is the products of a layer, with the norms and the activation between them; attention is left out.
+
+Floor: the weights read once. Baselines: the same by torch's product; and by `fp8_linear`, weights in 8 bits,
+which read half. On a CPU `linear` is torch's product, and there is nothing to measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dparallel_ext as dx
+
+from .harness import OURS, Case, Work, close, random, sets_of
+
+WIDTH = 4096
+EPS = 1e-5
+Product = Callable[[Tensor, int], Tensor]
+
+
+def work(device: torch.device, small: bool, tokens: int, width: int) -> Work:
+    """A step is a layer: width to 3 width, to width, to 6 width, and half of that to width."""
+    shapes = [(3 * width, width), (width, width), (6 * width, width), (width, 3 * width)]
+    bytes_ = 2 * sum(out * into for out, into in shapes)
+    sets = sets_of(bytes_, device, small)
+    full = [[random(device, *shape) * shape[1] ** -0.5 for shape in shapes] for _ in range(sets)]
+    bytewise = [[dx.quantize_fp8(weight) for weight in layer] for layer in full]
+    scale = torch.ones(width, dtype=torch.bfloat16, device=device)
+    x = random(device, tokens, width)
+
+    def layer(product: Product) -> Tensor:
+        qkv = product(dx.rms_norm(x, scale, eps=EPS), 0)
+        y, stream = dx.rms_norm(x, scale, eps=EPS, delta=product(qkv[:, :width].contiguous(), 1))
+        return stream + product(dx.swiglu(product(y, 2)), 3)
+
+    return Work(
+        {
+            "torch": lambda turn, at: layer(lambda y, i: F.linear(y, full[at][i])),
+            OURS: lambda turn, at: layer(lambda y, i: dx.linear(y, full[at][i], constant=True)),
+            f"{OURS}, 8-bit weights": lambda turn, at: layer(
+                lambda y, i: dx.fp8_linear(y, *bytewise[at][i], constant=True)
+            ),
+        },
+        [(bytes_, 2 * tokens * bytes_ // 2, 1)],
+        sets=sets,
+        graphs=("torch", OURS, f"{OURS}, 8-bit weights"),
+        under=torch.inference_mode,
+        agree=lambda found, expected: close(found, expected, rtol=0.1, atol=0.2),
+    )
+
+
+def case(tokens: int) -> Case:
+    name = f"linear, a layer's products, {tokens} rows"
+    return Case(name, "linear", work, {"tokens": tokens, "width": WIDTH}, ("graph",))

@@ -1,0 +1,461 @@
+// The product of a few rows of x and a matrix of weights, which is bound by reading the weights:
+// linear and fp8_linear.
+//
+// On tensor cores (16-bit rows, aligned, of a multiple of 64 numbers): a CTA has an SM to itself,
+// and takes a tile of 64, 128 or 192 rows of the weights and up to 64 rows of x. A step is a line
+// of the L2 cache, 128 bytes, of each of these rows (two, where they are 64) and what belongs to it
+// of x, copied past the registers into a ring that fills the SM's shared memory: some 200 KB, most
+// of them on their way. Two teams of four warps, each with a ring, take every other line: while one
+// waits at its barrier the other multiplies. A warp has 16 of each 64 rows, as the left operand of
+// its multiplications. Up to eight CTAs, a cluster, share a tile and divide its lines, so that all
+// SMs have work; they then add up their sums, each some of the outputs, out of one another's shared
+// memory, in the order of their parts. The cut is of the weights' shape and the device, and the
+// order of a row's sum is too: a row of x comes out to the bit as it does alone. More than 64 rows
+// of x are chunks, next to each other in the grid, so that all but the first find the weights in
+// the L2 cache. Devices with less shared memory, or without clusters, take tiles of 128 rows, each
+// a CTA's alone, and 32 rows of x at a time.
+//
+// Where the weights are constant the launch is early: the CTAs begin while the kernels before still
+// run, as soon as the last product leaves the SM, and fill their rings, 26 MB over all SMs. So
+// memory is busy while norms, attention and activations run.
+//
+// What bounds it: on an H200 memory brings an SM some 32 bytes a nanosecond. The multiplications
+// of a line by 32 rows, weights in 8 bits, take the tensor cores half of that time, and the copies
+// and reads of shared memory as much. With one ring for all eight warps a CTA read 31 bytes a
+// nanosecond, with tiles of up to 384 rows no more; two CTAs on an SM, each with half of the ring,
+// came to lie together where clusters left other SMs idle.
+#pragma once
+
+#include "cluster.cuh"
+#include "dparallel/launch.h"
+#include "mma.cuh"
+
+namespace dparallel::cuda {
+
+constexpr int kTeams = 2, kTeamThreads = 128, kProductThreads = kTeams * kTeamThreads;
+constexpr int kPieces = 8;     // of 16 bytes, of a line
+constexpr int kMultiple = 64;  // of it, the inner dimension
+constexpr int kWhole =
+    224 * 1024;  // bytes of shared memory: an SM's, but for what small kernels need
+constexpr int kSmall = 99 * 1024;  // those of a device that has less
+constexpr int kMostHeight = 3;     // of a tile, in 64 rows
+
+// Where piece p of row r of lines in shared memory lies: at p ^ turned(r). Eight rows' same piece,
+// which ldmatrix reads at once, and four pieces of two rows, which eight lanes read as vectors, are
+// then in eight groups of banks.
+__device__ __forceinline__ int turned(int r) { return r % 2 * 4 + r / 2 % 4; }
+
+// Weights of the dtype of x. A warp multiplies 16 of their rows by x, over its half of a line.
+template <class T>
+struct SixteenBits {
+  using Weight = typename T::Storage;
+  static constexpr int kNumbers = 8;          // of a piece
+  static constexpr int kMultiplications = 2;  // over half of a line
+
+  static __device__ __forceinline__ float value(Weight weight) { return T::value(weight); }
+  // The left operands, of the 16 rows that lie at `rows`.
+  static __device__ __forceinline__ void load(uint32_t (&a)[kMultiplications][4], const uint4* rows,
+                                              int half) {
+    const int lane = threadIdx.x % 32, row = lane % 16;
+#pragma unroll
+    for (int m = 0; m < kMultiplications; ++m)
+      load_matrices(a[m], rows + row * kPieces + ((4 * half + 2 * m + lane / 16) ^ turned(row)));
+  }
+  // Where piece p of row n of x lies, of a line of the weights.
+  static __device__ __forceinline__ int place(int n, int p) {
+    return n * kPieces + (p ^ turned(n));
+  }
+  // The right operands.
+  template <int kTiles>
+  static __device__ __forceinline__ void load_x(uint32_t (&b)[kMultiplications][kTiles][2],
+                                                const uint4* x, int half) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int m = 0; m < kMultiplications; ++m)
+#pragma unroll
+      for (int t = 0; t < kTiles; t += 2) {
+        uint32_t r[4];
+        load_matrices(r,
+                      x + place(8 * (t + lane / 16) + lane % 8, 4 * half + 2 * m + lane / 8 % 2));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) b[m][t + i / 2][i % 2] = r[i];
+      }
+  }
+};
+
+// In e4m3. The order in which the inner dimension is summed is free: a lane reads 16 bytes of a row
+// at once, which are its operands of four multiplications, and the 32 of each row of x.
+template <class T>
+struct EightBits {
+  using Weight = uint8_t;
+  static constexpr int kNumbers = 16;
+  static constexpr int kMultiplications = 4;
+
+  static __device__ __forceinline__ float value(Weight weight) { return e4m3_value(weight); }
+  static __device__ __forceinline__ void load(uint32_t (&a)[kMultiplications][4], const uint4* rows,
+                                              int half) {
+    const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+    uint32_t words[2][4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      memcpy(words[i], rows + (g + 8 * i) * kPieces + ((4 * half + q) ^ turned(g)), 16);
+#pragma unroll
+    for (int m = 0; m < kMultiplications; ++m) {
+      widen_e4m3<T>(words[0][m], a[m][0], a[m][2]);
+      widen_e4m3<T>(words[1][m], a[m][1], a[m][3]);
+    }
+  }
+  static __device__ __forceinline__ int place(int n, int p) {
+    return n * (2 * kPieces) + (p ^ n % 2);
+  }
+  template <int kTiles>
+  static __device__ __forceinline__ void load_x(uint32_t (&b)[kMultiplications][kTiles][2],
+                                                const uint4* x, int half) {
+    const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        uint32_t r[4];
+        memcpy(r, x + place(8 * t + g, 2 * (4 * half + q) + i), 16);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) b[2 * i + j / 2][t][j % 2] = r[j];
+      }
+  }
+};
+
+// kTiles: of 8 rows of x. kHeight: of 64 rows of the weights.
+template <class W, int kTiles, int kHeight, int kBytes>
+struct Ring {
+  static constexpr int kRows = 64 * kHeight;
+  // Of a step of a team: so many that a step is 16 KB of weights and more.
+  static constexpr int kLines = kBytes == kWhole && kHeight == 1 ? 2 : 1;
+  static constexpr int kNumbers = kPieces * W::kNumbers;  // of a line
+  static constexpr int kXPieces = kNumbers / 8;           // of a row of x, a line
+  static constexpr int kLine = kRows * kPieces, kXLine = 8 * kTiles * kXPieces;  // vectors
+  static constexpr int kStage = kLines * (kLine + kXLine);
+  static constexpr int kStages = kBytes / 16 / kTeams / kStage;
+  static constexpr int kPitch = kRows + 4;  // so that lanes' writes of sums do not collide
+  static_assert(kStages > 1 && kTeams * 8 * kTiles * kPitch * 4 <= kBytes, "");
+
+  union {
+    uint4 stages[kTeams][kStages][kStage];   // a step's weights [kLines, kRows], and then its x
+    float sums[kTeams][8 * kTiles][kPitch];  // when all steps are done
+  };
+};
+
+// Of the weights: tiles of 64 `height` rows, each of `cluster` CTAs.
+struct ProductCut {
+  int height, cluster;
+};
+
+template <class T, class W, int kTiles, int kHeight, int kBytes>
+__global__ void __launch_bounds__(kProductThreads, 1)
+    product_kernel(LinearArgs args, const float* scale, int cluster, int chunks) {
+  using Storage = typename T::Storage;
+  using Shared = Ring<W, kTiles, kHeight, kBytes>;
+  constexpr int kRows = Shared::kRows, kLines = Shared::kLines, kNumbers = Shared::kNumbers;
+  constexpr int kStages = Shared::kStages, kXPieces = Shared::kXPieces, kAhead = kStages - 1;
+  DPARALLEL_LARGE_SHARED(ring, Shared);
+  let_next_begin();
+  const int rank = static_cast<int>(blockIdx.x) % cluster;
+  const int unit = static_cast<int>(blockIdx.x) / cluster;
+  const int64_t first = static_cast<int64_t>(unit / chunks) * kRows;
+  const int64_t first_n = static_cast<int64_t>(unit % chunks) * (8 * kTiles);
+  const int left =
+      static_cast<int>(args.out_width - first < kRows ? args.out_width - first : kRows);
+  const int count =
+      static_cast<int>(args.count - first_n < 8 * kTiles ? args.count - first_n : 8 * kTiles);
+  // Of the lines that are this CTA's each team takes every other one. `in`: what is left of the
+  // inner dimension at the team's first.
+  const int team = threadIdx.x / kTeamThreads, t = threadIdx.x % kTeamThreads;
+  const int all = (static_cast<int>(args.in) + kNumbers - 1) / kNumbers;
+  const int begin = all * rank / cluster + team, end = all * (rank + 1) / cluster;
+  const int in = static_cast<int>(args.in) - begin * kNumbers;
+  const int lines = (end - begin + kTeams - 1) / kTeams, steps = (lines + kLines - 1) / kLines;
+
+  // What this thread copies of a line: one piece of every 16th row of the weights, and of every
+  // 16th, or 8th, of x; zeros beyond their ends.
+  constexpr int kTurn = kTeamThreads / kPieces, kXTurn = kTeamThreads / kXPieces;
+  const int own = t / kPieces, own_n = t / kXPieces, piece = t % kPieces, x_piece = t % kXPieces;
+  const int64_t row_bytes = args.in * 16 / W::kNumbers;
+  const auto* weight = static_cast<const char*>(args.weight) + (first + own) * row_bytes +
+                       static_cast<int64_t>(begin) * (16 * kPieces) + 16 * piece;
+  const auto* x = static_cast<const Storage*>(args.x) + (first_n + own_n) * args.x_stride +
+                  static_cast<int64_t>(begin) * kNumbers + 8 * x_piece;
+  uint4* const to_weights = ring.stages[team][0] + own * kPieces + (piece ^ turned(own));
+  uint4* const to_x = ring.stages[team][0] + kLines * Shared::kLine + W::place(own_n, x_piece);
+  const auto bring_weights = [&](int step, int stage) {
+#pragma unroll
+    for (int l = 0; l < kLines; ++l) {
+      const int line = step * kLines + l;
+      uint4* to = anew(to_weights) + stage * Shared::kStage + l * Shared::kLine;
+      const bool there = line < lines && line * (kTeams * kNumbers) + W::kNumbers * piece < in;
+      const char* from = weight + line * (kTeams * 16 * kPieces);
+#pragma unroll
+      for (int row = 0; row < kRows; row += kTurn) {
+        if (row + own < left) copy_async(to + row * kPieces, from, there);
+        from += kTurn * row_bytes;
+      }
+    }
+  };
+  // Of row n kXTurn + own_n of x in a line: put(l, n, from, there), a piece of 16 bytes.
+  constexpr int kXPut = 8 * kTiles / kXTurn;
+  const auto bring_x = [&](int step, auto put) {
+#pragma unroll
+    for (int l = 0; l < kLines; ++l) {
+      const int line = step * kLines + l;
+      const bool there = line < lines && line * (kTeams * kNumbers) + 8 * x_piece < in;
+      const Storage* from = x + line * (kTeams * kNumbers);
+#pragma unroll
+      for (int n = 0; n < kXPut; ++n) {
+        if (n * kXTurn + own_n < count) put(l, n, from, there);
+        from += kXTurn * args.x_stride;
+      }
+    }
+  };
+  const auto place_of_x = [&](int stage, int l, int n) {
+    return to_x + stage * Shared::kStage + l * Shared::kXLine + n * kXTurn * kXPieces;
+  };
+
+  // What others may still be writing is x alone: the ring fills with weights meanwhile. Their x
+  // comes by way of registers: copies would complete behind all others.
+#pragma unroll
+  for (int stage = 0; stage < kAhead; ++stage) {
+    if (stage < steps) bring_weights(stage, stage);
+    commit_copies();
+  }
+  wait_for_earlier();
+  uint4 first_x[kAhead][kLines][kXPut];
+#pragma unroll
+  for (int stage = 0; stage < kAhead; ++stage)
+    if (stage < steps)
+      bring_x(stage, [&](int l, int n, const Storage* from, bool there) {
+        first_x[stage][l][n] = there ? __ldcg(reinterpret_cast<const uint4*>(from)) : uint4{};
+      });
+#pragma unroll
+  for (int stage = 0; stage < kAhead; ++stage)
+    if (stage < steps)
+      bring_x(stage, [&](int l, int n, const Storage*, bool) {
+        *place_of_x(stage, l, n) = first_x[stage][l][n];
+      });
+
+  // A warp takes rows 16 (warp % 4) and on of each 64.
+  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4, row = t / 32 * 16;
+  float sums[kHeight][kTiles][4] = {};
+#pragma unroll 1
+  for (int step = 0, stage = 0; step < steps; ++step) {
+    wait_for_copies<kStages - 2>();
+    team_barrier();  // the step is there, and nobody reads the one before it any more
+    if (const int next = step + kAhead; next < steps) {
+      const int emptied = stage > 0 ? stage - 1 : kAhead;
+      bring_weights(next, emptied);
+      bring_x(next, [&](int l, int n, const Storage* from, bool there) {
+        copy_async(place_of_x(emptied, l, n), from, there);
+      });
+    }
+    commit_copies();
+    const uint4* rows = ring.stages[team][stage] + row * kPieces;
+    const uint4* x_rows = ring.stages[team][stage] + kLines * Shared::kLine;
+#pragma unroll
+    for (int half = 0; half < 2 * kLines; ++half) {
+      uint32_t b[W::kMultiplications][kTiles][2];
+      W::load_x(b, x_rows + half / 2 * Shared::kXLine, half % 2);
+#pragma unroll
+      for (int h = 0; h < kHeight; ++h) {
+        uint32_t a[W::kMultiplications][4];
+        W::load(a, rows + half / 2 * Shared::kLine + 64 * h * kPieces, half % 2);
+#pragma unroll
+        for (int m = 0; m < W::kMultiplications; ++m)
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) mma<T>(sums[h][n], a[m], b[m][n][0], b[m][n][1]);
+      }
+    }
+    stage = stage < kAhead ? stage + 1 : 0;
+  }
+
+  // sums[h][n][i]: of row 64 h + row + g, or 8 on for i >= 2; of x's row 8 n + 2 q + i % 2.
+  __syncthreads();  // nobody reads the ring any more
+#pragma unroll
+  for (int h = 0; h < kHeight; ++h)
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        ring.sums[team][8 * n + 2 * q + i % 2][64 * h + row + g + i / 2 * 8] = sums[h][n][i];
+  if (cluster > 1) cluster_barrier();
+  else __syncthreads();
+
+  // 16 rows of x by 64 of the weights are a unit, of which each thread has four outputs; a CTA has
+  // every `cluster`th, kBatch at once.
+  constexpr int kBatch = 3, kAcross = kTiles / 2, kUnits = kHeight * kAcross;
+  const int n_of_unit = threadIdx.x / 16, in_unit = threadIdx.x % 16 * 4;
+  const bool whole = args.out_width % 4 == 0;
+  const auto* bias = static_cast<const Storage*>(args.bias);
+#pragma unroll 1
+  for (int u = rank; u < kUnits; u += kBatch * cluster) {
+    float sum[kBatch][4] = {};
+#pragma unroll 1
+    for (int r = 0; r < cluster; ++r) {
+      uint4 parts[kBatch][kTeams] = {};
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        const int v = u + k * cluster;
+        if (v >= kUnits) break;
+#pragma unroll
+        for (int i = 0; i < kTeams; ++i) {
+          const auto* part = reinterpret_cast<const uint4*>(
+              &ring.sums[i][v % kAcross * 16 + n_of_unit][v / kAcross * 64 + in_unit]);
+          parts[k][i] = cluster == 1 ? *part : load_of_peer(part, r);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k)
+#pragma unroll
+        for (int i = 0; i < kTeams; ++i) {
+          float more[4];
+          memcpy(more, &parts[k][i], sizeof more);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sum[k][j] += more[j];
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const int v = u + k * cluster;
+      const int n = v % kAcross * 16 + n_of_unit, at = v / kAcross * 64 + in_unit;
+      if (v >= kUnits || n >= count || at >= left) continue;
+      const int64_t o = first + at;
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (whole || at + j < left) {
+          const float added = bias != nullptr ? T::value(bias[o + j]) : 0.0f;
+          sum[k][j] = (scale != nullptr ? scale[o + j] : 1.0f) * sum[k][j] + added;
+        }
+      Storage* to = static_cast<Storage*>(args.out) + (first_n + n) * args.out_width + o;
+      const uint32_t both[2] = {T::narrow(sum[k][0], sum[k][1]), T::narrow(sum[k][2], sum[k][3])};
+      if (whole) {
+        *reinterpret_cast<uint2*>(to) = {both[0], both[1]};
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          if (at + j < left) to[j] = static_cast<Storage>(both[j / 2] >> 16 * (j % 2));
+      }
+    }
+  }
+  if (cluster > 1) leave_cluster();
+}
+
+// A warp takes a row of the weights, by FMA.
+template <class T, class W>
+__global__ void __launch_bounds__(kProductThreads)
+    product_plain_kernel(LinearArgs args, const float* scale) {
+  using Storage = typename T::Storage;
+  constexpr int kGroup = 8;  // rows of x between two readings of the weights
+  const int lane = threadIdx.x % 32;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kProductThreads / 32) + threadIdx.x / 32;
+  if (row >= args.out_width) return;
+  const auto* weight = static_cast<const typename W::Weight*>(args.weight) + row * args.in;
+  const float by = scale != nullptr ? scale[row] : 1.0f;
+  float bias = 0.0f;
+  if (args.bias != nullptr) bias = T::value(static_cast<const Storage*>(args.bias)[row]);
+  for (int64_t n = 0; n < args.count; n += kGroup) {
+    float sums[kGroup] = {};
+    for (int64_t k = lane; k < args.in; k += 32) {
+      const float w = W::value(weight[k]);
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j)
+        if (n + j < args.count)
+          sums[j] += w * T::value(static_cast<const Storage*>(args.x)[(n + j) * args.x_stride + k]);
+    }
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+#pragma unroll
+      for (int bits = 16; bits > 0; bits /= 2) sums[j] += __shfl_xor_sync(kFullWarp, sums[j], bits);
+      if (lane == 0 && n + j < args.count)
+        static_cast<Storage*>(args.out)[(n + j) * args.out_width + row] =
+            T::narrow(by * sums[j] + bias);
+    }
+  }
+}
+
+// Of the cuts by which a product takes least: its own bytes or its share of all, whichever takes
+// longer, for each round of CTAs, and what a round costs besides. Measured on an H200: memory
+// brings an SM five sevenths of what a CTA can take, and that is a quarter more of weights in 16
+// bits than in 8; a round costs 45 KB, twice that where clusters add up.
+template <class W>
+ProductCut cut_of(const LinearArgs& args) {
+  constexpr int64_t kRound = 45000;
+  constexpr auto slots_of = &clusters_at_once<product_kernel<BFloat16, W, 4, kMostHeight, kWhole>>;
+  constexpr size_t kBytes = sizeof(Ring<W, 4, kMostHeight, kWhole>);
+  const int64_t row_bytes = args.in * 16 / W::kNumbers;
+  const int64_t share = args.out_width * row_bytes / slots_of(1, kProductThreads, kBytes) * 7 / 5;
+  ProductCut best{0, 1};
+  int64_t least = INT64_MAX;
+  for (const int cluster : {1, 2, 3, 4, 6, 8}) {
+    const int slots = slots_of(static_cast<unsigned>(cluster), kProductThreads, kBytes);
+    if (cluster == 2 && slots == 0) return {0, 1};  // nor so much shared memory
+    for (int height = 1; height <= kMostHeight && slots > 0; ++height) {
+      const int64_t tiles = (args.out_width + 64 * height - 1) / (64 * height);
+      const int64_t rounds = (tiles + slots - 1) / slots;
+      const int64_t own =
+          rounds * 64 * height * row_bytes / cluster * (W::kNumbers == 16 ? 5 : 4) / 4;
+      const int64_t cost = (own > share ? own : share) + rounds * (cluster > 1 ? 2 : 1) * kRound;
+      if (cost < least) {
+        least = cost;
+        best = {height, cluster};
+      }
+    }
+  }
+  return best;
+}
+
+template <class T, class W, int kTiles, int kHeight, int kBytes>
+int launch_product(const LinearArgs& args, const float* scale, int cluster, void* stream) {
+  const int64_t tiles = (args.out_width + 64 * kHeight - 1) / (64 * kHeight);
+  const int64_t chunks = (args.count + 8 * kTiles - 1) / (8 * kTiles);
+  const bool early =
+      args.constant && has_clusters_here<product_kernel<T, W, kTiles, kHeight, kBytes>>();
+  return DPARALLEL_LAUNCH_CLUSTERS((product_kernel<T, W, kTiles, kHeight, kBytes>),
+                                   static_cast<unsigned>(tiles * chunks * cluster),
+                                   static_cast<unsigned>(cluster), kProductThreads,
+                                   (sizeof(Ring<W, kTiles, kHeight, kBytes>)), early, stream, args,
+                                   scale, cluster, static_cast<int>(chunks));
+}
+
+template <class T, class W, int kTiles>
+int launch_product(const LinearArgs& args, const float* scale, ProductCut cut, void* stream) {
+  switch (cut.height) {
+    case 1: return launch_product<T, W, kTiles, 1, kWhole>(args, scale, cut.cluster, stream);
+    case 2: return launch_product<T, W, kTiles, 2, kWhole>(args, scale, cut.cluster, stream);
+    default: return launch_product<T, W, kTiles, 3, kWhole>(args, scale, cut.cluster, stream);
+  }
+}
+
+inline bool on_tensor_cores(const LinearArgs& args) {
+  return args.dtype != DType::float32 && args.in > 0 && args.in % kMultiple == 0 &&
+         multiples_of_16({args.x, args.weight, args.out}, {args.x_stride},
+                         element_size(args.dtype));
+}
+
+// scale: of each row of the weights, or null: 1.
+template <template <class> class Weights>
+int product(const LinearArgs& args, const float* scale, void* stream) {
+  if (args.count == 0 || args.out_width == 0) return 0;
+  return dispatch(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    using W = Weights<T>;
+    if constexpr (sizeof(typename T::Storage) == 2)
+      if (on_tensor_cores(args)) {
+        const ProductCut cut = cut_of<Weights<BFloat16>>(args);
+        if (cut.height == 0) return launch_product<T, W, 4, 2, kSmall>(args, scale, 1, stream);
+        return args.count <= 32 ? launch_product<T, W, 4>(args, scale, cut, stream)
+                                : launch_product<T, W, 8>(args, scale, cut, stream);
+      }
+    constexpr int kWarps = kProductThreads / 32;
+    const auto grid = static_cast<unsigned>((args.out_width + kWarps - 1) / kWarps);
+    DPARALLEL_LAUNCH((product_plain_kernel<T, W>), grid, kProductThreads, stream, args, scale);
+    return static_cast<int>(cudaGetLastError());
+  });
+}
+
+}  // namespace dparallel::cuda

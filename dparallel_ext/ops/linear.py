@@ -1,0 +1,73 @@
+"""A linear layer on few rows."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _C  # noqa: F401  (registers the ops)
+
+FEW = 64
+"""Rows up to which a product takes as long as reading the weights."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, constant: bool = False) -> Tensor:
+    """x weight^T + bias, as `torch.nn.functional.linear`; few rows on a GPU by a kernel that is faster.
+
+    Up to 64 rows in bfloat16 or float16 on a GPU of compute capability 9.0 or 10, without a gradient, are
+    that kernel's, which sums in float32 and rounds once: a row is to the bit what it is alone. All else is
+    torch's product, also under autocast and `torch.compile`.
+
+    Args:
+        x: (..., in), any strides (rows are made contiguous).
+        weight: (out, in), the dtype of x.
+        bias: (out,), the dtype of x.
+        constant: since `weight` was written, a kernel of torch's was launched on this stream, such as a
+            lookup of embeddings. The kernel then reads its first weights while those before it still run.
+
+    Returns:
+        (..., out)
+
+    Raises:
+        ValueError: naming the argument whose shape does not fit.
+    """
+    if weight.ndim != 2 or x.ndim < 1 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"weight: expected (out, {x.shape[-1] if x.ndim else 'in'}), got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected ({len(weight)},), got {tuple(bias.shape)}")
+    if not _by_kernel(x, weight, bias):
+        return F.linear(x, weight, bias)
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    out: Tensor = torch.ops.dparallel.linear(rows, weight, bias, constant)
+    return out if x.ndim == 2 else out.view(*x.shape[:-1], len(weight))
+
+
+def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        x.is_cuda
+        and 0 < x.numel() <= FEW * x.shape[-1]
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and x.shape[-1] % 64 == 0
+        and all(t.dtype == x.dtype and t.device == x.device for t in (weight, bias) if t is not None)
+        and weight.is_contiguous()
+        and not (
+            torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda")
+        )
+        and _has_clusters(x.get_device())
+    )
+
+
+@functools.cache
+def _has_clusters(device: int) -> bool:
+    """And the shared memory that the kernel is made for."""
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+@torch.library.register_fake("dparallel::linear")
+def _(x, weight, bias, constant=False):  # type: ignore[no-untyped-def]
+    return x.new_empty((x.shape[0], weight.shape[0]))
