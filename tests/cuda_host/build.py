@@ -37,11 +37,12 @@ class Variant(NamedTuple):
 
 
 PLAIN = Variant("-O2 -fPIC")
-SANITIZED = Variant("-O1 -g1 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all")
+SANITIZED = Variant(
+    "-O1 -g1 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all", "-O0"
+)
+"""Compiling costs more than running them."""
 WATCHED = Variant("-O2 -fPIC", "-O1 -fsanitize=thread")
 """Every access of the kernels is a place to switch threads at, and looked at for races."""
-NO_BARRIERS = Variant("-O2 -fPIC", "-O1 -DCUDA_HOST_FAULT_NO_BARRIER")
-"""A planted fault: kernels without their barriers."""
 
 Job = tuple[Path, str]
 """A source and its flags."""

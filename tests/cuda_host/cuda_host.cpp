@@ -4,7 +4,7 @@
 #include <map>
 #include <memory>
 #include <numeric>
-#include <random>
+#include <utility>
 #include <vector>
 
 #include "fiber.h"
@@ -17,13 +17,12 @@ namespace {
 
 constexpr size_t kStack = 256 * 1024;
 constexpr unsigned kTeam = Epoch::kTeam, kMostTeams = 1024 / kTeam;  // threads; of a block
-// Else the barrier waited at: 0 the block's, then the teams', then the warps'.
+// State of a thread; else the barrier waited at: 0 the block's, then the teams', then the warps'.
 constexpr int kReady = -1, kDone = -2, kAtCluster = -3;
 
 struct Fiber {
   Context context;
   std::unique_ptr<char[]> stack{new char[kStack]};
-  int state = kReady;
   unsigned barriers = 0, team_barriers = 0, exchanges = 0, fences = 0;  // so far
   ThreadClock clock;
   std::vector<std::pair<void*, const void*>> copies;  // begun
@@ -56,15 +55,34 @@ struct Block {
   unsigned index, size, live;
   unsigned period;  // it runs in one round of so many
   std::vector<Fiber> fibers;
+  std::vector<int> states;        // [threads]
   std::vector<unsigned> arrived;  // at each barrier
   std::vector<Lane> lanes[2];     // [threads], of every other exchange
   std::map<const void*, SharedMemory> shared;
   Clock known, incoming;  // to every thread; from those that wait at the barrier
 };
 
-std::mt19937_64 random_engine;
+// SplitMix64: the scheduler draws more often than anything else here.
+struct Random {
+  uint64_t state = 0;
+
+  uint64_t operator()() {
+    uint64_t z = state += 0x9e3779b97f4a7c15;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+    return z ^ (z >> 31);
+  }
+  unsigned below(unsigned n) { return static_cast<unsigned>(((*this)() >> 32) * n >> 32); }
+  template <class T>
+  void shuffle(std::vector<T>& items) {
+    for (size_t i = items.size(); i > 1; --i)
+      std::swap(items[i - 1], items[below(static_cast<unsigned>(i))]);
+  }
+};
+
+Random random_engine;
 unsigned fixed_resident = 0;
-bool clusters_on = true;
+bool clusters_on = true, barriers_on = true;
 Shadow shadow;
 std::map<const void*, Clock> handed_on;  // by the atomics on an address
 bool in_atomic = false;
@@ -82,16 +100,15 @@ unsigned Cluster::live() const {
 bool Cluster::stuck() const {
   for (const Block* block : blocks)
     for (unsigned t = 0; t < block->size; ++t)
-      if (block->fibers[t].state == kReady) return false;
+      if (block->states[t] == kReady) return false;
   return true;
 }
 
-unsigned below(unsigned n) { return static_cast<unsigned>(random_engine() % n); }
+unsigned below(unsigned n) { return random_engine.below(n); }
 
 void leave(int state) {
-  Fiber& self = current->fibers[threadIdx.x];
-  self.state = state;
-  self.context.switch_to(scheduler);
+  current->states[threadIdx.x] = state;
+  current->fibers[threadIdx.x].context.switch_to(scheduler);
 }
 
 void release(int barrier) {
@@ -100,8 +117,12 @@ void release(int barrier) {
     current->known.learn(current->incoming);
     current->incoming.clear();
   }
-  for (unsigned t = 0; t < current->size; ++t)
-    if (current->fibers[t].state == barrier) current->fibers[t].state = kReady;
+  const auto number = static_cast<unsigned>(barrier);
+  const unsigned width = number == 0 ? current->size : number <= kMostTeams ? kTeam : 32;
+  const unsigned first =
+      number == 0 ? 0 : width * (number - 1 - (number <= kMostTeams ? 0 : kMostTeams));
+  for (unsigned t = first; t < std::min(first + width, current->size); ++t)
+    if (current->states[t] == barrier) current->states[t] = kReady;
 }
 
 void wait(int barrier, unsigned expected) {
@@ -121,14 +142,14 @@ void release(Cluster& cluster) {
     all.learn(block->incoming);
     block->incoming.clear();
     for (unsigned t = 0; t < block->size; ++t)
-      if (const Fiber& fiber = block->fibers[t]; fiber.state == kAtCluster)
-        all.learn(Epoch{block->index, Epoch::kAny, fiber.barriers + 1, 0});
+      if (block->states[t] == kAtCluster)
+        all.learn(Epoch{block->index, Epoch::kAny, block->fibers[t].barriers + 1, 0});
   }
   cluster.arrived = 0;
   for (Block* block : cluster.blocks) {
     block->known = all;
     for (unsigned t = 0; t < block->size; ++t)
-      if (block->fibers[t].state == kAtCluster) block->fibers[t].state = kReady;
+      if (block->states[t] == kAtCluster) block->states[t] = kReady;
   }
 }
 
@@ -166,10 +187,11 @@ void start(Block& block, unsigned index, unsigned threads) {
   block.known.clear();
   block.incoming.clear();
   while (block.fibers.size() < threads) block.fibers.emplace_back();
+  block.states.assign(threads, kReady);
   for (unsigned t = 0; t < threads; ++t) {
     Fiber& fiber = block.fibers[t];
-    fiber.context.start(fiber.stack.get(), kStack, run_fiber);
-    fiber.state = kReady;
+    // Stacks begin at different cache lines of a page, else all compete for the same few sets.
+    fiber.context.start(fiber.stack.get(), kStack - t % 64 * 64, run_fiber);
     fiber.barriers = fiber.team_barriers = fiber.exchanges = fiber.fences = 0;
     fiber.clock = {};
     fiber.copies.clear();
@@ -191,7 +213,7 @@ void fail(const char* what) {
   std::_Exit(3);
 }
 
-void seed(uint64_t value) { random_engine.seed(value); }
+void seed(uint64_t value) { random_engine.state = value; }
 
 void resident(unsigned blocks) { fixed_resident = blocks; }
 
@@ -205,7 +227,10 @@ void yield(unsigned of) {
   if (chance(of)) leave(kReady);
 }
 
+void barriers(bool on) { barriers_on = on; }
+
 void block_barrier() {
+  if (!barriers_on) return yield();
   Fiber& self = current->fibers[threadIdx.x];
   current->incoming.learn(self.clock.known);
   self.clock.known.clear();
@@ -214,6 +239,7 @@ void block_barrier() {
 }
 
 void team_barrier() {
+  if (!barriers_on) return yield();
   const unsigned team = threadIdx.x / kTeam;
   if (current->size < (team + 1) * kTeam) fail("a team of too few threads");
   wait(1 + static_cast<int>(team), kTeam);
@@ -225,9 +251,9 @@ void cluster_barrier() {
   Cluster& cluster = *current->cluster;
   current->incoming.learn(self.clock.known);
   self.clock.known.clear();
-  self.state = kAtCluster;
+  current->states[threadIdx.x] = kAtCluster;
   if (++cluster.arrived == cluster.live()) release(cluster);
-  leave(self.state);
+  leave(current->states[threadIdx.x]);
   ++self.barriers;
 }
 
@@ -251,8 +277,7 @@ void touch(const void* p, size_t bytes, bool writes) {
   const auto stack = reinterpret_cast<uintptr_t>(current->fibers[threadIdx.x].stack.get());
   if (address - stack < kStack) return;
   yield(64);
-  for (size_t i = 0; i < bytes; ++i)
-    if (!shadow.access(address + i, writes, now(), happened_before)) fail("a race");
+  if (!shadow.access(address, bytes, writes, now(), happened_before)) fail("a race");
 }
 
 void fence() {
@@ -345,7 +370,7 @@ void launch(unsigned grid, unsigned threads, const std::function<void()>& thread
   handed_on.clear();
   std::vector<unsigned> order(grid / cluster);
   std::iota(order.begin(), order.end(), 0u);
-  std::shuffle(order.begin(), order.end(), random_engine);
+  random_engine.shuffle(order);
   while (pool.size() < limit * cluster) pool.push_back(std::make_unique<Block>());
   std::vector<Block*> idle;
   for (auto& block : pool) idle.push_back(block.get());
@@ -370,11 +395,10 @@ void launch(unsigned grid, unsigned threads, const std::function<void()>& thread
       for (Block* block : together->blocks) {
         if (!chance(block->period)) continue;
         for (unsigned t = 0; t < threads; ++t)
-          if (block->fibers[t].state == kReady && (!uneven || chance(2)))
-            turns.emplace_back(block, t);
+          if (block->states[t] == kReady && (!uneven || chance(2))) turns.emplace_back(block, t);
       }
     }
-    std::shuffle(turns.begin(), turns.end(), random_engine);
+    random_engine.shuffle(turns);
     for (const auto& [block, t] : turns) run(*block, t);
     for (size_t i = flying.size(); i-- > 0;) {
       if (flying[i]->live() > 0) continue;

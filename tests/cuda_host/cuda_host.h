@@ -50,6 +50,7 @@ void clusters(bool on);  // whether kernels are told that there are clusters: ye
 bool has_clusters();
 bool chance(unsigned of);     // true once in so many times
 void yield(unsigned of = 2);  // to other threads, once in so many times
+void barriers(bool on);       // off: a planted fault, kernels without their blocks' barriers
 void block_barrier();
 void team_barrier();  // of 128 threads of the block
 void cluster_barrier();
@@ -119,13 +120,7 @@ T __ldcg(const T* p) {
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __frsqrt_rn(float x) { return static_cast<float>(1.0 / std::sqrt(double{x})); }
 
-inline void __syncthreads() {
-#ifdef CUDA_HOST_FAULT_NO_BARRIER  // planted: a kernel without its barriers
-  cuda_host::yield();
-#else
-  cuda_host::block_barrier();
-#endif
-}
+inline void __syncthreads() { cuda_host::block_barrier(); }
 
 inline void __threadfence() { cuda_host::fence(); }
 

@@ -9,7 +9,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -51,13 +50,64 @@ struct ThreadClock {
   Clock known, fenced, pending;
 };
 
-// The bytes of memory, since the launch began.
+// The bytes of memory, since the launch began. Bytes that were only ever accessed together share a
+// cell.
 class Shadow {
  public:
-  // False: a race.
+  // False: a race. `bytes` from `address` are accessed now.
   template <class Before>
-  bool access(uintptr_t address, bool writes, const Epoch& now, Before before) {
-    Cell& cell = at(address);
+  bool access(uintptr_t address, size_t bytes, bool writes, const Epoch& now, Before before) {
+    for (const uintptr_t end = address + bytes; address < end;) {
+      Page& page = page_of(address);
+      const uintptr_t stop = std::min(end, (address | (kPage - 1)) + 1);
+      while ((address | stop) % (1 << page.bits)) page.split();
+      for (; address < stop; address += 1 << page.bits)
+        if (!access(page.cells[address % kPage >> page.bits], writes, now, before)) return false;
+    }
+    return true;
+  }
+  void forget(uintptr_t address, size_t bytes) {
+    const uintptr_t end = address + bytes;
+    for (uintptr_t number = address / kPage; number * kPage < end; ++number) {
+      const auto found = pages_.find(number);
+      if (found == pages_.end()) continue;
+      Page& page = *found->second;
+      const uintptr_t first = std::max(address, number * kPage);
+      const uintptr_t stop = std::min(end, (number + 1) * kPage);
+      while ((first | stop) % (1 << page.bits)) page.split();
+      for (uintptr_t at = first; at < stop; at += 1 << page.bits)
+        page.cells[at % kPage >> page.bits] = Cell{};
+    }
+  }
+  void clear() {
+    pages_.clear();
+    last_ = nullptr;
+  }
+
+ private:
+  static constexpr uintptr_t kPage = 256;
+  static constexpr size_t kLately = 8;
+
+  struct Cell {
+    bool written = false;
+    Epoch write;
+    std::vector<Epoch> reads;  // an entry stands for reads of a block; a block may have several
+  };
+  struct Page {
+    unsigned bits = 4;  // a cell is of 1 << bits bytes
+    std::vector<Cell> cells{kPage >> bits};
+
+    void split() {
+      std::vector<Cell> halves;
+      halves.reserve(2 * cells.size());
+      for (const Cell& cell : cells) halves.insert(halves.end(), 2, cell);
+      cells = std::move(halves);
+      --bits;
+    }
+  };
+
+  template <class Before>
+  static bool access(Cell& cell, bool writes, const Epoch& now, Before before) {
     if (cell.written && !before(cell.write)) return false;
     if (writes) {
       for (const Epoch& read : cell.reads)
@@ -67,7 +117,10 @@ class Shadow {
       cell.reads.clear();
       return true;
     }
-    for (Epoch& read : cell.reads) {
+    // Not further back: all blocks of a grid may have read it, and a second entry costs nothing.
+    const size_t count = cell.reads.size();
+    for (size_t i = count; i > 0 && i + kLately > count; --i) {
+      Epoch& read = cell.reads[i - 1];
       if (read.block != now.block) continue;
       if (before(read)) read = now;
       else merge(read, now);
@@ -76,22 +129,6 @@ class Shadow {
     cell.reads.push_back(now);
     return true;
   }
-  void forget(uintptr_t address, size_t bytes) {
-    for (size_t i = 0; i < bytes; ++i) at(address + i) = Cell{};
-  }
-  void clear() {
-    pages_.clear();
-    last_ = nullptr;
-  }
-
- private:
-  struct Cell {
-    bool written = false;
-    Epoch write;
-    std::vector<Epoch> reads;  // one of a block, which stands for all
-  };
-  using Page = std::array<Cell, 256>;
-
   static void merge(Epoch& read, const Epoch& now) {
     const uint32_t team = read.team();  // of another thread than now
     const bool same = team == now.team();
@@ -99,15 +136,15 @@ class Shadow {
     read.barriers = std::max(read.barriers, now.barriers);
     read.team_barriers = same ? std::max(read.team_barriers, now.team_barriers) : 0;
   }
-  Cell& at(uintptr_t address) {
-    const uintptr_t number = address / 256;
+  Page& page_of(uintptr_t address) {
+    const uintptr_t number = address / kPage;
     if (last_ == nullptr || number != last_number_) {
       auto& page = pages_[number];
       if (page == nullptr) page = std::make_unique<Page>();
       last_ = page.get();
       last_number_ = number;
     }
-    return (*last_)[address % 256];
+    return *last_;
   }
 
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;

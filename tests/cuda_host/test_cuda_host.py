@@ -21,6 +21,9 @@ from cuda_host import build
 
 pytestmark = pytest.mark.slow
 
+# As in twins/main.cpp.
+OPS_OF_TWINS = re.findall(r'{"(\w+)", ', (build.HERE / "twins" / "main.cpp").read_text())
+
 
 def run(program: Path, *args: object) -> subprocess.CompletedProcess[str]:
     settings = {
@@ -183,7 +186,10 @@ def test_a_sound_kernel_is_not_accused(plain: Path, sanitized: Path, watched: Pa
             assert run(directory / "faults", "sound", resident).returncode == 0
 
 
-def test_kernels_without_their_barriers_are_found_out() -> None:
-    result = run(build.programs(build.NO_BARRIERS) / "twins", 0, 60)
+def test_kernels_without_their_barriers_are_found_out(plain: Path, watched: Path) -> None:
+    result = run(plain / "twins", "--no-barriers", 0, 60)
     assert result.returncode in (1, 3)
     assert "twins:" in result.stderr or "cuda_host:" in result.stderr
+    for number, op in enumerate(OPS_OF_TWINS):
+        result = run(watched / "twins", "--no-barriers", 0, 30, number)
+        assert ("a race" in result.stderr) == (op not in ("kv_write", "swiglu")), op  # they have none

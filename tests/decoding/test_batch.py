@@ -102,21 +102,6 @@ def test_a_block_length_that_is_given_is_attended_by(sdar: SDAR, size: int, cach
     assert not torch.equal(own.sequences[:, :50], out.sequences[:, :50])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["llada_tiny_a", "dream_tiny_a"])
-def test_the_published_count_of_passes(name: str) -> None:
-    for case in golden.json(name, "cases"):
-        if case["threshold"] is None:
-            continue
-        out = dx.decode(
-            MODELS[name, torch.float32],
-            torch.tensor(case["prompt"]),
-            **{k: case[k] for k in ("gen_length", "block_length", "cache", "selector", "threshold")},
-        )
-        assert int(out.nfe_published) == case["nfe"]
-        assert out.sequences[0, len(case["prompt"]) :].tolist() == case["tokens"]
-
-
 def random_prompts(generator: torch.Generator, count: int) -> list[Tensor]:
     lengths = torch.randint(1, 30, (count,), generator=generator).tolist()
     return [torch.randint(0, 500, (n,), generator=generator) for n in lengths]

@@ -45,6 +45,7 @@ def test_golden_cases(name: str, cache: str, device: str) -> None:
 
         out = dx.decode(model, prompt, cache=cache, record=True, **shared, **rule(case))
         assert out.sequences[0, len(case["prompt"]) :].tolist() == case["tokens"], case
+        assert int(out.nfe_published) == case["nfe"], case
         # decode leaves out the pass that changes nothing, where a block was complete after its first.
         assert out.trajectory is not None
         last = out.trajectory.step.view(-1, case["block_length"]).amax(1)  # (blocks,)

@@ -1,15 +1,17 @@
-"""Small training runs in a process of their own, for test_trainer: run_trainer.py '{"OUT": SETTINGS, ...}'.
+"""Small training runs in two processes, for test_trainer: run_trainer.py "[[ENVIRONMENT, {OUT: RUN}], ...]".
 
-Under torchrun it is one of several processes; with ACCELERATE_USE_FSDP=true each holds a shard of every
-parameter. The rows are of different lengths and the gate is open for some tokens only, so that every way of
-normalising wrongly shows.
+What they import takes longer than they do, so one process imports it and forks. With ACCELERATE_USE_FSDP=true
+each holds a shard of every parameter. The rows are of different lengths and the gate is open for some tokens
+only, so that every way of normalising wrongly shows.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from dparallel.toy import train
 from dparallel.training import distill
 from dparallel.training.trainer import CertaintyForcingArguments, CertaintyForcingTrainer
 from dparallel.training.trajectories import Collator
+from torch.distributed.tensor import DTensor
 
 import dparallel_ext as dx
 
@@ -78,15 +81,41 @@ def shard_on_the_cpu() -> None:
     PartialState.__init__ = initialise
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+def run_all(runs: dict[str, dict[str, Any]]) -> None:
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if sharded:
         shard_on_the_cpu()
-    for out, settings in json.loads(sys.argv[1]).items():
+    for out, settings in runs.items():
         directory = Path(out)
         trainer = run(directory, **settings)
+        assert trainer.accelerator.num_processes == 2
+        assert sharded == any(isinstance(p, DTensor) for p in trainer.model.parameters())
         trainer.save_model(str(directory))
         if trainer.is_world_process_zero():
             (directory / "log.json").write_text(json.dumps(trainer.state.log_history))
         trainer.accelerator.wait_for_everyone()
     distill.finish(trainer)
+
+
+def fork(rank: int, port: int, environment: dict[str, str], runs: dict[str, dict[str, Any]]) -> int:
+    """The process that makes these runs as one of two, told so as torchrun does."""
+    if process := os.fork():
+        return process
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {**environment, **{k: str(v) for k, v in own.items()}, "MASTER_ADDR": "127.0.0.1"}
+    try:
+        run_all(runs)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for environment, runs in json.loads(sys.argv[1]):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        processes = [fork(rank, port, environment, runs) for rank in range(2)]
+        if any(os.waitpid(process, 0)[1] for process in processes):
+            sys.exit(1)

@@ -150,22 +150,38 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
 
 
-def in_two_processes(runs: dict[Path, dict[str, Any]], **environment: str) -> None:
-    """Runs with settings, by the directories that they write to, one after the other."""
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+@pytest.fixture(scope="module")
+def in_two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The directories of runs in two processes, by name: whole parameters in each, and shards."""
+    names = ("at-once", "accumulated", "sharded", "whole", "resumed")
+    directories = {name: tmp_path_factory.mktemp(name) for name in names}
+    shared = {"ddp_backend": "gloo", "per_device_train_batch_size": 4}
+    whole = {
+        "at-once": shared,
+        "accumulated": {**shared, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    }
+    adam = {"per_device_train_batch_size": 4, "optim": "adamw_torch"}
+    sharded = {
+        "sharded": {"per_device_train_batch_size": 4},
+        "whole": {**adam, "save_strategy": "steps", "save_steps": 2},
+        "resumed": {**adam, "resume": str(directories["whole"] / "checkpoint-2")},
+    }
+    recipe = yaml.safe_load((ROOT / "recipes" / "fsdp.yaml").read_text())["fsdp_config"]
+    fsdp = {name.upper(): str(value) for name, value in recipe.items()} | {"ACCELERATE_USE_FSDP": "true"}
+    fsdp["FSDP_TRANSFORMER_CLS_TO_WRAP"] = fsdp.pop("FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP")
+    groups = [
+        [environment, {str(directories[name]): settings for name, settings in runs.items()}]
+        for environment, runs in (({}, whole), (fsdp, sharded))
+    ]
     done = subprocess.run(
-        [
-            sys.executable,
-            *launch,
-            run_trainer.__file__,
-            json.dumps({str(out): settings for out, settings in runs.items()}),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        [sys.executable, run_trainer.__file__, json.dumps(groups)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
+    return directories
 
 
 @pytest.fixture(scope="module")
@@ -195,44 +211,19 @@ def test_accumulation_makes_the_update_of_one_big_batch(micro: int, big: Any, tm
 
 
 @pytest.mark.slow
-def test_sharded_parameters_train_save_and_resume_as_whole_ones(big: Any, tmp_path: Path):
+def test_sharded_parameters_train_save_and_resume_as_whole_ones(big: Any, in_two_processes: dict[str, Path]):
     """By FSDP2, as recipes/fsdp.yaml has it."""
-    recipe = yaml.safe_load((ROOT / "recipes" / "fsdp.yaml").read_text())["fsdp_config"]
-    environment = {name.upper(): str(value) for name, value in recipe.items()} | {
-        "ACCELERATE_USE_FSDP": "true"
-    }
-    environment["FSDP_TRANSFORMER_CLS_TO_WRAP"] = environment.pop("FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP")
-    settings = {"per_device_train_batch_size": 4}
-    adam = {**settings, "optim": "adamw_torch"}
-    sharded, whole, resumed = (tmp_path / name for name in ("sharded", "whole", "resumed"))
-    checkpoint = whole / "checkpoint-2"
-    in_two_processes(
-        {
-            sharded: settings,
-            whole: {**adam, "save_strategy": "steps", "save_steps": 2},
-            resumed: {**adam, "resume": str(checkpoint)},
-        },
-        **environment,
-    )
+    sharded, whole, resumed = (in_two_processes[name] for name in ("sharded", "whole", "resumed"))
     close(weights(sharded), big[0])
-    found, expected, half = weights(resumed), weights(whole), weights(checkpoint)
+    found, expected, half = weights(resumed), weights(whole), weights(whole / "checkpoint-2")
     assert all(torch.equal(found[name], p) for name, p in expected.items())
     assert any(not torch.equal(half[name], p) for name, p in expected.items())
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_update_of_one_big_batch(big: Any, tmp_path: Path):
-    shared = {"ddp_backend": "gloo"}
-    runs = {
-        tmp_path / "at-once": {"per_device_train_batch_size": 4, **shared},
-        tmp_path / "accumulated": {
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            **shared,
-        },
-    }
-    in_two_processes(runs)
-    for out in runs:
+def test_two_processes_make_the_update_of_one_big_batch(big: Any, in_two_processes: dict[str, Path]):
+    for name in ("at-once", "accumulated"):
+        out = in_two_processes[name]
         close(weights(out), big[0])
         log = [entry for entry in json.loads((out / "log.json").read_text()) if "ce" in entry]
         for ours, theirs in zip(log, big[1], strict=True):

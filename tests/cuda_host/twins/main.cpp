@@ -1,5 +1,6 @@
 // Every CUDA kernel, executed by cuda_host, against its CPU twin on random cases, in memory of
-// exact size. Usage: twins SEED CASES [OP]. Exits 1 at the first difference, after naming it.
+// exact size. Usage: twins [--no-barriers] SEED CASES [OP]. Exits 1 at the first difference, after
+// naming it; --no-barriers is a planted fault.
 #include "twins.h"
 
 using namespace twins;
@@ -25,6 +26,10 @@ struct {
 constexpr int kOps = sizeof cases_of / sizeof cases_of[0];
 
 int main(int argc, char** argv) {
+  if (std::string(argv[1]) == "--no-barriers") {
+    cuda_host::barriers(false);
+    ++argv, --argc;
+  }
   const uint64_t seed = std::strtoull(argv[1], nullptr, 10);
   const int cases = std::atoi(argv[2]);
   for (int i = 0; i < cases; ++i) {
