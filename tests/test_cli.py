@@ -427,7 +427,7 @@ def test_a_diffusion_model_guesses_what_the_next_passes_commit() -> None:
     assert guessed["response"] == plain["response"]
     assert guessed["forwards"] <= plain["forwards"] * 2 / 3
     refused = run("decode", PROMPT, "--draft-size", 4, code=2)
-    assert "draft_size: belongs to a fixed number of tokens a pass" in refused
+    assert "draft_size: needs a fixed number of tokens a pass" in refused
 
 
 def test_an_autoregressive_model_with_and_without_a_drafter(tmp_path: Path) -> None:
