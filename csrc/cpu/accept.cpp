@@ -10,7 +10,8 @@
 namespace dparallel::cpu {
 namespace {
 
-// choices [rows of the lane].
+// Walks one lane's tree and writes its results. first: the lane's first row. choices [rows of the
+// lane].
 void settle(const AcceptArgs& args, int64_t lane, int64_t first,
             const std::vector<int32_t>& choices) {
   const auto count = static_cast<int32_t>(choices.size());

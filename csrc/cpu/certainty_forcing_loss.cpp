@@ -12,7 +12,7 @@
 namespace dparallel::cpu {
 namespace {
 
-// R: float or double, the kind of the results.
+// R: float or double, the type of the results.
 template <class R>
 void forward(const LossArgs& args, Parallel parallel) {
   const DType dtype = args.logits.dtype;
@@ -96,7 +96,7 @@ void backward(const LossBackwardArgs& args, Parallel parallel) {
     }
     const LossGradient<R> gradient(static_cast<const R*>(args.saved) + row * kLossSaved, grad_nll,
                                    grad_entropy, inverse);
-    // Read before `out` is written, which may be the logits' own memory.
+    // Read the label's logit before writing `out`, which may be the logits' own memory.
     const bool here = label >= begin && label < end;
     const R own = here ? static_cast<R>(logit_at(z, dtype, label)) : R(0);
     if constexpr (sizeof(R) == 4) {
