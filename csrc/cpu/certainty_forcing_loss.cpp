@@ -33,7 +33,7 @@ void forward(const LossArgs& args, Parallel parallel) {
       const auto* z = static_cast<const double*>(row);
       for (int64_t id = begin; id < end; ++id) {
         if (z[id] > part.max) {
-          part.give_way(z[id], inverse);
+          part.rebase(z[id], inverse);
           part.token = static_cast<int32_t>(id);
           continue;
         }

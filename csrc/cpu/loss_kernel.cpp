@@ -47,7 +47,7 @@ void tile_stats(const typename T::Storage* z, int64_t first_id, int64_t count,
   const bool risen = top > part.max;
   int64_t at = 0;  // the place of a new maximum in the tile
   if (risen) {
-    part.give_way(top, {inverse.ce, inverse.entropy});
+    part.rebase(top, {inverse.ce, inverse.entropy});
     while (clamp_logit(T::value(z[at])) != top) ++at;
     part.token = static_cast<int32_t>(first_id + at);
   }

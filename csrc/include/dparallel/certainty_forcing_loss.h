@@ -53,7 +53,7 @@ struct LossPart {
 
   // Makes the sums relative to `to`, a maximum not below the old one, whose id is not in this part:
   // `token`, no longer the maximum, gets its term in the sums.
-  DP_HD void give_way(R to, const InverseTemperatures<R>& inverse) {
+  DP_HD void rebase(R to, const InverseTemperatures<R>& inverse) {
     if (max > -kInfinity) {
       const R d =
           max - to < inverse.floor() ? inverse.floor() : max - to;  // finite: 0 * inf is NaN
@@ -73,10 +73,10 @@ struct LossPart {
     const bool theirs = other.token >= 0 &&
                         (token < 0 || other.max > max || (other.max == max && other.token < token));
     if (theirs) {
-      give_way(other.max, inverse);
+      rebase(other.max, inverse);
       token = other.token;
     } else {
-      other.give_way(max, inverse);
+      other.rebase(max, inverse);
     }
     sum += other.sum;
     sum_t += other.sum_t;
