@@ -3,5 +3,5 @@
 import sys
 from pathlib import Path
 
-# `make gpu` runs with a Python that nothing of this checkout was installed into.
+# `make gpu` runs with a Python into which nothing of this checkout has been installed.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python"))

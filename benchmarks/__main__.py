@@ -20,9 +20,11 @@ HERE = Path(__file__).parent
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="a directory")
-    parser.add_argument("--from", dest="source", type=Path, help="results of an earlier run")
-    parser.add_argument("--only", default="", help="pytest -k expression")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="directory to write to")
+    parser.add_argument(
+        "--from", dest="source", type=Path, help="results.json of an earlier run, instead of a new run"
+    )
+    parser.add_argument("--only", default="", help="run what this pytest -k expression selects")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     results = options.source or options.out / "results.json"
@@ -38,7 +40,7 @@ def main() -> int:
     write_text(options.out / "table.md", text)
     pictures.draw_rows(found, options.out / "rows.png")
     pictures.draw_passes(found, options.out / "passes.png")
-    if not options.only:  # `make bench-report` takes it
+    if not options.only:  # `make bench-report` reads this file
         write_text(options.out / "cpu.json", records.dump(found))
     print(text)
     print(f"written: {results}, {options.out}/table.md, cpu.json and pictures")

@@ -1,6 +1,6 @@
-"""What people would use instead, in plain torch, written from the formulas; on any device.
+"""Baselines: what people would use instead, in plain torch, written from the formulas; on any device.
 
-A commit takes (tokens (B, L), logits (B, L, V), mask_id, start, end, parameter of the rule) and fills masked
+A `Commit` takes (tokens (B, L), logits (B, L, V), mask_id, start, end, the rule's parameter) and fills masked
 positions of the window [start, end) in place.
 """
 
@@ -18,7 +18,8 @@ from torch.nn import functional
 import dparallel_ext as dx
 
 backend = "inductor"
-"""Of every contender that torch.compile makes: on a GPU, inductor's kernels are Triton's."""
+"""The backend of torch.compile for every "compiled" contender: on a GPU, inductor generates Triton
+kernels."""
 
 Commit = Callable[[Tensor, Tensor, int, int, int], None]
 
@@ -29,7 +30,11 @@ def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def published(tokens: Tensor, logits: Tensor, mask_id: int, start: int, end: int, threshold: float) -> None:
-    """One step as the published decoders do it: every row, float64, and a Python loop over tokens."""
+    """One step as the published decoders do it: every row, in float64, with a Python loop over tokens.
+
+    Commits the positions whose entropy is at most `threshold`, and the one of least entropy (dParallel, arXiv
+    2509.26488).
+    """
     masked = tokens == mask_id
     masked[:, :start] = False
     masked[:, end:] = False
@@ -49,7 +54,9 @@ def published(tokens: Tensor, logits: Tensor, mask_id: int, start: int, end: int
 
 
 def published_quota(tokens: Tensor, logits: Tensor, mask_id: int, start: int, end: int, quota: int) -> None:
-    """The published fixed schedule: the `quota` most confident of each window, by float64 softmax."""
+    """One step of the published fixed schedule (LLaDA, arXiv 2502.09992): commit the `quota` most confident
+    positions of each window, by a softmax in float64.
+    """
     p = logits.to(torch.float64).softmax(-1)  # (B, L, V)
     p[..., mask_id] = -1.0
     confidence, token = p.max(-1)
@@ -63,25 +70,25 @@ def published_quota(tokens: Tensor, logits: Tensor, mask_id: int, start: int, en
 
 
 def eager(tokens: Tensor, logits: Tensor, mask_id: int, start: int, end: int, threshold: float) -> None:
-    """The best float32 torch: the needed rows only, no loop."""
+    """`published` as float32 torch does it best: the needed rows only, no loop."""
     commit(tokens, statistics, logits, mask_id, start, end, threshold)
 
 
 def statistics(z: Tensor) -> tuple[Tensor, Tensor]:
-    """argmax and entropy of rows (N, V)."""
+    """The argmax and the entropy (N,) of rows of logits (N, V)."""
     z = z.float()
     lse = z.logsumexp(-1)
     return z.argmax(-1), lse - ((z - lse[:, None]).exp() * z).sum(-1)
 
 
 def topk(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best ids of rows (N, V) and their log-probabilities."""
+    """The k best ids of rows of logits (N, V) and their log-probabilities, both (N, k)."""
     best, token = z.topk(k, -1)
     return token, best.float() - z.float().logsumexp(-1, keepdim=True)
 
 
 def move_slots(kv_cache: Tensor, source: Tensor, target: Tensor) -> None:
-    """Slots of kv_cache (layers, 2, pages, heads, page_size, D) by one gather and one scatter."""
+    """Move slots of kv_cache (layers, 2, pages, heads, page_size, D) by one gather and one scatter."""
     size = kv_cache.shape[4]
     moved = kv_cache[:, :, source // size, :, source % size]
     kv_cache[:, :, target // size, :, target % size] = moved
@@ -96,6 +103,7 @@ def commit(
     end: int,
     threshold: float,
 ) -> None:
+    """`published` on the masked rows of the window, by `stats`, which gives a row's argmax and entropy."""
     window = tokens[:, start:end]
     masked = window == mask_id
     if not bool(masked.any()):
@@ -108,12 +116,12 @@ def commit(
 
 
 def compiled(tokens: Tensor, logits: Tensor, mask_id: int, start: int, end: int, threshold: float) -> None:
-    """torch.compile of its statistics."""
+    """`eager` with its statistics through torch.compile."""
     commit(tokens, compile_(statistics), logits, mask_id, start, end, threshold)
 
 
 def confidence(z: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
-    """Greatest probability and its token, of rows (..., V); the mask token is never chosen."""
+    """The greatest probability of each row of logits (..., V), and its token; never the mask token."""
     z = z.float()
     masks = torch.arange(z.shape[-1], device=z.device) == mask_id
     best, token = torch.where(masks, -torch.inf, z).max(-1)
@@ -121,7 +129,7 @@ def confidence(z: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
 
 
 def compiled_quota(tokens: Tensor, logits: Tensor, mask_id: int, start: int, end: int, quota: int) -> None:
-    """`published_quota` in float32, of the window alone, without a loop, its statistics compiled."""
+    """`published_quota` in float32, on the window alone, without a loop, its statistics compiled."""
     window = tokens[:, start:end]
     sure, token = compile_(confidence)(logits[:, start:end], mask_id)
     best = torch.where(window == mask_id, sure, -torch.inf).topk(min(quota, window.shape[1]), 1).indices
@@ -132,9 +140,9 @@ def compiled_quota(tokens: Tensor, logits: Tensor, mask_id: int, start: int, end
 class Plain:
     """The weights of one of our models in plain torch, as the published code runs them.
 
-    Called on x (B, Q) it gives the logits (B, Q, V) of every position: of whole sequences, whose keys and
-    values it keeps; or with `start` of the positions [start, start + Q), which see what was kept and
-    overwrite their part. `compiled`: each layer through torch.compile.
+    Called on x (B, Q) it returns the logits (B, Q, V) of every position. Without `start`, x holds whole
+    sequences, whose keys and values it keeps. With it, x holds the positions [start, start + Q), which attend
+    to the kept keys and values and overwrite their own. compiled: each layer goes through torch.compile.
     """
 
     def __init__(self, model: dx.models.Model, compiled: bool = False) -> None:
@@ -175,9 +183,10 @@ def layer(
     x: Tensor, cos: Tensor, sin: Tensor, kept: Any, at: Tensor, head_dim: int, eps: float, *,
     norm1: Any, q: Any, k: Any, v: Any, o: Any, norm2: Any, gate: Any, up: Any, down: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """One layer of `Plain`: x (B, Q, width) at positions `at` (Q,) -> the same, keys, values (B, Hkv, L, D).
+    """One layer of `Plain`: x (B, Q, width) at positions `at` (Q,) -> its output, of the same shape, and keys
+    and values (B, Hkv, L, D).
 
-    `at` is a tensor: a number would have the layer compiled anew for every block.
+    `at` is a tensor: were it a number, the layer would be compiled anew for every block.
     """
     linear = functional.linear
     y = rms_norm(x, norm1[0], eps)
@@ -195,13 +204,13 @@ def layer(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """In float32, scaled in the dtype of x, as published."""
+    """RMSNorm of x (..., width): normalised in float32, scaled in the dtype of x, as published."""
     y = x.float()
     return weight * (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-split rotary embedding of x (..., Q, D) by cos, sin (Q, D / 2), in their dtype."""
+    """Half-split rotary embedding of x (..., Q, D) by cos, sin (Q, D / 2), computed in their dtype."""
     a, b = x.to(cos.dtype).chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
@@ -216,11 +225,12 @@ def published_decode(
     commit: Commit,
     cache: str = "none",
 ) -> tuple[Tensor, int]:
-    """The published loop. Returns tokens (B, P + gen_length) and the passes.
+    """The published loop. Returns tokens (B, P + gen_length) and the number of passes.
 
-    `forward` is a `Plain`, or for cache "none" a function (x, start) -> logits of the whole. "none": the
-    whole sequence each pass. "dual": one full pass a block, then the block alone, with the published extra
-    pass of a block that its full pass has completed. Dream's full pass fills the block's first position.
+    forward: a `Plain`, or for cache "none" a function (x, start) -> logits of the whole sequence.
+    cache: "none": each pass computes the whole sequence. "dual": each block takes one full pass, then passes
+    over itself alone, at least one, as published, even where the full pass has completed it. The full pass
+    of Dream fills the block's first position only.
     """
     alone = cache == "dual" and isinstance(forward, Plain) and forward.model.shift
     length = prompt.shape[1]
@@ -239,7 +249,7 @@ def published_decode(
 
 
 def published_loss(logits: Tensor, labels: Tensor, active: Tensor) -> Tensor:
-    """The certainty-forcing loss as published: softmax and entropy of the whole (B, T, V) tensor."""
+    """The certainty-forcing loss as published: softmax and entropy of the whole (B, T, V) logits."""
     z = logits.float()
     nll = functional.cross_entropy(z.transpose(1, 2), labels, reduction="none")
     entropy = -((z / 0.5).softmax(-1) * (z / 0.5).log_softmax(-1)).sum(-1)
@@ -249,12 +259,12 @@ def published_loss(logits: Tensor, labels: Tensor, active: Tensor) -> Tensor:
 
 
 def eager_loss(logits: Tensor, labels: Tensor, active: Tensor) -> Tensor:
-    """The best float32 torch: the active rows only."""
+    """`published_loss` as float32 torch does it best: the active rows only."""
     return row_loss(logits[active], labels[active])
 
 
 def row_loss(z: Tensor, y: Tensor) -> Tensor:
-    """Of rows (N, V), all active."""
+    """The certainty-forcing loss of rows of logits (N, V), all active, with labels y (N,)."""
     z = z.float()
     nll = functional.cross_entropy(z, y)
     log_q = (2.0 * z).log_softmax(-1)
@@ -264,19 +274,20 @@ def row_loss(z: Tensor, y: Tensor) -> Tensor:
 
 
 def compiled_loss(logits: Tensor, labels: Tensor, active: Tensor) -> Tensor:
-    """torch.compile of the above."""
+    """`eager_loss` with `row_loss` through torch.compile."""
     return compile_(row_loss)(logits[active], labels[active])
 
 
 def divergence(student: Tensor, teacher: Tensor, l1: float) -> Tensor:
-    """KL from the teacher's rows (N, V) to the student's and `l1` times the L1 distance, in float32."""
+    """The sum over rows of logits (N, V) of KL(teacher || student) and `l1` times the L1 distance, in
+    float32."""
     log_q, log_p = (z.float().log_softmax(-1) for z in (student, teacher))
     loss = functional.kl_div(log_q, log_p, log_target=True, reduction="sum")
     return loss + l1 * (log_q.exp() - log_p.exp()).abs().sum() if l1 else loss
 
 
 def masked_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
-    """Padded batch: torch's attention of q (B, Q, H, D) to caches (B, Hkv, L, D) under a mask."""
+    """torch's attention of q (B, Q, H, D) to padded caches (B, Hkv, L, D), under a mask of their lengths."""
     seen = torch.arange(k_cache.shape[2], device=q.device) < lengths[:, None]
     return functional.scaled_dot_product_attention(
         q.transpose(1, 2), k_cache, v_cache, attn_mask=seen[:, None, None], enable_gqa=True
@@ -284,7 +295,8 @@ def masked_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
 
 
 def attention_by_sequence(q: Tensor, k_cache: Tensor, v_cache: Tensor, sizes: list[int]) -> Tensor:
-    """No mask and no padding: torch's attention of each sequence to the slots that it sees."""
+    """torch's attention of one sequence after another, each to the slots that it sees: no mask, no
+    padding."""
     return torch.cat(
         [
             functional.scaled_dot_product_attention(
@@ -309,7 +321,7 @@ def rotate_and_put(
     cos: Tensor,
     sin: Tensor,
 ) -> None:
-    """The rotary embedding in float32 as LLaMA's, then the cache by index_put."""
+    """Rotate q and k in float32, as LLaMA does, then write k and v to the caches by index_put."""
     cos, sin = (t[positions][:, None] for t in (cos, sin))  # (N, 1, D / 2)
     page, at = slot_mapping // k_cache.shape[2], slot_mapping % k_cache.shape[2]
     k_cache[page, :, at] = rotate(k, cos, sin)

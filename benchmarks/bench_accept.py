@@ -1,4 +1,4 @@
-"""accept: what a verify pass emits, of chains of drafted tokens on LLaDA's vocabulary, in bfloat16.
+"""accept: the tokens that a verify pass emits for chains of drafted tokens; LLaDA's vocabulary, bfloat16.
 
 Floor: the logits of the rows, read once: rows * V * 2 bytes.
 """
@@ -23,7 +23,7 @@ EOS = 1
 
 
 def eager(logits: Tensor, draft: Tensor, parent: Tensor, q_start: Tensor, q_end: Tensor) -> list[list[int]]:
-    """What is written without a kernel: log-probabilities and argmax in torch, and the walk on the host."""
+    """What one writes without a kernel: log-probabilities and argmax in torch, the walk on the host."""
     z = logits.float()
     choice = z.argmax(-1)
     logprob = log_softmax(z, -1).gather(1, choice[:, None])[:, 0]
@@ -42,7 +42,7 @@ def eager(logits: Tensor, draft: Tensor, parent: Tensor, q_start: Tensor, q_end:
 
 
 def work(device: torch.device, small: bool, rows: int, vocab: int) -> Work:
-    """Lanes of up to 16 rows, of each draft of which the first half is accepted."""
+    """Lanes of up to 16 rows; the first half of each lane's draft is accepted."""
     logits = inputs(rows, vocab, vocab - 1, device)[1][0]
     sets = sets_of(logits.nbytes, device, small)
     data = [logits, *(logits.clone() for _ in range(sets - 1))]

@@ -1,9 +1,9 @@
-"""block_attention: 32 queries of each sequence to caches, of one length or ragged, in bfloat16.
+"""block_attention: 32 queries of each sequence attend to caches of one length, or ragged, in bfloat16.
 
-On a CPU the heads are SDAR-8B's, 32 over 8 key heads, and lengths go down to half. A verify pass is causal:
-1, 16 or 64 rows, the last of their cache, with Qwen3-8B's heads; torch gets the same by a mask.
+On a CPU the heads are SDAR-8B's, 32 over 8 key heads, and the lengths of a batch go down to half. A verify
+pass is causal: 1, 16 or 64 rows at the end of their cache, with Qwen3-8B's heads; torch does it by a mask.
 
-Floor: the keys and values that are seen, read once, and queries and output.
+Floor: the keys and values that are seen, read once, and the queries and the output.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .harness import CPU, OURS, Case, Work, close, on_cpu, random, sets_of
 QUERIES, DIM = 32, 128
 HEADS = {"LLaDA": (32, 32), "Dream": (28, 4), "SDAR": (32, 8), "Qwen3": (32, 8)}
 ROWS = (1, 16, 64)
-"""Of a verify pass."""
+"""Rows of a verify pass."""
 MASKED, BY_SEQUENCE = "SDPA, padded, with a mask", "SDPA, one sequence after another"
 
 
@@ -39,7 +39,9 @@ def work(
     rows: int = QUERIES,
     causal: bool = False,
 ) -> Work:
-    """Against contiguous caches (B, Hkv, length, D). `ragged`: lengths from `length` down to half of it."""
+    """Attention to contiguous caches (B, Hkv, length, D). ragged: their lengths go from `length` down to
+    half of it.
+    """
     q = random(device, batch, rows, heads, dim)
     rows_of_q, start = q.flatten(0, 1), torch.arange(0, batch * rows, rows, device=device)
     segments = {  # as a pass is told of them, on the device

@@ -1,8 +1,8 @@
-"""What reuse saves: whole decodes of a random LLaDA-shaped model, and of an SDAR-shaped one.
+"""What a cache saves: whole decodes of a random LLaDA-shaped model, and of an SDAR-shaped one.
 
 Width 512, 8 layers, V = 126464, prompt 512, 128 new tokens, block 32, 8 tokens a pass by quota, so that every
-side runs the same 16 passes. `published`: the whole sequence through the same layers, the head on every row,
-selection in float64.
+contender runs the same 16 passes. `published`: each pass computes the whole sequence through the same
+layers, the head on every row, and selects in float64.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def ours(model: Model, prompt: Tensor, cache: str, **settings: Any) -> Tensor:
 
 @functools.cache
 def published(causal: bool, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """Tokens and seconds."""
+    """The tokens that the published loop decodes, and its seconds."""
     model, began = random_model(causal, dtype), time.perf_counter()
     commit = functools.partial(baselines.published_quota, quota=TAKEN)
     found = baselines.published_decode(

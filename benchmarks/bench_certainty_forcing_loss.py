@@ -1,7 +1,8 @@
 """The certainty-forcing loss, forward and backward, on LLaDA's vocabulary: 64 active rows of 256, bfloat16.
 
-Floor: the active rows read twice and the whole gradient written once. Peak memory is that of a process of
-its own, beyond the inputs. The contender `inplace` is ours that writes the gradient over the logits.
+Floor: the active rows read twice and the whole gradient written once. Peak memory is what a process that
+runs nothing else takes beyond the inputs. The contender `inplace` is ours, writing the gradient over the
+logits.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ INPLACE, PRODUCTS = f"{OURS}, inplace", "matrix products alone"
 
 
 def inputs(rows: int, active: slice, vocab: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (1, rows, V), labels that half of the rows get right, and the active rows."""
+    """Logits (1, rows, V), labels (1, rows), which half of the rows predict, and the active rows (1,
+    rows)."""
     random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     logits = torch.randn(1, rows, vocab, **random)
     labels = torch.randint(0, vocab, (1, rows), **random)
@@ -58,9 +60,9 @@ def work(
     active: slice | None = None,
     inplace: bool = False,
 ) -> Work:
-    """Forward and backward, the active rows read twice, the whole gradient written; `active` None: all rows.
+    """Forward and backward. active: the active rows; None: all.
 
-    `inplace`: with the contender that writes over the logits, which are made anew for each step.
+    inplace: add the contender that writes over the logits, which each step gets anew.
     """
     chosen = active or slice(0, rows)
     logits, *rest = inputs(rows, chosen, vocab, device)
@@ -90,7 +92,7 @@ def work(
 
 
 def alike(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
-    """The loss, and the gradient in its norm."""
+    """Whether losses agree within 1e-4 of the loss, and gradients, by norm, within a hundredth."""
     (loss, grad), (exact, exact_grad) = found, expected
     near = (grad - exact_grad).float().norm() <= 0.01 * exact_grad.float().norm()
     return bool(near) and abs(float(loss) - float(exact)) <= 1e-4 * abs(float(exact))
@@ -102,7 +104,7 @@ def case() -> Case:
 
 
 def peak_memory(contender: str) -> float:
-    """Megabytes beyond the inputs, of a fresh process."""
+    """Peak memory beyond the inputs, in megabytes, of a fresh process."""
     command = [sys.executable, "-m", __name__, contender]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
@@ -121,10 +123,10 @@ WIDTH = 1024
 def linear_inputs(
     rows: int, width: int, vocab: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden (rows, width), a frozen head (V, width), labels, all rows active.
+    """hidden (rows, width), a frozen head (V, width), labels (rows,), and all rows active.
 
-    In bfloat16, but in float32 where the CPU's matrix library has no products of 16 bits: torch's own loop
-    would take minutes for each.
+    They are in bfloat16, but in float32 where the CPU's matrix library has no products of 16 bits: torch's
+    own loop would take minutes for each product.
     """
     dtype = torch.bfloat16 if registry.fast_bfloat16(device) else torch.float32
     random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
@@ -135,7 +137,7 @@ def linear_inputs(
 
 
 def chunk_rows(head: Tensor) -> int:
-    """As the op takes by default."""
+    """The rows of a chunk, as the op chooses them by default."""
     return max(1, (256 if head.is_cuda else 32) * 2**20 // (len(head) * head.itemsize))
 
 
@@ -152,7 +154,7 @@ def linear_work(device: torch.device, small: bool, rows: int, width: int, vocab:
 
     @torch.no_grad()
     def products(turn: int, at: int) -> None:
-        """Logits twice, and their gradient's, in the op's chunks."""
+        """The op's products, in its chunks: logits twice, and the product of their gradient with the head."""
         for part in hidden.split(chunk_rows(head)):
             logits = part @ head.T
             logits = part @ head.T
@@ -169,7 +171,7 @@ def linear_work(device: torch.device, small: bool, rows: int, width: int, vocab:
 
         liger = LigerFusedLinearCrossEntropyLoss()
 
-        def of_liger(turn: int, at: int) -> None:  # not the same gradient
+        def of_liger(turn: int, at: int) -> None:  # its gradient is that of the cross entropy: not compared
             torch.autograd.grad(liger(head, hidden, labels), hidden)
 
         run["Liger (cross entropy alone)"] = of_liger
@@ -187,14 +189,14 @@ def linear_case() -> Case:
 
 @pytest.mark.parametrize("contender", [PRODUCTS, OURS])
 def test_linear(benchmark: Any, contender: str) -> None:
-    """256 active rows of width 1024, frozen head."""
+    """256 active rows of width 1024, with a frozen head."""
     step, group = linear_work(CPU, False, 256, WIDTH, VOCAB), "linear_certainty_forcing_loss, 256 rows"
     on_cpu(benchmark, group, step, contender, None, rounds=7)
 
 
 @pytest.mark.parametrize("rows", [64, 256, 1024, 4096])
 def test_linear_memory(benchmark: Any, rows: int) -> None:
-    """Peak memory beyond the inputs, in the time of one process."""
+    """Peak memory beyond the inputs; the time is that of the measuring process."""
     benchmark.group = "linear_certainty_forcing_loss, peak memory"
     benchmark.extra_info.update(rows=rows)
     megabytes = benchmark.pedantic(lambda: peak_memory(f"linear:{rows}"), rounds=1)
@@ -207,10 +209,10 @@ def main() -> None:
         name, step = OURS, linear_work(CPU, False, int(rows), WIDTH, VOCAB)
     else:
         step = work(CPU, False, ROWS, VOCAB, ACTIVE, inplace=name == INPLACE)
-    if name == "compiled":  # the compiler's own memory is not meant
+    if name == "compiled":  # compile first: the compiler's own memory does not count
         step.run[name](0, 0)
     step.reset()
-    # The peak so far is that of making the inputs: forget it, then see how far a step goes beyond.
+    # Reset the peak, so far that of making the inputs; then measure how far a step goes beyond.
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
     before = resident("VmRSS")

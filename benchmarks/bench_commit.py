@@ -1,6 +1,7 @@
 """commit_: write a block's chosen tokens and count the masks that are left.
 
-Floor: tokens and choices read, each chosen token read and written: B * L * 9 bytes and 16 for each chosen.
+Floor: tokens and choices read, each chosen token read and written: B * L * 9 bytes, and 16 for each token
+chosen.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ NAME = "commit_, batch 64, 512 positions"
 
 
 def work(device: torch.device, small: bool, batch: int, length: int) -> Work:
-    """A fifth of the masks is written."""
+    """All positions are masked; each step commits a fifth of them."""
     masked = torch.full((batch, length), MASK, device=device)
     board = masked.clone()
     commit = torch.rand(batch, length, device=device) < 0.2

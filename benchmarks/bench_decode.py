@@ -1,8 +1,8 @@
 """Whole decodes: the published loop in plain torch, and ours.
 
-On a CPU of the model that ships, batch 1, with the same weights and threshold; tokens are compared in
-float32. No floor is claimed, since the matrix products are torch's. On a GPU of models of random weights in
-LLaDA-8B's and Dream-7B's shapes; the floor is what each pass must read and compute.
+On a CPU: the model that ships, batch 1, with the same weights and threshold; tokens are compared in float32.
+No floor is claimed, since the matrix products are torch's. On a GPU: models of random weights in LLaDA-8B's
+and Dream-7B's shapes; the floor is what each pass must read and compute.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from .harness import OURS, Case, Work
 
 PROBLEMS = 20
 BLOCK, PROMPT, NEW, TAKEN = 32, 256, 256, 8
-"""Of the decodes: 256 new tokens after 256, by 8 a pass: 32 passes (Dream with a dual cache 40)."""
+"""The decodes on a GPU: 256 new tokens after a prompt of 256, 8 tokens a pass: 32 passes (40 for Dream with a
+dual cache)."""
 
 LLADA = {
     "d_model": 4096,
@@ -108,9 +109,9 @@ def of_published(cache: str) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("cache", ["none", "dual"])
 def test_decode(benchmark: Any, model: Any, prompts: list[Tensor], cache: str) -> None:
-    """20 problems a round, each round beside one of the published loop with the same cache."""
+    """20 problems a round; before each round the published loop is timed on them, with the same cache."""
     run, baseline = of_ours(cache), of_published(cache)
-    exact = copy.deepcopy(model).float()  # in bfloat16 rounding decides between some tokens
+    exact = copy.deepcopy(model).float()  # in bfloat16, rounding decides between some tokens
     same = sum(torch.equal(run(exact, p), baseline(exact, p)) for p in prompts)
     seconds = []
 
@@ -135,7 +136,7 @@ def test_decode(benchmark: Any, model: Any, prompts: list[Tensor], cache: str) -
 
 @functools.lru_cache(maxsize=1)
 def model_of(name: str, device: torch.device, small: bool) -> dx.models.Model:
-    """Random bfloat16 weights, made on the device and fused."""
+    """A model of random bfloat16 weights, made on the device and fused."""
     family, config = MODELS[name]
     if small:
         config = {k: SMALL_MODEL.get(k, v) for k, v in config.items()}
@@ -152,7 +153,7 @@ def model_of(name: str, device: torch.device, small: bool) -> dx.models.Model:
 def decoders(
     model: dx.models.Model, prompts: Tensor, new: int, cache: str
 ) -> dict[str, Callable[..., Tensor]]:
-    """Contender -> tokens, by so many a pass."""
+    """Contender -> a function that decodes `prompts`, given the tokens to commit a pass."""
     quantised = copy.deepcopy(model).quantize()
 
     def ours(taken: int, model: dx.models.Model = model, graphs: bool = True) -> Tensor:
@@ -178,7 +179,9 @@ def decoders(
 
 
 def weights_of(model: dx.models.Model) -> tuple[int, int]:
-    """Bytes that a pass reads at least, the embedding left out; and the layers' parameters."""
+    """The bytes of the weights that a pass reads (without the embedding), and the count of the layers'
+    parameters.
+    """
     layers = sum(p.numel() for p in model.blocks.parameters())
     return 2 * (layers + model.lm_head.weight.numel()), layers
 
@@ -197,7 +200,7 @@ def decode(
         return weights + kept, batch * (2 * layers * width + attention)
 
     blocks, passes = new // BLOCK, BLOCK // TAKEN
-    if cache == "dual" and net.shift:  # the full pass fills one position
+    if cache == "dual" and net.shift:  # the full pass fills one position only
         passes += 1
     full = blocks if cache == "dual" else blocks * passes
     phases = [(*a_pass(length), full), (*a_pass(BLOCK), blocks * passes - full)]
@@ -210,7 +213,9 @@ def decode(
 
 
 def decode_step(device: torch.device, small: bool, model: str, batch: int, prompt: int, new: int) -> Work:
-    """A pass over a block against a dual cache: what decoding by 4 a pass takes more than by 8, a pass."""
+    """One pass over a block against a dual cache: what decoding 4 tokens a pass takes more than decoding 8,
+    divided by the passes more.
+    """
     net = model_of(model, device, small)
     prompts = torch.randint(0, net.mask_id, (batch, prompt), device=device)
     found = decoders(net, prompts, new, "dual")

@@ -1,7 +1,8 @@
 """The distillation loss, forward and backward, on LLaDA's vocabulary in bfloat16: KL, and KL with L1.
 
-Floor: both rows read forward, read again and the student's gradient written backward; the distance reads both
-once more. The contender `inplace` is ours that writes the gradient over the student's logits.
+Floor: student's and teacher's rows read forward, read again and the student's gradient written backward; the
+L1 distance reads both once more. The contender `inplace` is ours, writing the gradient over the student's
+logits.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ CONTENDERS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 
 def inputs(rows: int, vocab: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A teacher's logits (rows, V) sure of a token in half of the rows, and a student's not far off."""
+    """A student's logits (rows, V) and a teacher's: the teacher is sure of a token in half of the rows, the
+    student close to it.
+    """
     random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     teacher = torch.randn(rows, vocab, **random)
     at = torch.arange(rows, device=device)
@@ -49,7 +52,7 @@ def inputs(rows: int, vocab: int, device: torch.device) -> tuple[Tensor, Tensor]
 def work(
     device: torch.device, small: bool, rows: int, vocab: int, l1: float = 0.0, inplace: bool = False
 ) -> Work:
-    """`inplace`: with the contender that writes over the student's logits, made anew for each step."""
+    """inplace: add the contender that writes over the student's logits, which each step gets anew."""
     student, teacher = inputs(rows, vocab, device)
     spent = [student]
 
@@ -104,7 +107,7 @@ def linear_work(device: torch.device, small: bool, rows: int, width: int, vocab:
 
     @torch.no_grad()
     def products(turn: int, at: int) -> None:
-        """Both logits twice, and the gradient of the student's, in the op's chunks."""
+        """The op's products, in its chunks: both models' logits twice, and the gradient's with the head."""
         size = chunk_rows(head)
         for part, other in zip(hidden.split(size), teacher.split(size), strict=True):
             for _ in range(2):
@@ -132,6 +135,6 @@ def linear_case() -> Case:
 
 @pytest.mark.parametrize("contender", [PRODUCTS, OURS])
 def test_linear(benchmark: Any, contender: str) -> None:
-    """64 rows of width 1024, frozen heads."""
+    """64 rows of width 1024, with frozen heads."""
     step, group = linear_work(CPU, False, ROWS, WIDTH, VOCAB), "linear_distillation_loss, 64 rows"
     on_cpu(benchmark, group, step, contender, None, rounds=7)

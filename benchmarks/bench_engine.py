@@ -1,8 +1,7 @@
-"""What sharing saves: requests through the Engine, prefixes computed once, passes that cost the same at any
-length.
+"""What the engine saves: requests in shared passes, common prefixes computed once; and a pass against length.
 
-The models are those of bench_cache: width 512, 8 layers, V = 126464, random; a quota of 8 tokens a pass, so
-that every side runs the same passes for a sequence.
+The models are those of bench_cache: width 512, 8 layers, V = 126464, random weights; a quota of 8 tokens a
+pass, so that every contender runs the same passes for a sequence.
 """
 
 from __future__ import annotations
@@ -48,7 +47,9 @@ def seconds(work: Callable[[], Any]) -> float:
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("cache", CACHES)
 def test_engine(benchmark: Any, cache: str, dtype: torch.dtype) -> None:
-    """16 requests, of 32 to 512 prompt tokens and 32 to 128 new ones; baseline: one after the other."""
+    """16 requests, of 32 to 512 prompt tokens and 32 to 128 new ones; baseline: `decode` of one after the
+    other.
+    """
     benchmark.group = f"16 ragged requests, cache {cache}, {name_of(dtype)}"
     model = random_model(cache == "block", dtype)
     prompts = ragged(16, 32, 512)
@@ -72,11 +73,11 @@ def test_engine(benchmark: Any, cache: str, dtype: torch.dtype) -> None:
         same = sum(
             a == b
             for tokens, out in zip(found, single, strict=True)
-            for a, b in zip(tokens, out.responses[0].tolist(), strict=False)  # block: it fills its last block
+            for a, b in zip(tokens, out.responses[0].tolist(), strict=False)  # block fills its last
         )
         benchmark.pedantic(together, rounds=3)
         stats = engine.stats
-    assert stats.sequence_passes == 4 * sum(int(out.nfe) for out in single)  # none on a finished sequence
+    assert stats.sequence_passes == 4 * sum(int(out.nfe) for out in single)  # finished ones take no pass
     baseline = min(before, seconds(one_by_one))
     benchmark.extra_info.update(
         contender=f"dparallel_ext, Engine ({same}/{sum(lengths)} tokens the same)",
@@ -85,7 +86,7 @@ def test_engine(benchmark: Any, cache: str, dtype: torch.dtype) -> None:
 
 
 def test_shared_prefix(benchmark: Any) -> None:
-    """64 requests that begin with the same 1024 tokens; baseline: without the prefix tree."""
+    """64 requests that begin with the same 1024 tokens; baseline: an engine without the prefix tree."""
     benchmark.group = "64 requests that share 1024 tokens"
     model = random_model(True, torch.bfloat16)
     common = ragged(1, 1024, 1024)[0]
@@ -109,7 +110,7 @@ def test_shared_prefix(benchmark: Any) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_batch_invariant(benchmark: Any, dtype: torch.dtype) -> None:
-    """What it costs that a sequence comes out to the bit as alone: 8 sequences; baseline: shared passes."""
+    """What batch invariance costs: 8 sequences, each bit for bit as alone; baseline: shared passes."""
     model, prompts = random_model(False, dtype), ragged(8, 128, 256)
     settings = {"gen_length": 64, "block_length": BLOCK, "cache": "dual", **POLICY}
     shared = min(seconds(lambda: dx.decode(model, prompts, **settings)) for _ in range(3))
@@ -123,7 +124,7 @@ def test_batch_invariant(benchmark: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_step(benchmark: Any, length: int, cache: str) -> None:
-    """A pass over one block against a prompt of `length`; and its attention to the cache, alone."""
+    """A pass over one block against a cached prompt of `length`; and its attention to the cache alone."""
     model = random_model(cache == "block", torch.bfloat16)
     whole = length + BLOCK if cache == "block" else length + 4 * BLOCK
     slots = model.new_cache(1, whole)
@@ -144,7 +145,7 @@ def test_step(benchmark: Any, length: int, cache: str) -> None:
 
 
 def attention(model: Model, slots: KVCache, metadata: Any) -> Callable[[], None]:
-    """The attention of a pass, alone."""
+    """A function that computes the attention of a pass, in every layer, and nothing else."""
     s = model.shape
     q = torch.randn(len(metadata.positions), s.heads, s.head_dim).to(model.dtype)
 

@@ -1,8 +1,8 @@
-"""fp8_linear against the product it stands for, at the shapes of LLaDA-8B's layers: (4096 -> 12288).
+"""fp8_linear against the matrix product that it replaces, at a shape of LLaDA-8B's layers: 4096 to 12288.
 
 Floor: the weights read once, a byte each. Baselines: the same weights in 16 bits, by the matrix library; and
-those in 8 bits widened and multiplied, call by call. `error`: root mean square of the difference to
-16 bits, as a share of the output's.
+the 8-bit weights widened and multiplied in each call. `error`: the root mean square of the difference to
+16-bit weights, as a share of the output's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WIDTH = 4096
 
 
 class Weights:
-    """One matrix (out, in), in 16 bits and in 8."""
+    """One matrix (out, width), in 16 bits and in 8, and each contender's product by it."""
 
     def __init__(self, out: int, width: int, device: torch.device | str = "cpu") -> None:
         drawn = torch.randn(out, width, generator=torch.Generator().manual_seed(0)) * width**-0.5
@@ -37,13 +37,15 @@ class Weights:
 
 
 def error_of(found: Tensor, expected: Tensor) -> float:
-    """Root mean square, as a share of the output's."""
+    """The root mean square of the difference, as a share of that of `expected`."""
     gap, whole = (found.double() - expected.double()).square().mean(), expected.double().square().mean()
     return float((gap / whole).sqrt())
 
 
 def work(device: torch.device, small: bool, tokens: int, width: int) -> Work:
-    """To three times the width, as gate or up; several matrices, so that none is in a GPU's L2 cache."""
+    """A product to three times the width, as gate or up is; several matrices, so that none is in a GPU's L2
+    cache.
+    """
     out = 3 * width
     sets = sets_of(out * width, device, small)
     weights = [Weights(out, width, device) for _ in range(sets)]
@@ -58,7 +60,7 @@ def work(device: torch.device, small: bool, tokens: int, width: int) -> Work:
         sets=sets,
         graphs=tuple(weights[0].contenders),
         under=torch.inference_mode,
-        agree=lambda found, expected: error_of(found, expected) < 0.03,  # what 8 bits leave
+        agree=lambda found, expected: error_of(found, expected) < 0.03,  # the error of 8 bits
     )
 
 

@@ -1,9 +1,10 @@
-"""kv_move: the path of a draft tree, every second of its slots, to those behind the sequence; in bfloat16.
+"""kv_move: move a draft tree's accepted path, every second of its slots, to the end of the sequence;
+bfloat16.
 
-Of 36 layers of Qwen3-8B's 8 key heads of 128. Warm, as in a decode, whose verify pass has just written the
-slots.
+36 layers with 8 key heads of 128, as Qwen3-8B has. Warm, as in a decode, whose verify pass has just written
+the slots.
 
-Floor: keys and values of what moves, read and written once: 4 * batch * entries * layers * key heads * 128
+Floor: the keys and values that move, read and written once: 4 * batch * entries * layers * key heads * 128
 * 2 bytes.
 """
 
@@ -23,7 +24,7 @@ from .harness import CPU, OURS, Case, Work, on_cpu, random
 
 LAYERS, KV_HEADS, DIM, PAGE = 36, 8, 128, 64
 ON_CPU = "torch: index, index_put"
-"""What results of a CPU call the peer that those of a GPU call eager."""
+"""The name, in a CPU's results, of the peer that is "eager" in a GPU's."""
 
 
 def work(
@@ -36,7 +37,7 @@ def work(
     dim: int,
     eager: str = "eager",
 ) -> Work:
-    """A page of `PAGE` slots and more for each lane, whose path begins in its first."""
+    """Each lane has pages of `PAGE` slots of its own; its path begins in the first of them."""
     pages = -(-2 * entries // PAGE)
     kv_cache = random(device, layers, 2, batch * pages, kv_heads, PAGE, dim)
     first = kv_cache.clone()

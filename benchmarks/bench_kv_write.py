@@ -1,9 +1,9 @@
-"""kv_write: blocks of 32 tokens rotated and put into their slots, in bfloat16.
+"""kv_write: rotate blocks of 32 tokens and write them to their slots, in bfloat16.
 
-On a CPU the heads are SDAR-8B's: 32 over 8 key heads. Warm, as in a decode, which has just made the rows.
+On a CPU the heads are SDAR-8B's: 32 over 8 key heads. Warm, as in a decode, which has just computed the rows.
 
-Floor: queries read and written, keys and values read, and written into the cache, and the rotary table:
-tokens * 128 * 2 * (2 * heads + 4 * key heads) bytes and 32 * 128 * 4.
+Floor: queries read and written, keys and values read and written to the cache, and the rotary table read:
+tokens * 128 * 2 * (2 * heads + 4 * key heads) + 32 * 128 * 4 bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .harness import CPU, OURS, Case, Work, close, on_cpu, random
 
 BLOCK = 32
 ON_CPU = "torch: rotary, index_put"
-"""What results of a CPU call the peer that those of a GPU call eager."""
+"""The name, in a CPU's results, of the peer that is "eager" in a GPU's."""
 
 
 def work(
@@ -36,7 +36,7 @@ def work(
     capacity: int = 2 * BLOCK,
     eager: str = "eager",
 ) -> Work:
-    """A block of each sequence, in the middle of its cache of `capacity` slots."""
+    """One block of each sequence, in the middle of its cache of `capacity` slots."""
     sequences = -(-tokens // BLOCK)
     fused = random(device, tokens, (heads + 2 * kv_heads) * dim)
     q, k, v = fused.unflatten(1, (-1, dim)).split([heads, kv_heads, kv_heads], 1)

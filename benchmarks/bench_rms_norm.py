@@ -1,7 +1,7 @@
 """rms_norm with its residual, against torch's operations one after another, on rows of LLaDA-8B's width.
 
-Floor: x and delta read, their sum and its norm written: 4 * rows * width * bytes of an element. That is from
-memory: what a model has just written is still in a cache, and so it is here, the fewer rows the nearer.
+Floor: x and delta read, their sum and its norm written, all in memory: 4 * rows * width * bytes of an
+element. With few rows the inputs are still in a cache, as they are in a model that has just written them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WIDTH, EPS = 4096, 1e-5
 
 
 def eager(x: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """As the published models write it."""
+    """The norm of x + delta, and x + delta, as the published models compute them."""
     x = x + delta
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + EPS)
@@ -53,7 +53,7 @@ def work(
 
 
 def case(tokens: int) -> Case:
-    """Warm, as in a decode, which has just made both."""
+    """Warm, as in a decode, which has just computed both inputs."""
     shape = {"tokens": tokens, "width": WIDTH}
     return Case(f"rms_norm, {tokens} rows of {WIDTH}", "rms_norm", work, shape, ("warm", "graph, warm"))
 

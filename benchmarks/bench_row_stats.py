@@ -1,4 +1,4 @@
-"""row_stats: cost against the rows needed, and against rows that are there but not needed; in bfloat16.
+"""row_stats: time against the number of needed rows, and of other rows beside them; in bfloat16.
 
 Floor: the logits of the needed rows, read once: rows * V * 2 bytes.
 """
@@ -21,7 +21,7 @@ UNNEEDED = (0, 32, 96, 224, 480, 992)
 
 
 def work(device: torch.device, small: bool, rows: int, vocab: int, unneeded: int = 0) -> Work:
-    """`rows` needed rows, spread evenly among the others."""
+    """`rows` needed rows, spread evenly among `unneeded` others."""
     needed = inputs(rows, vocab, vocab - 1, device)[1][0]
     logits, at = needed, None
     if unneeded:
@@ -61,6 +61,6 @@ def test_needed_rows(benchmark: Any, read_bandwidth: float, needed: int) -> None
 
 @pytest.mark.parametrize("unneeded", UNNEEDED)
 def test_unneeded_rows(benchmark: Any, read_bandwidth: float, unneeded: int) -> None:
-    """32 needed rows, spread evenly among the others."""
+    """32 needed rows, spread evenly among `unneeded` others."""
     step, group = work(CPU, False, 32, VOCAB, unneeded), "row_stats, 32 needed rows among others"
     on_cpu(benchmark, group, step, OURS, read_bandwidth, rounds=60, rows=unneeded)

@@ -19,7 +19,7 @@ from .harness import CPU, OURS, Case, Work, close, on_cpu, sets_of
 
 BEST = 8
 ON_CPU = "torch: topk, logsumexp"
-"""What results of a CPU call the peer that those of a GPU call eager."""
+"""The name, in a CPU's results, of the peer that is "eager" in a GPU's."""
 
 
 def work(
@@ -31,7 +31,7 @@ def work(
     compiled = baselines.compile_(baselines.topk)
 
     def agree(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
-        """The same logits: of equal ones torch takes any."""
+        """Whether both choose the same logits: of tokens with equal logits torch may take any."""
         return close(found[1], expected[1], 1e-5, 1e-5) and torch.equal(
             logits.gather(1, found[0]), logits.gather(1, expected[0])
         )

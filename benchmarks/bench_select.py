@@ -1,6 +1,6 @@
-"""select: which of a block's masked positions to commit, from their statistics alone.
+"""select: choose from their statistics alone which of a block's masked positions to commit.
 
-Floor: the three scores and the mask of what may be committed read, the choice written: B * L * 14 bytes.
+Floor: three statistics and the mask of eligible positions read, the choice written: B * L * 14 bytes.
 """
 
 from __future__ import annotations

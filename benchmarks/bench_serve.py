@@ -1,6 +1,7 @@
-"""The server under 200 streaming clients at once, each with a problem of its own, against decode one by one.
+"""The server under 200 streaming clients at once, each with a problem of its own; baseline: `decode` of one
+prompt after another.
 
-Every answer is compared with what `decode` gives its prompt. Floor: none is claimed.
+Every answer is compared with what `decode` returns for its prompt. No floor is claimed.
 """
 
 from __future__ import annotations

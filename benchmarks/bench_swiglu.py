@@ -1,7 +1,7 @@
 """swiglu against torch's two operations, on rows of LLaDA-8B's feed-forward width.
 
-Floor: both halves read, the product written: 3 * rows * width * bytes of an element. That is from memory:
-what a model has just written is still in a cache, and so it is here, the fewer rows the nearer.
+Floor: both halves read, the product written, all in memory: 3 * rows * width * bytes of an element. With few
+rows the input is still in a cache, as it is in a model that has just written it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def work(
 
 
 def case(tokens: int) -> Case:
-    """Warm, as in a decode, which has just made its input."""
+    """Warm, as in a decode, which has just computed its input."""
     shape = {"tokens": tokens, "width": WIDTH}
     return Case(f"swiglu, {tokens} rows of {WIDTH}", "swiglu", work, shape, ("warm", "graph, warm"))
 

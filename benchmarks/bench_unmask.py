@@ -23,8 +23,7 @@ WINDOW = 32
 
 
 def step(tokens: Tensor, logits: Tensor, mask_id: int, start: int, end: int, threshold: float) -> None:
-    """As a decode calls it: all that it is told lies on the device, and a bad row is left to whoever reads
-    `error`."""
+    """`unmask_` as a decode calls it: all arguments are on the device, and bad rows are not checked for."""
     policy = policy_of(threshold, len(tokens), tokens.device)
     positions = positions_of(tokens.numel(), tokens.device)
     bounds = bounds_of(start, end, len(tokens), tokens.device)
@@ -39,13 +38,13 @@ def positions_of(count: int, device: torch.device) -> Tensor:
 
 @functools.cache
 def bounds_of(start: int, end: int, batch: int, device: torch.device) -> Tensor:
-    """(2, batch): they come to the device with all else that a pass is told, in one copy."""
+    """start and end (2, batch), on the device: a decode copies them there with a pass's other inputs."""
     return torch.tensor([[start] * batch, [end] * batch], device=device)
 
 
 @functools.cache
 def policy_of(threshold: float, batch: int, device: torch.device) -> Tensor:
-    """On the device already: a decode makes it once, for all its passes."""
+    """The policy, on the device: a decode makes it once, for all its passes."""
     return dx.policies.make("entropy", threshold, batch=batch, device=device)
 
 
@@ -69,7 +68,7 @@ def inputs(
 
 
 def work(device: torch.device, small: bool, rows: int, vocab: int, window: int | None = None) -> Work:
-    """A step over the first `window` positions of `rows`, all masked; None: over all."""
+    """A step over the first `window` of `rows` positions, all masked. window: None: all."""
     mask, end = min(MASK, vocab - 1), window or rows
     tokens, logits = inputs(rows, vocab, mask, device)
     sets = sets_of(logits.nbytes, device, small)
@@ -100,6 +99,6 @@ def case(rows: int) -> Case:
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("rows", [32, 512], ids=lambda rows: f"{rows}_rows")
 def test_unmask(benchmark: Any, read_bandwidth: float, rows: int, contender: str) -> None:
-    """32 rows, all in the window; and 512 rows of which the first 32 are."""
+    """32 rows, all in the window; and 512 rows, the first 32 in the window."""
     step = work(CPU, False, rows, VOCAB, WINDOW)
     on_cpu(benchmark, f"unmask, {rows} rows", step, contender, read_bandwidth, rounds=100)

@@ -1,4 +1,5 @@
-"""What `python -m benchmarks.gpu` times, most important first: two ceilings, every op, whole decodes."""
+"""The cases that `python -m benchmarks.gpu` times, most important first: two ceilings, every op, whole
+decodes."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ from .harness import Case, Work, random
 
 
 def copy(device: torch.device, small: bool, megabytes: int) -> Work:
-    """A copy kernel, reading and writing `megabytes` each, far more than the L2 cache."""
+    """torch's copy: reads `megabytes` and writes as many, far more than the L2 cache holds."""
     source = torch.randint(256, (megabytes * 2**20,), dtype=torch.uint8, device=device).view(torch.float32)
     target = torch.empty_like(source)
     return Work({"torch copy": lambda turn, at: target.copy_(source)}, [(2 * source.nbytes, 0, 1)])

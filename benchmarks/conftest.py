@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine's memory speed, to hold figures against."""
+"""What every benchmark shares: the facts of the machine, and its memory speed, from which floors follow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.fixture(scope="session")
 def read_bandwidth() -> float:
-    """Bytes a second at which torch sums 512 MB, the best of ten: a floor for whatever must read logits."""
+    """The bytes a second at which torch sums 512 MB, the best of ten."""
     data = torch.ones(2**27)
     best = float("inf")
     for _ in range(10):

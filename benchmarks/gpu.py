@@ -1,12 +1,13 @@
-"""One command that measures a GPU: tests, sanitizer, the card's two ceilings, every op, whole decodes.
+"""One command that measures a GPU: tests, sanitizer, two ceilings of the card, every op, whole decodes.
 
     python -m benchmarks.gpu --out DIR --minutes 8
 
-`make gpu` builds first. It writes to DIR, whole or not at all, as it goes: `results.json` (every figure, with
-GPU, driver, versions, commit, date), `report.md` and its plots, `tests.log` and the sanitizer's. The
-minutes are spread over the cases, the most important first; what they do not suffice for is listed as left
-out, and the same command with the same DIR goes on there. The measuring runs in a process of its own: a case
-that crashes or hangs it is listed as failed, and the rest go on in a new one.
+`make gpu` builds first. After each figure the command writes to DIR, each file whole or not at all:
+`results.json` (every figure, with GPU, driver, versions, commit, date), `report.md` and its plots,
+`tests.log` and the sanitizer's logs. The minutes are spread over the cases, the most important first; cases
+for which they do not suffice are listed as left out, and the same command with the same DIR goes on there. A
+process of its own measures: a case that crashes or hangs it is listed as failed, and the others run in a new
+one.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ from .harness import OURS, Case, Clock, OutOfTime, Work, result_of, time_contend
 
 ROOT = Path(__file__).resolve().parent.parent
 STALL = 240.0
-"""Seconds without a new figure, after which a case counts as hung."""
+"""The seconds without a new figure after which a case counts as hung."""
 
 # --- the run, written as it goes -----------------------------------------------------------------
 
 
 class Run:
-    """What DIR holds."""
+    """The results in DIR."""
 
     def __init__(self, out: Path, found: dict[str, Any]) -> None:
         self.out, self.found = out, found
@@ -68,14 +69,15 @@ class Run:
         self.found["left_out"].append({"case": case, "why": why})
 
     def ceiling(self, of: str, amount: str) -> float | None:
-        """Bytes or FLOP a second, as measured."""
+        """The measured bytes or FLOP (`amount`) a second of the ceiling `of`; None before it is measured."""
         for record in self.found["records"]:
             if record["case"] == of and "median" in record:
                 return record[amount] / record["median"]
         return None
 
     def floor(self, phases: list[tuple[float, float, int]]) -> float | None:
-        """Seconds at the measured bandwidth and matrix rate."""
+        """The seconds of `phases` at the measured bandwidth and matrix rate; None before these are
+        measured."""
         bytes_, flop = self.ceiling(cases.COPY.name, "bytes"), self.ceiling(cases.MATMUL.name, "flop")
         if bytes_ is None or flop is None:
             return None
@@ -83,9 +85,11 @@ class Run:
 
 
 def measure(run: Run, device: torch.device, small: bool, only: str, peers: str, deadline: float) -> None:
-    """Every case that is neither done nor left out by `only`; of the peers those that `peers` finds."""
+    """Measure every case that is not done and whose name matches `only`; of the peers, those whose names
+    match `peers`.
+    """
     if small:
-        baselines.backend = "eager"  # the compiler alone would take minutes
+        baselines.backend = "eager"  # compiling would take minutes
         torch.set_num_threads(1)
     clock = Clock(device, deadline, small)
     ceilings = (cases.COPY, cases.MATMUL)
@@ -100,7 +104,7 @@ def measure(run: Run, device: torch.device, small: bool, only: str, peers: str, 
         run.save()
         measure_case(run, clock, case, small, left / (8 * (len(todo) - number)), peers)
         run.found["running"] = None
-        torch.compiler.reset()  # its limit of shapes for a function
+        torch.compiler.reset()  # the compiler has a limit of shapes for a function
         baselines.compile_.cache_clear()
         if clock.cuda:
             torch.cuda.empty_cache()
@@ -117,7 +121,7 @@ def measure_case(run: Run, clock: Clock, case: Case, small: bool, share: float, 
     except Exception as error:
         run.found["done"].append(case.name)
         run.add(**about, contender=OURS, failed=f"{type(error).__name__}: {error}"[:500])
-        clock.wait()  # a dead context ends the process here
+        clock.wait()  # after an error that broke the CUDA context, the process ends here
         return
     over = False
     for name in names:
@@ -150,7 +154,9 @@ def measure_case(run: Run, clock: Clock, case: Case, small: bool, share: float, 
 
 
 def peak_memory(clock: Clock, work: Work, name: str, expected: Any) -> int | None:
-    """Bytes that a step takes beyond what it is given; and its result is looked at."""
+    """The bytes that a step allocates beyond its inputs (None on a CPU). Raises ValueError where its result
+    does not agree with `expected`.
+    """
     result_of(work, name)  # compiles
     clock.wait()
     peak = None
@@ -166,10 +172,10 @@ def peak_memory(clock: Clock, work: Work, name: str, expected: Any) -> int | Non
 
 
 def once(device: torch.device) -> None:
-    """Each case's own step once, at small sizes: what the sanitizer watches.
+    """Run our step of each case once, at small sizes, for the sanitizer to watch.
 
-    Without graphs, since nothing can be allocated while a pass is recorded where torch keeps no memory. Whole
-    decodes come last: racecheck breaks off in the first of them, within the matrix library.
+    No graphs are recorded: while one is, nothing can be allocated unless torch caches memory, which memcheck
+    turns off. Whole decodes come last: racecheck breaks off in the first of them, within the matrix library.
     """
     for case in sorted(CASES, key=lambda case: case.op == "decode"):
         work = case.build(device, small=True)
@@ -186,7 +192,7 @@ def once(device: torch.device) -> None:
 def start(
     command: list[str], environment: Mapping[str, str] = MappingProxyType({}), **settings: Any
 ) -> subprocess.Popen[bytes]:
-    """A process that finds the packages of this checkout."""
+    """Start a process that imports the packages of this checkout."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
     given = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **environment}
     return subprocess.Popen(command, cwd=ROOT, env=given, **settings)
@@ -195,7 +201,9 @@ def start(
 def watched(
     command: list[str], log: Path, seconds: float, environment: Mapping[str, str] = MappingProxyType({})
 ) -> tuple[int | None, str]:
-    """Exit code (None: cut at so many seconds) and output."""
+    """Run a command with its output in `log`; return its exit code (None: stopped after `seconds`) and the
+    output.
+    """
     with open(log, "w") as file:
         process = start(command, environment, stdout=file, stderr=subprocess.STDOUT)
         try:
@@ -208,17 +216,18 @@ def watched(
 
 
 def gpu_tests() -> list[Path]:
-    """The files of tests that take a device: others import what a machine that only measures may lack."""
+    """The test files that take a device: others import packages that a machine that only measures may
+    lack."""
     files = sorted((ROOT / "tests").glob("*/test_*.py"))
     return [path for path in files if re.search("@every|device: str", path.read_text())]
 
 
 def check(name: str, out: Path, seconds: float) -> dict[str, Any]:
-    """The GPU tests, or a tool of compute-sanitizer."""
+    """Run the GPU tests, or a tool of compute-sanitizer, for at most `seconds`; return its record."""
     began, log = time.monotonic(), out / f"{name}.log"
     if name == "tests":
         command = [sys.executable, "-m", "pytest", *map(str, gpu_tests()), "-m", "gpu", "-vv", "--tb=short"]
-        if importlib.util.find_spec("xdist"):  # one GPU has room for many: most of their time is the host's
+        if importlib.util.find_spec("xdist"):  # one GPU serves many tests: most of their time is the host's
             command += ["-n", str(min(16, os.cpu_count() or 1))]
         code, text = watched(command, log, seconds)
         words = ("PASSED", "FAILED", "ERROR", "SKIPPED")
@@ -235,7 +244,7 @@ def check(name: str, out: Path, seconds: float) -> dict[str, Any]:
             }
         known = subprocess.run([tool, "--help"], capture_output=True, text=True).stdout
         option = next((o for o in ("--kernel-name", "--filter") if o in known), None)
-        own = [option, "kns=dparallel"] if option else []  # not torch's kernels
+        own = [option, "kns=dparallel"] if option else []  # our kernels only, not torch's
         command = [
             tool,
             "--tool",
@@ -248,7 +257,7 @@ def check(name: str, out: Path, seconds: float) -> dict[str, Any]:
             "benchmarks.gpu",
         ]
         environment = {}
-        if name == "memcheck":  # torch's cache of memory hides what an allocation is overrun by
+        if name == "memcheck":  # torch's memory cache would hide accesses beyond an allocation
             environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         code, text = watched([*command, "--once", "--out", str(out)], log, seconds, environment)
         said = [line.strip("= ") for line in text.splitlines() if "SUMMARY" in line]
@@ -258,7 +267,7 @@ def check(name: str, out: Path, seconds: float) -> dict[str, Any]:
 
 
 CHECKS = {"tests": 0.3, "memcheck": 0.1, "racecheck": 0.1}
-"""The most of the time that each may take."""
+"""The largest share of the minutes that each check may take."""
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -292,7 +301,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def commit_of(root: Path) -> str:
-    """The commit, "+changes" where files differ from it; "unknown" without git or its directory."""
+    """The commit, with "+changes" where files differ from it; "unknown" without git or .git."""
     if shutil.which("git") is None:
         return "unknown"
 
@@ -304,7 +313,7 @@ def commit_of(root: Path) -> str:
 
 
 def begin(out: Path, device: torch.device, small: bool, commit: str) -> Run:
-    """A new run, or the one in `out` where it was of the same machine and commit."""
+    """A new run, or the one in `out` where it is of the same machine, commit and sizes."""
     fresh: dict[str, Any] = {
         "schema": records.SCHEMA,
         "machine": machine(device),
@@ -326,7 +335,7 @@ def begin(out: Path, device: torch.device, small: bool, commit: str) -> Run:
 
 
 def supervise(out: Path, deadline: float, arguments: list[str]) -> None:
-    """The measuring in processes of their own, until every case is done, failed or left out."""
+    """Measure in a process of its own, or in several, until every case is done, failed or left out."""
     file = out / "results.json"
     while True:
         minutes = max(0.0, deadline - time.monotonic()) / 60
@@ -344,7 +353,7 @@ def supervise(out: Path, deadline: float, arguments: list[str]) -> None:
             time.sleep(0.2)
             if time.time() - file.stat().st_mtime > STALL:
                 process.kill()
-                why = f"no figure in {STALL:.0f} s: taken for hung"
+                why = f"no figure in {STALL:.0f} s: hung"
         run = Run.load(out)
         case = run.found["running"]
         if case is None:
@@ -359,18 +368,18 @@ def supervise(out: Path, deadline: float, arguments: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="a directory")
-    parser.add_argument("--minutes", type=float, default=30.0, help="that all of it may take")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write to")
+    parser.add_argument("--minutes", type=float, default=30.0, help="the most minutes the command takes")
     parser.add_argument("--small", action="store_true", help="tiny sizes, no measurement; without a GPU too")
-    parser.add_argument("--only", default="", help="expression: cases and checks whose names match")
+    parser.add_argument("--only", default="", help="run the cases and checks whose names match this regex")
+    parser.add_argument("--peers", default="", help="of the peers, time those whose names match this regex")
     parser.add_argument(
-        "--peers", default="", help="expression: contenders other than ours whose names match"
+        "--commit", help="the commit, 40 digits, where there is no .git; without it no earlier run goes on"
     )
     parser.add_argument(
-        "--commit", help="40 digits, where the checkout has no .git: without, a run does not go on"
-    )
-    parser.add_argument(
-        "--since", type=float, help="seconds since 1970 at which the minutes began: make's, before the build"
+        "--since",
+        type=float,
+        help="count the minutes from this time (seconds since 1970), as make gpu does",
     )
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
@@ -378,7 +387,7 @@ def main(argv: list[str] | None = None) -> int:
     began = time.time() if options.since is None else options.since
     deadline = time.monotonic() + 60 * options.minutes - (time.time() - began)
     if not torch.cuda.is_available() and not options.small:
-        parser.error("torch sees no GPU, and figures are of a GPU; --small runs every case at tiny sizes")
+        parser.error("torch sees no GPU; --small runs every case at tiny sizes without one")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda" and "cuda" not in dx.build_info()["backends"]:
         parser.error(f"dparallel_ext was built without CUDA ({dx.build_info()}): make gpu builds it")

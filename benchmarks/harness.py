@@ -1,7 +1,7 @@
 """The harness: what an op's benchmark states once (contenders, inputs, bytes and FLOP), and how it is timed.
 
-A `Work` is an op ready to run; each bench_<op>.py makes them, `on_cpu` times one under pytest-benchmark, and
-`python -m benchmarks.gpu` those of cases.py on the card.
+A `Work` is an op ready to run. Each bench_<op>.py makes some; `on_cpu` times one under pytest-benchmark, and
+`python -m benchmarks.gpu` times those of cases.py on the GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 OURS = "dparallel_ext"
 CPU = torch.device("cpu")
 LEAST, MOST = 3, 100
-"""Repeats of a measurement on a GPU; with `--small` 2."""
+"""The least and the most repeats of a measurement on a GPU; with `--small` there are 2."""
 
 SMALL = {
     "rows": 5,
@@ -37,39 +37,41 @@ SMALL = {
     "side": 64,
     "megabytes": 1,
 }
-"""What `--small` caps each parameter at: odd sizes, so that every edge of a kernel is met."""
+"""The value at which `--small` caps each parameter: odd sizes, which exercise every edge of a kernel."""
 
 
 @dataclass
 class Work:
-    """A case on its device, ready to run."""
+    """A case with its inputs on a device, ready to run."""
 
     run: dict[str, Callable[[int, int], Any]]
-    """Contender -> a step on state `turn` (what it changes) and data set `at` (what it reads)."""
+    """Contender -> a step (turn, at), which changes state `turn` and reads data set `at`."""
     phases: list[tuple[float, float, int]]
-    """(bytes, FLOP, times): what must be moved and computed; each takes the longer of the two at least."""
+    """(bytes, FLOP, times): what each phase must move and compute, and how often; a phase takes at least the
+    longer of the two times."""
     sets: int = 1
-    """States, and data sets; a graph rotates among them, so that they exceed the L2 cache."""
+    """The number of states, and of data sets: a graph visits them in turn, and together they exceed the L2
+    cache."""
     graphs: tuple[str, ...] = ()
-    """The contenders whose launches a graph can replay."""
+    """The contenders that a CUDA graph can record."""
     reset: Callable[[], None] = lambda: None
-    """Before each repeat, not timed: the states as at first."""
+    """Called before each repeat, outside its time: puts the states back as they were at first."""
     less: dict[str, Callable[[int, int], Any]] = field(default_factory=dict)
-    """A run whose time is taken off, and what is left divided by `per`."""
+    """Contender -> a step whose time is subtracted from that of `run`; the difference is divided by `per`."""
     per: int = 1
     tokens: int = 0
-    """That a step yields, where it is a decode."""
+    """Tokens that a step decodes; 0 where it is no decode."""
     under: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
-    """What the steps run under: `torch.inference_mode` where the models' would."""
+    """The context in which steps run: `torch.inference_mode` where a model runs the op in it."""
     agree: Callable[[Any, Any], bool] = lambda found, expected: True
-    """Whether a contender's result is that of the first one; looked at before it is timed."""
+    """(result, result of the first contender) -> whether they agree; checked before a contender is timed."""
 
 
 @dataclass(frozen=True)
 class Case:
     name: str
     op: str
-    """The public name in `dparallel_ext` that it measures; "" where it is a ceiling."""
+    """The public name in `dparallel_ext` of what it measures; "" for a ceiling."""
     make: Callable[..., Work]
     parameters: dict[str, Any]
     conditions: tuple[str, ...] = ("cold", "warm", "graph", "graph, warm")
@@ -80,8 +82,9 @@ class Case:
 
 
 def sets_of(bytes_: float, device: torch.device, small: bool) -> int:
-    """Data sets that exceed any L2 cache several times over (256 MB and more), and at least two; a CPU's are
-    read again and again, as a decode does."""
+    """The number of data sets: on a GPU at least two, and enough to exceed any L2 cache several times (256 MB
+    together); on a CPU one, read again and again, as a decode reads its own.
+    """
     if device.type != "cuda":
         return 2 if small else 1
     return 2 if small else max(2, -(-(2**28) // int(bytes_)))
@@ -92,7 +95,9 @@ def random(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat1
 
 
 def close(found: Tensor, expected: Tensor, rtol: float | None = None, atol: float | None = None) -> bool:
-    """As `torch.testing.assert_close` on a CPU; on a GPU within a hundredth of the largest number."""
+    """Whether tensors agree: on a CPU as `torch.testing.assert_close` says, on a GPU within a hundredth of
+    the largest number.
+    """
     if expected.is_cuda:
         return bool((found - expected).abs().max() <= 0.01 * expected.abs().max())
     try:
@@ -103,14 +108,14 @@ def close(found: Tensor, expected: Tensor, rtol: float | None = None, atol: floa
 
 
 def result_of(work: Work, name: str) -> Any:
-    """Of a first step, kept from what later steps change."""
+    """A contender's result of one step on fresh states, copied, so that later steps do not change it."""
     work.reset()
     with work.under():
         return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, work.run[name](0, 0))
 
 
 def check(work: Work, name: str, expected: Any) -> None:
-    """Raise ValueError where a contender's result is not that of the first one."""
+    """Raises ValueError where a contender's result does not agree with `expected`, the first contender's."""
     if not work.agree(result_of(work, name), expected):
         raise ValueError(f"its result is not that of {next(iter(work.run))}")
 
@@ -121,9 +126,10 @@ def check(work: Work, name: str, expected: Any) -> None:
 def on_cpu(
     benchmark: Any, group: str, work: Work, contender: str, bandwidth: float | None, rounds: int, **extra: Any
 ) -> None:
-    """Time a contender under pytest-benchmark. `bandwidth`: bytes a second; None: no floor is claimed.
+    """Time a contender under pytest-benchmark.
 
-    The published procedure is too slow for as many rounds.
+    bandwidth: bytes a second, for the floor; None: no floor is claimed. rounds: the contender "published"
+    runs 5 instead, since it is slow.
     """
     check(work, contender, result_of(work, next(iter(work.run))))
     benchmark.group = group
@@ -153,7 +159,10 @@ class OutOfTime(Exception):
 
 
 class Clock:
-    """Times work on a device: by events on a GPU, by the clock on the CPU."""
+    """Times work on a device: by CUDA events on a GPU, by the host's clock on a CPU.
+
+    deadline: the value of time.monotonic() after which `repeat` raises OutOfTime.
+    """
 
     def __init__(self, device: torch.device, deadline: float, small: bool) -> None:
         self.device, self.deadline = device, deadline
@@ -163,7 +172,9 @@ class Clock:
         self._written, self._read = torch.zeros(2, max(size, 2**28 if self.cuda else 0) // 4, device=device)
 
     def flush(self) -> None:
-        """A buffer larger than L2 is written, then another read, so that no line waits to be written back."""
+        """Empty the L2 cache: write a buffer larger than it, then read another, so that no line waits to be
+        written back.
+        """
         self._written.fill_(1.0)
         self._read.sum()
 
@@ -190,9 +201,11 @@ class Clock:
         per: int,
         seconds: float,
     ) -> list[float]:
-        """Seconds of each repeat, until so many seconds have passed.
+        """Repeat `call` until `seconds` have passed; return the seconds of each repeat, those of `less`
+        subtracted, divided by `per`.
 
         Several repeats are queued without waiting, so that the host is ahead of the device where it can be.
+        Raises OutOfTime at the deadline.
         """
 
         def one(what: Callable[[], Any]) -> tuple[Any, Any]:
@@ -209,7 +222,7 @@ class Clock:
         self.wait()
         once = time.monotonic() - began
         quick = self.most > 10 and once < seconds / 20
-        for _ in range(3 if quick else 0):  # a slow one is warm by now
+        for _ in range(3 if quick else 0):  # slow work is warm after its first turn
             turn()
         self.wait()
         times: list[float] = []
@@ -225,7 +238,7 @@ class Clock:
         return times
 
     def graph(self, steps: Callable[[], None]) -> Callable[[], None]:
-        """`steps` as one replay; on the CPU, themselves."""
+        """A function that replays `steps` as one CUDA graph; on a CPU, `steps`."""
         if not self.cuda:
             return steps
         stream = torch.cuda.Stream()
@@ -241,7 +254,9 @@ class Clock:
 
 
 def time_contender(clock: Clock, work: Work, name: str, condition: str, seconds: float) -> list[float]:
-    """Of a step under a condition: "cold" or "warm" L2, launched or from a graph."""
+    """The seconds of each repeat of a contender's step under a condition: with a cold or warm L2 cache,
+    launched or from a graph.
+    """
     run, per = work.run[name], work.per
     call: Callable[[], Any] = functools.partial(run, 0, 0)
     less = functools.partial(work.less[name], 0, 0) if work.less else None

@@ -1,4 +1,5 @@
-"""Pictures of a run's results, for its report and the README; each says whether it had anything to draw."""
+"""Pictures of a run's results, for its report and the README. Each function returns whether there was
+anything to draw."""
 
 from __future__ import annotations
 
@@ -78,7 +79,9 @@ def draw_attention(found: dict[str, Any], path: Path) -> bool:
 
 
 def draw_rows(found: dict[str, Any], path: Path) -> bool:
-    """row_stats' time on a CPU against rows: needed ones, and unneeded ones beside 32 needed."""
+    """The time of row_stats on a CPU against the number of rows: needed ones, and unneeded ones beside 32
+    needed.
+    """
     labels = {
         "row_stats, needed rows": "needed rows",
         "row_stats, 32 needed rows among others": "unneeded rows, beside 32 needed",
@@ -102,7 +105,7 @@ def draw_rows(found: dict[str, Any], path: Path) -> bool:
 
 
 def draw_passes(found: dict[str, Any], path: Path) -> bool:
-    """A pass over one block on a CPU against the length of what is cached, and the same without attention."""
+    """The time of a pass over one block on a CPU against the cached positions, with attention and without."""
     curves = curves_of_passes(found)
     if not curves:
         return False

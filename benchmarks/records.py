@@ -1,4 +1,4 @@
-"""A run's results: how they are read and written, and what is looked up in them."""
+"""A run's results: reading, writing and looking up records."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCHEMA = 1
 
 
 def dump(found: dict[str, Any]) -> str:
-    """JSON with a line for each record."""
+    """A run as JSON, with a line for each record."""
     lists = {key: value for key, value in found.items() if key in ("records", "checks", "left_out")}
     rest = json.dumps({k: v for k, v in found.items() if k not in lists}, indent=1)[:-2]
     for key, value in lists.items():
@@ -30,7 +30,7 @@ _RUN |= {"done": list, "left_out": list}
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A run's results. Raises ValueError naming what does not fit."""
+    """Read a run's results. Raises ValueError naming what does not fit the schema."""
     found = json.loads(path.read_text())
     if found.get("schema") != SCHEMA:
         raise ValueError(f"{path.name}: expected schema {SCHEMA}, got {found.get('schema')!r}")
@@ -48,7 +48,7 @@ def load(path: Path) -> dict[str, Any]:
 def figures(
     times: list[float], phases: list[tuple[float, float, int]], floor: float | None
 ) -> dict[str, Any]:
-    """What a record says of repeats in seconds: median and spread, and the floor beside it."""
+    """The figures of a record: median and spread of `times`, in seconds, and the floor beside them."""
     ordered = sorted(times)
 
     def at(share: float) -> float:
@@ -68,7 +68,7 @@ def figures(
 
 
 def of_cpu(found: dict[str, Any]) -> dict[str, Any]:
-    """What is worth keeping of pytest-benchmark's JSON, as a run."""
+    """A run, made from what is worth keeping of pytest-benchmark's JSON."""
     records = []
     for bench in found["benchmarks"]:
         extra = bench["extra_info"]
@@ -101,7 +101,8 @@ def of_cpu(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def newest(results: Path = RESULTS) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The newest run of a CPU and of a GPU, small ones left out."""
+    """The newest run of a CPU and the newest of a GPU, those of `--small` left out; None where there is
+    none."""
     runs = [run for path in sorted(results.glob("*.json")) if not (run := load(path))["small"]]
     runs.sort(key=lambda run: run["date"])
     cpu = [run for run in runs if run["machine"]["gpu"] is None]
@@ -110,7 +111,7 @@ def newest(results: Path = RESULTS) -> tuple[dict[str, Any] | None, dict[str, An
 
 
 def grouped(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Records by case and condition."""
+    """Records by "case, condition"."""
     made: dict[str, list[dict[str, Any]]] = {}
     for record in found["records"]:
         condition = record.get("condition")
@@ -123,5 +124,7 @@ def own(records: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def curves_of_passes(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Of bench_engine's test_step: passes over one block against caches of `rows` positions."""
+    """The records of bench_engine's test_step, by case: passes over one block against `rows` cached
+    positions.
+    """
     return {case: rs for case, rs in grouped(found).items() if all("attention" in r for r in rs)}

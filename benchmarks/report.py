@@ -1,8 +1,8 @@
-"""From results to what is read: tables, plots, targets, the pages that are made of them.
+"""From results to what is read: tables, plots, targets, and the pages made of them.
 
-`make bench-report` (python -m benchmarks.report) takes the CPU run of `make bench` into benchmarks/results,
-and writes what stands between the markers of docs/benchmarks.md, docs/systems.md and README.md, and the
-pictures there, from the newest results there and from docs/*.json alone.
+`make bench-report` (python -m benchmarks.report) copies the CPU run of `make bench` to benchmarks/results.
+From the newest results there, and from docs/*.json, it writes the text between the markers of
+docs/benchmarks.md, docs/systems.md and README.md, and the pictures in docs/.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 
 
-# --- what was asked for --------------------------------------------------------------------------
+# --- targets -------------------------------------------------------------------------------------
 
 
 class Lookup:
@@ -38,7 +38,7 @@ class Lookup:
         return self._of[case, contender, condition]
 
     def times(self, case: str, condition: str, other: str = "published") -> float:
-        """How many times longer another takes."""
+        """How many times as long the contender `other` takes as ours."""
         return self(case, condition, other)["median"] / self(case, condition)["median"]
 
     def rate(self, case: str) -> float:
@@ -88,7 +88,7 @@ TARGETS = (
 
 
 def targets(found: dict[str, Any]) -> str:
-    """A table: what was asked for, what was measured, met or missed."""
+    """A table of the targets: the limit, the measured value, met or missed."""
     lookup, rows = Lookup(found), ["| target | asked | measured | |", "|---|--:|--:|---|"]
     for target in TARGETS:
         try:
@@ -109,18 +109,18 @@ def targets(found: dict[str, Any]) -> str:
 
 
 def number(x: float) -> str:
-    """Three digits."""
+    """A number as text, with about three digits."""
     digits = next((d for d, least in enumerate((100, 10, 1)) if abs(x) >= least), 3)
     return f"{x:,.{digits}f}"
 
 
 def table(found: dict[str, Any], unit: str = "us") -> str:
-    """A row for each case: our time beside the floor, and the others' in multiples of it."""
+    """A table with a row for each case: our time beside the floor, and the others' as multiples of ours."""
     scale = {"us": 1e6, "ms": 1e3}[unit]
     rows = [f"| case | ours, {unit} | floor, {unit} | share | others, times ours |", "|---|--:|--:|--:|---|"]
     for case, records in grouped(found).items():
         ours = own(records)
-        if ours is None or "rows" in ours:  # a point of a curve
+        if ours is None or "rows" in ours:  # with "rows": a point of a curve, not a case
             continue
         floor = "" if ours.get("floor") is None else number(scale * ours["floor"])
         share = "" if ours.get("share") is None else f"{100 * ours['share']:.0f} %"
@@ -144,7 +144,7 @@ def memory(record: dict[str, Any]) -> str:
 
 
 def cpu_figures(found: dict[str, Any]) -> str:
-    """The part on CPU figures."""
+    """The text on a CPU's figures."""
     peaks = [r for r in found["records"] if r["case"].endswith("peak memory") and "rows" in r]
     machine = found["machine"]
     lines = [table(found, "ms")]
@@ -164,7 +164,7 @@ def cpu_figures(found: dict[str, Any]) -> str:
 
 
 def passes(case: str, records: list[dict[str, Any]]) -> str:
-    """How a pass's time goes with the length of what is cached, its attention apart."""
+    """A sentence on a pass's time against the number of cached positions, with its attention apart."""
     whole = [1e3 * r["median"] for r in records]
     attention = [1e3 * r["attention"] for r in records]
     rest = [a - b for a, b in zip(whole, attention, strict=True)]
@@ -195,7 +195,7 @@ def ceilings(found: dict[str, Any]) -> str:
 
 
 def gpu_figures(found: dict[str, Any]) -> str:
-    """The part on GPU figures: the targets, and each case cold or from a graph."""
+    """The text on a GPU's figures: the targets, and each case cold or from a graph."""
     warm = ("bandwidth, warm", "rate, warm", "graph, warm")
     kept = [r for r in found["records"] if not f"{r['case']}, {r.get('condition')}".endswith(warm)]
     parts = [about_gpu(found), f"Ceilings: {ceilings(found)}." if ceilings(found) else ""]
@@ -242,7 +242,9 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def plots(found: dict[str, Any], out: Path) -> None:
-    """Share of the floor, decoding, attention against length; named in the run, whose report shows them."""
+    """Draw the plots (share of the floor, decodes, attention against length), and write the results and the
+    report, which name them.
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -262,7 +264,7 @@ def plots(found: dict[str, Any], out: Path) -> None:
 
 
 def block(cpu: dict[str, Any] | None, gpu: dict[str, Any] | None) -> str:
-    """What stands between the markers of docs/benchmarks.md."""
+    """The text between the markers of docs/benchmarks.md."""
     parts = [] if cpu is None else ["## On a CPU", cpu_figures(cpu)]
     if cpu is not None and any(r["case"] == "row_stats, needed rows" for r in cpu["records"]):
         parts.append("![Time of row_stats against rows](rows.png)")
@@ -338,7 +340,7 @@ def headlines(
 
 
 def decodes() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What `dparallel evaluate` measured, of rules and of drafters."""
+    """The rows that `dparallel evaluate` measured, of rules and of drafters."""
     rules, drafters = (
         json.loads((ROOT / "docs" / f"{n}.json").read_text()) for n in ("rules", "speculation")
     )
@@ -346,7 +348,7 @@ def decodes() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def between(text: str) -> str:
-    """What stands between the markers of `text`. Raises ValueError where they do not."""
+    """The text between the markers. Raises ValueError unless there is one of each, in order."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"expected {BEGIN} and {END} once each, in this order")
     return text.split(BEGIN)[1].split(END)[0].strip()
@@ -364,8 +366,10 @@ def write(path: Path, made: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
-    parser.add_argument("--cpu", type=Path, default=ROOT / "out/bench/cpu.json", help="of `make bench`")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--cpu", type=Path, default=ROOT / "out/bench/cpu.json", help="the CPU run that `make bench` wrote"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the committed results")
     parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs/ are")
     options = parser.parse_args(argv)
     if options.cpu.exists():

@@ -1,4 +1,4 @@
-"""A `dparallel serve` of one's own, and many clients at once: for its benchmark and its tests."""
+"""A `dparallel serve` in a process of its own, and many clients at once: for its benchmark and its tests."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class Served:
         return f"http://127.0.0.1:{self.port}"
 
     def metrics(self) -> dict[str, float]:
-        """Samples by name; those with labels beside the model's name by name{value,value}."""
+        """Samples of /metrics by name; by name{value,value} where they have labels other than the model's
+        name."""
         request = urllib.request.Request(f"{self.url}/metrics", headers={"Authorization": f"Bearer {KEY}"})
         with urllib.request.urlopen(request) as answer:
             families = text_string_to_metric_families(answer.read().decode())
@@ -52,9 +53,10 @@ class Served:
 
 @contextlib.contextmanager
 def server(model: str | Path, *options: object, files: int | None = None) -> Iterator[Served]:
-    """`dparallel serve` in a process of its own, on a free port of the loopback interface.
+    """Run `dparallel serve` in a process of its own, on a free port of the loopback interface; stop it at the
+    end. Raises RuntimeError with its log where it does not start.
 
-    files: how many it may have open.
+    files: the most files that it may have open.
     """
     with tempfile.TemporaryDirectory() as place:
         keys, log = Path(place) / "keys", Path(place) / "log"
@@ -88,7 +90,7 @@ def server(model: str | Path, *options: object, files: int | None = None) -> Ite
 
 @dataclass
 class Reply:
-    """What one client saw."""
+    """What one client received."""
 
     text: str
     first: float
@@ -120,7 +122,7 @@ async def _ask(client: AsyncOpenAI, model: str, prompt: str, settings: dict[str,
 
 
 def ask_all(served: Served, model: str, prompts: Sequence[str], **settings: Any) -> list[Reply]:
-    """Every prompt at once, streaming, each over a connection of its own."""
+    """Ask for every prompt at once, streaming, each over a connection of its own."""
 
     async def run() -> list[Reply]:
         url = f"{served.url}/v1"
@@ -131,5 +133,5 @@ def ask_all(served: Served, model: str, prompts: Sequence[str], **settings: Any)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that `share` of them do not exceed."""
+    """The smallest of `values` that a `share` of them do not exceed."""
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]

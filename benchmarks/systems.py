@@ -1,7 +1,8 @@
-"""docs/systems.md: every system that the package holds, on one task; from what `dparallel evaluate` measured.
+"""docs/systems.md: every system that the package implements, on one task, as `dparallel evaluate` measured
+it.
 
-`make bench-report` writes it from docs/rules.json, speculation.json, self_speculation.json and apd.json, as
-the commands on that page make them, and from the reports of training beside the models that ship.
+`make bench-report` writes the page from docs/rules.json, speculation.json, self_speculation.json and
+apd.json, which the commands on that page make, and from the training reports beside the models that ship.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ class System:
     name: str
     paper: str
     file: str
-    """docs/FILE.json, where its row is."""
+    """Its row is in docs/FILE.json."""
     model: str
     policy: str
-    """Of its row; of drafters the drafter."""
+    """The policy of its row; for speculation the drafter."""
     lacks: str
-    """What of the paper is not here."""
+    """What the paper has and the package lacks."""
     config: tuple[tuple[str, Any], ...] = ()
     trained: str | None = None
-    """The report of its training, in the directory of the models that ship."""
+    """The path of its training report, without .json, in the directory of the models that ship."""
 
 
 SYSTEMS = (
@@ -66,7 +67,8 @@ SYSTEMS = (
 
 
 def row_of(system: System) -> dict[str, Any]:
-    """Its row, of the most problems. Raises LookupError where no command has measured it."""
+    """The row of a system, of several the one over the most problems. Raises LookupError where there is
+    none."""
     rows = json.loads((ROOT / "docs" / f"{system.file}.json").read_text())
     fits = [
         row
@@ -80,7 +82,7 @@ def row_of(system: System) -> dict[str, Any]:
 
 
 def training_of(system: System) -> tuple[str, str]:
-    """Trained numbers and minutes."""
+    """The number of trained parameters and the minutes of training, as text."""
     if system.trained is None:
         return "", ""
     report = json.loads((BUILTIN / f"{system.trained}.json").read_text())

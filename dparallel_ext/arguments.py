@@ -1,4 +1,4 @@
-"""Arguments as people give them: numbers and token ids of Python, numpy and torch."""
+"""Checks of arguments: numbers and token ids of Python, numpy and torch become Python's or torch's own."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def shown(value: Any) -> str:
-    """`value` in an error: the beginning of what is long, the type of what Python does not write."""
+    """`repr(value)` for an error text, cut to 200 characters; the type alone where `repr` raises."""
     try:
         text = repr(value)
-    except Exception:  # a whole number of more than 4300 digits is refused
+    except Exception:  # Python refuses to write an int of more than 4300 digits
         return f"{type(value).__name__} that cannot be shown"
     return text if len(text) <= 200 else f"{text[:200]}..."
 
@@ -62,7 +62,7 @@ def function(name: str, value: Any) -> Any:
 
 
 COLDEST, HOTTEST = 1e-5, 2.0**100
-"""Temperatures between which there are others than 0; so also in csrc/include/dparallel/launch.h."""
+"""The lowest and highest temperature in force besides 0; the same in csrc/include/dparallel/launch.h."""
 
 
 def temperature_in_force(value: Any) -> float:
@@ -70,13 +70,13 @@ def temperature_in_force(value: Any) -> float:
 
     Raises ValueError unless it is a finite number of at least 0.
     """
-    plain = type(value) is float and 0.0 <= value < math.inf  # as in every pass
+    plain = type(value) is float and 0.0 <= value < math.inf  # every pass gives such a value
     found: float = value if plain else number("temperature", value)
     return 0.0 if found < COLDEST else min(found, HOTTEST)
 
 
 def numbers(name: str, value: Any, count: int, least: int) -> list[int]:
-    """`count` whole numbers, from one or from as many in a list, an array or a tensor."""
+    """`count` whole numbers, from one number for all or from `count` in a list, an array or a tensor."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         given = list(value)
     elif getattr(value, "ndim", 0) == 1:
@@ -100,14 +100,14 @@ def token_ids(name: str, value: Any) -> Tensor:
         hint = "; encode it with the model's tokenizer first" if isinstance(value, str) else ""
         raise ValueError(f"{name}: expected int64 (P,) or a list of ids, got {_kind(value)}{hint}") from error
     if not ids.numel():
-        ids = ids.to(torch.int64)  # an empty list has no dtype of its own
+        ids = ids.to(torch.int64)  # torch makes an empty list float32
     if ids.ndim != 1 or ids.dtype not in INTEGERS:
         raise ValueError(f"{name}: expected int64 (P,), got {ids.dtype} {tuple(ids.shape)}")
     return ids.to(torch.int64)
 
 
 def prompts(prompt: Any, attention_mask: Any = None) -> list[Tensor]:
-    """B prompts (P,) int64 of any lengths, from all that `decode` takes; padding is taken out.
+    """B prompts (P,) int64 of any lengths, from any form that `decode` takes; padding is taken out.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -131,13 +131,13 @@ def prompts(prompt: Any, attention_mask: Any = None) -> list[Tensor]:
 
 
 def _rows(name: str, value: Any) -> list[Any]:
-    """The sequences of a batch, or the one that is given by itself."""
+    """The sequences of a batch; a single sequence is a batch of one."""
     if isinstance(value, str):
-        return [value]  # refused by name later
+        return [value]  # `token_ids` refuses it
     if not (isinstance(value, Sequence) or hasattr(value, "ndim")):
         raise ValueError(f"{name}: expected int64 (B, P) or (P,), or a list of (P,), got {_kind(value)}")
     if isinstance(value, Sequence):
-        # A list of numbers is one sequence, any other a batch; an empty one is an empty batch.
+        # A list of numbers is one sequence, any other list a batch; an empty list is an empty batch.
         return [value] if value and is_number(value[0]) else list(value)
     if value.ndim not in (1, 2):
         raise ValueError(f"{name}: expected (B, P) or (P,), got {tuple(value.shape)}")
@@ -170,16 +170,16 @@ def _shape(value: Any) -> str:
 
 
 def moved(ids: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Token ids (P,) of any lengths on a device, by one copy where they are on one other device."""
+    """Token ids (P,) of any lengths on `device`, moved by one copy if all are on one other device."""
     if len({each.device for each in ids} - {device}) != 1 or any(each.device == device for each in ids):
         return [each.to(device) for each in ids]
     return list(torch.cat(list(ids)).to(device).split([len(each) for each in ids]))
 
 
 def check_ids(name: str, ids: Sequence[Tensor], vocabulary: int | None) -> None:
-    """Raise ValueError naming the argument where an id of `ids` is negative or not below `vocabulary`.
+    """Raise ValueError naming the argument if an id of `ids` is negative or not below `vocabulary`.
 
-    This waits for a device that ids are on, so it belongs in front of the passes.
+    Waits for the devices that the ids are on, so call it before the passes.
     """
     for device in {each.device: None for each in ids}:
         there = [each for each in ids if each.device == device]

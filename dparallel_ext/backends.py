@@ -10,7 +10,7 @@ from . import _C
 
 
 def warn_without_kernels(device: torch.device | str | None) -> None:
-    """Warn where the ops of this build will refuse tensors on `device`, before anything is put there."""
+    """Warn, before tensors are moved there, if this build has no kernels for `device`."""
     kind = torch.device(device or "cpu").type
     info = _C.build_info()
     if kind in ("cpu", "meta", *info["backends"].split()):

@@ -1,4 +1,4 @@
-"""Keys and values that outlive a pass, and which positions a pass computes."""
+"""The cache of keys and values, and the metadata of the positions that a pass computes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ PadTo = Callable[[int], int] | None
 
 
 def fill_up(count: int, parts: int) -> int:
-    """`count` or the next of 8, 16, 24, ... and then of `parts` numbers to every doubling; 0 stays 0."""
+    """`count` rounded up to a multiple of 8 and, for large counts, to one of `parts` sizes a doubling; 0 is
+    0."""
     size = max(8, 2 ** ((count - 1).bit_length() - parts.bit_length()))
     return -(-count // size) * size
 
@@ -28,9 +29,10 @@ def fill_up(count: int, parts: int) -> int:
 GRAPH_BUCKETS = functools.partial(fill_up, parts=4)
 
 WHOLE = 256
-"""Positions from which on a sequence that is computed whole attends to itself, by `varlen_attention`, and
-not to the cache. Measured on an H200 with LLaDA's heads, the launch that rotates the packed keys counted in:
-256 positions take 15 us against 13 alone, 49 against 87 in a batch of 8; 512 take 24 against 47."""
+"""The least length of a sequence at which a pass over all of it attends by `varlen_attention` to its packed
+keys, and not through the cache. Measured on an H200 with LLaDA's heads, with the launch that rotates the
+packed keys: 256 positions take 15 us against 13 alone, 49 against 87 in a batch of 8; 512 take 24 against
+47."""
 
 
 class Span(NamedTuple):
@@ -46,45 +48,45 @@ class Span(NamedTuple):
 class AttentionMetadata:
     """What one forward pass computes: spans of any sequences and lengths, packed.
 
-    N tokens in the order of the spans, S spans; see `attention.kv_write` and `attention.block_attention`.
-    Rows may follow that are no tokens (at position 0, in no slot and no span), and spans without any.
+    N tokens in the order of the spans, S spans; see `ops.kv_write` and `ops.block_attention`. Padding may
+    follow: rows that are no tokens (position 0, no slot, no span), and spans without rows.
     """
 
     max_q_len: int
     max_kv_len: int
-    """At least those of any span: its rows, and the slots it sees."""
+    """Upper bounds of a span's rows, and of the slots that it sees."""
     rows: Tensor
-    """(N,) int64, each token's sequence."""
+    """(N,) int64: each token's sequence."""
     positions: Tensor
-    """(N,) int64, its position in that."""
+    """(N,) int64: each token's position in its sequence."""
     slot_mapping: Tensor
-    """(N,) int64, where its key and value go."""
+    """(N,) int64: the slot for each token's key and value."""
     q_start: Tensor
     q_end: Tensor
     kv_lens: Tensor
-    """(S,) int64: a span's rows of the packed tokens, and the slots they see."""
+    """(S,) int64 each: a span's rows [q_start, q_end) of the packed tokens, and the slots that they see."""
     block_table: Tensor
-    """(S, P) int64"""
+    """(S, P) int64: each span's pages, in the order of positions."""
     cu_seqlens: Tensor
     seqused_k: Tensor
-    """(S + 2,) and (S + 1,) int64: see `attention.varlen_attention`. Spans of whole sequences see themselves,
-    all others and the rows after the last span see nothing there; nor do whole ones see the cache: they have
-    no rows in `q_start` and `q_end`. Empty where no span is whole; where all are, the four above are."""
+    """(S + 2,) and (S + 1,) int64, see `ops.varlen_attention`, which computes the spans of whole sequences;
+    for it, other spans and padding rows see nothing. In `q_start` and `q_end` these spans have no rows, so
+    that they do not read the cache. Empty if no span is whole; if all are, the four tensors above are."""
     ancestors: Tensor | None = None
-    """(N, W) int64: which of its span's slots a token sees, see `ops.block_attention`; None where the spans
-    are no trees."""
+    """(N, W) int64: which of its span's slots a token sees, see `ops.block_attention`; None unless spans are
+    trees."""
     causal: bool = field(default=False, kw_only=True)
-    """Whether a token sees its span's slots up to its own alone."""
+    """Whether a token sees only its span's slots up to its own."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Those of the fields that are tensors, in their order."""
+        """The fields that are tensors, in their order."""
         through_cache = self.q_start, self.q_end, self.kv_lens, self.block_table
         found = self.rows, self.positions, self.slot_mapping, *through_cache, self.cu_seqlens, self.seqused_k
         return found if self.ancestors is None else (*found, self.ancestors)
 
     def to(self, device: torch.device | str) -> AttentionMetadata:
-        """The same on a device."""
+        """A copy whose tensors are on `device`."""
         moved: Any = {
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
@@ -92,7 +94,7 @@ class AttentionMetadata:
 
 
 class KVCache:
-    """Keys (after RoPE) and values in slots allotted once, in pages of page_size slots.
+    """Keys (after RoPE) and values in slots allocated once, in pages of page_size slots.
 
     Args:
         slots: (layers, 2, pages, kv_heads, page_size, head_dim), in the dtype and on the device of the
@@ -106,12 +108,12 @@ class KVCache:
         self.slots, self.rope = slots, rope
         self.block_table = torch.arange(slots.shape[2])[:, None] if block_table is None else block_table
         self.varlen = has_varlen(slots)
-        """Long spans of whole sequences attend to themselves, not to the cache. A span's own numbers alone
-        decide, so that a sequence's result depends neither on the others of its pass nor on its pages."""
+        """Whether long spans of whole sequences attend by `varlen_attention`. Only a span's own numbers
+        decide about it, so that a result depends neither on other sequences of the pass nor on pages."""
         self.changes = 0
-        """Times that pages were assigned."""
+        """How often pages were assigned."""
         self._known: dict[tuple[Any, ...], AttentionMetadata] = {}
-        """The few last ones, the least recently used first."""
+        """The results of `metadata` used last, the least recent first."""
 
     @property
     def page_size(self) -> int:
@@ -132,7 +134,7 @@ class KVCache:
         return keys, values
 
     def assign(self, row: int, pages: Sequence[int], first: int = 0) -> None:
-        """Let `pages` be those of sequence `row`, from its page number `first` on."""
+        """Set the pages of sequence `row`, from its page number `first` on."""
         self.block_table[row, first : first + len(pages)] = torch.tensor(pages, dtype=torch.int64)
         self._known.clear()
         self.changes += 1
@@ -145,22 +147,21 @@ class KVCache:
         causal: bool = False,
         parents: Sequence[Sequence[int]] | None = None,
     ) -> AttentionMetadata:
-        """The pass over `spans`, on the CPU.
+        """The metadata, on the CPU, of a pass over `spans`.
 
-        pad_to: gives the number, at least its argument, that so many rows are filled up to; with it, spans,
-            `max_q_len` and `max_kv_len` (from 256 on) become powers of two, none beyond the slots.
-            None: nothing is filled up.
-        causal: each token sees its span's slots up to its own; a span then ends where it sees to.
-        parents: instead, spans that are trees: of each token its parent's place in the span, an earlier one,
-            -1 for a root. A token takes the slot of its place, the position of its depth, and sees its
-            ancestors.
+        pad_to: maps a number of rows to the number, no smaller, that it is padded to; the number of spans,
+            `max_q_len` and `max_kv_len` (256 or more, and no more than the slots) then become powers of two.
+            None: no padding.
+        causal: each token sees its span's slots up to its own; a span's `visible` is then its `end`.
+        parents: for spans that are trees, each token's parent, as an earlier place in the span; -1 for a
+            root. A token has the slot of its place and the position of its depth, and sees its ancestors.
 
         Raises:
-            ValueError: for a span of no sequence of the cache, or beyond its slots.
+            ValueError: for a span whose sequence the cache does not have, or that exceeds its slots.
         """
         trees = None if parents is None else tuple(map(tuple, parents))
         key = (tuple(spans), pad_to, causal, trees)
-        found = self._known.pop(key, None)  # the passes over a block are alike, and those over everything
+        found = self._known.pop(key, None)  # the passes over a block have the same spans
         if found is None:
             packing = Packing()
             _, max_q_len, max_kv_len = self.put(packing, spans, pad_to, parents=parents)
@@ -178,9 +179,10 @@ class KVCache:
         *,
         parents: Sequence[Sequence[int]] | None = None,
     ) -> tuple[int, int, int]:
-        """Pack the tensors that `metadata` has, in their order. For passes that do not come again.
+        """Pack the tensors of the metadata of a pass whose spans do not come again; arguments as
+        `metadata`'s.
 
-        Returns the number of tokens, those included that fill up, `max_q_len` and `max_kv_len`.
+        Returns the number of rows, padding included, `max_q_len` and `max_kv_len`.
         """
         batch, length = self.batch, self.length
         for row, start, end, visible in spans:
@@ -197,7 +199,7 @@ class KVCache:
         total, max_q_len, max_kv_len = sum(counts), max(counts, default=0), max(seen_slots, default=0)
         bounds: list[int] = []
         seen: list[int] = []
-        through = list(spans)  # those that attend through the cache
+        through = list(spans)  # spans that attend through the cache
         whole = [self.varlen and parents is None and is_whole(span) for span in spans]
         if any(whole):
             bounds = [0, *ends]
@@ -212,12 +214,12 @@ class KVCache:
         if pad_to is not None and spans:
             more = pad_to(total) - total
             if seen:
-                max_q_len = max(max_q_len, more)  # the rows after the last span are a sequence too
+                max_q_len = max(max_q_len, more)  # for `varlen_attention` the padding is a sequence
             more_spans = _power_of_two(len(begins)) - len(begins)
             more_seen = _power_of_two(len(seen)) - len(seen)
             bounds += [total] * more_seen
             seen += [0] * more_seen
-            # They bound a launch's grid, whose blocks without work leave at once.
+            # Both only bound a launch's grid, whose blocks without work return at once.
             max_q_len = _power_of_two(max_q_len)
             max_kv_len = min(max(256, _power_of_two(max_kv_len)), length)
         if seen:
@@ -260,7 +262,7 @@ class KVCache:
         return total + more, max_q_len, max_kv_len
 
     def _put_slots(self, packing: Packing, spans: Sequence[Span], pages: Sequence[Sequence[int]]) -> None:
-        """Where the keys and values of the spans' tokens go; pages: of each span's sequence."""
+        """Pack the slot mapping of the spans' tokens. pages: each span's row of the block table."""
         size = self.page_size
         for (_, start, end, _), table in zip(spans, pages, strict=True):
             while start < end:
@@ -272,12 +274,14 @@ class KVCache:
 
 
 def is_whole(span: Span) -> bool:
-    """Whether a sequence is computed whole, and so long that it attends to itself where it can."""
+    """Whether the span is a whole sequence of at least `WHOLE` positions."""
     return span.start == 0 and span.end == span.visible >= WHOLE
 
 
 def _of_trees(trees: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
-    """The depths of N tokens of trees, and (N, W) words of their ancestors, themselves among them, signed."""
+    """The depths of the N tokens of trees, and (N, W) words of 64 bits, as int64: a bit for each place of the
+    token's span that is an ancestor of the token, or the token itself.
+    """
     depths: list[int] = []
     words: list[list[int]] = []
     width = -(-max(map(len, trees), default=0) // 64)
@@ -292,5 +296,5 @@ def _of_trees(trees: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]
 
 
 def _power_of_two(count: int) -> int:
-    """The least that is not below `count`."""
+    """The least power of two that is not below `count`; 0 for 0."""
     return 1 << (count - 1).bit_length() if count > 0 else 0

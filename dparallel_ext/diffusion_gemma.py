@@ -1,4 +1,4 @@
-"""DiffusionGemma as transformers and diffusers ship it, its samplers on one read of the logits."""
+"""DiffusionGemma as transformers and diffusers ship it, with samplers that read the logits once."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def generate(model: Any, input_ids: Tensor, *, multinomial: bool = False, **sett
         multinomial: draw the samples by `torch.multinomial`, as transformers does: the same tokens from the
             same `torch.manual_seed`, at the price of its softmax. Otherwise they are Gumbel-max samples of
             the same distribution, keyed by one number of torch's generator, sequence, position and step.
-        settings: those of `model.generate`: max_new_tokens, max_denoising_steps, t_min, t_max, ...
+        settings: arguments of `model.generate`: max_new_tokens, max_denoising_steps, t_min, t_max, ...
 
     Returns:
         What `model.generate` returns.
 
     Raises:
-        ValueError: where the model has no denoising step to replace, or one whose arguments have other names
+        ValueError: if the model has no denoising step to replace, or one whose arguments have other names
             than in the releases of transformers that this is written for; and (on a GPU when the call ends)
-            where its logits hold NaN or leave no token to choose.
+            if its logits hold NaN or leave no token to choose.
     """
     model, base = for_decoding(model), unwrap(model)
     if not hasattr(base, "_denoising_step"):
@@ -67,7 +67,7 @@ def generate(model: Any, input_ids: Tensor, *, multinomial: bool = False, **sett
 
 
 def run_pipeline(pipeline: Any, *, multinomial: bool = False, **settings: Any) -> Any:
-    """`pipeline(**settings)` of diffusers' DiffusionGemmaPipeline, its scheduler on one read of the logits.
+    """`pipeline(**settings)` of diffusers' DiffusionGemmaPipeline, with a scheduler that reads logits once.
 
     `EntropyBoundScheduler` reads a step's logits (B, C, V) for the samples and once more for the entropies;
     `BlockRefinementScheduler` and `DiscreteDDIMScheduler` read them for the probabilities and for the argmax
@@ -81,14 +81,14 @@ def run_pipeline(pipeline: Any, *, multinomial: bool = False, **settings: Any) -
         multinomial: draw the samples by `torch.multinomial`, as diffusers does: the same tokens from the same
             generator. Otherwise they are Gumbel-max samples of the same distribution, keyed by one number of
             the generator, sequence, position and step.
-        settings: those of the pipeline: prompt, gen_length, num_inference_steps, generator, ...
+        settings: arguments of the pipeline: prompt, gen_length, num_inference_steps, generator, ...
 
     Returns:
         What the pipeline returns.
 
     Raises:
-        ValueError: where the pipeline has none of the three schedulers, and (on a GPU when the call ends)
-            where its logits hold NaN or leave no token to choose.
+        ValueError: if the pipeline has none of the three schedulers, and (on a GPU when the call ends) if its
+            logits hold NaN or leave no token to choose.
     """
     scheduler = getattr(pipeline, "scheduler", None)
     kind = type(scheduler)
@@ -112,7 +112,7 @@ def run_pipeline(pipeline: Any, *, multinomial: bool = False, **settings: Any) -
 
 @contextmanager
 def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Within it, the object's method is `function`."""
+    """A context in which the method `name` of `owner` is `function`."""
     setattr(owner, name, function)
     try:
         yield
@@ -121,7 +121,7 @@ def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[N
 
 
 def _drawn(logits: Tensor, seed: int, step: int, position: Tensor, temperature: float = 1.0) -> RowStats:
-    """Statistics of logits (B, C, V) with Gumbel-max samples; `position`: what broadcasts to (B, C)."""
+    """Statistics of logits (B, C, V) with Gumbel-max samples; `position` broadcasts to (B, C)."""
     batch, length = logits.shape[:2]
     return row_stats(
         logits,
@@ -164,7 +164,9 @@ def denoising_step(
     diffusion_stopping_criteria: Any,
     **more: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The next canvas (B, C), the argmax, the logits (B, C, V) to condition on, and which have finished."""
+    """The next canvas (B, C), the argmax (B, C), the logits (B, C, V) to condition on, and (B,) bool: whether
+    each sequence has finished.
+    """
     torch.compiler.cudagraph_mark_step_begin()
     raw = decoder_forward(
         decoder_input_ids=current_canvas,
@@ -173,7 +175,7 @@ def denoising_step(
         decoder_position_ids=decoder_position_ids,
         **more,  # the cache among them, by whatever name
     ).logits
-    # A tensor, as in transformers: so the temperature is rounded to float32 in the same place.
+    # A tensor, as in transformers, so that the temperature is rounded to float32 at the same point.
     step = torch.tensor(cur_step, dtype=torch.int32, device=raw.device)
     logits = logits_processor(input_ids, raw, cur_step=step)  # (B, C, V)
     batch = len(current_canvas)
@@ -197,7 +199,7 @@ def denoising_step(
 
 
 def _stops(criteria: Any, argmax: Tensor, entropy: Tensor) -> Tensor:
-    """(B,) bool: the argmax (B, C) is that of the last steps, and the mean entropy is below the threshold."""
+    """(B,) bool: the argmax (B, C) is as in the last steps, and the mean entropy is below the threshold."""
     history = criteria.argmax_canvas_history  # (steps, B, C), None as a canvas begins
     if history is None:
         history = argmax.new_full((criteria.stability_threshold, *argmax.shape), -1)
@@ -211,7 +213,7 @@ OUR_ARGUMENTS = [
     for name, parameter in inspect.signature(denoising_step).parameters.items()
     if parameter.kind is parameter.KEYWORD_ONLY
 ]
-"""What `denoising_step` has to know of its arguments; it passes on the others, whatever they are called."""
+"""The arguments that `denoising_step` uses by name; it passes on all others."""
 
 
 # --- diffusers' schedulers ----------------------------------------------------------------------
@@ -230,14 +232,16 @@ def _entropy_bound_step(
     generator: torch.Generator | None = None,
     return_dict: bool = True,
 ) -> Any:
-    """EntropyBoundScheduler.step: lowest entropies within the bound keep their samples, the rest is noise."""
+    """EntropyBoundScheduler.step: the lowest entropies within the bound keep their samples, the rest becomes
+    noise.
+    """
     config, steps = scheduler.config, scheduler.num_inference_steps
     temperature = config.t_min + (config.t_max - config.t_min) * ((steps - int(timestep)) / steps)
     logits = model_output / temperature  # (B, C, V)
     if seed is None:
         stats = row_stats(logits)
         drawn = _multinomial(logits, generator)
-        # The logits of what was drawn are all that is read again.
+        # Only the logits of the drawn tokens are read again.
         sure = (logits.gather(-1, drawn[..., None])[..., 0].float() - stats.lse).exp()
     else:
         stats = _drawn(logits, seed, next(count), torch.arange(sample.shape[1], device=sample.device))
@@ -264,8 +268,8 @@ def _sample_from_logits(
 ) -> tuple[Tensor, Tensor]:
     """(B, C) tokens and their probabilities, for schedulers that choose by these.
 
-    `more` is what BlockRefinementScheduler alone gives: use_multinomial, top_k and top_p. Its probabilities
-    are those at the temperature, DiscreteDDIMScheduler's those of the model.
+    Only BlockRefinementScheduler passes `more`: use_multinomial, top_k and top_p. Its probabilities are those
+    at the temperature; DiscreteDDIMScheduler's are the model's.
     """
     if 0 <= temperature < COLDEST or not more.get("use_multinomial", True):
         stats = row_stats(logits)
@@ -283,4 +287,4 @@ SCHEDULERS: dict[str, tuple[str, Callable[..., Any]]] = {
     "BlockRefinementScheduler": ("_sample_from_logits", _sample_from_logits),
     "DiscreteDDIMScheduler": ("_sample_from_logits", _sample_from_logits),
 }
-"""The schedulers of diffusers' DiffusionGemmaPipeline: the method that is replaced, and by what."""
+"""Schedulers of diffusers' DiffusionGemmaPipeline -> the method to replace, and its replacement."""

@@ -1,7 +1,7 @@
-"""What is costly to make, kept beside a model for whoever needs the like next.
+"""A store of costly objects beside a model, for the next call that needs the same.
 
-`decode` and `speculate` keep here what their recorded passes work on. What is kept may not refer to the
-model: it is freed with it, and when the model moves or is trained.
+`decode` and `speculate` keep the workspaces of their recorded passes here. An object is freed with the model,
+and when the model moves or is trained; so it must not refer to the model.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 
 LIMIT = 4
 BYTES = 2**30
-"""How much is kept for one model; beyond it what was not used for longest is dropped."""
+"""The most objects and bytes kept for one model; beyond them the least recently used is dropped."""
 
 _lock = threading.Lock()
 _of_model: weakref.WeakKeyDictionary[Any, list[tuple[Hashable, Any, int]]] = weakref.WeakKeyDictionary()
-"""For each model: what is kept under which key, and its bytes; the least recently used first."""
+"""Model -> (key, object, bytes), the least recently used first."""
 
 atexit.register(_of_model.clear)  # while the device still answers
 
 
 def take(model: Any, key: Hashable) -> Any | None:
-    """What was given last under `key`, from now on the caller's alone; None where there is nothing."""
+    """Take out the object that was given last under `key`; None if there is none."""
     with _lock:
         things = _of_model.get(model, [])
         for at in reversed(range(len(things))):
@@ -35,7 +35,7 @@ def take(model: Any, key: Hashable) -> Any | None:
 
 def give(model: Any, key: Hashable, thing: Any, size: int) -> None:
     """Keep `thing`, of `size` bytes, until somebody takes it."""
-    dropped = []  # freed when the lock is open again
+    dropped = []  # freed after the lock is released
     with _lock:
         things = _of_model.setdefault(model, [])
         things.append((key, thing, size))
@@ -44,7 +44,7 @@ def give(model: Any, key: Hashable, thing: Any, size: int) -> None:
 
 
 def drop(model: Any) -> None:
-    """Free what is kept for the model."""
+    """Free all objects kept for the model."""
     with _lock:
         dropped = _of_model.pop(model, None)
     del dropped

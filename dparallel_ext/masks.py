@@ -13,15 +13,15 @@ class MaskedPair(NamedTuple):
     """A state and its complement: each token of the active block is masked in one of the two."""
 
     input_ids: Tensor
-    """(B, T) int64: what the model is given."""
+    """(B, T) int64: the model's input."""
     active: Tensor
-    """(B, T) bool: the masked tokens of the active block, those the loss is of."""
+    """(B, T) bool: the masked tokens of the active block, over which the loss is taken."""
     reverse_input_ids: Tensor
-    """(B, T) int64: the same with the complementary mask in the block."""
+    """(B, T) int64: the input with the complementary mask in the block."""
     reverse_active: Tensor
-    """(B, T) bool."""
+    """(B, T) bool: the masked tokens of the active block in `reverse_input_ids`."""
     block: Tensor
-    """(B,) int64: the active block's number, -1 where a row has no response."""
+    """(B,) int64: the active block's number, -1 for a row without a response."""
 
 
 def semi_autoregressive_masks(
@@ -35,26 +35,30 @@ def semi_autoregressive_masks(
     eps: float = 1e-3,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> MaskedPair:
-    """Per row: the prompt and earlier blocks clean, one random block partly masked, later ones masked.
+    """Mask each row for training: its prompt and earlier blocks stay, one random block is partly masked,
+    later blocks are masked (dParallel, arXiv 2509.26488).
 
-    The block is uniform among those of the row's response, the last of which may be short; a token in it is
-    masked with probability (1 - eps) mask_ratio + eps. Every row draws its own block and mask. (The
-    published loop writes each row's mask over all rows, so it is right at batch size 1 alone.)
+    The block is drawn uniformly from the blocks of the row's response, the last of which may be short; each
+    of its tokens is masked with probability (1 - eps) mask_ratio + eps. Every row draws its own block and
+    mask. (The published loop writes each row's mask over all rows, so it is right at batch size 1 alone.)
 
-    Responses padded with EOS to a common length are taken as they are, as published: EOS is part of the
-    response and learned. To leave padding out, give `lengths`.
+    As published, EOS that pads responses to a common length is part of the response and learned. To leave
+    padding out, give `lengths`.
 
     Args:
         input_ids: (B, T) int64, prompts and responses.
-        prompt_lengths: (B,) int64.
-        mask_id: the token that masks.
-        block_length: tokens of a block, from the end of the prompt on; None: the whole response is one
+        prompt_lengths: (B,) int64: the column where each row's response begins.
+        mask_id: the mask token.
+        block_length: tokens of a block, from the end of the prompt on; None: the whole response is one block
             (Dream as published).
         mask_ratio: a number or (B,), in [0, 1].
-        lengths: (B,) int64, where each row's response ends; default T. What lies beyond stays as it is.
-        eps: as above.
-        generator: of the random numbers, on any device; default torch's. Or one for each row: then a row's
-            block and mask are those of its own generator, whatever shares the batch and however it is padded.
+        lengths: (B,) int64: the column where each row's response ends; default T. Columns beyond it stay.
+        eps: see above, in [0, 1].
+        generator: makes the random numbers, on any device; default: torch's. With one generator for each row,
+            a row's block and mask depend neither on the other rows nor on padding.
+
+    Returns:
+        MaskedPair.
 
     Raises:
         ValueError: naming the argument that does not fit.

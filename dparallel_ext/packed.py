@@ -1,4 +1,4 @@
-"""Tensors of whole numbers in one, so that a single copy brings all that a pass needs to the device."""
+"""Packs int64 tensors into one, so that a single copy brings all that a pass needs to the device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 Shapes = tuple[tuple[int, ...], ...]
 
 COUNTING = array("q", range(2**16))
-"""The numbers of which `Packing.ascending` copies a slice."""
+"""The numbers that `Packing.ascending` copies slices of."""
 
 
 def pack(tensors: Iterable[Tensor]) -> tuple[Tensor, Shapes]:
@@ -22,30 +22,30 @@ def pack(tensors: Iterable[Tensor]) -> tuple[Tensor, Shapes]:
 
 
 def unpack(numbers: Tensor, shapes: Shapes) -> list[Tensor]:
-    """The tensors that `pack` was given, as views of its `numbers` or of a copy."""
+    """The tensors of these shapes, as views of the packed `numbers` (n,)."""
     parts = numbers.split([math.prod(shape) for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class Packing:
-    """What `pack` returns, number by number: a pass has many short tensors, and each operator of torch costs
-    as much as a hundred numbers do here. `close` ends a tensor.
+    """Packs tensors number by number: a pass has many short tensors, and each torch operator costs as much as
+    a hundred numbers do here. `close` ends a tensor.
     """
 
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []
         self._parts: list[Tensor] = []
         self._last = array("q")
-        """The numbers after the last of `_parts`."""
+        """Numbers that come after the last of `_parts`."""
 
     def add(self, numbers: Iterable[int]) -> None:
         self._last += array("q", numbers if isinstance(numbers, list) else list(numbers))
 
     def ascending(self, start: int, end: int) -> None:
-        """start, start + 1, ..., end - 1"""
+        """Add start, start + 1, ..., end - 1."""
         if start >= 0 and end <= len(COUNTING):
             self._last += COUNTING[start:end]
-        elif end - start < 128:  # beyond, torch makes it faster than Python
+        elif end - start < 128:  # torch is faster for more
             self.add(range(start, end))
         else:
             self._append(torch.arange(start, end))
@@ -54,21 +54,21 @@ class Packing:
         self._last += array("q", (number,)) * count
 
     def floats(self, numbers: Sequence[float]) -> None:
-        """float32, two in each int64, the last with a zero if it is alone; `view(torch.float32)` has them."""
+        """Add float32 numbers, two in each int64, padded with a zero; read them by `view(torch.float32)`."""
         self._last.frombytes(array("f", [*numbers, *[0.0] * (len(numbers) % 2)]).tobytes())
 
     def close(self, *shape: int) -> None:
-        """What was added since the last tensor is one of this shape."""
+        """Make a tensor of this shape of the numbers added since the last one."""
         self.shapes.append(shape)
 
     def tensors(self, tensors: Iterable[Tensor]) -> None:
-        """int64 tensors, each with its shape."""
+        """Add int64 tensors, each with its shape."""
         for tensor in tensors:
             self._append(tensor.reshape(-1))
             self.shapes.append(tuple(tensor.shape))
 
     def pack(self) -> tuple[Tensor, Shapes]:
-        """(n,) int64 of all, and the shapes."""
+        """All tensors in one (n,) int64, and their shapes."""
         self._append(torch.empty(0, dtype=torch.int64))
         return torch.cat(self._parts), tuple(self.shapes)
 

@@ -1,8 +1,8 @@
-"""Unmasking policies as data: one float32 row per sequence, so that one launch serves a mixed batch.
+"""Unmasking policies as data: one float32 row per window, so that one launch serves a mixed batch.
 
-Every rule commits a prefix of the masked positions of the active window, sorted by the rule's score
-(best first, ties to the lowest position). The rule gives the length of the prefix, `min_commit` and
-`max_commit` bound it. With a `min_commit` of 0 a window need not move; else at least one position commits.
+Every rule sorts the masked positions of a window by its score (best first, ties to the lowest position) and
+commits a prefix. The rule decides the length of the prefix, `min_commit` and `max_commit` bound it. With a
+`min_commit` of 0 a pass may commit nothing in a window; else it commits at least one position.
 
 ============== ========================================================= =====================
 selector       commits                                                   threshold
@@ -35,9 +35,9 @@ class Line(NamedTuple):
     """A line of the table above."""
 
     id: int
-    """In csrc/include/dparallel/policy.h."""
+    """The selector's id, as in csrc/include/dparallel/policy.h."""
     score: str | None
-    """What it sorts by; None: `score` says."""
+    """The statistic that it sorts by; None: the row's `score`."""
     commits: str
     parameter: str
     low: float
@@ -49,7 +49,7 @@ class Line(NamedTuple):
 
     @property
     def expected(self) -> str:
-        """What its threshold has to be."""
+        """What its threshold has to be, for error texts."""
         kind = "a whole number" if self.whole else "a number"
         above = f" and <= {self.high:g}" if math.isfinite(self.high) else ""
         return f"{kind} >= {self.low:g}{above} ({self.commits})"
@@ -77,15 +77,15 @@ BOUNDS = {
     "max_commit": (1, math.inf),
     "score": (0, len(SCORES) - 1),
 }
-"""Of whole numbers, both allowed; of the threshold its rule has them. So also in
-csrc/include/dparallel/policy.h, for rows that come past this module."""
+"""Bounds of the whole numbers, both allowed; a threshold's bounds are in `RULES`. The same in
+csrc/include/dparallel/policy.h, for rows that this module has not checked."""
 
 Name: TypeAlias = str | Sequence[str]
 Number: TypeAlias = float | Sequence[float] | Tensor
 
 
 def _one_step(value: float, towards: float) -> float:
-    """The next float32; so far a threshold moves where a published decoder commits beyond it, not at it."""
+    """The next float32. A threshold moves by it where a published decoder compares strictly."""
     return torch.nextafter(torch.tensor(value), torch.tensor(towards)).item()
 
 
@@ -111,10 +111,10 @@ def make(
 ) -> Tensor:
     """Policy rows (batch, 5) float32: selector, threshold, min_commit, max_commit, score.
 
-    Each argument is one value or one per sequence. `threshold` is the rule's parameter (see the table
-    above): a probability or a difference of two in [0, 1], nats >= 0, a factor >= 0, or a whole number >= 1.
-    `min_commit` is a whole number from 0 to `MOST`, `max_commit` None is no limit; `score`, what `quota`
-    ranks by, defaults to confidence.
+    Each argument is one value or one per row. `threshold` is the rule's parameter (see the table above): a
+    probability or a difference of two in [0, 1], nats >= 0, a factor >= 0, or a whole number >= 1.
+    `min_commit` is a whole number from 0 to `MOST`; `max_commit` None is no limit; `score` is the statistic
+    that `quota` ranks by, by default confidence.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -141,9 +141,10 @@ def make(
 
 
 def check(policy: Tensor, batch: int, *, values: bool = True) -> None:
-    """Raise ValueError unless `policy` is (batch, 5) float32 rows that a kernel can follow.
+    """Raise ValueError unless `policy` is (batch, 5) float32 with numbers that a kernel can follow; TypeError
+    unless it is a tensor.
 
-    values: look at the numbers too, where they are on the host.
+    values: check the numbers too, if they are on the CPU.
     """
     if not isinstance(policy, Tensor):
         raise TypeError(f"policy: expected a Tensor (B, {len(FIELDS)}), got {type(policy).__name__}")
@@ -152,15 +153,15 @@ def check(policy: Tensor, batch: int, *, values: bool = True) -> None:
             f"policy: expected float32 ({batch}, {len(FIELDS)}) {FIELDS}, "
             f"got {policy.dtype} {tuple(policy.shape)}"
         )
-    # Reading values back from a device would stall it, and there are none while tracing.
+    # Reading values from a device would stall it, and there are no values while tracing.
     if values and policy.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_rows(policy.tolist())
 
 
 def in_force(row: Sequence[float]) -> tuple[float, ...]:
-    """A row of `FIELDS` as the kernels read it where nobody has checked it, on a GPU: each number within its
-    `BOUNDS`, NaN the least, and the score that of the rule. The threshold stays: no key passes NaN, so that
-    as many commit as `min_commit` demands."""
+    """A row of `FIELDS` as kernels on a GPU read it, where nobody has checked it: each number is clamped to
+    its `BOUNDS`, NaN to the lower, and the score is the rule's. The threshold stays: no position passes NaN,
+    so `min_commit` positions commit."""
     found = dict(zip(FIELDS, row, strict=True))
     for name, (low, high) in BOUNDS.items():
         value = found[name]
@@ -171,25 +172,25 @@ def in_force(row: Sequence[float]) -> tuple[float, ...]:
 
 
 def most(row: Sequence[float]) -> float:
-    """The most positions that a pass commits by a row of `FIELDS`."""
+    """The most positions that a pass commits in a window by a row of `FIELDS`."""
     selector, threshold, low, high, _ = row
     return max(low, min(high, threshold if selector == SELECTORS["quota"] else math.inf))
 
 
 def least(row: Sequence[float]) -> float:
-    """The fewest positions, of as many masks, that a pass commits by a row of `FIELDS`."""
+    """The fewest positions that a pass commits by a row of `FIELDS`, in a window with enough masks."""
     return most(row) if row[0] == SELECTORS["quota"] else max(1.0, row[2])
 
 
 def score_of(row: Sequence[float]) -> str:
-    """The name of what a row of `FIELDS` ranks by."""
+    """The name of the statistic that a row of `FIELDS` ranks by."""
     own = _BY_ID[row[0]][2].score
     return own or next(name for name, number in SCORES.items() if number == row[4])
 
 
 def _check_rows(rows: Iterable[Sequence[float]]) -> None:
-    for sequence, (selector, threshold, low, high, score) in enumerate(rows):
-        least, most, rule = _BY_ID.get(selector, _BY_ID[0])  # an unknown selector is named first
+    for row, (selector, threshold, low, high, score) in enumerate(rows):
+        least, most, rule = _BY_ID.get(selector, _BY_ID[0])  # the first check below names an unknown selector
         fits = least <= threshold <= most and (not rule.whole or _is_whole(threshold))
         for name, value, ok, expected in (
             ("selector", selector, selector in _BY_ID, f"ids 0..{len(RULES) - 1} of {list(RULES)}"),
@@ -200,7 +201,7 @@ def _check_rows(rows: Iterable[Sequence[float]]) -> None:
             ("score", score, _within(score, "score"), f"ids 0..{len(SCORES) - 1} of {list(SCORES)}"),
         ):
             if not ok:
-                raise ValueError(f"{name}: expected {expected}, got {value:g} for sequence {sequence}")
+                raise ValueError(f"{name}: expected {expected}, got {value:g} in policy row {row}")
 
 
 def _within(value: float, field: str) -> bool:

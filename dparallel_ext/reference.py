@@ -1,6 +1,6 @@
-"""Pure-torch float64 twins of the compiled ops: what they compute, written to be read.
+"""Pure-torch float64 references of the compiled ops, written to be read.
 
-Tests hold every kernel to these; they are slow and allocate freely.
+Tests compare every kernel with them; they are slow and allocate freely.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def row_stats(
         gathered = z.gather(1, own).float().reshape(*shape, ids.shape[-1])
     if suppress is not None:
         z[:, torch.as_tensor(suppress, dtype=torch.long)] = -math.inf
-    open_ = z.clone()  # what may be chosen
+    open_ = z.clone()  # ids that may be chosen
     if mask_id is not None:
         open_[:, mask_id] = -math.inf
     bad = z.isnan().any(1) | (open_ == -math.inf).all(1)
@@ -101,7 +101,7 @@ def row_topk(
     suppress: Tensor | list[int] | None = None,
 ) -> RowTopK:
     """See `dparallel_ext.row_topk`."""
-    shape = row_stats(logits, rows=rows, mask_id=mask_id, suppress=suppress).token.shape  # refuses bad rows
+    shape = row_stats(logits, rows=rows, mask_id=mask_id, suppress=suppress).token.shape  # or an error
     z = logits.reshape(-1, logits.shape[-1])
     z = (z if rows is None else z[rows]).double().clamp(max=_LARGEST)
     if suppress is not None:
@@ -112,14 +112,14 @@ def row_topk(
     order = z.argsort(dim=1, descending=True, stable=True)[:, :k]  # ties to the lowest id
     none = z.gather(1, order) == -math.inf
     token, logprob = order.masked_fill(none, -1), logprob.gather(1, order).masked_fill(none, -math.inf)
-    short = (0, k - order.shape[1])  # of a vocabulary of fewer than k
+    short = (0, k - order.shape[1])  # a vocabulary may have fewer than k ids
     token, logprob = F.pad(token, short, value=-1), F.pad(logprob, short, value=-math.inf)
     return RowTopK(token.view(*shape, k), logprob.float().view(*shape, k))
 
 
 def nucleus(logits: Tensor, top_p: float | None, top_k: int | None) -> Tensor:
-    """bool like logits (N, V): the most probable ids, ties to the lowest id, at most top_k of them, before
-    each of which at most top_p of the probability comes."""
+    """(N, V) bool: whether an id of logits (N, V) may be sampled. It may if it is among the top_k most
+    probable ids (ties to the lowest id), and those more probable have at most top_p of the probability."""
     order = logits.argsort(dim=1, descending=True, stable=True)
     p = logits.softmax(1).gather(1, order)
     kept = torch.ones_like(p, dtype=torch.bool)
@@ -164,7 +164,7 @@ def select(confidence: Tensor, margin: Tensor, entropy: Tensor, eligible: Tensor
     commit = torch.zeros_like(eligible)
     for b, (selector, threshold, low, high, score) in enumerate(map(policies.in_force, policy.tolist())):
         by_score = (confidence, -entropy, margin)[int(score)][b]
-        where = (eligible[b] & ~by_score.isnan()).nonzero()[:, 0]  # NaN has no place in an order
+        where = (eligible[b] & ~by_score.isnan()).nonzero()[:, 0]  # NaN cannot be ordered
         masked = len(where)
         if masked == 0:
             continue
@@ -312,7 +312,7 @@ def accept(
     keys: Tensor | None = None,
     max_q_len: int | None = None,
 ) -> AcceptOutput:
-    """See `dparallel_ext.accept`; a bad row has no statistics, as one that is not read."""
+    """See `dparallel_ext.accept`; a bad row has no statistics, like a row that is not read."""
     here, rows, lanes = logits.device, len(logits), len(q_start)
     most = torch.as_tensor(rows if room is None else room).expand(lanes).tolist()
     spans = [range(a, b) for a, b in zip(q_start.tolist(), q_end.tolist(), strict=True)]
@@ -321,7 +321,7 @@ def accept(
         for i, r in enumerate(span):
             if parents[r] not in (range(i) if i else (-1,)):
                 raise ValueError(f"parent: expected an earlier row, got {parents[r]} at row {i} of lane {b}")
-    open_ = logits.clone()  # (N, V) what may be chosen
+    open_ = logits.clone()  # (N, V) ids that may be chosen
     if suppress is not None:
         open_[:, torch.as_tensor(suppress, dtype=torch.long)] = -math.inf
     nan = open_.isnan().any(1)

@@ -427,7 +427,7 @@ def test_a_diffusion_model_guesses_what_the_next_passes_commit() -> None:
     assert guessed["response"] == plain["response"]
     assert guessed["forwards"] <= plain["forwards"] * 2 / 3
     refused = run("decode", PROMPT, "--draft-size", 4, code=2)
-    assert "draft_size: belongs to a fixed number of tokens a pass" in refused
+    assert "draft_size: needs a fixed number of tokens a pass" in refused
 
 
 def test_an_autoregressive_model_with_and_without_a_drafter(tmp_path: Path) -> None:
@@ -444,7 +444,7 @@ def test_an_autoregressive_model_with_and_without_a_drafter(tmp_path: Path) -> N
     table, file = tmp_path / "table.md", tmp_path / "rows.json"
     options = ("--problems", 12, "--json", file, "--markdown", table, "--report", "--resume")
     text = run("evaluate", *model, "--drafter", "plain", "--drafter", "builtin:dflash", *options)
-    assert "texts as plain decoding gives them: 12 of 12" in text
+    assert "texts equal to plain decoding's: 12 of 12" in text
     assert "| causal | `builtin:dflash` | 12 |" in table.read_text()
     known = file.read_text()
     run("evaluate", *model, "--drafter", "plain", "--drafter", "builtin:dflash", *options)

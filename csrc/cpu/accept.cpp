@@ -10,9 +10,10 @@
 namespace dparallel::cpu {
 namespace {
 
-// choices [rows of the lane].
-void settle(const AcceptArgs& args, int64_t lane, int64_t first,
-            const std::vector<int32_t>& choices) {
+// Walks one lane's tree and writes its results. first: the lane's first row. choices [rows of the
+// lane].
+void accept_lane(const AcceptArgs& args, int64_t lane, int64_t first,
+                 const std::vector<int32_t>& choices) {
   const auto count = static_cast<int32_t>(choices.size());
   int64_t* path = args.path + lane * args.max_q_len;
   int64_t* tokens = args.tokens + lane * args.max_q_len;
@@ -77,7 +78,7 @@ void accept(const AcceptArgs& args, Parallel parallel) {
     std::vector<int32_t> choices;
     for (int64_t i = 0; i < own.count; ++i, ++answer)
       choices.push_back(choice_of(answer->error, answer->result.sample));
-    settle(args, lane, own.first, choices);
+    accept_lane(args, lane, own.first, choices);
   }
 }
 

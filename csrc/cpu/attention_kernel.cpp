@@ -1,4 +1,4 @@
-// Compiled once per instruction set, as row_kernel.cpp is.
+// Compiled once per instruction set, as row_kernel.cpp is (see simd.h).
 #include "attention_kernel.h"
 
 #include <algorithm>
@@ -10,7 +10,7 @@ namespace dparallel::cpu::DPARALLEL_SIMD {
 namespace {
 
 // C [rows, columns] += A [rows, depth] B [depth, columns], all row-major. A block of kRows by
-// kVectors vectors of C stays in registers while the depth goes by.
+// kVectors vectors of C stays in registers for the whole depth.
 constexpr int kRows = kLanes == 16 ? 6 : 4;
 constexpr int kVectors = kLanes == 16 ? 4 : 2;
 
@@ -71,7 +71,7 @@ inline F widen_in_order(const typename T::Storage* p) {
   }
 }
 
-// [count] stored numbers, as float32, zeros up to a whole vector.
+// Converts `count` stored numbers to float32, followed by zeros up to a whole vector.
 template <class T>
 inline void widen_row(const typename T::Storage* in, int64_t count, float* out) {
   int64_t i = 0;
@@ -102,7 +102,7 @@ inline Pair interleave(F a, F b) {
 #endif
 }
 
-// Rows of kLanes floats become columns: interleaving halves log2(kLanes) times is a transposition.
+// Transposes kLanes rows of kLanes floats: log2(kLanes) times, the two halves are interleaved.
 inline void transpose_square(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
   F v[kLanes], w[kLanes];
   for (int i = 0; i < kLanes; ++i) v[i] = load<F>(in + i * in_stride);
@@ -117,7 +117,7 @@ inline void transpose_square(const float* in, int64_t in_stride, float* out, int
   for (int i = 0; i < kLanes; ++i) std::memcpy(out + i * out_stride, &v[i], sizeof(F));
 }
 
-constexpr int64_t kKeys = 64;  // of a step: its scores, keys and values stay in the L2 cache
+constexpr int64_t kKeys = 64;  // slots of a step: scores, keys and values stay in the L2 cache
 
 int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
@@ -128,7 +128,8 @@ struct Softmax {
   float* out;
 };
 
-// Exponentials take the place of `count` scores, with room up to a whole vector.
+// Replaces `count` scores (with room up to a whole vector) by their exponentials, relative to the
+// row's largest score, and updates the row's softmax.
 inline void soften(float* s, int64_t count, int64_t wide, const Softmax& row) {
   const int64_t lanes = padded(count);
   for (int64_t j = count; j < lanes; ++j) s[j] = -kInfinity;
@@ -156,11 +157,13 @@ inline void soften(float* s, int64_t count, int64_t wide, const Softmax& row) {
   row.sum += reduce_add(part);
 }
 
+// A run of slots, counted from the first slot of the step.
 struct Run {
-  int64_t first, count;  // of the slots of a step
+  int64_t first, count;
 };
 
-// The slots among [start, start + count) that query row `row` of the tile sees, in order.
+// Writes the runs of slots among [start, start + count) that query row `row` of the tile sees, in
+// order; returns their number.
 inline int64_t runs_of(const BlockAttentionArgs& args, const AttentionTile& tile, int64_t row,
                        int64_t start, int64_t count, Run* runs) {
   const int64_t before = std::clamp<int64_t>(tile.base - start, 0, count);
@@ -232,8 +235,8 @@ void attend(const BlockAttentionArgs& args, const AttentionTile& tile, float* sc
       multiply(scores, values, out, rows, wide, count);
       continue;
     }
-    // What a row does not see is as if it were not there: its scores close up, its values are not
-    // touched (0 * NaN would be seen).
+    // Slots that a row does not see are skipped: the scores of the others are moved together, and
+    // values of skipped slots are not read (0 * NaN would be NaN).
     for (int64_t r = 0; r < rows; ++r) {
       float* s = scores.row(r);
       Run runs[kKeys];
@@ -254,7 +257,7 @@ void attend(const BlockAttentionArgs& args, const AttentionTile& tile, float* sc
     const int64_t head = tile.head * tile.group + r % tile.group;
     auto* to = static_cast<Storage*>(args.out) +
                ((tile.first + r / tile.group) * args.q_heads + head) * dim;
-    const float inverse = sum[r] != 0.0f ? 1.0f / sum[r] : 0.0f;  // 0: it saw nothing
+    const float inverse = sum[r] != 0.0f ? 1.0f / sum[r] : 0.0f;  // sum 0: the row sees nothing
     for (int64_t d = 0; d < dim; ++d) {
       const float value = out.row(r)[d] * inverse;
       if constexpr (std::is_same_v<T, Float32>) to[d] = value;

@@ -11,16 +11,16 @@ namespace dparallel::cpu {
 struct AttentionTile {
   int64_t first, rows;  // rows = query rows * group, at most kTileRows
   int64_t head, group;
-  int64_t length;        // slots [0, length) are visible: to all rows, or see `base`
+  int64_t length;        // slots [0, length) are visible, to all rows or as `base` says
   const int64_t* pages;  // [table_width]
-  // Slots [0, base) are visible to every row; of those from base on, query row i of the segment
-  // sees what BlockAttentionArgs says. `offset`: the segment's row that is the tile's first.
+  // Slots [0, base) are visible to every row; which of the others a row sees, BlockAttentionArgs
+  // says. `offset`: the number, within the segment, of the tile's first query row.
   int64_t base, offset;
 };
 
 constexpr int64_t kTileRows = 64;
 
-// Floats of scratch that a tile needs.
+// The number of floats of scratch that a tile needs.
 int64_t attention_scratch(int64_t head_dim);
 
 struct AttentionKernel {

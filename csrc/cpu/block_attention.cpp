@@ -10,8 +10,8 @@
 
 namespace dparallel::cpu {
 
-// Query, output, keys, keys transposed and values of a tile, scores, maximum and sum of each row;
-// 16 is the widest vector's length.
+// Room for a tile's query, output, keys, transposed keys, values and scores, and the maximum and
+// the sum of each row; 16 is the widest vector's length.
 int64_t attention_scratch(int64_t head_dim) {
   const int64_t wide = (head_dim + 15) / 16 * 16;
   return kTileRows * (5 * wide + kTileRows + 2);
@@ -22,14 +22,15 @@ void block_attention(const BlockAttentionArgs& args, Parallel parallel) {
   const int64_t size = args.dtype == DType::float32 ? 4 : 2;
   std::memset(args.out, 0, args.count * args.q_heads * args.k_layout.head_dim * size);
   const int64_t step = std::max<int64_t>(1, kTileRows / group);  // query rows of a tile
-  // A segment's tiles count from its own first row, so that its result depends on nothing else.
+  // A segment's tiles begin at its own first row, so that its result depends on no other segment.
   std::vector<AttentionTile> tiles;
   for (int64_t s = 0; s < args.segments; ++s) {
     const int64_t queries = args.q_end[s] - args.q_start[s], length = args.kv_lens[s];
     const int64_t base = args.restricted() ? length - queries : length;
     for (int64_t offset = 0; offset < queries; offset += step) {
       const int64_t rows = std::min(step, queries - offset);
-      const int64_t seen = args.causal ? base + offset + rows : length;  // by the tile's last row
+      // The slots that the tile's last row sees.
+      const int64_t seen = args.causal ? base + offset + rows : length;
       for (int64_t head = 0; head < heads; ++head)
         tiles.push_back({args.q_start[s] + offset, rows * group, head, group, seen,
                          args.block_table + s * args.table_width, base, offset});

@@ -12,7 +12,7 @@
 namespace dparallel::cpu {
 namespace {
 
-// R: float or double, the kind of the results.
+// R: float or double, the type of the results.
 template <class R>
 void forward(const LossArgs& args, Parallel parallel) {
   const DType dtype = args.logits.dtype;
@@ -33,7 +33,7 @@ void forward(const LossArgs& args, Parallel parallel) {
       const auto* z = static_cast<const double*>(row);
       for (int64_t id = begin; id < end; ++id) {
         if (z[id] > part.max) {
-          part.give_way(z[id], inverse);
+          part.rebase(z[id], inverse);
           part.token = static_cast<int32_t>(id);
           continue;
         }
@@ -96,7 +96,7 @@ void backward(const LossBackwardArgs& args, Parallel parallel) {
     }
     const LossGradient<R> gradient(static_cast<const R*>(args.saved) + row * kLossSaved, grad_nll,
                                    grad_entropy, inverse);
-    // Read before `out` is written, which may be the logits' own memory.
+    // Read the label's logit before writing `out`, which may be the logits' own memory.
     const bool here = label >= begin && label < end;
     const R own = here ? static_cast<R>(logit_at(z, dtype, label)) : R(0);
     if constexpr (sizeof(R) == 4) {

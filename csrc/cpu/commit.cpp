@@ -1,4 +1,4 @@
-// commit on the CPU: write the tokens, then look at every window.
+// commit on the CPU: write the tokens, then count masks and changes in every window.
 #include <algorithm>
 #include <vector>
 

@@ -1,4 +1,4 @@
-// Compiled once per instruction set, as row_kernel.cpp is.
+// Compiled once per instruction set, as row_kernel.cpp is (see simd.h).
 #include "distillation_kernel.h"
 
 #include <algorithm>
@@ -8,7 +8,8 @@
 namespace dparallel::cpu::DPARALLEL_SIMD {
 namespace {
 
-// visit(student's, teacher's) of `count` logits; the last are padded with -inf, which is nobody's.
+// Calls visit(z, t, z, t) with two vectors each of the `count` logits of student and teacher; the
+// last ones are padded with -inf, which adds nothing.
 template <class T, class Visit>
 void each_two(const typename T::Storage* z, const typename T::Storage* t, int64_t count,
               Visit visit) {
@@ -21,7 +22,7 @@ void each_two(const typename T::Storage* z, const typename T::Storage* t, int64_
 
 struct Sums {
   F student{}, teacher{}, cross{};
-  I student_ties{}, teacher_ties{};  // minus the numbers that equal the maximum
+  I student_ties{}, teacher_ties{};  // minus the number of logits that equal the maximum
 };
 
 inline int64_t count_of(I ties) {
@@ -30,8 +31,8 @@ inline int64_t count_of(I ties) {
   return count;
 }
 
-// A tile, relative to maxima not below any of its logits. kRisen: one of them is of this tile, and
-// its own terms are left out of the sums.
+// Adds a tile, relative to maxima not below any of its logits. kRisen: at least one of the maxima
+// is in this tile, so that its terms are left out of the sums.
 template <class T, bool kRisen>
 void tile_sums(const typename T::Storage* z, const typename T::Storage* t, int64_t count,
                float inverse, bool student_risen, bool teacher_risen,
@@ -44,8 +45,8 @@ void tile_sums(const typename T::Storage* z, const typename T::Storage* t, int64
   const auto add = [&](F vz, F vt, Sums& sums) {
     const F d = minimum(largest, vz) - m, e = minimum(largest, vt) - n, x = e * scale;
     F q = exp_nonpositive(maximum(floor, d * scale)), p = exp_nonpositive(maximum(floor, x));
-    // No term of what the teacher gives nothing, and 0 of a probability too small to count, but for
-    // 0 infinity.
+    // An id with no probability from the teacher adds no term; one with a probability too small to
+    // count adds 0, or NaN (0 * infinity) where the student gives it none.
     const F apart = e - (d < nothing ? splat(-kInfinity) : d);
     sums.cross += e < nothing ? F{} : (x < floor ? F{} : p) * apart;
     if (kRisen) {

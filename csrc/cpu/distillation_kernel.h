@@ -14,8 +14,8 @@ struct PairSpan {
 };
 
 struct DistillationKernel {
-  // Indexed by DType (float64 has no vectors of its own). `out` is the gradient's row, which may be
-  // the student's.
+  // Indexed by DType (there are no float64 kernels). `out` is the gradient's row, which may be the
+  // student's row itself.
   void (*stats[3])(const PairSpan& span, float inverse, DistillationPart<double>& part);
   void (*distance[3])(const PairSpan& span, const DistillationRow<float>& row,
                       DistancePart<double>& part);

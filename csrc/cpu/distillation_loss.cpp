@@ -24,7 +24,7 @@ void add_stats(const PairSpan& span, double inverse, DistillationPart<double>& p
   const auto* z = static_cast<const double*>(span.student);
   const auto* t = static_cast<const double*>(span.teacher);
   for (int64_t id = span.begin; id < span.end; ++id) {
-    DistillationPart<double> one;  // of one id
+    DistillationPart<double> one;  // the part of one id
     one.student.max = z[id] > -kInfinity ? clamped(z[id]) : -kInfinity;
     one.teacher.max = t[id] > -kInfinity ? clamped(t[id]) : -kInfinity;
     one.student.sum = z[id] != z[id] ? z[id] : 0.0;
@@ -34,7 +34,7 @@ void add_stats(const PairSpan& span, double inverse, DistillationPart<double>& p
   }
 }
 
-// R: float or double, the kind of the results.
+// R: float or double, the type of the results.
 template <class R>
 void forward(const DistillationArgs& args, Parallel parallel) {
   const auto dtype = static_cast<int>(args.student.dtype);

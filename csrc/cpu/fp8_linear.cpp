@@ -1,4 +1,4 @@
-// fp8_linear on the CPU: runs of the weights' rows in parallel.
+// fp8_linear and fp8_widen on the CPU: runs of the weights' rows in parallel.
 #include "fp8_linear_kernel.h"
 
 #include "row_stats.h"

@@ -1,4 +1,4 @@
-// Compiled once per instruction set, as row_kernel.cpp is.
+// Compiled once per instruction set, as row_kernel.cpp is (see simd.h).
 #include "fp8_linear_kernel.h"
 
 #include "simd.h"
@@ -6,14 +6,14 @@
 namespace dparallel::cpu::DPARALLEL_SIMD {
 namespace {
 
-constexpr int64_t kGroup = 64;  // rows of x between two readings of a weight
+constexpr int64_t kGroup = 64;  // the rows of x for which a weight is read once
 constexpr int64_t kDepth = 2048;
 
 inline float narrowed(Float32, float v) { return v; }
 inline uint16_t narrowed(BFloat16, float v) { return bfloat16_bits(v); }
 inline uint16_t narrowed(Float16, float v) { return float16_bits(v); }
 
-// Sums of `count` rows, whatever their number: each in the same order.
+// Adds up the products of `count` rows of x; each sum has the same order, whatever `count` is.
 template <class T>
 void rows(const Fp8LinearArgs& args, int64_t begin, int64_t end) {
   using Storage = typename T::Storage;

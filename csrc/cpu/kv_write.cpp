@@ -24,7 +24,7 @@ struct Float16 {
   static uint16_t narrow(float x) { return float16_bits(x); }
 };
 
-// The first `width` numbers of one head; `in` may be `out`.
+// Rotates the first `width` numbers of one head; `in` may be `out`.
 template <class T>
 void rotate(const typename T::Storage* in, typename T::Storage* out, int64_t width,
             const float* cos, const float* sin) {
@@ -65,7 +65,7 @@ void write(const KvWriteArgs& args, Parallel parallel) {
 }  // namespace
 
 void kv_write(const KvWriteArgs& args, Parallel parallel) {
-  if (args.k_layout.head_dim == 0) return;  // nothing has no address
+  if (args.k_layout.head_dim == 0) return;  // an empty tensor has no address
   switch (args.dtype) {
     case DType::float32: return write<Float32>(args, parallel);
     case DType::bfloat16: return write<BFloat16>(args, parallel);

@@ -1,4 +1,4 @@
-// What the losses share on the CPU: active rows, single logits, memory for a gradient.
+// Shared by the losses on the CPU: active rows, single logits, memory for a gradient.
 #pragma once
 
 #if defined(__linux__)
@@ -40,15 +40,16 @@ inline void store(void* row, DType dtype, int64_t id, double value) {
   }
 }
 
-// The gradient is tens of megabytes that nobody has touched: by pages of 4 KB, the kernel's work to
-// hand them out would exceed ours. This asks for pages of 2 MB.
+// Asks for pages of 2 MB. A gradient is tens of megabytes of untouched memory: in pages of 4 KB,
+// the operating system would take longer to provide it than we take to write it.
 inline void prefer_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = uintptr_t{1} << 21;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
   const uintptr_t end =
       (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // or not
+  // A hint, whose failure changes nothing.
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)data, (void)bytes;
 #endif

@@ -1,4 +1,4 @@
-// Compiled once per instruction set, as row_kernel.cpp is.
+// Compiled once per instruction set, as row_kernel.cpp is (see simd.h).
 #include "loss_kernel.h"
 
 #include "simd.h"
@@ -6,7 +6,8 @@
 namespace dparallel::cpu::DPARALLEL_SIMD {
 namespace {
 
-// e^(d/Tc) and e^(d/T) for d not below `floor`; the published T = Tc / 2 needs but one exponential.
+// e^(d/Tc) and e^(d/T) for d not below `floor`. Where T = Tc / 2, as published, the second is the
+// square of the first.
 using Inverse = InverseTemperatures<float>;
 struct Squared {
   static float floor(const Inverse& inverse) { return 0.5f * kExpFloor / inverse.ce; }
@@ -44,9 +45,9 @@ void tile_stats(const typename T::Storage* z, int64_t first_id, int64_t count,
                 const Inverse& inverse, LossPart<double>& part) {
   const float top = tile_max<T>(z, count);
   const bool risen = top > part.max;
-  int64_t at = 0;  // of a new maximum
+  int64_t at = 0;  // the place of a new maximum in the tile
   if (risen) {
-    part.give_way(top, {inverse.ce, inverse.entropy});
+    part.rebase(top, {inverse.ce, inverse.entropy});
     while (clamp_logit(T::value(z[at])) != top) ++at;
     part.token = static_cast<int32_t>(first_id + at);
   }

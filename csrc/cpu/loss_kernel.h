@@ -8,8 +8,8 @@
 namespace dparallel::cpu {
 
 struct LossKernel {
-  // Indexed by DType (float64 has no vectors of its own). Ids [begin, end) of the row; `out` is the
-  // gradient's row, which may be the row itself.
+  // Indexed by DType (there are no float64 kernels). Both take ids [begin, end) of the row; `out`
+  // is the gradient's row, which may be the row itself.
   void (*stats[3])(const RowSpan& span, const InverseTemperatures<float>& inverse,
                    LossPart<double>& part);
   void (*gradient[3])(const RowSpan& span, const LossGradient<float>& gradient, void* out);

@@ -1,4 +1,4 @@
-// Compiled once per instruction set, as row_kernel.cpp is.
+// Compiled once per instruction set, as row_kernel.cpp is (see simd.h).
 #include "rms_norm_kernel.h"
 
 #include <cmath>

@@ -6,8 +6,9 @@
 namespace dparallel::cpu::DPARALLEL_SIMD {
 namespace {
 
-// A tile that reaches the best so far, the top two or k, is looked at again; few do. Logits in
-// ascending order rank as they come, so that ties go to the lowest id.
+// Ranks a tile's logits among the best so far (the top two, or the top k). Only vectors with a
+// logit above `bar` are visited one by one, which are few. Ids ascend, so that ties go to the
+// lowest id.
 template <class T, class Best>
 void rank_tile(const typename T::Storage* z, int64_t first_id, int64_t count, Best& best) {
   int64_t i = 0;
@@ -33,9 +34,9 @@ void tile_stats(const typename T::Storage* z, int64_t first_id, int64_t count, f
                 RowPart& part) {
   if (top > part.top2) rank_tile<T>(z, first_id, count, part);
 
-  // The sums, relative to the largest seen so far. A tile of -inf and NaN alone is summed relative
-  // to 0, for the NaN's sake. A new maximum is left out, and its 1 added last: beside it, float32
-  // would lose small terms one by one.
+  // Add to the sums, relative to the largest logit so far. A tile that holds only -inf and NaN is
+  // summed relative to 0, so that a NaN is noticed. The term of a new maximum, 1, is added last:
+  // added first, it would make float32 lose the small terms one by one.
   const bool risen = top > part.max;
   if (risen) part.rescale(top);
   const F m = splat(part.max == -kInfinity ? 0.0f : part.max), floor = splat(kExpFloor);
@@ -69,7 +70,7 @@ void tile_stats(const typename T::Storage* z, int64_t first_id, int64_t count, f
   part.sum += 1.0f;
 }
 
-// visit(logits, first id, count, the largest of them) for each tile.
+// Calls visit(logits, first id, count, the largest of them) for each tile.
 template <class T, class Visit>
 void each_tile(const RowSpan& span, Visit visit) {
   const auto* row = static_cast<const typename T::Storage*>(span.row);
@@ -94,8 +95,7 @@ void topk(const RowSpan& span, RowPart& part, TopKeys& best) {
   });
 }
 
-// Exponential variates -ln(1 - v) for kLanes groups of 4 ids; see philox.h, whose gumbel() this
-// follows.
+// Exponential variates -ln(1 - v) for kLanes groups of 4 ids, with the v of gumbel() in philox.h.
 inline void exponentials(const SampleKey& key, uint32_t first_group, float* out /*[4 * kLanes]*/) {
   U c0 = {}, c1 = {}, c2 = {}, c3 = {};
   for (int lane = 0; lane < kLanes; ++lane) c0[lane] = first_group + lane;
@@ -136,7 +136,7 @@ void sample(const RowSpan& span, float inverse_temperature, const SampleKey& key
   constexpr int64_t kBlock = 4 * kLanes;
   const auto* row = static_cast<const typename T::Storage*>(span.row);
   float z[kBlock], noise[kBlock];
-  double total = part.sum;  // beside a 1, float32 would lose the many small terms one by one
+  double total = part.sum;  // float32 would lose many small terms, added to 1 one by one
   for (int64_t base = span.begin / kBlock * kBlock; base < span.end; base += kBlock) {
     const int64_t first = base > span.begin ? base : span.begin;
     const int64_t last = base + kBlock < span.end ? base + kBlock : span.end;

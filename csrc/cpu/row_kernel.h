@@ -9,8 +9,8 @@
 
 namespace dparallel::cpu {
 
-// Ids [begin, end) of the row at `row`, all of them admissible. `stats` adds to `part`, `topk`
-// to `best` too; `sample` adds those of the nucleus to `sample`. No memory beyond a tile's vectors.
+// Ids [begin, end) of the row at `row`, all of them admissible. `stats` adds them to `part`, `topk`
+// to `best` too; `sample` adds those in the nucleus to `sample`.
 struct RowSpan {
   const void* row;
   int64_t begin, end;
@@ -20,11 +20,11 @@ struct RowSpan {
 struct TopKeys {
   uint64_t keys[kMostTop] = {};
   int k;
-  float floor = -kInfinity;  // the k largest are above it, as other parts of the row have shown
+  float floor = -kInfinity;  // from other parts of the row: none of the k largest is below it
 
   DP_HD explicit TopKeys(int64_t k) : k(static_cast<int>(k)) {}
 
-  // What a logit has to exceed where ids ascend.
+  // The logit that the next one must exceed to be among the k, where ids ascend.
   DP_HD float bar() const {
     const float last = keys[k - 1] == kNoKey ? -kInfinity : top_logit(keys[k - 1]);
     return last > floor ? last : floor;

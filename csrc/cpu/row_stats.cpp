@@ -10,7 +10,7 @@
 namespace dparallel::cpu {
 namespace {
 
-// visit(z, id) for every admissible id whose logit is above -inf.
+// Calls visit(z, id) for every admissible id whose logit is above -inf.
 template <class Visit>
 void each_logit(const void* row, const RowJob& job, Visit visit) {
   const auto read = [&](auto value) {
@@ -27,8 +27,8 @@ void each_logit(const void* row, const RowJob& job, Visit visit) {
   }
 }
 
-// `top`: the largest admissible logit, clamped. Two reads of the row: after the first digit few ids
-// are left.
+// The nucleus of a row whose largest admissible logit, clamped, is `top`. It takes two reads of the
+// row: after the first digit few ids are left.
 Nucleus find_nucleus(const void* row, const RowJob& job, float top) {
   const Sampling& sampling = job.sampling;
   const bool by_mass = sampling.top_p < 1.0;
@@ -137,7 +137,7 @@ void row_stats(const RowStatsArgs& args, Parallel parallel) {
     }
   const RowJob job{args.logits, args.rows, args.count, args.exclusions, args.sampling, keys.data()};
   const std::vector<RowAnswer> answers = read_rows(job, parallel);
-  // Of a bad row, where nobody reads its error.
+  // The values of a bad row, for callers that do not read its error.
   std::fill(args.output.tokens, args.output.tokens + 2 * args.count, -1);
   std::fill(args.output.fields, args.output.fields + kRowFields * args.count,
             std::numeric_limits<float>::quiet_NaN());

@@ -10,16 +10,16 @@
 
 namespace dparallel::cpu {
 
-// results[i] and errors[i] of logits row rows[i], i in [0, count). Work is split by row and by a
-// fixed share of the vocabulary, so that neither the batch nor the number of threads changes a bit
-// of a result.
+// Rows to read: answer i is of logits row rows[i], i in [0, count). Work is split by row and by
+// chunks of the vocabulary of fixed size, so that neither the batch nor the number of threads
+// changes a bit of a result.
 struct RowJob {
   const Logits& logits;
-  const int64_t* rows;  // [count], or null: row i
+  const int64_t* rows;  // [count], or null: row i is row i of the logits
   int64_t count;
   const Exclusions& exclusions;
   const Sampling& sampling;
-  const SampleKey* keys;  // [count], where it samples
+  const SampleKey* keys;  // [count], read only where `sampling` samples
 };
 
 struct RowAnswer {
@@ -41,7 +41,7 @@ inline const void* row_pointer(const Logits& logits, int64_t row) {
   return static_cast<const char*>(logits.data) + logits.offset(row) * element_size(logits.dtype);
 }
 
-// The admissible pieces of [begin, end): what is left between the excluded ids.
+// Visits the admissible pieces of [begin, end): the runs of ids between excluded ones.
 template <class Visit>
 void each_admissible(int64_t begin, int64_t end, const Exclusions& ex, Visit visit) {
   const int64_t* next = std::lower_bound(ex.suppress, ex.suppress + ex.suppress_count, begin);
@@ -77,8 +77,8 @@ void run_parallel(Parallel parallel, int64_t n, const F& body) {
       &body);
 }
 
-// body(begin, end) of runs of the rows [0, count), each of some 2^15 numbers: fewer are not worth
-// another thread.
+// Calls body(begin, end) on runs of the rows [0, count), in parallel, each of some 2^15 numbers:
+// fewer are not worth another thread.
 template <class F>
 void run_rows(Parallel parallel, int64_t count, int64_t width, const F& body) {
   const int64_t rows = std::max<int64_t>(1, 32768 / width);

@@ -1,4 +1,4 @@
-// row_topk on the CPU: chunks of rows in parallel, as of row_stats, merged in order.
+// row_topk on the CPU: chunks of rows in parallel, as in row_stats, merged in order.
 #include <atomic>
 #include <cmath>
 #include <limits>
@@ -17,8 +17,8 @@ void row_topk(const RowTopkArgs& args, Parallel parallel) {
 
   std::vector<RowPart> parts(args.count * chunks);                  // [count, chunks]
   std::vector<TopKeys> best(args.count * chunks, TopKeys(args.k));  // [count, chunks]
-  // The largest k-th logit that a chunk of the row has had: what is less is not among the row's k,
-  // so that later chunks pass over it. That changes what a chunk lists, but not the best of all.
+  // The largest k-th logit of any chunk of the row so far. Smaller logits are not among the row's k
+  // largest, so later chunks skip them: that changes what a chunk lists, but not the result.
   std::vector<std::atomic<float>> known(args.count);
   for (auto& bar : known) bar = -kInfinity;
   run_parallel(parallel, args.count * chunks, [&](int64_t unit) {

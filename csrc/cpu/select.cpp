@@ -23,7 +23,7 @@ void select(const SelectArgs& args, Parallel parallel) {
       args.commit[i] = false;
       if (!args.eligible[i]) continue;
       const float key = policy.key(args.confidence[i], args.margin[i], args.entropy[i]);
-      if (key == key) candidates.push_back({key, i});  // NaN has no place in an order
+      if (key == key) candidates.push_back({key, i});  // not NaN, which cannot be sorted
     }
     const int64_t n = select_prefix(policy, candidates);
     for (int64_t k = 0; k < n; ++k) args.commit[candidates[k].position] = true;

@@ -9,10 +9,10 @@ namespace dparallel::cpu {
 
 struct Candidate {
   float key;         // larger is better
-  int64_t position;  // ascending among equals
+  int64_t position;  // among equal keys the lowest comes first
 };
 
-// Sorts the candidates of one sequence, best first, and returns how many of them commit.
+// Sorts the candidates of one window, best first, and returns how many of them commit.
 int64_t select_prefix(const Policy& policy, std::vector<Candidate>& candidates);
 
 }  // namespace dparallel::cpu

@@ -1,6 +1,6 @@
-// Vectors of the machine's own width in the compiler's vector extension (GCC and Clang), so that
-// one source serves every instruction set: row_kernel.cpp is compiled once per level (see
-// setup.py), each time with DPARALLEL_SIMD naming the namespace; simd_level.h picks one of them.
+// Vectors as wide as the instruction set's, in the compiler's vector extension (GCC and Clang), so
+// that one source serves every instruction set: each *_kernel.cpp is compiled once per level (see
+// setup.py), with DPARALLEL_SIMD naming the namespace; simd_level.h picks one of them.
 #pragma once
 
 #include <cstring>
@@ -60,7 +60,7 @@ struct BFloat16 {
     const U pairs = load<U>(p);
     return {(F)(pairs << 16), (F)(pairs & 0xffff0000u)};
   }
-  static U rounded(F v) {  // in the upper half of each
+  static U rounded(F v) {  // bfloat16 bits in the upper half of each lane
     const U bits = (U)v, next = bits + 0x7fffu + ((bits >> 16) & 1u);
     return v == v ? next : bits | 0x400000u;
   }
@@ -77,7 +77,7 @@ struct Float16 {
   static float value(Storage z) { return float16_value(z); }
   static F convert(U h) {
     const U magnitude = (h & 0x7fffu) << 13;
-    F value = (F)magnitude * 0x1p112f;  // moves the exponent's bias; right for subnormals too
+    F value = (F)magnitude * 0x1p112f;  // corrects the exponent's bias; of subnormals too
     value = (I)magnitude >= (0x7c00 << 13) ? (F)(magnitude | 0x7f800000u) : value;  // inf, NaN
     return (F)((U)value | (h & 0x8000u) << 16);
   }
@@ -101,9 +101,9 @@ struct Float16 {
   }
 };
 
-// e^x for x in [-87, 0]: 2^n 2^r with n the nearest integer to x log2(e). The polynomial is the
-// minimax one of degree 5 for 2^r on [-1/2, 1/2] with e^0 = 1 exactly, relative error 9.2e-8. NaN
-// of any bits stays NaN, since it is multiplied and its bits are not added to.
+// e^x for x in [-87, 0], as 2^n 2^r with n the nearest integer to x log2(e). The polynomial is the
+// minimax one of degree 5 for 2^r on [-1/2, 1/2] with e^0 = 1 exactly, relative error 9.2e-8. Any
+// NaN stays NaN, since 2^n is multiplied in, not added to the exponent's bits.
 inline F exp_nonpositive(F x) {
   const F log2e = splat(1.44269504088896341f);
   const F shifter = splat(0x1.8p23f + 127.0f);  // adding it leaves n + 127 in the low bits
@@ -121,7 +121,7 @@ inline F exp_nonpositive(F x) {
   p = p * r + 0x1.ebf9bcp-3f;
   p = p * r + 0x1.62e42ap-1f;
   p = p * r + 1.0f;
-  return p * (F)((U)shifted << 23);  // of a padding lane any number
+  return p * (F)((U)shifted << 23);  // padding lanes hold any number
 }
 
 // ln x for normal x > 0: x = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); relative error below
@@ -168,7 +168,7 @@ constexpr int64_t kTile = 2048;  // logits: 4 to 8 KB, read twice, the second ti
 
 constexpr int64_t kStep = 2 * kLanes;
 
-// The first `count` numbers at p, up to kStep, and `padding` after them; and the way back.
+// Loads the first `count` numbers at p, up to kStep, followed by `padding`; store_step stores them.
 template <class T>
 inline Pair load_step(const typename T::Storage* p, int64_t count,
                       typename T::Storage padding = 0) {
@@ -195,7 +195,7 @@ inline void each_pair(const typename T::Storage* z, int64_t count, Visit visit) 
   if (i < count) visit(load_step<T>(z + i, count - i, T::kMinusInfinity));
 }
 
-// The largest of a tile, NaN ignored, +inf as the largest float.
+// The largest logit of a tile, NaN ignored, +inf as the largest finite float.
 template <class T>
 inline float tile_max(const typename T::Storage* z, int64_t count) {
   F first = splat(-kInfinity), second = first;  // two chains, for the latency of the maximum

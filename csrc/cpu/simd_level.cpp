@@ -1,4 +1,4 @@
-// The instruction set of the CPU kernels: the machine's best, or a lower one that is asked for.
+// The instruction set of the CPU kernels: the machine's best, or a lower one on request.
 #include "simd_level.h"
 
 #include <algorithm>
@@ -22,8 +22,7 @@ SimdLevel supported_simd_level() {
   return SimdLevel::portable;
 }
 
-// The level called `name`, at most what the machine runs; where there is none of that name, the
-// best.
+// The level called `name`, but at most the machine's best; the best where no level has that name.
 SimdLevel level_called(const char* name) {
   const SimdLevel best = supported_simd_level();
   for (const SimdLevel level : {SimdLevel::portable, SimdLevel::avx2, SimdLevel::avx512})

@@ -1,12 +1,13 @@
-// Which build of a SIMD kernel runs. *_kernel.cpp is compiled once for each instruction set, in a
-// namespace of its name; with DPARALLEL_PORTABLE_ONLY for the portable one alone.
+// Which build of a SIMD kernel runs. Each *_kernel.cpp is compiled once for each instruction set,
+// in a namespace of that name; with DPARALLEL_PORTABLE_ONLY for "portable" alone.
 #pragma once
 
 namespace dparallel::cpu {
 
 enum class SimdLevel { portable, avx2, avx512 };
 
-// The best that this machine runs; DPARALLEL_SIMD=portable|avx2|avx512 and use_simd_level lower it.
+// The level in use: the machine's best, unless DPARALLEL_SIMD=portable|avx2|avx512 or
+// use_simd_level lowers it.
 SimdLevel simd_level_in_use();
 
 }  // namespace dparallel::cpu

@@ -1,4 +1,4 @@
-// Compiled once per instruction set, as row_kernel.cpp is.
+// Compiled once per instruction set, as row_kernel.cpp is (see simd.h).
 #include "swiglu_kernel.h"
 
 #include "simd.h"
@@ -6,7 +6,7 @@
 namespace dparallel::cpu::DPARALLEL_SIMD {
 namespace {
 
-// z / (1 + e^-z), by e^-|z|, which cannot overflow; NaN at -inf, as F.silu.
+// z / (1 + e^-z), computed from e^-|z|, which cannot overflow; NaN at -inf, as F.silu has it.
 inline F silu(F z) {
   const F d = (F)((U)z | 0x80000000u), floor = splat(kExpFloor);
   const F e = d < floor ? splat(0.0f) : exp_nonpositive(d < floor ? floor : d);

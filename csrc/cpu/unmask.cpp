@@ -11,7 +11,7 @@ namespace dparallel::cpu {
 namespace {
 
 struct Needed {
-  int64_t row;       // of the logits
+  int64_t row;       // row of the logits
   int64_t position;  // b * length + l
   int64_t window;
 };

@@ -1,4 +1,4 @@
-// Windows on the CPU, in the order of their positions.
+// The windows of an op, on the CPU, sorted by position.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@ struct WindowSpan {
   int64_t window, begin, end;
 };
 
-// Of the windows that hold any position, by ascending positions.
+// The spans of the windows that hold any position, by ascending positions.
 inline std::vector<WindowSpan> spans_of(const Windows& windows, const TokenGrid& tokens) {
   std::vector<WindowSpan> spans;
   for (int64_t w = 0; w < windows.count; ++w) {

@@ -1,8 +1,8 @@
 """The published decoders' functions: their signatures, their tokens and their count of passes.
 
-From LLaDA's, Fast-dLLM's and dParallel's `generate.py` and Dream's `generation_utils.py`. `decode` does the
-same with fewer passes where a cache is used: the published loops run a second pass for a block even if its
-first has completed it, and so do these.
+They follow LLaDA's, Fast-dLLM's and dParallel's `generate.py` and Dream's `generation_utils.py`. `decode`
+commits the same tokens, in fewer passes where a cache is used: the published loops, and so these functions,
+run a second pass over a block even if its first pass has completed it.
 
 What differs: the mask token is never decoded, ties go to the lowest position and token, statistics are in
 float32 (LLaDA's in float64, Dream's in the dtype of the logits), and at a temperature above 0 samples follow

@@ -18,7 +18,8 @@ from ..ops.inputs import check_sampling
 from .logits import logits_of
 
 ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
-"""Dream's: random positions; those of the largest probability, margin p1 - p2, or the least entropy."""
+"""Dream's: positions at random; or by the largest probability, the largest margin p1 - p2, the least
+entropy."""
 _UNREAD = {"bos_token_id", "eos_token_id", "pad_token_id", "generation_kwargs", "transformers_version"}
 """Options of Dream's generation config that its loop does not read."""
 
@@ -28,9 +29,9 @@ class DreamOutput:
     """What `diffusion_generate` returns with `return_dict_in_generate`."""
 
     sequences: Tensor
-    """(B, L) int64"""
+    """(B, L) int64: prompts and responses."""
     history: tuple[Tensor, ...] | None = field(default=None, repr=False)
-    """With `output_history`, the sequences after each step."""
+    """With `output_history`, the sequences (B, L) int64 after each step."""
 
 
 def diffusion_generate(
@@ -56,30 +57,30 @@ def diffusion_generate(
     generation_logits_hook_func: Callable[[int, Tensor, Tensor], Tensor] | None = None,
     **others: Any,
 ) -> Tensor | DreamOutput:
-    """Dream's `model.diffusion_generate`: its schedule, over the whole response at once, of `steps` passes.
+    """Dream's `model.diffusion_generate`: a schedule of `steps` passes over the whole response at once.
 
-    In step i, of times t_i from 1 down to `eps` in equal steps, a share 1 - t_(i+1) / t_i of the masks is
-    committed, in the last all. Unlike in `decode`, positions are ranked by the distribution that tokens are
-    drawn from: temperature, then top_p, then top_k, also at temperature 0 (ties are cut at exactly top_k).
+    The times t_i go from 1 down to `eps` in equal steps. Step i commits the share 1 - t_(i+1) / t_i of the
+    masks, the last step all. Unlike in `decode`, positions are ranked by the distribution that tokens are
+    drawn
+    from: temperature, then top_p, then top_k, also at temperature 0 (ties are cut at exactly top_k).
 
     Args:
         inputs: (B, P) int64. Masks in it are filled too.
-        generation_config: an object whose attributes of these names stand where an argument is None;
-            beyond it the published defaults: steps 512, eps 1e-3, alg "origin", temperature 0, and 20 new
-            tokens.
+        generation_config: an object whose attributes replace arguments that are None. Without them, the
+            published defaults: steps 512, eps 1e-3, alg "origin", temperature 0, and 20 new tokens.
         attention_mask: (B, P), 0 where `inputs` is padded.
-        max_length: instead of max_new_tokens, of prompt and response together.
+        max_length: tokens of prompt and response together, in place of max_new_tokens.
         alg: one of `ALGORITHMS`.
         alg_temp: above 0, positions are drawn with softmax(ranks / alg_temp), by torch's generator.
-        generation_tokens_hook_func, generation_logits_hook_func: x = f(step, x, logits), at first with None
-            for step and logits, and logits = f(step, x, logits); logits (B, L, V) as shifted.
+        generation_tokens_hook_func: x = f(step, x, logits), called first with step and logits None.
+        generation_logits_hook_func: logits = f(step, x, logits), with shifted logits (B, L, V).
 
     Returns:
         (B, L) int64, or a DreamOutput with return_dict_in_generate.
 
     Raises:
-        ValueError: naming the argument that does not fit, options of other loops (threshold, block_length,
-            dual_cache: see `decode`) included.
+        ValueError: naming the argument that does not fit; options of other loops (threshold, block_length,
+            dual_cache: see `decode`) are such arguments.
     """
 
     def option(name: str, given: Any, default: Any) -> Any:
@@ -170,13 +171,13 @@ def _ranked(
     seed: int,
     step: int,
 ) -> tuple[Tensor, Tensor]:
-    """Ranks (B, L) float32, -inf where `rows` (B, L) are not, and the tokens drawn (B, L)."""
+    """Ranks (B, L) float32 and tokens drawn (B, L) int64, at `rows` (B, L) bool; elsewhere -inf and 0."""
     b, column = rows.nonzero(as_tuple=True)
     z = logits[b, column].float()  # (N, V)
     if temperature > 0:
         z = z / temperature
     if (top_p is not None and top_p < 1) or top_k:
-        z[:, mask] = -torch.inf  # it could be all that is left
+        z[:, mask] = -torch.inf  # else the mask token could be the only id left
         z = _nucleus(z, top_p, top_k)
     stats = row_stats(
         z,
@@ -187,7 +188,7 @@ def _ranked(
         position=column,
         step=step,
     )
-    # Where one token is left H is 0, as published: the kernels count each other id at e^-87, 1e-31 in all.
+    # With one id left, H is 0, as published: the kernels count each other id as e^-87, 1e-31 in all.
     entropy = stats.entropy.masked_fill(stats.entropy < 1e-30, 0.0)
     rank = {"topk_margin": stats.margin, "entropy": -entropy}.get(alg, stats.confidence)
     ranks = rank.new_full(rows.shape, -torch.inf).index_put_((b, column), rank)
@@ -195,7 +196,7 @@ def _ranked(
 
 
 def _nucleus(z: Tensor, top_p: float | None, top_k: int | None) -> Tensor:
-    """z (N, V) with -inf for what top_p and top_k leave out; ties go to the lowest id."""
+    """z (N, V) with -inf for the ids that top_p and top_k leave out; ties go to the lowest id."""
     ordered, order = z.sort(dim=1, descending=True, stable=True)
     p = ordered.softmax(1)
     out = p.cumsum(1) - p > (1.0 if top_p is None else top_p)
@@ -206,11 +207,11 @@ def _nucleus(z: Tensor, top_p: float | None, top_k: int | None) -> Tensor:
 
 
 def _best(ranks: Tensor, masked: Tensor, share: Tensor, alg_temp: float) -> Tensor:
-    """bool (B, L): a share of the masked positions, the best ranks first or drawn by them."""
+    """(B, L) bool: a share of the masked positions, by the best ranks, or drawn by ranks if alg_temp > 0."""
     counts = masked.sum(1)
     if bool((counts != counts[:1]).any()):
         raise ValueError(f"inputs: expected as many masks in each sequence, got {counts.tolist()}")
-    many = int(counts.sum() / max(1, len(counts)) * share)  # as published: in float32, cut off
+    many = int(counts.sum() / max(1, len(counts)) * share)  # as published: in float32, truncated
     if many == 0:
         return torch.zeros_like(masked)
     if alg_temp > 0:

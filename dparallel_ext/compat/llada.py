@@ -26,7 +26,7 @@ from ..types import RowStats
 from .logits import logits_of
 
 MASK_ID = 126336
-"""Of LLaDA, which the published functions take by default."""
+"""LLaDA's mask token, the default of the published functions."""
 
 
 def generate(
@@ -48,22 +48,26 @@ def generate(
     eos_id: int = 126081,
     eot_id: int = 126348,
 ) -> tuple[Tensor, int]:
-    """The whole sequence each pass. Returns tokens (B, P + gen_length) and the forward passes run.
+    """Decode with passes over the whole sequence (LLaDA's, Fast-dLLM's, dParallel's `generate`).
 
     Args:
-        threshold: with it, commit all with H <= threshold (`selector` "entropy", dParallel) or with
-            p >= threshold (`selector` "confidence", Fast-dLLM), the best one in any case. Without it,
-            the fixed schedule of `steps`.
-        mask_id: default: the model's own where it is known, else LLaDA's, as published.
+        prompt: (B, P) int64.
+        threshold: commit all positions with H <= threshold (`selector` "entropy", dParallel) or with
+            p >= threshold (`selector` "confidence", Fast-dLLM), and the best one in any case. None: the fixed
+            schedule of `steps`.
+        mask_id: default: the model's own if known, else LLaDA's, as published.
         remasking: "low_confidence", or "random", which ranks by random numbers from torch's generator.
-        attention_mask: (B, P) bool or whole numbers, 0 where `prompt` is padded; padding stays where it is.
+        attention_mask: (B, P) bool or whole numbers, 0 where `prompt` is padded; padding stays in its place.
         cfg_scale: unsupervised classifier-free guidance (arXiv 2410.18514): above 0, each pass computes the
-            sequence also with the prompt masked, and decodes by unconditional + (cfg_scale + 1)
+            sequence a second time with the prompt masked, and decodes by unconditional + (cfg_scale + 1)
             (conditional - unconditional).
         logits_eos_inf: never decode `eos_id` (LLaDA, appendix B.4).
         confidence_eos_eot_inf: take `eos_id` and `eot_id` out of the confidences, so that they are committed
             last (LLaDA, appendix B.4); as published, above temperature 0 `eot_id` alone.
         eos_id, eot_id: LLaDA's <|endoftext|> and <|eot_id|>.
+
+    Returns:
+        Tokens (B, P + gen_length) int64, and the number of forward passes.
 
     Raises:
         ValueError: where the published code asserts (block_length divides gen_length, the number of
@@ -111,7 +115,7 @@ def generate(
         )
     kept = attention_mask.to(torch.bool)
     rows = [row[keep] for row, keep in zip(prompt, kept, strict=True)]
-    if by_logits:  # one by one
+    if by_logits:  # one sequence after another
         each = [_by_logits(model, row, cfg_scale=cfg_scale, last=last, **shared) for row in rows]
         found, forwards = [tokens[0] for tokens, _ in each], max((ran for _, ran in each), default=0)
     else:
@@ -134,7 +138,8 @@ def generate_with_prefix_cache(
     threshold: float | None = None,
     selector: str = "entropy",
 ) -> tuple[Tensor, int]:
-    """One full pass per block, then from the block's start on, against the kept prefix. See `generate`."""
+    """`generate` with one full pass per block, then passes from the block's start on, which read the prefix's
+    keys and values of the full pass (Fast-dLLM)."""
     return _generate("prefix", **locals())
 
 
@@ -150,7 +155,8 @@ def generate_with_dual_cache(
     threshold: float | None = None,
     selector: str = "entropy",
 ) -> tuple[Tensor, int]:
-    """One full pass per block, then the block alone, between kept prefix and suffix. See `generate`."""
+    """`generate` with one full pass per block, then passes over the block alone, which read the prefix's and
+    suffix's keys and values of the full pass (Fast-dLLM)."""
     return _generate("dual", **locals())
 
 
@@ -173,7 +179,7 @@ def _generate(
     if selector not in policies.SELECTORS:
         raise ValueError(f"selector: expected one of {list(policies.SELECTORS)}, got {selector!r}")
     if threshold is None:
-        # The published fixed schedule ranks so.
+        # The published fixed schedule ranks by these scores.
         by_entropy = selector == "entropy" and cache in ("prefix", "dual")
         row: dict[str, Any] = {"steps": steps, "score": "entropy" if by_entropy else "confidence"}
     else:
@@ -203,23 +209,23 @@ def _generate(
 
 
 def _mask_of(model: Any, mask_id: int | None) -> int:
-    """The mask that is given, else the model's own, else LLaDA's. Raises ValueError by name."""
+    """`mask_id`, else the model's own, else LLaDA's. Raises ValueError if the model has no such token."""
     own = traits(model).mask_id
     return check_mask(model, (MASK_ID if own is None else own) if mask_id is None else mask_id)
 
 
 def _as_published(schedule: Schedule) -> Schedule:
-    """The schedule with the published loops' detours."""
+    """The schedule with the passes of the published loops that change nothing."""
     kind: Any = type(schedule)
 
     class Published(kind):
         def front_window(self, s: SequenceState) -> Window:
-            """A pass over the whole sequence fills the prompt's masks, too."""
+            """The window of the front block; a pass over the whole sequence fills the prompt's masks, too."""
             found: Window = super().front_window(s)
             return found._replace(start=0) if self.full(s) else found
 
         def is_over(self, s: SequenceState) -> bool:
-            """A block that its full pass has completed gets another pass."""
+            """Whether the front block is complete; one that its full pass has completed gets another pass."""
             return super().is_over(s) and not self.published_passes(s)
 
     made: Schedule = Published(**{f.name: getattr(schedule, f.name) for f in dataclasses.fields(schedule)})
@@ -227,7 +233,7 @@ def _as_published(schedule: Schedule) -> Schedule:
 
 
 class AtRandom(Rule):
-    """The policy row with uniform random numbers of torch's generator for confidences."""
+    """The policy row, with uniform random numbers of torch's generator as confidences."""
 
     recorded = False
 
@@ -262,7 +268,8 @@ def _by_logits(
     selector: str,
     suppress: list[int] | None,
 ) -> tuple[Tensor, int]:
-    """LLaDA's loop where it changes the logits between the model and the rule: (B, P + gen_length), passes.
+    """LLaDA's loop for options that change the logits between model and rule: tokens (B, P + gen_length) and
+    the number of passes.
 
     last: ids that are left out of the confidences.
     """
@@ -318,5 +325,5 @@ def _by_logits(
 
 
 def _spread(values: Tensor, shape: Sequence[int], at: tuple[Tensor, Tensor]) -> Tensor:
-    """Of the given shape, zero elsewhere."""
+    """`values` (N,) at the places `at` of a tensor of this shape, zero elsewhere."""
     return values.new_zeros(shape).index_put_(at, values)

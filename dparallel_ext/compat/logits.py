@@ -1,4 +1,5 @@
-"""Logits as the published loops see them: whole sequences, padding left out, Dream's moved by one."""
+"""Logits as the published loops see them: of whole sequences without padding, shifted models' moved by
+one."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from ..models import for_decoding, own_precision, traits
 
 
 def logits_of(model: Any, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """(B, L, V), those of column p for the token of column p; of padding, 0."""
+    """(B, L, V): the logits at column p are for the token of column p; 0 for padding."""
     if attention_mask is not None and not bool(attention_mask.all()):
         logits: Tensor | None = None
         for b, kept in enumerate(attention_mask):

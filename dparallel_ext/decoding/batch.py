@@ -1,9 +1,9 @@
-"""Sequences under decoding: each with its own length, block and policy, all in one pass after the other.
+"""A batch of sequences that are decoded together, each with its own length, block and policy.
 
-The semantics are those of the published decoders (LLaDA, Fast-dLLM, dParallel, SDAR): blocks left to right,
-in each pass logits for a span of positions, then a policy commits some of the block's masked positions. Only
-the work differs: the LM head and the statistics touch the masked rows of the blocks alone, and a sequence
-that is complete is in no pass.
+The semantics are those of the published decoders (LLaDA, Fast-dLLM, dParallel, SDAR): blocks are decoded left
+to right; each pass computes logits for a span of positions, and a policy commits some of the block's masked
+positions. Only the work differs: the LM head and the statistics touch the masked rows of the blocks alone,
+and a complete sequence is in no pass.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from .sequence import IDLE, SequenceState, Settings, lay_out
 from .workspace import Workspace
 
 AHEAD = 8
-"""Passes that the host issues before it looks at what they did, where that cannot change what they are."""
+"""The most passes that the host issues before it reads their results, where no result could change them."""
 
 
 class Batch:
     """Sequences in lanes, and the passes over them; `admit` puts a sequence into a lane.
 
     Args:
-        lanes, width: how many sequences, and the longest one's length.
-        schedule: which positions a pass computes, and which windows it may fill.
-        batch_invariant: each sequence in passes of its own.
-        graphs: on a GPU, passes of one form are recorded once and replayed, see `graphs`.
-        kv_cache: of lanes and width; default: a contiguous one.
+        lanes, width: the number of sequences, and the length of the longest.
+        schedule: says which positions a pass computes, and which windows it may fill.
+        pad_id: the token behind a sequence's end.
+        batch_invariant: give each sequence passes of its own.
+        graphs: on a GPU, record the passes of one `GraphKey` once and replay them, see `graphs`.
+        kv_cache: a cache for so many lanes and positions; default: a contiguous one.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Batch:
             tokens = self._workspace.tokens.fill_(pad_id)
         else:
             tokens = torch.full((lanes, width), pad_id, dtype=torch.int64, device=device)
-        self.tokens = tokens[:, :width]  # of a workspace, the part that this batch needs
+        self.tokens = tokens[:, :width]  # a workspace may be wider
         self.kv_cache = kv_cache
         self.runner = Runner(
             model,
@@ -87,8 +88,9 @@ class Batch:
         )
 
     def keep(self) -> None:
-        """Let the next batch like this one replay what this one has recorded. This one is over: its
-        tensors belong to that one.
+        """Leave the workspace to the model's next batch of this size, which replays these recordings.
+
+        This batch is over then: its tensors belong to the next.
         """
         if self._workspace is not None:
             self._workspace.give(self.model)
@@ -135,13 +137,12 @@ class Batch:
 
     @property
     def logprobs(self) -> Tensor:
-        """(lanes, width) float32: of each token, where a sequence wants them."""
+        """(lanes, width) float32: each token's log-probability, of sequences that record it."""
         return self.runner.trajectory.logprob
 
     @property
     def steps(self) -> Tensor:
-        """(lanes, width) int64: the pass that committed each token, where a sequence wants log-probabilities
-        or the trajectory."""
+        """(lanes, width) int64: the pass that committed each token, of sequences that record it."""
         return self.runner.trajectory.step
 
     @property
@@ -151,7 +152,7 @@ class Batch:
 
     @property
     def live(self) -> list[int]:
-        """Sequences that the next pass is over."""
+        """The lanes of the next pass."""
         return [b for b, row in enumerate(self.rows) if not row.done and not row.between_blocks]
 
     def _enter(self, b: int) -> None:
@@ -166,7 +167,7 @@ class Batch:
             row.open = (block._replace(masks_left=left, first_mask=first),)
 
     def open_front(self, row: SequenceState) -> None:
-        """Open the front block where that is not open yet, and the blocks that are due behind it."""
+        """Open the front block unless it is open already, and the blocks behind it that are due."""
         row.step_in_block, row.between_blocks, row.edits = 0, False, 0
         if row.done:
             row.open = ()
@@ -175,7 +176,7 @@ class Batch:
         self._open_more(row)
 
     def _open_more(self, row: SequenceState) -> None:
-        """Open the blocks that are due behind those that are open."""
+        """Open the blocks behind the open ones that are due."""
         while self.schedule.opens(row):
             row.open = (*row.open, row.opened(row.block_index + len(row.open)))
 
@@ -184,25 +185,27 @@ class Batch:
         self.rows[lane] = IDLE
 
     def end(self, b: int) -> None:
-        """Sequence b is complete: what follows its last finished block, to a given token, becomes padding."""
+        """Complete sequence b early: all from its front block's first mask to its last mask becomes
+        padding."""
         row = self.rows[b]
         if not row.done:
             self.tokens[b, row.ahead : row.columns[-1] + 1].fill_(self.pad_id)
             row.block_index, row.open = len(row.blocks), ()
 
     def _fill(self, b: int, start: int, end: int) -> None:
-        """The masks in columns [start, end) become padding."""
+        """Replace the masks in columns [start, end) by padding."""
         own = self.tokens[b, start:end]
         own.masked_fill_(own == self.mask_id, self.pad_id)
 
     def step(self, lanes: Sequence[int] | None = None, ahead: int = 1) -> list[int]:
-        """A pass over every sequence that is not done (of `lanes`); returns those whose block it completed.
+        """Run a pass over every sequence that is not done (of `lanes`); return those whose block it
+        completed.
 
-        ahead: up to so many passes, as many as complete no block whatever the policies choose, and one: the
-            host waits for the device once, and not after each. Guessing further would cost a pass in vain for
-            each block that is complete earlier, where a look costs the host's way there and back.
+        ahead: the most passes to issue before the host waits for the device. Passes are issued ahead as long
+            as no policy's choice can complete a block before the last of them: a pass beyond a complete block
+            would be wasted, and costs more than the wait that it saves.
 
-        Where it raises, what the model, the policy or `unmask_` raises, every sequence is as it was before.
+        If the model, a policy or `unmask_` raises, every sequence is left as it was before the call.
         """
         live = self.live if lanes is None else [b for b in self.live if b in lanes]
         before = [vars(self.rows[b]).copy() for b in live], self.tokens.clone(), self.forwards
@@ -220,12 +223,12 @@ class Batch:
             raise
 
     def _memory(self, live: list[int]) -> list[Tensor]:
-        """What the rules of those sequences remember."""
+        """The state tensors of these sequences' rules."""
         rules = {rule: None for b in live if (rule := self.rows[b].settings.rule) is not None}
         return [kept for rule in rules for kept in self.runner.states[rule]]
 
     def _certain(self, live: list[int]) -> int:
-        """Passes that can be issued one after the other: a block is complete after the last, if at all."""
+        """How many passes can be issued in a row, such that no block can be complete before the last."""
         rows = [self.rows[b] for b in live]
         free = [row for row in rows if row.settings.rule is not None and not row.settings.rule.by_row]
         ending = any(row.settings.eos_id is not None for row in rows)
@@ -245,8 +248,8 @@ class Batch:
             for b in live:
                 self._count_pass(self.rows[b])
         if len(groups) == 1 and self.runner.static_shapes:
-            # While the device is at it. What follows a pass that handed over is not known yet: its first
-            # token is.
+            # While the device computes, prepare the passes that may come next. After a prefill-only pass
+            # spans are empty: where the first mask is now, the host does not know yet.
             for rows in self._coming(live, passes):
                 coming = self._work([b for b in live if not rows[b].done], rows)
                 if coming and all(work.spans for work in coming.values()):
@@ -257,11 +260,12 @@ class Batch:
         return [b for b in live if self._advance(b, found[b])]
 
     def _coming(self, live: list[int], passes: int) -> list[list[SequenceState]]:
-        """The rows as the next pass may find them: with the next block in front where the last passes
-        complete a block for sure. Where they may, of several sequences as they are now; of a sequence alone
-        both ways, the likelier first.
+        """The sequence states that the next pass may begin with.
 
-        passes: that were issued, and that nobody has looked at yet.
+        Where the issued passes complete a block for certain, the next block is in front. Where they only may,
+        several sequences are prepared as they are now, and a single one both ways, the likelier first.
+
+        passes: how many were issued whose results have not been read.
         """
         found = [self.rows.copy()]
         for b in live:
@@ -282,7 +286,7 @@ class Batch:
         return found
 
     def _commits(self, row: SequenceState, passes: int) -> tuple[float, float]:
-        """The fewest and the most masks of the front block that the last passes commit, of as many."""
+        """The fewest and the most masks of the front block that the last `passes` passes commit."""
         if row.settings.rule is not None and not row.settings.rule.by_row:
             return passes, math.inf
         front = row.open[0]
@@ -291,7 +295,7 @@ class Batch:
         return least, sum(map(policies.most, each))
 
     def _count_pass(self, row: SequenceState) -> None:
-        """A pass over the sequence was issued."""
+        """Count a pass over the sequence that was issued."""
         prefill_only = self.schedule.prefill_only(row)
         row.nfe += row.masks_left > 0 or row.edits > 0
         row.published += not prefill_only
@@ -301,7 +305,7 @@ class Batch:
             row.num_cached = row.block[0] - row.block[0] % self.schedule.block_length
 
     def _advance(self, b: int, found: Counts) -> bool:
-        """Take in what the blocks hold, from the front one on; returns whether the front one is complete."""
+        """Update sequence b by a pass's counts; return whether its front block is complete."""
         row = self.rows[b]
         counts = found.blocks[: len(self._counted(row))]
         row.open = tuple(
@@ -310,7 +314,7 @@ class Batch:
         )
         front = row.open[0]
         ends = row.settings.eos_id is not None and found.end is not None and found.end < front.first_mask
-        if ends and not row.edited:  # all that is in front of EOS is final
+        if ends and not row.edited:  # everything in front of the EOS is final
             self._fill(b, front.start, front.end)
             row.generated -= front.masks_left
             row.open = (front._replace(masks_left=0), *row.open[1:])
@@ -331,7 +335,7 @@ class Batch:
         return True
 
     def _work(self, lanes: list[int], rows: Sequence[SequenceState]) -> dict[int, SequenceWork]:
-        """Of the next pass."""
+        """What the next pass does with each lane."""
         work = {}
         for b in lanes:
             row = rows[b]
@@ -348,16 +352,15 @@ class Batch:
         return work
 
     def _counted(self, row: SequenceState) -> list[tuple[int, int]]:
-        """The blocks whose counts say how the sequence goes on: the open ones, or all those left where a rule
-        may fill any of them."""
+        """Columns of the blocks to count: the open ones, or all unfinished ones if a rule may fill them."""
         if reads(row, "response"):
             return row.blocks[row.block_index :]
         return [(block.start, block.end) for block in row.open]
 
     def _stops(self, b: int, start: int, end: int) -> bool:
-        """Whether EOS or a stop sequence ends in columns [start, end); notes where it begins.
+        """Whether EOS or a stop sequence ends in columns [start, end); if so, `kept` is where it begins.
 
-        Sought among the last masks alone: what is decoded in front of a given token does not end there.
+        Only the last run of masks is searched: text decoded in front of a given token does not end there.
         """
         row = self.rows[b]
         sought = row.settings.stop
@@ -381,7 +384,7 @@ class Batch:
             self._enter(b)
 
     def _read(self, row: SequenceState, window: Window, first: int, last: int) -> tuple[int, int]:
-        """Columns whose logits the sequence's rule reads, of a pass that computes positions [first, last)."""
+        """Columns [start, end) that the sequence's rule reads, in a pass over positions [first, last)."""
         rule = row.settings.rule
         if rule is None or rule.reads == "masked" or self.schedule.prefill_only(row):
             return window.start, window.end
@@ -391,7 +394,7 @@ class Batch:
         return min(window.start, max(start, first)), max(window.end, min(end, last))
 
     def _groups(self, live: list[int]) -> list[list[int]]:
-        """Sequences that share a pass."""
+        """The live lanes, grouped by the pass that they share."""
         if self.batch_invariant:
             return [[b] for b in live]
         if isinstance(self.model, Model):

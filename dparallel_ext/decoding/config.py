@@ -61,14 +61,13 @@ class DecodeKeywords(TypedDict, total=False):
 class DecodeConfig:
     """How prompts are decoded: the keywords of `decode`, checked, in one object that does not change.
 
-    `decode(model, prompt, config)`, `Engine(model, config)`, `engine.submit(prompt, config)`; keywords beside
-    a config stand instead of its fields. Where a field says "one per sequence", it is one value for all
+    It goes to `decode(model, prompt, config)`, `Engine(model, config)` and `engine.submit(prompt, config)`;
+    keywords beside it replace its fields. Where a field says "one per sequence", it is one value for all
     prompts of the call, or as many as there are prompts, in a list, an array or a tensor. Lists, arrays and
     tensors are kept as tuples, so that configs compare by value, can be hashed, and stay what they are
     whatever becomes of the tensors. (A rule or a function is compared as it compares itself.)
 
-    Raises ValueError naming the field that does not fit; what depends on model and prompts is checked in the
-    call.
+    Raises ValueError naming the field that does not fit; the call checks what depends on model and prompts.
     """
 
     gen_length: int | Sequence[int] | Tensor = 256
@@ -76,15 +75,14 @@ class DecodeConfig:
     divide it. Block-causal models fill the last block to its end. Beyond the positions that the model's
     config names there is a warning."""
     infill: bool = False
-    """The prompt's mask tokens are filled too, between given tokens, whether few are missing or most of a
-    response (a warm start); `gen_length` may be 0. One list of blocks goes over all places that hold masks,
-    and counts from the first; blocks without a mask are left out. Given tokens never change. The response,
-    and the columns of a trajectory, are the places that held masks, in order. `eos_id` and `stop` are sought
-    in the last run of masks alone: where more masks follow a given token, nothing ends in front of it, and
-    the masks that an end leaves behind become padding. A streamer gets what stands in front of the first mask
-    as its prompt, then given and decoded tokens in order. A block-causal model's blocks in front of the first
-    mask are prefilled, later ones without a mask are computed with the next that has one; with gen_length 0
-    its last block stays as short as the prompt leaves it."""
+    """Fill the prompt's mask tokens too, between given tokens, whether few are missing or most of a response
+    (a warm start); `gen_length` may be 0. Blocks count from the first mask; blocks without a mask are left
+    out. Given tokens never change. The response, and the columns of a trajectory, are the places that held
+    masks, in order. Only the last run of masks is searched for `eos_id` and `stop`: nothing ends in front of
+    a given token that more masks follow, and the masks behind an end become padding. A streamer gets the
+    tokens in front of the first mask as its prompt, then given and decoded tokens in order. A block-causal
+    model's blocks in front of the first mask are prefilled; later ones without a mask are computed with the
+    next that has one; with gen_length 0 its last block stays as short as the prompt leaves it."""
     block_length: int | None = None
     """Tokens of a block; blocks are decoded left to right. None: the model's own, where it is block-causal
     (blocks count from position 0), else 32. Block-causal models of ours attend by the blocks that are asked
@@ -98,16 +96,16 @@ class DecodeConfig:
     threshold: policies.Number | None = None
     """The selector's parameter, one per sequence; see `policies`. None: the fixed schedule."""
     selector: policies.Name | None = None
-    """With a `threshold`, what it is a threshold of, one per sequence; None: "entropy" (dParallel)."""
+    """The statistic or rule that `threshold` belongs to, one per sequence; None: "entropy" (dParallel)."""
     policy: Tensor | Sequence[Sequence[float | None]] | Function | None = None
     """Instead of threshold, selector, steps, min_commit, max_commit and score: rows (B, 5) float32 as
     `policies.make` makes them (None for a max_commit without limit); or a function, as `rule`."""
     rule: Rule | Function | str | None = None
-    """What decides beside or instead of the policy, see `rules`: a `rules.Rule`; its name, such as "credit",
-    "sched:7.5" or "credit+confidence:0.8", whose part after the plus sign, like "entropy:0.5" alone, stands
-    for selector and threshold; or a function (stats, masked, step) -> bool (B, W) over the columns of the
-    block or sub-block, instead of a policy. At least one position commits all the same, and only masked
-    ones."""
+    """The rule that decides beside or instead of the policy, see `rules`: a `rules.Rule`; its name, such as
+    "credit", "sched:7.5" or "credit+confidence:0.8", whose part after the plus sign, like "entropy:0.5"
+    alone, stands for selector and threshold; or a function (stats, masked, step) -> bool (B, W) over the
+    columns of the block or sub-block, instead of a policy. Only masked positions commit, and at least one of
+    them."""
     min_commit: policies.Number = 1
     """With a `threshold`, the fewest tokens that a pass commits, at least 1; one per sequence."""
     max_commit: policies.Number | None = None
@@ -143,31 +141,31 @@ class DecodeConfig:
     next calls of about this length and batch size, at most four and 1 GB of keys and values, until it is
     trained, moved or deleted."""
     temperature: float = 0.0
-    """0 is greedy, and so is what is below 1e-5; above it, tokens are Gumbel-max samples of
-    softmax(logits / T). Above 2^100 (1.3e30) it is that."""
+    """0, or anything below 1e-5, is greedy; above, tokens are Gumbel-max samples of softmax(logits / T). A T
+    above 2^100 (1.3e30) counts as 2^100."""
     top_p: float | None = None
-    """What may be sampled: the most probable ids (temperature first) before which at most `top_p` of the
-    probability comes; None and 1.0 leave nothing out. The rule judges the statistics of softmax(logits),
-    whatever temperature, top_p and top_k are, and as confidence the probability of the sampled token there.
-    Not read where temperature is 0."""
+    """Nucleus sampling: an id may be sampled if the ids more probable than it, by softmax(logits / T), have
+    at most `top_p` of the probability; None and 1.0 leave nothing out. Whatever temperature, top_p and top_k
+    are, the rule judges the statistics of softmax(logits), with the sampled token's probability there as its
+    confidence. Not read where temperature is 0."""
     top_k: int | None = None
-    """At most so many of the most probable ids may be sampled; None and 0 leave nothing out. Not read where
+    """The most ids that may be sampled, the most probable ones; None and 0 leave nothing out. Not read where
     temperature is 0."""
     suppress: Sequence[int] | Tensor | None = None
     """Ids (n,) never to be decoded, left out of the softmax."""
     mask_id: int | None = None
     """The mask token; None: the model's `mask_token_id`."""
     eos_id: int | None = None
-    """If given, a sequence ends where it stands and nothing in front of it is masked any more: the masks
-    behind it, in its block and in later ones, are not computed but filled with it. The tokens in front of it
-    are those of a decode that goes on. None, as published: every block is decoded; of an autoregressive model
-    None is its own end tokens, all of them. -1: none, whatever the model's own."""
+    """The end token. A sequence ends once it holds one with no mask in front: the masks behind it, in its
+    block and in later ones, are filled with it and not computed. The tokens in front of it are those of a
+    decode that goes on. None, as published: every block is decoded; for an autoregressive model, None stands
+    for all of its own end tokens. -1: no end token, whatever the model's own."""
     stop: Sequence[Sequence[int]] = ()
-    """Sequences of tokens that end a response as eos_id does, wherever they lie in it."""
+    """Sequences of token ids; each ends a response as eos_id does, wherever it lies in it."""
     seed: int | Sequence[int] | Tensor | None = None
-    """A number: sequence b's samples are keyed by (seed, b); or one per sequence: by its own seed alone, and
-    so is a request of an engine. None: a number from torch's generator, so that two calls differ and
-    `torch.manual_seed` repeats them; nothing is taken from it where temperature is 0."""
+    """Of the samples. With one number, sequence b's samples are keyed by (seed, b); with one per sequence,
+    and in an engine, by the sequence's own seed alone. None: a number from torch's generator, so that two
+    calls differ and `torch.manual_seed` repeats them; nothing is drawn from it where temperature is 0."""
     record: bool = False
     """Keep `DecodeOutput.trajectory`, and in `speculate` `SpeculateOutput.passes`; not in an engine."""
     logprobs: bool = False
@@ -205,24 +203,24 @@ class DecodeConfig:
         return None if self.eos_id == -1 else self.eos_id
 
     def __repr__(self) -> str:
-        """Without the fields that have their defaults."""
+        """As a call, without the fields that have their defaults."""
         said = [f"{name}={value!r}" for name, value in vars(self).items() if value != DEFAULTS[name]]
         return f"DecodeConfig({', '.join(said)})"
 
     def replace(self, **changes: Unpack[DecodeKeywords]) -> DecodeConfig:
-        """The same with other values of the fields that are named."""
+        """A copy with other values of the fields that are named."""
         return configured("replace", self, changes)
 
     def with_rule(self, rule: Rule | Function | str | None, **changes: Any) -> DecodeConfig:
-        """The same with another rule, which alone decides: the fields for a policy are left out.
+        """A copy with another rule, which decides alone: the fields for a policy are reset.
 
-        changes: other fields, as of `replace`.
+        changes: other fields, as for `replace`.
         """
         decides = {**dict.fromkeys(ROW), "min_commit": 1, "policy": None, "rule": rule}
         return configured("with_rule", self, {**decides, **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON has them, for `from_dict`: rules as their text.
+        """All fields in JSON's types, for `from_dict`; a rule becomes its text.
 
         Raises ValueError for a function, and for a rule that no text stands for.
         """
@@ -237,8 +235,8 @@ class DecodeConfig:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> DecodeConfig:
-        """The config of some fields by name, as `to_dict` gives them. Raises ValueError naming what does not
-        fit."""
+        """The config with these fields, as `to_dict` returns them; fields left out have their defaults.
+        Raises ValueError naming the field that does not fit."""
         if not isinstance(content, Mapping):
             raise ValueError(f"config: expected fields by name, got {type(content).__name__}")
         for name in content:
@@ -251,25 +249,25 @@ class DecodeConfig:
 
 DEFAULTS = {field.name: field.default for field in fields(DecodeConfig)}
 ROW = ("threshold", "selector", "steps", "max_commit", "score")
-"""Fields that say how the policy row of a sequence is made, with `min_commit`; None where nothing is said."""
+"""Fields that, with `min_commit`, make a sequence's policy row; None: not given."""
 ACTIVE = ("active_blocks", "open_at", "activate_at")
-"""Fields that say how many blocks are open."""
+"""Fields for several open blocks."""
 OF_ENGINE = (
     *("cache", "block_length", "sub_block_length", "refresh", "batch_invariant", "graphs", "mask_id"),
     *ACTIVE,
 )
 """Fields that all requests of an engine share."""
 EACH = ("gen_length", "threshold", "selector", "policy", "min_commit", "max_commit", "score", "seed")
-"""Fields that may have a value for each sequence, then a tuple."""
+"""Fields that may have a value for each sequence, in a tuple."""
 
 
 # --- configs and keywords -----------------------------------------------------------------------
 
 
 def configured(where: str, config: DecodeConfig | None, keywords: Mapping[str, Any]) -> DecodeConfig:
-    """`config`, or the default, with `keywords` instead of its fields.
+    """`config`, or the default, with its fields replaced by `keywords`.
 
-    Raises TypeError, as a call of `where` does, for a keyword that is no field.
+    Raises TypeError, worded as for a call of the function `where`, for a keyword that is no field.
     """
     for name in keywords:
         if name not in DEFAULTS:
@@ -287,7 +285,7 @@ def _nearest(name: Any) -> str:
 
 
 def names_fields(function: F) -> F:
-    """Let `help`, `inspect.signature` and editors that ask them show the fields in place of **keywords."""
+    """Make `help`, `inspect.signature` and editors show the fields in place of **keywords."""
     signature = inspect.signature(function)
     own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
     of_config = inspect.signature(DecodeConfig).parameters.values()
@@ -307,17 +305,17 @@ class Decided(NamedTuple):
     """What decides which tokens a pass commits."""
 
     rule: Rule | None
-    """Beside the policy rows."""
+    """The rule beside the policy rows, if any."""
     steps: int | None
-    """Of the fixed schedule."""
+    """Passes of the fixed schedule, if that decides."""
     rows: Tensor
-    """(B, 5) float32, see `policies`; of the fixed schedule without its quota."""
+    """(B, 5) float32 policy rows, see `policies`; the fixed schedule sets their quota later."""
     selectors: list[str]
-    """Of each row, where the rows come from a threshold."""
+    """Each row's selector; empty unless the rows come from a threshold."""
 
 
 def decided(config: DecodeConfig, size: int, cache: str) -> Decided:
-    """What decides of `size` sequences. Raises ValueError naming the field that does not fit."""
+    """What decides for `size` sequences. Raises ValueError naming the field that does not fit."""
     rule, row = _rule(config)
     threshold, selector, steps = row["threshold"], row["selector"], row["steps"]
     selectors: list[str] = []
@@ -342,7 +340,7 @@ def decided(config: DecodeConfig, size: int, cache: str) -> Decided:
         rows = policies.make("quota", 1, score=row["score"] or by_default, batch=size)
     for sequence, numbers in enumerate(rows.tolist()):
         least, score = numbers[2], policies.score_of(numbers)
-        if least < 1:  # a window need not move in a pass of several, but decoding has to end
+        if least < 1:  # a window beside others need not move, but a sequence's only window must
             raise ValueError(
                 f"min_commit: expected a whole number >= 1, got {least:g} for sequence {sequence}"
             )
@@ -356,7 +354,7 @@ def _row_of(config: DecodeConfig) -> dict[str, Any]:
 
 
 def _given(values: Mapping[str, Any]) -> list[str]:
-    """The names of those that are not left at their default."""
+    """The names of the values that are not the default."""
 
     def default(name: str, value: Any) -> bool:
         return value is None or (name == "min_commit" and isinstance(value, int) and value == 1)
@@ -365,7 +363,7 @@ def _given(values: Mapping[str, Any]) -> list[str]:
 
 
 def _rule(config: DecodeConfig) -> tuple[Rule | None, dict[str, Any]]:
-    """The rule that `policy` or `rule` says, and the values that the policy row is made of."""
+    """The rule that `policy` or `rule` names, and the values that make the policy row."""
     policy, rule = config.policy, config.rule
     row = _row_of(config)
     if policy is not None:

@@ -1,6 +1,6 @@
 """Decode a masked diffusion language model, block by block, many tokens a pass.
 
-How: `config`. What a pass is: `batch`. What of a config hangs on the model: `settings`.
+`config` says how, `settings` checks that against the model, and `batch` runs the passes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .settings import check_model, check_settings, make_settings, vocabulary
 from .workspace import Trajectory
 
 Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]] | Sequence[int] | Mapping[str, Any]
-"""Of `decode`: token ids (B, P) or (P,), a list of (P,), or a tokenizer's output with its "input_ids"."""
+"""Prompts of `decode`: ids (B, P) or (P,), a list of (P,), or a tokenizer's output with "input_ids"."""
 
 
 @dataclass
@@ -32,10 +32,10 @@ class DecodeOutput:
     """What `decode` returns; `sequences, forwards = decode(...)` unpacks."""
 
     sequences: Tensor
-    """(B, L) int64: prompts and what was decoded; shorter ones end in padding: `eos_id`, else the mask. So do
-    the masks that a sequence was ended before."""
+    """(B, L) int64: prompts and decoded tokens. Padding, `eos_id` or else the mask token, follows shorter
+    sequences and replaces the masks behind a sequence's end."""
     nfe: Tensor
-    """(B,) int64: forward passes that each sequence needed."""
+    """(B,) int64: forward passes over each sequence."""
     forwards: int
     """Forward passes that the call ran."""
     generated: Tensor
@@ -43,22 +43,23 @@ class DecodeOutput:
     kept: Tensor
     """(B,) int64: response tokens in front of EOS or a stop sequence; all where there is none."""
     lengths: Tensor
-    """(B,) int64: of prompt and response together, EOS filling included, padding not."""
+    """(B,) int64: tokens of prompt and response together, EOS filling included, padding not."""
     prompt_lengths: Tensor
-    """(B,) int64, masks that were filled included."""
+    """(B,) int64: tokens of the prompt, its masks included."""
     masked: Tensor
-    """(B, L) bool: the places of the response, which held the masks that were to be filled: those after the
-    prompt, and with `infill` those in it."""
+    """(B, L) bool: the places of the response. They held the masks to fill: those after the prompt, and with
+    `infill` those in it."""
     nfe_published: Tensor
     """(B,) int64: passes of the published loops, which run some that change nothing: with "prefix" and "dual"
     where a block was complete after its full pass, with "block" to prefill and to store each block."""
     trajectory: Trajectory | None = field(default=None, repr=False)
+    """With `record`: when each token of the response was committed, and how sure the model was."""
     logprobs: Tensor | None = field(default=None, repr=False)
-    """(B, R) float32, with `logprobs`: log of the probability that each token of the response was
-    drawn with, in the pass that committed it; NaN where none did (EOS filling, padding)."""
+    """(B, R) float32, with `logprobs`: the log-probability (nats) that each token of the response was drawn
+    with, in the pass that committed it; NaN where none did (EOS filling, padding)."""
     canvases: Tensor | None = field(default=None, repr=False)
-    """(B,) int64, with `draft_size`: how often the passes have computed each sequence, copies of it that hold
-    guesses included. Without, a pass computes each sequence once."""
+    """(B,) int64, with `draft_size`: how many canvases the passes have computed for each sequence, one for
+    the sequence itself and one for each copy of it that holds guesses."""
 
     @property
     def responses(self) -> list[Tensor]:
@@ -73,7 +74,7 @@ class DecodeOutput:
     def tokens_per_forward(self) -> float:
         """Response tokens in front of EOS or a stop sequence (`kept`) per pass, over all sequences.
 
-        0 where there was no pass. Only what `eos_id` and `stop` name can be told from the text.
+        0 where there was no pass. Without `eos_id` and `stop`, all response tokens count as text.
         """
         return self._per_forward(self.kept)
 
@@ -107,32 +108,32 @@ def decode(
     Args:
         model: one of ours (`dparallel_ext.models`), or anything whose call on input_ids (B, L) returns an
             object with `.logits` (B, L, V): Hugging Face models work as they are. Either may be compiled,
-            adapted by PEFT or in a parallel wrapper, see `models.for_decoding`; a function says by its
-            attribute `traits` what `models.Traits` names. It is called as it is: put it in eval mode first
-            if it has dropout. `torch.autocast` holds for the calls of models that are not ours.
-        prompt: (B, P) or (P,) int64; or a list of (P,) of any lengths. Tensors, numpy arrays and lists of ids
-            will do, and what a tokenizer returns, with its attention_mask. Mask tokens stay as they are,
-            unless `infill` is on. With one of our models it goes to the model's device.
+            adapted by PEFT or in a parallel wrapper, see `models.for_decoding`; a function may have an
+            attribute `traits`, a `models.Traits`. It is called as it is: put it in eval mode first if it has
+            dropout. `torch.autocast` applies to models that are not ours.
+        prompt: token ids (B, P) or (P,), or a list of (P,) of any lengths, as tensors, numpy arrays or lists;
+            or a tokenizer's output with its attention_mask. Mask tokens stay as they are, unless `infill` is
+            on. With one of our models, ids go to the model's device.
         config: how the prompts are decoded; default: `DecodeConfig()`.
         draft_size: self-speculation (SSD, arXiv 2510.04147), see `self_speculation`: the same text in fewer
             passes, each over up to 1 + draft_size copies of a sequence, which hold guesses of what the next
-            passes would commit (`DecodeOutput.canvases` counts the copies). For the fixed schedule, or the
-            selector "quota", with cache "none" or "block". None and 0: nothing is guessed.
-        attention_mask: like `prompt`, bool or whole numbers, 0 where that is padded, on either side. Padding
-            is taken out: it costs nothing and changes nothing.
-        streamer: an object with `put` and `end`, and perhaps `put_draft`, as transformers' streamers.
-            Batch size 1.
-        progress: a tqdm bar of committed tokens.
-        keywords: fields of `DecodeConfig`, which says what they are; they stand instead of the config's.
+            passes would commit (`DecodeOutput.canvases` counts the copies). Needs the fixed schedule or the
+            selector "quota", and cache "none" or "block". None and 0: nothing is guessed.
+        attention_mask: bool or whole numbers, in the shape of `prompt`; 0 marks padding, on either side.
+            Padding is taken out: it costs nothing and changes nothing.
+        streamer: an object with `put` and `end`, as transformers' streamers, and perhaps `put_draft`. Needs a
+            batch of one prompt.
+        progress: show a tqdm bar of committed tokens.
+        keywords: fields of `DecodeConfig`; they replace the config's.
 
     Returns:
-        DecodeOutput. A sequence that is complete is in no pass; each goes from block to block at its own
-        pace. The published loops run some passes that change nothing: `nfe_published` counts them (with
-        `draft_size`, those of the schedule that is followed).
+        DecodeOutput. Each sequence goes from block to block at its own pace, and once complete is in no
+        pass. The published loops run some passes that change nothing: `nfe_published` counts them too (with
+        `draft_size`, the passes of the schedule that is followed).
 
     Raises:
-        ValueError: naming the argument that does not fit; or naming sequence and position where the
-            logits hold NaN or leave no token to choose.
+        ValueError: naming the argument that does not fit; or, if the logits hold NaN or leave no token to
+            choose, naming sequence and position.
         TypeError: for a keyword that is no field.
     """
     config = configured("decode", config, keywords)
@@ -181,10 +182,10 @@ def start(
     schedule: Callable[[Schedule], Schedule] = lambda made: made,
     **more: Any,
 ) -> Batch:
-    """The batch of a call.
+    """The batch of a call of `decode`, its prompts admitted.
 
-    draft_size: see `decode`. schedule: makes what is followed of the cache mode's. more: arguments of
-    `Batch`. Raises ValueError naming what does not fit.
+    schedule: maps the cache mode's schedule to the one that is followed. more: arguments of `Batch`. Raises
+    ValueError naming the argument that does not fit.
     """
     settings = make_settings(config, traits(model), config.cache or "none", len(prompts))
     model = for_decoding(model)
@@ -201,7 +202,7 @@ def start(
     if draft_size is not None and arguments.whole("draft_size", draft_size, 0):
         check_draft(settings, of_model.schedule)
         kind = functools.partial(SelfSpeculation, draft_size=draft_size)
-    arguments.check_ids("prompt", prompts, vocabulary(model))  # where they are: on the CPU without waiting
+    arguments.check_ids("prompt", prompts, vocabulary(model))  # before they move: ids on the CPU need no wait
     masked: list[list[int]] = [[] for _ in prompts]
     if config.infill:
         masked = [masks(prompt, mask_id) for prompt in arguments.moved(prompts, torch.device("cpu"))]
@@ -236,8 +237,8 @@ def masks(prompt: Tensor, mask_id: int) -> list[int]:
 
 
 def run(batch: Batch, streamer: Any = None, bar: Any = None) -> None:
-    """All passes."""
-    x = batch.tokens[:1]  # of a streamer
+    """Run passes until every sequence is complete."""
+    x = batch.tokens[:1]  # a streamer's batch has one sequence
     sent = batch.rows[0].ahead if streamer is not None else 0
     if streamer is not None:
         streamer.put(x[:, :sent].cpu())
@@ -251,7 +252,7 @@ def run(batch: Batch, streamer: Any = None, bar: Any = None) -> None:
         if drafts:
             streamer.put_draft(x[:, sent:].cpu())
         for b in finished if streamer is not None else ():
-            # The block, and then what was given, or is padding, in front of the next mask.
+            # The block, then the given tokens or padding between it and the next mask.
             for last in (blocks[b][1], batch.rows[b].ahead):
                 if sent < last:
                     streamer.put(x[b, sent:last].cpu())

@@ -1,4 +1,4 @@
-"""Values of `DecodeConfig`'s fields as people give them: each by itself checked, and made plain."""
+"""Checks of `DecodeConfig`'s fields, each by itself; a check returns the value in plain Python types."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..rules import Rule
 
 
 def plain(value: Any) -> Any:
-    """The same of Python's own numbers, lists, arrays and tensors as tuples."""
+    """`value` in Python's own numbers, with lists, arrays and tensors as tuples."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
@@ -55,7 +55,7 @@ def _counts(name: str, value: Any) -> int | tuple[int, ...]:
 
 
 def _real(name: str, value: Any) -> Any:
-    """A number whose bounds are looked at later."""
+    """A number whose bounds are checked later."""
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
@@ -63,7 +63,7 @@ def _rows(name: str, value: Any) -> Any:
     if value is None or (callable(value) and not isinstance(value, Rule)):
         return value
     if isinstance(value, Tensor):
-        rows = value.cpu()  # so that its numbers are checked wherever they come from
+        rows = value.cpu()  # `policies.check` reads numbers on the CPU alone
     else:
         try:
             filled = [[math.inf if each is None else each for each in row] for row in value]
@@ -131,4 +131,4 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "record": _switch,
     "logprobs": _switch,
 }
-"""(name, value) -> the value that is kept; raises ValueError. How fields go together: `DecodeConfig`."""
+"""(name, value) -> the value to keep, or ValueError. `DecodeConfig` checks how fields go together."""

@@ -1,8 +1,8 @@
-"""CUDA graphs of passes: what a pass launches, recorded once for each form it takes, and then replayed.
+"""CUDA graphs of passes: the launches of a pass are recorded once for each key, and then replayed.
 
 A pass of a large model is some three hundred launches, and the host needs about as long to issue them as a
-GPU needs to read the weights. A recorded pass is one launch. It reads what differs from pass to pass from one
-tensor of numbers that lies where it did when it was recorded.
+GPU needs to read the weights. A recorded pass is one launch. All that differs between passes of one key is in
+one tensor of inputs, whose address does not change.
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ from ..ops.streams import own_recording
 log = logging.getLogger(__name__)
 
 LIMIT = 128
-"""Forms that are remembered; beyond it the one not used for longest is forgotten."""
+"""Keys that are remembered; beyond it the least recently used is forgotten."""
 
 Compute = Callable[[Tensor], Tensor]
-"""Numbers on the device -> the pass's result, without waiting for the device or reading from the host."""
+"""Inputs on the device -> the pass's result, without waiting for the device or reading from the host."""
 
 
 class Recorder(Protocol):
     """How launches are recorded: `CudaRecorder`, or a stand-in where there is no GPU."""
 
     def turn(self) -> AbstractContextManager[None]:
-        """What is launched within comes after all before it and before all after it."""
+        """Order the launches inside after all those before it, and before all those after it."""
 
     def record(self, compute: Compute, numbers: Tensor) -> tuple[Callable[[], None], Tensor]:
-        """How to replay compute(numbers), which is not run now, and where its result then lies."""
+        """Record compute(numbers), without running it; return what replays it, and the tensor of its
+        result."""
 
 
 _recording = threading.Lock()
 """Held while a pass is recorded: the garbage collector is off then, for the whole process."""
 recorders: weakref.WeakSet[CudaRecorder] = weakref.WeakSet()
-"""No two share a stream, or what one launches while the other records would be recorded."""
+"""No two share a stream: else one would record what the other launches."""
 
 
 def can_record(device: torch.device) -> bool:
@@ -50,18 +51,18 @@ def can_record(device: torch.device) -> bool:
 
 
 class CudaRecorder:
-    """Everything on one stream of its own, so that no two replays overlap, and from one pool of memory."""
+    """Records on one stream of its own, so that no two replays overlap, and allocates from one pool."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
         with _recording:
             others = {other.stream.cuda_stream for other in recorders}
-            for _ in range(32):  # torch hands out so many in turn
+            for _ in range(32):  # torch has a pool of 32 streams, and hands them out in turn
                 if self.stream.cuda_stream in others:
                     self.stream = torch.cuda.Stream(device)
             recorders.add(self)
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
-        """Those that use the pool."""
+        """The graphs that use the pool."""
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -79,7 +80,7 @@ class CudaRecorder:
             if not self._graphs:  # torch refuses a pool whose last graph is gone
                 self._pool = torch.cuda.graph_pool_handle()
             collecting = gc.isenabled()
-            gc.disable()  # what it frees could call CUDA in the midst of the recording
+            gc.disable()  # freeing a tensor could call CUDA in the midst of the recording
             try:
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
@@ -102,21 +103,22 @@ class Recorded(NamedTuple):
 
 
 class Graphs:
-    """Runs passes: the first of a form as it is, the second is recorded, and from then on it is replayed.
+    """Runs passes: the first of a key eagerly; the second is recorded, and it and all later ones are
+    replayed.
 
-    Where recording fails, all passes run as they are from then on, with a warning in the log.
+    If recording fails, all later passes run eagerly, with a warning in the log.
     """
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder: Recorder | None = recorder
         self.forms: dict[Hashable, Recorded | None] = {}
-        """The least recently used first; None: met once."""
+        """The least recently used key first; None: it was met once."""
         self.replays = 0
         self.addresses: Sequence[int] | None = None
-        """Where what the recordings read lies; None: nothing can be recorded."""
+        """Addresses of the tensors that the recordings read; None: nothing can be recorded."""
 
     def drop_stale(self, addresses: Sequence[int] | None) -> None:
-        """Drop the recordings if what they read lies elsewhere now."""
+        """Drop the recordings if the tensors that they read have moved."""
         if addresses != self.addresses:
             self.addresses = addresses
             self.forms.clear()
@@ -124,10 +126,10 @@ class Graphs:
     def run(
         self, form: Hashable, numbers: Tensor, compute: Compute, *, device: torch.device, held: Any = None
     ) -> Tensor:
-        """compute(numbers): `form` says all that the launches depend on beside the values of `numbers`.
+        """compute(numbers), replayed where it can be.
 
-        form: None: run it as it is, in its turn. numbers: (n,) int64 on the CPU. held: what must live as long
-        as the recording.
+        form: all that the launches depend on beside the values of `numbers`; None: run eagerly, in turn.
+        numbers: (n,) int64 on the CPU. held: what must live as long as the recording.
         """
         if self.recorder is None:
             return compute(numbers.to(device, non_blocking=True))
@@ -145,17 +147,17 @@ class Graphs:
             found.numbers.copy_(numbers, non_blocking=True)
             found.replay()
             self.replays += 1
-            return found.result.clone()  # the next replay, of any form, may write there
+            return found.result.clone()  # the next replay, of any key, may write there
 
     def _record(self, numbers: Tensor, compute: Compute, held: Any) -> Recorded | None:
         assert self.recorder is not None
         try:
             return Recorded(numbers, *self.recorder.record(compute, numbers), held)
-        except Exception:  # of any cause: the same pass, run as it is, shows whether it is the pass's own
+        except Exception:  # of any kind: if the pass itself is at fault, it raises again when run eagerly
             log.warning(
-                "a pass could not be recorded; passes run without CUDA graphs. If CUDA broke it off, torch's "
-                "allocator may believe that the recording goes on, and then keeps what several streams have "
-                "used: start this process again before its GPU is full",
+                "a pass could not be recorded; passes run without CUDA graphs. If CUDA ended the recording, "
+                "torch's allocator may believe that it goes on, and then keeps memory that several streams "
+                "have used: restart this process before its GPU is full",
                 exc_info=True,
             )
             self.recorder = None

@@ -1,7 +1,7 @@
-"""One forward pass over sequences of a batch, and what is committed by it.
+"""One forward pass over sequences of a batch, and its commits.
 
-The host says what a pass is about: spans to compute, windows to fill (`batch` decides them). All that follows
-runs on the device and asks the host for nothing more, so that on a GPU it can be recorded and replayed.
+`batch` decides the spans to compute and the windows to fill. From there on everything runs on the device and
+asks the host for nothing, so that on a GPU a pass can be recorded and replayed.
 """
 
 from __future__ import annotations
@@ -28,40 +28,41 @@ from .workspace import Workspace
 
 
 class Counts(NamedTuple):
-    """What a pass has left of a sequence."""
+    """The state of a sequence after a pass, as the device counted it."""
 
     blocks: list[tuple[int, int, int]]
-    """Of the blocks that its `SequenceWork` names, and perhaps of more: masks left, the column of the first
-    of them, tokens that the pass changed."""
+    """For each block in `SequenceWork.counted`, and perhaps padding after them: masks left, the column of the
+    first of them, tokens that the pass changed."""
     end: int | None
-    """The column of the first EOS in its `ending`, else that one's end; None where no sequence has an EOS."""
+    """The column of the first EOS in `SequenceWork.ending`, else the end of those columns; None where no
+    sequence has an EOS."""
 
 
 class SequenceWork(NamedTuple):
     """What a pass does with one sequence. Columns are positions of the sequence."""
 
     spans: list[Span]
-    """Adjoining, of our models' passes: the positions computed."""
+    """The positions to compute, adjoining spans."""
     windows: list[Window]
-    """What may be filled."""
+    """The windows that may be filled."""
     reads: list[tuple[int, int]]
-    """For each window the columns [start, end) whose logits its rule reads; the window where it has none."""
+    """For each window the columns [start, end) whose logits its rule reads; without a rule, the window."""
     counted: list[tuple[int, int]]
-    """Columns [start, end) of the blocks that the host wants the `Counts` of."""
+    """Columns [start, end) of the blocks whose `Counts` the host needs."""
     ending: tuple[int, int]
-    """Columns [start, end) where an EOS ends the sequence."""
+    """Columns [start, end) in which an EOS ends the sequence."""
 
 
 class GraphKey(NamedTuple):
-    """What the launches of a pass depend on, beside the values of its numbers."""
+    """All that the launches of a pass depend on, beside the values of its inputs."""
 
     shapes: Shapes
     max_q_len: int
     max_kv_len: int
     record: bool
-    """Whether what is committed goes into the trajectory."""
+    """Whether commits are written to the trajectory."""
     cells: int
-    """Of each sequence, the columns that rules see."""
+    """Columns of each window that rules see."""
     eos_ids: tuple[int, ...]
     groups: tuple[SamplingGroup, ...]
 
@@ -71,21 +72,21 @@ class GraphKey(NamedTuple):
 
     @property
     def recorded(self) -> bool:
-        """Whether its launches can be recorded."""
+        """Whether the launches can be recorded."""
         return all(group.rule is None or group.rule.recorded for group in self.groups)
 
     @property
     def rows(self) -> int:
-        """Of the packed tokens that the pass computes."""
+        """Packed tokens that the pass computes."""
         return self.shapes[0][0]
 
 
 class Prepared(NamedTuple):
-    """What the host has done already for a pass that may come."""
+    """The inputs of a pass that may come, made in advance."""
 
     inputs_key: tuple[Any, ...]
     rows: tuple[SequenceState, ...]
-    """Kept so that what `inputs_key` names by its id stays."""
+    """Kept alive, since `inputs_key` holds ids of their objects."""
     inputs: Tensor
     key: GraphKey
 
@@ -97,29 +98,31 @@ the GPU 0.3 ms for 512 rows of LLaDA-8B); and a recording would hold as much mem
 
 
 REMEMBERED = 16
-"""Rules whose memory is kept though no sequence uses them."""
+"""Rules with state beyond which the state of those that no sequence uses is dropped."""
 
 
 def recorded_rows(model: Any) -> int:
-    """Rows up to which a pass of the model is recorded."""
+    """The most rows with which a pass of the model is recorded."""
     if not isinstance(model, Model):
         return 0
     s = model.shape
-    weights = s.width * (2 * (s.heads + s.kv_heads) * s.head_dim + 3 * s.mlp_width)  # of a layer
+    weights = s.width * (2 * (s.heads + s.kv_heads) * s.head_dim + 3 * s.mlp_width)  # of one layer
     return RECORDED // weights
 
 
 def graph_bucket(count: int, recorded: int) -> int:
-    """What `count` rows are filled up to on a GPU: to four sizes a doubling as far as passes are recorded."""
+    """The rows that `count` rows are padded to on a GPU: four sizes a doubling as far as passes are recorded,
+    then multiples of 8.
+    """
     filled = GRAPH_BUCKETS(count)
     return filled if filled <= recorded else -(-count // 8) * 8
 
 
 def row_padding(model: Model) -> PadTo:
-    """How many rows a number of rows of a pass is filled up to.
+    """How to pad the number of a pass's rows; None: not at all.
 
-    On a GPU so that passes take few forms. On a CPU since the matrix library keeps compiled code for each
-    number of rows of 16-bit matrices that it has met, for ever (half a megabyte and half a millisecond).
+    On a GPU padding keeps the number of `GraphKey`s small. On a CPU, for 16-bit weights, the matrix library
+    compiles code for each number of rows and keeps it for ever (half a megabyte and half a millisecond).
     """
     if runs_ahead(model.device):
         return functools.partial(graph_bucket, recorded=recorded_rows(model))
@@ -127,7 +130,7 @@ def row_padding(model: Model) -> PadTo:
 
 
 def runs_ahead(device: torch.device) -> bool:
-    """Whether the host issues work for the device without waiting for what came before."""
+    """Whether the host can issue work for the device without waiting for earlier work."""
     return device.type != "cpu"
 
 
@@ -136,12 +139,12 @@ class Runner:
 
     Args:
         tokens: (lanes, L) int64, changed in place.
-        kv_cache: with our models, of so many sequences and positions.
+        kv_cache: with our models, a cache of so many sequences and positions.
         shift: the logits for position p are produced at position max(p - shift, 0).
-        window, block: columns of the widest window that is usual, and of the widest block.
+        window, block: columns of the widest usual window, and of the widest block.
         blocks: how many blocks of a sequence may be open, each with a window.
-        graphs: on a GPU, passes of one form are recorded once and replayed, see `graphs`.
-        workspace: of those tokens and that cache; default: a fresh one.
+        graphs: on a GPU, record the passes of one `GraphKey` once and replay them, see `graphs`.
+        workspace: the workspace that holds `tokens` and `kv_cache`; default: a fresh one.
     """
 
     def __init__(
@@ -162,7 +165,7 @@ class Runner:
         self.shift, self.blocks = shift, blocks
         self.window, self.block = (min(width, tokens.shape[1]) for width in (window, block))
         self.lane = self._lane_of(blocks)
-        """(W,) int64: each window's sequence; None where each has one."""
+        """(W,) int64: each window's lane; None where each lane has one window."""
         if workspace is None:
             workspace = Workspace.of(tokens, kv_cache, graphs=graphs and isinstance(model, Model))
         self.trajectory, self.graphs = workspace.trajectory, workspace.graphs
@@ -175,7 +178,7 @@ class Runner:
         self._prepared: list[Prepared] = []
 
     def suppress(self, ids: Tensor | None) -> Tensor | None:
-        """One tensor for the same ids; with our models on the device.
+        """The ids as a tensor, the same object for the same ids; with our models on the device.
 
         Raises ValueError for an id that one of our models does not have.
         """
@@ -195,18 +198,18 @@ class Runner:
         return self._suppressed[key]
 
     def begin(self, lane: int, rule: Rule, columns: Sequence[int], used: Collection[Rule]) -> None:
-        """A sequence that is decoded by `rule` begins in the lane.
+        """Begin a sequence that is decoded by `rule` in the lane.
 
-        columns: those of its response. used: the rules of all lanes.
+        columns: of its response. used: the rules of all lanes.
         """
         if rule not in self.states:
             if len(self.states) >= REMEMBERED and (idle := [old for old in self.states if old not in used]):
                 for old in idle:
                     del self.states[old]
                 if self.graphs is not None:
-                    self.graphs.forms.clear()  # recordings write to what those remembered
+                    self.graphs.forms.clear()  # recordings may write to the dropped state
             lanes, length = self.tokens.shape
-            # A cell of the last column's window may lie beyond it.
+            # The window of the last column may have cells beyond it.
             self.states[rule] = rule.new_state(lanes, 2 * length, self.tokens.device)
         rule.reset(self.states[rule], lane)
         if rule.edits:
@@ -214,12 +217,12 @@ class Runner:
             self.given[lane, list(columns)] = False
 
     def run(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> Tensor:
-        """One forward pass over the sequences of `work`, by their lanes in ascending order.
+        """Run one forward pass over the lanes of `work`, which are in ascending order.
 
-        Returns (n,) int64 on the device, what `look` reads.
+        Returns (n,) int64 on the device, for `look` to read.
         """
         if self.graphs is not None and any(rows[b].nfe == 0 for b in work):
-            # Where a sequence begins, the model may have moved.
+            # Between sequences the model's weights may have moved.
             self.graphs.drop_stale(self.model.addresses())
         prepared, self._prepared = self._prepared, []
         inputs_key = self._input_key(rows, work) if prepared else ()
@@ -232,9 +235,9 @@ class Runner:
         return self.graphs.run(key.key if may else None, inputs, compute, device=self.tokens.device, held=key)
 
     def look(self, rows: Sequence[SequenceState], results: Sequence[Tensor]) -> list[list[Counts]]:
-        """What `run` returned, for each pass and lane, on the host; this waits for the device.
+        """For each pass and lane, the counts in what `run` returned; waits for the device.
 
-        Raises ValueError for an error that kept a sequence from committing, of the first pass that has one.
+        Raises ValueError for the first pass in which an error kept a sequence from committing.
         """
         found: list[list[Counts]] = []
         lanes = len(self.tokens)
@@ -249,16 +252,14 @@ class Runner:
         return found
 
     def prepare(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> None:
-        """Do what the host has to do for a pass that may come next, beside others that may. The next pass
-        uses it if it is that very pass.
-        """
+        """Make the inputs of a pass that may come next; the next `run` uses them if it is that very pass."""
         self._prepared.append(Prepared(self._input_key(rows, work), tuple(rows), *self.inputs(rows, work)))
 
     def _input_key(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> tuple[Any, ...]:
-        """All that `inputs` follows from, where shapes are static."""
-        # What does not change is the same object, or it may be another sequence.
+        """All that `inputs` depends on, where shapes are static."""
+        # A sequence keeps these objects while it lives; another sequence has others.
         each = [(r.nfe, id(r.settings), id(r.layout), id(r.suppress)) for r in rows]
-        blocks = [  # not what they hold: that is known after the pass before
+        blocks = [  # without their counts, which the pass before is about to change
             (w.start, w.end, w.must_move, w.block.start, w.block.held, w.block.step)
             for own in work.values()
             for w in own.windows
@@ -269,7 +270,9 @@ class Runner:
     def inputs(
         self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]
     ) -> tuple[Tensor, GraphKey]:
-        """All that the device has to be told, (n,) int64 on the CPU, and how it is to be read."""
+        """All that the device needs from the host, (n,) int64 on the CPU, and the key that says how to read
+        it.
+        """
         reach = self._reach(rows, work)
         lanes = sorted({*work, *self.beside_of(len(rows), work, reach)})
         packing, longest = Packing(), (0, 0)
@@ -297,7 +300,7 @@ class Runner:
         self._put_windows(packing, rows, work, bool(cells))
         inputs, shapes = packing.pack()
         if self.tokens.device.type == "cuda":
-            inputs = inputs.pin_memory()  # else its copy to the device may wait for the passes before
+            inputs = inputs.pin_memory()  # else the copy to the device may wait for earlier passes
         record = any(rows[b].settings.record for b in work)
         sampling = tuple(SamplingGroup.of(rows[group[0]]) for group in groups.values())
         return inputs, GraphKey(shapes, *longest, record, cells, eos, sampling)
@@ -310,8 +313,9 @@ class Runner:
         lanes: Sequence[int],
         reach: int,
     ) -> None:
-        """(n,) of each row of logits: its place among the packed positions, to n = so many as `row_padding`
-        says; and its flat position b * L + l. Of lanes beside those of `work`: what is not read.
+        """Pack two tensors about the n rows of logits: each row's place among the packed positions, padded as
+        `row_padding` says; and each row's flat position b * L + l. Lanes beside `work` get rows that nobody
+        reads.
         """
         of_lane: list[range | list[int]] = []
         offset, count = 0, 0
@@ -352,8 +356,8 @@ class Runner:
         work: Mapping[int, SequenceWork],
         by_rule: bool,
     ) -> None:
-        """Of all W windows: (3, W) pass, seed and number of the samples' key; (4, W), or (4, 0) without
-        rules, of `SequenceState.progress`; and policy rows, W * 5 float32 and one more where that is odd.
+        """Pack, for all W windows: (3, W) pass, seed and sequence number, which key the samples; (4, W)
+        `SequenceState.progress`, or (4, 0) without rules; and W policy rows of 5 float32, two to an int64.
         """
         policy: list[float] = []
         progress: list[tuple[int, int, int, int]] = []
@@ -376,7 +380,9 @@ class Runner:
     def _edges(
         self, lanes: int, work: Mapping[int, SequenceWork], group: Sequence[int]
     ) -> list[tuple[int, int, int, int]]:
-        """For some lanes: each window's columns [start, end), and those that rules read."""
+        """For the windows of a group's lanes: columns [start, end), and columns [first, last) that rules
+        read; zeros for other lanes.
+        """
         edges = [(0, 0, 0, 0)] * (lanes * self.blocks)
         for b in group:
             for i, (window, read) in enumerate(zip(work[b].windows, work[b].reads, strict=True)):
@@ -386,7 +392,7 @@ class Runner:
     def _counted(
         self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]
     ) -> list[tuple[int, int]]:
-        """Columns [start, end) of the blocks that are counted, as many of each sequence."""
+        """Columns [start, end) of the blocks to count, the same number for each lane."""
         most = max([self.blocks, *(len(row.blocks) for row in rows if reads(row, "response"))])
         counted = [work[b].counted if b in work else [] for b in range(len(rows))]
         return [edge for blocks in counted for edge in blocks + [(0, 0)] * (most - len(blocks))]
@@ -394,28 +400,29 @@ class Runner:
     def _endings(
         self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork], eos: int
     ) -> list[tuple[int, int]]:
-        """Of each lane, where this EOS ends the sequence."""
+        """For each lane, the columns [start, end) in which this EOS ends the sequence."""
         return [
             work[b].ending if b in work and row.settings.eos_id == eos else (0, 0)
             for b, row in enumerate(rows)
         ]
 
     def _reach(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> int:
-        """The most columns whose logits are usual for a sequence of the pass."""
+        """Columns of each sequence whose logits the pass computes, where shapes are static."""
         if any(reads(rows[b], "response") for b in work):
             return self.tokens.shape[1]
         widest = self.block if any(reads(rows[b], "block") for b in work) else 0
         return min(max(self.window, widest) * self.blocks, self.tokens.shape[1])
 
     def _cells(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork], reach: int) -> int:
-        """Columns of each window that the rules of the pass see; 0 without rules."""
+        """Columns of each window that rules see in the pass; 0 without rules."""
         rules = {b: rule for b in work if (rule := rows[b].settings.rule) is not None}
         widest = max((last - first for b in rules for first, last in work[b].reads), default=0)
         recorded = bool(rules) and self.static_shapes and all(rule.recorded for rule in rules.values())
         return max(widest, reach) if recorded else widest
 
     def beside_of(self, lanes: int, work: Mapping[int, SequenceWork], reach: int) -> set[int]:
-        """Lanes beside those of `work`, whose logits are computed for nothing: so passes take few forms."""
+        """Idle lanes whose logits are computed for nothing, so that the number of sequences takes few
+        values."""
         if not self.static_shapes or not isinstance(self.model, Model):
             return set()
         sequences = self._graph_bucket(len(work) * reach) // max(1, reach)
@@ -425,10 +432,10 @@ class Runner:
     def _columns(
         self, b: int, reads: list[tuple[int, int]], reach: int, everything: bool
     ) -> range | list[int]:
-        """Those whose logits are computed: on the CPU the masks among those read, unless a rule reads
-        everything; else as many each time.
+        """Columns of a lane whose logits are computed: on the CPU the masks among those read, unless a rule
+        reads everything; on a GPU always `reach` of them.
         """
-        start, end = reads[0][0], reads[-1][1]  # what lies between windows holds no mask
+        start, end = reads[0][0], reads[-1][1]  # there is no mask between two windows
         if not self.static_shapes and not everything:
             held = self.tokens[b, start:end].tolist()
             return [start + at for at, token in enumerate(held) if token == self.mask_id]
@@ -476,9 +483,9 @@ class Runner:
         return torch.cat((error, *counts, *end))
 
     def _commit(self, positions: Tensor, decided: Sequence[Decided], counted: Tensor) -> CommitOutput:
-        """Write what rules have decided, and count the blocks in columns `counted` (2, lanes * k)."""
+        """Write what the rules decided, and count the blocks in columns `counted` (2, lanes * k)."""
         commit, token = None, None
-        for each in decided:  # each decided about rows of its own sequences
+        for each in decided:  # groups have sequences, and so rows, of their own
             if each.commit is not None and each.token is not None:
                 token = each.token if token is None else torch.where(each.commit, each.token, token)
                 commit = each.commit if commit is None else commit | each.commit
@@ -495,13 +502,13 @@ class Runner:
         )
 
     def _lane_of(self, each: int) -> Tensor | None:
-        """(lanes * each,) int64: the sequence of each window; None where each sequence has one."""
+        """(lanes * each,) int64: the lane of each window; None where each lane has one window."""
         if each == 1:
             return None
         return torch.arange(len(self.tokens), device=self.tokens.device).repeat_interleave(each)
 
     def _foreign(self, work: Mapping[int, SequenceWork]) -> Tensor:
-        """Of a model that knows no ragged batches: logits (B * L, V) of whole sequences of one length."""
+        """Logits (B * L, V) of whole sequences of one length, from a model that takes no ragged batches."""
         x = self.tokens[list(work), : next(iter(work.values())).spans[-1].end]
         output = self.model(x)
         if not hasattr(output, "logits"):
@@ -516,10 +523,10 @@ class Runner:
         return logits
 
     def _record(self, before: Tensor, positions: Tensor, nfe: Tensor, decided: Sequence[Decided]) -> None:
-        """Of the positions, those that hold another token than `before`."""
+        """Write the positions whose token differs from `before` (n,) to the trajectory."""
         fresh = before != self.tokens.view(-1)[positions]
         confidence, logprob = decided[0].stats.confidence, decided[0].stats.sample_logprob
-        for other in (each.stats for each in decided[1:]):  # each read the rows of its own sequences
+        for other in (each.stats for each in decided[1:]):  # groups have sequences, and so rows, of their own
             confidence = torch.where(other.token >= 0, other.confidence, confidence)
             logprob = torch.where(other.token >= 0, other.sample_logprob, logprob)
         kept = self.trajectory
@@ -530,15 +537,15 @@ class Runner:
 
 
 def _by_field(rows: Sequence[tuple[int, ...]]) -> Iterable[int]:
-    """The first number of all, the second of all, ..."""
+    """The first number of all rows, then the second of all rows, ..."""
     return itertools.chain.from_iterable(zip(*rows, strict=True))
 
 
 def eos_ids(rows: Sequence[SequenceState]) -> tuple[int, ...]:
-    """The EOS of all sequences, each once."""
+    """The EOS ids of the sequences, each once, ascending."""
     return tuple(sorted({row.settings.eos_id for row in rows if row.settings.eos_id is not None}))
 
 
 def reads(row: SequenceState, what: str) -> bool:
-    """Whether the sequence has a rule that reads so much, see `rules.Rule`."""
+    """Whether the sequence has a rule whose `reads` is `what`, see `rules.Rule`."""
     return row.settings.rule is not None and row.settings.rule.reads == what

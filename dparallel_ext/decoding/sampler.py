@@ -1,4 +1,5 @@
-"""From the logits of a pass to tokens: by policy rows in one launch, or statistics, a rule, and a commit."""
+"""From the logits of a pass to tokens: in one launch by policy rows, or by statistics, a rule and a
+commit."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from .sequence import SequenceState
 
 
 class SamplingGroup(NamedTuple):
-    """How tokens are chosen: by `unmask_`, or by a rule from the statistics."""
+    """How the tokens of some sequences are chosen; without a rule, `unmask_` chooses them."""
 
     temperature: float
     top_p: float
@@ -48,35 +49,35 @@ class SamplingGroup(NamedTuple):
 
 
 class Predicted(NamedTuple):
-    """What a pass has predicted, and of whom; B sequences, W windows."""
+    """The logits of a pass, and the windows that they are for; B sequences, W windows."""
 
     logits: Tensor
     """(N, V)"""
     positions: Tensor
-    """(N,) int64: the flat positions b * L + l that they stand for."""
+    """(N,) int64: the flat position b * L + l of each row of logits."""
     keys: Tensor
     """(3, W) int64: the sequence's pass, from 1, and the seed and the number that key its samples."""
     progress: Tensor
     """(4, W) int64, see `sequence.SequenceState.progress`; empty where there is no rule."""
     policy: Tensor
-    """(W, 5) float32"""
+    """(W, 5) float32 policy rows."""
     lane: Tensor | None
-    """(W,) int64: each window's sequence, ascending, as many for each; None: one of each."""
+    """(W,) int64: each window's lane, ascending, the same number for each; None: one window for each lane."""
     cells: int
-    """Of each window, the columns that rules see."""
+    """Columns of each window that rules see."""
 
 
 class Decided(NamedTuple):
-    """What is to be committed."""
+    """What a policy row or a rule decided."""
 
     stats: RowStats
-    """(N,) of the rows read; ids -1 elsewhere."""
+    """Fields (N,): statistics of the rows that were read; ids are -1 elsewhere."""
     error: Tensor
     """(W,) int64, see `ops.errors.explain`."""
     commit: Tensor | None = None
-    """(N,) bool: rows whose `token` is to be written. None: all is written already."""
+    """(N,) bool: rows whose `token` is still to be written; None: `unmask_` has written all."""
     token: Tensor | None = None
-    """(N,) int64"""
+    """(N,) int64 tokens to write."""
 
 
 def decide(
@@ -89,13 +90,13 @@ def decide(
     mask_id: int,
     given: Tensor,
 ) -> Decided:
-    """What a policy row or the rule of `group` says of some sequences' windows; the row writes it as well.
+    """Decide, by policy rows or the rule of `group`, what its sequences' windows commit.
 
-    tokens: (B, L) int64; a policy row commits there.
-    windows: (4, W) int64: the columns [start, end) that may be filled, and those that a rule reads; of the
-        sequences of other groups, nothing.
-    state: what the rule remembers.
-    given: (B, L) bool: what no rule may change.
+    tokens: (B, L) int64; policy rows commit in place, a rule leaves that to the caller.
+    windows: (4, W) int64: columns [start, end) that may be filled, and columns [first, last) that a rule
+        reads; empty for sequences of other groups.
+    state: the rule's state tensors.
+    given: (B, L) bool: positions that no rule may change.
     """
     if group.rule is not None:
         return _by_rule(tokens, predicted, group, group.rule, windows, state, mask_id, given)
@@ -148,7 +149,7 @@ def _by_rule(
     )
     bad = torch.where(read & (error != NO_ERROR), 4 * positions + error % 4, NO_ERROR)
     errors = torch.full_like(step, NO_ERROR).scatter_reduce(0, own, bad, "amin")
-    moves = read & (errors[own] == NO_ERROR)  # a bad row keeps its own window from committing
+    moves = read & (errors[own] == NO_ERROR)  # a window with a bad row commits nothing
     masks = masks & moves
     stats = stats.map(lambda values: torch.where(read, values, _blank(values)))
     at = own * (cells + 1) + torch.where(read, column - first[own], cells)
@@ -197,7 +198,7 @@ def _by_rule(
 
 
 def _windows_of(column: Tensor, lane: Tensor, first: Tensor, last: Tensor, lanes: int) -> Tensor:
-    """(N,) int64: the window that reads each row's column, any of its sequence where none does."""
+    """(N,) int64: the window that reads each row's column; where none does, one of the same sequence."""
     each = len(first) // max(1, lanes)
     own = lane[:, None] * each + torch.arange(each, device=lane.device)  # (N, windows of a sequence)
     inside = (column[:, None] >= first[own]) & (column[:, None] < last[own])
@@ -205,7 +206,7 @@ def _windows_of(column: Tensor, lane: Tensor, first: Tensor, last: Tensor, lanes
 
 
 def _one(policy: Tensor) -> Tensor:
-    """Rows like `policy` that commit the surest position; made on the device, so that it can be recorded."""
+    """Policy rows (W, 5) that commit the most confident position; made on the device, as recording needs."""
     row = torch.ones_like(policy)
     row[:, 0].fill_(policies.SELECTORS["quota"])
     row[:, 3].fill_(math.inf)
@@ -214,5 +215,5 @@ def _one(policy: Tensor) -> Tensor:
 
 
 def _blank(values: Tensor) -> float:
-    """Of ids and numbers that there are none of."""
+    """The value for rows that were not read: -1 for ids, NaN for statistics."""
     return -1 if values.dtype == torch.int64 else math.nan

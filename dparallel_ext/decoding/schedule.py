@@ -11,7 +11,8 @@
                is known, then the sub-block alone
 
 The semantics are those of the published decoders (LLaDA, Fast-dLLM, dParallel, SDAR, Fast-dLLM v2). The
-front block is the first that is not complete. The loops' own detours are in `compat`.
+front block is the first that is not complete. Passes of the published loops that change nothing are in
+`compat`.
 """
 
 from __future__ import annotations
@@ -29,25 +30,25 @@ class Window(NamedTuple):
     start: int
     end: int
     block: OpenBlock
-    """That it is of."""
+    """The block that the window is in."""
     must_move: bool = True
-    """Whether one of its masks is committed whatever the rule says."""
+    """Whether at least one mask of the window is committed, whatever the rule decides."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """See the table above.
+    """Says which positions a pass computes and which windows it may fill, see the table above.
 
     With several `active_blocks` (d3LLM, arXiv 2601.07568; D2F, arXiv 2508.09192) the block after the last
-    open one opens once that one's share of decoded tokens reaches `open_at`. A pass need not commit anything
-    in an open block unless it is the front one, or the share of the block before has reached `activate_at`.
+    open one opens once the last one's share of decoded tokens reaches `open_at`. A pass has to commit in the
+    front block, and in an open block once the share of the block before has reached `activate_at`.
     """
 
     block_length: int
     sub_block_length: int
     shift: bool
     causal: bool
-    """The model is block-causal, by blocks of `block_length`."""
+    """Whether the model is block-causal, with blocks of `block_length`."""
     active_blocks: int = 1
     open_at: float = 0.1
     activate_at: float = 0.95
@@ -57,11 +58,12 @@ class Schedule:
     to_the_end: ClassVar[bool] = False
     """Whether every pass computes all positions from the front block to the sequence's end."""
     stores_blocks: ClassVar[bool] = False
-    """Whether finished blocks are final, so that they are stored once, and others may share them."""
+    """Whether finished blocks are final: their keys and values are stored once, and requests may share
+    them."""
 
     @property
     def first_mask_matters(self) -> bool:
-        """Whether where the first mask is decides what the next pass is."""
+        """Whether the next pass depends on the position of the first mask."""
         in_parts = self.sub_block_length < self.block_length or (self.shift and self.causal)
         return in_parts or self.active_blocks > 1
 
@@ -74,18 +76,18 @@ class Schedule:
         raise NotImplementedError
 
     def prefill_only(self, s: SequenceState) -> bool:
-        """Whether the next pass is over the blocks before the front one alone: their last position gives its
-        first token.
+        """Whether the next pass computes only the blocks in front of the front one.
 
-        So it is published for shifted logits in a block-causal model (Fast-dLLM v2): the pass that stores a
-        block begins the next, and passes over that one know its first token.
+        With shifted logits and a block-causal model (Fast-dLLM v2), the last position of a block predicts the
+        first token of the next. So, as published, the pass that stores a block also commits that token, and
+        passes over the next block know it.
         """
         at_a_block = s.first_mask > 0 and s.first_mask % self.block_length == 0
         return self.shift and self.causal and at_a_block
 
     def part(self, s: SequenceState) -> tuple[int, int]:
-        """Columns of the front block's active sub-block, in the prompt too; they count from where the block
-        begins.
+        """Columns [start, end) of the front block's active sub-block. Sub-blocks count from where the block
+        begins, which may be in the prompt.
         """
         start = s.block[0]
         origin = start - start % self.block_length if self.causal else start
@@ -93,7 +95,7 @@ class Schedule:
         return low, low + self.sub_block_length
 
     def windows(self, s: SequenceState) -> list[Window]:
-        """What the next pass may fill, the front block's first."""
+        """The windows that the next pass may fill, the front block's first."""
         found = [self.front_window(s)]
         before = s.open[0]
         for block in s.open[1:]:
@@ -110,7 +112,7 @@ class Schedule:
         return Window(max(low, block.start), min(high, block.end), block)
 
     def opens(self, s: SequenceState) -> bool:
-        """Whether the block after the open ones opens."""
+        """Whether the block after the open ones may open now."""
         after = s.block_index + len(s.open)
         if len(s.open) == self.active_blocks or after == len(s.blocks) or s.settings.one_block:
             return False
@@ -121,13 +123,13 @@ class Schedule:
         return not s.masks_left
 
     def published_passes(self, s: SequenceState) -> int:
-        """Passes that the published loop runs for the front block, which is complete, and that change
-        nothing; asked after its last pass."""
+        """Passes that change nothing, which the published loop runs for the front block after it is
+        complete."""
         return 0
 
 
 class Whole(Schedule):
-    """The whole sequence each pass (LLaDA)."""
+    """Each pass computes the whole sequence (LLaDA)."""
 
     keeps = False
     to_the_end = True
@@ -140,7 +142,7 @@ class Whole(Schedule):
 
 
 class Prefix(Schedule):
-    """Keys and values in front of the front block are as its first pass left them (Fast-dLLM)."""
+    """In front of the front block, keys and values stay as the block's first pass left them (Fast-dLLM)."""
 
     to_the_end = True
 
@@ -153,20 +155,20 @@ class Prefix(Schedule):
     def front_window(self, s: SequenceState) -> Window:
         found = super().front_window(s)
         if self.shift and s.step_in_block == 0 and s.first_mask == s.block[0]:
-            return found._replace(end=found.start + 1)  # published: the full pass serves its first position
+            return found._replace(end=found.start + 1)  # as published: the full pass fills one position
         return found
 
     def published_passes(self, s: SequenceState) -> int:
-        return int(s.step_in_block == 1)  # one more where the full one completed the block
+        return int(s.step_in_block == 1)  # one more where the full pass completed the block
 
 
 @dataclass(frozen=True)
 class Dual(Prefix):
-    """As Prefix, and behind the open blocks, too (Fast-dLLM)."""
+    """As Prefix, and keys and values behind the open blocks stay too (Fast-dLLM)."""
 
     to_the_end = False
     refresh: int | None = None
-    """A full pass every so many passes over a block."""
+    """Passes over a block from one full pass to the next; None: the first alone is full."""
 
     def full(self, s: SequenceState) -> bool:
         again = self.refresh is not None and s.step_in_block % self.refresh == 0
@@ -177,26 +179,27 @@ class Dual(Prefix):
 
 
 class Block(Schedule):
-    """Of a block-causal model: finished blocks are exact, and stored by the pass after their last (SDAR)."""
+    """For block-causal models: finished blocks are exact, and the pass after their last stores them
+    (SDAR)."""
 
     stores_blocks = True
 
     def computed(self, s: SequenceState) -> tuple[int, int]:
-        # The blocks finished since the last pass come along, so that theirs are stored.
+        # Blocks finished since the last pass are computed once more, so that they are stored.
         return s.num_cached, s.block[0] if self.prefill_only(s) else s.open[-1].end
 
     def published_passes(self, s: SequenceState) -> int:
-        return 1  # that stores the block
+        return 1  # the pass that stores the block
 
 
 @dataclass(frozen=True)
 class SubBlock(Block):
-    """As Block; inside the front block its active sub-block alone is computed once its first token is known
-    (Fast-dLLM v2).
+    """As Block, but once the first token of the active sub-block is known, passes compute that sub-block
+    alone (Fast-dLLM v2).
     """
 
     refresh: int | None = None
-    """The front block every so many passes."""
+    """Passes from one over the whole front block to the next; None: the first alone is over all of it."""
 
     def computed(self, s: SequenceState) -> tuple[int, int]:
         found = super().computed(s)
@@ -222,7 +225,7 @@ def make(
     open_at: float = 0.1,
     activate_at: float = 0.95,
 ) -> Schedule:
-    """The schedule of one of `CACHES`. What does not go together is refused by `decode`."""
+    """The schedule for a cache mode, one of `CACHES`; the caller has checked that the options go together."""
     causal = traits.block_length is not None
     kind = {"none": Whole, "prefix": Prefix, "dual": SubBlock if causal else Dual, "block": Block}[cache]
     made = {"refresh": refresh} if kind in (Dual, SubBlock) else {}

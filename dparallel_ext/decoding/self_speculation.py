@@ -1,13 +1,13 @@
 """Self-speculation of masked diffusion models (SSD, arXiv 2510.04147): several passes of a schedule in one.
 
-A decode that commits a fixed number of tokens a pass, most often one, takes as many passes as that needs.
-The statistics of a pass hint at what the next ones will commit:
+A decode that commits a fixed number of tokens a pass, most often one, needs many passes. The statistics of a
+pass hint at what the next passes will commit:
 
-    draft     the window's masks by the rule's score, the surest first, as the last pass saw them: state 0 is
-              the sequence itself, state i what i more passes make of it if that order and its tokens hold
-    verify    one pass over states 0 to N side by side; in each the rule decides as it would in a pass alone
-    accept    state i + 1 while what state i decided, positions and tokens, makes exactly that state of it
-    commit    what the last accepted state has become; its statistics are the next draft
+    draft     rank the window's masks by the rule's score in the last pass. State 0 is the sequence itself,
+              state i the sequence after i more passes, if ranks and tokens stay as they are
+    verify    one pass over states 0 to N side by side; in each the rule decides as in a pass of its own
+    accept    state i + 1 as long as the commits of state i, positions and tokens, turn it into state i + 1
+    commit    the last accepted state with its own commits; its statistics make the next draft
 
 So every token is committed where, when and by which statistics the schedule alone would have committed it:
 the text is the same. A pass computes N + 1 canvases, the rejected ones for nothing.
@@ -37,7 +37,7 @@ from .sequence import IDLE, OpenBlock, SequenceState, Settings
 
 @dataclass(frozen=True)
 class Ranks(Rule):
-    """Commits what the policy row says, and remembers each position's token and how soon it would come."""
+    """Commits by the policy row, and remembers each position's token and score (the best commits first)."""
 
     score: str
 
@@ -53,12 +53,12 @@ class Ranks(Rule):
 
 
 class Guess(NamedTuple):
-    """What a state has that the state before it has not."""
+    """The guessed commits that make a state of the state before it."""
 
     columns: list[int]
     tokens: list[int]
     block: OpenBlock
-    """The front block as it is with these tokens."""
+    """The front block with these tokens committed."""
 
 
 class Pass(NamedTuple):
@@ -68,11 +68,11 @@ class Pass(NamedTuple):
     """The lane that holds the accepted state."""
     start: int = 0
     end: int = 0
-    """Columns [start, end) that it had statistics of."""
+    """Columns [start, end) whose statistics it read."""
 
 
 def check_draft(settings: Sequence[Settings], schedule: Schedule) -> None:
-    """Raise ValueError, naming `draft_size`, where states cannot be told beforehand or have caches apart."""
+    """Raise ValueError naming `draft_size` if states cannot be guessed, or would need caches of their own."""
     for own in settings:
         got = None if own.rule is None else f"the rule {type(own.rule).__name__}"
         if got is None and own.policy[0] != policies.SELECTORS["quota"]:
@@ -81,8 +81,8 @@ def check_draft(settings: Sequence[Settings], schedule: Schedule) -> None:
             )
         if got is not None:
             raise ValueError(
-                "draft_size: belongs to a fixed number of tokens a pass, so to no threshold (the fixed "
-                f"schedule), or that of the selector 'quota', got {got}"
+                "draft_size: needs a fixed number of tokens a pass, so no threshold (the fixed schedule) or "
+                f"the selector 'quota', got {got}"
             )
     if schedule.active_blocks > 1:
         raise ValueError(f"draft_size: goes with active_blocks=1 alone, got {schedule.active_blocks}")
@@ -94,11 +94,11 @@ def check_draft(settings: Sequence[Settings], schedule: Schedule) -> None:
 
 
 class SelfSpeculation(Batch):
-    """A batch whose passes are over up to 1 + `draft_size` states of each sequence, see above.
+    """A batch whose passes compute up to 1 + `draft_size` states of each sequence, see above.
 
-    Lane b of the first `count` holds sequence b, its state 0; the states that are guessed have lanes of their
-    own, which are idle between passes. Where blocks are stored, all states of a sequence share the pages of
-    finished blocks, and each guessed one has a page for the front block.
+    Lanes 0 to count - 1 hold the sequences, which are their states 0. Guessed states have lanes of their own,
+    which are idle between passes. Where blocks are stored, all states of a sequence share the pages of
+    finished blocks, and each guessed state has a page for the front block.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class SelfSpeculation(Batch):
         super().__init__(model, lanes, width, schedule, mask_id, kv_cache=kv_cache, **more)
 
     def _paged(self, model: Model, width: int, block_length: int) -> KVCache:
-        """A page is a block: those of the sequences, and then one for each guessed state."""
+        """A cache whose pages are blocks: first those of the sequences, then one for each guessed state."""
         pages, guessed = max(1, -(-width // block_length)), self.count * self.draft_size
         table = torch.arange(self.count * pages).view(self.count, pages)
         table = torch.cat((table, table.repeat_interleave(self.draft_size, 0)))
@@ -145,7 +145,7 @@ class SelfSpeculation(Batch):
         return super().admit(lane, prompt, gen_length, dataclasses.replace(settings, rule=ranks), **more)
 
     def step(self, lanes: Sequence[int] | None = None, ahead: int = 1) -> list[int]:
-        """A pass over the states of every sequence that is not done (of `lanes`), as `Batch.step`."""
+        """Run a pass over the states of every sequence that is not done (of `lanes`), see `Batch.step`."""
         live = self.live if lanes is None else [b for b in self.live if b in lanes]
         drafts = self._drafts(live)
         try:
@@ -153,7 +153,7 @@ class SelfSpeculation(Batch):
         except ValueError:
             if not any(drafts.values()):
                 raise
-            # It may be of a state that decoding would never have come to.
+            # The error may be in a guessed state that decoding would never have come to.
             return self._verify({b: [] for b in live})
 
     def _groups(self, live: list[int]) -> list[list[int]]:
@@ -165,14 +165,14 @@ class SelfSpeculation(Batch):
     # --- draft --------------------------------------------------------------------------------------
 
     def _drafts(self, live: Sequence[int]) -> dict[int, list[Guess]]:
-        """States 1, 2, ... of each."""
+        """For each live sequence the guesses that make its states 1, 2, ..."""
         tokens = self.tokens[: self.count].tolist()
         rules = {rule: None for b in live if (rule := self.rows[b].settings.rule) is not None}
         states = {rule: [kept.cpu() for kept in self.runner.states[rule]] for rule in rules}
         return {b: self._draft(b, tokens[b], *states[self.rows[b].settings.rule]) for b in live}  # type: ignore[index]
 
     def _draft(self, b: int, held: list[int], token: Tensor, rank: Tensor) -> list[Guess]:
-        """held: the sequence's tokens. token, rank: (lanes, columns), see `Ranks`."""
+        """The guesses of sequence b. held: its tokens. token, rank: (lanes, columns), see `Ranks`."""
         row, last = self.rows[b], self._last[b]
         block, window = row.open[0], self.schedule.front_window(row)
         start, end = max(window.start, last.start), min(window.end, last.end)
@@ -211,7 +211,7 @@ class SelfSpeculation(Batch):
         for lane, before, guess in zip(lanes[1:], lanes, guesses, strict=False):
             row = copy.copy(self.rows[before])
             row.open = (guess.block,)
-            # The pass's number keys its samples.
+            # Samples are keyed by the number of their pass.
             row.nfe, row.published, row.step_in_block = (
                 number + 1 for number in (row.nfe, row.published, row.step_in_block)
             )
@@ -224,7 +224,7 @@ class SelfSpeculation(Batch):
                 self._share(lane, lanes[0], row.block[0] // self.schedule.block_length)
 
     def _share(self, lane: int, b: int, page: int) -> None:
-        """Let a state see the pages of sequence b but for that of the front block, number `page`."""
+        """Share sequence b's pages with a state, all but page number `page`, which holds the front block."""
         assert self.kv_cache is not None
         pages = self.kv_cache.block_table[b].tolist()
         pages[page] = self.kv_cache.slots.shape[2] - (len(self.rows) - lane)
@@ -232,7 +232,7 @@ class SelfSpeculation(Batch):
             self.kv_cache.assign(lane, pages)
 
     def _decide(self, lanes: dict[int, list[int]]) -> list[int]:
-        """The pass; returns the sequences whose block it completed. lanes: of each sequence's states."""
+        """Run the pass; return the sequences whose block it completed. lanes: of each sequence's states."""
         before = self.tokens.clone()
         windows = {b: self.schedule.front_window(self.rows[b])[:2] for own in lanes.values() for b in own}
         numbers = {b: self.rows[b].nfe + 1 for b in windows}
@@ -252,9 +252,9 @@ class SelfSpeculation(Batch):
         return [b for b, lane in last.items() if lane in finished]
 
     def _record(self, b: int, numbers: dict[int, int]) -> None:
-        """Let the trajectory of sequence b have what its accepted states have committed.
+        """Copy the commits of sequence b's accepted states to its trajectory.
 
-        numbers: of each state's lane the pass that the schedule alone would have had there.
+        numbers: for each state's lane, the number that its pass would have without self-speculation.
         """
         kept = self.runner.trajectory
         for lane, number in numbers.items():

@@ -1,4 +1,4 @@
-"""One sequence under decoding: how it is to be decoded, its blocks, and where it is."""
+"""One sequence under decoding: its settings, its blocks, and how far it is."""
 
 from __future__ import annotations
 
@@ -25,47 +25,47 @@ class Settings:
     policy: tuple[float, ...]
     """A row of `policies.FIELDS`."""
     steps: int | None = None
-    """The fixed schedule: passes in all, whose quota stands in for the policy's threshold."""
+    """Passes of the fixed schedule, which sets the policy row's quota."""
     temperature: float = 0.0
     suppress: Tensor | None = None
     """(n,) int64, ids never to be decoded."""
     key: tuple[int, int] = (0, 0)
-    """Of its samples: seed, sequence."""
+    """Seed and sequence number, which key the samples."""
     eos_id: int | None = None
     stop: tuple[tuple[int, ...], ...] = ()
     """Sequences of tokens that end the response as eos_id does."""
     top_p: float = 1.0
     top_k: int = 0
-    """What may be sampled; 1 and 0: all, see `ops.row_stats`."""
+    """Limits of sampling, see `ops.row_stats`; 1 and 0: none."""
     rule: Rule | None = None
-    """What decides instead of the policy alone."""
+    """The rule that decides, with or without the policy."""
     record: bool = False
-    """Whether the passes keep its `workspace.Trajectory`."""
+    """Whether passes record its `workspace.Trajectory`."""
     scheduled: bool = False
-    """Whether the fixed schedule says how many tokens a pass commits."""
+    """Whether the fixed schedule decides how many tokens a pass commits."""
 
     @property
     def one_block(self) -> bool:
-        """Whether it is decoded by what is for one open block at a time."""
+        """Whether its rule or schedule can have only one block open."""
         of_rule = self.rule is not None and (self.rule.edits > 0 or self.rule.reads == "response")
         return self.scheduled or self.steps is not None or of_rule
 
 
 class Layout(NamedTuple):
-    """What of a sequence is filled, and in which order. Columns are positions of the sequence."""
+    """Which columns of a sequence are filled, and in which order. Columns are positions of the sequence."""
 
     columns: Sequence[int]
-    """Those that hold masks and are filled, ascending: the places of the response's tokens."""
+    """The columns of masks to fill, ascending: the places of the response's tokens."""
     blocks: list[tuple[int, int]]
     """Columns [start, end) of each block, left to right; each holds some of `columns`."""
     length: int
-    """Of the whole sequence."""
+    """Positions of the whole sequence."""
     origin: int = 0
-    """The first column of the first block: one of the prompt's where that ends within a block."""
+    """The column where the first block begins: in the prompt, if the prompt ends within a block."""
 
 
 def whole_length(prompt: int, gen_length: int, block_length: int, causal: bool) -> int:
-    """Of prompt and response, to the end of a block where tokens are decoded by a block-causal model."""
+    """The length of prompt and response; a block-causal model's response ends where a block does."""
     length = prompt + gen_length
     return -(-length // block_length) * block_length if causal and gen_length else length
 
@@ -78,12 +78,12 @@ def lay_out(
     steps: int | None = None,
     masked: Sequence[int] = (),
 ) -> Layout:
-    """The layout of `gen_length` masks after a prompt, and of the prompt's own columns `masked`, ascending.
+    """The layout of `gen_length` masks after a prompt of `prompt` tokens, whose columns `masked` (ascending)
+    are to be filled too.
 
-    Blocks count from the first mask, as published, where it is the prompt's end; a block without a mask is
-    left out. Block-causal models count blocks from position 0, so that the first may begin within one, and
-    fill the last to its end where tokens are decoded after the prompt. Raises ValueError where `steps` passes
-    do not divide into the blocks.
+    Blocks count from the first mask, as published; a block without a mask is left out. Block-causal models
+    count blocks from position 0, so that the first mask may lie within a block, and fill the last block to
+    its end if gen_length > 0. Raises ValueError if `steps` is no multiple of the number of blocks.
     """
     length = whole_length(prompt, gen_length, block_length, causal)
     columns = [*masked, *range(prompt, length)]
@@ -105,24 +105,24 @@ class OpenBlock(NamedTuple):
     end: int
     """Columns [start, end)."""
     held: int
-    """Masks that it began with."""
+    """Masks that the block began with."""
     masks_left: int
     first_mask: int
-    """The column of the first of them; where there is none, `start`."""
+    """The column of the first mask left; where there is none, `start`."""
     step: int = 0
-    """Passes that it has had."""
+    """Passes over the block so far."""
     changed: bool = False
-    """Whether the last of them changed it."""
+    """Whether the last of these passes changed a token."""
 
     @property
     def share(self) -> float:
-        """Of its masks those that are decoded."""
+        """The share of the block's masks that is decoded, from 0 to 1."""
         return 1 - self.masks_left / max(1, self.held)
 
 
 @dataclass
 class SequenceState:
-    """Where one sequence is. Columns are positions of the sequence."""
+    """How far one sequence is decoded. Columns are positions of the sequence."""
 
     prompt: int
     layout: Layout
@@ -130,9 +130,9 @@ class SequenceState:
     kept: int
     """Response tokens in front of EOS or a stop sequence, all where there is none."""
     suppress: Tensor | None = None
-    """Those of its settings, one tensor for all sequences of the batch that have the same."""
+    """The settings' ids to suppress, one tensor for all sequences of the batch with the same ids."""
     block_index: int = 0
-    """The front block, the first that is not complete; len(blocks): done."""
+    """Index of the front block, the first that is not complete; len(blocks): done."""
     open: tuple[OpenBlock, ...] = ()
     """The blocks that passes may fill, from the front one on."""
     step_in_block: int = 0
@@ -142,18 +142,18 @@ class SequenceState:
     """Passes that the published loop has run so far."""
     generated: int = 0
     num_cached: int = 0
-    """Of a schedule that stores blocks: positions whose keys and values are final."""
+    """Positions whose keys and values are final, if the schedule stores blocks."""
     between_blocks: bool = False
-    """Its front block is complete, and it has not begun the next."""
+    """Whether the front block is complete and the next has not begun."""
     edits: int = 0
-    """Passes that a front block without masks stayed open for."""
+    """Passes for which the front block stayed open without a mask."""
     stopped: bool = False
-    """It met EOS or a stop sequence."""
+    """Whether EOS or a stop sequence ended the sequence."""
     draft_nfe: ClassVar[int] = 0
     drafted: ClassVar[int] = 0
     accepted: ClassVar[int] = 0
     refused: ClassVar[tuple[int, ...]] = ()
-    """No drafter guesses here, see `speculation.sequence`."""
+    """Without a drafter these stay 0; `speculation.sequence` counts them."""
 
     @property
     def length(self) -> int:
@@ -177,12 +177,12 @@ class SequenceState:
 
     @property
     def masks_left(self) -> int:
-        """In the front block."""
+        """Masks left in the front block."""
         return self.open[0].masks_left
 
     @property
     def first_mask(self) -> int:
-        """Of the front block, the column of its first mask."""
+        """The column of the front block's first mask."""
         return self.open[0].first_mask
 
     @property
@@ -199,23 +199,23 @@ class SequenceState:
 
     @property
     def ahead(self) -> int:
-        """Where the front block's first mask stood when it began; at the end the length."""
+        """The column where the front block's first mask stood when it began; if done, the length."""
         return self.length if self.done else self.columns[self.index(self.block[0])]
 
     @property
     def last_run(self) -> int:
-        """Where the last masks begin that no given token parts."""
+        """The column where the last run of masks, adjoining ones without a given token between, begins."""
         end = len(self.columns)
         apart = self.columns[-1] - (end - 1)
         return self.columns[bisect_left(range(end), apart, key=lambda i: self.columns[i] - i)]
 
     @property
     def edited(self) -> bool:
-        """Whether what is decoded may change as long as its block is open."""
+        """Whether committed tokens may change as long as their block is open."""
         return self.settings.rule is not None and self.settings.rule.edits > 0
 
     def edits_on(self) -> bool:
-        """Whether the front block, which has no mask, is open for another pass of a rule that edits."""
+        """Whether the front block, which has no mask, stays open for another pass of a rule that edits."""
         rule = self.settings.rule
         if rule is None or not self.open[0].changed or self.edits >= rule.edits:
             return False
@@ -227,17 +227,17 @@ class SequenceState:
         return bisect_left(self.columns, column)
 
     def progress(self, block: OpenBlock) -> tuple[int, int, int, int]:
-        """For rules: passes that the block has had, passes of the schedule, the response's first column, the
-        block's first column.
+        """Numbers for rules: passes over the block so far, passes of the schedule, the response's first
+        column, the block's first column.
         """
         scheduled = self.settings.steps or len(self.columns)
         start = self.layout.origin if block.start == self.blocks[0][0] else block.start
         return block.step, scheduled, self.columns[0] if self.columns else 0, start
 
     def policy(self, block: OpenBlock, must_move: bool = True) -> tuple[float, ...]:
-        """Of the next pass over a block, a row of `policies.FIELDS`."""
+        """The policy row, see `policies.FIELDS`, of the next pass over a block."""
         chosen, steps = self.settings.policy, self.settings.steps
-        if not must_move:  # a quota says what a window commits that has to
+        if not must_move:  # a quota applies only to windows that must move
             return NOTHING if chosen[0] == policies.SELECTORS["quota"] else (*chosen[:2], 0.0, *chosen[3:])
         if steps is None:
             return chosen

@@ -1,4 +1,4 @@
-"""From a config and a model to the settings of sequences: `DecodeConfig` checked against the model."""
+"""Checks a `DecodeConfig` against a model, and makes the settings of sequences from it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .sequence import Settings
 
 
 class OfModel(NamedTuple):
-    """What of a config hangs on the model, as it is in force."""
+    """The cache mode, schedule and mask of a config, with the model's defaults filled in."""
 
     cache: str
     schedule: Schedule
@@ -25,7 +25,7 @@ class OfModel(NamedTuple):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Of a config, that say the same."""
+        """The fields of a `DecodeConfig` that are set here."""
         of_schedule = ("block_length", "sub_block_length", *ACTIVE)
         return {"cache": self.cache, "mask_id": self.mask_id} | {
             name: getattr(self.schedule, name) for name in of_schedule
@@ -33,10 +33,10 @@ class OfModel(NamedTuple):
 
 
 def check_model(config: DecodeConfig, model: Any, cache: str) -> OfModel:
-    """What the config says of cache, blocks and mask, by default the model's.
+    """The config's cache mode, blocks and mask, by default the model's.
 
-    cache: where the config has none. Raises ValueError naming the field that does not fit the model, and for
-    an autoregressive model.
+    cache: the mode if the config has none. Raises ValueError naming the field that does not fit the model,
+    and for an autoregressive model.
     """
     check_diffusion(model)
     found, cache, refresh = traits(model), config.cache or cache, config.refresh
@@ -59,8 +59,8 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> OfModel:
         raise ValueError(f"cache: expected {fit}, got {cache!r}")
     if causal and block_length != found.block_length and not isinstance(model, Model):
         raise ValueError(
-            f"block_length: the model attends by blocks of {found.block_length}, whatever is asked of it, "
-            f"got {block_length}; one of dparallel_ext.models attends by what is given"
+            f"block_length: expected {found.block_length}, by which this model attends, got {block_length}; "
+            "only models of dparallel_ext.models can attend by other blocks"
         )
     if refresh is not None and cache != "dual":
         raise ValueError(f'refresh: belongs to cache "dual", got cache={cache!r}')
@@ -69,19 +69,20 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> OfModel:
         raise ValueError("mask_id: the model's config has no mask_token_id, so give one")
     active = {name: getattr(config, name) for name in ACTIVE}
     if config.active_blocks > 1 and (part < block_length or (found.shift and causal)):
+        by_parts, handed = f"these are filled {part} by {part}", "here the block before begins each block"
+        how = by_parts if part < block_length else handed
         raise ValueError(
-            "active_blocks: several are for blocks that are filled as a whole, and "
-            + (f"this one is filled {part} by {part}" if part < block_length else "this model hands over")
-            + f", so expected 1, got {config.active_blocks}"
+            f"active_blocks: expected 1, got {config.active_blocks}: several need blocks that are filled as "
+            f"a whole, and {how}"
         )
     schedule = make(cache, found, block_length, part, refresh, **active)
     return OfModel(cache, schedule, check_mask(model, mask))
 
 
 def make_settings(config: DecodeConfig, found: Traits, cache: str, size: int) -> list[Settings]:
-    """The settings of `size` sequences, of which the config has one value or one each.
+    """The settings of `size` sequences, for which the config has one value or one each.
 
-    cache: the one in force. Raises ValueError where the config has values for another number of sequences.
+    cache: the mode in force. Raises ValueError if the config has values for another number of sequences.
     """
     rule, steps, rows, selectors = decided(config, size, cache)
     for name, towards in (("entropy", -math.inf), ("confidence", math.inf)):
@@ -93,7 +94,7 @@ def make_settings(config: DecodeConfig, found: Traits, cache: str, size: int) ->
     seed = drawn_seed(temperature) if config.seed is None else config.seed
     if isinstance(seed, tuple) and len(seed) != size:
         raise ValueError(f"seed: expected an integer or int64 ({size},), got torch.int64 ({len(seed)},)")
-    # A seed of its own is a sequence's whole key; one for all goes with the place in the batch.
+    # A sequence's own seed is its whole key; a seed for all is combined with the place in the batch.
     keys = [(s, 0) for s in seed] if isinstance(seed, tuple) else [(seed, b) for b in range(size)]
     suppress = None if config.suppress is None else torch.tensor(config.suppress, dtype=torch.int64)
     return [
@@ -116,13 +117,13 @@ def make_settings(config: DecodeConfig, found: Traits, cache: str, size: int) ->
 
 
 def drawn_seed(temperature: float) -> int:
-    """A seed from torch's generator on the CPU, which is left as it is where nothing is sampled."""
+    """A seed from torch's CPU generator; 0, with nothing drawn from it, where nothing is sampled."""
     return int(torch.randint(2**62, (), device="cpu")) if temperature > 0 else 0
 
 
 def check_settings(model: Any, settings: Sequence[Settings], of_model: OfModel) -> None:
-    """Raise ValueError for an EOS that the model does not have, and for a fixed schedule where a pass may
-    fill a part of the block alone.
+    """Raise ValueError for an EOS that the model does not have, a rule that does not fit the model, and a
+    fixed schedule where blocks are filled part by part.
     """
     found, known, schedule = traits(model), vocabulary(model), of_model.schedule
     for own in settings:
@@ -145,7 +146,7 @@ def check_settings(model: Any, settings: Sequence[Settings], of_model: OfModel) 
 
 
 def vocabulary(model: Any) -> int | None:
-    """Ids that the model's embedding knows; None where it cannot be asked."""
+    """The number of ids that the model's embedding has; None where the model does not tell."""
     if isinstance(model, Model):
         return model.shape.embedding_size
     try:

@@ -1,4 +1,4 @@
-"""What the passes of a batch write beside tokens and cache, and what outlives it for the next like it."""
+"""The tensors that the passes of a batch read and write, which the next batch of the same size can reuse."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ class Trajectory:
     """When each generated token was committed, and how sure the model was."""
 
     step: Tensor
-    """(B, R) int64, a column for each token of the response: the sequence's pass that committed it, from 1;
-    0 where none did."""
+    """(B, R) int64, a column for each token of the response: the pass of the sequence that committed the
+    token, from 1; 0 where no pass did."""
     confidence: Tensor
-    """(B, R) float32: its probability in that pass; NaN where none did."""
+    """(B, R) float32: the token's probability in that pass; NaN where no pass committed it."""
     logprob: Tensor
-    """(B, R) float32: log of the probability that it was drawn with in that pass, see
-    `RowStats.sample_logprob`; NaN where none did."""
+    """(B, R) float32: the log-probability (nats) that the token was drawn with in that pass, see
+    `RowStats.sample_logprob`; NaN where no pass committed it."""
 
     @classmethod
     def blank(cls, tokens: Tensor) -> Trajectory:
-        """For every position of tokens (B, L)."""
+        """An empty one, for every position of tokens (B, L)."""
         none = torch.full(tokens.shape, math.nan, device=tokens.device)
         return cls(torch.zeros_like(tokens, dtype=torch.int64), none, none.clone())
 
     def clear(self, b: int) -> None:
-        """Forget what sequence b was."""
+        """Empty the row of sequence b."""
         self.step[b].fill_(0)
         self.confidence[b].fill_(math.nan)
         self.logprob[b].fill_(math.nan)
 
     def responses(self, masked: Tensor) -> Trajectory:
-        """What it says of the positions `masked` (B, L) bool, a row for a sequence; blank beyond its end.
+        """The trajectory at the positions `masked` (B, L) bool, a row for a sequence; blank beyond its end.
 
-        B and L may be less than what it is for. The mask is on the CPU: a device would be waited for.
+        B and L may be smaller than the trajectory's. `masked` is on the CPU, so that no device is waited for.
         """
         counts = masked.sum(1)
         of_sequence = torch.arange(int(counts.max()) if len(counts) else 0) < counts[:, None]
@@ -63,36 +63,37 @@ class Trajectory:
 
 
 def graphs_on(device: torch.device) -> Graphs | None:
-    """What records passes on the device, if it can."""
+    """A recorder of passes on the device; None where it cannot record."""
     return Graphs(CudaRecorder(device)) if can_record(device) else None
 
 
 @dataclass
 class Workspace:
-    """What recorded passes read and write, and the recordings. It can serve one batch after another."""
+    """The tensors that recorded passes read and write, and the recordings; for one batch after another."""
 
     tokens: Tensor
     """(lanes, L) int64"""
     kv_cache: KVCache | None
     trajectory: Trajectory
-    """Of the sequences that want it, by column."""
+    """For every column of every lane; written for sequences whose settings record it."""
     graphs: Graphs | None
     """None: nothing is recorded."""
     suppressed: dict[tuple[int, ...], Tensor]
-    """For ids to suppress, ascending, the tensor that recorded passes read."""
+    """Ids to suppress, ascending -> the tensor of them that recorded passes read."""
     given: Tensor
-    """(lanes, L) bool: what rules that edit may not change."""
+    """(lanes, L) bool: positions that rules which edit may not change."""
     states: dict[Rule, tuple[Tensor, ...]]
-    """What rules remember."""
+    """The state tensors of rules."""
     key: Hashable = None
+    """The key under which the model keeps it."""
     size: int = 0
-    """What it is kept under, and the bytes of its cache."""
+    """Bytes of its cache."""
     session: Any = None
-    """Of a drafter, what recorded passes read of it, a `speculation.DraftSession`."""
+    """The `speculation.DraftSession` that recorded passes read, if there is a drafter."""
 
     @classmethod
     def of(cls, tokens: Tensor, kv_cache: KVCache | None, *, graphs: bool = False) -> Workspace:
-        """A fresh one; `graphs`: where the device has them."""
+        """A fresh one. graphs: record passes, if the device can."""
         found = graphs_on(tokens.device) if graphs else None
         return cls(
             tokens,
@@ -116,11 +117,11 @@ class Workspace:
         cached: bool,
         drafter: Any = None,
     ) -> Workspace | None:
-        """The one that an earlier batch of the model gave back, or a fresh one; None where it could not be
-        kept. It has at least `width` positions.
+        """A workspace of at least `width` positions: one that an earlier batch gave back, or a fresh one;
+        None where the model could not keep it.
 
-        cached: whether keys and values outlive a pass. drafter: whose session the passes read. What else
-        recorded passes depend on, their forms say.
+        cached: whether keys and values outlive a pass. drafter: the drafter whose session the passes read.
+        All else that recorded passes depend on is in their `GraphKey`.
         """
         s = model.shape
         length = GRAPH_BUCKETS(width)
@@ -129,7 +130,7 @@ class Workspace:
         if not can_record(device) or not lanes or size > kept.BYTES:
             return None
         precision = torch.backends.cuda.matmul.fp32_precision
-        # Always used from one stream: whoever takes it comes after all that was done with it before.
+        # The stream is in the key: work of the next batch is ordered after all work of the last.
         key = device, stream_of(device), model.dtype, precision, lanes, length, mask_id, cached, drafter
         found: Workspace | None = kept.take(model, key)
         if found is None:
@@ -139,7 +140,7 @@ class Workspace:
         return found
 
     def give(self, model: Model) -> None:
-        """Keep it for `take`; whoever gives it back does not use it any more."""
+        """Keep it with the model for `take`; the caller must not use it any more."""
         for rule in [rule for rule in self.states if not rule.recorded]:
             del self.states[rule]  # a function may hold on to the model
         size = self.size + (0 if self.session is None else self.session.size)

@@ -1,4 +1,4 @@
-"""The engine's thread: the requests that it has, and one pass after another over them."""
+"""The work of the engine's thread: it takes in requests and runs passes over them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Request:
-    """What the engine knows of a request."""
+    """A request and its progress, as the engine sees it."""
 
     handle: Handle
     events: Events
-    """The handle's."""
+    """The handle's events."""
     plan: Plan
     on_draft: Callable[[Draft], None] | None
     submitted: float = field(default_factory=time.monotonic)
@@ -36,9 +36,9 @@ class Request:
     lane: int | None = None
     reused: int = 0
     shared: int = 0
-    """Positions whose pages the scheduler knows to be final."""
+    """Positions whose pages were published to the scheduler as final."""
     sent: int = 0
-    """Response tokens that were streamed."""
+    """Response tokens streamed so far."""
 
     @property
     def id(self) -> int:
@@ -46,16 +46,16 @@ class Request:
 
 
 class EngineCore:
-    """Requests from their arrival to their end.
+    """Takes requests from their arrival to their end.
 
-    `work` and the steps that it takes (receive, admit, advance, publish, end) are for the engine's thread,
-    the rest is for any.
+    Only the engine's thread calls `work` and its steps (receive, admit, advance, publish, end); any thread
+    may call the rest.
 
     Args:
-        kind: of the model.
-        batch: that the kind has made.
-        kv_cache: the batch's, whose pages the scheduler gives out.
-        share: as the scheduler's.
+        kind: the kind of the model.
+        batch: the batch that `kind` has made.
+        kv_cache: the batch's cache, whose pages the scheduler assigns.
+        share: whether requests share pages, as the scheduler was told.
     """
 
     def __init__(
@@ -63,18 +63,18 @@ class EngineCore:
     ) -> None:
         self.batch, self.scheduler, self._kv_cache, self._share = batch, scheduler, kv_cache, share
         self._kind = kind
-        self.arrivals: list[Request] = []  # that the engine's thread has not seen
-        self.requests: dict[int, Request] = {}  # by id: those it has, waiting or running
+        self.arrivals: list[Request] = []  # submitted, and not yet received by the engine's thread
+        self.requests: dict[int, Request] = {}  # by id: received, waiting or running
         self.running: dict[int, Request] = {}  # by lane
         self._cancelling: list[int] = []  # ids
         counted = ("completed", "failed", "cancelled", "sequence_passes", "tokens", "prompt_tokens")
         self.counts = dict.fromkeys((*counted, "drafted_tokens", "accepted_tokens"), 0)
         self._refusal: str | None = None
-        """Why it takes no more requests."""
+        """Why it takes no more requests; None while it does."""
         self._fault: BaseException | None = None
-        """What ended its thread, if it was not `close`."""
+        """The error that ended its thread, if any."""
         self.calling = math.inf
-        """Since when its thread is in a callback."""
+        """`time.monotonic()` when the thread entered the callback that it is in; inf outside callbacks."""
         # Reentrant, since a signal's handler may close the engine in the midst of a `submit`.
         self.lock = threading.RLock()
 
@@ -98,12 +98,12 @@ class EngineCore:
                 self._cancelling += [*self.requests, *(request.id for request in self.arrivals)]
 
     def cancel(self, id: int) -> None:
-        """End a request at the next pass, if it is not over."""
+        """End a request before the next pass, if it is not over."""
         with self.lock:
             self._cancelling.append(id)
 
     def disown(self, refusal: str) -> None:
-        """This is a fork of the engine's process. There is no thread here, and it may have held the lock."""
+        """Fail all requests: this process is a fork, without the engine's thread, which may hold the lock."""
         self._refusal = refusal
         self.lock = threading.RLock()
         for request in [*self.requests.values(), *self.arrivals]:
@@ -113,7 +113,7 @@ class EngineCore:
         self.requests, self.running, self.arrivals, self._cancelling = {}, {}, [], []
 
     def work(self) -> bool:
-        """Run passes until no request is left; returns whether there may come more."""
+        """Run passes until no request is left; return whether more may come."""
         device = self.batch.model.device
         try:
             with torch.inference_mode(), torch.cuda.device(device if device.type == "cuda" else -1):
@@ -127,12 +127,12 @@ class EngineCore:
                     self.admit()
                     if self.running:
                         self.advance()
-        except BaseException as error:  # a fault of ours: nobody shall wait for a thread that is gone
+        except BaseException as error:  # a bug: no caller may be left waiting for a dead thread
             self._break(error)
             return False
 
     def receive(self) -> list[Request]:
-        """Take in what arrived; returns those that are to be cancelled."""
+        """Take in the requests that have arrived; return the requests to cancel."""
         for request in self.arrivals:
             self.requests[request.id] = request
             plan = request.plan
@@ -142,7 +142,7 @@ class EngineCore:
         return [self.requests[id] for id in ids if id in self.requests]
 
     def _break(self, error: BaseException) -> None:
-        """The thread ends with `error`, and all requests with it."""
+        """End all requests, since the thread ends with `error`."""
         log.critical("the engine's thread ends", exc_info=error)
         event = _failure(error, "the engine's thread ended")
         with self.lock:
@@ -159,9 +159,9 @@ class EngineCore:
             self._tell(request)
 
     def _tell(self, request: Request) -> None:
-        """Let the subscribers have what they have not had.
+        """Call the request's subscribers with the events that they have not had.
 
-        Raises RuntimeError where a callback raises anything, unless the request is over.
+        Raises RuntimeError if a callback raises anything, unless the request is over.
         """
         for subscriber in list(request.events.subscribers):
             while True:
@@ -173,7 +173,7 @@ class EngineCore:
                         raise
 
     def _call(self, request: Request, call: Callable[[Any], Any], argument: Any) -> Any:
-        """`call(argument)`, a callback. Raises RuntimeError where it raises anything, SystemExit too."""
+        """Run the callback `call(argument)`. Raises RuntimeError if it raises anything, even SystemExit."""
         self.calling = time.monotonic()
         try:
             return call(argument)
@@ -204,7 +204,7 @@ class EngineCore:
                     self.end(request, "length")
 
     def advance(self) -> None:
-        """One pass over all lanes; if it fails, each request by itself, to find whose fault it is."""
+        """Run one pass over all lanes; if it fails, run each request by itself, and end those that fail."""
         opened = {lane: self.batch.rows[lane].open for lane in self.running}
         try:
             finished = self._step(list(opened))
@@ -225,7 +225,10 @@ class EngineCore:
                 self.end(request, error)
 
     def _report(self, request: Request, opened: Sequence[Region], finished: bool) -> None:
-        """What a pass over the open blocks, or behind the known tokens, has made of them."""
+        """Report a pass to a request: its draft, the tokens of finished blocks, its end.
+
+        opened: the request's regions that were open before the pass. finished: whether it completed a block.
+        """
         assert request.lane is not None
         row = self.batch.rows[request.lane]
         if request.on_draft is not None:
@@ -247,7 +250,7 @@ class EngineCore:
         return finished
 
     def publish(self, request: Request, stored: int) -> None:
-        """Let others share the pages of the first `stored` positions, which are final."""
+        """Let other requests share the pages of the first `stored` positions, which are final."""
         assert request.lane is not None
         size = self._kv_cache.page_size
         if stored // size <= request.shared // size:
@@ -272,14 +275,14 @@ class EngineCore:
             return draft
 
         def known(values: Tensor) -> list[Any]:
-            """What a tensor says of the tokens that are no masks."""
+            """The values (lanes, width) of the draft's tokens; None for masks."""
             found = _at(values[request.lane], columns)
             return [None if token is None else value for token, value in zip(tokens, found, strict=True)]
 
         return replace(draft, passes=known(self.batch.steps), logprobs=known(self.batch.logprobs))
 
     def _response(self, request: Request, first: int = 0) -> list[int]:
-        """Final tokens from the `first` one on, in front of what ended the response."""
+        """Final response tokens from number `first` on, without EOS or stop sequence."""
         assert request.lane is not None
         row = self.batch.rows[request.lane]
         final = len(row.columns) if row.done else row.index(row.block[0])
@@ -288,15 +291,14 @@ class EngineCore:
         )
 
     def _logprobs(self, request: Request, first: int, last: int) -> list[float]:
-        """Of tokens [first, last) of the response."""
+        """Log-probabilities of tokens [first, last) of the response."""
         assert request.lane is not None
         return _at(self.batch.logprobs[request.lane], self.batch.rows[request.lane].columns[first:last])
 
     def _stream(self, request: Request) -> None:
         assert request.lane is not None
         fresh = self._response(request, request.sent)
-        # What a stop sequence may begin with is held back until it is known whether it does. What was sent
-        # was no beginning of one.
+        # Hold back the last tokens if they may begin a stop sequence. Tokens sent earlier do not begin one.
         held = 0
         if not self.batch.rows[request.lane].done:
             for stop in request.plan.settings.stop:
@@ -315,7 +317,10 @@ class EngineCore:
             self._tell(request)
 
     def end(self, request: Request, how: str | BaseException) -> None:
-        """The request is over, unless it was before: free its lane and pages, and tell whoever waits."""
+        """End the request, unless it has ended: free its lane and pages, and send its last event.
+
+        how: the finish reason, or the error that it failed with.
+        """
         if request.id not in self.requests:
             return
         event: Event
@@ -365,7 +370,7 @@ def _at(values: Tensor, columns: Sequence[int]) -> list[Any]:
 
 
 def _failure(error: BaseException, what: str) -> Exception:
-    """`error`, or what says so of one that would end the thread of whoever waits for the request."""
+    """`error`; a RuntimeError that names it, if raising `error` itself would end the waiting thread."""
     if isinstance(error, Exception):
         return error
     made = RuntimeError(f"{what}: {type(error).__name__}")

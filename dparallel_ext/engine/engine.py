@@ -1,8 +1,8 @@
 """Requests that come and go, decoded together: continuous admission, shared prefixes, bounded memory.
 
-`decode` and `speculate` are for the prompts at hand; an `Engine` is for prompts that arrive while others are
-being decoded. Its thread runs one pass after another over whatever is in its lanes; between passes it lets
-requests in and out. What a request gets is what `decode`, or `speculate`, would give it alone.
+`decode` and `speculate` are for prompts at hand; an `Engine` is for prompts that arrive while others are
+being decoded. Its thread runs passes over the requests in its lanes; between passes it lets requests in and
+out. A request gets what `decode`, or `speculate`, would give it alone.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from .kinds import kind_of
 log = logging.getLogger(__name__)
 
 LARGEST = 2**31 - 1
-"""Of the numbers that an engine's memory is made of."""
+"""The largest lanes, max_length, pages and page_size."""
 
 PATIENCE = 5.0
-"""Seconds that the end of the program waits for a callback that does not return."""
+"""Seconds that the program, when it ends, waits for a callback that does not return."""
 
 
 class EngineFull(RuntimeError):
-    """As many requests wait as may."""
+    """Raised by `Engine.submit` if `max_waiting` requests wait already."""
 
 
 @dataclass(frozen=True)
@@ -60,34 +60,37 @@ class EngineStats:
     """A snapshot of an engine; counts are since it was made."""
 
     waiting: int
+    """Requests not yet in a lane."""
     active: int
+    """Requests in lanes."""
     completed: int
     failed: int
     cancelled: int
     forwards: int
     """Passes run."""
     sequence_passes: int
-    """Passes times the requests in each."""
+    """The sum over passes of the requests in each."""
     tokens: int
     """Response tokens of finished blocks."""
     draft_forwards: int
-    """Times that the drafter was asked."""
+    """Calls of the drafter."""
     drafted_tokens: int
-    """Tokens that it has guessed."""
+    """Tokens that the drafter guessed."""
     accepted_tokens: int
-    """Of those, how many were the model's own choice."""
+    """Guessed tokens that were the model's own choice."""
     prompt_tokens: int
-    """Of the requests let in, without the masks that are filled."""
+    """Prompt tokens of the requests let into lanes, without masks to fill."""
     reused_tokens: int
-    """Of those, how many were not computed again."""
+    """Prompt tokens whose keys and values were shared, and not computed again."""
     pages: int
-    """All there are."""
+    """Pages of the cache."""
     pages_used: int
-    """By requests in lanes."""
+    """Pages of requests in lanes."""
     pages_kept: int
-    """Finished prefixes that no request uses; given up, least recently used first, when pages are needed."""
+    """Pages of finished prefixes that no request uses, dropped, least recently used first, when pages are
+    needed."""
     page_bytes: int
-    """Memory of a page, all layers, keys and values."""
+    """Bytes of a page: keys and values of all layers."""
     closed: bool
     """Whether the engine takes no more requests, see `Engine.closed`."""
 
@@ -98,33 +101,33 @@ class Engine:
     Args:
         model: one of ours (`dparallel_ext.models`), in evaluation mode, a diffusion model or an
             autoregressive one; wrapped or adapted as in `decode`.
-        config: how requests are decoded that say nothing else; default: `DecodeConfig()`. Its cache,
+        config: how to decode requests that come without a config; default: `DecodeConfig()`. Its cache,
             block_length, sub_block_length, refresh, active_blocks, open_at, activate_at, batch_invariant,
-            graphs and mask_id are those of every request. With an autoregressive model, what is about masks
-            stays at its default, and `eos_id` None is the model's own end tokens, see `speculate`.
-        drafter, draft_size: of an autoregressive model, see `speculate`.
+            graphs and mask_id hold for every request. With an autoregressive model, fields about masks stay
+            at their defaults, and `eos_id` None stands for the model's own end tokens, see `speculate`.
+        drafter, draft_size: for an autoregressive model, see `speculate`.
         lanes: requests that are decoded at once.
         max_length: positions that one request may have, prompt and response together.
-        pages: memory for keys and values, in pages; default: what `lanes` requests of max_length need. A
-            request that finds too few waits until others have ended: none fails for want of memory.
-        page_size: positions of a page. Default: for block-causal models the multiple of the block that is
-            nearest to 32 from above, else 32.
-        max_waiting: requests that may wait; one more is refused with EngineFull.
-        share: with cache "block" and with autoregressive models, requests that begin alike share the pages of
-            that beginning, those of finished requests included as long as there is room, and what a drafter
-            keeps in them. Keys and values do not depend on who computed them but for rounding, so this is off
-            where `batch_invariant` is on.
-        keywords: fields of `DecodeConfig`, instead of the config's.
+        pages: memory for keys and values, in pages; default: enough for `lanes` requests of max_length. A
+            request that finds too few free waits until others have ended; none fails for lack of memory.
+        page_size: positions of a page. Default: 32, for block-causal models rounded up to a multiple of the
+            block.
+        max_waiting: the most requests that may wait; `submit` then raises EngineFull.
+        share: requests with a common prefix share the pages of that prefix, and the drafter's data in them;
+            pages of finished requests are kept for this while there is room. Needs cache "block" or an
+            autoregressive model. Shared keys and values equal one's own but for rounding, so the default is
+            on unless `batch_invariant` is.
+        keywords: fields of `DecodeConfig`; they replace the config's.
 
-    An engine is thread-safe. What one request fails of concerns no other. Use it in a `with` block, or
-    `close` it. At the end of the program, whatever ends it, what is still under way is cancelled; an engine
-    that nobody refers to any more ends after its last request. A fork of the process has no engine: there
-    `submit` raises RuntimeError, and so does the result of a request that was under way.
+    An engine is thread-safe, and a request that fails does not affect others. Use it in a `with` block, or
+    `close` it. When the program ends, requests under way are cancelled; an engine that nobody refers to any
+    more ends after its last request. A fork of the process has no engine: there `submit` raises RuntimeError,
+    and so does the result of a request that was under way.
 
     Raises:
         ValueError: naming the argument that does not fit.
         TypeError: for a keyword that is no field.
-        RuntimeError: if the program ends already.
+        RuntimeError: if the program is ending.
     """
 
     @names_fields
@@ -156,9 +159,9 @@ class Engine:
         self.model = model
         self._kind = kind = kind_of(model, config, drafter, draft_size)
         self.config = kind.config
-        """How a request is decoded that says nothing else; fields of the engine are as they are in force."""
+        """The config of requests that come without one; the engine's own fields hold the values in force."""
         self.cache, self.mask_id = kind.cache, kind.mask_id
-        self._check(self.config)  # refused now, not with the first request
+        self._check(self.config)  # an unfit config fails here, not with the first request
         kind.settings(self.config.replace(seed=0))
         share, page_size = self._pages_of(share, page_size)
         per_lane = -(-max_length // page_size)
@@ -181,7 +184,7 @@ class Engine:
         self._start()
 
     def _pages_of(self, share: bool | None, page_size: int | None) -> tuple[bool, int]:
-        """Whether pages are shared, and their size. Raises ValueError where the two do not go together."""
+        """Whether pages are shared, and their size. Raises ValueError if the two do not go together."""
         unit = self._kind.page_unit
         page_size = whole("page_size", -(-32 // unit) * unit if page_size is None else page_size, 1, LARGEST)
         unshared = "batch_invariant" if self.config.batch_invariant else self._kind.unshared
@@ -198,11 +201,11 @@ class Engine:
         return share, page_size
 
     def _start(self) -> None:
-        """Begin the thread."""
+        """Start the thread."""
         self.request_ids = itertools.count()
         self._process, self._forked = os.getpid(), False
         self._bell: SimpleQueue[Engine | None] = SimpleQueue()
-        self._ended = threading.Lock()  # held until the thread is over; `join` errs once it was interrupted
+        self._ended = threading.Lock()  # held until the thread is over; an interrupted `join` fails later
         self._ended.acquire()
         bell = self._bell
         gone = weakref.ref(self, lambda _: bell.put(None))
@@ -212,13 +215,13 @@ class Engine:
         _threads.add(self._ended)
         try:
             self.thread.start()
-        except RuntimeError:  # there are too many
+        except RuntimeError:  # there are too many threads
             _threads.discard(self._ended)
             raise
         _engines[id(self)] = self
         if _leaving:
             self.close()
-            raise RuntimeError("the program ends: no engine can begin")
+            raise RuntimeError("the program is ending, so no engine can start")
 
     @names_fields
     def submit(
@@ -229,26 +232,26 @@ class Engine:
         on_draft: Callable[[Draft], None] | None = None,
         **keywords: Unpack[DecodeKeywords],
     ) -> Handle:
-        """Ask for `gen_length` tokens after `prompt` (P,) int64: a tensor, an array, a list of ids, or a
-        tokenizer's output for one text.
+        """Request `gen_length` tokens after `prompt`, ids (P,) as a tensor, an array or a list, or a
+        tokenizer's output for one text. Returns at once.
 
-        A sample's key is `seed` alone, as with one seed for each sequence in `decode`. With `infill`, what is
-        streamed and what a Completion holds are the tokens at the places that held masks, in order; pages are
-        shared up to the first of them, and after it once they are final. With `logprobs` they come as
-        `Completion.logprobs`, and as the tokens do in `Handle.logprobs`. Returns at once.
+        Samples are keyed by `seed` alone, as with one seed for each sequence in `decode`. With `infill`, the
+        streamed tokens and those of the Completion are the tokens at the places that held masks, in order;
+        pages are shared up to the first mask, and behind it once they are final. With `logprobs`, see
+        `Completion.logprobs`, and `Handle.logprobs` while tokens are streamed.
 
-        config: how the prompt is decoded; default: the engine's. In it the engine's own fields (cache,
-            block_length and so on, see `Engine`) are left out or equal.
-        on_draft: called with a `Draft` after every pass that the request is in. Where the pass has completed
-            a block, the event of that block follows. No draft is kept. It is called in the engine's thread,
-            so it must be quick; if it raises anything, the request fails. The tokens are the same without it.
-        keywords: fields of `DecodeConfig`, instead of the config's.
+        config: how the prompt is decoded; default: the engine's. The engine's own fields (cache, block_length
+            and so on, see `Engine`) are left out or equal.
+        on_draft: called with a `Draft` after every pass over the request; if the pass completed a block, the
+            event of that block follows. It runs in the engine's thread, so it must be quick; if it raises
+            anything, the request fails. It does not change the tokens, and no draft is kept.
+        keywords: fields of `DecodeConfig`; they replace the config's.
 
         Raises:
-            ValueError: naming the argument that does not fit, or a request that could never run.
+            ValueError: naming the argument that does not fit, or that makes the request too long to ever run.
             TypeError: for a keyword that is no field.
             EngineFull: if max_waiting requests wait.
-            RuntimeError: if the engine is closed, or is another process's.
+            RuntimeError: if the engine is closed, or belongs to another process.
         """
         self.core.check_open()
         ids, config = self._prompt(prompt), self._request(config, keywords)
@@ -279,7 +282,7 @@ class Engine:
         return handle
 
     def _request(self, config: DecodeConfig | None, keywords: Mapping[str, Any]) -> DecodeConfig:
-        """The config of a request. Raises ValueError where it asks for what belongs to the engine."""
+        """The config of a request. Raises ValueError if it sets a field of the engine to another value."""
         asked = {**vars(configured("submit", config, {})), **keywords} if config is not None else {**keywords}
         self._kind.check(asked)
         for name in OF_ENGINE:
@@ -294,7 +297,7 @@ class Engine:
         return configured("submit", self.config, asked)
 
     def _check(self, config: DecodeConfig) -> None:
-        """Raise ValueError for what no engine does, and for ids that its model does not have."""
+        """Raise ValueError for fields that no engine supports, and for ids that the model does not have."""
         if config.record:
             raise ValueError("record: an engine keeps no trajectory, so expected False (see on_draft)")
         if config.suppress is not None:
@@ -330,13 +333,13 @@ class Engine:
 
     @property
     def closed(self) -> bool:
-        """Whether it takes no more requests: since `close`, or since a fault of its own."""
+        """Whether it takes no more requests, after `close` or an error in its thread."""
         return self.core.closed
 
     def close(self, *, cancel: bool = False) -> None:
-        """Take no more requests, end those there are (or cancel them), and wait for the thread.
+        """Take no more requests, finish the current ones (or cancel them), and wait for the thread.
 
-        From a callback it does not wait. In a fork of the process there is nothing to close.
+        Called from a callback, it does not wait. In a fork of the process it does nothing.
         """
         self._close(cancel)
         if threading.current_thread() is not self.thread:
@@ -358,26 +361,28 @@ class Engine:
         self._ring()
 
     def _ring(self) -> None:
-        """Let the thread look at what has changed; if it has not come since the last ring, it will."""
+        """Wake the thread, unless the last ring is still in the queue."""
         if self._bell.empty():
             self._bell.put(self)
 
     def _disown(self) -> None:
-        """This is a fork of the engine's process. There is no thread here, and it may have held the locks."""
+        """Refuse all requests: this process is a fork, without the engine's thread, which may hold the
+        locks."""
         self._forked, self._ended, self._bell = True, threading.Lock(), SimpleQueue()
         self.core.disown(
-            f"the engine is process {self._process}'s, of which this is a fork: make another here"
+            f"the engine belongs to process {self._process}, and this is a fork of it: make an engine here"
         )
 
 
 def _serve(bell: SimpleQueue[Engine | None], ended: threading.Lock, _gone: weakref.ref[Engine]) -> None:
-    """An engine's thread. While there is no request it does not keep the engine, whose end rings too."""
+    """The engine's thread. While it waits it holds no reference to the engine, whose deletion wakes it
+    too."""
     process = os.getpid()
     try:
         while (engine := bell.get()) is not None and engine.core.work():
             del engine
     finally:
-        if os.getpid() != process:  # a callback forked and came back, to a thread that there is no way out of
+        if os.getpid() != process:  # a callback forked and returned here; this thread must not go on
             os._exit(1)
         _threads.discard(ended)
         ended.release()
@@ -387,7 +392,7 @@ def _serve(bell: SimpleQueue[Engine | None], ended: threading.Lock, _gone: weakr
 
 _engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
 _threads: set[threading.Lock] = set()
-"""`Engine._ended` of each thread that is there; one that has just dropped its engine frees its memory."""
+"""`Engine._ended` of each running thread, also of one that is freeing an engine nobody refers to."""
 _leaving = False
 
 
@@ -398,7 +403,7 @@ def _open_engines() -> list[Engine]:
 
 @atexit.register
 def leave() -> None:
-    """Close the engines: the interpreter's end aborts a thread that computes."""
+    """Close the engines, since the interpreter aborts if a thread computes when it ends."""
     global _leaving
     _leaving = True
     left = _open_engines()
@@ -407,7 +412,7 @@ def leave() -> None:
     while _threads:
         stuck = sum(time.monotonic() - engine.core.calling > PATIENCE for engine in left)
         if stuck >= len(_threads):
-            log.warning("the program ends, and a callback of a request has not returned")
+            log.warning("the program ends while a callback of a request has not returned")
             break
         time.sleep(0.002)
 

@@ -1,4 +1,4 @@
-"""What a request's owner holds: its events as they come, and its end."""
+"""The handle of a request: its events as they come, and its result."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from .. import arguments
 
 @dataclass(frozen=True)
 class Completion:
-    """What became of a request."""
+    """The result of a request."""
 
     tokens: list[int]
-    """The response in front of EOS or a stop sequence: with `infill` the tokens at the prompt's masks, then
-    at most gen_length tokens."""
+    """Response tokens in front of EOS or a stop sequence: with `infill` those at the prompt's masks, then at
+    most gen_length tokens."""
     finish_reason: str
     """"length", "stop" (EOS or a stop sequence) or "cancelled"."""
     nfe: int
-    """Forward passes that the request was in."""
+    """Forward passes over the request."""
     nfe_published: int
     """Passes of the published loop, see `DecodeOutput`."""
     prompt_length: int
-    """Masks that were to be filled included."""
+    """Tokens of the prompt, its masks included."""
     reused: int
     """Positions of the prompt whose keys and values an earlier request had computed."""
     seconds_waiting: float
-    """From `submit` until it was let in."""
+    """From `submit` until the request got a lane."""
     seconds: float
     """From `submit` to the end."""
     logprobs: list[float] | None = None
-    """One for each of `tokens`, where they were asked for: see `decode`."""
+    """With `logprobs`, the log-probability (nats) of each of `tokens`, see `DecodeConfig.logprobs`."""
     draft_nfe: int = 0
-    """Drafts made for it; no drafter, none."""
+    """Calls of the drafter for the request; 0 without a drafter."""
 
 
 Event = list[int] | Completion | Exception
@@ -45,35 +45,35 @@ Event = list[int] | Completion | Exception
 
 @dataclass(frozen=True)
 class Draft:
-    """What a pass has made of the block that it was over; of an autoregressive model the tokens that it has
-    brought, all of them final."""
+    """The open block after a pass; with an autoregressive model the tokens of the pass, all of them final."""
 
     nfe: int
-    """The passes that the request was in, this one included."""
+    """Passes over the request so far, this one included."""
     start: int
-    """Where the block begins in the response. The tokens before it are final, those after it are masks."""
+    """Index in the response where the block begins. Tokens before it are final, those behind it masks."""
     tokens: list[int | None]
-    """The response's tokens in the block, None where there is a mask. Rules that edit may change them."""
+    """The response's tokens in the block, None for a mask. Rules that edit may change them."""
     drafted: int = 0
-    """Tokens that a drafter had guessed for the pass."""
+    """Tokens that the drafter guessed for the pass."""
     accepted: int = 0
-    """Of these, how many were the model's own choice: the first of `tokens`."""
+    """Guessed tokens that were the model's own choice: the first of `tokens`."""
     refused: list[int] = field(default_factory=list)
-    """The guesses that the model did not take, as the drafter gave them."""
+    """Guessed tokens that the model did not choose, in the drafter's order."""
     passes: list[int | None] | None = None
-    """Where `logprobs` are asked for: of each of `tokens` the pass that committed it, None of a mask."""
+    """With `logprobs`, the pass that committed each of `tokens`, None for a mask."""
     logprobs: list[float | None] | None = None
-    """Where they are asked for: of each of `tokens`, None of a mask."""
+    """With `logprobs`, the log-probability (nats) of each of `tokens`, None for a mask."""
 
 
 class Subscriber:
-    """Gets a handle's events, each once and in order, from whichever thread finds that there are more."""
+    """Gets a handle's events, each once and in order, in whichever thread finds new ones first."""
 
     def __init__(self, callback: Callable[[Event], None]) -> None:
         self.callback, self.told, self._busy = callback, 0, threading.Lock()
 
     def next(self, events: list[Event]) -> bool:
-        """Call with the next event. False where there is none, or another thread is at it and looks again."""
+        """Call back with the next event. False if there is none, or if another thread is calling, which will
+        look for more."""
         if self.told == len(events) or not self._busy.acquire(blocking=False):
             return False
         try:
@@ -86,10 +86,10 @@ class Subscriber:
 
 
 class Events:
-    """A request's events: the engine adds them, and whoever waits or has subscribed gets them."""
+    """A request's events: the engine adds them, and waiting threads and subscribers get them."""
 
-    # Lists that only grow and queues, and no lock: a waiting thread may be interrupted anywhere, a callback
-    # may call anything, and a fork may happen at any moment.
+    # Without a lock, of lists that only grow and of queues: a waiting thread may be interrupted anywhere, a
+    # callback may call anything, and a fork may happen at any moment.
     def __init__(self) -> None:
         self.all: list[Event] = []
         self.subscribers: list[Subscriber] = []
@@ -97,7 +97,7 @@ class Events:
 
     @property
     def ended(self) -> bool:
-        """Whether the last event is there."""
+        """Whether the last event has come."""
         return bool(self.all) and not isinstance(self.all[-1], list)
 
     def add(self, event: Event) -> None:
@@ -108,28 +108,28 @@ class Events:
 
 @dataclass(eq=False)
 class Handle:
-    """A request. Iterating yields the tokens of each finished block, of an autoregressive model those of each
-    pass; `result` waits for all."""
+    """A request. Iterating yields the tokens of each finished block, with an autoregressive model of each
+    pass; `result` waits for the end."""
 
     id: int
     events: Events = field(repr=False)
-    _cancel: Callable[[int], None] = field(repr=False)  # a method of the engine, which stays as long
-    _thread: threading.Thread = field(repr=False)  # the engine's, which cannot wait
+    _cancel: Callable[[int], None] = field(repr=False)  # a method of the engine, which it keeps alive
+    _thread: threading.Thread = field(repr=False)  # the engine's, which must not wait
     logprobs: list[float] = field(default_factory=list, repr=False)
-    """One for each token streamed so far, where they were asked for; here before the tokens' own event."""
+    """With `logprobs`, the log-probability (nats) of each token streamed; added before the tokens' event."""
 
     @property
     def done(self) -> bool:
-        """Whether the last event is there."""
+        """Whether the request is over."""
         return self.events.ended
 
     def subscribe(self, callback: Callable[[Event], None]) -> None:
         """Call `callback` with every event: a list of token ids for each finished block that has some, then
         once a Completion or an exception.
 
-        With the events that have been it is called here, and what it raises, `subscribe` raises. With those
-        to come it is called in the engine's thread, so it must be quick. There it may submit, cancel and
-        close, but wait for no request; if it raises anything, that is logged, and the request fails with a
+        Past events are delivered here, and `subscribe` raises what the callback raises. Later events are
+        delivered in the engine's thread, so the callback must be quick. There it may submit, cancel and
+        close, but not wait for a request; an error that it raises is logged, and the request fails with a
         RuntimeError.
         """
         subscriber = Subscriber(arguments.function("callback", callback))
@@ -137,7 +137,7 @@ class Handle:
             pass
         self.events.subscribers.append(subscriber)
         try:
-            while subscriber.next(self.events.all):  # what came in between
+            while subscriber.next(self.events.all):  # events that came in between
                 pass
         except BaseException:
             self.events.subscribers.remove(subscriber)
@@ -154,9 +154,10 @@ class Handle:
             yield event
 
     def result(self, timeout: float | None = None) -> Completion:
-        """Wait for the end.
+        """Wait for the end of the request.
 
-        Raises what the request failed of; CancelledError; or TimeoutError after `timeout` seconds.
+        Raises the error that the request failed with; CancelledError if it was cancelled; TimeoutError after
+        `timeout` seconds; RuntimeError in the engine's thread, which must not wait.
         """
         if timeout is not None and not (isinstance(timeout, (int, float)) and timeout == timeout):
             raise ValueError(f"timeout: expected seconds or None, got {timeout!r}")
@@ -164,7 +165,7 @@ class Handle:
         return self._ended(self.events.all[-1])
 
     def cancel(self) -> None:
-        """Leave the computation at the next pass. No error if the request is over."""
+        """End the request before the next pass; does nothing if it is over."""
         if not self.done:
             self._cancel(self.id)
 

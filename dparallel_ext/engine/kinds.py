@@ -1,4 +1,4 @@
-"""What of an engine depends on the kind of its model: masked diffusion, or autoregressive."""
+"""The parts of an engine that depend on its kind of model: masked diffusion, or autoregressive."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..speculation.speculate import causal_model, check_causal, end_ids, sizer_o
 
 @dataclass(frozen=True)
 class Plan:
-    """A request as the batch takes it."""
+    """A request, checked, as `Kind.admit` takes it."""
 
     prompt: Tensor
     """(P,) int64 on the CPU."""
@@ -33,16 +33,16 @@ class Plan:
     length: int
     """Positions of prompt and response."""
     reusable: int
-    """Positions in front, whose keys and values others may have computed."""
+    """Positions, from 0 on, whose keys and values may come from other requests."""
     settings: Settings
     masked: Sequence[int] = ()
     """Columns of the prompt that are filled too."""
     eos_ids: tuple[int, ...] = ()
-    """That end an autoregressive model's sequence; a diffusion model's is in `settings`."""
+    """End tokens of an autoregressive model; a diffusion model's is in `settings`."""
 
     @property
     def asked(self) -> int:
-        """Tokens that were asked for; a block-causal model fills its last block beyond them."""
+        """Response tokens requested; a block-causal model fills its last block beyond them."""
         return len(self.masked) + self.gen_length
 
 
@@ -106,17 +106,17 @@ class Batch(Protocol):
 
 
 class Kind(ABC):
-    """What an engine asks of its kind of model."""
+    """What an engine needs to know about its kind of model."""
 
     config: DecodeConfig
-    """How a request is decoded that says nothing else; fields of the engine are as they are in force."""
+    """The config of requests that come without one; the engine's own fields hold the values in force."""
     cache: str | None = None
     mask_id: int | None = None
-    """Of masked diffusion, as `cache`."""
+    """Cache mode and mask token; None for an autoregressive model."""
     page_unit = 1
-    """Shared pages are multiples of so many positions."""
+    """The size of shared pages is a multiple of it, in positions."""
     unshared: str | None = None
-    """Why keys and values of positions in front are not final, so that no others can share them."""
+    """Why requests cannot share pages; None: they can."""
     keeps = True
     """Whether keys and values outlive a pass."""
 
@@ -126,15 +126,15 @@ class Kind(ABC):
 
     @abstractmethod
     def settings(self, config: DecodeConfig) -> Settings:
-        """Of one sequence. Raises ValueError naming the field that does not fit the engine."""
+        """The settings of one sequence. Raises ValueError naming the field that does not fit the engine."""
 
     @abstractmethod
     def length(self, prompt: int, gen_length: int) -> int:
-        """Positions of a request."""
+        """Positions that a request needs."""
 
     @abstractmethod
     def plan(self, ids: Tensor, gen_length: int, config: DecodeConfig) -> Plan:
-        """Raises ValueError naming the argument that does not fit the model."""
+        """The plan of a request. Raises ValueError naming the argument that does not fit the model."""
 
     @abstractmethod
     def make_batch(self, lanes: int, width: int, kv_cache: KVCache) -> Batch: ...
@@ -145,7 +145,7 @@ class Kind(ABC):
 
     @abstractmethod
     def told(self, row: Any, opened: Sequence[Region]) -> tuple[int, int]:
-        """Columns [start, end) that a `Draft` tells of, after a pass before which `opened` were open."""
+        """Columns [start, end) of a `Draft`, after a pass before which the regions `opened` were open."""
 
 
 class Diffusion(Kind):
@@ -162,7 +162,7 @@ class Diffusion(Kind):
         self.keeps = self.cache != "none"
 
     def check(self, fields: Mapping[str, Any]) -> None:
-        """It has a use for each."""
+        """A diffusion model uses every field."""
 
     def settings(self, config: DecodeConfig) -> Settings:
         (settings,) = make_settings(config, traits(self._model), self._of_model.cache, 1)
@@ -177,8 +177,8 @@ class Diffusion(Kind):
         masked = masks(ids, self._mask_id) if config.infill else []
         size, causal = schedule.block_length, schedule.causal
         layout = lay_out(len(ids), gen_length, size, causal, settings.steps, masked)
-        # A page with a mask is not final, and with shifted logits the position before the first mask is
-        # computed in any case: it gives the next token.
+        # Pages with masks are not final. With shifted logits the position before the first mask predicts it,
+        # so it is computed in any case.
         known = layout.columns[0] if layout.columns else len(ids)
         reusable = max(0, known - schedule.shift)
         return Plan(ids, gen_length, layout.length, reusable, settings, masked)
@@ -204,12 +204,12 @@ class Diffusion(Kind):
         )
 
     def told(self, row: SequenceState, opened: Sequence[Region]) -> tuple[int, int]:
-        """The blocks that were open: what is decoded of them, and masks."""
+        """The columns of the blocks that were open."""
         return opened[0].start, opened[-1].end
 
 
 class Autoregressive(Kind):
-    """Token by token, several a pass where a drafter guesses them."""
+    """Autoregressive models: a token a pass, or several if a drafter guesses them."""
 
     def __init__(
         self, model: Model, config: DecodeConfig, drafter: Drafter | str | Path | None, draft_size: int | None
@@ -235,7 +235,7 @@ class Autoregressive(Kind):
     def plan(self, ids: Tensor, gen_length: int, config: DecodeConfig) -> Plan:
         if not len(ids):
             raise ValueError("prompt: expected at least one token, got none")
-        # The last token's row gives the next, so that it is computed in any case.
+        # The last token's row predicts the next token, so it is computed in any case.
         reusable, eos_ids = len(ids) - 1, end_ids(self._model, config)
         length = self.length(len(ids), gen_length)
         return Plan(ids, gen_length, length, reusable, self.settings(config), eos_ids=eos_ids)
@@ -258,14 +258,14 @@ class Autoregressive(Kind):
         )
 
     def told(self, row: CausalSequence, opened: Sequence[Region]) -> tuple[int, int]:
-        """The tokens that the pass has brought."""
+        """The columns of the pass's new tokens."""
         return opened[0].start, row.known
 
 
 def kind_of(
     model: Model, config: DecodeConfig, drafter: Drafter | str | Path | None, draft_size: int | None
 ) -> Kind:
-    """Raises ValueError naming the argument that does not fit the model."""
+    """The kind of `model`. Raises ValueError naming the argument that does not fit the model."""
     if traits(model).causal:
         return Autoregressive(model, config, drafter, draft_size)
     for name, value in (("drafter", drafter), ("draft_size", draft_size)):

@@ -1,4 +1,4 @@
-"""Attention when decoding: new keys and values into their slots, queries against the slots that they see."""
+"""Attention when decoding: write new keys and values into their slots, attend to the slots that rows see."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class PagedAttention:
         self._write(q, k, v, k_cache, v_cache, slot_mapping=made.slot_mapping)
         of_whole = None
         if self._some_whole:
-            # This rotates k in place, and that is all.
+            # With q's part taken by k and no slot to write, this only rotates k in place.
             self._write(k, v, v, k_cache, v_cache, slot_mapping=self._nowhere)
             bounds = self._cu_seqlens, self._seqused_k
             of_whole = varlen_attention(q, k, v, *bounds, max_seqlen=made.max_q_len, causal=made.causal)
@@ -52,4 +52,4 @@ class PagedAttention:
             max_q_len=made.max_q_len,
             max_kv_len=made.max_kv_len,
         )
-        return y if of_whole is None else of_whole.add_(y)  # each is zero where the other is not
+        return y if of_whole is None else of_whole.add_(y)  # each is zero in the other's rows

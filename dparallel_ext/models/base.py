@@ -27,16 +27,16 @@ from .modules import DROPOUT, Block, Named, RMSNorm, Stream, Taps, all_modules, 
 
 
 class Model(Named):
-    """A language model: of masked diffusion, or autoregressive where the family is `causal`.
+    """A language model: of masked diffusion, or autoregressive if the family is `causal`.
 
-    Every position sees every other; or, where the family is block-causal, those up to the end of its own
-    block; or, where it is causal, those up to itself. Called on input_ids (B, L) int64 it returns an object
-    with `.logits` (B, L, V), raw, as the Hugging Face model of the same checkpoint does (V: rows of the
-    embedding). `hidden` and `head` are its two halves; `step` is `hidden` for decoding, of chosen positions
-    and against a cache. Built from a config.json's content, it has fresh weights to train, initialised as
-    torch does; `load` and `wrap` fill it with given ones.
+    A position sees all others; in a block-causal family, the positions up to its block's end; in a causal
+    one, those up to itself. A call with input_ids (B, L) int64 returns an object with `.logits` (B, L, V),
+    raw, as the Hugging Face model of the same checkpoint does (V: rows of the embedding). `hidden` and `head`
+    are its two halves; `step` is `hidden` for decoding: it computes chosen positions against a cache. A model
+    made from a config.json's content has fresh weights, initialised as torch does; `load` and `wrap` read
+    weights.
 
-    Raises ValueError naming the config key that is missing or asks for what is not implemented.
+    Raises ValueError naming the config key that is missing or not supported.
     """
 
     NAMES: ClassVar[Mapping[str, str]]
@@ -46,11 +46,11 @@ class Model(Named):
     causal: ClassVar[bool] = False
     """Position p sees the positions up to p, and its logits are for position p + 1."""
     strict: ClassVar[frozenset[str]] = frozenset()
-    """The selectors by which this family's published decoder commits beyond the threshold, not at it."""
+    """Selectors whose threshold this family's published decoder compares strictly (p > tau, not p >= tau)."""
     sub_block_length: ClassVar[int | None] = None
     """The part of a block that this family's published decoder fills at a time; None: all of it."""
     published_mask_id: ClassVar[int | None] = None
-    """The mask of this family's released checkpoints, which counts where a config names none."""
+    """The mask token of this family's released checkpoints, used if a config names none."""
     block_length: int | None
     """Block-causal families: the length of the blocks, counted from position 0. Else None."""
 
@@ -84,7 +84,7 @@ class Model(Named):
 
     @classmethod
     def shape_of(cls, config: Mapping[str, Any]) -> ModelConfig:
-        """What the config.json says of the transformer. Raises ValueError as `Model` does."""
+        """The transformer's sizes and options in a config.json. Raises ValueError as `Model` does."""
         try:
             shape = cls.read_config(config)
         except KeyError as error:
@@ -94,9 +94,9 @@ class Model(Named):
 
     @classmethod
     def released_mask_id(cls, rows: int | None) -> int | None:
-        """The published mask, where the vocabulary may be that of the releases: the id is among its last.
+        """The published mask token, if the vocabulary may be that of the releases: the id is among its last.
 
-        rows: of the embedding; None: not known.
+        rows: rows of the embedding; None: not known.
         """
         published = cls.published_mask_id
         return published if published is None or rows is None or 0 < rows - published <= 512 else None
@@ -104,7 +104,7 @@ class Model(Named):
     def train(self, mode: bool = True) -> Model:
         dropped = {key: self.config[key] for key in DROPOUT if self.config.get(key)}
         if mode and dropped:
-            warnings.warn(f"config: {dropped} is not followed: there is no dropout here", stacklevel=2)
+            warnings.warn(f"config: {dropped} is ignored, since this model has no dropout", stacklevel=2)
         if mode:
             kept.drop(self)
         return super().train(mode)
@@ -115,30 +115,31 @@ class Model(Named):
         return self
 
     def tie(self) -> None:
-        """Let the head be the embedding, where the config says so."""
+        """Make the head's weight the embedding's, if the config ties them."""
         if self.shape.tied:
             self.lm_head.weight = self.embed.weight
 
     @classmethod
     def checkpoint_name(cls, name: str) -> str:
-        """The checkpoint's name of the module that is called "blocks.0.q" or "norm" here."""
+        """The checkpoint's name of the module that is called, say, "blocks.0.q" or "norm" here."""
         ours, layer, *_ = (*reversed(name.removeprefix("blocks.").split(".")), "")
         return cls.NAMES[ours].format(layer)
 
     @property
     def sharded(self) -> bool:
-        """Whether FSDP2 or the like has made DTensors of the parameters."""
+        """Whether parameters are DTensors, as FSDP2 and its like make them."""
         return any(hasattr(parameter, "placements") for parameter in self.parameters())
 
     def get_input_embeddings(self) -> nn.Module:
-        """By this name transformers and PEFT find the embedding, and by the next one the head."""
+        """The embedding, by the name that transformers and PEFT look for; `get_output_embeddings`: the
+        head."""
         return self.embed
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **_: Any) -> dict[str, Tensor]:
-        """PEFT keeps this of a model for causal language modelling; `dparallel_ext.decode` generates."""
+        """PEFT expects this method of models for causal language modelling; `decode` does not use it."""
         return {"input_ids": input_ids}
 
     @property
@@ -150,7 +151,12 @@ class Model(Named):
         return self.embed.weight.dtype
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **neutral: Any) -> Output:
-        """neutral: what PEFT passes on to every model, `labels` or `output_attentions`; None, or False."""
+        """The logits, see `Model`. attention_mask: see `hidden`.
+
+        neutral: arguments that PEFT passes to every model, such as `labels`, all None or False.
+
+        Raises TypeError or ValueError naming the argument that does not fit.
+        """
         for name, value in neutral.items():
             if value is not None and value is not False and name != "return_dict":
                 raise ValueError(f"{name}: this model computes logits of input_ids alone, so expected None")
@@ -163,14 +169,15 @@ class Model(Named):
         *,
         taps: Taps | None = None,
     ) -> Tensor:
-        """Hidden states (B, L, width) after the final norm, of whole sequences input_ids (B, L).
+        """Hidden states (B, L, width) after the final norm, of whole sequences input_ids (B, L) int64 or
+        int32.
 
-        attention_mask (B, L), bool or whole numbers, is 0 where a position is padding, on either side, that
-        none shall see. Positions are counted from the first column, padding or not: rotary embeddings tell
-        only how far apart two are. taps: the streams (B, L, width) that are wanted too.
+        attention_mask: (B, L) bool or whole numbers; 0 marks padding, on either side, which no position sees.
+        Positions count from the first column, padding included, since rotary embeddings depend only on
+        distances. taps: takes the residual streams (B, L, width) of its layers.
 
-        Raises TypeError or ValueError for ids of a wrong type, shape or (on the CPU, where looking
-        costs no synchronisation) range.
+        Raises TypeError or ValueError for ids of a wrong type, shape or (on the CPU, where a check needs no
+        synchronisation) range, and for a mask of another shape or dtype.
         """
         self._check(input_ids, 2)
         s, visible = self.shape, self._visible(input_ids, attention_mask)
@@ -190,7 +197,7 @@ class Model(Named):
 
         checkpointing = self.checkpointing if self.training else None
         if checkpointing and checkpointing["use_reentrant"] and torch.is_grad_enabled():
-            # Such a checkpoint yields no gradient unless an input wants one; under adapters none does.
+            # A reentrant checkpoint has a gradient only if an input requires one; under adapters none does.
             x = x if x.requires_grad else x.detach().requires_grad_()
         if taps is not None:
             taps.take(-1, Stream(x))
@@ -213,11 +220,11 @@ class Model(Named):
     ) -> Tensor:
         """Hidden states (N, width) after the final norm, of the packed tokens input_ids (N,) of `metadata`.
 
-        Their keys and values are written to the cache in place, and attention reads it, so it belongs under
-        `torch.no_grad` or `inference_mode`. A pass that stops on its way, or begins there, is made of the
-        three parts of this one: `embedded`, `run_layers`, `final_norm`.
+        Writes their keys and values to the cache in place and attends through it, so call it under
+        `torch.no_grad` or `inference_mode`. For a pass over some of the layers there are its three parts:
+        `embedded`, `run_layers`, `final_norm`.
 
-        taps: the streams (N, width) that are wanted too.
+        taps: takes the residual streams (N, width) of its layers.
 
         Raises TypeError or ValueError as `hidden` does.
         """
@@ -229,7 +236,7 @@ class Model(Named):
         return self.final_norm(self.run_layers(stream, kv_cache, metadata, taps=taps))
 
     def embedded(self, input_ids: Tensor) -> Stream:
-        """What the first layer gets for input_ids (N,). Raises TypeError or ValueError as `hidden` does."""
+        """The first layer's input for input_ids (N,). Raises TypeError or ValueError as `hidden` does."""
         self._check(input_ids, 1)
         return Stream(self.embed(input_ids))
 
@@ -243,9 +250,9 @@ class Model(Named):
         *,
         taps: Taps | None = None,
     ) -> Stream:
-        """The stream of the packed tokens of `metadata` behind layers [start, stop), from the one before.
+        """The residual stream (N, width) after layers [start, stop), of the stream before layer `start`.
 
-        Only these layers' keys and values are written. stop: None, the last layer.
+        Writes only these layers' keys and values. stop: None: through the last layer.
         """
         attention = PagedAttention(kv_cache, metadata)
         if taps is not None and start == 0:
@@ -261,16 +268,17 @@ class Model(Named):
         return stream
 
     def final_norm(self, stream: Stream) -> Tensor:
-        """(N, width) of what `head` makes logits."""
+        """The input (N, width) of `head`, of the stream after the last layer."""
         return norm_of_sum(self.norm, stream)[1]
 
     def spans(
         self, row: int, start: int, end: int, length: int, block_length: int | None = None
     ) -> list[Span]:
-        """Positions [start, end) of sequence `row`, which has `length`, with what each may see.
+        """The spans of positions [start, end) of sequence `row`, which has `length` positions.
 
-        Block-causal models see by blocks of `block_length`, by default their own. Of a causal model it is one
-        span that sees [0, end), whose positions see up to themselves.
+        A block-causal model has one span for each block, of `block_length` or by default its own, that sees
+        up to the block's end. A causal model has one span that sees [0, end), whose positions see up to
+        themselves.
         """
         if self.causal:
             return [Span(row, start, end, end)] if start < end else []
@@ -285,9 +293,9 @@ class Model(Named):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
     ) -> None:
-        """Keep only each layer's input in training and compute the rest again, as transformers' models do.
+        """In training, keep only each layer's input and compute the rest again, as transformers' models do.
 
-        The keywords are those of `torch.utils.checkpoint.checkpoint`.
+        gradient_checkpointing_kwargs: keywords of `torch.utils.checkpoint.checkpoint`.
         """
         self.checkpointing = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
 
@@ -299,7 +307,7 @@ class Model(Named):
         return self.checkpointing is not None
 
     def enable_input_require_grads(self) -> None:
-        """Does nothing: `hidden` lets the layers' input require a gradient where a checkpoint needs it."""
+        """Do nothing: `hidden` makes the layers' input require a gradient if a checkpoint needs it."""
 
     def activation_checkpointing_enable(
         self,
@@ -307,7 +315,8 @@ class Model(Named):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """The same by the name that transformers 5 calls; every layer, without offloading."""
+        """`gradient_checkpointing_enable` by transformers 5's name. Raises ValueError for its other
+        options."""
         if every_n_layers != 1 or offload:
             raise ValueError(
                 "activation_checkpointing: expected every_n_layers=1 and offload=False, "
@@ -316,33 +325,33 @@ class Model(Named):
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
 
     def groups(self) -> Iterator[list[nn.Parameter]]:
-        """Those of every layer, see `Block.groups`."""
+        """The groups of parameters of every layer, see `Block.groups`."""
         for block in self.blocks:
             if isinstance(block, Block):
                 yield from block.groups()
 
     def fuse(self) -> Model:
-        """Lay q, k and v, and gate and up, of each layer side by side: `step` then multiplies once by them.
+        """Fuse q, k and v, and gate and up, of each layer: their weights become adjacent slices of one
+        storage, and `step` computes one matrix product for each group.
 
-        No name, value or parameter object changes, and no weight is held twice. `load` does this on a GPU
-        (on a CPU the file stays mapped). `to` keeps it; `train` undoes it, since some that save a model in
-        training take slices of one storage for copies of one tensor; a copy of the model is without it until
-        it is asked again.
+        Names, values and parameter objects stay, and no weight is held twice. `load` fuses on a GPU; on a CPU
+        the file stays mapped. `to` keeps the fusion. `train` undoes it, since some trainers save slices of
+        one storage as if they were one tensor. A copy of the model is not fused.
         """
         for group in self.groups():
             fused_weights.join(group)
         return self
 
     def quantize(self) -> Model:
-        """Keep the layers' weights in 8 bits (e4m3, a float32 scale for each of their rows), to decode with.
+        """Quantise the layers' weights in place to 8 bits (e4m3, a float32 scale for each row), for decoding.
 
-        Half the memory, and a pass over few tokens reads half as much; embedding, head and norms stay as
-        they are, and so does the arithmetic. In place, layer by layer, where the weights lie:
-        `models.load(path).quantize().to("cuda")` never has them in 16 bits on the GPU. It cannot be trained,
-        saved, or undone.
+        They take half the memory, and a pass over few tokens reads half as much; embedding, head and norms
+        stay, and so do the dtypes of the arithmetic. Weights are quantised layer by layer, on their device:
+        `models.load(path).quantize().to("cuda")` never has them in 16 bits on the GPU. A quantised model
+        cannot be trained, saved, or turned back.
 
-        Raises ValueError where an adapter or a hook stands among the layers, or a weight is not finite; the
-        model is then as it was.
+        Raises ValueError, with the model unchanged, if a layer has an adapter or a hook, or a weight is not
+        finite.
         """
         blocks = [block for block in self.blocks if isinstance(block, Block)]
         for block in blocks:
@@ -356,8 +365,8 @@ class Model(Named):
         return any(isinstance(module, Fp8Linear) for module in self.modules())
 
     def addresses(self) -> Sequence[int] | None:
-        """Where the weights lie; None where calling the model does more than the code here says: hooks,
-        adapters, modules or methods in the place of its own.
+        """The addresses of all weights; None if the model has been modified by hooks, adapters, other modules
+        or other methods, so that passes cannot be recorded.
         """
         own = {
             Block, RMSNorm, nn.Linear, Fp8Linear, nn.Embedding, nn.ModuleList, nn.Module, type(self)
@@ -384,9 +393,10 @@ class Model(Named):
     def new_cache(
         self, pages: int, page_size: int, block_table: Tensor | None = None, *, kept: bool = True
     ) -> KVCache:
-        """An empty cache of so many pages of slots; not `kept`: for one pass alone.
+        """An empty cache of `pages` pages of `page_size` slots, in the model's dtype and on its device.
 
-        block_table: (B, P) int64 on the CPU, see `KVCache`; default: a page for each sequence.
+        block_table: (B, P) int64 on the CPU, see `KVCache`; default: a page for each sequence. kept: False:
+        keys and values need not outlive a pass, so all layers share the slots.
         """
         s, page_size = self.shape, max(1, page_size)
         shape = (s.layers if kept else 1, 2, pages, s.kv_heads, page_size, s.head_dim)
@@ -397,20 +407,20 @@ class Model(Named):
         """cos, sin (at least length, head_dim / 2) float32."""
         if self._rope is None or len(self._rope[0]) < length or self._rope[0].device != self.device:
             rows = max(64, 2 ** (length - 1).bit_length()) if length else 64
-            # An inference tensor, kept, would break a later training pass.
+            # A table made in inference mode could not be used by a later training pass.
             with torch.inference_mode(False), torch.no_grad():
                 s = self.shape
                 self._rope = rope.table(rows, s.head_dim, s.rope_theta, s.rope_scaling, self.device)
         return self._rope
 
     def _visible(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-        """What attention takes for a mask, (B or 1, 1, 1 or L, L) bool, or None."""
+        """The mask of attention, (B or 1, 1, 1 or L, L) bool; None: none is needed."""
         earlier, position = None, torch.arange(input_ids.shape[1], device=input_ids.device)
         if self.block_length is not None:
             block = position // self.block_length
             earlier = (block[:, None] >= block)[None, None]
         if attention_mask is None:
-            return earlier  # None of a causal model too: attention needs no mask to leave out what is later
+            return earlier  # None for a causal model too: attention has an option for it
         if attention_mask.shape != input_ids.shape or attention_mask.is_floating_point():
             raise ValueError(
                 f"attention_mask: expected bool or whole numbers {tuple(input_ids.shape)} as input_ids, "
@@ -422,7 +432,8 @@ class Model(Named):
             raise ValueError("attention_mask: expected a visible position in every row")
         visible = visible[:, None, None]
         if self.causal:
-            # Padding in front of a sequence sees itself: for a row that sees nothing some kernels give NaN.
+            # Padding in front of a sequence sees itself, since some kernels give NaN to a row that sees
+            # nothing.
             return visible & (position[:, None] >= position) | (position[:, None] == position)
         return visible if earlier is None else visible & earlier
 
@@ -443,7 +454,7 @@ class Model(Named):
 
 
 def _without_tied_head(model: Model, state: MutableMapping[str, Any], prefix: str, _metadata: object) -> None:
-    """Published checkpoints do not repeat a tied head; torch's gathering of shards wants every name."""
+    """Leave a tied head out of the state dict, as published checkpoints do; shards are gathered with it."""
     embed, head = (f"{prefix}{model.checkpoint_name(name)}.weight" for name in ("embed", "lm_head"))
     if model.shape.tied and embed in state and not model.sharded:
         state.pop(head, None)

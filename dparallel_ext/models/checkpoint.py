@@ -1,4 +1,4 @@
-"""Published checkpoints, read as they are and written as they were."""
+"""Reads published checkpoints as they are, and writes models in their layout."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def load(
     """Load a checkpoint of one of `FAMILIES`: a directory with config.json and (sharded) safetensors.
 
     `path` may be ORG/NAME of the Hugging Face Hub, see `locate`. Tensors are memory-mapped and go straight to
-    `device` (default: CPU) and `dtype` (default: as stored). The model comes in evaluation mode. `fuse`: as
-    `Model.fuse` would leave it, each tensor read to its place; default: unless on the CPU. `mask_id`: instead
-    of the checkpoint's, which is that of config.json, generation_config.json or the tokenizer's files, else
-    the one that the released checkpoints of its family have; of a causal model that of config.json alone.
-    The model's `eos_ids` are those of config.json, then those of generation_config.json.
+    `device` (default: CPU) and `dtype` (default: as stored). The model is in evaluation mode. `fuse` lays out
+    weights as `Model.fuse` does while they are read; default: on any device but the CPU. `mask_id` replaces
+    the checkpoint's mask token, which is read from config.json, generation_config.json or the tokenizer's
+    files, or else is that of the family's released checkpoints; a causal model's is read from config.json
+    alone. The model's `eos_ids` are those of config.json, then those of generation_config.json.
 
     Raises:
-        FileNotFoundError: naming what is not there.
+        FileNotFoundError: naming the missing file or directory.
         ValueError: naming the device that is not there, the config key, or the missing, extra, misshapen,
             quantised or unreadable tensors.
     """
@@ -83,7 +83,7 @@ def load(
 
 
 def config_of(directory: Path) -> tuple[dict[str, Any], ModelConfig]:
-    """The content of config.json, and what it says of the transformer.
+    """The content of config.json, and the transformer's sizes and options in it.
 
     Raises FileNotFoundError, and ValueError naming the file and the key.
     """
@@ -97,7 +97,7 @@ def config_of(directory: Path) -> tuple[dict[str, Any], ModelConfig]:
 
 
 def _mask_id(given: int | None, config: Mapping[str, Any], directory: Path, rows: int) -> int | None:
-    """The id that is given, else that of the checkpoint's files; of a causal model's, of its config alone."""
+    """`given`, else the mask token of the checkpoint's files, of a causal model of its config alone."""
     name, found = "mask_id", given
     if given is None:
         name = f"path: the mask token of {directory}, unless mask_id is given"
@@ -109,7 +109,7 @@ def _mask_id(given: int | None, config: Mapping[str, Any], directory: Path, rows
 
 
 def _add_ends(config: dict[str, Any], more: Iterable[int], rows: int, source: str) -> None:
-    """Let the config's eos_token_id be its own ids, then those of `more` that it lacks."""
+    """Append to the config's eos_token_id the ids of `more` that it lacks."""
     own = token_ids(config, "eos_token_id", rows)
     ends = list(dict.fromkeys([*own, *more]))
     beyond = [one for one in ends if one >= rows]
@@ -120,7 +120,7 @@ def _add_ends(config: dict[str, Any], more: Iterable[int], rows: int, source: st
 
 
 def device_of(device: torch.device | str | None) -> torch.device:
-    """The device of that name, default the CPU. Raises ValueError where there is none."""
+    """The device of this name, by default the CPU. Raises ValueError if it is not there."""
     place: torch.device | None
     try:
         place = torch.device("cpu" if device is None else device)
@@ -139,16 +139,17 @@ def device_of(device: torch.device | str | None) -> torch.device:
 
 
 def wrap(hf_model: nn.Module) -> Model:
-    """A native model on the weights of a loaded Hugging Face one of `FAMILIES`: shared, not copied.
+    """A native model that shares the weights of a loaded Hugging Face model of one of `FAMILIES`.
 
     It may be wrapped, see `for_decoding`. PEFT's layers are shared too, so that an adapter that is switched,
-    disabled or merged there is so here; all are put in evaluation mode. One of ours comes back as it is.
+    disabled or merged in one is so in both; all are put in evaluation mode. A native model is returned as it
+    is.
 
     Raises:
         ValueError: naming the config key, or the missing, extra or misshapen tensors; also if the
             weights do not all lie on one device, as after offloading.
     """
-    for_decoding(hf_model)  # refuses what is not whole
+    for_decoding(hf_model)  # raises if weights are sharded or not loaded
     hf_model = unwrap(hf_model)
     if isinstance(hf_model, Model):
         return hf_model
@@ -186,17 +187,17 @@ def wrap(hf_model: nn.Module) -> Model:
 
 
 def _adapted(model: nn.Module) -> dict[str, nn.Module]:
-    """What PEFT has put in the place of layers, by the layers' names."""
+    """PEFT's modules that have replaced layers, by the layers' names."""
     kinds: Any = classes(*ADAPTED_LAYERS)
     found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():  # what holds another comes before it
+    for name, module in model.named_modules():  # an outer module comes before its inner ones
         if isinstance(module, kinds) and not any(name.startswith(f"{outer}.") for outer in found):
             found[name] = module
     return found
 
 
 def _base_of(module: Any) -> nn.Module:
-    """The layer in whose place PEFT's stands."""
+    """The layer that PEFT's module has replaced."""
     for wrapper in ADAPTED_LAYERS:
         while isinstance(module, classes(wrapper)):
             module = getattr(module, wrapper[2])
@@ -211,19 +212,19 @@ def save(
     dtype: torch.dtype | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write config.json and model.safetensors as the family's published checkpoints have them.
+    """Write config.json and model.safetensors in the layout of the family's published checkpoints.
 
-    `dtype`: of the file, default the model's. `state_dict`: tensors to write instead of the model's own, as
-    gathered from shards. Each file appears whole or not at all, config.json last.
+    `dtype`: the file's, by default the model's. `state_dict`: tensors to write in place of the model's own,
+    such as gathered shards. Each file appears whole or not at all, config.json last.
 
     Raises ValueError for a quantised model, and for one under adapters.
     """
     model = unwrap(model)
     if model.quantized:
-        raise ValueError("model: it is quantised, and no published layout holds its weights; save it before")
+        raise ValueError("model: it is quantised, and no published layout has such weights; save it before")
     if _adapted(model):
         raise ValueError(
-            "model: adapters stand in its layers, and no published layout holds them; save them by "
+            "model: its layers have adapters, and no published layout has such weights; save them by "
             "save_pretrained, or merge them before"
         )
     directory = Path(path)
@@ -244,28 +245,28 @@ def save(
     with files.replacing(file) as new_file, files.replacing(weights) as new_weights:
         new_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, new_weights, metadata={"format": "pt"})
-        shutil.copymode(new_file, new_weights)  # safetensors makes it the owner's alone
+        shutil.copymode(new_file, new_weights)  # safetensors lets only the owner read it
         for new in (new_file, new_weights):
             files.flush(new)
         if file.exists() and file.read_bytes() != new_file.read_bytes():
-            file.unlink()  # the weights come first, and another config is not theirs
+            file.unlink()  # the new weights appear first, and must not be read with the old config
 
 
 class Offer(NamedTuple):
-    """A tensor that is there to be had."""
+    """A tensor that can be fetched."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    """A name of `DTYPES`, or another."""
+    """A name in `DTYPES`, or the name of a dtype that is not supported."""
     fetch: Callable[[], Tensor]
 
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-"""What is read, by the names of safetensors."""
+"""safetensors' name -> dtype, of the dtypes that are read."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 TABLES = ".rotary_emb.inv_freq"
-"""The end of the names of tensors that checkpoints of Llama 1 and 2 hold, and config.json says again."""
+"""The end of the names of tensors, in checkpoints of Llama 1 and 2, that follow from config.json."""
 
 
 def _family(config: Mapping[str, Any], source: str) -> type[Model]:
@@ -284,9 +285,10 @@ def _assemble(
     dtype: torch.dtype | None = None,
     mixed: bool = False,
 ) -> Model:
-    """The model of `config`, holding `tensors` in `dtype`; without it they are of one type, unless `mixed`.
+    """The model of `config`, with `tensors` in `dtype`; without `dtype` they must have one type, or be
+    `mixed`.
 
-    Nothing is allotted or initialised beside them, and nothing is read before all are seen to fit.
+    No other memory is allocated or initialised, and nothing is read before all names, shapes and types fit.
     """
     family = _family(config, source)
     with torch.device("meta"):
@@ -328,7 +330,7 @@ def _assemble(
 def _stored(
     shards: Mapping[Path, Mapping[str, str] | None], device: str, opened: ExitStack
 ) -> Iterator[Offer]:
-    """The tensors of the files, which stay open as long as `opened`."""
+    """The tensors in the files; `opened` closes the files."""
     seen: dict[str, Path] = {}
     for file, index in shards.items():
         with _readable(file):
@@ -336,7 +338,7 @@ def _stored(
             shard = opened.enter_context(safe_open(file, framework="pt", device=device))
             for name in shard.keys():  # noqa: SIM118 (no mapping)
                 if index is not None and index.get(name, file.name) != file.name:
-                    continue  # a copy that the index passes over
+                    continue  # the index names another file for this tensor
                 if name in seen:
                     raise ValueError(
                         f"path: {file} and {seen[name].name} both hold {name:.200}, and the index does not "
@@ -356,7 +358,7 @@ def fetch(file: Path, shard: Any, name: str) -> Tensor:
 
 @contextmanager
 def _readable(file: Path) -> Iterator[None]:
-    """Within it, what safetensors and the system say of a file is a ValueError that names it."""
+    """A context that turns errors of safetensors and the system into a ValueError that names the file."""
     try:
         yield
     except (SafetensorError, OSError) as error:
@@ -368,9 +370,9 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def _shards(directory: Path) -> dict[Path, dict[str, str] | None]:
-    """The files that hold the weights, each with the index, {tensor: file}; one file alone has none."""
+    """The files of weights, each with the index, {tensor: file}; None for a single file."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.is_file():  # first, as transformers reads them
+    if single.is_file():  # before an index, as in transformers
         return {single: None}
     if not index.is_file():
         others = sorted(file.name for file in directory.glob("*.bin"))
@@ -386,6 +388,6 @@ def _shards(directory: Path) -> dict[Path, dict[str, str] | None]:
             raise ValueError(f"path: {index} names {name!r:.200}, expected a file beside it")
     shards = [directory / name for name in sorted(set(found.values()))]
     for file in shards:
-        if not os.path.isfile(file):  # false for a name too long, where Path's raises
+        if not os.path.isfile(file):  # Path.is_file raises for a name that is too long
             raise FileNotFoundError(f"path: {index.name} names {file.name!r:.200}, not in {directory}")
     return dict.fromkeys(shards, found)

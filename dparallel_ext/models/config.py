@@ -1,4 +1,4 @@
-"""What a family's config.json says: sizes of the network, and traits of its decoding."""
+"""Sizes and options of the network in a config.json, and traits of a model's decoding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .rope import RopeScaling
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the transformer needs to know of a config.json."""
+    """Sizes and options of the transformer, as read from a config.json."""
 
     layers: int
     width: int
@@ -40,7 +40,7 @@ class ModelConfig:
     qk_norm: bool = False
     """Queries and keys of each head are normalised before the rotary embedding (Qwen3)."""
     block_length: int | None = None
-    """Of block-causal models."""
+    """Length of a block-causal model's blocks; None for others."""
 
     def __post_init__(self) -> None:
         if self.head_dim < 2 or self.head_dim % 2:
@@ -65,7 +65,8 @@ class Config(dict[str, Any]):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Config:
-        """Of a checkpoint directory. PEFT compares a model's vocabulary with its base's by this name."""
+        """The config of a checkpoint directory. PEFT calls it to compare a model's vocabulary with its
+        base's."""
         return cls(files.read_json(Path(directory) / "config.json", required=True))
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,7 +74,7 @@ class Config(dict[str, Any]):
 
 
 def token_ids(config: Mapping[str, Any], key: str, rows: int) -> tuple[int, ...]:
-    """The id, or several, as eos_token_id may be; none where it is null. Raises ValueError naming the key."""
+    """The ids under a key, which may hold one, a list, or null. Raises ValueError naming the key."""
     given = config.get(key)
     several: list[Any] = given if isinstance(given, list) and given else [given]
     if given is not None and not all(type(one) is int and 0 <= one < rows for one in several):
@@ -85,16 +86,17 @@ def token_ids(config: Mapping[str, Any], key: str, rows: int) -> tuple[int, ...]
 class Traits:
     """What decoding and training need to know of a model, ours or not.
 
-    A function, or a module that holds a model in a way of its own, says them by an attribute `traits`.
+    A function, or a module that wraps a model in a way of its own, states them in an attribute `traits`.
     """
 
     mask_id: int | None = None
+    """The mask token; None: not known."""
     shift: bool = False
     """The logits for position p are produced at position max(p - 1, 0)."""
     strict: frozenset[str] = frozenset()
-    """The selectors by which its published decoder commits beyond the threshold, not at it."""
+    """Selectors whose threshold its published decoder compares strictly (p > tau, not p >= tau)."""
     block_length: int | None = None
-    """Of block-causal models."""
+    """Length of a block-causal model's blocks; None for others."""
     sub_block_length: int | None = None
     """The part of a block that its published decoder fills at a time; None: all of it."""
     causal: bool = False
@@ -103,7 +105,7 @@ class Traits:
 
 @dataclass
 class Output:
-    """What a forward pass returns."""
+    """The output of a forward pass."""
 
     logits: Tensor
-    """(B, L, V)"""
+    """(B, L, V), in the model's dtype."""

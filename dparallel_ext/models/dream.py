@@ -25,10 +25,10 @@ class Dream(Model):
 
 
 def diffusion_shape(config: Mapping[str, Any], **more: Any) -> ModelConfig:
-    """The shape of a config.json of the diffusion models that were made of Qwen's.
+    """The `ModelConfig` of a diffusion model that was made from a Qwen model.
 
-    Their rotary embeddings may not be scaled: their published code runs with releases of transformers that
-    read the factor of "yarn" in different ways.
+    Scaled rotary embeddings are refused: the published code runs with releases of transformers that read the
+    factor of "yarn" in different ways.
     """
     fields.check_supported(config, _SUPPORTED)
     return llama_shape(config, scalings=(), **more)

@@ -18,20 +18,21 @@ class FastDLLM(Model):
     one of the block before. `decode` follows the published `generate`: the pass that stores a finished block
     gives the next block's first token, whatever its confidence; then its sub-blocks of 8 are filled from left
     to right, each by passes over the block that commit p > threshold (0.9 in the published examples) and the
-    best one. `cache="block"` and `"none"` do so exactly, `cache="dual"` with the published sub-block cache
-    (`use_block_cache`).
+    best one. `cache="block"` and `"none"` follow it exactly, `cache="dual"` with the published sub-block
+    cache (`use_block_cache`).
 
     Where `decode` differs:
     - A prompt of exactly one block is seen; the published functions drop it, since they store a prompt only
       if it is longer than a block.
-    - Above temperature 0 every token is sampled from the whole softmax; published: a block's first token is
-      the argmax all the same, and the others are sampled from the top 95 %.
-    - Published, `max_new_tokens // bd_size` blocks count from the one that the prompt ends in, and the last
-      stored block appends one token more; here `gen_length` tokens, to the end of their last block.
+    - Above temperature 0 every token is sampled from the whole softmax; the published code takes the argmax
+    as
+      a block's first token, and samples the others from the top 95 %.
+    - It decodes `gen_length` tokens, to the end of their last block; the published code decodes
+      `max_new_tokens // bd_size` blocks from the one that the prompt ends in, and one token more.
     - The mask token is never committed.
 
-    The tests hold the published loop, for one sequence, and the layers written again in plain torch, and
-    compare on random weights. Not checked: a released checkpoint. Its config.json was not at hand, so
+    The tests compare, on random weights, with the published loop for one sequence, and with the layers
+    written again in plain torch. No released checkpoint was checked, nor was its config.json at hand:
     `bd_size` and the mask's id, if the tokenizer's files do not name it, are the published code's defaults.
     """
 

@@ -1,4 +1,4 @@
-"""What the keys of a config.json may hold, checked before a module is built."""
+"""Checks of the keys of a config.json, before a module is built."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 def check_supported(
     config: Mapping[str, Any], supported: Mapping[str, Any], explicit: Collection[str] = ()
 ) -> None:
-    """Refuse by name what this transformer does not compute; falsy values are one and the same.
+    """Raise ValueError naming a key whose value this transformer does not support; falsy values are equal.
 
-    The keys in `explicit` must be there: the published code's default is not what we support.
+    The keys in `explicit` must be there, since the published code's default is not supported.
     """
     for key, value in supported.items():
         given = config[key] if key in explicit else config.get(key, value)
@@ -22,12 +22,12 @@ def check_supported(
 
 @dataclass(frozen=True)
 class Field:
-    """What a key of a config.json may hold: null, or a value of its kind within bounds."""
+    """The values that a key of a config.json may have: null, or a value of its kind within bounds."""
 
     kind: type
-    """int, float, bool (0 and 1 are as good) or dict."""
+    """int, float, bool (or 0 and 1) or dict."""
     default: Any = ...
-    """Where the key is missing or null; ...: it must be there."""
+    """The value if the key is missing or null; ...: it must not be."""
     least: float = 1
     most: float = 2**53
 
@@ -38,7 +38,7 @@ class Field:
             return isinstance(value, Mapping)
         kinds = (int,) if self.kind is int else (int, float)
         right = isinstance(value, kinds) and not isinstance(value, bool)
-        return right and self.least <= value <= self.most  # which NaN is not
+        return right and self.least <= value <= self.most  # false for NaN
 
     def __str__(self) -> str:
         if self.kind in (bool, dict):
@@ -57,7 +57,7 @@ ROPE_THETA = Field(float, 10000.0, most=1e30)
 POSITIONS = Field(int, None)
 BLOCK_LENGTH = Field(int, most=4096)
 NO = Field(bool, False)
-"""With the bounds above, no product of sizes overflows, and the modules of a senseless config are few."""
+"""Within the bounds above no product of sizes overflows, and a senseless config makes few modules."""
 
 
 def read(config: Mapping[str, Any], table: Mapping[str, Field], within: str | None = None) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def read(config: Mapping[str, Any], table: Mapping[str, Field], within: str | No
     for key, field in table.items():
         value = config.get(key)
         if value is None and key in config and field.kind is bool and field.default is not None:
-            value = False  # as null is to the published code
+            value = False  # as the published code takes null
         elif value is None:
             if field.default is ...:
                 raise ValueError(f"{where}: {key!r} is {'null' if key in config else 'missing'}")
@@ -81,7 +81,7 @@ def read(config: Mapping[str, Any], table: Mapping[str, Field], within: str | No
 
 
 def width_of_heads(width: int, heads: int) -> int:
-    """Raises ValueError where the heads do not divide the width."""
+    """The width of a head. Raises ValueError if the heads do not divide the width."""
     if width % heads:
         raise ValueError(f"config: {heads} heads do not divide a width of {width}")
     return width // heads

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: where they lie, what they say, and how they are written."""
+"""The files of a checkpoint: finding, reading and writing them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-"""ORG/NAME, as the Hugging Face Hub names a model."""
+"""ORG/NAME, the form of a model's name on the Hugging Face Hub."""
 NEEDED = [
     "config.json",
     "generation_config.json",
@@ -30,14 +30,14 @@ NEEDED = [
 ]
 """The files that are fetched from the Hub."""
 MASK_TOKENS = ("<|mdm_mask|>", "<|mask|>", "<|MASK|>", "|<MASK>|", "[MASK]", "<mask>")
-"""What released tokenizers call their mask token, where they do not say that it is one."""
+"""Mask tokens of released tokenizers that do not declare their mask token."""
 
 
 def locate(path: str | Path) -> Path:
-    """The directory of a checkpoint: `path`, or a snapshot of the Hugging Face Hub's model of that name.
+    """The directory of a checkpoint: `path`, or a snapshot of the Hugging Face Hub's model of this name.
 
-    A directory always comes first. A snapshot is what `huggingface_hub` has in its cache or fetches, where
-    that package is installed; HF_HUB_OFFLINE, HF_HOME and HF_TOKEN mean what they mean to it.
+    A directory always comes first. `huggingface_hub`, if installed, takes a snapshot from its cache or
+    fetches it, and follows HF_HUB_OFFLINE, HF_HOME and HF_TOKEN.
 
     Raises FileNotFoundError, which says how to get a model of the Hub.
     """
@@ -51,9 +51,9 @@ def locate(path: str | Path) -> Path:
     return fetched(name)
 
 
-@functools.cache  # A repository may change between two looks of one process.
+@functools.cache  # One process reads one state of a repository, even if that changes.
 def fetched(name: str) -> Path:
-    """The snapshot of the Hub's model of that name. Raises FileNotFoundError."""
+    """The snapshot of the Hub's model of this name. Raises FileNotFoundError."""
     by_hand = f"`hf download {name} --local-dir DIR` fetches it where there is a network; then load DIR"
     try:
         from huggingface_hub import snapshot_download
@@ -73,7 +73,7 @@ def fetched(name: str) -> Path:
 
 
 MOST_BYTES = 2**28
-"""Of a file that is read whole; the largest of released checkpoints, a tokenizer.json, has a tenth of it."""
+"""The most bytes of a file that is read whole; released tokenizer.json files have up to a tenth of it."""
 
 
 def read_text(file: Path) -> str:
@@ -91,9 +91,9 @@ def read_text(file: Path) -> str:
 
 
 def read_json(file: Path, *, required: bool = False) -> dict[str, Any]:
-    """The object in a JSON file; an empty one where there is no file, unless it is required.
+    """The object in a JSON file; an empty one if there is no file, unless it is required.
 
-    Raises FileNotFoundError, or ValueError naming the file, and a key that it gives two values.
+    Raises FileNotFoundError, or ValueError naming the file, and a key with two values.
     """
     if not file.is_file():
         if required:
@@ -111,7 +111,7 @@ def read_json(file: Path, *, required: bool = False) -> dict[str, Any]:
 
 
 def check_text(text: str, content: Any) -> None:
-    """Raise ValueError where a string of JSON has half of a surrogate pair, which no tokenizer takes."""
+    """Raise ValueError if a string of JSON has half of a surrogate pair, which no tokenizer takes."""
     if re.search(r"\\u[dD][89a-fA-F]", text):
         json.dumps(content, ensure_ascii=False).encode()
 
@@ -126,7 +126,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def refuse_pointer(file: Path) -> None:
-    """Raise ValueError where Git LFS left a pointer in the place of the file, or it cannot be read."""
+    """Raise ValueError if the file is a pointer of Git LFS, or cannot be read."""
     try:
         with file.open("rb") as opened:
             start = opened.read(42)
@@ -139,8 +139,8 @@ def refuse_pointer(file: Path) -> None:
 def special_tokens(directory: Path) -> dict[str, str]:
     """The tokens with a role, by the names of their roles: {"eos_token": "<|endoftext|>", ...}.
 
-    Of tokenizer_config.json and, where that lists no added tokens, special_tokens_map.json, which then comes
-    first: as transformers has it.
+    They are read from tokenizer_config.json; if that lists no added tokens, special_tokens_map.json overrides
+    it, as in transformers.
     """
     config = read_json(directory / "tokenizer_config.json")
     if not config.get("added_tokens_decoder"):
@@ -150,13 +150,13 @@ def special_tokens(directory: Path) -> dict[str, str]:
 
 
 def token_text(token: Any) -> str | None:
-    """A token is written as text or as {"content": text}."""
+    """The text of a token, which a file holds as text or as {"content": text}; None for anything else."""
     text = token.get("content") if isinstance(token, Mapping) else token
     return text if isinstance(text, str) else None
 
 
 def more_special_tokens(directory: Path) -> set[str]:
-    """The texts of additional_special_tokens. Raises ValueError naming the file that lists what are none."""
+    """The texts of additional_special_tokens. Raises ValueError naming the file that lists anything else."""
     names = ["tokenizer_config.json"]
     if not read_json(directory / names[0]).get("added_tokens_decoder"):
         names.insert(0, "special_tokens_map.json")  # as in `special_tokens`
@@ -176,8 +176,8 @@ def more_special_tokens(directory: Path) -> set[str]:
 def added_tokens(directory: Path) -> dict[str, dict[str, Any]]:
     """The tokens beside the vocabulary, by their text: {"id": int, "special": bool, "lstrip": bool, ...}.
 
-    Of tokenizer_config.json, else tokenizer.json, else added_tokens.json, where those with a role are
-    special. Raises ValueError naming the file that does not hold such a list.
+    They are read from tokenizer_config.json, else tokenizer.json, else added_tokens.json, whose tokens with a
+    role are special. Raises ValueError naming the file that does not hold such a list.
     """
     file = directory / "tokenizer_config.json"
     listed = read_json(file).get("added_tokens_decoder")
@@ -217,9 +217,9 @@ def is_id(value: Any, most: int = MOST_IDS) -> bool:
 
 
 def mask_token_id(directory: Path) -> int | None:
-    """The mask's id by config.json, else generation_config.json, else the tokenizer's files, else None.
+    """The mask's id in config.json, else generation_config.json, else the tokenizer's files, else None.
 
-    The tokenizer's mask_token counts; without it, an added token of one of the names `MASK_TOKENS`.
+    Of the tokenizer's files, mask_token comes first, then an added token named in `MASK_TOKENS`.
 
     Raises ValueError naming the file.
     """
@@ -247,7 +247,7 @@ def mask_token_id(directory: Path) -> int | None:
 
 
 def end_token_ids(directory: Path) -> list[int]:
-    """Of eos_token_id in generation_config.json and config.json, each an id, a list of ids, or null.
+    """The ids of eos_token_id in generation_config.json and config.json, each an id, a list of ids, or null.
 
     Raises ValueError naming the file.
     """
@@ -265,14 +265,14 @@ PACKED = {
     *("qweight", "qzeros", "g_idx", "scales", "weight_scale", "weight_scale_inv", "weight_scale_2"),
     *("weight_packed", "weight_shape", "weight_zero_point", "input_scale", "absmax", "quant_map", "SCB"),
 }
-"""The last part of the name of a tensor that only quantised checkpoints have."""
+"""Last parts of names that only tensors of quantised checkpoints have."""
 
 
 def refuse_quantised(config: Mapping[str, Any], names: Iterable[str], source: str) -> None:
-    """Raise ValueError, naming the method or the tensors, where a config or tensors' names tell of 8 bits or
-    fewer.
+    """Raise ValueError, naming the method or the tensors, if a config or names of tensors show that the
+    checkpoint is quantised.
     """
-    said = "what is read has 16 bits or more, and Model.quantize keeps it in 8"
+    said = "expected weights of 16 bits or more, which Model.quantize turns into 8"
     for key in ("quantization_config", "compression_config"):
         given = config.get(key)
         if not given:
@@ -292,9 +292,9 @@ def refuse_quantised(config: Mapping[str, Any], names: Iterable[str], source: st
 
 @contextmanager
 def replacing(file: str | Path) -> Iterator[Path]:
-    """A path to write to; after the block it takes the place of `file`, or is removed if the block raises.
+    """A context with a path to write to, which then replaces `file`, or is removed if the block raises.
 
-    The path is this process's own, and its content is on the disk before it has the name of `file`.
+    The path is this process's own, and its content is on the disk before it gets the name of `file`.
     """
     file = Path(file)
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
@@ -308,6 +308,6 @@ def replacing(file: str | Path) -> Iterator[Path]:
 
 
 def flush(file: Path) -> None:
-    """Wait until the content of a file is on the disk. Raises OSError where there is no room for it."""
+    """Wait until the content of a file is on the disk. Raises OSError if the disk is full."""
     with file.open("rb") as written:
         os.fsync(written.fileno())

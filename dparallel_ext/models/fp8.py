@@ -1,4 +1,4 @@
-"""Linear layers whose weights are kept in 8 bits: half the memory of 16, and half of it to read a pass."""
+"""Linear layers with weights of 8 bits: half the memory of 16 bits, and half the bytes to read in a pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..ops import fp8_linear, quantize_fp8
 
 
 class Fp8Linear(nn.Module):
-    """Stands in the place of an nn.Linear, its weight quantised; computes, and is not trained."""
+    """Replaces an nn.Linear by one whose weight is quantised, for inference alone."""
 
     weight: Tensor
     """(out, in) float8_e4m3fn"""
@@ -24,7 +24,7 @@ class Fp8Linear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight, scale = quantize_fp8(linear.weight)
         self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale.clone())  # by the last kernel: not the one that writes the weight
+        self.register_buffer("scale", scale.clone())  # so the last kernel launched does not write the weight
         self.register_parameter("bias", linear.bias)
         self.training = linear.training
 
@@ -32,7 +32,7 @@ class Fp8Linear(nn.Module):
         return fp8_linear(x, self.weight, self.scale, self.bias, constant=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
-        """Moves with the model, but another dtype is for the bias alone."""
+        """Move with the model; a change of dtype applies to the bias alone."""
         quantised = {name: self._buffers.pop(name) for name in ("weight", "scale")}
         super()._apply(fn, recurse)
         for name, buffer in quantised.items():

@@ -1,8 +1,9 @@
-"""Weights that read the same input, side by side in memory, so that one matrix product serves them.
+"""Fused weights: layers with the same input lie side by side in memory, so that one matrix product serves
+them.
 
-Each stays a parameter of its own: a slice of a storage that they share. Whether they still lie so is seen
-from their addresses, so whatever moves or replaces one (an adapter, a sharder, `.data = `) merely brings
-back one product each.
+Each weight stays a parameter of its own, a slice of a shared storage. Their addresses tell whether they still
+are side by side; if something moves or replaces one (an adapter, a sharder, `.data = `), each gets a product
+of its own again.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def joined_view(parts: Sequence[Tensor]) -> Tensor | None:
-    """(rows, ...) of all parts (rows_i, ...), in their own memory; None where they are not side by side."""
+    """A view (rows, ...) of all parts (rows_i, ...), without a copy; None if they are not side by side."""
     first = parts[0]
     ordinary = all(type(part) in (nn.Parameter, Tensor) for part in parts)  # not sharded, fake or quantised
     if torch.compiler.is_compiling() or not ordinary or first.is_meta:
@@ -41,7 +42,7 @@ def joined_view(parts: Sequence[Tensor]) -> Tensor | None:
 
 
 def is_unmodified(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
-    """Whether calling `module` does what its class says and nothing beside: no hook, nothing in its place."""
+    """Whether a call of `module` runs the `forward` of its class `kind` and nothing else, such as a hook."""
     return (
         type(module) is kind
         and not (module._forward_hooks or module._forward_pre_hooks)
@@ -51,7 +52,7 @@ def is_unmodified(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
 
 
 def project(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
-    """Each layer's output of x, by one matrix product where that may be."""
+    """Each layer's output for x (..., in), by one matrix product if their weights are fused."""
     if not torch.is_grad_enabled():
         for kind, leaves in LEAVES.items():
             alike: list[Any] = [layer for layer in layers if is_unmodified(layer, kind)]
@@ -74,11 +75,12 @@ LEAVES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("weight", "bias"),
     Fp8Linear: ("weight", "scale", "bias"),
 }
-"""The tensors that make a layer, as the product takes them."""
+"""Kind of layer -> the names of its tensors, in the order of the product's arguments."""
 
 
 def _joined(layers: Sequence[Any], leaves: Sequence[str]) -> list[Tensor | None] | None:
-    """The layers' tensors of each name, None where none has one; None where they are not side by side."""
+    """For each name the joined tensor of all layers, None if none has one; None if they are not side by
+    side."""
     found: list[Tensor | None] = []
     for leaf in leaves:
         parts = [part for layer in layers if (part := getattr(layer, leaf)) is not None]
@@ -90,7 +92,7 @@ def _joined(layers: Sequence[Any], leaves: Sequence[str]) -> list[Tensor | None]
 
 
 def parameters(groups: Sequence[Sequence[nn.Module]]) -> Iterator[list[nn.Parameter]]:
-    """The weights, and the biases, of each group of layers that are plain linear ones."""
+    """The weights, then the biases, of each group whose layers are all plain nn.Linear."""
     for layers in groups:
         for leaf in ("weight", "bias"):
             found = [getattr(layer, leaf) for layer in layers if type(layer) is nn.Linear]
@@ -100,14 +102,14 @@ def parameters(groups: Sequence[Sequence[nn.Module]]) -> Iterator[list[nn.Parame
 
 
 class FusedLoader:
-    """Where the parameters of a model that is being read go, so that each group comes to lie side by side."""
+    """Puts the parameters of a model that is being read side by side, group by group."""
 
     def __init__(self, groups: Iterable[list[nn.Parameter]]) -> None:
         self.group_of = {id(part): group for group in groups for part in group}
         self.joined: dict[int, Tensor] = {}
 
     def put(self, parameter: nn.Parameter, tensor: Tensor) -> Tensor:
-        """`tensor` in the place of `parameter`, or as it is where that has no group."""
+        """`tensor`, copied to the place of `parameter` in its group; unchanged if it has no group."""
         group = self.group_of.get(id(parameter))
         if group is None:
             return tensor
@@ -122,7 +124,7 @@ class FusedLoader:
 
 
 def join(parts: Sequence[nn.Parameter]) -> None:
-    """Lay them side by side; they take new memory and leave the old."""
+    """Move parameters side by side, into new memory."""
     if joined_view(parts) is None and len({(p.dtype, p.device) for p in parts}) == 1:
         joined = torch.cat([part.data for part in parts])
         for part, data in zip(parts, joined.split([len(part) for part in parts]), strict=True):
@@ -130,7 +132,8 @@ def join(parts: Sequence[nn.Parameter]) -> None:
 
 
 def join_quantised(layers: Sequence[Fp8Linear]) -> None:
-    """The same of quantised layers, their scales too, those last: see `fp8_linear` on constant weights."""
+    """Move the weights, then the scales, of quantised layers side by side; for the order see `fp8_linear` on
+    constant weights."""
     for leaf in ("weight", "scale"):
         parts = [getattr(layer, leaf) for layer in layers]
         if len(parts) > 1 and joined_view(parts) is None:
@@ -143,7 +146,7 @@ def join_quantised(layers: Sequence[Fp8Linear]) -> None:
 
 
 def separate(parts: Sequence[nn.Parameter]) -> None:
-    """Give each memory of its own again."""
+    """Give each parameter memory of its own again."""
     if joined_view(parts) is not None:
         for part in parts:
             part.data = part.data.clone()

@@ -65,10 +65,10 @@ def llama_shape(
     scalings: Collection[str] = tuple(rope.SCALINGS),
     **more: Any,
 ) -> ModelConfig:
-    """The shape of a config.json in Llama's keys, which are Qwen's too.
+    """The `ModelConfig` of a config.json in Llama's keys, which Qwen uses too.
 
-    head_dim: where the config has none; None: the heads share the width. scalings: of `rope.SCALINGS`, that
-    the family has.
+    head_dim: if the config has none; None: the width divided by the heads. scalings: those of `rope.SCALINGS`
+    that the family supports.
     """
     fields.check_supported(config, _SUPPORTED)
     c = fields.read(config, _FIELDS)
@@ -94,7 +94,7 @@ def llama_shape(
 
 
 def _refuse_windows(config: Mapping[str, Any], layers: int) -> None:
-    """Raise ValueError where a layer would see the nearest positions alone."""
+    """Raise ValueError if a layer attends to a sliding window."""
     c, kinds = fields.read(config, _WINDOW), config.get("layer_types")
     if kinds is not None:
         others = [kind for kind in kinds if kind != "full_attention"] if isinstance(kinds, list) else [kinds]

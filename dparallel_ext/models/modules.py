@@ -1,4 +1,4 @@
-"""The modules of the one transformer, known by short names beside the checkpoint's."""
+"""The modules of the transformer; they have short names beside the checkpoint's."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from .fp8 import Fp8Linear
 
 
 class Named(nn.Module):
-    """A module whose parts torch knows by the names of a checkpoint, and the code here by names of ours.
+    """A module whose parts have a checkpoint's names for torch, and short names for the code here.
 
-    Whatever is set under one of our names, a part that replaces another included, lies in the tree under the
-    checkpoint's name, and whatever lies there is what our name reads.
+    Setting a short name puts the part into the tree under the checkpoint's name, and reading a short name
+    returns the part that is there, whatever has put it there.
     """
 
     def __init__(self, names: Mapping[str, str]) -> None:
-        """names: ours -> the checkpoint's, "self_attn.q_proj"; modules on the way to it hold nothing else."""
+        """names: short name -> the checkpoint's, such as "self_attn.q_proj", whose parents hold nothing
+        else."""
         super().__init__()
         self._paths = {ours: theirs.split(".") for ours, theirs in names.items()}
 
@@ -54,7 +55,7 @@ class Named(nn.Module):
 
 
 def all_modules(module: nn.Module) -> list[nn.Module]:
-    """It and all within it, each once: `module.modules()` without names, since every decode asks."""
+    """`list(module.modules())`, but faster, without names, since every decode needs it."""
     found, met = [module], {module}
     for each in found:
         if each._modules:
@@ -66,7 +67,7 @@ def all_modules(module: nn.Module) -> list[nn.Module]:
 
 
 class RMSNorm(nn.Module):
-    """Normalised in float32 or better, scaled in the model's dtype, as published."""
+    """RMS norm, computed in float32 or better and scaled in the model's dtype, as published."""
 
     def __init__(self, shape: ModelConfig, width: int | None = None) -> None:
         super().__init__()
@@ -84,7 +85,7 @@ class RMSNorm(nn.Module):
 
 
 class Stream(NamedTuple):
-    """The residual stream x + delta (..., width), whose sum the next norm makes."""
+    """The residual stream x + delta (..., width); the next norm computes the sum."""
 
     x: Tensor
     delta: Tensor | None = None
@@ -95,7 +96,7 @@ class Stream(NamedTuple):
 
 
 def norm_of_sum(norm: nn.Module, stream: Stream) -> tuple[Tensor, Tensor]:
-    """The stream's sum and its norm; `norm` may be what an adapter has put in its place."""
+    """The stream's sum and the sum's norm, each (..., width); `norm` may be an adapter's module."""
     x, delta = stream
     if delta is None:
         return x, norm(x)
@@ -113,7 +114,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Taps(dict[int, Tensor]):
-    """The residual stream behind some layers of a pass, by their numbers; -1: the embeddings, before all."""
+    """The residual streams after some layers of a pass, by their numbers; -1: the embeddings."""
 
     def __init__(self, layers: Collection[int]) -> None:
         super().__init__()
@@ -129,7 +130,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 DROPOUT = ("attention_dropout", "embedding_dropout", "residual_dropout")
-"""The keys of a config.json that only matter in training; the published class of LLaDA's has 0.1 for each."""
+"""Keys of a config.json that only matter in training; LLaDA's published class has 0.1 for each."""
 LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
 """The linear layers of a block."""
 
@@ -156,7 +157,7 @@ class Block(Named):
         return self.layers(Stream(x), attend).sum
 
     def layers(self, stream: Stream, attend: Attend) -> Stream:
-        """The stream (..., width) behind the block, its last sum not yet made."""
+        """The stream (..., width) after the block, as a sum still to be computed."""
         s = self.shape
         x, y = norm_of_sum(self.norm1, stream)
         q, k, v = (
@@ -170,7 +171,7 @@ class Block(Named):
         return Stream(x, fused_weights.apply(self.down, y))
 
     def groups(self) -> Iterator[list[nn.Parameter]]:
-        """The weights (and biases) that belong side by side, where no adapter stands among them."""
+        """The groups of weights (and of biases) to fuse, without groups that have an adapter."""
         return fused_weights.parameters(self._of_one_input())
 
     def _of_one_input(self) -> list[list[nn.Module]]:

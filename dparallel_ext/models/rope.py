@@ -1,7 +1,7 @@
-"""Rotary embeddings as a config.json asks for them: their base, and how their frequencies are scaled.
+"""Rotary embeddings as a config.json specifies them: their base, and the scaling of their frequencies.
 
 transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters` with the base in it.
-The formulas are those of transformers 5, in its order of operations, so that the tables are equal to the bit.
+Formulas and order of operations are transformers 5's, so that the tables are equal to the bit.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from .fields import Field
 
 
 class RopeScaling(Protocol):
-    """How the frequencies of a longer context are made of those that a model was first trained with."""
+    """A way to make the frequencies for a longer context from those that a model was first trained with."""
 
     @property
     def attention_factor(self) -> float:
-        """Multiplies cos and sin."""
+        """The factor of cos and sin."""
 
     @property
     def positions(self) -> float:
-        """The positions that the scaling is made for; 0: as many as the config says without it."""
+        """The positions that the scaling is made for; 0: the config's max_position_embeddings."""
 
     def inv_freq(self, head_dim: int, theta: float) -> Tensor:
         """(head_dim / 2,) float32 on the CPU: the angle from one position to the next."""
@@ -42,7 +42,7 @@ def _powers(head_dim: int, theta: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Linear:
-    """Positions are divided by the factor."""
+    """Linear scaling (arXiv 2306.15595): positions are divided by the factor."""
 
     factor: float
     positions: float
@@ -54,7 +54,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Llama3:
-    """Llama 3.1: long waves are stretched, short ones are not, and those between them in part."""
+    """Llama 3.1: long waves are stretched, short waves are not, and waves between them in part."""
 
     factor: float
     low_freq_factor: float
@@ -75,7 +75,8 @@ class Llama3:
 
 @dataclass(frozen=True)
 class Yarn:
-    """YaRN (arXiv 2309.00071): from the frequencies as they are to divided ones, by a ramp over them."""
+    """YaRN (arXiv 2309.00071): high frequencies stay, low ones are divided by the factor, with a ramp
+    between."""
 
     factor: float
     original: int
@@ -90,7 +91,7 @@ class Yarn:
 
     def inv_freq(self, head_dim: int, theta: float) -> Tensor:
         def dimension(rotations: float) -> float:
-            """The one that turns so often within the original context."""
+            """The dimension that makes this many rotations within the original context."""
             return (head_dim * math.log(self.original / (rotations * 2 * math.pi))) / (2 * math.log(theta))
 
         low, high = dimension(self.beta_fast), dimension(self.beta_slow)
@@ -123,7 +124,7 @@ FIELDS = {
     "max_position_embeddings": fields.POSITIONS,
     "original_max_position_embeddings": fields.POSITIONS,
 }
-"""Keys of the config."""
+"""Keys of a config.json."""
 _FACTOR = Field(float, most=2**20)
 _BETA = Field(float, None, least=0, most=2**20)
 _LLAMA3 = {
@@ -175,7 +176,7 @@ def _yarn(rope: Mapping[str, Any], config: Mapping[str, Any], key: str) -> RopeS
 
 
 def _original(rope: Mapping[str, Any], config: Mapping[str, Any], key: str) -> int:
-    """The positions of the training before."""
+    """The positions of the original training."""
     name = "original_max_position_embeddings"
     inside = fields.read(rope, {name: fields.POSITIONS}, key)[name]
     original: int | None = config[name] or inside or config["max_position_embeddings"]
@@ -189,13 +190,13 @@ SCALINGS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any], str], RopeSc
     "llama3": _llama3,
     "yarn": _yarn,
 }
-"""The types beside "default", and what reads them."""
+"""Type of scaling, beside "default" -> the function that reads it."""
 
 
 def read(
     config: Mapping[str, Any], scalings: Collection[str] = tuple(SCALINGS)
 ) -> tuple[float, RopeScaling | None]:
-    """The base and the scaling that a config.json asks for.
+    """The base and the scaling that a config.json specifies.
 
     Raises ValueError naming a type that is none of `scalings`, or keys that contradict each other.
     """

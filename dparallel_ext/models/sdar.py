@@ -15,7 +15,7 @@ from .qwen import QWEN3_NAMES
 
 class SDAR(Model):
     """A block sees itself and the blocks before it. `block_length` is the config's, else 4. A call of the
-    model attends by it; `decode` by the `block_length` that it is given, as the published loop does."""
+    model attends by it; `decode` attends by its own argument `block_length`, as the published loop does."""
 
     strict = frozenset({"confidence"})
     published_mask_id = 151669
@@ -28,9 +28,9 @@ class SDAR(Model):
 
 
 def block_causal_shape(config: Mapping[str, Any], key: str, default: int, **more: Any) -> ModelConfig:
-    """The shape of a config.json in the keys of Qwen's models, whose `key` is the length of its blocks.
+    """The `ModelConfig` of a config.json in Qwen's keys, whose `key` holds the length of its blocks.
 
-    `default`: the published one.
+    `default`: the published length.
     """
     blocks = fields.read(config, {key: replace(fields.BLOCK_LENGTH, default=default)})
     return diffusion_shape(config, block_length=blocks[key], **more)

@@ -1,4 +1,4 @@
-"""What decoding and training need to know of a model, through whatever it is wrapped in."""
+"""The traits of a model, also of one inside wrappers."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from .wrappers import said, unwrap
 
 
 def traits(model: Any) -> Traits:
-    """The traits of one of ours or of a Hugging Face model (by its config), also inside `wrappers.WRAPPERS`.
+    """The traits of a native model or of a Hugging Face model (by its config), also inside
+    `wrappers.WRAPPERS`.
 
-    Whoever says them by an attribute `traits` is believed. A plain function without has none.
+    An attribute `traits` comes first. A plain function without it has default traits.
 
-    Raises ValueError for what is no model, and for a module of another kind that holds a model with traits
-    beside its mask token, since they may hold for its own logits or not.
+    Raises ValueError for an object that is no model, and for a module of another kind that holds a model with
+    traits beside the mask token, since they may or may not hold for the module's own logits.
     """
     inner = unwrap(model)
     if (own := said(inner)) is not None:
@@ -63,8 +64,8 @@ def traits(model: Any) -> Traits:
 
 
 def _held(model: Any, known: bool) -> Iterator[tuple[str, Any]]:
-    """Models that a module or another object holds, by name: ours, and unless it is `known` itself (its own
-    parts then bear its config) those of a known family.
+    """(name, model) of native models that an object holds, and, unless it is of a `known` family itself (its
+    own parts then have its config), of models of a known family.
     """
     parts = model.named_modules() if isinstance(model, nn.Module) else getattr(model, "__dict__", {}).items()
     for name, part in parts:
@@ -74,7 +75,7 @@ def _held(model: Any, known: bool) -> Iterator[tuple[str, Any]]:
 
 
 def check_diffusion(model: Any) -> None:
-    """Raise ValueError for a model that is no masked diffusion model but autoregressive."""
+    """Raise ValueError for an autoregressive model."""
     if traits(model).causal:
         inner = unwrap(model)
         other = " If it was made to see both ways, say so: model.traits = dparallel_ext.models.Traits(...)"
@@ -85,7 +86,7 @@ def check_diffusion(model: Any) -> None:
 
 
 def max_positions(model: Any) -> int | None:
-    """The positions that the model was made for, by its config; None where the config does not say."""
+    """The positions that the model was made for, by its config; None if the config does not say."""
     inner = unwrap(model)
     config = getattr(inner, "config", None)
     content = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
@@ -99,7 +100,7 @@ _FINGERPRINTS: weakref.WeakKeyDictionary[Model, str] = weakref.WeakKeyDictionary
 
 
 def fingerprint(model: Any) -> str | None:
-    """Tells models apart, by the final norm and 64 rows of the head; None for what is none of ours.
+    """A hash that tells models apart, of the final norm and 64 rows of the head; None if not a native model.
 
     It is the same in every dtype, on every device and in 8 bits. It is computed once for each object, so that
     later training does not change it.
@@ -116,11 +117,11 @@ def fingerprint(model: Any) -> str | None:
 
 
 def warn_beyond(model: Any, argument: str, positions: int, stacklevel: int = 3) -> None:
-    """Warn, by the argument's name, where a sequence is longer than what the model was made for."""
+    """Warn, naming the argument, if a sequence has more positions than the model was made for."""
     most = max_positions(model)
     if most is not None and positions > most:
         warnings.warn(
             f"{argument}: {positions} positions of prompt and response, but the model's config says {most}; "
-            "what it writes beyond them may be senseless",
+            "text beyond them may be senseless",
             stacklevel=stacklevel + 1,
         )

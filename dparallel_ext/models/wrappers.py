@@ -1,4 +1,4 @@
-"""What people wrap a model in: compilers, data parallelism, sharding, adapters."""
+"""Wrappers of models: compilers, data parallelism, sharding, adapters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .config import Traits
 from .modules import all_modules
 
 Class = tuple[str, str, str]
-"""Its module, its name, and the attribute that holds what it wraps."""
+"""A class's module, its name, and the attribute that holds the wrapped model."""
 
 PARALLEL: tuple[Class, ...] = (
     ("torch.nn.parallel", "DataParallel", "module"),
@@ -46,20 +46,21 @@ ADAPTED_LAYERS: tuple[Class, ...] = (
     ("peft.tuners.tuners_utils", "BaseTunerLayer", "base_layer"),
     ("peft.utils.other", "AuxiliaryTrainingWrapper", "original_module"),
 )
-"""What PEFT's methods put in the place of a layer; it holds the layer, and whether it has an effect."""
+"""Classes that PEFT's methods put in place of a layer; an object holds the layer, and whether it is
+active."""
 
 
 CALLS = ("forward", "__call__")
 
 
 def classes(*wanted: Class) -> tuple[Any, ...]:
-    """Those of the classes whose modules are loaded: nothing can be of the others."""
+    """The classes whose modules are loaded; no object can be of another."""
     loaded = ((sys.modules.get(module), name) for module, name, _ in wanted)
     return tuple(getattr(module, name) for module, name in loaded if hasattr(module, name))
 
 
 def layers(model: Any) -> Iterator[Any]:
-    """`model`, what it wraps, and so on; up to one of ours, or what says its traits itself."""
+    """`model`, the model that it wraps, and so on, down to a native model or an object with `traits`."""
     while model is not None:
         yield model
         if issubclass(type(model), Model) or said(model) is not None:
@@ -78,30 +79,30 @@ def layers(model: Any) -> Iterator[Any]:
 
 
 def said(model: Any) -> Traits | None:
-    """The traits in the object's own attribute `traits`."""
+    """The object's own attribute `traits`, if it has one."""
     found = getattr(model, "__dict__", {}).get("traits")
     return found if isinstance(found, Traits) else None
 
 
 def unwrap(model: Any) -> Any:
-    """The model inside `WRAPPERS`, ours or not, or what says its traits itself; else `model`."""
+    """The innermost model in `WRAPPERS`, or the first with an attribute `traits`; else `model` itself."""
     *_, inner = layers(model)
     return inner
 
 
 def for_decoding(model: Any) -> Any:
-    """What decoding calls of `model`: one of ours without wrappers, or what is to be called as it is.
+    """The object that decoding calls: a native model without its wrappers, or another model as it is.
 
-    One of ours is computed by methods that no wrapper knows: `torch.compile` around it has no effect,
-    adapters inside it have theirs. Another model is called as it was compiled or adapted, but without
-    DataParallel and DistributedDataParallel, whose calls split the batch or wait for other processes.
+    A native model is run by methods that no wrapper knows: `torch.compile` around it has no effect, adapters
+    inside it have theirs. Another model is called as it was compiled or adapted, but without DataParallel and
+    DistributedDataParallel, whose calls split the batch or wait for other processes.
 
-    Raises ValueError, naming the wrapper, for a model whose weights are not all here (sharded, or not
-    loaded), and for adapters that do not lie in its layers alone.
+    Raises ValueError, naming the wrapper, for a model whose weights are not all in this process (sharded, or
+    not loaded), and for adapters that do more than replace layers.
     """
     found = list(layers(model))
     inner = found[-1]
-    if said(inner) is None:  # whoever says it knows how it is to be called
+    if said(inner) is None:  # an object with `traits` is called as it is
         check_adapters(found)
         check_whole(found)
     if isinstance(inner, Model) and all(isinstance(layer, nn.Module) for layer in found):
@@ -111,13 +112,13 @@ def for_decoding(model: Any) -> Any:
 
 
 def own_precision(model: Any, device: torch.device) -> AbstractContextManager[Any]:
-    """Without autocast for one of ours, which decodes in its own dtypes: its cached keys are in them, and the
-    Engine's thread knows no autocast. The caller's autocast holds for other models."""
+    """A context without autocast for a native model, which decodes in its own dtypes: its cached keys have
+    them, and the Engine's thread has no autocast. Other models keep the caller's autocast."""
     return torch.autocast(device.type, enabled=False) if isinstance(model, Model) else nullcontext()
 
 
 def check_whole(found: list[Any]) -> None:
-    """Raise ValueError where weights of a model, with its wrappers in front of it, are elsewhere."""
+    """Raise ValueError if weights of a model are not in this process. found: its wrappers, then the model."""
     inner, sharded = found[-1], classes(FSDP1, FSDP2)
     parts = all_modules(inner) if isinstance(inner, nn.Module) else []
     shard = next((part for part in (*found, *parts) if isinstance(part, sharded)), None) if sharded else None

@@ -1,10 +1,10 @@
 """The compiled ops under checked, documented signatures, a file for each.
 
 They are torch custom ops (torch.ops.dparallel.*) with CPU and, where built, CUDA kernels, and fake kernels
-for torch.compile. Their float64 twins are in `dparallel_ext.reference`.
+for torch.compile. Their float64 references are in `dparallel_ext.reference`.
 """
 
-from . import no_gradient as _no_gradient  # noqa: F401  (registers what a backward pass meets)
+from . import no_gradient as _no_gradient  # noqa: F401  (makes backward passes raise)
 from .accept import accept
 from .block_attention import block_attention
 from .certainty_forcing_loss import CertaintyForcingLossOutput, certainty_forcing_loss

@@ -32,44 +32,44 @@ def accept(
     max_q_len: int | None = None,
     check: bool = True,
 ) -> AcceptOutput:
-    """What a verify pass emits: of each lane's draft the tokens that the model itself would have chosen.
+    """Accept, in each lane of a verify pass, the drafted tokens that the model itself would have chosen.
 
     A lane is a sequence of the pass, and has rows [q_start, q_end): a tree of drafted tokens, its root first.
     The choice at a row is `row_stats(...).sample` there, to the bit: the argmax, or a Gumbel-max sample whose
-    noise hangs on its key alone. From the root the walk goes to the child whose drafted token is the choice,
-    of several the lowest row, and from there on. What it emits are the choices along the path, the last of
-    which no child holds (the bonus token). Each is the model's own choice behind what it emitted before, so
-    where keys name position and sequence, the text is that of plain decoding, whatever the draft.
+    noise depends only on its key. The walk goes from the root to the child whose drafted token is the choice
+    (the lowest row, if several are), and on from there. The lane emits the choices along this path; the last
+    of them, which no child holds, is the bonus token. Each is the model's own choice after the tokens before
+    it, so if keys name position and sequence, the text is that of plain decoding, whatever the draft.
 
     Args:
         logits: (N, V) float32, bfloat16 or float16: the rows of all lanes.
-        draft: (N,) int64 the token at each row; that of a root, the last committed token, is not looked at.
-        parent: (N,) int64 rows counted from the lane's first: -1 for the root, for others an earlier row. A
-            chain is the row before.
+        draft: (N,) int64 the token at each row; a root's, the last committed token, is not read.
+        parent: (N,) int64 rows counted from the lane's first row: -1 for the root, an earlier row for others;
+            in a chain, the row before.
         q_start, q_end: (B,) int64 rows of each lane, in any order; lanes share no row, and rows of no lane
             are not read. A lane without rows is idle.
         room: the most tokens that a lane may emit, a number or (B,) int64 >= 0. With 0 its rows are not read.
-        eos_ids: (B, E) int64 end-of-text ids of each lane, negative: none. The first of them that is emitted
-            is the last token.
-        mask_id, suppress: what is never chosen, see `row_stats`.
+        eos_ids: (B, E) int64 end-of-text ids of each lane; negative ones are ignored. The lane stops behind
+            the first of them that it emits.
+        mask_id, suppress: ids that are never chosen, see `row_stats`.
         temperature, top_p, top_k: of the samples, see `row_stats`.
         keys: (N, 4) int64 seed, sequence, position, step of each row's noise. Not read at temperature 0.
-        max_q_len: at least the largest q_end - q_start, a number that the output and a CUDA launch are shaped
-            by without waiting for the device. Default: N.
-        check: False leaves a bad row to the caller, who finds it in `error`, on the CPU too.
+        max_q_len: an upper bound of q_end - q_start, which sizes the output and a CUDA launch without waiting
+            for the device. Default: N.
+        check: False reports a bad row in `error` alone, on the CPU too.
 
     Returns:
-        AcceptOutput: tensors on the device of the logits, without synchronisation. What a lane emits does not
-        depend on the others.
+        AcceptOutput: tensors on the device of the logits, without synchronisation. A lane's tokens do not
+        depend on other lanes.
 
     Raises:
         ValueError: naming the argument that does not fit; and on the CPU, before anything is read, lanes that
             are out of bounds, overlap or have more rows than max_q_len, and a parent that is not an earlier
-            row; and a row on a lane's path that holds NaN or leaves no token to choose, by lane and row in
-            it. Rows off the path may be bad: plain decoding would not have computed them. On CUDA a lane with
-            such a row on its path emits nothing and raises a flag, see `check_errors`; a lane that is out of
-            bounds, or overlaps one before it, emits nothing, rows beyond max_q_len are as if they were not
-            there, and a row whose parent is not an earlier one is nobody's child.
+            row; and, naming lane and row, a row on a lane's path that holds NaN or leaves no token to choose.
+            Rows off the path may be bad: plain decoding would not have computed them. On CUDA a lane with a
+            bad row on its path emits nothing and raises a flag, see `check_errors`; a lane that is out of
+            bounds, or overlaps an earlier one, emits nothing; rows beyond max_q_len are ignored; and a row
+            whose parent is not an earlier one is nobody's child.
 
     Source: token matching along a tree as SpecInfer's greedy verification (arXiv 2305.09781), with samples
     coupled by position-keyed Gumbel noise in place of rejection sampling.

@@ -1,4 +1,4 @@
-"""Attention of a few new tokens to a cache of many; the cache is that of `kv_write`."""
+"""Attention of a few new tokens to a paged cache of many, which `kv_write` fills."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ def block_attention(
 ) -> Tensor:
     """Attention of each segment's queries to its own sequence's slots: by default all, in both directions.
 
-    A segment is some query rows of one sequence, and how many of its slots they see. Block-causal attention
-    is a segment per block, each seeing the slots up to its own block's end, all in one call. No mask tensor;
-    what a row yields depends on the slots that it sees alone. No gradient: a backward pass raises.
+    A segment is some query rows of one sequence, and the number of its slots that they see. Block-causal
+    attention is one call with a segment per block, each seeing the slots up to its block's end. There is no
+    mask tensor, and a row's result depends only on the slots that it sees. No gradient: a backward pass
+    raises.
 
     With `causal` or `ancestors` a segment's Q rows are the last of its slots: row i is slot base + i, base =
     kv_len - Q, and every row sees the slots [0, base).
@@ -38,22 +39,22 @@ def block_attention(
         q: (S, Q, H, D), a segment of Q rows per sequence; or (N, H, D) with `q_start` and `q_end`. After the
             rotary embedding; float32, bfloat16 or float16.
         k_cache, v_cache: (pages, Hkv, page_size, D), Hkv dividing H: query head h uses head h // (H / Hkv).
-        kv_lens: (S,) int64, the slots [0, kv_len) that the segment sees. The others may hold anything.
+        kv_lens: (S,) int64, the segment sees slots [0, kv_len). Other slots may hold anything.
         block_table: (S, P) int64, the segment's pages in order; None: page s for segment s.
-        q_start, q_end: (S,) int64, rows of q; rows in no segment come out zero.
+        q_start, q_end: (S,) int64, the segment's rows of q; the result of rows in no segment is zero.
         causal: row i of a segment sees the slots [0, base + i + 1).
-        ancestors: (N, W) int64, not with `causal`: row r sees slot base + b where bit b % 64 of its word
-            b // 64 is set, its own slot too only then. A tree of drafted tokens (arXiv 2401.10774); W at
-            least Q / 64.
-        scale: of the scores, default D ** -0.5.
-        max_q_len, max_kv_len: at least the largest q_end - q_start and kv_len, numbers that a CUDA
-            launch is shaped by without waiting for the device. Default: all rows, all slots.
+        ancestors: (N, W) int64, W >= Q / 64, not with `causal`: row r sees slot base + b if bit b % 64 of its
+            word b // 64 is set, its own slot included. For a tree of drafted tokens (arXiv 2401.10774).
+        scale: factor of the scores, default D ** -0.5.
+        max_q_len, max_kv_len: upper bounds of q_end - q_start and kv_len, which size a CUDA launch without
+            waiting for the device. Default: all rows, all slots.
 
     Returns:
-        As q: softmax(scale q K^T) V, accumulated in float32; zero where a segment sees no slot.
+        softmax(scale q K^T) V, shape and dtype of q, accumulated in float32; zero where a segment sees no
+        slot.
 
     Raises:
-        ValueError: naming the argument that does not fit. Indices are looked at on the CPU alone.
+        ValueError: naming the argument that does not fit. Indices are checked on the CPU alone.
     """
     for name, given in (("q", q), ("kv_lens", kv_lens)):
         if not isinstance(given, Tensor):

@@ -1,7 +1,7 @@
 """The certainty-forcing loss of dParallel (arXiv 2509.26488).
 
-Two compiled passes over the active rows of the logits, forward and backward; everything between (gate,
-weights, normalisation) is a few numbers per row, and torch's.
+Two compiled passes over the active rows of the logits, forward and backward. Between them torch computes
+gate, weights and normalisation, from a few numbers per row.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class CertaintyForcingLossOutput(NamedTuple):
     """
 
     loss: Tensor
-    """() float32 (float64 of float64 logits)."""
+    """() float32 (float64 for float64 logits)."""
     nll: Tensor
     """float32: -log softmax(z / ce_temperature)[label]."""
     entropy: Tensor
-    """float32: of softmax(z / temperature), in nats."""
+    """float32: the entropy of softmax(z / temperature), in nats."""
     correct: Tensor
     """bool: whether the argmax (ties to the lowest id) is the label."""
 
@@ -56,29 +56,30 @@ def certainty_forcing_loss(
     reduction: Literal["mean", "sum"] = "mean",
     inplace: bool = False,
 ) -> CertaintyForcingLossOutput:
-    """Cross entropy of the active rows, plus `entropy_weight` times the entropy of those that pass the gate.
+    """Cross entropy of the active rows, plus `entropy_weight` times the entropy of the gated ones (dParallel,
+    arXiv 2509.26488).
 
-    As published: loss = sum(nll) / |active| + entropy_weight * sum(entropy of gated) / |gated|, and 0 for a
-    share that has no row. The published objective adds the same for the complementary mask: call it
-    twice. Only active rows are read, once forward and once backward; at temperature = ce_temperature / 2
-    one exponential serves both terms.
+    As published: loss = sum(nll) / |active| + entropy_weight * sum(entropy of gated) / |gated|; a term
+    without rows is 0. The published objective adds the loss for the complementary mask: call this twice. Only
+    active rows are read, once forward and once backward; at temperature = ce_temperature / 2 one exponential
+    serves both terms.
 
     Args:
         logits: (..., V) float32, bfloat16, float16 or float64, any V; sums are float32 or better.
-        labels: (...) int64 or int32; those of rows that are not active may be anything, -100 included.
-        active: (...) bool, the rows the loss is of: the masked tokens of the active block.
+        labels: (...) int64 or int32; labels of rows that are not active may be anything, such as -100.
+        active: (...) bool, the rows that the loss is taken over: the masked tokens of the active block.
         temperature: of the entropy term, from 1e-5 to 1e5.
         entropy_weight: beta, 2 for LLaDA and 1 for Dream as published. 0 is cross entropy alone.
         ce_temperature: of the cross entropy, from 1e-5 to 1e5.
-        weight: (...) float, of each row's nll and entropy, as in d3LLM; the denominators stay counts.
-        gate: whose entropy counts: "correct", the active rows whose argmax is the label (published);
+        weight: (...) floating point, multiplies each row's nll and entropy, as in d3LLM; the denominators
+            stay counts.
+        gate: the rows whose entropy counts: "correct", the active rows whose argmax is the label (published);
             "all" active rows; or a bool (...) of your own. No gradient passes through it.
-        reduction: "mean" as above, or "sum": sums instead, so that a caller who knows the counts of all
-            micro-batches or ranks can normalise.
-        inplace: the backward pass writes the gradient over the logits, whose values are lost, instead of
-            into as much memory again. Whatever else needs them for its own gradient (a soft cap, this
-            loss taken twice) then raises autograd's RuntimeError. Under torch.compile, which plans
-            memory itself, nothing is written over.
+        reduction: "mean" as above; "sum" leaves out the denominators, for a caller who normalises by the
+            counts of all micro-batches or ranks.
+        inplace: write the gradient over the logits, whose values are lost, and allocate no memory for it. Any
+            other op that needs the logits for its gradient (a soft cap, a second call of this loss) then
+            raises autograd's RuntimeError. Ignored under torch.compile, which plans memory itself.
 
     Returns:
         CertaintyForcingLossOutput.
@@ -86,7 +87,7 @@ def certainty_forcing_loss(
     Raises:
         ValueError: naming the argument that does not fit; and for an active row that holds NaN, has
             no logit above -inf, or whose label is not in [0, V): on the CPU at once, on CUDA from
-            `check_errors`, until when its nll and entropy are NaN.
+            `check_errors`; until then its nll and entropy are NaN.
     """
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits: expected a Tensor, got {type(logits).__name__}")
@@ -124,7 +125,7 @@ def compose(
     gate: str | Tensor,
     reduction: str,
 ) -> CertaintyForcingLossOutput:
-    """The loss from what is known of each row (N,)."""
+    """The loss from each row's nll, entropy and correctness (N,)."""
     gated = correct if gate == "correct" else active
     if isinstance(gate, Tensor):
         gated = active & gate.reshape(-1)
@@ -145,14 +146,14 @@ def check_settings(temperature: float, ce_temperature: float, reduction: str) ->
 
 
 def check_temperature(name: str, value: float) -> None:
-    if not 1e-5 <= value <= 1e5:  # its square and the reciprocal of that are to be float32
+    if not 1e-5 <= value <= 1e5:  # float32 has to hold its square and the reciprocal of the square
         raise ValueError(f"{name}: expected a number from 1e-5 to 1e5, got {value!r}")
 
 
 def check_inplace(logits: Tensor) -> None:
     base = logits if logits._base is None else logits._base
     if base.is_leaf and base.requires_grad:
-        raise ValueError("inplace: expected logits that an op has made, got a leaf that requires grad")
+        raise ValueError("inplace: expected the output of an op as logits, got a leaf that requires grad")
 
 
 def check_loss_inputs(
@@ -221,7 +222,7 @@ def _backward(ctx: Any, grad_nll: Tensor, grad_entropy: Tensor, *_: Any) -> tupl
     logits, labels, active, saved = ctx.saved_tensors
     settings = ctx.temperature, ctx.ce_temperature
     given = logits, labels, active, *settings, saved, grad_nll, grad_entropy
-    if ctx.inplace and not torch.is_grad_enabled():  # that is, unless a graph of the gradient is wanted
+    if ctx.inplace and not torch.is_grad_enabled():  # enabled: the gradient's own graph needs the logits
         torch.ops.dparallel.certainty_forcing_loss_backward_(*given)
         grad = logits.detach()
     else:

@@ -1,4 +1,4 @@
-"""Write tokens, and look at windows of them, in one launch."""
+"""Write tokens and count windows of them, in one launch."""
 
 from __future__ import annotations
 
@@ -24,35 +24,36 @@ def commit_(
     end: int | Tensor | None = None,
     check: bool = True,
 ) -> CommitOutput:
-    """Write tokens in place, then count what windows hold; without `commit` and `token`, count alone.
+    """Write tokens in place, then count the masks and changes in windows; without `commit` and `token`, count
+    alone.
 
-    The third of the ops between logits and tokens: `row_stats` reads, a rule decides, `commit_` writes.
+    It is the last step from logits to tokens: `row_stats` reads, a rule decides, `commit_` writes.
 
     Args:
         tokens: (B, L) int64, any strides; changed in place.
         positions: (N,) int64 strictly ascending flat positions b * L + l of the rows below; None: every
             position, N = B * L.
         commit: (N,) bool, or (B, L) without `positions`: whether the row's token is written.
-        token: (N,) int64, or (B, L): what is written. It is read where `commit` is true alone.
-        mask_id: the token that marks what is to be filled; it is never written.
+        token: (N,) int64, or (B, L): the tokens to write; read only where `commit` is true.
+        mask_id: the mask token; it is never written.
         lane: (W,) int64: the sequence of each window; None: window w is of sequence w, and W = B.
-        start, end: columns, a number or (W,) int64; `end` None is L. What lies beyond the sequence counts as
-            if it were not there.
-        check: False leaves a token that may not be written unnamed on a GPU, which saves three small kernels.
+        start, end: columns [start, end) of each window, a number or (W,) int64; `end` None is L. Columns
+            beyond the sequence are ignored.
+        check: False reports no token that may not be written, on a GPU, which saves three small kernels.
 
-    Windows may overlap, come in any order, and be of other sequences than those that are written.
+    Windows may overlap, come in any order, and be of sequences in which nothing is written.
 
     Returns:
-        CommitOutput of the tokens as they are afterwards, on their device, without synchronisation.
+        CommitOutput: counts after the writes, tensors on the device of the tokens, without synchronisation.
 
     Raises:
         ValueError: naming the argument that does not fit; and on the CPU a position that is out of bounds or
-            not ascending, a lane out of bounds, or a token to write that is the mask token or negative, by
-            sequence and position, with every token left as it was. On CUDA positions out of bounds are passed
-            over, which of several tokens for one position stays is not said, a lane out of bounds has no
-            tokens, and a token that may not be written is not, and raises a flag: see `check_errors`.
+            not ascending, a lane out of bounds, or, naming sequence and position, a token to write that is
+            the mask token or negative; no token is changed then. On CUDA positions out of bounds are skipped,
+            any one of several tokens for one position may stay, a lane out of bounds has no tokens, and a
+            token that may not be written is skipped and raises a flag, see `check_errors`.
 
-    Source: the counts are those that published decoders take by `(x == mask_id).sum()` after each pass.
+    Source: published decoders count by `(x == mask_id).sum()` after each pass.
     """
     check_tokens(tokens)
     batch, length = tokens.shape

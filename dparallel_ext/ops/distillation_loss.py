@@ -1,7 +1,7 @@
-"""The divergence of a student's distribution from a teacher's, of whole rows of logits.
+"""The divergence of a student's distribution from a teacher's, over whole rows of logits.
 
-Two compiled passes over both rows, forward and backward, and a third forward where the L1 distance counts;
-weights and sums are a few numbers per row, and torch's.
+Two compiled passes over both rows, forward and backward, and one more forward if the L1 distance counts.
+Torch computes weights and sums, from a few numbers per row.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .inputs import rows_view
 ROW_ERRORS = {
     1: "{} holds NaN",
     2: "{} has no logit above -inf",
-    3: "{} gives nothing (-inf, or 1e29 below its maximum) to an id that the teacher gives something: "
+    3: "{} gives no probability (-inf, or 1e29 below its maximum) to an id to which the teacher gives some: "
     "the divergence is infinite",
 }
 
@@ -40,9 +40,9 @@ def distillation_loss(
     reduction: Literal["sum", "none"] = "sum",
     inplace: bool = False,
 ) -> Tensor:
-    """The weighted sum over rows of a divergence from the teacher's distribution to the student's.
+    """The weighted sum over rows of a divergence between the teacher's and the student's distribution.
 
-    With p = softmax(teacher / temperature) and q = softmax(student / temperature) of a row, w its weight:
+    With a row's p = softmax(teacher / temperature), q = softmax(student / temperature) and weight w:
 
         loss = sum over rows of w (kl_weight KL + l1_weight L1)
         KL = sum_j p_j (ln p_j - ln q_j)          L1 = sum_j |p_j - q_j|
@@ -60,25 +60,25 @@ def distillation_loss(
     Args:
         student: (..., V) float32, bfloat16, float16 or float64, any V.
         teacher: (..., V) of the same shape and dtype. No gradient passes through it.
-        weight: (...) float, of each row; default: 1. A row whose weight is 0 is not read.
+        weight: (...) floating point, each row's weight; default: 1. A row whose weight is 0 is not read.
         temperature: of both softmaxes, from 1e-5 to 1e5.
         kl_weight: a number >= 0.
         l1_weight: a number >= 0.
-        reduction: "sum" as above, or "none": what each row adds to the sum, in the shape of the rows. A mean
-            is the sum with weights that add up to 1.
-        inplace: the backward pass writes the gradient over the student's logits, whose values are lost, as
-            in `certainty_forcing_loss`. Where the teacher is a view of the same storage, and under
-            torch.compile, nothing is written over.
+        reduction: "sum" as above; "none": each row's term of the sum, (...). For a mean, use weights that add
+            up to 1.
+        inplace: write the gradient over the student's logits, whose values are lost, as in
+            `certainty_forcing_loss`. Ignored if the teacher shares the student's storage, and under
+            torch.compile.
 
     Returns:
-        () or (...) float32 (float64 of float64 logits).
+        () or (...) float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: naming the argument that does not fit; and for a row that holds NaN, has no logit above
-            -inf, or whose student gives nothing (-inf, or 1e29 below the row's maximum) to an id that the
-            teacher gives something, however little, while kl_weight is above 0: on the CPU at once, on CUDA
-            from `check_errors`, until when it is NaN. An id that the teacher gives nothing, as one that is
-            suppressed, adds nothing.
+        ValueError: naming the argument that does not fit; and for a row that holds NaN or has no logit above
+            -inf, or, if kl_weight is above 0, whose student gives no probability (-inf, or 1e29 below the
+            row's maximum) to an id to which the teacher gives some: on the CPU at once, on CUDA from
+            `check_errors`; until then the row's divergence is NaN. An id to which the teacher gives no
+            probability, such as a suppressed one, adds nothing.
     """
     check_rows("student", student)
     check_rows("teacher", teacher)
@@ -101,7 +101,7 @@ def distillation_loss(
 
 
 def reduced(divergence: Tensor, rows: torch.Size, weight: Tensor | None, reduction: str) -> Tensor:
-    """The loss, or what each row adds to it, from the divergence of each row (N,)."""
+    """The loss, or each row's term of it, from the divergence of each row (N,)."""
     if weight is not None:
         divergence = divergence * weight.reshape(-1).to(divergence.dtype)
     return divergence.sum() if reduction == "sum" else divergence.view(rows)
@@ -135,7 +135,9 @@ def check_divergence(
     l1_weight: float,
     reduction: str,
 ) -> tuple[float, float, float]:
-    """Temperature, kl_weight and l1_weight as floats; what does not fit is named."""
+    """Temperature, kl_weight and l1_weight as floats. Raises ValueError naming the argument that does not
+    fit.
+    """
     rows = like.shape[:-1]
     if weight is not None:
         if not isinstance(weight, Tensor) or weight.dtype not in DTYPES or weight.shape != rows:
@@ -191,7 +193,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, grad_divergence: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     student, teacher, active, saved = ctx.saved_tensors
     given = student, teacher, active, *ctx.settings, saved, grad_divergence
-    if ctx.inplace and not torch.is_grad_enabled():  # that is, unless a graph of the gradient is wanted
+    if ctx.inplace and not torch.is_grad_enabled():  # enabled: the gradient's own graph needs the logits
         torch.ops.dparallel.distillation_loss_backward_(*given)
         grad = student.detach()
     else:

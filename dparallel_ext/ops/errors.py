@@ -1,4 +1,5 @@
-"""What the ops find bad in their rows: named at once on a CPU, kept on a GPU until it is asked for."""
+"""Errors of rows that ops find bad: raised at once on a CPU, kept on a GPU until `check_errors` reads
+them."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ ERRORS = {
 }
 
 Where = Callable[[int], str]
-"""Names a flat position; hashable, and equal to one that names all positions alike."""
+"""Names a flat position. It is hashable, and equal to a function that names all positions alike."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,16 @@ def named_row(at: int) -> str:
 
 
 def lane_row(at: int) -> str:
-    """Of `accept`: lane * 2^31 + row within it, so also in csrc/include/dparallel/accept.h."""
+    """Names a row of `accept`: lane * 2^31 + row within it, as in csrc/include/dparallel/accept.h."""
     return f"row {at & 0x7FFFFFFF} of lane {at >> 31}"
 
 
 class Errors:
-    """What the launches of one stream have found bad, on the device until it is read.
+    """The errors that the launches of one stream have found, on the device until they are read.
 
-    A word (an int64 on the device) for each kind of report, that is for each way to put it into words, holds
-    the first report's error since it was read, of several rows' the least. So a report costs three small
-    kernels and no memory.
+    There is a word (an int64 on the device) for each kind of report: a function that names rows, and the
+    texts. It holds the error of the first report since it was read, the least if several rows had one. So a
+    report costs three small kernels and no memory.
     """
 
     KINDS = 64
@@ -56,7 +57,7 @@ class Errors:
         self.words = torch.full((self.KINDS,), NO_ERROR, device=device)
         self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self.kinds: dict[tuple[Where, tuple[tuple[int, str], ...]], int] = {}
-        """Places among the words."""
+        """Kind -> index of its word."""
 
     def report(self, error: Tensor, where: Where, texts: Mapping[int, str]) -> None:
         kind = where, tuple(texts.items())
@@ -64,17 +65,18 @@ class Errors:
         if at is None:
             if len(self.kinds) == self.KINDS:
                 if streams.capturing(error.device):
-                    return  # a recording cannot look, and keeps the words that it writes
+                    return  # a recording cannot read words, and must keep those that it writes
                 self.read()
                 self.kinds.clear()
             at = self.kinds[kind] = len(self.kinds)
         word = self.words[at : at + 1]
-        # In training what follows the first error follows from it.
+        # Keep the first error: in training, later ones follow from it.
         torch.where(word == NO_ERROR, error.amin(0, keepdim=True), word, out=word)
 
     def read(self) -> None:
-        """Raise ValueError for the first kind that has an error; all words are as new. This waits."""
-        # Not the whole device: that is forbidden while anybody records.
+        """Raise ValueError for the first kind that has an error, with all words reset. Waits for the
+        stream."""
+        # Waiting for the whole device is forbidden while anybody records.
         here = None if self.stream is None else torch.cuda.current_stream(self.words.device)
         if self.stream is not None and here is not None:
             here.wait_stream(self.stream)
@@ -89,15 +91,15 @@ class Errors:
 
 
 pending: dict[tuple[torch.device, int | None], Errors] = {}
-"""By device and stream. What is recorded has its own (stream None): it is replayed on any stream. That exists
-once something was launched that was not recorded, as it is where a recording is warmed up."""
+"""(device, stream) -> errors. Recorded launches may be replayed on any stream, so they have an entry of their
+own, stream None. It is made by the first launch that is not recorded, such as the warm-up of a recording."""
 pending_lock = threading.Lock()
 
 
 def check_errors(device: torch.device | str | None = None) -> None:
     """Raise ValueError for a bad row that a CUDA op has met since the last call; this synchronises.
 
-    What a CUDA graph of yours found is told once its replay comes before this on the current stream.
+    Errors of a CUDA graph of yours are raised if its replay comes before this call on the current stream.
 
     device: "cuda" is every GPU of this process, and None every device.
     """
@@ -133,5 +135,5 @@ def explain(error: int, where: Where, texts: Mapping[int, str] = ERRORS) -> None
 
 
 def waits(device: torch.device) -> bool:
-    """Whether an error stays on the device until it is asked for, since a look would stop the host."""
+    """Whether errors stay on the device until `check_errors`, since reading them would make the host wait."""
     return device.type != "cpu"

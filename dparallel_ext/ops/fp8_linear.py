@@ -11,20 +11,20 @@ from .inputs import check_like, check_rows
 
 E4M3_MAX = 448.0
 FEW = 64
-"""Rows up to which a product takes as long as reading the weights: `fp8_linear` reads them as bytes."""
+"""The most rows for which a product takes no longer than reading the weights, as bytes."""
 FEW_ON_TENSOR_CORES = 128
-"""The same where a GPU multiplies: reading them again from its cache costs no more than widening them first.
-Measured on an H200, 4096 -> 12288: 128 rows take 70 us, widening 37 and the product then 29; 256 rows 104 us
-against 37 and 38."""
+"""The most rows on a GPU's tensor cores: reading the weights again from the GPU's cache then costs no more
+than widening them first. Measured on an H200, 4096 -> 12288: 128 rows take 70 us, against 37 to widen and 29
+for the product; 256 rows 104 us, against 37 and 38."""
 
 
 def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight (out, in) as float8_e4m3fn (out, in) and float32 scales (out,), for `fp8_linear`.
+    """Quantise weight (out, in) to float8_e4m3fn (out, in) and float32 scales (out,), for `fp8_linear`.
 
     Each row's largest magnitude becomes 448, the largest of e4m3; a row of zeros has scale 1. Rounded to
     nearest, a weight errs by at most 2^-4 of itself, or by 2^-10 of the scale where it is subnormal.
 
-    Raises ValueError for a weight that is not finite.
+    Raises ValueError unless `weight` is floating point (out, in) and finite.
     """
     if weight.ndim != 2 or not weight.is_floating_point():
         raise ValueError(f"weight: expected floats (out, in), got {weight.dtype} {tuple(weight.shape)}")
@@ -34,7 +34,7 @@ def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fp8_scale(weight: Tensor) -> Tensor:
-    """The scales of `quantize_fp8`, which raises as it does."""
+    """The scales (out,) of `quantize_fp8`. Raises ValueError as it does."""
     weight = weight.detach()
     largest = weight.abs().amax(1) if weight.shape[1] else weight.new_zeros(len(weight))
     if not bool(largest.isfinite().all()):
@@ -51,18 +51,17 @@ def fp8_linear(
     """scale * (x weight^T) + bias, the weights in 8 bits and everything else in the dtype of x.
 
     Up to 64 rows, or 128 on a GPU's tensor cores, the weights are read as bytes; the sum is in float32 and
-    rounded once, and a row is to the bit what it is alone. More rows are a product of the matrix library, of
-    weights scaled and rounded to the dtype of x, as those of a model that was never quantised are; they
-    live for the call alone. No gradient.
+    rounded once, and a row has the same bits as alone. For more rows the weights are scaled, rounded to the
+    dtype of x for the length of the call, and multiplied by the matrix library. No gradient.
 
     Args:
         x: (..., in) float32, bfloat16 or float16, any strides (rows are made contiguous).
         weight: (out, in) float8_e4m3fn, contiguous and without NaN; `quantize_fp8` makes it.
         scale: (out,) float32.
         bias: (out,), the dtype of x.
-        constant: since `weight` was written, a kernel of torch's was launched on this stream, such as a
-            lookup of embeddings. A GPU of compute capability 9.0 or more then reads the first of it while
-            the kernels before this one still run.
+        constant: promises that since `weight` was written one of torch's kernels was launched on this stream,
+            such as a lookup of embeddings. A GPU of compute capability 9.0 or more then begins to read it
+            while the preceding kernels still run.
 
     Returns:
         (..., out), contiguous.

@@ -1,4 +1,4 @@
-"""What the losses of hidden states share: the head applied and its gradient taken chunk by chunk."""
+"""The head of the losses of hidden states: it is applied, and its gradient taken, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from .certainty_forcing_loss import DTYPES, real_dtype
 
 
 def check_head(hidden: Tensor, head: Tensor, name: str, head_name: str) -> tuple[Tensor, Tensor]:
-    """Hidden states (..., H) and the head (V, H), in autocast's dtype under autocast; misfits are named."""
+    """Hidden states (..., H) and the head (V, H), in autocast's dtype under autocast.
+
+    Raises ValueError naming the argument that does not fit.
+    """
     if hidden.ndim < 1 or hidden.dtype not in DTYPES:
         raise ValueError(
             f"{name}: expected floating point (..., H), got {hidden.dtype} {tuple(hidden.shape)}"
@@ -37,7 +40,7 @@ def check_head(hidden: Tensor, head: Tensor, name: str, head_name: str) -> tuple
 
 
 def check_softcap(softcap: float | None) -> float:
-    """0.0 for none."""
+    """`softcap` as a number, 0.0 for none."""
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: expected a number > 0 or None, got {softcap!r}")
     return 0.0 if softcap is None else float(softcap)
@@ -55,7 +58,7 @@ def rows_of_chunk(chunk_rows: int | None, head: Tensor) -> int:
 def chunks(
     hidden: Tensor, head: Tensor, active: Tensor, softcap: float, chunk_rows: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of the active rows, in pieces: indices, hidden states, and logits, all in the same memory."""
+    """Chunks of the active rows: indices (n,), hidden states (n, H), and logits (n, V), all in one buffer."""
     at = active.nonzero()[:, 0]
     memory = hidden.new_empty((min(chunk_rows, len(at)), len(head)))
     for begin in range(0, len(at), chunk_rows):
@@ -68,7 +71,7 @@ def chunks(
 
 
 def slope_of(softcap: float, logits: Tensor) -> Tensor | None:
-    """The derivative of the cap at capped logits; None where there is none."""
+    """The derivative of the soft cap at capped logits; None without a cap."""
     return (logits / softcap).square_().neg_().add_(1) if softcap else None
 
 
@@ -78,13 +81,14 @@ class HeadGradient:
     def __init__(self, hidden: Tensor, head: Tensor, head_needs_grad: bool) -> None:
         self.head, self.head_needs_grad = head, head_needs_grad
         self.of_hidden = torch.zeros_like(hidden)
-        # Over many chunks, 16 bits would lose the small ones.
+        # Summed over many chunks, in 16 bits small gradients would be lost.
         self.of_head = torch.zeros(
             head.shape if head_needs_grad else (0,), dtype=real_dtype(head), device=head.device
         )
 
     def add(self, rows: Tensor, own: Tensor, gradient: Tensor, slope: Tensor | None) -> None:
-        """Of `rows`, with hidden states `own`: the gradient of their capped logits, which may be changed."""
+        """Add a chunk: the rows' indices (n,), their hidden states `own` (n, H), the gradient of their capped
+        logits (n, V), which may be overwritten, and `slope_of` the cap."""
         if slope is not None:
             gradient *= slope
         self.of_hidden[rows] = gradient @ self.head
@@ -100,7 +104,7 @@ class HeadGradient:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total (m, n) += a (m, k) @ b (k, n), where `total` may be float32 and the others of 16 bits."""
+    """total (m, n) += a (m, k) @ b (k, n), where `total` may be float32 and `a` and `b` of 16 bits."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif total.is_cuda:

@@ -1,4 +1,4 @@
-"""Checks of what the ops are given; each error names the argument, what came and what was expected."""
+"""Checks of the ops' arguments; each error names the argument, what came and what was expected."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..arguments import is_number, shown, temperature_in_force, whole
 Ids = Tensor | Sequence[int] | None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Of the kernels; float64 is computed by the twins in `reference`."""
+"""Dtypes of the kernels."""
 _DEVICES = {"cpu", *_C.build_info()["backends"].split()}
 
 
 def compiled(*inputs: Tensor | None) -> bool:
-    """Whether these ops compute with such inputs: of one dtype, on a built backend, no gradient wanted."""
+    """Whether the ops can compute with these inputs: of one dtype, on a built backend, without a gradient."""
     first, *others = (t for t in inputs if t is not None)
     assert first is not None
     return (
@@ -59,7 +59,7 @@ def check_tokens(tokens: Tensor) -> None:
 def windows_of(
     tokens: Tensor, lane: Tensor | None, start: int | Tensor, end: int | Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """First and last column (W,) int64 of windows of tokens (B, L), W = B where no `lane` is given."""
+    """Start and end columns (W,) int64 of windows of tokens (B, L); W = B without `lane`."""
     if lane is not None:
         check_index("lane", lane, tokens, "tokens")
     count, last = len(tokens if lane is None else lane), tokens.shape[1] if end is None else end
@@ -76,7 +76,7 @@ def check_index(name: str, index: Tensor, like: Tensor, of: str = "logits") -> N
 
 
 def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -> tuple[float, float, int]:
-    """Temperature, top_p and top_k in force: (..., 1.0, 0) where none is given, or the temperature is 0.
+    """Temperature, top_p and top_k in force: top_p 1.0 and top_k 0 if not given, or if the temperature is 0.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -105,7 +105,7 @@ def suppressed(ids: Ids, logits: Tensor) -> Tensor | None:
         return None
     if isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.device == logits.device:
         ids = ids.reshape(-1)
-        return ids.sort().values if ids.device.type == "cpu" else ids  # the CPU bisects them
+        return ids.sort().values if ids.device.type == "cpu" else ids  # CPU kernels bisect them
     given = ids.reshape(-1).tolist() if isinstance(ids, Tensor) else ids
     found = sorted({i if type(i) is int else whole("suppress", i, 0) for i in given})
     vocab = logits.shape[-1]
@@ -133,7 +133,7 @@ def per_sequence(name: str, value: int | Tensor, batch: int, like: Tensor) -> Te
 
 
 def keys_of(like: Tensor, count: int, **parts: int | Tensor) -> Tensor:
-    """(count, len(parts)) int64."""
+    """(count, len(parts)) int64: the keys of `count` rows, each part one value or one for each row."""
     return torch.stack([per_sequence(k, v, count, like) for k, v in parts.items()], 1)
 
 
@@ -177,7 +177,9 @@ def expect(name: str, given: Tensor, shape: tuple[int, ...], dtype: torch.dtype 
 
 
 def within(name: str, index: Tensor, low: int | None, high: int) -> None:
-    """Of the twins; the ops look at their indices themselves."""
+    """Raise ValueError unless indices on the CPU are in [low, high). For float64; the kernels check their
+    own.
+    """
     if index.device.type != "cpu" or not index.numel() or torch.compiler.is_compiling():
         return
     least, most = (int(x) for x in index.aminmax())

@@ -1,7 +1,7 @@
-"""Keys and values from slot to slot: `kv_move`.
+"""Moves keys and values from slot to slot.
 
-A pass over a draft tree writes each node into a slot of its own. The nodes of the path that is accepted then
-move to the slots that follow the sequence; where the draft is a chain they are there already.
+A pass over a draft tree writes each node into a slot of its own. The nodes of the accepted path then move to
+the slots that follow the sequence; if the draft is a chain, they are there already.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from .inputs import check_heads, expect
 def kv_move(kv_cache: Tensor, source: Tensor, target: Tensor) -> None:
     """Move the keys and values of every layer from slot source[b, m] to target[b, m], in one launch.
 
-    Each lane b is read whole before any of its targets is written, so that a source may be the target of
-    another entry of the lane: paths may be shifted, swapped or turned round. A source keeps what it holds
-    unless it is a target. An entry whose source is its target costs nothing. No gradient.
+    All sources of a lane b are read before any of its targets is written, so that a source may be the target
+    of another entry of the lane: paths may be shifted, swapped or reversed. A source keeps its values unless
+    it is a target. An entry whose source is its target costs nothing. No gradient.
 
     Args:
         kv_cache: (layers, 2, pages, Hkv, page_size, D) float32, bfloat16, float16 or float64, keys and values
-            as in `KVCache.slots`; changed in place. Strides may be any; a last dimension that is not
-            contiguous is copied, and elements may not overlap.
-        source, target: (B, M) int64, M <= 2048, page * page_size + offset; negative in either: the entry is
-            passed over. Lanes share no slot, and none is twice among a lane's targets.
+            as in `KVCache.slots`; changed in place. Any strides without overlaps; a last dimension that is
+            not contiguous is copied.
+        source, target: (B, M) int64, M <= 2048, page * page_size + offset; an entry with a negative number is
+            skipped. Lanes share no slot, and a lane's targets are distinct.
 
     Raises:
         ValueError: naming the argument that does not fit, or that requires a gradient; then nothing has
-            moved. Slots are looked at on the CPU alone; on a GPU an entry beyond the cache is passed over,
-            and of slots that are shared some value ends up.
+            moved. Slots are checked on the CPU alone; on a GPU an entry beyond the cache is skipped, and a
+            slot that lanes share gets the value of one of them.
     """
     check_heads("kv_cache", kv_cache, 6)
     if kv_cache.shape[1] != 2 or kv_cache.shape[4] < 1:

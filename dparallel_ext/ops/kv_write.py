@@ -1,7 +1,7 @@
-"""New keys and values into their slots, rotated: `kv_write`, and the tables that it rotates by.
+"""Writes new keys, rotated, and values into their slots: `kv_write`, and the tables that it rotates by.
 
-A cache is pages of slots, each slot the key and value of one position; a sequence has a list of pages. A
-contiguous cache is one page per sequence. Keys are kept after the rotary embedding, and a block that is
+A cache is pages of slots; a slot holds the key and value of one position, and a sequence has a list of pages.
+A contiguous cache is one page per sequence. Keys are kept after the rotary embedding, and a block that is
 computed again overwrites its slots.
 """
 
@@ -24,7 +24,9 @@ def rope_table(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin (length, head_dim / 2) float32 of position / theta^(2 i / head_dim) (arXiv 2104.09864).
 
-    inv_freq: (head_dim / 2,) float32, by which positions are multiplied instead: frequencies that are scaled.
+    inv_freq: (head_dim / 2,) float32 frequencies, in place of theta^(-2 i / head_dim): scaled ones.
+
+    Raises ValueError for an odd head_dim or another shape of inv_freq.
     """
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"head_dim: expected an even number >= 2, got {head_dim}")
@@ -49,26 +51,26 @@ def kv_write(
     cos: Tensor,
     sin: Tensor,
 ) -> None:
-    """Rotate queries in place, rotate keys and put them and the values into their slots, in one pass.
+    """Rotate queries in place, and write rotated keys, and values, into their slots, in one pass.
 
-    The first R of a head's D dimensions are rotated, in the pairs (i, i + R / 2), as LLaMA's (GPT-NeoX's)
-    rotary embedding with a rotary width of R; the others stay as they are.
+    The first R of a head's D dimensions are rotated, in the pairs (i, i + R / 2), as by LLaMA's (GPT-NeoX's)
+    rotary embedding with a rotary width of R; the other dimensions stay.
 
-    Strides may be any; rows of q, k and v (H, D), and the last dimension of a cache, that are not contiguous
-    are copied, and what is changed in place may not overlap itself. No gradient.
+    Any strides, without overlaps in the tensors that are changed; rows (H, D) of q, k and v, and the last
+    dimension of a cache, are copied if they are not contiguous. No gradient.
 
     Args:
         q: (N, H, D) float32, bfloat16 or float16; changed in place.
         k, v: (N, Hkv, D), likewise; read.
         k_cache, v_cache: (pages, Hkv, page_size, D); changed in place.
-        positions: (N,) int64, of the rotary embedding: rows of cos and sin.
-        slot_mapping: (N,) int64, page * page_size + offset, no two alike; negative: the row is
-            written nowhere.
+        positions: (N,) int64, the position of each row: an index into cos and sin.
+        slot_mapping: (N,) int64, page * page_size + offset, distinct; rows with a negative number are not
+            written.
         cos, sin: (positions, R / 2) float32, R <= D, see `rope_table`.
 
     Raises:
-        ValueError: naming the argument that does not fit, or that requires a gradient. Indices are looked at
-            on the CPU alone.
+        ValueError: naming the argument that does not fit, or that requires a gradient. Indices are checked on
+            the CPU alone.
     """
     check_heads("q", q, 3)
     for name, given in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):

@@ -25,8 +25,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, constant: b
         x: (..., in), any strides (rows are made contiguous).
         weight: (out, in), the dtype of x.
         bias: (out,), the dtype of x.
-        constant: since `weight` was written, a kernel of torch's was launched on this stream, such as a
-            lookup of embeddings. The kernel then reads its first weights while those before it still run.
+        constant: promises that since `weight` was written one of torch's kernels was launched on this stream,
+            such as a lookup of embeddings. The GPU then begins to read it while the preceding kernels still
+            run.
 
     Returns:
         (..., out)

@@ -38,24 +38,25 @@ def linear_certainty_forcing_loss(
     """`certainty_forcing_loss` of hidden @ lm_head_weight.T, whose logits never exist all at once.
 
     The head is applied to chunks of active rows; the backward pass computes each chunk's logits again and
-    writes their gradient over them, so that one chunk (two with a soft cap) and the gradient of the
-    hidden states are all that is held. That is three matrix products per active row, and a fourth
-    where the head is trainable.
+    writes their gradient over them, so that only one chunk (two with a soft cap) and the gradient of the
+    hidden states are held. Each active row costs three matrix products, and a fourth if the head is
+    trainable.
 
     Under `torch.autocast` the head multiplies in autocast's dtype, as a linear layer does.
 
     Args:
         hidden: (..., H) float32, bfloat16, float16 or float64, after the final norm.
         lm_head_weight: (V, H), same dtype. It gets a gradient only if it requires one.
-        labels, active, weight, gate: (...), as in `certainty_forcing_loss`, and so the other arguments.
+        labels, active, weight, gate: (...), as in `certainty_forcing_loss`, like all arguments not named
+            here.
         softcap: logits become softcap * tanh(logits / softcap).
-        shift: (..., T, H): the label at position t belongs to the hidden state at t - 1 (Dream); the
-            first position of a sequence has none and is left out, as published.
+        shift: the label at position t belongs to the hidden state at t - 1 (Dream), of hidden (..., T, H);
+            the first position of a sequence has no hidden state and is left out, as published.
         chunk_rows: active rows per chunk; default: at most 32 MB of logits on the CPU, 256 MB on a GPU,
-            and a multiple of 128 rows where so many fit.
+            and a multiple of 128 rows if that many fit.
 
     Returns:
-        CertaintyForcingLossOutput, its fields in the place of the labels.
+        CertaintyForcingLossOutput, fields in the shape of `labels`.
 
     Raises:
         ValueError: as `certainty_forcing_loss`.
@@ -68,7 +69,7 @@ def linear_certainty_forcing_loss(
     if shift:
         if labels.ndim < 1:
             raise ValueError("shift: expected hidden (..., T, H)")
-        # The hidden state before; the first position stays, but is not counted.
+        # Each position gets the hidden state before it; the first keeps its own, but does not count.
         hidden = torch.cat((hidden[..., :1, :], hidden[..., :-1, :]), -2)
         counted = active.clone()
         counted[..., :1] = False
@@ -115,7 +116,7 @@ def _linear(
         )
         for field, part in zip((nll, entropy, correct, saved), out, strict=False):
             field[rows] = part
-        # Rows are numbered within the chunk there: row * 4 + code.
+        # The op numbers rows within the chunk: row * 4 + code.
         error[rows] = torch.where(out[4] == NO_ERROR, out[4], rows * 4 + out[4] % 4)
     return nll, entropy, correct, saved, error
 
@@ -163,7 +164,7 @@ def _linear_backward(
             grad_nll[rows],
             grad_entropy[rows],
         )
-        total.add(rows, own, logits, slope)  # the logits are their gradient now
+        total.add(rows, own, logits, slope)  # `logits` now holds their gradient
     return total.result()
 
 

@@ -27,16 +27,17 @@ def linear_distillation_loss(
     softcap: float | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """`distillation_loss` of hidden @ lm_head_weight.T and the teacher's, which never exist all at once.
+    """`distillation_loss` of hidden @ lm_head_weight.T and of the teacher's logits, which never exist all at
+    once.
 
     Both heads are applied to chunks of the rows whose weight is not 0; the backward pass computes each
-    chunk's logits again and writes the student's gradient over its own. Two chunks of logits (three with a
-    soft cap) and the gradient of the hidden states are all that is held. That is five matrix products per
-    row, and a sixth where the head is trainable.
+    chunk's logits again and writes the student's gradient over its logits. Only two chunks of logits (three
+    with a soft cap) and the gradient of the hidden states are held. Each row costs five matrix products, and
+    a sixth if the head is trainable.
 
     Under `torch.autocast` the heads multiply in autocast's dtype, as a linear layer does.
 
-    A step of distillation, of the mean over the `active` positions:
+    A step of distillation, with the mean over the `active` positions:
 
         with torch.no_grad():
             theirs = teacher.hidden(ids)
@@ -46,17 +47,19 @@ def linear_distillation_loss(
         )
 
     Args:
-        hidden: (..., H) float32, bfloat16, float16 or float64, the student's, after the final norm.
+        hidden: (..., H) float32, bfloat16, float16 or float64, the student's hidden states after the final
+            norm.
         lm_head_weight: (V, H), same dtype. It gets a gradient only if it requires one.
-        teacher_hidden: (..., H') the teacher's, of the same rows. No gradient passes through it.
-        teacher_lm_head_weight: (V, H'), without a gradient; default: the values of lm_head_weight.
+        teacher_hidden: (..., H') same dtype, the teacher's for the same rows. No gradient passes through it.
+        teacher_lm_head_weight: (V, H'), same dtype, without a gradient; default: the values of
+            lm_head_weight.
         weight, temperature, kl_weight, l1_weight, reduction: as in `distillation_loss`.
-        softcap: logits of both become softcap * tanh(logits / softcap).
+        softcap: both models' logits become softcap * tanh(logits / softcap).
         chunk_rows: rows per chunk; default: at most 32 MB of logits each on the CPU, 256 MB on a GPU, and a
-            multiple of 128 rows where so many fit.
+            multiple of 128 rows if that many fit.
 
     Returns:
-        As `distillation_loss`.
+        () or (...) float32 (float64 for float64 inputs), as `distillation_loss`.
 
     Raises:
         ValueError: as `distillation_loss`.
@@ -125,7 +128,7 @@ def _linear(
         one = active.new_ones(len(rows))
         out = torch.ops.dparallel.distillation_loss(student, teacher, one, *settings)
         divergence[rows], saved[rows] = out[0], out[1]
-        # Rows are numbered within the chunk there: (2 row + whose) * 4 + code.
+        # The op numbers rows within the chunk: (2 row + (0 student, 1 teacher)) * 4 + code.
         error[rows] = torch.where(out[2] == NO_ERROR, out[2], rows * 8 + out[2] % 8)
     return divergence, saved, error
 
@@ -166,7 +169,7 @@ def _linear_backward(
         torch.ops.dparallel.distillation_loss_backward_(
             student, teacher, one, *settings, saved[rows], grad_divergence[rows]
         )
-        total.add(rows, own, student, slope)  # the logits are their gradient now
+        total.add(rows, own, student, slope)  # `student` now holds the gradient of its logits
     return total.result()
 
 

@@ -1,4 +1,4 @@
-"""Ops without a gradient: what a backward pass through them meets."""
+"""Makes a backward pass through an op without a gradient raise."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class _NoGradient(torch.autograd.Function):
 
 
 def _without_gradient(name: str) -> None:
-    """A backward pass through the op raises, where torch's own fallback would warn and yield None.
+    """Make a backward pass through the op raise; torch's own fallback would warn and yield None.
 
     An op that returns nothing has no backward pass to raise in, so it refuses inputs that require a gradient.
-    What an op changes in place counts as changed, for those who have saved it for their own gradient.
+    Tensors that an op changes in place get a new version, so that autograd notices if it had saved them.
     """
     op = getattr(torch.ops.dparallel, name).default
     written = [place for place, argument in enumerate(op._schema.arguments) if argument.is_write]

@@ -1,6 +1,6 @@
 """The norm of a transformer's residual stream, in one pass.
 
-It rounds where the modules that it stands for do, so that a model's tokens stay what they were.
+It rounds where the modules that it replaces do, so that a model's tokens do not change.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ def rms_norm(
     """weight * s / sqrt(mean(s^2) + eps) + bias of each row s = x + delta (arXiv 1910.07467), in one pass.
 
     Computed in float32 and rounded to the dtype after the sum s, the normalisation, the product and the
-    sum with the bias, as by a model that does these one by one. No gradient.
+    sum with the bias, as in a model that computes these one by one. No gradient.
 
     Args:
         x: (..., width) float32, bfloat16 or float16, any strides (rows are made contiguous).
         weight, bias: (width,), the dtype of x.
         eps: added to the mean square.
-        delta: as x; what the last layer adds to the residual stream x.
+        delta: shape and dtype of x; added to x first, as a layer's output to the residual stream.
 
     Returns:
-        y (..., width), contiguous; with delta (y, s).
+        y (..., width), dtype of x, contiguous; with delta (y, s).
 
     Raises:
-        ValueError: naming the argument that does not fit; also where a gradient would be lost.
+        ValueError: naming the argument that does not fit, or that requires a gradient.
     """
     check_rows("x", x)
     check_like("weight", weight, x, x.shape[-1:])

@@ -47,35 +47,37 @@ def row_stats(
 ) -> RowStats:
     """Statistics of softmax(logits), each needed row read once.
 
+    The mask token has its share of the softmax, as in published decoders, but is never chosen.
+
     Args:
         logits: (..., V) float32, bfloat16 or float16, any strides (copied where the vocabulary is not
             contiguous).
         rows: (N,) int64 flat indices into the leading dimensions; only these rows are read.
-        mask_id: keeps its share of the softmax but is never chosen.
-        suppress: ids left out altogether.
-        ids: (K,) int64, or (..., K) for each row its own: return the logits of these too, of the mask token
-            and of suppressed ids as of others. On CUDA an id out of bounds has NaN.
+        mask_id: the mask token; None: there is none.
+        suppress: ids (n,) that are left out of the softmax.
+        ids: (K,) int64, or (..., K) for each row its own: return the logits of these too, whether they are
+            admissible or not. On CUDA an id out of bounds has NaN.
         temperature: above 0, also draw `sample` by Gumbel-max from softmax(logits / temperature). Below 1e-5
-            it is 0, and above 2^100 (1.3e30) that.
-        top_p, top_k: draw it from the most probable ids alone, ties to the lowest id: from those before
-            which at most `top_p` of the probability comes (nucleus sampling, arXiv 1904.09751), and at
-            most `top_k` of them. None, 1.0 and 0 leave nothing out. The noise of an id stays the same.
-            They are not read where the temperature is 0 (or below 1e-5).
+            it counts as 0, above 2^100 (1.3e30) as 2^100.
+        top_p, top_k: draw from the most probable ids alone, ties to the lowest id: from at most `top_k` ids,
+            and from ids before which at most `top_p` of the probability comes (nucleus sampling, arXiv
+            1904.09751). None, 1.0 and 0 leave nothing out. The noise of an id stays the same. They are not
+            read where the temperature is 0 (or below 1e-5).
         seed, sequence, position, step: the Philox key, one value or one per row: a sample depends on
             its key alone. `position` defaults to the row's place in the output.
-        check: False leaves bad rows unnamed: their ids are -1, and their numbers NaN. But where there is no
-            NaN and no token to choose, top1 and top2 are -inf, and lse, entropy, max_logit and log_sum are
-            right (-inf, 0, -inf and 0 where every logit is -inf): such a row may be part of a vocabulary, see
+        check: False reports no bad rows: their ids are -1, and their numbers NaN. But a row without NaN that
+            leaves no token to choose has top1 and top2 -inf and right values of lse, entropy, max_logit and
+            log_sum (-inf, 0, -inf and 0 if every logit is -inf), since it may be a part of a vocabulary, see
             `merge_row_stats`.
 
     Returns:
         RowStats with fields shaped like the leading dimensions, or (N,) with `rows`. The statistics do
-        not depend on temperature, top_p or top_k, but `confidence` is that of the sampled token. A logit
+        not depend on temperature, top_p or top_k, except that `confidence` is the sampled token's. A logit
         of +inf counts as the largest float32: k of them share the probability evenly.
 
     Raises:
-        ValueError: on the CPU, for a row that holds NaN or leaves no token to choose. On CUDA, see
-            `check_errors`.
+        ValueError: naming the argument that does not fit; and on the CPU, for a row that holds NaN or leaves
+            no token to choose. On CUDA, see `check_errors`.
     """
     stats, error = read_rows(
         logits,
@@ -111,7 +113,8 @@ def read_rows(
     position: int | Tensor | None = None,
     step: int | Tensor = 0,
 ) -> tuple[RowStats, Tensor]:
-    """`row_stats` that leaves bad rows to the caller: errors (rows,) int64 of `explain`, by row."""
+    """`row_stats`, and the error of each row (rows,) int64, see `errors.explain`, which the caller
+    reports."""
     check_logits(logits)
     shape, vocab = logits.shape[:-1], logits.shape[-1]
     flat = rows_view(logits)
@@ -142,22 +145,21 @@ def read_rows(
 
 
 def merge_row_stats(shards: Sequence[RowStats], offsets: Sequence[int]) -> RowStats:
-    """The statistics of rows whose vocabulary is split into parts, from those of the parts.
+    """Merge the statistics of parts of a vocabulary into those of whole rows.
 
-    So a head that is split over devices sends some numbers a row instead of its logits:
+    With a head that is split over devices, each sends a few numbers a row instead of logits:
 
-        stats = row_stats(part, mask_id=..., suppress=..., check=False)   # each its own ids, from 0
+        stats = row_stats(part, mask_id=..., suppress=..., check=False)   # ids of the part, from 0
         whole = merge_row_stats(gathered, offsets)
 
     Args:
-        shards: what `row_stats` returned for each part of the same rows, with `check=False`, at temperature
-            0. A part may have no id to choose, and hold the mask token alone.
-        offsets: the id in the whole vocabulary of each part's first. Ascending or not.
+        shards: the `row_stats` of each part of the same rows, with `check=False`, at temperature 0. A part
+            may hold the mask token alone, and so have no id to choose.
+        offsets: the id, in the whole vocabulary, of each part's first id; in any order.
 
     Returns:
-        RowStats as those of the whole row, within the same bounds (2e-6 + 1e-6 |x| of float64); the sample is
-        the token, and `logits` None. Computed in float64 by torch, on the device of the parts, without
-        synchronisation.
+        RowStats of the whole rows, within 2e-6 + 1e-6 |x| of float64, like `row_stats`; `sample` is `token`,
+        and `logits` None. Computed in float64 by torch, on the device of the parts, without synchronisation.
 
     Raises:
         ValueError: naming the argument that does not fit; and on the CPU a row that holds NaN or leaves no
@@ -187,10 +189,10 @@ def merge_row_stats(shards: Sequence[RowStats], offsets: Sequence[int]) -> RowSt
     top = largest.amax(0)  # NaN if any is
     nothing = top == -math.inf
     anchor = torch.where(nothing, 0.0, top)
-    log_sums = largest - anchor + stacked("log_sum")  # of each part, relative to the largest logit of all
+    log_sums = largest - anchor + stacked("log_sum")  # (S, ...) relative to the row's largest logit
     log_sum = log_sums.logsumexp(0)
     share = log_sums - log_sum  # log of the part's share of the probability
-    # Of a part with nothing in it: -inf, or NaN where no part has anything.
+    # For a part without a finite logit: -inf, where the line above may have made NaN.
     share = torch.where(largest == -math.inf, -math.inf, share)
     entropy = (share.exp() * torch.where(share > -math.inf, stacked("entropy") - share, 0.0)).sum(0)
     best = top1.amax(0)
@@ -224,7 +226,7 @@ def as_stats(tokens: Tensor, fields: Tensor, shape: Sequence[int]) -> RowStats:
 
 
 def _ids(ids: Tensor | Sequence[int], rows: Sequence[int], vocab: int, logits: Tensor) -> Tensor:
-    """(K,) int64, or (N, K) for N rows; those of the host are looked at here, those of the CPU by the op."""
+    """(K,) int64, or (N, K) for N rows. Lists are checked here, tensors on the CPU by the op."""
     if not isinstance(ids, Tensor):
         ids = torch.tensor([whole("ids", i, 0, vocab - 1) for i in ids], device=logits.device).long()
     if ids.dtype != torch.int64 or ids.ndim < 1 or (ids.ndim > 1 and tuple(ids.shape[:-1]) != tuple(rows)):

@@ -1,4 +1,4 @@
-"""The k best tokens of rows of logits, each needed row read once: what a draft tree branches into."""
+"""The k best tokens of rows of logits, each needed row read once; draft trees branch into them."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ def row_topk(
 ) -> RowTopK:
     """The k largest logits of each row, in descending order, and their log-probabilities.
 
-    Ties go to the lowest id. The log-probabilities are of the softmax of the whole row, by the rules of
-    `row_stats`, and within the same bounds; so the first is what `row_stats` says of its `token`.
+    Ties go to the lowest id. The log-probabilities are of the softmax of the whole row, as in `row_stats` and
+    within the same bounds; the first is that of `row_stats`'s `token`.
 
     Args:
         logits: (..., V) float32, bfloat16 or float16, any strides (copied where the vocabulary is not
             contiguous).
         k: 1 to 16.
         rows: (N,) int64 flat indices into the leading dimensions; only these rows are read.
-        mask_id: keeps its share of the softmax but is never chosen.
-        suppress: ids left out altogether.
-        check: False: a bad row, see below, is no error on either device; it has the ids -1 and NaN.
+        mask_id: the mask token, which has its share of the softmax but is never chosen.
+        suppress: ids (n,) that are left out of the softmax.
+        check: False reports no bad row, see below, on either device; it has the ids -1 and NaN.
 
     Returns:
-        RowTopK of token (..., k) int64 and logprob (..., k) float32, or (N, k) with `rows`. Where fewer than
-        k ids have a logit above -inf, token -1 and logprob -inf follow them. A logit of +inf counts as the
+        RowTopK of token (..., k) int64 and logprob (..., k) float32, or (N, k) with `rows`. If fewer than k
+        ids have a logit above -inf, token -1 and logprob -inf follow them. A logit of +inf counts as the
         largest float32: several of them share the probability evenly.
 
     Raises:

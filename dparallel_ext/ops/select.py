@@ -1,4 +1,4 @@
-"""Which positions policy rows commit, from given statistics."""
+"""The positions that policy rows commit, from statistics."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from ..types import RowStats
 
 
 def select(stats: RowStats, eligible: Tensor, policy: Tensor, *, check: bool = True) -> Tensor:
-    """The positions that each policy row commits, from given statistics.
+    """The positions that each policy row commits, from statistics.
 
     Args:
         stats: confidence, margin and entropy (B, L) float32 are used; other fields are ignored.
         eligible: (B, L) bool, the masked positions of the active window.
         policy: (B, 5) float32 rows, see `policies.make`.
-        check: False leaves the values unread, which a recording as a CUDA graph asks for.
+        check: False does not read values, as a recording as a CUDA graph needs.
 
     Returns:
         (B, L) bool: at least one position of every sequence that has an eligible one, unless its `min_commit`
         is 0.
 
     Raises:
-        ValueError: naming the argument that does not fit, or an eligible position whose score is NaN.
+        ValueError: naming the argument that does not fit, or an eligible position whose score is NaN (CPU).
     """
     if eligible.ndim != 2 or eligible.dtype != torch.bool:
         raise ValueError(f"eligible: expected bool (B, L), got {eligible.dtype} {tuple(eligible.shape)}")

@@ -1,4 +1,4 @@
-"""Streams of a GPU: which is current, whether it records, and the counters that its launches share."""
+"""A GPU's streams: the current one, whether it records, and the counters that its launches share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def stream_of(device: torch.device) -> int:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether launches are recorded now, by whomever, and not run."""
+    """Whether launches are being recorded now, by any code, and not run."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -25,10 +25,10 @@ _own_recording = threading.local()
 
 @contextmanager
 def own_recording() -> Iterator[None]:
-    """Within it, what is recorded uses the counters of the stream that it is recorded on.
+    """A context in which recorded launches use the counters of the stream that they are recorded on.
 
-    For a recording that is replayed on that stream alone. What is recorded must have run there before, so
-    that the counters are there.
+    For recordings that are replayed on that stream alone. The launches must have run there before, so that
+    the counters exist.
     """
     _own_recording.active = True
     try:
@@ -40,8 +40,8 @@ def own_recording() -> Iterator[None]:
 def counters_for(like: Tensor, needed: int) -> Tensor | None:
     """int32 zeros for the CUDA kernels' last-block-done counters, which they leave zero again.
 
-    There is one buffer per stream, so that launches that may overlap never share one. Launches that somebody
-    else records, or compiles, get zeros of their own: they may be replayed on any stream.
+    There is one buffer per stream, so that launches that may overlap never share one. Launches recorded by
+    other code, or compiled, get zeros of their own, since they may be replayed on any stream.
     """
     if like.device.type != "cuda":
         return None
@@ -53,6 +53,6 @@ def counters_for(like: Tensor, needed: int) -> Tensor | None:
     buffers = counter_buffers.setdefault((like.device, stream_of(like.device)), [])
     if not buffers or buffers[-1].numel() < needed:
         size = max(4096, 2 * buffers[-1].numel() if buffers else 0, needed)
-        # Those outgrown stay: CUDA graphs may hold their addresses.
+        # Smaller buffers stay: CUDA graphs may hold their addresses.
         buffers.append(torch.zeros(size, dtype=torch.int32, device=like.device))
     return buffers[-1]

@@ -1,6 +1,6 @@
 """The gate of a transformer's MLP, in one pass.
 
-It rounds where the modules that it stands for do, so that a model's tokens stay what they were.
+It rounds where the modules that it replaces do, so that a model's tokens do not change.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     Args:
         gate: (..., width) float32, bfloat16 or float16, any strides (rows are made contiguous); without
             `up` (..., 2 * width), the gate's half and then up's, as one matrix product yields them.
-        up: as gate.
+        up: shape and dtype of gate.
 
     Returns:
-        (..., width), contiguous.
+        (..., width), dtype of gate, contiguous.
 
     Raises:
-        ValueError: naming the argument that does not fit; also where a gradient would be lost.
+        ValueError: naming the argument that does not fit, or that requires a gradient.
     """
     check_rows("gate", gate)
     if up is None:

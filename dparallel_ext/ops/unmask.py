@@ -51,41 +51,41 @@ def unmask_(
 ) -> UnmaskOutput:
     """One unmasking step, in place: statistics, selection and commit in one call.
 
-    Only masked positions of active windows are read: columns [start, end) of a sequence each. W windows are
-    one for each sequence, or those that `lane` names, any number of a sequence in any order. Each commits on
-    its own, by its own policy row.
+    A window is columns [start, end) of a sequence; only its masked positions are read. There are W windows:
+    one for each sequence, or those that `lane` names, any number for a sequence, in any order. Each commits
+    by its own policy row, independently of the others.
 
     Args:
         tokens: (B, L) int64, any strides (a view such as `x[:, s:e]` will do); changed in place.
         logits: (B, L, V) float32, bfloat16 or float16; or (N, V) with `positions`.
-        mask_id: the token that marks what is to be filled; it is never committed.
+        mask_id: the mask token; it is never committed.
         lane: (W,) int64: the sequence of each window; None: window w is of sequence w, and W = B. Windows of
             a sequence may not overlap.
-        start, end: columns, a number or (W,) int64; `end` None is L.
+        start, end: columns [start, end) of each window, a number or (W,) int64; `end` None is L.
         selector, threshold, min_commit, max_commit, score: the policy, see `policies.make`; each one
             value or one per window. A window with a `min_commit` of 0 may commit nothing.
         policy: (W, 5) float32 rows in full, instead of the above.
-        positions: (N,) int64 ascending flat positions b * L + l that the rows of `logits` stand for, so
-            that an LM head may be applied to the needed rows alone. It must list every masked
-            position of the windows; others that it lists are not read.
-        suppress: ids left out altogether.
-        temperature: above 0, commit Gumbel-max samples of softmax(logits / temperature). Below 1e-5 it is 0,
-            which commits the argmax, and above 2^100 (1.3e30) that.
-        top_p, top_k: what may be sampled, see `row_stats`; the rule sees the statistics of all ids.
+        positions: (N,) int64 ascending flat positions b * L + l of the rows of `logits`, so that an LM head
+            needs to be applied to these rows alone. It must list every masked position of the windows;
+            rows of other positions are not read.
+        suppress: ids (n,) that are left out of the softmax.
+        temperature: above 0, commit Gumbel-max samples of softmax(logits / temperature). Below 1e-5 it counts
+            as 0, which commits the argmax, and above 2^100 (1.3e30) as 2^100.
+        top_p, top_k: limits of sampling, see `row_stats`; the rule sees the statistics of all ids.
         seed, sequence, step: with the position, the sample's key; a number or (W,) int64. `sequence`
             defaults to `lane`, or 0..B-1.
-        position_offset: added to the column to give the position, where `tokens` is a view.
-        check: False leaves a bad row to the caller, who finds it in `error`, on the CPU too.
+        position_offset: added to the column to give the position, if `tokens` is a view.
+        check: False reports a bad row in `error` alone, on the CPU too.
 
     Returns:
         UnmaskOutput: tensors on the device of the logits, without synchronisation.
 
     Raises:
-        ValueError: naming the argument that does not fit; and on the CPU a row that holds NaN or
-            leaves no token to choose (also since there is none but the mask token, or all are
-            suppressed), by sequence and position, with every token left as it was; and windows that
-            overlap. On CUDA such a row commits nothing in its window and raises a flag, see `check_errors`; a
-            position of several windows belongs to the first of them, and a lane out of bounds has none.
+        ValueError: naming the argument that does not fit; and on the CPU, for windows that overlap, and,
+            naming sequence and position, for a row that holds NaN or leaves no token to choose (such as one
+            with all ids suppressed); no token is changed then. On CUDA a bad row's window commits nothing and
+            raises a flag, see `check_errors`; a position of several windows belongs to the first of them, and
+            a window whose lane is out of bounds has no positions.
     """
     check_logits(logits)
     check_tokens(tokens)

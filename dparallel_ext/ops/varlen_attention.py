@@ -1,4 +1,4 @@
-"""Attention of whole sequences whose new tokens see each other alone: torch's, on a GPU."""
+"""Attention of packed whole sequences to themselves, on a GPU, by torch."""
 
 from __future__ import annotations
 
@@ -38,15 +38,17 @@ def varlen_attention(
     whenever it meets a length for the first time.
 
     Args:
-        q: (N, H, D) after the rotary embedding; k, v: (N, Hkv, D), likewise. Rows of any stride.
+        q: (N, H, D) bfloat16 or float16, after the rotary embedding; rows of any stride.
+        k, v: (N, Hkv, D), likewise.
         cu_seqlens: (S + 1,) int32, ascending from 0 to N: sequence s is rows
             [cu_seqlens[s], cu_seqlens[s + 1]).
-        seqused_k: (S,) int32, how many of its rows, the first ones, it sees; where none, it comes out zero.
-        max_seqlen: at least the rows of the longest one, which shapes the launch.
-        causal: a row sees those up to its own; otherwise, both directions.
+        seqused_k: (S,) int32, the number of its rows, from the first on, that a sequence sees; with 0 its
+            result is zero.
+        max_seqlen: an upper bound of the rows of a sequence, which sizes the launch.
+        causal: a row sees the rows up to itself; otherwise, both directions.
 
     Returns:
-        As q.
+        (N, H, D), dtype of q.
     """
     out: Tensor = torch.ops.aten._flash_attention_forward(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, causal, False, seqused_k=seqused_k

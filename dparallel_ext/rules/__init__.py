@@ -1,4 +1,4 @@
-"""Rules: what decides which tokens a pass commits. How to write one: `Rule`; rules as numbers: `policies`."""
+"""Rules decide which tokens a pass commits. `Rule` says how to write one; `policies` has those of numbers."""
 
 from .credit import Credit
 from .early import Prophet, SchED

@@ -1,11 +1,11 @@
 """CreditDecoding (arXiv 2510.06133): tokens that were predicted before count for more.
 
-For each masked position and id a credit C, from pass to pass:
+Each masked position and id has a credit C, which every pass updates:
 
     C <- decay C;  C[argmax] += p(argmax) ^ power;  z' = z + scale log(1 + C)
 
-and the policy row judges softmax(z'). Only ids that were the argmax have credit, so that what is kept of a
-position is few ids; z' differs from z in these alone, and its statistics follow from those of z.
+The policy row judges softmax(z'). Only ids that were the argmax have credit, so the state is a few ids for
+each position. z' differs from z at these ids alone, so its statistics follow from those of z.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from .protocol import Decision, Rule, Where
 
 @dataclass(frozen=True)
 class Credit(Rule):
-    """Adds the credit of earlier passes to the logits, and lets the policy row decide on what comes of it.
+    """Adds the credit of earlier passes to the logits; the policy row decides by the statistics of the sum.
 
-    Exact as long as at most `kept` ids have been the argmax of a position; beyond, the least credit goes.
+    Exact as long as at most `kept` ids have been the argmax of a position; the id with the least credit is
+    dropped for another.
     """
 
     scale: float = 0.7
@@ -35,7 +36,7 @@ class Credit(Rule):
     row = "confidence:0.9"
     greedy = True
     by_row = True
-    without = ("margin",)  # the id of the second logit is not known, nor whether it has credit
+    without = ("margin",)  # the statistics do not say which id has the second logit, nor so its credit
 
     def __post_init__(self) -> None:
         for name in ("scale", "decay", "power"):
@@ -63,11 +64,11 @@ class Credit(Rule):
         return Decision(where.by_policy(raised), raised.token)
 
     def _raised(self, stats: RowStats, z: Tensor, credit: Tensor, ids: Tensor) -> RowStats:
-        """The statistics of z', from those of z and its values `z` (W, C, K) at the ids that have credit."""
+        """The statistics (W, C) of z'. stats: of the logits before credit; z, credit, ids: (W, C, K)."""
         has = credit > 0
         z, lse, entropy = z.double(), stats.lse.double(), stats.entropy.double()
         up = z + self.scale * credit.double().log1p()
-        top = torch.where(has, up, -torch.inf).amax(2)  # the argmax has credit, so no other id is above these
+        top = torch.where(has, up, -torch.inf).amax(2)  # the argmax has credit, so no id without is above
         token = torch.where(has & (up == top[..., None]), ids, torch.iinfo(torch.int64).max).amin(2)
 
         def terms(values: Tensor) -> tuple[Tensor, Tensor]:

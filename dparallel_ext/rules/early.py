@@ -1,8 +1,8 @@
 """Prophet (arXiv 2508.19982) and SchED (arXiv 2512.02892): stop where the model is sure of all that is left.
 
-Both look at the gaps between the two largest logits. Where their mean reaches a bar, which falls as the
-passes of the schedule go by, every mask that the pass has logits for is filled at once; before, the policy
-row decides. Published are bars for LLaDA-8B and Dream-7B: gaps are in the units of one model's logits.
+Both compare the mean gap between the two largest logits with a threshold, which falls from pass to pass of
+the schedule. At or above it, every mask that the pass has logits for is filled at once; below it, the policy
+row decides. The published thresholds are for LLaDA-8B and Dream-7B: other models' logits have other gaps.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .protocol import Decision, Rule, Where
 
 Shape = Literal["linear", "cosine", "exponential"]
 
-_STEP = 2.0**-20  # of gaps that are summed: sums of few bits are exact, whatever the order and the padding
+_STEP = 2.0**-20  # gaps are rounded to multiples, whose sums are exact whatever the order and the padding
 
 
 def _mean(gaps: Tensor, cells: Tensor) -> Tensor:
@@ -31,10 +31,11 @@ def _mean(gaps: Tensor, cells: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Prophet(Rule):
-    """Fills all masks where the mean gap over the answer's columns reaches 7.5, 5.0 or 2.5, as progress goes.
+    """Fills all masks once the mean gap over the answer's columns reaches 7.5, 5.0 or 2.5 logits, in the
+    first, second and last third of the schedule.
 
-    The answer's columns are [start, start + width) of the response, masked or not. Published: five, from the
-    second after "The answer is", tokens that the caller has put into the response beforehand (`infill`).
+    The answer's columns are [start, start + width) of the response, masked or not. Published: five columns,
+    from the second after "The answer is", which the caller puts into the response beforehand (`infill`).
     """
 
     start: int
@@ -62,17 +63,19 @@ class Prophet(Rule):
 
 @dataclass(frozen=True)
 class SchED(Rule):
-    """Fills all masks where their mean gap reaches a bar that falls from `high` to `low` over the schedule.
+    """Fills all masks once their mean gap reaches a threshold that falls from `high` to `low` logits over the
+    schedule.
 
-    It also asks that at most the share `changes` of their predictions differs from the pass before, and that
-    the share `floor` of the schedule is done. As published but for the mean, which is each sequence's own.
+    Besides, at most the share `changes` of their predictions may differ from the pass before, and the share
+    `floor` of the schedule must be done. As published, except that the mean is over one sequence, not over
+    the batch.
     """
 
     high: float = 7.5
     low: float = 2.5
     kind: Shape = "linear"
     k: float = 4.0
-    """How fast an exponential bar falls."""
+    """How fast an exponential threshold falls."""
     floor: float = 0.0
     changes: float = 0.0
 
@@ -90,7 +93,7 @@ class SchED(Rule):
         )  # prediction + 1; 0: none yet
 
     def bar(self, t: Tensor) -> Tensor:
-        """Of progress t from 0 to 1."""
+        """The threshold (W,) at progress t (W,), from 0 to 1."""
         if self.kind == "linear":
             return self.high + (self.low - self.high) * t
         if self.kind == "cosine":

@@ -1,4 +1,4 @@
-"""Token editing, the joint threshold of LLaDA2.1 (arXiv 2602.08676): what was decoded may change again."""
+"""Token editing, the joint threshold of LLaDA2.1 (arXiv 2602.08676): decoded tokens may change again."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from .protocol import Decision, Rule, Where
 
 @dataclass(frozen=True)
 class Edit(Rule):
-    """Commits masks with a confidence above `mask`, and replaces decoded tokens of the block where another is
-    predicted with more than `edit`. Given tokens never change.
+    """Commits masks with a confidence above `mask`, and replaces a decoded token of the block if another
+    token is predicted with a confidence above `edit`. Given tokens never change.
 
-    A block is complete once it has no mask and a pass changes nothing, or after `edits` more of them.
+    A block is complete once it has no mask and a pass changes nothing, or after `edits` passes without a
+    mask.
     """
 
     mask: float = 0.9

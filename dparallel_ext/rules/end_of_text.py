@@ -1,7 +1,7 @@
 """End-of-text prediction (Learn2PD, arXiv 2509.25188): end where the model is sure that nothing follows.
 
-As published any predicted end of text ends the response, and of several the surest. Here it takes a floor,
-and the first that reaches it ends, so that what is behind it are ends of text too.
+As published, any predicted end of text ends the response, the most confident one if there are several. Here
+the first one whose probability reaches a floor ends it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from .protocol import Decision, Rule, Where
 
 @dataclass(frozen=True)
 class EndOfText(Rule):
-    """Fills with `eos` all masks from the first on that it is predicted for with a probability >= `floor`.
+    """Fills all masks with `eos`, from the first mask on that has `eos` predicted with a probability >=
+    `floor`.
 
-    It sees the masks that the pass has logits for: with the caches "none" and "prefix" those of later blocks,
-    too. What it saves is passes over blocks that hold no text; with `eos_id` the sequence then ends.
+    It sees the masks that the pass has logits for; with the caches "none" and "prefix" also those of later
+    blocks. It saves passes over blocks without text; with `eos_id` the sequence then ends.
     """
 
     eos: int

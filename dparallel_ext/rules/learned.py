@@ -1,12 +1,12 @@
-"""Learn2PD (arXiv 2509.25188): a small network says which columns of the block are predicted right by now.
+"""Learn2PD (arXiv 2509.25188): a small network judges which columns of the block are predicted right.
 
 It sees the confidences x (N,) of the active block's N columns in this pass, committed ones included:
 
     z = W2 relu(W1 x + b1) + b2;  commit the masked columns with sigmoid(z) > tau
 
-and beside them what the policy row says, as published the one surest column. Columns that a pass computes no
-logits for (the prompt's tail in a block-causal model's block, what the last block lacks) count as sure, 1.0.
-The paper does not name its activation. A ReLU rounds nothing, so that a batch cannot change a sequence.
+and also what the policy row commits, as published the one most confident column. Columns without logits in
+the pass (the prompt's tail in a block-causal model's block, columns that a short last block lacks) have x =
+1. The paper does not name its activation. A ReLU rounds nothing, so that a batch cannot change a sequence.
 `dparallel filter` trains such a network for a model.
 """
 
@@ -33,27 +33,27 @@ TENSORS = ("0.weight", "0.bias", "2.weight", "2.bias")
 """W1 (H, N), b1, W2 (N, H), b2 by their names in a file: those of Sequential(Linear, ReLU, Linear)."""
 
 NAMED: dict[str, Path] = {}
-"""Files that have a name, as "builtin:teacher": `dparallel.registry` names those that ship."""
+"""Name -> file, such as "builtin:teacher"; `dparallel.registry` adds the filters that ship."""
 
 
 @dataclass(frozen=True)
 class Learned(Rule):
-    """Commits what a trained filter takes for right, see `dparallel filter`.
+    """Commits the columns that a trained filter judges right, see `dparallel filter`.
 
-    A filter of another model than the one that decodes may be as good (a finetuned model's, say) or
-    not: there is a warning, and no error. Rules of equal content and tau are equal.
+    A filter that was trained for another model gets a warning, not an error: for a finetuned model, say, it
+    may be as good. Rules of equal content and tau are equal.
 
     Raises ValueError for a file that is no filter.
     """
 
     file: str | Path = field(compare=False)
-    """Or one of `NAMED`."""
+    """A safetensors file, or a name in `NAMED`."""
     tau: float | None = None
-    """None: the file's own."""
+    """The probability above which a column counts as right; None: the file's own."""
     content: str = field(init=False, repr=False)
     weights: tuple[Tensor, ...] = field(init=False, repr=False, compare=False)
     model: str | None = field(init=False, repr=False, compare=False)
-    """The `models.fingerprint` of the model that it was trained for."""
+    """The `models.fingerprint` of the model that the filter was trained for."""
 
     reads = "block"
     row = "quota:1"
@@ -85,7 +85,7 @@ class Learned(Rule):
 
     @property
     def bar(self) -> float:
-        """z where its sigmoid is tau."""
+        """The z whose sigmoid is tau."""
         tau = self.tau or 0.0
         return math.log(tau / (1 - tau)) if 0 < tau < 1 else math.copysign(math.inf, tau - 0.5)
 
@@ -103,7 +103,8 @@ class Learned(Rule):
             )
 
     def new_state(self, lanes: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
-        """The weights, where recorded passes find them; no sequence changes them."""
+        """The weights, at an address that does not change, as recorded passes need; no sequence changes
+        them."""
         return tuple(weight.to(device, copy=True) for weight in self.weights)
 
     def reset(self, state: tuple[Tensor, ...], lane: int) -> None:
@@ -120,14 +121,14 @@ class Learned(Rule):
 
 
 def by_place(values: Tensor, where: Where, length: int, blank: float) -> Tensor:
-    """(W, length): values (W, C) by their places in the block, `blank` where there are no statistics."""
+    """(W, length): values (W, C), sorted into their places in the block; `blank` where there are none."""
     cell = torch.arange(length, device=values.device) + (where.block - where.start)[:, None]
     at = cell.clamp(0, values.shape[1] - 1)
     return torch.where(where.read.gather(1, at) & (cell == at), values.gather(1, at), blank)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x (W, N) -> (W, M), each sum in one order, which a matrix product's may not be."""
+    """x (W, N) -> (W, M), with sums in a fixed order; a matrix product's order may depend on W."""
     terms = x[:, None] * weight
     while (count := terms.shape[2]) > 1:
         half = (count + 1) // 2
@@ -138,7 +139,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @functools.lru_cache(16)
 def _read(file: str, time: int, size: int) -> tuple[str, tuple[Tensor, ...], dict[str, str]]:
-    """The hash of the weights, these and the metadata of a file, read again where it has changed."""
+    """The hash of a file's weights, the weights, and its metadata. time, size: of the file, so that a changed
+    file is read again."""
     with safe_open(file, framework="pt") as opened:
         said = opened.metadata() or {}
         if not {*TENSORS} <= {*opened.keys()}:

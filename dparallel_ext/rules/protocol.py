@@ -1,12 +1,12 @@
-"""What a rule sees of a pass, and what it says.
+"""The interface of a rule: the statistics of a pass that it sees, and the decision that it returns.
 
-A policy row (`policies`) is a rule that a kernel follows, without memory: the fast path. A `Rule` is a
-program over the statistics of a pass, with a memory of its own if it wants one:
+A policy row (`policies`) is a rule without memory that a kernel follows: the fast path. A `Rule` is a program
+over the statistics of a pass, and may have state:
 
     row_stats -> RowStats (W, C) --decide(stats, where, state)--> Decision -> tokens
 
-A pass has W windows, one of each sequence that it is over or, where several blocks are open, one of each of
-them, and statistics of C columns of each: cell [w, j] is column `where.start[w] + j` of the sequence.
+A pass has W windows, one for each sequence or, if several blocks are open, one for each open block, and
+statistics of C columns of each: cell [w, j] is column `where.start[w] + j` of the sequence.
 """
 
 from __future__ import annotations
@@ -22,63 +22,66 @@ from ..ops.select import select
 from ..types import RowStats
 
 Function = Callable[[RowStats, Tensor, Tensor], Tensor]
-"""(stats (W, C), masked (W, C) bool, step (W,) int64) -> (W, C) bool, what to commit."""
+"""(stats (W, C), masked (W, C) bool, step (W,) int64) -> (W, C) bool: the cells to commit."""
 
 
 class Cells(NamedTuple):
-    """How N rows of logits lie in W windows of C columns."""
+    """Maps N rows of logits to the cells of W windows of C columns."""
 
     at: Tensor
-    """(N,) int64: the cell of each row, w * (C + 1) + j, with j = C where it has none."""
+    """(N,) int64: the cell of each row, w * (C + 1) + j; j = C for a row without a cell."""
     windows: int
     columns: int
 
     def spread(self, values: Tensor, blank: float) -> Tensor:
-        """(W, C, ...): values (N, ...) in their cells, `blank` in the others."""
+        """(W, C, ...): values (N, ...) of rows, put into their cells; `blank` in other cells."""
         shape = self.windows, self.columns + 1, *values.shape[1:]
         cells = values.new_full(shape, blank).flatten(0, 1)
         cells[self.at] = values
         return cells.view(shape)[:, : self.columns]
 
     def gather(self, values: Tensor, blank: float) -> Tensor:
-        """(N, ...): of values (W, C, ...) each row's, `blank` for those without a cell."""
+        """(N, ...): for each row the value of its cell, of values (W, C, ...); `blank` for rows without
+        one."""
         without = values.new_full((self.windows, 1, *values.shape[2:]), blank)
         return torch.cat((values, without), 1).flatten(0, 1)[self.at]
 
 
 @dataclass(frozen=True)
 class Where:
-    """Where the statistics of a pass lie, and how far their sequences are; tensors on the model's device."""
+    """The cells of a pass's statistics, and the progress of their sequences; tensors on the model's
+    device."""
 
     lane: Tensor
-    """(W,) int64: which sequence each window is of."""
+    """(W,) int64: the sequence of each window."""
     start: Tensor
-    """(W,) int64: the sequence's column that cell 0 is."""
+    """(W,) int64: the sequence's column in cell 0."""
     read: Tensor
-    """(W, C) bool: cells that have statistics; elsewhere the ids are -1 and the numbers NaN."""
+    """(W, C) bool: cells with statistics; in other cells the ids are -1 and the numbers NaN."""
     open: Tensor
-    """(W, C) bool: those that hold masks. A rule may commit these."""
+    """(W, C) bool: cells with statistics that hold masks. A rule may commit them."""
     masked: Tensor
-    """(W, C) bool: those in the active window. At least one of them is committed whatever a rule says."""
+    """(W, C) bool: open cells in the active window. At least one of them commits, whatever the rule
+    decides."""
     token: Tensor
-    """(W, C) int64: what the cells hold; -1 where there are no statistics."""
+    """(W, C) int64: the token in each cell; -1 without statistics."""
     decoded: Tensor
-    """(W, C) bool: those that hold decoded tokens, none given: what a rule that `edits` may change."""
+    """(W, C) bool: cells with decoded tokens, not given ones. A rule that `edits` may change them."""
     step: Tensor
-    """(W,) int64: the sequence's pass, from 1."""
+    """(W,) int64: the number of the sequence's pass, from 1."""
     turn: Tensor
-    """(W,) int64: passes that the active block has had before."""
+    """(W,) int64: earlier passes over the window's block."""
     steps: Tensor
     """(W,) int64: passes of the fixed schedule; without one, the tokens of the response."""
     first: Tensor
     """(W,) int64: the column of the response's first token."""
     block: Tensor
-    """(W,) int64: the column of the active block's first token, which the prompt's tail may hold."""
+    """(W,) int64: the column where the window's block begins, which may be in the prompt."""
     policy: Tensor
-    """(W, 5) float32: the sequences' policy rows, see `policies`."""
+    """(W, 5) float32: the windows' policy rows, see `policies`."""
     cells: Cells
     rows: Tensor
-    """(N, V): the logits that the statistics are of, for `logits`."""
+    """(N, V): the logits of the pass, which `logits` reads."""
 
     @property
     def column(self) -> Tensor:
@@ -87,15 +90,16 @@ class Where:
 
     @property
     def progress(self) -> Tensor:
-        """(W,) float32: the share of the passes of the fixed schedule that are done, from 0 to 1."""
+        """(W,) float32: the share of the fixed schedule's passes that is done, from 0 to 1."""
         return ((self.step - 1) / (self.steps - 1).clamp(min=1)).clamp(0, 1)
 
     def by_policy(self, stats: RowStats) -> Tensor:
-        """(W, C) bool: what the sequences' policy rows commit of the windows' masks, by these statistics."""
+        """(W, C) bool: the masked cells that the policy rows commit by these statistics."""
         return select(stats, self.masked, self.policy, check=False)
 
     def logits(self, ids: Tensor) -> Tensor:
-        """(W, C, K) float32: the logits of `ids` (W, C, K) int64 in each cell; NaN where there are none.
+        """(W, C, K) float32: the logits of `ids` (W, C, K) int64 in each cell; NaN in cells without
+        statistics.
 
         As in the statistics, +inf counts as the largest float32.
         """
@@ -104,68 +108,69 @@ class Where:
         return self.cells.spread(found, torch.nan)
 
     def recall(self, state: Tensor) -> Tensor:
-        """(W, C, ...): of a state (lanes, columns, ...), what it holds for the cells."""
+        """(W, C, ...): the values of the cells in a state (lanes, columns, ...)."""
         return state[self.lane[:, None], self.column]
 
     def remember(self, state: Tensor, values: Tensor) -> None:
-        """Put values (W, C, ...) into a state (lanes, columns, ...), for the cells that have statistics."""
+        """Write values (W, C, ...) into a state (lanes, columns, ...), for the cells with statistics."""
         beyond = state.shape[1] - 1  # no window reaches the last column
         state[self.lane[:, None], torch.where(self.read, self.column, beyond)] = values.to(state.dtype)
 
 
 class Decision(NamedTuple):
-    """What a rule says of a pass."""
+    """A rule's decision about a pass."""
 
     commit: Tensor | None = None
-    """(W, C) bool: cells to commit, of which those that hold masks are. None: what the policy row commits."""
+    """(W, C) bool: cells to commit; only cells with masks are. None: the cells that the policy row
+    commits."""
     token: Tensor | None = None
-    """(W, C) int64: the tokens to commit. None: `RowStats.sample`."""
+    """(W, C) int64: the tokens to write. None: `RowStats.sample`."""
     edit: Tensor | None = None
-    """(W, C) bool, of a rule that `edits`: cells whose decoded tokens are replaced by those."""
+    """(W, C) bool, for a rule that `edits`: cells whose decoded tokens are replaced by `token`."""
 
 
 class Rule:
-    """Decides what a pass commits; a frozen dataclass, since equal rules share what they remember.
+    """Decides what a pass commits. A frozen dataclass: equal rules share their state.
 
-    Whatever a rule says, at least one mask of a window is committed, and never the mask token.
+    Whatever a rule decides, at least one mask of a window is committed, and never the mask token.
     """
 
     reads: Literal["masked", "block", "response"] = "masked"
-    """Statistics of which columns it needs: those of the active window that hold masks; all of the active
-    block; or all of the response where a pass computes it (caches "none" and "prefix", else the block)."""
+    """The columns whose statistics it needs: the masks of the active window; the whole active block; or the
+    whole response if the pass computes it (caches "none" and "prefix"; else the block)."""
     edits: int = 0
-    """0: what is committed stays. Else it may change as long as its block is open; a block without a mask is
-    complete once a pass changes nothing, or after so many passes. Such a rule reads "block"."""
+    """0: committed tokens stay. N > 0: they may change while their block is open; a block without a mask is
+    complete once a pass changes nothing, or after N such passes. The rule then needs `reads` "block"."""
     recorded: bool = True
-    """Whether `decide` launches work for the device and nothing else, so that its passes can be recorded as
-    CUDA graphs: it looks at no number on the host, and what it keeps it keeps in the tensors of its state."""
+    """Whether its passes can be recorded as CUDA graphs: `decide` only launches work for the device, reads no
+    number on the host, and keeps nothing outside the tensors of its state."""
     greedy: bool = False
-    """Whether it commits tokens of its own, so that none can be sampled: the temperature has to be 0."""
+    """Whether it chooses tokens itself, so that none can be sampled: the temperature has to be 0."""
     by_row: bool = False
-    """Whether it commits at most as many tokens a pass as its policy row may, so that the host can issue
-    passes ahead where the row bounds their number."""
+    """Whether it commits at most as many tokens a pass as its policy row allows, so that the host can issue
+    passes ahead."""
     without: tuple[str, ...] = ()
-    """Scores that it does not compute, so that no policy row can rank by them."""
+    """Scores that it does not compute; policy rows cannot rank by them."""
     row: str | None = None
-    """The policy row to decide by where the caller names none: "confidence:0.9". None: the fixed schedule."""
+    """The policy row if the caller names none, such as "confidence:0.9". None: the fixed schedule."""
 
     def check(self, model: Any, block_length: int) -> None:
-        """Raise ValueError, or warn, where it does not go with a model that decodes by such blocks."""
+        """Raise ValueError, or warn, if the rule does not go with this model and block length."""
 
     def new_state(self, lanes: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
-        """What it remembers: tensors (lanes, ...), most often (lanes, columns, ...) for `Where.recall`.
+        """The state: tensors (lanes, ...), most often (lanes, columns, ...) for `Where.recall`.
 
-        They are made once for all passes over those lanes and changed in place.
+        It is made once for all passes over these lanes; `decide` and `reset` change it in place.
         """
         return ()
 
     def reset(self, state: tuple[Tensor, ...], lane: int) -> None:
-        """A sequence begins in the lane."""
+        """Reset the state of a lane in which a sequence begins."""
         for remembered in state:
             remembered[lane] = 0
 
     def decide(self, stats: RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
-        """What the pass commits. A sequence's cells may not depend on those of other sequences."""
+        """Decide what the pass commits. A sequence's cells must not depend on other sequences' cells."""
         raise NotImplementedError
 
 
@@ -174,11 +179,11 @@ class FunctionRule(Rule):
     """A plain function as a rule: it decides alone, without policy rows."""
 
     function: Function
-    recorded = False  # nobody has promised that it looks at no number
+    recorded = False  # the function may read numbers on the host
 
     def decide(self, stats: RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
         commit = self.function(stats, where.masked, where.step)
-        expect("policy", commit, where.masked)  # None is no decision of a function
+        expect("policy", commit, where.masked)  # a function must not return None
         return Decision(commit)
 
 

@@ -16,25 +16,25 @@ from .learned import NAMED, Learned
 from .protocol import Function, Rule
 
 ONE = "one"
-"""The policy that commits one token a pass, the most confident."""
+"""The name of the policy that commits one token a pass, the most confident."""
 ROWS = {ONE, "steps", *policies.SELECTORS}
-"""What the text of a policy row, or of the fixed schedule, begins with."""
+"""Words that the text of a policy row, or of the fixed schedule, begins with."""
 
 
 class Kind(NamedTuple):
-    """A rule that text can name."""
+    """A rule that a text can name."""
 
     make: type[Rule]
     parameters: tuple[tuple[str, Callable[[str], Any]], ...]
-    """Names and types of what stands after the colon, in order."""
+    """Names and types of the parameters after the colon, in order."""
     needed: int
-    """How many of them have to be given."""
+    """How many of the parameters, from the first on, have to be given."""
     does: str
     path: bool = False
-    """The first is a path, in which commas, colons and plus signs may stand."""
+    """Whether the first parameter is a path, which may hold commas, colons and plus signs."""
 
     def values(self, given: str) -> list[str]:
-        """What stands after the colon, parted; behind a path that is a number alone."""
+        """The parameters in the text after the colon; behind a path only a number counts as one."""
         path, _, last = given.rpartition(",")
         if not self.path:
             return given.split(",") if given else []
@@ -58,36 +58,36 @@ KINDS = {
         SchED,
         (("high", float), ("low", float), ("kind", str), ("k", float)),
         0,
-        "fills all where the mean logit gap reaches a falling bar (SchED)",
+        "fills all once the mean logit gap reaches a falling threshold (SchED)",
     ),
     "prophet": Kind(
         Prophet,
         (("start", int), ("width", int)),
         1,
-        "fills all where the gaps of the answer's columns do (Prophet)",
+        "fills all once the mean gap of the answer's columns does (Prophet)",
     ),
     "eot": Kind(
         EndOfText,
         (("eos", int), ("floor", float)),
         1,
-        "fills with EOS all behind the first that is predicted with at least FLOOR (Learn2PD)",
+        "fills all from the first EOS on whose probability is at least FLOOR (Learn2PD)",
     ),
     "learned": Kind(
         Learned,
         (("file", str), ("tau", float)),
         1,
-        "commits what a trained filter takes for right, see `dparallel filter` (Learn2PD)",
+        "commits what a trained filter judges right, see `dparallel filter` (Learn2PD)",
         path=True,
     ),
 }
 
 
 def parse(text: str, *, default: bool = True) -> tuple[Rule | None, dict[str, Any]]:
-    """A rule, and the arguments of `decode` for the policy row, of "NAME:P,P+SELECTOR:THRESHOLD" or a part.
+    """The rule, if any, and the arguments of `decode` for the policy row in "NAME:P,P+SELECTOR:THRESHOLD".
 
-    "one" and "steps:N", the fixed schedule, stand where a row may.
+    Either part may stand alone; "one" and "steps:N", the fixed schedule, may stand in place of a row.
 
-    default: where the text has no row, take the rule's own.
+    default: if the text has no row, take the rule's own.
 
     Raises ValueError saying what was expected.
     """
@@ -109,13 +109,13 @@ def parse(text: str, *, default: bool = True) -> tuple[Rule | None, dict[str, An
 
 
 def file_of(text: str) -> str | None:
-    """The file that a rule's text names, which `parse` reads; None where it names none."""
+    """The file that a rule's text names, and that `parse` would read; None if it names none."""
     kind = KINDS.get(_name(text))
     return "".join(_parts(text, kind)[0][:1]) if kind is not None and kind.path else None
 
 
 def _parts(text: str, kind: Kind) -> tuple[list[str], str | None]:
-    """What stands after the colon, and after the plus sign; None without one that begins a policy row."""
+    """The parameters after the colon, and the policy row after the plus sign, None if there is no row."""
     own, plus, beside = text.rpartition("+") if kind.path else text.partition("+")
     if kind.path and beside.partition(":")[0] not in ROWS:
         own, plus = text, ""
@@ -127,9 +127,9 @@ def _name(text: str) -> str:
 
 
 def text_of(rule: Rule | Function, *, own_row: bool = True) -> str:
-    """What `rules.parse` makes the rule of. Without `own_row`, its own policy row is left out.
+    """The text from which `rules.parse` makes the rule. Without `own_row`, the rule's own row does not apply.
 
-    Raises ValueError where there is no such text.
+    Raises ValueError if there is no such text.
     """
     for name, kind in KINDS.items():
         if type(rule) is kind.make:
@@ -154,15 +154,15 @@ def _row(text: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(
             f"rule: expected {ONE!r}, steps:N, SELECTOR:THRESHOLD with a selector of "
-            f"{list(policies.SELECTORS)}, or a rule of {list(KINDS)}, alone or with one of those behind a "
-            f"plus sign, got {text!r} ({error})"
+            f"{list(policies.SELECTORS)}, or a rule of {list(KINDS)}, alone or with one of the former behind "
+            f"a plus sign, got {text!r} ({error})"
         ) from error
     return {"selector": selector, "threshold": threshold}
 
 
 def menu() -> list[dict[str, str]]:
-    """All that `parse` takes, for a choice of rules: of each its name, what may stand after a colon ("" for
-    nothing; in brackets what may be left out), what usually does, and what the rule does."""
+    """All texts that `parse` takes, for a menu: each rule's "name", "parameters" after the colon ("" for
+    none, optional ones in brackets), their "usual" values, and what it "does"."""
     found = [
         (ONE, "", "", "one token a pass, the most confident"),
         ("steps", "N", "16", "the fixed schedule of N passes"),
@@ -195,9 +195,9 @@ def _usage(name: str) -> str:
 
 
 def describe() -> str:
-    """All that `parse` takes, for `--help`."""
+    """All texts that `parse` takes, for `--help`."""
     kinds = "; ".join(f"{_usage(name)} ({kind.does})" for name, kind in KINDS.items())
     return (
         f"{ONE!r} (one token a pass), steps:N (the fixed schedule), or one of {policies.describe()}; or "
-        f"a rule with a memory, alone or in front of one of those and a plus sign: {kinds}"
+        f"a rule with memory, alone or with one of the former behind a plus sign: {kinds}"
     )

@@ -1,6 +1,6 @@
-"""Several tokens a pass of an autoregressive model, with its own text: draft, verify, accept, commit.
+"""Speculative decoding: an autoregressive model's own text, several tokens a pass.
 
-`adaptive` is the exception: a diffusion model's pass, verified by a mixture, with another text.
+`adaptive` is the exception: it decodes a diffusion model, verified by a mixture, to another text.
 """
 
 from .adadecode import AdaDecode

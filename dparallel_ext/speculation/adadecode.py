@@ -2,24 +2,23 @@
 
 Source: AdaDecode, arXiv 2506.03700.
 
-    head      behind l layers: logits = lm_head(norm(T h)), h the stream there, norm and lm_head the model's,
-              T one matrix (width, width), trained by KL to what the whole model says
-    draft     a token runs through layers [0, l). Where max p > gamma, the next token is out at once: it is
-              drafted, and runs in its turn
-    queue     the streams behind layer l of all tokens that have run so far
-    verify    where a head is not sure, or the draft is as long as was asked for, or at its end, the queue
-              goes through layers [l, L) in one pass; what the model chooses there is compared with the draft
+    head      after l layers: logits = lm_head(norm(T h)), with h the stream there, norm and lm_head the
+              model's, and T a matrix (width, width), trained by KL towards the whole model's distribution
+    draft     a token runs through layers [0, l). If max p > gamma, the next token is drafted, and runs too
+    queue     the streams after layer l of all tokens that have run so far
+    verify    once a head is not sure, or the draft has the requested length, or ends the text, the queue runs
+              through layers [l, L) in one pass, and the model's choices there are compared with the draft
 
 The draft writes keys and values of layers [0, l) into the model's own cache, and the verify pass those of
-[l, L), so each layer computes each row once. What takes the place of a refused token overwrites its keys.
-With several heads a token that one of them is not sure of goes on to the next, together with those in front
-of it that have not been so far; the first sure head wins.
+[l, L), so each layer computes each row once. A token that replaces a refused one overwrites its keys. With
+several heads, a token that one head is not sure of goes on to the next head, with the tokens before it that
+have not been there yet; the first sure head wins.
 
-Two things are not the paper's. The model's norm stands between T and the head (there: lm_head(T h)): with T
-the identity, a head then starts as the model reads its own last stream, and it learns more. And the model's
-own choices are compared (sample matching) in place of rejection sampling, so the text is that of plain
-decoding at every temperature. Above 0, a head draws with the noise that the model draws with at the same
-position: where the two distributions are close, the choices mostly agree.
+It differs from the paper in two ways. The model's norm is between T and the head (the paper has
+lm_head(T h)), so that with T the identity a head starts out reading the stream as the model reads its last
+one, and it learns more. And the model's own choices are compared (sample matching) in place of rejection
+sampling, so the text is that of plain decoding at every temperature. Above 0, a head draws with the model's
+noise at the same position, so where the two distributions are close, the choices mostly agree.
 """
 
 from __future__ import annotations
@@ -54,13 +53,13 @@ _MOST = Field(int, 16, most=512)
 
 
 class Layout(NamedTuple):
-    """What a drafter's config.json says."""
+    """The content of a drafter's config.json."""
 
     width: int
     vocabulary: int
     target_layers: int
     layers: tuple[int, ...]
-    """Behind so many layers stand heads, ascending."""
+    """The numbers of layers after which there are heads, ascending."""
     gamma: float
     most: int
     origin: Origin
@@ -96,7 +95,8 @@ class Layout(NamedTuple):
 
 
 def check_layers(name: str, layers: Any, target_layers: int) -> None:
-    """Raise ValueError where heads cannot stand behind so many layers of the target."""
+    """Raise ValueError unless `layers` are ascending numbers of layers of the target, after which heads
+    fit."""
     whole_numbers = isinstance(layers, (list, tuple)) and all(type(layer) is int for layer in layers)
     if (
         not whole_numbers
@@ -110,7 +110,7 @@ def check_layers(name: str, layers: Any, target_layers: int) -> None:
 
 
 class ExitHeads(nn.Module):
-    """The matrices T, each the identity at first."""
+    """The matrices T, initialised to the identity."""
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
@@ -120,8 +120,7 @@ class ExitHeads(nn.Module):
             nn.init.eye_(each.weight)  # type: ignore[arg-type]
 
     def forward(self, index: int, stream: Tensor, target: Model) -> Tensor:
-        """Logits (..., V) of streams (..., width), in the dtype of the maps, behind `layout.layers[index]`
-        layers."""
+        """Logits (..., V) of head `index`, for streams (..., width) after its layers, in the maps' dtype."""
         return target.head(target.norm(self.maps[index](stream).to(target.dtype)))
 
 
@@ -129,10 +128,10 @@ class AdaDecode:
     """A drafter of a model's own first layers, see above. `load` reads one; `dparallel drafter` trains one.
 
     Args:
-        heads: in evaluation mode and without gradients from now on.
-        gamma: how sure a head has to be, as a probability. None: what the file says.
-        most: the most tokens of a draft. None: what the file says.
-        source: what errors call it.
+        heads: are put into evaluation mode, without gradients.
+        gamma: the probability above which a head's best token is drafted. None: the file's value.
+        most: the most tokens of a draft. None: the file's value.
+        source: names the drafter in errors.
     """
 
     def __init__(
@@ -168,20 +167,21 @@ class AdaDecode:
         return _Session(self.layout, heads, model, kv_cache, lanes, graphs)
 
     def on(self, device: torch.device, dtype: torch.dtype) -> ExitHeads:
-        """The heads there, kept for the next batch."""
+        """A copy of the heads on `device` in `dtype`, kept for the next batch."""
         if self._placed is None or self._placed[0] != (device, dtype):
-            # Made outside inference mode, so that they may serve anywhere.
+            # Tensors made outside inference mode can be used anywhere.
             with torch.inference_mode(False), torch.no_grad():
                 self._placed = (device, dtype), copy.deepcopy(self.heads).to(device, dtype)
         return self._placed[1]
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write it, see `checkpoint.write_checkpoint`."""
+        """Write the drafter, see `checkpoint.write_checkpoint`."""
         write_checkpoint(path, self.layout.config, self.heads, dtype)
 
 
 def drafter_of_heads(found: DraftCheckpoint) -> AdaDecode:
-    """Raises ValueError naming the config key, or missing, extra and misshapen tensors."""
+    """The drafter in a file. Raises ValueError naming the config key, or missing, extra and misshapen
+    tensors."""
     with torch.device("meta"):
         heads = ExitHeads(Layout.of(found.config))
     found.fill(heads)
@@ -195,21 +195,22 @@ class _Queue:
     lane: Lane
     most: int
     computed: list[int]
-    """Of each head: rows, from the root on, that have been through the layers in front of it."""
+    """For each head: rows, from the root on, that have run through the layers before it."""
     tokens: list[int] = field(default_factory=list)
-    """Drafted."""
+    """Drafted tokens."""
     layers: int = 0
+    """Layers run for the draft, one after the other."""
     ended: bool = False
-    """Whether a head was sure of an end, which is the model's to say."""
+    """Whether a head predicted an end token, which only the model may emit."""
 
     @property
     def full(self) -> bool:
-        """Whether no head is asked any more."""
+        """Whether the draft is complete, so that no head drafts any more."""
         return self.ended or len(self.tokens) == self.most
 
 
 class _Key(NamedTuple):
-    """What the launches of a part of a draft depend on, beside the values of its inputs."""
+    """All that the launches of a part of a draft depend on, beside the values of its inputs."""
 
     shapes: Shapes
     max_q_len: int
@@ -237,8 +238,8 @@ class _Session(RecordedSession):
         super().__init__(heads, model, graphs)
         self._layout, self._heads, self._kv_cache = layout, heads, kv_cache
         self._rows = layout.most + 1
-        """Of a lane: positions that far apart share no row."""
-        # One more than there are, for rows of a pass that are no tokens.
+        """Rows of a lane in the buffer of streams; positions count modulo it."""
+        # One more row, for padding rows of a pass.
         size = lanes * self._rows + 1, layout.width
         self._streams = torch.zeros(size, dtype=model.dtype, device=model.device)
         self.size = self._streams.nbytes
@@ -248,7 +249,7 @@ class _Session(RecordedSession):
         return Stream(self._streams[self._places(metadata)])
 
     def _places(self, metadata: AttentionMetadata) -> Tensor:
-        """(N,) int64: where the streams of the packed tokens are kept."""
+        """(N,) int64: the packed tokens' rows in the buffer of streams."""
         place = metadata.rows * self._rows + metadata.positions % self._rows
         return place.masked_fill(metadata.slot_mapping < 0, len(self._streams) - 1)
 
@@ -276,8 +277,8 @@ class _Session(RecordedSession):
         return [Draft(tuple(queue.tokens), start=start, layers=queue.layers) for queue in queues]
 
     def _run(self, head: int, queues: Sequence[_Queue]) -> list[int | None]:
-        """Run the rows that are not behind a head's layers yet through them; returns the token that the last
-        row of each queue guesses, None where the head is not sure or the queue is full."""
+        """Run the rows that have not run through a head's layers yet; return each queue's next token by its
+        last row, or None if the head is not sure or the queue is full."""
         spans: list[Span] = []
         ids: list[int] = []
         source: list[int] = []
@@ -311,7 +312,7 @@ class _Session(RecordedSession):
         )
         device = self.model.device
         if device.type == "cuda":
-            inputs = inputs.pin_memory()  # else its copy to the device may wait for what came before
+            inputs = inputs.pin_memory()  # else the copy to the device may wait for earlier work
         key = _Key(shapes, metadata.max_q_len, metadata.max_kv_len, head, tuple(groups.values()))
         compute = functools.partial(self._compute, key)
         if self.graphs is None or self.graphs.addresses is None:
@@ -323,7 +324,7 @@ class _Session(RecordedSession):
         return [None if queue.full or (guess := next(guesses)) < 0 else guess for queue in queues]
 
     def _compute(self, key: _Key, inputs: Tensor) -> Tensor:
-        """(M,) int64: what each row that is read guesses, -1 where the head is not sure."""
+        """(M,) int64: the token drafted at each row that is read, -1 where the head is not sure."""
         *given, ids, source, keys, group = unpack(inputs, key.shapes)
         metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *given, causal=True)
         places, layers = self._places(metadata), self._layout.layers
@@ -333,7 +334,7 @@ class _Session(RecordedSession):
             stream = self.model.run_layers(stream, self._kv_cache, metadata, first, layers[key.head])
             x = stream.sum
             self._streams[places] = x
-            # No row is read where all queues are full.
+            # If all queues are full, no row is read.
             logits = self._heads(key.head, x[source], self.model) if key.groups else x[:0]
         token = torch.full_like(source, -1)
         for number, sampling in enumerate(key.groups):
@@ -349,6 +350,6 @@ class _Session(RecordedSession):
                 position=position,
                 check=False,
             )
-            sure = (stats.top1 - stats.lse).exp() > self._layout.gamma  # not of a row that holds NaN
+            sure = (stats.top1 - stats.lse).exp() > self._layout.gamma  # false for a row with NaN
             token = torch.where(sure & (group == number), stats.sample, token)
         return token

@@ -1,19 +1,19 @@
 """Adaptive parallel decoding of a diffusion model (APD, arXiv 2506.00413): left to right, as many tokens a
-pass as a small autoregressive model goes along with. The text is neither model's own: this is lossy.
+pass as a small autoregressive model accepts. It is lossy: the text is neither model's own.
 
-    draft     a pass of the diffusion model over the last known tokens and the next M masks: its own choice x
-              of each, by logits z_D
-    verify    a pass of the verifier, which is autoregressive, over the drafted tokens: z_AR at each
-    accept    x_1 in any case, and x_j while it is the choice by R z_D + (1 - R) z_AR, raw logits both
+    draft     a pass of the diffusion model over the last known tokens and the next M masks gives logits z_D
+              and its choice x at each mask
+    verify    a pass of the verifier, an autoregressive model, over the drafted tokens gives logits z_AR
+    accept    x_1 in any case, then x_j as long as it is the choice by R z_D + (1 - R) z_AR
     commit    the accepted tokens; the others are masks again
 
-Above temperature 0 draft and choice share their noise, keyed by seed, sequence and position, as the paper
-says. (The published code compares with the argmax there.) M bounds what the diffusion model sees of the
-canvas: its texts end where the canvas does, so a short one costs accuracy.
+Above temperature 0 draft and choice share their noise, keyed by seed, sequence and position, as in the paper
+(the published code compares with the argmax). M bounds the canvas that the diffusion model sees: its texts
+end where the canvas does, so a short canvas costs accuracy.
 
-Keys and values of the diffusion model outlive a pass. The tokens that the last pass has committed, which it
-saw as masks, are computed again, and W - 1 tokens in front of them; those further left stay as they were
-computed, although what stands behind them has changed since.
+The diffusion model's keys and values are cached. A pass computes again the tokens that the last pass has
+committed, which it saw as masks, and W - 1 tokens in front of them; tokens further left keep their keys and
+values, although the text behind them has changed since.
 """
 
 from __future__ import annotations
@@ -44,18 +44,20 @@ from .speculate import OF_DIFFUSION, check_prompts, decoded, end_ids, run
 
 @dataclass
 class AdaptiveOutput(DecodeOutput):
-    """What `adaptive_decode` returns, as `decode`: `nfe` and `forwards` count the model's passes alone."""
+    """The output of `adaptive_decode`, as `decode`'s; `nfe` and `forwards` count the diffusion model's
+    passes."""
 
     verifier_nfe: Tensor = field(kw_only=True)
-    """(B,) int64: passes of the verifier that each sequence was in."""
+    """(B,) int64: passes of the verifier over each sequence."""
     verifier_forwards: int = field(kw_only=True)
     """Passes of the verifier that the call ran."""
     drafted: Tensor = field(kw_only=True)
     """(D,) int64: passes, over all sequences, that drafted 1, 2, ..., D tokens beyond the first."""
     accepted: Tensor = field(kw_only=True)
-    """(D,) int64: of these, the passes that committed as many."""
+    """(D,) int64: the passes, of those, that committed the token at this depth."""
     passes: list[list[Verified]] | None = field(default=None, repr=False)
-    """With `record`: what each pass of each sequence has made of its draft, the first token not counted."""
+    """With `record`, for each sequence and pass the drafted, accepted and refused tokens, without the
+    first."""
 
 
 @names_fields
@@ -73,35 +75,35 @@ def adaptive_decode(
     progress: bool = False,
     **keywords: Unpack[DecodeKeywords],
 ) -> AdaptiveOutput:
-    """Decode up to `gen_length` tokens after each prompt with a diffusion model, left to right, as many a
-    pass as a small autoregressive model goes along with (APD, arXiv 2506.00413), see `adaptive`.
+    """Decode up to `gen_length` tokens after each prompt with a diffusion model, left to right, as many
+    tokens a pass as a small autoregressive model accepts (APD, arXiv 2506.00413), see `adaptive`.
 
-    Lossy: the text is that of no model alone. Each pass commits at least the first token, unverified.
+    Lossy: the text is neither model's own. Each pass commits at least the first token, unverified.
 
     Args:
-        model: a masked diffusion model of ours (`dparallel_ext.models`).
+        model: a masked diffusion model of `dparallel_ext.models`.
         prompt: see `decode`; each has at least one token.
-        config: how the prompts are decoded; default: `DecodeConfig()`. What is about blocks, rules and caches
-            belongs to `decode`; `logprobs` too, for no single model has drawn the text.
-        verifier: an autoregressive model of ours on the same device, whose token ids mean what the model's
-            do. Its vocabulary may be of another size: only ids that both have are decoded.
-        mixture: R, the diffusion model's share of the logits that judge a draft, from 0 to 1. At 1 all that
-            is drafted is committed; at 0 what the verifier would have chosen.
-        window: W, at least 1, see `adaptive`. None: everything is computed again, nothing is ever stale.
+        config: how the prompts are decoded; default: `DecodeConfig()`. Fields about blocks, rules and caches
+            belong to `decode` alone, and so does `logprobs`, since no single model draws the text.
+        verifier: an autoregressive model of `dparallel_ext.models` on the same device, with the same token
+            ids. Its vocabulary may have another size: only ids that both models have are decoded.
+        mixture: R, the diffusion model's share of the logits that judge a draft, from 0 to 1. At 1 every
+            drafted token is committed; at 0 those that the verifier would have chosen.
+        window: W, at least 1, see `adaptive`. None: every pass computes everything, so no key is stale.
         lookahead: M, at least 1: masks that a pass sees, and the most tokens that it commits. None: all.
         attention_mask: see `decode`.
-        streamer: an object with `put` and `end`, as transformers' streamers. Batch size 1.
-        progress: a tqdm bar of tokens.
-        keywords: fields of `DecodeConfig`. `eos_id`: None is the model's own end tokens; a number stands
-            instead of them, and -1 for none. `graphs` has no effect: passes are not recorded.
+        streamer: an object with `put` and `end`, as transformers' streamers. Needs a batch of one prompt.
+        progress: show a tqdm bar of tokens.
+        keywords: fields of `DecodeConfig`; they replace the config's. `eos_id`: None: the model's own end
+            tokens; a number replaces them; -1: none. `graphs` has no effect: passes are not recorded.
 
     Returns:
-        AdaptiveOutput. Each sequence goes on at its own pace; one that has ended is in no pass, and what
-        follows its end is filled with the end token.
+        AdaptiveOutput. Each sequence goes on at its own pace; one that has ended is in no pass, and is filled
+        with the end token.
 
     Raises:
-        ValueError: naming the argument that does not fit; or naming sequence and position where the logits
-            hold NaN or leave no token to choose.
+        ValueError: naming the argument that does not fit; or, if the logits hold NaN or leave no token to
+            choose, naming sequence and position.
         TypeError: for a keyword that is no field.
     """
     config = configured("adaptive_decode", config, keywords)
@@ -151,7 +153,7 @@ def adaptive_decode(
 
 
 def check_fields(fields: Mapping[str, Any]) -> None:
-    """Raise ValueError for a field of `DecodeConfig` that says what is decided otherwise here."""
+    """Raise ValueError for a field of `DecodeConfig` that does not apply to `adaptive_decode`."""
     for name in (*OF_DIFFUSION, "logprobs"):
         value = plain(fields[name])
         if name != "mask_id" and value != DEFAULTS[name]:
@@ -171,7 +173,7 @@ def check_numbers(mixture: float = 0.5, window: int | None = None, lookahead: in
 
 
 def diffusion_model(model: Any) -> Model:
-    """One of ours, of masked diffusion. Raises ValueError for another."""
+    """`model` without wrappers. Raises ValueError unless it is a native masked diffusion model."""
     check_diffusion(model)
     found = for_decoding(model)
     if not isinstance(found, Model):
@@ -183,7 +185,7 @@ def diffusion_model(model: Any) -> Model:
 
 
 def verifier_of(given: Any, model: Model, prompts: Sequence[Tensor], eos_ids: Sequence[int]) -> Model:
-    """The verifier. Raises ValueError where it is none, or has no id for what it is to read."""
+    """The verifier. Raises ValueError unless it is an autoregressive model that has all ids it will read."""
     found = for_decoding(given) if callable(given) else given
     if not isinstance(found, Model) or not found.causal:
         raise ValueError(
@@ -203,10 +205,9 @@ def verifier_of(given: Any, model: Model, prompts: Sequence[Tensor], eos_ids: Se
 
 
 class AdaptiveBatch(CausalBatch):
-    """Sequences of a diffusion model in lanes, each with its own place in them.
+    """A batch of sequences that `adaptive_decode` decodes; for the arguments see there.
 
-    A sequence's `num_cached` is about the verifier's keys and values. For the arguments see
-    `adaptive_decode`; window and lookahead are numbers.
+    A sequence's `num_cached` counts the verifier's keys and values.
     """
 
     def __init__(
@@ -227,14 +228,14 @@ class AdaptiveBatch(CausalBatch):
         self.verifier, self.mixture, self.mask_id = verifier, mixture, mask_id
         self.window, self.lookahead = window, lookahead
         self.shared = min(model.shape.embedding_size, verifier.shape.embedding_size)
-        """Ids that both models have, from 0."""
+        """The number of ids, from 0, that both models have."""
         self.verifier_cache = verifier.new_cache(lanes, width)
         self.verified = [0] * lanes
-        """Of each lane: passes of the verifier."""
+        """Passes of the verifier over each lane."""
         self.verifier_forwards = 0
 
     def step(self, lanes: Sequence[int] | None = None) -> list[int]:
-        """Draft and verify once for every sequence that is not done (of `lanes`); returns these."""
+        """Draft and verify once for every sequence that is not done (of `lanes`); return their lanes."""
         live = self.live if lanes is None else [b for b in self.live if b in lanes]
         for group in [[b] for b in live] if self.batch_invariant else [live] * bool(live):
             self._pass({b: self.rows[b] for b in group})
@@ -252,7 +253,7 @@ class AdaptiveBatch(CausalBatch):
         logits = self._logits(self.model, self.kv_cache, canvas, drafts, starts)  # (n, shared)
         own = next(iter(rows.values()))
         stats, error = self._choose(logits, own, key, column)
-        results = torch.full((4, len(places)), UNKNOWN, device=device)  # tokens and errors, of both
+        results = torch.full((4, len(places)), UNKNOWN, device=device)  # token, error; choice, its error
         results[0], results[1] = stats.sample, error
         asked = {b: own for b, own in drafts.items() if len(own) > 1}
         if asked:
@@ -296,7 +297,7 @@ class AdaptiveBatch(CausalBatch):
         source: list[int] = []
         offset = 0
         for b, columns in asked.items():
-            start, end = starts[b], columns.stop - int(model.causal)  # the last token predicts nothing asked
+            start, end = starts[b], columns.stop - int(model.causal)  # the last token's logits are not needed
             spans += model.spans(b, start, end, end)
             source += (column - back - start + offset for column in columns)
             offset += end - start
@@ -311,7 +312,8 @@ class AdaptiveBatch(CausalBatch):
     def _choose(
         self, logits: Tensor, row: CausalSequence, key: Sequence[Tensor], column: Tensor
     ) -> tuple[RowStats, Tensor]:
-        """Of each row of logits the best token or a sample, by the noise of its column; and errors, (n,)."""
+        """Statistics of the logits (n, shared), whose samples use each column's noise, and error codes
+        (n,)."""
         seed, sequence = key
         suppress = row.suppress if row.suppress is None else row.suppress[row.suppress < self.shared]
         stats, error = read_rows(
@@ -328,9 +330,9 @@ class AdaptiveBatch(CausalBatch):
         return stats, torch.where(error == NO_ERROR, UNKNOWN, error % 4)
 
     def _agreed(self, b: int, columns: range, found: Sequence[Sequence[int]]) -> int:
-        """How many tokens of a draft are committed. found: of each draft and error, choice and error.
+        """How many tokens of a draft are committed. found: for each column token, error, choice, its error.
 
-        Raises ValueError for a bad row that is come to.
+        Raises ValueError for the first bad row among the committed tokens or right behind them.
         """
         width = self.tokens.shape[1]
         for number, (column, (token, bad, choice, bad_choice)) in enumerate(zip(columns, found, strict=True)):

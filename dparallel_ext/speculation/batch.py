@@ -1,11 +1,11 @@
-"""Sequences of an autoregressive model that are decoded together: draft, verify, accept, commit.
+"""A batch of sequences of an autoregressive model: draft, verify, accept, commit.
 
-    draft     guesses behind the root, the last known token: none, a chain or a tree
-    verify    one pass over root and guesses (and what of the prompt is not computed yet)
-    accept    at each row the model's own choice; the path from the root along the guesses that are it
-    commit    the choices along the path are known tokens now, the keys and values of its rows are kept
+    draft     guesses of the tokens after the root, which is the last known token: none, a chain or a tree
+    verify    one pass over root and guesses (and the rest of the prompt, if it is not computed yet)
+    accept    the path from the root along the guesses that are the model's own choice at the row before
+    commit    the choices along the path become known tokens; keys and values of the path's rows are kept
 
-Every token is the model's own choice behind true tokens, and samples are keyed by position, so a text is a
+Every token is the model's own choice after true tokens, and samples are keyed by position, so a text is a
 function of prompt and seed, whatever the drafter. Each sequence goes on at its own pace.
 """
 
@@ -37,11 +37,11 @@ from .sequence import IDLE, CausalSequence, SamplingGroup, Verified
 from .sizing import Fixed, Sizer
 
 UNKNOWN = -1
-"""What stands in the place of a token that is not known yet."""
+"""The number in place of a token that is not known yet."""
 
 
 class PassKey(NamedTuple):
-    """What the launches of a pass depend on, beside the values of its inputs."""
+    """All that the launches of a pass depend on, beside the values of its inputs."""
 
     shapes: Shapes
     max_q_len: int
@@ -49,12 +49,13 @@ class PassKey(NamedTuple):
     rows: int
     """The most rows of a lane that are verified."""
     start: int
-    """The first layer."""
+    """The first layer that the pass runs."""
     tree: bool
     riders: int
-    """Tensors that tell of the riders; 0: there are none."""
+    """The number of input tensors about riders; 0: there are none."""
     follows: bool
-    """Whether the pass leaves what it chooses for a next one that is issued before the host knows of it."""
+    """Whether the pass stores its choices on the device, for a next pass issued before the host knows
+    them."""
     logprobs: bool
     groups: tuple[SamplingGroup, ...]
 
@@ -64,29 +65,29 @@ class PassKey(NamedTuple):
 
 
 class Emitted(NamedTuple):
-    """What a pass has emitted of one sequence."""
+    """The tokens that a pass has emitted for one sequence."""
 
     tokens: list[int]
     logprobs: list[float]
-    """With `logprobs`, of each token."""
+    """With `logprobs`, of each token; else empty."""
     riders: int = 0
-    """That rode behind the node whose choice is the last token."""
+    """Riders behind the node whose choice is the last token."""
     guessed: Sequence[int] = ()
-    """What was made of their logits, see `DraftSession.guessed`."""
+    """Their guesses, see `DraftSession.guessed`."""
 
 
 class Issued(NamedTuple):
-    """A pass that the device is at, or will be."""
+    """A pass that was issued, and whose result has not been read."""
 
     drafts: dict[int, Draft]
     key: PassKey
     result: Tensor
-    """On the host, once `there`."""
+    """(n,) int64 on the host, valid after the event `there`."""
     there: torch.cuda.Event | None
-    """None: already."""
+    """None: `result` is valid."""
 
     def numbers(self) -> list[int]:
-        """The result; this waits for the device."""
+        """The result; waits for the device."""
         if self.there is not None:
             self.there.synchronize()
         found: list[int] = self.result.tolist()
@@ -95,12 +96,12 @@ class Issued(NamedTuple):
 
 @dataclass
 class Counts:
-    """What drafts were worth, by the depth of their nodes: index 0 are the root's children."""
+    """Drafted and accepted tokens by the depth of their nodes; index 0 is for the root's children."""
 
     drafted: list[int]
-    """Passes whose draft reached so deep, as far as there was room for its tokens."""
+    """Passes whose draft reached this depth."""
     accepted: list[int]
-    """Of these, how many took a token of the draft at this depth."""
+    """Passes, of those, that accepted a token of the draft at this depth."""
 
     def add(self, depth: int, taken: int) -> None:
         missing = depth - len(self.drafted)
@@ -112,20 +113,20 @@ class Counts:
 
 
 class CausalBatch:
-    """Sequences in lanes, each with its own place in them.
+    """Sequences in lanes, and the passes over them; `admit` puts a sequence into a lane.
 
     Args:
-        model: one of ours, `causal`.
-        lanes, width: how many sequences, and the longest one's length.
+        model: a native model, `causal`.
+        lanes, width: the number of sequences, and the length of the longest.
         drafter: None: plain decoding, a token a pass.
-        sizer: how many nodes are asked for; default: as many as the drafter has a use for.
-        pad_id: what stands behind the end of a sequence.
-        batch_invariant: each sequence in passes of its own.
-        graphs: on a GPU, passes of one form are recorded once and replayed.
-        ahead: passes that the host issues before it looks at what the one before them did, where it need not
-            know: on a GPU, without a drafter. An end is met so many passes late, which are run in vain and
-            count for nothing.
-        kv_cache: of so many sequences and positions; default: a fresh one.
+        sizer: chooses the number of nodes of drafts; default: the most that the drafter uses.
+        pad_id: the token behind a sequence's end.
+        batch_invariant: give each sequence passes of its own.
+        graphs: on a GPU, record the passes of one `PassKey` once and replay them.
+        ahead: on a GPU and without a drafter, passes that the host issues before it reads the result of the
+            one before them. A sequence's end is noticed `ahead` passes late; those passes are wasted, and do
+            not count.
+        kv_cache: a cache for so many sequences and positions; default: a fresh one.
     """
 
     def __init__(
@@ -144,16 +145,15 @@ class CausalBatch:
     ) -> None:
         self.model, self.pad_id, self.batch_invariant = model, pad_id, batch_invariant
         self.mask_id = UNKNOWN
-        # At least one, since torch makes no tensor of an empty buffer.
+        # Not empty, since torch makes no tensor of an empty buffer.
         self._ids = array("q", (pad_id,)) * max(1, lanes * width)
-        """The memory of `tokens`, for the few that a pass reads and writes."""
+        """The memory of `tokens`, since a pass reads and writes few of them."""
         self.tokens = torch.frombuffer(self._ids, dtype=torch.int64)[: lanes * width].view(lanes, width)
-        """(lanes, width) int64 on the CPU: drafters and stop sequences look at them there."""
+        """(lanes, width) int64 on the CPU, where drafters and the search for stop sequences read them."""
         self.logprobs = torch.full((lanes, width), torch.nan)
-        """(lanes, width) float32: of each token, where a sequence wants them."""
+        """(lanes, width) float32: each token's log-probability, of sequences that record it; else NaN."""
         self.steps = torch.zeros((lanes, width), dtype=torch.int64)
-        """(lanes, width): the pass that brought each token, where a sequence wants log-probabilities or the
-        record."""
+        """(lanes, width): the pass that emitted each token, of sequences that record it; else 0."""
         self.device = device = model.device
         owner = None if isinstance(drafter, Apart) else drafter
         space = None
@@ -176,7 +176,7 @@ class CausalBatch:
         if drafter is not None and self._session is None:
             self._session = drafter.session(model, self.kv_cache, lanes, graphs=graphs)
         self._owned = self._session if owner is not None else None
-        """What recorded passes read of the drafter."""
+        """The drafter's session, if recorded passes read its tensors."""
         self._riders = None if self._session is None else self._session.riders
         self._sizer: Sizer = Fixed(self._most) if sizer is None else sizer
         self._suppressed = space.suppressed
@@ -185,13 +185,14 @@ class CausalBatch:
         may = drafter is None and not batch_invariant and runner.runs_ahead(device)
         self._ahead = ahead if may else 0
         self._last = space.tokens[:, 0] if self._ahead else None
-        """(lanes,) int64: what the last pass has chosen, where the next may be issued without knowing it."""
+        """(lanes,) int64 on the device: the last pass's choices, if passes are issued ahead."""
         self._issued: collections.deque[Issued] = collections.deque()
-        """Passes that were not looked at, the oldest first."""
+        """Passes whose results have not been read, the oldest first."""
 
     def keep(self) -> None:
-        """Let the next batch like this one replay what this one has recorded, if its drafter's session can go
-        on, too. This one is over: its tensors belong to that one.
+        """Leave the workspace to the model's next batch of this size, if the drafter's session can go on too.
+
+        This batch is over then: its tensors belong to the next.
         """
         space, self._workspace = self._workspace, None
         if space is not None and space.key is not None and (self._owned is None or self._owned.recorded):
@@ -208,9 +209,9 @@ class CausalBatch:
         eos_ids: tuple[int, ...] = (),
         num_cached: int = 0,
     ) -> CausalSequence:
-        """Begin a sequence: up to `gen_length` tokens after `prompt` (P,) int64, at least one.
+        """Begin a sequence: up to `gen_length` tokens after `prompt` (P,) int64, with P >= 1.
 
-        num_cached: its first positions whose keys and values are cached already, fewer than P.
+        num_cached: positions, from 0 on, whose keys and values are cached already, fewer than P.
         """
         first, length = len(prompt), len(prompt) + gen_length
         row = CausalSequence(
@@ -236,7 +237,7 @@ class CausalBatch:
 
     @property
     def live(self) -> list[int]:
-        """Sequences that the next pass is over."""
+        """The lanes of the next pass."""
         return [b for b, row in enumerate(self.rows) if not row.done]
 
     def release(self, lane: int) -> None:
@@ -245,10 +246,10 @@ class CausalBatch:
         self._issued.clear()
 
     def enter(self, finished: list[int]) -> None:
-        """Nothing is between blocks here."""
+        """Do nothing: an autoregressive sequence has no blocks."""
 
     def _suppress(self, ids: Tensor | None) -> Tensor | None:
-        """One tensor for the same ids, on the device."""
+        """The ids as a tensor on the device, the same object for the same ids."""
         if ids is None or not len(ids):
             return None
         key = tuple(ids.unique().tolist())
@@ -261,10 +262,10 @@ class CausalBatch:
     # --- a pass -------------------------------------------------------------------------------------
 
     def step(self, lanes: Sequence[int] | None = None) -> list[int]:
-        """Draft and verify once for every sequence that is not done (of `lanes`); returns these, each of
+        """Draft and verify once for every sequence that is not done (of `lanes`); return their lanes, each of
         which has new tokens.
 
-        Where it raises, what the model, the drafter or `accept` raises, every sequence is as it was before.
+        If the model, the drafter or `accept` raises, every sequence is left as it was before the call.
         """
         live = self.live if lanes is None else [b for b in self.live if b in lanes]
         if not live:
@@ -284,24 +285,24 @@ class CausalBatch:
             self._issued.clear()
             raise
         for b in live:
-            # A draft of riders alone says nothing of what drafts are worth.
+            # A draft of riders alone does not show how many guesses are accepted.
             if sizes.get(b) and (drafts[b].tokens or not drafts[b].riders):
                 self._sizer.learn(sizes[b], len(found[b].tokens) - 1)
             self._advance(b, drafts[b], found[b])
         return live
 
     def _sizes(self, live: Sequence[int]) -> dict[int, int]:
-        """The most rows of each draft; while the prompt is computed none, or riders alone."""
+        """The most rows of each draft, by lane. A lane whose prompt is computed has none, or riders alone."""
         if self._session is None:
             return {}
         size = min(self._sizer.size(len(live)), self._most)
         asked = [b for b in live if self._riders is not None or not self.rows[b].prefills]
-        # The last token that there is room for is the model's own choice in any case.
+        # One token less than there is room for: the pass adds the model's own choice.
         sizes = {b: min(size, self.rows[b].room - 1) for b in asked}
         return {b: most for b, most in sizes.items() if most > 0}
 
     def _drafts(self, sizes: dict[int, int]) -> dict[int, Draft]:
-        """What is guessed of each."""
+        """The drafts of the lanes in `sizes`."""
         if self._session is None or not sizes:
             return {}
         rows = [(b, self.rows[b]) for b in sizes]
@@ -325,7 +326,7 @@ class CausalBatch:
         return dict(zip(sizes, found, strict=True))
 
     def _groups(self, live: Sequence[int], drafts: dict[int, Draft]) -> list[tuple[list[int], bool]]:
-        """Sequences that share a pass, all of which begin at one layer, and whether it is one over trees."""
+        """The lanes of each pass, whose drafts begin at one layer, and whether the pass is over trees."""
         if self.batch_invariant:
             return [([b], not drafts[b].is_chain) for b in live]
         found = []
@@ -333,19 +334,20 @@ class CausalBatch:
             alike = [b for b in live if drafts[b].start == start]
             trees = [b for b in alike if not drafts[b].is_chain]
             chains = [b for b in alike if drafts[b].is_chain]
-            if trees:  # a short chain is a tree; the rows of a prompt are too many to be
+            if trees:  # a chain is a tree, too, but a prompt has too many rows for ancestor words
                 trees += [b for b in chains if not self.rows[b].prefills]
                 chains = [b for b in chains if self.rows[b].prefills]
             found += [(sorted(group), tree) for group, tree in ((chains, False), (trees, True)) if group]
         return found
 
     def _verify(self, drafts: dict[int, Draft], tree: bool) -> dict[int, Emitted]:
-        """One pass over some sequences. Nothing of them changes but keys and values behind the known ones."""
-        # A pass that computes a prompt says nothing of what a size of draft takes.
+        """Run one pass over some sequences, which changes nothing but keys and values after the cached
+        ones."""
+        # A pass that computes a prompt does not measure the cost of a draft's size.
         prefills = any(self.rows[b].prefills for b in drafts)
         with nullcontext() if prefills else self._sizer.verifying():
             if self._issued and [b for b in self._issued[0].drafts if not self.rows[b].done] != [*drafts]:
-                self._issued.clear()  # it was not for these
+                self._issued.clear()  # they were for other sequences
             if not self._issued:
                 self._issued.append(self._issue(drafts, tree))
             while len(self._issued) <= self._ahead:
@@ -358,14 +360,14 @@ class CausalBatch:
         return self._look(drafts, issued.key, numbers)
 
     def _coming(self, b: int) -> int:
-        """Passes over the sequence that were not looked at, each of which brings a token."""
+        """Issued passes over the sequence whose results have not been read; each emits one token."""
         return sum(b in issued.drafts for issued in self._issued)
 
     def _issue(self, drafts: dict[int, Draft], tree: bool) -> Issued:
-        """A pass, behind those that were issued."""
+        """Issue a pass after those already issued."""
         coming = {b: self._coming(b) for b in drafts}
         if self.graphs is not None and any(self.rows[b].nfe + coming[b] == 0 for b in drafts):
-            # The model may have moved, or the drafter.
+            # The weights of the model or the drafter may have moved.
             of_model, of_drafter = self.model.addresses(), self._owned and self._owned.addresses()
             self.graphs.drop_stale(of_model if of_model is None else [*of_model, *(of_drafter or ())])
         inputs, key = self._inputs(drafts, tree, coming)
@@ -377,23 +379,24 @@ class CausalBatch:
             result = self.graphs.run(key.key if few else None, inputs, compute, device=self.device, held=key)
         there = None
         if self.device.type == "cuda":
-            # Into pinned memory: a later pass does not delay it, as it would a copy that is asked for later.
+            # Copied now, into pinned memory: a copy issued later would wait for later passes.
             result = result.to("cpu", non_blocking=True)
             there = torch.cuda.current_stream(self.device).record_event()
         return Issued(drafts, key, result, there)
 
     def _inputs(self, drafts: dict[int, Draft], tree: bool, coming: dict[int, int]) -> tuple[Tensor, PassKey]:
-        """All that the device has to be told, (n,) int64 on the CPU, and how it is to be read.
+        """All that the device needs from the host, (n,) int64 on the CPU, and the key that says how to read
+        it.
 
-        N packed tokens of the pass; M rows whose logits are wanted, each lane's root and nodes, which are
-        verified, and behind them its riders, which are not; B lanes.
+        There are N packed tokens of the pass, B lanes, and M rows whose logits are needed: of each lane the
+        root and the nodes, which are verified, and then its riders, which are not.
 
-        coming: of each lane, the tokens of passes that were not looked at.
+        coming: for each lane, the tokens of issued passes whose results have not been read.
         """
         lanes, width, pad_to = len(self.rows), self.tokens.shape[1], self._pad_to
         spans: list[Span] = []
         ids: list[int] = []
-        unknown: list[tuple[int, int]] = []  # places among them, and whose last token belongs there
+        unknown: list[tuple[int, int]] = []  # (index in ids, the lane whose last token belongs there)
         source: list[int] = []
         token: list[int] = []
         parent: list[int] = []
@@ -430,9 +433,9 @@ class CausalBatch:
                 source += range(source[-1] + 1, source[-1] + 1 + size)
                 token += nodes
                 parent += draft.verified_rows
-                for depth in _depths(draft):  # of what each row chooses
+                for depth in _depths(draft):  # row r chooses the token at position known + depth
                     keys += (seed, number, known + depth, 0)
-                # `accept` does not look at the rows of riders.
+                # `accept` does not read the rows of riders.
                 token += [0] * riders
                 parent += [-1] * riders
                 keys += [0] * (4 * riders)
@@ -492,7 +495,7 @@ class CausalBatch:
         packing.tensors(joined)
         inputs, shapes = packing.pack()
         if self.device.type == "cuda":
-            inputs = inputs.pin_memory()  # else its copy to the device may wait for the passes before
+            inputs = inputs.pin_memory()  # else the copy to the device may wait for earlier passes
         if pad_to is not None:
             rows = 1 << (rows - 1).bit_length()
         return inputs, PassKey(
@@ -558,7 +561,7 @@ class CausalBatch:
         error = functools.reduce(torch.minimum, [one.error for one in found])
         if key.follows:
             assert self._last is not None
-            # A bad row has chosen none: what follows it is not looked at, and any token will do.
+            # A bad row has no choice: later passes over its lane are not read, so any token will do.
             torch.clamp(tokens[:, 0], min=0, out=self._last)
         results = [error, count, tokens.flatten()]
         if key.tree:
@@ -584,7 +587,8 @@ class CausalBatch:
         return torch.cat(results)
 
     def _moves(self, path: Tensor, bases: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, D) slots that a path's keys and values lie in, and those that they belong into; -1 for none."""
+        """(B, D) int64 each: the slots of a path's keys and values, and the slots to move them to; -1:
+        none."""
         places = torch.arange(path.shape[1], device=path.device)
         size = self.kv_cache.page_size
 
@@ -595,7 +599,7 @@ class CausalBatch:
         return slots(bases[:, None] + path), slots(bases[:, None] + places)
 
     def _look(self, drafts: dict[int, Draft], key: PassKey, numbers: list[int]) -> dict[int, Emitted]:
-        """What a pass has emitted, from its result. Raises ValueError for a row that kept one from it."""
+        """The emitted tokens in a pass's result. Raises ValueError for a bad row on a path."""
         lanes, width = len(self.rows), key.rows
         error, count, rest = numbers[:lanes], numbers[lanes : 2 * lanes], numbers[2 * lanes :]
         if (first := min(error[b] for b in drafts)) != NO_ERROR:
@@ -620,10 +624,10 @@ class CausalBatch:
                     found[b] = found[b]._replace(riders=riders, guessed=guessed)
         return found
 
-    # --- what it has brought ------------------------------------------------------------------------
+    # --- commit ---------------------------------------------------------------------------------------
 
     def _advance(self, b: int, draft: Draft, emitted: Emitted) -> None:
-        """Take in the tokens that a pass has emitted of a sequence."""
+        """Update sequence b by the tokens that a pass has emitted."""
         row, count = self.rows[b], len(emitted.tokens)
         if self._session is not None:
             self._session.guessed(b, emitted.riders, emitted.guessed)
@@ -634,9 +638,9 @@ class CausalBatch:
         self.commit(b, emitted.tokens, emitted.logprobs)
 
     def commit(self, b: int, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
-        """Append the tokens that a pass has brought to sequence b, as far as its end.
+        """Append the tokens of a pass to sequence b, up to its end.
 
-        logprobs: of each, where the sequence is recorded.
+        logprobs: of each token, if the sequence is recorded.
         """
         row, count = self.rows[b], len(tokens)
         start = row.known
@@ -650,7 +654,7 @@ class CausalBatch:
             self.steps[b, start : row.known] = row.nfe
         ended = None
         if row.settings.stop or not set(row.eos_ids).isdisjoint(tokens):
-            # Only the last tokens can be part of what ends at a new one.
+            # A stop sequence that ends at a new token begins among the last tokens.
             reach = max((len(stop) for stop in row.settings.stop), default=1)
             first = max(row.prompt, start - reach + 1)
             ended = row.first_end(self._ids[lane + first : lane + row.known].tolist(), first, start)
@@ -665,7 +669,7 @@ class CausalBatch:
 
 
 def _depths(draft: Draft) -> Sequence[int]:
-    """Of the root and the nodes: steps from the root."""
+    """The depths of the root, which is 0, and of the nodes."""
     if draft.parents is None:
         return range(len(draft.tokens) + 1)
     depths = [0]

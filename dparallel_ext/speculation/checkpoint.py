@@ -1,7 +1,7 @@
 """Files of drafters with weights: config.json and model.safetensors in a directory, or one .safetensors file.
 
-What the published layouts have no place for stands in config.json under the key `OURS`: which kind of drafter
-it is, for which model it was trained, and behind which chat template.
+config.json has a key `OURS` for what the published layouts have no place for: the kind of drafter, the model
+that it was trained for, and the chat template of its training.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from ..models import Model, files, fingerprint
 from ..models.fields import Field, read
 
 OURS = "dparallel"
-"""The key of config.json under which stands what the published layout has no place for."""
+"""The key of config.json for what the published layout has no place for."""
 METADATA = "config"
 """The key of a single file's metadata that holds the content of config.json."""
 
 
 class Origin(NamedTuple):
-    """What a config.json says of a drafter's training; nothing of it where the file is a published one."""
+    """A drafter's kind and training, from its config.json; all None in published files."""
 
     kind: str | None
     target: str | None
-    """The `models.fingerprint` of the model that it was trained for; None: the file does not say."""
+    """The `models.fingerprint` of the model that it was trained for; None: not known."""
     template: str | None
-    """The chat template that prompts had in training, as the trainer names it."""
+    """The chat template of prompts in training, by its name."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Origin:
-        """Raises ValueError for what is no text."""
+        """The origin in a config.json. Raises ValueError for values that are no text."""
         ours = read(config, {OURS: Field(dict, {})})[OURS]
         texts = [ours.get(name) for name in ("kind", "target", "template")]
         for name, text in zip(("kind", "target", "template"), texts, strict=True):
@@ -47,20 +47,20 @@ class Origin(NamedTuple):
 
     @property
     def ours(self) -> dict[str, Any]:
-        """As config.json has it."""
+        """The entry for config.json."""
         return {OURS: {"kind": self.kind, "target": self.target, "template": self.template}}
 
 
 class DraftCheckpoint(NamedTuple):
-    """What was read."""
+    """A drafter's file as it was read."""
 
     source: str
-    """What errors call it."""
+    """Names the file in errors."""
     config: dict[str, Any]
     tensors: dict[str, Tensor]
 
     def fill(self, model: nn.Module) -> None:
-        """Let the weights be those of `model`, which is on the device "meta".
+        """Put the weights into `model`, which is on the device "meta".
 
         Raises ValueError naming missing, extra and misshapen tensors.
         """
@@ -83,10 +83,10 @@ class DraftCheckpoint(NamedTuple):
 
 
 def read_checkpoint(path: str | Path) -> DraftCheckpoint:
-    """Of a directory (by ORG/NAME too, see `models.locate`), or of one .safetensors file.
+    """Read a directory (or ORG/NAME, see `models.locate`), or one .safetensors file.
 
     Raises:
-        FileNotFoundError: naming what is not there.
+        FileNotFoundError: naming the missing file or directory.
         ValueError: naming the file that cannot be read.
     """
     path = Path(path)
@@ -97,7 +97,7 @@ def read_checkpoint(path: str | Path) -> DraftCheckpoint:
         raise FileNotFoundError(f"path: no file {file}")
     files.refuse_pointer(file)
     try:
-        # Outside inference mode, so that what is read may be trained or copied anywhere.
+        # Tensors made outside inference mode can be trained or copied anywhere.
         with torch.inference_mode(False), safe_open(file, framework="pt") as opened:
             config = _of_metadata(file, opened.metadata()) if one else None
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
@@ -122,7 +122,7 @@ def _of_metadata(file: Path, metadata: Mapping[str, str] | None) -> dict[str, An
 def write_checkpoint(
     path: str | Path, config: Mapping[str, Any], model: nn.Module, dtype: torch.dtype
 ) -> None:
-    """To one file if the path ends in .safetensors, else to a directory in the layout of the published
+    """Write one file if the path ends in .safetensors, else a directory in the layout of the published
     checkpoints. Each file appears whole or not at all."""
     path = Path(path)
     config = {**config, "torch_dtype": str(dtype).removeprefix("torch.")}

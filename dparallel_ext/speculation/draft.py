@@ -1,4 +1,4 @@
-"""What a drafter guesses of the tokens to come: a chain, or a tree."""
+"""Drafts: a drafter's guesses of the next tokens, a chain or a tree."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ from ..models.config import ModelConfig
 
 
 class Draft(NamedTuple):
-    """Guessed tokens behind the last known one, the root. Nodes are numbered from 1; 0 is the root.
+    """Guessed tokens after the last known token, the root. Nodes are numbered from 1; 0 is the root.
 
-    Behind the root and each node there may be a chain of riders, rows of the pass that are not verified but
-    guess tokens for the next draft, see `drafter.Riders`.
+    The root and each node may have a chain of riders: rows of the pass that are not verified, but guess
+    tokens for the next draft, see `drafter.Riders`.
     """
 
     tokens: tuple[int, ...] = ()
-    """Of the nodes 1, 2, ..."""
+    """The tokens of nodes 1, 2, ..."""
     parents: tuple[int, ...] | None = None
-    """Each node's parent, an earlier one or the root; None: a chain, each node behind the one before."""
+    """Each node's parent, an earlier node or the root; None: a chain."""
     start: int = 0
-    """The layer at which the verify pass begins: root and nodes have been through those in front of it, and
+    """The layer at which the verify pass begins: root and nodes have run through the layers before it, and
     the session has their streams, see `drafter.KeepsStreams`."""
     layers: int = 0
     """Layers of the model that were run to make the draft, one after the other."""
     riders: tuple[int, ...] = ()
-    """How many ride behind the root and behind each node; empty: none anywhere."""
+    """The number of riders of the root and of each node; empty: none."""
 
     @property
     def size(self) -> int:
-        """Rows behind the root: nodes and riders."""
+        """Rows besides the root: nodes and riders."""
         return len(self.tokens) + sum(self.riders) if self.riders else len(self.tokens)
 
     @property
     def is_chain(self) -> bool:
-        """Whether each row, those of riders too, is behind the one before."""
+        """Whether each row, riders included, is the child of the row before."""
         if not self.riders:
             return self.parents is None or self.parents == tuple(range(len(self.tokens)))
         return self.rows == tuple(range(-1, self.size))
 
     @property
     def verified_rows(self) -> tuple[int, ...]:
-        """Parents of the root and the nodes as the rows of a verify pass have them: -1 for the root."""
+        """Parents of the root and the nodes, by rows of the verify pass; the root's is -1."""
         return -1, *(range(len(self.tokens)) if self.parents is None else self.parents)
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """The same with the riders' rows, which follow those of all nodes in the order of their nodes."""
+        """Parents of all rows: as `verified_rows`, then the riders, in the order of their nodes."""
         parents = [*self.verified_rows]
         for node, count in enumerate(self.riders):
             for number in range(count):
@@ -56,7 +56,7 @@ class Draft(NamedTuple):
         return tuple(parents)
 
     def refused(self, emitted: Sequence[int]) -> tuple[int, ...]:
-        """The tokens of the nodes that are not on the way of the tokens that their pass has emitted."""
+        """The tokens of the nodes that are not on the path of the emitted tokens."""
         if not self.tokens:
             return ()
         if self.is_chain:
@@ -65,7 +65,7 @@ class Draft(NamedTuple):
         nodes = list(enumerate(zip(self.tokens, self.verified_rows[1:], strict=True), 1))
         at: int | None = 0
         taken = set[int]()
-        for token in emitted:  # of siblings that guess the same, the first is on the way: see `ops.accept`
+        for token in emitted:  # of siblings with one token, the first is on the path, see `ops.accept`
             at = next((node for node, (own, parent) in nodes if own == token and parent == at), None)
             if at is None:
                 break
@@ -81,9 +81,9 @@ def check_drafts(
     riders: int = 0,
     prefilling: Collection[int] = (),
 ) -> None:
-    """Raise ValueError where a drafter gave what is no draft, or not what it was asked for.
+    """Raise ValueError unless a drafter's drafts are well-formed and of the requested sizes.
 
-    riders: the most behind a node. prefilling: the lanes whose drafts may have no nodes.
+    riders: the most riders of a node. prefilling: the lanes whose drafts must have no nodes.
     """
     vocabulary = shape.embedding_size
     if len(drafts) != len(lanes):
@@ -119,7 +119,7 @@ def check_drafts(
 
 
 def _check_riders(draft: Draft, lane: int, most: int) -> None:
-    """Before anything else is asked of the draft: how many rows it has hangs on them."""
+    """Check the riders first, since the draft's number of rows depends on them."""
     if not draft.riders:
         return
     if len(draft.riders) != 1 + len(draft.tokens):

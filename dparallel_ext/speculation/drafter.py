@@ -1,7 +1,7 @@
-"""What guesses the tokens that a verify pass looks at: the protocol of drafters.
+"""The protocol of drafters, which guess the tokens that a verify pass checks.
 
 A drafter changes how many passes a text takes, never the text: whatever it guesses, only the model's own
-choices are emitted. So a drafter may be as rough as it likes, and has no temperature.
+choices are emitted. So a drafter may be approximate, and has no temperature.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from .sequence import SamplingGroup
 
 
 class Lane(NamedTuple):
-    """A sequence that a draft is asked for."""
+    """A sequence to make a draft for."""
 
     lane: int
     tokens: Tensor
-    """(n,) int64 on the CPU: prompt and what is decoded, the last of them the root of the draft. All but the
-    root are in the cache."""
+    """(n,) int64 on the CPU: prompt and decoded tokens. The last is the root of the draft; all others are in
+    the cache."""
     length: int
-    """Positions that the sequence may come to have: the slots behind are not its own."""
+    """The most positions of the sequence: slots beyond are not its own."""
     sampling: SamplingGroup
     """How the model's own choices are made."""
     key: tuple[int, int]
-    """Of their noise: seed, sequence. The position of the chosen token is the third number, the last is 0."""
+    """Seed and sequence number of the choices' noise, whose full key is (seed, sequence, position, 0), with
+    the position of the chosen token."""
     eos_ids: tuple[int, ...] = ()
-    """The first of them ends the sequence."""
+    """Tokens that end the sequence."""
 
     @property
     def suppress(self) -> Tensor | None:
@@ -42,91 +43,89 @@ class Lane(NamedTuple):
 
     @property
     def room(self) -> int:
-        """Tokens that may still come behind the root."""
+        """The most tokens that may still come after the root."""
         return self.length - len(self.tokens)
 
 
 class Riders(Protocol):
-    """Rows of a verify pass that are not verified: each guesses a token, for the draft of the next pass.
+    """Rows of a verify pass that are not verified: each guesses a token for the draft of the next pass.
 
-    A rider has its place in a chain behind a node of the draft (or the root) and sees what the node sees, the
-    node, and the chain in front of it. It joins the pass in front of a layer, by what `born` makes of the
-    node's stream there; its keys and values of earlier layers do not exist, and the others are never kept.
-    So a rider's logits are those of a token that was not there to be known, and its row brings the pass no
-    token. The text does not depend on it.
+    A rider is in a chain behind a node of the draft (or the root); it sees what the node sees, the node, and
+    the riders before it in the chain. It joins the pass before layer `layer`, with the stream that `born`
+    makes from the node's; it has no keys and values of earlier layers, and those of later layers are not
+    kept. A rider emits no token, and the text does not depend on it.
     """
 
     most: int
-    """How many may ride behind a node."""
+    """The most riders of a node."""
     layer: int
-    """The layer in front of which riders join; 0: the first."""
+    """The layer before which riders join the pass; 0: the first."""
 
     def born(self, nodes: Tensor, numbers: Tensor) -> Tensor:
-        """(R, width): the stream of R riders. nodes: (R, width), that of each one's node; numbers: (R,)
-        int64, its place in the chain, from 0. Part of the pass, which may be recorded."""
+        """(R, width): the streams of R riders. nodes: (R, width), the stream of each rider's node; numbers:
+        (R,) int64, its place in the chain, from 0. Part of the pass, which may be recorded."""
 
     def guess(self, logits: Tensor, rows: Tensor, suppress: Tensor | None) -> Tensor:
-        """(B, K) int64, what the host is to hear of each lane: see `DraftSession.guessed`. Part of the pass.
+        """(B, K) int64: numbers for `DraftSession.guessed` of each lane. Part of the pass.
 
-        rows: (B, most) int64, the rows of `logits` (M, V) that are the riders of the last accepted node; of
-        these so many are the lane's as rode there, and the rest may be any. suppress: (n,) ids that the
-        model never chooses.
+        rows: (B, most) int64, the rows of `logits` (M, V) of the last accepted node's riders; if that node
+        has fewer riders, the remaining rows are arbitrary. suppress: (n,) ids that the model never chooses.
         """
 
 
 class DraftSession:
-    """What a drafter remembers of the sequences in a batch's lanes. A session has `propose`, and of the rest
-    what it needs.
+    """A drafter's state for the sequences in a batch's lanes. A session implements `propose`, and the other
+    methods that it needs.
 
     In an engine a sequence may begin with pages that others have filled, and pages are shared as soon as the
-    model's passes have filled them. What `observe` and `moved` put into pages is there for every position
-    that is in the cache, whoever's pass has computed it; what `propose` puts there may not be, but for keys
-    and values of the model itself, see `KeepsStreams`.
+    model's passes have filled them. So data that `observe` and `moved` write into pages is there for every
+    cached position, whichever sequence's pass has computed it. Data that `propose` writes may be missing,
+    except for the model's own keys and values, see `KeepsStreams`.
     """
 
     taps: tuple[int, ...] = ()
-    """Layers of the model, ascending, behind which it wants to see the residual stream; -1: the embedding."""
+    """Layers of the model, ascending, after which `observe` gets the residual stream; -1: the embedding."""
     recorded: bool = False
-    """Whether it may serve the next batch like this one, `reset` for each lane, with the recordings that read
-    its tensors. It then says the `addresses` of its weights, and does not keep the model alive."""
+    """Whether the next batch of the same size may use the session, after `reset` for each lane, with the
+    recordings that read its tensors. It then returns the `addresses` of its weights, and does not keep the
+    model alive."""
     size: int = 0
-    """Bytes of the tensors that are its own."""
+    """Bytes of its own tensors."""
     riders: Riders | None = None
-    """How the riders of its drafts come to be; such a session has no taps, and keeps no streams. A pass over
-    a prompt may have riders too, so it is then asked for drafts of these lanes, which have no nodes."""
+    """Makes the riders of its drafts; such a session has no taps, and keeps no streams. A pass over a prompt
+    may have riders too, so `propose` is then called for these lanes too, whose drafts have no nodes."""
 
     def reset(self, lane: int) -> None:
-        """A sequence begins in the lane."""
+        """Reset the state of a lane in which a sequence begins."""
 
     def addresses(self) -> Sequence[int]:
-        """Where the weights lie that its part of the passes reads."""
+        """The addresses of the weights that its part of the passes reads."""
         return ()
 
     def observe(self, metadata: AttentionMetadata, taps: Sequence[Tensor]) -> None:
-        """A pass of the model has computed the tokens of `metadata`; taps: (N, width) behind each of `taps`.
+        """Take the streams (N, width) after each layer of `taps`, of a pass over the tokens of `metadata`.
 
-        Part of the pass, which may be recorded: nothing of it may wait for the device. Tokens of drafts are
-        among them that the pass then refuses; the next pass computes the places behind the accepted ones
-        again.
+        Part of the pass, which may be recorded, so nothing may wait for the device. Some of the tokens are
+        drafted ones that the pass then refuses; the next pass computes their positions again.
         """
 
     def moved(self, source: Tensor, target: Tensor) -> None:
-        """What a path of a tree has put into slots `source` (B, M) lies in `target` from now on, as
-        `ops.kv_move` has it. Part of the pass."""
+        """Move the data of an accepted path from slots `source` (B, M) to `target`, as `ops.kv_move` moves
+        keys and values. Part of the pass."""
 
     def guessed(self, lane: int, riders: int, numbers: Sequence[int]) -> None:
-        """What a pass with the lane has guessed: so many riders rode behind the node whose choice is the new
-        root, and `numbers` are the K that `Riders.guess` made of them; none where none rode."""
+        """Take a pass's guesses for the lane: the number of riders of the node whose choice is the new root,
+        and the K numbers that `Riders.guess` made from them; none without riders."""
 
     def propose(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:
-        """A draft for each of `lanes`, of at most so many nodes, riders among them, each."""
+        """A draft for each of `lanes`, of at most the given number of nodes and riders."""
         raise NotImplementedError
 
 
 class RecordedSession(DraftSession):
-    """A session with passes of its own, recorded where the batch's are; it does not keep the model alive.
+    """A session with passes of its own, recorded if the batch's are; it does not keep the model alive.
 
-    weights: of the drafter.
+    weights: the drafter's module.
     """
 
     def __init__(self, weights: nn.Module, model: Model, graphs: bool) -> None:
@@ -136,7 +135,7 @@ class RecordedSession(DraftSession):
     @property
     def model(self) -> Model:
         model = self._target()
-        assert model is not None  # its batch is there
+        assert model is not None  # the batch keeps it
         return model
 
     @property
@@ -147,8 +146,8 @@ class RecordedSession(DraftSession):
         return [p.data_ptr() for p in self.weights.parameters()]
 
     def reset(self, lane: int) -> None:
-        """Recordings go where weights have moved. What of the lane was written before is overwritten before
-        it is seen."""
+        """Drop recordings if weights have moved. Data of the lane needs no reset: it is overwritten before it
+        is read."""
         if self.graphs is not None:
             of_model = self.model.addresses()
             self.graphs.drop_stale(None if of_model is None else [*of_model, *self.addresses()])
@@ -159,8 +158,8 @@ class KeepsStreams(Protocol):
     """A session that drafts with layers of the model itself, which the verify pass does not run again."""
 
     def streams(self, metadata: AttentionMetadata) -> Stream:
-        """Of the packed tokens of `metadata`, roots and nodes of drafts, what layer `Draft.start` gets. The
-        layers in front of it have written these tokens' keys and values. Part of the pass, as `observe`."""
+        """The input of layer `Draft.start`, (N, width), for the packed tokens of `metadata`: roots and nodes
+        of drafts, whose keys and values the layers before it have written. Part of the pass, as `observe`."""
 
 
 @runtime_checkable
@@ -168,28 +167,28 @@ class Drafter(Protocol):
     """Guesses tokens. One object serves any number of batches, each with a session of its own."""
 
     most: int
-    """The most nodes of a draft that are of use."""
+    """The most nodes of a draft that it can make use of."""
 
     def check(self, model: Model) -> None:
-        """Raise ValueError where it cannot draft for the model: another vocabulary, another target."""
+        """Raise ValueError if it cannot draft for the model: another vocabulary, another target."""
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> DraftSession:
-        """For a batch of so many lanes; graphs: passes may be recorded. What it keeps of positions belongs
-        into pages like those of `kv_cache`, under its `block_table`, so that sequences that share a beginning
-        share this too."""
+        """A session for a batch of `lanes` lanes; graphs: passes may be recorded. It keeps data about
+        positions in pages like those of `kv_cache`, under its `block_table`, so that sequences with a common
+        prefix share this data too."""
 
 
 @runtime_checkable
 class Apart(Protocol):
-    """A drafter whose sessions have no part in the model's passes: neither taps nor streams nor riders, and
-    nothing to do where a pass is observed or a path moves. So passes recorded with one serve with another."""
+    """A drafter whose sessions have no part in the model's passes: no taps, streams or riders, and nothing to
+    do in `observe` and `moved`. So passes recorded with one such drafter can be replayed with another."""
 
     apart: Literal[True]
 
 
 @runtime_checkable
 class Expecting(Protocol):
-    """A drafter that knows how many tokens a pass with its drafts may bring."""
+    """A drafter that can predict how many tokens a pass with its drafts emits."""
 
     def expected(self, size: int) -> float:
-        """Tokens of a pass whose draft has `size` nodes, riders among them, on average."""
+        """The mean number of tokens that a pass emits if its draft has `size` nodes and riders."""

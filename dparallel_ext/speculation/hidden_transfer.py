@@ -1,9 +1,9 @@
-"""Hidden Transfer: riders that are born at a middle layer (arXiv 2404.12022; its successor FIRP, 2410.20488).
+"""Hidden Transfer: riders that begin at a middle layer (arXiv 2404.12022; its successor FIRP, 2410.20488).
 
-Behind layer t - 1 a trained matrix for each distance turns the stream of a node's row into a pseudo hidden
-state for that distance, which from layer t on is a row like any other, at the node's position + j. Below it
-there is nothing of it: no row is computed there, and no keys and values exist. A rider sees what its node
-sees, the node, and the riders in front of it (the paper does not say which it lets see which).
+After layer t - 1, a trained matrix for each distance j turns the stream of a node's row into a pseudo hidden
+state, which from layer t on is a row like any other, at the node's position + j. In earlier layers the rider
+has no row, and no keys and values. A rider sees what its node sees, the node, and the riders before it (the
+paper does not say which rows see which).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class HiddenTransfer(Birth):
         self.maps = nn.Parameter(torch.zeros(self.most, self.width, self.width))
 
     def born(self, nodes: Tensor, numbers: Tensor) -> Tensor:
-        # Each map of each row, of which one is kept: few rows, whose time is that of reading the maps.
+        # All maps of all rows, of which one each is kept: for few rows, reading the maps takes the time.
         every = torch.einsum("...w,kvw->...kv", nodes, self.maps)
         number = numbers[..., None, None].expand(*numbers.shape, 1, self.width)
         return every.gather(-2, number).squeeze(-2)

@@ -1,4 +1,4 @@
-"""Drafts without weights: what followed the last time that the text ended so (prompt lookup decoding).
+"""Drafts without weights: the tokens that followed the text's last n-gram where it occurred before.
 
 Source: A. Saxena, "Prompt Lookup Decoding" (2023); LLMA, arXiv 2304.04487.
 """
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 class NGram:
-    """Drafts the tokens that followed the latest earlier place where the last `longest` tokens stand; where
-    there is none, the last `longest` - 1 of them, and so on down to `shortest`.
+    """Prompt lookup decoding: drafts the tokens that followed the latest earlier occurrence of the last
+    `longest` tokens; if there is none, of the last `longest` - 1 tokens, and so on down to `shortest`.
 
     most: the most tokens of a draft.
     """
@@ -35,7 +35,7 @@ class NGram:
         return f"NGram({self.longest}, shortest={self.shortest}, most={self.most})"
 
     def check(self, model: Model) -> None:
-        """It goes with every model."""
+        """Do nothing: it goes with every model."""
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> DraftSession:
         return _Session(self, lanes)
@@ -46,9 +46,9 @@ class _Session(DraftSession):
         self._drafter = drafter
         self._sizes = range(drafter.longest, drafter.shortest - 1, -1)
         self._ids: list[list[int]] = [[] for _ in range(lanes)]
-        """Of each lane's sequence, the tokens that are indexed."""
+        """For each lane, the tokens that are indexed."""
         self._ends: list[dict[tuple[int, ...], int]] = [{} for _ in range(lanes)]
-        """Of each n-gram that a token follows, the index of the latest such token."""
+        """For each lane: n-gram -> the index of the token after its latest occurrence."""
 
     def reset(self, lane: int) -> None:
         self._ids[lane], self._ends[lane] = [], {}
@@ -67,6 +67,8 @@ class _Session(DraftSession):
             at = ends.get(tuple(ids[-size:])) if size <= len(ids) else None
             if at is not None:
                 found = ids[at : at + most]
-                repeats = -(-most // len(found))  # what repeats goes on repeating
+                repeats = -(
+                    -most // len(found)
+                )  # the occurrence overlaps the end: a text that repeats itself
                 return Draft(tuple((found * repeats)[:most]))
         return Draft()

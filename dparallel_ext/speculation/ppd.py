@@ -1,8 +1,8 @@
 """Prompt tokens: riders with embeddings of their own (PPD, parallel prompt decoding, arXiv 2405.18628).
 
-The j-th rider behind a node is a trained token, whose id would lie behind the vocabulary, at the node's
-position + j. Its embedding is all that there is: for three riders of a model of width 192, 576 numbers. One
-embedding for each (the paper's EPT = 1).
+The j-th rider of a node is a token outside the vocabulary, at the node's position + j, with a trained
+embedding. There are no other weights: 576 numbers for three riders of a model of width 192. Each rider has
+one embedding (the paper's EPT = 1).
 """
 
 from __future__ import annotations

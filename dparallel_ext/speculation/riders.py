@@ -1,12 +1,12 @@
-"""Drafters that guess and verify in one pass: behind its nodes a draft has riders, rows that guess the next.
+"""Drafters that guess and verify in one pass: a draft's nodes have riders, rows that guess the next tokens.
 
-What the kinds have in common. They differ in how a rider's row comes to be (`Birth`), a file for each: an
-embedding of its own (`ppd`), or a map of its node's stream at a middle layer (`hidden_transfer`). The tokens
-that the riders of the last accepted node rank first are the guesses that the next draft's tree is made of;
-its shape is the best for the measured ranks (`trees`).
+This is what the kinds have in common. They differ in how a rider's row is made (`Birth`), each in a file:
+from an embedding of its own (`ppd`), or by a map of its node's stream at a middle layer (`hidden_transfer`).
+The next draft is a tree of the tokens that the riders of the last accepted node rank first; its shape is the
+best for the measured ranks (`trees`).
 
 Both papers verify greedy texts exactly. PPD's typical acceptance at a temperature is lossy and not used:
-here samples are matched, so that texts are the model's own at every temperature.
+samples are matched instead, so that texts are the model's own at every temperature.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from .drafter import DraftSession, Lane
 from .trees import Ranks, plan
 
 MOST = 63
-"""Rows of a draft at most: with the root 64."""
+"""The most rows of a draft: with the root they are 64."""
 GUESSES = 10
-"""Tokens that a rider names, the likeliest first."""
+"""Tokens that a rider guesses, the most probable first."""
 
 
 class Birth(nn.Module):
-    """The weights of a kind: what is trained, and how rows are made of it."""
+    """The trained weights of a kind, and how riders' rows are made with them."""
 
     KIND: ClassVar[str]
     most: int
-    """How many may ride behind a node."""
+    """The most riders of a node."""
     layer: int
-    """The layer in front of which they join the pass."""
+    """The layer before which riders join the pass."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Raises ValueError naming the key of config.json that does not fit."""
@@ -56,12 +56,12 @@ class Birth(nn.Module):
         self.layer = 0
 
     def born(self, nodes: Tensor, numbers: Tensor) -> Tensor:
-        """(..., width) of riders, see `drafter.Riders`; nodes (..., width), numbers (...)."""
+        """Riders' streams (..., width), see `drafter.Riders`; nodes (..., width), numbers (...)."""
         raise NotImplementedError
 
 
 def config_of(model: Model, riders: int, origin: Origin, **more: Any) -> dict[str, Any]:
-    """config.json of a drafter for `model`; more: what a kind adds."""
+    """The content of config.json of a drafter for `model`; more: keys of its kind."""
     s = model.shape
     return {
         "hidden_size": s.width,
@@ -74,13 +74,13 @@ def config_of(model: Model, riders: int, origin: Origin, **more: Any) -> dict[st
 
 
 class RiderDrafter:
-    """A drafter whose guesses ride along, see above. `load` reads one; `dparallel drafter` trains one.
+    """A drafter with riders, see above. `load` reads one; `dparallel drafter` trains one.
 
     Args:
-        birth: in evaluation mode and without gradients from now on.
-        ranks: for each rider of a chain, how often the true token was the likeliest of its row, the second,
-            and so on, up to `GUESSES`.
-        source: what errors call it.
+        birth: is put into evaluation mode, without gradients.
+        ranks: for each rider of a chain, how often the true token was its most probable one, the second, and
+            so on, up to `GUESSES`, as shares from 0 to 1.
+        source: names the drafter in errors.
     """
 
     most = MOST
@@ -103,28 +103,28 @@ class RiderDrafter:
         )  # fmt: skip
 
     def expected(self, size: int) -> float:
-        """Tokens of a pass whose draft has `size` rows, by the ranks."""
+        """The tokens that a pass emits on average if its draft has `size` rows, by the ranks."""
         return self.plan(min(size, self.most)).tokens
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> DraftSession:
         return _Session(self, _Rows(self.on(model.device, model.dtype)), lanes)
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Birth:
-        """Its weights there; of those elsewhere a copy, kept for the next batch."""
+        """A copy of the weights on `device` in `dtype`, kept for the next batch."""
         if self._placed is None or self._placed[0] != (device, dtype):
-            # Made outside inference mode, so that they may serve anywhere.
+            # Tensors made outside inference mode can be used anywhere.
             with torch.inference_mode(False), torch.no_grad():
                 self._placed = (device, dtype), copy.deepcopy(self.birth).to(device, dtype)
         return self._placed[1]
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write it, see `write_checkpoint`."""
+        """Write the drafter, see `write_checkpoint`."""
         config = {**self.birth.config, "ranks": [list(row) for row in self.ranks]}
         write_checkpoint(path, config, self.birth, dtype)
 
 
 def _checked(ranks: Any, riders: int) -> Ranks:
-    """Raise ValueError where they are no shares for each rider."""
+    """`ranks` as tuples. Raises ValueError unless they are shares for each rider."""
     rows = ranks if isinstance(ranks, (list, tuple)) else ()
     fits = len(rows) == riders and all(
         isinstance(row, (list, tuple))
@@ -142,7 +142,7 @@ def _checked(ranks: Any, riders: int) -> Ranks:
 
 
 def drafter_of_riders(of: type[Birth], found: DraftCheckpoint) -> RiderDrafter:
-    """Of a file. Raises ValueError naming the config key, or the tensors, that do not fit."""
+    """The drafter in a file. Raises ValueError naming the config key, or the tensors, that do not fit."""
     with torch.device("meta"):
         birth = of(found.config)
     if "ranks" not in found.config:
@@ -153,7 +153,7 @@ def drafter_of_riders(of: type[Birth], found: DraftCheckpoint) -> RiderDrafter:
 
 
 class _Rows:
-    """Riders of a batch's passes."""
+    """The riders of a batch's passes, see `drafter.Riders`."""
 
     def __init__(self, birth: Birth) -> None:
         self.most, self.layer, self.birth = birth.most, birth.layer, birth
@@ -174,7 +174,7 @@ class _Session(DraftSession):
         self._drafter, self.riders, self._most = drafter, riders, riders.most
         self._birth = riders.birth
         self._guesses: list[list[list[int]]] = [[] for _ in range(lanes)]
-        """Of each lane, for each depth of the next draft, the tokens guessed, the likeliest first."""
+        """For each lane and depth of the next draft, the guessed tokens, the most probable first."""
 
     def reset(self, lane: int) -> None:
         self._guesses[lane] = []
@@ -191,6 +191,6 @@ class _Session(DraftSession):
 
     def _draft(self, guesses: list[list[int]], size: int) -> Draft:
         nodes, riders = self._drafter.plan(size).trees[len(guesses)]
-        # A row that was bad, or had too few tokens to choose among, names -1: any guess will do.
+        # A bad row, or one with too few tokens to choose from, has -1; any guess will do.
         tokens = tuple(max(0, guesses[node.depth][node.rank]) for node in nodes)
         return Draft(tokens, tuple(node.parent for node in nodes), riders=riders)

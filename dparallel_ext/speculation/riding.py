@@ -1,8 +1,8 @@
-"""Riders in a pass: rows that join it at a layer, see nodes and riders in front of them, and guess tokens.
+"""Riders in a pass: rows that join it at a layer, see the nodes and riders before them, and guess tokens.
 
-The pass without them is a pass of its own up to that layer, so that what is in front of it never has their
-keys and values (Hidden Transfer, arXiv 2404.12022); with layer 0 they ride from the beginning (prompt
-tokens, 2405.18628).
+Up to that layer the pass runs without riders, so that earlier layers have none of their keys and values
+(Hidden Transfer, arXiv 2404.12022); with layer 0 riders are there from the beginning (prompt tokens,
+2405.18628).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def inputs(
     wanted: int,
     pad_to: PadTo | None,
 ) -> tuple[tuple[Tensor, ...], int]:
-    """What `step` and `guesses` have to know, and how many tokens there are in front of the riders' layer.
+    """The tensors for `step` and `guesses`, and the number of tokens, padding included, before riders join.
 
-    rows: the sequence of each draft. wanted: the rows whose logits are wanted, riders among them.
+    rows: the sequence of each draft. wanted: the number of rows whose logits are needed, riders included.
     """
     spans: list[Span] = []
     parents: list[tuple[int, ...]] = []
@@ -53,7 +53,7 @@ def inputs(
         for place, count in enumerate(counts):
             first.append(row_of_rider)
             row_of_rider += count
-            order += [-1] * count  # the next of the riders
+            order += [-1] * count  # replaced below by the riders' indices
             node += [root + place] * count
             number += range(count)
         first += [0] * sum(counts)
@@ -79,7 +79,8 @@ def step(
     metadata: AttentionMetadata,
     joined: Sequence[Tensor],
 ) -> Tensor:
-    """`Model.step` of the tokens `ids`, which riders join on the way: (N, width) of all of `metadata`."""
+    """`Model.step` of the tokens `ids`, joined by riders: hidden states (N, width) of all rows of
+    `metadata`."""
     *below, node, number, order, _ = joined
     stream = model.embedded(ids)
     if riders.layer:
@@ -100,13 +101,13 @@ def guesses(
     count: Tensor,
     first: Tensor,
 ) -> Tensor:
-    """(B, K) what riders behind each lane's last accepted node have guessed.
+    """(B, K) int64: the guesses of the riders of each lane's last accepted node.
 
-    edges: (groups, 2, B) of each lane its rows among the logits; path, count: of `accept`, (B, D) and (B,).
-    first: (M,) of each node its first rider, among the rows of the logits.
+    edges: (groups, 2, B) int64, rows [first, last) of each lane among the logits (M, V). path, count: of
+    `accept`, (B, D) and (B,). first: (M,) int64, the row of each node's first rider among the logits.
     """
     leaf = path.gather(1, (count - 1).clamp(min=0)[:, None])[:, 0].clamp(min=0)
-    begin = first[edges[:, 0].sum(0) + leaf]  # a lane is of one group, and 0 in the others
+    begin = first[edges[:, 0].sum(0) + leaf]  # a lane is in one group, and its edges are 0 in the others
     rows = (begin[:, None] + torch.arange(riders.most, device=begin.device)).clamp(max=len(logits) - 1)
     found = [
         riders.guess(logits, rows, group.suppress).where((edge[1] > edge[0])[:, None], -1)

@@ -12,7 +12,7 @@ from ..decoding.sequence import Settings
 
 
 class SamplingGroup(NamedTuple):
-    """How the choices of some sequences are made."""
+    """How the model's choices are made, for some sequences."""
 
     temperature: float
     top_p: float
@@ -26,56 +26,56 @@ class SamplingGroup(NamedTuple):
 
 
 class OpenRegion(NamedTuple):
-    """Columns [start, end) whose tokens are not known yet."""
+    """The columns [start, end) whose tokens are not known yet."""
 
     start: int
     end: int
 
 
 class Verified(NamedTuple):
-    """What a pass has made of a draft."""
+    """The result of verifying a draft."""
 
     drafted: int
-    """How many nodes the draft had."""
+    """Nodes of the draft."""
     accepted: int
-    """How many of them were the model's own choice; these are the first tokens that the pass has brought."""
+    """Nodes that were the model's own choice: the first tokens that the pass emits."""
     refused: tuple[int, ...]
     """The tokens of the other nodes, in the draft's order."""
 
 
 @dataclass
 class CausalSequence:
-    """What is known of it, and what it has taken. Columns are positions of the sequence."""
+    """How far one sequence is decoded. Columns are positions of the sequence."""
 
     prompt: int
-    """Its tokens."""
+    """Tokens of the prompt."""
     length: int
-    """Of prompt and response."""
+    """The most tokens of prompt and response."""
     settings: Settings
     suppress: Tensor | None
-    """The settings', on the device."""
+    """The settings' ids to suppress, on the device."""
     eos_ids: tuple[int, ...] = ()
     known: int = 0
-    """Tokens known, from the first; the last of them is the root of the next draft."""
+    """Known tokens, prompt included; the last of them is the root of the next draft."""
     num_cached: int = 0
-    """Positions, from the first, whose keys and values are in the cache: all known ones but the root, once
-    the prompt has been computed."""
+    """Positions, from 0 on, whose keys and values are in the cache: all known ones but the root, once the
+    prompt has been computed."""
     nfe: int = 0
-    """Passes of the model it was in."""
+    """Passes of the model over the sequence."""
     draft_nfe: int = 0
-    """Drafts that were made for it, if drafting takes a pass."""
+    """Drafts made for the sequence."""
     layers: int = 0
-    """Layers of the model that were run for it, one after the other: in `nfe` and for drafts."""
+    """Layers of the model run for the sequence, one after the other, in passes and for drafts."""
     drafted: int = 0
-    """Nodes of its last draft; 0 where the last pass was without."""
+    """Nodes of the last pass's draft; 0 if it had none."""
     accepted: int = 0
-    """Of these, the tokens that were accepted."""
+    """Nodes of the last pass's draft that were accepted."""
     refused: tuple[int, ...] = ()
-    """The tokens of the nodes that were not accepted."""
+    """The tokens of its nodes that were not accepted."""
     passes: list[Verified] = field(default_factory=list)
-    """Of each pass, where the settings ask for a record."""
+    """For each pass, if the settings record it."""
     kept: int = 0
-    """Response tokens in front of what ended it; all where nothing did."""
+    """Response tokens in front of EOS or a stop sequence; all if there is none."""
     done: bool = False
     stopped: bool = False
     """Whether EOS or a stop sequence ended it."""
@@ -87,7 +87,7 @@ class CausalSequence:
 
     @property
     def columns(self) -> range:
-        """Of the response."""
+        """Columns of the response."""
         return range(self.prompt, self.length)
 
     def index(self, column: int) -> int:
@@ -104,7 +104,7 @@ class CausalSequence:
 
     @property
     def room(self) -> int:
-        """Tokens that it may still get."""
+        """The most tokens that may still come."""
         return self.length - self.known
 
     @property
@@ -118,19 +118,20 @@ class CausalSequence:
 
     @property
     def published(self) -> int:
-        """Passes of the published loop: the same."""
+        """Passes of the published loop, which are the same here."""
         return self.nfe
 
     def judged(self, draft: Verified) -> None:
-        """Note what the pass has made of its draft."""
+        """Note the result of the last pass's draft."""
         self.drafted, self.accepted, self.refused = draft
         if self.settings.record:
             self.passes.append(draft)
 
     def first_end(self, ids: Sequence[int], first: int, new: int) -> tuple[int, int] | None:
-        """Columns [begin, end) of the EOS or stop sequence that is complete first; None where none is.
+        """Columns [begin, end) of the EOS or stop sequence that ends first among the new tokens; None if
+        none.
 
-        ids: the tokens from column `first` on, those from column `new` on new: it has to end among these.
+        ids: the tokens from column `first` on; those from column `new` on are new.
         """
         found = []
         for stop in (*((eos,) for eos in self.eos_ids), *self.settings.stop):
@@ -141,9 +142,9 @@ class CausalSequence:
                     break
         if not found:
             return None
-        end, begin = min(found)  # of two that end together the longer
+        end, begin = min(found)  # the longer one, if two end together
         return begin, end
 
 
 IDLE = CausalSequence(0, 0, Settings((0.0, 1.0, 1.0, 1.0, 0.0)), None, done=True)
-"""In a lane without a sequence."""
+"""What a lane without a sequence holds."""

@@ -1,7 +1,7 @@
-"""How many nodes a draft has: as many as bring the most tokens per second, measured where it runs.
+"""Chooses the number of nodes of a draft that gives the most tokens per second, as measured on this device.
 
-A pass over n more rows takes L(n) seconds and brings tau(n) tokens; drafts are sized by argmax tau(n) / L(n)
-(PPD, arXiv 2405.18628), n = 0 being plain decoding. The text is the same for every size.
+A pass with n drafted rows takes L(n) seconds and emits tau(n) tokens; drafts have argmax tau(n) / L(n) nodes
+(PPD, arXiv 2405.18628), where n = 0 is plain decoding. The text is the same for every size.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from .drafter import Drafter, Expecting
 
 class Sizer(Protocol):
     def size(self, lanes: int) -> int:
-        """Nodes to ask for, for each of so many sequences."""
+        """Nodes of the next draft of each of `lanes` sequences."""
 
     def drafting(self) -> AbstractContextManager[None]:
-        """Held while drafts are made."""
+        """A context for making drafts, whose time it may measure."""
 
     def verifying(self) -> AbstractContextManager[None]:
-        """Held while a pass runs, until its result is on the host."""
+        """A context for a pass, until its result is on the host, whose time it may measure."""
 
     def learn(self, asked: int, taken: int) -> None:
-        """Of a draft of at most `asked` nodes so many were accepted."""
+        """Note that `taken` nodes were accepted of a draft of at most `asked`."""
 
 
 class Fixed:
-    """Always the same number."""
+    """Always the same number of nodes."""
 
     def __init__(self, nodes: int) -> None:
         self.nodes = nodes
@@ -49,10 +49,10 @@ class Fixed:
 
 
 class Measured:
-    """By seconds and acceptance so far, both as running means, in which the new counts for a part.
+    """The best size by running means of seconds and acceptance, with weight `PART` for a new value.
 
-    Sizes are 0 and the powers of two up to `most`, and `most`. Each is tried a few times at first, and again
-    every `EVERY` passes, since what it is worth changes with the text, the length and the batch.
+    Sizes are 0, the powers of two up to `most`, and `most`. Each is tried `TRIALS` times at first, and one
+    every `EVERY` passes, since the best size changes with the text, the length and the batch.
     """
 
     EVERY, TRIALS, PART = 64, 2, 0.1
@@ -63,16 +63,16 @@ class Measured:
         clock: Callable[[], float] = time.perf_counter,
         expected: Callable[[int], float] | None = None,
     ) -> None:
-        """expected: see `drafter.Expecting`; None: drafts are taken for chains."""
+        """most: the largest size. clock: seconds. expected: see `drafter.Expecting`; None: as for chains."""
         self._clock, self._expected = clock, expected
         self._worth = [1.0, 1.0]
-        """With `expected`: tokens that were accepted of drafts, and those that were expected to be."""
+        """With `expected`: running means of accepted tokens, and of tokens expected to be accepted."""
         self.sizes = sorted({0, most, *(1 << bit for bit in range(most.bit_length()) if 1 << bit <= most)})
         self._seconds: dict[int, dict[int, list[float]]] = {}
-        """By the number of sequences and by size: times asked for, and the mean seconds of draft and pass."""
+        """Bit length of the number of sequences -> size -> [times used, mean seconds of draft and pass]."""
         self._accepted = [0.5] * most
-        """Of each depth: the share of drafts whose token there was accepted, of those accepted up to it. A
-        draft that is shorter than it might have been has no such token."""
+        """For each depth: the share of drafts whose token there was accepted, of those accepted up to it. A
+        draft that ends before a depth counts as not accepted there."""
         self._entry: list[float] = [0, 0.0]
         self._passes, self._drafting = 0, 0.0
 
@@ -89,7 +89,7 @@ class Measured:
         return asked
 
     def tokens(self, nodes: int) -> float:
-        """How many tokens a pass over a draft of so many nodes is expected to bring."""
+        """The tokens that a pass with a draft of `nodes` nodes is expected to emit."""
         if self._expected is not None:
             accepted, said = self._worth
             return 1.0 + accepted / said * (self._expected(nodes) - 1.0)
@@ -111,7 +111,7 @@ class Measured:
         yield
         seconds, entry = self._clock() - begun + self._drafting, self._entry
         entry[0] += 1
-        # The first of a size pays for what the others find made.
+        # The first pass of a size includes one-time costs, so the second replaces it.
         entry[1] = seconds if entry[0] <= 2 else entry[1] + self.PART * (seconds - entry[1])
 
     def learn(self, asked: int, taken: int) -> None:
@@ -123,20 +123,20 @@ class Measured:
 
 
 REMEMBERED = 16
-"""Drafters of a model whose measurements are kept."""
+"""The most drafters of a model whose measurements are kept."""
 
 _measured: weakref.WeakKeyDictionary[Any, dict[Hashable, Measured]] = weakref.WeakKeyDictionary()
 
 
 def sizer_for(drafter: Drafter) -> Measured:
-    """A sizer that has not measured anything yet."""
+    """A sizer for the drafter, without measurements."""
     return Measured(drafter.most, expected=drafter.expected if isinstance(drafter, Expecting) else None)
 
 
 def measured(model: Any, given: Any, drafter: Drafter) -> Measured:
-    """What earlier calls with this model and drafter have measured, so that the next goes on from there.
+    """The sizer of earlier calls with this model and drafter, with their measurements.
 
-    given: what stood for the drafter in the call, hashable.
+    given: the call's argument `drafter`, hashable.
     """
     known = _measured.setdefault(model, {})
     found = known.pop(given, None) or sizer_for(drafter)

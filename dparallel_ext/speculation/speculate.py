@@ -1,6 +1,6 @@
-"""Decode an autoregressive model, several tokens a pass where a drafter guesses them: the text is its own.
+"""Decode an autoregressive model to its own text, several tokens a pass if a drafter guesses them.
 
-How: `batch`. What guesses: `drafter`.
+`batch` runs the passes; `drafter` is the protocol of drafters.
 """
 
 from __future__ import annotations
@@ -31,30 +31,33 @@ OF_DIFFUSION = (
     *("min_commit", "max_commit", "score", "cache", "refresh", "active_blocks", "open_at", "activate_at"),
     "mask_id",
 )
-"""Fields of `DecodeConfig` that say how masks are filled."""
+"""Fields of `DecodeConfig` about masked diffusion."""
 
 
 @dataclass
 class SpeculateOutput(DecodeOutput):
-    """What `speculate` returns, as `decode`: `nfe` and `forwards` count passes of the model alone."""
+    """The output of `speculate`, as `decode`'s; `nfe` and `forwards` count the model's passes, not the
+    drafter's.
+    """
 
     draft_nfe: Tensor = field(kw_only=True)
     """(B,) int64: drafts made for each sequence."""
     draft_forwards: int = field(kw_only=True)
-    """Times that the call asked its drafter."""
+    """Calls of the drafter."""
     drafted: Tensor = field(kw_only=True)
     """(D,) int64: drafts, over all sequences, that reached depth 1, 2, ..., D."""
     accepted: Tensor = field(kw_only=True)
-    """(D,) int64: of these, the drafts whose token at that depth was the model's own choice."""
+    """(D,) int64: drafts, of those, whose token at this depth was the model's own choice."""
     layers: Tensor = field(kw_only=True)
-    """(B,) int64: layers of the model that were run for each sequence, one after the other: all of them in
-    each pass, but where drafts are made by some."""
+    """(B,) int64: layers of the model run for each sequence, one after the other: all of them in each pass,
+    unless some have run for the draft (AdaDecode)."""
     passes: list[list[Verified]] | None = field(default=None, repr=False)
-    """With `record`: what each pass of each sequence has made of its draft."""
+    """With `record`, for each sequence and pass the drafted, accepted and refused tokens."""
 
     @property
     def accepted_per_draft(self) -> float:
-        """Tokens of a draft that are accepted, on average, without the one that each pass gives anyway."""
+        """The mean number of accepted tokens of a draft, without the model's own token that each pass
+        adds."""
         drafts = int(self.drafted[0]) if len(self.drafted) else 0
         return int(self.accepted.sum()) / drafts if drafts else 0.0
 
@@ -75,39 +78,37 @@ def speculate(
     """Decode up to `gen_length` tokens after each prompt with an autoregressive model.
 
     The text is the model's own: at temperature 0 the argmax after every token, above it a sample whose noise
-    is keyed by seed, sequence and position. A drafter changes how many passes that takes, not one token of
-    it: of its guesses only those stay that are the model's choice. (The matrix library may round a row
-    otherwise beside other rows, so where two logits are equal but for rounding, another may win.)
+    is keyed by seed, sequence and position. A drafter changes the number of passes, not the text: only those
+    of its guesses stay that are the model's choice. (The matrix library may round a row differently beside
+    other rows, so of two logits that are equal but for rounding, either may win.)
 
     Args:
-        model: an autoregressive one of ours (`dparallel_ext.models`: Llama, Qwen2, Qwen3; `models.wrap` makes
-            one of a loaded Hugging Face model).
+        model: an autoregressive model of `dparallel_ext.models`: Llama, Qwen2, Qwen3; `models.wrap` makes one
+            from a loaded Hugging Face model.
         prompt: see `decode`; each has at least one token.
-        config: how the prompts are decoded; default: `DecodeConfig()`. What is about masks (block_length,
-            threshold, rule, cache and the like) belongs to `decode`.
-        drafter: what guesses tokens, see `speculation`: a `Drafter`; "ngram" (what followed when the text
-            last ended so; "ngram:N" with up to N tokens compared); the path of a drafter with weights
-            (`dparallel drafter` trains one; `speculation.load` reads it, and the published DFlash
-            checkpoints); or a model of ours of the same vocabulary, autoregressive or of masked diffusion.
-            None: plain decoding.
-            What a call has recorded on a GPU is there for the next with the same model, plain or with a
-            drafter without weights; and with one that has weights where it is the same object.
-        draft_size: the most nodes of a draft, rows that ride along among them. None: as many as bring the
-            most tokens per second, by the seconds that passes of each size take here and by what is accepted;
-            the text is the same, and so are the passes only with a number.
+        config: how the prompts are decoded; default: `DecodeConfig()`. Fields about masks (block_length,
+            threshold, rule, cache and the like) belong to `decode` alone.
+        drafter: guesses tokens, see `speculation`: a `Drafter`; "ngram", prompt lookup ("ngram:N" compares up
+            to N tokens); the path of a drafter with weights (`dparallel drafter` trains one;
+            `speculation.load` reads it, and the published DFlash checkpoints); or a model of
+            `dparallel_ext.models` with the same vocabulary, autoregressive or of masked diffusion. None:
+            plain decoding. Recordings on a GPU are kept for the next call with the same model, if it is
+            plain, its drafter has no weights, or the drafter is the same object.
+        draft_size: the most nodes and riders of a draft. None: the number that gives the most tokens per
+            second, by measured times and acceptance; the text is the same, but the number of passes is
+            reproducible only with a fixed size.
         attention_mask: see `decode`.
-        streamer: an object with `put` and `end`, as transformers' streamers. Batch size 1.
-        progress: a tqdm bar of tokens.
-        keywords: fields of `DecodeConfig`. `eos_id`: None is the model's own end tokens, as in transformers'
-            `generate`; a number stands instead of them, and -1 for none.
+        streamer: an object with `put` and `end`, as transformers' streamers. Needs a batch of one prompt.
+        progress: show a tqdm bar of tokens.
+        keywords: fields of `DecodeConfig`; they replace the config's. `eos_id`: None: the model's own end
+            tokens, as in transformers' `generate`; a number replaces them; -1: none.
 
     Returns:
-        SpeculateOutput. A sequence that has ended is in no pass; what follows its end is filled with the end
-        token.
+        SpeculateOutput. A sequence that has ended is in no pass, and is filled with the end token.
 
     Raises:
-        ValueError: naming the argument that does not fit; or naming sequence and position where the
-            logits hold NaN or leave no token to choose.
+        ValueError: naming the argument that does not fit; or, if the logits hold NaN or leave no token to
+            choose, naming sequence and position.
         TypeError: for a keyword that is no field.
     """
     config = configured("speculate", config, keywords)
@@ -155,7 +156,7 @@ def speculate(
 
 
 def causal_model(model: Any) -> Model:
-    """One of ours, autoregressive. Raises ValueError for another."""
+    """`model` without wrappers. Raises ValueError unless it is a native autoregressive model."""
     found = for_decoding(model)
     if not isinstance(found, Model):
         raise ValueError(
@@ -171,7 +172,7 @@ def causal_model(model: Any) -> Model:
 
 
 def check_causal(fields: Mapping[str, Any]) -> None:
-    """Raise ValueError for a field of `DecodeConfig` that an autoregressive model has no use for."""
+    """Raise ValueError for a field of `DecodeConfig` that does not apply to an autoregressive model."""
     for name in OF_DIFFUSION:
         if (value := plain(fields.get(name, DEFAULTS[name]))) != DEFAULTS[name]:
             raise ValueError(
@@ -205,14 +206,14 @@ def end_ids(model: Model, config: DecodeConfig) -> tuple[int, ...]:
 def sizer_of(
     drafter: Drafter | None, draft_size: int | None, measured: Callable[[Drafter], Sizer] = sizer_for
 ) -> Sizer:
-    """measured: makes the sizer of a drafter, where no size is given."""
+    """The sizer of a call. measured: makes the sizer of a drafter if no size is given."""
     if draft_size is not None:
         return Fixed(arguments.whole("draft_size", draft_size, 0))
     return Fixed(0) if drafter is None else measured(drafter)
 
 
 def run(batch: CausalBatch, streamer: Any, bar: Any) -> None:
-    """All passes."""
+    """Run passes until every sequence is done."""
     if streamer is not None:
         streamer.put(batch.tokens[:, : batch.rows[0].prompt].clone())
     while live := batch.live:
@@ -230,14 +231,14 @@ def run(batch: CausalBatch, streamer: Any, bar: Any) -> None:
 
 
 def decoded(batch: CausalBatch, device: torch.device, config: DecodeConfig, *more: str) -> dict[str, Any]:
-    """The fields of a `DecodeOutput`, on the device; more: numbers of a sequence."""
+    """The fields of a `DecodeOutput`, on `device`; more: names of further counts of a sequence."""
     rows = batch.rows
     masked = torch.zeros(batch.tokens.shape, dtype=torch.bool)
     for places, row in zip(masked, rows, strict=True):
         places[row.prompt : row.length].fill_(True)
     trajectory = None
     if config.record or config.logprobs:
-        # How sure the model was is what it drew with: there is no mask token, whose share would be another's.
+        # Without a mask token, whose share would differ, the confidence is the probability drawn with.
         found = Trajectory(batch.steps, batch.logprobs.exp(), batch.logprobs).responses(masked)
         trajectory = Trajectory(*(field.to(device) for field in vars(found).values()))
     names = ("nfe", "generated", "kept", "length", "prompt", "nfe", *more)

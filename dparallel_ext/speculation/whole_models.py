@@ -16,15 +16,15 @@ from .drafter import DraftSession, Lane
 
 
 class ModelDrafter:
-    """Drafts with a model: where it is autoregressive token by token, each a pass over one token a lane
-    (arXiv 2211.17192); a masked diffusion model in one pass over the text and a canvas of masks behind it, of
-    which each takes its own best token (DiffuSpec, arXiv 2510.02358, without its search).
+    """Drafts with a model. An autoregressive one drafts token by token, each in a pass over one token a lane
+    (arXiv 2211.17192). A masked diffusion model drafts in one pass over the text and a canvas of masks behind
+    it, the most probable token at each mask (DiffuSpec, arXiv 2510.02358, without its search).
 
     Args:
-        model: one of ours, of the target's vocabulary and on its device.
-        most: the most tokens of a draft. None: 8 token by token, 16 in one pass.
-        canvas: of a diffusion model: masks behind the text, the draft's among them, as far as there is room.
-            Models of this kind see an end where the canvas ends. None: as many as there is room for.
+        model: a native model with the target's vocabulary, on the target's device.
+        most: the most tokens of a draft. None: 8 for an autoregressive model, 16 for a diffusion model.
+        canvas: for a diffusion model, the masks behind the text, those of the draft included, as far as there
+            is room. Such models end their text where the canvas ends. None: as many as there is room for.
     """
 
     apart: Literal[True] = True
@@ -67,7 +67,7 @@ class _Session(DraftSession):
         ids: Sequence[int],
         source: Sequence[int],
     ) -> list[int]:
-        """The best token at some of the packed tokens of a pass."""
+        """The most probable token at rows `source` of a pass over the packed tokens `ids`."""
         device = self.model.device
         metadata = metadata.to(device)
         with own_precision(self.model, device):
@@ -78,15 +78,17 @@ class _Session(DraftSession):
 
 
 class _Causal(_Session):
-    """Its keys and values lie in pages of their own under the target's table."""
+    """An autoregressive drafter. Its keys and values are in pages of their own, under the target's block
+    table.
+    """
 
     def __init__(self, drafter: ModelDrafter, target: KVCache, lanes: int) -> None:
         super().__init__(drafter, target, lanes)
         self._kv_cache = self.model.new_cache(target.slots.shape[2], target.page_size, target.block_table)
         self._pages = target
-        """It knows when pages are assigned, and so what of the metadata it may keep."""
+        """Makes the metadata: it notices when pages are assigned."""
         self._cached: list[list[int]] = [[] for _ in range(lanes)]
-        """Of each lane, the tokens whose keys and values are there."""
+        """For each lane, the tokens whose keys and values are cached."""
 
     def reset(self, lane: int) -> None:
         self._cached[lane] = []
@@ -97,7 +99,7 @@ class _Causal(_Session):
             cached = self._cached[lane.lane]
             pairs = enumerate(zip(cached, text, strict=False))
             same = next((i for i, (old, new) in pairs if old != new), len(cached))
-            del cached[min(same, len(text) - 1) :]  # what was refused; the root is computed in any case
+            del cached[min(same, len(text) - 1) :]  # refused tokens, and the root, which is always computed
         drafts: list[list[int]] = [[] for _ in lanes]
         for depth in range(max(sizes)):
             spans: list[Span] = []

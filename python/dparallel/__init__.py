@@ -9,11 +9,11 @@ MOVED: dict[str, str] = {
     **{name: f"toy.{name}" for name in ("demo", "tasks", "train")},
     "proof": "toy.study",
 }
-"""Modules of earlier versions, and where they are now."""
+"""Modules of earlier versions -> their names now."""
 
 
 class Moved(MetaPathFinder):
-    """Says so of a module that moved; it is asked last, for what nothing else finds."""
+    """Raises ImportError with the new name for a module that moved; the last finder that import asks."""
 
     def find_spec(self, name: str, *more: Any) -> None:
         package, _, module = name.rpartition(".")

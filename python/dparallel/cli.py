@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-# Read when torch is imported: threads that wait for each other sleep; spinning, they take the time of those
-# that work, wherever there are more threads than free cores.
+# Read when torch is imported: waiting threads sleep. Spinning, they would take time from working threads if
+# there are more threads than free cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -59,7 +59,7 @@ ChatOption = Annotated[
     bool | None,
     typer.Option(
         "--chat/--no-chat",
-        help="prompts go by the checkpoint's chat template; default: where it has one (built-in: none)",
+        help="put prompts into the checkpoint's chat template; default: if it has one (built-in: none)",
     ),
 ]
 Fp8Option = Annotated[bool, typer.Option("--fp8", help="keep the layers' weights in 8 bits")]
@@ -68,24 +68,23 @@ PolicyOption = Annotated[str | None, typer.Option(help=f"default: the config's, 
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
-        help="a JSON file of DecodeConfig's fields, or what `dparallel tune` wrote; options stand instead of "
-        "what it says"
+        help="a JSON file of DecodeConfig's fields, or one that `dparallel tune` wrote; options override it"
     ),
 ]
 DRAFTERS = (
-    "of an autoregressive model: ngram, ngram:N, a drafter's or a model's path; for builtin:causal also "
+    "for an autoregressive model: ngram, ngram:N, the path of a drafter or model; for builtin:causal also "
     "builtin:dflash, builtin:parallelspec, builtin:adadecode, builtin:ppd, builtin:hidden_transfer, "
     "builtin:student; default: none"
 )
 DrafterOption = Annotated[str | None, typer.Option(help=DRAFTERS)]
 DraftSizeOption = Annotated[
-    int | None, typer.Option(help="tokens of a draft; default: as many as pay, by measurement")
+    int | None, typer.Option(help="tokens of a draft; default: the fastest number, as measured")
 ]
 GuessesOption = Annotated[
     int | None,
     typer.Option(
-        help="tokens of a draft; default: as many as pay, by measurement. Of diffusion models, with a policy "
-        "one, steps:N or quota:K: guesses of self-speculation; default: none"
+        help="tokens of a draft; default: the fastest number, as measured. For diffusion models with a "
+        "policy one, steps:N or quota:K: guesses of self-speculation; default: none"
     ),
 ]
 EVALUATED = (ONE, "confidence:0.9", "entropy:0.5")
@@ -115,10 +114,11 @@ def options(
 
 @contextmanager
 def plain_errors(extra: str = "cli") -> Iterator[None]:
-    """Bad input, a file that cannot be read or written, or a missing package of `extra` is one clear line."""
+    """A context that reports bad input, a file that cannot be read or written, or a missing package of
+    `extra` in one line."""
     try:
         yield
-    except BrokenPipeError:  # whoever read our output has enough: no error
+    except BrokenPipeError:  # the reader of our output has closed it, which is no error
         raise
     except (ValueError, OSError, ModuleNotFoundError) as error:
         said = str(error)
@@ -132,14 +132,14 @@ def plain_errors(extra: str = "cli") -> Iterator[None]:
 
 
 def at_least(name: str, value: int, least: int) -> None:
-    """Raise ValueError naming the option. No option's number is beyond 64 bits."""
+    """Raise ValueError naming the option unless `value` is at least `least` and fits 64 bits."""
     if not least <= value <= sys.maxsize:
         most = f" and <= {sys.maxsize}" if value > least else ""
         raise ValueError(f"{name}: expected a whole number >= {least}{most}, got {value}")
 
 
 def check_kind(model: str, causal: bool, **given: Any) -> None:
-    """Raise ValueError for an option, None where it is not given, that is for another kind of model."""
+    """Raise ValueError for an option that is given (not None) and belongs to another kind of model."""
     for name, value in given.items():
         of_causal = name in ("drafter", "draft_size", "context")
         if value is None or of_causal == causal:
@@ -157,7 +157,8 @@ def read_config(
     drafters: list[str] | None,
     draft_size: int | None,
 ) -> tuple[dict[str, Any], int | None, list[str] | None, int | None]:
-    """Fields of `DecodeConfig` that the file names, and mask, drafters and draft size, of options or file."""
+    """The file's fields of `DecodeConfig`; and mask, drafters and draft size, from the options or the
+    file."""
     content = read_fields(file)
     mask_id = take_mask(content, mask_id)
     if warning := take_tuned(content, file, models, device, mask_id):
@@ -166,7 +167,7 @@ def read_config(
 
 
 def report() -> dict[str, Any]:
-    """What was built, and what this machine has."""
+    """The build, and this machine's devices."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "dparallel_ext": dx.__version__,
@@ -202,8 +203,10 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="machine-readable"
 @app.command(rich_help_panel=DECODE)
 def decode(
     prompt: Annotated[list[str] | None, typer.Argument(help="prompts")] = None,
-    file: Annotated[Path | None, typer.Option(help="a prompt a line; of JSONL, its 'prompt'")] = None,
-    batch: Annotated[Path | None, typer.Option(help="as --file, all decoded together")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="a text file of a prompt a line, or JSONL with 'prompt'")
+    ] = None,
+    batch: Annotated[Path | None, typer.Option(help="as --file, with all prompts decoded together")] = None,
     model: ModelOption = registry.DEFAULT,
     config: ConfigOption = None,
     policy: PolicyOption = None,
@@ -213,32 +216,36 @@ def decode(
     infill: Annotated[
         bool,
         typer.Option(
-            "--infill", help="fill the prompt's mask tokens too; prints the whole; --no-chat by default"
+            "--infill", help="fill the prompt's mask tokens too; print prompt and response; implies --no-chat"
         ),
     ] = False,
     suffix: Annotated[
         str | None,
-        typer.Option(help="text that follows the response, which goes between; --no-chat by default"),
+        typer.Option(help="text after the response, which fills the gap before it; implies --no-chat"),
     ] = None,
     block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
     cache: Annotated[
         str | None, typer.Option(help="none (default), prefix, dual, or block (block-causal)")
     ] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 (default), and below 1e-5: greedy")] = None,
-    top_p: Annotated[float | None, typer.Option(help="sample from the ids of so much probability")] = None,
-    top_k: Annotated[int | None, typer.Option(help="sample from so many ids; 0: all")] = None,
-    seed: Annotated[int | None, typer.Option(help="of the samples; default: another each time")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 (default), or below 1e-5: greedy")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="nucleus sampling: from the ids that have this probability")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="sample from this many ids, the most probable; 0: all")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="seed of the samples; default: random")] = None,
     drafter: DrafterOption = None,
     draft_size: GuessesOption = None,
     verifier: Annotated[
         str | None,
         typer.Option(
-            help="an autoregressive model of the same tokens, as builtin:verifier: a diffusion model goes "
-            "left to right, as far as it agrees (APD, lossy)"
+            help="an autoregressive model with the same tokens, such as builtin:verifier: the diffusion "
+            "model decodes left to right, as far as it agrees (APD, lossy)"
         ),
     ] = None,
     mixture: Annotated[
-        float | None, typer.Option(help="with --verifier, the diffusion model's share in it; default 0.5")
+        float | None, typer.Option(help="with --verifier, the diffusion model's share; default 0.5")
     ] = None,
     window: Annotated[
         int | None,
@@ -253,7 +260,7 @@ def decode(
     fp8: Fp8Option = False,
     stream: Annotated[bool, typer.Option("--stream", help="show the unmasking")] = False,
     html: Annotated[
-        Path | None, typer.Option(help="write the passes here, a page of one file to look through them")
+        Path | None, typer.Option(help="write a page of one file here, to look through the passes")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
 ) -> None:
@@ -304,8 +311,8 @@ def decode(
             seed=seed,
         )
         if asked.seed is None:
-            torch.seed()  # a fresh process's generator always begins alike
-        # A text with gaps is no message, so that a chat template is for who asks for it.
+            torch.seed()  # else every process would draw the same samples
+        # A text with gaps is no chat message, so it gets a template only with --chat.
         template = registry.template_of(model, False if chat is None and (infill or suffix) else chat)
         loaded, tokenizer = registry.load(model, device=device, fp8=fp8, mask_id=mask_id)
         asked = with_ends(asked, endings(registry.directory_of(model), tokenizer))
@@ -346,12 +353,12 @@ def show_response(row: dict[str, Any], as_json: bool) -> None:
 @app.command(rich_help_panel=LOOK)
 def demo(
     model: Annotated[
-        list[str] | None, typer.Option(help="repeatable; default: all that ship, but the verifier")
+        list[str] | None, typer.Option(help="repeatable; default: all that ship, except the verifier")
     ] = None,
     problems: int = 50,
-    out: Annotated[Path, typer.Option(help="where table.json and the pictures go")] = Path("out/demo"),
+    out: Annotated[Path, typer.Option(help="directory of table.json and the pictures")] = Path("out/demo"),
 ) -> None:
-    """A problem unmasked before one's eyes by each model, a table of policies, and pictures."""
+    """Watch each model decode a problem, then see a table of policies, and pictures."""
     from .toy import demo as show
 
     with plain_errors():
@@ -367,15 +374,14 @@ def evaluate(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"repeatable; default: those of --rows, else the config's, else {', '.join(EVALUATED)}; "
-            f"{POLICIES}"
+            help=f"repeatable; default: --rows, else the config's, else {', '.join(EVALUATED)}; {POLICIES}"
         ),
     ] = None,
     rows: Annotated[
         Path | None,
         typer.Option(
-            help="a JSON list of policies with other fields of DecodeConfig beside, as recipes/rules.json, "
-            "or of verifiers, as recipes/adaptive.json"
+            help="a JSON list of policies with other fields of DecodeConfig, such as recipes/rules.json, "
+            "or of verifiers, such as recipes/adaptive.json"
         ),
     ] = None,
     problems: int = 500,
@@ -388,22 +394,26 @@ def evaluate(
     fp8: Fp8Option = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the results here")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="do not measure again what the file of --json has")
+        bool, typer.Option("--resume", help="skip measurements that the file of --json has already")
     ] = False,
     markdown: Annotated[Path | None, typer.Option(help="write the results here as a table")] = None,
     plot: Annotated[Path | None, typer.Option(help="a PNG of accuracy against passes")] = None,
     html: Annotated[
         Path | None,
-        typer.Option(help="write the first problems' passes here, all that is measured side by side"),
+        typer.Option(
+            help="write a page with the first problems' passes here, models and policies side by side"
+        ),
     ] = None,
     drafter: Annotated[
         list[str] | None,
-        typer.Option(help="of autoregressive models; repeatable; default: plain, ngram"),
+        typer.Option(help="for autoregressive models; repeatable; default: plain, ngram"),
     ] = None,
     draft_size: GuessesOption = None,
-    report: Annotated[bool, typer.Option("--report", help="what drafts were worth, by position")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="show how many drafted tokens were accepted, by position")
+    ] = False,
 ) -> None:
-    """Accuracy, passes, tokens per pass and time on held-out problems, for models and policies."""
+    """Measure accuracy, passes, tokens per pass and time on held-out problems, for models and policies."""
     from . import evaluate as measuring
     from . import plots
     from .recording import Recording
@@ -448,7 +458,7 @@ def evaluate(
             draft_size=draft_size,
             recording=recording,
         ):
-            if not results:  # what is refused is one line alone
+            if not results:  # after the first measurement: an error before it is one line alone
                 typer.echo(measuring.HEADING)
             results.append(row)
             typer.echo(measuring.line(row))
@@ -466,7 +476,7 @@ def evaluate(
 
 @app.command(rich_help_panel=LOOK)
 def tune(
-    out: Annotated[Path, typer.Argument(help="the file of what was measured and chosen, for --config")],
+    out: Annotated[Path, typer.Argument(help="a file for the measurements and the choice, for --config")],
     model: ModelOption = registry.DEFAULT,
     drafter: DrafterOption = None,
     draft_size: Annotated[
@@ -476,7 +486,7 @@ def tune(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"of a diffusion model; repeatable; default: {', '.join(GRID['rule'])}; {POLICIES}"
+            help=f"for a diffusion model; repeatable; default: {', '.join(GRID['rule'])}; {POLICIES}"
         ),
     ] = None,
     block_length: Annotated[
@@ -486,32 +496,34 @@ def tune(
         list[int] | None, typer.Option(help="blocks filled at once; repeatable; default: 1 and 2")
     ] = None,
     cache: Annotated[
-        list[str] | None, typer.Option(help="repeatable; default: none, or block of a block-causal model")
+        list[str] | None, typer.Option(help="repeatable; default: none, or block for a block-causal model")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(help="points that a policy may lose against the best, of right or same answers")
+        float, typer.Option(help="percentage points of right (or same) answers that the choice may lose")
     ] = 1.0,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="a prompt a line; of JSONL, its 'prompt'; default: held-out built-in problems"),
+        typer.Option(
+            help="a text file of a prompt a line, or JSONL with 'prompt'; default: held-out built-in problems"
+        ),
     ] = None,
-    problems: Annotated[int, typer.Option(help="prompts to decode, at most")] = 16,
+    problems: Annotated[int, typer.Option(help="the most prompts to decode")] = 16,
     gen_length: Annotated[int | None, typer.Option(help="tokens; default 64 built-in, 256 else")] = None,
     context: Annotated[
         int | None,
-        typer.Option(help="of an autoregressive model: tokens of a prompt, others in front of it"),
+        typer.Option(help="for an autoregressive model: lengthen prompts to this many tokens, by others"),
     ] = None,
     batch: Annotated[int, typer.Option(help="prompts decoded together")] = 1,
-    repeats: Annotated[int, typer.Option(help="runs that medians are of, behind one to warm up")] = 3,
+    repeats: Annotated[int, typer.Option(help="runs to take medians of, after one to warm up")] = 3,
     mask_id: MaskOption = None,
     chat: ChatOption = None,
     device: str | None = None,
     fp8: Fp8Option = False,
 ) -> None:
-    """Measure what passes cost on this device, and choose by tokens per second: a drafter's size of draft; a
-    diffusion model's policy, block length, active blocks and cache.
+    """Measure passes on this device, and choose the settings with the most tokens per second: the size of
+    drafts; for a diffusion model policy, block length, active blocks and cache.
 
-    `--config OUT` of decode, evaluate and serve takes the choice.
+    `--config OUT` of decode, evaluate and serve uses the choice.
     """
     from . import tune as tuning
 
@@ -547,26 +559,28 @@ def serve(
         list[str],
         typer.Option(
             help="builtin:NAME, a checkpoint directory, or ORG/NAME of the Hugging Face Hub; repeatable: "
-            "requests choose by name"
+            "requests choose a model by its name"
         ),
     ] = [registry.DEFAULT],  # noqa: B006
-    host: Annotated[str, typer.Option(help="127.0.0.1 is this machine alone")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0: a free one")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="address to listen on; 127.0.0.1: for this machine alone")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any free port")] = 8000,
     api_key_file: Annotated[
         Path | None,
         typer.Option(
-            help="keys, one a line (# begins a comment), of which any is asked for; so are those of the "
-            "environment's DPARALLEL_API_KEY"
+            help="a file of keys, one a line (# begins a comment); a request needs one of them, or of those "
+            "in the environment's DPARALLEL_API_KEY"
         ),
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option(help="the key itself; others on this machine can read it in ps")
+        str | None, typer.Option(help="a key; other users of this machine can read it in ps")
     ] = None,
     name: Annotated[
         list[str] | None,
         typer.Option(
-            help="the model's name in requests; of several models one for each, in their order; default: "
-            "--model, and +DRAFTER where there are several drafters"
+            help="the model's name in requests, one for each model, in their order; default: --model, with "
+            "+DRAFTER if there are several drafters"
         ),
     ] = None,
     config: ConfigOption = None,
@@ -576,40 +590,43 @@ def serve(
     ] = None,
     block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
     batch_invariant: Annotated[
-        bool, typer.Option("--batch-invariant", help="each sequence in passes of its own")
+        bool, typer.Option("--batch-invariant", help="give each sequence passes of its own")
     ] = False,
     drafter: Annotated[
         list[str] | None,
-        typer.Option(help=f"{DRAFTERS}; repeatable: the model is served once with each, plain is without"),
+        typer.Option(help=f"{DRAFTERS}; repeatable: serve the model once with each; plain: without one"),
     ] = None,
     draft_size: DraftSizeOption = None,
-    lanes: Annotated[int, typer.Option(help="requests decoded together, of each model")] = 16,
-    max_waiting: Annotated[int, typer.Option(help="requests that may wait; beyond: 429")] = 1024,
+    lanes: Annotated[int, typer.Option(help="requests decoded together by each model")] = 16,
+    max_waiting: Annotated[int, typer.Option(help="the most requests that wait; others get 429")] = 1024,
     max_length: Annotated[
         int | None, typer.Option(help="tokens of prompt and response; default: the model's, at most 2048")
     ] = None,
-    max_choices: Annotated[int, typer.Option(help="responses of one request: its prompts times n")] = 64,
-    max_body: Annotated[int, typer.Option(help="bytes of a request")] = 2**20,
+    max_choices: Annotated[
+        int, typer.Option(help="the most responses of a request: its prompts times n")
+    ] = 64,
+    max_body: Annotated[int, typer.Option(help="the most bytes of a request")] = 2**20,
     max_connections: Annotated[
-        int | None, typer.Option(help="at once; default: what ulimit -n leaves, at most 4096")
+        int | None,
+        typer.Option(help="the most open connections; default: by ulimit -n, at most 4096"),
     ] = None,
     cors_origin: Annotated[
         list[str] | None,
-        typer.Option(help="web pages of this origin may ask, * those of any; repeatable; default: none"),
+        typer.Option(help="let web pages of this origin send requests; *: any; repeatable; default: none"),
     ] = None,
     grace: Annotated[
-        float, typer.Option(help="seconds that running requests have to end in at the end")
+        float, typer.Option(help="seconds for running requests to finish when the server ends")
     ] = 30.0,
     mask_id: MaskOption = None,
     device: str | None = None,
     fp8: Fp8Option = False,
     page: Annotated[
-        bool, typer.Option("--page/--no-page", help="at / a page to watch decoding; it needs no key")
+        bool, typer.Option("--page/--no-page", help="serve at / a page to watch decoding; it needs no key")
     ] = True,
-    log_level: Annotated[str, typer.Option(help="info logs every request; warning, error")] = "info",
+    log_level: Annotated[str, typer.Option(help="info (logs every request), warning or error")] = "info",
 ) -> None:
-    """An OpenAI-compatible server: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics, and
-    at / a page to watch decoding."""
+    """Run an OpenAI-compatible server: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics,
+    and at / a page to watch decoding."""
     with plain_errors("serve"):
         from .serving import runner, settings
 
@@ -620,7 +637,7 @@ def serve(
         of_diffusion = {"policy": policy, "cache": cache, "block_length": block_length, "mask_id": mask_id}
         of_causal = {"drafter": drafter or None, "draft_size": draft_size}
         causal = {each: registry.is_causal(each) for each in model}
-        for each in model:  # of several kinds of models each takes what is for its own
+        for each in model:  # if there are both kinds, each model takes the options of its kind
             others = {} if len(set(causal.values())) > 1 else {**of_diffusion, **of_causal}
             check_kind(each, causal[each], **others)
         found = []
@@ -665,7 +682,7 @@ def serve(
 
 @app.command(rich_help_panel=TRAIN)
 def train(
-    out: Annotated[Path, typer.Argument(help="the run's directory; an interrupted run in it goes on")],
+    out: Annotated[Path, typer.Argument(help="the run's directory; an interrupted run in it is resumed")],
     steps: Annotated[int | None, typer.Option(help="default: the shipped model's")] = None,
     seed: int = 0,
     batch: int = 64,
@@ -675,9 +692,11 @@ def train(
     mlp_width: int = 512,
     save_every: int = 500,
     evaluate: Annotated[int, typer.Option(help="held-out problems to check at the end; 0: none")] = 2000,
-    causal: Annotated[bool, typer.Option("--causal", help="its autoregressive sibling")] = False,
+    causal: Annotated[
+        bool, typer.Option("--causal", help="train the autoregressive built-in model instead")
+    ] = False,
 ) -> None:
-    """Train the built-in model from scratch (75 minutes on two cores; --causal 20)."""
+    """Train the built-in model from scratch (75 minutes on two cores; with --causal 20)."""
     from .toy.train import Settings
     from .toy.train import train as run
 
@@ -691,7 +710,7 @@ def train(
 
 @app.command("trajectories", rich_help_panel=TRAIN)
 def answer(
-    out: Annotated[Path, typer.Argument(help="the shards' directory; a run that was stopped goes on")],
+    out: Annotated[Path, typer.Argument(help="the shards' directory; an interrupted run in it is resumed")],
     data: Annotated[str, typer.Option(help="builtin:N, or JSONL or Parquet with prompt and answer")],
     model: ModelOption = registry.DEFAULT,
     policy: Annotated[str, typer.Option(help=POLICIES)] = POLICY,
@@ -710,7 +729,7 @@ def answer(
     chat: ChatOption = None,
     device: str | None = None,
 ) -> None:
-    """A model answers training prompts; its right answers are what it is distilled on.
+    """Let a model answer training prompts; `distill` trains on its right answers.
 
     Under torchrun or accelerate launch each process takes its share.
     """
@@ -731,25 +750,25 @@ def answer(
 def learn_filter(
     out: Annotated[Path, typer.Argument(help="the filter's file, for --policy learned:FILE")],
     answers: Annotated[
-        Path, typer.Option(help="the directory that `trajectories` wrote; it may be of --checker none")
+        Path, typer.Option(help="the directory that `trajectories` wrote, with any --checker, also none")
     ],
-    model: Annotated[str | None, typer.Option(help="default: the one that answered")] = None,
+    model: Annotated[str | None, typer.Option(help="default: the model that answered")] = None,
     tau: Annotated[
-        float, typer.Option(help="what is surer is committed; learned:FILE,TAU has another")
+        float, typer.Option(help="the probability to commit above; learned:FILE,TAU sets another")
     ] = 0.95,
-    steps: Annotated[int, typer.Option(help="of AdamW, each over all passes")] = 3000,
+    steps: Annotated[int, typer.Option(help="steps of AdamW, each over all passes")] = 3000,
     lr: float = 3e-3,
     hidden: Annotated[
         int | None, typer.Option(help="units of the hidden layer; default: a block's tokens")
     ] = None,
-    held_out: Annotated[float, typer.Option(help="share of the prompts that it is judged by")] = 0.1,
+    held_out: Annotated[float, typer.Option(help="share of the prompts to test it with")] = 0.1,
     seed: int = 0,
     batch: Annotated[int, typer.Option(help="sequences decoded at once")] = 100,
     device: str | None = None,
 ) -> None:
-    """Train a filter that says which predictions of a block are right by now (the rule `learned`, Learn2PD).
+    """Train a filter that judges which predictions of a block are right (for the rule `learned`, Learn2PD).
 
-    An oracle decodes the prompts of the answers once more and notes what of each pass is as answered.
+    The model decodes the prompts once more, and each pass's predictions are compared with its answers.
     """
     from .training import filter as filtering
 
@@ -762,7 +781,7 @@ def learn_filter(
 
 
 def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
-    """Numbers with commas between them. Raises ValueError for another text."""
+    """The numbers in a text like "1,9,17". Raises ValueError for any other text."""
     try:
         return None if text is None else tuple(int(each) for each in text.split(","))
     except ValueError as error:
@@ -772,7 +791,7 @@ def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
 @app.command(rich_help_panel=TRAIN)
 def drafter(
     target: Annotated[str, typer.Argument(help="an autoregressive model: builtin:NAME, a directory, ...")],
-    out: Annotated[Path, typer.Argument(help="the drafter's directory; a run that was stopped goes on")],
+    out: Annotated[Path, typer.Argument(help="the drafter's directory; an interrupted run in it is resumed")],
     kind: Annotated[
         str, typer.Option(help="dflash, parallelspec, ppd, hidden_transfer or adadecode")
     ] = "dflash",
@@ -780,45 +799,57 @@ def drafter(
         str, typer.Option(help="builtin:N[:SEED], or a JSONL or Parquet file with prompts")
     ] = "builtin:4000",
     steps: Annotated[
-        int | None, typer.Option(help="default: the kind's own; so with the numbers below")
+        int | None, typer.Option(help="default, as for the numbers below: the kind's own")
     ] = None,
     batch: Annotated[int | None, typer.Option(help="answers in a step")] = None,
-    anchors: Annotated[int | None, typer.Option(help="places in each answer that a step learns from")] = None,
-    layers: Annotated[int | None, typer.Option(help="default: 3 of dflash, 1 of parallelspec")] = None,
+    anchors: Annotated[
+        int | None, typer.Option(help="positions of each answer that a step trains at")
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="for dflash (default 3) and parallelspec (default 1)")
+    ] = None,
     block: Annotated[
-        int | None, typer.Option(help="rows, the last known token's with them; default: 16 or 7")
+        int | None,
+        typer.Option(
+            help="rows, including the last known token's; default 16 for dflash, 7 for parallelspec"
+        ),
     ] = None,
     taps: Annotated[
-        str | None, typer.Option(help='layers of the target, as "1,9,17"; -1 is the embedding')
+        str | None, typer.Option(help='layers of the target to read, such as "1,9,17"; -1: the embedding')
     ] = None,
     exits: Annotated[
         str | None,
-        typer.Option(help='of adadecode: behind so many layers stand heads, as "8,16,24"; default: quarters'),
+        typer.Option(
+            help='for adadecode: the layers after which heads draft, as "8,16,24"; default: quarters'
+        ),
     ] = None,
     gamma: Annotated[
-        float | None, typer.Option(help="of adadecode: how sure a head has to be; default 0.85")
+        float | None,
+        typer.Option(help="for adadecode: the probability above which a head drafts; default 0.85"),
     ] = None,
-    most: Annotated[int | None, typer.Option(help="of adadecode: tokens of a draft; default 16")] = None,
+    most: Annotated[
+        int | None, typer.Option(help="for adadecode: the most tokens of a draft; default 16")
+    ] = None,
     riders: Annotated[
         int | None,
-        typer.Option(help="of ppd and hidden_transfer: tokens beyond the next that are guessed; default 3"),
+        typer.Option(help="for ppd and hidden_transfer: tokens to guess beyond the next; default 3"),
     ] = None,
     soften: Annotated[
         float | None,
-        typer.Option(help="of ppd and hidden_transfer: divides their logits in the loss; default 3 and 1"),
+        typer.Option(help="for ppd and hidden_transfer: divides their logits in the loss; default 3 and 1"),
     ] = None,
     layer: Annotated[
         int | None,
-        typer.Option(help="of hidden_transfer: in front of which riders join; default: the middle one"),
+        typer.Option(help="for hidden_transfer: the layer before which riders join; default: the middle one"),
     ] = None,
     loss: Annotated[
-        str | None, typer.Option(help="of dflash and parallelspec: d-pace (default) or exp")
+        str | None, typer.Option(help="for dflash and parallelspec: d-pace (default) or exp")
     ] = None,
     gen_length: Annotated[int | None, typer.Option(help="tokens; default 64 built-in, 256 else")] = None,
-    temperature: Annotated[float, typer.Option(help="of the answers that it learns from")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="temperature of the answers to train on")] = 0.0,
     seed: int = 0,
-    save_every: Annotated[int, typer.Option(help="steps between states that a run can go on from")] = 250,
-    evaluate: Annotated[int, typer.Option(help="prompts that it is judged by and does not learn from")] = 500,
+    save_every: Annotated[int, typer.Option(help="steps from one saved state to the next")] = 250,
+    evaluate: Annotated[int, typer.Option(help="prompts held out to test the drafter with")] = 500,
     prompt_field: str = "prompt",
     mask_id: MaskOption = None,
     chat: ChatOption = None,
@@ -857,13 +888,16 @@ def drafter(
 def distill(
     recipe: Annotated[Path, typer.Argument(help="a YAML file, such as recipes/builtin.yaml")],
     answers: Annotated[Path | None, typer.Option(help="the directory that `trajectories` wrote")] = None,
-    out: Annotated[Path | None, typer.Option(help="the student's; a run that was stopped goes on")] = None,
-    model: Annotated[str | None, typer.Option(help="instead of the recipe's")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="the student's directory; an interrupted run in it is resumed")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="a model in place of the recipe's")] = None,
     mask_id: MaskOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print steps and memory; no weights")] = False,
-    processes: Annotated[int, typer.Option(help="of the dry run")] = 1,
+    processes: Annotated[int, typer.Option(help="number of processes to plan for, with --dry-run")] = 1,
 ) -> None:
-    """Certainty forcing as a recipe says (torchrun or accelerate launch for several processes)."""
+    """Train a student by certainty forcing, as a recipe says; several processes by torchrun or accelerate
+    launch."""
     from .training import distill as distilling
 
     with plain_errors("train"):
@@ -893,11 +927,13 @@ def show_plan(plan: dict[str, Any]) -> None:
 @app.command(rich_help_panel=TRAIN)
 def merge(
     adapter: Annotated[Path, typer.Argument(help="a LoRA adapter's directory")],
-    out: Annotated[Path, typer.Argument(help="where the plain checkpoint goes")],
-    model: Annotated[str | None, typer.Option(help="its base; default: what the adapter names")] = None,
+    out: Annotated[Path, typer.Argument(help="the merged checkpoint's directory")],
+    model: Annotated[
+        str | None, typer.Option(help="the base model; default: the one that the adapter names")
+    ] = None,
     mask_id: MaskOption = None,
 ) -> None:
-    """A LoRA adapter and its base as a plain checkpoint in the base's own layout."""
+    """Merge a LoRA adapter into its base, as a plain checkpoint in the base's own layout."""
     from .training import distill as distilling
 
     with plain_errors("train"):

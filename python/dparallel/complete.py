@@ -32,12 +32,12 @@ def complete(
     live: LiveText | None = None,
     recording: Recording | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Decode prompts together; yields prompt, response, tokens, forwards and, with `infill`, text of each.
+    """Decode prompts together; yield each one's prompt, response, tokens, forwards and, with `infill`, text.
 
-    `name`: the model's. `suffix`: text behind the response, which stands in between. `draft_size`: of
-    `decode`. `recording`: gets the answers.
+    `name`: the model's. `suffix`: text after the response. `draft_size`: see `decode`. `recording`: receives
+    the answers.
 
-    Raises ValueError, by name.
+    Raises ValueError naming the argument that does not fit.
     """
     check_diffusion(model)
     encode, mask = text.prompt_encoder(tokenizer, template), model.mask_id
@@ -60,7 +60,7 @@ def complete(
         seconds = time.perf_counter() - began
     texts = text.TokenTexts(tokenizer)
     for i, (prompt, tokens, passes) in enumerate(zip(prompts, out.responses, out.nfe.tolist(), strict=True)):
-        # A block-causal model fills its last block beyond what was asked for.
+        # A block-causal model fills its last block beyond gen_length.
         kept = min(int(out.kept[i]), gaps[i] + more)
         response = tokenizer.decode(tokens[:kept].tolist())
         if recording is not None:
@@ -84,9 +84,9 @@ def complete_causal(
     live: LiveText | None = None,
     recording: Recording | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The same with an autoregressive model; yields the draft's worth too: drafts, drafted and accepted.
+    """`complete` with an autoregressive model; yields the number of "drafts" too.
 
-    Raises ValueError, by name.
+    Raises ValueError naming the argument that does not fit.
     """
     decode = functools.partial(dx.speculate, model, drafter=drafter, draft_size=draft_size)
     how = "a token a pass" if drafter is None else f"{drafter} guesses ahead"
@@ -108,10 +108,10 @@ def complete_adaptive(
     live: LiveText | None = None,
     recording: Recording | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The same with a diffusion model and a verifier, see `adaptive_decode`; yields passes of the verifier
-    too. numbers: mixture, window and lookahead, as far as they are given.
+    """`complete` with a diffusion model and a verifier, see `adaptive_decode`; yields the verifier's passes
+    as "verifications" too. numbers: mixture, window and lookahead, as far as they are given.
 
-    Raises ValueError, by name.
+    Raises ValueError naming the argument that does not fit.
     """
     judge = registry.load_verifier(verifier, model, tokenizer)
     decode = functools.partial(dx.adaptive_decode, model, verifier=judge, **numbers)
@@ -134,7 +134,7 @@ def _left_to_right(
     live: LiveText | None,
     recording: Recording | None,
 ) -> Iterator[tuple[dict[str, Any], Output, int]]:
-    """Of each prompt prompt, response, tokens and forwards, the output, and its number there."""
+    """For each prompt: its prompt, response, tokens and forwards; the output; its number in the output."""
     encode = text.prompt_encoder(tokenizer, template)
     ids = [encode(prompt) for prompt in prompts]
     more = whole("gen_length", config.gen_length, 0)
@@ -155,12 +155,12 @@ def _left_to_right(
 
 
 def alone(seconds: float, prompts: list[str], live: LiveText | None) -> float | None:
-    """Of a call, where they are those of one prompt and nobody was shown its passes meanwhile."""
+    """The seconds of a call if it had one prompt and did not show its passes meanwhile; else None."""
     return seconds if len(prompts) == 1 and live is None else None
 
 
 def in_place(out: dx.DecodeOutput, i: int, kept: int) -> list[int]:
-    """Tokens of sequence i, given and decoded ones, without what follows the first `kept` decoded."""
+    """The tokens of sequence i, given and decoded, without decoded ones after the first `kept`."""
     left_out = set(out.masked[i].nonzero()[kept:, 0].tolist())
     tokens = out.sequences[i, : int(out.lengths[i])].tolist()
     return [token for at, token in enumerate(tokens) if at not in left_out]

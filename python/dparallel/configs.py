@@ -1,7 +1,6 @@
-"""Configs of the command line: a JSON file of `DecodeConfig`'s fields, and the options beside it.
+"""Configs of the command line: a JSON file of `DecodeConfig`'s fields, and options, which override it.
 
-Beside these fields a file may have `drafter` and `draft_size`, which the options of these names stand instead
-of, and what `dparallel tune` says of its measurements.
+A file may also have `drafter` and `draft_size`, and `dparallel tune`'s account of its measurements.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ from dparallel_ext.rules import ONE, learned
 from . import files, registry
 
 POLICY = "entropy:0.5"
-"""The rule where neither an option nor the file says how a pass decides."""
+"""The rule if neither an option nor the file names one."""
 DECIDES = {"rule", "policy", "threshold", "selector", "steps", "min_commit", "max_commit", "score"}
-"""Fields that say so."""
+"""Fields that decide what a pass commits."""
 TUNED = "tuned"
-"""The key of a file of `dparallel tune` under which stands for what its settings were chosen."""
+"""The key, in a file of `dparallel tune`, for the model and device that its settings were chosen for."""
 TOLD = ("model", "fingerprint", "device")
-"""What it has to say to be checked."""
+"""Keys that must be under `TUNED`."""
 BESIDE = ("drafter", "draft_size", TUNED)
 
 
 def parse_policy(text: str, *, files: bool = True) -> dict[str, Any]:
-    """decode's arguments for what `rules.parse` takes: "one", "steps:N", "SELECTOR:THRESHOLD", "credit", ...
+    """`decode`'s arguments for a text that `rules.parse` takes: "one", "steps:N", "SELECTOR:THRESHOLD", ...
 
-    files: whether it may name any file of this machine ("learned:PATH"), not those alone that ship
+    files: whether the text may name any file of this machine ("learned:PATH"), or only filters that ship
     ("learned:builtin:teacher").
 
     Raises ValueError, also for a number beyond its bounds.
@@ -48,9 +47,9 @@ def parse_policy(text: str, *, files: bool = True) -> dict[str, Any]:
 
 
 def read_fields(file: Path | None) -> dict[str, Any]:
-    """The fields that the file names, those of `BESIDE` among them; none without a file.
+    """The file's fields, including those of `BESIDE`; none without a file.
 
-    Raises ValueError and FileNotFoundError, by name.
+    Raises ValueError and FileNotFoundError, naming "config", the file and the field.
     """
     if file is None:
         return {}
@@ -74,15 +73,15 @@ def read_fields(file: Path | None) -> dict[str, Any]:
 def take_tuned(
     content: dict[str, Any], file: Path | None, names: Sequence[str], device: str | None, mask_id: int | None
 ) -> str | None:
-    """A warning where the file's settings were measured on another device. They are no field any more.
+    """A warning if the file's settings were measured on another device. Removes `TUNED` from `content`.
 
-    Raises ValueError where they were measured with another model than each of `names`.
+    Raises ValueError if they were measured with a model other than each of `names`.
     """
     tuned = content.pop(TUNED, None)
     if tuned is None:
         return None
     for name in names:
-        # Its tensors are mapped from the files, and few are looked at.
+        # Its tensors are memory-mapped, and the fingerprint reads few of them.
         model = models.load(registry.directory_of(name), mask_id=mask_id)
         if models.fingerprint(model) != tuned["fingerprint"]:
             raise ValueError(
@@ -97,7 +96,8 @@ def take_tuned(
 def take_drafter(
     content: dict[str, Any], drafters: list[str] | None, draft_size: int | None
 ) -> tuple[list[str] | None, int | None]:
-    """The drafters and the size that the options name, else the file: its size only with its own drafter."""
+    """The drafters and the draft size of the options, else of the file, whose size goes with its drafter
+    alone. Removes both from `content`."""
     drafter, size = content.pop("drafter", None), content.pop("draft_size", None)
     if drafters and drafters != [drafter]:
         return drafters, draft_size
@@ -105,16 +105,16 @@ def take_drafter(
 
 
 def take_mask(content: dict[str, Any], option: int | None) -> int | None:
-    """The mask token that the option names, else the file. It is the model's from its loading on, and no
-    field any more."""
+    """The mask token of the option, else of the file. Removes it from `content`, since the model is loaded
+    with it."""
     of_file = content.pop("mask_id", None)
     return of_file if option is None else option
 
 
 def config_of(content: Mapping[str, Any], policy: str | None, **options: Any) -> DecodeConfig:
-    """The config of a file's fields and of the options beside them, None where an option is not given.
+    """The config of a file's fields and of options that override them; None: an option is not given.
 
-    policy: what `parse_policy` takes; it stands instead of what the file says of rule and policy.
+    policy: a text for `parse_policy`; it overrides the file's fields that decide, see `DECIDES`.
     Raises ValueError naming the option that does not fit.
     """
     config = DecodeConfig.from_dict(content)
@@ -126,19 +126,19 @@ def config_of(content: Mapping[str, Any], policy: str | None, **options: Any) ->
 
 
 def policy_in(content: Mapping[str, Any]) -> str | None:
-    """What a file's fields say of how a pass decides, as a text; None where they say nothing."""
+    """The text for `parse_policy` of a file's fields that decide; None without such fields."""
     return policy_of(DecodeConfig.from_dict(content)) if DECIDES & content.keys() else None
 
 
 def causal_config_of(content: Mapping[str, Any], policy: str | None, **options: Any) -> DecodeConfig:
-    """The same for an autoregressive model, which takes no policy."""
+    """`config_of` for an autoregressive model, which takes no policy."""
     assert policy is None
     given: Any = {name: value for name, value in options.items() if value is not None}
     return DecodeConfig.from_dict(content).replace(**given)
 
 
 def policy_of(config: DecodeConfig) -> str | None:
-    """How a pass decides, as `parse_policy` takes it; None where no text says it."""
+    """The text for `parse_policy` of a config's fields that decide; None if there is no such text."""
     defaults = DecodeConfig()
     given = {name for name in DECIDES if getattr(config, name) != getattr(defaults, name)}
     if given <= {"rule"}:
@@ -150,13 +150,13 @@ def policy_of(config: DecodeConfig) -> str | None:
 
 
 def without_ends(config: DecodeConfig) -> DecodeConfig:
-    """A response ends where the config says, and not at the model's own end tokens."""
+    """The config without the model's own end tokens: a response ends only where the config says."""
     return config.replace(eos_id=-1) if config.eos_id is None else config
 
 
 def with_ends(config: DecodeConfig, ends: Mapping[str, Any]) -> DecodeConfig:
-    """A response ends where the config says, and at what `text.endings` found: its eos_id unless the config
-    has one, and its stops too. With eos_id -1 it ends where the config says alone."""
+    """The config with the ends that `text.endings` found: its eos_id unless the config has one, and its
+    stops. A config with eos_id -1 is returned as it is."""
     if config.eos_id == -1:
         return config
     eos_id = ends["eos_id"] if config.eos_id is None else config.eos_id

@@ -1,4 +1,4 @@
-"""Accuracy against passes, over held-out problems of `tasks`, for models and policies."""
+"""Measures accuracy and passes over held-out problems of `tasks`, for models and policies."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from .toy import tasks
 
 Output = TypeVar("Output", bound=dx.DecodeOutput)
 Fields = Mapping[str, Any]
-"""Of `DecodeConfig`, by name, with a "rule" among them."""
+"""Fields of `DecodeConfig` by name, with a "rule" among them."""
 VARIED = (
     *("rule", "block_length", "sub_block_length", "cache", "refresh"),
     *("active_blocks", "open_at", "activate_at", "draft_size"),
 )
 """The fields that the rows of a table may differ in; `draft_size` is `decode`'s."""
 ADAPTIVE = ("verifier", "mixture", "window", "lookahead")
-"""The fields of a row of `adaptive_decode`: the verifier's name, and numbers."""
+"""The fields of a row for `adaptive_decode`: the verifier's name, and numbers."""
 
 
 PLAIN = "plain"
-"""Of an autoregressive model: without a drafter."""
+"""The name of an autoregressive model's decoding without a drafter."""
 
 
 def read_rows(file: str | Path) -> list[Fields]:
-    """What a JSON file says of each row of a table: a list of objects with a "rule" and others of `VARIED`,
-    or with a "verifier" and others of `ADAPTIVE`.
+    """The rows of a table in a JSON file: a list of objects with a "rule" and other fields of `VARIED`, or
+    with a "verifier" and other fields of `ADAPTIVE`.
 
     Raises FileNotFoundError, and ValueError naming the entry and the field that does not fit.
     """
@@ -58,7 +58,7 @@ def read_rows(file: str | Path) -> list[Fields]:
 
 
 def check_row(entry: Any) -> None:
-    """Raise ValueError naming what does not fit."""
+    """Raise ValueError naming the field of a row that does not fit."""
     known = ADAPTIVE if isinstance(entry, Mapping) and "verifier" in entry else VARIED
     if not isinstance(entry, Mapping) or not isinstance(entry.get(known[0]), str):
         raise ValueError('expected an object with a "rule", or a "verifier", a text')
@@ -73,17 +73,17 @@ def check_row(entry: Any) -> None:
 
 
 def of_config(entry: Fields) -> dict[str, Any]:
-    """What of a row's fields are `DecodeConfig`'s."""
+    """A row's fields of `DecodeConfig`."""
     return {name: value for name, value in entry.items() if name != "draft_size"}
 
 
 def numbers_of(entry: Fields) -> dict[str, Any]:
-    """What of a row of `adaptive_decode` its verifier's name is not."""
+    """The fields of a row for `adaptive_decode` without its verifier's name."""
     return {name: value for name, value in entry.items() if name != "verifier"}
 
 
 def read_results(file: str | Path) -> list[dict[str, Any]]:
-    """What an earlier run wrote. Raises ValueError where it is something else."""
+    """The results that an earlier run wrote. Raises ValueError for a file that holds anything else."""
     rows = _read_list("json", file)
     if not all(isinstance(row, dict) and {"model", "policy", "accuracy"} <= row.keys() for row in rows):
         raise ValueError(f"json: {file} holds other things than results")
@@ -122,19 +122,19 @@ def evaluate(
 ) -> dict[str, Any]:
     """Decode `problems` held-out problems, the same for every call with one `seed`, and check the answers.
 
-    Every sequence is decoded to its full length, so that passes compare. `config`: how, but for the length
-    and the rule, which `policy` says. `block_length` and `cache`: default the config's. `chat`: the problems
-    go by the checkpoint's chat template; default: where it has one. A model that comes as `loaded` is asked
-    without unless `chat` is true, which takes the template of `model_name`. `draft_size`: of `decode`.
-    `answers`: a list that receives whole responses, in the order of the problems. `recording`: gets those of
-    the first `RECORDED` problems.
+    Every sequence is decoded to its full length, so that numbers of passes can be compared. `policy` is the
+    rule; `config` has all other fields but the length. `block_length` and `cache`: default the config's.
+    `chat`: put problems into the checkpoint's chat template; default: if it has one. With `loaded`, a model
+    and its tokenizer, there is no template unless `chat` is true, which takes that of `model_name`.
+    `draft_size`: see `decode`. `answers`: a list that receives whole responses, in the order of the problems.
+    `recording`: receives the answers to the first `RECORDED` problems.
 
-    Returns model, policy, config (what else differs from the defaults), threshold, problems, seed, accuracy,
-    accuracy_interval (Wilson's, 95 %), nfe_mean (passes per answer), nfe_to_eos (those until the block that
-    holds EOS, the model's `eos_id`, is complete: with `decode(eos_id=...)` there are no more),
-    tokens_per_forward (those in front of EOS), padded_tokens_per_forward (all gen_length of them), seconds,
-    gen_length, block_length, cache, chat, fp8; with a draft_size canvases_mean, copies of an answer that its
-    passes computed.
+    Returns model, policy, config (other fields that differ from the defaults), threshold, problems, seed,
+    accuracy, accuracy_interval (Wilson's, 95 %), nfe_mean (passes per answer), nfe_to_eos (passes until the
+    block that holds EOS, the model's `eos_id`, is complete, where `decode(eos_id=...)` would end),
+    tokens_per_forward (tokens in front of EOS per pass), padded_tokens_per_forward (all gen_length tokens per
+    pass), seconds, gen_length, block_length, cache, chat, fp8; with a draft_size canvases_mean, the copies of
+    an answer that its passes computed.
     """
     threshold = parse_policy(policy).get("threshold")
     config = (config or dx.DecodeConfig()).with_rule(policy)
@@ -207,7 +207,7 @@ def _judged(
     correct: int,
     threshold: float | None = None,
 ) -> dict[str, Any]:
-    """What every result begins with: whose it is, and how many answers are right."""
+    """The fields that all results have: model, policy, settings, and the share of right answers."""
     return {
         "model": model_name,
         "policy": policy,
@@ -221,7 +221,7 @@ def _judged(
 
 
 class Answer(NamedTuple):
-    """The ids of a prompt and of its response; of an autoregressive model without the end."""
+    """The ids of a prompt and of its response; an autoregressive model's response without its end."""
 
     prompt: list[int]
     tokens: list[int]
@@ -240,14 +240,14 @@ def evaluate_drafter(
     answers: list[Answer] | None = None,
     recording: Recording | None = None,
 ) -> dict[str, Any]:
-    """The same problems with an autoregressive model, each to its end, drafted by `drafter` (None: plain).
+    """`evaluate` an autoregressive model, each answer to its end, with a drafter (None: plain).
 
-    answers: a list that receives them, in the order of the problems. recording: see `evaluate`.
+    answers: a list that receives the answers, in the order of the problems. recording: see `evaluate`.
 
-    Returns as `evaluate`: nfe_mean and nfe_to_eos are passes of the model per answer, tokens_per_forward what
-    each pass brings, the end among the tokens; policy is "plain" or the drafter's name, as it is given. And
+    Returns as `evaluate`: nfe_mean and nfe_to_eos are passes of the model per answer, tokens_per_forward
+    counts the end among the tokens; policy is "plain" or the drafter's name, as it is given. Besides,
     draft_mean (drafts per answer), drafted and accepted (drafts that reached each depth, and those whose
-    token there was the model's own), accepted_per_draft, and layers: of the model that were run for a token,
+    token there was the model's own), accepted_per_draft, and layers: the layers of the model run for a token,
     one after the other, as a share of all its layers.
     """
     model, tokenizer = loaded or registry.load(model_name, device=device)
@@ -256,7 +256,7 @@ def evaluate_drafter(
     drafted, accepted = [0] * 0, [0] * 0
     found: dict[str, Answer] = {}
     made = dx.speculation.drafter_of(drafter, model.device)
-    size = made.most if made is not None and draft_size is None else draft_size  # so that passes compare
+    size = made.most if made is not None and draft_size is None else draft_size  # for reproducible passes
     began = time.perf_counter()
     decode = functools.partial(
         dx.speculate,
@@ -305,9 +305,9 @@ def _to_the_end(
     found: dict[str, Answer],
     noted: Callable[..., None],
 ) -> Iterator[tuple[Output, int]]:
-    """What `decode` makes of the prompts of each batch, and how many answers are right.
+    """Decode the prompts in batches; yield each batch's output, and how many of its answers are right.
 
-    found: receives the answers, by prompt. noted: `_record` but for the batch and what came of it.
+    found: receives the answers, by prompt. noted: `_record` with all arguments but those about the batch.
     """
     for group in groups.values():
         for at in range(0, len(group), batch):
@@ -336,13 +336,13 @@ def evaluate_adaptive(
     loaded: tuple[Any, Any] | None = None,
     recording: Recording | None = None,
 ) -> dict[str, Any]:
-    """The same problems with a diffusion model and a verifier, see `adaptive_decode`, each to its end.
+    """`evaluate` a diffusion model with a verifier, see `adaptive_decode`, each answer to its end.
 
-    verifier: its name. numbers: mixture, window and lookahead, as far as they are given. config: what else.
-    The other arguments are those of `evaluate`.
+    verifier: its name. numbers: mixture, window and lookahead, as far as they are given. config: the other
+    fields. The other arguments are those of `evaluate`.
 
-    Returns as `evaluate`, the policy being the verifier's name: nfe_mean and nfe_to_eos are passes of the
-    diffusion model per answer, to its end. And verifier_mean, passes of the verifier.
+    Returns as `evaluate`, with the verifier's name as policy: nfe_mean and nfe_to_eos are passes of the
+    diffusion model per answer, to its end. Besides, verifier_mean: passes of the verifier per answer.
     """
     numbers, config = dict(numbers or {}), config or dx.DecodeConfig()
     said = _said(config) | numbers
@@ -375,7 +375,7 @@ def evaluate_adaptive(
 
 
 RECORDED = 3
-"""Problems of a recording: enough to look at."""
+"""Problems of a recording."""
 
 
 def _record(
@@ -388,7 +388,7 @@ def _record(
     tokenizer: Any,
     **said: Any,
 ) -> None:
-    """The answers of a batch that belong into the recording, if any; `said`: of `answer_of`."""
+    """Add a batch's answers to the first problems to the recording; `said`: arguments of `answer_of`."""
     if recording is None:
         return
     first = {problem.prompt for problem in itertools.islice(tasks.problems("held_out", seed), RECORDED)}
@@ -401,7 +401,7 @@ def _record(
 
 
 def _groups(problems: int, seed: int, encode: Any) -> dict[int, list[tuple[tasks.Problem, list[int]]]]:
-    """The held-out problems and the ids of their prompts, by these' length."""
+    """Number of ids -> the held-out problems whose prompts have as many, with these ids."""
     groups: dict[int, list[tuple[tasks.Problem, list[int]]]] = {}
     for problem in itertools.islice(tasks.problems("held_out", seed), problems):
         ids = encode(problem.prompt)
@@ -410,7 +410,7 @@ def _groups(problems: int, seed: int, encode: Any) -> dict[int, list[tuple[tasks
 
 
 def report(row: Mapping[str, Any]) -> str:
-    """What the drafts of a result were worth, by position, in lines."""
+    """A result's drafted and accepted tokens by position, as text."""
     lines = ["position   drafted  accepted   share  of all"]
     first = row["drafted"][0] if row["drafted"] else 0
     for at, (asked, taken) in enumerate(zip(row["drafted"], row["accepted"], strict=True), 1):
@@ -420,36 +420,37 @@ def report(row: Mapping[str, Any]) -> str:
         f"tokens of a draft that are accepted: {without:.2f}; with the pass's own token {without + 1:.2f}"
     )
     asked, taken = sum(row["drafted"]), sum(row["accepted"])
-    lines.append(f"of all drafted tokens accepted: {taken / max(1, asked):.1%}")
+    lines.append(f"share of drafted tokens that are accepted: {taken / max(1, asked):.1%}")
     if "layers" in row:
         lines.append(f"layers of the model run for a token: {row['layers']:.3f} of all")
     if row.get("same_texts") is not None:
         tokens, gaps = row["nfe_mean"] * row["tokens_per_forward"] * row["problems"], row["gaps"]
-        lines.append(f"texts as plain decoding gives them: {row['same_texts']} of {row['problems']}")
+        lines.append(f"texts equal to plain decoding's: {row['same_texts']} of {row['problems']}")
         if gaps:
             lines.append(
-                f"the others part where the two best logits are {gaps[0]:g} to {gaps[-1]:g} apart, "
+                f"the others differ first where the two best logits are {gaps[0]:g} to {gaps[-1]:g} apart, "
                 f"{len(gaps) / tokens * 10_000:.2f} times in 10,000 tokens"
             )
     return "\n".join(lines)
 
 
 def kept_tokens(responses: Tensor, eos_id: int | None) -> int:
-    """Tokens of responses (B, R) that stand in front of EOS, over all of them."""
+    """The number of tokens in front of EOS, over all responses (B, R) int64."""
     return sum(kept_of(responses, eos_id))
 
 
 def kept_of(responses: Tensor, eos_id: int | None) -> list[int]:
-    """How many tokens each response has in front of its end."""
+    """The number of tokens in front of EOS, for each response (B, R) int64."""
     found: list[int] = (responses == (-1 if eos_id is None else eos_id)).cumsum(1).eq(0).sum(1).tolist()
     return found
 
 
 def passes_to_eos(steps: Tensor, nfe: Tensor, ends: Tensor, block_length: int, start: int = 0) -> Tensor:
-    """(B,) passes of each sequence until the block that holds its first EOS was complete; without one all.
+    """(B,) int64: passes of each sequence until the block with its first EOS was complete; all without an
+    EOS.
 
-    steps: (B, R) of a `Trajectory`. nfe: (B,). ends: (B, R) bool, where EOS is. start: how far into a block
-    the response begins.
+    steps: (B, R) of a `Trajectory`. nfe: (B,). ends: (B, R) bool, the places of EOS. start: the column of a
+    block where the response begins.
     """
     if not steps.shape[1]:
         return nfe
@@ -472,13 +473,14 @@ def sweep(
     recording: Recording | None = None,
     **settings: Any,
 ) -> Iterable[dict[str, Any]]:
-    """`evaluate` for every model and policy (`evaluate_adaptive` of a row with a verifier), and
-    `evaluate_drafter` for every autoregressive model and drafter, each model loaded once; yields as it goes.
+    """Run `evaluate` for every model and policy (`evaluate_adaptive` for a row with a verifier), and
+    `evaluate_drafter` for every autoregressive model and drafter; load each model once, and yield each
+    result.
 
-    policies: texts, or the fields of a row. drafters: "plain" for none. draft_size: of the drafters; where
-    all models are diffusion models, `decode`'s for every policy that names none. same_texts of a result with
-    one: how many responses are those of the same policy without. known: results of an earlier run; those of
-    the same settings are not measured again. recording: gets what is measured, see `evaluate`.
+    policies: texts, or the fields of a row. drafters: "plain" for none. draft_size: for the drafters; if all
+    models are diffusion models, `decode`'s for every policy without one; such a result has same_texts, the
+    number of responses equal to the same policy's without it. known: results of an earlier run, which are not
+    measured again. recording: see `evaluate`.
     """
     entries = [{"rule": each} if isinstance(each, str) else each for each in policies]
     for entry in entries:
@@ -557,8 +559,8 @@ def _drafted(
 
 
 def compared(model: Any, plain: Sequence[Answer], drafted: Sequence[Answer]) -> dict[str, Any]:
-    """same_texts: how many answers are those of plain decoding; gaps: of the others, how far apart the two
-    best logits are where they part, for rounding may choose either of two that are near."""
+    """same_texts: the number of answers equal to plain decoding's. gaps: for the others, the difference of
+    the two best logits where they differ first, since rounding may choose either of two that are near."""
     gaps = []
     for one, other in zip(plain, drafted, strict=True):
         if one == other:
@@ -573,18 +575,18 @@ def compared(model: Any, plain: Sequence[Answer], drafted: Sequence[Answer]) -> 
 
 
 def drafted_by(size: int | None) -> dict[str, int]:
-    """What a row's config says of it."""
+    """The entry of a row's config for a draft size."""
     return {"draft_size": size} if size else {}
 
 
 def _said(config: dx.DecodeConfig) -> dict[str, Any]:
-    """The fields that differ from the defaults, as JSON has them, but for rule and length."""
+    """The fields that differ from the defaults, in JSON's types, without rule and length."""
     own, defaults = config.with_rule(None).to_dict(), dx.DecodeConfig().to_dict()
     return {name: own[name] for name in own if own[name] != defaults[name] and name != "gen_length"}
 
 
 def _key(row: Mapping[str, Any]) -> str:
-    """All that a result depends on."""
+    """A key of all settings that a result depends on."""
     defaults = {"config": {}, "problems": 500, "seed": 0, "chat": False, "fp8": False}
     known = {**defaults, **row}
     return json.dumps([known[name] for name in ("model", "policy", *defaults)], sort_keys=True)

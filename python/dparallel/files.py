@@ -1,4 +1,5 @@
-"""Files: text and JSON lines read with errors by line, and writes that appear whole or not at all."""
+"""Reads text and JSON lines with errors that name the line, and writes files that appear whole or not at
+all."""
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ def read_text(argument: str, file: str | Path) -> str:
 
 
 def lines(argument: str, file: str | Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, line) of each line that is not blank. A newline alone ends a line: a string of JSON may
-    hold U+2028 and what else `str.splitlines` cuts at."""
+    """(number from 1, line) of each line that is not blank. Only a newline ends a line: strings of JSON may
+    hold U+2028 and other characters at which `str.splitlines` cuts."""
     for number, line in enumerate(read_text(argument, file).split("\n"), 1):
         if line.strip():
             yield number, line.removesuffix("\r")
@@ -57,9 +58,9 @@ def json_object(argument: str, file: str | Path, number: int, line: str) -> dict
 def rows(
     argument: str, file: str | Path, columns: list[str] | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line or row from 1, its content) of a JSONL or Parquet file. Raises ValueError.
+    """(line or row from 1, its content) of a JSONL or Parquet file. Raises ValueError naming the argument.
 
-    `columns`: those alone, of Parquet.
+    `columns`: the columns to read of Parquet; default: all.
     """
     if Path(file).suffix != ".parquet":
         for number, line in lines(argument, file):
@@ -75,7 +76,7 @@ def rows(
 
 
 def prompts(argument: str, file: str | Path) -> list[str]:
-    """A prompt a line; a line that is a JSON object gives its "prompt"."""
+    """The prompts in a file, one a line; of a line that is a JSON object, its "prompt". Raises ValueError."""
     found = []
     for number, line in lines(argument, file):
         if line.lstrip().startswith("{"):
@@ -91,7 +92,7 @@ def prompts(argument: str, file: str | Path) -> list[str]:
 
 
 def possible(argument: str, path: str | Path) -> Path:
-    """A directory that can be written to, or made; it is not made yet. Raises ValueError."""
+    """Check that a directory can be written to or made, without making it. Raises ValueError."""
     path = Path(path)
     there = next(parent for parent in (path, *path.absolute().parents) if os.path.lexists(parent))
     if not there.is_dir():
@@ -104,7 +105,7 @@ def possible(argument: str, path: str | Path) -> Path:
 
 
 def directory(argument: str, path: str | Path) -> Path:
-    """A directory that can be written to, made where it is not there. Raises ValueError."""
+    """A directory that can be written to; it is made if need be. Raises ValueError."""
     path = possible(argument, path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -114,7 +115,7 @@ def directory(argument: str, path: str | Path) -> Path:
 
 
 def writable(argument: str, file: str | Path) -> Path:
-    """A path that a file can be written to, checked before the work that fills it. Raises ValueError."""
+    """Check, before long work, that a file can be written. Raises ValueError."""
     file = Path(file)
     possible(argument, file.parent)
     if file.is_dir():
@@ -123,23 +124,24 @@ def writable(argument: str, file: str | Path) -> Path:
 
 
 def write_text(file: str | Path, text: str) -> None:
-    """Whole or not at all, in UTF-8; the directory is made."""
+    """Write a text whole or not at all, in UTF-8; make the directory if need be."""
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(file: str | Path, content: Any) -> None:
-    """Whole or not at all."""
+    """Write JSON whole or not at all."""
     write_text(file, json.dumps(content, indent=1) + "\n")
 
 
 @contextmanager
 def locked(argument: str, path: Path) -> Iterator[None]:
-    """The directory is this run's alone. Raises ValueError where another run has it.
+    """A context in which the directory is locked by this run. Raises ValueError if another run has it.
 
-    The lock ends with the process, however that ends. Of several processes of a run the first holds it. What
-    a run that was killed had half-written (see `replacing`) is removed, unless this run has more processes.
+    The lock ends with the process, however that ends. Of several processes of a run, the first holds it.
+    Files that a killed run had half-written (see `replacing`) are removed, unless this run has several
+    processes.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
@@ -154,7 +156,7 @@ def locked(argument: str, path: Path) -> Iterator[None]:
                 "directory of its own"
             ) from error
         except OSError:
-            pass  # a file system that knows no locks
+            pass  # the file system has no locks
         else:
             if os.environ.get("WORLD_SIZE", "1") == "1":
                 for partial in path.glob("*.partial"):
@@ -168,12 +170,12 @@ WRITE_FAILED = (
     *("unexpected pos", "PytorchStreamWriter failed", "iostream error"),
     *("os error 28", "os error 27", "os error 122"),
 )
-"""What torch and safetensors say of a write that the disk (or a quota) had no room for."""
+"""Parts of torch's and safetensors' errors when the disk (or a quota) is full."""
 
 
 @contextmanager
 def full_disk_named(path: str | Path) -> Iterator[None]:
-    """Within it, torch's and safetensors' errors of a full disk are an OSError that says so."""
+    """A context that turns torch's and safetensors' errors of a full disk into an OSError that says so."""
     try:
         yield
     except Exception as error:

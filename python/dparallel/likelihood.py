@@ -1,27 +1,27 @@
-"""How likely an answer is after a prompt, under a masked diffusion language model.
+"""The log-likelihood of an answer after a prompt, under a masked diffusion language model.
 
 Such a model predicts masked tokens, so no single pass gives the probability of a text. There are two methods:
 
 `monte_carlo` estimates the bound that these models are trained by (LLaDA, arXiv 2502.09992, equation 6 and
-algorithm 3). Of an answer of L tokens l are masked; l is uniform in 1..L and the l positions are uniform:
+algorithm 3). l of an answer's L tokens are masked, with l uniform in 1..L and the positions uniform:
 
     log p(answer | prompt) >= E [ L / l * sum over masked i of log p(answer_i | prompt, unmasked tokens) ]
 
-The counts l are stratified over the samples, as in the published evaluation. An answer that has no more masks
-(2^L - 1) than there are samples is computed under each mask once, which gives the expectation itself: a
-single pass for a single token.
+The counts l are stratified over the samples, as in the published evaluation. An answer with at most as many
+masks (2^L - 1) as there are samples is computed under each mask once, which gives the expectation itself: one
+pass for a single token.
 
 `left_to_right` is exact, by the chain rule: answer_i is predicted with the answer before it known and
 everything after it masked. For a block-causal model (SDAR, Fast-dLLM v2) only the rest of i's own block is
-visible, so the method gives the probabilities by which the model's decoder draws the answer, one token a pass
-from left to right; over all answers of one length they sum to one. Finished blocks are computed once and
-shared by all sequences that begin alike. For other models the rest of the answer is visible as masks, so the
-model knows its length.
+visible, so these are the probabilities with which the model's decoder draws the answer, one token a pass from
+left to right; over all answers of one length they sum to one. Finished blocks are computed once and shared by
+all sequences with the same prefix. For other models the rest of the answer is visible as masks, so the model
+knows its length.
 
 The default is `left_to_right` for block-causal models and `monte_carlo` for others.
 
-Where a model's logits are shifted (Dream, Fast-dLLM v2) position p is predicted by the logits of position
-max(p - 1, 0). The head is applied to the needed positions alone, in chunks: no (B, L, V) tensor exists.
+If a model's logits are shifted (Dream, Fast-dLLM v2), position p is predicted by the logits of position
+max(p - 1, 0). The head is applied only to the needed positions, in chunks, so no (B, L, V) tensor exists.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SAMPLES = 128
 PASS_TOKENS = 4096
 """The most tokens of a pass over the masked blocks of `left_to_right`."""
 CHUNK_MEGABYTES: dict[str, float] = {"cpu": 32, "cuda": 256}
-"""Of logits that exist at once, by type of device."""
+"""Megabytes of logits that exist at once, by type of device."""
 
 
 class Likelihood(NamedTuple):
@@ -55,15 +55,15 @@ class Likelihood(NamedTuple):
     logprob: float
     """In nats. With `monte_carlo` it is an estimate of a lower bound."""
     greedy: bool | None
-    """Whether greedy decoding of one token a pass gives the answer. The order is the published evaluation's
-    with `monte_carlo` (the most confident token first), and left to right with `left_to_right`. None where it
-    was not asked for."""
+    """Whether greedy decoding of one token a pass gives the answer: with `monte_carlo` the most confident
+    token first, as in the published evaluation, with `left_to_right` from left to right. None without
+    `greedy`."""
 
 
 def log_likelihoods(
     model: Model, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], **options: Any
 ) -> list[Likelihood]:
-    """The log-likelihood of each answer after its prompt. `iter_log_likelihoods` tells the rest."""
+    """The log-likelihood of each answer after its prompt; arguments and errors as `iter_log_likelihoods`."""
     results = dict(iter_log_likelihoods(model, prompts, answers, **options))
     return [results[index] for index in range(len(prompts))]
 
@@ -81,21 +81,21 @@ def iter_log_likelihoods(
     block_length: int | None = None,
     mask_id: int | None = None,
 ) -> Iterator[tuple[int, Likelihood]]:
-    """The log-likelihood of each answer after its prompt, with its index, as soon as it is known.
+    """Yield the log-likelihood of each answer after its prompt, with its index, as soon as it is known.
 
     Args:
-        model: one of ours (`dparallel_ext.models`), in evaluation mode; wrapped or adapted as in `decode`.
+        model: a native model (`dparallel_ext.models`), in evaluation mode; wrapped or adapted as in `decode`.
         prompts, answers: token ids, pair by pair, of any lengths. A prompt may be empty. An empty answer has
             the log-likelihood 0.
         method: "monte_carlo" or "left_to_right"; None: by the model, see the module.
         samples: masks that `monte_carlo` draws for each answer.
-        seed: of the masks. They depend on the seed and on the answer's length alone: answers of one length
-            are compared under the same masks, and no result depends on what else is asked.
+        seed: seed of the masks, which depend only on it and on the answer's length: answers of one length are
+            compared under the same masks, and a result does not depend on the other pairs.
         batch_size: masked sequences of a pass (`monte_carlo`), or pairs whose keys and values are held at
             once (`left_to_right`).
-        greedy: whether `Likelihood.greedy` is wanted. With `monte_carlo` it takes one more pass for each
-            token of the answer.
-        block_length: of a block-causal model; default: the model's own.
+        greedy: compute `Likelihood.greedy`. With `monte_carlo` it takes one more pass for each token of the
+            answer.
+        block_length: for a block-causal model; default: the model's own.
         mask_id: default: the model's.
 
     Raises:
@@ -160,21 +160,21 @@ def _ids(name: str, ids: Sequence[int], model: Model) -> Tensor:
 
 
 class Masks(NamedTuple):
-    """The n states in which an answer of L tokens is looked at."""
+    """The n masked states of an answer of L tokens."""
 
     masked: Tensor
     """(n, L) bool"""
     weight: Tensor
-    """(n, L) float64, of each token's log-probability in the sum; 0 where it is not asked for."""
+    """(n, L) float64: the weight of each token's log-probability in the sum; 0: it is not needed."""
 
 
 @functools.lru_cache(maxsize=64)
 def answer_masks(length: int, samples: int, seed: int) -> Masks:
     """The masks of `monte_carlo` for an answer of `length` tokens, at least 1.
 
-    There are 2^length - 1 masks; where that is no more than `samples`, these are all of them with their exact
-    weights. Otherwise sample j of n masks l = 1 + (k + floor(j length / n)) mod length positions: k is drawn
-    once, so each l is uniform, and the samples have every l as evenly as can be. Which l positions: uniform.
+    If there are at most `samples` masks, of 2^length - 1, all are returned with their exact weights.
+    Otherwise sample j of n masks l = 1 + (k + floor(j length / n)) mod length positions, drawn uniformly: k
+    is drawn once, so each l is uniform, and the samples have every l equally often, as far as possible.
     """
     if length.bit_length() < 6 and 2**length - 1 <= samples:
         masked = (torch.arange(1, 2**length)[:, None] >> torch.arange(length)) & 1 == 1
@@ -190,7 +190,7 @@ def answer_masks(length: int, samples: int, seed: int) -> Masks:
 
 
 def left_to_right_masks(length: int) -> Masks:
-    """In state i the tokens from i on are masked, and token i is asked for."""
+    """In state i the tokens from i on are masked, and token i is needed."""
     masked = torch.ones((length, length), dtype=torch.bool).triu()
     return Masks(masked, torch.eye(length, dtype=torch.float64))
 
@@ -199,40 +199,42 @@ def left_to_right_masks(length: int) -> Masks:
 
 
 class Asked(NamedTuple):
-    """m tokens whose probability one pass is to give, (m,) each."""
+    """m tokens whose probabilities are needed from one pass; tensors (m,)."""
 
     pair: Tensor
-    """int64, the index of the pair that a token belongs to."""
+    """int64: the index of the token's pair."""
     source: Tensor
-    """int64, the packed position whose hidden state predicts it."""
+    """int64: the packed position whose hidden state predicts the token."""
     target: Tensor
-    """int64, its id."""
+    """int64: the token's id."""
     weight: Tensor
-    """float64, of its log-probability."""
+    """float64: the weight of its log-probability."""
 
 
 Key = tuple[int, tuple[int, ...]]
-"""How a sequence begins: the page of its last finished block (-1: none), and the tokens after that block."""
+"""A prefix: the page of its last finished block (-1: none), and the tokens after that block."""
 
 
 class Blocks(NamedTuple):
-    """What `left_to_right` computes for some sequences of a block-causal model. A page holds a block."""
+    """The work of `left_to_right` for some sequences of a block-causal model. A page holds a block."""
 
     spans: list[Span]
     tokens: list[int]
-    """Of the finished blocks, in front of the block that a sequence ends in. Page i holds the i-th."""
+    """Spans and tokens of the finished blocks, those before a sequence's last block; page i holds the
+    i-th."""
     pages: list[list[int]]
-    """Of each sequence, in order."""
+    """Each sequence's pages, in order."""
     known: list[tuple[int, int, int]]
     """(pair, source, target) of the tokens that a finished block predicts, for shifted logits."""
     masked: dict[Key, tuple[int, int]]
-    """(sequence, number of the block) of each beginning whose block is masked from there on."""
+    """Prefix -> (sequence, number of the block), for each block that is masked after a prefix."""
     asked: dict[Key, list[tuple[int, int]]]
-    """(pair, target) of the tokens that follow it."""
+    """Prefix -> (pair, target) of the tokens that follow it."""
 
 
 def lay_out_blocks(pairs: Sequence[Pair], size: int, shift: int) -> Blocks:
-    """Sequences that begin alike share pages, and tokens after one beginning share its masked block."""
+    """The work for `pairs`: sequences with a common prefix share pages, and tokens after a prefix share its
+    masked block."""
     page_of: dict[Key, int] = {}
     blocks = Blocks([], [], [], [], {}, {})
     for row, pair in enumerate(pairs):
@@ -262,7 +264,7 @@ class Scorer:
     """The passes of a model that score answers.
 
     Args:
-        block_length: of a block-causal model, else None.
+        block_length: for a block-causal model, else None.
         shift: the logits for position p are produced at position max(p - shift, 0).
         batch_size: see `iter_log_likelihoods`.
     """
@@ -275,16 +277,16 @@ class Scorer:
         row_bytes = model.shape.embedding_size * model.lm_head.weight.element_size()
         chunk_bytes = CHUNK_MEGABYTES.get(model.device.type, 256) * 2**20
         self.chunk_rows = max(1, int(chunk_bytes) // row_bytes)
-        # The CPU's matrix library keeps code for ever for each number of rows of 16-bit matrices it has met.
+        # The CPU's matrix library compiles code for each number of rows of 16-bit matrices, and keeps it.
         self.pad_to = None if model.dtype == torch.float32 else GRAPH_BUCKETS
 
     def by_masks(
         self, pairs: Sequence[Pair], masks_of: Callable[[int], Masks]
     ) -> Iterator[tuple[int, Likelihood]]:
-        """Score each answer in the states of `masks_of(L)`; `greedy`: each token asked for is the argmax.
+        """Score each answer in the states of `masks_of(L)`; `greedy`: each needed token is the argmax.
 
-        Each state is a whole sequence. Pairs that have a state in common, such as one-token answers to one
-        prompt, share it where it falls into one pass.
+        Each state is a whole sequence. Pairs with a common state, such as one-token answers to one prompt,
+        share it if it falls into one pass.
         """
         states_left = {pair.number: 0 for pair in pairs}
         totals = {pair.number: Likelihood(0.0, True) for pair in pairs}
@@ -322,7 +324,7 @@ class Scorer:
     def _whole(
         self, rows: dict[bytes, Tensor], asked: Sequence[tuple[Pair, bytes, Tensor]]
     ) -> dict[int, Likelihood]:
-        """One pass over whole masked sequences; for each pair, the sum over the tokens asked for."""
+        """Run one pass over whole masked sequences; for each pair, return the sum over the needed tokens."""
         begin: dict[bytes, int] = {}
         spans: list[Span] = []
         at = 0
@@ -360,7 +362,7 @@ class Scorer:
         assert size is not None
         blocks = lay_out_blocks(pairs, size, self.shift)
         lanes = min(max(1, PASS_TOKENS // size), len(blocks.masked))
-        finished = len(blocks.spans)  # pages; each masked block of a pass has one of its own behind them
+        finished = len(blocks.spans)  # pages, followed by one for each masked block of a pass
         table = torch.zeros(
             (len(pairs) + lanes, max(map(len, blocks.pages), default=0) + 1), dtype=torch.int64
         )
@@ -411,7 +413,7 @@ class Scorer:
             gen_length=lengths,
             block_length=self.block_length or max(lengths),
             mask_id=self.mask_id,
-            graphs=False,  # of a few passes each, no two calls alike
+            graphs=False,  # few passes, of other shapes in each call
         ).responses
         for (index, estimate), response in zip(waiting, responses, strict=True):
             answer = pairs[index].answer
@@ -457,7 +459,7 @@ class Scorer:
 
 
 def _all(tokens: Sequence[tuple[int, int, int]]) -> Asked:
-    """(pair, source, target) of tokens that count once."""
+    """Tokens (pair, source, target) with weight 1."""
     pair, source, target = torch.tensor(tokens).unbind(1)
     return Asked(pair, source, target, torch.ones(len(tokens), dtype=torch.float64))
 

@@ -1,4 +1,4 @@
-"""Text that is unmasked before one's eyes: `dparallel decode --stream`, `dparallel demo`."""
+"""Shows text while it is unmasked, for `dparallel decode --stream` and `dparallel demo`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ HIDDEN = "░░"
 
 
 class LiveText:
-    """A streamer for `decode` and, `causal`, for `speculate`: what is committed so far, the newest bright;
-    lines where no terminal is."""
+    """A streamer for `decode` and, with `causal`, for `speculate`: shows the tokens committed so far, the
+    newest highlighted; without a terminal, a line for each pass."""
 
     def __init__(
         self, console: Any, tokenizer: Any, mask_id: int | None, delay: float, *, causal: bool = False

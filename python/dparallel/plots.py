@@ -12,7 +12,7 @@ from . import files
 
 
 def load_pyplot() -> Any:
-    """matplotlib's pyplot, that draws into files alone."""
+    """matplotlib's pyplot, with a backend that draws only into files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -22,9 +22,10 @@ def load_pyplot() -> Any:
 
 
 def accuracy_against_passes(rows: list[dict[str, Any]], path: str | Path) -> None:
-    """A PNG with a curve per model (colour) and rule (line); of many rules, a panel per model.
+    """Write a PNG with a curve for each model (colour) and rule (line); for many rules, a panel for each
+    model.
 
-    `rows` are those of `evaluate`; the bars are their accuracy_interval.
+    `rows`: results of `evaluate`; the bars are their accuracy_interval.
     """
     _write(draw_accuracy(rows), path)
 
@@ -89,11 +90,11 @@ def _draw(figure: Any, axes: Any, rows: list[dict[str, Any]], styles: dict[tuple
 
 
 def _label(figure: Any, axes: Any, points: list[tuple[tuple[float, float], str, str]]) -> None:
-    """Write the text of each (point, text, colour) near its point, where no other text or point is."""
+    """Write the text of each (point, text, colour) near its point, where it covers no other text or point."""
     import numpy as np
     from matplotlib.transforms import Bbox
 
-    figure.draw_without_rendering()  # fixes where a point is on the page
+    figure.draw_without_rendering()  # fixes the points' places on the page
     drawn = [line.get_xydata() for line in axes.lines]
     drawn += [segment for bars in axes.collections for segment in bars.get_segments()]
     taken = [axes.get_legend().get_window_extent()]
@@ -129,7 +130,7 @@ def _label(figure: Any, axes: Any, points: list[tuple[tuple[float, float], str, 
 
 
 def text_box(annotation: Any) -> Any:
-    """Where an annotation's text is on the page, its arrow left out."""
+    """The box of an annotation's text on the page, without its arrow."""
     from matplotlib.text import Text
 
     annotation.update_positions(annotation.figure.canvas.get_renderer())
@@ -141,19 +142,20 @@ MARKERS = ("o", "s", "^", "v")
 
 
 def _rule(row: dict[str, Any]) -> str:
-    """A row's rule without its numbers, and what it sets beside."""
+    """A row's rule without its numbers, and the row's other settings."""
     names = "+".join(part.partition(":")[0] for part in str(row["policy"]).split("+"))
     return ", ".join([names, *(f"{name} {value}" for name, value in row.get("config", {}).items())])
 
 
 def _threshold(row: dict[str, Any]) -> str:
-    """The numbers of a row's rule; "builtin:NAME", a filter that ships, is none."""
+    """The numbers of a row's rule; "builtin:NAME", a filter that ships, is not one."""
     given = [part.partition(":")[2].split(",") for part in str(row["policy"]).split("+")]
     return "+".join(filter(None, (",".join(n for n in numbers if ":" not in n) for numbers in given)))
 
 
 def response_by_pass(words: list[str], steps: list[int], path: str | Path, *, title: str = "") -> None:
-    """A PNG of a response, each token coloured by the pass that committed it, with the pass's number."""
+    """Write a PNG of a response, each token coloured by the pass that committed it, with the pass's
+    number."""
     pyplot = load_pyplot()
     from matplotlib.colors import BoundaryNorm
     from matplotlib.ticker import MaxNLocator

@@ -1,8 +1,8 @@
 """Recordings of decodes, for the page of `page.recorded`: `dparallel decode --html`, `evaluate --html`.
 
-A recording holds problems, and of each the answers of some models and rules. An answer says what the server's
-stream of drafts would have said of it, see `serving.app.draft_of`: of masked diffusion one event, whose
-`passes` say when each token was committed; of an autoregressive model one for each pass.
+A recording holds problems, each with the answers of some models and rules. An answer has the events of the
+server's stream of drafts, see `serving.app.draft_of`: for masked diffusion one event, whose `passes` name the
+pass that committed each token; for an autoregressive model one event for each pass.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .configs import policy_of
 
 
 class Recording:
-    """What is recorded, in the order in which it comes; a problem's answers stand side by side."""
+    """Answers in the order in which they are added; a problem's answers are shown side by side."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -31,7 +31,7 @@ class Recording:
         self.problems.setdefault(prompt, []).append(answer)
 
     def html(self) -> str:
-        """The page, one file that needs no other."""
+        """The page, as one file that needs no other."""
         problems = [{"prompt": prompt, "tracks": tracks} for prompt, tracks in self.problems.items()]
         return page.recorded({"title": self.title, "problems": problems})
 
@@ -49,10 +49,11 @@ def answer_of(
     seconds: float | None = None,
     infill: bool = False,
 ) -> dict[str, Any]:
-    """Sequence i of an output with a trajectory.
+    """The answer of sequence i of an output with a trajectory.
 
-    model, how: what it is called, and how it was decoded. kept: tokens in front of its end. length: tokens
-    that were asked for. note: more about it. infill: its prompt held masks, so that it is shown too.
+    model, how: the model's name, and how it decodes, in words. kept: tokens in front of the end. length:
+    tokens requested. note: a remark. seconds: of the decode. infill: the prompt held masks, so it is shown
+    too.
     """
     assert out.trajectory is not None
     ids = out.responses[i][:length].tolist()
@@ -90,7 +91,7 @@ def _in_place(
     steps: Sequence[int],
     logprobs: Sequence[float | None],
 ) -> dict[str, Any]:
-    """The same among the given tokens, which were there before the first pass."""
+    """Events, kept and length of an answer among given tokens, which are there before the first pass."""
     sequence: list[int] = out.sequences[i, : int(out.lengths[i])].tolist()
     masked: list[bool] = out.masked[i, : len(sequence)].tolist()
     words = [texts(token, first=at == 0) for at, token in enumerate(sequence)]
@@ -117,7 +118,7 @@ def _listed(values: Tensor) -> list[float]:
 
 
 def how_of(config: DecodeConfig, **more: Any) -> str:
-    """How masks are filled, in words; `more`: what else is to be said, None where nothing is."""
+    """How masks are filled, in words; `more`: other settings by name, None ones left out."""
     said = {"cache": config.cache, "blocks of": config.block_length, "temperature": config.temperature}
     others = [f"{name} {value}" for name, value in {**said, **more}.items() if value]
     return ", ".join([policy_of(config) or "a rule without a name", *others])

@@ -1,4 +1,4 @@
-"""Where models come from: the ones that ship with the package, or a checkpoint directory."""
+"""Finds and loads models by name: those that ship with the package, or checkpoint directories."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .toy import tasks
 BUILTIN = Path(tasks.__file__).parent / "builtin"
 DEFAULT = "builtin:teacher"
 VERIFIER = "builtin:verifier"
-"""A small autoregressive model, for `adaptive_decode` of the others."""
+"""A small autoregressive model that verifies for the others in `adaptive_decode`."""
 
 
 def builtins() -> list[str]:
@@ -46,18 +46,18 @@ DRAFTERS = {
     for file in sorted((BUILTIN / "causal").glob("*.safetensors"))
     if file.stem != "model"
 }
-"""Of builtin:causal, by what `speculate` and the command line call them."""
+"""Name -> file of the drafters of builtin:causal, for `speculate` and the command line."""
 speculation.NAMED.update(DRAFTERS | {name: BUILTIN / name.removeprefix("builtin:") for name in builtins()})
 
 FILTER = "filter.safetensors"
-"""In a built-in model's directory, what "learned:builtin:NAME" reads."""
+"""The file in a built-in model's directory that "learned:builtin:NAME" reads."""
 learned.NAMED.update({f"builtin:{path.parent.name}": path for path in sorted(BUILTIN.glob(f"*/{FILTER}"))})
 
 
 def template_of(name: str, chat: bool | None = None) -> text.Template | None:
-    """The chat template by which a model's prompts go. `chat`: default, wherever the checkpoint has one.
+    """The chat template for a model's prompts. `chat`: use one; default: if the checkpoint has one.
 
-    Raises ValueError where it has none and `chat` asks for it, or what it has is none.
+    Raises ValueError if `chat` is true and there is none, or if the checkpoint's does not compile.
     """
     found = text.chat_template(directory_of(name)) if chat is not False else None
     if chat and found is None:
@@ -66,9 +66,9 @@ def template_of(name: str, chat: bool | None = None) -> text.Template | None:
 
 
 def fast_bfloat16(device: torch.device | str | None = None) -> bool:
-    """Whether a device multiplies bfloat16 matrices as fast as float32's.
+    """Whether a device multiplies bfloat16 matrices as fast as float32 ones.
 
-    A CPU without such products (AVX2 alone) leaves them to a loop of torch's that is ten times slower.
+    On a CPU without such instructions (AVX2 alone), torch uses a loop that is ten times slower.
     """
     if torch.device(device or "cpu").type != "cpu":
         return True
@@ -77,7 +77,7 @@ def fast_bfloat16(device: torch.device | str | None = None) -> bool:
 
 
 def device_name(device: torch.device | str | None = None) -> str:
-    """What a device is, in words: measurements on another do not hold there."""
+    """A device in words, to tell devices apart whose measurements differ."""
     place = models.device_of(device)
     if place.type == "cuda":
         return torch.cuda.get_device_name(place)
@@ -85,28 +85,28 @@ def device_name(device: torch.device | str | None = None) -> str:
 
 
 def block_length(name: str) -> int:
-    """Tokens of a block where none is asked for: the model's own, if it is block-causal, else 32.
+    """The default block length: the model's own if it is block-causal, else 32.
 
-    By its config.json alone. Raises FileNotFoundError and ValueError, by name.
+    Reads config.json alone. Raises FileNotFoundError and ValueError, naming the model.
     """
     return models.config_of(directory_of(name))[1].block_length or 32
 
 
 def is_causal(name: str) -> bool:
-    """Whether it is autoregressive, by its config.json alone. Raises as `block_length`."""
+    """Whether a model is autoregressive, by its config.json alone. Raises as `block_length`."""
     config, _ = models.config_of(directory_of(name))
     return models.FAMILIES[config["model_type"]].causal
 
 
 def gen_length(name: str) -> int:
-    """Tokens of a response where no number is asked for."""
+    """The default number of tokens of a response."""
     return tasks.GEN_LENGTH if name.startswith("builtin:") else 256
 
 
 def check_positions(name: str, model: models.Model, positions: int) -> None:
-    """Raise ValueError where a model that ships would write beyond the positions that it was trained on.
+    """Raise ValueError if a model that ships would decode beyond the positions that it was trained on.
 
-    Of other checkpoints some can (rotary embeddings extrapolate): for these `decode` warns.
+    Some other checkpoints can (rotary embeddings extrapolate), so for these `decode` only warns.
     """
     most = models.max_positions(model)
     if name.startswith("builtin:") and most is not None and positions > most:
@@ -116,7 +116,7 @@ def check_positions(name: str, model: models.Model, positions: int) -> None:
 
 
 def unknown_words(tokenizer: Any, text: str) -> list[str]:
-    """The words of a text that a tokenizer of words, as the models that ship have, does not know."""
+    """The words of a text that a word-level tokenizer, such as the built-in models', does not know."""
     unknown = getattr(getattr(tokenizer, "model", None), "unk_token", None)
     if unknown is None:
         return []
@@ -133,11 +133,11 @@ def load(
     fp8: bool = False,
     mask_id: int | None = None,
 ) -> tuple[models.Model, Any]:
-    """(model, `tokenizers.Tokenizer`) of a name; `fp8`: see `Model.quantize`, `mask_id`: `models.load`.
+    """Load (model, `tokenizers.Tokenizer`) by name; `fp8`: see `Model.quantize`, `mask_id`: `models.load`.
 
-    `dtype`: default the checkpoint's; of the models that ship float32, where bfloat16 is slow.
+    `dtype`: default the checkpoint's; for models that ship, float32 where bfloat16 is slow.
 
-    Raises FileNotFoundError and ValueError, by name.
+    Raises FileNotFoundError and ValueError, naming the argument.
     """
     directory, place = directory_of(name), models.device_of(device)
     found = tokenizer.load(directory)
@@ -157,9 +157,9 @@ def load(
 
 
 def load_verifier(name: str, model: models.Model, known: Any, **options: Any) -> models.Model:
-    """The verifier of that name for `adaptive_decode` of a model, on its device; `known`: its tokenizer.
+    """Load the verifier `name` for `adaptive_decode` of a model, onto its device; `known`: its tokenizer.
 
-    Raises as `load`, and ValueError where a token id that both have means something else to each.
+    Raises as `load`, and ValueError if an id that both have is another token in each.
     """
     try:
         found, own = load(name, device=str(model.device), **options)

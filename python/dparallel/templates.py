@@ -1,8 +1,8 @@
-"""Chat templates are somebody else's programs, so they run in a process of their own, within bounds.
+"""Runs chat templates, which are untrusted programs, in a process of its own with limits of time and memory.
 
-jinja2's sandbox keeps a template from files and from Python's inside, but not from an endless loop or from
-gigabytes of text. One process beside this one compiles and renders what it is asked to. The operating system
-ends it when a template takes too much time, and refuses it too much memory; the next request starts another.
+jinja2's sandbox keeps a template from files and from Python's internals, but not from an endless loop or from
+gigabytes of text. So another process compiles and renders templates. The operating system ends it when a
+template takes too much time, and limits its memory; the next request starts another.
 
 This file is also that process's program: it imports nothing of the package.
 """
@@ -24,21 +24,21 @@ from datetime import datetime
 from typing import IO, Any
 
 SECONDS = 5.0
-"""Processor time of one template, so that a busy machine does not count against it."""
+"""Processor time of one template, which a busy machine does not increase."""
 CHARACTERS = 2**24
-"""Of a rendered prompt."""
+"""The most characters of a rendered prompt."""
 MEMORY = 2**30
 """Bytes of the process's address space, of which Python and jinja2 take about a tenth."""
 
 
 class TemplateRefused(ValueError):
-    """A template does not compile, raises, or takes more than it may; the message says which."""
+    """Raised if a template does not compile, raises, or exceeds its limits; the message says which."""
 
 
 class Renderer:
-    """The process, started when it is first asked, and again after a template was its end.
+    """The process that renders; the first request starts it, and so does one after a template has ended it.
 
-    Any thread may ask; while one waits for a template the others wait for it.
+    Any thread may send requests, which are answered one after another.
     """
 
     def __init__(self) -> None:
@@ -53,20 +53,20 @@ class Renderer:
         self._ask({"source": source})
 
     def render(self, source: str, variables: Mapping[str, Any]) -> str:
-        """The text of a template; `variables` hold what JSON holds. Raises TemplateRefused."""
+        """The rendered text of a template; `variables` are of JSON's types. Raises TemplateRefused."""
         return str(self._ask({"source": source, "variables": variables})["text"])
 
     def close(self) -> None:
-        """End the process at once, whatever it does. Who waits for it or asks later gets TemplateRefused."""
+        """End the process at once. Current and later requests raise TemplateRefused."""
         self._closed = True
-        process = self._process  # the lock is held by whoever waits for it
+        process = self._process  # without the lock, which a waiting request holds
         if process is not None:
             process.kill()
         with self._lock:
             self._end()
 
     def _forget(self) -> None:
-        """In a forked process: what was started is the other's."""
+        """Forget the process, in a fork: it belongs to the parent."""
         self._lock, self._process = threading.Lock(), None
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -83,9 +83,9 @@ class Renderer:
             except OSError as error:
                 raise TemplateRefused(f"its process does not start: {error}") from error
             except BaseException:
-                self._end(signal.SIGKILL)  # an answer that is still to come belongs to nobody
+                self._end(signal.SIGKILL)  # so that a late answer is not taken for the next request's
                 raise
-            if not answer.endswith(b"\n"):  # it ended before its answer did
+            if not answer.endswith(b"\n"):  # the process ended before the answer did
                 code = self._end()
                 if self._closed:
                     raise TemplateRefused("its process was closed")
@@ -108,7 +108,7 @@ class Renderer:
                 stderr=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
             )
-        if self._closed:  # meanwhile, by someone who saw no process
+        if self._closed:  # `close` was called meanwhile, and saw no process
             self._process.kill()
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -118,7 +118,7 @@ class Renderer:
         return self._process.stdout.readline()
 
     def _end(self, number: int | None = None) -> int | None:
-        """The process's status, once it has ended: it does when there is nothing more to read."""
+        """Wait for the process to end, which it does at the end of its input; return its status."""
         process, self._process = self._process, None
         if process is None:
             return None
@@ -130,7 +130,7 @@ class Renderer:
 
 
 renderer = Renderer()
-"""The one of this process, for whoever needs none of their own."""
+"""This process's renderer, for callers that need none of their own."""
 
 
 # --- the other process --------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def environment() -> Any:
         raise ImportError(f"jinja2 {jinja2.__version__} has a sandbox with holes; 3.1.6 and later do not")
 
     class Generation(Extension):
-        """{% generation %} marks what the assistant says, for training; here it is rendered as it stands."""
+        """{% generation %} marks the assistant's text for training; its content is rendered unchanged."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -183,14 +183,16 @@ def work(requests: IO[bytes], answers: IO[bytes]) -> None:
     """Answer each line, {source, seconds, characters, variables or nothing}, by {text} or {error}."""
     import resource
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process's affair, and its end is ours
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the parent handles it, and this process ends with the parent
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     made: Any = functools.cache(environment)
-    with contextlib.suppress(ImportError):  # told to whoever asks
-        made()  # with its imports, before memory is bounded
+    with contextlib.suppress(ImportError):  # requests get this error below
+        made()  # with its imports, before memory is limited
     _, most = resource.getrlimit(resource.RLIMIT_AS)
-    with contextlib.suppress(ValueError, OSError):  # some systems do not bound it
+    with contextlib.suppress(ValueError, OSError):  # some systems have no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, most))
     compiled = functools.lru_cache(maxsize=16)(lambda source: made().from_string(source))
     for line in requests:

@@ -1,4 +1,4 @@
-"""Between text and tokens: a checkpoint's chat template and end tokens, and text that streams."""
+"""A checkpoint's chat template and end tokens, and text streamed from tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 def unicode(value: str) -> str:
-    """The text itself. Raises ValueError where it holds half of a surrogate pair, which JSON can."""
+    """`value` itself. Raises ValueError if it holds half of a surrogate pair, as strings of JSON can."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -28,15 +28,15 @@ Message = dict[str, Any]
 
 
 class TextStream:
-    """The text of tokens that come a few at a time. What it has given out never changes.
+    """The text of tokens that come a few at a time. Text that it has returned never changes.
 
-    A character may take several tokens (byte-level BPE, byte fallback), so an incomplete one at the end is
-    held back; so is whatever may be the beginning of a stop string. Only the tokens since the last complete
-    character are decoded again, so the work is linear in their number.
+    A character may take several tokens (byte-level BPE, byte fallback), so an incomplete character at the end
+    is held back, and so is text that may begin a stop string. Only the tokens since the last complete
+    character are decoded again, so the work is linear in the number of tokens.
 
     Args:
         tokenizer: a `tokenizers.Tokenizer`; its special tokens are left out of the text.
-        stop: the text ends before the first of these to be complete, wherever the tokens are cut.
+        stop: stop strings; the text ends before the one that is complete first, even within a token.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
@@ -50,8 +50,8 @@ class TextStream:
         self._held = ""
 
     def put(self, tokens: Sequence[int]) -> str:
-        """The text that the tokens complete."""
-        # Token by token where a stop string may be, so that the count ends with it.
+        """The text that these tokens complete."""
+        # With stop strings token by token, so that the count ends with the one that completes a stop.
         parts = [[token] for token in tokens] if self.stop else [list(tokens)]
         found = ""
         for part in parts:
@@ -63,14 +63,14 @@ class TextStream:
         return found
 
     def finish(self) -> str:
-        """What was held back: no tokens follow."""
+        """The text that was held back; no tokens follow."""
         if self.stopped:
             return ""
         return self._until_stop(self._complete(last=True), last=True)
 
     def _complete(self, last: bool = False) -> str:
         before, both = (self.tokenizer.decode(ids) for ids in (self._before, self._before + self._pending))
-        # A decoder may turn back on bytes that are no text at all; what was given out stays.
+        # After bytes that are no text, a decoder may change earlier text; returned text stays.
         text = both[len(before) :] if both.startswith(before) else self.tokenizer.decode(self._pending)
         end = len(text) if last else len(text.rstrip(INCOMPLETE))
         fresh = text[self._given : end]
@@ -93,9 +93,9 @@ class TextStream:
 
 
 class TokenTexts:
-    """The text of single tokens as it stands within a text, special tokens included.
+    """The text of single tokens as within a longer text, special tokens included.
 
-    Decoders drop a space in front of the first token, so each token is decoded behind another.
+    Decoders drop a space in front of the first token, so each token is decoded after another one.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -106,7 +106,7 @@ class TokenTexts:
         self._known: dict[int, str] = {}
 
     def __call__(self, token: int, first: bool = False) -> str:
-        """`first`: the text begins with it."""
+        """The token's text; `first`: at the beginning of the text."""
         if first:
             return self._decode([token])
         if token not in self._known:
@@ -121,7 +121,7 @@ class TokenTexts:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of `text` with which `stop` begins."""
+    """The number of characters at the end of `text` that `stop` begins with."""
     return next(n for n in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:n]))
 
 
@@ -132,13 +132,13 @@ Template = Callable[..., str]
 def chat_template(directory: Path, renderer: templates.Renderer | None = None) -> Template | None:
     """The checkpoint's template: messages to the text of a prompt. None if it has none.
 
-    Of several the one named "default", and where tools are given "tool_use", as in transformers. What is
-    returned takes more variables of the template by name (enable_thinking, ...), which JSON can hold. It runs
-    the template within bounds of time and size, see `templates`, in the process of `renderer`; default: the
-    one that is for all.
+    Of several templates it is the one named "default", and with tools "tool_use", as in transformers. The
+    returned function takes other variables of the template as keywords (enable_thinking, ...), in JSON's
+    types. It runs the template with limits of time and size, see `templates`, in the process of `renderer`;
+    default: the shared one.
 
-    Raises ValueError if it is no template; what is returned raises it, naming the template, where that
-    refuses the messages or exceeds its bounds.
+    Raises ValueError if the template does not compile; the returned function raises ValueError, naming the
+    template, if it refuses the messages or exceeds its limits.
     """
     named = _chat_templates(directory)
     source = named.get("default") or (next(iter(named.values())) if len(named) == 1 else None)
@@ -172,7 +172,8 @@ def chat_template(directory: Path, renderer: templates.Renderer | None = None) -
 
 
 def _chat_templates(directory: Path) -> dict[str, str]:
-    """By name. Files of their own come before tokenizer_config.json, and that before chat_template.json."""
+    """The templates by name. .jinja files come before tokenizer_config.json, and that before
+    chat_template.json."""
     alone = {"default": directory / "chat_template.jinja"}
     more = sorted((directory / "additional_chat_templates").glob("*.jinja"))
     found = {
@@ -199,7 +200,7 @@ def _chat_templates(directory: Path) -> dict[str, str]:
 
 
 def prompt_encoder(tokenizer: Any, template: Template | None) -> Callable[[str], list[int]]:
-    """A prompt's token ids: as the user's message of the chat template, or as it is where that is None."""
+    """A function from a prompt to token ids: as the user's message in the chat template, or without one."""
 
     def encode(prompt: str) -> list[int]:
         if template is None:
@@ -211,7 +212,7 @@ def prompt_encoder(tokenizer: Any, template: Template | None) -> Callable[[str],
 
 
 def end_tokens(directory: Path, tokenizer: Any) -> list[int]:
-    """The ids that end a response: those of generation_config.json, config.json, and the eos_token."""
+    """The ids that end a response: of generation_config.json, config.json, and the tokenizer's eos_token."""
     given: list[int | None] = [*files.end_token_ids(directory)]
     text = files.special_tokens(directory).get("eos_token")
     given.append(tokenizer.token_to_id(text) if text else None)

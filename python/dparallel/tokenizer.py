@@ -8,11 +8,11 @@ from typing import Any
 from dparallel_ext.models import files
 
 QWEN2 = {"Qwen2Tokenizer", "Qwen2TokenizerFast", "DreamTokenizer"}
-"""The tokenizer_class of what `qwen2` builds: Dream's remote code is Qwen2's tokenizer by another name."""
+"""Values of tokenizer_class that `qwen2` builds: Dream's remote code is Qwen2's tokenizer by another name."""
 QWEN2_FAMILIES = {"Dream", "sdar", "Fast_dLLM_Qwen", "qwen2", "qwen3"}
-"""The model_type that stands for it where no tokenizer_class is given."""
+"""Values of model_type for which `qwen2` builds the tokenizer if no tokenizer_class is given."""
 ANY_TEXT = "a \n\U0010ffff"
-"""With a sign that no vocabulary has."""
+"""A text with a character that no vocabulary has."""
 QWEN2_WORDS = "|".join(
     (
         "(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # the end of a contraction
@@ -24,14 +24,14 @@ QWEN2_WORDS = "|".join(
         r"\s+",
     )
 )
-"""How Qwen2 cuts text into the words within which pairs are merged."""
+"""The pattern by which Qwen2 cuts text into words, within which pairs are merged."""
 
 
 def load(directory: Path) -> Any:
     """The `tokenizers.Tokenizer` of a checkpoint.
 
-    Raises FileNotFoundError where its files are not there, ValueError where they hold no tokenizer, or one
-    that does not take every text.
+    Raises FileNotFoundError if files are missing, ValueError if they hold no tokenizer, or one that does not
+    take every text.
     """
     from tokenizers import Tokenizer
 
@@ -48,14 +48,14 @@ def load(directory: Path) -> Any:
 
 
 def qwen2(directory: Path) -> Any:
-    """Qwen2's tokenizer of vocab.json, merges.txt and the added tokens; Dream's checkpoints have no more.
+    """Qwen2's tokenizer, from vocab.json, merges.txt and the added tokens: all that Dream's checkpoints have.
 
     Text is normalised to NFC, cut into words, and the bytes of each word are merged in pairs. Added tokens
     are found before that, each by its own flags (`lstrip`, `rstrip`, `single_word`, `normalized`), and have
-    exactly the ids that the files give them, holes among them included.
+    exactly the ids that the files give them, even if ids between them are unused.
 
-    This is Qwen2Tokenizer of transformers 5. The slow class of transformers 4 normalises first, so to it
-    "<|im_end|>" is no token where U+0338 follows, which makes one sign of itself and the ">".
+    This is Qwen2Tokenizer of transformers 5. The slow class of transformers 4 normalises first, so it does
+    not find "<|im_end|>" before a U+0338, which combines with the ">".
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -91,7 +91,7 @@ def qwen2(directory: Path) -> Any:
 
 
 def _add(made: Any, directory: Path, added: dict[str, dict[str, Any]]) -> None:
-    """Let the tokenizer find the added tokens, and put bos and eos where its config asks for them."""
+    """Add the added tokens to the tokenizer, and bos and eos if its config asks for them."""
     from tokenizers import AddedToken, processors
 
     config, roles = files.read_json(directory / "tokenizer_config.json"), files.special_tokens(directory)

@@ -1,11 +1,13 @@
-"""What passes cost on this device with this model, and the settings that bring the most tokens a second.
+"""Measures a model's passes on this device, and chooses the settings with the most tokens per second.
 
-    autoregressive   of each size of draft: L, the seconds of a pass, D, those of drafting, and tau, tokens of
-                     a pass; the best is argmax tau / (L + D) (PPD, arXiv 2405.18628)
-    diffusion        of each policy, block length, number of active blocks and cache: passes, tokens, seconds;
-                     the best is the fastest of those that answer as well as the best
+    autoregressive   measures, for each size of draft, L, the seconds of a pass, D, the seconds of drafting,
+    and
+                     tau, the tokens of a pass; chooses argmax tau / (L + D) (PPD, arXiv 2405.18628)
+    diffusion        measures passes, tokens and seconds for each policy, block length, number of active
+    blocks
+                     and cache; chooses the fastest whose answers are within the tolerance of the best
 
-`dparallel tune` writes the choice into a file, which `--config` of the other commands takes: see `configs`.
+`dparallel tune` writes the choice into a file for `--config` of the other commands, see `configs`.
 """
 
 from __future__ import annotations
@@ -37,42 +39,42 @@ from .evaluate import check_row
 from .toy import tasks
 
 SIZES = (0, 1, 3, 7, 15, 23, 31, 47, 63)
-"""Rows of drafts; with the root's 1, 2, 4, 8, 16, 24, 32, 48, 64."""
+"""Rows of drafts; with the root's row they are 1, 2, 4, 8, 16, 24, 32, 48, 64."""
 GRID: dict[str, tuple[Any, ...]] = {
     "rule": ("confidence:0.9", "entropy:0.3", "entropy:0.5", "entropy:0.7"),
     "block_length": (16, 32),
     "active_blocks": (1, 2),
     "cache": ("none",),
 }
-"""Of a diffusion model; a block-causal one's own blocks and cache "block"."""
+"""Values to try for a diffusion model; a block-causal one has its own block length, and cache "block"."""
 CHOSEN = ("drafter", "draft_size", *GRID)
-"""What of a row is a setting."""
+"""Fields of a row that are settings."""
 JUDGED = ("right", "same")
-"""Shares that a diffusion model's rows are judged by: of right answers, or of the reference's texts."""
+"""Shares that a diffusion model's rows are judged by: right answers, or texts equal to the reference's."""
 
 Row = dict[str, Any]
-"""What was measured, as the file has it."""
+"""Settings and measurements, as in the file."""
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured with. Raises ValueError naming the number that does not fit."""
+    """What to measure, and how. Raises ValueError naming the number that does not fit."""
 
     model: str
     prompts: Path | None = None
     """A prompt a line, see `files.prompts`; None: held-out problems of the built-in task."""
     problems: int = 16
-    """Prompts, at most."""
+    """The most prompts."""
     gen_length: int | None = None
     """None: the model's default, see `registry.gen_length`."""
     batch: int = 1
     repeats: int = 3
-    """Times that everything is measured, once more than that run; the median counts."""
+    """Measured runs, after one to warm up; the median counts."""
     context: int | None = None
-    """Of an autoregressive model: tokens of each prompt, other prompts in front of it. None: its own."""
+    """For an autoregressive model: the length to which prompts are filled up by others. None: as they are."""
     tolerance: float = 1.0
-    """Of a diffusion model: points that the choice may lose against the best row."""
+    """For a diffusion model: percentage points that the choice may lose against the best row."""
     device: str | None = None
     fp8: bool = False
     mask_id: int | None = None
@@ -88,19 +90,19 @@ class Settings:
 
 
 class Work(NamedTuple):
-    """A loaded model and what it is to answer."""
+    """A loaded model and its prompts."""
 
     model: Model
     tokenizer: Any
     template: text.Template | None
     texts: list[str]
     problems: list[tasks.Problem] | None
-    """The texts', where they can be judged."""
+    """The problems of `texts`, if they are the built-in task's."""
     config: dx.DecodeConfig
 
 
 def load(settings: Settings) -> Work:
-    """Raises ValueError and FileNotFoundError, by name."""
+    """Load model and prompts. Raises ValueError and FileNotFoundError, naming the argument."""
     problems = None
     if settings.prompts is None:
         problems = [*itertools.islice(tasks.problems("held_out"), settings.problems)]
@@ -118,12 +120,12 @@ def load(settings: Settings) -> Work:
 
 
 def median_seconds(runs: Sequence[Sequence[float]]) -> float:
-    """The seconds of what each run has done in the same parts: the sum of each part's median."""
+    """The sum over parts of the median over runs; runs: the seconds of the same parts in each run."""
     return sum(statistics.median(part) for part in zip(*runs, strict=False))
 
 
 def rounded(value: float) -> float:
-    """To six digits; whole numbers stay what they are."""
+    """`value` rounded to six digits; an int stays an int."""
     return value if isinstance(value, int) else float(f"{value:.6g}")
 
 
@@ -131,7 +133,7 @@ def rounded(value: float) -> float:
 
 
 class Stopwatch(speculation.Fixed):
-    """Always the same number of nodes; adds up the seconds of drafts."""
+    """A sizer with a fixed number of nodes that sums up the seconds of drafting."""
 
     seconds = 0.0
 
@@ -143,12 +145,13 @@ class Stopwatch(speculation.Fixed):
 
 
 class Filler(speculation.DraftSession):
-    """Where there is no drafter: drafts as long as is asked, of one token over and over."""
+    """Stands in for a drafter if there is none: its drafts have the requested size, and token 0
+    everywhere."""
 
     most = SIZES[-1]
 
     def check(self, model: Model) -> None:
-        """It goes with every model."""
+        """Do nothing: it goes with every model."""
 
     def session(self, *_: Any, **__: Any) -> speculation.DraftSession:
         return self
@@ -158,10 +161,10 @@ class Filler(speculation.DraftSession):
 
 
 class Pass(NamedTuple):
-    """A pass over roots and drafts, until its result is on the host; passes over prompts are left out."""
+    """A measured pass over roots and drafts, until its result is on the host; not over prompts."""
 
     seconds: float
-    """Of drafting, the pass, and the host's work before and after it."""
+    """Seconds of drafting, the pass, and the host's work before and after it."""
     drafting: float
     lanes: int
     tokens: int
@@ -170,10 +173,10 @@ class Pass(NamedTuple):
 def curve(
     runs: Mapping[int, Sequence[Sequence[Pass]]], expected: Callable[[int], float] | None = None
 ) -> list[Row]:
-    """A row of each size, from the passes of every run over the same texts.
+    """A row for each size, from the passes of every run over the same texts.
 
-    expected: of a drafter that knows from measured ranks what a size brings, see `drafter.Expecting`. Its
-    tokens of a pass are that, less one, times a factor that the passes here say, of all sizes together.
+    expected: of a drafter that predicts a pass's tokens by measured ranks, see `drafter.Expecting`. Its
+    predictions, less one, are scaled by one factor for all sizes, to fit the tokens of these passes.
     """
     lanes = {size: sum(each.lanes for each in passes[0]) for size, passes in runs.items()}
     tokens = {size: sum(each.tokens for each in passes[0]) for size, passes in runs.items()}
@@ -196,7 +199,7 @@ def curve(
 
 
 def sizes_of(most: int, asked: Iterable[int] | None) -> list[int]:
-    """The sizes to measure, ascending. Raises ValueError for one beyond what the drafter has a use for."""
+    """The sizes to measure, ascending. Raises ValueError for one above `most`."""
     if asked:
         return sorted({whole("draft_size", size, 0, most) for size in asked})
     return sorted({*(size for size in SIZES if size < most), most})
@@ -205,7 +208,8 @@ def sizes_of(most: int, asked: Iterable[int] | None) -> list[int]:
 def measure_drafts(
     settings: Settings, drafter: str | None, sizes: Iterable[int] | None, say: Say
 ) -> tuple[Work, list[Row]]:
-    """Without a drafter the rows have `pass_ms` alone, of passes over drafts that mean nothing."""
+    """Measure a row for each size of draft; without a drafter rows have only `pass_ms`, of meaningless
+    drafts."""
     made = speculation.drafter_of(drafter, models.device_of(settings.device))
     asked = sizes_of(Filler.most if made is None else made.most, sizes)
     work = load(settings)
@@ -220,8 +224,8 @@ def measure_drafts(
     registry.check_positions(settings.model, model, positions)
     sizer = Stopwatch(0)
     batch = speculation.CausalBatch(model, settings.batch, positions, drafter=made or Filler(), sizer=sizer)
-    # One batch for all, as in an engine. Passes that a size's first run records are replayed in its others,
-    # which follow at once: so many forms are not remembered that other sizes may come between.
+    # One batch for all, as in an engine. A size's runs follow each other at once, so that the passes that the
+    # first records are replayed in the others before recordings of other sizes replace them.
     timed: dict[int, list[list[Pass]]] = {}
     for sizer.nodes in asked:
         runs = [[*_passes(batch, sizer, prompts, length, work.config)] for _ in range(1 + settings.repeats)]
@@ -234,7 +238,7 @@ def measure_drafts(
 
 
 def lengthened(prompts: list[list[int]], context: int | None) -> list[list[int]]:
-    """Each prompt with the others in front of it, over and over, until it has `context` tokens."""
+    """Each prompt with the others put before it, repeatedly, until it has `context` tokens."""
     found = []
     for at, ids in enumerate(prompts):
         others = [*itertools.chain(*prompts[at + 1 :], *prompts[: at + 1])]
@@ -250,7 +254,7 @@ def _passes(
     gen_length: int,
     config: dx.DecodeConfig,
 ) -> Iterator[Pass]:
-    """Decode all prompts, as many at a time as there are lanes."""
+    """Decode all prompts, as many at a time as there are lanes; yield the measured passes."""
     lanes, model = len(batch.rows), batch.model
     for at in range(0, len(prompts), lanes):
         part = prompts[at : at + lanes]
@@ -277,8 +281,8 @@ def _passes(
 
 
 def measure_policies(settings: Settings, grid: Mapping[str, Any], say: Say) -> tuple[Work, list[Row]]:
-    """grid: of `GRID`, values to try, in every combination, and None for the default. A combination that the
-    model refuses is left out, unless it refuses all."""
+    """Measure a row for each combination of the grid's values; grid: values for the names in `GRID`, None for
+    the default. A combination that the model refuses is left out; raises ValueError if it refuses all."""
     own = models.config_of(registry.directory_of(settings.model))[1].block_length  # of a block-causal model
     found = GRID | ({} if own is None else {"block_length": (own,), "cache": ("block",)})
     found |= {name: values for name, values in grid.items() if values}
@@ -307,7 +311,7 @@ def measure_policies(settings: Settings, grid: Mapping[str, Any], say: Say) -> t
 
 
 def _measured(settings: Settings, work: Work, row: Row) -> tuple[Row, list[str]]:
-    """What decoding as the row says takes, and the responses."""
+    """Measure decoding with a row's settings; return passes and rates, and the responses."""
     fields = {name: value for name, value in row.items() if name != "rule"}
     config = work.config.with_rule(row["rule"], **fields)
     parts = [work.texts[at : at + settings.batch] for at in range(0, len(work.texts), settings.batch)]
@@ -334,8 +338,8 @@ def _measured(settings: Settings, work: Work, row: Row) -> tuple[Row, list[str]]
 def judge(
     rows: Sequence[Row], answers: Sequence[Sequence[str]], problems: Sequence[tasks.Problem] | None
 ) -> None:
-    """Give each row its share of right answers; where no row has any, or nobody knows them, of texts that are
-    those of the row with the most passes."""
+    """Give each row its share of right answers, or, if there are none or they are not known, of texts equal
+    to those of the row with the most passes."""
     if problems is not None:
         right = [sum(map(tasks.is_correct, problems, responses)) / len(problems) for responses in answers]
         if any(right):
@@ -352,8 +356,8 @@ def judge(
 
 
 def choose(rows: Sequence[Row], tolerance: float = 1.0) -> Row | None:
-    """The row of the most tokens per second, of those whose share of right answers or same texts is at most
-    `tolerance` points below the best one's; the first of equal rows. None where only passes were timed."""
+    """The row with the most tokens per second, among those whose share of right answers or same texts is at
+    most `tolerance` points below the best; the first of equal rows. None if only passes were timed."""
     judged = next((name for name in JUDGED if name in rows[0]), None)
     if judged is not None:
         least = max(row[judged] for row in rows) - tolerance / 100 - 1e-9
@@ -362,7 +366,7 @@ def choose(rows: Sequence[Row], tolerance: float = 1.0) -> Row | None:
 
 
 def content(settings: Settings, work: Work, rows: Sequence[Row], chosen: Row | None) -> Row:
-    """What the file holds."""
+    """The content of the file."""
     return {
         **{name: chosen[name] for name in CHOSEN if chosen is not None and name in chosen},
         TUNED: {
@@ -383,7 +387,7 @@ def content(settings: Settings, work: Work, rows: Sequence[Row], chosen: Row | N
 
 
 def label(row: Row) -> str:
-    """A row's settings in words; two of one name are not in one table."""
+    """A row's settings in words, unique in a table."""
     if "draft_size" in row:
         return str(row["draft_size"])
     return f"{row['rule']} blocks {row['block_length']} x {row['active_blocks']} {row['cache']}"
@@ -398,12 +402,12 @@ COLUMNS = {
     "tokens_per_forward": ("tok/pass", "8.2f"),
     "tokens_per_second": ("tok/s", "9.1f"),
 }
-"""What of a row is shown: heading and format."""
+"""Field of a row -> heading and format of its column."""
 BAR = 30
 
 
 def chart(rows: Sequence[Row], chosen: Row | None) -> Iterator[str]:
-    """The rows as lines, with bars of tokens per second, or of the passes' time where that is all."""
+    """The rows as lines, with bars of tokens per second, or of the passes' time if only that was measured."""
     columns = [name for name in COLUMNS if name in rows[0]]
     shown = "tokens_per_second" if "tokens_per_second" in rows[0] else "pass_ms"
     first = "draft_size" if "draft_size" in rows[0] else "policy"

@@ -277,7 +277,7 @@ def in_a_fork(made: dx.Engine, early: dx.Handle, over: dx.Handle) -> None:
         try:
             call()
         except RuntimeError as error:
-            assert f"the engine is process {os.getppid()}'s, of which this is a fork" in str(error)  # noqa: PT017
+            assert f"the engine belongs to process {os.getppid()}, and this is a fork of it" in str(error)  # noqa: PT017
         else:
             raise AssertionError("not refused")
     early.cancel()

@@ -162,7 +162,7 @@ def test_dropout_matters_in_training_alone(tmp_path: Path) -> None:
         model = models.load(write(tmp_path, **dropout))
         assert not model.training
         assert torch.equal(model(x).logits, expected)
-    with pytest.warns(UserWarning, match=r"'residual_dropout': 0\.1.* is not followed"):
+    with pytest.warns(UserWarning, match=r"'residual_dropout': 0\.1.* is ignored"):
         model.train()
     Dream(golden.json("dream_tiny_a", "config") | {"attention_dropout": 0.1})
 

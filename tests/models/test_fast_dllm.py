@@ -341,9 +341,7 @@ def test_foreign_models_are_decoded_alike(model: FastDLLM) -> None:
     out = dx.decode(Foreign(), prompt_of(64), **settings)
     assert torch.equal(out.sequences, expected.sequences)
     assert out.forwards == expected.forwards
-    with pytest.raises(
-        ValueError, match="block_length: the model attends by blocks of 32, whatever is asked"
-    ):
+    with pytest.raises(ValueError, match="block_length: expected 32, by which this model attends, got 16"):
         dx.decode(Foreign(), prompt_of(64), block_length=16)
     Foreign.config = SimpleNamespace(model_type="Fast_dLLM_Qwen")
     assert models.traits(Foreign()) == models.Traits(151665, True, frozenset({"confidence"}), 32, 8)

@@ -394,7 +394,7 @@ def test_several_adapters_are_followed(peft: Any, tmp_path: Path) -> None:
         found = engine.submit(PROMPT[0], gen_length=8, threshold=0.5).result().tokens
     assert found == first[0, 9:].tolist()
     for adapted in (model, models.unwrap(model)):
-        with pytest.raises(ValueError, match=r"model: adapters stand in its layers.*save_pretrained"):
+        with pytest.raises(ValueError, match=r"model: its layers have adapters.*save_pretrained"):
             models.save(adapted, tmp_path)
     model.merge_adapter()
     assert torch.equal(tokens(model, cache="dual"), first)

@@ -264,7 +264,7 @@ def test_inplace_is_noticed_by_who_needs_the_logits() -> None:
         loss.backward()
     for logits in (leaf, leaf[1:], leaf.view(2, 2, 30).flatten(0, 1)):
         rows = len(logits)
-        with pytest.raises(ValueError, match="inplace: expected logits that an op has made"):
+        with pytest.raises(ValueError, match="inplace: expected the output of an op as logits"):
             dx.certainty_forcing_loss(logits, labels[:rows], active[:rows], inplace=True)
     with pytest.raises(ValueError, match="logits: expected memory of its own for each element"):
         loss_of((2 * leaf)[:1].expand(4, 30))

@@ -279,7 +279,7 @@ def test_inplace_is_noticed_by_who_needs_the_logits() -> None:
     leaf, teacher = torch.randn(4, 30, requires_grad=True), torch.randn(4, 30)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         dx.distillation_loss(torch.tanh(leaf), teacher, inplace=True).backward()
-    with pytest.raises(ValueError, match="inplace: expected logits that an op has made"):
+    with pytest.raises(ValueError, match="inplace: expected the output of an op as logits"):
         dx.distillation_loss(leaf, teacher, inplace=True)
     with pytest.raises(ValueError, match="student: expected memory of its own for each element"):
         dx.distillation_loss((2 * leaf)[:1].expand(4, 30), teacher, inplace=True)
@@ -302,7 +302,9 @@ def test_results_do_not_depend_on_the_batch_or_the_threads() -> None:
 # --- what is refused ----------------------------------------------------------------------------
 
 
-NOTHING = "student: row {} gives nothing .* to an id that the teacher gives something: the divergence is inf"
+NOTHING = (
+    "student: row {} gives no probability .* to an id to which the teacher gives some: the divergence is inf"
+)
 BAD_ROWS = [  # of which side, how many ids from the first on hold what, and what is said
     ("student", 1, math.nan, "student: row 4 holds NaN"),
     ("teacher", 1, math.nan, "teacher: row 4 holds NaN"),

@@ -480,7 +480,7 @@ def test_entropy_bound_equals_diffusion_gemmas_sampler() -> None:
         ({"selector": "quota", "threshold": 0}, "threshold: expected a whole number >= 1"),
         ({"selector": "confidence", "threshold": 90}, r"threshold: expected a number >= 0 and <= 1 \(p1 >="),
         ({"selector": "confidence", "threshold": -3}, "threshold: expected a number >= 0 and <= 1"),
-        ({"selector": "margin", "threshold": [0.5, 1.1]}, "<= 1 .*got 1.1 for sequence 1"),
+        ({"selector": "margin", "threshold": [0.5, 1.1]}, "<= 1 .*got 1.1 in policy row 1"),
         ({"selector": "entropy", "threshold": -0.5}, "threshold: expected a number >= 0 "),
         ({"selector": "factor", "threshold": -1}, "threshold: expected a number >= 0 "),
         ({"selector": "entropy_bound", "threshold": -1}, "threshold: expected a number >= 0 "),

@@ -125,7 +125,7 @@ def test_the_command(tiny: Path, tmp_path: Path) -> None:
     run("trajectories", answers, "--model", tiny, *data)
     said = run("filter", file, "--answers", answers, "--steps", 30, "--tau", 0.8, "--held-out", 0.25)
     assert "passes an answer" in said
-    assert "over 9 prompts, judged by" in said
+    assert "over 9 prompts, tested on" in said
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
     model = models.load(tiny)

@@ -1,28 +1,28 @@
-// The walk of accept: from a lane's root to the child whose token is the model's own choice at the
-// root, to that child's child, and so on. Rows are numbered within their lane, a child behind its
-// parent.
+// The walk of accept through a lane's tree: from the root to the child whose token is the model's
+// own choice at the root, from there likewise to a child of that child, and so on. Rows are
+// numbered within their lane, a child after its parent.
 #pragma once
 
 #include "dparallel/common.h"
 
 namespace dparallel {
 
-// What follows a row on the path: the number of the next row, or one of these. Several children may
-// hold the choice: the lowest follows, and what ends the path lies below every row, so that
-// whatever is known of a row, the least of it is right.
+// What follows a row on the path: the number of the next row, or one of these. Of several children
+// that hold the choice the lowest follows; the codes that end the path are below every row, and
+// kPathLeaf above. So the minimum of all candidates, in any order, is what follows.
 constexpr int32_t kPathFails = -2;        // the row has no choice
 constexpr int32_t kPathEnds = -1;         // its choice is an end-of-text id
-constexpr int32_t kPathLeaf = INT32_MAX;  // no child holds its choice, the bonus token
+constexpr int32_t kPathLeaf = INT32_MAX;  // no child holds its choice, which is the bonus token
 
 // Errors are numbered by lane * kLaneRows + row within the lane.
 constexpr int64_t kLaneRows = int64_t{1} << 31;
 
-// A row's choice is its token, or below 0 the RowError for which it has none.
+// A row's choice: its token, or minus the RowError for which it has none.
 DP_HD int32_t choice_of(RowError error, int64_t token) {
   return error == kRowOk ? static_cast<int32_t>(token) : -static_cast<int32_t>(error);
 }
 
-// What follows a row of which no child is known. eos_ids [eos_count]; negative: none.
+// What follows a row that has no children. eos_ids [eos_count]; negative: none.
 DP_HD int32_t without_children(int32_t choice, const int64_t* eos_ids, int64_t eos_count) {
   if (choice < 0) return kPathFails;
   for (int64_t e = 0; e < eos_count; ++e)
@@ -30,21 +30,22 @@ DP_HD int32_t without_children(int32_t choice, const int64_t* eos_ids, int64_t e
   return kPathLeaf;
 }
 
-// Whether row i > 0 follows its parent, as far as choices tell; no row before it is the parent's.
-// choices [i]. A parent that does not lie before its child is nobody's.
+// Whether row i > 0 holds its parent's choice, and so follows it unless a lower row does too.
+// choices [i]. A parent that is not before its child chooses nothing.
 DP_HD bool is_chosen(int32_t i, int64_t parent, int64_t draft, const int32_t* choices) {
   return parent >= 0 && parent < i && choices[parent] == draft;
 }
 
 struct Path {
-  int32_t count;    // of the rows on it, and so of the tokens that it emits
-  int32_t last;     // the row that it ends at
-  int32_t follows;  // that row; kPathFails: nothing is emitted
+  int32_t count;    // the number of rows on the path, and of the tokens that it emits
+  int32_t last;     // the last row
+  int32_t follows;  // what follows the last row; kPathFails: nothing is emitted
 
   DP_HD bool ended() const { return follows == kPathEnds; }
 };
 
-// follows [rows], at least one; room > 0. Calls emit(place, row) for each row of the path.
+// Walks from row 0 for at most `room` > 0 rows. follows [rows], at least one. Calls emit(place,
+// row) for each row of the path.
 template <class Emit>
 DP_HD Path walk_path(const int32_t* follows, int64_t room, Emit emit) {
   int32_t row = 0;

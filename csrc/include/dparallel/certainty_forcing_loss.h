@@ -1,8 +1,8 @@
-// The certainty-forcing loss of a row (dParallel, arXiv 2509.26488): cross entropy at temperature
-// Tc of its label, and the entropy of softmax(z / T). One read gives, with d = z - max z,
+// The certainty-forcing loss of a row (dParallel, arXiv 2509.26488): the cross entropy of its label
+// at temperature Tc, and the entropy H of softmax(z / T). One read gives, with d = z - max z,
 //   S = sum e^(d/Tc)   S' = sum e^(d/T)   W' = sum e^(d/T) d
 //   nll = ln S - d_label / Tc             H = ln S' - W' / (T S')
-// and a second read the gradient of a nll + b H, for the a and b that come from above:
+// A second read gives the gradient of a nll + b H, where a and b are the gradients of nll and H:
 //   dz_j = a / Tc (e^(d_j/Tc) / S - [j = label]) - b / T^2 e^(d_j/T) / S' (d_j - W'/S')
 #pragma once
 
@@ -22,7 +22,7 @@ template <class R>
 struct InverseTemperatures {
   R ce, entropy;
 
-  // Below it, both exponentials are beneath kExpFloor.
+  // The least d of which an exponent, d / Tc or d / T, is above kExpFloor.
   DP_HD R floor() const { return R(kExpFloor) / (ce < entropy ? ce : entropy); }
 };
 
@@ -40,25 +40,28 @@ struct LossRow {
   R saved[kLossSaved];  // max, 1/S, 1/S', W'/S'
 };
 
-// Part of a row; sums are relative to max, whose lowest id is `token`. Its own term, 1, is left
-// out: beside it the others of a sure row, which are all of its entropy, would be lost to rounding.
+// The sums over part of a row, of d = z - max, without the term of `token`, the lowest id of the
+// largest logit. That term is 1. In a confident row the others are tiny and are all of its entropy:
+// added to 1, they would be lost to rounding. log1p adds it at the end.
 template <class R>
 struct LossPart {
   R max = -kInfinity;
-  R sum = 0;
-  R sum_t = 0;
-  R weighted_t = 0;
+  R sum = 0;         // S - 1
+  R sum_t = 0;       // S' - 1
+  R weighted_t = 0;  // W'
   int32_t token = -1;
 
-  // The own term joins the others, and all are relative to `to`, a maximum not below the old one.
-  DP_HD void give_way(R to, const InverseTemperatures<R>& inverse) {
+  // Makes the sums relative to `to`, a maximum not below the old one, whose id is not in this part:
+  // `token`, no longer the maximum, gets its term in the sums.
+  DP_HD void rebase(R to, const InverseTemperatures<R>& inverse) {
     if (max > -kInfinity) {
-      const R d = max - to < inverse.floor() ? inverse.floor() : max - to;  // no 0 times infinity
+      const R d =
+          max - to < inverse.floor() ? inverse.floor() : max - to;  // finite: 0 * inf is NaN
       const R e = exponential(d * inverse.entropy);
       weighted_t = e * (weighted_t + (R(1) + sum_t) * d);
       sum_t = e * (R(1) + sum_t);
       sum = exponential(d * inverse.ce) * (R(1) + sum);
-    } else {  // nothing but NaN can have been added yet
+    } else {  // no logit above -inf yet: the sums are 0, or NaN, which stays
       sum = sum == sum ? R(0) : sum;
       sum_t = weighted_t = 0;
     }
@@ -70,10 +73,10 @@ struct LossPart {
     const bool theirs = other.token >= 0 &&
                         (token < 0 || other.max > max || (other.max == max && other.token < token));
     if (theirs) {
-      give_way(other.max, inverse);
+      rebase(other.max, inverse);
       token = other.token;
     } else {
-      other.give_way(max, inverse);
+      other.rebase(max, inverse);
     }
     sum += other.sum;
     sum_t += other.sum_t;
@@ -101,7 +104,8 @@ struct LossPart {
   }
 };
 
-// The gradient of a row's logits: `at` every id but the label, `at_label` there.
+// The gradient with respect to a row's logits: at(z) of an id that is not the label, at_label(z) of
+// the label.
 template <class R>
 struct LossGradient {
   R max, share, ce, entropy, mean, label;
@@ -130,7 +134,8 @@ struct LossGradient {
     return ce * floored_exponential(d * inverse.ce) + of_entropy(d);
   }
 
-  // 1 is taken from the probability alone: of its product a sure row would be left with rounding.
+  // 1 is subtracted from the probability itself, before products are rounded: in a confident row
+  // the difference is tiny.
   DP_HD R at_label(R z) const {
     const R d = depth(z);
     return label * (share * floored_exponential(d * inverse.ce) - R(1)) + of_entropy(d);

@@ -6,8 +6,8 @@
 #if defined(__CUDACC__) || defined(DPARALLEL_CUDA_HOST)
 #define DP_HD __host__ __device__ __forceinline__
 #else
-#define DP_HD \
-  inline __attribute__((always_inline))  // no copy of it may outlive its instruction set
+// Always inlined: else the linker might keep the copy of another instruction set.
+#define DP_HD inline __attribute__((always_inline))
 #endif
 
 namespace dparallel {
@@ -15,7 +15,7 @@ namespace dparallel {
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr float kLargest = 3.4028234663852886e38f;  // the largest finite float32
 
-// float64 is for the loss alone, whose gradient is checked in it.
+// float64 is for the losses alone, whose gradients are checked in it.
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
 
 // Rows of logits with any strides (in elements); the vocabulary is contiguous.
@@ -33,23 +33,24 @@ struct Logits {
   }
 };
 
-// What a row may not choose. The mask token keeps its share of the softmax but is never the argmax;
-// suppressed ids are left out altogether.
+// Ids that a row may not choose. The mask token keeps its share of the softmax but is never the
+// argmax; suppressed ids are left out of the softmax too.
 struct Exclusions {
   int64_t mask_id;          // -1: none
   const int64_t* suppress;  // [suppress_count] ascending, unique
   int64_t suppress_count;
 };
 
-// Why a row has no statistics. Kept as row * 4 + code, so that the lowest bad row is the minimum.
+// Why a row has no result. An error is stored as row * 4 + code, so that the lowest bad row is the
+// minimum.
 enum RowError : int64_t {
   kRowOk = 0,
-  kRowNan = 1,         // holds NaN
+  kRowNan = 1,         // the row holds NaN
   kRowEmpty = 2,       // no id that may be chosen has a logit above -inf
   kRowMissing = 3,     // a masked position of the window that `positions` does not list
-  kRowLabel = 3,       // of the loss: a label outside the vocabulary
-  kRowImpossible = 3,  // of distillation: no probability where the teacher has some
-  kRowMask = 1         // of commit: a token to write that is the mask token, or negative
+  kRowLabel = 3,       // certainty_forcing_loss: a label outside the vocabulary
+  kRowImpossible = 3,  // distillation_loss: the student rules out an id that the teacher does not
+  kRowMask = 1         // commit: a token to write that is the mask token, or negative
 };
 constexpr int64_t kNoError = INT64_MAX;
 DP_HD int64_t encode_error(int64_t row, RowError code) { return row * 4 + code; }

@@ -1,21 +1,22 @@
-// How far a student's row q = softmax(z / T) is from its teacher's p = softmax(t / T):
+// The divergence of a student's row q = softmax(z / T) from its teacher's p = softmax(t / T):
 //   D = a KL + b L1     KL = sum p (ln p - ln q)     L1 = sum |p - q|
 // One read of both rows gives, with d = z - max z and e = t - max t,
 //   Q = sum e^(d/T)   P = sum e^(e/T)   C = sum e^(e/T) (e - d)     KL = C / (T P) + ln Q - ln P
-// The distance L1 takes a second read, and only where b > 0:
+// The distance L1 takes a second read, only where b > 0:
 //   L1 = sum |p - q|   A = sum (1 + s) q   B = sum (1 - s) q, with s = sign(q - p)
-// The last read gives the gradient, for the g that comes from above:
+// The last read gives the gradient, where g is the gradient of D:
 //   dz_j = g / T (a (q_j - p_j) + b q_j (s_j - sum s q))
 //   s_j - sum s q = B where s_j is 1, -A where it is -1, (B - A) / 2 where it is 0
-// of which no term is lost beside that of a sure id, as it were in the difference.
+// Computed as A and B, s_j - sum s q keeps the small terms that the difference would lose to
+// rounding in a confident row.
 #pragma once
 
 #include "dparallel/certainty_forcing_loss.h"
 
 namespace dparallel {
 
-// A logit so far below its row's maximum counts as -inf, which gives its id nothing: -3e38, as some
-// masks write it, and whatever stands beside +inf. All else stays finite in float32's sums.
+// A logit that is this far below its row's maximum counts as -inf (probability 0): the -3e38 that
+// some masks write, and any finite logit beside +inf. With all others, float32 sums stay finite.
 constexpr float kNothing = -1e29f;
 
 enum DistillationSaved : int {
@@ -28,21 +29,21 @@ enum DistillationSaved : int {
   kDistillationSaved
 };
 
-// Part of a softmax's sum, relative to max. The own term of the maximum, 1, is left out, as in
-// LossPart.
+// The sum of a softmax over part of a row, relative to max, without the maximum's own term, 1 (see
+// LossPart).
 template <class R>
 struct SoftmaxPart {
   R max = -kInfinity;
   R sum = 0;
 
-  DP_HD bool empty() const { return !(max > R(-kInfinity)); }  // but for NaN
+  DP_HD bool empty() const { return !(max > R(-kInfinity)); }  // no logit above -inf, NaN aside
   DP_HD R total() const { return empty() ? R(0) : R(1) + sum; }
   DP_HD RowError error() const {
     if (sum != sum) return kRowNan;
     return empty() ? kRowEmpty : kRowOk;
   }
 
-  // Relative to `to`, a maximum not below the old one, whose own term is left out from now on.
+  // Makes the sum relative to `to`, a maximum not below the old one, whose term is then left out.
   DP_HD void rebase(R to, R inverse) {
     if (to == max) return;
     if (!empty()) sum = floored_exponential((max - to) * inverse) * (R(1) + sum);
@@ -52,28 +53,28 @@ struct SoftmaxPart {
 
   DP_HD void merge(SoftmaxPart other, R inverse) {
     const R to = max > other.max ? max : other.max;
-    const R own = max == other.max && !empty() ? R(1) : R(0);  // two maxima, one left out
+    const R own = max == other.max && !empty() ? R(1) : R(0);  // of two maxima one is left out
     rebase(to, inverse);
     other.rebase(to, inverse);
     sum += other.sum + own;
   }
 };
 
-// Part of both rows. An id that the teacher gives nothing has no term in `cross`. One that the
-// student gives nothing and the teacher something makes it infinite or NaN, which it stays: the
-// divergence is infinite then, however small the teacher's probability is.
+// The sums over part of both rows. An id to which the teacher gives no probability has no term in
+// `cross`. An id to which the teacher gives some and the student none makes `cross` infinite or NaN
+// for good: the divergence is infinite, however small the teacher's probability is.
 template <class R>
 struct DistillationPart {
   SoftmaxPart<R> student, teacher;
   R cross = 0;  // C
 
-  // C of the same part, relative to maxima not below its own.
+  // `cross` of this part, relative to these maxima, which are not below its own.
   DP_HD R cross_at(R student_max, R teacher_max, R inverse) const {
     if (teacher.empty() || teacher.max - teacher_max < R(kNothing)) return R(0);
     const R e = teacher.max - teacher_max;
     const R d = student.empty() ? R(0) : student.max - student_max;
     if (d < R(kNothing)) return R(kInfinity);
-    if (e * inverse < R(kExpFloor)) return cross - cross;  // its probability is 0: 0, or NaN
+    if (e * inverse < R(kExpFloor)) return cross - cross;  // probability 0: 0, or NaN if not finite
     return exponential(e * inverse) * (cross + teacher.total() * (e - d));
   }
 
@@ -91,7 +92,8 @@ struct DistillationPart {
     teacher.merge(other.teacher, inverse);
   }
 
-  // The error of row `row`, which is number 2 row of the student and 2 row + 1 of the teacher.
+  // The error of row `row`, numbered 2 * row for the student's row and 2 * row + 1 for the
+  // teacher's.
   DP_HD int64_t error(int64_t row, bool kl_counts) const {
     const RowError of_student = student.error(), of_teacher = teacher.error();
     if (of_student != kRowOk) return encode_error(2 * row, of_student);
@@ -127,7 +129,7 @@ struct DistancePart {
   }
 };
 
-// q_j and p_j of a row whose sums are known.
+// The probabilities q_j and p_j of a row whose sums are known.
 template <class R>
 struct DistillationRow {
   R student_max, teacher_max, student_share, teacher_share, inverse;
@@ -145,7 +147,8 @@ struct DistillationRow {
   DP_HD R q(R z) const { return probability(z, student_max, student_share); }
   DP_HD R p(R t) const { return probability(t, teacher_max, teacher_share); }
 
-  // q - p: 0 of equals, which a fused multiply-add, that rounds but one of them, would not give.
+  // q - p, exactly 0 where they are equal; a fused multiply-add, which rounds only one of the two
+  // products, would leave a difference.
   DP_HD static R difference(R q, R p) { return q == p ? R(0) : q - p; }
   DP_HD static R sign(R q, R p) { return R((q > p) - (q < p)); }
 
@@ -157,11 +160,11 @@ struct DistillationRow {
   }
 };
 
-// The gradient of a row's logits. That of equal rows is exactly 0.
+// The gradient with respect to a row's student logits; exactly 0 where both rows are equal.
 template <class R>
 struct DistillationGradient {
   DistillationRow<R> row;
-  R kl, above, same, below;  // the last three: of l1, where q > p, q = p, q < p
+  R kl, above, same, below;  // the last three: L1's factor where q > p, q = p, q < p
 
   DP_HD DistillationGradient(const R* saved, R grad, double kl_weight, double l1_weight, R inverse)
       : row(saved, inverse), kl(grad * inverse * static_cast<R>(kl_weight)) {

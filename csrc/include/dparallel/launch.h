@@ -1,6 +1,6 @@
-// Arguments of every op and the signature of its launchers, one per backend. Pointers are to memory
-// of that backend; nothing here allocates. The CPU launchers are defined in csrc/cpu/<op>.cpp, the
-// CUDA ones in csrc/cuda/<op>.cu.
+// The arguments of every op and the signatures of its launchers, one per backend. Pointers point to
+// memory of that backend; launchers write to the caller's memory. The CPU launchers are defined in
+// csrc/cpu/<op>.cpp, the CUDA ones in csrc/cuda/<op>.cu.
 #pragma once
 
 #include "dparallel/common.h"
@@ -9,17 +9,17 @@
 
 namespace dparallel {
 
-// The temperature that a given one stands for. Below 1e-5 it is 0, which is greedy: by then only
-// logits within 1e-4 of the largest have a chance, and reciprocals overflow in the end. Above 2^100
-// it is that, where logits below 1e23 are all the same to the noise. So also in
-// dparallel_ext/arguments.py.
+// The temperature that is used for a given one. Below 1e-5 it is 0, which is greedy: only logits
+// within 1e-4 of the largest would have a chance, and 1 / T would overflow in the end. Above 2^100
+// it is 2^100, beside whose noise logits below 1e23 do not differ. dparallel_ext/arguments.py does
+// the same.
 constexpr double kColdest = 1e-5, kHottest = 0x1p100;
 inline float temperature_in_force(double temperature) {
   if (!(temperature >= kColdest)) return 0.0f;
   return static_cast<float>(temperature < kHottest ? temperature : kHottest);
 }
 
-// Gumbel-max sampling; temperature 0: none, else one in force.
+// Gumbel-max sampling. temperature: as temperature_in_force returns it; 0: no sampling.
 struct Sampling {
   float temperature;
   // row_stats, accept: [count, 4] seed, sequence, position, step of each row.
@@ -41,8 +41,8 @@ struct RowOutput {
   int64_t* error;
 };
 
-// Logits to return as they are, of whatever ids; +inf as the largest number. NaN for an id out of
-// bounds.
+// Logits to return, of any ids, excluded ones too; +inf as the largest finite number, NaN for an id
+// out of bounds.
 struct Gather {
   const int64_t* ids;  // [rows, count], rows `stride` apart; stride 0: the same for every row
   int64_t count, stride;
@@ -56,18 +56,18 @@ struct RowStatsArgs {
   Exclusions exclusions;
   Sampling sampling;
   Gather gather;
-  RowOutput output;  // errors are numbered by the row's place in the output
+  RowOutput output;  // errors are numbered by i, the row's place in the output
 };
 
-// The k largest logits of each row that may be chosen, in descending order, ties to the lowest id;
-// where fewer are above -inf, -1 and -inf follow. Of a bad row, -1 and NaN.
+// The k largest admissible logits of each row, in descending order, ties to the lowest id; where
+// fewer are above -inf, -1 and -inf follow. A bad row gives -1 and NaN.
 struct RowTopkArgs {
   Logits logits;
   const int64_t* rows;  // [count] row indices, or null: row i is row i of the logits
   int64_t count, k;     // k: 1 to kMostTop
   Exclusions exclusions;
   int64_t* tokens;  // [count, k]
-  float* logprobs;  // [count, k] of the softmax of all but what is suppressed
+  float* logprobs;  // [count, k] in the softmax of all ids but the suppressed
   int64_t* error;   // [count] kNoError, or encode_error of the place in the output
 };
 
@@ -91,8 +91,8 @@ struct TokenGrid {
   }
 };
 
-// Columns [start, end) of a sequence each, in any order. What of them lies beyond the sequence is
-// as if it were not there.
+// Windows, in any order: each is columns [start, end) of a sequence. Columns beyond the sequence
+// are ignored.
 struct Windows {
   int64_t count;
   const int64_t* lane;   // [count] the sequence, or null: window w is of sequence w
@@ -108,8 +108,8 @@ struct UnmaskArgs {
   const int64_t* positions;  // [count] ascending b * length + l of each row, or null: count = batch
                              // * length, row r is position r
   int64_t count;
-  // What may be filled; those of a sequence do not overlap. On a GPU a position of several windows
-  // belongs to the first of them.
+  // The positions that may be filled. Windows of a sequence do not overlap; on a GPU, which does
+  // not check, a position of several windows belongs to the first of them.
   Windows windows;
   const float* policy;  // [windows.count, 5]
   Exclusions exclusions;
@@ -120,7 +120,7 @@ struct UnmaskArgs {
   RowOutput output;    // errors are numbered by position b * length + l
 };
 
-// Tokens are written, then windows looked at, which may overlap and be of other sequences.
+// Tokens are written, then masks counted in windows, which may overlap and be of other sequences.
 struct CommitArgs {
   TokenGrid tokens;          // changed in place
   const int64_t* positions;  // [count] b * length + l of each row, or null: row r is position r
@@ -129,18 +129,19 @@ struct CommitArgs {
   int64_t count;
   int64_t mask_id;
   Windows windows;
-  int64_t* remaining;  // [windows.count] masks
-  int64_t* first;      // [windows.count] the column of the first of them, or the window's end
-  int64_t* changed;    // [windows.count] tokens that are not what they were
+  int64_t* remaining;  // [windows.count] masks left in the window
+  int64_t* first;      // [windows.count] the column of the first mask, or the window's end
+  int64_t* changed;    // [windows.count] tokens of the window that changed
   int64_t* error;      // [1] kNoError, or the lowest encode_error of a position, kRowMask
 };
 
-// A lane has rows [q_start, q_end) of a verify pass: a tree of drafted tokens, its root first, a
-// parent before its children. Lanes share no row, in any order; rows of no lane are not read.
+// A lane has rows [q_start, q_end) of a verify pass: a tree of drafted tokens, the root first, a
+// parent before its children. Lanes may be in any order and share no row; rows of no lane are not
+// read.
 struct AcceptArgs {
   Logits logits;          // [count] rows
-  const int64_t* draft;   // [count] the token at each row; that of a root is not looked at
-  const int64_t* parent;  // [count] within the lane; that of a root is not looked at
+  const int64_t* draft;   // [count] the token at each row; a root's is not read
+  const int64_t* parent;  // [count] the parent's row within the lane; a root's is not read
   int64_t count;
   int64_t lanes;
   const int64_t* q_start;  // [lanes]
@@ -148,19 +149,19 @@ struct AcceptArgs {
   const int64_t* room;     // [lanes] the most tokens that a lane may emit, or null
   const int64_t* eos_ids;  // [lanes, eos_count]; negative: none
   int64_t eos_count;
-  // At least the largest q_end - q_start, for outputs that need not ask. On a GPU, rows of a lane
-  // beyond it are as if they were not there.
+  // At least the largest q_end - q_start, so that outputs have a size without reading these. On a
+  // GPU, rows of a lane beyond it are ignored.
   int64_t max_q_len;
   Exclusions exclusions;
   Sampling sampling;
   int64_t* emitted;  // [lanes] tokens
-  int64_t* path;     // [lanes, max_q_len] rows within the lane; -1 behind them
-  int64_t* tokens;   // [lanes, max_q_len] -1 behind them
-  bool* ended;       // [lanes] by an end-of-text id
+  int64_t* path;     // [lanes, max_q_len] the accepted rows within the lane, then -1
+  int64_t* tokens;   // [lanes, max_q_len] the emitted tokens, then -1
+  bool* ended;       // [lanes] whether an end-of-text id ended the path
   RowOutput output;  // errors are numbered by lane * kLaneRows + row within it, see accept.h
 
-  // Rows [first, first + count) of a lane, of those that are read. On a GPU nobody has looked: a
-  // lane that is out of bounds has none.
+  // The rows of a lane that are read: [first, first + count). A lane that is out of bounds, which
+  // only a GPU's unchecked arguments can contain, has none.
   struct Rows {
     int64_t first, count;
 
@@ -174,8 +175,8 @@ struct AcceptArgs {
   }
 };
 
-// R below: float64 where the logits are, else float32. Rows that are not active are zero in every
-// output, and their logits and labels are not read.
+// R below: float64 where the logits are float64, else float32. Rows that are not active are zero in
+// every output, and their logits and labels are not read.
 struct LossArgs {
   Logits logits;          // [count] rows
   const bool* active;     // [count]
@@ -198,7 +199,8 @@ struct LossBackwardArgs {
   const void* saved;         // of the forward pass
   const void* grad_nll;      // R [count]
   const void* grad_entropy;  // R [count]
-  void* grad;  // [count, vocab], the dtype of the logits, every element written; null: over them
+  // [count, vocab], of the logits' dtype, every element written; null: written over the logits
+  void* grad;
 };
 
 // R as above. Rows that are not active are zero in every output, and no logit of them is read.
@@ -209,7 +211,7 @@ struct DistillationArgs {
   double temperature, kl_weight, l1_weight;
   void* divergence;  // R [count]
   void* saved;       // R [count, kDistillationSaved]
-  int64_t* error;    // [count] of row 2 i, the student's, or 2 i + 1, the teacher's
+  int64_t* error;    // [count] numbered 2 i for the student's row, 2 i + 1 for the teacher's
 };
 
 struct DistillationBackwardArgs {
@@ -219,8 +221,8 @@ struct DistillationBackwardArgs {
   double temperature, kl_weight, l1_weight;
   const void* saved;            // of the forward pass
   const void* grad_divergence;  // R [count]
-  void* grad;  // [count, vocab], the dtype of the logits, every element written; null: over the
-               // student's
+  // [count, vocab], of the logits' dtype, every element written; null: written over the student's
+  void* grad;
 };
 
 // The keys or the values of one layer: pages of `page_size` slots, head_dim contiguous, strides in
@@ -234,8 +236,8 @@ struct CacheLayout {
   }
 };
 
-// Queries, keys and values of `count` tokens, rows `stride` elements apart, heads contiguous. No
-// two rows have the same slot.
+// Queries, keys and values of `count` tokens, rows their stride apart (in elements), heads
+// contiguous. No two rows have the same slot.
 struct KvWriteArgs {
   DType dtype;  // of all but the tables: float32, bfloat16 or float16
   void* q;      // [count, q_heads, head_dim] rotated in place
@@ -243,8 +245,8 @@ struct KvWriteArgs {
   const void* v;  // [count, heads, head_dim]
   int64_t q_stride, k_stride, v_stride;
   int64_t count, q_heads;
-  const int64_t* positions;     // [count] of the rotary embedding, rows of the tables
-  const int64_t* slot_mapping;  // [count] page * page_size + slot; negative: written nowhere
+  const int64_t* positions;     // [count] for the rotary embedding: rows of the tables
+  const int64_t* slot_mapping;  // [count] page * page_size + slot; negative: not written
   const float* cos;
   const float* sin;  // [table, rotary_dim / 2]
   int64_t table;
@@ -255,9 +257,9 @@ struct KvWriteArgs {
   CacheLayout k_layout, v_layout;
 };
 
-// Entries of a lane: the keys and values of slot source[lane, i] go to target[lane, i], in every
-// layer and head. All of a lane are read before any is written. No two lanes have a slot in common,
-// nor has a lane a target twice.
+// Copies, in every layer and head, the keys and values of slot source[lane, i] to slot
+// target[lane, i]. All entries of a lane are read before any is written. Lanes share no slots, and
+// the targets of a lane differ.
 struct KvMoveArgs {
   void* kv_cache;        // [layers, 2, pages, heads, page_size, head_dim]
   int64_t element_size;  // bytes: 2, 4 or 8
@@ -265,12 +267,13 @@ struct KvMoveArgs {
   CacheLayout layout;     // of keys or values of a layer
   int64_t lanes, count;   // at most kMostMoves
   const int64_t* source;  // [lanes, count] page * page_size + slot
-  const int64_t* target;  // [lanes, count]; negative in either: the entry is passed over
+  const int64_t* target;  // [lanes, count]; negative in either: the entry is skipped
 };
 constexpr int64_t kMostMoves = 2048;
 
-// A segment: query rows [q_start, q_end) that see slots [0, kv_len) of the pages that its row of
-// the table lists. Rows that see nothing, or are in no segment, come out zero.
+// Attention of segments: query rows [q_start, q_end), which see slots [0, kv_len) of the pages that
+// the segment's row of the block table lists. Rows that see nothing, or are in no segment, come out
+// zero.
 struct BlockAttentionArgs {
   DType dtype;    // float32, bfloat16 or float16
   const void* q;  // [count, q_heads, head_dim], rows q_stride elements apart
@@ -284,15 +287,14 @@ struct BlockAttentionArgs {
   const int64_t* kv_lens;      // [segments]
   const int64_t* block_table;  // [segments, table_width]
   int64_t table_width;
-  // At least the largest q_end - q_start and the largest of kv_lens, for a launch that need not
-  // ask. On a GPU, rows and slots beyond them are as if they were not there.
+  // At least the largest q_end - q_start and the largest of kv_lens, so that a launch has a size
+  // without reading these. On a GPU, rows and slots beyond them are ignored.
   int64_t max_q_len, max_kv_len;
   float scale;
   void* out;  // [count, q_heads, head_dim] contiguous, every element written
-  // The segment's rows are the last of its slots where one of these is given: slot `base` and on,
-  // base = kv_len - rows. Slots below base are seen by all of them. Of the others, row i sees those
-  // up to its own, base + i, where causal; or slot base + b where bit b % 64 of its word b / 64 is
-  // set.
+  // With `causal` or `ancestors`, a segment's rows are its last slots: row i is slot base + i, base
+  // = kv_len - rows. All rows see the slots below base. Of the others row i sees, if causal, those
+  // up to its own; else slot base + b where bit b % 64 of word b / 64 of its ancestors is set.
   bool causal;
   const int64_t* ancestors;  // [count, words]; null: none
   int64_t words;
@@ -300,7 +302,7 @@ struct BlockAttentionArgs {
   DP_HD bool restricted() const { return causal || ancestors != nullptr; }
 };
 
-// Rows of contiguous numbers, as those of Logits: row r = outer * inner_rows + inner.
+// The strides of rows of contiguous numbers, as in Logits: row r = outer * inner_rows + inner.
 struct RowStrides {
   int64_t inner_rows, outer, inner;
 
@@ -310,7 +312,7 @@ struct RowStrides {
 };
 
 // out = weight * round(s / sqrt(mean(s^2) + eps)) + bias, s = x + delta. Each operation is computed
-// in float32 and rounded to the dtype, as by the modules that it stands for.
+// in float32 and rounded to the dtype, as in the torch modules that this op replaces.
 struct RmsNormArgs {
   DType dtype;        // of all: float32, bfloat16 or float16
   const void* x;      // [count, width]
@@ -324,7 +326,7 @@ struct RmsNormArgs {
   void* out;  // [count, width] contiguous
 };
 
-// out = round(gate / (1 + exp(-gate))) * up
+// out = round(gate / (1 + exp(-gate))) * up, where round is to the dtype.
 struct SwigluArgs {
   DType dtype;  // float32, bfloat16 or float16
   const void* gate;
@@ -352,7 +354,7 @@ struct Fp8LinearArgs : LinearArgs {
   const float* scale;  // [out_width]
 };
 
-// out = round(scale * weight): weights as above, for a product of the matrix library.
+// out = round(scale * weight), with weights as above, for a product by the matrix library.
 struct Fp8WidenArgs {
   DType dtype;  // of out: float32, bfloat16 or float16
   int64_t in, out_width;
@@ -362,7 +364,8 @@ struct Fp8WidenArgs {
 };
 
 namespace cpu {
-// parallel(n, body): body(begin, end) over [0, n) on torch's threads.
+// parallel(n, body, context) calls body(begin, end, context) on torch's threads, over all of [0,
+// n).
 using Body = void (*)(int64_t begin, int64_t end, const void* context);
 using Parallel = void (*)(int64_t n, Body body, const void* context);
 
@@ -386,14 +389,14 @@ void fp8_linear(const Fp8LinearArgs& args, Parallel parallel);
 void fp8_widen(const Fp8WidenArgs& args, Parallel parallel);
 const char* simd_level();  // "avx512", "avx2" or "portable"
 bool is_simd_level(const char* name);
-// The kernels use the level of that name from now on, or the machine's best where it is lower.
+// Makes the kernels use the level of that name, or the machine's best where that is lower.
 void use_simd_level(const char* name);
 }  // namespace cpu
 
 namespace cuda {
-// Bytes of scratch that a launch needs, and int32 counters, zero before the first launch; every
-// launch leaves them zero again. A launcher neither allocates nor synchronises; it returns a
-// cudaError_t.
+// A launch needs <op>_scratch bytes of scratch and <op>_counters int32 counters, zero before the
+// first launch; every launch leaves them zero. A launcher neither allocates nor synchronises; it
+// returns a cudaError_t.
 struct Workspace {
   void* scratch;
   int32_t* counters;

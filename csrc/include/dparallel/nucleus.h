@@ -1,10 +1,10 @@
-// Which ids top-p and top-k leave to be sampled. The admissible ids of a row stand in the order of
-// their logits, ties by id; an id is kept while the probability of those before it is at most top_p
-// and fewer than top_k come before it. So the first is always kept.
+// The nucleus: the ids that top-p and top-k leave to be sampled. Order the admissible ids of a row
+// by logit, the largest first, ties by id; an id is kept while the probability of those before it
+// is at most top_p and fewer than top_k come before it. So the first is always kept.
 //
 // The last kept id is found digit by digit (a radix selection) from histograms of counts and of
-// probability. Probabilities are summed as whole numbers, so that no order of the sums changes
-// them.
+// probability. Probabilities are summed as whole numbers, so that the order of summation does not
+// change the sums.
 #pragma once
 
 #include <cmath>
@@ -24,7 +24,7 @@ struct Nucleus {
   DP_HD bool keeps(float z, int64_t id) const { return z > cut || (z == cut && id <= last); }
 };
 
-// Larger for a larger logit, and for a lower id among equal ones. z: no NaN.
+// A key that is larger for a larger logit, and for a lower id among equal logits. z: not NaN.
 DP_HD uint64_t nucleus_key(float z, int64_t id) {
   const uint32_t bits = to_bits(z + 0.0f);  // -0 is 0
   const uint32_t high = bits >> 31 ? ~bits : bits | 0x80000000u;
@@ -53,9 +53,9 @@ constexpr int kNucleusBins = 2048;
 struct NucleusSearch {
   unsigned long long limit;  // an id is kept while the mass before it is at most this ...
   unsigned long long most;   // ... and fewer than so many ids come before it
-  unsigned long long mass;   // before the ids that begin with `prefix`
+  unsigned long long mass;   // mass and number of the ids before those that begin with `prefix`
   unsigned long long count;
-  uint64_t prefix;  // the digits of the last kept id that are known
+  uint64_t prefix;  // the digits, so far, of the last kept id's key
   Nucleus found;
 
   static DP_HD int shift(int level) {
@@ -63,7 +63,7 @@ struct NucleusSearch {
   }
   static DP_HD int width(int level) { return level % 3 == 2 ? 10 : 11; }
 
-  // The digit of a key that begins with the digits found, -1 for others.
+  // The digit at `level` of a key that begins with `prefix`; -1 for other keys.
   static DP_HD int digit(int level, uint64_t key, uint64_t prefix) {
     if (level > 0 && key >> shift(level - 1) != prefix) return -1;
     return static_cast<int>(key >> shift(level) & ((1u << width(level)) - 1));
@@ -74,8 +74,8 @@ struct NucleusSearch {
             Nucleus::all()};
   }
 
-  // Of n bins, the highest first, the one that holds the last kept id, of whose first id `mass` and
-  // `count` then tell what comes before. bin(i) -> NucleusBin.
+  // Returns which of n bins, taken from the highest down, holds the last kept id. Afterwards `mass`
+  // and `count` are those of the ids before that bin. bin(i) -> NucleusBin.
   template <class Bin>
   DP_HD int walk(int n, Bin bin) {
     int last = -1;
@@ -93,7 +93,7 @@ struct NucleusSearch {
     return last;
   }
 
-  // Goes on with digit `value`, whose bin is `here`; true when the last kept id is found.
+  // Appends digit `value`, whose bin is `here`, to `prefix`; true when `found` is the nucleus.
   DP_HD bool descend(int level, int value, const NucleusBin& here) {
     prefix = prefix << width(level) | static_cast<uint64_t>(value);
     if (level == 2) {  // equal logits: perhaps all of them are kept
@@ -107,7 +107,7 @@ struct NucleusSearch {
   }
 };
 
-// The limit, of the mass of the whole row; where top-p keeps all, masses are left 0.
+// NucleusSearch::limit, given the mass of the whole row, `total`, which is 0 where top-p keeps all.
 DP_HD unsigned long long nucleus_limit(double top_p, unsigned long long total) {
   return top_p < 1.0 ? static_cast<unsigned long long>(top_p * static_cast<double>(total)) : ~0ull;
 }

@@ -1,4 +1,5 @@
-// The 16-bit float formats, and e4m3 of 8, from their bits, exactly, without a library's types.
+// Exact conversions of the 16-bit float formats and of 8-bit e4m3, by their bits, without a
+// library's types.
 #pragma once
 
 #include <cstring>
@@ -24,11 +25,11 @@ DP_HD float bfloat16_value(uint16_t bits) { return from_bits(static_cast<uint32_
 DP_HD float float16_value(uint16_t bits) {
   const uint32_t magnitude = (bits & 0x7fffu) << 13, sign = (bits & 0x8000u) << 16;
   if (magnitude >= (0x7c00u << 13)) return from_bits(magnitude | 0x7f800000u | sign);  // inf, NaN
-  const float value = from_bits(magnitude) * 0x1p112f;  // moves the bias; right for subnormals too
+  const float value = from_bits(magnitude) * 0x1p112f;  // corrects the bias; of subnormals too
   return sign ? -value : value;
 }
 
-// Rounded to nearest, ties to even.
+// Both round to nearest, ties to even.
 DP_HD uint16_t bfloat16_bits(float value) {
   if (value != value) return 0x7fc0u;
   const uint32_t bits = to_bits(value);
@@ -40,7 +41,7 @@ DP_HD uint16_t float16_bits(float value) {
   const uint32_t bits = to_bits(value), sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and more
-  const uint32_t half = magnitude < 0x38800000u  // below 2^-14 the step is 2^-24, float32's at 1/2
+  const uint32_t half = magnitude < 0x38800000u  // below 2^-14 steps of 2^-24, as float32 at 1/2
                             ? to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000u
                             : (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
   return static_cast<uint16_t>(sign | half);

@@ -1,5 +1,5 @@
-// Counter-based random numbers: Philox4x32-10 (Salmon et al., SC'11), so that a sample depends on
-// its own key alone: seed, sequence, position, step and token id; never on the batch around it.
+// Counter-based random numbers: Philox4x32-10 (Salmon et al., SC'11). A sample depends on its own
+// key alone (seed, sequence, position, step and token id), never on the batch around it.
 #pragma once
 
 #include <cmath>
@@ -36,8 +36,8 @@ DP_HD Random4 philox(const SampleKey& key, uint32_t group) {
   return {{c0, c1, c2, c3}};
 }
 
-// Gumbel noise -ln(E), E = -ln(1 - v) exponential, v uniform in (0, 1). The large values, which
-// decide the maximum, come from small v, where float32 resolves 2^-33.
+// Gumbel noise -ln(E), where E = -ln(1 - v) is exponential and v uniform in (0, 1). Large noise,
+// which decides the maximum, comes from small v, where float32 resolves 2^-33.
 DP_HD float gumbel(uint32_t word) {
   const float v =
       (static_cast<float>(word >> 8) + (static_cast<float>(word & 255u) + 0.5f) * 0x1p-8f) *

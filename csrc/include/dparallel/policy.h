@@ -1,6 +1,5 @@
-// Policies are data: a row of five floats per sequence. Whatever the rule, what it commits is a
-// prefix of the masked positions sorted by the rule's score, best first, ties to the lowest
-// position.
+// Policies are data: a row of five floats for each window. Every rule commits a prefix of the
+// masked positions sorted by the rule's score, best first, ties to the lowest position.
 #pragma once
 
 #include <cmath>
@@ -25,8 +24,8 @@ enum Score : int { kScoreConfidence = 0, kScoreEntropy, kScoreMargin, kScores };
 constexpr int kPolicyFields = 5;
 constexpr int kMostCommits = 1 << 24;  // float32 holds every whole number up to it
 
-// A number of a row as a whole one: outside its bounds the nearer of them, NaN the least. Rows on a
-// device are not checked before they are read, and a float that no integer holds has no conversion.
+// A field of a policy row as a whole number, clamped to its bounds, NaN to `least`. Rows on a
+// device are read unchecked, and converting a float that no int can hold is undefined.
 DP_HD int whole_number(float x, int least, int most) {
   if (!(x > static_cast<float>(least))) return least;
   return x < static_cast<float>(most) ? static_cast<int>(x) : most;
@@ -39,8 +38,8 @@ struct Policy {
   int64_t max_commit;
   int score;
 
-  // row [5]: selector, threshold, min_commit, max_commit (inf: no limit), score. Any numbers have a
-  // meaning: no key passes a threshold of NaN, so that as many commit as `limit` demands.
+  // row [5]: selector, threshold, min_commit, max_commit (inf: no limit), score. Any floats have a
+  // meaning: with a threshold of NaN no key passes, and as many commit as `limit` demands.
   DP_HD static Policy load(const float* row) {
     Policy policy;
     policy.selector = whole_number(row[0], 0, kSelectors - 1);
@@ -62,22 +61,23 @@ struct Policy {
     return policy;
   }
 
-  // Larger is better.
+  // The rule's score of a position; larger is better.
   DP_HD float key(float confidence, float margin, float entropy) const {
     return score == kScoreConfidence ? confidence : score == kScoreMargin ? margin : -entropy;
   }
 
-  // Whether the rule alone lets those commit whose own key passes, whatever the others are.
+  // Whether a position passes the rule by its own key alone, whatever the other keys are.
   DP_HD bool by_threshold() const {
     return selector == kSelectConfidence || selector == kSelectMargin || selector == kSelectEntropy;
   }
 
-  // Whether the keys before it say whether one commits: where the rule is about their sum.
+  // Whether a position passes by the sum of the keys that are better than its own.
   DP_HD bool cumulative() const {
     return selector == kSelectEntropyBound || selector == kSelectFrechet;
   }
 
-  // Whether the i + 1 best may commit, by the key of the last of them; not where it is cumulative.
+  // Whether the rule lets the i + 1 best positions commit, given the key of the last of them; not
+  // for cumulative rules.
   DP_HD bool reaches(int32_t i, float key) const {
     switch (selector) {
       case kSelectConfidence:
@@ -90,7 +90,7 @@ struct Policy {
     }
   }
 
-  // How many commit of `masked`, where the rule alone would commit n.
+  // How many of `masked` positions commit, where the rule alone would commit n.
   DP_HD int64_t limit(int64_t n, int64_t masked) const {
     if (n < min_commit) n = min_commit;
     if (n > max_commit) n = max_commit;
@@ -128,8 +128,8 @@ struct PolicyBounds {
   bool whole;
 };
 
-// What a field of a row has to be; the table of dparallel_ext/policies.py. A threshold may also be
-// the next float beyond its bounds: that is how published decoders exclude the bound itself.
+// The bounds of a field of a row, as in the table of dparallel_ext/policies.py. A threshold may
+// also be the next float beyond its bounds, by which published decoders exclude the bound itself.
 inline PolicyBounds policy_bounds(int field, const float* row) {
   constexpr PolicyBounds kThreshold[kSelectors] = {
       {0.0f, 1.0f, false},     {0.0f, kInfinity, false}, {0.0f, 1.0f, false},

@@ -1,6 +1,7 @@
-// The statistics of a row of logits, and how partial results merge. One read of the row suffices:
-//   e = exp(z - m)   S = sum e   W = sum e (z - m)   confidence = exp(z1 - m) / S   H = ln S - W /
-//   S
+// The statistics of a row of logits z, and how partial results merge. One read of the row suffices,
+// with m = max z, z1 the largest admissible logit and H the entropy:
+//   e = exp(z - m)   S = sum e   W = sum e (z - m)
+//   confidence = exp(z1 - m) / S          H = ln S - W / S
 #pragma once
 
 #include <cmath>
@@ -9,7 +10,7 @@
 
 namespace dparallel {
 
-// exp(-87) = 1.6e-38: beyond it a term cannot change S >= 1, and below it float32 has no normal
+// exp(-87) = 1.6e-38: a smaller term cannot change S >= 1, and float32 has no smaller normal
 // numbers.
 constexpr float kExpFloor = -87.0f;
 
@@ -17,15 +18,15 @@ constexpr float kExpFloor = -87.0f;
 // through.
 DP_HD float clamp_logit(float z) { return z > kLargest ? kLargest : z; }
 
-// z - m without -inf or NaN of its own making (m = -inf: nothing seen yet); a NaN logit passes
-// through.
+// z - m, at least kExpFloor; z itself where m = -inf (no logit seen yet). Only a NaN logit gives
+// NaN.
 DP_HD float shifted(float z, float m) {
   const float d = z - (m == -kInfinity ? 0.0f : m);
   return d < kExpFloor ? kExpFloor : d;
 }
 
-// Part of a row. `max`, `sum` and `weighted` include the mask token, `top1`, `top2` and `token` do
-// not.
+// The statistics of part of a row. `max`, `sum` and `weighted` include the mask token; `top1`,
+// `top2` (the two largest admissible logits) and `token` (the id of top1) do not.
 struct RowPart {
   float max = -kInfinity;
   float sum = 0.0f;       // S, relative to max
@@ -34,7 +35,7 @@ struct RowPart {
   float top2 = -kInfinity;
   int32_t token = -1;
 
-  // One logit; `admissible` is false for the mask token.
+  // Adds one logit; `admissible` is false for the mask token.
   DP_HD void add(float z, int32_t id, bool admissible) {
     z = clamp_logit(z);
     if (z > max) rescale(z);
@@ -44,7 +45,7 @@ struct RowPart {
     if (admissible) rank(z, id);
   }
 
-  // What a logit has to exceed to rank, where ids ascend.
+  // The logit that the next one must exceed to change top1 or top2, where ids ascend.
   DP_HD float bar() const { return top2; }
 
   DP_HD void rank(float z, int32_t id) {
@@ -84,7 +85,7 @@ struct RowPart {
 
   DP_HD RowError error() const {
     if (sum != sum) return kRowNan;
-    return token < 0 ? kRowEmpty : kRowOk;  // every admissible logit is -inf
+    return token < 0 ? kRowEmpty : kRowOk;  // empty: every admissible logit is -inf
   }
 };
 
@@ -108,23 +109,23 @@ struct RowResult {
   float field[kRowFields];
 };
 
-// What scores are relative to, where `max` is the largest logit: 0 as long as its z / T is small,
-// which keeps the scores of ordinary rows as they are, else `max` itself. So the score of the
-// largest logit is finite, and its noise is not lost beside it, whatever the row.
+// The logit that is subtracted before a score is formed, where `max` is the largest logit: 0 while
+// max / T is small, which leaves the scores of ordinary rows as they are, else `max`. So the score
+// of the largest logit is finite in every row, and its noise is not lost to rounding.
 constexpr float kPlainScore = 1024.0f;
 DP_HD float score_reference(float max, float inverse_temperature) {
   const float scaled = max * inverse_temperature;
   return scaled >= -kPlainScore && scaled <= kPlainScore ? 0.0f : max;
 }
 
-// The sampled side of a row: Gumbel-max over logits / T of the ids that may be drawn (not the mask
-// token, nor what the nucleus leaves out), with their own softmax at T beside it.
+// The sample of part of a row: Gumbel-max over logits / T of the ids that may be drawn (not the
+// mask token, nor ids outside the nucleus), and the sum of their softmax at T.
 struct SamplePart {
   float score = -kInfinity;  // the largest (z - score_reference(max)) / T + Gumbel noise
-  float logit = -kInfinity;  // its z
-  int32_t token = -1;
-  float max = -kInfinity;  // of z
-  float sum = 0.0f;        // sum exp((z - max) / T)
+  float logit = -kInfinity;  // the logit of that score's id
+  int32_t token = -1;        // that id
+  float max = -kInfinity;    // the largest z
+  float sum = 0.0f;          // sum exp((z - max) / T)
 
   DP_HD void merge(SamplePart other, float inverse_temperature) {
     if (other.max > max) rescale(other.max, inverse_temperature);
@@ -140,7 +141,7 @@ struct SamplePart {
   }
 
   DP_HD void rescale(float to, float inverse_temperature) {
-    // The difference first: of two large products it would keep their rounding.
+    // Subtract before multiplying: the difference of two large products would keep their rounding.
     sum *= max == -kInfinity ? 0.0f : expf(shifted((max - to) * inverse_temperature, 0.0f));
     score +=
         (score_reference(max, inverse_temperature) - score_reference(to, inverse_temperature)) *
@@ -149,7 +150,7 @@ struct SamplePart {
   }
 };
 
-// Of infinity, which counts as the largest number.
+// Undoes clamp_logit.
 DP_HD float unclamped(float z) { return z >= kLargest ? kInfinity : z; }
 
 DP_HD RowResult finish(const RowPart& part) {
@@ -171,8 +172,8 @@ DP_HD RowResult finish(const RowPart& part) {
   return result;
 }
 
-// Of a row that leaves no token to choose: what it adds to others, where it is a part of a
-// vocabulary. Without any logit above -inf it adds nothing.
+// The result of a row with no admissible logit above -inf, as it is merged with others where the
+// row is a shard of a vocabulary. Without any logit above -inf it adds nothing to them.
 DP_HD RowResult finish_empty(const RowPart& part) {
   constexpr float kNan = __builtin_nanf("");
   RowResult result;
@@ -189,7 +190,7 @@ DP_HD RowResult finish_empty(const RowPart& part) {
   return result;
 }
 
-// The confidence becomes that of the token that would be committed, as published.
+// The result of a sampled row: its confidence is that of the sampled token, as published.
 DP_HD RowResult finish(const RowPart& part, const SamplePart& sampled, float inverse_temperature) {
   RowResult result = finish(part);
   result.sample = sampled.token;

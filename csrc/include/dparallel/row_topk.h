@@ -6,15 +6,15 @@
 namespace dparallel {
 
 constexpr int kMostTop = 16;
-constexpr uint64_t kNoKey = 0;  // below that of any logit
+constexpr uint64_t kNoKey = 0;  // below the key of any logit
 
-// A logit above -inf, clamped, and its id: larger for a larger logit, and for a lower id among
-// equal ones. No two are alike, so that the k largest are the same in whatever order they are met.
+// The key of a logit above -inf, clamped, and its id: larger for a larger logit, and for a lower id
+// among equal logits. No two keys are equal, so that the k largest do not depend on their order.
 DP_HD uint64_t top_key(float z, int64_t id) { return nucleus_key(z, id); }
 DP_HD float top_logit(uint64_t key) { return nucleus_logit(static_cast<uint32_t>(key >> 32)); }
 DP_HD int64_t top_id(uint64_t key) { return 0xffffffffu - static_cast<uint32_t>(key); }
 
-// The log-probability of what a key stands for, of a row whose logits have this maximum and sum.
+// The log-probability of a key's id in a row with these statistics.
 DP_HD float top_logprob(uint64_t key, const RowPart& row) {
   return (top_logit(key) - row.max) - logf(row.sum);
 }

@@ -1,1 +1,1 @@
-"""What makes this package known to others. Each module needs the package that it is named after."""
+"""Integrations with other packages. Each module needs the package that it is named after."""

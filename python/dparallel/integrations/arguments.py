@@ -1,4 +1,4 @@
-"""What the harness's arguments mean to us: those of a model, and those of a generation."""
+"""Reads the harness's arguments: those of a model, and those of a generation."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from dparallel_ext import DecodeConfig
 
 MAX_LENGTH = 2048
-"""Of models whose config does not say how many positions they have."""
+"""Positions of models whose config names no number."""
 AUTO_BATCH_SIZE = 16
-"""What `--batch_size auto` is."""
+"""The batch size of `--batch_size auto`."""
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "min_p": (0,),
@@ -25,9 +25,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "typical_p": (1,),
     "use_cache": (True, False),
 }
-"""Generation arguments that are not followed, each with the values that ask for nothing."""
+"""Generation arguments that are not supported -> the values that change nothing."""
 OF_SAMPLING = {"min_p", "typical_p"}
-"""The generation arguments among them that change nothing of greedy decoding."""
+"""Unsupported arguments that change nothing in greedy decoding."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Generation:
     prompt: list[int]
     gen_length: int
     config: DecodeConfig
-    """Its stops are the end tokens beside the first, and strings of `until` that are special tokens, which no
-    text holds."""
+    """Its stops are the end tokens after the first, and strings of `until` that are special tokens, which do
+    not appear in text."""
     until: tuple[str, ...]
 
 
@@ -81,7 +81,8 @@ def bos_token_of(directory: Path) -> str | None:
 
 
 def temperature_of(do_sample: bool | None, temperature: float | None) -> float:
-    """Greedy unless the task samples. Without a temperature, sampling is at 1, as in transformers."""
+    """The temperature: 0 unless the task samples; 1 for sampling without a temperature, as in
+    transformers."""
     if do_sample is False:
         return 0.0
     if temperature is None:
@@ -92,8 +93,8 @@ def temperature_of(do_sample: bool | None, temperature: float | None) -> float:
 def windows_of(ids: list[int], prefix: list[int], width: int) -> Iterator[tuple[list[int], list[int]]]:
     """(context, continuation) of at most `width` tokens, whose continuations make up `ids`.
 
-    The first one's context is the prefix. Each later continuation is as long as leaves its context one token,
-    and the last one has all the context that fits.
+    The first context is the prefix. Each later continuation leaves its context one token, and the last one
+    gets all the context that fits.
     """
     first = ids[: max(1, width - len(prefix))]
     if first:

@@ -4,8 +4,8 @@
         --model_args pretrained=path/to/LLaDA-8B-Instruct,policy=entropy:0.5,gen_length=256,block_length=32 \\
         --tasks gsm8k --apply_chat_template --batch_size 16
 
-Harnesses that discover plugins (the entry point group `lm_eval.models`; those after 0.4.13) know the model
-without more. With older ones put `python -m dparallel.integrations.lm_eval` in place of `lm_eval`, or import
+Harnesses that discover plugins (the entry point group `lm_eval.models`; after 0.4.13) find the model by
+themselves. With older ones run `python -m dparallel.integrations.lm_eval` in place of `lm_eval`, or import
 this module before `lm_eval.simple_evaluate`.
 
 `generate_until` decodes requests of any lengths together (`dparallel_ext.Engine`), `batch_size` at a time; a
@@ -65,18 +65,18 @@ class DParallelLM(TemplateLM):
     Args (`--model_args`):
         pretrained: a checkpoint directory, or "builtin:teacher" or "builtin:student".
         policy: "one", "steps:N" or SELECTOR:THRESHOLD, see `dparallel decode --help`.
-        gen_length: tokens decoded for every request of `generate_until`. Default: what the task says
-            (max_gen_toks), else 256. The length is part of what a diffusion model is asked, so published
-            results name it; a given one goes before the task's.
+        gen_length: tokens decoded for every request of `generate_until`. Default: the task's max_gen_toks,
+            else 256. A diffusion model's answer depends on the length, so published results name it, and this
+            argument overrides the task's.
         block_length, sub_block_length, cache, refresh, batch_invariant: as in `dparallel_ext.decode`. The
             default of cache is "block" for block-causal models and "none" for others; both are exact.
         likelihood: "monte_carlo" or "left_to_right", see `dparallel.likelihood`. Default: by the model.
         mc_num: masks drawn for an answer by "monte_carlo".
         greedy: whether log-likelihood requests also say if greedy decoding gives the answer. Tasks such as
             lambada need it; multiple-choice tasks do not, and are faster without.
-        seed: of the masks, and of samples where a task has a temperature. Repeats of a request differ.
-        max_length: positions of context and answer; a longer context loses its beginning. Default: what
-            config.json says, else 2048.
+        seed: of the masks, and of samples if a task has a temperature. Repeats of a request differ.
+        max_length: positions of context and answer; a longer context loses its beginning. Default: by
+            config.json, else 2048.
         prefix_token_id: the context of a log-likelihood request that has none. Default: the tokenizer's
             bos_token; without one, no context.
         mask_id: default: the model's.
@@ -84,10 +84,10 @@ class DParallelLM(TemplateLM):
         fp8: keep the layers' weights in 8 bits.
         batch_size: requests decoded at once, or masked sequences in a pass of `loglikelihood`. The harness's
             default is 1, which is slow.
-        device: default: "cuda" where there is a GPU.
+        device: default: "cuda" if there is a GPU.
 
     `--gen_kwargs` (or a task's generation_kwargs): until, max_gen_toks, do_sample, temperature, top_p,
-    top_k, policy. Any other is refused by name, unless its value asks for nothing.
+    top_k, policy. Any other is refused by name, unless its value changes nothing.
 
     Raises:
         ValueError, FileNotFoundError: naming the argument that does not fit.
@@ -124,7 +124,7 @@ class DParallelLM(TemplateLM):
                 raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
         self._join_processes()
         if device is None or device.startswith("cuda"):
-            # The harness's command line says cuda:0 where its user says nothing.
+            # The harness's command line passes cuda:0 if its user names no device.
             device = device_of(device, os.environ.get("LOCAL_RANK"))
             log.info("device: %s", device)
         self.model, self.tokenizer = registry.load(pretrained, device=device, dtype=dtype_of(dtype), fp8=fp8)
@@ -166,12 +166,12 @@ class DParallelLM(TemplateLM):
         self._prefix_token_id = prefix_token_id
         self._template: Callable[[list[text.Message]], str] | None = None
         self._counts: Counter[str] = Counter()
-        # An argument that does not fit the model is refused now, not after the tasks have been prepared.
+        # Raise for an argument that does not fit the model now, not after the tasks have been prepared.
         for _ in iter_log_likelihoods(self.model, [], [], batch_size=1, **self.likelihood_options):
             pass
         self._engine(1, 1).close()
 
-    # --- what the harness asks of a model -----------------------------------------------------------
+    # --- the harness's interface of a model ---------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
@@ -190,7 +190,7 @@ class DParallelLM(TemplateLM):
         return self.pretrained.replace("/", "__")
 
     def _join_processes(self) -> None:
-        """The harness shares the documents out by `rank` and `world_size`."""
+        """Set `rank` and `world_size`, by which the harness distributes the documents."""
         self._world_size = int(os.environ.get("WORLD_SIZE", 1))
         if self._world_size > 1:
             if not hasattr(TemplateLM, "all_gather"):
@@ -200,7 +200,7 @@ class DParallelLM(TemplateLM):
             self._rank = dist.get_rank()
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """(world_size * n,) of all processes' n numbers."""
+        """(world_size * n,): the n numbers of every process."""
         numbers = tensor.reshape(-1).cpu()
         if self.world_size == 1:
             return numbers
@@ -220,7 +220,7 @@ class DParallelLM(TemplateLM):
             dist.barrier()
 
     def get_model_info(self) -> dict[str, Any]:
-        """For the results' file: the model, and the passes of this process's generations so far."""
+        """Entries for the results' file: the model, and this process's passes and tokens so far."""
         return {
             "model_num_parameters": sum(p.numel() for p in self.model.parameters()),
             "model_dtype": str(self.model.dtype),
@@ -239,19 +239,19 @@ class DParallelLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids; the tokenizer's own special tokens are added unless the text has them already."""
         if add_special_tokens is None:
-            # A chat template writes them itself.
+            # A chat template writes special tokens itself.
             begun = bool(self.bos_token) and string.startswith(self.bos_token or "")
             add_special_tokens = self._template is None and not begun
         ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens).ids
         if self.unknown_id in ids and not self._warned:
             self._warned = True
             log.warning(
-                "the tokenizer does not know all words of the requests; the first one so is %r", string
+                "the tokenizer does not know all words of the requests; the first such request is %r", string
             )
         return ids
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """What stands for the checkpoint's template in the results: its text of one user message."""
+        """A text for the results that identifies the template: its rendering of one user message."""
         if not chat_template:
             return None
         if isinstance(chat_template, str):
@@ -314,8 +314,9 @@ class DParallelLM(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts: each token is in one window of at most max_length positions, the first window after
-        the prefix token if there is one, later ones after as many tokens as fit."""
+        """The log-likelihoods of whole texts. Each token is scored in one window of at most max_length
+        positions: the first after the prefix token if there is one, later ones after as many tokens as
+            fit."""
         windows = [
             list(windows_of(self.tok_encode(request.args[0]), self._prefix, self.max_length))
             for request in requests
@@ -332,13 +333,14 @@ class DParallelLM(TemplateLM):
         return [] if self._prefix_token_id is None else [self._prefix_token_id]
 
     def _fit(self, context: list[int], count: int) -> list[int]:
-        """The context's end that fits in front of `count` tokens."""
+        """The end of the context that leaves room for `count` tokens. Raises ValueError if nothing is
+        left."""
         room = self.max_length - count
         if len(context) <= room:
             return context
         if room < 1:
             raise ValueError(
-                f"max_length: {self.max_length} positions do not hold {count} tokens and any of their context"
+                f"max_length: {self.max_length} positions do not hold {count} tokens and some context"
             )
         log.warning(
             "a context of %d tokens and %d more exceed max_length %d: its first %d tokens are left out",
@@ -371,7 +373,7 @@ class DParallelLM(TemplateLM):
         return results
 
     def generation(self, context: str, options: dict[str, Any], occurrence: int) -> Generation:
-        """A request as the engine takes it. Raises ValueError naming the generation argument."""
+        """The engine's form of a request. Raises ValueError naming the generation argument."""
         left = {key: value for key, value in options.items() if value is not None}
         until = left.pop("until", [])
         until = [until] if isinstance(until, str) else list(until)
@@ -415,7 +417,7 @@ class DParallelLM(TemplateLM):
         )
 
     def _decode(self, generations: Sequence[Generation]) -> Iterator[tuple[int, str]]:
-        """Each response as soon as it is complete, cut where `until` or the end token says."""
+        """Yield each response as soon as it is complete, cut at `until` and the end tokens."""
         if not generations:
             return
         events: SimpleQueue[tuple[int, Any]] = SimpleQueue()

@@ -1,8 +1,8 @@
-"""A page to watch decoding: what `dparallel serve` has at /, and recordings as one file each.
+"""The page to watch decoding, which `dparallel serve` serves at /, and which a recording is written into.
 
-page.html, page.css and page.js are both. The page reads its data from the JSON in its <script id="data">:
-rules and samples where a server is behind it, and else a recording, which holds what the server's stream of
-drafts would have said (see `serving.app.draft_of` and `recording`).
+Both are made from page.html, page.css and page.js. The page reads its data from the JSON in its
+<script id="data">: a server's rules and samples, or a recording, which holds the events of the server's
+stream of drafts (see `serving.app.draft_of` and `recording`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SAMPLES = (
     "A train leaves at 9:40 and arrives at 13:05. How long is the journey?",
     "Write a Python function that says whether a word reads the same backwards.",
 )
-"""Problems for models that do not ship."""
+"""Sample problems for models that do not ship."""
 BUILTIN_SAMPLES = 8
 
 POLICY = (
@@ -38,7 +38,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-"""Of each part of the page, which loads nothing from elsewhere and runs no script but its own."""
+"""Headers of each part of the page, which loads nothing from elsewhere and runs only its own script."""
 
 NO_DATA = '<script id="data" type="application/json">null</script>'
 STYLE = '<link rel="stylesheet" href="page.css">'
@@ -46,15 +46,15 @@ SCRIPT = '<script type="module" src="page.js"></script>'
 
 
 class Part(NamedTuple):
-    """What a path of the page answers."""
+    """The answer of one of the page's paths."""
 
     media_type: str
     content: bytes
 
 
 def served(builtin: bool) -> dict[str, Part]:
-    """The parts of the page of a server, by path. `builtin`: all its models ship with the package, so that
-    the samples are of their task."""
+    """The parts of a server's page, by path. `builtin`: all its models ship with the package, so the samples
+    are problems of their task."""
     samples = list(SAMPLES)
     if builtin:
         found = itertools.islice(tasks.problems("held_out", seed=1), BUILTIN_SAMPLES)
@@ -68,7 +68,7 @@ def served(builtin: bool) -> dict[str, Part]:
 
 
 def recorded(recording: Mapping[str, Any]) -> str:
-    """The page of a recording, one file that needs no other. `recording`: see `recording.recording`."""
+    """The page of a recording, as one file that needs no other. `recording`: see `recording`."""
     style, script = _text("page.css"), _text("page.js")
     allowed = (
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; "
@@ -87,7 +87,7 @@ def recorded(recording: Mapping[str, Any]) -> str:
 def _with_data(data: Mapping[str, Any]) -> str:
     page = _text("page.html")
     assert NO_DATA in page
-    # Without "<" nothing in it can end the element.
+    # Without "<" no text in the data can end the element.
     said = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     return page.replace(NO_DATA, NO_DATA.replace("null", said))
 

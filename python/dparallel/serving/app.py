@@ -1,4 +1,4 @@
-"""The ASGI application: paths, errors, CORS, keys and bounds, and how an answer is written."""
+"""The ASGI application: paths, errors, CORS, keys, limits, and the form of answers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PATHS = {
     "/metrics": READ,
     "/version": READ,
 }
-"""Methods by path; /v1/models/NAME is read too, and what the page has."""
+"""Path -> methods; besides, /v1/models/NAME and the page's paths can be read."""
 
 
 def methods(path: str, service: Service) -> str | None:
@@ -47,14 +47,14 @@ def methods(path: str, service: Service) -> str | None:
 
 
 class Gate:
-    """In front of everything but CORS: the key, the bounds on a request's body and on the number of requests,
-    and the count of answers."""
+    """Middleware before all but CORS: checks the key, limits a request's body and the number of requests, and
+    counts answers."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
         self.keys = [key.encode() for key in service.settings.keys]
         self.answering = 0
-        """Requests that are here whole, with their body, and are not answered yet."""
+        """Requests that have arrived whole and are not answered yet."""
         most = service.settings.max_connections
         self.most = math.inf if most is None else most - connections.reserved(most)
 
@@ -104,7 +104,7 @@ class Gate:
         headers = dict(scope["headers"])
         if self.keys and scope["path"] != "/health" and scope["path"] not in self.service.page:
             kind, _, given = headers.get(b"authorization", b"").partition(b" ")
-            # Every key is compared, and in constant time.
+            # Compare every key, in constant time.
             same = [hmac.compare_digest(given.strip(), key) for key in self.keys]
             if kind.lower() != b"bearer" or not any(same):
                 said = "the API key is missing or wrong: expected the header Authorization: Bearer KEY"
@@ -119,7 +119,7 @@ class Gate:
 
     @staticmethod
     def _as_json(scope: Scope) -> Scope:
-        """The request with the Content-Type that its body must have."""
+        """The request with the Content-Type of JSON, so that its body is read as that."""
         headers = scope["headers"]
         if scope["method"] != "POST" or is_json(dict(headers).get(b"content-type", b"")):
             return scope
@@ -137,7 +137,7 @@ def too_large(most: int) -> ApiError:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of a call, which is closed however they end."""
+    """Server-sent events of a call; closes the call however they end."""
 
     def __init__(self, call: Call, events: AsyncIterator[str]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -166,7 +166,7 @@ async def answer(service: Service, http: Request, request: ChatRequest | Complet
     lengths, offsets = [0] * len(call.choices), [0] * len(call.choices)
 
     def logprobs(index: int, scores: Sequence[tuple[int, float]]) -> dict[str, Any]:
-        """Of the choice's next tokens."""
+        """The entry "logprobs" for the choice's next tokens."""
         first, offset = lengths[index] == 0, offsets[index]
         tokens = [
             (token_texts(token, first=first and at == 0), value) for at, (token, value) in enumerate(scores)
@@ -251,21 +251,20 @@ async def answer(service: Service, http: Request, request: ChatRequest | Complet
 
 
 def draft_of(draft: Draft, length: int, texts: text.TokenTexts) -> dict[str, Any]:
-    """The "draft" that stands beside a choice's empty text in a chunk of its own, where a request asks for
-    `stream_drafts`.
+    """The "draft" of a chunk, beside a choice's empty text, for a request with `stream_drafts`.
 
-    pass: the forward passes that the response has had. start: where the active block begins in the response;
-    the tokens before it are final and were streamed, those after it are masks. length: of the response.
-    tokens: the block's, each as text, special tokens included; null where there is a mask. They join to the
-    text but for characters over several tokens. Where the client is slow, drafts are left out, never a
-    block's last. The whole block follows as text once it is complete. Of an autoregressive model the block is
-    the tokens that the pass has brought.
+    pass: the number of passes over the response so far. start: the index in the response where the active
+    block begins; tokens before it are final and were streamed, tokens after it are masks. length: of the
+    response, in tokens. tokens: the block's, each as text, special tokens included; null for a mask. Joined,
+    they are the text, except for characters of several tokens. A slow client misses drafts, but never a
+    block's last. The whole block follows as text once it is complete. With an autoregressive model, the block
+    is the pass's tokens.
 
-    drafted, accepted: how many tokens a drafter had guessed for the pass, and how many of these the model
-    took: the first of the pass's tokens. refused: the other guesses, each as text.
+    drafted, accepted: the number of tokens that the drafter guessed for the pass, and of those that the model
+    accepted, the first of the pass's tokens. refused: the other guesses, each as text.
 
-    passes, logprobs: where the request asks for `logprobs`, of each token the pass that committed it and its
-    log-probability; null where there is a mask.
+    passes, logprobs: if the request asks for `logprobs`, for each token the pass that committed it, and its
+    log-probability (nats); null for a mask.
     """
     tokens = [
         None if token is None else texts(token, first=draft.start + at == 0)
@@ -287,7 +286,7 @@ def sse(content: dict[str, Any]) -> str:
 
 
 def name_errors(app: FastAPI, service: Service) -> None:
-    """Every error is answered in OpenAI's form."""
+    """Make the application answer every error in OpenAI's form."""
 
     @app.exception_handler(HTTPException)
     async def refused(http: Request, error: HTTPException) -> Response:
@@ -327,11 +326,11 @@ def make_app(service: Service) -> FastAPI:
         for model in service.models.values():
             await asyncio.to_thread(model.engine.close, cancel=True)
 
-    # No pages of documentation: they would load scripts from elsewhere.
+    # FastAPI's documentation pages are off, since they load scripts from elsewhere.
     app = FastAPI(title="dparallel", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Gate, service=service)
     if service.settings.cors_origins:
-        # In front of the gate: a browser asks without the key, and a refusal must reach the page.
+        # Before the gate: a browser's preflight has no key, and a refusal must reach the page.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=service.settings.cors_origins,
@@ -361,7 +360,7 @@ def make_app(service: Service) -> FastAPI:
 
     @read("/v1/models/{name:path}", errors(401, 404, 413))
     async def one_model(name: str) -> Response:
-        # The gate has taken the slash from the path's end, with which a directory's name may end too.
+        # The gate strips a slash from the path's end, but a directory's name may end with one.
         whole = next((own for own in service.models if own.rstrip("/") == name), name)
         return JSONResponse(service.model(whole).described)
 

@@ -1,10 +1,10 @@
-"""The connections of the server's clients: how long and how many they may be, and what they may log.
+"""Limits of the clients' connections: their time, their number, and their lines in the log.
 
-A request must be here whole within a time that begins with its connection, or with the end of the answer
-before it. There are so many connections at once that each has a file descriptor. Where one more comes, the
-one that has been without a whole request for longest makes place, so that slow, silent and half-open clients
-keep nobody out. Requests that are being answered are never cut for others: `Gate` in `app` refuses more of
-them than leave some connections free, so that /health answers whatever the load.
+A request must arrive whole within a time that begins with its connection, or with the end of the last answer.
+The number of connections is limited by file descriptors. When one more comes, the connection that has been
+without a whole request for longest is closed, so that slow, silent and half-open clients keep nobody out.
+Requests that are being answered are never cut for others: `Gate` in `app` limits their number, so that some
+connections stay free and /health answers whatever the load.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ from uvicorn.config import LOGGING_CONFIG
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MOST = 4096
-"""Connections by default, where the limit of open files leaves more."""
+"""The most connections by default, if the limit of open files allows."""
 SPARE = 40
-"""Descriptors that are no client's: those of accepted connections that are not counted yet, of the event
-loop, of the templates' process, and of files that are read meanwhile."""
+"""File descriptors kept for others than clients: connections accepted but not yet counted, the event loop,
+the templates' process, and files."""
 ACCEPTS = 4
-"""Connections accepted in a turn of the event loop."""
+"""Connections accepted in one turn of the event loop."""
 BACKLOG = 128
-"""Connections that the operating system keeps for us to accept."""
+"""Connections that the operating system queues until they are accepted."""
 LATE = 1.0
-"""Seconds between the answer that says that a request is late and the end of its connection without one."""
+"""Seconds after a request is due, and answered with an error, until its connection is closed."""
 
 
 def most_connections(asked: int | None) -> int:
-    """How many connections the limit of open files leaves, or `asked`. Raises ValueError, by name."""
+    """`asked`, or the number that the limit of open files allows. Raises ValueError naming
+    max_connections."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = 2**31 if limit == resource.RLIM_INFINITY else limit
     free = limit - len(os.listdir("/dev/fd")) - SPARE
@@ -51,14 +52,14 @@ def most_connections(asked: int | None) -> int:
 
 
 def reserved(connections: int) -> int:
-    """Of so many, those that are kept free of requests that are being answered."""
+    """How many of the connections are kept free of requests that are being answered."""
     return max(1, min(32, connections // 2))
 
 
 class Connection(H11Protocol):
-    """A client's connection, with an end.
+    """A client's connection, with a time limit.
 
-    `state["ends"]` of a request's scope is when it must be here, on the clock of `time.monotonic`.
+    `state["ends"]` of a request's scope is the `time.monotonic` by which the request must have arrived.
     """
 
     most: int
@@ -66,17 +67,17 @@ class Connection(H11Protocol):
 
     @classmethod
     def bounded(cls, most: int, seconds: float) -> type[Connection]:
-        """With at most so many at once, and so much time for a request."""
+        """The class with at most `most` connections at once, and `seconds` for a request to arrive."""
         return type("Connection", (cls,), {"most": most, "seconds": seconds})
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._unsent = (0, 0.0)  # bytes of answers that wait for the client, and since when as many
+        self._unsent = (0, 0.0)  # bytes waiting for the client, and since when that number has not changed
         self._begin()
         if len(self.connections) > self.most:
             others = (one for one in self.connections if isinstance(one, Connection) and one is not self)
             asking = (one for one in others if one.asking)
-            # Those that still take an answer come last.
+            # Connections that still take an answer come last.
             victim = min(asking, key=lambda one: (one.unsent > 0, one.ends), default=self)
             self.connections.discard(victim)
             victim.transport.abort()
@@ -87,16 +88,16 @@ class Connection(H11Protocol):
 
     @property
     def asking(self) -> bool:
-        """Whether no whole request is here that is not answered yet."""
+        """Whether the connection has no whole request that is unanswered."""
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
     @property
     def unsent(self) -> int:
-        """Bytes of answers that the operating system does not take, since the client does not."""
+        """Bytes of answers that the operating system cannot send yet, since the client does not read."""
         return self.transport.get_write_buffer_size()
 
     def overdue(self, now: float) -> bool:
-        """Whether the client takes too long: to take any more of its answers, or else to ask."""
+        """Whether the client takes too long to read its answer, or to send a request."""
         size, since = self._unsent
         if self.unsent != size:
             size, since = self._unsent = self.unsent, now
@@ -107,7 +108,7 @@ class Connection(H11Protocol):
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """What has come is no HTTP. Said in OpenAI's form, unless an answer is already on its way."""
+        """Answer bytes that are no HTTP with an error in OpenAI's form, unless an answer is on its way."""
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True  # its own answer would come after this one
             self.cycle.message_event.set()
@@ -120,7 +121,7 @@ class Connection(H11Protocol):
 
 
 def cut_overdue(connections: Any) -> None:
-    """End the connections whose client takes too long."""
+    """Close the connections whose client takes too long."""
     now = time.monotonic()
     for one in list(connections):
         if isinstance(one, Connection) and one.overdue(now):
@@ -131,8 +132,8 @@ def cut_overdue(connections: Any) -> None:
 
 
 class Bounded(logging.Filter):
-    """Lines have at most `LENGTH` characters, and of each kind (a message, and of answers their status) there
-    are at most `BURST` at once and `RATE` a second after that; the next line says how many were left out."""
+    """Cuts lines to `LENGTH` characters, and limits lines of one kind (same message, and status of an answer)
+    to `BURST` at once and `RATE` a second after that; the next line says how many were left out."""
 
     LENGTH = 500
     BURST = 500
@@ -140,10 +141,10 @@ class Bounded(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._kinds: dict[Any, tuple[float, float, int]] = {}  # lines left, when that was so, lines left out
+        self._kinds: dict[Any, tuple[float, float, int]] = {}  # lines allowed, at which time; lines left out
 
     def filter(self, record: logging.LogRecord) -> bool:
-        # The formatter of answers takes their parts: address, method, path, version, status.
+        # The formatter of answers needs these arguments: address, method, path, version, status.
         parts = record.args if record.name == "uvicorn.access" and isinstance(record.args, tuple) else ()
         kind = (record.name, str(record.msg)[:80], parts[-1] if parts else None)
         if kind not in self._kinds and len(self._kinds) > 1000:
@@ -169,7 +170,7 @@ def _short(value: Any, most: int) -> Any:
 
 
 def log_config() -> dict[str, Any]:
-    """uvicorn's, with bounds; what asyncio has to say goes the same way."""
+    """uvicorn's logging, bounded, and asyncio's warnings through the same handler."""
     config = copy.deepcopy(LOGGING_CONFIG)
     config["filters"] = {"bounded": {"()": Bounded}}
     for handler in config["handlers"].values():
@@ -181,7 +182,7 @@ def log_config() -> dict[str, Any]:
 def config_of(
     app: Any, *, most: int, seconds: float, log_level: str, shutdown_seconds: int
 ) -> uvicorn.Config:
-    """uvicorn's settings for these bounds: its own loop and parser, whatever else is installed."""
+    """uvicorn's settings for these limits: with its own loop and parser, whatever else is installed."""
     return uvicorn.Config(
         app,
         http=Connection.bounded(most, seconds),
@@ -191,6 +192,6 @@ def config_of(
         log_config=log_config(),
         log_level=log_level,
         server_header=False,
-        # A last resort: by then streams have been told to end.
+        # A last resort: streams have been told to end before.
         timeout_graceful_shutdown=shutdown_seconds,
     )

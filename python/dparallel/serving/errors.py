@@ -33,7 +33,7 @@ class ApiError(HTTPException):
 
     @property
     def response(self) -> Response:
-        # ASCII, since a message may quote what is no text.
+        # ASCII, since a message may quote bytes that are no text.
         return Response(json.dumps(self.body), self.status_code, self.headers, "application/json")
 
     @classmethod
@@ -44,12 +44,12 @@ class ApiError(HTTPException):
 
 
 class ErrorFields(BaseModel):
-    """What is wrong, as OpenAI says it."""
+    """An error's fields in OpenAI's form."""
 
     message: str
     type: str
     param: str | None
-    """The parameter that it is about."""
+    """The parameter that the error is about."""
     code: str | None
 
 
@@ -70,7 +70,7 @@ ERRORS = {
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """How a path answers where it cannot, for its description; of others that may come, by their form."""
+    """The error answers of a path, for its OpenAPI description: these statuses, and the form of any other."""
     found: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorAnswer, "description": ERRORS[status]} for status in statuses
     }
@@ -82,7 +82,7 @@ def stopping() -> ApiError:
 
 
 async def in_time(what: Awaitable[T], aborted: asyncio.Future[None], seconds: float | None = None) -> T:
-    """What is awaited, unless it is late or the server stops. Raises ApiError."""
+    """The result of `what`. Raises ApiError if it takes longer than `seconds`, or if the server stops."""
     doing = asyncio.ensure_future(what)
     waiting: set[asyncio.Future[Any]] = {doing, aborted}
     try:

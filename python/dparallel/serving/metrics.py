@@ -1,4 +1,4 @@
-"""What is measured: the families of /metrics."""
+"""The metrics of /metrics."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ COUNTERS = {
     "forwards": "Forward passes.",
     "sequence_passes": "Forward passes, counted once for each sequence in them.",
     "tokens": "Tokens of finished blocks.",
-    "draft_forwards": "Times that the drafter was asked.",
+    "draft_forwards": "Calls of the drafter.",
     "drafted_tokens": "Tokens that the drafter has guessed.",
-    "accepted_tokens": "Of those, the model's own choices.",
+    "accepted_tokens": "Guessed tokens that were the model's own choice.",
     "prompt_tokens": "Tokens of prompts.",
     "reused_tokens": "Tokens of prompts whose keys and values came from another request.",
 }
 
 
 class Metrics:
-    """What only the server sees, and the engines' counts as they are at a scrape. What is a model's bears its
+    """The server's own metrics, and the engines' counts, read at each scrape. Metrics of a model have its
     name as a label."""
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class ModelMetrics:
         self.first_block, self.whole = shared.first_block.labels(name), shared.whole.labels(name)
         self.waiting, self.rate = shared.waiting.labels(name), shared.rate.labels(name)
         self.mean = 1.0
-        """Seconds of a request in its lane, over about the last sixteen."""
+        """Mean seconds of a request in its lane, over about the last sixteen."""
 
     def finished(self, completion: Completion, tokens: int) -> None:
         self.whole.observe(completion.seconds)

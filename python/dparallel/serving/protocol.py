@@ -1,7 +1,7 @@
-"""Requests and answers as OpenAI's API has them, and the parameters that the server does not follow.
+"""Requests and answers of OpenAI's API, and the parameters that the server does not support.
 
-Clients of OpenAI, vLLM, SGLang and llama.cpp name many parameters at the value that changes nothing. Such a
-request is answered; a request for more is refused by name.
+Clients of OpenAI, vLLM, SGLang and llama.cpp send many parameters with a value that changes nothing. Such a
+request is answered; with any other value the parameter is refused by name.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ..text import INCOMPLETE, unicode
 from .errors import ApiError
 
 MOST_PROMPTS = 4096
-"""Of a request, whatever the server's own bound: so many are looked at one by one."""
+"""The most prompts of a request, whatever the server's own limit, since each is checked by itself."""
 MOST_STOPS = 32
-"""Stop strings of a request, and stop_token_ids."""
+"""The most stop strings of a request, and the most stop_token_ids."""
 
 Neutral = Mapping[str, tuple[Any, ...]]
-"""Of each parameter the values that ask for nothing; null always does."""
+"""Parameter -> the values, besides null, that change nothing."""
 
 HARMLESS = frozenset(
     {
@@ -40,7 +40,7 @@ HARMLESS = frozenset(
         "user",
     }
 )
-"""Parameters that concern the provider's books, or only what another that is not followed does."""
+"""Parameters for the provider's records, or that only modify another parameter that is not supported."""
 
 EITHER = (False, True)
 
@@ -124,7 +124,8 @@ MESSAGE: Neutral = {
     "tool_calls": ([],),
     "type": ("text", "message"),
 }
-"""Of a message: an assistant's answer as clients send it back, and what lm-evaluation-harness adds."""
+"""Fields of a message that clients send back with an assistant's answer, or that lm-evaluation-harness
+adds."""
 
 TEMPLATE_NAMES = frozenset(
     {
@@ -138,18 +139,18 @@ TEMPLATE_NAMES = frozenset(
         "tools",
     }
 )
-"""Names that chat_template_kwargs must not have: a request says these by other parameters, or not at all."""
+"""Names that chat_template_kwargs must not have: the server sets them, or a request's other parameters do."""
 
 SCORES = (
     "log-likelihoods of a given text are computed by lm_eval --model dparallel, see "
     "dparallel.integrations.lm_eval"
 )
 HINTS = {"echo": SCORES, "prompt_logprobs": SCORES}
-"""Where to find what the server does not do."""
+"""Unsupported parameter -> where to find what it asks for."""
 
 
 def chat_logprobs(tokens: Sequence[tuple[str, float]]) -> dict[str, Any]:
-    """Texts of tokens and their log-probabilities, as chat completions have them."""
+    """ "logprobs" of a chat completion, from the texts of tokens and their log-probabilities."""
     content = [
         {
             "token": text,
@@ -163,8 +164,8 @@ def chat_logprobs(tokens: Sequence[tuple[str, float]]) -> dict[str, Any]:
 
 
 def completion_logprobs(tokens: Sequence[tuple[str, float]], offset: int, top: bool) -> dict[str, Any]:
-    """The same as completions have them. `offset`: characters of the tokens before these. `top`: each token
-    is the most probable one of its place, and is listed as that too."""
+    """ "logprobs" of a completion. `offset`: characters of the tokens before these. `top`: each token is the
+    most probable one of its place, and is listed as such too."""
     texts, values = [text for text, _ in tokens], [finite(value) for _, value in tokens]
     ends = itertools.accumulate(map(len, texts), initial=offset)
     return {
@@ -176,13 +177,14 @@ def completion_logprobs(tokens: Sequence[tuple[str, float]], offset: int, top: b
 
 
 def finite(value: float) -> float:
-    """JSON has no infinity; OpenAI writes -9999 for a token that is as good as impossible."""
+    """`value`, at least -9999: JSON has no infinity, and OpenAI writes this for an impossible token."""
     return max(value, -9999.0)
 
 
 def refused(given: Mapping[str, Any], neutral: Neutral) -> tuple[str, str] | None:
-    """The first parameter that asks for something, and a sentence that names it; None where there is none."""
-    # A parameter with a hint says most about what the client is after.
+    """The first unsupported parameter whose value would change something, and an error text; None if there is
+    none."""
+    # Parameters with a hint first: they tell best what the client wants.
     for name in sorted(given, key=lambda name: name not in HINTS):
         value, accepted = given[name], neutral.get(name, ())
         if value is None or name in HARMLESS or any(_same(value, one) for one in accepted):
@@ -209,7 +211,7 @@ Text = Annotated[str, AfterValidator(unicode)]
 
 
 class Strict(BaseModel):
-    """Numbers are numbers, and what is not known is refused, unless it is null or neutral."""
+    """A model without type conversion that refuses unknown fields, unless their value is null or neutral."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
     neutral: ClassVar[Neutral] = {}
@@ -229,7 +231,7 @@ class StreamOptions(Strict):
 
 
 class Options(Strict):
-    """What both endpoints take."""
+    """The parameters of both endpoints."""
 
     model: str
     max_tokens: int | None = Field(None, ge=1)
@@ -238,18 +240,18 @@ class Options(Strict):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)
-    """-1 and 0: no bound."""
+    """-1 and 0: no limit."""
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: list[Text] | None = None
     stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=MOST_STOPS)
     ignore_eos: bool | None = None
-    """Decode max_tokens, whatever the model's end tokens."""
+    """Decode max_tokens tokens, and do not stop at the model's end tokens."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stream_drafts: bool | None = None
     """Stream the active block after every pass too, see `draft_of`."""
     policy: str | None = None
-    """How a pass of a diffusion model decides."""
+    """The unmasking rule of a diffusion model, see `parse_policy`."""
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -297,11 +299,11 @@ class CompletionRequest(Options):
     prompt: list[Text] | list[list[int]]
     suffix: Text | None = None
     logprobs: int | None = Field(None, ge=0, le=1)
-    """0: the log-probability of each token. 1: of the most probable one too, which greedy decoding takes."""
+    """0: the log-probability of each token. 1: also the most probable token, which greedy decoding takes."""
 
     @property
     def scored(self) -> bool:
-        """Whether log-probabilities are asked for."""
+        """Whether log-probabilities are requested."""
         return self.logprobs is not None
 
     @field_validator("logprobs", mode="before")
@@ -335,7 +337,7 @@ class ChatMessage(Strict):
     neutral = MESSAGE
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | None = None
-    """Null in an assistant's empty answer alone."""
+    """Null only in an assistant's empty answer."""
     name: str | None = None
 
     @field_validator("content", mode="before")
@@ -363,7 +365,7 @@ class ChatRequest(Options):
     """POST /v1/chat/completions."""
 
     neutral = CHAT
-    # One error is told, so no more are looked for: there may be as many as messages.
+    # Only one error is reported, so validation stops at the first: there may be one in every message.
     messages: Annotated[list[ChatMessage], FailFast()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
@@ -382,7 +384,7 @@ class ChatRequest(Options):
 
     @property
     def scored(self) -> bool:
-        """Whether log-probabilities are asked for."""
+        """Whether log-probabilities are requested."""
         return bool(self.logprobs)
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The server as a process: its sockets, its beginning and its end."""
+"""The server's process: its sockets, startup and shutdown."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ log = logging.getLogger("uvicorn.dparallel")
 
 
 class Server(uvicorn.Server):
-    """On SIGTERM or SIGINT it takes no more, and gives running requests their grace before they must end."""
+    """A server that, on SIGTERM or SIGINT, takes no more requests and gives running ones `grace` to
+    finish."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -38,15 +39,15 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         for one in sockets or []:
-            one.listen(self.config.backlog)  # fails, if at all, before anything else has begun
+            one.listen(self.config.backlog)  # if this fails, nothing else has started yet
         await super().startup(sockets)
-        for one in sockets or []:  # uvicorn names only those that it opens
+        for one in sockets or []:  # uvicorn logs only sockets that it opens itself
             host, port = one.getsockname()[:2]
             at = f"[{host}]" if ":" in host else host
             logging.getLogger("uvicorn.error").info("dparallel running on http://%s:%d", at, port)
 
         for one in sockets or []:
-            one.listen(connections.BACKLOG)  # how many are accepted in a turn is another number
+            one.listen(connections.BACKLOG)  # uvicorn's backlog also limits how many a turn accepts
 
     async def on_tick(self, counter: int) -> bool:
         if counter % 10 == 0:
@@ -62,9 +63,9 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets that have the port at every address of the host; "": of this machine; port 0: a free one.
+    """Sockets bound to the port at every address of the host ("": of this machine); port 0: any free port.
 
-    Raises ValueError, by name.
+    Raises ValueError naming the argument.
     """
     if not 0 <= port < 2**16:
         raise ValueError(f"port: expected 0 to 65535, got {port}")
@@ -77,7 +78,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
         for family, kind, number, _, address in dict.fromkeys(found):
             try:
                 one = opened.enter_context(socket.socket(family, kind, number))
-                if os.name == "posix":  # else a restart waits for connections that are over
+                if os.name == "posix":  # so that a restart need not wait for closed connections
                     one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if family == socket.AF_INET6:
                     one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -85,7 +86,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
             except OSError as error:
                 if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise unusable(host, port, error) from error
-                continue  # a machine without IPv6, whose names may have such addresses all the same
+                continue  # a machine without IPv6, where names may still resolve to such addresses
             sockets.append(one)
             port = one.getsockname()[1]
         if not sockets:
@@ -95,7 +96,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
 
 
 def unusable(host: str, port: int, error: OSError) -> ValueError:
-    """Why the port cannot be had."""
+    """The ValueError for a port that cannot be bound."""
     if error.errno == errno.EADDRINUSE:
         return ValueError(f"port: {port} of {host!r} is in use already; --port 0 takes a free one")
     return ValueError(f"port: {port} of {host!r} cannot be had ({error.strerror})")
@@ -116,12 +117,12 @@ def make_server(service: Service, log_level: str = "info") -> Server:
 
 @dataclass(frozen=True)
 class Model:
-    """A model that is to be served, and how requests are decoded that say nothing else."""
+    """A model to serve, and the config of requests that name nothing else."""
 
     name: str
-    """In requests."""
+    """The name in requests."""
     model: str
-    """What `registry.load` takes."""
+    """The name for `registry.load`."""
     config: DecodeConfig
     drafter: str | None = None
     draft_size: int | None = None
@@ -142,15 +143,15 @@ def run(
 ) -> None:
     """Serve models until SIGTERM or SIGINT, each with an engine of its own.
 
-    `lanes`, `max_waiting`: of each `Engine`. `settings`: of `Settings`.
-    Raises ValueError and FileNotFoundError, by name; what can be known before a model is loaded, then.
+    `lanes`, `max_waiting`: of each `Engine`. `settings`: fields of `Settings`.
+    Raises ValueError and FileNotFoundError naming the argument, if possible before a model is loaded.
     """
     if log_level not in uvicorn.config.LOG_LEVELS:
         raise ValueError(f"log_level: expected one of {list(uvicorn.config.LOG_LEVELS)}, got {log_level!r}")
     check_names([model.name for model in models])
     directories = {model.model: registry.directory_of(model.model) for model in models}
     drafters = [drafter_of(model.drafter, dx.models.device_of(device)) for model in models]
-    if not host.strip():  # an unset variable must not open the server either
+    if not host.strip():  # an unset shell variable must not open the server to all
         raise ValueError("host: expected a name or an address (0.0.0.0: every one), got an empty one")
     asked = Settings(**{key: value for key, value in settings.items() if value is not None})
     connections.most_connections(asked.max_connections)
@@ -166,7 +167,7 @@ def run(
             engine = make_engine(weights, model, drafter, asked.max_length, lanes, max_waiting)
             opened.callback(engine.close, cancel=True)
             engines.append((engine, tokenizer))
-        # Only now it is known how many files the models keep open.
+        # Now that models are loaded, it is known how many files they keep open.
         most = connections.most_connections(asked.max_connections)
         service = Service(replace(asked, max_connections=most))
         opened.callback(service.close)
@@ -175,18 +176,18 @@ def run(
             place = directories[model.model]
             service.add(model.name, engine, vocabulary, tokenizer, place, model.drafter)
         gc.collect()
-        gc.freeze()  # what is here stays, so that no request waits until all of it is looked through
+        gc.freeze()  # objects made so far stay, and collections need not scan them while requests wait
         try:
             with contextlib.suppress(KeyboardInterrupt):
                 make_server(service, log_level).run(sockets)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
-            raise unusable(host, port, error) from error  # two had the port, one listened first
+            raise unusable(host, port, error) from error  # another process that had bound it listened first
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise ValueError where requests could not tell the models by their names."""
+    """Raise ValueError for an empty name, or one that two models have."""
     for at, name in enumerate(names):
         if not name.strip():
             raise ValueError("name: expected the model's name, got an empty one")
@@ -197,7 +198,7 @@ def check_names(names: Sequence[str]) -> None:
 def make_engine(
     weights: Any, model: Model, drafter: Any, max_length: int | None, lanes: int, max_waiting: int
 ) -> Engine:
-    """The engine of a loaded model. `max_length`: None is the model's own, at most `MAX_LENGTH`."""
+    """The engine of a loaded model. `max_length`: None: the model's own, at most `MAX_LENGTH`."""
     positions = dx.models.max_positions(weights) or math.inf
     length = int(min(MAX_LENGTH, positions)) if max_length is None else max_length
     if length > positions:

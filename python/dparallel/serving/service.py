@@ -1,4 +1,4 @@
-"""The engines, and what stands between them and HTTP: requests under way."""
+"""The engines, and the requests under way between them and HTTP."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ log = logging.getLogger("uvicorn.dparallel")
 T = TypeVar("T")
 
 CHARACTERS_A_TOKEN = 32
-"""A text of more, on average, than these and than the longest token has is too long without being encoded."""
+"""The most characters a token, unless the vocabulary has a longer one; a text of more characters than all its
+positions could hold is refused without being encoded."""
 ENCODERS = 2
 """Threads that encode texts."""
 
@@ -47,33 +48,34 @@ class Choice:
     handle: Handle | None = None
     completion: Completion | None = None
     draft: Newest | None = None
-    """The last one in the queue, unless it was taken or a block came after it."""
+    """The last draft in the queue, unless it was taken or a block came after it."""
 
 
 @dataclass
 class Newest:
-    """A place in the queue for a draft, which a newer one of its block takes: a slow client gets fewer."""
+    """A place in the queue for a draft; a newer draft of the same block replaces it, so a slow client gets
+    fewer."""
 
     draft: Draft
 
 
 class Piece(NamedTuple):
-    """What is new of a choice."""
+    """New content of a choice."""
 
     choice: int
     text: str = ""
     reason: str | None = None
-    """At its end, why it ended."""
+    """The finish reason, at the choice's end."""
     draft: Draft | None = None
     scores: Sequence[tuple[int, float]] = ()
-    """Its tokens and their log-probabilities, where they are asked for."""
+    """New tokens and their log-probabilities (nats), if they are requested."""
 
 
 class Call:
-    """What one HTTP request asked for: its choices under way, their events in one queue.
+    """The choices of one HTTP request, and their events in one queue.
 
-    `submit` hands a choice to the engine, with a callback for its drafts. `fail` ends the call from outside;
-    `close` cancels what is not finished, and may be called again.
+    `submit` submits a choice to the engine, with a callback for its drafts. `fail` ends the call from
+    outside; `close` cancels unfinished choices, and may be called again.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class Call:
         loop = asyncio.get_running_loop()
 
         def post(index: int, event: Any) -> None:
-            # A loop that is gone has nobody to tell.
+            # The loop may have been closed.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._put, index, event)
 
@@ -128,7 +130,7 @@ class Call:
                 choice.handle.cancel()
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """What comes, until every choice has ended. Raises ApiError."""
+        """Yield new content until every choice has ended. Raises ApiError."""
         metrics, left, seen = self.metrics, len(self.choices), False
         while left:
             index, event = await self.queue.get()
@@ -150,7 +152,7 @@ class Call:
                 rest, reason = choice.text.finish(), event.finish_reason
                 if choice.text.stopped:
                     reason = "stop"
-                elif reason == "cancelled":  # not by us
+                elif reason == "cancelled":  # by the engine, not by this call
                     raise stopping()
                 metrics.finished(event, choice.text.count)
                 yield Piece(index, rest, reason)
@@ -163,12 +165,12 @@ class Call:
             if choice.text.stopped:
                 choice.handle.cancel()
             logprobs = choice.handle.logprobs[before : choice.text.count]
-            scores = list(zip(event, logprobs, strict=False))  # up to a stop string, or none at all
+            scores = list(zip(event, logprobs, strict=False))  # fewer at a stop string, none if not requested
             if piece or scores:
                 yield Piece(index, piece, scores=scores)
 
     def usage(self) -> dict[str, Any]:
-        """Of a finished call. A prompt counts once, however many its choices."""
+        """The "usage" of a finished call. A prompt counts once, however many choices it has."""
         done = [choice.completion for choice in self.choices if choice.completion is not None]
         prompt = sum(len(choice.prompt) + len(choice.suffix) for choice in self.choices[:: self.each])
         tokens, passes = sum(choice.text.count for choice in self.choices), sum(one.nfe for one in done)
@@ -183,27 +185,27 @@ class Call:
 
 
 def full(said: str, wait: int) -> ApiError:
-    """`wait`: seconds after which there may be room."""
+    """The error 429. `wait`: seconds after which there may be room."""
     return ApiError(429, said, code="full", headers={"Retry-After": str(wait)})
 
 
 class Service:
-    """The models that are served, by the names that requests have for them, and what they share."""
+    """The served models by their names in requests, and what they share: metrics, threads, a renderer."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.models: dict[str, ModelService] = {}
         self.metrics = Metrics()
-        # What takes long gets threads and a process of its own, which end with the service whatever they do.
+        # Encoding has threads and rendering a process of its own, which end with the service in any case.
         self.renderer = Renderer()
         self.rendering = asyncio.Lock()
         self.encoders = ThreadPoolExecutor(ENCODERS, "encoder")
         self.aborted: asyncio.Future[None]
-        """Done when running requests must end; made by the loop that serves."""
+        """Done when running requests must end; made in the serving event loop."""
 
     @functools.cached_property
     def page(self) -> dict[str, page.Part]:
-        """The parts of the page by path, none where there is to be none. Made once all models are here."""
+        """The page's parts by path; empty without a page. Made once all models have been added."""
         if not self.settings.page:
             return {}
         return page.served(all(model.builtin for model in self.models.values()))
@@ -217,12 +219,12 @@ class Service:
         directory: Path,
         drafter: str | None = None,
     ) -> ModelService:
-        """Serve one more model. `drafter`: the engine's, as it is called."""
+        """Serve one more model. `drafter`: the name of the engine's drafter."""
         self.models[name] = made = ModelService(self, name, engine, vocabulary, tokenizer, directory, drafter)
         return made
 
     def model(self, name: str) -> ModelService:
-        """Raises ApiError."""
+        """The model of this name. Raises ApiError."""
         found = self.models.get(name)
         if found is None:
             names = list(self.models)
@@ -242,7 +244,7 @@ class Service:
             self.aborted.set_result(None)
 
     def close(self) -> None:
-        """End the threads and the process of texts, whatever they do."""
+        """End the encoders' threads and the renderer's process, whatever they do."""
         self.encoders.shutdown(wait=False, cancel_futures=True)
         self.renderer.close()
 
@@ -250,21 +252,21 @@ class Service:
         return full(said, self.metrics.wait())
 
     async def elsewhere(self, work: Callable[[], T]) -> T:
-        """The result of what an encoder's thread does. Raises ApiError if the server stops before."""
+        """The result of `work`, done in an encoder's thread. Raises ApiError if the server stops before."""
         loop = asyncio.get_running_loop()
         try:
             doing = loop.run_in_executor(self.encoders, work)
-        except RuntimeError as error:  # they have been ended
+        except RuntimeError as error:  # the threads have been ended
             raise stopping() from error
         return await in_time(doing, self.aborted)
 
     async def call(self, request: ChatRequest | CompletionRequest) -> Call:
-        """The request, checked and handed to the engine of its model. Raises ApiError."""
+        """Check the request and submit it to its model's engine. Raises ApiError."""
         return await self.model(request.model).call(request)
 
 
 class ModelService:
-    """A model's engine and tokenizer. `service`: that it belongs to."""
+    """A model's engine and tokenizer. `service`: the service that it belongs to."""
 
     def __init__(
         self,
@@ -285,7 +287,7 @@ class ModelService:
         longest = max(map(len, tokenizer.get_vocab()), default=0)
         self.most_characters = self.max_length * max(CHARACTERS_A_TOKEN, longest)
         self.without_ends = without_ends(engine.config)
-        """How a request is decoded that says nothing else, and ignores the model's end tokens."""
+        """The config of requests with `ignore_eos` that name nothing else."""
         self.config = with_ends(engine.config, text.endings(directory, tokenizer))
         (self.gen_length,) = arguments.numbers("gen_length", engine.config.gen_length, 1, 1)
         given = engine.config.seed
@@ -295,8 +297,8 @@ class ModelService:
 
     @property
     def described(self) -> dict[str, Any]:
-        """An entry of /v1/models: what OpenAI and vLLM say there; the kind of the model; and how a request is
-        decoded that says nothing else, `policy` null where no text says it."""
+        """An entry of /v1/models: the fields of OpenAI and vLLM, the kind of the model, and how requests that
+        name nothing else are decoded; `policy` is null if there is no text for it."""
         causal = self.engine.mask_id is None
         return {
             "id": self.name,
@@ -313,7 +315,7 @@ class ModelService:
         }
 
     async def _ids(self, param: str, texts: Sequence[str], special: bool = False) -> list[list[int]]:
-        """The token ids of texts. Raises ApiError where one is too long to be looked at."""
+        """The token ids of texts. Raises ApiError for a text that is too long to be encoded."""
         most = self.most_characters
         wrong = next((len(one) for one in texts if len(one) > most), None)
         if wrong is not None:
@@ -321,11 +323,11 @@ class ModelService:
             raise ApiError(400, said, param=param, code="context_length_exceeded")
 
         def encode() -> list[list[int]]:
-            # A batch, of one text so that it is not padded to the length of others: `encode` holds the
-            # interpreter's lock, so that nothing else would run.
+            # By batches, since `encode` holds the interpreter's lock, and nothing else could run; of one text
+            # each, so that it is not padded to the length of others.
             try:
                 batches = [self.tokenizer.encode_batch([one], add_special_tokens=special) for one in texts]
-            except Exception as error:  # of no kind of its own
+            except Exception as error:  # the package raises nothing narrower
                 said = f"{param}: the model's tokenizer does not encode it: {str(error)[:200]}"
                 raise ApiError(400, said, param=param) from error
             return [batch[0].ids for batch in batches]
@@ -349,7 +351,7 @@ class ModelService:
         given = request.chat_template_kwargs or {}
         if self.template is not None:
             render = functools.partial(self.template, messages, **given)
-            async with self.service.rendering:  # by one thread: templates wait for each other, texts do not
+            async with self.service.rendering:  # so that templates, which wait for each other, use one thread
                 said = await self.service.elsewhere(render)
             return await self._ids("messages", [said])
         if given:
@@ -361,7 +363,7 @@ class ModelService:
         return await self._ids("messages", asked[-1:], special=True)
 
     async def call(self, request: ChatRequest | CompletionRequest) -> Call:
-        """The request, checked and handed to the engine. Raises ApiError."""
+        """Check the request and submit it to the engine. Raises ApiError."""
         settings, each = self.service.settings, request.n or 1
         param = "prompt" if isinstance(request, CompletionRequest) else "messages"
         self._check_kind(request)
@@ -408,7 +410,7 @@ class ModelService:
         return Call(self.service.aborted, self.metrics, choices, each, submit)
 
     def _check_kind(self, request: ChatRequest | CompletionRequest) -> None:
-        """Raise ApiError for what belongs to masked diffusion, where the model is autoregressive."""
+        """Raise ApiError for a parameter of masked diffusion if the model is autoregressive."""
         if self.engine.mask_id is not None:
             return
         suffix = request.suffix if isinstance(request, CompletionRequest) else None
@@ -419,7 +421,8 @@ class ModelService:
 
     @contextlib.contextmanager
     def _engine_errors(self, param: str) -> Iterator[None]:
-        """What the engine refuses as ApiError; `param` is the request's name for the prompt."""
+        """A context that turns the engine's errors into ApiError; `param`: the request's name for the
+        prompt."""
         try:
             yield
         except EngineFull as error:
@@ -433,7 +436,7 @@ class ModelService:
             raise ApiError(400, str(error), param=theirs.get(ours, "policy")) from error
 
     async def _suffix(self, request: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> list[int]:
-        """The token ids that follow the response. Raises ApiError where others than its own masks stand."""
+        """The token ids that follow the response. Raises ApiError if they or a prompt hold the mask token."""
         given = request.suffix if isinstance(request, CompletionRequest) else None
         (ids,) = await self._ids("suffix", [given or ""])
         if ids and any(self.engine.mask_id in prompt for prompt in [*prompts, ids]):
@@ -442,7 +445,7 @@ class ModelService:
         return ids
 
     def _config(self, request: ChatRequest | CompletionRequest) -> DecodeConfig:
-        """How the request is decoded: as it says, else as the server's config. Raises ApiError."""
+        """The request's config, which overrides the server's. Raises ApiError."""
         config = self.without_ends if request.ignore_eos else self.config
         ids = request.stop_token_ids or []
         self._check_ids("stop_token_ids", ids)

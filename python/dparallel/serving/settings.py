@@ -1,4 +1,4 @@
-"""What the server is told on its command line, and its keys."""
+"""The server's settings and API keys."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from .. import files
 from .protocol import MOST_PROMPTS
 
 KEY_VARIABLE = "DPARALLEL_API_KEY"
-"""Of the environment; its keys count where the command line has none."""
+"""The environment variable whose keys count if the command line has none."""
 
 
 MAX_LENGTH = 2048
-"""Tokens of prompt and response where nothing is asked for."""
+"""The default of the most tokens of prompt and response."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the server is told on its command line, whatever its models."""
+    """The server's settings that do not depend on its models. Raises ValueError naming the field."""
 
     keys: tuple[str, ...] = ()
-    """API keys, any of which opens everything; none: all is open. /health and the page always are."""
+    """API keys, one of which each request needs; none: no request needs a key. /health and the page never
+    do."""
     cors_origins: tuple[str, ...] = ()
-    """Web pages' origins (scheme://host:port, or "null" for files) that may ask; "*": any."""
+    """Origins of web pages (scheme://host:port, or "null" for files) that may send requests; "*": any."""
     max_length: int | None = None
-    """Tokens of prompt and response; None: of each model its own, at most `MAX_LENGTH`."""
+    """The most tokens of prompt and response; None: each model's own, at most `MAX_LENGTH`."""
     max_choices: int = 64
-    """Prompts of a request times `n`."""
+    """The most responses of a request: its prompts times `n`."""
     max_body: int = 2**20
-    """Bytes of a request."""
+    """The most bytes of a request."""
     max_connections: int | None = None
-    """At once; requests may be under way on all but a few of them. None: no bound."""
+    """The most connections at once; requests may be under way on all but a few of them. None: no limit."""
     body_seconds: float = 30.0
-    """In which a request must be here, from its connection on, or from the answer before it on."""
+    """Seconds for a request to arrive, from its connection, or from the end of the answer before it."""
     grace: float = 30.0
-    """Seconds for running requests once the server is told to stop."""
+    """Seconds for running requests to finish once the server is told to stop."""
     page: bool = True
     """Whether there is a page at /."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError, by name."""
         if not all(key.strip() for key in self.keys):
             raise ValueError("api_key: expected a key, got an empty one")
         bounds = {
@@ -68,10 +68,9 @@ class Settings:
 
 
 def find_keys(key: str | None, file: Path | None) -> tuple[str, ...]:
-    """API keys: the one that is given, those of a file, or those of the environment.
+    """API keys: the option's, the file's, or the environment's.
 
-    Raises ValueError if there is none where some are to be: what should have held them must not open the
-    server to all.
+    Raises ValueError if one of them is given and holds no key, since that must not open the server to all.
     """
     if key is not None and file is not None:
         raise ValueError("api_key: not beside --api-key-file")
@@ -90,7 +89,7 @@ def find_keys(key: str | None, file: Path | None) -> tuple[str, ...]:
 
 
 def read_keys(file: Path) -> tuple[str, ...]:
-    """API keys of a file. Raises ValueError if there is none."""
+    """The API keys in a file. Raises ValueError if there is none."""
     keys = keys_in("api_key_file", files.read_text("api_key_file", file))
     if not keys:
         raise ValueError(f"api_key_file: {file} holds no key")
@@ -98,9 +97,9 @@ def read_keys(file: Path) -> tuple[str, ...]:
 
 
 def keys_in(name: str, said: str) -> tuple[str, ...]:
-    """API keys, one a line: without blanks around them and without comments, which # begins.
+    """The API keys in a text, one a line, without surrounding blanks and without comments, which # begins.
 
-    Raises ValueError where one cannot be sent in a header.
+    Raises ValueError for a key that cannot be sent in a header.
     """
     found = (re.split(r"(?:^|\s)#", line)[0].strip() for line in re.split(r"\r\n|\r|\n", said))
     keys = tuple(key for key in found if key)

@@ -1,4 +1,4 @@
-"""`dparallel demo`: a problem unmasked before one's eyes by each model, a table, and pictures."""
+"""`dparallel demo`: each model decodes a problem while you watch; then a table, and pictures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ POLICIES = (evaluate.ONE, "confidence:0.9", "entropy:0.5")
 LEGEND = (
     f"{HIDDEN} is a masked token, · the end of the text. A pass is one run of the model over the text, and a "
     "policy decides which predictions stay. The student is the teacher, distilled to need fewer passes. The "
-    "causal model writes from left to right, and a pass keeps what a drafter guessed right."
+    "causal model writes from left to right, and a pass keeps the tokens that a drafter guessed right."
 )
 DRAFTER = "builtin:dflash"
 DRAFTERS = (evaluate.PLAIN, "ngram", *registry.DRAFTERS, "builtin:student")
@@ -32,15 +32,15 @@ def run(
     delay: float = 0.25,
     console: Any = None,
 ) -> Path:
-    """The demo of `names`, default all models that ship but the verifier.
+    """Run the demo of the models `names`, by default all that ship except the verifier.
 
-    Writes table.json and, for each model, response-NAME.png to `out`, which it returns.
+    Writes table.json and, for each model, response-NAME.png to `out`, and returns that directory.
     """
     from rich.console import Console
 
     console, directory = console or Console(), Path(out)
     names = names or [name for name in registry.builtins() if name != registry.VERIFIER]
-    # Past the problems that the table counts.
+    # A problem that is not among those of the table.
     problem = next(itertools.islice(tasks.problems("held_out", seed=1), 2, None))
     console.print(f"\n[bold]{problem.prompt}[/bold]", highlight=False)
     console.print(LEGEND, highlight=False)
@@ -57,7 +57,7 @@ def run(
 
 
 def _show(name: str, problem: tasks.Problem, directory: Path, delay: float, console: Any) -> Path:
-    """One model's answer, pass by pass, and the picture of it."""
+    """Show a model's answer pass by pass; return the file of its picture."""
     model, tokenizer = registry.load(name)
     prompt = torch.tensor([tokenizer.encode(problem.prompt).ids])
     console.print(f"\n[bold]{name}[/bold]\n", highlight=False)
@@ -106,7 +106,7 @@ def _show_drafted(
     delay: float,
     console: Any,
 ) -> Path:
-    """An autoregressive model's answer, a line for each pass and what it keeps of its draft."""
+    """Show an autoregressive model's answer, a line for each pass; return the file of its picture."""
     drafter = DRAFTER if name == "builtin:causal" else "ngram"
     with Passes(console, tokenizer, None, delay, causal=True) as streamer:
         answer = dx.speculate(
@@ -131,7 +131,7 @@ def _show_drafted(
 
 
 class Passes(LiveText):
-    """It also notes the pass that each token came in."""
+    """A LiveText that also notes the pass of each token."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)

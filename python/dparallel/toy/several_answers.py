@@ -1,8 +1,9 @@
-"""A longer task, for several active blocks: four problems in one sequence, each followed by its 64 tokens.
+"""A longer task, for several active blocks: four problems in one sequence, each followed by 64 tokens to
+fill.
 
 python -m dparallel.toy.several_answers OUT
 
-Finetunes the teacher to it (300 steps, eight minutes of one core), writes the checkpoint to OUT, and decodes
+Finetunes the teacher on it (300 steps, eight minutes on one core), writes the checkpoint to OUT, and decodes
 held-out problems with one block open and with several.
 """
 
@@ -27,7 +28,8 @@ SETTINGS = ({"active_blocks": 1}, {"active_blocks": 4}, {"active_blocks": 8, "op
 
 
 class Problems:
-    """Training problems, drawn by the length of their prompts so that sequences of a batch are alike."""
+    """Training problems, drawn by the length of their prompts, so that sequences of a batch have one
+    layout."""
 
     def __init__(self, tokenizer: Any, eos_id: int, seed: int) -> None:
         self.tokenizer, self.eos_id = tokenizer, eos_id
@@ -43,7 +45,8 @@ class Problems:
         self.kept[len(prompt)].append([*prompt, *answer, *[self.eos_id] * (SLOT - len(answer))])
 
     def batch(self, count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (size, L) of `count` problems each, and (L,) the slot of each column; -1: of a prompt."""
+        """Tokens (size, L) int64 of `count` problems each, and (L,) int64: each column's slot, -1 in
+        prompts."""
         lengths = [self.random.choice(sorted(self.kept)) for _ in range(count)]
         rows = []
         for _ in range(size):
@@ -58,7 +61,8 @@ class Problems:
 
 
 def finetune(model: Any, tokenizer: Any, steps: int = 300, problems: int = 48, seed: int = 0) -> Any:
-    """LLaDA's objective, with a share of masks for each slot, so that later slots may be ahead of earlier."""
+    """Train by LLaDA's objective with a share of masks for each slot, so that later slots may be decoded
+    first."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
     muon = torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")

@@ -1,13 +1,13 @@
-"""`make distill`: from the teacher to the curves, and the best student.
+"""`make distill`: distils the teacher, measures the curves, and chooses the best student.
 
-    answers      the teacher answers training problems, its right answers are kept
-    sweep        beta and mask ratio, one short run each, judged on problems of their own
+    answers      the teacher answers training problems; its right answers are kept
+    sweep        a short run for each beta and mask ratio, measured on validation problems
     finals       the best certainty-forcing setting and the best with cross entropy alone, at equal budgets
                  over several seeds; and the teacher
-    curves       accuracy against passes, with intervals, over problems that nothing was chosen by
-    student      the final run that needs the fewest passes at the teacher's accuracy, judged as the sweep was
+    curves       accuracy against passes, with intervals, over problems that no choice was made with
+    student      the final run with the fewest passes at the teacher's accuracy on the validation problems
 
-Every stage writes files and is left out where they are there, so a run that was stopped goes on.
+Every stage writes files, and is skipped if they are there, so an interrupted run is resumed.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ STUDENT_POLICIES = (
 )
 SWEEP_POLICIES = [f"entropy:{t}" for t in (0.3, 0.5, 0.7, 1.0)]
 VALIDATION = 1
-"""The seed of the held-out problems that choices are made by; the curves are over those of seed 0."""
+"""The seed of the held-out problems that choices are made with; the curves are over those of seed 0."""
 BETAS = (0.0, 0.5, 1.0, 2.0)
 RATIOS: tuple[Any, ...] = (0.5, [0.0, 1.2])
 WITHIN = 0.01
-"""A student may lose a point of accuracy."""
+"""The share of right answers that a student may lose: a percentage point."""
 THRESHOLDS = ("entropy", "confidence")
-"""The policies that are a threshold for each token, as those of the paper; entropy_bound is one for a sum."""
+"""The policies with a threshold for each token, as in the paper; entropy_bound has one for a sum."""
 
 Row = dict[str, Any]
 
 
 def passes_at(rows: Iterable[Row], accuracy: float) -> float:
-    """The fewest passes per answer at no less than `accuracy`; between thresholds, by straight lines."""
+    """The fewest passes per answer at `accuracy` or more, interpolated linearly between thresholds."""
     best = float("inf")
     rules: dict[str, list[Row]] = {}
     for row in rows:
@@ -72,7 +72,7 @@ def of_rules(rows: Iterable[Row], rules: Iterable[str]) -> list[Row]:
 
 
 def once(file: Path, make: Callable[[], Any]) -> Any:
-    """What `make` returns, kept in a JSON file; read from it where it is there."""
+    """The result of `make`, written to a JSON file; read from the file if it exists."""
     if not file.exists():
         files.write_json(file, make())
     return json.loads(file.read_text())
@@ -96,15 +96,15 @@ def measured(name: str, policies: Iterable[str], problems: int, seed: int) -> li
 
 @dataclass(frozen=True)
 class Stages:
-    """What the runs of a study share, and its stages; each is left out where its files are there."""
+    """The stages of a study, and what they share; a stage is skipped if its files are there."""
 
     out: Path
     recipe_file: str | Path
     base: distill.Recipe
     problems: int
-    """That the curves are over."""
+    """Problems of the curves."""
     validation: int
-    """That choices are made by."""
+    """Problems that choices are made with."""
     say: Callable[[str], None]
     began: float = field(default_factory=time.monotonic)
 
@@ -112,7 +112,7 @@ class Stages:
         self.say(f"[{(time.monotonic() - self.began) / 60:5.1f} min] {text}")
 
     def answered(self) -> int:
-        """The teacher's right answers, and their number."""
+        """Let the teacher answer the training problems; return the number of right answers."""
         settings = trajectories.Settings(**{"model": self.base.model, **self.base.trajectories})
         prompts = trajectories.read_prompts(self.base.data)
         trajectories.generate(self.out / "answers", prompts, settings)
@@ -130,13 +130,13 @@ class Stages:
         return directory
 
     def judged(self, file: Path, name: str, policies: list[str], last: bool = False) -> list[Row]:
-        """Measured on the problems that choices are made by, or on the last ones."""
+        """Results on the validation problems, or, with `last`, on the problems of the curves."""
         count, seed = (self.problems, 0) if last else (self.validation, VALIDATION)
         rows: list[Row] = once(file, lambda: measured(name, policies, count, seed))
         return rows
 
     def tried(self, bar: float, ratio: Any, beta: float, steps: int) -> dict[str, Any]:
-        """A short run of the sweep."""
+        """Do a short run of the sweep; return its settings, passes and results."""
         name = f"sweep/beta-{beta:g}-ratio-{'-'.join(map(str, ratio)) if isinstance(ratio, list) else ratio}"
         changes = {"entropy_weight": beta, "mask_ratio": ratio, "max_steps": steps}
         directory = self.trained(name, changes)
@@ -170,9 +170,9 @@ def run(
     train_teacher: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """All stages; returns what report.json then holds.
+    """Run all stages; return the content of report.json.
 
-    The teacher is the recipe's; or `model`; or, with `train_teacher`, trained from scratch first.
+    The teacher is the recipe's, or `model`, or, with `train_teacher`, trained from scratch first.
     """
     out, began = Path(out), time.monotonic()
     if train_teacher:
@@ -214,7 +214,7 @@ def run(
 
 
 def write(report: dict[str, Any], out: Path) -> None:
-    """report.json, and what is read of it."""
+    """Write report.json, curves.png and report.md."""
     files.write_json(out / "report.json", report)
     shown = [row for row in report["table"] if not row["policy"].startswith("entropy_bound")]
     plots.accuracy_against_passes(shown, out / "curves.png")
@@ -266,7 +266,7 @@ def summary(groups: dict[str, list[list[Row]]], student: list[Row]) -> dict[str,
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """report.json for readers."""
+    """The report as Markdown."""
     bar, one = report["bar"], report["passes_one_token"]
     lines = [
         f"Fewest passes at an accuracy of at least {bar:.1%} (the teacher's at one token a pass, less a "
@@ -313,10 +313,10 @@ def main() -> None:
     parser.add_argument("--model", help="the teacher; default: the recipe's")
     parser.add_argument("--train-teacher", action="store_true", help="from scratch first (75 minutes)")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="of the finals; default: the recipe's")
+    parser.add_argument("--steps", type=int, help="steps of the final runs; default: the recipe's")
     parser.add_argument("--sweep-steps", type=int, default=200)
     parser.add_argument("--problems", type=int, default=2000)
-    parser.add_argument("--validation", type=int, default=300, help="problems that choices are made by")
+    parser.add_argument("--validation", type=int, default=300, help="problems to make choices with")
     args = parser.parse_args()
     run(
         args.out,

@@ -3,14 +3,14 @@
     sam has 4 cups now . first sam grows 3 times . finally sam sells 8 cups . how many cups does sam have ?
     to begin sam has 4 * 3 = 12 cups . at last we get 4 = 12 - 8 cups . #### 4
 
-A problem is a start and 2 to 4 dependent operations, every number in 0..99 and a token of its own. Clauses of
-the prompt are 6 tokens long. Each step of the response opens and goes on in one of several ways, some said
-more often than others, as people's are, and is 10 to 15 tokens long: how one step is worded moves all that
-follow. So a model that decodes many tokens at once has choices to keep consistent, and one trained on its own
-answers, which take the likeliest way, could know them beforehand.
+A problem is a start and 2 to 4 dependent operations; every number is in 0..99 and a token of its own. Clauses
+of the prompt have 6 tokens. Each step of the response has one of several wordings, some more frequent than
+others, and 10 to 15 tokens, so the wording of a step moves all tokens after it. A model that decodes many
+tokens at once has to keep these choices consistent; one that is trained on its own answers, which take the
+most probable wording, can know the choices in advance.
 
-Problems are split by their arithmetic: a start and operations that are held out never occur together in
-training, whatever the names and wording, so no held-out prompt does. Parts of such a chain may occur.
+Problems are split by their arithmetic: a held-out combination of start and operations never occurs in
+training, whatever the names and wording. Parts of such a chain may occur.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ VERBS = {
     "*": ["grows"],
 }
 ORDINALS = ("first", "next", "then", "finally")  # of the prompt's clauses
-# The ways to open a step (the first, those between, the last) and to go on, of WEIGHTS each;
+# Openers of a step (the first, those between, the last) and forms of a step, drawn by WEIGHTS;
 # o: opener, n: name, i: item.
 OPENERS = (
     ("first", "to begin", "at the start", "initially"),
@@ -102,7 +102,7 @@ def is_correct(problem: Problem, response: str) -> bool:
 
 
 def solve(prompt: str) -> int:
-    """The answer of a prompt, worked out from its words: the checker's own check."""
+    """The answer of a prompt, computed from its words, to test the problems themselves."""
     clauses = [clause.split() for clause in prompt.split(" . ")]
     value = int(clauses[0][2])
     for words in clauses[1:-1]:

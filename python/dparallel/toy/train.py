@@ -1,9 +1,9 @@
-"""Train the built-in models from scratch on `tasks`: masked diffusion, or its autoregressive sibling.
+"""Trains the built-in models from scratch on `tasks`: a masked diffusion model, or an autoregressive one.
 
-Masked diffusion as LLaDA: each response token is masked with probability t ~ U(0, 1); the loss is cross
-entropy on the masked tokens weighted 1/t, over the response's length (arXiv 2502.09992, eq. 3). The sibling,
-in Qwen3's layout, learns each response token from those before it. Muon on the matrices of the blocks, AdamW
-on the rest, and an exponential average of the weights is what ships.
+Masked diffusion is LLaDA's: each response token is masked with probability t ~ U(0, 1); the loss is the cross
+entropy of the masked tokens, weighted by 1/t, over the response's length (arXiv 2502.09992, eq. 3). The
+autoregressive model, in Qwen3's layout, learns each response token from those before it. Muon trains the
+matrices of the blocks, AdamW the rest; an exponential average of the weights is saved.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from ..training import loop
 from . import tasks
 
 MOST_SEEDS = 2**40
-"""Beyond it the seed of a step would not be one of torch's generator, 64 bits."""
+"""The bound of seeds, so that the seed of a step fits the 64 bits of torch's generator."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a training run is; with the same settings it gives the same model."""
+    """The settings of a training run; the same settings give the same model."""
 
     steps: int = 7000
     batch: int = 64
@@ -48,7 +48,7 @@ class Settings:
     ema: float = 0.998
     seed: int = 0
     causal: bool = False
-    """The autoregressive sibling."""
+    """Whether to train the autoregressive model."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "width", "layers", "heads", "mlp_width"):
@@ -72,7 +72,7 @@ def tokenizer() -> Any:
 
 
 def save_tokenizer(directory: Path) -> None:
-    """tokenizer.json, and tokenizer_config.json so that `transformers.AutoTokenizer` reads it too."""
+    """Write tokenizer.json, and tokenizer_config.json for `transformers.AutoTokenizer`."""
     with files.replacing(directory / "tokenizer.json") as partial:
         tokenizer().save(str(partial))
     special = {"pad": tasks.PAD, "eos": tasks.EOS, "unk": tasks.UNKNOWN, "mask": tasks.MASK}
@@ -150,7 +150,7 @@ def causal_config(settings: Settings) -> dict[str, Any]:
 def batch_of(settings: Settings, step: int) -> tuple[Tensor, int]:
     """Token ids (batch, prompt + GEN_LENGTH) of training problems of one length, and the prompt's length.
 
-    It depends on the seed and the step alone, so that a resumed run sees what it would have seen.
+    They depend only on the seed and the step, so that a resumed run gets the same batches.
     """
     ids = {word: i for i, word in enumerate(tasks.vocabulary())}
     stream = tasks.problems("train", seed=settings.seed * 1_000_003 + step)
@@ -167,7 +167,8 @@ def masked_diffusion_loss(model: models.Model, ids: Tensor, prompt: int, seed: i
     """Cross entropy of the masked response tokens of ids (B, L) on the CPU, weighted 1/t."""
     generator = torch.Generator().manual_seed(seed)
     batch, length = len(ids), ids.shape[1] - prompt
-    # One t in each of `batch` equal slices of (0, 1): the same law for each row, less noise in the sum.
+    # Stratified: one t in each of `batch` equal slices of (0, 1); each row's t is uniform, with less noise in
+    # the sum.
     t = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
     t = t.clamp(min=1e-2)[:, None]
     masked = torch.rand(batch, length, generator=generator) < t  # (B, L - prompt)
@@ -183,9 +184,9 @@ def masked_diffusion_loss(model: models.Model, ids: Tensor, prompt: int, seed: i
 
 
 def next_token_loss(model: models.Model, ids: Tensor, prompt: int, eos_id: int) -> Tensor:
-    """Cross entropy of the response tokens of ids (B, L) on the CPU, the first EOS of each among them."""
+    """Cross entropy of the response tokens of ids (B, L) on the CPU, up to and with the first EOS."""
     labels = ids[:, prompt:]
-    asked = (labels == eos_id).cumsum(1) - (labels == eos_id).long() == 0  # (B, R): none in front of it
+    asked = (labels == eos_id).cumsum(1) - (labels == eos_id).long() == 0  # (B, R): no EOS in front
     ids = ids[:, : prompt + int(asked.any(0).sum())]  # no longer than the longest response
     labels, asked = (t[:, : ids.shape[1] - prompt] for t in (labels, asked))
     device = model.device
@@ -204,15 +205,15 @@ def train(
     evaluate: int = 2000,
     progress: bool = True,
 ) -> Path:
-    """Train, or go on where a run in `out` was stopped, and write the checkpoint there.
+    """Train, or resume an interrupted run in `out`, and write the checkpoint there.
 
     `out` receives config.json, model.safetensors (bfloat16, the averaged weights), the tokenizer's files and
     training.json: the settings, the loss, and the share of `evaluate` held-out problems that the checkpoint
     gets right at one token a pass. Every `save_every` steps the run's state goes to state.pt; a resumed run
     continues exactly as if it had not been stopped; only `steps` may change.
 
-    Raises ValueError naming the argument that does not fit, also where `out` holds a run of other settings or
-    another run is writing there; OSError where the disk is full.
+    Raises ValueError naming the argument that does not fit, also if `out` holds a run with other settings or
+    another run is writing there; OSError if the disk is full.
     """
     settings = settings or Settings()
     for name, value, least in (("save_every", save_every, 1), ("evaluate", evaluate, 0)):
@@ -270,7 +271,8 @@ def _train(
 
 
 def initialise(model: models.Model) -> None:
-    """Normal weights of variance 1 / fan_in, the residual branches' last matrices smaller."""
+    """Initialise by normal weights of variance 1 / fan_in, smaller for the last matrices of residual
+    branches."""
     for name, p in model.named_parameters():
         if p.ndim == 2:
             fan_in = 1.0 if name == "embed.weight" else p.shape[1]

@@ -1,4 +1,4 @@
-"""Whether a response gives the reference answer: what `dparallel trajectories --checker` names."""
+"""Checkers of `dparallel trajectories`: whether a response gives the reference answer."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from collections.abc import Callable
 
 
 def hashes(answer: str, response: str) -> bool:
-    """The number after #### (GSM8K's own form) is the reference's, or the reference itself."""
+    """Whether the number after #### (GSM8K's form) equals the reference's, or the reference itself."""
     found = re.search(r"####\s*(-?[\d,.]*\d)", response)
     return found is not None and _number(found[1]) == _number(_after_hashes(answer))
 
 
 def last_number(answer: str, response: str) -> bool:
-    """The last number of the response is the reference's (GSM8K as usually scored)."""
+    """Whether the last number of the response equals the reference's (GSM8K as usually scored)."""
     found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", response)
     return bool(found) and _number(found[-1]) == _number(_after_hashes(answer))
 
 
 def boxed(answer: str, response: str) -> bool:
-    r"""The last \boxed{...} is the reference's, or the reference itself, spaces aside (MATH)."""
+    r"""Whether the last \boxed{...} equals the reference's (or the reference itself), spaces aside (MATH)."""
     found = _boxed(response)
     expected = _boxed(answer) or answer
     return found is not None and found.replace(" ", "") == expected.replace(" ", "")
 
 
 def anything(answer: str, response: str) -> bool:
-    """Every answer is kept."""
+    """True, so that every answer is kept."""
     return True
 
 
 Checker = Callable[[str, str], bool]
-"""(the reference, the response as text) -> whether it is right."""
+"""(reference, response as text) -> whether the response is right."""
 CHECKERS: dict[str, Checker] = {
     "hashes": hashes,
     "last_number": last_number,

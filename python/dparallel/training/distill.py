@@ -1,4 +1,4 @@
-"""A recipe, run: a model, its own right answers, and certainty forcing on them."""
+"""Runs a recipe: certainty forcing of a model on its own right answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .. import files, registry
 from . import trajectories
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-"""As published, by the names of our modules."""
+"""The layers with adapters as published, by our names of modules."""
 
 
 @dataclass(frozen=True)
@@ -30,31 +30,32 @@ class Recipe:
     model: str
     """"builtin:NAME", a checkpoint directory, or ORG/NAME of the Hugging Face Hub."""
     training: dict[str, Any]
-    """Of `trainer.CertaintyForcingArguments`."""
+    """Fields of `trainer.CertaintyForcingArguments`."""
     data: str = ""
-    """What `trajectories.read_prompts` reads."""
+    """The source of prompts, see `trajectories.read_prompts`."""
     trajectories: dict[str, Any] = field(default_factory=dict)
-    """Of `trajectories.Settings`."""
+    """Fields of `trajectories.Settings`."""
     collator: dict[str, Any] = field(default_factory=dict)
-    """Of `trajectories.Collator`: total_length or response_length."""
+    """Fields of `trajectories.Collator`: total_length or response_length."""
     lora: dict[str, Any] | None = None
-    """Of `peft.LoraConfig`, target_modules by the checkpoint's names or ours; None: all weights train."""
+    """Fields of `peft.LoraConfig`, target_modules by the checkpoint's names or ours; None: train all
+    weights."""
     architecture: dict[str, Any] | None = None
-    """The model's config.json, for a dry run where the checkpoint is not at hand."""
+    """The model's config.json, for a dry run without the checkpoint."""
     examples: int | None = None
-    """Answers kept, for a dry run where the trajectories are not at hand."""
+    """The number of answers, for a dry run without the trajectories."""
     mask_id: int | None = None
     """The mask token's id; None: the checkpoint's own."""
 
 
 SECTIONS: dict[str, set[str] | None] = {
-    "training": None,  # `arguments` knows
+    "training": None,  # `arguments` checks them
     "trajectories": {f.name for f in fields(trajectories.Settings)},
     "collator": {f.name for f in fields(trajectories.Collator)} - {"eos_id"},
     "lora": None,
     "architecture": None,
 }
-"""The mappings of a recipe, and their keys where these are ours."""
+"""The mappings in a recipe -> their keys, or None if they are checked elsewhere."""
 
 
 def read(file: str | Path, **changes: Any) -> Recipe:
@@ -113,12 +114,12 @@ COMPANIONS = (
     "LICENSE*",
     "NOTICE*",
 )
-"""The files of a checkpoint that a model made from it needs too: tokenizer, templates, remote code. The new
-model has its own weights, and what the others say (results, model card, log) is true of the old one alone."""
+"""The files of a checkpoint that a model made from it needs too: tokenizer, templates, remote code. Weights
+are the new model's own, and other files (results, model card, log) describe the old one."""
 
 
 class Companions:
-    """A checkpoint's `COMPANIONS`, where Trainer has a tokenizer."""
+    """Copies a checkpoint's `COMPANIONS`; stands in for Trainer's tokenizer."""
 
     def __init__(self, source: Path) -> None:
         self.source = source
@@ -133,10 +134,10 @@ class Companions:
 
 
 def last_checkpoint(directory: Path) -> str | None:
-    """The newest checkpoint that was saved to its end.
+    """The newest checkpoint that was saved completely.
 
-    transformers writes trainer_state.json after all else, so that of a run that was killed while it saved
-    is missing or half-written.
+    transformers writes trainer_state.json last, so in a checkpoint whose saving was interrupted it is missing
+    or half-written.
     """
     numbers = {path: path.name.removeprefix("checkpoint-") for path in directory.glob("checkpoint-*")}
     found = {path: int(number) for path, number in numbers.items() if number.isdecimal()}
@@ -157,13 +158,13 @@ def run(
     *,
     progress: bool = True,
 ) -> Path:
-    """Train on the trajectories in `answers`, or go on from the last checkpoint in `out`.
+    """Train on the trajectories in `answers`, or resume from the last checkpoint in `out`.
 
     `out` receives the student in the checkpoint's own layout and in bfloat16 (with LoRA: the adapter, for
     `merge`), the base's tokenizer files, and training.json: recipe, seconds and the log. A checkpoint whose
-    saving was interrupted is passed over for the one before.
+    saving was interrupted is ignored.
 
-    Raises ValueError where another run is writing to `out`, OSError where the disk is full.
+    Raises ValueError if another run is writing to `out`, OSError if the disk is full.
     """
     directory = files.directory("out", out)
     with files.locked("out", directory), files.full_disk_named(directory):
@@ -179,7 +180,7 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     rows = trajectories.Trajectories(answers)
     if not len(rows):
         raise ValueError(f"trajectories: {answers} holds no right answer")
-    # Adapters are trained beside 16-bit weights, where those are fast; weights that are trained want 32.
+    # Adapters are trained beside 16-bit weights where those are fast; trained weights need 32 bits.
     narrow = recipe.lora is not None and registry.fast_bfloat16(args.device)
     dtype = torch.bfloat16 if narrow else torch.float32
     model: Any = dx.models.load(source, dtype=dtype, mask_id=recipe.mask_id)
@@ -216,7 +217,7 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
 
 
 def finish(trainer: Any) -> None:
-    """End the process group, if there is one, and with it the threads that may abort the interpreter."""
+    """End the process group, if there is one: its threads may abort the interpreter when it ends."""
     if trainer.args.world_size < 2:
         return
     trainer.accelerator.end_training()
@@ -227,14 +228,14 @@ def finish(trainer: Any) -> None:
 
 
 def with_lora(model: Model, settings: Mapping[str, Any], base: str) -> Any:
-    """The model under a fresh PEFT adapter, by default on the published targets."""
+    """The model with a fresh PEFT adapter, by default on the published layers."""
     from peft import LoraConfig, get_peft_model
 
     targets = settings.get("target_modules", LORA_TARGETS)
     if not isinstance(targets, str):
         theirs = {o: model.checkpoint_name(f"blocks.0.{o}").rpartition(".")[2] for o in LORA_TARGETS}
         targets = [theirs.get(name, name) for name in targets]
-    # LLaDA calls a layer's last matrix as it calls the head.
+    # In LLaDA a layer's last matrix has the head's name.
     defaults = {"exclude_modules": [model.checkpoint_name("lm_head")]}
     config = LoraConfig(**{**defaults, **settings, "target_modules": targets})
     adapted = get_peft_model(model, config)
@@ -247,11 +248,11 @@ def merge(
 ) -> Path:
     """Add a LoRA adapter's weights to its base and write a plain checkpoint in the base's own layout.
 
-    The adapter may have been trained on one of ours or on the Hugging Face model of the same checkpoint.
-    `model`: the base; default: the one that the adapter names. `mask_id`: instead of the base's.
+    The adapter may have been trained on a native model or on the Hugging Face model of the same checkpoint.
+    `model`: the base; default: the one that the adapter names. `mask_id`: replaces the base's.
 
-    Raises FileNotFoundError, ValueError where the adapter cannot be read, adapter and base do not fit, or
-    another run is writing to `out`, and OSError where the disk is full.
+    Raises FileNotFoundError; ValueError if the adapter cannot be read, adapter and base do not fit, or
+    another run is writing to `out`; OSError if the disk is full.
     """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
     from safetensors import SafetensorError
@@ -281,7 +282,7 @@ def merge(
     prefix, found = "base_model.model.", {}
     for key, tensor in tensors.items():
         module, lora, rest = key.removeprefix(prefix).partition(".lora_")
-        if module.startswith("blocks."):  # by our names, as adapters were written here once
+        if module.startswith("blocks."):  # by our names, as earlier versions wrote adapters
             module = base.checkpoint_name(module)
         if not lora or module not in known:
             raise ValueError(
@@ -303,15 +304,15 @@ def merge(
     return directory
 
 
-# --- what a run would need ----------------------------------------------------------------------
+# --- dry run ------------------------------------------------------------------------------------
 
 
 def plan(recipe: Recipe, *, processes: int = 1) -> dict[str, Any]:
-    """Steps and bytes per process of a recipe, without weights: nothing is allotted.
+    """Steps and bytes per process of a recipe, computed without allocating weights.
 
-    Weights, gradients and optimizer state are counted exactly, for data parallelism without sharding
-    (AdamW, two float32 moments); activations are an estimate: the tensors that autograd keeps of each
-    layer, or only the layers' inputs and one layer's tensors with gradient checkpointing.
+    Weights, gradients and optimizer state are exact, for data parallelism without sharding (AdamW, two
+    float32 moments). Activations are estimated: the tensors that autograd keeps of each layer; with gradient
+    checkpointing the layers' inputs and one layer's tensors.
     """
     if processes < 1:
         raise ValueError(f"processes: expected a whole number >= 1, got {processes}")
@@ -346,8 +347,8 @@ def plan(recipe: Recipe, *, processes: int = 1) -> dict[str, Any]:
     tokens = recipe.collator.get("total_length") or 128 + (recipe.collator.get("response_length") or gen)
 
     rows = 2 * micro * tokens  # both views
-    # Kept of a layer: two norms' inputs in float32 and outputs, q, k, v and what attention returns, the
-    # three tensors of the MLP; 16 bits each but for the first.
+    # Kept of a layer: the inputs of two norms in float32; in 16 bits their outputs, q, k, v and attention's
+    # output, and the three tensors of the MLP.
     kv = shape.kv_heads * shape.head_dim
     layer = rows * (2 * 4 * shape.width + 2 * (6 * shape.width + 2 * kv + 4 * shape.mlp_width))
     inputs = rows * 2 * shape.width

@@ -1,10 +1,12 @@
-"""A filter for the rule `learned`: which predictions are right by now (Learn2PD, arXiv 2509.25188).
+"""Trains a filter for the rule `learned`, which judges which predictions are right (Learn2PD, arXiv
+2509.25188).
 
-An oracle knows the answer y that the model gave when it was decoded slowly (`dparallel trajectories`), and
-decodes the prompt once more: each pass commits every masked position whose prediction is y's, and where there
-is none, it fills the block with y. Of each pass it notes the confidences of the block's columns and which
-predictions were right. From these a filter learns to say what the oracle knew; that the prompts it is judged
-by are not those it learned from is seen to prompt by prompt, since passes over one prompt are much alike.
+An oracle knows the model's answer y from slow decoding (`dparallel trajectories`), and decodes the prompt
+once
+more: each pass commits every masked position whose prediction equals y's token; if there is none, it fills
+the block with y. For each pass the oracle records the confidences of the block's columns and which
+predictions were right, and the filter learns to predict the latter from the former. Prompts are held out
+whole to test it, since passes over one prompt are much alike.
 """
 
 from __future__ import annotations
@@ -31,21 +33,21 @@ from . import loop
 from .trajectories import Trajectories
 
 TAUS = (0.5, 0.7, 0.8, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
-"""Thresholds that a filter is judged at, beside its own."""
+"""Thresholds to test a filter at, besides its own."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a filter is trained by; with the same settings and answers it comes out the same."""
+    """The settings of a filter's training; the same settings and answers give the same filter."""
 
     tau: float = 0.95
-    """What the rule commits beyond, where it is given no other."""
+    """The rule's default threshold."""
     steps: int = 3000
     lr: float = 3e-3
     hidden: int | None = None
-    """Units between the two layers; None: as many as a block has tokens, as published."""
+    """Units of the hidden layer; None: as many as a block has tokens, as published."""
     held_out: float = 0.1
-    """Share of the prompts that it is judged by."""
+    """Share of the prompts to test with."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -59,26 +61,26 @@ class Settings:
 
 
 class Records(NamedTuple):
-    """What the oracle noted of R passes over blocks of N columns."""
+    """The oracle's records of R passes over blocks of N columns."""
 
     prompt: Tensor
     """(R,) int64: the number of the answer."""
     confidence: Tensor
     """(R, N) float32, 1.0 where the pass computed no logits."""
     right: Tensor
-    """(R, N) bool: the prediction is y's; False where there is none."""
+    """(R, N) bool: whether the prediction equals y's token; False without a prediction."""
     read: Tensor
-    """(R, N) bool: there is one."""
+    """(R, N) bool: whether there is a prediction."""
     masked: Tensor
-    """(R, N) bool: what could be committed."""
+    """(R, N) bool: whether the column held a mask."""
 
     def of(self, chosen: Tensor) -> Records:
-        """Those passes, (R,) bool."""
+        """The records of the passes that are `chosen` (R,) bool."""
         return Records(*(field[chosen] for field in self))
 
 
 class Oracle(Rule):
-    """Commits what is predicted as in the answers (B, L), one to each lane, and notes what it sees."""
+    """Commits the predictions that equal the answers (B, L), one for each lane, and records its passes."""
 
     reads = "block"
     recorded = False
@@ -116,9 +118,8 @@ def record(
     batch: int = 100,
     progress: bool = True,
 ) -> tuple[Records, float]:
-    """The oracle's notes on answers, (prompt and response (T,) int64, the prompt's length) each.
-
-    Returns them, and the passes that it needed for an answer on average.
+    """The oracle's records over answers, each (prompt and response (T,) int64, the prompt's length), and its
+    mean number of passes for an answer.
     """
     if not answers:
         raise ValueError("answers: expected at least one, got none")
@@ -147,9 +148,9 @@ def record(
 
 
 def hold_out(prompts: Sequence[Tensor], share: float) -> Tensor:
-    """(n,) bool: which of n answers are held out, about `share` of them; equal prompts go together.
+    """(n,) bool: which of n prompts are held out, about `share` of them; equal prompts go together.
 
-    By a hash, so that it does not depend on the order.
+    They are chosen by a hash, so that the order does not matter.
     """
     keys = [hashlib.sha256(prompt.numpy().tobytes()).digest() for prompt in prompts]
     ranked = sorted(set(keys))
@@ -164,11 +165,11 @@ def hold_out(prompts: Sequence[Tensor], share: float) -> Tensor:
 def train(
     records: Records, held: Tensor, settings: Settings, *, progress: bool = True
 ) -> tuple[nn.Sequential, dict[str, Any]]:
-    """A filter that learns from the passes over prompts that are not `held` (n,) bool, and a report.
+    """A filter trained on the passes over prompts that are not `held` (n,) bool, and a report.
 
-    As published: binary cross entropy of all columns, committed ones too, though what a filter says of them
-    has no effect (without them the teacher's was worse: 95.4 % right in 8.7 passes, not 97.6 %); AdamW, every
-    pass in every step.
+    As published: binary cross entropy over all columns, and AdamW with all passes in every step. Committed
+    columns count too, although the filter's output there has no effect: without them the teacher's filter was
+    worse (95.4 % right in 8.7 passes, not 97.6 %).
     """
     apart = held[records.prompt]
     learned, judged = records.of(~apart), records.of(apart)
@@ -208,7 +209,7 @@ def _loss(net: nn.Module, records: Records) -> Tensor:
 
 
 def judge(net: nn.Module, records: Records, tau: float) -> dict[str, float]:
-    """What of the masked columns a filter accepts: of those predicted right, and of those predicted wrong."""
+    """The shares of masked columns that a filter accepts: of right predictions, and of wrong ones."""
     accepted = net(records.confidence).sigmoid() > tau
     right, wrong = records.masked & records.right, records.masked & ~records.right
     return {
@@ -233,15 +234,15 @@ def run(
     loaded: tuple[Any, Any] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Train a filter from what `trajectories.generate` wrote to `answers`, and write it to the file `out`.
+    """Train a filter on the answers that `trajectories.generate` wrote, and write it to the file `out`.
 
     Args:
-        model: default: the one that answered.
+        model: default: the model that answered.
         batch: sequences decoded at once.
-        loaded: (model, tokenizer), instead of loading it.
+        loaded: (model, tokenizer), in place of loading the model.
 
-    Returns the report that the file's metadata holds too: passes and prompts (learned from, judged by), loss
-    (likewise), held_out (for each tau the shares of right and wrong predictions that it accepts), and
+    Returns the report, which is also in the file's metadata: passes, prompts and loss, each for training and
+    test; held_out (for each tau the shares of right and wrong predictions that are accepted), and
     oracle_passes of an answer.
 
     Raises ValueError and FileNotFoundError as `Trajectories` and `registry.load`.
@@ -298,7 +299,7 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
     """A report as text."""
     (learned, judged), (prompts, apart) = report["passes"], report["prompts"]
     yield f"oracle: {report['oracle_passes']:.1f} passes an answer"
-    yield f"learned from {learned} passes over {prompts} prompts, judged by {judged} over {apart}"
+    yield f"trained on {learned} passes over {prompts} prompts, tested on {judged} over {apart}"
     yield f"{'tau':>5} {'right':>8} {'wrong':>8}  (accepted, of the masked columns)"
     for row in report["held_out"]:
         yield f"{row['tau']:>5g} {row['accepted']:>8.1%} {row['false_positive_rate']:>8.2%}"

@@ -1,6 +1,7 @@
-"""A training run of a small model: Muon on the matrices, AdamW on the rest, and an average of the weights.
+"""The training loop of small models: Muon for the matrices, AdamW for the rest, and an average of the
+weights.
 
-A run that was stopped goes on with the same weights.
+An interrupted run is resumed with the same weights.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .. import files
 
 
 class Schedule(Protocol):
-    """Of a run, what its settings say of steps and rates."""
+    """The steps and rates in a run's settings."""
 
     @property
     def steps(self) -> int: ...
@@ -38,15 +39,15 @@ class Schedule(Protocol):
 
 
 class Trained(NamedTuple):
-    """What a run has taken."""
+    """The time and the loss of a run."""
 
     seconds: float
     curve: list[list[float]]
-    """[step, mean loss since the entry before]"""
+    """[step, mean loss since the entry before] of each report."""
 
 
 def learning_rate(step: int, *, steps: int, warmup: int, decay: float) -> float:
-    """Warm-up, a plateau, and a straight fall to zero; as a share of the full rate."""
+    """The share of the full rate at a step: warm-up, a plateau, and a linear fall to zero."""
     fall = max(1, round(steps * decay))
     return min(1.0, (step + 1) / warmup, (steps - step) / fall)
 
@@ -74,19 +75,20 @@ def run(
     described: str,
     progress: bool,
 ) -> Trained:
-    """Train `model`, or go on where the run in `directory` was stopped; it then has the averaged weights.
+    """Train `model`, or resume the interrupted run in `directory`; the model then has the averaged weights.
 
-    matrices: the parameters that Muon moves. loss_of: a step's loss, of the step's number alone. settings:
-    what the run is; where another than "steps" differs it is another run. defaults: of settings that an
-    older run's state does not name.
+    matrices: the parameters that Muon trains. loss_of: a step's loss, which depends only on the step's
+    number.
+    settings: identify the run; only "steps" may differ in a resumed one. defaults: values of settings that an
+    older run's state does not have.
 
-    Raises ValueError where `directory` holds a run of other settings, or state.pt is not a run's, and for
-    what a loss of ours finds bad, as a row with NaN.
+    Raises ValueError if `directory` holds a run with other settings, or state.pt is not a run's state, and
+    for rows that a loss refuses, such as one with NaN.
     """
     matrices = list(matrices)
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
     optimizers: list[tuple[torch.optim.Optimizer, float]] = []
-    """With their full rates."""
+    """Optimizers and their full rates."""
     if matrices:
         muon = torch.optim.Muon(
             matrices,
@@ -137,7 +139,7 @@ def run(
             for name, p in model.named_parameters():
                 average[name].lerp_(p, 1 - kept)
         recent.append(loss.item())
-        dx.check_errors(loss.device)  # on a GPU a loss does not wait to look
+        dx.check_errors(loss.device)  # on a GPU, losses raise no errors by themselves
         if (step + 1) % report_every == 0:
             curve.append([step + 1, round(sum(recent) / len(recent), 5)])
             recent = []
@@ -166,7 +168,7 @@ def _read(file: Path, device: torch.device) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(file, weights_only=True, map_location=device)
         state["settings"], state["model"], state["optimizers"]
-    except Exception as error:  # of many kinds
+    except Exception as error:  # torch.load raises many kinds
         raise ValueError(
             f"out: {file} is not the state of a run ({type(error).__name__}: {error}); without it "
             "the run begins anew"

@@ -1,12 +1,12 @@
 """Certainty forcing (dParallel, arXiv 2509.26488) as a `transformers.Trainer`.
 
-Each step's loss, over everything that the step sees (all micro-batches of all processes):
+A step's loss, over all micro-batches of all processes:
 
     sum over the two complementary views of the active blocks:
         ce_weight * mean of -log p(label) over the active tokens
         + entropy_weight * mean entropy at `temperature` over those active tokens whose argmax is the label
 
-The objectives of the paper's ablation are settings of it:
+The objectives of the paper's ablation are special cases:
 
     certainty forcing        the defaults (entropy_weight 2 for LLaDA, 1 for Dream)
     cross entropy alone      entropy_weight=0
@@ -38,18 +38,18 @@ from .trajectories import Collator
 
 @dataclass
 class CertaintyForcingArguments(TrainingArguments):
-    """`transformers.TrainingArguments`, and what certainty forcing adds to them."""
+    """`transformers.TrainingArguments`, and the arguments of certainty forcing."""
 
-    temperature: float = field(default=0.5, metadata={"help": "of the entropy term"})
+    temperature: float = field(default=0.5, metadata={"help": "temperature of the entropy term"})
     entropy_weight: float = field(default=2.0, metadata={"help": "beta; 0: cross entropy alone"})
     ce_weight: float = field(default=1.0, metadata={"help": "0: entropy alone"})
-    gate: str = field(default="correct", metadata={"help": "whose entropy counts: correct or all"})
+    gate: str = field(default="correct", metadata={"help": "tokens whose entropy counts: correct or all"})
     block_length: int | None = field(default=32, metadata={"help": "None: the whole response is one block"})
     mask_ratio: Any = field(
         default=0.5,
         metadata={
-            "help": "of the active block; or [low, high]: drawn uniformly for each row, then cut to 1, so "
-            "that a high above 1 gives a share of fully masked blocks"
+            "help": "mask ratio of the active block; or [low, high]: drawn uniformly for each row, then cut "
+            "to 1, so that a high above 1 gives a share of fully masked blocks"
         },
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "must stay False"})
@@ -71,7 +71,7 @@ class CertaintyForcingArguments(TrainingArguments):
 
 
 def ratio_bounds(ratio: Any) -> tuple[float, float]:
-    """(low, high) of a mask_ratio. Raises ValueError."""
+    """(low, high) of a mask_ratio. Raises ValueError for anything but one or two numbers."""
     try:
         low, high = (ratio, ratio) if isinstance(ratio, (int, float)) else ratio
         return float(low), float(high)
@@ -82,22 +82,22 @@ def ratio_bounds(ratio: Any) -> tuple[float, float]:
 class CertaintyForcingTrainer(Trainer):
     """A Trainer on rows of `trajectories.Trajectories`, collated by `trajectories.Collator`.
 
-    Without a `data_collator` there is a Collator with the EOS of the model's config, which lengthens and cuts
-    nothing; as published is one with `total_length` or `response_length`.
+    The default `data_collator` has the EOS of the model's config, and lengthens and cuts nothing; the
+    published one has `total_length` or `response_length`.
 
-    The model: one of ours, a Hugging Face one (remote code included), or either with PEFT's adapters or
-    compiled. The two views are one batch of twice the rows. Where the model's output embedding is a plain
-    linear layer that it calls, the loss is taken on the hidden states by `linear_certainty_forcing_loss` and
-    the logits never exist; elsewhere on the active rows of the logits.
+    The model is a native one, a Hugging Face one (remote code included), or either with PEFT's adapters or
+    compiled. The two views are one batch of twice the rows. If the model's output embedding is a plain linear
+    layer that it calls, the loss is taken on the hidden states by `linear_certainty_forcing_loss`, and the
+    logits never exist; otherwise on the active rows of the logits.
 
-    A row's blocks and masks depend on the seed, the optimizer step and the row's index alone, so neither
-    batch size nor accumulation nor the number of processes changes an update; nor does resuming.
-    With gradient accumulation the number of gated tokens of the whole step must be known before the
-    first micro-batch's gradient, which costs one more forward pass without gradient.
+    A row's blocks and masks depend only on the seed, the optimizer step and the row's index, so batch size,
+    accumulation, the number of processes and resuming do not change an update. With gradient accumulation the
+    number of gated tokens of the whole step must be known before the first micro-batch's gradient, which
+    costs one more forward pass without gradient.
 
-    Logged beside the loss: ce (mean -log p of the label), entropy (mean over the gated tokens, at
-    `temperature`), correct (share of active tokens that the argmax gets right) and certainty (mean
-    probability of those).
+    Logged with the loss: ce (mean -log p of the label, nats), entropy (mean over the gated tokens, at
+    `temperature`, nats), correct (share of active tokens whose argmax is right) and certainty (their mean
+    probability).
     """
 
     args: CertaintyForcingArguments
@@ -128,8 +128,8 @@ class CertaintyForcingTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *more: Any) -> tuple[list[Any], Any]:
         """The micro-batches of a step as views, and the step's counts over all processes.
 
-        The counts are the active tokens of each view (2,), followed, where there are several
-        micro-batches, by the gated tokens of each (4,).
+        The counts are the active tokens of each view (2,), and, with several micro-batches, also the gated
+        tokens of each (4,).
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, *more)
         views = [self.views(batch, self.state.global_step) for batch in batches]
@@ -178,7 +178,7 @@ class CertaintyForcingTrainer(Trainer):
         return made
 
     def _key(self, step: int, index: int) -> int:
-        """A generator's seed: any two differ in seed, step or row."""
+        """A generator's seed, from the run's seed, the step and the row."""
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         return (seed * 1_000_003 + step) * 1_000_000_007 + index & 0x7FFF_FFFF_FFFF_FFFF
 
@@ -191,7 +191,7 @@ class CertaintyForcingTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The share that `inputs` (from `views`) has in the step's loss, times the number of processes."""
+        """The part of the step's loss that is from `inputs` (of `views`), times the number of processes."""
         nll, entropy, gated, correct = self.rows(model, inputs)
         counts = num_items_in_batch
         if counts is None:
@@ -215,8 +215,8 @@ class CertaintyForcingTrainer(Trainer):
     def rows(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """nll and entropy (float, with gradient), gated and correct (bool) of each token (2B, T).
 
-        What the head's place in the model returns is these, so that they pass through everything that a
-        distributed wrapper hangs on the model's output.
+        The model's head is replaced by a function that returns these, so that they pass through all hooks of
+        a distributed wrapper on the model's output.
         """
         labels, active, shift = inputs["labels"], inputs["active"], self.traits.shift
         settings: dict[str, Any] = {"temperature": self.args.temperature}
@@ -246,17 +246,17 @@ class CertaintyForcingTrainer(Trainer):
             _, nll, entropy, correct = dx.certainty_forcing_loss(logits, labels, active, **settings)
         return nll, entropy, correct if self.args.gate == "correct" else active, correct
 
-    # --- what the Trainer asks beside -----------------------------------------------------------
+    # --- other methods of Trainer ---------------------------------------------------------------
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
-        """The loss, on masks that are the same in every evaluation."""
+        """The loss, with masks that are the same in every evaluation."""
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(self.views(inputs, -1)))
         return loss.detach(), None, None
 
     def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
-        """Raises ValueError for a NaN row or a label out of range since it was called last: on a GPU the
-        losses do not wait to look.
+        """Log; raises ValueError for a NaN row or a label out of range since the last call, which losses on a
+        GPU do not raise by themselves.
         """
         dx.check_errors(self.args.device)
         if "loss" in logs:
@@ -269,31 +269,32 @@ class CertaintyForcingTrainer(Trainer):
         super().log(logs, *more, **named)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Our models are written in their checkpoints' own layout, which `models.load` reads."""
+        """Save a native model in its checkpoint's own layout, which `models.load` reads; others as Trainer
+        does."""
         directory = Path(output_dir or self.args.output_dir or ".")
         model = self.accelerator.unwrap_model(self.model)
         model = getattr(model, "_orig_mod", model)  # of torch.compile
         if not isinstance(model, Model):
             super()._save(output_dir, state_dict)
-        elif self.args.should_save:  # every process is called, one writes
+        elif self.args.should_save:  # called in every process, true in one
             if self.processing_class is not None:  # before config.json, which makes it a checkpoint
                 directory.mkdir(parents=True, exist_ok=True)
                 self.processing_class.save_pretrained(str(directory))
             dx.models.save(model, directory, state_dict=state_dict)
             torch.save(self.args, directory / "training_args.bin")
         if self.args.should_save:
-            # safetensors makes files that their owner alone may read.
+            # safetensors makes files that only their owner may read.
             for file in directory.glob("*.safetensors"):
                 shutil.copymode(directory / "training_args.bin", file)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Of every process, before the first writes that the checkpoint is complete."""
+        """Save every process's random state before the first process marks the checkpoint complete."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
 
 
 def default_collator(model: nn.Module) -> Collator:
-    """A Collator that pads with the model's EOS. Raises ValueError where its config names none."""
+    """A Collator that pads with the model's EOS. Raises ValueError if the config names none."""
     config: Any = getattr(dx.models.unwrap(model), "config", None)
     eos = config.get("eos_token_id") if isinstance(config, Mapping) else getattr(config, "eos_token_id", None)
     first = eos[0] if isinstance(eos, (list, tuple)) and eos else eos
@@ -311,7 +312,7 @@ def by_view(values: Tensor) -> Tensor:
 
 
 def plain_head(model: nn.Module) -> nn.Linear | None:
-    """The model's output embedding, if its logits are that and nothing else."""
+    """The model's output embedding, if its output are the logits without further changes; else None."""
     if isinstance(model, Model):
         found: Any = model.lm_head
         plain = model.shape.logit_scale == 1.0
@@ -324,7 +325,7 @@ def plain_head(model: nn.Module) -> nn.Linear | None:
 
 @contextmanager
 def forward_of(module: nn.Module | None, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within it, `module` computes `function`, hooks and all."""
+    """A context in which `module` computes `function`; its hooks stay."""
     if module is None:
         yield
         return

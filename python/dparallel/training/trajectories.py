@@ -1,9 +1,9 @@
-"""A model's own right answers, to train it on: prompts in, shards of checked answers out.
+"""Collects a model's own right answers, to train it on: prompts in, shards of checked answers out.
 
-Certainty forcing learns from what the model itself says (dParallel, arXiv 2509.26488): it answers the
-training prompts, a checker keeps what is right, and each answer is kept with the order in which its tokens
-were committed. The prompts are cut into shards; a shard's file appears whole or not at all, so a run that was
-killed goes on with the shards that are not there, and any number of processes share them out by number.
+Certainty forcing learns from the model's own text (dParallel, arXiv 2509.26488): the model answers the
+training prompts, a checker keeps the right answers, and each is written with the order in which its tokens
+were committed. Prompts are cut into shards; a shard's file appears whole or not at all, so an interrupted run
+is resumed with the missing shards, and any number of processes divide them by number.
 """
 
 from __future__ import annotations
@@ -44,27 +44,27 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the answers of a run are; a run goes on only with the same."""
+    """The settings of a run; it can be resumed only with the same."""
 
     model: str = registry.DEFAULT
     policy: str = "entropy:0.5"
     """"one", "steps:N" (the fixed schedule) or SELECTOR:THRESHOLD."""
     gen_length: int = tasks.GEN_LENGTH
     block_length: int | None = None
-    """None: the model's own, if it is block-causal, else 32; settings.json has the number."""
+    """None: the model's own if it is block-causal, else 32; settings.json has the number."""
     cache: str = "none"
     checker: str = "hashes"
     shard: int = 500
     """Prompts per shard."""
     format: str = "parquet"
     chat: bool | None = None
-    """Whether prompts go by the checkpoint's chat template; None: where it has one."""
+    """Whether to put prompts into the checkpoint's chat template; None: if it has one."""
     mask_id: int | None = None
     """None: the checkpoint's own."""
 
     @property
     def config(self) -> dx.DecodeConfig:
-        """How prompts are decoded. Raises ValueError naming the setting that does not fit."""
+        """The config of decoding. Raises ValueError naming the setting that does not fit."""
         return dx.DecodeConfig(
             rule=self.policy,
             gen_length=self.gen_length,
@@ -80,8 +80,8 @@ class Settings:
 def read_prompts(source: str, prompt_field: str = "prompt", answer_field: str = "answer") -> list[Prompt]:
     """Prompts of a JSONL or Parquet file, or of "builtin:N[:SEED]", N training problems of `tasks`.
 
-    A prompt is a text; an answer may be a number too. Raises ValueError naming the line and the field that is
-    missing or neither, FileNotFoundError.
+    A prompt is a text; an answer is a text or a number. Raises FileNotFoundError, or ValueError naming the
+    line and the field that is missing or of another type.
     """
     if source.startswith("builtin:"):
         try:
@@ -122,24 +122,24 @@ def generate(
     loaded: tuple[Any, Any] | None = None,
     progress: bool = True,
 ) -> Path:
-    """Answer `prompts` and write the right answers to `out`, or go on where a run there was stopped.
+    """Answer `prompts` and write the right answers to `out`, or resume an interrupted run there.
 
     `out` receives settings.json, and part-NNNNN files in the `format` of the settings. Their rows: index (of
     the prompt), prompt, prompt_ids, response, response_ids, step (the pass that committed each token, from
     1), confidence (its probability then), nfe (passes). A shard without a right answer has no rows.
 
-    Under `torchrun` or `accelerate launch`, process r of n takes the shards r, r + n, ...: RANK and
-    WORLD_SIZE say which, and the device is cuda:LOCAL_RANK where there is a GPU. The number of
-    processes may change between runs. A shard that is damaged is answered again.
+    Under `torchrun` or `accelerate launch`, process r of n (RANK of WORLD_SIZE) takes the shards r, r + n,
+    ..., and the device is cuda:LOCAL_RANK if there is a GPU. The number of processes may change between runs.
+    A damaged shard is answered again.
 
     Args:
         batch: sequences decoded at once; those of one prompt length go together.
-        loaded: (model, tokenizer), instead of loading settings.model; then `settings.chat` must be true for
-            the chat template of settings.model to be applied.
+        loaded: (model, tokenizer), in place of loading settings.model; then the chat template of
+            settings.model is applied only if `settings.chat` is true.
 
     Raises:
-        ValueError: where `out` holds a run of other settings or prompts, or another run is writing there; and
-            as `decode`. A run that is refused leaves nothing behind that would refuse the next.
+        ValueError: if `out` holds a run with other settings or prompts, or another run is writing there; and
+            as `decode`. A run that is refused leaves no files that would refuse the next.
     """
     settings = settings or Settings()
     for name, value in (("shard", settings.shard), ("batch", batch)):
@@ -187,7 +187,7 @@ def _generate(
     if not missing:
         _claim(directory, content)
         return
-    for number in missing:  # of a run that was killed
+    for number in missing:  # files of a run that was killed
         for partial in directory.glob(_shard(directory, number, settings.format).name + "*.partial"):
             partial.unlink(missing_ok=True)
     if device is None and torch.cuda.is_available():
@@ -231,7 +231,7 @@ def _answer(
     config: dx.DecodeConfig,
     batch: int,
 ) -> Iterator[list[tuple[int, dict[str, Any]]]]:
-    """[(place in prompts, row)] of each batch."""
+    """Answer prompts batch by batch; yield [(index in prompts, row)] of each batch."""
     groups: dict[int, list[tuple[int, list[int]]]] = {}
     for at, prompt in enumerate(prompts):
         ids = encode(prompt.text)
@@ -270,24 +270,24 @@ def _shard(directory: Path, number: int, format: str) -> Path:
 
 
 def _content(prompts: list[Prompt], settings: Settings) -> dict[str, Any]:
-    """Of settings.json: what the answers of the run are."""
+    """The content of settings.json, which identifies the run."""
     digest = hashlib.sha256(json.dumps([asdict(p) for p in prompts]).encode()).hexdigest()
     return {**asdict(settings), "prompts": len(prompts), "prompts_sha256": digest}
 
 
 def _claim(directory: Path, content: dict[str, Any]) -> None:
-    """Write settings.json, or make sure that what is there is the same."""
+    """Write settings.json, or check that the existing one is the same."""
     _check(directory, content)
     if not (directory / SETTINGS).exists():
         files.write_json(directory / SETTINGS, content)
 
 
 def _check(directory: Path, content: dict[str, Any]) -> None:
-    """Raise ValueError where the directory holds a run with other settings."""
+    """Raise ValueError if the directory holds a run with other settings."""
     file = directory / SETTINGS
     if not file.exists():
         return
-    older = {"chat": False, "mask_id": None}  # of a run from before there were these settings
+    older = {"chat": False, "mask_id": None}  # defaults for runs of versions without these settings
     found = older | files.json_object("out", file, 1, files.read_text("out", file))
     other = {key: found.get(key) for key in content if found.get(key) != content[key]}
     if other:
@@ -295,7 +295,7 @@ def _check(directory: Path, content: dict[str, Any]) -> None:
 
 
 def _is_whole(directory: Path, number: int, settings: Settings) -> bool:
-    """Whether the shard is there, and holds rows of its own prompts to the end."""
+    """Whether the shard exists, can be read to the end, and has rows of its own prompts alone."""
     file = _shard(directory, number, settings.format)
     if not file.exists():
         return False
@@ -308,7 +308,7 @@ def _is_whole(directory: Path, number: int, settings: Settings) -> bool:
 
 
 def _rows_of_shard(file: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Raises ValueError where the shard is damaged. `columns`: those alone, of Parquet."""
+    """The rows of a shard. Raises ValueError if it is damaged. `columns`: the columns to read of Parquet."""
     if file.suffix == ".jsonl" and not file.read_bytes().endswith(b"\n"):
         raise ValueError(f"trajectories: {file} is empty or cut off")
     for _, row in files.rows("trajectories", file, columns):
@@ -317,7 +317,7 @@ def _rows_of_shard(file: Path, columns: list[str] | None = None) -> Iterator[dic
 
 def _write(file: Path, rows: list[dict[str, Any]], settings: Settings) -> None:
     if settings.format == "jsonl":
-        # Without a row it is an empty line, so that an empty file is a damaged one.
+        # Without rows the file is an empty line, so that an empty file is a damaged one.
         files.write_text(file, "".join(json.dumps(row) + "\n" for row in rows) or "\n")
         return
     import pyarrow
@@ -349,7 +349,7 @@ class Trajectories(Dataset[dict[str, Any]]):
 
     Item i: input_ids (T,) int64, prompt and response; prompt_length; step (T - prompt_length,) int64; index.
 
-    Raises FileNotFoundError where there is no run, ValueError where shards are missing or damaged.
+    Raises FileNotFoundError if there is no run, ValueError if shards are missing or damaged.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -371,7 +371,7 @@ class Trajectories(Dataset[dict[str, Any]]):
                 f"trajectories: {directory} is not finished: {len(missing)} of {len(shards)} shards are "
                 f"missing ({missing[0]}, ...); run `dparallel trajectories` again"
             )
-        # One flat buffer each: a hundred thousand answers as Python lists would be gigabytes.
+        # Flat buffers: a hundred thousand answers as Python lists would take gigabytes.
         ids: list[Tensor] = []
         steps: list[Tensor] = []
         self.bounds: list[tuple[int, int, int]] = []  # start, prompt's length, whole length
@@ -411,8 +411,8 @@ class Collator:
     """Rows of `Trajectories` as a batch, padded on the right.
 
     As published, responses are lengthened with EOS, which is learned, or cut: to `total_length` tokens with
-    the prompt (LLaDA: 384) or to `response_length` without it (Dream: 256). What length still
-    differs is padding that no position sees.
+    the prompt (LLaDA: 384) or to `response_length` without it (Dream: 256). Rows that still are shorter than
+    others get padding that no position sees.
     """
 
     eos_id: int

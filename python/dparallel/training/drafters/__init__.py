@@ -1,8 +1,8 @@
-"""Drafters with weights, trained on what the target itself answers.
+"""Trains drafters with weights on the target's own answers.
 
-The target answers the training prompts (greedy, many at once); a kind of drafter, a file each here, says what
-learns from them by which loss (`common.Trainee`). Muon on the matrices, AdamW on the rest, and an exponential
-average of the weights is what is written.
+The target answers the training prompts (greedy, many at once). Each kind of drafter has a file here with its
+module and its loss (`common.Trainee`). Muon trains the matrices, AdamW the rest; an exponential average of
+the weights is saved.
 """
 
 from .common import Settings

@@ -1,8 +1,9 @@
-"""AdaDecode's heads: each learns to say behind some layers what the whole model says, by KL.
+"""Trains AdaDecode's heads (arXiv 2506.03700): each learns, after some layers, the whole model's
+distribution.
 
-A step takes places of the target's answers. The target's streams behind the layers and its logits at the end
-come from one pass; a head's loss is KL(p || p_l), p the whole model's distribution. The loss of several heads
-is their mean.
+A step takes places of the target's answers. One pass gives the target's streams after these layers and its
+logits; a head's loss is KL(p || p_l), with p the whole model's distribution. The loss of several heads is
+their mean.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ class ExitSettings(Settings):
     steps: int = 1000
     anchors: int = 64
     exits: tuple[int, ...] | None = None
-    """Behind so many layers stand heads; None: behind a quarter, a half and three quarters of the target's,
-    as published."""
+    """The numbers of layers after which there are heads; None: a quarter, a half and three quarters of the
+    target's, as published."""
     gamma: float = 0.85
-    """How sure a head has to be, as a probability."""
+    """The probability above which a head drafts."""
     most: int = 16
-    """Tokens of a draft."""
+    """The most tokens of a draft."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,8 +75,8 @@ class Exits(Trainee):
 
 
 def places_of(answers: Sequence[Answer], anchors: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Answers (B, L) int64, filled up with any token, and (N,) int64 flat places in them: up to `anchors`
-    random ones of each answer, whose next token is one of the response."""
+    """Answers (B, L) int64, padded with arbitrary tokens, and (N,) int64 flat places in them: up to `anchors`
+    random places of each answer whose next token is in the response."""
     ids = pad_sequence([each for each, _ in answers], batch_first=True)
     first = torch.tensor([length - 1 for _, length in answers])[:, None]
     last = torch.tensor([len(each) - 2 for each, _ in answers])[:, None]
@@ -86,7 +87,7 @@ def places_of(answers: Sequence[Answer], anchors: int, generator: torch.Generato
 
 
 def loss_of(heads: ExitHeads, target: models.Model, ids: Tensor, places: Tensor) -> Tensor:
-    """ids: (B, L) int64; places: (N,) int64, flat, where the heads learn."""
+    """The mean KL of the heads. ids: (B, L) int64; places: (N,) int64, flat, where the heads learn."""
     layers = heads.layout.layers
     taps = models.Taps(tuple(layer - 1 for layer in layers))
     with torch.no_grad():

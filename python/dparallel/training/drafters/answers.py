@@ -1,4 +1,5 @@
-"""What a drafter learns from and is judged by: prompts, and the target's own answers to them, kept as ids."""
+"""The data of a drafter's training and test: prompts, and the target's own answers to them, as ids in
+files."""
 
 from __future__ import annotations
 
@@ -25,13 +26,13 @@ from ..trajectories import Prompt, read_prompts
 from .common import Answer, Settings
 
 SHARD = 512
-"""Answers in a file: what a run that is stopped loses at most."""
+"""Answers in a file: the most that an interrupted run loses."""
 
 
 def prompts_of(
     data: str, prompt_field: str, answer_field: str | None, encode: Callable[[str], list[int]], held: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Token ids of the prompts to learn from, and of those to be judged by."""
+    """Token ids of the prompts to learn from, and of those held out to test with."""
 
     def ids(prompts: Sequence[Prompt]) -> list[Tensor]:
         return [torch.tensor(encode(prompt.text), dtype=torch.int64) for prompt in prompts]
@@ -57,7 +58,7 @@ def answers_of(
     batch: int,
     progress: bool,
 ) -> list[Answer]:
-    """The target's answers, those that are in the directory as they are there; too short ones left out."""
+    """The target's answers, read from the directory if they are there; without those that are too short."""
     said: dict[str, Any] = {"target": models.fingerprint(model), "gen_length": settings.gen_length}
     if settings.temperature:
         said |= {"temperature": settings.temperature, "seed": settings.seed}
@@ -95,7 +96,8 @@ def answers_of(
 def answer_all(
     model: models.Model, prompts: Sequence[Tensor], settings: Settings, first: int = 0
 ) -> list[Answer]:
-    """The target's own texts, up to and with the end token; first: the number of the first prompt."""
+    """The target's answers, up to and with the end token; first: the number of the first prompt, for
+    seeds."""
     out = dx.speculate(
         model,
         list(prompts),
@@ -110,7 +112,7 @@ def answer_all(
 
 
 def _read_answers(file: Path, content: str) -> list[Answer] | None:
-    """What a file holds; None where it is not there. Raises ValueError for one of another run."""
+    """The answers in a file; None if it does not exist. Raises ValueError for a file of another run."""
     if not file.exists():
         return None
     try:

@@ -1,8 +1,8 @@
-"""Drafters of a block a pass: DFlash and ParallelSpec.
+"""Trains drafters that guess a block in a pass: DFlash and ParallelSpec.
 
-A step lays blocks behind the target's answers, each at a random place, packed under one mask: a block sees
-the context in front of its root, and itself. Each row behind the root learns the token at its own position by
-cross entropy. Rows count by what they are worth, since a draft ends at its first wrong token (`weights`).
+A step packs blocks behind the target's answers, each for a random place, under one mask: a block sees the
+context in front of its root, and itself. Each row after the root learns the token at its own position by
+cross entropy. Rows have `weights`, since a draft ends at its first wrong token.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from dparallel_ext.speculation.dflash import CAUSAL, EMBEDDING, Layout, check_ta
 from .common import Answer, Settings, Target, Trainee
 
 KINDS = {"dflash": {"layers": 3, "block": 16}, "parallelspec": {"layers": 1, "block": 7}}
-"""Layers and rows of a block, the root among them, where no numbers are given."""
+"""Default layers, and rows of a block, the root included."""
 DECAY = ((8, 4.0), (10, 5.0), (16, 7.0))
-"""DFlash's: of blocks up to so many rows, the rows in which a row's weight falls to 1 / e."""
+"""DFlash's (rows of a block up to, rows in which the weight falls to 1 / e)."""
 LOSSES = ("d-pace", "exp")
 
 
@@ -39,10 +39,10 @@ class BlockSettings(Settings):
     layers: int | None = None
     block: int | None = None
     taps: tuple[int, ...] | None = None
-    """Layers of the target; None: of DFlash all of a small target, of a large one as published; of
-    ParallelSpec the embedding and the last."""
+    """Layers of the target to read; None: for DFlash all of a small target, those published of a large one;
+    for ParallelSpec the embedding and the last."""
     mlp_width: int | None = None
-    """None: the target's."""
+    """None: the target's width."""
     mask_id: int | None = None
     """None: the mask token of the target's tokenizer."""
     loss: str = "d-pace"
@@ -79,7 +79,7 @@ class Blocks(Trainee):
 
 
 def config_of(model: models.Model, settings: BlockSettings, mask_id: int, origin: Origin) -> dict[str, Any]:
-    """config.json of a drafter for `model`, in the layout of the published ones.
+    """The config.json of a drafter for `model`, in the layout of the published drafters.
 
     Raises ValueError naming the setting that does not fit the model.
     """
@@ -117,7 +117,8 @@ def config_of(model: models.Model, settings: BlockSettings, mask_id: int, origin
 
 
 def initialise(model: DraftModel) -> None:
-    """Normal weights of variance 1 / fan_in, the residual branches' last matrices smaller."""
+    """Initialise by normal weights of variance 1 / fan_in, smaller for the last matrices of residual
+    branches."""
     for name, p in model.named_parameters():
         if p.ndim == 2:
             last = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -130,33 +131,34 @@ class Packed:
     """Answers and the blocks behind them: B sequences, A blocks of N rows each."""
 
     ids: Tensor
-    """(B, L) int64, filled up with any token."""
+    """(B, L) int64, padded with arbitrary tokens."""
     rows: Tensor
     """(B, A N) int64: tokens of the blocks' rows, roots and masks."""
     positions: Tensor
-    """(B, A N) int64"""
+    """(B, A N) int64: positions of the blocks' rows."""
     visible: Tensor
-    """(B, A N, L + A N) bool: what a row sees, of the context and of the rows."""
+    """(B, A N, L + A N) bool: the columns of the context, and the rows, that a row sees."""
     labels: Tensor
-    """(B, A, N - 1) int64: the token at the position of each row behind the root; -1 where there is none."""
+    """(B, A, N - 1) int64: the token at the position of each row after the root; -1 if there is none."""
 
 
 def pack_blocks(
     answers: Sequence[Answer], layout: Layout, anchors: int, generator: torch.Generator
 ) -> Packed:
-    """Blocks at up to `anchors` random places of each answer, so that root and next token are its tokens."""
+    """Blocks at up to `anchors` random places of each answer, whose root and next token are in the
+    response."""
     block = layout.block
     ids = pad_sequence([each for each, _ in answers], batch_first=True)
     prompts = torch.tensor([length for _, length in answers])[:, None]
     ends = torch.tensor([len(each) for each, _ in answers])[:, None]
     at = torch.arange(ids.shape[1])
-    # Random numbers in order: the first `anchors` places among those that may be.
+    # Places in the order of random numbers, places that are not allowed last.
     key = torch.rand(ids.shape, generator=generator).masked_fill((at < prompts) | (at > ends - 2), 2.0)
     key, place = key.sort(1)
     key, place = key[:, :anchors], place[:, :anchors]
-    used = int((key < 2).any(0).sum())  # of the answer with the most places
+    used = int((key < 2).any(0).sum())  # the number of places of the answer with the most
     place, there = place[:, :used], (key < 2)[:, :used]
-    place = torch.where(there, place, prompts)  # a block that is not there has no labels
+    place = torch.where(there, place, prompts)  # a missing block has no labels
     count, size = ids.shape[0], used * block
     offset = torch.arange(block)
     positions = place[..., None] + offset  # (B, A, N)
@@ -175,7 +177,7 @@ def pack_blocks(
 def loss_of(
     model: DraftModel, target: models.Model, answers: Sequence[Answer], settings: BlockSettings, step: int
 ) -> Tensor:
-    """Of a step. It depends on the seed and the step alone, so that a resumed run sees what it would have."""
+    """The loss of a step. It depends only on the seed and the step, so that a resumed run gets the same."""
     said, device = model.layout, target.device
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     some = torch.randint(len(answers), (settings.batch,), generator=generator).tolist()
@@ -189,7 +191,7 @@ def loss_of(
         with torch.no_grad():
             target.hidden(batch.ids.to(device), taps=taps)
             x = target.embed(batch.rows.to(device)).float()
-            length = batch.ids.shape[1] + said.block  # no block reaches further
+            length = batch.ids.shape[1] + said.block  # the positions that blocks can reach
             cos, sin = rope.table(length, s.head_dim, s.rope_theta, s.rope_scaling, device)
         feature = model.feature([taps[each].float() for each in said.taps])
         visible, positions = batch.visible.to(device), batch.positions.to(device)
@@ -205,11 +207,11 @@ def loss_of(
 
 
 def weights(nll: Tensor, asked: Tensor, loss: str) -> Tensor:
-    """(..., N - 1): how much each row counts, 0 where it is not asked.
+    """(..., N - 1): the weight of each row, 0 for rows without a label.
 
-    "exp": exp(-(k - 1) / g) of row k, as DFlash. "d-pace" (arXiv 2605.18810): with s = q / 2 + 1 / 2 of the
-    label's probability q, the sum over j >= k of s_1 ... s_j: what a draft's length gains by row k. Both go
-    by what the row says now, and no gradient goes through them.
+    "exp": exp(-(k - 1) / g) for row k, as in DFlash. "d-pace" (arXiv 2605.18810): with s = q / 2 + 1 / 2 of
+    the label's current probability q, the sum over j >= k of s_1 ... s_j, by which row k lengthens a draft.
+    No gradient passes through the weights.
     """
     if loss == "exp":
         size = nll.shape[-1] + 1

@@ -1,4 +1,4 @@
-"""What the kinds of drafters have in common under training: settings, the target, and what a kind is."""
+"""What the kinds of drafters share in training: settings, the target, and the interface of a kind."""
 
 from __future__ import annotations
 
@@ -22,28 +22,29 @@ from ...text import Template
 from ...toy.train import MOST_SEEDS
 
 Answer = tuple[Tensor, int]
-"""Prompt and response (T,) int64, the end token with them, and the prompt's length."""
+"""Prompt and response (T,) int64 with the end token, and the prompt's length."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What every drafter is trained by; with the same settings and answers it comes out the same.
+    """The settings that all drafters have; the same settings and answers give the same drafter.
 
-    A kind's settings are a subclass, which adds what the drafter is.
+    Each kind has a subclass with settings of its own.
     """
 
     KINDS: ClassVar[tuple[str, ...]]
-    """What `kind` may be."""
+    """Values of `kind`."""
     kind: str
     steps: int = 2000
     batch: int = 16
     """Answers in a step."""
     anchors: int = 16
-    """Places in each that it learns from, as far as there are so many."""
+    """The most places of an answer that a step learns from."""
     gen_length: int = 256
-    """Of the answers at most."""
+    """The most tokens of an answer."""
     temperature: float = 0.0
-    """Of the answers: what is decoded at a higher one goes ways that the likeliest answers never went."""
+    """Temperature of the answers. A drafter for sampling needs one: samples differ from the greedy
+    answers."""
     muon_lr: float = 3e-3
     adam_lr: float = 2e-3
     weight_decay: float = 0.01
@@ -75,18 +76,18 @@ class Target:
     """The model that a drafter is trained for."""
 
     name: str
-    """As it was given."""
+    """The model's name, as given."""
     model: models.Model
     template: Template | None
     has_files: bool
-    """Whether its name is that of a checkpoint, whose tokenizer can be looked at."""
+    """Whether the name is a checkpoint's, whose tokenizer files can be read."""
 
     def origin(self, kind: str) -> Origin:
-        """What a drafter's file says of its training."""
+        """The origin for a drafter's file."""
         return Origin(kind, models.fingerprint(self.model), _name_of(self.template))
 
     def mask_id(self, given: int | None) -> int:
-        """The id of a token that no text has. Raises ValueError where there is none to be found."""
+        """The id of a token that appears in no text. Raises ValueError if there is none."""
         found = self.model.mask_id if given is None else given
         if found is None and self.has_files:
             found = checkpoints.mask_token_id(registry.directory_of(self.name))
@@ -102,31 +103,32 @@ class Target:
 
 
 def _name_of(template: Template | None) -> str | None:
-    """A hash of what a chat template makes of an empty message; None where there is none."""
+    """A hash of a chat template's text for an empty message; None without a template."""
     if template is None:
         return None
     return hashlib.sha256(template([{"role": "user", "content": ""}]).encode()).hexdigest()[:16]
 
 
 class Saved(Drafter, Protocol):
-    """A drafter that can be written, as `speculation.load` reads it."""
+    """A drafter that can be written to a file for `speculation.load`."""
 
     def save(self, path: str | Path) -> None: ...
 
 
 class Trainee(ABC):
-    """A drafter of a kind under training: what is trained, by which loss, and what becomes of it.
+    """A drafter of a kind under training: its module, its loss, and the finished drafter.
 
-    Made of a target and settings, which raises ValueError naming the setting that does not fit.
+    The constructor raises ValueError naming the setting that does not fit the target.
     """
 
     SETTINGS: ClassVar[type[Settings]]
     config: dict[str, Any]
-    """config.json of the drafter."""
+    """The drafter's config.json."""
     module: nn.Module
-    """What is trained: what `build` has made, on the target's device."""
+    """The trained module, made by `build`, on the target's device."""
     measured: ClassVar[int] = 0
-    """Answers, a tenth of all at most, that it does not learn from, and that `drafter` gets."""
+    """Answers, at most a tenth of all, that it does not learn from, and that `drafter` gets to measure
+    with."""
 
     @abstractmethod
     def __init__(self, target: Target, settings: Any) -> None: ...
@@ -142,9 +144,9 @@ class Trainee(ABC):
 
     @abstractmethod
     def loss_of(self, answers: Sequence[Answer], step: int) -> Tensor:
-        """Of a step. It depends on the seed and the step alone, so that a resumed run sees what it would
-        have."""
+        """The loss of a step. It depends only on the seed and the step, so that a resumed run gets the
+        same."""
 
     @abstractmethod
     def drafter(self, source: str, measured: Sequence[Answer]) -> Saved:
-        """What has been trained; source: what errors call it."""
+        """The trained drafter; source: names it in errors."""

@@ -1,16 +1,17 @@
-"""Drafters whose guesses ride along: prompt tokens (PPD) and Hidden Transfer.
+"""Trains drafters with riders: prompt tokens (PPD) and Hidden Transfer.
 
-A step lays riders behind random places of the target's answers, a chain of all distances behind each. They
-see the text up to their place and the riders in front of them. A rider learns the distribution that the
-target has in the row of the true token at the rider's position: KL(target || rider), in which distance i
-counts .8^i (PPD, arXiv 2405.18628; Hidden Transfer, 2404.12022, distils so too). The rider's logits are
-divided by `soften` there, since their order alone is used: few numbers cannot make a head that is sure of
-itself unsure, and at 1 most of the loss of prompt tokens is of places where they cannot know what comes (300
-steps for `builtin:causal`: the first choice of the first of them right in 38% at 1, in 49% at 3). Maps can:
-they are better at 1. Nothing but what the kind trains gets a gradient.
+A step puts a chain of riders, one for each distance, behind random places of the target's answers. A rider
+sees the text up to its place and the riders before it. It learns the target's distribution in the row of the
+true token at the rider's position, by KL(target || rider) with weight .8^i at distance i (PPD, arXiv
+2405.18628; Hidden Transfer, 2404.12022, distils the same way). In the loss the rider's logits are divided by
+`soften`,
+since only their order is used: the few numbers of a prompt token cannot lower the head's confidence, and at
+`soften` 1 most of the loss is from places where the next tokens cannot be known (300 steps for
+`builtin:causal`: the first rider's best token is right in 38% at 1, in 49% at 3). Maps of Hidden Transfer
+can, and are better at 1. Only the kind's own parameters get a gradient.
 
-What is left is measured at the end, on answers that nothing was learned from: how often the true token is the
-likeliest of a rider's row, the second, and so on. The drafter's trees are built from that.
+At the end the ranks are measured on answers that were not trained on: how often the true token is a rider's
+most probable one, the second, and so on. The drafter's trees are built from these ranks.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from dparallel_ext.speculation.riders import GUESSES, Birth, config_of
 from .common import Answer, Settings, Target, Trainee
 
 DECAY = 0.8
-"""What a rider counts less than the one in front of it."""
+"""The weight of a rider relative to the one before it."""
 
 
 @dataclass(frozen=True)
 class RiderSettings(Settings):
     riders: int = 3
-    """Behind a node: so many tokens beyond the next are guessed."""
+    """Riders of a node: the number of tokens beyond the next that are guessed."""
     soften: float = 1.0
-    """By this the riders' logits are divided in the loss."""
+    """Divides the riders' logits in the loss."""
     ema: float = 0.99
 
     def __post_init__(self) -> None:
@@ -66,7 +67,7 @@ class TransferSettings(RiderSettings):
     kind: str = HiddenTransfer.KIND
     adam_lr: float = 3e-3
     layer: int | None = None
-    """In front of which riders join; None: the middle one."""
+    """The layer before which riders join; None: the middle one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,10 +103,10 @@ class Prompts(_Riders):
 
     @property
     def matrices(self) -> list[torch.nn.Parameter]:
-        return []  # embeddings, as those of a model, are AdamW's
+        return []  # AdamW trains embeddings, as in a model
 
     def build(self) -> PromptTokens:
-        """The embeddings of tokens of the vocabulary."""
+        """Prompt tokens, initialised by the embeddings of random tokens of the vocabulary."""
         module = PromptTokens(self.config)
         some = torch.randint(module.vocabulary, (module.most,))
         with torch.no_grad():
@@ -129,7 +130,7 @@ class Transfers(_Riders):
         return []
 
     def build(self) -> HiddenTransfer:
-        """The identity: the stream of the node itself."""
+        """Maps, initialised to the identity: a rider's stream is its node's."""
         module = HiddenTransfer(self.config)
         with torch.no_grad():
             module.maps.copy_(torch.eye(module.width).expand_as(module.maps))
@@ -140,23 +141,23 @@ class Placed(NamedTuple):
     """Answers and riders behind some places of each: B sequences, A places, n riders behind each."""
 
     ids: Tensor
-    """(B, L) int64, filled up with any token."""
+    """(B, L) int64, padded with arbitrary tokens."""
     places: Tensor
     """(B, A) int64: the positions of the nodes; their choice is the next token."""
     asked: Tensor
-    """(B, A, n) bool: behind the rider's position there is a token of the answer, which it guesses."""
+    """(B, A, n) bool: whether the answer has a token after the rider's position, which the rider guesses."""
 
 
 def place(
     answers: Sequence[Answer], riders: int, anchors: int | None, generator: torch.Generator | None = None
 ) -> Placed:
-    """Riders behind up to `anchors` random places of each answer (None: behind all), so that at least one has
-    a token to guess."""
+    """Riders behind up to `anchors` random places of each answer (None: behind all) where at least one rider
+    has a token to guess."""
     ids = pad_sequence([each for each, _ in answers], batch_first=True)
     prompts = torch.tensor([length for _, length in answers])[:, None]
     ends = torch.tensor([len(each) for each, _ in answers])[:, None]
     at = torch.arange(ids.shape[1])
-    # Of a node at p the next token is p + 1, and the first rider guesses p + 2.
+    # After a node at position p comes the token at p + 1; the first rider guesses the token at p + 2.
     key = torch.rand(ids.shape, generator=generator).masked_fill((at < prompts - 1) | (at > ends - 3), 2.0)
     key, places = key.sort(1)
     used = int((key < 2).any(0).sum()) if anchors is None else min(anchors, int((key < 2).any(0).sum()))
@@ -166,8 +167,8 @@ def place(
 
 
 def logits_of(birth: Birth, model: models.Model, placed: Placed) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the riders that are asked (R of them): their logits (R, V) float32, those of the target in the rows
-    of the true tokens at their positions, and the true tokens that they guess (R,)."""
+    """For the R riders with a token to guess: their logits (R, V) float32, the target's logits (R, V) in the
+    rows of the true tokens at their positions, and the true tokens (R,) int64 that they guess."""
     device, n = model.device, birth.most
     ids, places, asked = (each.to(device) for each in placed)
     length, s = ids.shape[1], model.shape
@@ -200,7 +201,8 @@ def logits_of(birth: Birth, model: models.Model, placed: Placed) -> tuple[Tensor
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    """(B, N, heads, D) of q, k and v (B, M, kv_heads, D) after RoPE. visible: None is causal."""
+    """Attention (B, N, heads, D) of q (B, N, heads, D) to k and v (B, M, kv_heads, D), after RoPE. visible:
+    None: causal."""
     grouped = q.shape[2] != k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None, enable_gqa=grouped)
@@ -210,8 +212,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor
 def context_of(
     model: models.Model, ids: Tensor, layer: int, cos: Tensor, sin: Tensor
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
-    """Of whole sequences ids (B, L): keys after RoPE and values (B, L, kv_heads, D) of the layers from
-    `layer` on, the stream (B, L, width) in front of it, and what the head takes (B, L, width)."""
+    """For whole sequences ids (B, L): keys after RoPE and values (B, L, kv_heads, D) of the layers from
+    `layer` on, the stream (B, L, width) before that layer, and the head's input (B, L, width)."""
     turn = [t[: ids.shape[1], None] for t in (cos, sin)]  # (L, 1, head_dim / 2)
     known: list[tuple[Tensor, Tensor]] = []
 
@@ -231,7 +233,7 @@ def context_of(
 def ranks_of(
     birth: Birth, model: models.Model, answers: Sequence[Answer], batch: int = 16
 ) -> tuple[tuple[float, ...], ...]:
-    """For each rider of a chain: how often the true token was its likeliest, its second, ..."""
+    """For each rider of a chain, how often the true token was its most probable one, its second, ..."""
     count = min(GUESSES, birth.vocabulary)
     hits = torch.zeros(birth.most, count)
     total = torch.zeros(birth.most, 1)

@@ -1,4 +1,4 @@
-"""A run: the target answers, a drafter learns from its answers, and is judged."""
+"""A training run: the target answers prompts, a drafter learns from its answers, and is tested."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ KINDS: dict[str, type[Trainee]] = {kind: trainee for trainee in TRAINEES for kin
 
 
 def settings_of(kind: str, **given: Any) -> Settings:
-    """Of a kind of drafters. Raises ValueError for an unknown kind, and for a setting of others."""
+    """The settings of a kind of drafter. Raises ValueError for an unknown kind, and for other kinds'
+    settings."""
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {list(KINDS)}, got {kind!r:.80}")
     of_kind = KINDS[kind].SETTINGS
@@ -57,26 +58,25 @@ def run(
     loaded: tuple[Any, Any] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Train a drafter for `target`, or go on where a run in `out` was stopped.
+    """Train a drafter for `target`, or resume an interrupted run in `out`.
 
     `out` receives config.json and model.safetensors (bfloat16: the drafter, `speculate(drafter=out)`),
-    training.json (the report) and, for a run that goes on, answers-NNNNN.safetensors and state.pt, every
-    `save_every` steps. A resumed run continues exactly as if it had not been stopped; only `steps` may
-    change.
+    training.json (the report) and, for resuming, answers-NNNNN.safetensors and, every `save_every` steps,
+    state.pt. A resumed run continues exactly as if it had not been stopped; only `steps` may change.
 
     Args:
-        target: an autoregressive model as `registry.load` names it.
+        target: an autoregressive model by its name for `registry.load`.
         data: prompts, see `trajectories.read_prompts`.
-        evaluate: prompts that it is judged by and does not learn from: held-out problems of the built-in
-            task, or so many of the file's.
-        answer_batch: sequences that answer at once.
+        evaluate: prompts held out to test with: held-out problems of the built-in task, or prompts of the
+            file.
+        answer_batch: sequences answered at once.
         chat: see `registry.template_of`.
-        loaded: (model, tokenizer), instead of loading the target; then without chat template, unless `chat`.
+        loaded: (model, tokenizer), in place of loading the target; then without chat template, unless `chat`.
 
     Returns the report: settings, target, answers, parameters, bytes, seconds, loss (a curve), and held_out,
     see `judge`.
 
-    Raises ValueError and FileNotFoundError, by name; a run that is refused writes nothing.
+    Raises ValueError and FileNotFoundError naming the argument; a run that is refused writes nothing.
     """
     settings = settings or blocks.BlockSettings()
     for name, value, least in (("evaluate", evaluate, 0), ("save_every", save_every, 1)):
@@ -107,7 +107,7 @@ def run(
 
 @contextmanager
 def _frozen(model: models.Model) -> Iterator[None]:
-    """No gradient of the target's weights is computed."""
+    """A context without gradients of the target's weights."""
     learning = [p for p in model.parameters() if p.requires_grad]
     try:
         for p in learning:
@@ -162,19 +162,19 @@ def _train(
     return trainee.drafter(str(directory), measured), report
 
 
-# --- what it is worth -----------------------------------------------------------------------------
+# --- the test -------------------------------------------------------------------------------------
 
 
 def judge(
     target: models.Model, drafter: Drafter, prompts: Sequence[Tensor], gen_length: int, batch: int = 128
 ) -> dict[str, Any]:
-    """Decoding of prompts with drafts of the drafter's most tokens in every pass, to the end token.
+    """Decode prompts to the end token, with drafts of the drafter's largest size in every pass.
 
-    prompts; tokens (an answer's mean, the end token among them); passes (an answer's mean, with that over the
-    prompt); tau: tokens of a pass that has a draft, the model's own among them; tokens_per_pass: of all
-    passes; accepted: of each depth that drafts have had, as far as there was room for it, the share of drafts
-    that were right up to it; accepted_share: of all drafted tokens; layers: of the model that were run for a
-    token, one after the other, as a share of all its layers.
+    Returns prompts (their number); tokens (the mean of an answer, end token included); passes (the mean of an
+    answer, the pass over the prompt included); tau: tokens of a pass with a draft, the model's own included;
+    tokens_per_pass: over all passes; accepted: for each depth the share of the drafts reaching it that are
+    right up to it; accepted_share: the share of all drafted tokens; layers: the layers run for a token, one
+    after the other, as a share of the model's layers.
     """
     tokens = passes = drafts = layers = 0
     depth = torch.zeros(2, drafter.most, dtype=torch.int64)
