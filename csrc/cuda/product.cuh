@@ -149,9 +149,19 @@ struct ProductCut {
   int height, cluster;
 };
 
+// Whether the device that this is compiled for has so much shared memory.
+template <int kBytes>
+__device__ constexpr bool has_room() {
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+  return kBytes <= kSmall;
+#else
+  return true;
+#endif
+}
+
 template <class T, class W, int kTiles, int kHeight, int kBytes>
-__global__ void __launch_bounds__(kProductThreads, 1)
-    product_kernel(LinearArgs args, const float* scale, int cluster, int chunks) {
+__device__ __forceinline__ void product_tile(const LinearArgs& args, const float* scale,
+                                             int cluster, int chunks) {
   using Storage = typename T::Storage;
   using Shared = Ring<W, kTiles, kHeight, kBytes>;
   constexpr int kRows = Shared::kRows, kLines = Shared::kLines, kNumbers = Shared::kNumbers;
@@ -343,6 +353,14 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     }
   }
   if (cluster > 1) leave_cluster();
+}
+
+template <class T, class W, int kTiles, int kHeight, int kBytes>
+__global__ void __launch_bounds__(kProductThreads, 1)
+    product_kernel(LinearArgs args, const float* scale, int cluster, int chunks) {
+  if constexpr (has_room<kBytes>()) {
+    product_tile<T, W, kTiles, kHeight, kBytes>(args, scale, cluster, chunks);
+  }
 }
 
 // A warp takes a row of the weights, by FMA.
