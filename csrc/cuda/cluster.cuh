@@ -105,14 +105,8 @@ int launch_clusters(void (*kernel)(Parameters...), unsigned grid, unsigned clust
   return static_cast<int>(cudaLaunchKernelEx(&config, kernel, args...));
 }
 
-// Whether what runs on the current device was compiled for clusters; the device has them then.
-template <class... Parameters>
-bool has_clusters(void (*kernel)(Parameters...)) {
-  cudaFuncAttributes attributes{};
-  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
-}
-
-// The same, asked once for each device.
+// Whether what runs on the current device was compiled for clusters, which it then has; asked once
+// for each device.
 template <auto kernel>
 bool has_clusters_here() {
   constexpr int kDevices = 64;
@@ -120,7 +114,11 @@ bool has_clusters_here() {
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
   std::atomic<int>& kept = known[device];
-  if (kept == 0) kept = 1 + has_clusters(kernel);
+  if (kept == 0) {
+    cudaFuncAttributes attributes{};
+    kept = 1 + (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
+                attributes.ptxVersion >= 90);
+  }
   return kept > 1;
 }
 
