@@ -220,8 +220,9 @@ def merge_row_stats(shards: Sequence[RowStats], offsets: Sequence[int]) -> RowSt
 
 
 def as_stats(tokens: Tensor, fields: Tensor, shape: Sequence[int]) -> RowStats:
-    token, sample = (x.view(shape) for x in tokens.unbind(0))
-    top1, top2, lse, confidence, margin, entropy, *rest = (x.view(shape) for x in fields.unbind(0))
+    # Reshaped before they are separated: every view costs as much as a small kernel's launch.
+    token, sample = tokens.view(len(tokens), *shape).unbind(0)
+    top1, top2, lse, confidence, margin, entropy, *rest = fields.view(len(fields), *shape).unbind(0)
     return RowStats(token, top1, top2, lse, confidence, margin, entropy, sample, *rest)
 
 
