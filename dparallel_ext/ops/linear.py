@@ -7,6 +7,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from .. import _C  # noqa: F401  (registers the ops)
 
@@ -49,12 +50,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, constant: b
 
 
 def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    others = [t for t in (weight, bias) if t is not None]
     return (
         x.is_cuda
         and 0 < x.numel() <= FEW * x.shape[-1]
         and x.dtype in (torch.bfloat16, torch.float16)
         and x.shape[-1] % 64 == 0
-        and all(t.dtype == x.dtype and t.device == x.device for t in (weight, bias) if t is not None)
+        and all(t.dtype == x.dtype and t.device == x.device for t in others)
+        and all(type(t) in (Tensor, Parameter) for t in (x, *others))  # not sharded or quantised
         and weight.is_contiguous()
         and not (
             torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda")

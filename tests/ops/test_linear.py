@@ -91,6 +91,22 @@ def test_where_a_gradient_or_autocast_is_wanted_it_is_torchs() -> None:
         assert dx.linear(x.float(), weight.detach()).dtype == torch.bfloat16
 
 
+@everywhere
+def test_a_tensor_that_is_more_than_its_numbers_is_torchs() -> None:
+    """As a sharded or a quantised weight is."""
+
+    class Special(Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is F.linear:
+                return torch.full((3, 8), 5.0)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    x, weight = torch.randn(3, 64).bfloat16(), torch.randn(8, 64).bfloat16().as_subclass(Special)
+    with torch.no_grad():
+        assert float(dx.linear(x, weight)[0, 0]) == 5.0
+
+
 @pytest.mark.skipif(STAND_IN, reason="models are not there")
 def test_layers_of_a_model_go_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four products a layer; one that a hook or an adapter changes is left alone."""
