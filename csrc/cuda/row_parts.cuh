@@ -1,0 +1,75 @@
+// Merging: what lanes, warps or blocks have of a row becomes the row's, in a fixed order.
+#pragma once
+
+#include "device.cuh"
+
+namespace dparallel::cuda {
+
+template <class Part>
+__device__ __forceinline__ Part shuffle_xor(const Part& part, int offset) {
+  static_assert(sizeof(Part) % 4 == 0, "");
+  uint32_t words[sizeof(Part) / 4];
+  memcpy(words, &part, sizeof part);
+#pragma unroll
+  for (auto& word : words) word = __shfl_xor_sync(kFullWarp, word, offset);
+  Part other;
+  memcpy(&other, words, sizeof other);
+  return other;
+}
+
+// The parts of `width` neighbouring lanes, a power of two, merged in an order that depends on the
+// width alone; the same for each of them, since merging is commutative to the bit.
+template <class Part, class Merge>
+__device__ __forceinline__ void merge_lanes(Part& part, int width, Merge merge) {
+#pragma unroll 1
+  for (int offset = 1; offset < width; offset *= 2) merge(part, shuffle_xor(part, offset));
+}
+
+// All of the block's parts, merged in a fixed order; valid in thread 0.
+template <class Part, int kParts, class Merge>
+__device__ __forceinline__ Part merge_block(Part part, Part (&shared)[kParts], Merge merge) {
+  merge_lanes(part, 32, merge);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = part;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+#pragma unroll 1
+    for (int warp = 1; warp < kParts; ++warp) merge(part, shared[warp]);
+  }
+  return part;
+}
+
+// Another block's part: past the L1 cache.
+template <class Part>
+__device__ __forceinline__ Part read_part(const Part* p) {
+  uint32_t words[sizeof(Part) / 4];
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(Part) / 4); ++i)
+    words[i] = __ldcg(reinterpret_cast<const uint32_t*>(p) + i);
+  Part part;
+  memcpy(&part, words, sizeof part);
+  return part;
+}
+
+// Of the chunks of a row, parts [chunks], by a warp: each lane merges every 32nd, then they merge
+// theirs, in an order that depends on the number of chunks alone. All lanes have the row's part.
+template <class Part, class Merge>
+__device__ __forceinline__ Part merge_chunks(const Part* parts, int chunks, Merge merge) {
+  Part part;
+  int c = static_cast<int>(threadIdx.x) % 32, offset = 1;
+#pragma unroll 1
+  for (int left = chunks; left > 0 || (offset < chunks && offset < 32);) {
+    Part other;
+    if (left > 0) {
+      if (c < chunks) other = read_part(parts + c);
+      c += 32;
+      left -= 32;
+    } else {
+      other = shuffle_xor(part, offset);
+      offset *= 2;
+    }
+    merge(part, other);
+  }
+  return part;
+}
+
+}  // namespace dparallel::cuda
