@@ -26,8 +26,8 @@ static_assert(kMostTop <= kScanThreads && kPool * 8 <= kScanBytes && kPool > kMo
 struct TopMemory {
   float largest[kScanThreads];  // of each thread's logits
   uint64_t listed[kMostListed];
-  uint64_t best[kMostTop];  // in descending order, then kNoKey
-  RowPart row;
+  uint64_t best[kMostTop];            // in descending order, then kNoKey
+  uint32_t row[sizeof(RowPart) / 4];  // its bits: shared memory begins with no values
   float bar;
   int32_t count;
 };
@@ -149,16 +149,18 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
   if (thread < 32) {
     const RowPart merged =
         merge_chunks(parts + first, chunks, [](RowPart& a, const RowPart& b) { a.merge(b); });
-    if (thread == 0) top.row = merged;
+    if (thread == 0) memcpy(top.row, &merged, sizeof merged);
   }
   merge_top(keys + first * k, static_cast<int64_t>(chunks) * k, k, memory, top);
-  const RowError error = top.row.error();
+  RowPart whole;
+  memcpy(&whole, top.row, sizeof whole);
+  const RowError error = whole.error();
   if (thread == 0) args.error[i] = error == kRowOk ? kNoError : encode_error(i, error);
   if (thread >= k) return;
   const uint64_t key = error == kRowOk ? top.best[thread] : kNoKey;
   const int64_t to = static_cast<int64_t>(i) * k + thread;
   args.tokens[to] = key == kNoKey ? -1 : top_id(key);
-  args.logprobs[to] = key != kNoKey     ? top_logprob(key, top.row)
+  args.logprobs[to] = key != kNoKey     ? top_logprob(key, whole)
                       : error == kRowOk ? -kInfinity
                                         : from_bits(0x7fc00000u);  // NaN
 }

@@ -137,7 +137,8 @@ __device__ inline Place place_of(const UnmaskArgs& args, const ScanShape& shape,
     if (!valid) return {0, 0, false};
     const int64_t start = args.windows.start[b], end = args.windows.end[b];  // three loads at once
     const int64_t token = args.tokens.at(b, column);
-    return {b, column, (column >= start) & (column < end) & (token == args.exclusions.mask_id)};
+    const bool held = (column >= start) & (column < end);
+    return {b, column, held && token == args.exclusions.mask_id};
   }
   const int64_t token = valid ? args.tokens.at(b, column) : 0;
   const auto count = static_cast<int>(args.windows.count);
