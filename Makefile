@@ -42,13 +42,14 @@ test:
 tests: $(VENV)/developed lint docs
 	$(PYTEST) --durations 20
 
-# DiffusionGemma with the newest transformers; `tests` has the pinned one.
+# DiffusionGemma with the newest transformers; `tests` has the pinned one. Few of its modules are imported, and to
+# compile them all would take longer than the test.
 newest: $(VENV)/developed $(VENV)/newest
 	PYTHONPATH=$(VENV)/newest $(BIN)/python -m pytest tests/decoding/test_diffusion_gemma.py
 
 $(VENV)/newest: $(VENV)/developed requirements-newest.txt
 	rm -rf $@
-	$(PIP) --no-deps --target $@ -r requirements-newest.txt
+	$(PIP) --no-deps --no-compile --target $@ -r requirements-newest.txt
 
 # For daily work: without what takes more than a few seconds.
 test-fast: $(VENV)/developed lint

@@ -125,7 +125,8 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 LONGEST = (
-    "cuda_host", "distill", "connections", "load", "trajectories", "trainer", "benchmarks", "compat", "batch",
+    "cuda_host", "distill", "benchmarks", "install", "self_speculation", "trajectories", "graphs", "docs",
+    "compat", "connections", "trainer", "load", "cli", "engine", "batch", "riders",
 )  # fmt: skip
 """The test files that take longest, the longest first."""
 

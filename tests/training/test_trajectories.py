@@ -48,9 +48,11 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_rows_are_the_model_s_right_answers_and_their_order(whole: Path, prompts: list[Prompt], loaded: Any):
-    model, tokenizer = loaded
-    rows = {row["index"]: row for row in rows_of(whole)}
+def test_rows_are_the_model_s_right_answers_and_their_order(prompts: list[Prompt], tmp_path: Path):
+    """In float32: products in 16 bits may depend on what else is in the batch."""
+    model, tokenizer = loaded = registry.load(dtype=torch.float32)
+    trajectories.generate(tmp_path, prompts, SMALL, loaded=loaded, progress=False)
+    rows = {row["index"]: row for row in rows_of(tmp_path)}
     assert 15 < len(rows) <= 23
     for index, prompt in enumerate(prompts):
         ids = torch.tensor([tokenizer.encode(prompt.text).ids])
