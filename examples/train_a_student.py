@@ -1,6 +1,9 @@
 """A student in about five minutes of two cores: answers, certainty forcing, and what it brought.
 
-python examples/train_a_student.py OUT; the whole recipe is recipes/builtin.yaml, and `make distill` its study
+python examples/train_a_student.py OUT
+
+It needs the extra `train`: pip install ".[cli,train]". The whole recipe is recipes/builtin.yaml, and
+`make distill` is its study.
 """
 
 import subprocess

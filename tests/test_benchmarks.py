@@ -189,7 +189,7 @@ def test_a_case_that_ends_its_process_is_listed_and_the_rest_goes_on(
     assert found["running"] is None
     assert found["done"] == ["select, batch 64, 512 positions"]
     (record,) = found["records"]
-    assert ("taken for hung" if end == "hang" else "exit code -6") in record["failed"]
+    assert (": hung" if end == "hang" else "exit code -6") in record["failed"]
     assert record["failed"] in (tmp_path / "report.md").read_text()
 
 

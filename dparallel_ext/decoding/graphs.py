@@ -111,7 +111,7 @@ class Graphs:
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder: Recorder | None = recorder
-        self.forms: dict[Hashable, Recorded | None] = {}
+        self.recordings: dict[Hashable, Recorded | None] = {}
         """The least recently used key first; None: it was met once."""
         self.replays = 0
         self.addresses: Sequence[int] | None = None
@@ -121,27 +121,27 @@ class Graphs:
         """Drop the recordings if the tensors that they read have moved."""
         if addresses != self.addresses:
             self.addresses = addresses
-            self.forms.clear()
+            self.recordings.clear()
 
     def run(
-        self, form: Hashable, numbers: Tensor, compute: Compute, *, device: torch.device, held: Any = None
+        self, key: Hashable, numbers: Tensor, compute: Compute, *, device: torch.device, held: Any = None
     ) -> Tensor:
         """compute(numbers), replayed where it can be.
 
-        form: all that the launches depend on beside the values of `numbers`; None: run eagerly, in turn.
+        key: all that the launches depend on beside the values of `numbers`; None: run eagerly, in turn.
         numbers: (n,) int64 on the CPU. held: what must live as long as the recording.
         """
         if self.recorder is None:
             return compute(numbers.to(device, non_blocking=True))
         with self.recorder.turn():
-            if form is None:
+            if key is None:
                 return compute(numbers.to(device, non_blocking=True))
-            met, found = form in self.forms, self.forms.pop(form, None)
+            met, found = key in self.recordings, self.recordings.pop(key, None)
             if met and found is None:
                 found = self._record(numbers.to(device, non_blocking=True), compute, held)
-            self.forms[form] = found
-            if len(self.forms) > LIMIT:
-                del self.forms[next(iter(self.forms))]
+            self.recordings[key] = found
+            if len(self.recordings) > LIMIT:
+                del self.recordings[next(iter(self.recordings))]
             if found is None:
                 return compute(numbers.to(device, non_blocking=True))
             found.numbers.copy_(numbers, non_blocking=True)

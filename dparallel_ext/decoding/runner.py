@@ -207,7 +207,7 @@ class Runner:
                 for old in idle:
                     del self.states[old]
                 if self.graphs is not None:
-                    self.graphs.forms.clear()  # recordings may write to the dropped state
+                    self.graphs.recordings.clear()  # recordings may write to the dropped state
             lanes, length = self.tokens.shape
             # The window of the last column may have cells beyond it.
             self.states[rule] = rule.new_state(lanes, 2 * length, self.tokens.device)

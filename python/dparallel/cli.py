@@ -99,7 +99,8 @@ def show_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=show_version, is_eager=True, help="print it and stop")
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="print the version and exit"),
     ] = False,
 ) -> None:
     """Decode language models many tokens at a time.
@@ -331,7 +332,8 @@ def decode(
             for row in found:
                 if unknown := registry.unknown_words(tokenizer, row["prompt"]):
                     words = ", ".join(map(repr, dict.fromkeys(unknown)))
-                    typer.echo(f"warning: {model} has no token for {words} of the prompt", err=True)
+                    known = "; it knows the words of its task alone" if model.startswith("builtin:") else ""
+                    typer.echo(f"warning: {model} has no token for {words} of the prompt{known}", err=True)
                 show_response(row, as_json)
         if html is not None and recording is not None:
             files.write_text(html, recording.html())
@@ -520,10 +522,10 @@ def tune(
     device: str | None = None,
     fp8: Fp8Option = False,
 ) -> None:
-    """Measure passes on this device, and choose the settings with the most tokens per second: the size of
-    drafts; for a diffusion model policy, block length, active blocks and cache.
+    """Measure passes on this device, and choose the settings with the most tokens per second.
 
-    `--config OUT` of decode, evaluate and serve uses the choice.
+    For an autoregressive model this is the size of drafts; for a diffusion model the policy, block length,
+    active blocks and cache. `--config OUT` of decode, evaluate and serve uses the choice.
     """
     from . import tune as tuning
 
@@ -625,8 +627,10 @@ def serve(
     ] = True,
     log_level: Annotated[str, typer.Option(help="info (logs every request), warning or error")] = "info",
 ) -> None:
-    """Run an OpenAI-compatible server: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics,
-    and at / a page to watch decoding."""
+    """Run an OpenAI-compatible server, with a page to watch decoding at /.
+
+    It has /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics.
+    """
     with plain_errors("serve"):
         from .serving import runner, settings
 
@@ -855,8 +859,10 @@ def drafter(
     chat: ChatOption = None,
     device: str | None = None,
 ) -> None:
-    """Train a drafter for `speculate` on a model's own answers: DFlash, ParallelSpec, prompt tokens (PPD),
-    Hidden Transfer, AdaDecode's heads."""
+    """Train a drafter for `speculate` on a model's own answers.
+
+    The kinds are DFlash, ParallelSpec, prompt tokens (PPD), Hidden Transfer, and AdaDecode's heads.
+    """
     from .training import drafters
 
     with plain_errors("train"):
@@ -896,8 +902,10 @@ def distill(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print steps and memory; no weights")] = False,
     processes: Annotated[int, typer.Option(help="number of processes to plan for, with --dry-run")] = 1,
 ) -> None:
-    """Train a student by certainty forcing, as a recipe says; several processes by torchrun or accelerate
-    launch."""
+    """Train a student by certainty forcing, as a recipe says.
+
+    torchrun or accelerate launch run it in several processes.
+    """
     from .training import distill as distilling
 
     with plain_errors("train"):

@@ -126,7 +126,7 @@ class TapeStream:
 
 
 def recordings(graphs: Graphs) -> int:
-    return sum(found is not None for found in graphs.forms.values())
+    return sum(found is not None for found in graphs.recordings.values())
 
 
 PROMPTS = [torch.arange(3, 14), torch.arange(40, 47), torch.arange(1, 30)]

@@ -113,7 +113,7 @@ def test_the_tokens_are_the_same(
     (graphs,) = taped
     assert graphs.recorder is not None, "a recording failed"
     assert graphs.replays >= 2, f"{graphs.replays} replays in {out.forwards} passes"
-    assert len(graphs.forms) <= out.forwards - graphs.replays
+    assert len(graphs.recordings) <= out.forwards - graphs.replays
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_a_form_met_three_times_runs_once(taped: list[Graphs]) -> None:
     model = golden.model("llada_tiny_a")
     out = dx.decode(model, PROMPTS[0], gen_length=128, block_length=16, cache="dual", steps=64)
     (graphs,) = taped
-    assert len(graphs.forms) == 2
+    assert len(graphs.recordings) == 2
     assert graphs.replays == out.forwards - 2
     assert recordings(graphs) == 2
 

@@ -39,7 +39,7 @@ def test_a_second_decode_replays_from_its_first_pass(taped: list[Graphs]) -> Non
     model = golden.model("llada_tiny_a")
     dx.decode(model, PROMPTS[0], **SETTINGS)
     (graphs,) = taped
-    assert len(graphs.forms) == recordings(graphs) == 2
+    assert len(graphs.recordings) == recordings(graphs) == 2
     for length, more in ((11, {}), (9, {}), (16, {"steps": 8}), (11, {"steps": None, "threshold": 1.0})):
         before = graphs.replays
         out = dx.decode(model, PROMPTS[2][:length], **{**SETTINGS, **more})
@@ -96,7 +96,7 @@ def test_what_is_kept_is_bounded(taped: list[Graphs], monkeypatch: pytest.Monkey
 def test_what_is_kept_goes_with_the_weights(taped: list[Graphs], how: str) -> None:
     model = golden.model("llada_tiny_a")
     dx.decode(model, PROMPTS[0], **SETTINGS)
-    recorded = weakref.ref(next(found for found in taped[0].forms.values() if found is not None).result)
+    recorded = weakref.ref(next(found for found in taped[0].recordings.values() if found is not None).result)
     taped[:] = []
     assert recorded() is not None
     if how == "deleted":
@@ -240,16 +240,16 @@ def test_forms_are_forgotten() -> None:
     assert (recorder.taken, graphs.replays) == (1, 3)
     for form in range(LIMIT):
         assert run(form, 7) == form + 7
-    assert len(graphs.forms) == LIMIT
+    assert len(graphs.recordings) == LIMIT
     run(1000, 1)
     assert recorder.taken == 1  # it was forgotten, so this pass ran as it is
     run(1000, 1)
     assert recorder.taken == 2
     graphs.drop_stale([1])
-    assert not graphs.forms
+    assert not graphs.recordings
     run(1000, 1)
     graphs.drop_stale([1])
-    assert graphs.forms
+    assert graphs.recordings
 
 
 @pytest.mark.parametrize("how", ["evicted", "moved"])
@@ -266,7 +266,7 @@ def test_a_pool_without_recordings_is_not_used_again(taped: list[Graphs], how: s
         else:
             for form in range(LIMIT):
                 graphs.run((around, form), number, lambda n: n + 1, device=cpu)
-        assert "again" not in graphs.forms
+        assert "again" not in graphs.recordings
         assert not any(TapeGraph.pools.values())
     assert graphs.recorder is not None
     assert graphs.replays == 6
@@ -303,7 +303,7 @@ def test_a_second_speculate_replays(taped: list[Graphs], kind: str | None) -> No
     first = dx.speculate(model, PROMPTS[0], **settings)
     made = len(taped)
     dx.speculate(model, PROMPTS[0] + 20, temperature=0.8, seed=3, suppress=[5], **settings)
-    before = [(graphs.replays, set(graphs.forms)) for graphs in taped]
+    before = [(graphs.replays, set(graphs.recordings)) for graphs in taped]
     again = dx.speculate(model, PROMPTS[0], **settings)
     assert len(taped) == made == (2 if kind in ("dflash", "parallelspec", "adadecode") else 1)
     expected = dx.speculate(model, PROMPTS[0], graphs=False, **settings)
@@ -314,7 +314,7 @@ def test_a_second_speculate_replays(taped: list[Graphs], kind: str | None) -> No
         assert graphs.recorder is not None, "a recording failed"
         assert graphs.replays > replays
         # A form of the first that came once is recorded now; none is new.
-        assert set(graphs.forms) == forms
+        assert set(graphs.recordings) == forms
     replays = taped[0].replays  # of the model's passes
     third = dx.speculate(model, PROMPTS[0], **settings)
     assert torch.equal(third.sequences, expected.sequences)
@@ -343,7 +343,10 @@ def test_what_speculate_keeps_goes_with_the_weights(taped: list[Graphs], kind: s
     for _ in range(2):
         dx.speculate(model, PROMPTS[0], **settings)
     recorded = [
-        weakref.ref(found.result) for graphs in taped for found in graphs.forms.values() if found is not None
+        weakref.ref(found.result)
+        for graphs in taped
+        for found in graphs.recordings.values()
+        if found is not None
     ]
     taped[:] = []
     assert all(result() is not None for result in recorded)
@@ -414,7 +417,7 @@ def test_a_drafter_that_is_read_in_each_call_is_not_kept(taped: list[Graphs], tm
     model, drafter = drafter_of("ppd")
     drafter.save(tmp_path)
     dx.speculate(model, PROMPTS[0], drafter=tmp_path, draft_size=4, **CAUSAL)
-    recorded = weakref.ref(next(found for found in taped[0].forms.values() if found is not None).result)
+    recorded = weakref.ref(next(found for found in taped[0].recordings.values() if found is not None).result)
     taped[:] = []
     gc.collect()
     assert recorded() is None

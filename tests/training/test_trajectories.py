@@ -214,6 +214,16 @@ def test_no_prompt_and_no_right_answer(loaded: Any, tmp_path: Path):
         assert len(Trajectories(none)) == 0
 
 
+def test_a_missing_package_is_named_before_anything_is_decoded(
+    prompts: list[Prompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ModuleNotFoundError, match="pyarrow"):
+        trajectories.generate(tmp_path / "out", prompts, replace(SMALL, model="not/loaded"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_damaged_rows_and_settings_are_named(tmp_path: Path):
     settings = {"prompts": 1, "shard": 1, "format": "jsonl"}
     shard = tmp_path / "part-00000.jsonl"

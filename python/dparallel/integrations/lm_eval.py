@@ -380,7 +380,6 @@ class DParallelLM(TemplateLM):
         lengths = [left.pop(name) for name in LENGTH_NAMES if name in left]
         gen_length = self.gen_length or int(next(iter(lengths), self.default_gen_length))
         temperature = temperature_of(left.pop("do_sample", None), left.pop("temperature", None))
-        top_k = left.pop("top_k", None)
         top_p, top_k = left.pop("top_p", None), left.pop("top_k", None)
         policy = left.pop("policy", self.policy)
         parse_policy(policy)

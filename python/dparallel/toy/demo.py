@@ -81,8 +81,8 @@ def _show(name: str, problem: tasks.Problem, directory: Path, delay: float, cons
     kept = evaluate.kept_tokens(answer.sequences[:, prompt.shape[1] :], model.eos_id)
     console.print(
         f"\nanswer {tasks.extract_answer(text)} ({verdict}): {kept} tokens in {answer.forwards} passes, "
-        f"{kept / answer.forwards:.1f} tokens a pass ({tasks.GEN_LENGTH} and "
-        f"{answer.padded_tokens_per_forward:.1f} with the padding behind its end)\n",
+        f"{kept / answer.forwards:.1f} tokens a pass (all {tasks.GEN_LENGTH} "
+        f"positions, the padding after the end too: {answer.padded_tokens_per_forward:.1f} a pass)\n",
         highlight=False,
     )
     assert answer.trajectory is not None

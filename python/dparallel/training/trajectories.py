@@ -9,6 +9,7 @@ is resumed with the missing shards, and any number of processes divide them by n
 from __future__ import annotations
 
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -140,6 +141,7 @@ def generate(
     Raises:
         ValueError: if `out` holds a run with other settings or prompts, or another run is writing there; and
             as `decode`. A run that is refused leaves no files that would refuse the next.
+        ModuleNotFoundError: if `format` is "parquet" and pyarrow is not installed.
     """
     settings = settings or Settings()
     for name, value in (("shard", settings.shard), ("batch", batch)):
@@ -147,6 +149,8 @@ def generate(
             raise ValueError(f"{name}: expected a whole number >= 1, got {value}")
     if settings.format not in FORMATS:
         raise ValueError(f"format: expected one of {FORMATS}, got {settings.format!r}")
+    if settings.format == "parquet":
+        importlib.import_module("pyarrow.parquet")  # a missing package fails before anything is decoded
     parse_policy(settings.policy)
     checker = checker_of(settings.checker)
     if settings.block_length is None:
