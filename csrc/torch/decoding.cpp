@@ -59,7 +59,7 @@ void check_policy(const float* rows, int64_t batch) {
     constexpr const char* kNames[] = {"selector", "threshold", "min_commit", "max_commit", "score"};
     const PolicyBounds bounds = policy_bounds(field, row);
     bad_argument(kNames[field], ": expected a ", bounds.whole ? "whole " : "", "number from ",
-                 bounds.low, " to ", bounds.high, ", got ", row[field], " for sequence ", b);
+                 bounds.low, " to ", bounds.high, ", got ", row[field], " in policy row ", b);
   }
 }
 

@@ -373,7 +373,7 @@ def test_rows_of_policies_are_followed_or_refused(attack: Attack) -> None:
             policies.check(rows, 1)
         except ValueError as error:
             field = str(error).split(":")[0]
-            with pytest.raises(ValueError, match=f"{field}: expected .* for sequence 0"):
+            with pytest.raises(ValueError, match=f"{field}: expected .* in policy row 0"):
                 torch.ops.dparallel.select(*scores, eligible, rows)
         else:
             commit = torch.ops.dparallel.select(*scores, eligible, rows)

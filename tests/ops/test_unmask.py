@@ -537,7 +537,7 @@ def test_rows_past_the_checks_are_refused_or_within_their_bounds() -> None:
                     policies.check(row.cpu(), 1)
                 except ValueError as error:
                     if not goes_on(tokens):
-                        said = f"{str(error).split(':')[0]}: expected .* for sequence 0"
+                        said = f"{str(error).split(':')[0]}: expected .* in policy row 0"
                         with pytest.raises(ValueError, match=said):
                             torch.ops.dparallel.select(*scores, eligible, row)
                         with pytest.raises(ValueError, match=said):
