@@ -88,7 +88,8 @@ def speculate(
         drafter: what guesses tokens, see `speculation`: a `Drafter`; "ngram" (what followed when the text
             last ended so; "ngram:N" with up to N tokens compared); the path of a drafter with weights
             (`dparallel drafter` trains one; `speculation.load` reads it, and the published DFlash
-            checkpoints); or a model of ours of the same vocabulary, autoregressive or of masked diffusion.
+            checkpoints), "tree:" in front of it for trees of its guesses in a block; or a model of
+            ours of the same vocabulary, autoregressive or of masked diffusion.
             None: plain decoding.
             What a call has recorded on a GPU is there for the next with the same model, plain or with a
             drafter without weights; and with one that has weights where it is the same object.

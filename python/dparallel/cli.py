@@ -73,7 +73,8 @@ ConfigOption = Annotated[
     ),
 ]
 DRAFTERS = (
-    "of an autoregressive model: ngram, ngram:N, a drafter's or a model's path; for builtin:causal also "
+    "of an autoregressive model: ngram, ngram:N, a drafter's or a model's path, tree: in front of a drafter "
+    "of blocks (DFlash, ParallelSpec); for builtin:causal also "
     "builtin:dflash, builtin:parallelspec, builtin:adadecode, builtin:ppd, builtin:hidden_transfer, "
     "builtin:student; default: none"
 )
