@@ -172,7 +172,7 @@ def curve(
 ) -> list[Row]:
     """A row of each size, from the passes of every run over the same texts.
 
-    expected: of a drafter that knows from measured ranks what a size brings, see `drafter.Expecting`. Its
+    expected: of a drafter that promises what a size brings, see `drafter.Expecting`. Its
     tokens of a pass are that, less one, times a factor that the passes here say, of all sizes together.
     """
     lanes = {size: sum(each.lanes for each in passes[0]) for size, passes in runs.items()}
