@@ -1,8 +1,8 @@
 """docs/systems.md: every system that the package implements, on one task, as `dparallel evaluate` measured
 it.
 
-`make bench-report` writes the page from docs/rules.json, speculation.json, self_speculation.json and
-apd.json, which the commands on that page make, and from the training reports beside the models that ship.
+`make bench-report` writes the page from docs/rules.json, speculation.json, trees.json, self_speculation.json
+and apd.json, which the commands on that page make, and from the training reports beside the models that ship.
 """
 
 from __future__ import annotations
@@ -53,14 +53,16 @@ SYSTEMS = (
     System("autoregressive, alone", "", "speculation", "causal", "plain", ""),
     System("prompt lookup", "2304.04487", "speculation", "causal", "ngram", ""),
     System("ParallelSpec", "2410.05589", "speculation", "causal", "builtin:parallelspec",
-           "trees", trained="causal/parallelspec"),
+           "", trained="causal/parallelspec"),
     System("AdaDecode", "2506.03700", "speculation", "causal", "builtin:adadecode", "",
            trained="causal/adadecode"),
     System("PPD", "2405.18628", "speculation", "causal", "builtin:ppd", "", trained="causal/ppd"),
     System("Hidden Transfer, FIRP", "2404.12022, 2410.20488", "speculation", "causal",
            "builtin:hidden_transfer", "", trained="causal/hidden_transfer"),
     System("DFlash", "2602.06036", "speculation", "causal", "builtin:dflash",
-           "trees (DDTree), sliding windows", trained="causal/dflash"),
+           "sliding windows", trained="causal/dflash"),
+    System("DDTree, 64 nodes from DFlash", "2604.12989", "trees", "causal", "tree:builtin:dflash",
+           "more than 64 nodes", (("draft_size", 64),), trained="causal/dflash"),
     System("diffusion drafter (DiffuSpec)", "2510.02358", "speculation", "causal", "builtin:student",
            "its search over paths", trained="student/training"),
 )  # fmt: skip

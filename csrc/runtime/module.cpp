@@ -8,6 +8,7 @@
 #include <string>
 
 #include "dparallel/launch.h"
+#include "draft_trees.h"
 #include "scheduler.h"
 
 PYBIND11_MODULE(_C, m) {
@@ -72,4 +73,10 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("waiting", &Scheduler::waiting)
       .def_property_readonly("page_size", &Scheduler::page_size)
       .def_property_readonly("stats", &Scheduler::stats);
+  py::class_<DraftTree>(m, "DraftTree", "Guesses behind a root; the lists have one entry a node.")
+      .def_readonly("parents", &DraftTree::parents)
+      .def_readonly("cells", &DraftTree::cells)
+      .def_readonly("chances", &DraftTree::chances);
+  m.def("draft_trees", &draft_trees, py::arg("scores"), py::arg("width"), py::arg("depths"),
+        py::arg("sizes"), "The trees of the likeliest paths.");
 }

@@ -6,6 +6,7 @@
 from .adadecode import AdaDecode
 from .adaptive import AdaptiveBatch, AdaptiveOutput, adaptive_decode
 from .batch import CausalBatch
+from .ddtree import TreeDrafter
 from .dflash import BlockDrafter, DraftModel
 from .draft import Draft
 from .drafter import Drafter, DraftSession, Lane
@@ -39,6 +40,7 @@ __all__ = [
     "RiderDrafter",
     "Sizer",
     "SpeculateOutput",
+    "TreeDrafter",
     "adaptive_decode",
     "drafter_of",
     "load",

@@ -10,7 +10,7 @@ group mask, arXiv 2504.18583.
               layout between the target's embedding and the target's head. Each sees the context of all
               positions in front of the root, and of the block every row (DFlash) or those up to itself
               (ParallelSpec)
-    draft     each mask row's argmax: the token at the row's own position
+    draft     each mask row's argmax: the token at the row's own position (a tree of more: `ddtree`)
 
 The root's own feature is not known yet: the pass that verifies the draft computes it. A block's keys and
 values lie behind the context, where the next pass writes that of the tokens it computes.
@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._C import DraftTree, draft_trees
 from ..cache import AttentionMetadata, KVCache, Span
 from ..decoding.runner import recorded_rows, row_padding
 from ..models import Model, Qwen3, fused_weights, own_precision, rope
@@ -38,7 +39,7 @@ from ..models.attention import PagedAttention
 from ..models.config import ModelConfig, token_ids
 from ..models.fields import LAYERS, Field, check_supported, read
 from ..models.modules import Block, RMSNorm, Stream, norm_of_sum, rotate
-from ..ops import kv_move, kv_write
+from ..ops import kv_move, kv_write, row_topk
 from ..packed import Shapes, pack, unpack
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
 from .draft import Draft
@@ -196,6 +197,9 @@ class BlockDrafter:
         source: what errors call it.
     """
 
+    width = 1
+    """Guesses of a row that drafts are made of, the likeliest: with one they are chains."""
+
     def __init__(self, model: DraftModel, source: str = "drafter") -> None:
         self.model, self.source = model.eval().requires_grad_(False), source
         self.layout = model.layout
@@ -204,7 +208,7 @@ class BlockDrafter:
 
     def __repr__(self) -> str:
         layout = self.layout
-        return f"BlockDrafter({layout.kind}, block={layout.block}, taps={list(layout.taps)})"
+        return f"{type(self).__name__}({layout.kind}, block={layout.block}, taps={list(layout.taps)})"
 
     def check(self, model: Model) -> None:
         """Raise ValueError for a model of another vocabulary, other sizes or other weights."""
@@ -215,7 +219,7 @@ class BlockDrafter:
         )
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> _Session:
-        return _Session(self.on(model.device, model.dtype), model, kv_cache, graphs)
+        return _Session(self, model, kv_cache, graphs)
 
     def on(self, device: torch.device, dtype: torch.dtype) -> DraftModel:
         """Its weights there; of those elsewhere a copy, kept for the next batch."""
@@ -229,6 +233,10 @@ class BlockDrafter:
                         fused_weights.join(group)
             self._placed = (device, dtype), placed
         return self._placed[1]
+
+    def draft(self, tree: DraftTree, guesses: Sequence[int]) -> Draft:
+        """Of the likeliest paths behind a root; guesses: the tokens, by the tree's cells."""
+        return Draft(tuple(guesses[cell] for cell in tree.cells))
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write it, see `write_checkpoint`."""
@@ -259,9 +267,9 @@ class _Key(NamedTuple):
 class _Session(RecordedSession):
     """The context of a batch's lanes, under the block table of the target's cache."""
 
-    def __init__(self, drafter: DraftModel, model: Model, kv_cache: KVCache, graphs: bool) -> None:
-        super().__init__(drafter, model, graphs)
-        self._drafter = drafter
+    def __init__(self, drafter: BlockDrafter, model: Model, kv_cache: KVCache, graphs: bool) -> None:
+        self._drafter, self._layers = drafter, drafter.on(model.device, model.dtype)
+        super().__init__(self._layers, model, graphs)
         self.layout = drafter.layout
         self.taps = self.layout.taps
         s, pages, size = self.layout.shape, kv_cache.slots.shape[2], kv_cache.page_size
@@ -276,10 +284,10 @@ class _Session(RecordedSession):
         self._pad_to, self._recorded_rows = row_padding(model), recorded_rows(model)
 
     def observe(self, metadata: AttentionMetadata, taps: Sequence[Tensor]) -> None:
-        feature = self._drafter.feature(taps)
+        feature = self._layers.feature(taps)
         cos, sin = self.kv_cache.rope
         for layer in range(self.layout.shape.layers):
-            k, v = self._drafter.context(layer, feature)
+            k, v = self._layers.context(layer, feature)
             kv_write(
                 torch.empty_like(k),  # queries, of which there are none
                 k,
@@ -305,7 +313,7 @@ class _Session(RecordedSession):
         for lane, most in zip(lanes, sizes, strict=True):
             start, ends = len(lane.tokens) - 1, lane.length
             # Rows behind those that are read are seen by them in both directions, but not causally.
-            rows = min(most + 1 if causal else self.layout.block, ends - start)
+            rows = min(self.layout.block, ends - start, most + 1 if causal else ends)
             counts.append(min(most, rows - 1))
             source += range(len(ids) + 1, len(ids) + 1 + counts[-1])
             ids += [int(lane.tokens[-1]), *[mask_id] * (rows - 1)]
@@ -334,28 +342,26 @@ class _Session(RecordedSession):
             return self._compute(key, inputs)
 
         if self.graphs is None or self.graphs.addresses is None:
-            found = compute(inputs.to(device, non_blocking=True)).tolist()
+            found = compute(inputs.to(device, non_blocking=True))
         else:
             few = shapes[0][0] <= self._recorded_rows
-            found = self.graphs.run(
-                key.key if few else None, inputs, compute, device=device, held=key
-            ).tolist()
-        drafts, at = [], 0
-        for count in counts:
-            drafts.append(Draft(tuple(found[at : at + count])))
-            at += count
-        return drafts
+            found = self.graphs.run(key.key if few else None, inputs, compute, device=device, held=key)
+        tokens, bits = found[:, : len(source)].flatten(1).cpu()
+        guesses, scores = tokens.tolist(), bits.to(torch.int32).view(torch.float32).tolist()
+        trees = draft_trees(scores, self._drafter.width, counts, list(sizes))
+        return [self._drafter.draft(tree, guesses) for tree in trees]
 
     def _compute(self, key: _Key, inputs: Tensor) -> Tensor:
-        """(M,) int64: what each row that is read guesses."""
+        """(2, M, width) int64: what each row that is read guesses, the likeliest first, and the bits of the
+        log-probabilities in float32. Where a row has no more guesses, they are -inf, or NaN."""
         *given, ids, source, group = unpack(inputs, key.shapes)
         causal = CAUSAL[self.layout.kind]
         metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *given, causal=causal)
         with own_precision(self.model, self.model.device):
-            x = self._drafter.rows(self.model.embed(ids), PagedAttention(self.kv_cache, metadata))
+            x = self._layers.rows(self.model.embed(ids), PagedAttention(self.kv_cache, metadata))
             logits = self.model.head(x[source])
-        logits[:, self.layout.mask_id].fill_(-torch.inf)
         for number, tokens in enumerate(key.suppressed):
             out = torch.zeros_like(logits[0], dtype=torch.bool).index_fill_(0, tokens, True)
             logits.masked_fill_((group == number)[:, None] & out, -torch.inf)
-        return logits.argmax(1)
+        found = row_topk(logits, self._drafter.width, mask_id=self.layout.mask_id, check=False)
+        return torch.stack((found.token, found.logprob.view(torch.int32).to(torch.int64)))

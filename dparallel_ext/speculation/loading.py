@@ -15,6 +15,8 @@ from ..models import load as load_model
 from ..models.files import read_json
 from . import adadecode, dflash
 from .checkpoint import OURS, DraftCheckpoint, Origin, read_checkpoint
+from .ddtree import TreeDrafter
+from .dflash import BlockDrafter
 from .drafter import Drafter
 from .hidden_transfer import HiddenTransfer
 from .ngram import NGram
@@ -61,7 +63,8 @@ def load(path: str | Path) -> Drafter:
 
 def drafter_of(given: Any, device: torch.device | str | None = None) -> Drafter | None:
     """A drafter; the name of one ("ngram", "ngram:4", or one of `NAMED`); the path of one with weights (see
-    `load`), or of a model that drafts, loaded onto `device`; or such a model. None stays None.
+    `load`), or of a model that drafts, loaded onto `device`; or such a model. "tree:" in front of the name or
+    path of a drafter of blocks: trees of its guesses (`ddtree`). None stays None.
 
     Raises ValueError for anything else, and as `load` and `models.load`.
     """
@@ -75,6 +78,13 @@ def drafter_of(given: Any, device: torch.device | str | None = None) -> Drafter 
             if colon and not argument.isdecimal():
                 raise ValueError(f'drafter: expected "ngram" or "ngram:N", got {shown(given)}')
             return NGram(int(argument)) if colon else NGram()
+        if name == "tree" and argument:
+            blocks = drafter_of(argument, device)
+            if not isinstance(blocks, BlockDrafter):
+                raise ValueError(
+                    f'drafter: expected a drafter of blocks behind "tree:", got {shown(argument)}'
+                )
+            return TreeDrafter(blocks.model, blocks.source)
     path = NAMED.get(given, given) if isinstance(given, str) else given
     if isinstance(path, Path) or (isinstance(path, str) and _is_path(path)):
         try:

@@ -15,12 +15,14 @@ the one that brings the most tokens a pass in the steady state.
 
 from __future__ import annotations
 
-import heapq
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .._C import draft_trees
 
 Ranks = tuple[tuple[float, ...], ...]
 """a[d][r]"""
@@ -58,25 +60,20 @@ class Plan(NamedTuple):
 def best_nodes(ranks: Ranks, depth: int, most: int) -> list[Node]:
     """The `most` nodes of the highest values, of depths below `depth`, highest first: each prefix is a tree,
     and the best of its size. Nodes of value 0 are left out."""
-    order = [sorted(range(len(row)), key=row.__getitem__, reverse=True) for row in ranks[:depth]]
-    heap: list[tuple[float, int, int, int, int, float]] = []
-
-    def push(parent: int, at: int, place: int, above: float) -> None:
-        """The node of the place-th best rank behind a parent whose value is `above`."""
-        if at < len(order) and place < len(order[at]):
-            value = above * ranks[at][order[at][place]]
-            if value > 0:
-                # Of equal values the one nearer the root, and then the earlier parent's, comes first.
-                heapq.heappush(heap, (-value, at, parent, place, len(found), above))
-
-    found: list[Node] = []
-    push(0, 0, 0, 1.0)
-    while heap and len(found) < most:
-        value, at, parent, place, _, above = heapq.heappop(heap)
-        found.append(Node(parent, at, order[at][place], -value))
-        push(parent, at, place + 1, above)
-        push(len(found), at + 1, 0, -value)
-    return found
+    width = max(map(len, ranks), default=1)
+    padded = [(*row, *[0.0] * (width - len(row))) for row in ranks[:depth]]
+    order = [sorted(range(width), key=row.__getitem__, reverse=True) for row in padded]
+    scores = [
+        math.log(row[rank]) if row[rank] > 0 else -math.inf
+        for row, best in zip(padded, order, strict=True)
+        for rank in best
+    ]
+    (tree,) = draft_trees(scores, width, [len(order)], [most])
+    cells = (divmod(cell, width) for cell in tree.cells)
+    return [
+        Node(parent, at, order[at][place], value)
+        for parent, (at, place), value in zip(tree.parents, cells, tree.chances, strict=True)
+    ]
 
 
 class _Candidates:

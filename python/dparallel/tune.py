@@ -175,7 +175,7 @@ def curve(
 ) -> list[Row]:
     """A row for each size, from the passes of every run over the same texts.
 
-    expected: of a drafter that predicts a pass's tokens by measured ranks, see `drafter.Expecting`. Its
+    expected: of a drafter that predicts a pass's tokens for each size, see `drafter.Expecting`. Its
     predictions, less one, are scaled by one factor for all sizes, to fit the tokens of these passes.
     """
     lanes = {size: sum(each.lanes for each in passes[0]) for size, passes in runs.items()}

@@ -81,7 +81,8 @@ def layer(
 
 
 def guessed(drafter: BlockDrafter, target: Model, tokens: Tensor, rows: int) -> Tensor:
-    """Logits (rows - 1, V) of the block behind tokens (n,), whose last is the root, in float64."""
+    """Logits (rows - 1, V) of the block behind tokens (n,), whose last is the root, in float64; the mask's
+    are among them."""
     w = {name: t.double() for name, t in drafter.model.state_dict().items()}
     t = {name: p.double() for name, p in target.state_dict().items()}
     said, length = drafter.layout, len(tokens) - 1
@@ -102,9 +103,7 @@ def guessed(drafter: BlockDrafter, target: Model, tokens: Tensor, rows: int) -> 
     seen = torch.cat((torch.ones(rows, length, dtype=torch.bool), block), 1)
     for i in range(said.shape.layers):
         x = layer(w, f"layers.{i}.", x, length + row, seen, 5000.0, 1e-6, feature)
-    logits = norm(x, w["norm.weight"])[1:] @ t["lm_head.weight"].T
-    logits[:, said.mask_id] = -math.inf
-    return logits
+    return norm(x, w["norm.weight"])[1:] @ t["lm_head.weight"].T
 
 
 class Heard(DraftSession):
@@ -139,6 +138,7 @@ class Heard(DraftSession):
             block = self.inner.layout.block
             rows = min(block, length - len(tokens) + 1)
             logits = guessed(self.inner, target, tokens, rows)[: len(draft.tokens)]
+            logits[:, self.inner.layout.mask_id] = -math.inf
             assert len(draft.tokens) == min(size, rows - 1)
             chosen = logits.gather(1, torch.tensor(draft.tokens)[:, None])[:, 0]
             assert bool((chosen >= logits.max(1).values - 1e-3).all()), (tokens, draft)
@@ -276,7 +276,6 @@ def test_training_computes_what_decoding_does() -> None:
             cos, sin = dx.ops.rope_table(64, 8, 5000.0)
             x = drafter.model(MODEL.embed(blocks.flatten(1)), rows.flatten(1), feature, visible, cos, sin)
             logits = MODEL.head(x).unflatten(1, (2, block))[:, :, 1:].double()
-        logits[..., drafter.layout.mask_id] = -math.inf
         for b in range(2):
             for a in range(2):
                 expected = guessed(drafter, MODEL, ids[b, : int(anchors[b, a]) + 1], block)
