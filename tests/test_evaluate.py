@@ -138,6 +138,7 @@ def test_guesses_of_self_speculation_are_a_row_beside():
     assert "same_texts" not in plain
     assert guessed["config"] == {"draft_size": 4}
     assert guessed["same_texts"] == 3
+    assert [*evaluate.sweep(["builtin:student"], policies, [plain], problems=3)][1]["same_texts"] == 3
     assert guessed["nfe_mean"] < 45 < plain["nfe_mean"] < guessed["canvases_mean"] <= 5 * guessed["nfe_mean"]
     assert guessed["nfe_to_eos"] < plain["nfe_to_eos"]
     assert guessed["accuracy"] == plain["accuracy"]
@@ -177,6 +178,14 @@ def test_a_file_of_rows_that_is_none_is_named(content: str, said: str, tmp_path:
     file.write_text(content)
     with pytest.raises(ValueError, match=said):
         evaluate.read_rows(file)
+
+
+def test_texts_are_compared_with_those_of_an_earlier_run_too():
+    given: dict[str, Any] = {"drafters": ["plain", "ngram"], "problems": 2}
+    plain, drafted = evaluate.sweep(["builtin:causal"], [], **given)
+    assert drafted["same_texts"] == 2
+    _, again = evaluate.sweep(["builtin:causal"], [], [plain], **given)
+    assert (again["same_texts"], again["gaps"]) == (2, [])
 
 
 def test_a_verifier_of_other_tokens_is_named():

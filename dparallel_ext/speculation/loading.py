@@ -98,7 +98,7 @@ def drafter_of(given: Any, device: torch.device | str | None = None) -> Drafter 
 
 
 def _is_path(text: str) -> bool:
-    return "/" in text or text.endswith(".safetensors") or Path(text).exists()
+    return bool(text) and ("/" in text or text.endswith(".safetensors") or Path(text).exists())
 
 
 def _is_model(path: Path) -> bool:

@@ -527,7 +527,11 @@ def sweep(
                 row = evaluate(name, text, config=of_row, **more, **settings)
                 if not size:
                     plain[of_row] = answers
-                elif of_row in plain:
+                elif of_row not in plain and _key({**asked, "config": _said(of_row)}) in found:
+                    # That row is of an earlier run, whose texts are gone.
+                    again = {**more, "draft_size": None, "answers": plain.setdefault(of_row, [])}
+                    evaluate(name, text, config=of_row, **again, **settings)
+                if size and of_row in plain:
                     row["same_texts"] = sum(map(operator.eq, plain[of_row], answers))
             yield row
 
@@ -545,14 +549,20 @@ def _drafted(
     loaded: tuple[Any, Any] | None = None
     sized = {} if draft_size is None else {"draft_size": draft_size}
     plain: list[Answer] = []
+    compares = False
     for drafter in drafters:
+        compares |= drafter == PLAIN
         row = known.get(_key({"model": name, "policy": drafter, "config": sized, **settings}))
         if row is None:
             loaded = loaded or registry.load(name, device=device)
             given, answers = None if drafter == PLAIN else drafter, list[Answer]()
             more: dict[str, Any] = {"loaded": loaded, "answers": answers, "recording": recording}
             row = evaluate_drafter(name, given, draft_size=draft_size, **more, **settings)
-            plain = answers if drafter == PLAIN else plain
+            if drafter == PLAIN:
+                plain = answers
+            elif compares and not plain:  # its row is of an earlier run, whose texts are gone
+                again = {**more, "answers": plain}
+                evaluate_drafter(name, None, draft_size=draft_size, **again, **settings)
             if plain:
                 row |= compared(loaded[0], plain, answers)
         yield row

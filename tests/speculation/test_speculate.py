@@ -386,6 +386,7 @@ def test_bad_input_is_named_before_anything_runs() -> None:
         ({"drafter": "medusa"}, "drafter: expected a Drafter, .*got .medusa"),
         ({"drafter": "ngram:x"}, 'drafter: expected "ngram" or "ngram:N"'),
         ({"drafter": 3}, "drafter: expected a Drafter"),
+        ({"drafter": ""}, "drafter: expected a Drafter, a name .* got .."),
         ({"drafter": Model2([])}, "drafter: made for another vocabulary"),
         ({"draft_size": -1, "drafter": "ngram"}, "draft_size: expected a whole number >= 0"),
         ({"suppress": [61]}, r"suppress: expected token ids in \[0, 61\), got 61"),
