@@ -1,4 +1,4 @@
-// What a layer computes beside attention: rms_norm, swiglu, fp8_linear, fp8_widen.
+// What a layer computes beside attention: rms_norm, swiglu, linear, fp8_linear, fp8_widen.
 #include <optional>
 #include <tuple>
 #include <vector>

@@ -23,7 +23,7 @@ from .dflash import BlockDrafter, DraftModel
 from .draft import Draft
 
 NODES = 64
-"""Of a draft at most."""
+"""The most of a draft."""
 WIDTH = 8
 """Guesses of a row, unless something else is asked for."""
 
@@ -43,12 +43,12 @@ class TreeDrafter(BlockDrafter):
         self.width = whole("width", width, 1, min(WIDEST, self.layout.shape.embedding_size))
         self.most = NODES
         self._trees = [0] * NODES
-        """How many had an n-th node ..."""
+        """The number of trees that had an n-th node ..."""
         self._chances = [0.0] * NODES
-        """... and how likely that was, summed up."""
+        """... and the sum of its chances."""
 
     def expected(self, size: int) -> float:
-        """Tokens of a pass whose draft has `size` nodes, by the drafter's own word on the trees so far."""
+        """Tokens of a pass whose draft has `size` nodes, as the chances of the trees so far predict them."""
         pairs = zip(self._chances[:size], self._trees, strict=False)
         return 1.0 + sum(chance / trees for chance, trees in pairs if trees)
 

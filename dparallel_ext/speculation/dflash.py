@@ -74,7 +74,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Layout:
-        """Of the content of config.json, ours or one of the published (z-lab's DFlash).
+        """Read the content of a config.json, ours or one of the published (z-lab's DFlash).
 
         Raises ValueError naming the key that is missing or asks for what is not there.
         """
@@ -104,14 +104,14 @@ class Layout(NamedTuple):
 
 
 def default_taps(target_layers: int, count: int) -> tuple[int, ...]:
-    """Layers of the target as DFlash spreads them: from the second to the third from the end."""
+    """The target's layers to tap, spread as DFlash does: from the second to the third from the end."""
     if count == 1:
         return (target_layers // 2,)
     return tuple(round(1 + i * (target_layers - 4) / (count - 1)) for i in range(count))
 
 
 def check_taps(name: str, taps: Any, target_layers: int) -> None:
-    """Raise ValueError where they are no ascending layers of the target."""
+    """Raise ValueError for taps that are not ascending layers of the target."""
     whole = isinstance(taps, (list, tuple)) and all(type(tap) is int for tap in taps) and len(taps) > 0
     inside = whole and taps[0] >= EMBEDDING and taps[-1] < target_layers
     if not inside or any(a >= b for a, b in itertools.pairwise(taps)):
@@ -198,7 +198,7 @@ class BlockDrafter:
     """
 
     width = 1
-    """Guesses of a row that drafts are made of, the likeliest: with one they are chains."""
+    """The number of a row's likeliest guesses from which drafts are made; with 1 they are chains."""
 
     def __init__(self, model: DraftModel, source: str = "drafter") -> None:
         self.model, self.source = model.eval().requires_grad_(False), source
@@ -222,7 +222,7 @@ class BlockDrafter:
         return _Session(self, model, kv_cache, graphs)
 
     def on(self, device: torch.device, dtype: torch.dtype) -> DraftModel:
-        """Its weights there; of those elsewhere a copy, kept for the next batch."""
+        """The weights there; if they are elsewhere, a copy, which is kept for the next batch."""
         if self._placed is None or self._placed[0] != (device, dtype):
             # Made outside inference mode, so that they may serve anywhere.
             with torch.inference_mode(False), torch.no_grad():
@@ -235,16 +235,16 @@ class BlockDrafter:
         return self._placed[1]
 
     def draft(self, tree: DraftTree, guesses: Sequence[int]) -> Draft:
-        """Of the likeliest paths behind a root; guesses: the tokens, by the tree's cells."""
+        """The draft of a tree behind a root. guesses: the token of each of the tree's cells."""
         return Draft(tuple(guesses[cell] for cell in tree.cells))
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write it, see `write_checkpoint`."""
+        """Write config and weights, see `write_checkpoint`."""
         write_checkpoint(path, self.model.config, self.model, dtype)
 
 
 def drafter_of_blocks(found: DraftCheckpoint) -> BlockDrafter:
-    """Of a file. Raises ValueError naming the config key, or the tensors, that do not fit."""
+    """The drafter in a file of weights. Raises ValueError naming the config key or tensors that do not fit."""
     with torch.device("meta"):
         model = DraftModel(found.config)
     found.fill(model)
@@ -252,7 +252,7 @@ def drafter_of_blocks(found: DraftCheckpoint) -> BlockDrafter:
 
 
 class _Key(NamedTuple):
-    """What the launches of a draft depend on, beside the values of its inputs."""
+    """All that the launches of a draft depend on, beside the values of its inputs."""
 
     shapes: Shapes
     max_q_len: int
@@ -265,7 +265,7 @@ class _Key(NamedTuple):
 
 
 class _Session(RecordedSession):
-    """The context of a batch's lanes, under the block table of the target's cache."""
+    """Keeps the context of a batch's lanes, under the block table of the target's cache."""
 
     def __init__(self, drafter: BlockDrafter, model: Model, kv_cache: KVCache, graphs: bool) -> None:
         self._drafter, self._layers = drafter, drafter.on(model.device, model.dtype)
@@ -352,8 +352,8 @@ class _Session(RecordedSession):
         return [self._drafter.draft(tree, guesses) for tree in trees]
 
     def _compute(self, key: _Key, inputs: Tensor) -> Tensor:
-        """(2, M, width) int64: what each row that is read guesses, the likeliest first, and the bits of the
-        log-probabilities in float32. Where a row has no more guesses, they are -inf, or NaN."""
+        """(2, M, width) int64: the guesses of each row that is read, the likeliest first, and the bits of
+        their log-probabilities in float32, which are -inf or NaN where a row has no more guesses."""
         *given, ids, source, group = unpack(inputs, key.shapes)
         causal = CAUSAL[self.layout.kind]
         metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *given, causal=causal)

@@ -29,9 +29,9 @@ KINDS: dict[str, Callable[[DraftCheckpoint], Drafter]] = {
     **{of.KIND: functools.partial(drafter_of_riders, of) for of in (PromptTokens, HiddenTransfer)},
     adadecode.KIND: adadecode.drafter_of_heads,
 }
-"""By the kind that a file says it is, what makes a drafter of it; raises ValueError where it is none."""
+"""Kind that a file names -> what makes a drafter of it, or raises ValueError."""
 PUBLISHED = "dflash"
-"""The kind of files that do not say."""
+"""The kind of a file that names none."""
 
 NAMED: dict[str, Path] = {}
 """Drafters that have a name, as "builtin:dflash": `dparallel.registry` names those that ship, models too."""

@@ -41,11 +41,11 @@ class Node(NamedTuple):
 
 
 class Tree(NamedTuple):
-    """What a pass verifies, and where it guesses."""
+    """The nodes that a pass verifies, and the riders that guess for the next."""
 
     nodes: tuple[Node, ...]
     riders: tuple[int, ...]
-    """How many ride behind the root and behind each node."""
+    """The number of riders behind the root and behind each node."""
 
 
 class Plan(NamedTuple):
@@ -77,23 +77,23 @@ def best_nodes(ranks: Ranks, depth: int, most: int) -> list[Node]:
 
 
 class _Candidates:
-    """For a state the trees of 0, 1, ..., M nodes: what each is worth, and where it stops."""
+    """The best trees of 0, 1, ..., M nodes for a state: the value of each, and where it stops."""
 
     def __init__(self, ranks: Ranks, state: int, budget: int) -> None:
         self.nodes = best_nodes(ranks, state, budget)
         count = len(self.nodes)
         values = torch.tensor([node.value for node in self.nodes], dtype=torch.float64)
         self.worth = torch.cat((values.new_zeros(1), values.cumsum(0)))
-        """(M + 1,) V: tokens accepted of the tree of m nodes."""
+        """(M + 1,) V: the tokens that are accepted of the tree of m nodes."""
         self.stop = torch.zeros(count + 1, count + 1, dtype=torch.float64)
-        """(M + 1, M + 1): of the tree of m nodes, at the root and each node."""
+        """(M + 1, M + 1): the chance that the tree of m nodes stops at the root or at each node."""
         self.stop[:, 0] = 1.0
         for number, node in enumerate(self.nodes, 1):
             self.stop[number:, number] += node.value
             self.stop[number:, node.parent] -= node.value
         self.stop.clamp_(min=0.0)
         self.left = budget - torch.arange(count + 1)
-        """(M + 1,) the rows for riders."""
+        """(M + 1,) the rows that are left for riders."""
 
     def riders(self, worth: Tensor) -> Tensor:
         """(M + 1, M + 1) int64: behind root and nodes of each tree, as many as its rows allow.
@@ -134,7 +134,7 @@ def plan(ranks: Ranks, budget: int) -> Plan:
 
 
 def steady_state(trees: Sequence[Tree]) -> tuple[list[float], float]:
-    """How often passes are in each state, in the long run, and the tokens of a draft that they accept."""
+    """The share of passes in each state, in the long run, and the tokens of a draft that they accept."""
     count = len(trees)
     step = torch.zeros(count, count, dtype=torch.float64)
     worth = torch.zeros(count, dtype=torch.float64)
