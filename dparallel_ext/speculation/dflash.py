@@ -244,7 +244,7 @@ class BlockDrafter:
 
 
 def drafter_of_blocks(found: DraftCheckpoint) -> BlockDrafter:
-    """The drafter in a file of weights. Raises ValueError naming the config key or tensors that do not fit."""
+    """The drafter in a file of weights. Raises ValueError for a config key or tensors that do not fit."""
     with torch.device("meta"):
         model = DraftModel(found.config)
     found.fill(model)
