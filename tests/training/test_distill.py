@@ -277,6 +277,7 @@ def test_the_whole_pipeline_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyP
     few = ["entropy:0.7", "confidence:0.7", "entropy_bound:2.0"]
     monkeypatch.setattr(study, "TEACHER_POLICIES", [evaluate.ONE, *few])
     monkeypatch.setattr(study, "STUDENT_POLICIES", few)
+    monkeypatch.setattr(study, "SWEEP_POLICIES", few[:2])
     said: list[str] = []
     small = {"seeds": 2, "steps": 2, "sweep_steps": 1, "problems": 3, "validation": 2, "data": "builtin:12"}
     recipe = tmp_path / "recipe.yaml"
