@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from dparallel import evaluate, live, registry
+from dparallel import live, registry, results
 from dparallel.cli import app, common
 from dparallel.toy import demo, tasks, train
 from typer.testing import CliRunner
@@ -417,7 +417,7 @@ def test_demo(tmp_path: Path):
     assert text.count("(right)") == 3
     assert "without a draft" in text
     assert demo.LEGEND.split()[:8] == text.split()[text.split().index(live.HIDDEN) :][:8]
-    lines = text[text.index(evaluate.HEADING) :].splitlines()
+    lines = text[text.index(results.HEADING) :].splitlines()
     assert [tuple(line.split()[:2]) for line in lines[1 : 1 + len(asked)]] == asked
 
 

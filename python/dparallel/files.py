@@ -88,6 +88,18 @@ def prompts(argument: str, file: str | Path) -> list[str]:
     return found
 
 
+def json_list(argument: str, file: str | Path) -> list[Any]:
+    """The list in a JSON file. Raises ValueError naming the argument."""
+    text = read_text(argument, file)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{argument}: {file} is not JSON: {error}") from error
+    if not isinstance(content, list):
+        raise ValueError(f"{argument}: {file} holds a {type(content).__name__}, expected a list")
+    return content
+
+
 # --- writing ------------------------------------------------------------------------------------
 
 

@@ -34,8 +34,7 @@ from dparallel_ext.speculation.speculate import causal_model, check_prompts, end
 
 from . import files, registry, text
 from .complete import complete
-from .configs import TUNED, parse_policy, with_ends
-from .evaluate import check_row
+from .configs import TUNED, check_row, parse_policy, with_ends
 from .toy import tasks
 
 SIZES = (0, 1, 3, 7, 15, 23, 31, 47, 63)

@@ -14,8 +14,8 @@ from rich.console import Console
 import dparallel_ext as dx
 
 from .. import files, registry
-from ..configs import config_of, policy_in
-from ..evaluate import ONE
+from ..configs import Fields, config_of, policy_in, read_rows
+from ..evaluate import ONE, PLAIN
 from ..tune import GRID, SIZES
 from .common import (
     POLICIES,
@@ -130,9 +130,10 @@ def evaluate(
     ] = False,
 ) -> None:
     """Measure accuracy, passes, tokens per pass and time on held-out problems, for models and policies."""
-    from .. import evaluate as measuring
     from .. import plots
+    from .. import results as reporting
     from ..recording import Recording
+    from ..sweep import sweep
 
     with plain_errors():
         at_least("problems", problems, 1)
@@ -149,15 +150,15 @@ def evaluate(
         content, mask_id, drafter, draft_size = read_config(
             config, model, device, mask_id, drafter, draft_size
         )
-        policies: list[str | measuring.Fields] = [*(policy or [])]
+        policies: list[str | Fields] = [*(policy or [])]
         if rows is not None:
-            policies += measuring.read_rows(rows)
+            policies += read_rows(rows)
         elif not policy:
             policies += [own] if (own := policy_in(content)) else EVALUATED
-        known = measuring.read_results(json_file) if resume and json_file and json_file.exists() else []
+        known = reporting.read_results(json_file) if resume and json_file and json_file.exists() else []
         results: list[dict[str, Any]] = []
         recording = None if html is None else Recording("dparallel evaluate")
-        for row in measuring.sweep(
+        for row in sweep(
             model,
             policies,
             known,
@@ -170,20 +171,20 @@ def evaluate(
             chat=chat,
             device=device,
             fp8=fp8,
-            drafters=drafter or (measuring.PLAIN, "ngram"),
+            drafters=drafter or (PLAIN, "ngram"),
             draft_size=draft_size,
             recording=recording,
         ):
             if not results:  # after the first measurement: an error before it is one line alone
-                typer.echo(measuring.HEADING)
+                typer.echo(reporting.HEADING)
             results.append(row)
-            typer.echo(measuring.line(row))
+            typer.echo(reporting.line(row))
             if report and row.get("drafted"):
-                typer.echo(measuring.report(row))
+                typer.echo(reporting.report(row))
             if json_file is not None:
                 files.write_json(json_file, results + [old for old in known if old not in results])
         if markdown is not None:
-            files.write_text(markdown, measuring.table(results))
+            files.write_text(markdown, reporting.table(results))
         if plot is not None:
             plots.accuracy_against_passes(results, plot)
         if html is not None and recording is not None:

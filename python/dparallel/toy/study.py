@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import evaluate, files, plots
+from .. import evaluate, files, plots, results
+from .. import sweep as sweeping
 from ..training import distill, trajectories
 from . import train
 
@@ -91,7 +92,7 @@ def spent(out: Path) -> float:
 
 
 def measured(name: str, policies: Iterable[str], problems: int, seed: int) -> list[Row]:
-    return list(evaluate.sweep([name], policies, problems=problems, seed=seed))
+    return list(sweeping.sweep([name], policies, problems=problems, seed=seed))
 
 
 @dataclass(frozen=True)
@@ -241,12 +242,12 @@ def summary(groups: dict[str, list[list[Row]]], student: list[Row]) -> dict[str,
                     "runs": len(same),
                     "accuracy": statistics.mean(accuracy),
                     "accuracy_of_runs": [min(accuracy), max(accuracy)],
-                    "accuracy_interval": evaluate.wilson(right, trials),
+                    "accuracy_interval": results.wilson(right, trials),
                     "nfe_mean": statistics.mean(row["nfe_mean"] for row in same),
                 }
             )
     areas = {
-        name: {rule: [evaluate.aup(of_rules(rows, [rule]), top) for rows in runs] for rule in THRESHOLDS}
+        name: {rule: [results.aup(of_rules(rows, [rule]), top) for rows in runs] for rule in THRESHOLDS}
         for name, runs in groups.items()
     }
     return {
