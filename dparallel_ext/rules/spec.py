@@ -12,7 +12,8 @@ from .credit import Credit
 from .early import Prophet, SchED
 from .edit import Edit
 from .end_of_text import EndOfText
-from .learned import NAMED, Learned
+from .filter_file import NAMED
+from .learned import Learned
 from .protocol import Function, Rule
 
 ONE = "one"

@@ -12,7 +12,7 @@ from typing import Any
 
 from dparallel_ext import DecodeConfig, models, rules, speculation
 from dparallel_ext.arguments import shown, whole
-from dparallel_ext.rules import ONE, learned
+from dparallel_ext.rules import ONE, filter_file
 
 from . import files, registry
 
@@ -45,7 +45,7 @@ def parse_policy(text: str, *, files: bool = True) -> dict[str, Any]:
     Raises ValueError, also for a number beyond its bounds.
     """
     file = rules.file_of(text)
-    if not files and file is not None and file not in learned.NAMED:
+    if not files and file is not None and file not in filter_file.NAMED:
         raise ValueError(
             "policy: expected a file that ships, learned:builtin:NAME, where a request names one"
         )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dparallel_ext import models, simd_level, speculation
-from dparallel_ext.rules import learned
+from dparallel_ext.rules import filter_file
 
 from . import text, tokenizer
 from .toy import tasks
@@ -51,7 +51,9 @@ speculation.NAMED.update(DRAFTERS | {name: BUILTIN / name.removeprefix("builtin:
 
 FILTER = "filter.safetensors"
 """The file in a built-in model's directory that "learned:builtin:NAME" reads."""
-learned.NAMED.update({f"builtin:{path.parent.name}": path for path in sorted(BUILTIN.glob(f"*/{FILTER}"))})
+filter_file.NAMED.update(
+    {f"builtin:{path.parent.name}": path for path in sorted(BUILTIN.glob(f"*/{FILTER}"))}
+)
 
 
 def template_of(name: str, chat: bool | None = None) -> text.Template | None:
