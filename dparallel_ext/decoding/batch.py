@@ -19,9 +19,10 @@ from torch import Tensor
 from .. import policies
 from ..cache import KVCache, Span
 from ..models import Model
-from .runner import Counts, Runner, SequenceWork, reads
+from .inputs import SequenceWork
+from .runner import Counts, Runner
 from .schedule import Schedule, Window
-from .sequence import IDLE, SequenceState, Settings, lay_out
+from .sequence import IDLE, SequenceState, Settings, lay_out, reads
 from .workspace import Workspace
 
 AHEAD = 8
@@ -247,7 +248,7 @@ class Batch:
                 self.forwards += 1
             for b in live:
                 self._count_pass(self.rows[b])
-        if len(groups) == 1 and self.runner.static_shapes:
+        if len(groups) == 1 and self.runner.packer.static_shapes:
             # While the device computes, prepare the passes that may come next. After a prefill-only pass
             # spans are empty: where the first mask is now, the host does not know yet.
             for rows in self._coming(live, passes):

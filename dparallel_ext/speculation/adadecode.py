@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from ..arguments import shown, whole
 from ..cache import AttentionMetadata, KVCache, Span
-from ..decoding.runner import recorded_rows, row_padding
+from ..decoding.padding import recorded_rows, row_padding
 from ..models import Model, Stream, own_precision
 from ..models.fields import LAYERS, VOCABULARY, WIDTH, Field, read
 from ..ops import row_stats

@@ -31,7 +31,7 @@ from ..cache import KVCache, Span
 from ..decoding.config import DEFAULTS, DecodeConfig, DecodeKeywords, configured, names_fields
 from ..decoding.decode import DecodeOutput, Prompts, progress_bar
 from ..decoding.fields import plain
-from ..decoding.runner import row_padding
+from ..decoding.padding import row_padding
 from ..decoding.settings import check_mask, make_settings
 from ..models import Model, check_diffusion, for_decoding, own_precision, traits, warn_beyond
 from ..ops.errors import NO_ERROR, Cell, explain

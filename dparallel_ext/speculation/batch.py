@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..cache import AttentionMetadata, KVCache, PadTo, Span
-from ..decoding import runner
+from ..decoding import padding
 from ..decoding.sequence import Settings
 from ..decoding.workspace import Workspace
 from ..models import Model, Taps, own_precision
@@ -180,9 +180,9 @@ class CausalBatch:
         self._riders = None if self._session is None else self._session.riders
         self._sizer: Sizer = Fixed(self._most) if sizer is None else sizer
         self._suppressed = space.suppressed
-        self._recorded_rows = runner.recorded_rows(model)
-        self._pad_to: PadTo = runner.row_padding(model)
-        may = drafter is None and not batch_invariant and runner.runs_ahead(device)
+        self._recorded_rows = padding.recorded_rows(model)
+        self._pad_to: PadTo = padding.row_padding(model)
+        may = drafter is None and not batch_invariant and padding.runs_ahead(device)
         self._ahead = ahead if may else 0
         self._last = space.tokens[:, 0] if self._ahead else None
         """(lanes,) int64 on the device: the last pass's choices, if passes are issued ahead."""

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from .._C import DraftTree, draft_trees
 from ..cache import AttentionMetadata, KVCache, Span
-from ..decoding.runner import recorded_rows, row_padding
+from ..decoding.padding import recorded_rows, row_padding
 from ..models import Model, Qwen3, fused_weights, own_precision, rope
 from ..models.attention import PagedAttention
 from ..models.config import ModelConfig, token_ids
