@@ -37,8 +37,8 @@ from ..models import Model, check_diffusion, for_decoding, own_precision, traits
 from ..ops.errors import NO_ERROR, Cell, explain
 from ..ops.row_stats import read_rows
 from ..types import RowStats
-from .batch import UNKNOWN, CausalBatch
-from .sequence import CausalSequence, Verified
+from .batch import CausalBatch
+from .sequence import UNKNOWN, CausalSequence, Verified
 from .speculate import OF_DIFFUSION, check_prompts, decoded, end_ids, run
 
 

@@ -132,3 +132,13 @@ def _check_riders(draft: Draft, lane: int, most: int) -> None:
             raise ValueError(
                 f"drafter: expected from 0 to {most} riders behind a node of lane {lane}, got {shown(count)}"
             )
+
+
+def depths(draft: Draft) -> Sequence[int]:
+    """The depths of the root, which is 0, and of the nodes."""
+    if draft.parents is None:
+        return range(len(draft.tokens) + 1)
+    depths = [0]
+    for node in range(1, len(draft.tokens) + 1):
+        depths.append(1 + depths[draft.parents[node - 1]])
+    return depths

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ..decoding.sequence import Settings
 
+UNKNOWN = -1
+"""The number in place of a token that is not known yet."""
+
 
 class SamplingGroup(NamedTuple):
     """How the model's choices are made, for some sequences."""
