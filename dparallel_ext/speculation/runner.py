@@ -81,6 +81,109 @@ class Issued(NamedTuple):
         return found
 
 
+class PassRows:
+    """The rows of a pass, sequence by sequence.
+
+    There are N packed tokens, B lanes, and M rows whose logits are needed: of each lane the root and the
+    nodes, which are verified, and then its riders, which are not.
+    """
+
+    def __init__(self, sequences: Sequence[CausalSequence]) -> None:
+        self.sequences = sequences
+        self.spans: list[Span] = []
+        self.ids: list[int] = []
+        """Of the packed tokens but riders; 0 for a root that the host does not know yet."""
+        self.unknown: list[tuple[int, int]] = []
+        """(index in `ids`, the lane whose last token belongs there)"""
+        self.source: list[int] = []
+        """(M,): the packed token of each row of logits."""
+        self.token: list[int] = []
+        self.parent: list[int] = []
+        self.keys: list[int] = []
+        """(M, 4): as `accept` takes them."""
+        self.groups: dict[tuple[Any, ...], tuple[SamplingGroup, list[int]]] = {}
+        """Each with the edges, (2, B), of its lanes' verified rows."""
+        self.room = [row.room for row in sequences]
+        self.bases = [row.known - 1 for row in sequences]
+        self.verified = 1
+        """The most rows of a lane that are verified."""
+        self.with_riders = self.logprobs = False
+        self._offset = 0
+
+    def add(self, b: int, draft: Draft, new: Sequence[int], coming: int) -> None:
+        """Add the rows of lane b.
+
+        new: its tokens that are not cached. coming: its tokens of issued passes whose results have not been
+        read; the last of them is the root then.
+        """
+        row, first, nodes, size = self.sequences[b], len(self.source), draft.tokens, draft.size
+        known, start = row.known, row.num_cached
+        if coming:
+            known += coming
+            start = known - 1
+            self.room[b] -= coming
+            self.bases[b] = known - 1
+            self.unknown.append((len(self.ids), b))
+            self.ids.append(0)
+            root = 0
+        else:
+            self.ids += new
+            root = self.ids[-1]
+        self.spans.append(Span(b, start, known + size, known + size))
+        self._offset += known - start
+        self.source.append(self._offset - 1)
+        self._offset += size
+        self.token.append(root)
+        seed, number = row.settings.key
+        riders = size - len(nodes)
+        if size:
+            self.with_riders |= riders > 0
+            self.verified = max(self.verified, 1 + len(nodes))
+            self.ids += nodes
+            self.source += range(self.source[-1] + 1, self.source[-1] + 1 + size)
+            self.token += nodes
+            self.parent += draft.verified_rows
+            for depth in depths(draft):  # row r chooses the token at position known + depth
+                self.keys += (seed, number, known + depth, 0)
+            # `accept` does not read the rows of riders.
+            self.token += [0] * riders
+            self.parent += [-1] * riders
+            self.keys += [0] * (4 * riders)
+        else:
+            self.parent.append(-1)
+            self.keys += (seed, number, known, 0)
+        group, lanes = row.sampling, len(self.sequences)
+        _, edges = self.groups.setdefault(group.key, (group, [0] * (2 * lanes)))
+        edges[b], edges[lanes + b] = first, len(self.source) - riders
+        self.logprobs |= row.settings.record
+
+    def put(self, packing: Packing, tokens: int, padded: int) -> None:
+        """Pack the tensors of `_compute` from `ids` to `room`; `tokens` and `padded` are N and M with
+        padding."""
+        lanes = len(self.sequences)
+        packing.add(self.ids)
+        packing.repeat(0, tokens - len(self.ids))
+        packing.close(tokens)
+        if self.unknown:
+            places = list(range(tokens))
+            for place, b in self.unknown:
+                places[place] = tokens + b
+            packing.add(places)
+        packing.close(tokens if self.unknown else 0)
+        for numbers, none in ((self.source, 0), (self.token, 0), (self.parent, -1)):
+            packing.add(numbers)
+            packing.repeat(none, padded - len(numbers))
+            packing.close(padded)
+        packing.add(self.keys)
+        packing.repeat(0, 4 * padded - len(self.keys))
+        packing.close(padded, 4)
+        for _, edges in self.groups.values():
+            packing.add(edges)
+        packing.close(len(self.groups), 2, lanes)
+        packing.add(self.room)
+        packing.close(lanes)
+
+
 class CausalRunner:
     """Runs the verify passes of a batch.
 
@@ -148,104 +251,30 @@ class CausalRunner:
     ) -> tuple[Tensor, PassKey]:
         """All that the device needs from the host, (n,) int64 on the CPU, and the key that says how to read
         it.
-
-        There are N packed tokens of the pass, B lanes, and M rows whose logits are needed: of each lane the
-        root and the nodes, which are verified, and then its riders, which are not.
         """
         lanes, width, pad_to = len(sequences), self._width, self._pad_to
-        spans: list[Span] = []
-        ids: list[int] = []
-        unknown: list[tuple[int, int]] = []  # (index in ids, the lane whose last token belongs there)
-        source: list[int] = []
-        token: list[int] = []
-        parent: list[int] = []
-        keys: list[int] = []
-        parents: list[tuple[int, ...]] = []
-        groups: dict[tuple[Any, ...], tuple[SamplingGroup, list[int]]] = {}  # each with the edges of B lanes
-        room, bases = [row.room for row in sequences], [row.known - 1 for row in sequences]
-        offset, rows, riding_along, logprobs = 0, 1, False, False
+        rows = PassRows(sequences)
         for b, draft in drafts.items():
-            row, first, nodes, size = sequences[b], len(source), draft.tokens, draft.size
-            known, start = row.known, row.num_cached
-            if coming[b]:
-                known += coming[b]
-                start = known - 1
-                room[b] -= coming[b]
-                bases[b] = known - 1
-                unknown.append((len(ids), b))
-                ids.append(0)
-                root = 0
-            else:
-                ids += self._ids[b * width + start : b * width + known]
-                root = ids[-1]
-            spans.append(Span(b, start, known + size, known + size))
-            offset += known - start
-            source.append(offset - 1)
-            offset += size
-            token.append(root)
-            seed, number = row.settings.key
-            if size:
-                riders = size - len(nodes)
-                riding_along |= riders > 0
-                rows = max(rows, 1 + len(nodes))
-                ids += nodes
-                source += range(source[-1] + 1, source[-1] + 1 + size)
-                token += nodes
-                parent += draft.verified_rows
-                for depth in depths(draft):  # row r chooses the token at position known + depth
-                    keys += (seed, number, known + depth, 0)
-                # `accept` does not read the rows of riders.
-                token += [0] * riders
-                parent += [-1] * riders
-                keys += [0] * (4 * riders)
-                end = len(source) - riders
-            else:
-                parent.append(-1)
-                keys += (seed, number, known, 0)
-                end = len(source)
-            if tree:
-                parents.append(draft.rows)
-            group = row.sampling
-            _, edges = groups.setdefault(group.key, (group, [0] * (2 * lanes)))
-            edges[b], edges[lanes + b] = first, end
-            logprobs |= row.settings.record
-        packing, wanted = Packing(), len(source)
-        trees = parents if tree else None
-        tokens, max_q_len, max_kv_len = self.kv_cache.put(packing, spans, pad_to, parents=trees)
+            sequence = sequences[b]
+            new = self._ids[b * width + sequence.num_cached : b * width + sequence.known]
+            rows.add(b, draft, new, coming[b])
+        packing, wanted = Packing(), len(rows.source)
+        trees = [draft.rows for draft in drafts.values()] if tree else None
+        tokens, max_q_len, max_kv_len = self.kv_cache.put(packing, rows.spans, pad_to, parents=trees)
         joined: tuple[Tensor, ...] = ()
-        if riding_along:
+        if rows.with_riders:
             assert self._riders is not None
-            own = {b: sequences[b] for b in drafts}
-            joined, tokens = riding.inputs(self._riders, self.kv_cache, own, drafts, tree, wanted, pad_to)
-        more = 0 if pad_to is None else pad_to(wanted) - wanted
-        packing.add(ids)
-        packing.repeat(0, tokens - len(ids))
-        packing.close(tokens)
-        if unknown:
-            places = list(range(tokens))
-            for place, b in unknown:
-                places[place] = tokens + b
-            packing.add(places)
-        packing.close(tokens if unknown else 0)
-        for numbers, none in ((source, 0), (token, 0), (parent, -1)):
-            packing.add(numbers)
-            packing.repeat(none, more)
-            packing.close(wanted + more)
-        packing.add(keys)
-        packing.repeat(0, 4 * more)
-        packing.close(wanted + more, 4)
-        for _, edges in groups.values():
-            packing.add(edges)
-        packing.close(len(groups), 2, lanes)
-        packing.add(room)
-        packing.close(lanes)
+            drafted = {b: sequences[b] for b in drafts}
+            joined, tokens = riding.inputs(self._riders, self.kv_cache, drafted, drafts, tree, wanted, pad_to)
+        padded = wanted if pad_to is None else pad_to(wanted)
+        rows.put(packing, tokens, padded)
         eos = [row.eos_ids for row in sequences]
         most = max(1, *map(len, eos))
         for each in eos:
             packing.add(each)
             packing.repeat(UNKNOWN, most - len(each))
         packing.close(lanes, most)
-        packing.add(bases)
+        packing.add(rows.bases)
         packing.close(lanes)
         if tree:
             packing.tensors((self.kv_cache.block_table,))
@@ -255,44 +284,28 @@ class CausalRunner:
         inputs, shapes = packing.pack()
         if self.device.type == "cuda":
             inputs = inputs.pin_memory()  # else the copy to the device may wait for earlier passes
-        if pad_to is not None:
-            rows = 1 << (rows - 1).bit_length()
         return inputs, PassKey(
             shapes,
             max_q_len,
             max_kv_len,
-            rows,
+            rows.verified if pad_to is None else 1 << (rows.verified - 1).bit_length(),
             next(iter(drafts.values())).start,
             tree,
             len(joined),
             self._last is not None,
-            logprobs,
-            tuple(group for group, _ in groups.values()),
+            rows.logprobs,
+            tuple(group for group, _ in rows.groups.values()),
         )
 
     def _compute(self, key: PassKey, inputs: Tensor) -> Tensor:
         tensors = unpack(inputs, key.shapes)
         tensors, joined = tensors[: len(tensors) - key.riders], tensors[len(tensors) - key.riders :]
-        *given, ids, places, source, token, parent, keys, edges, room, eos_ids, bases, table = tensors
-        metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *given, causal=not key.tree)
-        taps = Taps(() if self._session is None else self._session.taps)
+        *about_rows, ids, places, source, token, parent, keys, edges, room, eos_ids, bases, table = tensors
+        metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *about_rows, causal=not key.tree)
         if len(places):
             assert self._last is not None
             ids = torch.cat((ids, self._last))[places]
-        with own_precision(self.model, self.device):
-            if key.riders:
-                assert self._riders is not None
-                x = riding.step(self.model, self._riders, self.kv_cache, ids, metadata, joined)
-            elif key.start:
-                assert isinstance(self._session, KeepsStreams)
-                stream = self._session.streams(metadata)
-                stream = self.model.run_layers(stream, self.kv_cache, metadata, key.start, taps=taps)
-                x = self.model.final_norm(stream)
-            else:
-                x = self.model.step(ids, self.kv_cache, metadata, taps=taps)
-            logits = self.model.head(x[source])
-            if self._session is not None:
-                self._session.observe(metadata, [taps[layer] for layer in self._session.taps])
+        logits = self._logits(key, ids, source, metadata, joined)
         found = [
             accept(
                 logits,
@@ -344,6 +357,32 @@ class CausalRunner:
             logprob = functools.reduce(torch.maximum, each)
             results.append(logprob.view(torch.int32).to(torch.int64).flatten())
         return torch.cat(results)
+
+    def _logits(
+        self,
+        key: PassKey,
+        ids: Tensor,
+        source: Tensor,
+        metadata: AttentionMetadata,
+        joined: Sequence[Tensor],
+    ) -> Tensor:
+        """(M, V): the logits of the rows `source` (M,) of the pass, which the drafter's session observes."""
+        taps = Taps(() if self._session is None else self._session.taps)
+        with own_precision(self.model, self.device):
+            if key.riders:
+                assert self._riders is not None
+                x = riding.step(self.model, self._riders, self.kv_cache, ids, metadata, joined)
+            elif key.start:
+                assert isinstance(self._session, KeepsStreams)
+                stream = self._session.streams(metadata)
+                stream = self.model.run_layers(stream, self.kv_cache, metadata, key.start, taps=taps)
+                x = self.model.final_norm(stream)
+            else:
+                x = self.model.step(ids, self.kv_cache, metadata, taps=taps)
+            logits: Tensor = self.model.head(x[source])
+            if self._session is not None:
+                self._session.observe(metadata, [taps[layer] for layer in self._session.taps])
+        return logits
 
     def _moves(self, path: Tensor, bases: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """(B, D) int64 each: the slots of a path's keys and values, and the slots to move them to; -1:
