@@ -184,14 +184,7 @@ class KVCache:
 
         Returns the number of rows, padding included, `max_q_len` and `max_kv_len`.
         """
-        batch, length = self.batch, self.length
-        for row, start, end, visible in spans:
-            if not 0 <= row < batch:
-                raise ValueError(f"spans: sequence {row}, but the cache is for {batch}")
-            if not (0 <= start <= end <= length and visible <= length):
-                raise ValueError(
-                    f"spans: positions [{start}, {end}) seeing {visible} exceed the cache of {length}"
-                )
+        self._check(spans)
         counts = [span.end - span.start for span in spans]
         ends = list(itertools.accumulate(counts))
         begins = [end - count for end, count in zip(ends, counts, strict=True)]
@@ -221,29 +214,13 @@ class KVCache:
             seen += [0] * more_seen
             # Both only bound a launch's grid, whose blocks without work return at once.
             max_q_len = _power_of_two(max_q_len)
-            max_kv_len = min(max(256, _power_of_two(max_kv_len)), length)
+            max_kv_len = min(max(256, _power_of_two(max_kv_len)), self.length)
         if seen:
             bounds.append(total + more)
             seen.append(0)
-        for span, count in zip(spans, counts, strict=True):
-            packing.repeat(span.row, count)
-        packing.repeat(0, more)
-        packing.close(total + more)
-        if parents is None:
-            for span in spans:
-                packing.ascending(span.start, span.end)
-        else:
-            depths, ancestors = _of_trees(parents)
-            own_starts = itertools.chain.from_iterable(
-                [span.start] * count for span, count in zip(spans, counts, strict=True)
-            )
-            packing.add(map(operator.add, own_starts, depths))
-        packing.repeat(0, more)
-        packing.close(total + more)
+        depths, ancestors = (None, None) if parents is None else _of_trees(parents)
         pages = self.block_table[[span.row for span in spans]]
-        self._put_slots(packing, spans, pages.tolist())
-        packing.repeat(-1, more)
-        packing.close(total + more)
+        self._put_tokens(packing, spans, counts, depths, pages, more)
         for numbers in (begins, ends, seen_slots):
             packing.add(numbers)
             packing.repeat(0, more_spans)
@@ -254,12 +231,55 @@ class KVCache:
         for numbers in (bounds, seen):
             packing.add(numbers)
             packing.close(len(numbers))
-        if parents is not None:
+        if ancestors is not None:
             width = len(ancestors[0]) if ancestors else 0
             packing.add(itertools.chain.from_iterable(ancestors))
             packing.repeat(0, more * width)
             packing.close(total + more, width)
         return total + more, max_q_len, max_kv_len
+
+    def _check(self, spans: Sequence[Span]) -> None:
+        """Raise ValueError for a span that the cache does not have."""
+        batch, length = self.batch, self.length
+        for row, start, end, visible in spans:
+            if not 0 <= row < batch:
+                raise ValueError(f"spans: sequence {row}, but the cache is for {batch}")
+            if not (0 <= start <= end <= length and visible <= length):
+                raise ValueError(
+                    f"spans: positions [{start}, {end}) seeing {visible} exceed the cache of {length}"
+                )
+
+    def _put_tokens(
+        self,
+        packing: Packing,
+        spans: Sequence[Span],
+        counts: Sequence[int],
+        depths: Sequence[int] | None,
+        pages: Tensor,
+        more: int,
+    ) -> None:
+        """Pack each token's sequence, position and slot, with `more` tokens of padding.
+
+        depths: with trees, of each token, from its span's start. pages: each span's row of the block table.
+        """
+        padded = sum(counts) + more
+        for span, count in zip(spans, counts, strict=True):
+            packing.repeat(span.row, count)
+        packing.repeat(0, more)
+        packing.close(padded)
+        if depths is None:
+            for span in spans:
+                packing.ascending(span.start, span.end)
+        else:
+            starts = itertools.chain.from_iterable(
+                [span.start] * count for span, count in zip(spans, counts, strict=True)
+            )
+            packing.add(map(operator.add, starts, depths))
+        packing.repeat(0, more)
+        packing.close(padded)
+        self._put_slots(packing, spans, pages.tolist())
+        packing.repeat(-1, more)
+        packing.close(padded)
 
     def _put_slots(self, packing: Packing, spans: Sequence[Span], pages: Sequence[Sequence[int]]) -> None:
         """Pack the slot mapping of the spans' tokens. pages: each span's row of the block table."""

@@ -13,7 +13,7 @@ from .. import policies
 from ..ops import select, unmask_
 from ..ops.errors import NO_ERROR
 from ..ops.row_stats import read_rows
-from ..rules import Rule, Where
+from ..rules import Decision, Rule, Where
 from ..rules.protocol import Cells, expect
 from ..types import RowStats
 from .sequence import SequenceState
@@ -172,29 +172,40 @@ def _by_rule(
         rows=logits,
     )
     by_cell = stats.map(lambda values: grid.spread(values, _blank(values)))
-    commit, token, edit = rule.decide(by_cell, where, state)
-    if commit is None:
-        commit = where.by_policy(by_cell)
-    expect(f"{type(rule).__name__}: commit", commit, where.masked)
-    sound = where.read
-    if token is not None:
-        expect(f"{type(rule).__name__}: token", token, where.token)
-        sound = sound & (token >= 0) & (token < logits.shape[1]) & (token != mask_id)
-        if group.suppress is not None:
-            sound &= ~torch.isin(token, group.suppress.to(token.device))
-        token = torch.where(sound, token, by_cell.sample)
-    commit = commit & where.open & sound
-    best = select(by_cell, where.masked, _one(policy), check=False)
-    must_move = policy[:, 2:3] >= 1
-    commit |= must_move & ~(commit & where.masked).any(1, keepdim=True) & best
-    if edit is not None and rule.edits:
-        expect(f"{type(rule).__name__}: edit", edit, where.masked)
-        commit |= edit & where.decoded & sound
+    commit, token = _allowed(rule, rule.decide(by_cell, where, state), where, by_cell, group, mask_id)
     chosen = stats.sample if token is None else grid.gather(token, -1)
     if token is not None:
         logprob = logits.gather(1, chosen.clamp(min=0)[:, None])[:, 0].float() - stats.lse
         stats = stats._replace(sample=chosen, confidence=logprob.exp(), sample_logprob=logprob)
     return Decided(stats, errors, grid.gather(commit, False), chosen)
+
+
+def _allowed(
+    rule: Rule, decision: Decision, where: Where, stats: RowStats, group: SamplingGroup, mask_id: int
+) -> tuple[Tensor, Tensor | None]:
+    """The cells (W, C) that a rule's decision commits, as far as it may, and its tokens (W, C).
+
+    A window that must move commits at least one cell, where the rule commits none the most confident.
+    """
+    commit, token, edit = decision
+    if commit is None:
+        commit = where.by_policy(stats)
+    expect(f"{type(rule).__name__}: commit", commit, where.masked)
+    sound = where.read
+    if token is not None:
+        expect(f"{type(rule).__name__}: token", token, where.token)
+        sound = sound & (token >= 0) & (token < where.rows.shape[1]) & (token != mask_id)
+        if group.suppress is not None:
+            sound &= ~torch.isin(token, group.suppress.to(token.device))
+        token = torch.where(sound, token, stats.sample)
+    commit = commit & where.open & sound
+    best = select(stats, where.masked, _one(where.policy), check=False)
+    must_move = where.policy[:, 2:3] >= 1
+    commit |= must_move & ~(commit & where.masked).any(1, keepdim=True) & best
+    if edit is not None and rule.edits:
+        expect(f"{type(rule).__name__}: edit", edit, where.masked)
+        commit |= edit & where.decoded & sound
+    return commit, token
 
 
 def _windows_of(column: Tensor, lane: Tensor, first: Tensor, last: Tensor, lanes: int) -> Tensor:

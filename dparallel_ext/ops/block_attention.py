@@ -92,14 +92,6 @@ def block_attention(
             raise ValueError(f"ancestors: expected int64 ({len(q)}, W), got {got}")
         expect("ancestors", ancestors, (len(q), ancestors.shape[1]), torch.int64)
     if q.dtype == torch.float64:
-        within("kv_lens", kv_lens, 0, capacity + 1)
-        within("q_start", q_start, 0, len(q) + 1)
-        within("q_end", q_end, 0, len(q) + 1)
-        rows = q_end - q_start
-        if causal or ancestors is not None:
-            within("kv_lens", kv_lens - rows, 0, capacity + 1)
-        if ancestors is not None:
-            within("ancestors", rows, 0, 64 * ancestors.shape[1] + 1)
         segments = q_start, q_end, kv_lens, block_table
         return _in_float64(q, k_cache, v_cache, *segments, scale, causal, ancestors).view(shape)
     out = torch.ops.dparallel.block_attention(
@@ -132,6 +124,14 @@ def _in_float64(
     ancestors: Tensor | None,
 ) -> Tensor:
     """By torch: the kernels have no float64."""
+    rows, capacity = q_end - q_start, block_table.shape[1] * k_cache.shape[2]
+    within("kv_lens", kv_lens, 0, capacity + 1)
+    within("q_start", q_start, 0, len(q) + 1)
+    within("q_end", q_end, 0, len(q) + 1)
+    if causal or ancestors is not None:
+        within("kv_lens", kv_lens - rows, 0, capacity + 1)
+    if ancestors is not None:
+        within("ancestors", rows, 0, 64 * ancestors.shape[1] + 1)
     out, page_size = torch.zeros_like(q), k_cache.shape[2]
     segments = zip(q_start.tolist(), q_end.tolist(), kv_lens.tolist(), block_table, strict=True)
     for first, last, length, table in segments:
