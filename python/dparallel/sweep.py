@@ -55,51 +55,57 @@ def sweep(
             yield from _drafted(name, drafters, draft_size, found, options.get("device"), shared, recording)
             continue
         settings = {**settings, "chat": registry.template_of(name, settings.get("chat")) is not None}
-        loaded: tuple[Any, Any] | None = None
-        more: dict[str, Any]
-        plain: dict[dx.DecodeConfig, list[Answer]] = {}
-        for entry in entries:
-            if "verifier" in entry:
-                of_row = (config or dx.DecodeConfig()).with_rule(None).replace(**for_all)
-                judge, numbers = str(entry["verifier"]), numbers_of(entry)
-                asked = {
-                    "model": name,
-                    "policy": judge,
-                    "config": changed_fields(of_row) | numbers,
-                    **settings,
-                }
-                row = found.get(_key(asked))
-                if row is None:
-                    loaded = loaded or registry.load(name, **options)
-                    more = {"loaded": loaded, "recording": recording}
-                    row = evaluate_adaptive(name, judge, numbers=numbers, config=of_row, **more, **settings)
-                yield row
-                continue
-            text = str(entry["rule"])
-            size: Any = entry.get("draft_size", of_policies)
-            of_row = (config or dx.DecodeConfig()).with_rule(text).replace(**{**for_all, **of_config(entry)})
-            asked = {
-                "model": name,
-                "policy": text,
-                "config": changed_fields(of_row) | drafted_by(size),
-                **settings,
-            }
-            row = found.get(_key(asked))
+        shared = {**settings, "recording": recording}
+        base = config or dx.DecodeConfig()
+        yield from _by_policy(name, entries, base, for_all, of_policies, found, options, shared)
+
+
+def _by_policy(
+    name: str,
+    entries: Iterable[Fields],
+    config: dx.DecodeConfig,
+    for_all: Fields,
+    draft_size: int | None,
+    known: Mapping[str, dict[str, Any]],
+    options: Mapping[str, Any],
+    settings: dict[str, Any],
+) -> Iterable[dict[str, Any]]:
+    """The rows of a diffusion model. for_all: fields of all rows without them. draft_size: of rows without
+    one. options: of `registry.load`."""
+    loaded: tuple[Any, Any] | None = None
+    plain: dict[dx.DecodeConfig, list[Answer]] = {}
+    for entry in entries:
+        if "verifier" in entry:
+            of_row = config.with_rule(None).replace(**for_all)
+            judge, numbers = str(entry["verifier"]), numbers_of(entry)
+            asked = {"model": name, "policy": judge, "config": changed_fields(of_row) | numbers}
+            row = known.get(_key(settings | asked))
             if row is None:
                 loaded = loaded or registry.load(name, **options)
-                answers: list[Answer] = []
-                more = {"draft_size": size, "loaded": loaded, "answers": answers}
-                more["recording"] = recording
-                row = evaluate(name, text, config=of_row, **more, **settings)
-                if not size:
-                    plain[of_row] = answers
-                elif of_row not in plain and _key({**asked, "config": changed_fields(of_row)}) in found:
-                    # That row is of an earlier run, whose texts are gone.
-                    again = {**more, "draft_size": None, "answers": plain.setdefault(of_row, [])}
-                    evaluate(name, text, config=of_row, **again, **settings)
-                if size and of_row in plain:
-                    row["same_texts"] = sum(map(operator.eq, plain[of_row], answers))
+                row = evaluate_adaptive(
+                    name, judge, numbers=numbers, config=of_row, loaded=loaded, **settings
+                )
             yield row
+            continue
+        text = str(entry["rule"])
+        size: Any = entry.get("draft_size", draft_size)
+        of_row = config.with_rule(text).replace(**{**for_all, **of_config(entry)})
+        changed = changed_fields(of_row)
+        asked = {"model": name, "policy": text, "config": changed | drafted_by(size)}
+        row = known.get(_key(settings | asked))
+        if row is None:
+            loaded = loaded or registry.load(name, **options)
+            arguments: dict[str, Any] = {"config": of_row, "loaded": loaded, **settings}
+            answers: list[Answer] = []
+            row = evaluate(name, text, draft_size=size, answers=answers, **arguments)
+            if not size:
+                plain[of_row] = answers
+            elif of_row not in plain and _key(settings | asked | {"config": changed}) in known:
+                # That row is of an earlier run, whose texts are gone.
+                evaluate(name, text, answers=plain.setdefault(of_row, []), **arguments)
+            if size and of_row in plain:
+                row["same_texts"] = sum(map(operator.eq, plain[of_row], answers))
+        yield row
 
 
 def _drafted(

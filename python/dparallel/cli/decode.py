@@ -99,15 +99,7 @@ def decode(
     with plain_errors():
         if html is not None:
             files.writable("html", html)
-        calls = [[text] for text in prompt or []]
-        if file is not None:
-            calls += [[text] for text in files.prompts("file", file)]
-        if batch is not None:
-            if stream:
-                raise ValueError("stream: not together with --batch")
-            calls.append(files.prompts("batch", batch))
-        if not any(calls):
-            raise ValueError("prompt: expected one, as an argument or with --file or --batch")
+        calls = prompts_of(prompt or [], file, batch, stream)
         content, mask_id, drafters, draft_size = read_config(
             config, [model], device, mask_id, [drafter] if drafter else None, draft_size
         )
@@ -116,14 +108,8 @@ def decode(
         content.setdefault("gen_length", 0 if infill and not suffix else registry.gen_length(model))
         causal = registry.is_causal(model)
         check_kind(model, causal, drafter=drafter, suffix=suffix or None, policy=policy, verifier=verifier)
-        numbers = {"mixture": mixture, "window": window, "lookahead": lookahead}
-        numbers = {key: value for key, value in numbers.items() if value is not None}
         others = {"policy": policy, "suffix": suffix or None, "draft_size": draft_size}
-        for key, value in others.items() if verifier else numbers.items():
-            if value is not None:
-                raise ValueError(
-                    f"{key}: {'not together with' if verifier else 'belongs to'} --verifier, got {value!r}"
-                )
+        numbers = adaptive_numbers(verifier, others, mixture=mixture, window=window, lookahead=lookahead)
         asked = (causal_config_of if causal or verifier else config_of)(
             content,
             policy,
@@ -155,13 +141,45 @@ def decode(
             else:
                 found = complete(*given, suffix=suffix, draft_size=draft_size, **shared)
             for row in found:
-                if unknown := registry.unknown_words(tokenizer, row["prompt"]):
-                    words = ", ".join(map(repr, dict.fromkeys(unknown)))
-                    known = "; it knows the words of its task alone" if model.startswith("builtin:") else ""
-                    typer.echo(f"warning: {model} has no token for {words} of the prompt{known}", err=True)
+                warn_of_unknown_words(model, tokenizer, row["prompt"])
                 show_response(row, as_json)
         if html is not None and recording is not None:
             files.write_text(html, recording.html())
+
+
+def prompts_of(prompts: list[str], file: Path | None, batch: Path | None, stream: bool) -> list[list[str]]:
+    """The prompts of each call of `decode`: one, or all of the file `batch`."""
+    calls = [[text] for text in prompts]
+    if file is not None:
+        calls += [[text] for text in files.prompts("file", file)]
+    if batch is not None:
+        if stream:
+            raise ValueError("stream: not together with --batch")
+        calls.append(files.prompts("batch", batch))
+    if not any(calls):
+        raise ValueError("prompt: expected one, as an argument or with --file or --batch")
+    return calls
+
+
+def adaptive_numbers(verifier: str | None, others: dict[str, Any], **numbers: Any) -> dict[str, Any]:
+    """The numbers that are given for `adaptive_decode`.
+
+    Raises ValueError for one without a verifier, and for an option among `others` with one.
+    """
+    numbers = {key: value for key, value in numbers.items() if value is not None}
+    for key, value in others.items() if verifier else numbers.items():
+        if value is not None:
+            raise ValueError(
+                f"{key}: {'not together with' if verifier else 'belongs to'} --verifier, got {value!r}"
+            )
+    return numbers
+
+
+def warn_of_unknown_words(model: str, tokenizer: Any, prompt: str) -> None:
+    if unknown := registry.unknown_words(tokenizer, prompt):
+        words = ", ".join(map(repr, dict.fromkeys(unknown)))
+        known = "; it knows the words of its task alone" if model.startswith("builtin:") else ""
+        typer.echo(f"warning: {model} has no token for {words} of the prompt{known}", err=True)
 
 
 def show_response(row: dict[str, Any], as_json: bool) -> None:

@@ -151,103 +151,123 @@ class EventStream(StreamingResponse):
             self.call.close()
 
 
-async def answer(service: Service, http: Request, request: ChatRequest | CompletionRequest) -> Response:
-    """The response to either endpoint, whole or streaming."""
-    chat = isinstance(request, ChatRequest)
-    call = await service.call(request)
-    token_texts = service.model(request.model).token_texts
-    frame = {
-        "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-        "object": "chat.completion" if chat else "text_completion",
-        "created": int(time.time()),
-        "model": request.model,
-    }
+class Answer:
+    """Writes the pieces of a call as either endpoint's JSON: whole, or as events of a stream."""
 
-    lengths, offsets = [0] * len(call.choices), [0] * len(call.choices)
+    def __init__(self, service: Service, request: ChatRequest | CompletionRequest, call: Call) -> None:
+        self.request, self.call = request, call
+        self.chat = isinstance(request, ChatRequest)
+        self.token_texts = service.model(request.model).token_texts
+        self.frame = {
+            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": "chat.completion" if self.chat else "text_completion",
+            "created": int(time.time()),
+            "model": request.model,
+        }
+        self.usage = bool(request.stream_options and request.stream_options.include_usage)
+        self._lengths, self._offsets = [0] * len(call.choices), [0] * len(call.choices)
 
-    def logprobs(index: int, scores: Sequence[tuple[int, float]]) -> dict[str, Any]:
+    def logprobs(self, index: int, scores: Sequence[tuple[int, float]]) -> dict[str, Any]:
         """The entry "logprobs" for the choice's next tokens."""
-        first, offset = lengths[index] == 0, offsets[index]
+        first, offset = self._lengths[index] == 0, self._offsets[index]
         tokens = [
-            (token_texts(token, first=first and at == 0), value) for at, (token, value) in enumerate(scores)
+            (self.token_texts(token, first=first and at == 0), value)
+            for at, (token, value) in enumerate(scores)
         ]
-        lengths[index] += len(tokens)
-        offsets[index] += sum(len(text) for text, _ in tokens)
-        if isinstance(request, ChatRequest):
+        self._lengths[index] += len(tokens)
+        self._offsets[index] += sum(len(text) for text, _ in tokens)
+        if isinstance(self.request, ChatRequest):
             return protocol.chat_logprobs(tokens)
-        return protocol.completion_logprobs(tokens, offset, bool(request.logprobs))
+        return protocol.completion_logprobs(tokens, offset, bool(self.request.logprobs))
 
     def choice(
-        index: int, content: dict[str, Any], reason: str | None, scores: Sequence[tuple[int, float]] | None
+        self,
+        index: int,
+        content: dict[str, Any],
+        reason: str | None,
+        scores: Sequence[tuple[int, float]] | None,
     ) -> dict[str, Any]:
-        scored = None if scores is None else logprobs(index, scores)
+        scored = None if scores is None else self.logprobs(index, scores)
         return {"index": index, **content, "logprobs": scored, "finish_reason": reason}
 
+    def event(self, choices: list[dict[str, Any]], used: dict[str, Any] | None = None) -> str:
+        return sse({**self.frame, "choices": choices, **({"usage": used} if self.usage else {})})
+
+    def part(
+        self,
+        index: int,
+        piece: str,
+        reason: str | None = None,
+        scores: Sequence[tuple[int, float]] = (),
+        **fields: Any,
+    ) -> str:
+        """The event of a piece of a choice's text. fields: others of the choice."""
+        content = {"delta": {"content": piece} if piece else {}} if self.chat else {"text": piece}
+        return self.event([self.choice(index, {**content, **fields}, reason, scores or None)])
+
+    async def events(self) -> AsyncIterator[str]:
+        """The answer as server-sent events."""
+        call = self.call
+        if self.chat:
+            self.frame["object"] = "chat.completion.chunk"
+        try:
+            for index in range(len(call.choices) if self.chat else 0):
+                yield self.part(index, "", delta={"role": "assistant", "content": ""})
+            async for piece in call.pieces():
+                if piece.draft is not None:
+                    length = call.choices[piece.choice].gen_length
+                    yield self.part(piece.choice, "", draft=draft_of(piece.draft, length, self.token_texts))
+                if piece.text or piece.scores:
+                    yield self.part(piece.choice, piece.text, scores=piece.scores)
+                if piece.reason is not None:
+                    yield self.part(piece.choice, "", piece.reason)
+            if self.usage:
+                yield self.event([], call.usage())
+            yield "data: [DONE]\n\n"
+        except ApiError as error:
+            yield sse(error.body)
+
+    async def whole(self, http: Request) -> dict[str, Any]:
+        """All choices; ends the call if the client leaves."""
+        call = self.call
+        texts, reasons = [""] * len(call.choices), [""] * len(call.choices)
+        scores: list[list[tuple[int, float]]] = [[] for _ in call.choices]
+
+        async def gone() -> None:
+            while (await http.receive())["type"] != "http.disconnect":
+                pass
+            call.fail(ApiError(499, "the client left"))
+
+        watching = asyncio.ensure_future(gone())
+        try:
+            async for piece in call.pieces():
+                texts[piece.choice] += piece.text
+                scores[piece.choice] += piece.scores
+                reasons[piece.choice] = piece.reason or ""
+        finally:
+            watching.cancel()
+            call.close()
+        choices = [
+            self.choice(
+                index,
+                {"message": {"role": "assistant", "content": text, "refusal": None}}
+                if self.chat
+                else {"text": text},
+                reason,
+                scores[index] if self.request.scored else None,
+            )
+            for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
+        ]
+        return {**self.frame, "choices": choices, "usage": call.usage()}
+
+
+async def answer(service: Service, http: Request, request: ChatRequest | CompletionRequest) -> Response:
+    """The response to either endpoint, whole or streaming."""
+    call = await service.call(request)
+    written = Answer(service, request, call)
     if request.stream:
-        usage = bool(request.stream_options and request.stream_options.include_usage)
-        if chat:
-            frame["object"] = "chat.completion.chunk"
-
-        def event(choices: list[dict[str, Any]], used: dict[str, Any] | None = None) -> str:
-            return sse({**frame, "choices": choices, **({"usage": used} if usage else {})})
-
-        def part(
-            index: int,
-            piece: str,
-            reason: str | None = None,
-            scores: Sequence[tuple[int, float]] = (),
-            **more: Any,
-        ) -> str:
-            content = {"delta": {"content": piece} if piece else {}} if chat else {"text": piece}
-            return event([choice(index, {**content, **more}, reason, scores or None)])
-
-        async def events() -> AsyncIterator[str]:
-            try:
-                for index in range(len(call.choices) if chat else 0):
-                    yield part(index, "", delta={"role": "assistant", "content": ""})
-                async for piece in call.pieces():
-                    if piece.draft is not None:
-                        length = call.choices[piece.choice].gen_length
-                        yield part(piece.choice, "", draft=draft_of(piece.draft, length, token_texts))
-                    if piece.text or piece.scores:
-                        yield part(piece.choice, piece.text, scores=piece.scores)
-                    if piece.reason is not None:
-                        yield part(piece.choice, "", piece.reason)
-                if usage:
-                    yield event([], call.usage())
-                yield "data: [DONE]\n\n"
-            except ApiError as error:
-                yield sse(error.body)
-
-        return EventStream(call, events())
-
-    texts, reasons = [""] * len(call.choices), [""] * len(call.choices)
-    scores: list[list[tuple[int, float]]] = [[] for _ in call.choices]
-
-    async def gone() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-        call.fail(ApiError(499, "the client left"))
-
-    watching = asyncio.ensure_future(gone())
-    try:
-        async for piece in call.pieces():
-            texts[piece.choice] += piece.text
-            scores[piece.choice] += piece.scores
-            reasons[piece.choice] = piece.reason or ""
-    finally:
-        watching.cancel()
-        call.close()
-    choices = [
-        choice(
-            index,
-            {"message": {"role": "assistant", "content": said, "refusal": None}} if chat else {"text": said},
-            reason,
-            scores[index] if request.scored else None,
-        )
-        for index, (said, reason) in enumerate(zip(texts, reasons, strict=True))
-    ]
-    return JSONResponse({**frame, "choices": choices, "usage": call.usage()})
+        return EventStream(call, written.events())
+    return JSONResponse(await written.whole(http))
 
 
 def draft_of(draft: Draft, length: int, texts: text.TokenTexts) -> dict[str, Any]:
@@ -341,6 +361,13 @@ def make_app(service: Service) -> FastAPI:
 
     name_errors(app, service)
 
+    add_routes(app, service)
+    return app
+
+
+def add_routes(app: FastAPI, service: Service) -> None:
+    """Add all paths of `PATHS`, and the page's."""
+
     @app.post("/v1/chat/completions", responses=errors(*ERRORS))
     async def chat_completions(http: Request, request: ChatRequest) -> Response:
         return await answer(service, http, request)
@@ -388,5 +415,3 @@ def make_app(service: Service) -> FastAPI:
 
     for path in service.page:
         app.add_route(path, page_part, methods=READ.split(", "), include_in_schema=False)
-
-    return app

@@ -15,6 +15,7 @@ import torch
 
 import dparallel_ext as dx
 from dparallel_ext.models import Model
+from dparallel_ext.models.config import ModelConfig
 
 from .. import files, registry
 from . import trajectories
@@ -326,7 +327,7 @@ def plan(recipe: Recipe, *, processes: int = 1) -> dict[str, Any]:
         )
     with torch.device("meta"):
         model: Any = family(config)
-    shape, vocabulary = model.shape, model.shape.embedding_size
+    shape = model.shape
     total = sum(p.numel() for p in model.parameters())
     if recipe.lora is not None:
         model = with_lora(model, recipe.lora, recipe.model)
@@ -345,24 +346,14 @@ def plan(recipe: Recipe, *, processes: int = 1) -> dict[str, Any]:
         steps = None if examples is None else int(-(-examples // batch) * args.num_train_epochs)
     gen = trajectories.Settings(**recipe.trajectories).gen_length
     tokens = recipe.collator.get("total_length") or 128 + (recipe.collator.get("response_length") or gen)
-
     rows = 2 * micro * tokens  # both views
-    # Kept of a layer: the inputs of two norms in float32; in 16 bits their outputs, q, k, v and attention's
-    # output, and the three tensors of the MLP.
-    kv = shape.kv_heads * shape.head_dim
-    layer = rows * (2 * 4 * shape.width + 2 * (6 * shape.width + 2 * kv + 4 * shape.mlp_width))
-    inputs = rows * 2 * shape.width
     checkpointed = args.gradient_checkpointing
-    activations = shape.layers * inputs + layer if checkpointed else shape.layers * layer
-    chunk = min(rows, 256 * 2**20 // (2 * vocabulary)) * vocabulary * 2
     passes = 3 + bool(checkpointed) + (accumulated > 1)  # backward counts as two
-    weights = 2 * total + 4 * trainable if recipe.lora else 4 * total
     sizes = {
-        "weights": weights,
+        "weights": 2 * total + 4 * trainable if recipe.lora else 4 * total,
         "gradients": 4 * trainable,
         "optimizer": 8 * trainable,
-        "activations (estimate)": activations,
-        "loss": 2 * chunk + rows * 2 * shape.width,
+        **_of_rows(shape, rows, checkpointed),
     }
     return {
         "parameters": total,
@@ -374,4 +365,18 @@ def plan(recipe: Recipe, *, processes: int = 1) -> dict[str, Any]:
         "steps": steps,
         "forward equivalents per micro-batch": passes,
         "bytes per process": {**sizes, "total": sum(sizes.values())},
+    }
+
+
+def _of_rows(shape: ModelConfig, rows: int, checkpointed: bool) -> dict[str, int]:
+    """The bytes that `rows` tokens of a micro-batch take."""
+    # Kept of a layer: the inputs of two norms in float32; in 16 bits their outputs, q, k, v and attention's
+    # output, and the three tensors of the MLP.
+    kv = shape.kv_heads * shape.head_dim
+    layer = rows * (2 * 4 * shape.width + 2 * (6 * shape.width + 2 * kv + 4 * shape.mlp_width))
+    inputs = rows * 2 * shape.width
+    chunk = min(rows, 256 * 2**20 // (2 * shape.embedding_size)) * shape.embedding_size * 2
+    return {
+        "activations (estimate)": shape.layers * inputs + layer if checkpointed else shape.layers * layer,
+        "loss": 2 * chunk + rows * 2 * shape.width,
     }
