@@ -49,7 +49,9 @@ def sweep(
     names = list(names)
     of_policies = None if any(registry.is_causal(name) for name in names) else draft_size
     for name in names:
-        options = {key: settings[key] for key in ("device", "fp8", "mask_id") if key in settings}
+        options: dict[str, Any] = {
+            key: settings[key] for key in ("device", "fp8", "mask_id") if key in settings
+        }
         if registry.is_causal(name):
             shared = {key: value for key, value in settings.items() if key in ("problems", "seed", "batch")}
             yield from _drafted(name, drafters, draft_size, found, options.get("device"), shared, recording)
