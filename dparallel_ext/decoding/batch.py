@@ -195,8 +195,8 @@ class Batch:
 
     def _fill(self, b: int, start: int, end: int) -> None:
         """Replace the masks in columns [start, end) by padding."""
-        own = self.tokens[b, start:end]
-        own.masked_fill_(own == self.mask_id, self.pad_id)
+        padding = self.tokens[b, start:end]
+        padding.masked_fill_(padding == self.mask_id, self.pad_id)
 
     def step(self, lanes: Sequence[int] | None = None, ahead: int = 1) -> list[int]:
         """Run a pass over every sequence that is not done (of `lanes`); return those whose block it
@@ -257,8 +257,8 @@ class Batch:
                     self.runner.prepare(rows, coming)
         seen = self.runner.look(self.rows, results)
         last = zip(groups, seen[-len(groups) :], strict=True)
-        found = {b: lanes[b] for group, lanes in last for b in group}
-        return [b for b in live if self._advance(b, found[b])]
+        counts = {b: lanes[b] for group, lanes in last for b in group}
+        return [b for b in live if self._advance(b, counts[b])]
 
     def _coming(self, live: list[int], passes: int) -> list[list[SequenceState]]:
         """The sequence states that the next pass may begin with.
@@ -268,7 +268,7 @@ class Batch:
 
         passes: how many were issued whose results have not been read.
         """
-        found = [self.rows.copy()]
+        states = [self.rows.copy()]
         for b in live:
             row = self.rows[b]
             if row.edited or reads(row, "response"):  # its rule may fill other blocks, too
@@ -280,11 +280,11 @@ class Batch:
             after.block_index, after.open = row.block_index + 1, row.open[1:]
             self.open_front(after)
             if row.masks_left <= least:
-                found[0][b] = after
+                states[0][b] = after
             else:
                 likely = row.masks_left * (row.nfe - passes) <= row.decoded * passes  # at its pace so far
-                found.insert(0 if likely else 1, [*self.rows[:b], after, *self.rows[b + 1 :]])
-        return found
+                states.insert(0 if likely else 1, [*self.rows[:b], after, *self.rows[b + 1 :]])
+        return states
 
     def _commits(self, row: SequenceState, passes: int) -> tuple[float, float]:
         """The fewest and the most masks of the front block that the last `passes` passes commit."""
@@ -305,16 +305,16 @@ class Batch:
         if self.schedule.stores_blocks:
             row.num_cached = row.block[0] - row.block[0] % self.schedule.block_length
 
-    def _advance(self, b: int, found: Counts) -> bool:
+    def _advance(self, b: int, counted: Counts) -> bool:
         """Update sequence b by a pass's counts; return whether its front block is complete."""
         row = self.rows[b]
-        counts = found.blocks[: len(self._counted(row))]
+        counts = counted.blocks[: len(self._counted(row))]
         row.open = tuple(
             block._replace(masks_left=left, first_mask=first if left else block.start, changed=changed > 0)
             for block, (left, first, changed) in zip(row.open, counts, strict=False)
         )
         front = row.open[0]
-        ends = row.settings.eos_id is not None and found.end is not None and found.end < front.first_mask
+        ends = row.settings.eos_id is not None and counted.end is not None and counted.end < front.first_mask
         if ends and not row.edited:  # everything in front of the EOS is final
             self._fill(b, front.start, front.end)
             row.generated -= front.masks_left

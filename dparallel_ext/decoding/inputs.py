@@ -143,10 +143,10 @@ class InputPacker:
                 of_lane.append(range(reach))
                 packing.repeat(0, reach)
             else:
-                own = work[b]
+                lane_work = work[b]
                 everything = reads(rows[b], "block") or reads(rows[b], "response")
-                columns = self._columns(b, own.reads, reach, everything)
-                first, last = own.spans[0].start, own.spans[-1].end
+                columns = self._columns(b, lane_work.reads, reach, everything)
+                first, last = lane_work.spans[0].start, lane_work.spans[-1].end
                 of_lane.append(columns)
                 low, high = (columns[0], columns[-1]) if columns else (first, first)
                 if first <= low - self.shift and high - self.shift < last and isinstance(columns, range):
@@ -269,10 +269,10 @@ class InputPacker:
         each = [(r.nfe, id(r.settings), id(r.layout), id(r.suppress)) for r in rows]
         blocks = [  # without their counts, which the pass before is about to change
             (w.start, w.end, w.must_move, w.block.start, w.block.held, w.block.step)
-            for own in work.values()
-            for w in own.windows
+            for lane_work in work.values()
+            for w in lane_work.windows
         ]
-        rest = [(b, own.spans, *own[2:]) for b, own in work.items()]
+        rest = [(b, lane_work.spans, *lane_work[2:]) for b, lane_work in work.items()]
         return rest, blocks, each, self.kv_cache and self.kv_cache.changes
 
 

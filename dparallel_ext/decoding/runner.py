@@ -103,15 +103,15 @@ class Runner:
         if not key:
             return None
         if key not in self._suppressed:
-            found = torch.tensor(key)
+            suppressed = torch.tensor(key)
             if isinstance(self.model, Model):
                 size = self.model.shape.embedding_size
                 if key[0] < 0 or key[-1] >= size:
                     raise ValueError(f"suppress: expected ids in [0, {size}), got {list(key[:8])}")
-                found = found.to(self.tokens.device)
+                suppressed = suppressed.to(self.tokens.device)
             if len(self._suppressed) == 64:
                 self._suppressed.clear()
-            self._suppressed[key] = found
+            self._suppressed[key] = suppressed
         return self._suppressed[key]
 
     def begin(self, lane: int, rule: Rule, columns: Sequence[int], used: Collection[Rule]) -> None:
@@ -143,8 +143,8 @@ class Runner:
             self.graphs.drop_stale(self.model.addresses())
         prepared, self._prepared = self._prepared, []
         inputs_key = self.packer.key_of(rows, work) if prepared else ()
-        found = next((each for each in prepared if each.inputs_key == inputs_key), None)
-        inputs, key = self.packer.pack(rows, work) if found is None else (found.inputs, found.key)
+        ready = next((each for each in prepared if each.inputs_key == inputs_key), None)
+        inputs, key = self.packer.pack(rows, work) if ready is None else (ready.inputs, ready.key)
         compute = functools.partial(self._compute, key, work)
         if self.graphs is None or self.graphs.addresses is None:
             return compute(inputs.to(self.tokens.device, non_blocking=True))
@@ -156,7 +156,7 @@ class Runner:
 
         Raises ValueError for the first pass in which an error kept a sequence from committing.
         """
-        found: list[list[Counts]] = []
+        passes: list[list[Counts]] = []
         lanes = len(self.tokens)
         windows = lanes * self.blocks
         for numbers in torch.stack(list(results)).tolist() if lanes else []:
@@ -165,8 +165,8 @@ class Runner:
             counted = (len(numbers) - windows - (lanes if ends[0] is not None else 0)) // 3
             counts = list(zip(*(numbers[windows + i * counted :][:counted] for i in range(3)), strict=True))
             each = counted // lanes
-            found.append([Counts(counts[b * each :][:each], end) for b, end in enumerate(ends)])
-        return found
+            passes.append([Counts(counts[b * each :][:each], end) for b, end in enumerate(ends)])
+        return passes
 
     def prepare(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> None:
         """Make the inputs of a pass that may come next; the next `run` uses them if it is that very pass."""
@@ -175,14 +175,14 @@ class Runner:
         )
 
     def _compute(self, key: GraphKey, work: Mapping[int, SequenceWork], inputs: Tensor) -> Tensor:
-        *metadata, source, positions, edges, counted, endings, keys, progress, policy = unpack(
+        *about_tokens, source, positions, edges, counted, endings, keys, progress, policy = unpack(
             inputs, key.shapes
         )
         if isinstance(self.model, Model):
-            made = AttentionMetadata(key.max_q_len, key.max_kv_len, *metadata)
+            metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *about_tokens)
             assert self.kv_cache is not None
             with own_precision(self.model, self.tokens.device):
-                x = self.model.step(self.tokens[made.rows, made.positions], self.kv_cache, made)
+                x = self.model.step(self.tokens[metadata.rows, metadata.positions], self.kv_cache, metadata)
                 logits = self.model.head(x[source])[: len(positions)]
         else:
             logits = self._foreign(work)[source]

@@ -56,9 +56,9 @@ def block_attention(
     Raises:
         ValueError: naming the argument that does not fit. Indices are checked on the CPU alone.
     """
-    for name, given in (("q", q), ("kv_lens", kv_lens)):
-        if not isinstance(given, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(given).__name__}")
+    for name, tensor in (("q", q), ("kv_lens", kv_lens)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
     shape = q.shape
     if q.ndim == 4:
         if q_start is not None or q_end is not None:
@@ -79,8 +79,8 @@ def block_attention(
     if not isinstance(block_table, Tensor) or block_table.ndim != 2:
         got = tuple(block_table.shape) if isinstance(block_table, Tensor) else type(block_table).__name__
         raise ValueError(f"block_table: expected int64 (S, P), got {got}")
-    for name, given in (("kv_lens", kv_lens), ("q_start", q_start), ("q_end", q_end)):
-        expect(name, given, (len(block_table),), torch.int64)
+    for name, tensor in (("kv_lens", kv_lens), ("q_start", q_start), ("q_end", q_end)):
+        expect(name, tensor, (len(block_table),), torch.int64)
     expect("block_table", block_table, tuple(block_table.shape), torch.int64)
     capacity = block_table.shape[1] * k_cache.shape[2]
     scale = max(1, q.shape[2]) ** -0.5 if scale is None else scale
@@ -140,11 +140,11 @@ def _in_float64(
         slot = torch.arange(length, device=q.device)
         page, offset = table[slot // page_size], slot % page_size
         k, v = (cache[page, :, offset].transpose(0, 1) for cache in (k_cache, v_cache))  # (Hkv, kv_len, D)
-        row, own = torch.arange(last - first, device=q.device)[:, None], slot - (length - (last - first))
-        seen = own <= (row if causal else torch.full_like(row, last - first))  # (Q, kv_len)
+        row, place = torch.arange(last - first, device=q.device)[:, None], slot - (length - (last - first))
+        seen = place <= (row if causal else torch.full_like(row, last - first))  # (Q, kv_len)
         if ancestors is not None:
-            bit = own.clamp(min=0)
-            seen = (own < 0) | ((ancestors[first:last, bit // 64] >> bit % 64) & 1).bool()
+            bit = place.clamp(min=0)
+            seen = (place < 0) | ((ancestors[first:last, bit // 64] >> bit % 64) & 1).bool()
         y = F.scaled_dot_product_attention(
             q[None, first:last].transpose(1, 2), k[None], v[None], seen, scale=scale, enable_gqa=True
         )

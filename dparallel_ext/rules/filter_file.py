@@ -36,7 +36,7 @@ def read_filter(file: str | Path) -> tuple[str, tuple[Tensor, ...], dict[str, st
 def _read(file: str, time: int, size: int) -> tuple[str, tuple[Tensor, ...], dict[str, str]]:
     """See `read_filter`. time, size: of the file, so that a changed file is read again."""
     with safe_open(file, framework="pt") as opened:
-        said = opened.metadata() or {}
+        metadata = opened.metadata() or {}
         if not {*TENSORS} <= {*opened.keys()}:
             raise ValueError(
                 f"file: {file} is no filter: expected {list(TENSORS)}, got {sorted(opened.keys())[:8]}"
@@ -49,4 +49,4 @@ def _read(file: str, time: int, size: int) -> tuple[str, tuple[Tensor, ...], dic
     if not all(bool(weight.isfinite().all()) for weight in weights):
         raise ValueError(f"file: {file} holds NaN or infinite weights")
     content = hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in weights))
-    return content.hexdigest(), weights, said
+    return content.hexdigest(), weights, metadata

@@ -51,16 +51,16 @@ class Learned(Rule):
     row = "quota:1"
 
     def __post_init__(self) -> None:
-        content, weights, said = read_filter(self.file)
-        tau = said.get("tau", "none") if self.tau is None else self.tau
+        content, weights, metadata = read_filter(self.file)
+        tau = metadata.get("tau", "none") if self.tau is None else self.tau
         try:
             tau = float(tau)
         except (TypeError, ValueError):
             tau = math.nan
         if not 0 <= tau <= 1:
             raise ValueError(f"tau: expected a number from 0 to 1, got {tau} for {self.file}")
-        found = {"tau": tau, "content": content, "weights": weights, "model": said.get("model")}
-        for name, value in found.items():
+        values = {"tau": tau, "content": content, "weights": weights, "model": metadata.get("model")}
+        for name, value in values.items():
             object.__setattr__(self, name, value)
 
     @property
@@ -78,11 +78,11 @@ class Learned(Rule):
             raise ValueError(
                 f"rule: {self.file} is for a block_length of {self.block_length}, got {block_length}"
             )
-        found = fingerprint(model)
-        if found and self.model and found != self.model:
+        model_hash = fingerprint(model)
+        if model_hash and self.model and model_hash != self.model:
             warnings.warn(
-                f"rule: {self.file} was trained for another model ({self.model}, and this is {found}), so "
-                "that it may commit too much or too little",
+                f"rule: {self.file} was trained for another model ({self.model}, and this is {model_hash}), "
+                "so that it may commit too much or too little",
                 stacklevel=4,
             )
 

@@ -211,9 +211,9 @@ class CausalBatch:
         try:
             sizes = self._sizes(live)
             drafts = dict.fromkeys(live, Draft()) | self._drafts(sizes)
-            found: dict[int, Emitted] = {}
+            emitted: dict[int, Emitted] = {}
             for group, tree in self._groups(live, drafts):
-                found |= self._verify({b: drafts[b] for b in group}, tree)
+                emitted |= self._verify({b: drafts[b] for b in group}, tree)
                 self.forwards += 1
         except BaseException:
             rows, self.forwards, self.draft_forwards = before
@@ -224,8 +224,8 @@ class CausalBatch:
         for b in live:
             # A draft of riders alone does not show how many guesses are accepted.
             if sizes.get(b) and (drafts[b].tokens or not drafts[b].riders):
-                self._sizer.learn(sizes[b], len(found[b].tokens) - 1)
-            self._advance(b, drafts[b], found[b])
+                self._sizer.learn(sizes[b], len(emitted[b].tokens) - 1)
+            self._advance(b, drafts[b], emitted[b])
         return live
 
     def _sizes(self, live: Sequence[int]) -> dict[int, int]:
@@ -247,26 +247,26 @@ class CausalBatch:
             Lane(b, self.tokens[b, : row.known], row.length, row.sampling, row.settings.key, row.eos_ids)
             for b, row in rows
         ]
-        found: list[Draft] = []
+        drafts: list[Draft] = []
         with self._sizer.drafting():
             for part in (
                 [slice(i, i + 1) for i in range(len(rows))] if self.batch_invariant else [slice(None)]
             ):
-                found += self._session.propose(views[part], list(sizes.values())[part])
+                drafts += self._session.propose(views[part], list(sizes.values())[part])
         prefilling = [b for b in sizes if self.rows[b].prefills]
         most_riders = 0 if self._riders is None else self._riders.most
-        check_drafts(found, list(sizes), list(sizes.values()), self.model.shape, most_riders, prefilling)
+        check_drafts(drafts, list(sizes), list(sizes.values()), self.model.shape, most_riders, prefilling)
         drafting = len(sizes) - len(prefilling)
         self.draft_forwards += drafting if self.batch_invariant else drafting > 0
         for b in sizes:
             self.rows[b].draft_nfe += b not in prefilling
-        return dict(zip(sizes, found, strict=True))
+        return dict(zip(sizes, drafts, strict=True))
 
     def _groups(self, live: Sequence[int], drafts: dict[int, Draft]) -> list[tuple[list[int], bool]]:
         """The lanes of each pass, whose drafts begin at one layer, and whether the pass is over trees."""
         if self.batch_invariant:
             return [([b], not drafts[b].is_chain) for b in live]
-        found = []
+        groups = []
         for start in sorted({drafts[b].start for b in live}):
             alike = [b for b in live if drafts[b].start == start]
             trees = [b for b in alike if not drafts[b].is_chain]
@@ -274,8 +274,8 @@ class CausalBatch:
             if trees:  # a chain is a tree, too, but a prompt has too many rows for ancestor words
                 trees += [b for b in chains if not self.rows[b].prefills]
                 chains = [b for b in chains if self.rows[b].prefills]
-            found += [(sorted(group), tree) for group, tree in ((chains, False), (trees, True)) if group]
-        return found
+            groups += [(sorted(group), tree) for group, tree in ((chains, False), (trees, True)) if group]
+        return groups
 
     def _verify(self, drafts: dict[int, Draft], tree: bool) -> dict[int, Emitted]:
         """Run one pass over some sequences, which changes nothing but keys and values after the cached

@@ -66,11 +66,11 @@ class Draft(NamedTuple):
         at: int | None = 0
         taken = set[int]()
         for token in emitted:  # of siblings with one token, the first is on the path, see `ops.accept`
-            at = next((node for node, (own, parent) in nodes if own == token and parent == at), None)
+            at = next((node for node, (guess, parent) in nodes if guess == token and parent == at), None)
             if at is None:
                 break
             taken.add(at)
-        return tuple(own for node, (own, _) in nodes if node not in taken)
+        return tuple(guess for node, (guess, _) in nodes if node not in taken)
 
 
 def check_drafts(

@@ -77,8 +77,8 @@ class Issued(NamedTuple):
         """The result; waits for the device."""
         if self.there is not None:
             self.there.synchronize()
-        found: list[int] = self.result.tolist()
-        return found
+        numbers: list[int] = self.result.tolist()
+        return numbers
 
 
 class PassRows:
@@ -300,13 +300,13 @@ class CausalRunner:
     def _compute(self, key: PassKey, inputs: Tensor) -> Tensor:
         tensors = unpack(inputs, key.shapes)
         tensors, joined = tensors[: len(tensors) - key.riders], tensors[len(tensors) - key.riders :]
-        *about_rows, ids, places, source, token, parent, keys, edges, room, eos_ids, bases, table = tensors
-        metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *about_rows, causal=not key.tree)
+        *about_tokens, ids, places, source, token, parent, keys, edges, room, eos_ids, bases, table = tensors
+        metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *about_tokens, causal=not key.tree)
         if len(places):
             assert self._last is not None
             ids = torch.cat((ids, self._last))[places]
         logits = self._logits(key, ids, source, metadata, joined)
-        found = [
+        outputs = [
             accept(
                 logits,
                 token,
@@ -328,9 +328,9 @@ class CausalRunner:
         # Lanes of other groups have emitted nothing: 0 tokens, -1 in their places, no error.
         count, path, tokens = (
             functools.reduce(torch.maximum, each)
-            for each in zip(*((one.count, one.path, one.tokens) for one in found), strict=True)
+            for each in zip(*((output.count, output.path, output.tokens) for output in outputs), strict=True)
         )
-        error = functools.reduce(torch.minimum, [one.error for one in found])
+        error = functools.reduce(torch.minimum, [output.error for output in outputs])
         if key.follows:
             assert self._last is not None
             # A bad row has no choice: later passes over its lane are not read, so any token will do.
@@ -349,10 +349,10 @@ class CausalRunner:
             results.append(guessed.flatten())
         if key.logprobs:
             each = [
-                one.stats.sample_logprob[(edge[0][:, None] + one.path).clamp(min=0)].masked_fill(
-                    one.path < 0, -torch.inf
+                output.stats.sample_logprob[(edge[0][:, None] + output.path).clamp(min=0)].masked_fill(
+                    output.path < 0, -torch.inf
                 )
-                for one, edge in zip(found, edges, strict=True)
+                for output, edge in zip(outputs, edges, strict=True)
             ]
             logprob = functools.reduce(torch.maximum, each)
             results.append(logprob.view(torch.int32).to(torch.int64).flatten())
@@ -413,7 +413,9 @@ class CausalRunner:
         if key.logprobs:
             bits = torch.tensor(rest[-lanes * width :]).to(torch.int32)
             logprobs, rest = bits.view(torch.float32).tolist(), rest[: -lanes * width]
-        found = {b: Emitted(rest[b * width :][: count[b]], logprobs[b * width :][: count[b]]) for b in drafts}
+        emitted = {
+            b: Emitted(rest[b * width :][: count[b]], logprobs[b * width :][: count[b]]) for b in drafts
+        }
         if key.riders:
             path, guesses = rest[lanes * width : 2 * lanes * width], rest[2 * lanes * width :]
             each = len(guesses) // lanes
@@ -421,5 +423,5 @@ class CausalRunner:
                 if draft.riders:
                     riders = draft.riders[path[b * width + count[b] - 1]]
                     guessed = guesses[b * each : (b + 1) * each] if riders else ()
-                    found[b] = found[b]._replace(riders=riders, guessed=guessed)
-        return found
+                    emitted[b] = emitted[b]._replace(riders=riders, guessed=guessed)
+        return emitted
