@@ -128,11 +128,11 @@ def config_of(content: Mapping[str, Any], policy: str | None, **options: Any) ->
     Raises ValueError naming the option that does not fit.
     """
     config = DecodeConfig.from_dict(content)
-    given: Any = {name: value for name, value in options.items() if value is not None}
+    fields: Any = {name: value for name, value in options.items() if value is not None}
     if policy is not None or not DECIDES & content.keys():
         parse_policy(policy or POLICY)
-        return config.with_rule(policy or POLICY, **given)
-    return config.replace(**given)
+        return config.with_rule(policy or POLICY, **fields)
+    return config.replace(**fields)
 
 
 def policy_in(content: Mapping[str, Any]) -> str | None:
@@ -143,26 +143,26 @@ def policy_in(content: Mapping[str, Any]) -> str | None:
 def causal_config_of(content: Mapping[str, Any], policy: str | None, **options: Any) -> DecodeConfig:
     """`config_of` for an autoregressive model, which takes no policy."""
     assert policy is None
-    given: Any = {name: value for name, value in options.items() if value is not None}
-    return DecodeConfig.from_dict(content).replace(**given)
+    fields: Any = {name: value for name, value in options.items() if value is not None}
+    return DecodeConfig.from_dict(content).replace(**fields)
 
 
 def changed_fields(config: DecodeConfig) -> dict[str, Any]:
     """The fields that differ from the defaults, in JSON's types, without rule and length."""
-    own, defaults = config.with_rule(None).to_dict(), DecodeConfig().to_dict()
-    return {name: own[name] for name in own if own[name] != defaults[name] and name != "gen_length"}
+    values, defaults = config.with_rule(None).to_dict(), DecodeConfig().to_dict()
+    return {name: values[name] for name in values if values[name] != defaults[name] and name != "gen_length"}
 
 
 def policy_of(config: DecodeConfig) -> str | None:
     """The text for `parse_policy` of a config's fields that decide; None if there is no such text."""
     defaults = DecodeConfig()
-    given = {name for name in DECIDES if getattr(config, name) != getattr(defaults, name)}
-    if given <= {"rule"}:
+    changed = {name for name in DECIDES if getattr(config, name) != getattr(defaults, name)}
+    if changed <= {"rule"}:
         rule = config.rule or ONE
         return rule if isinstance(rule, str) else None
-    if given <= {"selector", "threshold"}:
+    if changed <= {"selector", "threshold"}:
         return f"{config.selector or 'entropy'}:{config.threshold}"
-    return f"steps:{config.steps}" if given == {"steps"} else None
+    return f"steps:{config.steps}" if changed == {"steps"} else None
 
 
 def without_ends(config: DecodeConfig) -> DecodeConfig:

@@ -69,7 +69,7 @@ def evaluate(
         config = config.replace(block_length=block_length)
     if cache is not None:
         config = config.replace(cache=cache)
-    said = changed_fields(config) | drafted_by(draft_size)
+    changed = changed_fields(config) | drafted_by(draft_size)
     config = config.replace(gen_length=tasks.GEN_LENGTH, record=True)
     for name, value, least in (("problems", problems, 0), ("batch", batch, 1)):
         if value < least:
@@ -82,7 +82,7 @@ def evaluate(
     causal = dx.models.traits(model).block_length
     block = config.block_length or causal or 32
     correct = passes = canvases = to_eos = tokens = padded = 0
-    found: dict[str, Answer] = {}
+    answer_to: dict[str, Answer] = {}
     began = time.perf_counter()
     for group in groups.values():
         for at in range(0, len(group), batch):
@@ -92,8 +92,9 @@ def evaluate(
             responses = out.sequences[:, prompt.shape[1] :]
             texts = tokenizer.decode_batch(responses.tolist())
             correct += sum(tasks.is_correct(p, text) for (p, _), text in zip(part, texts, strict=True))
-            found |= {
-                p.prompt: Answer(ids, own) for (p, ids), own in zip(part, responses.tolist(), strict=True)
+            answer_to |= {
+                p.prompt: Answer(ids, response)
+                for (p, ids), response in zip(part, responses.tolist(), strict=True)
             }
             passes += int(out.nfe.sum())
             canvases += 0 if out.canvases is None else int(out.canvases.sum())
@@ -104,13 +105,13 @@ def evaluate(
             padded += int(out.generated.sum())
             if recording is not None:
                 ends = kept_of(responses[:, : tasks.GEN_LENGTH], model.eos_id)
-                label_of = {"model": model_name, "how": label({"policy": policy, "config": said})}
+                label_of = {"model": model_name, "how": label({"policy": policy, "config": changed})}
                 _record(recording, part, seed, texts, out, ends, tokenizer, **label_of)
     if answers is not None:
-        answers += [found[p.prompt] for p in itertools.islice(tasks.problems("held_out", seed), problems)]
+        answers += [answer_to[p.prompt] for p in itertools.islice(tasks.problems("held_out", seed), problems)]
     of_drafts = {"canvases_mean": canvases / problems if problems else 0.0} if draft_size else {}
     return {
-        **_judged(model_name, policy, said, problems, seed, correct, threshold),
+        **_judged(model_name, policy, changed, problems, seed, correct, threshold),
         "nfe_mean": passes / problems if problems else 0.0,
         "nfe_to_eos": to_eos / problems if problems else 0.0,
         "tokens_per_forward": tokens / passes if passes else 0.0,
@@ -128,7 +129,7 @@ def evaluate(
 def _judged(
     model_name: str,
     policy: str,
-    said: Fields,
+    config: Fields,
     problems: int,
     seed: int,
     correct: int,
@@ -138,7 +139,7 @@ def _judged(
     return {
         "model": model_name,
         "policy": policy,
-        "config": said,
+        "config": config,
         "threshold": threshold,
         "problems": problems,
         "seed": seed,
@@ -181,21 +182,25 @@ def evaluate_drafter(
     encode = prompt_encoder(tokenizer, registry.template_of(model_name))
     correct = passes = drafts = tokens = layers = 0
     drafted, accepted = [0] * 0, [0] * 0
-    found: dict[str, Answer] = {}
-    made = dx.speculation.drafter_of(drafter, model.device)
-    size = made.most if made is not None and draft_size is None else draft_size  # for reproducible passes
+    answer_to: dict[str, Answer] = {}
+    loaded_drafter = dx.speculation.drafter_of(drafter, model.device)
+    size = draft_size
+    if size is None and loaded_drafter is not None:
+        size = loaded_drafter.most  # for reproducible passes
     began = time.perf_counter()
     decode = functools.partial(
         dx.speculate,
         model,
         gen_length=tasks.GEN_LENGTH,
-        drafter=made,
+        drafter=loaded_drafter,
         draft_size=size,
         record=recording is not None,
     )
     how = f"{drafter} guesses ahead" if drafter else "a token a pass"
     noted = functools.partial(_record, recording, seed=seed, tokenizer=tokenizer, model=model_name, how=how)
-    for out, right in _to_the_end(decode, _groups(problems, seed, encode), batch, tokenizer, found, noted):
+    for out, right in _to_the_end(
+        decode, _groups(problems, seed, encode), batch, tokenizer, answer_to, noted
+    ):
         correct += right
         passes, drafts = passes + int(out.nfe.sum()), drafts + int(out.draft_nfe.sum())
         tokens, layers = tokens + int(out.generated.sum()), layers + int(out.layers.sum())
@@ -205,10 +210,10 @@ def evaluate_drafter(
         )
     seconds = time.perf_counter() - began
     if answers is not None:
-        answers += [found[p.prompt] for p in itertools.islice(tasks.problems("held_out", seed), problems)]
-    said: Fields = {} if draft_size is None else {"draft_size": draft_size}
+        answers += [answer_to[p.prompt] for p in itertools.islice(tasks.problems("held_out", seed), problems)]
+    changed: Fields = {} if draft_size is None else {"draft_size": draft_size}
     return {
-        **_judged(model_name, drafter or PLAIN, said, problems, seed, correct),
+        **_judged(model_name, drafter or PLAIN, changed, problems, seed, correct),
         "nfe_mean": passes / problems if problems else 0.0,
         "nfe_to_eos": passes / problems if problems else 0.0,
         "draft_mean": drafts / problems if problems else 0.0,
@@ -229,12 +234,12 @@ def _to_the_end(
     groups: Mapping[int, list[tuple[tasks.Problem, list[int]]]],
     batch: int,
     tokenizer: Any,
-    found: dict[str, Answer],
+    answer_to: dict[str, Answer],
     noted: Callable[..., None],
 ) -> Iterator[tuple[Output, int]]:
     """Decode the prompts in batches; yield each batch's output, and how many of its answers are right.
 
-    found: receives the answers, by prompt. noted: `_record` with all arguments but those about the batch.
+    answer_to: receives the answers. noted: `_record` with all arguments but those about the batch.
     """
     for group in groups.values():
         for at in range(0, len(group), batch):
@@ -242,7 +247,9 @@ def _to_the_end(
             out = decode([ids for _, ids in part])
             kept = [r[:n].tolist() for r, n in zip(out.responses, out.kept.tolist(), strict=True)]
             texts = tokenizer.decode_batch(kept)
-            found |= {p.prompt: Answer(ids, own) for (p, ids), own in zip(part, kept, strict=True)}
+            answer_to |= {
+                p.prompt: Answer(ids, response) for (p, ids), response in zip(part, kept, strict=True)
+            }
             noted(part=part, answers=texts, out=out, kept=out.kept.tolist())
             yield out, sum(tasks.is_correct(p, text) for (p, _), text in zip(part, texts, strict=True))
 
@@ -272,13 +279,13 @@ def evaluate_adaptive(
     diffusion model per answer, to its end. Besides, verifier_mean: passes of the verifier per answer.
     """
     numbers, config = dict(numbers or {}), config or dx.DecodeConfig()
-    said = changed_fields(config) | numbers
+    changed = changed_fields(config) | numbers
     model, tokenizer = loaded or registry.load(model_name, device=device, fp8=fp8, mask_id=mask_id)
     judge = registry.load_verifier(verifier, model, tokenizer)
     template = registry.template_of(model_name, chat)
     config = config.replace(gen_length=tasks.GEN_LENGTH, record=recording is not None)
     decode = functools.partial(dx.adaptive_decode, model, config=config, verifier=judge, **numbers)
-    how = label({"policy": verifier, "config": said})
+    how = label({"policy": verifier, "config": changed})
     noted = functools.partial(_record, recording, seed=seed, tokenizer=tokenizer, model=model_name, how=how)
     groups = _groups(problems, seed, prompt_encoder(tokenizer, template))
     correct = passes = verified = tokens = kept = 0
@@ -288,7 +295,7 @@ def evaluate_adaptive(
         verified += int(out.verifier_nfe.sum())
         tokens, kept = tokens + int(out.generated.sum()), kept + int(out.kept.sum())
     return {
-        **_judged(model_name, verifier, said, problems, seed, correct),
+        **_judged(model_name, verifier, changed, problems, seed, correct),
         "nfe_mean": passes / problems if problems else 0.0,
         "nfe_to_eos": passes / problems if problems else 0.0,
         "verifier_mean": verified / problems if problems else 0.0,
@@ -313,9 +320,9 @@ def _record(
     out: dx.DecodeOutput,
     kept: Sequence[int],
     tokenizer: Any,
-    **said: Any,
+    **arguments: Any,
 ) -> None:
-    """Add a batch's answers to the first problems to the recording; `said`: arguments of `answer_of`."""
+    """Add a batch's answers to the first problems to the recording; `arguments`: of `answer_of`."""
     if recording is None:
         return
     first = {problem.prompt for problem in itertools.islice(tasks.problems("held_out", seed), RECORDED)}
@@ -323,8 +330,8 @@ def _record(
     for i, ((problem, _), answer) in enumerate(zip(part, answers, strict=True)):
         if problem.prompt in first:
             note = "right" if tasks.is_correct(problem, answer) else f"wrong, it is {problem.answer}"
-            found = answer_of(out, i, texts, kept=kept[i], length=tasks.GEN_LENGTH, note=note, **said)
-            recording.add(problem.prompt, found)
+            recorded = answer_of(out, i, texts, kept=kept[i], length=tasks.GEN_LENGTH, note=note, **arguments)
+            recording.add(problem.prompt, recorded)
 
 
 def _groups(problems: int, seed: int, encode: Any) -> dict[int, list[tuple[tasks.Problem, list[int]]]]:
@@ -343,8 +350,8 @@ def kept_tokens(responses: Tensor, eos_id: int | None) -> int:
 
 def kept_of(responses: Tensor, eos_id: int | None) -> list[int]:
     """The number of tokens in front of EOS, for each response (B, R) int64."""
-    found: list[int] = (responses == (-1 if eos_id is None else eos_id)).cumsum(1).eq(0).sum(1).tolist()
-    return found
+    counts: list[int] = (responses == (-1 if eos_id is None else eos_id)).cumsum(1).eq(0).sum(1).tolist()
+    return counts
 
 
 def passes_to_eos(steps: Tensor, nfe: Tensor, ends: Tensor, block_length: int, start: int = 0) -> Tensor:

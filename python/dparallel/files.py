@@ -77,15 +77,15 @@ def rows(
 
 def prompts(argument: str, file: str | Path) -> list[str]:
     """The prompts in a file, one a line; of a line that is a JSON object, its "prompt". Raises ValueError."""
-    found = []
+    texts = []
     for number, line in lines(argument, file):
         if line.lstrip().startswith("{"):
             row = json_object(argument, file, number, line)
             if not isinstance(row.get("prompt"), str):
                 raise ValueError(f'{argument}: {file}:{number} has no text "prompt"')
             line = row["prompt"]
-        found.append(line)
-    return found
+        texts.append(line)
+    return texts
 
 
 def json_list(argument: str, file: str | Path) -> list[Any]:
@@ -193,7 +193,7 @@ def full_disk_named(path: str | Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) or not any(text in str(error) for text in WRITE_FAILED):
             raise
-        said = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
         raise OSError(
-            errno.ENOSPC, f"a file could not be written; is the disk full? ({said})", str(path)
+            errno.ENOSPC, f"a file could not be written; is the disk full? ({reason})", str(path)
         ) from error

@@ -26,8 +26,8 @@ HEADING = (
 
 def label(row: Mapping[str, Any]) -> str:
     """A result's policy, and the other fields of its config, as text."""
-    said = ", ".join(f"{name} {value}" for name, value in row.get("config", {}).items())
-    return str(row["policy"]) + (f", {said}" if said else "")
+    fields = ", ".join(f"{name} {value}" for name, value in row.get("config", {}).items())
+    return str(row["policy"]) + (f", {fields}" if fields else "")
 
 
 def line(row: Mapping[str, Any]) -> str:

@@ -43,7 +43,7 @@ def sweep(
         if "verifier" not in entry:
             parse_policy(entry["rule"])
         check_row(entry)
-    found = {_key(row): row for row in known}
+    results = {_key(row): row for row in known}
     of_all = {name: settings.pop(name, None) for name in ("block_length", "cache")}
     for_all = {name: value for name, value in of_all.items() if value is not None}
     names = list(names)
@@ -54,12 +54,12 @@ def sweep(
         }
         if registry.is_causal(name):
             shared = {key: value for key, value in settings.items() if key in ("problems", "seed", "batch")}
-            yield from _drafted(name, drafters, draft_size, found, options.get("device"), shared, recording)
+            yield from _drafted(name, drafters, draft_size, results, options.get("device"), shared, recording)
             continue
         settings = {**settings, "chat": registry.template_of(name, settings.get("chat")) is not None}
         shared = {**settings, "recording": recording}
         base = config or dx.DecodeConfig()
-        yield from _by_policy(name, entries, base, for_all, of_policies, found, options, shared)
+        yield from _by_policy(name, entries, base, for_all, of_policies, results, options, shared)
 
 
 def _by_policy(
@@ -129,13 +129,13 @@ def _drafted(
         row = known.get(_key({"model": name, "policy": drafter, "config": sized, **settings}))
         if row is None:
             loaded = loaded or registry.load(name, device=device)
-            given, answers = None if drafter == PLAIN else drafter, list[Answer]()
-            more: dict[str, Any] = {"loaded": loaded, "answers": answers, "recording": recording}
-            row = evaluate_drafter(name, given, draft_size=draft_size, **more, **settings)
+            drafter_name, answers = None if drafter == PLAIN else drafter, list[Answer]()
+            arguments: dict[str, Any] = {"loaded": loaded, "answers": answers, "recording": recording}
+            row = evaluate_drafter(name, drafter_name, draft_size=draft_size, **arguments, **settings)
             if drafter == PLAIN:
                 plain = answers
             elif compares and not plain:  # its row is of an earlier run, whose texts are gone
-                again = {**more, "answers": plain}
+                again = {**arguments, "answers": plain}
                 evaluate_drafter(name, None, draft_size=draft_size, **again, **settings)
             if plain:
                 row |= compared(loaded[0], plain, answers)
@@ -146,13 +146,13 @@ def compared(model: Any, plain: Sequence[Answer], drafted: Sequence[Answer]) -> 
     """same_texts: the number of answers equal to plain decoding's. gaps: for the others, the difference of
     the two best logits where they differ first, since rounding may choose either of two that are near."""
     gaps = []
-    for one, other in zip(plain, drafted, strict=True):
-        if one == other:
+    for answer, other in zip(plain, drafted, strict=True):
+        if answer == other:
             continue
-        pairs = enumerate(itertools.zip_longest(one.tokens, other.tokens))
+        pairs = enumerate(itertools.zip_longest(answer.tokens, other.tokens))
         at = next(i for i, (a, b) in pairs if a != b)
         with torch.inference_mode():
-            ids = torch.tensor([one.prompt + one.tokens[:at]], device=model.device)
+            ids = torch.tensor([answer.prompt + answer.tokens[:at]], device=model.device)
             best = model(ids).logits[0, -1].float().topk(2).values
         gaps.append(round(float(best[0] - best[1]), 5))
     return {"same_texts": len(plain) - len(gaps), "gaps": sorted(gaps)}

@@ -62,13 +62,13 @@ def plain_errors(extra: str = "cli") -> Iterator[None]:
     except BrokenPipeError:  # the reader of our output has closed it, which is no error
         raise
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        said = str(error)
+        message = str(error)
         if isinstance(error, ModuleNotFoundError):
             extras = ",".join(dict.fromkeys(("cli", extra)))
-            said = f'no {error.name}; pip install ".[{extras}]" installs what this command needs'
+            message = f'no {error.name}; pip install ".[{extras}]" installs what this command needs'
         elif isinstance(error, OSError) and error.strerror:
-            said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        typer.echo(f"error: {' '.join(said.split())}", err=True)
+            message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        typer.echo(f"error: {' '.join(message.split())}", err=True)
         raise typer.Exit(2) from error
 
 
@@ -79,9 +79,9 @@ def at_least(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name}: expected a whole number >= {least}{most}, got {value}")
 
 
-def check_kind(model: str, causal: bool, **given: Any) -> None:
+def check_kind(model: str, causal: bool, **options: Any) -> None:
     """Raise ValueError for an option that is given (not None) and belongs to another kind of model."""
-    for name, value in given.items():
+    for name, value in options.items():
         of_causal = name in ("drafter", "draft_size", "context")
         if value is None or of_causal == causal:
             continue

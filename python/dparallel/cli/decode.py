@@ -133,14 +133,14 @@ def decode(
             onward = causal or verifier is not None
             live = LiveText(Console(), tokenizer, loaded.mask_id, 0.1, causal=onward) if stream else None
             shared: dict[str, Any] = {"template": template, "live": live, "recording": recording}
-            given = model, loaded, tokenizer, texts, asked
+            request = model, loaded, tokenizer, texts, asked
             if causal:
-                found = complete_causal(*given, drafter=drafter, draft_size=draft_size, **shared)
+                rows = complete_causal(*request, drafter=drafter, draft_size=draft_size, **shared)
             elif verifier is not None:
-                found = complete_adaptive(*given, verifier=verifier, numbers=numbers, **shared)
+                rows = complete_adaptive(*request, verifier=verifier, numbers=numbers, **shared)
             else:
-                found = complete(*given, suffix=suffix, draft_size=draft_size, **shared)
-            for row in found:
+                rows = complete(*request, suffix=suffix, draft_size=draft_size, **shared)
+            for row in rows:
                 warn_of_unknown_words(model, tokenizer, row["prompt"])
                 show_response(row, as_json)
         if html is not None and recording is not None:

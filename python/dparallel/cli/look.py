@@ -53,19 +53,19 @@ def report() -> dict[str, Any]:
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False) -> None:
     """Versions, backends, architectures compiled, the SIMD level in use, GPUs."""
-    found = report()
+    facts = report()
     if as_json:
-        typer.echo(json.dumps(found, indent=1))
+        typer.echo(json.dumps(facts, indent=1))
         return
     from rich.table import Table
 
     table = Table(show_header=False)
-    for key, value in found.items():
+    for key, value in facts.items():
         text = ", ".join(value) or "none" if isinstance(value, list) else str(value)
         table.add_row(key.replace("_", " "), text)
     Console().print(table)
-    if found["gpus"] and "cuda" not in found["backends"]:
-        typer.echo(f"warning: tensors on a GPU will be refused: {found['cuda_reason']}", err=True)
+    if facts["gpus"] and "cuda" not in facts["backends"]:
+        typer.echo(f"warning: tensors on a GPU will be refused: {facts['cuda_reason']}", err=True)
 
 
 def demo(
@@ -154,7 +154,7 @@ def evaluate(
         if rows is not None:
             policies += read_rows(rows)
         elif not policy:
-            policies += [own] if (own := policy_in(content)) else EVALUATED
+            policies += [of_file] if (of_file := policy_in(content)) else EVALUATED
         known = reporting.read_results(json_file) if resume and json_file and json_file.exists() else []
         results: list[dict[str, Any]] = []
         recording = None if html is None else Recording("dparallel evaluate")

@@ -112,7 +112,7 @@ def serve(
         for each in model:  # if there are both kinds, each model takes the options of its kind
             others = {} if len(set(causal.values())) > 1 else {**of_diffusion, **of_causal}
             check_kind(each, causal[each], **others)
-        found = []
+        models = []
         for each in model:
             fields = {"gen_length": registry.gen_length(each), **content}
             shared: dict[str, Any] = {"batch_invariant": batch_invariant or None}
@@ -120,20 +120,23 @@ def serve(
                 asked = causal_config_of(fields, None, **shared)
                 several = len(drafter or ()) > 1
                 for guessing in drafter or (PLAIN,):
-                    own = None if guessing == PLAIN else guessing
-                    called = f"{each}+{guessing}" if several and own else each
-                    found.append(runner.Model(called, each, asked, drafter=own, draft_size=draft_size))
+                    drafter_name = None if guessing == PLAIN else guessing
+                    called = f"{each}+{guessing}" if several and drafter_name else each
+                    models.append(
+                        runner.Model(called, each, asked, drafter=drafter_name, draft_size=draft_size)
+                    )
             else:
                 asked = config_of(fields, policy, cache=cache, block_length=block_length, **shared)
-                found.append(runner.Model(each, each, asked, mask_id=mask_id))
-        if name and len(name) != len(found):
-            called = ", ".join(one.name for one in found)
+                models.append(runner.Model(each, each, asked, mask_id=mask_id))
+        if name and len(name) != len(models):
+            called = ", ".join(served.name for served in models)
             raise ValueError(f"name: expected one for each of {called}, got {len(name)}")
-        found = [
-            replace(one, name=own) for one, own in zip(found, name or [f.name for f in found], strict=True)
+        models = [
+            replace(served, name=called)
+            for served, called in zip(models, name or [f.name for f in models], strict=True)
         ]
         runner.run(
-            found,
+            models,
             host=host,
             port=port,
             device=device,

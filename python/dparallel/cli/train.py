@@ -36,9 +36,9 @@ def train(
 
     with plain_errors():
         sizes = {"batch": batch, "width": width, "layers": layers, "heads": heads, "mlp_width": mlp_width}
-        given: dict[str, Any] = {**sizes, "seed": seed, "causal": causal}
+        fields: dict[str, Any] = {**sizes, "seed": seed, "causal": causal}
         shipped = {"steps": 1500} if causal else {}
-        settings = Settings(**given | (shipped if steps is None else {"steps": steps}))
+        settings = Settings(**fields | (shipped if steps is None else {"steps": steps}))
         run(out, settings, save_every=save_every, evaluate=evaluate)
 
 
@@ -193,7 +193,7 @@ def drafter(
     from ..training import drafters
 
     with plain_errors("train"):
-        given = {
+        fields = {
             **{"steps": steps, "batch": batch, "anchors": anchors, "temperature": temperature, "seed": seed},
             **{"layers": layers, "block": block, "taps": _numbers("taps", taps)},
             **{"exits": _numbers("exits", exits), "gamma": gamma, "most": most},
@@ -201,7 +201,7 @@ def drafter(
             **{"mask_id": mask_id, "loss": loss},
             "gen_length": registry.gen_length(target) if gen_length is None else gen_length,
         }
-        settings = drafters.settings_of(kind, **{k: v for k, v in given.items() if v is not None})
+        settings = drafters.settings_of(kind, **{k: v for k, v in fields.items() if v is not None})
         report = drafters.run(
             target,
             out,
@@ -236,13 +236,13 @@ def distill(
 
     with plain_errors("train"):
         changes = {"model": model, "mask_id": mask_id}
-        found = distilling.read(recipe, **{key: one for key, one in changes.items() if one is not None})
+        loaded = distilling.read(recipe, **{k: value for k, value in changes.items() if value is not None})
         if dry_run:
-            show_plan(distilling.plan(found, processes=processes))
+            show_plan(distilling.plan(loaded, processes=processes))
             return
         if answers is None or out is None:
             raise ValueError("answers, out: both are needed, unless with --dry-run")
-        distilling.run(found, answers, out)
+        distilling.run(loaded, answers, out)
 
 
 def show_plan(plan: dict[str, Any]) -> None:

@@ -57,8 +57,8 @@ def served(builtin: bool) -> dict[str, Part]:
     are problems of their task."""
     samples = list(SAMPLES)
     if builtin:
-        found = itertools.islice(tasks.problems("held_out", seed=1), BUILTIN_SAMPLES)
-        samples = [problem.prompt for problem in found]
+        problems = itertools.islice(tasks.problems("held_out", seed=1), BUILTIN_SAMPLES)
+        samples = [problem.prompt for problem in problems]
     page = _with_data({"rules": rules.menu(), "samples": samples, "builtin": builtin})
     return {
         "/": Part("text/html", page.encode()),
@@ -88,8 +88,8 @@ def _with_data(data: Mapping[str, Any]) -> str:
     page = _text("page.html")
     assert NO_DATA in page
     # Without "<" no text in the data can end the element.
-    said = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-    return page.replace(NO_DATA, NO_DATA.replace("null", said))
+    content = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    return page.replace(NO_DATA, NO_DATA.replace("null", content))
 
 
 def _text(name: str) -> str:

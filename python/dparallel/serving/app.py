@@ -103,18 +103,20 @@ class Gate:
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = dict(scope["headers"])
         if self.keys and scope["path"] != "/health" and scope["path"] not in self.service.page:
-            kind, _, given = headers.get(b"authorization", b"").partition(b" ")
+            kind, _, key_given = headers.get(b"authorization", b"").partition(b" ")
             # Compare every key, in constant time.
-            same = [hmac.compare_digest(given.strip(), key) for key in self.keys]
+            same = [hmac.compare_digest(key_given.strip(), key) for key in self.keys]
             if kind.lower() != b"bearer" or not any(same):
-                said = "the API key is missing or wrong: expected the header Authorization: Bearer KEY"
-                return ApiError(401, said, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+                message = "the API key is missing or wrong: expected the header Authorization: Bearer KEY"
+                return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         if int(headers.get(b"content-length", 0)) > self.service.settings.max_body:
             return too_large(self.service.settings.max_body)
         kind = headers.get(b"content-type", b"")
         if scope["method"] == "POST" and b"origin" in headers and not is_json(kind):
-            said = f"content-type: expected application/json from a web page, got {kind.decode('latin-1')!r}"
-            return ApiError(415, said, param="content-type")
+            message = (
+                f"content-type: expected application/json from a web page, got {kind.decode('latin-1')!r}"
+            )
+            return ApiError(415, message, param="content-type")
         return None
 
     @staticmethod
@@ -290,15 +292,15 @@ def draft_of(draft: Draft, length: int, texts: text.TokenTexts) -> dict[str, Any
         None if token is None else texts(token, first=draft.start + at == 0)
         for at, token in enumerate(draft.tokens)
     ]
-    found = {"pass": draft.nfe, "start": draft.start, "length": length, "tokens": tokens}
-    found |= {"drafted": draft.drafted, "accepted": draft.accepted}
-    found["refused"] = [texts(token, first=False) for token in draft.refused]
+    fields = {"pass": draft.nfe, "start": draft.start, "length": length, "tokens": tokens}
+    fields |= {"drafted": draft.drafted, "accepted": draft.accepted}
+    fields["refused"] = [texts(token, first=False) for token in draft.refused]
     if draft.passes is not None and draft.logprobs is not None:
         values = [
             None if value is None or math.isnan(value) else protocol.finite(value) for value in draft.logprobs
         ]
-        found |= {"passes": draft.passes, "logprobs": values}
-    return found
+        fields |= {"passes": draft.passes, "logprobs": values}
+    return fields
 
 
 def sse(content: dict[str, Any]) -> str:
@@ -312,22 +314,22 @@ def name_errors(app: FastAPI, service: Service) -> None:
     async def refused(http: Request, error: HTTPException) -> Response:
         path = http.scope["path"]
         if not isinstance(error, ApiError) and error.status_code in (404, 405):
-            said, headers = f"path: expected one of {', '.join(PATHS)}, got {path}", error.headers
+            message, headers = f"path: expected one of {', '.join(PATHS)}, got {path}", error.headers
             if error.status_code == 405:
                 allowed = methods(path, service) or READ
-                said, headers = f"method: {path} expects {allowed}, got {http.method}", {"Allow": allowed}
-            error = ApiError(error.status_code, said, headers=headers)
+                message, headers = f"method: {path} expects {allowed}, got {http.method}", {"Allow": allowed}
+            error = ApiError(error.status_code, message, headers=headers)
         return ApiError.of(error).response
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            said = f"body: expected JSON ({first['ctx']['error']} at character {first['loc'][-1]})"
-            return ApiError(400, said).response
-        where = [str(one) for one in first["loc"][1:]]
-        said = f"{'.'.join(where) or 'body'}: {first['msg'].removeprefix('Value error, ')}"
-        return ApiError(400, said, param=where[0] if where else None).response
+            message = f"body: expected JSON ({first['ctx']['error']} at character {first['loc'][-1]})"
+            return ApiError(400, message).response
+        where = [str(part) for part in first["loc"][1:]]
+        message = f"{'.'.join(where) or 'body'}: {first['msg'].removeprefix('Value error, ')}"
+        return ApiError(400, message, param=where[0] if where else None).response
 
     @app.exception_handler(Exception)
     async def broken(_: Request, error: Exception) -> Response:
@@ -382,13 +384,13 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @read("/v1/models", errors(401, 413))
     async def list_models() -> Response:
-        found = [model.described for model in service.models.values()]
-        return JSONResponse({"object": "list", "data": found})
+        described = [model.described for model in service.models.values()]
+        return JSONResponse({"object": "list", "data": described})
 
     @read("/v1/models/{name:path}", errors(401, 404, 413))
     async def one_model(name: str) -> Response:
         # The gate strips a slash from the path's end, but a directory's name may end with one.
-        whole = next((own for own in service.models if own.rstrip("/") == name), name)
+        whole = next((known for known in service.models if known.rstrip("/") == name), name)
         return JSONResponse(service.model(whole).described)
 
     @read("/version", errors(401, 413))
@@ -399,7 +401,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @read(
         "/health",
-        errors(413) | {status: {"model": Health, "description": said} for status, said in states.items()},
+        errors(413)
+        | {status: {"model": Health, "description": description} for status, description in states.items()},
     )
     async def health() -> Response:
         closed = service.closed

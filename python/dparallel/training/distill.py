@@ -141,11 +141,11 @@ def last_checkpoint(directory: Path) -> str | None:
     or half-written.
     """
     numbers = {path: path.name.removeprefix("checkpoint-") for path in directory.glob("checkpoint-*")}
-    found = {path: int(number) for path, number in numbers.items() if number.isdecimal()}
-    for path in sorted(found, key=found.__getitem__, reverse=True):
+    steps = {path: int(number) for path, number in numbers.items() if number.isdecimal()}
+    for path in sorted(steps, key=steps.__getitem__, reverse=True):
         try:
             state = json.loads((path / "trainer_state.json").read_text())
-            if state["global_step"] == found[path]:
+            if state["global_step"] == steps[path]:
                 return str(path)
         except (OSError, ValueError, TypeError, KeyError):
             continue
@@ -280,7 +280,7 @@ def merge(
     source = registry.directory_of(str(name))
     base = dx.models.load(source, mask_id=mask_id)
     known = {name.rpartition(".")[0]: None for name, _ in base.named_parameters()}
-    prefix, found = "base_model.model.", {}
+    prefix, weights = "base_model.model.", {}
     for key, tensor in tensors.items():
         module, lora, rest = key.removeprefix(prefix).partition(".lora_")
         if module.startswith("blocks."):  # by our names, as earlier versions wrote adapters
@@ -289,12 +289,12 @@ def merge(
             raise ValueError(
                 f"adapter: {key} is for no module of {source}, which has {', '.join(list(known)[1:3])}, ..."
             )
-        found[prefix + module + lora + rest] = tensor
-    config.target_modules = sorted({key.removeprefix(prefix).partition(".lora_")[0] for key in found})
+        weights[prefix + module + lora + rest] = tensor
+    config.target_modules = sorted({key.removeprefix(prefix).partition(".lora_")[0] for key in weights})
     config.exclude_modules = None
     config.inference_mode = True
     adapted = get_peft_model(base, config)
-    left: Any = set_peft_model_state_dict(adapted, found)
+    left: Any = set_peft_model_state_dict(adapted, weights)
     if left.unexpected_keys:
         raise ValueError(f"adapter: {left.unexpected_keys[0]} does not fit {source}")
     merged = adapted.merge_and_unload()
