@@ -52,8 +52,8 @@ SAID = {"registers": "registers", "shared": "bytes of shared memory", "code": "b
 def version_of(nvcc: str) -> str:
     """13.0.88"""
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"V(\d+(\.\d+)+)", text)
-    return found.group(1) if found else text
+    match = re.search(r"V(\d+(\.\d+)+)", text)
+    return match.group(1) if match else text
 
 
 # Machine code of these is made of the same PTX: no source of ours asks for the architecture.
@@ -66,7 +66,7 @@ def hash_of(source: Path, headers: str) -> str:
 
 def measure(nvcc: str, source: Path, architectures: list[str], headers: str) -> dict[str, dict[str, Usage]]:
     """Architecture -> kernel -> usage; exits with the compiler's output where it fails."""
-    found: dict[str, dict[str, Usage]] = {}
+    usage: dict[str, dict[str, Usage]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for architecture in architectures:
             file = MEASURED / f"{source.stem}-{architecture}-{hash_of(source, headers)}.txt"
@@ -75,8 +75,8 @@ def measure(nvcc: str, source: Path, architectures: list[str], headers: str) -> 
                 partial = file.with_suffix(f".{os.getpid()}")
                 partial.write_text(compile_one(nvcc, source, architecture, Path(scratch)))
                 partial.replace(file)
-            found[architecture] = parse(file.read_text())
-    return found
+            usage[architecture] = parse(file.read_text())
+    return usage
 
 
 def compile_one(nvcc: str, source: Path, architecture: str, scratch: Path) -> str:
@@ -150,9 +150,9 @@ def measure_all(
 ) -> dict[str, dict[str, Usage]]:
     """Usage by "source: kernel" and by architecture."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(lambda source: measure(nvcc, source, architectures, headers), sources))
+        measured = list(pool.map(lambda source: measure(nvcc, source, architectures, headers), sources))
     usage: dict[str, dict[str, Usage]] = {}
-    for source, by_architecture in zip(sources, found, strict=True):
+    for source, by_architecture in zip(sources, measured, strict=True):
         for architecture, got in by_architecture.items():
             for kernel, used in got.items():
                 usage.setdefault(f"{source.stem}: {kernel}", {})[architecture] = used
