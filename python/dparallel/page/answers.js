@@ -78,8 +78,8 @@ class Track {
     for (let place = 0; place < (this.kept ?? this.places.length); place++) tokens += this.token(place, pass)?.pass > 0;
     let drafted = 0;
     let accepted = 0;
-    for (const [own, guess] of this.guesses) {
-      if (own > pass) continue;
+    for (const [number, guess] of this.guesses) {
+      if (number > pass) continue;
       drafted += guess.drafted;
       accepted += guess.accepted;
     }
@@ -123,9 +123,9 @@ class Pane {
     this.canvas.ariaLabel = `Tokens of ${name}`;
   }
 
-  fail(said) {
-    this.error.textContent = said;
-    this.error.hidden = !said;
+  fail(message) {
+    this.error.textContent = message;
+    this.error.hidden = !message;
   }
 
   // The answer after so many passes. What stays is left as it is, so that nothing flickers.
@@ -144,7 +144,7 @@ class Pane {
     while (this.slots.length > places) {
       for (const node of Object.values(this.slots.pop())) node.remove();
     }
-    const open = track?.blocks.findLast(([own]) => own <= Math.max(1, pass))?.[1] ?? Infinity;
+    const open = track?.blocks.findLast(([number]) => number <= Math.max(1, pass))?.[1] ?? Infinity;
     this.slots.forEach((slot, place) => this.#fill(slot, place, pass, open));
     for (const ghost of this.ghosts) ghost.remove();
     const refused = track?.guesses.get(pass)?.refused ?? [];
@@ -187,8 +187,8 @@ class Pane {
     if (slot.chip.textContent !== text) slot.chip.textContent = text;
     if (slot.chip.className !== name) slot.chip.className = name;
     if (place === this.active) slot.chip.classList.add("active");
-    const said = this.describe(place).map((part) => part.text).join("");
-    if (slot.chip.ariaLabel !== said) slot.chip.ariaLabel = said;
+    const label = this.describe(place).map((part) => part.text).join("");
+    if (slot.chip.ariaLabel !== label) slot.chip.ariaLabel = label;
   }
 
   // A token in words: parts, of which the first may be strong.
@@ -198,12 +198,12 @@ class Pane {
     if (!token) return [{ text: `place ${place + 1}: still masked` }];
     const parts = [{ text: visible(token.text), strong: true }];
     if (!token.pass) return [...parts, { text: " given" }];
-    let said = ` decided in pass ${token.pass}`;
-    if (token.guessed) said += ", guessed by the drafter";
-    if (token.edited) said += ", in place of another";
-    if (token.logprob !== null) said += `, probability ${percent(Math.exp(token.logprob))}`;
-    if (this.track.behindEnd(place)) said += ", behind the end";
-    return [...parts, { text: said }];
+    let text = ` decided in pass ${token.pass}`;
+    if (token.guessed) text += ", guessed by the drafter";
+    if (token.edited) text += ", in place of another";
+    if (token.logprob !== null) text += `, probability ${percent(Math.exp(token.logprob))}`;
+    if (this.track.behindEnd(place)) text += ", behind the end";
+    return [...parts, { text }];
   }
 
   point(place, leave = false) {
@@ -237,16 +237,16 @@ class Pane {
     const { track } = this;
     if (!track?.passes) return this.figures.replaceChildren();
     const { passes, tokens, drafted, accepted } = track.after(pass);
-    const found = [
+    const figures = [
       [tokens === 1 ? "token" : "tokens", tokens],
       [passes === 1 ? "pass" : "passes", passes],
       ["tokens a pass", passes ? short(tokens / passes) : "–"],
     ];
     const seconds = track.seconds ?? track.last;
     const all = track.after(Infinity).tokens;
-    if (seconds) found.push(["tokens a second", short(all / seconds)]);
-    if (drafted) found.push(["guesses accepted", `${accepted} of ${drafted}`]);
-    const row = found.map(([name, value]) => make("div", {}, make("dt", { text: name }), make("dd", { text: value })));
+    if (seconds) figures.push(["tokens a second", short(all / seconds)]);
+    if (drafted) figures.push(["guesses accepted", `${accepted} of ${drafted}`]);
+    const row = figures.map(([name, value]) => make("div", {}, make("dt", { text: name }), make("dd", { text: value })));
     this.figures.replaceChildren(...row);
   }
 }

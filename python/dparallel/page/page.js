@@ -49,9 +49,9 @@ async function reason(answer) {
   }
 }
 
-function trouble(said) {
-  at("trouble").textContent = said;
-  at("trouble").hidden = !said;
+function trouble(message) {
+  at("trouble").textContent = message;
+  at("trouble").hidden = !message;
 }
 
 async function load() {
@@ -89,10 +89,10 @@ function addPane(name) {
     rule.hidden = parameter.hidden = causal;
     if (rule.options[0].value === "") rule.options[0].remove();
     if (!causal) {
-      const [, own, rest] = (pane.model.policy ?? "").match(/^([^:+]*):?(.*)$/s);
-      const known = DATA.rules.some((each) => each.name === own);
+      const [, named, rest] = (pane.model.policy ?? "").match(/^([^:+]*):?(.*)$/s);
+      const known = DATA.rules.some((each) => each.name === named);
       if (!known) rule.prepend(new Option("the server's", ""));
-      rule.value = known ? own : "";
+      rule.value = known ? named : "";
       choose(rest);
     } else {
       const { drafter } = pane.model;
@@ -121,8 +121,8 @@ function addPane(name) {
   // What `policy` of a request says; undefined: as the server has it.
   pane.policy = () => {
     if (rule.hidden || !rule.value) return undefined;
-    const given = parameter.disabled ? "" : parameter.value.trim();
-    return rule.value + (given && !given.startsWith("+") ? `:${given}` : given);
+    const value = parameter.disabled ? "" : parameter.value.trim();
+    return rule.value + (value && !value.startsWith("+") ? `:${value}` : value);
   };
   model.value = name;
   adapt();
@@ -147,9 +147,9 @@ async function* events(answer) {
     const parts = (rest + value).split("\n\n");
     rest = parts.pop();
     for (const part of parts) {
-      const said = part.replace(/^data: /, "");
-      if (said === "[DONE]") return;
-      yield JSON.parse(said);
+      const data = part.replace(/^data: /, "");
+      if (data === "[DONE]") return;
+      yield JSON.parse(data);
     }
   }
 }
@@ -194,9 +194,9 @@ async function ask(pane, prompt) {
     return `${pane.model.id}: ${count(track.kept, "token")} in ${count(track.passes, "pass")}.`;
   } catch (error) {
     if (error.name === "AbortError") return `${pane.model.id}: stopped.`;
-    const said = error instanceof TypeError ? "The server does not answer. Is it still running?" : error.message;
-    pane.fail(said);
-    return `${pane.model.id}: ${said}`;
+    const message = error instanceof TypeError ? "The server does not answer. Is it still running?" : error.message;
+    pane.fail(message);
+    return `${pane.model.id}: ${message}`;
   } finally {
     pane.abort = null;
     view.refresh();
@@ -213,13 +213,13 @@ async function decode() {
   at("stop").disabled = false;
   at("status").textContent = "Decoding…";
   server.running = Promise.all(view.panes.map((pane) => ask(pane, prompt)));
-  const said = await server.running;
+  const reports = await server.running;
   server.running = null;
   view.following = false;
   view.tick();
   at("start").disabled = false;
   at("stop").disabled = true;
-  at("status").textContent = said.join(" ");
+  at("status").textContent = reports.join(" ");
 }
 
 function stop() {
