@@ -84,31 +84,29 @@ def evaluate(
     correct = passes = canvases = to_eos = tokens = padded = 0
     answer_to: dict[str, Answer] = {}
     began = time.perf_counter()
-    for group in groups.values():
-        for at in range(0, len(group), batch):
-            part = group[at : at + batch]
-            prompt = torch.tensor([ids for _, ids in part], device=model.device)
-            out = dx.decode(model, prompt, config, draft_size=draft_size)
-            responses = out.sequences[:, prompt.shape[1] :]
-            texts = tokenizer.decode_batch(responses.tolist())
-            correct += sum(tasks.is_correct(p, text) for (p, _), text in zip(part, texts, strict=True))
-            answer_to |= {
-                p.prompt: Answer(ids, response)
-                for (p, ids), response in zip(part, responses.tolist(), strict=True)
-            }
-            passes += int(out.nfe.sum())
-            canvases += 0 if out.canvases is None else int(out.canvases.sum())
-            tokens += kept_tokens(responses[:, : tasks.GEN_LENGTH], model.eos_id)
-            assert out.trajectory is not None
-            steps, ends = out.trajectory.step, responses == (-1 if model.eos_id is None else model.eos_id)
-            to_eos += int(passes_to_eos(steps, out.nfe, ends, block, prompt.shape[1] if causal else 0).sum())
-            padded += int(out.generated.sum())
-            if recording is not None:
-                ends = kept_of(responses[:, : tasks.GEN_LENGTH], model.eos_id)
-                label_of = {"model": model_name, "how": label({"policy": policy, "config": changed})}
-                _record(recording, part, seed, texts, out, ends, tokenizer, **label_of)
+    for part in _batches(groups, batch):
+        prompt = torch.tensor([ids for _, ids in part], device=model.device)
+        out = dx.decode(model, prompt, config, draft_size=draft_size)
+        responses = out.sequences[:, prompt.shape[1] :]
+        texts = tokenizer.decode_batch(responses.tolist())
+        correct += sum(tasks.is_correct(p, text) for (p, _), text in zip(part, texts, strict=True))
+        answer_to |= {
+            p.prompt: Answer(ids, response)
+            for (p, ids), response in zip(part, responses.tolist(), strict=True)
+        }
+        passes += int(out.nfe.sum())
+        canvases += 0 if out.canvases is None else int(out.canvases.sum())
+        tokens += kept_tokens(responses[:, : tasks.GEN_LENGTH], model.eos_id)
+        assert out.trajectory is not None
+        steps, ends = out.trajectory.step, responses == (-1 if model.eos_id is None else model.eos_id)
+        to_eos += int(passes_to_eos(steps, out.nfe, ends, block, prompt.shape[1] if causal else 0).sum())
+        padded += int(out.generated.sum())
+        if recording is not None:
+            ends = kept_of(responses[:, : tasks.GEN_LENGTH], model.eos_id)
+            label_of = {"model": model_name, "how": label({"policy": policy, "config": changed})}
+            _record(recording, part, seed, texts, out, ends, tokenizer, **label_of)
     if answers is not None:
-        answers += [answer_to[p.prompt] for p in itertools.islice(tasks.problems("held_out", seed), problems)]
+        answers += _in_order(answer_to, problems, seed)
     of_drafts = {"canvases_mean": canvases / problems if problems else 0.0} if draft_size else {}
     return {
         **_judged(model_name, policy, changed, problems, seed, correct, threshold),
@@ -124,6 +122,11 @@ def evaluate(
         "fp8": model.quantized,
         **of_drafts,
     }
+
+
+def _in_order(answer_to: Mapping[str, Answer], problems: int, seed: int) -> list[Answer]:
+    """The answers by prompt, in the order of the problems."""
+    return [answer_to[p.prompt] for p in itertools.islice(tasks.problems("held_out", seed), problems)]
 
 
 def _judged(
@@ -210,7 +213,7 @@ def evaluate_drafter(
         )
     seconds = time.perf_counter() - began
     if answers is not None:
-        answers += [answer_to[p.prompt] for p in itertools.islice(tasks.problems("held_out", seed), problems)]
+        answers += _in_order(answer_to, problems, seed)
     changed: Fields = {} if draft_size is None else {"draft_size": draft_size}
     return {
         **_judged(model_name, drafter or PLAIN, changed, problems, seed, correct),
@@ -241,17 +244,13 @@ def _to_the_end(
 
     answer_to: receives the answers. noted: `_record` with all arguments but those about the batch.
     """
-    for group in groups.values():
-        for at in range(0, len(group), batch):
-            part = group[at : at + batch]
-            out = decode([ids for _, ids in part])
-            kept = [r[:n].tolist() for r, n in zip(out.responses, out.kept.tolist(), strict=True)]
-            texts = tokenizer.decode_batch(kept)
-            answer_to |= {
-                p.prompt: Answer(ids, response) for (p, ids), response in zip(part, kept, strict=True)
-            }
-            noted(part=part, answers=texts, out=out, kept=out.kept.tolist())
-            yield out, sum(tasks.is_correct(p, text) for (p, _), text in zip(part, texts, strict=True))
+    for part in _batches(groups, batch):
+        out = decode([ids for _, ids in part])
+        kept = [r[:n].tolist() for r, n in zip(out.responses, out.kept.tolist(), strict=True)]
+        texts = tokenizer.decode_batch(kept)
+        answer_to |= {p.prompt: Answer(ids, response) for (p, ids), response in zip(part, kept, strict=True)}
+        noted(part=part, answers=texts, out=out, kept=out.kept.tolist())
+        yield out, sum(tasks.is_correct(p, text) for (p, _), text in zip(part, texts, strict=True))
 
 
 def evaluate_adaptive(
@@ -332,6 +331,15 @@ def _record(
             note = "right" if tasks.is_correct(problem, answer) else f"wrong, it is {problem.answer}"
             recorded = answer_of(out, i, texts, kept=kept[i], length=tasks.GEN_LENGTH, note=note, **arguments)
             recording.add(problem.prompt, recorded)
+
+
+def _batches(
+    groups: Mapping[int, Sequence[tuple[tasks.Problem, list[int]]]], batch: int
+) -> Iterator[Sequence[tuple[tasks.Problem, list[int]]]]:
+    """At most `batch` problems of a group at a time."""
+    for group in groups.values():
+        for at in range(0, len(group), batch):
+            yield group[at : at + batch]
 
 
 def _groups(problems: int, seed: int, encode: Any) -> dict[int, list[tuple[tasks.Problem, list[int]]]]:
