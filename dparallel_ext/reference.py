@@ -1,6 +1,7 @@
 """Pure-torch float64 references of the compiled ops, written to be read.
 
-Tests compare every kernel with them; they are slow and allocate freely.
+Tests compare every kernel with them; they are slow and allocate freely. The file is long, since they stand on
+each other: `accept` and `unmask_` on `row_stats`, `unmask_` on `select`.
 """
 
 from __future__ import annotations
