@@ -24,6 +24,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import toolchain
 
@@ -51,8 +52,8 @@ SAID = {"registers": "registers", "shared": "bytes of shared memory", "code": "b
 def version_of(nvcc: str) -> str:
     """13.0.88"""
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"V(\d+(\.\d+)+)", text)
-    return found.group(1) if found else text
+    match = re.search(r"V(\d+(\.\d+)+)", text)
+    return match.group(1) if match else text
 
 
 # Machine code of these is made of the same PTX: no source of ours asks for the architecture.
@@ -65,7 +66,7 @@ def hash_of(source: Path, headers: str) -> str:
 
 def measure(nvcc: str, source: Path, architectures: list[str], headers: str) -> dict[str, dict[str, Usage]]:
     """Architecture -> kernel -> usage; exits with the compiler's output where it fails."""
-    found: dict[str, dict[str, Usage]] = {}
+    usage: dict[str, dict[str, Usage]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for architecture in architectures:
             file = MEASURED / f"{source.stem}-{architecture}-{hash_of(source, headers)}.txt"
@@ -74,8 +75,8 @@ def measure(nvcc: str, source: Path, architectures: list[str], headers: str) -> 
                 partial = file.with_suffix(f".{os.getpid()}")
                 partial.write_text(compile_one(nvcc, source, architecture, Path(scratch)))
                 partial.replace(file)
-            found[architecture] = parse(file.read_text())
-    return found
+            usage[architecture] = parse(file.read_text())
+    return usage
 
 
 def compile_one(nvcc: str, source: Path, architecture: str, scratch: Path) -> str:
@@ -144,6 +145,52 @@ def short_name(mangled: str) -> str:
     return f"{name}<{', '.join(parts)}>" if parts else name
 
 
+def measure_all(
+    nvcc: str, sources: list[Path], architectures: list[str], headers: str
+) -> dict[str, dict[str, Usage]]:
+    """Usage by "source: kernel" and by architecture."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        measured = list(pool.map(lambda source: measure(nvcc, source, architectures, headers), sources))
+    usage: dict[str, dict[str, Usage]] = {}
+    for source, by_architecture in zip(sources, measured, strict=True):
+        for architecture, got in by_architecture.items():
+            for kernel, used in got.items():
+                usage.setdefault(f"{source.stem}: {kernel}", {})[architecture] = used
+    return usage
+
+
+def show(usage: dict[str, dict[str, Usage]], architectures: list[str]) -> None:
+    print(f"{'kernel':60}" + "".join(f"{'sm_' + a:>23}" for a in architectures))
+    print(f"{'':60}" + f"{'regs  smem spill   code':>23}" * len(architectures))
+    for kernel, by_architecture in sorted(usage.items()):
+        cells = [by_architecture[a] for a in architectures]
+        print(
+            f"{kernel:60}" + "".join(f"{u.registers:>5}{u.shared:>6}{u.spills:>5}{u.code:>7}" for u in cells)
+        )
+
+
+def faults_of(usage: dict[str, dict[str, Usage]], budgets: dict[str, Any] | None) -> list[str]:
+    """What spills, and what is beyond its budget; without budgets, what spills."""
+    faults = []
+    for kernel, by_architecture in sorted(usage.items()):
+        for architecture, used in by_architecture.items():
+            where = f"{kernel} on sm_{architecture}"
+            if used.spills:
+                faults.append(f"{where} spills {used.spills} bytes")
+            if budgets is None:
+                continue
+            allowed = budgets.get(kernel, {}).get(architecture)
+            if allowed is None:
+                faults.append(f"{where} has no budget (tools/cuda_check.py --update)")
+            else:
+                faults += [
+                    f"{where} uses {value} {SAID[what]}, budget {allowed[what]}"
+                    for what in SAID
+                    if (value := getattr(used, what)) > allowed[what]
+                ]
+    return faults
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--update", action="store_true", help="rewrite the budget file")
@@ -167,38 +214,9 @@ def main() -> None:
     hashes = {source.stem: hash_of(source, headers) for source in sources}
     same = made_with["architectures"] == architectures and not (options.all or options.update)
     changed = [s for s in sources if not same or made_with["sources"].get(s.stem) != hashes[s.stem]]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(lambda source: measure(nvcc, source, architectures, headers), changed))
-    usage: dict[str, dict[str, Usage]] = {}
-    for source, by_architecture in zip(changed, found, strict=True):
-        for architecture, got in by_architecture.items():
-            for kernel, used in got.items():
-                usage.setdefault(f"{source.stem}: {kernel}", {})[architecture] = used
-
-    budgets = made_with["kernels"]
-    faults = []
-    print(f"{'kernel':60}" + "".join(f"{'sm_' + a:>23}" for a in architectures))
-    print(f"{'':60}" + f"{'regs  smem spill   code':>23}" * len(architectures))
-    for kernel, by_architecture in sorted(usage.items()):
-        cells = [by_architecture[a] for a in architectures]
-        print(
-            f"{kernel:60}" + "".join(f"{u.registers:>5}{u.shared:>6}{u.spills:>5}{u.code:>7}" for u in cells)
-        )
-        for architecture, used in by_architecture.items():
-            allowed = budgets.get(kernel, {}).get(architecture)
-            where = f"{kernel} on sm_{architecture}"
-            if used.spills:
-                faults.append(f"{where} spills {used.spills} bytes")
-            if options.update:
-                continue
-            if allowed is None:
-                faults.append(f"{where} has no budget (tools/cuda_check.py --update)")
-            else:
-                faults += [
-                    f"{where} uses {value} {SAID[what]}, budget {allowed[what]}"
-                    for what in SAID
-                    if (value := getattr(used, what)) > allowed[what]
-                ]
+    usage = measure_all(nvcc, changed, architectures, headers)
+    show(usage, architectures)
+    faults = faults_of(usage, None if options.update else made_with["kernels"])
     if options.update:
         table = {
             kernel: {
