@@ -155,6 +155,24 @@ def test_guesses_of_self_speculation_are_a_row_beside():
     assert first["nfe_mean"] == tasks.GEN_LENGTH
 
 
+def test_each_model_of_a_sweep_has_a_template_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the models before it have one or not."""
+    asked: list[bool] = []
+
+    def chatted(name: str, policy: str, *, chat: bool, **settings: Any) -> dict[str, Any]:
+        asked.append(chat)
+        return {}
+
+    def template_of(name: str, chat: bool | None = None) -> str | None:
+        return name if name == "builtin:student" and chat is not False else None
+
+    monkeypatch.setattr(sweeping, "evaluate", chatted)
+    monkeypatch.setattr(registry, "template_of", template_of)
+    names = ["builtin:teacher", "builtin:student", "builtin:teacher"]
+    list(sweeping.sweep(names, ["one"], problems=1))
+    assert asked == [False, True, False]
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -56,8 +56,8 @@ def sweep(
             shared = {key: value for key, value in settings.items() if key in ("problems", "seed", "batch")}
             yield from _drafted(name, drafters, draft_size, results, options.get("device"), shared, recording)
             continue
-        settings = {**settings, "chat": registry.template_of(name, settings.get("chat")) is not None}
-        shared = {**settings, "recording": recording}
+        chat = registry.template_of(name, settings.get("chat")) is not None
+        shared = {**settings, "chat": chat, "recording": recording}
         base = config or dx.DecodeConfig()
         yield from _by_policy(name, entries, base, for_all, of_policies, results, options, shared)
 
