@@ -108,8 +108,9 @@ def test_private_names_stay_in_their_module():
             last = name.rpartition(".")[2]
             if name.partition(".")[0] in PACKAGES and is_private(last):
                 wrong.append(f"{module}:{line} imports {name}")
+        foreign = everywhere - names[module]
         for node in ast.walk(tree):
-            if used(node) in everywhere - names[module]:
+            if used(node) in foreign:
                 wrong.append(f"{module}:{node.lineno} uses {ast.unparse(node)}")
     assert not wrong, "\n".join(wrong)
 

@@ -38,14 +38,23 @@ class Variant(NamedTuple):
 
 PLAIN = Variant("-O2 -fPIC")
 SANITIZED = Variant(
-    "-O1 -g1 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all", "-O0"
+    "-O1 -g1 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all "
+    "-fno-sanitize=null,object-size,vptr --param asan-instrumentation-with-call-threshold=0",
+    "-O0",
 )
-"""Compiling costs more than running them."""
+"""Compiling costs more than running them: checks are calls, and those that say no more than the address's
+are left out."""
 WATCHED = Variant("-O2 -fPIC", "-O1 -fsanitize=thread")
 """Every access of the kernels is a place to switch threads at, and looked at for races."""
 
 Job = tuple[Path, str]
 """A source and its flags."""
+
+EMULATION: list[Job] = [
+    (HERE / f"{name}.cpp", f"{PLAIN.flags} -DDPARALLEL_CUDA_HOST") for name in ("cuda_host", "races")
+]
+"""What executes the kernels, without a variant's checks; linked last, so that functions which both have are the
+kernels' own."""
 
 
 def ops() -> list[str]:
@@ -55,14 +64,13 @@ def ops() -> list[str]:
 
 def programs(variant: Variant) -> Path:
     """The directory of `twins` and `faults`."""
-    sources = [HERE / "races.cpp", *sorted((HERE / "twins").glob("*.cpp"))]
+    sources = sorted((HERE / "twins").glob("*.cpp"))
     host = [(source, f"{variant.flags} -DDPARALLEL_CUDA_HOST") for source in sources]
     faults = HERE / "faults.cpp", f"{variant.flags} -DDPARALLEL_CUDA_HOST {variant.kernels}"
-    objects = compiled([*kernels(variant), *host, faults])
-    emulation, races = (next(o for o in objects if name in o.name) for name in ("cuda_host", "races"))
+    objects = compiled([faults, *kernels(variant), *host, *EMULATION])
 
     def make(directory: Path) -> None:
-        for name, parts in (("twins", objects[:-1]), ("faults", [emulation, races, objects[-1]])):
+        for name, parts in (("twins", objects[1:]), ("faults", [objects[0], *objects[-len(EMULATION) :]])):
             run(CXX, *variant.flags.split(), *parts, "-o", directory / name)
 
     return kept("programs", [variant.flags, *map(str, objects)], make)
@@ -80,7 +88,7 @@ def extension() -> Path:
     named = [f'-DDPARALLEL_{name}="{value}"' for name, value in facts.items()]
     torch_side = [(source, f"{flags} {stable}") for source in sorted((CSRC / "torch").glob("*.cpp"))]
     module = (CSRC / "runtime" / "module.cpp", f"{flags} {' '.join(named)}")
-    objects = compiled([*kernels(PLAIN), *torch_side, module, (HERE / "races.cpp", PLAIN.flags)])
+    objects = compiled([*kernels(PLAIN), *torch_side, module, *EMULATION])
     libraries = [f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     python = sorted((ROOT / "dparallel_ext").rglob("*.py"))
 
@@ -93,7 +101,7 @@ def extension() -> Path:
 
 
 def kernels(variant: Variant) -> list[Job]:
-    """The kernels, their CPU twins (portable) and what executes them."""
+    """The kernels and their CPU twins (portable)."""
     portable = f"{variant.flags} -DDPARALLEL_PORTABLE_ONLY"
     cuda = f"{variant.flags} -DDPARALLEL_CUDA_HOST {variant.kernels} -x c++"
     simd = sorted((CSRC / "cpu").glob("*_kernel.cpp"))
@@ -101,7 +109,6 @@ def kernels(variant: Variant) -> list[Job]:
         *((CSRC / "cuda" / f"{op}.cu", cuda) for op in ops()),
         *((CSRC / "cpu" / f"{name}.cpp", portable) for name in (*ops(), "simd_level")),
         *((source, f"{portable} -DDPARALLEL_SIMD=portable") for source in simd),
-        (HERE / "cuda_host.cpp", f"{variant.flags} -DDPARALLEL_CUDA_HOST"),
     ]
 
 
