@@ -78,7 +78,7 @@ def test_ops_of_these_kernels_pass_the_tests_of_every_device(tmp_path: Path) -> 
     same = "opcheck or compile or arguments_are_named or refused"
     slow = f"not ({same} or samples_follow or gradcheck and 33 or golden_cases and (none or prefix))"
     shares = (
-        ("row_stats", "row_topk", "unmask", "commit", "accept", "certainty_forcing_loss"),
+        ("row_stats", "row_topk", "unmask", "commit", "accept", "keep_error", "certainty_forcing_loss"),
         (
             "block_attention", "kv_write", "kv_move", "rms_norm", "swiglu", "linear", "fp8_linear",
             "distillation_loss", "compat", "sampling",
