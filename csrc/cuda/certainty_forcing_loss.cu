@@ -226,13 +226,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const auto* z =
         static_cast<const typename T::Storage*>(args.logits.data) + offset_of(rows, row);
     const R of_label = known ? clamped(static_cast<R>(T::value(z[label]))) : R(0);
-    LossPart<R> part;
-#pragma unroll 1
-    for (uint32_t c = lane; c < chunks; c += 32)
-      part.merge(parts[static_cast<int64_t>(row) * chunks + c], inverse);
-#pragma unroll 1
-    for (uint32_t offset = 1; offset < 32 && offset < chunks; offset *= 2)
-      part.merge(shuffle_down(part, static_cast<int>(offset)), inverse);
+    const auto part = merge_row(parts, row, chunks,
+                                [&](auto& all, const auto& other) { all.merge(other, inverse); });
     error = known ? part.error() : kRowLabel;
     if (error == kRowOk) result = part.finish(of_label, label, inverse);
     else result.nll = result.entropy = static_cast<R>(from_bits(0x7fc00000u));  // NaN

@@ -140,21 +140,6 @@ __global__ void __launch_bounds__(kThreads, T::kWidth > 2 ? kBlocks : 1)
   parts[blockIdx.x] = part;
 }
 
-// A warp's row and the merged parts of it, in the order of the chunks, which lane 0 knows.
-template <class Part, class Merge>
-__device__ __forceinline__ Part merged(const Part* parts, uint32_t row, uint32_t chunks,
-                                       Merge merge) {
-  const uint32_t lane = threadIdx.x % 32;
-  Part part;
-#pragma unroll 1
-  for (uint32_t c = lane; c < chunks; c += 32)
-    merge(part, parts[static_cast<int64_t>(row) * chunks + c]);
-#pragma unroll 1
-  for (uint32_t offset = 1; offset < 32 && offset < chunks; offset *= 2)
-    merge(part, shuffle_down(part, static_cast<int>(offset)));
-  return part;
-}
-
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     distillation_rows_kernel(DistillationArgs args, const DistillationPart<typename T::Real>* parts,
@@ -165,8 +150,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   R divergence = R(0), saved[kDistillationSaved] = {};
   int64_t error = kNoError;
   if (args.active[row]) {
-    const auto part = merged(parts, row, chunks,
-                             [&](auto& all, const auto& other) { all.merge(other, inverse); });
+    const auto part = merge_row(parts, row, chunks,
+                                [&](auto& all, const auto& other) { all.merge(other, inverse); });
     error = part.error(row, args.kl_weight > 0);
     if (error == kNoError) {
       part.save(saved);
@@ -247,7 +232,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t row = blockIdx.x * kWarps + threadIdx.x / 32;
   if (row >= args.count || !args.active[row] || args.error[row] != kNoError) return;
   const auto part =
-      merged(parts, row, chunks, [](auto& all, const auto& other) { all.merge(other); });
+      merge_row(parts, row, chunks, [](auto& all, const auto& other) { all.merge(other); });
   if (threadIdx.x % 32 != 0) return;
   static_cast<R*>(args.divergence)[row] += static_cast<R>(args.l1_weight) * part.distance;
   R* saved = static_cast<R*>(args.saved) + static_cast<int64_t>(row) * kDistillationSaved;

@@ -2,6 +2,7 @@
 // and parts of a row that a warp merges.
 #pragma once
 
+#include "row_parts.cuh"
 #include "vectors.cuh"
 
 #include "dparallel/certainty_forcing_loss.h"
@@ -115,15 +116,17 @@ __device__ __forceinline__ typename T::Real largest(const uint4* v) {
   return top;
 }
 
-template <class Part>
-__device__ __forceinline__ Part shuffle_down(const Part& part, int offset) {
-  uint32_t words[sizeof part / 4];
-  memcpy(words, &part, sizeof part);
-#pragma unroll
-  for (auto& word : words) word = __shfl_down_sync(kFullWarp, word, offset);
-  Part other;
-  memcpy(&other, words, sizeof other);
-  return other;
+// By a warp: the parts [chunks] of a row merged, in an order that depends on their number alone;
+// valid in lane 0.
+template <class Part, class Merge>
+__device__ __forceinline__ Part merge_row(const Part* parts, uint32_t row, uint32_t chunks,
+                                          Merge merge) {
+  Part part;
+#pragma unroll 1
+  for (uint32_t c = threadIdx.x % 32; c < chunks; c += 32)
+    merge(part, parts[static_cast<int64_t>(row) * chunks + c]);
+  merge_lanes(part, chunks < 32 ? static_cast<int>(chunks) : 32, merge);
+  return part;
 }
 
 // What nobody will read soon: the caches drop it first.

@@ -40,10 +40,7 @@ namespace dparallel::cuda {
 // Of the loss and of the search for a nucleus.
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kBlocksPerSm = 2;    // at least: up to 128 registers a thread, so that nothing spills
-constexpr int64_t kChunk = 16384;  // ids per block of the loss
-
-inline int64_t chunks_of(int64_t vocab) { return (vocab + kChunk - 1) / kChunk; }
+constexpr int kBlocksPerSm = 2;  // at least: up to 128 registers a thread, so that nothing spills
 
 // Of the scan. What a thread does besides the loop costs as much as 30 elements, hence few threads.
 constexpr int kScanThreads = 128;
