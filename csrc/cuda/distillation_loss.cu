@@ -11,11 +11,13 @@
 // Forward, a thread requests its 4 vectors of both rows at once and keeps them, as stored, in 32
 // registers. The block finds both maxima, and only then are the exponentials summed: no sum is ever
 // rescaled within a chunk. The own terms of the maxima are left out of the sums (see SoftmaxPart),
-// by the threads that hold one, which take a longer way. Left for each pair of numbers are some 18
+// by the threads that hold one, which take a longer way. Left for each pair of numbers are some 17
 // instructions, where an H200's memory leaves time for 28.
 //
-// Not measured yet, as the sizes: 4 vectors of each row and 4 blocks on an SM forward; 8 vectors,
-// 2 of each row in flight, and 4 blocks backward; 256 threads.
+// Measured on an H200, with the host's part of the launches: forward and backward of 4096 rows take
+// 1.51 ms, 81 % of the bandwidth, and with the distance 2.16 ms, 79 %. Guesses, not measured
+// against others: 4 vectors of each row and 4 blocks on an SM forward; 8 vectors, 2 of each row in
+// flight, and 4 blocks backward; 256 threads.
 #include "loss.cuh"
 
 #include "dparallel/distillation_loss.h"
@@ -105,8 +107,8 @@ __global__ void __launch_bounds__(kThreads, T::kWidth > 2 ? kBlocks : 1)
         const R d = (kHoldsTop ? capped(z[i]) : z[i]) - m;
         const R e = (kHoldsTop ? capped(t[i]) : t[i]) - n;
         R q = in_units(d * scale), p = in_units(e * scale);
-        // What the teacher gives nothing has no term. What the student gives nothing has an
-        // infinite one, or 0 infinity.
+        // An id that the teacher gives nothing has no term. An id that the student gives nothing
+        // has an infinite term, or 0 times infinity.
         const R apart = e - (d < R(kNothing) ? R(-kInfinity) : d);
         sums[kCross] += e < R(kNothing) ? R(0) : p * apart;
         if (kHoldsTop) {
@@ -298,7 +300,7 @@ __global__ void __launch_bounds__(kThreads, T::kWidth > 2 ? kBlocks : 1)
           T::narrow(at(static_cast<R>(T::value(student[i])), static_cast<R>(T::value(teacher[i]))));
 }
 
-// Whether all rows are of aligned vectors, and those of a gradient at `grad`.
+// Whether all rows are of aligned vectors, and the rows of a gradient at `grad`.
 template <class T, class Args>
 bool both_aligned(const Args& args, const void* grad) {
   return aligned<T>(args.student, grad) && aligned<T>(args.teacher, nullptr);

@@ -1,5 +1,5 @@
-// What the kernels of the losses share: a block's chunk of a row, exponents in the device's units,
-// and parts of a row that a warp merges.
+// Shared by the kernels of the losses: a block's chunk of a row, exponents in the device's units,
+// and the merging of a row's parts.
 #pragma once
 
 #include "row_parts.cuh"
@@ -129,7 +129,7 @@ __device__ __forceinline__ Part merge_row(const Part* parts, uint32_t row, uint3
   return part;
 }
 
-// What nobody will read soon: the caches drop it first.
+// A vector that no kernel reads soon: the caches drop it first.
 template <class T, int kAtOnce>
 __device__ __forceinline__ void store_once(typename T::Storage* p, const uint4& bytes) {
   if (kAtOnce > 1) {

@@ -1,4 +1,4 @@
-// Merging: what lanes, warps or blocks have of a row becomes the row's, in a fixed order.
+// Merging: the parts of a row that lanes, warps or blocks have become the row's, in a fixed order.
 #pragma once
 
 #include "device.cuh"
