@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# pip would compile every module of every package; few are imported, and Python compiles those as they are.
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+export PYTHONDONTWRITEBYTECODE :=
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp')
@@ -42,14 +44,13 @@ test:
 tests: $(VENV)/developed lint docs
 	$(PYTEST) --durations 20
 
-# DiffusionGemma with the newest transformers; `tests` has the pinned one. Few of its modules are imported, and to
-# compile them all would take longer than the test.
+# DiffusionGemma with the newest transformers; `tests` has the pinned one.
 newest: $(VENV)/developed $(VENV)/newest
 	PYTHONPATH=$(VENV)/newest $(BIN)/python -m pytest tests/decoding/test_diffusion_gemma.py
 
 $(VENV)/newest: $(VENV)/developed requirements-newest.txt
 	rm -rf $@
-	$(PIP) --no-deps --no-compile --target $@ -r requirements-newest.txt
+	$(PIP) --no-deps --target $@ -r requirements-newest.txt
 
 # For daily work: without what takes more than a few seconds.
 test-fast: $(VENV)/developed lint

@@ -35,13 +35,13 @@ def main() -> int:
         code = subprocess.call([*command, "--benchmark-group-by=group", "--benchmark-sort=name"])
         if code != 0:
             return code
-    found = records.of_cpu(json.loads(results.read_text()))
-    text = report.cpu_figures(found) + "\n"
+    figures = records.of_cpu(json.loads(results.read_text()))
+    text = report.cpu_figures(figures) + "\n"
     write_text(options.out / "table.md", text)
-    pictures.draw_rows(found, options.out / "rows.png")
-    pictures.draw_passes(found, options.out / "passes.png")
+    pictures.draw_rows(figures, options.out / "rows.png")
+    pictures.draw_passes(figures, options.out / "passes.png")
     if not options.only:  # `make bench-report` reads this file
-        write_text(options.out / "cpu.json", records.dump(found))
+        write_text(options.out / "cpu.json", records.dump(figures))
     print(text)
     print(f"written: {results}, {options.out}/table.md, cpu.json and pictures")
     return 0

@@ -60,11 +60,11 @@ def work(device: torch.device, small: bool, rows: int, vocab: int) -> Work:
         "check": False,
     }
 
-    def agree(found: Any, expected: list[list[int]]) -> bool:
-        if isinstance(found, tuple):
-            count, tokens = (t.tolist() for t in found)
-            found = [row[:n] for row, n in zip(tokens, count, strict=True)]
-        return bool(found == expected)
+    def agree(result: Any, expected: list[list[int]]) -> bool:
+        if isinstance(result, tuple):
+            count, tokens = (t.tolist() for t in result)
+            result = [row[:n] for row, n in zip(tokens, count, strict=True)]
+        return bool(result == expected)
 
     def ours(turn: int, at: int) -> tuple[Tensor, Tensor]:
         out = dx.accept(data[at], *lanes, **settings)

@@ -79,7 +79,7 @@ def work(
         [(bytes_, 4 * rows * sum(sizes) * heads * dim, 1)],
         sets=sets,
         graphs=(OURS, "torch SDPA"),
-        agree=lambda found, expected: close(found, expected, rtol=0.02, atol=0.02),
+        agree=lambda result, expected: close(result, expected, rtol=0.02, atol=0.02),
     )
 
 
@@ -94,8 +94,8 @@ def verify_case(rows: int, length: int = 4096) -> Case:
     heads, kv_heads = HEADS["Qwen3"]
     parameters = {"batch": 1, "length": length, "heads": heads, "kv_heads": kv_heads, "dim": DIM}
     name = f"block_attention, verify of {rows} rows, length {length}"
-    made = {**parameters, "rows": rows, "causal": True}
-    return Case(name, "block_attention", work, made, ("cold", "graph"))
+    arguments = {**parameters, "rows": rows, "causal": True}
+    return Case(name, "block_attention", work, arguments, ("cold", "graph"))
 
 
 @pytest.mark.parametrize("contender", ["torch SDPA", OURS])

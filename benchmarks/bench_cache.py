@@ -72,10 +72,10 @@ def published(causal: bool, dtype: torch.dtype) -> tuple[Tensor, float]:
     """The tokens that the published loop decodes, and its seconds."""
     model, began = random_model(causal, dtype), time.perf_counter()
     commit = functools.partial(baselines.published_quota, quota=TAKEN)
-    found = baselines.published_decode(
+    result = baselines.published_decode(
         lambda x, start: model(x).logits, PROMPT_IDS, model.mask_id, NEW, BLOCK, commit
     )
-    return found[0], time.perf_counter() - began
+    return result[0], time.perf_counter() - began
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -83,8 +83,8 @@ def published(causal: bool, dtype: torch.dtype) -> tuple[Tensor, float]:
 def test_cache(benchmark: Any, cache: str, dtype: torch.dtype) -> None:
     model = random_model(cache == "block", dtype)
     expected, seconds = published(cache == "block", dtype)
-    found = ours(model, PROMPT_IDS, cache)
-    same = int((found == expected)[:, PROMPT:].sum())
+    result = ours(model, PROMPT_IDS, cache)
+    same = int((result == expected)[:, PROMPT:].sum())
     benchmark.group = f"16 passes, prompt {PROMPT}, {NEW} new tokens, cache {cache}, {dtype}".replace(
         "torch.", ""
     )

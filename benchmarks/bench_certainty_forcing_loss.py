@@ -98,9 +98,9 @@ def copies(logits: Tensor, device: torch.device, small: bool) -> list[Tensor]:
     return [logits, *(logits.detach().clone().requires_grad_() for _ in range(sets - 1))]
 
 
-def alike(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
+def alike(result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
     """Whether losses agree within 1e-4 of the loss, and gradients, by norm, within a hundredth."""
-    (loss, grad), (exact, exact_grad) = found, expected
+    (loss, grad), (exact, exact_grad) = result, expected
     near = (grad - exact_grad).float().norm() <= 0.01 * exact_grad.float().norm()
     return bool(near) and abs(float(loss) - float(exact)) <= 1e-4 * abs(float(exact))
 
@@ -184,8 +184,8 @@ def linear_work(device: torch.device, small: bool, rows: int, width: int, vocab:
 
         run["Liger (cross entropy alone)"] = of_liger
 
-    def agree(found: Tensor | None, expected: Tensor) -> bool:
-        return found is None or bool((found - expected).norm() <= 0.01 * expected.norm())
+    def agree(result: Tensor | None, expected: Tensor) -> bool:
+        return result is None or bool((result - expected).norm() <= 0.01 * expected.norm())
 
     return Work(run, [(3 * head.nbytes, 6 * rows * width * vocab, 1)], agree=agree)
 

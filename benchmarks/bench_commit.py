@@ -41,7 +41,7 @@ def work(device: torch.device, small: bool, batch: int, length: int) -> Work:
         sets=16,
         graphs=(OURS, "eager"),
         reset=lambda: board.copy_(masked),
-        agree=lambda found, expected: all(map(torch.equal, found, expected)),
+        agree=lambda result, expected: all(map(torch.equal, result, expected)),
     )
 
 

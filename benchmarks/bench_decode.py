@@ -208,7 +208,7 @@ def decode(
         {name: lambda turn, at, f=f: f(TAKEN) for name, f in decoders(net, prompts, new, cache).items()},
         phases,
         tokens=batch * new,
-        agree=lambda found, expected: found.shape == expected.shape and net.mask_id not in found,
+        agree=lambda result, expected: result.shape == expected.shape and net.mask_id not in result,
     )
 
 
@@ -218,11 +218,11 @@ def decode_step(device: torch.device, small: bool, model: str, batch: int, promp
     """
     net = model_of(model, device, small)
     prompts = torch.randint(0, net.mask_id, (batch, prompt), device=device)
-    found = decoders(net, prompts, new, "dual")
+    functions = decoders(net, prompts, new, "dual")
     return Work(
-        {name: lambda turn, at, f=f: f(TAKEN // 2) for name, f in found.items()},
+        {name: lambda turn, at, f=f: f(TAKEN // 2) for name, f in functions.items()},
         [(weights_of(net)[0], 0, 1)],
-        less={name: lambda turn, at, f=f: f(TAKEN) for name, f in found.items()},
+        less={name: lambda turn, at, f=f: f(TAKEN) for name, f in functions.items()},
         per=new // BLOCK * (BLOCK // (TAKEN // 2) - BLOCK // TAKEN),
     )
 

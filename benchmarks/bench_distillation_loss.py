@@ -33,7 +33,7 @@ ROWS = 64
 
 CONTENDERS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "eager": baselines.divergence,
-    "compiled": lambda *given: baselines.compile_(baselines.divergence)(*given),
+    "compiled": lambda *args: baselines.compile_(baselines.divergence)(*args),
     OURS: lambda student, teacher, l1: dx.distillation_loss(student, teacher, l1_weight=l1),
 }
 
@@ -124,8 +124,8 @@ def linear_work(device: torch.device, small: bool, rows: int, width: int, vocab:
         PRODUCTS: products,
     }
 
-    def agree(found: Tensor | None, expected: Tensor) -> bool:
-        return found is None or bool((found - expected).norm() <= 0.01 * expected.norm())
+    def agree(result: Tensor | None, expected: Tensor) -> bool:
+        return result is None or bool((result - expected).norm() <= 0.01 * expected.norm())
 
     return Work(run, [(5 * head.nbytes, 10 * rows * width * vocab, 1)], agree=agree)
 

@@ -69,10 +69,10 @@ def test_engine(benchmark: Any, cache: str, dtype: torch.dtype) -> None:
             handles = [engine.submit(p, gen_length=n, **POLICY) for p, n in work]
             return [handle.result().tokens for handle in handles]
 
-        found, before = together(), seconds(one_by_one)
+        batched, before = together(), seconds(one_by_one)
         same = sum(
             a == b
-            for tokens, out in zip(found, single, strict=True)
+            for tokens, out in zip(batched, single, strict=True)
             for a, b in zip(tokens, out.responses[0].tolist(), strict=False)  # block fills its last
         )
         benchmark.pedantic(together, rounds=3)

@@ -36,9 +36,9 @@ class Weights:
         }
 
 
-def error_of(found: Tensor, expected: Tensor) -> float:
+def error_of(result: Tensor, expected: Tensor) -> float:
     """The root mean square of the difference, as a share of that of `expected`."""
-    gap, whole = (found.double() - expected.double()).square().mean(), expected.double().square().mean()
+    gap, whole = (result.double() - expected.double()).square().mean(), expected.double().square().mean()
     return float((gap / whole).sqrt())
 
 
@@ -60,7 +60,7 @@ def work(device: torch.device, small: bool, tokens: int, width: int) -> Work:
         sets=sets,
         graphs=tuple(weights[0].contenders),
         under=torch.inference_mode,
-        agree=lambda found, expected: error_of(found, expected) < 0.03,  # the error of 8 bits
+        agree=lambda result, expected: error_of(result, expected) < 0.03,  # the error of 8 bits
     )
 
 

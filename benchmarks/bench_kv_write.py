@@ -45,19 +45,19 @@ def work(
     blocks = torch.arange(sequences, device=device).repeat_interleave(BLOCK)[:tokens]
     slots = blocks * capacity + positions
     cos, sin = dx.rope_table(capacity, dim, device=device)
-    given = (q, k, v, caches[0], caches[1], positions, slots, cos, sin)
+    inputs = (q, k, v, caches[0], caches[1], positions, slots, cos, sin)
     first = q.clone()
 
     def of(step: Callable[..., None]) -> Callable[[int, int], tuple[Tensor, Tensor]]:
         def run(turn: int, at: int) -> tuple[Tensor, Tensor]:
-            step(*given)
+            step(*inputs)
             return q, caches
 
         return run
 
-    def ours(*given: Tensor) -> None:
+    def ours(*inputs: Tensor) -> None:
         names = ("positions", "slot_mapping", "cos", "sin")
-        dx.kv_write(*given[:5], **dict(zip(names, given[5:], strict=True)))
+        dx.kv_write(*inputs[:5], **dict(zip(names, inputs[5:], strict=True)))
 
     def reset() -> None:
         q.copy_(first)
@@ -74,8 +74,8 @@ def work(
         sets=16,
         graphs=(OURS, "eager"),
         reset=reset,
-        agree=lambda found, expected: all(
-            close(a, b, rtol=0.02, atol=0.02) for a, b in zip(found, expected, strict=True)
+        agree=lambda result, expected: all(
+            close(a, b, rtol=0.02, atol=0.02) for a, b in zip(result, expected, strict=True)
         ),
     )
 

@@ -51,7 +51,7 @@ def work(device: torch.device, small: bool, tokens: int, width: int) -> Work:
         sets=sets,
         graphs=("torch", OURS, f"{OURS}, 8-bit weights"),
         under=torch.inference_mode,
-        agree=lambda found, expected: error_of(found, expected) < 0.06,  # what 8 bits leave of four products
+        agree=lambda result, expected: error_of(result, expected) < 0.06,  # 8 bits in four products
     )
 
 

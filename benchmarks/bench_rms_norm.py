@@ -48,7 +48,7 @@ def work(
         sets=16,
         graphs=(OURS, "eager"),
         under=torch.inference_mode,
-        agree=lambda found, expected: all(close(a, b) for a, b in zip(found, expected, strict=True)),
+        agree=lambda result, expected: all(close(a, b) for a, b in zip(result, expected, strict=True)),
     )
 
 

@@ -30,10 +30,10 @@ def work(
     data = [logits, *(logits.clone() for _ in range(sets - 1))]
     compiled = baselines.compile_(baselines.topk)
 
-    def agree(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
+    def agree(result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
         """Whether both choose the same logits: of tokens with equal logits torch may take any."""
-        return close(found[1], expected[1], 1e-5, 1e-5) and torch.equal(
-            logits.gather(1, found[0]), logits.gather(1, expected[0])
+        return close(result[1], expected[1], 1e-5, 1e-5) and torch.equal(
+            logits.gather(1, result[0]), logits.gather(1, expected[0])
         )
 
     return Work(

@@ -37,11 +37,11 @@ def test_serve(benchmark: Any, served: Served) -> None:
     eos = tokenizer.token_to_id(tasks.EOS)
 
     def one_by_one() -> list[str]:
-        found = []
-        for one in ids:
-            out = dx.decode(model, one, gen_length=tasks.GEN_LENGTH, threshold=0.5, cache="dual", eos_id=eos)
-            found.append(tokenizer.decode(out.responses[0].tolist()))
-        return found
+        texts = []
+        for each in ids:
+            out = dx.decode(model, each, gen_length=tasks.GEN_LENGTH, threshold=0.5, cache="dual", eos_id=eos)
+            texts.append(tokenizer.decode(out.responses[0].tolist()))
+        return texts
 
     seconds, replies = [], []
     expected = one_by_one()
@@ -56,8 +56,8 @@ def test_serve(benchmark: Any, served: Served) -> None:
 
     benchmark.group = f"serve {CLIENTS} streaming clients at once"
     benchmark.pedantic(run, setup=time_baseline, rounds=3, warmup_rounds=1)
-    same = min(sum(a.text == b for a, b in zip(found, expected, strict=True)) for found in replies)
-    timed = [reply for found in replies[1:] for reply in found]
+    same = min(sum(a.text == b for a, b in zip(texts, expected, strict=True)) for texts in replies)
+    timed = [reply for texts in replies[1:] for reply in texts]
     benchmark.extra_info.update(
         contender=f"dparallel_ext ({same}/{CLIENTS} with the same text)",
         baselines={"decode, one by one": statistics.median(seconds)},

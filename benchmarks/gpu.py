@@ -47,8 +47,8 @@ STALL = 240.0
 class Run:
     """The results in DIR."""
 
-    def __init__(self, out: Path, found: dict[str, Any]) -> None:
-        self.out, self.found = out, found
+    def __init__(self, out: Path, results: dict[str, Any]) -> None:
+        self.out, self.found = out, results
 
     @classmethod
     def load(cls, out: Path) -> Run:
@@ -179,9 +179,9 @@ def once(device: torch.device) -> None:
     """
     for case in sorted(CASES, key=lambda case: case.op == "decode"):
         work = case.build(device, small=True)
-        own = next((name for name in (f"{OURS}, graphs=False", OURS) if name in work.run), None)
-        if own is not None:
-            result_of(work, own)
+        contender = next((name for name in (f"{OURS}, graphs=False", OURS) if name in work.run), None)
+        if contender is not None:
+            result_of(work, contender)
             dx.check_errors()
             print(case.name, flush=True)
 
@@ -194,8 +194,8 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Start a process that imports the packages of this checkout."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
-    given = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **environment}
-    return subprocess.Popen(command, cwd=ROOT, env=given, **settings)
+    variables = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **environment}
+    return subprocess.Popen(command, cwd=ROOT, env=variables, **settings)
 
 
 def watched(
@@ -244,14 +244,14 @@ def check(name: str, out: Path, seconds: float) -> dict[str, Any]:
             }
         known = subprocess.run([tool, "--help"], capture_output=True, text=True).stdout
         option = next((o for o in ("--kernel-name", "--filter") if o in known), None)
-        own = [option, "kns=dparallel"] if option else []  # our kernels only, not torch's
+        profiled = [option, "kns=dparallel"] if option else []  # our kernels only, not torch's
         command = [
             tool,
             "--tool",
             name,
             "--error-exitcode",
             "9",
-            *own,
+            *profiled,
             sys.executable,
             "-m",
             "benchmarks.gpu",
@@ -260,8 +260,8 @@ def check(name: str, out: Path, seconds: float) -> dict[str, Any]:
         if name == "memcheck":  # torch's memory cache would hide accesses beyond an allocation
             environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         code, text = watched([*command, "--once", "--out", str(out)], log, seconds, environment)
-        said = [line.strip("= ") for line in text.splitlines() if "SUMMARY" in line]
-        detail = said[-1] if said else "no summary"
+        summary = [line.strip("= ") for line in text.splitlines() if "SUMMARY" in line]
+        detail = summary[-1] if summary else "no summary"
     status = "cut" if code is None else "passed" if code == 0 else "failed"
     return {"name": name, "status": status, "detail": detail, "seconds": time.monotonic() - began}
 
@@ -328,9 +328,9 @@ def begin(out: Path, device: torch.device, small: bool, commit: str) -> Run:
     }
     old = out / "results.json"
     if old.exists() and re.fullmatch("[0-9a-f]{40}", commit):
-        found = records.load(old)
-        if all(found[key] == fresh[key] for key in ("machine", "commit", "small")):
-            return Run(out, found)
+        results = records.load(old)
+        if all(results[key] == fresh[key] for key in ("machine", "commit", "small")):
+            return Run(out, results)
     return Run(out, fresh)
 
 
@@ -406,19 +406,19 @@ def main(argv: list[str] | None = None) -> int:
         if device.type == "cuda" and name not in known and re.search(options.only, name):
             print(f"{name} ...", flush=True)
             seconds = min(share * 60 * options.minutes, deadline - time.monotonic())
-            found = check(name, options.out, seconds)
-            run.found["checks"] = [c for c in run.found["checks"] if c["name"] != name] + [found]
+            outcome = check(name, options.out, seconds)
+            run.found["checks"] = [c for c in run.found["checks"] if c["name"] != name] + [outcome]
             run.save()
-            print(f"{name}: {found['status']}, {found['detail']}", flush=True)
+            print(f"{name}: {outcome['status']}, {outcome['detail']}", flush=True)
     passed_on = ["--out", str(options.out), "--only", options.only, "--peers", options.peers]
     passed_on += ["--small"] if options.small else []
     supervise(options.out, deadline, passed_on)
-    found = records.load(options.out / "results.json")
-    report.plots(found, options.out)
-    print(report.markdown(found))
+    results = records.load(options.out / "results.json")
+    report.plots(results, options.out)
+    print(report.markdown(results))
     print(f"written: {options.out}/results.json, report.md")
-    bad = [r for r in found["records"] if "failed" in r and r["contender"] == OURS]
-    bad += [c for c in found["checks"] if c["status"] == "failed"]
+    bad = [r for r in results["records"] if "failed" in r and r["contender"] == OURS]
+    bad += [c for c in results["checks"] if c["status"] == "failed"]
     return 1 if bad else 0
 
 

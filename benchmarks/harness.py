@@ -63,7 +63,7 @@ class Work:
     """Tokens that a step decodes; 0 where it is no decode."""
     under: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     """The context in which steps run: `torch.inference_mode` where a model runs the op in it."""
-    agree: Callable[[Any, Any], bool] = lambda found, expected: True
+    agree: Callable[[Any, Any], bool] = lambda result, expected: True
     """(result, result of the first contender) -> whether they agree; checked before a contender is timed."""
 
 
@@ -94,14 +94,14 @@ def random(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat1
     return torch.randn(*shape, device=device, dtype=torch.float32).to(dtype)
 
 
-def close(found: Tensor, expected: Tensor, rtol: float | None = None, atol: float | None = None) -> bool:
+def close(result: Tensor, expected: Tensor, rtol: float | None = None, atol: float | None = None) -> bool:
     """Whether tensors agree: on a CPU as `torch.testing.assert_close` says, on a GPU within a hundredth of
     the largest number.
     """
     if expected.is_cuda:
-        return bool((found - expected).abs().max() <= 0.01 * expected.abs().max())
+        return bool((result - expected).abs().max() <= 0.01 * expected.abs().max())
     try:
-        torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+        torch.testing.assert_close(result, expected, rtol=rtol, atol=atol)
     except AssertionError:
         return False
     return True
@@ -208,14 +208,14 @@ class Clock:
         Raises OutOfTime at the deadline.
         """
 
-        def one(what: Callable[[], Any]) -> tuple[Any, Any]:
+        def seconds_of(what: Callable[[], Any]) -> tuple[Any, Any]:
             before()
             began = self.stamp()
             what()
             return began, self.stamp()
 
         def turn() -> list[tuple[Any, Any]]:
-            return [one(call)] if less is None else [one(call), one(less)]
+            return [seconds_of(call)] if less is None else [seconds_of(call), seconds_of(less)]
 
         began = time.monotonic()
         turn()
@@ -230,9 +230,9 @@ class Clock:
         while len(times) < self.most and (len(times) < self.least or time.monotonic() - began < seconds):
             if time.monotonic() > self.deadline:
                 raise OutOfTime
-            found = [turn() for _ in range(10 if quick else 1)]
+            turns = [turn() for _ in range(10 if quick else 1)]
             self.wait()
-            for first, *rest in found:
+            for first, *rest in turns:
                 taken = sum(self.between(*other) for other in rest)
                 times.append((self.between(*first) - taken) / per)
         return times

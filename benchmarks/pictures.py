@@ -20,10 +20,10 @@ def figure_of(width: float, height: float) -> tuple[Any, Any]:
     return pyplot.subplots(figsize=(width, height), layout="constrained")
 
 
-def draw_shares(found: dict[str, Any], path: Path) -> bool:
+def draw_shares(results: dict[str, Any], path: Path) -> bool:
     kept = {
         case: ours["share"]
-        for case, records in grouped(found).items()
+        for case, records in grouped(results).items()
         if (ours := own(records)) is not None and ours.get("share")
     }
     if not kept:
@@ -37,8 +37,8 @@ def draw_shares(found: dict[str, Any], path: Path) -> bool:
     return True
 
 
-def draw_decodes(found: dict[str, Any], path: Path) -> bool:
-    kept = [r for r in found["records"] if r.get("tokens") and "median" in r]
+def draw_decodes(results: dict[str, Any], path: Path) -> bool:
+    kept = [r for r in results["records"] if r.get("tokens") and "median" in r]
     if not kept:
         return False
     names = list(dict.fromkeys(r["case"].split(", ", 1)[1] for r in kept))
@@ -56,9 +56,9 @@ def draw_decodes(found: dict[str, Any], path: Path) -> bool:
     return True
 
 
-def draw_attention(found: dict[str, Any], path: Path) -> bool:
+def draw_attention(results: dict[str, Any], path: Path) -> bool:
     curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for r in found["records"]:
+    for r in results["records"]:
         shape = re.fullmatch(r"block_attention, (.*), length (\d+)", r["case"])
         if shape and "median" in r and r["condition"] == "graph":
             curve = curves.setdefault((shape[1], r["contender"]), [])
@@ -78,7 +78,7 @@ def draw_attention(found: dict[str, Any], path: Path) -> bool:
     return True
 
 
-def draw_rows(found: dict[str, Any], path: Path) -> bool:
+def draw_rows(results: dict[str, Any], path: Path) -> bool:
     """The time of row_stats on a CPU against the number of rows: needed ones, and unneeded ones beside 32
     needed.
     """
@@ -86,7 +86,7 @@ def draw_rows(found: dict[str, Any], path: Path) -> bool:
         "row_stats, needed rows": "needed rows",
         "row_stats, 32 needed rows among others": "unneeded rows, beside 32 needed",
     }
-    curves = {case: records for case, records in grouped(found).items() if case in labels}
+    curves = {case: records for case, records in grouped(results).items() if case in labels}
     if not curves:
         return False
     figure, axes = figure_of(7, 4)
@@ -104,9 +104,9 @@ def draw_rows(found: dict[str, Any], path: Path) -> bool:
     return True
 
 
-def draw_passes(found: dict[str, Any], path: Path) -> bool:
+def draw_passes(results: dict[str, Any], path: Path) -> bool:
     """The time of a pass over one block on a CPU against the cached positions, with attention and without."""
-    curves = curves_of_passes(found)
+    curves = curves_of_passes(results)
     if not curves:
         return False
     figure, axes = figure_of(7, 4)

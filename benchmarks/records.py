@@ -13,10 +13,10 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SCHEMA = 1
 
 
-def dump(found: dict[str, Any]) -> str:
+def dump(results: dict[str, Any]) -> str:
     """A run as JSON, with a line for each record."""
-    lists = {key: value for key, value in found.items() if key in ("records", "checks", "left_out")}
-    rest = json.dumps({k: v for k, v in found.items() if k not in lists}, indent=1)[:-2]
+    lists = {key: value for key, value in results.items() if key in ("records", "checks", "left_out")}
+    rest = json.dumps({k: v for k, v in results.items() if k not in lists}, indent=1)[:-2]
     for key, value in lists.items():
         rows = ",\n  ".join(json.dumps(row) for row in value)
         rest += f',\n "{key}": [' + (f"\n  {rows}\n ]" if rows else "]")
@@ -31,18 +31,18 @@ _RUN |= {"done": list, "left_out": list}
 
 def load(path: Path) -> dict[str, Any]:
     """Read a run's results. Raises ValueError naming what does not fit the schema."""
-    found = json.loads(path.read_text())
-    if found.get("schema") != SCHEMA:
-        raise ValueError(f"{path.name}: expected schema {SCHEMA}, got {found.get('schema')!r}")
+    results = json.loads(path.read_text())
+    if results.get("schema") != SCHEMA:
+        raise ValueError(f"{path.name}: expected schema {SCHEMA}, got {results.get('schema')!r}")
     for key, kind in _RUN.items():
-        if not isinstance(found.get(key), kind):
-            raise ValueError(f"{path.name}: expected {key}, a {kind.__name__}, got {found.get(key)!r}")
-    for record in found["records"]:
+        if not isinstance(results.get(key), kind):
+            raise ValueError(f"{path.name}: expected {key}, a {kind.__name__}, got {results.get(key)!r}")
+    for record in results["records"]:
         wanted = {"case": str, "contender": str, **({"failed": str} if "failed" in record else _RECORD)}
         for key, kind in wanted.items():
             if not isinstance(record.get(key), kind):
                 raise ValueError(f"{path.name}: expected {key} in each record, got {record}")
-    return found
+    return results
 
 
 def figures(
@@ -67,10 +67,10 @@ def figures(
     }
 
 
-def of_cpu(found: dict[str, Any]) -> dict[str, Any]:
+def of_cpu(content: dict[str, Any]) -> dict[str, Any]:
     """A run, made from what is worth keeping of pytest-benchmark's JSON."""
     records = []
-    for bench in found["benchmarks"]:
+    for bench in content["benchmarks"]:
         extra = bench["extra_info"]
         times = [t / extra.get("steps", 1) for t in bench["stats"]["data"]]
         about = {"case": bench["group"], "op": bench["name"].split("[")[0]}
@@ -83,15 +83,15 @@ def of_cpu(found: dict[str, Any]) -> dict[str, Any]:
         records.append(record | {k: extra[k] for k in kept if k in extra})
         for name, seconds in extra.get("baselines", {}).items():
             records.append({**about, "contender": name, **figures([seconds], [], extra.get("floor"))})
-    given = found["machine_info"]
-    machine = {key: given[key] for key in ("threads", "torch", "simd")}
-    machine |= {"gpu": None, "cpu": given["cpu"].get("brand_raw", "unknown CPU")}
-    commit = found.get("commit_info", {})
+    info = content["machine_info"]
+    machine = {key: info[key] for key in ("threads", "torch", "simd")}
+    machine |= {"gpu": None, "cpu": info["cpu"].get("brand_raw", "unknown CPU")}
+    commit = content.get("commit_info", {})
     return {
         "schema": SCHEMA,
         "machine": machine,
         "commit": str(commit.get("id", "unknown")) + ("+changes" if commit.get("dirty") else ""),
-        "date": found["datetime"],
+        "date": content["datetime"],
         "small": False,
         "checks": [],
         "records": records,
@@ -110,21 +110,21 @@ def newest(results: Path = RESULTS) -> tuple[dict[str, Any] | None, dict[str, An
     return (cpu or [None])[-1], (gpu or [None])[-1]
 
 
-def grouped(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def grouped(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Records by "case, condition"."""
-    made: dict[str, list[dict[str, Any]]] = {}
-    for record in found["records"]:
+    by_case: dict[str, list[dict[str, Any]]] = {}
+    for record in results["records"]:
         condition = record.get("condition")
-        made.setdefault(record["case"] + (f", {condition}" if condition else ""), []).append(record)
-    return made
+        by_case.setdefault(record["case"] + (f", {condition}" if condition else ""), []).append(record)
+    return by_case
 
 
 def own(records: list[dict[str, Any]]) -> dict[str, Any] | None:
     return next((r for r in records if r["contender"].startswith(OURS) and "median" in r), None)
 
 
-def curves_of_passes(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def curves_of_passes(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """The records of bench_engine's test_step, by case: passes over one block against `rows` cached
     positions.
     """
-    return {case: rs for case, rs in grouped(found).items() if all("attention" in r for r in rs)}
+    return {case: rs for case, rs in grouped(results).items() if all("attention" in r for r in rs)}

@@ -31,8 +31,10 @@ BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 class Lookup:
     """The figures of a run by case, contender and condition; KeyError where one is missing."""
 
-    def __init__(self, found: dict[str, Any]) -> None:
-        self._of = {(r["case"], r["contender"], r["condition"]): r for r in found["records"] if "median" in r}
+    def __init__(self, results: dict[str, Any]) -> None:
+        self._of = {
+            (r["case"], r["contender"], r["condition"]): r for r in results["records"] if "median" in r
+        }
 
     def __call__(self, case: str, condition: str, contender: str = OURS) -> dict[str, Any]:
         return self._of[case, contender, condition]
@@ -48,10 +50,10 @@ class Lookup:
     def share(self, case: str, *conditions: str) -> float:
         """The share of the floor under the first of `conditions` that was measured."""
         condition = next((c for c in conditions if (case, OURS, c) in self._of), conditions[-1])
-        found = self(case, condition)["share"]
-        if found is None:
+        value = self(case, condition)["share"]
+        if value is None:
             raise KeyError("the floor of " + case)
-        return found
+        return value
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,9 @@ TARGETS = (
 )  # fmt: skip
 
 
-def targets(found: dict[str, Any]) -> str:
+def targets(results: dict[str, Any]) -> str:
     """A table of the targets: the limit, the measured value, met or missed."""
-    lookup, rows = Lookup(found), ["| target | asked | measured | |", "|---|--:|--:|---|"]
+    lookup, rows = Lookup(results), ["| target | asked | measured | |", "|---|--:|--:|---|"]
     for target in TARGETS:
         try:
             value: float | None = target.of(lookup)
@@ -102,8 +104,8 @@ def targets(found: dict[str, Any]) -> str:
             rows.append(f"| {target.text} | {asked} | | not measured |")
             continue
         met = value <= target.limit if target.sense == "at most" else value >= target.limit
-        said = "small sizes" if found["small"] else "met" if met else "**missed**"
-        rows.append(f"| {target.text} | {asked} | {number(value)} {target.unit} | {said} |")
+        verdict = "small sizes" if results["small"] else "met" if met else "**missed**"
+        rows.append(f"| {target.text} | {asked} | {number(value)} {target.unit} | {verdict} |")
     return "\n".join(rows)
 
 
@@ -116,11 +118,11 @@ def number(x: float) -> str:
     return f"{x:,.{digits}f}"
 
 
-def table(found: dict[str, Any], unit: str = "us") -> str:
+def table(results: dict[str, Any], unit: str = "us") -> str:
     """A table with a row for each case: our time beside the floor, and the others' as multiples of ours."""
     scale = {"us": 1e6, "ms": 1e3}[unit]
     rows = [f"| case | ours, {unit} | floor, {unit} | share | others, times ours |", "|---|--:|--:|--:|---|"]
-    for case, records in grouped(found).items():
+    for case, records in grouped(results).items():
         ours = own(records)
         if ours is None or "rows" in ours:  # with "rows": a point of a curve, not a case
             continue
@@ -145,23 +147,23 @@ def memory(record: dict[str, Any]) -> str:
     return f" ({record['megabytes']:.0f} MB)" if "megabytes" in record else ""
 
 
-def cpu_figures(found: dict[str, Any]) -> str:
+def cpu_figures(results: dict[str, Any]) -> str:
     """The text on a CPU's figures."""
-    peaks = [r for r in found["records"] if r["case"].endswith("peak memory") and "rows" in r]
-    machine = found["machine"]
-    lines = [table(found, "ms")]
+    peaks = [r for r in results["records"] if r["case"].endswith("peak memory") and "rows" in r]
+    machine = results["machine"]
+    lines = [table(results, "ms")]
     if peaks:
         sizes = ", ".join(f"{r['megabytes']:.0f} ({r['rows']})" for r in peaks)
         lines.append(
             f"linear_certainty_forcing_loss, peak memory beyond the inputs in MB (of rows): {sizes}."
         )
-    lines += [passes(case, records) for case, records in curves_of_passes(found).items()]
-    for r in found["records"]:
+    lines += [passes(case, records) for case, records in curves_of_passes(results).items()]
+    for r in results["records"]:
         for name, of in r.get("latencies", {}).items():
-            said = ", ".join(f"p{share} {seconds:.2f} s" for share, seconds in of.items())
-            lines.append(f"{r['case']}, {name}: {said}.")
+            shares = ", ".join(f"p{share} {seconds:.2f} s" for share, seconds in of.items())
+            lines.append(f"{r['case']}, {name}: {shares}.")
     about = ", ".join((machine["cpu"], f"{machine['threads']} threads", f"torch {machine['torch']}"))
-    lines.append(f"{about}, {machine['simd']}; commit {found['commit'][:9]}, {found['date'][:10]}.")
+    lines.append(f"{about}, {machine['simd']}; commit {results['commit'][:9]}, {results['date'][:10]}.")
     return "\n\n".join(lines)
 
 
@@ -177,55 +179,55 @@ def passes(case: str, records: list[dict[str, Any]]) -> str:
     )
 
 
-def about_gpu(found: dict[str, Any]) -> str:
-    machine = found["machine"]
+def about_gpu(results: dict[str, Any]) -> str:
+    machine = results["machine"]
     where = machine["gpu"] or "the CPU (small sizes: these are not measurements)"
     parts = [where, f"driver {machine['driver']}", f"CUDA {machine['cuda']}", f"torch {machine['torch']}"]
-    return f"{', '.join(parts)}; commit {found['commit'][:9]}, {found['date'][:10]}."
+    return f"{', '.join(parts)}; commit {results['commit'][:9]}, {results['date'][:10]}."
 
 
-def ceilings(found: dict[str, Any]) -> str:
-    said = []
-    for record in found["records"]:
+def ceilings(results: dict[str, Any]) -> str:
+    rates = []
+    for record in results["records"]:
         if "median" in record and record["case"] == "copy bandwidth":
-            said.append(
+            rates.append(
                 f"copy bandwidth {record['bytes'] / record['median'] / 1e12:.2f} TB/s, read and written"
             )
         if "median" in record and record["case"] == "bf16 matrix rate":
-            said.append(f"bf16 matrix rate {record['flop'] / record['median'] / 1e12:.0f} TFLOP/s")
-    return "; ".join(said)
+            rates.append(f"bf16 matrix rate {record['flop'] / record['median'] / 1e12:.0f} TFLOP/s")
+    return "; ".join(rates)
 
 
-def gpu_figures(found: dict[str, Any]) -> str:
+def gpu_figures(results: dict[str, Any]) -> str:
     """The text on a GPU's figures: the targets, and each case cold or from a graph."""
     warm = ("bandwidth, warm", "rate, warm", "graph, warm")
-    kept = [r for r in found["records"] if not f"{r['case']}, {r.get('condition')}".endswith(warm)]
-    parts = [about_gpu(found), f"Ceilings: {ceilings(found)}." if ceilings(found) else ""]
-    parts += [targets(found), table({**found, "records": kept})]
+    kept = [r for r in results["records"] if not f"{r['case']}, {r.get('condition')}".endswith(warm)]
+    parts = [about_gpu(results), f"Ceilings: {ceilings(results)}." if ceilings(results) else ""]
+    parts += [targets(results), table({**results, "records": kept})]
     return "\n\n".join(part for part in parts if part)
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(results: dict[str, Any]) -> str:
     """The report of a run."""
-    machine, parts = found["machine"], ["# Measurements", about_gpu(found)]
+    machine, parts = results["machine"], ["# Measurements", about_gpu(results)]
     absent = [name for name in ("triton", "liger") if not machine.get(name)]
     peers = [f"{name} {machine[name]}" for name in ("triton", "liger") if machine.get(name)]
     peers += [f"{name}: not installed, so not a peer" for name in absent]
     parts.append("; ".join(peers) + ". `compiled` is torch.compile, whose GPU kernels are Triton's.")
-    if ceilings(found):
-        parts.append(f"Ceilings: {ceilings(found)}.")
-    if found["checks"]:
+    if ceilings(results):
+        parts.append(f"Ceilings: {ceilings(results)}.")
+    if results["checks"]:
         rows = [
-            f"| {c['name']} | {c['status']} | {c['detail']} | {c['seconds']:.0f} |" for c in found["checks"]
+            f"| {c['name']} | {c['status']} | {c['detail']} | {c['seconds']:.0f} |" for c in results["checks"]
         ]
         parts += ["## Checks", "\n".join(["| check | | what it said | s |", "|---|---|---|--:|", *rows])]
-    parts += ["## Targets", targets(found), "## Cases", table(found)]
-    parts += [f"![{name}]({name})" for name in found.get("plots", [])]
+    parts += ["## Targets", targets(results), "## Cases", table(results)]
+    parts += [f"![{name}]({name})" for name in results.get("plots", [])]
     rows = [
         "| case | contender | condition | median, us | p10 | p90 | repeats | peak MB |",
         "|---|---|---|" + "--:|" * 5,
     ]
-    for r in found["records"]:
+    for r in results["records"]:
         if "median" in r:
             peak = f"{r['peak_memory'] / 2**20:.0f}" if "peak_memory" in r else ""
             times = " | ".join(number(1e6 * r[key]) for key in ("median", "p10", "p90"))
@@ -233,33 +235,33 @@ def markdown(found: dict[str, Any]) -> str:
                 f"| {r['case']} | {r['contender']} | {r['condition']} | {times} | {r['repeats']} | {peak} |"
             )
     parts += ["## Every figure", "\n".join(rows)]
-    failed = [r for r in found["records"] if "failed" in r]
+    failed = [r for r in results["records"] if "failed" in r]
     if failed:
         parts += ["## Failed", "\n".join(f"- {r['case']}, {r['contender']}: {r['failed']}" for r in failed)]
-    left = [f"- {o['case']}: {o['why']}" for o in found["left_out"]]
+    left = [f"- {o['case']}: {o['why']}" for o in results["left_out"]]
     parts += ["## Left out", "\n".join(left) if left else "Nothing."]
-    if found.get("running"):
-        parts.append(f"Not finished: the run was within {found['running']}.")
+    if results.get("running"):
+        parts.append(f"Not finished: the run was within {results['running']}.")
     return "\n\n".join(parts) + "\n"
 
 
-def plots(found: dict[str, Any], out: Path) -> None:
+def plots(results: dict[str, Any], out: Path) -> None:
     """Draw the plots (share of the floor, decodes, attention against length), and write the results and the
     report, which name them.
     """
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        found["plots"] = []
+        results["plots"] = []
     else:
         drawn = {
             "share.png": pictures.draw_shares,
             "decode.png": pictures.draw_decodes,
             "attention.png": pictures.draw_attention,
         }
-        found["plots"] = [name for name, draw in drawn.items() if draw(found, out / name)]
-    write_text(out / "results.json", dump(found))
-    write_text(out / "report.md", markdown(found))
+        results["plots"] = [name for name, draw in drawn.items() if draw(results, out / name)]
+    write_text(out / "results.json", dump(results))
+    write_text(out / "report.md", markdown(results))
 
 
 # --- the pages -----------------------------------------------------------------------------------
@@ -292,7 +294,7 @@ def headlines(
         return of(rules, model=f"builtin:{model}", policy=policy, config={}, problems=2000)
 
     on_gpu = Lookup(gpu)
-    one, student = passes_of("teacher", "one"), passes_of("student", "entropy:0.5")
+    slowest, student = passes_of("teacher", "one"), passes_of("student", "entropy:0.5")
     plain, drafted = of(drafters, policy="plain"), of(drafters, policy="builtin:dflash")
     whole = "16 passes, prompt 512, 128 new tokens, cache dual, float32"
     records = next(r for case, r in grouped(cpu).items() if case.startswith(whole))
@@ -302,8 +304,8 @@ def headlines(
     rows = [
         (
             "passes for an answer, a token a pass and after certainty forcing",
-            f"{one['nfe_mean']:.0f} and {student['nfe_mean']:.2f}, "
-            f"{one['accuracy']:.1%} and {student['accuracy']:.1%} of {student['problems']:,} right",
+            f"{slowest['nfe_mean']:.0f} and {student['nfe_mean']:.2f}, "
+            f"{slowest['accuracy']:.1%} and {student['accuracy']:.1%} of {student['problems']:,} right",
             "models that ship",
             "[rules](docs/rules.md)",
         ),
@@ -337,8 +339,8 @@ def headlines(
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     verdicts = targets(gpu)
     met, missed = verdicts.count("| met |"), verdicts.count("**missed**")
-    said = f"Of {met + missed} targets on the H200 {met} are met; the others, and where we lose, are in"
-    return "\n".join([*lines, "", said, "[benchmarks](docs/benchmarks.md)."])
+    summary = f"Of {met + missed} targets on the H200 {met} are met; the others, and where we lose, are in"
+    return "\n".join([*lines, "", summary, "[benchmarks](docs/benchmarks.md)."])
 
 
 def decodes() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -356,13 +358,13 @@ def between(text: str) -> str:
     return text.split(BEGIN)[1].split(END)[0].strip()
 
 
-def with_block(text: str, made: str) -> str:
+def with_block(text: str, figures: str) -> str:
     between(text)
-    return f"{text.split(BEGIN)[0]}{BEGIN}\n\n{made}\n\n{END}{text.split(END)[1]}"
+    return f"{text.split(BEGIN)[0]}{BEGIN}\n\n{figures}\n\n{END}{text.split(END)[1]}"
 
 
-def write(path: Path, made: str) -> None:
-    write_text(path, with_block(path.read_text(), made))
+def write(path: Path, figures: str) -> None:
+    write_text(path, with_block(path.read_text(), figures))
     print(f"written: {path}")
 
 

@@ -43,12 +43,12 @@ class Served:
         request = urllib.request.Request(f"{self.url}/metrics", headers={"Authorization": f"Bearer {KEY}"})
         with urllib.request.urlopen(request) as answer:
             families = text_string_to_metric_families(answer.read().decode())
-        found = {}
+        values = {}
         for family in families:
             for sample in family.samples:
                 labels = ",".join(value for name, value in sample.labels.items() if name != "model")
-                found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
-        return found
+                values[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+        return values
 
 
 @contextlib.contextmanager
@@ -66,18 +66,18 @@ def server(model: str | Path, *options: object, files: int | None = None) -> Ite
         with log.open("wb") as file:
             limit = None if files is None else functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE)
             process = subprocess.Popen(
-                [str(one) for one in command],
+                [str(word) for word in command],
                 stdout=file,
                 stderr=file,
                 preexec_fn=limit and functools.partial(limit, (files, files)),
             )
         try:
             ends = time.monotonic() + START_SECONDS
-            while not (found := re.search(r"running on http://127\.0\.0\.1:(\d+)", log.read_text())):
+            while not (address := re.search(r"running on http://127\.0\.0\.1:(\d+)", log.read_text())):
                 if process.poll() is not None or time.monotonic() > ends:
                     raise RuntimeError(f"the server did not start:\n{log.read_text()}")
                 time.sleep(0.05)
-            yield Served(process, int(found[1]), log)
+            yield Served(process, int(address[1]), log)
         finally:
             if process.poll() is None:
                 process.terminate()

@@ -126,10 +126,10 @@ def draw(path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 0.36 * len(SYSTEMS) + 1), layout="constrained")
     axes.barh(range(len(rows)), passes, color=colours, height=0.62)
     for at, (row, count) in enumerate(zip(rows, passes, strict=True)):
-        said = f"{count:.1f} passes, {row['accuracy']:.1%} right"
+        caption = f"{count:.1f} passes, {row['accuracy']:.1%} right"
         if "verifier_mean" in row:
-            said += f"; {row['verifier_mean']:.1f} passes of the verifier beside"
-        axes.text(count * 1.04, at, said, va="center", fontsize=8)
+            caption += f"; {row['verifier_mean']:.1f} passes of the verifier beside"
+        axes.text(count * 1.04, at, caption, va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [system.name for system in SYSTEMS], fontsize=8.5)
     axes.invert_yaxis()
     axes.set_xscale("log")

@@ -28,17 +28,17 @@ def whole(name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:
 
     Raises ValueError naming the argument unless it is a whole number of at least `least` and at most `most`.
     """
-    found = None
+    result = None
     if not isinstance(value, bool) and not (
         isinstance(value, Tensor) and (value.ndim or value.dtype == torch.bool)
     ):
         with contextlib.suppress(TypeError):
-            found = operator.index(value)
-    if found is None or found < least:
+            result = operator.index(value)
+    if result is None or result < least:
         raise ValueError(f"{name}: expected a whole number >= {least}, got {shown(value)}")
-    if found > most:
+    if result > most:
         raise ValueError(f"{name}: expected a whole number <= {most}, got {shown(value)}")
-    return found
+    return result
 
 
 def number(name: str, value: Any, least: float = 0.0) -> float:
@@ -46,13 +46,13 @@ def number(name: str, value: Any, least: float = 0.0) -> float:
 
     Raises ValueError naming the argument unless it is a finite number of at least `least`.
     """
-    found = math.nan
+    result = math.nan
     if not isinstance(value, (str, bytes, bool)):
         with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
-            found = float(value)
-    if not least <= found < math.inf:
+            result = float(value)
+    if not least <= result < math.inf:
         raise ValueError(f"{name}: expected a finite number >= {least:g}, got {shown(value)}")
-    return found
+    return result
 
 
 def function(name: str, value: Any) -> Any:
@@ -71,22 +71,22 @@ def temperature_in_force(value: Any) -> float:
     Raises ValueError unless it is a finite number of at least 0.
     """
     plain = type(value) is float and 0.0 <= value < math.inf  # every pass gives such a value
-    found: float = value if plain else number("temperature", value)
-    return 0.0 if found < COLDEST else min(found, HOTTEST)
+    temperature: float = value if plain else number("temperature", value)
+    return 0.0 if temperature < COLDEST else min(temperature, HOTTEST)
 
 
 def numbers(name: str, value: Any, count: int, least: int) -> list[int]:
     """`count` whole numbers, from one number for all or from `count` in a list, an array or a tensor."""
     if isinstance(value, Sequence) and not isinstance(value, str):
-        given = list(value)
+        values = list(value)
     elif getattr(value, "ndim", 0) == 1:
-        given = list(value.tolist())
+        values = list(value.tolist())
     else:
         return [whole(name, value, least)] * count
-    found = [whole(name, each, least) for each in given]
-    if len(found) != count:
-        raise ValueError(f"{name}: expected a number or one for each of {count}, got {len(found)}")
-    return found
+    numbers = [whole(name, each, least) for each in values]
+    if len(numbers) != count:
+        raise ValueError(f"{name}: expected a number or one for each of {count}, got {len(numbers)}")
+    return numbers
 
 
 def token_ids(name: str, value: Any) -> Tensor:

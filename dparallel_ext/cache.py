@@ -82,8 +82,15 @@ class AttentionMetadata:
     def tensors(self) -> tuple[Tensor, ...]:
         """The fields that are tensors, in their order."""
         through_cache = self.q_start, self.q_end, self.kv_lens, self.block_table
-        found = self.rows, self.positions, self.slot_mapping, *through_cache, self.cu_seqlens, self.seqused_k
-        return found if self.ancestors is None else (*found, self.ancestors)
+        tensors = (
+            self.rows,
+            self.positions,
+            self.slot_mapping,
+            *through_cache,
+            self.cu_seqlens,
+            self.seqused_k,
+        )
+        return tensors if self.ancestors is None else (*tensors, self.ancestors)
 
     def to(self, device: torch.device | str) -> AttentionMetadata:
         """A copy whose tensors are on `device`."""
@@ -161,15 +168,15 @@ class KVCache:
         """
         trees = None if parents is None else tuple(map(tuple, parents))
         key = (tuple(spans), pad_to, causal, trees)
-        found = self._known.pop(key, None)  # the passes over a block have the same spans
-        if found is None:
+        metadata = self._known.pop(key, None)  # the passes over a block have the same spans
+        if metadata is None:
             packing = Packing()
             _, max_q_len, max_kv_len = self.put(packing, spans, pad_to, parents=parents)
-            found = AttentionMetadata(max_q_len, max_kv_len, *unpack(*packing.pack()), causal=causal)
-        self._known[key] = found
+            metadata = AttentionMetadata(max_q_len, max_kv_len, *unpack(*packing.pack()), causal=causal)
+        self._known[key] = metadata
         if len(self._known) > 8:
             del self._known[next(iter(self._known))]
-        return found
+        return metadata
 
     def put(
         self,
@@ -184,14 +191,7 @@ class KVCache:
 
         Returns the number of rows, padding included, `max_q_len` and `max_kv_len`.
         """
-        batch, length = self.batch, self.length
-        for row, start, end, visible in spans:
-            if not 0 <= row < batch:
-                raise ValueError(f"spans: sequence {row}, but the cache is for {batch}")
-            if not (0 <= start <= end <= length and visible <= length):
-                raise ValueError(
-                    f"spans: positions [{start}, {end}) seeing {visible} exceed the cache of {length}"
-                )
+        self._check(spans)
         counts = [span.end - span.start for span in spans]
         ends = list(itertools.accumulate(counts))
         begins = [end - count for end, count in zip(ends, counts, strict=True)]
@@ -203,63 +203,90 @@ class KVCache:
         whole = [self.varlen and parents is None and is_whole(span) for span in spans]
         if any(whole):
             bounds = [0, *ends]
-            seen = [span.visible if own else 0 for span, own in zip(spans, whole, strict=True)]
+            seen = [span.visible if is_all else 0 for span, is_all in zip(spans, whole, strict=True)]
             begins, ends, seen_slots = (
-                [0 if own else number for number, own in zip(numbers, whole, strict=True)]
+                [0 if is_all else number for number, is_all in zip(numbers, whole, strict=True)]
                 for numbers in (begins, ends, seen_slots)
             )
             if all(whole):
                 begins, ends, seen_slots, through = [], [], [], []
-        more = more_spans = 0
+        padding = padding_spans = 0
         if pad_to is not None and spans:
-            more = pad_to(total) - total
+            padding = pad_to(total) - total
             if seen:
-                max_q_len = max(max_q_len, more)  # for `varlen_attention` the padding is a sequence
-            more_spans = _power_of_two(len(begins)) - len(begins)
+                max_q_len = max(max_q_len, padding)  # for `varlen_attention` the padding is a sequence
+            padding_spans = _power_of_two(len(begins)) - len(begins)
             more_seen = _power_of_two(len(seen)) - len(seen)
             bounds += [total] * more_seen
             seen += [0] * more_seen
             # Both only bound a launch's grid, whose blocks without work return at once.
             max_q_len = _power_of_two(max_q_len)
-            max_kv_len = min(max(256, _power_of_two(max_kv_len)), length)
+            max_kv_len = min(max(256, _power_of_two(max_kv_len)), self.length)
         if seen:
-            bounds.append(total + more)
+            bounds.append(total + padding)
             seen.append(0)
-        for span, count in zip(spans, counts, strict=True):
-            packing.repeat(span.row, count)
-        packing.repeat(0, more)
-        packing.close(total + more)
-        if parents is None:
-            for span in spans:
-                packing.ascending(span.start, span.end)
-        else:
-            depths, ancestors = _of_trees(parents)
-            own_starts = itertools.chain.from_iterable(
-                [span.start] * count for span, count in zip(spans, counts, strict=True)
-            )
-            packing.add(map(operator.add, own_starts, depths))
-        packing.repeat(0, more)
-        packing.close(total + more)
+        depths, ancestors = (None, None) if parents is None else _of_trees(parents)
         pages = self.block_table[[span.row for span in spans]]
-        self._put_slots(packing, spans, pages.tolist())
-        packing.repeat(-1, more)
-        packing.close(total + more)
+        self._put_tokens(packing, spans, counts, depths, pages, padding)
         for numbers in (begins, ends, seen_slots):
             packing.add(numbers)
-            packing.repeat(0, more_spans)
-            packing.close(len(begins) + more_spans)
+            packing.repeat(0, padding_spans)
+            packing.close(len(begins) + padding_spans)
         if len(through) < len(spans):
             pages = self.block_table[[span.row for span in through]]
-        packing.tensors((F.pad(pages, (0, 0, 0, more_spans)) if more_spans else pages,))
+        packing.tensors((F.pad(pages, (0, 0, 0, padding_spans)) if padding_spans else pages,))
         for numbers in (bounds, seen):
             packing.add(numbers)
             packing.close(len(numbers))
-        if parents is not None:
+        if ancestors is not None:
             width = len(ancestors[0]) if ancestors else 0
             packing.add(itertools.chain.from_iterable(ancestors))
-            packing.repeat(0, more * width)
-            packing.close(total + more, width)
-        return total + more, max_q_len, max_kv_len
+            packing.repeat(0, padding * width)
+            packing.close(total + padding, width)
+        return total + padding, max_q_len, max_kv_len
+
+    def _check(self, spans: Sequence[Span]) -> None:
+        """Raise ValueError for a span that the cache does not have."""
+        batch, length = self.batch, self.length
+        for row, start, end, visible in spans:
+            if not 0 <= row < batch:
+                raise ValueError(f"spans: sequence {row}, but the cache is for {batch}")
+            if not (0 <= start <= end <= length and visible <= length):
+                raise ValueError(
+                    f"spans: positions [{start}, {end}) seeing {visible} exceed the cache of {length}"
+                )
+
+    def _put_tokens(
+        self,
+        packing: Packing,
+        spans: Sequence[Span],
+        counts: Sequence[int],
+        depths: Sequence[int] | None,
+        pages: Tensor,
+        padding: int,
+    ) -> None:
+        """Pack each token's sequence, position and slot, with `padding` tokens more.
+
+        depths: with trees, of each token, from its span's start. pages: each span's row of the block table.
+        """
+        padded = sum(counts) + padding
+        for span, count in zip(spans, counts, strict=True):
+            packing.repeat(span.row, count)
+        packing.repeat(0, padding)
+        packing.close(padded)
+        if depths is None:
+            for span in spans:
+                packing.ascending(span.start, span.end)
+        else:
+            starts = itertools.chain.from_iterable(
+                [span.start] * count for span, count in zip(spans, counts, strict=True)
+            )
+            packing.add(map(operator.add, starts, depths))
+        packing.repeat(0, padding)
+        packing.close(padded)
+        self._put_slots(packing, spans, pages.tolist())
+        packing.repeat(-1, padding)
+        packing.close(padded)
 
     def _put_slots(self, packing: Packing, spans: Sequence[Span], pages: Sequence[Sequence[int]]) -> None:
         """Pack the slot mapping of the spans' tokens. pages: each span's row of the block table."""
@@ -288,11 +315,11 @@ def _of_trees(trees: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]
     for parents in trees:
         first = len(depths)
         for place, parent in enumerate(parents):
-            own = list(words[first + parent]) if parent >= 0 else [0] * width
-            own[place // 64] |= 1 << place % 64
-            words.append(own)
+            ancestors = list(words[first + parent]) if parent >= 0 else [0] * width
+            ancestors[place // 64] |= 1 << place % 64
+            words.append(ancestors)
             depths.append(depths[first + parent] + 1 if parent >= 0 else 0)
-    return depths, [[word - 2**64 if word >= 2**63 else word for word in own] for own in words]
+    return depths, [[word - 2**64 if word >= 2**63 else word for word in ancestors] for ancestors in words]
 
 
 def _power_of_two(count: int) -> int:

@@ -162,7 +162,7 @@ def denoising_step(
     sampler: Any,
     logits_processor: Any,
     diffusion_stopping_criteria: Any,
-    **more: Any,
+    **keywords: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The next canvas (B, C), the argmax (B, C), the logits (B, C, V) to condition on, and (B,) bool: whether
     each sequence has finished.
@@ -173,7 +173,7 @@ def denoising_step(
         self_conditioning_logits=self_conditioning_logits,
         decoder_attention_mask=mask_mapping,
         decoder_position_ids=decoder_position_ids,
-        **more,  # the cache among them, by whatever name
+        **keywords,  # the cache among them, by whatever name
     ).logits
     # A tensor, as in transformers, so that the temperature is rounded to float32 at the same point.
     step = torch.tensor(cur_step, dtype=torch.int32, device=raw.device)
@@ -248,11 +248,11 @@ def _entropy_bound_step(
         drawn, sure = stats.sample, stats.confidence
     accepted = _within_bound(stats, float(config.entropy_bound if entropy_bound is None else entropy_bound))
     noise = torch.randint(0, logits.shape[-1], sample.shape, device=sample.device, generator=generator)
-    found = torch.where(accepted, drawn, noise), accepted, drawn, sure, logits
+    output = torch.where(accepted, drawn, noise), accepted, drawn, sure, logits
     if not return_dict:
-        return found
+        return output
     module = importlib.import_module("diffusers.schedulers.scheduling_entropy_bound")
-    return module.EntropyBoundSchedulerOutput(*found)
+    return module.EntropyBoundSchedulerOutput(*output)
 
 
 def _sample_from_logits(
@@ -264,22 +264,22 @@ def _sample_from_logits(
     *,
     temperature: float,
     generator: torch.Generator | None,
-    **more: Any,
+    **keywords: Any,
 ) -> tuple[Tensor, Tensor]:
     """(B, C) tokens and their probabilities, for schedulers that choose by these.
 
-    Only BlockRefinementScheduler passes `more`: use_multinomial, top_k and top_p. Its probabilities are those
-    at the temperature; DiscreteDDIMScheduler's are the model's.
+    Only BlockRefinementScheduler passes `keywords`: use_multinomial, top_k and top_p. Its probabilities are
+    those at the temperature; DiscreteDDIMScheduler's are the model's.
     """
-    if 0 <= temperature < COLDEST or not more.get("use_multinomial", True):
+    if 0 <= temperature < COLDEST or not keywords.get("use_multinomial", True):
         stats = row_stats(logits)
         return stats.token, stats.confidence
-    filtered = (more.get("top_k") or 0) > 0 or (more.get("top_p") or 1.0) < 1.0
+    filtered = (keywords.get("top_k") or 0) > 0 or (keywords.get("top_p") or 1.0) < 1.0
     if seed is None or filtered or temperature < 0:
-        return original(logits, temperature=temperature, generator=generator, **more)
+        return original(logits, temperature=temperature, generator=generator, **keywords)
     position = torch.arange(logits.shape[1], device=logits.device)
     stats = _drawn(logits, seed, next(count), position, temperature)
-    return stats.sample, stats.sample_logprob.exp() if more else stats.confidence
+    return stats.sample, stats.sample_logprob.exp() if keywords else stats.confidence
 
 
 SCHEDULERS: dict[str, tuple[str, Callable[..., Any]]] = {

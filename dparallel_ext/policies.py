@@ -121,10 +121,10 @@ def make(
     names = _names("selector", selector, SELECTORS, batch)
     scores = _names("score", "confidence" if score is None else score, SCORES, batch)
     for name, chosen in zip(names, scores, strict=True):
-        own = RULES[name].score
-        if score is not None and own is not None and chosen != own:
+        score_of_rule = RULES[name].score
+        if score is not None and score_of_rule is not None and chosen != score_of_rule:
             raise ValueError(
-                f"score: only 'quota' chooses its score; {name!r} sorts by {own!r}, got {chosen!r}"
+                f"score: only 'quota' chooses its score; {name!r} sorts by {score_of_rule!r}, got {chosen!r}"
             )
     rows = list(
         zip(
@@ -162,13 +162,13 @@ def in_force(row: Sequence[float]) -> tuple[float, ...]:
     """A row of `FIELDS` as kernels on a GPU read it, where nobody has checked it: each number is clamped to
     its `BOUNDS`, NaN to the lower, and the score is the rule's. The threshold stays: no position passes NaN,
     so `min_commit` positions commit."""
-    found = dict(zip(FIELDS, row, strict=True))
+    values = dict(zip(FIELDS, row, strict=True))
     for name, (low, high) in BOUNDS.items():
-        value = found[name]
-        found[name] = low if not value > low else high if value >= high else value // 1
-    rule = _BY_ID[found["selector"]][2]
-    found["score"] = found["score"] if rule.score is None else SCORES[rule.score]
-    return tuple(found.values())
+        value = values[name]
+        values[name] = low if not value > low else high if value >= high else value // 1
+    rule = _BY_ID[values["selector"]][2]
+    values["score"] = values["score"] if rule.score is None else SCORES[rule.score]
+    return tuple(values.values())
 
 
 def most(row: Sequence[float]) -> float:
@@ -184,8 +184,8 @@ def least(row: Sequence[float]) -> float:
 
 def score_of(row: Sequence[float]) -> str:
     """The name of the statistic that a row of `FIELDS` ranks by."""
-    own = _BY_ID[row[0]][2].score
-    return own or next(name for name, number in SCORES.items() if number == row[4])
+    score = _BY_ID[row[0]][2].score
+    return score or next(name for name, number in SCORES.items() if number == row[4])
 
 
 def _check_rows(rows: Iterable[Sequence[float]]) -> None:

@@ -1,6 +1,7 @@
 """Pure-torch float64 references of the compiled ops, written to be read.
 
-Tests compare every kernel with them; they are slow and allocate freely.
+Tests compare every kernel with them; they are slow and allocate freely. The file is long, since they stand on
+each other: `accept` and `unmask_` on `row_stats`, `unmask_` on `select`.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def row_stats(
     z = z.double().clamp(max=_LARGEST)  # +inf counts as the largest float32
     gathered = None
     if ids is not None:
-        own = ids.expand(len(z), -1) if ids.ndim == 1 else ids.reshape(len(z), ids.shape[-1])
-        gathered = z.gather(1, own).float().reshape(*shape, ids.shape[-1])
+        columns = ids.expand(len(z), -1) if ids.ndim == 1 else ids.reshape(len(z), ids.shape[-1])
+        gathered = z.gather(1, columns).float().reshape(*shape, ids.shape[-1])
     if suppress is not None:
         z[:, torch.as_tensor(suppress, dtype=torch.long)] = -math.inf
     open_ = z.clone()  # ids that may be chosen
@@ -336,12 +337,12 @@ def accept(
     stats = RowStats(*(ints if name in ("token", "sample") else ints * math.nan for name in _FIELDS))
     if len(good):
         key = {} if keys is None else dict(zip(_KEY, keys[good].unbind(1), strict=True))
-        found = row_stats(
+        sampled = row_stats(
             logits, rows=good, mask_id=mask_id, suppress=suppress, temperature=temperature, top_p=top_p,
             top_k=top_k, **key,
         )  # fmt: skip
         stats = RowStats(
-            *(a.index_put((good,), x) for a, x in zip(stats[:-1], found[:-1], strict=True))  # type: ignore[union-attr,arg-type]
+            *(a.index_put((good,), x) for a, x in zip(stats[:-1], sampled[:-1], strict=True))  # type: ignore[union-attr,arg-type]
         )
     choices, codes = stats.sample.tolist(), code.tolist()
     count, ended, error = [0] * lanes, [False] * lanes, [NO_ERROR] * lanes
@@ -389,12 +390,12 @@ def certainty_forcing_loss(
     nll = -log_p.gather(1, y[:, None])[:, 0]
     entropy = -(log_q.exp() * log_q.clamp(min=-1e4)).sum(-1)
     correct = z.argmax(-1) == y
-    own = torch.ones_like(nll) if weight is None else weight[active].double()
+    weights = torch.ones_like(nll) if weight is None else weight[active].double()
     if isinstance(gate, Tensor):
         gated = gate[active]
     else:
         gated = correct if gate == "correct" else torch.ones_like(correct)
-    ce, certainty = (nll * own).sum(), (entropy * own)[gated].sum()
+    ce, certainty = (nll * weights).sum(), (entropy * weights)[gated].sum()
     if reduction == "mean":
         ce, certainty = ce / max(1, len(nll)), certainty / max(1, int(gated.sum()))
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from dparallel import cli, evaluate, live, registry
-from dparallel.cli import app
+from dparallel import live, registry, results
+from dparallel.cli import app, common
 from dparallel.toy import demo, tasks, train
 from typer.testing import CliRunner
 
@@ -334,7 +334,7 @@ def test_missing_packages_and_output_that_nobody_reads(monkeypatch: pytest.Monke
     assert run("merge", "a", "b", code=2) == (
         'error: no peft; pip install ".[cli,train]" installs what this command needs\n'
     )
-    with pytest.raises(BrokenPipeError), cli.plain_errors():
+    with pytest.raises(BrokenPipeError), common.plain_errors():
         raise BrokenPipeError
     monkeypatch.setitem(sys.modules, "typer", None)
     monkeypatch.delitem(sys.modules, "dparallel.cli")
@@ -417,7 +417,7 @@ def test_demo(tmp_path: Path):
     assert text.count("(right)") == 3
     assert "without a draft" in text
     assert demo.LEGEND.split()[:8] == text.split()[text.split().index(live.HIDDEN) :][:8]
-    lines = text[text.index(evaluate.HEADING) :].splitlines()
+    lines = text[text.index(results.HEADING) :].splitlines()
     assert [tuple(line.split()[:2]) for line in lines[1 : 1 + len(asked)]] == asked
 
 

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import golden
-from dparallel import evaluate, files, plots, registry
+from dparallel import configs, evaluate, files, plots, registry, results
+from dparallel import sweep as sweeping
 from dparallel.configs import parse_policy
 from dparallel.toy import several_answers, tasks
 
@@ -71,7 +72,7 @@ def test_a_policy_that_is_none_is_named(text: str):
 
 def test_policies_are_checked_before_anything_is_decoded():
     with pytest.raises(ValueError, match="policy"):
-        next(iter(evaluate.sweep(["builtin:teacher"], ["entropy:0.5", "nonsense"])))
+        next(iter(sweeping.sweep(["builtin:teacher"], ["entropy:0.5", "nonsense"])))
 
 
 SPREAD = {"rule": "entropy:0.5", "block_length": 8, "active_blocks": 3, "open_at": 0.0}
@@ -79,7 +80,7 @@ SPREAD = {"rule": "entropy:0.5", "block_length": 8, "active_blocks": 3, "open_at
 
 def test_a_row_may_set_other_fields_of_the_config(loaded: tuple[Any, Any]):
     model, tokenizer = loaded
-    row = next(iter(evaluate.sweep(["builtin:teacher"], [SPREAD], problems=3, cache="dual")))
+    row = next(iter(sweeping.sweep(["builtin:teacher"], [SPREAD], problems=3, cache="dual")))
     passes = 0
     for problem in itertools.islice(tasks.problems("held_out"), 3):
         ids = [tokenizer.encode(problem.prompt).ids]
@@ -116,10 +117,10 @@ def test_results_of_an_earlier_run_are_not_measured_again(monkeypatch: pytest.Mo
         return row | {"problems": problems}
 
     measure = evaluate.evaluate
-    monkeypatch.setattr(evaluate, "evaluate", once)
+    monkeypatch.setattr(sweeping, "evaluate", once)
 
     def sweep(known: list[dict[str, Any]], problems: int = 5) -> list[dict[str, Any]]:
-        return list(evaluate.sweep(["builtin:student"], ["one", SPREAD], known, problems=problems))
+        return list(sweeping.sweep(["builtin:student"], ["one", SPREAD], known, problems=problems))
 
     rows = sweep([])
     assert measured == ["one", "entropy:0.5"]
@@ -133,25 +134,43 @@ def test_results_of_an_earlier_run_are_not_measured_again(monkeypatch: pytest.Mo
 def test_guesses_of_self_speculation_are_a_row_beside():
     """And not of the policies, where --draft-size is for the drafters of an autoregressive model."""
     policies = [evaluate.ONE, {"rule": "one", "draft_size": 4}]
-    plain, guessed = evaluate.sweep(["builtin:student"], policies, problems=3)
+    plain, guessed = sweeping.sweep(["builtin:student"], policies, problems=3)
     assert "canvases_mean" not in plain
     assert "same_texts" not in plain
     assert guessed["config"] == {"draft_size": 4}
     assert guessed["same_texts"] == 3
-    assert [*evaluate.sweep(["builtin:student"], policies, [plain], problems=3)][1]["same_texts"] == 3
+    assert [*sweeping.sweep(["builtin:student"], policies, [plain], problems=3)][1]["same_texts"] == 3
     assert guessed["nfe_mean"] < 45 < plain["nfe_mean"] < guessed["canvases_mean"] <= 5 * guessed["nfe_mean"]
     assert guessed["nfe_to_eos"] < plain["nfe_to_eos"]
     assert guessed["accuracy"] == plain["accuracy"]
-    table = evaluate.table([plain, guessed]).splitlines()
+    table = results.table([plain, guessed]).splitlines()
     assert table[0].endswith("canvases | texts as without |")
     assert table[2].endswith("| 64.00 |  |")
     assert table[3].endswith(f"| {guessed['canvases_mean']:.2f} | 3 |")
-    (for_all,) = evaluate.sweep(["builtin:student"], [evaluate.ONE], problems=3, draft_size=4)
+    (for_all,) = sweeping.sweep(["builtin:student"], [evaluate.ONE], problems=3, draft_size=4)
     assert for_all["nfe_mean"] == guessed["nfe_mean"]
     names = ["builtin:student", "builtin:causal"]
-    first, *_ = evaluate.sweep(names, [evaluate.ONE], problems=1, draft_size=4, drafters=["plain"])
+    first, *_ = sweeping.sweep(names, [evaluate.ONE], problems=1, draft_size=4, drafters=["plain"])
     assert first["config"] == {}
     assert first["nfe_mean"] == tasks.GEN_LENGTH
+
+
+def test_each_model_of_a_sweep_has_a_template_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the models before it have one or not."""
+    asked: list[bool] = []
+
+    def chatted(name: str, policy: str, *, chat: bool, **settings: Any) -> dict[str, Any]:
+        asked.append(chat)
+        return {}
+
+    def template_of(name: str, chat: bool | None = None) -> str | None:
+        return name if name == "builtin:student" and chat is not False else None
+
+    monkeypatch.setattr(sweeping, "evaluate", chatted)
+    monkeypatch.setattr(registry, "template_of", template_of)
+    names = ["builtin:teacher", "builtin:student", "builtin:teacher"]
+    list(sweeping.sweep(names, ["one"], problems=1))
+    assert asked == [False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -177,14 +196,14 @@ def test_a_file_of_rows_that_is_none_is_named(content: str, said: str, tmp_path:
     file = tmp_path / "rows.json"
     file.write_text(content)
     with pytest.raises(ValueError, match=said):
-        evaluate.read_rows(file)
+        configs.read_rows(file)
 
 
 def test_texts_are_compared_with_those_of_an_earlier_run_too():
     given: dict[str, Any] = {"drafters": ["plain", "ngram"], "problems": 2}
-    plain, drafted = evaluate.sweep(["builtin:causal"], [], **given)
+    plain, drafted = sweeping.sweep(["builtin:causal"], [], **given)
     assert drafted["same_texts"] == 2
-    _, again = evaluate.sweep(["builtin:causal"], [], [plain], **given)
+    _, again = sweeping.sweep(["builtin:causal"], [], [plain], **given)
     assert (again["same_texts"], again["gaps"]) == (2, [])
 
 
@@ -294,16 +313,16 @@ def test_many_rules_have_a_panel_for_each_model():
 def test_the_tables_of_the_docs_are_what_their_results_make():
     docs = Path(__file__).parent.parent / "docs"
     text, rows = (docs / "rules.md").read_text(), json.loads((docs / "rules.json").read_text())
-    assert evaluate.table(rows) in text
+    assert results.table(rows) in text
     measured = {(row["policy"], json.dumps(row["config"])) for row in rows}
-    asked = evaluate.read_rows(docs.parent / "recipes" / "rules.json")
+    asked = configs.read_rows(docs.parent / "recipes" / "rules.json")
     assert {row["model"] for row in rows} == {"builtin:teacher", "builtin:student"}
     assert {
         (row["rule"], json.dumps({k: v for k, v in row.items() if k != "rule"})) for row in asked
     } == measured
     rows = json.loads((docs / "apd.json").read_text())
-    assert evaluate.table(rows) in (docs / "speculation.md").read_text()
-    asked = evaluate.read_rows(docs.parent / "recipes" / "adaptive.json")
+    assert results.table(rows) in (docs / "speculation.md").read_text()
+    asked = configs.read_rows(docs.parent / "recipes" / "adaptive.json")
     kinds = ["rule" if row["policy"] == evaluate.ONE else "verifier" for row in rows]
     assert asked == [{kind: row["policy"], **row["config"]} for kind, row in zip(kinds, rows, strict=True)]
 

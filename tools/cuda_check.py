@@ -91,14 +91,14 @@ def find_nvdisasm(nvcc: str) -> str | None:
     """Beside nvcc, on PATH, or of the package nvidia-cuda-nvdisasm in this Python's environment."""
     packages = Path(sysconfig.get_path("purelib")) / "nvidia"
     candidates = [Path(nvcc).resolve().parent / "nvdisasm", "nvdisasm", *packages.glob("*/bin/nvdisasm")]
-    return next((found for c in candidates if (found := shutil.which(c))), None)
+    return next((path for c in candidates if (path := shutil.which(c))), None)
 
 
 def measure(
     nvcc: str, nvdisasm: str | None, source: Path, architectures: list[str], headers: str, table: Table
 ) -> dict[str, str]:
     """Architecture -> the report of `compile_one`; exits with the compiler's output where it fails."""
-    found = {}
+    reports = {}
     with tempfile.TemporaryDirectory() as scratch:
         for architecture in architectures:
             reads = nvdisasm if table and architecture == LOOPS_OF else None
@@ -112,8 +112,8 @@ def measure(
                 partial = file.with_suffix(f".{os.getpid()}")
                 partial.write_text(report)
                 partial.replace(file)
-            found[architecture] = file.read_text()
-    return found
+            reports[architecture] = file.read_text()
+    return reports
 
 
 def compile_one(nvcc: str, source: Path, architecture: str, scratch: Path) -> str:
@@ -163,27 +163,8 @@ def loops_of(cubin: Path, nvdisasm: str, table: Table) -> str:
 
 def parse_loops(text: str) -> dict[str, sass.Loop]:
     """Kernel -> loop, of a report with the lines of `loops_of`."""
-    found = re.findall(r"^loop (.+): (\d+) (\w+)$", text, re.MULTILINE)
-    return {name: sass.Loop(int(n), None if d == "None" else int(d)) for name, n, d in found}
-
-
-def loop_faults(loops: dict[str, sass.Loop | None], table: Table) -> list[str]:
-    """Sentences on loops that are not there, or longer than in `table`, or whose loads are used earlier."""
-    faults = []
-    for kernel, loop in loops.items():
-        where, allowed = f"the loop of {kernel} on sm_{LOOPS_OF}", table[kernel]
-        if loop is None:
-            faults.append(f"{kernel} on sm_{LOOPS_OF} has no loop with {allowed['least']} {allowed['work']}")
-            continue
-        if "instructions" not in allowed:
-            faults.append(f"{where} has no budget (tools/cuda_check.py --update)")
-            continue
-        most, least = allowed["instructions"], allowed["distance"]
-        if loop.instructions > most:
-            faults.append(f"{where} takes {loop.instructions} instructions, budget {most}")
-        if least is not None and (loop.distance is None or loop.distance < least):
-            faults.append(f"{where} uses what it loads after {loop.distance} instructions, budget {least}")
-    return faults
+    lines = re.findall(r"^loop (.+): (\d+) (\w+)$", text, re.MULTILINE)
+    return {name: sass.Loop(int(n), None if d == "None" else int(d)) for name, n, d in lines}
 
 
 def parse(text: str) -> dict[str, Usage]:
@@ -207,26 +188,46 @@ def parse(text: str) -> dict[str, Usage]:
     return kernels
 
 
-def kernel_faults(usage: dict[str, dict[str, Usage]], budgets: dict[str, Any]) -> list[str]:
-    """Sentences on the kernels that spill, or use more than `budgets` allow. usage: kernel -> architecture ->
-    usage."""
-    faults = []
-    for kernel, by_architecture in sorted(usage.items()):
-        for architecture, used in by_architecture.items():
-            allowed = budgets.get(kernel, {}).get(architecture)
-            where = f"{kernel} on sm_{architecture}"
-            if used.spills:
-                faults.append(f"{where} spills {used.spills} bytes")
-            if allowed is None:
-                faults.append(f"{where} has no budget (tools/cuda_check.py --update)")
-                continue
-            for what, value in used.kept().items():
-                if value > allowed[what]:
-                    faults.append(f"{where} uses {value} {SAID[what]}, budget {allowed[what]}")
-    return faults
+def short_name(mangled: str) -> str:
+    """unmask_kernel<BFloat16, sampling> or kv_write_kernel<Float32, 4> of a mangled name."""
+    # Namespaces and then its own name, each behind its length. One has no name but a hash, of any digits.
+    name, rest = mangled, re.sub("^_ZN?", "", mangled)
+    while length := re.match(r"\d+", rest):
+        end = length.end() + int(length.group())
+        name, rest = rest[length.end() : end], rest[end:]
+    parts = [t for t in ("BFloat16", "Float32", "Float16", "Float64") if f"{len(t)}{t}" in mangled]
+    parts += ["sampling"] if "Lb1E" in mangled else []
+    parts += re.findall(r"Li(\d+)E", mangled)
+    return f"{name}<{', '.join(parts)}>" if parts else name
 
 
-def show_kernels(usage: dict[str, dict[str, Usage]], architectures: list[str]) -> None:
+def measure_all(
+    nvcc: str,
+    nvdisasm: str | None,
+    sources: list[Path],
+    architectures: list[str],
+    headers: str,
+    own: dict[str, Table],
+) -> tuple[dict[str, dict[str, Usage]], dict[str, sass.Loop | None]]:
+    """Usage by "source: kernel" and by architecture, and the loops of `own`, the table of each source; None:
+    a kernel has no such loop."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        measured = list(
+            pool.map(lambda s: measure(nvcc, nvdisasm, s, architectures, headers, own[s.stem]), sources)
+        )
+    usage: dict[str, dict[str, Usage]] = {}
+    loops: dict[str, sass.Loop | None] = {}
+    for source, reports in zip(sources, measured, strict=True):
+        for architecture, report in reports.items():
+            for kernel, used in parse(report).items():
+                usage.setdefault(f"{source.stem}: {kernel}", {})[architecture] = used
+        if nvdisasm is not None and LOOPS_OF in reports:
+            of_source = parse_loops(reports[LOOPS_OF])
+            loops |= {kernel: of_source.get(kernel.partition(": ")[2]) for kernel in own[source.stem]}
+    return usage, loops
+
+
+def show(usage: dict[str, dict[str, Usage]], architectures: list[str]) -> None:
     print(f"{'kernel':60}" + "".join(f"{'sm_' + a:>23}" for a in architectures))
     print(f"{'':60}" + f"{'regs  smem spill   code':>23}" * len(architectures))
     for kernel, of in sorted(usage.items()):
@@ -246,17 +247,42 @@ def show_loops(loops: dict[str, sass.Loop | None], table: Table) -> None:
             print(f"{kernel:75}{loop.instructions:>13}{elements:>10}{each:>6}{loop.distance!s:>13}")
 
 
-def short_name(mangled: str) -> str:
-    """unmask_kernel<BFloat16, sampling> or kv_write_kernel<Float32, 4> of a mangled name."""
-    # Namespaces and then its own name, each behind its length. One has no name but a hash, of any digits.
-    name, rest = mangled, re.sub("^_ZN?", "", mangled)
-    while length := re.match(r"\d+", rest):
-        end = length.end() + int(length.group())
-        name, rest = rest[length.end() : end], rest[end:]
-    parts = [t for t in ("BFloat16", "Float32", "Float16", "Float64") if f"{len(t)}{t}" in mangled]
-    parts += ["sampling"] if "Lb1E" in mangled else []
-    parts += re.findall(r"Li(\d+)E", mangled)
-    return f"{name}<{', '.join(parts)}>" if parts else name
+def faults_of(usage: dict[str, dict[str, Usage]], budgets: dict[str, Any]) -> list[str]:
+    """Sentences on the kernels that spill, or use more than `budgets` allow. usage: kernel -> architecture ->
+    usage."""
+    faults = []
+    for kernel, by_architecture in sorted(usage.items()):
+        for architecture, used in by_architecture.items():
+            allowed = budgets.get(kernel, {}).get(architecture)
+            where = f"{kernel} on sm_{architecture}"
+            if used.spills:
+                faults.append(f"{where} spills {used.spills} bytes")
+            if allowed is None:
+                faults.append(f"{where} has no budget (tools/cuda_check.py --update)")
+                continue
+            for what, value in used.kept().items():
+                if value > allowed[what]:
+                    faults.append(f"{where} uses {value} {SAID[what]}, budget {allowed[what]}")
+    return faults
+
+
+def loop_faults(loops: dict[str, sass.Loop | None], table: Table) -> list[str]:
+    """Sentences on loops that are not there, or longer than in `table`, or whose loads are used earlier."""
+    faults = []
+    for kernel, loop in loops.items():
+        where, allowed = f"the loop of {kernel} on sm_{LOOPS_OF}", table[kernel]
+        if loop is None:
+            faults.append(f"{kernel} on sm_{LOOPS_OF} has no loop with {allowed['least']} {allowed['work']}")
+            continue
+        if "instructions" not in allowed:
+            faults.append(f"{where} has no budget (tools/cuda_check.py --update)")
+            continue
+        most, least = allowed["instructions"], allowed["distance"]
+        if loop.instructions > most:
+            faults.append(f"{where} takes {loop.instructions} instructions, budget {most}")
+        if least is not None and (loop.distance is None or loop.distance < least):
+            faults.append(f"{where} uses what it loads after {loop.distance} instructions, budget {least}")
+    return faults
 
 
 def main() -> None:
@@ -287,21 +313,8 @@ def main() -> None:
     hashes = {source.stem: hash_of(source, headers, own[source.stem]) for source in sources}
     same = made_with["architectures"] == architectures and not (options.all or options.update)
     changed = [s for s in sources if not same or made_with["sources"].get(s.stem) != hashes[s.stem]]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(
-            pool.map(lambda s: measure(nvcc, nvdisasm, s, architectures, headers, own[s.stem]), changed)
-        )
-    usage: dict[str, dict[str, Usage]] = {}
-    loops: dict[str, sass.Loop | None] = {}
-    for source, reports in zip(changed, found, strict=True):
-        for architecture, report in reports.items():
-            for kernel, used in parse(report).items():
-                usage.setdefault(f"{source.stem}: {kernel}", {})[architecture] = used
-        if nvdisasm is not None and LOOPS_OF in reports:
-            of_source = parse_loops(reports[LOOPS_OF])
-            loops |= {kernel: of_source.get(kernel.partition(": ")[2]) for kernel in own[source.stem]}
-
-    show_kernels(usage, architectures)
+    usage, loops = measure_all(nvcc, nvdisasm, changed, architectures, headers, own)
+    show(usage, architectures)
     show_loops(loops, table)
     if changed and nvdisasm is None:
         print("cuda-check: no nvdisasm (pip install nvidia-cuda-nvdisasm): loops were NOT looked at")
@@ -313,7 +326,7 @@ def main() -> None:
         BUDGETS.write_text(json.dumps(made_with, indent=1) + "\n")
         lines = (f" {json.dumps(kernel)}: {json.dumps(entry)}" for kernel, entry in sorted(table.items()))
         LOOPS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    faults = kernel_faults(usage, made_with["kernels"]) + loop_faults(loops, table)
+    faults = faults_of(usage, made_with["kernels"]) + loop_faults(loops, table)
     if faults and made_with["nvcc"] == version:
         sys.exit("cuda-check: " + "\n            ".join(faults))
     if faults:

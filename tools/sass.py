@@ -50,11 +50,11 @@ _MULTIPLIED = {1: 4, 2: 2, 3: 4}
 
 def kernels(text: str) -> dict[str, Kernel]:
     """Mangled name -> code, of `nvdisasm --print-code`."""
-    found: dict[str, Kernel] = {}
+    by_name: dict[str, Kernel] = {}
     kernel = Kernel()
     for line in text.splitlines():
         if section := _SECTION.match(line):
-            kernel = found[section[1]] = Kernel()
+            kernel = by_name[section[1]] = Kernel()
         elif label := _LABEL.match(line):
             kernel.labels[label[1]] = len(kernel.code)
         elif instruction := _INSTRUCTION.match(line):
@@ -62,7 +62,7 @@ def kernels(text: str) -> dict[str, Kernel]:
             target = re.search(r"`\((\.L\w+)\)", rest)
             operands = [operand for part in rest.split(",") if (operand := part.strip())]
             kernel.code.append(Instruction(name, operands, target[1] if target else None))
-    return found
+    return by_name
 
 
 def innermost(kernel: Kernel) -> list[tuple[int, int]]:
@@ -72,11 +72,11 @@ def innermost(kernel: Kernel) -> list[tuple[int, int]]:
         first = kernel.labels.get(instruction.target or "", at + 1)
         if instruction.kind == "BRA" and first <= at:
             ends[first] = max(at, ends.get(first, 0))
-    found = list(ends.items())
+    loops = list(ends.items())
     return [
         (first, last)
-        for first, last in found
-        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in found)
+        for first, last in loops
+        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in loops)
     ]
 
 
@@ -92,10 +92,10 @@ def loop_of(kernel: Kernel, work: str, least: int) -> Loop | None:
     """The shortest loop with at least so many instructions whose name begins with `work`; where there is
     none, the shortest stretch of straight code, which is an unrolled loop."""
     for turns, again in ((innermost(kernel), True), (straight(kernel), False)):
-        found = [kernel.code[first : last + 1] for first, last in turns]
-        found = [turn for turn in found if sum(i.name.startswith(work) for i in turn) >= least]
-        if found:
-            turn = min(found, key=len)
+        candidates = [kernel.code[first : last + 1] for first, last in turns]
+        candidates = [turn for turn in candidates if sum(i.name.startswith(work) for i in turn) >= least]
+        if candidates:
+            turn = min(candidates, key=len)
             return Loop(len(turn), distance(turn, again))
     return None
 
@@ -104,12 +104,12 @@ def distance(turn: list[Instruction], again: bool) -> int | None:
     """`Loop.distance`; again: the turn follows itself."""
     of_global = [at for at, instruction in enumerate(turn) if instruction.kind in _GLOBAL]
     loads = of_global or [at for at, instruction in enumerate(turn) if instruction.kind in _SHARED]
-    found = []
+    distances = []
     for load in loads:
         registers = written(turn[load])
         after = turn[load + 1 :] + (turn[:load] if again else [])
-        found += [n for n, instruction in enumerate(after) if registers & read(instruction)][:1]
-    return min(found, default=None)
+        distances += [n for n, instruction in enumerate(after) if registers & read(instruction)][:1]
+    return min(distances, default=None)
 
 
 def written(load: Instruction) -> set[int]:
@@ -128,7 +128,7 @@ def written(load: Instruction) -> set[int]:
 def read(instruction: Instruction) -> set[int]:
     """The registers that an instruction reads."""
     stores = instruction.kind in _WITHOUT_RESULT
-    found = set()
+    registers = set()
     for place, operand in enumerate(instruction.operands):
         if place == 0 and not stores:
             continue
@@ -138,5 +138,5 @@ def read(instruction: Instruction) -> set[int]:
             width = next((_WIDTHS[s] for s in f"{own}.{suffixed}".split(".") if s in _WIDTHS), 1)
             if instruction.kind == "HMMA":
                 width = _MULTIPLIED[place]
-            found |= set(range(int(register), int(register) + width))
-    return found
+            registers |= set(range(int(register), int(register) + width))
+    return registers

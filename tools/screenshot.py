@@ -30,8 +30,8 @@ def server(models: list[str]) -> Iterator[str]:
         try:
             assert process.stderr is not None
             for line in process.stderr:
-                if found := re.search(r"running on (http://\S+)", line):
-                    yield found[1]
+                if match := re.search(r"running on (http://\S+)", line):
+                    yield match[1]
                     break
             else:
                 raise SystemExit("the server did not start")
@@ -43,11 +43,11 @@ def server(models: list[str]) -> Iterator[str]:
 def chromium() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
         raise SystemExit(f"expected one of {', '.join(BROWSERS)} on the path")
     with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=found)
+        running = playwright.chromium.launch(executable_path=browser)
         yield running
         running.close()
 
@@ -76,9 +76,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--dark", action="store_true", help="as in dark mode")
     parser.add_argument("--model", nargs="+", default=["builtin:teacher", "builtin:student"])
-    given = parser.parse_args()
-    with server(given.model) as url, chromium() as browser:
-        take(browser, url, given.out, given.dark)
+    options = parser.parse_args()
+    with server(options.model) as url, chromium() as browser:
+        take(browser, url, options.out, options.dark)
 
 
 if __name__ == "__main__":

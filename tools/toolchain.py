@@ -59,8 +59,10 @@ def find_torch() -> Torch | None:
     if origin is None:
         hiding = ("PYTHONPATH", "PYTHONNOUSERSITE")
         environment = {name: value for name, value in os.environ.items() if name not in hiding}
-        found = subprocess.run([sys.executable, "-c", _FIND], env=environment, capture_output=True, text=True)
-        origin = found.stdout.strip() or None
+        result = subprocess.run(
+            [sys.executable, "-c", _FIND], env=environment, capture_output=True, text=True
+        )
+        origin = result.stdout.strip() or None
     if origin is None:
         return None
     root = Path(origin).resolve().parent
@@ -114,8 +116,8 @@ def output_of(*command: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", None) or error
-        sys.exit(f"dparallel-ext: `{' '.join(command)}` does not run: {str(said).strip()}")
+        reason = getattr(error, "stderr", None) or error
+        sys.exit(f"dparallel-ext: `{' '.join(command)}` does not run: {str(reason).strip()}")
 
 
 def find_cxx() -> str:
@@ -133,7 +135,7 @@ def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME")
     candidates = [str(Path(home) / "bin" / "nvcc")] if home else []
     candidates += ["nvcc", "/usr/local/cuda/bin/nvcc"]
-    return next((found for c in candidates if (found := shutil.which(c))), None)
+    return next((nvcc for c in candidates if (nvcc := shutil.which(c))), None)
 
 
 def known_architectures(nvcc: str) -> list[str]:
@@ -264,5 +266,5 @@ _ADVICE = {
 
 def advice(output: str) -> str:
     """What to do about a failed build, from what the compilers said."""
-    found = (remedy for said, remedy in _ADVICE.items() if re.search(said, output))
-    return next(found, "The first error above is the cause.")
+    remedies = (remedy for pattern, remedy in _ADVICE.items() if re.search(pattern, output))
+    return next(remedies, "The first error above is the cause.")

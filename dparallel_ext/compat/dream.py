@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -83,11 +83,6 @@ def diffusion_generate(
             dual_cache: see `decode`) are such arguments.
     """
 
-    def option(name: str, given: Any, default: Any) -> Any:
-        if given is None:
-            given = getattr(generation_config, name, None)
-        return default if given is None else given
-
     if left := {name: value for name, value in others.items() if name not in _UNREAD and value is not None}:
         name, value = next(iter(left.items()))
         raise ValueError(f"{name}: not an option of Dream's diffusion_generate (see `decode`), got {value!r}")
@@ -95,36 +90,26 @@ def diffusion_generate(
         raise ValueError(
             f"inputs: expected int64 (B, P), got {getattr(inputs, 'shape', type(inputs).__name__)}"
         )
-    alg = option("alg", alg, "origin")
-    if alg not in ALGORITHMS:
-        raise ValueError(f"alg: expected one of {ALGORITHMS}, got {alg!r}; for thresholds see `decode`")
-    steps = option("steps", steps, 512)
-    whole("steps", steps, 1)
-    eps = option("eps", eps, 1e-3)
-    if not 0 <= eps < 1:
-        raise ValueError(f"eps: expected a number from 0 and below 1, got {eps!r}")
-    alg_temp = option("alg_temp", alg_temp, 0.0)
-    if not 0 <= alg_temp < float("inf"):
-        raise ValueError(f"alg_temp: expected a finite number >= 0, got {alg_temp!r}")
-    temperature = option("temperature", temperature, 0.0)
-    top_p, top_k = option("top_p", top_p, None), option("top_k", top_k, None)
-    temperature = check_sampling(temperature, top_p, top_k)[0]
-    check_diffusion(model)
-    mask = option("mask_token_id", mask_token_id, traits(model).mask_id)
-    if mask is None:
-        raise ValueError("mask_token_id: the model's config has none, so give one")
-    whole("mask_token_id", mask, 0)
-    copies = option("num_return_sequences", num_return_sequences, 1)
-    whole("num_return_sequences", copies, 1)
+    options = _read_options(
+        model,
+        inputs.shape[1],
+        generation_config,
+        max_new_tokens=max_new_tokens,
+        max_length=max_length,
+        steps=steps,
+        eps=eps,
+        alg=alg,
+        alg_temp=alg_temp,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        num_return_sequences=num_return_sequences,
+        output_history=output_history,
+        return_dict_in_generate=return_dict_in_generate,
+        mask_token_id=mask_token_id,
+    )
+    mask, steps, copies = options.mask, options.steps, options.copies
     x = inputs.to(torch.int64).repeat_interleave(copies, 0)  # (B, P)
-    new = option("max_new_tokens", max_new_tokens, None)
-    if new is None:
-        total = option("max_length", max_length, 20)
-        whole("max_length", total, 1)
-        new = total - x.shape[1] if max_length is not None or total != 20 else 20
-        if new <= 0:
-            raise ValueError(f"max_length: expected more than the {x.shape[1]} tokens of inputs, got {total}")
-    whole("max_new_tokens", new, 0)
     padding = None
     if attention_mask is not None:
         if attention_mask.shape != inputs.shape:
@@ -133,56 +118,110 @@ def diffusion_generate(
                 f"got {tuple(attention_mask.shape)}"
             )
         padding = attention_mask.to(x.device, torch.bool).repeat_interleave(copies, 0)
-        padding = F.pad(padding, (0, new), value=True)
+        padding = F.pad(padding, (0, options.new), value=True)
     look_at_tokens = generation_tokens_hook_func or (lambda step, x, logits: x)
     look_at_logits = generation_logits_hook_func or (lambda step, x, logits: logits)
-    seed = drawn_seed(temperature)
+    seed = drawn_seed(options.temperature)
     history = []
     with torch.no_grad():
-        times = torch.linspace(1, eps, steps + 1, device=x.device)
-        x = look_at_tokens(None, F.pad(x, (0, new), value=mask), None)
+        times = torch.linspace(1, options.eps, steps + 1, device=x.device)
+        x = look_at_tokens(None, F.pad(x, (0, options.new), value=mask), None)
         for i in range(steps):
             masked = x == mask if padding is None else (x == mask) & padding
             logits = look_at_logits(i, x, logits_of(model, x, padding))
             share = 1 - times[i + 1] / times[i] if i < steps - 1 else torch.ones((), device=x.device)
-            if alg == "origin":
+            if options.alg == "origin":
                 chosen = masked.clone()
                 chosen[masked] = torch.rand(int(masked.sum()), device=x.device) < share
-                _, sample = _ranked(logits, chosen, mask, temperature, top_p, top_k, alg, seed, i)
+                _, sample = _ranked(logits, chosen, options, seed, i)
             else:
-                rank, sample = _ranked(logits, masked, mask, temperature, top_p, top_k, alg, seed, i)
-                chosen = _best(rank, masked, share, alg_temp)
+                rank, sample = _ranked(logits, masked, options, seed, i)
+                chosen = _best(rank, masked, share, options.alg_temp)
             x = look_at_tokens(i, torch.where(chosen, sample, x), logits)
-            if option("output_history", output_history, False):
+            if options.output_history:
                 history.append(x.clone())
-    if not option("return_dict_in_generate", return_dict_in_generate, False):
+    if not options.return_dict_in_generate:
         return x
-    return DreamOutput(x, tuple(history) if option("output_history", output_history, False) else None)
+    return DreamOutput(x, tuple(history) if options.output_history else None)
 
 
-def _ranked(
-    logits: Tensor,
-    rows: Tensor,
-    mask: int,
-    temperature: float,
-    top_p: float | None,
-    top_k: int | None,
-    alg: str,
-    seed: int,
-    step: int,
-) -> tuple[Tensor, Tensor]:
+class _Options(NamedTuple):
+    alg: str
+    steps: int
+    eps: float
+    alg_temp: float
+    temperature: float
+    top_p: float | None
+    top_k: int | None
+    mask: int
+    copies: int
+    """Responses to each prompt."""
+    new: int
+    """Tokens of a response."""
+    output_history: bool
+    return_dict_in_generate: bool
+
+
+def _read_options(model: Any, length: int, generation_config: Any, **arguments: Any) -> _Options:
+    """`diffusion_generate`'s arguments, else the attributes of the config, else the published defaults.
+
+    length: tokens of the prompts.
+    """
+
+    def option(name: str, default: Any) -> Any:
+        value = arguments[name]
+        if value is None:
+            value = getattr(generation_config, name, None)
+        return default if value is None else value
+
+    alg = option("alg", "origin")
+    if alg not in ALGORITHMS:
+        raise ValueError(f"alg: expected one of {ALGORITHMS}, got {alg!r}; for thresholds see `decode`")
+    steps = option("steps", 512)
+    whole("steps", steps, 1)
+    eps = option("eps", 1e-3)
+    if not 0 <= eps < 1:
+        raise ValueError(f"eps: expected a number from 0 and below 1, got {eps!r}")
+    alg_temp = option("alg_temp", 0.0)
+    if not 0 <= alg_temp < float("inf"):
+        raise ValueError(f"alg_temp: expected a finite number >= 0, got {alg_temp!r}")
+    top_p, top_k = option("top_p", None), option("top_k", None)
+    temperature = check_sampling(option("temperature", 0.0), top_p, top_k)[0]
+    check_diffusion(model)
+    mask = option("mask_token_id", traits(model).mask_id)
+    if mask is None:
+        raise ValueError("mask_token_id: the model's config has none, so give one")
+    whole("mask_token_id", mask, 0)
+    copies = option("num_return_sequences", 1)
+    whole("num_return_sequences", copies, 1)
+    new = option("max_new_tokens", None)
+    if new is None:
+        total = option("max_length", 20)
+        whole("max_length", total, 1)
+        new = total - length if arguments["max_length"] is not None or total != 20 else 20
+        if new <= 0:
+            raise ValueError(f"max_length: expected more than the {length} tokens of inputs, got {total}")
+    whole("max_new_tokens", new, 0)
+    history, as_dict = option("output_history", False), option("return_dict_in_generate", False)
+    return _Options(
+        *(alg, steps, eps, alg_temp, temperature, top_p, top_k, mask, copies, new), history, as_dict
+    )
+
+
+def _ranked(logits: Tensor, rows: Tensor, options: _Options, seed: int, step: int) -> tuple[Tensor, Tensor]:
     """Ranks (B, L) float32 and tokens drawn (B, L) int64, at `rows` (B, L) bool; elsewhere -inf and 0."""
     b, column = rows.nonzero(as_tuple=True)
     z = logits[b, column].float()  # (N, V)
-    if temperature > 0:
-        z = z / temperature
+    if options.temperature > 0:
+        z = z / options.temperature
+    top_p, top_k = options.top_p, options.top_k
     if (top_p is not None and top_p < 1) or top_k:
-        z[:, mask] = -torch.inf  # else the mask token could be the only id left
+        z[:, options.mask] = -torch.inf  # else the mask token could be the only id left
         z = _nucleus(z, top_p, top_k)
     stats = row_stats(
         z,
-        mask_id=mask,
-        temperature=float(temperature > 0),
+        mask_id=options.mask,
+        temperature=float(options.temperature > 0),
         seed=seed,
         sequence=b,
         position=column,
@@ -190,7 +229,7 @@ def _ranked(
     )
     # With one id left, H is 0, as published: the kernels count each other id as e^-87, 1e-31 in all.
     entropy = stats.entropy.masked_fill(stats.entropy < 1e-30, 0.0)
-    rank = {"topk_margin": stats.margin, "entropy": -entropy}.get(alg, stats.confidence)
+    rank = {"topk_margin": stats.margin, "entropy": -entropy}.get(options.alg, stats.confidence)
     ranks = rank.new_full(rows.shape, -torch.inf).index_put_((b, column), rank)
     return ranks, stats.sample.new_zeros(rows.shape).index_put_((b, column), stats.sample)
 

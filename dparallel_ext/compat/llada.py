@@ -117,12 +117,12 @@ def generate(
     rows = [row[keep] for row, keep in zip(prompt, kept, strict=True)]
     if by_logits:  # one sequence after another
         each = [_by_logits(model, row, cfg_scale=cfg_scale, last=last, **shared) for row in rows]
-        found, forwards = [tokens[0] for tokens, _ in each], max((ran for _, ran in each), default=0)
+        responses, forwards = [tokens[0] for tokens, _ in each], max((ran for _, ran in each), default=0)
     else:
         padded, forwards = _generate("none", model=model, prompt=rows, **shared)
-        found = [tokens[: len(row) + gen_length] for tokens, row in zip(padded, rows, strict=True)]
+        responses = [tokens[: len(row) + gen_length] for tokens, row in zip(padded, rows, strict=True)]
     tokens = F.pad(prompt.to(torch.int64), (0, gen_length))
-    tokens[F.pad(kept, (0, gen_length), value=True)] = torch.cat([tokens[:0, 0], *found])
+    tokens[F.pad(kept, (0, gen_length), value=True)] = torch.cat([tokens[:0, 0], *responses])
     return tokens, forwards
 
 
@@ -210,8 +210,8 @@ def _generate(
 
 def _mask_of(model: Any, mask_id: int | None) -> int:
     """`mask_id`, else the model's own, else LLaDA's. Raises ValueError if the model has no such token."""
-    own = traits(model).mask_id
-    return check_mask(model, (MASK_ID if own is None else own) if mask_id is None else mask_id)
+    of_model = traits(model).mask_id
+    return check_mask(model, (MASK_ID if of_model is None else of_model) if mask_id is None else mask_id)
 
 
 def _as_published(schedule: Schedule) -> Schedule:
@@ -221,15 +221,17 @@ def _as_published(schedule: Schedule) -> Schedule:
     class Published(kind):
         def front_window(self, s: SequenceState) -> Window:
             """The window of the front block; a pass over the whole sequence fills the prompt's masks, too."""
-            found: Window = super().front_window(s)
-            return found._replace(start=0) if self.full(s) else found
+            window: Window = super().front_window(s)
+            return window._replace(start=0) if self.full(s) else window
 
         def is_over(self, s: SequenceState) -> bool:
             """Whether the front block is complete; one that its full pass has completed gets another pass."""
             return super().is_over(s) and not self.published_passes(s)
 
-    made: Schedule = Published(**{f.name: getattr(schedule, f.name) for f in dataclasses.fields(schedule)})
-    return made
+    published: Schedule = Published(
+        **{f.name: getattr(schedule, f.name) for f in dataclasses.fields(schedule)}
+    )
+    return published
 
 
 class AtRandom(Rule):
@@ -282,13 +284,13 @@ def _by_logits(
     forwards = 0
     with torch.no_grad():
         x = F.pad(rows.to(torch.int64), (0, gen_length), value=mask_id)  # (B, L)
-        given = x != mask_id
+        known = x != mask_id
         for end in range(start_of + block_length, x.shape[1] + 1, block_length):
             turn = 0
             while bool((x[:, end - block_length : end] == mask_id).any()):
                 logits = logits_of(model, x)  # (B, L, V)
                 if cfg_scale > 0:
-                    without = logits_of(model, x.masked_fill(given, mask_id))
+                    without = logits_of(model, x.masked_fill(known, mask_id))
                     logits = without + (cfg_scale + 1) * (logits - without)
                 forwards += 1
                 eligible = x == mask_id

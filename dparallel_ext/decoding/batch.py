@@ -19,9 +19,10 @@ from torch import Tensor
 from .. import policies
 from ..cache import KVCache, Span
 from ..models import Model
-from .runner import Counts, Runner, SequenceWork, reads
+from .inputs import SequenceWork
+from .runner import Counts, Runner
 from .schedule import Schedule, Window
-from .sequence import IDLE, SequenceState, Settings, lay_out
+from .sequence import IDLE, SequenceState, Settings, lay_out, reads
 from .workspace import Workspace
 
 AHEAD = 8
@@ -194,8 +195,8 @@ class Batch:
 
     def _fill(self, b: int, start: int, end: int) -> None:
         """Replace the masks in columns [start, end) by padding."""
-        own = self.tokens[b, start:end]
-        own.masked_fill_(own == self.mask_id, self.pad_id)
+        padding = self.tokens[b, start:end]
+        padding.masked_fill_(padding == self.mask_id, self.pad_id)
 
     def step(self, lanes: Sequence[int] | None = None, ahead: int = 1) -> list[int]:
         """Run a pass over every sequence that is not done (of `lanes`); return those whose block it
@@ -247,7 +248,7 @@ class Batch:
                 self.forwards += 1
             for b in live:
                 self._count_pass(self.rows[b])
-        if len(groups) == 1 and self.runner.static_shapes:
+        if len(groups) == 1 and self.runner.packer.static_shapes:
             # While the device computes, prepare the passes that may come next. After a prefill-only pass
             # spans are empty: where the first mask is now, the host does not know yet.
             for rows in self._coming(live, passes):
@@ -256,8 +257,8 @@ class Batch:
                     self.runner.prepare(rows, coming)
         seen = self.runner.look(self.rows, results)
         last = zip(groups, seen[-len(groups) :], strict=True)
-        found = {b: lanes[b] for group, lanes in last for b in group}
-        return [b for b in live if self._advance(b, found[b])]
+        counts = {b: lanes[b] for group, lanes in last for b in group}
+        return [b for b in live if self._advance(b, counts[b])]
 
     def _coming(self, live: list[int], passes: int) -> list[list[SequenceState]]:
         """The sequence states that the next pass may begin with.
@@ -267,7 +268,7 @@ class Batch:
 
         passes: how many were issued whose results have not been read.
         """
-        found = [self.rows.copy()]
+        states = [self.rows.copy()]
         for b in live:
             row = self.rows[b]
             if row.edited or reads(row, "response"):  # its rule may fill other blocks, too
@@ -279,11 +280,11 @@ class Batch:
             after.block_index, after.open = row.block_index + 1, row.open[1:]
             self.open_front(after)
             if row.masks_left <= least:
-                found[0][b] = after
+                states[0][b] = after
             else:
                 likely = row.masks_left * (row.nfe - passes) <= row.decoded * passes  # at its pace so far
-                found.insert(0 if likely else 1, [*self.rows[:b], after, *self.rows[b + 1 :]])
-        return found
+                states.insert(0 if likely else 1, [*self.rows[:b], after, *self.rows[b + 1 :]])
+        return states
 
     def _commits(self, row: SequenceState, passes: int) -> tuple[float, float]:
         """The fewest and the most masks of the front block that the last `passes` passes commit."""
@@ -304,16 +305,16 @@ class Batch:
         if self.schedule.stores_blocks:
             row.num_cached = row.block[0] - row.block[0] % self.schedule.block_length
 
-    def _advance(self, b: int, found: Counts) -> bool:
+    def _advance(self, b: int, counted: Counts) -> bool:
         """Update sequence b by a pass's counts; return whether its front block is complete."""
         row = self.rows[b]
-        counts = found.blocks[: len(self._counted(row))]
+        counts = counted.blocks[: len(self._counted(row))]
         row.open = tuple(
             block._replace(masks_left=left, first_mask=first if left else block.start, changed=changed > 0)
             for block, (left, first, changed) in zip(row.open, counts, strict=False)
         )
         front = row.open[0]
-        ends = row.settings.eos_id is not None and found.end is not None and found.end < front.first_mask
+        ends = row.settings.eos_id is not None and counted.end is not None and counted.end < front.first_mask
         if ends and not row.edited:  # everything in front of the EOS is final
             self._fill(b, front.start, front.end)
             row.generated -= front.masks_left

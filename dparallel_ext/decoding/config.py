@@ -188,14 +188,14 @@ class DecodeConfig:
         size, part = self.block_length, self.sub_block_length
         if size is not None and part is not None and size % part:
             raise ValueError(f"sub_block_length: expected a divisor of block_length {size}, got {part}")
-        given = {name: len(value) for name in EACH if isinstance(value := getattr(self, name), tuple)}
-        for name, count in given.items():
-            first, expected = next(iter(given.items()))
+        lengths = {name: len(value) for name in EACH if isinstance(value := getattr(self, name), tuple)}
+        for name, count in lengths.items():
+            first, expected = next(iter(lengths.items()))
             if count != expected:
                 raise ValueError(
                     f"{name}: expected one value or {expected}, as many as {first} has, got {count}"
                 )
-        decided(self, next(iter(given.values()), 1), self.cache or "none")
+        decided(self, next(iter(lengths.values()), 1), self.cache or "none")
 
     @property
     def end_id(self) -> int | None:
@@ -204,8 +204,8 @@ class DecodeConfig:
 
     def __repr__(self) -> str:
         """As a call, without the fields that have their defaults."""
-        said = [f"{name}={value!r}" for name, value in vars(self).items() if value != DEFAULTS[name]]
-        return f"DecodeConfig({', '.join(said)})"
+        changed = [f"{name}={value!r}" for name, value in vars(self).items() if value != DEFAULTS[name]]
+        return f"DecodeConfig({', '.join(changed)})"
 
     def replace(self, **changes: Unpack[DecodeKeywords]) -> DecodeConfig:
         """A copy with other values of the fields that are named."""
@@ -224,14 +224,16 @@ class DecodeConfig:
 
         Raises ValueError for a function, and for a rule that no text stands for.
         """
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         if isinstance(self.policy, tuple):
-            found["policy"] = [[None if value == math.inf else value for value in row] for row in self.policy]
+            values["policy"] = [
+                [None if value == math.inf else value for value in row] for row in self.policy
+            ]
         elif self.policy is not None:
             raise ValueError("policy: a function cannot be written, give rows or a rule with a name")
         if self.rule is not None and not isinstance(self.rule, str):
-            found["rule"] = text_of(self.rule, own_row=not _given(_row_of(self)))
-        return {name: _listed(value) for name, value in found.items()}
+            values["rule"] = text_of(self.rule, own_row=not _given(_row_of(self)))
+        return {name: _listed(value) for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> DecodeConfig:
@@ -287,10 +289,10 @@ def _nearest(name: Any) -> str:
 def names_fields(function: F) -> F:
     """Make `help`, `inspect.signature` and editors show the fields in place of **keywords."""
     signature = inspect.signature(function)
-    own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    parameters = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
     of_config = inspect.signature(DecodeConfig).parameters.values()
-    more = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in of_config]
-    function.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+    keywords = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in of_config]
+    function.__signature__ = signature.replace(parameters=[*parameters, *keywords])  # type: ignore[attr-defined]
     return function
 
 
@@ -331,10 +333,10 @@ def decided(config: DecodeConfig, size: int, cache: str) -> Decided:
         selectors = [selector] * size if isinstance(selector, str) else list(selector)
     else:
         ignored = {name: row[name] for name in ("selector", "min_commit", "max_commit")}
-        if given := _given(ignored):
+        if names := _given(ignored):
             raise ValueError(
-                f"{given[0]}: belongs to a threshold, and without one each pass commits the share of a fixed "
-                f"schedule, got {ignored[given[0]]!r}"
+                f"{names[0]}: belongs to a threshold, and without one each pass commits the share of a fixed "
+                f"schedule, got {ignored[names[0]]!r}"
             )
         by_default = "entropy" if cache in ("prefix", "dual") else "confidence"
         rows = policies.make("quota", 1, score=row["score"] or by_default, batch=size)
@@ -369,21 +371,21 @@ def _rule(config: DecodeConfig) -> tuple[Rule | None, dict[str, Any]]:
     if policy is not None:
         if rule is not None:
             raise ValueError("policy: give it alone, without rule")
-        if given := _given(row):
-            raise ValueError(f"policy: give it alone, without {given[0]}")
+        if names := _given(row):
+            raise ValueError(f"policy: give it alone, without {names[0]}")
         return (FunctionRule(policy) if callable(policy) else None), row
     if isinstance(rule, str):
         named = [name for name in ("threshold", "selector", "steps") if row[name] is not None]
-        rule, found = parse(rule, default=not named)
-        if found and named:
+        rule, of_text = parse(rule, default=not named)
+        if of_text and named:
             raise ValueError(f"rule: names a policy row, so give it without {named[0]}")
-        row = {**row, **found}
+        row = {**row, **of_text}
     elif isinstance(rule, Rule):
         if rule.row is not None and not _given(row):
             row = {**row, **parse(rule.row)[1]}
     elif callable(rule):
-        if given := _given(row):
-            raise ValueError(f"rule: a function decides alone, so give it without {given[0]}")
+        if names := _given(row):
+            raise ValueError(f"rule: a function decides alone, so give it without {names[0]}")
         rule = FunctionRule(rule)
     elif rule is not None:
         raise ValueError(f"rule: expected a Rule, its name or a function, got {type(rule).__name__}")

@@ -179,13 +179,13 @@ def start(
     config: DecodeConfig,
     *,
     draft_size: int | None = None,
-    schedule: Callable[[Schedule], Schedule] = lambda made: made,
-    **more: Any,
+    schedule: Callable[[Schedule], Schedule] = lambda schedule: schedule,
+    **options: Any,
 ) -> Batch:
     """The batch of a call of `decode`, its prompts admitted.
 
-    schedule: maps the cache mode's schedule to the one that is followed. more: arguments of `Batch`. Raises
-    ValueError naming the argument that does not fit.
+    schedule: maps the cache mode's schedule to the one that is followed. options: arguments of `Batch`.
+    Raises ValueError naming the argument that does not fit.
     """
     settings = make_settings(config, traits(model), config.cache or "none", len(prompts))
     model = for_decoding(model)
@@ -193,7 +193,7 @@ def start(
     of_model = check_model(config, model, "none")
     mask_id, block_length = of_model.mask_id, of_model.schedule.block_length
     check_settings(model, settings, of_model)
-    if config.active_blocks > 1 and any(own.one_block for own in settings):
+    if config.active_blocks > 1 and any(setting.one_block for setting in settings):
         raise ValueError(
             "active_blocks: several need a threshold or a rule, and none that edits or reads the whole "
             f"response, got {config.active_blocks}"
@@ -222,11 +222,11 @@ def start(
         mask_id,
         pad_id=mask_id if config.end_id is None else config.end_id,
         device=prompts[0].device if prompts else "cpu",
-        **more,
+        **options,
     )
     each = zip(prompts, counts, settings, masked, strict=True)
-    for lane, (prompt, count, own, columns) in enumerate(each):
-        batch.admit(lane, prompt, count, own, masked=columns)
+    for lane, (prompt, count, setting, columns) in enumerate(each):
+        batch.admit(lane, prompt, count, setting, masked=columns)
     return batch
 
 

@@ -43,10 +43,10 @@ def _several(name: str, value: Any) -> int:
 
 
 def _share(name: str, value: Any) -> float:
-    found = number(name, value)
-    if found > 1:
+    share = number(name, value)
+    if share > 1:
         raise ValueError(f"{name}: expected a number from 0 to 1, got {shown(value)}")
-    return found
+    return share
 
 
 def _counts(name: str, value: Any) -> int | tuple[int, ...]:
@@ -79,15 +79,15 @@ def _ids(name: str, value: Any) -> tuple[int, ...] | None:
 
 
 def _stops(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
-    found = []
+    stops = []
     for sequence in value if isinstance(value, Iterable) and getattr(value, "ndim", None) != 0 else [value]:
         if getattr(sequence, "ndim", 0 if isinstance(sequence, int) else 1) == 0:
             raise ValueError(f"stop: expected sequences of token ids, got the number {shown(sequence)}")
         ids = arguments.token_ids("stop", sequence).tolist()
         if not ids:
             raise ValueError("stop: expected sequences of at least one token, got an empty one")
-        found.append(tuple(ids))
-    return tuple(found)
+        stops.append(tuple(ids))
+    return tuple(stops)
 
 
 def _seed(name: str, value: Any) -> Any:

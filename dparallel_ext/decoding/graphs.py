@@ -136,18 +136,18 @@ class Graphs:
         with self.recorder.turn():
             if key is None:
                 return compute(numbers.to(device, non_blocking=True))
-            met, found = key in self.recordings, self.recordings.pop(key, None)
-            if met and found is None:
-                found = self._record(numbers.to(device, non_blocking=True), compute, held)
-            self.recordings[key] = found
+            met, recording = key in self.recordings, self.recordings.pop(key, None)
+            if met and recording is None:
+                recording = self._record(numbers.to(device, non_blocking=True), compute, held)
+            self.recordings[key] = recording
             if len(self.recordings) > LIMIT:
                 del self.recordings[next(iter(self.recordings))]
-            if found is None:
+            if recording is None:
                 return compute(numbers.to(device, non_blocking=True))
-            found.numbers.copy_(numbers, non_blocking=True)
-            found.replay()
+            recording.numbers.copy_(numbers, non_blocking=True)
+            recording.replay()
             self.replays += 1
-            return found.result.clone()  # the next replay, of any key, may write there
+            return recording.result.clone()  # the next replay, of any key, may write there
 
     def _record(self, numbers: Tensor, compute: Compute, held: Any) -> Recorded | None:
         assert self.recorder is not None

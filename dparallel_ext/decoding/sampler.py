@@ -13,7 +13,7 @@ from .. import policies
 from ..ops import select, unmask_
 from ..ops.errors import NO_ERROR
 from ..ops.row_stats import read_rows
-from ..rules import Rule, Where
+from ..rules import Decision, Rule, Where
 from ..rules.protocol import Cells, expect
 from ..types import RowStats
 from .sequence import SequenceState
@@ -30,8 +30,8 @@ class SamplingGroup(NamedTuple):
 
     @classmethod
     def of(cls, row: SequenceState) -> SamplingGroup:
-        own = row.settings
-        return cls(own.temperature, own.top_p, own.top_k, own.rule, row.suppress)
+        settings = row.settings
+        return cls(settings.temperature, settings.top_p, settings.top_k, settings.rule, row.suppress)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -133,8 +133,8 @@ def _by_rule(
     start, end, first, last = windows
     lane, column = positions // tokens.shape[1], positions % tokens.shape[1]
     held = tokens.view(-1)[positions]
-    own = lane if predicted.lane is None else _windows_of(column, lane, first, last, len(tokens))
-    read = (column >= first[own]) & (column < last[own])
+    window = lane if predicted.lane is None else _windows_of(column, lane, first, last, len(tokens))
+    read = (column >= first[window]) & (column < last[window])
     masks = read & (held == mask_id)
     if rule.reads == "masked":
         read = masks
@@ -142,24 +142,24 @@ def _by_rule(
         logits,
         mask_id=mask_id,
         **group.sampling,
-        seed=seed[own],
-        sequence=sequence[own],
+        seed=seed[window],
+        sequence=sequence[window],
         position=column,
-        step=step[own],
+        step=step[window],
     )
     bad = torch.where(read & (error != NO_ERROR), 4 * positions + error % 4, NO_ERROR)
-    errors = torch.full_like(step, NO_ERROR).scatter_reduce(0, own, bad, "amin")
-    moves = read & (errors[own] == NO_ERROR)  # a window with a bad row commits nothing
+    errors = torch.full_like(step, NO_ERROR).scatter_reduce(0, window, bad, "amin")
+    moves = read & (errors[window] == NO_ERROR)  # a window with a bad row commits nothing
     masks = masks & moves
     stats = stats.map(lambda values: torch.where(read, values, _blank(values)))
-    at = own * (cells + 1) + torch.where(read, column - first[own], cells)
+    at = window * (cells + 1) + torch.where(read, column - first[window], cells)
     grid = Cells(at, len(step), cells)
     where = Where(
         lane=torch.arange(len(step), device=step.device) if predicted.lane is None else predicted.lane,
         start=first,
         read=grid.spread(read, False),
         open=grid.spread(masks, False),
-        masked=grid.spread(masks & (column >= start[own]) & (column < end[own]), False),
+        masked=grid.spread(masks & (column >= start[window]) & (column < end[window]), False),
         token=grid.spread(held, -1),
         decoded=grid.spread(moves & (held != mask_id) & ~given.view(-1)[positions], False),
         step=step,
@@ -172,24 +172,7 @@ def _by_rule(
         rows=logits,
     )
     by_cell = stats.map(lambda values: grid.spread(values, _blank(values)))
-    commit, token, edit = rule.decide(by_cell, where, state)
-    if commit is None:
-        commit = where.by_policy(by_cell)
-    expect(f"{type(rule).__name__}: commit", commit, where.masked)
-    sound = where.read
-    if token is not None:
-        expect(f"{type(rule).__name__}: token", token, where.token)
-        sound = sound & (token >= 0) & (token < logits.shape[1]) & (token != mask_id)
-        if group.suppress is not None:
-            sound &= ~torch.isin(token, group.suppress.to(token.device))
-        token = torch.where(sound, token, by_cell.sample)
-    commit = commit & where.open & sound
-    best = select(by_cell, where.masked, _one(policy), check=False)
-    must_move = policy[:, 2:3] >= 1
-    commit |= must_move & ~(commit & where.masked).any(1, keepdim=True) & best
-    if edit is not None and rule.edits:
-        expect(f"{type(rule).__name__}: edit", edit, where.masked)
-        commit |= edit & where.decoded & sound
+    commit, token = _allowed(rule, rule.decide(by_cell, where, state), where, by_cell, group, mask_id)
     chosen = stats.sample if token is None else grid.gather(token, -1)
     if token is not None:
         logprob = logits.gather(1, chosen.clamp(min=0)[:, None])[:, 0].float() - stats.lse
@@ -197,12 +180,40 @@ def _by_rule(
     return Decided(stats, errors, grid.gather(commit, False), chosen)
 
 
+def _allowed(
+    rule: Rule, decision: Decision, where: Where, stats: RowStats, group: SamplingGroup, mask_id: int
+) -> tuple[Tensor, Tensor | None]:
+    """The cells (W, C) that a rule's decision commits, as far as it may, and its tokens (W, C).
+
+    A window that must move commits at least one cell, where the rule commits none the most confident.
+    """
+    commit, token, edit = decision
+    if commit is None:
+        commit = where.by_policy(stats)
+    expect(f"{type(rule).__name__}: commit", commit, where.masked)
+    sound = where.read
+    if token is not None:
+        expect(f"{type(rule).__name__}: token", token, where.token)
+        sound = sound & (token >= 0) & (token < where.rows.shape[1]) & (token != mask_id)
+        if group.suppress is not None:
+            sound &= ~torch.isin(token, group.suppress.to(token.device))
+        token = torch.where(sound, token, stats.sample)
+    commit = commit & where.open & sound
+    best = select(stats, where.masked, _one(where.policy), check=False)
+    must_move = where.policy[:, 2:3] >= 1
+    commit |= must_move & ~(commit & where.masked).any(1, keepdim=True) & best
+    if edit is not None and rule.edits:
+        expect(f"{type(rule).__name__}: edit", edit, where.masked)
+        commit |= edit & where.decoded & sound
+    return commit, token
+
+
 def _windows_of(column: Tensor, lane: Tensor, first: Tensor, last: Tensor, lanes: int) -> Tensor:
     """(N,) int64: the window that reads each row's column; where none does, one of the same sequence."""
     each = len(first) // max(1, lanes)
-    own = lane[:, None] * each + torch.arange(each, device=lane.device)  # (N, windows of a sequence)
-    inside = (column[:, None] >= first[own]) & (column[:, None] < last[own])
-    return own.gather(1, inside.to(torch.int8).argmax(1, keepdim=True))[:, 0]
+    windows = lane[:, None] * each + torch.arange(each, device=lane.device)  # (N, windows of a sequence)
+    inside = (column[:, None] >= first[windows]) & (column[:, None] < last[windows])
+    return windows.gather(1, inside.to(torch.int8).argmax(1, keepdim=True))[:, 0]
 
 
 def _one(policy: Tensor) -> Tensor:

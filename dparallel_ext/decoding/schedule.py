@@ -96,13 +96,13 @@ class Schedule:
 
     def windows(self, s: SequenceState) -> list[Window]:
         """The windows that the next pass may fill, the front block's first."""
-        found = [self.front_window(s)]
+        windows = [self.front_window(s)]
         before = s.open[0]
         for block in s.open[1:]:
             if block.masks_left:
-                found.append(Window(block.start, block.end, block, before.share >= self.activate_at))
+                windows.append(Window(block.start, block.end, block, before.share >= self.activate_at))
             before = block
-        return found
+        return windows
 
     def front_window(self, s: SequenceState) -> Window:
         block = s.open[0]
@@ -153,10 +153,10 @@ class Prefix(Schedule):
         return (0 if self.full(s) else s.block[0]), s.length
 
     def front_window(self, s: SequenceState) -> Window:
-        found = super().front_window(s)
+        window = super().front_window(s)
         if self.shift and s.step_in_block == 0 and s.first_mask == s.block[0]:
-            return found._replace(end=found.start + 1)  # as published: the full pass fills one position
-        return found
+            return window._replace(end=window.start + 1)  # as published: the full pass fills one position
+        return window
 
     def published_passes(self, s: SequenceState) -> int:
         return int(s.step_in_block == 1)  # one more where the full pass completed the block
@@ -202,13 +202,13 @@ class SubBlock(Block):
     """Passes from one over the whole front block to the next; None: the first alone is over all of it."""
 
     def computed(self, s: SequenceState) -> tuple[int, int]:
-        found = super().computed(s)
+        columns = super().computed(s)
         step = s.step_in_block
         again = step % self.refresh == 0 if self.refresh else step == 0
         low, high = self.part(s)
         if self.prefill_only(s) or again or s.first_mask <= low:
-            return found
-        return low, min(high, found[1])
+            return columns
+        return low, min(high, columns[1])
 
 
 CACHES = ("none", "prefix", "dual", "block")
@@ -228,7 +228,7 @@ def make(
     """The schedule for a cache mode, one of `CACHES`; the caller has checked that the options go together."""
     causal = traits.block_length is not None
     kind = {"none": Whole, "prefix": Prefix, "dual": SubBlock if causal else Dual, "block": Block}[cache]
-    made = {"refresh": refresh} if kind in (Dual, SubBlock) else {}
+    options = {"refresh": refresh} if kind in (Dual, SubBlock) else {}
     return kind(
         block_length,
         sub_block_length or block_length,
@@ -237,5 +237,5 @@ def make(
         active_blocks,
         open_at,
         activate_at,
-        **made,
+        **options,
     )

@@ -73,12 +73,11 @@ class Pass(NamedTuple):
 
 def check_draft(settings: Sequence[Settings], schedule: Schedule) -> None:
     """Raise ValueError naming `draft_size` if states cannot be guessed, or would need caches of their own."""
-    for own in settings:
-        got = None if own.rule is None else f"the rule {type(own.rule).__name__}"
-        if got is None and own.policy[0] != policies.SELECTORS["quota"]:
-            got = (
-                f"the selector {next(name for name, i in policies.SELECTORS.items() if i == own.policy[0])!r}"
-            )
+    for setting in settings:
+        got = None if setting.rule is None else f"the rule {type(setting.rule).__name__}"
+        if got is None and setting.policy[0] != policies.SELECTORS["quota"]:
+            selector = next(name for name, i in policies.SELECTORS.items() if i == setting.policy[0])
+            got = f"the selector {selector!r}"
         if got is not None:
             raise ValueError(
                 "draft_size: needs a fixed number of tokens a pass, so no threshold (the fixed schedule) or "
@@ -110,7 +109,7 @@ class SelfSpeculation(Batch):
         mask_id: int,
         *,
         draft_size: int,
-        **more: Any,
+        **options: Any,
     ) -> None:
         self.count, self.draft_size = lanes, draft_size
         self.passes, self.canvases = [0] * lanes, [0] * lanes
@@ -119,7 +118,7 @@ class SelfSpeculation(Batch):
         if schedule.stores_blocks:
             kv_cache = self._paged(model, width, schedule.block_length)
         lanes *= 1 + draft_size
-        super().__init__(model, lanes, width, schedule, mask_id, kv_cache=kv_cache, **more)
+        super().__init__(model, lanes, width, schedule, mask_id, kv_cache=kv_cache, **options)
 
     def _paged(self, model: Model, width: int, block_length: int) -> KVCache:
         """A cache whose pages are blocks: first those of the sequences, then one for each guessed state."""
@@ -138,11 +137,11 @@ class SelfSpeculation(Batch):
         return [b, *range(first, first + self.draft_size)]
 
     def admit(
-        self, lane: int, prompt: Tensor, gen_length: int, settings: Settings, **more: Any
+        self, lane: int, prompt: Tensor, gen_length: int, settings: Settings, **options: Any
     ) -> SequenceState:
         self._last[lane], self.passes[lane], self.canvases[lane] = Pass(), 0, 0
         ranks = Ranks(policies.score_of(settings.policy))
-        return super().admit(lane, prompt, gen_length, dataclasses.replace(settings, rule=ranks), **more)
+        return super().admit(lane, prompt, gen_length, dataclasses.replace(settings, rule=ranks), **options)
 
     def step(self, lanes: Sequence[int] | None = None, ahead: int = 1) -> list[int]:
         """Run a pass over the states of every sequence that is not done (of `lanes`), see `Batch.step`."""
@@ -202,8 +201,8 @@ class SelfSpeculation(Batch):
         try:
             return self._decide(lanes)
         finally:
-            for own in lanes.values():
-                for lane in own[1:]:
+            for states in lanes.values():
+                for lane in states[1:]:
                     self.rows[lane] = IDLE
 
     def _lay_out(self, lanes: Sequence[int], guesses: Sequence[Guess]) -> None:
@@ -234,13 +233,15 @@ class SelfSpeculation(Batch):
     def _decide(self, lanes: dict[int, list[int]]) -> list[int]:
         """Run the pass; return the sequences whose block it completed. lanes: of each sequence's states."""
         before = self.tokens.clone()
-        windows = {b: self.schedule.front_window(self.rows[b])[:2] for own in lanes.values() for b in own}
+        windows = {
+            b: self.schedule.front_window(self.rows[b])[:2] for states in lanes.values() for b in states
+        }
         numbers = {b: self.rows[b].nfe + 1 for b in windows}
         finished = super().step(list(windows))
-        pairs = [pair for own in lanes.values() for pair in itertools.pairwise(own)]
-        one, next_one = ([pair[side] for pair in pairs] for side in (0, 1))
-        came = dict(zip(one, (self.tokens[one] == before[next_one]).all(1).tolist(), strict=True))
-        last = {b: next(lane for lane in own if not came.get(lane, False)) for b, own in lanes.items()}
+        pairs = [pair for states in lanes.values() for pair in itertools.pairwise(states)]
+        earlier, later = ([pair[side] for pair in pairs] for side in (0, 1))
+        came = dict(zip(earlier, (self.tokens[earlier] == before[later]).all(1).tolist(), strict=True))
+        last = {b: next(lane for lane in states if not came.get(lane, False)) for b, states in lanes.items()}
         self.tokens[list(last)] = self.tokens[list(last.values())]
         for b, lane in last.items():
             self.passes[b] += 1

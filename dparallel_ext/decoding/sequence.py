@@ -247,3 +247,13 @@ class SequenceState:
 
 IDLE = SequenceState(0, Layout((), [], 0), Settings((0.0, 0.0, 1.0, math.inf, 0.0)), 0)
 """What a lane without a sequence holds."""
+
+
+def eos_ids(rows: Sequence[SequenceState]) -> tuple[int, ...]:
+    """The EOS ids of the sequences, each once, ascending."""
+    return tuple(sorted({row.settings.eos_id for row in rows if row.settings.eos_id is not None}))
+
+
+def reads(row: SequenceState, what: str) -> bool:
+    """Whether the sequence has a rule whose `reads` is `what`, see `rules.Rule`."""
+    return row.settings.rule is not None and row.settings.rule.reads == what

@@ -39,15 +39,15 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> OfModel:
     and for an autoregressive model.
     """
     check_diffusion(model)
-    found, cache, refresh = traits(model), config.cache or cache, config.refresh
-    causal = found.block_length is not None
-    block_length = config.block_length or found.block_length or 32
+    model_traits, cache, refresh = traits(model), config.cache or cache, config.refresh
+    causal = model_traits.block_length is not None
+    block_length = config.block_length or model_traits.block_length or 32
     if cache != "none" and not isinstance(model, Model):
         raise ValueError(
             f"cache: {cache!r} needs one of dparallel_ext.models (models.load, or models.wrap "
             f"for a loaded Hugging Face model), got {type(model).__name__}"
         )
-    part = config.sub_block_length or found.sub_block_length or block_length
+    part = config.sub_block_length or model_traits.sub_block_length or block_length
     if block_length % part:
         raise ValueError(f"sub_block_length: expected a divisor of block_length {block_length}, got {part}")
     within = causal and cache == "dual" and part < block_length
@@ -57,36 +57,36 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> OfModel:
         else:
             fit = f'"none", "prefix" or "dual", since {type(model).__name__} is not block-causal'
         raise ValueError(f"cache: expected {fit}, got {cache!r}")
-    if causal and block_length != found.block_length and not isinstance(model, Model):
+    if causal and block_length != model_traits.block_length and not isinstance(model, Model):
         raise ValueError(
-            f"block_length: expected {found.block_length}, by which this model attends, got {block_length}; "
-            "only models of dparallel_ext.models can attend by other blocks"
+            f"block_length: expected {model_traits.block_length}, by which this model attends, got "
+            f"{block_length}; only models of dparallel_ext.models can attend by other blocks"
         )
     if refresh is not None and cache != "dual":
         raise ValueError(f'refresh: belongs to cache "dual", got cache={cache!r}')
-    mask = found.mask_id if config.mask_id is None else config.mask_id
+    mask = model_traits.mask_id if config.mask_id is None else config.mask_id
     if mask is None:
         raise ValueError("mask_id: the model's config has no mask_token_id, so give one")
     active = {name: getattr(config, name) for name in ACTIVE}
-    if config.active_blocks > 1 and (part < block_length or (found.shift and causal)):
+    if config.active_blocks > 1 and (part < block_length or (model_traits.shift and causal)):
         by_parts, handed = f"these are filled {part} by {part}", "here the block before begins each block"
         how = by_parts if part < block_length else handed
         raise ValueError(
             f"active_blocks: expected 1, got {config.active_blocks}: several need blocks that are filled as "
             f"a whole, and {how}"
         )
-    schedule = make(cache, found, block_length, part, refresh, **active)
+    schedule = make(cache, model_traits, block_length, part, refresh, **active)
     return OfModel(cache, schedule, check_mask(model, mask))
 
 
-def make_settings(config: DecodeConfig, found: Traits, cache: str, size: int) -> list[Settings]:
+def make_settings(config: DecodeConfig, model_traits: Traits, cache: str, size: int) -> list[Settings]:
     """The settings of `size` sequences, for which the config has one value or one each.
 
     cache: the mode in force. Raises ValueError if the config has values for another number of sequences.
     """
     rule, steps, rows, selectors = decided(config, size, cache)
     for name, towards in (("entropy", -math.inf), ("confidence", math.inf)):
-        if name in found.strict and name in selectors:
+        if name in model_traits.strict and name in selectors:
             here = torch.tensor([each == name for each in selectors], dtype=torch.bool)
             beyond = torch.nextafter(rows[:, 1], torch.tensor(towards))
             rows[:, 1] = torch.where(here, beyond, rows[:, 1])
@@ -125,18 +125,23 @@ def check_settings(model: Any, settings: Sequence[Settings], of_model: OfModel) 
     """Raise ValueError for an EOS that the model does not have, a rule that does not fit the model, and a
     fixed schedule where blocks are filled part by part.
     """
-    found, known, schedule = traits(model), vocabulary(model), of_model.schedule
-    for own in settings:
-        if known is not None and own.eos_id is not None and own.eos_id >= known:
-            raise ValueError(f"eos_id: expected one of the model's {known} token ids, got {own.eos_id}")
-        if own.rule is not None and own.rule.edits and found.shift and found.block_length is not None:
+    model_traits, known, schedule = traits(model), vocabulary(model), of_model.schedule
+    for setting in settings:
+        if known is not None and setting.eos_id is not None and setting.eos_id >= known:
+            raise ValueError(f"eos_id: expected one of the model's {known} token ids, got {setting.eos_id}")
+        if (
+            setting.rule is not None
+            and setting.rule.edits
+            and model_traits.shift
+            and model_traits.block_length is not None
+        ):
             raise ValueError(
-                f"rule: {type(own.rule).__name__} edits, which does not go with {type(model).__name__}: its "
-                "blocks are begun by the block before"
+                f"rule: {type(setting.rule).__name__} edits, which does not go with {type(model).__name__}: "
+                "its blocks are begun by the block before"
             )
-    for rule in {own.rule for own in settings if own.rule is not None}:
+    for rule in {setting.rule for setting in settings if setting.rule is not None}:
         rule.check(model, schedule.block_length)
-    steps = next((own.steps for own in settings if own.steps is not None), None)
+    steps = next((setting.steps for setting in settings if setting.steps is not None), None)
     in_parts = schedule.sub_block_length < schedule.block_length or (schedule.shift and schedule.causal)
     if steps is not None and in_parts:
         raise ValueError(

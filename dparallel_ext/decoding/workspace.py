@@ -94,12 +94,12 @@ class Workspace:
     @classmethod
     def of(cls, tokens: Tensor, kv_cache: KVCache | None, *, graphs: bool = False) -> Workspace:
         """A fresh one. graphs: record passes, if the device can."""
-        found = graphs_on(tokens.device) if graphs else None
+        recorder = graphs_on(tokens.device) if graphs else None
         return cls(
             tokens,
             kv_cache,
             Trajectory.blank(tokens),
-            found,
+            recorder,
             {},
             torch.ones_like(tokens, dtype=torch.bool),
             {},
@@ -132,12 +132,12 @@ class Workspace:
         precision = torch.backends.cuda.matmul.fp32_precision
         # The stream is in the key: work of the next batch is ordered after all work of the last.
         key = device, stream_of(device), model.dtype, precision, lanes, length, mask_id, cached, drafter
-        found: Workspace | None = kept.take(model, key)
-        if found is None:
+        workspace: Workspace | None = kept.take(model, key)
+        if workspace is None:
             tokens = torch.empty((lanes, length), dtype=torch.int64, device=device)
-            found = cls.of(tokens, model.new_cache(lanes, length, kept=cached), graphs=True)
-            found.key, found.size = key, size
-        return found
+            workspace = cls.of(tokens, model.new_cache(lanes, length, kept=cached), graphs=True)
+            workspace.key, workspace.size = key, size
+        return workspace
 
     def give(self, model: Model) -> None:
         """Keep it with the model for `take`; the caller must not use it any more."""

@@ -186,17 +186,17 @@ class EngineCore:
     def admit(self) -> None:
         while True:
             with self.lock:
-                found = self.scheduler.admit()
-                if found is None:
+                admitted = self.scheduler.admit()
+                if admitted is None:
                     return
-                request = self.requests[found.id]
-                self.running[found.lane] = request
-                request.lane, request.admitted = found.lane, time.monotonic()
-                request.reused = request.shared = found.reused
+                request = self.requests[admitted.id]
+                self.running[admitted.lane] = request
+                request.lane, request.admitted = admitted.lane, time.monotonic()
+                request.reused = request.shared = admitted.reused
                 self.counts["prompt_tokens"] += len(request.plan.prompt) - len(request.plan.masked)
             try:
-                self._kv_cache.assign(found.lane, found.pages)
-                row = self._kind.admit(self.batch, found.lane, request.plan, found.reused)
+                self._kv_cache.assign(admitted.lane, admitted.pages)
+                row = self._kind.admit(self.batch, admitted.lane, request.plan, admitted.reused)
             except BaseException as error:
                 self.end(request, error)
             else:
@@ -215,8 +215,8 @@ class EngineCore:
             for lane in opened:
                 try:
                     finished += self._step([lane])
-                except BaseException as own:
-                    self.end(self.running[lane], own)
+                except BaseException as lane_error:
+                    self.end(self.running[lane], lane_error)
         self.batch.enter(finished)
         for lane, request in list(self.running.items()):
             try:
@@ -276,8 +276,8 @@ class EngineCore:
 
         def known(values: Tensor) -> list[Any]:
             """The values (lanes, width) of the draft's tokens; None for masks."""
-            found = _at(values[request.lane], columns)
-            return [None if token is None else value for token, value in zip(tokens, found, strict=True)]
+            numbers = _at(values[request.lane], columns)
+            return [None if token is None else value for token, value in zip(tokens, numbers, strict=True)]
 
         return replace(draft, passes=known(self.batch.steps), logprobs=known(self.batch.logprobs))
 
@@ -365,14 +365,14 @@ def _at(values: Tensor, columns: Sequence[int]) -> list[Any]:
     if not columns:
         return []
     first, last = columns[0], columns[-1] + 1
-    found = values[first:last].tolist()
-    return [found[column - first] for column in columns]
+    numbers = values[first:last].tolist()
+    return [numbers[column - first] for column in columns]
 
 
 def _failure(error: BaseException, what: str) -> Exception:
     """`error`; a RuntimeError that names it, if raising `error` itself would end the waiting thread."""
     if isinstance(error, Exception):
         return error
-    made = RuntimeError(f"{what}: {type(error).__name__}")
-    made.__cause__ = error
-    return made
+    failure = RuntimeError(f"{what}: {type(error).__name__}")
+    failure.__cause__ = error
+    return failure

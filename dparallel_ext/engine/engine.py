@@ -286,11 +286,11 @@ class Engine:
         asked = {**vars(configured("submit", config, {})), **keywords} if config is not None else {**keywords}
         self._kind.check(asked)
         for name in OF_ENGINE:
-            value, own = plain(asked.pop(name, DEFAULTS[name])), getattr(self.config, name)
-            if value not in (DEFAULTS[name], own):
+            value, engine_value = plain(asked.pop(name, DEFAULTS[name])), getattr(self.config, name)
+            if value not in (DEFAULTS[name], engine_value):
                 raise ValueError(
-                    f"{name}: belongs to the engine, which has {own!r}, so expected that or nothing, "
-                    f"got {shown(value)}"
+                    f"{name}: belongs to the engine, which has {engine_value!r}, so expected that or "
+                    f"nothing, got {shown(value)}"
                 )
         if not isinstance(asked.get("seed"), (tuple, type(None))):
             asked["seed"] = whole("seed", asked["seed"], -(2**63))
@@ -397,8 +397,8 @@ _leaving = False
 
 
 def _open_engines() -> list[Engine]:
-    found = [reference() for reference in _engines.valuerefs()]
-    return [engine for engine in found if engine is not None]
+    engines = [reference() for reference in _engines.valuerefs()]
+    return [engine for engine in engines if engine is not None]
 
 
 @atexit.register

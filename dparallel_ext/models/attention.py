@@ -29,27 +29,29 @@ class PagedAttention:
 
     def _attend(self, k_cache: Tensor, v_cache: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """k_cache, v_cache: (pages, Hkv, page_size, D); q (N, H, D), k and v (N, Hkv, D) before RoPE."""
-        made = self.metadata
-        self._write(q, k, v, k_cache, v_cache, slot_mapping=made.slot_mapping)
+        metadata = self.metadata
+        self._write(q, k, v, k_cache, v_cache, slot_mapping=metadata.slot_mapping)
         of_whole = None
         if self._some_whole:
             # With q's part taken by k and no slot to write, this only rotates k in place.
             self._write(k, v, v, k_cache, v_cache, slot_mapping=self._nowhere)
             bounds = self._cu_seqlens, self._seqused_k
-            of_whole = varlen_attention(q, k, v, *bounds, max_seqlen=made.max_q_len, causal=made.causal)
-            if not len(made.kv_lens):
+            of_whole = varlen_attention(
+                q, k, v, *bounds, max_seqlen=metadata.max_q_len, causal=metadata.causal
+            )
+            if not len(metadata.kv_lens):
                 return of_whole
         y = block_attention(
             q,
             k_cache,
             v_cache,
-            made.kv_lens,
-            block_table=made.block_table,
-            q_start=made.q_start,
-            q_end=made.q_end,
-            causal=made.causal,
-            ancestors=made.ancestors,
-            max_q_len=made.max_q_len,
-            max_kv_len=made.max_kv_len,
+            metadata.kv_lens,
+            block_table=metadata.block_table,
+            q_start=metadata.q_start,
+            q_end=metadata.q_end,
+            causal=metadata.causal,
+            ancestors=metadata.ancestors,
+            max_q_len=metadata.max_q_len,
+            max_kv_len=metadata.max_kv_len,
         )
         return y if of_whole is None else of_whole.add_(y)  # each is zero in the other's rows

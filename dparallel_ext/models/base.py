@@ -368,7 +368,7 @@ class Model(Named):
         """The addresses of all weights; None if the model has been modified by hooks, adapters, other modules
         or other methods, so that passes cannot be recorded.
         """
-        own = {
+        known = {
             Block, RMSNorm, nn.Linear, Fp8Linear, nn.Embedding, nn.ModuleList, nn.Module, type(self)
         }  # fmt: skip
         parts = {"hidden", "step", "embedded", "run_layers", "final_norm", "head"}
@@ -376,7 +376,7 @@ class Model(Named):
             return None
         modules = all_modules(self)
         kinds = [type(module) for module in modules]
-        if not own.issuperset(kinds) or not all(map(fused_weights.is_unmodified, modules, kinds)):
+        if not known.issuperset(kinds) or not all(map(fused_weights.is_unmodified, modules, kinds)):
             return None
         tensors: list[Tensor | None] = []
         for module in modules:

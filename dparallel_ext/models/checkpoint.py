@@ -96,26 +96,26 @@ def config_of(directory: Path) -> tuple[dict[str, Any], ModelConfig]:
         raise ValueError(f"path: {file}: {str(error).removeprefix('config: ')}") from error
 
 
-def _mask_id(given: int | None, config: Mapping[str, Any], directory: Path, rows: int) -> int | None:
-    """`given`, else the mask token of the checkpoint's files, of a causal model of its config alone."""
-    name, found = "mask_id", given
-    if given is None:
+def _mask_id(mask_id: int | None, config: Mapping[str, Any], directory: Path, rows: int) -> int | None:
+    """`mask_id`, else the mask token of the checkpoint's files, of a causal model of its config alone."""
+    name, token = "mask_id", mask_id
+    if mask_id is None:
         name = f"path: the mask token of {directory}, unless mask_id is given"
         causal = _family(config, f"path: {directory}").causal
-        found = config.get("mask_token_id") if causal else files.mask_token_id(directory)
-    if found is not None and (type(found) is not int or not 0 <= found < rows):
-        raise ValueError(f"{name}: expected an id below {rows}, got {found!r}")
-    return found
+        token = config.get("mask_token_id") if causal else files.mask_token_id(directory)
+    if token is not None and (type(token) is not int or not 0 <= token < rows):
+        raise ValueError(f"{name}: expected an id below {rows}, got {token!r}")
+    return token
 
 
-def _add_ends(config: dict[str, Any], more: Iterable[int], rows: int, source: str) -> None:
-    """Append to the config's eos_token_id the ids of `more` that it lacks."""
-    own = token_ids(config, "eos_token_id", rows)
-    ends = list(dict.fromkeys([*own, *more]))
-    beyond = [one for one in ends if one >= rows]
+def _add_ends(config: dict[str, Any], others: Iterable[int], rows: int, source: str) -> None:
+    """Append to the config's eos_token_id the ids of `others` that it lacks."""
+    of_config = token_ids(config, "eos_token_id", rows)
+    ends = list(dict.fromkeys([*of_config, *others]))
+    beyond = [end for end in ends if end >= rows]
     if beyond:
         raise ValueError(f"{source}: eos_token_id has {beyond!r:.80}, expected ids below {rows}")
-    if len(ends) > len(own):
+    if len(ends) > len(of_config):
         config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
 
 
@@ -157,25 +157,25 @@ def wrap(hf_model: nn.Module) -> Model:
     if config is None:
         raise ValueError(f"hf_model: {type(hf_model).__name__} has no .config")
     adapted = _adapted(hf_model)
-    given = {
+    weights = {
         name: p
         for name, p in hf_model.named_parameters()
         if not any(name.startswith(f"{layer}.") for layer in adapted)
     }
     for name, module in adapted.items():
-        given |= {f"{name}.{leaf}": p for leaf, p in _base_of(module).named_parameters(recurse=False)}
-    devices = {str(p.device) for p in given.values()}
+        weights |= {f"{name}.{leaf}": p for leaf, p in _base_of(module).named_parameters(recurse=False)}
+    devices = {str(p.device) for p in weights.values()}
     if len(devices) > 1 or "meta" in devices:
         raise ValueError(f"hf_model: expected its weights on one device, got {sorted(devices)}")
     tensors = [
         Offer(name, tuple(p.shape), NAMES.get(p.dtype, str(p.dtype)), partial(_same, p))
-        for name, p in given.items()
+        for name, p in weights.items()
     ]
     content = dict(config if isinstance(config, Mapping) else config.to_dict())
     generation, source = getattr(hf_model, "generation_config", None), f"hf_model: {type(hf_model).__name__}"
     if content.get("mask_token_id") is None:
         content["mask_token_id"] = getattr(generation, "mask_token_id", None)
-    files.refuse_quantised(content, given, source)
+    files.refuse_quantised(content, weights, source)
     rows = _family(content, source).shape_of(content).embedding_size
     ends = token_ids({"eos_token_id": getattr(generation, "eos_token_id", None)}, "eos_token_id", rows)
     _add_ends(content, ends, rows, source)
@@ -189,11 +189,11 @@ def wrap(hf_model: nn.Module) -> Model:
 def _adapted(model: nn.Module) -> dict[str, nn.Module]:
     """PEFT's modules that have replaced layers, by the layers' names."""
     kinds: Any = classes(*ADAPTED_LAYERS)
-    found: dict[str, nn.Module] = {}
+    adapted: dict[str, nn.Module] = {}
     for name, module in model.named_modules():  # an outer module comes before its inner ones
-        if isinstance(module, kinds) and not any(name.startswith(f"{outer}.") for outer in found):
-            found[name] = module
-    return found
+        if isinstance(module, kinds) and not any(name.startswith(f"{outer}.") for outer in adapted):
+            adapted[name] = module
+    return adapted
 
 
 def _base_of(module: Any) -> nn.Module:
@@ -296,8 +296,8 @@ def _assemble(
     wanted = dict(model.named_parameters())
     # A tied head may be stored all the same.
     known = {*wanted, model.checkpoint_name("lm_head") + ".weight"} if model.shape.tied else set(wanted)
-    found = {offer.name: offer for offer in tensors}
-    fitting = [offer for offer in found.values() if offer.name in wanted]
+    offers = {offer.name: offer for offer in tensors}
+    fitting = [offer for offer in offers.values() if offer.name in wanted]
     faults = []
     for name, shape, kind, _ in fitting:
         expected = tuple(wanted[name].shape)
@@ -309,13 +309,13 @@ def _assemble(
     if dtype is None and not mixed and len(kinds) > 1:
         both = " and ".join(f"{name} {kind}" for kind, name in sorted(kinds.items())[:2])
         faults.append(f"{both}, expected tensors of one type; the argument dtype makes them so")
-    faults += [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
-    extra = {name for name in found.keys() - known if not name.endswith(TABLES)}
+    faults += [f"{name} is missing" for name in sorted(wanted.keys() - offers.keys())]
+    extra = {name for name in offers.keys() - known if not name.endswith(TABLES)}
     faults += [f"{name:.200} is unexpected" for name in sorted(extra)]
     if faults:
         files.refuse_quantised(config, extra, source)
-        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise ValueError(f"{source} does not fit {family.__name__}: {'; '.join(faults[:5])}{more}")
+        others = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise ValueError(f"{source} does not fit {family.__name__}: {'; '.join(faults[:5])}{others}")
     places = fused_weights.FusedLoader(model.groups() if fuse else ())
     for name, _, _, fetch in fitting:
         tensor = fetch()
@@ -380,14 +380,14 @@ def _shards(directory: Path) -> dict[Path, dict[str, str] | None]:
             f"; {others[0]} is not read, save_pretrained of transformers writes safetensors" if others else ""
         )
         raise FileNotFoundError(f"path: no {single.name} (nor {index.name}) in {directory}{hint}")
-    found = files.read_json(index).get("weight_map")
-    if not isinstance(found, dict):
+    weight_map = files.read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
         raise ValueError(f"path: {index} has no weight_map")
-    for name in found.values():
+    for name in weight_map.values():
         if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
             raise ValueError(f"path: {index} names {name!r:.200}, expected a file beside it")
-    shards = [directory / name for name in sorted(set(found.values()))]
+    shards = [directory / name for name in sorted(set(weight_map.values()))]
     for file in shards:
         if not os.path.isfile(file):  # Path.is_file raises for a name that is too long
             raise FileNotFoundError(f"path: {index.name} names {file.name!r:.200}, not in {directory}")
-    return dict.fromkeys(shards, found)
+    return dict.fromkeys(shards, weight_map)

@@ -75,11 +75,11 @@ class Config(dict[str, Any]):
 
 def token_ids(config: Mapping[str, Any], key: str, rows: int) -> tuple[int, ...]:
     """The ids under a key, which may hold one, a list, or null. Raises ValueError naming the key."""
-    given = config.get(key)
-    several: list[Any] = given if isinstance(given, list) and given else [given]
-    if given is not None and not all(type(one) is int and 0 <= one < rows for one in several):
-        raise ValueError(f"config: {key}={given!r:.80}, expected an id below {rows} or null")
-    return () if given is None else tuple(several)
+    ids = config.get(key)
+    several: list[Any] = ids if isinstance(ids, list) and ids else [ids]
+    if ids is not None and not all(type(token) is int and 0 <= token < rows for token in several):
+        raise ValueError(f"config: {key}={ids!r:.80}, expected an id below {rows} or null")
+    return () if ids is None else tuple(several)
 
 
 @dataclass(frozen=True)

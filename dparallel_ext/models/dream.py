@@ -24,11 +24,11 @@ class Dream(Model):
         return diffusion_shape(config, qkv_bias=True)
 
 
-def diffusion_shape(config: Mapping[str, Any], **more: Any) -> ModelConfig:
+def diffusion_shape(config: Mapping[str, Any], **keywords: Any) -> ModelConfig:
     """The `ModelConfig` of a diffusion model that was made from a Qwen model.
 
     Scaled rotary embeddings are refused: the published code runs with releases of transformers that read the
     factor of "yarn" in different ways.
     """
     fields.check_supported(config, _SUPPORTED)
-    return llama_shape(config, scalings=(), **more)
+    return llama_shape(config, scalings=(), **keywords)

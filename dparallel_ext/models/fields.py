@@ -15,9 +15,9 @@ def check_supported(
     The keys in `explicit` must be there, since the published code's default is not supported.
     """
     for key, value in supported.items():
-        given = config[key] if key in explicit else config.get(key, value)
-        if given != value and (given or value):
-            raise ValueError(f"config: {key}={given!r:.80} is not supported, only {value!r}")
+        got = config[key] if key in explicit else config.get(key, value)
+        if got != value and (got or value):
+            raise ValueError(f"config: {key}={got!r:.80} is not supported, only {value!r}")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def read(config: Mapping[str, Any], table: Mapping[str, Field], within: str | No
 
     within: the key of the config.json whose object `config` is.
     """
-    found, where = {}, "config" if within is None else f"config: {within}"
+    values, where = {}, "config" if within is None else f"config: {within}"
     for key, field in table.items():
         value = config.get(key)
         if value is None and key in config and field.kind is bool and field.default is not None:
@@ -76,8 +76,8 @@ def read(config: Mapping[str, Any], table: Mapping[str, Field], within: str | No
             value = field.default
         elif not field.accepts(value):
             raise ValueError(f"{where}: {key}={value!r:.80}, expected {field}")
-        found[key] = float(value) if field.kind is float and value is not None else value
-    return found
+        values[key] = float(value) if field.kind is float and value is not None else value
+    return values
 
 
 def width_of_heads(width: int, heads: int) -> int:

@@ -65,10 +65,10 @@ def fetched(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=NEEDED))
     except Exception as error:  # the package's own, its HTTP client's, and the file system's
-        said = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise FileNotFoundError(
             f"path: no directory {name}, and the Hugging Face Hub did not give a model of that name: "
-            f"{type(error).__name__}: {said[:300]}. {by_hand}"
+            f"{type(error).__name__}: {reason[:300]}. {by_hand}"
         ) from error
 
 
@@ -117,12 +117,12 @@ def check_text(text: str, content: Any) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = [key for key, value in pairs if json.dumps(value) != json.dumps(found[key])]
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = [key for key, value in pairs if json.dumps(value) != json.dumps(content[key])]
         if twice:
             raise ValueError(f"it has two values for {twice[0]!r:.200}")
-    return found
+    return content
 
 
 def refuse_pointer(file: Path) -> None:
@@ -194,18 +194,18 @@ def added_tokens(directory: Path) -> dict[str, dict[str, Any]]:
                 {"content": text, "id": index, "special": text in special, "normalized": text not in special}
                 for text, index in read_json(file).items()
             ]
-        found = {token["content"]: token for token in tokens}
+        by_text = {token["content"]: token for token in tokens}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if str(error).startswith("path: "):
             raise
         raise ValueError(f"path: {file} does not list its added tokens as expected: {error!r}") from error
-    for text, token in found.items():
+    for text, token in by_text.items():
         if not isinstance(text, str) or not is_id(token.get("id")):
             raise ValueError(
                 f"path: {file} does not list its added tokens as expected: {text!r:.80} with the id "
                 f"{token.get('id')!r:.80}"
             )
-    return found
+    return by_text
 
 
 MOST_IDS = 2**24
@@ -224,14 +224,14 @@ def mask_token_id(directory: Path) -> int | None:
     Raises ValueError naming the file.
     """
     for name in ("config.json", "generation_config.json"):
-        given: int | None = read_json(directory / name).get("mask_token_id")
-        if given is not None:
-            if not is_id(given):
+        token: int | None = read_json(directory / name).get("mask_token_id")
+        if token is not None:
+            if not is_id(token):
                 raise ValueError(
-                    f"path: {directory / name}: mask_token_id={given!r:.80}, expected an id or null, unless "
+                    f"path: {directory / name}: mask_token_id={token!r:.80}, expected an id or null, unless "
                     "mask_id is given"
                 )
-            return given
+            return token
     added = added_tokens(directory)
     text = special_tokens(directory).get("mask_token")
     if text is None:
@@ -251,14 +251,14 @@ def end_token_ids(directory: Path) -> list[int]:
 
     Raises ValueError naming the file.
     """
-    found: list[int] = []
+    ends: list[int] = []
     for name in ("generation_config.json", "config.json"):
-        given = read_json(directory / name).get("eos_token_id")
-        ids = given if isinstance(given, list) else [] if given is None else [given]
+        value = read_json(directory / name).get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(map(is_id, ids)):
-            raise ValueError(f"path: {directory / name}: eos_token_id={given!r:.80}, expected ids or null")
-        found += ids
-    return found
+            raise ValueError(f"path: {directory / name}: eos_token_id={value!r:.80}, expected ids or null")
+        ends += ids
+    return ends
 
 
 PACKED = {
@@ -272,19 +272,21 @@ def refuse_quantised(config: Mapping[str, Any], names: Iterable[str], source: st
     """Raise ValueError, naming the method or the tensors, if a config or names of tensors show that the
     checkpoint is quantised.
     """
-    said = "expected weights of 16 bits or more, which Model.quantize turns into 8"
+    expected = "expected weights of 16 bits or more, which Model.quantize turns into 8"
     for key in ("quantization_config", "compression_config"):
-        given = config.get(key)
-        if not given:
+        settings = config.get(key)
+        if not settings:
             continue
-        given = given if isinstance(given, Mapping) else {"quant_method": given}
-        method = getattr(given.get("quant_method"), "value", given.get("quant_method"))  # transformers' enum
-        if method == "bitsandbytes" and not (given.get("load_in_8bit") or given.get("load_in_4bit")):
+        settings = settings if isinstance(settings, Mapping) else {"quant_method": settings}
+        method = getattr(
+            settings.get("quant_method"), "value", settings.get("quant_method")
+        )  # transformers' enum
+        if method == "bitsandbytes" and not (settings.get("load_in_8bit") or settings.get("load_in_4bit")):
             continue
-        raise ValueError(f"{source} is quantised ({key}: {method or 'of an unknown method'}); {said}")
+        raise ValueError(f"{source} is quantised ({key}: {method or 'of an unknown method'}); {expected}")
     packed = sorted(name for name in names if name.rpartition(".")[2] in PACKED)
     if packed:
-        raise ValueError(f"{source} is quantised (it has {', '.join(packed[:2])}, ...); {said}")
+        raise ValueError(f"{source} is quantised (it has {', '.join(packed[:2])}, ...); {expected}")
 
 
 # --- writing ------------------------------------------------------------------------------------

@@ -81,22 +81,22 @@ LEAVES: dict[type[nn.Module], tuple[str, ...]] = {
 def _joined(layers: Sequence[Any], leaves: Sequence[str]) -> list[Tensor | None] | None:
     """For each name the joined tensor of all layers, None if none has one; None if they are not side by
     side."""
-    found: list[Tensor | None] = []
+    weights: list[Tensor | None] = []
     for leaf in leaves:
         parts = [part for layer in layers if (part := getattr(layer, leaf)) is not None]
         joined = joined_view(parts) if len(parts) == len(layers) else None
         if parts and joined is None:
             return None
-        found.append(joined)
-    return found
+        weights.append(joined)
+    return weights
 
 
 def parameters(groups: Sequence[Sequence[nn.Module]]) -> Iterator[list[nn.Parameter]]:
     """The weights, then the biases, of each group whose layers are all plain nn.Linear."""
     for layers in groups:
         for leaf in ("weight", "bias"):
-            found = [getattr(layer, leaf) for layer in layers if type(layer) is nn.Linear]
-            parts = [part for part in found if type(part) is nn.Parameter]
+            linears = [getattr(layer, leaf) for layer in layers if type(layer) is nn.Linear]
+            parts = [part for part in linears if type(part) is nn.Parameter]
             if len(parts) == len(layers):
                 yield parts
 

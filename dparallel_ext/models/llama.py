@@ -63,7 +63,7 @@ def llama_shape(
     *,
     head_dim: int | None = None,
     scalings: Collection[str] = tuple(rope.SCALINGS),
-    **more: Any,
+    **keywords: Any,
 ) -> ModelConfig:
     """The `ModelConfig` of a config.json in Llama's keys, which Qwen uses too.
 
@@ -89,7 +89,7 @@ def llama_shape(
         rope_scaling=scaling,
         rope_in_float32=False,
         tied=bool(c["tie_word_embeddings"]),
-        **more,
+        **keywords,
     )
 
 

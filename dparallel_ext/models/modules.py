@@ -34,13 +34,13 @@ class Named(nn.Module):
         path = self.__dict__.get("_paths", {}).get(name)
         if path is None:
             return super().__getattr__(name)
-        found: Any = self
+        module: Any = self
         try:
             for part in path:
-                found = found._modules[part]
+                module = module._modules[part]
         except (KeyError, AttributeError):
             raise AttributeError(f"{type(self).__name__} has no {name}") from None
-        return found
+        return module
 
     def __setattr__(self, name: str, value: Any) -> None:
         path = self.__dict__.get("_paths", {}).get(name)
@@ -56,14 +56,14 @@ class Named(nn.Module):
 
 def all_modules(module: nn.Module) -> list[nn.Module]:
     """`list(module.modules())`, but faster, without names, since every decode needs it."""
-    found, met = [module], {module}
-    for each in found:
+    modules, met = [module], {module}
+    for each in modules:
         if each._modules:
             for part in each._modules.values():
                 if part is not None and part not in met:
                     met.add(part)
-                    found.append(part)
-    return found
+                    modules.append(part)
+    return modules
 
 
 class RMSNorm(nn.Module):

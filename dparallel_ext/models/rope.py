@@ -202,7 +202,7 @@ def read(
     """
     c = fields.read(config, FIELDS)
     thetas = {"rope_theta": c["rope_theta"]}
-    found: dict[str, RopeScaling | None] = {}
+    by_layer: dict[str, RopeScaling | None] = {}
     for key in ("rope_scaling", "rope_parameters"):
         rope = c[key]
         if not rope:
@@ -215,14 +215,14 @@ def read(
             raise ValueError(f"config: {key} by kinds of layers ({nested[0]!r:.80}) is not supported")
         fields.check_supported(rope, {"partial_rotary_factor": 1})
         thetas[key] = fields.read(rope, {"rope_theta": FIELDS["rope_theta"]}, key)["rope_theta"]
-        found[key] = None if kind == "default" else SCALINGS[kind](rope, c, key)
+        by_layer[key] = None if kind == "default" else SCALINGS[kind](rope, c, key)
     bases = {key: theta for key, theta in thetas.items() if theta is not None}
     if len(set(bases.values())) > 1:
         raise ValueError(f"config: the rope_theta of {' and '.join(map(str, bases))} differ: {bases}")
-    if len(set(found.values())) > 1:
+    if len(set(by_layer.values())) > 1:
         raise ValueError("config: rope_scaling and rope_parameters ask for different embeddings")
     theta = next(iter(bases.values()), fields.ROPE_THETA.default)
-    scaling = next(iter(found.values()), None)
+    scaling = next(iter(by_layer.values()), None)
     if isinstance(scaling, Yarn) and theta == 1:
         raise ValueError("config: rope_theta=1, expected more for yarn")
     return theta, scaling

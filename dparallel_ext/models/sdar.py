@@ -27,10 +27,10 @@ class SDAR(Model):
         return block_causal_shape(config, "block_size", 4, qk_norm=True, qkv_bias=bias, o_bias=bias)
 
 
-def block_causal_shape(config: Mapping[str, Any], key: str, default: int, **more: Any) -> ModelConfig:
+def block_causal_shape(config: Mapping[str, Any], key: str, default: int, **keywords: Any) -> ModelConfig:
     """The `ModelConfig` of a config.json in Qwen's keys, whose `key` holds the length of its blocks.
 
     `default`: the published length.
     """
     blocks = fields.read(config, {key: replace(fields.BLOCK_LENGTH, default=default)})
-    return diffusion_shape(config, block_length=blocks[key], **more)
+    return diffusion_shape(config, block_length=blocks[key], **keywords)

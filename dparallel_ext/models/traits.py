@@ -16,7 +16,7 @@ from .base import Model
 from .checkpoint import FAMILIES
 from .config import Traits
 from .fast_dllm import FastDLLM
-from .wrappers import said, unwrap
+from .wrappers import stated_traits, unwrap
 
 
 def traits(model: Any) -> Traits:
@@ -29,8 +29,8 @@ def traits(model: Any) -> Traits:
     traits beside the mask token, since they may or may not hold for the module's own logits.
     """
     inner = unwrap(model)
-    if (own := said(inner)) is not None:
-        return own
+    if (stated := stated_traits(inner)) is not None:
+        return stated
     if isinstance(inner, Model):
         return Traits(
             inner.mask_id,
@@ -44,23 +44,27 @@ def traits(model: Any) -> Traits:
         raise ValueError(f"model: expected a module or function, got {type(inner).__name__}")
     config = getattr(inner, "config", None)
     family = FAMILIES.get(getattr(config, "model_type", None) or "", Model)
-    given = [getattr(of, "mask_token_id", None) for of in (config, getattr(inner, "generation_config", None))]
-    given.append(family.released_mask_id(getattr(config, "vocab_size", None)))
-    mask_id, block_length = next((one for one in given if one is not None), None), None
+    candidates = [
+        getattr(of, "mask_token_id", None) for of in (config, getattr(inner, "generation_config", None))
+    ]
+    candidates.append(family.released_mask_id(getattr(config, "vocab_size", None)))
+    mask_id, block_length = next((candidate for candidate in candidates if candidate is not None), None), None
     if family is FastDLLM:  # block-causal whenever it is called, unlike SDAR, whose mask its caller makes
         block_length = getattr(config, "bd_size", None) or 32
-    found = Traits(mask_id, family.shift, family.strict, block_length, family.sub_block_length, family.causal)
+    result = Traits(
+        mask_id, family.shift, family.strict, block_length, family.sub_block_length, family.causal
+    )
     for name, part in _held(inner, known=family is not Model):
         inside = traits(part)
-        if replace(inside, mask_id=None) != replace(found, mask_id=None):
+        if replace(inside, mask_id=None) != replace(result, mask_id=None):
             raise ValueError(
                 f"model: {type(inner).__name__} holds a {type(part).__name__} as {name}, and whether its own "
                 "logits are shifted or block-causal, or causal, as the inner model's is not known. Pass the "
                 f"inner model, or say it: model.traits = dparallel_ext.models.traits(model.{name}), or other "
                 "dparallel_ext.models.Traits"
             )
-        found = inside if found.mask_id is None else found
-    return found
+        result = inside if result.mask_id is None else result
+    return result
 
 
 def _held(model: Any, known: bool) -> Iterator[tuple[str, Any]]:

@@ -63,7 +63,7 @@ def layers(model: Any) -> Iterator[Any]:
     """`model`, the model that it wraps, and so on, down to a native model or an object with `traits`."""
     while model is not None:
         yield model
-        if issubclass(type(model), Model) or said(model) is not None:
+        if issubclass(type(model), Model) or stated_traits(model) is not None:
             return
         attribute = next((w[2] for w in WRAPPERS if isinstance(model, classes(w))), None)
         if attribute is not None:
@@ -78,10 +78,10 @@ def layers(model: Any) -> Iterator[Any]:
             return
 
 
-def said(model: Any) -> Traits | None:
+def stated_traits(model: Any) -> Traits | None:
     """The object's own attribute `traits`, if it has one."""
-    found = getattr(model, "__dict__", {}).get("traits")
-    return found if isinstance(found, Traits) else None
+    stated = getattr(model, "__dict__", {}).get("traits")
+    return stated if isinstance(stated, Traits) else None
 
 
 def unwrap(model: Any) -> Any:
@@ -100,15 +100,15 @@ def for_decoding(model: Any) -> Any:
     Raises ValueError, naming the wrapper, for a model whose weights are not all in this process (sharded, or
     not loaded), and for adapters that do more than replace layers.
     """
-    found = list(layers(model))
-    inner = found[-1]
-    if said(inner) is None:  # an object with `traits` is called as it is
-        check_adapters(found)
-        check_whole(found)
-    if isinstance(inner, Model) and all(isinstance(layer, nn.Module) for layer in found):
+    stack = list(layers(model))
+    inner = stack[-1]
+    if stated_traits(inner) is None:  # an object with `traits` is called as it is
+        check_adapters(stack)
+        check_whole(stack)
+    if isinstance(inner, Model) and all(isinstance(layer, nn.Module) for layer in stack):
         return inner
     parallel = classes(*PARALLEL)
-    return found[max((i + 1 for i, layer in enumerate(found) if isinstance(layer, parallel)), default=0)]
+    return stack[max((i + 1 for i, layer in enumerate(stack) if isinstance(layer, parallel)), default=0)]
 
 
 def own_precision(model: Any, device: torch.device) -> AbstractContextManager[Any]:
@@ -117,11 +117,11 @@ def own_precision(model: Any, device: torch.device) -> AbstractContextManager[An
     return torch.autocast(device.type, enabled=False) if isinstance(model, Model) else nullcontext()
 
 
-def check_whole(found: list[Any]) -> None:
-    """Raise ValueError if weights of a model are not in this process. found: its wrappers, then the model."""
-    inner, sharded = found[-1], classes(FSDP1, FSDP2)
+def check_whole(stack: list[Any]) -> None:
+    """Raise ValueError if weights of a model are not in this process. stack: its wrappers, then the model."""
+    inner, sharded = stack[-1], classes(FSDP1, FSDP2)
     parts = all_modules(inner) if isinstance(inner, nn.Module) else []
-    shard = next((part for part in (*found, *parts) if isinstance(part, sharded)), None) if sharded else None
+    shard = next((part for part in (*stack, *parts) if isinstance(part, sharded)), None) if sharded else None
     if shard is not None:
         raise ValueError(
             f"model: FSDP has sharded its weights ({type(shard).__name__}), and processes that decode "
@@ -141,17 +141,17 @@ def check_whole(found: list[Any]) -> None:
                 )
 
 
-def check_adapters(found: list[Any]) -> None:
+def check_adapters(stack: list[Any]) -> None:
     """Raise ValueError for PEFT's methods that do more than replace layers."""
     advice = "Merge it, or take LoRA or another method that stays within layers"
-    for layer in found:
+    for layer in stack:
         config = layer.active_peft_config if isinstance(layer, classes(PEFT)) else None
         if config is not None and config.is_prompt_learning:
             raise ValueError(
                 f"model: its adapter is of type {config.peft_type.value}, whose virtual tokens have no place "
                 f"among the positions of a masked sequence. {advice}"
             )
-        if isinstance(found[-1], Model):
+        if isinstance(stack[-1], Model):
             check_tuner(layer, advice)
 
 

@@ -90,7 +90,7 @@ def accept(
     if room is not None:
         room = per_sequence("room", room, lanes, logits)
     ids = eos_ids.shape[-1] if isinstance(eos_ids, Tensor) and eos_ids.ndim else 0
-    for name, given, shape in (
+    for name, tensor, shape in (
         ("draft", draft, (rows,)),
         ("parent", parent, (rows,)),
         ("q_start", q_start, (lanes,)),
@@ -98,11 +98,11 @@ def accept(
         ("eos_ids", eos_ids, (lanes, ids)),
         ("keys", keys, (rows, 4)),
     ):
-        if given is None:
+        if tensor is None:
             continue
-        expect(name, given, shape, torch.int64)
-        if given.device != logits.device:
-            raise ValueError(f"{name}: expected on {logits.device} as the logits, got {given.device}")
+        expect(name, tensor, shape, torch.int64)
+        if tensor.device != logits.device:
+            raise ValueError(f"{name}: expected on {logits.device} as the logits, got {tensor.device}")
     count, path, tokens, ended, row_tokens, fields, error = torch.ops.dparallel.accept(
         logits,
         draft,

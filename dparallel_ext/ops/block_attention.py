@@ -56,9 +56,9 @@ def block_attention(
     Raises:
         ValueError: naming the argument that does not fit. Indices are checked on the CPU alone.
     """
-    for name, given in (("q", q), ("kv_lens", kv_lens)):
-        if not isinstance(given, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(given).__name__}")
+    for name, tensor in (("q", q), ("kv_lens", kv_lens)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
     shape = q.shape
     if q.ndim == 4:
         if q_start is not None or q_end is not None:
@@ -79,8 +79,8 @@ def block_attention(
     if not isinstance(block_table, Tensor) or block_table.ndim != 2:
         got = tuple(block_table.shape) if isinstance(block_table, Tensor) else type(block_table).__name__
         raise ValueError(f"block_table: expected int64 (S, P), got {got}")
-    for name, given in (("kv_lens", kv_lens), ("q_start", q_start), ("q_end", q_end)):
-        expect(name, given, (len(block_table),), torch.int64)
+    for name, tensor in (("kv_lens", kv_lens), ("q_start", q_start), ("q_end", q_end)):
+        expect(name, tensor, (len(block_table),), torch.int64)
     expect("block_table", block_table, tuple(block_table.shape), torch.int64)
     capacity = block_table.shape[1] * k_cache.shape[2]
     scale = max(1, q.shape[2]) ** -0.5 if scale is None else scale
@@ -92,14 +92,6 @@ def block_attention(
             raise ValueError(f"ancestors: expected int64 ({len(q)}, W), got {got}")
         expect("ancestors", ancestors, (len(q), ancestors.shape[1]), torch.int64)
     if q.dtype == torch.float64:
-        within("kv_lens", kv_lens, 0, capacity + 1)
-        within("q_start", q_start, 0, len(q) + 1)
-        within("q_end", q_end, 0, len(q) + 1)
-        rows = q_end - q_start
-        if causal or ancestors is not None:
-            within("kv_lens", kv_lens - rows, 0, capacity + 1)
-        if ancestors is not None:
-            within("ancestors", rows, 0, 64 * ancestors.shape[1] + 1)
         segments = q_start, q_end, kv_lens, block_table
         return _in_float64(q, k_cache, v_cache, *segments, scale, causal, ancestors).view(shape)
     out = torch.ops.dparallel.block_attention(
@@ -132,6 +124,14 @@ def _in_float64(
     ancestors: Tensor | None,
 ) -> Tensor:
     """By torch: the kernels have no float64."""
+    rows, capacity = q_end - q_start, block_table.shape[1] * k_cache.shape[2]
+    within("kv_lens", kv_lens, 0, capacity + 1)
+    within("q_start", q_start, 0, len(q) + 1)
+    within("q_end", q_end, 0, len(q) + 1)
+    if causal or ancestors is not None:
+        within("kv_lens", kv_lens - rows, 0, capacity + 1)
+    if ancestors is not None:
+        within("ancestors", rows, 0, 64 * ancestors.shape[1] + 1)
     out, page_size = torch.zeros_like(q), k_cache.shape[2]
     segments = zip(q_start.tolist(), q_end.tolist(), kv_lens.tolist(), block_table, strict=True)
     for first, last, length, table in segments:
@@ -140,11 +140,11 @@ def _in_float64(
         slot = torch.arange(length, device=q.device)
         page, offset = table[slot // page_size], slot % page_size
         k, v = (cache[page, :, offset].transpose(0, 1) for cache in (k_cache, v_cache))  # (Hkv, kv_len, D)
-        row, own = torch.arange(last - first, device=q.device)[:, None], slot - (length - (last - first))
-        seen = own <= (row if causal else torch.full_like(row, last - first))  # (Q, kv_len)
+        row, place = torch.arange(last - first, device=q.device)[:, None], slot - (length - (last - first))
+        seen = place <= (row if causal else torch.full_like(row, last - first))  # (Q, kv_len)
         if ancestors is not None:
-            bit = own.clamp(min=0)
-            seen = (own < 0) | ((ancestors[first:last, bit // 64] >> bit % 64) & 1).bool()
+            bit = place.clamp(min=0)
+            seen = (place < 0) | ((ancestors[first:last, bit // 64] >> bit % 64) & 1).bool()
         y = F.scaled_dot_product_attention(
             q[None, first:last].transpose(1, 2), k[None], v[None], seen, scale=scale, enable_gqa=True
         )

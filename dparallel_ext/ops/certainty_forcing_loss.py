@@ -129,8 +129,8 @@ def compose(
     gated = correct if gate == "correct" else active
     if isinstance(gate, Tensor):
         gated = active & gate.reshape(-1)
-    own = 1.0 if weight is None else weight.reshape(-1).to(nll.dtype)
-    ce, certainty = (nll * own).sum(), (entropy * own * gated).sum()
+    weights = 1.0 if weight is None else weight.reshape(-1).to(nll.dtype)
+    ce, certainty = (nll * weights).sum(), (entropy * weights * gated).sum()
     if reduction == "mean":
         ce = ce / active.sum().clamp(min=1)
         certainty = certainty / gated.sum().clamp(min=1)
@@ -221,12 +221,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, grad_nll: Tensor, grad_entropy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     logits, labels, active, saved = ctx.saved_tensors
     settings = ctx.temperature, ctx.ce_temperature
-    given = logits, labels, active, *settings, saved, grad_nll, grad_entropy
+    inputs = logits, labels, active, *settings, saved, grad_nll, grad_entropy
     if ctx.inplace and not torch.is_grad_enabled():  # enabled: the gradient's own graph needs the logits
-        torch.ops.dparallel.certainty_forcing_loss_backward_(*given)
+        torch.ops.dparallel.certainty_forcing_loss_backward_(*inputs)
         grad = logits.detach()
     else:
-        grad = torch.ops.dparallel.certainty_forcing_loss_backward(*given)
+        grad = torch.ops.dparallel.certainty_forcing_loss_backward(*inputs)
     return grad, None, None, None, None, None
 
 

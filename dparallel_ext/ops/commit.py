@@ -68,11 +68,11 @@ def commit_(
         if positions is not None:
             check_index("positions", positions, tokens, "tokens")
         shape = tuple(tokens.shape if positions is None else positions.shape)
-        for name, given, dtype in (("commit", commit, torch.bool), ("token", token, torch.int64)):
-            flat = positions is None and isinstance(given, Tensor) and given.ndim == 1
-            expect(name, given, (batch * length,) if flat else shape, dtype)
-            if given.device != tokens.device:
-                raise ValueError(f"{name}: expected on {tokens.device} as the tokens, got {given.device}")
+        for name, tensor, dtype in (("commit", commit, torch.bool), ("token", token, torch.int64)):
+            flat = positions is None and isinstance(tensor, Tensor) and tensor.ndim == 1
+            expect(name, tensor, (batch * length,) if flat else shape, dtype)
+            if tensor.device != tokens.device:
+                raise ValueError(f"{name}: expected on {tokens.device} as the tokens, got {tensor.device}")
         commit, token = commit.reshape(-1), token.reshape(-1)
     start, end = windows_of(tokens, lane, start, end)
     remaining, first, changed, error = torch.ops.dparallel.commit_(

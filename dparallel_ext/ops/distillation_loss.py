@@ -192,12 +192,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, grad_divergence: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     student, teacher, active, saved = ctx.saved_tensors
-    given = student, teacher, active, *ctx.settings, saved, grad_divergence
+    inputs = student, teacher, active, *ctx.settings, saved, grad_divergence
     if ctx.inplace and not torch.is_grad_enabled():  # enabled: the gradient's own graph needs the logits
-        torch.ops.dparallel.distillation_loss_backward_(*given)
+        torch.ops.dparallel.distillation_loss_backward_(*inputs)
         grad = student.detach()
     else:
-        grad = torch.ops.dparallel.distillation_loss_backward(*given)
+        grad = torch.ops.dparallel.distillation_loss_backward(*inputs)
     return grad, None, None, None, None, None, None
 
 

@@ -80,14 +80,14 @@ class Errors:
         here = None if self.stream is None else torch.cuda.current_stream(self.words.device)
         if self.stream is not None and here is not None:
             here.wait_stream(self.stream)
-        found = self.words.tolist()
-        if min(found) == NO_ERROR:
+        errors = self.words.tolist()
+        if min(errors) == NO_ERROR:
             return
         self.words.fill_(NO_ERROR)
         if self.stream is not None and here is not None:
             self.stream.wait_stream(here)
         for (where, texts), at in self.kinds.items():
-            explain(found[at], where, dict(texts))
+            explain(errors[at], where, dict(texts))
 
 
 pending: dict[tuple[torch.device, int | None], Errors] = {}

@@ -70,9 +70,9 @@ def fp8_linear(
         ValueError: naming the argument that does not fit; also where a gradient would be lost.
     """
     check_rows("x", x)
-    for name, given in (("weight", weight), ("scale", scale)):
-        if not isinstance(given, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(given).__name__}")
+    for name, tensor in (("weight", weight), ("scale", scale)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
     if weight.dtype != torch.float8_e4m3fn or weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(
             f"weight: expected float8_e4m3fn (out, {x.shape[-1]}), got {weight.dtype} {tuple(weight.shape)}"
@@ -80,9 +80,9 @@ def fp8_linear(
     width = weight.shape[:1]
     if scale.dtype != torch.float32 or scale.shape != width:
         raise ValueError(f"scale: expected float32 {tuple(width)}, got {scale.dtype} {tuple(scale.shape)}")
-    for name, given in (("weight", weight), ("scale", scale)):
-        if given.device != x.device:
-            raise ValueError(f"{name}: expected on {x.device} as x, got {given.device}")
+    for name, tensor in (("weight", weight), ("scale", scale)):
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: expected on {x.device} as x, got {tensor.device}")
     if bias is not None:
         check_like("bias", bias, x, width)
     rows = x.shape[:-1].numel()

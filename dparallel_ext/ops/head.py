@@ -63,11 +63,11 @@ def chunks(
     memory = hidden.new_empty((min(chunk_rows, len(at)), len(head)))
     for begin in range(0, len(at), chunk_rows):
         rows = at[begin : begin + chunk_rows]
-        own, logits = hidden[rows], memory[: len(rows)]
-        torch.mm(own, head.T, out=logits)
+        states, logits = hidden[rows], memory[: len(rows)]
+        torch.mm(states, head.T, out=logits)
         if softcap:
             logits.div_(softcap).tanh_().mul_(softcap)
-        yield rows, own, logits
+        yield rows, states, logits
 
 
 def slope_of(softcap: float, logits: Tensor) -> Tensor | None:
@@ -86,14 +86,14 @@ class HeadGradient:
             head.shape if head_needs_grad else (0,), dtype=real_dtype(head), device=head.device
         )
 
-    def add(self, rows: Tensor, own: Tensor, gradient: Tensor, slope: Tensor | None) -> None:
-        """Add a chunk: the rows' indices (n,), their hidden states `own` (n, H), the gradient of their capped
+    def add(self, rows: Tensor, states: Tensor, gradient: Tensor, slope: Tensor | None) -> None:
+        """Add a chunk: the rows' indices (n,), their hidden states (n, H), the gradient of their capped
         logits (n, V), which may be overwritten, and `slope_of` the cap."""
         if slope is not None:
             gradient *= slope
         self.of_hidden[rows] = gradient @ self.head
         if self.head_needs_grad:
-            add_product(self.of_head, gradient.T, own)
+            add_product(self.of_head, gradient.T, states)
 
     def result(self) -> tuple[Tensor, Tensor]:
         return self.of_hidden, self.of_head.to(self.head.dtype)

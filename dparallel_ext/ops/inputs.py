@@ -106,14 +106,14 @@ def suppressed(ids: Ids, logits: Tensor) -> Tensor | None:
     if isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.device == logits.device:
         ids = ids.reshape(-1)
         return ids.sort().values if ids.device.type == "cpu" else ids  # CPU kernels bisect them
-    given = ids.reshape(-1).tolist() if isinstance(ids, Tensor) else ids
-    found = sorted({i if type(i) is int else whole("suppress", i, 0) for i in given})
+    values = ids.reshape(-1).tolist() if isinstance(ids, Tensor) else ids
+    ordered = sorted({i if type(i) is int else whole("suppress", i, 0) for i in values})
     vocab = logits.shape[-1]
-    if found and not (found[0] >= 0 and found[-1] < vocab):
+    if ordered and not (ordered[0] >= 0 and ordered[-1] < vocab):
         raise ValueError(
-            f"suppress: expected ids in [0, {vocab}), got {found[0] if found[0] < 0 else found[-1]}"
+            f"suppress: expected ids in [0, {vocab}), got {ordered[0] if ordered[0] < 0 else ordered[-1]}"
         )
-    return torch.tensor(found, dtype=torch.int64, device=logits.device) if found else None
+    return torch.tensor(ordered, dtype=torch.int64, device=logits.device) if ordered else None
 
 
 def per_sequence(name: str, value: int | Tensor, batch: int, like: Tensor) -> Tensor:
@@ -140,16 +140,16 @@ def keys_of(like: Tensor, count: int, **parts: int | Tensor) -> Tensor:
 # --- heads and caches --------------------------------------------------------------------------
 
 
-def check_heads(name: str, given: Tensor, ndim: int, like: Tensor | None = None) -> None:
-    if not isinstance(given, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(given).__name__}")
-    if given.dtype not in (*DTYPES, torch.float64) or (like is not None and given.dtype != like.dtype):
+def check_heads(name: str, tensor: Tensor, ndim: int, like: Tensor | None = None) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in (*DTYPES, torch.float64) or (like is not None and tensor.dtype != like.dtype):
         wanted = "float32, bfloat16 or float16" if like is None else f"{like.dtype} as q"
-        raise ValueError(f"{name}: expected {wanted}, got {given.dtype}")
-    if like is not None and given.device != like.device:
-        raise ValueError(f"{name}: expected on {like.device} as q, got {given.device}")
-    if given.ndim != ndim:
-        raise ValueError(f"{name}: expected {ndim} dimensions, got {tuple(given.shape)}")
+        raise ValueError(f"{name}: expected {wanted}, got {tensor.dtype}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name}: expected on {like.device} as q, got {tensor.device}")
+    if tensor.ndim != ndim:
+        raise ValueError(f"{name}: expected {ndim} dimensions, got {tuple(tensor.shape)}")
 
 
 def check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
@@ -167,12 +167,12 @@ def check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
         )
 
 
-def expect(name: str, given: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
-    if not isinstance(given, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(given).__name__}")
-    if tuple(given.shape) != shape or (dtype is not None and given.dtype != dtype):
+def expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if tuple(tensor.shape) != shape or (dtype is not None and tensor.dtype != dtype):
         raise ValueError(
-            f"{name}: expected {dtype or given.dtype} {shape}, got {given.dtype} {tuple(given.shape)}"
+            f"{name}: expected {dtype or tensor.dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
         )
 
 
@@ -190,24 +190,24 @@ def within(name: str, index: Tensor, low: int | None, high: int) -> None:
 # --- rows of layers ----------------------------------------------------------------------------
 
 
-def check_rows(name: str, given: Tensor) -> None:
-    if not isinstance(given, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(given).__name__}")
-    if given.dtype not in DTYPES:
-        raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {given.dtype}")
-    if given.ndim < 1 or given.shape[-1] < 1:
-        raise ValueError(f"{name}: expected (..., width) with width >= 1, got {tuple(given.shape)}")
-    if given.requires_grad:
+def check_rows(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
+    if tensor.ndim < 1 or tensor.shape[-1] < 1:
+        raise ValueError(f"{name}: expected (..., width) with width >= 1, got {tuple(tensor.shape)}")
+    if tensor.requires_grad:
         _refuse_gradient(name)
 
 
-def check_like(name: str, given: Tensor, like: Tensor, shape: torch.Size) -> None:
-    if given.dtype != like.dtype or given.shape != shape or given.device != like.device:
+def check_like(name: str, tensor: Tensor, like: Tensor, shape: torch.Size) -> None:
+    if tensor.dtype != like.dtype or tensor.shape != shape or tensor.device != like.device:
         raise ValueError(
             f"{name}: expected {like.dtype} {tuple(shape)} on {like.device}, "
-            f"got {given.dtype} {tuple(given.shape)} on {given.device}"
+            f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
         )
-    if given.requires_grad:
+    if tensor.requires_grad:
         _refuse_gradient(name)
 
 

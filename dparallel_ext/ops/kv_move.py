@@ -38,14 +38,14 @@ def kv_move(kv_cache: Tensor, source: Tensor, target: Tensor) -> None:
             "kv_cache: expected (layers, 2, pages, Hkv, page_size, D) with page_size >= 1, "
             f"got {tuple(kv_cache.shape)}"
         )
-    for name, given in (("source", source), ("target", target)):
-        if not isinstance(given, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(given).__name__}")
-        if given.ndim != 2:
-            raise ValueError(f"{name}: expected int64 (B, M), got {given.dtype} {tuple(given.shape)}")
-        expect(name, given, tuple(source.shape), torch.int64)
-        if given.device != kv_cache.device:
-            raise ValueError(f"{name}: expected on {kv_cache.device} as kv_cache, got {given.device}")
+    for name, tensor in (("source", source), ("target", target)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+        if tensor.ndim != 2:
+            raise ValueError(f"{name}: expected int64 (B, M), got {tensor.dtype} {tuple(tensor.shape)}")
+        expect(name, tensor, tuple(source.shape), torch.int64)
+        if tensor.device != kv_cache.device:
+            raise ValueError(f"{name}: expected on {kv_cache.device} as kv_cache, got {tensor.device}")
     torch.ops.dparallel.kv_move(kv_cache, source, target)
 
 

@@ -73,21 +73,21 @@ def kv_write(
             the CPU alone.
     """
     check_heads("q", q, 3)
-    for name, given in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
-        check_heads(name, given, 4 if name.endswith("cache") else 3, like=q)
+    for name, tensor in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
+        check_heads(name, tensor, 4 if name.endswith("cache") else 3, like=q)
     check_caches(q, k_cache, v_cache)
     count, dim = len(q), q.shape[2]
-    for name, given in (("k", k), ("v", v)):
-        expect(name, given, (count, k_cache.shape[1], dim))
-    for name, given in (("positions", positions), ("slot_mapping", slot_mapping)):
-        expect(name, given, (count,), torch.int64)
+    for name, tensor in (("k", k), ("v", v)):
+        expect(name, tensor, (count, k_cache.shape[1], dim))
+    for name, tensor in (("positions", positions), ("slot_mapping", slot_mapping)):
+        expect(name, tensor, (count,), torch.int64)
     if dim % 2:
         raise ValueError(f"q: expected an even head_dim, got {dim}")
     if not isinstance(cos, Tensor) or cos.ndim != 2 or 2 * cos.shape[1] > dim:
         got = tuple(cos.shape) if isinstance(cos, Tensor) else type(cos).__name__
         raise ValueError(f"cos: expected float32 (positions, R / 2) with R <= {dim}, got {got}")
-    for name, given in (("cos", cos), ("sin", sin)):
-        expect(name, given, tuple(cos.shape), torch.float32)
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        expect(name, tensor, tuple(cos.shape), torch.float32)
     if q.dtype == torch.float64:
         within("positions", positions, 0, len(cos))
         within("slot_mapping", slot_mapping, None, len(k_cache) * k_cache.shape[2])

@@ -110,9 +110,9 @@ def _linear(
     saved = hidden.new_zeros((n, 4), dtype=real)
     error = labels.new_full((n,), NO_ERROR)
     for rows, _, logits in chunks(hidden, head, active, softcap, chunk_rows):
-        one = active.new_ones(len(rows))
+        all_active = active.new_ones(len(rows))
         out = torch.ops.dparallel.certainty_forcing_loss(
-            logits, labels[rows], one, temperature, ce_temperature
+            logits, labels[rows], all_active, temperature, ce_temperature
         )
         for field, part in zip((nll, entropy, correct, saved), out, strict=False):
             field[rows] = part
@@ -151,20 +151,20 @@ def _linear_backward(
     head_needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     total = HeadGradient(hidden, head, head_needs_grad)
-    for rows, own, logits in chunks(hidden, head, active, softcap, chunk_rows):
-        one = active.new_ones(len(rows))
+    for rows, states, logits in chunks(hidden, head, active, softcap, chunk_rows):
+        all_active = active.new_ones(len(rows))
         slope = slope_of(softcap, logits)
         torch.ops.dparallel.certainty_forcing_loss_backward_(
             logits,
             labels[rows],
-            one,
+            all_active,
             temperature,
             ce_temperature,
             saved[rows],
             grad_nll[rows],
             grad_entropy[rows],
         )
-        total.add(rows, own, logits, slope)  # `logits` now holds their gradient
+        total.add(rows, states, logits, slope)  # `logits` now holds their gradient
     return total.result()
 
 

@@ -125,8 +125,8 @@ def _linear(
     students = chunks(hidden, head, active, softcap, chunk_rows)
     teachers = chunks(teacher_hidden, teacher_head, active, softcap, chunk_rows)
     for (rows, _, student), (_, _, teacher) in zip(students, teachers, strict=True):
-        one = active.new_ones(len(rows))
-        out = torch.ops.dparallel.distillation_loss(student, teacher, one, *settings)
+        all_active = active.new_ones(len(rows))
+        out = torch.ops.dparallel.distillation_loss(student, teacher, all_active, *settings)
         divergence[rows], saved[rows] = out[0], out[1]
         # The op numbers rows within the chunk: (2 row + (0 student, 1 teacher)) * 4 + code.
         error[rows] = torch.where(out[2] == NO_ERROR, out[2], rows * 8 + out[2] % 8)
@@ -164,12 +164,12 @@ def _linear_backward(
     total, settings = HeadGradient(hidden, head, head_needs_grad), (temperature, kl_weight, l1_weight)
     students = chunks(hidden, head, active, softcap, chunk_rows)
     teachers = chunks(teacher_hidden, teacher_head, active, softcap, chunk_rows)
-    for (rows, own, student), (_, _, teacher) in zip(students, teachers, strict=True):
-        one, slope = active.new_ones(len(rows)), slope_of(softcap, student)
+    for (rows, states, student), (_, _, teacher) in zip(students, teachers, strict=True):
+        all_active, slope = active.new_ones(len(rows)), slope_of(softcap, student)
         torch.ops.dparallel.distillation_loss_backward_(
-            student, teacher, one, *settings, saved[rows], grad_divergence[rows]
+            student, teacher, all_active, *settings, saved[rows], grad_divergence[rows]
         )
-        total.add(rows, own, student, slope)  # `student` now holds the gradient of its logits
+        total.add(rows, states, student, slope)  # `student` now holds the gradient of its logits
     return total.result()
 
 

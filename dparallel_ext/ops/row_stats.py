@@ -183,7 +183,7 @@ def merge_row_stats(shards: Sequence[RowStats], offsets: Sequence[int]) -> RowSt
         return torch.stack([getattr(s, name) for s in shards]).double().clamp(max=LARGEST)
 
     token = torch.stack(
-        [torch.where(s.token < 0, -1, s.token + own) for s, own in zip(shards, first, strict=True)]
+        [torch.where(s.token < 0, -1, s.token + first_id) for s, first_id in zip(shards, first, strict=True)]
     )
     top1, top2, largest = stacked("top1"), stacked("top2"), stacked("max_logit")
     top = largest.amax(0)  # NaN if any is

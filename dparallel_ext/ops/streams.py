@@ -45,10 +45,10 @@ def counters_for(like: Tensor, needed: int) -> Tensor | None:
     """
     if like.device.type != "cuda":
         return None
-    own = not torch.compiler.is_compiling()
-    if own and capturing(like.device):
-        own = getattr(_own_recording, "active", False)
-    if not own:
+    is_apart = not torch.compiler.is_compiling()
+    if is_apart and capturing(like.device):
+        is_apart = getattr(_own_recording, "active", False)
+    if not is_apart:
         return torch.zeros(needed, dtype=torch.int32, device=like.device)
     buffers = counter_buffers.setdefault((like.device, stream_of(like.device)), [])
     if not buffers or buffers[-1].numel() < needed:

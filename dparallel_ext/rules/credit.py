@@ -76,10 +76,10 @@ class Credit(Rule):
             e = torch.where(has, (values - top[..., None]).exp(), 0.0)
             return e.sum(2), torch.where(e > 0, e * values, 0.0).sum(2)
 
-        (plain, plain_z), (more, more_z) = terms(z), terms(up)
+        (plain, plain_z), (raised, raised_z) = terms(z), terms(up)
         mass = (lse - top).exp()
-        total = mass - plain + more
-        weighted = mass * (lse - entropy) - plain_z + more_z
+        total = mass - plain + raised
+        weighted = mass * (lse - entropy) - plain_z + raised_z
         lse = top + total.log()
         return stats._replace(
             token=token,

@@ -12,8 +12,6 @@ the pass (the prompt's tail in a block-causal model's block, columns that a shor
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import math
 import warnings
 from dataclasses import dataclass, field
@@ -22,18 +20,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..models import fingerprint
 from ..types import RowStats
+from .filter_file import read_filter
 from .protocol import Decision, Rule, Where
-
-TENSORS = ("0.weight", "0.bias", "2.weight", "2.bias")
-"""W1 (H, N), b1, W2 (N, H), b2 by their names in a file: those of Sequential(Linear, ReLU, Linear)."""
-
-NAMED: dict[str, Path] = {}
-"""Name -> file, such as "builtin:teacher"; `dparallel.registry` adds the filters that ship."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +39,7 @@ class Learned(Rule):
     """
 
     file: str | Path = field(compare=False)
-    """A safetensors file, or a name in `NAMED`."""
+    """A safetensors file, or a name in `filter_file.NAMED`."""
     tau: float | None = None
     """The probability above which a column counts as right; None: the file's own."""
     content: str = field(init=False, repr=False)
@@ -59,24 +51,16 @@ class Learned(Rule):
     row = "quota:1"
 
     def __post_init__(self) -> None:
-        try:
-            path = NAMED.get(str(self.file), Path(self.file))
-            stat = path.stat()
-            content, weights, said = _read(str(path), stat.st_mtime_ns, stat.st_size)
-        except (OSError, SafetensorError) as error:
-            why = str(getattr(error, "strerror", None) or error)
-            if str(self.file).startswith("builtin:"):
-                why += f"; filters with a name: {list(NAMED)}, once dparallel.registry is imported"
-            raise ValueError(f"file: {self.file} is not a readable safetensors file: {why}") from error
-        tau = said.get("tau", "none") if self.tau is None else self.tau
+        content, weights, metadata = read_filter(self.file)
+        tau = metadata.get("tau", "none") if self.tau is None else self.tau
         try:
             tau = float(tau)
         except (TypeError, ValueError):
             tau = math.nan
         if not 0 <= tau <= 1:
             raise ValueError(f"tau: expected a number from 0 to 1, got {tau} for {self.file}")
-        found = {"tau": tau, "content": content, "weights": weights, "model": said.get("model")}
-        for name, value in found.items():
+        values = {"tau": tau, "content": content, "weights": weights, "model": metadata.get("model")}
+        for name, value in values.items():
             object.__setattr__(self, name, value)
 
     @property
@@ -94,11 +78,11 @@ class Learned(Rule):
             raise ValueError(
                 f"rule: {self.file} is for a block_length of {self.block_length}, got {block_length}"
             )
-        found = fingerprint(model)
-        if found and self.model and found != self.model:
+        model_hash = fingerprint(model)
+        if model_hash and self.model and model_hash != self.model:
             warnings.warn(
-                f"rule: {self.file} was trained for another model ({self.model}, and this is {found}), so "
-                "that it may commit too much or too little",
+                f"rule: {self.file} was trained for another model ({self.model}, and this is {model_hash}), "
+                "so that it may commit too much or too little",
                 stacklevel=4,
             )
 
@@ -135,24 +119,3 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         rest = terms[..., half:]
         terms = terms[..., :half] + (F.pad(rest, (0, 1)) if count % 2 else rest)
     return terms[..., 0] + bias
-
-
-@functools.lru_cache(16)
-def _read(file: str, time: int, size: int) -> tuple[str, tuple[Tensor, ...], dict[str, str]]:
-    """The hash of a file's weights, the weights, and its metadata. time, size: of the file, so that a changed
-    file is read again."""
-    with safe_open(file, framework="pt") as opened:
-        said = opened.metadata() or {}
-        if not {*TENSORS} <= {*opened.keys()}:
-            raise ValueError(
-                f"file: {file} is no filter: expected {list(TENSORS)}, got {sorted(opened.keys())[:8]}"
-            )
-        weights = tuple(opened.get_tensor(name).float().clone() for name in TENSORS)  # no maps of the file
-    w1 = weights[0]
-    shapes = [tuple(weight.shape) for weight in weights]
-    if w1.ndim != 2 or not w1.numel() or shapes != [w1.shape, w1.shape[:1], w1.shape[::-1], w1.shape[1:]]:
-        raise ValueError(f"file: {file} is no filter: expected (H, N), (H,), (N, H), (N,), got {shapes}")
-    if not all(bool(weight.isfinite().all()) for weight in weights):
-        raise ValueError(f"file: {file} holds NaN or infinite weights")
-    content = hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in weights))
-    return content.hexdigest(), weights, said

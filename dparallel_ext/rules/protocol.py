@@ -103,9 +103,9 @@ class Where:
 
         As in the statistics, +inf counts as the largest float32.
         """
-        own = self.cells.gather(ids.clamp(0, self.rows.shape[1] - 1), 0)  # (N, K)
-        found = self.rows.gather(1, own).float().clamp(max=torch.finfo(torch.float32).max)
-        return self.cells.spread(found, torch.nan)
+        columns = self.cells.gather(ids.clamp(0, self.rows.shape[1] - 1), 0)  # (N, K)
+        gathered = self.rows.gather(1, columns).float().clamp(max=torch.finfo(torch.float32).max)
+        return self.cells.spread(gathered, torch.nan)
 
     def recall(self, state: Tensor) -> Tensor:
         """(W, C, ...): the values of the cells in a state (lanes, columns, ...)."""
@@ -187,11 +187,11 @@ class FunctionRule(Rule):
         return Decision(commit)
 
 
-def expect(name: str, given: Any, like: Tensor) -> None:
-    """Raise ValueError, naming it, unless `given` is a tensor of the shape and dtype of `like`."""
-    if not isinstance(given, Tensor) or given.shape != like.shape or given.dtype != like.dtype:
-        got = type(given).__name__
-        if isinstance(given, Tensor):
-            got = f"{given.dtype} {tuple(given.shape)}"
+def expect(name: str, value: Any, like: Tensor) -> None:
+    """Raise ValueError, naming it, unless `value` is a tensor of the shape and dtype of `like`."""
+    if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
+        got = type(value).__name__
+        if isinstance(value, Tensor):
+            got = f"{value.dtype} {tuple(value.shape)}"
         kind = "a bool" if like.dtype == torch.bool else "an int64"
         raise ValueError(f"{name}: expected {kind} Tensor {tuple(like.shape)}, got {got}")

@@ -12,7 +12,8 @@ from .credit import Credit
 from .early import Prophet, SchED
 from .edit import Edit
 from .end_of_text import EndOfText
-from .learned import NAMED, Learned
+from .filter_file import NAMED
+from .learned import Learned
 from .protocol import Function, Rule
 
 ONE = "one"
@@ -33,12 +34,12 @@ class Kind(NamedTuple):
     path: bool = False
     """Whether the first parameter is a path, which may hold commas, colons and plus signs."""
 
-    def values(self, given: str) -> list[str]:
+    def values(self, text: str) -> list[str]:
         """The parameters in the text after the colon; behind a path only a number counts as one."""
-        path, _, last = given.rpartition(",")
+        path, _, last = text.rpartition(",")
         if not self.path:
-            return given.split(",") if given else []
-        return [path, last] if path and _is_number(last) else [given] if given else []
+            return text.split(",") if text else []
+        return [path, last] if path and _is_number(last) else [text] if text else []
 
 
 KINDS = {
@@ -100,8 +101,8 @@ def parse(text: str, *, default: bool = True) -> tuple[Rule | None, dict[str, An
     if not kind.needed <= len(values) <= len(names):
         raise ValueError(f"rule: expected {_usage(name)}, got {text!r}")
     try:
-        made = {key: of(value) for (key, of), value in zip(kind.parameters, values, strict=False)}
-        rule = kind.make(**made)
+        arguments = {key: of(value) for (key, of), value in zip(kind.parameters, values, strict=False)}
+        rule = kind.make(**arguments)
     except ValueError as error:
         raise ValueError(f"rule: expected {_usage(name)}, got {text!r} ({error})") from error
     row = beside if beside is not None else rule.row if default else None
@@ -116,10 +117,10 @@ def file_of(text: str) -> str | None:
 
 def _parts(text: str, kind: Kind) -> tuple[list[str], str | None]:
     """The parameters after the colon, and the policy row after the plus sign, None if there is no row."""
-    own, plus, beside = text.rpartition("+") if kind.path else text.partition("+")
+    first, plus, beside = text.rpartition("+") if kind.path else text.partition("+")
     if kind.path and beside.partition(":")[0] not in ROWS:
-        own, plus = text, ""
-    return kind.values(own.partition(":")[2]), beside if plus else None
+        first, plus = text, ""
+    return kind.values(first.partition(":")[2]), beside if plus else None
 
 
 def _name(text: str) -> str:
@@ -137,8 +138,8 @@ def text_of(rule: Rule | Function, *, own_row: bool = True) -> str:
             text = f"{name}:{','.join(values)}"
             if parse(text)[0] == rule:
                 return text if own_row or rule.row is None else f"{text}+{ONE}"
-    said = "a function" if not isinstance(rule, Rule) else shown(rule)
-    raise ValueError(f"rule: expected one of {list(KINDS)} with the parameters that its text has, got {said}")
+    got = "a function" if not isinstance(rule, Rule) else shown(rule)
+    raise ValueError(f"rule: expected one of {list(KINDS)} with the parameters that its text has, got {got}")
 
 
 def _row(text: str) -> dict[str, Any]:
@@ -163,7 +164,7 @@ def _row(text: str) -> dict[str, Any]:
 def menu() -> list[dict[str, str]]:
     """All texts that `parse` takes, for a menu: each rule's "name", "parameters" after the colon ("" for
     none, optional ones in brackets), their "usual" values, and what it "does"."""
-    found = [
+    rows = [
         (ONE, "", "", "one token a pass, the most confident"),
         ("steps", "N", "16", "the fixed schedule of N passes"),
         *(
@@ -173,8 +174,8 @@ def menu() -> list[dict[str, str]]:
     ]
     for name, kind in KINDS.items():
         parameters = _usage(name).removeprefix(name).replace("[:", "[").removeprefix(":")
-        found.append((name, parameters, next(iter(NAMED), "") if kind.path else "", kind.does))
-    return [dict(zip(("name", "parameters", "usual", "does"), each, strict=True)) for each in found]
+        rows.append((name, parameters, next(iter(NAMED), "") if kind.path else "", kind.does))
+    return [dict(zip(("name", "parameters", "usual", "does"), each, strict=True)) for each in rows]
 
 
 def _is_number(text: str) -> bool:
@@ -188,9 +189,14 @@ def _is_number(text: str) -> bool:
 def _usage(name: str) -> str:
     kind = KINDS[name]
     names = [parameter.upper() for parameter, _ in kind.parameters]
-    needed, more = names[: kind.needed], names[kind.needed :]
+    needed, optional = names[: kind.needed], names[kind.needed :]
     return (
-        name + (":" if needed else "[:") + ",".join(needed) + ("[," if needed else "") + ",".join(more) + "]"
+        name
+        + (":" if needed else "[:")
+        + ",".join(needed)
+        + ("[," if needed else "")
+        + ",".join(optional)
+        + "]"
     )
 
 

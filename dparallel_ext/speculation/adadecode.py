@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from ..arguments import shown, whole
 from ..cache import AttentionMetadata, KVCache, Span
-from ..decoding.runner import recorded_rows, row_padding
+from ..decoding.padding import recorded_rows, row_padding
 from ..models import Model, Stream, own_precision
 from ..models.fields import LAYERS, VOCABULARY, WIDTH, Field, read
 from ..ops import row_stats
@@ -142,25 +142,25 @@ class AdaDecode:
         most: int | None = None,
         source: str = "drafter",
     ) -> None:
-        said = heads.layout
-        gamma = said.gamma if gamma is None else gamma
+        layout = heads.layout
+        gamma = layout.gamma if gamma is None else gamma
         if not (isinstance(gamma, (int, float)) and 0 <= gamma <= 1):
             raise ValueError(f"gamma: expected a number from 0 to 1, got {shown(gamma)}")
-        most = said.most if most is None else whole("most", most, 1)
+        most = layout.most if most is None else whole("most", most, 1)
         self.heads, self.source = heads.eval().requires_grad_(False), source
-        self.layout = said._replace(gamma=float(gamma), most=most)
+        self.layout = layout._replace(gamma=float(gamma), most=most)
         self.most = most
         self._placed: tuple[tuple[torch.device, torch.dtype], ExitHeads] | None = None
 
     def __repr__(self) -> str:
-        said = self.layout
-        return f"AdaDecode(layers={list(said.layers)}, gamma={said.gamma:g}, most={said.most})"
+        layout = self.layout
+        return f"AdaDecode(layers={list(layout.layers)}, gamma={layout.gamma:g}, most={layout.most})"
 
     def check(self, model: Model) -> None:
         """Raise ValueError for a model of another vocabulary, other sizes or other weights."""
-        said = self.layout
-        sizes = {"vocabulary": said.vocabulary, "width": said.width, "layers": said.target_layers}
-        check_target(self.source, said.origin, model, **sizes)
+        layout = self.layout
+        sizes = {"vocabulary": layout.vocabulary, "width": layout.width, "layers": layout.target_layers}
+        check_target(self.source, layout.origin, model, **sizes)
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> _Session:
         heads = self.on(model.device, model.dtype)
@@ -179,13 +179,13 @@ class AdaDecode:
         write_checkpoint(path, self.layout.config, self.heads, dtype)
 
 
-def drafter_of_heads(found: DraftCheckpoint) -> AdaDecode:
+def drafter_of_heads(checkpoint: DraftCheckpoint) -> AdaDecode:
     """The drafter in a file. Raises ValueError naming the config key, or missing, extra and misshapen
     tensors."""
     with torch.device("meta"):
-        heads = ExitHeads(Layout.of(found.config))
-    found.fill(heads)
-    return AdaDecode(heads, source=found.source)
+        heads = ExitHeads(Layout.of(checkpoint.config))
+    checkpoint.fill(heads)
+    return AdaDecode(heads, source=checkpoint.source)
 
 
 @dataclass
@@ -300,14 +300,14 @@ class _Session(RecordedSession):
             queue.layers += layers[head] - (layers[head - 1] if head else 0)
         metadata = self._kv_cache.metadata(spans, self._pad_to, causal=True)
         more_ids = len(metadata.positions) - len(ids)
-        more = 0 if self._pad_to is None else self._pad_to(len(source)) - len(source)
+        padding = 0 if self._pad_to is None else self._pad_to(len(source)) - len(source)
         inputs, shapes = pack(
             (
                 *metadata.tensors,
                 torch.tensor(ids + [0] * more_ids),
-                torch.tensor(source + [0] * more, dtype=torch.int64),
-                torch.tensor(keys + [(0, 0, 0)] * more, dtype=torch.int64).view(-1, 3),
-                torch.tensor(group + [0] * more, dtype=torch.int64),
+                torch.tensor(source + [0] * padding, dtype=torch.int64),
+                torch.tensor(keys + [(0, 0, 0)] * padding, dtype=torch.int64).view(-1, 3),
+                torch.tensor(group + [0] * padding, dtype=torch.int64),
             )
         )
         device = self.model.device
@@ -316,17 +316,17 @@ class _Session(RecordedSession):
         key = _Key(shapes, metadata.max_q_len, metadata.max_kv_len, head, tuple(groups.values()))
         compute = functools.partial(self._compute, key)
         if self.graphs is None or self.graphs.addresses is None:
-            found = compute(inputs.to(device, non_blocking=True))
+            result = compute(inputs.to(device, non_blocking=True))
         else:
             few = shapes[0][0] <= self._recorded_rows
-            found = self.graphs.run(key.key if few else None, inputs, compute, device=device, held=key)
-        guesses = iter(found.tolist())  # waits for the device
+            result = self.graphs.run(key.key if few else None, inputs, compute, device=device, held=key)
+        guesses = iter(result.tolist())  # waits for the device
         return [None if queue.full or (guess := next(guesses)) < 0 else guess for queue in queues]
 
     def _compute(self, key: _Key, inputs: Tensor) -> Tensor:
         """(M,) int64: the token drafted at each row that is read, -1 where the head is not sure."""
-        *given, ids, source, keys, group = unpack(inputs, key.shapes)
-        metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *given, causal=True)
+        *about_tokens, ids, source, keys, group = unpack(inputs, key.shapes)
+        metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *about_tokens, causal=True)
         places, layers = self._places(metadata), self._layout.layers
         with own_precision(self.model, self.model.device):
             stream = self.streams(metadata) if key.head else self.model.embedded(ids)

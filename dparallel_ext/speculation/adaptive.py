@@ -31,14 +31,14 @@ from ..cache import KVCache, Span
 from ..decoding.config import DEFAULTS, DecodeConfig, DecodeKeywords, configured, names_fields
 from ..decoding.decode import DecodeOutput, Prompts, progress_bar
 from ..decoding.fields import plain
-from ..decoding.runner import row_padding
+from ..decoding.padding import row_padding
 from ..decoding.settings import check_mask, make_settings
 from ..models import Model, check_diffusion, for_decoding, own_precision, traits, warn_beyond
 from ..ops.errors import NO_ERROR, Cell, explain
 from ..ops.row_stats import read_rows
 from ..types import RowStats
-from .batch import UNKNOWN, CausalBatch
-from .sequence import CausalSequence, Verified
+from .batch import CausalBatch
+from .sequence import UNKNOWN, CausalSequence, Verified
 from .speculate import OF_DIFFUSION, check_prompts, decoded, end_ids, run
 
 
@@ -138,13 +138,13 @@ def adaptive_decode(
             pad_id=eos_ids[0] if eos_ids else mask,
             batch_invariant=config.batch_invariant,
         )
-        for lane, (ids, count, own) in enumerate(zip(prompts, counts, settings, strict=True)):
-            batch.admit(lane, ids.cpu(), count, own, eos_ids=eos_ids)
+        for lane, (ids, count, setting) in enumerate(zip(prompts, counts, settings, strict=True)):
+            batch.admit(lane, ids.cpu(), count, setting, eos_ids=eos_ids)
         run(batch, streamer, progress_bar(progress, sum(counts), "adaptive_decode"))
-    found = decoded(batch, prompts[0].device if prompts else torch.device("cpu"), config)
+    fields = decoded(batch, prompts[0].device if prompts else torch.device("cpu"), config)
     return AdaptiveOutput(
-        **found,
-        verifier_nfe=found["nfe"].new_tensor(batch.verified),
+        **fields,
+        verifier_nfe=fields["nfe"].new_tensor(batch.verified),
         verifier_forwards=batch.verifier_forwards,
         drafted=torch.tensor(batch.counts.drafted, dtype=torch.int64),
         accepted=torch.tensor(batch.counts.accepted, dtype=torch.int64),
@@ -175,33 +175,33 @@ def check_numbers(mixture: float = 0.5, window: int | None = None, lookahead: in
 def diffusion_model(model: Any) -> Model:
     """`model` without wrappers. Raises ValueError unless it is a native masked diffusion model."""
     check_diffusion(model)
-    found = for_decoding(model)
-    if not isinstance(found, Model):
+    inner = for_decoding(model)
+    if not isinstance(inner, Model):
         raise ValueError(
             "model: expected a masked diffusion model of dparallel_ext.models (models.load, or models.wrap "
-            f"for a loaded Hugging Face model), got {type(found).__name__}"
+            f"for a loaded Hugging Face model), got {type(inner).__name__}"
         )
-    return found
+    return inner
 
 
-def verifier_of(given: Any, model: Model, prompts: Sequence[Tensor], eos_ids: Sequence[int]) -> Model:
+def verifier_of(value: Any, model: Model, prompts: Sequence[Tensor], eos_ids: Sequence[int]) -> Model:
     """The verifier. Raises ValueError unless it is an autoregressive model that has all ids it will read."""
-    found = for_decoding(given) if callable(given) else given
-    if not isinstance(found, Model) or not found.causal:
+    verifier = for_decoding(value) if callable(value) else value
+    if not isinstance(verifier, Model) or not verifier.causal:
         raise ValueError(
             "verifier: expected an autoregressive model of dparallel_ext.models, got "
-            f"{arguments.shown(given) if isinstance(given, str) else type(found).__name__}"
+            f"{arguments.shown(value) if isinstance(value, str) else type(verifier).__name__}"
         )
-    if found.device != model.device:
-        raise ValueError(f"verifier: expected on {model.device} as the model, got {found.device}")
-    known = found.shape.embedding_size
+    if verifier.device != model.device:
+        raise ValueError(f"verifier: expected on {model.device} as the model, got {verifier.device}")
+    known = verifier.shape.embedding_size
     worst = max((int(ids.max()) for ids in prompts), default=0)
     if worst >= known:
         raise ValueError(f"verifier: it has {known} token ids, and the prompt holds {worst}")
     for eos in eos_ids:
         if eos >= known:
             raise ValueError(f"verifier: it has {known} token ids, and the end token is {eos}")
-    return found
+    return verifier
 
 
 class AdaptiveBatch(CausalBatch):
@@ -247,35 +247,35 @@ class AdaptiveBatch(CausalBatch):
         starts = {
             b: max(0, row.known - row.accepted - self.window) if row.nfe else 0 for b, row in rows.items()
         }
-        places = [(b, column, *rows[b].settings.key) for b, own in drafts.items() for column in own]
+        places = [(b, column, *rows[b].settings.key) for b, columns in drafts.items() for column in columns]
         lane, column, *key = torch.tensor(places).T.to(device)  # (n,) each, of the n drafted tokens
         canvas = self.tokens.masked_fill(self.tokens == UNKNOWN, self.mask_id).to(device)
         logits = self._logits(self.model, self.kv_cache, canvas, drafts, starts)  # (n, shared)
-        own = next(iter(rows.values()))
-        stats, error = self._choose(logits, own, key, column)
+        any_row = next(iter(rows.values()))
+        stats, error = self._choose(logits, any_row, key, column)
         results = torch.full((4, len(places)), UNKNOWN, device=device)  # token, error; choice, its error
         results[0], results[1] = stats.sample, error
-        asked = {b: own for b, own in drafts.items() if len(own) > 1}
+        asked = {b: columns for b, columns in drafts.items() if len(columns) > 1}
         if asked:
             canvas[lane, column] = stats.sample.clamp(min=0)
             judged = torch.tensor([i for i, place in enumerate(places) if place[0] in asked], device=device)
             starts = {b: rows[b].num_cached for b in asked}
             other = self._logits(self.verifier, self.verifier_cache, canvas, asked, starts)
             mixed = torch.lerp(other.float(), logits[judged].float(), self.mixture)
-            choice, error = self._choose(mixed, own, [k[judged] for k in key], column[judged])
+            choice, error = self._choose(mixed, any_row, [k[judged] for k in key], column[judged])
             results[2, judged], results[3, judged] = choice.sample, error
             self.verifier_forwards += 1
         self.forwards += 1
-        found = results.T.tolist()  # waits for the device
+        by_place = results.T.tolist()  # waits for the device
         recorded = any(row.settings.record for row in rows.values())
         logprobs = stats.sample_logprob.tolist() if recorded else []
         first, taken = 0, dict[int, int]()
         for b, columns in drafts.items():
-            taken[b] = self._agreed(b, columns, found[first : first + len(columns)])
+            taken[b] = self._agreed(b, columns, by_place[first : first + len(columns)])
             first += len(columns)
         first = 0
         for b, columns in drafts.items():
-            tokens, count = [row[0] for row in found[first : first + len(columns)]], taken[b]
+            tokens, count = [row[0] for row in by_place[first : first + len(columns)]], taken[b]
             self.verified[b] += b in asked
             if len(tokens) > 1:
                 self.counts.add(len(tokens) - 1, count - 1)
@@ -329,13 +329,15 @@ class AdaptiveBatch(CausalBatch):
         )
         return stats, torch.where(error == NO_ERROR, UNKNOWN, error % 4)
 
-    def _agreed(self, b: int, columns: range, found: Sequence[Sequence[int]]) -> int:
-        """How many tokens of a draft are committed. found: for each column token, error, choice, its error.
+    def _agreed(self, b: int, columns: range, results: Sequence[Sequence[int]]) -> int:
+        """How many tokens of a draft are committed. results: for each column token, error, choice, its error.
 
         Raises ValueError for the first bad row among the committed tokens or right behind them.
         """
         width = self.tokens.shape[1]
-        for number, (column, (token, bad, choice, bad_choice)) in enumerate(zip(columns, found, strict=True)):
+        for number, (column, (token, bad, choice, bad_choice)) in enumerate(
+            zip(columns, results, strict=True)
+        ):
             errors = (bad, bad_choice) if number else (bad,)
             for error in errors:
                 if error != UNKNOWN:

@@ -12,86 +12,24 @@ function of prompt and seed, whatever the drafter. Each sequence goes on at its 
 from __future__ import annotations
 
 import collections
-import functools
 from array import array
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..cache import AttentionMetadata, KVCache, PadTo, Span
-from ..decoding import runner
+from ..cache import KVCache
+from ..decoding import padding
 from ..decoding.sequence import Settings
 from ..decoding.workspace import Workspace
-from ..models import Model, Taps, own_precision
-from ..ops import accept, kv_move
-from ..ops.errors import NO_ERROR, explain
-from ..packed import Packing, Shapes, unpack
-from . import riding
-from .draft import Draft, check_drafts
-from .drafter import Apart, Drafter, DraftSession, KeepsStreams, Lane
-from .sequence import IDLE, CausalSequence, SamplingGroup, Verified
+from ..models import Model
+from .draft import Draft, check_drafts, depths
+from .drafter import Apart, Drafter, DraftSession, Lane
+from .runner import CausalRunner, Emitted, Issued
+from .sequence import IDLE, UNKNOWN, CausalSequence, Verified
 from .sizing import Fixed, Sizer
-
-UNKNOWN = -1
-"""The number in place of a token that is not known yet."""
-
-
-class PassKey(NamedTuple):
-    """All that the launches of a pass depend on, beside the values of its inputs."""
-
-    shapes: Shapes
-    max_q_len: int
-    max_kv_len: int
-    rows: int
-    """The most rows of a lane that are verified."""
-    start: int
-    """The first layer that the pass runs."""
-    tree: bool
-    riders: int
-    """The number of input tensors about riders; 0: there are none."""
-    follows: bool
-    """Whether the pass stores its choices on the device, for a next pass issued before the host knows
-    them."""
-    logprobs: bool
-    groups: tuple[SamplingGroup, ...]
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return (*self[:-1], tuple(group.key for group in self.groups))
-
-
-class Emitted(NamedTuple):
-    """The tokens that a pass has emitted for one sequence."""
-
-    tokens: list[int]
-    logprobs: list[float]
-    """With `logprobs`, of each token; else empty."""
-    riders: int = 0
-    """Riders behind the node whose choice is the last token."""
-    guessed: Sequence[int] = ()
-    """Their guesses, see `DraftSession.guessed`."""
-
-
-class Issued(NamedTuple):
-    """A pass that was issued, and whose result has not been read."""
-
-    drafts: dict[int, Draft]
-    key: PassKey
-    result: Tensor
-    """(n,) int64 on the host, valid after the event `there`."""
-    there: torch.cuda.Event | None
-    """None: `result` is valid."""
-
-    def numbers(self) -> list[int]:
-        """The result; waits for the device."""
-        if self.there is not None:
-            self.there.synchronize()
-        found: list[int] = self.result.tolist()
-        return found
 
 
 @dataclass
@@ -180,12 +118,11 @@ class CausalBatch:
         self._riders = None if self._session is None else self._session.riders
         self._sizer: Sizer = Fixed(self._most) if sizer is None else sizer
         self._suppressed = space.suppressed
-        self._recorded_rows = runner.recorded_rows(model)
-        self._pad_to: PadTo = runner.row_padding(model)
-        may = drafter is None and not batch_invariant and runner.runs_ahead(device)
+        may = drafter is None and not batch_invariant and padding.runs_ahead(device)
         self._ahead = ahead if may else 0
-        self._last = space.tokens[:, 0] if self._ahead else None
-        """(lanes,) int64 on the device: the last pass's choices, if passes are issued ahead."""
+        self._runner = CausalRunner(
+            model, self._ids, width, space, self._session, self._owned, follows=self._ahead > 0
+        )
         self._issued: collections.deque[Issued] = collections.deque()
         """Passes whose results have not been read, the oldest first."""
 
@@ -274,9 +211,9 @@ class CausalBatch:
         try:
             sizes = self._sizes(live)
             drafts = dict.fromkeys(live, Draft()) | self._drafts(sizes)
-            found: dict[int, Emitted] = {}
+            emitted: dict[int, Emitted] = {}
             for group, tree in self._groups(live, drafts):
-                found |= self._verify({b: drafts[b] for b in group}, tree)
+                emitted |= self._verify({b: drafts[b] for b in group}, tree)
                 self.forwards += 1
         except BaseException:
             rows, self.forwards, self.draft_forwards = before
@@ -287,8 +224,8 @@ class CausalBatch:
         for b in live:
             # A draft of riders alone does not show how many guesses are accepted.
             if sizes.get(b) and (drafts[b].tokens or not drafts[b].riders):
-                self._sizer.learn(sizes[b], len(found[b].tokens) - 1)
-            self._advance(b, drafts[b], found[b])
+                self._sizer.learn(sizes[b], len(emitted[b].tokens) - 1)
+            self._advance(b, drafts[b], emitted[b])
         return live
 
     def _sizes(self, live: Sequence[int]) -> dict[int, int]:
@@ -310,26 +247,26 @@ class CausalBatch:
             Lane(b, self.tokens[b, : row.known], row.length, row.sampling, row.settings.key, row.eos_ids)
             for b, row in rows
         ]
-        found: list[Draft] = []
+        drafts: list[Draft] = []
         with self._sizer.drafting():
             for part in (
                 [slice(i, i + 1) for i in range(len(rows))] if self.batch_invariant else [slice(None)]
             ):
-                found += self._session.propose(views[part], list(sizes.values())[part])
+                drafts += self._session.propose(views[part], list(sizes.values())[part])
         prefilling = [b for b in sizes if self.rows[b].prefills]
         most_riders = 0 if self._riders is None else self._riders.most
-        check_drafts(found, list(sizes), list(sizes.values()), self.model.shape, most_riders, prefilling)
+        check_drafts(drafts, list(sizes), list(sizes.values()), self.model.shape, most_riders, prefilling)
         drafting = len(sizes) - len(prefilling)
         self.draft_forwards += drafting if self.batch_invariant else drafting > 0
         for b in sizes:
             self.rows[b].draft_nfe += b not in prefilling
-        return dict(zip(sizes, found, strict=True))
+        return dict(zip(sizes, drafts, strict=True))
 
     def _groups(self, live: Sequence[int], drafts: dict[int, Draft]) -> list[tuple[list[int], bool]]:
         """The lanes of each pass, whose drafts begin at one layer, and whether the pass is over trees."""
         if self.batch_invariant:
             return [([b], not drafts[b].is_chain) for b in live]
-        found = []
+        groups = []
         for start in sorted({drafts[b].start for b in live}):
             alike = [b for b in live if drafts[b].start == start]
             trees = [b for b in alike if not drafts[b].is_chain]
@@ -337,8 +274,8 @@ class CausalBatch:
             if trees:  # a chain is a tree, too, but a prompt has too many rows for ancestor words
                 trees += [b for b in chains if not self.rows[b].prefills]
                 chains = [b for b in chains if self.rows[b].prefills]
-            found += [(sorted(group), tree) for group, tree in ((chains, False), (trees, True)) if group]
-        return found
+            groups += [(sorted(group), tree) for group, tree in ((chains, False), (trees, True)) if group]
+        return groups
 
     def _verify(self, drafts: dict[int, Draft], tree: bool) -> dict[int, Emitted]:
         """Run one pass over some sequences, which changes nothing but keys and values after the cached
@@ -357,7 +294,7 @@ class CausalBatch:
                 self._issued.append(self._issue(dict.fromkeys(coming, Draft()), tree))
             issued = self._issued.popleft()
             numbers = issued.numbers()
-        return self._look(drafts, issued.key, numbers)
+        return self._runner.look(self.rows, drafts, issued.key, numbers)
 
     def _coming(self, b: int) -> int:
         """Issued passes over the sequence whose results have not been read; each emits one token."""
@@ -365,264 +302,7 @@ class CausalBatch:
 
     def _issue(self, drafts: dict[int, Draft], tree: bool) -> Issued:
         """Issue a pass after those already issued."""
-        coming = {b: self._coming(b) for b in drafts}
-        if self.graphs is not None and any(self.rows[b].nfe + coming[b] == 0 for b in drafts):
-            # The weights of the model or the drafter may have moved.
-            of_model, of_drafter = self.model.addresses(), self._owned and self._owned.addresses()
-            self.graphs.drop_stale(of_model if of_model is None else [*of_model, *(of_drafter or ())])
-        inputs, key = self._inputs(drafts, tree, coming)
-        compute = functools.partial(self._compute, key)
-        if self.graphs is None or self.graphs.addresses is None:
-            result = compute(inputs.to(self.device, non_blocking=True))
-        else:
-            few = key.shapes[0][0] <= self._recorded_rows
-            result = self.graphs.run(key.key if few else None, inputs, compute, device=self.device, held=key)
-        there = None
-        if self.device.type == "cuda":
-            # Copied now, into pinned memory: a copy issued later would wait for later passes.
-            result = result.to("cpu", non_blocking=True)
-            there = torch.cuda.current_stream(self.device).record_event()
-        return Issued(drafts, key, result, there)
-
-    def _inputs(self, drafts: dict[int, Draft], tree: bool, coming: dict[int, int]) -> tuple[Tensor, PassKey]:
-        """All that the device needs from the host, (n,) int64 on the CPU, and the key that says how to read
-        it.
-
-        There are N packed tokens of the pass, B lanes, and M rows whose logits are needed: of each lane the
-        root and the nodes, which are verified, and then its riders, which are not.
-
-        coming: for each lane, the tokens of issued passes whose results have not been read.
-        """
-        lanes, width, pad_to = len(self.rows), self.tokens.shape[1], self._pad_to
-        spans: list[Span] = []
-        ids: list[int] = []
-        unknown: list[tuple[int, int]] = []  # (index in ids, the lane whose last token belongs there)
-        source: list[int] = []
-        token: list[int] = []
-        parent: list[int] = []
-        keys: list[int] = []
-        parents: list[tuple[int, ...]] = []
-        groups: dict[tuple[Any, ...], tuple[SamplingGroup, list[int]]] = {}  # each with the edges of B lanes
-        room, bases = [row.room for row in self.rows], [row.known - 1 for row in self.rows]
-        offset, rows, riding_along, logprobs = 0, 1, False, False
-        for b, draft in drafts.items():
-            row, first, nodes, size = self.rows[b], len(source), draft.tokens, draft.size
-            known, start = row.known, row.num_cached
-            if coming[b]:
-                known += coming[b]
-                start = known - 1
-                room[b] -= coming[b]
-                bases[b] = known - 1
-                unknown.append((len(ids), b))
-                ids.append(0)
-                root = 0
-            else:
-                ids += self._ids[b * width + start : b * width + known]
-                root = ids[-1]
-            spans.append(Span(b, start, known + size, known + size))
-            offset += known - start
-            source.append(offset - 1)
-            offset += size
-            token.append(root)
-            seed, number = row.settings.key
-            if size:
-                riders = size - len(nodes)
-                riding_along |= riders > 0
-                rows = max(rows, 1 + len(nodes))
-                ids += nodes
-                source += range(source[-1] + 1, source[-1] + 1 + size)
-                token += nodes
-                parent += draft.verified_rows
-                for depth in _depths(draft):  # row r chooses the token at position known + depth
-                    keys += (seed, number, known + depth, 0)
-                # `accept` does not read the rows of riders.
-                token += [0] * riders
-                parent += [-1] * riders
-                keys += [0] * (4 * riders)
-                end = len(source) - riders
-            else:
-                parent.append(-1)
-                keys += (seed, number, known, 0)
-                end = len(source)
-            if tree:
-                parents.append(draft.rows)
-            group = row.sampling
-            _, edges = groups.setdefault(group.key, (group, [0] * (2 * lanes)))
-            edges[b], edges[lanes + b] = first, end
-            logprobs |= row.settings.record
-        packing, wanted = Packing(), len(source)
-        trees = parents if tree else None
-        tokens, max_q_len, max_kv_len = self.kv_cache.put(packing, spans, pad_to, parents=trees)
-        joined: tuple[Tensor, ...] = ()
-        if riding_along:
-            assert self._riders is not None
-            own = {b: self.rows[b] for b in drafts}
-            joined, tokens = riding.inputs(self._riders, self.kv_cache, own, drafts, tree, wanted, pad_to)
-        more = 0 if pad_to is None else pad_to(wanted) - wanted
-        packing.add(ids)
-        packing.repeat(0, tokens - len(ids))
-        packing.close(tokens)
-        if unknown:
-            places = list(range(tokens))
-            for place, b in unknown:
-                places[place] = tokens + b
-            packing.add(places)
-        packing.close(tokens if unknown else 0)
-        for numbers, none in ((source, 0), (token, 0), (parent, -1)):
-            packing.add(numbers)
-            packing.repeat(none, more)
-            packing.close(wanted + more)
-        packing.add(keys)
-        packing.repeat(0, 4 * more)
-        packing.close(wanted + more, 4)
-        for _, edges in groups.values():
-            packing.add(edges)
-        packing.close(len(groups), 2, lanes)
-        packing.add(room)
-        packing.close(lanes)
-        eos = [row.eos_ids for row in self.rows]
-        most = max(1, *map(len, eos))
-        for each in eos:
-            packing.add(each)
-            packing.repeat(UNKNOWN, most - len(each))
-        packing.close(lanes, most)
-        packing.add(bases)
-        packing.close(lanes)
-        if tree:
-            packing.tensors((self.kv_cache.block_table,))
-        else:
-            packing.close(0, 0)
-        packing.tensors(joined)
-        inputs, shapes = packing.pack()
-        if self.device.type == "cuda":
-            inputs = inputs.pin_memory()  # else the copy to the device may wait for earlier passes
-        if pad_to is not None:
-            rows = 1 << (rows - 1).bit_length()
-        return inputs, PassKey(
-            shapes,
-            max_q_len,
-            max_kv_len,
-            rows,
-            next(iter(drafts.values())).start,
-            tree,
-            len(joined),
-            self._last is not None,
-            logprobs,
-            tuple(group for group, _ in groups.values()),
-        )
-
-    def _compute(self, key: PassKey, inputs: Tensor) -> Tensor:
-        tensors = unpack(inputs, key.shapes)
-        tensors, joined = tensors[: len(tensors) - key.riders], tensors[len(tensors) - key.riders :]
-        *given, ids, places, source, token, parent, keys, edges, room, eos_ids, bases, table = tensors
-        metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *given, causal=not key.tree)
-        taps = Taps(() if self._session is None else self._session.taps)
-        if len(places):
-            assert self._last is not None
-            ids = torch.cat((ids, self._last))[places]
-        with own_precision(self.model, self.device):
-            if key.riders:
-                assert self._riders is not None
-                x = riding.step(self.model, self._riders, self.kv_cache, ids, metadata, joined)
-            elif key.start:
-                assert isinstance(self._session, KeepsStreams)
-                stream = self._session.streams(metadata)
-                stream = self.model.run_layers(stream, self.kv_cache, metadata, key.start, taps=taps)
-                x = self.model.final_norm(stream)
-            else:
-                x = self.model.step(ids, self.kv_cache, metadata, taps=taps)
-            logits = self.model.head(x[source])
-            if self._session is not None:
-                self._session.observe(metadata, [taps[layer] for layer in self._session.taps])
-        found = [
-            accept(
-                logits,
-                token,
-                parent,
-                edge[0],
-                edge[1],
-                room=room,
-                eos_ids=eos_ids,
-                keys=keys if group.temperature > 0 else None,
-                temperature=group.temperature,
-                top_p=group.top_p,
-                top_k=group.top_k,
-                suppress=group.suppress,
-                max_q_len=key.rows,
-                check=False,
-            )
-            for group, edge in zip(key.groups, edges, strict=True)
-        ]
-        # Lanes of other groups have emitted nothing: 0 tokens, -1 in their places, no error.
-        count, path, tokens = (
-            functools.reduce(torch.maximum, each)
-            for each in zip(*((one.count, one.path, one.tokens) for one in found), strict=True)
-        )
-        error = functools.reduce(torch.minimum, [one.error for one in found])
-        if key.follows:
-            assert self._last is not None
-            # A bad row has no choice: later passes over its lane are not read, so any token will do.
-            torch.clamp(tokens[:, 0], min=0, out=self._last)
-        results = [error, count, tokens.flatten()]
-        if key.tree:
-            source_slots, target_slots = self._moves(path, bases, table)
-            kv_move(self.kv_cache.slots, source_slots, target_slots)
-            if self._session is not None:
-                self._session.moved(source_slots, target_slots)
-        if key.tree or key.riders:
-            results.append(path.flatten())
-        if key.riders:
-            assert self._riders is not None
-            guessed = riding.guesses(self._riders, key.groups, logits, edges, path, count, joined[-1])
-            results.append(guessed.flatten())
-        if key.logprobs:
-            each = [
-                one.stats.sample_logprob[(edge[0][:, None] + one.path).clamp(min=0)].masked_fill(
-                    one.path < 0, -torch.inf
-                )
-                for one, edge in zip(found, edges, strict=True)
-            ]
-            logprob = functools.reduce(torch.maximum, each)
-            results.append(logprob.view(torch.int32).to(torch.int64).flatten())
-        return torch.cat(results)
-
-    def _moves(self, path: Tensor, bases: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, D) int64 each: the slots of a path's keys and values, and the slots to move them to; -1:
-        none."""
-        places = torch.arange(path.shape[1], device=path.device)
-        size = self.kv_cache.page_size
-
-        def slots(place: Tensor) -> Tensor:
-            page = table.gather(1, (place // size).clamp(0, table.shape[1] - 1))
-            return (page * size + place % size).masked_fill((path < 0) | (path == places), -1)
-
-        return slots(bases[:, None] + path), slots(bases[:, None] + places)
-
-    def _look(self, drafts: dict[int, Draft], key: PassKey, numbers: list[int]) -> dict[int, Emitted]:
-        """The emitted tokens in a pass's result. Raises ValueError for a bad row on a path."""
-        lanes, width = len(self.rows), key.rows
-        error, count, rest = numbers[:lanes], numbers[lanes : 2 * lanes], numbers[2 * lanes :]
-        if (first := min(error[b] for b in drafts)) != NO_ERROR:
-
-            def where(at: int) -> str:
-                lane, row = at >> 31, at & 0x7FFFFFFF
-                return f"sequence {lane} at position {self.rows[lane].known + _depths(drafts[lane])[row]}"
-
-            explain(first, where)
-        logprobs: list[float] = []
-        if key.logprobs:
-            bits = torch.tensor(rest[-lanes * width :]).to(torch.int32)
-            logprobs, rest = bits.view(torch.float32).tolist(), rest[: -lanes * width]
-        found = {b: Emitted(rest[b * width :][: count[b]], logprobs[b * width :][: count[b]]) for b in drafts}
-        if key.riders:
-            path, guesses = rest[lanes * width : 2 * lanes * width], rest[2 * lanes * width :]
-            each = len(guesses) // lanes
-            for b, draft in drafts.items():
-                if draft.riders:
-                    riders = draft.riders[path[b * width + count[b] - 1]]
-                    guessed = guesses[b * each : (b + 1) * each] if riders else ()
-                    found[b] = found[b]._replace(riders=riders, guessed=guessed)
-        return found
+        return self._runner.issue(self.rows, drafts, tree, {b: self._coming(b) for b in drafts})
 
     # --- commit ---------------------------------------------------------------------------------------
 
@@ -632,7 +312,7 @@ class CausalBatch:
         if self._session is not None:
             self._session.guessed(b, emitted.riders, emitted.guessed)
         if draft.tokens:
-            self.counts.add(max(_depths(draft)), count - 1)
+            self.counts.add(max(depths(draft)), count - 1)
         row.layers += draft.layers + self.model.shape.layers - draft.start
         row.judged(Verified(len(draft.tokens), count - 1, draft.refused(emitted.tokens)))
         self.commit(b, emitted.tokens, emitted.logprobs)
@@ -666,13 +346,3 @@ class CausalBatch:
         if row.stopped or not row.room:
             row.done = True
             self.tokens[b, row.known :] = self.pad_id
-
-
-def _depths(draft: Draft) -> Sequence[int]:
-    """The depths of the root, which is 0, and of the nodes."""
-    if draft.parents is None:
-        return range(len(draft.tokens) + 1)
-    depths = [0]
-    for node in range(1, len(draft.tokens) + 1):
-        depths.append(1 + depths[draft.parents[node - 1]])
-    return depths

@@ -67,17 +67,17 @@ class DraftCheckpoint(NamedTuple):
         wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         faults = []
         for name, shape in wanted.items():
-            found = self.tensors.get(name)
-            if found is None:
+            tensor = self.tensors.get(name)
+            if tensor is None:
                 faults.append(f"{name} is missing")
-            elif tuple(found.shape) != shape:
-                faults.append(f"{name} is {tuple(found.shape)}, expected {shape}")
-            elif found.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-                faults.append(f"{name} is {found.dtype}, expected a floating-point type of 16 or 32 bits")
+            elif tuple(tensor.shape) != shape:
+                faults.append(f"{name} is {tuple(tensor.shape)}, expected {shape}")
+            elif tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+                faults.append(f"{name} is {tensor.dtype}, expected a floating-point type of 16 or 32 bits")
         faults += [f"{name:.200} is unexpected" for name in sorted(self.tensors.keys() - wanted.keys())]
         if faults:
-            more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-            raise ValueError(f"{self.source} does not fit its config: {'; '.join(faults[:5])}{more}")
+            others = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+            raise ValueError(f"{self.source} does not fit its config: {'; '.join(faults[:5])}{others}")
         with torch.inference_mode(False):
             model.load_state_dict(self.tensors, assign=True)
 
@@ -90,16 +90,16 @@ def read_checkpoint(path: str | Path) -> DraftCheckpoint:
         ValueError: naming the file that cannot be read.
     """
     path = Path(path)
-    one = path.suffix == ".safetensors" and not path.is_dir()
-    directory = path.parent if one else files.locate(path)
-    file = path if one else directory / "model.safetensors"
+    is_file = path.suffix == ".safetensors" and not path.is_dir()
+    directory = path.parent if is_file else files.locate(path)
+    file = path if is_file else directory / "model.safetensors"
     if not file.is_file():
         raise FileNotFoundError(f"path: no file {file}")
     files.refuse_pointer(file)
     try:
         # Tensors made outside inference mode can be trained or copied anywhere.
         with torch.inference_mode(False), safe_open(file, framework="pt") as opened:
-            config = _of_metadata(file, opened.metadata()) if one else None
+            config = _of_metadata(file, opened.metadata()) if is_file else None
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"path: {file} is not a readable safetensors file: {error}") from error
@@ -127,12 +127,12 @@ def write_checkpoint(
     path = Path(path)
     config = {**config, "torch_dtype": str(dtype).removeprefix("torch.")}
     tensors = {name: t.to("cpu", dtype, copy=True).contiguous() for name, t in model.state_dict().items()}
-    one = path.suffix == ".safetensors"
-    metadata = {METADATA: json.dumps(config)} if one else {"format": "pt"}
-    weights = path if one else path / "model.safetensors"
+    is_file = path.suffix == ".safetensors"
+    metadata = {METADATA: json.dumps(config)} if is_file else {"format": "pt"}
+    weights = path if is_file else path / "model.safetensors"
     weights.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as replaced:
-        if not one:
+        if not is_file:
             file = replaced.enter_context(files.replacing(path / "config.json"))
             file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         replaced.enter_context(files.replacing(weights)).write_bytes(save(tensors, metadata))

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from .._C import DraftTree, draft_trees
 from ..cache import AttentionMetadata, KVCache, Span
-from ..decoding.runner import recorded_rows, row_padding
+from ..decoding.padding import recorded_rows, row_padding
 from ..models import Model, Qwen3, fused_weights, own_precision, rope
 from ..models.attention import PagedAttention
 from ..models.config import ModelConfig, token_ids
@@ -212,10 +212,15 @@ class BlockDrafter:
 
     def check(self, model: Model) -> None:
         """Raise ValueError for a model of another vocabulary, other sizes or other weights."""
-        said, s = self.layout, self.layout.shape
-        origin = Origin(said.kind, said.target, said.template)
+        layout, s = self.layout, self.layout.shape
+        origin = Origin(layout.kind, layout.target, layout.template)
         check_target(
-            self.source, origin, model, vocabulary=s.embedding_size, width=s.width, layers=said.target_layers
+            self.source,
+            origin,
+            model,
+            vocabulary=s.embedding_size,
+            width=s.width,
+            layers=layout.target_layers,
         )
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> _Session:
@@ -243,12 +248,12 @@ class BlockDrafter:
         write_checkpoint(path, self.model.config, self.model, dtype)
 
 
-def drafter_of_blocks(found: DraftCheckpoint) -> BlockDrafter:
+def drafter_of_blocks(checkpoint: DraftCheckpoint) -> BlockDrafter:
     """The drafter in a file of weights. Raises ValueError for a config key or tensors that do not fit."""
     with torch.device("meta"):
-        model = DraftModel(found.config)
-    found.fill(model)
-    return BlockDrafter(model, found.source)
+        model = DraftModel(checkpoint.config)
+    checkpoint.fill(model)
+    return BlockDrafter(model, checkpoint.source)
 
 
 class _Key(NamedTuple):
@@ -320,17 +325,17 @@ class _Session(RecordedSession):
             spans.append(Span(lane.lane, start, start + rows, start + rows))
             if lane.suppress is not None:
                 suppressed.setdefault(id(lane.suppress), lane.suppress)
-            own = list(suppressed).index(id(lane.suppress)) if lane.suppress is not None else -1
-            group += [own] * counts[-1]
+            index = list(suppressed).index(id(lane.suppress)) if lane.suppress is not None else -1
+            group += [index] * counts[-1]
         metadata = self._pages.metadata(spans, self._pad_to, causal=causal)
         more_ids = len(metadata.positions) - len(ids)
-        more = 0 if self._pad_to is None else self._pad_to(len(source)) - len(source)
+        padding = 0 if self._pad_to is None else self._pad_to(len(source)) - len(source)
         inputs, shapes = pack(
             (
                 *metadata.tensors,
                 torch.tensor(ids + [mask_id] * more_ids),
-                torch.tensor(source + [0] * more, dtype=torch.int64),
-                torch.tensor(group + [-1] * more, dtype=torch.int64),
+                torch.tensor(source + [0] * padding, dtype=torch.int64),
+                torch.tensor(group + [-1] * padding, dtype=torch.int64),
             )
         )
         device = self.model.device
@@ -342,11 +347,11 @@ class _Session(RecordedSession):
             return self._compute(key, inputs)
 
         if self.graphs is None or self.graphs.addresses is None:
-            found = compute(inputs.to(device, non_blocking=True))
+            best = compute(inputs.to(device, non_blocking=True))
         else:
             few = shapes[0][0] <= self._recorded_rows
-            found = self.graphs.run(key.key if few else None, inputs, compute, device=device, held=key)
-        tokens, bits = found[:, : len(source)].flatten(1).cpu()
+            best = self.graphs.run(key.key if few else None, inputs, compute, device=device, held=key)
+        tokens, bits = best[:, : len(source)].flatten(1).cpu()
         guesses, scores = tokens.tolist(), bits.to(torch.int32).view(torch.float32).tolist()
         trees = draft_trees(scores, self._drafter.width, counts, list(sizes))
         return [self._drafter.draft(tree, guesses) for tree in trees]
@@ -354,14 +359,14 @@ class _Session(RecordedSession):
     def _compute(self, key: _Key, inputs: Tensor) -> Tensor:
         """(2, M, width) int64: the guesses of each row that is read, the likeliest first, and the bits of
         their log-probabilities in float32, which are -inf or NaN where a row has no more guesses."""
-        *given, ids, source, group = unpack(inputs, key.shapes)
+        *about_tokens, ids, source, group = unpack(inputs, key.shapes)
         causal = CAUSAL[self.layout.kind]
-        metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *given, causal=causal)
+        metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *about_tokens, causal=causal)
         with own_precision(self.model, self.model.device):
             x = self._layers.rows(self.model.embed(ids), PagedAttention(self.kv_cache, metadata))
             logits = self.model.head(x[source])
         for number, tokens in enumerate(key.suppressed):
             out = torch.zeros_like(logits[0], dtype=torch.bool).index_fill_(0, tokens, True)
             logits.masked_fill_((group == number)[:, None] & out, -torch.inf)
-        found = row_topk(logits, self._drafter.width, mask_id=self.layout.mask_id, check=False)
-        return torch.stack((found.token, found.logprob.view(torch.int32).to(torch.int64)))
+        best = row_topk(logits, self._drafter.width, mask_id=self.layout.mask_id, check=False)
+        return torch.stack((best.token, best.logprob.view(torch.int32).to(torch.int64)))

@@ -66,11 +66,11 @@ class Draft(NamedTuple):
         at: int | None = 0
         taken = set[int]()
         for token in emitted:  # of siblings with one token, the first is on the path, see `ops.accept`
-            at = next((node for node, (own, parent) in nodes if own == token and parent == at), None)
+            at = next((node for node, (guess, parent) in nodes if guess == token and parent == at), None)
             if at is None:
                 break
             taken.add(at)
-        return tuple(own for node, (own, _) in nodes if node not in taken)
+        return tuple(guess for node, (guess, _) in nodes if node not in taken)
 
 
 def check_drafts(
@@ -132,3 +132,13 @@ def _check_riders(draft: Draft, lane: int, most: int) -> None:
             raise ValueError(
                 f"drafter: expected from 0 to {most} riders behind a node of lane {lane}, got {shown(count)}"
             )
+
+
+def depths(draft: Draft) -> Sequence[int]:
+    """The depths of the root, which is 0, and of the nodes."""
+    if draft.parents is None:
+        return range(len(draft.tokens) + 1)
+    depths = [0]
+    for node in range(1, len(draft.tokens) + 1):
+        depths.append(1 + depths[draft.parents[node - 1]])
+    return depths

@@ -48,17 +48,17 @@ def load(path: str | Path) -> Drafter:
         FileNotFoundError: naming what is not there.
         ValueError: naming the config key, or the missing, extra, misshapen or unreadable tensors.
     """
-    found = read_checkpoint(path)
+    checkpoint = read_checkpoint(path)
     try:
-        kind = Origin.of(found.config).kind or PUBLISHED
+        kind = Origin.of(checkpoint.config).kind or PUBLISHED
         if kind not in KINDS:
             raise ValueError(f"config: {OURS}: kind={kind!r:.80}, expected one of {list(KINDS)}")
-        return KINDS[kind](found)
+        return KINDS[kind](checkpoint)
     except ValueError as error:
-        said = str(error)
-        if said.startswith("config: "):
-            said = f"{path}: {said.removeprefix('config: ')}"
-        raise ValueError(f"path: {said}") from error
+        message = str(error)
+        if message.startswith("config: "):
+            message = f"{path}: {message.removeprefix('config: ')}"
+        raise ValueError(f"path: {message}") from error
 
 
 def drafter_of(given: Any, device: torch.device | str | None = None) -> Drafter | None:

@@ -66,9 +66,9 @@ class _Session(DraftSession):
         for size in self._sizes:
             at = ends.get(tuple(ids[-size:])) if size <= len(ids) else None
             if at is not None:
-                found = ids[at : at + most]
+                continuation = ids[at : at + most]
                 repeats = -(
-                    -most // len(found)
+                    -most // len(continuation)
                 )  # the occurrence overlaps the end: a text that repeats itself
-                return Draft(tuple((found * repeats)[:most]))
+                return Draft(tuple((continuation * repeats)[:most]))
         return Draft()

@@ -48,11 +48,11 @@ class Birth(nn.Module):
         """Raises ValueError naming the key of config.json that does not fit."""
         super().__init__()
         sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_target_layers": LAYERS}
-        found = read(config, {**sizes, "num_riders": Field(int, most=16)})
+        values = read(config, {**sizes, "num_riders": Field(int, most=16)})
         self.config = dict(config)
         self.origin = Origin.of(config)
-        self.vocabulary, self.width = found["vocab_size"], found["hidden_size"]
-        self.target_layers, self.most = found["num_target_layers"], found["num_riders"]
+        self.vocabulary, self.width = values["vocab_size"], values["hidden_size"]
+        self.target_layers, self.most = values["num_target_layers"], values["num_riders"]
         self.layer = 0
 
     def born(self, nodes: Tensor, numbers: Tensor) -> Tensor:
@@ -60,15 +60,15 @@ class Birth(nn.Module):
         raise NotImplementedError
 
 
-def config_of(model: Model, riders: int, origin: Origin, **more: Any) -> dict[str, Any]:
-    """The content of config.json of a drafter for `model`; more: keys of its kind."""
+def config_of(model: Model, riders: int, origin: Origin, **fields: Any) -> dict[str, Any]:
+    """The content of config.json of a drafter for `model`; fields: keys of its kind."""
     s = model.shape
     return {
         "hidden_size": s.width,
         "num_riders": riders,
         "num_target_layers": s.layers,
         "vocab_size": s.embedding_size,
-        **more,
+        **fields,
         **origin.ours,
     }
 
@@ -96,10 +96,10 @@ class RiderDrafter:
 
     def check(self, model: Model) -> None:
         """Raise ValueError for a model of another vocabulary, other sizes or other weights."""
-        own = self.birth
+        birth = self.birth
         check_target(
-            self.source, own.origin, model,
-            vocabulary=own.vocabulary, width=own.width, layers=own.target_layers,
+            self.source, birth.origin, model,
+            vocabulary=birth.vocabulary, width=birth.width, layers=birth.target_layers,
         )  # fmt: skip
 
     def expected(self, size: int) -> float:
@@ -141,15 +141,15 @@ def _checked(ranks: Any, riders: int) -> Ranks:
     return tuple(tuple(float(share) for share in row) for row in rows)
 
 
-def drafter_of_riders(of: type[Birth], found: DraftCheckpoint) -> RiderDrafter:
+def drafter_of_riders(of: type[Birth], checkpoint: DraftCheckpoint) -> RiderDrafter:
     """The drafter in a file. Raises ValueError naming the config key, or the tensors, that do not fit."""
     with torch.device("meta"):
-        birth = of(found.config)
-    if "ranks" not in found.config:
+        birth = of(checkpoint.config)
+    if "ranks" not in checkpoint.config:
         raise ValueError("config: 'ranks' is missing")
-    ranks = _checked(found.config["ranks"], birth.most)
-    found.fill(birth)
-    return RiderDrafter(birth, ranks, found.source)
+    ranks = _checked(checkpoint.config["ranks"], birth.most)
+    checkpoint.fill(birth)
+    return RiderDrafter(birth, ranks, checkpoint.source)
 
 
 class _Rows:
@@ -163,8 +163,8 @@ class _Rows:
 
     def guess(self, logits: Tensor, rows: Tensor, suppress: Tensor | None) -> Tensor:
         count = min(GUESSES, logits.shape[-1])
-        found = row_topk(logits, count, rows=rows.flatten(), suppress=suppress, check=False)
-        return found.token.view(len(rows), -1)
+        best = row_topk(logits, count, rows=rows.flatten(), suppress=suppress, check=False)
+        return best.token.view(len(rows), -1)
 
 
 class _Session(DraftSession):

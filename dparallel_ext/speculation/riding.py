@@ -109,8 +109,8 @@ def guesses(
     leaf = path.gather(1, (count - 1).clamp(min=0)[:, None])[:, 0].clamp(min=0)
     begin = first[edges[:, 0].sum(0) + leaf]  # a lane is in one group, and its edges are 0 in the others
     rows = (begin[:, None] + torch.arange(riders.most, device=begin.device)).clamp(max=len(logits) - 1)
-    found = [
+    tokens = [
         riders.guess(logits, rows, group.suppress).where((edge[1] > edge[0])[:, None], -1)
         for group, edge in zip(groups, edges, strict=True)
     ]
-    return functools.reduce(torch.maximum, found)
+    return functools.reduce(torch.maximum, tokens)

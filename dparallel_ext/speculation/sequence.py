@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ..decoding.sequence import Settings
 
+UNKNOWN = -1
+"""The number in place of a token that is not known yet."""
+
 
 class SamplingGroup(NamedTuple):
     """How the model's choices are made, for some sequences."""
@@ -82,8 +85,8 @@ class CausalSequence:
 
     @property
     def sampling(self) -> SamplingGroup:
-        own = self.settings
-        return SamplingGroup(own.temperature, own.top_p, own.top_k, self.suppress)
+        settings = self.settings
+        return SamplingGroup(settings.temperature, settings.top_p, settings.top_k, self.suppress)
 
     @property
     def columns(self) -> range:
@@ -133,16 +136,16 @@ class CausalSequence:
 
         ids: the tokens from column `first` on; those from column `new` on are new.
         """
-        found = []
+        ends = []
         for stop in (*((eos,) for eos in self.eos_ids), *self.settings.stop):
             size = len(stop)
             for end in range(max(size, new - first + 1), len(ids) + 1):
                 if tuple(ids[end - size : end]) == stop:
-                    found.append((first + end, first + end - size))
+                    ends.append((first + end, first + end - size))
                     break
-        if not found:
+        if not ends:
             return None
-        end, begin = min(found)  # the longer one, if two end together
+        end, begin = min(ends)  # the longer one, if two end together
         return begin, end
 
 

@@ -91,13 +91,13 @@ class Measured:
     def tokens(self, nodes: int) -> float:
         """The tokens that a pass with a draft of `nodes` nodes is expected to emit."""
         if self._expected is not None:
-            accepted, said = self._worth
-            return 1.0 + accepted / said * (self._expected(nodes) - 1.0)
-        reached, found = 1.0, 1.0
+            accepted, expected = self._worth
+            return 1.0 + accepted / expected * (self._expected(nodes) - 1.0)
+        reached, total = 1.0, 1.0
         for share in self._accepted[:nodes]:
             reached *= share
-            found += reached
-        return found
+            total += reached
+        return total
 
     @contextmanager
     def drafting(self) -> Iterator[None]:
@@ -133,14 +133,14 @@ def sizer_for(drafter: Drafter) -> Measured:
     return Measured(drafter.most, expected=drafter.expected if isinstance(drafter, Expecting) else None)
 
 
-def measured(model: Any, given: Any, drafter: Drafter) -> Measured:
+def measured(model: Any, drafter_given: Any, drafter: Drafter) -> Measured:
     """The sizer of earlier calls with this model and drafter, with their measurements.
 
-    given: the call's argument `drafter`, hashable.
+    drafter_given: the call's argument `drafter`, hashable.
     """
     known = _measured.setdefault(model, {})
-    found = known.pop(given, None) or sizer_for(drafter)
-    known[given] = found
+    sizer = known.pop(drafter_given, None) or sizer_for(drafter)
+    known[drafter_given] = sizer
     while len(known) > REMEMBERED:
         del known[next(iter(known))]
-    return found
+    return sizer

@@ -121,7 +121,7 @@ def speculate(
         size = len(prompts)
         model = causal_model(model)
         eos_ids = end_ids(model, config)
-        given, drafter = drafter, drafter_of(drafter, model.device)
+        drafter_given, drafter = drafter, drafter_of(drafter, model.device)
         if drafter is not None:
             drafter.check(model)
         counts = arguments.numbers("gen_length", config.gen_length, size, 0)
@@ -136,16 +136,16 @@ def speculate(
             size,
             max(lengths, default=0),
             drafter=drafter,
-            sizer=sizer_of(drafter, draft_size, lambda drafter: measured(model, given, drafter)),
+            sizer=sizer_of(drafter, draft_size, lambda drafter: measured(model, drafter_given, drafter)),
             pad_id=eos_ids[0] if eos_ids else 0,
             batch_invariant=config.batch_invariant,
             graphs=config.graphs,
             ahead=1,
         )
-        for lane, (ids, count, own) in enumerate(zip(prompts, counts, settings, strict=True)):
-            batch.admit(lane, ids, count, own, eos_ids=eos_ids)
+        for lane, (ids, count, setting) in enumerate(zip(prompts, counts, settings, strict=True)):
+            batch.admit(lane, ids, count, setting, eos_ids=eos_ids)
         run(batch, streamer, progress_bar(progress, sum(counts), "speculate"))
-        if drafter is given or isinstance(drafter, Apart):  # else the next call has another
+        if drafter is drafter_given or isinstance(drafter, Apart):  # else the next call has another
             batch.keep()
     return SpeculateOutput(
         **decoded(batch, device, config, "draft_nfe", "layers"),
@@ -158,18 +158,18 @@ def speculate(
 
 def causal_model(model: Any) -> Model:
     """`model` without wrappers. Raises ValueError unless it is a native autoregressive model."""
-    found = for_decoding(model)
-    if not isinstance(found, Model):
+    inner = for_decoding(model)
+    if not isinstance(inner, Model):
         raise ValueError(
             "model: expected an autoregressive one of dparallel_ext.models (models.load, or models.wrap for "
-            f"a loaded Hugging Face model), got {type(found).__name__}"
+            f"a loaded Hugging Face model), got {type(inner).__name__}"
         )
-    if not found.causal:
+    if not inner.causal:
         raise ValueError(
-            f"model: {type(found).__name__} is a diffusion model, whose masks `dparallel_ext.decode` fills; "
+            f"model: {type(inner).__name__} is a diffusion model, whose masks `dparallel_ext.decode` fills; "
             "expected an autoregressive one"
         )
-    return found
+    return inner
 
 
 def check_causal(fields: Mapping[str, Any]) -> None:
@@ -231,8 +231,8 @@ def run(batch: CausalBatch, streamer: Any, bar: Any) -> None:
         streamer.end()
 
 
-def decoded(batch: CausalBatch, device: torch.device, config: DecodeConfig, *more: str) -> dict[str, Any]:
-    """The fields of a `DecodeOutput`, on `device`; more: names of further counts of a sequence."""
+def decoded(batch: CausalBatch, device: torch.device, config: DecodeConfig, *counts: str) -> dict[str, Any]:
+    """The fields of a `DecodeOutput`, on `device`; counts: names of further counts of a sequence."""
     rows = batch.rows
     masked = torch.zeros(batch.tokens.shape, dtype=torch.bool)
     for places, row in zip(masked, rows, strict=True):
@@ -240,9 +240,9 @@ def decoded(batch: CausalBatch, device: torch.device, config: DecodeConfig, *mor
     trajectory = None
     if config.record or config.logprobs:
         # Without a mask token, whose share would differ, the confidence is the probability drawn with.
-        found = Trajectory(batch.steps, batch.logprobs.exp(), batch.logprobs).responses(masked)
-        trajectory = Trajectory(*(field.to(device) for field in vars(found).values()))
-    names = ("nfe", "generated", "kept", "length", "prompt", "nfe", *more)
+        responses = Trajectory(batch.steps, batch.logprobs.exp(), batch.logprobs).responses(masked)
+        trajectory = Trajectory(*(field.to(device) for field in vars(responses).values()))
+    names = ("nfe", "generated", "kept", "length", "prompt", "nfe", *counts)
     numbers = torch.tensor([[getattr(row, name) for row in rows] for name in names], dtype=torch.int64)
     nfe, generated, kept, lengths, prompt_lengths, published, *others = numbers.to(device)
     return {
@@ -257,5 +257,5 @@ def decoded(batch: CausalBatch, device: torch.device, config: DecodeConfig, *mor
         "nfe_published": published,
         "trajectory": trajectory if config.record else None,
         "logprobs": trajectory.logprob if trajectory is not None and config.logprobs else None,
-        **dict(zip(more, others, strict=True)),
+        **dict(zip(counts, others, strict=True)),
     }

@@ -30,24 +30,24 @@ class ModelDrafter:
     apart: Literal[True] = True
 
     def __init__(self, model: Any, *, most: int | None = None, canvas: int | None = None) -> None:
-        found = for_decoding(model)
-        if not isinstance(found, Model):
-            raise ValueError(f"drafter: expected one of dparallel_ext.models, got {type(found).__name__}")
-        if not found.causal and found.mask_id is None:
+        inner = for_decoding(model)
+        if not isinstance(inner, Model):
+            raise ValueError(f"drafter: expected one of dparallel_ext.models, got {type(inner).__name__}")
+        if not inner.causal and inner.mask_id is None:
             raise ValueError("drafter: the diffusion model's config has no mask_token_id")
-        self.model = found
-        self.most = (8 if found.causal else 16) if most is None else whole("most", most, 1)
+        self.model = inner
+        self.most = (8 if inner.causal else 16) if most is None else whole("most", most, 1)
         self.canvas = None if canvas is None else whole("canvas", canvas, 1)
 
     def __repr__(self) -> str:
         return f"ModelDrafter({type(self.model).__name__}, most={self.most})"
 
     def check(self, model: Model) -> None:
-        own, target = self.model.vocab_size, model.vocab_size
-        if own != target:
+        size, target_size = self.model.vocab_size, model.vocab_size
+        if size != target_size:
             raise ValueError(
-                f"drafter: {type(self.model).__name__} has a vocabulary of {own} tokens, and the model "
-                f"one of {target}"
+                f"drafter: {type(self.model).__name__} has a vocabulary of {size} tokens, and the model "
+                f"one of {target_size}"
             )
         if self.model.device != model.device:
             raise ValueError(f"drafter: expected on {model.device} as the model, got {self.model.device}")
@@ -73,8 +73,8 @@ class _Session(DraftSession):
         with own_precision(self.model, device):
             x = self.model.step(torch.tensor(ids, device=device), kv_cache, metadata)
             logits = self.model.head(x[torch.tensor(source, device=device)])
-        found: list[int] = row_stats(logits, mask_id=self.model.mask_id, check=False).token.tolist()
-        return found
+        best: list[int] = row_stats(logits, mask_id=self.model.mask_id, check=False).token.tolist()
+        return best
 
 
 class _Causal(_Session):

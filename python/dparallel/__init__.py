@@ -15,7 +15,7 @@ MOVED: dict[str, str] = {
 class Moved(MetaPathFinder):
     """Raises ImportError with the new name for a module that moved; the last finder that import asks."""
 
-    def find_spec(self, name: str, *more: Any) -> None:
+    def find_spec(self, name: str, *rest: Any) -> None:
         package, _, module = name.rpartition(".")
         if package == __name__ and module in MOVED:
             raise ImportError(f"{name} is {package}.{MOVED[module]} now", name=name)

@@ -44,29 +44,29 @@ def complete(
     if mask is None:
         raise ValueError(f"mask_id: the files of {name} name no mask token, so give --mask-id")
     ids, infill = [encode(prompt) for prompt in prompts], config.infill
-    more = whole("gen_length", config.gen_length, 1 if suffix else 0)  # tokens that decode appends
+    count = whole("gen_length", config.gen_length, 1 if suffix else 0)  # tokens that decode appends
     if suffix:
         after = tokenizer.encode(suffix, add_special_tokens=False).ids
-        ids, more = [[*one, *[mask] * more, *after] for one in ids], 0
-    gaps = [one.count(mask) if infill or suffix else 0 for one in ids]
-    if infill and not more and not all(gaps):
-        said = tokenizer.id_to_token(mask)
-        raise ValueError(f"prompt: expected a mask token, {said}, where --infill is to fill it")
-    registry.check_positions(name, model, max(map(len, ids), default=0) + more)
+        ids, count = [[*prompt_ids, *[mask] * count, *after] for prompt_ids in ids], 0
+    gaps = [prompt_ids.count(mask) if infill or suffix else 0 for prompt_ids in ids]
+    if infill and not count and not all(gaps):
+        token = tokenizer.id_to_token(mask)
+        raise ValueError(f"prompt: expected a mask token, {token}, where --infill is to fill it")
+    registry.check_positions(name, model, max(map(len, ids), default=0) + count)
     with live or contextlib.nullcontext():
-        config = config.replace(gen_length=more, infill=infill or bool(suffix), record=recording is not None)
+        config = config.replace(gen_length=count, infill=infill or bool(suffix), record=recording is not None)
         began = time.perf_counter()
         out = dx.decode(model, ids, config, draft_size=draft_size, streamer=live)
         seconds = time.perf_counter() - began
     texts = text.TokenTexts(tokenizer)
     for i, (prompt, tokens, passes) in enumerate(zip(prompts, out.responses, out.nfe.tolist(), strict=True)):
         # A block-causal model fills its last block beyond gen_length.
-        kept = min(int(out.kept[i]), gaps[i] + more)
+        kept = min(int(out.kept[i]), gaps[i] + count)
         response = tokenizer.decode(tokens[:kept].tolist())
         if recording is not None:
             how, took = how_of(config, guesses=draft_size), alone(seconds, prompts, live)
             shown: dict[str, Any] = {"model": name, "how": how, "seconds": took, "infill": infill}
-            recording.add(prompt, answer_of(out, i, texts, kept=kept, length=gaps[i] + more, **shown))
+            recording.add(prompt, answer_of(out, i, texts, kept=kept, length=gaps[i] + count, **shown))
         row = {"prompt": prompt, "response": response, "tokens": kept, "forwards": passes}
         yield {**row, "text": tokenizer.decode(in_place(out, i, kept))} if infill else row
 
@@ -137,8 +137,8 @@ def _left_to_right(
     """For each prompt: its prompt, response, tokens and forwards; the output; its number in the output."""
     encode = text.prompt_encoder(tokenizer, template)
     ids = [encode(prompt) for prompt in prompts]
-    more = whole("gen_length", config.gen_length, 0)
-    registry.check_positions(name, model, max(map(len, ids), default=0) + more)
+    count = whole("gen_length", config.gen_length, 0)
+    registry.check_positions(name, model, max(map(len, ids), default=0) + count)
     with live or contextlib.nullcontext():
         config = config.replace(record=recording is not None)
         began = time.perf_counter()

@@ -1,6 +1,7 @@
 """Configs of the command line: a JSON file of `DecodeConfig`'s fields, and options, which override it.
 
-A file may also have `drafter` and `draft_size`, and `dparallel tune`'s account of its measurements.
+A file may also have `drafter` and `draft_size`, and `dparallel tune`'s account of its measurements. The rows
+of `dparallel evaluate`'s table come from a list of such fields.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dparallel_ext import DecodeConfig, models, rules
+from dparallel_ext import DecodeConfig, models, rules, speculation
 from dparallel_ext.arguments import shown, whole
-from dparallel_ext.rules import ONE, learned
+from dparallel_ext.rules import ONE, filter_file
 
 from . import files, registry
 
@@ -23,6 +24,15 @@ TUNED = "tuned"
 """The key, in a file of `dparallel tune`, for the model and device that its settings were chosen for."""
 TOLD = ("model", "fingerprint", "device")
 """Keys that must be under `TUNED`."""
+Fields = Mapping[str, Any]
+"""Fields of `DecodeConfig` by name, with a "rule" among them."""
+VARIED = (
+    *("rule", "block_length", "sub_block_length", "cache", "refresh"),
+    *("active_blocks", "open_at", "activate_at", "draft_size"),
+)
+"""The fields that the rows of a table may differ in; `draft_size` is `decode`'s."""
+ADAPTIVE = ("verifier", "mixture", "window", "lookahead")
+"""The fields of a row for `adaptive_decode`: the verifier's name, and numbers."""
 BESIDE = ("drafter", "draft_size", TUNED)
 
 
@@ -35,7 +45,7 @@ def parse_policy(text: str, *, files: bool = True) -> dict[str, Any]:
     Raises ValueError, also for a number beyond its bounds.
     """
     file = rules.file_of(text)
-    if not files and file is not None and file not in learned.NAMED:
+    if not files and file is not None and file not in filter_file.NAMED:
         raise ValueError(
             "policy: expected a file that ships, learned:builtin:NAME, where a request names one"
         )
@@ -118,11 +128,11 @@ def config_of(content: Mapping[str, Any], policy: str | None, **options: Any) ->
     Raises ValueError naming the option that does not fit.
     """
     config = DecodeConfig.from_dict(content)
-    given: Any = {name: value for name, value in options.items() if value is not None}
+    fields: Any = {name: value for name, value in options.items() if value is not None}
     if policy is not None or not DECIDES & content.keys():
         parse_policy(policy or POLICY)
-        return config.with_rule(policy or POLICY, **given)
-    return config.replace(**given)
+        return config.with_rule(policy or POLICY, **fields)
+    return config.replace(**fields)
 
 
 def policy_in(content: Mapping[str, Any]) -> str | None:
@@ -133,20 +143,26 @@ def policy_in(content: Mapping[str, Any]) -> str | None:
 def causal_config_of(content: Mapping[str, Any], policy: str | None, **options: Any) -> DecodeConfig:
     """`config_of` for an autoregressive model, which takes no policy."""
     assert policy is None
-    given: Any = {name: value for name, value in options.items() if value is not None}
-    return DecodeConfig.from_dict(content).replace(**given)
+    fields: Any = {name: value for name, value in options.items() if value is not None}
+    return DecodeConfig.from_dict(content).replace(**fields)
+
+
+def changed_fields(config: DecodeConfig) -> dict[str, Any]:
+    """The fields that differ from the defaults, in JSON's types, without rule and length."""
+    values, defaults = config.with_rule(None).to_dict(), DecodeConfig().to_dict()
+    return {name: values[name] for name in values if values[name] != defaults[name] and name != "gen_length"}
 
 
 def policy_of(config: DecodeConfig) -> str | None:
     """The text for `parse_policy` of a config's fields that decide; None if there is no such text."""
     defaults = DecodeConfig()
-    given = {name for name in DECIDES if getattr(config, name) != getattr(defaults, name)}
-    if given <= {"rule"}:
+    changed = {name for name in DECIDES if getattr(config, name) != getattr(defaults, name)}
+    if changed <= {"rule"}:
         rule = config.rule or ONE
         return rule if isinstance(rule, str) else None
-    if given <= {"selector", "threshold"}:
+    if changed <= {"selector", "threshold"}:
         return f"{config.selector or 'entropy'}:{config.threshold}"
-    return f"steps:{config.steps}" if given == {"steps"} else None
+    return f"steps:{config.steps}" if changed == {"steps"} else None
 
 
 def without_ends(config: DecodeConfig) -> DecodeConfig:
@@ -161,3 +177,43 @@ def with_ends(config: DecodeConfig, ends: Mapping[str, Any]) -> DecodeConfig:
         return config
     eos_id = ends["eos_id"] if config.eos_id is None else config.eos_id
     return config.replace(eos_id=eos_id, stop=[*config.stop, *ends["stop"]])
+
+
+def read_rows(file: str | Path) -> list[Fields]:
+    """The rows of a table in a JSON file: a list of objects with a "rule" and other fields of `VARIED`, or
+    with a "verifier" and other fields of `ADAPTIVE`.
+
+    Raises FileNotFoundError, and ValueError naming the entry and the field that does not fit.
+    """
+    entries = files.json_list("rows", file)
+    for number, entry in enumerate(entries, 1):
+        try:
+            check_row(entry)
+        except ValueError as error:
+            raise ValueError(f"rows: {file}, entry {number}: {error}") from error
+    return entries
+
+
+def check_row(entry: Any) -> None:
+    """Raise ValueError naming the field of a row that does not fit."""
+    known = ADAPTIVE if isinstance(entry, Mapping) and "verifier" in entry else VARIED
+    if not isinstance(entry, Mapping) or not isinstance(entry.get(known[0]), str):
+        raise ValueError('expected an object with a "rule", or a "verifier", a text')
+    if unknown := [name for name in entry if name not in known]:
+        raise ValueError(f"expected fields of {list(known)}, got {unknown[0]!r}")
+    if known is ADAPTIVE:
+        speculation.adaptive.check_numbers(**numbers_of(entry))
+        return
+    DecodeConfig.from_dict(of_config(entry))
+    if (size := entry.get("draft_size")) is not None:
+        whole("draft_size", size, 0)
+
+
+def of_config(entry: Fields) -> dict[str, Any]:
+    """A row's fields of `DecodeConfig`."""
+    return {name: value for name, value in entry.items() if name != "draft_size"}
+
+
+def numbers_of(entry: Fields) -> dict[str, Any]:
+    """The fields of a row for `adaptive_decode` without its verifier's name."""
+    return {name: value for name, value in entry.items() if name != "verifier"}

@@ -77,15 +77,27 @@ def rows(
 
 def prompts(argument: str, file: str | Path) -> list[str]:
     """The prompts in a file, one a line; of a line that is a JSON object, its "prompt". Raises ValueError."""
-    found = []
+    texts = []
     for number, line in lines(argument, file):
         if line.lstrip().startswith("{"):
             row = json_object(argument, file, number, line)
             if not isinstance(row.get("prompt"), str):
                 raise ValueError(f'{argument}: {file}:{number} has no text "prompt"')
             line = row["prompt"]
-        found.append(line)
-    return found
+        texts.append(line)
+    return texts
+
+
+def json_list(argument: str, file: str | Path) -> list[Any]:
+    """The list in a JSON file. Raises ValueError naming the argument."""
+    text = read_text(argument, file)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{argument}: {file} is not JSON: {error}") from error
+    if not isinstance(content, list):
+        raise ValueError(f"{argument}: {file} holds a {type(content).__name__}, expected a list")
+    return content
 
 
 # --- writing ------------------------------------------------------------------------------------
@@ -181,7 +193,7 @@ def full_disk_named(path: str | Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) or not any(text in str(error) for text in WRITE_FAILED):
             raise
-        said = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
         raise OSError(
-            errno.ENOSPC, f"a file could not be written; is the disk full? ({said})", str(path)
+            errno.ENOSPC, f"a file could not be written; is the disk full? ({reason})", str(path)
         ) from error

@@ -149,8 +149,8 @@ def _rule(row: dict[str, Any]) -> str:
 
 def _threshold(row: dict[str, Any]) -> str:
     """The numbers of a row's rule; "builtin:NAME", a filter that ships, is not one."""
-    given = [part.partition(":")[2].split(",") for part in str(row["policy"]).split("+")]
-    return "+".join(filter(None, (",".join(n for n in numbers if ":" not in n) for numbers in given)))
+    parts = [part.partition(":")[2].split(",") for part in str(row["policy"]).split("+")]
+    return "+".join(filter(None, (",".join(n for n in numbers if ":" not in n) for numbers in parts)))
 
 
 def response_by_pass(words: list[str], steps: list[int], path: str | Path, *, title: str = "") -> None:

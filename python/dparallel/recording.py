@@ -61,8 +61,8 @@ def answer_of(
     logprobs = [None if math.isnan(value) else value for value in _listed(out.trajectory.logprob[i, :length])]
     passes = int(out.nfe[i])
     causal = isinstance(out, SpeculateOutput)
-    said = {"model": model, "how": how, "note": note, "passes": passes, "seconds": seconds}
-    said |= {"kind": "autoregressive" if causal else "diffusion", "kept": kept, "length": length}
+    fields = {"model": model, "how": how, "note": note, "passes": passes, "seconds": seconds}
+    fields |= {"kind": "autoregressive" if causal else "diffusion", "kept": kept, "length": length}
     if causal:
         assert isinstance(out, SpeculateOutput)
         assert out.passes is not None
@@ -75,12 +75,12 @@ def answer_of(
             events.append(
                 event | {"drafted": verified.drafted, "accepted": verified.accepted, "refused": refused}
             )
-        return said | {"events": events, "length": int(out.generated[i])}
+        return fields | {"events": events, "length": int(out.generated[i])}
     if infill:
-        return said | _in_place(out, i, texts, ids, steps, logprobs)
+        return fields | _in_place(out, i, texts, ids, steps, logprobs)
     tokens = [texts(token, first=at == 0) for at, token in enumerate(ids)]
     whole = {"pass": passes, "start": 0, "tokens": tokens, "passes": steps, "logprobs": logprobs}
-    return said | {"events": [whole]}
+    return fields | {"events": [whole]}
 
 
 def _in_place(
@@ -97,10 +97,10 @@ def _in_place(
     words = [texts(token, first=at == 0) for at, token in enumerate(sequence)]
     decoded = iter(zip(steps, logprobs, strict=True))
     each = [next(decoded, (None, None)) if mask else (None, None) for mask in masked]
-    given = [None if mask else word for mask, word in zip(masked, words, strict=True)]
+    known = [None if mask else word for mask, word in zip(masked, words, strict=True)]
     filled = [word if mask else None for mask, word in zip(masked, words, strict=True)]
     events = [
-        {"pass": 0, "start": 0, "tokens": given},
+        {"pass": 0, "start": 0, "tokens": known},
         {
             "pass": int(out.nfe[i]),
             "start": 0,
@@ -113,12 +113,12 @@ def _in_place(
 
 
 def _listed(values: Tensor) -> list[float]:
-    found: list[float] = values.tolist()
-    return found
+    numbers: list[float] = values.tolist()
+    return numbers
 
 
-def how_of(config: DecodeConfig, **more: Any) -> str:
-    """How masks are filled, in words; `more`: other settings by name, None ones left out."""
-    said = {"cache": config.cache, "blocks of": config.block_length, "temperature": config.temperature}
-    others = [f"{name} {value}" for name, value in {**said, **more}.items() if value]
+def how_of(config: DecodeConfig, **fields: Any) -> str:
+    """How masks are filled, in words; `fields`: other settings by name, None ones left out."""
+    settings = {"cache": config.cache, "blocks of": config.block_length, "temperature": config.temperature}
+    others = [f"{name} {value}" for name, value in {**settings, **fields}.items() if value]
     return ", ".join([policy_of(config) or "a rule without a name", *others])

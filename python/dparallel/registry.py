@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dparallel_ext import models, simd_level, speculation
-from dparallel_ext.rules import learned
+from dparallel_ext.rules import filter_file
 
 from . import text, tokenizer
 from .toy import tasks
@@ -30,14 +30,14 @@ def directory_of(name: str) -> Path:
 
     Raises FileNotFoundError.
     """
-    said = f"model: {name!r} is neither one of {builtins()} nor a directory with a config.json"
+    message = f"model: {name!r} is neither one of {builtins()} nor a directory with a config.json"
     try:
         builtin = name.startswith("builtin:")
         directory = BUILTIN / name.removeprefix("builtin:") if builtin else models.locate(name)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{said} ({str(error).removeprefix('path: ')})") from error
+        raise FileNotFoundError(f"{message} ({str(error).removeprefix('path: ')})") from error
     if not (directory / "config.json").is_file():
-        raise FileNotFoundError(said)
+        raise FileNotFoundError(message)
     return directory
 
 
@@ -51,7 +51,9 @@ speculation.NAMED.update(DRAFTERS | {name: BUILTIN / name.removeprefix("builtin:
 
 FILTER = "filter.safetensors"
 """The file in a built-in model's directory that "learned:builtin:NAME" reads."""
-learned.NAMED.update({f"builtin:{path.parent.name}": path for path in sorted(BUILTIN.glob(f"*/{FILTER}"))})
+filter_file.NAMED.update(
+    {f"builtin:{path.parent.name}": path for path in sorted(BUILTIN.glob(f"*/{FILTER}"))}
+)
 
 
 def template_of(name: str, chat: bool | None = None) -> text.Template | None:
@@ -59,10 +61,10 @@ def template_of(name: str, chat: bool | None = None) -> text.Template | None:
 
     Raises ValueError if `chat` is true and there is none, or if the checkpoint's does not compile.
     """
-    found = text.chat_template(directory_of(name)) if chat is not False else None
-    if chat and found is None:
+    template = text.chat_template(directory_of(name)) if chat is not False else None
+    if chat and template is None:
         raise ValueError(f"chat: the checkpoint {name!r} has no chat template")
-    return found
+    return template
 
 
 def fast_bfloat16(device: torch.device | str | None = None) -> bool:
@@ -120,8 +122,8 @@ def unknown_words(tokenizer: Any, text: str) -> list[str]:
     unknown = getattr(getattr(tokenizer, "model", None), "unk_token", None)
     if unknown is None:
         return []
-    found = tokenizer.encode(text)
-    tokens = zip(found.tokens, found.offsets, strict=True)
+    encoded = tokenizer.encode(text)
+    tokens = zip(encoded.tokens, encoded.offsets, strict=True)
     return [text[start:end] for token, (start, end) in tokens if token == unknown]
 
 
@@ -140,20 +142,20 @@ def load(
     Raises FileNotFoundError and ValueError, naming the argument.
     """
     directory, place = directory_of(name), models.device_of(device)
-    found = tokenizer.load(directory)
+    loaded = tokenizer.load(directory)
     fuse = None
     if name.startswith("builtin:"):
         fuse = True  # small enough not to be mapped
         if dtype is None and not fast_bfloat16(place):
             dtype = torch.float32
     model = models.load(directory, device=place, dtype=dtype, fuse=fuse, mask_id=mask_id)
-    beyond = [one for one in text.end_tokens(directory, found) if one >= model.shape.embedding_size]
+    beyond = [end for end in text.end_tokens(directory, loaded) if end >= model.shape.embedding_size]
     if beyond:
         raise ValueError(
             f"model: a response of {directory} ends with the tokens {beyond}, expected ids below "
             f"{model.shape.embedding_size}"
         )
-    return model.quantize() if fp8 else model, found
+    return model.quantize() if fp8 else model, loaded
 
 
 def load_verifier(name: str, model: models.Model, known: Any, **options: Any) -> models.Model:
@@ -162,16 +164,17 @@ def load_verifier(name: str, model: models.Model, known: Any, **options: Any) ->
     Raises as `load`, and ValueError if an id that both have is another token in each.
     """
     try:
-        found, own = load(name, device=str(model.device), **options)
+        verifier, verifier_tokenizer = load(name, device=str(model.device), **options)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(str(error).replace("model: ", "verifier: ", 1)) from error
-    shared = min(model.shape.embedding_size, found.shape.embedding_size)
+    shared = min(model.shape.embedding_size, verifier.shape.embedding_size)
     theirs, ours = (
-        {id: token for token, id in one.get_vocab().items() if id < shared} for one in (own, known)
+        {id: token for token, id in each.get_vocab().items() if id < shared}
+        for each in (verifier_tokenizer, known)
     )
     for id in sorted(theirs.keys() & ours.keys()):
         if theirs[id] != ours[id]:
             raise ValueError(
                 f"verifier: token {id} of {name} is {theirs[id]!r}, and the model's is {ours[id]!r}"
             )
-    return found
+    return verifier

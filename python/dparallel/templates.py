@@ -92,10 +92,10 @@ class Renderer:
                 if code == -signal.SIGPROF:
                     raise TemplateRefused(f"it took more than {SECONDS:g} s")
                 raise TemplateRefused(f"its process ended (status {code})")
-        found: dict[str, Any] = json.loads(answer)
-        if "error" in found:
-            raise TemplateRefused(found["error"])
-        return found
+        reply: dict[str, Any] = json.loads(answer)
+        if "error" in reply:
+            raise TemplateRefused(reply["error"])
+        return reply
 
     def _exchange(self, line: bytes) -> bytes:
         if self._process is None or self._process.poll() is not None:
@@ -171,12 +171,12 @@ def environment() -> Any:
             value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
         )
 
-    made = ImmutableSandboxedEnvironment(
+    sandbox = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
-    made.filters["tojson"] = tojson
-    made.globals.update(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
-    return made
+    sandbox.filters["tojson"] = tojson
+    sandbox.globals.update(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
+    return sandbox
 
 
 def work(requests: IO[bytes], answers: IO[bytes]) -> None:
@@ -188,13 +188,13 @@ def work(requests: IO[bytes], answers: IO[bytes]) -> None:
     )  # the parent handles it, and this process ends with the parent
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
-    made: Any = functools.cache(environment)
+    sandbox: Any = functools.cache(environment)
     with contextlib.suppress(ImportError):  # requests get this error below
-        made()  # with its imports, before memory is limited
+        sandbox()  # with its imports, before memory is limited
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     with contextlib.suppress(ValueError, OSError):  # some systems have no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, most))
-    compiled = functools.lru_cache(maxsize=16)(lambda source: made().from_string(source))
+    compiled = functools.lru_cache(maxsize=16)(lambda source: sandbox().from_string(source))
     for line in requests:
         asked = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, asked["seconds"])

@@ -53,14 +53,14 @@ class TextStream:
         """The text that these tokens complete."""
         # With stop strings token by token, so that the count ends with the one that completes a stop.
         parts = [[token] for token in tokens] if self.stop else [list(tokens)]
-        found = ""
+        released = ""
         for part in parts:
             if self.stopped:
                 break
             self._pending += part
             self.count += len(part)
-            found += self._until_stop(self._complete())
-        return found
+            released += self._until_stop(self._complete())
+        return released
 
     def finish(self) -> str:
         """The text that was held back; no tokens follow."""
@@ -83,10 +83,10 @@ class TextStream:
 
     def _until_stop(self, fresh: str, last: bool = False) -> str:
         text = self._held + fresh
-        found = [(text.find(s) + len(s), text.find(s)) for s in self.stop if s in text]
-        if found:
+        ends = [(text.find(s) + len(s), text.find(s)) for s in self.stop if s in text]
+        if ends:
             self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
+            return text[: min(ends)[1]]
         held = 0 if last else max((_overlap(text, s) for s in self.stop), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
@@ -101,7 +101,7 @@ class TokenTexts:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         ids = range(tokenizer.get_vocab_size())
-        self._first = next((one for one in ids if self._decode([one]).strip(INCOMPLETE + " ")), None)
+        self._first = next((token for token in ids if self._decode([token]).strip(INCOMPLETE + " ")), None)
         self._before = "" if self._first is None else self._decode([self._first])
         self._known: dict[int, str] = {}
 
@@ -155,14 +155,14 @@ def chat_template(directory: Path, renderer: templates.Renderer | None = None) -
     except TemplateRefused as error:
         raise ValueError(f"model: the chat template of {directory} does not compile: {error}") from error
 
-    def render(messages: Sequence[Message], /, **more: Any) -> str:
-        if "messages" in more:
+    def render(messages: Sequence[Message], /, **keywords: Any) -> str:
+        if "messages" in keywords:
             raise ValueError("chat_template_kwargs: messages are no keyword of a chat template")
-        chosen = named.get("tool_use", source) if more.get("tools") else source
-        said = [{key: value for key, value in one.items() if value is not None} for one in messages]
-        variables = {"tools": None, "documents": None, "add_generation_prompt": True, **special, **more}
+        chosen = named.get("tool_use", source) if keywords.get("tools") else source
+        stated = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        variables = {"tools": None, "documents": None, "add_generation_prompt": True, **special, **keywords}
         try:
-            return unicode(process.render(chosen, {**variables, "messages": said}))
+            return unicode(process.render(chosen, {**variables, "messages": stated}))
         except ValueError as error:
             raise ValueError(
                 f"messages: the chat template of {directory.name} does not render them: {error}"
@@ -175,28 +175,28 @@ def _chat_templates(directory: Path) -> dict[str, str]:
     """The templates by name. .jinja files come before tokenizer_config.json, and that before
     chat_template.json."""
     alone = {"default": directory / "chat_template.jinja"}
-    more = sorted((directory / "additional_chat_templates").glob("*.jinja"))
-    found = {
+    additional = sorted((directory / "additional_chat_templates").glob("*.jinja"))
+    of_files = {
         name: files.read_text(file)
-        for name, file in {**alone, **{file.stem: file for file in more}}.items()
+        for name, file in {**alone, **{file.stem: file for file in additional}}.items()
         if file.is_file()
     }
-    if "default" in found:
-        return found
+    if "default" in of_files:
+        return of_files
     for name in ("tokenizer_config.json", "chat_template.json"):
-        given = files.read_json(directory / name).get("chat_template")
-        if isinstance(given, list):  # several, each {"name": ..., "template": ...}
-            entries = [one if isinstance(one, dict) else {} for one in given]
-            given = {str(one.get("name")): one.get("template") for one in entries}
-        elif given is None or isinstance(given, str):
-            given = {"default": given} if given else {}
-        if not isinstance(given, dict) or not all(isinstance(one, str) for one in given.values()):
+        content = files.read_json(directory / name).get("chat_template")
+        if isinstance(content, list):  # several, each {"name": ..., "template": ...}
+            entries = [entry if isinstance(entry, dict) else {} for entry in content]
+            content = {str(entry.get("name")): entry.get("template") for entry in entries}
+        elif content is None or isinstance(content, str):
+            content = {"default": content} if content else {}
+        if not isinstance(content, dict) or not all(isinstance(entry, str) for entry in content.values()):
             raise ValueError(
                 f"model: {directory / name}: expected chat_template to be text, or texts by name"
             )
-        if given:
-            return {**given, **found}
-    return found
+        if content:
+            return {**content, **of_files}
+    return of_files
 
 
 def prompt_encoder(tokenizer: Any, template: Template | None) -> Callable[[str], list[int]]:
@@ -213,13 +213,13 @@ def prompt_encoder(tokenizer: Any, template: Template | None) -> Callable[[str],
 
 def end_tokens(directory: Path, tokenizer: Any) -> list[int]:
     """The ids that end a response: of generation_config.json, config.json, and the tokenizer's eos_token."""
-    given: list[int | None] = [*files.end_token_ids(directory)]
+    ends: list[int | None] = [*files.end_token_ids(directory)]
     text = files.special_tokens(directory).get("eos_token")
-    given.append(tokenizer.token_to_id(text) if text else None)
-    return list(dict.fromkeys(one for one in given if one is not None))
+    ends.append(tokenizer.token_to_id(text) if text else None)
+    return list(dict.fromkeys(end for end in ends if end is not None))
 
 
 def endings(directory: Path, tokenizer: Any) -> dict[str, Any]:
     """`decode`'s arguments that end a response at any of `end_tokens`."""
     ends = end_tokens(directory, tokenizer)
-    return {"eos_id": ends[0] if ends else None, "stop": [[one] for one in ends[1:]]}
+    return {"eos_id": ends[0] if ends else None, "stop": [[end] for end in ends[1:]]}

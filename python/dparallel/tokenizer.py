@@ -40,11 +40,11 @@ def load(directory: Path) -> Any:
         return qwen2(directory)
     text = files.read_text(file)
     try:
-        made = Tokenizer.from_str(text)
-        made.decode(made.encode(ANY_TEXT).ids)
+        tokenizer = Tokenizer.from_str(text)
+        tokenizer.decode(tokenizer.encode(ANY_TEXT).ids)
     except Exception as error:  # the package raises nothing narrower
         raise ValueError(f"model: {file} is not a tokenizer: {error}") from error
-    return made
+    return tokenizer
 
 
 def qwen2(directory: Path) -> Any:
@@ -77,20 +77,20 @@ def qwen2(directory: Path) -> Any:
         )
     try:
         # The added tokens are part of this vocabulary for the sake of their ids; no merge leads to them.
-        made = Tokenizer(models.BPE(vocab=ids, merges=merges))
+        tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges))
     except Exception as error:  # the package raises nothing narrower
         raise ValueError(f"model: vocab.json and merges.txt of {directory} do not fit: {error}") from error
-    made.normalizer = normalizers.NFC()
+    tokenizer.normalizer = normalizers.NFC()
     words = pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated")
-    made.pre_tokenizer = pre_tokenizers.Sequence(
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
-    made.decoder = decoders.ByteLevel()
-    _add(made, directory, added)
-    return made
+    tokenizer.decoder = decoders.ByteLevel()
+    _add(tokenizer, directory, added)
+    return tokenizer
 
 
-def _add(made: Any, directory: Path, added: dict[str, dict[str, Any]]) -> None:
+def _add(tokenizer: Any, directory: Path, added: dict[str, dict[str, Any]]) -> None:
     """Add the added tokens to the tokenizer, and bos and eos if its config asks for them."""
     from tokenizers import AddedToken, processors
 
@@ -106,17 +106,19 @@ def _add(made: Any, directory: Path, added: dict[str, dict[str, Any]]) -> None:
         for text, token in sorted(added.items(), key=lambda item: item[1]["id"])
     ]
     in_vocabulary = [
-        text for text in roles.values() if text not in added and made.token_to_id(text) is not None
+        text for text in roles.values() if text not in added and tokenizer.token_to_id(text) is not None
     ]
-    made.add_tokens([*tokens, *(AddedToken(text, special=True) for text in dict.fromkeys(in_vocabulary))])
-    made.encode_special_tokens = bool(config.get("split_special_tokens"))
+    tokenizer.add_tokens(
+        [*tokens, *(AddedToken(text, special=True) for text in dict.fromkeys(in_vocabulary))]
+    )
+    tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
     ends = {
         role: roles.get(role) if config.get(f"add_{role}") else None for role in ("bos_token", "eos_token")
     }
     if any(ends.values()):
         single = " ".join(filter(None, (ends["bos_token"], "$A", ends["eos_token"])))
-        known = [(text, made.token_to_id(text)) for text in dict.fromkeys(filter(None, ends.values()))]
-        made.post_processor = processors.TemplateProcessing(single=single, special_tokens=known)
+        known = [(text, tokenizer.token_to_id(text)) for text in dict.fromkeys(filter(None, ends.values()))]
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=known)
 
 
 def _vocabulary(directory: Path) -> dict[str, int]:
@@ -145,12 +147,12 @@ def _vocabulary(directory: Path) -> dict[str, int]:
 
 def _merges(directory: Path) -> list[tuple[str, str]]:
     file = directory / "merges.txt"
-    found = []
+    merges = []
     for number, line in enumerate(files.read_text(file).split("\n"), 1):
         if not line.strip() or (number == 1 and line.startswith("#version:")):
             continue
         parts = line.split()
         if len(parts) != 2:
             raise ValueError(f"model: {file}:{number} is {line!r:.200}, expected two parts to merge")
-        found.append((parts[0], parts[1]))
-    return found
+        merges.append((parts[0], parts[1]))
+    return merges

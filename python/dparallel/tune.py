@@ -34,8 +34,7 @@ from dparallel_ext.speculation.speculate import causal_model, check_prompts, end
 
 from . import files, registry, text
 from .complete import complete
-from .configs import TUNED, parse_policy, with_ends
-from .evaluate import check_row
+from .configs import TUNED, check_row, parse_policy, with_ends
 from .toy import tasks
 
 SIZES = (0, 1, 3, 7, 15, 23, 31, 47, 63)
@@ -210,12 +209,12 @@ def measure_drafts(
 ) -> tuple[Work, list[Row]]:
     """Measure a row for each size of draft; without a drafter rows have only `pass_ms`, of meaningless
     drafts."""
-    made = speculation.drafter_of(drafter, models.device_of(settings.device))
-    asked = sizes_of(Filler.most if made is None else made.most, sizes)
+    loaded = speculation.drafter_of(drafter, models.device_of(settings.device))
+    asked = sizes_of(Filler.most if loaded is None else loaded.most, sizes)
     work = load(settings)
     model = causal_model(work.model)
-    if made is not None:
-        made.check(model)
+    if loaded is not None:
+        loaded.check(model)
     encode = text.prompt_encoder(work.tokenizer, work.template)
     prompts = [torch.tensor(ids) for ids in lengthened([*map(encode, work.texts)], settings.context)]
     check_prompts(model, prompts, work.config)
@@ -223,7 +222,7 @@ def measure_drafts(
     positions = max(map(len, prompts)) + length + asked[-1]  # so that the last drafts have room too
     registry.check_positions(settings.model, model, positions)
     sizer = Stopwatch(0)
-    batch = speculation.CausalBatch(model, settings.batch, positions, drafter=made or Filler(), sizer=sizer)
+    batch = speculation.CausalBatch(model, settings.batch, positions, drafter=loaded or Filler(), sizer=sizer)
     # One batch for all, as in an engine. A size's runs follow each other at once, so that the passes that the
     # first records are replayed in the others before recordings of other sizes replace them.
     timed: dict[int, list[list[Pass]]] = {}
@@ -231,20 +230,20 @@ def measure_drafts(
         runs = [[*_passes(batch, sizer, prompts, length, work.config)] for _ in range(1 + settings.repeats)]
         timed[sizer.nodes] = runs[1:]
         say(f"draft_size {sizer.nodes}: {len(runs[0])} passes, {1 + settings.repeats} times")
-    rows = curve(timed, made.expected if isinstance(made, Expecting) else None)
-    if made is None:
+    rows = curve(timed, loaded.expected if isinstance(loaded, Expecting) else None)
+    if loaded is None:
         return work, [{name: row[name] for name in ("draft_size", "pass_ms")} for row in rows]
     return work, [{"drafter": drafter, **row} for row in rows]
 
 
 def lengthened(prompts: list[list[int]], context: int | None) -> list[list[int]]:
     """Each prompt with the others put before it, repeatedly, until it has `context` tokens."""
-    found = []
+    lengthened_ids = []
     for at, ids in enumerate(prompts):
         others = [*itertools.chain(*prompts[at + 1 :], *prompts[: at + 1])]
-        more = max(0, (context or 0) - len(ids))
-        found.append([*itertools.islice(itertools.cycle(others), more), *ids])
-    return found
+        count = max(0, (context or 0) - len(ids))
+        lengthened_ids.append([*itertools.islice(itertools.cycle(others), count), *ids])
+    return lengthened_ids
 
 
 def _passes(
@@ -258,10 +257,10 @@ def _passes(
     lanes, model = len(batch.rows), batch.model
     for at in range(0, len(prompts), lanes):
         part = prompts[at : at + lanes]
-        given = zip(part, make_settings(config, models.traits(model), "none", len(part)), strict=True)
-        for lane, (ids, own) in enumerate(given):
-            more = batch.tokens.shape[1] - len(ids)
-            batch.admit(lane, ids, more, own, eos_ids=end_ids(model, config))
+        admitted = zip(part, make_settings(config, models.traits(model), "none", len(part)), strict=True)
+        for lane, (ids, setting) in enumerate(admitted):
+            length = batch.tokens.shape[1] - len(ids)
+            batch.admit(lane, ids, length, setting, eos_ids=end_ids(model, config))
         while live := batch.live:
             rows = [batch.rows[lane] for lane in live]
             prefills, known = any(row.prefills for row in rows), sum(row.known for row in rows)
@@ -283,10 +282,11 @@ def _passes(
 def measure_policies(settings: Settings, grid: Mapping[str, Any], say: Say) -> tuple[Work, list[Row]]:
     """Measure a row for each combination of the grid's values; grid: values for the names in `GRID`, None for
     the default. A combination that the model refuses is left out; raises ValueError if it refuses all."""
-    own = models.config_of(registry.directory_of(settings.model))[1].block_length  # of a block-causal model
-    found = GRID | ({} if own is None else {"block_length": (own,), "cache": ("block",)})
-    found |= {name: values for name, values in grid.items() if values}
-    asked = [dict(zip(found, each, strict=True)) for each in itertools.product(*found.values())]
+    _, shape = models.config_of(registry.directory_of(settings.model))
+    of_model = shape.block_length  # of a block-causal model
+    choices = GRID | ({} if of_model is None else {"block_length": (of_model,), "cache": ("block",)})
+    choices |= {name: values for name, values in grid.items() if values}
+    asked = [dict(zip(choices, each, strict=True)) for each in itertools.product(*choices.values())]
     for row in asked:
         parse_policy(row["rule"])
         check_row(row)
@@ -317,22 +317,22 @@ def _measured(settings: Settings, work: Work, row: Row) -> tuple[Row, list[str]]
     parts = [work.texts[at : at + settings.batch] for at in range(0, len(work.texts), settings.batch)]
     runs: list[list[float]] = []
     for _ in range(1 + settings.repeats):
-        found: list[Row] = []
+        responses: list[Row] = []
         seconds = []
         for part in parts:
             began = time.perf_counter()
-            found += complete(
+            responses += complete(
                 settings.model, work.model, work.tokenizer, part, config, template=work.template
             )
             seconds.append(time.perf_counter() - began)
         runs.append(seconds)
-    tokens, passes = (sum(each[name] for each in found) for name in ("tokens", "forwards"))
+    tokens, passes = (sum(each[name] for each in responses) for name in ("tokens", "forwards"))
     measured = {
-        "passes": rounded(passes / len(found)),
+        "passes": rounded(passes / len(responses)),
         "tokens_per_forward": rounded(tokens / passes),
         "tokens_per_second": rounded(tokens / median_seconds(runs[1:])),
     }
-    return measured, [each["response"] for each in found]
+    return measured, [each["response"] for each in responses]
 
 
 def judge(

@@ -11,7 +11,7 @@ import torch
 from tape import TapeGraph, TapeStream
 from torch import Tensor
 
-from dparallel_ext.decoding import runner, workspace
+from dparallel_ext.decoding import padding, workspace
 from dparallel_ext.decoding.graphs import Graphs
 
 
@@ -32,7 +32,7 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> list[Graphs]:
 
     monkeypatch.setattr(workspace, "Graphs", Seen)
     monkeypatch.setattr(workspace, "can_record", lambda device: True)
-    monkeypatch.setattr(runner, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(padding, "runs_ahead", lambda device: True)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", TapeGraph)
     monkeypatch.setattr(TapeGraph, "pools", {})
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", itertools.count(1).__next__)

@@ -23,7 +23,7 @@ import dparallel_ext as dx
 from dparallel_ext import cache as caches
 from dparallel_ext import models
 from dparallel_ext.decoding import batch as batches
-from dparallel_ext.decoding import runner
+from dparallel_ext.decoding import inputs, padding, runner
 from dparallel_ext.decoding.graphs import Graphs
 from dparallel_ext.engine.core import EngineCore
 from dparallel_ext.models import attention
@@ -164,10 +164,10 @@ def test_the_host_is_ready_for_the_next_pass(
     """It has what a pass needs before it looks at the one before, also where that completes a block; not
     where pages moved."""
     late: list[int] = []
-    numbers, prepare, step = runner.Runner.inputs, runner.Runner.prepare, batches.Batch.step
+    numbers, prepare, step = inputs.InputPacker.pack, runner.Runner.prepare, batches.Batch.step
     preparing = False
 
-    def counted(self: runner.Runner, rows: Any, work: Any) -> Any:
+    def counted(self: inputs.InputPacker, rows: Any, work: Any) -> Any:
         if not preparing:
             late.append(next(iter(work.values())).windows[0].start)
         return numbers(self, rows, work)
@@ -183,7 +183,7 @@ def test_the_host_is_ready_for_the_next_pass(
             self.kv_cache.assign(0, [0])
         return step(self, *args, **settings)
 
-    monkeypatch.setattr(runner.Runner, "inputs", counted)
+    monkeypatch.setattr(inputs.InputPacker, "pack", counted)
     monkeypatch.setattr(runner.Runner, "prepare", ahead)
     monkeypatch.setattr(batches.Batch, "step", moving)
     model = golden.model("llada_tiny_a")
@@ -198,35 +198,37 @@ class Told:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.clear()
-        methods = {name: getattr(runner.Runner, name) for name in ("run", "inputs", "look", "_compute")}
-        expected: list[tuple[Tensor, runner.GraphKey]] = []
+        methods = {name: getattr(runner.Runner, name) for name in ("run", "look", "_compute")}
+        packs = inputs.InputPacker.pack
+        expected: list[tuple[Tensor, inputs.GraphKey]] = []
         within = False
 
         def run(own: runner.Runner, rows: Any, work: Any) -> Tensor:
             nonlocal within
-            expected[:] = [methods["inputs"](own, rows, work)]
+            expected[:] = [packs(own.packer, rows, work)]
             within = True
             result = methods["run"](own, rows, work)
             within = self.waits = False
             return result
 
-        def inputs(own: runner.Runner, rows: Any, work: Any) -> tuple[Tensor, runner.GraphKey]:
+        def pack(own: inputs.InputPacker, rows: Any, work: Any) -> tuple[Tensor, inputs.GraphKey]:
             self.late += within and self.waits
             self.prepared += not within
-            return methods["inputs"](own, rows, work)
+            return packs(own, rows, work)
 
         def look(own: runner.Runner, rows: Any, results: Any) -> Any:
             self.waits, self.looks = True, self.looks + 1
             return methods["look"](own, rows, results)
 
-        def compute(own: runner.Runner, key: runner.GraphKey, work: Any, told: Tensor) -> Tensor:
+        def compute(own: runner.Runner, key: inputs.GraphKey, work: Any, told: Tensor) -> Tensor:
             assert torch.equal(told, expected[0][0])
             assert key == expected[0][1]
             return methods["_compute"](own, key, work, told)
 
-        monkeypatch.setattr(runner, "runs_ahead", lambda device: True)
-        for name, function in zip(methods, (run, inputs, look, compute), strict=True):
+        monkeypatch.setattr(padding, "runs_ahead", lambda device: True)
+        for name, function in zip(methods, (run, look, compute), strict=True):
             monkeypatch.setattr(runner.Runner, name, function)
+        monkeypatch.setattr(inputs.InputPacker, "pack", pack)
 
     def clear(self) -> None:
         self.looks = self.prepared = self.late = 0
@@ -438,9 +440,9 @@ def test_what_is_recorded_is_what_hides_no_launches() -> None:
     qwen = {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 8}
     sdar = {**TINY["sdar"], **qwen, "head_dim": 128, "intermediate_size": 6144}
     with torch.device("meta"):
-        assert runner.recorded_rows(models.LLaDA(llada)) == ROWS_8B
-        assert runner.recorded_rows(models.SDAR(sdar)) > 2500
-    assert runner.recorded_rows(torch.nn.Linear(1, 1)) == 0
+        assert padding.recorded_rows(models.LLaDA(llada)) == ROWS_8B
+        assert padding.recorded_rows(models.SDAR(sdar)) > 2500
+    assert padding.recorded_rows(torch.nn.Linear(1, 1)) == 0
 
 
 @pytest.mark.parametrize(("name", "share"), [("llada", 0.85), ("sdar", 0.8)])
@@ -473,7 +475,7 @@ def test_most_passes_of_an_engine_are_replayed(
     monkeypatch.setattr(caches, "has_varlen", lambda like: varlen)
     monkeypatch.setattr(attention, "varlen_attention", lambda q, *args, **settings: q.clone())
     if rows is not None:
-        monkeypatch.setattr(runner, "recorded_rows", lambda model: rows)
+        monkeypatch.setattr(padding, "recorded_rows", lambda model: rows)
         share = 0.55
     drawn = torch.Generator().manual_seed(2)
     all_there = threading.Event()
@@ -518,17 +520,17 @@ def test_lanes_that_fill_up_a_pass_change_nothing(
     prompts = [torch.arange(3, 8 + lane) for lane in range(14)]
     lengths = [size * (1 + lane % 4) for lane in range(14)]
     settings: dict[str, Any] = {"cache": cache, "block_length": size, "threshold": 1.0, "record": True}
-    beside, idle = runner.Runner.beside_of, []
+    beside, idle = inputs.InputPacker.beside_of, []
 
-    def seen(self: runner.Runner, *args: Any) -> set[int]:
+    def seen(self: inputs.InputPacker, *args: Any) -> set[int]:
         idle.append(beside(self, *args))
         return idle[-1]
 
-    monkeypatch.setattr(runner.Runner, "beside_of", seen)
+    monkeypatch.setattr(inputs.InputPacker, "beside_of", seen)
     out = dx.decode(model, prompts, gen_length=lengths, **settings)
     assert any(lanes for lanes in idle)
     assert taped[0].replays > 0
-    monkeypatch.setattr(runner, "runs_ahead", lambda device: False)
+    monkeypatch.setattr(padding, "runs_ahead", lambda device: False)
     expected = dx.decode(model, prompts, gen_length=lengths, graphs=False, **settings)
     assert torch.equal(out.sequences, expected.sequences)
     assert torch.equal(out.nfe, expected.nfe)

@@ -173,7 +173,7 @@ def test_stop_sequences_are_never_streamed() -> None:
 
 
 @pytest.mark.slow
-def test_ten_thousand_requests_leave_no_memory_behind() -> None:
+def test_thousands_of_requests_leave_no_memory_behind() -> None:
     def resident() -> int:
         gc.collect()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -192,12 +192,12 @@ def test_ten_thousand_requests_leave_no_memory_behind() -> None:
 
         flood(1000)
         before = resident()
-        flood(9000)
+        flood(3000)
         grown = resident() - before  # KiB
-    assert engine.stats.completed == 10_000
+    assert engine.stats.completed == 4000
     assert engine.stats.pages_used == 0
     assert len(engine.core.requests) == len(engine.core.running) == 0
-    assert grown < 4096
+    assert grown < 2048  # a handle alone takes one for each request
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,7 @@ pytest_plugins = ["servers"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("grace", [60, 0])
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("grace", "how"), [(60, signal.SIGTERM), (0, signal.SIGINT)])
 def test_signals_in_mid_stream(odd_model: Path, grace: int, how: signal.Signals) -> None:
     """What runs is finished in the time of grace, or ends with an error; nothing new is taken."""
     options = ("--name", "odd", "--policy", "one", "--lanes", 1, "--grace", grace)

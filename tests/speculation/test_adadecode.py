@@ -281,14 +281,15 @@ def test_nothing_is_drafted_behind_an_end() -> None:
     drafter = agreeing_exits(model)
     full = plain(model)
     ends = 0
-    for eos in range(61):
+    said = torch.cat([*full.responses]).unique().tolist()
+    for eos in (*said[::3], next(i for i in range(61) if i not in said)):
         heard = Heard(drafter)
         found = plain(model, drafter=heard, draft_size=5, eos_id=eos)
         assert torch.equal(found.sequences, plain(model, eos_id=eos).sequences)
         assert torch.equal(found.accepted, found.drafted)
         assert all(eos not in draft.tokens for *_, draft in heard.heard)
         ends += int((found.kept < 24).sum())
-    assert ends > 20
+    assert ends > 10
     assert torch.equal(full.sequences, plain(model, drafter=drafter, draft_size=5).sequences)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import models, speculation
-from dparallel_ext.decoding import runner
+from dparallel_ext.decoding import padding
 from dparallel_ext.decoding.graphs import Graphs
 from dparallel_ext.decoding.settings import make_settings
 
@@ -101,7 +101,7 @@ def test_what_runs_ahead_is_what_waits(taped: list[Graphs], monkeypatch: pytest.
         }
         found = dx.speculate(drafters.MODEL, prompts, **settings)
         with monkeypatch.context() as patch:
-            patch.setattr(runner, "runs_ahead", lambda device: False)
+            patch.setattr(padding, "runs_ahead", lambda device: False)
             expected = dx.speculate(drafters.MODEL, prompts, **settings)
         for name, value in vars(expected).items():
             if isinstance(value, Tensor):

@@ -26,7 +26,7 @@ def run(out: Path, settings: train.Settings = TINY, **more: object) -> dict[str,
 
 @pytest.mark.slow
 def test_training_lowers_the_loss_and_writes_a_checkpoint(tmp_path: Path):
-    settings = replace(TINY, steps=200, batch=16, muon_lr=5e-3, adam_lr=5e-3)
+    settings = replace(TINY, steps=200, batch=4, muon_lr=1e-2, adam_lr=1e-2)
     train.train(tmp_path, settings, progress=False, evaluate=3)
     report = json.loads((tmp_path / "training.json").read_text())
     losses = [loss for _, loss in report["loss"]]
@@ -158,7 +158,7 @@ def test_its_autoregressive_sibling_and_the_drafters_that_ship() -> None:
     assert recorded["held_out"]["accuracy"] >= 0.97
     loaded = registry.load("builtin:causal", dtype=torch.float32)
     plain: list[evaluate.Answer] = []
-    row = evaluate.evaluate_drafter("builtin:causal", None, problems=60, loaded=loaded, answers=plain)
+    row = evaluate.evaluate_drafter("builtin:causal", None, problems=30, loaded=loaded, answers=plain)
     assert row["accuracy"] >= 0.95
     for name, least in (
         ("builtin:dflash", 6),
@@ -171,7 +171,7 @@ def test_its_autoregressive_sibling_and_the_drafters_that_ship() -> None:
         answers: list[evaluate.Answer] = []
         size = 16 if name in ("builtin:ppd", "builtin:hidden_transfer") else None
         row = evaluate.evaluate_drafter(
-            "builtin:causal", name, draft_size=size, problems=60, loaded=loaded, answers=answers
+            "builtin:causal", name, draft_size=size, problems=30, loaded=loaded, answers=answers
         )
         assert answers == plain
         assert row["tokens_per_forward"] > least, name

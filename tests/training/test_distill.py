@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, golden
-from dparallel import evaluate, registry
+from dparallel import evaluate, registry, results
 from dparallel.toy import study
 from dparallel.training import distill, trajectories
 from dparallel.training.trainer import CertaintyForcingTrainer
@@ -277,6 +277,7 @@ def test_the_whole_pipeline_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyP
     few = ["entropy:0.7", "confidence:0.7", "entropy_bound:2.0"]
     monkeypatch.setattr(study, "TEACHER_POLICIES", [evaluate.ONE, *few])
     monkeypatch.setattr(study, "STUDENT_POLICIES", few)
+    monkeypatch.setattr(study, "SWEEP_POLICIES", few[:2])
     said: list[str] = []
     small = {"seeds": 2, "steps": 2, "sweep_steps": 1, "problems": 3, "validation": 2, "data": "builtin:12"}
     recipe = tmp_path / "recipe.yaml"
@@ -327,16 +328,16 @@ def test_aup_is_that_of_d3llm():
     rows = [row("entropy:0.1", 64, 0.80), row("entropy:0.5", 16, 0.78), row("entropy:0.9", 8, 0.70)]
     weight = [torch.exp(torch.tensor(-3 * (1 - y / 80))) for y in (80.0, 78.0)]
     expected = 1 * 80 + (4 - 1) * (80 * weight[0] + 78 * weight[1]) / 2  # the third is 10 points below
-    assert evaluate.aup(rows, 0.80) == pytest.approx(float(expected), rel=1e-5)
-    assert evaluate.aup([], 0.8) == 0
+    assert results.aup(rows, 0.80) == pytest.approx(float(expected), rel=1e-5)
+    assert results.aup([], 0.8) == 0
 
 
 def test_wilson():
-    low, high = evaluate.wilson(90, 100)
+    low, high = results.wilson(90, 100)
     assert (low, high) == pytest.approx((0.8256, 0.9448), abs=1e-4)
-    assert evaluate.wilson(0, 10)[0] == 0
-    assert evaluate.wilson(10, 10)[1] == pytest.approx(1)
-    assert evaluate.wilson(0, 0) == [0, 1]
+    assert results.wilson(0, 10)[0] == 0
+    assert results.wilson(10, 10)[1] == pytest.approx(1)
+    assert results.wilson(0, 0) == [0, 1]
 
 
 @pytest.mark.slow

@@ -42,15 +42,15 @@ class Generation:
     until: tuple[str, ...]
 
 
-def batch_size_of(given: int | str | None, largest: int | None) -> int:
-    if isinstance(given, str) and given.startswith("auto"):
+def batch_size_of(value: int | str | None, largest: int | None) -> int:
+    if isinstance(value, str) and value.startswith("auto"):
         return min(AUTO_BATCH_SIZE, int(largest or AUTO_BATCH_SIZE))
     try:
-        size = int(given or 1)
+        size = int(value or 1)
     except ValueError:
         size = 0
     if size < 1:
-        raise ValueError(f"batch_size: expected a whole number >= 1 or 'auto', got {given!r}")
+        raise ValueError(f"batch_size: expected a whole number >= 1 or 'auto', got {value!r}")
     return size
 
 

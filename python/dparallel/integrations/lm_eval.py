@@ -397,12 +397,12 @@ class DParallelLM(TemplateLM):
             top_k=None if top_k == -1 else top_k,  # -1 keeps all ids, as in vLLM
             eos_id=self.eot_token_id,
             stop=[
-                *([self.special_ids[one]] for one in until if one in self.special_ids),
-                *([one] for one in self.end_ids[1:]),
+                *([self.special_ids[end]] for end in until if end in self.special_ids),
+                *([end] for end in self.end_ids[1:]),
             ],
             seed=int.from_bytes(digest[:7], "big"),
         )
-        return Generation(self._fit(ids, gen_length), gen_length, config, tuple(one for one in until if one))
+        return Generation(self._fit(ids, gen_length), gen_length, config, tuple(end for end in until if end))
 
     def _engine(self, requests: int, longest: int) -> Engine:
         causal = traits(self.model).block_length
@@ -420,12 +420,12 @@ class DParallelLM(TemplateLM):
         if not generations:
             return
         events: SimpleQueue[tuple[int, Any]] = SimpleQueue()
-        longest = max(len(one.prompt) + one.gen_length for one in generations)
+        longest = max(len(generation.prompt) + generation.gen_length for generation in generations)
         with self._engine(len(generations), longest) as engine:
             handles, streams, texts = [], [], [""] * len(generations)
-            for index, one in enumerate(generations):
-                handle = engine.submit(one.prompt, one.config)
-                streams.append(text.TextStream(self.tokenizer, one.until))
+            for index, generation in enumerate(generations):
+                handle = engine.submit(generation.prompt, generation.config)
+                streams.append(text.TextStream(self.tokenizer, generation.until))
                 handle.subscribe(functools.partial(_put, events, index))
                 handles.append(handle)
             left = len(generations)

@@ -1,8 +1,8 @@
 """The page to watch decoding, which `dparallel serve` serves at /, and which a recording is written into.
 
-Both are made from page.html, page.css and page.js. The page reads its data from the JSON in its
-<script id="data">: a server's rules and samples, or a recording, which holds the events of the server's
-stream of drafts (see `serving.app.draft_of` and `recording`).
+Both are made from page.html, page.css and a script, which is answers.js and page.js in a row. The page reads
+its data from the JSON in its <script id="data">: a server's rules and samples, or a recording, which holds
+the events of the server's stream of drafts (see `serving.app.draft_of` and `recording`).
 """
 
 from __future__ import annotations
@@ -57,19 +57,19 @@ def served(builtin: bool) -> dict[str, Part]:
     are problems of their task."""
     samples = list(SAMPLES)
     if builtin:
-        found = itertools.islice(tasks.problems("held_out", seed=1), BUILTIN_SAMPLES)
-        samples = [problem.prompt for problem in found]
+        problems = itertools.islice(tasks.problems("held_out", seed=1), BUILTIN_SAMPLES)
+        samples = [problem.prompt for problem in problems]
     page = _with_data({"rules": rules.menu(), "samples": samples, "builtin": builtin})
     return {
         "/": Part("text/html", page.encode()),
         "/page.css": Part("text/css", _text("page.css").encode()),
-        "/page.js": Part("text/javascript", _text("page.js").encode()),
+        "/page.js": Part("text/javascript", _script().encode()),
     }
 
 
 def recorded(recording: Mapping[str, Any]) -> str:
     """The page of a recording, as one file that needs no other. `recording`: see `recording`."""
-    style, script = _text("page.css"), _text("page.js")
+    style, script = _text("page.css"), _script()
     allowed = (
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; "
         "base-uri 'none'; form-action 'none'"
@@ -88,12 +88,16 @@ def _with_data(data: Mapping[str, Any]) -> str:
     page = _text("page.html")
     assert NO_DATA in page
     # Without "<" no text in the data can end the element.
-    said = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-    return page.replace(NO_DATA, NO_DATA.replace("null", said))
+    content = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    return page.replace(NO_DATA, NO_DATA.replace("null", content))
 
 
 def _text(name: str) -> str:
     return resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _script() -> str:
+    return "\n".join(map(_text, ("answers.js", "page.js")))
 
 
 def _hash(content: str) -> str:

@@ -103,18 +103,20 @@ class Gate:
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = dict(scope["headers"])
         if self.keys and scope["path"] != "/health" and scope["path"] not in self.service.page:
-            kind, _, given = headers.get(b"authorization", b"").partition(b" ")
+            kind, _, key_given = headers.get(b"authorization", b"").partition(b" ")
             # Compare every key, in constant time.
-            same = [hmac.compare_digest(given.strip(), key) for key in self.keys]
+            same = [hmac.compare_digest(key_given.strip(), key) for key in self.keys]
             if kind.lower() != b"bearer" or not any(same):
-                said = "the API key is missing or wrong: expected the header Authorization: Bearer KEY"
-                return ApiError(401, said, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+                message = "the API key is missing or wrong: expected the header Authorization: Bearer KEY"
+                return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         if int(headers.get(b"content-length", 0)) > self.service.settings.max_body:
             return too_large(self.service.settings.max_body)
         kind = headers.get(b"content-type", b"")
         if scope["method"] == "POST" and b"origin" in headers and not is_json(kind):
-            said = f"content-type: expected application/json from a web page, got {kind.decode('latin-1')!r}"
-            return ApiError(415, said, param="content-type")
+            message = (
+                f"content-type: expected application/json from a web page, got {kind.decode('latin-1')!r}"
+            )
+            return ApiError(415, message, param="content-type")
         return None
 
     @staticmethod
@@ -151,103 +153,123 @@ class EventStream(StreamingResponse):
             self.call.close()
 
 
-async def answer(service: Service, http: Request, request: ChatRequest | CompletionRequest) -> Response:
-    """The response to either endpoint, whole or streaming."""
-    chat = isinstance(request, ChatRequest)
-    call = await service.call(request)
-    token_texts = service.model(request.model).token_texts
-    frame = {
-        "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-        "object": "chat.completion" if chat else "text_completion",
-        "created": int(time.time()),
-        "model": request.model,
-    }
+class Answer:
+    """Writes the pieces of a call as either endpoint's JSON: whole, or as events of a stream."""
 
-    lengths, offsets = [0] * len(call.choices), [0] * len(call.choices)
+    def __init__(self, service: Service, request: ChatRequest | CompletionRequest, call: Call) -> None:
+        self.request, self.call = request, call
+        self.chat = isinstance(request, ChatRequest)
+        self.token_texts = service.model(request.model).token_texts
+        self.frame = {
+            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": "chat.completion" if self.chat else "text_completion",
+            "created": int(time.time()),
+            "model": request.model,
+        }
+        self.usage = bool(request.stream_options and request.stream_options.include_usage)
+        self._lengths, self._offsets = [0] * len(call.choices), [0] * len(call.choices)
 
-    def logprobs(index: int, scores: Sequence[tuple[int, float]]) -> dict[str, Any]:
+    def logprobs(self, index: int, scores: Sequence[tuple[int, float]]) -> dict[str, Any]:
         """The entry "logprobs" for the choice's next tokens."""
-        first, offset = lengths[index] == 0, offsets[index]
+        first, offset = self._lengths[index] == 0, self._offsets[index]
         tokens = [
-            (token_texts(token, first=first and at == 0), value) for at, (token, value) in enumerate(scores)
+            (self.token_texts(token, first=first and at == 0), value)
+            for at, (token, value) in enumerate(scores)
         ]
-        lengths[index] += len(tokens)
-        offsets[index] += sum(len(text) for text, _ in tokens)
-        if isinstance(request, ChatRequest):
+        self._lengths[index] += len(tokens)
+        self._offsets[index] += sum(len(text) for text, _ in tokens)
+        if isinstance(self.request, ChatRequest):
             return protocol.chat_logprobs(tokens)
-        return protocol.completion_logprobs(tokens, offset, bool(request.logprobs))
+        return protocol.completion_logprobs(tokens, offset, bool(self.request.logprobs))
 
     def choice(
-        index: int, content: dict[str, Any], reason: str | None, scores: Sequence[tuple[int, float]] | None
+        self,
+        index: int,
+        content: dict[str, Any],
+        reason: str | None,
+        scores: Sequence[tuple[int, float]] | None,
     ) -> dict[str, Any]:
-        scored = None if scores is None else logprobs(index, scores)
+        scored = None if scores is None else self.logprobs(index, scores)
         return {"index": index, **content, "logprobs": scored, "finish_reason": reason}
 
+    def event(self, choices: list[dict[str, Any]], used: dict[str, Any] | None = None) -> str:
+        return sse({**self.frame, "choices": choices, **({"usage": used} if self.usage else {})})
+
+    def part(
+        self,
+        index: int,
+        piece: str,
+        reason: str | None = None,
+        scores: Sequence[tuple[int, float]] = (),
+        **fields: Any,
+    ) -> str:
+        """The event of a piece of a choice's text. fields: others of the choice."""
+        content = {"delta": {"content": piece} if piece else {}} if self.chat else {"text": piece}
+        return self.event([self.choice(index, {**content, **fields}, reason, scores or None)])
+
+    async def events(self) -> AsyncIterator[str]:
+        """The answer as server-sent events."""
+        call = self.call
+        if self.chat:
+            self.frame["object"] = "chat.completion.chunk"
+        try:
+            for index in range(len(call.choices) if self.chat else 0):
+                yield self.part(index, "", delta={"role": "assistant", "content": ""})
+            async for piece in call.pieces():
+                if piece.draft is not None:
+                    length = call.choices[piece.choice].gen_length
+                    yield self.part(piece.choice, "", draft=draft_of(piece.draft, length, self.token_texts))
+                if piece.text or piece.scores:
+                    yield self.part(piece.choice, piece.text, scores=piece.scores)
+                if piece.reason is not None:
+                    yield self.part(piece.choice, "", piece.reason)
+            if self.usage:
+                yield self.event([], call.usage())
+            yield "data: [DONE]\n\n"
+        except ApiError as error:
+            yield sse(error.body)
+
+    async def whole(self, http: Request) -> dict[str, Any]:
+        """All choices; ends the call if the client leaves."""
+        call = self.call
+        texts, reasons = [""] * len(call.choices), [""] * len(call.choices)
+        scores: list[list[tuple[int, float]]] = [[] for _ in call.choices]
+
+        async def gone() -> None:
+            while (await http.receive())["type"] != "http.disconnect":
+                pass
+            call.fail(ApiError(499, "the client left"))
+
+        watching = asyncio.ensure_future(gone())
+        try:
+            async for piece in call.pieces():
+                texts[piece.choice] += piece.text
+                scores[piece.choice] += piece.scores
+                reasons[piece.choice] = piece.reason or ""
+        finally:
+            watching.cancel()
+            call.close()
+        choices = [
+            self.choice(
+                index,
+                {"message": {"role": "assistant", "content": text, "refusal": None}}
+                if self.chat
+                else {"text": text},
+                reason,
+                scores[index] if self.request.scored else None,
+            )
+            for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
+        ]
+        return {**self.frame, "choices": choices, "usage": call.usage()}
+
+
+async def answer(service: Service, http: Request, request: ChatRequest | CompletionRequest) -> Response:
+    """The response to either endpoint, whole or streaming."""
+    call = await service.call(request)
+    written = Answer(service, request, call)
     if request.stream:
-        usage = bool(request.stream_options and request.stream_options.include_usage)
-        if chat:
-            frame["object"] = "chat.completion.chunk"
-
-        def event(choices: list[dict[str, Any]], used: dict[str, Any] | None = None) -> str:
-            return sse({**frame, "choices": choices, **({"usage": used} if usage else {})})
-
-        def part(
-            index: int,
-            piece: str,
-            reason: str | None = None,
-            scores: Sequence[tuple[int, float]] = (),
-            **more: Any,
-        ) -> str:
-            content = {"delta": {"content": piece} if piece else {}} if chat else {"text": piece}
-            return event([choice(index, {**content, **more}, reason, scores or None)])
-
-        async def events() -> AsyncIterator[str]:
-            try:
-                for index in range(len(call.choices) if chat else 0):
-                    yield part(index, "", delta={"role": "assistant", "content": ""})
-                async for piece in call.pieces():
-                    if piece.draft is not None:
-                        length = call.choices[piece.choice].gen_length
-                        yield part(piece.choice, "", draft=draft_of(piece.draft, length, token_texts))
-                    if piece.text or piece.scores:
-                        yield part(piece.choice, piece.text, scores=piece.scores)
-                    if piece.reason is not None:
-                        yield part(piece.choice, "", piece.reason)
-                if usage:
-                    yield event([], call.usage())
-                yield "data: [DONE]\n\n"
-            except ApiError as error:
-                yield sse(error.body)
-
-        return EventStream(call, events())
-
-    texts, reasons = [""] * len(call.choices), [""] * len(call.choices)
-    scores: list[list[tuple[int, float]]] = [[] for _ in call.choices]
-
-    async def gone() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-        call.fail(ApiError(499, "the client left"))
-
-    watching = asyncio.ensure_future(gone())
-    try:
-        async for piece in call.pieces():
-            texts[piece.choice] += piece.text
-            scores[piece.choice] += piece.scores
-            reasons[piece.choice] = piece.reason or ""
-    finally:
-        watching.cancel()
-        call.close()
-    choices = [
-        choice(
-            index,
-            {"message": {"role": "assistant", "content": said, "refusal": None}} if chat else {"text": said},
-            reason,
-            scores[index] if request.scored else None,
-        )
-        for index, (said, reason) in enumerate(zip(texts, reasons, strict=True))
-    ]
-    return JSONResponse({**frame, "choices": choices, "usage": call.usage()})
+        return EventStream(call, written.events())
+    return JSONResponse(await written.whole(http))
 
 
 def draft_of(draft: Draft, length: int, texts: text.TokenTexts) -> dict[str, Any]:
@@ -270,15 +292,15 @@ def draft_of(draft: Draft, length: int, texts: text.TokenTexts) -> dict[str, Any
         None if token is None else texts(token, first=draft.start + at == 0)
         for at, token in enumerate(draft.tokens)
     ]
-    found = {"pass": draft.nfe, "start": draft.start, "length": length, "tokens": tokens}
-    found |= {"drafted": draft.drafted, "accepted": draft.accepted}
-    found["refused"] = [texts(token, first=False) for token in draft.refused]
+    fields = {"pass": draft.nfe, "start": draft.start, "length": length, "tokens": tokens}
+    fields |= {"drafted": draft.drafted, "accepted": draft.accepted}
+    fields["refused"] = [texts(token, first=False) for token in draft.refused]
     if draft.passes is not None and draft.logprobs is not None:
         values = [
             None if value is None or math.isnan(value) else protocol.finite(value) for value in draft.logprobs
         ]
-        found |= {"passes": draft.passes, "logprobs": values}
-    return found
+        fields |= {"passes": draft.passes, "logprobs": values}
+    return fields
 
 
 def sse(content: dict[str, Any]) -> str:
@@ -292,22 +314,22 @@ def name_errors(app: FastAPI, service: Service) -> None:
     async def refused(http: Request, error: HTTPException) -> Response:
         path = http.scope["path"]
         if not isinstance(error, ApiError) and error.status_code in (404, 405):
-            said, headers = f"path: expected one of {', '.join(PATHS)}, got {path}", error.headers
+            message, headers = f"path: expected one of {', '.join(PATHS)}, got {path}", error.headers
             if error.status_code == 405:
                 allowed = methods(path, service) or READ
-                said, headers = f"method: {path} expects {allowed}, got {http.method}", {"Allow": allowed}
-            error = ApiError(error.status_code, said, headers=headers)
+                message, headers = f"method: {path} expects {allowed}, got {http.method}", {"Allow": allowed}
+            error = ApiError(error.status_code, message, headers=headers)
         return ApiError.of(error).response
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            said = f"body: expected JSON ({first['ctx']['error']} at character {first['loc'][-1]})"
-            return ApiError(400, said).response
-        where = [str(one) for one in first["loc"][1:]]
-        said = f"{'.'.join(where) or 'body'}: {first['msg'].removeprefix('Value error, ')}"
-        return ApiError(400, said, param=where[0] if where else None).response
+            message = f"body: expected JSON ({first['ctx']['error']} at character {first['loc'][-1]})"
+            return ApiError(400, message).response
+        where = [str(part) for part in first["loc"][1:]]
+        message = f"{'.'.join(where) or 'body'}: {first['msg'].removeprefix('Value error, ')}"
+        return ApiError(400, message, param=where[0] if where else None).response
 
     @app.exception_handler(Exception)
     async def broken(_: Request, error: Exception) -> Response:
@@ -341,6 +363,13 @@ def make_app(service: Service) -> FastAPI:
 
     name_errors(app, service)
 
+    add_routes(app, service)
+    return app
+
+
+def add_routes(app: FastAPI, service: Service) -> None:
+    """Add all paths of `PATHS`, and the page's."""
+
     @app.post("/v1/chat/completions", responses=errors(*ERRORS))
     async def chat_completions(http: Request, request: ChatRequest) -> Response:
         return await answer(service, http, request)
@@ -355,13 +384,13 @@ def make_app(service: Service) -> FastAPI:
 
     @read("/v1/models", errors(401, 413))
     async def list_models() -> Response:
-        found = [model.described for model in service.models.values()]
-        return JSONResponse({"object": "list", "data": found})
+        described = [model.described for model in service.models.values()]
+        return JSONResponse({"object": "list", "data": described})
 
     @read("/v1/models/{name:path}", errors(401, 404, 413))
     async def one_model(name: str) -> Response:
         # The gate strips a slash from the path's end, but a directory's name may end with one.
-        whole = next((own for own in service.models if own.rstrip("/") == name), name)
+        whole = next((known for known in service.models if known.rstrip("/") == name), name)
         return JSONResponse(service.model(whole).described)
 
     @read("/version", errors(401, 413))
@@ -372,7 +401,8 @@ def make_app(service: Service) -> FastAPI:
 
     @read(
         "/health",
-        errors(413) | {status: {"model": Health, "description": said} for status, said in states.items()},
+        errors(413)
+        | {status: {"model": Health, "description": description} for status, description in states.items()},
     )
     async def health() -> Response:
         closed = service.closed
@@ -388,5 +418,3 @@ def make_app(service: Service) -> FastAPI:
 
     for path in service.page:
         app.add_route(path, page_part, methods=READ.split(", "), include_in_schema=False)
-
-    return app

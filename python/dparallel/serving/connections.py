@@ -75,10 +75,10 @@ class Connection(H11Protocol):
         self._unsent = (0, 0.0)  # bytes waiting for the client, and since when that number has not changed
         self._begin()
         if len(self.connections) > self.most:
-            others = (one for one in self.connections if isinstance(one, Connection) and one is not self)
-            asking = (one for one in others if one.asking)
+            others = (each for each in self.connections if isinstance(each, Connection) and each is not self)
+            asking = (each for each in others if each.asking)
             # Connections that still take an answer come last.
-            victim = min(asking, key=lambda one: (one.unsent > 0, one.ends), default=self)
+            victim = min(asking, key=lambda each: (each.unsent > 0, each.ends), default=self)
             self.connections.discard(victim)
             victim.transport.abort()
 
@@ -123,9 +123,9 @@ class Connection(H11Protocol):
 def cut_overdue(connections: Any) -> None:
     """Close the connections whose client takes too long."""
     now = time.monotonic()
-    for one in list(connections):
-        if isinstance(one, Connection) and one.overdue(now):
-            one.transport.abort()
+    for connection in list(connections):
+        if isinstance(connection, Connection) and connection.overdue(now):
+            connection.transport.abort()
 
 
 # --- the log ------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ class Bounded(logging.Filter):
         self._kinds[kind] = (left - 1, record.created, 0)
         note = f" ({out} more such lines were left out)" if out else ""
         if parts:
-            *others, path, version, status = (_short(one, self.LENGTH // 2) for one in parts)
+            *others, path, version, status = (_short(part, self.LENGTH // 2) for part in parts)
             record.args = (*others, f"{path}{note}", version, status)
         else:
             record.msg, record.args = _short(record.getMessage(), self.LENGTH) + note, None

@@ -71,10 +71,10 @@ ERRORS = {
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The error answers of a path, for its OpenAPI description: these statuses, and the form of any other."""
-    found: dict[int | str, dict[str, Any]] = {
+    answers: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorAnswer, "description": ERRORS[status]} for status in statuses
     }
-    return {**found, "default": {"model": ErrorAnswer, "description": "Another error."}}
+    return {**answers, "default": {"model": ErrorAnswer, "description": "Another error."}}
 
 
 def stopping() -> ApiError:

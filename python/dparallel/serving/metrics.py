@@ -61,21 +61,21 @@ class Metrics:
 
     def add(self, name: str, engine: Engine) -> ModelMetrics:
         """Add the metrics of one more model."""
-        self.models[name] = made = ModelMetrics(self, name, engine)
-        return made
+        self.models[name] = metrics = ModelMetrics(self, name, engine)
+        return metrics
 
     def wait(self) -> int:
         """Seconds after which a request refused now may find a place, whatever its model."""
         return max((model.wait() for model in self.models.values()), default=1)
 
-    def _histogram(self, name: str, said: str, buckets: Sequence[float] = SECONDS) -> Histogram:
-        return Histogram(f"dparallel_{name}", said, ["model"], buckets=buckets, registry=self.registry)
+    def _histogram(self, name: str, description: str, buckets: Sequence[float] = SECONDS) -> Histogram:
+        return Histogram(f"dparallel_{name}", description, ["model"], buckets=buckets, registry=self.registry)
 
     def collect(self) -> Iterator[Metric]:
         stats = {name: model.engine.stats for name, model in self.models.items()}
         for kind, families in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
-            for name, said in families.items():
-                family = kind(f"dparallel_{name}", said, labels=["model"])
+            for name, description in families.items():
+                family = kind(f"dparallel_{name}", description, labels=["model"])
                 for model, counts in stats.items():
                     family.add_metric([model], getattr(counts, name))
                 yield family

@@ -181,17 +181,17 @@ def finite(value: float) -> float:
     return max(value, -9999.0)
 
 
-def refused(given: Mapping[str, Any], neutral: Neutral) -> tuple[str, str] | None:
+def refused(fields: Mapping[str, Any], neutral: Neutral) -> tuple[str, str] | None:
     """The first unsupported parameter whose value would change something, and an error text; None if there is
     none."""
     # Parameters with a hint first: they tell best what the client wants.
-    for name in sorted(given, key=lambda name: name not in HINTS):
-        value, accepted = given[name], neutral.get(name, ())
-        if value is None or name in HARMLESS or any(_same(value, one) for one in accepted):
+    for name in sorted(fields, key=lambda name: name not in HINTS):
+        value, accepted = fields[name], neutral.get(name, ())
+        if value is None or name in HARMLESS or any(_same(value, each) for each in accepted):
             continue
-        only = " or ".join(json.dumps(one) for one in accepted)
-        said = f"{name}: " + (f"only {only} is supported" if accepted else "is not supported")
-        return name, f"{said}; {HINTS[name]}" if name in HINTS else said
+        only = " or ".join(json.dumps(each) for each in accepted)
+        message = f"{name}: " + (f"only {only} is supported" if accepted else "is not supported")
+        return name, f"{message}; {HINTS[name]}" if name in HINTS else message
     return None
 
 
@@ -218,10 +218,10 @@ class Strict(BaseModel):
 
     @model_validator(mode="after")
     def _refuse(self) -> Self:
-        found = refused(self.model_extra or {}, self.neutral)
-        if found is not None:
-            name, said = found
-            raise ApiError(400, said, param=name, code="unsupported_parameter")
+        refusal = refused(self.model_extra or {}, self.neutral)
+        if refusal is not None:
+            name, message = refusal
+            raise ApiError(400, message, param=name, code="unsupported_parameter")
         return self
 
 
@@ -258,10 +258,10 @@ class Options(Strict):
     def _strings(cls, value: Any) -> Any:
         if value is None:
             return None
-        found = [value] if isinstance(value, str) else value
-        fits = isinstance(found, list) and len(found) <= MOST_STOPS
-        if fits and all(isinstance(s, str) and s for s in found):
-            return found
+        strings = [value] if isinstance(value, str) else value
+        fits = isinstance(strings, list) and len(strings) <= MOST_STOPS
+        if fits and all(isinstance(s, str) and s for s in strings):
+            return strings
         raise ValueError(f"expected a string or up to {MOST_STOPS}, none of them empty")
 
     @field_validator("policy")
@@ -286,8 +286,8 @@ class Options(Strict):
     def _best_of(self) -> Self:
         each = self.n or 1
         if self.best_of is not None and self.best_of != each:
-            said = f"best_of: only n, here {each}, is supported, got {self.best_of}"
-            raise ApiError(400, said, param="best_of", code="unsupported_parameter")
+            message = f"best_of: only n, here {each}, is supported, got {self.best_of}"
+            raise ApiError(400, message, param="best_of", code="unsupported_parameter")
         return self
 
 
@@ -314,21 +314,23 @@ class CompletionRequest(Options):
     @model_validator(mode="after")
     def _most_probable(self) -> Self:
         if self.scored and self.logprobs and self.temperature:
-            said = "logprobs: expected 0 at a temperature above 0, where a token may not be the most probable"
-            raise ApiError(400, f"{said}, got {self.logprobs}", param="logprobs")
+            message = (
+                "logprobs: expected 0 at a temperature above 0, where a token may not be the most probable"
+            )
+            raise ApiError(400, f"{message}, got {self.logprobs}", param="logprobs")
         return self
 
     @field_validator("prompt", mode="before")
     @classmethod
     def _several(cls, value: Any) -> Any:
         def every(kind: type, values: Any) -> bool:
-            return isinstance(values, list) and bool(values) and all(type(one) is kind for one in values)
+            return isinstance(values, list) and bool(values) and all(type(each) is kind for each in values)
 
         if isinstance(value, str) or every(int, value):
             return [value]
         if isinstance(value, list) and len(value) > MOST_PROMPTS:
             raise ValueError(f"expected at most {MOST_PROMPTS} prompts, got {len(value)}")
-        if every(str, value) or (every(list, value) and all(every(int, one) for one in value)):
+        if every(str, value) or (every(list, value) and all(every(int, each) for each in value)):
             return value
         raise ValueError("expected a string, a list of token ids, or a list of either, none of them empty")
 
@@ -392,9 +394,9 @@ class ChatRequest(Options):
         newer = self.max_completion_tokens
         if newer is not None:
             if self.max_tokens not in (None, newer):
-                said = (
+                message = (
                     f"max_tokens: not beside another max_completion_tokens, got {self.max_tokens} and {newer}"
                 )
-                raise ApiError(400, said, param="max_tokens")
+                raise ApiError(400, message, param="max_tokens")
             self.max_tokens = newer
         return self

@@ -38,16 +38,16 @@ class Server(uvicorn.Server):
         self.service = service
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        for one in sockets or []:
-            one.listen(self.config.backlog)  # if this fails, nothing else has started yet
+        for listening in sockets or []:
+            listening.listen(self.config.backlog)  # if this fails, nothing else has started yet
         await super().startup(sockets)
-        for one in sockets or []:  # uvicorn logs only sockets that it opens itself
-            host, port = one.getsockname()[:2]
+        for listening in sockets or []:  # uvicorn logs only sockets that it opens itself
+            host, port = listening.getsockname()[:2]
             at = f"[{host}]" if ":" in host else host
             logging.getLogger("uvicorn.error").info("dparallel running on http://%s:%d", at, port)
 
-        for one in sockets or []:
-            one.listen(connections.BACKLOG)  # uvicorn's backlog also limits how many a turn accepts
+        for listening in sockets or []:
+            listening.listen(connections.BACKLOG)  # uvicorn's backlog also limits how many a turn accepts
 
     async def on_tick(self, counter: int) -> bool:
         if counter % 10 == 0:
@@ -70,25 +70,25 @@ def listen(host: str, port: int) -> list[socket.socket]:
     if not 0 <= port < 2**16:
         raise ValueError(f"port: expected 0 to 65535, got {port}")
     try:
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError) as error:
         raise ValueError(f"host: {host!r} does not resolve ({error})") from error
     with contextlib.ExitStack() as opened:
         sockets: list[socket.socket] = []
-        for family, kind, number, _, address in dict.fromkeys(found):
+        for family, kind, number, _, address in dict.fromkeys(addresses):
             try:
-                one = opened.enter_context(socket.socket(family, kind, number))
+                listening = opened.enter_context(socket.socket(family, kind, number))
                 if os.name == "posix":  # so that a restart need not wait for closed connections
-                    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if family == socket.AF_INET6:
-                    one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                one.bind((address[0], port, *address[2:]))
+                    listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                listening.bind((address[0], port, *address[2:]))
             except OSError as error:
                 if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise unusable(host, port, error) from error
                 continue  # a machine without IPv6, where names may still resolve to such addresses
-            sockets.append(one)
-            port = one.getsockname()[1]
+            sockets.append(listening)
+            port = listening.getsockname()[1]
         if not sockets:
             raise ValueError(f"host: {host!r} is no address of this machine")
         opened.pop_all()
@@ -156,7 +156,7 @@ def run(
     asked = Settings(**{key: value for key, value in settings.items() if value is not None})
     connections.most_connections(asked.max_connections)
     with contextlib.ExitStack() as opened:
-        sockets = [opened.enter_context(one) for one in listen(host, port)]
+        sockets = [opened.enter_context(listening) for listening in listen(host, port)]
         engines: list[tuple[Engine, Any]] = []
         loaded: dict[tuple[str, int | None], tuple[Any, Any]] = {}
         for model, drafter in zip(models, drafters, strict=True):

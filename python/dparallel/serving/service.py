@@ -173,20 +173,20 @@ class Call:
         """The "usage" of a finished call. A prompt counts once, however many choices it has."""
         done = [choice.completion for choice in self.choices if choice.completion is not None]
         prompt = sum(len(choice.prompt) + len(choice.suffix) for choice in self.choices[:: self.each])
-        tokens, passes = sum(choice.text.count for choice in self.choices), sum(one.nfe for one in done)
+        tokens, passes = sum(choice.text.count for choice in self.choices), sum(handle.nfe for handle in done)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": tokens,
             "total_tokens": prompt + tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(one.reused for one in done[:: self.each])},
+            "prompt_tokens_details": {"cached_tokens": sum(handle.reused for handle in done[:: self.each])},
             "forward_passes": passes,
             "tokens_per_pass": round(tokens / passes, 3) if passes else 0.0,
         }
 
 
-def full(said: str, wait: int) -> ApiError:
+def full(message: str, wait: int) -> ApiError:
     """The error 429. `wait`: seconds after which there may be room."""
-    return ApiError(429, said, code="full", headers={"Retry-After": str(wait)})
+    return ApiError(429, message, code="full", headers={"Retry-After": str(wait)})
 
 
 class Service:
@@ -220,19 +220,21 @@ class Service:
         drafter: str | None = None,
     ) -> ModelService:
         """Serve one more model. `drafter`: the name of the engine's drafter."""
-        self.models[name] = made = ModelService(self, name, engine, vocabulary, tokenizer, directory, drafter)
-        return made
+        self.models[name] = service = ModelService(
+            self, name, engine, vocabulary, tokenizer, directory, drafter
+        )
+        return service
 
     def model(self, name: str) -> ModelService:
         """The model of this name. Raises ApiError."""
-        found = self.models.get(name)
-        if found is None:
+        service = self.models.get(name)
+        if service is None:
             names = list(self.models)
             expected = repr(names[0]) if len(names) == 1 else f"one of {names}"
             raise ApiError(
                 404, f"model: expected {expected}, got {name!r}", param="model", code="model_not_found"
             )
-        return found
+        return service
 
     @property
     def closed(self) -> bool:
@@ -248,8 +250,8 @@ class Service:
         self.encoders.shutdown(wait=False, cancel_futures=True)
         self.renderer.close()
 
-    def full(self, said: str) -> ApiError:
-        return full(said, self.metrics.wait())
+    def full(self, message: str) -> ApiError:
+        return full(message, self.metrics.wait())
 
     async def elsewhere(self, work: Callable[[], T]) -> T:
         """The result of `work`, done in an encoder's thread. Raises ApiError if the server stops before."""
@@ -290,8 +292,8 @@ class ModelService:
         """The config of requests with `ignore_eos` that name nothing else."""
         self.config = with_ends(engine.config, text.endings(directory, tokenizer))
         (self.gen_length,) = arguments.numbers("gen_length", engine.config.gen_length, 1, 1)
-        given = engine.config.seed
-        self.seed = None if given is None else arguments.numbers("seed", given, 1, -(2**63))[0]
+        seed = engine.config.seed
+        self.seed = None if seed is None else arguments.numbers("seed", seed, 1, -(2**63))[0]
         self.metrics = service.metrics.add(name, engine)
         self.created = int(time.time())
 
@@ -317,19 +319,21 @@ class ModelService:
     async def _ids(self, param: str, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         """The token ids of texts. Raises ApiError for a text that is too long to be encoded."""
         most = self.most_characters
-        wrong = next((len(one) for one in texts if len(one) > most), None)
+        wrong = next((len(each) for each in texts if len(each) > most), None)
         if wrong is not None:
-            said = f"{param}: expected at most {most} characters, for {self.max_length} tokens, got {wrong}"
-            raise ApiError(400, said, param=param, code="context_length_exceeded")
+            message = (
+                f"{param}: expected at most {most} characters, for {self.max_length} tokens, got {wrong}"
+            )
+            raise ApiError(400, message, param=param, code="context_length_exceeded")
 
         def encode() -> list[list[int]]:
             # By batches, since `encode` holds the interpreter's lock, and nothing else could run; of one text
             # each, so that it is not padded to the length of others.
             try:
-                batches = [self.tokenizer.encode_batch([one], add_special_tokens=special) for one in texts]
+                batches = [self.tokenizer.encode_batch([each], add_special_tokens=special) for each in texts]
             except Exception as error:  # the package raises nothing narrower
-                said = f"{param}: the model's tokenizer does not encode it: {str(error)[:200]}"
-                raise ApiError(400, said, param=param) from error
+                message = f"{param}: the model's tokenizer does not encode it: {str(error)[:200]}"
+                raise ApiError(400, message, param=param) from error
             return [batch[0].ids for batch in batches]
 
         return await self.service.elsewhere(encode) if any(texts) else [[] for _ in texts]
@@ -340,24 +344,25 @@ class ModelService:
         Raises ApiError, and ValueError that names the argument.
         """
         if isinstance(request, CompletionRequest):
-            texts = [one for one in request.prompt if isinstance(one, str)]
+            texts = [text for text in request.prompt if isinstance(text, str)]
             if texts:
                 return await self._ids("prompt", texts, special=True)
-            return [one for one in request.prompt if isinstance(one, list)]
+            return [ids for ids in request.prompt if isinstance(ids, list)]
         roles = {"developer": "system"}  # the newer name; templates know the older
         messages = [
-            {"role": roles.get(one.role, one.role), "content": one.content or ""} for one in request.messages
+            {"role": roles.get(each.role, each.role), "content": each.content or ""}
+            for each in request.messages
         ]
-        given = request.chat_template_kwargs or {}
+        keywords = request.chat_template_kwargs or {}
         if self.template is not None:
-            render = functools.partial(self.template, messages, **given)
+            render = functools.partial(self.template, messages, **keywords)
             async with self.service.rendering:  # so that templates, which wait for each other, use one thread
-                said = await self.service.elsewhere(render)
-            return await self._ids("messages", [said])
-        if given:
-            said = "chat_template_kwargs: expected none, since the model has no chat template"
-            raise ApiError(400, f"{said}, got {sorted(given)[0]}", param="chat_template_kwargs")
-        asked = [one["content"] for one in messages if one["role"] == "user"]
+                rendered = await self.service.elsewhere(render)
+            return await self._ids("messages", [rendered])
+        if keywords:
+            reason = "chat_template_kwargs: expected none, since the model has no chat template"
+            raise ApiError(400, f"{reason}, got {sorted(keywords)[0]}", param="chat_template_kwargs")
+        asked = [message["content"] for message in messages if message["role"] == "user"]
         if not asked:
             raise ValueError("messages: expected one from the user")
         return await self._ids("messages", asked[-1:], special=True)
@@ -370,8 +375,8 @@ class ModelService:
         prompts = len(request.prompt) if isinstance(request, CompletionRequest) else 1
         if prompts * each > settings.max_choices:
             name = "n" if prompts <= settings.max_choices else param
-            said = f"{name}: expected at most {settings.max_choices} responses, got {prompts * each}"
-            raise ApiError(400, said, param=name)
+            message = f"{name}: expected at most {settings.max_choices} responses, got {prompts * each}"
+            raise ApiError(400, message, param=name)
         try:
             encoded = await self.encode(request)
         except ValueError as error:
@@ -416,8 +421,8 @@ class ModelService:
         suffix = request.suffix if isinstance(request, CompletionRequest) else None
         for name, value in (("policy", request.policy), ("suffix", suffix)):
             if value:
-                said = f"{name}: belongs to masked diffusion, and {self.name!r} is autoregressive"
-                raise ApiError(400, said, param=name, code="unsupported_parameter")
+                message = f"{name}: belongs to masked diffusion, and {self.name!r} is autoregressive"
+                raise ApiError(400, message, param=name, code="unsupported_parameter")
 
     @contextlib.contextmanager
     def _engine_errors(self, param: str) -> Iterator[None]:
@@ -437,11 +442,13 @@ class ModelService:
 
     async def _suffix(self, request: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> list[int]:
         """The token ids that follow the response. Raises ApiError if they or a prompt hold the mask token."""
-        given = request.suffix if isinstance(request, CompletionRequest) else None
-        (ids,) = await self._ids("suffix", [given or ""])
+        suffix = request.suffix if isinstance(request, CompletionRequest) else None
+        (ids,) = await self._ids("suffix", [suffix or ""])
         if ids and any(self.engine.mask_id in prompt for prompt in [*prompts, ids]):
-            said = "suffix: neither it nor the prompt may hold the mask token, which stands for the response"
-            raise ApiError(400, said, param="suffix")
+            message = (
+                "suffix: neither it nor the prompt may hold the mask token, which stands for the response"
+            )
+            raise ApiError(400, message, param="suffix")
         return ids
 
     def _config(self, request: ChatRequest | CompletionRequest) -> DecodeConfig:
@@ -455,25 +462,25 @@ class ModelService:
             "top_k": None if request.top_k is None else max(0, request.top_k),
         }
         changes = {name: value for name, value in changes.items() if value is not None}
-        changes |= {"stop": [*config.stop, *([one] for one in ids)], "logprobs": request.scored}
+        changes |= {"stop": [*config.stop, *([stop] for stop in ids)], "logprobs": request.scored}
         if request.policy is None:
             return config.replace(**changes)
         return config.with_rule(request.policy, **changes)
 
     def _check_ids(self, param: str, ids: list[int]) -> None:
-        wrong = next((one for one in ids if not 0 <= one < self.vocabulary), None)
+        wrong = next((token for token in ids if not 0 <= token < self.vocabulary), None)
         if wrong is not None:
-            said = f"{param}: expected token ids below {self.vocabulary}, got {wrong}"
-            raise ApiError(400, said, param=param)
+            message = f"{param}: expected token ids below {self.vocabulary}, got {wrong}"
+            raise ApiError(400, message, param=param)
 
     def _gen_length(self, ids: list[int], request: Options, param: str, suffix: int) -> int:
         """max_tokens for a prompt. Raises ApiError if it or the prompt is too long, or has foreign ids."""
         most = self.max_length
-        given = len(ids) + suffix
-        length = request.max_tokens or max(1, min(self.gen_length, most - given))
-        if given + length > most:
-            name = param if given >= most else "max_tokens"
-            said = f"{name}: expected at most {most} tokens with the response, got {given} + {length}"
-            raise ApiError(400, said, param=name, code="context_length_exceeded")
+        known = len(ids) + suffix
+        length = request.max_tokens or max(1, min(self.gen_length, most - known))
+        if known + length > most:
+            name = param if known >= most else "max_tokens"
+            message = f"{name}: expected at most {most} tokens with the response, got {known} + {length}"
+            raise ApiError(400, message, param=name, code="context_length_exceeded")
         self._check_ids(param, ids)
         return length

@@ -77,12 +77,12 @@ def find_keys(key: str | None, file: Path | None) -> tuple[str, ...]:
     if file is not None:
         return read_keys(file)
     name = "api_key" if key is not None else KEY_VARIABLE
-    given = os.environ.get(KEY_VARIABLE) if key is None else key
-    if given is None:
+    content = os.environ.get(KEY_VARIABLE) if key is None else key
+    if content is None:
         return ()
     if key is not None and key.startswith("--"):
         raise ValueError(f"api_key: expected a key, got the option {key}; is a variable empty?")
-    keys = keys_in(name, given)
+    keys = keys_in(name, content)
     if not keys:
         raise ValueError(f"{name}: expected a key, got an empty one")
     return keys
@@ -96,13 +96,13 @@ def read_keys(file: Path) -> tuple[str, ...]:
     return keys
 
 
-def keys_in(name: str, said: str) -> tuple[str, ...]:
+def keys_in(name: str, content: str) -> tuple[str, ...]:
     """The API keys in a text, one a line, without surrounding blanks and without comments, which # begins.
 
     Raises ValueError for a key that cannot be sent in a header.
     """
-    found = (re.split(r"(?:^|\s)#", line)[0].strip() for line in re.split(r"\r\n|\r|\n", said))
-    keys = tuple(key for key in found if key)
+    entries = (re.split(r"(?:^|\s)#", line)[0].strip() for line in re.split(r"\r\n|\r|\n", content))
+    keys = tuple(key for key in entries if key)
     for number, key in enumerate(keys, 1):
         if not key.isprintable():
             raise ValueError(f"{name}: expected printable characters, but key {number} has others")

@@ -10,7 +10,8 @@ import torch
 
 import dparallel_ext as dx
 
-from .. import evaluate, files, plots, registry
+from .. import evaluate, files, plots, registry, results
+from .. import sweep as sweeping
 from ..live import HIDDEN, LiveText
 from . import tasks
 
@@ -46,11 +47,11 @@ def run(
     console.print(LEGEND, highlight=False)
     pictures = [_show(name, problem, directory, delay, console) for name in names]
     console.print(f"{problems} held-out problems, {tasks.GEN_LENGTH} tokens each:\n", highlight=False)
-    console.print(evaluate.HEADING, style="bold")
+    console.print(results.HEADING, style="bold")
     rows = []
-    for row in evaluate.sweep(names, POLICIES, problems=problems, drafters=DRAFTERS):
+    for row in sweeping.sweep(names, POLICIES, problems=problems, drafters=DRAFTERS):
         rows.append(row)
-        console.print(evaluate.line(row), highlight=False)
+        console.print(results.line(row), highlight=False)
     files.write_json(directory / "table.json", rows)
     console.print(f"\npictures: {', '.join(map(str, pictures))}", highlight=False)
     return directory

@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import evaluate, files, plots
+from .. import evaluate, files, plots, results
+from .. import sweep as sweeping
 from ..training import distill, trajectories
 from . import train
 
@@ -91,7 +92,7 @@ def spent(out: Path) -> float:
 
 
 def measured(name: str, policies: Iterable[str], problems: int, seed: int) -> list[Row]:
-    return list(evaluate.sweep([name], policies, problems=problems, seed=seed))
+    return list(sweeping.sweep([name], policies, problems=problems, seed=seed))
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,9 @@ class Stages:
         changes = {"entropy_weight": beta, "mask_ratio": ratio, "max_steps": steps}
         directory = self.trained(name, changes)
         rows = self.judged(directory / "validation.json", str(directory), SWEEP_POLICIES)
-        found = {"entropy_weight": beta, "mask_ratio": ratio, "passes": passes_at(rows, bar), "rows": rows}
-        self.tell(f"{name}: {found['passes']:.2f} passes at {bar:.1%}")
-        return found
+        result = {"entropy_weight": beta, "mask_ratio": ratio, "passes": passes_at(rows, bar), "rows": rows}
+        self.tell(f"{name}: {result['passes']:.2f} passes at {bar:.1%}")
+        return result
 
     def final(self, bar: float, name: str, changes: dict[str, Any]) -> dict[str, Any]:
         directory = self.trained(name, changes)
@@ -177,8 +178,8 @@ def run(
     out, began = Path(out), time.monotonic()
     if train_teacher:
         model = str(train.train(out / "teacher"))
-    given = {"data": data, "model": model}
-    base = distill.read(recipe_file, **{key: value for key, value in given.items() if value is not None})
+    replaced = {"data": data, "model": model}
+    base = distill.read(recipe_file, **{key: value for key, value in replaced.items() if value is not None})
     stages = Stages(out, recipe_file, base, problems, validation, say, began)
 
     answers = stages.answered()
@@ -225,8 +226,8 @@ def summary(groups: dict[str, list[list[Row]]], student: list[Row]) -> dict[str,
     """Each group's accuracy and passes per policy (mean and range over its runs), AUP, and the targets."""
     top = max(row["accuracy"] for runs in groups.values() for rows in runs for row in rows)
     teacher = groups["teacher"][0]
-    one = next(row for row in teacher if row["policy"] == evaluate.ONE)
-    bar = one["accuracy"] - WITHIN
+    slowest = next(row for row in teacher if row["policy"] == evaluate.ONE)
+    bar = slowest["accuracy"] - WITHIN
 
     table = []
     for name, runs in groups.items():
@@ -241,19 +242,19 @@ def summary(groups: dict[str, list[list[Row]]], student: list[Row]) -> dict[str,
                     "runs": len(same),
                     "accuracy": statistics.mean(accuracy),
                     "accuracy_of_runs": [min(accuracy), max(accuracy)],
-                    "accuracy_interval": evaluate.wilson(right, trials),
+                    "accuracy_interval": results.wilson(right, trials),
                     "nfe_mean": statistics.mean(row["nfe_mean"] for row in same),
                 }
             )
     areas = {
-        name: {rule: [evaluate.aup(of_rules(rows, [rule]), top) for rows in runs] for rule in THRESHOLDS}
+        name: {rule: [results.aup(of_rules(rows, [rule]), top) for rows in runs] for rule in THRESHOLDS}
         for name, runs in groups.items()
     }
     return {
         "table": table,
         "aup": areas,
         "bar": bar,
-        "passes_one_token": one["nfe_mean"],
+        "passes_one_token": slowest["nfe_mean"],
         "passes_at_bar": {
             name: {
                 "threshold": [passes_at(of_rules(rows, THRESHOLDS), bar) for rows in runs],
@@ -267,7 +268,7 @@ def summary(groups: dict[str, list[list[Row]]], student: list[Row]) -> dict[str,
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as Markdown."""
-    bar, one = report["bar"], report["passes_one_token"]
+    bar, slowest = report["bar"], report["passes_one_token"]
     lines = [
         f"Fewest passes at an accuracy of at least {bar:.1%} (the teacher's at one token a pass, less a "
         f"point), over {report['problems']} held-out problems:",
@@ -283,7 +284,7 @@ def markdown(report: dict[str, Any]) -> str:
         aup = [f"{statistics.mean(report['aup'][name][rule]):.0f}" for rule in THRESHOLDS]
         each, any_policy = (", ".join(f"{p:.2f}" for p in passes[by]) for by in ("threshold", "any policy"))
         mean = statistics.mean(passes["threshold"])
-        fewer = f"{one / mean:.1f}x | {teacher / mean:.1f}x"
+        fewer = f"{slowest / mean:.1f}x | {teacher / mean:.1f}x"
         lines.append(f"| {name} | {setting} | {each} | {fewer} | {any_policy} | {aup[0]} | {aup[1]} |")
     lines += [
         "",

@@ -65,10 +65,10 @@ def tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {word: i for i, word in enumerate(tasks.vocabulary())}
-    made = Tokenizer(models.WordLevel(words, unk_token=tasks.UNKNOWN))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made.add_special_tokens([tasks.PAD, tasks.EOS, tasks.UNKNOWN, tasks.MASK])
-    return made
+    words_tokenizer = Tokenizer(models.WordLevel(words, unk_token=tasks.UNKNOWN))
+    words_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words_tokenizer.add_special_tokens([tasks.PAD, tasks.EOS, tasks.UNKNOWN, tasks.MASK])
+    return words_tokenizer
 
 
 def save_tokenizer(directory: Path) -> None:

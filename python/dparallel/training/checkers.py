@@ -9,21 +9,21 @@ from collections.abc import Callable
 
 def hashes(answer: str, response: str) -> bool:
     """Whether the number after #### (GSM8K's form) equals the reference's, or the reference itself."""
-    found = re.search(r"####\s*(-?[\d,.]*\d)", response)
-    return found is not None and _number(found[1]) == _number(_after_hashes(answer))
+    match = re.search(r"####\s*(-?[\d,.]*\d)", response)
+    return match is not None and _number(match[1]) == _number(_after_hashes(answer))
 
 
 def last_number(answer: str, response: str) -> bool:
     """Whether the last number of the response equals the reference's (GSM8K as usually scored)."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", response)
-    return bool(found) and _number(found[-1]) == _number(_after_hashes(answer))
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", response)
+    return bool(numbers) and _number(numbers[-1]) == _number(_after_hashes(answer))
 
 
 def boxed(answer: str, response: str) -> bool:
     r"""Whether the last \boxed{...} equals the reference's (or the reference itself), spaces aside (MATH)."""
-    found = _boxed(response)
+    content = _boxed(response)
     expected = _boxed(answer) or answer
-    return found is not None and found.replace(" ", "") == expected.replace(" ", "")
+    return content is not None and content.replace(" ", "") == expected.replace(" ", "")
 
 
 def anything(answer: str, response: str) -> bool:
@@ -47,14 +47,14 @@ def checker_of(name: str) -> Checker:
         return CHECKERS[name]
     module, _, function = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
+        checker = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"checker: expected one of {list(CHECKERS)} or package.module:function, got {name!r} ({error})"
         ) from error
-    if not callable(found):
+    if not callable(checker):
         raise ValueError(f"checker: {name!r} is not a function")
-    return found
+    return checker
 
 
 def _after_hashes(answer: str) -> str:

@@ -15,6 +15,7 @@ import torch
 
 import dparallel_ext as dx
 from dparallel_ext.models import Model
+from dparallel_ext.models.config import ModelConfig
 
 from .. import files, registry
 from . import trajectories
@@ -140,11 +141,11 @@ def last_checkpoint(directory: Path) -> str | None:
     or half-written.
     """
     numbers = {path: path.name.removeprefix("checkpoint-") for path in directory.glob("checkpoint-*")}
-    found = {path: int(number) for path, number in numbers.items() if number.isdecimal()}
-    for path in sorted(found, key=found.__getitem__, reverse=True):
+    steps = {path: int(number) for path, number in numbers.items() if number.isdecimal()}
+    for path in sorted(steps, key=steps.__getitem__, reverse=True):
         try:
             state = json.loads((path / "trainer_state.json").read_text())
-            if state["global_step"] == found[path]:
+            if state["global_step"] == steps[path]:
                 return str(path)
         except (OSError, ValueError, TypeError, KeyError):
             continue
@@ -279,7 +280,7 @@ def merge(
     source = registry.directory_of(str(name))
     base = dx.models.load(source, mask_id=mask_id)
     known = {name.rpartition(".")[0]: None for name, _ in base.named_parameters()}
-    prefix, found = "base_model.model.", {}
+    prefix, weights = "base_model.model.", {}
     for key, tensor in tensors.items():
         module, lora, rest = key.removeprefix(prefix).partition(".lora_")
         if module.startswith("blocks."):  # by our names, as earlier versions wrote adapters
@@ -288,12 +289,12 @@ def merge(
             raise ValueError(
                 f"adapter: {key} is for no module of {source}, which has {', '.join(list(known)[1:3])}, ..."
             )
-        found[prefix + module + lora + rest] = tensor
-    config.target_modules = sorted({key.removeprefix(prefix).partition(".lora_")[0] for key in found})
+        weights[prefix + module + lora + rest] = tensor
+    config.target_modules = sorted({key.removeprefix(prefix).partition(".lora_")[0] for key in weights})
     config.exclude_modules = None
     config.inference_mode = True
     adapted = get_peft_model(base, config)
-    left: Any = set_peft_model_state_dict(adapted, found)
+    left: Any = set_peft_model_state_dict(adapted, weights)
     if left.unexpected_keys:
         raise ValueError(f"adapter: {left.unexpected_keys[0]} does not fit {source}")
     merged = adapted.merge_and_unload()
@@ -326,7 +327,7 @@ def plan(recipe: Recipe, *, processes: int = 1) -> dict[str, Any]:
         )
     with torch.device("meta"):
         model: Any = family(config)
-    shape, vocabulary = model.shape, model.shape.embedding_size
+    shape = model.shape
     total = sum(p.numel() for p in model.parameters())
     if recipe.lora is not None:
         model = with_lora(model, recipe.lora, recipe.model)
@@ -345,24 +346,14 @@ def plan(recipe: Recipe, *, processes: int = 1) -> dict[str, Any]:
         steps = None if examples is None else int(-(-examples // batch) * args.num_train_epochs)
     gen = trajectories.Settings(**recipe.trajectories).gen_length
     tokens = recipe.collator.get("total_length") or 128 + (recipe.collator.get("response_length") or gen)
-
     rows = 2 * micro * tokens  # both views
-    # Kept of a layer: the inputs of two norms in float32; in 16 bits their outputs, q, k, v and attention's
-    # output, and the three tensors of the MLP.
-    kv = shape.kv_heads * shape.head_dim
-    layer = rows * (2 * 4 * shape.width + 2 * (6 * shape.width + 2 * kv + 4 * shape.mlp_width))
-    inputs = rows * 2 * shape.width
     checkpointed = args.gradient_checkpointing
-    activations = shape.layers * inputs + layer if checkpointed else shape.layers * layer
-    chunk = min(rows, 256 * 2**20 // (2 * vocabulary)) * vocabulary * 2
     passes = 3 + bool(checkpointed) + (accumulated > 1)  # backward counts as two
-    weights = 2 * total + 4 * trainable if recipe.lora else 4 * total
     sizes = {
-        "weights": weights,
+        "weights": 2 * total + 4 * trainable if recipe.lora else 4 * total,
         "gradients": 4 * trainable,
         "optimizer": 8 * trainable,
-        "activations (estimate)": activations,
-        "loss": 2 * chunk + rows * 2 * shape.width,
+        **_of_rows(shape, rows, checkpointed),
     }
     return {
         "parameters": total,
@@ -374,4 +365,18 @@ def plan(recipe: Recipe, *, processes: int = 1) -> dict[str, Any]:
         "steps": steps,
         "forward equivalents per micro-batch": passes,
         "bytes per process": {**sizes, "total": sum(sizes.values())},
+    }
+
+
+def _of_rows(shape: ModelConfig, rows: int, checkpointed: bool) -> dict[str, int]:
+    """The bytes that `rows` tokens of a micro-batch take."""
+    # Kept of a layer: the inputs of two norms in float32; in 16 bits their outputs, q, k, v and attention's
+    # output, and the three tensors of the MLP.
+    kv = shape.kv_heads * shape.head_dim
+    layer = rows * (2 * 4 * shape.width + 2 * (6 * shape.width + 2 * kv + 4 * shape.mlp_width))
+    inputs = rows * 2 * shape.width
+    chunk = min(rows, 256 * 2**20 // (2 * shape.embedding_size)) * shape.embedding_size * 2
+    return {
+        "activations (estimate)": shape.layers * inputs + layer if checkpointed else shape.layers * layer,
+        "loss": 2 * chunk + rows * 2 * shape.width,
     }

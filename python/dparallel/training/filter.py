@@ -202,10 +202,10 @@ def train(
 
 
 def _loss(net: nn.Module, records: Records) -> Tensor:
-    found = F.binary_cross_entropy_with_logits(
+    losses = F.binary_cross_entropy_with_logits(
         net(records.confidence), records.right.float(), reduction="none"
     )
-    return found[records.read].mean()
+    return losses[records.read].mean()
 
 
 def judge(net: nn.Module, records: Records, tau: float) -> dict[str, float]:
@@ -254,11 +254,11 @@ def run(
     rows = [(row["input_ids"], row["prompt_length"]) for row in map(data.__getitem__, range(len(data)))]
     held = hold_out([ids[:length] for ids, length in rows], settings.held_out)
     name, mask_id = model or data.settings["model"], data.settings.get("mask_id")
-    found, _ = loaded or registry.load(name, device=device, mask_id=mask_id)
-    found = dx.models.for_decoding(found)
+    teacher, _ = loaded or registry.load(name, device=device, mask_id=mask_id)
+    teacher = dx.models.for_decoding(teacher)
     size = data.settings["block_length"]
     records, passes = record(
-        found,
+        teacher,
         rows,
         block_length=size,
         cache=data.settings["cache"],
@@ -268,7 +268,7 @@ def run(
     )
     net, report = train(records, held, settings, progress=progress)
     report = {"oracle_passes": passes, **report}
-    save(out, net, settings, report, found, answers={**data.settings, "model": name})
+    save(out, net, settings, report, teacher, answers={**data.settings, "model": name})
     return report
 
 

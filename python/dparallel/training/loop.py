@@ -85,32 +85,14 @@ def run(
     Raises ValueError if `directory` holds a run with other settings, or state.pt is not a run's state, and
     for rows that a loss refuses, such as one with NaN.
     """
-    matrices = list(matrices)
-    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    optimizers: list[tuple[torch.optim.Optimizer, float]] = []
-    """Optimizers and their full rates."""
-    if matrices:
-        muon = torch.optim.Muon(
-            matrices,
-            lr=schedule.muon_lr,
-            weight_decay=schedule.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        )
-        optimizers.append((muon, schedule.muon_lr))
-    if rest:
-        adam = torch.optim.AdamW(rest, lr=schedule.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
-        optimizers.append((adam, schedule.adam_lr))
+    optimizers = make_optimizers(model, list(matrices), schedule)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     first, seconds = 0, 0.0
     curve: list[list[float]] = []
     recent: list[float] = []
     state_file = directory / "state.pt"
     if state_file.exists():
-        state = _read(state_file, next(model.parameters()).device)
-        before = {**(defaults or {}), **state["settings"]}
-        if {**before, "steps": 0} != {**settings, "steps": 0}:
-            other = {key: value for key, value in before.items() if settings.get(key) != value}
-            raise ValueError(f"out: {directory} holds a run with other settings: {other}")
+        state = _read(state_file, next(model.parameters()).device, settings, defaults or {})
         model.load_state_dict(state["model"])
         for (optimizer, _), saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -164,7 +146,30 @@ def run(
     return Trained(seconds, curve)
 
 
-def _read(file: Path, device: torch.device) -> dict[str, Any]:
+def make_optimizers(
+    model: nn.Module, matrices: list[nn.Parameter], schedule: Schedule
+) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Muon for the matrices and AdamW for the other parameters, each with its full rate."""
+    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    optimizers: list[tuple[torch.optim.Optimizer, float]] = []
+    if matrices:
+        muon = torch.optim.Muon(
+            matrices,
+            lr=schedule.muon_lr,
+            weight_decay=schedule.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        optimizers.append((muon, schedule.muon_lr))
+    if rest:
+        adam = torch.optim.AdamW(rest, lr=schedule.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
+        optimizers.append((adam, schedule.adam_lr))
+    return optimizers
+
+
+def _read(
+    file: Path, device: torch.device, settings: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The state of the run in a file. Raises ValueError, also for a run with other settings."""
     try:
         state: dict[str, Any] = torch.load(file, weights_only=True, map_location=device)
         state["settings"], state["model"], state["optimizers"]
@@ -173,4 +178,8 @@ def _read(file: Path, device: torch.device) -> dict[str, Any]:
             f"out: {file} is not the state of a run ({type(error).__name__}: {error}); without it "
             "the run begins anew"
         ) from error
+    before = {**defaults, **state["settings"]}
+    if {**before, "steps": 0} != {**settings, "steps": 0}:
+        other = {key: value for key, value in before.items() if settings.get(key) != value}
+        raise ValueError(f"out: {file.parent} holds a run with other settings: {other}")
     return state

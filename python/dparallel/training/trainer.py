@@ -102,11 +102,11 @@ class CertaintyForcingTrainer(Trainer):
 
     args: CertaintyForcingArguments
 
-    def __init__(self, model: nn.Module, args: CertaintyForcingArguments, **more: Any) -> None:
+    def __init__(self, model: nn.Module, args: CertaintyForcingArguments, **keywords: Any) -> None:
         dx.models.check_diffusion(model)
-        if more.get("data_collator") is None:
-            more["data_collator"] = default_collator(model)
-        super().__init__(model=model, args=args, **more)
+        if keywords.get("data_collator") is None:
+            keywords["data_collator"] = default_collator(model)
+        super().__init__(model=model, args=args, **keywords)
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"model: {self.args.n_gpu} GPUs in one process are not supported: start one process for each "
@@ -125,13 +125,15 @@ class CertaintyForcingTrainer(Trainer):
 
     # --- a step's batches and counts ------------------------------------------------------------
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *more: Any) -> tuple[list[Any], Any]:
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, *arguments: Any
+    ) -> tuple[list[Any], Any]:
         """The micro-batches of a step as views, and the step's counts over all processes.
 
         The counts are the active tokens of each view (2,), and, with several micro-batches, also the gated
         tokens of each (4,).
         """
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, *more)
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, *arguments)
         views = [self.views(batch, self.state.global_step) for batch in batches]
         counts = torch.zeros(2, dtype=torch.float64)
         for view in views:
@@ -162,7 +164,7 @@ class CertaintyForcingTrainer(Trainer):
             lengths=lengths,
             generator=generators,
         )
-        made = {
+        stacked = {
             "input_ids": torch.cat((pair.input_ids, pair.reverse_input_ids)),
             "labels": torch.cat((ids, ids)),
             "active": torch.cat((pair.active, pair.reverse_active)),
@@ -174,8 +176,8 @@ class CertaintyForcingTrainer(Trainer):
                     "total_length"
                 )
             seen = torch.arange(ids.shape[1]) < lengths[:, None]
-            made["attention_mask"] = torch.cat((seen, seen))
-        return made
+            stacked["attention_mask"] = torch.cat((seen, seen))
+        return stacked
 
     def _key(self, step: int, index: int) -> int:
         """A generator's seed, from the run's seed, the step and the row."""
@@ -232,9 +234,9 @@ class CertaintyForcingTrainer(Trainer):
             )
             return torch.stack((out.nll, out.entropy, out.correct.to(out.nll.dtype)), -1)
 
-        given = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+        arguments = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
         with forward_of(self.lm_head, of_hidden):
-            logits = model(**given).logits
+            logits = model(**arguments).logits
         if replaced:
             nll, entropy, right = logits.unbind(-1)
             correct = right.bool()
@@ -254,7 +256,7 @@ class CertaintyForcingTrainer(Trainer):
             loss = self.compute_loss(model, self._prepare_inputs(self.views(inputs, -1)))
         return loss.detach(), None, None
 
-    def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
+    def log(self, logs: dict[str, float], *arguments: Any, **named: Any) -> None:
         """Log; raises ValueError for a NaN row or a label out of range since the last call, which losses on a
         GPU do not raise by themselves.
         """
@@ -266,7 +268,7 @@ class CertaintyForcingTrainer(Trainer):
             logs["entropy"] = entropy / max(gated, 1)
             logs["correct"] = correct / max(active, 1)
             logs["certainty"] = sure / max(correct, 1)
-        super().log(logs, *more, **named)
+        super().log(logs, *arguments, **named)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save a native model in its checkpoint's own layout, which `models.load` reads; others as Trainer
@@ -314,13 +316,13 @@ def by_view(values: Tensor) -> Tensor:
 def plain_head(model: nn.Module) -> nn.Linear | None:
     """The model's output embedding, if its output are the logits without further changes; else None."""
     if isinstance(model, Model):
-        found: Any = model.lm_head
+        head: Any = model.lm_head
         plain = model.shape.logit_scale == 1.0
     else:
         get = getattr(model, "get_output_embeddings", None)
-        found, config = get() if get is not None else None, getattr(model, "config", None)
+        head, config = get() if get is not None else None, getattr(model, "config", None)
         plain = not any(getattr(config, key, None) for key in ("scale_logits", "final_logit_softcapping"))
-    return found if plain and type(found) is nn.Linear and found.bias is None else None
+    return head if plain and type(head) is nn.Linear and head.bias is None else None
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def read_prompts(source: str, prompt_field: str = "prompt", answer_field: str = 
     file = Path(source)
     if not file.is_file():
         raise FileNotFoundError(f"data: no file {file}")
-    found = []
+    prompts = []
     for number, row in files.rows("data", file):
         for name, kinds in ((prompt_field, (str,)), (answer_field, (str, int, float))):
             if name not in row:
@@ -106,8 +106,8 @@ def read_prompts(source: str, prompt_field: str = "prompt", answer_field: str = 
                     f"data: {file}:{number}: expected {' or '.join(kind.__name__ for kind in kinds)} in "
                     f"{name!r}, got {row[name]!r:.60}"
                 )
-        found.append(Prompt(row[prompt_field], str(row[answer_field])))
-    return found
+        prompts.append(Prompt(row[prompt_field], str(row[answer_field])))
+    return prompts
 
 
 # --- answers ------------------------------------------------------------------------------------
@@ -154,12 +154,12 @@ def generate(
     parse_policy(settings.policy)
     checker = checker_of(settings.checker)
     if settings.block_length is None:
-        own = (
+        of_model = (
             dx.models.traits(loaded[0]).block_length or 32
             if loaded
             else registry.block_length(settings.model)
         )
-        settings = replace(settings, block_length=own)
+        settings = replace(settings, block_length=of_model)
     wanted = settings.chat or loaded is None
     template = registry.template_of(settings.model, settings.chat) if wanted else None
     settings = replace(settings, chat=template is not None)
@@ -292,8 +292,8 @@ def _check(directory: Path, content: dict[str, Any]) -> None:
     if not file.exists():
         return
     older = {"chat": False, "mask_id": None}  # defaults for runs of versions without these settings
-    found = older | files.json_object("out", file, 1, files.read_text("out", file))
-    other = {key: found.get(key) for key in content if found.get(key) != content[key]}
+    of_directory = older | files.json_object("out", file, 1, files.read_text("out", file))
+    other = {key: of_directory.get(key) for key in content if of_directory.get(key) != content[key]}
     if other:
         raise ValueError(f"out: {directory} holds a run with other settings: {other}")
 
@@ -304,11 +304,11 @@ def _is_whole(directory: Path, number: int, settings: Settings) -> bool:
     if not file.exists():
         return False
     try:
-        found = [row["index"] for row in _rows_of_shard(file, ["index"])]
+        indices = [row["index"] for row in _rows_of_shard(file, ["index"])]
     except (ValueError, KeyError):
         return False
     first = number * settings.shard
-    return all(first <= index < first + settings.shard for index in found)
+    return all(first <= index < first + settings.shard for index in indices)
 
 
 def _rows_of_shard(file: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -360,8 +360,8 @@ class Trajectories(Dataset[dict[str, Any]]):
         directory = Path(directory)
         if not (directory / SETTINGS).is_file():
             raise FileNotFoundError(f"trajectories: no {SETTINGS} in {directory}")
-        said = files.read_text("trajectories", directory / SETTINGS)
-        self.settings = files.json_object("trajectories", directory / SETTINGS, 1, said)
+        content = files.read_text("trajectories", directory / SETTINGS)
+        self.settings = files.json_object("trajectories", directory / SETTINGS, 1, content)
         try:
             numbers = range(-(-self.settings["prompts"] // self.settings["shard"]))
             shards = [_shard(directory, i, self.settings["format"]) for i in numbers]

@@ -37,16 +37,16 @@ def prompts_of(
     def ids(prompts: Sequence[Prompt]) -> list[Tensor]:
         return [torch.tensor(encode(prompt.text), dtype=torch.int64) for prompt in prompts]
 
-    found = ids(read_prompts(data, prompt_field, answer_field or prompt_field))
+    drawn = ids(read_prompts(data, prompt_field, answer_field or prompt_field))
     if data.startswith("builtin:"):
         stream = itertools.islice(tasks.problems("held_out"), held)
-        return found, ids([Prompt(p.prompt, str(p.answer)) for p in stream])
+        return drawn, ids([Prompt(p.prompt, str(p.answer)) for p in stream])
     if not held:
-        return found, []
-    apart = hold_out(found, held / max(1, len(found))).tolist()
+        return drawn, []
+    apart = hold_out(drawn, held / max(1, len(drawn))).tolist()
     return (
-        [prompt for prompt, out in zip(found, apart, strict=True) if not out],
-        [prompt for prompt, out in zip(found, apart, strict=True) if out],
+        [prompt for prompt, out in zip(drawn, apart, strict=True) if not out],
+        [prompt for prompt, out in zip(drawn, apart, strict=True) if out],
     )
 
 
@@ -59,16 +59,16 @@ def answers_of(
     progress: bool,
 ) -> list[Answer]:
     """The target's answers, read from the directory if they are there; without those that are too short."""
-    said: dict[str, Any] = {"target": models.fingerprint(model), "gen_length": settings.gen_length}
+    identity: dict[str, Any] = {"target": models.fingerprint(model), "gen_length": settings.gen_length}
     if settings.temperature:
-        said |= {"temperature": settings.temperature, "seed": settings.seed}
+        identity |= {"temperature": settings.temperature, "seed": settings.seed}
     parts = [prompts[first : first + SHARD] for first in range(0, len(prompts), SHARD)]
     bar = loop.progress_bar(progress, len(prompts), "answers", "prompt")
-    found: list[Answer] = []
+    long_enough: list[Answer] = []
     for number, part in enumerate(parts):
         file = directory / f"answers-{number:05d}.safetensors"
         digest = hashlib.sha256(b"".join(ids.numpy().tobytes() for ids in part)).hexdigest()
-        content = json.dumps({**said, "prompts": [len(part), digest]})
+        content = json.dumps({**identity, "prompts": [len(part), digest]})
         answers = _read_answers(file, content)
         if answers is None:
             answers = [
@@ -83,14 +83,14 @@ def answers_of(
             }
             with files.replacing(file) as partial:
                 partial.write_bytes(safetensors.torch.save(tensors, {"of": content}))
-        found += [(ids, length) for ids, length in answers if len(ids) - length >= 2]
+        long_enough += [(ids, length) for ids, length in answers if len(ids) - length >= 2]
         if bar is not None:
             bar.update(len(part))
     if bar is not None:
         bar.close()
-    if not found:
+    if not long_enough:
         raise ValueError("data: the target's answers have fewer than two tokens, and nothing can be learned")
-    return found
+    return long_enough
 
 
 def answer_all(
@@ -117,10 +117,10 @@ def _read_answers(file: Path, content: str) -> list[Answer] | None:
         return None
     try:
         with safe_open(file, framework="pt") as opened:
-            said = (opened.metadata() or {}).get("of")
+            identity = (opened.metadata() or {}).get("of")
             ids, prompt, length = (opened.get_tensor(name) for name in ("ids", "prompt", "length"))
     except (SafetensorError, OSError) as error:
         raise ValueError(f"out: {file} is not a readable file of answers: {error}") from error
-    if said != content:
-        raise ValueError(f"out: {file} holds answers of another run: {said}, expected {content}")
+    if identity != content:
+        raise ValueError(f"out: {file} holds answers of another run: {identity}, expected {content}")
     return list(zip(ids.long().split(length.tolist()), prompt.tolist(), strict=True))

@@ -166,11 +166,11 @@ def pack_blocks(
     labels = token.masked_fill((positions >= ends[..., None]) | ~there[..., None], -1)[..., 1:]
     rows = torch.where(offset == 0, token, layout.mask_id)
     row = torch.arange(size)
-    own = row[:, None] // block == row // block
+    same_block = row[:, None] // block == row // block
     if CAUSAL[layout.kind]:
-        own &= row[:, None] >= row
+        same_block &= row[:, None] >= row
     context = at < place.repeat_interleave(block, 1)[..., None]  # (B, A N, L)
-    visible = torch.cat((context, own.expand(count, -1, -1)), -1)
+    visible = torch.cat((context, same_block.expand(count, -1, -1)), -1)
     return Packed(ids, rows.flatten(1), positions.flatten(1), visible, labels)
 
 
@@ -178,28 +178,28 @@ def loss_of(
     model: DraftModel, target: models.Model, answers: Sequence[Answer], settings: BlockSettings, step: int
 ) -> Tensor:
     """The loss of a step. It depends only on the seed and the step, so that a resumed run gets the same."""
-    said, device = model.layout, target.device
+    layout, device = model.layout, target.device
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     some = torch.randint(len(answers), (settings.batch,), generator=generator).tolist()
-    batch = pack_blocks([answers[i] for i in some], said, settings.anchors, generator)
-    taps = models.Taps(said.taps)
+    batch = pack_blocks([answers[i] for i in some], layout, settings.anchors, generator)
+    taps = models.Taps(layout.taps)
     labels = batch.labels.to(device)
     asked = labels >= 0
-    s = said.shape
+    s = layout.shape
     # On a CPU, even one with products of bfloat16, its many small operations are faster in float32.
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
         with torch.no_grad():
             target.hidden(batch.ids.to(device), taps=taps)
             x = target.embed(batch.rows.to(device)).float()
-            length = batch.ids.shape[1] + said.block  # the positions that blocks can reach
+            length = batch.ids.shape[1] + layout.block  # the positions that blocks can reach
             cos, sin = rope.table(length, s.head_dim, s.rope_theta, s.rope_scaling, device)
-        feature = model.feature([taps[each].float() for each in said.taps])
+        feature = model.feature([taps[each].float() for each in layout.taps])
         visible, positions = batch.visible.to(device), batch.positions.to(device)
         y = model(x, positions, feature, visible, cos, sin)
-        y = y.unflatten(1, (-1, said.block))[:, :, 1:][asked]
+        y = y.unflatten(1, (-1, layout.block))[:, :, 1:][asked]
         logits = target.head(y.to(target.dtype))
     logits = logits.float()
-    logits[:, said.mask_id] = -torch.inf  # it is never drafted
+    logits[:, layout.mask_id] = -torch.inf  # it is never drafted
     nll = torch.zeros(labels.shape, device=device)
     nll[asked] = F.cross_entropy(logits, labels[asked], reduction="none")
     weight = weights(nll.detach(), asked, settings.loss)

@@ -86,20 +86,20 @@ class Target:
         """The origin for a drafter's file."""
         return Origin(kind, models.fingerprint(self.model), _name_of(self.template))
 
-    def mask_id(self, given: int | None) -> int:
+    def mask_id(self, mask_id: int | None) -> int:
         """The id of a token that appears in no text. Raises ValueError if there is none."""
-        found = self.model.mask_id if given is None else given
-        if found is None and self.has_files:
-            found = checkpoints.mask_token_id(registry.directory_of(self.name))
-        if found is None:
+        token = self.model.mask_id if mask_id is None else mask_id
+        if token is None and self.has_files:
+            token = checkpoints.mask_token_id(registry.directory_of(self.name))
+        if token is None:
             raise ValueError(
                 f"mask_id: {self.name} has no mask token; name an id that its text does not use, below "
                 f"{self.model.shape.embedding_size}"
             )
-        if found >= self.model.shape.embedding_size:
+        if token >= self.model.shape.embedding_size:
             count = self.model.shape.embedding_size
-            raise ValueError(f"mask_id: expected one of the model's {count} token ids, got {found}")
-        return found
+            raise ValueError(f"mask_id: expected one of the model's {count} token ids, got {token}")
+        return token
 
 
 def _name_of(template: Template | None) -> str | None:

@@ -184,9 +184,9 @@ def logits_of(birth: Birth, model: models.Model, placed: Placed) -> tuple[Tensor
     numbers = torch.arange(n, device=device).expand(*places.shape, n)
     x = birth.born(nodes[:, :, None].expand(-1, -1, n, -1).float(), numbers).flatten(1, 2)  # (B, A n, width)
     row = torch.arange(x.shape[1], device=device)
-    own = (row[:, None] // n == row // n) & (row[:, None] >= row)
+    same_chain = (row[:, None] // n == row // n) & (row[:, None] >= row)
     seen = torch.arange(length, device=device) <= places.repeat_interleave(n, 1)[..., None]  # (B, A n, L)
-    visible = torch.cat((seen, own.expand(len(ids), -1, -1)), -1)[:, None]
+    visible = torch.cat((seen, same_chain.expand(len(ids), -1, -1)), -1)[:, None]
     turn = [t[positions.flatten(1)][:, :, None] for t in (cos, sin)]  # (B, A n, 1, head_dim / 2)
     x = x.to(model.dtype)
     for block, of_layer in zip(list(model.blocks)[birth.layer :], known, strict=True):
@@ -241,8 +241,8 @@ def ranks_of(
         placed = place(answers[first : first + batch], birth.most, None)
         with torch.no_grad():
             student, _, true = logits_of(birth, model, placed)
-        found = (student.topk(count).indices == true[:, None]).float().cpu()
+        matches = (student.topk(count).indices == true[:, None]).float().cpu()
         distance = placed.asked.nonzero()[:, 2]
-        hits.index_add_(0, distance, found)
-        total.index_add_(0, distance, torch.ones(len(found), 1))
+        hits.index_add_(0, distance, matches)
+        total.index_add_(0, distance, torch.ones(len(matches), 1))
     return tuple(tuple(round(share, 5) for share in row) for row in (hits / total.clamp(min=1)).tolist())

@@ -29,17 +29,17 @@ TRAINEES: tuple[type[Trainee], ...] = (blocks.Blocks, riders.Prompts, riders.Tra
 KINDS: dict[str, type[Trainee]] = {kind: trainee for trainee in TRAINEES for kind in trainee.SETTINGS.KINDS}
 
 
-def settings_of(kind: str, **given: Any) -> Settings:
+def settings_of(kind: str, **fields: Any) -> Settings:
     """The settings of a kind of drafter. Raises ValueError for an unknown kind, and for other kinds'
     settings."""
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {list(KINDS)}, got {kind!r:.80}")
     of_kind = KINDS[kind].SETTINGS
-    for name in given:
+    for name in fields:
         if name not in of_kind.__dataclass_fields__:
             kinds = [other for other in KINDS if name in KINDS[other].SETTINGS.__dataclass_fields__]
             raise ValueError(f"{name}: belongs to {', '.join(kinds)}, not to {kind}")
-    return of_kind(kind=kind, **given)
+    return of_kind(kind=kind, **fields)
 
 
 def run(
@@ -140,21 +140,21 @@ def _train(
                 f"{settings.kind}, got {len(answers)}"
             )
         learned, measured = answers[:-apart], answers[-apart:]
-    own = json.loads(json.dumps({**asdict(settings), "config": trainee.config, "answers": len(answers)}))
+    identity = json.loads(json.dumps({**asdict(settings), "config": trainee.config, "answers": len(answers)}))
     seconds, curve = loop.run(
         directory,
         module,
         trainee.matrices,
         lambda step: trainee.loss_of(learned, step),
         settings,
-        own,
+        identity,
         save_every=save_every,
         report_every=50,
         described=settings.kind,
         progress=progress,
     )
     report = {
-        "settings": own,
+        "settings": identity,
         "parameters": sum(p.numel() for p in module.parameters()),
         "seconds": round(seconds),
         "loss": curve,

@@ -1,0 +1,281 @@
+"""The inputs of a pass: all that the device needs from the host, packed into one tensor."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..cache import KVCache, Span
+from ..models import Model
+from ..packed import Packing, Shapes
+from . import padding
+from .sampler import SamplingGroup
+from .schedule import Window
+from .sequence import IDLE, SequenceState, eos_ids, reads
+
+
+class SequenceWork(NamedTuple):
+    """What a pass does with one sequence. Columns are positions of the sequence."""
+
+    spans: list[Span]
+    """The positions to compute, adjoining spans."""
+    windows: list[Window]
+    """The windows that may be filled."""
+    reads: list[tuple[int, int]]
+    """For each window the columns [start, end) whose logits its rule reads; without a rule, the window."""
+    counted: list[tuple[int, int]]
+    """Columns [start, end) of the blocks whose `Counts` the host needs."""
+    ending: tuple[int, int]
+    """Columns [start, end) in which an EOS ends the sequence."""
+
+
+class GraphKey(NamedTuple):
+    """All that the launches of a pass depend on, beside the values of its inputs."""
+
+    shapes: Shapes
+    max_q_len: int
+    max_kv_len: int
+    record: bool
+    """Whether commits are written to the trajectory."""
+    cells: int
+    """Columns of each window that rules see."""
+    eos_ids: tuple[int, ...]
+    groups: tuple[SamplingGroup, ...]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (*self[:6], tuple(group.key for group in self.groups))
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the launches can be recorded."""
+        return all(group.rule is None or group.rule.recorded for group in self.groups)
+
+    @property
+    def rows(self) -> int:
+        """Packed tokens that the pass computes."""
+        return self.shapes[0][0]
+
+
+class InputPacker:
+    """Packs the inputs of a batch's passes.
+
+    Args: see `Runner`. window, block: at most the columns of `tokens`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokens: Tensor,
+        kv_cache: KVCache | None,
+        mask_id: int,
+        *,
+        shift: int,
+        window: int,
+        block: int,
+        blocks: int,
+    ) -> None:
+        self.model, self.tokens, self.kv_cache, self.mask_id = model, tokens, kv_cache, mask_id
+        self.shift, self.window, self.block, self.blocks = shift, window, block, blocks
+        self.static_shapes = padding.runs_ahead(tokens.device)
+        """Input shapes come from a small set and depend on no device results, so passes can be recorded."""
+        self._graph_bucket = functools.partial(padding.graph_bucket, recorded=padding.recorded_rows(model))
+        self._pad_to = padding.row_padding(model) if isinstance(model, Model) else None
+
+    def pack(
+        self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]
+    ) -> tuple[Tensor, GraphKey]:
+        """All that the device needs from the host, (n,) int64 on the CPU, and the key that says how to read
+        it.
+        """
+        reach = self._reach(rows, work)
+        lanes = sorted({*work, *self.beside_of(len(rows), work, reach)})
+        packing, longest = Packing(), (0, 0)
+        if isinstance(self.model, Model):
+            assert self.kv_cache is not None
+            spans = [span for b in lanes if b in work for span in work[b].spans]
+            metadata = self.kv_cache.metadata(spans, self._pad_to)
+            longest = metadata.max_q_len, metadata.max_kv_len
+            packing.tensors(metadata.tensors)
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for b in work:
+            groups.setdefault(SamplingGroup.of(rows[b]).key, []).append(b)
+        cells = self._cells(rows, work, reach)
+        self._put_rows(packing, rows, work, lanes, reach)
+        for group in groups.values():
+            packing.add(_by_field(self._edges(len(rows), work, group)))
+        packing.close(len(groups), 4, len(rows) * self.blocks)
+        counted = self._counted(rows, work)
+        packing.add(_by_field(counted))
+        packing.close(2, len(counted))
+        eos = eos_ids(rows)
+        for each in eos:
+            packing.add(_by_field(self._endings(rows, work, each)))
+        packing.close(len(eos), 2, len(rows))
+        self._put_windows(packing, rows, work, bool(cells))
+        inputs, shapes = packing.pack()
+        if self.tokens.device.type == "cuda":
+            inputs = inputs.pin_memory()  # else the copy to the device may wait for earlier passes
+        record = any(rows[b].settings.record for b in work)
+        sampling = tuple(SamplingGroup.of(rows[group[0]]) for group in groups.values())
+        return inputs, GraphKey(shapes, *longest, record, cells, eos, sampling)
+
+    def _put_rows(
+        self,
+        packing: Packing,
+        rows: Sequence[SequenceState],
+        work: Mapping[int, SequenceWork],
+        lanes: Sequence[int],
+        reach: int,
+    ) -> None:
+        """Pack two tensors about the n rows of logits: each row's place among the packed positions, padded as
+        `row_padding` says; and each row's flat position b * L + l. Lanes beside `work` get rows that nobody
+        reads.
+        """
+        of_lane: list[range | list[int]] = []
+        offset, count = 0, 0
+        for b in lanes:
+            if b not in work:
+                of_lane.append(range(reach))
+                packing.repeat(0, reach)
+            else:
+                lane_work = work[b]
+                everything = reads(rows[b], "block") or reads(rows[b], "response")
+                columns = self._columns(b, lane_work.reads, reach, everything)
+                first, last = lane_work.spans[0].start, lane_work.spans[-1].end
+                of_lane.append(columns)
+                low, high = (columns[0], columns[-1]) if columns else (first, first)
+                if first <= low - self.shift and high - self.shift < last and isinstance(columns, range):
+                    to = offset - first - self.shift
+                    packing.ascending(columns.start + to, columns.stop + to)
+                else:
+                    near = (min(max(column - self.shift, first), last - 1) for column in columns)
+                    packing.add(at - first + offset for at in near)
+                offset += last - first
+            count += len(of_lane[-1])
+        padded = count if self._pad_to is None else self._pad_to(count)
+        packing.repeat(0, padded - count)
+        packing.close(padded)
+        length = self.tokens.shape[1]
+        for b, columns in zip(lanes, of_lane, strict=True):
+            if isinstance(columns, range):
+                packing.ascending(columns.start + b * length, columns.stop + b * length)
+            else:
+                packing.add(column + b * length for column in columns)
+        packing.close(count)
+
+    def _put_windows(
+        self,
+        packing: Packing,
+        rows: Sequence[SequenceState],
+        work: Mapping[int, SequenceWork],
+        by_rule: bool,
+    ) -> None:
+        """Pack, for all W windows: (3, W) pass, seed and sequence number, which key the samples; (4, W)
+        `SequenceState.progress`, or (4, 0) without rules; and W policy rows of 5 float32, two to an int64.
+        """
+        policy: list[float] = []
+        progress: list[tuple[int, int, int, int]] = []
+        keys = [(row.nfe + 1, *row.settings.key) for row in rows for _ in range(self.blocks)]
+        for b, row in enumerate(rows):
+            windows = work[b].windows if b in work else []
+            for window in windows:
+                policy += row.policy(window.block, window.must_move)
+                progress.append(row.progress(window.block))
+            for _ in range(self.blocks - len(windows)):
+                policy += IDLE.settings.policy
+                progress.append((0, 1, 0, 0))
+        packing.add(_by_field(keys))
+        packing.close(3, len(keys))
+        packing.add(_by_field(progress) if by_rule else ())
+        packing.close(4, len(progress) if by_rule else 0)
+        packing.floats(policy)
+        packing.close(-(-len(policy) // 2))
+
+    def _edges(
+        self, lanes: int, work: Mapping[int, SequenceWork], group: Sequence[int]
+    ) -> list[tuple[int, int, int, int]]:
+        """For the windows of a group's lanes: columns [start, end), and columns [first, last) that rules
+        read; zeros for other lanes.
+        """
+        edges = [(0, 0, 0, 0)] * (lanes * self.blocks)
+        for b in group:
+            for i, (window, read) in enumerate(zip(work[b].windows, work[b].reads, strict=True)):
+                edges[b * self.blocks + i] = (window.start, window.end, *read)
+        return edges
+
+    def _counted(
+        self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]
+    ) -> list[tuple[int, int]]:
+        """Columns [start, end) of the blocks to count, the same number for each lane."""
+        most = max([self.blocks, *(len(row.blocks) for row in rows if reads(row, "response"))])
+        counted = [work[b].counted if b in work else [] for b in range(len(rows))]
+        return [edge for blocks in counted for edge in blocks + [(0, 0)] * (most - len(blocks))]
+
+    def _endings(
+        self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork], eos: int
+    ) -> list[tuple[int, int]]:
+        """For each lane, the columns [start, end) in which this EOS ends the sequence."""
+        return [
+            work[b].ending if b in work and row.settings.eos_id == eos else (0, 0)
+            for b, row in enumerate(rows)
+        ]
+
+    def _reach(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> int:
+        """Columns of each sequence whose logits the pass computes, where shapes are static."""
+        if any(reads(rows[b], "response") for b in work):
+            return self.tokens.shape[1]
+        widest = self.block if any(reads(rows[b], "block") for b in work) else 0
+        return min(max(self.window, widest) * self.blocks, self.tokens.shape[1])
+
+    def _cells(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork], reach: int) -> int:
+        """Columns of each window that rules see in the pass; 0 without rules."""
+        rules = {b: rule for b in work if (rule := rows[b].settings.rule) is not None}
+        widest = max((last - first for b in rules for first, last in work[b].reads), default=0)
+        recorded = bool(rules) and self.static_shapes and all(rule.recorded for rule in rules.values())
+        return max(widest, reach) if recorded else widest
+
+    def beside_of(self, lanes: int, work: Mapping[int, SequenceWork], reach: int) -> set[int]:
+        """Idle lanes whose logits are computed for nothing, so that the number of sequences takes few
+        values."""
+        if not self.static_shapes or not isinstance(self.model, Model):
+            return set()
+        sequences = self._graph_bucket(len(work) * reach) // max(1, reach)
+        idle = [b for b in range(lanes) if b not in work]
+        return set(idle[: max(0, sequences - len(work))])
+
+    def _columns(
+        self, b: int, reads: list[tuple[int, int]], reach: int, everything: bool
+    ) -> range | list[int]:
+        """Columns of a lane whose logits are computed: on the CPU the masks among those read, unless a rule
+        reads everything; on a GPU always `reach` of them.
+        """
+        start, end = reads[0][0], reads[-1][1]  # there is no mask between two windows
+        if not self.static_shapes and not everything:
+            held = self.tokens[b, start:end].tolist()
+            return [start + at for at, token in enumerate(held) if token == self.mask_id]
+        if self.static_shapes and end - start < reach:
+            start = min(start, self.tokens.shape[1] - reach)
+            end = start + reach
+        return range(start, end)
+
+    def key_of(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> tuple[Any, ...]:
+        """All that `pack` depends on, where shapes are static."""
+        # A sequence keeps these objects while it lives; another sequence has others.
+        each = [(r.nfe, id(r.settings), id(r.layout), id(r.suppress)) for r in rows]
+        blocks = [  # without their counts, which the pass before is about to change
+            (w.start, w.end, w.must_move, w.block.start, w.block.held, w.block.step)
+            for lane_work in work.values()
+            for w in lane_work.windows
+        ]
+        rest = [(b, lane_work.spans, *lane_work[2:]) for b, lane_work in work.items()]
+        return rest, blocks, each, self.kv_cache and self.kv_cache.changes
+
+
+def _by_field(rows: Sequence[tuple[int, ...]]) -> Iterable[int]:
+    """The first number of all rows, then the second of all rows, ..."""
+    return itertools.chain.from_iterable(zip(*rows, strict=True))

@@ -1,0 +1,77 @@
+"""The command line, `dparallel`: decode, demo, evaluate, serve, train, trajectories, filter, distill, ..."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Annotated
+
+# Read when torch is imported: waiting threads sleep. Spinning, they would take time from working threads if
+# there are more threads than free cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+try:
+    import rich  # noqa: F401
+    import typer
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f'error: no {error.name}; pip install ".[cli]" installs what `dparallel` needs'
+    ) from None
+
+import dparallel_ext as dx
+
+from . import decode, look, serve, train
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dparallel {dx.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="print the version and exit"),
+    ] = False,
+) -> None:
+    """Decode language models many tokens at a time.
+
+    `dparallel demo` shows the models that ship at work.
+
+    `dparallel serve` opens a page to watch them at http://127.0.0.1:8000, and an API like OpenAI's.
+
+    `dparallel decode --model path/to/LLaDA-8B-Instruct "..."` decodes with a checkpoint of yours.
+    """
+
+
+DECODE, LOOK, TRAIN = "Decode and serve", "Look and measure", "Train"
+"""Groups of commands in the help."""
+COMMANDS: tuple[tuple[str, str, Callable[..., None]], ...] = (
+    ("info", LOOK, look.info),
+    ("decode", DECODE, decode.decode),
+    ("demo", LOOK, look.demo),
+    ("evaluate", LOOK, look.evaluate),
+    ("tune", LOOK, look.tune),
+    ("serve", DECODE, serve.serve),
+    ("train", TRAIN, train.train),
+    ("trajectories", TRAIN, train.answer),
+    ("filter", TRAIN, train.learn_filter),
+    ("drafter", TRAIN, train.drafter),
+    ("distill", TRAIN, train.distill),
+    ("merge", TRAIN, train.merge),
+)
+"""Each command's name, group and function, in the order of the help."""
+for name, group, function in COMMANDS:
+    app.command(name, rich_help_panel=group)(function)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,107 @@
+"""What the commands share: options, checks of them, and errors in one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dparallel_ext import rules
+
+from ..configs import POLICY, read_fields, take_drafter, take_mask, take_tuned
+
+ModelOption = Annotated[
+    str, typer.Option(help="builtin:NAME, a checkpoint directory, or ORG/NAME of the Hugging Face Hub")
+]
+MaskOption = Annotated[int | None, typer.Option(help="the mask token's id; default: the checkpoint's own")]
+ChatOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        help="put prompts into the checkpoint's chat template; default: if it has one (built-in: none)",
+    ),
+]
+Fp8Option = Annotated[bool, typer.Option("--fp8", help="keep the layers' weights in 8 bits")]
+POLICIES = rules.describe()
+PolicyOption = Annotated[str | None, typer.Option(help=f"default: the config's, else {POLICY}; {POLICIES}")]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="a JSON file of DecodeConfig's fields, or one that `dparallel tune` wrote; options override it"
+    ),
+]
+DRAFTERS = (
+    "for an autoregressive model: ngram, ngram:N, the path of a drafter or model, tree: before a drafter of "
+    "blocks (DFlash, ParallelSpec); for builtin:causal also "
+    "builtin:dflash, builtin:parallelspec, builtin:adadecode, builtin:ppd, builtin:hidden_transfer, "
+    "builtin:student; default: none"
+)
+DrafterOption = Annotated[str | None, typer.Option(help=DRAFTERS)]
+DraftSizeOption = Annotated[
+    int | None, typer.Option(help="tokens of a draft; default: the fastest number, as measured")
+]
+GuessesOption = Annotated[
+    int | None,
+    typer.Option(
+        help="tokens of a draft; default: the fastest number, as measured. For diffusion models with a "
+        "policy one, steps:N or quota:K: guesses of self-speculation; default: none"
+    ),
+]
+
+
+@contextmanager
+def plain_errors(extra: str = "cli") -> Iterator[None]:
+    """A context that reports bad input, a file that cannot be read or written, or a missing package of
+    `extra` in one line."""
+    try:
+        yield
+    except BrokenPipeError:  # the reader of our output has closed it, which is no error
+        raise
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        message = str(error)
+        if isinstance(error, ModuleNotFoundError):
+            extras = ",".join(dict.fromkeys(("cli", extra)))
+            message = f'no {error.name}; pip install ".[{extras}]" installs what this command needs'
+        elif isinstance(error, OSError) and error.strerror:
+            message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        typer.echo(f"error: {' '.join(message.split())}", err=True)
+        raise typer.Exit(2) from error
+
+
+def at_least(name: str, value: int, least: int) -> None:
+    """Raise ValueError naming the option unless `value` is at least `least` and fits 64 bits."""
+    if not least <= value <= sys.maxsize:
+        most = f" and <= {sys.maxsize}" if value > least else ""
+        raise ValueError(f"{name}: expected a whole number >= {least}{most}, got {value}")
+
+
+def check_kind(model: str, causal: bool, **options: Any) -> None:
+    """Raise ValueError for an option that is given (not None) and belongs to another kind of model."""
+    for name, value in options.items():
+        of_causal = name in ("drafter", "draft_size", "context")
+        if value is None or of_causal == causal:
+            continue
+        if causal:
+            raise ValueError(f"{name}: belongs to masked diffusion; {model} is autoregressive")
+        raise ValueError(f"{name}: {model} is a diffusion model, which takes none")
+
+
+def read_config(
+    file: Path | None,
+    models: list[str],
+    device: str | None,
+    mask_id: int | None,
+    drafters: list[str] | None,
+    draft_size: int | None,
+) -> tuple[dict[str, Any], int | None, list[str] | None, int | None]:
+    """The file's fields of `DecodeConfig`; and mask, drafters and draft size, from the options or the
+    file."""
+    content = read_fields(file)
+    mask_id = take_mask(content, mask_id)
+    if warning := take_tuned(content, file, models, device, mask_id):
+        typer.echo(f"warning: {warning}", err=True)
+    return content, mask_id, *take_drafter(content, drafters, draft_size)

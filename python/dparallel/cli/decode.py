@@ -1,0 +1,195 @@
+"""The command `decode`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from .. import files, registry
+from ..configs import causal_config_of, config_of, with_ends
+from .common import (
+    ChatOption,
+    ConfigOption,
+    DrafterOption,
+    Fp8Option,
+    GuessesOption,
+    MaskOption,
+    ModelOption,
+    PolicyOption,
+    check_kind,
+    plain_errors,
+    read_config,
+)
+
+
+def decode(
+    prompt: Annotated[list[str] | None, typer.Argument(help="prompts")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="a text file of a prompt a line, or JSONL with 'prompt'")
+    ] = None,
+    batch: Annotated[Path | None, typer.Option(help="as --file, with all prompts decoded together")] = None,
+    model: ModelOption = registry.DEFAULT,
+    config: ConfigOption = None,
+    policy: PolicyOption = None,
+    gen_length: Annotated[
+        int | None, typer.Option(help="tokens; default 64 built-in, 256 else; with --infill 0")
+    ] = None,
+    infill: Annotated[
+        bool,
+        typer.Option(
+            "--infill", help="fill the prompt's mask tokens too; print prompt and response; implies --no-chat"
+        ),
+    ] = False,
+    suffix: Annotated[
+        str | None,
+        typer.Option(help="text after the response, which fills the gap before it; implies --no-chat"),
+    ] = None,
+    block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="none (default), prefix, dual, or block (block-causal)")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 (default), or below 1e-5: greedy")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="nucleus sampling: from the ids that have this probability")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="sample from this many ids, the most probable; 0: all")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="seed of the samples; default: random")] = None,
+    drafter: DrafterOption = None,
+    draft_size: GuessesOption = None,
+    verifier: Annotated[
+        str | None,
+        typer.Option(
+            help="an autoregressive model with the same tokens, such as builtin:verifier: the diffusion "
+            "model decodes left to right, as far as it agrees (APD, lossy)"
+        ),
+    ] = None,
+    mixture: Annotated[
+        float | None, typer.Option(help="with --verifier, the diffusion model's share; default 0.5")
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(help="with --verifier, known tokens that a pass computes again; default: all"),
+    ] = None,
+    lookahead: Annotated[
+        int | None, typer.Option(help="with --verifier, masks that a pass sees; default: all")
+    ] = None,
+    mask_id: MaskOption = None,
+    chat: ChatOption = None,
+    device: str | None = None,
+    fp8: Fp8Option = False,
+    stream: Annotated[bool, typer.Option("--stream", help="show the unmasking")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="write a page of one file here, to look through the passes")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
+) -> None:
+    """Decode prompts with the built-in model or a checkpoint."""
+    from ..complete import complete, complete_adaptive, complete_causal
+    from ..live import LiveText
+    from ..recording import Recording
+    from ..text import endings
+
+    with plain_errors():
+        if html is not None:
+            files.writable("html", html)
+        calls = prompts_of(prompt or [], file, batch, stream)
+        content, mask_id, drafters, draft_size = read_config(
+            config, [model], device, mask_id, [drafter] if drafter else None, draft_size
+        )
+        drafter = drafters[0] if drafters else None
+        infill = infill or bool(content.get("infill"))
+        content.setdefault("gen_length", 0 if infill and not suffix else registry.gen_length(model))
+        causal = registry.is_causal(model)
+        check_kind(model, causal, drafter=drafter, suffix=suffix or None, policy=policy, verifier=verifier)
+        others = {"policy": policy, "suffix": suffix or None, "draft_size": draft_size}
+        numbers = adaptive_numbers(verifier, others, mixture=mixture, window=window, lookahead=lookahead)
+        asked = (causal_config_of if causal or verifier else config_of)(
+            content,
+            policy,
+            gen_length=gen_length,
+            infill=infill,
+            block_length=block_length,
+            cache=cache,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+        )
+        if asked.seed is None:
+            torch.seed()  # else every process would draw the same samples
+        # A text with gaps is no chat message, so it gets a template only with --chat.
+        template = registry.template_of(model, False if chat is None and (infill or suffix) else chat)
+        loaded, tokenizer = registry.load(model, device=device, fp8=fp8, mask_id=mask_id)
+        asked = with_ends(asked, endings(registry.directory_of(model), tokenizer))
+        recording = None if html is None else Recording("dparallel decode")
+        for texts in calls:
+            onward = causal or verifier is not None
+            live = LiveText(Console(), tokenizer, loaded.mask_id, 0.1, causal=onward) if stream else None
+            shared: dict[str, Any] = {"template": template, "live": live, "recording": recording}
+            request = model, loaded, tokenizer, texts, asked
+            if causal:
+                rows = complete_causal(*request, drafter=drafter, draft_size=draft_size, **shared)
+            elif verifier is not None:
+                rows = complete_adaptive(*request, verifier=verifier, numbers=numbers, **shared)
+            else:
+                rows = complete(*request, suffix=suffix, draft_size=draft_size, **shared)
+            for row in rows:
+                warn_of_unknown_words(model, tokenizer, row["prompt"])
+                show_response(row, as_json)
+        if html is not None and recording is not None:
+            files.write_text(html, recording.html())
+
+
+def prompts_of(prompts: list[str], file: Path | None, batch: Path | None, stream: bool) -> list[list[str]]:
+    """The prompts of each call of `decode`: one, or all of the file `batch`."""
+    calls = [[text] for text in prompts]
+    if file is not None:
+        calls += [[text] for text in files.prompts("file", file)]
+    if batch is not None:
+        if stream:
+            raise ValueError("stream: not together with --batch")
+        calls.append(files.prompts("batch", batch))
+    if not any(calls):
+        raise ValueError("prompt: expected one, as an argument or with --file or --batch")
+    return calls
+
+
+def adaptive_numbers(verifier: str | None, others: dict[str, Any], **numbers: Any) -> dict[str, Any]:
+    """The numbers that are given for `adaptive_decode`.
+
+    Raises ValueError for one without a verifier, and for an option among `others` with one.
+    """
+    numbers = {key: value for key, value in numbers.items() if value is not None}
+    for key, value in others.items() if verifier else numbers.items():
+        if value is not None:
+            raise ValueError(
+                f"{key}: {'not together with' if verifier else 'belongs to'} --verifier, got {value!r}"
+            )
+    return numbers
+
+
+def warn_of_unknown_words(model: str, tokenizer: Any, prompt: str) -> None:
+    if unknown := registry.unknown_words(tokenizer, prompt):
+        words = ", ".join(map(repr, dict.fromkeys(unknown)))
+        known = "; it knows the words of its task alone" if model.startswith("builtin:") else ""
+        typer.echo(f"warning: {model} has no token for {words} of the prompt{known}", err=True)
+
+
+def show_response(row: dict[str, Any], as_json: bool) -> None:
+    shown = row.get("text", row["response"])
+    if not shown.strip():
+        typer.echo("warning: the response is empty", err=True)
+    kept, passes = row["tokens"], row["forwards"]
+    rate = kept / passes if passes else 0.0
+    if as_json:
+        typer.echo(json.dumps({**row, "tokens_per_forward": rate}))
+    else:
+        typer.echo(shown)
+        typer.echo(f"{kept} tokens in {passes} passes, {rate:.1f} a pass", err=True)

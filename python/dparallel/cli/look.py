@@ -1,0 +1,269 @@
+"""The commands that look and measure: info, demo, evaluate, tune."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+import dparallel_ext as dx
+
+from .. import files, registry
+from ..configs import Fields, config_of, policy_in, read_rows
+from ..evaluate import ONE, PLAIN
+from ..tune import GRID, SIZES
+from .common import (
+    POLICIES,
+    ChatOption,
+    ConfigOption,
+    DrafterOption,
+    Fp8Option,
+    GuessesOption,
+    MaskOption,
+    ModelOption,
+    at_least,
+    check_kind,
+    plain_errors,
+    read_config,
+)
+
+EVALUATED = (ONE, "confidence:0.9", "entropy:0.5")
+
+
+def report() -> dict[str, Any]:
+    """The build, and this machine's devices."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "dparallel_ext": dx.__version__,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        **dx.build_info(),
+        "simd": dx.simd_level(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "builtin_models": registry.builtins(),
+        "builtin_dtype": "bfloat16" if registry.fast_bfloat16() else "float32 (no fast bfloat16 products)",
+    }
+
+
+def info(as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False) -> None:
+    """Versions, backends, architectures compiled, the SIMD level in use, GPUs."""
+    facts = report()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1))
+        return
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for key, value in facts.items():
+        text = ", ".join(value) or "none" if isinstance(value, list) else str(value)
+        table.add_row(key.replace("_", " "), text)
+    Console().print(table)
+    if facts["gpus"] and "cuda" not in facts["backends"]:
+        typer.echo(f"warning: tensors on a GPU will be refused: {facts['cuda_reason']}", err=True)
+
+
+def demo(
+    model: Annotated[
+        list[str] | None, typer.Option(help="repeatable; default: all that ship, except the verifier")
+    ] = None,
+    problems: int = 50,
+    out: Annotated[Path, typer.Option(help="directory of table.json and the pictures")] = Path("out/demo"),
+) -> None:
+    """Watch each model decode a problem, then see a table of policies, and pictures."""
+    from ..toy import demo as show
+
+    with plain_errors():
+        at_least("problems", problems, 1)
+        files.possible("out", out)
+        show.run(model, problems=problems, out=out)
+
+
+def evaluate(
+    model: Annotated[list[str], typer.Option(help="repeatable")] = [registry.DEFAULT],  # noqa: B006
+    config: ConfigOption = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"repeatable; default: --rows, else the config's, else {', '.join(EVALUATED)}; {POLICIES}"
+        ),
+    ] = None,
+    rows: Annotated[
+        Path | None,
+        typer.Option(
+            help="a JSON list of policies with other fields of DecodeConfig, such as recipes/rules.json, "
+            "or of verifiers, such as recipes/adaptive.json"
+        ),
+    ] = None,
+    problems: int = 500,
+    batch: int = 100,
+    block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
+    cache: Annotated[str | None, typer.Option(help="none (default), prefix, dual or block")] = None,
+    mask_id: MaskOption = None,
+    chat: ChatOption = None,
+    device: str | None = None,
+    fp8: Fp8Option = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the results here")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="skip measurements that the file of --json has already")
+    ] = False,
+    markdown: Annotated[Path | None, typer.Option(help="write the results here as a table")] = None,
+    plot: Annotated[Path | None, typer.Option(help="a PNG of accuracy against passes")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            help="write a page with the first problems' passes here, models and policies side by side"
+        ),
+    ] = None,
+    drafter: Annotated[
+        list[str] | None,
+        typer.Option(help="for autoregressive models; repeatable; default: plain, ngram"),
+    ] = None,
+    draft_size: GuessesOption = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="show how many drafted tokens were accepted, by position")
+    ] = False,
+) -> None:
+    """Measure accuracy, passes, tokens per pass and time on held-out problems, for models and policies."""
+    from .. import plots
+    from .. import results as reporting
+    from ..recording import Recording
+    from ..sweep import sweep
+
+    with plain_errors():
+        at_least("problems", problems, 1)
+        at_least("batch", batch, 1)
+        for name, file in (("json", json_file), ("markdown", markdown), ("plot", plot), ("html", html)):
+            if file is not None:
+                files.writable(name, file)
+        if plot is not None:
+            plots.load_pyplot()
+        if resume and json_file is None:
+            raise ValueError("resume: goes on with the results in a file, so expected --json")
+        for name in model:
+            registry.directory_of(name)
+        content, mask_id, drafter, draft_size = read_config(
+            config, model, device, mask_id, drafter, draft_size
+        )
+        policies: list[str | Fields] = [*(policy or [])]
+        if rows is not None:
+            policies += read_rows(rows)
+        elif not policy:
+            policies += [of_file] if (of_file := policy_in(content)) else EVALUATED
+        known = reporting.read_results(json_file) if resume and json_file and json_file.exists() else []
+        results: list[dict[str, Any]] = []
+        recording = None if html is None else Recording("dparallel evaluate")
+        for row in sweep(
+            model,
+            policies,
+            known,
+            config=config_of(content, ONE),
+            problems=problems,
+            batch=batch,
+            block_length=block_length,
+            cache=cache,
+            mask_id=mask_id,
+            chat=chat,
+            device=device,
+            fp8=fp8,
+            drafters=drafter or (PLAIN, "ngram"),
+            draft_size=draft_size,
+            recording=recording,
+        ):
+            if not results:  # after the first measurement: an error before it is one line alone
+                typer.echo(reporting.HEADING)
+            results.append(row)
+            typer.echo(reporting.line(row))
+            if report and row.get("drafted"):
+                typer.echo(reporting.report(row))
+            if json_file is not None:
+                files.write_json(json_file, results + [old for old in known if old not in results])
+        if markdown is not None:
+            files.write_text(markdown, reporting.table(results))
+        if plot is not None:
+            plots.accuracy_against_passes(results, plot)
+        if html is not None and recording is not None:
+            files.write_text(html, recording.html())
+
+
+def tune(
+    out: Annotated[Path, typer.Argument(help="a file for the measurements and the choice, for --config")],
+    model: ModelOption = registry.DEFAULT,
+    drafter: DrafterOption = None,
+    draft_size: Annotated[
+        list[int] | None,
+        typer.Option(help=f"rows of a draft; repeatable; default: {', '.join(map(str, SIZES))}"),
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"for a diffusion model; repeatable; default: {', '.join(GRID['rule'])}; {POLICIES}"
+        ),
+    ] = None,
+    block_length: Annotated[
+        list[int] | None, typer.Option(help="repeatable; default: 16 and 32, or a block-causal model's own")
+    ] = None,
+    active_blocks: Annotated[
+        list[int] | None, typer.Option(help="blocks filled at once; repeatable; default: 1 and 2")
+    ] = None,
+    cache: Annotated[
+        list[str] | None, typer.Option(help="repeatable; default: none, or block for a block-causal model")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="percentage points of right (or same) answers that the choice may lose")
+    ] = 1.0,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="a text file of a prompt a line, or JSONL with 'prompt'; default: held-out built-in problems"
+        ),
+    ] = None,
+    problems: Annotated[int, typer.Option(help="the most prompts to decode")] = 16,
+    gen_length: Annotated[int | None, typer.Option(help="tokens; default 64 built-in, 256 else")] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(help="for an autoregressive model: lengthen prompts to this many tokens, by others"),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="prompts decoded together")] = 1,
+    repeats: Annotated[int, typer.Option(help="runs to take medians of, after one to warm up")] = 3,
+    mask_id: MaskOption = None,
+    chat: ChatOption = None,
+    device: str | None = None,
+    fp8: Fp8Option = False,
+) -> None:
+    """Measure passes on this device, and choose the settings with the most tokens per second.
+
+    For an autoregressive model this is the size of drafts; for a diffusion model the policy, block length,
+    active blocks and cache. `--config OUT` of decode, evaluate and serve uses the choice.
+    """
+    from .. import tune as tuning
+
+    with plain_errors():
+        files.writable("out", out)
+        causal = registry.is_causal(model)
+        options: dict[str, Any] = {"drafter": drafter, "draft_size": draft_size, "context": context}
+        options |= {"policy": policy, "block_length": block_length, "active_blocks": active_blocks}
+        options |= {"cache": cache, "mask_id": mask_id}
+        check_kind(model, causal, **{name: None if each == [] else each for name, each in options.items()})
+        settings = tuning.Settings(
+            *(model, prompts, problems, gen_length, batch, repeats, context),
+            *(tolerance, device, fp8, mask_id, chat),
+        )
+
+        def say(text: str) -> None:
+            typer.echo(text, err=True)
+
+        if causal:
+            work, rows = tuning.measure_drafts(settings, drafter, draft_size, say)
+        else:
+            grid = {"rule": policy, "block_length": block_length, "active_blocks": active_blocks}
+            work, rows = tuning.measure_policies(settings, {**grid, "cache": cache}, say)
+        chosen = tuning.choose(rows, settings.tolerance)
+        for line in tuning.chart(rows, chosen):
+            typer.echo(line)
+        files.write_json(out, tuning.content(settings, work, rows, chosen))

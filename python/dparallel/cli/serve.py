@@ -1,0 +1,155 @@
+"""The command `serve`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import registry
+from ..configs import causal_config_of, config_of
+from ..evaluate import PLAIN
+from .common import (
+    DRAFTERS,
+    ConfigOption,
+    DraftSizeOption,
+    Fp8Option,
+    MaskOption,
+    PolicyOption,
+    check_kind,
+    plain_errors,
+    read_config,
+)
+
+
+def serve(
+    model: Annotated[
+        list[str],
+        typer.Option(
+            help="builtin:NAME, a checkpoint directory, or ORG/NAME of the Hugging Face Hub; repeatable: "
+            "requests choose a model by its name"
+        ),
+    ] = [registry.DEFAULT],  # noqa: B006
+    host: Annotated[
+        str, typer.Option(help="address to listen on; 127.0.0.1: for this machine alone")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any free port")] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="a file of keys, one a line (# begins a comment); a request needs one of them, or of those "
+            "in the environment's DPARALLEL_API_KEY"
+        ),
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="a key; other users of this machine can read it in ps")
+    ] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="the model's name in requests, one for each model, in their order; default: --model, with "
+            "+DRAFTER if there are several drafters"
+        ),
+    ] = None,
+    config: ConfigOption = None,
+    policy: PolicyOption = None,
+    cache: Annotated[
+        str | None, typer.Option(help="none, prefix, dual or block; default: the engine's")
+    ] = None,
+    block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="give each sequence passes of its own")
+    ] = False,
+    drafter: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{DRAFTERS}; repeatable: serve the model once with each; plain: without one"),
+    ] = None,
+    draft_size: DraftSizeOption = None,
+    lanes: Annotated[int, typer.Option(help="requests decoded together by each model")] = 16,
+    max_waiting: Annotated[int, typer.Option(help="the most requests that wait; others get 429")] = 1024,
+    max_length: Annotated[
+        int | None, typer.Option(help="tokens of prompt and response; default: the model's, at most 2048")
+    ] = None,
+    max_choices: Annotated[
+        int, typer.Option(help="the most responses of a request: its prompts times n")
+    ] = 64,
+    max_body: Annotated[int, typer.Option(help="the most bytes of a request")] = 2**20,
+    max_connections: Annotated[
+        int | None,
+        typer.Option(help="the most open connections; default: by ulimit -n, at most 4096"),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="let web pages of this origin send requests; *: any; repeatable; default: none"),
+    ] = None,
+    grace: Annotated[
+        float, typer.Option(help="seconds for running requests to finish when the server ends")
+    ] = 30.0,
+    mask_id: MaskOption = None,
+    device: str | None = None,
+    fp8: Fp8Option = False,
+    page: Annotated[
+        bool, typer.Option("--page/--no-page", help="serve at / a page to watch decoding; it needs no key")
+    ] = True,
+    log_level: Annotated[str, typer.Option(help="info (logs every request), warning or error")] = "info",
+) -> None:
+    """Run an OpenAI-compatible server, with a page to watch decoding at /.
+
+    It has /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics.
+    """
+    with plain_errors("serve"):
+        from ..serving import runner, settings
+
+        keys = settings.find_keys(api_key, api_key_file)
+        content, mask_id, drafter, draft_size = read_config(
+            config, model, device, mask_id, drafter, draft_size
+        )
+        of_diffusion = {"policy": policy, "cache": cache, "block_length": block_length, "mask_id": mask_id}
+        of_causal = {"drafter": drafter or None, "draft_size": draft_size}
+        causal = {each: registry.is_causal(each) for each in model}
+        for each in model:  # if there are both kinds, each model takes the options of its kind
+            others = {} if len(set(causal.values())) > 1 else {**of_diffusion, **of_causal}
+            check_kind(each, causal[each], **others)
+        models = []
+        for each in model:
+            fields = {"gen_length": registry.gen_length(each), **content}
+            shared: dict[str, Any] = {"batch_invariant": batch_invariant or None}
+            if causal[each]:
+                asked = causal_config_of(fields, None, **shared)
+                several = len(drafter or ()) > 1
+                for guessing in drafter or (PLAIN,):
+                    drafter_name = None if guessing == PLAIN else guessing
+                    called = f"{each}+{guessing}" if several and drafter_name else each
+                    models.append(
+                        runner.Model(called, each, asked, drafter=drafter_name, draft_size=draft_size)
+                    )
+            else:
+                asked = config_of(fields, policy, cache=cache, block_length=block_length, **shared)
+                models.append(runner.Model(each, each, asked, mask_id=mask_id))
+        if name and len(name) != len(models):
+            called = ", ".join(served.name for served in models)
+            raise ValueError(f"name: expected one for each of {called}, got {len(name)}")
+        models = [
+            replace(served, name=called)
+            for served, called in zip(models, name or [f.name for f in models], strict=True)
+        ]
+        runner.run(
+            models,
+            host=host,
+            port=port,
+            device=device,
+            fp8=fp8,
+            log_level=log_level,
+            lanes=lanes,
+            max_waiting=max_waiting,
+            keys=keys,
+            page=page,
+            max_length=max_length,
+            max_choices=max_choices,
+            max_body=max_body,
+            max_connections=max_connections,
+            cors_origins=tuple(cors_origin or ()),
+            grace=grace,
+        )

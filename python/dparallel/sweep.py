@@ -1,0 +1,165 @@
+"""Measures every model with every policy or drafter, and goes on with the results of an earlier run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+import dparallel_ext as dx
+
+from . import registry
+from .configs import Fields, changed_fields, check_row, numbers_of, of_config, parse_policy
+from .evaluate import PLAIN, Answer, drafted_by, evaluate, evaluate_adaptive, evaluate_drafter
+from .recording import Recording
+
+
+def sweep(
+    names: Iterable[str],
+    policies: Iterable[str | Fields],
+    known: Iterable[dict[str, Any]] = (),
+    *,
+    drafters: Iterable[str] = (PLAIN, "ngram"),
+    draft_size: int | None = None,
+    config: dx.DecodeConfig | None = None,
+    recording: Recording | None = None,
+    **settings: Any,
+) -> Iterable[dict[str, Any]]:
+    """Run `evaluate` for every model and policy (`evaluate_adaptive` for a row with a verifier), and
+    `evaluate_drafter` for every autoregressive model and drafter; load each model once, and yield each
+    result.
+
+    policies: texts, or the fields of a row. drafters: "plain" for none. draft_size: for the drafters; if all
+    models are diffusion models, `decode`'s for every policy without one; such a result has same_texts, the
+    number of responses equal to the same policy's without it. known: results of an earlier run, which are not
+    measured again. recording: see `evaluate`.
+    """
+    entries = [{"rule": each} if isinstance(each, str) else each for each in policies]
+    for entry in entries:
+        if "verifier" not in entry:
+            parse_policy(entry["rule"])
+        check_row(entry)
+    results = {_key(row): row for row in known}
+    of_all = {name: settings.pop(name, None) for name in ("block_length", "cache")}
+    for_all = {name: value for name, value in of_all.items() if value is not None}
+    names = list(names)
+    of_policies = None if any(registry.is_causal(name) for name in names) else draft_size
+    for name in names:
+        options: dict[str, Any] = {
+            key: settings[key] for key in ("device", "fp8", "mask_id") if key in settings
+        }
+        if registry.is_causal(name):
+            shared = {key: value for key, value in settings.items() if key in ("problems", "seed", "batch")}
+            yield from _drafted(name, drafters, draft_size, results, options.get("device"), shared, recording)
+            continue
+        chat = registry.template_of(name, settings.get("chat")) is not None
+        shared = {**settings, "chat": chat, "recording": recording}
+        base = config or dx.DecodeConfig()
+        yield from _by_policy(name, entries, base, for_all, of_policies, results, options, shared)
+
+
+def _by_policy(
+    name: str,
+    entries: Iterable[Fields],
+    config: dx.DecodeConfig,
+    for_all: Fields,
+    draft_size: int | None,
+    known: Mapping[str, dict[str, Any]],
+    options: Mapping[str, Any],
+    settings: dict[str, Any],
+) -> Iterable[dict[str, Any]]:
+    """The rows of a diffusion model. for_all: fields of all rows without them. draft_size: of rows without
+    one. options: of `registry.load`."""
+    loaded: tuple[Any, Any] | None = None
+    plain: dict[dx.DecodeConfig, list[Answer]] = {}
+    for entry in entries:
+        if "verifier" in entry:
+            of_row = config.with_rule(None).replace(**for_all)
+            judge, numbers = str(entry["verifier"]), numbers_of(entry)
+            asked = {"model": name, "policy": judge, "config": changed_fields(of_row) | numbers}
+            row = known.get(_key(settings | asked))
+            if row is None:
+                loaded = loaded or registry.load(name, **options)
+                row = evaluate_adaptive(
+                    name, judge, numbers=numbers, config=of_row, loaded=loaded, **settings
+                )
+            yield row
+            continue
+        text = str(entry["rule"])
+        size: Any = entry.get("draft_size", draft_size)
+        of_row = config.with_rule(text).replace(**{**for_all, **of_config(entry)})
+        changed = changed_fields(of_row)
+        asked = {"model": name, "policy": text, "config": changed | drafted_by(size)}
+        row = known.get(_key(settings | asked))
+        if row is None:
+            loaded = loaded or registry.load(name, **options)
+            arguments: dict[str, Any] = {"config": of_row, "loaded": loaded, **settings}
+            answers: list[Answer] = []
+            row = evaluate(name, text, draft_size=size, answers=answers, **arguments)
+            if not size:
+                plain[of_row] = answers
+            elif of_row not in plain and _key(settings | asked | {"config": changed}) in known:
+                # That row is of an earlier run, whose texts are gone.
+                evaluate(name, text, answers=plain.setdefault(of_row, []), **arguments)
+            if size and of_row in plain:
+                row["same_texts"] = sum(map(operator.eq, plain[of_row], answers))
+        yield row
+
+
+def _drafted(
+    name: str,
+    drafters: Iterable[str],
+    draft_size: int | None,
+    known: Mapping[str, dict[str, Any]],
+    device: str | None,
+    settings: Mapping[str, Any],
+    recording: Recording | None = None,
+) -> Iterable[dict[str, Any]]:
+    """The rows of an autoregressive model."""
+    loaded: tuple[Any, Any] | None = None
+    sized = {} if draft_size is None else {"draft_size": draft_size}
+    plain: list[Answer] = []
+    compares = False
+    for drafter in drafters:
+        compares |= drafter == PLAIN
+        row = known.get(_key({"model": name, "policy": drafter, "config": sized, **settings}))
+        if row is None:
+            loaded = loaded or registry.load(name, device=device)
+            drafter_name, answers = None if drafter == PLAIN else drafter, list[Answer]()
+            arguments: dict[str, Any] = {"loaded": loaded, "answers": answers, "recording": recording}
+            row = evaluate_drafter(name, drafter_name, draft_size=draft_size, **arguments, **settings)
+            if drafter == PLAIN:
+                plain = answers
+            elif compares and not plain:  # its row is of an earlier run, whose texts are gone
+                again = {**arguments, "answers": plain}
+                evaluate_drafter(name, None, draft_size=draft_size, **again, **settings)
+            if plain:
+                row |= compared(loaded[0], plain, answers)
+        yield row
+
+
+def compared(model: Any, plain: Sequence[Answer], drafted: Sequence[Answer]) -> dict[str, Any]:
+    """same_texts: the number of answers equal to plain decoding's. gaps: for the others, the difference of
+    the two best logits where they differ first, since rounding may choose either of two that are near."""
+    gaps = []
+    for answer, other in zip(plain, drafted, strict=True):
+        if answer == other:
+            continue
+        pairs = enumerate(itertools.zip_longest(answer.tokens, other.tokens))
+        at = next(i for i, (a, b) in pairs if a != b)
+        with torch.inference_mode():
+            ids = torch.tensor([answer.prompt + answer.tokens[:at]], device=model.device)
+            best = model(ids).logits[0, -1].float().topk(2).values
+        gaps.append(round(float(best[0] - best[1]), 5))
+    return {"same_texts": len(plain) - len(gaps), "gaps": sorted(gaps)}
+
+
+def _key(row: Mapping[str, Any]) -> str:
+    """A key of all settings that a result depends on."""
+    defaults = {"config": {}, "problems": 500, "seed": 0, "chat": False, "fp8": False}
+    known = {**defaults, **row}
+    return json.dumps([known[name] for name in ("model", "policy", *defaults)], sort_keys=True)
