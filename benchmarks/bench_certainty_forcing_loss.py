@@ -21,7 +21,7 @@ from torch import Tensor
 import dparallel_ext as dx
 
 from . import baselines
-from .harness import CPU, OURS, Case, Work, on_cpu
+from .harness import CPU, OURS, Case, Work, on_cpu, sets_of
 
 VOCAB, ROWS, ACTIVE = 126464, 256, slice(96, 160)
 
@@ -66,14 +66,14 @@ def work(
     """
     chosen = active or slice(0, rows)
     logits, *rest = inputs(rows, chosen, vocab, device)
-    spent = [logits]
+    data, spent = copies(logits, device, small), [logits]
 
     def of(
         loss_of: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> Callable[[int, int], tuple[Tensor, Tensor]]:
         def run(turn: int, at: int) -> tuple[Tensor, Tensor]:
-            loss = loss_of(logits, *rest)
-            return loss.detach(), torch.autograd.grad(loss, logits)[0]
+            loss = loss_of(data[at], *rest)
+            return loss.detach(), torch.autograd.grad(loss, data[at])[0]
 
         return run
 
@@ -88,7 +88,14 @@ def work(
     bytes_ = (2 * len(range(*chosen.indices(rows))) + rows) * vocab * 2
     if inplace:
         return Work({**run, INPLACE: over_the_logits}, [(bytes_, 0, 1)], reset=reset, agree=alike)
-    return Work(run, [(bytes_, 0, 1)], agree=alike)
+    return Work(run, [(bytes_, 0, 1)], sets=len(data), graphs=(OURS,), agree=alike)
+
+
+def copies(logits: Tensor, device: torch.device, small: bool) -> list[Tensor]:
+    """`logits`, and as many copies, each with a gradient of its own, as make up the data sets of a
+    graph."""
+    sets = sets_of(logits.nbytes, device, small)
+    return [logits, *(logits.detach().clone().requires_grad_() for _ in range(sets - 1))]
 
 
 def alike(result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
@@ -100,7 +107,8 @@ def alike(result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> boo
 
 def case() -> Case:
     parameters = {"rows": 4096, "vocab": VOCAB}
-    return Case("certainty_forcing_loss, 4096 rows", "certainty_forcing_loss", work, parameters, ("cold",))
+    name, conditions = "certainty_forcing_loss, 4096 rows", ("cold", "graph")
+    return Case(name, "certainty_forcing_loss", work, parameters, conditions)
 
 
 def peak_memory(contender: str) -> float:

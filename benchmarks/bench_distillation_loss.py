@@ -24,6 +24,7 @@ from .bench_certainty_forcing_loss import (
     WIDTH,
     alike,
     chunk_rows,
+    copies,
     linear_inputs,
 )
 from .harness import CPU, OURS, Case, Work, on_cpu
@@ -54,14 +55,14 @@ def work(
 ) -> Work:
     """inplace: add the contender that writes over the student's logits, which each step gets anew."""
     student, teacher = inputs(rows, vocab, device)
-    spent = [student]
+    data, spent = copies(student, device, small), [student]
 
     def of(
         loss_of: Callable[[Tensor, Tensor, float], Tensor],
     ) -> Callable[[int, int], tuple[Tensor, Tensor]]:
         def run(turn: int, at: int) -> tuple[Tensor, Tensor]:
-            loss = loss_of(student, teacher, l1)
-            return loss.detach(), torch.autograd.grad(loss, student)[0]
+            loss = loss_of(data[at], teacher, l1)
+            return loss.detach(), torch.autograd.grad(loss, data[at])[0]
 
         return run
 
@@ -76,12 +77,13 @@ def work(
     bytes_ = ((7 if l1 else 5) * student.nbytes, 0, 1)
     if inplace:
         return Work({**run, INPLACE: over_the_logits}, [bytes_], reset=reset, agree=alike)
-    return Work(run, [bytes_], agree=alike)
+    return Work(run, [bytes_], sets=len(data), graphs=(OURS, "eager"), agree=alike)
 
 
 def case(l1: float) -> Case:
     name = "distillation_loss, 4096 rows" + (", with L1" if l1 else "")
-    return Case(name, "distillation_loss", work, {"rows": 4096, "vocab": VOCAB, "l1": l1}, ("cold",))
+    parameters, conditions = {"rows": 4096, "vocab": VOCAB, "l1": l1}, ("cold", "graph")
+    return Case(name, "distillation_loss", work, parameters, conditions)
 
 
 @pytest.mark.parametrize("l1", [0.0, 1.0])

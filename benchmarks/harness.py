@@ -71,7 +71,7 @@ class Work:
 class Case:
     name: str
     op: str
-    """The public name in `dparallel_ext` of what it measures; "" for a ceiling."""
+    """The name of the op, or public function, that it measures; "" for a ceiling."""
     make: Callable[..., Work]
     parameters: dict[str, Any]
     conditions: tuple[str, ...] = ("cold", "warm", "graph", "graph, warm")

@@ -47,7 +47,9 @@ class Lookup:
         """Tokens a second."""
         return self(case, "warm")["tokens"] / self(case, "warm")["median"]
 
-    def share(self, case: str, condition: str) -> float:
+    def share(self, case: str, *conditions: str) -> float:
+        """The share of the floor under the first of `conditions` that was measured."""
+        condition = next((c for c in conditions if (case, OURS, c) in self._of), conditions[-1])
         value = self(case, condition)["share"]
         if value is None:
             raise KeyError("the floor of " + case)
@@ -83,7 +85,7 @@ TARGETS = (
            lambda t: t.times(_DUAL.format(1), "warm")),
     Target("decode, batch 1: tokens a second", "at least", 1000, "", lambda t: t.rate(_DUAL.format(1))),
     Target("certainty_forcing_loss, 4096 rows: share of copy bandwidth", "at least", 0.8, "",
-           lambda t: t.share("certainty_forcing_loss, 4096 rows", "cold")),
+           lambda t: t.share("certainty_forcing_loss, 4096 rows", "graph", "cold")),
     Target("linear_certainty_forcing_loss: times its matrix products", "at most", 1.25, "",
            lambda t: 1 / t.times(_LINEAR, "cold", "matrix products alone")),
 )  # fmt: skip
@@ -328,7 +330,7 @@ def headlines(
         ),
         (
             "`certainty_forcing_loss` and its gradient, the published code's time in ours",
-            f"{on_gpu.times(loss, 'cold'):.0f}, {on_gpu.share(loss, 'cold'):.0%} of copy bandwidth",
+            f"{on_gpu.times(loss, 'cold'):.0f}, {on_gpu.share(loss, 'graph', 'cold'):.0%} of copy bandwidth",
             "H200",
             "`make gpu`",
         ),

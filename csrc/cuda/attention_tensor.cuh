@@ -1,4 +1,4 @@
-// block_attention on tensor cores; block_attention.cu tells what bounds it.
+// block_attention on tensor cores; block_attention.cu says why it is cut as it is, and its limits.
 #pragma once
 
 #include <type_traits>
@@ -119,9 +119,9 @@ struct Rows {
     for (int k = 0; k < kDepth; ++k) load_matrices(query[k], queries + S::across(at, k));
   }
 
-  // kKeys slots, whose keys are at `step`: `left` of them are seen; of a restricted launch those of
-  // `seen` by rows g and g + 8, and `bad` hold values that are not finite. factor: of scores, to
-  // units of log 2.
+  // Takes kKeys slots, whose keys are at `step`: `left` of them are seen; in a restricted launch
+  // the bits `seen` are, by rows g and g + 8, and the bits `bad` have values that are not finite.
+  // factor: of scores, to units of log 2.
   __device__ __forceinline__ void attend(const uint16_t* step, int left, float factor,
                                          const uint32_t (&seen)[2], uint32_t bad) {
     const auto t = static_cast<unsigned>(anew(static_cast<int>(threadIdx.x)));
@@ -199,7 +199,7 @@ struct Rows {
     }
   }
 
-  // What the warp has, into 16 rows of the sums.
+  // Writes the warp's part into 16 rows of the sums.
   __device__ __forceinline__ void store(float (*to)[TensorShared<kDim>::kPadded]) const {
     const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
 #pragma unroll
@@ -219,7 +219,7 @@ struct Rows {
   }
 };
 
-// From what each warp has of its rows in shared memory to the output, or to scratch.
+// Merges the warps' parts, which are in shared memory, into the output or into scratch.
 template <class T, int kDim>
 __device__ __forceinline__ void finish(const Work& work, typename TensorShared<kDim>::Sums& sums,
                                        float* scratch) {
@@ -261,7 +261,7 @@ __device__ __forceinline__ void finish(const Work& work, typename TensorShared<k
     part.tops[r] = merged.top;
     part.sums[r] = merged.sum;
   }
-  if (clustered) leave_cluster();  // nobody leaves while others read
+  if (clustered) leave_cluster();  // no CTA leaves while others read its memory
 }
 
 // Of kKeys slots of a step in shared memory, a bit for each whose values are not all finite. A row

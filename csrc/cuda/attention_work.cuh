@@ -1,5 +1,5 @@
-// How block_attention's work is cut, what a CTA's share of it is, and how shares of a row are
-// merged.
+// How block_attention's work is cut, a CTA's share of it, and how shares of a row are merged. The
+// sizes below are guesses but for kLeastSplit and kTogether (block_attention.cu has the figures).
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@ constexpr int kEnough = 256;       // CTAs of a segment
 constexpr int kFew = kEnough / 4;  // so few that smaller tiles are worth it
 constexpr int kClusteredBits = 3;  // of the splits that may be a cluster
 constexpr int kMostBits = 6;       // of the splits of a tile
-constexpr int kLong = 8192;        // slots, from which on a tile may have those
+constexpr int kLong = 8192;        // slots, from which on a tile may have 1 << kMostBits splits
 constexpr int kTallRows = 64, kShortRows = 32, kPlainRows = 16;  // of a tile
 constexpr int kStep = 64, kTensorDim = 128;
 // CTAs an SM: before sm_90 its shared memory holds no third.
@@ -38,7 +38,7 @@ DP_HD int bits_above(int count) {
   return bits;
 }
 
-// Of the splits that bring so many tiles to kEnough CTAs: a power of two.
+// Of the splits that bring `tiles` to kEnough CTAs: a power of two.
 DP_HD int bits_to_enough(int tiles) {
   int bits = 0;
   for (int b = 1; b <= kMostBits; ++b) bits += tiles <= kEnough >> b;
@@ -52,10 +52,10 @@ DP_HD int bits_of_length(bool on_tensor_cores, int length) {
   return pieces < most ? pieces : most;
 }
 
-// What a segment's work is cut into; of its own numbers alone.
+// How a segment's work is cut, by its own numbers alone.
 struct Cut {
   int tile_rows, tiles;
-  int bits;           // a tile has so many places for CTAs: a power of two
+  int bits;           // a tile has 1 << bits places for CTAs
   int splits, split;  // that are taken; slots of one
 
   DP_HD static Cut of(bool on_tensor_cores, int heads, int rows, int length) {
@@ -99,7 +99,7 @@ struct Divisor {
   }
 };
 
-// The launch: `share` CTAs for each segment and key head, enough for any cut, and then those of the
+// The launch: `share` CTAs for each segment and key head, enough for any cut, and then the CTAs for
 // rows that see nothing.
 struct Shape {
   bool on_tensor_cores;
@@ -107,7 +107,7 @@ struct Shape {
   int cluster;    // a power of two
   int part_rows;  // of scratch for a CTA; 0: nothing is merged by the second kernel
   int64_t part_floats, units;
-  int working;                        // CTAs before those of the rows that see nothing
+  int working;                        // CTAs before the CTAs for rows that see nothing
   Divisor share, heads, group, page;  // the last two: query heads of a key head, slots of a page
 
   static Shape of(const BlockAttentionArgs& args, bool on_tensor_cores, bool clusters) {
@@ -187,7 +187,7 @@ struct Unit {
     return cut.splits > 1 && 1 << cut.bits <= shape.cluster;
   }
 
-  // What a row's weighted values are divided by; one that sees nothing has zeros.
+  // The divisor of a row's weighted values; a row that sees nothing has zeros.
   __device__ __forceinline__ float divisor(float sum) const {
     return args.restricted() && sum == 0.0f ? 1.0f : sum;
   }
@@ -243,8 +243,8 @@ struct Work : Unit {
 
   // Of 32 slots from `slot` on, a bit for each that packed row `row` sees.
   __device__ __forceinline__ uint32_t seen_of(int row, int slot) const {
-    const int ahead = slot - base;      // the first one's bit among the segment's own slots
-    const int last = first + rows - 1;  // a tile's padding rows see what its last one sees
+    const int ahead = slot - base;      // the bit of `slot` among the segment's own slots
+    const int last = first + rows - 1;  // padding rows see the slots that the tile's last row sees
     const int of_query = row_of_segment(row < last ? row : last);
     if (ahead <= -32) return ~0u;
     if (args.causal) {
@@ -276,7 +276,7 @@ struct Work : Unit {
     return {number * k.page_stride + inside * k.slot_stride,
             number * v.page_stride + inside * v.slot_stride};
   }
-  // Those of the work's key head.
+  // Keys and values of the work's key head.
   template <class Storage>
   __device__ __forceinline__ const Storage* keys() const {
     return static_cast<const Storage*>(args.k_cache) + head * args.k_layout.head_stride;
@@ -288,8 +288,8 @@ struct Work : Unit {
 };
 
 // e^(score - top), where nothing was seen under a top of -inf. Scores of tensor cores are in units
-// of log 2, and `unit` is 1; those of FMA are as they are, and it is kLog2e: they are subtracted
-// before they are rounded again.
+// of log 2, and `unit` is 1; scores of FMA are as they are, and `unit` is kLog2e: they are
+// subtracted before they are rounded again.
 __device__ __forceinline__ float weight_of(float score, float top, float unit) {
   return exp2_fast((score - (top == -kInfinity ? 0.0f : top)) * unit);
 }
@@ -356,8 +356,8 @@ __device__ __forceinline__ void store(typename T::Storage* out, const float (&va
   *reinterpret_cast<Vector*>(out) = vector;
 }
 
-// What a CTA leaves in scratch: weighted sums of values [rows, head_dim], then the score that each
-// row's weights are relative to and their sum.
+// A CTA's part in scratch: weighted sums of values [rows, head_dim], then the score that each row's
+// weights are relative to and their sum.
 struct Part {
   float *values, *tops, *sums;
 
@@ -373,7 +373,8 @@ struct Part {
 
 constexpr int kBlankRows = 8, kBlankBlock = kBlankRows * kWarps;  // of a warp, of a CTA
 
-// Zeros into those of a CTA's rows that are in no segment, or in one without slots.
+// Writes zeros into the rows, of a CTA's share, that are in no segment or in a segment without
+// slots.
 template <class Storage>
 __device__ __forceinline__ void write_blanks(const BlockAttentionArgs& args, const Shape& shape,
                                              int block) {

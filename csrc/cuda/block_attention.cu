@@ -3,32 +3,32 @@
 // Work. The query heads that share a key head stand side by side: packed row r of a segment's key
 // head is query row r / group, query head head * group + r % group. A CTA of 128 threads takes a
 // tile of packed rows through one split of the segment's slots, with an online softmax: the largest
-// score so far, the sum of exponentials and the weighted sum of values. Where a segment has several
-// splits, each CTA has a part of the answer, and parts are merged in their order: up to eight by
-// the CTAs themselves, which are then a cluster and read one another's shared memory; more, or
-// where there are no clusters, by a second kernel, through scratch. Nothing is counted, so that no
-// launch can leave anything behind for the next.
+// score so far, the sum of exponentials and the weighted sum of values. If a segment has several
+// splits, each CTA has a part of the answer, and the parts are merged in the order of the splits.
+// Up to eight CTAs are a cluster and merge their parts themselves, out of one another's shared
+// memory. More parts, or parts on devices without clusters, are merged by a second kernel, through
+// scratch. There are no counters, so no launch can leave anything behind for the next.
 //
-// Cut. Splits have at least 128 slots, and there are so many that a segment has up to 256 CTAs, two
-// for each SM of an H100: of the segment's own length and rows, so that what it yields depends on
-// nothing else. A block of 32 queries at 512 slots is 4 splits for each of 32 heads. The grid is
-// shaped by max_q_len and max_kv_len; CTAs beyond their segment leave at once. A few CTAs
-// more write zeros into the rows that see nothing.
+// Cut. Splits have at least 128 slots, and there are as many as give a segment up to 256 CTAs, two
+// for each SM of an H100. The segment's own length and rows decide the cut, and nothing else, so
+// that its result does not depend on the rest of the batch. A block of 32 queries at 512 slots is 4
+// splits for each of 32 heads. The grid is shaped by max_q_len and max_kv_len; CTAs beyond their
+// segment leave at once. A few CTAs more write zeros into the rows that see nothing.
 //
 // Bytes. Each slot that is seen is read once per tile: 2 * head_dim elements per key head; tiles of
 // one split run side by side, so that all but the first find it in the L2 cache. Slots that are not
-// seen are not read, not even beside others: their place in shared memory holds zeros, so that NaN
-// there cannot come through 0 * NaN.
+// seen are not read, even if their neighbours are: their place in shared memory holds zeros, so
+// that NaN there cannot come through 0 * NaN.
 //
 // Tensor cores (16-bit, head_dim a multiple of 8 up to 128, 16-byte strides, a positive scale): a
 // decode pass waits for memory, and between its copies for the few instructions of one warp, so
 // there must be few of them. A step is 64 slots, 32 KB of keys and values in shared memory; two
-// steps are on their way at once: all of a shortest split. A warp has 16 rows, whose queries stay
-// in registers, by 32 slots at a time. A tile is 64 rows, each warp's own by all slots; or, where
-// there are at most 32 or CTAs are few, 32 rows, and two warps share 16 of them, each with half of
-// the slots of a step. What the warps have of a row is merged with what the other CTAs have, at
-// once. Three CTAs an SM: 72 KB of shared memory (80 where tiles may be of 64 rows: two CTAs) and
-// at most 168 registers.
+// steps are in flight at once: all of a shortest split. A warp has 16 rows, whose queries stay in
+// registers, by 32 slots at a time, in 337 instructions, 64 of them multiplications. A tile is 64
+// rows, each warp's own by all slots. Where there are at most 32 rows, or few CTAs, a tile is 32
+// rows, and two warps share 16 of them, each with half of the slots of a step. The parts of such
+// warps are merged together with the parts of the other CTAs. Three CTAs an SM: 72 KB of shared
+// memory (80 where tiles may be of 64 rows: two CTAs) and at most 168 registers.
 //
 // Restricted launches (causal, or by ancestors) are kernels of their own: a row's bits of 32 slots
 // decide which scores count. Slots below `base` are seen by all, so only the steps behind it are
@@ -37,11 +37,13 @@
 //
 // FMA (float32, other head_dims and strides): a tile is 16 rows, a step 128 slots; a thread scores
 // one slot against every row, a warp takes the softmax of every fourth row, a thread gathers two
-// elements of every row's sum. 16 KB of shared memory a CTA.
+// elements of every row's sum. 16 KB of shared memory a CTA. The sizes are guesses: this path is
+// for checks and for models that tensor cores do not take, and is not measured.
 //
-// Measured on an H200, 32 queries of LLaDA's heads: 512 slots 13 us alone, 34 in a batch of 8 (the
-// memory's share 2 and 17); splits of 64 slots, in an earlier form of this kernel, took a third
-// longer than of 128.
+// Measured on an H200 from a graph, 32 queries of LLaDA's heads: 512 slots 10.2 us (the bytes take
+// 2.1, torch's attention 12.2); in a batch of 8, in an earlier form, 34 us (17 and 24).
+// Splits of 64 slots, in an earlier form of this kernel, took a third longer than of 128. The other
+// sizes, among them 256 CTAs for a segment, are not measured against others.
 #include "attention_tensor.cuh"
 
 namespace dparallel::cuda {
@@ -175,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, kRestricted ? 2 : 3)
   }
 }
 
-// ---- What no cluster has merged ----
+// ---- Parts that no cluster has merged ----
 
 constexpr int kMergeRows = 8;  // of a CTA
 
@@ -269,7 +271,7 @@ int block_attention(const BlockAttentionArgs& args, const Workspace& workspace, 
     };
     const int code = args.restricted() ? attend_by(std::true_type{}) : attend_by(std::false_type{});
     if (code != 0 || shape.part_rows == 0) return code;
-    // Only so many rows of a key head are ever split.
+    // A key head with more rows than `most` has no splits.
     const int most = kEnough / 2 / static_cast<int>(shape.heads.size) *
                      (shape.on_tensor_cores ? kTallRows : kPlainRows);
     const int rows = longest < most ? longest : most;

@@ -9,21 +9,22 @@
 // registers. The block finds the chunk's maximum m, and only then are the exponentials summed: no
 // sum is ever rescaled. Left for each number are its widening, one multiplication and addition, the
 // floor that keeps -inf from 0 * inf, the exponential, its square and three additions. With all
-// else, a bfloat16 number costs 12 instructions, where an H200's memory leaves time for 14 to 15.
-// The own term of the maximum is left out of the sums (see LossPart), by the one thread that holds
-// it.
+// else, a bfloat16 number costs 12 instructions, 8.2 of them for the sums, where an H200's memory
+// leaves time for 14 to 15. The own term of the maximum is left out of the sums (see LossPart), by
+// the one thread that holds it.
 //
 // Exponents are in units of the device's exponential, log2 for float32: x = c z - r in one
 // instruction, with c = log2(e) / Tc. The reference r is c m rounded, so that the own term is not 1
 // but 2^(c m - r); thread 0 mends that at the end.
 //
 // Backward, 4 vectors are in flight, and a thread's chunk takes 4 rounds, at 13 instructions a
-// number where memory leaves time for 27. The label's number is written like the others, and once
-// more, with the label's share, after the rounds.
+// number, 11.7 of them in the loop, where memory leaves time for 27. The label's number is written
+// like the others, and once more, with the label's share, after the rounds.
 //
-// Measured on an H200: forward and backward of 4096 rows of 126464 in 1.07 ms, 69 % of its
-// bandwidth. Not measured against others: 8 vectors and 4 blocks on an SM forward; 16 vectors, 4 of
-// them in flight, and 4 blocks backward; 256 threads.
+// Measured on an H200, with the host's part of the launches: forward and backward of 4096 rows take
+// 1.07 ms, and in another run 1.19 ms, 69 and 61 % of the bandwidth. Guesses, not measured against
+// others: 8 vectors and 4 blocks on an SM forward; 16 vectors, 4 of them in flight, and 4 blocks
+// backward; 256 threads.
 #include "loss.cuh"
 
 namespace dparallel::cuda {
@@ -68,7 +69,7 @@ struct Exponents {
 
 template <class R>
 struct LossSums {
-  R s, t, w;  // of e^(d/Tc), e^(d/T), and e^(d/T) times the first one's exponent
+  R s, t, w;  // of e^(d/Tc), e^(d/T), and e^(d/T) times the exponent of e^(d/Tc)
 
   template <bool kSquared, int W>
   __device__ __forceinline__ void add(const R (&z)[W], R reference, const Exponents<R>& exponents) {
@@ -162,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, T::kWidth > 2 ? kForwardBlocks : 1)
     if (exponents.squared) add(std::true_type{});
     else add(std::false_type{});
   } else {
-    // An infinite maximum, or one whose exponent is: what is below it has no share.
+    // The maximum or its exponent is infinite: smaller logits have no share.
     top = clamped(top);
     own_token = -1;
 #pragma unroll 1
@@ -226,13 +227,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const auto* z =
         static_cast<const typename T::Storage*>(args.logits.data) + offset_of(rows, row);
     const R of_label = known ? clamped(static_cast<R>(T::value(z[label]))) : R(0);
-    LossPart<R> part;
-#pragma unroll 1
-    for (uint32_t c = lane; c < chunks; c += 32)
-      part.merge(parts[static_cast<int64_t>(row) * chunks + c], inverse);
-#pragma unroll 1
-    for (uint32_t offset = 1; offset < 32 && offset < chunks; offset *= 2)
-      part.merge(shuffle_down(part, static_cast<int>(offset)), inverse);
+    const auto part = merge_row(parts, row, chunks,
+                                [&](auto& all, const auto& other) { all.merge(other, inverse); });
     error = known ? part.error() : kRowLabel;
     if (error == kRowOk) result = part.finish(of_label, label, inverse);
     else result.nll = result.entropy = static_cast<R>(from_bits(0x7fc00000u));  // NaN

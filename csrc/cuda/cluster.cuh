@@ -1,6 +1,6 @@
-// What a launch needs beyond device.cuh: more shared memory than 48 KB; clusters, blocks that run
-// at the same time and read one another's shared memory; and early launches, whose blocks begin
-// while the kernel before them still runs (both sm_90 and later).
+// Launches beyond device.cuh's: with more shared memory than 48 KB; in clusters, blocks that run at
+// the same time and read one another's shared memory; and early, so that blocks begin while the
+// kernel before them still runs (clusters and early launches: sm_90 and later).
 #pragma once
 
 #include <atomic>
@@ -53,25 +53,26 @@ inline void prefetch(const void*) {}
 #define DPARALLEL_LAUNCH_CLUSTERS(kernel, grid, cluster, block, shared_bytes, early, stream, ...) \
   dparallel::cuda::launch_clusters(kernel, grid, cluster, block, shared_bytes, early,             \
                                    static_cast<cudaStream_t>(stream), __VA_ARGS__)
-// DPARALLEL_LAUNCH of a kernel that waits for those before it, see wait_for_earlier.
+// DPARALLEL_LAUNCH of a kernel that waits for the kernels before it, see wait_for_earlier.
 #define DPARALLEL_LAUNCH_EARLY(kernel, grid, block, stream, ...)                 \
   dparallel::cuda::launch_clusters(kernel, grid, 1, block, 0,                    \
                                    dparallel::cuda::has_clusters_here<kernel>(), \
                                    static_cast<cudaStream_t>(stream), __VA_ARGS__)
 
-// The next kernel may begin, if it is launched early: once all blocks of this one have called it,
-// and there is room on the SMs. The launch then hides behind this kernel's work, and so does what
-// the next one does before it waits.
+// Lets the next kernel begin, if it is launched early, once all blocks of this kernel have called
+// this and there is room on the SMs. The next kernel's launch, and its work before it waits, then
+// hide behind this kernel's work.
 __device__ __forceinline__ void let_next_begin() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-// Until all that was launched before is done, and what it wrote is visible. Every kernel that is
-// launched early calls it, each thread of it, before it reads or writes what others may. What it
-// reads before was written before the last kernel that was not launched early began: of those since
-// then, all that call let_next_begin, none need be done.
+// Waits until all earlier kernels are done and their writes are visible. In every kernel that is
+// launched early each thread calls it, before it reads memory that earlier kernels may write, or
+// writes memory that they may use. Memory that it reads before the call must have been written
+// before the last kernel that was not launched early began: the early kernels since then, which all
+// call let_next_begin, need not be done.
 __device__ __forceinline__ void wait_for_earlier() {
   let_next_begin();
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -105,8 +106,8 @@ int launch_clusters(void (*kernel)(Parameters...), unsigned grid, unsigned clust
   return static_cast<int>(cudaLaunchKernelEx(&config, kernel, args...));
 }
 
-// Whether what runs on the current device was compiled for clusters, which it then has; asked once
-// for each device.
+// Whether the code that runs on the current device was compiled for clusters, which the device then
+// has; asked once for each device.
 template <auto kernel>
 bool has_clusters_here() {
   constexpr int kDevices = 64;
@@ -122,9 +123,9 @@ bool has_clusters_here() {
   return kept > 1;
 }
 
-// Clusters of so many blocks, up to 8, that run at once on the current device, which is asked the
-// first time; 0: it has none. GPCs are of different numbers of SMs, so that not every SM may find a
-// place in a cluster. `kernel` stands for all that take a whole SM.
+// The number of clusters of `cluster` blocks, up to 8, that run at once on the current device,
+// which is asked the first time; 0: it has none. GPCs have different numbers of SMs, so some SMs
+// may find no place in a cluster. `kernel` stands for all kernels whose blocks take a whole SM.
 template <auto kernel>
 int clusters_at_once(unsigned cluster, unsigned block, size_t shared_bytes) {
   constexpr int kDevices = 64;
@@ -150,20 +151,20 @@ int clusters_at_once(unsigned cluster, unsigned block, size_t shared_bytes) {
     config.numAttrs = 1;
     if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) {
       count = 0;
-      cudaGetLastError();  // which is nobody else's
+      cudaGetLastError();  // the error is dealt with
     }
   }
   kept = count + 1;
   return count;
 }
 
-// A barrier of a block's 128 threads from a multiple of 128 on; what they wrote before it is then
+// A barrier of a block's 128 threads from a multiple of 128 on; their writes before it are then
 // visible to each of them.
 __device__ __forceinline__ void team_barrier() {
   asm volatile("bar.sync %0, 128;" ::"r"(1 + threadIdx.x / 128) : "memory");
 }
 
-// A barrier of all threads of the cluster that have not left; what was written before it is then
+// A barrier of all threads of the cluster that have not left; their writes before it are then
 // visible to all of them.
 __device__ __forceinline__ void cluster_barrier() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -176,8 +177,8 @@ __device__ __forceinline__ void cluster_barrier() {
 #endif
 }
 
-// A thread's last act: it stays until nobody reads this block's shared memory any more. Its writes
-// need not have arrived, as they must at a barrier.
+// A thread's last act: it stays until no block reads this block's shared memory any more. Its
+// writes need not have arrived, as they must at a barrier.
 __device__ __forceinline__ void leave_cluster() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile(
@@ -189,8 +190,8 @@ __device__ __forceinline__ void leave_cluster() {
 #endif
 }
 
-// What lies at `p`, an address in this block's shared memory, in that of the cluster's block
-// `rank`. It must not have left.
+// Loads from the shared memory of the cluster's block `rank`, which must not have left, the vector
+// whose address in this block's shared memory would be `p`.
 __device__ __forceinline__ uint4 load_of_peer(const uint4* p, unsigned rank) {
   uint4 x{};
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -206,7 +207,8 @@ __device__ __forceinline__ uint4 load_of_peer(const uint4* p, unsigned rank) {
   return x;
 }
 
-// Where that is, for any load. A block that was not launched in a cluster is its own rank 0.
+// The address of that vector, for any load. A block that was not launched in a cluster is its own
+// rank 0.
 template <class V>
 __device__ __forceinline__ const V* of_peer(const V* p, unsigned rank) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -1,6 +1,6 @@
-// What the kernels need of the device: launches, the few PTX instructions, loads. Under nvcc this
-// is CUDA; under DPARALLEL_CUDA_HOST a header of tests/cuda_host stands in for it and the kernels
-// run on the CPU.
+// The kernels' access to the device: launches, a few PTX instructions, loads. Under nvcc this is
+// CUDA; under DPARALLEL_CUDA_HOST a header of tests/cuda_host stands in for it and the kernels run
+// on the CPU.
 #pragma once
 
 #if defined(DPARALLEL_CUDA_HOST)
@@ -54,8 +54,9 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-// Adds to a counter in global memory and returns what it was. What this thread wrote, or knows of
-// by a barrier, is visible to those who add later; what they wrote before is visible to it.
+// Adds to a counter in global memory and returns the earlier value. Writes of this thread, and
+// writes that it knows of by a barrier, are visible to threads that add later; the writes of
+// threads that added before are visible to it.
 __device__ __forceinline__ int32_t add_acquire_release(int32_t* p, int32_t value) {
   int32_t old;
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
@@ -197,8 +198,8 @@ __device__ __forceinline__ uint32_t min_pair(uint32_t a, uint32_t b) {
 }
 #endif
 
-// kWidth logits as stored. `aligned`: p is a multiple of 16 bytes. Each is read once, so past the
-// caches.
+// kWidth logits as stored. `aligned`: p is a multiple of 16 bytes. Each logit is read once, so the
+// caches drop it first.
 template <class T>
 __device__ __forceinline__ uint4 load_stored(const typename T::Storage* p, bool aligned) {
   if (aligned) return __ldcs(reinterpret_cast<const uint4*>(p));
@@ -249,8 +250,9 @@ __device__ __forceinline__ void store_stored(typename T::Storage* p,
   }
 }
 
-// Whether this block brings the counter to zero by adding `change`. What the others wrote before
-// they added is then visible. Called by every thread; the answer is the same for all.
+// Whether this block brings the counter to zero by adding `change`. Then the writes that other
+// blocks made before they added are visible. Called by every thread; the answer is the same for
+// all.
 __device__ inline bool brings_to_zero(int32_t* counter, int32_t change) {
   DPARALLEL_SHARED(zero, bool);
   __syncthreads();  // every thread's writes come before thread 0's release
@@ -260,7 +262,7 @@ __device__ inline bool brings_to_zero(int32_t* counter, int32_t change) {
 }
 
 // Whether this block is the last of `expected` to arrive; the counter is zero again when it is.
-// What the others wrote before arriving is then visible.
+// Then the writes that other blocks made before they arrived are visible.
 __device__ inline bool last_to_arrive(int32_t* counter, int64_t expected) {
   DPARALLEL_SHARED(last, bool);
   __syncthreads();  // every thread's writes come before thread 0's release
@@ -272,7 +274,7 @@ __device__ inline bool last_to_arrive(int32_t* counter, int64_t expected) {
   return last;
 }
 
-// Whether vectors of 16 bytes fit: pointers, and strides in elements of so many bytes.
+// Whether vectors of 16 bytes fit: pointers, and strides in elements of `element` bytes.
 inline bool multiples_of_16(std::initializer_list<const void*> pointers,
                             std::initializer_list<int64_t> strides, int64_t element) {
   bool all = true;

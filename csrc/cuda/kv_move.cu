@@ -1,14 +1,15 @@
 // kv_move: a block moves the path of one lane, in one head of the keys or the values of a layer.
 // Its threads read the whole path into registers, wait for each other, and write it; no other block
-// has those elements, so that one launch moves all layers.
+// has these elements, so one launch moves all layers.
 //
 // A block holds kMoveThreads * kMoveVectors vectors, 32 KB. A longer path is cut across the head
 // and not along the path: elements of different columns never meet, while of two entries each may
 // be the other's target. So up to 128 entries of 128 16-bit elements a block reads whole heads, and
 // of 256 entries 128 bytes of each.
 //
-// Bytes: each entry read and written once. An entry that is in place already, as those of a chain
-// are, costs the look at its numbers. Three trips to memory: numbers, elements, and the way back.
+// Bytes: each entry read and written once. An entry that is in place already, as all entries of a
+// chain are, costs the look at its numbers. Three trips to memory: numbers, elements, and the way
+// back. 256 threads with 8 vectors each are a guess, not measured against others.
 #include <type_traits>
 
 #include "device.cuh"
@@ -23,7 +24,7 @@ constexpr int kMoveThreads = 256;
 constexpr int kMoveVectors = 8;  // of a thread, all in flight at once
 static_assert(kMostMoves <= kMoveThreads * kMoveVectors, "a block holds a vector of each entry");
 
-// How a head is cut: `width` of its vectors to a block of so many threads.
+// How a head is cut: a block of `threads` takes `width` of its `vectors`.
 struct MoveShape {
   uint32_t vectors, width, slices, threads;
 
@@ -37,7 +38,7 @@ struct MoveShape {
   }
 };
 
-// A vector of so many bytes: 16, or an element.
+// A vector of kBytes: 16, or an element.
 template <int kBytes>
 using VectorOf = std::conditional_t<
     kBytes == 16, uint4,

@@ -1,5 +1,5 @@
 // kv_write: one thread rotates W pairs of one head of one row: of q in place, of k into the cache,
-// where it copies the same elements of v too. Nobody else reads or writes those elements.
+// where it copies the same elements of v too. No other thread reads or writes these elements.
 //
 // Bytes: q read and written, k and v read and written once; the tables and the numbers of a row
 // come from the caches. A row's position and slot, and the elements of q, k and v, are requested
@@ -13,7 +13,8 @@ namespace {
 
 // Small, so that the few rows of a decode pass reach every SM.
 constexpr int kWriteThreads = 128;
-// At least: up to 128 registers a thread. With fewer, ptxas puts loads after what waits for others.
+// At least: up to 128 registers a thread. With fewer, ptxas puts loads behind code that waits for
+// other loads.
 constexpr int kWriteBlocksPerSm = 4;
 
 // Of a table, the W numbers from `p` on.

@@ -1,7 +1,8 @@
-// What the kernels of the losses share: a block's chunk of a row, exponents in the device's units,
-// and parts of a row that a warp merges.
+// Shared by the kernels of the losses: a block's chunk of a row, exponents in the device's units,
+// and the merging of a row's parts.
 #pragma once
 
+#include "row_parts.cuh"
 #include "vectors.cuh"
 
 #include "dparallel/certainty_forcing_loss.h"
@@ -115,18 +116,20 @@ __device__ __forceinline__ typename T::Real largest(const uint4* v) {
   return top;
 }
 
-template <class Part>
-__device__ __forceinline__ Part shuffle_down(const Part& part, int offset) {
-  uint32_t words[sizeof part / 4];
-  memcpy(words, &part, sizeof part);
-#pragma unroll
-  for (auto& word : words) word = __shfl_down_sync(kFullWarp, word, offset);
-  Part other;
-  memcpy(&other, words, sizeof other);
-  return other;
+// By a warp: the parts [chunks] of a row merged, in an order that depends on their number alone;
+// valid in lane 0.
+template <class Part, class Merge>
+__device__ __forceinline__ Part merge_row(const Part* parts, uint32_t row, uint32_t chunks,
+                                          Merge merge) {
+  Part part;
+#pragma unroll 1
+  for (uint32_t c = threadIdx.x % 32; c < chunks; c += 32)
+    merge(part, parts[static_cast<int64_t>(row) * chunks + c]);
+  merge_lanes(part, chunks < 32 ? static_cast<int>(chunks) : 32, merge);
+  return part;
 }
 
-// What nobody will read soon: the caches drop it first.
+// A vector that no kernel reads soon: the caches drop it first.
 template <class T, int kAtOnce>
 __device__ __forceinline__ void store_once(typename T::Storage* p, const uint4& bytes) {
   if (kAtOnce > 1) {

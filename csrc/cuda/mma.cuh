@@ -1,5 +1,5 @@
-// Tensor cores and copies into shared memory that run beside the arithmetic: the few PTX
-// instructions (sm_80 and later), and under DPARALLEL_CUDA_HOST what each of them does.
+// Tensor cores, and copies into shared memory that run beside the arithmetic: the PTX instructions
+// (sm_80 and later), and under DPARALLEL_CUDA_HOST functions that do the same.
 //
 // A warp multiplies A [16, 16] by B [16, 8], two 16-bit numbers to a register. With g = lane / 4
 // and q = lane % 4 a lane holds, of row or column and the pair that starts at it:
@@ -131,8 +131,8 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const
 
 // The exponent of e4m3 in the place of T's, and then the difference of their biases multiplied in,
 // which is exact, subnormal numbers included. Two bytes are extended by their signs to 16 bits each
-// and shifted to where they belong; of the signs, and of what the other half shifted in, the mask
-// leaves the upmost bit.
+// and shifted to where they belong; of the signs, and of bits that the other half shifted in, the
+// mask leaves the upmost bit.
 template <class T>
 __device__ __forceinline__ void widen_e4m3(uint32_t bytes, uint32_t& first, uint32_t& second) {
   asm("prmt.b32 %0, %1, 0, 0x9180;" : "=r"(first) : "r"(bytes));
@@ -151,14 +151,14 @@ __device__ __forceinline__ void widen_e4m3(uint32_t bytes, uint32_t& first, uint
   }
 }
 
-// 16 bytes from global to shared memory, past the L1 cache, or zeros, `from` then being read by
-// nobody. They are there once the thread has waited for its copies.
+// Copies 16 bytes from global to shared memory, past the L1 cache, or zeros where not `there`: then
+// `from` is not read. They have arrived once the thread has waited for its copies.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(there ? 16 : 0)
                : "memory");
 }
-// 16 bytes that are so many bytes beyond both: no address is computed.
+// Copies the 16 bytes that are kBytes beyond both: no address is computed.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
   asm volatile("cp.async.cg.shared.global [%0+%3], [%1+%3], 16, %2;" ::"r"(shared_address(to)),
@@ -185,8 +185,8 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// x, unknown to the compiler: what follows from it is computed where it is needed, and not kept in
-// registers from one step of a loop to the next.
+// x, unknown to the compiler: numbers that follow from it are computed where they are needed, and
+// not kept in registers from one step of a loop to the next.
 __device__ __forceinline__ int anew(int x) {
   asm volatile("" : "+r"(x));
   return x;

@@ -1,4 +1,14 @@
-// The nucleus of a row (top-p, top-k) by one block, ahead of the launch that samples.
+// The nucleus of a row (top-p, top-k), found by one block, in a launch ahead of the one that
+// samples.
+//
+// Work: a radix selection (dparallel/nucleus.h): the block finds the largest logit, and then in
+// each of up to six levels a histogram of 2048 bins, of counts and of probability, by atomic
+// additions in shared memory. The first three levels are digits of the logit, and the others of the
+// id, which decide between equal logits.
+//
+// Bytes: the row once for the maximum and once for each level; the L2 cache holds it after the
+// first read where rows are few. 256 threads and a block for each row are guesses: this launch is
+// not measured, and rows without top-p and top-k do without it.
 #pragma once
 
 #include "row_scan.cuh"

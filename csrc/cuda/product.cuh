@@ -1,29 +1,33 @@
-// The product of a few rows of x and a matrix of weights, which is bound by reading the weights:
-// linear and fp8_linear.
+// The product of a few rows of x and a matrix of weights: linear and fp8_linear. Reading the
+// weights bounds it.
 //
-// On tensor cores (16-bit rows, aligned, of a multiple of 64 numbers): a CTA has an SM to itself,
-// and takes a tile of 64, 128 or 192 rows of the weights and up to 64 rows of x. A step is a line
-// of the L2 cache, 128 bytes, of each of these rows (two, where they are 64) and what belongs to it
-// of x, copied past the registers into a ring that fills the SM's shared memory: some 200 KB, most
-// of them on their way. Two teams of four warps, each with a ring, take every other line: while one
-// waits at its barrier the other multiplies. A warp has 16 of each 64 rows, as the left operand of
-// its multiplications. Up to eight CTAs, a cluster, share a tile and divide its lines, so that all
-// SMs have work; they then add up their sums, each some of the outputs, out of one another's shared
-// memory, in the order of their parts. The cut is of the weights' shape and the device, and the
-// order of a row's sum is too: a row of x comes out to the bit as it does alone. More than 64 rows
-// of x are chunks, next to each other in the grid, so that all but the first find the weights in
-// the L2 cache. Devices with less shared memory, or without clusters, take tiles of 128 rows, each
-// a CTA's alone, and 32 rows of x at a time.
+// Bytes: the weights once; x once for each tile, from the L2 cache; the output once.
 //
-// Where the weights are constant the launch is early: the CTAs begin while the kernels before still
-// run, as soon as the last product leaves the SM, and fill their rings, 26 MB over all SMs. So
-// memory is busy while norms, attention and activations run.
+// Tensor cores (16-bit rows, aligned, of a multiple of 64 numbers). A CTA has an SM to itself, and
+// takes a tile of 64, 128 or 192 rows of the weights and up to 64 rows of x. In a step it takes a
+// line of the L2 cache, 128 bytes, of each row of the tile (two lines, where the tile has 64 rows)
+// and the numbers of x that belong to it. Both are copied past the registers into a ring that fills
+// the SM's shared memory: some 200 KB, most of them in flight. Two teams of four warps, each with a
+// ring, take every other line: while one team waits at its barrier the other multiplies. A warp has
+// 16 of each 64 rows, as the left operand of its multiplications.
 //
-// What bounds it: on an H200 memory brings an SM some 32 bytes a nanosecond. The multiplications
-// of a line by 32 rows, weights in 8 bits, take the tensor cores half of that time, and the copies
-// and reads of shared memory as much. With one ring for all eight warps a CTA read 31 bytes a
-// nanosecond, with tiles of up to 384 rows no more; two CTAs on an SM, each with half of the ring,
-// came to lie together where clusters left other SMs idle.
+// Clusters. Up to eight CTAs share a tile and divide its lines, so that all SMs have work. Then
+// they add up their sums out of one another's shared memory, each CTA a part of the outputs, in the
+// order of the CTAs. The shape of the weights and the device decide the cut and the order of a
+// row's sum, so a row of x has the same result, to the bit, as alone. More than 64 rows of x are
+// chunks, next to each other in the grid, so that all but the first find the weights in the L2
+// cache. Devices with less shared memory, or without clusters, take tiles of 128 rows, each by one
+// CTA, and 32 rows of x at a time.
+//
+// Early launches. Where the weights are constant, CTAs begin while earlier kernels still run, as
+// soon as the last product leaves the SM, and fill their rings, 26 MB over all SMs. So memory is
+// busy while norms, attention and activations run.
+//
+// Limits, as measured on an H200. Memory brings an SM some 32 bytes a nanosecond. The
+// multiplications of a line by 32 rows, with weights in 8 bits, take the tensor cores half of that
+// time, and the copies and reads of shared memory as much. With one ring for all eight warps a CTA
+// read 31 bytes a nanosecond; tiles of up to 384 rows did not help; with two CTAs on an SM, each
+// with half of the ring, CTAs of a cluster lay together on some SMs while other SMs were idle.
 #pragma once
 
 #include "cluster.cuh"
@@ -34,10 +38,10 @@ namespace dparallel::cuda {
 
 constexpr int kTeams = 2, kTeamThreads = 128, kProductThreads = kTeams * kTeamThreads;
 constexpr int kPieces = 8;     // of 16 bytes, of a line
-constexpr int kMultiple = 64;  // of it, the inner dimension
+constexpr int kMultiple = 64;  // the inner dimension is a multiple of it
 constexpr int kWhole =
-    224 * 1024;  // bytes of shared memory: an SM's, but for what small kernels need
-constexpr int kSmall = 99 * 1024;  // those of a device that has less
+    224 * 1024;  // bytes of shared memory: an SM's, less the share of small kernels
+constexpr int kSmall = 99 * 1024;  // of a device that has less
 constexpr int kMostHeight = 3;     // of a tile, in 64 rows
 
 // Where piece p of row r of lines in shared memory lies: at p ^ turned(r). Eight rows' same piece,
@@ -128,7 +132,7 @@ struct EightBits {
 template <class W, int kTiles, int kHeight, int kBytes>
 struct Ring {
   static constexpr int kRows = 64 * kHeight;
-  // Of a step of a team: so many that a step is 16 KB of weights and more.
+  // Of a step of a team, which is 16 KB of weights or more.
   static constexpr int kLines = kBytes == kWhole && kHeight == 1 ? 2 : 1;
   static constexpr int kNumbers = kPieces * W::kNumbers;  // of a line
   static constexpr int kXPieces = kNumbers / 8;           // of a row of x, a line
@@ -149,7 +153,7 @@ struct ProductCut {
   int height, cluster;
 };
 
-// Whether the device that this is compiled for has so much shared memory.
+// Whether the device that this is compiled for has kBytes of shared memory.
 template <int kBytes>
 __device__ constexpr bool has_room() {
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
@@ -176,16 +180,16 @@ __device__ __forceinline__ void product_tile(const LinearArgs& args, const float
       static_cast<int>(args.out_width - first < kRows ? args.out_width - first : kRows);
   const int count =
       static_cast<int>(args.count - first_n < 8 * kTiles ? args.count - first_n : 8 * kTiles);
-  // Of the lines that are this CTA's each team takes every other one. `in`: what is left of the
-  // inner dimension at the team's first.
+  // Each team takes every other line of this CTA's. `in`: the length of the inner dimension from
+  // the team's first line on.
   const int team = threadIdx.x / kTeamThreads, t = threadIdx.x % kTeamThreads;
   const int all = (static_cast<int>(args.in) + kNumbers - 1) / kNumbers;
   const int begin = all * rank / cluster + team, end = all * (rank + 1) / cluster;
   const int in = static_cast<int>(args.in) - begin * kNumbers;
   const int lines = (end - begin + kTeams - 1) / kTeams, steps = (lines + kLines - 1) / kLines;
 
-  // What this thread copies of a line: one piece of every 16th row of the weights, and of every
-  // 16th, or 8th, of x; zeros beyond their ends.
+  // This thread copies of a line one piece of every 16th row of the weights, and of every 16th, or
+  // 8th, of x; zeros beyond their ends.
   constexpr int kTurn = kTeamThreads / kPieces, kXTurn = kTeamThreads / kXPieces;
   const int own = t / kPieces, own_n = t / kXPieces, piece = t % kPieces, x_piece = t % kXPieces;
   const int64_t row_bytes = args.in * 16 / W::kNumbers;
@@ -228,8 +232,9 @@ __device__ __forceinline__ void product_tile(const LinearArgs& args, const float
     return to_x + stage * Shared::kStage + l * Shared::kXLine + n * kXTurn * kXPieces;
   };
 
-  // What others may still be writing is x alone: the ring fills with weights meanwhile. Their x
-  // comes by way of registers: copies would complete behind all others.
+  // Earlier kernels may still be writing x, but not the weights, with which the ring fills
+  // meanwhile. The x of these steps comes by way of registers: copies of it would complete behind
+  // the weights'.
 #pragma unroll
   for (int stage = 0; stage < kAhead; ++stage) {
     if (stage < steps) bring_weights(stage, stage);
@@ -256,7 +261,7 @@ __device__ __forceinline__ void product_tile(const LinearArgs& args, const float
 #pragma unroll 1
   for (int step = 0, stage = 0; step < steps; ++step) {
     wait_for_copies<kStages - 2>();
-    team_barrier();  // the step is there, and nobody reads the one before it any more
+    team_barrier();  // the step is there, and no warp reads the one before it any more
     if (const int next = step + kAhead; next < steps) {
       const int emptied = stage > 0 ? stage - 1 : kAhead;
       bring_weights(next, emptied);
@@ -285,7 +290,7 @@ __device__ __forceinline__ void product_tile(const LinearArgs& args, const float
   }
 
   // sums[h][n][i]: of row 64 h + row + g, or 8 on for i >= 2; of x's row 8 n + 2 q + i % 2.
-  __syncthreads();  // nobody reads the ring any more
+  __syncthreads();  // no warp reads the ring any more
 #pragma unroll
   for (int h = 0; h < kHeight; ++h)
 #pragma unroll
@@ -396,10 +401,11 @@ __global__ void __launch_bounds__(kProductThreads)
   }
 }
 
-// Of the cuts by which a product takes least: its own bytes or its share of all, whichever takes
-// longer, for each round of CTAs, and what a round costs besides. Measured on an H200: memory
-// brings an SM five sevenths of what a CTA can take, and that is a quarter more of weights in 16
-// bits than in 8; a round costs 45 KB, twice that where clusters add up.
+// The cut by which a product takes least. The cost of a cut, in bytes: the bytes of a CTA in all
+// rounds, or an SM's share of all bytes, whichever takes longer, and a constant for each round.
+// Measured on an H200: memory brings an SM five sevenths of the bytes that a CTA can take, and a
+// CTA takes a quarter more of weights in 16 bits than in 8; a round costs as much as 45 KB, and
+// twice that where clusters add up.
 template <class W>
 ProductCut cut_of(const LinearArgs& args) {
   constexpr int64_t kRound = 45000;
@@ -411,7 +417,7 @@ ProductCut cut_of(const LinearArgs& args) {
   int64_t least = INT64_MAX;
   for (const int cluster : {1, 2, 3, 4, 6, 8}) {
     const int slots = slots_of(static_cast<unsigned>(cluster), kProductThreads, kBytes);
-    if (cluster == 2 && slots == 0) return {0, 1};  // nor so much shared memory
+    if (cluster == 2 && slots == 0) return {0, 1};  // nor kWhole bytes of shared memory
     for (int height = 1; height <= kMostHeight && slots > 0; ++height) {
       const int64_t tiles = (args.out_width + 64 * height - 1) / (64 * height);
       const int64_t rounds = (tiles + slots - 1) / slots;

@@ -5,8 +5,10 @@
 // for each element at most. A thread requests all of its vectors of x, delta and weight at once and
 // keeps them in registers, so that a row of few numbers costs one trip to memory, the sum over the
 // threads and the store. Only rows longer than kKept vectors a thread are read again, from the
-// cache. x, the sum and the weight stay in the caches for whoever is next; delta is not needed
+// cache. x, the sum and the weight stay in the caches for the next kernel; delta is not needed
 // again.
+//
+// Rows are long from 1025 numbers on: a guess, as is kKept; neither is measured against others.
 #include "cluster.cuh"
 #include "vectors.cuh"
 
@@ -112,7 +114,7 @@ __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormArgs args
 #pragma unroll
   for (int n = 0; n < kKept; ++n)
     if (first + n * kStep < width) finish(kept[n], scales[n], first + n * kStep);
-  const auto* again = delta != nullptr ? to : x;  // each thread reads what it wrote
+  const auto* again = delta != nullptr ? to : x;  // each thread reads its own writes
 #pragma unroll 1
   for (int i = first + kKept * kStep; i < width; i += kStep)
     finish(E::load(again + i), E::load(weight + i), i);

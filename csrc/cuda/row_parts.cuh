@@ -1,4 +1,4 @@
-// Merging: what lanes, warps or blocks have of a row becomes the row's, in a fixed order.
+// Merging: the parts of a row that lanes, warps or blocks have become the row's, in a fixed order.
 #pragma once
 
 #include "device.cuh"
@@ -17,8 +17,9 @@ __device__ __forceinline__ Part shuffle_xor(const Part& part, int offset) {
   return other;
 }
 
-// The parts of `width` neighbouring lanes, a power of two, merged in an order that depends on the
-// width alone; the same for each of them, since merging is commutative to the bit.
+// The parts of `width` neighbouring lanes, merged in an order that depends on the width alone. All
+// of them have the result, since merging is commutative to the bit; or lane 0 alone, where the
+// width is no power of two and the lanes beyond it have empty parts.
 template <class Part, class Merge>
 __device__ __forceinline__ void merge_lanes(Part& part, int width, Merge merge) {
 #pragma unroll 1

@@ -1,30 +1,33 @@
 // The scan of a row of logits: one block reads one chunk of 32 KB.
 //
 // Work: an element is widened, ranked (top two) and added to S = sum e and W = sum e (z - m), with
-// e = exp(z - m). That takes 9.6 instructions of a bfloat16, and what a thread does before and
-// after its 128 elements about 2.7 more. So instructions and bandwidth are both near their limits,
-// and whatever is not the common case stays out of the loop:
-//  - The chunk is copied into shared memory asynchronously, each thread its own 16 vectors of 16
-//    bytes, all of them in flight at once, which costs no registers. A thread reads back only what
-//    it copied itself, so no barrier is needed, and it begins when its first two vectors are there.
-//  - What is irregular is mended in shared memory before the loop: the end of the row is filled up
-//    with -inf, rows that are not aligned are copied by elements, suppressed ids become -inf, and
-//    so does the mask token, whose logit joins the sums of the block at the end.
+// e = exp(z - m). The loop takes 9.6 instructions for a bfloat16 (loops.json), and the code before
+// and after it about 2.7 more, spread over the 128 elements of a thread. Instructions and bandwidth
+// are both near their limits, therefore the loop holds the common case alone:
+//  - The chunk is copied into shared memory asynchronously. Each thread copies 16 vectors of 16
+//    bytes, all of them in flight at once, which costs no registers. A thread reads only vectors
+//    that it copied itself, so no barrier is needed, and it begins when its first two have arrived.
+//  - The exceptions are written into shared memory before the loop: -inf fills up the end of the
+//    row and replaces suppressed ids and the mask token, whose logit joins the sums of the block at
+//    the end. Rows that are not aligned are copied by elements.
 //  - The top two are kept without a branch: second = max(second, min(first, z)), first = max(first,
 //    z); 16-bit elements go two at a time. The token's id is looked for once, in shared memory, by
 //    the threads that hold the block's largest logit.
 //  - The sums move to a larger maximum once in two vectors, whether or not there is a larger one.
 //  - Infinities are counted after the loop, by the threads that met one.
-// Which thread reads which id depends on the id alone, and every sum has a fixed order, so a row's
-// result does not depend on its place in the batch or its alignment.
+// The id alone decides which thread reads it, and every sum has a fixed order: a row's result does
+// not depend on its place in the batch or its alignment.
+//
+// Bytes: the row once, and for each chunk a part of 24 bytes (more where the row is sampled), which
+// is written to global memory and read again by the block that merges the row's parts.
 //
 // Why 32 KB and 128 threads: a row of LLaDA's 126464 ids in bfloat16 is 8 chunks, and 32 rows are
 // 256 blocks, two for a multiprocessor, all resident at once. Of many rows six blocks are resident
 // (by shared memory; registers would allow seven), with up to 192 KB in flight. Measured on an H200
-// from a graph: row_stats of 32 rows takes 7.9 us and of 512 rows 44, two thirds of its bandwidth.
-// 256 threads (47), 16 KB (46), seven blocks (45), and exponents that are kept in units of log 2,
-// one instruction an element less (44), are no faster: neither instructions nor loads alone hold it
-// up.
+// from a graph, without launches that report bad rows: row_stats of 32 rows takes 7.9 us, and of
+// 512 rows 44 us, at two thirds of the memory's bandwidth. Of 512 rows, 256 threads take 47 us,
+// chunks of 16 KB 46 us, seven blocks 45 us, and exponents in units of log 2, which save an
+// instruction for an element, 44 us. So neither instructions nor loads alone are the limit.
 #pragma once
 
 #include "mma.cuh"
@@ -37,15 +40,12 @@
 
 namespace dparallel::cuda {
 
-// Of the loss and of the search for a nucleus.
+// For the search for a nucleus.
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kBlocksPerSm = 2;    // at least: up to 128 registers a thread, so that nothing spills
-constexpr int64_t kChunk = 16384;  // ids per block of the loss
+constexpr int kBlocksPerSm = 2;  // at least: up to 128 registers a thread, so that nothing spills
 
-inline int64_t chunks_of(int64_t vocab) { return (vocab + kChunk - 1) / kChunk; }
-
-// Of the scan. What a thread does besides the loop costs as much as 30 elements, hence few threads.
+// For the scan. The code besides the loop costs a thread as much as 30 elements, hence few threads.
 constexpr int kScanThreads = 128;
 constexpr int kScanWarps = kScanThreads / 32;
 constexpr int kSlots = 16;  // vectors of a thread
@@ -74,7 +74,7 @@ struct Divisor {
   }
 };
 
-// What a launch of the scan divides by: units of the grid, positions, and rows of the logits.
+// The divisors of a launch of the scan: units of the grid, positions, and rows of the logits.
 struct ScanShape {
   Divisor chunks, length, inner_rows;
 
@@ -89,7 +89,7 @@ struct Sampler {
   Nucleus nucleus = Nucleus::all();
 };
 
-// What a block of the scan shares.
+// The shared memory of a block of the scan.
 struct ScanMemory {
   uint4 slots[kSlots * kScanThreads];  // vector v of the chunk, by thread v % kScanThreads alone
   float first[kScanWarps], second[kScanWarps], sum[kScanWarps], weighted[kScanWarps];
@@ -108,8 +108,8 @@ __device__ __forceinline__ float high(uint32_t pair) {
   else return T::value(static_cast<uint16_t>(pair >> 16));
 }
 
-// The two largest of what a thread has seen, as stored: for 16-bit elements, of the even and of the
-// odd ids. NaN is passed over.
+// The two largest logits that a thread has seen, as stored: for 16-bit elements, two of the even
+// ids and two of the odd ids. NaN is passed over.
 template <class T>
 struct TopTwo {
   uint32_t first = minus_infinities(), second = minus_infinities();
@@ -230,7 +230,7 @@ struct Chunk {
     if (const uint32_t at = place(ex.mask_id); mine(at)) memory.mask = exclude(at);
   }
 
-  // The part of the chunk; valid in thread 0. `largest`: of what the thread itself has read.
+  // The part of the chunk; valid in thread 0. `largest`: of the logits that the thread has read.
   __device__ __forceinline__ RowPart scan(const Exclusions& ex, float* largest = nullptr) const {
     constexpr float kLowest = -kLargest;
     TopTwo<T> top;
@@ -338,8 +338,9 @@ struct Chunk {
     return part;
   }
 
-  // The sampled side, of what the nucleus keeps, after `scan`; each thread's own, all relative to
-  // the largest logit of the chunk, which is kept where any of the chunk is.
+  // The sampled side, after `scan`, of the ids that the nucleus keeps. Each thread has a part of
+  // its own, relative to the largest logit of the chunk, which the nucleus keeps if it keeps any of
+  // them.
   //
   // An id can only win if its noise -ln(-ln(1 - v)), which is at most -ln v, lifts z / T above the
   // best score so far, which the warp shares: if v <= e^(z / T - best). So the two logarithms are
@@ -399,7 +400,8 @@ struct Chunk {
   }
 };
 
-// What blocks write of a row's chunks and another block reads.
+// The parts of rows: blocks write them, a part for each chunk, and the last block of a row reads
+// them.
 struct Scratch {
   RowPart* parts;       // [count, chunks]
   SamplePart* samples;  // [count, chunks], or null
@@ -458,8 +460,8 @@ __device__ inline RowResult blank_row() {
   return blank;
 }
 
-// By a warp: the result of a row, blank where it has none, and what it is made of. All lanes whose
-// number is below the number of chunks have it.
+// By a warp: the result of a row, blank where it has none, and its merged part, which is returned.
+// All lanes whose number is below the number of chunks have both.
 template <bool kSample>
 __device__ __forceinline__ RowPart finish_row(const Scratch& scratch, int64_t row, int chunks,
                                               float inverse_temperature, RowResult& result) {

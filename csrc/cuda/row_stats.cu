@@ -1,10 +1,16 @@
-// row_stats: one block per chunk of a row; the last block of a row merges its chunks.
+// row_stats: one block reads one chunk of a row (row_scan.cuh), and the last block of a row merges
+// the parts of its chunks.
+//
+// Bytes: each listed row once; 60 bytes of results are written for a row. A counter for each row,
+// zero between launches, tells a block whether it is the last. Sampling from a nucleus (top-p,
+// top-k) needs the whole row first: a launch ahead finds it (nucleus.cuh). The logits of asked ids
+// (`gather`) are read by the blocks of their row, from the L2 cache.
 #include "nucleus.cuh"
 
 namespace dparallel::cuda {
 namespace {
 
-// One block per row: what may be sampled of it.
+// One block per row finds the ids that may be sampled.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     row_nucleus_kernel(RowStatsArgs args, Scratch scratch) {

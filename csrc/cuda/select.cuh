@@ -5,8 +5,7 @@
 
 namespace dparallel::cuda {
 
-// Keys, larger is better, and what becomes of them; in shared memory for as many as a sequence
-// usually has.
+// Keys, larger is better, and their ranks; in shared memory for as many as a sequence usually has.
 struct Ranking {
   float* keys;     // [n]; NaN: not to be selected
   float* sorted;   // [n]
@@ -36,8 +35,8 @@ __device__ inline int sum_block(int value) {
 constexpr int kAtOnce = 4;  // keys that a thread ranks at once
 
 // Ranks the n keys (best 0, ties to the lowest index) and returns to every thread how many of the
-// `eligible` commit: those of rank below it. Where all keys beyond a threshold commit, nobody is
-// ranked: the rank is 0 or the largest number. Begins and ends with a barrier.
+// `eligible` commit: all keys of rank below it. Where all keys beyond a threshold commit, keys are
+// not ranked: the rank is 0 or the largest number. Begins and ends with a barrier.
 __device__ __forceinline__ int select_block(const Policy& policy, const Ranking& ranking, int n,
                                             int eligible) {
   DPARALLEL_SHARED(reached, int32_t);  // the most that the rule alone lets commit

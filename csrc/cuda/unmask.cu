@@ -1,24 +1,30 @@
 // unmask: statistics, selection and commit in one launch.
 //
-// Blocks [0, windows): one for each window lists the rows that it needs (masked, and its own). The
-// others read a chunk of a row each, if the row is needed, else they leave at once. The last block
-// of a row to arrive merges its chunks, and the last of a window, once all of its rows are merged,
-// selects and commits.
+// Work: blocks [0, windows) each list the rows that their window needs: the rows of its masked
+// positions. Each of the other blocks reads one chunk of a row (row_scan.cuh), if the row is
+// needed, and otherwise leaves at once. The last block of a row to arrive merges the row's chunks.
+// The last block of a window, once all of the window's rows are merged, selects and commits.
 //
-// Whose a position is: that of the first window that holds it. A row's block tests 32 windows at
-// once, a lane of a warp each, while it waits for its position; the block of a window looks once
-// whether one before it overlaps, which nobody should give.
+// Bytes: each needed row once; 32 rows of 126464 bfloat16 numbers are 8 MB, 1.9 us at the 4.3 TB/s
+// of an H200. Measured there from a graph: 12.2 us for 32 rows and 58 us for 512, both with the
+// three small launches that reported bad rows then (it is one now, keep_error).
 //
-// Who is last: counters are zero between launches. A needed row has as many blocks as chunks. The
-// counter of a window gains 1 for each merged row, the block that lists takes away as many as there
-// must be, and whoever brings it back to zero is last. So only one block has to count, it does so
-// while the others wait for their logits, and the counter is zero again whatever the arguments are:
-// the rows that are listed and the rows that are read are chosen by the same test, in any order and
-// with repetitions. A further counter counts the windows that have arrived, and another says where
-// the next list begins, since the lists share their memory.
+// Which window a position belongs to: the first window that holds it. The block of a row tests 32
+// windows at once, one in each lane of a warp, while it waits for the row's position. The block of
+// a window looks once whether an earlier window overlaps its own, which callers should not ask for.
 //
-// What follows the scan is a chain of latencies: two arrivals, the parts (a lane for each chunk,
-// merged by shuffles), the list, keys and ranks in shared memory.
+// Which block is last: counters are zero between launches. A needed row has as many blocks as
+// chunks. The counter of a window gains 1 for each merged row; the block that lists the window's
+// rows subtracts their number; the block that brings the counter back to zero is last. Only the
+// listing block has to count, and it counts while other blocks wait for their logits. The counter
+// returns to zero whatever the arguments are, because the same test chooses the rows that are
+// listed and the rows that are read, in any order and with repetitions. One more counter counts the
+// windows that have arrived, and another says where the next list begins, since all lists share a
+// buffer.
+//
+// Latency: the scan is followed by a chain of dependent steps: two arrivals, the parts (one lane
+// for each chunk, merged by shuffles), the list, keys and ranks in shared memory. The chain, not
+// the bytes, decides the time of few rows.
 #include "nucleus.cuh"
 #include "select.cuh"
 
@@ -31,7 +37,7 @@ struct Listed {
   int32_t masked;  // positions of the window, listed or not
 };
 
-// What a merged row says to its window.
+// The message of a merged row to its window.
 struct Verdict {
   float key;       // NaN: an error
   int32_t choice;  // the token to commit, or the RowError
@@ -80,7 +86,7 @@ struct UnmaskScratch {
 // A window within its sequence; of none, where its lane is out of bounds.
 struct Window {
   int b, start, end;
-  bool contested;  // some of it may be another's
+  bool contested;  // an earlier window may hold some of its columns
 
   __device__ bool holds(int64_t column) const { return (column >= start) & (column < end); }
 };
@@ -301,7 +307,7 @@ __device__ __forceinline__ void settle(const UnmaskArgs& args, const UnmaskScrat
   if (threadIdx.x == 0) *args.done = done;
 }
 
-// One block per row of the logits: what may be sampled of it, where it is needed.
+// One block per row of the logits finds the ids that may be sampled, if the row is needed.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     unmask_nucleus_kernel(UnmaskArgs args, ScanShape shape, Scratch scratch) {

@@ -18,7 +18,7 @@ struct Elements {
   static __device__ __forceinline__ Vector load(const Storage* p) {
     return *reinterpret_cast<const Vector*>(p);
   }
-  // Of what no thread will read again: the caches drop it first.
+  // A vector that no thread reads again: the caches drop it first.
   static __device__ __forceinline__ Vector load_once(const Storage* p) {
     return __ldcs(reinterpret_cast<const Vector*>(p));
   }

@@ -39,7 +39,7 @@ def commit_(
         lane: (W,) int64: the sequence of each window; None: window w is of sequence w, and W = B.
         start, end: columns [start, end) of each window, a number or (W,) int64; `end` None is L. Columns
             beyond the sequence are ignored.
-        check: False reports no token that may not be written, on a GPU, which saves three small kernels.
+        check: False reports no token that may not be written, on a GPU, which saves a small kernel.
 
     Windows may overlap, come in any order, and be of sequences in which nothing is written.
 

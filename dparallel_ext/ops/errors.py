@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import _C  # noqa: F401  (registers the op)
 from . import streams
 
 NO_ERROR = 2**63 - 1
@@ -47,14 +48,15 @@ class Errors:
     """The errors that the launches of one stream have found, on the device until they are read.
 
     There is a word (an int64 on the device) for each kind of report: a function that names rows, and the
-    texts. It holds the error of the first report since it was read, the least if several rows had one. So a
-    report costs three small kernels and no memory.
+    texts. It holds the error of the first report since it was read, the least if several rows had one: in
+    training, later errors follow from the first. A report costs one small kernel and no memory.
     """
 
     KINDS = 64
 
     def __init__(self, device: torch.device) -> None:
         self.words = torch.full((self.KINDS,), NO_ERROR, device=device)
+        self.word_of = self.words.unbind()
         self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self.kinds: dict[tuple[Where, tuple[tuple[int, str], ...]], int] = {}
         """Kind -> index of its word."""
@@ -69,9 +71,7 @@ class Errors:
                 self.read()
                 self.kinds.clear()
             at = self.kinds[kind] = len(self.kinds)
-        word = self.words[at : at + 1]
-        # Keep the first error: in training, later ones follow from it.
-        torch.where(word == NO_ERROR, error.amin(0, keepdim=True), word, out=word)
+        torch.ops.dparallel.keep_error_(self.word_of[at], error)
 
     def read(self) -> None:
         """Raise ValueError for the first kind that has an error, with all words reset. Waits for the
@@ -137,3 +137,8 @@ def explain(error: int, where: Where, texts: Mapping[int, str] = ERRORS) -> None
 def waits(device: torch.device) -> bool:
     """Whether errors stay on the device until `check_errors`, since reading them would make the host wait."""
     return device.type != "cpu"
+
+
+@torch.library.register_fake("dparallel::keep_error_")
+def _(word, error):  # type: ignore[no-untyped-def]
+    return None

@@ -81,7 +81,7 @@ def test_ops_of_these_kernels_pass_the_tests_of_every_device(tmp_path: Path) -> 
     slow += " or near_certain and 262144 and not 18"
     slow += " or dtype2 or torch.float16"  # the twins have it
     shares = (
-        ("row_stats", "row_topk", "unmask", "commit", "accept", "certainty_forcing_loss"),
+        ("row_stats", "row_topk", "unmask", "commit", "accept", "keep_error", "certainty_forcing_loss"),
         (
             "block_attention", "kv_write", "kv_move", "rms_norm", "swiglu", "linear", "fp8_linear",
             "distillation_loss", "compat", "sampling",

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import GPUS, everywhere
+from tape import Tape, kernels
 from torch import Tensor
 
 import dparallel_ext as dx
@@ -53,6 +54,15 @@ def test_reports_take_no_memory(waiting: None) -> None:
     assert own.words.numel() == Errors.KINDS
     with pytest.raises(ValueError, match="row 0 holds"):
         dx.check_errors()
+
+
+def test_a_report_is_one_launch(waiting: None) -> None:
+    fine = torch.full((8,), NO_ERROR)
+    errors.report(fine, named_row, TEXTS)  # the words are made
+    with Tape() as tape:
+        errors.report(fine, named_row, TEXTS)
+        errors.report(fine, Cell(4), TEXTS)
+    assert kernels(tape) == {"keep_error_": 2}
 
 
 def test_more_kinds_than_words(waiting: None) -> None:

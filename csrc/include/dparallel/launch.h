@@ -71,6 +71,14 @@ struct RowTopkArgs {
   int64_t* error;   // [count] kNoError, or encode_error of the place in the output
 };
 
+// The errors of a launch, kept until the host reads them: where `word` holds kNoError, it becomes
+// the least of `error`.
+struct KeepErrorArgs {
+  const int64_t* error;  // [count] kNoError, or encode_error of a row
+  int64_t count;
+  int64_t* word;  // [1]
+};
+
 struct SelectArgs {
   const float* confidence;  // [batch, length] each
   const float* margin;
@@ -372,6 +380,7 @@ using Parallel = void (*)(int64_t n, Body body, const void* context);
 void row_stats(const RowStatsArgs& args, Parallel parallel);
 void row_topk(const RowTopkArgs& args, Parallel parallel);
 void select(const SelectArgs& args, Parallel parallel);
+void keep_error(const KeepErrorArgs& args, Parallel parallel);
 void unmask(const UnmaskArgs& args, Parallel parallel);
 void commit(const CommitArgs& args, Parallel parallel);
 void accept(const AcceptArgs& args, Parallel parallel);
@@ -416,6 +425,7 @@ int row_topk(const RowTopkArgs& args, const Workspace& workspace, void* stream);
 int select(const SelectArgs& args, const Workspace& workspace, void* stream);
 int unmask(const UnmaskArgs& args, const Workspace& workspace, void* stream);
 int commit(const CommitArgs& args, const Workspace& workspace, void* stream);
+int keep_error(const KeepErrorArgs& args, void* stream);
 int accept(const AcceptArgs& args, const Workspace& workspace, void* stream);
 int64_t certainty_forcing_loss_scratch(const LossArgs& args);
 int certainty_forcing_loss(const LossArgs& args, const Workspace& workspace, void* stream);

@@ -423,4 +423,19 @@ void commit_case() {
   REQUIRE(on_cuda.error == on_cpu.error, "error: %lld", (long long)on_cuda.error);
 }
 
+// Some launches, of which the first with an error counts.
+void keep_error_case() {
+  int64_t on_cpu = kNoError, on_cuda = kNoError;
+  for (int launch = 0; launch < 3; ++launch) {
+    std::vector<int64_t> error(one_of<int64_t>({0, 1, 5, 511, 512, 513, 3000}), kNoError);
+    if (chance(0.5))
+      for (auto& e : error)
+        if (chance(0.1)) e = below(INT64_MAX);
+    const auto count = static_cast<int64_t>(error.size());
+    cpu::keep_error({error.data(), count, &on_cpu}, serial);
+    cuda::keep_error({error.data(), count, &on_cuda}, nullptr);
+    REQUIRE(on_cuda == on_cpu, "word: %lld, CPU %lld", (long long)on_cuda, (long long)on_cpu);
+  }
+}
+
 }  // namespace twins

@@ -22,7 +22,8 @@ struct {
                       {"kv_move", kv_move_case},
                       {"row_topk", row_topk_case},
                       {"accept", accept_case},
-                      {"distillation_loss", distillation_case}};
+                      {"distillation_loss", distillation_case},
+                      {"keep_error", keep_error_case}};
 constexpr int kOps = sizeof cases_of / sizeof cases_of[0];
 
 int main(int argc, char** argv) {

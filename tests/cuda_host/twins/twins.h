@@ -247,5 +247,6 @@ void linear_case();
 void fp8_linear_case();
 void commit_case();
 void accept_case();
+void keep_error_case();
 
 }  // namespace twins
