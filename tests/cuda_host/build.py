@@ -53,8 +53,8 @@ Job = tuple[Path, str]
 EMULATION: list[Job] = [
     (HERE / f"{name}.cpp", f"{PLAIN.flags} -DDPARALLEL_CUDA_HOST") for name in ("cuda_host", "races")
 ]
-"""What executes the kernels, without a variant's checks; linked last, so that functions which both have are the
-kernels' own."""
+"""What executes the kernels, without a variant's checks. Linked last: of functions that both have, the
+kernels' are taken."""
 
 
 def ops() -> list[str]:

@@ -259,7 +259,7 @@ def test_what_is_prepared_is_what_would_be_made(
     """Where a block is complete and where none is, in every cache mode, of one sequence and of several."""
     model, told = golden.model(name), Told(monkeypatch)
     caches = ("none", "block") if model.block_length else ("none", "prefix", "dual")
-    settings: dict[str, Any] = {"gen_length": 48, "block_length": 8, **way}
+    settings: dict[str, Any] = {"gen_length": 32, "block_length": 8, **way}
     for cache in caches:
         told.clear()
         dx.decode(model, PROMPTS[0], cache=cache, **settings)
