@@ -37,7 +37,7 @@ SYSTEMS = (
     System("threshold (Fast-dLLM)", "2505.22618", "rules", "teacher", "confidence:0.9", ""),
     System("entropy bound (EB-Sampler)", "2505.24857", "rules", "teacher", "entropy_bound:0.6", ""),
     System("CreditDecoding", "2510.06133", "rules", "teacher", "credit+confidence:0.9", ""),
-    System("SchED", "2512.02892", "rules", "teacher", "sched:14,8",
+    System("SchED", "2512.02892", "rules", "teacher", "sched:20,0",
            "bars of another model do not carry over"),
     System("several blocks (d3LLM, D2F)", "2601.07568, 2508.09192", "rules", "teacher", "entropy:0.5",
            "their distillation", (("block_length", 16), ("active_blocks", 2))),
