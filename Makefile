@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# pip would compile every module of every package; few are imported, and Python compiles those as they are.
+# pip would compile every module of every package; few are imported, and Python compiles those then and keeps them.
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 WORKERS ?= 2

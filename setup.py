@@ -88,6 +88,14 @@ def plan(directory: Path, library: str) -> tuple[str, str]:
         "cxx",
         f"{cxx} -MMD -MF $out.d {common} {ninja.include('include', 'cpu')} $flags -c $in -o $out",
     )
+    # What takes longest begins first.
+    python = f"-isystem {quote(pybind11.get_include())} -isystem {quote(sysconfig.get_path('include'))}"
+    for source in sorted((ROOT / "csrc" / "runtime").glob("*.cpp")):
+        ninja.compile("cxx", source, f"{python} {' '.join(defines.values())}")
+    with_cuda = "-DDPARALLEL_WITH_CUDA" if cuda.nvcc else defines["CUDA_REASON"]
+    stable = f"-isystem {quote(torch.root / 'include')} -DTORCH_TARGET_VERSION=0x020a000000000000"
+    for source in sorted((ROOT / "csrc" / "torch").glob("*.cpp")):
+        ninja.compile("cxx", source, f"{stable} {with_cuda}")
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
         if not source.name.endswith("_kernel.cpp"):
             ninja.compile("cxx", source)
@@ -95,13 +103,6 @@ def plan(directory: Path, library: str) -> tuple[str, str]:
         for level, march in SIMD_LEVELS.items():
             flags = f"-DDPARALLEL_SIMD={level}" + (f" -march={march}" if march else "")
             ninja.compile("cxx", source, flags, f".{level}")
-    with_cuda = "-DDPARALLEL_WITH_CUDA" if cuda.nvcc else defines["CUDA_REASON"]
-    stable = f"-isystem {quote(torch.root / 'include')} -DTORCH_TARGET_VERSION=0x020a000000000000"
-    for source in sorted((ROOT / "csrc" / "torch").glob("*.cpp")):
-        ninja.compile("cxx", source, f"{stable} {with_cuda}")
-    python = f"-isystem {quote(pybind11.get_include())} -isystem {quote(sysconfig.get_path('include'))}"
-    for source in sorted((ROOT / "csrc" / "runtime").glob("*.cpp")):
-        ninja.compile("cxx", source, f"{python} {' '.join(defines.values())}")
 
     if cuda.nvcc:
         ninja.rule(
