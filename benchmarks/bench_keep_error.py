@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dparallel_ext.ops.errors import NO_ERROR
+from dparallel_ext.ops.keep_error import keep_error_
 
 from .harness import CPU, OURS, Case, Work, on_cpu
 
@@ -26,7 +27,7 @@ def work(device: torch.device, small: bool, rows: int) -> Work:
     words = torch.full((16, 1), NO_ERROR, device=device)
 
     def ours(turn: int, at: int) -> Tensor:
-        torch.ops.dparallel.keep_error_(words[turn], error)
+        keep_error_(words[turn], error)
         return words[turn]
 
     def eager(turn: int, at: int) -> Tensor:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import _C  # noqa: F401  (registers the op)
 from . import streams
+from .keep_error import keep_error_
 
 NO_ERROR = 2**63 - 1
 ERRORS = {
@@ -71,7 +71,7 @@ class Errors:
                 self.read()
                 self.kinds.clear()
             at = self.kinds[kind] = len(self.kinds)
-        torch.ops.dparallel.keep_error_(self.word_of[at], error)
+        keep_error_(self.word_of[at], error)
 
     def read(self) -> None:
         """Raise ValueError for the first kind that has an error, with all words reset. Waits for the
@@ -137,8 +137,3 @@ def explain(error: int, where: Where, texts: Mapping[int, str] = ERRORS) -> None
 def waits(device: torch.device) -> bool:
     """Whether errors stay on the device until `check_errors`, since reading them would make the host wait."""
     return device.type != "cpu"
-
-
-@torch.library.register_fake("dparallel::keep_error_")
-def _(word, error):  # type: ignore[no-untyped-def]
-    return None

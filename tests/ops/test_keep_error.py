@@ -7,8 +7,7 @@ import torch
 from conftest import everywhere, layouts
 
 from dparallel_ext.ops.errors import NO_ERROR
-
-keep_error_ = torch.ops.dparallel.keep_error_
+from dparallel_ext.ops.keep_error import keep_error_
 
 
 def errors_of(count: int, at: dict[int, int]) -> torch.Tensor:
@@ -46,7 +45,9 @@ def test_strides_and_sizes_of_zero() -> None:
 
 @everywhere
 def test_opcheck() -> None:
-    torch.library.opcheck(keep_error_, (torch.full((1,), NO_ERROR), errors_of(40, {7: 29})))
+    torch.library.opcheck(
+        torch.ops.dparallel.keep_error_, (torch.full((1,), NO_ERROR), errors_of(40, {7: 29}))
+    )
 
 
 def test_refused() -> None:

@@ -1,0 +1,21 @@
+"""Op: `keep_error_`, by which a launch's bad rows wait on a GPU until the host reads them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _C  # noqa: F401  (registers the op)
+
+
+def keep_error_(word: Tensor, error: Tensor) -> None:
+    """Write the least of the errors into the word if it holds `NO_ERROR`: the first launch counts.
+
+    word: one int64. error: (N,) int64 on the same device, `NO_ERROR` or the code of a row's error.
+    """
+    torch.ops.dparallel.keep_error_(word, error)
+
+
+@torch.library.register_fake("dparallel::keep_error_")
+def _(word, error):  # type: ignore[no-untyped-def]
+    return None
