@@ -1,6 +1,7 @@
 """The house: imports point one way and in no circle, and no private name is used across modules."""
 
 import ast
+import functools
 import importlib
 import subprocess
 import sys
@@ -27,7 +28,12 @@ def name_of(package: str, file: Path) -> str:
 
 
 FILES = {name_of(p, file): file for p, home in PACKAGES.items() for file in sorted(home.glob("**/*.py"))}
-TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in FILES.items()}
+
+
+@functools.cache
+def trees() -> dict[str, ast.Module]:
+    """What each of FILES says."""
+    return {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in FILES.items()}
 
 
 def imported(module: str, nodes: Iterator[ast.AST]) -> Iterator[tuple[str, int]]:
@@ -59,7 +65,7 @@ def test_imports_point_one_way():
     for package, allowed in ABOVE.items():
         known = {package, *allowed}
         for module in (name for name in FILES if name.partition(".")[0] == package):
-            for name, line in imported(module, ast.walk(TREES[module])):
+            for name, line in imported(module, ast.walk(trees()[module])):
                 top = name.partition(".")[0]
                 assert top in known or top not in PACKAGES, f"{module}:{line} imports {name}"
                 compiled = top == "dparallel_ext" and "_C" in name.split(".")
@@ -69,7 +75,7 @@ def test_imports_point_one_way():
 def test_no_modules_import_each_other():
     graph: dict[str, set[str]] = {}
     for module in FILES:
-        names = {name for name, _ in imported(module, when_imported(TREES[module]))}
+        names = {name for name, _ in imported(module, when_imported(trees()[module]))}
         names = {name for name in names if "_C" not in name.split(".")}
         graph[module] = {name if name in FILES else name.rpartition(".")[0] for name in names} & FILES.keys()
         assert module not in graph[module], f"{module} imports itself"
@@ -100,10 +106,10 @@ def used(node: ast.AST) -> str | None:
 
 
 def test_private_names_stay_in_their_module():
-    names = {module: private_names(tree) for module, tree in TREES.items()}
+    names = {module: private_names(tree) for module, tree in trees().items()}
     everywhere = set().union(*names.values())
     wrong = []
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         for name, line in imported(module, ast.walk(tree)):
             last = name.rpartition(".")[2]
             if name.partition(".")[0] in PACKAGES and is_private(last):
