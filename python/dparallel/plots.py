@@ -92,16 +92,18 @@ def _draw(figure: Any, axes: Any, rows: list[dict[str, Any]], styles: dict[tuple
 def _label(figure: Any, axes: Any, points: list[tuple[tuple[float, float], str, str]]) -> None:
     """Write the text of each (point, text, colour) near its point, where it covers no other text or point."""
     import numpy as np
-    from matplotlib.transforms import Bbox
 
     figure.draw_without_rendering()  # fixes the points' places on the page
     drawn = [line.get_xydata() for line in axes.lines]
     drawn += [segment for bars in axes.collections for segment in bars.get_segments()]
-    taken = [axes.get_legend().get_window_extent()]
-    for path in map(axes.transData.transform, drawn):
-        for start, end in itertools.pairwise(path):
-            steps = np.linspace(start, end, 2 + int(np.abs(end - start).max() / 6))
-            taken += [Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in steps]
+    dots = [
+        np.linspace(start, end, 2 + int(np.abs(end - start).max() / 6))
+        for path in map(axes.transData.transform, drawn)
+        for start, end in itertools.pairwise(path)
+    ]
+    # Boxes on the page, [n, 2, 2]: the lower left and the upper right corner of each.
+    legend = axes.get_legend().get_window_extent().get_points()
+    taken = np.concatenate([legend[None], *(np.stack([dot - 2, dot + 2], axis=1) for dot in dots)])
     directions = [turn * math.pi / 8 for turn in (0, 8, 1, 7, 9, 15, 2, 6, 10, 14, 3, 5, 11, 13, 4, 12)]
     places = [
         (distance * math.cos(angle), distance * math.sin(angle))
@@ -109,23 +111,27 @@ def _label(figure: Any, axes: Any, points: list[tuple[tuple[float, float], str, 
         for angle in directions
     ]
     for point, text, colour in points:
+        written = axes.annotate(
+            text,
+            point,
+            xytext=(0, 0),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=7,
+            color=colour,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2},
+        )
+        on_point = text_box(written).padded(1)
         for place in places:
-            written = axes.annotate(
-                text,
-                point,
-                xytext=place,
-                textcoords="offset points",
-                ha="center",
-                va="center",
-                fontsize=7,
-                color=colour,
-                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2},
-            )
-            box = text_box(written).padded(1)
+            box = on_point.translated(*(offset * figure.dpi / 72 for offset in place))
             inside = axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)
-            if inside and not any(box.overlaps(other) for other in taken):
-                taken.append(box)
+            covers = (box.min <= taken[:, 1]) & (box.max >= taken[:, 0])
+            if inside and not covers.all(axis=1).any():
+                taken = np.append(taken, box.get_points()[None], axis=0)
+                written.xyann = place
                 break
+        else:
             written.remove()
 
 
