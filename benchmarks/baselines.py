@@ -17,16 +17,23 @@ from torch.nn import functional
 
 import dparallel_ext as dx
 
-backend = "inductor"
+backend: str | None = "inductor"
 """The backend of torch.compile for every "compiled" contender: on a GPU, inductor generates Triton
-kernels."""
+kernels. None: nothing is compiled, where sizes are tiny and compiling would take minutes."""
 
 Commit = Callable[[Tensor, Tensor, int, int, int], None]
 
 
 @functools.cache
 def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False, backend=backend)
+    return torch.compile(function, dynamic=False, backend=backend) if backend else function
+
+
+def forget_compiled() -> None:
+    """The compiler has a limit of shapes for a function."""
+    if backend:
+        torch.compiler.reset()
+    compile_.cache_clear()
 
 
 def published(tokens: Tensor, logits: Tensor, mask_id: int, start: int, end: int, threshold: float) -> None:
