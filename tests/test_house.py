@@ -130,3 +130,17 @@ def test_a_module_that_moved_says_where_to(old: str, new: str):
     ran = subprocess.run([sys.executable, "-m", f"dparallel.{old}"], capture_output=True, text=True)
     assert ran.returncode == 1
     assert f"dparallel.{old} is dparallel.{new} now" in ran.stderr
+
+
+def test_decoding_imports_no_compiler():
+    """torch._dynamo takes as long to import as torch; sympy and transformers are as unneeded."""
+    program = """
+import sys
+import dparallel_ext as dx
+from dparallel import registry
+model, tokenizer = registry.load()
+dx.decode(model, [tokenizer.encode("7 + 5 =").ids], gen_length=32)
+print({"torch._dynamo", "sympy", "transformers"} & set(sys.modules))
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.stdout == "set()\n", ran.stderr

@@ -24,6 +24,7 @@ from .dream import Dream
 from .fast_dllm import FastDLLM
 from .llada import LLaDA
 from .llama import Llama
+from .modules import shapes_only
 from .qwen import Qwen2, Qwen3
 from .sdar import SDAR
 from .wrappers import ADAPTED_LAYERS, classes, for_decoding, unwrap
@@ -291,7 +292,7 @@ def _assemble(
     No other memory is allocated or initialised, and nothing is read before all names, shapes and types fit.
     """
     family = _family(config, source)
-    with torch.device("meta"):
+    with shapes_only():
         model = family(config)
     wanted = dict(model.named_parameters())
     # A tied head may be stored all the same.

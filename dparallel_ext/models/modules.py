@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..ops import rms_norm, swiglu
 from ..ops.fp8_linear import fp8_scale
@@ -15,6 +17,25 @@ from ..ops.inputs import compiled
 from . import fused_weights
 from .config import ModelConfig
 from .fp8 import Fp8Linear
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """What is made here is on the device "meta": it has shapes and types, and no memory.
+
+    It is given no values either: torch.nn.init would go through them all the same, and imports
+    torch._dynamo for that, which takes as long as torch.
+    """
+    with torch.device("meta"), _NoValues():
+        yield
+
+
+class _NoValues(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 class Named(nn.Module):

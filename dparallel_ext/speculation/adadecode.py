@@ -39,6 +39,7 @@ from ..cache import AttentionMetadata, KVCache, Span
 from ..decoding.padding import recorded_rows, row_padding
 from ..models import Model, Stream, own_precision
 from ..models.fields import LAYERS, VOCABULARY, WIDTH, Field, read
+from ..models.modules import shapes_only
 from ..ops import row_stats
 from ..packed import Shapes, pack, unpack
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
@@ -182,7 +183,7 @@ class AdaDecode:
 def drafter_of_heads(checkpoint: DraftCheckpoint) -> AdaDecode:
     """The drafter in a file. Raises ValueError naming the config key, or missing, extra and misshapen
     tensors."""
-    with torch.device("meta"):
+    with shapes_only():
         heads = ExitHeads(Layout.of(checkpoint.config))
     checkpoint.fill(heads)
     return AdaDecode(heads, source=checkpoint.source)

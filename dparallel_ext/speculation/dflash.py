@@ -38,7 +38,7 @@ from ..models import Model, Qwen3, fused_weights, own_precision, rope
 from ..models.attention import PagedAttention
 from ..models.config import ModelConfig, token_ids
 from ..models.fields import LAYERS, Field, check_supported, read
-from ..models.modules import Block, RMSNorm, Stream, norm_of_sum, rotate
+from ..models.modules import Block, RMSNorm, Stream, norm_of_sum, rotate, shapes_only
 from ..ops import kv_move, kv_write, row_topk
 from ..packed import Shapes, pack, unpack
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
@@ -250,7 +250,7 @@ class BlockDrafter:
 
 def drafter_of_blocks(checkpoint: DraftCheckpoint) -> BlockDrafter:
     """The drafter in a file of weights. Raises ValueError for a config key or tensors that do not fit."""
-    with torch.device("meta"):
+    with shapes_only():
         model = DraftModel(checkpoint.config)
     checkpoint.fill(model)
     return BlockDrafter(model, checkpoint.source)

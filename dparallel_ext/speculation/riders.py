@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..cache import KVCache
 from ..models import Model
 from ..models.fields import LAYERS, VOCABULARY, WIDTH, Field, read
+from ..models.modules import shapes_only
 from ..ops import row_topk
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
 from .draft import Draft
@@ -143,7 +144,7 @@ def _checked(ranks: Any, riders: int) -> Ranks:
 
 def drafter_of_riders(of: type[Birth], checkpoint: DraftCheckpoint) -> RiderDrafter:
     """The drafter in a file. Raises ValueError naming the config key, or the tensors, that do not fit."""
-    with torch.device("meta"):
+    with shapes_only():
         birth = of(checkpoint.config)
     if "ranks" not in checkpoint.config:
         raise ValueError("config: 'ranks' is missing")

@@ -16,6 +16,7 @@ import torch
 import dparallel_ext as dx
 from dparallel_ext.models import Model
 from dparallel_ext.models.config import ModelConfig
+from dparallel_ext.models.modules import shapes_only
 
 from .. import files, registry
 from . import trajectories
@@ -325,7 +326,7 @@ def plan(recipe: Recipe, *, processes: int = 1) -> dict[str, Any]:
         raise ValueError(
             f"architecture: model_type {config.get('model_type')!r} is none of {list(dx.models.FAMILIES)}"
         )
-    with torch.device("meta"):
+    with shapes_only():
         model: Any = family(config)
     shape = model.shape
     total = sum(p.numel() for p in model.parameters())
