@@ -92,7 +92,7 @@ def test_too_many_requests(odd: Served) -> None:
     """Two lanes and four places to wait: of twelve at once some are refused, and told when to come again."""
 
     async def ask(client: AsyncOpenAI) -> Any:
-        return await client.completions.create(model="odd", prompt=[5, 6], max_tokens=80)
+        return await client.completions.create(model="odd", prompt=[5, 6], max_tokens=32)
 
     async def run(retries: int) -> list[Any]:
         url = f"{odd.url}/v1"
@@ -162,12 +162,12 @@ def test_200_clients_at_once(served: Served, student: tuple[Any, Any]) -> None:
     expected, held = decoded_together(*student), []
     assert len(set(expected)) > 150
     began = served.metrics()["dparallel_completed_total"]
-    for _ in range(2):
-        replies = ask_all(served, MODEL, PROMPTS)
-        assert [reply.text for reply in replies] == expected
+    for clients in (200, 100):
+        replies = ask_all(served, MODEL, PROMPTS[:clients])
+        assert [reply.text for reply in replies] == expected[:clients]
         found = served.metrics()
         held.append(found["process_resident_memory_bytes"])
-    assert found["dparallel_completed_total"] - began == 400
+    assert found["dparallel_completed_total"] - began == 300
     assert found["dparallel_active"] == found["dparallel_waiting"] == found["dparallel_pages_used"] == 0
     assert held[-1] - held[0] < 32 * 2**20
     for field in ("first", "seconds"):
