@@ -25,10 +25,13 @@ $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(shell find csrc tools
 	@$(BIN)/python -c "import torch, dparallel_ext._C as c; i = c.build_info(); print('dparallel-ext: built', i['backends'], 'with torch', i['built_with_torch'])"
 	touch $@
 
-# After the build: both write into the same environment.
-$(VENV)/developed: $(VENV)/built requirements-dev.txt requirements.txt
+# Beside the build under `make --jobs`, which takes as long: they write different packages.
+$(VENV)/packages: $(VENV)/installed requirements-dev.txt
 	@echo "dparallel-ext: installing the pinned packages of requirements-dev.txt into $(VENV)"
 	$(PIP) -r requirements-dev.txt
+	touch $@
+
+$(VENV)/developed: $(VENV)/built $(VENV)/packages
 	touch $@
 
 demo: install

@@ -140,11 +140,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection() -> None:
     """What is imported and collected stays until the end: looking through it again and again for garbage
     took a fifteenth of the tests' time."""
-    gc.collect()
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
     gc.freeze()
+    gc.enable()
 
 
 class Golden:

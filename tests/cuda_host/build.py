@@ -36,7 +36,7 @@ class Variant(NamedTuple):
     kernels: str = ""
 
 
-PLAIN = Variant("-O2 -fPIC")
+PLAIN = Variant("-O1 -fPIC")
 SANITIZED = Variant(
     "-O1 -g1 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all "
     "-fno-sanitize=null,object-size,vptr --param asan-instrumentation-with-call-threshold=0",
@@ -44,7 +44,7 @@ SANITIZED = Variant(
 )
 """Compiling costs more than running them: checks are calls, and those that say no more than the address's
 are left out."""
-WATCHED = Variant("-O2 -fPIC", "-O1 -fsanitize=thread")
+WATCHED = Variant("-O1 -fPIC", "-O1 -fsanitize=thread")
 """Every access of the kernels is a place to switch threads at, and looked at for races."""
 
 Job = tuple[Path, str]
