@@ -34,7 +34,7 @@ class _NoValues(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if getattr(function, "__module__", None) == nn.init.__name__:
-            return kwargs["tensor"]
+            return args[0] if args else kwargs["tensor"]
         return function(*args, **kwargs)
 
 
