@@ -104,7 +104,7 @@ def test_the_decodes_compared_are_the_same(name: str, cache: str, monkeypatch: p
         return step(self, ids, *given)
 
     monkeypatch.setattr(Model, "step", counted)
-    monkeypatch.setattr(baselines, "backend", "aot_eager")  # traced as for inductor, which takes minutes
+    monkeypatch.setattr(baselines, "backend", "aot_eager")  # traced as for inductor, which then compiles
     baselines.compile_.cache_clear()
     decoders = bench_decode.decoders(model, prompts, 64, cache)
     expected = decoders["published"](8)
