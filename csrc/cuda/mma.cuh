@@ -16,27 +16,7 @@ namespace dparallel::cuda {
 
 template <class T>
 void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  struct Fragments {
-    uint16_t a[4][2], b[2][2];
-  } mine;
-  std::memcpy(mine.a, a, sizeof mine.a);
-  std::memcpy(mine.b[0], &b0, sizeof b0);
-  std::memcpy(mine.b[1], &b1, sizeof b1);
-  const char* all = cuda_host::exchange(&mine, sizeof mine);
-  const auto of = [all](unsigned lane) {
-    Fragments f;
-    std::memcpy(&f, all + cuda_host::kLaneBytes * lane, sizeof f);
-    return f;
-  };
-  const unsigned g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-  for (unsigned quad = 0; quad < 4; ++quad) {
-    const Fragments row = of(4 * g + quad);
-    for (unsigned i = 0; i < 4; ++i) {
-      const Fragments column = of(4 * (2 * q + i % 2) + quad);
-      for (unsigned k = 0; k < 4; ++k)
-        c[i] += T::value(row.a[i / 2 + k / 2 * 2][k % 2]) * T::value(column.b[k / 2][k % 2]);
-    }
-  }
+  cuda_host::mma(c, a, b0, b1, T::kBrain);
 }
 
 // Lane l gives the address of row l % 8 of matrix l / 8.

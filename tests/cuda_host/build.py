@@ -16,7 +16,6 @@ import sysconfig
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import pybind11
 import torch
@@ -28,33 +27,19 @@ CACHE = ROOT / "build" / "cuda_host"
 CXX = os.environ.get("CXX", "c++")
 INCLUDES = " ".join(f"-I{path}" for path in (HERE, CSRC / "include", CSRC / "cuda", CSRC / "cpu"))
 
-
-class Variant(NamedTuple):
-    """Compiler flags: of every file, and of the kernels besides."""
-
-    flags: str
-    kernels: str = ""
-
-
-PLAIN = Variant("-O1 -fPIC")
-SANITIZED = Variant(
-    "-O1 -g1 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all "
-    "-fno-sanitize=null,object-size,vptr --param asan-instrumentation-with-call-threshold=0",
-    "-O0",
+PLAIN = "-O1 -fPIC -fvisibility=hidden"
+UNDEFINED = (
+    "-fsanitize=undefined,float-cast-overflow -fno-sanitize-recover=all "
+    "-fno-sanitize=null,object-size,vptr,pointer-overflow"
 )
-"""Compiling costs more than running them: checks are calls, and those that say no more than the address's
-are left out."""
-WATCHED = Variant("-O1 -fPIC", "-O1 -fsanitize=thread")
-"""Every access of the kernels is a place to switch threads at, and looked at for races."""
+"""Without what says no more than the address's check."""
+KERNELS = f"{PLAIN} -fsanitize=thread {UNDEFINED} -DDPARALLEL_CUDA_HOST"
+"""Every access calls the host, which looks whether it is in memory, and for races: see races.cpp."""
+CHECKED = f"-O1 -g1 -fsanitize=address {UNDEFINED} --param asan-instrumentation-with-call-threshold=0"
+"""The CPU's twins. Compiling costs more than running them: checks are calls."""
 
 Job = tuple[Path, str]
 """A source and its flags."""
-
-EMULATION: list[Job] = [
-    (HERE / f"{name}.cpp", f"{PLAIN.flags} -DDPARALLEL_CUDA_HOST") for name in ("cuda_host", "races")
-]
-"""What executes the kernels, without a variant's checks. Linked last: of functions that both have, the
-kernels' are taken."""
 
 
 def ops() -> list[str]:
@@ -62,25 +47,26 @@ def ops() -> list[str]:
     return sorted(source.stem for source in (CSRC / "cuda").glob("*.cu"))
 
 
-def programs(variant: Variant) -> Path:
+def programs() -> Path:
     """The directory of `twins` and `faults`."""
     sources = sorted((HERE / "twins").glob("*.cpp"))
-    host = [(source, f"{PLAIN.flags} -DDPARALLEL_CUDA_HOST") for source in sources]  # makes cases, unchecked
-    faults = HERE / "faults.cpp", f"{variant.flags} -DDPARALLEL_CUDA_HOST {variant.kernels}"
-    objects = compiled([faults, *kernels(variant), *host, *EMULATION])
+    host = [(source, f"{PLAIN} -DDPARALLEL_CUDA_HOST") for source in sources]  # makes cases
+    objects = compiled(
+        [(HERE / "faults.cpp", KERNELS), *kernels(), *twins(CHECKED), *host, *emulation("-fsanitize=address")]
+    )
 
     def make(directory: Path) -> None:
-        for name, parts in (("twins", objects[1:]), ("faults", [objects[0], *objects[-len(EMULATION) :]])):
-            run(CXX, *variant.flags.split(), *parts, "-o", directory / name)
+        for name, parts in (("twins", objects[1:]), ("faults", [objects[0], *objects[-2:]])):
+            run(CXX, "-fsanitize=address,undefined", *parts, "-o", directory / name)
 
-    return kept("programs", [variant.flags, *map(str, objects)], make)
+    return kept("programs", map(str, objects), make)
 
 
 def extension() -> Path:
-    """The directory of a package `dparallel_ext` whose ops are the kernels of PLAIN, on the CPU's tensors."""
+    """The directory of a package `dparallel_ext` whose ops are the kernels, on the CPU's tensors."""
     torch_root = Path(torch.__file__).parent
     system = [torch_root / "include", pybind11.get_include(), sysconfig.get_path("include")]
-    flags = " ".join(["-O1 -fPIC -fvisibility=hidden", *(f"-isystem{path}" for path in system)])
+    flags = " ".join([PLAIN, *(f"-isystem{path}" for path in system)])
     stable = "-DDPARALLEL_WITH_CUDA_HOST -DTORCH_TARGET_VERSION=0x020a000000000000"
     unset = ("COMPILER", "TORCH", "CUDA_TOOLKIT", "CUDA_ARCHITECTURES", "CUDA_REASON")
     facts = dict.fromkeys(unset, "")
@@ -88,28 +74,38 @@ def extension() -> Path:
     named = [f'-DDPARALLEL_{name}="{value}"' for name, value in facts.items()]
     torch_side = [(source, f"{flags} {stable}") for source in sorted((CSRC / "torch").glob("*.cpp"))]
     module = (CSRC / "runtime" / "module.cpp", f"{flags} {' '.join(named)}")
-    objects = compiled([*kernels(PLAIN), *torch_side, module, *EMULATION])
+    objects = compiled([*kernels(), *twins(PLAIN), *torch_side, module, *emulation()])
+    link = [CXX, "-shared", "-fsanitize=undefined", "-Wl,--no-as-needed"]
     libraries = [f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     python = sorted((ROOT / "dparallel_ext").rglob("*.py"))
 
     def make(directory: Path) -> None:
         package = directory / "dparallel_ext"
         shutil.copytree(ROOT / "dparallel_ext", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-        run(CXX, "-shared", "-Wl,--no-as-needed", *objects, *libraries, "-o", package / "_C.so")
+        run(*link, *objects, *libraries, "-o", package / "_C.so")
 
     return kept("extension", [*map(str, objects), *(f"{p} {p.read_text()}" for p in python)], make)
 
 
-def kernels(variant: Variant) -> list[Job]:
-    """The kernels and their CPU twins (portable)."""
-    portable = f"{variant.flags} -DDPARALLEL_PORTABLE_ONLY"
-    cuda = f"{variant.flags} -DDPARALLEL_CUDA_HOST {variant.kernels} -x c++"
+def kernels() -> list[Job]:
+    return [(CSRC / "cuda" / f"{op}.cu", f"{KERNELS} -x c++") for op in ops()]
+
+
+def twins(flags: str) -> list[Job]:
+    """The kernels' CPU twins, portable."""
+    portable = f"{flags} -DDPARALLEL_PORTABLE_ONLY"
     simd = sorted((CSRC / "cpu").glob("*_kernel.cpp"))
     return [
-        *((CSRC / "cuda" / f"{op}.cu", cuda) for op in ops()),
         *((CSRC / "cpu" / f"{name}.cpp", portable) for name in (*ops(), "simd_level")),
         *((source, f"{portable} -DDPARALLEL_SIMD=portable") for source in simd),
     ]
+
+
+def emulation(memory: str = "") -> list[Job]:
+    """What executes the kernels, and, with `memory`, sees accesses beyond it. Linked last: of functions that
+    both have, the kernels' are taken."""
+    flags = f"-O2 {PLAIN.removeprefix('-O1')} -DDPARALLEL_CUDA_HOST"
+    return [(HERE / "cuda_host.cpp", flags), (HERE / "races.cpp", f"{flags} {memory}")]
 
 
 def compiled(jobs: Iterable[Job]) -> list[Path]:

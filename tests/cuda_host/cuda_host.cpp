@@ -7,15 +7,17 @@
 #include <utility>
 #include <vector>
 
+#include "dparallel/numeric.h"
 #include "fiber.h"
 #include "races.h"
 
 Index threadIdx{0}, blockIdx{0};
+const char* cuda_host::own_stack = nullptr;
+bool cuda_host::looks_for_races = false;
 
 namespace cuda_host {
 namespace {
 
-constexpr size_t kStack = 256 * 1024;
 constexpr unsigned kTeam = Epoch::kTeam, kMostTeams = 1024 / kTeam;  // threads; of a block
 // State of a thread; else the barrier waited at: 0 the block's, then the teams', then the warps'.
 constexpr int kReady = -1, kDone = -2, kAtCluster = -3;
@@ -203,6 +205,7 @@ void run(Block& block, unsigned thread) {
   current = &block;
   threadIdx.x = thread;
   blockIdx.x = block.index;
+  own_stack = block.fibers[thread].stack.get();
   scheduler.switch_to(block.fibers[thread].context);
 }
 
@@ -271,17 +274,16 @@ const void* peer(const void* p, unsigned rank) {
   fail("not an address in shared memory");
 }
 
-void touch(const void* p, size_t bytes, bool writes) {
+void look(const void* p, size_t bytes, bool writes) {
   if (current == nullptr || in_atomic) return;
-  const auto address = reinterpret_cast<uintptr_t>(p);
-  const auto stack = reinterpret_cast<uintptr_t>(current->fibers[threadIdx.x].stack.get());
-  if (address - stack < kStack) return;
   yield(64);
-  if (!shadow.access(address, bytes, writes, now(), happened_before)) fail("a race");
+  if (!shadow.access(reinterpret_cast<uintptr_t>(p), bytes, writes, now(), happened_before))
+    fail("a race");
 }
 
 void fence() {
   yield();
+  if (!looks_for_races) return;
   Fiber& self = current->fibers[threadIdx.x];
   ++self.fences;
   self.clock.known.learn(self.clock.pending);
@@ -293,9 +295,11 @@ void fence() {
 
 void atomic_begins(const void* p) {
   yield();
-  ThreadClock& clock = current->fibers[threadIdx.x].clock;
-  clock.pending.learn(handed_on[p]);
-  handed_on[p].learn(clock.fenced);
+  if (looks_for_races) {
+    ThreadClock& clock = current->fibers[threadIdx.x].clock;
+    clock.pending.learn(handed_on[p]);
+    handed_on[p].learn(clock.fenced);
+  }
   in_atomic = true;
 }
 
@@ -312,6 +316,36 @@ const char* exchange(const void* mine, size_t bytes) {
   std::memcpy(lanes[threadIdx.x].bytes, mine, bytes);
   wait(static_cast<int>(1 + kMostTeams + first / 32), 32);
   return lanes[first].bytes;
+}
+
+void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool brain) {
+  struct Fragments {
+    uint16_t a[4][2], b[2][2];
+  } mine;
+  std::memcpy(mine.a, a, sizeof mine.a);
+  std::memcpy(mine.b[0], &b0, sizeof b0);
+  std::memcpy(mine.b[1], &b1, sizeof b1);
+  const char* all = exchange(&mine, sizeof mine);
+  const auto of = [all](unsigned lane) {
+    Fragments f;
+    std::memcpy(&f, all + kLaneBytes * lane, sizeof f);
+    return f;
+  };
+  const auto value = brain ? dparallel::bfloat16_value : dparallel::float16_value;
+  const unsigned g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  for (unsigned quad = 0; quad < 4; ++quad) {
+    const Fragments row = of(4 * g + quad);
+    const Fragments columns[] = {of(4 * (2 * q) + quad), of(4 * (2 * q + 1) + quad)};
+    for (unsigned k = 0; k < 4; ++k) {
+      const float above = value(row.a[k / 2 * 2][k % 2]),
+                  below = value(row.a[k / 2 * 2 + 1][k % 2]);
+      for (unsigned i = 0; i < 2; ++i) {
+        const float by = value(columns[i].b[k / 2][k % 2]);
+        c[i] += above * by;
+        c[2 + i] += below * by;
+      }
+    }
+  }
 }
 
 void* shared_memory(const void* key, size_t bytes) {
@@ -407,6 +441,7 @@ void launch(unsigned grid, unsigned threads, const std::function<void()>& thread
     }
   }
   current = nullptr;
+  own_stack = nullptr;
 }
 
 }  // namespace cuda_host

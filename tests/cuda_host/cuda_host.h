@@ -40,6 +40,9 @@ inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 namespace cuda_host {
 
 constexpr size_t kLaneBytes = 32;
+constexpr size_t kStack = 256 * 1024;
+extern const char* own_stack;  // of the running thread
+extern bool looks_for_races;   // no at first
 
 void seed(uint64_t value);
 void resident(unsigned blocks);  // in flight at once, from now on; 0: drawn
@@ -57,6 +60,8 @@ void cluster_barrier();
 // Lane i's `bytes` at kLaneBytes * i, once every lane of the warp has given its own; until the
 // calling thread's next but one.
 const char* exchange(const void* mine, size_t bytes);
+// c += A B of a warp, its registers as mma.cuh says, of bfloat16 (`brain`) or float16.
+void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool brain);
 void* shared_memory(const void* key, size_t bytes);  // of the calling block
 // Where what lies at `p`, in the calling block's, lies in that of block `rank` of its cluster.
 const void* peer(const void* p, unsigned rank);
@@ -65,8 +70,9 @@ const void* peer(const void* p, unsigned rank);
 void copy_later(void* to, const void* from);
 void commit_copies();                  // those begun since the last commit become a group
 void finish_copies(unsigned pending);  // of all groups but the last so many
-// An access to memory that other threads may see, about to be made; fails at a race. See races.h.
+// An access, about to be made: fails beyond memory, and, where they are looked for, at a race.
 void touch(const void* p, size_t bytes, bool writes);
+void look(const void* p, size_t bytes, bool writes);  // for a race
 void fence();
 void atomic_begins(const void* p);
 void atomic_ends();

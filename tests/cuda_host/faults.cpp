@@ -1,5 +1,5 @@
-// Faulty kernels, to see that cuda_host catches each. Usage: faults NAME [RESIDENT], the blocks in
-// flight at once (default: drawn); exits 0 if nothing was noticed.
+// Faulty kernels, to see that cuda_host catches each. Usage: faults [--races] NAME [RESIDENT], the
+// blocks in flight at once (default: drawn); exits 0 if nothing was noticed.
 #include <string>
 #include <vector>
 
@@ -53,7 +53,7 @@ bool copies(bool waits) {
 // Every block writes its shared memory and reads that of the next in its cluster of four.
 enum Cluster { kTogether, kTooSoon, kGone, kElsewhere };
 
-__global__ void of_peers(int* out, Cluster cluster) {
+__global__ void of_peers(float* out, Cluster cluster) {
   DPARALLEL_SHARED(value, float[32]);
   const unsigned rank = blockIdx.x % 4;
   if (cluster == kTooSoon) dparallel::cuda::cluster_barrier();
@@ -61,17 +61,17 @@ __global__ void of_peers(int* out, Cluster cluster) {
   if (cluster != kTooSoon) dparallel::cuda::cluster_barrier();
   const unsigned peer = cluster == kElsewhere ? 4 : (rank + 1) % 4;
   out[32 * blockIdx.x + threadIdx.x] =
-      static_cast<int>(dparallel::cuda::load_of_peer(value + 31 - threadIdx.x, peer));
+      dparallel::cuda::load_of_peer(value + 31 - threadIdx.x, peer);
   if (cluster != kGone) dparallel::cuda::cluster_barrier();
 }
 
 bool reads_peers(Cluster cluster) {
   for (uint64_t seed = 0; seed < 50; ++seed) {
     cuda_host::seed(seed);
-    std::vector<int> out(32 * 8);
+    std::vector<float> out(32 * 8);
     DPARALLEL_LAUNCH_CLUSTERS(of_peers, 8, 4, 32, 0, false, nullptr, out.data(), cluster);
     for (int i = 0; i < 32 * 8; ++i)
-      if (out[i] != 100 * ((i / 32 + 1) % 4) + 31 - i % 32) return false;
+      if (out[i] != static_cast<float>(100 * ((i / 32 + 1) % 4) + 31 - i % 32)) return false;
   }
   return true;
 }
@@ -342,6 +342,10 @@ __global__ void gathered(const float* row, const int64_t* ids, int vocab, float*
 }  // namespace
 
 int main(int count, char** argv) {
+  if (std::string(argv[1]) == "--races") {
+    cuda_host::looks_for_races = true;
+    ++argv, --count;
+  }
   const std::string name = argv[1];
   const char* const names[] = {"sound",         "lost_update", "not_reset", "no_barrier",
                                "arrives_first", "no_release",  "no_acquire"};

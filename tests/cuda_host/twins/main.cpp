@@ -1,6 +1,6 @@
 // Every CUDA kernel, executed by cuda_host, against its CPU twin on random cases, in memory of
-// exact size. Usage: twins [--no-barriers] SEED CASES [OP]. Exits 1 at the first difference, after
-// naming it; --no-barriers is a planted fault.
+// exact size. Usage: twins [--races] [--no-barriers] SEED CASES [OP]. Exits 1 at the first
+// difference, after naming it; --no-barriers is a planted fault.
 #include "twins.h"
 
 using namespace twins;
@@ -27,9 +27,9 @@ struct {
 constexpr int kOps = sizeof cases_of / sizeof cases_of[0];
 
 int main(int argc, char** argv) {
-  if (std::string(argv[1]) == "--no-barriers") {
-    cuda_host::barriers(false);
-    ++argv, --argc;
+  for (; argv[1][0] == '-'; ++argv, --argc) {
+    if (std::string(argv[1]) == "--races") cuda_host::looks_for_races = true;
+    else cuda_host::barriers(false);
   }
   const uint64_t seed = std::strtoull(argv[1], nullptr, 10);
   const int cases = std::atoi(argv[2]);
