@@ -104,7 +104,7 @@ def twins(flags: str) -> list[Job]:
 def emulation(memory: str = "") -> list[Job]:
     """What executes the kernels, and, with `memory`, sees accesses beyond it. Linked last: of functions that
     both have, the kernels' are taken."""
-    flags = f"-O2 {PLAIN.removeprefix('-O1')} -DDPARALLEL_CUDA_HOST"
+    flags = f"{PLAIN} -O2 -DDPARALLEL_CUDA_HOST"
     return [(HERE / "cuda_host.cpp", flags), (HERE / "races.cpp", f"{flags} {memory}")]
 
 
