@@ -89,14 +89,14 @@ def test_a_setting_that_does_not_exist_is_named(tmp_path: Path):
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = trajectories.Settings(policy="entropy_bound:0.1", shard=1000)
-    prompts = trajectories.read_prompts("builtin:120:5")
+    prompts = trajectories.read_prompts("builtin:60:5")
     return trajectories.generate(tmp_path_factory.mktemp("answers"), prompts, settings, progress=False)
 
 
 @pytest.mark.slow
 def test_distillation_makes_the_passes_fall_at_kept_accuracy(answers: Path, tmp_path: Path):
     """`make distill` shortened: at a threshold where the teacher takes 19 passes."""
-    training = {"max_steps": 30, "per_device_train_batch_size": 8, "warmup_steps": 5, "logging_steps": 10}
+    training = {"max_steps": 20, "per_device_train_batch_size": 8, "warmup_steps": 5, "logging_steps": 5}
     recipe = distill.read(RECIPES / "builtin.yaml", training={**training, "save_strategy": "no"})
     student = distill.run(recipe, answers, tmp_path / "student", progress=False)
     settings = {"problems": 60, "seed": 3}
@@ -274,10 +274,10 @@ def test_an_adapter_that_does_not_fit_is_named(adapter: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_the_whole_pipeline_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    few = ["entropy:0.7", "confidence:0.7", "entropy_bound:2.0"]
+    few = ["entropy:0.7", "entropy_bound:2.0"]
     monkeypatch.setattr(study, "TEACHER_POLICIES", [evaluate.ONE, *few])
     monkeypatch.setattr(study, "STUDENT_POLICIES", few)
-    monkeypatch.setattr(study, "SWEEP_POLICIES", few[:2])
+    monkeypatch.setattr(study, "SWEEP_POLICIES", few[:1])
     said: list[str] = []
     small = {"seeds": 2, "steps": 2, "sweep_steps": 1, "problems": 3, "validation": 2, "data": "builtin:12"}
     recipe = tmp_path / "recipe.yaml"
