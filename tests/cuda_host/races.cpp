@@ -14,8 +14,8 @@ void touch(const void* p, size_t bytes, bool writes) {
   constexpr bool kLooksForMemory = false;
 #endif
   if (!kLooksForMemory && !looks_for_races) return;
+  if (reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(own_stack) < kStack) return;
   const auto* at = static_cast<const volatile char*>(p);
-  if (static_cast<size_t>(at - own_stack) < kStack) return;
   static_cast<void>(at[0]);
   static_cast<void>(at[bytes - 1]);
   if (looks_for_races) look(p, bytes, writes);
