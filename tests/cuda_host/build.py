@@ -36,7 +36,7 @@ UNDEFINED = (
 KERNELS = f"{PLAIN} -fsanitize=thread {UNDEFINED} -DDPARALLEL_CUDA_HOST"
 """Every access calls the host, which looks whether it is in memory, and for races: see races.cpp."""
 CHECKED = f"-O1 -g1 -fsanitize=address {UNDEFINED} --param asan-instrumentation-with-call-threshold=0"
-"""The CPU's twins. Compiling costs more than running them: checks are calls."""
+"""The CPU's kernels. Compiling costs more than running them: checks are calls."""
 
 Job = tuple[Path, str]
 """A source and its flags."""
@@ -52,7 +52,13 @@ def programs() -> Path:
     sources = sorted((HERE / "twins").glob("*.cpp"))
     host = [(source, f"{PLAIN} -DDPARALLEL_CUDA_HOST") for source in sources]  # makes cases
     objects = compiled(
-        [(HERE / "faults.cpp", KERNELS), *kernels(), *twins(CHECKED), *host, *emulation("-fsanitize=address")]
+        [
+            (HERE / "faults.cpp", KERNELS),
+            *cuda_kernels(),
+            *cpu_kernels(CHECKED),
+            *host,
+            *emulation("-fsanitize=address"),
+        ]
     )
 
     def make(directory: Path) -> None:
@@ -74,7 +80,7 @@ def extension() -> Path:
     named = [f'-DDPARALLEL_{name}="{value}"' for name, value in facts.items()]
     torch_side = [(source, f"{flags} {stable}") for source in sorted((CSRC / "torch").glob("*.cpp"))]
     module = (CSRC / "runtime" / "module.cpp", f"{flags} {' '.join(named)}")
-    objects = compiled([*kernels(), *twins(PLAIN), *torch_side, module, *emulation()])
+    objects = compiled([*cuda_kernels(), *cpu_kernels(PLAIN), *torch_side, module, *emulation()])
     link = [CXX, "-shared", "-fsanitize=undefined", "-Wl,--no-as-needed"]
     libraries = [f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     python = sorted((ROOT / "dparallel_ext").rglob("*.py"))
@@ -87,12 +93,12 @@ def extension() -> Path:
     return kept("extension", [*map(str, objects), *(f"{p} {p.read_text()}" for p in python)], make)
 
 
-def kernels() -> list[Job]:
+def cuda_kernels() -> list[Job]:
     return [(CSRC / "cuda" / f"{op}.cu", f"{KERNELS} -x c++") for op in ops()]
 
 
-def twins(flags: str) -> list[Job]:
-    """The kernels' CPU twins, portable."""
+def cpu_kernels(flags: str) -> list[Job]:
+    """Of the same ops, portable."""
     portable = f"{flags} -DDPARALLEL_PORTABLE_ONLY"
     simd = sorted((CSRC / "cpu").glob("*_kernel.cpp"))
     return [

@@ -5,7 +5,9 @@
 // memory is each block's own, of exact size and full of NaN at first; blocks of a cluster are in
 // flight together and may read one another's until they leave. A barrier that not all
 // threads reach, a misaligned vector load and a partial shuffle mask abort with a message. Kernels
-// compiled with -fsanitize=thread switch at any access, and abort at a race: see races.h.
+// are compiled with -fsanitize=thread, and so tell of each access: one beyond its memory aborts
+// where the program has the address sanitizer. Where races are looked for, threads also switch at
+// any access, and a race aborts: see races.h.
 #pragma once
 
 #include <cmath>

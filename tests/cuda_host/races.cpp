@@ -8,12 +8,9 @@
 namespace cuda_host {
 
 void touch(const void* p, size_t bytes, bool writes) {
-#if defined(__SANITIZE_ADDRESS__)
-  constexpr bool kLooksForMemory = true;
-#else
-  constexpr bool kLooksForMemory = false;
+#if !defined(__SANITIZE_ADDRESS__)
+  if (!looks_for_races) return;
 #endif
-  if (!kLooksForMemory && !looks_for_races) return;
   if (reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(own_stack) < kStack) return;
   const auto* at = static_cast<const volatile char*>(p);
   static_cast<void>(at[0]);
