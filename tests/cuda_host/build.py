@@ -37,6 +37,7 @@ KERNELS = f"{PLAIN} -fsanitize=thread {UNDEFINED} -DDPARALLEL_CUDA_HOST"
 """Every access calls the host, which looks whether it is in memory, and for races: see races.cpp."""
 CHECKED = f"-O1 -g1 -fsanitize=address {UNDEFINED} --param asan-instrumentation-with-call-threshold=0"
 """The CPU's kernels. Compiling costs more than running them: checks are calls."""
+PORTABLE = "-DDPARALLEL_PORTABLE_ONLY"
 
 Job = tuple[Path, str]
 """A source and its flags."""
@@ -55,7 +56,7 @@ def programs() -> Path:
         [
             (HERE / "faults.cpp", KERNELS),
             *cuda_kernels(),
-            *cpu_kernels(CHECKED),
+            *cpu_kernels(),
             *host,
             *emulation("-fsanitize=address"),
         ]
@@ -79,8 +80,9 @@ def extension() -> Path:
     facts["BACKENDS"] = "cuda_host"
     named = [f'-DDPARALLEL_{name}="{value}"' for name, value in facts.items()]
     torch_side = [(source, f"{flags} {stable}") for source in sorted((CSRC / "torch").glob("*.cpp"))]
-    module = (CSRC / "runtime" / "module.cpp", f"{flags} {' '.join(named)}")
-    objects = compiled([*cuda_kernels(), *cpu_kernels(PLAIN), *torch_side, module, *emulation()])
+    module = (CSRC / "runtime" / "module.cpp", f"{flags} -O0 {' '.join(named)}")
+    level = (CSRC / "cpu" / "simd_level.cpp", f"{PLAIN} {PORTABLE}")  # the module asks for it
+    objects = compiled([*cuda_kernels(), *torch_side, level, module, *emulation()])
     link = [CXX, "-shared", "-fsanitize=undefined", "-Wl,--no-as-needed"]
     libraries = [f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     python = sorted((ROOT / "dparallel_ext").rglob("*.py"))
@@ -97,13 +99,13 @@ def cuda_kernels() -> list[Job]:
     return [(CSRC / "cuda" / f"{op}.cu", f"{KERNELS} -x c++") for op in ops()]
 
 
-def cpu_kernels(flags: str) -> list[Job]:
+def cpu_kernels() -> list[Job]:
     """Of the same ops, portable."""
-    portable = f"{flags} -DDPARALLEL_PORTABLE_ONLY"
+    flags = f"{CHECKED} {PORTABLE}"
     simd = sorted((CSRC / "cpu").glob("*_kernel.cpp"))
     return [
-        *((CSRC / "cpu" / f"{name}.cpp", portable) for name in (*ops(), "simd_level")),
-        *((source, f"{portable} -DDPARALLEL_SIMD=portable") for source in simd),
+        *((CSRC / "cpu" / f"{name}.cpp", flags) for name in (*ops(), "simd_level")),
+        *((source, f"{flags} -DDPARALLEL_SIMD=portable") for source in simd),
     ]
 
 

@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -62,31 +61,19 @@ def test_ops_of_these_kernels_pass_the_tests_of_every_device(tmp_path: Path) -> 
     same = "opcheck or compile or arguments_are_named or refused"
     slow = "samples_follow or gradcheck and (33 or linear) or golden_cases and (none or prefix)"
     slow += " or dtype0 or dtype2 or dtype3 or torch.float"  # bfloat16 alone: the twins have every dtype
-    shares = (
-        ("row_stats", "row_topk", "unmask", "commit", "accept", "keep_error", "certainty_forcing_loss"),
-        (
-            "block_attention", "kv_write", "kv_move", "rms_norm", "swiglu", "linear", "fp8_linear",
-            "distillation_loss", "compat", "sampling",
-        ),
-    )  # fmt: skip
-    assert {*shares[0], *shares[1]} - {"compat", "sampling"} == {*build.ops()} - {"select"}  # in test_unmask
-
-    def passed(names: tuple[str, ...]) -> int:
-        files = [str(next((ROOT / "tests").glob(f"*/test_{name}.py"))) for name in names]
-        here = ["-o", f"pythonpath={package} {ROOT}", "-o", "addopts=", "-p", "no:cacheprovider"]
-        result = subprocess.run(
-            [sys.executable, "-m", "pytest", *here, "-k", f"not ({same} or {slow})", "--tb=short", *files],
-            capture_output=True,
-            text=True,
-            timeout=600,
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
-        )
-        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
-        return int(re.findall(r"(\d+) passed", result.stdout)[-1])
-
-    with ThreadPoolExecutor(len(shares)) as pool:
-        assert all(count > 90 for count in pool.map(passed, shares))
+    names = {*build.ops(), "compat", "sampling"} - {"select"}  # in test_unmask
+    files = [str(next((ROOT / "tests").glob(f"*/test_{name}.py"))) for name in sorted(names)]
+    here = ["-o", f"pythonpath={package} {ROOT}", "-o", "addopts=", "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *here, "-k", f"not ({same} or {slow})", "--tb=short", *files],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
+    assert int(re.findall(r"(\d+) passed", result.stdout)[-1]) > 400
 
 
 @pytest.mark.parametrize(
