@@ -90,14 +90,15 @@ def plan(directory: Path, library: str) -> tuple[str, str]:
     )
     # What takes longest begins first. More effort would make the bindings and what checks the arguments of
     # ops take half as long again to compile, and no call faster.
-    python = f"-O2 -isystem {quote(pybind11.get_include())} -isystem {quote(sysconfig.get_path('include'))}"
-    for source in sorted((ROOT / "csrc" / "runtime").glob("*.cpp")):
-        ninja.compile("cxx", source, f"{python} {' '.join(defines.values())}")
+    python = f"-O1 -isystem {quote(pybind11.get_include())} -isystem {quote(sysconfig.get_path('include'))}"
+    module = ROOT / "csrc" / "runtime" / "module.cpp"
+    ninja.compile("cxx", module, f"{python} {' '.join(defines.values())}")
     with_cuda = "-DDPARALLEL_WITH_CUDA" if cuda.nvcc else defines["CUDA_REASON"]
     stable = f"-O1 -isystem {quote(torch.root / 'include')} -DTORCH_TARGET_VERSION=0x020a000000000000"
     for source in sorted((ROOT / "csrc" / "torch").glob("*.cpp")):
         ninja.compile("cxx", source, f"{stable} {with_cuda}")
-    for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+    runtime = set((ROOT / "csrc" / "runtime").glob("*.cpp")) - {module}
+    for source in [*sorted(runtime), *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]:
         if not source.name.endswith("_kernel.cpp"):
             ninja.compile("cxx", source)
             continue

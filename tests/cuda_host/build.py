@@ -80,9 +80,9 @@ def extension() -> Path:
     facts["BACKENDS"] = "cuda_host"
     named = [f'-DDPARALLEL_{name}="{value}"' for name, value in facts.items()]
     torch_side = [(source, f"{flags} {stable}") for source in sorted((CSRC / "torch").glob("*.cpp"))]
-    module = (CSRC / "runtime" / "module.cpp", f"{flags} -O0 {' '.join(named)}")
+    runtime = [(source, f"{flags} -O0 {' '.join(named)}") for source in (CSRC / "runtime").glob("*.cpp")]
     level = (CSRC / "cpu" / "simd_level.cpp", f"{PLAIN} {PORTABLE}")  # the module asks for it
-    objects = compiled([*cuda_kernels(), *torch_side, level, module, *emulation()])
+    objects = compiled([*cuda_kernels(), *torch_side, level, *runtime, *emulation()])
     link = [CXX, "-shared", "-fsanitize=undefined", "-Wl,--no-as-needed"]
     libraries = [f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     python = sorted((ROOT / "dparallel_ext").rglob("*.py"))

@@ -13,16 +13,14 @@ from conftest import ROOT
 from dparallel_ext._C import Scheduler
 
 CXX = os.environ.get("CXX", "c++")
-FLAGS = {"plain": "-O2", "sanitized": "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"}
+FLAGS = "-std=c++17 -Wall -Wextra -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
 
 
-@pytest.fixture(scope="module", params=list(FLAGS))
-def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    program = tmp_path_factory.mktemp(request.param) / "scheduler"
-    include = f"-I{ROOT / 'csrc' / 'runtime'}"
-    source = str(Path(__file__).with_name("scheduler.cpp"))
-    command = [CXX, "-std=c++17", "-Wall", "-Wextra", *FLAGS[request.param].split(), include, source]
-    subprocess.run([*command, "-o", str(program)], check=True)
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program, runtime = tmp_path_factory.mktemp("scheduler") / "scheduler", ROOT / "csrc" / "runtime"
+    sources = [Path(__file__).with_name("scheduler.cpp"), runtime / "scheduler.cpp"]
+    subprocess.run([CXX, *FLAGS.split(), f"-I{runtime}", *sources, "-o", program], check=True)
     return program
 
 
