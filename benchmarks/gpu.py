@@ -55,12 +55,15 @@ class Run:
         return cls(out, records.load(out / "results.json"))
 
     def save(self) -> None:
-        write_text(self.out / "results.json", records.dump(self.found))
+        self.save_results()
         write_text(self.out / "report.md", report.markdown(self.found))
+
+    def save_results(self) -> None:
+        write_text(self.out / "results.json", records.dump(self.found))
 
     def add(self, **record: Any) -> None:
         self.found["records"].append(record)
-        self.save()
+        self.save_results()
         took = f"{1e6 * record['median']:.1f} us" if "median" in record else record["failed"]
         print(f"{record['case']}: {record['contender']}, {record.get('condition', '')}: {took}", flush=True)
 
@@ -156,10 +159,10 @@ def peak_memory(clock: Clock, work: Work, name: str, expected: Any) -> int | Non
     """The bytes that a step allocates beyond its inputs (None on a CPU). Raises ValueError where its result
     does not agree with `expected`.
     """
-    result_of(work, name)  # compiles
-    clock.wait()
     peak = None
     if clock.cuda:
+        result_of(work, name)  # compiles
+        clock.wait()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work.reset()
@@ -363,6 +366,7 @@ def supervise(out: Path, deadline: float, arguments: list[str]) -> None:
         run.found["done"].append(case)
         failed = why or f"the process ended with exit code {process.returncode}"
         run.add(case=case, op=next(c.op for c in CASES if c.name == case), contender=OURS, failed=failed)
+        run.save()
 
 
 def main(argv: list[str] | None = None) -> int:
