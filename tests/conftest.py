@@ -36,7 +36,7 @@ TESTS = f"{ROOT / 'tests'}{os.sep}"
 STAND_IN = "cuda_host" in _C.build_info()["backends"]
 """The CUDA kernels, executed on the CPU, take the place of the CPU's: see test_cuda_host."""
 
-settings.register_profile("ci", deadline=None, derandomize=True, max_examples=60)
+settings.register_profile("ci", deadline=None, derandomize=True, max_examples=40)
 settings.register_profile("stand_in", parent=settings.get_profile("ci"), max_examples=10)
 settings.load_profile("stand_in" if STAND_IN else "ci")
 

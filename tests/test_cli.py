@@ -511,7 +511,8 @@ def test_trajectories_distill_and_merge(tmp_path: Path):
 
 
 def test_a_dry_run_prints_steps_and_memory():
-    text = run("distill", RECIPES / "llada_8b.yaml", "--dry-run", "--processes", 8)
-    assert "8,015,581,184" in text
-    assert "8,628" in text
+    """What `plan` counts, here of a small model."""
+    text = run("distill", RECIPES / "builtin.yaml", "--dry-run", "--processes", 8)
+    for count in ("1,848,768", "256", "400", "6,000"):  # parameters, sequences a step, steps, answers
+        assert count in text
     assert "GiB per process" in text

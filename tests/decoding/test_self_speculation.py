@@ -32,7 +32,7 @@ torch.manual_seed(0)
 MODELS: dict[str, Model] = {
     name: fast_dllm() if name == "fast_dllm" else golden.model(name) for name, _ in WAYS
 }
-CASES = 5 if STAND_IN else 30
+CASES = 5 if STAND_IN else 18
 
 
 @pytest.fixture(autouse=True)

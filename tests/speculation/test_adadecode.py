@@ -36,7 +36,7 @@ LAYERS = DEEP.shape.layers
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("layers", HEADS)
 def test_it_changes_no_token(layers: tuple[int, ...], temperature: float) -> None:
-    settings: dict[str, Any] = {"temperature": temperature, "seed": 7, "gen_length": [24, 30, 1, 11]}
+    settings: dict[str, Any] = {"temperature": temperature, "seed": 7, "gen_length": [14, 20, 1, 7]}
     expected = plain(DEEP, **settings)
     for gamma in (0.0, 0.4, 1.0):
         drafter = exits(layers, gamma)
@@ -92,7 +92,7 @@ def random_cases(count: int) -> int:
 
 
 def test_random_cases() -> None:
-    assert random_cases(60) == 0
+    assert random_cases(40) == 0
 
 
 def test_a_kept_key_of_a_refused_token_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,7 +194,7 @@ def test_a_fault_is_found(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_they_change_no_token(kind: str, temperature: float) -> None:
-    settings: dict[str, Any] = {"temperature": temperature, "seed": 7, "gen_length": [24, 30, 1, 11]}
+    settings: dict[str, Any] = {"temperature": temperature, "seed": 7, "gen_length": [14, 20, 1, 7]}
     expected = plain(**settings)
     drafter = riding(kind)
     for size in (None, 1, 2, 3, 4, 7, 16, 63, 99):
@@ -216,7 +216,7 @@ def test_they_change_no_token(kind: str, temperature: float) -> None:
 def test_hundreds_of_random_cases(kind: str) -> None:
     """Batches, sizes, ends inside a path, room, and riders behind any node."""
     rng = random.Random(1)
-    for case in range(30):
+    for case in range(20):
         prompts = [torch.randint(10, 61, (rng.choice([1, 2, 7, 33]),)) for _ in range(rng.randint(1, 4))]
         settings: dict[str, Any] = {
             "gen_length": [rng.randint(0, 20) for _ in prompts],
