@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,13 @@ def number(name: str, value: Any, least: float = 0.0) -> float:
     if not least <= result < math.inf:
         raise ValueError(f"{name}: expected a finite number >= {least:g}, got {shown(value)}")
     return result
+
+
+def one_of(name: str, value: Any, choices: Collection[str]) -> str:
+    """`value`, one of `choices`. Raises ValueError naming the argument where it is none."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: expected one of {list(choices)}, got {shown(value)}")
+    return value
 
 
 def function(name: str, value: Any) -> Any:

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .arguments import shown
+from .arguments import one_of, shown
 
 
 class Line(NamedTuple):
@@ -217,10 +217,7 @@ def _names(argument: str, value: Name, known: dict[str, int], batch: int) -> lis
     names = [value] * batch if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
     if len(names) != batch:
         raise ValueError(f"{argument}: expected one name or {batch}, got {len(names)}")
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{argument}: expected one of {list(known)}, got {shown(name)}")
-    return names
+    return [one_of(argument, name, known) for name in names]
 
 
 def _numbers(argument: str, value: Any, batch: int) -> list[float]:

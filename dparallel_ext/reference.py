@@ -75,7 +75,7 @@ def row_stats(
         keys = [torch.as_tensor(k, device=z.device).expand(n) for k in (seed, sequence, where, step)]
         noise = gumbel(keys[0], keys[1], keys[2], keys[3], z.shape[1])
         scaled = (open_ - top1[:, None]) / temperature
-        scaled = scaled.where(nucleus(scaled, top_p, top_k), -math.inf)
+        scaled = scaled.where(nucleus(open_, top_p, top_k, temperature), -math.inf)
         sample = (scaled + noise).argmax(1)
         picked = z.gather(1, sample[:, None])[:, 0]
         chosen = (picked - m).exp() / s
@@ -118,11 +118,12 @@ def row_topk(
     return RowTopK(token.view(*shape, k), logprob.float().view(*shape, k))
 
 
-def nucleus(logits: Tensor, top_p: float | None, top_k: int | None) -> Tensor:
-    """(N, V) bool: whether an id of logits (N, V) may be sampled. It may if it is among the top_k most
-    probable ids (ties to the lowest id), and those more probable have at most top_p of the probability."""
+def nucleus(logits: Tensor, top_p: float | None, top_k: int | None, temperature: float = 1.0) -> Tensor:
+    """(N, V) bool: whether an id may be sampled from softmax(logits / temperature), of logits (N, V). It may
+    if it is among the top_k most probable ids (ties to the lowest id), and those more probable have at most
+    top_p of the probability."""
     order = logits.argsort(dim=1, descending=True, stable=True)
-    p = logits.softmax(1).gather(1, order)
+    p = (logits / temperature).softmax(1).gather(1, order)
     kept = torch.ones_like(p, dtype=torch.bool)
     if top_p is not None and top_p < 1:
         kept &= p.cumsum(1) - p <= top_p

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import random
 import resource
@@ -181,12 +182,13 @@ def refused(said: str) -> Iterator[None]:
 
 
 def layouts(t: Tensor) -> Iterator[Tensor]:
-    """`t` again, in memory of other strides."""
+    """`t` again, in memory of other strides, between whose elements there is NaN."""
+    between = math.nan if t.is_floating_point() else 1
     order = list(range(t.ndim))[::-1]
     yield t.permute(order).clone(memory_format=torch.contiguous_format).permute(order)
     if t.ndim:
         for step in (1, 2):  # gaps between rows, and between elements
-            wide = t.new_empty((*t.shape[:-1], 2 * t.shape[-1] + 3))
+            wide = t.new_full((*t.shape[:-1], 2 * t.shape[-1] + 3), between)
             yield wide[..., 1 : 1 + step * t.shape[-1] : step].copy_(t)
     if 1 in t.shape:  # whose stride means nothing
         own = t.clone(memory_format=torch.contiguous_format)

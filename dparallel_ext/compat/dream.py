@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import whole
+from ..arguments import shown, whole
 from ..decoding.settings import drawn_seed
 from ..models import check_diffusion, traits
 from ..ops import row_stats
@@ -175,8 +175,8 @@ def _read_options(model: Any, length: int, generation_config: Any, **arguments: 
         return default if value is None else value
 
     alg = option("alg", "origin")
-    if alg not in ALGORITHMS:
-        raise ValueError(f"alg: expected one of {ALGORITHMS}, got {alg!r}; for thresholds see `decode`")
+    if not isinstance(alg, str) or alg not in ALGORITHMS:
+        raise ValueError(f"alg: expected one of {ALGORITHMS}, got {shown(alg)}; for thresholds see `decode`")
     steps = option("steps", 512)
     whole("steps", steps, 1)
     eps = option("eps", 1e-3)

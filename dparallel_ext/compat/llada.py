@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import policies
-from ..arguments import temperature_in_force, whole
+from ..arguments import one_of, temperature_in_force, whole
 from ..decoding.batch import AHEAD
 from ..decoding.config import DecodeConfig
 from ..decoding.decode import start
@@ -176,8 +176,7 @@ def _generate(
     suppress: list[int] | None = None,
 ) -> tuple[Tensor, int]:
     _check(steps, gen_length, block_length, remasking)
-    if selector not in policies.SELECTORS:
-        raise ValueError(f"selector: expected one of {list(policies.SELECTORS)}, got {selector!r}")
+    one_of("selector", selector, policies.SELECTORS)
     if threshold is None:
         # The published fixed schedule ranks by these scores.
         by_entropy = selector == "entropy" and cache in ("prefix", "dual")
@@ -245,8 +244,7 @@ class AtRandom(Rule):
 
 
 def _check(steps: int, gen_length: int, block_length: int, remasking: str) -> None:
-    if remasking not in ("low_confidence", "random"):
-        raise ValueError(f"remasking: expected 'low_confidence' or 'random', got {remasking!r}")
+    one_of("remasking", remasking, ("low_confidence", "random"))
     if block_length < 1 or gen_length % block_length:
         raise ValueError(f"block_length: expected a divisor of gen_length {gen_length}, got {block_length}")
     blocks = gen_length // block_length

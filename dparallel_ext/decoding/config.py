@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import policies
-from ..arguments import shown, temperature_in_force
+from ..arguments import one_of, shown, temperature_in_force
 from ..ops.inputs import check_sampling
 from ..rules import Function, FunctionRule, Rule, parse
 from ..rules.spec import text_of
@@ -181,8 +181,8 @@ class DecodeConfig:
         for name, check in CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name)))
         check_sampling(self.temperature, self.top_p, self.top_k)
-        if self.cache not in (None, *CACHES):
-            raise ValueError(f"cache: expected one of {CACHES}, got {shown(self.cache)}")
+        if self.cache is not None:
+            one_of("cache", self.cache, CACHES)
         if self.refresh is not None and self.cache not in (None, "dual"):
             raise ValueError(f'refresh: belongs to cache "dual", got cache={self.cache!r}')
         size, part = self.block_length, self.sub_block_length

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
+from ..arguments import number, one_of, shown
 from .errors import named_row, report
 from .inputs import rows_view
 
@@ -141,12 +142,12 @@ def compose(
 def check_settings(temperature: float, ce_temperature: float, reduction: str) -> None:
     check_temperature("temperature", temperature)
     check_temperature("ce_temperature", ce_temperature)
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
+    one_of("reduction", reduction, ("mean", "sum"))
 
 
 def check_temperature(name: str, value: float) -> None:
-    if not 1e-5 <= value <= 1e5:  # float32 has to hold its square and the reciprocal of the square
+    # float32 has to hold its square and the reciprocal of the square.
+    if not 1e-5 <= number(name, value) <= 1e5:
         raise ValueError(f"{name}: expected a number from 1e-5 to 1e5, got {value!r}")
 
 
@@ -168,8 +169,8 @@ def check_loss_inputs(
         wanted.append(("weight", weight, DTYPES))
     if isinstance(gate, Tensor):
         wanted.append(("gate", gate, (torch.bool,)))
-    elif gate not in ("correct", "all"):
-        raise ValueError(f"gate: expected 'correct', 'all' or a bool Tensor, got {gate!r}")
+    elif not isinstance(gate, str) or gate not in ("correct", "all"):
+        raise ValueError(f"gate: expected 'correct', 'all' or a bool Tensor, got {shown(gate)}")
     for name, value, allowed in wanted:
         if not isinstance(value, Tensor) or value.dtype not in allowed or value.shape != rows:
             got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
-from ..arguments import number
+from ..arguments import number, one_of
 from .certainty_forcing_loss import DTYPES, check_inplace, check_temperature, real_dtype
 from .errors import report
 from .inputs import rows_view
@@ -150,8 +150,7 @@ def check_divergence(
         if weight.device != like.device:
             raise ValueError(f"weight: expected on {like.device} as {name_of}, got {weight.device}")
     check_temperature("temperature", temperature)
-    if reduction not in ("sum", "none"):
-        raise ValueError(f"reduction: expected 'sum' or 'none', got {reduction!r}")
+    one_of("reduction", reduction, ("sum", "none"))
     return float(temperature), number("kl_weight", kl_weight), number("l1_weight", l1_weight)
 
 

@@ -88,7 +88,8 @@ def fp8_linear(
     rows = x.shape[:-1].numel()
     on_tensor_cores = x.is_cuda and x.dtype != torch.float32 and x.shape[-1] % 64 == 0
     if rows > (FEW_ON_TENSOR_CORES if on_tensor_cores else FEW):
-        return F.linear(x, torch.ops.dparallel.fp8_widen(weight, scale, x), bias)
+        # On a CPU, a product of 16-bit rows of odd length reads one element more, which a gap need not hold.
+        return F.linear(x.contiguous(), torch.ops.dparallel.fp8_widen(weight, scale, x), bias)
     x_rows = x.reshape(rows, x.shape[-1])
     out: Tensor = torch.ops.dparallel.fp8_linear(x_rows, weight, scale, bias, constant)
     return out.view(*x.shape[:-1], len(weight))

@@ -43,7 +43,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, constant: b
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected ({len(weight)},), got {tuple(bias.shape)}")
     if not _by_kernel(x, weight, bias):
-        return F.linear(x, weight, bias)
+        return F.linear(x.contiguous(), weight, bias)  # gaps are read otherwise, see `fp8_linear`
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     out: Tensor = torch.ops.dparallel.linear(rows, weight, bias, constant)
     return out if x.ndim == 2 else out.view(*x.shape[:-1], len(weight))

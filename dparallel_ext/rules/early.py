@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..arguments import number, whole
+from ..arguments import number, one_of, whole
 from ..types import RowStats
 from .protocol import Decision, Rule, Where
 
@@ -82,8 +82,7 @@ class SchED(Rule):
     reads = "response"
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Shape):
-            raise ValueError(f"kind: expected one of {get_args(Shape)}, got {self.kind!r}")
+        one_of("kind", self.kind, get_args(Shape))
         for name in ("high", "low", "k", "floor", "changes"):
             number(name, getattr(self, name))
 

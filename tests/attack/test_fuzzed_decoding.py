@@ -116,7 +116,7 @@ def check_draws(logits: Tensor, drawn: dx.RowStats, mask_id: int, settings: dict
     scaled = (z - z.amax(1, keepdim=True)) / temperature
     top_p = 1.0 if sampler.top_p is None else sampler.top_p
     inner, outer = (
-        reference.nucleus(scaled, min(max(0.0, top_p + d), 1.0), sampler.top_k) for d in (-1e-5, 1e-5)
+        reference.nucleus(z, min(max(0.0, top_p + d), 1.0), sampler.top_k, temperature) for d in (-1e-5, 1e-5)
     )
     score = scaled + noise
     best = score.where(inner, -math.inf).amax(1)

@@ -569,7 +569,7 @@ def mutated(rng: random.Random, value: Any) -> Any:
     if kind == 2 and value.numel():  # the same memory, each element several times
         return value.clone().flatten().as_strided(value.shape, [rng.randrange(2) for _ in value.shape])
     if kind == 3 and value.dtype == torch.int64 and value.numel():
-        value = value.clone()
+        value = value.clone(memory_format=torch.contiguous_format)
         value.view(-1)[rng.randrange(value.numel())] = mutated(rng, 1)
         return value
     if kind == 4 and value.is_floating_point() and value.dtype != torch.float8_e4m3fn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import every_level, everywhere, golden, refused
@@ -333,6 +334,9 @@ def test_results_do_not_depend_on_the_batch_or_the_threads() -> None:
         ({"weight": torch.ones(6)}, "weight: expected floating point"),
         ({"gate": "right"}, "gate: expected 'correct'"),
         ({"gate": torch.ones(2, 3)}, "gate: expected bool"),
+        ({"gate": np.ones(2)}, "gate: expected 'correct', .* got array"),
+        ({"temperature": np.ones(2)}, "temperature: expected a finite number"),
+        ({"ce_temperature": "1"}, "ce_temperature: expected a finite number"),
         ({"temperature": 0.0}, "temperature: expected a number from 1e-5 to 1e5, got 0.0"),
         ({"temperature": 1e-38}, "temperature: expected a number from 1e-5 to 1e5"),
         ({"ce_temperature": 1e38}, "ce_temperature: expected a number from 1e-5 to 1e5"),

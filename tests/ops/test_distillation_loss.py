@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import every_level, everywhere, refused
@@ -368,7 +369,9 @@ def test_an_infinite_divergence_is_named_however_unlikely(dtype: torch.dtype) ->
         ({"temperature": math.nan}, "temperature: expected"),
         ({"kl_weight": -1.0}, "kl_weight: expected a finite number >= 0, got -1.0"),
         ({"l1_weight": math.inf}, "l1_weight: expected a finite number >= 0, got inf"),
-        ({"reduction": "mean"}, "reduction: expected 'sum' or 'none', got 'mean'"),
+        ({"reduction": "mean"}, r"reduction: expected one of \['sum', 'none'\], got 'mean'"),
+        ({"reduction": np.array(["sum", "none"])}, r"reduction: expected one of .*, got array"),
+        ({"temperature": np.array([1.0, 2.0])}, "temperature: expected a finite number"),
     ],
 )
 def test_bad_arguments_are_named(change: dict, said: str) -> None:

@@ -135,6 +135,12 @@ def test_strides_and_shapes() -> None:
     assert torch.equal(dx.fp8_linear(wide[:, :64].view(2, 3, 64), weight, scale).view(6, 24), expected)
     assert dx.fp8_linear(wide[:0, :64], weight, scale).shape == (0, 24)
     assert dx.fp8_linear(wide[:2, :64], weight[:0], scale[:0]).shape == (2, 0)
+    gaps = torch.full((70, 69), torch.nan).bfloat16()
+    rows = gaps[:, 1:34].copy_(torch.randn(70, 33))
+    weight_33, scale_33 = dx.quantize_fp8(torch.randn(24, 33))
+    assert bool(dx.fp8_linear(rows, weight_33, scale_33).isfinite().all())
+    with torch.no_grad():
+        assert bool(dx.linear(rows, weight_33.bfloat16()).isfinite().all())
     bad = wide[:2, :64].clone()
     bad[1, 5] = torch.nan
     found = dx.fp8_linear(bad, weight, scale)
