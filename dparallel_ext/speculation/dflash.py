@@ -78,10 +78,7 @@ class Layout(NamedTuple):
 
         Raises ValueError naming the key that is missing or asks for what is not there.
         """
-        try:
-            shape = Qwen3.shape_of(config)
-        except KeyError as error:
-            raise ValueError(f"config: {error} is missing") from error
+        shape = Qwen3.shape_of(config)
         check_supported(config, {"fc_layernorm": False})
         origin = Origin.of(config)
         kind = origin.kind or "dflash"

@@ -6,15 +6,13 @@ Source: A. Saxena, "Prompt Lookup Decoding" (2023); LLMA, arXiv 2304.04487.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from ..arguments import whole
+from ..cache import KVCache
+from ..models import Model
 from .draft import Draft
 from .drafter import DraftSession, Lane
-
-if TYPE_CHECKING:
-    from ..cache import KVCache
-    from ..models import Model
 
 
 class NGram:
@@ -67,8 +65,7 @@ class _Session(DraftSession):
             at = ends.get(tuple(ids[-size:])) if size <= len(ids) else None
             if at is not None:
                 continuation = ids[at : at + most]
-                repeats = -(
-                    -most // len(continuation)
-                )  # the occurrence overlaps the end: a text that repeats itself
+                # The occurrence overlaps the end: a text that repeats itself.
+                repeats = -(-most // len(continuation))
                 return Draft(tuple((continuation * repeats)[:most]))
         return Draft()

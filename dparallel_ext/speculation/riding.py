@@ -28,7 +28,7 @@ def inputs(
     drafts: Mapping[int, Draft],
     tree: bool,
     wanted: int,
-    pad_to: PadTo | None,
+    pad_to: PadTo,
 ) -> tuple[tuple[Tensor, ...], int]:
     """The tensors for `step` and `guesses`, and the number of tokens, padding included, before riders join.
 

@@ -57,7 +57,7 @@ class ModelDrafter:
 
 
 class _Session(DraftSession):
-    def __init__(self, drafter: ModelDrafter, target: KVCache, lanes: int) -> None:
+    def __init__(self, drafter: ModelDrafter) -> None:
         self.drafter, self.model = drafter, drafter.model
 
     def _best(
@@ -83,7 +83,7 @@ class _Causal(_Session):
     """
 
     def __init__(self, drafter: ModelDrafter, target: KVCache, lanes: int) -> None:
-        super().__init__(drafter, target, lanes)
+        super().__init__(drafter)
         self._kv_cache = self.model.new_cache(target.slots.shape[2], target.page_size, target.block_table)
         self._pages = target
         """Makes the metadata: it notices when pages are assigned."""
@@ -120,7 +120,7 @@ class _Causal(_Session):
 
 class _Diffusion(_Session):
     def __init__(self, drafter: ModelDrafter, target: KVCache, lanes: int) -> None:
-        super().__init__(drafter, target, lanes)
+        super().__init__(drafter)
         self._kv_cache = self.model.new_cache(lanes, target.length, kept=False)
 
     def propose(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:

@@ -184,7 +184,7 @@ def evaluate_drafter(
     model, tokenizer = loaded or registry.load(model_name, device=device)
     encode = prompt_encoder(tokenizer, registry.template_of(model_name))
     correct = passes = drafts = tokens = layers = 0
-    drafted, accepted = [0] * 0, [0] * 0
+    drafted, accepted = list[int](), list[int]()
     answer_to: dict[str, Answer] = {}
     loaded_drafter = dx.speculation.drafter_of(drafter, model.device)
     size = draft_size
