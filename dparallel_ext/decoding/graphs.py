@@ -35,8 +35,8 @@ class Recorder(Protocol):
     def turn(self) -> AbstractContextManager[None]:
         """Order the launches inside after all those before it, and before all those after it."""
 
-    def record(self, compute: Compute, numbers: Tensor) -> tuple[Callable[[], None], Tensor]:
-        """Record compute(numbers), without running it; return what replays it, and the tensor of its
+    def record(self, compute: Compute, inputs: Tensor) -> tuple[Callable[[], None], Tensor]:
+        """Record compute(inputs), without running it; return what replays it, and the tensor of its
         result."""
 
 
@@ -74,7 +74,7 @@ class CudaRecorder:
         finally:
             outer.wait_stream(self.stream)
 
-    def record(self, compute: Compute, numbers: Tensor) -> tuple[Callable[[], None], Tensor]:
+    def record(self, compute: Compute, inputs: Tensor) -> tuple[Callable[[], None], Tensor]:
         graph: Any = torch.cuda.CUDAGraph()
         with _recording, own_recording():
             if not self._graphs:  # torch refuses a pool whose last graph is gone
@@ -84,7 +84,7 @@ class CudaRecorder:
             try:
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
-                    result = compute(numbers)
+                    result = compute(inputs)
                 finally:
                     graph.capture_end()
             finally:
@@ -95,7 +95,7 @@ class CudaRecorder:
 
 
 class Recorded(NamedTuple):
-    numbers: Tensor
+    inputs: Tensor
     replay: Callable[[], None]
     result: Tensor
     held: Any
@@ -124,35 +124,35 @@ class Graphs:
             self.recordings.clear()
 
     def run(
-        self, key: Hashable, numbers: Tensor, compute: Compute, *, device: torch.device, held: Any = None
+        self, key: Hashable, inputs: Tensor, compute: Compute, *, device: torch.device, held: Any = None
     ) -> Tensor:
-        """compute(numbers), replayed where it can be.
+        """compute(inputs), replayed where it can be.
 
-        key: all that the launches depend on beside the values of `numbers`; None: run eagerly, in turn.
-        numbers: (n,) int64 on the CPU. held: what must live as long as the recording.
+        key: all that the launches depend on beside the values of `inputs`; None: run eagerly, in turn.
+        inputs: (n,) int64 on the CPU. held: what must live as long as the recording.
         """
         if self.recorder is None:
-            return compute(numbers.to(device, non_blocking=True))
+            return compute(inputs.to(device, non_blocking=True))
         with self.recorder.turn():
             if key is None:
-                return compute(numbers.to(device, non_blocking=True))
+                return compute(inputs.to(device, non_blocking=True))
             met, recording = key in self.recordings, self.recordings.pop(key, None)
             if met and recording is None:
-                recording = self._record(numbers.to(device, non_blocking=True), compute, held)
+                recording = self._record(inputs.to(device, non_blocking=True), compute, held)
             self.recordings[key] = recording
             if len(self.recordings) > LIMIT:
                 del self.recordings[next(iter(self.recordings))]
             if recording is None:
-                return compute(numbers.to(device, non_blocking=True))
-            recording.numbers.copy_(numbers, non_blocking=True)
+                return compute(inputs.to(device, non_blocking=True))
+            recording.inputs.copy_(inputs, non_blocking=True)
             recording.replay()
             self.replays += 1
             return recording.result.clone()  # the next replay, of any key, may write there
 
-    def _record(self, numbers: Tensor, compute: Compute, held: Any) -> Recorded | None:
+    def _record(self, inputs: Tensor, compute: Compute, held: Any) -> Recorded | None:
         assert self.recorder is not None
         try:
-            return Recorded(numbers, *self.recorder.record(compute, numbers), held)
+            return Recorded(inputs, *self.recorder.record(compute, inputs), held)
         except Exception:  # of any kind: if the pass itself is at fault, it raises again when run eagerly
             log.warning(
                 "a pass could not be recorded; passes run without CUDA graphs. If CUDA ended the recording, "
@@ -162,3 +162,18 @@ class Graphs:
             )
             self.recorder = None
             return None
+
+
+def run_pass(
+    graphs: Graphs | None,
+    key: Hashable,
+    inputs: Tensor,
+    compute: Compute,
+    *,
+    device: torch.device,
+    held: Any,
+) -> Tensor:
+    """As `Graphs.run`; eagerly where nothing can be recorded."""
+    if graphs is None or graphs.addresses is None:
+        return compute(inputs.to(device, non_blocking=True))
+    return graphs.run(key, inputs, compute, device=device, held=held)

@@ -21,6 +21,7 @@ from ..packed import unpack
 from ..rules import Rule
 from ..types import CommitOutput
 from . import padding
+from .graphs import run_pass
 from .inputs import GraphKey, InputPacker, SequenceWork
 from .sampler import Decided, Predicted, decide
 from .sequence import SequenceState, eos_ids
@@ -146,10 +147,9 @@ class Runner:
         ready = next((each for each in prepared if each.inputs_key == inputs_key), None)
         inputs, key = self.packer.pack(rows, work) if ready is None else (ready.inputs, ready.key)
         compute = functools.partial(self._compute, key, work)
-        if self.graphs is None or self.graphs.addresses is None:
-            return compute(inputs.to(self.tokens.device, non_blocking=True))
         may = key.rows <= self.recorded_rows and key.recorded
-        return self.graphs.run(key.key if may else None, inputs, compute, device=self.tokens.device, held=key)
+        device, graph_key = self.tokens.device, key.key if may else None
+        return run_pass(self.graphs, graph_key, inputs, compute, device=device, held=key)
 
     def look(self, rows: Sequence[SequenceState], results: Sequence[Tensor]) -> list[list[Counts]]:
         """For each pass and lane, the counts in what `run` returned; waits for the device.

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from ..arguments import shown, whole
 from ..cache import AttentionMetadata, KVCache, Span
+from ..decoding.graphs import run_pass
 from ..decoding.padding import recorded_rows, row_padding
 from ..models import Model, Stream, own_precision
 from ..models.fields import LAYERS, VOCABULARY, WIDTH, Field, read
@@ -316,11 +317,8 @@ class _Session(RecordedSession):
             inputs = inputs.pin_memory()  # else the copy to the device may wait for earlier work
         key = _Key(shapes, metadata.max_q_len, metadata.max_kv_len, head, tuple(groups.values()))
         compute = functools.partial(self._compute, key)
-        if self.graphs is None or self.graphs.addresses is None:
-            result = compute(inputs.to(device, non_blocking=True))
-        else:
-            few = shapes[0][0] <= self._recorded_rows
-            result = self.graphs.run(key.key if few else None, inputs, compute, device=device, held=key)
+        few = shapes[0][0] <= self._recorded_rows
+        result = run_pass(self.graphs, key.key if few else None, inputs, compute, device=device, held=key)
         guesses = iter(result.tolist())  # waits for the device
         return [None if queue.full or (guess := next(guesses)) < 0 else guess for queue in queues]
 

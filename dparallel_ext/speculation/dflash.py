@@ -22,6 +22,7 @@ context is made of the token's embedding (tap -1) and the last layer's stream.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 
 from .._C import DraftTree, draft_trees
 from ..cache import AttentionMetadata, KVCache, Span
+from ..decoding.graphs import run_pass
 from ..decoding.padding import recorded_rows, row_padding
 from ..models import Model, Qwen3, fused_weights, own_precision, rope
 from ..models.attention import PagedAttention
@@ -339,15 +341,9 @@ class _Session(RecordedSession):
         if device.type == "cuda":
             inputs = inputs.pin_memory()
         key = _Key(shapes, metadata.max_q_len, metadata.max_kv_len, tuple(suppressed.values()))
-
-        def compute(inputs: Tensor) -> Tensor:
-            return self._compute(key, inputs)
-
-        if self.graphs is None or self.graphs.addresses is None:
-            best = compute(inputs.to(device, non_blocking=True))
-        else:
-            few = shapes[0][0] <= self._recorded_rows
-            best = self.graphs.run(key.key if few else None, inputs, compute, device=device, held=key)
+        compute = functools.partial(self._compute, key)
+        few = shapes[0][0] <= self._recorded_rows
+        best = run_pass(self.graphs, key.key if few else None, inputs, compute, device=device, held=key)
         tokens, bits = best[:, : len(source)].flatten(1).cpu()
         guesses, scores = tokens.tolist(), bits.to(torch.int32).view(torch.float32).tolist()
         trees = draft_trees(scores, self._drafter.width, counts, list(sizes))

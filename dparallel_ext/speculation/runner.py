@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..cache import AttentionMetadata, PadTo, Span
 from ..decoding import padding
+from ..decoding.graphs import run_pass
 from ..decoding.workspace import Workspace
 from ..models import Model, Taps, own_precision
 from ..ops import accept, kv_move
@@ -230,11 +231,9 @@ class CausalRunner:
             self.graphs.drop_stale(of_model if of_model is None else [*of_model, *(of_drafter or ())])
         inputs, key = self._inputs(rows, drafts, tree, coming)
         compute = functools.partial(self._compute, key)
-        if self.graphs is None or self.graphs.addresses is None:
-            result = compute(inputs.to(self.device, non_blocking=True))
-        else:
-            few = key.shapes[0][0] <= self._recorded_rows
-            result = self.graphs.run(key.key if few else None, inputs, compute, device=self.device, held=key)
+        few = key.shapes[0][0] <= self._recorded_rows
+        device, graph_key = self.device, key.key if few else None
+        result = run_pass(self.graphs, graph_key, inputs, compute, device=device, held=key)
         there = None
         if self.device.type == "cuda":
             # Copied now, into pinned memory: a copy issued later would wait for later passes.
