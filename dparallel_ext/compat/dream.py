@@ -61,8 +61,7 @@ def diffusion_generate(
 
     The times t_i go from 1 down to `eps` in equal steps. Step i commits the share 1 - t_(i+1) / t_i of the
     masks, the last step all. Unlike in `decode`, positions are ranked by the distribution that tokens are
-    drawn
-    from: temperature, then top_p, then top_k, also at temperature 0 (ties are cut at exactly top_k).
+    drawn from: temperature, then top_p, then top_k, also at temperature 0 (ties are cut at exactly top_k).
 
     Args:
         inputs: (B, P) int64. Masks in it are filled too.

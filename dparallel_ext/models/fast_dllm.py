@@ -25,8 +25,7 @@ class FastDLLM(Model):
     - A prompt of exactly one block is seen; the published functions drop it, since they store a prompt only
       if it is longer than a block.
     - Above temperature 0 every token is sampled from the whole softmax; the published code takes the argmax
-    as
-      a block's first token, and samples the others from the top 95 %.
+      as a block's first token, and samples the others from the top 95 %.
     - It decodes `gen_length` tokens, to the end of their last block; the published code decodes
       `max_new_tokens // bd_size` blocks from the one that the prompt ends in, and one token more.
     - The mask token is never committed.

@@ -278,9 +278,8 @@ def refuse_quantised(config: Mapping[str, Any], names: Iterable[str], source: st
         if not settings:
             continue
         settings = settings if isinstance(settings, Mapping) else {"quant_method": settings}
-        method = getattr(
-            settings.get("quant_method"), "value", settings.get("quant_method")
-        )  # transformers' enum
+        method = settings.get("quant_method")
+        method = getattr(method, "value", method)  # transformers' enum
         if method == "bitsandbytes" and not (settings.get("load_in_8bit") or settings.get("load_in_4bit")):
             continue
         raise ValueError(f"{source} is quantised ({key}: {method or 'of an unknown method'}); {expected}")

@@ -87,9 +87,8 @@ class SchED(Rule):
             number(name, getattr(self, name))
 
     def new_state(self, lanes: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
-        return (
-            torch.zeros((lanes, columns), dtype=torch.int64, device=device),
-        )  # prediction + 1; 0: none yet
+        predictions = torch.zeros((lanes, columns), dtype=torch.int64, device=device)  # + 1; 0: none yet
+        return (predictions,)
 
     def bar(self, t: Tensor) -> Tensor:
         """The threshold (W,) at progress t (W,), from 0 to 1."""

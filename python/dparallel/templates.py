@@ -183,9 +183,8 @@ def work(requests: IO[bytes], answers: IO[bytes]) -> None:
     """Answer each line, {source, seconds, characters, variables or nothing}, by {text} or {error}."""
     import resource
 
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # the parent handles it, and this process ends with the parent
+    # The parent handles it, and this process ends with the parent.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     sandbox: Any = functools.cache(environment)

@@ -1,11 +1,9 @@
 """Measures a model's passes on this device, and chooses the settings with the most tokens per second.
 
     autoregressive   measures, for each size of draft, L, the seconds of a pass, D, the seconds of drafting,
-    and
-                     tau, the tokens of a pass; chooses argmax tau / (L + D) (PPD, arXiv 2405.18628)
+                     and tau, the tokens of a pass; chooses argmax tau / (L + D) (PPD, arXiv 2405.18628)
     diffusion        measures passes, tokens and seconds for each policy, block length, number of active
-    blocks
-                     and cache; chooses the fastest whose answers are within the tolerance of the best
+                     blocks and cache; chooses the fastest whose answers are within the tolerance of the best
 
 `dparallel tune` writes the choice into a file for `--config` of the other commands, see `configs`.
 """

@@ -316,7 +316,7 @@ class DParallelLM(TemplateLM):
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihoods of whole texts. Each token is scored in one window of at most max_length
         positions: the first after the prefix token if there is one, later ones after as many tokens as
-            fit."""
+        fit."""
         windows = [
             list(windows_of(self.tok_encode(request.args[0]), self._prefix, self.max_length))
             for request in requests

@@ -362,7 +362,6 @@ def make_app(service: Service) -> FastAPI:
         )
 
     name_errors(app, service)
-
     add_routes(app, service)
     return app
 

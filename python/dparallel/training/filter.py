@@ -2,9 +2,8 @@
 2509.25188).
 
 An oracle knows the model's answer y from slow decoding (`dparallel trajectories`), and decodes the prompt
-once
-more: each pass commits every masked position whose prediction equals y's token; if there is none, it fills
-the block with y. For each pass the oracle records the confidences of the block's columns and which
+once more: each pass commits every masked position whose prediction equals y's token; if there is none, it
+fills the block with y. For each pass the oracle records the confidences of the block's columns and which
 predictions were right, and the filter learns to predict the latter from the former. Prompts are held out
 whole to test it, since passes over one prompt are much alike.
 """

@@ -78,9 +78,8 @@ def run(
     """Train `model`, or resume the interrupted run in `directory`; the model then has the averaged weights.
 
     matrices: the parameters that Muon trains. loss_of: a step's loss, which depends only on the step's
-    number.
-    settings: identify the run; only "steps" may differ in a resumed one. defaults: values of settings that an
-    older run's state does not have.
+    number. settings: identify the run; only "steps" may differ in a resumed one. defaults: values of settings
+    that an older run's state does not have.
 
     Raises ValueError if `directory` holds a run with other settings, or state.pt is not a run's state, and
     for rows that a loss refuses, such as one with NaN.

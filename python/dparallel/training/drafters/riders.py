@@ -4,10 +4,9 @@ A step puts a chain of riders, one for each distance, behind random places of th
 sees the text up to its place and the riders before it. It learns the target's distribution in the row of the
 true token at the rider's position, by KL(target || rider) with weight .8^i at distance i (PPD, arXiv
 2405.18628; Hidden Transfer, 2404.12022, distils the same way). In the loss the rider's logits are divided by
-`soften`,
-since only their order is used: the few numbers of a prompt token cannot lower the head's confidence, and at
-`soften` 1 most of the loss is from places where the next tokens cannot be known (300 steps for
-`builtin:causal`: the first rider's best token is right in 38% at 1, in 49% at 3). Maps of Hidden Transfer
+`soften`, since only their order is used: the few numbers of a prompt token cannot lower the head's
+confidence, and at `soften` 1 most of the loss is from places where the next tokens cannot be known (300 steps
+for `builtin:causal`: the first rider's best token is right in 38% at 1, in 49% at 3). Maps of Hidden Transfer
 can, and are better at 1. Only the kind's own parameters get a gradient.
 
 At the end the ranks are measured on answers that were not trained on: how often the true token is a rider's
