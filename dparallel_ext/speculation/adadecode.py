@@ -340,10 +340,7 @@ class _Session(RecordedSession):
             seed, sequence, position = keys.unbind(1)
             stats = row_stats(
                 logits,
-                suppress=sampling.suppress,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
+                **sampling._asdict(),
                 seed=seed,
                 sequence=sequence,
                 position=position,

@@ -315,10 +315,7 @@ class CausalRunner:
                 room=room,
                 eos_ids=eos_ids,
                 keys=keys if group.temperature > 0 else None,
-                temperature=group.temperature,
-                top_p=group.top_p,
-                top_k=group.top_k,
-                suppress=group.suppress,
+                **group._asdict(),
                 max_q_len=key.rows,
                 check=False,
             )
