@@ -28,7 +28,7 @@ QWEN2_WORDS = "|".join(
 
 
 def load(directory: Path) -> Any:
-    """The `tokenizers.Tokenizer` of a checkpoint.
+    """The `tokenizers.Tokenizer` of a checkpoint, which neither cuts texts nor pads them.
 
     Raises FileNotFoundError if files are missing, ValueError if they hold no tokenizer, or one that does not
     take every text.
@@ -41,6 +41,9 @@ def load(directory: Path) -> Any:
     text = files.read_text(file)
     try:
         tokenizer = Tokenizer.from_str(text)
+        # The file keeps what its last user had set, often the lengths of training texts.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         tokenizer.decode(tokenizer.encode(ANY_TEXT).ids)
     except Exception as error:  # the package raises nothing narrower
         raise ValueError(f"model: {file} is not a tokenizer: {error}") from error

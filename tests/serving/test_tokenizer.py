@@ -304,6 +304,16 @@ def test_ends_that_the_model_has_no_rows_for_are_named(tmp_path: Path) -> None:
         registry.load(str(tmp_path / "m"))
 
 
+def test_a_tokenizer_json_neither_cuts_nor_pads(tmp_path: Path) -> None:
+    """Files keep the lengths that training had set; transformers passes them over too."""
+    found = tokenizer.load(registry.directory_of("builtin:student"))
+    expected = found.encode("sam has 4 cups now .").ids
+    found.enable_truncation(3)
+    found.enable_padding(length=12)
+    found.save(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.load(tmp_path).encode("sam has 4 cups now .").ids == expected
+
+
 def test_a_tokenizer_json_comes_first(tmp_path: Path) -> None:
     write(tmp_path)
     shutil.copy(registry.directory_of("builtin:student") / "tokenizer.json", tmp_path)
