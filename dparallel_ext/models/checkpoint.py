@@ -127,7 +127,7 @@ def device_of(device: torch.device | str | None) -> torch.device:
         place = torch.device("cpu" if device is None else device)
     except RuntimeError:
         place = None
-    if place is None or place.type not in ("cpu", "cuda", "meta"):
+    if place is None or place.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected cpu, cuda or cuda:N, got {str(device)!r}")
     if place.type == "cuda":
         count = torch.cuda.device_count()
@@ -295,8 +295,8 @@ def _assemble(
     with shapes_only():
         model = family(config)
     wanted = dict(model.named_parameters())
-    # A tied head may be stored all the same.
-    known = {*wanted, model.checkpoint_name("lm_head") + ".weight"} if model.shape.tied else set(wanted)
+    head = model.checkpoint_name("lm_head") + ".weight"
+    known = {*wanted, head} if model.shape.tied else set(wanted)  # a tied head may be stored all the same
     offers = {offer.name: offer for offer in tensors}
     fitting = [offer for offer in offers.values() if offer.name in wanted]
     faults = []
@@ -324,8 +324,24 @@ def _assemble(
         module, _, parameter = name.rpartition(".")
         held = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(places.put(wanted[name], tensor))
         setattr(model.get_submodule(module), parameter, held)
+    if head in offers and head not in wanted:
+        _refuse_another_head(offers[head], model.embed.weight, config, source)
     model.tie()
     return model.eval()
+
+
+def _refuse_another_head(head: Offer, embedding: Tensor, config: Mapping[str, Any], source: str) -> None:
+    """Raise ValueError if a tied head is stored, and differs from the embedding.
+
+    transformers 5 then uses the stored head, transformers 4 and the published code do not.
+    """
+    same = head.shape == tuple(embedding.shape) and head.dtype in DTYPES
+    if not (same and torch.equal(head.fetch().to(embedding.dtype), embedding)):
+        key = next(key for key in ("weight_tying", "tie_word_embeddings") if config.get(key))
+        raise ValueError(
+            f"{source}: {key} says that {head.name} is the embedding, and it is stored with other numbers; "
+            f"set {key} to false to use it, or remove it"
+        )
 
 
 def _stored(

@@ -366,6 +366,23 @@ def test_wrap_shares_the_weights(family: str, tied: bool) -> None:
     torch.testing.assert_close(model(x).logits, theirs(x).logits, rtol=0, atol=1e-4)
 
 
+def test_wrap_refuses_a_head_of_its_own_that_the_config_ties(tmp_path: Path) -> None:
+    """transformers 5 unties what a checkpoint stores with two contents; the config goes on to say tied."""
+    theirs_of("qwen2", tie_word_embeddings=True).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = 2 * tensors["model.embed_tokens.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    said = r"tie_word_embeddings says that lm_head\.weight is the embedding, and it is stored with other"
+    for give in (lambda: models.wrap(theirs), lambda: models.load(tmp_path)):
+        with pytest.raises(ValueError, match=said):
+            give()
+    theirs.config.tie_word_embeddings = False
+    x = ids(1, 5)
+    torch.testing.assert_close(models.wrap(theirs)(x).logits, theirs(x).logits, rtol=0, atol=1e-4)
+
+
 def test_tables_in_old_checkpoints_are_passed_over(tmp_path: Path) -> None:
     """Those of Llama 2 hold the frequencies of each layer."""
     case("llama").save_pretrained(tmp_path)

@@ -358,6 +358,10 @@ def test_tied(key: str, tmp_path: Path) -> None:
         "tie_word_embeddings": ("dream_tiny_a", "lm_head.weight"),
     }[key]
     tensors, config = golden.tensors(name), config_of(name, **{key: True})
+    with pytest.raises(ValueError, match=f"{key} says that {head} is the embedding, and it is stored with"):
+        models.load(write(tmp_path, config, tensors))
+    embed = "model.transformer.wte.weight" if key == "weight_tying" else "model.embed_tokens.weight"
+    tensors[head] = tensors[embed].clone()
     stored_too = models.load(write(tmp_path, config, tensors))
     del tensors[head]
     model = models.load(write(tmp_path, config, tensors))
