@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import itertools
 import json
 import shutil
@@ -17,6 +18,9 @@ from conftest import ROOT
 from dparallel import live, registry, results
 from dparallel.cli import app, common
 from dparallel.toy import demo, tasks, train
+from rich.console import Console
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
 from typer.testing import CliRunner
 
 import dparallel_ext as dx
@@ -129,6 +133,21 @@ def test_decode_streams():
     text = run("decode", PROMPT, "--stream")
     assert "pass  1" in text
     assert "####" in text
+    apart = CliRunner().invoke(app, ["decode", PROMPT, "--stream", "--json"])
+    assert json.loads(apart.stdout)["response"]  # JSON alone
+    assert "pass  1" in apart.stderr
+
+
+def test_streams_tokens_that_the_tokenizer_lacks() -> None:
+    """Checkpoints have more rows than tokens, and tokens are shown as text, not as a vocabulary spells
+    them."""
+    known = Tokenizer(BPE(vocab={"\u0120yes": 0, "<mask>": 1}, merges=[]))
+    known.decoder = decoders.ByteLevel()
+    console = Console(file=io.StringIO())
+    shown = live.LiveText(console, known, 1, 0.0)
+    shown.put(torch.tensor([0]))  # the prompt
+    shown.put_draft(torch.tensor([0, 0, 1, 7]))
+    assert console.file.getvalue() == f"pass  1   yes yes {live.HIDDEN}\n"
 
 
 def test_decode_a_ragged_batch(tmp_path: Path):
@@ -253,6 +272,8 @@ def test_numbers_outside_their_meaning_are_named(
         (("decode",), "prompt: expected one"),
         (("decode", "x", "--policy", "entropy"), "policy: expected"),
         (("decode", "x", "--model", "nowhere"), "model: 'nowhere'"),
+        (("decode", "x\udcff"), "prompt: expected text in utf-8, got 'x\\udcff'"),
+        (("decode", "x", "--suffix", "\udcff"), "suffix: expected text in utf-8, got '\\udcff'"),
         (("decode", "x", "--cache", "all"), "cache: expected one of"),
         (
             ("decode", "x", "--cache", "block"),
@@ -262,6 +283,7 @@ def test_numbers_outside_their_meaning_are_named(
         (("decode", "x", "--infill"), "prompt: expected a mask token, [MASK]"),
         (("decode", "x", "--suffix", "y", "--gen-length", "0"), "gen_length: expected a whole number >= 1"),
         (("decode", "x", "--device", "gpu"), "device: expected cpu, cuda or cuda:N, got 'gpu'"),
+        (("decode", "x", "--device", "meta"), "device: expected cpu, cuda or cuda:N, got 'meta'"),
         (("trajectories", "out", "--data", "builtin:3", "--gen-length", "0"), "gen_length: expected"),
         (("decode", "x", "--temperature", "-1"), "temperature: expected"),
         (("decode", "x", "--top-p", "2"), "top_p: expected"),

@@ -46,6 +46,12 @@ def test_what_cannot_be_written_is_named_and_leaves_nothing(tmp_path: Path):
     with pytest.raises(ValueError, match=r"plot: .* is a directory, expected a file"):
         files.writable("plot", tmp_path)
     assert files.writable("plot", tmp_path / "new" / "a.png") == tmp_path / "new" / "a.png"
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to(taken)  # as /dev/stdout is one
+    for name, kind in (("fifo", "a pipe or a device"), ("link", "a link")):
+        with pytest.raises(ValueError, match=f"json: .*{name} is {kind}, expected a file"):
+            files.writable("json", tmp_path / name)
+        (tmp_path / name).unlink()
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 

@@ -127,11 +127,13 @@ def directory(argument: str, path: str | Path) -> Path:
 
 
 def writable(argument: str, file: str | Path) -> Path:
-    """Check, before long work, that a file can be written. Raises ValueError."""
+    """Check, before long work, that a file can be written. Raises ValueError, also for a link, a pipe or a
+    device such as /dev/stdout, since `replacing` would put a file in its place."""
     file = Path(file)
     possible(argument, file.parent)
-    if file.is_dir():
-        raise ValueError(f"{argument}: {file} is a directory, expected a file")
+    if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
+        kind = "a directory" if file.is_dir() else "a link" if file.is_symlink() else "a pipe or a device"
+        raise ValueError(f"{argument}: {file} is {kind}, expected a file")
     return file
 
 

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from .text import TokenTexts
 from .toy import tasks
 
 HIDDEN = "░░"
@@ -19,7 +20,8 @@ class LiveText:
     def __init__(
         self, console: Any, tokenizer: Any, mask_id: int | None, delay: float, *, causal: bool = False
     ) -> None:
-        self.console, self.tokenizer, self.mask_id, self.causal = console, tokenizer, mask_id, causal
+        self.console, self.mask_id, self.causal = console, mask_id, causal
+        self.text_of = TokenTexts(tokenizer)
         self.delay = delay if console.is_terminal else 0.0
         self.done: list[int] = []
         self.before: list[int] = []
@@ -67,14 +69,13 @@ class LiveText:
 
         text = Text(f"pass {self.passes:2d}  ", style="bold")
         for i, token in enumerate(now):
-            fresh = i >= len(self.before) or token != self.before[i]
+            fresh, gap = i >= len(self.before) or token != self.before[i], " " if i else ""
             if token == self.mask_id:
-                text.append(HIDDEN + " ", style="grey37")
+                text.append(gap + HIDDEN, style="grey37")
                 continue
-            word = self.tokenizer.id_to_token(token)
+            word = self.text_of(token, first=not i)
             style = "bold black on green" if fresh else "default"
-            if word == tasks.EOS:
-                word, style = "·", "green" if fresh else "grey37"
+            if word.strip() == tasks.EOS:
+                word, style = gap + "·", "green" if fresh else "grey37"
             text.append(word, style=style)
-            text.append(" ")
         return text

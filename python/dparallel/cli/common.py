@@ -72,6 +72,17 @@ def plain_errors(extra: str = "cli") -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
+def check_text(**texts: str | None) -> None:
+    """Raise ValueError for an argument whose bytes are no text in the locale's encoding: Python gives them as
+    halves of surrogate pairs."""
+    for name, text in texts.items():
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError as error:
+            encoding = sys.getfilesystemencoding()
+            raise ValueError(f"{name}: expected text in {encoding}, got {text!r:.80}") from error
+
+
 def at_least(name: str, value: int, least: int) -> None:
     """Raise ValueError naming the option unless `value` is at least `least` and fits 64 bits."""
     if not least <= value <= sys.maxsize:

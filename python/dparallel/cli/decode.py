@@ -22,6 +22,7 @@ from .common import (
     ModelOption,
     PolicyOption,
     check_kind,
+    check_text,
     plain_errors,
     read_config,
 )
@@ -99,6 +100,7 @@ def decode(
     with plain_errors():
         if html is not None:
             files.writable("html", html)
+        check_text(suffix=suffix)
         calls = prompts_of(prompt or [], file, batch, stream)
         content, mask_id, drafters, draft_size = read_config(
             config, [model], device, mask_id, [drafter] if drafter else None, draft_size
@@ -131,7 +133,8 @@ def decode(
         recording = None if html is None else Recording("dparallel decode")
         for texts in calls:
             onward = causal or verifier is not None
-            live = LiveText(Console(), tokenizer, loaded.mask_id, 0.1, causal=onward) if stream else None
+            console = Console(stderr=as_json)  # with --json the standard output is JSON alone
+            live = LiveText(console, tokenizer, loaded.mask_id, 0.1, causal=onward) if stream else None
             shared: dict[str, Any] = {"template": template, "live": live, "recording": recording}
             request = model, loaded, tokenizer, texts, asked
             if causal:
@@ -149,6 +152,8 @@ def decode(
 
 def prompts_of(prompts: list[str], file: Path | None, batch: Path | None, stream: bool) -> list[list[str]]:
     """The prompts of each call of `decode`: one, or all of the file `batch`."""
+    for text in prompts:
+        check_text(prompt=text)
     calls = [[text] for text in prompts]
     if file is not None:
         calls += [[text] for text in files.prompts("file", file)]
