@@ -47,7 +47,39 @@ def load(directory: Path) -> Any:
         tokenizer.decode(tokenizer.encode(ANY_TEXT).ids)
     except Exception as error:  # the package raises nothing narrower
         raise ValueError(f"model: {file} is not a tokenizer: {error}") from error
+    _add_missing(tokenizer, directory)
     return tokenizer
+
+
+def _add_missing(tokenizer: Any, directory: Path) -> None:
+    """Add the tokens that tokenizer_config.json lists and tokenizer.json lacks, as transformers does.
+
+    Raises ValueError for one that would get another id than the listed one.
+    """
+    added = files.added_tokens(directory)
+    missing = {text: token for text, token in added.items() if tokenizer.token_to_id(text) is None}
+    tokenizer.add_tokens(_added(missing, set()))
+    for text, token in missing.items():
+        if (index := tokenizer.token_to_id(text)) != token["id"]:
+            raise ValueError(
+                f"model: tokenizer_config.json of {directory} lists {text!r:.80} with the id {token['id']}; "
+                f"tokenizer.json lacks it, and would give it {index}"
+            )
+
+
+def _added(tokens: dict[str, dict[str, Any]], special: set[str]) -> list[Any]:
+    """`AddedToken`s in the order of their ids. special: texts that are special tokens, whatever the flags."""
+    from tokenizers import AddedToken
+
+    flags = ("lstrip", "rstrip", "single_word", "normalized")
+    return [
+        AddedToken(
+            text,
+            special=bool(token.get("special")) or text in special,
+            **{flag: bool(token[flag]) for flag in flags if flag in token},
+        )
+        for text, token in sorted(tokens.items(), key=lambda item: item[1]["id"])
+    ]
 
 
 def qwen2(directory: Path) -> Any:
@@ -99,15 +131,7 @@ def _add(tokenizer: Any, directory: Path, added: dict[str, dict[str, Any]]) -> N
 
     config, roles = files.read_json(directory / "tokenizer_config.json"), files.special_tokens(directory)
     special = {*roles.values(), *files.more_special_tokens(directory)}
-    flags = ("lstrip", "rstrip", "single_word", "normalized")
-    tokens = [
-        AddedToken(
-            text,
-            special=bool(token.get("special")) or text in special,
-            **{flag: bool(token[flag]) for flag in flags if flag in token},
-        )
-        for text, token in sorted(added.items(), key=lambda item: item[1]["id"])
-    ]
+    tokens = _added(added, special)
     in_vocabulary = [
         text for text in roles.values() if text not in added and tokenizer.token_to_id(text) is not None
     ]

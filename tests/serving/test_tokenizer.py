@@ -314,6 +314,23 @@ def test_a_tokenizer_json_neither_cuts_nor_pads(tmp_path: Path) -> None:
     assert tokenizer.load(tmp_path).encode("sam has 4 cups now .").ids == expected
 
 
+def test_tokens_that_only_the_config_lists_are_added(tmp_path: Path) -> None:
+    """As those of a model whose mask was added after its tokenizer.json had been written."""
+    transformers = pytest.importorskip("transformers")
+    shutil.copy(registry.directory_of("builtin:student") / "tokenizer.json", tmp_path)
+    for index, said in ((202, None), (210, r"lists '<new>' with the id 210; .* would give it 202")):
+        listed = {str(index): {"content": "<new>", "special": True}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed}))
+        if said is None:
+            found = tokenizer.load(tmp_path)
+            theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+            assert found.encode("sam has <new> cups").ids == theirs("sam has <new> cups")["input_ids"]
+            assert found.token_to_id("<new>") == index
+        else:
+            with pytest.raises(ValueError, match=said):
+                tokenizer.load(tmp_path)
+
+
 def test_a_tokenizer_json_comes_first(tmp_path: Path) -> None:
     write(tmp_path)
     shutil.copy(registry.directory_of("builtin:student") / "tokenizer.json", tmp_path)
