@@ -56,9 +56,10 @@ class Draft:
     drafted: int = 0
     """Tokens that the drafter guessed for the pass."""
     accepted: int = 0
-    """Guessed tokens that were the model's own choice: the first of `tokens`."""
+    """Guessed tokens that were the model's own choice: the first of `tokens`, but for the last of them, which
+    counts as the pass's own."""
     refused: list[int] = field(default_factory=list)
-    """Guessed tokens that the model did not choose, in the drafter's order."""
+    """Guessed tokens that the model did not choose, or behind an end of the text, in the drafter's order."""
     passes: list[int | None] | None = None
     """With `logprobs`, the pass that committed each of `tokens`, None for a mask."""
     logprobs: list[float | None] | None = None

@@ -275,12 +275,12 @@ class AdaptiveBatch(CausalBatch):
             first += len(columns)
         first = 0
         for b, columns in drafts.items():
-            tokens, count = [row[0] for row in by_place[first : first + len(columns)]], taken[b]
+            tokens = [row[0] for row in by_place[first : first + len(columns)]]
             self.verified[b] += b in asked
+            count = self.commit(b, tokens[: taken[b]], logprobs[first : first + taken[b]])
             if len(tokens) > 1:
                 self.counts.add(len(tokens) - 1, count - 1)
             rows[b].judged(Verified(len(tokens) - 1, count - 1, tuple(tokens[count:])))
-            self.commit(b, tokens[:count], logprobs[first : first + count])
             first += len(columns)
 
     def _logits(

@@ -308,17 +308,17 @@ class CausalBatch:
 
     def _advance(self, b: int, draft: Draft, emitted: Emitted) -> None:
         """Update sequence b by the tokens that a pass has emitted."""
-        row, count = self.rows[b], len(emitted.tokens)
+        row = self.rows[b]
         if self._session is not None:
             self._session.guessed(b, emitted.riders, emitted.guessed)
+        row.layers += draft.layers + self.model.shape.layers - draft.start
+        count = self.commit(b, emitted.tokens, emitted.logprobs)
         if draft.tokens:
             self.counts.add(max(depths(draft)), count - 1)
-        row.layers += draft.layers + self.model.shape.layers - draft.start
-        row.judged(Verified(len(draft.tokens), count - 1, draft.refused(emitted.tokens)))
-        self.commit(b, emitted.tokens, emitted.logprobs)
+        row.judged(Verified(len(draft.tokens), count - 1, draft.refused(emitted.tokens[:count])))
 
-    def commit(self, b: int, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
-        """Append the tokens of a pass to sequence b, up to its end.
+    def commit(self, b: int, tokens: Sequence[int], logprobs: Sequence[float]) -> int:
+        """Append the tokens of a pass to sequence b, up to its end; return how many these are.
 
         logprobs: of each token, if the sequence is recorded.
         """
@@ -346,3 +346,4 @@ class CausalBatch:
         if row.stopped or not row.room:
             row.done = True
             self.tokens[b, row.known :] = self.pad_id
+        return row.known - start

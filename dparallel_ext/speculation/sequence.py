@@ -36,14 +36,16 @@ class OpenRegion(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """The result of verifying a draft."""
+    """The result of verifying a draft. The last token that a pass adds to the text counts as the pass's own,
+    even if it was guessed, as an end of the text may be: a pass adds `accepted` + 1 tokens."""
 
     drafted: int
     """Nodes of the draft."""
     accepted: int
-    """Nodes that were the model's own choice: the first tokens that the pass emits."""
+    """Nodes that were the model's own choice: the first of the tokens that the pass adds to the text."""
     refused: tuple[int, ...]
-    """The tokens of the other nodes, in the draft's order."""
+    """The tokens of the nodes that are not in the text, in the draft's order: those that the model did not
+    choose, and those behind an end of the text."""
 
 
 @dataclass

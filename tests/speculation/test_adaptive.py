@@ -247,7 +247,10 @@ def test_an_end_cuts_what_a_pass_has_accepted() -> None:
         text = whole.sequences[b, len(prompt) : len(prompt) + 24].tolist()
         for at in (0, 7, 9, 17):
             eos, kept = text[at], text.index(text[at])
-            out = adaptive(prompts=[prompt], mixture=1.0, lookahead=8, eos_id=eos)
+            out = adaptive(prompts=[prompt], mixture=1.0, lookahead=8, eos_id=eos, record=True)
+            assert out.passes is not None
+            assert sum(one.accepted + 1 for one in out.passes[0]) == int(out.generated)
+            assert int(out.accepted.sum()) + int(out.nfe) == int(out.generated)
             assert out.sequences[0].tolist() == [*prompt.tolist(), *text[:kept], *[eos] * (24 - kept)]
             assert (int(out.kept), int(out.generated)) == (kept, kept + 1)
             assert int(out.nfe) == kept // 8 + 1

@@ -62,6 +62,30 @@ def test_a_record_says_what_became_of_each_guess() -> None:
         assert (refused > 0) == (name != "plain"), name
 
 
+@pytest.mark.parametrize("tree", [False, True])
+@pytest.mark.parametrize("end", ["eos", "stop"])
+def test_guesses_behind_an_end_count_as_refused(end: str, tree: bool) -> None:
+    """A pass brings its accepted guesses and one token more, the guess that ends the text, if any."""
+    whole = plain(prompts=PROMPTS[2:3]).sequences
+    response = whole[0, 20:].tolist()
+    last = next(i for i in range(8, 24) if response[i] not in response[:i])
+    ending: dict[str, Any] = {"eos_id": response[last]} if end == "eos" else {"stop": [[response[last]]]}
+    inside = 0
+    for size in range(1, 13):
+        drafter = Knowing(list(whole), right=1.0, ragged=False, tree=tree, most=size, seed=size)
+        found = plain(prompts=PROMPTS[2:3], drafter=drafter, draft_size=size, record=True, **ending)
+        assert found.passes is not None
+        (passes,) = found.passes
+        assert int(found.generated) == last + 1 == sum(each.accepted + 1 for each in passes)
+        assert int(found.accepted.sum()) == sum(each.accepted for each in passes)
+        assert all(each.drafted == each.accepted + len(each.refused) for each in passes[:-1])
+        at = passes[-1]
+        behind = at.drafted - at.accepted - len(at.refused)
+        assert behind in (0, 1)  # the guess that ended the text is neither
+        inside += behind and len(at.refused) > 0
+    assert inside > 2
+
+
 def test_refused_are_the_nodes_beside_the_way() -> None:
     chain, tree = Draft((4, 5, 6)), Draft((4, 7, 5, 8, 5), (0, 0, 1, 1, 2))
     assert [chain.refused(path) for path in ([9], [4, 9], [4, 5, 6, 9], [4, 5, 6])] == [

@@ -283,7 +283,8 @@ def draft_of(draft: Draft, length: int, texts: text.TokenTexts) -> dict[str, Any
     is the pass's tokens.
 
     drafted, accepted: the number of tokens that the drafter guessed for the pass, and of those that the model
-    accepted, the first of the pass's tokens. refused: the other guesses, each as text.
+    accepted, the first of the pass's tokens. refused: the other guesses, each as text. A guess that ends the
+    text is in neither, see `speculation.sequence.Verified`.
 
     passes, logprobs: if the request asks for `logprobs`, for each token the pass that committed it, and its
     log-probability (nats); null for a mask.
