@@ -75,7 +75,7 @@ def drafter_of(given: Any, device: torch.device | str | None = None) -> Drafter 
     if isinstance(given, str):
         name, colon, argument = given.partition(":")
         if name == "ngram":
-            if colon and not argument.isdecimal():
+            if colon and not (argument.isdecimal() and int(argument)):
                 raise ValueError(f'drafter: expected "ngram" or "ngram:N", got {shown(given)}')
             return NGram(int(argument)) if colon else NGram()
         if name == "tree" and argument:

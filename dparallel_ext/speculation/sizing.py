@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, Protocol
 
 from .drafter import Drafter, Expecting
@@ -48,6 +49,20 @@ class Fixed:
         pass
 
 
+class Measurements:
+    """What is known of passes with drafts of up to `most` nodes. It refers to no drafter."""
+
+    def __init__(self, most: int) -> None:
+        self.worth = [1.0, 1.0]
+        """With `Expecting`: running means of accepted tokens, and of tokens expected to be accepted."""
+        self.seconds: dict[int, dict[int, list[float]]] = {}
+        """Bit length of the number of sequences -> size -> [times used, mean seconds of draft and pass]."""
+        self.accepted = [0.5] * most
+        """For each depth: the share of drafts whose token there was accepted, of those accepted up to it. A
+        draft that ends before a depth counts as not accepted there."""
+        self.passes = 0
+
+
 class Measured:
     """The best size by running means of seconds and acceptance, with weight `PART` for a new value.
 
@@ -62,27 +77,24 @@ class Measured:
         most: int,
         clock: Callable[[], float] = time.perf_counter,
         expected: Callable[[int], float] | None = None,
+        known: Measurements | None = None,
     ) -> None:
-        """most: the largest size. clock: seconds. expected: see `drafter.Expecting`; None: as for chains."""
+        """most: the largest size. clock: seconds. expected: see `drafter.Expecting`; None: as for chains.
+        known: earlier measurements with the same `most`, to which this adds its own; default: none."""
         self._clock, self._expected = clock, expected
-        self._worth = [1.0, 1.0]
-        """With `expected`: running means of accepted tokens, and of tokens expected to be accepted."""
         self.sizes = sorted({0, most, *(1 << bit for bit in range(most.bit_length()) if 1 << bit <= most)})
-        self._seconds: dict[int, dict[int, list[float]]] = {}
-        """Bit length of the number of sequences -> size -> [times used, mean seconds of draft and pass]."""
-        self._accepted = [0.5] * most
-        """For each depth: the share of drafts whose token there was accepted, of those accepted up to it. A
-        draft that ends before a depth counts as not accepted there."""
+        self.known = Measurements(most) if known is None else known
         self._entry: list[float] = [0, 0.0]
-        self._passes, self._drafting = 0, 0.0
+        self._drafting = 0.0
 
     def size(self, lanes: int) -> int:
-        known = self._seconds.setdefault((lanes - 1).bit_length(), {size: [0, 0.0] for size in self.sizes})
-        self._passes += 1
+        unused = {size: [0, 0.0] for size in self.sizes}
+        known = self.known.seconds.setdefault((lanes - 1).bit_length(), unused)
+        self.known.passes += 1
         asked = min(self.sizes, key=lambda size: known[size][0])
         if known[asked][0] >= self.TRIALS:
-            if self._passes % self.EVERY == 0:
-                asked = self.sizes[self._passes // self.EVERY % len(self.sizes)]
+            if self.known.passes % self.EVERY == 0:
+                asked = self.sizes[self.known.passes // self.EVERY % len(self.sizes)]
             else:
                 asked = max(self.sizes, key=lambda size: self.tokens(size) / known[size][1])
         self._entry, self._drafting = known[asked], 0.0
@@ -90,11 +102,12 @@ class Measured:
 
     def tokens(self, nodes: int) -> float:
         """The tokens that a pass with a draft of `nodes` nodes is expected to emit."""
-        if self._expected is not None:
-            accepted, expected = self._worth
+        # A drafter of trees that was loaded anew expects nothing before its first draft.
+        if self._expected is not None and self._expected(self.sizes[-1]) > 1.0:
+            accepted, expected = self.known.worth
             return 1.0 + accepted / expected * (self._expected(nodes) - 1.0)
         reached, total = 1.0, 1.0
-        for share in self._accepted[:nodes]:
+        for share in self.known.accepted[:nodes]:
             reached *= share
             total += reached
         return total
@@ -117,30 +130,44 @@ class Measured:
     def learn(self, asked: int, taken: int) -> None:
         if self._expected is not None:
             for at, tokens in enumerate((float(taken), self._expected(asked) - 1.0)):
-                self._worth[at] += self.PART * (tokens - self._worth[at])
+                self.known.worth[at] += self.PART * (tokens - self.known.worth[at])
         for at in range(min(asked, taken + 1)):
-            self._accepted[at] += self.PART * ((at < taken) - self._accepted[at])
+            self.known.accepted[at] += self.PART * ((at < taken) - self.known.accepted[at])
 
 
 REMEMBERED = 16
 """The most drafters of a model whose measurements are kept."""
 
-_measured: weakref.WeakKeyDictionary[Any, dict[Hashable, Measured]] = weakref.WeakKeyDictionary()
+_measured: weakref.WeakKeyDictionary[Any, dict[Hashable, tuple[weakref.ref[Any] | None, Measurements]]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Model -> the name of a drafter, or an object's id -> that object, and the measurements. It keeps neither
+drafters nor models alive."""
 
 
-def sizer_for(drafter: Drafter) -> Measured:
-    """A sizer for the drafter, without measurements."""
-    return Measured(drafter.most, expected=drafter.expected if isinstance(drafter, Expecting) else None)
+def sizer_for(drafter: Drafter, known: Measurements | None = None) -> Measured:
+    """A sizer for the drafter; known: earlier measurements with it."""
+    expected = drafter.expected if isinstance(drafter, Expecting) else None
+    return Measured(drafter.most, expected=expected, known=known)
 
 
 def measured(model: Any, drafter_given: Any, drafter: Drafter) -> Measured:
-    """The sizer of earlier calls with this model and drafter, with their measurements.
+    """A sizer that goes on from the measurements of earlier calls with this model and drafter.
 
-    drafter_given: the call's argument `drafter`, hashable.
+    drafter_given: the call's argument `drafter`, from which `drafter` was made.
     """
-    known = _measured.setdefault(model, {})
-    sizer = known.pop(drafter_given, None) or sizer_for(drafter)
-    known[drafter_given] = sizer
-    while len(known) > REMEMBERED:
-        del known[next(iter(known))]
-    return sizer
+    named = isinstance(drafter_given, (str, Path))
+    try:
+        given = None if named else weakref.ref(drafter_given)
+    except TypeError:  # its class has __slots__, so nothing would tell when it is gone
+        return sizer_for(drafter)
+    key = drafter_given if named else id(drafter_given)
+    of_model = _measured.setdefault(model, {})
+    before, known = of_model.pop(key, (None, None))
+    same = before is None or before() is drafter_given  # an id may come again
+    if not (same and known and len(known.accepted) == drafter.most):
+        known = Measurements(drafter.most)
+    of_model[key] = given, known
+    while len(of_model) > REMEMBERED:
+        del of_model[next(iter(of_model))]
+    return sizer_for(drafter, known)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import golden
-from drafters import MODEL, SIZES, Knowing, model_of
+from drafters import MODEL, SIZES, Knowing, drafter_with, model_of, riding
 from torch import Tensor
 
 import dparallel_ext as dx
@@ -17,8 +21,16 @@ from dparallel_ext import models
 from dparallel_ext.decoding.config import DecodeConfig
 from dparallel_ext.decoding.settings import make_settings
 from dparallel_ext.models import Model
-from dparallel_ext.speculation import CausalBatch, Draft, Measured, ModelDrafter, NGram
-from dparallel_ext.speculation.sizing import Fixed
+from dparallel_ext.speculation import (
+    CausalBatch,
+    Draft,
+    DraftSession,
+    Measured,
+    ModelDrafter,
+    NGram,
+    TreeDrafter,
+)
+from dparallel_ext.speculation.sizing import Fixed, measured
 
 PROMPTS = [torch.randint(10, 61, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 1, 20, 70)]
 
@@ -310,6 +322,62 @@ def test_sizes_follow_what_passes_take_and_bring() -> None:
     assert run(0.05, dear, 200).count(0) > 150  # drafting is off
 
 
+def test_what_was_measured_with_a_drafter_serves_its_next_call(tmp_path: Path) -> None:
+    """Of a name, also where the object is made anew, and of an object while there is this object."""
+    model = model_of()
+    name, made = f"tree:{tmp_path}", drafter_with("dflash", model).model
+    first = measured(model, name, TreeDrafter(made))
+    for _ in range(2 * len(first.sizes)):
+        first.size(1)
+        with first.verifying():
+            pass
+        first.learn(4, 3)
+    again = measured(model, f"tree:{tmp_path}", TreeDrafter(made))
+    assert again.known is first.known
+    assert again.tokens(4) > 1  # it has drafted nothing yet, and has to be asked all the same
+    other = TreeDrafter(made)
+    assert measured(model, other, other).known is measured(model, other, other).known is not first.known
+    assert measured(model, name, NGram(most=3)).known is not first.known  # the file has another drafter
+
+
+def test_a_drafter_of_ones_own_need_not_be_hashable() -> None:
+    @dataclass
+    class Own(Knowing):
+        most: int = 4
+
+        def __post_init__(self) -> None:
+            super().__init__(list(plain().sequences), most=self.most)
+
+    @dataclass(slots=True)
+    class Slotted:
+        most: int = 4
+
+        def check(self, model: Model) -> None:
+            pass
+
+        def session(self, model: Model, kv_cache: Any, lanes: int, *, graphs: bool = True) -> DraftSession:
+            return NGram().session(model, kv_cache, lanes)
+
+    for drafter in (Own(), Slotted()):
+        assert torch.equal(plain(drafter=drafter).sequences, plain().sequences)
+
+
+def test_no_call_keeps_its_models_alive() -> None:
+    """Neither a drafter, while the model lives, nor a model that drafts for itself."""
+    target = model_of("llama")
+    drafters = [model_of("qwen2"), riding("ppd", target)]
+    while drafters:
+        gone = weakref.ref(drafters[-1])
+        plain(target, PROMPTS[:1], drafter=drafters.pop())
+        gc.collect()
+        assert gone() is None
+    gone = weakref.ref(target)
+    plain(target, PROMPTS[:1], drafter=target)
+    del target
+    gc.collect()
+    assert gone() is None
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_whole_models_draft(temperature: float) -> None:
     """The model itself, whose greedy drafts are all right at temperature 0, and another."""
@@ -409,6 +477,7 @@ def test_bad_input_is_named_before_anything_runs() -> None:
         ({"eos_id": -2}, "eos_id: expected a whole number >= -1"),
         ({"drafter": "medusa"}, "drafter: expected a Drafter, .*got .medusa"),
         ({"drafter": "ngram:x"}, 'drafter: expected "ngram" or "ngram:N"'),
+        ({"drafter": "ngram:0"}, 'drafter: expected "ngram" or "ngram:N"'),
         ({"drafter": 3}, "drafter: expected a Drafter"),
         ({"drafter": ""}, "drafter: expected a Drafter, a name .* got .."),
         ({"drafter": Model2([])}, "drafter: made for another vocabulary"),
