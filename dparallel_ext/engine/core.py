@@ -346,9 +346,12 @@ class EngineCore:
         now, row = time.monotonic(), None if request.lane is None else self.batch.rows[request.lane]
         admitted = now if request.admitted is None else request.admitted
         tokens = [] if row is None else self._response(request)
+        logprobs: list[float] | None = None
+        if request.plan.settings.record:
+            logprobs = [] if row is None else self._logprobs(request, 0, len(tokens))
         return Completion(
             tokens=tokens,
-            logprobs=self._logprobs(request, 0, len(tokens)) if request.plan.settings.record else None,
+            logprobs=logprobs,
             finish_reason=reason,
             nfe=0 if row is None else row.nfe,
             nfe_published=0 if row is None else row.published,

@@ -336,9 +336,10 @@ def test_log_probabilities_are_those_of_speculate() -> None:
             torch.testing.assert_close(torch.tensor(done.logprobs), found.logprobs[0], rtol=0, atol=1e-4)
 
 
-def test_cancelled_requests_leave_at_the_next_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_cancelled_requests_leave_at_the_next_pass(logprobs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch)
-    with dx.Engine(MODEL, lanes=1, max_length=64, eos_id=-1) as engine:
+    with dx.Engine(MODEL, lanes=1, max_length=64, eos_id=-1, logprobs=logprobs) as engine:
         running, waiting, last = (engine.submit([11, 12], gen_length=24) for _ in range(3))
         parts = iter(running)
         until(lambda: engine.stats.active == 1)
