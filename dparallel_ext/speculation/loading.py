@@ -107,4 +107,4 @@ def _is_model(path: Path) -> bool:
     if not file.is_file():
         return False
     config = read_json(file, required=True)
-    return config.get("model_type") in FAMILIES and not ("dflash_config" in config or OURS in config)
+    return str(config.get("model_type")) in FAMILIES and not ("dflash_config" in config or OURS in config)

@@ -410,6 +410,13 @@ def test_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
         dx.speculation.load(tmp_path)
 
 
+@pytest.mark.parametrize("value", [[], {}, 3, None])
+def test_a_damaged_model_type_is_no_model(tmp_path: Path, value: Any) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": value}))
+    with pytest.raises(ValueError, match=r"drafter: no file .*model\.safetensors"):
+        drafter_of(tmp_path)
+
+
 def test_another_model_is_refused_before_anything_runs() -> None:
     for target, message in (
         (
