@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,35 @@ def test_a_stopped_distillation_goes_on(answers: Path, tmp_path: Path):
     straight = distill.run(half, answers, tmp_path / "straight", progress=False)
     one, other = (load_file(d / "model.safetensors") for d in (tmp_path / "two", straight))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_with_other_settings_is_refused(answers: Path, tmp_path: Path):
+    """A checkpoint would bring its own weights and learning rates, under the name of the new recipe."""
+    given = {"max_steps": 1, "save_steps": 1, "per_device_train_batch_size": 2, "warmup_steps": 0}
+    recipe = distill.read(RECIPES / "builtin.yaml", training=given)
+    distill.run(recipe, answers, tmp_path, progress=False)
+    report = (tmp_path / "training.json").read_text()
+
+    def changed(**training: Any) -> distill.Recipe:
+        return replace(recipe, training={**recipe.training, **training})
+
+    for other, said in (
+        (changed(learning_rate=1.0), r"other settings: \{'training.learning_rate': 0.0005\}"),
+        (changed(entropy_weight=2.0), r"other settings: \{'training.entropy_weight': 0.5\}"),
+        (replace(recipe, lora=LORA), r"other settings: \{'lora': None\}"),
+        (replace(recipe, collator={"total_length": 40}), r"other settings: \{'collator': \{\}\}"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            distill.run(other, answers, tmp_path, progress=False)
+    assert (tmp_path / "training.json").read_text() == report
+    distill.run(changed(per_device_train_batch_size=1, logging_steps=1), answers, tmp_path, progress=False)
+    settings = json.loads((answers / "settings.json").read_text())
+    shutil.copytree(answers, tmp_path / "answers")
+    (tmp_path / "answers" / "settings.json").write_text(json.dumps({**settings, "policy": "one"}))
+    with pytest.raises(ValueError, match=r"other settings: .*'trajectories'"):
+        distill.run(recipe, tmp_path / "answers", tmp_path, progress=False)
+    (tmp_path / "recipe.json").unlink()  # as of an earlier version
+    distill.run(recipe, answers, tmp_path, progress=False)
 
 
 @pytest.mark.slow

@@ -153,6 +153,39 @@ def last_checkpoint(directory: Path) -> str | None:
     return None
 
 
+RECORD = "recipe.json"
+MAY_CHANGE = (
+    *("max_steps", "num_train_epochs", "per_device_*", "gradient_*", "dataloader_*", "ddp_*"),
+    *("torch_compile*", "use_cpu", "logging_*", "log_*", "save_*", "eval_*", "report_to", "run_name"),
+    "disable_tqdm",
+)
+"""The settings of `training` that may differ in a resumed run: its length, its layout on machines, and what
+it writes."""
+
+
+def identity(recipe: Recipe, answers: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a run can be resumed with alone; `answers`: the settings of the trajectories."""
+    kept = {key: v for key, v in recipe.training.items() if not any(fnmatch(key, p) for p in MAY_CHANGE)}
+    of_recipe = {name: getattr(recipe, name) for name in ("model", "mask_id", "lora", "collator")}
+    of_training = {f"training.{key}": v for key, v in kept.items()}
+    return dict(json.loads(json.dumps({**of_recipe, **of_training, "trajectories": dict(answers)})))
+
+
+def _check_record(directory: Path, content: dict[str, Any]) -> None:
+    """Raise ValueError if the checkpoints in the directory are of a run with other settings."""
+    file = directory / RECORD
+    if not file.exists():  # checkpoints of an earlier version
+        return
+    before = files.json_object("out", file, 1, files.read_text("out", file))
+    keys = sorted({*before, *content})
+    other = {key: before.get(key) for key in keys if before.get(key) != content.get(key)}
+    if other:
+        raise ValueError(
+            f"out: {directory} holds checkpoints of a run with other settings: {other}; give this run a "
+            "directory of its own"
+        )
+
+
 def run(
     recipe: Recipe,
     answers: str | Path,
@@ -163,10 +196,12 @@ def run(
     """Train on the trajectories in `answers`, or resume from the last checkpoint in `out`.
 
     `out` receives the student in the checkpoint's own layout and in bfloat16 (with LoRA: the adapter, for
-    `merge`), the base's tokenizer files, and training.json: recipe, seconds and the log. A checkpoint whose
-    saving was interrupted is ignored.
+    `merge`), the base's tokenizer files, training.json (recipe, seconds and the log), and recipe.json, the
+    settings that a run can be resumed with alone (all but `MAY_CHANGE`). A checkpoint whose saving was
+    interrupted is ignored.
 
-    Raises ValueError if another run is writing to `out`, OSError if the disk is full.
+    Raises ValueError if `out` holds checkpoints of a run with other settings, or another run is writing
+    there; OSError if the disk is full.
     """
     directory = files.directory("out", out)
     with files.locked("out", directory), files.full_disk_named(directory):
@@ -182,6 +217,9 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     rows = trajectories.Trajectories(answers)
     if not len(rows):
         raise ValueError(f"trajectories: {answers} holds no right answer")
+    checkpoint, settings = last_checkpoint(directory), identity(recipe, rows.settings)
+    if checkpoint is not None:
+        _check_record(directory, settings)
     # Adapters are trained beside 16-bit weights where those are fast; trained weights need 32 bits.
     narrow = recipe.lora is not None and registry.fast_bfloat16(args.device)
     dtype = torch.bfloat16 if narrow else torch.float32
@@ -203,7 +241,9 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
         from transformers import PrinterCallback
 
         trainer.remove_callback(PrinterCallback)
-    result = trainer.train(resume_from_checkpoint=last_checkpoint(directory))
+    if checkpoint is None and trainer.is_world_process_zero():
+        files.write_json(directory / RECORD, settings)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_world_process_zero():
         report = {"recipe": vars(recipe), "trajectories": rows.settings, "answers": len(rows)}
         report |= {"seconds": round(result.metrics["train_runtime"]), "log": trainer.state.log_history}
