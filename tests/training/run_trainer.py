@@ -46,7 +46,10 @@ def rows(count: int) -> list[dict[str, Any]]:
     return made
 
 
-def run(out: Path, count: int = 16, resume: str | None = None, **settings: Any) -> CertaintyForcingTrainer:
+def run(
+    out: Path, count: int = 16, resume: str | None = None, judged: int = 0, **settings: Any
+) -> CertaintyForcingTrainer:
+    """`judged`: rows to evaluate on after the training."""
     defaults: dict[str, Any] = {
         "max_steps": 4,
         "per_device_train_batch_size": 8,
@@ -66,6 +69,8 @@ def run(out: Path, count: int = 16, resume: str | None = None, **settings: Any) 
         model=model(), args=args, train_dataset=rows(count), data_collator=Collator(1)
     )
     trainer.train(resume_from_checkpoint=resume)
+    if judged:
+        trainer.evaluate(rows(judged))
     return trainer
 
 

@@ -155,7 +155,8 @@ def in_two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     """The directories of runs in two processes, by name: whole parameters in each, and shards."""
     names = ("at-once", "accumulated", "sharded", "whole", "resumed")
     directories = {name: tmp_path_factory.mktemp(name) for name in names}
-    shared = {"ddp_backend": "gloo", "per_device_train_batch_size": 4}
+    shared = {"ddp_backend": "gloo", "per_device_train_batch_size": 4, "judged": 9}
+    shared |= {"per_device_eval_batch_size": 2}
     whole = {
         "at-once": shared,
         "accumulated": {**shared, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
@@ -188,9 +189,10 @@ def in_two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
 def big(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """Four steps on batches of 8 rows in one process."""
     out = tmp_path_factory.mktemp("big")
-    trainer = run_trainer.run(out)
+    trainer = run_trainer.run(out, judged=9, per_device_eval_batch_size=16)
     trainer.save_model(str(out))
     log = [entry for entry in trainer.state.log_history if "ce" in entry]
+    log[-1] |= {"eval_loss": trainer.state.log_history[-1]["eval_loss"]}
     start = {name: p.detach() for name, p in run_trainer.model().named_parameters()}
     moved = max(float((weights(out)[name] - p).abs().max()) for name, p in start.items())
     assert moved > 0.02  # far above the tolerance
@@ -225,7 +227,9 @@ def test_two_processes_make_the_update_of_one_big_batch(big: Any, in_two_process
     for name in ("at-once", "accumulated"):
         out = in_two_processes[name]
         close(weights(out), big[0])
-        log = [entry for entry in json.loads((out / "log.json").read_text()) if "ce" in entry]
+        history = json.loads((out / "log.json").read_text())
+        assert history[-1]["eval_loss"] == pytest.approx(big[1][-1]["eval_loss"], rel=1e-3)
+        log = [entry for entry in history if "ce" in entry]
         for ours, theirs in zip(log, big[1], strict=True):
             for key in ("loss", "ce", "entropy", "correct", "certainty"):
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
@@ -286,6 +290,19 @@ def test_evaluation_uses_the_same_masks_every_time(tmp_path: Path):
     assert losses[0] == losses[1] > 0
 
 
+@pytest.mark.parametrize("settings", [{}, {"ce_weight": 0.0}, {"gate": "all"}], ids=str)
+def test_the_evaluation_s_loss_is_that_of_one_batch(settings: dict[str, Any], tmp_path: Path):
+    """Means of batches' means would depend on the batch size, most where few tokens are gated."""
+    rows, model = run_trainer.rows(9), run_trainer.run(tmp_path).model
+    trainer = trainer_of(model, tmp_path, block_length=4, **settings)
+    with torch.no_grad():
+        expected = float(trainer.compute_loss(model.eval(), trainer.views(Collator(1)(rows), -1)))
+    for size in (1, 2, 4, 9):
+        trainer.args.per_device_eval_batch_size = size
+        found = trainer.evaluate(rows, metric_key_prefix="test")["test_loss"]
+        assert found == pytest.approx(expected, rel=1e-5), size
+
+
 def test_a_hugging_face_model_is_saved_by_its_own_code_and_resumes(tmp_path: Path):
     torch.manual_seed(0)
     trainer = trainer_of(
@@ -339,11 +356,25 @@ def test_rows_of_different_lengths_need_an_attention_mask(tmp_path: Path):
         ({"gate": "some"}, "gate"),
         ({"temperature": 0.0}, "temperature"),
         ({"block_length": 0}, "block_length"),
+        ({"block_length": 2.5}, "block_length: expected a whole number >= 1, got 2.5"),
+        ({"block_length": "4"}, "block_length"),
+        ({"temperature": "0.5"}, "temperature"),
+        ({"entropy_weight": "2"}, "entropy_weight"),
+        ({"mask_ratio": True}, "mask_ratio"),
+        ({"remove_unused_columns": True}, "remove_unused_columns: expected False"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: expected 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(settings: dict[str, Any], said: str, tmp_path: Path):
     with pytest.raises(ValueError, match=said):
         CertaintyForcingArguments(output_dir=str(tmp_path), **settings)
+
+
+@pytest.mark.parametrize("name", ["compute_metrics", "compute_loss_func"])
+def test_functions_that_would_not_be_called_are_refused(name: str, tmp_path: Path):
+    args = CertaintyForcingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    with pytest.raises(ValueError, match=f"{name}: expected None"):
+        CertaintyForcingTrainer(run_trainer.model(), args, data_collator=Collator(1), **{name: print})
 
 
 def test_a_model_without_a_mask_token_is_refused(tmp_path: Path):

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import dparallel_ext as dx
+from dparallel_ext.arguments import is_number, number, whole
 from dparallel_ext.models import Model
 
 from .trajectories import Collator
@@ -60,21 +61,27 @@ class CertaintyForcingArguments(TrainingArguments):
         if not 0 <= low <= high or low > 1:
             raise ValueError(f"mask_ratio: expected 0 <= low <= 1 and low <= high, got {self.mask_ratio!r}")
         for name in ("entropy_weight", "ce_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: expected a finite number >= 0, got {getattr(self, name)!r}")
-        if not 1e-5 <= self.temperature <= 1e5:
+            number(name, getattr(self, name))
+        if not 1e-5 <= number("temperature", self.temperature) <= 1e5:
             raise ValueError(f"temperature: expected a number from 1e-5 to 1e5, got {self.temperature!r}")
-        if self.block_length is not None and self.block_length < 1:
-            raise ValueError(f"block_length: expected a whole number >= 1 or None, got {self.block_length!r}")
+        if self.block_length is not None:
+            whole("block_length", self.block_length, 1)
         if self.gate not in ("correct", "all"):
             raise ValueError(f"gate: expected 'correct' or 'all', got {self.gate!r}")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns: expected False, since the collator needs the columns")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                "label_smoothing_factor: expected 0, which the certainty-forcing loss has, got "
+                f"{self.label_smoothing_factor!r}"
+            )
 
 
 def ratio_bounds(ratio: Any) -> tuple[float, float]:
     """(low, high) of a mask_ratio. Raises ValueError for anything but one or two numbers."""
     try:
-        low, high = (ratio, ratio) if isinstance(ratio, (int, float)) else ratio
-        return float(low), float(high)
+        low, high = (ratio, ratio) if is_number(ratio) else ratio
+        return number("low", low, float("-inf")), number("high", high, float("-inf"))
     except (TypeError, ValueError) as error:
         raise ValueError(f"mask_ratio: expected a number or two of them, got {ratio!r}") from error
 
@@ -104,6 +111,9 @@ class CertaintyForcingTrainer(Trainer):
 
     def __init__(self, model: nn.Module, args: CertaintyForcingArguments, **keywords: Any) -> None:
         dx.models.check_diffusion(model)
+        for name in ("compute_loss_func", "compute_metrics"):
+            if keywords.get(name) is not None:
+                raise ValueError(f"{name}: expected None: the loss is certainty forcing's, on no logits")
         if keywords.get("data_collator") is None:
             keywords["data_collator"] = default_collator(model)
         super().__init__(model=model, args=args, **keywords)
@@ -122,6 +132,7 @@ class CertaintyForcingTrainer(Trainer):
         self.takes_attention_mask = "attention_mask" in inspect.signature(base.forward).parameters
         self.lm_head = plain_head(base)
         self.sums = torch.zeros(6, dtype=torch.float64, device=self.args.device)
+        self.evaluated = torch.zeros(8, dtype=torch.float64, device=self.args.device)
 
     # --- a step's batches and counts ------------------------------------------------------------
 
@@ -201,8 +212,7 @@ class CertaintyForcingTrainer(Trainer):
         if len(counts) == 2:
             counts = torch.cat((counts, self.accelerator.reduce(by_view(gated), "sum")))
         # Gradients are averaged over the processes.
-        share = (self.accelerator.num_processes if model.training else 1) / counts.clamp(min=1)
-        share = share.to(nll.dtype)
+        share = (self.accelerator.num_processes / counts.clamp(min=1)).to(nll.dtype)
         ce, certainty = by_view(nll) * share[:2], by_view(entropy * gated) * share[2:]
         loss = (self.args.ce_weight * ce + self.args.entropy_weight * certainty).sum()
         if model.training:
@@ -250,11 +260,29 @@ class CertaintyForcingTrainer(Trainer):
 
     # --- other methods of Trainer ---------------------------------------------------------------
 
+    def evaluation_loop(self, *arguments: Any, **named: Any) -> Any:
+        """Trainer's; the loss is that of the whole dataset as one batch, with the same masks each time."""
+        self.evaluated.zero_()
+        result: Any = super().evaluation_loop(*arguments, **named)
+        ce, certainty, active, gated = self.evaluated.view(4, 2)
+        ce, certainty = ce / active.clamp(min=1), certainty / gated.clamp(min=1)
+        loss = self.args.ce_weight * ce + self.args.entropy_weight * certainty
+        metrics: dict[str, float] = result.metrics
+        for name in metrics:
+            if name.endswith("_loss"):
+                metrics[name] = loss.sum().item()
+        return result
+
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
-        """The loss, with masks that are the same in every evaluation."""
+        """Adds the rows' sums to those of the evaluation; the loss that it returns counts for nothing."""
+        views = self._prepare_inputs(self.views(inputs, -1))
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(self.views(inputs, -1)))
-        return loss.detach(), None, None
+            nll, entropy, gated, _correct = self.rows(model, views)
+        of_row = torch.stack((nll, entropy * gated, views["active"], gated)).double().sum(-1)  # (4, 2B)
+        by_row = of_row.view(8, -1).T.contiguous()  # (B, 8)
+        # Without the rows that a process got again to fill its last batch.
+        self.evaluated += self.accelerator.gather_for_metrics(by_row).sum(0)
+        return nll.new_zeros(()), None, None
 
     def log(self, logs: dict[str, float], *arguments: Any, **named: Any) -> None:
         """Log; raises ValueError for a NaN row or a label out of range since the last call, which losses on a
