@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .arguments import INTEGERS, whole
+
 
 class MaskedPair(NamedTuple):
     """A state and its complement: each token of the active block is masked in one of the two."""
@@ -71,8 +73,9 @@ def semi_autoregressive_masks(
     end = start.new_full((batch,), length)
     if lengths is not None:
         end = _lengths("lengths", lengths, batch, length, device)
-    if block_length is not None and block_length < 1:
-        raise ValueError(f"block_length: expected a whole number >= 1 or None, got {block_length!r}")
+    mask_id = whole("mask_id", mask_id, 0)
+    if block_length is not None:
+        block_length = whole("block_length", block_length, 1)
     if not 0 <= eps <= 1:
         raise ValueError(f"eps: expected a number in [0, 1], got {eps!r}")
     ratio = torch.as_tensor(mask_ratio, dtype=torch.float32, device=device)
@@ -112,7 +115,7 @@ def semi_autoregressive_masks(
 
 
 def _lengths(name: str, value: Tensor, batch: int, length: int, device: torch.device) -> Tensor:
-    if not isinstance(value, Tensor) or value.shape != (batch,) or value.dtype.is_floating_point:
+    if not isinstance(value, Tensor) or value.shape != (batch,) or value.dtype not in INTEGERS:
         got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name}: expected int64 ({batch},), got {got}")
     if batch and (int(value.min()) < 0 or int(value.max()) > length):

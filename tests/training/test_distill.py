@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import run_trainer
 import torch
 from conftest import ROOT, golden
 from dparallel import evaluate, registry, results
@@ -19,6 +20,7 @@ from dparallel.toy import study
 from dparallel.training import distill, trajectories
 from dparallel.training.trainer import CertaintyForcingTrainer
 from safetensors.torch import load_file, save_file
+from transformers import TrainingArguments
 
 import dparallel_ext as dx
 
@@ -85,6 +87,42 @@ def test_a_setting_that_does_not_exist_is_named(tmp_path: Path):
     recipe = distill.read(RECIPES / "builtin.yaml", training={"entropy_wait": 2})
     with pytest.raises(ValueError, match=r"training: no setting \['entropy_wait'\]"):
         distill.arguments(recipe, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("learning_rate", "2e-5"), ("max_steps", "4"), ("data_seed", "1"), ("temperature", "5e-1")],
+)
+def test_a_number_that_yaml_takes_for_a_text_is_named(name: str, text: str, tmp_path: Path):
+    file = tmp_path / "r.yaml"
+    file.write_text(f"model: x\ntraining: {{{name}: {text!r}}}")
+    with pytest.raises(ValueError, match=f"training: expected a number for {name}, got the text '{text}'"):
+        distill.arguments(distill.read(file), tmp_path)
+    file.write_text("model: x\ntraining: {learning_rate: 2.0e-5, lr_scheduler_type: linear, report_to: none}")
+    assert distill.arguments(distill.read(file), tmp_path).learning_rate == 2e-5
+
+
+def test_an_empty_section_has_no_settings(tmp_path: Path):
+    """A key with comments alone below it has the value null in YAML."""
+    file = tmp_path / "r.yaml"
+    file.write_text("model: builtin:teacher\ntraining:\ntrajectories:\n  # policy: one\ncollator:\nlora:\n")
+    recipe = distill.read(file, training={"max_steps": 7})
+    assert (recipe.training, recipe.trajectories, recipe.collator) == ({"max_steps": 7}, {}, {})
+    assert recipe.lora is None
+    assert distill.plan(recipe)["steps"] == 7
+
+
+@pytest.mark.parametrize("epochs", [0.3, 1.5, 2])
+def test_a_dry_run_counts_the_trainer_s_steps(epochs: float, tmp_path: Path):
+    training = {"num_train_epochs": epochs, "per_device_train_batch_size": 8, "use_cpu": True}
+    training |= {"gradient_accumulation_steps": 2, "save_strategy": "no", "disable_tqdm": True}
+    recipe = distill.Recipe("builtin:teacher", training, examples=40)
+    args = distill.arguments(recipe, tmp_path)
+    trainer = CertaintyForcingTrainer(
+        run_trainer.model(), args, train_dataset=run_trainer.rows(40), data_collator=trajectories.Collator(1)
+    )
+    trainer.train()
+    assert distill.plan(recipe)["steps"] == trainer.state.global_step
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +222,30 @@ def test_two_processes_distil_under_torchrun(answers: Path, tmp_path: Path):
     for name in expected:  # bfloat16, and Adam turns small differences into steps of the learning rate
         torch.testing.assert_close(found[name], expected[name], rtol=2e-2, atol=5e-4)
     assert any(not torch.equal(base[name], expected[name]) for name in base)
+
+
+def test_lengths_and_adapters_that_make_no_sense_are_named(answers: Path, tmp_path: Path):
+    recipe = distill.read(RECIPES / "builtin.yaml", training={"max_steps": 1})
+    for changes, said in (
+        ({"collator": {"total_length": -3}}, "total_length: expected a whole number >= 1, got -3"),
+        ({"collator": {"total_length": "40"}}, "total_length: expected a whole number"),
+        ({"collator": {"total_length": 2}}, "total_length: expected more tokens than the shortest prompt"),
+        ({"collator": {"response_length": 0}}, "response_length: expected a whole number >= 1, got 0"),
+        ({"collator": {"total_length": 90, "response_length": 9}}, "expected one of them, got 90 and 9"),
+        ({"lora": {**LORA, "alpha": 8}}, r"lora: no setting \['alpha'\] in peft.LoraConfig"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            distill.run(replace(recipe, **changes), answers, tmp_path, progress=False)
+
+
+def test_rows_of_like_length_can_go_together(answers: Path, tmp_path: Path):
+    training = {"max_steps": 1, "save_strategy": "no", "per_device_train_batch_size": 2}
+    # transformers 4 names it otherwise.
+    new = "train_sampling_strategy" in TrainingArguments.__dataclass_fields__
+    grouped = {"train_sampling_strategy": "group_by_length"} if new else {"group_by_length": True}
+    recipe = distill.read(RECIPES / "builtin.yaml", training={**training, **grouped})
+    distill.run(recipe, answers, tmp_path, progress=False)
+    assert (tmp_path / "model.safetensors").exists()
 
 
 def test_no_right_answer_is_an_error(tmp_path: Path):

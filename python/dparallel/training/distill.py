@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import math
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 
 import dparallel_ext as dx
+from dparallel_ext.arguments import whole
 from dparallel_ext.models import Model
 from dparallel_ext.models.config import ModelConfig
 from dparallel_ext.models.modules import shapes_only
@@ -79,6 +82,8 @@ def read(file: str | Path, **changes: Any) -> Recipe:
         raise ValueError(f"recipe: {file}: unknown {unknown}, missing {missing}; known are {sorted(known)}")
     for name, keys in SECTIONS.items():
         section = content.get(name)
+        if name in content and section is None and name not in ("lora", "architecture"):
+            section = content[name] = {}  # YAML's value for a key with nothing, or comments alone, below it
         if section is not None and not isinstance(section, dict):
             raise ValueError(f"recipe: {file}: expected a mapping for {name!r}, got {section!r}")
         if keys and (other := sorted(set(section or {}) - keys)):
@@ -95,6 +100,13 @@ def arguments(recipe: Recipe, out: str | Path) -> Any:
     unknown = sorted(set(recipe.training) - known)
     if unknown:
         raise ValueError(f"training: no setting {unknown} in transformers.TrainingArguments or among ours")
+    for f in fields(CertaintyForcingArguments):
+        value, kinds = recipe.training.get(f.name), set(re.findall(r"\w+", str(f.type)))
+        if isinstance(value, str) and kinds & {"int", "float"} and "str" not in kinds:
+            raise ValueError(
+                f"training: expected a number for {f.name}, got the text {value!r} (in YAML 2e-5 is a text, "
+                "and 2.0e-5 a number)"
+            )
     defaults = {"report_to": [], "use_cpu": not torch.cuda.is_available()}
     training = {**defaults, **recipe.training}
     if training["use_cpu"] and not registry.fast_bfloat16():
@@ -122,6 +134,8 @@ are the new model's own, and other files (results, model card, log) describe the
 
 class Companions:
     """Copies a checkpoint's `COMPANIONS`; stands in for Trainer's tokenizer."""
+
+    model_input_names = ("input_ids",)  # where Trainer looks for a row's length
 
     def __init__(self, source: Path) -> None:
         self.source = source
@@ -217,6 +231,9 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     rows = trajectories.Trajectories(answers)
     if not len(rows):
         raise ValueError(f"trajectories: {answers} holds no right answer")
+    total = recipe.collator.get("total_length")
+    if total is not None and all(prompt >= whole("total_length", total, 1) for _, prompt, _ in rows.bounds):
+        raise ValueError(f"total_length: expected more tokens than the shortest prompt has, got {total}")
     checkpoint, settings = last_checkpoint(directory), identity(recipe, rows.settings)
     if checkpoint is not None:
         _check_record(directory, settings)
@@ -273,6 +290,8 @@ def with_lora(model: Model, settings: Mapping[str, Any], base: str) -> Any:
     """The model with a fresh PEFT adapter, by default on the published layers."""
     from peft import LoraConfig, get_peft_model
 
+    if unknown := sorted(set(settings) - {f.name for f in fields(LoraConfig)}):
+        raise ValueError(f"lora: no setting {unknown} in peft.LoraConfig")
     targets = settings.get("target_modules", LORA_TARGETS)
     if not isinstance(targets, str):
         theirs = {o: model.checkpoint_name(f"blocks.0.{o}").rpartition(".")[2] for o in LORA_TARGETS}
@@ -384,7 +403,7 @@ def plan(recipe: Recipe, *, processes: int = 1) -> dict[str, Any]:
     if args.max_steps > 0:
         steps: int | None = args.max_steps
     else:
-        steps = None if examples is None else int(-(-examples // batch) * args.num_train_epochs)
+        steps = None if examples is None else math.ceil(-(-examples // batch) * args.num_train_epochs)
     gen = trajectories.Settings(**recipe.trajectories).gen_length
     tokens = recipe.collator.get("total_length") or 128 + (recipe.collator.get("response_length") or gen)
     rows = 2 * micro * tokens  # both views

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import dparallel_ext as dx
+from dparallel_ext.arguments import whole
 
 from .. import files, registry
 from ..configs import parse_policy
@@ -417,11 +418,23 @@ class Collator:
     As published, responses are lengthened with EOS, which is learned, or cut: to `total_length` tokens with
     the prompt (LLaDA: 384) or to `response_length` without it (Dream: 256). Rows that still are shorter than
     others get padding that no position sees.
+
+    Raises ValueError for both lengths, or one below 1.
     """
 
     eos_id: int
     total_length: int | None = None
     response_length: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("total_length", "response_length"):
+            if getattr(self, name) is not None:
+                whole(name, getattr(self, name), 1)
+        if self.total_length is not None and self.response_length is not None:
+            raise ValueError(
+                f"total_length, response_length: expected one of them, got {self.total_length} and "
+                f"{self.response_length}"
+            )
 
     def __call__(self, rows: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
         """input_ids (B, T), prompt_lengths, lengths and index (B,), all int64."""
