@@ -378,3 +378,15 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(target: Path, tmp_pat
     with pytest.raises(ValueError, match=r"mask_id: .* has no mask token; name an id"):
         run(target, tmp_path / "out", loaded=model)
     assert not list(tmp_path.iterdir())
+
+
+def test_too_few_prompts_are_refused_before_anything_is_written(target: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "few.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps({"prompt": f"Tom has {i}"}) + "\n" for i in range(10)))
+    for settings, held, said in (
+        (TINY, 500, r"evaluate: expected a number that leaves prompts of .* to learn from, got 500 of 10"),
+        (OF_KIND["ppd"], 3, r"data: expected at least 10 answers, .* of kind ppd, got 7"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run(target, out, settings, data=str(data), evaluate=held)
+        assert not out.exists()

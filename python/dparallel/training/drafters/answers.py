@@ -43,7 +43,13 @@ def prompts_of(
         return drawn, ids([Prompt(p.prompt, str(p.answer)) for p in stream])
     if not held:
         return drawn, []
-    apart = hold_out(drawn, held / max(1, len(drawn))).tolist()
+    try:
+        apart = hold_out(drawn, held / max(1, len(drawn))).tolist()
+    except ValueError as error:
+        raise ValueError(
+            f"evaluate: expected a number that leaves prompts of {data} to learn from, got {held} of "
+            f"{len(drawn)}"
+        ) from error
     return (
         [prompt for prompt, out in zip(drawn, apart, strict=True) if not out],
         [prompt for prompt, out in zip(drawn, apart, strict=True) if out],

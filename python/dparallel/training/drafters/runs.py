@@ -89,6 +89,7 @@ def run(
     trainee = KINDS[settings.kind](Target(target, model, template, loaded is None), settings)
     learned, judged = prompts_of(data, prompt_field, answer_field, encode, evaluate)
     check_prompts(model, [*learned, *judged], dx.DecodeConfig())
+    _apart(trainee, settings, len(learned))  # before anything is written
     directory = files.directory("out", out)
     with files.locked("out", directory), files.full_disk_named(directory):
         answers = answers_of(directory, model, learned, settings, answer_batch, progress)
@@ -118,6 +119,17 @@ def _frozen(model: models.Model) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+def _apart(trainee: Trainee, settings: Settings, count: int) -> int:
+    """The number of `count` answers that the trainee measures with. Raises ValueError for too few answers."""
+    apart = min(trainee.measured, count // 10)
+    if trainee.measured and not apart:
+        raise ValueError(
+            f"data: expected at least 10 answers, of which a tenth measures a drafter of kind "
+            f"{settings.kind}, got {count}"
+        )
+    return apart
+
+
 def _train(
     directory: Path,
     trainee: Trainee,
@@ -131,15 +143,8 @@ def _train(
         torch.manual_seed(settings.seed)
         module = trainee.build()
     trainee.module = module.to(device).train()
-    learned, measured = answers, answers[:0]
-    if trainee.measured:
-        apart = min(trainee.measured, len(answers) // 10)
-        if not apart:
-            raise ValueError(
-                f"data: expected at least 10 answers, of which a tenth measures a drafter of kind "
-                f"{settings.kind}, got {len(answers)}"
-            )
-        learned, measured = answers[:-apart], answers[-apart:]
+    apart = _apart(trainee, settings, len(answers))
+    learned, measured = answers[: len(answers) - apart], answers[len(answers) - apart :]
     identity = json.loads(json.dumps({**asdict(settings), "config": trainee.config, "answers": len(answers)}))
     seconds, curve = loop.run(
         directory,
