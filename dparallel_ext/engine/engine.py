@@ -52,7 +52,7 @@ PATIENCE = 5.0
 
 
 class EngineFull(RuntimeError):
-    """Raised by `Engine.submit` if `max_waiting` requests wait already."""
+    """Raised by `Engine.submit` if `max_waiting` requests wait already, beside those with a free lane."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ class Engine:
             request that finds too few free waits until others have ended; none fails for lack of memory.
         page_size: positions of a page. Default: 32, for block-causal models rounded up to a multiple of the
             block.
-        max_waiting: the most requests that may wait; `submit` then raises EngineFull.
+        max_waiting: the most requests that may wait, beside those for which a lane is free; `submit` then
+            raises EngineFull.
         share: requests with a common prefix share the pages of that prefix, and the drafter's data in them;
             pages of finished requests are kept for this while there is room. Needs cache "block" or an
             autoregressive model. Shared keys and values equal one's own but for rounding, so the default is
@@ -166,7 +167,7 @@ class Engine:
         share, page_size = self._pages_of(share, page_size)
         per_lane = -(-max_length // page_size)
         pages = lanes * per_lane if pages is None else whole("pages", pages, 1, LARGEST)
-        self.max_length, self.max_waiting = max_length, max_waiting
+        self.lanes, self.max_length, self.max_waiting = lanes, max_length, max_waiting
         try:
             table = torch.zeros((lanes, per_lane), dtype=torch.int64)
             with torch.inference_mode():
@@ -250,7 +251,7 @@ class Engine:
         Raises:
             ValueError: naming the argument that does not fit, or that makes the request too long to ever run.
             TypeError: for a keyword that is no field.
-            EngineFull: if max_waiting requests wait.
+            EngineFull: if max_waiting requests wait, beside those for which a lane is free.
             RuntimeError: if the engine is closed, or belongs to another process.
         """
         self.core.check_open()
@@ -273,7 +274,9 @@ class Engine:
         plan = self._kind.plan(ids, gen_length, config)
         with self.core.lock:
             self.core.check_open()
-            if self.core.waiting >= self.max_waiting:
+            # Arrivals get their lanes between two passes: until then, what has a free lane is not waiting.
+            free = self.lanes - len(self.core.running)
+            if self.core.waiting - free >= self.max_waiting:
                 raise EngineFull(f"{self.max_waiting} requests wait already (max_waiting)")
             events = Events()
             handle = Handle(next(self.request_ids), events, self._cancel, self.thread)

@@ -159,6 +159,17 @@ def test_more_than_may_wait_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
         engine.submit([1], gen_length=8)
 
 
+def test_what_has_a_free_lane_does_not_wait() -> None:
+    """Requests that come faster than the engine's thread lets them in are refused only beyond lanes and
+    places."""
+    with dx.Engine(LLADA, lanes=3, max_length=64, max_waiting=2) as engine:
+        with engine.core.lock:  # the thread lets nothing in
+            handles = [engine.submit([1], gen_length=8) for _ in range(5)]
+            with pytest.raises(dx.EngineFull, match="2 requests wait already"):
+                engine.submit([1], gen_length=8)
+        assert all(len(handle.result(60).tokens) == 8 for handle in handles)
+
+
 def test_stop_sequences_are_never_streamed() -> None:
     """Not even their beginnings: what may be one is held back until it is known."""
     plain = alone(LLADA, torch.tensor([1, 2, 3]), "dual", gen_length=32)[0]
