@@ -181,6 +181,12 @@ def test_what_does_not_fit_is_refused(client: OpenAI, change: dict[str, Any], pa
     assert ask(client, max_tokens=2, suffix="").usage.completion_tokens <= 2
 
 
+def test_an_empty_chat_is_refused(client: OpenAI) -> None:
+    with pytest.raises(BadRequestError, match="messages: expected at least one token, got none") as error:
+        client.chat.completions.create(model="causal", messages=[{"role": "user", "content": ""}])
+    assert error.value.param == "messages"
+
+
 def test_the_model_and_what_is_measured(client: OpenAI, here: Here) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.max_model_len) == ("causal", 256)  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ from dparallel.serving.service import Service
 from dparallel.serving.settings import Settings
 from openai import OpenAI
 from prometheus_client import Counter
-from server_here import Here
+from server_here import Here, serving
 
 import dparallel_ext as dx
 from benchmarks.serving import KEY
@@ -35,6 +35,7 @@ pytest_plugins = ["servers"]
         ({"max_tokens": 1.5}, "max_tokens", "valid integer"),
         ({"max_tokens": 1000}, "max_tokens", "at most 256 tokens"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "got 5 and 6"),
+        ({"max_completion_tokens": 1000}, "max_completion_tokens", "at most 256 tokens"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "system", "content": "x"}]}, "messages", "one from the user"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "role"),
@@ -334,6 +335,28 @@ def test_requests_that_are_no_requests(served: Here) -> None:
     assert "path: expected one of /v1/chat/completions, " in answer["error"]["message"]
     assert set(answer["error"]) == {"message", "type", "param", "code"}
     assert not served.faults()
+
+
+def test_numbers_of_thousands_of_digits(served: Here) -> None:
+    """Python writes none of more than 4300, and a product of two has more."""
+    fine, digits = {"model": MODEL, "prompt": ["sam", "joe"], "max_tokens": 1}, 10**4300 - 1
+    for name in ("n", "best_of", "max_tokens", "top_k", "seed", "temperature", "top_p", "logprobs"):
+        for number in (digits, -digits):
+            status, answer = raw(served, "/v1/completions", json.dumps({**fine, name: number}).encode())
+            assert (status, answer["error"]["param"]) == (400, name)
+    assert not served.faults()
+
+
+def test_as_many_responses_as_the_engine_holds(student: tuple[Any, Any]) -> None:
+    """Lanes and places to wait: so many are answered, and more are not told to come again, since that would
+    never help."""
+    with serving(student, engine={"lanes": 3, "max_waiting": 2}) as here:
+        status, answer = here.ask({"model": MODEL, "prompt": PROMPT, "max_tokens": 8, "n": 5})
+        assert (status, len(answer["choices"])) == (200, 5)
+        for change, param in (({"n": 6}, "n"), ({"prompt": [PROMPT] * 6}, "prompt")):
+            status, answer = here.ask({"model": MODEL, "prompt": PROMPT, "max_tokens": 8, **change})
+            assert (status, answer["error"]["param"]) == (400, param)
+            assert "at most 5 responses, got 6" in answer["error"]["message"]
 
 
 def test_paths_and_methods(served: Here) -> None:

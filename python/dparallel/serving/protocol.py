@@ -18,7 +18,8 @@ from ..text import INCOMPLETE, unicode
 from .errors import ApiError
 
 MOST_PROMPTS = 4096
-"""The most prompts of a request, whatever the server's own limit, since each is checked by itself."""
+"""The most prompts of a request, and the most `n`, whatever the server's own limit, since each prompt is
+checked by itself."""
 MOST_STOPS = 32
 """The most stop strings of a request, and the most stop_token_ids."""
 
@@ -235,7 +236,7 @@ class Options(Strict):
 
     model: str
     max_tokens: int | None = Field(None, ge=1)
-    n: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1, le=MOST_PROMPTS)
     best_of: int | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)

@@ -369,13 +369,15 @@ class ModelService:
 
     async def call(self, request: ChatRequest | CompletionRequest) -> Call:
         """Check the request and submit it to the engine. Raises ApiError."""
-        settings, each = self.service.settings, request.n or 1
+        each = request.n or 1
         param = "prompt" if isinstance(request, CompletionRequest) else "messages"
         self._check_kind(request)
         prompts = len(request.prompt) if isinstance(request, CompletionRequest) else 1
-        if prompts * each > settings.max_choices:
-            name = "n" if prompts <= settings.max_choices else param
-            message = f"{name}: expected at most {settings.max_choices} responses, got {prompts * each}"
+        # More than the engine ever holds at once would be told to come again without end.
+        most = min(self.service.settings.max_choices, self.engine.lanes + self.engine.max_waiting)
+        if prompts * each > most:
+            name = "n" if prompts <= most else param
+            message = f"{name}: expected at most {most} responses, got {prompts * each}"
             raise ApiError(400, message, param=name)
         try:
             encoded = await self.encode(request)
@@ -435,10 +437,11 @@ class ModelService:
         except RuntimeError as error:
             raise ApiError(503, str(error), code="closed") from error
         except ValueError as error:
-            ours = str(error).partition(":")[0]
+            ours, _, reason = str(error).partition(":")
             theirs = {"prompt": param, "gen_length": "max_tokens"}
             theirs |= {name: name for name in ("temperature", "top_p", "top_k")}
-            raise ApiError(400, str(error), param=theirs.get(ours, "policy")) from error
+            message = f"{theirs[ours]}:{reason}" if ours in theirs else str(error)
+            raise ApiError(400, message, param=theirs.get(ours, "policy")) from error
 
     async def _suffix(self, request: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> list[int]:
         """The token ids that follow the response. Raises ApiError if they or a prompt hold the mask token."""
@@ -479,7 +482,8 @@ class ModelService:
         known = len(ids) + suffix
         length = request.max_tokens or max(1, min(self.gen_length, most - known))
         if known + length > most:
-            name = param if known >= most else "max_tokens"
+            newer = isinstance(request, ChatRequest) and request.max_completion_tokens is not None
+            name = param if known >= most else "max_completion_tokens" if newer else "max_tokens"
             message = f"{name}: expected at most {most} tokens with the response, got {known} + {length}"
             raise ApiError(400, message, param=name, code="context_length_exceeded")
         self._check_ids(param, ids)

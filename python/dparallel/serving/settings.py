@@ -31,7 +31,8 @@ class Settings:
     max_length: int | None = None
     """The most tokens of prompt and response; None: each model's own, at most `MAX_LENGTH`."""
     max_choices: int = 64
-    """The most responses of a request: its prompts times `n`."""
+    """The most responses of a request: its prompts times `n`; never more than an engine has lanes and places
+    to wait."""
     max_body: int = 2**20
     """The most bytes of a request."""
     max_connections: int | None = None
