@@ -37,29 +37,38 @@ class TextStream:
     Args:
         tokenizer: a `tokenizers.Tokenizer`; its special tokens are left out of the text.
         stop: stop strings; the text ends before the one that is complete first, even within a token.
+        with_starts: whether `starts` is filled.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        self.tokenizer, self.stop = tokenizer, tuple(stop)
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), with_starts: bool = False) -> None:
+        self.tokenizer, self.stop, self.with_starts = tokenizer, tuple(stop), with_starts
+        self.starts: list[int] = []
+        """For each token taken, the number of characters that were complete before it: special tokens have
+        none, and the tokens of one character start together."""
         self.count = 0
         """Tokens taken, up to the one that completed a stop string."""
         self.stopped = False
         self._before: list[int] = []  # tokens whose text is complete; a decoder may look back on them
         self._pending: list[int] = []
         self._given = 0  # characters of _pending's text that are complete
+        self._length = 0  # characters of all complete text, stop strings included
         self._held = ""
 
     def put(self, tokens: Sequence[int]) -> str:
         """The text that these tokens complete."""
         # With stop strings token by token, so that the count ends with the one that completes a stop.
-        parts = [[token] for token in tokens] if self.stop else [list(tokens)]
+        parts = [[token] for token in tokens] if self.stop or self.with_starts else [list(tokens)]
         released = ""
         for part in parts:
             if self.stopped:
                 break
             self._pending += part
             self.count += len(part)
-            released += self._until_stop(self._complete())
+            if self.with_starts:
+                self.starts.append(self._length)
+            fresh = self._complete()
+            self._length += len(fresh)
+            released += self._until_stop(fresh)
         return released
 
     def finish(self) -> str:

@@ -187,6 +187,21 @@ def test_an_empty_chat_is_refused(client: OpenAI) -> None:
     assert error.value.param == "messages"
 
 
+def test_text_offsets_are_places_in_the_text(client: OpenAI, loaded: tuple[Any, Any]) -> None:
+    """Also behind special tokens, which `ignore_eos` lets through and the text leaves out."""
+    tokens, passed_over = loaded[1], 0
+    drawn = {"temperature": 2.0, "seed": 1, "n": 64, "extra_body": {"ignore_eos": True}}
+    for choice in ask(client, **drawn, logprobs=0).choices:
+        scored = choice.logprobs
+        ids = [tokens.token_to_id(token.strip()) for token in scored.tokens]
+        assert scored.text_offset == [len(tokens.decode(ids[:at])) for at in range(24)]
+        for token, start in zip(scored.tokens, scored.text_offset, strict=True):
+            special = token.strip().startswith("[")
+            passed_over += special
+            assert special or choice.text.startswith(token, start)
+    assert passed_over
+
+
 def test_the_model_and_what_is_measured(client: OpenAI, here: Here) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.max_model_len) == ("causal", 256)  # type: ignore[attr-defined]

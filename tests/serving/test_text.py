@@ -98,6 +98,24 @@ def test_byte_fallback_streams_as_it_decodes(parts: list, cuts: list[int]) -> No
     assert "".join(pieces(tokenizer, ids, cuts, [])[0]) == tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize("name", ["byte level", "words"])
+@given(st.data())
+def test_tokens_start_where_the_text_before_them_ends(name: str, data: st.DataObject) -> None:
+    """In characters. The tokens of a character start with it, special tokens take no place, and neither cuts
+    nor a stop string move anything."""
+    tokenizer = TOKENIZERS[name]
+    words = data.draw(st.lists(st.sampled_from(["sam", " has", "语", "😀", " the", "ж", "3"]), max_size=9))
+    end = tokenizer.token_to_id("[EOS]" if name == "words" else "<end>")
+    parts = [[end] if data.draw(st.booleans()) else tokenizer.encode(word).ids for word in words]
+    ids = [token for part in parts for token in part]
+    cut = data.draw(st.integers(0, len(ids)))
+    stream = TextStream(tokenizer, data.draw(st.sampled_from([[], ["has the"]])), with_starts=True)
+    stream.put(ids[:cut])
+    stream.put(ids[cut:])
+    complete = (tokenizer.decode(ids[:at]).rstrip(INCOMPLETE) for at in range(stream.count))
+    assert stream.starts == [len(text) for text in complete]
+
+
 def test_a_character_over_two_blocks_waits_for_its_end() -> None:
     ids = BYTE_LEVEL.encode("a语b").ids  # no merge of the corpus has it
     assert len(ids) == 5

@@ -28,7 +28,7 @@ from .. import page, text
 from . import connections, protocol
 from .errors import ERRORS, ApiError, errors, in_time
 from .protocol import ChatRequest, CompletionRequest, Health
-from .service import Call, Service
+from .service import Call, Score, Service
 
 READ = "GET, HEAD"
 PATHS = {
@@ -167,29 +167,23 @@ class Answer:
             "model": request.model,
         }
         self.usage = bool(request.stream_options and request.stream_options.include_usage)
-        self._lengths, self._offsets = [0] * len(call.choices), [0] * len(call.choices)
 
-    def logprobs(self, index: int, scores: Sequence[tuple[int, float]]) -> dict[str, Any]:
-        """The entry "logprobs" for the choice's next tokens."""
-        first, offset = self._lengths[index] == 0, self._offsets[index]
-        tokens = [
-            (self.token_texts(token, first=first and at == 0), value)
-            for at, (token, value) in enumerate(scores)
-        ]
-        self._lengths[index] += len(tokens)
-        self._offsets[index] += sum(len(text) for text, _ in tokens)
+    def logprobs(self, scores: Sequence[Score]) -> dict[str, Any]:
+        """The entry "logprobs" for the next tokens of a choice."""
+        tokens = [(self.token_texts(each.token, first=each.start == 0), each.logprob) for each in scores]
         if isinstance(self.request, ChatRequest):
             return protocol.chat_logprobs(tokens)
-        return protocol.completion_logprobs(tokens, offset, bool(self.request.logprobs))
+        starts = [each.start for each in scores]
+        return protocol.completion_logprobs(tokens, starts, bool(self.request.logprobs))
 
     def choice(
         self,
         index: int,
         content: dict[str, Any],
         reason: str | None,
-        scores: Sequence[tuple[int, float]] | None,
+        scores: Sequence[Score] | None,
     ) -> dict[str, Any]:
-        scored = None if scores is None else self.logprobs(index, scores)
+        scored = None if scores is None else self.logprobs(scores)
         return {"index": index, **content, "logprobs": scored, "finish_reason": reason}
 
     def event(self, choices: list[dict[str, Any]], used: dict[str, Any] | None = None) -> str:
@@ -200,7 +194,7 @@ class Answer:
         index: int,
         piece: str,
         reason: str | None = None,
-        scores: Sequence[tuple[int, float]] = (),
+        scores: Sequence[Score] = (),
         **fields: Any,
     ) -> str:
         """The event of a piece of a choice's text. fields: others of the choice."""
@@ -233,7 +227,7 @@ class Answer:
         """All choices; ends the call if the client leaves."""
         call = self.call
         texts, reasons = [""] * len(call.choices), [""] * len(call.choices)
-        scores: list[list[tuple[int, float]]] = [[] for _ in call.choices]
+        scores: list[list[Score]] = [[] for _ in call.choices]
 
         async def gone() -> None:
             while (await http.receive())["type"] != "http.disconnect":

@@ -6,7 +6,6 @@ request is answered; with any other value the parameter is refused by name.
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -164,15 +163,16 @@ def chat_logprobs(tokens: Sequence[tuple[str, float]]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(tokens: Sequence[tuple[str, float]], offset: int, top: bool) -> dict[str, Any]:
-    """ "logprobs" of a completion. `offset`: characters of the tokens before these. `top`: each token is the
-    most probable one of its place, and is listed as such too."""
+def completion_logprobs(
+    tokens: Sequence[tuple[str, float]], starts: Sequence[int], top: bool
+) -> dict[str, Any]:
+    """ "logprobs" of a completion. `starts`: where each token starts in the response's text, in characters.
+    `top`: each token is the most probable one of its place, and is listed as such too."""
     texts, values = [text for text, _ in tokens], [finite(value) for _, value in tokens]
-    ends = itertools.accumulate(map(len, texts), initial=offset)
     return {
         "tokens": texts,
         "token_logprobs": values,
-        "text_offset": [start for start, _ in zip(ends, texts, strict=False)],
+        "text_offset": list(starts),
         "top_logprobs": [{text: value} for text, value in zip(texts, values, strict=True)] if top else None,
     }
 

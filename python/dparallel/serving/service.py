@@ -59,6 +59,14 @@ class Newest:
     draft: Draft
 
 
+class Score(NamedTuple):
+    """A token of a response, with its log-probability (nats), and where its text starts, in characters."""
+
+    token: int
+    logprob: float
+    start: int
+
+
 class Piece(NamedTuple):
     """New content of a choice."""
 
@@ -67,8 +75,8 @@ class Piece(NamedTuple):
     reason: str | None = None
     """The finish reason, at the choice's end."""
     draft: Draft | None = None
-    scores: Sequence[tuple[int, float]] = ()
-    """New tokens and their log-probabilities (nats), if they are requested."""
+    scores: Sequence[Score] = ()
+    """Of the new tokens, if log-probabilities are requested."""
 
 
 class Call:
@@ -165,7 +173,9 @@ class Call:
             if choice.text.stopped:
                 choice.handle.cancel()
             logprobs = choice.handle.logprobs[before : choice.text.count]
-            scores = list(zip(event, logprobs, strict=False))  # fewer at a stop string, none if not requested
+            starts = choice.text.starts[before:]
+            # Fewer than tokens at a stop string, and none if not requested.
+            scores = [Score(*each) for each in zip(event, logprobs, starts, strict=False)]
             if piece or scores:
                 yield Piece(index, piece, scores=scores)
 
@@ -391,7 +401,7 @@ class ModelService:
                 ids,
                 self._gen_length(ids, request, param, len(suffix)),
                 (seed + i) % 2**63,
-                text.TextStream(self.tokenizer, request.stop or ()),
+                text.TextStream(self.tokenizer, request.stop or (), with_starts=request.scored),
                 suffix,
             )
             for ids in encoded
