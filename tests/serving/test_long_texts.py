@@ -21,6 +21,7 @@ from server_here import all_of, answer_of, post, serving
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 
+import dparallel_ext as dx
 from benchmarks.serving import percentile
 
 pytest_plugins = ["servers"]
@@ -210,5 +211,18 @@ def test_what_may_be_answered_is_described(student: tuple[Any, Any]) -> None:
         for status in (*statuses, "default"):
             assert answers[str(status)]["content"]["application/json"]["schema"] == error
     assert "503" in described["paths"]["/health"]["get"]["responses"]
-    fields = described["components"]["schemas"]["ErrorFields"]
+    assert described["info"]["version"] == dx.__version__
+    schemas = described["components"]["schemas"]
+
+    def kinds(schema: str, field: str) -> set[str]:
+        """The types that a field may have, and those of a list's items."""
+        forms = schemas[schema]["properties"][field]["anyOf"]
+        return {" of ".join([form["type"], *form.get("items", {}).get("type", "").split()]) for form in forms}
+
+    lists = {"array of string", "array of integer", "array of array"}
+    assert kinds("CompletionRequest", "prompt") == {"string", *lists}
+    assert kinds("ChatRequest", "stop") == {"string", "array of string", "null"}
+    assert kinds("ChatMessage", "content") == {"string", "array", "null"}
+    assert set(schemas["TextPart"]["required"]) == {"type", "text"}
+    fields = schemas["ErrorFields"]
     assert set(fields["required"]) == set(ApiError(400, "").body["error"])

@@ -344,7 +344,14 @@ def make_app(service: Service) -> FastAPI:
             await asyncio.to_thread(model.engine.close, cancel=True)
 
     # FastAPI's documentation pages are off, since they load scripts from elsewhere.
-    app = FastAPI(title="dparallel", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="dparallel",
+        version=dx.__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.add_middleware(Gate, service=service)
     if service.settings.cors_origins:
         # Before the gate: a browser's preflight has no key, and a refusal must reach the page.

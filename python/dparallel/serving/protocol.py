@@ -254,7 +254,7 @@ class Options(Strict):
     policy: str | None = None
     """The unmasking rule of a diffusion model, see `parse_policy`."""
 
-    @field_validator("stop", mode="before")
+    @field_validator("stop", mode="before", json_schema_input_type=str | list[str] | None)
     @classmethod
     def _strings(cls, value: Any) -> Any:
         if value is None:
@@ -321,7 +321,9 @@ class CompletionRequest(Options):
             raise ApiError(400, f"{message}, got {self.logprobs}", param="logprobs")
         return self
 
-    @field_validator("prompt", mode="before")
+    @field_validator(
+        "prompt", mode="before", json_schema_input_type=str | list[int] | list[str] | list[list[int]]
+    )
     @classmethod
     def _several(cls, value: Any) -> Any:
         def every(kind: type, values: Any) -> bool:
@@ -336,6 +338,13 @@ class CompletionRequest(Options):
         raise ValueError("expected a string, a list of token ids, or a list of either, none of them empty")
 
 
+class TextPart(BaseModel):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
 class ChatMessage(Strict):
     neutral = MESSAGE
     role: Literal["system", "developer", "user", "assistant"]
@@ -343,7 +352,7 @@ class ChatMessage(Strict):
     """Null only in an assistant's empty answer."""
     name: str | None = None
 
-    @field_validator("content", mode="before")
+    @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart] | None)
     @classmethod
     def _joined(cls, value: Any) -> Any:
         if not isinstance(value, list):
