@@ -107,6 +107,7 @@ def test_a_suffix_is_what_the_answer_leads_to(client: OpenAI, student: tuple[Any
         ({"prompt": "[MASK]"}, "suffix"),
         ({"max_tokens": 240}, "max_tokens"),
         ({"suffix": 3}, "suffix"),
+        ({"suffix": "sam " * 250}, "suffix"),
     ):
         with pytest.raises(openai.BadRequestError) as refused:
             client.completions.create(**{**asked, **change})

@@ -493,7 +493,9 @@ class ModelService:
         length = request.max_tokens or max(1, min(self.gen_length, most - known))
         if known + length > most:
             newer = isinstance(request, ChatRequest) and request.max_completion_tokens is not None
-            name = param if known >= most else "max_completion_tokens" if newer else "max_tokens"
+            name = "max_completion_tokens" if newer else "max_tokens"
+            if known >= most:
+                name = param if len(ids) >= most else "suffix"
             message = f"{name}: expected at most {most} tokens with the response, got {known} + {length}"
             raise ApiError(400, message, param=name, code="context_length_exceeded")
         self._check_ids(param, ids)
