@@ -106,7 +106,7 @@ def parse(text: str, *, default: bool = True) -> tuple[Rule | None, dict[str, An
     except ValueError as error:
         raise ValueError(f"rule: expected {_usage(name)}, got {text!r} ({error})") from error
     row = beside if beside is not None else rule.row if default else None
-    return rule, _row(row) if row else {}
+    return rule, {} if row is None else _row(row)
 
 
 def file_of(text: str) -> str | None:

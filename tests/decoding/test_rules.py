@@ -363,6 +363,7 @@ def test_a_bad_row_is_named(llada: models.Model) -> None:
         ({"rule": "credit:0.7,2"}, r"rule: expected credit\[:SCALE,DECAY,POWER\], got .*decay: expected"),
         ({"rule": "credit:nan"}, "scale: expected a finite number"),
         ({"rule": "credit+nonsense:1"}, "rule: expected 'one', steps:N, SELECTOR:THRESHOLD"),
+        ({"rule": "credit+"}, "rule: expected 'one', steps:N, SELECTOR:THRESHOLD"),
         ({"rule": "prophet"}, r"rule: expected prophet:START\[,WIDTH\], got 'prophet'"),
         ({"rule": "prophet:1.5"}, "rule: expected prophet"),
         ({"rule": "sched:7.5,2.5,square"}, "kind: expected one of"),
