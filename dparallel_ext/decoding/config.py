@@ -383,7 +383,7 @@ def _rule(config: DecodeConfig) -> tuple[Rule | None, dict[str, Any]]:
     elif isinstance(rule, Rule):
         if rule.row is not None and not _given(row):
             row = {**row, **parse(rule.row)[1]}
-    elif callable(rule):
+    elif callable(rule) and not isinstance(rule, type):
         if names := _given(row):
             raise ValueError(f"rule: a function decides alone, so give it without {names[0]}")
         rule = FunctionRule(rule)

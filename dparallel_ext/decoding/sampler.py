@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import policies
 from ..ops import select, unmask_
 from ..ops.errors import NO_ERROR
-from ..ops.row_stats import read_rows
+from ..ops.row_stats import LARGEST, read_rows
 from ..rules import Decision, Rule, Where
 from ..rules.protocol import Cells, expect
 from ..types import RowStats
@@ -175,8 +175,7 @@ def _by_rule(
     commit, token = _allowed(rule, rule.decide(by_cell, where, state), where, by_cell, group, mask_id)
     chosen = stats.sample if token is None else grid.gather(token, -1)
     if token is not None:
-        logprob = logits.gather(1, chosen.clamp(min=0)[:, None])[:, 0].float() - stats.lse
-        stats = stats._replace(sample=chosen, confidence=logprob.exp(), sample_logprob=logprob)
+        stats = _of_tokens(stats, chosen, logits, group.temperature)
     return Decided(stats, errors, grid.gather(commit, False), chosen)
 
 
@@ -195,6 +194,7 @@ def _allowed(
     if token is not None:
         expect(f"{type(rule).__name__}: token", token, where.token)
         sound = sound & (token >= 0) & (token < where.rows.shape[1]) & (token != mask_id)
+        sound &= where.logits(token[..., None])[..., 0] > -math.inf
         if group.suppress is not None:
             sound &= ~torch.isin(token, group.suppress.to(token.device))
         token = torch.where(sound, token, stats.sample)
@@ -206,6 +206,16 @@ def _allowed(
         expect(f"{type(rule).__name__}: edit", edit, where.masked)
         commit |= edit & where.decoded & sound
     return commit, token
+
+
+def _of_tokens(stats: RowStats, token: Tensor, logits: Tensor, temperature: float) -> RowStats:
+    """The statistics (N,) with the rule's tokens (N,) as samples. logits: (N, V)."""
+    ids = torch.stack((token, stats.sample), 1).clamp(min=0)
+    z, drawn = logits.gather(1, ids).float().clamp(max=LARGEST).unbind(1)
+    # From the sample's, whose sum is over the ids that could be drawn.
+    logprob = (stats.sample_logprob + (z - drawn) / (temperature or 1.0)).clamp(max=0.0)
+    confidence = (z - stats.lse.clamp(max=LARGEST)).exp() if temperature else logprob.exp()
+    return stats._replace(sample=token, confidence=confidence, sample_logprob=logprob)
 
 
 def _windows_of(column: Tensor, lane: Tensor, first: Tensor, last: Tensor, lanes: int) -> Tensor:

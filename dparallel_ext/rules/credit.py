@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import number, whole
+from ..ops.row_stats import LARGEST
 from ..types import RowStats
 from .protocol import Decision, Rule, Where
 
@@ -55,7 +56,7 @@ class Credit(Rule):
         credit = credit * self.decay
         slot = torch.where((ids == token) & (credit > 0), torch.inf, -credit).argmax(2, keepdim=True)
         before = credit.gather(2, slot) * (ids.gather(2, slot) == token)
-        gained = (stats.top1 - stats.lse)[..., None].exp() ** self.power
+        gained = stats.confidence[..., None] ** self.power  # nothing is sampled: p(argmax)
         ids = ids.scatter(2, slot, token)
         credit = credit.scatter(2, slot, before + gained)
         for kept, values in zip(state, (ids, credit), strict=True):
@@ -66,7 +67,10 @@ class Credit(Rule):
     def _raised(self, stats: RowStats, z: Tensor, credit: Tensor, ids: Tensor) -> RowStats:
         """The statistics (W, C) of z'. stats: of the logits before credit; z, credit, ids: (W, C, K)."""
         has = credit > 0
-        z, lse, entropy = z.double(), stats.lse.double(), stats.entropy.double()
+        # Logits less the argmax's, so that sums are finite where it is +inf, which counts as the largest.
+        largest = stats.top1.double().clamp(max=LARGEST)
+        z = z.double() - largest[..., None]
+        lse, entropy = -stats.confidence.double().log(), stats.entropy.double()
         up = z + self.scale * credit.double().log1p()
         top = torch.where(has, up, -torch.inf).amax(2)  # the argmax has credit, so no id without is above
         token = torch.where(has & (up == top[..., None]), ids, torch.iinfo(torch.int64).max).amin(2)
@@ -84,7 +88,7 @@ class Credit(Rule):
         return stats._replace(
             token=token,
             sample=token,
-            lse=lse.float(),
+            lse=(largest + lse).float(),
             confidence=(1 / total).float(),
             entropy=(lse - weighted / total).clamp(min=0).float(),
             margin=torch.zeros_like(stats.margin),

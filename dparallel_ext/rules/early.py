@@ -14,7 +14,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..arguments import number, one_of, whole
+from ..arguments import number, one_of, shown, whole
+from ..ops.row_stats import LARGEST
 from ..types import RowStats
 from .protocol import Decision, Rule, Where
 
@@ -23,8 +24,10 @@ Shape = Literal["linear", "cosine", "exponential"]
 _STEP = 2.0**-20  # gaps are rounded to multiples, whose sums are exact whatever the order and the padding
 
 
-def _mean(gaps: Tensor, cells: Tensor) -> Tensor:
-    """(W,) float64: the mean of gaps (W, C) over the cells of each window; NaN where there is none."""
+def _mean_gap(stats: RowStats, cells: Tensor) -> Tensor:
+    """(W,) float64: the mean gap between the two largest logits over the cells (W, C) of each window, +inf
+    counting as the largest float32; NaN where there is no cell."""
+    gaps = stats.top1.clamp(max=LARGEST) - stats.top2.clamp(max=LARGEST)
     whole = (gaps.double().clamp(max=2.0**20) / _STEP).round() * _STEP
     return torch.where(cells, whole, 0.0).sum(1) / cells.sum(1)
 
@@ -47,6 +50,8 @@ class Prophet(Rule):
     def __post_init__(self) -> None:
         whole("start", self.start, 0)
         whole("width", self.width, 1)
+        if not isinstance(self.bars, tuple) or len(self.bars) != 3:
+            raise ValueError(f"bars: expected a tuple of three numbers, got {shown(self.bars)}")
         for bar in self.bars:
             number("bars", bar, -math.inf)
 
@@ -57,7 +62,7 @@ class Prophet(Rule):
         progress = where.step / where.steps
         high, middle, low = self.bars
         bar = torch.where(progress < 0.33, high, torch.where(progress < 0.67, middle, low))
-        sure = seen & (_mean(stats.top1 - stats.top2, answer) >= bar)
+        sure = seen & (_mean_gap(stats, answer) >= bar)
         return Decision(where.by_policy(stats) | (where.open & sure[:, None]))
 
 
@@ -103,6 +108,6 @@ class SchED(Rule):
         left = where.open.sum(1)
         changed = (where.open & (where.recall(last) != stats.token + 1)).sum(1)
         where.remember(last, stats.token + 1)
-        sure = _mean(stats.top1 - stats.top2, where.open) >= self.bar(where.progress.double())
+        sure = _mean_gap(stats, where.open) >= self.bar(where.progress.double())
         sure &= (changed <= self.changes * left) & (where.progress >= self.floor)
         return Decision(where.by_policy(stats) | (where.open & sure[:, None]))

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.row_stats import LARGEST
 from ..ops.select import select
 from ..types import RowStats
 
@@ -104,7 +105,7 @@ class Where:
         As in the statistics, +inf counts as the largest float32.
         """
         columns = self.cells.gather(ids.clamp(0, self.rows.shape[1] - 1), 0)  # (N, K)
-        gathered = self.rows.gather(1, columns).float().clamp(max=torch.finfo(torch.float32).max)
+        gathered = self.rows.gather(1, columns).float().clamp(max=LARGEST)
         return self.cells.spread(gathered, torch.nan)
 
     def recall(self, state: Tensor) -> Tensor:
@@ -124,7 +125,8 @@ class Decision(NamedTuple):
     """(W, C) bool: cells to commit; only cells with masks are. None: the cells that the policy row
     commits."""
     token: Tensor | None = None
-    """(W, C) int64: the tokens to write. None: `RowStats.sample`."""
+    """(W, C) int64: the tokens to write. None: `RowStats.sample`. Not written are the mask token,
+    suppressed ids, and ids whose logit is -inf."""
     edit: Tensor | None = None
     """(W, C) bool, for a rule that `edits`: cells whose decoded tokens are replaced by `token`."""
 

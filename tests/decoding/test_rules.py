@@ -362,6 +362,8 @@ def test_a_bad_row_is_named(llada: models.Model) -> None:
         ({"rule": "entropy:-1"}, "rule: expected 'one', steps:N, SELECTOR:THRESHOLD"),
         ({"rule": "credit:0.7,2"}, r"rule: expected credit\[:SCALE,DECAY,POWER\], got .*decay: expected"),
         ({"rule": "credit:nan"}, "scale: expected a finite number"),
+        ({"rule": "credit+"}, "rule: expected 'one', steps:N, SELECTOR:THRESHOLD"),
+        ({"rule": Credit}, "rule: expected a Rule, its name or a function, got type"),
         ({"rule": "credit+nonsense:1"}, "rule: expected 'one', steps:N, SELECTOR:THRESHOLD"),
         ({"rule": "credit+"}, "rule: expected 'one', steps:N, SELECTOR:THRESHOLD"),
         ({"rule": "prophet"}, r"rule: expected prophet:START\[,WIDTH\], got 'prophet'"),
@@ -379,6 +381,12 @@ def test_a_bad_row_is_named(llada: models.Model) -> None:
 def test_what_does_not_fit_is_said(llada: models.Model, settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         dx.decode(llada, PROMPTS, gen_length=8, block_length=8, **settings)
+
+
+@pytest.mark.parametrize("bars", [[7.5, 5.0, 2.5], (7.5, 5.0), 7.5])
+def test_prophets_bars_are_three(bars: Any) -> None:
+    with pytest.raises(ValueError, match="bars: expected a tuple of three numbers, got"):
+        Prophet(0, bars=bars)
 
 
 def test_names() -> None:
@@ -421,3 +429,85 @@ def test_no_rule_commits_what_is_suppressed(llada: models.Model) -> None:
 def test_a_block_that_another_begins_cannot_be_edited() -> None:
     with pytest.raises(ValueError, match="rule: Edit edits, which does not go with"):
         dx.decode(fast_dllm(), PROMPTS, gen_length=8, rule="edit")
+
+
+@dataclass
+class Table:
+    """A 'model' whose logits (L, V) are the same whatever the tokens."""
+
+    logits: Tensor
+    config: Any = None
+
+    def __call__(self, input_ids: Tensor) -> SimpleNamespace:
+        count, length = input_ids.shape
+        return SimpleNamespace(logits=self.logits[:length].expand(count, length, -1).clone())
+
+
+@dataclass(frozen=True)
+class Says(Rule):
+    """The policy row, with tokens of its own: those that would be written anyway, or one for all."""
+
+    token: int | None = None
+
+    def decide(self, stats: dx.RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
+        token = stats.sample if self.token is None else torch.full_like(stats.sample, self.token)
+        return Decision(where.by_policy(stats), token)
+
+
+def table(**columns: float) -> Table:
+    logits = torch.randn((16, 32), generator=torch.Generator().manual_seed(0))
+    for name, value in columns.items():
+        logits[5:, int(name[1:])] = value
+    return Table(logits)
+
+
+SHARED: dict[str, Any] = {"gen_length": 8, "block_length": 4, "mask_id": 31, "record": True, "logprobs": True}
+
+
+@pytest.mark.parametrize("rule", ["credit", "credit+entropy:1", "eot:4", "sched:1", "prophet:0"])
+@pytest.mark.parametrize("ids", [(4,), (4, 9)])
+def test_infinite_logits_share_the_probability_under_every_rule(rule: str, ids: tuple[int, ...]) -> None:
+    model = table(**{f"v{at}": math.inf for at in ids})
+    out = dx.decode(model, [1, 2, 3, 7, 8], **SHARED, rule=rule)
+    assert out.responses[0].tolist() == [4] * 8
+    expected = torch.full((1, 8), 1 / len(ids))
+    torch.testing.assert_close(out.trajectory.confidence, expected)
+    torch.testing.assert_close(out.logprobs, expected.log())
+
+
+def test_gaps_of_infinite_logits_are_none() -> None:
+    """Of two +inf the gap is 0, which does not hide the gaps of the other rows."""
+    model = table()
+    model.logits[5, [4, 9]] = math.inf
+    model.logits[6:, 3] = 100.0
+    assert dx.decode(model, [1, 2, 3, 7, 8], **SHARED, rule="prophet:0,8").forwards == 1
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.3}, {"temperature": 2.0, "top_p": 0.8}])
+def test_tokens_of_a_rule_have_the_log_probabilities_of_samples(sampling: dict[str, Any]) -> None:
+    """log softmax(logits / T), over the ids that could be drawn; the confidence is softmax(logits)."""
+    model, prompt = table(), [1, 2, 3, 7, 8]
+    drawn = dx.decode(model, prompt, **SHARED, **sampling, seed=3)
+    said = dx.decode(model, prompt, **SHARED, **sampling, seed=3, rule=Says())
+    assert torch.equal(drawn.sequences, said.sequences)
+    torch.testing.assert_close(drawn.logprobs, said.logprobs)
+    torch.testing.assert_close(drawn.trajectory.confidence, said.trajectory.confidence)
+    if "top_p" not in sampling:
+        nine = dx.decode(model, prompt, **SHARED, **sampling, seed=3, rule=Says(9))
+        z = model.logits[5:13].double()
+        torch.testing.assert_close(nine.trajectory.confidence[0], z.softmax(1)[:, 9].float())
+        if temperature := sampling.get("temperature"):  # the mask token can not be drawn
+            z = z.index_fill(1, torch.tensor([31]), -math.inf) / temperature
+        torch.testing.assert_close(nine.logprobs[0], z.log_softmax(1)[:, 9].float())
+
+
+def test_no_rule_commits_what_is_impossible() -> None:
+    """An id whose logit is -inf."""
+    model = table(v4=-math.inf)
+    model.logits[5, 4] = 30.0  # the end of text, with masks behind it
+    plain = dx.decode(model, [1, 2, 3, 7, 8], **SHARED)
+    for rule in ("eot:4", Says(4)):
+        out = dx.decode(model, [1, 2, 3, 7, 8], **SHARED, rule=rule)
+        assert out.responses[0][0] == 4
+        assert torch.equal(out.sequences, plain.sequences)
+        assert bool(out.logprobs.isfinite().all())
