@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import shown, whole
-from ..decoding.settings import drawn_seed
-from ..models import check_diffusion, traits
-from ..ops import row_stats
+from ..arguments import number, shown, whole
+from ..decoding.settings import check_mask, drawn_seed
+from ..models import check_diffusion, for_decoding, traits
 from ..ops.inputs import check_sampling
-from .logits import logits_of
+from ..ops.row_stats import read_rows
+from .inputs import check_prompts, prompts_of, visible
+from .logits import logits_of, report_rows
 
 ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 """Dream's: positions at random; or by the largest probability, the largest margin p1 - p2, the least
@@ -85,9 +86,11 @@ def diffusion_generate(
     if left := {name: value for name, value in others.items() if name not in _UNREAD and value is not None}:
         name, value = next(iter(left.items()))
         raise ValueError(f"{name}: not an option of Dream's diffusion_generate (see `decode`), got {value!r}")
-    if not isinstance(inputs, Tensor) or inputs.ndim != 2 or inputs.dtype not in (torch.int64, torch.int32):
+    inputs = prompts_of("inputs", inputs, (2,))
+    if isinstance(generation_config, Mapping):
         raise ValueError(
-            f"inputs: expected int64 (B, P), got {getattr(inputs, 'shape', type(inputs).__name__)}"
+            "generation_config: expected an object with attributes, got "
+            f"{type(generation_config).__name__}; give its items as keywords"
         )
     options = _read_options(
         model,
@@ -108,16 +111,15 @@ def diffusion_generate(
         mask_token_id=mask_token_id,
     )
     mask, steps, copies = options.mask, options.steps, options.copies
-    x = inputs.to(torch.int64).repeat_interleave(copies, 0)  # (B, P)
+    x = inputs.repeat_interleave(copies, 0)  # (B, P)
     padding = None
     if attention_mask is not None:
-        if attention_mask.shape != inputs.shape:
-            raise ValueError(
-                f"attention_mask: expected the shape of inputs {tuple(inputs.shape)}, "
-                f"got {tuple(attention_mask.shape)}"
-            )
-        padding = attention_mask.to(x.device, torch.bool).repeat_interleave(copies, 0)
+        kept = visible(attention_mask, "inputs", inputs)
+        check_prompts("inputs", inputs[kept], model)
+        padding = kept.repeat_interleave(copies, 0)
         padding = F.pad(padding, (0, options.new), value=True)
+    else:
+        check_prompts("inputs", inputs, model)
     look_at_tokens = generation_tokens_hook_func or (lambda step, x, logits: x)
     look_at_logits = generation_logits_hook_func or (lambda step, x, logits: logits)
     seed = drawn_seed(options.temperature)
@@ -176,31 +178,26 @@ def _read_options(model: Any, length: int, generation_config: Any, **arguments: 
     alg = option("alg", "origin")
     if not isinstance(alg, str) or alg not in ALGORITHMS:
         raise ValueError(f"alg: expected one of {ALGORITHMS}, got {shown(alg)}; for thresholds see `decode`")
-    steps = option("steps", 512)
-    whole("steps", steps, 1)
-    eps = option("eps", 1e-3)
-    if not 0 <= eps < 1:
+    steps = whole("steps", option("steps", 512), 1)
+    eps = number("eps", option("eps", 1e-3))
+    if eps >= 1:
         raise ValueError(f"eps: expected a number from 0 and below 1, got {eps!r}")
-    alg_temp = option("alg_temp", 0.0)
-    if not 0 <= alg_temp < float("inf"):
-        raise ValueError(f"alg_temp: expected a finite number >= 0, got {alg_temp!r}")
+    alg_temp = number("alg_temp", option("alg_temp", 0.0))
     top_p, top_k = option("top_p", None), option("top_k", None)
     temperature = check_sampling(option("temperature", 0.0), top_p, top_k)[0]
     check_diffusion(model)
     mask = option("mask_token_id", traits(model).mask_id)
     if mask is None:
         raise ValueError("mask_token_id: the model's config has none, so give one")
-    whole("mask_token_id", mask, 0)
-    copies = option("num_return_sequences", 1)
-    whole("num_return_sequences", copies, 1)
+    mask = check_mask(for_decoding(model), mask, "mask_token_id")
+    copies = whole("num_return_sequences", option("num_return_sequences", 1), 1)
     new = option("max_new_tokens", None)
     if new is None:
-        total = option("max_length", 20)
-        whole("max_length", total, 1)
+        total = whole("max_length", option("max_length", 20), 1)
         new = total - length if arguments["max_length"] is not None or total != 20 else 20
         if new <= 0:
             raise ValueError(f"max_length: expected more than the {length} tokens of inputs, got {total}")
-    whole("max_new_tokens", new, 0)
+    new = whole("max_new_tokens", new, 0)
     history, as_dict = option("output_history", False), option("return_dict_in_generate", False)
     return _Options(
         *(alg, steps, eps, alg_temp, temperature, top_p, top_k, mask, copies, new), history, as_dict
@@ -217,7 +214,7 @@ def _ranked(logits: Tensor, rows: Tensor, options: _Options, seed: int, step: in
     if (top_p is not None and top_p < 1) or top_k:
         z[:, options.mask] = -torch.inf  # else the mask token could be the only id left
         z = _nucleus(z, top_p, top_k)
-    stats = row_stats(
+    stats, error = read_rows(
         z,
         mask_id=options.mask,
         temperature=float(options.temperature > 0),
@@ -226,6 +223,7 @@ def _ranked(logits: Tensor, rows: Tensor, options: _Options, seed: int, step: in
         position=column,
         step=step,
     )
+    report_rows(error, b, column, rows.shape[1])
     # With one id left, H is 0, as published: the kernels count each other id as e^-87, 1e-31 in all.
     entropy = stats.entropy.masked_fill(stats.entropy < 1e-30, 0.0)
     rank = {"topk_margin": stats.margin, "entropy": -entropy}.get(options.alg, stats.confidence)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import policies
-from ..arguments import one_of, temperature_in_force, whole
+from ..arguments import number, one_of, temperature_in_force, whole
 from ..decoding.batch import AHEAD
 from ..decoding.config import DecodeConfig
 from ..decoding.decode import start
@@ -20,10 +20,12 @@ from ..decoding.schedule import Schedule, Window
 from ..decoding.sequence import SequenceState
 from ..decoding.settings import check_mask, drawn_seed
 from ..models import Model, traits, unwrap
-from ..ops import row_stats, select
+from ..ops import select
+from ..ops.row_stats import read_rows
 from ..rules import Decision, Rule, Where
 from ..types import RowStats
-from .logits import logits_of
+from .inputs import check_prompts, prompts_of, visible
+from .logits import logits_of, report_rows
 
 MASK_ID = 126336
 """LLaDA's mask token, the default of the published functions."""
@@ -75,8 +77,7 @@ def generate(
     """
     if isinstance(steps, Tensor):
         raise ValueError("steps: expected a whole number, got a Tensor; give attention_mask by its name")
-    if not 0 <= cfg_scale < float("inf"):
-        raise ValueError(f"cfg_scale: expected a finite number >= 0, got {cfg_scale!r}")
+    prompt, cfg_scale = prompts_of("prompt", prompt), number("cfg_scale", cfg_scale)
     for name, token, read in (
         ("eos_id", eos_id, logits_eos_inf or confidence_eos_eot_inf),
         ("eot_id", eot_id, confidence_eos_eot_inf),
@@ -109,11 +110,7 @@ def generate(
         if by_logits:
             return _by_logits(model, prompt, cfg_scale=cfg_scale, last=last, **shared)
         return _generate("none", model=model, prompt=prompt, **shared)
-    if attention_mask.shape != prompt.shape or prompt.ndim != 2:
-        raise ValueError(
-            f"attention_mask: expected the shape of prompt (B, P), got {tuple(attention_mask.shape)}"
-        )
-    kept = attention_mask.to(torch.bool)
+    kept = visible(attention_mask, "prompt", prompt)
     rows = [row[keep] for row, keep in zip(prompt, kept, strict=True)]
     if by_logits:  # one sequence after another
         each = [_by_logits(model, row, cfg_scale=cfg_scale, last=last, **shared) for row in rows]
@@ -121,7 +118,7 @@ def generate(
     else:
         padded, forwards = _generate("none", model=model, prompt=rows, **shared)
         responses = [tokens[: len(row) + gen_length] for tokens, row in zip(padded, rows, strict=True)]
-    tokens = F.pad(prompt.to(torch.int64), (0, gen_length))
+    tokens = F.pad(prompt, (0, gen_length))
     tokens[F.pad(kept, (0, gen_length), value=True)] = torch.cat([tokens[:0, 0], *responses])
     return tokens, forwards
 
@@ -140,6 +137,7 @@ def generate_with_prefix_cache(
 ) -> tuple[Tensor, int]:
     """`generate` with one full pass per block, then passes from the block's start on, which read the prefix's
     keys and values of the full pass (Fast-dLLM)."""
+    prompt = prompts_of("prompt", prompt)
     return _generate("prefix", **locals())
 
 
@@ -157,6 +155,7 @@ def generate_with_dual_cache(
 ) -> tuple[Tensor, int]:
     """`generate` with one full pass per block, then passes over the block alone, which read the prefix's and
     suffix's keys and values of the full pass (Fast-dLLM)."""
+    prompt = prompts_of("prompt", prompt)
     return _generate("dual", **locals())
 
 
@@ -175,8 +174,7 @@ def _generate(
     selector: str,
     suppress: list[int] | None = None,
 ) -> tuple[Tensor, int]:
-    _check(steps, gen_length, block_length, remasking)
-    one_of("selector", selector, policies.SELECTORS)
+    steps, gen_length, block_length = _checked(steps, gen_length, block_length, remasking, selector)
     if threshold is None:
         # The published fixed schedule ranks by these scores.
         by_entropy = selector == "entropy" and cache in ("prefix", "dual")
@@ -194,8 +192,7 @@ def _generate(
         **row,
     )
     with torch.inference_mode():
-        rows = [prompt] if isinstance(prompt, Tensor) and prompt.ndim == 1 else list(prompt)
-        batch = start(model, [ids.to(torch.int64) for ids in rows], config, schedule=_as_published)
+        batch = start(model, list(prompt), config, schedule=_as_published)
         waiting: list[int] = []
         while batch.live:  # at the end of a block every sequence waits for the others
             waiting += batch.step(ahead=AHEAD)
@@ -204,6 +201,8 @@ def _generate(
                 waiting = []
     tokens = batch.tokens.clone()
     batch.keep()
+    if isinstance(prompt, Tensor) and not len(prompt):
+        tokens = prompt.new_empty((0, prompt.shape[1] + gen_length))
     return tokens, batch.forwards
 
 
@@ -243,13 +242,20 @@ class AtRandom(Rule):
         return Decision(where.by_policy(stats))
 
 
-def _check(steps: int, gen_length: int, block_length: int, remasking: str) -> None:
+def _checked(
+    steps: int, gen_length: int, block_length: int, remasking: str, selector: str
+) -> tuple[int, int, int]:
+    """steps, gen_length and block_length as ints. Raises ValueError naming the argument that does not fit."""
+    gen_length, block_length = whole("gen_length", gen_length, 0), whole("block_length", block_length, 1)
+    steps = whole("steps", steps, 1)
+    one_of("selector", selector, policies.SELECTORS)
     one_of("remasking", remasking, ("low_confidence", "random"))
-    if block_length < 1 or gen_length % block_length:
+    if gen_length % block_length:
         raise ValueError(f"block_length: expected a divisor of gen_length {gen_length}, got {block_length}")
     blocks = gen_length // block_length
     if blocks and steps % blocks:
         raise ValueError(f"steps: expected a multiple of the {blocks} blocks, got {steps}")
+    return steps, gen_length, block_length
 
 
 def _by_logits(
@@ -273,15 +279,16 @@ def _by_logits(
 
     last: ids that are left out of the confidences.
     """
-    _check(steps, gen_length, block_length, remasking)
-    rows = prompt[None] if prompt.ndim == 1 else prompt
+    steps, gen_length, block_length = _checked(steps, gen_length, block_length, remasking, selector)
+    rows = torch.atleast_2d(prompt)
+    check_prompts("prompt", rows, model)
     batch, start_of = len(rows), rows.shape[1]
     blocks = gen_length // block_length
     share, rest = divmod(block_length, steps // blocks) if blocks else (0, 0)
     seed = drawn_seed(temperature)
     forwards = 0
     with torch.no_grad():
-        x = F.pad(rows.to(torch.int64), (0, gen_length), value=mask_id)  # (B, L)
+        x = F.pad(rows, (0, gen_length), value=mask_id)  # (B, L)
         known = x != mask_id
         for end in range(start_of + block_length, x.shape[1] + 1, block_length):
             turn = 0
@@ -295,7 +302,7 @@ def _by_logits(
                 eligible[:, end:] = False
                 b, column = eligible.nonzero(as_tuple=True)
                 read = logits[b, column]  # (N, V)
-                stats = row_stats(
+                stats, error = read_rows(
                     read,
                     mask_id=mask_id,
                     suppress=suppress,
@@ -305,11 +312,13 @@ def _by_logits(
                     position=column,
                     step=forwards,
                 )
+                report_rows(error, b, column, x.shape[1])
                 confidence = stats.confidence
                 if remasking == "random":
                     confidence = torch.rand_like(confidence)
                 elif last:
-                    lse = row_stats(read, suppress=[*(suppress or []), *last], mask_id=mask_id).lse
+                    # Rows that leave nothing but these ids are no error: their lse is -inf.
+                    lse = read_rows(read, suppress=[*(suppress or []), *last], mask_id=mask_id)[0].lse
                     chosen = read.gather(1, stats.sample[:, None])[:, 0].float()
                     out = torch.isin(stats.sample, torch.tensor(last, device=x.device))
                     confidence = (chosen - lse).exp().masked_fill(out, 0.0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..models import for_decoding, own_precision, traits
+from ..ops.errors import NO_ERROR, Cell, report
 
 
 def logits_of(model: Any, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -31,3 +32,9 @@ def logits_of(model: Any, x: Tensor, attention_mask: Tensor | None = None) -> Te
         )
     logits = output.logits
     return torch.cat((logits[:, :1], logits[:, :-1]), 1) if traits(model).shift else logits
+
+
+def report_rows(error: Tensor, b: Tensor, column: Tensor, length: int) -> None:
+    """Report the errors (N,) of rows of logits that are for tokens [b, column] (N,) of sequences of `length`,
+    as ValueErrors that name sequence and position; on a GPU see `ops.check_errors`."""
+    report(torch.where(error == NO_ERROR, error, 4 * (b * length + column) + error % 4), Cell(length))

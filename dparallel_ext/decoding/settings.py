@@ -161,9 +161,9 @@ def vocabulary(model: Any) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def check_mask(model: Any, mask_id: int) -> int:
-    """`mask_id` as an int. Raises ValueError where the model has no such token."""
-    mask, known = whole("mask_id", mask_id, 0), vocabulary(model)
+def check_mask(model: Any, mask_id: int, name: str = "mask_id") -> int:
+    """`mask_id`, the argument `name`, as an int. Raises ValueError where the model has no such token."""
+    mask, known = whole(name, mask_id, 0), vocabulary(model)
     if known is not None and mask >= known:
-        raise ValueError(f"mask_id: expected one of the model's {known} token ids, got {mask}")
+        raise ValueError(f"{name}: expected one of the model's {known} token ids, got {mask}")
     return mask

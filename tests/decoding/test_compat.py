@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import types
+from typing import Any
+
 import pytest
 import torch
 from conftest import STAND_IN, golden
@@ -258,13 +262,70 @@ def test_lladas_options_take_a_threshold_and_a_temperature() -> None:
             "confidence_eos_eot_inf: 'entropy' is no rule of confidences",
         ),
         ({"steps": torch.ones(1, 1)}, "steps: expected a whole number, got a Tensor; give attention_mask"),
+        ({"steps": 0}, "steps: expected a whole number >= 1, got 0"),
+        ({"steps": -128}, "steps: expected a whole number >= 1, got -128"),
+        ({"gen_length": -128}, "gen_length: expected a whole number >= 0, got -128"),
+        ({"gen_length": None}, "gen_length: expected a whole number >= 0, got None"),
+        ({"block_length": 8.0}, "block_length: expected a whole number >= 1, got 8.0"),
+        ({"cfg_scale": "1"}, "cfg_scale: expected a finite number >= 0, got '1'"),
+        ({"attention_mask": [[1]]}, r"attention_mask: expected the shape of prompt \(1, 1\), got list"),
         ({"attention_mask": torch.ones(1, 2)}, "attention_mask: expected the shape of prompt"),
     ],
 )
 def test_lladas_options_are_checked(kwargs: dict, message: str) -> None:
     model = golden.model("llada_tiny_a")
-    with pytest.raises(ValueError, match=message):
-        compat.generate(model, torch.tensor([[1]]), mask_id=511, **kwargs)
+    for options in ({}, {"cfg_scale": 1.0}):
+        with pytest.raises(ValueError, match=message):
+            compat.generate(model, torch.tensor([[1]]), mask_id=511, **{**options, **kwargs})
+
+
+CALLS: list[tuple[str, str, Any]] = [
+    ("llada_tiny_a", "prompt", compat.generate),
+    ("llada_tiny_a", "prompt", functools.partial(compat.generate, cfg_scale=1.0)),
+    ("llada_tiny_a", "prompt", compat.generate_with_prefix_cache),
+    ("llada_tiny_a", "prompt", compat.generate_with_dual_cache),
+    ("dream_tiny_a", "inputs", compat.diffusion_generate),
+]
+
+
+@pytest.mark.parametrize(("name", "argument", "call"), CALLS)
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([[1, 2]], r"expected int64 \(B, P\), got list"),
+        (torch.tensor([[1.5, 2.0]]), r"expected int64 \(B, P\), got torch.float32 \(1, 2\)"),
+        (torch.tensor([[True]]), r"expected int64 \(B, P\), got torch.bool \(1, 1\)"),
+        (torch.ones(1, 1, 1).long(), r"expected int64 \(B, P\), got torch.int64 \(1, 1, 1\)"),
+        (torch.tensor([[1, 512]]), r"expected token ids in \[0, 512\), got 512"),
+        (torch.tensor([[-1, 2]]), r"expected token ids in \[0, 512\), got -1"),
+    ],
+)
+def test_prompts_are_checked(name: str, argument: str, call: Any, prompt: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"{argument}: {message}"):
+        call(golden.model(name), prompt)
+
+
+@pytest.mark.parametrize(("name", "argument", "call"), CALLS)
+def test_no_prompts(name: str, argument: str, call: Any) -> None:
+    new = 20 if argument == "inputs" else 128
+    tokens = call(golden.model(name), torch.zeros((0, 3), dtype=torch.int32))
+    tokens = tokens if argument == "inputs" else tokens[0]
+    assert tokens.shape == (0, 3 + new)
+    assert tokens.dtype == torch.int64
+
+
+@pytest.mark.parametrize(("name", "argument", "call"), CALLS[:2] + CALLS[4:])
+def test_a_bad_row_is_named(name: str, argument: str, call: Any) -> None:
+    model = golden.model(name)
+
+    def bad(x: torch.Tensor) -> types.SimpleNamespace:
+        logits = model(x).logits
+        logits[1, 4, 7] = float("nan")
+        return types.SimpleNamespace(logits=logits)
+
+    options = {"mask_id": 511} if argument == "prompt" else {"mask_token_id": 511, "alg": "entropy"}
+    with pytest.raises(ValueError, match="logits: sequence 1 at position 4 holds NaN"):
+        call(bad, torch.tensor([[1, 2], [3, 4]]), **options)
 
 
 def dream_loop(
@@ -432,6 +493,14 @@ def test_dreams_samples() -> None:
         ({"top_p": 2.0}, "top_p: expected a number from 0 to 1"),
         ({"max_length": 2}, "max_length: expected more than the 3 tokens of inputs, got 2"),
         ({"attention_mask": torch.ones(1, 2)}, r"attention_mask: expected the shape of inputs \(1, 3\)"),
+        ({"attention_mask": [[1, 1, 1]]}, r"attention_mask: expected the shape of inputs \(1, 3\), got list"),
+        (
+            {"generation_config": {"steps": 4}},
+            "generation_config: expected an object with attributes, got dict",
+        ),
+        ({"mask_token_id": 512}, "mask_token_id: expected one of the model's 512 token ids, got 512"),
+        ({"eps": "0"}, "eps: expected a finite number >= 0, got '0'"),
+        ({"alg_temp": "0"}, "alg_temp: expected a finite number >= 0, got '0'"),
     ],
 )
 def test_dreams_options_are_checked(kwargs: dict, message: str) -> None:

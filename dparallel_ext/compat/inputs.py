@@ -1,0 +1,35 @@
+"""Checks of the prompts that the published loops take, which are tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arguments import INTEGERS, check_ids
+from ..decoding.settings import vocabulary
+from ..models import for_decoding
+
+
+def prompts_of(name: str, value: Any, dims: tuple[int, ...] = (1, 2)) -> Tensor:
+    """Token ids (B, P) int64, from whole numbers (B, P) or (P,). Raises ValueError naming the argument."""
+    if not isinstance(value, Tensor) or value.ndim not in dims or value.dtype not in INTEGERS:
+        got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name}: expected int64 (B, P), got {got}")
+    return torch.atleast_2d(value.to(torch.int64))
+
+
+def visible(attention_mask: Any, name: str, prompts: Tensor) -> Tensor:
+    """(B, P) bool: where `prompts` (B, P), the argument `name`, has no padding. Raises ValueError naming
+    attention_mask."""
+    shape = getattr(attention_mask, "shape", None)
+    if not isinstance(attention_mask, Tensor) or shape != prompts.shape:
+        got = type(attention_mask).__name__ if shape is None else tuple(shape)
+        raise ValueError(f"attention_mask: expected the shape of {name} {tuple(prompts.shape)}, got {got}")
+    return attention_mask.to(prompts.device, torch.bool)
+
+
+def check_prompts(name: str, prompts: Tensor, model: Any) -> None:
+    """Raise ValueError naming the argument for an id that the model does not have."""
+    check_ids(name, [prompts], vocabulary(for_decoding(model)))
