@@ -31,6 +31,8 @@ def logits_of(model: Any, x: Tensor, attention_mask: Tensor | None = None) -> Te
             f"model: expected its call to return an object with .logits, got {type(output).__name__}"
         )
     logits = output.logits
+    if logits.shape[:-1] != x.shape:
+        raise ValueError(f"model: expected logits ({x.shape[0]}, {x.shape[1]}, V), got {tuple(logits.shape)}")
     return torch.cat((logits[:, :1], logits[:, :-1]), 1) if traits(model).shift else logits
 
 

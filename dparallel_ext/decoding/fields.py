@@ -97,6 +97,8 @@ def _seed(name: str, value: Any) -> Any:
         seeds = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"seed: expected an integer or int64 (B,), got {shown(value)}") from error
+    if seeds.shape == (0,):
+        seeds = seeds.to(torch.int64)  # torch makes an empty list float32
     if seeds.dtype not in (*arguments.INTEGERS, torch.bool) or seeds.ndim > 1:
         raise ValueError(f"seed: expected an integer or int64 (B,), got {seeds.dtype} {tuple(seeds.shape)}")
     return plain(seeds.to(torch.int64))

@@ -328,6 +328,16 @@ def test_a_bad_row_is_named(name: str, argument: str, call: Any) -> None:
         call(bad, torch.tensor([[1, 2], [3, 4]]), **options)
 
 
+@pytest.mark.parametrize(("name", "argument", "call"), CALLS[:2] + CALLS[4:])
+def test_logits_of_the_last_token_alone_are_refused(name: str, argument: str, call: Any) -> None:
+    def last(x: torch.Tensor) -> types.SimpleNamespace:
+        return types.SimpleNamespace(logits=torch.zeros(len(x), 1, 8))
+
+    mask = {"mask_id": 7} if argument == "prompt" else {"mask_token_id": 7}
+    with pytest.raises(ValueError, match=r"model: expected logits \(1, \d+, V\), got \(1, 1, 8\)"):
+        call(last, torch.tensor([[1, 2]]), **mask)
+
+
 def dream_loop(
     model: models.Model,
     prompt: torch.Tensor,

@@ -446,3 +446,9 @@ def test_an_engine_leaves_the_generator_alone() -> None:
         rows = policies.make("quota", 4)
         done = engine.submit([5, 6], policy=rows, gen_length=8, temperature=0.0).result(60)
         assert done.nfe == 2
+
+
+def test_no_seeds_for_no_prompts() -> None:
+    assert DecodeConfig(gen_length=[], threshold=[], seed=[]) == DecodeConfig(
+        gen_length=(), threshold=(), seed=()
+    )
