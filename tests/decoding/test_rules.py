@@ -365,7 +365,6 @@ def test_a_bad_row_is_named(llada: models.Model) -> None:
         ({"rule": "credit+"}, "rule: expected 'one', steps:N, SELECTOR:THRESHOLD"),
         ({"rule": Credit}, "rule: expected a Rule, its name or a function, got type"),
         ({"rule": "credit+nonsense:1"}, "rule: expected 'one', steps:N, SELECTOR:THRESHOLD"),
-        ({"rule": "credit+"}, "rule: expected 'one', steps:N, SELECTOR:THRESHOLD"),
         ({"rule": "prophet"}, r"rule: expected prophet:START\[,WIDTH\], got 'prophet'"),
         ({"rule": "prophet:1.5"}, "rule: expected prophet"),
         ({"rule": "sched:7.5,2.5,square"}, "kind: expected one of"),
