@@ -46,12 +46,12 @@ def number(name: str, value: Any, least: float = 0.0) -> float:
 
     Raises ValueError naming the argument unless it is a finite number of at least `least`.
     """
-    result = math.nan
+    result, bound = math.nan, "" if least == -math.inf else f" >= {least:g}"
     if not isinstance(value, (str, bytes, bool)):
         with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
             result = float(value)
     if not least <= result < math.inf:
-        raise ValueError(f"{name}: expected a finite number >= {least:g}, got {shown(value)}")
+        raise ValueError(f"{name}: expected a finite number{bound}, got {shown(value)}")
     return result
 
 

@@ -6,6 +6,7 @@ gate, weights and normalisation, from a few numbers per row.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -97,7 +98,7 @@ def certainty_forcing_loss(
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits: expected (..., V) with V >= 1, got {tuple(logits.shape)}")
     check_loss_inputs(logits, labels, active, weight, gate, "logits")
-    check_settings(temperature, ce_temperature, reduction)
+    check_settings(temperature, ce_temperature, entropy_weight, reduction)
     inplace = inplace and logits.requires_grad and not torch.compiler.is_compiling()
     if inplace:
         check_inplace(logits)
@@ -139,7 +140,8 @@ def compose(
     return CertaintyForcingLossOutput(loss, nll.view(shape), entropy.view(shape), correct.view(shape))
 
 
-def check_settings(temperature: float, ce_temperature: float, reduction: str) -> None:
+def check_settings(temperature: float, ce_temperature: float, entropy_weight: float, reduction: str) -> None:
+    number("entropy_weight", entropy_weight, -math.inf)
     check_temperature("temperature", temperature)
     check_temperature("ce_temperature", ce_temperature)
     one_of("reduction", reduction, ("mean", "sum"))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import whole
+from ..arguments import number, whole
 from .certainty_forcing_loss import DTYPES, real_dtype
 
 
@@ -41,9 +41,10 @@ def check_head(hidden: Tensor, head: Tensor, name: str, head_name: str) -> tuple
 
 def check_softcap(softcap: float | None) -> float:
     """`softcap` as a number, 0.0 for none."""
-    if softcap is not None and not softcap > 0:
+    cap = 0.0 if softcap is None else number("softcap", softcap)
+    if softcap is not None and not cap:
         raise ValueError(f"softcap: expected a number > 0 or None, got {softcap!r}")
-    return 0.0 if softcap is None else float(softcap)
+    return cap
 
 
 def rows_of_chunk(chunk_rows: int | None, head: Tensor) -> int:

@@ -63,7 +63,7 @@ def linear_certainty_forcing_loss(
     """
     hidden, lm_head_weight = check_head(hidden, lm_head_weight, "hidden", "lm_head_weight")
     check_loss_inputs(hidden, labels, active, weight, gate, "hidden")
-    check_settings(temperature, ce_temperature, reduction)
+    check_settings(temperature, ce_temperature, entropy_weight, reduction)
     cap, chunk_rows = check_softcap(softcap), rows_of_chunk(chunk_rows, lm_head_weight)
     shape, counted = labels.shape, active
     if shift:

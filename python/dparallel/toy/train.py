@@ -271,12 +271,8 @@ def _train(
 
 
 def initialise(model: models.Model) -> None:
-    """Initialise by normal weights of variance 1 / fan_in, smaller for the last matrices of residual
-    branches."""
-    for name, p in model.named_parameters():
+    """Initialise by normal weights of variance 1 / width of a row, smaller for the head."""
+    for p in model.parameters():
         if p.ndim == 2:
-            fan_in = 1.0 if name == "embed.weight" else p.shape[1]
-            residual = name.endswith(("o.weight", "down.weight"))
-            scale = (2 * model.shape.layers) ** -0.5 if residual else 1.0
-            nn.init.normal_(p, std=(0.5 if name == "embed.weight" else scale * fan_in**-0.5))
+            nn.init.normal_(p, std=p.shape[1] ** -0.5)
     nn.init.normal_(model.lm_head.weight, std=0.02)
