@@ -300,7 +300,9 @@ def main() -> None:
 
     version = version_of(nvcc)
     architectures = toolchain.default_architectures(toolchain.known_architectures(nvcc))
-    headers = "\0".join([version, *(p.read_text() for p in sorted((ROOT / "csrc").rglob("*.*h")))])
+    # Of the directories that sources include from: no other header changes their machine code.
+    included = [p for name in ("include", "cuda") for p in sorted((ROOT / "csrc" / name).rglob("*.*h"))]
+    headers = "\0".join([version, *(p.read_text() for p in included)])
     made_with = {"nvcc": version, "architectures": [], "sources": {}, "kernels": {}}
     if BUDGETS.exists():
         made_with = json.loads(BUDGETS.read_text())
