@@ -291,6 +291,11 @@ class Options(Strict):
             raise ApiError(400, message, param="best_of", code="unsupported_parameter")
         return self
 
+    @property
+    def length_name(self) -> str:
+        """The parameter by which the response's length is given."""
+        return "max_tokens"
+
 
 class CompletionRequest(Options):
     """POST /v1/completions. `prompt`: a text or its token ids, or a list of either. `suffix`: the text that
@@ -398,6 +403,11 @@ class ChatRequest(Options):
     def scored(self) -> bool:
         """Whether log-probabilities are requested."""
         return bool(self.logprobs)
+
+    @property
+    def length_name(self) -> str:
+        """The parameter by which the response's length is given."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @model_validator(mode="after")
     def _one_name(self) -> Self:

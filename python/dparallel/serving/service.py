@@ -488,12 +488,10 @@ class ModelService:
 
     def _gen_length(self, ids: list[int], request: Options, param: str, suffix: int) -> int:
         """max_tokens for a prompt. Raises ApiError if it or the prompt is too long, or has foreign ids."""
-        most = self.max_length
-        known = len(ids) + suffix
+        most, known = self.max_length, len(ids) + suffix
         length = request.max_tokens or max(1, min(self.gen_length, most - known))
         if known + length > most:
-            newer = isinstance(request, ChatRequest) and request.max_completion_tokens is not None
-            name = "max_completion_tokens" if newer else "max_tokens"
+            name = request.length_name
             if known >= most:
                 name = param if len(ids) >= most else "suffix"
             message = f"{name}: expected at most {most} tokens with the response, got {known} + {length}"

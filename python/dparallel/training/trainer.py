@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import dparallel_ext as dx
-from dparallel_ext.arguments import is_number, number, whole
+from dparallel_ext.arguments import is_number, number, one_of, whole
 from dparallel_ext.models import Model
 
 from .trajectories import Collator
@@ -66,8 +66,7 @@ class CertaintyForcingArguments(TrainingArguments):
             raise ValueError(f"temperature: expected a number from 1e-5 to 1e5, got {self.temperature!r}")
         if self.block_length is not None:
             whole("block_length", self.block_length, 1)
-        if self.gate not in ("correct", "all"):
-            raise ValueError(f"gate: expected 'correct' or 'all', got {self.gate!r}")
+        one_of("gate", self.gate, ("correct", "all"))
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False, since the collator needs the columns")
         if self.label_smoothing_factor:
