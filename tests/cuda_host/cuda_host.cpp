@@ -48,13 +48,13 @@ struct Cluster {
   unsigned arrived = 0;  // threads at its barrier
 
   unsigned live() const;
-  bool stuck() const;  // no thread can go on
+  bool stuck() const;
 };
 
 // A block in flight.
 struct Block {
   Cluster* cluster;
-  unsigned index, size, live;
+  unsigned index, size, live, ready;
   unsigned period;  // it runs in one round of so many
   std::vector<Fiber> fibers;
   std::vector<int> states;        // [threads]
@@ -101,15 +101,19 @@ unsigned Cluster::live() const {
 
 bool Cluster::stuck() const {
   for (const Block* block : blocks)
-    for (unsigned t = 0; t < block->size; ++t)
-      if (block->states[t] == kReady) return false;
+    if (block->ready > 0) return false;
   return true;
+}
+
+void set_state(Block& block, unsigned thread, int state) {
+  block.ready += (state == kReady) - (block.states[thread] == kReady);
+  block.states[thread] = state;
 }
 
 unsigned below(unsigned n) { return random_engine.below(n); }
 
 void leave(int state) {
-  current->states[threadIdx.x] = state;
+  set_state(*current, threadIdx.x, state);
   current->fibers[threadIdx.x].context.switch_to(scheduler);
 }
 
@@ -124,7 +128,7 @@ void release(int barrier) {
   const unsigned first =
       number == 0 ? 0 : width * (number - 1 - (number <= kMostTeams ? 0 : kMostTeams));
   for (unsigned t = first; t < std::min(first + width, current->size); ++t)
-    if (current->states[t] == barrier) current->states[t] = kReady;
+    if (current->states[t] == barrier) set_state(*current, t, kReady);
 }
 
 void wait(int barrier, unsigned expected) {
@@ -151,7 +155,7 @@ void release(Cluster& cluster) {
   for (Block* block : cluster.blocks) {
     block->known = all;
     for (unsigned t = 0; t < block->size; ++t)
-      if (block->states[t] == kAtCluster) block->states[t] = kReady;
+      if (block->states[t] == kAtCluster) set_state(*block, t, kReady);
   }
 }
 
@@ -181,7 +185,7 @@ void run_fiber() {
 void start(Block& block, unsigned index, unsigned threads) {
   const unsigned periods[] = {1, 1, 2, 16};
   block.index = index;
-  block.live = block.size = threads;
+  block.live = block.size = block.ready = threads;
   block.period = periods[below(4)];
   block.arrived.assign(1 + kMostTeams + (threads + 31) / 32, 0);
   for (auto& lanes : block.lanes) lanes.resize((threads + 31) / 32 * 32);
@@ -254,7 +258,7 @@ void cluster_barrier() {
   Cluster& cluster = *current->cluster;
   current->incoming.learn(self.clock.known);
   self.clock.known.clear();
-  current->states[threadIdx.x] = kAtCluster;
+  set_state(*current, threadIdx.x, kAtCluster);
   if (++cluster.arrived == cluster.live()) release(cluster);
   leave(current->states[threadIdx.x]);
   ++self.barriers;
@@ -427,9 +431,13 @@ void launch(unsigned grid, unsigned threads, const std::function<void()>& thread
         fail("a barrier that not every thread reaches");
       }
       for (Block* block : together->blocks) {
-        if (!chance(block->period)) continue;
-        for (unsigned t = 0; t < threads; ++t)
-          if (block->states[t] == kReady && (!uneven || chance(2))) turns.emplace_back(block, t);
+        if (block->ready == 0 || !chance(block->period)) continue;
+        uint64_t taken = 0;  // a bit for each of 64 threads
+        for (unsigned t = 0; t < threads; ++t) {
+          if (t % 64 == 0) taken = uneven ? random_engine() : ~uint64_t{0};
+          if (block->states[t] == kReady && (taken >> t % 64 & 1) != 0)
+            turns.emplace_back(block, t);
+        }
       }
     }
     random_engine.shuffle(turns);

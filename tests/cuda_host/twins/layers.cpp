@@ -97,7 +97,7 @@ struct ProductShape {
   int64_t in = one_of({64, 64, 128, 64 * 17, 64 * 40, 1, 30, 200});
   int64_t out_width = in > 1000 ? one_of({1, 127, 130, 300, 391})
                                 : one_of({1, 8, 15, 63, 64, 127, 128, 130, 264, 390, 1030});
-  int64_t count = chance(0.1) ? 60 + below(80) : below(34);
+  int64_t count = chance(0.1) ? 60 + below(in > 1000 ? 9 : 80) : below(34);
   int64_t stride = in + one_of({0, 0, 8, 3});
   Numbers x{dtype, count == 0 ? 0 : (count - 1) * stride + in}, bias{dtype, out_width};
   Numbers out{dtype, count * out_width};
