@@ -9,7 +9,7 @@ WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp')
 
-.PHONY: install demo distill test tests newest test-fast attack lint docs format bench bench-report gpu cuda-check clean
+.PHONY: install demo distill test emulation tests newest test-fast attack lint docs format bench bench-report gpu cuda-check clean
 
 install: $(VENV)/built
 
@@ -41,9 +41,13 @@ demo: install
 distill: $(VENV)/developed
 	$(BIN)/python -m dparallel.toy.study --out out/distill
 
-# cuda-check and newest run beside the rest.
+# cuda-check and newest run beside the rest, and emulation while pip, which takes one core, installs.
 test:
-	$(MAKE) --jobs 2 cuda-check tests newest
+	$(MAKE) --jobs 2 cuda-check emulation tests newest
+
+# What executes the CUDA kernels without a GPU: the tests would build it, and need it.
+emulation:
+	$(PYTHON) tests/cuda_host/build.py
 
 tests: $(VENV)/developed lint docs
 	$(PYTEST) --durations 20

@@ -1,7 +1,8 @@
 """Builds what runs the CUDA kernels on the CPU, once for each state of the sources.
 
 Object files and programs are kept in build/cuda_host under a hash of what they are made of: compiler,
-command, source and every header. A second process that wants the same waits for the first.
+command, source and every header. A second process that wants the same waits for the first. As a program it
+builds what needs no package, while those are being installed: see the Makefile.
 """
 
 from __future__ import annotations
@@ -16,9 +17,6 @@ import sysconfig
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-import pybind11
-import torch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -71,16 +69,19 @@ def programs() -> Path:
 
 def extension() -> Path:
     """The directory of a package `dparallel_ext` whose ops are the kernels, on the CPU's tensors."""
+    import pybind11
+    import torch
+
     torch_root = Path(torch.__file__).parent
     system = [torch_root / "include", pybind11.get_include(), sysconfig.get_path("include")]
     flags = " ".join([PLAIN, *(f"-isystem{path}" for path in system)])
     stable = "-DDPARALLEL_WITH_CUDA_HOST -DTORCH_TARGET_VERSION=0x020a000000000000"
     unset = ("COMPILER", "TORCH", "CUDA_TOOLKIT", "CUDA_ARCHITECTURES", "CUDA_REASON")
     facts = dict.fromkeys(unset, "")
-    facts["BACKENDS"] = "cuda_host"
-    named = [f'-DDPARALLEL_{name}="{value}"' for name, value in facts.items()]
+    facts |= {"BACKENDS": "cuda_host", "TORCH": torch.__version__}
+    flags += "".join(f' -DDPARALLEL_{name}="{value}"' for name, value in facts.items())
     torch_side = [(source, f"{flags} {stable}") for source in sorted((CSRC / "torch").glob("*.cpp"))]
-    runtime = [(source, f"{flags} -O0 {' '.join(named)}") for source in (CSRC / "runtime").glob("*.cpp")]
+    runtime = [(source, f"{flags} -O0") for source in (CSRC / "runtime").glob("*.cpp")]
     level = (CSRC / "cpu" / "simd_level.cpp", f"{PLAIN} {PORTABLE}")  # the module asks for it
     objects = compiled([*cuda_kernels(), *torch_side, level, *runtime, *emulation()])
     link = [CXX, "-shared", "-fsanitize=undefined", "-Wl,--no-as-needed"]
@@ -125,7 +126,7 @@ def compiled(jobs: Iterable[Job]) -> list[Path]:
         target = f"{source.stem}.o"
         made = kept(
             source.stem,
-            [compiler(), headers(source.parent), torch.__version__, *command, source.read_text()],
+            [compiler(), headers(source.parent), *command, source.read_text()],
             lambda directory: run(*command, "-c", source, "-o", directory / target),
         )
         return made / target
@@ -165,3 +166,7 @@ def compiler() -> str:
 
 def run(*command: object) -> None:
     subprocess.run([str(part) for part in command], check=True)
+
+
+if __name__ == "__main__":
+    programs()
