@@ -122,13 +122,14 @@ def drawn_seed(temperature: float) -> int:
 
 
 def check_settings(model: Any, settings: Sequence[Settings], of_model: OfModel) -> None:
-    """Raise ValueError for an EOS that the model does not have, a rule that does not fit the model, and a
-    fixed schedule where blocks are filled part by part.
+    """Raise ValueError for an EOS, a stop sequence or a rule's token that the model never decodes, a rule
+    that does not fit the model, and a fixed schedule where blocks are filled part by part.
     """
-    model_traits, known, schedule = traits(model), vocabulary(model), of_model.schedule
+    model_traits, schedule = traits(model), of_model.schedule
+    ends = {(setting.eos_id, setting.stop) for setting in settings}
+    for eos_id, stop in ends:
+        check_ends(() if eos_id is None else (eos_id,), stop, vocabulary(model), of_model.mask_id)
     for setting in settings:
-        if known is not None and setting.eos_id is not None and setting.eos_id >= known:
-            raise ValueError(f"eos_id: expected one of the model's {known} token ids, got {setting.eos_id}")
         if (
             setting.rule is not None
             and setting.rule.edits
@@ -140,6 +141,7 @@ def check_settings(model: Any, settings: Sequence[Settings], of_model: OfModel) 
                 "its blocks are begun by the block before"
             )
     for rule in {setting.rule for setting in settings if setting.rule is not None}:
+        check_decodable("rule", rule.tokens, vocabulary(model), of_model.mask_id)
         rule.check(model, schedule.block_length)
     steps = next((setting.steps for setting in settings if setting.steps is not None), None)
     in_parts = schedule.sub_block_length < schedule.block_length or (schedule.shift and schedule.causal)
@@ -148,6 +150,27 @@ def check_settings(model: Any, settings: Sequence[Settings], of_model: OfModel) 
             "steps: the fixed schedule is for whole blocks; this one is filled part by part "
             f"(sub_block_length {schedule.sub_block_length}), so expected None, got {steps}"
         )
+
+
+def check_ends(
+    eos_ids: Sequence[int], stop: Sequence[Sequence[int]], known: int | None, mask_id: int | None = None
+) -> None:
+    """Raise ValueError for an EOS or a stop sequence that cannot come.
+
+    known: the number of the model's ids. mask_id: the mask token, None for a model without.
+    """
+    check_decodable("eos_id", eos_ids, known, mask_id)
+    check_decodable("stop", [token for sequence in stop for token in sequence], known, mask_id)
+
+
+def check_decodable(name: str, ids: Sequence[int], known: int | None, mask_id: int | None) -> None:
+    """Raise ValueError naming the argument for an id that the model never decodes: one that it does not
+    have, or the mask token."""
+    for token in ids:
+        if known is not None and token >= known:
+            raise ValueError(f"{name}: expected one of the model's {known} token ids, got {token}")
+        if token == mask_id:
+            raise ValueError(f"{name}: expected a token that can be decoded, got the mask token {token}")
 
 
 def vocabulary(model: Any) -> int | None:

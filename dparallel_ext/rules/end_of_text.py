@@ -35,6 +35,11 @@ class EndOfText(Rule):
         if number("floor", self.floor) > 1:
             raise ValueError(f"floor: expected a number from 0 to 1, got {self.floor!r}")
 
+    @property
+    def tokens(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The end of text."""
+        return (self.eos,)
+
     def decide(self, stats: RowStats, where: Where, state: tuple[torch.Tensor, ...]) -> Decision:
         ends = where.open & (stats.token == self.eos) & (stats.confidence >= self.floor)
         behind = where.open & (ends.cumsum(1) > 0)

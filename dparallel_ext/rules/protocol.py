@@ -153,6 +153,8 @@ class Rule:
     passes ahead."""
     without: tuple[str, ...] = ()
     """Scores that it does not compute; policy rows cannot rank by them."""
+    tokens: tuple[int, ...] = ()
+    """Ids that it waits for or writes; an id that the model never decodes is an error."""
     row: str | None = None
     """The policy row if the caller names none, such as "confidence:0.9". None: the fixed schedule."""
 

@@ -117,7 +117,7 @@ def adaptive_decode(
         if mask is None:
             raise ValueError("mask_id: the model's config has no mask_token_id, so give one")
         check_prompts(model, prompts, config)
-        eos_ids = end_ids(model, config)
+        eos_ids = end_ids(model, config, mask)
         verifier = verifier_of(verifier, model, prompts, eos_ids)
         counts = arguments.numbers("gen_length", config.gen_length, size, 0)
         settings = make_settings(config, traits(model), "none", size)

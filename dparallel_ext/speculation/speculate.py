@@ -17,7 +17,7 @@ from .. import arguments
 from ..decoding.config import DEFAULTS, DecodeConfig, DecodeKeywords, configured, names_fields
 from ..decoding.decode import DecodeOutput, Prompts, progress_bar
 from ..decoding.fields import plain
-from ..decoding.settings import make_settings
+from ..decoding.settings import check_ends, make_settings
 from ..decoding.workspace import Trajectory
 from ..models import Model, for_decoding, traits, warn_beyond
 from .batch import CausalBatch
@@ -192,16 +192,12 @@ def check_prompts(model: Model, prompts: Sequence[Tensor], config: DecodeConfig)
             raise ValueError(f"prompt: expected at least one token, got none in sequence {number}")
 
 
-def end_ids(model: Model, config: DecodeConfig) -> tuple[int, ...]:
-    """The ids that end a sequence. Raises ValueError for one that the model does not have."""
-    eos = config.eos_id
-    if eos is None:
-        return model.eos_ids
-    if eos >= model.shape.embedding_size:
-        raise ValueError(
-            f"eos_id: expected one of the model's {model.shape.embedding_size} token ids, got {eos}"
-        )
-    return () if eos < 0 else (eos,)
+def end_ids(model: Model, config: DecodeConfig, mask_id: int | None = None) -> tuple[int, ...]:
+    """The ids that end a sequence. Raises ValueError for one that the model never decodes, and for such a
+    stop sequence."""
+    given = () if config.end_id is None else (config.end_id,)
+    check_ends(given, config.stop, model.shape.embedding_size, mask_id)
+    return model.eos_ids if config.eos_id is None else given
 
 
 def sizer_of(

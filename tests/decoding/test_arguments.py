@@ -183,6 +183,11 @@ def test_prompts_without_a_token() -> None:
         ({"temperature": "warm"}, "temperature: expected a finite number >= 0, got 'warm'"),
         ({"stop": [1, 2]}, "stop: expected sequences of token ids, got the number 1"),
         ({"stop": ["\\n"]}, "stop: .* got str; encode it"),
+        ({"stop": [[3, 512]]}, "stop: expected one of the model's 512 token ids, got 512"),
+        ({"stop": [[3], [511]]}, "stop: expected a token that can be decoded, got the mask token 511"),
+        ({"eos_id": 511}, "eos_id: expected a token that can be decoded, got the mask token 511"),
+        ({"rule": "eot:512"}, "rule: expected one of the model's 512 token ids, got 512"),
+        ({"rule": "eot:511"}, "rule: expected a token that can be decoded, got the mask token 511"),
     ],
 )
 def test_what_is_refused(change: dict[str, Any], message: str) -> None:

@@ -365,9 +365,9 @@ def test_how_far_passes_run_ahead(monkeypatch, way: dict[str, Any], passes: list
     assert sum(looks.passes) == out.forwards
     assert looks.passes == passes
     each = dx.decode(
-        model, torch.arange(5, 20), gen_length=32, block_length=16, cache="dual", eos_id=MASK, **way
+        model, torch.arange(5, 20), gen_length=32, block_length=16, cache="dual", eos_id=MASK - 1, **way
     )
-    # An EOS may end it after any pass; this one, the mask, is never committed.
+    # An EOS may end it after any pass; this one is never committed.
     assert looks.passes[len(passes) :] == [1] * each.forwards
     assert torch.equal(each.sequences, out.sequences)
 

@@ -435,6 +435,7 @@ def test_bad_requests_are_named() -> None:
         ({"config": dx.DecodeConfig(rule="credit")}, "rule: belongs to masked diffusion"),
         ({"eos_id": 61}, "eos_id: expected one of the model's 61 token ids, got 61"),
         ({"eos_id": -2}, "eos_id: expected a whole number >= -1"),
+        ({"stop": [[1, 61]]}, "stop: expected one of the model's 61 token ids, got 61"),
         ({"suppress": [99]}, r"suppress: expected token ids in \[0, 61\), got 99"),
         ({"batch_invariant": True}, "batch_invariant: belongs to the engine, which has False"),
     ]

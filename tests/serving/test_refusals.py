@@ -68,6 +68,7 @@ pytest_plugins = ["servers"]
         ({"extra_body": {"top_k": 1.5}}, "top_k", "valid integer"),
         ({"extra_body": {"guided_regex": "a"}}, "guided_regex", "is not supported"),
         ({"extra_body": {"stop_token_ids": [VOCABULARY]}}, "stop_token_ids", "token ids below"),
+        ({"extra_body": {"stop_token_ids": [VOCABULARY - 1]}}, "stop_token_ids", "got the mask token"),
         ({"extra_body": {"stop_token_ids": [-1]}}, "stop_token_ids", "greater"),
         ({"extra_body": {"stop_token_ids": [1] * 33}}, "stop_token_ids", "at most 32"),
         ({"extra_body": {"ignore_eos": 1}}, "ignore_eos", "valid boolean"),

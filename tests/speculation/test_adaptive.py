@@ -339,6 +339,7 @@ def test_what_does_not_fit_is_named() -> None:
         ({"infill": True}, "infill: adaptive_decode"),
         ({"logprobs": True}, "logprobs: adaptive_decode"),
         ({"eos_id": 512}, "eos_id: expected one of the model's 512 token ids, got 512"),
+        ({"eos_id": 511}, "eos_id: expected a token that can be decoded, got the mask token 511"),
         ({"eos_id": 505}, "verifier: it has 500 token ids, and the end token is 505"),
         ({"mask_id": 512}, "mask_id: expected one of the model's 512 token ids, got 512"),
         ({"suppress": [512]}, r"suppress: expected token ids in \[0, 512\), got 512"),

@@ -475,6 +475,7 @@ def test_bad_input_is_named_before_anything_runs() -> None:
         ({"cache": "block"}, "cache: belongs to masked diffusion"),
         ({"eos_id": 61}, "eos_id: expected one of the model's 61 token ids, got 61"),
         ({"eos_id": -2}, "eos_id: expected a whole number >= -1"),
+        ({"stop": [[1, 61]]}, "stop: expected one of the model's 61 token ids, got 61"),
         ({"drafter": "medusa"}, "drafter: expected a Drafter, .*got .medusa"),
         ({"drafter": "ngram:x"}, 'drafter: expected "ngram" or "ngram:N"'),
         ({"drafter": "ngram:0"}, 'drafter: expected "ngram" or "ngram:N"'),

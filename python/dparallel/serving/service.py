@@ -448,7 +448,7 @@ class ModelService:
             raise ApiError(503, str(error), code="closed") from error
         except ValueError as error:
             ours, _, reason = str(error).partition(":")
-            theirs = {"prompt": param, "gen_length": "max_tokens"}
+            theirs = {"prompt": param, "gen_length": "max_tokens", "stop": "stop_token_ids"}
             theirs |= {name: name for name in ("temperature", "top_p", "top_k")}
             message = f"{theirs[ours]}:{reason}" if ours in theirs else str(error)
             raise ApiError(400, message, param=theirs.get(ours, "policy")) from error
