@@ -359,7 +359,8 @@ class Batch:
         return [(block.start, block.end) for block in row.open]
 
     def _stops(self, b: int, start: int, end: int) -> bool:
-        """Whether EOS or a stop sequence ends in columns [start, end); if so, `kept` is where it begins.
+        """Whether EOS or a stop sequence ends in columns [start, end); if so, `kept` is where the one begins
+        that ends first, the longer one if two end together. What follows an EOS is filling, and no text.
 
         Only the last run of masks is searched: text decoded in front of a given token does not end there.
         """
@@ -369,14 +370,15 @@ class Batch:
             sought = (*sought, (row.settings.eos_id,))
         first = max(row.last_run, start - max(map(len, sought)) + 1)
         ids = tuple(self.tokens[b, first : min(end, row.columns[-1] + 1)].tolist())
-        begins = [
-            first + at
+        found = [
+            (first + at + len(stop), first + at)
             for stop in sought
             for at in range(max(0, start - first - len(stop) + 1), len(ids) - len(stop) + 1)
             if ids[at : at + len(stop)] == stop
         ]
-        if begins:
-            row.kept, row.stopped = row.index(min(begins)), True
+        if found:
+            _, begin = min(found)
+            row.kept, row.stopped = row.index(begin), True
         return row.stopped
 
     def enter(self, finished: list[int]) -> None:

@@ -392,6 +392,26 @@ def test_stop_sequences_end_a_response_as_eos_does(llada) -> None:
         dx.decode(llada, PROMPTS[0], stop=[[]], **settings)
 
 
+@pytest.mark.parametrize("threshold", [None, 0.0])
+def test_the_end_that_is_complete_first_counts(llada, threshold: float | None) -> None:
+    """As for a reader who goes token by token, in `decode` and an engine; EOS filling is no text."""
+    settings: dict[str, Any] = {"gen_length": 16, "block_length": 8, "threshold": threshold, "cache": "none"}
+    response = dx.decode(llada, PROMPTS[0], **settings).responses[0].tolist()
+    at = next(i for i in range(2, 6) if response[i] not in response[:i] and response[i - 1] != response[i])
+    before, end = response[at - 1 : at + 1]
+    cases: list[tuple[dict[str, Any], int]] = [
+        ({"eos_id": end, "stop": [[before, end, end]]}, at),  # the second is filling
+        ({"eos_id": end, "stop": [response[at - 2 : at + 2]]}, at),
+        ({"eos_id": end, "stop": [response[at - 1 : at + 1]]}, at - 1),  # they end together
+        ({"stop": [response[at - 2 : at + 2], [end]]}, at),
+    ]
+    with dx.Engine(llada, block_length=8, cache="none", max_length=64) as engine:
+        for ends, kept in cases:
+            assert int(dx.decode(llada, PROMPTS[0], **settings, **ends).kept) == kept
+            request = {**settings, **ends}
+            assert engine.submit(PROMPTS[0], **request).result().tokens == response[:kept]
+
+
 def test_a_pass_that_fails_changes_nothing(llada) -> None:
     """Of the batch: a caller may go on without the sequence that it failed of."""
     from dparallel_ext.decoding.decode import start
