@@ -251,7 +251,10 @@ def _best(ranks: Tensor, masked: Tensor, share: Tensor, alg_temp: float) -> Tens
     if many == 0:
         return torch.zeros_like(masked)
     if alg_temp > 0:
-        at = torch.multinomial((ranks / alg_temp).softmax(1), many)
-    else:
-        at = ranks.argsort(dim=1, descending=True, stable=True)[:, :many]
+        # What torch.multinomial draws without replacement, the largest p / Exp(1), of logarithms: a small
+        # alg_temp leaves most p no float32, and multinomial then draws positions without a mask.
+        scaled = (ranks.double() - ranks.amax(1, keepdim=True)) / alg_temp
+        noise = torch.empty_like(ranks).exponential_().double().log()
+        ranks = (scaled - noise).clamp(min=torch.finfo(torch.float64).min).where(masked, -torch.inf)
+    at = ranks.argsort(dim=1, descending=True, stable=True)[:, :many]
     return torch.zeros_like(masked).scatter(1, at, True)

@@ -430,6 +430,22 @@ def test_dreams_options(alg: str, options: dict) -> None:
     assert torch.equal(out.sequences, expected[-1])
 
 
+@pytest.mark.parametrize("alg", ["maskgit_plus", "topk_margin", "entropy"])
+@pytest.mark.parametrize("alg_temp", [1e-300, 1e-12, 1e-4, 1e300])
+def test_any_alg_temp_draws_masks_alone(alg: str, alg_temp: float) -> None:
+    """A small one is the limit, without noise: its probabilities are 0 but for the best ranks."""
+    model = golden.model("dream_tiny_a")
+    prompts = torch.tensor([[5, 6, 7, 8], [300, 20, 11, 40]])
+    settings: dict[str, Any] = {"max_new_tokens": 8, "steps": 4, "alg": alg}
+    torch.manual_seed(3)
+    out = compat.diffusion_generate(model, prompts, **settings, alg_temp=alg_temp)
+    assert isinstance(out, torch.Tensor)
+    assert torch.equal(out[:, :4], prompts)
+    assert not bool((out == 511).any())
+    if alg_temp < 1e-10:
+        assert torch.equal(out, compat.diffusion_generate(model, prompts, **settings))
+
+
 def test_dreams_padding_hooks_and_config() -> None:
     model = golden.model("dream_tiny_a")
     short, settings = torch.tensor([[6, 7, 8]]), {"steps": 6, "alg": "entropy"}
