@@ -143,6 +143,19 @@ def test_several_choices_and_seeds(client: OpenAI) -> None:
     assert len({*ask(), *ask()}) > 1
 
 
+def test_prompts_that_are_alike_get_samples_of_their_own(client: OpenAI) -> None:
+    """As several choices do; with a seed an answer is the same whatever other prompts the request has."""
+
+    def ask(prompts: list[str], **settings: Any) -> list[str]:
+        answer = client.completions.create(
+            model=MODEL, prompt=prompts, max_tokens=16, temperature=2.0, **settings
+        )
+        return [choice.text for choice in answer.choices]
+
+    assert len(set(ask([PROMPT] * 4))) > 1
+    assert ask([PROMPT] * 4, seed=5) == ask([PROMPT], seed=5) * 4
+
+
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 3, "n": 3}, {"stop": ["#", "."]}])
 def test_streams_join_to_the_whole(client: OpenAI, settings: dict[str, Any]) -> None:
     whole = chat(client, **settings)

@@ -395,12 +395,12 @@ class ModelService:
             raise ApiError(400, str(error), param=param) from error
         suffix = await self._suffix(request, encoded)
         seed = self.seed if request.seed is None else request.seed
-        seed = secrets.randbits(62) if seed is None else seed
         choices = [
             Choice(
                 ids,
                 self._gen_length(ids, request, param, len(suffix)),
-                (seed + i) % 2**63,
+                # With a seed, an answer depends on its prompt alone; without, like prompts differ.
+                secrets.randbits(62) if seed is None else (seed + i) % 2**63,
                 text.TextStream(self.tokenizer, request.stop or (), with_starts=request.scored),
                 suffix,
             )
