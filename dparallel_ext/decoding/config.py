@@ -232,7 +232,7 @@ class DecodeConfig:
         elif self.policy is not None:
             raise ValueError("policy: a function cannot be written, give rows or a rule with a name")
         if self.rule is not None and not isinstance(self.rule, str):
-            values["rule"] = text_of(self.rule, own_row=not _given(_row_of(self)))
+            values["rule"] = text_of(self.rule, own_row=not _non_default(_row_of(self)))
         return {name: _listed(value) for name, value in values.items()}
 
     @classmethod
@@ -333,7 +333,7 @@ def decided(config: DecodeConfig, size: int, cache: str) -> Decided:
         selectors = [selector] * size if isinstance(selector, str) else list(selector)
     else:
         ignored = {name: row[name] for name in ("selector", "min_commit", "max_commit")}
-        if names := _given(ignored):
+        if names := _non_default(ignored):
             raise ValueError(
                 f"{names[0]}: belongs to a threshold, and without one each pass commits the share of a fixed "
                 f"schedule, got {ignored[names[0]]!r}"
@@ -355,7 +355,7 @@ def _row_of(config: DecodeConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in (*ROW, "min_commit")}
 
 
-def _given(values: Mapping[str, Any]) -> list[str]:
+def _non_default(values: Mapping[str, Any]) -> list[str]:
     """The names of the values that are not the default."""
 
     def default(name: str, value: Any) -> bool:
@@ -371,7 +371,7 @@ def _rule(config: DecodeConfig) -> tuple[Rule | None, dict[str, Any]]:
     if policy is not None:
         if rule is not None:
             raise ValueError("policy: give it alone, without rule")
-        if names := _given(row):
+        if names := _non_default(row):
             raise ValueError(f"policy: give it alone, without {names[0]}")
         return (FunctionRule(policy) if callable(policy) else None), row
     if isinstance(rule, str):
@@ -381,10 +381,10 @@ def _rule(config: DecodeConfig) -> tuple[Rule | None, dict[str, Any]]:
             raise ValueError(f"rule: names a policy row, so give it without {named[0]}")
         row = {**row, **of_text}
     elif isinstance(rule, Rule):
-        if rule.row is not None and not _given(row):
+        if rule.row is not None and not _non_default(row):
             row = {**row, **parse(rule.row)[1]}
     elif callable(rule) and not isinstance(rule, type):
-        if names := _given(row):
+        if names := _non_default(row):
             raise ValueError(f"rule: a function decides alone, so give it without {names[0]}")
         rule = FunctionRule(rule)
     elif rule is not None:

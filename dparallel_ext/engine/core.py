@@ -265,7 +265,7 @@ class EngineCore:
     def _draft(self, request: Request, opened: Sequence[Region]) -> Draft:
         assert request.lane is not None
         row = self.batch.rows[request.lane]
-        start, end = self._kind.told(row, opened)
+        start, end = self._kind.draft_columns(row, opened)
         first, last = row.index(start), min(row.index(end), request.plan.asked)
         columns = row.columns[first:last]
         ids: list[int] = _at(self.batch.tokens[request.lane], columns)

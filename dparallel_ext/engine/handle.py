@@ -70,17 +70,17 @@ class Subscriber:
     """Gets a handle's events, each once and in order, in whichever thread finds new ones first."""
 
     def __init__(self, callback: Callable[[Event], None]) -> None:
-        self.callback, self.told, self._busy = callback, 0, threading.Lock()
+        self.callback, self.delivered, self._busy = callback, 0, threading.Lock()
 
     def next(self, events: list[Event]) -> bool:
         """Call back with the next event. False if there is none, or if another thread is calling, which will
         look for more."""
-        if self.told == len(events) or not self._busy.acquire(blocking=False):
+        if self.delivered == len(events) or not self._busy.acquire(blocking=False):
             return False
         try:
-            if self.told < len(events):
-                self.told += 1
-                self.callback(events[self.told - 1])
+            if self.delivered < len(events):
+                self.delivered += 1
+                self.callback(events[self.delivered - 1])
             return True
         finally:
             self._busy.release()

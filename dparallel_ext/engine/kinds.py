@@ -144,7 +144,7 @@ class Kind(ABC):
         """Begin a sequence in a lane of the batch that `make_batch` has made."""
 
     @abstractmethod
-    def told(self, row: Any, opened: Sequence[Region]) -> tuple[int, int]:
+    def draft_columns(self, row: Any, opened: Sequence[Region]) -> tuple[int, int]:
         """Columns [start, end) of a `Draft`, after a pass before which the regions `opened` were open."""
 
 
@@ -203,7 +203,7 @@ class Diffusion(Kind):
             lane, prompt, plan.gen_length, plan.settings, masked=plan.masked, num_cached=num_cached
         )
 
-    def told(self, row: SequenceState, opened: Sequence[Region]) -> tuple[int, int]:
+    def draft_columns(self, row: SequenceState, opened: Sequence[Region]) -> tuple[int, int]:
         """The columns of the blocks that were open."""
         return opened[0].start, opened[-1].end
 
@@ -257,7 +257,7 @@ class Autoregressive(Kind):
             lane, plan.prompt, plan.gen_length, plan.settings, eos_ids=plan.eos_ids, num_cached=num_cached
         )
 
-    def told(self, row: CausalSequence, opened: Sequence[Region]) -> tuple[int, int]:
+    def draft_columns(self, row: CausalSequence, opened: Sequence[Region]) -> tuple[int, int]:
         """The columns of the pass's new tokens."""
         return opened[0].start, row.known
 

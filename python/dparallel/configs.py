@@ -22,7 +22,7 @@ DECIDES = {"rule", "policy", "threshold", "selector", "steps", "min_commit", "ma
 """Fields that decide what a pass commits."""
 TUNED = "tuned"
 """The key, in a file of `dparallel tune`, for the model and device that its settings were chosen for."""
-TOLD = ("model", "fingerprint", "device")
+TUNED_KEYS = ("model", "fingerprint", "device")
 """Keys that must be under `TUNED`."""
 Fields = Mapping[str, Any]
 """Fields of `DecodeConfig` by name, with a "rule" among them."""
@@ -72,9 +72,9 @@ def read_fields(file: Path | None) -> dict[str, Any]:
             whole("draft_size", size, 0)
         tuned = content.get(TUNED, {})
         if not isinstance(tuned, dict) or (
-            TUNED in content and not all(isinstance(tuned.get(name), str) for name in TOLD)
+            TUNED in content and not all(isinstance(tuned.get(name), str) for name in TUNED_KEYS)
         ):
-            raise ValueError(f"{TUNED}: expected what `dparallel tune` writes, with {', '.join(TOLD)}")
+            raise ValueError(f"{TUNED}: expected what `dparallel tune` writes, with {', '.join(TUNED_KEYS)}")
     except ValueError as error:
         raise ValueError(f"config: {file}: {str(error).removeprefix('config: ')}") from error
     return content

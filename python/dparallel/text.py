@@ -50,7 +50,7 @@ class TextStream:
         self.stopped = False
         self._before: list[int] = []  # tokens whose text is complete; a decoder may look back on them
         self._pending: list[int] = []
-        self._given = 0  # characters of _pending's text that are complete
+        self._emitted = 0  # characters of _pending's text that are complete
         self._length = 0  # characters of all complete text, stop strings included
         self._held = ""
 
@@ -82,12 +82,12 @@ class TextStream:
         # After bytes that are no text, a decoder may change earlier text; returned text stays.
         text = both[len(before) :] if both.startswith(before) else self.tokenizer.decode(self._pending)
         end = len(text) if last else len(text.rstrip(INCOMPLETE))
-        fresh = text[self._given : end]
-        self._given = end
+        fresh = text[self._emitted : end]
+        self._emitted = end
         if end == len(text):
             # Decoders drop a space in front of the first token, so the context must have some text.
             self._before = self._pending if text else self._before + self._pending
-            self._pending, self._given = [], 0
+            self._pending, self._emitted = [], 0
         return fresh
 
     def _until_stop(self, fresh: str, last: bool = False) -> str:

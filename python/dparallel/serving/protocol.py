@@ -372,7 +372,7 @@ class ChatMessage(Strict):
         return "".join(part["text"] for part in value)
 
     @model_validator(mode="after")
-    def _said(self) -> Self:
+    def _check_content(self) -> Self:
         if self.content is None and self.role != "assistant":
             raise ValueError(f"content: expected the text of the {self.role}, got null")
         return self
