@@ -6,7 +6,10 @@ import importlib
 import io
 import itertools
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -362,6 +365,29 @@ def test_missing_packages_and_output_that_nobody_reads(monkeypatch: pytest.Monke
     monkeypatch.delitem(sys.modules, "dparallel.cli")
     with pytest.raises(SystemExit, match=r'error: no typer; pip install "\.\[cli\]"'):
         importlib.import_module("dparallel.cli")
+
+
+def test_ctrl_c_while_torch_is_imported_ends_quietly(tmp_path: Path):
+    # In place of torch: it catches what the signal raises, as parts of an import may.
+    (tmp_path / "torch.py").write_text(
+        "import time\n"
+        "print('importing', flush=True)\n"
+        "try:\n    time.sleep(60)\n"
+        "except BaseException:\n    pass\n"
+    )
+    search = os.pathsep.join([str(tmp_path), *sys.path])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dparallel", "info"],
+        env={**os.environ, "PYTHONPATH": search},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == 130
 
 
 def test_a_refused_run_does_not_stand_in_the_way_of_the_next(tmp_path: Path):

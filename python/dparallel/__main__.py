@@ -1,5 +1,20 @@
-"""`python -m dparallel`: the command line."""
+"""`dparallel` and `python -m dparallel`: the command line."""
 
-from .cli import main
+import os
+import signal
 
-main()
+
+def main() -> None:
+    """Run the command line. Ctrl-C ends it with status 130 and no traceback, from the first import on."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:  # not where the parent process has SIGINT ignored
+        # Not by an exception: an import of torch's takes seconds, and some of its parts catch any.
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    from . import cli
+
+    signal.signal(signal.SIGINT, handler)
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
