@@ -340,6 +340,14 @@ def test_an_adapter_run_goes_on_where_it_stopped(answers: Path, adapter: Path, t
         torch.testing.assert_close(one[name], other[name])
 
 
+def test_a_dry_run_counts_the_answers_of_a_directory(answers: Path):
+    recipe = distill.Recipe("builtin:teacher", {"num_train_epochs": 2, "per_device_train_batch_size": 1})
+    right = len(trajectories.Trajectories(answers))
+    planned = distill.plan(recipe, answers=answers)
+    assert (planned["answers"], planned["steps"]) == (right, 2 * right)
+    assert distill.plan(replace(recipe, examples=right + 1))["answers"] == right + 1
+
+
 def test_an_adapter_that_does_not_fit_is_named(adapter: Path, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="no adapter_config"):
         distill.merge(tmp_path, tmp_path / "out")

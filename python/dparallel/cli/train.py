@@ -238,7 +238,7 @@ def distill(
         changes = {"model": model, "mask_id": mask_id}
         loaded = distilling.read(recipe, **{k: value for k, value in changes.items() if value is not None})
         if dry_run:
-            show_plan(distilling.plan(loaded, processes=processes))
+            show_plan(distilling.plan(loaded, processes=processes, answers=answers))
             return
         if answers is None or out is None:
             raise ValueError("answers, out: both are needed, unless with --dry-run")

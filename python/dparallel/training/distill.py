@@ -368,8 +368,11 @@ def merge(
 # --- dry run ------------------------------------------------------------------------------------
 
 
-def plan(recipe: Recipe, *, processes: int = 1) -> dict[str, Any]:
+def plan(recipe: Recipe, *, processes: int = 1, answers: str | Path | None = None) -> dict[str, Any]:
     """Steps and bytes per process of a recipe, computed without allocating weights.
+
+    answers: the directory that `trajectories` wrote, whose right answers count; None: the recipe's
+        `examples`, or the prompts of its `data` if that is built in.
 
     Weights, gradients and optimizer state are exact, for data parallelism without sharding (AdamW, two
     float32 moments). Activations are estimated: the tensors that autograd keeps of each layer; with gradient
@@ -397,7 +400,7 @@ def plan(recipe: Recipe, *, processes: int = 1) -> dict[str, Any]:
     args = arguments(recipe, "unused")
     micro, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
     batch = micro * accumulated * processes
-    examples = recipe.examples
+    examples = recipe.examples if answers is None else len(trajectories.Trajectories(answers))
     if examples is None:
         examples = len(trajectories.read_prompts(recipe.data)) if recipe.data.startswith("builtin:") else None
     if args.max_steps > 0:
