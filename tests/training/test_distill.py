@@ -349,8 +349,10 @@ def test_a_dry_run_counts_the_answers_of_a_directory(answers: Path):
 
 
 def test_an_adapter_that_does_not_fit_is_named(adapter: Path, tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="no adapter_config"):
+    with pytest.raises(FileNotFoundError, match=r"no adapter_config\.json in [^ ]*$"):
         distill.merge(tmp_path, tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=r"a whole checkpoint, with nothing to merge"):
+        distill.merge(registry.directory_of("builtin:teacher"), tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         distill.merge(adapter, tmp_path / "out", model="nowhere")
     with pytest.raises(ValueError, match=r"is for no module of"):

@@ -323,7 +323,9 @@ def merge(
     adapter = Path(adapter)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (adapter / file).is_file():
-            raise FileNotFoundError(f"adapter: no {file} in {adapter}")
+            complete = (adapter / "config.json").is_file()
+            hint = " (a whole checkpoint, with nothing to merge)" if complete else ""
+            raise FileNotFoundError(f"adapter: no {file} in {adapter}{hint}")
     try:
         config = LoraConfig.from_pretrained(str(adapter))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
