@@ -25,6 +25,7 @@ ChatOption = Annotated[
         help="put prompts into the checkpoint's chat template; default: if it has one (built-in: none)",
     ),
 ]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu (default), cuda or cuda:N")]
 Fp8Option = Annotated[bool, typer.Option("--fp8", help="keep the layers' weights in 8 bits")]
 POLICIES = rules.describe()
 PolicyOption = Annotated[str | None, typer.Option(help=f"default: the config's, else {POLICY}; {POLICIES}")]

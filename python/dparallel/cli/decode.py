@@ -15,6 +15,7 @@ from ..configs import causal_config_of, config_of, with_ends
 from .common import (
     ChatOption,
     ConfigOption,
+    DeviceOption,
     DrafterOption,
     Fp8Option,
     GuessesOption,
@@ -83,7 +84,7 @@ def decode(
     ] = None,
     mask_id: MaskOption = None,
     chat: ChatOption = None,
-    device: str | None = None,
+    device: DeviceOption = None,
     fp8: Fp8Option = False,
     stream: Annotated[bool, typer.Option("--stream", help="show the unmasking")] = False,
     html: Annotated[

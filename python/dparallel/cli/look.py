@@ -21,6 +21,7 @@ from .common import (
     POLICIES,
     ChatOption,
     ConfigOption,
+    DeviceOption,
     DrafterOption,
     Fp8Option,
     GuessesOption,
@@ -106,7 +107,7 @@ def evaluate(
     cache: Annotated[str | None, typer.Option(help="none (default), prefix, dual or block")] = None,
     mask_id: MaskOption = None,
     chat: ChatOption = None,
-    device: str | None = None,
+    device: DeviceOption = None,
     fp8: Fp8Option = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the results here")] = None,
     resume: Annotated[
@@ -233,7 +234,7 @@ def tune(
     repeats: Annotated[int, typer.Option(help="runs to take medians of, after one to warm up")] = 3,
     mask_id: MaskOption = None,
     chat: ChatOption = None,
-    device: str | None = None,
+    device: DeviceOption = None,
     fp8: Fp8Option = False,
 ) -> None:
     """Measure passes on this device, and choose the settings with the most tokens per second.

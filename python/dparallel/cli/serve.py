@@ -14,6 +14,7 @@ from ..evaluate import PLAIN
 from .common import (
     DRAFTERS,
     ConfigOption,
+    DeviceOption,
     DraftSizeOption,
     Fp8Option,
     MaskOption,
@@ -88,7 +89,7 @@ def serve(
         float, typer.Option(help="seconds for running requests to finish when the server ends")
     ] = 30.0,
     mask_id: MaskOption = None,
-    device: str | None = None,
+    device: DeviceOption = None,
     fp8: Fp8Option = False,
     page: Annotated[
         bool, typer.Option("--page/--no-page", help="serve at / a page to watch decoding; it needs no key")

@@ -12,7 +12,7 @@ from dparallel_ext.arguments import whole
 
 from .. import registry
 from ..configs import POLICY
-from .common import POLICIES, ChatOption, MaskOption, ModelOption, at_least, plain_errors
+from .common import POLICIES, ChatOption, DeviceOption, MaskOption, ModelOption, at_least, plain_errors
 
 
 def train(
@@ -30,7 +30,7 @@ def train(
         bool, typer.Option("--causal", help="train the autoregressive built-in model instead")
     ] = False,
 ) -> None:
-    """Train the built-in model from scratch (75 minutes on two cores; with --causal 20)."""
+    """Train the built-in model from scratch (76 minutes on two cores; with --causal 20)."""
     from ..toy.train import Settings
     from ..toy.train import train as run
 
@@ -56,11 +56,11 @@ def answer(
     format: Annotated[str, typer.Option(help="parquet or jsonl")] = "parquet",
     shard: Annotated[int, typer.Option(help="prompts per file")] = 500,
     batch: Annotated[int, typer.Option(help="sequences decoded at once")] = 100,
-    prompt_field: str = "prompt",
-    answer_field: str = "answer",
+    prompt_field: Annotated[str, typer.Option(help="the field of --data that holds the prompt")] = "prompt",
+    answer_field: Annotated[str, typer.Option(help="the field that holds the right answer")] = "answer",
     mask_id: MaskOption = None,
     chat: ChatOption = None,
-    device: str | None = None,
+    device: DeviceOption = None,
 ) -> None:
     """Let a model answer training prompts; `distill` trains on its right answers.
 
@@ -96,7 +96,7 @@ def learn_filter(
     held_out: Annotated[float, typer.Option(help="share of the prompts to test it with")] = 0.1,
     seed: int = 0,
     batch: Annotated[int, typer.Option(help="sequences decoded at once")] = 100,
-    device: str | None = None,
+    device: DeviceOption = None,
 ) -> None:
     """Train a filter that judges which predictions of a block are right (for the rule `learned`, Learn2PD).
 
@@ -181,10 +181,10 @@ def drafter(
     seed: int = 0,
     save_every: Annotated[int, typer.Option(help="steps from one saved state to the next")] = 250,
     evaluate: Annotated[int, typer.Option(help="prompts held out to test the drafter with")] = 500,
-    prompt_field: str = "prompt",
+    prompt_field: Annotated[str, typer.Option(help="the field of --data that holds the prompt")] = "prompt",
     mask_id: MaskOption = None,
     chat: ChatOption = None,
-    device: str | None = None,
+    device: DeviceOption = None,
 ) -> None:
     """Train a drafter for `speculate` on a model's own answers.
 

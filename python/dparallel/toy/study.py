@@ -312,7 +312,7 @@ def main() -> None:
     parser.add_argument("--out", default="out/distill")
     parser.add_argument("--recipe", default="recipes/builtin.yaml")
     parser.add_argument("--model", help="the teacher; default: the recipe's")
-    parser.add_argument("--train-teacher", action="store_true", help="from scratch first (75 minutes)")
+    parser.add_argument("--train-teacher", action="store_true", help="from scratch first (76 minutes)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="steps of the final runs; default: the recipe's")
     parser.add_argument("--sweep-steps", type=int, default=200)
