@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import run_trainer
 import torch
@@ -368,6 +369,53 @@ def test_an_adapter_that_does_not_fit_is_named(adapter: Path, tmp_path: Path):
         (tmp_path / "broken" / name).write_bytes(content)
         with pytest.raises(ValueError, match=rf"adapter: .*{name} {said}"):
             distill.merge(tmp_path / "broken", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"modules_to_save": ["lm_head", "embed_tokens", "norm", "input_layernorm"], "use_dora": True},
+        {"bias": "all", "use_rslora": True},
+        {"trainable_token_indices": [4, 17]},
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    ],
+    ids=["modules_to_save", "bias", "tokens", "embedding and head"],
+)
+def test_whatever_a_lora_adapter_holds_is_merged(settings: dict[str, Any], tmp_path: Path):
+    base = golden.home / "dream_tiny_a"
+    config = peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"], **settings})
+    adapted = peft.get_peft_model(dx.models.load(base, dtype=torch.float32), config)
+    gen = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in adapted.parameters():
+            p.add_(torch.randn(p.shape, generator=gen), alpha=0.3 if p.requires_grad else 0)
+        tokens = torch.tensor([[4, 17, 230, 95, 8, 301, 44, 7]])
+        expected = adapted.eval()(tokens).logits
+        adapted.save_pretrained(tmp_path / "adapter")
+        out = distill.merge(tmp_path / "adapter", tmp_path / "out", model=str(base))
+        found = dx.models.load(out, dtype=torch.float32)(tokens).logits
+        plain = dx.models.load(base, dtype=torch.float32)(tokens).logits
+    assert (plain - expected).abs().max() > 0.1 * expected.abs().max()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["embed_tokens"]}],
+    ids=["whole", "lora"],
+)
+def test_an_adapter_of_one_end_of_a_tied_model_is_refused(settings: dict[str, Any], tmp_path: Path):
+    """PEFT changes the embedding alone, and a checkpoint with tied ends cannot hold that."""
+    config = json.loads((golden.home / "dream_tiny_a" / "config.json").read_text())
+    torch.manual_seed(0)
+    dx.models.save(dx.models.Dream({**config, "tie_word_embeddings": True}), tmp_path / "base")
+    lora = peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **settings})
+    peft.get_peft_model(dx.models.load(tmp_path / "base"), lora).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        ValueError, match=r"adapter: .*embed_tokens.* changes one of the embedding and the head"
+    ):
+        distill.merge(tmp_path / "adapter", tmp_path / "out", model=str(tmp_path / "base"))
     assert not (tmp_path / "out").exists()
 
 

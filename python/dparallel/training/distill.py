@@ -310,7 +310,8 @@ def merge(
     """Add a LoRA adapter's weights to its base and write a plain checkpoint in the base's own layout.
 
     The adapter may have been trained on a native model or on the Hugging Face model of the same checkpoint.
-    `model`: the base; default: the one that the adapter names. `mask_id`: replaces the base's.
+    Modules and biases that it holds whole (`modules_to_save`, `bias`) replace the base's. `model`: the base;
+    default: the one that the adapter names. `mask_id`: replaces the base's.
 
     Raises FileNotFoundError; ValueError if the adapter cannot be read, adapter and base do not fit, or
     another run is writing to `out`; OSError if the disk is full.
@@ -341,18 +342,36 @@ def merge(
         raise ValueError("model: the adapter does not name its base, so give one")
     source = registry.directory_of(str(name))
     base = dx.models.load(source, mask_id=mask_id)
-    known = {name.rpartition(".")[0]: None for name, _ in base.named_parameters()}
+    parameters = dict(base.named_parameters())
+    known = {name.rpartition(".")[0]: None for name in parameters}
+    ends = {base.checkpoint_name(name) for name in ("embed", "lm_head")}
     prefix, weights = "base_model.model.", {}
     for key, tensor in tensors.items():
-        module, lora, rest = key.removeprefix(prefix).partition(".lora_")
+        module, lora, rest = _parts(key.removeprefix(prefix))
         if module.startswith("blocks."):  # by our names, as earlier versions wrote adapters
             module = base.checkpoint_name(module)
-        if not lora or module not in known:
+        name = module.replace(".base_layer.", ".")
+        if base.shape.tied and ends & {module, name.rpartition(".")[0]}:
+            raise ValueError(
+                f"adapter: {key} changes one of the embedding and the head, and {source} has one weight for "
+                "both"
+            )
+        if not lora and name in parameters:  # of `modules_to_save`, `bias` or `save_embedding_layers`
+            shape = parameters[name].shape
+            if tensor.shape != shape:
+                raise ValueError(f"adapter: {key} is {tuple(tensor.shape)}, and {source} has {tuple(shape)}")
+            parameters[name].data.copy_(tensor)
+        elif lora and module in known:
+            weights[prefix + module + lora + rest] = tensor
+        else:
             raise ValueError(
                 f"adapter: {key} is for no module of {source}, which has {', '.join(list(known)[1:3])}, ..."
             )
-        weights[prefix + module + lora + rest] = tensor
-    config.target_modules = sorted({key.removeprefix(prefix).partition(".lora_")[0] for key in weights})
+    targets = {_parts(key.removeprefix(prefix)) for key in weights}
+    config.target_modules = sorted({module for module, part, _ in targets if part == ".lora_"})
+    if not config.target_modules:
+        raise ValueError(f"adapter: {adapter / 'adapter_model.safetensors'} has no weights of LoRA")
+    config.modules_to_save = None  # they are in the base now
     config.exclude_modules = None
     config.inference_mode = True
     adapted = get_peft_model(base, config)
@@ -365,6 +384,15 @@ def merge(
         Companions(source).save_pretrained(directory)  # before config.json, which makes it a checkpoint
         dx.models.save(merged, directory)
     return directory
+
+
+def _parts(key: str) -> tuple[str, str, str]:
+    """The module of an adapter's weight, the mark of PEFT's own weights, and the rest of the name.
+
+    A weight that replaces the base's has no mark: its whole name comes first.
+    """
+    module, *own = re.split(r"(\.lora_|\.token_adapter\.)", key, maxsplit=1)
+    return (module, own[0], own[1]) if own else (module, "", "")
 
 
 # --- dry run ------------------------------------------------------------------------------------
