@@ -475,7 +475,9 @@ def test_block_causal_checkpoints(harness: Any, tmp_path: Path, family: type[Mod
 def test_special_tokens_and_long_contexts(make: Any, caplog: pytest.LogCaptureFixture) -> None:
     """A special token among `until` ends a response, though it is no part of the text."""
     model = make(gen_length=32)
-    one = model.generation("sam has 4 cups", {"until": ["[EOS]", "[UNK]", "x"], "max_gen_toks": 9}, 0)
+    one = model.generation(
+        "sam has 4 cups", {"until": ["[EOS]", "[UNK]", "[MASK]", "x"], "max_gen_toks": 9}, 0
+    )
     assert one.config.stop == ((1,), (2,))
     assert one.gen_length == 32
     with caplog.at_level("WARNING", logger="lm_eval.dparallel"):

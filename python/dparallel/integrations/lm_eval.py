@@ -153,10 +153,12 @@ class DParallelLM(TemplateLM):
         self.max_length = max_length or positions_of(self.model.config)
         self.end_ids = text.end_tokens(self.directory, self.tokenizer)
         self.bos_token = bos_token_of(self.directory)
+        mask = traits(self.model).mask_id if mask_id is None else mask_id
+        # Tasks list the ends of many models; the mask token, and what this model lacks, is never decoded.
         self.special_ids: dict[str, int] = {
             token.content: number
             for number, token in self.tokenizer.get_added_tokens_decoder().items()
-            if token.special
+            if token.special and number != mask and number < self.model.shape.embedding_size
         }
         unknown = getattr(self.tokenizer.model, "unk_token", None)
         self.unknown_id = self.tokenizer.token_to_id(unknown) if unknown else None
