@@ -14,6 +14,8 @@ _SUPPORTED = {"use_sliding_window": False, "mlp_bias": False}
 
 
 class Dream(Model):
+    """Every position sees every other; the logits at a position predict the token after it."""
+
     shift = True
     strict = frozenset({"entropy"})
     published_mask_id = 151666

@@ -49,6 +49,8 @@ _FIELDS = {
 
 
 class LLaDA(Model):
+    """Every position sees every other; the logits at a position predict its own token."""
+
     published_mask_id = 126336
     NAMES: ClassVar[dict[str, str]] = {
         "embed": "model.transformer.wte",

@@ -19,6 +19,8 @@ from .riders import Birth
 
 
 class HiddenTransfer(Birth):
+    """The weights of Hidden Transfer: `maps` (most, width, width), used in front of layer `layer`."""
+
     KIND = "hidden_transfer"
 
     def __init__(self, config: Mapping[str, Any]) -> None:

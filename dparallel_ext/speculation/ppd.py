@@ -18,6 +18,8 @@ from .riders import Birth
 
 
 class PromptTokens(Birth):
+    """The weights of PPD: `prompt` (most, width), the embeddings of a node's riders by their distance."""
+
     KIND = "ppd"
 
     def __init__(self, config: Mapping[str, Any]) -> None:
