@@ -153,13 +153,14 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 @pytest.fixture(scope="module")
 def in_two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The directories of runs in two processes, by name: whole parameters in each, and shards."""
-    names = ("at-once", "accumulated", "sharded", "whole", "resumed")
+    names = ("at-once", "accumulated", "uneven", "sharded", "whole", "resumed")
     directories = {name: tmp_path_factory.mktemp(name) for name in names}
     shared = {"ddp_backend": "gloo", "per_device_train_batch_size": 4, "judged": 9}
     shared |= {"per_device_eval_batch_size": 2}
     whole = {
         "at-once": shared,
         "accumulated": {**shared, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        "uneven": {**shared, "count": 11},
     }
     adam = {"per_device_train_batch_size": 4, "optim": "adamw_torch"}
     sharded = {
@@ -233,6 +234,23 @@ def test_two_processes_make_the_update_of_one_big_batch(big: Any, in_two_process
         for ours, theirs in zip(log, big[1], strict=True):
             for key in ("loss", "ce", "entropy", "correct", "certainty"):
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
+
+
+@pytest.mark.slow
+def test_rows_repeated_to_fill_an_epoch_s_last_batch_count_once(
+    in_two_processes: dict[str, Path], tmp_path: Path
+):
+    """Of 11 rows the first process gets three and a repeated one last, the second four repeated ones."""
+    trainer = run_trainer.run(tmp_path, count=11)
+    trainer.save_model(str(tmp_path))
+    out = in_two_processes["uneven"]
+    close(weights(out), weights(tmp_path))
+    logs = json.loads((out / "log.json").read_text()), trainer.state.log_history
+    found, expected = ([entry for entry in log if "ce" in entry] for log in logs)
+    assert len(expected) == 4
+    for ours, theirs in zip(found, expected, strict=True):
+        for key in ("loss", "ce", "entropy", "correct", "certainty"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}], ids=str)

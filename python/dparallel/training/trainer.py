@@ -145,6 +145,8 @@ class CertaintyForcingTrainer(Trainer):
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, *arguments)
         views = [self.views(batch, self.state.global_step) for batch in batches]
+        if views:
+            self.leave_out_repeated(views[-1])
         counts = torch.zeros(2, dtype=torch.float64)
         for view in views:
             counts += by_view(view["active"])
@@ -157,6 +159,19 @@ class CertaintyForcingTrainer(Trainer):
                     gated += by_view(self.rows(self.model_wrapped, self._prepare_inputs(view))[2])
             counts = torch.cat((counts, gated))
         return views, self.accelerator.reduce(counts, "sum")
+
+    def leave_out_repeated(self, view: dict[str, Tensor]) -> None:
+        """Make no token active of the rows (of 2B) that a process got again to fill an epoch's last batch.
+
+        Over all processes, in their order, the last batch starts with the epoch's last `remainder` rows.
+        """
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return
+        active = view["active"]
+        count = len(active) // 2
+        own = state.remainder - self.accelerator.process_index * count
+        active.view(2, count, -1)[:, max(0, own) :] = False
 
     def views(self, batch: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
         """The masked states of a collated batch (B, T) and their complements, as one batch (2B, T)."""
