@@ -15,9 +15,7 @@ from torch import Tensor
 from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import number, one_of, shown
 from .errors import named_row, report
-from .inputs import rows_view
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from .inputs import WIDE_DTYPES, check_logits, rows_view
 
 
 def row_errors(vocabulary: int) -> dict[int, str]:
@@ -91,12 +89,7 @@ def certainty_forcing_loss(
             no logit above -inf, or whose label is not in [0, V): on the CPU at once, on CUDA from
             `check_errors`; until then its nll and entropy are NaN.
     """
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits: expected a Tensor, got {type(logits).__name__}")
-    if logits.dtype not in DTYPES:
-        raise ValueError(f"logits: expected float32, bfloat16, float16 or float64, got {logits.dtype}")
-    if logits.ndim < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"logits: expected (..., V) with V >= 1, got {tuple(logits.shape)}")
+    check_logits(logits, wide=True)
     check_loss_inputs(logits, labels, active, weight, gate, "logits")
     check_settings(temperature, ce_temperature, entropy_weight, reduction)
     inplace = inplace and logits.requires_grad and not torch.compiler.is_compiling()
@@ -168,7 +161,7 @@ def check_loss_inputs(
         ("active", active, (torch.bool,)),
     ]
     if weight is not None:
-        wanted.append(("weight", weight, DTYPES))
+        wanted.append(("weight", weight, WIDE_DTYPES))
     if isinstance(gate, Tensor):
         wanted.append(("gate", gate, (torch.bool,)))
     elif not isinstance(gate, str) or gate not in ("correct", "all"):

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import number, one_of
-from .certainty_forcing_loss import DTYPES, check_inplace, check_temperature, real_dtype
+from .certainty_forcing_loss import check_inplace, check_temperature, real_dtype
 from .errors import report
-from .inputs import rows_view
+from .inputs import WIDE_DTYPES, check_logits, rows_view
 
 ROW_ERRORS = {
     1: "{} holds NaN",
@@ -80,8 +80,8 @@ def distillation_loss(
             `check_errors`; until then the row's divergence is NaN. An id to which the teacher gives no
             probability, such as a suppressed one, adds nothing.
     """
-    check_rows("student", student)
-    check_rows("teacher", teacher)
+    check_logits(student, "student", wide=True)
+    check_logits(teacher, "teacher", wide=True)
     if teacher.shape != student.shape or teacher.dtype != student.dtype or teacher.device != student.device:
         raise ValueError(
             f"teacher: expected {student.dtype} {tuple(student.shape)} on {student.device} as the student, "
@@ -117,15 +117,6 @@ def read_rows(like: Tensor, weight: Tensor | None) -> Tensor:
 # --- checks -------------------------------------------------------------------------------------
 
 
-def check_rows(name: str, logits: Tensor) -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(logits).__name__}")
-    if logits.dtype not in DTYPES:
-        raise ValueError(f"{name}: expected float32, bfloat16, float16 or float64, got {logits.dtype}")
-    if logits.ndim < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"{name}: expected (..., V) with V >= 1, got {tuple(logits.shape)}")
-
-
 def check_divergence(
     like: Tensor,
     name_of: str,
@@ -140,7 +131,7 @@ def check_divergence(
     """
     rows = like.shape[:-1]
     if weight is not None:
-        if not isinstance(weight, Tensor) or weight.dtype not in DTYPES or weight.shape != rows:
+        if not isinstance(weight, Tensor) or weight.dtype not in WIDE_DTYPES or weight.shape != rows:
             got = (
                 f"{weight.dtype} {tuple(weight.shape)}"
                 if isinstance(weight, Tensor)

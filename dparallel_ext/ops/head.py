@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..arguments import number, whole
-from .certainty_forcing_loss import DTYPES, real_dtype
+from .certainty_forcing_loss import real_dtype
+from .inputs import WIDE_DTYPES
 
 
 def check_head(hidden: Tensor, head: Tensor, name: str, head_name: str) -> tuple[Tensor, Tensor]:
@@ -17,7 +18,7 @@ def check_head(hidden: Tensor, head: Tensor, name: str, head_name: str) -> tuple
 
     Raises ValueError naming the argument that does not fit.
     """
-    if hidden.ndim < 1 or hidden.dtype not in DTYPES:
+    if hidden.ndim < 1 or hidden.dtype not in WIDE_DTYPES:
         raise ValueError(
             f"{name}: expected floating point (..., H), got {hidden.dtype} {tuple(hidden.shape)}"
         )

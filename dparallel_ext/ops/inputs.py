@@ -15,6 +15,8 @@ Ids = Tensor | Sequence[int] | None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of the kernels."""
+WIDE_DTYPES = (*DTYPES, torch.float64)
+"""Dtypes of the losses and the attention."""
 _DEVICES = {"cpu", *_C.build_info()["backends"].split()}
 
 
@@ -33,13 +35,15 @@ def compiled(*inputs: Tensor | None) -> bool:
 # --- rows of logits ----------------------------------------------------------------------------
 
 
-def check_logits(logits: Tensor) -> None:
+def check_logits(logits: Tensor, name: str = "logits", *, wide: bool = False) -> None:
+    """Raise unless `logits` is (..., V) of a kernel's dtype; wide: float64 too, as the losses take it."""
     if not isinstance(logits, Tensor):
-        raise TypeError(f"logits: expected a Tensor, got {type(logits).__name__}")
-    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"logits: expected float32, bfloat16 or float16, got {logits.dtype}")
+        raise TypeError(f"{name}: expected a Tensor, got {type(logits).__name__}")
+    if logits.dtype not in (WIDE_DTYPES if wide else DTYPES):
+        wanted = "float32, bfloat16, float16 or float64" if wide else "float32, bfloat16 or float16"
+        raise ValueError(f"{name}: expected {wanted}, got {logits.dtype}")
     if logits.ndim < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"logits: expected (..., V) with V >= 1, got {tuple(logits.shape)}")
+        raise ValueError(f"{name}: expected (..., V) with V >= 1, got {tuple(logits.shape)}")
 
 
 def rows_view(logits: Tensor) -> Tensor:
@@ -143,7 +147,7 @@ def keys_of(like: Tensor, count: int, **parts: int | Tensor) -> Tensor:
 def check_heads(name: str, tensor: Tensor, ndim: int, like: Tensor | None = None) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in (*DTYPES, torch.float64) or (like is not None and tensor.dtype != like.dtype):
+    if tensor.dtype not in WIDE_DTYPES or (like is not None and tensor.dtype != like.dtype):
         wanted = "float32, bfloat16 or float16" if like is None else f"{like.dtype} as q"
         raise ValueError(f"{name}: expected {wanted}, got {tensor.dtype}")
     if like is not None and tensor.device != like.device:
