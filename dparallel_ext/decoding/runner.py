@@ -87,7 +87,8 @@ class Runner:
         if workspace is None:
             workspace = Workspace.of(tokens, kv_cache, graphs=graphs and isinstance(model, Model))
         self.trajectory, self.graphs = workspace.trajectory, workspace.graphs
-        self._suppressed, self.states, self.given = workspace.suppressed, workspace.states, workspace.given
+        self.states, self.given = workspace.states, workspace.given
+        self._workspace = workspace
         window, block = (min(width, tokens.shape[1]) for width in (window, block))
         self.packer = InputPacker(
             model, tokens, kv_cache, mask_id, shift=shift, window=window, block=block, blocks=blocks
@@ -100,20 +101,9 @@ class Runner:
 
         Raises ValueError for an id that one of our models does not have.
         """
-        key = () if ids is None else tuple(ids.unique().tolist())  # ascending
-        if not key:
-            return None
-        if key not in self._suppressed:
-            suppressed = torch.tensor(key)
-            if isinstance(self.model, Model):
-                size = self.model.shape.embedding_size
-                if key[0] < 0 or key[-1] >= size:
-                    raise ValueError(f"suppress: expected ids in [0, {size}), got {list(key[:8])}")
-                suppressed = suppressed.to(self.tokens.device)
-            if len(self._suppressed) == 64:
-                self._suppressed.clear()
-            self._suppressed[key] = suppressed
-        return self._suppressed[key]
+        if isinstance(self.model, Model):
+            return self._workspace.suppress(ids, self.tokens.device, self.model.shape.embedding_size)
+        return self._workspace.suppress(ids, torch.device("cpu"))  # the ops look at their range
 
     def begin(self, lane: int, rule: Rule, columns: Sequence[int], used: Collection[Rule]) -> None:
         """Begin a sequence that is decoded by `rule` in the lane.

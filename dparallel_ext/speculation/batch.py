@@ -117,7 +117,7 @@ class CausalBatch:
         """The drafter's session, if recorded passes read its tensors."""
         self._riders = None if self._session is None else self._session.riders
         self._sizer: Sizer = Fixed(self._most) if sizer is None else sizer
-        self._suppressed = space.suppressed
+        self._suppress = space.suppress
         may = drafter is None and not batch_invariant and padding.runs_ahead(device)
         self._ahead = ahead if may else 0
         self._runner = CausalRunner(
@@ -155,7 +155,7 @@ class CausalBatch:
             first,
             length,
             settings,
-            self._suppress(settings.suppress),
+            self._suppress(settings.suppress, device=self.device),
             eos_ids,
             known=first,
             num_cached=num_cached,
@@ -184,17 +184,6 @@ class CausalBatch:
 
     def enter(self, finished: list[int]) -> None:
         """Do nothing: an autoregressive sequence has no blocks."""
-
-    def _suppress(self, ids: Tensor | None) -> Tensor | None:
-        """The ids as a tensor on the device, the same object for the same ids."""
-        if ids is None or not len(ids):
-            return None
-        key = tuple(ids.unique().tolist())
-        if key not in self._suppressed:
-            if len(self._suppressed) == 64:
-                self._suppressed.clear()
-            self._suppressed[key] = torch.tensor(key, device=self.device)
-        return self._suppressed[key]
 
     # --- a pass -------------------------------------------------------------------------------------
 

@@ -421,3 +421,16 @@ def test_a_drafter_that_is_read_in_each_call_is_not_kept(taped: list[Graphs], tm
     taped[:] = []
     gc.collect()
     assert recorded() is None
+
+
+def test_the_same_ids_to_suppress_are_the_same_tensor() -> None:
+    space = workspace.Workspace.of(torch.zeros(1, 4, dtype=torch.int64), None)
+    cpu = torch.device("cpu")
+    first = space.suppress(torch.tensor([7, 2, 7]), cpu)
+    assert first is not None
+    assert first.tolist() == [2, 7]
+    assert space.suppress(torch.tensor([2, 7]), cpu, 8) is first
+    assert space.suppress(torch.tensor([], dtype=torch.int64), cpu) is None
+    for ids, got in (([2, 7], 7), ([-1, 3], -1)):
+        with pytest.raises(ValueError, match=rf"suppress: expected ids in \[0, 7\), got {got}"):
+            space.suppress(torch.tensor(ids), cpu, 7)
