@@ -96,13 +96,18 @@ def numbers(name: str, value: Any, count: int, least: int) -> list[int]:
     return numbers
 
 
+def on_host(value: Any) -> Tensor:
+    """A tensor as it is; another value as a tensor on the CPU, whatever torch's default device."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+
+
 def token_ids(name: str, value: Any) -> Tensor:
     """One sequence of token ids (P,) int64 from a list, an array or a tensor.
 
     Raises ValueError naming the argument.
     """
     try:
-        ids = torch.as_tensor(value)
+        ids = on_host(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         hint = "; encode it with the model's tokenizer first" if isinstance(value, str) else ""
         raise ValueError(f"{name}: expected int64 (P,) or a list of ids, got {_kind(value)}{hint}") from error
@@ -154,7 +159,7 @@ def _rows(name: str, value: Any) -> list[Any]:
 def _visible(row: Any) -> Tensor:
     """One row of an attention mask, (P,) bool."""
     try:
-        mask = torch.as_tensor(row)
+        mask = on_host(row)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"attention_mask: expected bool or whole numbers, got {_kind(row)}") from error
     if mask.ndim != 1 or (mask.numel() and mask.is_floating_point()):

@@ -113,7 +113,9 @@ class KVCache:
 
     def __init__(self, slots: Tensor, rope: tuple[Tensor, Tensor], block_table: Tensor | None = None) -> None:
         self.slots, self.rope = slots, rope
-        self.block_table = torch.arange(slots.shape[2])[:, None] if block_table is None else block_table
+        self.block_table = (
+            torch.arange(slots.shape[2], device="cpu")[:, None] if block_table is None else block_table
+        )
         self.varlen = has_varlen(slots)
         """Whether long spans of whole sequences attend by `varlen_attention`. Only a span's own numbers
         decide about it, so that a result depends neither on other sequences of the pass nor on pages."""
@@ -142,7 +144,9 @@ class KVCache:
 
     def assign(self, row: int, pages: Sequence[int], first: int = 0) -> None:
         """Set the pages of sequence `row`, from its page number `first` on."""
-        self.block_table[row, first : first + len(pages)] = torch.tensor(pages, dtype=torch.int64)
+        self.block_table[row, first : first + len(pages)] = torch.tensor(
+            pages, dtype=torch.int64, device="cpu"
+        )
         self._known.clear()
         self.changes += 1
 

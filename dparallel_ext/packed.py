@@ -48,7 +48,7 @@ class Packing:
         elif end - start < 128:  # torch is faster for more
             self.add(range(start, end))
         else:
-            self._append(torch.arange(start, end))
+            self._append(torch.arange(start, end, device="cpu"))
 
     def repeat(self, number: int, count: int) -> None:
         self._last += array("q", (number,)) * count
@@ -69,7 +69,7 @@ class Packing:
 
     def pack(self) -> tuple[Tensor, Shapes]:
         """All tensors in one (n,) int64, and their shapes."""
-        self._append(torch.empty(0, dtype=torch.int64))
+        self._append(torch.empty(0, dtype=torch.int64, device="cpu"))
         return torch.cat(self._parts), tuple(self.shapes)
 
     def _append(self, part: Tensor) -> None:

@@ -86,7 +86,7 @@ Number: TypeAlias = float | Sequence[float] | Tensor
 
 def _one_step(value: float, towards: float) -> float:
     """The next float32. A threshold moves by it where a published decoder compares strictly."""
-    return torch.nextafter(torch.tensor(value), torch.tensor(towards)).item()
+    return torch.nextafter(torch.tensor(value, device="cpu"), torch.tensor(towards, device="cpu")).item()
 
 
 _BY_ID: dict[float, tuple[float, float, Line]] = {
@@ -107,7 +107,7 @@ def make(
     max_commit: Number | None = None,
     score: Name | None = None,
     batch: int = 1,
-    device: torch.device | str | None = None,
+    device: torch.device | str | None = "cpu",
 ) -> Tensor:
     """Policy rows (batch, 5) float32: selector, threshold, min_commit, max_commit, score.
 

@@ -322,7 +322,7 @@ def decided(config: DecodeConfig, size: int, cache: str) -> Decided:
     threshold, selector, steps = row["threshold"], row["selector"], row["steps"]
     selectors: list[str] = []
     if isinstance(config.policy, tuple):
-        rows = torch.tensor(config.policy, dtype=torch.float32).view(-1, len(policies.FIELDS))
+        rows = torch.tensor(config.policy, dtype=torch.float32, device="cpu").view(-1, len(policies.FIELDS))
         policies.check(rows, size)
     elif threshold is not None:
         if steps is not None:

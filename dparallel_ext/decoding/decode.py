@@ -147,7 +147,7 @@ def decode(
         run(batch, streamer, progress_bar(progress, sum(len(row.columns) for row in batch.rows), "decode"))
     # Tensors made in inference mode cannot enter autograd later; their copies can.
     x, rows = batch.tokens[:size].clone(), batch.rows[:size]
-    masked = torch.zeros(x.shape, dtype=torch.bool)
+    masked = torch.zeros(x.shape, dtype=torch.bool, device="cpu")
     for places, row in zip(masked, rows, strict=True):
         places[row.prompt : row.length].fill_(True)
         if row.columns and row.columns[0] < row.prompt:
@@ -162,7 +162,7 @@ def decode(
         numbers.append(batch.canvases)
     # In one copy to the device.
     nfe, generated, kept, lengths, prompt_lengths, published, *canvases = torch.tensor(
-        numbers, dtype=torch.int64
+        numbers, dtype=torch.int64, device="cpu"
     ).to(x.device)
     batch.keep()
     counts = nfe, batch.forwards, generated, kept, lengths, prompt_lengths

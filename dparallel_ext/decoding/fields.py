@@ -67,7 +67,7 @@ def _rows(name: str, value: Any) -> Any:
     else:
         try:
             filled = [[math.inf if each is None else each for each in row] for row in value]
-            rows = torch.tensor(filled, dtype=torch.float32)
+            rows = torch.tensor(filled, dtype=torch.float32, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"policy: expected rows or a function, got {type(value).__name__}") from error
     policies.check(rows, len(rows) if rows.ndim else 1)
@@ -94,7 +94,7 @@ def _seed(name: str, value: Any) -> Any:
     if value is None:
         return None
     try:
-        seeds = torch.as_tensor(value)
+        seeds = arguments.on_host(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"seed: expected an integer or int64 (B,), got {shown(value)}") from error
     if seeds.shape == (0,):

@@ -123,7 +123,7 @@ class SelfSpeculation(Batch):
     def _paged(self, model: Model, width: int, block_length: int) -> KVCache:
         """A cache whose pages are blocks: first those of the sequences, then one for each guessed state."""
         pages, guessed = max(1, -(-width // block_length)), self.count * self.draft_size
-        table = torch.arange(self.count * pages).view(self.count, pages)
+        table = torch.arange(self.count * pages, device="cpu").view(self.count, pages)
         table = torch.cat((table, table.repeat_interleave(self.draft_size, 0)))
         return model.new_cache(self.count * pages + guessed, block_length, table)
 

@@ -87,8 +87,8 @@ def make_settings(config: DecodeConfig, model_traits: Traits, cache: str, size: 
     rule, steps, rows, selectors = decided(config, size, cache)
     for name, towards in (("entropy", -math.inf), ("confidence", math.inf)):
         if name in model_traits.strict and name in selectors:
-            here = torch.tensor([each == name for each in selectors], dtype=torch.bool)
-            beyond = torch.nextafter(rows[:, 1], torch.tensor(towards))
+            here = torch.tensor([each == name for each in selectors], dtype=torch.bool, device="cpu")
+            beyond = torch.nextafter(rows[:, 1], torch.tensor(towards, device="cpu"))
             rows[:, 1] = torch.where(here, beyond, rows[:, 1])
     temperature, top_p, top_k = check_sampling(config.temperature, config.top_p, config.top_k)
     seed = drawn_seed(temperature) if config.seed is None else config.seed
@@ -96,7 +96,9 @@ def make_settings(config: DecodeConfig, model_traits: Traits, cache: str, size: 
         raise ValueError(f"seed: expected an integer or int64 ({size},), got torch.int64 ({len(seed)},)")
     # A sequence's own seed is its whole key; a seed for all is combined with the place in the batch.
     keys = [(s, 0) for s in seed] if isinstance(seed, tuple) else [(seed, b) for b in range(size)]
-    suppress = None if config.suppress is None else torch.tensor(config.suppress, dtype=torch.int64)
+    suppress = (
+        None if config.suppress is None else torch.tensor(config.suppress, dtype=torch.int64, device="cpu")
+    )
     return [
         Settings(
             policy=tuple(numbers),

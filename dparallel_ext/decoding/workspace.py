@@ -49,8 +49,8 @@ class Trajectory:
         B and L may be smaller than the trajectory's. `masked` is on the CPU, so that no device is waited for.
         """
         counts = masked.sum(1)
-        of_sequence = torch.arange(int(counts.max()) if len(counts) else 0) < counts[:, None]
-        places = torch.full(of_sequence.shape, -1)
+        of_sequence = torch.arange(int(counts.max()) if len(counts) else 0, device="cpu") < counts[:, None]
+        places = torch.full(of_sequence.shape, -1, device="cpu")
         places[of_sequence] = masked.nonzero()[:, 1]
         places = places.to(self.step.device)
         inside, places, blank = places >= 0, places.clamp(min=0), Trajectory.blank(places)

@@ -169,7 +169,7 @@ class Engine:
         pages = lanes * per_lane if pages is None else whole("pages", pages, 1, LARGEST)
         self.lanes, self.max_length, self.max_waiting = lanes, max_length, max_waiting
         try:
-            table = torch.zeros((lanes, per_lane), dtype=torch.int64)
+            table = torch.zeros((lanes, per_lane), dtype=torch.int64, device="cpu")
             with torch.inference_mode():
                 kv_cache = model.new_cache(pages, page_size, table, kept=kind.keeps)
                 batch = kind.make_batch(lanes, max_length, kv_cache)
@@ -304,10 +304,12 @@ class Engine:
         if config.record:
             raise ValueError("record: an engine keeps no trajectory, so expected False (see on_draft)")
         if config.suppress is not None:
-            arguments.check_ids("suppress", [torch.tensor(config.suppress)], self.model.shape.embedding_size)
+            arguments.check_ids(
+                "suppress", [torch.tensor(config.suppress, device="cpu")], self.model.shape.embedding_size
+            )
 
     def _prompt(self, prompt: Any) -> Tensor:
-        rows = arguments.prompts(prompt) or [torch.zeros(0, dtype=torch.int64)]
+        rows = arguments.prompts(prompt) or [torch.zeros(0, dtype=torch.int64, device="cpu")]
         if len(rows) != 1:
             raise ValueError(f"prompt: expected one prompt (P,), got {len(rows)}; submit each by itself")
         ids = rows[0].to("cpu", copy=True)  # the caller may change the prompt while it waits

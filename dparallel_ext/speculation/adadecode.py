@@ -306,10 +306,10 @@ class _Session(RecordedSession):
         inputs, shapes = pack(
             (
                 *metadata.tensors,
-                torch.tensor(ids + [0] * more_ids),
-                torch.tensor(source + [0] * padding, dtype=torch.int64),
-                torch.tensor(keys + [(0, 0, 0)] * padding, dtype=torch.int64).view(-1, 3),
-                torch.tensor(group + [0] * padding, dtype=torch.int64),
+                torch.tensor(ids + [0] * more_ids, device="cpu"),
+                torch.tensor(source + [0] * padding, dtype=torch.int64, device="cpu"),
+                torch.tensor(keys + [(0, 0, 0)] * padding, dtype=torch.int64, device="cpu").view(-1, 3),
+                torch.tensor(group + [0] * padding, dtype=torch.int64, device="cpu"),
             )
         )
         device = self.model.device

@@ -146,8 +146,8 @@ def adaptive_decode(
         **fields,
         verifier_nfe=fields["nfe"].new_tensor(batch.verified),
         verifier_forwards=batch.verifier_forwards,
-        drafted=torch.tensor(batch.counts.drafted, dtype=torch.int64),
-        accepted=torch.tensor(batch.counts.accepted, dtype=torch.int64),
+        drafted=torch.tensor(batch.counts.drafted, dtype=torch.int64, device="cpu"),
+        accepted=torch.tensor(batch.counts.accepted, dtype=torch.int64, device="cpu"),
         passes=[row.passes for row in batch.rows] if config.record else None,
     )
 
@@ -248,7 +248,8 @@ class AdaptiveBatch(CausalBatch):
             b: max(0, row.known - row.accepted - self.window) if row.nfe else 0 for b, row in rows.items()
         }
         places = [(b, column, *rows[b].settings.key) for b, columns in drafts.items() for column in columns]
-        lane, column, *key = torch.tensor(places).T.to(device)  # (n,) each, of the n drafted tokens
+        # (n,) each, of the n drafted tokens
+        lane, column, *key = torch.tensor(places, device="cpu").T.to(device)
         canvas = self.tokens.masked_fill(self.tokens == UNKNOWN, self.mask_id).to(device)
         logits = self._logits(self.model, self.kv_cache, canvas, drafts, starts)  # (n, shared)
         any_row = next(iter(rows.values()))

@@ -88,9 +88,9 @@ class CausalBatch:
         """The memory of `tokens`, since a pass reads and writes few of them."""
         self.tokens = torch.frombuffer(self._ids, dtype=torch.int64)[: lanes * width].view(lanes, width)
         """(lanes, width) int64 on the CPU, where drafters and the search for stop sequences read them."""
-        self.logprobs = torch.full((lanes, width), torch.nan)
+        self.logprobs = torch.full((lanes, width), torch.nan, device="cpu")
         """(lanes, width) float32: each token's log-probability, of sequences that record it; else NaN."""
-        self.steps = torch.zeros((lanes, width), dtype=torch.int64)
+        self.steps = torch.zeros((lanes, width), dtype=torch.int64, device="cpu")
         """(lanes, width): the pass that emitted each token, of sequences that record it; else 0."""
         self.device = device = model.device
         owner = None if isinstance(drafter, Apart) else drafter
@@ -319,7 +319,7 @@ class CausalBatch:
         lane = b * self.tokens.shape[1]  # where the sequence begins in `_ids`
         self._ids[lane + start : lane + row.known] = array("q", tokens)
         if row.settings.record:
-            self.logprobs[b, start : row.known] = torch.tensor(logprobs)
+            self.logprobs[b, start : row.known] = torch.tensor(logprobs, device="cpu")
             self.steps[b, start : row.known] = row.nfe
         ended = None
         if row.settings.stop or not set(row.eos_ids).isdisjoint(tokens):

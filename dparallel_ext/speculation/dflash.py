@@ -332,9 +332,9 @@ class _Session(RecordedSession):
         inputs, shapes = pack(
             (
                 *metadata.tensors,
-                torch.tensor(ids + [mask_id] * more_ids),
-                torch.tensor(source + [0] * padding, dtype=torch.int64),
-                torch.tensor(group + [-1] * padding, dtype=torch.int64),
+                torch.tensor(ids + [mask_id] * more_ids, device="cpu"),
+                torch.tensor(source + [0] * padding, dtype=torch.int64, device="cpu"),
+                torch.tensor(group + [-1] * padding, dtype=torch.int64, device="cpu"),
             )
         )
         device = self.model.device

@@ -407,7 +407,7 @@ class CausalRunner:
             explain(first, where)
         logprobs: list[float] = []
         if key.logprobs:
-            bits = torch.tensor(rest[-lanes * width :]).to(torch.int32)
+            bits = torch.tensor(rest[-lanes * width :], device="cpu").to(torch.int32)
             logprobs, rest = bits.view(torch.float32).tolist(), rest[: -lanes * width]
         emitted = {
             b: Emitted(rest[b * width :][: count[b]], logprobs[b * width :][: count[b]]) for b in drafts

@@ -150,8 +150,8 @@ def speculate(
     return SpeculateOutput(
         **decoded(batch, device, config, "draft_nfe", "layers"),
         draft_forwards=batch.draft_forwards,
-        drafted=torch.tensor(batch.counts.drafted, dtype=torch.int64),
-        accepted=torch.tensor(batch.counts.accepted, dtype=torch.int64),
+        drafted=torch.tensor(batch.counts.drafted, dtype=torch.int64, device="cpu"),
+        accepted=torch.tensor(batch.counts.accepted, dtype=torch.int64, device="cpu"),
         passes=[row.passes for row in batch.rows] if config.record else None,
     )
 
@@ -186,7 +186,9 @@ def check_prompts(model: Model, prompts: Sequence[Tensor], config: DecodeConfig)
     """Raise ValueError for ids that the model does not have, and for a prompt without a token."""
     arguments.check_ids("prompt", prompts, model.shape.embedding_size)
     if config.suppress is not None:
-        arguments.check_ids("suppress", [torch.tensor(config.suppress)], model.shape.embedding_size)
+        arguments.check_ids(
+            "suppress", [torch.tensor(config.suppress, device="cpu")], model.shape.embedding_size
+        )
     for number, ids in enumerate(prompts):
         if not len(ids):
             raise ValueError(f"prompt: expected at least one token, got none in sequence {number}")
@@ -230,7 +232,7 @@ def run(batch: CausalBatch, streamer: Any, bar: Any) -> None:
 def decoded(batch: CausalBatch, device: torch.device, config: DecodeConfig, *counts: str) -> dict[str, Any]:
     """The fields of a `DecodeOutput`, on `device`; counts: names of further counts of a sequence."""
     rows = batch.rows
-    masked = torch.zeros(batch.tokens.shape, dtype=torch.bool)
+    masked = torch.zeros(batch.tokens.shape, dtype=torch.bool, device="cpu")
     for places, row in zip(masked, rows, strict=True):
         places[row.prompt : row.length].fill_(True)
     trajectory = None
@@ -239,7 +241,9 @@ def decoded(batch: CausalBatch, device: torch.device, config: DecodeConfig, *cou
         responses = Trajectory(batch.steps, batch.logprobs.exp(), batch.logprobs).responses(masked)
         trajectory = Trajectory(*(field.to(device) for field in vars(responses).values()))
     names = ("nfe", "generated", "kept", "length", "prompt", "nfe", *counts)
-    numbers = torch.tensor([[getattr(row, name) for row in rows] for name in names], dtype=torch.int64)
+    numbers = torch.tensor(
+        [[getattr(row, name) for row in rows] for name in names], dtype=torch.int64, device="cpu"
+    )
     nfe, generated, kept, lengths, prompt_lengths, published, *others = numbers.to(device)
     return {
         "sequences": batch.tokens.clone().to(device),

@@ -82,17 +82,17 @@ class _Candidates:
     def __init__(self, ranks: Ranks, state: int, budget: int) -> None:
         self.nodes = best_nodes(ranks, state, budget)
         count = len(self.nodes)
-        values = torch.tensor([node.value for node in self.nodes], dtype=torch.float64)
+        values = torch.tensor([node.value for node in self.nodes], dtype=torch.float64, device="cpu")
         self.worth = torch.cat((values.new_zeros(1), values.cumsum(0)))
         """(M + 1,) V: the tokens that are accepted of the tree of m nodes."""
-        self.stop = torch.zeros(count + 1, count + 1, dtype=torch.float64)
+        self.stop = torch.zeros(count + 1, count + 1, dtype=torch.float64, device="cpu")
         """(M + 1, M + 1): the chance that the tree of m nodes stops at the root or at each node."""
         self.stop[:, 0] = 1.0
         for number, node in enumerate(self.nodes, 1):
             self.stop[number:, number] += node.value
             self.stop[number:, node.parent] -= node.value
         self.stop.clamp_(min=0.0)
-        self.left = budget - torch.arange(count + 1)
+        self.left = budget - torch.arange(count + 1, device="cpu")
         """(M + 1,) the rows that are left for riders."""
 
     def riders(self, worth: Tensor) -> Tensor:
@@ -104,7 +104,9 @@ class _Candidates:
         gain = self.stop[:, :, None] * worth  # (M + 1, M + 1, n)
         gain = gain.flatten(1)
         best = gain.argsort(dim=1, descending=True, stable=True)
-        place = torch.empty_like(best).scatter_(1, best, torch.arange(gain.shape[1]).expand_as(best))
+        place = torch.empty_like(best).scatter_(
+            1, best, torch.arange(gain.shape[1], device="cpu").expand_as(best)
+        )
         chosen = (place < self.left[:, None]) & (gain > 0)
         return chosen.unflatten(1, (-1, len(worth))).sum(-1)
 
@@ -114,7 +116,7 @@ def plan(ranks: Ranks, budget: int) -> Plan:
     pass in the steady state; `ranks`: for each depth, as many as ride behind a node at most."""
     most = len(ranks)
     states = [_Candidates(ranks, state, budget) for state in range(most + 1)]
-    h = torch.tensor([float(state.worth[-1]) for state in states], dtype=torch.float64)
+    h = torch.tensor([float(state.worth[-1]) for state in states], dtype=torch.float64, device="cpu")
     h = h - h[0]
     for _ in range(ROUNDS):
         step = h.diff()
@@ -136,8 +138,8 @@ def plan(ranks: Ranks, budget: int) -> Plan:
 def steady_state(trees: Sequence[Tree]) -> tuple[list[float], float]:
     """The share of passes in each state, in the long run, and the tokens of a draft that they accept."""
     count = len(trees)
-    step = torch.zeros(count, count, dtype=torch.float64)
-    worth = torch.zeros(count, dtype=torch.float64)
+    step = torch.zeros(count, count, dtype=torch.float64, device="cpu")
+    worth = torch.zeros(count, dtype=torch.float64, device="cpu")
     for state, tree in enumerate(trees):
         stop = [1.0, *(node.value for node in tree.nodes)]
         for node in tree.nodes:
@@ -145,7 +147,7 @@ def steady_state(trees: Sequence[Tree]) -> tuple[list[float], float]:
         for chance, riders in zip(stop, tree.riders, strict=True):
             step[state, riders] += chance
         worth[state] = sum(node.value for node in tree.nodes)
-    share = torch.full((count,), 1.0 / count, dtype=torch.float64)
+    share = torch.full((count,), 1.0 / count, dtype=torch.float64, device="cpu")
     total = share.clone()
     for _ in range(ROUNDS):  # the mean over passes, which is there for a chain that goes in circles too
         share = share @ step
