@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import arguments
-from ..models import Model, for_decoding, traits, warn_beyond
+from ..models import Model, check_call, for_decoding, traits, warn_beyond
 from .batch import AHEAD, Batch
 from .config import DecodeConfig, DecodeKeywords, configured, names_fields
 from .schedule import Schedule
@@ -189,6 +189,7 @@ def start(
     """
     settings = make_settings(config, traits(model), config.cache or "none", len(prompts))
     model = for_decoding(model)
+    check_call(model)
     counts = arguments.numbers("gen_length", config.gen_length, len(prompts), 0)
     of_model = check_model(config, model, "none")
     mask_id, block_length = of_model.mask_id, of_model.schedule.block_length

@@ -36,7 +36,7 @@ from ..decoding.config import (
 )
 from ..decoding.decode import Prompts
 from ..decoding.fields import plain
-from ..models import Model, for_decoding, warn_beyond
+from ..models import Model, check_call, for_decoding, warn_beyond
 from ..speculation import Drafter
 from .core import EngineCore, Request
 from .handle import Draft, Events, Handle
@@ -149,6 +149,7 @@ class Engine:
     ) -> None:
         config = configured("Engine", config, keywords)
         model = for_decoding(model)
+        check_call(model)
         if not isinstance(model, Model):
             raise ValueError(
                 "model: expected one of dparallel_ext.models (models.load, or models.wrap for a loaded "

@@ -13,7 +13,7 @@ from .modules import Stream, Taps
 from .qwen import Qwen2, Qwen3
 from .sdar import SDAR
 from .traits import check_diffusion, fingerprint, max_positions, traits, warn_beyond
-from .wrappers import for_decoding, own_precision, unwrap
+from .wrappers import check_call, for_decoding, own_precision, unwrap
 
 __all__ = [
     "FAMILIES",
@@ -30,6 +30,7 @@ __all__ = [
     "Stream",
     "Taps",
     "Traits",
+    "check_call",
     "check_diffusion",
     "config_of",
     "device_of",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -115,6 +116,25 @@ def own_precision(model: Any, device: torch.device) -> AbstractContextManager[An
     """A context without autocast for a native model, which decodes in its own dtypes: its cached keys have
     them, and the Engine's thread has no autocast. Other models keep the caller's autocast."""
     return torch.autocast(device.type, enabled=False) if isinstance(model, Model) else nullcontext()
+
+
+def check_call(model: Any) -> None:
+    """Raise ValueError for a native model whose class changes its call, which decoding does not use; warn of
+    hooks on the whole model, which do not run. Models that are not native are called."""
+    if not isinstance(model, Model):
+        return
+    if type(model).forward is not Model.forward:
+        raise ValueError(
+            f"model: {type(model).__name__} has a forward of its own, and decoding calls the layers of a "
+            "native model one by one. Change a layer, such as lm_head, or pass a function of input_ids that "
+            "has an attribute `traits`"
+        )
+    if model._forward_hooks or model._forward_pre_hooks:
+        warnings.warn(
+            f"model: {type(model).__name__} has hooks on its call, which decoding does not run, since it "
+            "calls the layers one by one; hooks on layers run",
+            stacklevel=3,
+        )
 
 
 def check_whole(stack: list[Any]) -> None:

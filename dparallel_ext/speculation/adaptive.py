@@ -33,7 +33,7 @@ from ..decoding.decode import DecodeOutput, Prompts, progress_bar
 from ..decoding.fields import plain
 from ..decoding.padding import row_padding
 from ..decoding.settings import check_mask, make_settings
-from ..models import Model, check_diffusion, for_decoding, own_precision, traits, warn_beyond
+from ..models import Model, check_call, check_diffusion, for_decoding, own_precision, traits, warn_beyond
 from ..ops.errors import NO_ERROR, Cell, explain
 from ..ops.row_stats import read_rows
 from ..types import RowStats
@@ -176,6 +176,7 @@ def diffusion_model(model: Any) -> Model:
     """`model` without wrappers. Raises ValueError unless it is a native masked diffusion model."""
     check_diffusion(model)
     inner = for_decoding(model)
+    check_call(inner)
     if not isinstance(inner, Model):
         raise ValueError(
             "model: expected a masked diffusion model of dparallel_ext.models (models.load, or models.wrap "
@@ -187,6 +188,7 @@ def diffusion_model(model: Any) -> Model:
 def verifier_of(value: Any, model: Model, prompts: Sequence[Tensor], eos_ids: Sequence[int]) -> Model:
     """The verifier. Raises ValueError unless it is an autoregressive model that has all ids it will read."""
     verifier = for_decoding(value) if callable(value) else value
+    check_call(verifier)
     if not isinstance(verifier, Model) or not verifier.causal:
         raise ValueError(
             "verifier: expected an autoregressive model of dparallel_ext.models, got "

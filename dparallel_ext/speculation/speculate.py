@@ -19,7 +19,7 @@ from ..decoding.decode import DecodeOutput, Prompts, progress_bar
 from ..decoding.fields import plain
 from ..decoding.settings import check_ends, make_settings
 from ..decoding.workspace import Trajectory
-from ..models import Model, for_decoding, traits, warn_beyond
+from ..models import Model, check_call, for_decoding, traits, warn_beyond
 from .batch import CausalBatch
 from .drafter import Apart, Drafter
 from .loading import drafter_of
@@ -159,6 +159,7 @@ def speculate(
 def causal_model(model: Any) -> Model:
     """`model` without wrappers. Raises ValueError unless it is a native autoregressive model."""
     inner = for_decoding(model)
+    check_call(inner)
     if not isinstance(inner, Model):
         raise ValueError(
             "model: expected an autoregressive one of dparallel_ext.models (models.load, or models.wrap for "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -538,6 +539,43 @@ def test_wrap_shares_the_layers_of_an_adapted_model(
     merged = models.wrap(theirs.merge_and_unload())
     assert merged.addresses() is not None
     assert torch.equal(tokens(merged), first)
+
+
+# --- calls that decoding does not make ------------------------------------------------------------
+
+
+class Negated(Dream):
+    def forward(self, *args: Any, **keywords: Any) -> Any:
+        output = super().forward(*args, **keywords)
+        output.logits.neg_()
+        return output
+
+
+def test_a_native_model_s_own_call_is_refused_and_the_advice_works() -> None:
+    model = native()
+    model.__class__ = Negated
+    for wrap in (lambda m: m, compiled, nn.DataParallel):
+        with pytest.raises(ValueError, match="model: Negated has a forward of its own"):
+            tokens(wrap(model))
+    found = tokens(called(model))
+    assert not torch.equal(found, expected())
+    other = native()
+    other.lm_head.weight.data.neg_()
+    assert torch.equal(found, tokens(other))
+
+
+def test_hooks_on_the_call_are_not_run_and_a_warning_says_so() -> None:
+    model, seen = native(), []
+    hook = model.register_forward_hook(lambda *_: seen.append(1))
+    with pytest.warns(UserWarning, match="model: Dream has hooks on its call, which decoding does not run"):
+        assert torch.equal(tokens(model), expected())
+    assert not seen
+    hook.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.blocks[0].register_forward_hook(lambda *_: seen.append(1))
+        assert torch.equal(tokens(model), expected())
+    assert seen
 
 
 # --- training -----------------------------------------------------------------------------------
