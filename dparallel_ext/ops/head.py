@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..arguments import number, whole
 from .certainty_forcing_loss import real_dtype
-from .inputs import WIDE_DTYPES
+from .inputs import WIDE_DTYPES, refuse_tangent
 
 
 def check_head(hidden: Tensor, head: Tensor, name: str, head_name: str) -> tuple[Tensor, Tensor]:
@@ -37,6 +37,8 @@ def check_head(hidden: Tensor, head: Tensor, name: str, head_name: str) -> tuple
         )
     if head.shape[0] < 1:
         raise ValueError(f"{head_name}: expected at least one row")
+    refuse_tangent(name, hidden)
+    refuse_tangent(head_name, head)
     return hidden, head
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from .. import _C
 from ..arguments import is_number, shown, temperature_in_force, whole
@@ -44,6 +45,7 @@ def check_logits(logits: Tensor, name: str = "logits", *, wide: bool = False) ->
         raise ValueError(f"{name}: expected {wanted}, got {logits.dtype}")
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"{name}: expected (..., V) with V >= 1, got {tuple(logits.shape)}")
+    refuse_tangent(name, logits)
 
 
 def rows_view(logits: Tensor) -> Tensor:
@@ -154,6 +156,7 @@ def check_heads(name: str, tensor: Tensor, ndim: int, like: Tensor | None = None
         raise ValueError(f"{name}: expected on {like.device} as q, got {tensor.device}")
     if tensor.ndim != ndim:
         raise ValueError(f"{name}: expected {ndim} dimensions, got {tuple(tensor.shape)}")
+    refuse_tangent(name, tensor)
 
 
 def check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
@@ -201,6 +204,7 @@ def check_rows(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
     if tensor.ndim < 1 or tensor.shape[-1] < 1:
         raise ValueError(f"{name}: expected (..., width) with width >= 1, got {tuple(tensor.shape)}")
+    refuse_tangent(name, tensor)
     if tensor.requires_grad:
         _refuse_gradient(name)
 
@@ -218,3 +222,11 @@ def check_like(name: str, tensor: Tensor, like: Tensor, shape: torch.Size) -> No
 def _refuse_gradient(name: str) -> None:
     if torch.is_grad_enabled():
         raise ValueError(f"{name}: requires a gradient, which this op does not have; use torch.no_grad()")
+
+
+def refuse_tangent(name: str, tensor: Tensor) -> None:
+    """Raise for a tensor under forward-mode differentiation: torch drops its tangent in a custom op."""
+    if not torch.compiler.is_compiling() and unpack_dual(tensor).tangent is not None:
+        raise ValueError(
+            f"{name}: has a tangent, and this op has no forward-mode derivative; use torch.autograd.grad"
+        )

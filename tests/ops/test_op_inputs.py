@@ -12,7 +12,7 @@ from conftest import counters, everywhere, layouts
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext import policies
+from dparallel_ext import ops, policies
 
 MASK = 3
 DTYPES = [torch.float32, torch.bfloat16]
@@ -539,6 +539,36 @@ def test_a_second_gradient_of_a_loss_is_refused() -> None:
             (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
             with pytest.raises(NotImplementedError, match="has no gradient"):
                 grad.square().sum().backward()
+
+
+@everywhere
+@pytest.mark.parametrize("name", ["row_stats", "unmask_", "accept", "block_attention"])
+def test_a_tangent_is_refused(name: str) -> None:
+    """Of forward-mode differentiation: a custom op drops it, and the derivative would be 0."""
+    function, given = documented(torch.float32)[name]
+    which = "q" if name == "block_attention" else "logits"
+    with pytest.raises(ValueError, match=f"{which}: has a tangent"):
+        torch.func.jvp(
+            lambda t: function(**{**given, which: t}), (given[which],), (torch.ones_like(given[which]),)
+        )
+
+
+@everywhere
+def test_a_tangent_of_a_layer_or_a_loss_is_refused() -> None:
+    x, labels, head = torch.randn(6, 5), torch.randint(0, 5, (6,)), torch.randn(9, 5)
+    given = labels, labels >= 0
+    calls: dict[str, Callable[[Tensor], Any]] = {
+        "logits": lambda z: dx.certainty_forcing_loss(z, *given).loss,
+        "student": lambda z: dx.distillation_loss(z, x),
+        "teacher": lambda z: dx.distillation_loss(x, z),
+        "hidden": lambda z: dx.linear_certainty_forcing_loss(z, head, *given).loss,
+        "lm_head_weight": lambda z: dx.linear_certainty_forcing_loss(head, z, *given).loss,
+        "x": lambda z: ops.rms_norm(z, x[0], eps=1e-5),
+        "gate": lambda z: ops.swiglu(z, z),
+    }
+    for name, call in calls.items():
+        with torch.no_grad(), pytest.raises(ValueError, match=f"{name}: has a tangent"):
+            torch.func.jvp(call, (x,), (torch.randn(6, 5),))
 
 
 @everywhere
