@@ -120,9 +120,10 @@ def test_two_runs_in_one_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_state_that_is_none_is_named(tmp_path: Path):
-    for content in (b"", b"PK\x03\x04 half a state", None):
+    partial = {"settings": {}, "model": {}, "optimizers": []}
+    for content in (b"", b"PK\x03\x04 half a state", {"step": 3}, partial):
         state = tmp_path / "state.pt"
-        torch.save({"step": 3}, state) if content is None else state.write_bytes(content)
+        state.write_bytes(content) if isinstance(content, bytes) else torch.save(content, state)
         with pytest.raises(ValueError, match=r"out: .*state\.pt is not the state of a run"):
             train.train(tmp_path, train.Settings(steps=1), progress=False)
 

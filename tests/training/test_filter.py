@@ -147,7 +147,7 @@ def test_the_command(tiny: Path, tmp_path: Path) -> None:
     refused = {
         ("--held-out", "0.01"): "held_out: expected a share that leaves prompts on both sides",
         ("--tau", "1"): "tau: expected a number between 0 and 1",
-        ("--lr", "nan"): "lr: expected a number between 0 and 1",
+        ("--lr", "nan"): "lr: expected a finite number",
         ("--answers", tmp_path / "nowhere"): "trajectories: no settings.json",
         ("--model", "nowhere"): "model: 'nowhere'",
     }

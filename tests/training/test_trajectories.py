@@ -338,3 +338,17 @@ def test_prompts_of_files(tmp_path: Path):
     for name, bad_settings in (("shard", replace(SMALL, shard=0)), ("format", replace(SMALL, format="csv"))):
         with pytest.raises(ValueError, match=name):
             trajectories.generate(tmp_path / "x", expected, bad_settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"settings": replace(SMALL, shard=2.5)}, "shard: expected a whole number >= 1, got 2.5"),
+        ({"batch": True}, "batch: expected a whole number >= 1, got True"),
+        ({"batch": "9"}, "batch: expected a whole number >= 1, got '9'"),
+    ],
+)
+def test_sizes_that_are_no_whole_numbers_are_named(changes: dict[str, Any], said: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=said):
+        trajectories.generate(tmp_path / "out", [], **changes)
+    assert not (tmp_path / "out").exists()

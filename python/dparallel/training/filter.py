@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dparallel_ext as dx
-from dparallel_ext.arguments import whole
+from dparallel_ext.arguments import number, whole
 from dparallel_ext.rules import Decision, Rule, Where
 from dparallel_ext.rules.learned import by_place
 
@@ -55,7 +55,7 @@ class Settings:
         if self.hidden is not None:
             whole("hidden", self.hidden, 1)
         for name in ("tau", "held_out", "lr"):
-            if not 0 < getattr(self, name) < 1:
+            if not 0 < number(name, getattr(self, name)) < 1:
                 raise ValueError(f"{name}: expected a number between 0 and 1, got {getattr(self, name)}")
 
 

@@ -38,6 +38,10 @@ class Schedule(Protocol):
     def ema(self) -> float: ...
 
 
+STATE = ("settings", "step", "model", "optimizers", "average", "seconds", "curve", "recent")
+"""Keys of a saved run."""
+
+
 class Trained(NamedTuple):
     """The time and the loss of a run."""
 
@@ -171,7 +175,8 @@ def _read(
     """The state of the run in a file. Raises ValueError, also for a run with other settings."""
     try:
         state: dict[str, Any] = torch.load(file, weights_only=True, map_location=device)
-        state["settings"], state["model"], state["optimizers"]
+        if missing := [key for key in STATE if key not in state]:
+            raise KeyError(*missing)
     except Exception as error:  # torch.load raises many kinds
         raise ValueError(
             f"out: {file} is not the state of a run ({type(error).__name__}: {error}); without it "

@@ -146,8 +146,7 @@ def generate(
     """
     settings = settings or Settings()
     for name, value in (("shard", settings.shard), ("batch", batch)):
-        if value < 1:
-            raise ValueError(f"{name}: expected a whole number >= 1, got {value}")
+        whole(name, value, 1)
     if settings.format not in FORMATS:
         raise ValueError(f"format: expected one of {FORMATS}, got {settings.format!r}")
     if settings.format == "parquet":
