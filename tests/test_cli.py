@@ -379,6 +379,7 @@ def test_ctrl_c_while_torch_is_imported_ends_quietly(tmp_path: Path):
     process = subprocess.Popen(
         [sys.executable, "-m", "dparallel", "info"],
         env={**os.environ, "PYTHONPATH": search},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
