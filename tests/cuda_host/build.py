@@ -76,8 +76,7 @@ def extension() -> Path:
     system = [torch_root / "include", pybind11.get_include(), sysconfig.get_path("include")]
     flags = " ".join([PLAIN, *(f"-isystem{path}" for path in system)])
     stable = "-DDPARALLEL_WITH_CUDA_HOST -DTORCH_TARGET_VERSION=0x020a000000000000"
-    unset = ("COMPILER", "TORCH", "CUDA_TOOLKIT", "CUDA_ARCHITECTURES", "CUDA_REASON")
-    facts = dict.fromkeys(unset, "")
+    facts = dict.fromkeys(("COMPILER", "CUDA_TOOLKIT", "CUDA_ARCHITECTURES", "CUDA_REASON"), "")
     facts |= {"BACKENDS": "cuda_host", "TORCH": torch.__version__}
     flags += "".join(f' -DDPARALLEL_{name}="{value}"' for name, value in facts.items())
     torch_side = [(source, f"{flags} {stable}") for source in sorted((CSRC / "torch").glob("*.cpp"))]
