@@ -279,11 +279,14 @@ def finish(trainer: Any) -> None:
     """End the process group, if there is one: its threads may abort the interpreter when it ends."""
     if trainer.args.world_size < 2:
         return
+    # DistributedDataParallel holds the group too, but must not be the last: it would join the group's threads
+    # and keep Python's lock, for which a thread that drops the last collective's tensors may wait for ever.
+    group = torch.distributed.group.WORLD
     trainer.accelerator.end_training()
-    # DistributedDataParallel holds the group.
     trainer.accelerator.free_memory()
     trainer.model_wrapped = trainer.model
     gc.collect()
+    del group
 
 
 def with_lora(model: Model, settings: Mapping[str, Any], base: str) -> Any:
