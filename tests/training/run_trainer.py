@@ -7,12 +7,14 @@ only, so that every way of normalising wrongly shows.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from dparallel.toy import train
 from dparallel.training import distill
 from dparallel.training.trainer import CertaintyForcingArguments, CertaintyForcingTrainer
 from dparallel.training.trajectories import Collator
+from torch import distributed as dist
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 import dparallel_ext as dx
@@ -100,6 +104,29 @@ def run_all(runs: dict[str, dict[str, Any]]) -> None:
             (directory / "log.json").write_text(json.dumps(trainer.state.log_history))
         trainer.accelerator.wait_for_everyone()
     distill.finish(trainer)
+    if not sharded:
+        end_often(directory)
+
+
+def end_often(directory: Path) -> None:
+    """End 16 groups of two processes; the first writes how many ended.
+
+    With DistributedDataParallel as the group's last owner one end in five hangs.
+    """
+    gc.freeze()  # collecting what was imported would take a second each
+    rank, store = int(os.environ["RANK"]), dist.FileStore(str(directory / "store"), 2)
+    for number in range(1, 17):
+        own = dist.PrefixStore(str(number), store)
+        dist.init_process_group("gloo", store=own, rank=rank, world_size=2)
+        trainer: Any = SimpleNamespace(args=SimpleNamespace(world_size=2), model=nn.Linear(2, 2))
+        trainer.model_wrapped = nn.parallel.DistributedDataParallel(trainer.model)
+        dist.all_reduce(torch.zeros(6))
+        trainer.accelerator = SimpleNamespace(
+            end_training=dist.destroy_process_group, free_memory=lambda: None
+        )
+        distill.finish(trainer)
+        if rank == 0:
+            (directory / "ends").write_text(str(number))
 
 
 def fork(rank: int, port: int, environment: dict[str, str], runs: dict[str, dict[str, Any]]) -> int:

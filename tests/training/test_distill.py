@@ -225,36 +225,6 @@ def test_two_processes_distil_under_torchrun(answers: Path, tmp_path: Path):
     assert any(not torch.equal(base[name], expected[name]) for name in base)
 
 
-FINISH_RUNS = """
-import gc, os, sys, torch
-from torch import distributed as dist, nn
-from types import SimpleNamespace as Stand
-from dparallel.training import distill
-
-torch.set_num_threads(1)
-gc.freeze()
-child = os.fork()
-rank, store = int(child == 0), dist.FileStore(sys.argv[1], 2)
-for number in range(16):
-    dist.init_process_group(
-        "gloo", store=dist.PrefixStore(str(number), store), rank=rank, world_size=2
-    )
-    trainer = Stand(args=Stand(world_size=2), model=nn.Linear(2, 2))
-    trainer.model_wrapped = nn.parallel.DistributedDataParallel(trainer.model)
-    dist.all_reduce(torch.zeros(6))
-    trainer.accelerator = Stand(end_training=dist.destroy_process_group, free_memory=lambda: None)
-    distill.finish(trainer)
-os._exit(0) if rank else sys.exit(os.waitpid(child, 0)[1])
-"""
-
-
-def test_the_end_of_a_distributed_run_waits_for_no_lock_that_it_holds(tmp_path: Path):
-    """DistributedDataParallel as the group's last owner hangs in one of about five such ends."""
-    command = [sys.executable, "-c", FINISH_RUNS, str(tmp_path / "store")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-
-
 def test_lengths_and_adapters_that_make_no_sense_are_named(answers: Path, tmp_path: Path):
     recipe = distill.read(RECIPES / "builtin.yaml", training={"max_steps": 1})
     for changes, said in (

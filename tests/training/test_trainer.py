@@ -224,6 +224,11 @@ def test_sharded_parameters_train_save_and_resume_as_whole_ones(big: Any, in_two
 
 
 @pytest.mark.slow
+def test_ends_of_distributed_runs_do_not_hang(in_two_processes: dict[str, Path]):
+    assert (in_two_processes["uneven"] / "ends").read_text() == "16"
+
+
+@pytest.mark.slow
 def test_two_processes_make_the_update_of_one_big_batch(big: Any, in_two_processes: dict[str, Path]):
     for name in ("at-once", "accumulated"):
         out = in_two_processes[name]
