@@ -55,7 +55,7 @@ _LAYER = "model.layers.{}."
 _NAMES = {
     ours: theirs.removeprefix(_LAYER) for ours, theirs in Qwen3.NAMES.items() if theirs.startswith(_LAYER)
 }
-_BLOCK = Field(int, None, least=2, most=512)
+BLOCK = Field(int, None, least=2, most=512)
 
 
 class Layout(NamedTuple):
@@ -89,7 +89,7 @@ class Layout(NamedTuple):
         layers = read(config, {"num_target_layers": LAYERS})["num_target_layers"]
         inner = read(config, {"dflash_config": Field(dict)})["dflash_config"]
         check_supported(inner, {"fc_layernorm": False})
-        sizes = [read(of, {"block_size": _BLOCK})["block_size"] for of in (config, inner)]
+        sizes = [read(of, {"block_size": BLOCK})["block_size"] for of in (config, inner)]
         block = next((size for size in sizes if size is not None), None)
         if block is None:
             raise ValueError("config: 'block_size' is missing")

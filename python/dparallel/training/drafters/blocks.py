@@ -19,9 +19,10 @@ from torch.nn.utils.rnn import pad_sequence
 from dparallel_ext import models
 from dparallel_ext.arguments import whole
 from dparallel_ext.models import rope
+from dparallel_ext.models.fields import LAYERS, MLP_WIDTH, VOCABULARY
 from dparallel_ext.speculation import BlockDrafter, DraftModel
 from dparallel_ext.speculation.checkpoint import Origin
-from dparallel_ext.speculation.dflash import CAUSAL, EMBEDDING, Layout, check_taps, default_taps
+from dparallel_ext.speculation.dflash import BLOCK, CAUSAL, EMBEDDING, Layout, check_taps, default_taps
 
 from .common import Answer, Settings, Target, Trainee
 
@@ -51,9 +52,14 @@ class BlockSettings(Settings):
         super().__post_init__()
         if self.loss not in LOSSES:
             raise ValueError(f"loss: expected one of {LOSSES}, got {self.loss!r}")
-        for name, least in (("layers", 1), ("block", 2), ("mlp_width", 1), ("mask_id", 0)):
+        for name, least, most in (
+            ("layers", 1, LAYERS.most),
+            ("block", 2, BLOCK.most),
+            ("mlp_width", 1, MLP_WIDTH.most),
+            ("mask_id", 0, VOCABULARY.most),
+        ):
             if getattr(self, name) is not None:
-                whole(name, getattr(self, name), least)
+                whole(name, getattr(self, name), least, int(most))
 
 
 class Blocks(Trainee):
@@ -64,12 +70,28 @@ class Blocks(Trainee):
         self._target, self._settings = target.model, settings
         mask_id = target.mask_id(settings.mask_id)
         self.config = config_of(target.model, settings, mask_id, target.origin(settings.kind))
-        Layout.of(self.config)
+        self._mask_id = Layout.of(self.config).mask_id
 
     def build(self) -> DraftModel:
         model = DraftModel(self.config)
         initialise(model)
         return model
+
+    def learnable(self, answers: list[Answer]) -> list[Answer]:
+        """Answers up to their first mask token: it is never drafted, so the loss of a row that is to learn it
+        would be infinite, and the rows behind it are never accepted."""
+        cut = []
+        for ids, length in answers:
+            masks = (ids[length:] == self._mask_id).nonzero()
+            count = int(masks[0]) if len(masks) else len(ids) - length
+            if count >= 2:
+                cut.append((ids[: length + count], length))
+        if not cut:
+            raise ValueError(
+                f"mask_id: expected an id that the target's answers do not have, got {self._mask_id}, which "
+                "all of them have among their first two tokens"
+            )
+        return cut
 
     def loss_of(self, answers: Sequence[Answer], step: int) -> Tensor:
         return loss_of(self.module, self._target, answers, self._settings, step)

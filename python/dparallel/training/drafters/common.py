@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from dparallel_ext import models
-from dparallel_ext.arguments import whole
+from dparallel_ext.arguments import number, whole
 from dparallel_ext.models import files as checkpoints
 from dparallel_ext.speculation.checkpoint import Origin
 from dparallel_ext.speculation.drafter import Drafter
@@ -60,12 +60,12 @@ class Settings:
         for name in ("steps", "batch", "anchors", "warmup", "gen_length"):
             whole(name, getattr(self, name), 1)
         for name in ("muon_lr", "adam_lr", "ema"):
-            if not 0 < getattr(self, name) < 1:
+            if not 0 < number(name, getattr(self, name)) < 1:
                 raise ValueError(f"{name}: expected a number between 0 and 1, got {getattr(self, name)}")
         for name in ("weight_decay", "decay"):
-            if not 0 <= getattr(self, name) <= 1:
+            if number(name, getattr(self, name)) > 1:
                 raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
-        if not 0 <= self.temperature <= 100:
+        if number("temperature", self.temperature) > 100:
             raise ValueError(f"temperature: expected a number from 0 to 100, got {self.temperature}")
         if not 0 <= whole("seed", self.seed, 0) < MOST_SEEDS:
             raise ValueError(f"seed: expected a whole number >= 0 and < {MOST_SEEDS}, got {self.seed}")
@@ -141,6 +141,10 @@ class Trainee(ABC):
     def matrices(self) -> list[nn.Parameter]:
         """The parameters that Muon moves; AdamW moves the others."""
         return [p for p in self.module.parameters() if p.ndim == 2]
+
+    def learnable(self, answers: list[Answer]) -> list[Answer]:
+        """Of the target's answers, what it can learn from. Raises ValueError if nothing is left."""
+        return answers
 
     @abstractmethod
     def loss_of(self, answers: Sequence[Answer], step: int) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dparallel_ext import models
-from dparallel_ext.arguments import whole
+from dparallel_ext.arguments import number, whole
 from dparallel_ext.models import rope
 from dparallel_ext.models.modules import rotate
 from dparallel_ext.speculation import HiddenTransfer, PromptTokens, RiderDrafter
@@ -48,7 +48,7 @@ class RiderSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         whole("riders", self.riders, 1, 16)
-        if not 0 < self.soften <= 100:
+        if not 0 < number("soften", self.soften) <= 100:
             raise ValueError(f"soften: expected a number above 0 and at most 100, got {self.soften}")
 
 
@@ -222,8 +222,8 @@ def context_of(
         return attention(q, k, v, None)
 
     x = stream = model.embed(ids)
-    for number, block in enumerate(model.blocks):
-        if number == layer:
+    for index, block in enumerate(model.blocks):
+        if index == layer:
             stream = x
         x = block(x, attend)
     return known[layer:], stream, model.norm(x)

@@ -76,7 +76,8 @@ def run(
     Returns the report: settings, target, answers, parameters, bytes, seconds, loss (a curve), and held_out,
     see `judge`.
 
-    Raises ValueError and FileNotFoundError naming the argument; a run that is refused writes nothing.
+    Raises ValueError and FileNotFoundError naming the argument; a run that is refused writes nothing, or, if
+    nothing can be learned from the answers, the answers alone.
     """
     settings = settings or blocks.BlockSettings()
     for name, value, least in (("evaluate", evaluate, 0), ("save_every", save_every, 1)):
@@ -92,7 +93,7 @@ def run(
     _apart(trainee, settings, len(learned))  # before anything is written
     directory = files.directory("out", out)
     with files.locked("out", directory), files.full_disk_named(directory):
-        answers = answers_of(directory, model, learned, settings, answer_batch, progress)
+        answers = trainee.learnable(answers_of(directory, model, learned, settings, answer_batch, progress))
         with _frozen(model):
             drafter, report = _train(
                 directory, trainee, model.device, answers, settings, save_every, progress
