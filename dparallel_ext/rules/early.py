@@ -3,6 +3,7 @@
 Both compare the mean gap between the two largest logits with a threshold, which falls from pass to pass of
 the schedule. At or above it, every mask that the pass has logits for is filled at once; below it, the policy
 row decides. The published thresholds are for LLaDA-8B and Dream-7B: other models' logits have other gaps.
+Above temperature 0 the tokens are samples, as a row's are; the published code fills with the argmax.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class Prophet(Rule):
     first, second and last third of the schedule.
 
     The answer's columns are [start, start + width) of the response, masked or not. Published: five columns,
-    from the second after "The answer is", which the caller puts into the response beforehand (`infill`).
+    from the second after "The answer is", which the caller puts into the response beforehand (`infill`). A
+    pass without logits for one of these columns does not end early.
     """
 
     start: int
@@ -71,9 +73,9 @@ class SchED(Rule):
     """Fills all masks once their mean gap reaches a threshold that falls from `high` to `low` logits over the
     schedule.
 
-    Besides, at most the share `changes` of their predictions may differ from the pass before, and the share
-    `floor` of the schedule must be done. As published, except that the mean is over one sequence, not over
-    the batch.
+    Besides, at most the share `changes` of their predictions may differ from the pass before (in the first
+    pass all do), and the share `floor` of the schedule must be done. As published, except that the mean is
+    over one sequence, not over the batch.
     """
 
     high: float = 7.5
@@ -90,6 +92,9 @@ class SchED(Rule):
         one_of("kind", self.kind, get_args(Shape))
         for name in ("high", "low", "k", "floor", "changes"):
             number(name, getattr(self, name))
+        for name in ("floor", "changes"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(self, name)!r}")
 
     def new_state(self, lanes: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
         predictions = torch.zeros((lanes, columns), dtype=torch.int64, device=device)  # + 1; 0: none yet
@@ -108,6 +113,6 @@ class SchED(Rule):
         left = where.open.sum(1)
         changed = (where.open & (where.recall(last) != stats.token + 1)).sum(1)
         where.remember(last, stats.token + 1)
-        sure = _mean_gap(stats, where.open) >= self.bar(where.progress.double())
-        sure &= (changed <= self.changes * left) & (where.progress >= self.floor)
+        sure = _mean_gap(stats, where.open) >= self.bar(where.progress)
+        sure &= (changed.double() / left <= self.changes) & (where.progress >= self.floor)
         return Decision(where.by_policy(stats) | (where.open & sure[:, None]))

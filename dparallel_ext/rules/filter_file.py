@@ -9,6 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..arguments import shown
+
 TENSORS = ("0.weight", "0.bias", "2.weight", "2.bias")
 """W1 (H, N), b1, W2 (N, H), b2 by their names in a file: those of Sequential(Linear, ReLU, Linear)."""
 
@@ -21,6 +23,8 @@ def read_filter(file: str | Path) -> tuple[str, tuple[Tensor, ...], dict[str, st
 
     file: a safetensors file, or a name in `NAMED`. Raises ValueError for a file that is no filter.
     """
+    if not isinstance(file, (str, Path)):
+        raise ValueError(f"file: expected a path or one of the names {list(NAMED)}, got {shown(file)}")
     try:
         path = NAMED.get(str(file), Path(file))
         stat = path.stat()

@@ -12,6 +12,7 @@ the pass (the prompt's tail in a block-causal model's block, columns that a shor
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import number, shown
 from ..models import fingerprint
 from ..types import RowStats
 from .filter_file import read_filter
@@ -52,14 +54,18 @@ class Learned(Rule):
 
     def __post_init__(self) -> None:
         content, weights, metadata = read_filter(self.file)
-        tau = metadata.get("tau", "none") if self.tau is None else self.tau
+        tau: Any = self.tau
+        if tau is None:
+            tau = metadata.get("tau")
+            with contextlib.suppress(TypeError, ValueError):
+                tau = float(tau)
         try:
-            tau = float(tau)
-        except (TypeError, ValueError):
-            tau = math.nan
-        if not 0 <= tau <= 1:
-            raise ValueError(f"tau: expected a number from 0 to 1, got {tau} for {self.file}")
-        values = {"tau": tau, "content": content, "weights": weights, "model": metadata.get("model")}
+            fits = number("tau", tau) <= 1
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(f"tau: expected a number from 0 to 1, got {shown(tau)} for {self.file}")
+        values = {"tau": float(tau), "content": content, "weights": weights, "model": metadata.get("model")}
         for name, value in values.items():
             object.__setattr__(self, name, value)
 

@@ -91,8 +91,8 @@ class Where:
 
     @property
     def progress(self) -> Tensor:
-        """(W,) float32: the share of the fixed schedule's passes that is done, from 0 to 1."""
-        return ((self.step - 1) / (self.steps - 1).clamp(min=1)).clamp(0, 1)
+        """(W,) float64: the share of the fixed schedule's passes that is done, from 0 to 1."""
+        return ((self.step - 1).double() / (self.steps - 1).clamp(min=1)).clamp(0, 1)
 
     def by_policy(self, stats: RowStats) -> Tensor:
         """(W, C) bool: the masked cells that the policy rows commit by these statistics."""

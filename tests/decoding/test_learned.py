@@ -263,12 +263,17 @@ def test_what_is_no_filter_is_named(llada: models.Model, file: Path, tmp_path: P
     refused(r"is no filter: expected \(H, N\)", {**good, "2.weight": good["2.weight"][:, :5].clone()}, tau)
     refused(r"is no filter: expected \(H, N\)", {**good, "0.weight": torch.zeros(5)}, tau)
     refused("holds NaN or infinite", {**good, "2.bias": good["2.bias"] * math.nan}, tau)
-    refused("tau: expected a number from 0 to 1, got nan", good, {"format": "pt"})
+    refused("tau: expected a number from 0 to 1, got None", good, {"format": "pt"})
+    refused("tau: expected a number from 0 to 1, got 'high'", good, {"tau": "high"})
     refused("tau: expected a number from 0 to 1, got 1.5", good, {"tau": "1.5"})
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         Learned(tmp_path)
     with pytest.raises(ValueError, match=r"tau: expected a number from 0 to 1, got -0\.1"):
         Learned(file, -0.1)
+    with pytest.raises(ValueError, match="tau: expected a number from 0 to 1, got 'x'"):
+        Learned(file, "x")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"file: expected a path or one of the names .*, got 5"):
+        Learned(5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"No such file .*; filters with a name: \['builtin:teacher'\]"):
         rules.parse("learned:builtin:no")
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, golden
 from dparallel import registry
 from test_infill import fast_dllm
@@ -130,6 +132,35 @@ def test_sched_is_its_formula(llada: models.Model, kind: Any, by: float) -> None
         assert int(out.nfe) == passes
         fired += passes < total
     assert fired
+
+
+def gaps_of_4(predicted: Callable[[Tensor], Tensor]) -> Any:
+    """A function as the model; the logits (1, L, 9) of `predicted(ids)` (L,) are 4, all others 0."""
+
+    def model(input_ids: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=4.0 * F.one_hot(predicted(input_ids[0]), 9).float()[None])
+
+    return model
+
+
+def test_scheds_bar_is_met_exactly() -> None:
+    """At 7 tenths of the schedule the bar is 7.5 - 5 * 0.7 = 4, which a float32 of 0.7 would miss."""
+    model, rule = gaps_of_4(torch.ones_like), SchED(high=7.5, low=2.5)
+    out = dx.decode(model, torch.tensor([1, 2]), gen_length=11, block_length=11, rule=rule, mask_id=8)
+    assert int(out.nfe) == 8
+
+
+def test_scheds_share_of_changes_is_met_exactly() -> None:
+    """In the second pass 13 of 22 predictions are others than in the first."""
+
+    def predicted(ids: Tensor) -> Tensor:
+        return 1 + ((ids == 8).sum() < 23).long() * (torch.arange(len(ids)) < 15)
+
+    settings: dict[str, Any] = {"gen_length": 23, "block_length": 23, "mask_id": 8}
+    for changes, passes in ((13 / 22, 2), (12.9 / 22, 3)):
+        rule = SchED(high=4.0, low=4.0, changes=changes)
+        out = dx.decode(gaps_of_4(predicted), torch.tensor([1]), rule=rule, **settings)
+        assert int(out.nfe) == passes
 
 
 @pytest.mark.parametrize("by", [0.6, 1.0])
@@ -386,6 +417,12 @@ def test_what_does_not_fit_is_said(llada: models.Model, settings: dict[str, Any]
 def test_prophets_bars_are_three(bars: Any) -> None:
     with pytest.raises(ValueError, match="bars: expected a tuple of three numbers, got"):
         Prophet(0, bars=bars)
+
+
+@pytest.mark.parametrize("name", ["floor", "changes"])
+def test_scheds_shares_are_at_most_1(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected a share from 0 to 1, got 2"):
+        SchED(**{name: 2.0})  # type: ignore[arg-type]
 
 
 def test_names() -> None:

@@ -71,7 +71,8 @@ class Records(NamedTuple):
     read: Tensor
     """(R, N) bool: whether there is a prediction."""
     masked: Tensor
-    """(R, N) bool: whether the column held a mask."""
+    """(R, N) bool: whether the column held a mask that the pass could fill. A pass may fill less than its
+    block: Dream's first pass over a block with cache "prefix" or "dual", and sub-blocks."""
 
     def of(self, chosen: Tensor) -> Records:
         """The records of the passes that are `chosen` (R,) bool."""
