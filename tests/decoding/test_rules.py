@@ -143,11 +143,25 @@ def gaps_of_4(predicted: Callable[[Tensor], Tensor]) -> Any:
     return model
 
 
-def test_scheds_bar_is_met_exactly() -> None:
-    """At 7 tenths of the schedule the bar is 7.5 - 5 * 0.7 = 4, which a float32 of 0.7 would miss."""
-    model, rule = gaps_of_4(torch.ones_like), SchED(high=7.5, low=2.5)
-    out = dx.decode(model, torch.tensor([1, 2]), gen_length=11, block_length=11, rule=rule, mask_id=8)
-    assert int(out.nfe) == 8
+@pytest.mark.parametrize(
+    ("rule", "length", "passes"),
+    [
+        (SchED(high=7.5, low=2.5), 11, 8),  # t = 7/10, and 7.5 - 5 * 0.7 = 4; a float32 of 0.7 would miss it
+        (SchED(high=8.0, low=0.0), 10, 6),  # t = 5/9, after 4/9
+        (SchED(high=4.0, low=4.0), 10, 2),  # in the first pass every prediction is new
+        (SchED(high=4.0, low=4.0, changes=1.0), 10, 1),
+        (SchED(high=4.0, low=4.0, floor=1.0), 10, 10),
+        (SchED(high=4.1, low=4.1), 10, 10),
+        (Prophet(0, bars=(4.0, 9.0, 9.0)), 100, 1),
+        (Prophet(0, bars=(9.0, 4.0, 9.0)), 100, 33),  # 33/100 is no longer below 0.33
+        (Prophet(0, bars=(9.0, 9.0, 4.0)), 100, 67),
+        (Prophet(8, bars=(4.0, 4.0, 4.0)), 12, 12),  # the response has four of the five columns
+    ],
+)
+def test_early_rules_meet_their_bars_exactly(rule: Rule, length: int, passes: int) -> None:
+    model, settings = gaps_of_4(torch.ones_like), {"gen_length": length, "block_length": length}
+    out = dx.decode(model, torch.tensor([1, 2]), rule=rule, mask_id=8, **settings)
+    assert int(out.nfe) == passes
 
 
 def test_scheds_share_of_changes_is_met_exactly() -> None:

@@ -158,6 +158,15 @@ def test_the_command(tiny: Path, tmp_path: Path) -> None:
     assert "out: " in run("filter", tmp_path, "--answers", answers, code=2)
 
 
+def test_answers_of_a_block_causal_model_end_where_a_block_does() -> None:
+    model, said = (
+        golden.model("sdar_tiny_a"),
+        "answers: expected a multiple of block_length 8 tokens, .* got 15",
+    )
+    with pytest.raises(ValueError, match=said):
+        filter.record(model, [(torch.arange(16), 3), (torch.arange(15), 3)], block_length=8, progress=False)
+
+
 def test_no_answer_is_no_filter(tiny: Path, tmp_path: Path) -> None:
     prompts = trajectories.read_prompts("builtin:3")
     settings = trajectories.Settings(str(tiny), "steps:2", checker="hashes", format="jsonl")

@@ -120,9 +120,18 @@ def record(
 ) -> tuple[Records, float]:
     """The oracle's records over answers, each (prompt and response (T,) int64, the prompt's length), and its
     mean number of passes for an answer.
+
+    Raises ValueError for no answers, and for one that ends within a block of a block-causal model.
     """
     if not answers:
         raise ValueError("answers: expected at least one, got none")
+    if dx.models.traits(model).block_length is not None:
+        for number, (ids, _) in enumerate(answers):
+            if len(ids) % block_length:  # decoding goes on to the end of the block, where y has no token
+                raise ValueError(
+                    f"answers: expected a multiple of block_length {block_length} tokens, prompts included, "
+                    f"since the model is block-causal, got {len(ids)} in answer {number}"
+                )
     bar = loop.progress_bar(progress, len(answers), "oracle", "prompt")
     notes, passes = [], 0
     for first in range(0, len(answers), batch):
