@@ -6,6 +6,7 @@ without a GPU "cuda" is "cpu". Blocks of a page run in order, in one namespace. 
 
 from __future__ import annotations
 
+import inspect
 import re
 import runpy
 import shlex
@@ -13,12 +14,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import griffe
 import pytest
 import torch
 import typer
 from conftest import ROOT
 from dparallel import cli, registry
 from server_here import serving
+
+import dparallel_ext as dx
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 STAND_INS = {"LLaDA-8B-Instruct": "builtin:teacher", "Qwen3-8B": "builtin:causal"}
@@ -131,3 +135,27 @@ def test_examples_run(
     monkeypatch.setattr("subprocess.run", lambda words, check: cli.app(words[3:], standalone_mode=False))
     vars(module)["main"](*EXAMPLES[name])
     assert capsys.readouterr().out
+
+
+def test_the_reference_has_every_public_name_once() -> None:
+    """And what it shows under a name is the function, not the module of that name."""
+    loader = griffe.GriffeLoader(search_paths=[ROOT, ROOT / "python"])
+    for package in ("dparallel_ext", "dparallel"):
+        loader.load(package)
+    loader.resolve_aliases()
+
+    def target(name: str) -> griffe.Object | griffe.Alias:
+        found = loader.modules_collection[name]
+        return found.final_target if found.is_alias else found
+
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    shown = [target(name) for name in re.findall(r"^::: (\S+)", pages, re.MULTILINE)]
+    paths = [each.path for each in shown]
+    assert len(paths) == len(set(paths))
+    modules = {each.path for each in shown if each.is_module}
+    of_ext = {f"dparallel_ext.{name}" for name in ("compat", "diffusion_gemma", "policies")}
+    assert modules == {*of_ext, "dparallel.training.trainer"}
+    for name in dx.__all__:
+        public = getattr(dx, name)
+        if not inspect.ismodule(public) and name not in ("build_info", "simd_level"):  # index.md has these
+            assert f"{public.__module__}.{name}" in paths, name

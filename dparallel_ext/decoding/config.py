@@ -103,8 +103,8 @@ class DecodeConfig:
     rule: Rule | Function | str | None = None
     """The rule that decides beside or instead of the policy, see `rules`: a `rules.Rule`; its name, such as
     "credit", "sched:7.5" or "credit+confidence:0.8", whose part after the plus sign, like "entropy:0.5"
-    alone, stands for selector and threshold; or a function (stats, masked, step) -> bool (B, W) over the
-    columns of the block or sub-block, instead of a policy. Only masked positions commit, and at least one of
+    alone, stands for selector and threshold; or a function (stats, masked, step) -> bool (W, C) over
+    the columns of the windows, instead of a policy. Only masked positions commit, and at least one of
     them."""
     min_commit: policies.Number = 1
     """With a `threshold`, the fewest tokens that a pass commits, at least 1; one per sequence."""

@@ -62,8 +62,8 @@ class Where:
     open: Tensor
     """(W, C) bool: cells with statistics that hold masks. A rule may commit them."""
     masked: Tensor
-    """(W, C) bool: open cells in the active window. At least one of them commits, whatever the rule
-    decides."""
+    """(W, C) bool: open cells in the window. In the front block's window at least one of them commits,
+    whatever the rule decides."""
     token: Tensor
     """(W, C) int64: the token in each cell; -1 without statistics."""
     decoded: Tensor
@@ -134,7 +134,8 @@ class Decision(NamedTuple):
 class Rule:
     """Decides what a pass commits. A frozen dataclass: equal rules share their state.
 
-    Whatever a rule decides, at least one mask of a window is committed, and never the mask token.
+    Whatever a rule decides, at least one mask of the front block's window is committed, and never the mask
+    token.
     """
 
     reads: Literal["masked", "block", "response"] = "masked"

@@ -75,7 +75,8 @@ def config_of(model: Model, riders: int, origin: Origin, **fields: Any) -> dict[
 
 
 class RiderDrafter:
-    """A drafter with riders, see above. `load` reads one; `dparallel drafter` trains one.
+    """Guesses by riders of the verify pass: PPD and Hidden Transfer. `load` reads one from a file, which
+    `dparallel drafter` trains.
 
     Args:
         birth: is put into evaluation mode, without gradients.

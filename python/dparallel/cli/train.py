@@ -44,12 +44,12 @@ def train(
 
 def answer(
     out: Annotated[Path, typer.Argument(help="the shards' directory; an interrupted run in it is resumed")],
-    data: Annotated[str, typer.Option(help="builtin:N, or JSONL or Parquet with prompt and answer")],
+    data: Annotated[str, typer.Option(help="builtin:N[:SEED], or JSONL or Parquet with prompt and answer")],
     model: ModelOption = registry.DEFAULT,
     policy: Annotated[str, typer.Option(help=POLICIES)] = POLICY,
     gen_length: Annotated[int | None, typer.Option(help="tokens; default 64 built-in, 256 else")] = None,
     block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
-    cache: Annotated[str, typer.Option(help="none, prefix or dual")] = "none",
+    cache: Annotated[str, typer.Option(help="none, prefix, dual, or block (block-causal)")] = "none",
     checker: Annotated[
         str, typer.Option(help="hashes, last_number, boxed, none or package.module:function")
     ] = "hashes",

@@ -22,7 +22,7 @@ import inspect
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +41,21 @@ from .trajectories import Collator
 class CertaintyForcingArguments(TrainingArguments):
     """`transformers.TrainingArguments`, and the arguments of certainty forcing."""
 
-    temperature: float = field(default=0.5, metadata={"help": "temperature of the entropy term"})
-    entropy_weight: float = field(default=2.0, metadata={"help": "beta; 0: cross entropy alone"})
-    ce_weight: float = field(default=1.0, metadata={"help": "0: entropy alone"})
-    gate: str = field(default="correct", metadata={"help": "tokens whose entropy counts: correct or all"})
-    block_length: int | None = field(default=32, metadata={"help": "None: the whole response is one block"})
-    mask_ratio: Any = field(
-        default=0.5,
-        metadata={
-            "help": "mask ratio of the active block; or [low, high]: drawn uniformly for each row, then cut "
-            "to 1, so that a high above 1 gives a share of fully masked blocks"
-        },
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "must stay False"})
+    temperature: float = 0.5
+    """The temperature of the entropy term, from 1e-5 to 1e5."""
+    entropy_weight: float = 2.0
+    """Beta, the weight of the entropy term; 0: cross entropy alone."""
+    ce_weight: float = 1.0
+    """The weight of the cross entropy; 0: entropy alone."""
+    gate: str = "correct"
+    """The active tokens whose entropy counts: "correct", those whose argmax is the label, or "all"."""
+    block_length: int | None = 32
+    """Tokens of a block; None: the whole response is one block."""
+    mask_ratio: Any = 0.5
+    """The probability that a token of the active block is masked; or [low, high]: drawn uniformly for each
+    row, then cut to 1, so that a high above 1 gives a share of fully masked blocks."""
+    remove_unused_columns: bool = False
+    """It must stay False: the collator needs the columns."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

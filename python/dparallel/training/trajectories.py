@@ -49,16 +49,22 @@ class Settings:
     """The settings of a run; it can be resumed only with the same."""
 
     model: str = registry.DEFAULT
+    """"builtin:NAME", a checkpoint directory, or ORG/NAME of the Hugging Face Hub."""
     policy: str = "entropy:0.5"
-    """"one", "steps:N" (the fixed schedule) or SELECTOR:THRESHOLD."""
+    """The text of a rule or a policy, see `rules.parse`."""
     gen_length: int = tasks.GEN_LENGTH
+    """Tokens of an answer."""
     block_length: int | None = None
     """None: the model's own if it is block-causal, else 32; settings.json has the number."""
     cache: str = "none"
+    """See `DecodeConfig`."""
     checker: str = "hashes"
+    """"hashes", "last_number", "boxed", "none" (every answer is right) or "package.module:function", which
+    says of (reference, response) whether it is right."""
     shard: int = 500
     """Prompts per shard."""
     format: str = "parquet"
+    """"parquet" or "jsonl"."""
     chat: bool | None = None
     """Whether to put prompts into the checkpoint's chat template; None: if it has one."""
     mask_id: int | None = None
