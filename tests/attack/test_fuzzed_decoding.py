@@ -1,7 +1,7 @@
 """Rows that no model gives, with any policy, temperature, top_p, top_k and suppressed ids: the laws hold.
 
-A law is tested by what the kernels themselves found, so that rounding has no say. The float64 twin, which
-rounds otherwise, says whether the statistics are near and whether the token is one that may be drawn.
+A law is tested by what the kernels themselves found, so that rounding has no say. The float64 reference,
+which rounds otherwise, says whether the statistics are near and whether the token is one that may be drawn.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def suppressed(rng: random.Random, vocab: int) -> list[int] | None:
 
 
 def check_draws(logits: Tensor, drawn: dx.RowStats, mask_id: int, settings: dict[str, Any]) -> None:
-    """That each sample could be the twin's; its noise and its nucleus are known but for their rounding."""
+    """That each sample could be the reference's; noise and nucleus are known but for their rounding."""
     sampler = Sampler(*(settings[name] for name in Sampler._fields))
     temperature = arguments.temperature_in_force(sampler.temperature)
     z = logits.double().clamp(max=torch.finfo(torch.float32).max)
@@ -277,7 +277,7 @@ def test_unmask_keeps_its_laws(attack: Attack) -> None:
         assert bool(out.done) == (not bool(out.remaining.any()))
         chosen = reference.select(stats.confidence, stats.margin, stats.entropy, needed, rows)
         sums = [policies.SELECTORS[name] for name in ("entropy_bound", "frechet")]
-        exact = ~torch.isin(rows[:, 0], torch.tensor(sums))  # sums that the twin rounds otherwise
+        exact = ~torch.isin(rows[:, 0], torch.tensor(sums))  # sums that the reference rounds otherwise
         assert torch.equal(changed[exact], chosen[exact]), "not the best, or ties not to the lowest"
 
         at = needed.flatten().nonzero()[:, 0]

@@ -1,5 +1,5 @@
-"""Every op on random shapes, dtypes, strides, instruction sets and numbers, against its float64 twin; and on
-arguments that nobody should give, which are errors by name or have a result, but never end the process."""
+"""Every op on random shapes, dtypes, strides, instruction sets and numbers, against its float64 reference;
+and on arguments that nobody should give, which are errors by name or have a result, but never end the process."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def policy_rows(rng: random.Random, batch: int, length: int) -> Tensor:
     return torch.cat(made) if made else torch.empty(0, 5)
 
 
-# --- against the twins --------------------------------------------------------------------------
+# --- against the references ---------------------------------------------------------------------
 
 
 def row_stats(rng: random.Random) -> None:

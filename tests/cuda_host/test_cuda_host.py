@@ -1,4 +1,4 @@
-"""The CUDA kernels, executed on the CPU by tests/cuda_host, against their CPU twins and the oracles.
+"""The CUDA kernels, executed on the CPU by tests/cuda_host, against the CPU's and the oracles.
 
 Threads are fibers in random order, several blocks interleaved; memory is of exact size under
 AddressSanitizer and UndefinedBehaviorSanitizer, and races are looked for with --races. That this notices

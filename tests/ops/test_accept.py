@@ -1,4 +1,4 @@
-"""accept against its plain twin and row_stats, as a lossless step of decoding, and on bad input."""
+"""accept against its reference and row_stats, as a lossless step of decoding, and on bad input."""
 
 from __future__ import annotations
 

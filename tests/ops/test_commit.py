@@ -1,4 +1,4 @@
-"""commit_ against its plain twin, and what it makes of bad input."""
+"""commit_ against its reference, and what it makes of bad input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fp8_linear against its float64 twin, quantisation against its bounds, and models on 8-bit weights."""
+"""fp8_linear against its float64 reference, quantisation against its bounds, and models on 8-bit weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kv_move against its twin: random paths, overlaps, pages, strides; bad input moves nothing."""
+"""kv_move against its reference: random paths, overlaps, pages, strides; bad input moves nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kv_write against its float64 twin: dtypes, rotary variants, strides, pages, bad input."""
+"""kv_write against its float64 reference: dtypes, rotary variants, strides, pages, bad input."""
 
 from __future__ import annotations
 

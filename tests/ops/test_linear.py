@@ -1,4 +1,4 @@
-"""linear against its float64 twin: the kernel, and what is torch's product."""
+"""linear against its float64 reference: the kernel, and what is torch's product."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""rms_norm against its float64 twin and the module it stands for: dtypes, strides, residual, bad input."""
+"""rms_norm against its float64 reference and a module: dtypes, strides, residual, bad input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""row_topk against its float64 twin, against torch.topk, and on the rows that break others."""
+"""row_topk against its float64 reference, against torch.topk, and on the rows that break others."""
 
 from __future__ import annotations
 

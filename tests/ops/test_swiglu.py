@@ -1,4 +1,4 @@
-"""swiglu against its float64 twin and torch's two operations: dtypes, strides, extremes, bad input."""
+"""swiglu against its float64 reference and torch's two operations: dtypes, strides, extremes, bad input."""
 
 from __future__ import annotations
 

@@ -521,8 +521,8 @@ JUNK = [math.nan, math.inf, -math.inf, 1e19, -1.0, 2.5]
 
 @everywhere
 def test_rows_past_the_checks_are_refused_or_within_their_bounds() -> None:
-    """The host's rows are refused by the op itself. Those of a device mean the same to kernels and twin, and
-    at least one position commits."""
+    """The host's rows are refused by the op itself. Those of a device mean the same to kernels and reference,
+    and at least one position commits."""
     scores, eligible = torch.rand(3, 1, 9), torch.ones(1, 9, dtype=torch.bool)
     logits, all_ = torch.randn(1, 9, 40), torch.tensor([9])
     for selector in policies.SELECTORS.values():
@@ -552,7 +552,7 @@ def test_rows_past_the_checks_are_refused_or_within_their_bounds() -> None:
 
 
 def followed(confidence: Tensor, margin: Tensor, entropy: Tensor, eligible: Tensor, row: Tensor) -> Tensor:
-    """What the twin selects by a row that nobody has checked."""
+    """What the reference selects by a row that nobody has checked."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policies, "check", lambda policy, batch: None)
         return reference.select(confidence, margin, entropy, eligible, row)
