@@ -1,5 +1,6 @@
 """Every op on random shapes, dtypes, strides, instruction sets and numbers, against its float64 reference;
-and on arguments that nobody should give, which are errors by name or have a result, but never end the process."""
+and on arguments that nobody should give, which are errors by name or have a result, but never end the
+process."""
 
 from __future__ import annotations
 
