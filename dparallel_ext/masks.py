@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import INTEGERS, whole
+from .arguments import INTEGERS, number, whole
 
 
 class MaskedPair(NamedTuple):
@@ -64,7 +64,10 @@ def semi_autoregressive_masks(
 
     Raises:
         ValueError: naming the argument that does not fit.
+        TypeError: for input_ids that are no tensor.
     """
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids: expected a Tensor, got {type(input_ids).__name__}")
     if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
         raise ValueError(f"input_ids: expected int64 (B, T), got {input_ids.dtype} {tuple(input_ids.shape)}")
     batch, length = input_ids.shape
@@ -76,9 +79,12 @@ def semi_autoregressive_masks(
     mask_id = whole("mask_id", mask_id, 0)
     if block_length is not None:
         block_length = whole("block_length", block_length, 1)
-    if not 0 <= eps <= 1:
+    if number("eps", eps) > 1:
         raise ValueError(f"eps: expected a number in [0, 1], got {eps!r}")
-    ratio = torch.as_tensor(mask_ratio, dtype=torch.float32, device=device)
+    try:
+        ratio = torch.as_tensor(mask_ratio, dtype=torch.float32, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"mask_ratio: expected a number or ({batch},), got {mask_ratio!r}") from error
     if ratio.shape not in ((), (batch,)) or not bool(((ratio >= 0) & (ratio <= 1)).all()):
         raise ValueError(f"mask_ratio: expected numbers in [0, 1], one or ({batch},), got {mask_ratio}")
 

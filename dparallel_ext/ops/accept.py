@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -70,6 +72,7 @@ def accept(
             bad row on its path emits nothing and raises a flag, see `check_errors`; a lane that is out of
             bounds, or overlaps an earlier one, emits nothing; rows beyond max_q_len are ignored; and a row
             whose parent is not an earlier one is nobody's child.
+        TypeError: naming an argument that should be a tensor and is not.
 
     Source: token matching along a tree as SpecInfer's greedy verification (arXiv 2305.09781), with samples
     coupled by position-keyed Gumbel noise in place of rejection sampling.
@@ -90,15 +93,16 @@ def accept(
     if room is not None:
         room = per_sequence("room", room, lanes, logits)
     ids = eos_ids.shape[-1] if isinstance(eos_ids, Tensor) and eos_ids.ndim else 0
-    for name, tensor, shape in (
+    wanted: list[tuple[str, Any, tuple[int, ...]]] = [
         ("draft", draft, (rows,)),
         ("parent", parent, (rows,)),
         ("q_start", q_start, (lanes,)),
         ("q_end", q_end, (lanes,)),
         ("eos_ids", eos_ids, (lanes, ids)),
         ("keys", keys, (rows, 4)),
-    ):
-        if tensor is None:
+    ]
+    for name, tensor, shape in wanted:
+        if tensor is None and name in ("eos_ids", "keys"):
             continue
         expect(name, tensor, shape, torch.int64)
         if tensor.device != logits.device:

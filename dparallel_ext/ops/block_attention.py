@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
-from .inputs import check_caches, check_heads, expect, within
+from ..arguments import number
+from .inputs import check_caches, check_heads, check_tensor, expect, within
 
 
 def block_attention(
@@ -55,10 +58,10 @@ def block_attention(
 
     Raises:
         ValueError: naming the argument that does not fit. Indices are checked on the CPU alone.
+        TypeError: naming an argument that should be a tensor and is not.
     """
     for name, tensor in (("q", q), ("kv_lens", kv_lens)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+        check_tensor(name, tensor)
     shape = q.shape
     if q.ndim == 4:
         if q_start is not None or q_end is not None:
@@ -83,7 +86,8 @@ def block_attention(
         expect(name, tensor, (len(block_table),), torch.int64)
     expect("block_table", block_table, tuple(block_table.shape), torch.int64)
     capacity = block_table.shape[1] * k_cache.shape[2]
-    scale = max(1, q.shape[2]) ** -0.5 if scale is None else scale
+    if type(scale) is not float:
+        scale = max(1, q.shape[2]) ** -0.5 if scale is None else number("scale", scale, -math.inf)
     if ancestors is not None:
         if causal:
             raise ValueError("ancestors: expected instead of causal, got both")

@@ -88,6 +88,7 @@ def certainty_forcing_loss(
         ValueError: naming the argument that does not fit; and for an active row that holds NaN, has
             no logit above -inf, or whose label is not in [0, V): on the CPU at once, on CUDA from
             `check_errors`; until then its nll and entropy are NaN.
+        TypeError: naming an argument that should be a tensor and is not.
     """
     check_logits(logits, wide=True)
     check_loss_inputs(logits, labels, active, weight, gate, "logits")
@@ -129,7 +130,7 @@ def compose(
     if reduction == "mean":
         ce = ce / active.sum().clamp(min=1)
         certainty = certainty / gated.sum().clamp(min=1)
-    loss = ce + entropy_weight * certainty
+    loss = ce + float(entropy_weight) * certainty
     return CertaintyForcingLossOutput(loss, nll.view(shape), entropy.view(shape), correct.view(shape))
 
 

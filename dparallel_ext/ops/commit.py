@@ -52,6 +52,7 @@ def commit_(
             the mask token or negative; no token is changed then. On CUDA positions out of bounds are skipped,
             any one of several tokens for one position may stay, a lane out of bounds has no tokens, and a
             token that may not be written is skipped and raises a flag, see `check_errors`.
+        TypeError: naming an argument that should be a tensor and is not.
 
     Source: published decoders count by `(x == mask_id).sum()` after each pass.
     """

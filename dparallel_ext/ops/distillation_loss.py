@@ -79,6 +79,7 @@ def distillation_loss(
             row's maximum) to an id to which the teacher gives some: on the CPU at once, on CUDA from
             `check_errors`; until then the row's divergence is NaN. An id to which the teacher gives no
             probability, such as a suppressed one, adds nothing.
+        TypeError: naming an argument that should be a tensor and is not.
     """
     check_logits(student, "student", wide=True)
     check_logits(teacher, "teacher", wide=True)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
-from .inputs import check_like, check_rows
+from .inputs import check_like, check_rows, check_tensor
 
 E4M3_MAX = 448.0
 FEW = 64
@@ -24,8 +24,9 @@ def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     Each row's largest magnitude becomes 448, the largest of e4m3; a row of zeros has scale 1. Rounded to
     nearest, a weight errs by at most 2^-4 of itself, or by 2^-10 of the scale where it is subnormal.
 
-    Raises ValueError unless `weight` is floating point (out, in) and finite.
+    Raises ValueError unless `weight` is floating point (out, in) and finite, TypeError unless it is a tensor.
     """
+    check_tensor("weight", weight)
     if weight.ndim != 2 or not weight.is_floating_point():
         raise ValueError(f"weight: expected floats (out, in), got {weight.dtype} {tuple(weight.shape)}")
     scale = fp8_scale(weight)
@@ -68,11 +69,11 @@ def fp8_linear(
 
     Raises:
         ValueError: naming the argument that does not fit; also where a gradient would be lost.
+        TypeError: naming an argument that should be a tensor and is not.
     """
     check_rows("x", x)
     for name, tensor in (("weight", weight), ("scale", scale)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+        check_tensor(name, tensor)
     if weight.dtype != torch.float8_e4m3fn or weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(
             f"weight: expected float8_e4m3fn (out, {x.shape[-1]}), got {weight.dtype} {tuple(weight.shape)}"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..arguments import number, whole
 from .certainty_forcing_loss import real_dtype
-from .inputs import WIDE_DTYPES, refuse_tangent
+from .inputs import WIDE_DTYPES, check_tensor, refuse_tangent
 
 
 def check_head(hidden: Tensor, head: Tensor, name: str, head_name: str) -> tuple[Tensor, Tensor]:
@@ -18,6 +18,8 @@ def check_head(hidden: Tensor, head: Tensor, name: str, head_name: str) -> tuple
 
     Raises ValueError naming the argument that does not fit.
     """
+    check_tensor(name, hidden)
+    check_tensor(head_name, head)
     if hidden.ndim < 1 or hidden.dtype not in WIDE_DTYPES:
         raise ValueError(
             f"{name}: expected floating point (..., H), got {hidden.dtype} {tuple(hidden.shape)}"

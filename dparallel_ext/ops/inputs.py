@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,13 +34,18 @@ def compiled(*inputs: Tensor | None) -> bool:
     )
 
 
+def check_tensor(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+
+
 # --- rows of logits ----------------------------------------------------------------------------
 
 
 def check_logits(logits: Tensor, name: str = "logits", *, wide: bool = False) -> None:
     """Raise unless `logits` is (..., V) of a kernel's dtype; wide: float64 too, as the losses take it."""
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(logits).__name__}")
+    check_tensor(name, logits)
     if logits.dtype not in (WIDE_DTYPES if wide else DTYPES):
         wanted = "float32, bfloat16, float16 or float64" if wide else "float32, bfloat16 or float16"
         raise ValueError(f"{name}: expected {wanted}, got {logits.dtype}")
@@ -56,8 +62,7 @@ def rows_view(logits: Tensor) -> Tensor:
 
 
 def check_tokens(tokens: Tensor) -> None:
-    if not isinstance(tokens, Tensor):
-        raise TypeError(f"tokens: expected a Tensor, got {type(tokens).__name__}")
+    check_tensor("tokens", tokens)
     if tokens.ndim != 2 or tokens.dtype != torch.int64:
         raise ValueError(f"tokens: expected int64 (B, L), got {tokens.dtype} {tuple(tokens.shape)}")
 
@@ -73,8 +78,7 @@ def windows_of(
 
 
 def check_index(name: str, index: Tensor, like: Tensor, of: str = "logits") -> None:
-    if not isinstance(index, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(index).__name__}")
+    check_tensor(name, index)
     if index.dtype != torch.int64 or index.ndim != 1:
         raise ValueError(f"{name}: expected int64 (N,), got {index.dtype} {tuple(index.shape)}")
     if index.device != like.device:
@@ -99,7 +103,7 @@ def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -
 def mask_id_of(mask_id: int | None, vocab: int | None) -> int:
     if mask_id is None:
         return -1
-    if type(mask_id) is not int or mask_id < 0:
+    if type(mask_id) is not int or not 0 <= mask_id < 2**63:
         mask_id = whole("mask_id", mask_id, 0)
     if vocab is not None and mask_id >= vocab:
         raise ValueError(f"mask_id: expected an id below {vocab}, got {mask_id}")
@@ -113,6 +117,8 @@ def suppressed(ids: Ids, logits: Tensor) -> Tensor | None:
         ids = ids.reshape(-1)
         return ids.sort().values if ids.device.type == "cpu" else ids  # CPU kernels bisect them
     values = ids.reshape(-1).tolist() if isinstance(ids, Tensor) else ids
+    if not isinstance(values, Iterable):
+        raise ValueError(f"suppress: expected token ids, got {shown(values)}")
     ordered = sorted({i if type(i) is int else whole("suppress", i, 0) for i in values})
     vocab = logits.shape[-1]
     if ordered and not (ordered[0] >= 0 and ordered[-1] < vocab):
@@ -147,8 +153,7 @@ def keys_of(like: Tensor, count: int, **parts: int | Tensor) -> Tensor:
 
 
 def check_heads(name: str, tensor: Tensor, ndim: int, like: Tensor | None = None) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    check_tensor(name, tensor)
     if tensor.dtype not in WIDE_DTYPES or (like is not None and tensor.dtype != like.dtype):
         wanted = "float32, bfloat16 or float16" if like is None else f"{like.dtype} as q"
         raise ValueError(f"{name}: expected {wanted}, got {tensor.dtype}")
@@ -175,8 +180,7 @@ def check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
 
 
 def expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    check_tensor(name, tensor)
     if tuple(tensor.shape) != shape or (dtype is not None and tensor.dtype != dtype):
         raise ValueError(
             f"{name}: expected {dtype or tensor.dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
@@ -198,8 +202,7 @@ def within(name: str, index: Tensor, low: int | None, high: int) -> None:
 
 
 def check_rows(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    check_tensor(name, tensor)
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
     if tensor.ndim < 1 or tensor.shape[-1] < 1:
@@ -210,6 +213,7 @@ def check_rows(name: str, tensor: Tensor) -> None:
 
 
 def check_like(name: str, tensor: Tensor, like: Tensor, shape: torch.Size) -> None:
+    check_tensor(name, tensor)
     if tensor.dtype != like.dtype or tensor.shape != shape or tensor.device != like.device:
         raise ValueError(
             f"{name}: expected {like.dtype} {tuple(shape)} on {like.device}, "

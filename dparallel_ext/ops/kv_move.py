@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
-from .inputs import check_heads, expect
+from .inputs import check_heads, check_tensor, expect
 
 
 def kv_move(kv_cache: Tensor, source: Tensor, target: Tensor) -> None:
@@ -31,6 +31,7 @@ def kv_move(kv_cache: Tensor, source: Tensor, target: Tensor) -> None:
         ValueError: naming the argument that does not fit, or that requires a gradient; then nothing has
             moved. Slots are checked on the CPU alone; on a GPU an entry beyond the cache is skipped, and a
             slot that lanes share gets the value of one of them.
+        TypeError: naming an argument that should be a tensor and is not.
     """
     check_heads("kv_cache", kv_cache, 6)
     if kv_cache.shape[1] != 2 or kv_cache.shape[4] < 1:
@@ -39,8 +40,7 @@ def kv_move(kv_cache: Tensor, source: Tensor, target: Tensor) -> None:
             f"got {tuple(kv_cache.shape)}"
         )
     for name, tensor in (("source", source), ("target", target)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+        check_tensor(name, tensor)
         if tensor.ndim != 2:
             raise ValueError(f"{name}: expected int64 (B, M), got {tensor.dtype} {tuple(tensor.shape)}")
         expect(name, tensor, tuple(source.shape), torch.int64)

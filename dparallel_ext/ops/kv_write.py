@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
+from ..arguments import number, whole
 from .inputs import check_caches, check_heads, expect, within
 
 
@@ -26,11 +27,14 @@ def rope_table(
 
     inv_freq: (head_dim / 2,) float32 frequencies, in place of theta^(-2 i / head_dim): scaled ones.
 
-    Raises ValueError for an odd head_dim or another shape of inv_freq.
+    Raises ValueError naming the argument that does not fit, such as an odd head_dim, and TypeError for an
+    inv_freq that is no tensor.
     """
-    if head_dim < 2 or head_dim % 2:
+    length, head_dim = whole("length", length, 0), whole("head_dim", head_dim, 2)
+    if head_dim % 2:
         raise ValueError(f"head_dim: expected an even number >= 2, got {head_dim}")
     if inv_freq is None:
+        theta = number("theta", theta)
         inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
     else:
         expect("inv_freq", inv_freq, (head_dim // 2,), torch.float32)
@@ -71,6 +75,7 @@ def kv_write(
     Raises:
         ValueError: naming the argument that does not fit, or that requires a gradient. Indices are checked on
             the CPU alone.
+        TypeError: naming an argument that should be a tensor and is not.
     """
     check_heads("q", q, 3)
     for name, tensor in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import _C  # noqa: F401  (registers the ops)
+from .inputs import check_tensor
 
 FEW = 64
 """Rows up to which a product takes as long as reading the weights."""
@@ -35,7 +36,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, constant: b
 
     Raises:
         ValueError: naming the argument whose shape does not fit.
+        TypeError: naming an argument that should be a tensor and is not.
     """
+    check_tensor("x", x)
+    check_tensor("weight", weight)
+    if bias is not None:
+        check_tensor("bias", bias)
     if weight.ndim != 2 or x.ndim < 1 or weight.shape[1] != x.shape[-1]:
         raise ValueError(
             f"weight: expected (out, {x.shape[-1] if x.ndim else 'in'}), got {tuple(weight.shape)}"

@@ -60,6 +60,7 @@ def linear_certainty_forcing_loss(
 
     Raises:
         ValueError: as `certainty_forcing_loss`.
+        TypeError: naming an argument that should be a tensor and is not.
     """
     hidden, lm_head_weight = check_head(hidden, lm_head_weight, "hidden", "lm_head_weight")
     check_loss_inputs(hidden, labels, active, weight, gate, "hidden")

@@ -63,6 +63,7 @@ def linear_distillation_loss(
 
     Raises:
         ValueError: as `distillation_loss`.
+        TypeError: naming an argument that should be a tensor and is not.
     """
     own_head = teacher_lm_head_weight is None
     other_head = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight

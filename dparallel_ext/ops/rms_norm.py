@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
+from ..arguments import number
 from .inputs import check_like, check_rows, rows_view
 
 
@@ -45,6 +46,7 @@ def rms_norm(
 
     Raises:
         ValueError: naming the argument that does not fit, or that requires a gradient.
+        TypeError: naming an argument that should be a tensor and is not.
     """
     check_rows("x", x)
     check_like("weight", weight, x, x.shape[-1:])
@@ -52,6 +54,8 @@ def rms_norm(
         check_like("bias", bias, x, x.shape[-1:])
     if delta is not None:
         check_like("delta", delta, x, x.shape)
+    if type(eps) is not float:
+        eps = number("eps", eps)
     y, s = torch.ops.dparallel.rms_norm(
         rows_view(x),
         None if delta is None else rows_view(delta),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
-from ..arguments import whole
+from ..arguments import shown, whole
 from ..types import RowStats
 from . import streams
 from .errors import NO_ERROR, named_row, report
@@ -78,6 +78,7 @@ def row_stats(
     Raises:
         ValueError: naming the argument that does not fit; and on the CPU, for a row that holds NaN or leaves
             no token to choose. On CUDA, see `check_errors`.
+        TypeError: naming an argument that should be a tensor and is not.
     """
     stats, error = read_rows(
         logits,
@@ -228,6 +229,8 @@ def as_stats(tokens: Tensor, fields: Tensor, shape: Sequence[int]) -> RowStats:
 
 def _ids(ids: Tensor | Sequence[int], rows: Sequence[int], vocab: int, logits: Tensor) -> Tensor:
     """(K,) int64, or (N, K) for N rows. Lists are checked here, tensors on the CPU by the op."""
+    if not isinstance(ids, Iterable):  # nor a tensor, which is one
+        raise ValueError(f"ids: expected int64 (K,) or {(*rows, 'K')}, got {shown(ids)}".replace("'", ""))
     if not isinstance(ids, Tensor):
         ids = torch.tensor([whole("ids", i, 0, vocab - 1) for i in ids], device=logits.device).long()
     if ids.dtype != torch.int64 or ids.ndim < 1 or (ids.ndim > 1 and tuple(ids.shape[:-1]) != tuple(rows)):

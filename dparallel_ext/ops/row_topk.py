@@ -46,6 +46,7 @@ def row_topk(
     Raises:
         ValueError: naming the argument that does not fit; and on the CPU, for a row that holds NaN or leaves
             no token to choose. On CUDA, see `check_errors`: such a row has the ids -1 and NaN.
+        TypeError: naming an argument that should be a tensor and is not.
     """
     check_logits(logits)
     if type(k) is not int or not 1 <= k <= MOST:

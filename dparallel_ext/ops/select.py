@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import _C, policies  # noqa: F401  (importing _C registers the ops)
 from ..types import RowStats
+from .inputs import check_tensor
 
 
 def select(stats: RowStats, eligible: Tensor, policy: Tensor, *, check: bool = True) -> Tensor:
@@ -24,11 +27,15 @@ def select(stats: RowStats, eligible: Tensor, policy: Tensor, *, check: bool = T
 
     Raises:
         ValueError: naming the argument that does not fit, or an eligible position whose score is NaN (CPU).
+        TypeError: naming an argument that should be a tensor and is not.
     """
+    check_tensor("eligible", eligible)
     if eligible.ndim != 2 or eligible.dtype != torch.bool:
         raise ValueError(f"eligible: expected bool (B, L), got {eligible.dtype} {tuple(eligible.shape)}")
-    scores = (stats.confidence, stats.margin, stats.entropy)
-    for name, value in zip(("confidence", "margin", "entropy"), scores, strict=True):
+    names = ("confidence", "margin", "entropy")
+    scores: list[Any] = [getattr(stats, name, None) for name in names]
+    for name, value in zip(names, scores, strict=True):
+        check_tensor(f"stats.{name}", value)
         if value.shape != eligible.shape or value.dtype != torch.float32:
             raise ValueError(
                 f"stats.{name}: expected float32 {tuple(eligible.shape)}, "

@@ -27,6 +27,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
 
     Raises:
         ValueError: naming the argument that does not fit, or that requires a gradient.
+        TypeError: naming an argument that should be a tensor and is not.
     """
     check_rows("gate", gate)
     if up is None:

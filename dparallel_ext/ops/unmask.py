@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _C, policies  # noqa: F401  (importing _C registers the ops)
+from ..arguments import whole
 from ..types import UnmaskOutput
 from . import streams
 from .errors import Cell, report
@@ -86,6 +87,7 @@ def unmask_(
             with all ids suppressed); no token is changed then. On CUDA a bad row's window commits nothing and
             raises a flag, see `check_errors`; a position of several windows belongs to the first of them, and
             a window whose lane is out of bounds has no positions.
+        TypeError: naming an argument that should be a tensor and is not.
     """
     check_logits(logits)
     check_tokens(tokens)
@@ -119,6 +121,8 @@ def unmask_(
         )
     else:
         policies.check(policy, windows)
+    if type(position_offset) is not int or not -(2**62) <= position_offset < 2**62:
+        position_offset = whole("position_offset", position_offset, -(2**62), 2**62 - 1)
     temperature, top_p, top_k = check_sampling(temperature, top_p, top_k)
     keys = None
     if temperature > 0:

@@ -3,6 +3,7 @@ gradients. By its documented function, through torch.ops and under torch.compile
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -497,6 +498,49 @@ def test_a_gradient_that_an_op_does_not_have_is_refused(name: str) -> None:
             if t.is_floating_point() and t.numel():
                 with pytest.raises(NotImplementedError, match=f"dparallel::{name} has no gradient"):
                     (t.sum() + call[i].sum()).backward(retain_graph=True)
+
+
+def test_functions_name_an_argument_of_another_type() -> None:
+    """Each tensor replaced by a text, and by None where it has no default; and numbers that are none."""
+    tried = 0
+    for function, given in documented(torch.float32).values():
+        if function.__module__ != __name__:  # not a wrapper of this file
+            defaults = inspect.signature(function).parameters
+            for name, value in given.items():
+                others = ("text", None) if defaults[name].default is inspect.Parameter.empty else ("text",)
+                for other in others if isinstance(value, Tensor) else ():
+                    with pytest.raises((TypeError, ValueError), match=rf"^(\w+\.)?{name}: expected"):
+                        function(**{**given, name: other})
+                    tried += 1
+    assert tried > 60
+    z, x, w = torch.randn(2, 3, 40), torch.randn(5, 24), torch.randn(7, 24)
+    tokens, score, ids = torch.full((2, 3), MASK), torch.rand(2, 3), torch.zeros(2, 3, dtype=torch.int64)
+    of_loss = {"labels": ids, "active": ids == 0}
+    of_linear = {"hidden": torch.randn(2, 3, 24), "lm_head_weight": w, **of_loss}
+    of_attention, masks = documented(torch.float32)["block_attention"][1], dx.semi_autoregressive_masks
+    linear_loss = dx.linear_certainty_forcing_loss
+    calls: dict[str, Callable[[], Any]] = {
+        "suppress": lambda: dx.row_stats(z, suppress=3.5),
+        "ids": lambda: dx.row_stats(z, ids=3.5),
+        "mask_id": lambda: dx.commit_(tokens, mask_id=10**30),
+        "position_offset": lambda: dx.unmask_(tokens, z, mask_id=MASK, position_offset=0.5),
+        "stats.confidence": lambda: dx.select("text", score > 0, policies.make(batch=2)),
+        "eps": lambda: dx.rms_norm(x, x[0], eps="text"),
+        "bias": lambda: dx.linear(x, w, "text"),
+        "scale": lambda: dx.block_attention(**of_attention, scale="text"),
+        "length": lambda: dx.rope_table(-1, 8),
+        "theta": lambda: dx.rope_table(9, 8, "text"),
+        "weight": lambda: dx.quantize_fp8("text"),
+        "hidden": lambda: linear_loss(**{**of_linear, "hidden": "text"}),
+        "lm_head_weight": lambda: linear_loss(**{**of_linear, "lm_head_weight": "text"}),
+        "input_ids": lambda: masks([1], ids, mask_id=MASK),
+        "eps of masks": lambda: masks(ids, ids[:, 0], mask_id=MASK, eps="text"),
+        "mask_ratio": lambda: masks(ids, ids[:, 0], mask_id=MASK, mask_ratio="text"),
+    }
+    for name, call in calls.items():
+        with pytest.raises((TypeError, ValueError), match=f"^{name.partition(' ')[0]}: expected"):
+            call()
+    assert dx.certainty_forcing_loss(z, **of_loss, entropy_weight=10**30).loss > 0
 
 
 @everywhere
