@@ -36,6 +36,7 @@ SYSTEMS = (
     System("one token a pass (LLaDA)", "2502.09992", "rules", "teacher", "one", ""),
     System("threshold (Fast-dLLM)", "2505.22618", "rules", "teacher", "confidence:0.9", ""),
     System("entropy bound (EB-Sampler)", "2505.24857", "rules", "teacher", "entropy_bound:0.6", ""),
+    System("profile of confidences (Fast-dLLM++)", "2606.02955", "rules", "teacher", "frechet:0.25", ""),
     System("CreditDecoding", "2510.06133", "rules", "teacher", "credit+confidence:0.9", ""),
     System("SchED", "2512.02892", "rules", "teacher", "sched:20,0",
            "bars of another model do not carry over"),

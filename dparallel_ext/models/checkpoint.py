@@ -60,11 +60,10 @@ def load(
 
     Raises:
         FileNotFoundError: naming the missing file or directory.
-        ValueError: naming the device that is not there, the config key, or the missing, extra, misshapen,
-            quantised or unreadable tensors.
+        ValueError: naming the device that is not there, a dtype that is none of floating point, the config
+            key, or the missing, extra, misshapen, quantised or unreadable tensors.
     """
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype: expected a floating-point type, got {dtype}")
+    _check_dtype(dtype)
     place = device_of(device)
     directory = files.locate(path)
     source = f"path: {directory}"
@@ -81,6 +80,11 @@ def load(
     with ExitStack() as opened:
         stored = _stored(_shards(directory), str(place), opened)
         return _assemble(config, stored, source, fuse, dtype)
+
+
+def _check_dtype(dtype: Any) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype: expected a floating-point type such as torch.bfloat16, got {dtype!r}")
 
 
 def config_of(directory: Path) -> tuple[dict[str, Any], ModelConfig]:
@@ -218,9 +222,13 @@ def save(
     `dtype`: the file's, by default the model's. `state_dict`: tensors to write in place of the model's own,
     such as gathered shards. Each file appears whole or not at all, config.json last.
 
-    Raises ValueError for a quantised model, and for one under adapters.
+    Raises ValueError for another dtype than of floating point, and for a model that is not ours, is quantised
+    or under adapters.
     """
+    _check_dtype(dtype)
     model = unwrap(model)
+    if not isinstance(model, Model):
+        raise ValueError(f"model: expected one of dparallel_ext.models, got {type(model).__name__}")
     if model.quantized:
         raise ValueError("model: it is quantised, and no published layout has such weights; save it before")
     if _adapted(model):

@@ -65,7 +65,7 @@ KINDS = {
         Prophet,
         (("start", int), ("width", int)),
         1,
-        "fills all once the mean gap of the answer's columns does (Prophet)",
+        "fills all once the mean gap of the answer's columns reaches a falling threshold (Prophet)",
     ),
     "eot": Kind(
         EndOfText,

@@ -474,8 +474,19 @@ def test_unreadable(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             models.load(tmp_path)
-    with pytest.raises(ValueError, match=r"dtype: expected a floating-point type, got torch\.int8"):
-        models.load(tmp_path, dtype=torch.int8)
+
+
+def test_what_is_no_dtype_and_no_model_is_named(tmp_path: Path) -> None:
+    model = golden.model("llada_tiny_a")
+    for dtype in (torch.int8, "bfloat16"):
+        said = f"dtype: expected a floating-point type such as torch.bfloat16, got {dtype!r}"
+        with pytest.raises(ValueError, match=said):
+            golden.model("llada_tiny_a", dtype=dtype)
+        with pytest.raises(ValueError, match=said):
+            models.save(model, tmp_path / "saved", dtype=dtype)
+    with pytest.raises(ValueError, match=r"model: expected one of dparallel_ext\.models, got Linear"):
+        models.save(torch.nn.Linear(1, 1), tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 @pytest.mark.parametrize("model_type", ["mamba", None, "dream"])
