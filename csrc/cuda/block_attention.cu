@@ -28,7 +28,7 @@
 // rows, each warp's own by all slots. Where there are at most 32 rows, or few CTAs, a tile is 32
 // rows, and two warps share 16 of them, each with half of the slots of a step. The parts of such
 // warps are merged together with the parts of the other CTAs. Three CTAs an SM: 72 KB of shared
-// memory (80 where tiles may be of 64 rows: two CTAs) and at most 168 registers.
+// memory (80 where tiles may be of 64 rows: two CTAs) and, on sm_90a, at most 168 registers.
 //
 // Restricted launches (causal, or by ancestors) are kernels of their own: a row's bits of 32 slots
 // decide which scores count. Slots below `base` are seen by all, so only the steps behind it are
