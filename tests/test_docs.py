@@ -159,3 +159,13 @@ def test_the_reference_has_every_public_name_once() -> None:
         public = getattr(dx, name)
         if not inspect.ismodule(public) and name not in ("build_info", "simd_level"):  # index.md has these
             assert f"{public.__module__}.{name}" in paths, name
+
+
+def test_environment_variables_are_documented() -> None:
+    files = [*ROOT.glob("dparallel_ext/**/*.py"), *ROOT.glob("python/**/*.py"), *ROOT.glob("tools/*.py")]
+    files += [ROOT / "setup.py", *ROOT.glob("csrc/**/*.cpp")]
+    read = r'(?:getenv\(|environ\.get\(|environ\[|^[A-Z_]+ = )"(DPARALLEL_\w+)"'
+    names = {name for file in files for name in re.findall(read, file.read_text(), re.MULTILINE)}
+    assert names == {"DPARALLEL_API_KEY", "DPARALLEL_CUDA", "DPARALLEL_SIMD"}
+    text = "".join(page.read_text() for page in PAGES)
+    assert all(name in text for name in names)
