@@ -154,7 +154,7 @@ def test_the_reference_has_every_public_name_once() -> None:
     assert len(paths) == len(set(paths))
     modules = {each.path for each in shown if each.is_module}
     of_ext = {f"dparallel_ext.{name}" for name in ("compat", "diffusion_gemma", "policies")}
-    assert modules == {*of_ext, "dparallel.training.trainer"}
+    assert modules == {*of_ext, "dparallel.likelihood", "dparallel.training.trainer"}
     for name in dx.__all__:
         public = getattr(dx, name)
         if not inspect.ismodule(public) and name not in ("build_info", "simd_level"):  # index.md has these

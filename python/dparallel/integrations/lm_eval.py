@@ -63,8 +63,9 @@ class DParallelLM(TemplateLM):
     """A masked diffusion language model under the harness.
 
     Args (`--model_args`):
-        pretrained: a checkpoint directory, or "builtin:teacher" or "builtin:student".
-        policy: "one", "steps:N" or SELECTOR:THRESHOLD, see `dparallel decode --help`.
+        pretrained: a checkpoint directory, ORG/NAME of the Hugging Face Hub, "builtin:teacher" or
+            "builtin:student".
+        policy: the text of a rule or a policy, see `rules.parse`.
         gen_length: tokens decoded for every request of `generate_until`. Default: the task's max_gen_toks,
             else 256. A diffusion model's answer depends on the length, so published results name it, and this
             argument overrides the task's.
