@@ -142,8 +142,7 @@ def decode(
         size = len(prompts)
         options: Any = {"batch_invariant": config.batch_invariant, "graphs": config.graphs}
         batch = start(model, prompts, config, draft_size=draft_size, **options)
-        if streamer is not None and size != 1:
-            raise ValueError(f"streamer: expected a batch of 1, got {size}")
+        check_streamer(streamer, size)
         run(batch, streamer, progress_bar(progress, sum(len(row.columns) for row in batch.rows), "decode"))
     # Tensors made in inference mode cannot enter autograd later; their copies can.
     x, rows = batch.tokens[:size].clone(), batch.rows[:size]
@@ -235,6 +234,14 @@ def masks(prompt: Tensor, mask_id: int) -> list[int]:
     """The columns of `prompt` (P,) that hold the mask token, ascending."""
     columns: list[int] = (prompt == mask_id).nonzero()[:, 0].tolist()
     return columns
+
+
+def check_streamer(streamer: Any, size: int) -> None:
+    """Raise ValueError for a streamer without `put` and `end`, and for one of several prompts."""
+    if streamer is not None and size != 1:
+        raise ValueError(f"streamer: expected a batch of 1, got {size}")
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise ValueError(f"streamer: expected an object with put and end, got {type(streamer).__name__}")
 
 
 def run(batch: Batch, streamer: Any = None, bar: Any = None) -> None:

@@ -266,6 +266,8 @@ def test_streaming(llada, eos: bool) -> None:
     assert len(drafts[0]) == 12
     with pytest.raises(ValueError, match="streamer: expected a batch of 1, got 3"):
         dx.decode(llada, PROMPTS, streamer=streamer, gen_length=4)
+    with pytest.raises(ValueError, match="streamer: expected an object with put and end, got str"):
+        dx.decode(llada, PROMPTS[0], streamer="text", gen_length=4)
 
 
 def test_transformers_streamers_work(llada, capsys) -> None:
