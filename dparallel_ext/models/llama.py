@@ -55,6 +55,7 @@ class Llama(Model):
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
         c = fields.read(config, {"attention_bias": fields.NO, "mlp_bias": fields.NO})
         bias = bool(c["attention_bias"])
+        _refuse_forgetting(config)
         return llama_shape(config, qkv_bias=bias, o_bias=bias, mlp_bias=bool(c["mlp_bias"]))
 
 
@@ -107,3 +108,17 @@ def _refuse_windows(config: Mapping[str, Any], layers: int) -> None:
             f"config: use_sliding_window=True is not supported: layers from max_window_layers="
             f"{c['max_window_layers']} on would see {c['sliding_window']} positions"
         )
+
+
+def _refuse_forgetting(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a window that transformers gives Llama's cache, although Llama's attention has
+    none: its `generate` then has other tokens with the cache than without."""
+    keys = ("sliding_window", "attention_chunk_size")
+    c = fields.read(config, dict.fromkeys((*keys, "max_position_embeddings"), fields.POSITIONS))
+    most = c["max_position_embeddings"]
+    for key in keys if config.get("layer_types") is None else ():
+        if c[key] is not None and (most is None or c[key] < most):
+            raise ValueError(
+                f"config: {key}={c[key]} is not supported: Llama attends to all positions, but transformers' "
+                f"cache would forget those further back. If all are to be seen, set {key} to null"
+            )

@@ -454,6 +454,8 @@ SCALED = {"rope_type": "yarn", "factor": 4.0}
             {"layer_types": None, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
             "use_sliding_window=True is not supported: layers from max_window_layers=1 on would see 8",
         ),
+        ("llama", {"sliding_window": 8}, "sliding_window=8 is not supported: Llama attends to all positions"),
+        ("llama", {"attention_chunk_size": 8}, "attention_chunk_size=8 is not supported"),
         ("qwen3", {"num_key_value_heads": 3}, "3 key heads do not divide 4 heads"),
         ("qwen3", {"use_sliding_window": "no"}, "use_sliding_window='no', expected true or false"),
         ("llama", {"mlp_bias": 2}, "mlp_bias=2, expected true or false"),
@@ -513,6 +515,12 @@ def test_what_a_config_may_say_without_effect() -> None:
         {"attention_bias": True},
     ):
         assert Qwen2({**plain, **changes}).shape == Qwen2(plain).shape
+    llama = config_of("llama").to_dict()
+    for changes in (
+        {"sliding_window": llama["max_position_embeddings"]},
+        {"sliding_window": 8, "layer_types": ["full_attention"] * llama["num_hidden_layers"]},
+    ):
+        assert Llama({**llama, **changes}).shape == Llama(llama).shape
     absent = {key: value for key, value in plain.items() if key not in ("head_dim", "rope_parameters")}
     assert Qwen3(absent).shape.head_dim == 128  # the published default
     assert Qwen2(absent).shape.head_dim == 8
