@@ -55,6 +55,15 @@ def number(name: str, value: Any, least: float = 0.0) -> float:
     return result
 
 
+def check_tensor(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is a tensor, ValueError unless it is dense, with strides."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise ValueError(f"{name}: expected a dense Tensor, got a {kind} one")
+
+
 def one_of(name: str, value: Any, choices: Collection[str]) -> str:
     """`value`, one of `choices`. Raises ValueError naming the argument where it is none."""
     if not isinstance(value, str) or value not in choices:

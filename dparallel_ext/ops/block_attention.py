@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
-from ..arguments import number
-from .inputs import check_caches, check_heads, check_tensor, expect, within
+from ..arguments import check_tensor, number
+from .inputs import check_caches, check_heads, expect, within
 
 
 def block_attention(

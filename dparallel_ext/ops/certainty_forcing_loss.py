@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
-from ..arguments import number, one_of, shown
+from ..arguments import check_tensor, number, one_of, shown
 from .errors import named_row, report
-from .inputs import WIDE_DTYPES, check_logits, rows_view
+from .inputs import WIDE_DTYPES, check_logits, refuse_transform, rows_view
 
 
 def row_errors(vocabulary: int) -> dict[int, str]:
@@ -168,6 +168,9 @@ def check_loss_inputs(
     elif not isinstance(gate, str) or gate not in ("correct", "all"):
         raise ValueError(f"gate: expected 'correct', 'all' or a bool Tensor, got {shown(gate)}")
     for name, value, allowed in wanted:
+        if isinstance(value, Tensor):
+            check_tensor(name, value)
+            refuse_transform(name, value)
         if not isinstance(value, Tensor) or value.dtype not in allowed or value.shape != rows:
             got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             kinds = "floating point" if name == "weight" else str(allowed[0]).removeprefix("torch.")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
-from ..arguments import number, one_of
+from ..arguments import check_tensor, number, one_of
 from .certainty_forcing_loss import check_inplace, check_temperature, real_dtype
 from .errors import report
 from .inputs import WIDE_DTYPES, check_logits, rows_view
@@ -132,6 +132,8 @@ def check_divergence(
     """
     rows = like.shape[:-1]
     if weight is not None:
+        if isinstance(weight, Tensor):
+            check_tensor("weight", weight)
         if not isinstance(weight, Tensor) or weight.dtype not in WIDE_DTYPES or weight.shape != rows:
             got = (
                 f"{weight.dtype} {tuple(weight.shape)}"

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
-from .inputs import check_like, check_rows, check_tensor
+from ..arguments import check_tensor
+from .inputs import check_like, check_rows
 
 E4M3_MAX = 448.0
 FEW = 64

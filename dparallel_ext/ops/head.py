@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import number, whole
+from ..arguments import check_tensor, number, whole
 from .certainty_forcing_loss import real_dtype
-from .inputs import WIDE_DTYPES, check_tensor, refuse_tangent
+from .inputs import WIDE_DTYPES, refuse_transform
 
 
 def check_head(hidden: Tensor, head: Tensor, name: str, head_name: str) -> tuple[Tensor, Tensor]:
@@ -39,8 +39,8 @@ def check_head(hidden: Tensor, head: Tensor, name: str, head_name: str) -> tuple
         )
     if head.shape[0] < 1:
         raise ValueError(f"{head_name}: expected at least one row")
-    refuse_tangent(name, hidden)
-    refuse_tangent(head_name, head)
+    refuse_transform(name, hidden)
+    refuse_transform(head_name, head)
     return hidden, head
 
 

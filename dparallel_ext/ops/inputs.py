@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from .. import _C
-from ..arguments import is_number, shown, temperature_in_force, whole
+from ..arguments import INTEGERS, check_tensor, is_number, shown, temperature_in_force, whole
 
 Ids = Tensor | Sequence[int] | None
 
@@ -34,12 +33,6 @@ def compiled(*inputs: Tensor | None) -> bool:
     )
 
 
-def check_tensor(name: str, value: Any) -> None:
-    """Raise TypeError unless `value` is a tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
-
-
 # --- rows of logits ----------------------------------------------------------------------------
 
 
@@ -51,7 +44,7 @@ def check_logits(logits: Tensor, name: str = "logits", *, wide: bool = False) ->
         raise ValueError(f"{name}: expected {wanted}, got {logits.dtype}")
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"{name}: expected (..., V) with V >= 1, got {tuple(logits.shape)}")
-    refuse_tangent(name, logits)
+    refuse_transform(name, logits)
 
 
 def rows_view(logits: Tensor) -> Tensor:
@@ -93,7 +86,7 @@ def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -
     temperature = temperature_in_force(temperature)
     top_p = 1.0 if top_p is None else top_p
     top_k = 0 if top_k is None else top_k
-    if not (is_number(top_p) and 0 <= top_p <= 1):
+    if isinstance(top_p, bool) or not (is_number(top_p) and 0 <= top_p <= 1):
         raise ValueError(f"top_p: expected a number from 0 to 1, got {shown(top_p)}")
     if isinstance(top_k, bool) or not isinstance(top_k, numbers.Integral) or not 0 <= top_k < 2**63:
         raise ValueError(f"top_k: expected a whole number >= 0 (0 keeps all), got {shown(top_k)}")
@@ -137,7 +130,7 @@ def per_sequence(name: str, value: int | Tensor, batch: int, like: Tensor) -> Te
         values = torch.as_tensor(value, device=like.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name}: expected an integer or int64 ({batch},), got {value!r}") from error
-    if values.is_floating_point() or values.ndim > 1 or values.shape not in ((), (batch,)):
+    if values.dtype not in INTEGERS or values.ndim > 1 or values.shape not in ((), (batch,)):
         raise ValueError(
             f"{name}: expected an integer or int64 ({batch},), got {values.dtype} {tuple(values.shape)}"
         )
@@ -233,4 +226,20 @@ def refuse_tangent(name: str, tensor: Tensor) -> None:
     if not torch.compiler.is_compiling() and unpack_dual(tensor).tangent is not None:
         raise ValueError(
             f"{name}: has a tangent, and this op has no forward-mode derivative; use torch.autograd.grad"
+        )
+
+
+def refuse_transform(name: str, tensor: Tensor) -> None:
+    """Raise for a tensor under a transform of torch.func, none of which torch passes on to these ops."""
+    refuse_tangent(name, tensor)
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.is_batchedtensor(tensor):
+        raise ValueError(
+            f"{name}: is under torch.vmap, which this op does not support; give it all rows at once"
+        )
+    if torch._C._functorch.is_gradtrackingtensor(tensor) and tensor.requires_grad:
+        raise ValueError(
+            f"{name}: is under a gradient of torch.func, which this op does not support; use "
+            "torch.autograd.grad"
         )

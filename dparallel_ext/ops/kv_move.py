@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
-from .inputs import check_heads, check_tensor, expect
+from ..arguments import check_tensor
+from .inputs import check_heads, expect
 
 
 def kv_move(kv_cache: Tensor, source: Tensor, target: Tensor) -> None:

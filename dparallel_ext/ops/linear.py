@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import _C  # noqa: F401  (registers the ops)
-from .inputs import check_tensor
+from ..arguments import check_tensor
 
 FEW = 64
 """Rows up to which a product takes as long as reading the weights."""

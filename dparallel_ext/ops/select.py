@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import _C, policies  # noqa: F401  (importing _C registers the ops)
+from ..arguments import check_tensor
 from ..types import RowStats
-from .inputs import check_tensor
 
 
 def select(stats: RowStats, eligible: Tensor, policy: Tensor, *, check: bool = True) -> Tensor:

@@ -615,6 +615,91 @@ def test_a_tangent_of_a_layer_or_a_loss_is_refused() -> None:
             torch.func.jvp(call, (x,), (torch.randn(6, 5),))
 
 
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "logits": lambda z, labels: dx.certainty_forcing_loss(z, labels, labels >= 0).loss,
+    "student": lambda z, labels: dx.distillation_loss(z, z.detach()),
+    "hidden": lambda z, labels: (
+        dx.linear_certainty_forcing_loss(z, torch.ones(9, 5, device=z.device), labels, labels >= 0).loss
+    ),
+}
+
+
+@everywhere
+@pytest.mark.parametrize("name", LOSSES)
+def test_transforms_of_a_loss_are_named(name: str) -> None:
+    loss, z, labels = LOSSES[name], torch.randn(2, 3, 5), torch.randint(0, 5, (2, 3))
+    for transform, said in (
+        (torch.func.grad(loss), "a gradient of torch.func"),
+        (torch.func.jacrev(loss), "a gradient of torch.func"),
+        (torch.vmap(loss), "torch.vmap"),
+        (torch.vmap(torch.func.grad(loss)), "a gradient of torch.func"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: is under {said}, which"):
+            transform(z, labels)
+    with pytest.raises(ValueError, match=r"labels: is under torch\.vmap"):
+        torch.vmap(lambda labels: LOSSES["logits"](z[0], labels))(labels)
+
+
+@everywhere
+def test_a_gradient_of_torch_func_passes_by_statistics() -> None:
+    """Of logits that are detached; those that are not have no gradient to give."""
+    z = torch.randn(2, 5)
+    grad = torch.func.grad(lambda z: (z.sum(1) * dx.row_stats(z.detach()).entropy).sum())(z)
+    assert torch.equal(grad, dx.row_stats(z).entropy[:, None].expand(2, 5))
+    with pytest.raises(ValueError, match=r"logits: is under a gradient of torch\.func"):
+        torch.func.grad(lambda z: dx.row_stats(z).entropy.sum())(z)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR|The PyTorch API of nested")
+@pytest.mark.parametrize("kind", ["sparse_coo", "sparse_csr", "nested"])
+def test_tensors_that_are_not_dense_are_named(kind: str) -> None:
+    x, labels, head = torch.randn(4, 8), torch.tensor([0, 1, 2, 3]), torch.randn(9, 8)
+    made = {
+        "sparse_coo": lambda x: x.to_sparse(),
+        "sparse_csr": lambda x: x.to_sparse_csr(),
+        "nested": lambda x: torch.nested.nested_tensor(list(x)),
+    }[kind]
+    other, wanted = made(x), labels >= 0
+    calls: dict[str, list[Callable[[], Any]]] = {
+        "logits": [
+            lambda: dx.row_stats(other),
+            lambda: dx.row_topk(other, 2),
+            lambda: dx.certainty_forcing_loss(other, labels, wanted),
+        ],
+        "student": [lambda: dx.distillation_loss(other, x)],
+        "teacher": [lambda: dx.distillation_loss(x, other)],
+        "labels": [lambda: dx.certainty_forcing_loss(x, other, wanted)],
+        "hidden": [lambda: dx.linear_certainty_forcing_loss(other, head, labels, wanted)],
+        "lm_head_weight": [lambda: dx.linear_certainty_forcing_loss(x, other, labels, wanted)],
+        "x": [
+            lambda: ops.rms_norm(other, x[0], eps=1e-5),
+            lambda: dx.fp8_linear(other, *dx.quantize_fp8(head)),
+        ],
+        "gate": [lambda: ops.swiglu(other, x)],
+        "up": [lambda: ops.swiglu(x, other)],
+        "weight": [lambda: dx.quantize_fp8(other), lambda: ops.rms_norm(x, other, eps=1e-5)],
+        "tokens": [lambda: dx.commit_(other, mask_id=1)],
+        "q": [lambda: dx.block_attention(other, x, x, labels)],
+    }
+    for name, each in calls.items():
+        for call in each:
+            with pytest.raises(ValueError, match=f"{name}: expected a dense Tensor, got a {kind} one"):
+                call()
+
+
+@everywhere
+def test_truth_is_no_number() -> None:
+    z = torch.randn(2, 5)
+    for name in ("seed", "sequence", "position", "step"):
+        for value in (True, torch.tensor([True, False])):
+            with pytest.raises(ValueError, match=f"{name}: expected an integer or int64"):
+                dx.row_stats(z, temperature=1.0, **{name: value})
+    with pytest.raises(ValueError, match="top_p: expected a number from 0 to 1, got True"):
+        dx.row_stats(z, temperature=1.0, top_p=True)
+    with pytest.raises(ValueError, match="suppress: expected token ids, got 5"):
+        dx.row_stats(z, suppress=5)  # type: ignore[arg-type]
+
+
 @everywhere
 def test_changes_are_counted() -> None:
     """By the versions of tensors, so that autograd notices what it must not use."""
