@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import number, shown, whole
+from ..arguments import INTEGERS, function, number, shown, whole
 from ..decoding.settings import check_mask, drawn_seed
 from ..models import check_diffusion, for_decoding, traits
 from ..ops.inputs import check_sampling
@@ -87,11 +87,6 @@ def diffusion_generate(
         name, value = next(iter(left.items()))
         raise ValueError(f"{name}: not an option of Dream's diffusion_generate (see `decode`), got {value!r}")
     inputs = prompts_of("inputs", inputs, (2,))
-    if isinstance(generation_config, Mapping):
-        raise ValueError(
-            "generation_config: expected an object with attributes, got "
-            f"{type(generation_config).__name__}; give its items as keywords"
-        )
     options = _read_options(
         model,
         inputs.shape[1],
@@ -120,8 +115,8 @@ def diffusion_generate(
         padding = F.pad(padding, (0, options.new), value=True)
     else:
         check_prompts("inputs", inputs, model)
-    look_at_tokens = generation_tokens_hook_func or (lambda step, x, logits: x)
-    look_at_logits = generation_logits_hook_func or (lambda step, x, logits: logits)
+    look_at_tokens = _hook("generation_tokens_hook_func", generation_tokens_hook_func, of_tokens=True)
+    look_at_logits = _hook("generation_logits_hook_func", generation_logits_hook_func, of_tokens=False)
     seed = drawn_seed(options.temperature)
     history = []
     with torch.no_grad():
@@ -146,6 +141,27 @@ def diffusion_generate(
     return DreamOutput(x, tuple(history) if options.output_history else None)
 
 
+def _hook(name: str, hook: Any, *, of_tokens: bool) -> Callable[..., Tensor]:
+    """The hook, of x (B, L) or of logits (B, L, V); a call raises ValueError naming the argument where it
+    returns another shape or kind. None stands for a hook that changes nothing."""
+    if hook is None:
+        return lambda step, x, logits: x if of_tokens else logits
+    function(name, hook)
+
+    def call(step: int | None, x: Tensor, logits: Tensor | None) -> Tensor:
+        given, result = x if of_tokens else logits, hook(step, x, logits)
+        assert given is not None
+        fits = isinstance(result, Tensor) and result.shape == given.shape
+        if not fits or not (result.dtype in INTEGERS if of_tokens else result.is_floating_point()):
+            got = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else shown(result)
+            raise ValueError(
+                f"{name}: expected it to return {given.dtype} {tuple(given.shape)} as it was given, got {got}"
+            )
+        return result.to(torch.int64) if of_tokens else result
+
+    return call
+
+
 class _Options(NamedTuple):
     alg: str
     steps: int
@@ -168,6 +184,12 @@ def _read_options(model: Any, length: int, generation_config: Any, **arguments: 
 
     length: tokens of the prompts.
     """
+    if generation_config is not None and not any(hasattr(generation_config, name) for name in arguments):
+        keywords = "; give its items as keywords" if isinstance(generation_config, Mapping) else ""
+        raise ValueError(
+            "generation_config: expected an object with attributes such as steps, got "
+            f"{type(generation_config).__name__}{keywords}"
+        )
 
     def option(name: str, default: Any) -> Any:
         value = arguments[name]

@@ -119,22 +119,34 @@ def own_precision(model: Any, device: torch.device) -> AbstractContextManager[An
 
 
 def check_call(model: Any) -> None:
-    """Raise ValueError for a native model whose class changes its call, which decoding does not use; warn of
-    hooks on the whole model, which do not run. Models that are not native are called."""
+    """Raise ValueError for a native model whose call is changed, by its class or in the object, since
+    decoding does not use it; warn of hooks on the whole model, which do not run. Models that are not native
+    are called."""
     if not isinstance(model, Model):
         return
-    if type(model).forward is not Model.forward:
-        raise ValueError(
-            f"model: {type(model).__name__} has a forward of its own, and decoding calls the layers of a "
-            "native model one by one. Change a layer, such as lm_head, or pass a function of input_ids that "
-            "has an attribute `traits`"
-        )
+    for name in ("forward", "hidden"):
+        if getattr(type(model), name) is not getattr(Model, name) or _replaced(model, name):
+            raise ValueError(
+                f"model: {type(model).__name__} has a {name} of its own, and decoding calls the layers of a "
+                "native model one by one. Change a layer, such as lm_head, or pass a function of input_ids "
+                "that has an attribute `traits`"
+            )
     if model._forward_hooks or model._forward_pre_hooks:
         warnings.warn(
             f"model: {type(model).__name__} has hooks on its call, which decoding does not run, since it "
             "calls the layers one by one; hooks on layers run",
             stacklevel=3,
         )
+
+
+def _replaced(model: Model, name: str) -> bool:
+    """Whether a method has been set on the object that does more than the class's: that is not the class's
+    own, compiled, or under accelerate's, which choose a precision and a device."""
+    method: Any = vars(model).get(name)
+    while hasattr(method, "_torchdynamo_orig_callable"):
+        method = method._torchdynamo_orig_callable
+    by_accelerate = not {"_original_forward", "_old_forward"}.isdisjoint(vars(model))
+    return not (method is None or by_accelerate or method == getattr(type(model), name).__get__(model))
 
 
 def check_whole(stack: list[Any]) -> None:

@@ -516,13 +516,31 @@ def test_dreams_samples() -> None:
         ({"steps": 0}, "steps: expected a whole number >= 1"),
         ({"eps": 1.5}, "eps: expected a number from 0 and below 1"),
         ({"alg_temp": -1.0}, "alg_temp: expected a finite number >= 0"),
+        ({"generation_config": 5}, "generation_config: expected an object with attributes such as steps"),
+        ({"generation_tokens_hook_func": 5}, "generation_tokens_hook_func: expected a function, got int"),
+        (
+            {"generation_tokens_hook_func": lambda step, x, logits: x[:, :3]},
+            r"generation_tokens_hook_func: expected it to return torch\.int64 .* got torch.int64 \(1, 3\)",
+        ),
+        (
+            {"generation_tokens_hook_func": lambda step, x, logits: x if step is None else x.float()},
+            r"generation_tokens_hook_func: expected it to return torch\.int64 .* got torch.float32",
+        ),
+        (
+            {"generation_logits_hook_func": lambda step, x, logits: None},
+            "generation_logits_hook_func: expected it to return torch.float.*, got None",
+        ),
+        (
+            {"generation_logits_hook_func": lambda step, x, logits: logits[..., :5]},
+            r"generation_logits_hook_func: expected it to return .*, got torch\.float\d+ \(1, \d+, 5\)",
+        ),
         ({"top_p": 2.0}, "top_p: expected a number from 0 to 1"),
         ({"max_length": 2}, "max_length: expected more than the 3 tokens of inputs, got 2"),
         ({"attention_mask": torch.ones(1, 2)}, r"attention_mask: expected the shape of inputs \(1, 3\)"),
         ({"attention_mask": [[1, 1, 1]]}, r"attention_mask: expected the shape of inputs \(1, 3\), got list"),
         (
             {"generation_config": {"steps": 4}},
-            "generation_config: expected an object with attributes, got dict",
+            "such as steps, got dict; give its items",
         ),
         ({"mask_token_id": 512}, "mask_token_id: expected one of the model's 512 token ids, got 512"),
         ({"eps": "0"}, "eps: expected a finite number >= 0, got '0'"),

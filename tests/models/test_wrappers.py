@@ -564,6 +564,30 @@ def test_a_native_model_s_own_call_is_refused_and_the_advice_works() -> None:
     assert torch.equal(found, tokens(other))
 
 
+@pytest.mark.parametrize("name", ["forward", "hidden"])
+def test_a_method_set_on_the_object_is_refused(name: str) -> None:
+    model = native()
+    plain = getattr(model, name)
+    setattr(model, name, plain)
+    assert torch.equal(tokens(model), expected())
+    setattr(model, name, lambda *args, **keywords: plain(*args, **keywords))
+    with pytest.raises(ValueError, match=f"model: Dream has a {name} of its own"):
+        tokens(model)
+    with pytest.raises(ValueError, match=f"model: Dream has a {name} of its own"):
+        dx.Engine(model)
+
+
+def test_a_forward_that_is_compiled_or_accelerate_s_changes_nothing() -> None:
+    model: Any = native()
+    model.forward = torch.compile(model.forward, backend="eager")
+    assert torch.equal(tokens(model), expected())
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = native()
+    hooks.add_hook_to_module(model, hooks.ModelHook())
+    assert "forward" in vars(model)
+    assert torch.equal(tokens(model), expected())
+
+
 def test_hooks_on_the_call_are_not_run_and_a_warning_says_so() -> None:
     model, seen = native(), []
     hook = model.register_forward_hook(lambda *_: seen.append(1))
