@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..arguments import INTEGERS, check_ids
 from ..decoding.settings import vocabulary
-from ..models import for_decoding
+from ..models import for_decoding, warn_of_dropout
 
 
 def prompts_of(name: str, value: Any, dims: tuple[int, ...] = (1, 2)) -> Tensor:
@@ -31,5 +31,7 @@ def visible(attention_mask: Any, name: str, prompts: Tensor) -> Tensor:
 
 
 def check_prompts(name: str, prompts: Tensor, model: Any) -> None:
-    """Raise ValueError naming the argument for an id that the model does not have."""
-    check_ids(name, [prompts], vocabulary(for_decoding(model)))
+    """Raise ValueError naming the argument for an id that the model does not have; warn of dropout."""
+    called = for_decoding(model)
+    warn_of_dropout(called)
+    check_ids(name, [prompts], vocabulary(called))

@@ -185,6 +185,9 @@ class Engine:
         self.core = EngineCore(kind, batch, kv_cache, scheduler, share)
         self._start()
 
+    def __reduce__(self) -> Any:
+        raise TypeError("an Engine has a thread of its own and is neither copied nor pickled; make another")
+
     def _pages_of(self, share: bool | None, page_size: int | None) -> tuple[bool, int]:
         """Whether pages are shared, and their size. Raises ValueError if the two do not go together."""
         unit = self._kind.page_unit

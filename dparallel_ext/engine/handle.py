@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
+from typing import Any
 
 from .. import arguments
 
@@ -118,6 +119,9 @@ class Handle:
     _thread: threading.Thread = field(repr=False)  # the engine's, which must not wait
     logprobs: list[float] = field(default_factory=list, repr=False)
     """With `logprobs`, the log-probability (nats) of each token streamed; added before the tokens' event."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Handle belongs to its Engine and is neither copied nor pickled; take its result()")
 
     @property
     def done(self) -> bool:

@@ -13,7 +13,7 @@ from .modules import Stream, Taps
 from .qwen import Qwen2, Qwen3
 from .sdar import SDAR
 from .traits import check_diffusion, fingerprint, max_positions, traits, warn_beyond
-from .wrappers import check_call, for_decoding, own_precision, unwrap
+from .wrappers import check_call, for_decoding, own_precision, unwrap, warn_of_dropout
 
 __all__ = [
     "FAMILIES",
@@ -44,5 +44,6 @@ __all__ = [
     "traits",
     "unwrap",
     "warn_beyond",
+    "warn_of_dropout",
     "wrap",
 ]

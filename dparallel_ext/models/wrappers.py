@@ -120,8 +120,9 @@ def own_precision(model: Any, device: torch.device) -> AbstractContextManager[An
 
 def check_call(model: Any) -> None:
     """Raise ValueError for a native model whose call is changed, by its class or in the object, since
-    decoding does not use it; warn of hooks on the whole model, which do not run. Models that are not native
-    are called."""
+    decoding does not use it; warn of hooks on the whole model, which do not run, and of dropout. Models that
+    are not native are called."""
+    warn_of_dropout(model)
     if not isinstance(model, Model):
         return
     for name in ("forward", "hidden"):
@@ -137,6 +138,23 @@ def check_call(model: Any) -> None:
             "calls the layers one by one; hooks on layers run",
             stacklevel=3,
         )
+
+
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+
+def warn_of_dropout(model: Any) -> None:
+    """Warn of a model in training mode that has dropout, such as an adapter's: its logits are random."""
+    if not getattr(model, "training", False) or not isinstance(model, nn.Module):
+        return
+    for name, part in model.named_modules():
+        if isinstance(part, DROPOUTS) and part.training and part.p:
+            warnings.warn(
+                f"model: {type(model).__name__} is in training mode, and the dropout of {name} changes its "
+                "logits at random; call model.eval() before decoding",
+                stacklevel=4,
+            )
+            return
 
 
 def _replaced(model: Model, name: str) -> bool:

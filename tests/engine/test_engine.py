@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
+import pickle
 import resource
 import tracemalloc
 from typing import Any
@@ -357,3 +359,14 @@ def test_numbers_of_any_size_are_named_before_anything_is_allotted(name: str, va
 def test_bad_engines_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dx.Engine(**{"model": SDAR, **change})
+
+
+def test_an_engine_is_not_copied() -> None:
+    with dx.Engine(SDAR, lanes=1, max_length=16) as engine:
+        handle = engine.submit([1, 2], gen_length=8)
+        for held, said in ((engine, "an Engine has a thread of its own"), (handle, "belongs to its Engine")):
+            for make in (copy.copy, copy.deepcopy, pickle.dumps):
+                with pytest.raises(TypeError, match=said):
+                    make(held)
+        done = handle.result()
+        assert pickle.loads(pickle.dumps(done)) == copy.deepcopy(done) == done

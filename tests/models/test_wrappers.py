@@ -602,6 +602,24 @@ def test_hooks_on_the_call_are_not_run_and_a_warning_says_so() -> None:
     assert seen
 
 
+def test_dropout_in_training_mode_brings_a_warning(peft: Any) -> None:
+    model = peft.get_peft_model(native(), lora(peft, lora_dropout=0.5))
+    said = "model: Dream is in training mode, and the dropout of .*lora_dropout"
+    model.train()
+    prompt = torch.tensor([[5, 6]])
+    for call in (
+        lambda: tokens(model),
+        lambda: compat.diffusion_generate(model, prompt, max_new_tokens=4, steps=2),
+        lambda: dx.Engine(model, lanes=1, max_length=16).close(),
+    ):
+        with pytest.warns(UserWarning, match=said):
+            call()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokens(model.eval())
+        tokens(native().train())  # ours has none
+
+
 # --- training -----------------------------------------------------------------------------------
 
 

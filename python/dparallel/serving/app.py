@@ -314,6 +314,8 @@ def name_errors(app: FastAPI, service: Service) -> None:
                 allowed = methods(path, service) or READ
                 message, headers = f"method: {path} expects {allowed}, got {http.method}", {"Allow": allowed}
             error = ApiError(error.status_code, message, headers=headers)
+        elif not isinstance(error, ApiError) and error.status_code == 400:  # FastAPI could not read it
+            error = ApiError(400, "body: expected JSON in UTF-8 that is not nested deeply")
         return ApiError.of(error).response
 
     @app.exception_handler(RequestValidationError)

@@ -216,18 +216,22 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
     neutral: ClassVar[Neutral] = {}
+    within: ClassVar[str | None] = None
+    """The request's parameter that holds such objects; None: it is the request."""
 
     @model_validator(mode="after")
     def _refuse(self) -> Self:
         refusal = refused(self.model_extra or {}, self.neutral)
         if refusal is not None:
             name, message = refusal
+            if self.within is not None:
+                name, message = self.within, f"{self.within}.{message}"
             raise ApiError(400, message, param=name, code="unsupported_parameter")
         return self
 
 
 class StreamOptions(Strict):
-    neutral = STREAM_OPTIONS
+    neutral, within = STREAM_OPTIONS, "stream_options"
     include_usage: bool | None = None
 
 
@@ -351,7 +355,7 @@ class TextPart(BaseModel):
 
 
 class ChatMessage(Strict):
-    neutral = MESSAGE
+    neutral, within = MESSAGE, "messages"
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | None = None
     """Null only in an assistant's empty answer."""
