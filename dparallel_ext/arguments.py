@@ -77,6 +77,17 @@ def function(name: str, value: Any) -> Any:
     return value
 
 
+def check_streamer(streamer: Any, batch: int) -> None:
+    """Raise ValueError unless `streamer` is None, or an object with `put` and `end` and the batch is of 1."""
+    if streamer is None:
+        return
+    has = all(callable(getattr(streamer, name, None)) for name in ("put", "end"))
+    if not has or isinstance(streamer, type):
+        raise ValueError(f"streamer: expected an object with the methods put and end, got {shown(streamer)}")
+    if batch != 1:
+        raise ValueError(f"streamer: expected a batch of 1, got {batch}")
+
+
 COLDEST, HOTTEST = 1e-5, 2.0**100
 """The lowest and highest temperature in force besides 0; the same in csrc/include/dparallel/launch.h."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_tensor
 from ..models import for_decoding, own_precision, traits
 from ..ops.errors import NO_ERROR, Cell, report
 
@@ -31,6 +32,7 @@ def logits_of(model: Any, x: Tensor, attention_mask: Tensor | None = None) -> Te
             f"model: expected its call to return an object with .logits, got {type(output).__name__}"
         )
     logits = output.logits
+    check_tensor("model: its logits", logits)
     if logits.shape[:-1] != x.shape:
         raise ValueError(f"model: expected logits ({x.shape[0]}, {x.shape[1]}, V), got {tuple(logits.shape)}")
     return torch.cat((logits[:, :1], logits[:, :-1]), 1) if traits(model).shift else logits

@@ -142,7 +142,7 @@ def decode(
         size = len(prompts)
         options: Any = {"batch_invariant": config.batch_invariant, "graphs": config.graphs}
         batch = start(model, prompts, config, draft_size=draft_size, **options)
-        check_streamer(streamer, size)
+        arguments.check_streamer(streamer, size)
         run(batch, streamer, progress_bar(progress, sum(len(row.columns) for row in batch.rows), "decode"))
     # Tensors made in inference mode cannot enter autograd later; their copies can.
     x, rows = batch.tokens[:size].clone(), batch.rows[:size]
@@ -236,20 +236,12 @@ def masks(prompt: Tensor, mask_id: int) -> list[int]:
     return columns
 
 
-def check_streamer(streamer: Any, size: int) -> None:
-    """Raise ValueError for a streamer without `put` and `end`, and for one of several prompts."""
-    if streamer is not None and size != 1:
-        raise ValueError(f"streamer: expected a batch of 1, got {size}")
-    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
-        raise ValueError(f"streamer: expected an object with put and end, got {type(streamer).__name__}")
-
-
 def run(batch: Batch, streamer: Any = None, bar: Any = None) -> None:
     """Run passes until every sequence is complete."""
     x = batch.tokens[:1]  # a streamer's batch has one sequence
     sent = batch.rows[0].ahead if streamer is not None else 0
     if streamer is not None:
-        streamer.put(x[:, :sent].cpu())
+        streamer.put(x[:, :sent].to("cpu", copy=True))  # it may keep and change what it gets
     drafts = hasattr(streamer, "put_draft")
     while live := batch.live:
         blocks = {b: batch.rows[b].block for b in live}
@@ -258,12 +250,12 @@ def run(batch: Batch, streamer: Any = None, bar: Any = None) -> None:
         if bar is not None:
             bar.update(sum(row.decoded for row in batch.rows) - decoded)
         if drafts:
-            streamer.put_draft(x[:, sent:].cpu())
+            streamer.put_draft(x[:, sent:].to("cpu", copy=True))
         for b in finished if streamer is not None else ():
             # The block, then the given tokens or padding between it and the next mask.
             for last in (blocks[b][1], batch.rows[b].ahead):
                 if sent < last:
-                    streamer.put(x[b, sent:last].cpu())
+                    streamer.put(x[b, sent:last].to("cpu", copy=True))
                     sent = last
         batch.enter(finished)
     if bar is not None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..cache import AttentionMetadata, KVCache
 from ..models import Model, own_precision
 from ..ops import commit_
@@ -235,6 +236,7 @@ class Runner:
             raise ValueError(
                 f"model: expected its call to return an object with .logits, got {type(output).__name__}"
             )
+        arguments.check_tensor("model: its logits", output.logits)
         if output.logits.shape[:-1] != x.shape:
             raise ValueError(
                 f"model: expected logits ({x.shape[0]}, {x.shape[1]}, V), got {tuple(output.logits.shape)}"

@@ -172,7 +172,9 @@ def _by_rule(
         rows=logits,
     )
     by_cell = stats.map(lambda values: grid.spread(values, _blank(values)))
-    commit, token = _allowed(rule, rule.decide(by_cell, where, state), where, by_cell, group, mask_id)
+    # Before the rule is called, which may change what it is given.
+    best = select(by_cell, where.masked, _one(policy), check=False)
+    commit, token = _allowed(rule, rule.decide(by_cell, where, state), where, by_cell, best, group, mask_id)
     chosen = stats.sample if token is None else grid.gather(token, -1)
     if token is not None:
         stats = _of_tokens(stats, chosen, logits, group.temperature)
@@ -180,11 +182,18 @@ def _by_rule(
 
 
 def _allowed(
-    rule: Rule, decision: Decision, where: Where, stats: RowStats, group: SamplingGroup, mask_id: int
+    rule: Rule,
+    decision: Decision,
+    where: Where,
+    stats: RowStats,
+    best: Tensor,
+    group: SamplingGroup,
+    mask_id: int,
 ) -> tuple[Tensor, Tensor | None]:
     """The cells (W, C) that a rule's decision commits, as far as it may, and its tokens (W, C).
 
-    A window that must move commits at least one cell, where the rule commits none the most confident.
+    best: (W, C) bool: each window's most confident mask. A window that must move commits it where the rule
+    commits none.
     """
     commit, token, edit = decision
     if commit is None:
@@ -199,7 +208,6 @@ def _allowed(
             sound &= ~torch.isin(token, group.suppress.to(token.device))
         token = torch.where(sound, token, stats.sample)
     commit = commit & where.open & sound
-    best = select(stats, where.masked, _one(where.policy), check=False)
     must_move = where.policy[:, 2:3] >= 1
     commit |= must_move & ~(commit & where.masked).any(1, keepdim=True) & best
     if edit is not None and rule.edits:

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import check_tensor
 from ..ops.row_stats import LARGEST
 from ..ops.select import select
 from ..types import RowStats
@@ -187,13 +188,17 @@ class FunctionRule(Rule):
     recorded = False  # the function may read numbers on the host
 
     def decide(self, stats: RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
-        commit = self.function(stats, where.masked, where.step)
-        expect("policy", commit, where.masked)  # a function must not return None
+        commit = self.function(stats, where.masked.clone(), where.step)  # which it may change in place
+        expect("rule or policy", commit, where.masked)  # a function must not return None
         return Decision(commit)
 
 
 def expect(name: str, value: Any, like: Tensor) -> None:
-    """Raise ValueError, naming it, unless `value` is a tensor of the shape and dtype of `like`."""
+    """Raise ValueError, naming it, unless `value` is a tensor of the shape, dtype and device of `like`."""
+    if isinstance(value, Tensor):
+        check_tensor(name, value)
+        if value.device != like.device:
+            raise ValueError(f"{name}: expected on {like.device}, got {value.device}")
     if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
         got = type(value).__name__
         if isinstance(value, Tensor):

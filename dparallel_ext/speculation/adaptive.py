@@ -29,7 +29,7 @@ from torch import Tensor
 from .. import arguments
 from ..cache import KVCache, Span
 from ..decoding.config import DEFAULTS, DecodeConfig, DecodeKeywords, configured, names_fields
-from ..decoding.decode import DecodeOutput, Prompts, check_streamer, progress_bar
+from ..decoding.decode import DecodeOutput, Prompts, progress_bar
 from ..decoding.fields import plain
 from ..decoding.padding import row_padding
 from ..decoding.settings import check_mask, make_settings
@@ -121,7 +121,7 @@ def adaptive_decode(
         verifier = verifier_of(verifier, model, prompts, eos_ids)
         counts = arguments.numbers("gen_length", config.gen_length, size, 0)
         settings = make_settings(config, traits(model), "none", size)
-        check_streamer(streamer, size)
+        arguments.check_streamer(streamer, size)
         width = max((len(ids) + count for ids, count in zip(prompts, counts, strict=True)), default=0)
         for each in (model, verifier):
             warn_beyond(each, "gen_length", width)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import arguments
 from ..decoding.config import DEFAULTS, DecodeConfig, DecodeKeywords, configured, names_fields
-from ..decoding.decode import DecodeOutput, Prompts, check_streamer, progress_bar
+from ..decoding.decode import DecodeOutput, Prompts, progress_bar
 from ..decoding.fields import plain
 from ..decoding.settings import check_ends, make_settings
 from ..decoding.workspace import Trajectory
@@ -127,7 +127,7 @@ def speculate(
         counts = arguments.numbers("gen_length", config.gen_length, size, 0)
         settings = make_settings(config, traits(model), "none", size)
         check_prompts(model, prompts, config)
-        check_streamer(streamer, size)
+        arguments.check_streamer(streamer, size)
         lengths = [len(ids) + count for ids, count in zip(prompts, counts, strict=True)]
         warn_beyond(model, "gen_length", max(lengths, default=0))
         batch = CausalBatch(

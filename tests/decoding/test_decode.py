@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import golden
+from drafters import model_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -216,6 +217,8 @@ def test_a_python_policy(llada) -> None:
         for p in (two_best, policies.make("quota", 2, batch=3))
     ]
     assert torch.equal(*sampled)
+    emptied = dx.decode(llada, PROMPTS, policy=lambda s, e, n: e.fill_(False), **settings)
+    assert torch.equal(emptied.sequences, nothing.sequences)  # whatever it does with what it is given
     with pytest.raises(ValueError, match="policy: expected a bool Tensor"):
         dx.decode(llada, PROMPTS, policy=lambda s, e, n: None, **settings)
 
@@ -266,8 +269,43 @@ def test_streaming(llada, eos: bool) -> None:
     assert len(drafts[0]) == 12
     with pytest.raises(ValueError, match="streamer: expected a batch of 1, got 3"):
         dx.decode(llada, PROMPTS, streamer=streamer, gen_length=4)
-    with pytest.raises(ValueError, match="streamer: expected an object with put and end, got str"):
-        dx.decode(llada, PROMPTS[0], streamer="text", gen_length=4)
+
+
+def test_a_streamer_may_keep_and_change_what_it_gets(llada) -> None:
+    class Keeping:
+        def __init__(self) -> None:
+            self.kept: list[Tensor] = []
+            self.copies: list[Tensor] = []
+
+        def put(self, tokens: Tensor) -> None:
+            self.kept.append(tokens)
+            self.copies.append(tokens.clone())
+
+        put_draft = put
+
+        def end(self) -> None:
+            pass
+
+    class Erasing(Keeping):
+        def put(self, tokens: Tensor) -> None:
+            tokens.zero_()
+
+        put_draft = put
+
+    settings: dict[str, Any] = {"gen_length": 16, "block_length": 8, "threshold": 0.5}
+    expected, keeping = dx.decode(llada, PROMPTS[0], **settings).sequences, Keeping()
+    for streamer in (keeping, Erasing()):
+        assert torch.equal(dx.decode(llada, PROMPTS[0], streamer=streamer, **settings).sequences, expected)
+    assert len(keeping.kept) > 2
+    assert all(map(torch.equal, keeping.kept, keeping.copies))
+
+
+@pytest.mark.parametrize("streamer", [5, Recorder, SimpleNamespace(put=print)], ids=["5", "class", "no end"])
+def test_streamers_that_are_none_are_named(llada, streamer: Any) -> None:
+    for call in (dx.decode, dx.speculate):
+        model = llada if call is dx.decode else model_of(vocab_size=512)
+        with pytest.raises(ValueError, match="streamer: expected an object with the methods put and end"):
+            call(model, PROMPTS[0], gen_length=8, streamer=streamer)
 
 
 def test_transformers_streamers_work(llada, capsys) -> None:

@@ -19,7 +19,7 @@ from test_infill import fast_dllm
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext import models, rules
+from dparallel_ext import compat, models, rules
 from dparallel_ext.rules import Credit, Decision, Edit, Prophet, Rule, SchED, Where
 
 MASK = 511
@@ -400,6 +400,35 @@ def test_a_bad_row_is_named(llada: models.Model) -> None:
             dx.decode(Bad(), prompts, gen_length=8, block_length=8, rule=rule, mask_id=MASK)
 
 
+def test_a_rule_that_changes_what_it_is_given_ends_all_the_same(llada: models.Model) -> None:
+    @dataclass(frozen=True)
+    class Spoiling(Rule):
+        def decide(self, stats: Any, where: Where, state: Any) -> Decision:
+            stats.confidence.fill_(math.nan)
+            return Decision(where.masked.fill_(False))
+
+    settings: dict[str, Any] = {"gen_length": 16, "block_length": 8}
+    expected = dx.decode(llada, PROMPTS, rule=lambda s, m, n: m & False, **settings)
+    found = dx.decode(llada, PROMPTS, rule=Spoiling(), **settings)
+    assert found.forwards == expected.forwards == 16
+    assert torch.equal(found.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("logits", [None, [[1.0]], torch.zeros(1, 14, 8).to_sparse()], ids=str)
+def test_logits_that_are_none_are_named(logits: Any) -> None:
+    def model(input_ids: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=logits)
+
+    prompt = torch.zeros(1, 6, dtype=torch.int64)
+    for call in (
+        lambda: dx.decode(model, prompt, gen_length=8, mask_id=7),
+        lambda: compat.generate(model, prompt, gen_length=8, block_length=8, steps=8, mask_id=7),
+        lambda: compat.diffusion_generate(model, prompt, max_new_tokens=8, mask_token_id=7),
+    ):
+        with pytest.raises((TypeError, ValueError), match="model: its logits: expected a"):
+            call()
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -420,6 +449,8 @@ def test_a_bad_row_is_named(llada: models.Model) -> None:
         ({"rule": lambda s, m, n: m, "threshold": 0.5}, "rule: a function decides alone"),
         ({"rule": "credit", "policy": lambda s, m, n: m}, "policy: give it alone, without rule"),
         ({"rule": lambda s, m, n: m.float()}, "policy: expected a bool Tensor"),
+        ({"rule": lambda s, m, n: m.to("meta")}, "policy: expected on cpu, got meta"),
+        ({"rule": lambda s, m, n: m.to_sparse()}, "policy: expected a dense Tensor, got a sparse_coo one"),
     ],
 )
 def test_what_does_not_fit_is_said(llada: models.Model, settings: dict[str, Any], said: str) -> None:
