@@ -241,7 +241,10 @@ class CausalBatch:
             for part in (
                 [slice(i, i + 1) for i in range(len(rows))] if self.batch_invariant else [slice(None)]
             ):
-                drafts += self._session.propose(views[part], list(sizes.values())[part])
+                proposed = self._session.propose(views[part], list(sizes.values())[part])
+                if not isinstance(proposed, Sequence):
+                    raise ValueError(f"drafter: expected a list of drafts, got {type(proposed).__name__}")
+                drafts += proposed
         prefilling = [b for b in sizes if self.rows[b].prefills]
         most_riders = 0 if self._riders is None else self._riders.most
         check_drafts(drafts, list(sizes), list(sizes.values()), self.model.shape, most_riders, prefilling)

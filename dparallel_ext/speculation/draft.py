@@ -89,7 +89,11 @@ def check_drafts(
     if len(drafts) != len(lanes):
         raise ValueError(f"drafter: expected a draft for each of {len(lanes)} lanes, got {len(drafts)}")
     for draft, lane, most in zip(drafts, lanes, sizes, strict=True):
+        if not isinstance(draft, Draft) or not isinstance(draft.tokens, Sequence):
+            raise ValueError(f"drafter: expected a Draft of a tuple for lane {lane}, got {shown(draft)}")
         count = len(draft.tokens)
+        if any(kind is bool or not hasattr(kind, "__index__") for kind in {*map(type, draft.tokens)}):
+            raise ValueError(f"drafter: expected token ids for lane {lane}, got {shown(draft.tokens)}")
         _check_riders(draft, lane, riders)
         if draft.size > most:
             of = f"{draft.size}" if draft.size == count else f"{count} and {draft.size - count} riders"

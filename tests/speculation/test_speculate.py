@@ -508,12 +508,17 @@ def test_bad_input_is_named_before_anything_runs() -> None:
         (Draft((1, 2), (0,)), "drafter: expected a parent for each of 2 nodes of lane 0, got 1"),
         (Draft((1, 61)), r"drafter: expected token ids in \[0, 61\), got 61"),
         (Draft((1,) * 6), "drafter: expected at most 5 nodes for lane 0, got 6"),
+        (Draft((1.5,)), r"drafter: expected token ids for lane 0, got \(1\.5,\)"),  # type: ignore[arg-type]
+        (Draft((True,)), r"drafter: expected token ids for lane 0, got \(True,\)"),
+        (Draft(torch.tensor([1])), "drafter: expected a Draft of a tuple for lane 0"),  # type: ignore[arg-type]
+        ([1, 2], r"drafter: expected a Draft of a tuple for lane 0, got \[1, 2\]"),
+        (None, "drafter: expected a list of drafts, got NoneType"),
     ],
 )
-def test_what_is_no_draft_is_refused(draft: Draft, message: str) -> None:
+def test_what_is_no_draft_is_refused(draft: Any, message: str) -> None:
     class Bad(Knowing):
-        def propose(self, lanes: Any, sizes: Any) -> list[Draft]:
-            return [draft]
+        def propose(self, lanes: Any, sizes: Any) -> Any:
+            return None if draft is None else [draft]
 
     with pytest.raises(ValueError, match=message):
         plain(prompts=PROMPTS[:1], drafter=Bad([]), draft_size=5)
