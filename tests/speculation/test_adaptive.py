@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -344,7 +345,8 @@ def test_what_does_not_fit_is_named() -> None:
         ({"mask_id": 512}, "mask_id: expected one of the model's 512 token ids, got 512"),
         ({"suppress": [512]}, r"suppress: expected token ids in \[0, 512\), got 512"),
         ({"gen_length": [1, 2]}, "gen_length: expected a number or one for each of 4"),
-        ({"streamer": object()}, "streamer: expected a batch of 1, got 4"),
+        ({"streamer": object()}, "streamer: expected an object with the methods put and end, got <object"),
+        ({"streamer": SimpleNamespace(put=print, end=print)}, "streamer: expected a batch of 1, got 4"),
         ({"verifier": LLADA}, "verifier: expected an autoregressive model of .*, got LLaDA"),
         ({"verifier": "builtin:verifier"}, "verifier: expected an autoregressive .*, got 'builtin:verifier'"),
         ({"verifier": None}, "verifier: expected an autoregressive model of .*, got NoneType"),
