@@ -242,7 +242,7 @@ NUMBERS: dict[tuple[str, ...], dict[str, tuple[object, ...]]] = {
         **dict.fromkeys(("tau", "held-out", "lr"), (0, 1, "nan")),
         "seed": (-1, 10**20),
     },
-    ("drafter", "nowhere", "out"): {
+    ("drafter", "builtin:causal", "out"): {
         **dict.fromkeys(("steps", "batch", "anchors", "layers", "gen-length", "save-every"), (-1, 0, 10**20)),
         "block": (-1, 1, 10**20),
         "evaluate": (-1, 10**20),
@@ -310,6 +310,9 @@ def test_numbers_outside_their_meaning_are_named(
         (("decode", "x", "--seed", str(2**63)), "seed: expected an integer"),
         (("decode", "--batch", HERE), f"batch: {HERE}: Is a directory"),
         (("decode", "--file", "/usr/bin/env"), "file: /usr/bin/env is not UTF-8 text"),
+        (("evaluate", "--json", "x", "--plot", "./x"), "plot: expected another file than --json's, got x"),
+        (("evaluate", "--drafter", "ngram"), "drafter: builtin:teacher is a diffusion model"),
+        (("evaluate", "--model", "builtin:causal", "--policy", "one"), "policy: belongs to masked diffusion"),
         (("evaluate", "--batch", "0"), "batch: expected a whole number >= 1"),
         (("evaluate", "--plot", HERE), "plot: "),
         (("evaluate", "--plot", f"{__file__}/x.png"), f"plot: {__file__} is not a directory"),
@@ -317,7 +320,7 @@ def test_numbers_outside_their_meaning_are_named(
         (("demo", "--out", __file__), f"out: {__file__} is not a directory"),
         (("demo", "--problems", "-1"), "problems: expected a whole number >= 1"),
         (("train", __file__), f"out: {__file__} is not a directory"),
-        (("train", "out", "--seed", str(10**30)), "seed: expected a whole number >= 0 and <"),
+        (("train", "out", "--seed", str(10**30)), "seed: expected a whole number <= 1099511627775"),
         (("train", "out", "--heads", "5"), "heads: expected a divisor of width 192"),
         (("trajectories", __file__, "--data", "builtin:3"), f"out: {__file__} is not a directory"),
         (("distill", HERE), f"recipe: {HERE}: Is a directory"),
@@ -349,6 +352,28 @@ def test_what_the_tokenizer_does_not_know_and_an_empty_response_are_said():
     assert "builtin:teacher has no token for 'hello', 'there' of the prompt" in result.stderr
     assert "the response is empty" in result.stderr
     assert "warning" not in CliRunner().invoke(app, ["decode", PROMPT]).stderr
+
+
+def test_a_prompt_that_names_a_file_is_warned_of(tmp_path: Path):
+    (tmp_path / "p.txt").write_text(PROMPT)
+    result = CliRunner().invoke(app, ["decode", str(tmp_path / "p.txt"), "--gen-length", "1"])
+    assert f"'{tmp_path / 'p.txt'}' names a file; --file decodes its prompts" in result.stderr
+    assert " in 1 pass, " in result.stderr
+
+
+def test_the_default_length_leaves_room_for_the_prompt(tmp_path: Path):
+    """The built-in models have 256 positions, a copy of one too."""
+    student = registry.directory_of("builtin:student")
+    shutil.copytree(student, tmp_path / "student")
+    assert registry.gen_length("builtin:student") == 64
+    assert registry.gen_length(str(tmp_path / "student")) == 128
+    config = json.loads((student / "config.json").read_text())
+    for positions, expected in ((4096, 256), (1, 1)):
+        changed = {**config, "max_sequence_length": positions}
+        (tmp_path / "student" / "config.json").write_text(json.dumps(changed))
+        assert registry.gen_length(str(tmp_path / "student")) == expected
+    result = CliRunner().invoke(app, ["decode", PROMPT, "--model", str(student)])
+    assert (result.exit_code, "warning" in result.stderr) == (0, False)
 
 
 def test_missing_packages_and_output_that_nobody_reads(monkeypatch: pytest.MonkeyPatch):

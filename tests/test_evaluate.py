@@ -178,7 +178,8 @@ def test_each_model_of_a_sweep_has_a_template_or_none(monkeypatch: pytest.Monkey
     [
         ("{", "rows: .* is not JSON"),
         ("{}", "rows: .* holds a dict, expected a list"),
-        ('["entropy:0.5"]', 'entry 1: expected an object with a "rule"'),
+        ("[]", "holds an empty list"),
+        ('["entropy:0.5"]', "entry 1: expected an object with a \"rule\".*, got 'entropy:0.5'"),
         (
             '[{"rule": "one"}, {"rule": "one", "gen_length": 3}]',
             "entry 2: expected fields of .* got 'gen_length'",

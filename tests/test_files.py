@@ -88,7 +88,7 @@ def test_a_full_disk_is_said(tmp_path: Path):
             files.replacing(state) as partial,
         ):
             torch.save({"step": torch.zeros(100_000)}, partial)
-        with pytest.raises(OSError, match="too large"), files.full_disk_named(tmp_path):
+        with pytest.raises(OSError, match=r"too large: .*config\.json'$"), files.full_disk_named(tmp_path):
             files.write_text(tmp_path / "config.json", "x" * 100_000)
         with pytest.raises(KeyError), files.full_disk_named(tmp_path):
             raise KeyError("another error stays what it is")

@@ -295,7 +295,8 @@ def refuse_quantised(config: Mapping[str, Any], names: Iterable[str], source: st
 def replacing(file: str | Path) -> Iterator[Path]:
     """A context with a path to write to, which then replaces `file`, or is removed if the block raises.
 
-    The path is this process's own, and its content is on the disk before it gets the name of `file`.
+    The path is this process's own, and its content is on the disk before it gets the name of `file`. An
+    OSError without a file's name, as of a full disk, gets that of `file`.
     """
     file = Path(file)
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
@@ -303,8 +304,10 @@ def replacing(file: str | Path) -> Iterator[Path]:
         yield partial
         flush(partial)
         os.replace(partial, file)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(file)
         raise
 
 

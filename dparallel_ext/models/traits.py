@@ -90,9 +90,9 @@ def check_diffusion(model: Any) -> None:
 
 
 def max_positions(model: Any) -> int | None:
-    """The positions that the model was made for, by its config; None if the config does not say."""
+    """The positions that a model, or its config as a mapping, was made for; None if it does not say."""
     inner = unwrap(model)
-    config = getattr(inner, "config", None)
+    config = getattr(inner, "config", inner)
     content = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
     keys = ("max_sequence_length", "max_position_embeddings")
     most = min((content[key] for key in keys if isinstance(content.get(key), int)), default=None)

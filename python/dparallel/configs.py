@@ -186,6 +186,8 @@ def read_rows(file: str | Path) -> list[Fields]:
     Raises FileNotFoundError, and ValueError naming the entry and the field that does not fit.
     """
     entries = files.json_list("rows", file)
+    if not entries:
+        raise ValueError(f"rows: {file} holds an empty list")
     for number, entry in enumerate(entries, 1):
         try:
             check_row(entry)
@@ -198,7 +200,7 @@ def check_row(entry: Any) -> None:
     """Raise ValueError naming the field of a row that does not fit."""
     known = ADAPTIVE if isinstance(entry, Mapping) and "verifier" in entry else VARIED
     if not isinstance(entry, Mapping) or not isinstance(entry.get(known[0]), str):
-        raise ValueError('expected an object with a "rule", or a "verifier", a text')
+        raise ValueError(f'expected an object with a "rule", or a "verifier", a text, got {shown(entry)}')
     if unknown := [name for name in entry if name not in known]:
         raise ValueError(f"expected fields of {list(known)}, got {unknown[0]!r}")
     if known is ADAPTIVE:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import dparallel_ext as dx
+from dparallel_ext.arguments import whole
 from dparallel_ext.rules import ONE as ONE
 
 from . import registry
@@ -71,9 +72,7 @@ def evaluate(
         config = config.replace(cache=cache)
     changed = changed_fields(config) | drafted_by(draft_size)
     config = config.replace(gen_length=tasks.GEN_LENGTH, record=True)
-    for name, value, least in (("problems", problems, 0), ("batch", batch, 1)):
-        if value < least:
-            raise ValueError(f"{name}: expected a whole number >= {least}, got {value}")
+    _check_counts(problems, batch)
     template = registry.template_of(model_name, chat) if chat or loaded is None else None
     model, tokenizer = loaded or registry.load(model_name, device=device, fp8=fp8, mask_id=mask_id)
     model = dx.models.for_decoding(model)
@@ -122,6 +121,12 @@ def evaluate(
         "fp8": model.quantized,
         **of_drafts,
     }
+
+
+def _check_counts(problems: int, batch: int) -> None:
+    """Raise ValueError for a number of problems below 0, or of sequences in a batch below 1."""
+    whole("problems", problems, 0)
+    whole("batch", batch, 1)
 
 
 def _in_order(answer_to: Mapping[str, Answer], problems: int, seed: int) -> list[Answer]:
@@ -279,6 +284,7 @@ def evaluate_adaptive(
     """
     numbers, config = dict(numbers or {}), config or dx.DecodeConfig()
     changed = changed_fields(config) | numbers
+    _check_counts(problems, batch)
     model, tokenizer = loaded or registry.load(model_name, device=device, fp8=fp8, mask_id=mask_id)
     judge = registry.load_verifier(verifier, model, tokenizer)
     template = registry.template_of(model_name, chat)

@@ -62,9 +62,12 @@ def rows(
 
     `columns`: the columns to read of Parquet; default: all.
     """
-    if Path(file).suffix != ".parquet":
-        for number, line in lines(argument, file):
-            yield number, json_object(argument, file, number, line)
+    if Path(file).suffix.lower() != ".parquet":
+        try:
+            of_lines = [(n, json_object(argument, file, n, line)) for n, line in lines(argument, file)]
+        except ValueError as error:
+            raise ValueError(f"{error}; expected JSON Lines (an object a line) or *.parquet") from error
+        yield from of_lines
         return
     import pyarrow.parquet
 

@@ -101,8 +101,13 @@ def is_causal(name: str) -> bool:
 
 
 def gen_length(name: str) -> int:
-    """The default number of tokens of a response."""
-    return tasks.GEN_LENGTH if name.startswith("builtin:") else 256
+    """The default number of tokens of a response: 256, or half of the model's positions if that is less; of
+    models that ship their task's. Raises as `block_length`.
+    """
+    if name.startswith("builtin:"):
+        return tasks.GEN_LENGTH
+    most = models.max_positions(models.config_of(directory_of(name))[0])
+    return 256 if most is None else max(1, min(256, most // 2))
 
 
 def check_positions(name: str, model: models.Model, positions: int) -> None:

@@ -234,6 +234,10 @@ def test_lengths_and_adapters_that_make_no_sense_are_named(answers: Path, tmp_pa
         ({"collator": {"response_length": 0}}, "response_length: expected a whole number >= 1, got 0"),
         ({"collator": {"total_length": 90, "response_length": 9}}, "expected one of them, got 90 and 9"),
         ({"lora": {**LORA, "alpha": 8}}, r"lora: no setting \['alpha'\] in peft.LoraConfig"),
+        ({"lora": {**LORA, "r": "8"}}, "lora: PEFT refuses .*'r': '8'"),
+        ({"lora": {**LORA, "bias": "most"}}, "lora: PEFT refuses .*most"),
+        ({"lora": {"target_modules": ["q", "gat"]}}, "lora: target_modules has 'gat', which is no module of"),
+        ({"lora": {"modules_to_save": ["head"]}}, "lora: modules_to_save has 'head', which is no module of"),
     ):
         with pytest.raises(ValueError, match=said):
             distill.run(replace(recipe, **changes), answers, tmp_path, progress=False)
@@ -347,6 +351,16 @@ def test_a_dry_run_counts_the_answers_of_a_directory(answers: Path):
     planned = distill.plan(recipe, answers=answers)
     assert (planned["answers"], planned["steps"]) == (right, 2 * right)
     assert distill.plan(replace(recipe, examples=right + 1))["answers"] == right + 1
+
+
+def test_modules_to_save_may_have_our_names():
+    """In LLaDA the head has the name of each layer's last matrix, which is not meant."""
+    model = distill.with_lora(registry.load()[0], {**LORA, "modules_to_save": ["lm_head", "embed"]}, "base")
+    kept = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
+    assert [name.partition(".modules_to_save")[0] for name in kept] == [
+        "base_model.model.model.transformer.wte",
+        "base_model.model.model.transformer.ff_out",
+    ]
 
 
 def test_an_adapter_that_does_not_fit_is_named(adapter: Path, tmp_path: Path):

@@ -171,9 +171,22 @@ def test_no_answer_is_no_filter(tiny: Path, tmp_path: Path) -> None:
     prompts = trajectories.read_prompts("builtin:3")
     settings = trajectories.Settings(str(tiny), "steps:2", checker="hashes", format="jsonl")
     answers = trajectories.generate(tmp_path / "answers", prompts, settings, progress=False)
-    with pytest.raises(ValueError, match="held_out: expected a share that leaves prompts on both sides"):
+    with pytest.raises(ValueError, match=r"answers: .* holds no right answer"):
         filter.run(answers, tmp_path / "filter", progress=False)
     assert not (tmp_path / "filter").exists()
+
+
+def test_a_setting_of_the_answers_that_is_missing_is_named(tiny: Path, tmp_path: Path) -> None:
+    settings = trajectories.Settings(str(tiny), "steps:2", checker="none", format="jsonl")
+    prompts = trajectories.read_prompts("builtin:3")
+    answers = trajectories.generate(tmp_path / "answers", prompts, settings, progress=False)
+    content = json.loads((answers / "settings.json").read_text())
+    for name in ("model", "cache", "block_length"):
+        rest = {key: value for key, value in content.items() if key != name}
+        for changed in (rest, {**rest, name: 0.5}):
+            (answers / "settings.json").write_text(json.dumps(changed))
+            with pytest.raises(ValueError, match=f"answers: expected {name} of type "):
+                filter.run(answers, tmp_path / "filter", progress=False)
 
 
 @pytest.mark.slow

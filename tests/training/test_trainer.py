@@ -18,7 +18,7 @@ from dparallel.training.trainer import CertaintyForcingArguments, CertaintyForci
 from dparallel.training.trajectories import Collator
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 
 import dparallel_ext as dx
 from dparallel_ext.ops import errors
@@ -393,11 +393,50 @@ def test_settings_that_make_no_sense_are_named(settings: dict[str, Any], said: s
         CertaintyForcingArguments(output_dir=str(tmp_path), **settings)
 
 
-@pytest.mark.parametrize("name", ["compute_metrics", "compute_loss_func"])
+@pytest.mark.parametrize("name", ["compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"])
 def test_functions_that_would_not_be_called_are_refused(name: str, tmp_path: Path):
     args = CertaintyForcingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
     with pytest.raises(ValueError, match=f"{name}: expected None"):
         CertaintyForcingTrainer(run_trainer.model(), args, data_collator=Collator(1), **{name: print})
+
+
+def test_arguments_of_another_kind_are_named(tmp_path: Path):
+    model, args = run_trainer.model(), CertaintyForcingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    plain = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    with pytest.raises(ValueError, match="args: expected CertaintyForcingArguments, got TrainingArguments"):
+        CertaintyForcingTrainer(model, plain)
+    with pytest.raises(ValueError, match="model: expected a module, and no model_init"):
+        CertaintyForcingTrainer(None, args, model_init=run_trainer.model)
+
+
+def test_a_model_that_cannot_be_trained_is_refused(tmp_path: Path):
+    """Its evaluation is not."""
+    frozen = run_trainer.model().requires_grad_(False)
+    for model, said in ((frozen, "none requires a gradient"), (run_trainer.model().quantize(), "quantised")):
+        trainer = trainer_of(model, tmp_path)
+        assert trainer.evaluate(run_trainer.rows(2))["eval_loss"] > 0
+        with pytest.raises(ValueError, match=f"model: .*{said}"):
+            trainer.train()
+
+
+def test_rows_of_other_datasets(tmp_path: Path):
+    """Lists of ids, as `datasets` gives them, are tensors' equal; bad rows are named, idle ones warned of."""
+    trainer = trainer_of(run_trainer.model(), tmp_path, max_steps=1, logging_steps=1)
+    rows = run_trainer.rows(4)
+    lists = [{**row, "input_ids": row["input_ids"].tolist(), "text": "more"} for row in rows]
+    for name, found in Collator(1)(lists).items():
+        assert torch.equal(found, Collator(1)(rows)[name]), name
+    for changed, said in (
+        ({"prompt_length": 99}, "prompt_length: expected a whole number <= "),
+        ({"prompt_length": -1}, "prompt_length: expected a whole number >= 0"),
+        ({"index": None}, r"rows: expected the field 'index' in each, got \['input_ids', 'prompt_length'\]"),
+    ):
+        row = {key: value for key, value in {**rows[0], **changed}.items() if value is not None}
+        with pytest.raises(ValueError, match=said):
+            Collator(1)([row])
+    trainer.data_collator = Collator(1, total_length=3)  # the prompts' length
+    with pytest.warns(UserWarning, match="train_dataset: no row of the last steps has a response token"):
+        trainer.train()
 
 
 def test_a_model_without_a_mask_token_is_refused(tmp_path: Path):

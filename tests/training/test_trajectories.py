@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -291,6 +292,34 @@ def test_checkers(checker: str, answer: str, response: str, right: bool):
 def test_a_checker_that_is_none_is_named(name: str):
     with pytest.raises(ValueError, match="checker"):
         checkers.checker_of(name)
+
+
+def test_prompts_of_odd_files(tmp_path: Path):
+    """Newlines and a byte order mark of Windows are read; what holds no prompts is told why."""
+    lines = [json.dumps({"prompt": text, "answer": 10**30}) for text in ("a é 🎈", "a é 🎈")]
+    for content in ("\ufeff" + "\r\n".join(lines), "\n\n" + "\n \n".join(lines)):
+        (tmp_path / "p.jsonl").write_bytes(content.encode())
+        assert trajectories.read_prompts(str(tmp_path / "p.jsonl")) == [Prompt("a é 🎈", str(10**30))] * 2
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "answer": [1]}), tmp_path / "P.PARQUET")
+    assert trajectories.read_prompts(str(tmp_path / "P.PARQUET")) == [Prompt("a", "1")]
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": [["a"]], "answer": [1]}), tmp_path / "l.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": [], "answer": []}), tmp_path / "none.parquet")
+    (tmp_path / "none.jsonl").write_text("\n")
+    (tmp_path / "list.json").write_text(json.dumps([{"prompt": "a", "answer": 1}], indent=1))
+    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(b"{}"))
+    for name, said in (
+        ("l.parquet", "expected str in 'prompt', got \\['a'\\]"),
+        ("none.parquet", "holds no prompts"),
+        ("none.jsonl", "holds no prompts"),
+        ("list.json", "is not JSON: .*; expected JSON Lines"),
+        ("p.jsonl.gz", "is not UTF-8 text: .*; expected JSON Lines"),
+    ):
+        with pytest.raises(ValueError, match=f"data: .*{name}.* {said}"):
+            trajectories.read_prompts(str(tmp_path / name))
+    with pytest.raises(FileNotFoundError, match=r"data: .* is no file"):
+        trajectories.read_prompts(str(tmp_path))
+    with pytest.raises(ValueError, match="data: expected builtin:N or builtin:N:SEED, got 'builtin:1:2:3'"):
+        trajectories.read_prompts("builtin:1:2:3")
 
 
 def test_prompts_of_files(tmp_path: Path):

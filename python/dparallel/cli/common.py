@@ -26,6 +26,8 @@ ChatOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu (default), cuda or cuda:N")]
+GEN_LENGTH = "tokens; default 64 built-in, else 256, or half of the model's positions if that is less"
+GenLengthOption = Annotated[int | None, typer.Option(help=GEN_LENGTH)]
 Fp8Option = Annotated[bool, typer.Option("--fp8", help="keep the layers' weights in 8 bits")]
 POLICIES = rules.describe()
 PolicyOption = Annotated[str | None, typer.Option(help=f"default: the config's, else {POLICY}; {POLICIES}")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from .. import files, registry
 from ..configs import causal_config_of, config_of, with_ends
 from .common import (
+    GEN_LENGTH,
     ChatOption,
     ConfigOption,
     DeviceOption,
@@ -39,7 +41,8 @@ def decode(
     config: ConfigOption = None,
     policy: PolicyOption = None,
     gen_length: Annotated[
-        int | None, typer.Option(help="tokens; default 64 built-in, 256 else; with --infill 0")
+        int | None,
+        typer.Option(help=f"{GEN_LENGTH}; with --infill 0"),
     ] = None,
     infill: Annotated[
         bool,
@@ -155,6 +158,9 @@ def prompts_of(prompts: list[str], file: Path | None, batch: Path | None, stream
     """The prompts of each call of `decode`: one, or all of the file `batch`."""
     for text in prompts:
         check_text(prompt=text)
+        with suppress(OSError, ValueError):  # a text that can be no path
+            if Path(text).is_file():
+                typer.echo(f"warning: prompt: {text!r} names a file; --file decodes its prompts", err=True)
     calls = [[text] for text in prompts]
     if file is not None:
         calls += [[text] for text in files.prompts("file", file)]
@@ -198,4 +204,10 @@ def show_response(row: dict[str, Any], as_json: bool) -> None:
         typer.echo(json.dumps({**row, "tokens_per_forward": rate}))
     else:
         typer.echo(shown)
-        typer.echo(f"{kept} tokens in {passes} passes, {rate:.1f} a pass", err=True)
+        tokens, forwards = counted(kept, "token"), counted(passes, "pass", "es")
+        typer.echo(f"{tokens} in {forwards}, {rate:.1f} a pass", err=True)
+
+
+def counted(number: int, name: str, plural: str = "s") -> str:
+    """The number with its name, as "1 pass" and "2 passes"."""
+    return f"{number} {name}{'' if number == 1 else plural}"

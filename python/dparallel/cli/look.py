@@ -24,6 +24,7 @@ from .common import (
     DeviceOption,
     DrafterOption,
     Fp8Option,
+    GenLengthOption,
     GuessesOption,
     MaskOption,
     ModelOption,
@@ -139,15 +140,25 @@ def evaluate(
     with plain_errors():
         at_least("problems", problems, 1)
         at_least("batch", batch, 1)
+        given: dict[Path, str] = {}
         for name, file in (("json", json_file), ("markdown", markdown), ("plot", plot), ("html", html)):
             if file is not None:
                 files.writable(name, file)
+                if (other := given.setdefault(file.absolute(), name)) != name:
+                    raise ValueError(f"{name}: expected another file than --{other}'s, got {file}")
         if plot is not None:
             plots.load_pyplot()
         if resume and json_file is None:
             raise ValueError("resume: goes on with the results in a file, so expected --json")
-        for name in model:
-            registry.directory_of(name)
+        causal = {registry.is_causal(name) for name in model}
+        if len(causal) == 1:  # if there are both kinds, each model takes the options of its kind
+            of_diffusion = {
+                "policy": policy or None,
+                "rows": rows,
+                "block_length": block_length,
+                "cache": cache,
+            }
+            check_kind(model[0], causal.pop(), drafter=drafter or None, **of_diffusion)
         content, mask_id, drafter, draft_size = read_config(
             config, model, device, mask_id, drafter, draft_size
         )
@@ -225,7 +236,7 @@ def tune(
         ),
     ] = None,
     problems: Annotated[int, typer.Option(help="the most prompts to decode")] = 16,
-    gen_length: Annotated[int | None, typer.Option(help="tokens; default 64 built-in, 256 else")] = None,
+    gen_length: GenLengthOption = None,
     context: Annotated[
         int | None,
         typer.Option(help="for an autoregressive model: lengthen prompts to this many tokens, by others"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,16 @@ from dparallel_ext.arguments import whole
 
 from .. import registry
 from ..configs import POLICY
-from .common import POLICIES, ChatOption, DeviceOption, MaskOption, ModelOption, at_least, plain_errors
+from .common import (
+    POLICIES,
+    ChatOption,
+    DeviceOption,
+    GenLengthOption,
+    MaskOption,
+    ModelOption,
+    at_least,
+    plain_errors,
+)
 
 
 def train(
@@ -47,7 +57,7 @@ def answer(
     data: Annotated[str, typer.Option(help="builtin:N[:SEED], or JSONL or Parquet with prompt and answer")],
     model: ModelOption = registry.DEFAULT,
     policy: Annotated[str, typer.Option(help=POLICIES)] = POLICY,
-    gen_length: Annotated[int | None, typer.Option(help="tokens; default 64 built-in, 256 else")] = None,
+    gen_length: GenLengthOption = None,
     block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
     cache: Annotated[str, typer.Option(help="none, prefix, dual, or block (block-causal)")] = "none",
     checker: Annotated[
@@ -176,7 +186,7 @@ def drafter(
     loss: Annotated[
         str | None, typer.Option(help="for dflash and parallelspec: d-pace (default) or exp")
     ] = None,
-    gen_length: Annotated[int | None, typer.Option(help="tokens; default 64 built-in, 256 else")] = None,
+    gen_length: GenLengthOption = None,
     temperature: Annotated[float, typer.Option(help="temperature of the answers to train on")] = 0.0,
     seed: int = 0,
     save_every: Annotated[int, typer.Option(help="steps from one saved state to the next")] = 250,
@@ -199,9 +209,11 @@ def drafter(
             **{"exits": _numbers("exits", exits), "gamma": gamma, "most": most},
             **{"riders": riders, "soften": soften, "layer": layer},
             **{"mask_id": mask_id, "loss": loss},
-            "gen_length": registry.gen_length(target) if gen_length is None else gen_length,
+            "gen_length": gen_length,
         }
         settings = drafters.settings_of(kind, **{k: v for k, v in fields.items() if v is not None})
+        if gen_length is None:
+            settings = replace(settings, gen_length=registry.gen_length(target))
         report = drafters.run(
             target,
             out,

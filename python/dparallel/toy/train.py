@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dparallel_ext import models
+from dparallel_ext.arguments import whole
 from dparallel_ext.models import LLaDA, Qwen3
 
 from .. import evaluate as evaluation
@@ -52,12 +53,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "width", "layers", "heads", "mlp_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a whole number >= 1, got {getattr(self, name)}")
+            whole(name, getattr(self, name), 1)
         if self.width % self.heads:
             raise ValueError(f"heads: expected a divisor of width {self.width}, got {self.heads}")
-        if not 0 <= self.seed < MOST_SEEDS:
-            raise ValueError(f"seed: expected a whole number >= 0 and < {MOST_SEEDS}, got {self.seed}")
+        whole("seed", self.seed, 0, MOST_SEEDS - 1)
 
 
 def tokenizer() -> Any:
@@ -217,8 +216,7 @@ def train(
     """
     settings = settings or Settings()
     for name, value, least in (("save_every", save_every, 1), ("evaluate", evaluate, 0)):
-        if value < least:
-            raise ValueError(f"{name}: expected a whole number >= {least}, got {value}")
+        whole(name, value, least)
     directory = files.directory("out", out)
     with files.locked("out", directory), files.full_disk_named(directory):
         return _train(directory, settings, device, save_every, evaluate, progress)

@@ -290,19 +290,32 @@ def finish(trainer: Any) -> None:
 
 
 def with_lora(model: Model, settings: Mapping[str, Any], base: str) -> Any:
-    """The model with a fresh PEFT adapter, by default on the published layers."""
+    """The model with a fresh PEFT adapter, by default on the published layers.
+
+    Raises ValueError naming a setting that PEFT does not know or refuses, and a module that the model lacks.
+    """
     from peft import LoraConfig, get_peft_model
 
     if unknown := sorted(set(settings) - {f.name for f in fields(LoraConfig)}):
         raise ValueError(f"lora: no setting {unknown} in peft.LoraConfig")
-    targets = settings.get("target_modules", LORA_TARGETS)
-    if not isinstance(targets, str):
-        theirs = {o: model.checkpoint_name(f"blocks.0.{o}").rpartition(".")[2] for o in LORA_TARGETS}
-        targets = [theirs.get(name, name) for name in targets]
+    theirs = {o: model.checkpoint_name(f"blocks.0.{o}").rpartition(".")[2] for o in LORA_TARGETS}
+    theirs |= {name: model.checkpoint_name(name) for name in ("embed", "lm_head")}
     # In LLaDA a layer's last matrix has the head's name.
-    defaults = {"exclude_modules": [model.checkpoint_name("lm_head")]}
-    config = LoraConfig(**{**defaults, **settings, "target_modules": targets})
-    adapted = get_peft_model(model, config)
+    changes: dict[str, Any] = {"exclude_modules": [theirs["lm_head"]], "target_modules": LORA_TARGETS}
+    changes |= settings
+    modules = [name for name, _ in model.named_modules()]
+    for key in ("target_modules", "modules_to_save"):
+        if not isinstance(names := changes.get(key), (list, tuple)):
+            continue
+        changes[key] = [theirs.get(name, name) for name in names]
+        for name, own in zip(names, changes[key], strict=True):
+            if not any(f".{module}".endswith(f".{own}") for module in modules):
+                raise ValueError(f"lora: {key} has {name!r}, which is no module of {type(model).__name__}")
+    try:
+        config = LoraConfig(**changes)
+        adapted = get_peft_model(model, config)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"lora: PEFT refuses {dict(settings)}: {error}") from error
     config.base_model_name_or_path = base
     return adapted
 
@@ -411,8 +424,7 @@ def plan(recipe: Recipe, *, processes: int = 1, answers: str | Path | None = Non
     float32 moments). Activations are estimated: the tensors that autograd keeps of each layer; with gradient
     checkpointing the layers' inputs and one layer's tensors.
     """
-    if processes < 1:
-        raise ValueError(f"processes: expected a whole number >= 1, got {processes}")
+    whole("processes", processes, 1)
     config = recipe.architecture
     if config is None:
         config, _ = dx.models.config_of(registry.directory_of(recipe.model))

@@ -29,7 +29,7 @@ from dparallel_ext.rules.learned import by_place
 
 from .. import files, registry
 from . import loop
-from .trajectories import Trajectories
+from .trajectories import SETTINGS, Trajectories
 
 TAUS = (0.5, 0.7, 0.8, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
 """Thresholds to test a filter at, besides its own."""
@@ -260,24 +260,31 @@ def run(
     whole("batch", batch, 1)
     out = files.writable("out", out)
     data = Trajectories(answers)
+    if not len(data):
+        raise ValueError(f"answers: {answers} holds no right answer; `trajectories --checker none` keeps all")
+    content = data.settings | ({} if model is None else {"model": model})
+    for key, kind in (("model", str), ("cache", str), ("block_length", int)):
+        if not isinstance(value := content.get(key), kind):
+            raise ValueError(
+                f"answers: expected {key} of type {kind.__name__} in {answers}/{SETTINGS}, got {value!r:.80}"
+            )
     rows = [(row["input_ids"], row["prompt_length"]) for row in map(data.__getitem__, range(len(data)))]
     held = hold_out([ids[:length] for ids, length in rows], settings.held_out)
-    name, mask_id = model or data.settings["model"], data.settings.get("mask_id")
-    teacher, _ = loaded or registry.load(name, device=device, mask_id=mask_id)
+    mask_id = content.get("mask_id")
+    teacher, _ = loaded or registry.load(content["model"], device=device, mask_id=mask_id)
     teacher = dx.models.for_decoding(teacher)
-    size = data.settings["block_length"]
     records, passes = record(
         teacher,
         rows,
-        block_length=size,
-        cache=data.settings["cache"],
+        block_length=content["block_length"],
+        cache=content["cache"],
         mask_id=mask_id,
         batch=batch,
         progress=progress,
     )
     net, report = train(records, held, settings, progress=progress)
     report = {"oracle_passes": passes, **report}
-    save(out, net, settings, report, teacher, answers={**data.settings, "model": name})
+    save(out, net, settings, report, teacher, answers=content)
     return report
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,8 +112,12 @@ class CertaintyForcingTrainer(Trainer):
     args: CertaintyForcingArguments
 
     def __init__(self, model: nn.Module, args: CertaintyForcingArguments, **keywords: Any) -> None:
+        if not isinstance(args, CertaintyForcingArguments):
+            raise ValueError(f"args: expected CertaintyForcingArguments, got {type(args).__name__}")
+        if model is None or keywords.get("model_init") is not None:
+            raise ValueError("model: expected a module, and no model_init, which is not supported")
         dx.models.check_diffusion(model)
-        for name in ("compute_loss_func", "compute_metrics"):
+        for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if keywords.get(name) is not None:
                 raise ValueError(f"{name}: expected None: the loss is certainty forcing's, on no logits")
         if keywords.get("data_collator") is None:
@@ -276,6 +281,15 @@ class CertaintyForcingTrainer(Trainer):
 
     # --- other methods of Trainer ---------------------------------------------------------------
 
+    def create_optimizer(self, *arguments: Any, **named: Any) -> Any:
+        """Trainer's. Raises ValueError for a model that cannot be trained."""
+        model: Any = self.model
+        if getattr(dx.models.unwrap(model), "quantized", False):
+            raise ValueError("model: its weights are quantised, which is for inference alone")
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError("model: expected parameters to train, and none requires a gradient")
+        return super().create_optimizer(*arguments, **named)
+
     def evaluation_loop(self, *arguments: Any, **named: Any) -> Any:
         """Trainer's; the loss is that of the whole dataset as one batch, with the same masks each time."""
         self.evaluated.zero_()
@@ -308,6 +322,12 @@ class CertaintyForcingTrainer(Trainer):
         if "loss" in logs:
             nll, active, entropy, gated, correct, sure = self.accelerator.reduce(self.sums, "sum").tolist()
             self.sums.zero_()
+            if not active:
+                warnings.warn(
+                    "train_dataset: no row of the last steps has a response token to learn, since the "
+                    "prompts leave the collator's length none: the loss is 0",
+                    stacklevel=2,
+                )
             logs["ce"] = nll / max(active, 1)
             logs["entropy"] = entropy / max(gated, 1)
             logs["correct"] = correct / max(active, 1)

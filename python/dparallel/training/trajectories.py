@@ -89,11 +89,12 @@ def read_prompts(source: str, prompt_field: str = "prompt", answer_field: str = 
     """Prompts of a JSONL or Parquet file, or of "builtin:N[:SEED]", N training problems of `tasks`.
 
     A prompt is a text; an answer is a text or a number. Raises FileNotFoundError, or ValueError naming the
-    line and the field that is missing or of another type.
+    line and the field that is missing or of another type, or a file without prompts.
     """
     if source.startswith("builtin:"):
         try:
-            count, seed = (int(part) for part in [*source.split(":"), "77"][1:3])
+            seeded = source if source.count(":") > 1 else f"{source}:77"
+            count, seed = (int(part) for part in seeded.split(":")[1:])
             if not 1 <= count <= sys.maxsize:
                 raise ValueError("no number of problems")
         except ValueError as error:
@@ -102,7 +103,7 @@ def read_prompts(source: str, prompt_field: str = "prompt", answer_field: str = 
         return [Prompt(p.prompt, str(p.answer)) for p in stream]
     file = Path(source)
     if not file.is_file():
-        raise FileNotFoundError(f"data: no file {file}")
+        raise FileNotFoundError(f"data: {f'{file} is no file' if file.exists() else f'no file {file}'}")
     prompts = []
     for number, row in files.rows("data", file):
         for name, kinds in ((prompt_field, (str,)), (answer_field, (str, int, float))):
@@ -114,6 +115,8 @@ def read_prompts(source: str, prompt_field: str = "prompt", answer_field: str = 
                     f"{name!r}, got {row[name]!r:.60}"
                 )
         prompts.append(Prompt(row[prompt_field], str(row[answer_field])))
+    if not prompts:
+        raise ValueError(f"data: {file} holds no prompts")
     return prompts
 
 
@@ -359,7 +362,7 @@ class Trajectories(Dataset[dict[str, Any]]):
 
     Item i: input_ids (T,) int64, prompt and response; prompt_length; step (T - prompt_length,) int64; index.
 
-    Raises FileNotFoundError if there is no run, ValueError if shards are missing or damaged.
+    Raises FileNotFoundError if there is no run, ValueError if shards are missing or damaged, or its settings.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -369,9 +372,9 @@ class Trajectories(Dataset[dict[str, Any]]):
         content = files.read_text("trajectories", directory / SETTINGS)
         self.settings = files.json_object("trajectories", directory / SETTINGS, 1, content)
         try:
-            numbers = range(-(-self.settings["prompts"] // self.settings["shard"]))
+            numbers = range(-(-whole("prompts", self.settings["prompts"], 0) // self.settings["shard"]))
             shards = [_shard(directory, i, self.settings["format"]) for i in numbers]
-        except (KeyError, TypeError, ZeroDivisionError) as error:
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise ValueError(
                 f"trajectories: {directory / SETTINGS} is not that of a run: {error!r}"
             ) from error
@@ -388,28 +391,28 @@ class Trajectories(Dataset[dict[str, Any]]):
         at = 0
         for file, row in ((shard, row) for shard in shards for row in _rows_of_shard(shard)):
             try:
-                whole = torch.tensor(row["prompt_ids"] + row["response_ids"], dtype=torch.int32)
+                sequence = torch.tensor(row["prompt_ids"] + row["response_ids"], dtype=torch.int32)
                 step = torch.tensor(row["step"], dtype=torch.int32)
-                if (whole.ndim, step.shape) != (1, (len(row["response_ids"]),)):
+                if (sequence.ndim, step.shape) != (1, (len(row["response_ids"]),)):
                     raise ValueError("expected as many steps as response_ids")
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(f"trajectories: {file} is damaged: {error!r}") from error
-            ids.append(whole)
+            ids.append(sequence)
             steps.append(step)
-            self.bounds.append((at, len(row["prompt_ids"]), len(whole)))
-            at += len(whole)
+            self.bounds.append((at, len(row["prompt_ids"]), len(sequence)))
+            at += len(sequence)
         self.ids = torch.cat(ids) if ids else torch.zeros(0, dtype=torch.int32)
         self.steps = torch.cat(steps) if steps else torch.zeros(0, dtype=torch.int32)
-        lengths = [whole - prompt for _, prompt, whole in self.bounds]
+        lengths = [end - prompt for _, prompt, end in self.bounds]
         self.step_starts = [0, *itertools.accumulate(lengths)]
 
     def __len__(self) -> int:
         return len(self.bounds)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        start, prompt, whole = self.bounds[i]
+        start, prompt, length = self.bounds[i]
         return {
-            "input_ids": self.ids[start : start + whole].long(),
+            "input_ids": self.ids[start : start + length].long(),
             "prompt_length": prompt,
             "step": self.steps[self.step_starts[i] : self.step_starts[i + 1]].long(),
             "index": i,
@@ -418,13 +421,14 @@ class Trajectories(Dataset[dict[str, Any]]):
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows of `Trajectories` as a batch, padded on the right.
+    """Rows of `Trajectories`, or others with their input_ids, prompt_length and index, as a batch, padded on
+    the right. A row's input_ids may be a list.
 
     As published, responses are lengthened with EOS, which is learned, or cut: to `total_length` tokens with
     the prompt (LLaDA: 384) or to `response_length` without it (Dream: 256). Rows that still are shorter than
     others get padding that no position sees.
 
-    Raises ValueError for both lengths, or one below 1.
+    Raises ValueError for both lengths, or one below 1; called, for a row without these fields.
     """
 
     eos_id: int
@@ -445,8 +449,11 @@ class Collator:
         """input_ids (B, T), prompt_lengths, lengths and index (B,), all int64."""
         sequences, prompts, index = [], [], []
         for row in rows:
-            ids, prompt = row["input_ids"], row["prompt_length"]
+            if missing := [name for name in ("input_ids", "prompt_length", "index") if name not in row]:
+                raise ValueError(f"rows: expected the field {missing[0]!r} in each, got {sorted(row)}")
+            ids = torch.as_tensor(row["input_ids"])
             target = len(ids)
+            prompt = whole("prompt_length", row["prompt_length"], 0, target)
             if self.total_length is not None:
                 target = self.total_length
             elif self.response_length is not None:

@@ -67,8 +67,7 @@ class Settings:
                 raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
         if number("temperature", self.temperature) > 100:
             raise ValueError(f"temperature: expected a number from 0 to 100, got {self.temperature}")
-        if not 0 <= whole("seed", self.seed, 0) < MOST_SEEDS:
-            raise ValueError(f"seed: expected a whole number >= 0 and < {MOST_SEEDS}, got {self.seed}")
+        whole("seed", self.seed, 0, MOST_SEEDS - 1)
 
 
 @dataclass(frozen=True)
