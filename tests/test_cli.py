@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -377,13 +378,24 @@ def test_the_default_length_leaves_room_for_the_prompt(tmp_path: Path):
 
 
 def test_missing_packages_and_output_that_nobody_reads(monkeypatch: pytest.MonkeyPatch):
-    def missing(*_: object, **__: object) -> None:
-        raise ModuleNotFoundError("no such thing", name="peft")
+    def raising(error: Exception) -> Callable[..., None]:
+        def run(*_: object, **__: object) -> None:
+            raise error
 
-    monkeypatch.setattr("dparallel.training.distill.merge", missing)
+        return run
+
+    missing = ModuleNotFoundError("No module named 'peft'", name="peft")
+    monkeypatch.setattr("dparallel.training.distill.merge", raising(missing))
     assert run("merge", "a", "b", code=2) == (
         'error: no peft; pip install ".[cli,train]" installs what this command needs\n'
     )
+    other = (
+        ImportError("You need bitsandbytes"),
+        ModuleNotFoundError("You need 'deepspeed>=1'", name="You need"),
+    )
+    for error in other:  # an optional package of another library's, which says how to install it
+        monkeypatch.setattr("dparallel.training.distill.merge", raising(error))
+        assert run("merge", "a", "b", code=2) == f"error: {error}\n"
     with pytest.raises(BrokenPipeError), common.plain_errors():
         raise BrokenPipeError
     monkeypatch.setitem(sys.modules, "typer", None)

@@ -97,10 +97,40 @@ def test_a_setting_that_does_not_exist_is_named(tmp_path: Path):
 def test_a_number_that_yaml_takes_for_a_text_is_named(name: str, text: str, tmp_path: Path):
     file = tmp_path / "r.yaml"
     file.write_text(f"model: x\ntraining: {{{name}: {text!r}}}")
-    with pytest.raises(ValueError, match=f"training: expected a number for {name}, got the text '{text}'"):
+    with pytest.raises(
+        ValueError, match=f"training: expected a .*number for {name}, got '{text}' \\(in YAML"
+    ):
         distill.arguments(distill.read(file), tmp_path)
     file.write_text("model: x\ntraining: {learning_rate: 2.0e-5, lr_scheduler_type: linear, report_to: none}")
     assert distill.arguments(distill.read(file), tmp_path).learning_rate == 2e-5
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("training: {max_steps: 2.5}", "training: expected a whole number for max_steps, got 2.5"),
+        ("training: {max_grad_norm: null}", "training: expected a number for max_grad_norm, got None"),
+        (
+            "training: {gradient_accumulation_steps: 0}",
+            "gradient_accumulation_steps: expected a whole number >= 1",
+        ),
+        (
+            "training: {per_device_train_batch_size: 0}",
+            "per_device_train_batch_size: expected a whole number >= 1",
+        ),
+        ("training: {output_dir: elsewhere}", "training: expected no output_dir"),
+        ("training: {push_to_hub: true}", "training: expected no push_to_hub"),
+        ("training: {resume_from_checkpoint: x}", "training: expected no resume_from_checkpoint"),
+        ("training: {report_to: clearml}", "training: report_to: ClearMLCallback requires"),
+        ("training: {}\nexamples: many", "examples: expected a whole number >= 0, got 'many'"),
+        ("training: {}\nmask_id: x", "mask_id: expected a whole number >= 0, got 'x'"),
+        ("training: {}\ndata: 5", "expected a text for 'data', got 5"),
+    ],
+)
+def test_what_a_recipe_cannot_have_is_named(content: str, said: str, answers: Path, tmp_path: Path):
+    (tmp_path / "r.yaml").write_text(f"model: builtin:teacher\n{content}\n")
+    with pytest.raises(ValueError, match=said):
+        distill.run(distill.read(tmp_path / "r.yaml"), answers, tmp_path / "out", progress=False)
 
 
 def test_an_empty_section_has_no_settings(tmp_path: Path):

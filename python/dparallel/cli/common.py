@@ -64,9 +64,9 @@ def plain_errors(extra: str = "cli") -> Iterator[None]:
         yield
     except BrokenPipeError:  # the reader of our output has closed it, which is no error
         raise
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ImportError) as error:
         message = str(error)
-        if isinstance(error, ModuleNotFoundError):
+        if isinstance(error, ModuleNotFoundError) and f"'{error.name}'" in message:
             extras = ",".join(dict.fromkeys(("cli", extra)))
             message = f'no {error.name}; pip install ".[{extras}]" installs what this command needs'
         elif isinstance(error, OSError) and error.strerror:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import dparallel_ext as dx
-from dparallel_ext.arguments import whole
+from dparallel_ext.arguments import is_number, whole
 from dparallel_ext.models import Model
 from dparallel_ext.models.config import ModelConfig
 from dparallel_ext.models.modules import shapes_only
@@ -88,6 +88,12 @@ def read(file: str | Path, **changes: Any) -> Recipe:
             raise ValueError(f"recipe: {file}: expected a mapping for {name!r}, got {section!r}")
         if keys and (other := sorted(set(section or {}) - keys)):
             raise ValueError(f"recipe: {file}: {name} has unknown {other}; known are {sorted(keys)}")
+    for name in ("model", "data"):
+        if not isinstance(content.get(name, ""), str):
+            raise ValueError(f"recipe: {file}: expected a text for {name!r}, got {content[name]!r:.80}")
+    for name in ("examples", "mask_id"):
+        if content.get(name) is not None:
+            whole(f"recipe: {file}: {name}", content[name], 0)
     training = {**content.pop("training"), **changes.pop("training", {})}
     return Recipe(**{**content, **changes, "training": training})
 
@@ -100,18 +106,34 @@ def arguments(recipe: Recipe, out: str | Path) -> Any:
     unknown = sorted(set(recipe.training) - known)
     if unknown:
         raise ValueError(f"training: no setting {unknown} in transformers.TrainingArguments or among ours")
+    for name in DECIDED_HERE:
+        if recipe.training.get(name):
+            raise ValueError(f"training: expected no {name}: `distill` writes and resumes in its `out`")
     for f in fields(CertaintyForcingArguments):
-        value, kinds = recipe.training.get(f.name), set(re.findall(r"\w+", str(f.type)))
-        if isinstance(value, str) and kinds & {"int", "float"} and "str" not in kinds:
-            raise ValueError(
-                f"training: expected a number for {f.name}, got the text {value!r} (in YAML 2e-5 is a text, "
-                "and 2.0e-5 a number)"
-            )
+        if f.name in recipe.training:
+            _check_number(f.name, recipe.training[f.name], set(re.findall(r"\w+", str(f.type))))
     defaults = {"report_to": [], "use_cpu": not torch.cuda.is_available()}
     training = {**defaults, **recipe.training}
     if training["use_cpu"] and not registry.fast_bfloat16():
         training["bf16"] = False  # the same training in float32, ten times faster
     return CertaintyForcingArguments(output_dir=str(out), **training)
+
+
+DECIDED_HERE = ("output_dir", "resume_from_checkpoint", "push_to_hub")
+"""The settings of `training` that a recipe does not have."""
+
+
+def _check_number(name: str, value: Any, kinds: set[str]) -> None:
+    """Raise ValueError unless the value fits the words of its field's type, if these are of numbers alone."""
+    if not kinds & {"int", "float"} or kinds - {"class", "int", "float", "None", "Optional", "typing"}:
+        return
+    if value is None and kinds & {"None", "Optional"}:
+        return
+    integral = "float" not in kinds
+    if not is_number(value) or isinstance(value, bool) or (integral and not isinstance(value, int)):
+        hint = " (in YAML 2e-5 is a text, and 2.0e-5 a number)" if isinstance(value, str) else ""
+        kind = "a whole number" if integral else "a number"
+        raise ValueError(f"training: expected {kind} for {name}, got {value!r:.80}{hint}")
 
 
 COMPANIONS = (
@@ -247,13 +269,18 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     if recipe.lora is not None:
         torch.manual_seed(args.seed)
         model = with_lora(model, recipe.lora, str(source))
-    trainer = CertaintyForcingTrainer(
-        model=model,
-        args=args,
-        train_dataset=rows,
-        data_collator=trajectories.Collator(eos, **recipe.collator),
-        processing_class=Companions(source),
-    )
+    try:
+        trainer = CertaintyForcingTrainer(
+            model=model,
+            args=args,
+            train_dataset=rows,
+            data_collator=trajectories.Collator(eos, **recipe.collator),
+            processing_class=Companions(source),
+        )
+    except RuntimeError as error:
+        if "installed" not in str(error):  # else what `report_to` names is not
+            raise
+        raise ValueError(f"training: report_to: {error}") from error
     if not progress:
         from transformers import PrinterCallback
 

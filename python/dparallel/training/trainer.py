@@ -67,6 +67,8 @@ class CertaintyForcingArguments(TrainingArguments):
             number(name, getattr(self, name))
         if not 1e-5 <= number("temperature", self.temperature) <= 1e5:
             raise ValueError(f"temperature: expected a number from 1e-5 to 1e5, got {self.temperature!r}")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            whole(name, getattr(self, name), 1)
         if self.block_length is not None:
             whole("block_length", self.block_length, 1)
         one_of("gate", self.gate, ("correct", "all"))
