@@ -28,6 +28,8 @@ Ranks = tuple[tuple[float, ...], ...]
 """a[d][r]"""
 ROUNDS, CLOSE = 200, 1e-7
 """Of the iteration, at most; and the change at which it ends."""
+SETTLED = 20
+"""The logarithm to base 2 of the passes after which a chain of states is in its steady state."""
 
 
 class Node(NamedTuple):
@@ -147,10 +149,10 @@ def steady_state(trees: Sequence[Tree]) -> tuple[list[float], float]:
         for chance, riders in zip(stop, tree.riders, strict=True):
             step[state, riders] += chance
         worth[state] = sum(node.value for node in tree.nodes)
-    share = torch.full((count,), 1.0 / count, dtype=torch.float64, device="cpu")
-    total = share.clone()
-    for _ in range(ROUNDS):  # the mean over passes, which is there for a chain that goes in circles too
-        share = share @ step
-        total += share
-    share = total / total.sum()
+    # The mean over passes, which is there for a chain that goes in circles too. That of the chain which stays
+    # where it is in half of its passes is the same, and it settles: 2^SETTLED passes of it.
+    passes = 0.5 * (step + torch.eye(count, dtype=torch.float64, device="cpu"))
+    for _ in range(SETTLED):
+        passes = passes @ passes
+    share = passes[0] / passes[0].sum()  # behind a prompt nothing has been guessed
     return share.tolist(), float(share @ worth)
