@@ -66,7 +66,8 @@ def plain_errors(extra: str = "cli") -> Iterator[None]:
         raise
     except (ValueError, OSError, ImportError) as error:
         message = str(error)
-        if isinstance(error, ModuleNotFoundError) and f"'{error.name}'" in message:
+        # Python names the module; transformers raises this error too, with a sentence as the name.
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").replace(".", "_").isidentifier():
             extras = ",".join(dict.fromkeys(("cli", extra)))
             message = f'no {error.name}; pip install ".[{extras}]" installs what this command needs'
         elif isinstance(error, OSError) and error.strerror:
