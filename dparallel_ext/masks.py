@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import INTEGERS, number, whole
+from .arguments import INTEGERS, check_tensor, number, whole
 
 
 class MaskedPair(NamedTuple):
@@ -66,8 +66,7 @@ def semi_autoregressive_masks(
         ValueError: naming the argument that does not fit.
         TypeError: for input_ids that are no tensor.
     """
-    if not isinstance(input_ids, Tensor):
-        raise TypeError(f"input_ids: expected a Tensor, got {type(input_ids).__name__}")
+    check_tensor("input_ids", input_ids)
     if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
         raise ValueError(f"input_ids: expected int64 (B, T), got {input_ids.dtype} {tuple(input_ids.shape)}")
     batch, length = input_ids.shape
