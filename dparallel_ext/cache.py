@@ -139,7 +139,7 @@ class KVCache:
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values (pages, kv_heads, page_size, head_dim) of a layer."""
-        keys, values = self.slots[index % len(self.slots)].unbind(0)
+        keys, values = self.slots[index % self.slots.shape[0]].unbind(0)
         return keys, values
 
     def assign(self, row: int, pages: Sequence[int], first: int = 0) -> None:

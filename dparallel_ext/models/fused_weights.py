@@ -22,12 +22,14 @@ Kind = TypeVar("Kind", bound=nn.Module)
 
 def joined_view(parts: Sequence[Tensor]) -> Tensor | None:
     """A view (rows, ...) of all parts (rows_i, ...), without a copy; None if they are not side by side."""
-    first = parts[0]
-    ordinary = all(type(part) in (nn.Parameter, Tensor) for part in parts)  # not sharded, fake or quantised
-    if torch.compiler.is_compiling() or not ordinary or first.is_meta:
+    first, at, storage, rows = parts[0], None, None, 0
+    if torch.compiler.is_compiling() or first.is_meta:
         return None
-    at, storage, rows = first.data_ptr(), first.untyped_storage().data_ptr(), 0
     for part in parts:
+        if type(part) not in (nn.Parameter, Tensor):  # sharded, fake or quantised
+            return None
+        if at is None:
+            at, storage = part.data_ptr(), part.untyped_storage().data_ptr()
         if (
             part.data_ptr() != at
             or part.untyped_storage().data_ptr() != storage
@@ -37,7 +39,7 @@ def joined_view(parts: Sequence[Tensor]) -> Tensor | None:
         ):
             return None
         at += part.nbytes
-        rows += len(part)
+        rows += part.shape[0]
     return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
 
 
@@ -53,13 +55,13 @@ def is_unmodified(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
 
 def project(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
     """Each layer's output for x (..., in), by one matrix product if their weights are fused."""
-    if not torch.is_grad_enabled():
-        for kind, leaves in LEAVES.items():
-            alike: list[Any] = [layer for layer in layers if is_unmodified(layer, kind)]
-            joined = _joined(alike, leaves) if len(alike) == len(layers) else None
-            if joined is not None:
-                product: Callable[..., Tensor] = linear if kind is nn.Linear else fp8_linear
-                return product(x, *joined, constant=True).split([layer.out_features for layer in alike], -1)
+    kind = type(layers[0])
+    if kind in LEAVES and not torch.is_grad_enabled() and all(is_unmodified(layer, kind) for layer in layers):
+        joined = _joined(layers, LEAVES[kind])
+        if joined is not None:
+            product: Callable[..., Tensor] = linear if kind is nn.Linear else fp8_linear
+            widths: list[Any] = [layer.out_features for layer in layers]
+            return product(x, *joined, constant=True).split(widths, -1)
     return [layer(x) for layer in layers]
 
 

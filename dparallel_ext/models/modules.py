@@ -52,8 +52,9 @@ class Named(nn.Module):
         self._paths = {ours: theirs.split(".") for ours, theirs in names.items()}
 
     def __getattr__(self, name: str) -> Any:
-        path = self.__dict__.get("_paths", {}).get(name)
-        if path is None:
+        try:
+            path = self.__dict__["_paths"][name]
+        except KeyError:
             return super().__getattr__(name)
         module: Any = self
         try:

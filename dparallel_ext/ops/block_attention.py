@@ -83,7 +83,7 @@ def block_attention(
         got = tuple(block_table.shape) if isinstance(block_table, Tensor) else type(block_table).__name__
         raise ValueError(f"block_table: expected int64 (S, P), got {got}")
     for name, tensor in (("kv_lens", kv_lens), ("q_start", q_start), ("q_end", q_end)):
-        expect(name, tensor, (len(block_table),), torch.int64)
+        expect(name, tensor, (block_table.shape[0],), torch.int64)
     expect("block_table", block_table, tuple(block_table.shape), torch.int64)
     capacity = block_table.shape[1] * k_cache.shape[2]
     if type(scale) is not float:
@@ -106,7 +106,7 @@ def block_attention(
         q_end,
         kv_lens,
         block_table,
-        len(q) if max_q_len is None else max_q_len,
+        q.shape[0] if max_q_len is None else max_q_len,
         capacity if max_kv_len is None else max_kv_len,
         scale,
         causal,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 from .. import _C
 from ..arguments import INTEGERS, check_tensor, is_number, shown, temperature_in_force, whole
@@ -21,16 +21,14 @@ WIDE_DTYPES = (*DTYPES, torch.float64)
 _DEVICES = {"cpu", *_C.build_info()["backends"].split()}
 
 
-def compiled(*inputs: Tensor | None) -> bool:
+def compiled(first: Tensor, *others: Tensor) -> bool:
     """Whether the ops can compute with these inputs: of one dtype, on a built backend, without a gradient."""
-    first, *others = (t for t in inputs if t is not None)
-    assert first is not None
-    return (
-        not torch.is_grad_enabled()
-        and first.dtype in DTYPES
-        and first.device.type in _DEVICES
-        and all(t.dtype == first.dtype for t in others)
-    )
+    if torch.is_grad_enabled() or first.dtype not in DTYPES or first.device.type not in _DEVICES:
+        return False
+    for other in others:  # noqa: SIM110 (every layer of every pass asks: `all` would take twice as long)
+        if other.dtype != first.dtype:
+            return False
+    return True
 
 
 # --- rows of logits ----------------------------------------------------------------------------
@@ -223,7 +221,9 @@ def _refuse_gradient(name: str) -> None:
 
 def refuse_tangent(name: str, tensor: Tensor) -> None:
     """Raise for a tensor under forward-mode differentiation: torch drops its tangent in a custom op."""
-    if not torch.compiler.is_compiling() and unpack_dual(tensor).tangent is not None:
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():  # no such differentiation is going on
+        return
+    if forward_ad.unpack_dual(tensor).tangent is not None:
         raise ValueError(
             f"{name}: has a tangent, and this op has no forward-mode derivative; use torch.autograd.grad"
         )

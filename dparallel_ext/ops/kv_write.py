@@ -78,10 +78,12 @@ def kv_write(
         TypeError: naming an argument that should be a tensor and is not.
     """
     check_heads("q", q, 3)
-    for name, tensor in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
-        check_heads(name, tensor, 4 if name.endswith("cache") else 3, like=q)
+    check_heads("k", k, 3, like=q)
+    check_heads("v", v, 3, like=q)
+    check_heads("k_cache", k_cache, 4, like=q)
+    check_heads("v_cache", v_cache, 4, like=q)
     check_caches(q, k_cache, v_cache)
-    count, dim = len(q), q.shape[2]
+    count, _, dim = q.shape
     for name, tensor in (("k", k), ("v", v)):
         expect(name, tensor, (count, k_cache.shape[1], dim))
     for name, tensor in (("positions", positions), ("slot_mapping", slot_mapping)):
