@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import math
@@ -22,6 +23,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+import typer.testing
 from hypothesis import settings
 from safetensors.torch import load_file
 from torch import Tensor
@@ -40,6 +42,9 @@ STAND_IN = "cuda_host" in _C.build_info()["backends"]
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=40)
 settings.register_profile("stand_in", parent=settings.get_profile("ci"), max_examples=10)
 settings.load_profile("stand_in" if STAND_IN else "ci")
+
+# The command line is built once: for each of some 400 calls it would take a thirtieth of the tests' time.
+typer.testing._get_command = functools.cache(typer.testing._get_command)  # type: ignore[attr-defined]
 
 GPUS = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
 LEVELS = ["portable", "avx2", "avx512"]
@@ -149,7 +154,7 @@ def pytest_collection() -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()
-    gc.set_threshold(10_000)
+    gc.set_threshold(50_000)
     gc.enable()
 
 
@@ -224,6 +229,12 @@ def assert_stats_close(actual: Tensor | None, expected: Tensor | None, name: str
     gap = (actual.double() - expected.double()).abs()
     close = same | (gap <= 2e-6 + 1e-6 * expected.double().abs())
     assert bool(close.all()), f"{name}: {actual[~close]} != {expected[~close]}"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _keep_imports() -> None:
+    """Trainers look through everything for garbage: what tests of other files have imported is kept."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from conftest import ROOT
 from dparallel_ext._C import Scheduler
 
 CXX = os.environ.get("CXX", "c++")
-FLAGS = "-std=c++17 -Wall -Wextra -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
+FLAGS = "-std=c++17 -Wall -Wextra -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
 
 
 @pytest.fixture(scope="module")
