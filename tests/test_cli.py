@@ -385,7 +385,7 @@ def test_missing_packages_and_output_that_nobody_reads(monkeypatch: pytest.Monke
         return run
 
     missing = ModuleNotFoundError("No module named 'peft'", name="peft")
-    monkeypatch.setattr("dparallel.training.distill.merge", raising(missing))
+    monkeypatch.setattr("dparallel.training.adapters.merge", raising(missing))
     assert run("merge", "a", "b", code=2) == (
         'error: no peft; pip install ".[cli,train]" installs what this command needs\n'
     )
@@ -394,7 +394,7 @@ def test_missing_packages_and_output_that_nobody_reads(monkeypatch: pytest.Monke
         ModuleNotFoundError("You need 'deepspeed>=1'", name="You need"),
     )
     for error in other:  # an optional package of another library's, which says how to install it
-        monkeypatch.setattr("dparallel.training.distill.merge", raising(error))
+        monkeypatch.setattr("dparallel.training.adapters.merge", raising(error))
         assert run("merge", "a", "b", code=2) == f"error: {error}\n"
     with pytest.raises(BrokenPipeError), common.plain_errors():
         raise BrokenPipeError

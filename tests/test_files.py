@@ -161,7 +161,7 @@ def test_what_is_said_of_a_checkpoint_is_not_said_of_the_next(tmp_path: Path):
             "trainer_state.json", "training_args.bin"]  # fmt: skip
     for name in along + left:
         (source / name).write_text("x")
-    distill.Companions(source).save_pretrained(out)
+    files.Companions(source).save_pretrained(out)
     assert sorted(os.listdir(out)) == sorted(along)
 
 

@@ -7,9 +7,11 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +204,40 @@ def full_disk_named(path: str | Path) -> Iterator[None]:
         raise OSError(
             errno.ENOSPC, f"a file could not be written; is the disk full? ({reason})", str(path)
         ) from error
+
+
+# --- what goes with a checkpoint ---------------------------------------------------------------
+
+COMPANIONS = (
+    "*token*.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "*.jinja",
+    "*processor_config.json",
+    "generation_config.json",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""The files of a checkpoint that a model made from it needs too: tokenizer, templates, remote code. Weights
+are the new model's own, and other files (results, model card, log) describe the old one."""
+
+
+class Companions:
+    """Copies a checkpoint's `COMPANIONS`; stands in for Trainer's tokenizer."""
+
+    model_input_names = ("input_ids",)  # where Trainer looks for a row's length
+
+    def __init__(self, source: Path) -> None:
+        self.source = source
+
+    def save_pretrained(self, directory: str | Path, **_: Any) -> None:
+        for file in (*self.source.iterdir(), *self.source.glob("additional_chat_templates/*")):
+            if file.is_file() and any(fnmatch(file.name, pattern) for pattern in COMPANIONS):
+                copy = Path(directory) / file.relative_to(self.source)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(copy) as partial:
+                    shutil.copyfile(file, partial)

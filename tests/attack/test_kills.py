@@ -16,7 +16,7 @@ import pytest
 from conftest import full_disk
 from dparallel import files, registry, text
 from dparallel.toy import train
-from dparallel.training import distill, trajectories
+from dparallel.training import adapters, distill, trajectories
 from dparallel.training.trajectories import Prompt
 
 import dparallel_ext as dx
@@ -257,7 +257,7 @@ def test_a_save_over_another_model_is_old_or_new_or_refused(
 @pytest.fixture(scope="module")
 def adapter(other: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("adapter")
-    adapted = distill.with_lora(dx.models.load(other), {"r": 2, "init_lora_weights": False}, str(other))
+    adapted = adapters.with_lora(dx.models.load(other), {"r": 2, "init_lora_weights": False}, str(other))
     adapted.save_pretrained(out)
     return out
 
@@ -266,12 +266,12 @@ def test_a_merge_is_whole_or_refused(adapter: Path, attack: Any, tmp_path: Path)
     """Also without the base's tokenizer or template, which make another prompt."""
     out = tmp_path / "out"
     out.mkdir()
-    found = states(out, lambda: distill.merge(adapter, out))
+    found = states(out, lambda: adapters.merge(adapter, out))
     whole = outcome(out)
     assert whole != "refused"
     for rng in attack.cases(20):
         said, state = killed(rng, found)
         assert outcome(lay(tmp_path / "killed", state)) in (whole, "refused"), said
         if rng.random() < 0.1:
-            distill.merge(adapter, tmp_path / "killed")
+            adapters.merge(adapter, tmp_path / "killed")
             assert contents(tmp_path / "killed") == contents(out), said

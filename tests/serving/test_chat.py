@@ -13,7 +13,7 @@ from dparallel import evaluate, registry
 from dparallel.cli import app
 from dparallel.serving import runner
 from dparallel.toy import tasks
-from dparallel.training import distill, trajectories
+from dparallel.training import adapters, trajectories
 from typer.testing import CliRunner
 
 from dparallel_ext import models
@@ -145,7 +145,7 @@ def test_distill_and_merge_with_a_mask(instruct: Path, tmp_path: Path) -> None:
     run("distill", recipe, *answers, "--out", tmp_path / "student", "--mask-id", 7)
     student = registry.load(str(tmp_path / "student"))[0]
     assert student.mask_id == student.config["mask_token_id"] == 7
-    adapted = distill.with_lora(models.load(instruct), {"r": 2}, str(instruct))
+    adapted = adapters.with_lora(models.load(instruct), {"r": 2}, str(instruct))
     adapted.save_pretrained(tmp_path / "adapter")
     run("merge", tmp_path / "adapter", tmp_path / "merged", "--mask-id", 7)
     merged, found = registry.load(str(tmp_path / "merged"))

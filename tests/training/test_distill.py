@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT, golden
 from dparallel import evaluate, registry, results
 from dparallel.toy import study
-from dparallel.training import distill, trajectories
+from dparallel.training import adapters, distill, trajectories
 from dparallel.training.trainer import CertaintyForcingTrainer
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
@@ -316,7 +316,7 @@ def test_an_adapter_is_on_the_published_targets(adapter: Path):
 
 
 def test_merging_adds_the_product_and_keeps_the_layout(adapter: Path, tmp_path: Path):
-    out = distill.merge(adapter, tmp_path / "merged")
+    out = adapters.merge(adapter, tmp_path / "merged")
     base = load_file(registry.directory_of(registry.DEFAULT) / "model.safetensors")
     merged, low = load_file(out / "model.safetensors"), load_file(adapter / "adapter_model.safetensors")
     assert set(merged) == set(base)
@@ -341,19 +341,19 @@ def test_merging_adds_the_product_and_keeps_the_layout(adapter: Path, tmp_path: 
     old, model = tmp_path / "old", registry.load()[0]
     shutil.copytree(adapter, old)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    config |= {"target_modules": list(distill.LORA_TARGETS), "exclude_modules": None}
+    config |= {"target_modules": list(adapters.LORA_TARGETS), "exclude_modules": None}
     config["base_model_name_or_path"] = "nowhere"
     (old / "adapter_config.json").write_text(json.dumps(config))
     names = {
         model.checkpoint_name(name): name
-        for name in (f"blocks.{i}.{t}" for i in range(model.shape.layers) for t in distill.LORA_TARGETS)
+        for name in (f"blocks.{i}.{t}" for i in range(model.shape.layers) for t in adapters.LORA_TARGETS)
     }
     renamed = {}
     for key, tensor in low.items():
         module, lora, rest = key.removeprefix("base_model.model.").partition(".lora_")
         renamed[f"base_model.model.{names[module]}{lora}{rest}"] = tensor
     save_file(renamed, old / "adapter_model.safetensors")
-    again = distill.merge(old, tmp_path / "again", model="builtin:teacher")
+    again = adapters.merge(old, tmp_path / "again", model="builtin:teacher")
     same = load_file(again / "model.safetensors")
     assert all(torch.equal(same[name], merged[name]) for name in merged)
 
@@ -385,7 +385,7 @@ def test_a_dry_run_counts_the_answers_of_a_directory(answers: Path):
 
 def test_modules_to_save_may_have_our_names():
     """In LLaDA the head has the name of each layer's last matrix, which is not meant."""
-    model = distill.with_lora(registry.load()[0], {**LORA, "modules_to_save": ["lm_head", "embed"]}, "base")
+    model = adapters.with_lora(registry.load()[0], {**LORA, "modules_to_save": ["lm_head", "embed"]}, "base")
     kept = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
     assert [name.partition(".modules_to_save")[0] for name in kept] == [
         "base_model.model.model.transformer.wte",
@@ -395,13 +395,13 @@ def test_modules_to_save_may_have_our_names():
 
 def test_an_adapter_that_does_not_fit_is_named(adapter: Path, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"no adapter_config\.json in [^ ]*$"):
-        distill.merge(tmp_path, tmp_path / "out")
+        adapters.merge(tmp_path, tmp_path / "out")
     with pytest.raises(FileNotFoundError, match=r"a whole checkpoint, with nothing to merge"):
-        distill.merge(registry.directory_of("builtin:teacher"), tmp_path / "out")
+        adapters.merge(registry.directory_of("builtin:teacher"), tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        distill.merge(adapter, tmp_path / "out", model="nowhere")
+        adapters.merge(adapter, tmp_path / "out", model="nowhere")
     with pytest.raises(ValueError, match=r"is for no module of"):
-        distill.merge(adapter, tmp_path / "out", model=str(golden.home / "dream_tiny_a"))
+        adapters.merge(adapter, tmp_path / "out", model=str(golden.home / "dream_tiny_a"))
     for name, content, said in (
         ("adapter_config.json", b"{", "is not LoRA's"),
         ("adapter_config.json", b"[]", "is not LoRA's"),
@@ -412,7 +412,7 @@ def test_an_adapter_that_does_not_fit_is_named(adapter: Path, tmp_path: Path):
         shutil.copytree(adapter, tmp_path / "broken")
         (tmp_path / "broken" / name).write_bytes(content)
         with pytest.raises(ValueError, match=rf"adapter: .*{name} {said}"):
-            distill.merge(tmp_path / "broken", tmp_path / "out")
+            adapters.merge(tmp_path / "broken", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -437,7 +437,7 @@ def test_whatever_a_lora_adapter_holds_is_merged(settings: dict[str, Any], tmp_p
         tokens = torch.tensor([[4, 17, 230, 95, 8, 301, 44, 7]])
         expected = adapted.eval()(tokens).logits
         adapted.save_pretrained(tmp_path / "adapter")
-        out = distill.merge(tmp_path / "adapter", tmp_path / "out", model=str(base))
+        out = adapters.merge(tmp_path / "adapter", tmp_path / "out", model=str(base))
         found = dx.models.load(out, dtype=torch.float32)(tokens).logits
         plain = dx.models.load(base, dtype=torch.float32)(tokens).logits
     assert (plain - expected).abs().max() > 0.1 * expected.abs().max()
@@ -459,7 +459,7 @@ def test_an_adapter_of_one_end_of_a_tied_model_is_refused(settings: dict[str, An
     with pytest.raises(
         ValueError, match=r"adapter: .*embed_tokens.* changes one of the embedding and the head"
     ):
-        distill.merge(tmp_path / "adapter", tmp_path / "out", model=str(tmp_path / "base"))
+        adapters.merge(tmp_path / "adapter", tmp_path / "out", model=str(tmp_path / "base"))
     assert not (tmp_path / "out").exists()
 
 

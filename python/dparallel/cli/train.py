@@ -279,7 +279,7 @@ def merge(
     mask_id: MaskOption = None,
 ) -> None:
     """Merge a LoRA adapter into its base, as a plain checkpoint in the base's own layout."""
-    from ..training import distill as distilling
+    from ..training import adapters
 
     with plain_errors("train"):
-        distilling.merge(adapter, out, model=model, mask_id=mask_id)
+        adapters.merge(adapter, out, model=model, mask_id=mask_id)

@@ -6,7 +6,6 @@ import gc
 import json
 import math
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatch
@@ -22,10 +21,7 @@ from dparallel_ext.models.config import ModelConfig
 from dparallel_ext.models.modules import shapes_only
 
 from .. import files, registry
-from . import trajectories
-
-LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-"""The layers with adapters as published, by our names of modules."""
+from . import adapters, trajectories
 
 
 @dataclass(frozen=True)
@@ -136,41 +132,6 @@ def _check_number(name: str, value: Any, kinds: set[str]) -> None:
         raise ValueError(f"training: expected {kind} for {name}, got {value!r:.80}{hint}")
 
 
-COMPANIONS = (
-    "*token*.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "*.jinja",
-    "*processor_config.json",
-    "generation_config.json",
-    "*.py",
-    "LICENSE*",
-    "NOTICE*",
-)
-"""The files of a checkpoint that a model made from it needs too: tokenizer, templates, remote code. Weights
-are the new model's own, and other files (results, model card, log) describe the old one."""
-
-
-class Companions:
-    """Copies a checkpoint's `COMPANIONS`; stands in for Trainer's tokenizer."""
-
-    model_input_names = ("input_ids",)  # where Trainer looks for a row's length
-
-    def __init__(self, source: Path) -> None:
-        self.source = source
-
-    def save_pretrained(self, directory: str | Path, **_: Any) -> None:
-        for file in (*self.source.iterdir(), *self.source.glob("additional_chat_templates/*")):
-            if file.is_file() and any(fnmatch(file.name, pattern) for pattern in COMPANIONS):
-                copy = Path(directory) / file.relative_to(self.source)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                with files.replacing(copy) as partial:
-                    shutil.copyfile(file, partial)
-
-
 def last_checkpoint(directory: Path) -> str | None:
     """The newest checkpoint that was saved completely.
 
@@ -268,14 +229,14 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
         raise ValueError("model: its config has no eos_token_id")
     if recipe.lora is not None:
         torch.manual_seed(args.seed)
-        model = with_lora(model, recipe.lora, str(source))
+        model = adapters.with_lora(model, recipe.lora, str(source))
     try:
         trainer = CertaintyForcingTrainer(
             model=model,
             args=args,
             train_dataset=rows,
             data_collator=trajectories.Collator(eos, **recipe.collator),
-            processing_class=Companions(source),
+            processing_class=files.Companions(source),
         )
     except RuntimeError as error:
         if "installed" not in str(error):  # else what `report_to` names is not
@@ -294,7 +255,8 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
         files.write_json(directory / "training.json", report)
     if isinstance(model, Model) and not trainer.is_fsdp_enabled:
         if trainer.is_world_process_zero():
-            Companions(source).save_pretrained(directory)  # before config.json, which makes it a checkpoint
+            # Before config.json, which makes it a checkpoint.
+            files.Companions(source).save_pretrained(directory)
             dx.models.save(model, directory, dtype=torch.bfloat16)
     else:
         trainer.save_model(str(directory))
@@ -314,128 +276,6 @@ def finish(trainer: Any) -> None:
     trainer.model_wrapped = trainer.model
     gc.collect()
     del group
-
-
-def with_lora(model: Model, settings: Mapping[str, Any], base: str) -> Any:
-    """The model with a fresh PEFT adapter, by default on the published layers.
-
-    Raises ValueError naming a setting that PEFT does not know or refuses, and a module that the model lacks.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    if unknown := sorted(set(settings) - {f.name for f in fields(LoraConfig)}):
-        raise ValueError(f"lora: no setting {unknown} in peft.LoraConfig")
-    theirs = {o: model.checkpoint_name(f"blocks.0.{o}").rpartition(".")[2] for o in LORA_TARGETS}
-    theirs |= {name: model.checkpoint_name(name) for name in ("embed", "lm_head")}
-    # In LLaDA a layer's last matrix has the head's name.
-    changes: dict[str, Any] = {"exclude_modules": [theirs["lm_head"]], "target_modules": LORA_TARGETS}
-    changes |= settings
-    modules = [name for name, _ in model.named_modules()]
-    for key in ("target_modules", "modules_to_save"):
-        if not isinstance(names := changes.get(key), (list, tuple)):
-            continue
-        changes[key] = [theirs.get(name, name) for name in names]
-        for name, own in zip(names, changes[key], strict=True):
-            if not any(f".{module}".endswith(f".{own}") for module in modules):
-                raise ValueError(f"lora: {key} has {name!r}, which is no module of {type(model).__name__}")
-    try:
-        config = LoraConfig(**changes)
-        adapted = get_peft_model(model, config)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"lora: PEFT refuses {dict(settings)}: {error}") from error
-    config.base_model_name_or_path = base
-    return adapted
-
-
-def merge(
-    adapter: str | Path, out: str | Path, *, model: str | None = None, mask_id: int | None = None
-) -> Path:
-    """Add a LoRA adapter's weights to its base and write a plain checkpoint in the base's own layout.
-
-    The adapter may have been trained on a native model or on the Hugging Face model of the same checkpoint.
-    Modules and biases that it holds whole (`modules_to_save`, `bias`) replace the base's. `model`: the base;
-    default: the one that the adapter names. `mask_id`: replaces the base's.
-
-    Raises FileNotFoundError; ValueError if the adapter cannot be read, adapter and base do not fit, or
-    another run is writing to `out`; OSError if the disk is full.
-    """
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    directory = files.possible("out", out)
-    adapter = Path(adapter)
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (adapter / file).is_file():
-            complete = (adapter / "config.json").is_file()
-            hint = " (a whole checkpoint, with nothing to merge)" if complete else ""
-            raise FileNotFoundError(f"adapter: no {file} in {adapter}{hint}")
-    try:
-        config = LoraConfig.from_pretrained(str(adapter))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"adapter: {adapter / 'adapter_config.json'} is not LoRA's: {error}") from error
-    try:
-        tensors = load_file(adapter / "adapter_model.safetensors")
-    except SafetensorError as error:
-        raise ValueError(
-            f"adapter: {adapter / 'adapter_model.safetensors'} is not a readable safetensors file: {error}"
-        ) from error
-    name = model or config.base_model_name_or_path
-    if not name:
-        raise ValueError("model: the adapter does not name its base, so give one")
-    source = registry.directory_of(str(name))
-    base = dx.models.load(source, mask_id=mask_id)
-    parameters = dict(base.named_parameters())
-    known = {name.rpartition(".")[0]: None for name in parameters}
-    ends = {base.checkpoint_name(name) for name in ("embed", "lm_head")}
-    prefix, weights = "base_model.model.", {}
-    for key, tensor in tensors.items():
-        module, lora, rest = _parts(key.removeprefix(prefix))
-        if module.startswith("blocks."):  # by our names, as earlier versions wrote adapters
-            module = base.checkpoint_name(module)
-        name = module.replace(".base_layer.", ".")
-        if base.shape.tied and ends & {module, name.rpartition(".")[0]}:
-            raise ValueError(
-                f"adapter: {key} changes one of the embedding and the head, and {source} has one weight for "
-                "both"
-            )
-        if not lora and name in parameters:  # of `modules_to_save`, `bias` or `save_embedding_layers`
-            shape = parameters[name].shape
-            if tensor.shape != shape:
-                raise ValueError(f"adapter: {key} is {tuple(tensor.shape)}, and {source} has {tuple(shape)}")
-            parameters[name].data.copy_(tensor)
-        elif lora and module in known:
-            weights[prefix + module + lora + rest] = tensor
-        else:
-            raise ValueError(
-                f"adapter: {key} is for no module of {source}, which has {', '.join(list(known)[1:3])}, ..."
-            )
-    targets = {_parts(key.removeprefix(prefix)) for key in weights}
-    config.target_modules = sorted({module for module, part, _ in targets if part == ".lora_"})
-    if not config.target_modules:
-        raise ValueError(f"adapter: {adapter / 'adapter_model.safetensors'} has no weights of LoRA")
-    config.modules_to_save = None  # they are in the base now
-    config.exclude_modules = None
-    config.inference_mode = True
-    adapted = get_peft_model(base, config)
-    left: Any = set_peft_model_state_dict(adapted, weights)
-    if left.unexpected_keys:
-        raise ValueError(f"adapter: {left.unexpected_keys[0]} does not fit {source}")
-    merged = adapted.merge_and_unload()
-    files.directory("out", directory)
-    with files.locked("out", directory), files.full_disk_named(directory):
-        Companions(source).save_pretrained(directory)  # before config.json, which makes it a checkpoint
-        dx.models.save(merged, directory)
-    return directory
-
-
-def _parts(key: str) -> tuple[str, str, str]:
-    """The module of an adapter's weight, the mark of PEFT's own weights, and the rest of the name.
-
-    A weight that replaces the base's has no mark: its whole name comes first.
-    """
-    module, *own = re.split(r"(\.lora_|\.token_adapter\.)", key, maxsplit=1)
-    return (module, own[0], own[1]) if own else (module, "", "")
 
 
 # --- dry run ------------------------------------------------------------------------------------
@@ -465,7 +305,7 @@ def plan(recipe: Recipe, *, processes: int = 1, answers: str | Path | None = Non
     shape = model.shape
     total = sum(p.numel() for p in model.parameters())
     if recipe.lora is not None:
-        model = with_lora(model, recipe.lora, recipe.model)
+        model = adapters.with_lora(model, recipe.lora, recipe.model)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     else:
         trainable = total

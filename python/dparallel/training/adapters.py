@@ -1,0 +1,139 @@
+"""LoRA adapters of native models: fresh ones for `distill`, and trained ones merged into their base."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import dparallel_ext as dx
+from dparallel_ext.models import Model
+
+from .. import files, registry
+
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+"""The layers with adapters as published, by our names of modules."""
+
+
+def with_lora(model: Model, settings: Mapping[str, Any], base: str) -> Any:
+    """The model with a fresh PEFT adapter, by default on the published layers.
+
+    Raises ValueError naming a setting that PEFT does not know or refuses, and a module that the model lacks.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if unknown := sorted(set(settings) - {f.name for f in fields(LoraConfig)}):
+        raise ValueError(f"lora: no setting {unknown} in peft.LoraConfig")
+    theirs = {o: model.checkpoint_name(f"blocks.0.{o}").rpartition(".")[2] for o in LORA_TARGETS}
+    theirs |= {name: model.checkpoint_name(name) for name in ("embed", "lm_head")}
+    # In LLaDA a layer's last matrix has the head's name.
+    changes: dict[str, Any] = {"exclude_modules": [theirs["lm_head"]], "target_modules": LORA_TARGETS}
+    changes |= settings
+    modules = [name for name, _ in model.named_modules()]
+    for key in ("target_modules", "modules_to_save"):
+        if not isinstance(names := changes.get(key), (list, tuple)):
+            continue
+        changes[key] = [theirs.get(name, name) for name in names]
+        for name, own in zip(names, changes[key], strict=True):
+            if not any(f".{module}".endswith(f".{own}") for module in modules):
+                raise ValueError(f"lora: {key} has {name!r}, which is no module of {type(model).__name__}")
+    try:
+        config = LoraConfig(**changes)
+        adapted = get_peft_model(model, config)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"lora: PEFT refuses {dict(settings)}: {error}") from error
+    config.base_model_name_or_path = base
+    return adapted
+
+
+def merge(
+    adapter: str | Path, out: str | Path, *, model: str | None = None, mask_id: int | None = None
+) -> Path:
+    """Add a LoRA adapter's weights to its base and write a plain checkpoint in the base's own layout.
+
+    The adapter may have been trained on a native model or on the Hugging Face model of the same checkpoint.
+    Modules and biases that it holds whole (`modules_to_save`, `bias`) replace the base's. `model`: the base;
+    default: the one that the adapter names. `mask_id`: replaces the base's.
+
+    Raises FileNotFoundError; ValueError if the adapter cannot be read, adapter and base do not fit, or
+    another run is writing to `out`; OSError if the disk is full.
+    """
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    directory = files.possible("out", out)
+    adapter = Path(adapter)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter / file).is_file():
+            complete = (adapter / "config.json").is_file()
+            hint = " (a whole checkpoint, with nothing to merge)" if complete else ""
+            raise FileNotFoundError(f"adapter: no {file} in {adapter}{hint}")
+    try:
+        config = LoraConfig.from_pretrained(str(adapter))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"adapter: {adapter / 'adapter_config.json'} is not LoRA's: {error}") from error
+    try:
+        tensors = load_file(adapter / "adapter_model.safetensors")
+    except SafetensorError as error:
+        raise ValueError(
+            f"adapter: {adapter / 'adapter_model.safetensors'} is not a readable safetensors file: {error}"
+        ) from error
+    name = model or config.base_model_name_or_path
+    if not name:
+        raise ValueError("model: the adapter does not name its base, so give one")
+    source = registry.directory_of(str(name))
+    base = dx.models.load(source, mask_id=mask_id)
+    parameters = dict(base.named_parameters())
+    known = {name.rpartition(".")[0]: None for name in parameters}
+    ends = {base.checkpoint_name(name) for name in ("embed", "lm_head")}
+    prefix, weights = "base_model.model.", {}
+    for key, tensor in tensors.items():
+        module, lora, rest = _parts(key.removeprefix(prefix))
+        if module.startswith("blocks."):  # by our names, as earlier versions wrote adapters
+            module = base.checkpoint_name(module)
+        name = module.replace(".base_layer.", ".")
+        if base.shape.tied and ends & {module, name.rpartition(".")[0]}:
+            raise ValueError(
+                f"adapter: {key} changes one of the embedding and the head, and {source} has one weight for "
+                "both"
+            )
+        if not lora and name in parameters:  # of `modules_to_save`, `bias` or `save_embedding_layers`
+            shape = parameters[name].shape
+            if tensor.shape != shape:
+                raise ValueError(f"adapter: {key} is {tuple(tensor.shape)}, and {source} has {tuple(shape)}")
+            parameters[name].data.copy_(tensor)
+        elif lora and module in known:
+            weights[prefix + module + lora + rest] = tensor
+        else:
+            raise ValueError(
+                f"adapter: {key} is for no module of {source}, which has {', '.join(list(known)[1:3])}, ..."
+            )
+    targets = {_parts(key.removeprefix(prefix)) for key in weights}
+    config.target_modules = sorted({module for module, part, _ in targets if part == ".lora_"})
+    if not config.target_modules:
+        raise ValueError(f"adapter: {adapter / 'adapter_model.safetensors'} has no weights of LoRA")
+    config.modules_to_save = None  # they are in the base now
+    config.exclude_modules = None
+    config.inference_mode = True
+    adapted = get_peft_model(base, config)
+    left: Any = set_peft_model_state_dict(adapted, weights)
+    if left.unexpected_keys:
+        raise ValueError(f"adapter: {left.unexpected_keys[0]} does not fit {source}")
+    merged = adapted.merge_and_unload()
+    files.directory("out", directory)
+    with files.locked("out", directory), files.full_disk_named(directory):
+        files.Companions(source).save_pretrained(directory)  # before config.json, which makes it a checkpoint
+        dx.models.save(merged, directory)
+    return directory
+
+
+def _parts(key: str) -> tuple[str, str, str]:
+    """The module of an adapter's weight, the mark of PEFT's own weights, and the rest of the name.
+
+    A weight that replaces the base's has no mark: its whole name comes first.
+    """
+    module, *own = re.split(r"(\.lora_|\.token_adapter\.)", key, maxsplit=1)
+    return (module, own[0], own[1]) if own else (module, "", "")
