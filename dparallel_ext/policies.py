@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .arguments import one_of, shown
+from .arguments import check_tensor, one_of, shown
 
 
 class Line(NamedTuple):
@@ -146,8 +146,7 @@ def check(policy: Tensor, batch: int, *, values: bool = True) -> None:
 
     values: check the numbers too, if they are on the CPU.
     """
-    if not isinstance(policy, Tensor):
-        raise TypeError(f"policy: expected a Tensor (B, {len(FIELDS)}), got {type(policy).__name__}")
+    check_tensor("policy", policy)
     if policy.shape != (batch, len(FIELDS)) or policy.dtype != torch.float32:
         raise ValueError(
             f"policy: expected float32 ({batch}, {len(FIELDS)}) {FIELDS}, "

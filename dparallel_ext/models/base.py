@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import kept
+from ..arguments import check_tensor
 from ..cache import AttentionMetadata, KVCache, Span
 from . import fused_weights, rope
 from .attention import PagedAttention
@@ -438,8 +439,7 @@ class Model(Named):
         return visible if earlier is None else visible & earlier
 
     def _check(self, input_ids: Tensor, ndim: int) -> None:
-        if not isinstance(input_ids, Tensor):
-            raise TypeError(f"input_ids: expected a tensor, got {type(input_ids).__name__}")
+        check_tensor("input_ids", input_ids)
         if input_ids.ndim != ndim or input_ids.dtype not in (torch.int64, torch.int32):
             wanted = "(B, L)" if ndim == 2 else "(N,)"
             raise ValueError(

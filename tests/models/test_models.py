@@ -553,7 +553,7 @@ def test_rope_parameters_as_transformers_5_writes_them() -> None:
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ([[1, 2]], TypeError, "input_ids: expected a tensor, got list"),
+        ([[1, 2]], TypeError, "input_ids: expected a Tensor, got list"),
         (torch.zeros(3, dtype=torch.int64), ValueError, r"expected int64 \(B, L\)"),
         (torch.zeros(1, 3), ValueError, r"got torch\.float32 \(1, 3\)"),
         (torch.tensor([[1, 512]]), ValueError, r"expected ids in \[0, 512\), got 512"),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +63,25 @@ def test_same_settings_same_model_and_a_stopped_run_goes_on_as_if_it_had_not(tmp
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     other = run(tmp_path / "other", replace(TINY, seed=1))
     assert any(not torch.equal(whole[name], other[name]) for name in whole)
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_weight(tmp_path: Path, kind: str):
+    calls, original = itertools.count(), train.masked_diffusion_loss
+
+    def overflowing(*args: Any, **kwargs: Any) -> Any:
+        loss = original(*args, **kwargs)
+        if next(calls) < 4:
+            return loss
+        return loss * math.inf if kind == "loss" else loss + 1e-30 * (loss - loss.detach()).sqrt()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "masked_diffusion_loss", overflowing)
+        with pytest.raises(ValueError, match=r"the loss of step 5 is .*: training stops, and .*state\.pt"):
+            run(tmp_path / "part", save_every=2)
+    assert torch.load(tmp_path / "part" / "state.pt", weights_only=True)["step"] == 4
+    whole, resumed = run(tmp_path / "whole"), run(tmp_path / "part", save_every=2)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_a_run_with_other_settings_is_not_overwritten(tmp_path: Path):

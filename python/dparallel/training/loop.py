@@ -6,6 +6,7 @@ An interrupted run is resumed with the same weights.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -85,8 +86,9 @@ def run(
     number. settings: identify the run; only "steps" may differ in a resumed one. defaults: values of settings
     that an older run's state does not have.
 
-    Raises ValueError if `directory` holds a run with other settings, or state.pt is not a run's state, and
-    for rows that a loss refuses, such as one with NaN.
+    Raises ValueError if `directory` holds a run with other settings, or state.pt is not a run's state, for
+    rows that a loss refuses, such as one with NaN, and for a loss or gradient that is not finite; no weight
+    has then moved.
     """
     optimizers = make_optimizers(model, list(matrices), schedule)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -115,7 +117,14 @@ def run(
                 group["lr"] = full * rate
         loss = loss_of(step)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        recent.append(loss.item())
+        dx.check_errors(loss.device)  # on a GPU, losses raise no errors by themselves
+        if not math.isfinite(recent[-1] + norm.item()):
+            raise ValueError(
+                f"the loss of step {step + 1} is {recent[-1]:g} and its gradient's norm {norm.item():g}: "
+                f"training stops, and {state_file} is as it was; lower rates may help"
+            )
         for optimizer, _ in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -123,8 +132,6 @@ def run(
         with torch.no_grad():
             for name, p in model.named_parameters():
                 average[name].lerp_(p, 1 - kept)
-        recent.append(loss.item())
-        dx.check_errors(loss.device)  # on a GPU, losses raise no errors by themselves
         if (step + 1) % report_every == 0:
             curve.append([step + 1, round(sum(recent) / len(recent), 5)])
             recent = []
