@@ -9,9 +9,10 @@
 namespace dparallel::cpu::DPARALLEL_SIMD {
 namespace {
 
-// C [rows, columns] += A [rows, depth] B [depth, columns], all row-major. A block of kRows by
-// kVectors vectors of C stays in registers for the whole depth.
-constexpr int kRows = kLanes == 16 ? 6 : 4;
+// C [rows, columns] += A [rows, depth] B [depth, columns], all row-major. A block of C, at most
+// kSums vectors, stays in registers for the whole depth. A number's sum has the order of the depth,
+// whatever block it is in.
+constexpr int kSums = kLanes == 16 ? 24 : 12;
 constexpr int kVectors = kLanes == 16 ? 4 : 2;
 
 struct Matrix {
@@ -39,23 +40,22 @@ inline void multiply_block(const float* a, int64_t a_stride, const float* b, int
       std::memcpy(c + i * c_stride + j * kLanes, &sum[i][j], sizeof(F));
 }
 
+// Rows [i, rows) of the first Vectors vectors of C: blocks of Rows rows, then of half as many, ...
+template <int Rows, int Vectors>
+inline void multiply_strip(const Matrix& a, const Matrix& b, const Matrix& c, int64_t i,
+                           int64_t rows, int64_t depth) {
+  for (; i + Rows <= rows; i += Rows)
+    multiply_block<Rows, Vectors>(a.row(i), a.stride, b.data, b.stride, c.row(i), c.stride, depth);
+  if constexpr (Rows > 1) multiply_strip<Rows / 2, Vectors>(a, b, c, i, rows, depth);
+}
+
 // `columns` is a multiple of kLanes.
-void multiply(const Matrix& a, const Matrix& b, const Matrix& c, int64_t rows, int64_t columns,
-              int64_t depth) {
-  int64_t j = 0;
-  const auto strip = [&](auto vectors) {
-    constexpr int kCount = decltype(vectors)::value;
-    int64_t i = 0;
-    for (; i + kRows <= rows; i += kRows)
-      multiply_block<kRows, kCount>(a.row(i), a.stride, b.data + j, b.stride, c.row(i) + j,
-                                    c.stride, depth);
-    for (; i < rows; ++i)
-      multiply_block<1, kCount>(a.row(i), a.stride, b.data + j, b.stride, c.row(i) + j, c.stride,
-                                depth);
-    j += kCount * kLanes;
-  };
-  while (j + kVectors * kLanes <= columns) strip(std::integral_constant<int, kVectors>{});
-  while (j < columns) strip(std::integral_constant<int, 1>{});
+template <int Vectors = kVectors>
+void multiply(const Matrix& a, Matrix b, Matrix c, int64_t rows, int64_t columns, int64_t depth) {
+  constexpr int64_t kWidth = Vectors * kLanes;
+  for (; columns >= kWidth; columns -= kWidth, b.data += kWidth, c.data += kWidth)
+    multiply_strip<std::min(kSums / Vectors, 12), Vectors>(a, b, c, 0, rows, depth);
+  if constexpr (Vectors > 1) multiply<Vectors / 2>(a, b, c, rows, columns, depth);
 }
 
 typedef uint16_t H __attribute__((vector_size(2 * kLanes)));
@@ -131,20 +131,22 @@ struct Softmax {
 // Replaces `count` scores (with room up to a whole vector) by their exponentials, relative to the
 // row's largest score, and updates the row's softmax.
 inline void soften(float* s, int64_t count, int64_t wide, const Softmax& row) {
-  const int64_t lanes = padded(count);
-  for (int64_t j = count; j < lanes; ++j) s[j] = -kInfinity;
-  F largest = load<F>(s);
-  for (int64_t j = kLanes; j < lanes; j += kLanes) largest = maximum(load<F>(s + j), largest);
+  // What a vector has beyond `count` is no score: -inf for the maximum, 0 in the sum.
+  const auto within = [&](int64_t j, F v, float beyond) {
+    const auto left = static_cast<int32_t>(count - j);
+    return left >= kLanes ? v : lane_numbers() < left ? v : splat(beyond);
+  };
+  F largest = splat(-kInfinity);
+  for (int64_t j = 0; j < count; j += kLanes)
+    largest = maximum(within(j, load<F>(s + j), -kInfinity), largest);
   const float before = row.top;
   const float now = std::max(before, clamp_logit(reduce_max(largest)));
   // NaN scores stay NaN; where all are -inf the row is uniform, as in a softmax of equals.
   const F m = splat(now == -kInfinity ? 0.0f : now), floor = splat(kExpFloor);
   F part = splat(0.0f);
-  for (int64_t j = 0; j < lanes; j += kLanes) {
+  for (int64_t j = 0; j < count; j += kLanes) {
     F e = load<F>(s + j) - m;
-    e = exp_nonpositive(e < floor ? floor : e);
-    if (j + kLanes > count)
-      for (int i = 0; i < kLanes; ++i) e[i] = j + i < count ? e[i] : 0.0f;
+    e = within(j, exp_nonpositive(e < floor ? floor : e), 0.0f);
     std::memcpy(s + j, &e, sizeof e);
     part += e;
   }
@@ -212,10 +214,13 @@ void attend(const BlockAttentionArgs& args, const AttentionTile& tile, float* sc
   }
   for (int64_t start = 0; start < tile.length; start += kKeys) {
     const int64_t count = std::min(kKeys, tile.length - start), lanes = padded(count);
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t slot = start + j;
-      const int64_t page = tile.pages[slot / args.k_layout.page_size];
-      const int64_t at = slot % args.k_layout.page_size;
+    int64_t number = start / args.k_layout.page_size, at = start % args.k_layout.page_size;
+    for (int64_t j = 0; j < count; ++j, ++at) {
+      if (at == args.k_layout.page_size) {
+        at = 0;
+        ++number;
+      }
+      const int64_t page = tile.pages[number];
       widen_row<T>(
           static_cast<const Storage*>(args.k_cache) + args.k_layout.offset(page, at, tile.head),
           dim, keys.row(j));

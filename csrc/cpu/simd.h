@@ -23,6 +23,11 @@ typedef uint32_t U __attribute__((vector_size(4 * kLanes)));
 typedef uint64_t W __attribute__((vector_size(8 * kLanes)));
 
 inline F splat(float x) { return x - F{}; }
+inline I lane_numbers() {
+  I v;
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
+}
 inline F maximum(F a, F b) { return a > b ? a : b; }  // b where a is NaN
 inline F minimum(F a, F b) { return a < b ? a : b; }  // b where a is NaN
 
@@ -150,10 +155,12 @@ inline bool any(I mask) {
   return found != 0;
 }
 
-inline float reduce_max(F v) {
-  float best = v[0];
-  for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+inline float reduce_max(F v) {  // of a vector without NaN
+  float best[kLanes];
+  std::memcpy(best, &v, sizeof v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) best[i] = best[i + width] > best[i] ? best[i + width] : best[i];
+  return best[0];
 }
 
 inline float reduce_add(F v) {
