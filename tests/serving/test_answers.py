@@ -447,6 +447,7 @@ def test_what_a_request_does_not_say_is_as_the_config(student: tuple[Any, Any]) 
 
         assert ask() == ask() == expected()
         assert ask(seed=6, top_k=-1, top_p=0.5) == expected(seed=6, top_k=0, top_p=0.5)
+        assert ask(top_p=0) == expected(temperature=0.0)  # the most probable id is always kept
         assert ask(temperature=0, max_tokens=16) == expected(temperature=0.0, gen_length=16)
         assert ask(temperature=0, policy="one") == expected(temperature=0.0, rule="one")
         assert ask(temperature=0, policy="credit") == expected(temperature=0.0, rule="credit")

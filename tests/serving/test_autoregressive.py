@@ -170,7 +170,7 @@ def test_stops_and_logprobs(client: OpenAI, loaded: tuple[Any, Any]) -> None:
         ({"extra_body": {"policy": "entropy:0.5"}}, "policy", "belongs to masked diffusion, and 'causal' is"),
         ({"suffix": "so it is"}, "suffix", "belongs to masked diffusion, and 'causal' is"),
         ({"prompt": ""}, "prompt", "prompt: expected at least one token, got none"),
-        ({"max_tokens": 500}, "max_tokens", "expected at most 256 tokens"),
+        ({"max_tokens": 500}, "max_tokens", "maximum context length is 256 tokens"),
         ({"prompt": [VOCABULARY]}, "prompt", f"expected token ids below {VOCABULARY}"),
     ],
 )

@@ -55,6 +55,29 @@ def test_signals_in_mid_stream(odd_model: Path, grace: int, how: signal.Signals)
         assert "Traceback" not in served.log.read_text()
 
 
+def test_a_second_ctrl_c_ends_the_time_of_grace(odd_model: Path) -> None:
+    """Requests that run are told, and no task is left to be cut off."""
+    loaded = registry.load(str(odd_model))
+    with serving(loaded, odd_model, {"cache": "none", "lanes": 1}, grace=60, max_length=2048) as here:
+        slow = {"model": MODEL, "prompt": [5, 6], "max_tokens": 1900, "policy": "one"}
+        whole, streamed = here.connect(), here.connect()
+        whole.sendall(post("/v1/completions", json.dumps(slow).encode()))
+        until(lambda: here.engine.stats.active == 1)
+        streamed.sendall(post("/v1/completions", json.dumps({**slow, "stream": True}).encode()))
+        until(lambda: here.engine.stats.waiting == 1)
+        here.server.handle_exit(signal.SIGINT, None)
+        until(lambda: "Shutting down" in here.log.lines)
+        assert here.engine.stats.active == 1
+        here.server.handle_exit(signal.SIGINT, None)
+        assert (here.stop() < 20, here.server.force_exit) == (True, False)
+        status, answer = answer_of(all_of(whole))
+        assert (status, answer["error"]["code"]) == (503, "shutting_down")
+        assert b'"code":"shutting_down"' in all_of(streamed)
+        whole.close()
+        streamed.close()
+        assert not here.faults()
+
+
 @pytest.mark.slow
 def test_a_waiting_request_is_told_of_the_end(odd_model: Path) -> None:
     with server(odd_model, "--name", "odd", "--policy", "one", "--grace", 0.2) as served:

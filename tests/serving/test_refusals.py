@@ -33,15 +33,24 @@ pytest_plugins = ["servers"]
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": True}, "max_tokens", "valid integer"),
         ({"max_tokens": 1.5}, "max_tokens", "valid integer"),
-        ({"max_tokens": 1000}, "max_tokens", "at most 256 tokens"),
+        ({"max_tokens": 1000}, "max_tokens", "this model's maximum context length is 256 tokens"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "got 5 and 6"),
-        ({"max_completion_tokens": 1000}, "max_completion_tokens", "at most 256 tokens"),
+        ({"max_completion_tokens": 1000}, "max_completion_tokens", "maximum context length is 256 tokens"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "system", "content": "x"}]}, "messages", "one from the user"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "role"),
         ({"messages": [{"role": "user", "content": None}]}, "messages", "content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "parts"),
-        ({"messages": [{"role": "user", "content": "a " * 300}]}, "messages", "at most 256 tokens"),
+        (
+            {"messages": [{"role": "user", "content": "a " * 300}]},
+            "messages",
+            "with the response, got 300 + 1",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "detail": "high"}]}]},
+            "messages",
+            "messages.content.detail: is not supported",
+        ),
         (
             {"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]},
             "messages",
@@ -64,7 +73,7 @@ pytest_plugins = ["servers"]
         ({"logprobs": 1}, "logprobs", "valid boolean"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "only [] is supported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "only"),
-        ({"top_p": 0.0}, "top_p", "greater than 0"),
+        ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
         ({"top_p": 1.1}, "top_p", "less than or equal to 1"),
         ({"frequency_penalty": 0.1}, "frequency_penalty", "only 0"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "only {} is supported"),
@@ -131,7 +140,8 @@ def test_neutral_values_are_accepted(client: OpenAI, which: int) -> None:
     def one_of_each(neutral: protocol.Neutral) -> dict[str, Any]:
         return {name: values[which] for name, values in neutral.items()}
 
-    messages = [{"role": "user", "content": PROMPT, **one_of_each(protocol.MESSAGE)}]
+    parts = [{"type": "text", "text": PROMPT, **one_of_each(protocol.PART), **harmless}]
+    messages = [{"role": "user", "content": parts, **one_of_each(protocol.MESSAGE), **harmless}]
     asked = {**one_of_each(protocol.CHAT), **harmless, "messages": messages}
     plain = chat(client, max_tokens=8, max_completion_tokens=8).choices[0].message.content
     assert chat(client, max_tokens=8, extra_body=asked).choices[0].message.content == plain
@@ -254,6 +264,17 @@ def events_of(answer: bytes) -> list[dict[str, Any]]:
     return [json.loads(chunk.removeprefix("data: ")) for chunk in chunks]
 
 
+def test_lines_of_a_stream_however_they_are_split(student: tuple[Any, Any]) -> None:
+    """httpx's `iter_lines` ends a line where `str.splitlines` does: at U+0085, U+2028 and U+2029 too."""
+    name = "a\u0085b\u2028c\u2029d"  # it is in every chunk
+    with serving(student, name=name) as here:
+        body = {"model": name, "prompt": PROMPT, "max_tokens": 16, "stream": True}
+        status, _, answer = exchange(here, "POST", "/v1/completions", body)
+    *chunks, done = [line for line in answer.decode().splitlines() if line]
+    assert (status, done) == (200, "data: [DONE]")
+    assert {json.loads(chunk.removeprefix("data: "))["model"] for chunk in chunks} == {name}
+
+
 @pytest.mark.parametrize("ignore_eos", [False, True])
 def test_requests_of_vllm_bench_serve(served: Here, student: tuple[Any, Any], ignore_eos: bool) -> None:
     """Its bodies, and how it reads the answers: the name of the model, text as it comes, usage at the end."""
@@ -341,6 +362,18 @@ def test_requests_that_are_no_requests(served: Here) -> None:
     assert "path: expected one of /v1/chat/completions, " in answer["error"]["message"]
     assert set(answer["error"]) == {"message", "type", "param", "code"}
     assert not served.faults()
+
+
+def test_bodies_that_are_compressed(served: Here) -> None:
+    """They are refused by name; `identity` says that they are not."""
+    body = {"model": MODEL, "prompt": "sam", "max_tokens": 1}
+    for coding in ("gzip", "Deflate", "identity, br"):
+        status, _, answer = exchange(served, "POST", "/v1/completions", body, **{"Content-Encoding": coding})
+        error = json.loads(answer)["error"]
+        assert (status, error["param"]) == (415, "content-encoding")
+        assert error["message"].endswith(f"got {coding!r}")
+    for coding in ("", "identity"):
+        assert exchange(served, "POST", "/v1/completions", body, **{"Content-Encoding": coding})[0] == 200
 
 
 def test_numbers_of_thousands_of_digits(served: Here) -> None:

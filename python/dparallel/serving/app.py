@@ -109,6 +109,12 @@ class Gate:
             if kind.lower() != b"bearer" or not any(same):
                 message = "the API key is missing or wrong: expected the header Authorization: Bearer KEY"
                 return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        coding = headers.get(b"content-encoding", b"identity")
+        if scope["method"] == "POST" and coding.strip().lower() not in (b"", b"identity"):
+            message = (
+                f"content-encoding: expected a body that is not compressed, got {coding.decode('latin-1')!r}"
+            )
+            return ApiError(415, message, param="content-encoding")
         if int(headers.get(b"content-length", 0)) > self.service.settings.max_body:
             return too_large(self.service.settings.max_body)
         kind = headers.get(b"content-type", b"")
@@ -135,7 +141,7 @@ def is_json(content_type: bytes) -> bool:
 
 
 def too_large(most: int) -> ApiError:
-    return ApiError(413, f"expected at most {most} bytes", code="request_too_large")
+    return ApiError(413, f"body: expected at most {most} bytes", code="request_too_large")
 
 
 class EventStream(StreamingResponse):
@@ -299,7 +305,12 @@ def draft_of(draft: Draft, length: int, texts: text.TokenTexts) -> dict[str, Any
 
 
 def sse(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    """An event of a stream of server-sent events: a line of JSON.
+
+    It is ASCII, since clients that split decoded text as Python's `str.splitlines` does, such as httpx's
+    `iter_lines`, also end a line at U+0085, U+2028 and U+2029.
+    """
+    return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
 
 
 def name_errors(app: FastAPI, service: Service) -> None:

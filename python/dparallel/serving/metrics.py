@@ -23,7 +23,7 @@ GAUGES = {
 COUNTERS = {
     "completed": "Requests that were answered.",
     "failed": "Requests that ended in an error.",
-    "cancelled": "Requests that were cancelled.",
+    "cancelled": "Requests that were cancelled: the client left, or a stop string had come.",
     "forwards": "Forward passes.",
     "sequence_passes": "Forward passes, counted once for each sequence in them.",
     "tokens": "Tokens of finished blocks.",

@@ -27,7 +27,9 @@ Neutral = Mapping[str, tuple[Any, ...]]
 
 HARMLESS = frozenset(
     {
+        "cache_control",
         "metadata",
+        "prompt_cache_breakpoint",
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
@@ -40,7 +42,8 @@ HARMLESS = frozenset(
         "user",
     }
 )
-"""Parameters for the provider's records, or that only modify another parameter that is not supported."""
+"""Parameters for the provider's records or caches, or that only modify another parameter that is not
+supported. Fields of messages and of their parts, too."""
 
 EITHER = (False, True)
 
@@ -243,7 +246,7 @@ class Options(Strict):
     n: int | None = Field(None, ge=1, le=MOST_PROMPTS)
     best_of: int | None = None
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1)
     """-1 and 0: no limit."""
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -347,6 +350,10 @@ class CompletionRequest(Options):
         raise ValueError("expected a string, a list of token ids, or a list of either, none of them empty")
 
 
+PART: Neutral = {"annotations": ([],), "type": ("text",)}
+"""Fields of a part of a message's content, besides its text."""
+
+
 class TextPart(BaseModel):
     """A part of a message's content."""
 
@@ -373,6 +380,10 @@ class ChatMessage(Strict):
                 or not isinstance(part.get("text"), str)
             ):
                 raise ValueError('expected text, or parts {"type": "text", "text": ...}')
+            refusal = refused({name: part[name] for name in part if name != "text"}, PART)
+            if refusal is not None:
+                message = f"messages.content.{refusal[1]}"
+                raise ApiError(400, message, param="messages", code="unsupported_parameter")
         return "".join(part["text"] for part in value)
 
     @model_validator(mode="after")

@@ -9,9 +9,11 @@ import gc
 import logging
 import math
 import os
+import signal
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -53,6 +55,15 @@ class Server(uvicorn.Server):
         if counter % 10 == 0:
             connections.cut_overdue(self.server_state.connections)
         return await super().on_tick(counter)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop. SIGINT in the time of grace ends it: requests that still run get an error. One more drops
+        them."""
+        again = self.started and self.should_exit and sig == signal.SIGINT
+        if again and not self.service.aborted.done():
+            self.service.aborted.get_loop().call_soon_threadsafe(self.service.abort)
+        else:
+            super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         ending = asyncio.get_running_loop().call_later(self.service.settings.grace, self.service.abort)

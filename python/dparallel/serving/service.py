@@ -326,15 +326,18 @@ class ModelService:
             "max_tokens": self.gen_length,
         }
 
+    def _too_long(self, param: str, rest: str) -> ApiError:
+        """The error of a text that has no place in the model, in the words by which clients know it, such as
+        litellm: they may ask another model then."""
+        message = f"{param}: this model's maximum context length is {self.max_length} tokens, {rest}"
+        return ApiError(400, message, param=param, code="context_length_exceeded")
+
     async def _ids(self, param: str, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         """The token ids of texts. Raises ApiError for a text that is too long to be encoded."""
         most = self.most_characters
         wrong = next((len(each) for each in texts if len(each) > most), None)
         if wrong is not None:
-            message = (
-                f"{param}: expected at most {most} characters, for {self.max_length} tokens, got {wrong}"
-            )
-            raise ApiError(400, message, param=param, code="context_length_exceeded")
+            raise self._too_long(param, f"at most {most} characters, got {wrong}")
 
         def encode() -> list[list[int]]:
             # By batches, since `encode` holds the interpreter's lock, and nothing else could run; of one text
@@ -494,7 +497,6 @@ class ModelService:
             name = request.length_name
             if known >= most:
                 name = param if len(ids) >= most else "suffix"
-            message = f"{name}: expected at most {most} tokens with the response, got {known} + {length}"
-            raise ApiError(400, message, param=name, code="context_length_exceeded")
+            raise self._too_long(name, f"with the response, got {known} + {length}")
         self._check_ids(param, ids)
         return length
