@@ -147,6 +147,17 @@ def test_each_connection_has_an_end() -> None:
         assert not here.faults()
 
 
+def test_a_connection_is_kept_as_long_as_a_request_may_take() -> None:
+    """uvicorn's own limit of an idle connection, 5 s, would cut in before the promised 30."""
+    with serving() as here, here.connect() as wire:
+        wire.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b" 200 " in wire.recv(65536)
+        (connection,) = here.server.server_state.connections
+        until(lambda: connection.timeout_keep_alive_task is not None)
+        due = connection.timeout_keep_alive_task.when() - connection.loop.time()
+        assert due > here.service.settings.body_seconds - 5
+
+
 def test_more_requests_than_connections_are_for(odd_model: Path) -> None:
     """Some stay free: who is too much is told so, and /health answers."""
     loaded = registry.load(str(odd_model))

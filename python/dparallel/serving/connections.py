@@ -13,6 +13,7 @@ import asyncio
 import copy
 import json
 import logging
+import math
 import os
 import resource
 import time
@@ -189,6 +190,9 @@ def config_of(
         ws="none",
         loop="asyncio",
         backlog=ACCEPTS,
+        # Longer than clients keep idle connections (httpx 5 s, aiohttp 15 s), so that none sends a request
+        # into a connection that is being closed.
+        timeout_keep_alive=math.ceil(seconds),
         log_config=log_config(),
         log_level=log_level,
         server_header=False,
