@@ -387,14 +387,21 @@ class Batch:
             self._enter(b)
 
     def _read(self, row: SequenceState, window: Window, first: int, last: int) -> tuple[int, int]:
-        """Columns [start, end) that the sequence's rule reads, in a pass over positions [first, last)."""
-        rule = row.settings.rule
-        if rule is None or rule.reads == "masked" or self.schedule.prefill_only(row):
+        """Columns [start, end) that the sequence's rule reads, in a pass over positions [first, last).
+
+        With shifted logits the position in front of a column has its logits: the pass has none for column
+        `first`, whose token is then known.
+        """
+        rule, schedule = row.settings.rule, self.schedule
+        if rule is None or rule.reads == "masked" or schedule.prefill_only(row):
             return window.start, window.end
         start, end = window.block[:2]
-        if rule.reads == "response" and self.schedule.to_the_end:
+        if rule.reads == "response" and schedule.to_the_end:
             start, end = row.columns[0], row.length
-        return min(window.start, max(start, first)), max(window.end, min(end, last))
+        elif start and schedule.shift and schedule.causal and start % schedule.block_length == 0:
+            start += 1  # its logits are the block before's, which passes with cache "block" do not compute
+        first += first > 0 and schedule.shift
+        return max(start, first), max(window.end, min(end, last))
 
     def _groups(self, live: list[int]) -> list[list[int]]:
         """The live lanes, grouped by the pass that they share."""

@@ -141,7 +141,9 @@ class Rule:
 
     reads: Literal["masked", "block", "response"] = "masked"
     """The columns whose statistics it needs: the masks of the active window; the whole active block; or the
-    whole response if the pass computes it (caches "none" and "prefix"; else the block)."""
+    whole response if the pass computes it (caches "none" and "prefix"; else the block). Where logits are
+    shifted, a pass from the block on has none for the block's first column, and a pass that takes a block's
+    first token from the block before (Fast-dLLM v2) reads this one column."""
     edits: int = 0
     """0: committed tokens stay. N > 0: they may change while their block is open; a block without a mask is
     complete once a pass changes nothing, or after N such passes. The rule then needs `reads` "block"."""

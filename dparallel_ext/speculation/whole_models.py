@@ -53,12 +53,13 @@ class ModelDrafter:
             raise ValueError(f"drafter: expected on {model.device} as the model, got {self.model.device}")
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> DraftSession:
-        return (_Causal if self.model.causal else _Diffusion)(self, kv_cache, lanes)
+        of = _Causal if self.model.causal else _Diffusion
+        return of(self, model.shape.embedding_size, kv_cache, lanes)
 
 
 class _Session(DraftSession):
-    def __init__(self, drafter: ModelDrafter) -> None:
-        self.drafter, self.model = drafter, drafter.model
+    def __init__(self, drafter: ModelDrafter, target_size: int) -> None:
+        self.drafter, self.model, self.target_size = drafter, drafter.model, target_size
 
     def _best(
         self,
@@ -66,14 +67,25 @@ class _Session(DraftSession):
         metadata: AttentionMetadata,
         ids: Sequence[int],
         source: Sequence[int],
+        lanes: Sequence[Lane],
     ) -> list[int]:
-        """The most probable token at rows `source` of a pass over the packed tokens `ids`."""
+        """The most probable token that the target can choose, at rows `source` of a pass over the packed
+        tokens `ids`. lanes: the lane of each of these rows. -1 for a bad row."""
         device = self.model.device
         metadata = metadata.to(device)
         with own_precision(self.model, device):
             x = self.model.step(torch.tensor(ids, device=device), kv_cache, metadata)
             logits = self.model.head(x[torch.tensor(source, device=device)])
-        best: list[int] = row_stats(logits, mask_id=self.model.mask_id, check=False).token.tolist()
+        logits[:, self.target_size :] = -torch.inf  # padding of the drafter's embedding
+        best = [-1] * len(source)
+        groups: dict[int, list[int]] = {}
+        for row, lane in enumerate(lanes):
+            groups.setdefault(id(lane.suppress), []).append(row)
+        for rows in groups.values():
+            at, suppress = torch.tensor(rows, device=device), lanes[rows[0]].suppress
+            stats = row_stats(logits, rows=at, mask_id=self.model.mask_id, suppress=suppress, check=False)
+            for row, token in zip(rows, stats.token.tolist(), strict=True):
+                best[row] = token
         return best
 
 
@@ -82,8 +94,8 @@ class _Causal(_Session):
     table.
     """
 
-    def __init__(self, drafter: ModelDrafter, target: KVCache, lanes: int) -> None:
-        super().__init__(drafter)
+    def __init__(self, drafter: ModelDrafter, target_size: int, target: KVCache, lanes: int) -> None:
+        super().__init__(drafter, target_size)
         self._kv_cache = self.model.new_cache(target.slots.shape[2], target.page_size, target.block_table)
         self._pages = target
         """Makes the metadata: it notices when pages are assigned."""
@@ -112,15 +124,17 @@ class _Causal(_Session):
                 ids += whole_text[len(cached) :]
                 source.append(len(ids) - 1)
             metadata = self._pages.metadata(spans, causal=True)
-            for i, token in zip(going, self._best(self._kv_cache, metadata, ids, source), strict=True):
+            going_lanes = [lanes[i] for i in going]
+            best = self._best(self._kv_cache, metadata, ids, source, going_lanes)
+            for i, token in zip(going, best, strict=True):
                 self._cached[lanes[i].lane] = texts[i] + drafts[i]
                 drafts[i].append(max(0, token))  # a bad row has no best token, and any guess will do
         return [Draft(tuple(draft)) for draft in drafts]
 
 
 class _Diffusion(_Session):
-    def __init__(self, drafter: ModelDrafter, target: KVCache, lanes: int) -> None:
-        super().__init__(drafter)
+    def __init__(self, drafter: ModelDrafter, target_size: int, target: KVCache, lanes: int) -> None:
+        super().__init__(drafter, target_size)
         self._kv_cache = self.model.new_cache(lanes, target.length, kept=False)
 
     def propose(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:
@@ -136,5 +150,6 @@ class _Diffusion(_Session):
             ids += [*text, *[self.model.mask_id] * (length - len(text))]
             at = first + len(text) - int(self.model.shift)
             source += range(at, at + size)
-        best = iter(self._best(self._kv_cache, self._kv_cache.metadata(spans), ids, source))
+        of_rows = [lane for lane, size in zip(lanes, sizes, strict=True) for _ in range(size)]
+        best = iter(self._best(self._kv_cache, self._kv_cache.metadata(spans), ids, source, of_rows))
         return [Draft(tuple(max(0, next(best)) for _ in range(size))) for size in sizes]

@@ -14,6 +14,7 @@ from conftest import golden
 from dparallel import registry
 from dparallel.configs import parse_policy
 from dparallel.serving.protocol import CompletionRequest
+from drafters import fast_dllm
 from safetensors.torch import load_file, save_file
 from test_rules import MASK, PROMPTS, Sharp, argmax, best, plain
 from torch import Tensor, nn
@@ -188,6 +189,17 @@ def test_a_block_that_the_prompt_ends_in(cache: str) -> None:
     assert bool((places.seen[0][:tail] == 1).all())
     assert bool((places.seen[0][tail:] < 1).all())
     assert bool((places.seen[-1] < 1).all())  # the second block, all of it decoded
+
+
+def test_an_exact_cache_changes_nothing_where_logits_are_shifted(file: Path) -> None:
+    """A block's first column has its logits from the block before, which passes over the block lack."""
+    model = fast_dllm()
+    for tau in (0.3, 0.6):
+        settings: dict[str, Any] = {"sub_block_length": BLOCK, "rule": Learned(file, tau), "gen_length": 60}
+        none, block = (dx.decode(model, PROMPTS, cache=cache, **settings) for cache in ("none", "block"))
+        assert torch.equal(none.sequences, block.sequences)
+        assert torch.equal(none.nfe, block.nfe)
+        assert int(none.nfe.sum()) < int(none.generated.sum())
 
 
 def test_committed_columns_are_seen(llada: models.Model) -> None:

@@ -238,6 +238,18 @@ def test_edit_is_its_loop(llada: models.Model, by: float, edits: int) -> None:
     assert edited
 
 
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_edit_leaves_a_token_without_logits(cache: str) -> None:
+    """Dream's logits of a block's first column are from the position before: passes from the block on have
+    none."""
+    settings: dict[str, Any] = {"gen_length": 8, "block_length": 8, "rule": Edit(0.5, 0.0, 6), "record": True}
+    model = golden.model("dream_tiny_a", dtype=torch.float32)
+    for first in range(3, 9):
+        steps = dx.decode(model, torch.arange(first, 20), cache=cache, **settings).trajectory.step[0]
+        assert int(steps[0]) == 1  # of the full pass, which fills this one
+        assert int(steps.max()) > 2
+
+
 @pytest.mark.parametrize("cache", ["none", "prefix"])
 def test_end_of_text_is_its_formula(llada: models.Model, cache: str) -> None:
     """All masks from the first sure EOS on become EOS, in later blocks too, and the rest follows the row."""

@@ -392,6 +392,27 @@ def test_whole_models_draft(temperature: float) -> None:
     assert torch.equal(other.sequences, expected.sequences)
 
 
+def test_a_model_drafts_what_can_be_chosen() -> None:
+    """Neither suppressed ids nor rows of its embedding behind the vocabulary."""
+    diffusion = golden.model("llada_tiny_a", dtype=torch.float32)
+    target, padded = model_of(vocab_size=500), model_of("llama", vocab_size=500)
+    diffusion.vocab_size = 500  # the other 12 rows of its embedding are padding
+    with torch.no_grad():  # nearly every second row prefers 505, then 8, then 7
+        for drafter, rows in ((diffusion, (7, 8, 505)), (padded, (7, 8))):
+            for number, row in enumerate(rows):
+                drafter.lm_head.weight[row] = (40 + number) * drafter.lm_head.weight[9]
+    for drafter in (diffusion, padded):
+        for suppress in ((), (7,), (7, 8)):
+            out = dx.speculate(
+                target, PROMPTS, gen_length=12, drafter=drafter, draft_size=4, suppress=suppress, record=True
+            )
+            assert out.passes is not None
+            refused = {token for passes in out.passes for one in passes for token in one.refused}
+            assert refused.isdisjoint(suppress)
+            assert max(refused) < 500
+            assert len(suppress) == 2 or refused & {7, 8}
+
+
 def test_diffusion_models_draft() -> None:
     """Shifted and block-causal ones too."""
     for name in ("llada_tiny_a", "dream_tiny_a", "sdar_tiny_a"):
