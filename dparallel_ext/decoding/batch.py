@@ -313,13 +313,14 @@ class Batch:
             block._replace(masks_left=left, first_mask=first if left else block.start, changed=changed > 0)
             for block, (left, first, changed) in zip(row.open, counts, strict=False)
         )
-        front = row.open[0]
-        ends = row.settings.eos_id is not None and counted.end is not None and counted.end < front.first_mask
-        if ends and not row.edited:  # everything in front of the EOS is final
-            self._fill(b, front.start, front.end)
-            row.generated -= front.masks_left
-            row.open = (front._replace(masks_left=0), *row.open[1:])
-            counts = [(0, front.start, 0)]
+        at = next((i for i, block in enumerate(row.open) if block.masks_left), 0)
+        block = row.open[at]  # that has the first mask; those before are complete
+        end = None if row.settings.eos_id is None or row.edited else counted.end
+        if end is not None and block.start <= end < block.first_mask:  # all in front of the EOS is final
+            self._fill(b, block.start, block.end)
+            row.generated -= block.masks_left
+            row.open = (*row.open[:at], block._replace(masks_left=0), *row.open[at + 1 :])
+            counts = [(0, block.start, 0)] * (at + 1)
         if not self.schedule.is_over(row) or row.edits_on():
             self._open_more(row)
             return False
@@ -348,7 +349,7 @@ class Batch:
             read = [self._read(row, window, first, last) for window in windows]
             ending = (0, 0)
             if row.settings.eos_id is not None:
-                ending = max(row.last_run, row.block[0]), row.block[1]
+                ending = max(row.last_run, row.block[0]), row.open[-1].end
             work[b] = SequenceWork(spans, windows, read, self._counted(row), ending)
         return work
 

@@ -161,7 +161,8 @@ class DecodeConfig:
     decode that goes on. None, as published: every block is decoded; for an autoregressive model, None stands
     for all of its own end tokens. -1: no end token, whatever the model's own."""
     stop: Sequence[Sequence[int]] = ()
-    """Sequences of token ids; each ends a response as eos_id does, wherever it lies in it."""
+    """Sequences of token ids; each ends a response, wherever it lies in it, as eos_id does, but only once the
+    block in which it ends is complete."""
     seed: int | Sequence[int] | Tensor | None = None
     """Of the samples. With one number, sequence b's samples are keyed by (seed, b); with one per sequence,
     and in an engine, by the sequence's own seed alone. None: a number from torch's generator, so that two

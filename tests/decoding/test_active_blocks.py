@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,6 +116,25 @@ def test_one_block_is_what_it_was(name: str, way: dict[str, Any]) -> None:
     assert torch.equal(out.sequences, before.sequences)
     assert torch.equal(out.nfe, before.nfe)
     assert torch.equal(out.trajectory.step, before.trajectory.step)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("at", [0, 3, 4, 6, 8, 11, 12])
+def test_an_end_behind_the_front_block(at: int) -> None:
+    """EOS in any open block ends the sequence in the pass after which no mask is in front of it."""
+
+    def model(ids: Tensor) -> SimpleNamespace:
+        """Sure of the response's tokens up to EOS; of one more with each pass."""
+        logits = torch.zeros(*ids.shape, 10)
+        sure = torch.arange(16) < max(at + 1, 1 + int((ids[0, 2:] != 9).sum()))
+        logits[:, 2:, 5] = 9.0 * sure
+        logits[:, 2 + at, 5:7] = torch.tensor([0.0, 9.0])
+        return SimpleNamespace(logits=logits)
+
+    settings: dict[str, Any] = {"gen_length": 16, "block_length": 4, "active_blocks": 3, "open_at": 0.0}
+    out = dx.decode(model, [[1, 2]], mask_id=9, eos_id=6, selector="confidence", threshold=0.9, **settings)
+    assert out.responses[0].tolist() == [5] * at + [6] * (16 - at)
+    assert (int(out.kept), int(out.generated)) == (at, at + 1)
+    assert int(out.nfe) == (1 if at < 12 else 2)  # the fourth block opens after the first pass
 
 
 def test_a_stream_and_an_end(llada: models.Model) -> None:
