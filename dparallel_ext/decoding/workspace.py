@@ -26,7 +26,8 @@ class Trajectory:
     """(B, R) int64, a column for each token of the response: the pass of the sequence that committed the
     token, from 1; 0 where no pass did."""
     confidence: Tensor
-    """(B, R) float32: the token's probability in that pass; NaN where no pass committed it."""
+    """(B, R) float32: the token's probability in that pass, by softmax(logits); in `speculate` and
+    `adaptive_decode` the one that it was drawn with, exp(`logprob`). NaN where no pass committed it."""
     logprob: Tensor
     """(B, R) float32: the log-probability (nats) that the token was drawn with in that pass, see
     `RowStats.sample_logprob`; NaN where no pass committed it."""

@@ -237,7 +237,6 @@ def decoded(batch: CausalBatch, device: torch.device, config: DecodeConfig, *cou
         places[row.prompt : row.length].fill_(True)
     trajectory = None
     if config.record or config.logprobs:
-        # Without a mask token, whose share would differ, the confidence is the probability drawn with.
         responses = Trajectory(batch.steps, batch.logprobs.exp(), batch.logprobs).responses(masked)
         trajectory = Trajectory(*(field.to(device) for field in vars(responses).values()))
     names = ("nfe", "generated", "kept", "length", "prompt", "nfe", *counts)
