@@ -16,10 +16,19 @@ constexpr const char* kSimdLevels[] = {"portable", "avx2", "avx512"};  // indexe
 
 SimdLevel supported_simd_level() {
 #if defined(DPARALLEL_X86_LEVELS)
-  if (__builtin_cpu_supports("x86-64-v4")) return SimdLevel::avx512;
-  if (__builtin_cpu_supports("x86-64-v3")) return SimdLevel::avx2;
-#endif
+  // x86-64-v3 and v4 by features that old compilers know too: before version 18 clang knows neither
+  // these levels nor f16c, lzcnt and movbe, which every CPU with the rest of v3 has.
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
+      !__builtin_cpu_supports("bmi") || !__builtin_cpu_supports("bmi2"))
+    return SimdLevel::portable;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return SimdLevel::avx512;
+  return SimdLevel::avx2;
+#else
   return SimdLevel::portable;
+#endif
 }
 
 // The level called `name`, but at most the machine's best; the best where no level has that name.
