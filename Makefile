@@ -16,6 +16,7 @@ CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.c
 install: $(VENV)/built
 
 $(VENV)/installed: requirements.txt
+	@$(PYTHON) tools/toolchain.py  # refuses a Python that is too old
 	@echo "dparallel-ext: installing the pinned packages of $< into $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) pip==26.3  # installs in half the time of Python 3.11's own

@@ -71,7 +71,7 @@ def plan(directory: Path, library: str) -> tuple[str, str]:
 
     torch, cxx, cuda = toolchain.survey()
     facts = {
-        "COMPILER": toolchain.output_of(*cxx.split(), "--version").splitlines()[0],
+        "COMPILER": toolchain.output_of(*cxx.split(), "--version").partition("\n")[0],
         "TORCH": torch.version,
         "BACKENDS": "cpu cuda" if cuda.nvcc else "cpu",
         "CUDA_TOOLKIT": cuda.toolkit,
@@ -133,8 +133,7 @@ def plan(directory: Path, library: str) -> tuple[str, str]:
 
 def run_ninja(directory: Path) -> None:
     """Show what ninja says; where it fails, exit with what to do about the cause."""
-    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-    command = [sys.executable, "-m", "ninja", "-C", str(directory), *jobs]
+    command = [sys.executable, "-m", "ninja", "-C", str(directory), *toolchain.jobs()]
     lines = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as ninja:
         for line in ninja.stdout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -143,7 +144,7 @@ def test_why_there_is_no_cuda(nvcc):
 
 
 def test_an_isolated_build_finds_the_torch_of_its_python():
-    """As under pip: packages hidden, the environment's Python. Without ninja and pybind11 one message."""
+    """As under pip: packages hidden, the environment's Python. Without the tools one message."""
     script = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import toolchain\n"
         "assert 'torch' not in sys.modules; print(toolchain.find_torch()); toolchain.require()"
@@ -152,7 +153,7 @@ def test_an_isolated_build_finds_the_torch_of_its_python():
     assert str(Path(torch.__file__).parent) in ran.stdout
     assert torch.__version__ in ran.stdout
     assert ran.returncode == 1
-    assert "this build needs ninja, pybind11. Run\n\n    pip install .\n" in ran.stderr
+    assert "this build needs setuptools, ninja, pybind11. Run\n\n    pip install .\n" in ran.stderr
     assert "Traceback" not in ran.stderr
     assert len(ran.stderr.splitlines()) < 12
 
@@ -175,10 +176,27 @@ def test_torch_is_asked_for_where_there_is_none(monkeypatch, capsys, found, fetc
     assert ("fetches one to build against" in capsys.readouterr().err) == bool(fetched)
 
 
-def test_nothing_is_fetched_for_a_python_that_is_refused(monkeypatch):
-    monkeypatch.setattr(toolchain, "find_torch", lambda: None)
+@pytest.mark.parametrize("file", ["build_backend", "toolchain"])
+def test_an_old_python_is_refused_before_anything_is_fetched(monkeypatch, file):
+    """By pip, which reads the first, and by make, which runs the second."""
     monkeypatch.setattr(sys, "version_info", (3, 10, 13))
-    assert toolchain.torch_to_fetch() == []
+    with pytest.raises(SystemExit, match=r"needs Python 3\.11 or later, and .*python.* is 3\.10\.13\."):
+        runpy.run_path(str(ROOT / "tools" / f"{file}.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize("found", ["65.5.0", None])
+def test_setuptools_that_will_not_do_is_named_with_all_that_is_missing(monkeypatch, found):
+    """Before it is imported: Python's own venv brings an old one, or none."""
+
+    def version(name: str) -> str:
+        if name == "setuptools" and found:
+            return found
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    named = f"setuptools 77 or later (found {found})" if found else "setuptools"
+    with pytest.raises(SystemExit, match=f"this build needs {re.escape(named)}, ninja, pybind11. Run"):
+        runpy.run_path(str(ROOT / "tools" / "build_backend.py"))
 
 
 @pytest.mark.parametrize("build", [build_backend.build_wheel, build_backend.build_editable])
@@ -199,11 +217,25 @@ def test_tools_that_do_not_run_are_named(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     with pytest.raises(SystemExit, match=r"no C\+\+ compiler 'no-such-compiler -O2'\. Install one"):
         toolchain.find_cxx()
+    monkeypatch.setenv("CXX", "")
+    if shutil.which("c++"):
+        assert toolchain.find_cxx() == "c++"
     broken = tmp_path / "nvcc"
     broken.write_text("#!/bin/sh\necho cannot find libdevice >&2; exit 1\n")
     broken.chmod(0o755)
     with pytest.raises(SystemExit, match="nvcc --version` does not run: cannot find libdevice"):
         toolchain.decide_cuda(CUDA, "", str(broken))
+
+
+def test_max_jobs(monkeypatch):
+    """ninja would take 0 for no limit."""
+    for setting, options in (("", []), (" 3 ", ["-j", "3"])):
+        monkeypatch.setenv("MAX_JOBS", setting)
+        assert toolchain.jobs() == options
+    for setting in ("0", "-1", "abc", "1.5"):
+        monkeypatch.setenv("MAX_JOBS", setting)
+        with pytest.raises(SystemExit, match=f"MAX_JOBS: expected a whole number >= 1, got '{setting}'"):
+            toolchain.survey()
 
 
 COMMAND = (
@@ -287,6 +319,15 @@ def test_info_warns_of_a_gpu_without_kernels(monkeypatch):
     ran = CliRunner().invoke(app, ["info"])
     assert "warning: tensors on a GPU will be refused: NO NVCC was found" in ran.stderr
     assert "H100" in ran.stdout
+
+
+def test_sources_without_a_library_say_so(monkeypatch, tmp_path):
+    """What Python in the folder of the source finds before the installed package."""
+    (tmp_path / "unbuilt").mkdir()
+    shutil.copy2(ROOT / "dparallel_ext" / "__init__.py", tmp_path / "unbuilt")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=r"unbuilt has no compiled library for Python 3\..*pip install -e"):
+        importlib.import_module("unbuilt")
 
 
 @pytest.mark.skipif("cuda" in dx.build_info()["backends"], reason="CUDA kernels are built")

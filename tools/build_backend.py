@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import toolchain
-from setuptools import build_meta
-from setuptools.build_meta import (
+
+toolchain.require_setuptools()  # else what comes next fails with a traceback
+from setuptools import build_meta  # noqa: E402
+from setuptools.build_meta import (  # noqa: E402
     build_sdist,
     get_requires_for_build_sdist,
     prepare_metadata_for_build_editable,

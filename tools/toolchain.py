@@ -6,6 +6,7 @@ the standard library alone.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -20,16 +21,22 @@ from pathlib import Path
 MINIMUM_PYTHON = (3, 11)
 MINIMUM_TORCH = (2, 10)
 TORCH_REQUIREMENT = "torch>=2.10"
-TOOLS = ("ninja", "pybind11")
+TOOLS = {"setuptools": (77,), "ninja": (), "pybind11": (2, 13)}
+"""What a build needs beside torch -> its first release that will do."""
 CUDA_ARCHITECTURES = ["80", "86", "89", "90a", "100", "120"]
 INSTALL = "pip install ."
 INSTALL_HERE = (
-    f"pip install '{TORCH_REQUIREMENT}' 'setuptools>=77' wheel ninja 'pybind11>=2.13'\n"
+    f"pip install '{TORCH_REQUIREMENT}' 'setuptools>=77' ninja 'pybind11>=2.13'\n"
     "    pip install --no-build-isolation ."
 )
 
 
-# --- torch ----------------------------------------------------------------------------------------
+# --- torch, and the rest of what is installed -----------------------------------------------------
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """(2, 13) of "2.13.0+cpu"."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Torch:
 
     @property
     def is_new_enough(self) -> bool:
-        return tuple(int(part) for part in self.version.split(".")[:2]) >= MINIMUM_TORCH
+        return numbers(self.version) >= MINIMUM_TORCH
 
 
 _FIND = "import importlib.util as u; s = u.find_spec('torch'); print(s and s.origin or '')"
@@ -76,8 +83,6 @@ def torch_to_fetch() -> list[str]:
     uv and `python -m build` run another Python than the environment's. There the build is against the
     newest torch; the stable ABI makes it serve every release from MINIMUM_TORCH on.
     """
-    if sys.version_info < MINIMUM_PYTHON:
-        return []  # for nothing: the installer refuses this Python once it has the metadata
     torch = find_torch()
     if torch is not None and torch.is_new_enough:
         return []
@@ -90,12 +95,41 @@ def torch_to_fetch() -> list[str]:
     return [TORCH_REQUIREMENT]
 
 
+def missing_tools() -> list[str]:
+    """Those of TOOLS that are not there, or are too old, in words."""
+    missing = []
+    for name, minimum in TOOLS.items():
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+            continue
+        if numbers(found) < minimum:
+            missing.append(f"{name} {'.'.join(map(str, minimum))} or later (found {found})")
+    return missing
+
+
+def require_python() -> None:
+    """Exit with a message unless this Python is new enough. pip would say so too, after fetching torch."""
+    if sys.version_info < MINIMUM_PYTHON:
+        found = ".".join(map(str, sys.version_info[:3]))
+        sys.exit(f"dparallel-ext needs Python 3.11 or later, and {sys.executable} is {found}.")
+
+
+def require_setuptools() -> None:
+    """Exit with a message, of Python or of all that is missing, unless there is a setuptools that will do."""
+    require_python()
+    if any(tool.startswith("setuptools") for tool in missing_tools()):
+        require()
+
+
 def require() -> Torch:
     """The torch to build against; exits with one message that names all that is missing."""
+    require_python()
     if sys.platform == "win32":
         sys.exit("dparallel-ext builds on Linux and macOS; on Windows build it within WSL 2.")
     torch = find_torch()
-    missing = [tool for tool in TOOLS if importlib.util.find_spec(tool) is None]
+    missing = missing_tools()
     if torch is None:
         missing.insert(0, "torch")
     elif not torch.is_new_enough:
@@ -122,13 +156,23 @@ def output_of(*command: str) -> str:
 
 def find_cxx() -> str:
     """The C++ compiler's command: CXX, else c++."""
-    command = os.environ.get("CXX", "c++")
-    if shutil.which(command.split()[0] if command.strip() else "") is None:
+    command = os.environ.get("CXX", "").strip() or "c++"
+    if shutil.which(command.split()[0]) is None:
         sys.exit(
             f"dparallel-ext: there is no C++ compiler {command!r}. Install one (Debian and Ubuntu: apt "
             "install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install), or name it in CXX."
         )
     return command
+
+
+def jobs() -> list[str]:
+    """ninja's options for the number of compilers at once: MAX_JOBS, else as it chooses."""
+    setting = os.environ.get("MAX_JOBS", "").strip()
+    if not setting:
+        return []
+    if re.fullmatch(r"[1-9]\d{0,4}", setting) is None:
+        sys.exit(f"dparallel-ext: MAX_JOBS: expected a whole number >= 1, got {setting!r}")
+    return ["-j", setting]
 
 
 def find_nvcc() -> str | None:
@@ -203,8 +247,9 @@ def decide_cuda(torch: Torch, setting: str, nvcc: str | None) -> Cuda:
 
 
 def survey() -> tuple[Torch, str, Cuda]:
-    """What this build works with: torch, the C++ compiler, CUDA. Exits with what is missing."""
+    """What this build works with: torch, the C++ compiler, CUDA. Exits with what is missing or wrong."""
     torch, cxx = require(), find_cxx()
+    jobs()
     return torch, cxx, decide_cuda(torch, os.environ.get("DPARALLEL_CUDA", ""), find_nvcc())
 
 
@@ -268,3 +313,7 @@ def advice(output: str) -> str:
     """What to do about a failed build, from what the compilers said."""
     remedies = (remedy for pattern, remedy in _ADVICE.items() if re.search(pattern, output))
     return next(remedies, "The first error above is the cause.")
+
+
+if __name__ == "__main__":
+    require_python()  # for the Makefile, before it makes an environment of it
