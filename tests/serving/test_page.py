@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -278,17 +279,24 @@ class Watched:
             assert not self.complaints
 
 
-def slow(here: Here, name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An engine whose passes take long, so that its requests can be left under way."""
-    engine = here.service.models[name].engine
-    step = engine.core.batch.step
+def held(here: Here, name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An engine that stops after two passes over a request, until the request is cancelled."""
+    core = here.service.models[name].engine.core
+    step, cancel = core.batch.step, core.cancel
+    passes, cancelled = itertools.count(), threading.Event()
 
-    def late(lanes: Any) -> Any:
-        time.sleep(0.1)
+    def held_step(lanes: Any) -> Any:
+        if next(passes) > 1:
+            cancelled.wait(20)
         return step(lanes)
 
-    monkeypatch.setattr(engine.core.batch, "step", late)
-    return engine
+    def noted_cancel(id: int) -> None:
+        cancel(id)
+        cancelled.set()
+
+    monkeypatch.setattr(core.batch, "step", held_step)
+    monkeypatch.setattr(core, "cancel", noted_cancel)
+    return here.service.models[name].engine
 
 
 @in_chromium
@@ -385,25 +393,25 @@ def test_any_rule_and_any_model(browser: Any, here: Here) -> None:
 
 @in_chromium
 def test_who_leaves_or_stops_cancels(browser: Any, here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = slow(here, TEACHER, monkeypatch)
     with Watched(browser).open(here.url, 2) as page:
         for leaves in (False, True):
-            before = engine.stats.cancelled
-            page.tab.get_by_role("button", name="Decode").click()
-            ends = time.monotonic() + 10
-            while engine.stats.active != 1:
-                assert time.monotonic() < ends
-                time.sleep(0.01)
-            page.tab.get_by_text(re.compile(r"^pass \d+ of")).wait_for()  # a slow browser may skip the first
-            assert engine.stats.active == 1
-            if leaves:
-                page.tab.goto("about:blank")
-            else:
-                page.tab.get_by_role("button", name="Stop").click()
-                page.tab.get_by_text(f"{TEACHER}: stopped.").wait_for()
-                assert page.tab.get_by_role("button", name="Decode").is_enabled()
-            here.settles()
-            assert engine.stats.cancelled == before + 1
+            with monkeypatch.context() as patch:
+                engine = held(here, TEACHER, patch)
+                before = engine.stats.cancelled
+                page.tab.get_by_role("button", name="Decode").click()
+                page.tab.get_by_text(re.compile(r"^pass \d+ of")).first.wait_for()
+                ends = time.monotonic() + 10
+                while engine.stats.active != 1:
+                    assert time.monotonic() < ends
+                    time.sleep(0.01)
+                if leaves:
+                    page.tab.goto("about:blank")
+                else:
+                    page.tab.get_by_role("button", name="Stop").click()
+                    page.tab.get_by_text(f"{TEACHER}: stopped.").wait_for()
+                    assert page.tab.get_by_role("button", name="Decode").is_enabled()
+                here.settles()
+                assert engine.stats.cancelled == before + 1
     assert not here.faults()
 
 
