@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from dparallel import registry
 from torch import Tensor
 
 import dparallel_ext as dx
+from dparallel_ext import backends
 
 from . import baselines
 from .harness import CPU, OURS, Case, Work, on_cpu, sets_of
@@ -136,7 +136,7 @@ def linear_inputs(
     They are in bfloat16, but in float32 where the CPU's matrix library has no products of 16 bits: torch's
     own loop would take minutes for each product.
     """
-    dtype = torch.bfloat16 if registry.fast_bfloat16(device) else torch.float32
+    dtype = torch.bfloat16 if backends.fast_bfloat16(device) else torch.float32
     random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     hidden = torch.randn(rows, width, **random).to(dtype)
     head = torch.randn(vocab, width, dtype=dtype, **random) / 10

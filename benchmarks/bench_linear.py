@@ -3,13 +3,15 @@
 A step is the products of a layer, with the norms and the activation between them; attention is left out.
 
 Floor: the weights read once. Baselines: the same by torch's product; and by `fp8_linear`, weights in 8 bits,
-which read half. On a CPU `linear` is torch's product, and there is nothing to measure.
+which read half. On a CPU with instructions for bfloat16 `linear` is torch's product, and shows nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +19,7 @@ from torch import Tensor
 import dparallel_ext as dx
 
 from .bench_fp8_linear import error_of
-from .harness import OURS, Case, Work, random, sets_of
+from .harness import CPU, OURS, Case, Work, on_cpu, random, sets_of
 
 WIDTH = 4096
 EPS = 1e-5
@@ -58,3 +60,10 @@ def work(device: torch.device, small: bool, tokens: int, width: int) -> Work:
 def case(tokens: int) -> Case:
     name = f"linear, a layer's products, {tokens} rows"
     return Case(name, "linear", work, {"tokens": tokens, "width": WIDTH}, ("graph",))
+
+
+@pytest.mark.parametrize("contender", ["torch", OURS, f"{OURS}, 8-bit weights"])
+@pytest.mark.parametrize("rows", [1, 32, 256], ids=lambda rows: f"{rows}_rows")
+def test_linear(benchmark: Any, read_bandwidth: float, rows: int, contender: str) -> None:
+    step = work(CPU, False, rows, WIDTH)
+    on_cpu(benchmark, f"linear, a layer, {rows} rows, bfloat16", step, contender, read_bandwidth, rounds=7)

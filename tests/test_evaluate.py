@@ -18,6 +18,7 @@ from dparallel.configs import parse_policy
 from dparallel.toy import several_answers, tasks
 
 import dparallel_ext as dx
+from dparallel_ext import backends
 
 
 @pytest.fixture(scope="module")
@@ -245,13 +246,13 @@ def test_bfloat16_is_fast_where_a_clock_says_so():
     for dtype in (torch.float32, torch.bfloat16):
         x, weight = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
         seconds[dtype] = min(timeit.repeat(lambda x=x, w=weight: F.linear(x, w), number=4, repeat=7))
-    assert registry.fast_bfloat16("cpu") == (seconds[torch.bfloat16] < 2 * seconds[torch.float32])
+    assert backends.fast_bfloat16("cpu") == (seconds[torch.bfloat16] < 2 * seconds[torch.float32])
 
 
 def test_models_that_ship_are_in_the_dtype_that_is_fast(monkeypatch: pytest.MonkeyPatch):
     """A CPU without bfloat16 products would take longer; a dtype that is given is obeyed."""
     for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(registry, "fast_bfloat16", lambda device=None, fast=fast: fast)
+        monkeypatch.setattr(backends, "fast_bfloat16", lambda device=None, fast=fast: fast)
         assert registry.load("builtin:student")[0].dtype == dtype
     assert registry.load("builtin:student", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
     directory = str(registry.directory_of("builtin:student"))

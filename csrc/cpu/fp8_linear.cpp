@@ -1,16 +1,10 @@
-// fp8_linear and fp8_widen on the CPU: runs of the weights' rows in parallel.
+// fp8_linear and fp8_widen on the CPU.
 #include "fp8_linear_kernel.h"
-
-#include "row_stats.h"
 
 namespace dparallel::cpu {
 
 void fp8_linear(const Fp8LinearArgs& args, Parallel parallel) {
-  if (args.count == 0) return;
-  run_rows(parallel, args.out_width, args.count * std::max<int64_t>(1, args.in),
-           [&](int64_t begin, int64_t end) {
-             fp8_linear_kernel_in_use().rows[static_cast<int>(args.dtype)](args, begin, end);
-           });
+  product(fp8_linear_kernel_in_use().product, args, parallel);
 }
 
 void fp8_widen(const Fp8WidenArgs& args, Parallel parallel) {

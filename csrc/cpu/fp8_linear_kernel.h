@@ -1,14 +1,14 @@
-// The SIMD kernels under fp8_linear and fp8_widen: rows [begin, end) of the weights.
+// The SIMD kernels under fp8_linear and fp8_widen.
 #pragma once
 
-#include "dparallel/launch.h"
+#include "product.h"
 #include "simd_level.h"
 
 namespace dparallel::cpu {
 
 struct Fp8LinearKernel {
-  // Indexed by DType.
-  void (*rows[3])(const Fp8LinearArgs& args, int64_t begin, int64_t end);
+  ProductKernel<Fp8LinearArgs> product;
+  // Rows [begin, end) of the weights; indexed by DType.
   void (*widened[3])(const Fp8WidenArgs& args, int64_t begin, int64_t end);
 };
 

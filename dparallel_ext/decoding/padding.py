@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..backends import fast_bfloat16
 from ..cache import GRAPH_BUCKETS, PadTo
 from ..models import Model
 
@@ -37,11 +38,13 @@ def row_padding(model: Model) -> PadTo:
     """How to pad the number of a pass's rows; None: not at all.
 
     On a GPU padding keeps the number of `GraphKey`s small. On a CPU, for 16-bit weights, the matrix library
-    compiles code for each number of rows and keeps it for ever (half a megabyte and half a millisecond).
+    compiles code for each number of rows and keeps it for ever (half a megabyte and half a millisecond);
+    where `linear` multiplies bfloat16 there is no such code.
     """
     if runs_ahead(model.device):
         return functools.partial(graph_bucket, recorded=recorded_rows(model))
-    return GRAPH_BUCKETS if model.dtype != torch.float32 else None
+    by_library = model.dtype == torch.float16 or (model.dtype == torch.bfloat16 and fast_bfloat16())
+    return GRAPH_BUCKETS if by_library else None
 
 
 def runs_ahead(device: torch.device) -> bool:

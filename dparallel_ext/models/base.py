@@ -388,7 +388,8 @@ class Model(Named):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., width)."""
-        logits = self.lm_head(hidden)
+        # On a GPU `linear` was not compared with torch's product at a head's width.
+        logits = fused_weights.apply(self.lm_head, hidden) if hidden.is_cpu else self.lm_head(hidden)
         return logits if self.shape.logit_scale == 1.0 else logits * self.shape.logit_scale
 
     def new_cache(

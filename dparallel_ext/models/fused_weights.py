@@ -62,7 +62,7 @@ def project(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
             product: Callable[..., Tensor] = linear if kind is nn.Linear else fp8_linear
             widths: list[Any] = [layer.out_features for layer in layers]
             return product(x, *joined, constant=True).split(widths, -1)
-    return [layer(x) for layer in layers]
+    return [apply(layer, x) for layer in layers]
 
 
 def apply(layer: nn.Module, x: Tensor) -> Tensor:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import check_tensor
 from .inputs import check_like, check_rows
+from .linear import linear
 
 E4M3_MAX = 448.0
 FEW = 64
@@ -54,7 +54,7 @@ def fp8_linear(
 
     Up to 64 rows, or 128 on a GPU's tensor cores, the weights are read as bytes; the sum is in float32 and
     rounded once, and a row has the same bits as alone. For more rows the weights are scaled, rounded to the
-    dtype of x for the length of the call, and multiplied by the matrix library. No gradient.
+    dtype of x for the length of the call, and multiplied by `linear`. No gradient.
 
     Args:
         x: (..., in) float32, bfloat16 or float16, any strides (rows are made contiguous).
@@ -90,8 +90,7 @@ def fp8_linear(
     rows = x.shape[:-1].numel()
     on_tensor_cores = x.is_cuda and x.dtype != torch.float32 and x.shape[-1] % 64 == 0
     if rows > (FEW_ON_TENSOR_CORES if on_tensor_cores else FEW):
-        # On a CPU, a product of 16-bit rows of odd length reads one element more, which a gap need not hold.
-        return F.linear(x.contiguous(), torch.ops.dparallel.fp8_widen(weight, scale, x), bias)
+        return linear(x, torch.ops.dparallel.fp8_widen(weight, scale, x), bias)
     x_rows = x.reshape(rows, x.shape[-1])
     out: Tensor = torch.ops.dparallel.fp8_linear(x_rows, weight, scale, bias, constant)
     return out.view(*x.shape[:-1], len(weight))

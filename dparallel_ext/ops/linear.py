@@ -1,4 +1,4 @@
-"""A linear layer on few rows."""
+"""A linear layer where torch's is slow."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from torch.nn import Parameter
 
 from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import check_tensor
+from ..backends import fast_bfloat16
 
 FEW = 64
 """Rows up to which a product takes as long as reading the weights."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, constant: bool = False) -> Tensor:
-    """x weight^T + bias, as `torch.nn.functional.linear`; few rows on a GPU by a kernel that is faster.
+    """x weight^T + bias, as `torch.nn.functional.linear`, by a kernel of ours where that is faster.
 
-    Up to 64 rows in bfloat16 or float16 on a GPU of compute capability 9.0 or 10, without a gradient, are
-    that kernel's, which sums in float32 and rounds once: a row is to the bit what it is alone. All else is
-    torch's product, also under autocast and `torch.compile`.
+    That is: up to 64 rows in bfloat16 or float16 on a GPU of compute capability 9.0 or 10, and bfloat16 on a
+    CPU without instructions for it. The kernel sums in float32 and rounds once; a row is to the bit what it
+    is alone. All else is torch's product, and so is what has a gradient, `torch.autocast` or `torch.compile`.
 
     Args:
         x: (..., in), any strides (rows are made contiguous).
@@ -49,25 +50,32 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, constant: b
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected ({len(weight)},), got {tuple(bias.shape)}")
     if not _by_kernel(x, weight, bias):
-        return F.linear(x.contiguous(), weight, bias)  # gaps are read otherwise, see `fp8_linear`
+        # On a CPU, a product of 16-bit rows of odd length reads one element more, which a gap need not hold.
+        return F.linear(x.contiguous(), weight, bias)
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     out: Tensor = torch.ops.dparallel.linear(rows, weight, bias, constant)
     return out if x.ndim == 2 else out.view(*x.shape[:-1], len(weight))
 
 
 def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
     others = [t for t in (weight, bias) if t is not None]
     return (
-        x.is_cuda
-        and 0 < x.numel() <= FEW * x.shape[-1]
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and x.shape[-1] % 64 == 0
+        (_is_faster_on_gpu(x) if x.is_cuda else x.dtype == torch.bfloat16 and not fast_bfloat16(x.device))
+        and not torch.is_autocast_enabled(x.device.type)
+        and x.numel() > 0
         and all(t.dtype == x.dtype and t.device == x.device for t in others)
         and all(type(t) in (Tensor, Parameter) for t in (x, *others))  # not sharded or quantised
         and weight.is_contiguous()
-        and not (
-            torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda")
-        )
+    )
+
+
+def _is_faster_on_gpu(x: Tensor) -> bool:
+    return (
+        x.numel() <= FEW * x.shape[-1]
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and x.shape[-1] % 64 == 0
         and _has_clusters(x.get_device())
     )
 

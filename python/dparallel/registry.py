@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dparallel_ext import models, simd_level, speculation
+from dparallel_ext import backends, models, simd_level, speculation
 from dparallel_ext.rules import filter_file
 
 from . import text, tokenizer
@@ -65,22 +65,6 @@ def template_of(name: str, chat: bool | None = None) -> text.Template | None:
     if chat and template is None:
         raise ValueError(f"chat: the checkpoint {name!r} has no chat template")
     return template
-
-
-def fast_bfloat16(device: torch.device | str | None = None) -> bool:
-    """Whether a device multiplies bfloat16 matrices as fast as float32 ones.
-
-    A CPU does if it has instructions for them (AMX, AVX512-BF16, Arm's BF16). Without these torch converts
-    the numbers first, or uses a loop, which is five (AVX-512) or ten (AVX2) times slower.
-    """
-    if torch.device(device or "cpu").type != "cpu":
-        return True
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    if supported is None or not supported():
-        return False
-    # On x86 oneDNN supports what it converts, too.
-    has_x86_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return has_x86_instructions or platform.machine() not in ("x86_64", "AMD64")
 
 
 def device_name(device: torch.device | str | None = None) -> str:
@@ -156,7 +140,7 @@ def load(
     fuse = None
     if name.startswith("builtin:"):
         fuse = True  # small enough not to be mapped
-        if dtype is None and not fast_bfloat16(place):
+        if dtype is None and not backends.fast_bfloat16(place):
             dtype = torch.float32
     model = models.load(directory, device=place, dtype=dtype, fuse=fuse, mask_id=mask_id)
     beyond = [end for end in text.end_tokens(directory, loaded) if end >= model.shape.embedding_size]

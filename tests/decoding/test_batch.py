@@ -20,6 +20,7 @@ from torch import Tensor
 import dparallel_ext as dx
 from dparallel_ext import kept, models
 from dparallel_ext.cache import KVCache
+from dparallel_ext.decoding import padding
 from dparallel_ext.decoding.batch import Batch
 from dparallel_ext.models import SDAR, Model
 
@@ -268,6 +269,7 @@ def test_sdar_is_written_as_it_was_read(sdar: SDAR, tmp_path: Path) -> None:
 
 def test_passes_come_in_few_sizes(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In 16 bits on the CPU, where the matrix library keeps code for each number of rows; and on a GPU."""
+    monkeypatch.setattr(padding, "fast_bfloat16", lambda: True)  # and not `linear`
     model, sizes = MODELS["dream_tiny_a", torch.bfloat16], set()
     step, head = Model.step, Model.head
     monkeypatch.setattr(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dparallel_ext import models
 from dparallel_ext.cache import KVCache, Span
-from dparallel_ext.models import Dream, LLaDA, Model
+from dparallel_ext.models import Dream, LLaDA, Model, fused_weights
 
 NAMES = ["llada_tiny_a", "dream_tiny_a"]
 both = pytest.mark.parametrize("name", NAMES)
@@ -287,7 +287,7 @@ def test_bfloat16_rounds_where_the_published_code_does(name: str) -> None:
     stepped(model, x, cache)
     # Cached keys are turned in float32 and rounded once; published Dream rounds each product.
     dtype = torch.float32
-    k = block.k(y * block.norm1.weight).unflatten(-1, (-1, 16)).transpose(1, 2).to(dtype)
+    k = fused_weights.apply(block.k, y * block.norm1.weight).unflatten(-1, (-1, 16)).transpose(1, 2).to(dtype)
     theta = model.config["rope_theta"]
     angle = torch.outer(torch.arange(300.0), 1 / theta ** (torch.arange(0, 16, 2) / 16))
     cos, sin = (t.repeat(1, 2).to(dtype) for t in (angle.cos(), angle.sin()))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import STAND_IN, everywhere, golden
+from conftest import STAND_IN, every_level, everywhere, golden
 from torch import Tensor
 
 import dparallel_ext as dx
@@ -27,7 +28,7 @@ def near(found: Tensor, expected: Tensor, sums: Tensor) -> None:
     assert bool(((found.double() - expected.double()).abs() <= bound).all())
 
 
-@everywhere
+@every_level
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("rows", "width", "out"),
@@ -48,7 +49,7 @@ def test_the_twin(rows: int, width: int, out: int, dtype: torch.dtype, biased: b
         near(dx.linear(x, weight, bias, constant=True), expected, sums)
 
 
-@everywhere
+@every_level
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_a_row_is_what_it_is_alone(dtype: torch.dtype) -> None:
     x, weight = torch.randn(FEW, 1088).to(dtype), torch.randn(96, 1088).to(dtype)
@@ -61,7 +62,7 @@ def test_a_row_is_what_it_is_alone(dtype: torch.dtype) -> None:
     assert torch.equal(op(x[40:41], weight, None, False), together[40:41])
 
 
-@everywhere
+@every_level
 def test_strides_and_shapes() -> None:
     wide, weight = torch.randn(6, 200).bfloat16(), torch.randn(24, 64).bfloat16()
     expected = op(wide[:, :64].contiguous(), weight, None, False)
@@ -78,6 +79,19 @@ def test_strides_and_shapes() -> None:
     found = op(bad, weight, None, False)
     assert torch.equal(found[0], expected[0])
     assert bool(found[1].isnan().all())
+
+
+def test_bfloat16_on_a_cpu_is_the_kernels_where_there_are_no_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, weight = torch.randn(70, 200).bfloat16(), torch.randn(33, 200).bfloat16()
+    module = importlib.import_module("dparallel_ext.ops.linear")
+    with torch.no_grad():
+        for fast in (False, True):
+            monkeypatch.setattr(module, "fast_bfloat16", lambda device, fast=fast: fast)
+            expected = F.linear(x, weight) if fast else op(x, weight, None, False)
+            assert torch.equal(dx.linear(x, weight), expected)
+            assert torch.equal(dx.linear(x.half(), weight.half()), F.linear(x.half(), weight.half()))
 
 
 @everywhere
@@ -109,7 +123,7 @@ def test_a_tensor_that_is_more_than_its_numbers_is_torchs() -> None:
 
 @pytest.mark.skipif(STAND_IN, reason="models are not there")
 def test_layers_of_a_model_go_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four products a layer; one that a hook or an adapter changes is left alone."""
+    """Four products a layer and, on a CPU, the head; what a hook or an adapter changes is left alone."""
     model, widths = golden.model("llada_tiny_a"), []
 
     def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, constant: bool) -> Tensor:
@@ -123,11 +137,11 @@ def test_layers_of_a_model_go_through_it(monkeypatch: pytest.MonkeyPatch) -> Non
     before = dx.decode(model, torch.arange(5), **settings).sequences
     s = model.shape
     qkv, gate_up = (s.heads + 2 * s.kv_heads) * s.head_dim, 2 * s.mlp_width
-    assert widths == s.layers * [qkv, s.width, gate_up, s.width]
+    assert widths == [*s.layers * [qkv, s.width, gate_up, s.width], s.embedding_size]
     widths.clear()
     model.blocks[0].down.register_forward_hook(lambda *_: None)
     assert torch.equal(dx.decode(model, torch.arange(5), **settings).sequences, before)
-    assert len(widths) == 4 * s.layers - 1
+    assert len(widths) == 4 * s.layers  # of 4 a layer and the head, all but that
 
 
 @pytest.mark.parametrize(

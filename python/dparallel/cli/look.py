@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 import dparallel_ext as dx
+from dparallel_ext import backends
 
 from .. import files, registry
 from ..configs import Fields, config_of, policy_in, read_rows
@@ -49,7 +50,7 @@ def report() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": gpus,
         "builtin_models": registry.builtins(),
-        "builtin_dtype": "bfloat16" if registry.fast_bfloat16() else "float32 (no fast bfloat16 products)",
+        "builtin_dtype": "bfloat16" if backends.fast_bfloat16() else "float32 (no fast bfloat16 products)",
     }
 
 

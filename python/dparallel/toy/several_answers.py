@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import dparallel_ext as dx
+from dparallel_ext import backends
 
 from .. import registry
 from . import tasks, train
@@ -86,7 +87,7 @@ def finetune(model: Any, tokenizer: Any, steps: int = 300, problems: int = 48, s
         share = (every / (size * count)).clamp(min=1e-2).view(size, count)
         share = torch.where(slots >= 0, share[:, slots.clamp(min=0)], 0.0)  # (size, L)
         masked = torch.rand(tokens.shape, generator=generator) < share
-        with torch.autocast("cpu", torch.bfloat16, enabled=registry.fast_bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16, enabled=backends.fast_bfloat16()):
             logits = model.head(model.hidden(tokens.masked_fill(masked, model.mask_id))[masked])
         nll = F.cross_entropy(logits.float(), tokens[masked], reduction="none")
         loss = (nll / share[masked]).sum() / (size * count * SLOT)

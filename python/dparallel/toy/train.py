@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dparallel_ext import models
+from dparallel_ext import backends, models
 from dparallel_ext.arguments import whole
 from dparallel_ext.models import LLaDA, Qwen3
 
 from .. import evaluate as evaluation
-from .. import files, registry
+from .. import files
 from ..training import loop
 from . import tasks
 
@@ -176,7 +176,7 @@ def masked_diffusion_loss(model: models.Model, ids: Tensor, prompt: int, seed: i
     noisy[:, prompt:].masked_fill_(masked, model.mask_id)
     labels, weight = ids[:, prompt:][masked], (1 / t).expand_as(masked)[masked]
     device = model.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=registry.fast_bfloat16(device)):
+    with torch.autocast(device.type, torch.bfloat16, enabled=backends.fast_bfloat16(device)):
         logits = model.head(model.hidden(noisy.to(device))[:, prompt:][masked.to(device)])  # (masked, V)
     nll = F.cross_entropy(logits.float(), labels.to(device), reduction="none")
     return (nll * weight.to(device)).sum() / masked.numel()
@@ -189,7 +189,7 @@ def next_token_loss(model: models.Model, ids: Tensor, prompt: int, eos_id: int) 
     ids = ids[:, : prompt + int(asked.any(0).sum())]  # no longer than the longest response
     labels, asked = (t[:, : ids.shape[1] - prompt] for t in (labels, asked))
     device = model.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=registry.fast_bfloat16(device)):
+    with torch.autocast(device.type, torch.bfloat16, enabled=backends.fast_bfloat16(device)):
         hidden = model.hidden(ids[:, :-1].to(device))[:, prompt - 1 :]
         logits = model.head(hidden[asked.to(device)])  # (asked, V)
     return F.cross_entropy(logits.float(), labels[asked].to(device))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import dparallel_ext as dx
+from dparallel_ext import backends
 from dparallel_ext.arguments import is_number, whole
 from dparallel_ext.models import Model
 from dparallel_ext.models.config import ModelConfig
@@ -110,7 +111,7 @@ def arguments(recipe: Recipe, out: str | Path) -> Any:
             _check_number(f.name, recipe.training[f.name], set(re.findall(r"\w+", str(f.type))))
     defaults = {"report_to": [], "use_cpu": not torch.cuda.is_available()}
     training = {**defaults, **recipe.training}
-    if training["use_cpu"] and not registry.fast_bfloat16():
+    if training["use_cpu"] and not backends.fast_bfloat16():
         training["bf16"] = False  # the same training in float32, five times faster or more
     return CertaintyForcingArguments(output_dir=str(out), **training)
 
@@ -221,7 +222,7 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     if checkpoint is not None:
         _check_record(directory, settings)
     # Adapters are trained beside 16-bit weights where those are fast; trained weights need 32 bits.
-    narrow = recipe.lora is not None and registry.fast_bfloat16(args.device)
+    narrow = recipe.lora is not None and backends.fast_bfloat16(args.device)
     dtype = torch.bfloat16 if narrow else torch.float32
     model: Any = dx.models.load(source, dtype=dtype, mask_id=recipe.mask_id)
     eos = model.eos_id

@@ -1,0 +1,35 @@
+// Compiled once per instruction set, as row_kernel.cpp is (see simd.h).
+#include "linear_kernel.h"
+
+#include "product_tile.h"
+
+namespace dparallel::cpu::DPARALLEL_SIMD {
+namespace {
+
+// Each step of a row is a pair of vectors as T::widen gives them, with zeros at the end.
+template <class T>
+void widen(const LinearArgs& args, int64_t first, int64_t count, float* widened) {
+  const auto* x = static_cast<const typename T::Storage*>(args.x) + first * args.x_stride;
+  for (int64_t n = 0; n < count; ++n, x += args.x_stride)
+    for (int64_t k = 0; k < args.in; k += kStep, widened += kStep)
+      Float32::narrow(load_step<T>(x + k, args.in - k), widened);
+}
+
+template <class T>
+void rows(const LinearArgs& args, const float* x, int64_t first, int64_t count, int64_t begin,
+          int64_t end) {
+  const auto* weight = static_cast<const typename T::Storage*>(args.weight);
+  product_rows<T, T>(
+      args, x, first, count, begin, end,
+      [&](int64_t row, int64_t) { return weight + row * args.in; },
+      [](int64_t, float sum) { return sum; });
+}
+
+}  // namespace
+
+extern const LinearKernel linear_kernel;
+const LinearKernel linear_kernel{widened_width,
+                                 {widen<Float32>, widen<BFloat16>, widen<Float16>},
+                                 {rows<Float32>, rows<BFloat16>, rows<Float16>}};
+
+}  // namespace dparallel::cpu::DPARALLEL_SIMD
