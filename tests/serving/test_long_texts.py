@@ -209,6 +209,7 @@ def test_what_may_be_answered_is_described(student: tuple[Any, Any]) -> None:
         for status in (*statuses, "default"):
             assert answers[str(status)]["content"]["application/json"]["schema"] == error
     assert "503" in described["paths"]["/health"]["get"]["responses"]
+    assert set(described["paths"]["/metrics"]["get"]["responses"]["200"]["content"]) == {"text/plain"}
     assert described["info"]["version"] == dx.__version__
     schemas = described["components"]["schemas"]
 
@@ -219,6 +220,8 @@ def test_what_may_be_answered_is_described(student: tuple[Any, Any]) -> None:
 
     lists = {"array of string", "array of integer", "array of array"}
     assert kinds("CompletionRequest", "prompt") == {"string", *lists}
+    for form in schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"][1:]:
+        assert form["minItems"] == form.get("items", {}).get("minItems", 1) == 1
     assert kinds("ChatRequest", "stop") == {"string", "array of string", "null"}
     assert kinds("ChatMessage", "content") == {"string", "array", "null"}
     assert set(schemas["TextPart"]["required"]) == {"type", "text"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -398,6 +399,21 @@ def test_as_many_responses_as_the_engine_holds(student: tuple[Any, Any]) -> None
             assert "at most 5 responses, got 6" in answer["error"]["message"]
 
 
+def test_responses_without_a_place_are_refused_together(student: tuple[Any, Any]) -> None:
+    """None of them takes a lane or counts as cancelled, and what runs goes on."""
+    hold, settings = threading.Event(), {"model": MODEL, "prompt": PROMPT, "max_tokens": 8}
+    with serving(student, engine={"lanes": 2, "max_waiting": 2}) as here:
+        running = [here.engine.submit([5, 6], gen_length=8, on_draft=lambda _: hold.wait(20)) for _ in "ab"]
+        for change in ({"n": 3}, {"prompt": [PROMPT] * 3}):
+            status, answer = here.ask({**settings, **change})
+            assert (status, answer["error"]["code"]) == (429, "full")
+        hold.set()
+        assert [len(handle.result(20).tokens) for handle in running] == [8, 8]
+        assert len(here.ask({**settings, "n": 4})[1]["choices"]) == 4
+        stats = here.engine.stats
+        assert (stats.completed, stats.cancelled, stats.failed) == (6, 0, 0)
+
+
 def test_paths_and_methods(served: Here) -> None:
     for path in ("/v1/models", f"/v1/models/{MODEL}", "/health", "/metrics", "/version"):
         whole = exchange(served, "GET", path)
@@ -416,6 +432,13 @@ def test_paths_and_methods(served: Here) -> None:
     status, headers, _ = exchange(served, "PUT", "/health")
     assert (status, headers["Allow"]) == (405, "GET, HEAD")
     assert exchange(served, "OPTIONS", "/nowhere")[0] == 404
+    # A target may be a whole URL, as a proxy gets it.
+    for path in ("/v1/completions", "/v1/completions/"):
+        assert exchange(served, "POST", f"http://Some.Host:80{path}", body)[0] == 200
+    assert exchange(served, "GET", "HTTPS://host/health?a=http://b")[0] == 200
+    assert exchange(served, "GET", "http://host")[1]["Content-Type"] == "text/html; charset=utf-8"
+    assert exchange(served, "GET", "http://host/nowhere")[0] == 404
+    assert exchange(served, "POST", "ftp://host/v1/completions", body)[0] == 404
 
 
 def test_models_of_another_name(client: OpenAI) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import hmac
 import json
 import math
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -42,6 +43,12 @@ PATHS = {
 """Path -> methods; besides, /v1/models/NAME and the page's paths can be read."""
 
 
+def path_of(target: str) -> str:
+    """The path of a request's target, without slashes at its end. The target may be a whole URL, as proxies
+    get it (RFC 9112, 3.2.2)."""
+    return re.sub(r"^https?://[^/]*", "", target, flags=re.IGNORECASE).rstrip("/") or "/"
+
+
 def methods(path: str, service: Service) -> str | None:
     return READ if path.startswith("/v1/models/") or path in service.page else PATHS.get(path)
 
@@ -61,7 +68,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
+        scope = {**scope, "path": path_of(scope["path"])}
         status, taken, complete, answering = 500, 0, False, 0
         settings, now = self.service.settings, time.monotonic()
         ends = scope.get("state", {}).get("ends", now + settings.body_seconds)  # see connections
@@ -392,8 +399,11 @@ def add_routes(app: FastAPI, service: Service) -> None:
     async def completions(http: Request, request: CompletionRequest) -> Response:
         return await answer(service, http, request)
 
-    def read(path: str, answers: dict[int | str, dict[str, Any]]) -> Callable[[Any], Any]:
-        head, get = app.head(path, include_in_schema=False), app.get(path, responses=answers)
+    def read(
+        path: str, answers: dict[int | str, dict[str, Any]], form: type[Response] = JSONResponse
+    ) -> Callable[[Any], Any]:
+        head = app.head(path, include_in_schema=False)
+        get = app.get(path, responses=answers, response_class=form)
         return lambda function: get(head(function))
 
     @read("/v1/models", errors(401, 413))
@@ -422,7 +432,9 @@ def add_routes(app: FastAPI, service: Service) -> None:
         closed = service.closed
         return JSONResponse({"status": "closed" if closed else "ok"}, 503 if closed else 200)
 
-    @read("/metrics", errors(401, 413))
+    lines = {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' format."}
+
+    @read("/metrics", errors(401, 413) | {200: lines}, Response)
     async def metrics() -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 

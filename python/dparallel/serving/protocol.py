@@ -212,6 +212,9 @@ class Health(BaseModel):
 
 
 Text = Annotated[str, AfterValidator(unicode)]
+Ids = Annotated[list[int], Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1)]
+Several = Field(min_length=1, max_length=MOST_PROMPTS)
 
 
 class Strict(BaseModel):
@@ -261,7 +264,11 @@ class Options(Strict):
     policy: str | None = None
     """The unmasking rule of a diffusion model, see `parse_policy`."""
 
-    @field_validator("stop", mode="before", json_schema_input_type=str | list[str] | None)
+    @field_validator(
+        "stop",
+        mode="before",
+        json_schema_input_type=Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None,
+    )
     @classmethod
     def _strings(cls, value: Any) -> Any:
         if value is None:
@@ -334,7 +341,9 @@ class CompletionRequest(Options):
         return self
 
     @field_validator(
-        "prompt", mode="before", json_schema_input_type=str | list[int] | list[str] | list[list[int]]
+        "prompt",
+        mode="before",
+        json_schema_input_type=str | Ids | Annotated[list[str], Several] | Annotated[list[Ids], Several],
     )
     @classmethod
     def _several(cls, value: Any) -> Any:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from dparallel_ext import Completion, DecodeConfig, Draft, Engine, EngineFull, Handle, arguments
+from dparallel_ext import Completion, DecodeConfig, Draft, Engine, Handle, arguments
 
 from .. import page, registry, text
 from ..configs import policy_of, with_ends, without_ends
@@ -412,6 +412,10 @@ class ModelService:
         ]
         with self._engine_errors(param):
             config = self._config(request)
+        # All of them or none, and nobody else submits to this engine.
+        stats = self.engine.stats
+        if stats.active + stats.waiting + len(choices) > self.engine.lanes + self.engine.max_waiting:
+            raise full("too many requests wait already", self.metrics.wait())
 
         mask_id = self.engine.mask_id
 
@@ -445,8 +449,6 @@ class ModelService:
         prompt."""
         try:
             yield
-        except EngineFull as error:
-            raise full("too many requests wait already", self.metrics.wait()) from error
         except RuntimeError as error:
             raise ApiError(503, str(error), code="closed") from error
         except ValueError as error:
