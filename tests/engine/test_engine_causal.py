@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import golden
-from drafters import KINDS, MODEL, Knowing, drafter_with, model_of
+from drafters import DEEP, KINDS, MODEL, Knowing, drafter_with, exits, model_of, riding
 from engines import Gate, until
 from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext.cache import Span
 from dparallel_ext.models import Model, Taps
-from dparallel_ext.speculation import Draft, Lane, ModelDrafter
+from dparallel_ext.speculation import Draft, Lane, ModelDrafter, TreeDrafter
 
 
 def prompts_of(seed: int, count: int, longest: int = 30, first: int = 10) -> list[Tensor]:
@@ -260,6 +260,47 @@ def test_drafters_guess_the_same_whoever_has_computed_the_pages(
         # The longest is a draft of each length, since none is cut by how much room is left.
         longest = max(drafts, key=len)
         assert all(draft == longest[: len(draft)] for draft in drafts), text
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["ngram", *KINDS, *(f"tree:{kind}" for kind in KINDS), "ppd", "hidden_transfer", "adadecode", "model"],
+)
+def test_every_pass_of_a_request_is_as_with_the_drafter_alone(kind: str) -> None:
+    """Its drafts, what is accepted and refused of them, and its end, on pages that others had before."""
+    rng, target = random.Random(kind), DEEP if kind == "adadecode" else MODEL
+    makers: dict[str, Any] = {
+        "ngram": lambda: "ngram",
+        "ppd": lambda: riding("ppd"),
+        "hidden_transfer": lambda: riding("hidden_transfer"),
+        "adadecode": lambda: exits((1, 3), 0.2),
+        **{f"tree:{of}": lambda of=of: TreeDrafter(drafter_with(of).model, width=5) for of in KINDS},
+    }
+    drafter = makers.get(kind, lambda: drafters_of(kind))()
+    prompts = [prompt.repeat(rng.choice([1, 2])) for prompt in prompts_of(5, 6)]
+    own = [{**settings_of(rng), "logprobs": True} for _ in prompts]
+    sizes: dict[str, Any] = {"max_length": 90, "page_size": 4, "pages": 48, "lanes": 2, "share": False}
+    with dx.Engine(target, drafter=drafter, draft_size=9, **sizes) as engine:
+        seen: list[list[dx.Draft]] = [[] for _ in prompts]
+        handles = [
+            engine.submit(prompt, on_draft=drafts.append, **settings)
+            for prompt, settings, drafts in zip(prompts, own, seen, strict=True)
+        ]
+        for prompt, settings, handle, drafts in zip(prompts, own, handles, seen, strict=True):
+            call: dict[str, Any] = {**settings, "seed": [settings["seed"]], "record": True}
+            found = dx.speculate(target, [prompt], drafter=drafter, draft_size=9, **call)
+            done, kept = handle.result(60), int(found.kept[0])
+            assert done.tokens == found.responses[0][:kept].tolist() == alone(prompt, target, **settings)[0]
+            assert (done.nfe, done.draft_nfe) == (int(found.nfe[0]), int(found.draft_nfe[0]))
+            assert done.finish_reason == ("stop" if kept < settings["gen_length"] else "length")
+            assert found.passes is not None
+            assert found.logprobs is not None
+            assert done.logprobs is not None
+            passes = [(draft.drafted, draft.accepted, tuple(draft.refused)) for draft in drafts]
+            assert passes == [tuple(each) for each in found.passes[0]]
+            for value, expected in zip(done.logprobs, found.logprobs[0][:kept].tolist(), strict=True):
+                assert value == pytest.approx(expected, abs=1e-4)
+    assert engine.stats.drafted_tokens > engine.stats.accepted_tokens
 
 
 def test_streaming_and_drafts() -> None:
