@@ -20,12 +20,12 @@ import pytest
 import run_engine_ends
 import torch
 from conftest import golden
-from drafters import KINDS, Knowing, drafter_with, model_of
+from drafters import KINDS, Knowing, drafter_with, exits, model_of, riding
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext.models import Model
-from dparallel_ext.speculation import Draft, Lane, ModelDrafter
+from dparallel_ext.models import Model, Stream
+from dparallel_ext.speculation import Draft, Lane, ModelDrafter, TreeDrafter
 
 MODELS = {name: golden.model(name) for name in ("llada_tiny_a", "dream_tiny_a", "sdar_tiny_a")}
 MODELS["causal"] = model_of(vocab_size=512)
@@ -37,7 +37,9 @@ DIFFUSION = [
     ("sdar_tiny_a", "block"),
 ]
 """Models and caches."""
-CAUSAL = [("causal", way) for way in ("plain", "ngram", "chains", "trees", "model", "dflash", "parallelspec")]
+RIDING = ("ppd", "hidden_transfer")
+GUESSERS = ("plain", "ngram", "chains", "trees", "model", "canvas", "exits", "tree", *KINDS, *RIDING)
+CAUSAL = [("causal", way) for way in GUESSERS]
 """And drafters."""
 BLOCK, LONGEST = 8, 56
 RAISED = [
@@ -193,21 +195,25 @@ class Client:
             handle.cancel()
 
 
-def poisoned(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def stepped(model: Model, ids: Tensor, slots: Any, metadata: Any, **more: Any) -> Tensor:
+def poisoned(embedded: Callable[[Model, Tensor], Stream]) -> Callable[[Model, Tensor], Stream]:
+    def checked(model: Model, ids: Tensor) -> Stream:
         for token, error in POISON.items():
             if error is not None and bool((ids == token).any()):
                 raise error("a model")
-        return step(model, ids, slots, metadata, **more)
+        return embedded(model, ids)
 
-    return stepped
+    return checked
 
 
 DRAFTERS = {
     "plain": None,
     "ngram": "ngram",
     "model": ModelDrafter(model_of("llama", vocab_size=512, num_hidden_layers=1), most=4),
+    "canvas": ModelDrafter(MODELS["llada_tiny_a"], most=4),
+    "exits": exits((1,), 0.1, target=MODELS["causal"]),
+    "tree": TreeDrafter(drafter_with("dflash", MODELS["causal"]).model),
     **{kind: drafter_with(kind, MODELS["causal"]) for kind in KINDS},
+    **{kind: riding(kind, MODELS["causal"]) for kind in RIDING},
 }
 
 
@@ -252,7 +258,7 @@ def test_chaos(
     counters add up.
     """
     caplog.set_level(logging.CRITICAL + 1, logger="dparallel_ext.engine")
-    step = Model.step
+    embedded = Model.embedded
     for rng in attack.cases(few):
         name, way = rng.choice(ways)
         engine = engine_of(name, way, rng)
@@ -262,7 +268,7 @@ def test_chaos(
         ]
         fault = rng.choice([None, None, None, "admit", "receive", "advance", "publish", "end"])
         with monkeypatch.context() as patch:
-            patch.setattr(Model, "step", poisoned(step))
+            patch.setattr(Model, "embedded", poisoned(embedded))
             for client in clients:
                 client.thread.start()
             time.sleep(rng.random() * 0.05)
