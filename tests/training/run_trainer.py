@@ -32,10 +32,14 @@ import dparallel_ext as dx
 SIZES = train.Settings(width=32, layers=1, heads=2, mlp_width=32)
 
 
-def model(seed: int = 0) -> dx.models.LLaDA:
+def model(seed: int = 0, dropout: float = 0.0) -> dx.models.LLaDA:
     torch.manual_seed(seed)
     made = dx.models.LLaDA(train.model_config(SIZES))
     train.initialise(made)
+    if dropout:
+        made.blocks[0].register_forward_hook(
+            lambda block, _, out: nn.functional.dropout(out, dropout, block.training)
+        )
     return made
 
 
@@ -51,7 +55,12 @@ def rows(count: int) -> list[dict[str, Any]]:
 
 
 def run(
-    out: Path, count: int = 16, resume: str | None = None, judged: int = 0, **settings: Any
+    out: Path,
+    count: int = 16,
+    resume: str | None = None,
+    judged: int = 0,
+    dropout: float = 0.0,
+    **settings: Any,
 ) -> CertaintyForcingTrainer:
     """`judged`: rows to evaluate on after the training."""
     defaults: dict[str, Any] = {
@@ -70,7 +79,7 @@ def run(
     }
     args = CertaintyForcingArguments(output_dir=str(out), **{**defaults, **settings})
     trainer = CertaintyForcingTrainer(
-        model=model(), args=args, train_dataset=rows(count), data_collator=Collator(1)
+        model=model(dropout=dropout), args=args, train_dataset=rows(count), data_collator=Collator(1)
     )
     trainer.train(resume_from_checkpoint=resume)
     if judged:

@@ -258,7 +258,16 @@ def test_rows_repeated_to_fill_an_epoch_s_last_batch_count_once(
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {"bf16": True},
+        {"gradient_accumulation_steps": 2, "dropout": 0.3},
+    ],
+    ids=str,
+)
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(settings: dict[str, Any], tmp_path: Path):
     given = {"optim": "adamw_torch", "learning_rate": 1e-2, "per_device_train_batch_size": 4, **settings}
     saving = {**given, "save_strategy": "steps", "save_steps": 3, "max_steps": 8}
@@ -305,6 +314,23 @@ def test_views_depend_on_seed_step_and_row_alone(tmp_path: Path):
     assert not torch.equal(trainer.views(Collator(1)(rows), 6)["active"], batch["active"])
     trainer.args.seed += 1
     assert not torch.equal(trainer.views(Collator(1)(rows), 5)["active"], batch["active"])
+
+
+def test_every_pass_over_a_micro_batch_has_the_same_dropout(tmp_path: Path):
+    """The tokens that are counted before the first gradient are those whose entropies are summed then."""
+    model = run_trainer.model(dropout=0.5).train()
+    trainer = trainer_of(model, tmp_path, block_length=4)
+    views = [trainer.views(Collator(1)(run_trainer.rows(6)), step) for step in (0, 1)]
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        counted = trainer.rows(model, views[0])
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    summed = trainer.rows(model, views[0])
+    assert all(torch.equal(a, b) for a, b in zip(counted, summed, strict=True))
+    other = trainer.rows(model, {**views[0], "seed": views[1]["seed"]})
+    assert not torch.equal(other[0], summed[0])
+    assert not torch.equal(summed[0], trainer.rows(model.eval(), views[0])[0])
 
 
 def test_evaluation_uses_the_same_masks_every_time(tmp_path: Path):

@@ -104,7 +104,8 @@ class CertaintyForcingTrainer(Trainer):
     A row's blocks and masks depend only on the seed, the optimizer step and the row's index, so batch size,
     accumulation, the number of processes and resuming do not change an update. With gradient accumulation the
     number of gated tokens of the whole step must be known before the first micro-batch's gradient, which
-    costs one more forward pass without gradient.
+    costs one more forward pass without gradient. A micro-batch's dropout depends only on the seed, the step
+    and the index of its first row, so both passes and a resumed run drop the same.
 
     Logged with the loss: ce (mean -log p of the label, nats), entropy (mean over the gated tokens, at
     `temperature`, nats), correct (share of active tokens whose argmax is right) and certainty (their mean
@@ -169,7 +170,7 @@ class CertaintyForcingTrainer(Trainer):
             counts = torch.cat((counts, gated))
         return views, self.accelerator.reduce(counts, "sum")
 
-    def leave_out_repeated(self, view: dict[str, Tensor]) -> None:
+    def leave_out_repeated(self, view: dict[str, Any]) -> None:
         """Make no token active of the rows (of 2B) that a process got again to fill an epoch's last batch.
 
         Over all processes, in their order, the last batch starts with the epoch's last `remainder` rows.
@@ -182,8 +183,9 @@ class CertaintyForcingTrainer(Trainer):
         own = state.remainder - self.accelerator.process_index * count
         active.view(2, count, -1)[:, max(0, own) :] = False
 
-    def views(self, batch: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
-        """The masked states of a collated batch (B, T) and their complements, as one batch (2B, T)."""
+    def views(self, batch: Mapping[str, Tensor], step: int) -> dict[str, Any]:
+        """The masked states of a collated batch (B, T) and their complements, as one batch (2B, T); and the
+        seed of its dropout."""
         ids, lengths = batch["input_ids"].cpu(), batch["lengths"].cpu()
         low, high = ratio_bounds(self.args.mask_ratio)
         generators = [torch.Generator().manual_seed(self._key(step, int(i))) for i in batch["index"]]
@@ -198,10 +200,11 @@ class CertaintyForcingTrainer(Trainer):
             lengths=lengths,
             generator=generators,
         )
-        stacked = {
+        stacked: dict[str, Any] = {
             "input_ids": torch.cat((pair.input_ids, pair.reverse_input_ids)),
             "labels": torch.cat((ids, ids)),
             "active": torch.cat((pair.active, pair.reverse_active)),
+            "seed": self._key(step, -1 - int(batch["index"][0])),  # of no row's masks
         }
         if len(lengths) and int(lengths.min()) < ids.shape[1]:
             if not self.takes_attention_mask:
@@ -268,7 +271,10 @@ class CertaintyForcingTrainer(Trainer):
             return torch.stack((out.nll, out.entropy, out.correct.to(out.nll.dtype)), -1)
 
         arguments = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
-        with forward_of(self.lm_head, of_hidden):
+        device = self.args.device
+        forked = torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
+        with forward_of(self.lm_head, of_hidden), forked:
+            torch.manual_seed(inputs["seed"])
             logits = model(**arguments).logits
         if replaced:
             nll, entropy, right = logits.unbind(-1)
