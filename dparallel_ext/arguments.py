@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,15 @@ def number(name: str, value: Any, least: float = 0.0) -> float:
     if not least <= result < math.inf:
         raise ValueError(f"{name}: expected a finite number{bound}, got {shown(value)}")
     return result
+
+
+def check_fields(
+    made: object, names: Iterable[str], check: Callable[..., int | float], *bounds: int | float
+) -> None:
+    """Check fields of a dataclass, frozen or not, by `whole` or `number`, and keep what these return: a
+    tensor would make equal objects' hashes differ, and could change later."""
+    for name in names:
+        object.__setattr__(made, name, check(name, getattr(made, name), *bounds))
 
 
 def check_tensor(name: str, value: Any) -> None:

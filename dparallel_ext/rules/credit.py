@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..arguments import number, whole
+from ..arguments import check_fields, number, whole
 from ..ops.row_stats import LARGEST
 from ..types import RowStats
 from .protocol import Decision, Rule, Where
@@ -40,11 +40,10 @@ class Credit(Rule):
     without = ("margin",)  # the statistics do not say which id has the second logit, nor so its credit
 
     def __post_init__(self) -> None:
-        for name in ("scale", "decay", "power"):
-            number(name, getattr(self, name))
+        check_fields(self, ("scale", "decay", "power"), number)
         if self.decay > 1:
             raise ValueError(f"decay: expected a number of at most 1, got {self.decay!r}")
-        whole("kept", self.kept, 1)
+        check_fields(self, ("kept",), whole, 1)
 
     def new_state(self, lanes: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
         ids = torch.zeros((lanes, columns, self.kept), dtype=torch.int64, device=device)

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..arguments import number, one_of, shown, whole
+from ..arguments import check_fields, number, one_of, shown, whole
 from ..ops.row_stats import LARGEST
 from ..types import RowStats
 from .protocol import Decision, Rule, Where
@@ -51,12 +51,11 @@ class Prophet(Rule):
     reads = "response"
 
     def __post_init__(self) -> None:
-        whole("start", self.start, 0)
-        whole("width", self.width, 1)
+        check_fields(self, ("start",), whole, 0)
+        check_fields(self, ("width",), whole, 1)
         if not isinstance(self.bars, tuple) or len(self.bars) != 3:
             raise ValueError(f"bars: expected a tuple of three numbers, got {shown(self.bars)}")
-        for bar in self.bars:
-            number("bars", bar, -math.inf)
+        object.__setattr__(self, "bars", tuple(number("bars", bar, -math.inf) for bar in self.bars))
 
     def decide(self, stats: RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
         at = where.column - where.first[:, None]
@@ -91,8 +90,7 @@ class SchED(Rule):
 
     def __post_init__(self) -> None:
         one_of("kind", self.kind, get_args(Shape))
-        for name in ("high", "low", "k", "floor", "changes"):
-            number(name, getattr(self, name))
+        check_fields(self, ("high", "low", "k", "floor", "changes"), number)
         for name in ("floor", "changes"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(self, name)!r}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..arguments import number, whole
+from ..arguments import check_fields, number, whole
 from ..types import RowStats
 from .protocol import Decision, Rule, Where
 
@@ -27,9 +27,8 @@ class Edit(Rule):
     reads = "block"
 
     def __post_init__(self) -> None:
-        number("mask", self.mask)
-        number("edit", self.edit)
-        whole("edits", self.edits, 1)
+        check_fields(self, ("mask", "edit"), number)
+        check_fields(self, ("edits",), whole, 1)
 
     def decide(self, stats: RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
         other = stats.sample != where.token

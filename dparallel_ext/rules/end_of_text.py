@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..arguments import number, whole
+from ..arguments import check_fields, number, whole
 from ..types import RowStats
 from .protocol import Decision, Rule, Where
 
@@ -31,8 +31,9 @@ class EndOfText(Rule):
     greedy = True
 
     def __post_init__(self) -> None:
-        whole("eos", self.eos, 0)
-        if number("floor", self.floor) > 1:
+        check_fields(self, ("eos",), whole, 0)
+        check_fields(self, ("floor",), number)
+        if self.floor > 1:
             raise ValueError(f"floor: expected a number from 0 to 1, got {self.floor!r}")
 
     @property

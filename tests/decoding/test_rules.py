@@ -476,6 +476,22 @@ def test_prophets_bars_are_three(bars: Any) -> None:
         Prophet(0, bars=bars)
 
 
+def test_rules_keep_plain_numbers() -> None:
+    """Rules made of tensors or numpy's numbers are equal, hash alike, and have a text."""
+    two, half = torch.tensor(2), torch.tensor(0.5)
+    for rule, expected in (
+        (Prophet(two, two, (half, half, half)), Prophet(2, 2, (0.5, 0.5, 0.5))),  # type: ignore[arg-type]
+        (SchED(half, half, k=two, floor=half), SchED(0.5, 0.5, k=2, floor=0.5)),  # type: ignore[arg-type]
+        (Credit(half, half, half, two), Credit(0.5, 0.5, 0.5, 2)),  # type: ignore[arg-type]
+        (Edit(half, half, two), Edit(0.5, 0.5, 2)),  # type: ignore[arg-type]
+        (rules.EndOfText(two, half), rules.EndOfText(2, 0.5)),  # type: ignore[arg-type]
+    ):
+        assert rule == expected
+        assert hash(rule) == hash(expected)
+        assert "tensor" not in repr(rule)
+    assert rules.spec.text_of(Edit(half, half, two)) == "edit:0.5,0.5,2"  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["floor", "changes"])
 def test_scheds_shares_are_at_most_1(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected a share from 0 to 1, got 2"):

@@ -371,6 +371,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(target: Path, tmp_pat
         ({"ema": 1.0}, {}, "ema: expected a number between 0 and 1"),
         ({"taps": (0, 2)}, {}, r"taps: expected ascending layers of \[-1, 2\), got \(0, 2\)"),
         ({"mask_id": 999}, {}, "mask_id: expected one of the model's 202 token ids, got 999"),
+        ({"steps": 0}, {}, "steps: expected a whole number >= 1, got 0"),
         ({}, {"evaluate": -1}, "evaluate: expected a whole number >= 0"),
         ({}, {"save_every": 0}, "save_every: expected a whole number >= 1"),
         ({}, {"data": "builtin:0"}, "data: expected builtin:N"),
@@ -383,6 +384,8 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(target: Path, tmp_pat
         run(target, tmp_path / "out", data="nowhere")
     with pytest.raises(ValueError, match="is a diffusion model"):
         run("builtin:teacher", tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"gen_length: .* tokens, but builtin:causal was trained on 256"):
+        run("builtin:causal", tmp_path / "out", replace(TINY, gen_length=250))  # type: ignore[arg-type]
     model = registry.load(str(target))
     with pytest.raises(ValueError, match=r"mask_id: .* has no mask token; name an id"):
         run(target, tmp_path / "out", loaded=model)

@@ -294,6 +294,25 @@ def test_a_checker_that_is_none_is_named(name: str):
         checkers.checker_of(name)
 
 
+@pytest.mark.parametrize(
+    ("checker", "said"),
+    [
+        (
+            "operator:truediv",
+            r"checker: operator:truediv raised TypeError\(.* for prompt \d+, the answer .* and the response '",
+        ),
+        ("builtins:print", "checker: expected True or False from builtins:print, got None"),
+        ("builtins:max", "checker: expected True or False from builtins:max, got '"),
+    ],
+)
+def test_a_checker_that_fails_is_named(
+    checker: str, said: str, prompts: list[Prompt], loaded: Any, tmp_path: Path
+):
+    settings = replace(SMALL, checker=checker)
+    with pytest.raises(ValueError, match=said):
+        trajectories.generate(tmp_path, prompts[:2], settings, loaded=loaded, progress=False)
+
+
 def test_prompts_of_odd_files(tmp_path: Path):
     """Newlines and a byte order mark of Windows are read; what holds no prompts is told why."""
     lines = [json.dumps({"prompt": text, "answer": 10**30}) for text in ("a é 🎈", "a é 🎈")]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dparallel_ext import backends, models
-from dparallel_ext.arguments import whole
+from dparallel_ext.arguments import check_fields, whole
 from dparallel_ext.models import LLaDA, Qwen3
 
 from .. import evaluate as evaluation
@@ -52,11 +52,10 @@ class Settings:
     """Whether to train the autoregressive model."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "width", "layers", "heads", "mlp_width"):
-            whole(name, getattr(self, name), 1)
+        check_fields(self, ("steps", "batch", "width", "layers", "heads", "mlp_width"), whole, 1)
+        check_fields(self, ("seed",), whole, 0, MOST_SEEDS - 1)
         if self.width % self.heads:
             raise ValueError(f"heads: expected a divisor of width {self.width}, got {self.heads}")
-        whole("seed", self.seed, 0, MOST_SEEDS - 1)
 
 
 def tokenizer() -> Any:

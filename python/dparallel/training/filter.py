@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dparallel_ext as dx
-from dparallel_ext.arguments import number, whole
+from dparallel_ext.arguments import check_fields, number, whole
 from dparallel_ext.rules import Decision, Rule, Where
 from dparallel_ext.rules.learned import by_place
 
@@ -50,12 +50,14 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        whole("steps", self.steps, 1)
-        whole("seed", self.seed, 0)
+        check_fields(self, ("steps",), whole, 1)
+        check_fields(self, ("seed",), whole, 0)
         if self.hidden is not None:
-            whole("hidden", self.hidden, 1)
-        for name in ("tau", "held_out", "lr"):
-            if not 0 < number(name, getattr(self, name)) < 1:
+            check_fields(self, ("hidden",), whole, 1)
+        shares = ("tau", "held_out", "lr")
+        check_fields(self, shares, number)
+        for name in shares:
+            if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number between 0 and 1, got {getattr(self, name)}")
 
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import dparallel_ext as dx
-from dparallel_ext.arguments import is_number, number, one_of, whole
+from dparallel_ext.arguments import check_fields, is_number, number, one_of, whole
 from dparallel_ext.models import Model
 
 from .trajectories import Collator
@@ -63,14 +63,16 @@ class CertaintyForcingArguments(TrainingArguments):
         low, high = ratio_bounds(self.mask_ratio)
         if not 0 <= low <= high or low > 1:
             raise ValueError(f"mask_ratio: expected 0 <= low <= 1 and low <= high, got {self.mask_ratio!r}")
-        for name in ("entropy_weight", "ce_weight"):
-            number(name, getattr(self, name))
-        if not 1e-5 <= number("temperature", self.temperature) <= 1e5:
+        check_fields(self, ("entropy_weight", "ce_weight", "temperature"), number)
+        if not 1e-5 <= self.temperature <= 1e5:
             raise ValueError(f"temperature: expected a number from 1e-5 to 1e5, got {self.temperature!r}")
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            whole(name, getattr(self, name), 1)
+        check_fields(self, ("per_device_train_batch_size", "gradient_accumulation_steps"), whole, 1)
         if self.block_length is not None:
-            whole("block_length", self.block_length, 1)
+            check_fields(self, ("block_length",), whole, 1)
+        if self.max_steps != -1:  # of 0, Trainer makes one step or all epochs
+            whole("max_steps", self.max_steps, 1)
+        if not number("num_train_epochs", self.num_train_epochs):
+            raise ValueError(f"num_train_epochs: expected a number above 0, got {self.num_train_epochs!r}")
         one_of("gate", self.gate, ("correct", "all"))
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False, since the collator needs the columns")

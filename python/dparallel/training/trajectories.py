@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import dparallel_ext as dx
-from dparallel_ext.arguments import whole
+from dparallel_ext.arguments import is_number, whole
 
 from .. import files, registry
 from ..configs import parse_policy
@@ -222,8 +222,21 @@ def _generate(
         rows: list[dict[str, Any]] = []
         for answered in _answer(model, tokenizer, encode, part, config, batch):
             for at, row in answered:
-                if checker(part[at].answer, row["response"]):
-                    rows.append({"index": first + at, **row})
+                index = first + at
+                try:
+                    right = checker(part[at].answer, row["response"])
+                except Exception as error:
+                    raise ValueError(
+                        f"checker: {settings.checker} raised {error!r} for prompt {index}, the answer "
+                        f"{part[at].answer!r:.200} and the response {row['response']!r:.2000}; the same "
+                        "command goes on with this prompt's shard"
+                    ) from error
+                if not is_number(right):
+                    raise ValueError(
+                        f"checker: expected True or False from {settings.checker}, got {right!r:.80}"
+                    )
+                if right:
+                    rows.append({"index": index, **row})
             seen += len(answered)
             if bar is not None:
                 bar.update(len(answered))

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import dparallel_ext as dx
 from dparallel_ext import models
-from dparallel_ext.arguments import number, whole
+from dparallel_ext.arguments import check_fields, number, whole
 from dparallel_ext.speculation.adadecode import KIND, AdaDecode, ExitHeads, Layout, check_layers
 
 from .common import Answer, Settings, Target, Trainee
@@ -39,9 +39,10 @@ class ExitSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if number("gamma", self.gamma) > 1:
+        check_fields(self, ("gamma",), number)
+        if self.gamma > 1:
             raise ValueError(f"gamma: expected a number from 0 to 1, got {self.gamma}")
-        whole("most", self.most, 1, 512)
+        check_fields(self, ("most",), whole, 1, 512)
 
 
 class Exits(Trainee):

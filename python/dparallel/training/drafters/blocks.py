@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dparallel_ext import models
-from dparallel_ext.arguments import whole
+from dparallel_ext.arguments import check_fields, whole
 from dparallel_ext.models import rope
 from dparallel_ext.models.fields import LAYERS, MLP_WIDTH, VOCABULARY
 from dparallel_ext.speculation import BlockDrafter, DraftModel
@@ -59,7 +59,7 @@ class BlockSettings(Settings):
             ("mask_id", 0, VOCABULARY.most),
         ):
             if getattr(self, name) is not None:
-                whole(name, getattr(self, name), least, int(most))
+                check_fields(self, (name,), whole, least, int(most))
 
 
 class Blocks(Trainee):

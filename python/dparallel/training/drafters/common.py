@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from dparallel_ext import models
-from dparallel_ext.arguments import number, whole
+from dparallel_ext.arguments import check_fields, number, whole
 from dparallel_ext.models import files as checkpoints
 from dparallel_ext.speculation.checkpoint import Origin
 from dparallel_ext.speculation.drafter import Drafter
@@ -57,17 +57,17 @@ class Settings:
     def __post_init__(self) -> None:
         if self.kind not in self.KINDS:
             raise ValueError(f"kind: expected one of {list(self.KINDS)}, got {self.kind!r}")
-        for name in ("steps", "batch", "anchors", "warmup", "gen_length"):
-            whole(name, getattr(self, name), 1)
+        check_fields(self, ("steps", "batch", "anchors", "warmup", "gen_length"), whole, 1)
+        check_fields(self, ("muon_lr", "adam_lr", "ema", "weight_decay", "decay", "temperature"), number)
+        check_fields(self, ("seed",), whole, 0, MOST_SEEDS - 1)
         for name in ("muon_lr", "adam_lr", "ema"):
-            if not 0 < number(name, getattr(self, name)) < 1:
+            if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number between 0 and 1, got {getattr(self, name)}")
         for name in ("weight_decay", "decay"):
-            if number(name, getattr(self, name)) > 1:
+            if getattr(self, name) > 1:
                 raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
-        if number("temperature", self.temperature) > 100:
+        if self.temperature > 100:
             raise ValueError(f"temperature: expected a number from 0 to 100, got {self.temperature}")
-        whole("seed", self.seed, 0, MOST_SEEDS - 1)
 
 
 @dataclass(frozen=True)

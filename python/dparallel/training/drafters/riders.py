@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dparallel_ext import models
-from dparallel_ext.arguments import number, whole
+from dparallel_ext.arguments import check_fields, number, whole
 from dparallel_ext.models import rope
 from dparallel_ext.models.modules import rotate
 from dparallel_ext.speculation import HiddenTransfer, PromptTokens, RiderDrafter
@@ -47,8 +47,9 @@ class RiderSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole("riders", self.riders, 1, 16)
-        if not 0 < number("soften", self.soften) <= 100:
+        check_fields(self, ("riders",), whole, 1, 16)
+        check_fields(self, ("soften",), number)
+        if not 0 < self.soften <= 100:
             raise ValueError(f"soften: expected a number above 0 and at most 100, got {self.soften}")
 
 
@@ -71,7 +72,7 @@ class TransferSettings(RiderSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layer is not None:
-            whole("layer", self.layer, 1)
+            check_fields(self, ("layer",), whole, 1)
 
 
 class _Riders(Trainee):

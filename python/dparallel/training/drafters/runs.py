@@ -90,6 +90,7 @@ def run(
     trainee = KINDS[settings.kind](Target(target, model, template, loaded is None), settings)
     learned, judged = prompts_of(data, prompt_field, answer_field, encode, evaluate)
     check_prompts(model, [*learned, *judged], dx.DecodeConfig())
+    registry.check_positions(target, model, max(map(len, [*learned, *judged])) + settings.gen_length)
     _apart(trainee, settings, len(learned))  # before anything is written
     directory = files.directory("out", out)
     with files.locked("out", directory), files.full_disk_named(directory):
