@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,12 @@ def test_prompts_are_held_out_whole() -> None:
     for share, some in ((0.1, prompts[:2]), (0.9, prompts[:2]), (0.5, prompts[:1])):
         with pytest.raises(ValueError, match="held_out: expected a share that leaves prompts on both sides"):
             filter.hold_out(some, share)
+
+
+def test_settings_keep_plain_numbers() -> None:
+    """They are written as JSON."""
+    settings = filter.Settings(steps=torch.tensor(3), tau=torch.tensor(0.5), hidden=torch.tensor(4))  # type: ignore[arg-type]
+    assert json.loads(json.dumps(asdict(settings))) == asdict(filter.Settings(steps=3, tau=0.5, hidden=4))
 
 
 def test_training_learns_what_can_be_known_and_judges_by_held_out_prompts() -> None:

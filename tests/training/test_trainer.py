@@ -101,6 +101,7 @@ def test_the_loss_is_that_of_the_definition(name: str, settings: dict[str, Any],
     rows = run_trainer.rows(5)
     for row in rows:
         row["input_ids"] = row["input_ids"][:6].repeat(2)
+        row["prompt_length"] = row["index"]  # 0: where logits are shifted, none are for the first token
     views = trainer.views(Collator(1)(rows), step=3)
     assert "attention_mask" not in views
     model.train()

@@ -208,6 +208,8 @@ class CertaintyForcingTrainer(Trainer):
             "active": torch.cat((pair.active, pair.reverse_active)),
             "seed": self._key(step, -1 - int(batch["index"][0])),  # of no row's masks
         }
+        if self.traits.shift:
+            stacked["active"][:, :1] = False  # no row of logits comes before a sequence's first token
         if len(lengths) and int(lengths.min()) < ids.shape[1]:
             if not self.takes_attention_mask:
                 raise ValueError(
@@ -284,8 +286,6 @@ class CertaintyForcingTrainer(Trainer):
         else:
             if shift:
                 logits = torch.cat((logits[:, :1], logits[:, :-1]), 1)
-                active = active.clone()
-                active[:, 0] = False
             _, nll, entropy, correct = dx.certainty_forcing_loss(logits, labels, active, **settings)
         return nll, entropy, correct if self.args.gate == "correct" else active, correct
 
