@@ -455,9 +455,14 @@ def test_rows_of_other_datasets(tmp_path: Path):
     trainer = trainer_of(run_trainer.model(), tmp_path, max_steps=1, logging_steps=1)
     rows = run_trainer.rows(4)
     lists = [{**row, "input_ids": row["input_ids"].tolist(), "text": "more"} for row in rows]
-    for name, found in Collator(1)(lists).items():
-        assert torch.equal(found, Collator(1)(rows)[name]), name
+    narrow = [{**row, "input_ids": row["input_ids"].int()} for row in rows]
+    for others in (lists, narrow):
+        for name, found in Collator(1)(others).items():
+            assert torch.equal(found, Collator(1)(rows)[name]), name
+            assert found.dtype == torch.int64
     for changed, said in (
+        ({"input_ids": [3.5, 4]}, r"input_ids: expected int64 \(P,\), got torch.float32"),
+        ({"input_ids": "three"}, r"input_ids: expected int64 \(P,\) or a list of ids, got str"),
         ({"prompt_length": 99}, "prompt_length: expected a whole number <= "),
         ({"prompt_length": -1}, "prompt_length: expected a whole number >= 0"),
         ({"index": None}, r"rows: expected the field 'index' in each, got \['input_ids', 'prompt_length'\]"),

@@ -107,7 +107,9 @@ class CertaintyForcingTrainer(Trainer):
     accumulation, the number of processes and resuming do not change an update. With gradient accumulation the
     number of gated tokens of the whole step must be known before the first micro-batch's gradient, which
     costs one more forward pass without gradient. A micro-batch's dropout depends only on the seed, the step
-    and the index of its first row, so both passes and a resumed run drop the same.
+    and the index of its first row, so both passes and a resumed run drop the same. With several dataloader
+    workers an iterable dataset has to divide its rows among them (`torch.utils.data.get_worker_info`), else
+    each row comes once from every worker.
 
     Logged with the loss: ce (mean -log p of the label, nats), entropy (mean over the gated tokens, at
     `temperature`, nats), correct (share of active tokens whose argmax is right) and certainty (their mean

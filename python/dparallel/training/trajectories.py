@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import dparallel_ext as dx
-from dparallel_ext.arguments import is_number, whole
+from dparallel_ext.arguments import check_fields, is_number, token_ids, whole
 
 from .. import files, registry
 from ..configs import parse_policy
@@ -435,7 +435,7 @@ class Trajectories(Dataset[dict[str, Any]]):
 @dataclass(frozen=True)
 class Collator:
     """Rows of `Trajectories`, or others with their input_ids, prompt_length and index, as a batch, padded on
-    the right. A row's input_ids may be a list.
+    the right. A row's input_ids are a list, an array or a tensor of any integers.
 
     As published, responses are lengthened with EOS, which is learned, or cut: to `total_length` tokens with
     the prompt (LLaDA: 384) or to `response_length` without it (Dream: 256). Rows that still are shorter than
@@ -451,7 +451,7 @@ class Collator:
     def __post_init__(self) -> None:
         for name in ("total_length", "response_length"):
             if getattr(self, name) is not None:
-                whole(name, getattr(self, name), 1)
+                check_fields(self, (name,), whole, 1)
         if self.total_length is not None and self.response_length is not None:
             raise ValueError(
                 f"total_length, response_length: expected one of them, got {self.total_length} and "
@@ -464,7 +464,7 @@ class Collator:
         for row in rows:
             if missing := [name for name in ("input_ids", "prompt_length", "index") if name not in row]:
                 raise ValueError(f"rows: expected the field {missing[0]!r} in each, got {sorted(row)}")
-            ids = torch.as_tensor(row["input_ids"])
+            ids = token_ids("input_ids", row["input_ids"])
             target = len(ids)
             prompt = whole("prompt_length", row["prompt_length"], 0, target)
             if self.total_length is not None:
