@@ -24,7 +24,7 @@ import torch
 
 import dparallel_ext as dx
 from dparallel_ext import models, speculation
-from dparallel_ext.arguments import number, whole
+from dparallel_ext.arguments import check_fields, number, whole
 from dparallel_ext.decoding.settings import make_settings
 from dparallel_ext.models import Model
 from dparallel_ext.speculation.drafter import Expecting
@@ -78,12 +78,11 @@ class Settings:
     chat: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("problems", "batch", "repeats"):
-            whole(name, getattr(self, name), 1)
-        number("tolerance", self.tolerance)
+        check_fields(self, ("problems", "batch", "repeats"), whole, 1)
+        check_fields(self, ("tolerance",), number)
         for name, least in (("gen_length", 2), ("context", 1)):
             if getattr(self, name) is not None:
-                whole(name, getattr(self, name), least)
+                check_fields(self, (name,), whole, least)
 
 
 class Work(NamedTuple):
