@@ -288,6 +288,12 @@ def test_numbers_outside_their_meaning_are_named(
         (("decode", "x", "--suffix", "y", "--gen-length", "0"), "gen_length: expected a whole number >= 1"),
         (("decode", "x", "--device", "gpu"), "device: expected cpu, cuda or cuda:N, got 'gpu'"),
         (("decode", "x", "--device", "meta"), "device: expected cpu, cuda or cuda:N, got 'meta'"),
+        (("decode", "x", "--dtype", "int8"), "dtype: expected auto, float32, bfloat16, float16, got 'int8'"),
+        (
+            ("evaluate", "--dtype", "float64"),
+            "dtype: expected auto, float32, bfloat16, float16, got 'float64'",
+        ),
+        (("trajectories", "out", "--data", "builtin:3", "--dtype", ""), "dtype: expected auto, float32, bf"),
         (("trajectories", "out", "--data", "builtin:3", "--gen-length", "0"), "gen_length: expected"),
         (("decode", "x", "--temperature", "-1"), "temperature: expected"),
         (("decode", "x", "--top-p", "2"), "top_p: expected"),
@@ -478,6 +484,32 @@ def test_weights_in_8_bits(tmp_path: Path):
     (row,) = json.loads(json_file.read_text())
     assert row["fp8"]
     assert row["accuracy"] >= 0.8
+
+
+def test_all_that_is_loaded_is_in_the_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The verifier of a model too; and once more for `filter`, which reads the dtype from the answers."""
+    loaded: list[torch.dtype] = []
+
+    def load(*args: Any, **keywords: Any) -> Any:
+        model, tokenizer = real(*args, **keywords)
+        loaded.append(model.dtype)
+        return model, tokenizer
+
+    real = registry.load
+    monkeypatch.setattr(registry, "load", load)
+    run("decode", PROMPT, "--verifier", registry.VERIFIER, "--dtype", "float16", "--gen-length", 4)
+    assert loaded == [torch.float16] * 2
+    answers = ("trajectories", tmp_path / "answers", "--data", "builtin:2", "--policy", "quota:32")
+    run(*answers, "--checker", "none", "--format", "jsonl", "--dtype", "float16")
+    run("filter", tmp_path / "filter", "--answers", tmp_path / "answers", "--steps", 1, "--held-out", 0.5)
+    assert loaded == [torch.float16] * 4
+    options = (*answers, "--checker", "none", "--format", "jsonl")
+    assert "other settings: {'dtype': 'float16'}" in run(*options, code=2)
+    file = tmp_path / "answers" / "settings.json"
+    older = {key: value for key, value in json.loads(file.read_text()).items() if key != "dtype"}
+    file.write_text(json.dumps(older))
+    run(*options)
+    assert "other settings: {'dtype': 'auto'}" in run(*options, "--dtype", "float16", code=2)
 
 
 def test_train_and_evaluate_what_was_trained(tmp_path: Path):

@@ -134,6 +134,57 @@ def test_results_of_an_earlier_run_are_not_measured_again(monkeypatch: pytest.Mo
     assert len(measured) == 5
 
 
+def test_a_result_in_another_dtype_is_another():
+    """And is measured again. Results of older versions name no dtype; they were loaded as they are stored."""
+    name = str(registry.directory_of("builtin:student"))
+
+    def sweep(known: list[dict[str, Any]], dtype: torch.dtype | None = None) -> dict[str, Any]:
+        loading = registry.Loading(dtype=dtype)
+        (row,) = sweeping.sweep([name], ["quota:32"], known, problems=1, loading=loading)
+        return row
+
+    stored = sweep([])
+    wide = sweep([stored], torch.float32)
+    assert (stored["dtype"], wide["dtype"]) == ("bfloat16", "float32")
+    for dtype, row in ((None, stored), (torch.bfloat16, stored), (torch.float32, wide)):
+        assert sweep([stored, wide], dtype) is row
+    older = {key: value for key, value in stored.items() if key != "dtype"}
+    assert sweep([older]) is older
+    assert sweep([older], torch.bfloat16)["dtype"] == "bfloat16"
+
+
+def test_a_dtype_and_weights_in_8_bits():
+    """The dtype is then that of all other weights, and of the arithmetic."""
+    loading = registry.Loading(dtype=torch.float16, fp8=True)
+    given: dict[str, Any] = {"drafters": ["plain"], "problems": 1, "loading": loading}
+    rows = [*sweeping.sweep(["builtin:causal", "builtin:student"], ["quota:32"], **given)]
+    assert [(row["dtype"], row["fp8"]) for row in rows] == [("float16", True)] * 2
+    narrow, wide = (
+        registry.load("builtin:student", dtype=dtype, fp8=True)[0].state_dict()
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    for name, tensor in narrow.items():
+        kept = tensor.dtype == torch.float8_e4m3fn
+        assert wide[name].dtype == (tensor.dtype if kept else torch.float32)
+        assert torch.equal(wide[name].float(), tensor.float())
+
+
+def test_a_model_that_drafts_is_in_the_models_dtype(monkeypatch: pytest.MonkeyPatch):
+    made: list[torch.dtype] = []
+
+    def noted(model: dx.models.Model) -> dx.speculation.ModelDrafter:
+        made.append(model.dtype)
+        return dx.speculation.ModelDrafter(model)
+
+    monkeypatch.setattr("dparallel_ext.speculation.loading.ModelDrafter", noted)
+    model, _ = registry.load("builtin:causal", dtype=torch.float16)
+    dx.speculate(model, [[5, 6]], gen_length=2, drafter="builtin:student")
+    dx.Engine(model, drafter="builtin:student", lanes=1, max_length=32).close()
+    loading = registry.Loading(dtype=torch.float16)
+    evaluate.evaluate_drafter("builtin:causal", "builtin:student", problems=1, loading=loading)
+    assert made == [torch.float16] * 3
+
+
 def test_guesses_of_self_speculation_are_a_row_beside():
     """And not of the policies, where --draft-size is for the drafters of an autoregressive model."""
     policies = [evaluate.ONE, {"rule": "one", "draft_size": 4}]
@@ -225,6 +276,8 @@ def test_a_verifier_of_other_tokens_is_named():
     swapped = {**words, names[7]: 8, names[8]: 7}
     with pytest.raises(ValueError, match=f"verifier: token 7 of builtin:verifier is '{names[7]}', and the"):
         registry.load_verifier(registry.VERIFIER, model, Tokens(swapped))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert registry.load_verifier(registry.VERIFIER, model.to(dtype), tokenizer).dtype == dtype
     beyond = {**words, "more": len(words)}  # which the verifier does not have
     assert registry.load_verifier(registry.VERIFIER, model, Tokens(beyond)).causal
 

@@ -218,9 +218,18 @@ def test_a_file_is_for_one_model_and_one_device(fixed: Path, tmp_path: Path) -> 
     content = json.loads(fixed.read_text())
     content["tuned"]["device"] = "a GPU"
     fixed.write_text(json.dumps(content))
-    _, said = run("decode", PROMPT, "--model", copied, "--config", fixed, "--gen-length", 2)
-    here = registry.device_name()
+    given = ("decode", PROMPT, "--model", copied, "--config", fixed, "--gen-length", 2)
+    dtype, here = content["tuned"]["dtype"], registry.device_name()
+    _, said = run(*given, "--dtype", dtype)
     assert f"warning: config: {fixed} was tuned on a GPU, and this is {here}\n" in said
+    _, said = run(*given, "--dtype", "float16", "--fp8")
+    weights = f"in {dtype}, and this is float16; with fp8 False, and this is True\n"
+    assert f"warning: config: {fixed} was tuned on a GPU, and this is {here}; {weights}" in said
+    content["tuned"]["device"] = here
+    for older in ({"dtype": "float16", "fp8": True}, {}):  # older files name no dtype
+        content["tuned"] = {k: v for k, v in content["tuned"].items() if k not in ("dtype", "fp8")} | older
+        fixed.write_text(json.dumps(content))
+        assert "warning" not in run(*given, "--dtype", "float16", "--fp8")[1]
 
 
 @pytest.mark.parametrize(
@@ -271,8 +280,10 @@ def test_prompts_of_a_file_are_compared_with_the_most_passes(tmp_path: Path) -> 
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": PROMPT}) + "\n" + PROMPT.replace("4", "5") + "\n")
     given = ("--prompts", prompts, "--policy", "one", "--policy", "confidence:0", "--active-blocks", 1)
-    text, _ = run("tune", tmp_path / "tuned.json", *SMALL, *given, "--block-length", 12)
+    given = (*given, "--block-length", 12, "--dtype", "float16")
+    text, _ = run("tune", tmp_path / "tuned.json", *SMALL, *given)
     content = json.loads((tmp_path / "tuned.json").read_text())
+    assert (content["tuned"]["dtype"], content["tuned"]["fp8"]) == ("float16", False)
     slow, fast = content["tuned"]["curve"]
     assert (slow["same"], slow["passes"], fast["passes"]) == (1.0, 12, 1)
     assert fast["same"] < 1
@@ -303,6 +314,7 @@ def test_prompts_of_a_file_are_compared_with_the_most_passes(tmp_path: Path) -> 
         (("--batch", 0), "batch: expected a whole number >= 1, got 0"),
         (("--repeats", 0), "repeats: expected a whole number >= 1, got 0"),
         (("--device", "gpu"), "device: expected cpu"),
+        (("--dtype", "half"), "dtype: expected auto, float32, bfloat16, float16, got 'half'"),
     ],
 )
 def test_bad_input_is_named(

@@ -216,7 +216,7 @@ class Autoregressive(Kind):
     ) -> None:
         check_causal(vars(config))
         self._model, self.config = causal_model(model), config
-        self._drafter = drafter_of(drafter, self._model.device)
+        self._drafter = drafter_of(drafter, self._model.device, self._model.dtype)
         if self._drafter is not None:
             self._drafter.check(model)
         self._sizer = sizer_of(self._drafter, draft_size)

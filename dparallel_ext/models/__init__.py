@@ -2,7 +2,7 @@
 
 from ..cache import KVCache
 from .base import Model
-from .checkpoint import FAMILIES, config_of, device_of, load, save, wrap
+from .checkpoint import FAMILIES, as_stored, config_of, device_of, load, save, wrap
 from .config import Output, Traits
 from .dream import Dream
 from .fast_dllm import FastDLLM
@@ -30,6 +30,7 @@ __all__ = [
     "Stream",
     "Taps",
     "Traits",
+    "as_stored",
     "check_call",
     "check_diffusion",
     "config_of",

@@ -82,6 +82,16 @@ def load(
         return _assemble(config, stored, source, fuse, dtype)
 
 
+def as_stored(path: str | Path) -> Model:
+    """The model of a checkpoint with its tensors as they are stored, of one type or several, and
+    memory-mapped: to look at, not to decode with. Raises as `load`."""
+    directory = files.locate(path)
+    config, _ = config_of(directory)
+    with ExitStack() as opened:
+        stored = _stored(_shards(directory), "cpu", opened)
+        return _assemble(config, stored, f"path: {directory}", mixed=True)
+
+
 def _check_dtype(dtype: Any) -> None:
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype: expected a floating-point type such as torch.bfloat16, got {dtype!r}")

@@ -61,10 +61,12 @@ def load(path: str | Path) -> Drafter:
         raise ValueError(f"path: {message}") from error
 
 
-def drafter_of(given: Any, device: torch.device | str | None = None) -> Drafter | None:
+def drafter_of(
+    given: Any, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Drafter | None:
     """A drafter; the name of one ("ngram", "ngram:4", or one of `NAMED`); the path of one with weights (see
-    `load`), or of a model that drafts, loaded onto `device`; or such a model. "tree:" in front of the name or
-    path of a drafter of blocks: trees of its guesses (`ddtree`). None stays None.
+    `load`), or of a model that drafts, loaded onto `device` and in `dtype`; or such a model. "tree:" in front
+    of the name or path of a drafter of blocks: trees of its guesses (`ddtree`). None stays None.
 
     Raises ValueError for anything else, and as `load` and `models.load`.
     """
@@ -88,7 +90,9 @@ def drafter_of(given: Any, device: torch.device | str | None = None) -> Drafter 
     path = NAMED.get(given, given) if isinstance(given, str) else given
     if isinstance(path, Path) or (isinstance(path, str) and _is_path(path)):
         try:
-            return ModelDrafter(load_model(path, device=device)) if _is_model(Path(path)) else load(path)
+            if _is_model(Path(path)):
+                return ModelDrafter(load_model(path, device=device, dtype=dtype))
+            return load(path)
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"drafter: {str(error).removeprefix('path: ')}") from error
     raise ValueError(

@@ -121,7 +121,7 @@ def speculate(
         size = len(prompts)
         model = causal_model(model)
         eos_ids = end_ids(model, config)
-        drafter_given, drafter = drafter, drafter_of(drafter, model.device)
+        drafter_given, drafter = drafter, drafter_of(drafter, model.device, model.dtype)
         if drafter is not None:
             drafter.check(model)
         counts = arguments.numbers("gen_length", config.gen_length, size, 0)

@@ -24,6 +24,8 @@ TUNED = "tuned"
 """The key, in a file of `dparallel tune`, for the model and device that its settings were chosen for."""
 TUNED_KEYS = ("model", "fingerprint", "device")
 """Keys that must be under `TUNED`."""
+CONDITIONS = {"device": "on", "dtype": "in", "fp8": "with fp8"}
+"""Keys under `TUNED` for what the measured times depend on -> the word before each in a warning."""
 Fields = Mapping[str, Any]
 """Fields of `DecodeConfig` by name, with a "rule" among them."""
 VARIED = (
@@ -81,9 +83,10 @@ def read_fields(file: Path | None) -> dict[str, Any]:
 
 
 def take_tuned(
-    content: dict[str, Any], file: Path | None, names: Sequence[str], device: str | None, mask_id: int | None
+    content: dict[str, Any], file: Path | None, names: Sequence[str], loading: registry.Loading
 ) -> str | None:
-    """A warning if the file's settings were measured on another device. Removes `TUNED` from `content`.
+    """A warning if the file's settings were measured on another device, or with weights of another type.
+    Removes `TUNED` from `content`.
 
     Raises ValueError if they were measured with a model other than each of `names`.
     """
@@ -91,15 +94,21 @@ def take_tuned(
     if tuned is None:
         return None
     for name in names:
-        # Its tensors are memory-mapped, and the fingerprint reads few of them.
-        model = models.load(registry.directory_of(name), mask_id=mask_id)
-        if models.fingerprint(model) != tuned["fingerprint"]:
+        # The fingerprint reads few of its tensors.
+        if models.fingerprint(models.as_stored(registry.directory_of(name))) != tuned["fingerprint"]:
             raise ValueError(
                 f"config: {file} was tuned for {tuned['model']}, and {name} is another model; "
                 "`dparallel tune` makes a file for it"
             )
-    if (here := registry.device_name(device)) != tuned["device"]:
-        return f"config: {file} was tuned on {tuned['device']}, and this is {here}"
+    for name in names:
+        here = {"device": registry.device_name(loading.device), **loading.weights(name)}
+        others = [
+            f"{word} {tuned[key]}, and this is {here[key]}"
+            for key, word in CONDITIONS.items()
+            if tuned.get(key, here[key]) != here[key]  # older files name no dtype
+        ]
+        if others:
+            return f"config: {file} was tuned {'; '.join(others)}"
     return None
 
 

@@ -39,11 +39,9 @@ def evaluate(
     batch: int = 100,
     block_length: int | None = None,
     cache: str | None = None,
-    mask_id: int | None = None,
     chat: bool | None = None,
-    device: str | None = None,
-    fp8: bool = False,
     draft_size: int | None = None,
+    loading: registry.Loading | None = None,
     loaded: tuple[Any, Any] | None = None,
     answers: list[Answer] | None = None,
     recording: Recording | None = None,
@@ -61,8 +59,8 @@ def evaluate(
     accuracy, accuracy_interval (Wilson's, 95 %), nfe_mean (passes per answer), nfe_to_eos (passes until the
     block that holds EOS, the model's `eos_id`, is complete, where `decode(eos_id=...)` would end),
     tokens_per_forward (tokens in front of EOS per pass), padded_tokens_per_forward (all gen_length tokens per
-    pass), seconds, gen_length, block_length, cache, chat, fp8; with a draft_size canvases_mean, the copies of
-    an answer that its passes computed.
+    pass), seconds, gen_length, block_length, cache, chat, dtype, fp8; with a draft_size canvases_mean, the
+    copies of an answer that its passes computed.
     """
     threshold = parse_policy(policy).get("threshold")
     config = (config or dx.DecodeConfig()).with_rule(policy)
@@ -74,7 +72,7 @@ def evaluate(
     config = config.replace(gen_length=tasks.GEN_LENGTH, record=True)
     _check_counts(problems, batch)
     template = registry.template_of(model_name, chat) if chat or loaded is None else None
-    model, tokenizer = loaded or registry.load(model_name, device=device, fp8=fp8, mask_id=mask_id)
+    model, tokenizer = loaded or (loading or registry.Loading()).load(model_name)
     model = dx.models.for_decoding(model)
     dx.models.check_diffusion(model)
     groups = _groups(problems, seed, prompt_encoder(tokenizer, template))
@@ -118,7 +116,7 @@ def evaluate(
         "block_length": block,
         "cache": config.cache or "none",
         "chat": template is not None,
-        "fp8": model.quantized,
+        **registry.weights_of(model),
         **of_drafts,
     }
 
@@ -171,7 +169,7 @@ def evaluate_drafter(
     problems: int = 500,
     seed: int = 0,
     batch: int = 100,
-    device: str | None = None,
+    loading: registry.Loading | None = None,
     loaded: tuple[Any, Any] | None = None,
     answers: list[Answer] | None = None,
     recording: Recording | None = None,
@@ -186,12 +184,12 @@ def evaluate_drafter(
     token there was the model's own), accepted_per_draft, and layers: the layers of the model run for a token,
     one after the other, as a share of all its layers.
     """
-    model, tokenizer = loaded or registry.load(model_name, device=device)
+    model, tokenizer = loaded or (loading or registry.Loading()).load(model_name)
     encode = prompt_encoder(tokenizer, registry.template_of(model_name))
     correct = passes = drafts = tokens = layers = 0
     drafted, accepted = list[int](), list[int]()
     answer_to: dict[str, Answer] = {}
-    loaded_drafter = dx.speculation.drafter_of(drafter, model.device)
+    loaded_drafter = dx.speculation.drafter_of(drafter, model.device, model.dtype)
     size = draft_size
     if size is None and loaded_drafter is not None:
         size = loaded_drafter.most  # for reproducible passes
@@ -234,6 +232,7 @@ def evaluate_drafter(
         "seconds": round(seconds, 3),
         "gen_length": tasks.GEN_LENGTH,
         "batch": batch,
+        **registry.weights_of(model),
     }
 
 
@@ -267,10 +266,8 @@ def evaluate_adaptive(
     problems: int = 500,
     seed: int = 0,
     batch: int = 100,
-    mask_id: int | None = None,
     chat: bool | None = None,
-    device: str | None = None,
-    fp8: bool = False,
+    loading: registry.Loading | None = None,
     loaded: tuple[Any, Any] | None = None,
     recording: Recording | None = None,
 ) -> dict[str, Any]:
@@ -285,7 +282,7 @@ def evaluate_adaptive(
     numbers, config = dict(numbers or {}), config or dx.DecodeConfig()
     changed = changed_fields(config) | numbers
     _check_counts(problems, batch)
-    model, tokenizer = loaded or registry.load(model_name, device=device, fp8=fp8, mask_id=mask_id)
+    model, tokenizer = loaded or (loading or registry.Loading()).load(model_name)
     judge = registry.load_verifier(verifier, model, tokenizer)
     template = registry.template_of(model_name, chat)
     config = config.replace(gen_length=tasks.GEN_LENGTH, record=recording is not None)
@@ -309,7 +306,7 @@ def evaluate_adaptive(
         "seconds": round(time.perf_counter() - began, 3),
         "gen_length": tasks.GEN_LENGTH,
         "chat": template is not None,
-        "fp8": model.quantized,
+        **registry.weights_of(model),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,18 @@ def template_of(name: str, chat: bool | None = None) -> text.Template | None:
     if chat and template is None:
         raise ValueError(f"chat: the checkpoint {name!r} has no chat template")
     return template
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The dtype of this name; None for "auto" or None, the default of `load`. Raises ValueError."""
+    if name in (None, "auto"):
+        return None
+    if str(name) not in DTYPES:
+        raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)}, got {name!r:.80}")
+    return DTYPES[str(name)]
 
 
 def device_name(device: torch.device | str | None = None) -> str:
@@ -137,11 +150,8 @@ def load(
     """
     directory, place = directory_of(name), models.device_of(device)
     loaded = tokenizer.load(directory)
-    fuse = None
-    if name.startswith("builtin:"):
-        fuse = True  # small enough not to be mapped
-        if dtype is None and not backends.fast_bfloat16(place):
-            dtype = torch.float32
+    fuse = True if name.startswith("builtin:") else None  # they are small enough not to be mapped
+    dtype = _dtype_at(name, place, dtype)
     model = models.load(directory, device=place, dtype=dtype, fuse=fuse, mask_id=mask_id)
     beyond = [end for end in text.end_tokens(directory, loaded) if end >= model.shape.embedding_size]
     if beyond:
@@ -152,13 +162,53 @@ def load(
     return model.quantize() if fp8 else model, loaded
 
 
-def load_verifier(name: str, model: models.Model, known: Any, **options: Any) -> models.Model:
-    """Load the verifier `name` for `adaptive_decode` of a model, onto its device; `known`: its tokenizer.
+def _dtype_at(name: str, device: torch.device, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype to convert weights to; None: they stay as they are stored."""
+    slow = dtype is None and name.startswith("builtin:") and not backends.fast_bfloat16(device)
+    return torch.float32 if slow else dtype
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How models are loaded: the keywords of `load`."""
+
+    device: str | None = None
+    dtype: torch.dtype | None = None
+    fp8: bool = False
+    mask_id: int | None = None
+
+    def load(self, name: str) -> tuple[models.Model, Any]:
+        """`load` a model. Raises as it does."""
+        return load(name, **vars(self))
+
+    def dtype_for(self, name: str) -> torch.dtype:
+        """The dtype that a model has once it is loaded, by the headers of its files. Raises as `load`."""
+        dtype = _dtype_at(name, models.device_of(self.device), self.dtype)
+        return dtype or models.as_stored(directory_of(name)).dtype
+
+    def weights(self, name: str) -> dict[str, Any]:
+        """`weights_of` a model once it is loaded. Raises as `load`."""
+        return {"dtype": _dtype_name(self.dtype_for(name)), "fp8": self.fp8}
+
+
+def weights_of(model: models.Model) -> dict[str, Any]:
+    """What results and the files of `tune` say about a model's weights: "dtype", its name, and "fp8", whether
+    the layers' are in 8 bits."""
+    return {"dtype": _dtype_name(model.dtype), "fp8": model.quantized}
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def load_verifier(name: str, model: models.Model, known: Any) -> models.Model:
+    """Load the verifier `name` for `adaptive_decode` of a model, onto its device and in its dtype; `known`:
+    its tokenizer.
 
     Raises as `load`, and ValueError if an id that both have is another token in each.
     """
     try:
-        verifier, verifier_tokenizer = load(name, device=str(model.device), **options)
+        verifier, verifier_tokenizer = load(name, device=str(model.device), dtype=model.dtype)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(str(error).replace("model: ", "verifier: ", 1)) from error
     shared = min(model.shape.embedding_size, verifier.shape.embedding_size)

@@ -6,6 +6,7 @@ import itertools
 import json
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ def sweep(
     draft_size: int | None = None,
     config: dx.DecodeConfig | None = None,
     recording: Recording | None = None,
+    loading: registry.Loading | None = None,
     **settings: Any,
 ) -> Iterable[dict[str, Any]]:
     """Run `evaluate` for every model and policy (`evaluate_adaptive` for a row with a verifier), and
@@ -36,30 +38,31 @@ def sweep(
     policies: texts, or the fields of a row. drafters: "plain" for none. draft_size: for the drafters; if all
     models are diffusion models, `decode`'s for every policy without one; such a result has same_texts, the
     number of responses equal to the same policy's without it. known: results of an earlier run, which are not
-    measured again. recording: see `evaluate`.
+    measured again; those that name no dtype count if none is asked for. recording: see `evaluate`.
     """
     entries = [{"rule": each} if isinstance(each, str) else each for each in policies]
     for entry in entries:
         if "verifier" not in entry:
             parse_policy(entry["rule"])
         check_row(entry)
-    results = {_key(row): row for row in known}
+    known, loading = list(known), loading or registry.Loading()
     of_all = {name: settings.pop(name, None) for name in ("block_length", "cache")}
     for_all = {name: value for name, value in of_all.items() if value is not None}
     names = list(names)
     of_policies = None if any(registry.is_causal(name) for name in names) else draft_size
     for name in names:
-        options: dict[str, Any] = {
-            key: settings[key] for key in ("device", "fp8", "mask_id") if key in settings
-        }
+        weights = loading.weights(name)
+        older = {"dtype": None if loading.dtype else weights["dtype"]}  # of rows that name none
+        results = {_key(older | row): row for row in known}
         if registry.is_causal(name):
             shared = {key: value for key, value in settings.items() if key in ("problems", "seed", "batch")}
-            yield from _drafted(name, drafters, draft_size, results, options.get("device"), shared, recording)
+            causal = replace(loading, mask_id=None)
+            yield from _drafted(name, drafters, draft_size, results, causal, weights, shared, recording)
             continue
         chat = registry.template_of(name, settings.get("chat")) is not None
         shared = {**settings, "chat": chat, "recording": recording}
         base = config or dx.DecodeConfig()
-        yield from _by_policy(name, entries, base, for_all, of_policies, results, options, shared)
+        yield from _by_policy(name, entries, base, for_all, of_policies, results, loading, weights, shared)
 
 
 def _by_policy(
@@ -69,21 +72,22 @@ def _by_policy(
     for_all: Fields,
     draft_size: int | None,
     known: Mapping[str, dict[str, Any]],
-    options: Mapping[str, Any],
+    loading: registry.Loading,
+    weights: Fields,
     settings: dict[str, Any],
 ) -> Iterable[dict[str, Any]]:
     """The rows of a diffusion model. for_all: fields of all rows without them. draft_size: of rows without
-    one. options: of `registry.load`."""
+    one. weights: what the rows say about the model's."""
     loaded: tuple[Any, Any] | None = None
     plain: dict[dx.DecodeConfig, list[Answer]] = {}
     for entry in entries:
         if "verifier" in entry:
             of_row = config.with_rule(None).replace(**for_all)
             judge, numbers = str(entry["verifier"]), numbers_of(entry)
-            asked = {"model": name, "policy": judge, "config": changed_fields(of_row) | numbers}
+            asked = {"model": name, "policy": judge, "config": changed_fields(of_row) | numbers, **weights}
             row = known.get(_key(settings | asked))
             if row is None:
-                loaded = loaded or registry.load(name, **options)
+                loaded = loaded or loading.load(name)
                 row = evaluate_adaptive(
                     name, judge, numbers=numbers, config=of_row, loaded=loaded, **settings
                 )
@@ -93,10 +97,10 @@ def _by_policy(
         size: Any = entry.get("draft_size", draft_size)
         of_row = config.with_rule(text).replace(**{**for_all, **of_config(entry)})
         changed = changed_fields(of_row)
-        asked = {"model": name, "policy": text, "config": changed | drafted_by(size)}
+        asked = {"model": name, "policy": text, "config": changed | drafted_by(size), **weights}
         row = known.get(_key(settings | asked))
         if row is None:
-            loaded = loaded or registry.load(name, **options)
+            loaded = loaded or loading.load(name)
             arguments: dict[str, Any] = {"config": of_row, "loaded": loaded, **settings}
             answers: list[Answer] = []
             row = evaluate(name, text, draft_size=size, answers=answers, **arguments)
@@ -115,20 +119,21 @@ def _drafted(
     drafters: Iterable[str],
     draft_size: int | None,
     known: Mapping[str, dict[str, Any]],
-    device: str | None,
+    loading: registry.Loading,
+    weights: Fields,
     settings: Mapping[str, Any],
     recording: Recording | None = None,
 ) -> Iterable[dict[str, Any]]:
-    """The rows of an autoregressive model."""
+    """The rows of an autoregressive model. weights: see `_by_policy`."""
     loaded: tuple[Any, Any] | None = None
     sized = {} if draft_size is None else {"draft_size": draft_size}
     plain: list[Answer] = []
     compares = False
     for drafter in drafters:
         compares |= drafter == PLAIN
-        row = known.get(_key({"model": name, "policy": drafter, "config": sized, **settings}))
+        row = known.get(_key({"model": name, "policy": drafter, "config": sized, **weights, **settings}))
         if row is None:
-            loaded = loaded or registry.load(name, device=device)
+            loaded = loaded or loading.load(name)
             drafter_name, answers = None if drafter == PLAIN else drafter, list[Answer]()
             arguments: dict[str, Any] = {"loaded": loaded, "answers": answers, "recording": recording}
             row = evaluate_drafter(name, drafter_name, draft_size=draft_size, **arguments, **settings)
@@ -162,4 +167,4 @@ def _key(row: Mapping[str, Any]) -> str:
     """A key of all settings that a result depends on."""
     defaults = {"config": {}, "problems": 500, "seed": 0, "chat": False, "fp8": False}
     known = {**defaults, **row}
-    return json.dumps([known[name] for name in ("model", "policy", *defaults)], sort_keys=True)
+    return json.dumps([known[name] for name in ("model", "policy", "dtype", *defaults)], sort_keys=True)

@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,9 +72,7 @@ class Settings:
     """For an autoregressive model: the length to which prompts are filled up by others. None: as they are."""
     tolerance: float = 1.0
     """For a diffusion model: percentage points that the choice may lose against the best row."""
-    device: str | None = None
-    fp8: bool = False
-    mask_id: int | None = None
+    loading: registry.Loading = field(default_factory=registry.Loading)
     chat: bool | None = None
 
     def __post_init__(self) -> None:
@@ -109,7 +107,7 @@ def load(settings: Settings) -> Work:
             raise ValueError(f"prompts: {settings.prompts} has none")
     name, length = settings.model, settings.gen_length
     template = registry.template_of(name, settings.chat)
-    model, tokenizer = registry.load(name, device=settings.device, fp8=settings.fp8, mask_id=settings.mask_id)
+    model, tokenizer = settings.loading.load(name)
     config = dx.DecodeConfig(gen_length=registry.gen_length(name) if length is None else length)
     config = with_ends(config, text.endings(registry.directory_of(name), tokenizer))
     return Work(model, tokenizer, template, texts, problems, config)
@@ -206,7 +204,9 @@ def measure_drafts(
 ) -> tuple[Work, list[Row]]:
     """Measure a row for each size of draft; without a drafter rows have only `pass_ms`, of meaningless
     drafts."""
-    loaded = speculation.drafter_of(drafter, models.device_of(settings.device))
+    loading = settings.loading
+    device, dtype = models.device_of(loading.device), loading.dtype_for(settings.model)
+    loaded = speculation.drafter_of(drafter, device, dtype)
     asked = sizes_of(Filler.most if loaded is None else loaded.most, sizes)
     work = load(settings)
     model = causal_model(work.model)
@@ -370,7 +370,7 @@ def content(settings: Settings, work: Work, rows: Sequence[Row], chosen: Row | N
             "model": settings.model,
             "fingerprint": models.fingerprint(work.model),
             "device": registry.device_name(work.model.device),
-            "fp8": settings.fp8,
+            **registry.weights_of(work.model),
             "torch": torch.__version__,
             "dparallel_ext": dx.__version__,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -498,7 +498,7 @@ def test_special_tokens_and_long_contexts(make: Any, caplog: pytest.LogCaptureFi
         ({"mc_num": 0}, "mc_num: expected a whole number >= 1, got 0"),
         ({"gen_length": "long"}, "gen_length: expected a whole number >= 1, got 'long'"),
         ({"batch_size": "many"}, "batch_size: expected a whole number >= 1 or 'auto', got 'many'"),
-        ({"dtype": "int8"}, "dtype: expected float32, bfloat16 or float16, got 'int8'"),
+        ({"dtype": "int8"}, "dtype: expected auto, float32, bfloat16, float16, got 'int8'"),
     ],
 )
 def test_bad_model_arguments(make: Any, options: dict[str, Any], said: str) -> None:

@@ -358,6 +358,10 @@ def test_tensors_of_one_type(tmp_path: Path) -> None:
         models.load(write(tmp_path, mixed))
     assert models.load(tmp_path, dtype=torch.float32).dtype == torch.float32
     assert models.load(tmp_path, dtype=torch.float32, fuse=True).dtype == torch.float32
+    for tensors in (mixed, TENSORS):
+        stored = models.as_stored(write(tmp_path, tensors))  # to tell models apart, nothing is converted
+        assert torch.equal(stored.state_dict()[Q], tensors[Q])
+        assert models.fingerprint(stored) == models.fingerprint(models.load(tmp_path, dtype=torch.bfloat16))
 
 
 def test_a_header_that_lies(tmp_path: Path) -> None:

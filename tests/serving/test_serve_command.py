@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from asking import MODEL
 from dparallel.cli import app
 from dparallel.serving import runner
@@ -37,6 +38,7 @@ import dparallel_ext as dx
         (("--name", " "), "name: expected the model's name, got an empty one"),
         (("--model", ""), "model: "),
         (("--device", ""), "device: expected"),
+        (("--dtype", "fp8"), "dtype: expected auto, float32, bfloat16, float16, got 'fp8'"),
         (("--port", "99999"), "port: expected 0 to 65535, got 99999"),
         (("--port", "-1"), "port: expected 0 to 65535, got -1"),
         (("--host", "a..b"), "host: 'a..b' does not resolve"),
@@ -238,7 +240,9 @@ def test_several_models(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [one.engine.cache for one in models.values()] == ["prefix", "prefix", None, None]
     plain, drafted = models["builtin:causal"].engine, models["builtin:causal+ngram"].engine
     assert plain.model is drafted.model  # the weights are there once
-    assert serve("--model", MODEL, "--model", MODEL, "--name", "a", "--name", "b").exit_code == 0
+    named = ("--model", MODEL, "--model", MODEL, "--name", "a", "--name", "b")
+    assert serve(*named, "--dtype", "float16").exit_code == 0
+    assert [one.engine.model.dtype for one in served[-1].models.values()] == [torch.float16] * 2
     assert list(served.pop().models) == ["a", "b"]
     for options, said in (
         (("--model", MODEL, "--model", MODEL), f"name: two models are called {MODEL!r}; give each a --name"),

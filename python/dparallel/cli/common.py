@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 
 from dparallel_ext import rules
 
+from .. import registry
 from ..configs import POLICY, read_fields, take_drafter, take_mask, take_tuned
 
 ModelOption = Annotated[
@@ -26,6 +28,9 @@ ChatOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu (default), cuda or cuda:N")]
+DtypeOption = Annotated[
+    str, typer.Option(help="float32, bfloat16, float16, or auto: as stored; built-in: the fastest")
+]
 GEN_LENGTH = "tokens; default 64 built-in, else 256, or half of the model's positions if that is less"
 GenLengthOption = Annotated[int | None, typer.Option(help=GEN_LENGTH)]
 Fp8Option = Annotated[bool, typer.Option("--fp8", help="keep the layers' weights in 8 bits")]
@@ -108,15 +113,14 @@ def check_kind(model: str, causal: bool, **options: Any) -> None:
 def read_config(
     file: Path | None,
     models: list[str],
-    device: str | None,
-    mask_id: int | None,
+    loading: registry.Loading,
     drafters: list[str] | None,
     draft_size: int | None,
-) -> tuple[dict[str, Any], int | None, list[str] | None, int | None]:
-    """The file's fields of `DecodeConfig`; and mask, drafters and draft size, from the options or the
-    file."""
+) -> tuple[dict[str, Any], registry.Loading, list[str] | None, int | None]:
+    """The file's fields of `DecodeConfig`; and loading, whose mask may be the file's, drafters and draft
+    size, from the options or the file."""
     content = read_fields(file)
-    mask_id = take_mask(content, mask_id)
-    if warning := take_tuned(content, file, models, device, mask_id):
+    loading = replace(loading, mask_id=take_mask(content, loading.mask_id))
+    if warning := take_tuned(content, file, models, loading):
         typer.echo(f"warning: {warning}", err=True)
-    return content, mask_id, *take_drafter(content, drafters, draft_size)
+    return content, loading, *take_drafter(content, drafters, draft_size)

@@ -19,6 +19,7 @@ from .common import (
     ConfigOption,
     DeviceOption,
     DrafterOption,
+    DtypeOption,
     Fp8Option,
     GuessesOption,
     MaskOption,
@@ -88,6 +89,7 @@ def decode(
     mask_id: MaskOption = None,
     chat: ChatOption = None,
     device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
     fp8: Fp8Option = False,
     stream: Annotated[bool, typer.Option("--stream", help="show the unmasking")] = False,
     html: Annotated[
@@ -106,8 +108,9 @@ def decode(
             files.writable("html", html)
         check_text(suffix=suffix)
         calls = prompts_of(prompt or [], file, batch, stream)
-        content, mask_id, drafters, draft_size = read_config(
-            config, [model], device, mask_id, [drafter] if drafter else None, draft_size
+        loading = registry.Loading(device, registry.dtype_of(dtype), fp8, mask_id)
+        content, loading, drafters, draft_size = read_config(
+            config, [model], loading, [drafter] if drafter else None, draft_size
         )
         drafter = drafters[0] if drafters else None
         infill = infill or bool(content.get("infill"))
@@ -132,7 +135,7 @@ def decode(
             torch.seed()  # else every process would draw the same samples
         # A text with gaps is no chat message, so it gets a template only with --chat.
         template = registry.template_of(model, False if chat is None and (infill or suffix) else chat)
-        loaded, tokenizer = registry.load(model, device=device, fp8=fp8, mask_id=mask_id)
+        loaded, tokenizer = loading.load(model)
         asked = with_ends(asked, endings(registry.directory_of(model), tokenizer))
         recording = None if html is None else Recording("dparallel decode")
         for texts in calls:

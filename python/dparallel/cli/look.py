@@ -24,6 +24,7 @@ from .common import (
     ConfigOption,
     DeviceOption,
     DrafterOption,
+    DtypeOption,
     Fp8Option,
     GenLengthOption,
     GuessesOption,
@@ -110,6 +111,7 @@ def evaluate(
     mask_id: MaskOption = None,
     chat: ChatOption = None,
     device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
     fp8: Fp8Option = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the results here")] = None,
     resume: Annotated[
@@ -160,9 +162,8 @@ def evaluate(
                 "cache": cache,
             }
             check_kind(model[0], causal.pop(), drafter=drafter or None, **of_diffusion)
-        content, mask_id, drafter, draft_size = read_config(
-            config, model, device, mask_id, drafter, draft_size
-        )
+        loading = registry.Loading(device, registry.dtype_of(dtype), fp8, mask_id)
+        content, loading, drafter, draft_size = read_config(config, model, loading, drafter, draft_size)
         policies: list[str | Fields] = [*(policy or [])]
         if rows is not None:
             policies += read_rows(rows)
@@ -180,10 +181,8 @@ def evaluate(
             batch=batch,
             block_length=block_length,
             cache=cache,
-            mask_id=mask_id,
             chat=chat,
-            device=device,
-            fp8=fp8,
+            loading=loading,
             drafters=drafter or (PLAIN, "ngram"),
             draft_size=draft_size,
             recording=recording,
@@ -247,6 +246,7 @@ def tune(
     mask_id: MaskOption = None,
     chat: ChatOption = None,
     device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
     fp8: Fp8Option = False,
 ) -> None:
     """Measure passes on this device, and choose the settings with the most tokens per second.
@@ -265,7 +265,7 @@ def tune(
         check_kind(model, causal, **{name: None if each == [] else each for name, each in options.items()})
         settings = tuning.Settings(
             *(model, prompts, problems, gen_length, batch, repeats, context),
-            *(tolerance, device, fp8, mask_id, chat),
+            *(tolerance, registry.Loading(device, registry.dtype_of(dtype), fp8, mask_id), chat),
         )
 
         def say(text: str) -> None:

@@ -16,6 +16,7 @@ from .common import (
     ConfigOption,
     DeviceOption,
     DraftSizeOption,
+    DtypeOption,
     Fp8Option,
     MaskOption,
     PolicyOption,
@@ -90,6 +91,7 @@ def serve(
     ] = 30.0,
     mask_id: MaskOption = None,
     device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
     fp8: Fp8Option = False,
     page: Annotated[
         bool, typer.Option("--page/--no-page", help="serve at / a page to watch decoding; it needs no key")
@@ -104,10 +106,14 @@ def serve(
         from ..serving import runner, settings
 
         keys = settings.find_keys(api_key, api_key_file)
-        content, mask_id, drafter, draft_size = read_config(
-            config, model, device, mask_id, drafter, draft_size
-        )
-        of_diffusion = {"policy": policy, "cache": cache, "block_length": block_length, "mask_id": mask_id}
+        loading = registry.Loading(device, registry.dtype_of(dtype), fp8, mask_id)
+        content, loading, drafter, draft_size = read_config(config, model, loading, drafter, draft_size)
+        of_diffusion = {
+            "policy": policy,
+            "cache": cache,
+            "block_length": block_length,
+            "mask_id": loading.mask_id,
+        }
         of_causal = {"drafter": drafter or None, "draft_size": draft_size}
         causal = {each: registry.is_causal(each) for each in model}
         for each in model:  # if there are both kinds, each model takes the options of its kind
@@ -123,12 +129,11 @@ def serve(
                 for guessing in drafter or (PLAIN,):
                     drafter_name = None if guessing == PLAIN else guessing
                     called = f"{each}+{guessing}" if several and drafter_name else each
-                    models.append(
-                        runner.Model(called, each, asked, drafter=drafter_name, draft_size=draft_size)
-                    )
+                    as_asked = replace(loading, mask_id=None)
+                    models.append(runner.Model(called, each, asked, as_asked, drafter_name, draft_size))
             else:
                 asked = config_of(fields, policy, cache=cache, block_length=block_length, **shared)
-                models.append(runner.Model(each, each, asked, mask_id=mask_id))
+                models.append(runner.Model(each, each, asked, loading))
         if name and len(name) != len(models):
             called = ", ".join(served.name for served in models)
             raise ValueError(f"name: expected one for each of {called}, got {len(name)}")
@@ -140,8 +145,6 @@ def serve(
             models,
             host=host,
             port=port,
-            device=device,
-            fp8=fp8,
             log_level=log_level,
             lanes=lanes,
             max_waiting=max_waiting,

@@ -17,6 +17,7 @@ from .common import (
     POLICIES,
     ChatOption,
     DeviceOption,
+    DtypeOption,
     GenLengthOption,
     MaskOption,
     ModelOption,
@@ -71,6 +72,7 @@ def answer(
     mask_id: MaskOption = None,
     chat: ChatOption = None,
     device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Let a model answer training prompts; `distill` trains on its right answers.
 
@@ -83,7 +85,7 @@ def answer(
         if block_length is not None:
             at_least("block_length", block_length, 1)
         settings = trajectories.Settings(
-            model, policy, length, block_length, cache, checker, shard, format, chat, mask_id
+            model, policy, length, block_length, cache, checker, shard, format, chat, mask_id, dtype
         )
         prompts = trajectories.read_prompts(data, prompt_field, answer_field)
         trajectories.generate(out, prompts, settings, batch=batch, device=device)

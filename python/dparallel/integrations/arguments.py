@@ -60,15 +60,6 @@ def device_of(asked: str | None, local_rank: str | None) -> str:
     return asked or "cuda" if local_rank is None else f"cuda:{local_rank}"
 
 
-def dtype_of(name: str | None) -> torch.dtype | None:
-    if name in (None, "auto"):
-        return None
-    dtype = getattr(torch, str(name), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {name!r}")
-    return dtype
-
-
 def positions_of(config: dict[str, Any]) -> int:
     limits = [config.get(key) for key in ("max_sequence_length", "max_position_embeddings")]
     return min((int(limit) for limit in limits if limit), default=MAX_LENGTH)

@@ -49,7 +49,6 @@ from .arguments import (
     batch_size_of,
     bos_token_of,
     device_of,
-    dtype_of,
     positions_of,
     temperature_of,
     windows_of,
@@ -81,7 +80,7 @@ class DParallelLM(TemplateLM):
         prefix_token_id: the context of a log-likelihood request that has none. Default: the tokenizer's
             bos_token; without one, no context.
         mask_id: default: the model's.
-        dtype: of the weights, such as "float32"; default: the checkpoint's.
+        dtype: of the weights: "float32", "bfloat16" or "float16"; default, as "auto": the checkpoint's.
         fp8: keep the layers' weights in 8 bits.
         batch_size: requests decoded at once, or masked sequences in a pass of `loglikelihood`. The harness's
             default is 1, which is slow.
@@ -128,7 +127,8 @@ class DParallelLM(TemplateLM):
             # The harness's command line passes cuda:0 if its user names no device.
             device = device_of(device, os.environ.get("LOCAL_RANK"))
             log.info("device: %s", device)
-        self.model, self.tokenizer = registry.load(pretrained, device=device, dtype=dtype_of(dtype), fp8=fp8)
+        loading = registry.Loading(device, registry.dtype_of(dtype), fp8)
+        self.model, self.tokenizer = loading.load(pretrained)
         check_diffusion(self.model)
         self.pretrained, self.directory = pretrained, registry.directory_of(pretrained)
         self.policy, self.gen_length, self.seed = policy, gen_length, seed

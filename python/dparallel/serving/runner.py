@@ -135,9 +135,9 @@ class Model:
     model: str
     """The name for `registry.load`."""
     config: DecodeConfig
+    loading: registry.Loading
     drafter: str | None = None
     draft_size: int | None = None
-    mask_id: int | None = None
 
 
 def run(
@@ -145,8 +145,6 @@ def run(
     *,
     host: str,
     port: int,
-    device: str | None,
-    fp8: bool = False,
     log_level: str,
     lanes: int,
     max_waiting: int,
@@ -161,7 +159,10 @@ def run(
         raise ValueError(f"log_level: expected one of {list(uvicorn.config.LOG_LEVELS)}, got {log_level!r}")
     check_names([model.name for model in models])
     directories = {model.model: registry.directory_of(model.model) for model in models}
-    drafters = [drafter_of(model.drafter, dx.models.device_of(device)) for model in models]
+    drafters = []
+    for model in models:
+        device, dtype = dx.models.device_of(model.loading.device), model.loading.dtype_for(model.model)
+        drafters.append(drafter_of(model.drafter, device, dtype))
     if not host.strip():  # an unset shell variable must not open the server to all
         raise ValueError("host: expected a name or an address (0.0.0.0: every one), got an empty one")
     asked = Settings(**{key: value for key, value in settings.items() if value is not None})
@@ -169,11 +170,11 @@ def run(
     with contextlib.ExitStack() as opened:
         sockets = [opened.enter_context(listening) for listening in listen(host, port)]
         engines: list[tuple[Engine, Any]] = []
-        loaded: dict[tuple[str, int | None], tuple[Any, Any]] = {}
+        loaded: dict[tuple[str, registry.Loading], tuple[Any, Any]] = {}
         for model, drafter in zip(models, drafters, strict=True):
-            key = model.model, model.mask_id
+            key = model.model, model.loading
             if key not in loaded:  # engines share a model's weights
-                loaded[key] = registry.load(model.model, device=device, fp8=fp8, mask_id=model.mask_id)
+                loaded[key] = model.loading.load(model.model)
             weights, tokenizer = loaded[key]
             engine = make_engine(weights, model, drafter, asked.max_length, lanes, max_waiting)
             opened.callback(engine.close, cancel=True)

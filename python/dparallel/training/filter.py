@@ -273,7 +273,8 @@ def run(
     rows = [(row["input_ids"], row["prompt_length"]) for row in map(data.__getitem__, range(len(data)))]
     held = hold_out([ids[:length] for ids, length in rows], settings.held_out)
     mask_id = content.get("mask_id")
-    teacher, _ = loaded or registry.load(content["model"], device=device, mask_id=mask_id)
+    loading = registry.Loading(device, registry.dtype_of(content.get("dtype")), mask_id=mask_id)
+    teacher, _ = loaded or loading.load(content["model"])
     teacher = dx.models.for_decoding(teacher)
     records, passes = record(
         teacher,

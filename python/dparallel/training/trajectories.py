@@ -69,6 +69,8 @@ class Settings:
     """Whether to put prompts into the checkpoint's chat template; None: if it has one."""
     mask_id: int | None = None
     """None: the checkpoint's own."""
+    dtype: str = "auto"
+    """"float32", "bfloat16", "float16", or "auto", see `registry.load`."""
 
     @property
     def config(self) -> dx.DecodeConfig:
@@ -161,6 +163,7 @@ def generate(
     if settings.format == "parquet":
         importlib.import_module("pyarrow.parquet")  # a missing package fails before anything is decoded
     parse_policy(settings.policy)
+    registry.dtype_of(settings.dtype)
     checker = checker_of(settings.checker)
     if settings.block_length is None:
         of_model = (
@@ -205,7 +208,8 @@ def _generate(
             partial.unlink(missing_ok=True)
     if device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    model, tokenizer = loaded or registry.load(settings.model, device=device, mask_id=settings.mask_id)
+    loading = registry.Loading(device, registry.dtype_of(settings.dtype), mask_id=settings.mask_id)
+    model, tokenizer = loaded or loading.load(settings.model)
     encode = prompt_encoder(tokenizer, template)
     model = dx.models.for_decoding(model)
     registry.check_positions(settings.model, model, settings.gen_length)
@@ -313,7 +317,8 @@ def _check(directory: Path, content: dict[str, Any]) -> None:
     file = directory / SETTINGS
     if not file.exists():
         return
-    older = {"chat": False, "mask_id": None}  # defaults for runs of versions without these settings
+    # Defaults for runs of versions without these settings.
+    older = {"chat": False, "mask_id": None, "dtype": "auto"}
     of_directory = older | files.json_object("out", file, 1, files.read_text("out", file))
     other = {key: of_directory.get(key) for key in content if of_directory.get(key) != content[key]}
     if other:
