@@ -233,13 +233,18 @@ def _as_published(schedule: Schedule) -> Schedule:
 
 
 class AtRandom(Rule):
-    """The policy row, with uniform random numbers of torch's generator as confidences."""
+    """The policy row, with random scores."""
 
     recorded = False
 
     def decide(self, stats: RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
-        stats = stats._replace(confidence=torch.rand_like(stats.confidence))
-        return Decision(where.by_policy(stats))
+        return Decision(where.by_policy(_at_random(stats)))
+
+
+def _at_random(stats: RowStats) -> RowStats:
+    """The statistics with uniform random numbers of torch's generator in place of each score."""
+    score = torch.rand_like(stats.confidence)
+    return stats._replace(confidence=score, margin=score, entropy=score)
 
 
 def _checked(
@@ -313,21 +318,20 @@ def _by_logits(
                     step=forwards,
                 )
                 report_rows(error, b, column, x.shape[1])
-                confidence = stats.confidence
                 if remasking == "random":
-                    confidence = torch.rand_like(confidence)
+                    stats = _at_random(stats)
                 elif last:
                     # Rows that leave nothing but these ids are no error: their lse is -inf.
                     lse = read_rows(read, suppress=[*(suppress or []), *last], mask_id=mask_id)[0].lse
                     chosen = read.gather(1, stats.sample[:, None])[:, 0].float()
                     out = torch.isin(stats.sample, torch.tensor(last, device=x.device))
-                    confidence = (chosen - lse).exp().masked_fill(out, 0.0)
+                    stats = stats._replace(confidence=(chosen - lse).exp().masked_fill(out, 0.0))
                 if threshold is None:
                     rule = policies.make("quota", max(1, share + (turn < rest)), batch=batch)
                 else:
                     rule = policies.make(selector, threshold, batch=batch)
                 spread = functools.partial(_spread, shape=x.shape, at=(b, column))
-                by_column = stats._replace(confidence=confidence).map(spread)
+                by_column = stats.map(spread)
                 x = torch.where(select(by_column, eligible, rule), by_column.sample, x)
                 turn += 1
     return x, forwards

@@ -123,6 +123,25 @@ def test_random_remasking_and_temperature_follow_torchs_generator() -> None:
         assert len({tuple(run(s, **kwargs)) for s in range(6)}) > 1
 
 
+@pytest.mark.parametrize("call", PUBLISHED.values())
+def test_random_remasking_ranks_by_random_numbers_whatever_the_selector(call: Any) -> None:
+    """They stand for entropies, too: none is above 1, and below 0 is none."""
+    model = golden.model("llada_tiny_a")
+    prompt = torch.tensor([[5, 6, 7]])
+    guided = [{"cfg_scale": 0.5}] if call is compat.generate else []
+    for options in ({}, *guided):
+        shared = {"gen_length": 16, "block_length": 8, "mask_id": 511, "remasking": "random", **options}
+        wasted = 2 if call is not compat.generate else 0  # a second pass over a block that is complete
+        assert call(model, prompt, threshold=1.0, **shared)[1] == 2 + wasted
+        assert call(model, prompt, threshold=0.0, **shared)[1] == 16
+        runs = []
+        for seed in (1, 1, 2, 3):
+            torch.manual_seed(seed)
+            runs.append(call(model, prompt, 16, selector="entropy", **shared)[0].tolist())
+        assert runs[0] == runs[1]
+        assert runs[0] != runs[2] or runs[0] != runs[3]
+
+
 def test_the_prompts_masks_are_filled_as_published() -> None:
     model = golden.model("llada_tiny_a")
     prompt = torch.tensor([[5, 511, 7]])
