@@ -151,6 +151,22 @@ def test_the_prompts_masks_are_filled_as_published() -> None:
     assert out.sequences[0, 1] == 511  # decode leaves the prompt alone
 
 
+@pytest.mark.parametrize("options", [{}, {"cfg_scale": 0.5}])
+def test_a_fixed_schedule_ends_with_the_blocks_last_mask(options: dict) -> None:
+    """Steps beyond it are left out; masks of the prompt that take its places add passes."""
+    model = golden.model("llada_tiny_a")
+    prompt = torch.tensor([[5, 6, 7]])
+    shared = {"gen_length": 4, "block_length": 4, "mask_id": 511, **options}
+    tokens, forwards = compat.generate(model, prompt, 4, **shared)
+    more, ran = compat.generate(model, prompt, 9, **shared)
+    assert torch.equal(tokens, more)
+    assert forwards == ran == 4
+    masks = torch.full((1, 3), 511)
+    tokens, forwards = compat.generate(model, masks, 2, **shared)
+    assert 511 not in tokens[:, 3:]
+    assert forwards == -(-int((tokens != 511).sum()) // 2)  # each commits 2
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
