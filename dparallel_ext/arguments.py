@@ -139,7 +139,9 @@ def token_ids(name: str, value: Any) -> Tensor:
         ids = on_host(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         hint = "; encode it with the model's tokenizer first" if isinstance(value, str) else ""
-        raise ValueError(f"{name}: expected int64 (P,) or a list of ids, got {_kind(value)}{hint}") from error
+        raise ValueError(
+            f"{name}: expected int64 (P,) or a list of ids, got {_kind(value)}{_first_refused(value)}{hint}"
+        ) from error
     if not ids.numel():
         ids = ids.to(torch.int64)  # torch makes an empty list float32
     if ids.ndim != 1 or ids.dtype not in INTEGERS:
@@ -200,6 +202,16 @@ def _visible(row: Any) -> Tensor:
 
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0
+
+
+def _first_refused(value: Any) -> str:
+    """ " with X" for the first entry of a list that is no number of 64 bits, else ""."""
+    for each in value if isinstance(value, list | tuple) else ():
+        try:
+            on_host(each)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            return f" with {shown(each)}"
+    return ""
 
 
 def _kind(value: Any) -> str:

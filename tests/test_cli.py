@@ -294,6 +294,14 @@ def test_numbers_outside_their_meaning_are_named(
             "dtype: expected auto, float32, bfloat16, float16, got 'float64'",
         ),
         (("trajectories", "out", "--data", "builtin:3", "--dtype", ""), "dtype: expected auto, float32, bf"),
+        (("decode", "x", "--device", "cpu:1"), "device: expected cpu, cuda or cuda:N, got 'cpu:1'"),
+        (("decode", "x", "--model", "builtin:causal", "--drafter", ""), "drafter: expected a Drafter"),
+        (
+            ("decode", "x", "--model", "builtin:causal", "--draft-size", "4"),
+            "draft_size: belongs to --drafter",
+        ),
+        (("serve", "--model", "builtin:causal", "--draft-size", "4"), "draft_size: belongs to --drafter"),
+        (("demo", "--model", "builtin:student", "--model", "nowhere"), "model: 'nowhere' is neither"),
         (("trajectories", "out", "--data", "builtin:3", "--gen-length", "0"), "gen_length: expected"),
         (("decode", "x", "--temperature", "-1"), "temperature: expected"),
         (("decode", "x", "--top-p", "2"), "top_p: expected"),
@@ -358,6 +366,8 @@ def test_what_the_tokenizer_does_not_know_and_an_empty_response_are_said():
     assert json.loads(result.stdout)["response"] == ""
     assert "builtin:teacher has no token for 'hello', 'there' of the prompt" in result.stderr
     assert "the response is empty" in result.stderr
+    result = CliRunner().invoke(app, ["decode", PROMPT, "--suffix", "hello sam"])
+    assert "builtin:teacher has no token for 'hello' of the suffix" in result.stderr
     assert "warning" not in CliRunner().invoke(app, ["decode", PROMPT]).stderr
 
 
@@ -436,8 +446,10 @@ def test_ctrl_c_while_torch_is_imported_ends_quietly(tmp_path: Path):
 
 def test_a_refused_run_does_not_stand_in_the_way_of_the_next(tmp_path: Path):
     data = ("--data", "builtin:2", "--policy", "entropy:2")
-    for wrong in (("--cache", "block"), ("--gen-length", "300"), ("--policy", "steps:3")):
-        run("trajectories", tmp_path / "out", *data, *wrong, code=2)
+    causal = ("--model", "builtin:causal")
+    for wrong in (("--cache", "block"), ("--gen-length", "300"), ("--policy", "steps:3"), causal):
+        text = run("trajectories", tmp_path / "out", *data, *wrong, code=2)
+        assert wrong != causal or text.startswith("error: model: Qwen3 is autoregressive")
         assert not list((tmp_path / "out").iterdir())
     run("trajectories", tmp_path / "out", *data)
     assert (tmp_path / "out" / "settings.json").exists()

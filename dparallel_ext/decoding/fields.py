@@ -96,7 +96,7 @@ def _seed(name: str, value: Any) -> Any:
     try:
         seeds = arguments.on_host(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"seed: expected an integer or int64 (B,), got {shown(value)}") from error
+        raise ValueError(f"seed: expected an integer of 64 bits or int64 (B,), got {shown(value)}") from error
     if seeds.shape == (0,):
         seeds = seeds.to(torch.int64)  # torch makes an empty list float32
     if seeds.dtype not in (*arguments.INTEGERS, torch.bool) or seeds.ndim > 1:

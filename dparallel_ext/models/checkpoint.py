@@ -141,8 +141,10 @@ def device_of(device: torch.device | str | None) -> torch.device:
         place = torch.device("cpu" if device is None else device)
     except RuntimeError:
         place = None
-    if place is None or place.type not in ("cpu", "cuda"):
+    if place is None or place.type not in ("cpu", "cuda") or (place.type == "cpu" and place.index):
         raise ValueError(f"device: expected cpu, cuda or cuda:N, got {str(device)!r}")
+    if place.type == "cpu":
+        return torch.device("cpu")  # safetensors does not know cpu:0
     if place.type == "cuda":
         count = torch.cuda.device_count()
         if not count:

@@ -39,8 +39,10 @@ def locate(path: str | Path) -> Path:
     A directory always comes first. `huggingface_hub`, if installed, takes a snapshot from its cache or
     fetches it, and follows HF_HUB_OFFLINE, HF_HOME and HF_TOKEN.
 
-    Raises FileNotFoundError, which says how to get a model of the Hub.
+    Raises FileNotFoundError, which says how to get a model of the Hub; ValueError for what is no path.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"path: expected a directory or ORG/NAME, got {path!r:.80}")
     directory, name = Path(path), str(path)
     if directory.is_dir():
         return directory
@@ -97,7 +99,9 @@ def read_json(file: Path, *, required: bool = False) -> dict[str, Any]:
     """
     if not file.is_file():
         if required:
-            raise FileNotFoundError(f"path: no {file.name} in {file.parent}")
+            adapter = (file.parent / "adapter_config.json").is_file()
+            hint = ", but an adapter, which `dparallel merge` adds to its base" if adapter else ""
+            raise FileNotFoundError(f"path: no {file.name} in {file.parent}{hint}")
         return {}
     text = read_text(file)
     try:

@@ -209,7 +209,9 @@ def read(
             continue
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default" and (not isinstance(kind, str) or kind not in scalings):
-            raise ValueError(f"config: {key} of type {kind!r:.80} is not supported")
+            raise ValueError(
+                f"config: {key} of type {kind!r:.80} is not supported, only {sorted({'default', *scalings})}"
+            )
         nested = [name for name, value in rope.items() if isinstance(value, Mapping)]
         if nested:
             raise ValueError(f"config: {key} by kinds of layers ({nested[0]!r:.80}) is not supported")

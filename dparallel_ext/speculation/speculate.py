@@ -97,7 +97,7 @@ def speculate(
             drafter is the same object.
         draft_size: the most nodes and riders of a draft. None: the number that gives the most tokens per
             second, by measured times and acceptance; the text is the same, but the number of passes is
-            reproducible only with a fixed size.
+            reproducible only with a fixed size. Without a drafter it has no effect.
         attention_mask: see `decode`.
         streamer: an object with `put` and `end`, as transformers' streamers. Needs a batch of one prompt.
         progress: show a tqdm bar of tokens.

@@ -120,7 +120,7 @@ def take_drafter(
     drafter, size = content.pop("drafter", None), content.pop("draft_size", None)
     if drafters and drafters != [drafter]:
         return drafters, draft_size
-    return [drafter] if drafter else None, size if draft_size is None else draft_size
+    return None if drafter is None else [drafter], size if draft_size is None else draft_size
 
 
 def take_mask(content: dict[str, Any], option: int | None) -> int | None:

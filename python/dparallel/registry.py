@@ -29,16 +29,17 @@ def builtins() -> list[str]:
 def directory_of(name: str) -> Path:
     """The checkpoint directory of "builtin:NAME", of a path, or of ORG/NAME (see `models.locate`).
 
-    Raises FileNotFoundError.
+    Raises FileNotFoundError, and ValueError for a config.json that `models.config_of` refuses.
     """
-    message = f"model: {name!r} is neither one of {builtins()} nor a directory with a config.json"
     try:
         builtin = name.startswith("builtin:")
         directory = BUILTIN / name.removeprefix("builtin:") if builtin else models.locate(name)
+        models.config_of(directory)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{message} ({str(error).removeprefix('path: ')})") from error
-    if not (directory / "config.json").is_file():
-        raise FileNotFoundError(message)
+        raise FileNotFoundError(
+            f"model: {name!r} is neither one of {builtins()} nor a directory with a config.json "
+            f"({str(error).removeprefix('path: ')})"
+        ) from error
     return directory
 
 

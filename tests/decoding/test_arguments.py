@@ -167,6 +167,8 @@ def test_prompts_without_a_token() -> None:
     ("change", "message"),
     [
         ({"prompt": ["text"]}, "prompt: .* got str; encode it with the model's tokenizer first"),
+        ({"prompt": [1, 2**70]}, f"prompt: .* got list with {2**70}$"),
+        ({"prompt": [[1], [2, "a"]]}, "prompt: .* got list with 'a'$"),
         ({"prompt": [True, False]}, "prompt: expected int64 .* got torch.bool"),
         ({"prompt": torch.tensor([[True]])}, "prompt: expected int64 .* got torch.bool"),
         ({"prompt": [1.5]}, "prompt: expected int64 .* got torch.float32"),
@@ -230,10 +232,11 @@ def test_compat_takes_the_models_own_mask() -> None:
 
 
 def test_devices_are_named() -> None:
-    for device in ("gpu", "mps", "cuda:x"):
+    for device in ("gpu", "mps", "cuda:x", "cpu:1"):
         with pytest.raises(ValueError, match="device: expected cpu, cuda or cuda:N, got"):
             golden.model("llada_tiny_a", device=device)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device: 'cuda:1' needs an NVIDIA GPU"):
             golden.model("llada_tiny_a", device="cuda:1")
-    assert golden.model("llada_tiny_a", device=torch.device("cpu")).device.type == "cpu"
+    for device in ("cpu:0", torch.device("cpu"), torch.device("cpu:0")):
+        assert golden.model("llada_tiny_a", device=device).device.type == "cpu"

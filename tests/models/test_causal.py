@@ -466,7 +466,7 @@ SCALED = {"rope_type": "yarn", "factor": 4.0}
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
             "rope_parameters of type 'dyn",
         ),
-        ("llama", {"rope_scaling": {"type": "longrope"}}, "rope_scaling of type 'longrope' is not supported"),
+        ("llama", {"rope_scaling": {"type": "longrope"}}, "type 'longrope' is not supported, only .*'yarn'"),
         ("llama", {"rope_scaling": {"type": ["yarn"]}}, r"rope_scaling of type \['yarn'\] is not supported"),
         ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling: 'factor' is missing"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling: factor=0, expected a n"),

@@ -460,7 +460,15 @@ def test_many_faults_are_counted(tmp_path: Path) -> None:
 def test_unreadable(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no directory .*nowhere"):
         models.load(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"no config\.json in"):
+    for value in (None, 3):
+        with pytest.raises(ValueError, match=f"path: expected a directory or ORG/NAME, got {value}"):
+            models.load(value)  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match=r"no config\.json in .*[^e]$"):
+        models.load(tmp_path)
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(
+        FileNotFoundError, match=r"no config\.json in .*, but an adapter, which `dparallel merge`"
+    ):
         models.load(tmp_path)
     shutil.copy(golden.home / "llada_tiny_a" / "config.json", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):

@@ -110,6 +110,12 @@ def check_kind(model: str, causal: bool, **options: Any) -> None:
         raise ValueError(f"{name}: {model} is a diffusion model, which takes none")
 
 
+def check_drafted(drafters: list[str] | None, draft_size: int | None) -> None:
+    """Raise ValueError for a size of drafts that nothing would draft. Size 0 is plain decoding."""
+    if draft_size and not drafters:
+        raise ValueError(f"draft_size: belongs to --drafter for an autoregressive model, got {draft_size}")
+
+
 def read_config(
     file: Path | None,
     models: list[str],

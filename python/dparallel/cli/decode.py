@@ -25,6 +25,7 @@ from .common import (
     MaskOption,
     ModelOption,
     PolicyOption,
+    check_drafted,
     check_kind,
     check_text,
     plain_errors,
@@ -110,13 +111,15 @@ def decode(
         calls = prompts_of(prompt or [], file, batch, stream)
         loading = registry.Loading(device, registry.dtype_of(dtype), fp8, mask_id)
         content, loading, drafters, draft_size = read_config(
-            config, [model], loading, [drafter] if drafter else None, draft_size
+            config, [model], loading, None if drafter is None else [drafter], draft_size
         )
         drafter = drafters[0] if drafters else None
         infill = infill or bool(content.get("infill"))
         content.setdefault("gen_length", 0 if infill and not suffix else registry.gen_length(model))
         causal = registry.is_causal(model)
         check_kind(model, causal, drafter=drafter, suffix=suffix or None, policy=policy, verifier=verifier)
+        if causal:
+            check_drafted(drafters, draft_size)
         others = {"policy": policy, "suffix": suffix or None, "draft_size": draft_size}
         numbers = adaptive_numbers(verifier, others, mixture=mixture, window=window, lookahead=lookahead)
         asked = (causal_config_of if causal or verifier else config_of)(
@@ -151,7 +154,7 @@ def decode(
             else:
                 rows = complete(*request, suffix=suffix, draft_size=draft_size, **shared)
             for row in rows:
-                warn_of_unknown_words(model, tokenizer, row["prompt"])
+                warn_of_unknown_words(model, tokenizer, prompt=row["prompt"], suffix=suffix or "")
                 show_response(row, as_json)
         if html is not None and recording is not None:
             files.write_text(html, recording.html())
@@ -190,11 +193,12 @@ def adaptive_numbers(verifier: str | None, others: dict[str, Any], **numbers: An
     return numbers
 
 
-def warn_of_unknown_words(model: str, tokenizer: Any, prompt: str) -> None:
-    if unknown := registry.unknown_words(tokenizer, prompt):
-        words = ", ".join(map(repr, dict.fromkeys(unknown)))
-        known = "; it knows the words of its task alone" if model.startswith("builtin:") else ""
-        typer.echo(f"warning: {model} has no token for {words} of the prompt{known}", err=True)
+def warn_of_unknown_words(model: str, tokenizer: Any, **texts: str) -> None:
+    known = "; it knows the words of its task alone" if model.startswith("builtin:") else ""
+    for name, text in texts.items():
+        if unknown := registry.unknown_words(tokenizer, text):
+            words = ", ".join(map(repr, dict.fromkeys(unknown)))
+            typer.echo(f"warning: {model} has no token for {words} of the {name}{known}", err=True)
 
 
 def show_response(row: dict[str, Any], as_json: bool) -> None:

@@ -20,6 +20,7 @@ from .common import (
     Fp8Option,
     MaskOption,
     PolicyOption,
+    check_drafted,
     check_kind,
     plain_errors,
     read_config,
@@ -119,6 +120,8 @@ def serve(
         for each in model:  # if there are both kinds, each model takes the options of its kind
             others = {} if len(set(causal.values())) > 1 else {**of_diffusion, **of_causal}
             check_kind(each, causal[each], **others)
+        if any(causal.values()):
+            check_drafted(drafter, draft_size)
         models = []
         for each in model:
             fields = {"gen_length": registry.gen_length(each), **content}

@@ -41,6 +41,8 @@ def run(
 
     console, directory = console or Console(), Path(out)
     names = names or [name for name in registry.builtins() if name != registry.VERIFIER]
+    for name in names:
+        registry.is_causal(name)  # raises for a name that is none, before anything is shown
     # A problem that is not among those of the table.
     problem = next(itertools.islice(tasks.problems("held_out", seed=1), 2, None))
     console.print(f"\n[bold]{problem.prompt}[/bold]", highlight=False)

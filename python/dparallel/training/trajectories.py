@@ -212,6 +212,7 @@ def _generate(
     model, tokenizer = loaded or loading.load(settings.model)
     encode = prompt_encoder(tokenizer, template)
     model = dx.models.for_decoding(model)
+    dx.models.check_diffusion(model)
     registry.check_positions(settings.model, model, settings.gen_length)
     bar = None
     if progress:
