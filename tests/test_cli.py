@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from dparallel import live, registry, results
+from dparallel import cli, live, registry, results
 from dparallel.cli import app, common
 from dparallel.toy import demo, tasks, train
 from rich.console import Console
@@ -420,6 +421,15 @@ def test_missing_packages_and_output_that_nobody_reads(monkeypatch: pytest.Monke
         importlib.import_module("dparallel.cli")
 
 
+def test_a_warning_is_one_line_without_its_place(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(sys, "argv", ["dparallel", "--version"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = warnings.formatwarning("gen_length: 600\n positions", UserWarning, "complete.py", 59)
+    assert said == "warning: gen_length: 600 positions\n"
+
+
 def test_ctrl_c_while_torch_is_imported_ends_quietly(tmp_path: Path):
     # In place of torch: it catches what the signal raises, as parts of an import may.
     (tmp_path / "torch.py").write_text(
@@ -629,6 +639,7 @@ def test_a_diffusion_model_and_a_verifier(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error:The PEFT config's `base_model_name_or_path`")
 def test_trajectories_distill_and_merge(tmp_path: Path):
     run("trajectories", tmp_path / "answers", "--data", "builtin:20", "--policy", "entropy_bound:0.1")
     recipe = tmp_path / "recipe.yaml"

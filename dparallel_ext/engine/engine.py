@@ -101,10 +101,12 @@ class Engine:
     Args:
         model: one of ours (`dparallel_ext.models`), in evaluation mode, a diffusion model or an
             autoregressive one; wrapped or adapted as in `decode`.
-        config: how to decode requests that come without a config; default: `DecodeConfig()`. Its cache,
-            block_length, sub_block_length, refresh, active_blocks, open_at, activate_at, batch_invariant,
-            graphs and mask_id hold for every request. With an autoregressive model, fields about masks stay
-            at their defaults, and `eos_id` None stands for the model's own end tokens, see `speculate`.
+        config: how to decode requests that come without a config; default: `DecodeConfig()`. Where it names
+            no cache, a diffusion model has "dual", and a block-causal one "block" (`decode`: "none"). Its
+            cache, block_length, sub_block_length, refresh, active_blocks, open_at, activate_at,
+            batch_invariant, graphs and mask_id hold for every request. With an autoregressive model, fields
+            about masks stay at their defaults, and `eos_id` None stands for the model's own end tokens, see
+            `speculate`.
         drafter, draft_size: for an autoregressive model, see `speculate`.
         lanes: requests that are decoded at once.
         max_length: positions that one request may have, prompt and response together.

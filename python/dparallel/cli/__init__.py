@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Annotated
 
@@ -74,4 +75,10 @@ for name, group, function in COMMANDS:
 
 
 def main() -> None:
+    warnings.formatwarning = one_line
     app()
+
+
+def one_line(message: Warning | str, category: type[Warning], *place: object, **_: object) -> str:
+    """A warning as the commands print their own, without the place in the code that found it."""
+    return f"warning: {' '.join(str(message).split())}\n"

@@ -59,7 +59,8 @@ def serve(
     config: ConfigOption = None,
     policy: PolicyOption = None,
     cache: Annotated[
-        str | None, typer.Option(help="none, prefix, dual or block; default: the engine's")
+        str | None,
+        typer.Option(help="none, prefix, dual or block; default: dual, block-causal models: block"),
     ] = None,
     block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
     batch_invariant: Annotated[

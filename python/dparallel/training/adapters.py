@@ -118,6 +118,7 @@ def merge(
     config.modules_to_save = None  # they are in the base now
     config.exclude_modules = None
     config.inference_mode = True
+    config.base_model_name_or_path = None  # the base is here, and PEFT warns of any name but its own
     adapted = get_peft_model(base, config)
     left: Any = set_peft_model_state_dict(adapted, weights)
     if left.unexpected_keys:
