@@ -390,6 +390,8 @@ def _rule(config: DecodeConfig) -> tuple[Rule | None, dict[str, Any]]:
         rule = FunctionRule(rule)
     elif rule is not None:
         raise ValueError(f"rule: expected a Rule, its name or a function, got {type(rule).__name__}")
+    if rule is not None:
+        one_of(f"{type(rule).__name__}: reads", rule.reads, ("masked", "block", "response"))
     if rule is not None and rule.greedy and temperature_in_force(config.temperature) > 0:
         raise ValueError(f"temperature: {type(rule).__name__} commits tokens of its own, so expected 0")
     return rule, row

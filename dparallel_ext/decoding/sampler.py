@@ -195,6 +195,8 @@ def _allowed(
     best: (W, C) bool: each window's most confident mask. A window that must move commits it where the rule
     commits none.
     """
+    if not isinstance(decision, Decision):
+        raise ValueError(f"{type(rule).__name__}: decide: expected a Decision, got {type(decision).__name__}")
     commit, token, edit = decision
     if commit is None:
         commit = where.by_policy(stats)

@@ -179,7 +179,7 @@ class Rule:
 
     def decide(self, stats: RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
         """Decide what the pass commits. A sequence's cells must not depend on other sequences' cells."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}: expected a method decide(stats, where, state)")
 
 
 @dataclass(frozen=True)

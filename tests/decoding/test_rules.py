@@ -470,6 +470,27 @@ def test_what_does_not_fit_is_said(llada: models.Model, settings: dict[str, Any]
         dx.decode(llada, PROMPTS, gen_length=8, block_length=8, **settings)
 
 
+@dataclass(frozen=True)
+class Reads(Rule):
+    reads: Any = "masks"
+
+
+@dataclass(frozen=True)
+class Masked(Rule):
+    def decide(self, stats: Any, where: Where, state: Any) -> Any:
+        return where.masked
+
+
+def test_what_a_rule_of_a_users_own_lacks_is_said(llada: models.Model) -> None:
+    for rule, error, said in (
+        (Rule(), NotImplementedError, r"Rule: expected a method decide\(stats, where, state\)"),
+        (Reads(), ValueError, "Reads: reads: expected one of .*'block'.* got 'masks'"),
+        (Masked(), ValueError, "Masked: decide: expected a Decision, got Tensor"),
+    ):
+        with pytest.raises(error, match=said):
+            dx.decode(llada, PROMPTS, gen_length=8, block_length=8, rule=rule)
+
+
 @pytest.mark.parametrize("bars", [[7.5, 5.0, 2.5], (7.5, 5.0), 7.5])
 def test_prophets_bars_are_three(bars: Any) -> None:
     with pytest.raises(ValueError, match="bars: expected a tuple of three numbers, got"):
