@@ -113,7 +113,7 @@ def test_decode_stops_at_the_end_as_the_server_does():
 
 
 def test_decode_between_two_texts(tmp_path: Path):
-    model, tokenizer = registry.load("builtin:student")
+    model, tokenizer = registry.load(registry.directory_of("builtin:student"))
     answer = json.loads(run("decode", PROMPT, "--model", "builtin:student", "--json"))["response"].split()
     text = " ".join([PROMPT, *answer[:4], *["[MASK]"] * 6, *answer[10:]])
     row = json.loads(run("decode", text, "--infill", "--model", "builtin:student", "--json"))

@@ -136,7 +136,7 @@ def unknown_words(tokenizer: Any, text: str) -> list[str]:
 
 
 def load(
-    name: str = DEFAULT,
+    name: str | Path = DEFAULT,
     *,
     device: str | None = None,
     dtype: torch.dtype | None = None,
@@ -149,6 +149,7 @@ def load(
 
     Raises FileNotFoundError and ValueError, naming the argument.
     """
+    name = str(name)
     directory, place = directory_of(name), models.device_of(device)
     loaded = tokenizer.load(directory)
     fuse = True if name.startswith("builtin:") else None  # they are small enough not to be mapped
