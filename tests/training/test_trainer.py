@@ -328,7 +328,7 @@ def test_every_pass_over_a_micro_batch_has_the_same_dropout(tmp_path: Path):
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(5)
     summed = trainer.rows(model, views[0])
-    assert all(torch.equal(a, b) for a, b in zip(counted, summed, strict=True))
+    torch.testing.assert_close(counted, summed)  # without a gradient the matrix library may round otherwise
     other = trainer.rows(model, {**views[0], "seed": views[1]["seed"]})
     assert not torch.equal(other[0], summed[0])
     assert not torch.equal(summed[0], trainer.rows(model.eval(), views[0])[0])
