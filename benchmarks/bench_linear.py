@@ -3,7 +3,7 @@
 A step is the products of a layer, with the norms and the activation between them; attention is left out.
 
 Floor: the weights read once. Baselines: the same by torch's product; and by `fp8_linear`, weights in 8 bits,
-which read half. On a CPU with instructions for bfloat16 `linear` is torch's product, and shows nothing.
+which read half. On a CPU with instructions for bfloat16 `linear` is torch's product, and takes as long.
 """
 
 from __future__ import annotations

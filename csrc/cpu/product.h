@@ -24,7 +24,7 @@ struct ProductKernel {
 template <class Args>
 void product(const ProductKernel<Args>& kernel, const Args& args, Parallel parallel) {
   constexpr int64_t kGroup = 64;       // rows of x: 1 MB for 4096 columns, which stays in a cache
-  constexpr int64_t kMostWork = 2048;  // that run_rows hears of for a row: runs have 16 or more
+  constexpr int64_t kMostWork = 2048;  // of a row, as told to run_rows: a run has 16 rows or more
   const int dtype = static_cast<int>(args.dtype);
   const int64_t most = std::min(args.count, kGroup);
   const std::unique_ptr<float[]> x(new float[most * kernel.widened_width(args.in)]);
