@@ -114,8 +114,7 @@ std::vector<RowAnswer> read_rows(const RowJob& job, Parallel parallel) {
     if (mask_counts)
       part.add(load_logit(row_at(i), logits.dtype, mask_id), static_cast<int32_t>(mask_id), false);
     answers[i].error = part.error();
-    if (answers[i].error == kRowEmpty) answers[i].result = finish_empty(part);
-    if (answers[i].error != kRowOk) continue;
+    if (answers[i].error == kRowNan) continue;
     if (!samples) {
       answers[i].result = finish(part);
       continue;

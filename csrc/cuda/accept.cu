@@ -109,18 +109,17 @@ __device__ inline int announce(const AcceptArgs& args, const AcceptScratch& scra
   return own;
 }
 
-// By the last block of a row: its chunks merged.
+// By the last block of a row: its chunks merged, by each warp for itself, so that none waits apart
+// from the others.
 template <bool kSample>
 __device__ __forceinline__ void finish(const AcceptArgs& args, const AcceptScratch& scratch,
                                        int row, int chunks) {
-  if (threadIdx.x >= 32) return;
   RowResult result;
   const float inverse = kSample ? 1.0f / args.sampling.temperature : 0.0f;
-  const RowPart part = finish_row<kSample>(scratch.chunks, row, chunks, inverse, result);
+  const RowError error = finish_row<kSample>(scratch.chunks, row, chunks, inverse, result);
   if (threadIdx.x != 0) return;
-  const RowError error = part.error();
-  if (error == kRowEmpty) result = finish_empty(part);
-  write_row(args.output, row, args.count, result);
+  if (error == kRowNan) write_blank(args.output, row, args.count);
+  else write_row(args.output, row, args.count, result);
   scratch.choices[row] = choice_of(error, result.sample);
 }
 
@@ -198,7 +197,7 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
     const int chunk = static_cast<int>(unit) - row * chunks;
     b = lane_of(args, row);
     if (b < 0) {
-      if (chunk == 0 && threadIdx.x == 0) write_row(args.output, row, args.count, blank_row());
+      if (chunk == 0 && threadIdx.x == 0) write_blank(args.output, row, args.count);
       return;
     }
     Sampler sampler{};

@@ -22,19 +22,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 
 // The blocks of a row share its ids.
 template <class T>
-__device__ __forceinline__ void gather_logits(const RowStatsArgs& args, const ScanShape& shape,
-                                              int i, int64_t row, int chunk) {
-  const Gather& gather = args.gather;
-  const auto* logits =
-      static_cast<const typename T::Storage*>(scan_row<T>(args.logits, shape, row));
-  const int step = static_cast<int>(shape.chunks.divisor) * kScanThreads;
+__device__ __forceinline__ void gather_logits(const Gather& gather, const void* row, int vocab,
+                                              int i, int chunk, int chunks) {
+  const auto* logits = static_cast<const typename T::Storage*>(row);
+  const auto count = static_cast<int>(gather.count);
+  const int64_t* ids = gather.ids + i * gather.stride;
+  float* to = gather.logits + static_cast<int64_t>(i) * count;
 #pragma unroll 1
-  for (int64_t k = chunk * kScanThreads + static_cast<int>(threadIdx.x); k < gather.count;
-       k += step) {
-    const int64_t id = gather.ids[i * gather.stride + k];
-    gather.logits[i * gather.count + k] = id >= 0 && id < args.logits.vocab
-                                              ? clamp_logit(T::value(logits[id]))
-                                              : from_bits(0x7fc00000u);  // NaN
+  for (int k = chunk * kScanThreads + static_cast<int>(threadIdx.x); k < count;
+       k += chunks * kScanThreads) {
+    const int64_t id = ids[k];
+    to[k] = id >= 0 && id < vocab ? clamp_logit(T::value(logits[static_cast<int>(id)]))
+                                  : from_bits(0x7fc00000u);  // NaN
   }
 }
 
@@ -54,17 +53,19 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
                    static_cast<uint32_t>(k[2]), static_cast<uint32_t>(k[3])};
     if (scratch.nuclei != nullptr) sampler.nucleus = scratch.nuclei[i];
   }
-  scan_chunk<T, kSample>(memory, scan_row<T>(args.logits, shape, row), args.logits.vocab, chunk,
-                         args.exclusions, sampler, scratch, blockIdx.x);
-  if (args.gather.count > 0) gather_logits<T>(args, shape, i, row, chunk);
+  const void* logits = scan_row<T>(args.logits, shape, row);
+  const auto vocab = static_cast<int>(args.logits.vocab);
+  scan_chunk<T, kSample>(memory, logits, vocab, chunk, args.exclusions, sampler, scratch,
+                         blockIdx.x);
+  gather_logits<T>(args.gather, logits, vocab, i, chunk, chunks);
   if (!last_to_arrive(counters + i, chunks) || threadIdx.x >= 32) return;
   RowResult result;
-  const RowPart part = finish_row<kSample>(scratch, i, chunks, sampler.inverse_temperature, result);
+  const RowError error =
+      finish_row<kSample>(scratch, i, chunks, sampler.inverse_temperature, result);
   if (threadIdx.x != 0) return;
-  const RowError error = part.error();
-  if (error == kRowEmpty) result = finish_empty(part);
   args.output.error[i] = error == kRowOk ? kNoError : encode_error(i, error);
-  write_row(args.output, i, args.count, result);
+  if (error == kRowNan) write_blank(args.output, i, args.count);
+  else write_row(args.output, i, args.count, result);
 }
 
 }  // namespace
@@ -80,7 +81,8 @@ int row_stats(const RowStatsArgs& args, const Workspace& workspace, void* stream
   const int64_t chunks = scan_chunks(args.logits);
   const ScanShape shape = ScanShape::of(args.logits, 1);
   const Scratch scratch = Scratch::at(workspace.scratch, args.count, chunks, args.sampling);
-  if (args.count * chunks > INT32_MAX) return 1;  // an invalid value
+  if (args.count * chunks > INT32_MAX || args.gather.count > INT32_MAX / 2)
+    return 1;  // an invalid value
   const auto grid = static_cast<unsigned>(args.count * chunks);
   return dispatch(args.logits.dtype, [&](auto type) {
     using T = decltype(type);

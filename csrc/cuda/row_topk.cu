@@ -34,23 +34,30 @@ struct TopMemory {
   int32_t count;
 };
 
-// visit(z, id) for the thread's logits above -inf, in no particular order.
+// visit(z, id) for the thread's logits above -inf that reach the bar, in no particular order. Few
+// do: a vector is looked at by elements only where its largest does.
 template <class T, class Visit>
-__device__ __forceinline__ void each_own(const Chunk<T>& chunk, Visit visit) {
+__device__ __forceinline__ void each_own(const Chunk<T>& chunk, float bar, Visit visit) {
   const int n = chunk.groups() * kGroup;
 #pragma unroll 1
   for (int k = 0; k < n; ++k) {
-    float z[T::kWidth];
+    float z[T::kWidth], largest = -kInfinity;
     widen<T>(chunk.slot(k), z);
-    const int id = chunk.first + (k * kScanThreads + static_cast<int>(threadIdx.x)) * T::kWidth;
 #pragma unroll
-    for (int i = 0; i < T::kWidth; ++i)
-      if (z[i] > -kInfinity) visit(clamp_logit(z[i]), id + i);
+    for (int i = 0; i < T::kWidth; ++i) largest = fmaxf(largest, z[i]);
+    if (!(largest >= bar)) continue;
+    const int vector = (k * kScanThreads + static_cast<int>(threadIdx.x)) * T::kWidth;
+#pragma unroll 1
+    for (int i = 0; i < T::kWidth; ++i) {
+      const float one = T::value(chunk.elements()[vector + i]);
+      if (one >= bar && one > -kInfinity) visit(clamp_logit(one), chunk.first + vector + i);
+    }
   }
 }
 
 // By a block: each of n keys that is among the k largest goes to its place among the best.
-__device__ __forceinline__ void rank_keys(const uint64_t* keys, int n, int k, uint64_t* best) {
+__device__ __attribute__((noinline)) void rank_keys(const uint64_t* keys, int n, int k,
+                                                    uint64_t* best) {
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < n; i += kScanThreads) {
     const uint64_t key = keys[i];
@@ -80,8 +87,7 @@ __device__ __forceinline__ void find_top(const Chunk<T>& chunk, float own, int k
   __syncthreads();
   const float bar = top.bar;
   if (own >= bar)
-    each_own<T>(chunk, [&](float z, int id) {
-      if (z < bar) return;
+    each_own<T>(chunk, bar, [&](float z, int id) {
       const int at = atomicAdd(&top.count, 1);
       if (at < kMostListed) top.listed[at] = top_key(z, id);
     });
@@ -94,7 +100,7 @@ __device__ __forceinline__ void find_top(const Chunk<T>& chunk, float own, int k
     uint64_t next = kNoKey;
     const auto keep = [&](uint64_t key) { next = key > next ? key : next; };
     if (own >= bar)
-      each_own<T>(chunk, [&](float z, int id) {
+      each_own<T>(chunk, bar, [&](float z, int id) {
         if (const uint64_t key = top_key(z, id); key < last) keep(key);
       });
     merge_lanes(next, 32, [](uint64_t& a, uint64_t b) { a = a > b ? a : b; });
@@ -148,11 +154,9 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
   if (thread < k) keys[static_cast<int64_t>(blockIdx.x) * k + thread] = top.best[thread];
   if (!last_to_arrive(counters + i, chunks)) return;
   const int64_t first = static_cast<int64_t>(i) * chunks;
-  if (thread < 32) {
-    const RowPart merged =
-        merge_chunks(parts + first, chunks, [](RowPart& a, const RowPart& b) { a.merge(b); });
-    if (thread == 0) memcpy(top.row, &merged, sizeof merged);
-  }
+  const RowPart merged =  // by each warp for itself, so that none waits apart from the others
+      merge_chunks(parts + first, chunks, [](RowPart& a, const RowPart& b) { a.merge(b); });
+  if (thread == 0) memcpy(top.row, &merged, sizeof merged);
   merge_top(keys + first * k, static_cast<int64_t>(chunks) * k, k, memory, top);
   RowPart whole;
   memcpy(&whole, top.row, sizeof whole);

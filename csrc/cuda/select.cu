@@ -22,16 +22,20 @@ __global__ void __launch_bounds__(kScanThreads)
       Policy::load(args.policy + static_cast<int64_t>(blockIdx.x) * kPolicyFields);
   const Ranking ranking = Ranking::at(
       in_shared ? memory : static_cast<char*>(scratch) + first * Ranking::kBytes, length);
+  const float* of = policy.score == kScoreConfidence ? args.confidence
+                    : policy.score == kScoreMargin   ? args.margin
+                                                     : args.entropy;
   int mine = 0;
+#pragma unroll 2
   for (int l = static_cast<int>(threadIdx.x); l < length; l += kScanThreads) {
     const int64_t at = first + l;
-    const float key = args.eligible[at]
-                          ? policy.key(args.confidence[at], args.margin[at], args.entropy[at])
-                          : from_bits(0x7fc00000u);
+    const float score = of[at];  // the one that the rule looks at
+    const float key = args.eligible[at] ? policy.key(score, score, score) : from_bits(0x7fc00000u);
     mine += key == key;
     ranking.keys[l] = key;
   }
   const int n = select_block(policy, ranking, length, sum_block(mine));
+#pragma unroll 1
   for (int l = static_cast<int>(threadIdx.x); l < length; l += kScanThreads)
     args.commit[first + l] = ranking.keys[l] == ranking.keys[l] && ranking.ranks[l] < n;
 }

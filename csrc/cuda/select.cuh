@@ -21,8 +21,7 @@ struct Ranking {
 // The sum over the block of one number per thread, for every thread.
 __device__ inline int sum_block(int value) {
   DPARALLEL_SHARED(parts, int32_t[kScanWarps]);
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(kFullWarp, value, offset);
+  value = __reduce_add_sync(kFullWarp, value);
   __syncthreads();  // parts may still be read from a call before
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
   __syncthreads();
@@ -88,7 +87,7 @@ __device__ __forceinline__ int select_block(const Policy& policy, const Ranking&
   if (cumulative) {
     if (threadIdx.x == 0)
       reached = static_cast<int32_t>(
-          policy.count(eligible, [&](int64_t i) { return ranking.sorted[i]; }));
+          policy.reached(eligible, [&](int64_t i) { return ranking.sorted[i]; }));
     __syncthreads();
   }
   return static_cast<int>(policy.limit(reached, eligible));

@@ -34,7 +34,8 @@ namespace {
 // The rows that a window needs: rows[before], ..., ascending.
 struct Listed {
   int32_t before, needed;
-  int32_t masked;  // positions of the window, listed or not
+  int32_t masked;   // positions of the window, listed or not
+  int32_t missing;  // the first column of them that is not listed, or INT32_MAX
 };
 
 // The message of a merged row to its window.
@@ -161,88 +162,93 @@ __device__ inline Place place_of(const UnmaskArgs& args, const ScanShape& shape,
   return {0, 0, false};
 }
 
-// By the block of a window.
+// By the block of a window. Up to four passes over rows or columns, by the same code: rows are
+// counted, where windows share the buffer, then listed; columns are counted, where rows might not
+// stand for all of them, and the first that none stands for is looked for, if there is one.
 __device__ int list_rows(const UnmaskArgs& args, const UnmaskScratch& scratch, int w,
                          int32_t* next_list) {
+  enum Pass { kCount, kList, kCountColumns, kFindMissing };
   DPARALLEL_SHARED(counts, int32_t[kScanWarps]);
   DPARALLEL_SHARED(place, int32_t);
+  DPARALLEL_SHARED(missing, int32_t);
+  if (threadIdx.x == 0) missing = INT32_MAX;
   const Window window = own_window(args, w);
   const int64_t begin = static_cast<int64_t>(window.b) * args.tokens.length;
   const int width = window.end > window.start ? window.end - window.start : 0;
-  const int count = args.positions ? static_cast<int>(args.count) : width;
-  const auto column_of = [&](int i) {
-    return args.positions ? args.positions[i] - begin : int64_t{window.start} + i;
-  };
-  int before = 0;
-  if (args.windows.count > 1) {
-    int mine = 0;
+  int before = 0, needed = 0, masked = 0;
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < count; i += kScanThreads)
-      mine += needs(args, w, window, column_of(i));
-    mine = sum_block(mine);
-    if (threadIdx.x == 0) place = atomicAdd(next_list, mine);
-    __syncthreads();
-    before = place;
-  }
-  int needed = 0;
+  for (int pass = args.windows.count > 1 ? kCount : kList; pass <= kFindMissing; ++pass) {
+    if (pass == kCountColumns && args.positions == nullptr) break;
+    if (pass == kFindMissing && masked == needed) break;
+    const bool by_row = pass < kCountColumns && args.positions != nullptr;
+    const int count = by_row ? static_cast<int>(args.count) : width;
+    int found = 0;
 #pragma unroll 1
-  for (int first = 0; first < count; first += kScanThreads) {
-    const int i = first + static_cast<int>(threadIdx.x);
-    const int64_t column = i < count ? column_of(i) : -1;
-    const bool mine = needs(args, w, window, column);
-    const unsigned lanes = __ballot_sync(kFullWarp, mine), lane = threadIdx.x % 32;
-    if (lane == 0) counts[threadIdx.x / 32] = __popc(lanes);
-    __syncthreads();
-    int at = before + needed + __popc(lanes & ((1u << lane) - 1));
+    for (int first = 0; first < count; first += kScanThreads) {
+      const int i = first + static_cast<int>(threadIdx.x);
+      int64_t column = -1;
+      if (i < count) column = by_row ? args.positions[i] - begin : int64_t{window.start} + i;
+      const bool mine = needs(args, w, window, column);
+      const unsigned lanes = __ballot_sync(kFullWarp, mine), lane = threadIdx.x % 32;
+      if (lane == 0) counts[threadIdx.x / 32] = __popc(lanes);
+      __syncthreads();
+      int at = before + found + __popc(lanes & ((1u << lane) - 1));
 #pragma unroll
-    for (unsigned warp = 0; warp < kScanWarps; ++warp) {
-      if (warp < threadIdx.x / 32) at += counts[warp];
-      needed += counts[warp];
-    }
-    if (mine) {
-      scratch.rows[at] = static_cast<int32_t>(args.positions ? i : begin + column);
-      scratch.columns[at] = static_cast<int32_t>(column);
-    }
-    __syncthreads();
-  }
-  int masked = needed;
-  if (args.positions != nullptr) {
-    int mine = 0;
+      for (unsigned warp = 0; warp < kScanWarps; ++warp) {
+        if (warp < threadIdx.x / 32) at += counts[warp];
+        found += counts[warp];
+      }
+      if (mine && pass == kList) {
+        scratch.rows[at] = static_cast<int32_t>(by_row ? i : begin + column);
+        scratch.columns[at] = static_cast<int32_t>(column);
+      }
+      if (mine && pass == kFindMissing) {
+        int listed = before;
 #pragma unroll 1
-    for (int column = window.start + static_cast<int>(threadIdx.x); column < window.end;
-         column += kScanThreads)
-      mine += needs(args, w, window, column);
-    masked = sum_block(mine);
+        while (listed < before + needed && scratch.columns[listed] != column) ++listed;
+        if (listed == before + needed) atomicMin(&missing, static_cast<int32_t>(column));
+      }
+      __syncthreads();
+    }
+    if (pass == kCount) {
+      if (threadIdx.x == 0) place = atomicAdd(next_list, found);
+      __syncthreads();
+      before = place;
+    }
+    if (pass == kList) needed = found;
+    masked = pass < kFindMissing ? found : masked;
   }
-  if (threadIdx.x == 0) scratch.listed[w] = {before, needed, masked};
+  if (threadIdx.x == 0) scratch.listed[w] = {before, needed, masked, missing};
   return needed;
 }
 
-// By the last block of a row: its chunks merged.
+// By the last block of a row: its chunks merged, by each warp for itself, so that none waits apart
+// from the others.
 template <bool kSample>
-__device__ __forceinline__ void finish(const UnmaskArgs& args, const UnmaskScratch& scratch, int w,
-                                       int row, int chunks) {
-  if (threadIdx.x >= 32) return;
+__device__ __forceinline__ void finish(const UnmaskArgs& args, const UnmaskScratch& scratch,
+                                       const Policy& policy, int row, int chunks) {
   RowResult result;
   const float inverse = kSample ? 1.0f / args.sampling.temperature : 0.0f;
-  const Policy policy = Policy::load(args.policy + w * kPolicyFields);
-  const RowError error = finish_row<kSample>(scratch.chunks, row, chunks, inverse, result).error();
+  const RowError error = finish_row<kSample>(scratch.chunks, row, chunks, inverse, result);
   if (threadIdx.x != 0) return;
+  if (error != kRowOk) {
+    write_blank(args.output, row, args.count);
+    scratch.verdicts[row] = {from_bits(0x7fc00000u), static_cast<int32_t>(error)};
+    return;
+  }
   write_row(args.output, row, args.count, result);
   const float* field = result.field;
-  if (error == kRowOk)
-    scratch.verdicts[row] = {policy.key(field[kConfidence], field[kMargin], field[kEntropy]),
-                             static_cast<int32_t>(result.sample)};
-  else scratch.verdicts[row] = {field[kConfidence], static_cast<int32_t>(error)};
+  scratch.verdicts[row] = {policy.key(field[kConfidence], field[kMargin], field[kEntropy]),
+                           static_cast<int32_t>(result.sample)};
 }
 
 // By the last block of a window: policy applied, tokens committed.
-__device__ __forceinline__ void settle(const UnmaskArgs& args, const UnmaskScratch& scratch, int w,
-                                       int32_t* counters, ScanMemory& memory) {
+__device__ __forceinline__ void settle(const UnmaskArgs& args, const UnmaskScratch& scratch,
+                                       const Policy& policy, int w, int32_t* counters,
+                                       ScanMemory& memory) {
   DPARALLEL_SHARED(worst, int32_t);  // the lowest error, as if the sequence were the first
   const Listed listed = read_part(scratch.listed + w);
   const int n = listed.needed;
-  const Policy policy = Policy::load(args.policy + w * kPolicyFields);
   const Candidates candidates = Candidates::at(
       n <= kScanBytes / Candidates::kBytes
           ? reinterpret_cast<char*>(memory.slots)
@@ -265,18 +271,7 @@ __device__ __forceinline__ void settle(const UnmaskArgs& args, const UnmaskScrat
     candidates.choices[i] = verdict.choice;
     if (verdict.key != verdict.key) report(column, static_cast<RowError>(verdict.choice));
   }
-  if (listed.masked != n) {  // name the first masked position that no row stands for
-    const Window window = own_window(args, w);
-#pragma unroll 1
-    for (int column = window.start + static_cast<int>(threadIdx.x); column < window.end;
-         column += kScanThreads) {
-      if (!needs(args, w, window, column)) continue;
-      int i = 0;
-#pragma unroll 1
-      while (i < n && __ldcg(scratch.columns + listed.before + i) != column) ++i;
-      if (i == n) report(column, kRowMissing);
-    }
-  }
+  if (threadIdx.x == 0 && listed.missing != INT32_MAX) report(listed.missing, kRowMissing);
   __syncthreads();
   int committed = 0;
   if (worst == INT32_MAX) {
@@ -324,16 +319,16 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
   DPARALLEL_SHARED(memory, ScanMemory);
   const int chunks = static_cast<int>(shape.chunks.divisor);
   const auto windows = static_cast<int>(args.windows.count);
-  int w = static_cast<int>(blockIdx.x), arrival;
+  int w = static_cast<int>(blockIdx.x), arrival = 1, row = 0;
   if (w < windows) {
     arrival = -list_rows(args, scratch, w, counters + windows + 1);
   } else {
     const unsigned unit = blockIdx.x - static_cast<unsigned>(windows);
-    const int row = static_cast<int>(shape.chunks.quotient(unit));
+    row = static_cast<int>(shape.chunks.quotient(unit));
     const int chunk = static_cast<int>(unit) - row * chunks;
     const Place place = place_of(args, shape, row);
     if (!place.needed) {
-      if (chunk == 0 && threadIdx.x == 0) write_row(args.output, row, args.count, blank_row());
+      if (chunk == 0 && threadIdx.x == 0) write_blank(args.output, row, args.count);
       return;
     }
     w = place.window;
@@ -349,10 +344,11 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
     scan_chunk<T, kSample>(memory, scan_row<T>(args.logits, shape, row), args.logits.vocab, chunk,
                            args.exclusions, sampler, scratch.chunks, unit);
     if (!last_to_arrive(counters + windows + 2 + row, chunks)) return;
-    finish<kSample>(args, scratch, w, row, chunks);
-    arrival = 1;
   }
-  if (brings_to_zero(counters + w, arrival)) settle(args, scratch, w, counters, memory);
+  const Policy policy = Policy::load(args.policy + w * kPolicyFields);
+  if (blockIdx.x >= static_cast<unsigned>(windows))
+    finish<kSample>(args, scratch, policy, row, chunks);
+  if (brings_to_zero(counters + w, arrival)) settle(args, scratch, policy, w, counters, memory);
 }
 
 __global__ void no_windows_kernel(bool* done) { *done = true; }

@@ -149,6 +149,17 @@ inline unsigned __ballot_sync(unsigned mask, bool value) {
     bits |= static_cast<unsigned>(all[cuda_host::kLaneBytes * lane]) << lane;
   return bits;
 }
+inline int __reduce_add_sync(unsigned mask, int value) {
+  if (mask != 0xffffffffu) cuda_host::fail("a sum with a partial mask");
+  const char* all = cuda_host::exchange(&value, sizeof value);
+  int sum = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    int one;
+    memcpy(&one, all + cuda_host::kLaneBytes * lane, sizeof one);
+    sum += one;
+  }
+  return sum;
+}
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 

@@ -29,6 +29,32 @@ DP_HD float float16_value(uint16_t bits) {
   return sign ? -value : value;
 }
 
+// Divides finite numbers by one y from 1 to 2^100, rounded as divisions are. On a device a division
+// of float32 brings a subroutine of 1.9 KB for quotients below the normal numbers. In float64,
+// where they are normal, an approximate reciprocal, refined once, and one correction suffice: no
+// quotient of float32 numbers is nearer than 2^-50 of itself to a tie without being one.
+struct Denominator {
+#if defined(__CUDA_ARCH__)
+  double y, inverse;
+
+  DP_HD explicit Denominator(float of) : y(of) {
+    float approximate;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(approximate) : "f"(of));
+    inverse = approximate;
+    inverse = fma(inverse, fma(-y, inverse, 1.0), inverse);
+  }
+  DP_HD float under(float x) const {
+    const double q = x * inverse;
+    return static_cast<float>(fma(fma(-y, q, static_cast<double>(x)), inverse, q));
+  }
+#else
+  float y;
+
+  DP_HD explicit Denominator(float of) : y(of) {}
+  DP_HD float under(float x) const { return x / y; }
+#endif
+};
+
 // Both round to nearest, ties to even.
 DP_HD uint16_t bfloat16_bits(float value) {
   if (value != value) return 0x7fc0u;

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "dparallel/common.h"
+#include "dparallel/numeric.h"
 
 namespace dparallel {
 
@@ -85,7 +85,8 @@ struct Policy {
       case kSelectEntropy: return -key <= threshold;
       case kSelectQuota: return static_cast<float>(i + 1) <= threshold;
       case kSelectFactor:  // the largest n with p_(n) >= 1 - f / (n + 1)
-        return key >= 1.0f - threshold / static_cast<float>(i + 2);
+        return key >= 1.0f - Denominator(static_cast<float>(i + 2))
+                                 .under(threshold > kLargest ? kLargest : threshold);
       default: return false;
     }
   }
@@ -97,24 +98,31 @@ struct Policy {
     return n < masked ? n : masked;
   }
 
-  // How many of `masked` positions commit. sorted(i): the i-th best key, i in [0, masked).
+  // How many of `masked` positions a cumulative rule alone lets commit. sorted(i): the i-th best
+  // key, i in [0, masked).
+  template <class Sorted>
+  DP_HD int64_t reached(int64_t masked, Sorted sorted) const {
+    const bool by_entropy = selector == kSelectEntropyBound;
+    int64_t n = 0;
+    // By entropy: that of the better ones. Else: at worst the n best are right together with the
+    // probability 1 - sum of (1 - p_(j)) over j <= n, and another token of the last is right with
+    // 1 - p_(n). The gap between the two, p_(n) - sum, falls with n.
+    float sum = 0.0f;
+    for (; n < masked; ++n) {
+      const float key = sorted(n);
+      if (by_entropy && !(sum <= threshold)) break;
+      sum += by_entropy ? -key : 1.0f - key;
+      if (!by_entropy && !(key - sum > threshold)) break;
+    }
+    return n;
+  }
+
+  // How many of `masked` positions commit.
   template <class Sorted>
   DP_HD int64_t count(int64_t masked, Sorted sorted) const {
     int64_t n = 0;
-    if (selector == kSelectEntropyBound) {  // preceding cumulative entropy <= gamma
-      float preceding = 0.0f;
-      while (n < masked && preceding <= threshold) preceding += -sorted(n++);
-    } else if (selector == kSelectFrechet) {
-      // At worst the n best are right together with the probability 1 - sum of (1 - p_(j)) over
-      // j <= n, and another token of the last is right with 1 - p_(n). The gap between the two,
-      // p_(n) - sum, falls with n.
-      float doubt = 0.0f;
-      while (n < masked) {
-        const float p = sorted(n);
-        doubt += 1.0f - p;
-        if (!(p - doubt > threshold)) break;
-        ++n;
-      }
+    if (cumulative()) {
+      n = reached(masked, sorted);
     } else {
       for (int64_t i = 0; i < masked; ++i)
         if (reaches(static_cast<int32_t>(i), sorted(i))) n = i + 1;

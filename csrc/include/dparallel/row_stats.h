@@ -6,7 +6,7 @@
 
 #include <cmath>
 
-#include "dparallel/common.h"
+#include "dparallel/numeric.h"
 
 namespace dparallel {
 
@@ -18,12 +18,12 @@ constexpr float kExpFloor = -87.0f;
 // through.
 DP_HD float clamp_logit(float z) { return z > kLargest ? kLargest : z; }
 
+// At least kExpFloor, or NaN.
+DP_HD float floored(float d) { return d < kExpFloor ? kExpFloor : d; }
+
 // z - m, at least kExpFloor; z itself where m = -inf (no logit seen yet). Only a NaN logit gives
 // NaN.
-DP_HD float shifted(float z, float m) {
-  const float d = z - (m == -kInfinity ? 0.0f : m);
-  return d < kExpFloor ? kExpFloor : d;
-}
+DP_HD float shifted(float z, float m) { return floored(z - (m == -kInfinity ? 0.0f : m)); }
 
 // The statistics of part of a row. `max`, `sum` and `weighted` include the mask token; `top1`,
 // `top2` (the two largest admissible logits) and `token` (the id of top1) do not.
@@ -38,8 +38,13 @@ struct RowPart {
   // Adds one logit; `admissible` is false for the mask token.
   DP_HD void add(float z, int32_t id, bool admissible) {
     z = clamp_logit(z);
-    if (z > max) rescale(z);
-    const float d = shifted(z, max), e = expf(d);
+    const bool rises = z > max;
+    float d = rises ? floored(max - z) : shifted(z, max), e = expf(d);
+    if (rises) {
+      rescale(z, d, e);
+      d = 0.0f;
+      e = 1.0f;
+    }
     sum += e;
     weighted += e * d;
     if (admissible) rank(z, id);
@@ -60,27 +65,33 @@ struct RowPart {
 
   // sum e (z - m') = e^(m - m') (W + S (m - m')) when the maximum moves from m up to m'.
   DP_HD void rescale(float to) {
-    const float d = shifted(max, to), scale = max == -kInfinity ? 0.0f : expf(d);
+    const float d = floored(max - to);
+    rescale(to, d, expf(d));
+  }
+  // d = m - m', e = exp(d).
+  DP_HD void rescale(float to, float d, float e) {
+    const float scale = max == -kInfinity ? 0.0f : e;
     weighted = scale * (weighted + sum * d);
     sum *= scale;
     max = to;
   }
 
-  DP_HD void merge(RowPart other) {
-    if (other.max > max) rescale(other.max);
-    else if (max > other.max) other.rescale(max);
-    sum += other.sum;
-    weighted += other.weighted;
+  DP_HD void merge(const RowPart& other) {
+    const bool higher = max > other.max;  // then the sums of the other move, else its own
+    const float to = higher ? max : other.max;
+    const float kept = higher ? sum : other.sum, kept_weighted = higher ? weighted : other.weighted;
+    max = higher ? other.max : max;
+    sum = higher ? other.sum : sum;
+    weighted = higher ? other.weighted : weighted;
+    if (to > max) rescale(to);
+    sum += kept;
+    weighted += kept_weighted;
     const bool first = top1 > other.top1 || (top1 == other.top1 && token >= 0 &&
                                              (other.token < 0 || token < other.token));
-    const RowPart& best = first ? *this : other;
-    const RowPart& rest = first ? other : *this;
-    const float second = rest.top1 > best.top2 ? rest.top1 : best.top2;
-    const float leader = best.top1;
-    const int32_t id = best.token;
-    top1 = leader;
-    top2 = second;
-    token = id;
+    const float lower = first ? other.top1 : top1, next = first ? top2 : other.top2;
+    top1 = first ? top1 : other.top1;
+    top2 = lower > next ? lower : next;
+    token = first ? token : other.token;
   }
 
   DP_HD RowError error() const {
@@ -153,48 +164,39 @@ struct SamplePart {
 // Undoes clamp_logit.
 DP_HD float unclamped(float z) { return z >= kLargest ? kInfinity : z; }
 
+// The result of a row without NaN. Where it has no admissible logit above -inf, it has no token,
+// but what is merged with other rows if the row is a shard of a vocabulary; without any logit above
+// -inf it adds nothing to them.
 DP_HD RowResult finish(const RowPart& part) {
-  const float log_sum = logf(part.sum);
-  const float p1 = expf(shifted(part.top1, part.max)) / part.sum;
-  const float p2 = part.top2 == -kInfinity ? 0.0f : expf(shifted(part.top2, part.max)) / part.sum;
-  const float entropy = log_sum - part.weighted / part.sum;
+  constexpr float kNan = __builtin_nanf("");
+  const bool empty = part.token < 0;
+  const bool nothing = empty && !(part.sum >= 0.5f);  // the largest logit alone adds 1
+  const float log_sum = nothing ? 0.0f : logf(part.sum);
+  const Denominator sum(part.sum);
+  const float entropy = nothing ? 0.0f : log_sum - sum.under(part.weighted);
+  const float p1 = sum.under(expf(shifted(part.top1, part.max)));
+  const float e2 = part.top2 == -kInfinity ? 0.0f : expf(shifted(part.top2, part.max));
+  const float p2 = sum.under(e2);
   RowResult result;
   result.token = result.sample = part.token;
   result.field[kTop1] = unclamped(part.top1);
   result.field[kTop2] = unclamped(part.top2);
-  result.field[kLse] = part.max >= kLargest ? kInfinity : part.max + log_sum;
-  result.field[kConfidence] = p1;
-  result.field[kMargin] = p1 - p2;
+  result.field[kConfidence] = empty ? kNan : p1;
+  result.field[kMargin] = empty ? kNan : p1 - p2;
   result.field[kEntropy] = entropy > 0.0f ? entropy : 0.0f;
-  result.field[kSampleLogprob] = (part.top1 - part.max) - log_sum;
-  result.field[kMaxLogit] = unclamped(part.max);
-  result.field[kLogSum] = log_sum;
-  return result;
-}
-
-// The result of a row with no admissible logit above -inf, as it is merged with others where the
-// row is a shard of a vocabulary. Without any logit above -inf it adds nothing to them.
-DP_HD RowResult finish_empty(const RowPart& part) {
-  constexpr float kNan = __builtin_nanf("");
-  RowResult result;
-  result.token = result.sample = -1;
-  result.field[kTop1] = result.field[kTop2] = -kInfinity;
-  result.field[kConfidence] = result.field[kMargin] = result.field[kSampleLogprob] = kNan;
-  const bool nothing = !(part.sum >= 0.5f);  // the largest logit alone adds 1
-  const float log_sum = nothing ? 0.0f : logf(part.sum);
-  const float entropy = nothing ? 0.0f : log_sum - part.weighted / part.sum;
+  result.field[kSampleLogprob] = empty ? kNan : (part.top1 - part.max) - log_sum;
   result.field[kMaxLogit] = nothing ? -kInfinity : unclamped(part.max);
   result.field[kLogSum] = log_sum;
   result.field[kLse] = result.field[kMaxLogit] + log_sum;
-  result.field[kEntropy] = entropy > 0.0f ? entropy : 0.0f;
   return result;
 }
 
 // The result of a sampled row: its confidence is that of the sampled token, as published.
 DP_HD RowResult finish(const RowPart& part, const SamplePart& sampled, float inverse_temperature) {
   RowResult result = finish(part);
+  if (part.token < 0) return result;
   result.sample = sampled.token;
-  result.field[kConfidence] = expf(shifted(sampled.logit, part.max)) / part.sum;
+  result.field[kConfidence] = Denominator(part.sum).under(expf(shifted(sampled.logit, part.max)));
   result.field[kSampleLogprob] =
       (sampled.logit - sampled.max) * inverse_temperature - logf(sampled.sum);
   return result;
