@@ -32,7 +32,16 @@ namespace {
 // The rows of a lane that walks.
 struct LaneRows {
   int32_t first, count;
+
+  __device__ bool hold(int row) const {
+    return static_cast<uint32_t>(row - first) < static_cast<uint32_t>(count);
+  }
 };
+
+__device__ inline LaneRows rows_of(const AcceptArgs& args, int b) {
+  const AcceptArgs::Rows rows = args.rows_of(b);
+  return {static_cast<int32_t>(rows.first), static_cast<int32_t>(rows.count)};
+}
 
 // The rows of a lane while it is settled; in shared memory up to more rows than drafters draft.
 constexpr int kSharedRows = 256;
@@ -76,36 +85,24 @@ __device__ inline int lane_of(const AcceptArgs& args, int row) {
 #pragma unroll 1
   for (int first = 0; first < lanes; first += 32) {
     const int b = first + static_cast<int>(threadIdx.x) % 32;
-    const bool holds = b < lanes && args.rows_of(b).hold(row);
+    const bool holds = b < lanes && rows_of(args, b).hold(row);
     const unsigned holders = __ballot_sync(kFullWarp, holds);
     if (holders != 0) return first + __ffs(holders) - 1;
   }
   return -1;
 }
 
-// By the block of a lane: how many rows are its own. It walks if all of them are.
+// By the block of a lane: how many rows are its own. It walks if all of them are. Each warp looks
+// at every fourth row, which takes a microsecond or so for a lane of 64 rows (a guess), while other
+// blocks wait for their logits.
 __device__ inline int announce(const AcceptArgs& args, const AcceptScratch& scratch, int b) {
-  const AcceptArgs::Rows rows = args.rows_of(b);
-  int overlapping = 0;
+  const LaneRows rows = rows_of(args, b);
+  int own = 0;
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < b; i += kScanThreads) {
-    const AcceptArgs::Rows other = args.rows_of(i);
-    overlapping += other.first < rows.first + rows.count && rows.first < other.first + other.count;
-  }
-  int own = static_cast<int>(rows.count);
-  const bool alone = sum_block(overlapping) == 0;
-  if (!alone) {
-    own = 0;
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < rows.count; i += kScanThreads) {
-      int holder = 0;
-#pragma unroll 1
-      while (!args.rows_of(holder).hold(rows.first + i)) ++holder;  // b at the latest
-      own += holder == b;
-    }
-    own = sum_block(own);
-  }
-  if (threadIdx.x == 0) scratch.lanes[b] = {static_cast<int32_t>(rows.first), alone ? own : 0};
+  for (int i = static_cast<int>(threadIdx.x) / 32; i < rows.count; i += kScanWarps)
+    own += lane_of(args, rows.first + i) == b && threadIdx.x % 32 == 0;
+  own = sum_block(own);
+  if (threadIdx.x == 0) scratch.lanes[b] = {rows.first, own == rows.count ? own : 0};
   return own;
 }
 
@@ -129,10 +126,11 @@ __device__ __forceinline__ void settle(const AcceptArgs& args, const AcceptScrat
   DPARALLEL_SHARED(emitted, int32_t);
   const LaneRows rows = read_part(scratch.lanes + b);
   const int n = rows.count;
-  const int64_t first = rows.first;
-  const Links links = Links::at(n <= kSharedRows ? reinterpret_cast<char*>(memory.slots)
-                                                 : scratch.links + first * Links::kBytes,
-                                n);
+  const int first = rows.first;
+  const Links links =
+      Links::at(n <= kSharedRows ? reinterpret_cast<char*>(memory.slots)
+                                 : scratch.links + static_cast<int64_t>(first) * Links::kBytes,
+                n);
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < n; i += kScanThreads) {
     const int choice = __ldcg(scratch.choices + first + i);

@@ -32,6 +32,7 @@ __device__ __forceinline__ void visit_admissible(const void* row, int64_t vocab,
       for (int i = 0; i < W; ++i)
         values[i] = first + i < vocab ? T::value(z[first + i]) : -kInfinity;
     }
+#pragma unroll 1
     for (int64_t s = 0; s < ex.suppress_count; ++s) {
       const int64_t at = ex.suppress[s] - first;
 #pragma unroll
@@ -74,7 +75,10 @@ __device__ Nucleus find_nucleus(const void* row, int64_t vocab, const Exclusions
   __syncthreads();
   if (lowest == ~0u) return {};  // a bad row, which the scan reports
   const float top = nucleus_logit(~lowest);
-  for (int level = 0; level < kNucleusLevels && !done; ++level) {
+#pragma unroll 1
+  for (int next = 0; next < kNucleusLevels && !done; ++next) {
+    const int level = anew(next);  // or the first level would have code of its own
+#pragma unroll 1
     for (int i = threadIdx.x; i < kNucleusBins; i += kThreads) {
       counts[i] = 0;
       masses[i] = 0;
@@ -101,16 +105,19 @@ __device__ Nucleus find_nucleus(const void* row, int64_t vocab, const Exclusions
     if (threadIdx.x == 0) {
       if (level == 0) {
         unsigned long long total = 0;
+#pragma unroll 4
         for (int i = 0; i < kThreads; ++i) total += group_masses[i];
         search.limit = nucleus_limit(sampling.top_p, total);
       }
-      const int group = search.walk(
-          kThreads, [&](int i) { return NucleusBin{group_counts[i], group_masses[i]}; });
-      const auto bin = [&](int i) {
-        return NucleusBin{counts[group * kGroup + i], masses[group * kGroup + i]};
-      };
-      const int at = search.walk(kGroup, bin);
-      done = search.descend(level, group * kGroup + at, bin(at));
+      int at = 0;  // a group, then one of its bins
+#pragma unroll 1
+      for (int n = kThreads; n > 0; n = n == kThreads ? kGroup : 0) {
+        const uint32_t* of_counts = n == kThreads ? group_counts : counts + at * kGroup;
+        const unsigned long long* of_masses = n == kThreads ? group_masses : masses + at * kGroup;
+        at = at * kGroup +
+             search.walk(n, [&](int i) { return NucleusBin{of_counts[i], of_masses[i]}; });
+      }
+      done = search.descend(level, at, {counts[at], masses[at]});
     }
     __syncthreads();
   }
