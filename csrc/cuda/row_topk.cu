@@ -78,7 +78,7 @@ __device__ __forceinline__ void find_top(const Chunk<T>& chunk, float own, int k
   if (thread == 0) top.count = 0;
   __syncthreads();
   int before = 0;
-#pragma unroll 8
+#pragma unroll 4
   for (int other = 0; other < kScanThreads; ++other) {
     const float z = top.largest[other];
     before += z > own || (z == own && other < thread);

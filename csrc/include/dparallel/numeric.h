@@ -2,6 +2,7 @@
 // library's types.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 
 #include "dparallel/common.h"
@@ -34,12 +35,16 @@ DP_HD float float16_value(uint16_t bits) {
 // where they are normal, an approximate reciprocal, refined once, and one correction suffice: no
 // quotient of float32 numbers is nearer than 2^-50 of itself to a tie without being one.
 struct Denominator {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) || defined(DPARALLEL_CUDA_HOST)
   double y, inverse;
 
   DP_HD explicit Denominator(float of) : y(of) {
+#if defined(__CUDA_ARCH__)
     float approximate;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(approximate) : "f"(of));
+#else
+    const float approximate = 1.0f / of;
+#endif
     inverse = approximate;
     inverse = fma(inverse, fma(-y, inverse, 1.0), inverse);
   }

@@ -138,16 +138,25 @@ struct SamplePart {
   float max = -kInfinity;    // the largest z
   float sum = 0.0f;          // sum exp((z - max) / T)
 
-  DP_HD void merge(SamplePart other, float inverse_temperature) {
-    if (other.max > max) rescale(other.max, inverse_temperature);
-    else if (max > other.max) other.rescale(max, inverse_temperature);
-    sum += other.sum;
-    const bool mine = score > other.score || (score == other.score && token >= 0 &&
-                                              (other.token < 0 || token < other.token));
+  DP_HD void merge(const SamplePart& other, float inverse_temperature) {
+    const bool higher = max > other.max;  // then the other moves, else its own
+    const float to = higher ? max : other.max;
+    const float kept = higher ? sum : other.sum, kept_score = higher ? score : other.score;
+    const float kept_logit = higher ? logit : other.logit;
+    const int32_t kept_token = higher ? token : other.token;
+    max = higher ? other.max : max;
+    sum = higher ? other.sum : sum;
+    score = higher ? other.score : score;
+    logit = higher ? other.logit : logit;
+    token = higher ? other.token : token;
+    if (to > max) rescale(to, inverse_temperature);
+    sum += kept;
+    const bool mine = score > kept_score ||
+                      (score == kept_score && token >= 0 && (kept_token < 0 || token < kept_token));
     if (!mine) {
-      score = other.score;
-      logit = other.logit;
-      token = other.token;
+      score = kept_score;
+      logit = kept_logit;
+      token = kept_token;
     }
   }
 
