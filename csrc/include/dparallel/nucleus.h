@@ -80,6 +80,9 @@ struct NucleusSearch {
   DP_HD int walk(int n, Bin bin) {
     int last = -1;
     unsigned long long mass_before = mass, count_before = count;
+#if defined(__CUDA_ARCH__)
+#pragma unroll 1  // ptxas would make 80 KB of 256 bins
+#endif
     for (int i = n - 1; i >= 0; --i) {
       const NucleusBin here = bin(i);
       if (here.count == 0) continue;
