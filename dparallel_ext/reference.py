@@ -531,6 +531,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return (y if bias is None else y + bias.double()).to(x.dtype)
 
 
+def linear_swiglu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, scale: Tensor | None = None
+) -> Tensor:
+    """See `dparallel_ext.linear_swiglu`; any floating-point dtype."""
+    return swiglu(linear(x, weight, bias) if scale is None else fp8_linear(x, weight, scale, bias))
+
+
 def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """See `dparallel_ext.fp8_linear`; any floating-point dtype."""
     y = x.double() @ weight.to(torch.float32).double().T * scale.double()

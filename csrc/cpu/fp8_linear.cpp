@@ -3,7 +3,7 @@
 
 namespace dparallel::cpu {
 
-void fp8_linear(const Fp8LinearArgs& args, Parallel parallel) {
+void fp8_linear(const LinearArgs& args, Parallel parallel) {
   product(fp8_linear_kernel_in_use().product, args, parallel);
 }
 

@@ -8,7 +8,7 @@ namespace {
 
 // In the order of columns, as the weights.
 template <class T>
-void widen(const Fp8LinearArgs& args, int64_t first, int64_t count, float* widened) {
+void widen(const LinearArgs& args, int64_t first, int64_t count, float* widened) {
   const auto* x = static_cast<const typename T::Storage*>(args.x) + first * args.x_stride;
   for (int64_t n = 0; n < count; ++n, x += args.x_stride, widened += widened_width(args.in)) {
     for (int64_t k = 0; k < args.in; ++k) widened[k] = T::value(x[k]);
@@ -17,7 +17,7 @@ void widen(const Fp8LinearArgs& args, int64_t first, int64_t count, float* widen
 }
 
 template <class T>
-void rows(const Fp8LinearArgs& args, const float* x, int64_t first, int64_t count, int64_t begin,
+void rows(const LinearArgs& args, const float* x, int64_t first, int64_t count, int64_t begin,
           int64_t end) {
   const auto* weight = static_cast<const uint8_t*>(args.weight);
   const std::unique_ptr<float[]> wide(new float[kTileWeights * args.in]);

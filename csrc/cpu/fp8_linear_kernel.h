@@ -7,7 +7,7 @@
 namespace dparallel::cpu {
 
 struct Fp8LinearKernel {
-  ProductKernel<Fp8LinearArgs> product;
+  ProductKernel product;
   // Rows [begin, end) of the weights; indexed by DType.
   void (*widened[3])(const Fp8WidenArgs& args, int64_t begin, int64_t end);
 };

@@ -27,9 +27,9 @@ void rows(const LinearArgs& args, const float* x, int64_t first, int64_t count, 
 
 }  // namespace
 
-extern const LinearKernel linear_kernel;
-const LinearKernel linear_kernel{widened_width,
-                                 {widen<Float32>, widen<BFloat16>, widen<Float16>},
-                                 {rows<Float32>, rows<BFloat16>, rows<Float16>}};
+extern const ProductKernel linear_kernel;
+const ProductKernel linear_kernel{widened_width,
+                                  {widen<Float32>, widen<BFloat16>, widen<Float16>},
+                                  {rows<Float32>, rows<BFloat16>, rows<Float16>}};
 
 }  // namespace dparallel::cpu::DPARALLEL_SIMD

@@ -6,8 +6,6 @@
 
 namespace dparallel::cpu {
 
-using LinearKernel = ProductKernel<LinearArgs>;
-
-DPARALLEL_KERNEL_TABLE(LinearKernel, linear_kernel)
+DPARALLEL_KERNEL_TABLE(ProductKernel, linear_kernel)
 
 }  // namespace dparallel::cpu

@@ -11,18 +11,16 @@
 namespace dparallel::cpu {
 
 // The SIMD kernels under a product. Those in arrays are indexed by DType.
-template <class Args>
 struct ProductKernel {
   int64_t (*widened_width)(int64_t in);  // floats of a widened row
   // Rows [first, first + count) of x.
-  void (*widen[3])(const Args& args, int64_t first, int64_t count, float* widened);
+  void (*widen[3])(const LinearArgs& args, int64_t first, int64_t count, float* widened);
   // Their products with rows [begin, end) of the weights.
-  void (*rows[3])(const Args& args, const float* widened, int64_t first, int64_t count,
+  void (*rows[3])(const LinearArgs& args, const float* widened, int64_t first, int64_t count,
                   int64_t begin, int64_t end);
 };
 
-template <class Args>
-void product(const ProductKernel<Args>& kernel, const Args& args, Parallel parallel) {
+inline void product(const ProductKernel& kernel, const LinearArgs& args, Parallel parallel) {
   constexpr int64_t kGroup = 64;       // rows of x: 1 MB for 4096 columns, which stays in a cache
   constexpr int64_t kMostWork = 2048;  // of a row, as told to run_rows: a run has 16 rows or more
   const int dtype = static_cast<int>(args.dtype);

@@ -6,6 +6,7 @@
 // every sum has the same order whatever else is in the tile.
 #pragma once
 
+#include "dparallel/launch.h"
 #include "simd.h"
 
 namespace dparallel::cpu::DPARALLEL_SIMD {
@@ -59,9 +60,9 @@ inline uint16_t narrowed(Float16, float v) { return float16_bits(v); }
 // Products of `count` widened rows of x, of which the first is row `first`, with rows [begin, end)
 // of the weights, of type W; x, bias and out are of type T. find(row, r) points to row `row`, which
 // is in the tile's place r, and a sum of its products is finish(row, sum) before the bias is added.
-template <class W, class T, class Args, class Find, class Finish>
-void product_rows(const Args& args, const float* x, int64_t first, int64_t count, int64_t begin,
-                  int64_t end, Find find, Finish finish) {
+template <class W, class T, class Find, class Finish>
+void product_rows(const LinearArgs& args, const float* x, int64_t first, int64_t count,
+                  int64_t begin, int64_t end, Find find, Finish finish) {
   const auto* bias = static_cast<const typename T::Storage*>(args.bias);
   auto* out = static_cast<typename T::Storage*>(args.out) + first * args.out_width;
   float sums[kTileRows][kTileWeights];

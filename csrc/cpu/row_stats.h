@@ -33,10 +33,6 @@ constexpr int64_t kChunk = 16384;  // ids per unit of work
 
 inline int64_t chunks_of(int64_t vocab) { return (vocab + kChunk - 1) / kChunk; }
 
-inline int64_t element_size(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
-}
-
 inline const void* row_pointer(const Logits& logits, int64_t row) {
   return static_cast<const char*>(logits.data) + logits.offset(row) * element_size(logits.dtype);
 }

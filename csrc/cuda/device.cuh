@@ -293,8 +293,4 @@ int dispatch(DType dtype, Body body) {
   }
 }
 
-__host__ __device__ inline int64_t element_size(DType dtype) {
-  return dtype == DType::float32 ? 4 : 2;
-}
-
 }  // namespace dparallel::cuda

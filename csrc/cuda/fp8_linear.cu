@@ -57,9 +57,7 @@ __global__ void __launch_bounds__(kThreads) fp8_widen_kernel(Fp8WidenArgs args, 
 
 }  // namespace
 
-int fp8_linear(const Fp8LinearArgs& args, void* stream) {
-  return product<EightBits>(args, args.scale, stream);
-}
+int fp8_linear(const LinearArgs& args, void* stream) { return product<EightBits>(args, stream); }
 
 int fp8_widen(const Fp8WidenArgs& args, void* stream) {
   if (args.out_width == 0 || args.in == 0) return 0;

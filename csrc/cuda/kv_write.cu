@@ -6,6 +6,7 @@
 // first, the tables as soon as the position is there, and nothing but an address waits for the
 // slot: two trips to memory. Numbers of rows, heads and slots are of 32 bits, addresses of 64.
 #include "cluster.cuh"
+#include "layer_math.cuh"
 #include "vectors.cuh"
 
 namespace dparallel::cuda {
@@ -40,10 +41,7 @@ __device__ __forceinline__ void rotate(typename Elements<T, W>::Vector (&stored)
   E::widen(stored[0], a);
   E::widen(stored[1], b);
 #pragma unroll
-  for (int i = 0; i < W; ++i) {
-    first[i] = a[i] * cos[i] - b[i] * sin[i];
-    second[i] = b[i] * cos[i] + a[i] * sin[i];
-  }
+  for (int i = 0; i < W; ++i) rotate_pair(a[i], b[i], cos[i], sin[i], first[i], second[i]);
   stored[0] = E::narrow(first);
   stored[1] = E::narrow(second);
 }

@@ -8,8 +8,6 @@
 
 namespace dparallel::cuda {
 
-int linear(const LinearArgs& args, void* stream) {
-  return product<SixteenBits>(args, nullptr, stream);
-}
+int linear(const LinearArgs& args, void* stream) { return product<SixteenBits>(args, stream); }
 
 }  // namespace dparallel::cuda

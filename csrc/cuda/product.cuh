@@ -1,5 +1,5 @@
-// The product of a few rows of x and a matrix of weights: linear and fp8_linear. Reading the
-// weights bounds it.
+// The product of a few rows of x and a matrix of weights: linear and fp8_linear, and linear_swiglu
+// and linear_kv_write, which end in more. Reading the weights bounds it.
 //
 // Bytes: the weights once; x once for each tile, from the L2 cache; the output once.
 //
@@ -18,6 +18,11 @@
 // chunks, next to each other in the grid, so that all but the first find the weights in the L2
 // cache. Devices with less shared memory, or without clusters, take tiles of 128 rows, each by one
 // CTA, and 32 rows of x at a time.
+//
+// Ends. An object of a class like Rounded says what becomes of the sums. Where pairs of the
+// weights' rows, (i, i + half), belong together (a gate and its up, the two numbers that a rotary
+// embedding turns), a tile takes the rows in an order in which four neighbours are two pairs, so
+// that a thread has all of what it needs; what it copies has the same bytes in other places.
 //
 // Early launches. Where the weights are constant, CTAs begin while earlier kernels still run, as
 // soon as the last product leaves the SM, and fill their rings, 26 MB over all SMs. So memory is
@@ -163,9 +168,52 @@ __device__ constexpr bool has_room() {
 #endif
 }
 
-template <class T, class W, int kTiles, int kHeight, int kBytes>
-__device__ __forceinline__ void product_tile(const LinearArgs& args, const float* scale,
-                                             int cluster, int chunks) {
+// The row of the weights that is row `at` of the tiles, of groups of 2 half rows, half a multiple
+// of 32: of each 64 rows of a tile 32 are of the first half of a group, and 32 of the second.
+struct Pairs {
+  int32_t half;
+
+  __device__ __forceinline__ int64_t row(int64_t at) const {
+    const auto slab = static_cast<uint32_t>(at / 64), slabs = static_cast<uint32_t>(half) / 32;
+    const uint32_t group = slab / slabs;
+    const int in = static_cast<int>(at % 64);
+    return static_cast<int64_t>(group) * 2 * half + in / 2 % 2 * half +
+           (slab - group * slabs) * 32 + in / 4 * 2 + in % 2;
+  }
+  // Whether the 64 rows of tiles before row `at`, a multiple of 64, are the last of a group.
+  __device__ __forceinline__ bool ends(int64_t at) const {
+    return static_cast<uint32_t>(at / 64) % (static_cast<uint32_t>(half) / 32) == 0;
+  }
+};
+
+// The end of linear and fp8_linear: out = round(scale * sum + bias).
+struct Rounded {
+  static constexpr bool kPaired = false;
+  struct Ahead {};  // what is read before the sums are
+
+  // By all threads, once: what rows [first_n, first_n + count) of x need, into shared memory.
+  __device__ __forceinline__ void keep(int64_t, int) const {}
+  __device__ __forceinline__ Ahead ahead(int, int64_t) const { return {}; }
+  // Of row first_n + n of x, the `left` rows of the weights from `row` on, four at most.
+  template <class T>
+  __device__ __forceinline__ void put(const LinearArgs& args, int64_t first_n, int n, int64_t row,
+                                      int left, const float (&sum)[4], Ahead) const {
+    using Storage = typename T::Storage;
+    Storage* to = static_cast<Storage*>(args.out) + (first_n + n) * args.out_width + row;
+    const uint32_t both[2] = {T::narrow(sum[0], sum[1]), T::narrow(sum[2], sum[3])};
+    if (args.out_width % 4 == 0) {
+      *reinterpret_cast<uint2*>(to) = {both[0], both[1]};
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (j < left) to[j] = static_cast<Storage>(both[j / 2] >> 16 * (j % 2));
+    }
+  }
+};
+
+template <class T, class W, int kTiles, int kHeight, int kBytes, class End>
+__device__ __forceinline__ void product_tile(const LinearArgs& args, const End& at_end, int cluster,
+                                             int chunks) {
   using Storage = typename T::Storage;
   using Shared = Ring<W, kTiles, kHeight, kBytes>;
   constexpr int kRows = Shared::kRows, kLines = Shared::kLines, kNumbers = Shared::kNumbers;
@@ -193,7 +241,16 @@ __device__ __forceinline__ void product_tile(const LinearArgs& args, const float
   constexpr int kTurn = kTeamThreads / kPieces, kXTurn = kTeamThreads / kXPieces;
   const int own = t / kPieces, own_n = t / kXPieces, piece = t % kPieces, x_piece = t % kXPieces;
   const int64_t row_bytes = args.in * 16 / W::kNumbers;
-  const auto* weight = static_cast<const char*>(args.weight) + (first + own) * row_bytes +
+  int64_t first_row = first + own, turn_bytes = kTurn * row_bytes;
+  int64_t skipped[kHeight] = {};  // after each 64 rows, where they are the last of a group
+  if constexpr (End::kPaired) {
+    first_row = at_end.pairs.row(first + own);
+    turn_bytes /= 2;
+#pragma unroll
+    for (int h = 0; h < kHeight; ++h)
+      if (at_end.pairs.ends(first + 64 * (h + 1))) skipped[h] = at_end.pairs.half * row_bytes;
+  }
+  const auto* weight = static_cast<const char*>(args.weight) + first_row * row_bytes +
                        static_cast<int64_t>(begin) * (16 * kPieces) + 16 * piece;
   const auto* x = static_cast<const Storage*>(args.x) + (first_n + own_n) * args.x_stride +
                   static_cast<int64_t>(begin) * kNumbers + 8 * x_piece;
@@ -209,7 +266,8 @@ __device__ __forceinline__ void product_tile(const LinearArgs& args, const float
 #pragma unroll
       for (int row = 0; row < kRows; row += kTurn) {
         if (row + own < left) copy_async(to + row * kPieces, from, there);
-        from += kTurn * row_bytes;
+        from += turn_bytes;
+        if (row % 64 == 64 - kTurn) from += skipped[row / 64];
       }
     }
   };
@@ -241,6 +299,7 @@ __device__ __forceinline__ void product_tile(const LinearArgs& args, const float
     commit_copies();
   }
   wait_for_earlier();
+  at_end.keep(first_n, count);
   uint4 first_x[kAhead][kLines][kXPut];
 #pragma unroll
   for (int stage = 0; stage < kAhead; ++stage)
@@ -305,11 +364,24 @@ __device__ __forceinline__ void product_tile(const LinearArgs& args, const float
   // every `cluster`th, kBatch at once.
   constexpr int kBatch = 3, kAcross = kTiles / 2, kUnits = kHeight * kAcross;
   const int n_of_unit = threadIdx.x / 16, in_unit = threadIdx.x % 16 * 4;
-  const bool whole = args.out_width % 4 == 0;
+  const auto row_at = [&](int at) {
+    if constexpr (End::kPaired) return at_end.pairs.row(first + at);
+    else return first + at;
+  };
   const auto* bias = static_cast<const Storage*>(args.bias);
+  const float* scale = args.scale;
+  int64_t beside = 0;  // from a row to the other of its pair
+  if constexpr (End::kPaired) beside = at_end.pairs.half;
 #pragma unroll 1
   for (int u = rank; u < kUnits; u += kBatch * cluster) {
     float sum[kBatch][4] = {};
+    typename End::Ahead ahead[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const int v = u + k * cluster;
+      const int n = v % kAcross * 16 + n_of_unit, at = v / kAcross * 64 + in_unit;
+      if (v < kUnits && n < count && at < left) ahead[k] = at_end.ahead(n, row_at(at));
+    }
 #pragma unroll 1
     for (int r = 0; r < cluster; ++r) {
       uint4 parts[kBatch][kTeams] = {};
@@ -339,46 +411,38 @@ __device__ __forceinline__ void product_tile(const LinearArgs& args, const float
       const int v = u + k * cluster;
       const int n = v % kAcross * 16 + n_of_unit, at = v / kAcross * 64 + in_unit;
       if (v >= kUnits || n >= count || at >= left) continue;
-      const int64_t o = first + at;
+      const int64_t row = row_at(at);
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        if (whole || at + j < left) {
-          const float added = bias != nullptr ? T::value(bias[o + j]) : 0.0f;
-          sum[k][j] = (scale != nullptr ? scale[o + j] : 1.0f) * sum[k][j] + added;
+        if (at + j < left) {
+          const int64_t o = row + (End::kPaired ? j % 2 + j / 2 * beside : j);
+          const float added = bias != nullptr ? T::value(bias[o]) : 0.0f;
+          sum[k][j] = (scale != nullptr ? scale[o] : 1.0f) * sum[k][j] + added;
         }
-      Storage* to = static_cast<Storage*>(args.out) + (first_n + n) * args.out_width + o;
-      const uint32_t both[2] = {T::narrow(sum[k][0], sum[k][1]), T::narrow(sum[k][2], sum[k][3])};
-      if (whole) {
-        *reinterpret_cast<uint2*>(to) = {both[0], both[1]};
-      } else {
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-          if (at + j < left) to[j] = static_cast<Storage>(both[j / 2] >> 16 * (j % 2));
-      }
+      at_end.template put<T>(args, first_n, n, row, left - at, sum[k], ahead[k]);
     }
   }
   if (cluster > 1) leave_cluster();
 }
 
-template <class T, class W, int kTiles, int kHeight, int kBytes>
+template <class T, class W, int kTiles, int kHeight, int kBytes, class End>
 __global__ void __launch_bounds__(kProductThreads, 1)
-    product_kernel(LinearArgs args, const float* scale, int cluster, int chunks) {
+    product_kernel(LinearArgs args, End at_end, int cluster, int chunks) {
   if constexpr (has_room<kBytes>()) {
-    product_tile<T, W, kTiles, kHeight, kBytes>(args, scale, cluster, chunks);
+    product_tile<T, W, kTiles, kHeight, kBytes>(args, at_end, cluster, chunks);
   }
 }
 
 // A warp takes a row of the weights, by FMA.
 template <class T, class W>
-__global__ void __launch_bounds__(kProductThreads)
-    product_plain_kernel(LinearArgs args, const float* scale) {
+__global__ void __launch_bounds__(kProductThreads) product_plain_kernel(LinearArgs args) {
   using Storage = typename T::Storage;
   constexpr int kGroup = 8;  // rows of x between two readings of the weights
   const int lane = threadIdx.x % 32;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kProductThreads / 32) + threadIdx.x / 32;
   if (row >= args.out_width) return;
   const auto* weight = static_cast<const typename W::Weight*>(args.weight) + row * args.in;
-  const float by = scale != nullptr ? scale[row] : 1.0f;
+  const float by = args.scale != nullptr ? args.scale[row] : 1.0f;
   float bias = 0.0f;
   if (args.bias != nullptr) bias = T::value(static_cast<const Storage*>(args.bias)[row]);
   for (int64_t n = 0; n < args.count; n += kGroup) {
@@ -406,10 +470,11 @@ __global__ void __launch_bounds__(kProductThreads)
 // Measured on an H200: memory brings an SM five sevenths of the bytes that a CTA can take, and a
 // CTA takes a quarter more of weights in 16 bits than in 8; a round costs as much as 45 KB, and
 // twice that where clusters add up.
-template <class W>
+template <class W, class End>
 ProductCut cut_of(const LinearArgs& args) {
   constexpr int64_t kRound = 45000;
-  constexpr auto slots_of = &clusters_at_once<product_kernel<BFloat16, W, 4, kMostHeight, kWhole>>;
+  constexpr auto slots_of =
+      &clusters_at_once<product_kernel<BFloat16, W, 4, kMostHeight, kWhole, End>>;
   constexpr size_t kBytes = sizeof(Ring<W, 4, kMostHeight, kWhole>);
   const int64_t row_bytes = args.in * 16 / W::kNumbers;
   const int64_t share = args.out_width * row_bytes / slots_of(1, kProductThreads, kBytes) * 7 / 5;
@@ -433,26 +498,32 @@ ProductCut cut_of(const LinearArgs& args) {
   return best;
 }
 
-template <class T, class W, int kTiles, int kHeight, int kBytes>
-int launch_product(const LinearArgs& args, const float* scale, int cluster, void* stream) {
+template <class T, class W, int kTiles, int kHeight, int kBytes, class End>
+int launch_product(const LinearArgs& args, const End& at_end, int cluster, void* stream) {
   const int64_t tiles = (args.out_width + 64 * kHeight - 1) / (64 * kHeight);
   const int64_t chunks = (args.count + 8 * kTiles - 1) / (8 * kTiles);
   const bool early =
-      args.constant && has_clusters_here<product_kernel<T, W, kTiles, kHeight, kBytes>>();
-  return DPARALLEL_LAUNCH_CLUSTERS((product_kernel<T, W, kTiles, kHeight, kBytes>),
+      args.constant && has_clusters_here<product_kernel<T, W, kTiles, kHeight, kBytes, End>>();
+  return DPARALLEL_LAUNCH_CLUSTERS((product_kernel<T, W, kTiles, kHeight, kBytes, End>),
                                    static_cast<unsigned>(tiles * chunks * cluster),
                                    static_cast<unsigned>(cluster), kProductThreads,
                                    (sizeof(Ring<W, kTiles, kHeight, kBytes>)), early, stream, args,
-                                   scale, cluster, static_cast<int>(chunks));
+                                   at_end, cluster, static_cast<int>(chunks));
 }
 
-template <class T, class W, int kTiles>
-int launch_product(const LinearArgs& args, const float* scale, ProductCut cut, void* stream) {
+template <class T, class W, int kTiles, class End>
+int launch_product(const LinearArgs& args, const End& at_end, ProductCut cut, void* stream) {
   switch (cut.height) {
-    case 1: return launch_product<T, W, kTiles, 1, kWhole>(args, scale, cut.cluster, stream);
-    case 2: return launch_product<T, W, kTiles, 2, kWhole>(args, scale, cut.cluster, stream);
-    default: return launch_product<T, W, kTiles, 3, kWhole>(args, scale, cut.cluster, stream);
+    case 1: return launch_product<T, W, kTiles, 1, kWhole>(args, at_end, cut.cluster, stream);
+    case 2: return launch_product<T, W, kTiles, 2, kWhole>(args, at_end, cut.cluster, stream);
+    default: return launch_product<T, W, kTiles, 3, kWhole>(args, at_end, cut.cluster, stream);
   }
+}
+
+template <class T, class W, class End>
+int launch_product(const LinearArgs& args, const End& at_end, ProductCut cut, void* stream) {
+  return args.count <= 32 ? launch_product<T, W, 4>(args, at_end, cut, stream)
+                          : launch_product<T, W, 8>(args, at_end, cut, stream);
 }
 
 inline bool on_tensor_cores(const LinearArgs& args) {
@@ -461,25 +532,41 @@ inline bool on_tensor_cores(const LinearArgs& args) {
                          element_size(args.dtype));
 }
 
-// scale: of each row of the weights, or null: 1.
 template <template <class> class Weights>
-int product(const LinearArgs& args, const float* scale, void* stream) {
+int product(const LinearArgs& args, void* stream) {
   if (args.count == 0 || args.out_width == 0) return 0;
   return dispatch(args.dtype, [&](auto type) {
     using T = decltype(type);
     using W = Weights<T>;
     if constexpr (sizeof(typename T::Storage) == 2)
       if (on_tensor_cores(args)) {
-        const ProductCut cut = cut_of<Weights<BFloat16>>(args);
-        if (cut.height == 0) return launch_product<T, W, 4, 2, kSmall>(args, scale, 1, stream);
-        return args.count <= 32 ? launch_product<T, W, 4>(args, scale, cut, stream)
-                                : launch_product<T, W, 8>(args, scale, cut, stream);
+        const ProductCut cut = cut_of<Weights<BFloat16>, Rounded>(args);
+        if (cut.height == 0) return launch_product<T, W, 4, 2, kSmall>(args, Rounded{}, 1, stream);
+        return launch_product<T, W>(args, Rounded{}, cut, stream);
       }
     constexpr int kWarps = kProductThreads / 32;
     const auto grid = static_cast<unsigned>((args.out_width + kWarps - 1) / kWarps);
-    DPARALLEL_LAUNCH((product_plain_kernel<T, W>), grid, kProductThreads, stream, args, scale);
+    DPARALLEL_LAUNCH((product_plain_kernel<T, W>), grid, kProductThreads, stream, args);
     return static_cast<int>(cudaGetLastError());
   });
+}
+
+// The cut of a product whose rows are pairs, `half` apart; height 0: no kernel takes it. Kernels
+// that end in more take bfloat16 alone, and a device's whole shared memory.
+template <class End>
+ProductCut cut_of_pairs(const LinearArgs& args, int64_t half) {
+  if (args.dtype != DType::bfloat16 || half % 32 != 0 || half == 0 || args.count == 0 ||
+      args.out_width % 64 != 0 || !on_tensor_cores(args))
+    return {0, 1};
+  return args.scale != nullptr ? cut_of<EightBits<BFloat16>, End>(args)
+                               : cut_of<SixteenBits<BFloat16>, End>(args);
+}
+
+template <class End>
+int product_of_pairs(const LinearArgs& args, const End& at_end, ProductCut cut, void* stream) {
+  return args.scale != nullptr
+             ? launch_product<BFloat16, EightBits<BFloat16>>(args, at_end, cut, stream)
+             : launch_product<BFloat16, SixteenBits<BFloat16>>(args, at_end, cut, stream);
 }
 
 }  // namespace dparallel::cuda

@@ -4,20 +4,13 @@
 // memory leaves time for 30 (H200). One vector a thread and 8 blocks on an SM, with 64 KB in flight
 // there, are a guess, not measured against others.
 #include "cluster.cuh"
+#include "layer_math.cuh"
 #include "vectors.cuh"
 
 namespace dparallel::cuda {
 namespace {
 
 constexpr int kSwigluThreads = 256;
-
-// e^-z. Of 16-bit gates by one multiplication and the device's 2^x: the argument's rounding is then
-// 2^-18 of the result at most, where the result has 11 bits.
-template <class T>
-__device__ __forceinline__ float exponential_of_minus(float z) {
-  if constexpr (sizeof(typename T::Storage) == 2) return exp2_fast(z * -kLog2e);
-  else return expf(-z);
-}
 
 // `tiles`: of kSwigluThreads vectors, in a row.
 template <class T, int W>
@@ -35,8 +28,7 @@ __global__ void __launch_bounds__(kSwigluThreads) swiglu_kernel(SwigluArgs args,
   E::widen(stored_gate, gate);
   E::widen(stored_up, up);
 #pragma unroll
-  for (int i = 0; i < W; ++i)  // -inf / inf is NaN, as of F.silu; a finite number / inf is 0
-    gate[i] = __fdividef(gate[i], 1.0f + exponential_of_minus<T>(gate[i]));
+  for (int i = 0; i < W; ++i) gate[i] = silu<T>(gate[i]);
   E::round(gate);
 #pragma unroll
   for (int i = 0; i < W; ++i) up[i] *= gate[i];

@@ -1,10 +1,11 @@
-// The cache and the attention over it: kv_write, kv_move, block_attention.
+// The cache and the attention over it: kv_write, linear_kv_write, kv_move, block_attention.
 #include <algorithm>
 #include <limits>
 #include <tuple>
 #include <vector>
 
 #include "backend.h"
+#include "linear_args.h"
 
 namespace dparallel {
 namespace {
@@ -40,75 +41,127 @@ void check_same(const CacheLayout& k, const CacheLayout& v) {
            "v_cache: expected the shape of k_cache");
 }
 
-void launch(Cpu, const KvWriteArgs& args, const Tensor&) {
+// The caches and tables of a pass, as kv_write and linear_kv_write take them; q (N, H, D) is given
+// or made. A cache of other strides than the kernels write is copied, and written back at the end.
+struct Written {
+  Tensor &k_cache, &v_cache;
+  Tensor k_rows, v_rows;
+  KvWriteArgs args;  // no q, k and v yet
+
+  Written(const Tensor& q, Tensor& k_cache, Tensor& v_cache, Tensor& positions,
+          Tensor& slot_mapping, Tensor& cos, Tensor& sin)
+      : k_cache(k_cache), v_cache(v_cache), k_rows(k_cache), v_rows(v_cache), args{} {
+    args.dtype = dtype_of(q, "q");
+    args.k_layout = layout_of(k_rows, "k_cache", q);
+    args.v_layout = layout_of(v_rows, "v_cache", q);
+    check_same(args.k_layout, args.v_layout);
+    own_memory(k_cache, "k_cache");
+    own_memory(v_cache, "v_cache");
+    DP_CHECK(k_cache.numel() == 0 || k_cache.data_ptr() != v_cache.data_ptr(),
+             "v_cache: expected memory of its own, got that of k_cache");
+    const int64_t dim = q.size(2);
+    args.count = q.size(0);
+    args.q_heads = q.size(1);
+    DP_CHECK(dim % 2 == 0, "q: expected an even head_dim, got ", dim);
+    expect(positions, "positions", ScalarType::Long, {args.count}, q);
+    expect(slot_mapping, "slot_mapping", ScalarType::Long, {args.count}, q);
+    DP_CHECK(cos.dim() == 2, "cos: expected 2 dimensions, got ", cos.dim());
+    const int64_t table = cos.size(0), half = cos.size(1);
+    DP_CHECK(2 * half <= dim, "cos: expected at most ", dim / 2, " pairs of a head, got ", half);
+    expect(cos, "cos", ScalarType::Float, {table, half}, q);
+    expect(sin, "sin", ScalarType::Float, {table, half}, q);
+    args.positions = data<int64_t>(positions);
+    args.slot_mapping = data<int64_t>(slot_mapping);
+    args.cos = data<float>(cos);
+    args.sin = data<float>(sin);
+    args.table = table;
+    args.rotary_dim = 2 * half;
+    args.k_cache = k_rows.data_ptr();
+    args.v_cache = v_rows.data_ptr();
+  }
+  void write_back() {
+    dparallel::write_back(k_cache, k_rows);
+    dparallel::write_back(v_cache, v_rows);
+  }
+};
+
+void check_indices(const KvWriteArgs& args) {
   within("positions", args.positions, args.count, 0, args.table);
   within("slot_mapping", args.slot_mapping, args.count, std::numeric_limits<int64_t>::min(),
          args.k_layout.pages * args.k_layout.page_size);
+}
+
+void launch(Cpu, const KvWriteArgs& args, const Tensor&) {
+  check_indices(args);
   cpu::kv_write(args, parallel);
+}
+void launch(Cpu, const LinearKvWriteArgs& args, const Tensor&) {
+  check_indices(args.write);
+  cpu::linear_kv_write(args, parallel);
 }
 
 #ifdef DPARALLEL_HAS_CUDA
 void launch(Cuda, const KvWriteArgs& args, const Tensor& like) {
   Cuda::launch("kv_write", args, like, cuda::kv_write);
 }
+void launch(Cuda, const LinearKvWriteArgs& args, const Tensor& like) {
+  Cuda::launch("linear_kv_write", args, like, cuda::linear_kv_write, cuda::linear_kv_write_scratch);
+}
 #endif
 
 template <class Backend>
 void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor positions,
               Tensor slot_mapping, Tensor cos, Tensor sin) {
-  Tensor q_rows = q, k_rows = k_cache, v_rows = v_cache;
-  const DType dtype = dtype_of(q, "q");
-  const CacheLayout keys = layout_of(k_rows, "k_cache", q);
-  const CacheLayout values = layout_of(v_rows, "v_cache", q);
-  check_same(keys, values);
+  Written written(q, k_cache, v_cache, positions, slot_mapping, cos, sin);
+  KvWriteArgs& args = written.args;
   own_memory(q, "q");
-  own_memory(k_cache, "k_cache");
-  own_memory(v_cache, "v_cache");
-  DP_CHECK(k_cache.numel() == 0 || k_cache.data_ptr() != v_cache.data_ptr(),
-           "v_cache: expected memory of its own, got that of k_cache");
-  const int64_t count = q.size(0), heads = q.size(1), dim = q.size(2);
-  DP_CHECK(dim % 2 == 0, "q: expected an even head_dim, got ", dim);
-  expect_heads(q_rows, "q", count, heads, dim, q);
-  expect_heads(k, "k", count, keys.heads, dim, q);
-  expect_heads(v, "v", count, keys.heads, dim, q);
+  const int64_t count = q.size(0), heads = args.k_layout.heads, dim = q.size(2);
+  Tensor q_rows = q;
+  expect_heads(q_rows, "q", count, q.size(1), dim, q);
+  expect_heads(k, "k", count, heads, dim, q);
+  expect_heads(v, "v", count, heads, dim, q);
   DP_CHECK(q.numel() == 0 || (k.data_ptr() != q.data_ptr() && v.data_ptr() != q.data_ptr()),
            "q: expected memory of its own, which is rotated in place, got that of k or v");
-  expect(positions, "positions", ScalarType::Long, {count}, q);
-  expect(slot_mapping, "slot_mapping", ScalarType::Long, {count}, q);
-  DP_CHECK(cos.dim() == 2, "cos: expected 2 dimensions, got ", cos.dim());
-  const int64_t table = cos.size(0), half = cos.size(1);
-  DP_CHECK(2 * half <= dim, "cos: expected at most ", dim / 2, " pairs of a head, got ", half);
-  expect(cos, "cos", ScalarType::Float, {table, half}, q);
-  expect(sin, "sin", ScalarType::Float, {table, half}, q);
-  const KvWriteArgs args{dtype,
-                         q_rows.data_ptr(),
-                         k.data_ptr(),
-                         v.data_ptr(),
-                         q_rows.stride(0),
-                         k.stride(0),
-                         v.stride(0),
-                         count,
-                         heads,
-                         data<int64_t>(positions),
-                         data<int64_t>(slot_mapping),
-                         data<float>(cos),
-                         data<float>(sin),
-                         table,
-                         2 * half,
-                         k_rows.data_ptr(),
-                         v_rows.data_ptr(),
-                         keys,
-                         values};
+  args.q = q_rows.data_ptr();
+  args.k = k.data_ptr();
+  args.v = v.data_ptr();
+  args.q_stride = q_rows.stride(0);
+  args.k_stride = k.stride(0);
+  args.v_stride = v.stride(0);
   launch(Backend{}, args, q);
   write_back(q, q_rows);
-  write_back(k_cache, k_rows);
-  write_back(v_cache, v_rows);
+  written.write_back();
 }
 
 DPARALLEL_OP(
     kv_write,
     "kv_write(Tensor(a!) q, Tensor k, Tensor v, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor "
     "positions, Tensor slot_mapping, Tensor cos, Tensor sin) -> ()")
+
+template <class Backend>
+Tensor linear_kv_write(Tensor x, Tensor weight, std::optional<Tensor> scale,
+                       std::optional<Tensor> bias, Tensor k_cache, Tensor v_cache, Tensor positions,
+                       Tensor slot_mapping, Tensor cos, Tensor sin, bool constant) {
+  LinearArgs product = linear_args(x, weight, scale, bias, constant);
+  DP_CHECK(k_cache.dim() == 4, "k_cache: expected (pages, heads, page_size, head_dim), got ",
+           k_cache.dim(), " dimensions");
+  const int64_t dim = k_cache.size(3), kv_heads = k_cache.size(1);
+  const int64_t heads = dim > 0 ? product.out_width / dim - 2 * kv_heads : 0;
+  DP_CHECK(heads > 0 && (heads + 2 * kv_heads) * dim == product.out_width,
+           "weight: expected rows of queries and of ", kv_heads, " heads of ", dim,
+           " for keys and for values, got ", product.out_width);
+  Tensor q = torch::stable::new_empty(x, {product.count, heads, dim});
+  product.out = q.data_ptr();
+  Written written(q, k_cache, v_cache, positions, slot_mapping, cos, sin);
+  launch(Backend{}, LinearKvWriteArgs{product, written.args}, x);
+  written.write_back();
+  return q;
+}
+
+DPARALLEL_OP(linear_kv_write,
+             "linear_kv_write(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor(a!) "
+             "k_cache, Tensor(b!) v_cache, Tensor positions, Tensor slot_mapping, Tensor cos, "
+             "Tensor sin, bool constant=False) -> Tensor")
 
 // What one lane writes, another neither reads nor writes, nor writes it twice.
 void check_apart(const KvMoveArgs& args) {

@@ -1,9 +1,11 @@
-// What a layer computes beside attention: rms_norm, swiglu, linear, fp8_linear, fp8_widen.
+// What a layer computes beside attention: rms_norm, swiglu, linear, fp8_linear, linear_swiglu,
+// fp8_widen.
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "backend.h"
+#include "linear_args.h"
 
 namespace dparallel {
 namespace {
@@ -86,65 +88,66 @@ Tensor swiglu(Tensor gate, Tensor up) {
 
 DPARALLEL_OP(swiglu, "swiglu(Tensor gate, Tensor up) -> Tensor")
 
-// Of x (N, in) by weights (out, in) of `weight_dtype`; `out` is made.
-LinearArgs linear_args(Tensor& x, Tensor& weight, ScalarType weight_dtype,
-                       std::optional<Tensor>& bias, bool constant, Tensor& out) {
-  const DType dtype = dtype_of(x, "x");
-  DP_CHECK(x.dim() == 2 && weight.dim() == 2, "x: expected (N, in), weight (out, in)");
-  const int64_t count = x.size(0), in = x.size(1), out_width = weight.size(0);
-  const void* given = weight.data_ptr();
-  expect(weight, "weight", weight_dtype, {out_width, in}, x);
-  if (bias.has_value()) expect(*bias, "bias", x.scalar_type(), {out_width}, x);
-  make_rows(x);
-  out = torch::stable::new_empty(x, {count, out_width});
-  return {dtype,
-          x.data_ptr(),
-          x.stride(0),
-          count,
-          in,
-          out_width,
-          weight.data_ptr(),
-          bias.has_value() ? bias->data_ptr() : nullptr,
-          out.data_ptr(),
-          constant && weight.data_ptr() == given};  // a copy was just written
+void launch_linear(Cpu, const LinearArgs& args, const Tensor&) { cpu::linear(args, parallel); }
+void launch_fp8_linear(Cpu, const LinearArgs& args, const Tensor&) {
+  cpu::fp8_linear(args, parallel);
 }
-
-void launch(Cpu, const LinearArgs& args, const Tensor&) { cpu::linear(args, parallel); }
+void launch_linear_swiglu(Cpu, const LinearArgs& args, const Tensor&) {
+  cpu::linear_swiglu(args, parallel);
+}
 #ifdef DPARALLEL_HAS_CUDA
-void launch(Cuda, const LinearArgs& args, const Tensor& like) {
+void launch_linear(Cuda, const LinearArgs& args, const Tensor& like) {
   Cuda::launch("linear", args, like, cuda::linear);
+}
+void launch_fp8_linear(Cuda, const LinearArgs& args, const Tensor& like) {
+  Cuda::launch("fp8_linear", args, like, cuda::fp8_linear);
+}
+void launch_linear_swiglu(Cuda, const LinearArgs& args, const Tensor& like) {
+  Cuda::launch("linear_swiglu", args, like, cuda::linear_swiglu, cuda::linear_swiglu_scratch);
 }
 #endif
 
 template <class Backend>
 Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, bool constant) {
-  Tensor out;
-  const LinearArgs args = linear_args(x, weight, x.scalar_type(), bias, constant, out);
-  launch(Backend{}, args, x);
+  std::optional<Tensor> scale;
+  LinearArgs args = linear_args(x, weight, scale, bias, constant);
+  Tensor out = torch::stable::new_empty(x, {args.count, args.out_width});
+  args.out = out.data_ptr();
+  launch_linear(Backend{}, args, x);
   return out;
 }
 
 DPARALLEL_OP(linear, "linear(Tensor x, Tensor weight, Tensor? bias, bool constant=False) -> Tensor")
 
-void launch(Cpu, const Fp8LinearArgs& args, const Tensor&) { cpu::fp8_linear(args, parallel); }
-#ifdef DPARALLEL_HAS_CUDA
-void launch(Cuda, const Fp8LinearArgs& args, const Tensor& like) {
-  Cuda::launch("fp8_linear", args, like, cuda::fp8_linear);
-}
-#endif
-
 template <class Backend>
 Tensor fp8_linear(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias,
                   bool constant) {
-  Tensor out;
-  const LinearArgs args = linear_args(x, weight, ScalarType::Float8_e4m3fn, bias, constant, out);
-  expect(scale, "scale", ScalarType::Float, {args.out_width}, x);
-  launch(Backend{}, Fp8LinearArgs{args, data<float>(scale)}, x);
+  std::optional<Tensor> scales = scale;
+  LinearArgs args = linear_args(x, weight, scales, bias, constant);
+  Tensor out = torch::stable::new_empty(x, {args.count, args.out_width});
+  args.out = out.data_ptr();
+  launch_fp8_linear(Backend{}, args, x);
   return out;
 }
 
 DPARALLEL_OP(fp8_linear,
              "fp8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, "
+             "bool constant=False) -> Tensor")
+
+template <class Backend>
+Tensor linear_swiglu(Tensor x, Tensor weight, std::optional<Tensor> scale,
+                     std::optional<Tensor> bias, bool constant) {
+  LinearArgs args = linear_args(x, weight, scale, bias, constant);
+  DP_CHECK(args.out_width % 2 == 0, "weight: expected gates and as many ups, got ", args.out_width,
+           " rows");
+  Tensor out = torch::stable::new_empty(x, {args.count, args.out_width / 2});
+  args.out = out.data_ptr();
+  launch_linear_swiglu(Backend{}, args, x);
+  return out;
+}
+
+DPARALLEL_OP(linear_swiglu,
+             "linear_swiglu(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, "
              "bool constant=False) -> Tensor")
 
 void launch(Cpu, const Fp8WidenArgs& args, const Tensor&) { cpu::fp8_widen(args, parallel); }

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..cache import AttentionMetadata, KVCache
-from ..ops import block_attention, kv_write, varlen_attention
-from .modules import Attend
+from ..ops import block_attention, kv_write, linear_kv_write, varlen_attention
+from .fused_weights import Joined
+from .modules import AttendsProducts
 
 
 class PagedAttention:
@@ -18,33 +19,58 @@ class PagedAttention:
     def __init__(self, kv_cache: KVCache, metadata: AttentionMetadata) -> None:
         self.kv_cache, self.metadata = kv_cache, metadata
         cos, sin = kv_cache.rope
-        self._write = functools.partial(kv_write, positions=metadata.positions, cos=cos, sin=sin)
-        self._some_whole = len(metadata.seqused_k) > 0
-        if self._some_whole:
-            self._nowhere = torch.full_like(metadata.slot_mapping, -1)
-            self._cu_seqlens, self._seqused_k = metadata.cu_seqlens.int(), metadata.seqused_k.int()
+        self.turn: dict[str, Any] = {"positions": metadata.positions, "cos": cos, "sin": sin}
+        """Arguments of `kv_write`."""
+        self.some_whole = len(metadata.seqused_k) > 0
+        if self.some_whole:
+            self.nowhere = torch.full_like(metadata.slot_mapping, -1)
+            self.whole = metadata.cu_seqlens.int(), metadata.seqused_k.int()
 
-    def layer(self, index: int) -> Attend:
-        return functools.partial(self._attend, *self.kv_cache.layer(index))
+    def layer(self, index: int) -> LayerAttention:
+        return LayerAttention(self, *self.kv_cache.layer(index))
 
-    def _attend(self, k_cache: Tensor, v_cache: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """k_cache, v_cache: (pages, Hkv, page_size, D); q (N, H, D), k and v (N, Hkv, D) before RoPE."""
-        metadata = self.metadata
-        self._write(q, k, v, k_cache, v_cache, slot_mapping=metadata.slot_mapping)
-        of_whole = None
-        if self._some_whole:
-            # With q's part taken by k and no slot to write, this only rotates k in place.
-            self._write(k, v, v, k_cache, v_cache, slot_mapping=self._nowhere)
-            bounds = self._cu_seqlens, self._seqused_k
-            of_whole = varlen_attention(
-                q, k, v, *bounds, max_seqlen=metadata.max_q_len, causal=metadata.causal
+
+class LayerAttention(AttendsProducts):
+    """Of one layer: k_cache, v_cache (pages, Hkv, page_size, D)."""
+
+    def __init__(self, of_pass: PagedAttention, k_cache: Tensor, v_cache: Tensor) -> None:
+        self.of_pass, self.caches = of_pass, (k_cache, v_cache)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (N, H, D), k and v (N, Hkv, D), before RoPE."""
+        of_pass, metadata = self.of_pass, self.of_pass.metadata
+        kv_write(q, k, v, *self.caches, slot_mapping=metadata.slot_mapping, **of_pass.turn)
+        if not of_pass.some_whole:
+            return self._attend(q)
+        # With q's part taken by k and no slot to write, this only rotates k in place.
+        kv_write(k, v, v, *self.caches, slot_mapping=of_pass.nowhere, **of_pass.turn)
+        y = varlen_attention(q, k, v, *of_pass.whole, max_seqlen=metadata.max_q_len, causal=metadata.causal)
+        return y.add_(self._attend(q)) if len(metadata.kv_lens) else y  # each is zero in the other's rows
+
+    def of_product(self, x: Tensor, weights: Joined) -> Tensor | None:
+        of_pass = self.of_pass
+        if of_pass.some_whole:
+            return None
+        weight, bias, scale = weights
+        return self._attend(
+            linear_kv_write(
+                x,
+                weight,
+                bias,
+                *self.caches,
+                slot_mapping=of_pass.metadata.slot_mapping,
+                scale=scale,
+                constant=True,
+                **of_pass.turn,
             )
-            if not len(metadata.kv_lens):
-                return of_whole
-        y = block_attention(
+        )
+
+    def _attend(self, q: Tensor) -> Tensor:
+        """q (N, H, D), rotated."""
+        metadata = self.of_pass.metadata
+        return block_attention(
             q,
-            k_cache,
-            v_cache,
+            *self.caches,
             metadata.kv_lens,
             block_table=metadata.block_table,
             q_start=metadata.q_start,
@@ -54,4 +80,3 @@ class PagedAttention:
             max_q_len=metadata.max_q_len,
             max_kv_len=metadata.max_kv_len,
         )
-        return y if of_whole is None else of_whole.add_(y)  # each is zero in the other's rows

@@ -8,8 +8,8 @@ of its own again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeGuard, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -53,16 +53,39 @@ def is_unmodified(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
     )
 
 
+class Joined(NamedTuple):
+    """The tensors of layers that are side by side, as of one layer."""
+
+    weight: Tensor
+    """(out, in)"""
+    bias: Tensor | None
+    """(out,)"""
+    scale: Tensor | None = None
+    """(out,) float32, of weights in 8 bits"""
+
+
+def joined(layers: Sequence[nn.Module]) -> Joined | None:
+    """The tensors of layers with the same input, if one product may serve them."""
+    kind = type(layers[0])
+    if kind not in LEAVES or torch.is_grad_enabled():
+        return None
+    if not all(is_unmodified(layer, kind) for layer in layers):
+        return None
+    return _joined(layers, LEAVES[kind])
+
+
 def project(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
     """Each layer's output for x (..., in), by one matrix product if their weights are fused."""
-    kind = type(layers[0])
-    if kind in LEAVES and not torch.is_grad_enabled() and all(is_unmodified(layer, kind) for layer in layers):
-        joined = _joined(layers, LEAVES[kind])
-        if joined is not None:
-            product: Callable[..., Tensor] = linear if kind is nn.Linear else fp8_linear
-            widths: list[Any] = [layer.out_features for layer in layers]
-            return product(x, *joined, constant=True).split(widths, -1)
-    return [apply(layer, x) for layer in layers]
+    together = joined(layers)
+    if together is None:
+        return [apply(layer, x) for layer in layers]
+    weight, bias, scale = together
+    if scale is None:
+        product = linear(x, weight, bias, constant=True)
+    else:
+        product = fp8_linear(x, weight, scale, bias, constant=True)
+    widths: list[Any] = [layer.out_features for layer in layers]
+    return product.split(widths, -1)
 
 
 def apply(layer: nn.Module, x: Tensor) -> Tensor:
@@ -75,22 +98,20 @@ def apply(layer: nn.Module, x: Tensor) -> Tensor:
 
 LEAVES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("weight", "bias"),
-    Fp8Linear: ("weight", "scale", "bias"),
+    Fp8Linear: ("weight", "bias", "scale"),
 }
-"""Kind of layer -> the names of its tensors, in the order of the product's arguments."""
+"""Kind of layer -> the names of its tensors, as in `Joined`."""
 
 
-def _joined(layers: Sequence[Any], leaves: Sequence[str]) -> list[Tensor | None] | None:
-    """For each name the joined tensor of all layers, None if none has one; None if they are not side by
-    side."""
-    weights: list[Tensor | None] = []
+def _joined(layers: Sequence[Any], leaves: Sequence[str]) -> Joined | None:
+    """None if the tensors of one name are not side by side."""
+    tensors: dict[str, Any] = {}
     for leaf in leaves:
         parts = [part for layer in layers if (part := getattr(layer, leaf)) is not None]
-        joined = joined_view(parts) if len(parts) == len(layers) else None
-        if parts and joined is None:
+        tensors[leaf] = joined_view(parts) if len(parts) == len(layers) else None
+        if parts and tensors[leaf] is None:
             return None
-        weights.append(joined)
-    return weights
+    return Joined(**tensors)
 
 
 def parameters(groups: Sequence[Sequence[nn.Module]]) -> Iterator[list[nn.Parameter]]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..ops import rms_norm, swiglu
+from ..ops import linear_swiglu, rms_norm, swiglu
 from ..ops.fp8_linear import fp8_scale
 from ..ops.inputs import compiled
 from . import fused_weights
@@ -151,6 +151,14 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries (..., heads, D), keys and values (..., kv_heads, D), before RoPE -> (..., heads, D)."""
 
 
+class AttendsProducts:
+    """An `Attend` that can also take what its arguments are the product of."""
+
+    def of_product(self, x: Tensor, weights: fused_weights.Joined) -> Tensor | None:
+        """Of x (N, width): (N, heads, D); None if it needs keys and values themselves."""
+        raise NotImplementedError
+
+
 DROPOUT = ("attention_dropout", "embedding_dropout", "residual_dropout")
 """Keys of a config.json that only matter in training; LLaDA's published class has 0.1 for each."""
 LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
@@ -180,17 +188,30 @@ class Block(Named):
 
     def layers(self, stream: Stream, attend: Attend) -> Stream:
         """The stream (..., width) after the block, as a sum still to be computed."""
-        s = self.shape
         x, y = norm_of_sum(self.norm1, stream)
-        q, k, v = (
-            t.unflatten(-1, (-1, s.head_dim)) for t in fused_weights.project(y, (self.q, self.k, self.v))
-        )
+        y = self._attended(y, attend).flatten(-2)
+        x, y = norm_of_sum(self.norm2, Stream(x, fused_weights.apply(self.o, y)))
+        return Stream(x, fused_weights.apply(self.down, self._activated(y)))
+
+    def _attended(self, y: Tensor, attend: Attend) -> Tensor:
+        """y (..., width) -> (..., heads, D)"""
+        s, layers = self.shape, (self.q, self.k, self.v)
+        if isinstance(attend, AttendsProducts) and not s.qk_norm and (w := fused_weights.joined(layers)):
+            attended = attend.of_product(y, w)
+            if attended is not None:
+                return attended
+        q, k, v = (t.unflatten(-1, (-1, s.head_dim)) for t in fused_weights.project(y, layers))
         if s.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        x, y = norm_of_sum(self.norm2, Stream(x, fused_weights.apply(self.o, attend(q, k, v).flatten(-2))))
-        gate, up = fused_weights.project(y, (self.gate, self.up))
-        y = swiglu(gate, up) if compiled(gate, up) else F.silu(gate) * up
-        return Stream(x, fused_weights.apply(self.down, y))
+        return attend(q, k, v)
+
+    def _activated(self, y: Tensor) -> Tensor:
+        """silu(gate y) * (up y), (..., mlp_width)"""
+        layers = (self.gate, self.up)
+        if compiled(y) and (w := fused_weights.joined(layers)):
+            return linear_swiglu(y, w.weight, w.bias, scale=w.scale, constant=True)
+        gate, up = fused_weights.project(y, layers)
+        return swiglu(gate, up) if compiled(gate, up) else F.silu(gate) * up
 
     def groups(self) -> Iterator[list[nn.Parameter]]:
         """The groups of weights (and of biases) to fuse, without groups that have an adapter."""

@@ -17,6 +17,8 @@ from .kv_write import kv_write, rope_table
 from .linear import linear
 from .linear_certainty_forcing_loss import linear_certainty_forcing_loss
 from .linear_distillation_loss import linear_distillation_loss
+from .linear_kv_write import linear_kv_write
+from .linear_swiglu import linear_swiglu
 from .rms_norm import rms_norm
 from .row_stats import merge_row_stats, row_stats
 from .row_topk import row_topk
@@ -39,6 +41,8 @@ __all__ = [
     "linear",
     "linear_certainty_forcing_loss",
     "linear_distillation_loss",
+    "linear_kv_write",
+    "linear_swiglu",
     "merge_row_stats",
     "quantize_fp8",
     "rms_norm",

@@ -74,7 +74,7 @@ def block_attention(
     check_heads("q", q, 3)
     check_heads("k_cache", k_cache, 4, like=q)
     check_heads("v_cache", v_cache, 4, like=q)
-    check_caches(q, k_cache, v_cache)
+    check_caches(q.shape, k_cache, v_cache)
     if q_start is None or q_end is None:
         raise ValueError("q_start: needed, and q_end, where q is (N, H, D)")
     if block_table is None:

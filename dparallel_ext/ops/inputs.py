@@ -155,10 +155,10 @@ def check_heads(name: str, tensor: Tensor, ndim: int, like: Tensor | None = None
     refuse_tangent(name, tensor)
 
 
-def check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+def check_caches(q_shape: Sequence[int], k_cache: Tensor, v_cache: Tensor) -> None:
     if k_cache.shape != v_cache.shape:
         raise ValueError(f"v_cache: expected {tuple(k_cache.shape)} as k_cache, got {tuple(v_cache.shape)}")
-    heads, dim = q.shape[1:]
+    _, heads, dim = q_shape
     if k_cache.shape[3] != dim or k_cache.shape[1] < 1 or heads % k_cache.shape[1] or k_cache.shape[2] < 1:
         raise ValueError(
             "k_cache: expected (pages, Hkv, page_size, D) with Hkv dividing the "

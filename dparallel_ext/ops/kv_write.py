@@ -7,6 +7,8 @@ computed again overwrites its slots.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -82,10 +84,22 @@ def kv_write(
     check_heads("v", v, 3, like=q)
     check_heads("k_cache", k_cache, 4, like=q)
     check_heads("v_cache", v_cache, 4, like=q)
-    check_caches(q, k_cache, v_cache)
-    count, _, dim = q.shape
+    check_caches(q.shape, k_cache, v_cache)
     for name, tensor in (("k", k), ("v", v)):
-        expect(name, tensor, (count, k_cache.shape[1], dim))
+        expect(name, tensor, (len(q), k_cache.shape[1], q.shape[2]))
+    check_places(q.shape, positions, slot_mapping, cos, sin)
+    if q.dtype == torch.float64:
+        within("positions", positions, 0, len(cos))
+        within("slot_mapping", slot_mapping, None, len(k_cache) * k_cache.shape[2])
+        return _in_float64(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin)
+    torch.ops.dparallel.kv_write(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin)
+
+
+def check_places(
+    q_shape: Sequence[int], positions: Tensor, slot_mapping: Tensor, cos: Tensor, sin: Tensor
+) -> None:
+    """Raise unless they fit queries of `q_shape`, (N, H, D)."""
+    count, _, dim = q_shape
     for name, tensor in (("positions", positions), ("slot_mapping", slot_mapping)):
         expect(name, tensor, (count,), torch.int64)
     if dim % 2:
@@ -95,11 +109,6 @@ def kv_write(
         raise ValueError(f"cos: expected float32 (positions, R / 2) with R <= {dim}, got {got}")
     for name, tensor in (("cos", cos), ("sin", sin)):
         expect(name, tensor, tuple(cos.shape), torch.float32)
-    if q.dtype == torch.float64:
-        within("positions", positions, 0, len(cos))
-        within("slot_mapping", slot_mapping, None, len(k_cache) * k_cache.shape[2])
-        return _in_float64(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin)
-    torch.ops.dparallel.kv_write(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin)
 
 
 def _in_float64(

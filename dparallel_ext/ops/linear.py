@@ -15,6 +15,10 @@ from ..backends import fast_bfloat16
 
 FEW = 64
 """Rows up to which a product takes as long as reading the weights."""
+FEW_ON_TENSOR_CORES = 128
+"""The same of weights in 8 bits, on a GPU's tensor cores: reading the weights again from the GPU's cache then
+costs no more than widening them first. Measured on an H200, 4096 -> 12288: 128 rows take 70 us, against 37 to
+widen and 29 for the product; 256 rows 104 us, against 37 and 38."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, constant: bool = False) -> Tensor:
@@ -40,21 +44,46 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, constant: b
         TypeError: naming an argument that should be a tensor and is not.
     """
     check_tensor("x", x)
-    check_tensor("weight", weight)
-    if bias is not None:
-        check_tensor("bias", bias)
-    if weight.ndim != 2 or x.ndim < 1 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(
-            f"weight: expected (out, {x.shape[-1] if x.ndim else 'in'}), got {tuple(weight.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected ({len(weight)},), got {tuple(bias.shape)}")
+    check_product(x, weight, bias)
     if not _by_kernel(x, weight, bias):
         # On a CPU, a product of 16-bit rows of odd length reads one element more, which a gap need not hold.
         return F.linear(x.contiguous(), weight, bias)
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     out: Tensor = torch.ops.dparallel.linear(rows, weight, bias, constant)
     return out if x.ndim == 2 else out.view(*x.shape[:-1], len(weight))
+
+
+def check_product(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> None:
+    """Raise unless they are the factors of a product; with scales, unless the weights have 8 bits."""
+    check_tensor("weight", weight)
+    if bias is not None:
+        check_tensor("bias", bias)
+    wanted = "" if scale is None else "float8_e4m3fn "
+    fits = weight.ndim == 2 and x.ndim > 0 and weight.shape[1] == x.shape[-1]
+    if not fits or (scale is not None and weight.dtype != torch.float8_e4m3fn):
+        into, got = x.shape[-1] if x.ndim else "in", f"{weight.dtype} " if wanted else ""
+        raise ValueError(f"weight: expected {wanted}(out, {into}), got {got}{tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected ({len(weight)},), got {tuple(bias.shape)}")
+    if scale is not None:
+        check_tensor("scale", scale)
+        if scale.dtype != torch.float32 or scale.shape != weight.shape[:1]:
+            raise ValueError(
+                f"scale: expected float32 ({len(weight)},), got {scale.dtype} {tuple(scale.shape)}"
+            )
+        for name, tensor in (("weight", weight), ("scale", scale)):
+            if tensor.device != x.device:
+                raise ValueError(f"{name}: expected on {x.device} as x, got {tensor.device}")
+
+
+def ends_in_more(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> bool:
+    """Whether the kernel of this product can do what comes after it, too."""
+    if x.dtype != torch.bfloat16 or not x.is_cuda:
+        return False
+    if scale is None:
+        return _by_kernel(x, weight, bias)
+    few = x.numel() <= FEW_ON_TENSOR_CORES * x.shape[-1]
+    return few and x.shape[-1] % 64 == 0 and _has_clusters(x.get_device())
 
 
 def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

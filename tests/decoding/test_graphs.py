@@ -6,6 +6,7 @@ Without a GPU a `tape.Tape` stands in for CUDA graphs.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import logging
 import threading
 from collections.abc import Callable
@@ -542,8 +543,12 @@ def test_lanes_that_fill_up_a_pass_change_nothing(
     torch.testing.assert_close(out.trajectory.confidence, expected.trajectory.confidence, equal_nan=True)
 
 
-def test_the_kernels_of_a_pass(taped: list[Graphs], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a block: so many launches for each layer, and eight beside."""
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_kernels_of_a_pass(taped: list[Graphs], monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    """Of a block: so many launches for each layer, and eight beside; seven where products end in more."""
+    for op in ("linear_swiglu", "linear_kv_write"):
+        module = importlib.import_module(f"dparallel_ext.ops.{op}")
+        monkeypatch.setattr(module, "ends_in_more", lambda *_: fused)
     graphs: list[Any] = []
 
     class Kept(TapeGraph):
@@ -560,7 +565,9 @@ def test_the_kernels_of_a_pass(taped: list[Graphs], monkeypatch: pytest.MonkeyPa
         found.append(kernels(graphs[1].tape))
         graphs.clear()
     layer = found[1] - found[0]
-    assert layer == {"linear": 4, "rms_norm": 2, "kv_write": 1, "block_attention": 1, "swiglu": 1}
+    ends = {"linear_kv_write": 1, "linear_swiglu": 1} if fused else {"kv_write": 1, "swiglu": 1}
+    assert layer == {**ends, "linear": 2 if fused else 4, "rms_norm": 2, "block_attention": 1}
+    assert layer.total() == (7 if fused else 9)
     beside = found[0] - layer
     assert beside == {
         **{"index": 2, "embedding": 1, "rms_norm": 1, "linear": 1},

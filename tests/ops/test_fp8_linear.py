@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 import dparallel_ext as dx
 from dparallel_ext import models, reference
 from dparallel_ext.models.fp8 import Fp8Linear
-from dparallel_ext.ops.fp8_linear import FEW, FEW_ON_TENSOR_CORES
+from dparallel_ext.ops.linear import FEW, FEW_ON_TENSOR_CORES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ["llada_tiny_a", "dream_tiny_a", "sdar_tiny_a"]
@@ -196,8 +197,6 @@ def test_error_against_bfloat16(name: str, device: str, record_property: Any) ->
 
 
 def test_one_product_for_layers_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dparallel_ext.models import fused_weights
-
     calls = []
 
     def counted(x: Tensor, weight: Tensor, *more: Any, **how: Any) -> Tensor:
@@ -206,7 +205,8 @@ def test_one_product_for_layers_side_by_side(monkeypatch: pytest.MonkeyPatch) ->
 
     model = golden.model("llada_tiny_a").quantize()
     s = model.shape
-    monkeypatch.setattr(fused_weights, "fp8_linear", counted)
+    for module in ("models.fused_weights", "ops.linear_swiglu", "ops.linear_kv_write"):
+        monkeypatch.setattr(importlib.import_module(f"dparallel_ext.{module}"), "fp8_linear", counted)
     for moved in (model, model.to("cpu"), model.to(torch.bfloat16), model.to(torch.float32)):
         calls.clear()
         dx.decode(moved, torch.arange(5), gen_length=4, block_length=4, steps=1)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import reference
-from dparallel_ext.models import fused_weights
 from dparallel_ext.ops.linear import FEW
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -131,7 +130,8 @@ def test_layers_of_a_model_go_through_it(monkeypatch: pytest.MonkeyPatch) -> Non
         widths.append(len(weight))
         return dx.linear(x, weight, bias, constant=constant)
 
-    monkeypatch.setattr(fused_weights, "linear", counted)
+    for name in ("models.fused_weights", "ops.linear_swiglu", "ops.linear_kv_write"):
+        monkeypatch.setattr(importlib.import_module(f"dparallel_ext.{name}"), "linear", counted)
     model.fuse()
     settings: dict[str, Any] = {"gen_length": 4, "block_length": 4, "steps": 1}
     before = dx.decode(model, torch.arange(5), **settings).sequences

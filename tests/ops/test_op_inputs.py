@@ -78,6 +78,11 @@ def examples(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "swiglu": (x, x + 1),
         "linear": (x, torch.randn(7, 24).to(dtype), x[0, :7].clone()),
         "fp8_linear": (x, weight, scale, x[0, :7].clone()),
+        "linear_swiglu": (x, weight[:6], scale[:6], x[0, :6].clone()),
+        "linear_kv_write": (
+            torch.randn(6, 24).to(dtype), torch.randn(64, 24).to(dtype), None, None, k_cache, v_cache, at,
+            at + 8, cos, sin,
+        ),
         "fp8_widen": (weight, scale, x),
     }  # fmt: skip
 
@@ -154,6 +159,12 @@ def documented(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], dict[s
                                    "eps": 1e-5}),
         "swiglu": (dx.swiglu, {"gate": x, "up": x + 1}),
         "fp8_linear": (dx.fp8_linear, {"x": x, "weight": weight, "scale": scale, "bias": x[0, :7].clone()}),
+        "linear_swiglu": (dx.linear_swiglu, {"x": x, "weight": weight[:6], "scale": scale[:6]}),
+        "linear_kv_write": (dx.linear_kv_write, {
+            "x": torch.randn(6, 24).to(dtype), "weight": torch.randn(64, 24).to(dtype), "bias": None,
+            "k_cache": k_cache, "v_cache": v_cache, "positions": at, "slot_mapping": at + 8, "cos": cos,
+            "sin": sin,
+        }),
         "fp8_linear of many": (dx.fp8_linear, {"x": x[:1].expand(300, 24).contiguous(), "weight": weight,
                                                "scale": scale}),
     }  # fmt: skip

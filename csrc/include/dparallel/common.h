@@ -18,6 +18,11 @@ constexpr float kLargest = 3.4028234663852886e38f;  // the largest finite float3
 // float64 is for the losses alone, whose gradients are checked in it.
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
 
+// In bytes.
+DP_HD int64_t element_size(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
 // Rows of logits with any strides (in elements); the vocabulary is contiguous.
 // Row r = outer * inner_rows + inner lies at data + outer * outer_stride + inner * inner_stride.
 struct Logits {

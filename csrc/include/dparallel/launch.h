@@ -344,22 +344,24 @@ struct SwigluArgs {
   void* out;  // [count, width] contiguous
 };
 
-// out = round(x weight^T + bias). Products are summed in float32 and rounded once.
+// out = round(scale * (x weight^T) + bias). Products are summed in float32 and rounded once.
 struct LinearArgs {
-  DType dtype;    // of x, weight, bias and out: float32, bfloat16 or float16
+  DType dtype;    // of x, bias and out: float32, bfloat16 or float16
   const void* x;  // [count, in], rows x_stride elements apart
   int64_t x_stride;
   int64_t count, in, out_width;
-  const void* weight;  // [out_width, in] contiguous
+  const void* weight;  // [out_width, in] contiguous, of dtype or, with scales, e4m3
+  const float* scale;  // [out_width], or null: 1
   const void* bias;    // [out_width], or null
   void* out;           // [count, out_width] contiguous
   bool constant;       // the weights are older than the last kernel that waited for all before it
 };
 
-// out = round(scale * (x weight^T) + bias): weights of 8 bits (e4m3, no infinities), a scale for
-// each of their rows.
-struct Fp8LinearArgs : LinearArgs {
-  const float* scale;  // [out_width]
+// The columns of a product are queries, keys and values [heads, head_dim], side by side; then as
+// kv_write. The queries are product.out [count, q_heads, head_dim].
+struct LinearKvWriteArgs {
+  LinearArgs product;
+  KvWriteArgs write;  // of its q, k and v nothing is given but q_heads
 };
 
 // out = round(scale * weight), with weights as above, for a product by the matrix library.
@@ -394,7 +396,9 @@ void block_attention(const BlockAttentionArgs& args, Parallel parallel);
 void rms_norm(const RmsNormArgs& args, Parallel parallel);
 void swiglu(const SwigluArgs& args, Parallel parallel);
 void linear(const LinearArgs& args, Parallel parallel);
-void fp8_linear(const Fp8LinearArgs& args, Parallel parallel);
+void fp8_linear(const LinearArgs& args, Parallel parallel);
+void linear_swiglu(const LinearArgs& args, Parallel parallel);
+void linear_kv_write(const LinearKvWriteArgs& args, Parallel parallel);
 void fp8_widen(const Fp8WidenArgs& args, Parallel parallel);
 const char* simd_level();  // "avx512", "avx2" or "portable"
 bool is_simd_level(const char* name);
@@ -440,7 +444,11 @@ int block_attention(const BlockAttentionArgs& args, const Workspace& workspace, 
 int rms_norm(const RmsNormArgs& args, void* stream);
 int swiglu(const SwigluArgs& args, void* stream);
 int linear(const LinearArgs& args, void* stream);
-int fp8_linear(const Fp8LinearArgs& args, void* stream);
+int fp8_linear(const LinearArgs& args, void* stream);
+int64_t linear_swiglu_scratch(const LinearArgs& args);
+int linear_swiglu(const LinearArgs& args, const Workspace& workspace, void* stream);
+int64_t linear_kv_write_scratch(const LinearKvWriteArgs& args);
+int linear_kv_write(const LinearKvWriteArgs& args, const Workspace& workspace, void* stream);
 int fp8_widen(const Fp8WidenArgs& args, void* stream);
 const char* error_string(int code);
 }  // namespace cuda

@@ -3,16 +3,6 @@
 
 namespace twins {
 
-namespace {
-
-CacheLayout random_layout(int64_t pages, int64_t page_size, int64_t heads, int64_t dim) {
-  if (chance(0.5))
-    return {pages, page_size, heads, dim, page_size * heads * dim, page_size * dim, dim};
-  return {pages, page_size, heads, dim, page_size * heads * dim, dim, heads * dim};
-}
-
-}  // namespace
-
 void kv_write_case() {
   const DType dtype = one_of({DType::float32, DType::bfloat16, DType::float16});
   const int64_t dim = one_of({2, 6, 16, 64, 80}), heads = 1 + below(3), group = 1 + below(3);

@@ -68,9 +68,9 @@ void swiglu_case() {
 }
 
 // A product of few rows by `weight`: made(args of out) launched by both, and by fewer rows.
-template <class Args>
-void product_case(Args args, int64_t count, Numbers& out,
-                  void (*on_cpu)(const Args&, cpu::Parallel), int (*on_cuda)(const Args&, void*)) {
+void product_case(LinearArgs args, int64_t count, Numbers& out,
+                  void (*on_cpu)(const LinearArgs&, cpu::Parallel),
+                  int (*on_cuda)(const LinearArgs&, void*)) {
   Numbers out2(out);
   args.out = out.memory.get();
   on_cpu(args, serial);
@@ -92,7 +92,11 @@ void product_case(Args args, int64_t count, Numbers& out,
 
 // Of a product: the parts of a cluster's CTAs may be of no line, or of more than the ring has. On
 // the stand-in's eight SMs: tiles of every height, of one to eight CTAs. A chunk has 64 rows.
+struct ProductWeights;
 struct ProductShape {
+  ProductShape() {}
+  explicit ProductShape(int64_t out_width) : out_width(out_width) {}
+
   DType dtype = one_of({DType::float32, DType::bfloat16, DType::float16});
   int64_t in = one_of({64, 64, 128, 64 * 17, 64 * 40, 1, 30, 200});
   int64_t out_width = in > 1000 ? one_of({1, 127, 130, 300, 391})
@@ -103,48 +107,162 @@ struct ProductShape {
   Numbers out{dtype, count * out_width};
   bool biased = chance(0.5), constant = chance(0.5);
 
-  LinearArgs args(const void* weight) {
-    return {dtype,
-            x.memory.get(),
-            stride,
-            count,
-            in,
-            out_width,
-            weight,
-            biased ? bias.memory.get() : nullptr,
-            out.memory.get(),
-            constant};
+  LinearArgs args(const ProductWeights& weights);
+};
+
+// Random ones, in 8 bits or in the dtype.
+struct ProductWeights {
+  Numbers numbers;
+  std::unique_ptr<uint8_t[]> bytes;  // of exact size
+  std::vector<float> scale;
+
+  ProductWeights(const ProductShape& s, bool bytewise)
+      : numbers(s.dtype, bytewise ? 0 : s.out_width * s.in),
+        bytes(new uint8_t[bytewise ? s.out_width * s.in : 0]),
+        scale(bytewise ? s.out_width : 0) {
+    for (int64_t i = 0; i < numbers.count; ++i)
+      numbers.set(i, uniform(-0.5, 0.5) / std::sqrt(s.in));
+    for (int64_t i = 0; bytewise && i < s.out_width * s.in; ++i) {
+      bytes[i] = static_cast<uint8_t>(below(256));
+      if (bytes[i] % 128 == 127) bytes[i] = 0;  // NaN
+    }
+    for (auto& by : scale) by = static_cast<float>(uniform(0.0005, 0.002) / std::sqrt(s.in));
   }
 };
 
+LinearArgs ProductShape::args(const ProductWeights& weights) {
+  const bool bytewise = !weights.scale.empty();
+  return {dtype,
+          x.memory.get(),
+          stride,
+          count,
+          in,
+          out_width,
+          bytewise ? static_cast<void*>(weights.bytes.get()) : weights.numbers.memory.get(),
+          bytewise ? weights.scale.data() : nullptr,
+          biased ? bias.memory.get() : nullptr,
+          out.memory.get(),
+          constant};
+}
+
 void linear_case() {
   ProductShape s;
-  Numbers weight(s.dtype, s.out_width * s.in);
-  for (int64_t i = 0; i < weight.count; ++i) weight.set(i, uniform(-0.5, 0.5) / std::sqrt(s.in));
-  product_case<LinearArgs>(s.args(weight.memory.get()), s.count, s.out, cpu::linear, cuda::linear);
+  const ProductWeights weights(s, false);
+  product_case(s.args(weights), s.count, s.out, cpu::linear, cuda::linear);
 }
 
 void fp8_linear_case() {
   ProductShape s;
-  const DType dtype = s.dtype;
-  const int64_t in = s.in, out_width = s.out_width;
-  std::unique_ptr<uint8_t[]> weight(new uint8_t[out_width * in]);  // of exact size
-  for (int64_t i = 0; i < out_width * in; ++i) {
-    weight[i] = static_cast<uint8_t>(below(256));
-    if (weight[i] % 128 == 127) weight[i] = 0;  // NaN
-  }
-  std::vector<float> scale(out_width);
-  for (auto& by : scale) by = static_cast<float>(uniform(0.0005, 0.002) / std::sqrt(in));
-  product_case<Fp8LinearArgs>({s.args(weight.get()), scale.data()}, s.count, s.out, cpu::fp8_linear,
-                              cuda::fp8_linear);
+  const ProductWeights weights(s, true);
+  product_case(s.args(weights), s.count, s.out, cpu::fp8_linear, cuda::fp8_linear);
 
-  Numbers wide(dtype, out_width * in), wide2(wide);
-  Fp8WidenArgs widen{dtype, in, out_width, weight.get(), scale.data(), wide.memory.get()};
+  Numbers wide(s.dtype, s.out_width * s.in), wide2(wide);
+  Fp8WidenArgs widen{s.dtype,          s.in, s.out_width, weights.bytes.get(), weights.scale.data(),
+                     wide.memory.get()};
   cpu::fp8_widen(widen, serial);
   widen.out = wide2.memory.get();
   cuda::fp8_widen(widen, nullptr);
   REQUIRE(std::memcmp(wide.memory.get(), wide2.memory.get(), wide.bytes()) == 0,
           "widened weights differ");
+}
+
+// Products that end in more have the bits of their steps.
+void linear_swiglu_case() {
+  const int64_t width = one_of<int64_t>({1, 24, 32, 64, 96, 130, 160, 512});
+  ProductShape s(2 * width);
+  const ProductWeights weights(s, chance(0.5));
+  LinearArgs args = s.args(weights);
+  cuda_host::clusters(chance(0.8));
+  (args.scale != nullptr ? cuda::fp8_linear : cuda::linear)(args, nullptr);
+  Numbers out(s.dtype, s.count * width), out2(out);
+  const RowStrides rows{std::max<int64_t>(1, s.count), 0, 2 * width};
+  const char* up = s.out.memory.get() + width * element_size(s.dtype);
+  cuda::swiglu({s.dtype, s.out.memory.get(), up, rows, rows, s.count, width, out.memory.get()},
+               nullptr);
+  args.out = out2.memory.get();
+  const std::unique_ptr<char[]> scratch(new char[cuda::linear_swiglu_scratch(args)]);
+  cuda::linear_swiglu(args, {scratch.get(), nullptr}, nullptr);
+  REQUIRE(std::memcmp(out.memory.get(), out2.memory.get(), out.bytes()) == 0, "out differs");
+  cuda_host::clusters(true);
+}
+
+void linear_kv_write_case() {
+  const int64_t dim = one_of<int64_t>({6, 32, 64, 64, 128, 128, 192}), heads = 1 + below(3);
+  const int64_t q_heads = heads * (1 + below(3)), page_size = one_of<int64_t>({1, 5, 16});
+  ProductShape s((q_heads + 2 * heads) * dim);
+  const ProductWeights weights(s, chance(0.5));
+  const int64_t pages = (s.count + page_size) / page_size + below(3), table = 1 + below(9);
+  const CacheLayout layout = random_layout(pages, page_size, heads, dim);
+  const int64_t rotary = chance(0.8) ? dim : 2 * below(dim / 2 + 1);
+  std::vector<float> cos(table * rotary / 2), sin(table * rotary / 2);
+  for (auto* of : {&cos, &sin})
+    for (auto& x : *of) x = static_cast<float>(uniform(-1, 1));
+  std::vector<int64_t> slots(pages * page_size), positions(s.count);
+  for (size_t i = 0; i < slots.size(); ++i) slots[i] = static_cast<int64_t>(i);
+  std::shuffle(slots.begin(), slots.end(), engine);
+  slots.resize(s.count);
+  for (auto& slot : slots)
+    if (chance(0.2)) slot = -1;
+  for (auto& position : positions) position = below(table);
+  Numbers keys(s.dtype, pages * page_size * heads * dim), values(keys), keys2(keys), values2(keys);
+  LinearKvWriteArgs args{s.args(weights), {}};
+  KvWriteArgs& write = args.write;
+  write.dtype = s.dtype;
+  write.count = s.count;
+  write.q_heads = q_heads;
+  write.positions = positions.data();
+  write.slot_mapping = slots.data();
+  write.cos = cos.data();
+  write.sin = sin.data();
+  write.table = table;
+  write.rotary_dim = rotary;
+  write.k_cache = keys2.memory.get();
+  write.v_cache = values2.memory.get();
+  write.k_layout = write.v_layout = layout;
+
+  cuda_host::clusters(chance(0.8));
+  Numbers q(s.dtype, s.count * q_heads * dim);
+  args.product.out = q.memory.get();
+  const int64_t scratch_bytes = cuda::linear_kv_write_scratch(args);
+  const std::unique_ptr<char[]> scratch(new char[scratch_bytes]);
+  cuda::linear_kv_write(args, {scratch.get(), nullptr}, nullptr);
+
+  LinearArgs product = s.args(weights);
+  const bool bytewise = product.scale != nullptr;
+  const bool in_steps = scratch_bytes > 0;  // two products, of other cuts than one
+  const int64_t size = element_size(s.dtype), width = s.out_width;
+  if (in_steps && s.count > 0) {
+    Numbers some(s.dtype, s.count * q_heads * dim), more(s.dtype, s.count * 2 * heads * dim);
+    const auto by = bytewise ? cuda::fp8_linear : cuda::linear;
+    by(columns_of(product, 0, q_heads * dim, some.memory.get()), nullptr);
+    by(columns_of(product, q_heads * dim, 2 * heads * dim, more.memory.get()), nullptr);
+    for (int64_t n = 0; n < s.count; ++n) {
+      std::memcpy(s.out.memory.get() + n * width * size,
+                  some.memory.get() + n * q_heads * dim * size, q_heads * dim * size);
+      std::memcpy(s.out.memory.get() + (n * width + q_heads * dim) * size,
+                  more.memory.get() + n * 2 * heads * dim * size, 2 * heads * dim * size);
+    }
+  } else {
+    (bytewise ? cuda::fp8_linear : cuda::linear)(product, nullptr);
+  }
+  write.q = s.out.memory.get();
+  write.k = s.out.memory.get() + q_heads * dim * size;
+  write.v = s.out.memory.get() + (q_heads + heads) * dim * size;
+  write.q_stride = write.k_stride = write.v_stride = width;
+  write.k_cache = keys.memory.get();
+  write.v_cache = values.memory.get();
+  cuda::kv_write(write, nullptr);
+  const auto bits = [](const Numbers& found, const Numbers& expected, const char* name) {
+    REQUIRE(std::memcmp(found.memory.get(), expected.memory.get(), expected.bytes()) == 0,
+            "%s differs", name);
+  };
+  for (int64_t n = 0; n < s.count; ++n)
+    REQUIRE(std::memcmp(q.memory.get() + n * q_heads * dim * size,
+                        s.out.memory.get() + n * width * size, q_heads * dim * size) == 0,
+            "q differs");
+  bits(keys2, keys, "k_cache");
+  bits(values2, values, "v_cache");
+  cuda_host::clusters(true);
 }
 
 }  // namespace twins

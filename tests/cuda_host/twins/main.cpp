@@ -18,6 +18,8 @@ struct {
                       {"swiglu", swiglu_case},
                       {"linear", linear_case},
                       {"fp8_linear", fp8_linear_case},
+                      {"linear_swiglu", linear_swiglu_case},
+                      {"linear_kv_write", linear_kv_write_case},
                       {"commit", commit_case},
                       {"kv_move", kv_move_case},
                       {"row_topk", row_topk_case},

@@ -14,6 +14,7 @@
 #include "dparallel/certainty_forcing_loss.h"
 #include "dparallel/distillation_loss.h"
 #include "dparallel/launch.h"
+#include "dparallel/linear_steps.h"
 #include "dparallel/numeric.h"
 #include "dparallel/row_topk.h"
 
@@ -220,6 +221,12 @@ struct Numbers {
   }
 };
 
+inline CacheLayout random_layout(int64_t pages, int64_t page_size, int64_t heads, int64_t dim) {
+  if (chance(0.5))
+    return {pages, page_size, heads, dim, page_size * heads * dim, page_size * dim, dim};
+  return {pages, page_size, heads, dim, page_size * heads * dim, dim, heads * dim};
+}
+
 inline void near(const Numbers& cuda, const Numbers& cpu, const char* name) {
   const double step = cpu.dtype == DType::bfloat16  ? 0.01
                       : cpu.dtype == DType::float16 ? 2e-3
@@ -245,6 +252,8 @@ void rms_norm_case();
 void swiglu_case();
 void linear_case();
 void fp8_linear_case();
+void linear_swiglu_case();
+void linear_kv_write_case();
 void commit_case();
 void accept_case();
 void keep_error_case();

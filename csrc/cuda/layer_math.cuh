@@ -1,0 +1,26 @@
+// What swiglu and kv_write compute of single numbers, and products that end in them.
+#pragma once
+
+#include "device.cuh"
+
+namespace dparallel::cuda {
+
+// z / (1 + e^-z). -inf / inf is NaN, as of F.silu; a finite number / inf is 0. Of 16-bit gates e^-z
+// comes by one multiplication and the device's 2^x: the argument's rounding is then 2^-18 of the
+// result at most, where the result has 11 bits.
+template <class T>
+__device__ __forceinline__ float silu(float z) {
+  float e;
+  if constexpr (sizeof(typename T::Storage) == 2) e = exp2_fast(z * -kLog2e);
+  else e = expf(-z);
+  return __fdividef(z, 1.0f + e);
+}
+
+// Turns a pair by an angle.
+__device__ __forceinline__ void rotate_pair(float a, float b, float cos, float sin, float& first,
+                                            float& second) {
+  first = a * cos - b * sin;
+  second = b * cos + a * sin;
+}
+
+}  // namespace dparallel::cuda

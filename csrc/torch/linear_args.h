@@ -1,0 +1,36 @@
+// The arguments of a product, as linear and the ops that end in more take them.
+#pragma once
+
+#include <optional>
+
+#include "checks.h"
+#include "dparallel/launch.h"
+
+namespace dparallel {
+
+// Of x (N, in) by weights (out, in), in 8 bits where there are scales (out,). No output yet.
+inline LinearArgs linear_args(Tensor& x, Tensor& weight, std::optional<Tensor>& scale,
+                              std::optional<Tensor>& bias, bool constant) {
+  const DType dtype = dtype_of(x, "x");
+  DP_CHECK(x.dim() == 2 && weight.dim() == 2, "x: expected (N, in), weight (out, in)");
+  const int64_t count = x.size(0), in = x.size(1), out_width = weight.size(0);
+  const void* given = weight.data_ptr();
+  expect(weight, "weight", scale.has_value() ? ScalarType::Float8_e4m3fn : x.scalar_type(),
+         {out_width, in}, x);
+  if (scale.has_value()) expect(*scale, "scale", ScalarType::Float, {out_width}, x);
+  if (bias.has_value()) expect(*bias, "bias", x.scalar_type(), {out_width}, x);
+  make_rows(x);
+  return {dtype,
+          x.data_ptr(),
+          x.stride(0),
+          count,
+          in,
+          out_width,
+          weight.data_ptr(),
+          scale.has_value() ? data<float>(*scale) : nullptr,
+          bias.has_value() ? bias->data_ptr() : nullptr,
+          nullptr,
+          constant && weight.data_ptr() == given};  // a copy was just written
+}
+
+}  // namespace dparallel

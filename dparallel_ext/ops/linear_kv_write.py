@@ -1,0 +1,88 @@
+"""The product of queries, keys and values with their way into the cache, one launch where that is faster."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _C  # noqa: F401  (registers the ops)
+from .fp8_linear import fp8_linear
+from .inputs import check_caches, check_heads, check_like
+from .kv_write import check_places, kv_write
+from .linear import check_product, ends_in_more, linear
+
+
+def linear_kv_write(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: Tensor | None = None,
+    constant: bool = False,
+) -> Tensor:
+    """`kv_write` of a product whose columns are queries, keys and values; returns the rotated queries.
+
+    Rounded as `linear` (or, with scales, `fp8_linear`) and `kv_write` one after the other round, and computed
+    by them, but in bfloat16 on a GPU of compute capability 9.0 or 10 for up to 64 rows (128 with weights of 8
+    bits): there, for heads of a multiple of 64 dimensions that are all rotated, the product's kernel turns
+    its sums and writes them to their slots, with the same bits. No gradient.
+
+    Args:
+        x: (N, in) float32, bfloat16 or float16, any strides (rows are made contiguous).
+        weight: ((H + 2 Hkv) * D, in), the rows of H queries' heads, Hkv keys' and Hkv values', the dtype of
+            x; with scales float8_e4m3fn.
+        bias: ((H + 2 Hkv) * D,), the dtype of x, or None.
+        k_cache, v_cache: (pages, Hkv, page_size, D); changed in place.
+        positions, slot_mapping, cos, sin: as of `kv_write`.
+        scale: ((H + 2 Hkv) * D,) float32, of weights in 8 bits; see `fp8_linear`.
+        constant: as of `linear`.
+
+    Returns:
+        (N, H, D)
+
+    Raises:
+        ValueError: naming the argument that does not fit, or that requires a gradient. Indices are checked on
+            the CPU alone.
+        TypeError: naming an argument that should be a tensor and is not.
+    """
+    check_heads("x", x, 2)
+    check_product(x, weight, None, scale)
+    if bias is not None:
+        check_like("bias", bias, x, weight.shape[:1])
+    check_heads("k_cache", k_cache, 4, like=x)
+    check_heads("v_cache", v_cache, 4, like=x)
+    _, kv_heads, _, dim = k_cache.shape
+    heads, rest = divmod(len(weight), dim) if dim else (0, 1)
+    heads -= 2 * kv_heads
+    if rest or heads < 1:
+        raise ValueError(
+            f"weight: expected ((H + 2 * {kv_heads}) * {dim}, in) for the heads of k_cache, "
+            f"got {tuple(weight.shape)}"
+        )
+    if ends_in_more(x, weight, bias, scale):
+        shape = (len(x), heads, dim)
+        check_caches(shape, k_cache, v_cache)
+        check_places(shape, positions, slot_mapping, cos, sin)
+        out: Tensor = torch.ops.dparallel.linear_kv_write(
+            x, weight, scale, bias, k_cache, v_cache, positions, slot_mapping, cos, sin, constant
+        )
+        return out
+    if scale is not None:
+        product = fp8_linear(x, weight, scale, bias, constant=constant)
+    else:
+        product = linear(x, weight, bias, constant=constant)
+    q, k, v = product.unflatten(-1, (-1, dim)).split((heads, kv_heads, kv_heads), 1)
+    kv_write(q, k, v, k_cache, v_cache, positions=positions, slot_mapping=slot_mapping, cos=cos, sin=sin)
+    return q
+
+
+@torch.library.register_fake("dparallel::linear_kv_write")
+def _(x, weight, scale, bias, k_cache, v_cache, positions, slot_mapping, cos, sin, constant=False):  # type: ignore[no-untyped-def]
+    _, kv_heads, _, dim = k_cache.shape
+    return x.new_empty((x.shape[0], weight.shape[0] // dim - 2 * kv_heads, dim))
