@@ -443,11 +443,17 @@ def kv_write(
     slot_mapping: Tensor,
     cos: Tensor,
     sin: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> None:
     """See `dparallel_ext.kv_write`; any floating-point dtype."""
     half = cos.shape[1]
 
-    def rotate(x: Tensor) -> Tensor:
+    def rotate(x: Tensor, weight: Tensor | None) -> Tensor:
+        if weight is not None:
+            scale = (x.double().square().mean(-1, keepdim=True) + eps).rsqrt()
+            x = (weight.double() * (x.double() * scale).to(x.dtype).double()).to(x.dtype)
         turned = x.double()
         for row, position in enumerate(positions.tolist()):
             pairs = torch.complex(turned[row, :, :half], turned[row, :, half : 2 * half])
@@ -457,9 +463,9 @@ def kv_write(
 
     written = slot_mapping >= 0
     page, at = slot_mapping[written] // k_cache.shape[2], slot_mapping[written] % k_cache.shape[2]
-    k_cache[page, :, at] = rotate(k)[written]
+    k_cache[page, :, at] = rotate(k, k_norm)[written]
     v_cache[page, :, at] = v[written]
-    q.copy_(rotate(q))
+    q.copy_(rotate(q, q_norm))
 
 
 def kv_move(kv_cache: Tensor, source: Tensor, target: Tensor) -> None:

@@ -1,8 +1,11 @@
-// kv_write on the CPU: rows in parallel, each read once and written once.
+// kv_write on the CPU: rows in parallel. Norms are those of rms_norm, by its kernel: of the queries
+// in place, of a row's keys into memory of the row's own.
 #include <cstring>
+#include <vector>
 
 #include "dparallel/launch.h"
 #include "dparallel/numeric.h"
+#include "rms_norm_kernel.h"
 #include "row_stats.h"
 
 namespace dparallel::cpu {
@@ -36,6 +39,14 @@ void rotate(const typename T::Storage* in, typename T::Storage* out, int64_t wid
   }
 }
 
+// Of `heads` heads, one after another; `in` may be `out`.
+void norm(const KvWriteArgs& args, const void* in, void* out, int64_t heads, const void* weight) {
+  const RowStrides rows{heads, 0, args.k_layout.head_dim};
+  const RmsNormArgs norms{args.dtype, in,     nullptr, rows,     {1, 0, 0}, heads,
+                          rows.inner, weight, nullptr, args.eps, nullptr,   out};
+  rms_norm_kernel_in_use().rows[static_cast<int>(args.dtype)](norms, 0, heads);
+}
+
 template <class T>
 void write(const KvWriteArgs& args, Parallel parallel) {
   using Storage = typename T::Storage;
@@ -45,6 +56,7 @@ void write(const KvWriteArgs& args, Parallel parallel) {
     const float* cos = args.cos + args.positions[row] * (width / 2);
     const float* sin = args.sin + args.positions[row] * (width / 2);
     auto* q = static_cast<Storage*>(args.q) + row * args.q_stride;
+    if (args.q_norm != nullptr) norm(args, q, q, args.q_heads, args.q_norm);
     for (int64_t head = 0; head < args.q_heads; ++head)
       rotate<T>(q + head * dim, q + head * dim, width, cos, sin);
     if (args.slot_mapping[row] < 0) return;
@@ -52,6 +64,12 @@ void write(const KvWriteArgs& args, Parallel parallel) {
                   at = args.slot_mapping[row] % keys.page_size;
     const auto* k = static_cast<const Storage*>(args.k) + row * args.k_stride;
     const auto* v = static_cast<const Storage*>(args.v) + row * args.v_stride;
+    std::vector<Storage> normed;
+    if (args.k_norm != nullptr) {
+      normed.resize(keys.heads * dim);
+      norm(args, k, normed.data(), keys.heads, args.k_norm);
+      k = normed.data();
+    }
     for (int64_t head = 0; head < keys.heads; ++head) {
       auto* key = static_cast<Storage*>(args.k_cache) + keys.offset(page, at, head);
       rotate<T>(k + head * dim, key, width, cos, sin);

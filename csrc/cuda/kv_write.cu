@@ -5,6 +5,11 @@
 // come from the caches. A row's position and slot, and the elements of q, k and v, are requested
 // first, the tables as soon as the position is there, and nothing but an address waits for the
 // slot: two trips to memory. Numbers of rows, heads and slots are of 32 bits, addresses of 64.
+//
+// With norms the sum of a head's squares is taken over its threads, neighbours in a warp: first of
+// each thread's elements in their order, then by halves of the lanes' distance, which differs from
+// the order of rms_norm. Where a head has no power of two of whole vectors, a warp takes it in
+// single pairs, and reads each twice.
 #include "cluster.cuh"
 #include "layer_math.cuh"
 #include "vectors.cuh"
@@ -46,9 +51,59 @@ __device__ __forceinline__ void rotate(typename Elements<T, W>::Vector (&stored)
   stored[1] = E::narrow(second);
 }
 
-// `units`: runs of W pairs in a head; `turned` of them, the first, are rotated, and the others are
-// two vectors side by side.
+// The sum of x over groups of `lanes` neighbours, a power of two up to 32, the same in each of
+// them.
+__device__ __forceinline__ float sum_over(float x, uint32_t lanes) {
+  for (int bits = static_cast<int>(lanes) / 2; bits > 0; bits /= 2)
+    x += __shfl_xor_sync(kFullWarp, x, bits);
+  return x;
+}
+
 template <class T, int W>
+__device__ __forceinline__ float squares(const typename Elements<T, W>::Vector (&stored)[2]) {
+  float x[W], sum = 0.0f;
+  for (const auto& vector : stored) {
+    Elements<T, W>::widen(vector, x);
+#pragma unroll
+    for (int i = 0; i < W; ++i) sum += x[i] * x[i];
+  }
+  return sum;
+}
+
+template <class T, int W>
+__device__ __forceinline__ void scale(typename Elements<T, W>::Vector (&stored)[2],
+                                      const typename Elements<T, W>::Vector (&weights)[2],
+                                      float by) {
+  using E = Elements<T, W>;
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    float x[W], weight[W];
+    E::widen(stored[n], x);
+    E::widen(weights[n], weight);
+#pragma unroll
+    for (int i = 0; i < W; ++i) x[i] *= by;
+    E::round(x);
+#pragma unroll
+    for (int i = 0; i < W; ++i) x[i] *= weight[i];
+    stored[n] = E::narrow(x);
+  }
+}
+
+// Where run `run` of `width` pairs lies in its head, two vectors: the first `turned` runs are
+// rotated, and the others are two vectors side by side.
+struct Run {
+  uint32_t pair, at[2];
+  bool turns;
+
+  __device__ __forceinline__ Run(uint32_t run, uint32_t width, uint32_t turned)
+      : pair(run * width), turns(run < turned) {
+    at[0] = turns ? pair : 2 * pair;  // the rotated ones before hold two vectors each
+    at[1] = at[0] + (turns ? turned * width : width);
+  }
+};
+
+// `units`: runs of W pairs in a head; `turned`: see Run.
+template <class T, int W, bool Norms>
 __global__ void __launch_bounds__(kWriteThreads, kWriteBlocksPerSm)
     kv_write_kernel(KvWriteArgs args, uint32_t units, uint32_t turned) {
   using Storage = typename T::Storage;
@@ -56,58 +111,104 @@ __global__ void __launch_bounds__(kWriteThreads, kWriteBlocksPerSm)
   using Vector = typename E::Vector;
   const auto q_heads = static_cast<uint32_t>(args.q_heads);
   const auto dim = static_cast<uint32_t>(args.k_layout.head_dim);
-  const uint32_t of_row = units * (q_heads + static_cast<uint32_t>(args.k_layout.heads));
+  constexpr bool kWarp = Norms && W == 1;  // a warp takes a head, each lane every 32nd run
+  const uint32_t threads = kWarp ? 32 : units;
+  const uint32_t of_row = threads * (q_heads + static_cast<uint32_t>(args.k_layout.heads));
   const uint32_t item = blockIdx.x * kWriteThreads + threadIdx.x;
   const uint32_t row = item / of_row, unit = item - row * of_row;
   wait_for_earlier();
-  if (row >= args.count) return;
-  const int64_t position = args.positions[row], slot = args.slot_mapping[row];
-  uint32_t head = unit / units;  // the query heads come first
-  const uint32_t run = unit - head * units, pair = run * W;
-  const bool turns = run < turned;
-  const uint32_t first = turns ? pair : 2 * pair;  // the rotated ones before hold two vectors each
-  const uint32_t at[2] = {first, first + (turns ? turned * W : W)};
+  const bool here = row < args.count;
+  if ((!Norms || kWarp) && !here) return;  // else each lane comes to the sum
+  int64_t position = 0, slot = 0;
+  if (here) {
+    position = args.positions[row];
+    slot = args.slot_mapping[row];
+  }
+  uint32_t head = unit / threads;  // the query heads come first
+  uint32_t run = unit - head * threads;
   const bool of_q = head < q_heads;
   if (!of_q) head -= q_heads;
   auto* q = static_cast<Storage*>(args.q) + row * args.q_stride + head * dim;
   const auto* k = static_cast<const Storage*>(args.k) + row * args.k_stride + head * dim;
   const auto* v = static_cast<const Storage*>(args.v) + row * args.v_stride + head * dim;
   const auto* from = of_q ? q : k;
-  Vector x[2] = {E::load(from + at[0]), E::load(from + at[1])}, values[2];
-  if (!of_q) {
-    values[0] = E::load_once(v + at[0]);
-    values[1] = E::load_once(v + at[1]);
+  const auto* weight = static_cast<const Storage*>(of_q ? args.q_norm : args.k_norm);
+  float sum = 0.0f;
+  if constexpr (kWarp) {
+    for (uint32_t other = run; other < units; other += threads) {
+      const Run own(other, W, turned);
+      sum += squares<T, W>({E::load(from + own.at[0]), E::load(from + own.at[1])});
+    }
+    sum = sum_over(sum, threads);
+    if (run >= units) return;
   }
-  if (turns) {
+  do {  // once, but of a warp's lane
+    const Run own(run, W, turned);
+    const auto& at = own.at;
+    Vector x[2], values[2], weights[2];
+    if (here) {
+      x[0] = E::load(from + at[0]);
+      x[1] = E::load(from + at[1]);
+      if (!of_q) {
+        values[0] = E::load_once(v + at[0]);
+        values[1] = E::load_once(v + at[1]);
+      }
+    }
+    if constexpr (Norms) {
+      weights[0] = E::load(weight + at[0]);
+      weights[1] = E::load(weight + at[1]);
+    }
     float cos[W], sin[W];
-    load_table<W>(args.cos + position * (turned * W) + pair, cos);
-    load_table<W>(args.sin + position * (turned * W) + pair, sin);
-    rotate<T, W>(x, cos, sin);
-  } else if (of_q) {
-    return;
-  }
-  if (!of_q && slot < 0) return;  // every thread asks for the slot, lest it come last
-  const auto page_size = static_cast<uint32_t>(args.k_layout.page_size);  // of the values too
-  const uint32_t page = static_cast<uint32_t>(slot) / page_size;
-  const uint32_t place = static_cast<uint32_t>(slot) - page * page_size;
-  auto* keys = static_cast<Storage*>(args.k_cache) + args.k_layout.offset(page, place, head);
-  auto* to = of_q ? q : keys;
-  E::store(to + at[0], x[0]);
-  E::store(to + at[1], x[1]);
-  if (of_q) return;
-  auto* out = static_cast<Storage*>(args.v_cache) + args.v_layout.offset(page, place, head);
-  E::store(out + at[0], values[0]);
-  E::store(out + at[1], values[1]);
+    if (own.turns) {
+      load_table<W>(args.cos + position * (turned * W) + own.pair, cos);
+      load_table<W>(args.sin + position * (turned * W) + own.pair, sin);
+      if constexpr (!Norms) rotate<T, W>(x, cos, sin);
+    } else if (of_q && !Norms) {
+      return;
+    }
+    if constexpr (Norms) {
+      if constexpr (!kWarp) sum = sum_over(here ? squares<T, W>(x) : 0.0f, threads);
+      if (!here) return;
+      scale<T, W>(x, weights, __frsqrt_rn(__fdividef(sum, static_cast<float>(dim)) + args.eps));
+      if (own.turns) rotate<T, W>(x, cos, sin);
+    }
+    if (!of_q && slot < 0) return;  // every thread asks for the slot, lest it come last
+    const auto page_size = static_cast<uint32_t>(args.k_layout.page_size);  // of the values too
+    const uint32_t page = static_cast<uint32_t>(slot) / page_size;
+    const uint32_t place = static_cast<uint32_t>(slot) - page * page_size;
+    auto* keys = static_cast<Storage*>(args.k_cache) + args.k_layout.offset(page, place, head);
+    auto* to = of_q ? q : keys;
+    E::store(to + at[0], x[0]);
+    E::store(to + at[1], x[1]);
+    if (of_q) continue;
+    auto* out = static_cast<Storage*>(args.v_cache) + args.v_layout.offset(page, place, head);
+    E::store(out + at[0], values[0]);
+    E::store(out + at[1], values[1]);
+  } while (kWarp && (run += threads) < units);
 }
 
 // Whether every run of `width` pairs is two whole vectors in each of the tensors and the tables.
 bool vectorises(const KvWriteArgs& args, int64_t width) {
   const CacheLayout &k = args.k_layout, &v = args.v_layout;
   return k.head_dim % (2 * width) == 0 && args.rotary_dim % (2 * width) == 0 &&
-         multiples_of_16({args.q, args.k, args.v, args.k_cache, args.v_cache, args.cos, args.sin},
+         multiples_of_16({args.q, args.k, args.v, args.k_cache, args.v_cache, args.cos, args.sin,
+                          args.q_norm, args.k_norm},
                          {args.q_stride, args.k_stride, args.v_stride, k.page_stride, k.head_stride,
                           k.slot_stride, v.page_stride, v.head_stride, v.slot_stride},
                          element_size(args.dtype));
+}
+
+template <class T, int W, bool Norms>
+int launch(const KvWriteArgs& args, void* stream) {
+  const int64_t heads = args.q_heads + args.k_layout.heads, units = args.k_layout.head_dim / 2 / W;
+  const int64_t items = args.count * heads * (Norms && W == 1 ? 32 : units);
+  if (items > INT32_MAX)
+    return static_cast<int>(cudaErrorInvalidValue);  // 8 GB of q and k, at least
+  const auto grid = static_cast<unsigned>((items + kWriteThreads - 1) / kWriteThreads);
+  DPARALLEL_LAUNCH_EARLY((kv_write_kernel<T, W, Norms>), grid, kWriteThreads, stream, args,
+                         static_cast<uint32_t>(units),
+                         static_cast<uint32_t>(args.rotary_dim / 2 / W));
+  return static_cast<int>(cudaGetLastError());
 }
 
 }  // namespace
@@ -119,19 +220,11 @@ int kv_write(const KvWriteArgs& args, void* stream) {
     using T = decltype(type);
     constexpr int W = T::kWidth;
     const bool vectors = vectorises(args, W);
-    const auto units = static_cast<uint32_t>(vectors ? pairs / W : pairs);
-    const auto turned = static_cast<uint32_t>(args.rotary_dim / 2 / (vectors ? W : 1));
-    const int64_t items = args.count * heads * units;
-    if (items > INT32_MAX)
-      return static_cast<int>(cudaErrorInvalidValue);  // 8 GB of q and k, at least
-    const auto grid = static_cast<unsigned>((items + kWriteThreads - 1) / kWriteThreads);
-    if (vectors)
-      DPARALLEL_LAUNCH_EARLY((kv_write_kernel<T, W>), grid, kWriteThreads, stream, args, units,
-                             turned);
-    else
-      DPARALLEL_LAUNCH_EARLY((kv_write_kernel<T, 1>), grid, kWriteThreads, stream, args, units,
-                             turned);
-    return static_cast<int>(cudaGetLastError());
+    if (args.q_norm == nullptr)
+      return vectors ? launch<T, W, false>(args, stream) : launch<T, 1, false>(args, stream);
+    const int64_t units = pairs / W;
+    const bool in_warp = units <= 32 && (units & (units - 1)) == 0;
+    return vectors && in_warp ? launch<T, W, true>(args, stream) : launch<T, 1, true>(args, stream);
   });
 }
 

@@ -1,6 +1,7 @@
 // The cache and the attention over it: kv_write, linear_kv_write, kv_move, block_attention.
 #include <algorithm>
 #include <limits>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -111,7 +112,8 @@ void launch(Cuda, const LinearKvWriteArgs& args, const Tensor& like) {
 
 template <class Backend>
 void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor positions,
-              Tensor slot_mapping, Tensor cos, Tensor sin) {
+              Tensor slot_mapping, Tensor cos, Tensor sin, std::optional<Tensor> q_norm,
+              std::optional<Tensor> k_norm, double eps) {
   Written written(q, k_cache, v_cache, positions, slot_mapping, cos, sin);
   KvWriteArgs& args = written.args;
   own_memory(q, "q");
@@ -128,6 +130,15 @@ void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tens
   args.q_stride = q_rows.stride(0);
   args.k_stride = k.stride(0);
   args.v_stride = v.stride(0);
+  DP_CHECK(q_norm.has_value() == k_norm.has_value(), q_norm.has_value() ? "k_norm" : "q_norm",
+           ": expected beside ", q_norm.has_value() ? "q_norm" : "k_norm", ", got None");
+  if (q_norm.has_value()) {
+    expect(*q_norm, "q_norm", q.scalar_type(), {dim}, q);
+    expect(*k_norm, "k_norm", q.scalar_type(), {dim}, q);
+    args.q_norm = q_norm->data_ptr();
+    args.k_norm = k_norm->data_ptr();
+    args.eps = static_cast<float>(eps);
+  }
   launch(Backend{}, args, q);
   write_back(q, q_rows);
   written.write_back();
@@ -136,7 +147,8 @@ void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tens
 DPARALLEL_OP(
     kv_write,
     "kv_write(Tensor(a!) q, Tensor k, Tensor v, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor "
-    "positions, Tensor slot_mapping, Tensor cos, Tensor sin) -> ()")
+    "positions, Tensor slot_mapping, Tensor cos, Tensor sin, Tensor? q_norm=None, Tensor? "
+    "k_norm=None, float eps=1e-6) -> ()")
 
 template <class Backend>
 Tensor linear_kv_write(Tensor x, Tensor weight, std::optional<Tensor> scale,

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..cache import AttentionMetadata, KVCache
 from ..ops import block_attention, kv_write, linear_kv_write, varlen_attention
-from .fused_weights import Joined
-from .modules import AttendsProducts
+from ..ops.inputs import compiled
+from .fused_weights import Joined, is_unmodified
+from .modules import CachedAttend, HeadNorms, RMSNorm
 
 
 class PagedAttention:
@@ -30,20 +31,28 @@ class PagedAttention:
         return LayerAttention(self, *self.kv_cache.layer(index))
 
 
-class LayerAttention(AttendsProducts):
+class LayerAttention(CachedAttend):
     """Of one layer: k_cache, v_cache (pages, Hkv, page_size, D)."""
 
     def __init__(self, of_pass: PagedAttention, k_cache: Tensor, v_cache: Tensor) -> None:
         self.of_pass, self.caches = of_pass, (k_cache, v_cache)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (N, H, D), k and v (N, Hkv, D), before RoPE."""
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms | None = None) -> Tensor:
+        """q (N, H, D), k and v (N, Hkv, D), before their norms and RoPE."""
         of_pass, metadata = self.of_pass, self.of_pass.metadata
-        kv_write(q, k, v, *self.caches, slot_mapping=metadata.slot_mapping, **of_pass.turn)
+        k_cache, v_cache = self.caches
+        weights: dict[str, Any] = {}
+        if norms is not None:
+            weights = by_kernel(q, norms)
+            if not weights:
+                q, k = norms.q(q), norms.k(k)
+        kv_write(q, k, v, k_cache, v_cache, slot_mapping=metadata.slot_mapping, **of_pass.turn, **weights)
         if not of_pass.some_whole:
             return self._attend(q)
-        # With q's part taken by k and no slot to write, this only rotates k in place.
-        kv_write(k, v, v, *self.caches, slot_mapping=of_pass.nowhere, **of_pass.turn)
+        # With q's part taken by k and no slot to write, this only norms and rotates k in place.
+        if weights:
+            weights["q_norm"] = weights["k_norm"]
+        kv_write(k, v, v, k_cache, v_cache, slot_mapping=of_pass.nowhere, **of_pass.turn, **weights)
         y = varlen_attention(q, k, v, *of_pass.whole, max_seqlen=metadata.max_q_len, causal=metadata.causal)
         return y.add_(self._attend(q)) if len(metadata.kv_lens) else y  # each is zero in the other's rows
 
@@ -80,3 +89,15 @@ class LayerAttention(AttendsProducts):
             max_q_len=metadata.max_q_len,
             max_kv_len=metadata.max_kv_len,
         )
+
+
+def by_kernel(q: Tensor, norms: HeadNorms) -> dict[str, Any]:
+    """The arguments by which `kv_write` computes the norms; none where their modules have to."""
+    of_q, of_k = norms
+    if not (is_unmodified(of_q, RMSNorm) and is_unmodified(of_k, RMSNorm)):
+        return {}
+    if of_q.bias is not None or of_k.bias is not None or of_q.eps != of_k.eps:
+        return {}
+    if not compiled(q, of_q.weight, of_k.weight):
+        return {}
+    return {"q_norm": of_q.weight, "k_norm": of_k.weight, "eps": of_q.eps}

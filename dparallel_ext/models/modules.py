@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -151,12 +152,24 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries (..., heads, D), keys and values (..., kv_heads, D), before RoPE -> (..., heads, D)."""
 
 
-class AttendsProducts:
-    """An `Attend` that can also take what its arguments are the product of."""
+class HeadNorms(NamedTuple):
+    """The norms of each head of queries and of keys; they may be an adapter's modules."""
 
+    q: nn.Module
+    k: nn.Module
+
+
+class CachedAttend(ABC):
+    """An `Attend` over a cache, which can do some of what comes before it."""
+
+    @abstractmethod
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms | None = None) -> Tensor:
+        """norms: of q and k, still to be computed."""
+
+    @abstractmethod
     def of_product(self, x: Tensor, weights: fused_weights.Joined) -> Tensor | None:
-        """Of x (N, width): (N, heads, D); None if it needs keys and values themselves."""
-        raise NotImplementedError
+        """Of x (N, width), by which q, k and v are a product: (N, heads, D); None if they are needed
+        themselves."""
 
 
 DROPOUT = ("attention_dropout", "embedding_dropout", "residual_dropout")
@@ -196,14 +209,16 @@ class Block(Named):
     def _attended(self, y: Tensor, attend: Attend) -> Tensor:
         """y (..., width) -> (..., heads, D)"""
         s, layers = self.shape, (self.q, self.k, self.v)
-        if isinstance(attend, AttendsProducts) and not s.qk_norm and (w := fused_weights.joined(layers)):
+        if isinstance(attend, CachedAttend) and not s.qk_norm and (w := fused_weights.joined(layers)):
             attended = attend.of_product(y, w)
             if attended is not None:
                 return attended
         q, k, v = (t.unflatten(-1, (-1, s.head_dim)) for t in fused_weights.project(y, layers))
-        if s.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return attend(q, k, v)
+        if not s.qk_norm:
+            return attend(q, k, v)
+        if isinstance(attend, CachedAttend):
+            return attend(q, k, v, HeadNorms(self.q_norm, self.k_norm))
+        return attend(self.q_norm(q), self.k_norm(k), v)
 
     def _activated(self, y: Tensor) -> Tensor:
         """silu(gate y) * (up y), (..., mlp_width)"""

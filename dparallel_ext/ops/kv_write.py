@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import number, whole
-from .inputs import check_caches, check_heads, expect, within
+from .inputs import check_caches, check_heads, check_like, expect, within
 
 
 def rope_table(
@@ -56,11 +56,18 @@ def kv_write(
     slot_mapping: Tensor,
     cos: Tensor,
     sin: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> None:
     """Rotate queries in place, and write rotated keys, and values, into their slots, in one pass.
 
     The first R of a head's D dimensions are rotated, in the pairs (i, i + R / 2), as by LLaMA's (GPT-NeoX's)
     rotary embedding with a rotary width of R; the other dimensions stay.
+
+    With norms, as of Qwen3, each head x of q and of k becomes weight * x / sqrt(mean(x^2) + eps) before it is
+    rotated, over all D dimensions and with the roundings of `rms_norm`. On a GPU the squares are added in
+    another order than there. A row's results do not depend on other rows.
 
     Any strides, without overlaps in the tensors that are changed; rows (H, D) of q, k and v, and the last
     dimension of a cache, are copied if they are not contiguous. No gradient.
@@ -73,6 +80,8 @@ def kv_write(
         slot_mapping: (N,) int64, page * page_size + offset, distinct; rows with a negative number are not
             written.
         cos, sin: (positions, R / 2) float32, R <= D, see `rope_table`.
+        q_norm, k_norm: (D,), the dtype of q, weights of the norms; both or neither.
+        eps: added to the mean square.
 
     Raises:
         ValueError: naming the argument that does not fit, or that requires a gradient. Indices are checked on
@@ -88,11 +97,21 @@ def kv_write(
     for name, tensor in (("k", k), ("v", v)):
         expect(name, tensor, (len(q), k_cache.shape[1], q.shape[2]))
     check_places(q.shape, positions, slot_mapping, cos, sin)
+    for name, weight, other in (("q_norm", q_norm, k_norm), ("k_norm", k_norm, q_norm)):
+        if weight is not None:
+            check_like(name, weight, q, q.shape[2:])
+        elif other is not None:
+            raise ValueError(f"{name}: expected a norm for both or neither of q and k, got None")
+    if type(eps) is not float:
+        eps = number("eps", eps)
     if q.dtype == torch.float64:
         within("positions", positions, 0, len(cos))
         within("slot_mapping", slot_mapping, None, len(k_cache) * k_cache.shape[2])
-        return _in_float64(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin)
-    torch.ops.dparallel.kv_write(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin)
+        norms = q_norm, k_norm, eps
+        return _in_float64(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin, *norms)
+    torch.ops.dparallel.kv_write(
+        q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin, q_norm, k_norm, eps
+    )
 
 
 def check_places(
@@ -121,23 +140,28 @@ def _in_float64(
     slot_mapping: Tensor,
     cos: Tensor,
     sin: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
 ) -> None:
     """By torch: the kernels have no float64."""
     half = cos.shape[1]
     c, s = (table[positions][:, None].double() for table in (cos, sin))  # (N, 1, R / 2)
 
-    def rotated(x: Tensor) -> Tensor:
+    def rotated(x: Tensor, weight: Tensor | None) -> Tensor:
+        if weight is not None:
+            x = weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
         a, b, rest = x.split((half, half, x.shape[2] - 2 * half), -1)
         return torch.cat((a * c - b * s, b * c + a * s, rest), -1)
 
     written = (slot_mapping >= 0).nonzero()[:, 0]
     slot = slot_mapping[written]
     page, offset = slot // k_cache.shape[2], slot % k_cache.shape[2]
-    k_cache[page, :, offset] = rotated(k)[written]
+    k_cache[page, :, offset] = rotated(k, k_norm)[written]
     v_cache[page, :, offset] = v[written]
-    q.copy_(rotated(q))
+    q.copy_(rotated(q, q_norm))
 
 
 @torch.library.register_fake("dparallel::kv_write")
-def _(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin):  # type: ignore[no-untyped-def]
+def _(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin, q_norm=None, k_norm=None, eps=1e-6):  # type: ignore[no-untyped-def]
     return None

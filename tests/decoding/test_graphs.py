@@ -543,9 +543,13 @@ def test_lanes_that_fill_up_a_pass_change_nothing(
     torch.testing.assert_close(out.trajectory.confidence, expected.trajectory.confidence, equal_nan=True)
 
 
+@pytest.mark.parametrize(("name", "cache"), [("llada", "dual"), ("sdar", "block")])
 @pytest.mark.parametrize("fused", [False, True])
-def test_the_kernels_of_a_pass(taped: list[Graphs], monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
-    """Of a block: so many launches for each layer, and eight beside; seven where products end in more."""
+def test_the_kernels_of_a_pass(
+    taped: list[Graphs], monkeypatch: pytest.MonkeyPatch, name: str, cache: str, fused: bool
+) -> None:
+    """Of a block: so many launches for each layer, norms of heads or not, and eight beside; seven, or eight,
+    where products end in more."""
     for op in ("linear_swiglu", "linear_kv_write"):
         module = importlib.import_module(f"dparallel_ext.ops.{op}")
         monkeypatch.setattr(module, "ends_in_more", lambda *_: fused)
@@ -559,15 +563,19 @@ def test_the_kernels_of_a_pass(taped: list[Graphs], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Kept)
     found = []
     for layers in (1, 2):
-        model = tiny("llada", layers).to(torch.bfloat16).fuse()
-        dx.decode(model, prompt(32), gen_length=64, cache="dual", selector="quota", threshold=8)
-        assert len(graphs) == 2
-        found.append(kernels(graphs[1].tape))
+        model = tiny(name, layers).to(torch.bfloat16).fuse()
+        assert model.shape.qk_norm == (name == "sdar")
+        dx.decode(model, prompt(32), gen_length=64, cache=cache, selector="quota", threshold=8)
+        found.append(kernels(graphs[-1].tape))
         graphs.clear()
     layer = found[1] - found[0]
-    ends = {"linear_kv_write": 1, "linear_swiglu": 1} if fused else {"kv_write": 1, "swiglu": 1}
-    assert layer == {**ends, "linear": 2 if fused else 4, "rms_norm": 2, "block_attention": 1}
-    assert layer.total() == (7 if fused else 9)
+    linear = {"linear": 4, "kv_write": 1, "swiglu": 1}
+    if fused:
+        linear = {"linear": 2, "linear_kv_write": 1, "linear_swiglu": 1}
+        if name == "sdar":
+            linear = {"linear": 3, "kv_write": 1, "linear_swiglu": 1}
+    assert layer == {**linear, "rms_norm": 2, "block_attention": 1}
+    assert layer.total() == (9 if not fused else 8 if name == "sdar" else 7)
     beside = found[0] - layer
     assert beside == {
         **{"index": 2, "embedding": 1, "rms_norm": 1, "linear": 1},

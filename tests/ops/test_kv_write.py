@@ -23,6 +23,7 @@ def case(
     dim: int,
     page: int,
     rotary: int | None = None,
+    norms: bool = False,
 ) -> dict:
     """Arguments of kv_write: rows of one fused buffer, caches of any layout, some rows written nowhere."""
     g = torch.Generator().manual_seed(seed)
@@ -33,6 +34,8 @@ def case(
     slots = torch.randperm(pages * page, generator=g)[:count]
     slots[torch.rand(count, generator=g) < 0.2] = -1
     cos, sin = dx.rope_table(50, rotary or dim, 500.0, device=slots.device)
+    weights = torch.randn(2, dim, generator=g).to(dtype)
+    of_norms = {"q_norm": weights[0], "k_norm": weights[1], "eps": 1e-3} if norms else {}
     return {
         "q": q.unflatten(1, (-1, dim)),
         "k": k.unflatten(1, (-1, dim)),
@@ -43,11 +46,12 @@ def case(
         "slot_mapping": slots,
         "cos": cos,
         "sin": sin,
+        **of_norms,
     }
 
 
 def copied(arguments: dict) -> dict:
-    return {name: t.clone() for name, t in arguments.items()}
+    return {name: t.clone() if isinstance(t, torch.Tensor) else t for name, t in arguments.items()}
 
 
 @given(
@@ -59,15 +63,17 @@ def copied(arguments: dict) -> dict:
     dim=st.sampled_from([2, 6, 16, 64, 80]),
     page=st.sampled_from([1, 5, 16, 64]),
     part=st.sampled_from([1, 1, 2, 4]),
+    norms=st.booleans(),
 )
 @everywhere
-def test_it_does_what_its_twin_does(seed, dtype, count, heads, group, dim, page, part) -> None:
+def test_it_does_what_its_twin_does(seed, dtype, count, heads, group, dim, page, part, norms) -> None:
     rotary = max(2, dim // part // 2 * 2)
-    ours = case(seed, dtype, count, heads, group, dim, page, rotary)
+    ours = case(seed, dtype, count, heads, group, dim, page, rotary, norms)
     twin = copied(ours)
     dx.kv_write(**ours)
     reference.kv_write(**twin)
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    tolerance *= 4 if norms else 1  # a number at a tie is rounded either way, twice, and multiplied
     for name in ("q", "k_cache"):
         torch.testing.assert_close(ours[name], twin[name], rtol=tolerance, atol=tolerance)
     assert torch.equal(ours["v_cache"], twin["v_cache"])  # and what was not written is as it was
@@ -87,10 +93,38 @@ def test_one_rounding(dtype: torch.dtype) -> None:
     assert differing < (0.6 if dtype == torch.float32 else 1e-3)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@everywhere
+def test_norms_round_as_rms_norm(dtype: torch.dtype) -> None:
+    """And a row is to the bit what it is alone."""
+    of_rms = dx.rms_norm if dtype in DTYPES else reference.rms_norm
+    for dim, rotary in ((128, 128), (80, 80), (64, 16), (6, 4)):
+        ours = case(3, dtype, 33, 2, 2, dim, 16, rotary, norms=True)
+        first, one_by_one = copied(ours), copied(ours)
+        eps = one_by_one.pop("eps")
+        for name in ("q", "k"):
+            one_by_one[name] = of_rms(one_by_one[name], one_by_one.pop(f"{name}_norm"), eps=eps)
+        dx.kv_write(**ours)
+        dx.kv_write(**one_by_one)
+        for name in ("q", "k_cache"):  # but for sums of another order, on a GPU
+            differing = (ours[name] != one_by_one[name]).float().mean()
+            assert differing < (0.01 if dtype in (torch.bfloat16, torch.float16) else 1)
+            torch.testing.assert_close(ours[name], one_by_one[name], rtol=2e-2, atol=1e-6)
+        alone = copied(first)
+        rows = ("q", "k", "v", "positions", "slot_mapping")
+        for row in range(33):
+            dx.kv_write(**alone | {name: alone[name][row : row + 1] for name in rows})
+        for name in ("q", "k", "k_cache", "v_cache"):
+            assert torch.equal(alone[name], ours[name])
+
+
 @everywhere
 def test_opcheck() -> None:
     arguments = case(1, torch.float32, 9, 2, 2, 16, 8)
     names = ("q", "k", "v", "k_cache", "v_cache", "positions", "slot_mapping", "cos", "sin")
+    torch.library.opcheck(torch.ops.dparallel.kv_write, tuple(arguments[n] for n in names))
+    arguments |= case(1, torch.float32, 9, 2, 2, 16, 8, norms=True)
+    names += ("q_norm", "k_norm", "eps")
     torch.library.opcheck(torch.ops.dparallel.kv_write, tuple(arguments[n] for n in names))
 
 
@@ -111,6 +145,14 @@ def test_opcheck() -> None:
             r"cos: expected float32 \(positions, R / 2\) with R <= 16, got \(50, 16\)",
         ),
         ({"sin": torch.zeros(50, 7)}, r"sin: expected torch.float32 \(50, 8\)"),
+        ({"q_norm": torch.ones(16)}, "k_norm: expected a norm for both or neither of q and k, got None"),
+        ({"k_norm": torch.ones(16)}, "q_norm: expected a norm for both or neither of q and k, got None"),
+        (
+            {"q_norm": torch.ones(16), "k_norm": torch.ones(8)},
+            r"k_norm: expected torch.float32 \(16,\) on cpu, got torch.float32 \(8,\)",
+        ),
+        ({"q_norm": torch.ones(16).half(), "k_norm": torch.ones(16)}, r"q_norm: expected torch.float32"),
+        ({"eps": "no"}, "eps: expected a finite number >= 0, got 'no'"),
     ],
 )
 def test_bad_arguments_are_named(change: dict, message: str) -> None:

@@ -68,7 +68,9 @@ def examples(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "distillation_loss": of_distillation,
         "distillation_loss_backward": of_its_backward,
         "distillation_loss_backward_": of_its_backward,
-        "kv_write": (q, k, v, k_cache, v_cache, at, at + 8, cos, sin),
+        "kv_write": (
+            q, k, v, k_cache, v_cache, at, at + 8, cos, sin, x[0, :8].clone(), x[1, :8].clone(), 1e-5,
+        ),
         "kv_move": (
             torch.randn(2, 2, 4, 2, 4, 8).to(dtype), torch.tensor([[1, 2], [8, -1]]),
             torch.tensor([[0, 1], [9, 4]]),
@@ -147,7 +149,8 @@ def documented(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], dict[s
         "distillation": (distillation, {**of_distillation, "inplace": False}),
         "distillation inplace": (distillation, {**of_distillation, "inplace": True}),
         "kv_write": (dx.kv_write, {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache,
-                                   "positions": at, "slot_mapping": at + 8, "cos": cos, "sin": sin}),
+                                   "positions": at, "slot_mapping": at + 8, "cos": cos, "sin": sin,
+                                   "q_norm": q[0, 0].clone(), "k_norm": k[0, 0].clone(), "eps": 1e-5}),
         "kv_move": (dx.kv_move, {"kv_cache": torch.randn(2, 2, 4, 2, 4, 8).to(dtype),
                                  "source": torch.tensor([[1, 2], [8, -1]]),
                                  "target": torch.tensor([[0, 1], [9, 4]])}),

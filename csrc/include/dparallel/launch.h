@@ -263,6 +263,11 @@ struct KvWriteArgs {
   void* k_cache;
   void* v_cache;
   CacheLayout k_layout, v_layout;
+  // [head_dim] in the dtype, both or neither: each head of q and of k has its RMS norm first, whose
+  // roundings are those of rms_norm.
+  const void* q_norm = nullptr;
+  const void* k_norm = nullptr;
+  float eps = 0.0f;
 };
 
 // Copies, in every layer and head, the keys and values of slot source[lane, i] to slot

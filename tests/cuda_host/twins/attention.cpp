@@ -5,7 +5,7 @@ namespace twins {
 
 void kv_write_case() {
   const DType dtype = one_of({DType::float32, DType::bfloat16, DType::float16});
-  const int64_t dim = one_of({2, 6, 16, 64, 80}), heads = 1 + below(3), group = 1 + below(3);
+  const int64_t dim = one_of({2, 6, 16, 64, 80, 128}), heads = 1 + below(3), group = 1 + below(3);
   const int64_t count = below(12), page_size = one_of({1, 5, 16}), pages = 1 + below(4) + count;
   const int64_t table = 1 + below(9), gap = chance(0.5) ? below(9) : 0;
   const CacheLayout layout = random_layout(pages, page_size, heads, dim);
@@ -43,6 +43,12 @@ void kv_write_case() {
                    values.memory.get(),
                    layout,
                    layout};
+  const Numbers q_norm(dtype, dim), k_norm(dtype, dim), q_first(q);
+  if (chance(0.5)) {
+    args.q_norm = q_norm.memory.get();
+    args.k_norm = k_norm.memory.get();
+    args.eps = 1e-3f;
+  }
   cpu::kv_write(args, serial);
   args.q = q2.memory.get();
   args.k_cache = keys2.memory.get();
@@ -51,6 +57,23 @@ void kv_write_case() {
   near(q2, q, "q");
   near(keys2, keys, "k_cache");
   near(values2, values, "v_cache");
+  if (args.q_norm == nullptr || count == 0) return;
+  // A row alone, to the bit.
+  const int64_t row = below(count), row_bytes = q.bytes() / std::max<int64_t>(1, count);
+  Numbers alone(q_first), keys3(keys2);
+  args.q = alone.memory.get() + row * row_bytes;
+  args.k = k.memory.get() + row * (k.bytes() / count);
+  args.v = v.memory.get() + row * (v.bytes() / count);
+  args.k_cache = keys3.memory.get();
+  args.positions += row;
+  args.slot_mapping += row;
+  args.count = 1;
+  cuda::kv_write(args, nullptr);
+  REQUIRE(std::memcmp(alone.memory.get() + row * row_bytes, q2.memory.get() + row * row_bytes,
+                      row_bytes) == 0,
+          "q of a row alone is not what it is among others");
+  REQUIRE(std::memcmp(keys3.memory.get(), keys2.memory.get(), keys2.bytes()) == 0,
+          "a key alone is not what it is among others");
 }
 
 void kv_move_case() {
