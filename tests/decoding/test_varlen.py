@@ -96,7 +96,7 @@ MIXES = {
 
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("pad_to", [None, GRAPH_BUCKETS], ids=["as it is", "filled"])
-@pytest.mark.parametrize("name", ["llada_tiny_a", "dream_tiny_a"])
+@pytest.mark.parametrize("name", ["llada_tiny_a", "dream_tiny_a", "sdar_tiny_a"])
 @pytest.mark.parametrize("device", ["cpu", *GPUS], indirect=True)
 @torch.no_grad()
 def test_it_is_attention_to_the_cache(
@@ -119,6 +119,36 @@ def test_it_is_attention_to_the_cache(
     for with_it, without in zip(*found.values(), strict=True):
         assert float((with_it - without).norm()) <= tolerance * float(without.norm())
     assert not found[True][0].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_heads_are_normed_once(short: list[tuple[int, bool]], dtype: torch.dtype) -> None:
+    """By `kv_write`, or by their modules where one does more; in the cache and in packed keys."""
+    model = golden.model("sdar_tiny_a", dtype=dtype)
+    for block in model.blocks:
+        for norm in (block.q_norm, block.k_norm):
+            norm.weight.data = 0.5 + torch.rand_like(norm.weight)
+    spans = [Span(*span) for span in MIXES["some"]]
+    ids = torch.randint(0, 510, (sum(span.end - span.start for span in spans),))
+    called: list[torch.nn.Module] = []
+    found = []
+    for hooked in ("", "q_norm", "k_norm"):
+        hooks = [
+            getattr(block, hooked).register_forward_hook(lambda module, *_: called.append(module))
+            for block in model.blocks
+            if hooked
+        ]
+        cache = model.new_cache(25, 8, torch.arange(25).view(5, 5))
+        cache.slots.zero_()
+        found.append((step(model, cache, spans, ids, None), cache.slots))
+        for hook in hooks:
+            hook.remove()
+    assert len(short) == 3 * len(model.blocks)
+    assert len(called) == 2 * len(model.blocks)
+    for pair in zip(*found, strict=True):
+        for other in pair[1:]:
+            assert torch.equal(pair[0], other)
 
 
 WAYS: list[dict[str, Any]] = [
