@@ -336,7 +336,8 @@ def kv_write(rng: random.Random) -> None:
         rng.randrange(4),
     )
     dim, page, table = rng.choice([0, 2, 6, 16, 34, 64]), rng.choice([1, 5, 16]), rng.randint(1, 60)
-    special = (math.inf, -math.inf, math.nan, torch.finfo(dtype).max / 4)
+    normed = rng.random() < 0.5
+    special = (math.inf, -math.inf, math.nan, *([] if normed else [torch.finfo(dtype).max / 4]))
     pages = -(-count // page) + rng.randrange(3)
     made = [numbers(rng, dtype, count, n * heads, dim, special=special) for n in (group, 1, 1)]
     made += [numbers(rng, dtype, pages, heads, page, dim) for _ in "kv"]
@@ -347,14 +348,20 @@ def kv_write(rng: random.Random) -> None:
     rotary = 2 * rng.randint(0, dim // 2)
     cos, sin = dx.rope_table(table, rotary, 500.0) if rotary else torch.ones(2, table, 0)
     positions = whole(rng, 0, table, count)
-    given = {"positions": positions, "slot_mapping": slots, "cos": cos, "sin": sin}
+    given: dict[str, Any] = {"positions": positions, "slot_mapping": slots, "cos": cos, "sin": sin}
+    most = 0.0  # that a norm may give
+    if normed:
+        given |= {name: numbers(rng, dtype, dim) for name in ("q_norm", "k_norm")}
+        given["eps"] = rng.choice([1e-5, 1e-6, 1.0])
+        if dim:
+            most = math.sqrt(dim) * max(float(given[name].abs().max()) for name in ("q_norm", "k_norm"))
     ours, twin = [strided(rng, t, changed=True) for t in made], [t.clone() for t in made]
-    dx.kv_write(*ours, **{n: strided(rng, t) for n, t in given.items()})
+    dx.kv_write(*ours, **{n: strided(rng, t) if isinstance(t, Tensor) else t for n, t in given.items()})
     if dim:
         reference.kv_write(*twin, **given)
     for a, b in zip(ours, twin, strict=True):
         scale = b.double().nan_to_num(0, 0, 0).abs().amax(-1, keepdim=True) if dim else 0.0
-        assert near(a, b, STEP[dtype] * (2 * scale + 4 * torch.finfo(dtype).smallest_normal))
+        assert near(a, b, STEP[dtype] * (2 * scale + 4 * most + 4 * torch.finfo(dtype).smallest_normal))
 
 
 def kv_move(rng: random.Random) -> None:

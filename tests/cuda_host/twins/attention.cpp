@@ -5,7 +5,8 @@ namespace twins {
 
 void kv_write_case() {
   const DType dtype = one_of({DType::float32, DType::bfloat16, DType::float16});
-  const int64_t dim = one_of({2, 6, 16, 64, 80, 128}), heads = 1 + below(3), group = 1 + below(3);
+  const int64_t dim = one_of({2, 6, 16, 64, 80, 128, 512}), heads = 1 + below(3),
+                group = 1 + below(3);
   const int64_t count = below(12), page_size = one_of({1, 5, 16}), pages = 1 + below(4) + count;
   const int64_t table = 1 + below(9), gap = chance(0.5) ? below(9) : 0;
   const CacheLayout layout = random_layout(pages, page_size, heads, dim);
