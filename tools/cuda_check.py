@@ -195,7 +195,9 @@ def short_name(mangled: str) -> str:
     while length := re.match(r"\d+", rest):
         end = length.end() + int(length.group())
         name, rest = rest[length.end() : end], rest[end:]
-    parts = [t for t in ("BFloat16", "Float32", "Float16", "Float64", "EightBits") if f"{len(t)}{t}" in mangled]
+    parts = [
+        t for t in ("BFloat16", "Float32", "Float16", "Float64", "EightBits") if f"{len(t)}{t}" in mangled
+    ]
     parts += ["sampling"] if "Lb1E" in mangled else []
     parts += re.findall(r"Li(\d+)E", mangled)
     return f"{name}<{', '.join(parts)}>" if parts else name

@@ -103,7 +103,7 @@ struct Run {
 };
 
 // `units`: runs of W pairs in a head; `turned`: see Run.
-template <class T, int W, bool Norms>
+template <class T, int W, bool kNorms>
 __global__ void __launch_bounds__(kWriteThreads, kWriteBlocksPerSm)
     kv_write_kernel(KvWriteArgs args, uint32_t units, uint32_t turned) {
   using Storage = typename T::Storage;
@@ -111,14 +111,14 @@ __global__ void __launch_bounds__(kWriteThreads, kWriteBlocksPerSm)
   using Vector = typename E::Vector;
   const auto q_heads = static_cast<uint32_t>(args.q_heads);
   const auto dim = static_cast<uint32_t>(args.k_layout.head_dim);
-  constexpr bool kWarp = Norms && W == 1;  // a warp takes a head, each lane every 32nd run
+  constexpr bool kWarp = kNorms && W == 1;  // a warp takes a head, each lane every 32nd run
   const uint32_t threads = kWarp ? 32 : units;
   const uint32_t of_row = threads * (q_heads + static_cast<uint32_t>(args.k_layout.heads));
   const uint32_t item = blockIdx.x * kWriteThreads + threadIdx.x;
   const uint32_t row = item / of_row, unit = item - row * of_row;
   wait_for_earlier();
   const bool here = row < args.count;
-  if ((!Norms || kWarp) && !here) return;  // else each lane comes to the sum
+  if ((!kNorms || kWarp) && !here) return;  // else each lane comes to the sum
   int64_t position = 0, slot = 0;
   if (here) {
     position = args.positions[row];
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kWriteThreads, kWriteBlocksPerSm)
         values[1] = E::load_once(v + at[1]);
       }
     }
-    if constexpr (Norms) {
+    if constexpr (kNorms) {
       weights[0] = E::load(weight + at[0]);
       weights[1] = E::load(weight + at[1]);
     }
@@ -162,11 +162,11 @@ __global__ void __launch_bounds__(kWriteThreads, kWriteBlocksPerSm)
     if (own.turns) {
       load_table<W>(args.cos + position * (turned * W) + own.pair, cos);
       load_table<W>(args.sin + position * (turned * W) + own.pair, sin);
-      if constexpr (!Norms) rotate<T, W>(x, cos, sin);
-    } else if (of_q && !Norms) {
+      if constexpr (!kNorms) rotate<T, W>(x, cos, sin);
+    } else if (of_q && !kNorms) {
       return;
     }
-    if constexpr (Norms) {
+    if constexpr (kNorms) {
       if constexpr (!kWarp) sum = sum_over(here ? squares<T, W>(x) : 0.0f, threads);
       if (!here) return;
       scale<T, W>(x, weights, __frsqrt_rn(__fdividef(sum, static_cast<float>(dim)) + args.eps));
@@ -198,14 +198,14 @@ bool vectorises(const KvWriteArgs& args, int64_t width) {
                          element_size(args.dtype));
 }
 
-template <class T, int W, bool Norms>
+template <class T, int W, bool kNorms>
 int launch(const KvWriteArgs& args, void* stream) {
   const int64_t heads = args.q_heads + args.k_layout.heads, units = args.k_layout.head_dim / 2 / W;
-  const int64_t items = args.count * heads * (Norms && W == 1 ? 32 : units);
+  const int64_t items = args.count * heads * (kNorms && W == 1 ? 32 : units);
   if (items > INT32_MAX)
     return static_cast<int>(cudaErrorInvalidValue);  // 8 GB of q and k, at least
   const auto grid = static_cast<unsigned>((items + kWriteThreads - 1) / kWriteThreads);
-  DPARALLEL_LAUNCH_EARLY((kv_write_kernel<T, W, Norms>), grid, kWriteThreads, stream, args,
+  DPARALLEL_LAUNCH_EARLY((kv_write_kernel<T, W, kNorms>), grid, kWriteThreads, stream, args,
                          static_cast<uint32_t>(units),
                          static_cast<uint32_t>(args.rotary_dim / 2 / W));
   return static_cast<int>(cudaGetLastError());

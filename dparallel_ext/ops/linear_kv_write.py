@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
+from ..arguments import check_tensor
 from .fp8_linear import fp8_linear
 from .inputs import check_caches, check_heads, check_like
 from .kv_write import check_places, kv_write
@@ -52,13 +53,12 @@ def linear_kv_write(
         TypeError: naming an argument that should be a tensor and is not.
     """
     check_heads("x", x, 2)
-    check_product(x, weight, None, scale)
+    check_tensor("weight", weight)
     if bias is not None:
         check_like("bias", bias, x, weight.shape[:1])
     check_heads("k_cache", k_cache, 4, like=x)
-    check_heads("v_cache", v_cache, 4, like=x)
     _, kv_heads, _, dim = k_cache.shape
-    heads, rest = divmod(len(weight), dim) if dim else (0, 1)
+    heads, rest = divmod(weight.shape[0], dim) if dim and weight.ndim == 2 else (0, 1)
     heads -= 2 * kv_heads
     if rest or heads < 1:
         raise ValueError(
@@ -66,7 +66,9 @@ def linear_kv_write(
             f"got {tuple(weight.shape)}"
         )
     if ends_in_more(x, weight, bias, scale):
-        shape = (len(x), heads, dim)
+        check_product(x, weight, bias, scale)
+        check_heads("v_cache", v_cache, 4, like=x)
+        shape = (x.shape[0], heads, dim)
         check_caches(shape, k_cache, v_cache)
         check_places(shape, positions, slot_mapping, cos, sin)
         out: Tensor = torch.ops.dparallel.linear_kv_write(

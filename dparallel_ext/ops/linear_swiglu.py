@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
+from ..arguments import check_tensor
 from .fp8_linear import fp8_linear
 from .inputs import check_like, check_rows
 from .linear import check_product, ends_in_more, linear
@@ -41,12 +42,14 @@ def linear_swiglu(
         TypeError: naming an argument that should be a tensor and is not.
     """
     check_rows("x", x)
-    check_product(x, weight, None, scale)
-    if len(weight) % 2 or not len(weight):
-        raise ValueError(f"weight: expected as many rows of up as of the gate, got {len(weight)} rows")
+    check_tensor("weight", weight)
+    if weight.ndim != 2 or weight.shape[0] % 2 or not weight.shape[0]:
+        got = tuple(weight.shape)
+        raise ValueError(f"weight: expected (2 * width, in), the gate's rows and as many of up, got {got}")
     if bias is not None:
         check_like("bias", bias, x, weight.shape[:1])
     if ends_in_more(x, weight, bias, scale):
+        check_product(x, weight, bias, scale)
         rows = x.reshape(-1, x.shape[-1])
         out: Tensor = torch.ops.dparallel.linear_swiglu(rows, weight, scale, bias, constant)
         return out.view(*x.shape[:-1], -1)
