@@ -24,8 +24,9 @@ WIDTH = 4096
 STEPS = f"{OURS}, linear and kv_write"
 
 
-def work(device: torch.device, small: bool, tokens: int, width: int, dim: int = 128) -> Work:
-    """From `width` to as many numbers of queries, keys and values, in heads of `dim`."""
+def work(device: torch.device, small: bool, tokens: int, width: int) -> Work:
+    """From `width` to as many numbers of queries, keys and values, in heads of 128 or, if tiny, one."""
+    dim = min(128, width)
     bytes_ = 6 * width * width
     sets = sets_of(bytes_, device, small)
     weights = [random(device, 3 * width, width) * width**-0.5 for _ in range(sets)]

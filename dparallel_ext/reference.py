@@ -7,6 +7,7 @@ each other: `accept` and `unmask_` on `row_stats`, `unmask_` on `select`.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -542,6 +543,24 @@ def linear_swiglu(
 ) -> Tensor:
     """See `dparallel_ext.linear_swiglu`; any floating-point dtype."""
     return swiglu(linear(x, weight, bias) if scale is None else fp8_linear(x, weight, scale, bias))
+
+
+def linear_kv_write(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    scale: Tensor | None = None,
+    **where: Any,
+) -> Tensor:
+    """See `dparallel_ext.linear_kv_write`; any floating-point dtype. where: its arguments for `kv_write`."""
+    y = linear(x, weight, bias) if scale is None else fp8_linear(x, weight, scale, bias)
+    kv_heads, dim = k_cache.shape[1], k_cache.shape[3]
+    q, k, v = y.unflatten(1, (-1, dim)).tensor_split((-2 * kv_heads, -kv_heads), 1)
+    kv_write(q, k, v, k_cache, v_cache, **where)
+    return q
 
 
 def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,8 +1,6 @@
 // Compiled once per instruction set, as row_kernel.cpp is (see simd.h).
 #include "rms_norm_kernel.h"
 
-#include <cmath>
-
 #include "simd.h"
 
 namespace dparallel::cpu::DPARALLEL_SIMD {
@@ -25,19 +23,11 @@ void rows(const RmsNormArgs& args, int64_t begin, int64_t end) {
       }
       x = sum;
     }
-    F first = splat(0.0f), second = first;
-    for (int64_t i = 0; i < width; i += kStep) {
-      const Pair v = load_step<T>(x + i, width - i);
-      first += v.first * v.first;
-      second += v.second * v.second;
-    }
-    const float mean = reduce_add(first + second) / static_cast<float>(width);
-    const F scale = splat(1.0f / std::sqrt(mean + args.eps));
+    const F scale = norm_scale<T>(x, width, args.eps);
     auto* out = static_cast<Storage*>(args.out) + row * width;
     for (int64_t i = 0; i < width; i += kStep) {
       const int64_t left = width - i;
-      const Pair v = load_step<T>(x + i, left), w = load_step<T>(weight + i, left);
-      Pair y{w.first * T::round(v.first * scale), w.second * T::round(v.second * scale)};
+      Pair y = normed<T>(load_step<T>(x + i, left), scale, load_step<T>(weight + i, left));
       if (bias != nullptr) {
         const Pair b = load_step<T>(bias + i, left);
         y = {T::round(y.first) + b.first, T::round(y.second) + b.second};

@@ -498,9 +498,54 @@ def fp8_linear(rng: random.Random) -> None:
     assert near(found, expected, bound + torch.finfo(dtype).smallest_normal)
 
 
+def product(rng: random.Random, dtype: torch.dtype, rows: int, out: int) -> tuple[Tensor | None, ...]:
+    """x, weight, scale and bias, strided."""
+    width = rng.choice([1, 2, 15, 33, 64, 300])
+    x = numbers(rng, dtype, rows, width, special=(math.inf, -math.inf, math.nan))
+    weight, scale = numbers(rng, dtype, out, width, special=(1e-30, 30.0)), None
+    if rng.random() < 0.5:
+        weight, scale = dx.quantize_fp8(weight)
+    bias = numbers(rng, dtype, out) if rng.random() < 0.5 else None
+    return tuple(None if t is None else strided(rng, t) for t in (x, weight, scale, bias))
+
+
+def of_product(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    ops = torch.ops.dparallel
+    return ops.linear(x, weight, bias) if scale is None else ops.fp8_linear(x, weight, scale, bias)
+
+
+def linear_swiglu(rng: random.Random) -> None:
+    """On a CPU, to the bit: its steps."""
+    given = product(rng, rng.choice(DTYPES), rng.choice([0, 1, 4, 65]), 2 * rng.choice([1, 3, 20]))
+    found = torch.ops.dparallel.linear_swiglu(*given, rng.random() < 0.5)
+    torch.testing.assert_close(found, dx.swiglu(of_product(*given)), rtol=0, atol=0, equal_nan=True)
+
+
+def linear_kv_write(rng: random.Random) -> None:
+    """On a CPU, to the bit: its steps."""
+    dtype, rows, page = rng.choice(DTYPES), rng.choice([0, 1, 7, 40]), rng.choice([1, 5, 16])
+    heads, group, dim = rng.randint(1, 3), rng.randint(1, 3), rng.choice([2, 6, 16, 64])
+    given = product(rng, dtype, rows, (group + 2) * heads * dim)
+    pages = -(-rows // page) + rng.randint(1, 3)
+    slots = torch.randperm(pages * page, generator=torch.Generator().manual_seed(rng.randrange(2**30)))[:rows]
+    where = {
+        "positions": whole(rng, 0, 30, rows),
+        "slot_mapping": torch.where(some(rng, 0.2, rows), -1, slots),
+    }
+    where |= dict(zip(("cos", "sin"), dx.rope_table(30, 2 * rng.randint(1, dim // 2)), strict=True))
+    made = [numbers(rng, dtype, pages, heads, page, dim) for _ in "kv"]
+    ours, twin = [strided(rng, t, changed=True) for t in made], [t.clone() for t in made]
+    found = torch.ops.dparallel.linear_kv_write(*given, *ours, *where.values(), rng.random() < 0.5)
+    q, k, v = of_product(*given).unflatten(1, (-1, dim)).split((group * heads, heads, heads), 1)
+    dx.kv_write(q, k, v, *twin, **where)
+    for a, b in zip((found, *ours), (q, *twin), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
 TWINS: list[Callable[[random.Random], None]] = [
     row_stats, row_topk, select, unmask_, commit_, accept, certainty_forcing_loss, distillation_loss,
     kv_write, kv_move, block_attention, rms_norm, swiglu, linear, fp8_linear,
+    linear_swiglu, linear_kv_write,
 ]  # fmt: skip
 
 

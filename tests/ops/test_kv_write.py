@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import everywhere
+from conftest import STAND_IN, every_level, everywhere
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import reference
@@ -91,6 +92,32 @@ def test_one_rounding(dtype: torch.dtype) -> None:
     reference.kv_write(**twin)
     differing = (ours["k_cache"] != twin["k_cache"]).float().mean()
     assert differing < (0.6 if dtype == torch.float32 else 1e-3)
+
+
+@pytest.mark.skipif(STAND_IN, reason="a GPU fuses a product with the sum that it goes into")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotary", [0, 2, 22, 64, 90])
+@every_level
+def test_each_product_is_rounded_on_a_cpu(rotary: int, dtype: torch.dtype) -> None:
+    """To the bit what torch gives one operation after another."""
+    q, k = torch.randn(7, 3, 90).to(dtype), torch.randn(7, 1, 90).to(dtype)
+    if q.is_cuda:
+        return
+    half, positions = rotary // 2, torch.randint(40, (7,))
+    cos, sin = dx.rope_table(40, rotary) if rotary else torch.ones(2, 40, 0)
+    caches = torch.zeros(2, 1, 1, 16, 90, dtype=dtype)
+
+    def rotated(x: Tensor) -> Tensor:
+        a, b, rest = x.float().split((half, half, 90 - rotary), -1)
+        c, s = cos[positions][:, None], sin[positions][:, None]
+        return torch.cat((a * c - b * s, b * c + a * s, rest), -1).to(dtype)
+
+    expected_q, expected_k = rotated(q), rotated(k)
+    slots = torch.arange(7)
+    dx.kv_write(q, k, k, *caches, positions=positions, slot_mapping=slots, cos=cos, sin=sin)
+    assert torch.equal(q, expected_q)
+    assert torch.equal(caches[0, 0, 0, :7], expected_k[:, 0])
+    assert torch.equal(caches[1, 0, 0, :7], k[:, 0])
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])

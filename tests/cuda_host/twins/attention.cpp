@@ -62,6 +62,11 @@ void kv_write_case() {
   // A row alone, to the bit.
   const int64_t row = below(count), row_bytes = q.bytes() / std::max<int64_t>(1, count);
   Numbers alone(q_first), keys3(keys2);
+  if (const int64_t slot = slots[row]; slot >= 0)
+    for (int64_t head = 0; head < heads; ++head) {
+      const int64_t at = layout.offset(slot / page_size, slot % page_size, head);
+      for (int64_t i = 0; i < dim; ++i) keys3.set(at + i, 3.0);  // to be written over
+    }
   args.q = alone.memory.get() + row * row_bytes;
   args.k = k.memory.get() + row * (k.bytes() / count);
   args.v = v.memory.get() + row * (v.bytes() / count);
