@@ -1,6 +1,8 @@
 // Compiled once per instruction set, as row_kernel.cpp is (see simd.h).
 #include "rms_norm_kernel.h"
 
+#include <cmath>
+
 #include "simd.h"
 
 namespace dparallel::cpu::DPARALLEL_SIMD {
@@ -23,11 +25,19 @@ void rows(const RmsNormArgs& args, int64_t begin, int64_t end) {
       }
       x = sum;
     }
-    const F scale = norm_scale<T>(x, width, args.eps);
+    F first = splat(0.0f), second = first;
+    for (int64_t i = 0; i < width; i += kStep) {
+      const Pair v = load_step<T>(x + i, width - i);
+      first += v.first * v.first;
+      second += v.second * v.second;
+    }
+    const float mean = reduce_add(first + second) / static_cast<float>(width);
+    const F scale = splat(1.0f / std::sqrt(mean + args.eps));
     auto* out = static_cast<Storage*>(args.out) + row * width;
     for (int64_t i = 0; i < width; i += kStep) {
       const int64_t left = width - i;
-      Pair y = normed<T>(load_step<T>(x + i, left), scale, load_step<T>(weight + i, left));
+      const Pair v = load_step<T>(x + i, left), w = load_step<T>(weight + i, left);
+      Pair y{w.first * T::round(v.first * scale), w.second * T::round(v.second * scale)};
       if (bias != nullptr) {
         const Pair b = load_step<T>(bias + i, left);
         y = {T::round(y.first) + b.first, T::round(y.second) + b.second};

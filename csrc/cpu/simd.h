@@ -3,7 +3,6 @@
 // setup.py), with DPARALLEL_SIMD naming the namespace; simd_level.h picks one of them.
 #pragma once
 
-#include <cmath>
 #include <cstring>
 
 #include "dparallel/numeric.h"
@@ -31,19 +30,6 @@ inline I lane_numbers() {
 }
 inline F maximum(F a, F b) { return a > b ? a : b; }  // b where a is NaN
 inline F minimum(F a, F b) { return a < b ? a : b; }  // b where a is NaN
-
-// A product that is rounded by itself, and not fused with the sum that it goes into.
-inline F product(F a, F b) {
-  F p = a * b;
-#if defined(__x86_64__)
-  asm("" : "+v"(p));
-#elif defined(__aarch64__)
-  asm("" : "+w"(p));
-#else
-  asm("" : "+m"(p));
-#endif
-  return p;
-}
 
 template <class V>
 inline V load(const void* p) {
@@ -206,25 +192,6 @@ inline void store_step(Pair v, typename T::Storage* p, int64_t count) {
   typename T::Storage padded[kStep];
   T::narrow(v, padded);
   std::memcpy(p, padded, count * sizeof(*p));
-}
-
-// 1 / sqrt(mean(x^2) + eps) of `count` numbers at x.
-template <class T>
-inline F norm_scale(const typename T::Storage* x, int64_t count, float eps) {
-  F first = splat(0.0f), second = first;
-  for (int64_t i = 0; i < count; i += kStep) {
-    const Pair v = load_step<T>(x + i, count - i);
-    first += v.first * v.first;
-    second += v.second * v.second;
-  }
-  const float mean = reduce_add(first + second) / static_cast<float>(count);
-  return splat(1.0f / std::sqrt(mean + eps));
-}
-
-// The normalised v under a weight, not yet rounded.
-template <class T>
-inline Pair normed(Pair v, F scale, Pair weight) {
-  return {weight.first * T::round(v.first * scale), weight.second * T::round(v.second * scale)};
 }
 
 // Visits `count` logits in pairs of vectors; the last is padded with -inf, which changes nothing.
