@@ -139,7 +139,7 @@ def serving(
 ) -> Iterator[Here]:
     """A server of the student, or of what is loaded, under a name; `settings`: of `serving.settings`.
 
-    others: models that ship, served beside it, and what their engines are told.
+    others: models that ship, served beside it, and what their engines are told; a verifier by its name.
     """
     model, tokenizer = loaded or registry.load(MODEL)
     settings = {"max_length": 256, "grace": 0.5, **settings}
@@ -147,11 +147,14 @@ def serving(
 
     def add(name: str, model: Any, tokenizer: Any, place: Path, engine: dict[str, Any]) -> None:
         defaults: dict[str, Any] = {"gen_length": 64, "lanes": 4, "max_waiting": 64}
-        if not model.causal:
+        named = engine.get("verifier")
+        if named is not None:
+            engine = {**engine, "verifier": registry.load_verifier(named, model, tokenizer)}
+        elif not model.causal:
             defaults |= {"block_length": BLOCK, "cache": "dual", "rule": "entropy:0.5"}
         made = dx.Engine(model, max_length=settings["max_length"], **{**defaults, **engine})
         running.append(made)
-        service.add(name, made, model.shape.embedding_size, tokenizer, place, engine.get("drafter"))
+        service.add(name, made, model.shape.embedding_size, tokenizer, place, engine.get("drafter"), named)
 
     add(name, model, tokenizer, directory or registry.directory_of(MODEL), engine or {})
     for other, own in (others or {}).items():

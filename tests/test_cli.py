@@ -627,7 +627,7 @@ def test_a_diffusion_model_and_a_verifier(tmp_path: Path) -> None:
         ((*verifier, "--policy", "one"), "policy: not together with --verifier, got 'one'"),
         ((*verifier, "--draft-size", 3), "draft_size: not together with --verifier, got 3"),
         (("--window", 3), "window: belongs to --verifier, got 3"),
-        ((*verifier, "--cache", "dual"), "cache: adaptive_decode goes left to right"),
+        ((*verifier, "--cache", "dual"), "cache: with a verifier decoding goes left to right"),
         ((*verifier, "--mixture", 2), "mixture: expected a number from 0 to 1, got 2"),
         ((*verifier, "--model", "builtin:causal"), "verifier: belongs to masked diffusion"),
         (("--verifier", "builtin:teacher"), "verifier: expected an autoregressive model"),

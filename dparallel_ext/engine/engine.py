@@ -2,7 +2,7 @@
 
 `decode` and `speculate` are for prompts at hand; an `Engine` is for prompts that arrive while others are
 being decoded. Its thread runs passes over the requests in its lanes; between passes it lets requests in and
-out. A request gets what `decode`, or `speculate`, would give it alone.
+out. A request gets what `decode`, `speculate` or `adaptive_decode` would give it alone.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ class EngineStats:
     tokens: int
     """Response tokens of finished blocks."""
     draft_forwards: int
-    """Calls of the drafter."""
+    """Calls of the drafter, or of the verifier."""
     drafted_tokens: int
-    """Tokens that the drafter guessed."""
+    """Tokens that the drafter guessed, or that the verifier judged."""
     accepted_tokens: int
-    """Guessed tokens that were the model's own choice."""
+    """Of those, the ones that were kept."""
     prompt_tokens: int
     """Prompt tokens of the requests let into lanes, without masks to fill."""
     reused_tokens: int
@@ -104,10 +104,13 @@ class Engine:
         config: how to decode requests that come without a config; default: `DecodeConfig()`. Where it names
             no cache, a diffusion model has "dual", and a block-causal one "block" (`decode`: "none"). Its
             cache, block_length, sub_block_length, refresh, active_blocks, open_at, activate_at,
-            batch_invariant, graphs and mask_id hold for every request. With an autoregressive model, fields
-            about masks stay at their defaults, and `eos_id` None stands for the model's own end tokens, see
-            `speculate`.
+            batch_invariant, graphs and mask_id hold for every request. With an autoregressive model, or a
+            verifier, fields about masks stay at their defaults, and `eos_id` None stands for the model's own
+            end tokens, see `speculate`.
         drafter, draft_size: for an autoregressive model, see `speculate`.
+        verifier, mixture, window, lookahead: for a diffusion model, which then decodes each request as
+            `adaptive_decode` does; mixture None: 0.5. The verifier's keys and values have memory of their
+            own, for `lanes` requests of max_length.
         lanes: requests that are decoded at once.
         max_length: positions that one request may have, prompt and response together.
         pages: memory for keys and values, in pages; default: enough for `lanes` requests of max_length. A
@@ -141,6 +144,10 @@ class Engine:
         *,
         drafter: Drafter | str | Path | None = None,
         draft_size: int | None = None,
+        verifier: Any = None,
+        mixture: float | None = None,
+        window: int | None = None,
+        lookahead: int | None = None,
         lanes: int = 16,
         max_length: int = 2048,
         pages: int | None = None,
@@ -161,7 +168,9 @@ class Engine:
         max_length = whole("max_length", max_length, 1, LARGEST)
         max_waiting = whole("max_waiting", max_waiting, 1)
         self.model = model
-        self._kind = kind = kind_of(model, config, drafter, draft_size)
+        guesses: dict[str, Any] = {"drafter": drafter, "draft_size": draft_size, "verifier": verifier}
+        numbers: dict[str, Any] = {"mixture": mixture, "window": window, "lookahead": lookahead}
+        self._kind = kind = kind_of(model, config, **guesses, **numbers)
         self.config = kind.config
         """The config of requests that come without one; the engine's own fields hold the values in force."""
         self.cache, self.mask_id = kind.cache, kind.mask_id
@@ -275,7 +284,8 @@ class Engine:
             raise ValueError(
                 f"gen_length: {length} positions need {needed} pages of {size}, and there are {pages}"
             )
-        warn_beyond(self.model, "gen_length", length, stacklevel=2)
+        for each in self._kind.models:
+            warn_beyond(each, "gen_length", length, stacklevel=2)
         self._check(config)
         plan = self._kind.plan(ids, gen_length, config)
         with self.core.lock:

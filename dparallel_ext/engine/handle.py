@@ -38,7 +38,7 @@ class Completion:
     logprobs: list[float] | None = None
     """With `logprobs`, the log-probability (nats) of each of `tokens`, see `DecodeConfig.logprobs`."""
     draft_nfe: int = 0
-    """Calls of the drafter for the request; 0 without a drafter."""
+    """Calls of the drafter, or of the verifier, for the request; 0 without either."""
 
 
 Event = list[int] | Completion | Exception
@@ -46,7 +46,8 @@ Event = list[int] | Completion | Exception
 
 @dataclass(frozen=True)
 class Draft:
-    """The open block after a pass; with an autoregressive model the tokens of the pass, all of them final."""
+    """The open block after a pass; with an autoregressive model, or a verifier, the tokens of the pass, all
+    of them final."""
 
     nfe: int
     """Passes over the request so far, this one included."""
@@ -55,12 +56,12 @@ class Draft:
     tokens: list[int | None]
     """The response's tokens in the block, None for a mask. Rules that edit may change them."""
     drafted: int = 0
-    """Tokens that the drafter guessed for the pass."""
+    """Tokens that the drafter guessed for the pass, or that the verifier judged."""
     accepted: int = 0
-    """Guessed tokens that were the model's own choice: the first of `tokens`, but for the last of them, which
-    counts as the pass's own."""
+    """Of those, the ones that were kept: the first of `tokens`, but for the last of them, which counts as the
+    pass's own."""
     refused: list[int] = field(default_factory=list)
-    """Guessed tokens that the model did not choose, or behind an end of the text, in the drafter's order."""
+    """The others, not chosen or behind an end of the text, in their order."""
     passes: list[int | None] | None = None
     """With `logprobs`, the pass that committed each of `tokens`, None for a mask."""
     logprobs: list[float | None] | None = None

@@ -1,4 +1,5 @@
-"""The parts of an engine that depend on its kind of model: masked diffusion, or autoregressive."""
+"""The parts of an engine that depend on how it decodes: a masked diffusion model by blocks, an autoregressive
+one, or a masked diffusion model with a verifier."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from ..decoding.decode import masks
 from ..decoding.sequence import SequenceState, Settings, lay_out, whole_length
 from ..decoding.settings import check_model, check_settings, make_settings
 from ..models import Model, traits
-from ..speculation import CausalBatch, Drafter, drafter_of
+from ..speculation import AdaptiveBatch, CausalBatch, Drafter, adaptive, drafter_of
 from ..speculation.sequence import CausalSequence
 from ..speculation.speculate import causal_model, check_causal, end_ids, sizer_of
 
@@ -112,7 +113,9 @@ class Kind(ABC):
     """The config of requests that come without one; the engine's own fields hold the values in force."""
     cache: str | None = None
     mask_id: int | None = None
-    """Cache mode and mask token; None for an autoregressive model."""
+    """Cache mode and mask token; None where decoding goes from left to right."""
+    models: tuple[Model, ...]
+    """The models that read a request's tokens."""
     page_unit = 1
     """The size of shared pages is a multiple of it, in positions."""
     unshared: str | None = None
@@ -153,6 +156,7 @@ class Diffusion(Kind):
 
     def __init__(self, model: Model, config: DecodeConfig) -> None:
         self._model, block_causal = model, traits(model).block_length is not None
+        self.models = (model,)
         self._of_model = check_model(config, model, "block" if block_causal else "dual")
         self.cache, self._schedule, self._mask_id = self._of_model
         self.mask_id = self._mask_id
@@ -208,7 +212,42 @@ class Diffusion(Kind):
         return opened[0].start, opened[-1].end
 
 
-class Autoregressive(Kind):
+class LeftToRight(Kind):
+    """Tokens from left to right, as many a pass as are verified."""
+
+    _model: Model
+
+    def length(self, prompt: int, gen_length: int) -> int:
+        return prompt + gen_length
+
+    def settings(self, config: DecodeConfig) -> Settings:
+        (settings,) = make_settings(config, traits(self._model), "none", 1)
+        self.ends(config)
+        return settings
+
+    @abstractmethod
+    def ends(self, config: DecodeConfig) -> tuple[int, ...]:
+        """The ids that end a sequence. Raises ValueError for one that is never decoded."""
+
+    def plan(self, ids: Tensor, gen_length: int, config: DecodeConfig) -> Plan:
+        if not len(ids):
+            raise ValueError("prompt: expected at least one token, got none")
+        # The last token's row predicts the next token, so it is computed in any case.
+        reusable, eos_ids = len(ids) - 1, self.ends(config)
+        length = self.length(len(ids), gen_length)
+        return Plan(ids, gen_length, length, reusable, self.settings(config), eos_ids=eos_ids)
+
+    def admit(self, batch: CausalBatch, lane: int, plan: Plan, num_cached: int) -> CausalSequence:
+        return batch.admit(
+            lane, plan.prompt, plan.gen_length, plan.settings, eos_ids=plan.eos_ids, num_cached=num_cached
+        )
+
+    def draft_columns(self, row: CausalSequence, opened: Sequence[Region]) -> tuple[int, int]:
+        """The columns of the pass's new tokens."""
+        return opened[0].start, row.known
+
+
+class Autoregressive(LeftToRight):
     """Autoregressive models: a token a pass, or several if a drafter guesses them."""
 
     def __init__(
@@ -216,6 +255,7 @@ class Autoregressive(Kind):
     ) -> None:
         check_causal(vars(config))
         self._model, self.config = causal_model(model), config
+        self.models = (self._model,)
         self._drafter = drafter_of(drafter, self._model.device, self._model.dtype)
         if self._drafter is not None:
             self._drafter.check(model)
@@ -224,21 +264,8 @@ class Autoregressive(Kind):
     def check(self, fields: Mapping[str, Any]) -> None:
         check_causal(fields)
 
-    def settings(self, config: DecodeConfig) -> Settings:
-        (settings,) = make_settings(config, traits(self._model), "none", 1)
-        end_ids(self._model, config)
-        return settings
-
-    def length(self, prompt: int, gen_length: int) -> int:
-        return prompt + gen_length
-
-    def plan(self, ids: Tensor, gen_length: int, config: DecodeConfig) -> Plan:
-        if not len(ids):
-            raise ValueError("prompt: expected at least one token, got none")
-        # The last token's row predicts the next token, so it is computed in any case.
-        reusable, eos_ids = len(ids) - 1, end_ids(self._model, config)
-        length = self.length(len(ids), gen_length)
-        return Plan(ids, gen_length, length, reusable, self.settings(config), eos_ids=eos_ids)
+    def ends(self, config: DecodeConfig) -> tuple[int, ...]:
+        return end_ids(self._model, config)
 
     def make_batch(self, lanes: int, width: int, kv_cache: KVCache) -> CausalBatch:
         return CausalBatch(
@@ -252,26 +279,79 @@ class Autoregressive(Kind):
             kv_cache=kv_cache,
         )
 
-    def admit(self, batch: CausalBatch, lane: int, plan: Plan, num_cached: int) -> CausalSequence:
-        return batch.admit(
-            lane, plan.prompt, plan.gen_length, plan.settings, eos_ids=plan.eos_ids, num_cached=num_cached
-        )
 
-    def draft_columns(self, row: CausalSequence, opened: Sequence[Region]) -> tuple[int, int]:
-        """The columns of the pass's new tokens."""
-        return opened[0].start, row.known
+class Adaptive(LeftToRight):
+    """A masked diffusion model, as far as a verifier agrees, see `speculation.adaptive`.
+
+    The verifier's keys and values have memory of their own, for every lane.
+    """
+
+    unshared = "a verifier"
+
+    def __init__(self, model: Model, config: DecodeConfig, verifier: Any, **numbers: Any) -> None:
+        adaptive.check_fields(vars(config))
+        adaptive.check_numbers(**numbers)
+        self._model, self.config = adaptive.diffusion_model(model), config
+        self._mask_id = adaptive.mask_of(self._model, config)
+        self._verifier, self._numbers = adaptive.verifier_of(verifier, self._model), numbers
+        self.models = (self._model, self._verifier)
+
+    def check(self, fields: Mapping[str, Any]) -> None:
+        adaptive.check_fields(fields)
+
+    def ends(self, config: DecodeConfig) -> tuple[int, ...]:
+        eos_ids = end_ids(self._model, config, self._mask_id)
+        adaptive.check_known(self._verifier, [], eos_ids)
+        return eos_ids
+
+    def plan(self, ids: Tensor, gen_length: int, config: DecodeConfig) -> Plan:
+        plan = super().plan(ids, gen_length, config)
+        adaptive.check_known(self._verifier, [ids], ())
+        return plan
+
+    def make_batch(self, lanes: int, width: int, kv_cache: KVCache) -> AdaptiveBatch:
+        return AdaptiveBatch(
+            self._model,
+            lanes,
+            width,
+            verifier=self._verifier,
+            mask_id=self._mask_id,
+            batch_invariant=self.config.batch_invariant,
+            kv_cache=kv_cache,
+            **self._numbers,
+        )
 
 
 def kind_of(
-    model: Model, config: DecodeConfig, drafter: Drafter | str | Path | None, draft_size: int | None
+    model: Model,
+    config: DecodeConfig,
+    *,
+    drafter: Drafter | str | Path | None,
+    draft_size: int | None,
+    verifier: Any,
+    **numbers: Any,
 ) -> Kind:
-    """The kind of `model`. Raises ValueError naming the argument that does not fit the model."""
-    if traits(model).causal:
-        return Autoregressive(model, config, drafter, draft_size)
-    for name, value in (("drafter", drafter), ("draft_size", draft_size)):
+    """The kind of an engine. numbers: mixture, window and lookahead; None: not given.
+
+    Raises ValueError naming the argument that does not fit the model.
+    """
+    name, causal = type(model).__name__, traits(model).causal
+    guessing = {"drafter": drafter, "draft_size": draft_size}
+    judging = {"verifier": verifier, **numbers}
+    if causal:
+        foreign, why = judging, f"belongs to diffusion models, and {name} is autoregressive"
+    else:
+        foreign = guessing
+        why = f"belongs to autoregressive models in an engine, and {name} is a diffusion model"
+        if verifier is None and not any(value is not None for value in guessing.values()):
+            foreign, why = numbers, "belongs to a verifier, and there is none"
+    for argument, value in foreign.items():
         if value is not None:
-            raise ValueError(
-                f"{name}: belongs to autoregressive models in an engine, and {type(model).__name__} is a "
-                f"diffusion model, so expected None, got {shown(value)}"
-            )
-    return Diffusion(model, config)
+            raise ValueError(f"{argument}: {why}, so expected None, got {shown(value)}")
+    if causal:
+        return Autoregressive(model, config, drafter, draft_size)
+    if verifier is None:
+        return Diffusion(model, config)
+    return Adaptive(
+        model, config, verifier, **{key: value for key, value in numbers.items() if value is not None}
+    )

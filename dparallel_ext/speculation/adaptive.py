@@ -36,9 +36,8 @@ from ..decoding.settings import check_mask, make_settings
 from ..models import Model, check_call, check_diffusion, for_decoding, own_precision, traits, warn_beyond
 from ..ops.errors import NO_ERROR, Cell, explain
 from ..ops.row_stats import read_rows
-from ..types import RowStats
 from .batch import CausalBatch
-from .sequence import UNKNOWN, CausalSequence, Verified
+from .sequence import UNKNOWN, CausalSequence, SamplingGroup, Verified
 from .speculate import OF_DIFFUSION, check_prompts, decoded, end_ids, run
 
 
@@ -113,12 +112,11 @@ def adaptive_decode(
         prompts = arguments.prompts(prompt, attention_mask)
         size = len(prompts)
         model = diffusion_model(model)
-        mask = model.mask_id if config.mask_id is None else config.mask_id
-        if mask is None:
-            raise ValueError("mask_id: the model's config has no mask_token_id, so give one")
+        mask = mask_of(model, config)
         check_prompts(model, prompts, config)
         eos_ids = end_ids(model, config, mask)
-        verifier = verifier_of(verifier, model, prompts, eos_ids)
+        verifier = verifier_of(verifier, model)
+        check_known(verifier, prompts, eos_ids)
         counts = arguments.numbers("gen_length", config.gen_length, size, 0)
         settings = make_settings(config, traits(model), "none", size)
         arguments.check_streamer(streamer, size)
@@ -130,10 +128,10 @@ def adaptive_decode(
             size,
             width,
             verifier=verifier,
-            mixture=float(mixture),
-            window=width + 1 if window is None else int(window),
-            lookahead=width + 1 if lookahead is None else int(lookahead),
-            mask_id=check_mask(model, mask),
+            mixture=mixture,
+            window=window,
+            lookahead=lookahead,
+            mask_id=mask,
             pad_id=eos_ids[0] if eos_ids else mask,
             batch_invariant=config.batch_invariant,
         )
@@ -143,8 +141,8 @@ def adaptive_decode(
     fields = decoded(batch, prompts[0].device if prompts else torch.device("cpu"), config)
     return AdaptiveOutput(
         **fields,
-        verifier_nfe=fields["nfe"].new_tensor(batch.verified),
-        verifier_forwards=batch.verifier_forwards,
+        verifier_nfe=fields["nfe"].new_tensor([row.draft_nfe for row in batch.rows]),
+        verifier_forwards=batch.draft_forwards,
         drafted=torch.tensor(batch.counts.drafted, dtype=torch.int64, device="cpu"),
         accepted=torch.tensor(batch.counts.accepted, dtype=torch.int64, device="cpu"),
         passes=[row.passes for row in batch.rows] if config.record else None,
@@ -152,12 +150,12 @@ def adaptive_decode(
 
 
 def check_fields(fields: Mapping[str, Any]) -> None:
-    """Raise ValueError for a field of `DecodeConfig` that does not apply to `adaptive_decode`."""
+    """Raise ValueError for a field of `DecodeConfig` that does not apply to decoding with a verifier."""
     for name in (*OF_DIFFUSION, "logprobs"):
-        value = plain(fields[name])
+        value = plain(fields.get(name, DEFAULTS[name]))
         if name != "mask_id" and value != DEFAULTS[name]:
             raise ValueError(
-                f"{name}: adaptive_decode goes left to right, as far as its verifier agrees, and takes none, "
+                f"{name}: with a verifier decoding goes left to right, as far as it agrees, and takes none, "
                 f"got {arguments.shown(value)}"
             )
 
@@ -184,8 +182,16 @@ def diffusion_model(model: Any) -> Model:
     return inner
 
 
-def verifier_of(value: Any, model: Model, prompts: Sequence[Tensor], eos_ids: Sequence[int]) -> Model:
-    """The verifier. Raises ValueError unless it is an autoregressive model that has all ids it will read."""
+def mask_of(model: Model, config: DecodeConfig) -> int:
+    """The mask token. Raises ValueError if there is none, or for an id that the model does not have."""
+    mask = model.mask_id if config.mask_id is None else config.mask_id
+    if mask is None:
+        raise ValueError("mask_id: the model's config has no mask_token_id, so give one")
+    return check_mask(model, mask)
+
+
+def verifier_of(value: Any, model: Model) -> Model:
+    """The verifier. Raises ValueError unless it is an autoregressive model on the device of `model`."""
     verifier = for_decoding(value) if callable(value) else value
     check_call(verifier)
     if not isinstance(verifier, Model) or not verifier.causal:
@@ -195,6 +201,11 @@ def verifier_of(value: Any, model: Model, prompts: Sequence[Tensor], eos_ids: Se
         )
     if verifier.device != model.device:
         raise ValueError(f"verifier: expected on {model.device} as the model, got {verifier.device}")
+    return verifier
+
+
+def check_known(verifier: Model, prompts: Sequence[Tensor], eos_ids: Sequence[int]) -> None:
+    """Raise ValueError for an id that the verifier does not have and would read."""
     known = verifier.shape.embedding_size
     worst = max((int(ids.max()) for ids in prompts), default=0)
     if worst >= known:
@@ -202,13 +213,27 @@ def verifier_of(value: Any, model: Model, prompts: Sequence[Tensor], eos_ids: Se
     for eos in eos_ids:
         if eos >= known:
             raise ValueError(f"verifier: it has {known} token ids, and the end token is {eos}")
-    return verifier
+
+
+@dataclass
+class Judged:
+    """What a pass found for one sequence."""
+
+    tokens: list[int]
+    """The drafted tokens."""
+    logprobs: list[float]
+    """Their log-probabilities, if the sequence is recorded."""
+    taken: int
+    """How many of the tokens, from the first on, are committed."""
+    verified: bool
+    """Whether the verifier was asked."""
 
 
 class AdaptiveBatch(CausalBatch):
-    """A batch of sequences that `adaptive_decode` decodes; for the arguments see there.
+    """A batch of sequences that are decoded with a verifier; for the arguments see `adaptive_decode`.
 
-    A sequence's `num_cached` counts the verifier's keys and values.
+    A sequence's `num_cached` counts the verifier's keys and values, and its `draft_nfe` the verifier's passes
+    over it; `draft_forwards` counts those that were run.
     """
 
     def __init__(
@@ -218,72 +243,88 @@ class AdaptiveBatch(CausalBatch):
         width: int,
         *,
         verifier: Model,
-        mixture: float,
-        window: int,
-        lookahead: int,
         mask_id: int,
-        pad_id: int,
-        batch_invariant: bool,
+        mixture: float = 0.5,
+        window: int | None = None,
+        lookahead: int | None = None,
+        pad_id: int = UNKNOWN,
+        batch_invariant: bool = False,
+        kv_cache: KVCache | None = None,
     ) -> None:
-        super().__init__(model, lanes, width, pad_id=pad_id, batch_invariant=batch_invariant, graphs=False)
-        self.verifier, self.mixture, self.mask_id = verifier, mixture, mask_id
-        self.window, self.lookahead = window, lookahead
+        super().__init__(
+            model,
+            lanes,
+            width,
+            pad_id=pad_id,
+            batch_invariant=batch_invariant,
+            graphs=False,
+            kv_cache=kv_cache,
+        )
+        self.verifier, self.mixture, self._mask = verifier, float(mixture), mask_id
+        self.window = width + 1 if window is None else window
+        self.lookahead = width + 1 if lookahead is None else lookahead
         self.shared = min(model.shape.embedding_size, verifier.shape.embedding_size)
         """The number of ids, from 0, that both models have."""
         self.verifier_cache = verifier.new_cache(lanes, width)
-        self.verified = [0] * lanes
-        """Passes of the verifier over each lane."""
-        self.verifier_forwards = 0
 
     def step(self, lanes: Sequence[int] | None = None) -> list[int]:
-        """Draft and verify once for every sequence that is not done (of `lanes`); return their lanes."""
+        """Draft and verify once for every sequence that is not done (of `lanes`); return their lanes.
+
+        If a model raises, every sequence is left as it was before the call.
+        """
         live = self.live if lanes is None else [b for b in self.live if b in lanes]
-        for group in [[b] for b in live] if self.batch_invariant else [live] * bool(live):
-            self._pass({b: self.rows[b] for b in group})
+        before = self.forwards, self.draft_forwards
+        judged: dict[int, Judged] = {}
+        try:
+            for group in [[b] for b in live] if self.batch_invariant else [live] * bool(live):
+                judged |= self._judge({b: self.rows[b] for b in group})
+        except BaseException:
+            self.forwards, self.draft_forwards = before
+            raise
+        for b, found in judged.items():
+            row, drafted = self.rows[b], len(found.tokens) - 1
+            row.draft_nfe += found.verified
+            count = self.commit(b, found.tokens[: found.taken], found.logprobs[: found.taken])
+            if drafted:
+                self.counts.add(drafted, count - 1)
+            row.judged(Verified(drafted, count - 1, tuple(found.tokens[count:])))
         return live
 
-    def _pass(self, rows: Mapping[int, CausalSequence]) -> None:
+    def _judge(self, rows: Mapping[int, CausalSequence]) -> dict[int, Judged]:
+        """Run a pass over some sequences, which changes nothing but keys and values."""
         device = self.model.device
         drafts = {b: range(row.known, min(row.known + self.lookahead, row.length)) for b, row in rows.items()}
         starts = {
             b: max(0, row.known - row.accepted - self.window) if row.nfe else 0 for b, row in rows.items()
         }
-        places = [(b, column, *rows[b].settings.key) for b, columns in drafts.items() for column in columns]
-        # (n,) each, of the n drafted tokens
-        lane, column, *key = torch.tensor(places, device="cpu").T.to(device)
-        canvas = self.tokens.masked_fill(self.tokens == UNKNOWN, self.mask_id).to(device)
+        places = [(b, column) for b, columns in drafts.items() for column in columns]
+        lane, column = torch.tensor(places, device="cpu").T.to(device)  # (n,) each, of n drafted tokens
+        canvas = self.tokens.masked_fill(self.tokens == UNKNOWN, self._mask).to(device)
         logits = self._logits(self.model, self.kv_cache, canvas, drafts, starts)  # (n, shared)
-        any_row = next(iter(rows.values()))
-        stats, error = self._choose(logits, any_row, key, column)
-        results = torch.full((4, len(places)), UNKNOWN, device=device)  # token, error; choice, its error
-        results[0], results[1] = stats.sample, error
+        draft, logprob = self._choose(logits, places)
+        choice = torch.full_like(draft, UNKNOWN)
         asked = {b: columns for b, columns in drafts.items() if len(columns) > 1}
         if asked:
-            canvas[lane, column] = stats.sample.clamp(min=0)
-            judged = torch.tensor([i for i, place in enumerate(places) if place[0] in asked], device=device)
+            canvas[lane, column] = draft[0].clamp(min=0)
+            at = [i for i, place in enumerate(places) if place[0] in asked]
+            judged = torch.tensor(at, device=device)
             starts = {b: rows[b].num_cached for b in asked}
             other = self._logits(self.verifier, self.verifier_cache, canvas, asked, starts)
             mixed = torch.lerp(other.float(), logits[judged].float(), self.mixture)
-            choice, error = self._choose(mixed, any_row, [k[judged] for k in key], column[judged])
-            results[2, judged], results[3, judged] = choice.sample, error
-            self.verifier_forwards += 1
+            choice[:, judged], _ = self._choose(mixed, [places[i] for i in at])
+            self.draft_forwards += 1
         self.forwards += 1
-        by_place = results.T.tolist()  # waits for the device
+        by_place = torch.cat((draft, choice)).T.tolist()  # waits for the device
         recorded = any(row.settings.record for row in rows.values())
-        logprobs = stats.sample_logprob.tolist() if recorded else []
-        first, taken = 0, dict[int, int]()
+        logprobs = logprob.tolist() if recorded else []
+        found, first = {}, 0
         for b, columns in drafts.items():
-            taken[b] = self._agreed(b, columns, by_place[first : first + len(columns)])
-            first += len(columns)
-        first = 0
-        for b, columns in drafts.items():
-            tokens = [row[0] for row in by_place[first : first + len(columns)]]
-            self.verified[b] += b in asked
-            count = self.commit(b, tokens[: taken[b]], logprobs[first : first + taken[b]])
-            if len(tokens) > 1:
-                self.counts.add(len(tokens) - 1, count - 1)
-            rows[b].judged(Verified(len(tokens) - 1, count - 1, tuple(tokens[count:])))
-            first += len(columns)
+            last = first + len(columns)
+            taken = self._agreed(b, columns, by_place[first:last])
+            tokens = [row[0] for row in by_place[first:last]]
+            found[b] = Judged(tokens, logprobs[first:last], taken, b in asked)
+            first = last
+        return found
 
     def _logits(
         self,
@@ -311,25 +352,37 @@ class AdaptiveBatch(CausalBatch):
             x = model.step(canvas[metadata.rows, metadata.positions], kv_cache, metadata)
             return model.head(x[at])[: len(source), : self.shared]
 
-    def _choose(
-        self, logits: Tensor, row: CausalSequence, key: Sequence[Tensor], column: Tensor
-    ) -> tuple[RowStats, Tensor]:
-        """Statistics of the logits (n, shared), whose samples use each column's noise, and error codes
-        (n,)."""
-        seed, sequence = key
-        suppress = row.suppress if row.suppress is None else row.suppress[row.suppress < self.shared]
-        stats, error = read_rows(
-            logits,
-            mask_id=self.mask_id if self.mask_id < self.shared else None,
-            suppress=suppress,
-            temperature=row.settings.temperature,
-            top_p=row.settings.top_p,
-            top_k=row.settings.top_k,
-            seed=seed,
-            sequence=sequence,
-            position=column,
-        )
-        return stats, torch.where(error == NO_ERROR, UNKNOWN, error % 4)
+    def _choose(self, logits: Tensor, places: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Choices by the logits (n, shared) at places (lane, column), whose noise samples use.
+
+        Returns (2, n) int64, tokens and error codes, and their log-probabilities (n,) float32.
+        """
+        device = logits.device
+        keys = [(*self.rows[b].settings.key, column) for b, column in places]
+        seed, sequence, position = torch.tensor(keys, device="cpu").T.to(device)
+        groups: dict[tuple[Any, ...], tuple[SamplingGroup, list[int]]] = {}
+        for number, (b, _) in enumerate(places):
+            group = self.rows[b].sampling
+            groups.setdefault(group.key, (group, []))[1].append(number)
+        chosen = torch.full((2, len(places)), UNKNOWN, device=device)
+        logprob = torch.full((len(places),), torch.nan, device=device)
+        for group, members in groups.values():
+            at = torch.tensor(members, device=device)
+            suppress = (
+                group.suppress if group.suppress is None else group.suppress[group.suppress < self.shared]
+            )
+            stats, error = read_rows(
+                logits,
+                rows=at,
+                mask_id=self._mask if self._mask < self.shared else None,
+                **group._replace(suppress=suppress)._asdict(),
+                seed=seed[at],
+                sequence=sequence[at],
+                position=position[at],
+            )
+            chosen[:, at] = torch.stack((stats.sample, torch.where(error == NO_ERROR, UNKNOWN, error % 4)))
+            logprob[at] = stats.sample_logprob
+        return chosen, logprob
 
     def _agreed(self, b: int, columns: range, results: Sequence[Sequence[int]]) -> int:
         """How many tokens of a draft are committed. results: for each column token, error, choice, its error.

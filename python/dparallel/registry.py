@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,16 +205,31 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def check_verifier(name: str) -> None:
+    """Raise FileNotFoundError or ValueError unless `name` is an autoregressive model, by its config alone."""
+    with _of_verifier():
+        causal = is_causal(name)
+    if not causal:
+        raise ValueError(f"verifier: expected an autoregressive model, got {name}, a diffusion model")
+
+
+@contextlib.contextmanager
+def _of_verifier() -> Iterator[None]:
+    """A context whose errors about a model name the verifier."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(str(error).replace("model: ", "verifier: ", 1)) from error
+
+
 def load_verifier(name: str, model: models.Model, known: Any) -> models.Model:
     """Load the verifier `name` for `adaptive_decode` of a model, onto its device and in its dtype; `known`:
     its tokenizer.
 
     Raises as `load`, and ValueError if an id that both have is another token in each.
     """
-    try:
+    with _of_verifier():
         verifier, verifier_tokenizer = load(name, device=str(model.device), dtype=model.dtype)
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(str(error).replace("model: ", "verifier: ", 1)) from error
     shared = min(model.shape.embedding_size, verifier.shape.embedding_size)
     theirs, ours = (
         {id: token for token, id in each.get_vocab().items() if id < shared}

@@ -453,3 +453,36 @@ def test_what_a_request_does_not_say_is_as_the_config(student: tuple[Any, Any]) 
         assert ask(temperature=0, policy="credit") == expected(temperature=0.0, rule="credit")
         status, answer = here.ask({"model": MODEL, "prompt": ids, "policy": "credit"})
         assert (status, answer["error"]["param"]) == (400, "temperature")
+
+
+def test_a_verifier_decodes_from_left_to_right() -> None:
+    """As `adaptive_decode` does, by passes; what belongs to blocks is refused."""
+    teacher = "builtin:teacher"
+    model, tokenizer = registry.load(teacher)
+    judge = registry.load_verifier(registry.VERIFIER, model, tokenizer)
+    ids = tokenizer.encode(PROMPT).ids
+    out = dx.adaptive_decode(model, ids, verifier=judge, mixture=0.7, gen_length=64, eos_id=EOS)
+    said = tokenizer.decode(out.responses[0][: int(out.kept)].tolist())
+    engine = {"verifier": registry.VERIFIER, "mixture": 0.7}
+    with serving((model, tokenizer), registry.directory_of(teacher), engine, name=teacher) as running:
+        described = json.loads(running.get(f"/v1/models/{teacher}")[1])
+        assert [described[key] for key in ("kind", "policy", "verifier")] == [
+            "diffusion",
+            None,
+            registry.VERIFIER,
+        ]
+        asked = {"model": teacher, "prompt": PROMPT, "max_tokens": 64}
+        status, answer = running.ask(asked)
+        assert (status, answer["choices"][0]["text"]) == (200, said)
+        assert answer["usage"]["forward_passes"] == int(out.nfe)
+        with OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=60) as asking:
+            texts, reasons, pieces = joined(
+                asking.completions.create(model=teacher, prompt=PROMPT, max_tokens=64, stream=True)
+            )
+        assert (texts, reasons) == ({0: said}, {0: "stop"})
+        assert 1 < pieces <= int(out.nfe)
+        for name, value in (("policy", "one"), ("suffix", "so it is"), ("logprobs", 0)):
+            status, answer = running.ask({**asked, name: value})
+            assert (status, answer["error"]["param"]) == (400, name)
+        assert "dparallel_draft_forwards_total" in running.get("/metrics")[1].decode()
+        assert not running.faults()

@@ -167,8 +167,12 @@ def test_stops_and_logprobs(client: OpenAI, loaded: tuple[Any, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "param", "said"),
     [
-        ({"extra_body": {"policy": "entropy:0.5"}}, "policy", "belongs to masked diffusion, and 'causal' is"),
-        ({"suffix": "so it is"}, "suffix", "belongs to masked diffusion, and 'causal' is"),
+        (
+            {"extra_body": {"policy": "entropy:0.5"}},
+            "policy",
+            "belongs to decoding by blocks, and 'causal' goes",
+        ),
+        ({"suffix": "so it is"}, "suffix", "belongs to decoding by blocks, and 'causal' goes"),
         ({"prompt": ""}, "prompt", "prompt: expected at least one token, got none"),
         ({"max_tokens": 500}, "max_tokens", "maximum context length is 256 tokens"),
         ({"prompt": [VOCABULARY]}, "prompt", f"expected token ids below {VOCABULARY}"),

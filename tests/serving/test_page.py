@@ -18,6 +18,7 @@ import pytest
 from asking import MODEL, PROMPT, exchange
 from conftest import ROOT
 from dparallel import page as pages
+from dparallel import registry
 from dparallel.cli import app
 from dparallel.configs import config_of, policy_of
 from dparallel.toy import tasks
@@ -389,6 +390,28 @@ def test_any_rule_and_any_model(browser: Any, here: Here) -> None:
             tab.get_by_role("button", name="Remove this answer").last.click()
         assert tab.locator(".pane").count() == 1
         assert not tab.get_by_role("button", name="Remove this answer").is_visible()
+
+
+@in_chromium
+def test_a_verifier_goes_from_left_to_right(browser: Any) -> None:
+    with (
+        serving(
+            registry.load(TEACHER),
+            registry.directory_of(TEACHER),
+            {"verifier": registry.VERIFIER},
+            name=TEACHER,
+        ) as there,
+        Watched(browser).open(there.url, 1) as page,
+    ):
+        assert not page.tab.get_by_label("Rule", exact=True).is_visible()
+        page.tab.get_by_text(f"left to right, as far as {registry.VERIFIER} agrees").wait_for()
+        page.decode(PROMPT)
+        _, answer = there.ask({"model": TEACHER, "prompt": PROMPT, "max_tokens": 64})
+        assert page.tokens(TEACHER) == answer["choices"][0]["text"].split()
+        assert page.figures(0)["passes"] == str(answer["usage"]["forward_passes"])
+        drafts = drafts_of(there, model=TEACHER)
+        accepted, drafted = (sum(draft[name] for draft in drafts) for name in ("accepted", "drafted"))
+        assert page.figures(0)["guesses accepted"] == f"{accepted} of {drafted}"
 
 
 @in_chromium

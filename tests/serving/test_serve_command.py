@@ -13,6 +13,7 @@ import pytest
 import torch
 from asking import MODEL
 from dparallel.cli import app
+from dparallel.registry import VERIFIER
 from dparallel.serving import runner
 from dparallel.serving.runner import listen, unusable
 from dparallel.serving.settings import KEY_VARIABLE, find_keys, read_keys
@@ -58,6 +59,16 @@ import dparallel_ext as dx
         (("--max-connections", "1000000"), "max_connections: expected at most"),
         (("--max-waiting", "0"), "max_waiting: expected a whole number >= 1, got 0"),
         (("--lanes", str(10**20)), "lanes"),
+        (("--verifier", "nobody"), "verifier: 'nobody' is neither"),
+        (("--verifier", MODEL), "verifier: expected an autoregressive model, got builtin:student, a diff"),
+        (("--verifier", VERIFIER, "--policy", "one"), "policy: not together with --verifier, got 'one'"),
+        (("--verifier", VERIFIER, "--cache", "none"), "cache: not together with --verifier, got 'none'"),
+        (("--verifier", VERIFIER, "--mixture", "2"), "mixture: expected a number from 0 to 1, got 2"),
+        (("--window", "2"), "window: belongs to --verifier, got 2"),
+        (
+            ("--verifier", VERIFIER, "--model", "builtin:causal"),
+            "verifier: belongs to masked diffusion; builtin:causal is autoregressive",
+        ),
         (("--block-length", "0"), "block_length: expected a whole number >= 1, got 0"),
         (("--mask-id", "-1"), "mask_id: expected an id below"),
         (("--policy", "confidence:nan"), "policy: expected"),
@@ -240,6 +251,17 @@ def test_several_models(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [one.engine.cache for one in models.values()] == ["prefix", "prefix", None, None]
     plain, drafted = models["builtin:causal"].engine, models["builtin:causal+ngram"].engine
     assert plain.model is drafted.model  # the weights are there once
+    judged = ("--verifier", VERIFIER, "--mixture", "0.7", "--window", "4", "--lookahead", "32")
+    done = serve("--model", "builtin:teacher", *judged, *causal)
+    assert done.exit_code == 0, done.output
+    models = served.pop().models
+    assert [one.verifier for one in models.values()] == [VERIFIER, None, None]
+    teacher = models["builtin:teacher"].engine
+    assert (teacher.core.batch.mixture, teacher.core.batch.window, teacher.core.batch.lookahead) == (
+        0.7,
+        4,
+        32,
+    )
     named = ("--model", MODEL, "--model", MODEL, "--name", "a", "--name", "b")
     assert serve(*named, "--dtype", "float16").exit_code == 0
     assert [one.engine.model.dtype for one in served[-1].models.values()] == [torch.float16] * 2

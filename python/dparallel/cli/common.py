@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from dparallel_ext import rules
+from dparallel_ext.speculation import adaptive
 
 from .. import registry
 from ..configs import POLICY, read_fields, take_drafter, take_mask, take_tuned
@@ -58,6 +59,24 @@ GuessesOption = Annotated[
         help="tokens of a draft; default: the fastest number, as measured. For diffusion models with a "
         "policy one, steps:N or quota:K: guesses of self-speculation; default: none"
     ),
+]
+
+
+VerifierOption = Annotated[
+    str | None,
+    typer.Option(
+        help="an autoregressive model with the same tokens, such as builtin:verifier: the diffusion model "
+        "decodes left to right, as far as it agrees (APD, lossy)"
+    ),
+]
+MixtureOption = Annotated[
+    float | None, typer.Option(help="with --verifier, the diffusion model's share; default 0.5")
+]
+WindowOption = Annotated[
+    int | None, typer.Option(help="with --verifier, known tokens that a pass computes again; default: all")
+]
+LookaheadOption = Annotated[
+    int | None, typer.Option(help="with --verifier, masks that a pass sees; default: all")
 ]
 
 
@@ -114,6 +133,24 @@ def check_drafted(drafters: list[str] | None, draft_size: int | None) -> None:
     """Raise ValueError for a size of drafts that nothing would draft. Size 0 is plain decoding."""
     if draft_size and not drafters:
         raise ValueError(f"draft_size: belongs to --drafter for an autoregressive model, got {draft_size}")
+
+
+def adaptive_numbers(verifier: str | None, others: dict[str, Any], **numbers: Any) -> dict[str, Any]:
+    """The numbers that are given for `adaptive_decode`: mixture, window and lookahead.
+
+    Raises ValueError for one that does not fit, or without a verifier, for an option among `others` with one,
+    and for a verifier that is not autoregressive; FileNotFoundError where there is none.
+    """
+    numbers = {key: value for key, value in numbers.items() if value is not None}
+    for key, value in others.items() if verifier else numbers.items():
+        if value is not None:
+            raise ValueError(
+                f"{key}: {'not together with' if verifier else 'belongs to'} --verifier, got {value!r}"
+            )
+    if verifier:
+        registry.check_verifier(verifier)
+        adaptive.check_numbers(**numbers)
+    return numbers
 
 
 def read_config(

@@ -22,9 +22,14 @@ from .common import (
     DtypeOption,
     Fp8Option,
     GuessesOption,
+    LookaheadOption,
     MaskOption,
+    MixtureOption,
     ModelOption,
     PolicyOption,
+    VerifierOption,
+    WindowOption,
+    adaptive_numbers,
     check_drafted,
     check_kind,
     check_text,
@@ -70,23 +75,10 @@ def decode(
     seed: Annotated[int | None, typer.Option(help="seed of the samples; default: random")] = None,
     drafter: DrafterOption = None,
     draft_size: GuessesOption = None,
-    verifier: Annotated[
-        str | None,
-        typer.Option(
-            help="an autoregressive model with the same tokens, such as builtin:verifier: the diffusion "
-            "model decodes left to right, as far as it agrees (APD, lossy)"
-        ),
-    ] = None,
-    mixture: Annotated[
-        float | None, typer.Option(help="with --verifier, the diffusion model's share; default 0.5")
-    ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(help="with --verifier, known tokens that a pass computes again; default: all"),
-    ] = None,
-    lookahead: Annotated[
-        int | None, typer.Option(help="with --verifier, masks that a pass sees; default: all")
-    ] = None,
+    verifier: VerifierOption = None,
+    mixture: MixtureOption = None,
+    window: WindowOption = None,
+    lookahead: LookaheadOption = None,
     mask_id: MaskOption = None,
     chat: ChatOption = None,
     device: DeviceOption = None,
@@ -177,20 +169,6 @@ def prompts_of(prompts: list[str], file: Path | None, batch: Path | None, stream
     if not any(calls):
         raise ValueError("prompt: expected one, as an argument or with --file or --batch")
     return calls
-
-
-def adaptive_numbers(verifier: str | None, others: dict[str, Any], **numbers: Any) -> dict[str, Any]:
-    """The numbers that are given for `adaptive_decode`.
-
-    Raises ValueError for one without a verifier, and for an option among `others` with one.
-    """
-    numbers = {key: value for key, value in numbers.items() if value is not None}
-    for key, value in others.items() if verifier else numbers.items():
-        if value is not None:
-            raise ValueError(
-                f"{key}: {'not together with' if verifier else 'belongs to'} --verifier, got {value!r}"
-            )
-    return numbers
 
 
 def warn_of_unknown_words(model: str, tokenizer: Any, **texts: str) -> None:

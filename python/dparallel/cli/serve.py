@@ -18,8 +18,13 @@ from .common import (
     DraftSizeOption,
     DtypeOption,
     Fp8Option,
+    LookaheadOption,
     MaskOption,
+    MixtureOption,
     PolicyOption,
+    VerifierOption,
+    WindowOption,
+    adaptive_numbers,
     check_drafted,
     check_kind,
     plain_errors,
@@ -71,6 +76,10 @@ def serve(
         typer.Option(help=f"{DRAFTERS}; repeatable: serve the model once with each; plain: without one"),
     ] = None,
     draft_size: DraftSizeOption = None,
+    verifier: VerifierOption = None,
+    mixture: MixtureOption = None,
+    window: WindowOption = None,
+    lookahead: LookaheadOption = None,
     lanes: Annotated[int, typer.Option(help="requests decoded together by each model")] = 16,
     max_waiting: Annotated[int, typer.Option(help="the most requests that wait; others get 429")] = 1024,
     max_length: Annotated[
@@ -115,12 +124,15 @@ def serve(
             "cache": cache,
             "block_length": block_length,
             "mask_id": loading.mask_id,
+            "verifier": verifier,
         }
         of_causal = {"drafter": drafter or None, "draft_size": draft_size}
+        others = {"policy": policy, "cache": cache, "block_length": block_length}
+        numbers = adaptive_numbers(verifier, others, mixture=mixture, window=window, lookahead=lookahead)
         causal = {each: registry.is_causal(each) for each in model}
         for each in model:  # if there are both kinds, each model takes the options of its kind
-            others = {} if len(set(causal.values())) > 1 else {**of_diffusion, **of_causal}
-            check_kind(each, causal[each], **others)
+            given = {} if len(set(causal.values())) > 1 else {**of_diffusion, **of_causal}
+            check_kind(each, causal[each], **given)
         if any(causal.values()):
             check_drafted(drafter, draft_size)
         models = []
@@ -135,6 +147,9 @@ def serve(
                     called = f"{each}+{guessing}" if several and drafter_name else each
                     as_asked = replace(loading, mask_id=None)
                     models.append(runner.Model(called, each, asked, as_asked, drafter_name, draft_size))
+            elif verifier:
+                asked = causal_config_of(fields, None, **shared)
+                models.append(runner.Model(each, each, asked, loading, verifier=verifier, numbers=numbers))
             else:
                 asked = config_of(fields, policy, cache=cache, block_length=block_length, **shared)
                 models.append(runner.Model(each, each, asked, loading))

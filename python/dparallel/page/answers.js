@@ -199,7 +199,7 @@ class Pane {
     const parts = [{ text: visible(token.text), strong: true }];
     if (!token.pass) return [...parts, { text: " given" }];
     let text = ` decided in pass ${token.pass}`;
-    if (token.guessed) text += ", guessed by the drafter";
+    if (token.guessed) text += ", guessed and accepted";
     if (token.edited) text += ", in place of another";
     if (token.logprob !== null) text += `, probability ${percent(Math.exp(token.logprob))}`;
     if (this.track.behindEnd(place)) text += ", behind the end";

@@ -36,6 +36,9 @@ function replay({ title, problems }) {
 const KEY = "dparallel-api-key";
 const server = { models: [], running: null };
 
+// Whether a model decodes from left to right, by passes and not by blocks.
+const onward = ({ kind, verifier }) => kind === "autoregressive" || verifier !== null;
+
 function headers() {
   const key = sessionStorage.getItem(KEY);
   return key ? { Authorization: `Bearer ${key}` } : {};
@@ -84,18 +87,19 @@ function addPane(name) {
   const adapt = () => {
     pane.model = server.models.find((each) => each.id === model.value);
     pane.name = pane.model.id;
-    const causal = pane.model.kind === "autoregressive";
-    pane.expected = causal ? 0 : pane.model.max_tokens;
-    rule.hidden = parameter.hidden = causal;
+    const { drafter, verifier } = pane.model;
+    pane.expected = onward(pane.model) ? 0 : pane.model.max_tokens;
+    rule.hidden = parameter.hidden = onward(pane.model);
     if (rule.options[0].value === "") rule.options[0].remove();
-    if (!causal) {
+    if (!onward(pane.model)) {
       const [, named, rest] = (pane.model.policy ?? "").match(/^([^:+]*):?(.*)$/s);
       const known = DATA.rules.some((each) => each.name === named);
       if (!known) rule.prepend(new Option("the server's", ""));
       rule.value = known ? named : "";
       choose(rest);
+    } else if (verifier) {
+      pane.how.textContent = `left to right, as far as ${verifier} agrees`;
     } else {
-      const { drafter } = pane.model;
       pane.how.textContent = drafter ? `autoregressive, ${drafter} guesses ahead` : "autoregressive, a token a pass";
     }
     pane.track = null;
@@ -161,7 +165,7 @@ async function ask(pane, prompt) {
     stream: true,
     stream_drafts: true,
     stream_options: { include_usage: true },
-    logprobs: true,
+    logprobs: !pane.model.verifier, // no single model draws its tokens
     policy: pane.policy(),
     max_tokens: Number(at("tokens").value) || undefined,
     temperature: at("temperature").value === "" ? undefined : Number(at("temperature").value),
@@ -170,7 +174,7 @@ async function ask(pane, prompt) {
   pane.track = null;
   pane.draw(0);
   pane.abort = new AbortController();
-  const track = new Track({ kind: pane.model.kind });
+  const track = new Track({ kind: onward(pane.model) ? "autoregressive" : "diffusion" });
   const began = performance.now();
   const passed = () => (performance.now() - began) / 1000;
   try {

@@ -6,9 +6,9 @@ It serves one model or several, each with an engine of its own; a request names 
 models; metrics of a model have its name as a label.
 
 Differences from OpenAI: `temperature` is 0 unless given, as everywhere here; `policy` chooses the unmasking
-rule of a diffusion model; text streams by finished blocks, with an autoregressive model by passes, and with
-`stream_drafts` also drafts after every pass (`draft_of`); `usage` also has forward_passes and
-tokens_per_pass; `logprobs` are those with which the tokens were drawn, see `decode`; a diffusion model
+rule of a diffusion model; text streams by finished blocks, with an autoregressive model or a verifier by
+passes, and with `stream_drafts` also drafts after every pass (`draft_of`); `usage` also has forward_passes
+and tokens_per_pass; `logprobs` are those with which the tokens were drawn, see `decode`; a diffusion model
 decodes a completion with `suffix` between the two texts. `top_k`, `ignore_eos` and `stop_token_ids` are
 vLLM's. A parameter that is not supported is refused by name, unless its value changes nothing (`protocol`).
 

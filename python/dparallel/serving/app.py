@@ -286,12 +286,12 @@ def draft_of(draft: Draft, length: int, texts: text.TokenTexts) -> dict[str, Any
     block begins; tokens before it are final and were streamed, tokens after it are masks. length: of the
     response, in tokens. tokens: the block's, each as text, special tokens included; null for a mask. Joined,
     they are the text, except for characters of several tokens. A slow client misses drafts, but never a
-    block's last. The whole block follows as text once it is complete. With an autoregressive model, the block
-    is the pass's tokens.
+    block's last. The whole block follows as text once it is complete. With an autoregressive model, or a
+    verifier, the block is the pass's tokens.
 
-    drafted, accepted: the number of tokens that the drafter guessed for the pass, and of those that the model
-    accepted, the first of the pass's tokens. refused: the other guesses, each as text. A guess that ends the
-    text is in neither, see `speculation.sequence.Verified`.
+    drafted, accepted: the number of tokens that the drafter guessed for the pass, or that the verifier
+    judged, and of those that were kept, the first of the pass's tokens. refused: the others, each as text. A
+    token that ends the text is in neither, see `speculation.sequence.Verified`.
 
     passes, logprobs: if the request asks for `logprobs`, for each token the pass that committed it, and its
     log-probability (nats); null for a mask.

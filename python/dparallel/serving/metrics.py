@@ -27,9 +27,9 @@ COUNTERS = {
     "forwards": "Forward passes.",
     "sequence_passes": "Forward passes, counted once for each sequence in them.",
     "tokens": "Tokens of finished blocks.",
-    "draft_forwards": "Calls of the drafter.",
-    "drafted_tokens": "Tokens that the drafter has guessed.",
-    "accepted_tokens": "Guessed tokens that were the model's own choice.",
+    "draft_forwards": "Calls of the drafter, or of the verifier.",
+    "drafted_tokens": "Tokens that the drafter has guessed, or that the verifier has judged.",
+    "accepted_tokens": "Of those, the ones that were kept.",
     "prompt_tokens": "Tokens of prompts.",
     "reused_tokens": "Tokens of prompts whose keys and values came from another request.",
 }

@@ -11,8 +11,8 @@ import math
 import os
 import signal
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
@@ -138,6 +138,9 @@ class Model:
     loading: registry.Loading
     drafter: str | None = None
     draft_size: int | None = None
+    verifier: str | None = None
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    """Mixture, window and lookahead, as far as they are given."""
 
 
 def run(
@@ -176,7 +179,9 @@ def run(
             if key not in loaded:  # engines share a model's weights
                 loaded[key] = model.loading.load(model.model)
             weights, tokenizer = loaded[key]
-            engine = make_engine(weights, model, drafter, asked.max_length, lanes, max_waiting)
+            verifier = model.verifier and registry.load_verifier(model.verifier, weights, tokenizer)
+            others = {"drafter": drafter, "verifier": verifier}
+            engine = make_engine(weights, model, others, asked.max_length, lanes, max_waiting)
             opened.callback(engine.close, cancel=True)
             engines.append((engine, tokenizer))
         # Now that models are loaded, it is known how many files they keep open.
@@ -186,7 +191,7 @@ def run(
         for model, (engine, tokenizer) in zip(models, engines, strict=True):
             vocabulary = engine.model.shape.embedding_size
             place = directories[model.model]
-            service.add(model.name, engine, vocabulary, tokenizer, place, model.drafter)
+            service.add(model.name, engine, vocabulary, tokenizer, place, model.drafter, model.verifier)
         gc.collect()
         gc.freeze()  # objects made so far stay, and collections need not scan them while requests wait
         try:
@@ -208,9 +213,15 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def make_engine(
-    weights: Any, model: Model, drafter: Any, max_length: int | None, lanes: int, max_waiting: int
+    weights: Any,
+    model: Model,
+    others: Mapping[str, Any],
+    max_length: int | None,
+    lanes: int,
+    max_waiting: int,
 ) -> Engine:
-    """The engine of a loaded model. `max_length`: None: the model's own, at most `MAX_LENGTH`."""
+    """The engine of a loaded model. `others`: its drafter and verifier, loaded. `max_length`: None: the
+    model's own, at most `MAX_LENGTH`."""
     positions = dx.models.max_positions(weights) or math.inf
     length = int(min(MAX_LENGTH, positions)) if max_length is None else max_length
     if length > positions:
@@ -219,8 +230,9 @@ def make_engine(
         return Engine(
             weights,
             model.config,
-            drafter=drafter,
+            **others,
             draft_size=model.draft_size,
+            **model.numbers,
             lanes=lanes,
             max_waiting=max_waiting,
             max_length=length,

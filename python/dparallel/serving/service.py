@@ -228,10 +228,11 @@ class Service:
         tokenizer: Any,
         directory: Path,
         drafter: str | None = None,
+        verifier: str | None = None,
     ) -> ModelService:
-        """Serve one more model. `drafter`: the name of the engine's drafter."""
+        """Serve one more model. `drafter`, `verifier`: the names of the engine's."""
         self.models[name] = service = ModelService(
-            self, name, engine, vocabulary, tokenizer, directory, drafter
+            self, name, engine, vocabulary, tokenizer, directory, drafter, verifier
         )
         return service
 
@@ -289,8 +290,10 @@ class ModelService:
         tokenizer: Any,
         directory: Path,
         drafter: str | None,
+        verifier: str | None,
     ) -> None:
-        self.service, self.name, self.engine, self.drafter = service, name, engine, drafter
+        self.service, self.name, self.engine = service, name, engine
+        self.drafter, self.verifier = drafter, verifier
         self.vocabulary, self.tokenizer = vocabulary, tokenizer
         self.token_texts = text.TokenTexts(tokenizer)
         self.template = text.chat_template(directory, service.renderer)
@@ -311,7 +314,7 @@ class ModelService:
     def described(self) -> dict[str, Any]:
         """An entry of /v1/models: the fields of OpenAI and vLLM, the kind of the model, and how requests that
         name nothing else are decoded; `policy` is null if there is no text for it."""
-        causal = self.engine.mask_id is None
+        onward = self.engine.mask_id is None
         return {
             "id": self.name,
             "object": "model",
@@ -320,9 +323,10 @@ class ModelService:
             "root": self.name,
             "parent": None,
             "max_model_len": self.max_length,
-            "kind": "autoregressive" if causal else "diffusion",
-            "policy": None if causal else policy_of(self.config),
+            "kind": "autoregressive" if onward and self.verifier is None else "diffusion",
+            "policy": None if onward else policy_of(self.config),
             "drafter": self.drafter,
+            "verifier": self.verifier,
             "max_tokens": self.gen_length,
         }
 
@@ -434,13 +438,13 @@ class ModelService:
         return Call(self.service.aborted, self.metrics, choices, each, submit)
 
     def _check_kind(self, request: ChatRequest | CompletionRequest) -> None:
-        """Raise ApiError for a parameter of masked diffusion if the model is autoregressive."""
+        """Raise ApiError for a parameter of decoding by blocks if the engine decodes from left to right."""
         if self.engine.mask_id is not None:
             return
         suffix = request.suffix if isinstance(request, CompletionRequest) else None
         for name, value in (("policy", request.policy), ("suffix", suffix)):
             if value:
-                message = f"{name}: belongs to masked diffusion, and {self.name!r} is autoregressive"
+                message = f"{name}: belongs to decoding by blocks, and {self.name!r} goes from left to right"
                 raise ApiError(400, message, param=name, code="unsupported_parameter")
 
     @contextlib.contextmanager
@@ -454,7 +458,7 @@ class ModelService:
         except ValueError as error:
             ours, _, reason = str(error).partition(":")
             theirs = {"prompt": param, "gen_length": "max_tokens", "stop": "stop_token_ids"}
-            theirs |= {name: name for name in ("temperature", "top_p", "top_k")}
+            theirs |= {name: name for name in ("temperature", "top_p", "top_k", "logprobs")}
             message = f"{theirs[ours]}:{reason}" if ours in theirs else str(error)
             raise ApiError(400, message, param=theirs.get(ours, "policy")) from error
 
