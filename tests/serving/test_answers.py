@@ -19,7 +19,7 @@ from asking import BLOCK, EOS, MODEL, PROMPT, PROMPTS, chat, decoded, joined, ra
 from dparallel import registry, text
 from dparallel.configs import parse_policy
 from dparallel.serving import protocol
-from dparallel.serving.service import Call, Choice
+from dparallel.serving.call import Call, Choice
 from dparallel.toy import tasks
 from openai import AsyncOpenAI, OpenAI
 from server_here import Here, serving

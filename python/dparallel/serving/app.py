@@ -27,9 +27,10 @@ from dparallel_ext import Draft
 
 from .. import page, text
 from . import connections, protocol
+from .call import Call, Score
 from .errors import ERRORS, ApiError, errors, in_time
 from .protocol import ChatRequest, CompletionRequest, Health
-from .service import Call, Score, Service
+from .service import Service
 
 READ = "GET, HEAD"
 PATHS = {

@@ -1,30 +1,27 @@
-"""The engines, and the requests under way between them and HTTP."""
+"""The served models, their engines, and what a request asks of them."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import functools
-import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from dparallel_ext import Completion, DecodeConfig, Draft, Engine, Handle, arguments
+from dparallel_ext import DecodeConfig, Draft, Engine, Handle, arguments
 
 from .. import page, registry, text
 from ..configs import policy_of, with_ends, without_ends
 from ..templates import Renderer
+from .call import Call, Choice
 from .errors import ApiError, in_time, stopping
-from .metrics import Metrics, ModelMetrics
+from .metrics import Metrics
 from .protocol import ChatRequest, CompletionRequest, Options
 from .settings import Settings
-
-log = logging.getLogger("uvicorn.dparallel")
 
 T = TypeVar("T")
 
@@ -33,165 +30,6 @@ CHARACTERS_A_TOKEN = 32
 positions could hold is refused without being encoded."""
 ENCODERS = 2
 """Threads that encode texts."""
-
-
-@dataclass
-class Choice:
-    """One response of a request."""
-
-    prompt: list[int]
-    gen_length: int
-    seed: int
-    text: text.TextStream
-    suffix: list[int]
-    """Token ids that follow the response."""
-    handle: Handle | None = None
-    completion: Completion | None = None
-    draft: Newest | None = None
-    """The last draft in the queue, unless it was taken or a block came after it."""
-
-
-@dataclass
-class Newest:
-    """A place in the queue for a draft; a newer draft of the same block replaces it, so a slow client gets
-    fewer."""
-
-    draft: Draft
-
-
-class Score(NamedTuple):
-    """A token of a response, with its log-probability (nats), and where its text starts, in characters."""
-
-    token: int
-    logprob: float
-    start: int
-
-
-class Piece(NamedTuple):
-    """New content of a choice."""
-
-    choice: int
-    text: str = ""
-    reason: str | None = None
-    """The finish reason, at the choice's end."""
-    draft: Draft | None = None
-    scores: Sequence[Score] = ()
-    """Of the new tokens, if log-probabilities are requested."""
-
-
-class Call:
-    """The choices of one HTTP request, and their events in one queue.
-
-    `submit` submits a choice to the engine, with a callback for its drafts. `fail` ends the call from
-    outside; `close` cancels unfinished choices, and may be called again.
-    """
-
-    def __init__(
-        self,
-        aborted: asyncio.Future[None],
-        metrics: ModelMetrics,
-        choices: list[Choice],
-        each: int,
-        submit: Callable[[Choice, Callable[[Draft], None]], Handle],
-    ):
-        self.aborted, self.metrics, self.choices, self.each = aborted, metrics, choices, each
-        self.began = time.perf_counter()
-        self.queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def post(index: int, event: Any) -> None:
-            # The loop may have been closed.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._put, index, event)
-
-        aborted.add_done_callback(self._abort)
-        try:
-            for index, choice in enumerate(choices):
-                tell = functools.partial(post, index)
-                choice.handle = submit(choice, tell)
-                choice.handle.subscribe(tell)
-        except BaseException:
-            self.close()
-            raise
-
-    def _put(self, index: int, event: Any) -> None:
-        choice = self.choices[index]
-        if not isinstance(event, Draft):
-            choice.draft = None
-        elif choice.draft is not None and choice.draft.draft.start == event.start:
-            choice.draft.draft = event
-            return
-        else:
-            event = choice.draft = Newest(event)
-        self.queue.put_nowait((index, event))
-
-    def fail(self, error: ApiError) -> None:
-        self.queue.put_nowait((-1, error))
-
-    def _abort(self, _: Any) -> None:
-        self.fail(stopping())
-
-    def close(self) -> None:
-        self.aborted.remove_done_callback(self._abort)
-        for choice in self.choices:
-            if choice.handle is not None and choice.completion is None:
-                choice.handle.cancel()
-
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """Yield new content until every choice has ended. Raises ApiError."""
-        metrics, left, seen = self.metrics, len(self.choices), False
-        while left:
-            index, event = await self.queue.get()
-            if isinstance(event, ApiError):
-                raise event
-            if isinstance(event, BaseException):
-                log.error("a request failed", exc_info=event)
-                raise ApiError(500, "the model failed on this request", code="internal_error")
-            choice = self.choices[index]
-            if isinstance(event, Newest):
-                if choice.draft is event:
-                    choice.draft = None
-                if not choice.text.stopped:
-                    yield Piece(index, draft=event.draft)
-                continue
-            if isinstance(event, Completion):
-                left -= 1
-                choice.completion = event
-                rest, reason = choice.text.finish(), event.finish_reason
-                if choice.text.stopped:
-                    reason = "stop"
-                elif reason == "cancelled":  # by the engine, not by this call
-                    raise stopping()
-                metrics.finished(event, choice.text.count)
-                yield Piece(index, rest, reason)
-                continue
-            if not seen:
-                seen = True
-                metrics.first_block.observe(time.perf_counter() - self.began)
-            before, piece = choice.text.count, choice.text.put(event)
-            assert choice.handle is not None
-            if choice.text.stopped:
-                choice.handle.cancel()
-            logprobs = choice.handle.logprobs[before : choice.text.count]
-            starts = choice.text.starts[before:]
-            # Fewer than tokens at a stop string, and none if not requested.
-            scores = [Score(*each) for each in zip(event, logprobs, starts, strict=False)]
-            if piece or scores:
-                yield Piece(index, piece, scores=scores)
-
-    def usage(self) -> dict[str, Any]:
-        """The "usage" of a finished call. A prompt counts once, however many choices it has."""
-        done = [choice.completion for choice in self.choices if choice.completion is not None]
-        prompt = sum(len(choice.prompt) + len(choice.suffix) for choice in self.choices[:: self.each])
-        tokens, passes = sum(choice.text.count for choice in self.choices), sum(handle.nfe for handle in done)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": tokens,
-            "total_tokens": prompt + tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(handle.reused for handle in done[:: self.each])},
-            "forward_passes": passes,
-            "tokens_per_pass": round(tokens / passes, 3) if passes else 0.0,
-        }
 
 
 def full(message: str, wait: int) -> ApiError:
