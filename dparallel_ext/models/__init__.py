@@ -10,8 +10,8 @@ from .files import locate
 from .llada import LLaDA
 from .llama import Llama
 from .modules import Stream, Taps
-from .qwen import Qwen2, Qwen3
-from .sdar import SDAR
+from .qwen import Qwen2, Qwen3, Qwen3MoE
+from .sdar import SDAR, SDARMoE
 from .traits import check_diffusion, fingerprint, max_positions, traits, warn_beyond
 from .wrappers import check_call, for_decoding, own_precision, unwrap, warn_of_dropout
 
@@ -27,6 +27,8 @@ __all__ = [
     "Output",
     "Qwen2",
     "Qwen3",
+    "Qwen3MoE",
+    "SDARMoE",
     "Stream",
     "Taps",
     "Traits",

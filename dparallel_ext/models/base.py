@@ -70,7 +70,8 @@ class Model(Named):
         self.eos_id = next(iter(self.eos_ids), None)
         self.embed = nn.Embedding(s.embedding_size, s.width)
         names = {o: t.removeprefix(layer + "{}.") for o, t in self.NAMES.items() if "{}" in t}
-        self.blocks = nn.ModuleList(Block(s, names) for _ in range(s.layers))
+        sparse = frozenset() if s.experts is None else s.experts.layers
+        self.blocks = nn.ModuleList(Block(s, names, layer in sparse) for layer in range(s.layers))
         self.norm = RMSNorm(s)
         self.lm_head = nn.Linear(s.width, s.embedding_size, bias=s.head_bias and not s.tied)
         self.tie()
@@ -351,8 +352,8 @@ class Model(Named):
         `models.load(path).quantize().to("cuda")` never has them in 16 bits on the GPU. A quantised model
         cannot be trained, saved, or turned back.
 
-        Raises ValueError, with the model unchanged, if a layer has an adapter or a hook, or a weight is not
-        finite.
+        Raises ValueError, with the model unchanged, if a layer has an adapter, a hook or a mixture of
+        experts, or a weight is not finite.
         """
         blocks = [block for block in self.blocks if isinstance(block, Block)]
         for block in blocks:

@@ -21,22 +21,25 @@ from . import files, fused_weights
 from .base import Model
 from .config import ModelConfig, token_ids
 from .dream import Dream
+from .experts import in_parts
 from .fast_dllm import FastDLLM
 from .llada import LLaDA
 from .llama import Llama
 from .modules import shapes_only
-from .qwen import Qwen2, Qwen3
-from .sdar import SDAR
+from .qwen import Qwen2, Qwen3, Qwen3MoE
+from .sdar import SDAR, SDARMoE
 from .wrappers import ADAPTED_LAYERS, classes, for_decoding, unwrap
 
 FAMILIES: dict[str, type[Model]] = {
     "llada": LLaDA,
     "Dream": Dream,
     "sdar": SDAR,
+    "sdar_moe": SDARMoE,
     "Fast_dLLM_Qwen": FastDLLM,
     "llama": Llama,
     "qwen2": Qwen2,
     "qwen3": Qwen3,
+    "qwen3_moe": Qwen3MoE,
 }
 """config.json's model_type -> the family that reads it."""
 
@@ -253,9 +256,10 @@ def save(
     dtype = dtype or model.dtype
     tied = model.checkpoint_name("lm_head") + ".weight" if model.shape.tied else None
     tensors = {
-        name: p.detach().to("cpu", dtype).contiguous()
+        stored: tensor.contiguous()
         for name, p in (state_dict or dict(model.named_parameters())).items()
         if name != tied
+        for stored, tensor in in_parts(name, p.detach().to("cpu", dtype)).items()
     }
     names = [name for name, family in FAMILIES.items() if type(model) is family]
     config = {**model.config, "torch_dtype": str(dtype).removeprefix("torch.")}
@@ -314,10 +318,16 @@ def _assemble(
     family = _family(config, source)
     with shapes_only():
         model = family(config)
-    wanted = dict(model.named_parameters())
+    offers, parameters = {offer.name: offer for offer in tensors}, dict(model.named_parameters())
+    wanted: dict[str, Tensor] = {}
+    owner: dict[str, str] = {}
+    """Stored name -> the parameter that it is a part of."""
+    for name, parameter in parameters.items():
+        parts = {name: parameter} if name in offers else in_parts(name, parameter)
+        wanted |= parts
+        owner |= dict.fromkeys(parts, name)
     head = model.checkpoint_name("lm_head") + ".weight"
     known = {*wanted, head} if model.shape.tied else set(wanted)  # a tied head may be stored all the same
-    offers = {offer.name: offer for offer in tensors}
     fitting = [offer for offer in offers.values() if offer.name in wanted]
     faults = []
     for name, shape, kind, _ in fitting:
@@ -338,12 +348,24 @@ def _assemble(
         others = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(f"{source} does not fit {family.__name__}: {'; '.join(faults[:5])}{others}")
     places = fused_weights.FusedLoader(model.groups() if fuse else ())
-    for name, _, _, fetch in fitting:
-        tensor = fetch()
+    stacked: dict[str, dict[str, Tensor]] = {}
+
+    def put(name: str, tensor: Tensor) -> None:
+        module, _, leaf = name.rpartition(".")
+        held = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+        setattr(model.get_submodule(module), leaf, held)
+
+    for stored, _, _, fetch in fitting:
+        tensor, name = fetch(), owner[stored]
         tensor = tensor if dtype is None else tensor.to(dtype)
-        module, _, parameter = name.rpartition(".")
-        held = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(places.put(wanted[name], tensor))
-        setattr(model.get_submodule(module), parameter, held)
+        if name == stored:
+            put(name, places.put(parameters[name], tensor))
+            continue
+        if name not in stacked:
+            whole = tensor.new_empty(parameters[name].shape)
+            put(name, whole)
+            stacked[name] = in_parts(name, whole)
+        stacked[name][stored].copy_(tensor)
     if head in offers and head not in wanted:
         _refuse_another_head(offers[head], model.embed.weight, config, source)
     model.tie()

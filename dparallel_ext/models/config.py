@@ -14,6 +14,26 @@ from .rope import RopeScaling
 
 
 @dataclass(frozen=True)
+class ExpertsConfig:
+    """Mixtures of experts in place of some layers' MLPs, see `experts`."""
+
+    count: int
+    """Experts of a layer."""
+    per_token: int
+    """Experts that a token takes."""
+    width: int
+    """Of an expert."""
+    normalized: bool
+    """Whether the probabilities of a token's experts are scaled to a sum of 1."""
+    layers: frozenset[int]
+    """The layers that have them, from 0."""
+
+    def __post_init__(self) -> None:
+        if self.per_token > self.count:
+            raise ValueError(f"config: {self.per_token} experts for a token, and there are {self.count}")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Sizes and options of the transformer, as read from a config.json."""
 
@@ -41,6 +61,7 @@ class ModelConfig:
     """Queries and keys of each head are normalised before the rotary embedding (Qwen3)."""
     block_length: int | None = None
     """Length of a block-causal model's blocks; None for others."""
+    experts: ExpertsConfig | None = None
 
     def __post_init__(self) -> None:
         if self.head_dim < 2 or self.head_dim % 2:

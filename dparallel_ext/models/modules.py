@@ -17,6 +17,7 @@ from ..ops.fp8_linear import fp8_scale
 from ..ops.inputs import compiled
 from . import fused_weights
 from .config import ModelConfig
+from .experts import Experts
 from .fp8 import Fp8Linear
 
 
@@ -179,9 +180,12 @@ LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 class Block(Named):
-    def __init__(self, shape: ModelConfig, names: Mapping[str, str]) -> None:
+    """A layer. sparse: its MLP is a mixture of experts."""
+
+    def __init__(self, shape: ModelConfig, names: Mapping[str, str], sparse: bool = False) -> None:
         super().__init__(names)
-        s = self.shape = shape
+        s, self.sparse = shape, sparse
+        self.shape = s
         self.norm1 = RMSNorm(s)
         self.q = nn.Linear(s.width, s.heads * s.head_dim, bias=s.qkv_bias)
         self.k = nn.Linear(s.width, s.kv_heads * s.head_dim, bias=s.qkv_bias)
@@ -191,9 +195,14 @@ class Block(Named):
             self.k_norm = RMSNorm(s, s.head_dim)
         self.o = nn.Linear(s.heads * s.head_dim, s.width, bias=s.o_bias)
         self.norm2 = RMSNorm(s)
-        self.gate = nn.Linear(s.width, s.mlp_width, bias=s.mlp_bias)
-        self.up = nn.Linear(s.width, s.mlp_width, bias=s.mlp_bias)
-        self.down = nn.Linear(s.mlp_width, s.width, bias=s.mlp_bias)
+        if sparse:
+            assert s.experts is not None
+            self.router = nn.Linear(s.width, s.experts.count, bias=False)
+            self.experts = Experts(s)
+        else:
+            self.gate = nn.Linear(s.width, s.mlp_width, bias=s.mlp_bias)
+            self.up = nn.Linear(s.width, s.mlp_width, bias=s.mlp_bias)
+            self.down = nn.Linear(s.mlp_width, s.width, bias=s.mlp_bias)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """x (..., width) -> (..., width)"""
@@ -204,7 +213,7 @@ class Block(Named):
         x, y = norm_of_sum(self.norm1, stream)
         y = self._attended(y, attend).flatten(-2)
         x, y = norm_of_sum(self.norm2, Stream(x, fused_weights.apply(self.o, y)))
-        return Stream(x, fused_weights.apply(self.down, self._activated(y)))
+        return Stream(x, self._mlp(y))
 
     def _attended(self, y: Tensor, attend: Attend) -> Tensor:
         """y (..., width) -> (..., heads, D)"""
@@ -220,6 +229,13 @@ class Block(Named):
             return attend(q, k, v, HeadNorms(self.q_norm, self.k_norm))
         return attend(self.q_norm(q), self.k_norm(k), v)
 
+    def _mlp(self, y: Tensor) -> Tensor:
+        """y (..., width) -> (..., width)"""
+        if self.sparse:
+            mixed: Tensor = self.experts(y, fused_weights.apply(self.router, y))
+            return mixed
+        return fused_weights.apply(self.down, self._activated(y))
+
     def _activated(self, y: Tensor) -> Tensor:
         """silu(gate y) * (up y), (..., mlp_width)"""
         layers = (self.gate, self.up)
@@ -233,10 +249,13 @@ class Block(Named):
         return fused_weights.parameters(self._of_one_input())
 
     def _of_one_input(self) -> list[list[nn.Module]]:
-        return [[self.q, self.k, self.v], [self.gate, self.up]]
+        attention: list[nn.Module] = [self.q, self.k, self.v]
+        return [attention] if self.sparse else [attention, [self.gate, self.up]]
 
     def check_quantizable(self) -> None:
         """Raise ValueError as `Model.quantize` does."""
+        if self.sparse:
+            raise ValueError("model: expected one without mixtures of experts, which are not quantised")
         for name in LINEAR:
             layer = getattr(self, name)
             if not fused_weights.is_unmodified(layer, nn.Linear):

@@ -1,4 +1,4 @@
-"""SDAR (JetLM, arXiv 2510.06303): Qwen3 layers, block-causal, no shift."""
+"""SDAR (JetLM, arXiv 2510.06303): Qwen3 layers, dense or with mixtures of experts, block-causal, no shift."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from . import fields
 from .base import Model
 from .config import ModelConfig
 from .dream import diffusion_shape
-from .qwen import QWEN3_NAMES
+from .qwen import EXPERTS_NAMES, QWEN3_NAMES, experts_of
 
 
 class SDAR(Model):
@@ -25,6 +25,16 @@ class SDAR(Model):
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
         bias = bool(fields.read(config, {"attention_bias": fields.NO})["attention_bias"])
         return block_causal_shape(config, "block_size", 4, qk_norm=True, qkv_bias=bias, o_bias=bias)
+
+
+class SDARMoE(SDAR):
+    """SDAR with mixtures of experts (SDAR-30B-A3B), see `experts`."""
+
+    NAMES: ClassVar[dict[str, str]] = EXPERTS_NAMES
+
+    @staticmethod
+    def read_config(config: Mapping[str, Any]) -> ModelConfig:
+        return replace(SDAR.read_config(config), experts=experts_of(config))
 
 
 def block_causal_shape(config: Mapping[str, Any], key: str, default: int, **keywords: Any) -> ModelConfig:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 import dparallel_ext as dx
 from dparallel_ext import compat, models
 from dparallel_ext.cache import Span
-from dparallel_ext.models import Llama, Model, Qwen2, Qwen3, Traits
+from dparallel_ext.models import Llama, Model, Qwen2, Qwen3, Qwen3MoE, Traits
 
 transformers = pytest.importorskip("transformers")
 
-FAMILIES: dict[str, type[Model]] = {"llama": Llama, "qwen2": Qwen2, "qwen3": Qwen3}
+FAMILIES: dict[str, type[Model]] = {"llama": Llama, "qwen2": Qwen2, "qwen3": Qwen3, "qwen3_moe": Qwen3MoE}
 LINEAR = {"rope_type": "linear", "factor": 3.0}
 LLAMA3 = {
     **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
@@ -40,6 +40,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}}),
     ("qwen3", {"tie_word_embeddings": True, "attention_bias": True, "head_dim": 8}),
     ("qwen3", {"rope_parameters": {**YARN, "attention_factor": 1.5, "original_max_position_embeddings": 4}}),
+    ("qwen3_moe", {}),
+    ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [1], "tie_word_embeddings": True}),
+    ("qwen3_moe", {"decoder_sparse_step": 2, "num_experts_per_tok": 8, "attention_bias": True}),
 ]
 each = pytest.mark.parametrize(("family", "changes"), CASES, ids=str)
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -52,15 +55,19 @@ def config_of(family: str, **changes: Any) -> Any:
         **{"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
         **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
         **{"eos_token_id": 2, "pad_token_id": 0, "rope_parameters": rope},
-        **({"head_dim": 16} if family == "qwen3" else {}),
+        **({"head_dim": 16} if family.startswith("qwen3") else {}),
     }
+    if family == "qwen3_moe":
+        sizes |= {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
     return transformers.AutoConfig.for_model(family, **{**sizes, **changes})
 
 
 def theirs_of(family: str, **changes: Any) -> Any:
     """transformers' model with random weights, large enough that all parts of the layers tell."""
     torch.manual_seed(0)
-    theirs = transformers.AutoModelForCausalLM.from_config(config_of(family, **copy.deepcopy(changes)))
+    config = config_of(family, **copy.deepcopy(changes))
+    # Products of all experts together are of three dtypes alone.
+    theirs = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager")
     with torch.no_grad():
         for name, p in theirs.named_parameters():
             p.normal_(1.0 if "norm" in name else 0.0, 0.3)
@@ -342,7 +349,7 @@ def test_transformers_reads_what_is_saved(family: str, changes: dict[str, Any], 
     assert len(list((tmp_path / "a").glob("*.safetensors"))) > 1
     model = models.load(tmp_path / "a")
     models.save(model, tmp_path / "b")
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b", experts_implementation="eager")
     assert type(again) is type(theirs)
     assert torch.equal(again(x).logits, theirs(x).logits)
     stored = load_file(tmp_path / "b" / "model.safetensors")
@@ -361,7 +368,7 @@ def test_wrap_shares_the_weights(family: str, tied: bool) -> None:
     given = {name: p.data_ptr() for name, p in theirs.named_parameters(remove_duplicate=False)}
     assert {name: p.data_ptr() for name, p in model.named_parameters(remove_duplicate=False)} == given
     assert models.traits(theirs) == models.traits(model) == Traits(causal=True)
-    theirs.model.layers[1].mlp.up_proj.weight.mul_(2)
+    next(iter(theirs.model.layers[1].mlp.parameters())).mul_(2)
     theirs.model.embed_tokens.weight.mul_(1.5)
     torch.testing.assert_close(model(x).logits, theirs(x).logits, rtol=0, atol=1e-4)
 

@@ -1,0 +1,224 @@
+"""Mixtures of experts: as transformers computes them, and stored expert by expert, as published."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import dparallel_ext as dx
+from dparallel_ext import models
+from dparallel_ext.models import Qwen3MoE, SDARMoE
+from dparallel_ext.models.experts import in_parts
+
+transformers = pytest.importorskip("transformers")
+
+VOCABULARY, MASK, BLOCK = 97, 96, 4
+SIZES: dict[str, Any] = {
+    **{"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256},
+    **{"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True},
+    **{"mlp_only_layers": [1], "tie_word_embeddings": False},
+}
+SDAR_CONFIG = {**SIZES, "model_type": "sdar_moe", "block_size": BLOCK, "mask_token_id": MASK}
+
+
+def theirs_of(**changes: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(**{**SIZES, **changes})
+    theirs = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            p.normal_(1.0 if "norm" in name else 0.0, 0.3)
+    return theirs.eval()
+
+
+def sdar_of(theirs: Any, folder: Path) -> SDARMoE:
+    """A model of SDAR's with the weights of transformers' model, from files."""
+    theirs.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(SDAR_CONFIG))
+    model = models.load(folder)
+    assert type(model) is SDARMoE
+    return model
+
+
+def ids(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, 96, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def test_a_diffusion_model_of_experts(tmp_path: Path) -> None:
+    """The layers are Qwen3's with another mask, and every cache and the engine give the same text."""
+    theirs, x = theirs_of(), ids(2, 19)
+    model = sdar_of(theirs, tmp_path)
+    assert (model.block_length, model.mask_id) == (BLOCK, MASK)
+    assert [block.sparse for block in model.blocks] == [True, False, True]
+    block = torch.arange(19) // BLOCK
+    seen = (block[:, None] >= block).expand(2, 1, 19, 19)
+    expected = theirs(x, attention_mask=torch.where(seen, 0.0, -torch.inf)).logits
+    assert expected.std() > 1
+    torch.testing.assert_close(model(x).logits, expected, rtol=0, atol=1e-4)
+    prompts = [ids(n, seed=n) for n in (3, 8, 13)]
+    settings: dict[str, Any] = {"gen_length": 16, "threshold": 0.9, "selector": "confidence"}
+    plain = dx.decode(model, prompts, **settings)
+    cached = dx.decode(model, prompts, cache="block", **settings)
+    assert torch.equal(plain.sequences, cached.sequences)
+    assert torch.equal(plain.nfe, cached.nfe)
+    with dx.Engine(model, lanes=2, max_length=64) as engine:
+        handles = [engine.submit(prompt, **settings) for prompt in prompts]
+        for handle, response in zip(handles, plain.responses, strict=True):
+            assert handle.result(60).tokens == response[:16].tolist()
+
+
+@torch.no_grad()
+def test_drafts_are_verified_losslessly() -> None:
+    model = models.wrap(theirs_of())
+    prompts = [ids(5).repeat(4), ids(7, seed=1)]
+    plain = dx.speculate(model, prompts, gen_length=24)
+    fast = dx.speculate(model, prompts, gen_length=24, drafter="ngram", draft_size=4)
+    assert torch.equal(plain.sequences, fast.sequences)
+    assert fast.forwards <= plain.forwards
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_one_product_for_all_experts(dtype: torch.dtype) -> None:
+    """What a GPU computes is what is computed expert by expert, but for rounding; also of experts that no
+    token takes, and of no token."""
+    model, changed = Qwen3MoE({**SIZES, "model_type": "qwen3_moe"}).to(dtype), 0
+    experts, router = model.blocks[0].experts, model.blocks[0].router
+    for rows in (0, 1, 2, 33):
+        x = torch.randn(rows, 32, dtype=dtype)
+        one_by_one = experts(x, router(x))
+        together = _by_product(experts, x, router(x))
+        assert together.dtype == dtype
+        bound = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+        torch.testing.assert_close(together, one_by_one, rtol=0, atol=bound)
+        changed += bool((together != 0).any())
+    assert changed == 3
+
+
+def _by_product(experts: Any, x: Tensor, logits: Tensor) -> Tensor:
+    patch = pytest.MonkeyPatch()
+    with patch.context() as patched:
+        patched.setattr(type(experts), "one_by_one", type(experts).grouped)
+        found: Tensor = experts(x, logits)
+    return found
+
+
+def test_gradients_are_those_of_transformers() -> None:
+    theirs, x = theirs_of(), ids(2, 9)
+    model = models.wrap(theirs_of()).train()
+    for each in (theirs, model):
+        each(x).logits.logsumexp(-1).sum().backward()
+    found = dict(model.named_parameters())
+    for name, p in theirs.named_parameters():
+        torch.testing.assert_close(found[name].grad, p.grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_training_under_autocast() -> None:
+    """In bfloat16, with weights in float32."""
+    model, x = models.wrap(theirs_of()).train(), ids(2, 9)
+    expected = model(x).logits.logsumexp(-1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(x).logits.float().logsumexp(-1)
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.3)
+    found.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_it_is_saved_as_it_was_published(tmp_path: Path) -> None:
+    """Expert by expert, so that transformers and other readers find every tensor; the same after a load."""
+    theirs, x = theirs_of(), ids(1, 9)
+    theirs.save_pretrained(tmp_path / "theirs")
+    stored = load_file(tmp_path / "theirs/model.safetensors")
+    assert "model.layers.0.mlp.experts.7.up_proj.weight" in stored
+    model = models.load(tmp_path / "theirs")
+    models.save(model, tmp_path / "ours")
+    again = load_file(tmp_path / "ours/model.safetensors")
+    assert stored.keys() == again.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in stored.items())
+    reread = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    torch.testing.assert_close(reread(x).logits, theirs(x).logits, rtol=0, atol=1e-4)
+    fresh = Qwen3MoE(model.config)
+    fresh.load_state_dict(again)  # as a trainer resumes
+    assert all(torch.equal(p, fresh.state_dict()[name]) for name, p in model.state_dict().items())
+    halved = models.load(tmp_path / "ours", dtype=torch.bfloat16)
+    assert {p.dtype for p in halved.parameters()} == {torch.bfloat16}
+
+
+def test_experts_may_be_stored_together(tmp_path: Path) -> None:
+    theirs = theirs_of()
+    theirs.save_pretrained(tmp_path)
+    save_file(
+        {name: p.detach().clone() for name, p in theirs.named_parameters()}, tmp_path / "model.safetensors"
+    )
+    found = dict(models.load(tmp_path).named_parameters())
+    for name, p in theirs.named_parameters():
+        assert torch.equal(found[name], p), name
+
+
+def test_a_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    theirs_of().save_pretrained(tmp_path)
+    file, name = tmp_path / "model.safetensors", "model.layers.2.mlp.experts.5.gate_proj.weight"
+    tensors = load_file(file)
+    others = {**tensors, "model.layers.1.mlp.experts.0.up_proj.weight": torch.ones(24, 32)}
+    for changed, message in (
+        ({key: value for key, value in tensors.items() if key != name}, f"{name} is missing"),
+        ({**tensors, name: torch.ones(24, 31)}, rf"{name} is \(24, 31\), expected \(24, 32\)"),
+        ({**tensors, name: tensors[name].half()}, f"{name} F16 and .* F32, expected tensors of one type"),
+        ({**tensors, name: tensors[name].int()}, f"{name} is I32, expected a floating-point type"),
+        (others, r"layers\.1\.mlp\.experts\.0\.up_proj\.weight is unexpected"),
+    ):
+        save_file(changed, file)
+        with pytest.raises(ValueError, match=message):
+            models.load(tmp_path)
+
+
+def test_names_of_parts() -> None:
+    whole = torch.arange(24.0).view(2, 4, 3)
+    parts = in_parts("model.layers.0.mlp.experts.gate_up_proj", whole)
+    assert list(parts) == [
+        f"model.layers.0.mlp.experts.{expert}.{part}_proj.weight"
+        for expert in (0, 1)
+        for part in ("gate", "up")
+    ]
+    assert torch.equal(torch.stack(list(parts.values())).view(2, 4, 3), whole)
+    for name in ("model.layers.0.mlp.down_proj", "lm_head.weight", "model.layers.0.mlp.experts.bias"):
+        assert in_parts(name, whole) == {name: whole}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": None}, "'num_local_experts' is missing"),
+        ({"num_experts": 0}, "num_experts=0, expected a whole number >= 1"),
+        ({"num_experts_per_tok": 9}, "9 experts for a token, and there are 8"),
+        ({"num_experts_per_tok": None}, "'num_experts_per_tok' is null"),
+        ({"moe_intermediate_size": "24"}, "moe_intermediate_size='24', expected a whole number"),
+        ({"norm_topk_prob": 2}, "norm_topk_prob=2, expected true or false"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step=0, expected a whole number >= 1"),
+        ({"mlp_only_layers": 1}, "mlp_only_layers=1, expected a list of layers"),
+        ({"mlp_only_layers": ["1"]}, r"mlp_only_layers=\['1'\], expected a list of layers"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"config: {message}"):
+        SDARMoE({**SDAR_CONFIG, **changes})
+
+
+def test_experts_are_not_quantised() -> None:
+    model = SDARMoE(SDAR_CONFIG)
+    with pytest.raises(ValueError, match="model: expected one without mixtures of experts"):
+        model.quantize()
+    assert not model.quantized
+    assert model.addresses() is None  # so no pass is recorded
