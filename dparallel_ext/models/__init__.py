@@ -8,6 +8,7 @@ from .dream import Dream
 from .fast_dllm import FastDLLM
 from .files import locate
 from .llada import LLaDA
+from .llada2 import LLaDA2
 from .llama import Llama
 from .modules import Stream, Taps
 from .qwen import Qwen2, Qwen3, Qwen3MoE
@@ -22,6 +23,7 @@ __all__ = [
     "FastDLLM",
     "KVCache",
     "LLaDA",
+    "LLaDA2",
     "Llama",
     "Model",
     "Output",

@@ -355,6 +355,8 @@ class Model(Named):
         Raises ValueError, with the model unchanged, if a layer has an adapter, a hook or a mixture of
         experts, or a weight is not finite.
         """
+        if self.shape.experts is not None:
+            raise ValueError("model: expected one without mixtures of experts, which are not quantised")
         blocks = [block for block in self.blocks if isinstance(block, Block)]
         for block in blocks:
             block.check_quantizable()
@@ -413,7 +415,10 @@ class Model(Named):
             # A table made in inference mode could not be used by a later training pass.
             with torch.inference_mode(False), torch.no_grad():
                 s = self.shape
-                self._rope = rope.table(rows, s.head_dim, s.rope_theta, s.rope_scaling, self.device)
+                turned = s.head_dim if s.rotary_dim is None else s.rotary_dim
+                cos, sin = rope.table(rows, turned, s.rope_theta, s.rope_scaling, self.device)
+                rest = (0, (s.head_dim - turned) // 2)  # is turned by no angle
+                self._rope = F.pad(cos, rest, value=1.0), F.pad(sin, rest)
         return self._rope
 
     def _visible(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from .dream import Dream
 from .experts import in_parts
 from .fast_dllm import FastDLLM
 from .llada import LLaDA
+from .llada2 import LLaDA2
 from .llama import Llama
 from .modules import shapes_only
 from .qwen import Qwen2, Qwen3, Qwen3MoE
@@ -32,6 +34,7 @@ from .wrappers import ADAPTED_LAYERS, classes, for_decoding, unwrap
 
 FAMILIES: dict[str, type[Model]] = {
     "llada": LLaDA,
+    "llada2_moe": LLaDA2,
     "Dream": Dream,
     "sdar": SDAR,
     "sdar_moe": SDARMoE,
@@ -177,9 +180,11 @@ def wrap(hf_model: nn.Module) -> Model:
     if config is None:
         raise ValueError(f"hf_model: {type(hf_model).__name__} has no .config")
     adapted = _adapted(hf_model)
+    held = itertools.chain(hf_model.named_parameters(), hf_model.named_buffers())
     weights = {
         name: p
-        for name, p in hf_model.named_parameters()
+        for name, p in held
+        if isinstance(p, nn.Parameter) or name.endswith(".expert_bias")  # a router's, see `experts`
         if not any(name.startswith(f"{layer}.") for layer in adapted)
     }
     for name, module in adapted.items():
@@ -255,11 +260,14 @@ def save(
     directory.mkdir(parents=True, exist_ok=True)
     dtype = dtype or model.dtype
     tied = model.checkpoint_name("lm_head") + ".weight" if model.shape.tied else None
+    buffers = dict(model.named_buffers())  # which keep their own dtype
     tensors = {
         stored: tensor.contiguous()
-        for name, p in (state_dict or dict(model.named_parameters())).items()
+        for name, held in (state_dict or {**dict(model.named_parameters()), **buffers}).items()
         if name != tied
-        for stored, tensor in in_parts(name, p.detach().to("cpu", dtype)).items()
+        for stored, tensor in in_parts(
+            name, held.detach().to("cpu", held.dtype if name in buffers else dtype)
+        ).items()
     }
     names = [name for name, family in FAMILIES.items() if type(model) is family]
     config = {**model.config, "torch_dtype": str(dtype).removeprefix("torch.")}
@@ -318,7 +326,9 @@ def _assemble(
     family = _family(config, source)
     with shapes_only():
         model = family(config)
-    offers, parameters = {offer.name: offer for offer in tensors}, dict(model.named_parameters())
+    offers = {offer.name: offer for offer in tensors}
+    buffers = dict(model.named_buffers())  # which keep their own dtype
+    parameters: dict[str, Tensor] = {**dict(model.named_parameters()), **buffers}
     wanted: dict[str, Tensor] = {}
     owner: dict[str, str] = {}
     """Stored name -> the parameter that it is a part of."""
@@ -336,7 +346,11 @@ def _assemble(
             faults.append(f"{name} is {shape}, expected {expected}")
         elif kind not in DTYPES:
             faults.append(f"{name} is {kind}, expected a floating-point type of 16 bits or more")
-    kinds = {offer.dtype: offer.name for offer in reversed(fitting) if offer.dtype in DTYPES}
+    kinds = {
+        offer.dtype: offer.name
+        for offer in reversed(fitting)
+        if offer.dtype in DTYPES and offer.name not in buffers
+    }
     if dtype is None and not mixed and len(kinds) > 1:
         both = " and ".join(f"{name} {kind}" for kind, name in sorted(kinds.items())[:2])
         faults.append(f"{both}, expected tensors of one type; the argument dtype makes them so")
@@ -352,12 +366,15 @@ def _assemble(
 
     def put(name: str, tensor: Tensor) -> None:
         module, _, leaf = name.rpartition(".")
-        held = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
-        setattr(model.get_submodule(module), leaf, held)
+        plain = isinstance(tensor, nn.Parameter) or name in buffers
+        setattr(model.get_submodule(module), leaf, tensor if plain else nn.Parameter(tensor))
 
     for stored, _, _, fetch in fitting:
         tensor, name = fetch(), owner[stored]
-        tensor = tensor if dtype is None else tensor.to(dtype)
+        if name in buffers:
+            tensor = tensor.to(buffers[name].dtype)
+        elif dtype is not None:
+            tensor = tensor.to(dtype)
         if name == stored:
             put(name, places.put(parameters[name], tensor))
             continue

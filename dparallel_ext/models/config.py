@@ -14,6 +14,18 @@ from .rope import RopeScaling
 
 
 @dataclass(frozen=True)
+class GroupRouting:
+    """A router that scores by sigmoids, and chooses among the experts of the best groups (LLaDA2)."""
+
+    groups: int
+    """Groups of consecutive experts."""
+    per_token: int
+    """Groups among whose experts a token's are chosen."""
+    scale: float
+    """Of the weights of a token's experts."""
+
+
+@dataclass(frozen=True)
 class ExpertsConfig:
     """Mixtures of experts in place of some layers' MLPs, see `experts`."""
 
@@ -27,10 +39,25 @@ class ExpertsConfig:
     """Whether the probabilities of a token's experts are scaled to a sum of 1."""
     layers: frozenset[int]
     """The layers that have them, from 0."""
+    shared_width: int = 0
+    """Of an MLP beside them that every token takes; 0: none."""
+    routing: GroupRouting | None = None
+    """None: by softmax, among all experts."""
 
     def __post_init__(self) -> None:
-        if self.per_token > self.count:
-            raise ValueError(f"config: {self.per_token} experts for a token, and there are {self.count}")
+        count = self.count
+        if (routing := self.routing) is not None:
+            if count % routing.groups or count < 2 * routing.groups:
+                raise ValueError(
+                    f"config: expected groups of two experts or more, got {count} in {routing.groups}"
+                )
+            if routing.per_token > routing.groups:
+                raise ValueError(
+                    f"config: {routing.per_token} groups for a token, and there are {routing.groups}"
+                )
+            count = count // routing.groups * routing.per_token
+        if self.per_token > count:
+            raise ValueError(f"config: {self.per_token} experts for a token, and there are {count}")
 
 
 @dataclass(frozen=True)
@@ -57,6 +84,10 @@ class ModelConfig:
     norm_bias: bool = False
     tied: bool = False
     logit_scale: float = 1.0
+    fused_qkv: bool = False
+    """Queries, keys and values are one layer of the checkpoint."""
+    rotary_dim: int | None = None
+    """The first dimensions of each head that are rotated; None: all."""
     qk_norm: bool = False
     """Queries and keys of each head are normalised before the rotary embedding (Qwen3)."""
     block_length: int | None = None

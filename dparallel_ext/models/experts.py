@@ -1,8 +1,9 @@
-"""Mixtures of experts: MLPs of which each token takes a few, as Qwen3's and SDAR's.
+"""Mixtures of experts: MLPs of which each token takes a few, as those of Qwen3, SDAR and LLaDA2.
 
-    router    a token's logits, one for each expert; their softmax, in float32
-    choose    the `per_token` most probable experts, weighted by their probabilities, which in most releases
-              are scaled to a sum of 1
+    router    a token's scores of the experts, in float32: their softmax; or the sigmoid of each
+    choose    the `per_token` experts of the highest scores, weighted by these, which in most releases are
+              scaled to a sum of 1. With groups (DeepSeek-V3, arXiv 2412.19437): by score and a learnt bias,
+              among the groups with the highest sums of two
     mix       the weighted sum of what these experts give
 
 A checkpoint stores the experts one by one. Here all of a layer lie in two parameters, so that one grouped
@@ -11,7 +12,7 @@ product serves them, and under the names that transformers gives them in memory.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -20,9 +21,72 @@ from torch import Tensor, nn
 
 from ..ops import linear, swiglu
 from ..ops.inputs import compiled
-from .config import ModelConfig
+from .config import GroupRouting, ModelConfig
 
 LEAVES = ("gate_up_proj", "down_proj")
+
+
+class Router(nn.Module):
+    """Chooses each token's experts."""
+
+    def __init__(self, shape: ModelConfig) -> None:
+        super().__init__()
+        assert shape.experts is not None
+        self.sizes = s = shape.experts
+        self.expert_bias: Tensor
+        self.weight = nn.Parameter(torch.empty(s.count, shape.width))
+        nn.init.uniform_(self.weight, -(shape.width**-0.5), shape.width**-0.5)
+        if s.routing is not None:
+            self.register_buffer("expert_bias", torch.zeros(s.count))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights and the ids (N, per_token) of the experts of x (N, width)."""
+        s = self.sizes
+        if s.routing is not None:
+            return self._by_groups(x, s.routing)
+        logits = linear(x, self.weight)
+        share, chosen = logits.softmax(-1, dtype=torch.float32).topk(s.per_token)
+        if s.normalized:
+            share = share / share.sum(-1, keepdim=True)
+        return share.to(logits.dtype), chosen
+
+    def _by_groups(self, x: Tensor, routing: GroupRouting) -> tuple[Tensor, Tensor]:
+        with torch.autocast(x.device.type, enabled=False):
+            scores = F.linear(x.float(), self.weight.float()).sigmoid()
+        by_group = (scores + self.expert_bias).unflatten(-1, (routing.groups, -1))
+        best = by_group.topk(2).values.sum(-1).topk(routing.per_token).indices  # (N, groups for a token)
+        outside = torch.ones(by_group.shape[:2], dtype=torch.bool, device=x.device).scatter(1, best, False)
+        among = by_group.masked_fill(outside[..., None], -torch.inf).flatten(1)
+        chosen = among.topk(self.sizes.per_token).indices
+        share = scores.gather(1, chosen)
+        if self.sizes.normalized:
+            share = share / (share.sum(-1, keepdim=True) + 1e-20)
+        return share * routing.scale, chosen
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Move with the model; a change of dtype leaves the bias in float32."""
+        bias = self._buffers.pop("expert_bias", None)
+        super()._apply(fn, recurse)
+        if bias is not None:
+            self._buffers["expert_bias"] = bias.to(self.weight.device)
+        return self
+
+
+class SharedExpert(nn.Module):
+    """The MLP that every token takes."""
+
+    def __init__(self, shape: ModelConfig) -> None:
+        super().__init__()
+        assert shape.experts is not None
+        width = shape.experts.shared_width
+        self.gate_proj = nn.Linear(shape.width, width, bias=False)
+        self.up_proj = nn.Linear(shape.width, width, bias=False)
+        self.down_proj = nn.Linear(width, shape.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = _activated(torch.cat((self.gate_proj(x), self.up_proj(x)), -1))
+        y: Tensor = self.down_proj(hidden)
+        return y
 
 
 class Experts(nn.Module):
@@ -31,35 +95,33 @@ class Experts(nn.Module):
     def __init__(self, shape: ModelConfig) -> None:
         super().__init__()
         assert shape.experts is not None
-        self.sizes = e = shape.experts
-        self.gate_up_proj = nn.Parameter(torch.empty(e.count, 2 * e.width, shape.width))
-        self.down_proj = nn.Parameter(torch.empty(e.count, shape.width, e.width))
+        self.sizes = s = shape.experts
+        self.gate_up_proj = nn.Parameter(torch.empty(s.count, 2 * s.width, shape.width))
+        self.down_proj = nn.Parameter(torch.empty(s.count, shape.width, s.width))
         for parameter in (self.gate_up_proj, self.down_proj):
             nn.init.uniform_(parameter, -(parameter.shape[-1] ** -0.5), parameter.shape[-1] ** -0.5)
         self.register_load_state_dict_pre_hook(_together)
 
-    def forward(self, x: Tensor, logits: Tensor) -> Tensor:
-        """The mixture (..., width) of x (..., width). logits (..., count): the router's."""
-        share, chosen = logits.softmax(-1, dtype=torch.float32).topk(self.sizes.per_token)
-        if self.sizes.normalized:
-            share = share / share.sum(-1, keepdim=True)
+    def forward(self, x: Tensor, share: Tensor, chosen: Tensor) -> Tensor:
+        """The mixture (N, width) of x (N, width). share, chosen: of the `Router`. The sums are in the dtype
+        of `share`, or that of x if it is wider."""
         # Pairs of a token and one of its experts, by expert, then by token.
         order = chosen.flatten().argsort(stable=True)
         experts = torch.arange(self.sizes.count, device=x.device)
         ends = torch.searchsorted(chosen.flatten()[order], experts, right=True)  # of each expert's pairs
         mix = self.grouped if x.is_cuda and x.dtype == torch.bfloat16 else self.one_by_one
-        flat = x.reshape(-1, x.shape[-1])
-        return mix(flat, order, share.to(logits.dtype).flatten()[order, None], ends).view(x.shape)
+        return mix(x, order, share.flatten()[order, None], ends).to(x.dtype)
 
     def one_by_one(self, x: Tensor, order: Tensor, share: Tensor, ends: Tensor) -> Tensor:
         """Expert by expert, as published: the order of the sums, and their roundings, are the same."""
-        mixed, first, tokens = torch.zeros_like(x), 0, order // self.sizes.per_token
+        dtype, tokens, first = torch.promote_types(x.dtype, share.dtype), order // self.sizes.per_token, 0
+        mixed = torch.zeros_like(x, dtype=dtype)
         for expert, end in enumerate(ends.tolist()):
             if first < end:
                 token = tokens[first:end]
                 hidden = _activated(linear(x[token], self.gate_up_proj[expert]))
                 parts = linear(hidden, self.down_proj[expert]) * share[first:end]
-                mixed.index_add_(0, token, parts.to(x.dtype))  # of another under autocast
+                mixed.index_add_(0, token, parts.to(dtype))  # narrower under autocast
             first = end
         return mixed
 
@@ -69,7 +131,7 @@ class Experts(nn.Module):
         hidden = _activated(F.grouped_mm(x[tokens], self.gate_up_proj.transpose(1, 2), offs=ends))
         parts = F.grouped_mm(hidden, self.down_proj.transpose(1, 2), offs=ends) * share
         by_token = torch.empty_like(parts).index_copy(0, order, parts)
-        return by_token.unflatten(0, (-1, self.sizes.per_token)).sum(1, dtype=torch.float32).to(x.dtype)
+        return by_token.unflatten(0, (-1, self.sizes.per_token)).sum(1, dtype=torch.float32)
 
 
 def _activated(both: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ class FusedLoader:
         self.group_of = {id(part): group for group in groups for part in group}
         self.joined: dict[int, Tensor] = {}
 
-    def put(self, parameter: nn.Parameter, tensor: Tensor) -> Tensor:
+    def put(self, parameter: Tensor, tensor: Tensor) -> Tensor:
         """`tensor`, copied to the place of `parameter` in its group; unchanged if it has no group."""
         group = self.group_of.get(id(parameter))
         if group is None:

@@ -17,7 +17,7 @@ from ..ops.fp8_linear import fp8_scale
 from ..ops.inputs import compiled
 from . import fused_weights
 from .config import ModelConfig
-from .experts import Experts
+from .experts import Experts, Router, SharedExpert
 from .fp8 import Fp8Linear
 
 
@@ -137,6 +137,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
+def rotated_first(x: Tensor, rotary_dim: int) -> Tensor:
+    """x (..., D), of which the first `rotary_dim` dimensions are rotated, with their halves in the two halves
+    of D, as a rotation of all dimensions has them. In queries and keys alike, the order changes no score."""
+    rotated, rest = x[..., :rotary_dim].chunk(2, -1), x[..., rotary_dim:].chunk(2, -1)
+    return torch.cat((rotated[0], rest[0], rotated[1], rest[1]), -1)
+
+
 class Taps(dict[int, Tensor]):
     """The residual streams after some layers of a pass, by their numbers; -1: the embeddings."""
 
@@ -187,9 +194,13 @@ class Block(Named):
         s, self.sparse = shape, sparse
         self.shape = s
         self.norm1 = RMSNorm(s)
-        self.q = nn.Linear(s.width, s.heads * s.head_dim, bias=s.qkv_bias)
-        self.k = nn.Linear(s.width, s.kv_heads * s.head_dim, bias=s.qkv_bias)
-        self.v = nn.Linear(s.width, s.kv_heads * s.head_dim, bias=s.qkv_bias)
+        q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
+        if s.fused_qkv:
+            self.qkv = nn.Linear(s.width, q + 2 * kv, bias=s.qkv_bias)
+        else:
+            self.q = nn.Linear(s.width, q, bias=s.qkv_bias)
+            self.k = nn.Linear(s.width, kv, bias=s.qkv_bias)
+            self.v = nn.Linear(s.width, kv, bias=s.qkv_bias)
         if s.qk_norm:
             self.q_norm = RMSNorm(s, s.head_dim)
             self.k_norm = RMSNorm(s, s.head_dim)
@@ -197,8 +208,8 @@ class Block(Named):
         self.norm2 = RMSNorm(s)
         if sparse:
             assert s.experts is not None
-            self.router = nn.Linear(s.width, s.experts.count, bias=False)
-            self.experts = Experts(s)
+            self.router, self.experts = Router(s), Experts(s)
+            self.shared = SharedExpert(s) if s.experts.shared_width else None
         else:
             self.gate = nn.Linear(s.width, s.mlp_width, bias=s.mlp_bias)
             self.up = nn.Linear(s.width, s.mlp_width, bias=s.mlp_bias)
@@ -217,23 +228,31 @@ class Block(Named):
 
     def _attended(self, y: Tensor, attend: Attend) -> Tensor:
         """y (..., width) -> (..., heads, D)"""
-        s, layers = self.shape, (self.q, self.k, self.v)
-        if isinstance(attend, CachedAttend) and not s.qk_norm and (w := fused_weights.joined(layers)):
+        s = self.shape
+        layers = (self.qkv,) if s.fused_qkv else (self.q, self.k, self.v)
+        plain = not s.qk_norm and s.rotary_dim is None
+        if isinstance(attend, CachedAttend) and plain and (w := fused_weights.joined(layers)):
             attended = attend.of_product(y, w)
             if attended is not None:
                 return attended
-        q, k, v = (t.unflatten(-1, (-1, s.head_dim)) for t in fused_weights.project(y, layers))
-        if not s.qk_norm:
+        parts = [t.unflatten(-1, (-1, s.head_dim)) for t in fused_weights.project(y, layers)]
+        q, k, v = parts[0].split([s.heads, s.kv_heads, s.kv_heads], -2) if s.fused_qkv else parts
+        if plain:
             return attend(q, k, v)
-        if isinstance(attend, CachedAttend):
+        if isinstance(attend, CachedAttend) and s.rotary_dim is None:
             return attend(q, k, v, HeadNorms(self.q_norm, self.k_norm))
-        return attend(self.q_norm(q), self.k_norm(k), v)
+        if s.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if s.rotary_dim is not None:
+            q, k = (rotated_first(t, s.rotary_dim) for t in (q, k))
+        return attend(q, k, v)
 
     def _mlp(self, y: Tensor) -> Tensor:
         """y (..., width) -> (..., width)"""
         if self.sparse:
-            mixed: Tensor = self.experts(y, fused_weights.apply(self.router, y))
-            return mixed
+            rows = y.reshape(-1, y.shape[-1])
+            mixed: Tensor = self.experts(rows, *self.router(rows)).view(y.shape)
+            return mixed if self.shared is None else mixed + self.shared(y)
         return fused_weights.apply(self.down, self._activated(y))
 
     def _activated(self, y: Tensor) -> Tensor:
@@ -249,13 +268,11 @@ class Block(Named):
         return fused_weights.parameters(self._of_one_input())
 
     def _of_one_input(self) -> list[list[nn.Module]]:
-        attention: list[nn.Module] = [self.q, self.k, self.v]
-        return [attention] if self.sparse else [attention, [self.gate, self.up]]
+        attention: list[list[nn.Module]] = [] if self.shape.fused_qkv else [[self.q, self.k, self.v]]
+        return attention if self.sparse else [*attention, [self.gate, self.up]]
 
     def check_quantizable(self) -> None:
         """Raise ValueError as `Model.quantize` does."""
-        if self.sparse:
-            raise ValueError("model: expected one without mixtures of experts, which are not quantised")
         for name in LINEAR:
             layer = getattr(self, name)
             if not fused_weights.is_unmodified(layer, nn.Linear):

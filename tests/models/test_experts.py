@@ -94,8 +94,8 @@ def test_one_product_for_all_experts(dtype: torch.dtype) -> None:
     experts, router = model.blocks[0].experts, model.blocks[0].router
     for rows in (0, 1, 2, 33):
         x = torch.randn(rows, 32, dtype=dtype)
-        one_by_one = experts(x, router(x))
-        together = _by_product(experts, x, router(x))
+        one_by_one = experts(x, *router(x))
+        together = _by_product(experts, x, *router(x))
         assert together.dtype == dtype
         bound = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
         torch.testing.assert_close(together, one_by_one, rtol=0, atol=bound)
@@ -103,11 +103,11 @@ def test_one_product_for_all_experts(dtype: torch.dtype) -> None:
     assert changed == 3
 
 
-def _by_product(experts: Any, x: Tensor, logits: Tensor) -> Tensor:
+def _by_product(experts: Any, *given: Tensor) -> Tensor:
     patch = pytest.MonkeyPatch()
     with patch.context() as patched:
         patched.setattr(type(experts), "one_by_one", type(experts).grouped)
-        found: Tensor = experts(x, logits)
+        found: Tensor = experts(*given)
     return found
 
 

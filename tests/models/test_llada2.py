@@ -1,0 +1,259 @@
+"""LLaDA2: its layers and its loop, written again in plain torch from the published code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import dparallel_ext as dx
+from dparallel_ext import models
+from dparallel_ext.models import LLaDA2
+
+MASK, EOS, BLOCK = 96, 2, 8
+CONFIG: dict[str, Any] = {
+    **{"model_type": "llada2_moe", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48},
+    **{"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
+    **{"num_experts": 16, "num_experts_per_tok": 3, "num_shared_experts": 2, "moe_intermediate_size": 24},
+    **{"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "first_k_dense_replace": 1},
+    **{"partial_rotary_factor": 0.5, "rope_theta": 600.0, "use_bias": False, "score_function": "sigmoid"},
+    **{"mask_token_id": MASK, "eos_token_id": EOS, "block_length": BLOCK},
+}
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"use_bias": True, "use_qkv_bias": True, "num_shared_experts": 0, "tie_word_embeddings": True},
+    {"use_qk_norm": False, "partial_rotary_factor": 1.0, "num_key_value_heads": 0, "num_experts_per_tok": 1},
+    {"use_qk_norm": False, "partial_rotary_factor": 0.25, "topk_group": 4, "num_experts_per_tok": 16},
+]
+
+
+def model_of(**changes: Any) -> LLaDA2:
+    torch.manual_seed(0)
+    model = LLaDA2({**CONFIG, **changes}).eval()
+    with torch.no_grad():
+        for name, p in [*model.named_parameters(), *model.named_buffers()]:
+            p.normal_(1.0 if "norm" in name else 0.0, 0.3)
+    return model
+
+
+def ids(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, 96, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def stored(model: LLaDA2, folder: Path) -> dict[str, Tensor]:
+    models.save(model, folder)
+    return load_file(folder / "model.safetensors")
+
+
+def plain(w: dict[str, Tensor], x: Tensor, block: int = BLOCK, **changes: Any) -> Tensor:
+    """The logits (L, V) of one sequence x (L,), from the tensors of a file."""
+    c = {**CONFIG, **changes}
+    heads, size = c["num_attention_heads"], c["head_dim"]
+    kv_heads, turned = c["num_key_value_heads"] or heads, int(size * c["partial_rotary_factor"])
+    w = {name: tensor.double() for name, tensor in w.items()}
+
+    def norm(y: Tensor, name: str) -> Tensor:
+        return y * (y.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * w[name + ".weight"]
+
+    def product(y: Tensor, name: str) -> Tensor:
+        return F.linear(y, w[name + ".weight"], w.get(name + ".bias"))
+
+    def mlp(y: Tensor, name: str) -> Tensor:
+        hidden = F.silu(product(y, name + ".gate_proj")) * product(y, name + ".up_proj")
+        return product(hidden, name + ".down_proj")
+
+    at = torch.arange(len(x))
+    angles = at[:, None] / c["rope_theta"] ** (torch.arange(0, turned, 2) / turned)
+    cos, sin = angles.cos().double().repeat(1, 2)[:, None], angles.sin().double().repeat(1, 2)[:, None]
+
+    def rotated(y: Tensor) -> Tensor:
+        first, rest = y[..., :turned], y[..., turned:]
+        a, b = first.chunk(2, -1)
+        return torch.cat((first * cos + torch.cat((-b, a), -1) * sin, rest), -1)
+
+    def mixture(y: Tensor, name: str) -> Tensor:
+        scores = product(y, name + ".gate").sigmoid()
+        mixed = torch.zeros_like(y)
+        for row, each in enumerate(scores):
+            chosen = each + w[name + ".gate.expert_bias"]
+            groups = chosen.view(c["n_group"], -1)
+            best = groups.sort(descending=True).values[:, :2].sum(1).argsort(descending=True)
+            of_best = sorted(best[: c["topk_group"]].tolist())
+            among = [g * groups.shape[1] + i for g in of_best for i in range(groups.shape[1])]
+            among.sort(key=lambda expert: -float(chosen[expert]))
+            taken = among[: c["num_experts_per_tok"]]
+            share = each[taken]
+            if len(taken) > 1:
+                share = share / (share.sum() + 1e-20)
+            for expert, part in zip(taken, share, strict=True):
+                mixed[row] += c["routed_scaling_factor"] * part * mlp(y[row], f"{name}.experts.{expert}")
+        return mixed + mlp(y, name + ".shared_experts") if c["num_shared_experts"] else mixed
+
+    y = w["model.word_embeddings.weight"][x]
+    for layer in range(c["num_hidden_layers"]):
+        name = f"model.layers.{layer}."
+        z = product(norm(y, name + "input_layernorm"), name + "attention.query_key_value")
+        q, k, v = z.view(len(x), -1, size).split([heads, kv_heads, kv_heads], 1)
+        if c.get("use_qk_norm", True):
+            q = norm(q, name + "attention.query_layernorm")
+            k = norm(k, name + "attention.key_layernorm")
+        q, k = rotated(q), rotated(k)
+        k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) / size**0.5
+        unseen = at[:, None] // block < at // block
+        scores = scores.masked_fill(unseen, -torch.inf)
+        z = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
+        y = y + product(z, name + "attention.dense")
+        z = norm(y, name + "post_attention_layernorm")
+        dense = layer < c["first_k_dense_replace"]
+        y = y + (mlp(z, name + "mlp") if dense else mixture(z, name + "mlp"))
+    head = "model.word_embeddings" if c.get("tie_word_embeddings") else "lm_head"
+    return norm(y, "model.norm") @ w[head + ".weight"].T
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+@torch.no_grad()
+def test_logits_are_those_of_the_plain_form(changes: dict[str, Any], tmp_path: Path) -> None:
+    model, x = model_of(**changes), ids(2, 21)
+    weights = stored(model, tmp_path)
+    expected = torch.stack([plain(weights, row, **changes) for row in x])
+    assert expected.std() > 0.5
+    torch.testing.assert_close(model(x).logits.double(), expected, rtol=0, atol=2e-4)
+    again = models.load(tmp_path)
+    assert type(again) is LLaDA2
+    assert torch.equal(again(x).logits, model(x).logits)
+    assert (again.block_length, again.mask_id, again.eos_ids, again.shift) == (BLOCK, MASK, (EOS,), False)
+
+
+def published(
+    w: dict[str, Tensor], prompt: Tensor, gen_length: int, threshold: float, editing: float | None
+) -> tuple[list[int], int]:
+    """The published `generate` for one sequence: its tokens, and passes. editing: None: LLaDA2.0's loop."""
+    length, passes = len(prompt), 0
+    end = -(-(length + gen_length) // BLOCK) * BLOCK
+    x = torch.cat((prompt, torch.full((end - length,), MASK)))
+    for first in range(length // BLOCK * BLOCK, end, BLOCK):
+        block, post = x[first : first + BLOCK], 0
+        given = torch.arange(first, first + BLOCK) < length
+        while True:
+            masked = block == MASK
+            if not masked.any():
+                post += 1
+                if editing is None or post > 16:
+                    break
+            logits = plain(w, x[: first + BLOCK])[first:]
+            passes += 1
+            share = logits.softmax(-1)
+            logits[:, MASK] = -torch.inf
+            token = logits.argmax(-1)
+            sure = share.gather(1, token[:, None])[:, 0]
+            commit = masked & (sure > threshold)
+            if masked.any() and not commit.any():
+                commit[torch.where(masked, sure, -1.0).argmax()] = True
+            change = torch.zeros_like(masked)
+            if editing is not None:
+                change = ~masked & ~given & (sure > editing) & (token != block)
+            block[commit | change] = token[commit | change]
+            if not masked.any() and not change.any():
+                break
+    return x[length:].tolist(), passes
+
+
+@pytest.mark.parametrize("cache", ["none", "block"])
+@torch.no_grad()
+def test_tokens_and_passes_are_those_of_the_published_loop(cache: str, tmp_path: Path) -> None:
+    """LLaDA2.0's, by a threshold, and 2.1's, which edits."""
+    model, changed = model_of(), 0
+    weights = stored(model, tmp_path)
+    for case in range(4):
+        prompt = ids(3 + 7 * case, seed=case)
+        for threshold, editing in ((0.3, None), (0.3, 0.2), (0.15, 0.25)):
+            tokens, passes = published(weights, prompt, 14, threshold, editing)
+            rule: dict[str, Any] = {"rule": f"edit:{threshold},{editing}"}
+            if editing is None:
+                rule = {"threshold": threshold, "selector": "confidence"}
+            out = dx.decode(model, prompt, gen_length=14, cache=cache, **rule)
+            assert out.responses[0].tolist() == tokens, (case, threshold, editing)
+            assert int(out.nfe) == passes
+            changed += editing is not None and tokens != published(weights, prompt, 14, threshold, None)[0]
+    assert changed > 2
+
+
+@torch.no_grad()
+def test_an_engine_serves_it() -> None:
+    model = model_of()
+    prompts = [ids(n, seed=n) for n in (3, 9, 17)]
+    with dx.Engine(model, lanes=2, max_length=64) as engine:
+        handles = [engine.submit(prompt, gen_length=16, threshold=0.3, eos_id=EOS) for prompt in prompts]
+        for prompt, handle in zip(prompts, handles, strict=True):
+            alone = dx.decode(model, prompt, gen_length=16, threshold=0.3, eos_id=EOS, cache="block")
+            kept = min(int(alone.kept), 16)
+            assert handle.result(60).tokens == alone.responses[0][:kept].tolist()
+
+
+@torch.no_grad()
+def test_the_router_s_bias_stays_in_float32(tmp_path: Path) -> None:
+    """In a file of bfloat16, in a conversion, and in what is saved; the choice of experts depends on it."""
+    model = model_of().to(torch.bfloat16)
+    name = "model.layers.1.mlp.gate.expert_bias"
+    assert (model.dtype, model.get_buffer(name).dtype) == (torch.bfloat16, torch.float32)
+    weights = stored(model, tmp_path)
+    biases = [key for key in weights if key.endswith("expert_bias")]
+    assert [weights[key].dtype for key in biases] == [torch.float32] * 2
+    assert {tensor.dtype for key, tensor in weights.items() if key not in biases} == {torch.bfloat16}
+    for dtype in (None, torch.float16):
+        again = models.load(tmp_path, dtype=dtype)
+        assert torch.equal(again.get_buffer(name), weights[name])
+        assert again.dtype == (dtype or torch.bfloat16)
+    save_file({**weights, name: weights[name].bfloat16()}, tmp_path / "model.safetensors")
+    assert models.load(tmp_path).get_buffer(name).dtype == torch.float32
+    del weights[name]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"{name} is missing"):
+        models.load(tmp_path)
+
+
+def test_it_trains_and_a_state_dict_resumes() -> None:
+    model = model_of().train()
+    model(ids(2, 9)).logits.logsumexp(-1).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    fresh = LLaDA2(CONFIG)
+    fresh.load_state_dict(model.state_dict())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), fresh.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score_function": "softmax"}, "score_function='softmax' is not supported, only 'sigmoid'"),
+        ({"n_group": 3}, "expected groups of two experts or more, got 16 in 3"),
+        ({"n_group": 16}, "expected groups of two experts or more, got 16 in 16"),
+        ({"topk_group": 5}, "5 groups for a token, and there are 4"),
+        ({"num_experts_per_tok": 9}, "9 experts for a token, and there are 8"),
+        ({"partial_rotary_factor": 0.1}, "partial_rotary_factor=0.1 rotates 1 of 16 dimensions, expected an"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5, expected a number >= 0 and <= 1"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope_scaling of type 'yarn' is not supported"),
+        (
+            {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 64},
+            "use_sliding_window=True is not supported",
+        ),
+        ({"num_experts": None}, "'num_experts' is null"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"config: {message}"):
+        LLaDA2({**CONFIG, **changes})
+
+
+def test_the_releases_mask(tmp_path: Path) -> None:
+    """Of a config that names none, in a vocabulary of the releases' size."""
+    config = {**CONFIG, "vocab_size": 157184, "mask_token_id": None}
+    assert models.FAMILIES["llada2_moe"].released_mask_id(157184) == 156895
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert models.config_of(tmp_path)[1].block_length == BLOCK
