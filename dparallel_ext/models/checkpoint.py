@@ -165,8 +165,8 @@ def wrap(hf_model: nn.Module) -> Model:
     """A native model that shares the weights of a loaded Hugging Face model of one of `FAMILIES`.
 
     It may be wrapped, see `for_decoding`. PEFT's layers are shared too, so that an adapter that is switched,
-    disabled or merged in one is so in both; all are put in evaluation mode. A native model is returned as it
-    is.
+    disabled or merged in one is so in both; all are put in evaluation mode. Experts that it holds one by one,
+    as remote code does, are copied. A native model is returned as it is.
 
     Raises:
         ValueError: naming the config key, or the missing, extra or misshapen tensors; also if the
@@ -382,7 +382,7 @@ def _assemble(
             whole = tensor.new_empty(parameters[name].shape)
             put(name, whole)
             stacked[name] = in_parts(name, whole)
-        stacked[name][stored].copy_(tensor)
+        stacked[name][stored].copy_(tensor.detach())
     if head in offers and head not in wanted:
         _refuse_another_head(offers[head], model.embed.weight, config, source)
     model.tie()

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import dparallel_ext as dx
 from dparallel_ext import models
@@ -217,6 +217,28 @@ def test_the_router_s_bias_stays_in_float32(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=rf"{name} is missing"):
         models.load(tmp_path)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_wrap_takes_experts_one_by_one(gradient: bool, tmp_path: Path) -> None:
+    """As remote code holds them; all else is shared."""
+    model, root = model_of(), nn.Module()
+    root.config = dict(CONFIG)  # type: ignore[assignment]
+    for name, tensor in stored(model, tmp_path).items():
+        at, (*path, leaf) = root, name.split(".")
+        for part in path:
+            if part not in at._modules:
+                at.add_module(part, nn.Module())
+            at = at.get_submodule(part)
+        if leaf == "expert_bias":
+            at.register_buffer(leaf, tensor)
+        else:
+            setattr(at, leaf, nn.Parameter(tensor))
+    with torch.set_grad_enabled(gradient):
+        ours, x = models.wrap(root), ids(1, 9)
+    assert torch.equal(ours(x).logits, model(x).logits)
+    shared, theirs = dict(ours.named_parameters()), dict(root.named_parameters())
+    assert all(shared[name] is theirs[name] for name in shared if ".experts." not in name)
 
 
 def test_it_trains_and_a_state_dict_resumes() -> None:
