@@ -84,6 +84,12 @@ def row_of(system: System) -> dict[str, Any]:
     return max(fits, key=lambda row: row["problems"])
 
 
+def setting_of(system: System) -> str:
+    """The policy or drafter of a system's row, and the other fields of its config."""
+    fields = [f"{name} {value}" for name, value in system.config]
+    return ", ".join([f"`{system.policy}`", *fields])
+
+
 def training_of(system: System) -> tuple[str, str]:
     """The number of trained parameters and the minutes of training, as text."""
     if system.trained is None:
@@ -96,9 +102,9 @@ def training_of(system: System) -> tuple[str, str]:
 
 def table() -> str:
     lines = [
-        "| system | paper | model | passes | tokens a pass | right | texts as without | of | trained numbers "
-        "| minutes | not here |",
-        "|--|--|--|--:|--:|--:|--:|--:|--:|--:|--|",
+        "| system | paper | model | policy or drafter | passes | tokens a pass | right | texts as without "
+        "| of | trained numbers | minutes | not here |",
+        "|--|--|--|--|--:|--:|--:|--:|--:|--:|--:|--|",
     ]
     for system in SYSTEMS:
         row, (numbers, minutes) = row_of(system), training_of(system)
@@ -108,8 +114,8 @@ def table() -> str:
         passes, right, of = f"{row['nfe_mean']:.2f}", f"{row['accuracy']:.1%}", f"{row['problems']:,}"
         if "verifier_mean" in row:
             passes += f" and {row['verifier_mean']:.2f} of the verifier"
-        cells = [system.name, system.paper, system.model, passes, tokens, right, identical, of]
-        cells += [numbers, minutes, system.lacks]
+        cells = [system.name, system.paper, system.model, setting_of(system), passes, tokens]
+        cells += [right, identical, of, numbers, minutes, system.lacks]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -536,7 +537,9 @@ def test_all_that_is_loaded_is_in_the_dtype(tmp_path: Path, monkeypatch: pytest.
 
 def test_train_and_evaluate_what_was_trained(tmp_path: Path):
     size = ("--batch", 2, "--width", 32, "--layers", 1, "--heads", 2, "--mlp-width", 32)
-    run("train", tmp_path / "run", "--steps", 2, *size, "--evaluate", 2)
+    said = run("train", tmp_path / "run", "--steps", 2, *size, "--evaluate", 2)
+    assert results.HEADING in said
+    assert said.splitlines()[-1].endswith(f"{'run':<15} one")
     assert json.loads((tmp_path / "run" / "training.json").read_text())["held_out"]["problems"] == 2
     run("evaluate", "--model", tmp_path / "run", "--problems", 2, "--policy", "entropy:0.5")
     assert "other settings" in run("train", tmp_path / "run", "--seed", 1, *size, code=2)
@@ -558,7 +561,7 @@ def test_demo(tmp_path: Path):
     assert "without a draft" in text
     assert demo.LEGEND.split()[:8] == text.split()[text.split().index(live.HIDDEN) :][:8]
     lines = text[text.index(results.HEADING) :].splitlines()
-    assert [tuple(line.split()[:2]) for line in lines[1 : 1 + len(asked)]] == asked
+    assert [tuple(line.split()[-2:]) for line in lines[1 : 1 + len(asked)]] == asked
 
 
 def test_a_diffusion_model_guesses_what_the_next_passes_commit() -> None:
@@ -610,6 +613,8 @@ def test_a_diffusion_model_and_a_verifier(tmp_path: Path) -> None:
     more = json.loads(run("decode", PROMPT, "--json", *verifier, "--window", 4, "--lookahead", 3))
     assert more["forwards"] >= more["tokens"] / 3
     assert "pass" in run("decode", PROMPT, "--stream", *verifier)
+    counts = CliRunner().invoke(app, ["decode", PROMPT, *verifier]).stderr
+    assert re.fullmatch(r"\d+ tokens in \d passes and \d of the verifier, .* a pass\n", counts)
     rows, table, file = (tmp_path / name for name in ("rows.json", "table.md", "results.json"))
     rows.write_text(json.dumps([{"rule": "entropy:0.5"}, {"verifier": registry.VERIFIER, "mixture": 0.7}]))
     options = ("--rows", rows, "--problems", 8, "--json", file, "--markdown", table, "--resume")
@@ -641,11 +646,15 @@ def test_a_diffusion_model_and_a_verifier(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error:The PEFT config's `base_model_name_or_path`")
 def test_trajectories_distill_and_merge(tmp_path: Path):
-    run("trajectories", tmp_path / "answers", "--data", "builtin:20", "--policy", "entropy_bound:0.1")
+    answers = ("trajectories", tmp_path / "answers", "--data", "builtin:20", "--policy", "entropy_bound:0.1")
+    said = run(*answers)
+    assert re.search(r"answers: (\d+) right answers to 20 prompts, by the checker hashes", said)
+    assert run(*answers).splitlines()[-1] == said.splitlines()[-1]  # nothing is left to answer
     recipe = tmp_path / "recipe.yaml"
     training = "{max_steps: 1, per_device_train_batch_size: 2, disable_tqdm: true, save_strategy: 'no'}"
     recipe.write_text(f"model: builtin:teacher\nlora: {{r: 2}}\ntraining: {training}\n")
-    run("distill", recipe, "--answers", tmp_path / "answers", "--out", tmp_path / "adapter")
+    said = run("distill", recipe, "--answers", tmp_path / "answers", "--out", tmp_path / "adapter")
+    assert f"`dparallel merge {tmp_path / 'adapter'} STUDENT`" in said
     run("merge", tmp_path / "adapter", tmp_path / "merged")
     row = json.loads(run("decode", PROMPT, "--model", tmp_path / "merged", "--gen-length", 64, "--json"))
     assert tasks.extract_answer(row["response"]) == 4

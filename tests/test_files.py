@@ -33,6 +33,9 @@ def test_what_cannot_be_read_is_named(tmp_path: Path):
         files.read_text("data", tmp_path)
     with pytest.raises(FileNotFoundError, match="data: no file"):
         files.read_text("data", tmp_path / "nowhere")
+    (tmp_path / "list").write_text('[{"prompt": "a"}, {"prompt": "b"}]')
+    with pytest.raises(ValueError, match=r"data: .*list:1 holds a list, expected an object"):
+        files.prompts("data", tmp_path / "list")
 
 
 def test_what_cannot_be_written_is_named_and_leaves_nothing(tmp_path: Path):

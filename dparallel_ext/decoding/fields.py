@@ -69,7 +69,10 @@ def _rows(name: str, value: Any) -> Any:
             filled = [[math.inf if each is None else each for each in row] for row in value]
             rows = torch.tensor(filled, dtype=torch.float32, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"policy: expected rows or a function, got {type(value).__name__}") from error
+            hint = f"; pass it as rule={shown(value)}" if isinstance(value, (str, Rule)) else ""
+            raise ValueError(
+                f"policy: expected rows or a function, got {type(value).__name__}{hint}"
+            ) from error
     policies.check(rows, len(rows) if rows.ndim else 1)
     return plain(rows)
 

@@ -113,6 +113,10 @@ class CausalBatch:
         self._session: DraftSession | None = space.session
         if drafter is not None and self._session is None:
             self._session = drafter.session(model, self.kv_cache, lanes, graphs=graphs)
+            if not isinstance(self._session, DraftSession):
+                raise ValueError(
+                    f"drafter: expected a DraftSession from session, got {type(self._session).__name__}"
+                )
         self._owned = self._session if owner is not None else None
         """The drafter's session, if recorded passes read its tensors."""
         self._riders = None if self._session is None else self._session.riders

@@ -70,7 +70,7 @@ def drafter_of(
 
     Raises ValueError for anything else, and as `load` and `models.load`.
     """
-    if given is None or (isinstance(given, Drafter) and not isinstance(given, (str, Path))):
+    if given is None or (isinstance(given, Drafter) and not isinstance(given, (str, Path, type))):
         return given
     if isinstance(given, torch.nn.Module):
         return ModelDrafter(given)

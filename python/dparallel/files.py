@@ -81,10 +81,11 @@ def rows(
 
 
 def prompts(argument: str, file: str | Path) -> list[str]:
-    """The prompts in a file, one a line; of a line that is a JSON object, its "prompt". Raises ValueError."""
+    """The prompts in a file, one a line; of a line that is a JSON object, its "prompt". Raises ValueError,
+    also for a list of objects."""
     texts = []
     for number, line in lines(argument, file):
-        if line.lstrip().startswith("{"):
+        if line.lstrip().startswith(("{", "[{")):
             row = json_object(argument, file, number, line)
             if not isinstance(row.get("prompt"), str):
                 raise ValueError(f'{argument}: {file}:{number} has no text "prompt"')

@@ -19,9 +19,7 @@ def read_results(file: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-HEADING = (
-    f"{'model':<15} {'policy':<23} {'accuracy':>8} {'passes':>6} {'to EOS':>7} {'tok/pass':>8} {'seconds':>7}"
-)
+HEADING = f"{'accuracy':>8} {'passes':>6} {'to EOS':>7} {'tok/pass':>8} {'seconds':>7} {'model':<15} policy"
 
 
 def label(row: Mapping[str, Any]) -> str:
@@ -31,10 +29,10 @@ def label(row: Mapping[str, Any]) -> str:
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """A result as a line under HEADING."""
+    """A result as a line under HEADING; what may be long comes last."""
     return (
-        f"{row['model']:<15} {label(row):<23} {row['accuracy']:>8.1%} {row['nfe_mean']:>6.1f} "
-        f"{row['nfe_to_eos']:>7.1f} {row['tokens_per_forward']:>8.2f} {row['seconds']:>7.1f}"
+        f"{row['accuracy']:>8.1%} {row['nfe_mean']:>6.1f} {row['nfe_to_eos']:>7.1f} "
+        f"{row['tokens_per_forward']:>8.2f} {row['seconds']:>7.1f} {row['model']:<15} {label(row)}"
     )
 
 

@@ -489,6 +489,10 @@ def test_bad_input_is_named_before_anything_runs() -> None:
         def check(self, model: Any) -> None:
             raise ValueError("drafter: made for another vocabulary")
 
+    class Forgetful(Knowing):
+        def session(self, *given: Any, **more: Any) -> Any:
+            pass
+
     cases: list[tuple[dict[str, Any], str]] = [
         ({"threshold": 0.5}, "threshold: belongs to masked diffusion"),
         ({"block_length": 8}, "block_length: belongs to masked diffusion"),
@@ -503,6 +507,8 @@ def test_bad_input_is_named_before_anything_runs() -> None:
         ({"drafter": 3}, "drafter: expected a Drafter"),
         ({"drafter": ""}, "drafter: expected a Drafter, a name .* got .."),
         ({"drafter": Model2([])}, "drafter: made for another vocabulary"),
+        ({"drafter": Knowing}, "drafter: expected a Drafter, .*got .*class"),
+        ({"drafter": Forgetful([])}, "drafter: expected a DraftSession from session, got NoneType"),
         ({"draft_size": -1, "drafter": "ngram"}, "draft_size: expected a whole number >= 0"),
         ({"suppress": [61]}, r"suppress: expected token ids in \[0, 61\), got 61"),
         ({"gen_length": [1, 2]}, "gen_length: expected a number or one for each of 4"),

@@ -190,6 +190,8 @@ def show_response(row: dict[str, Any], as_json: bool) -> None:
     else:
         typer.echo(shown)
         tokens, forwards = counted(kept, "token"), counted(passes, "pass", "es")
+        if "verifications" in row:
+            forwards += f" and {row['verifications']} of the verifier"
         typer.echo(f"{tokens} in {forwards}, {rate:.1f} a pass", err=True)
 
 

@@ -27,7 +27,6 @@ from .common import (
     DtypeOption,
     Fp8Option,
     GenLengthOption,
-    GuessesOption,
     MaskOption,
     ModelOption,
     at_least,
@@ -129,12 +128,21 @@ def evaluate(
         list[str] | None,
         typer.Option(help="for autoregressive models; repeatable; default: plain, ngram"),
     ] = None,
-    draft_size: GuessesOption = None,
+    draft_size: Annotated[
+        int | None,
+        typer.Option(
+            help="tokens of a draft; default: the most of the drafter. For policies of diffusion models that "
+            "are one, steps:N or quota:K: guesses of self-speculation; default: none"
+        ),
+    ] = None,
     report: Annotated[
         bool, typer.Option("--report", help="show how many drafted tokens were accepted, by position")
     ] = False,
 ) -> None:
-    """Measure accuracy, passes, tokens per pass and time on held-out problems, for models and policies."""
+    """Measure accuracy, passes, tokens per pass and time on held-out problems of the built-in task.
+
+    lm-evaluation-harness measures other tasks, with its model `dparallel` (see docs/decoding.md).
+    """
     from .. import plots
     from .. import results as reporting
     from ..recording import Recording

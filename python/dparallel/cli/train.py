@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +13,7 @@ from rich.console import Console
 
 from dparallel_ext.arguments import whole
 
-from .. import registry
+from .. import registry, results
 from ..configs import POLICY
 from .common import (
     POLICIES,
@@ -51,6 +53,10 @@ def train(
         shipped = {"steps": 1500} if causal else {}
         settings = Settings(**fields | (shipped if steps is None else {"steps": steps}))
         run(out, settings, save_every=save_every, evaluate=evaluate)
+        if evaluate:
+            measured = json.loads((out / "training.json").read_text())["held_out"]
+            typer.echo(results.HEADING)
+            typer.echo(results.line(measured))
 
 
 def answer(
@@ -89,6 +95,9 @@ def answer(
         )
         prompts = trajectories.read_prompts(data, prompt_field, answer_field)
         trajectories.generate(out, prompts, settings, batch=batch, device=device)
+        if os.environ.get("WORLD_SIZE", "1") == "1":  # else other processes may still be answering
+            right = len(trajectories.Trajectories(out))
+            typer.echo(f"{out}: {right} right answers to {len(prompts)} prompts, by the checker {checker}")
 
 
 def learn_filter(
@@ -257,6 +266,10 @@ def distill(
         if answers is None or out is None:
             raise ValueError("answers, out: both are needed, unless with --dry-run")
         distilling.run(loaded, answers, out)
+        if os.environ.get("RANK", "0") == "0":
+            adapter = f"an adapter; `dparallel merge {out} STUDENT` adds it to its base"
+            whole_model = f"a checkpoint; `dparallel evaluate --model {out}` measures it"
+            typer.echo(f"{out}: {whole_model if loaded.lora is None else adapter}")
 
 
 def show_plan(plan: dict[str, Any]) -> None:
