@@ -153,8 +153,11 @@ def _vocabulary(directory: Path) -> dict[str, int]:
     kind = config.get("tokenizer_class")
     missing = [name for name in ("vocab.json", "merges.txt") if not (directory / name).is_file()]
     if missing:
+        other = directory / "tokenizer.model"
+        hint = f"; {other.name} is not read, save_pretrained of transformers writes tokenizer.json"
         raise FileNotFoundError(
             f"model: {directory} has no tokenizer.json, nor {' and '.join(missing)} to build one from"
+            + (hint if other.is_file() else "")
         )
     family = str(files.read_json(directory / "config.json").get("model_type"))
     if not (family in QWEN2_FAMILIES if kind is None else str(kind) in QWEN2):

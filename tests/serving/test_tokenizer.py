@@ -196,6 +196,9 @@ def test_special_tokens_that_are_to_be_split(tmp_path: Path) -> None:
 def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json, nor vocab\.json and merges\.txt"):
         tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.model is not read, save_pretrained .* writes"):
+        tokenizer.load(tmp_path)
     write(tmp_path, tokenizer_class="GPT2Tokenizer")
     with pytest.raises(ValueError, match=r"not tokenizer_class 'GPT2Tokenizer'"):
         tokenizer.load(tmp_path)
