@@ -157,20 +157,21 @@ def test_streams_tokens_that_the_tokenizer_lacks() -> None:
 
 
 def test_decode_a_ragged_batch(tmp_path: Path):
-    """Together as one by one, in order."""
+    """Together as one by one, in order; the last call may have fewer prompts."""
     file = tmp_path / "prompts.jsonl"
     problems = [p for _, p in zip(range(5), tasks.problems("held_out", seed=4), strict=False)]
     assert len({len(p.prompt.split()) for p in problems}) > 1
     file.write_text("".join(json.dumps({"prompt": p.prompt}) + "\n" for p in problems))
-    together, apart = (run("decode", way, file, "--json").splitlines() for way in ("--batch", "--file"))
-    assert [json.loads(line)["response"] for line in together] == [
-        json.loads(line)["response"] for line in apart
-    ]
+    together, apart, pairs = (
+        run("decode", "--file", file, "--json", "--batch", n).splitlines() for n in (5, 1, 2)
+    )
+    responses = [[json.loads(line)["response"] for line in lines] for lines in (together, apart, pairs)]
+    assert responses[0] == responses[1] == responses[2]
     right = [
         tasks.is_correct(p, json.loads(line)["response"]) for p, line in zip(problems, together, strict=True)
     ]
     assert sum(right) >= 4
-    assert "not together with --batch" in run("decode", "--batch", file, "--stream", code=2)
+    assert "not together with --batch" in run("decode", "--file", file, "--batch", 2, "--stream", code=2)
 
 
 def test_decode_a_file_of_lines_and_json(tmp_path: Path):
@@ -325,7 +326,8 @@ def test_numbers_outside_their_meaning_are_named(
         (("decode", "x", "--gen-length", "1000"), "1001 tokens, but builtin:teacher was trained on 256"),
         (("decode", "x", "--gen-length", "20000"), "but builtin:teacher was trained on 256"),
         (("decode", "x", "--seed", str(2**63)), "seed: expected an integer"),
-        (("decode", "--batch", HERE), f"batch: {HERE}: Is a directory"),
+        (("decode", "--file", HERE), f"file: {HERE}: Is a directory"),
+        (("decode", "x", "--batch", "0"), "batch: expected a whole number >= 1"),
         (("decode", "--file", "/usr/bin/env"), "file: /usr/bin/env is not UTF-8 text"),
         (("evaluate", "--json", "x", "--plot", "./x"), "plot: expected another file than --json's, got x"),
         (("evaluate", "--drafter", "ngram"), "drafter: builtin:teacher is a diffusion model"),

@@ -33,7 +33,7 @@ def recorded(tmp_path: Path, *args: str) -> tuple[list[dict[str, Any]], list[str
 def test_decodes_together(tmp_path: Path) -> None:
     """Each answer is what is printed, and of each token the pass and the log-probability are `decode`'s."""
     (tmp_path / "prompts").write_text("\n".join(PROMPTS[:2]))
-    problems, said = recorded(tmp_path, "decode", "--batch", str(tmp_path / "prompts"))
+    problems, said = recorded(tmp_path, "decode", "--file", str(tmp_path / "prompts"), "--batch", "2")
     model, tokenizer = registry.load(TEACHER)
     ids = [tokenizer.encode(prompt).ids for prompt in PROMPTS[:2]]
     out = dx.decode(model, ids, gen_length=64, rule="entropy:0.5", eos_id=1, record=True)

@@ -30,6 +30,7 @@ from .common import (
     VerifierOption,
     WindowOption,
     adaptive_numbers,
+    at_least,
     check_drafted,
     check_kind,
     check_text,
@@ -43,7 +44,7 @@ def decode(
     file: Annotated[
         Path | None, typer.Option(help="a text file of a prompt a line, or JSONL with 'prompt'")
     ] = None,
-    batch: Annotated[Path | None, typer.Option(help="as --file, with all prompts decoded together")] = None,
+    batch: Annotated[int, typer.Option(help="prompts decoded together")] = 1,
     model: ModelOption = registry.DEFAULT,
     config: ConfigOption = None,
     policy: PolicyOption = None,
@@ -100,6 +101,7 @@ def decode(
         if html is not None:
             files.writable("html", html)
         check_text(suffix=suffix)
+        at_least("batch", batch, 1)
         calls = prompts_of(prompt or [], file, batch, stream)
         loading = registry.Loading(device, registry.dtype_of(dtype), fp8, mask_id)
         content, loading, drafters, draft_size = read_config(
@@ -152,23 +154,19 @@ def decode(
             files.write_text(html, recording.html())
 
 
-def prompts_of(prompts: list[str], file: Path | None, batch: Path | None, stream: bool) -> list[list[str]]:
-    """The prompts of each call of `decode`: one, or all of the file `batch`."""
+def prompts_of(prompts: list[str], file: Path | None, batch: int, stream: bool) -> list[list[str]]:
+    """The prompts of each call of `decode`, at most `batch`: the given ones, then those of the file."""
     for text in prompts:
         check_text(prompt=text)
         with suppress(OSError, ValueError):  # a text that can be no path
             if Path(text).is_file():
                 typer.echo(f"warning: prompt: {text!r} names a file; --file decodes its prompts", err=True)
-    calls = [[text] for text in prompts]
-    if file is not None:
-        calls += [[text] for text in files.prompts("file", file)]
-    if batch is not None:
-        if stream:
-            raise ValueError("stream: not together with --batch")
-        calls.append(files.prompts("batch", batch))
-    if not any(calls):
-        raise ValueError("prompt: expected one, as an argument or with --file or --batch")
-    return calls
+    if stream and batch > 1:
+        raise ValueError(f"stream: shows one prompt at a time, so not together with --batch {batch}")
+    texts = prompts if file is None else [*prompts, *files.prompts("file", file)]
+    if not texts:
+        raise ValueError("prompt: expected one, as an argument or with --file")
+    return [texts[first : first + batch] for first in range(0, len(texts), batch)]
 
 
 def warn_of_unknown_words(model: str, tokenizer: Any, **texts: str) -> None:
