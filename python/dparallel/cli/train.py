@@ -96,8 +96,8 @@ def answer(
         prompts = trajectories.read_prompts(data, prompt_field, answer_field)
         trajectories.generate(out, prompts, settings, batch=batch, device=device)
         if os.environ.get("WORLD_SIZE", "1") == "1":  # else other processes may still be answering
-            right = len(trajectories.Trajectories(out))
-            typer.echo(f"{out}: {right} right answers to {len(prompts)} prompts, by the checker {checker}")
+            kept = len(trajectories.Trajectories(out))
+            typer.echo(f"{out}: {kept} of {len(prompts)} answers kept, by the checker {checker}")
 
 
 def learn_filter(
