@@ -42,11 +42,11 @@ def sweep(
     """
     entries = [{"rule": each} if isinstance(each, str) else each for each in policies]
     for entry in entries:
+        if "verifier" not in entry:
+            parse_policy(entry["rule"])
         check_row(entry)
         if "verifier" in entry:
             registry.check_verifier(entry["verifier"])
-        else:
-            parse_policy(entry["rule"])
     known, loading = list(known), loading or registry.Loading()
     of_all = {name: settings.pop(name, None) for name in ("block_length", "cache")}
     for_all = {name: value for name, value in of_all.items() if value is not None}
