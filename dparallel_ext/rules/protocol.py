@@ -178,7 +178,8 @@ class Rule:
             remembered[lane] = 0
 
     def decide(self, stats: RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
-        """Decide what the pass commits. A sequence's cells must not depend on other sequences' cells."""
+        """Decide what the pass commits. A sequence's cells must not depend on other sequences' cells. Only
+        tensors of `state` may be changed in place."""
         raise NotImplementedError(f"{type(self).__name__}: expected a method decide(stats, where, state)")
 
 

@@ -24,8 +24,8 @@ class Lane(NamedTuple):
 
     lane: int
     tokens: Tensor
-    """(n,) int64 on the CPU: prompt and decoded tokens, only to be read. The last is the root of the draft;
-    all others are in the cache."""
+    """(n,) int64 on the CPU: a copy of prompt and decoded tokens. The last is the root of the draft; all
+    others are in the cache."""
     length: int
     """The most positions of the sequence: slots beyond are not its own."""
     sampling: SamplingGroup

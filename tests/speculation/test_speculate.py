@@ -227,6 +227,23 @@ def test_a_sequence_is_what_it_is_alone() -> None:
             assert torch.equal(alone.sequences[0], together.sequences[b, :length])
 
 
+def test_a_drafter_that_writes_to_its_tokens_changes_no_text() -> None:
+    """A lane's tokens are a copy: prompt and text stay, and the next draft is made from the true ones."""
+
+    class Writing(Knowing):
+        def propose(self, lanes: Any, sizes: Any) -> list[Draft]:
+            drafts = super().propose(lanes, sizes)
+            for lane in lanes:
+                lane.tokens.fill_(7)
+            return drafts
+
+    texts = plain().sequences
+    known = [row[row >= 0] for row in texts]
+    out = plain(drafter=Writing(known, right=1.0, ragged=False), draft_size=5)
+    assert torch.equal(out.sequences, texts)
+    assert int(out.accepted.sum()) == int(out.drafted.sum()) > 0
+
+
 def test_ends_of_a_text() -> None:
     """EOS ids, several and the model's own; stop sequences, over the border of two passes; all cut a path."""
     full = plain(prompts=PROMPTS[:1])
