@@ -350,7 +350,8 @@ class Model(Named):
         They take half the memory, and a pass over few tokens reads half as much; embedding, head and norms
         stay, and so do the dtypes of the arithmetic. Weights are quantised layer by layer, on their device:
         `models.load(path).quantize().to("cuda")` never has them in 16 bits on the GPU. A quantised model
-        cannot be trained, saved, or turned back.
+        cannot be trained, written by `models.save`, or turned back; pickle, `copy.deepcopy` and `torch.save`
+        keep it as it is.
 
         Raises ValueError, with the model unchanged, if a layer has an adapter, a hook or a mixture of
         experts, or a weight is not finite.

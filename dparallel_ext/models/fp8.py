@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,15 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return fp8_linear(x, self.weight, self.scale, self.bias, constant=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: the weight as bytes, since torch cannot read 8-bit floats from a pickle."""
+        buffers = {**self._buffers, "weight": self.weight.view(torch.uint8)}
+        return {**vars(self), "_buffers": buffers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.weight = self.weight.view(torch.float8_e4m3fn)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
         """Move with the model; a change of dtype applies to the bias alone."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import importlib
+import io
 import math
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +227,34 @@ def test_memory_is_halved() -> None:
 
     before = held(model.blocks)
     assert held(model.quantize().blocks) < 0.6 * before  # the tiny model's norms and scales weigh
+
+
+def saved(model: models.Model) -> models.Model:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded: models.Model = torch.load(file, weights_only=False)
+    return loaded
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved],
+    ids=["copy", "pickle", "save"],
+)
+def test_copies_of_a_quantised_model_decode_as_it_does(
+    copied: Callable[[models.Model], models.Model],
+) -> None:
+    model = golden.model("llada_tiny_a").quantize()
+    twin = copied(model)
+    assert twin.quantized
+    assert not twin.training
+    for one, other in zip(model.buffers(), twin.buffers(), strict=True):
+        assert one.dtype == other.dtype
+        assert one.data_ptr() != other.data_ptr()
+        assert torch.equal(one.float(), other.float())
+    first, second = (dx.decode(each, torch.arange(5), gen_length=8, block_length=4) for each in (model, twin))
+    assert torch.equal(first.sequences, second.sequences)
 
 
 def test_what_a_quantised_model_refuses(tmp_path: Path) -> None:
