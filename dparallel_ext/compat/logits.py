@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import check_tensor
-from ..models import for_decoding, own_precision, traits
+from .. import models
 from ..ops.errors import NO_ERROR, Cell, report
 
 
@@ -24,18 +23,8 @@ def logits_of(model: Any, x: Tensor, attention_mask: Tensor | None = None) -> Te
             logits[b, kept] = row
         assert logits is not None
         return logits
-    called = for_decoding(model)
-    with own_precision(called, x.device):
-        output = called(x)
-    if not hasattr(output, "logits"):
-        raise ValueError(
-            f"model: expected its call to return an object with .logits, got {type(output).__name__}"
-        )
-    logits = output.logits
-    check_tensor("model: its logits", logits)
-    if logits.shape[:-1] != x.shape:
-        raise ValueError(f"model: expected logits ({x.shape[0]}, {x.shape[1]}, V), got {tuple(logits.shape)}")
-    return torch.cat((logits[:, :1], logits[:, :-1]), 1) if traits(model).shift else logits
+    logits = models.logits_of(models.for_decoding(model), x)
+    return torch.cat((logits[:, :1], logits[:, :-1]), 1) if models.traits(model).shift else logits
 
 
 def report_rows(error: Tensor, b: Tensor, column: Tensor, length: int) -> None:

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import arguments
 from ..cache import AttentionMetadata, KVCache
-from ..models import Model, own_precision
+from ..models import Model, logits_of, own_precision
 from ..ops import commit_
 from ..ops.errors import Cell, explain
 from ..packed import unpack
@@ -231,18 +230,7 @@ class Runner:
     def _foreign(self, work: Mapping[int, SequenceWork]) -> Tensor:
         """Logits (B * L, V) of whole sequences of one length, from a model that takes no ragged batches."""
         x = self.tokens[list(work), : next(iter(work.values())).spans[-1].end]
-        output = self.model(x)
-        if not hasattr(output, "logits"):
-            raise ValueError(
-                f"model: expected its call to return an object with .logits, got {type(output).__name__}"
-            )
-        arguments.check_tensor("model: its logits", output.logits)
-        if output.logits.shape[:-1] != x.shape:
-            raise ValueError(
-                f"model: expected logits ({x.shape[0]}, {x.shape[1]}, V), got {tuple(output.logits.shape)}"
-            )
-        logits: Tensor = output.logits.flatten(0, 1)
-        return logits
+        return logits_of(self.model, x).flatten(0, 1)
 
     def _record(self, before: Tensor, positions: Tensor, nfe: Tensor, decided: Sequence[Decided]) -> None:
         """Write the positions whose token differs from `before` (n,) to the trajectory."""

@@ -14,7 +14,7 @@ from .modules import Stream, Taps
 from .qwen import Qwen2, Qwen3, Qwen3MoE
 from .sdar import SDAR, SDARMoE
 from .traits import check_diffusion, fingerprint, max_positions, traits, warn_beyond
-from .wrappers import check_call, for_decoding, own_precision, unwrap, warn_of_dropout
+from .wrappers import check_call, for_decoding, logits_of, own_precision, unwrap, warn_of_dropout
 
 __all__ = [
     "FAMILIES",
@@ -43,6 +43,7 @@ __all__ = [
     "for_decoding",
     "load",
     "locate",
+    "logits_of",
     "max_positions",
     "own_precision",
     "save",

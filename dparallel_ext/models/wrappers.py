@@ -11,8 +11,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..ops.inputs import DTYPES, check_logits
 from .base import Model
 from .config import Traits
 from .modules import all_modules
@@ -118,23 +119,44 @@ def own_precision(model: Any, device: torch.device) -> AbstractContextManager[An
     return torch.autocast(device.type, enabled=False) if isinstance(model, Model) else nullcontext()
 
 
-def check_call(model: Any) -> None:
-    """Raise ValueError for a native model whose call is changed, by its class or in the object, since
-    decoding does not use it; warn of hooks on the whole model, which do not run, and of dropout. Models that
-    are not native are called."""
+def logits_of(model: Any, x: Tensor) -> Tensor:
+    """The logits (B, L, V) of the model's call with x (B, L). Raises ValueError or TypeError naming what is
+    no such output."""
+    with own_precision(model, x.device):
+        output = model(x)
+    if not hasattr(output, "logits"):
+        raise ValueError(
+            f"model: expected its call to return an object with .logits, got {type(output).__name__}"
+        )
+    logits: Tensor = output.logits
+    check_logits(logits, "model: its logits")
+    if logits.shape[:-1] != x.shape:
+        raise ValueError(f"model: expected logits ({x.shape[0]}, {x.shape[1]}, V), got {tuple(logits.shape)}")
+    return logits
+
+
+def check_call(model: Any, name: str = "model") -> None:
+    """Raise ValueError for a native model in a dtype without kernels, and for one whose call is changed, by
+    its class or in the object, since decoding does not use it; warn of hooks on the whole model, which do not
+    run, and of dropout. Models that are not native are called. name: the argument."""
     warn_of_dropout(model)
     if not isinstance(model, Model):
         return
-    for name in ("forward", "hidden"):
-        if getattr(type(model), name) is not getattr(Model, name) or _replaced(model, name):
+    if model.dtype not in DTYPES:
+        raise ValueError(
+            f"{name}: expected weights in float32, bfloat16 or float16, got {model.dtype}; load it in "
+            "another dtype (dtype=, --dtype), or convert it by .to"
+        )
+    for method in ("forward", "hidden"):
+        if getattr(type(model), method) is not getattr(Model, method) or _replaced(model, method):
             raise ValueError(
-                f"model: {type(model).__name__} has a {name} of its own, and decoding calls the layers of a "
-                "native model one by one. Change a layer, such as lm_head, or pass a function of input_ids "
+                f"{name}: {type(model).__name__} has a {method} of its own, and decoding calls the layers of "
+                "a native model one by one. Change a layer, such as lm_head, or pass a function of input_ids "
                 "that has an attribute `traits`"
             )
     if model._forward_hooks or model._forward_pre_hooks:
         warnings.warn(
-            f"model: {type(model).__name__} has hooks on its call, which decoding does not run, since it "
+            f"{name}: {type(model).__name__} has hooks on its call, which decoding does not run, since it "
             "calls the layers one by one; hooks on layers run",
             stacklevel=3,
         )

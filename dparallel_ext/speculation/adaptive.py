@@ -193,7 +193,7 @@ def mask_of(model: Model, config: DecodeConfig) -> int:
 def verifier_of(value: Any, model: Model) -> Model:
     """The verifier. Raises ValueError unless it is an autoregressive model on the device of `model`."""
     verifier = for_decoding(value) if callable(value) else value
-    check_call(verifier)
+    check_call(verifier, "verifier")
     if not isinstance(verifier, Model) or not verifier.causal:
         raise ValueError(
             "verifier: expected an autoregressive model of dparallel_ext.models, got "

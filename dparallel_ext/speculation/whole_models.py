@@ -9,7 +9,7 @@ import torch
 
 from ..arguments import whole
 from ..cache import AttentionMetadata, KVCache, Span
-from ..models import Model, for_decoding, own_precision
+from ..models import Model, check_call, for_decoding, own_precision
 from ..ops import row_stats
 from .draft import Draft
 from .drafter import DraftSession, Lane
@@ -33,6 +33,7 @@ class ModelDrafter:
         inner = for_decoding(model)
         if not isinstance(inner, Model):
             raise ValueError(f"drafter: expected one of dparallel_ext.models, got {type(inner).__name__}")
+        check_call(inner, "drafter")
         if not inner.causal and inner.mask_id is None:
             raise ValueError("drafter: the diffusion model's config has no mask_token_id")
         self.model = inner

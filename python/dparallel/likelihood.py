@@ -38,7 +38,7 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext.cache import GRAPH_BUCKETS, KVCache, Span
-from dparallel_ext.models import Model, check_diffusion, for_decoding, own_precision, traits
+from dparallel_ext.models import Model, check_call, check_diffusion, for_decoding, own_precision, traits
 
 METHODS = ("monte_carlo", "left_to_right")
 SAMPLES = 128
@@ -107,6 +107,7 @@ def iter_log_likelihoods(
             "model: expected one of dparallel_ext.models (models.load, or models.wrap for a loaded Hugging "
             f"Face model), got {type(model).__name__}"
         )
+    check_call(model)
     check_diffusion(model)
     of_model = traits(model)
     method = method or ("monte_carlo" if of_model.block_length is None else "left_to_right")

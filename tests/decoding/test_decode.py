@@ -413,6 +413,34 @@ def test_models_that_do_not_fit_are_named() -> None:
         dx.decode(Fixed(torch.zeros(2, 9)), torch.tensor([1]), gen_length=4, mask_id=0)
 
 
+def test_a_dtype_without_kernels_is_named_with_the_model(llada) -> None:
+    wide, causal = (
+        golden.model("llada_tiny_a", dtype=torch.float64),
+        model_of(vocab_size=512).to(llada.device),
+    )
+    of_causal = model_of(vocab_size=512, dtype=torch.float64).to(llada.device)
+    said = "expected weights in float32, bfloat16 or float16, got torch.float64; load it in another dtype"
+    prompt = torch.tensor([[1, 2]])
+    for name, call in (
+        ("model", lambda: dx.decode(wide, prompt)),
+        ("model", lambda: dx.Engine(wide)),
+        ("model", lambda: dx.Engine(of_causal)),
+        ("model", lambda: dx.speculate(of_causal, prompt)),
+        ("model", lambda: dx.adaptive_decode(wide, prompt, verifier=causal)),
+        ("verifier", lambda: dx.adaptive_decode(llada, prompt, verifier=of_causal)),
+        ("drafter", lambda: dx.speculate(causal, prompt, drafter=of_causal)),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: {said}"):
+            call()
+    foreign = Fixed(torch.zeros(5, 9, dtype=torch.float64))
+    for call in (
+        lambda: dx.decode(foreign, prompt[:, :1], gen_length=4, mask_id=0),
+        lambda: dx.compat.generate(foreign, prompt[:, :1], gen_length=4, block_length=4, steps=4, mask_id=0),
+    ):
+        with pytest.raises(ValueError, match=r"model: its logits: expected .*, got torch\.float64"):
+            call()
+
+
 def test_stop_sequences_end_a_response_as_eos_does(llada) -> None:
     """Wherever they lie, across the end of a block too; what is behind that block is never computed."""
     settings = {"gen_length": 32, "block_length": 8}

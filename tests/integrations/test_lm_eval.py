@@ -307,6 +307,8 @@ def test_bad_arguments(options: dict[str, Any], said: str) -> None:
         iter_log_likelihoods(BIDIRECTIONAL["llada"], **given)
     with pytest.raises(ValueError, match=r"model: expected one of dparallel_ext\.models"):
         iter_log_likelihoods(lambda ids: None, [[1]], [[2]])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"model: expected weights in float32, .*, got torch\.float64"):
+        iter_log_likelihoods(golden.model("llada_tiny_a", dtype=torch.float64), [[1]], [[2]])
 
 
 def test_entry_point_names_a_class_that_is_there() -> None:
