@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
+import os
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -27,13 +29,21 @@ def read_filter(file: str | Path) -> tuple[str, tuple[Tensor, ...], dict[str, st
         raise ValueError(f"file: expected a path or one of the names {list(NAMED)}, got {shown(file)}")
     try:
         path = NAMED.get(str(file), Path(file))
-        stat = path.stat()
+        stat = _stat(path)
         return _read(str(path), stat.st_mtime_ns, stat.st_size)
     except (OSError, SafetensorError) as error:
         why = str(getattr(error, "strerror", None) or error)
         if str(file).startswith("builtin:"):
             why += f"; filters with a name: {list(NAMED)}, once dparallel.registry is imported"
-        raise ValueError(f"file: {file} is not a readable safetensors file: {why}") from error
+        raise ValueError(f"file: {file!s:.200} is not a readable safetensors file: {why}") from error
+
+
+def _stat(path: Path) -> os.stat_result:
+    """`path.stat()`; a name that no file can have is that of no file, too."""
+    try:
+        return path.stat()
+    except ValueError as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from error
 
 
 @functools.lru_cache(16)

@@ -18,8 +18,8 @@ from .protocol import Function, Rule
 
 ONE = "one"
 """The name of the policy that commits one token a pass, the most confident."""
-ROWS = {ONE, "steps", *policies.SELECTORS}
-"""Words that the text of a policy row, or of the fixed schedule, begins with."""
+ROWS = {ONE: "", "steps": "N", **{name: line.parameter for name, line in policies.RULES.items()}}
+"""Words that the text of a policy row, or of the fixed schedule, begins with -> the parameter behind them."""
 
 
 class Kind(NamedTuple):
@@ -99,12 +99,12 @@ def parse(text: str, *, default: bool = True) -> tuple[Rule | None, dict[str, An
     values, beside = _parts(text, kind)
     names = [parameter for parameter, _ in kind.parameters]
     if not kind.needed <= len(values) <= len(names):
-        raise ValueError(f"rule: expected {_usage(name)}, got {text!r}")
+        raise ValueError(f"rule: expected {_usage(name)}, got {shown(text)}")
     try:
-        arguments = {key: of(value) for (key, of), value in zip(kind.parameters, values, strict=False)}
-        rule = kind.make(**arguments)
+        given = zip(kind.parameters, values, strict=False)
+        rule = kind.make(**{key: _value(key, of, value) for (key, of), value in given})
     except ValueError as error:
-        raise ValueError(f"rule: expected {_usage(name)}, got {text!r} ({error})") from error
+        raise ValueError(f"rule: expected {_usage(name)}, got {shown(text)} ({error})") from error
     row = beside if beside is not None else rule.row if default else None
     return rule, {} if row is None else _row(row)
 
@@ -146,19 +146,30 @@ def _row(text: str) -> dict[str, Any]:
     """The arguments of `decode` for a policy row, or for the fixed schedule."""
     if text == ONE:
         return {}
-    selector, _, number = text.partition(":")
-    try:
-        if selector == "steps":
-            return {"steps": whole("N", int(number), 1)}
-        threshold = float(number)
-        policies.make(selector, threshold)
-    except ValueError as error:
+    name, _, parameter = text.partition(":")
+    if name not in ROWS or name == ONE:
         raise ValueError(
             f"rule: expected {ONE!r}, steps:N, SELECTOR:THRESHOLD with a selector of "
             f"{list(policies.SELECTORS)}, or a rule of {list(KINDS)}, alone or with one of the former behind "
-            f"a plus sign, got {text!r} ({error})"
-        ) from error
-    return {"selector": selector, "threshold": threshold}
+            f"a plus sign, got {shown(text)}"
+        )
+    try:
+        if name == "steps":
+            return {"steps": whole("N", _value("N", int, parameter), 1)}
+        threshold = _value("threshold", float, parameter)
+        policies.make(name, threshold)
+    except ValueError as error:
+        raise ValueError(f"rule: expected {name}:{ROWS[name]}, got {shown(text)} ({error})") from error
+    return {"selector": name, "threshold": threshold}
+
+
+def _value(name: str, of: Callable[[str], Any], text: str) -> Any:
+    """A parameter's value, of type `of`, from its text. Raises ValueError naming the parameter."""
+    try:
+        return of(text)
+    except ValueError:
+        expected = "a whole number" if of is int else "a number"
+        raise ValueError(f"{name}: expected {expected}, got {shown(text)}") from None
 
 
 def menu() -> list[dict[str, str]]:

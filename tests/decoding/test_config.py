@@ -91,7 +91,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("policy", "credit", "policy: expected rows or a function, got str; pass it as rule='credit'"),
     ("policy", rules.Credit(), "policy: expected rows or a function, got Credit; pass it as rule=Credit"),
     ("rule", "credit:x", "rule: expected credit"),
-    ("rule", "entropy", "rule: expected 'one'"),
+    ("rule", "entropy", "rule: expected entropy:TAU, got 'entropy' .*threshold: expected a number, got ''"),
     ("rule", 5, "rule: expected a Rule, its name or a function, got int"),
     ("min_commit", 2, "min_commit: belongs to a threshold, .* got 2"),
     ("max_commit", 2, "max_commit: belongs to a threshold, .* got 2"),

@@ -445,14 +445,18 @@ def test_logits_that_are_none_are_named(logits: Any) -> None:
     ("settings", "said"),
     [
         ({"rule": "nonsense"}, r"rule: expected 'one', .* or a rule of \['credit'"),
-        ({"rule": "entropy:-1"}, "rule: expected 'one', steps:N, SELECTOR:THRESHOLD"),
+        (
+            {"rule": "entropy:-1"},
+            r"rule: expected entropy:TAU, got 'entropy:-1' \(threshold: expected .* >= 0",
+        ),
+        ({"rule": "steps:"}, r"rule: expected steps:N, got 'steps:' \(N: expected a whole number, got ''\)"),
         ({"rule": "credit:0.7,2"}, r"rule: expected credit\[:SCALE,DECAY,POWER\], got .*decay: expected"),
         ({"rule": "credit:nan"}, "scale: expected a finite number"),
         ({"rule": "credit+"}, "rule: expected 'one', steps:N, SELECTOR:THRESHOLD"),
         ({"rule": Credit}, "rule: expected a Rule, its name or a function, got type"),
         ({"rule": "credit+nonsense:1"}, "rule: expected 'one', steps:N, SELECTOR:THRESHOLD"),
         ({"rule": "prophet"}, r"rule: expected prophet:START\[,WIDTH\], got 'prophet'"),
-        ({"rule": "prophet:1.5"}, "rule: expected prophet"),
+        ({"rule": "prophet:1.5"}, "rule: expected prophet.*start: expected a whole number, got '1.5'"),
         ({"rule": "sched:7.5,2.5,square"}, "kind: expected one of"),
         ({"rule": 5}, "rule: expected a Rule, its name or a function, got int"),
         ({"rule": "entropy:0.5", "threshold": 0.5}, "rule: names a policy row, so give it without threshold"),
@@ -468,6 +472,53 @@ def test_logits_that_are_none_are_named(logits: Any) -> None:
 def test_what_does_not_fit_is_said(llada: models.Model, settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         dx.decode(llada, PROMPTS, gen_length=8, block_length=8, **settings)
+
+
+JUNK = (
+    "",
+    "x",
+    " ",
+    "nan",
+    "-inf",
+    "1e400",
+    "9" * 5000,
+    "0x1",
+    "1.5.",
+    "\0",
+    "\ud800",
+    "+",
+    ":",
+    "1,,",
+    "1,2,3,4,5,6",
+)
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=lambda junk: repr(junk)[:9])
+def test_a_text_that_is_no_rule_is_refused_in_words_of_ours(junk: str) -> None:
+    """In the place of each rule's parameters, before and behind them; what Python says is not shown."""
+    for entry in rules.menu():
+        name, usual = entry["name"], entry["usual"]
+        for text in (
+            f"{name}:{junk}",
+            f"{name}:{usual},{junk}",
+            f"{name}:{junk}{usual}",
+            f"{name}+{junk}",
+            junk + name,
+        ):
+            try:
+                dx.rules.parse(text)
+            except ValueError as error:
+                said = str(error)
+                assert said.startswith("rule: expected "), said
+                assert len(said) < 700
+                for python in (
+                    "could not convert",
+                    "invalid literal",
+                    "embedded null",
+                    "can't encode",
+                    "digits",
+                ):
+                    assert python not in said
 
 
 @dataclass(frozen=True)

@@ -447,7 +447,7 @@ def test_errors_are_said_in_words(browser: Any, here: Here, monkeypatch: pytest.
         tab.get_by_label("Parameter of the rule").nth(0).fill(evil)
         page.decode(evil)
         first, second = tab.locator(".pane .error").all()
-        assert "policy: expected 'one', steps:N, SELECTOR:THRESHOLD" in first.inner_text()
+        assert "policy: expected entropy:TAU, got 'entropy:" in first.inner_text()
         assert evil in first.inner_text()
         assert not second.is_visible()
         assert "passes" in page.figures(1)

@@ -88,7 +88,7 @@ pytest_plugins = ["servers"]
         ({"extra_body": {"stop_token_ids": [1] * 33}}, "stop_token_ids", "at most 32"),
         ({"extra_body": {"ignore_eos": 1}}, "ignore_eos", "valid boolean"),
         ({"extra_body": {"stream_drafts": True}}, "stream_drafts", "stream=true"),
-        ({"extra_body": {"policy": "entropy"}}, "policy", "expected 'one'"),
+        ({"extra_body": {"policy": "entropy"}}, "policy", "expected entropy:TAU, got 'entropy'"),
         ({"extra_body": {"policy": "quota:0.5"}}, "policy", "whole number"),
         ({"extra_body": {"policy": "steps:3"}}, "policy", "multiple of the 8 blocks"),
     ],
