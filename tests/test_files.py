@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from conftest import full_disk, golden
 from dparallel import files
 from dparallel.toy import train
 from dparallel.training import distill
+from drafters import exits
 
 import dparallel_ext as dx
 
@@ -56,6 +60,39 @@ def test_what_cannot_be_written_is_named_and_leaves_nothing(tmp_path: Path):
             files.writable("json", tmp_path / name)
         (tmp_path / name).unlink()
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        *((path, re.escape(f"got {path!r}")) for path in (None, 5, "", b"x", "a\0")),
+        ("{}/file", "file is not a directory"),
+        ("{}/file/below", "file is not a directory"),
+        ("/proc/nowhere", "/proc cannot be written to: "),
+        ("{}/" + "a" * 300, "cannot be made: File name too long"),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_no_model_and_no_drafter_is_saved_at_a_senseless_path(path: Any, said: str, tmp_path: Path):
+    """Nor read, and nothing is written anywhere, such as into the current directory."""
+    (tmp_path / "file").write_text("x")
+    path = path.format(tmp_path) if isinstance(path, str) else path
+    model, drafter = golden.model("llada_tiny_a"), exits()
+    with contextlib.chdir(tmp_path):
+        for write in (dx.models.save, lambda model, path: drafter.save(path)):
+            with pytest.raises(ValueError, match=f"^path: .*{said}"):
+                write(model, path)
+        for read in (dx.models.load, dx.speculation.load):
+            with pytest.raises(
+                (FileNotFoundError, ValueError), match=r"^path: (expected|no directory|no file) "
+            ):
+                read(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_drafter_is_saved_in_a_dtype_that_is_read(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"dtype: expected float32, bfloat16 or float16, got torch\.float64"):
+        exits().save(tmp_path, torch.float64)
 
 
 def test_a_file_appears_whole_with_ordinary_permissions_or_not_at_all(tmp_path: Path):

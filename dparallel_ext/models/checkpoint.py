@@ -242,8 +242,8 @@ def save(
     `dtype`: the file's, by default the model's. `state_dict`: tensors to write in place of the model's own,
     such as gathered shards. Each file appears whole or not at all, config.json last.
 
-    Raises ValueError for another dtype than of floating point, and for a model that is not ours, is quantised
-    or under adapters.
+    Raises ValueError for another dtype than of floating point, for a path that is no directory or cannot be
+    written to, and for a model that is not ours, is quantised or under adapters.
     """
     _check_dtype(dtype)
     model = unwrap(model)
@@ -256,8 +256,7 @@ def save(
             "model: its layers have adapters, and no published layout has such weights; save them by "
             "save_pretrained, or merge them before"
         )
-    directory = Path(path)
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = files.directory("path", path)
     dtype = dtype or model.dtype
     tied = model.checkpoint_name("lm_head") + ".weight" if model.shape.tied else None
     buffers = dict(model.named_buffers())  # which keep their own dtype

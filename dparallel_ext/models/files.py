@@ -6,10 +6,13 @@ import functools
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from ..arguments import shown
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """ORG/NAME, the form of a model's name on the Hugging Face Hub."""
@@ -33,6 +36,14 @@ MASK_TOKENS = ("<|mdm_mask|>", "<|mask|>", "<|MASK|>", "|<MASK>|", "[MASK]", "<m
 """Mask tokens of released tokenizers that do not declare their mask token."""
 
 
+def as_path(argument: str, path: Any, expected: str = "a path") -> Path:
+    """`path` as a Path. Raises ValueError for what is no path, and for an empty text, which `Path` takes for
+    the current directory."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path) or "\0" in str(path):
+        raise ValueError(f"{argument}: expected {expected}, got {shown(path)}")
+    return Path(path)
+
+
 def locate(path: str | Path) -> Path:
     """The directory of a checkpoint: `path`, or a snapshot of the Hugging Face Hub's model of this name.
 
@@ -41,15 +52,13 @@ def locate(path: str | Path) -> Path:
 
     Raises FileNotFoundError, which says how to get a model of the Hub; ValueError for what is no path.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise ValueError(f"path: expected a directory or ORG/NAME, got {path!r:.80}")
-    directory, name = Path(path), str(path)
-    if directory.is_dir():
+    directory, name = as_path("path", path, "a directory or ORG/NAME"), str(path)
+    if os.path.isdir(directory):  # Path.is_dir raises for a name that is too long
         return directory
     if name.startswith("builtin:"):
         raise FileNotFoundError(f"path: no directory {name}; dparallel.registry.load knows {name!r}")
     if not HUB_ID.fullmatch(name):
-        raise FileNotFoundError(f"path: no directory {directory}")
+        raise FileNotFoundError(f"path: no directory {name:.200}")
     return fetched(name)
 
 
@@ -97,7 +106,7 @@ def read_json(file: Path, *, required: bool = False) -> dict[str, Any]:
 
     Raises FileNotFoundError, or ValueError naming the file, and a key with two values.
     """
-    if not file.is_file():
+    if not os.path.isfile(file):
         if required:
             adapter = (file.parent / "adapter_config.json").is_file()
             hint = ", but an adapter, which `dparallel merge` adds to its base" if adapter else ""
@@ -293,6 +302,40 @@ def refuse_quantised(config: Mapping[str, Any], names: Iterable[str], source: st
 
 
 # --- writing ------------------------------------------------------------------------------------
+
+
+def possible(argument: str, path: str | Path) -> Path:
+    """Check that a directory can be written to or made, without making it. Raises ValueError."""
+    path = as_path(argument, path)
+    there = next(parent for parent in (path, *path.absolute().parents) if os.path.lexists(parent))
+    if not there.is_dir():
+        raise ValueError(f"{argument}: {there} is not a directory")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise ValueError(f"{argument}: {there} cannot be written to: {error.strerror}") from error
+    return path
+
+
+def directory(argument: str, path: str | Path) -> Path:
+    """A directory that can be written to; it is made if need be. Raises ValueError."""
+    path = possible(argument, path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{argument}: {path} cannot be made: {error.strerror}") from error
+    return path
+
+
+def writable(argument: str, file: str | Path) -> Path:
+    """Check, before long work, that a file can be written. Raises ValueError, also for a link, a pipe or a
+    device such as /dev/stdout, since `replacing` would put a file in its place."""
+    file = as_path(argument, file)
+    possible(argument, file.parent)
+    if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
+        kind = "a directory" if file.is_dir() else "a link" if file.is_symlink() else "a pipe or a device"
+        raise ValueError(f"{argument}: {file} is {kind}, expected a file")
+    return file
 
 
 @contextmanager

@@ -7,6 +7,7 @@ that it was trained for, and the chat template of its training.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from ..models import Model, files, fingerprint
 from ..models.fields import Field, read
+from ..ops.inputs import DTYPES
 
 OURS = "dparallel"
 """The key of config.json for what the published layout has no place for."""
@@ -72,7 +74,7 @@ class DraftCheckpoint(NamedTuple):
                 faults.append(f"{name} is missing")
             elif tuple(tensor.shape) != shape:
                 faults.append(f"{name} is {tuple(tensor.shape)}, expected {shape}")
-            elif tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            elif tensor.dtype not in DTYPES:
                 faults.append(f"{name} is {tensor.dtype}, expected a floating-point type of 16 or 32 bits")
         faults += [f"{name:.200} is unexpected" for name in sorted(self.tensors.keys() - wanted.keys())]
         if faults:
@@ -89,12 +91,12 @@ def read_checkpoint(path: str | Path) -> DraftCheckpoint:
         FileNotFoundError: naming the missing file or directory.
         ValueError: naming the file that cannot be read.
     """
-    path = Path(path)
-    is_file = path.suffix == ".safetensors" and not path.is_dir()
+    path = files.as_path("path", path, "a directory, ORG/NAME or a .safetensors file")
+    is_file = _is_file(path)
     directory = path.parent if is_file else files.locate(path)
     file = path if is_file else directory / "model.safetensors"
-    if not file.is_file():
-        raise FileNotFoundError(f"path: no file {file}")
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"path: no file {file!s:.200}")
     files.refuse_pointer(file)
     try:
         # Tensors made outside inference mode can be trained or copied anywhere.
@@ -106,6 +108,11 @@ def read_checkpoint(path: str | Path) -> DraftCheckpoint:
     if config is None:
         config = files.read_json(directory / "config.json", required=True)
     return DraftCheckpoint(str(path), config, tensors)
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a drafter's path is that of one file, and not of a directory."""
+    return path.suffix == ".safetensors" and not os.path.isdir(path)
 
 
 def _of_metadata(file: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
@@ -123,14 +130,20 @@ def write_checkpoint(
     path: str | Path, config: Mapping[str, Any], model: nn.Module, dtype: torch.dtype
 ) -> None:
     """Write one file if the path ends in .safetensors, else a directory in the layout of the published
-    checkpoints. Each file appears whole or not at all."""
-    path = Path(path)
+    checkpoints. Each file appears whole or not at all.
+
+    Raises ValueError for a dtype that `DraftCheckpoint.fill` does not take, and for a path that cannot be
+    written to.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}")
+    path = files.as_path("path", path)
     config = {**config, "torch_dtype": str(dtype).removeprefix("torch.")}
     tensors = {name: t.to("cpu", dtype, copy=True).contiguous() for name, t in model.state_dict().items()}
-    is_file = path.suffix == ".safetensors"
+    is_file = _is_file(path)
     metadata = {METADATA: json.dumps(config)} if is_file else {"format": "pt"}
     weights = path if is_file else path / "model.safetensors"
-    weights.parent.mkdir(parents=True, exist_ok=True)
+    files.directory("path", weights.parent)
     with ExitStack() as replaced:
         if not is_file:
             file = replaced.enter_context(files.replacing(path / "config.json"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def drafter_of(
     if isinstance(given, str):
         name, colon, argument = given.partition(":")
         if name == "ngram":
-            if colon and not (argument.isdecimal() and int(argument)):
+            if colon and not (argument.isdecimal() and len(argument) < 19 and int(argument)):
                 raise ValueError(f'drafter: expected "ngram" or "ngram:N", got {shown(given)}')
             return NGram(int(argument)) if colon else NGram()
         if name == "tree" and argument:
@@ -102,13 +103,10 @@ def drafter_of(
 
 
 def _is_path(text: str) -> bool:
-    return bool(text) and ("/" in text or text.endswith(".safetensors") or Path(text).exists())
+    return bool(text) and ("/" in text or text.endswith(".safetensors") or os.path.exists(text))
 
 
 def _is_model(path: Path) -> bool:
     """Whether a directory holds a language model, and not a drafter, whose config may name a family too."""
-    file = path / "config.json"
-    if not file.is_file():
-        return False
-    config = read_json(file, required=True)
+    config = read_json(path / "config.json")
     return str(config.get("model_type")) in FAMILIES and not ("dflash_config" in config or OURS in config)

@@ -8,7 +8,6 @@ import fcntl
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -16,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from dparallel_ext.models.files import check_text, replacing
+from dparallel_ext.models.files import directory as directory
+from dparallel_ext.models.files import possible as possible
+from dparallel_ext.models.files import writable as writable
 
 # --- reading ------------------------------------------------------------------------------------
 
@@ -107,40 +109,6 @@ def json_list(argument: str, file: str | Path) -> list[Any]:
 
 
 # --- writing ------------------------------------------------------------------------------------
-
-
-def possible(argument: str, path: str | Path) -> Path:
-    """Check that a directory can be written to or made, without making it. Raises ValueError."""
-    path = Path(path)
-    there = next(parent for parent in (path, *path.absolute().parents) if os.path.lexists(parent))
-    if not there.is_dir():
-        raise ValueError(f"{argument}: {there} is not a directory")
-    try:
-        tempfile.TemporaryFile(dir=there).close()
-    except OSError as error:
-        raise ValueError(f"{argument}: {there} cannot be written to: {error.strerror}") from error
-    return path
-
-
-def directory(argument: str, path: str | Path) -> Path:
-    """A directory that can be written to; it is made if need be. Raises ValueError."""
-    path = possible(argument, path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{argument}: {path} cannot be made: {error.strerror}") from error
-    return path
-
-
-def writable(argument: str, file: str | Path) -> Path:
-    """Check, before long work, that a file can be written. Raises ValueError, also for a link, a pipe or a
-    device such as /dev/stdout, since `replacing` would put a file in its place."""
-    file = Path(file)
-    possible(argument, file.parent)
-    if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
-        kind = "a directory" if file.is_dir() else "a link" if file.is_symlink() else "a pipe or a device"
-        raise ValueError(f"{argument}: {file} is {kind}, expected a file")
-    return file
 
 
 def write_text(file: str | Path, text: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dparallel_ext import backends, models, simd_level, speculation
+from dparallel_ext.models.files import as_path
 from dparallel_ext.rules import filter_file
 
 from . import text, tokenizer
@@ -33,6 +34,7 @@ def directory_of(name: str) -> Path:
 
     Raises FileNotFoundError, and ValueError for a config.json that `models.config_of` refuses.
     """
+    as_path("model", name, "builtin:NAME, a directory or ORG/NAME")
     try:
         builtin = name.startswith("builtin:")
         directory = BUILTIN / name.removeprefix("builtin:") if builtin else models.locate(name)

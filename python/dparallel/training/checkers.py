@@ -48,7 +48,7 @@ def checker_of(name: str) -> Checker:
     module, _, function = name.partition(":")
     try:
         checker = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"checker: expected one of {list(CHECKERS)} or package.module:function, got {name!r} ({error})"
         ) from error

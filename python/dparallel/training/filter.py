@@ -308,8 +308,8 @@ def save(
         "answers": json.dumps(answers),
         "report": json.dumps(report),
     }
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file = files.writable("file", file)
+    files.directory("file", file.parent)
     with files.full_disk_named(file), files.replacing(file) as partial:
         partial.write_bytes(safetensors.torch.save(net.state_dict(), metadata))
 

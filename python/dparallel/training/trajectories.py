@@ -104,8 +104,9 @@ def read_prompts(source: str, prompt_field: str = "prompt", answer_field: str = 
         stream = itertools.islice(tasks.problems("train", seed=seed), count)
         return [Prompt(p.prompt, str(p.answer)) for p in stream]
     file = Path(source)
-    if not file.is_file():
-        raise FileNotFoundError(f"data: {f'{file} is no file' if file.exists() else f'no file {file}'}")
+    if not os.path.isfile(file):  # Path.is_file raises for a name that is too long
+        there = f"{file} is no file" if os.path.exists(file) else f"no file {source:.200}"
+        raise FileNotFoundError(f"data: {there}")
     prompts = []
     for number, row in files.rows("data", file):
         for name, kinds in ((prompt_field, (str,)), (answer_field, (str, int, float))):
