@@ -153,6 +153,31 @@ def test_a_result_in_another_dtype_is_another():
     assert sweep([older], torch.bfloat16)["dtype"] == "bfloat16"
 
 
+def test_a_result_with_another_mask_token_or_on_another_device_is_another():
+    """A mask that is named is that of the checkpoint, if it is the same."""
+    name = "builtin:student"
+    own = registry.load(name)[0].mask_id
+
+    def sweep(known: list[dict[str, Any]], **how: Any) -> dict[str, Any]:
+        (row,) = sweeping.sweep([name], ["quota:32"], known, problems=1, loading=registry.Loading(**how))
+        return row
+
+    stored = sweep([])
+    assert (stored["mask_id"], stored["device"]) == (own, "cpu")
+    for how in ({}, {"mask_id": own}, {"device": "cpu"}, {"device": "cpu:0"}):
+        assert sweep([stored], **how) is stored
+    other = sweep([stored], mask_id=own - 1)
+    assert other["mask_id"] == own - 1
+    for known in ([stored, other], [other, stored]):
+        assert sweep(known) is stored
+        assert sweep(known, mask_id=own - 1) is other
+    assert sweep([stored | {"device": "cuda"}])["device"] == "cpu"
+    older = {key: value for key, value in stored.items() if key not in ("device", "mask_id")}
+    assert sweep([older]) is older
+    assert sweep([older], mask_id=own - 1)["mask_id"] == own - 1
+    assert sweep([older], device="cpu") is not older
+
+
 def test_a_dtype_and_weights_in_8_bits():
     """The dtype is then that of all other weights, and of the arithmetic."""
     loading = registry.Loading(dtype=torch.float16, fp8=True)

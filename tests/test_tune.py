@@ -280,10 +280,11 @@ def test_prompts_of_a_file_are_compared_with_the_most_passes(tmp_path: Path) -> 
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": PROMPT}) + "\n" + PROMPT.replace("4", "5") + "\n")
     given = ("--prompts", prompts, "--policy", "one", "--policy", "confidence:0", "--active-blocks", 1)
-    given = (*given, "--block-length", 12, "--dtype", "float16")
+    given = (*given, "--block-length", 12, "--dtype", "float16", "--mask-id", 200)
     text, _ = run("tune", tmp_path / "tuned.json", *SMALL, *given)
     content = json.loads((tmp_path / "tuned.json").read_text())
     assert (content["tuned"]["dtype"], content["tuned"]["fp8"]) == ("float16", False)
+    assert content["mask_id"] == 200  # for which the choice is
     slow, fast = content["tuned"]["curve"]
     assert (slow["same"], slow["passes"], fast["passes"]) == (1.0, 12, 1)
     assert fast["same"] < 1

@@ -75,9 +75,7 @@ def load(
     source = f"path: {directory}"
     config, shape = config_of(directory)
     files.refuse_quantised(config, (), source)
-    mask_id = _mask_id(mask_id, config, directory, shape.embedding_size)
-    if mask_id is not None:
-        config["mask_token_id"] = mask_id
+    _set_mask(config, mask_id, directory, shape.embedding_size)
     _add_ends(
         config, files.end_token_ids(directory), shape.embedding_size, f"{source}: generation_config.json"
     )
@@ -88,11 +86,12 @@ def load(
         return _assemble(config, stored, source, fuse, dtype)
 
 
-def as_stored(path: str | Path) -> Model:
+def as_stored(path: str | Path, *, mask_id: int | None = None) -> Model:
     """The model of a checkpoint with its tensors as they are stored, of one type or several, and
     memory-mapped: to look at, not to decode with. Raises as `load`."""
     directory = files.locate(path)
-    config, _ = config_of(directory)
+    config, shape = config_of(directory)
+    _set_mask(config, mask_id, directory, shape.embedding_size)
     with ExitStack() as opened:
         stored = _stored(_shards(directory), "cpu", opened)
         return _assemble(config, stored, f"path: {directory}", mixed=True)
@@ -117,8 +116,9 @@ def config_of(directory: Path) -> tuple[dict[str, Any], ModelConfig]:
         raise ValueError(f"path: {file}: {str(error).removeprefix('config: ')}") from error
 
 
-def _mask_id(mask_id: int | None, config: Mapping[str, Any], directory: Path, rows: int) -> int | None:
-    """`mask_id`, else the mask token of the checkpoint's files, of a causal model of its config alone."""
+def _set_mask(config: dict[str, Any], mask_id: int | None, directory: Path, rows: int) -> None:
+    """Set the config's mask token: `mask_id`, else that of the checkpoint's files, of a causal model that of
+    its config alone."""
     name, token = "mask_id", mask_id
     if mask_id is None:
         name = f"path: the mask token of {directory}, unless mask_id is given"
@@ -126,7 +126,8 @@ def _mask_id(mask_id: int | None, config: Mapping[str, Any], directory: Path, ro
         token = config.get("mask_token_id") if causal else files.mask_token_id(directory)
     if token is not None and (type(token) is not int or not 0 <= token < rows):
         raise ValueError(f"{name}: expected an id below {rows}, got {token!r}")
-    return token
+    if token is not None:
+        config["mask_token_id"] = token
 
 
 def _add_ends(config: dict[str, Any], others: Iterable[int], rows: int, source: str) -> None:

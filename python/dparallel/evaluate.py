@@ -59,8 +59,9 @@ def evaluate(
     accuracy, accuracy_interval (Wilson's, 95 %), nfe_mean (passes per answer), nfe_to_eos (passes until the
     block that holds EOS, the model's `eos_id`, is complete, where `decode(eos_id=...)` would end),
     tokens_per_forward (tokens in front of EOS per pass), padded_tokens_per_forward (all gen_length tokens per
-    pass), seconds, gen_length, block_length, cache, chat, dtype, fp8; with a draft_size canvases_mean, the
-    copies of an answer that its passes computed.
+    pass), seconds, gen_length, block_length, cache, chat, and device, mask_id, dtype and fp8 (see
+    `registry.conditions_of`); with a draft_size canvases_mean, the copies of an answer that its passes
+    computed.
     """
     threshold = parse_policy(policy).get("threshold")
     config = (config or dx.DecodeConfig()).with_rule(policy)
@@ -116,7 +117,7 @@ def evaluate(
         "block_length": block,
         "cache": config.cache or "none",
         "chat": template is not None,
-        **registry.weights_of(model),
+        **registry.conditions_of(model),
         **of_drafts,
     }
 
@@ -232,7 +233,7 @@ def evaluate_drafter(
         "seconds": round(seconds, 3),
         "gen_length": tasks.GEN_LENGTH,
         "batch": batch,
-        **registry.weights_of(model),
+        **registry.conditions_of(model),
     }
 
 
@@ -306,7 +307,7 @@ def evaluate_adaptive(
         "seconds": round(time.perf_counter() - began, 3),
         "gen_length": tasks.GEN_LENGTH,
         "chat": template is not None,
-        **registry.weights_of(model),
+        **registry.conditions_of(model),
     }
 
 

@@ -190,17 +190,31 @@ class Loading:
     def dtype_for(self, name: str) -> torch.dtype:
         """The dtype that a model has once it is loaded, by the headers of its files. Raises as `load`."""
         dtype = _dtype_at(name, models.device_of(self.device), self.dtype)
-        return dtype or models.as_stored(directory_of(name)).dtype
+        return dtype or self._stored(name).dtype
 
     def weights(self, name: str) -> dict[str, Any]:
         """`weights_of` a model once it is loaded. Raises as `load`."""
         return {"dtype": _dtype_name(self.dtype_for(name)), "fp8": self.fp8}
+
+    def conditions(self, name: str) -> dict[str, Any]:
+        """`conditions_of` a model once it is loaded. Raises as `load`."""
+        device, mask_id = models.device_of(self.device).type, self._stored(name).mask_id
+        return {"device": device, "mask_id": mask_id, **self.weights(name)}
+
+    def _stored(self, name: str) -> models.Model:
+        return models.as_stored(directory_of(name), mask_id=self.mask_id)
 
 
 def weights_of(model: models.Model) -> dict[str, Any]:
     """What results and the files of `tune` say about a model's weights: "dtype", its name, and "fp8", whether
     the layers' are in 8 bits."""
     return {"dtype": _dtype_name(model.dtype), "fp8": model.quantized}
+
+
+def conditions_of(model: models.Model) -> dict[str, Any]:
+    """What results say about how their model was loaded, since tokens depend on it: the kind of its device,
+    its mask token, and `weights_of` it."""
+    return {"device": model.device.type, "mask_id": model.mask_id, **weights_of(model)}
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

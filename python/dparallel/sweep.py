@@ -38,7 +38,8 @@ def sweep(
     policies: texts, or the fields of a row. drafters: "plain" for none. draft_size: for the drafters; if all
     models are diffusion models, `decode`'s for every policy without one; such a result has same_texts, the
     number of responses equal to the same policy's without it. known: results of an earlier run, which are not
-    measured again; those that name no dtype count if none is asked for. recording: see `evaluate`.
+    measured again; those of older versions, which name no device, mask token or dtype, count if none is asked
+    for. recording: see `evaluate`.
     """
     entries = [{"rule": each} if isinstance(each, str) else each for each in policies]
     for entry in entries:
@@ -53,18 +54,20 @@ def sweep(
     names = list(names)
     of_policies = None if any(registry.is_causal(name) for name in names) else draft_size
     for name in names:
-        weights = loading.weights(name)
-        older = {"dtype": None if loading.dtype else weights["dtype"]}  # of rows that name none
+        causal = registry.is_causal(name)
+        of_name = replace(loading, mask_id=None) if causal else loading
+        conditions = of_name.conditions(name)
+        unasked = {key for key, value in vars(registry.Loading()).items() if getattr(of_name, key) == value}
+        older = {key: conditions[key] for key in unasked}  # of rows that do not name them
         results = {_key(older | row): row for row in known}
-        if registry.is_causal(name):
+        if causal:
             shared = {key: value for key, value in settings.items() if key in ("problems", "seed", "batch")}
-            causal = replace(loading, mask_id=None)
-            yield from _drafted(name, drafters, draft_size, results, causal, weights, shared, recording)
+            yield from _drafted(name, drafters, draft_size, results, of_name, conditions, shared, recording)
             continue
         chat = registry.template_of(name, settings.get("chat")) is not None
         shared = {**settings, "chat": chat, "recording": recording}
         base = config or dx.DecodeConfig()
-        yield from _by_policy(name, entries, base, for_all, of_policies, results, loading, weights, shared)
+        yield from _by_policy(name, entries, base, for_all, of_policies, results, of_name, conditions, shared)
 
 
 def _by_policy(
@@ -75,18 +78,18 @@ def _by_policy(
     draft_size: int | None,
     known: Mapping[str, dict[str, Any]],
     loading: registry.Loading,
-    weights: Fields,
+    conditions: Fields,
     settings: dict[str, Any],
 ) -> Iterable[dict[str, Any]]:
     """The rows of a diffusion model. for_all: fields of all rows without them. draft_size: of rows without
-    one. weights: what the rows say about the model's."""
+    one. conditions: see `registry.conditions_of`."""
     loaded: tuple[Any, Any] | None = None
     plain: dict[dx.DecodeConfig, list[Answer]] = {}
     for entry in entries:
         if "verifier" in entry:
             of_row = config.with_rule(None).replace(**for_all)
             judge, numbers = str(entry["verifier"]), numbers_of(entry)
-            asked = {"model": name, "policy": judge, "config": changed_fields(of_row) | numbers, **weights}
+            asked = {"model": name, "policy": judge, "config": changed_fields(of_row) | numbers, **conditions}
             row = known.get(_key(settings | asked))
             if row is None:
                 loaded = loaded or loading.load(name)
@@ -99,7 +102,7 @@ def _by_policy(
         size: Any = entry.get("draft_size", draft_size)
         of_row = config.with_rule(text).replace(**{**for_all, **of_config(entry)})
         changed = changed_fields(of_row)
-        asked = {"model": name, "policy": text, "config": changed | drafted_by(size), **weights}
+        asked = {"model": name, "policy": text, "config": changed | drafted_by(size), **conditions}
         row = known.get(_key(settings | asked))
         if row is None:
             loaded = loaded or loading.load(name)
@@ -122,18 +125,18 @@ def _drafted(
     draft_size: int | None,
     known: Mapping[str, dict[str, Any]],
     loading: registry.Loading,
-    weights: Fields,
+    conditions: Fields,
     settings: Mapping[str, Any],
     recording: Recording | None = None,
 ) -> Iterable[dict[str, Any]]:
-    """The rows of an autoregressive model. weights: see `_by_policy`."""
+    """The rows of an autoregressive model. conditions: see `registry.conditions_of`."""
     loaded: tuple[Any, Any] | None = None
     sized = {} if draft_size is None else {"draft_size": draft_size}
     plain: list[Answer] = []
     compares = False
     for drafter in drafters:
         compares |= drafter == PLAIN
-        row = known.get(_key({"model": name, "policy": drafter, "config": sized, **weights, **settings}))
+        row = known.get(_key({"model": name, "policy": drafter, "config": sized, **conditions, **settings}))
         if row is None:
             loaded = loaded or loading.load(name)
             drafter_name, answers = None if drafter == PLAIN else drafter, list[Answer]()
@@ -169,4 +172,5 @@ def _key(row: Mapping[str, Any]) -> str:
     """A key of all settings that a result depends on."""
     defaults = {"config": {}, "problems": 500, "seed": 0, "chat": False, "fp8": False}
     known = {**defaults, **row}
-    return json.dumps([known[name] for name in ("model", "policy", "dtype", *defaults)], sort_keys=True)
+    names = ("model", "policy", "device", "mask_id", "dtype", *defaults)
+    return json.dumps([known.get(name) for name in names], sort_keys=True)

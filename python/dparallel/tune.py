@@ -363,8 +363,10 @@ def choose(rows: Sequence[Row], tolerance: float = 1.0) -> Row | None:
 
 
 def content(settings: Settings, work: Work, rows: Sequence[Row], chosen: Row | None) -> Row:
-    """The content of the file."""
+    """The content of the file; a mask token that was asked for is in it, as the choice is for it."""
+    mask_id = settings.loading.mask_id
     return {
+        **({} if mask_id is None else {"mask_id": mask_id}),
         **{name: chosen[name] for name in CHOSEN if chosen is not None and name in chosen},
         TUNED: {
             "model": settings.model,
