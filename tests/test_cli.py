@@ -297,6 +297,7 @@ def test_numbers_outside_their_meaning_are_named(
             "dtype: expected auto, float32, bfloat16, float16, got 'float64'",
         ),
         (("trajectories", "out", "--data", "builtin:3", "--dtype", ""), "dtype: expected auto, float32, bf"),
+        (("drafter", "builtin:causal", "out", "--dtype", "f16"), "dtype: expected auto, float32, bf"),
         (("decode", "x", "--device", "cpu:1"), "device: expected cpu, cuda or cuda:N, got 'cpu:1'"),
         (("decode", "x", "--model", "builtin:causal", "--drafter", ""), "drafter: expected a Drafter"),
         (

@@ -117,6 +117,33 @@ def test_what_it_writes_drafts(target: Path, tmp_path: Path) -> None:
     assert torch.equal(dx.speculate(model, prompts, gen_length=12, drafter=out).sequences, expected.sequences)
 
 
+def test_the_target_is_loaded_in_the_dtype(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run in another dtype is another; runs of older versions, which name none, were in "auto"."""
+    loaded: list[torch.dtype] = []
+
+    def load(*args: Any, **keywords: Any) -> Any:
+        model, tokenizer = real(*args, **keywords)
+        loaded.append(model.dtype)
+        return model, tokenizer
+
+    real = registry.load
+    monkeypatch.setattr(registry, "load", load)
+    half, plain = tmp_path / "half", tmp_path / "plain"
+    options = ["--dtype", "float16", "--data", "builtin:9", "--steps", "1", "--batch", "2", "--evaluate", "0"]
+    found = CliRunner().invoke(cli.app, ["drafter", str(target), str(half), *options, "--gen-length", "12"])
+    assert found.exit_code == 0, found.output
+    assert loaded == [torch.float16]
+    expected = run(target, plain)
+    with pytest.raises(ValueError, match=r"out: .* holds answers of another run: .*, expected .*float16"):
+        run(target, plain, replace(TINY, dtype="float16"))
+    state = torch.load(plain / "state.pt")
+    del state["settings"]["dtype"]
+    torch.save(state, plain / "state.pt")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in run(target, plain).items())
+
+
 @pytest.mark.parametrize("kind", [*blocks.KINDS, "hidden_transfer"])
 def test_it_learns_what_can_be_known(tmp_path: Path, kind: str) -> None:
     """The target says a token after its last one alone, round and round."""

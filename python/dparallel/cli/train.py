@@ -206,6 +206,7 @@ def drafter(
     mask_id: MaskOption = None,
     chat: ChatOption = None,
     device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Train a drafter for `speculate` on a model's own answers.
 
@@ -219,7 +220,7 @@ def drafter(
             **{"layers": layers, "block": block, "taps": _numbers("taps", taps)},
             **{"exits": _numbers("exits", exits), "gamma": gamma, "most": most},
             **{"riders": riders, "soften": soften, "layer": layer},
-            **{"mask_id": mask_id, "loss": loss},
+            **{"mask_id": mask_id, "loss": loss, "dtype": dtype},
             "gen_length": gen_length,
         }
         settings = drafters.settings_of(kind, **{k: v for k, v in fields.items() if v is not None})

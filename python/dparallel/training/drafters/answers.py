@@ -68,6 +68,8 @@ def answers_of(
     identity: dict[str, Any] = {"target": models.fingerprint(model), "gen_length": settings.gen_length}
     if settings.temperature:
         identity |= {"temperature": settings.temperature, "seed": settings.seed}
+    if settings.dtype != "auto":
+        identity |= {"dtype": settings.dtype}
     parts = [prompts[first : first + SHARD] for first in range(0, len(prompts), SHARD)]
     bar = loop.progress_bar(progress, len(prompts), "answers", "prompt")
     long_enough: list[Answer] = []

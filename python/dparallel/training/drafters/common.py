@@ -53,10 +53,13 @@ class Settings:
     """Share of the steps, at the end, over which the learning rates fall to zero."""
     ema: float = 0.995
     seed: int = 0
+    dtype: str = "auto"
+    """The target's: "float32", "bfloat16", "float16", or "auto", see `registry.load`."""
 
     def __post_init__(self) -> None:
         if self.kind not in self.KINDS:
             raise ValueError(f"kind: expected one of {list(self.KINDS)}, got {self.kind!r}")
+        registry.dtype_of(self.dtype)
         check_fields(self, ("steps", "batch", "anchors", "warmup", "gen_length"), whole, 1)
         check_fields(self, ("muon_lr", "adam_lr", "ema", "weight_decay", "decay", "temperature"), number)
         check_fields(self, ("seed",), whole, 0, MOST_SEEDS - 1)

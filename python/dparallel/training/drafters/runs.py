@@ -84,7 +84,7 @@ def run(
         whole(name, value, least)
     whole("answer_batch", answer_batch, 1)
     template = registry.template_of(target, chat) if chat or loaded is None else None
-    model, tokenizer = loaded or registry.load(target, device=device)
+    model, tokenizer = loaded or registry.load(target, device=device, dtype=registry.dtype_of(settings.dtype))
     model = causal_model(model)
     encode = prompt_encoder(tokenizer, template)
     trainee = KINDS[settings.kind](Target(target, model, template, loaded is None), settings)
@@ -155,6 +155,7 @@ def _train(
         lambda step: trainee.loss_of(learned, step),
         settings,
         identity,
+        defaults={"dtype": "auto"},
         save_every=save_every,
         report_every=50,
         described=settings.kind,
