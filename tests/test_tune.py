@@ -132,6 +132,17 @@ def test_every_pass_has_the_rows_that_are_asked_for(monkeypatch: pytest.MonkeyPa
     assert seen.count(7) == seen.count(31) == 2 * 3 * 5  # runs, prompts, tokens behind the first
 
 
+def test_without_a_drafter_it_says_that_nothing_is_chosen(tmp_path: Path) -> None:
+    file = tmp_path / "passes.json"
+    text, _ = run("tune", file, "--model", "builtin:causal", *SMALL, "--draft-size", 0, "--draft-size", 3)
+    assert text.splitlines()[-1].startswith(f"nothing is chosen: {file} has the times of passes alone; ")
+    assert text.endswith("none is given (--drafter ngram, say)\n")
+    assert json.loads(file.read_text()).keys() == {"tuned"}
+    text, _ = run("tune", file, *DRAFTED, *SMALL, "--draft-size", 3)
+    assert "nothing is chosen" not in text
+    assert "chosen" in text
+
+
 def test_tokens_of_riders_go_by_their_ranks() -> None:
     settings = tune.Settings("builtin:causal", problems=2, repeats=1, gen_length=12)
     _, rows = tune.measure_drafts(settings, "builtin:ppd", [0, 3, 15], lambda text: None)

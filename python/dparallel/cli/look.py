@@ -259,8 +259,9 @@ def tune(
 ) -> None:
     """Measure passes on this device, and choose the settings with the most tokens per second.
 
-    For an autoregressive model this is the size of drafts; for a diffusion model the policy, block length,
-    active blocks and cache. `--config OUT` of decode, evaluate and serve uses the choice.
+    For an autoregressive model this is the size of its --drafter's drafts (without one, passes are timed and
+    nothing is chosen); for a diffusion model the policy, block length, active blocks and cache.
+    `--config OUT` of decode, evaluate and serve uses the choice.
     """
     from .. import tune as tuning
 
@@ -288,3 +289,8 @@ def tune(
         for line in tuning.chart(rows, chosen):
             typer.echo(line)
         files.write_json(out, tuning.content(settings, work, rows, chosen))
+        if chosen is None:
+            typer.echo(
+                f"nothing is chosen: {out} has the times of passes alone; their tokens depend on the "
+                "drafter, and none is given (--drafter ngram, say)"
+            )
