@@ -437,8 +437,11 @@ class Model(Named):
             )
         visible = attention_mask.to(torch.bool)
         on_cpu = visible.device.type == "cpu" and not torch.compiler.is_compiling()
-        if on_cpu and visible.numel() and not bool(visible.any(1).all()):
-            raise ValueError("attention_mask: expected a visible position in every row")
+        if on_cpu and visible.numel() and not bool((seen := visible.any(1)).all()):
+            row = int(seen.int().argmin())
+            raise ValueError(
+                f"attention_mask: expected a visible position in every row, got none in row {row}"
+            )
         visible = visible[:, None, None]
         if self.causal:
             # Padding in front of a sequence sees itself, since some kernels give NaN to a row that sees

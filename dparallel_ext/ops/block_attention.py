@@ -65,7 +65,7 @@ def block_attention(
     shape = q.shape
     if q.ndim == 4:
         if q_start is not None or q_end is not None:
-            raise ValueError("q_start: belongs to q of (N, H, D)")
+            raise ValueError(f"q_start, q_end: belong to q of (N, H, D), got q of {tuple(shape)}")
         q_start = torch.arange(0, shape[0] * shape[1], max(1, shape[1]), device=q.device)[: shape[0]]
         q_start = q_start if shape[1] else q_start.new_zeros(shape[0])
         q_end = q_start + shape[1]
@@ -76,7 +76,8 @@ def block_attention(
     check_heads("v_cache", v_cache, 4, like=q)
     check_caches(q.shape, k_cache, v_cache)
     if q_start is None or q_end is None:
-        raise ValueError("q_start: needed, and q_end, where q is (N, H, D)")
+        missing = "q_start" if q_start is None else "q_end"
+        raise ValueError(f"{missing}: expected int64 (S,) with q of (N, H, D), got None")
     if block_table is None:
         block_table = torch.arange(len(kv_lens) if kv_lens.ndim == 1 else 0, device=q.device)[:, None]
     if not isinstance(block_table, Tensor) or block_table.ndim != 2:

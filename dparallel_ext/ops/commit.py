@@ -64,7 +64,7 @@ def commit_(
             + ("commit alone" if token is None else "token alone")
         )
     if commit is None and positions is not None:
-        raise ValueError("positions: expected none without commit and token")
+        raise ValueError(f"positions: expected none without commit and token, got {type(positions).__name__}")
     if commit is not None and token is not None:
         if positions is not None:
             check_index("positions", positions, tokens, "tokens")

@@ -69,7 +69,7 @@ def linear_certainty_forcing_loss(
     shape, counted = labels.shape, active
     if shift:
         if labels.ndim < 1:
-            raise ValueError("shift: expected hidden (..., T, H)")
+            raise ValueError(f"shift: expected hidden (..., T, H), got {tuple(hidden.shape)}")
         # Each position gets the hidden state before it; the first keeps its own, but does not count.
         hidden = torch.cat((hidden[..., :1, :], hidden[..., :-1, :]), -2)
         counted = active.clone()

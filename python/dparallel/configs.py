@@ -49,7 +49,8 @@ def parse_policy(text: str, *, files: bool = True) -> dict[str, Any]:
     file = rules.file_of(text)
     if not files and file is not None and file not in filter_file.NAMED:
         raise ValueError(
-            "policy: expected a file that ships, learned:builtin:NAME, where a request names one"
+            "policy: expected a file that ships, learned:builtin:NAME, where a request names one, got "
+            f"{shown(text)}"
         )
     try:
         rule, row = rules.parse(text)

@@ -595,7 +595,7 @@ def test_bad_attention_masks() -> None:
     for mask in (torch.ones(1, 4), torch.ones(2, 3, dtype=torch.bool)):
         with pytest.raises(ValueError, match=r"attention_mask: expected bool or whole numbers \(2, 4\)"):
             model(ids(2, 4), attention_mask=mask)
-    with pytest.raises(ValueError, match="a visible position in every row"):
+    with pytest.raises(ValueError, match="a visible position in every row, got none in row 1"):
         model(ids(2, 4), attention_mask=torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0]]))
 
 

@@ -241,7 +241,7 @@ def test_opcheck() -> None:
         ({"q": torch.zeros(9, 4, 16).half()}, "k_cache: expected torch.float16 as q"),
         ({"kv_lens": torch.tensor([5, 33])}, r"kv_lens: expected in \[0, 33\), got 33 at 1"),
         ({"kv_lens": torch.tensor([5])}, r"kv_lens: expected torch.int64 \(2,\)"),
-        ({"q_start": None}, "q_start: needed"),
+        ({"q_start": None}, r"q_start: expected int64 \(S,\) with q of \(N, H, D\), got None"),
         (
             {"causal": True, "q_start": torch.tensor([0, 0]), "q_end": torch.tensor([6, 0])},
             "kv_lens: expected a slot for each of the segment's 6 rows, got 5 at 0",

@@ -227,7 +227,7 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     model: Any = dx.models.load(source, dtype=dtype, mask_id=recipe.mask_id)
     eos = model.eos_id
     if eos is None:
-        raise ValueError("model: its config has no eos_token_id")
+        raise ValueError(f"model: expected an eos_token_id in config.json of {source}, got none")
     if recipe.lora is not None:
         torch.manual_seed(args.seed)
         model = adapters.with_lora(model, recipe.lora, str(source))

@@ -140,7 +140,7 @@ class CertaintyForcingTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.traits = dx.models.traits(model)
         if self.traits.mask_id is None:
-            raise ValueError("model: its config has no mask_token_id")
+            raise ValueError("model: its config has no mask_token_id; models.load(mask_id=) sets one")
         base = dx.models.unwrap(model)
         self.takes_attention_mask = "attention_mask" in inspect.signature(base.forward).parameters
         self.lm_head = plain_head(base)
