@@ -89,8 +89,9 @@ def _one_step(value: float, towards: float) -> float:
     return torch.nextafter(torch.tensor(value, device="cpu"), torch.tensor(towards, device="cpu")).item()
 
 
-_BY_ID: dict[float, tuple[float, float, Line]] = {
-    rule.id: (_one_step(rule.low, -math.inf), _one_step(rule.high, math.inf), rule) for rule in RULES.values()
+_BY_ID: dict[float, tuple[float, float, Line, str]] = {
+    rule.id: (_one_step(rule.low, -math.inf), _one_step(rule.high, math.inf), rule, rule.expected)
+    for rule in RULES.values()
 }
 
 
@@ -189,11 +190,13 @@ def score_of(row: Sequence[float]) -> str:
 
 def _check_rows(rows: Iterable[Sequence[float]]) -> None:
     for row, (selector, threshold, low, high, score) in enumerate(rows):
-        least, most, rule = _BY_ID.get(selector, _BY_ID[0])  # the first check below names an unknown selector
+        least, most, rule, expected_of = _BY_ID.get(
+            selector, _BY_ID[0]
+        )  # the first check below names an unknown selector
         fits = least <= threshold <= most and (not rule.whole or _is_whole(threshold))
         for name, value, ok, expected in (
             ("selector", selector, selector in _BY_ID, f"ids 0..{len(RULES) - 1} of {list(RULES)}"),
-            ("threshold", threshold, fits, rule.expected),
+            ("threshold", threshold, fits, expected_of),
             ("min_commit", low, _within(low, "min_commit"), f"a whole number >= 0 and <= {MOST}"),
             ("max_commit", high, _within(high, "max_commit"), "a whole number >= 1, or inf"),
             ("max_commit", high, high >= low, "at least min_commit"),

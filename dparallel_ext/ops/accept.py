@@ -12,6 +12,7 @@ from ..arguments import whole
 from ..types import AcceptOutput
 from . import streams
 from .errors import lane_row, report
+from .fake import register_fake
 from .inputs import Ids, check_logits, check_sampling, expect, mask_id_of, per_sequence, suppressed
 from .row_stats import as_stats, row_outputs
 
@@ -129,7 +130,7 @@ def accept(
     return AcceptOutput(count, path, tokens, ended, as_stats(row_tokens, fields, (rows,)), error)
 
 
-@torch.library.register_fake("dparallel::accept")
+@register_fake("accept")
 def _(  # type: ignore[no-untyped-def]
     logits,
     draft,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import check_tensor, number
+from .fake import register_fake
 from .inputs import check_caches, check_heads, expect, within
 
 
@@ -87,7 +88,7 @@ def block_attention(
         expect(name, tensor, (block_table.shape[0],), torch.int64)
     expect("block_table", block_table, tuple(block_table.shape), torch.int64)
     capacity = block_table.shape[1] * k_cache.shape[2]
-    if type(scale) is not float:
+    if type(scale) is not float or not -math.inf < scale < math.inf:
         scale = max(1, q.shape[2]) ** -0.5 if scale is None else number("scale", scale, -math.inf)
     if ancestors is not None:
         if causal:
@@ -157,7 +158,7 @@ def _in_float64(
     return out
 
 
-@torch.library.register_fake("dparallel::block_attention")
+@register_fake("block_attention")
 def _(  # type: ignore[no-untyped-def]
     q, k_cache, v_cache, q_start, q_end, kv_lens, block_table, max_q_len, max_kv_len, scale, causal, ancestors
 ):

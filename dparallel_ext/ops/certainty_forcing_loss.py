@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import check_tensor, number, one_of, shown
 from .errors import named_row, report
+from .fake import register_fake
 from .inputs import WIDE_DTYPES, check_logits, refuse_transform, rows_view
 
 
@@ -186,7 +187,7 @@ def real_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-@torch.library.register_fake("dparallel::certainty_forcing_loss")
+@register_fake("certainty_forcing_loss")
 def _(logits, labels, active, temperature, ce_temperature, inplace=False):  # type: ignore[no-untyped-def]
     n, real = labels.shape[0], real_dtype(logits)
     return (
@@ -198,14 +199,14 @@ def _(logits, labels, active, temperature, ce_temperature, inplace=False):  # ty
     )
 
 
-@torch.library.register_fake("dparallel::certainty_forcing_loss_backward")
+@register_fake("certainty_forcing_loss_backward")
 def _(  # type: ignore[no-untyped-def]
     logits, labels, active, temperature, ce_temperature, saved, grad_nll, grad_entropy
 ):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("dparallel::certainty_forcing_loss_backward_")
+@register_fake("certainty_forcing_loss_backward_")
 def _(  # type: ignore[no-untyped-def]
     logits, labels, active, temperature, ce_temperature, saved, grad_nll, grad_entropy
 ):

@@ -9,6 +9,7 @@ from .. import _C  # noqa: F401  (registers the ops)
 from ..types import CommitOutput
 from . import streams
 from .errors import Cell, report
+from .fake import register_fake
 from .inputs import check_index, check_tokens, expect, mask_id_of, windows_of
 
 
@@ -95,6 +96,6 @@ def commit_(
 _ERRORS = {1: "token: {} was to become the mask token, or an id below 0"}
 
 
-@torch.library.register_fake("dparallel::commit_")
+@register_fake("commit_")
 def _(tokens, positions, commit, token, mask_id, lane, start, end, counters):  # type: ignore[no-untyped-def]
     return (*(start.new_empty(start.shape) for _ in range(3)), start.new_empty((1,)))

@@ -15,6 +15,7 @@ from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import check_tensor, number, one_of
 from .certainty_forcing_loss import check_inplace, check_temperature, real_dtype
 from .errors import report
+from .fake import register_fake
 from .inputs import WIDE_DTYPES, check_logits, rows_view
 
 ROW_ERRORS = {
@@ -151,7 +152,7 @@ def check_divergence(
 # --- fake kernels and the gradient --------------------------------------------------------------
 
 
-@torch.library.register_fake("dparallel::distillation_loss")
+@register_fake("distillation_loss")
 def _(  # type: ignore[no-untyped-def]
     student, teacher, active, temperature, kl_weight, l1_weight, inplace=False
 ):
@@ -163,14 +164,14 @@ def _(  # type: ignore[no-untyped-def]
     )
 
 
-@torch.library.register_fake("dparallel::distillation_loss_backward")
+@register_fake("distillation_loss_backward")
 def _(  # type: ignore[no-untyped-def]
     student, teacher, active, temperature, kl_weight, l1_weight, saved, grad_divergence
 ):
     return torch.empty_like(student, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("dparallel::distillation_loss_backward_")
+@register_fake("distillation_loss_backward_")
 def _(  # type: ignore[no-untyped-def]
     student, teacher, active, temperature, kl_weight, l1_weight, saved, grad_divergence
 ):

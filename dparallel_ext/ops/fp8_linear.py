@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import check_tensor
+from .fake import register_fake
 from .inputs import check_like, check_rows
 from .linear import FEW, FEW_ON_TENSOR_CORES, check_product, linear
 
@@ -80,11 +81,11 @@ def fp8_linear(
     return out.view(*x.shape[:-1], len(weight))
 
 
-@torch.library.register_fake("dparallel::fp8_linear")
+@register_fake("fp8_linear")
 def _(x, weight, scale, bias, constant=False):  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
-@torch.library.register_fake("dparallel::fp8_widen")
+@register_fake("fp8_widen")
 def _(weight, scale, like):  # type: ignore[no-untyped-def]
     return like.new_empty(weight.shape)

@@ -199,8 +199,7 @@ def check_rows(name: str, tensor: Tensor) -> None:
     if tensor.ndim < 1 or tensor.shape[-1] < 1:
         raise ValueError(f"{name}: expected (..., width) with width >= 1, got {tuple(tensor.shape)}")
     refuse_tangent(name, tensor)
-    if tensor.requires_grad:
-        _refuse_gradient(name)
+    refuse_gradient(name, tensor)
 
 
 def check_like(name: str, tensor: Tensor, like: Tensor, shape: torch.Size) -> None:
@@ -210,12 +209,11 @@ def check_like(name: str, tensor: Tensor, like: Tensor, shape: torch.Size) -> No
             f"{name}: expected {like.dtype} {tuple(shape)} on {like.device}, "
             f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
         )
-    if tensor.requires_grad:
-        _refuse_gradient(name)
+    refuse_gradient(name, tensor)
 
 
-def _refuse_gradient(name: str) -> None:
-    if torch.is_grad_enabled():
+def refuse_gradient(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: requires a gradient, which this op does not have; use torch.no_grad()")
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the op)
+from .fake import register_fake
 
 
 def keep_error_(word: Tensor, error: Tensor) -> None:
@@ -16,6 +17,6 @@ def keep_error_(word: Tensor, error: Tensor) -> None:
     torch.ops.dparallel.keep_error_(word, error)
 
 
-@torch.library.register_fake("dparallel::keep_error_")
+@register_fake("keep_error_")
 def _(word, error):  # type: ignore[no-untyped-def]
     return None

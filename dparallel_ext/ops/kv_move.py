@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import check_tensor
+from .fake import register_fake
 from .inputs import check_heads, expect
 
 
@@ -50,6 +51,6 @@ def kv_move(kv_cache: Tensor, source: Tensor, target: Tensor) -> None:
     torch.ops.dparallel.kv_move(kv_cache, source, target)
 
 
-@torch.library.register_fake("dparallel::kv_move")
+@register_fake("kv_move")
 def _(kv_cache, source, target):  # type: ignore[no-untyped-def]
     return None

@@ -7,6 +7,7 @@ computed again overwrites its slots.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import number, whole
+from .fake import register_fake
 from .inputs import check_caches, check_heads, check_like, expect, within
 
 
@@ -81,7 +83,7 @@ def kv_write(
             written.
         cos, sin: (positions, R / 2) float32, R <= D, see `rope_table`.
         q_norm, k_norm: (D,), the dtype of q, weights of the norms; both or neither.
-        eps: added to the mean square.
+        eps: added to the mean square; finite, at least 0.
 
     Raises:
         ValueError: naming the argument that does not fit, or that requires a gradient. Indices are checked on
@@ -102,7 +104,7 @@ def kv_write(
             check_like(name, weight, q, q.shape[2:])
         elif other is not None:
             raise ValueError(f"{name}: expected a norm for both or neither of q and k, got None")
-    if type(eps) is not float:
+    if type(eps) is not float or not 0.0 <= eps < math.inf:
         eps = number("eps", eps)
     if q.dtype == torch.float64:
         within("positions", positions, 0, len(cos))
@@ -162,6 +164,6 @@ def _in_float64(
     q.copy_(rotated(q, q_norm))
 
 
-@torch.library.register_fake("dparallel::kv_write")
+@register_fake("kv_write")
 def _(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin, q_norm=None, k_norm=None, eps=1e-6):  # type: ignore[no-untyped-def]
     return None

@@ -12,6 +12,8 @@ from torch.nn import Parameter
 from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import check_tensor
 from ..backends import fast_bfloat16
+from .fake import register_fake
+from .inputs import refuse_gradient
 
 FEW = 64
 """Rows up to which a product takes as long as reading the weights."""
@@ -40,7 +42,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, constant: b
         (..., out)
 
     Raises:
-        ValueError: naming the argument whose shape does not fit.
+        ValueError: naming the argument that does not fit.
         TypeError: naming an argument that should be a tensor and is not.
     """
     check_tensor("x", x)
@@ -58,22 +60,28 @@ def check_product(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor 
     check_tensor("weight", weight)
     if bias is not None:
         check_tensor("bias", bias)
-    wanted = "" if scale is None else "float8_e4m3fn "
+    wanted = x.dtype if scale is None else torch.float8_e4m3fn
     fits = weight.ndim == 2 and x.ndim > 0 and weight.shape[1] == x.shape[-1]
-    if not fits or (scale is not None and weight.dtype != torch.float8_e4m3fn):
-        into, got = x.shape[-1] if x.ndim else "in", f"{weight.dtype} " if wanted else ""
-        raise ValueError(f"weight: expected {wanted}(out, {into}), got {got}{tuple(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected ({len(weight)},), got {tuple(bias.shape)}")
+    if not fits or (weight.dtype != wanted and (scale is not None or not _casts(x))):
+        into = x.shape[-1] if x.ndim else "in"
+        raise ValueError(f"weight: expected {wanted} (out, {into}), got {weight.dtype} {tuple(weight.shape)}")
+    if bias is not None and (bias.shape != weight.shape[:1] or (bias.dtype != x.dtype and not _casts(x))):
+        raise ValueError(f"bias: expected {x.dtype} ({len(weight)},), got {bias.dtype} {tuple(bias.shape)}")
     if scale is not None:
         check_tensor("scale", scale)
         if scale.dtype != torch.float32 or scale.shape != weight.shape[:1]:
             raise ValueError(
                 f"scale: expected float32 ({len(weight)},), got {scale.dtype} {tuple(scale.shape)}"
             )
-        for name, tensor in (("weight", weight), ("scale", scale)):
-            if tensor.device != x.device:
-                raise ValueError(f"{name}: expected on {x.device} as x, got {tensor.device}")
+        refuse_gradient("scale", scale)
+    for name, tensor in (("weight", weight), ("scale", scale), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: expected on {x.device} as x, got {tensor.device}")
+
+
+def _casts(x: Tensor) -> bool:
+    """Whether torch's product casts its factors to one dtype."""
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def ends_in_more(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> bool:
@@ -92,7 +100,7 @@ def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     others = [t for t in (weight, bias) if t is not None]
     return (
         (_is_faster_on_gpu(x) if x.is_cuda else x.dtype == torch.bfloat16 and not fast_bfloat16(x.device))
-        and not torch.is_autocast_enabled(x.device.type)
+        and not _casts(x)
         and x.numel() > 0
         and all(t.dtype == x.dtype and t.device == x.device for t in others)
         and all(type(t) in (Tensor, Parameter) for t in (x, *others))  # not sharded or quantised
@@ -115,6 +123,6 @@ def _has_clusters(device: int) -> bool:
     return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
-@torch.library.register_fake("dparallel::linear")
+@register_fake("linear")
 def _(x, weight, bias, constant=False):  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0], weight.shape[0]))

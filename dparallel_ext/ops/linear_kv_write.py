@@ -7,8 +7,9 @@ from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import check_tensor
+from .fake import register_fake
 from .fp8_linear import fp8_linear
-from .inputs import check_caches, check_heads, check_like
+from .inputs import check_caches, check_heads, check_like, refuse_gradient
 from .kv_write import check_places, kv_write
 from .linear import check_product, ends_in_more, linear
 
@@ -54,17 +55,19 @@ def linear_kv_write(
     """
     check_heads("x", x, 2)
     check_tensor("weight", weight)
-    if bias is not None:
-        check_like("bias", bias, x, weight.shape[:1])
+    for name, factor in (("x", x), ("weight", weight)):
+        refuse_gradient(name, factor)
     check_heads("k_cache", k_cache, 4, like=x)
     _, kv_heads, _, dim = k_cache.shape
-    heads, rest = divmod(weight.shape[0], dim) if dim and weight.ndim == 2 else (0, 1)
-    heads -= 2 * kv_heads
-    if rest or heads < 1:
+    whole_heads = dim > 0 and weight.ndim == 2 and weight.shape[0] % dim == 0
+    heads = weight.shape[0] // dim - 2 * kv_heads if whole_heads else 0
+    if heads < 1:
         raise ValueError(
             f"weight: expected ((H + 2 * {kv_heads}) * {dim}, in) for the heads of k_cache, "
             f"got {tuple(weight.shape)}"
         )
+    if bias is not None:
+        check_like("bias", bias, x, weight.shape[:1])
     if ends_in_more(x, weight, bias, scale):
         check_product(x, weight, bias, scale)
         check_heads("v_cache", v_cache, 4, like=x)
@@ -84,7 +87,7 @@ def linear_kv_write(
     return q
 
 
-@torch.library.register_fake("dparallel::linear_kv_write")
+@register_fake("linear_kv_write")
 def _(x, weight, scale, bias, k_cache, v_cache, positions, slot_mapping, cos, sin, constant=False):  # type: ignore[no-untyped-def]
     _, kv_heads, _, dim = k_cache.shape
     return x.new_empty((x.shape[0], weight.shape[0] // dim - 2 * kv_heads, dim))

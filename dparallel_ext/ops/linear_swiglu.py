@@ -7,8 +7,9 @@ from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import check_tensor
+from .fake import register_fake
 from .fp8_linear import fp8_linear
-from .inputs import check_like, check_rows
+from .inputs import check_like, check_rows, refuse_gradient
 from .linear import check_product, ends_in_more, linear
 from .swiglu import swiglu
 
@@ -46,6 +47,7 @@ def linear_swiglu(
     if weight.ndim != 2 or weight.shape[0] % 2 or not weight.shape[0]:
         got = tuple(weight.shape)
         raise ValueError(f"weight: expected (2 * width, in), the gate's rows and as many of up, got {got}")
+    refuse_gradient("weight", weight)
     if bias is not None:
         check_like("bias", bias, x, weight.shape[:1])
     if ends_in_more(x, weight, bias, scale):
@@ -58,6 +60,6 @@ def linear_swiglu(
     return swiglu(linear(x, weight, bias, constant=constant))
 
 
-@torch.library.register_fake("dparallel::linear_swiglu")
+@register_fake("linear_swiglu")
 def _(x, weight, scale, bias, constant=False):  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0], weight.shape[0] // 2))

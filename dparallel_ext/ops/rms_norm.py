@@ -5,6 +5,7 @@ It rounds where the modules that it replaces do, so that a model's tokens do not
 
 from __future__ import annotations
 
+import math
 from typing import overload
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import number
+from .fake import register_fake
 from .inputs import check_like, check_rows, rows_view
 
 
@@ -38,7 +40,7 @@ def rms_norm(
     Args:
         x: (..., width) float32, bfloat16 or float16, any strides (rows are made contiguous).
         weight, bias: (width,), the dtype of x.
-        eps: added to the mean square.
+        eps: added to the mean square; finite, at least 0.
         delta: shape and dtype of x; added to x first, as a layer's output to the residual stream.
 
     Returns:
@@ -54,7 +56,7 @@ def rms_norm(
         check_like("bias", bias, x, x.shape[-1:])
     if delta is not None:
         check_like("delta", delta, x, x.shape)
-    if type(eps) is not float:
+    if type(eps) is not float or not 0.0 <= eps < math.inf:
         eps = number("eps", eps)
     y, s = torch.ops.dparallel.rms_norm(
         rows_view(x),
@@ -68,6 +70,6 @@ def rms_norm(
     return y if delta is None else (y, s)
 
 
-@torch.library.register_fake("dparallel::rms_norm")
+@register_fake("rms_norm")
 def _(x, delta, weight, bias, eps):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape), x.new_empty((0,) if delta is None else x.shape)

@@ -14,6 +14,7 @@ from ..arguments import shown, whole
 from ..types import RowStats
 from . import streams
 from .errors import NO_ERROR, named_row, report
+from .fake import register_fake
 from .inputs import (
     Ids,
     check_index,
@@ -250,7 +251,7 @@ def row_outputs(like: Tensor, count: Any, errors: Any) -> tuple[Tensor, Tensor, 
     )
 
 
-@torch.library.register_fake("dparallel::row_stats")
+@register_fake("row_stats")
 def _(  # type: ignore[no-untyped-def]
     logits, rows, mask_id, suppress, ids, temperature, top_p, top_k, keys, counters
 ):

@@ -10,6 +10,7 @@ from ..arguments import whole
 from ..types import RowTopK
 from . import streams
 from .errors import named_row, report
+from .fake import register_fake
 from .inputs import Ids, check_index, check_logits, mask_id_of, rows_view, suppressed
 
 MOST = 16
@@ -68,7 +69,7 @@ def row_topk(
     return RowTopK(tokens.view(*shape, k), logprobs.view(*shape, k))
 
 
-@torch.library.register_fake("dparallel::row_topk")
+@register_fake("row_topk")
 def _(logits, k, rows, mask_id, suppress, counters):  # type: ignore[no-untyped-def]
     count = logits.shape[:-1].numel() if rows is None else rows.shape[0]
     return (

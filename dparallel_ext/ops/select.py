@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import _C, policies  # noqa: F401  (importing _C registers the ops)
 from ..arguments import check_tensor
 from ..types import RowStats
+from .fake import register_fake
 
 
 def select(stats: RowStats, eligible: Tensor, policy: Tensor, *, check: bool = True) -> Tensor:
@@ -45,6 +46,6 @@ def select(stats: RowStats, eligible: Tensor, policy: Tensor, *, check: bool = T
     return torch.ops.dparallel.select(*scores, eligible, policy.to(eligible.device))
 
 
-@torch.library.register_fake("dparallel::select")
+@register_fake("select")
 def _(confidence, margin, entropy, eligible, policy):  # type: ignore[no-untyped-def]
     return eligible.new_empty(eligible.shape)

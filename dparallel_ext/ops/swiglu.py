@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
+from .fake import register_fake
 from .inputs import check_like, check_rows, rows_view
 
 
@@ -40,6 +41,6 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     return out if out.ndim == gate.ndim else out.view(gate.shape)
 
 
-@torch.library.register_fake("dparallel::swiglu")
+@register_fake("swiglu")
 def _(gate, up):  # type: ignore[no-untyped-def]
     return gate.new_empty(gate.shape)

@@ -10,6 +10,7 @@ from ..arguments import whole
 from ..types import UnmaskOutput
 from . import streams
 from .errors import Cell, report
+from .fake import register_fake
 from .inputs import (
     Ids,
     check_index,
@@ -151,7 +152,7 @@ def unmask_(
     return UnmaskOutput(committed, remaining, done, as_stats(row_tokens, fields, stats_shape), error)
 
 
-@torch.library.register_fake("dparallel::unmask_")
+@register_fake("unmask_")
 def _(  # type: ignore[no-untyped-def]
     tokens,
     logits,

@@ -277,8 +277,8 @@ def test_what_a_quantised_model_refuses(tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"x": torch.zeros(2, 64, dtype=torch.int64)}, "x: expected float32, bfloat16 or float16"),
-        ({"x": torch.zeros(2, 32)}, r"weight: expected float8_e4m3fn \(out, 32\)"),
-        ({"weight": torch.zeros(8, 64)}, "weight: expected float8_e4m3fn .* got torch.float32"),
+        ({"x": torch.zeros(2, 32)}, r"weight: expected torch.float8_e4m3fn \(out, 32\)"),
+        ({"weight": torch.zeros(8, 64)}, "weight: expected torch.float8_e4m3fn .* got torch.float32"),
         ({"scale": torch.ones(7)}, r"scale: expected float32 \(8,\), got .* \(7,\)"),
         ({"scale": torch.ones(8).double()}, "scale: expected float32"),
         ({"scale": torch.ones(8, device="meta")}, "scale: expected on cpu as x, got meta"),

@@ -147,9 +147,23 @@ def test_layers_of_a_model_go_through_it(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("weight", "bias", "said"),
     [
-        (torch.zeros(8, 32), None, r"weight: expected \(out, 64\), got \(8, 32\)"),
-        (torch.zeros(64), None, r"weight: expected \(out, 64\), got \(64,\)"),
-        (torch.zeros(8, 64), torch.zeros(7), r"bias: expected \(8,\), got \(7,\)"),
+        (
+            torch.zeros(8, 32),
+            None,
+            r"weight: expected torch.float32 \(out, 64\), got torch.float32 \(8, 32\)",
+        ),
+        (torch.zeros(64), None, r"weight: expected torch.float32 \(out, 64\), got torch.float32 \(64,\)"),
+        (torch.zeros(8, 64).half(), None, r"weight: expected torch.float32 .*, got torch.float16 \(8, 64\)"),
+        (
+            torch.zeros(8, 64),
+            torch.zeros(8).half(),
+            r"bias: expected torch.float32 \(8,\), got torch.float16",
+        ),
+        (
+            torch.zeros(8, 64),
+            torch.zeros(7),
+            r"bias: expected torch.float32 \(8,\), got torch.float32 \(7,\)",
+        ),
     ],
 )
 def test_bad_arguments(weight: Tensor, bias: Tensor | None, said: str) -> None:

@@ -108,11 +108,13 @@ def test_empty_and_strided() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"x": torch.zeros(6, 32)}, r"weight: expected \(out, 32\)"),
+        ({"x": torch.zeros(6, 32)}, r"weight: expected torch.float32 \(out, 32\)"),
         ({"x": torch.zeros(2, 3, 64)}, "x: expected 2 dimensions"),
         ({"weight": torch.zeros(130, 64), "bias": None},
          r"weight: expected \(\(H \+ 2 \* 1\) \* 64, in\) for the heads of k_cache, got \(130, 64\)"),
         ({"weight": torch.zeros(128, 64), "bias": None}, r"weight: expected \(\(H \+ 2"),
+        ({"weight": torch.zeros(64)}, r"weight: expected \(\(H \+ 2"),
+        ({"weight": torch.zeros(256, 64).half()}, r"weight: expected torch.float32 .*, got torch.float16"),
         ({"bias": torch.zeros(7)}, r"bias: expected torch.float32 \(256,\)"),
         ({"k_cache": torch.zeros(9, 1, 16, 64).half()}, "k_cache: expected torch.float32"),
         ({"v_cache": torch.zeros(8, 1, 16, 64)}, "v_cache: expected"),
@@ -127,3 +129,13 @@ def test_bad_arguments(change: dict[str, Any], said: str) -> None:
     named: dict[str, Any] = {"x": given.x, "weight": given.weight, "bias": given.bias, "k_cache": k_cache}
     with pytest.raises(ValueError, match=said), torch.no_grad():
         dx.linear_kv_write(**{**named, "v_cache": v_cache, **given.where, **change})
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "scale", "k_cache"])
+def test_an_input_that_requires_a_gradient_is_named(name: str) -> None:
+    given = Given(6, 64, 2, 1, 64, torch.float32, name == "scale")
+    named = {"x": given.x, "weight": given.weight, "bias": given.bias, "scale": given.scale, **given.where}
+    named |= dict(zip(("k_cache", "v_cache"), given.caches.clone(), strict=True))
+    named[name].requires_grad_()
+    with pytest.raises(ValueError, match=f"^{name}: requires a gradient, which this op does not have"):
+        dx.linear_kv_write(**named)

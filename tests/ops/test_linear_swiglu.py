@@ -100,10 +100,12 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, constant: 
     [
         ({"x": torch.zeros(2, 64, dtype=torch.int64)}, "x: expected float32, bfloat16 or float16"),
         ({"x": torch.zeros(2, 64, requires_grad=True)}, "x: requires a gradient"),
-        ({"weight": torch.zeros(8, 32)}, r"weight: expected \(out, 64\), got \(8, 32\)"),
+        ({"weight": torch.zeros(8, 32)}, r"weight: expected torch.float32 \(out, 64\), got .* \(8, 32\)"),
         ({"weight": torch.zeros(7, 64), "bias": None}, "the gate's rows and as many of up, got"),
         ({"bias": torch.zeros(7)}, r"bias: expected torch.float32 \(8,\)"),
-        ({"scale": torch.ones(8)}, r"weight: expected float8_e4m3fn \(out, 64\), got torch.float32"),
+        ({"scale": torch.ones(8)}, r"weight: expected torch.float8_e4m3fn \(out, 64\), got torch.float32"),
+        ({"weight": torch.zeros(8, 64).half()}, r"weight: expected torch.float32 .*, got torch.float16"),
+        ({"weight": torch.zeros(8, 64, requires_grad=True)}, "weight: requires a gradient"),
     ],
 )  # fmt: skip
 def test_bad_arguments(change: dict[str, Any], said: str) -> None:

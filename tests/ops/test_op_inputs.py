@@ -4,6 +4,7 @@ gradients. By its documented function, through torch.ops and under torch.compile
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -274,6 +275,18 @@ def test_compiled_ops_take_any_strides(name: str) -> None:
         assert same(call, plain)
 
 
+@pytest.mark.parametrize("name", ["linear_kv_write", "unmask_ of windows"])
+def test_functions_compile_for_any_size(name: str) -> None:
+    """They compute with sizes, and read tables of numbers, that are symbols then."""
+    function, given = documented(torch.float32)[name]
+    call, plain = (dict(zip(given, copied(tuple(given.values())), strict=True)) for _ in range(2))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        run = torch.compile(lambda **a: function(**a), fullgraph=True, backend="aot_eager", dynamic=True)
+        assert same(flat(run(**call)), flat(function(**plain)))
+    assert same(list(call.values()), list(plain.values()))
+
+
 OUT_OF_BOUNDS = [
     ("row_stats", 1, [6, 0], r"rows: expected in \[0, 6\), got 6 at 0"),
     ("row_stats", 1, [0, -1], r"rows: expected in \[0, 6\), got -1 at 1"),
@@ -486,6 +499,26 @@ def test_attention_of_sizes_of_zero(shape: tuple[int, ...]) -> None:
     assert four.shape == (0, 3, 4, 8)
 
 
+def test_inputs_are_on_one_device() -> None:
+    """torch computes nothing if one of them is on "meta": the results of the rest would be left unwritten."""
+    for name, given in examples(torch.float32).items():
+        arguments = op_of(name).default._schema.arguments
+        for place, value in enumerate(given):
+            if isinstance(value, Tensor) and arguments[place].name != "counters":
+                call = copied(given)
+                call[place] = value.to("meta")
+                with pytest.raises(ValueError, match=r"^\w+: expected on (cpu|meta) as \w+, got (cpu|meta)$"):
+                    op_of(name)(*call)
+    for function, named in documented(torch.float32).values():
+        for name, value in named.items():
+            if isinstance(value, Tensor) and name != "policy":  # which is read, and moved
+                with pytest.raises(ValueError, match=r"^(\w+\.)?\w+: expected .*\bmeta\b"):
+                    function(**{**named, name: value.to("meta")})
+    x = torch.randn(5, 24)
+    with pytest.raises(ValueError, match="weight: expected on cpu as x, got meta"):
+        dx.linear(x, x.to("meta"))
+
+
 def test_functions_name_an_argument_of_another_type() -> None:
     """Each tensor replaced by a text, and by None where it has no default; and numbers that are none."""
     tried = 0
@@ -503,7 +536,8 @@ def test_functions_name_an_argument_of_another_type() -> None:
     tokens, score, ids = torch.full((2, 3), MASK), torch.rand(2, 3), torch.zeros(2, 3, dtype=torch.int64)
     of_loss = {"labels": ids, "active": ids == 0}
     of_linear = {"hidden": torch.randn(2, 3, 24), "lm_head_weight": w, **of_loss}
-    of_attention, masks = documented(torch.float32)["block_attention"][1], dx.semi_autoregressive_masks
+    of_attention, of_cache = (documented(torch.float32)[name][1] for name in ("block_attention", "kv_write"))
+    masks = dx.semi_autoregressive_masks
     linear_loss = dx.linear_certainty_forcing_loss
     calls: dict[str, Callable[[], Any]] = {
         "suppress": lambda: dx.row_stats(z, suppress=3.5),
@@ -512,8 +546,11 @@ def test_functions_name_an_argument_of_another_type() -> None:
         "position_offset": lambda: dx.unmask_(tokens, z, mask_id=MASK, position_offset=0.5),
         "stats.confidence": lambda: dx.select("text", score > 0, policies.make(batch=2)),
         "eps": lambda: dx.rms_norm(x, x[0], eps="text"),
+        "eps below 0": lambda: dx.rms_norm(x, x[0], eps=-1e-5),
+        "eps of kv_write": lambda: dx.kv_write(**{**of_cache, "eps": math.nan}),
         "bias": lambda: dx.linear(x, w, "text"),
         "scale": lambda: dx.block_attention(**of_attention, scale="text"),
+        "scale that is none": lambda: dx.block_attention(**of_attention, scale=math.nan),
         "length": lambda: dx.rope_table(-1, 8),
         "theta": lambda: dx.rope_table(9, 8, "text"),
         "weight": lambda: dx.quantize_fp8("text"),
