@@ -10,7 +10,7 @@ namespace dparallel::cpu {
 void kv_move(const KvMoveArgs& args, Parallel parallel) {
   const CacheLayout& layout = args.layout;
   const int64_t bytes = layout.head_dim * args.element_size;
-  if (bytes == 0) return;  // an empty tensor has no address
+  if (bytes == 0 || args.count == 0) return;  // an empty tensor has no address
   run_parallel(parallel, args.layers * 2 * layout.heads * args.lanes, [&](int64_t item) {
     const int64_t lane = item % args.lanes, head = item / args.lanes % layout.heads;
     const int64_t kv = item / args.lanes / layout.heads % 2;

@@ -138,8 +138,8 @@ template <class Backend>
 Tensor linear_swiglu(Tensor x, Tensor weight, std::optional<Tensor> scale,
                      std::optional<Tensor> bias, bool constant) {
   LinearArgs args = linear_args(x, weight, scale, bias, constant);
-  DP_CHECK(args.out_width % 2 == 0, "weight: expected gates and as many ups, got ", args.out_width,
-           " rows");
+  DP_CHECK(args.out_width > 0 && args.out_width % 2 == 0,
+           "weight: expected gates and as many ups, got ", args.out_width, " rows");
   Tensor out = torch::stable::new_empty(x, {args.count, args.out_width / 2});
   args.out = out.data_ptr();
   launch_linear_swiglu(Backend{}, args, x);

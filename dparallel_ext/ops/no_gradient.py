@@ -31,21 +31,23 @@ class _NoGradient(torch.autograd.Function):
 def _without_gradient(name: str) -> None:
     """Make a backward pass through the op raise; torch's own fallback would warn and yield None.
 
-    An op that returns nothing has no backward pass to raise in, so it refuses inputs that require a gradient.
-    Tensors that an op changes in place get a new version, so that autograd notices if it had saved them.
+    An op that returns nothing has no backward pass to raise in, so it refuses inputs that require a gradient;
+    and every op refuses to change such an input, whose gradient would pass by the op. Tensors that an op
+    changes in place get a new version, so that autograd notices if it had saved them.
     """
     op = getattr(torch.ops.dparallel, name).default
     written = [place for place, argument in enumerate(op._schema.arguments) if argument.is_write]
 
     def kernel(keys: Any, *arguments: Any) -> Any:
-        wanted = None
+        wanted = []
         if torch.is_grad_enabled():
             named = zip(op._schema.arguments, arguments, strict=False)
-            wanted = next((a.name for a, t in named if isinstance(t, Tensor) and t.requires_grad), None)
-        if wanted and not op._schema.returns:
-            raise ValueError(
-                f"{wanted}: requires a gradient, which this op does not have; use torch.no_grad()"
-            )
+            wanted = [a for a, t in named if isinstance(t, Tensor) and t.requires_grad]
+        for argument in wanted:
+            if argument.is_write or not op._schema.returns:
+                raise ValueError(
+                    f"{argument.name}: requires a gradient, which this op does not have; use torch.no_grad()"
+                )
         result = (_NoGradient.apply if wanted else _below_autograd)(op, keys, *arguments)
         changed = [arguments[place] for place in written]
         torch.autograd.graph.increment_version([t for t in changed if t is not None and not t.is_inference()])

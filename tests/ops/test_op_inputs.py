@@ -472,6 +472,10 @@ def test_sizes_of_zero() -> None:
     weight, scale = torch.empty(5, 0).to(torch.float8_e4m3fn), torch.ones(5)
     assert op_of("fp8_widen")(weight, scale, none).shape == (5, 0)
     assert not op_of("fp8_linear")(torch.empty(3, 0), weight, scale, None).any()
+    with pytest.raises(ValueError, match="weight: expected gates and as many ups, got 0 rows"):
+        op_of("linear_swiglu")(torch.randn(3, 16), torch.randn(0, 16), None, None)
+    none_of_many = torch.full((1, 1), -1).expand(2**45, 1)[:, :0]
+    dx.kv_move(torch.randn(1, 2, 1, 1, 4, 2), none_of_many, none_of_many)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 8), (6, 0, 8), (6, 4, 0), (0, 0, 0)])
