@@ -100,7 +100,8 @@ class Engine:
 
     Args:
         model: one of ours (`dparallel_ext.models`), in evaluation mode, a diffusion model or an
-            autoregressive one; wrapped or adapted as in `decode`.
+            autoregressive one; wrapped or adapted as in `decode`. If its weights change, make another engine:
+            the keys and values that this one keeps are of the weights before.
         config: how to decode requests that come without a config; default: `DecodeConfig()`. Where it names
             no cache, a diffusion model has "dual", and a block-causal one "block" (`decode`: "none"). Its
             cache, block_length, sub_block_length, refresh, active_blocks, open_at, activate_at,
