@@ -32,7 +32,7 @@ def whole(name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:
     if not isinstance(value, bool) and not (
         isinstance(value, Tensor) and (value.ndim or value.dtype == torch.bool)
     ):
-        with contextlib.suppress(TypeError):
+        with contextlib.suppress(TypeError, RuntimeError):  # of a tensor on "meta"
             result = operator.index(value)
     if result is None or result < least:
         raise ValueError(f"{name}: expected a whole number >= {least}, got {shown(value)}")
@@ -126,8 +126,15 @@ def numbers(name: str, value: Any, count: int, least: int) -> list[int]:
 
 
 def on_host(value: Any) -> Tensor:
-    """A tensor as it is; another value as a tensor on the CPU, whatever torch's default device."""
-    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+    """A tensor as it is; another value as a tensor on the CPU, whatever torch's default device.
+
+    Raises ValueError for a tensor on "meta", which has no values.
+    """
+    if not isinstance(value, Tensor):
+        return torch.as_tensor(value, device="cpu")
+    if value.is_meta:
+        raise ValueError("expected values, got a tensor on meta")
+    return value
 
 
 def token_ids(name: str, value: Any) -> Tensor:
@@ -215,7 +222,8 @@ def _first_refused(value: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    return str(getattr(value, "dtype", type(value).__name__))
+    where = " on meta" if getattr(value, "is_meta", False) else ""
+    return f"{getattr(value, 'dtype', type(value).__name__)}{where}"
 
 
 def _shape(value: Any) -> str:

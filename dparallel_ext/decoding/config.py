@@ -180,7 +180,11 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         for name, check in CHECKS.items():
-            object.__setattr__(self, name, check(name, getattr(self, name)))
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, check(name, value))
+            except RuntimeError as error:  # of a tensor on "meta"
+                raise ValueError(f"{name}: expected values, got {shown(value)}") from error
         check_sampling(self.temperature, self.top_p, self.top_k)
         if self.cache is not None:
             one_of("cache", self.cache, CACHES)

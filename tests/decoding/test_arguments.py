@@ -188,6 +188,18 @@ def test_prompts_without_a_token() -> None:
         ({"stop": [[3, 512]]}, "stop: expected one of the model's 512 token ids, got 512"),
         ({"stop": [[3], [511]]}, "stop: expected a token that can be decoded, got the mask token 511"),
         ({"eos_id": 511}, "eos_id: expected a token that can be decoded, got the mask token 511"),
+        (
+            {"prompt": torch.ones(1, 3, dtype=torch.int64, device="meta")},
+            "prompt: .* got torch.int64 on meta",
+        ),
+        (
+            {"attention_mask": torch.ones(3, device="meta") > 0},
+            "attention_mask: .* got torch.bool on meta",
+        ),
+        ({"policy": torch.zeros(1, 5, device="meta")}, "policy: expected values, got tensor.*meta"),
+        ({"seed": torch.zeros((), device="meta").long()}, "seed: expected an integer .*meta"),
+        ({"top_p": torch.zeros((), device="meta")}, "top_p: expected values, got tensor.*meta"),
+        ({"graphs": [torch.zeros((), device="meta")]}, "graphs: expected values, got .*meta"),
         ({"rule": "eot:512"}, "rule: expected one of the model's 512 token ids, got 512"),
         ({"rule": "eot:511"}, "rule: expected a token that can be decoded, got the mask token 511"),
     ],
