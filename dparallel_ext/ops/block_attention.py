@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import check_tensor, number
 from .fake import register_fake
-from .inputs import check_caches, check_heads, expect, within
+from .inputs import check_caches, check_heads, expect, on_device_of_q, within
 
 
 def block_attention(
@@ -98,6 +98,8 @@ def block_attention(
             raise ValueError(f"ancestors: expected int64 ({len(q)}, W), got {got}")
         expect("ancestors", ancestors, (len(q), ancestors.shape[1]), torch.int64)
     if q.dtype == torch.float64:
+        indices = {"q_start": q_start, "q_end": q_end, "kv_lens": kv_lens, "block_table": block_table}
+        on_device_of_q(q, **indices, ancestors=ancestors)
         segments = q_start, q_end, kv_lens, block_table
         return _in_float64(q, k_cache, v_cache, *segments, scale, causal, ancestors).view(shape)
     out = torch.ops.dparallel.block_attention(

@@ -178,6 +178,13 @@ def expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
         )
 
 
+def on_device_of_q(q: Tensor, **others: Tensor | None) -> None:
+    """Raise unless they are on the device of q. For float64; the kernels check theirs."""
+    for name, other in others.items():
+        if other is not None and other.device != q.device:
+            raise ValueError(f"{name}: expected on {q.device} as q, got {other.device}")
+
+
 def within(name: str, index: Tensor, low: int | None, high: int) -> None:
     """Raise ValueError unless indices on the CPU are in [low, high). For float64; the kernels check their
     own.

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import number, whole
 from .fake import register_fake
-from .inputs import check_caches, check_heads, check_like, expect, within
+from .inputs import check_caches, check_heads, check_like, expect, on_device_of_q, within
 
 
 def rope_table(
@@ -107,6 +107,7 @@ def kv_write(
     if type(eps) is not float or not 0.0 <= eps < math.inf:
         eps = number("eps", eps)
     if q.dtype == torch.float64:
+        on_device_of_q(q, positions=positions, slot_mapping=slot_mapping, cos=cos, sin=sin)
         within("positions", positions, 0, len(cos))
         within("slot_mapping", slot_mapping, None, len(k_cache) * k_cache.shape[2])
         norms = q_norm, k_norm, eps
