@@ -74,9 +74,13 @@ def check_product(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor 
                 f"scale: expected float32 ({len(weight)},), got {scale.dtype} {tuple(scale.shape)}"
             )
         refuse_gradient("scale", scale)
-    for name, tensor in (("weight", weight), ("scale", scale), ("bias", bias)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name}: expected on {x.device} as x, got {tensor.device}")
+    device = x.device
+    if weight.device != device:
+        raise ValueError(f"weight: expected on {device} as x, got {weight.device}")
+    if scale is not None and scale.device != device:
+        raise ValueError(f"scale: expected on {device} as x, got {scale.device}")
+    if bias is not None and bias.device != device:
+        raise ValueError(f"bias: expected on {device} as x, got {bias.device}")
 
 
 def _casts(x: Tensor) -> bool:
