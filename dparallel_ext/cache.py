@@ -107,7 +107,7 @@ class KVCache:
         slots: (layers, 2, pages, kv_heads, page_size, head_dim), in the dtype and on the device of the
             model. With one layer every layer uses the same slots: enough where each pass computes whole
             sequences and nothing is kept.
-        rope: cos, sin of the model's rotary embedding, each (at least length, head_dim / 2) float32.
+        rope: cos, sin of the model's rotary embedding, each (at least length, R / 2) float32.
         block_table: (B, P) int64 on the CPU, each sequence's pages in order. Default: page b for sequence b.
     """
 

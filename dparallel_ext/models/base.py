@@ -410,16 +410,14 @@ class Model(Named):
         return KVCache(torch.zeros(shape, dtype=self.dtype, device=self.device), rope, block_table)
 
     def _rope_of(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos, sin (at least length, head_dim / 2) float32."""
+        """cos, sin (at least length, R / 2) float32, of the R dimensions of a head that are rotated."""
         if self._rope is None or len(self._rope[0]) < length or self._rope[0].device != self.device:
             rows = max(64, 2 ** (length - 1).bit_length()) if length else 64
             # A table made in inference mode could not be used by a later training pass.
             with torch.inference_mode(False), torch.no_grad():
                 s = self.shape
-                turned = s.head_dim if s.rotary_dim is None else s.rotary_dim
-                cos, sin = rope.table(rows, turned, s.rope_theta, s.rope_scaling, self.device)
-                rest = (0, (s.head_dim - turned) // 2)  # is turned by no angle
-                self._rope = F.pad(cos, rest, value=1.0), F.pad(sin, rest)
+                width = s.rotary_dim or s.head_dim
+                self._rope = rope.table(rows, width, s.rope_theta, s.rope_scaling, self.device)
         return self._rope
 
     def _visible(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:

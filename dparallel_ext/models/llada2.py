@@ -72,7 +72,7 @@ class LLaDA2(Model):
         theirs = {"num_key_value_heads": c["num_key_value_heads"] or None, "rms_norm_eps": c["rms_norm_eps"]}
         shape = llama_shape({**config, **theirs, "partial_rotary_factor": 1}, scalings=())
         turned = int(shape.head_dim * c["partial_rotary_factor"])
-        if turned < 2 or turned % 2 or (shape.head_dim - turned) % 2:
+        if turned < 2 or turned % 2:
             raise ValueError(
                 f"config: partial_rotary_factor={c['partial_rotary_factor']:g} rotates {turned} of "
                 f"{shape.head_dim} dimensions, expected an even number of 2 or more"

@@ -132,16 +132,9 @@ def norm_of_sum(norm: nn.Module, stream: Stream) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-split rotary embedding of x (B, Q, H, D) by cos, sin (Q, 1, D / 2)."""
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-
-
-def rotated_first(x: Tensor, rotary_dim: int) -> Tensor:
-    """x (..., D), of which the first `rotary_dim` dimensions are rotated, with their halves in the two halves
-    of D, as a rotation of all dimensions has them. In queries and keys alike, the order changes no score."""
-    rotated, rest = x[..., :rotary_dim].chunk(2, -1), x[..., rotary_dim:].chunk(2, -1)
-    return torch.cat((rotated[0], rest[0], rotated[1], rest[1]), -1)
+    """Half-split rotary embedding of the first R dimensions of x (B, Q, H, D) by cos, sin (Q, 1, R / 2)."""
+    a, b, rest = x.tensor_split((cos.shape[-1], 2 * cos.shape[-1]), -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
 
 
 class Taps(dict[int, Tensor]):
@@ -230,22 +223,17 @@ class Block(Named):
         """y (..., width) -> (..., heads, D)"""
         s = self.shape
         layers = (self.qkv,) if s.fused_qkv else (self.q, self.k, self.v)
-        plain = not s.qk_norm and s.rotary_dim is None
-        if isinstance(attend, CachedAttend) and plain and (w := fused_weights.joined(layers)):
+        if isinstance(attend, CachedAttend) and not s.qk_norm and (w := fused_weights.joined(layers)):
             attended = attend.of_product(y, w)
             if attended is not None:
                 return attended
         parts = [t.unflatten(-1, (-1, s.head_dim)) for t in fused_weights.project(y, layers)]
         q, k, v = parts[0].split([s.heads, s.kv_heads, s.kv_heads], -2) if s.fused_qkv else parts
-        if plain:
+        if not s.qk_norm:
             return attend(q, k, v)
-        if isinstance(attend, CachedAttend) and s.rotary_dim is None:
+        if isinstance(attend, CachedAttend):
             return attend(q, k, v, HeadNorms(self.q_norm, self.k_norm))
-        if s.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if s.rotary_dim is not None:
-            q, k = (rotated_first(t, s.rotary_dim) for t in (q, k))
-        return attend(q, k, v)
+        return attend(self.q_norm(q), self.k_norm(k), v)
 
     def _mlp(self, y: Tensor) -> Tensor:
         """y (..., width) -> (..., width)"""

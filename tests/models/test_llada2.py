@@ -125,6 +125,8 @@ def test_logits_are_those_of_the_plain_form(changes: dict[str, Any], tmp_path: P
     expected = torch.stack([plain(weights, row, **changes) for row in x])
     assert expected.std() > 0.5
     torch.testing.assert_close(model(x).logits.double(), expected, rtol=0, atol=2e-4)
+    plainly, cached = (dx.decode(model, x[:, :11], gen_length=13, cache=cache) for cache in ("none", "block"))
+    assert torch.equal(plainly.sequences, cached.sequences)
     again = models.load(tmp_path)
     assert type(again) is LLaDA2
     assert torch.equal(again(x).logits, model(x).logits)
