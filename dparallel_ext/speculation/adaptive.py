@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Unpack
 
 import torch
@@ -34,9 +35,11 @@ from ..decoding.fields import plain
 from ..decoding.padding import row_padding
 from ..decoding.settings import check_mask, make_settings
 from ..models import Model, check_call, check_diffusion, for_decoding, own_precision, traits, warn_beyond
+from ..models import load as load_model
 from ..ops.errors import NO_ERROR, Cell, explain
 from ..ops.row_stats import read_rows
 from .batch import CausalBatch
+from .loading import NAMED
 from .sequence import UNKNOWN, CausalSequence, SamplingGroup, Verified
 from .speculate import OF_DIFFUSION, check_prompts, decoded, end_ids, run
 
@@ -85,7 +88,8 @@ def adaptive_decode(
         config: how the prompts are decoded; default: `DecodeConfig()`. Fields about blocks, rules and caches
             belong to `decode` alone, and so does `logprobs`, since no single model draws the text.
         verifier: an autoregressive model of `dparallel_ext.models` on the same device, with the same token
-            ids. Its vocabulary may have another size: only ids that both models have are decoded.
+            ids; or the path or name of one, as "builtin:verifier" (`dparallel.registry`). Its vocabulary may
+            have another size: only ids that both models have are decoded.
         mixture: R, the diffusion model's share of the logits that judge a draft, from 0 to 1. At 1 every
             drafted token is committed; at 0 those that the verifier would have chosen.
         window: W, at least 1, see `adaptive`. None: every pass computes everything, so no key is stale.
@@ -191,13 +195,19 @@ def mask_of(model: Model, config: DecodeConfig) -> int:
 
 
 def verifier_of(value: Any, model: Model) -> Model:
-    """The verifier. Raises ValueError unless it is an autoregressive model on the device of `model`."""
+    """The verifier, an autoregressive model on the device of `model`; of a name or path it is loaded there,
+    in the dtype of `model`. Raises ValueError for anything else."""
+    if isinstance(value, (str, Path)):
+        try:
+            value = load_model(NAMED.get(str(value), value), device=model.device, dtype=model.dtype)
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(f"verifier: {str(error).removeprefix('path: ')}") from error
     verifier = for_decoding(value) if callable(value) else value
     check_call(verifier, "verifier")
     if not isinstance(verifier, Model) or not verifier.causal:
         raise ValueError(
-            "verifier: expected an autoregressive model of dparallel_ext.models, got "
-            f"{arguments.shown(value) if isinstance(value, str) else type(verifier).__name__}"
+            "verifier: expected an autoregressive model of dparallel_ext.models, or the path of one, got "
+            f"{type(verifier).__name__}"
         )
     if verifier.device != model.device:
         raise ValueError(f"verifier: expected on {model.device} as the model, got {verifier.device}")

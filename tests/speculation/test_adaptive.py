@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import STAND_IN, golden
+from dparallel import registry
 from drafters import fast_dllm, model_of
 from torch import Tensor
 
@@ -280,6 +282,17 @@ def test_both_may_have_the_mask_or_ids_that_the_other_lacks() -> None:
         assert int(torch.cat(out.responses).max()) < MASK
 
 
+def test_a_verifier_by_its_name_or_path(tmp_path: Path) -> None:
+    """It comes onto the model's device, in the model's dtype."""
+    dx.models.save(VERIFIER, tmp_path)
+    expected = adaptive()
+    for path in (tmp_path, str(tmp_path)):
+        assert torch.equal(adaptive(verifier=path).sequences, expected.sequences)
+    named = registry.load(registry.VERIFIER)[0].to(LLADA.device, LLADA.dtype)
+    by_name = adaptive(verifier=registry.VERIFIER, prompts=[PROMPTS[0] % 9])
+    assert torch.equal(by_name.sequences, adaptive(verifier=named, prompts=[PROMPTS[0] % 9]).sequences)
+
+
 def test_a_bad_row_is_named_where_it_is_come_to() -> None:
     broken = golden.model("llada_tiny_a").to(LLADA.device)
     with torch.no_grad():
@@ -348,7 +361,9 @@ def test_what_does_not_fit_is_named() -> None:
         ({"streamer": object()}, "streamer: expected an object with the methods put and end, got <object"),
         ({"streamer": SimpleNamespace(put=print, end=print)}, "streamer: expected a batch of 1, got 4"),
         ({"verifier": LLADA}, "verifier: expected an autoregressive model of .*, got LLaDA"),
-        ({"verifier": "builtin:verifier"}, "verifier: expected an autoregressive .*, got 'builtin:verifier'"),
+        ({"verifier": "nowhere"}, "verifier: no directory nowhere"),
+        ({"verifier": "builtin:dflash"}, "verifier: no directory .*dflash"),
+        ({"verifier": 3}, "verifier: expected an autoregressive model of .*, got int"),
         ({"verifier": None}, "verifier: expected an autoregressive model of .*, got NoneType"),
         ({"prompts": [torch.tensor([505])]}, "verifier: it has 500 token ids, and the prompt holds 505"),
         ({"prompts": [torch.tensor([512])]}, r"prompt: expected token ids in \[0, 512\), got 512"),
