@@ -46,8 +46,8 @@ def test_the_keywords_are_the_fields() -> None:
         (
             dx.Engine,
             [
-                *("model", "config", "drafter", "draft_size", "lanes", "max_length", "pages", "page_size"),
-                *("max_waiting", "share"),
+                *("model", "config", "drafter", "draft_size", "verifier", "mixture", "window", "lookahead"),
+                *("lanes", "max_length", "pages", "page_size", "max_waiting", "share"),
             ],
         ),
     ],
