@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from conftest import full_disk
 from dparallel import files, registry, text
+from dparallel.problems import Prompt, read_prompts
 from dparallel.toy import train
 from dparallel.training import adapters, distill, trajectories
-from dparallel.training.trajectories import Prompt
 
 import dparallel_ext as dx
 
@@ -151,7 +151,7 @@ def model(training: Saves) -> Path:
 
 @pytest.fixture(scope="module", params=["jsonl", "parquet"])
 def answering(request: Any, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Saves:
-    prompts = trajectories.read_prompts("builtin:4")
+    prompts = read_prompts("builtin:4")
     settings = trajectories.Settings(
         str(model), checker=f"{__name__}:every", shard=2, gen_length=8, block_length=8, format=request.param
     )
@@ -176,7 +176,7 @@ def test_answering_goes_on_from_every_state_of_a_save(answering: Saves, attack: 
 def answers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("few")
     settings = trajectories.Settings(model=str(model), checker=f"{__name__}:every", gen_length=32)
-    prompts = [Prompt(p.text, p.answer) for p in trajectories.read_prompts("builtin:8")]
+    prompts = [Prompt(p.text, p.answer) for p in read_prompts("builtin:8")]
     return trajectories.generate(out, prompts, settings, progress=False)
 
 

@@ -11,6 +11,7 @@ import test_tokenizer
 import torch
 from dparallel import evaluate, registry
 from dparallel.cli import app
+from dparallel.problems import Prompt
 from dparallel.serving import runner
 from dparallel.toy import tasks
 from dparallel.training import adapters, trajectories
@@ -156,7 +157,7 @@ def test_distill_and_merge_with_a_mask(instruct: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_from_before_goes_on_without_the_template(instruct: Path, tmp_path: Path) -> None:
-    prompts = [trajectories.Prompt("x", "4")]
+    prompts = [Prompt("x", "4")]
     settings = trajectories.Settings(
         str(instruct), "quota:8", 8, 8, checker="none", format="jsonl", chat=False
     )

@@ -17,6 +17,7 @@ import run_trainer
 import torch
 from conftest import ROOT, golden
 from dparallel import evaluate, registry, results
+from dparallel.problems import read_prompts
 from dparallel.toy import study
 from dparallel.training import adapters, distill, trajectories
 from dparallel.training.trainer import CertaintyForcingTrainer
@@ -159,7 +160,7 @@ def test_a_dry_run_counts_the_trainer_s_steps(epochs: float, tmp_path: Path):
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = trajectories.Settings(policy="entropy_bound:0.1", shard=1000)
-    prompts = trajectories.read_prompts("builtin:60:5")
+    prompts = read_prompts("builtin:60:5")
     return trajectories.generate(tmp_path_factory.mktemp("answers"), prompts, settings, progress=False)
 
 

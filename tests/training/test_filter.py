@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import golden
 from dparallel import cli, evaluate, registry
+from dparallel.problems import read_prompts
 from dparallel.toy import train
 from dparallel.training import filter, trajectories
 from safetensors import safe_open
@@ -175,7 +176,7 @@ def test_answers_of_a_block_causal_model_end_where_a_block_does() -> None:
 
 
 def test_no_answer_is_no_filter(tiny: Path, tmp_path: Path) -> None:
-    prompts = trajectories.read_prompts("builtin:3")
+    prompts = read_prompts("builtin:3")
     settings = trajectories.Settings(str(tiny), "steps:2", checker="hashes", format="jsonl")
     answers = trajectories.generate(tmp_path / "answers", prompts, settings, progress=False)
     with pytest.raises(ValueError, match=r"answers: .* holds no right answer"):
@@ -185,7 +186,7 @@ def test_no_answer_is_no_filter(tiny: Path, tmp_path: Path) -> None:
 
 def test_a_setting_of_the_answers_that_is_missing_is_named(tiny: Path, tmp_path: Path) -> None:
     settings = trajectories.Settings(str(tiny), "steps:2", checker="none", format="jsonl")
-    prompts = trajectories.read_prompts("builtin:3")
+    prompts = read_prompts("builtin:3")
     answers = trajectories.generate(tmp_path / "answers", prompts, settings, progress=False)
     content = json.loads((answers / "settings.json").read_text())
     for name in ("model", "cache", "block_length"):

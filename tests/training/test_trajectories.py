@@ -16,10 +16,11 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
-from dparallel import files, registry
+from dparallel import checkers, files, registry
+from dparallel.problems import Prompt, read_prompts
 from dparallel.toy import tasks
-from dparallel.training import checkers, trajectories
-from dparallel.training.trajectories import Collator, Prompt, Settings, Trajectories
+from dparallel.training import trajectories
+from dparallel.training.trajectories import Collator, Settings, Trajectories
 
 import dparallel_ext as dx
 
@@ -34,7 +35,7 @@ def loaded() -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def prompts() -> list[Prompt]:
-    return trajectories.read_prompts("builtin:14")
+    return read_prompts("builtin:14")
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +200,7 @@ def test_another_run_in_the_directory_is_named(prompts: list[Prompt], loaded: An
 def test_no_prompt_and_no_right_answer(loaded: Any, tmp_path: Path):
     empty = trajectories.generate(tmp_path / "a", [], SMALL, loaded=loaded, progress=False)
     assert len(Trajectories(empty)) == 0
-    wrong = [Prompt(p.text, "-1") for p in trajectories.read_prompts("builtin:3")]
+    wrong = [Prompt(p.text, "-1") for p in read_prompts("builtin:3")]
     for name, settings in (("b", SMALL), ("c", replace(SMALL, format="jsonl"))):
         none = trajectories.generate(tmp_path / name, wrong, settings, loaded=loaded, progress=False)
         assert len(Trajectories(none)) == 0
@@ -318,9 +319,9 @@ def test_prompts_of_odd_files(tmp_path: Path):
     lines = [json.dumps({"prompt": text, "answer": 10**30}) for text in ("a é 🎈", "a é 🎈")]
     for content in ("\ufeff" + "\r\n".join(lines), "\n\n" + "\n \n".join(lines)):
         (tmp_path / "p.jsonl").write_bytes(content.encode())
-        assert trajectories.read_prompts(str(tmp_path / "p.jsonl")) == [Prompt("a é 🎈", str(10**30))] * 2
+        assert read_prompts(str(tmp_path / "p.jsonl")) == [Prompt("a é 🎈", str(10**30))] * 2
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "answer": [1]}), tmp_path / "P.PARQUET")
-    assert trajectories.read_prompts(str(tmp_path / "P.PARQUET")) == [Prompt("a", "1")]
+    assert read_prompts(str(tmp_path / "P.PARQUET")) == [Prompt("a", "1")]
     pyarrow.parquet.write_table(pyarrow.table({"prompt": [["a"]], "answer": [1]}), tmp_path / "l.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"prompt": [], "answer": []}), tmp_path / "none.parquet")
     (tmp_path / "none.jsonl").write_text("\n")
@@ -334,11 +335,11 @@ def test_prompts_of_odd_files(tmp_path: Path):
         ("p.jsonl.gz", "is not UTF-8 text: .*; expected JSON Lines"),
     ):
         with pytest.raises(ValueError, match=f"data: .*{name}.* {said}"):
-            trajectories.read_prompts(str(tmp_path / name))
+            read_prompts(str(tmp_path / name))
     with pytest.raises(FileNotFoundError, match=r"data: .* is no file"):
-        trajectories.read_prompts(str(tmp_path))
+        read_prompts(str(tmp_path))
     with pytest.raises(ValueError, match="data: expected builtin:N or builtin:N:SEED, got 'builtin:1:2:3'"):
-        trajectories.read_prompts("builtin:1:2:3")
+        read_prompts("builtin:1:2:3")
 
 
 def test_prompts_of_files(tmp_path: Path):
@@ -346,28 +347,28 @@ def test_prompts_of_files(tmp_path: Path):
     file = tmp_path / "p.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     expected = [Prompt("a", "1"), Prompt("b", "2")]
-    assert trajectories.read_prompts(str(file), "question") == expected
+    assert read_prompts(str(file), "question") == expected
     table = pyarrow.table({"question": ["a", "b"], "answer": ["1", "2"]})
     pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
-    assert trajectories.read_prompts(str(tmp_path / "p.parquet"), "question") == expected
+    assert read_prompts(str(tmp_path / "p.parquet"), "question") == expected
     with pytest.raises(ValueError, match=r"p.jsonl:1 has no field 'prompt', only \['answer', 'question'\]"):
-        trajectories.read_prompts(str(file))
+        read_prompts(str(file))
     file.write_text('{"prompt": "a", "answer": 1}\n{')
     with pytest.raises(ValueError, match=r"p.jsonl:2 is not JSON"):
-        trajectories.read_prompts(str(file))
+        read_prompts(str(file))
     file.write_text("3")
     with pytest.raises(ValueError, match=r"p.jsonl:1 holds a int"):
-        trajectories.read_prompts(str(file))
+        read_prompts(str(file))
     for prompt in (None, ["a"], 3):
         file.write_text(json.dumps({"prompt": "a\u2028b", "answer": 1}, ensure_ascii=False) + "\n")
-        assert trajectories.read_prompts(str(file)) == [Prompt("a\u2028b", "1")]
+        assert read_prompts(str(file)) == [Prompt("a\u2028b", "1")]
         with file.open("a") as more:
             more.write(json.dumps({"prompt": prompt, "answer": 1}) + "\n")
         with pytest.raises(ValueError, match=r"p.jsonl:2: expected str in 'prompt', got (None|\[|3)"):
-            trajectories.read_prompts(str(file))
+            read_prompts(str(file))
     file.write_text('{"prompt": "a", "answer": null}')
     with pytest.raises(ValueError, match=r"p.jsonl:1: expected str or int or float in 'answer', got None"):
-        trajectories.read_prompts(str(file))
+        read_prompts(str(file))
     for line, said in (
         ('{"prompt": "a", "answer": true}', "in 'answer', got True"),
         ('{"prompt": "\\ud800", "answer": 1}', "is not JSON: .*surrogates not allowed"),
@@ -375,12 +376,12 @@ def test_prompts_of_files(tmp_path: Path):
     ):
         file.write_text(line)
         with pytest.raises(ValueError, match=rf"p.jsonl:1:? .*{said}"):
-            trajectories.read_prompts(str(file))
+            read_prompts(str(file))
     for bad in ("builtin:", "builtin:x"):
         with pytest.raises(ValueError, match="builtin:N"):
-            trajectories.read_prompts(bad)
+            read_prompts(bad)
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        trajectories.read_prompts("nowhere.jsonl")
+        read_prompts("nowhere.jsonl")
     with pytest.raises(FileNotFoundError, match=r"no settings.json"):
         Trajectories(tmp_path)
     for name, bad_settings in (("shard", replace(SMALL, shard=0)), ("format", replace(SMALL, format="csv"))):

@@ -15,6 +15,7 @@ from dparallel_ext.arguments import whole
 
 from .. import registry, results
 from ..configs import POLICY
+from ..problems import read_prompts
 from .common import (
     POLICIES,
     ChatOption,
@@ -93,7 +94,7 @@ def answer(
         settings = trajectories.Settings(
             model, policy, length, block_length, cache, checker, shard, format, chat, mask_id, dtype
         )
-        prompts = trajectories.read_prompts(data, prompt_field, answer_field)
+        prompts = read_prompts(data, prompt_field, answer_field)
         trajectories.generate(out, prompts, settings, batch=batch, device=device)
         if os.environ.get("WORLD_SIZE", "1") == "1":  # else other processes may still be answering
             kept = len(trajectories.Trajectories(out))

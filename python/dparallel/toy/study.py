@@ -25,6 +25,7 @@ from typing import Any
 
 from .. import evaluate, files, plots, results
 from .. import sweep as sweeping
+from ..problems import read_prompts
 from ..training import distill, trajectories
 from . import train
 
@@ -115,7 +116,7 @@ class Stages:
     def answered(self) -> int:
         """Let the teacher answer the training problems; return the number of right answers."""
         settings = trajectories.Settings(**{"model": self.base.model, **self.base.trajectories})
-        prompts = trajectories.read_prompts(self.base.data)
+        prompts = read_prompts(self.base.data)
         trajectories.generate(self.out / "answers", prompts, settings)
         count = len(trajectories.Trajectories(self.out / "answers"))
         self.tell(f"answers: {count} of {len(prompts)} right")

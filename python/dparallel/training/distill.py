@@ -22,6 +22,7 @@ from dparallel_ext.models.config import ModelConfig
 from dparallel_ext.models.modules import shapes_only
 
 from .. import files, registry
+from ..problems import read_prompts
 from . import adapters, trajectories
 
 
@@ -34,7 +35,7 @@ class Recipe:
     training: dict[str, Any]
     """Fields of `trainer.CertaintyForcingArguments`."""
     data: str = ""
-    """The source of prompts, see `trajectories.read_prompts`."""
+    """The source of prompts, see `problems.read_prompts`."""
     trajectories: dict[str, Any] = field(default_factory=dict)
     """Fields of `trajectories.Settings`."""
     collator: dict[str, Any] = field(default_factory=dict)
@@ -315,7 +316,7 @@ def plan(recipe: Recipe, *, processes: int = 1, answers: str | Path | None = Non
     batch = micro * accumulated * processes
     examples = recipe.examples if answers is None else len(trajectories.Trajectories(answers))
     if examples is None:
-        examples = len(trajectories.read_prompts(recipe.data)) if recipe.data.startswith("builtin:") else None
+        examples = len(read_prompts(recipe.data)) if recipe.data.startswith("builtin:") else None
     if args.max_steps > 0:
         steps: int | None = args.max_steps
     else:

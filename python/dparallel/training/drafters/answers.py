@@ -19,10 +19,10 @@ import dparallel_ext as dx
 from dparallel_ext import models
 
 from ... import files
+from ...problems import Prompt, read_prompts
 from ...toy import tasks
 from .. import loop
 from ..filter import hold_out
-from ..trajectories import Prompt, read_prompts
 from .common import Answer, Settings
 
 SHARD = 512

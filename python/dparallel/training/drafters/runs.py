@@ -66,7 +66,7 @@ def run(
 
     Args:
         target: an autoregressive model by its name for `registry.load`.
-        data: prompts, see `trajectories.read_prompts`.
+        data: prompts, see `problems.read_prompts`.
         evaluate: prompts held out to test with: held-out problems of the built-in task, or prompts of the
             file.
         answer_batch: sequences answered at once.
