@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import timeit
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import golden
-from dparallel import configs, evaluate, files, plots, registry, results
+from dparallel import configs, evaluate, files, plots, problems, registry, results
 from dparallel import sweep as sweeping
 from dparallel.configs import parse_policy
 from dparallel.toy import several_answers, tasks
@@ -113,11 +114,11 @@ def test_results_of_an_earlier_run_are_not_measured_again(monkeypatch: pytest.Mo
     measured = []
 
     def once(
-        name: str, policy: str, *, config: dx.DecodeConfig, problems: int, **rest: Any
+        name: str, policy: str, *, config: dx.DecodeConfig, problems: problems.Problems, **rest: Any
     ) -> dict[str, Any]:
         measured.append(policy)
         row = measure(name, policy, config=config, problems=0, **rest)
-        return row | {"problems": problems}
+        return row | problems.named
 
     measure = evaluate.evaluate
     monkeypatch.setattr(sweeping, "evaluate", once)
@@ -430,3 +431,87 @@ def test_a_config_that_names_no_model_is_an_error_by_name(content: str, said: st
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=said):
         registry.block_length(str(tmp_path))
+
+
+# --- problems of one's own ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in task's problems in a file, with prompts of several lengths."""
+    file = tmp_path_factory.mktemp("data") / "problems.jsonl"
+    stream = itertools.islice(tasks.problems("held_out"), 12)
+    rows = [{"question": p.prompt, "answer": f"so it is #### {p.answer}"} for p in stream]
+    assert len({len(row["question"].split()) for row in rows}) > 1
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.parametrize("kind", ["policy", "verifier", "drafter"])
+def test_own_problems_are_measured_as_the_built_in_ones(kind: str, own: Path):
+    """The same problems: the same passes and right answers, though of like lengths together."""
+    asked = problems.from_file(str(own), prompt_field="question", gen_length=64)
+    measured = []
+    for given in (12, asked):
+        if kind == "policy":
+            row = evaluate.evaluate("builtin:student", "entropy:0.5", problems=given, batch=5)
+        elif kind == "verifier":
+            row = evaluate.evaluate_adaptive("builtin:student", registry.VERIFIER, problems=given, batch=5)
+        else:
+            row = evaluate.evaluate_drafter("builtin:causal", "ngram", problems=given, batch=5, draft_size=3)
+        measured.append(row)
+    built_in, found = measured
+    for name in (
+        "accuracy",
+        "nfe_mean",
+        "nfe_to_eos",
+        "tokens_per_forward",
+        "problems",
+        "gen_length",
+        "chat",
+    ):
+        assert found[name] == built_in[name], name
+    assert found["accuracy"] > 0.5
+    assert (found["data"], found["checker"], built_in["seed"]) == (str(own), "hashes", 0)
+    assert "data" not in built_in
+    assert "seed" not in found
+
+
+def test_a_response_is_judged_to_its_end(own: Path):
+    """What follows the end token is no text; `count` takes the first problems."""
+    seen: list[str] = []
+
+    def right(answer: str, response: str) -> bool:
+        seen.append(response)
+        return answer in response
+
+    model, tokenizer = registry.load("builtin:student")
+    asked = replace(
+        problems.from_file(str(own), prompt_field="question", count=3, gen_length=64), right=right
+    )
+    answers: list[evaluate.Answer] = []
+    row = evaluate.evaluate("x", "entropy:0.5", problems=asked, loaded=(model, tokenizer), answers=answers)
+    texts = [tokenizer.decode(each.tokens[: each.tokens.index(model.eos_id)]) for each in answers]
+    assert sorted(seen) == sorted(texts)
+    assert (row["problems"], len(answers)) == (3, 3)
+    lengths = [len(each.prompt) for each in answers]
+    stream = itertools.islice(tasks.problems("held_out"), 3)
+    assert lengths == [len(tokenizer.encode(p.prompt).ids) for p in stream]
+
+
+def test_results_of_other_problems_are_measured_anew(own: Path):
+    other = own.with_name("other.jsonl")
+    other.write_text(own.read_text().replace("#### ", "#### 1"))
+
+    def sweep(known: Any, file: Path | None, **how: Any) -> Any:
+        how = {"gen_length": 64, "prompt_field": "question", **how}
+        asked = 12 if file is None else problems.from_file(str(file), **how)
+        (row,) = sweeping.sweep(["builtin:student"], ["quota:32"], known, problems=asked)
+        return row
+
+    known = [sweep([], None), sweep([], own), sweep([], own, checker="last_number")]
+    assert sweep(known, own) is known[1]
+    assert sweep(known, own, checker="last_number") is known[2]
+    assert sweep(known, None) is known[0]
+    for file, how in ((other, {}), (own, {"gen_length": 32}), (own, {"count": 11})):
+        assert sweep(known, file, **how) not in known

@@ -1,11 +1,11 @@
-"""Measures accuracy and passes over held-out problems of `tasks`, for models and policies."""
+"""Measures accuracy and passes over problems, the built-in task's or one's own, for models and policies."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -17,10 +17,10 @@ from dparallel_ext.rules import ONE as ONE
 
 from . import registry
 from .configs import Fields, changed_fields, parse_policy
+from .problems import Problems, Prompt, held_out
 from .recording import Recording, answer_of
 from .results import label, wilson
 from .text import TokenTexts, prompt_encoder
-from .toy import tasks
 
 Output = TypeVar("Output", bound=dx.DecodeOutput)
 
@@ -34,7 +34,7 @@ def evaluate(
     policy: str,
     *,
     config: dx.DecodeConfig | None = None,
-    problems: int = 500,
+    problems: int | Problems = 500,
     seed: int = 0,
     batch: int = 100,
     block_length: int | None = None,
@@ -46,7 +46,8 @@ def evaluate(
     answers: list[Answer] | None = None,
     recording: Recording | None = None,
 ) -> dict[str, Any]:
-    """Decode `problems` held-out problems, the same for every call with one `seed`, and check the answers.
+    """Decode `problems`, or so many held-out ones of the built-in task, the same for every call with one
+    `seed`, and check the answers.
 
     Every sequence is decoded to its full length, so that numbers of passes can be compared. `policy` is the
     rule; `config` has all other fields but the length. `block_length` and `cache`: default the config's.
@@ -70,50 +71,53 @@ def evaluate(
     if cache is not None:
         config = config.replace(cache=cache)
     changed = changed_fields(config) | drafted_by(draft_size)
-    config = config.replace(gen_length=tasks.GEN_LENGTH, record=True)
-    _check_counts(problems, batch)
+    asked = _problems(problems, seed)
+    length = asked.length(model_name)
+    config = config.replace(gen_length=length, record=True)
+    whole("batch", batch, 1)
     template = registry.template_of(model_name, chat) if chat or loaded is None else None
     model, tokenizer = loaded or (loading or registry.Loading()).load(model_name)
     model = dx.models.for_decoding(model)
     dx.models.check_diffusion(model)
-    groups = _groups(problems, seed, prompt_encoder(tokenizer, template))
+    encode = prompt_encoder(tokenizer, template)
     causal = dx.models.traits(model).block_length
     block = config.block_length or causal or 32
     correct = passes = canvases = to_eos = tokens = padded = 0
-    answer_to: dict[str, Answer] = {}
+    found: dict[int, Answer] = {}
     began = time.perf_counter()
-    for part in _batches(groups, batch):
-        prompt = torch.tensor([ids for _, ids in part], device=model.device)
-        out = dx.decode(model, prompt, config, draft_size=draft_size)
-        responses = out.sequences[:, prompt.shape[1] :]
-        texts = tokenizer.decode_batch(responses.tolist())
-        correct += sum(tasks.is_correct(p, text) for (p, _), text in zip(part, texts, strict=True))
-        answer_to |= {
-            p.prompt: Answer(ids, response)
-            for (p, ids), response in zip(part, responses.tolist(), strict=True)
-        }
+    for part in _batches(asked, encode, batch):
+        out = dx.decode(model, [each.ids for each in part], config, draft_size=draft_size)
+        responses = [response.tolist() for response in out.responses]
+        kept = [kept_of(response[:length], model.eos_ids) for response in responses]
+        shown = responses if asked.whole else [r[:n] for r, n in zip(responses, kept, strict=True)]
+        texts = tokenizer.decode_batch(shown)
+        correct += _count_right(asked, part, texts)
+        found |= {each.number: Answer(each.ids, r) for each, r in zip(part, responses, strict=True)}
         passes += int(out.nfe.sum())
         canvases += 0 if out.canvases is None else int(out.canvases.sum())
-        tokens += kept_tokens(responses[:, : tasks.GEN_LENGTH], model.eos_id)
+        tokens += sum(kept)
         assert out.trajectory is not None
-        steps, ends = out.trajectory.step, responses == (-1 if model.eos_id is None else model.eos_id)
-        to_eos += int(passes_to_eos(steps, out.nfe, ends, block, prompt.shape[1] if causal else 0).sum())
+        for i, (each, response) in enumerate(zip(part, responses, strict=True)):
+            steps = out.trajectory.step[i, : len(response)]
+            ends = torch.tensor([id in model.eos_ids for id in response], device=steps.device)
+            start = len(each.ids) if causal else 0
+            to_eos += int(passes_to_eos(steps[None], out.nfe[i : i + 1], ends[None], block, start))
         padded += int(out.generated.sum())
         if recording is not None:
-            ends = kept_of(responses[:, : tasks.GEN_LENGTH], model.eos_id)
             label_of = {"model": model_name, "how": label({"policy": policy, "config": changed})}
-            _record(recording, part, seed, texts, out, ends, tokenizer, **label_of)
+            _record(recording, asked, part, texts, out, kept, tokenizer, length=length, **label_of)
     if answers is not None:
-        answers += _in_order(answer_to, problems, seed)
-    of_drafts = {"canvases_mean": canvases / problems if problems else 0.0} if draft_size else {}
+        answers += [found[number] for number in range(len(asked.asked))]
+    count = len(asked.asked)
+    of_drafts = {"canvases_mean": canvases / count if count else 0.0} if draft_size else {}
     return {
-        **_judged(model_name, policy, changed, problems, seed, correct, threshold),
-        "nfe_mean": passes / problems if problems else 0.0,
-        "nfe_to_eos": to_eos / problems if problems else 0.0,
+        **_judged(model_name, policy, changed, asked, correct, threshold),
+        "nfe_mean": passes / count if count else 0.0,
+        "nfe_to_eos": to_eos / count if count else 0.0,
         "tokens_per_forward": tokens / passes if passes else 0.0,
         "padded_tokens_per_forward": padded / passes if passes else 0.0,
         "seconds": round(time.perf_counter() - began, 3),
-        "gen_length": tasks.GEN_LENGTH,
+        "gen_length": length,
         "block_length": block,
         "cache": config.cache or "none",
         "chat": template is not None,
@@ -122,37 +126,43 @@ def evaluate(
     }
 
 
-def _check_counts(problems: int, batch: int) -> None:
-    """Raise ValueError for a number of problems below 0, or of sequences in a batch below 1."""
-    whole("problems", problems, 0)
-    whole("batch", batch, 1)
+def _problems(problems: int | Problems, seed: int) -> Problems:
+    return problems if isinstance(problems, Problems) else held_out(problems, seed)
 
 
-def _in_order(answer_to: Mapping[str, Answer], problems: int, seed: int) -> list[Answer]:
-    """The answers by prompt, in the order of the problems."""
-    return [answer_to[p.prompt] for p in itertools.islice(tasks.problems("held_out", seed), problems)]
+def _count_right(problems: Problems, part: Sequence[Asked], texts: Sequence[str]) -> int:
+    return sum(problems.right(each.prompt.answer, text) for each, text in zip(part, texts, strict=True))
 
 
 def _judged(
     model_name: str,
     policy: str,
     config: Fields,
-    problems: int,
-    seed: int,
+    problems: Problems,
     correct: int,
     threshold: float | None = None,
 ) -> dict[str, Any]:
     """The fields that all results have: model, policy, settings, and the share of right answers."""
+    count = len(problems.asked)
     return {
         "model": model_name,
         "policy": policy,
         "config": config,
         "threshold": threshold,
-        "problems": problems,
-        "seed": seed,
-        "accuracy": correct / problems if problems else 0.0,
-        "accuracy_interval": wilson(correct, problems),
+        **problems.named,
+        "accuracy": correct / count if count else 0.0,
+        "accuracy_interval": wilson(correct, count),
     }
+
+
+class Asked(NamedTuple):
+    """A problem in a batch."""
+
+    number: int
+    """Its place among the problems."""
+    prompt: Prompt
+    ids: list[int]
+    """Of the prompt."""
 
 
 class Answer(NamedTuple):
@@ -167,9 +177,10 @@ def evaluate_drafter(
     drafter: str | None,
     *,
     draft_size: int | None = None,
-    problems: int = 500,
+    problems: int | Problems = 500,
     seed: int = 0,
     batch: int = 100,
+    chat: bool | None = None,
     loading: registry.Loading | None = None,
     loaded: tuple[Any, Any] | None = None,
     answers: list[Answer] | None = None,
@@ -177,7 +188,8 @@ def evaluate_drafter(
 ) -> dict[str, Any]:
     """`evaluate` an autoregressive model, each answer to its end, with a drafter (None: plain).
 
-    answers: a list that receives the answers, in the order of the problems. recording: see `evaluate`.
+    answers: a list that receives the answers, in the order of the problems. The other arguments are those of
+    `evaluate`.
 
     Returns as `evaluate`: nfe_mean and nfe_to_eos are passes of the model per answer, tokens_per_forward
     counts the end among the tokens; policy is "plain" or the drafter's name, as it is given. Besides,
@@ -185,11 +197,15 @@ def evaluate_drafter(
     token there was the model's own), accepted_per_draft, and layers: the layers of the model run for a token,
     one after the other, as a share of all its layers.
     """
+    asked = _problems(problems, seed)
+    length = asked.length(model_name)
+    whole("batch", batch, 1)
     model, tokenizer = loaded or (loading or registry.Loading()).load(model_name)
-    encode = prompt_encoder(tokenizer, registry.template_of(model_name))
+    template = registry.template_of(model_name, chat)
+    encode = prompt_encoder(tokenizer, template)
     correct = passes = drafts = tokens = layers = 0
     drafted, accepted = list[int](), list[int]()
-    answer_to: dict[str, Answer] = {}
+    found: dict[int, Answer] = {}
     loaded_drafter = dx.speculation.drafter_of(drafter, model.device, model.dtype)
     size = draft_size
     if size is None and loaded_drafter is not None:
@@ -198,16 +214,15 @@ def evaluate_drafter(
     decode = functools.partial(
         dx.speculate,
         model,
-        gen_length=tasks.GEN_LENGTH,
+        gen_length=length,
         drafter=loaded_drafter,
         draft_size=size,
         record=recording is not None,
     )
     how = f"{drafter} guesses ahead" if drafter else "a token a pass"
-    noted = functools.partial(_record, recording, seed=seed, tokenizer=tokenizer, model=model_name, how=how)
-    for out, right in _to_the_end(
-        decode, _groups(problems, seed, encode), batch, tokenizer, answer_to, noted
-    ):
+    of_all: Fields = {"tokenizer": tokenizer, "length": length, "model": model_name, "how": how}
+    noted = functools.partial(_record, recording, asked, **of_all)
+    for out, right in _to_the_end(decode, asked, encode, batch, tokenizer, found, noted):
         correct += right
         passes, drafts = passes + int(out.nfe.sum()), drafts + int(out.draft_nfe.sum())
         tokens, layers = tokens + int(out.generated.sum()), layers + int(out.layers.sum())
@@ -217,13 +232,14 @@ def evaluate_drafter(
         )
     seconds = time.perf_counter() - began
     if answers is not None:
-        answers += _in_order(answer_to, problems, seed)
+        answers += [found[number] for number in range(len(asked.asked))]
+    count = len(asked.asked)
     changed: Fields = {} if draft_size is None else {"draft_size": draft_size}
     return {
-        **_judged(model_name, drafter or PLAIN, changed, problems, seed, correct),
-        "nfe_mean": passes / problems if problems else 0.0,
-        "nfe_to_eos": passes / problems if problems else 0.0,
-        "draft_mean": drafts / problems if problems else 0.0,
+        **_judged(model_name, drafter or PLAIN, changed, asked, correct),
+        "nfe_mean": passes / count if count else 0.0,
+        "nfe_to_eos": passes / count if count else 0.0,
+        "draft_mean": drafts / count if count else 0.0,
         "tokens_per_forward": tokens / passes if passes else 0.0,
         "padded_tokens_per_forward": tokens / passes if passes else 0.0,
         "drafted": drafted,
@@ -231,31 +247,34 @@ def evaluate_drafter(
         "accepted_per_draft": sum(accepted) / drafted[0] if drafted else 0.0,
         "layers": layers / (tokens * model.shape.layers) if tokens else 0.0,
         "seconds": round(seconds, 3),
-        "gen_length": tasks.GEN_LENGTH,
+        "gen_length": length,
         "batch": batch,
+        "chat": template is not None,
         **registry.conditions_of(model),
     }
 
 
 def _to_the_end(
     decode: Callable[[list[list[int]]], Output],
-    groups: Mapping[int, list[tuple[tasks.Problem, list[int]]]],
+    problems: Problems,
+    encode: Callable[[str], list[int]],
     batch: int,
     tokenizer: Any,
-    answer_to: dict[str, Answer],
+    found: dict[int, Answer],
     noted: Callable[..., None],
 ) -> Iterator[tuple[Output, int]]:
     """Decode the prompts in batches; yield each batch's output, and how many of its answers are right.
 
-    answer_to: receives the answers. noted: `_record` with all arguments but those about the batch.
+    found: receives the answers, by the problems' numbers. noted: `_record` with all arguments but those about
+    the batch.
     """
-    for part in _batches(groups, batch):
-        out = decode([ids for _, ids in part])
+    for part in _batches(problems, encode, batch):
+        out = decode([each.ids for each in part])
         kept = [r[:n].tolist() for r, n in zip(out.responses, out.kept.tolist(), strict=True)]
         texts = tokenizer.decode_batch(kept)
-        answer_to |= {p.prompt: Answer(ids, response) for (p, ids), response in zip(part, kept, strict=True)}
+        found |= {each.number: Answer(each.ids, r) for each, r in zip(part, kept, strict=True)}
         noted(part=part, answers=texts, out=out, kept=out.kept.tolist())
-        yield out, sum(tasks.is_correct(p, text) for (p, _), text in zip(part, texts, strict=True))
+        yield out, _count_right(problems, part, texts)
 
 
 def evaluate_adaptive(
@@ -264,7 +283,7 @@ def evaluate_adaptive(
     *,
     numbers: Fields | None = None,
     config: dx.DecodeConfig | None = None,
-    problems: int = 500,
+    problems: int | Problems = 500,
     seed: int = 0,
     batch: int = 100,
     chat: bool | None = None,
@@ -282,30 +301,34 @@ def evaluate_adaptive(
     """
     numbers, config = dict(numbers or {}), config or dx.DecodeConfig()
     changed = changed_fields(config) | numbers
-    _check_counts(problems, batch)
+    asked = _problems(problems, seed)
+    length = asked.length(model_name)
+    whole("batch", batch, 1)
     model, tokenizer = loaded or (loading or registry.Loading()).load(model_name)
     judge = registry.load_verifier(verifier, model, tokenizer)
     template = registry.template_of(model_name, chat)
-    config = config.replace(gen_length=tasks.GEN_LENGTH, record=recording is not None)
+    config = config.replace(gen_length=length, record=recording is not None)
     decode = functools.partial(dx.adaptive_decode, model, config=config, verifier=judge, **numbers)
     how = label({"policy": verifier, "config": changed})
-    noted = functools.partial(_record, recording, seed=seed, tokenizer=tokenizer, model=model_name, how=how)
-    groups = _groups(problems, seed, prompt_encoder(tokenizer, template))
+    of_all: Fields = {"tokenizer": tokenizer, "length": length, "model": model_name, "how": how}
+    noted = functools.partial(_record, recording, asked, **of_all)
+    encode = prompt_encoder(tokenizer, template)
     correct = passes = verified = tokens = kept = 0
     began = time.perf_counter()
-    for out, right in _to_the_end(decode, groups, batch, tokenizer, {}, noted):
+    for out, right in _to_the_end(decode, asked, encode, batch, tokenizer, {}, noted):
         correct, passes = correct + right, passes + int(out.nfe.sum())
         verified += int(out.verifier_nfe.sum())
         tokens, kept = tokens + int(out.generated.sum()), kept + int(out.kept.sum())
+    count = len(asked.asked)
     return {
-        **_judged(model_name, verifier, changed, problems, seed, correct),
-        "nfe_mean": passes / problems if problems else 0.0,
-        "nfe_to_eos": passes / problems if problems else 0.0,
-        "verifier_mean": verified / problems if problems else 0.0,
+        **_judged(model_name, verifier, changed, asked, correct),
+        "nfe_mean": passes / count if count else 0.0,
+        "nfe_to_eos": passes / count if count else 0.0,
+        "verifier_mean": verified / count if count else 0.0,
         "tokens_per_forward": kept / passes if passes else 0.0,
         "padded_tokens_per_forward": tokens / passes if passes else 0.0,
         "seconds": round(time.perf_counter() - began, 3),
-        "gen_length": tasks.GEN_LENGTH,
+        "gen_length": length,
         "chat": template is not None,
         **registry.conditions_of(model),
     }
@@ -317,8 +340,8 @@ RECORDED = 3
 
 def _record(
     recording: Recording | None,
-    part: Sequence[tuple[tasks.Problem, list[int]]],
-    seed: int,
+    problems: Problems,
+    part: Sequence[Asked],
     answers: Sequence[str],
     out: dx.DecodeOutput,
     kept: Sequence[int],
@@ -328,42 +351,25 @@ def _record(
     """Add a batch's answers to the first problems to the recording; `arguments`: of `answer_of`."""
     if recording is None:
         return
-    first = {problem.prompt for problem in itertools.islice(tasks.problems("held_out", seed), RECORDED)}
     texts = TokenTexts(tokenizer)
-    for i, ((problem, _), answer) in enumerate(zip(part, answers, strict=True)):
-        if problem.prompt in first:
-            note = "right" if tasks.is_correct(problem, answer) else f"wrong, it is {problem.answer}"
-            recorded = answer_of(out, i, texts, kept=kept[i], length=tasks.GEN_LENGTH, note=note, **arguments)
-            recording.add(problem.prompt, recorded)
+    for i, (each, answer) in enumerate(zip(part, answers, strict=True)):
+        if each.number < RECORDED:
+            expected = each.prompt.answer
+            note = "right" if problems.right(expected, answer) else f"wrong, it is {expected[-80:]}"
+            recording.add(each.prompt.text, answer_of(out, i, texts, kept=kept[i], note=note, **arguments))
 
 
-def _batches(
-    groups: Mapping[int, Sequence[tuple[tasks.Problem, list[int]]]], batch: int
-) -> Iterator[Sequence[tuple[tasks.Problem, list[int]]]]:
-    """At most `batch` problems of a group at a time."""
-    for group in groups.values():
-        for at in range(0, len(group), batch):
-            yield group[at : at + batch]
+def _batches(problems: Problems, encode: Callable[[str], list[int]], batch: int) -> Iterator[Sequence[Asked]]:
+    """At most `batch` problems at a time, those of like lengths together."""
+    asked = [Asked(number, prompt, encode(prompt.text)) for number, prompt in enumerate(problems.asked)]
+    asked.sort(key=lambda each: len(each.ids))
+    for first in range(0, len(asked), batch):
+        yield asked[first : first + batch]
 
 
-def _groups(problems: int, seed: int, encode: Any) -> dict[int, list[tuple[tasks.Problem, list[int]]]]:
-    """Number of ids -> the held-out problems whose prompts have as many, with these ids."""
-    groups: dict[int, list[tuple[tasks.Problem, list[int]]]] = {}
-    for problem in itertools.islice(tasks.problems("held_out", seed), problems):
-        ids = encode(problem.prompt)
-        groups.setdefault(len(ids), []).append((problem, ids))
-    return groups
-
-
-def kept_tokens(responses: Tensor, eos_id: int | None) -> int:
-    """The number of tokens in front of EOS, over all responses (B, R) int64."""
-    return sum(kept_of(responses, eos_id))
-
-
-def kept_of(responses: Tensor, eos_id: int | None) -> list[int]:
-    """The number of tokens in front of EOS, for each response (B, R) int64."""
-    counts: list[int] = (responses == (-1 if eos_id is None else eos_id)).cumsum(1).eq(0).sum(1).tolist()
-    return counts
+def kept_of(response: Sequence[int], eos_ids: Sequence[int]) -> int:
+    """The number of tokens in front of the first end."""
+    return next((at for at, id in enumerate(response) if id in eos_ids), len(response))
 
 
 def passes_to_eos(steps: Tensor, nfe: Tensor, ends: Tensor, block_length: int, start: int = 0) -> Tensor:

@@ -1,20 +1,27 @@
-"""Prompts with their right answers, from files."""
+"""Problems: prompts with their right answers, of a file or the built-in task, and how answers are judged."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from . import files
+from dparallel_ext.arguments import whole
+
+from . import files, registry
+from .checkers import Checker, checker_of
 from .toy import tasks
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A training prompt as text, and the reference that the checker compares with."""
+    """A prompt as text, and the reference that the checker compares with."""
 
     text: str
     answer: str
@@ -54,3 +61,49 @@ def read_prompts(source: str, prompt_field: str = "prompt", answer_field: str = 
     if not prompts:
         raise ValueError(f"data: {file} holds no prompts")
     return prompts
+
+
+@dataclass(frozen=True)
+class Problems:
+    """What `evaluate` asks, and how it judges the answers."""
+
+    asked: tuple[Prompt, ...]
+    right: Checker
+    gen_length: int | None
+    """Tokens of a response; None: each model's default."""
+    named: Mapping[str, Any]
+    """What results say about them."""
+    whole: bool
+    """Whether a response is judged with what follows its end."""
+
+    def length(self, model_name: str) -> int:
+        """The tokens of a response of a model."""
+        return registry.gen_length(model_name) if self.gen_length is None else self.gen_length
+
+
+def held_out(count: int = 500, seed: int = 0) -> Problems:
+    """The first `count` held-out problems of the built-in task, the same for every call with one `seed`."""
+    stream = itertools.islice(tasks.problems("held_out", seed), whole("problems", count, 0))
+    asked = tuple(Prompt(problem.prompt, str(problem.answer)) for problem in stream)
+    named = {"problems": len(asked), "seed": seed}
+    return Problems(asked, _is_number, tasks.GEN_LENGTH, named, whole=True)
+
+
+def _is_number(answer: str, response: str) -> bool:
+    return tasks.extract_answer(response) == int(answer)
+
+
+def from_file(
+    data: str,
+    checker: str = "hashes",
+    *,
+    count: int | None = None,
+    gen_length: int | None = None,
+    prompt_field: str = "prompt",
+    answer_field: str = "answer",
+) -> Problems:
+    """The first `count` problems of a file, by default all, see `read_prompts` and `checker_of`."""
+    right, asked = checker_of(checker), tuple(read_prompts(data, prompt_field, answer_field)[:count])
+    digest = hashlib.sha256(json.dumps([asdict(prompt) for prompt in asked]).encode()).hexdigest()
+    named = {"problems": len(asked), "data": data, "checker": checker, "data_sha256": digest}
+    return Problems(asked, right, gen_length, named, whole=False)

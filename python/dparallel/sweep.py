@@ -16,6 +16,7 @@ import dparallel_ext as dx
 from . import registry
 from .configs import Fields, changed_fields, check_row, numbers_of, of_config, parse_policy
 from .evaluate import PLAIN, Answer, drafted_by, evaluate, evaluate_adaptive, evaluate_drafter
+from .problems import Problems, held_out
 from .recording import Recording
 
 
@@ -27,9 +28,14 @@ def sweep(
     drafters: Iterable[str] = (PLAIN, "ngram"),
     draft_size: int | None = None,
     config: dx.DecodeConfig | None = None,
+    problems: int | Problems = 500,
+    seed: int = 0,
+    batch: int = 100,
+    block_length: int | None = None,
+    cache: str | None = None,
+    chat: bool | None = None,
     recording: Recording | None = None,
     loading: registry.Loading | None = None,
-    **settings: Any,
 ) -> Iterable[dict[str, Any]]:
     """Run `evaluate` for every model and policy (`evaluate_adaptive` for a row with a verifier), and
     `evaluate_drafter` for every autoregressive model and drafter; load each model once, and yield each
@@ -39,7 +45,7 @@ def sweep(
     models are diffusion models, `decode`'s for every policy without one; such a result has same_texts, the
     number of responses equal to the same policy's without it. known: results of an earlier run, which are not
     measured again; those of older versions, which name no device, mask token or dtype, count if none is asked
-    for. recording: see `evaluate`.
+    for. The other arguments are those of `evaluate`.
     """
     entries = [{"rule": each} if isinstance(each, str) else each for each in policies]
     for entry in entries:
@@ -49,9 +55,9 @@ def sweep(
         if "verifier" in entry:
             registry.check_verifier(entry["verifier"])
     known, loading = list(known), loading or registry.Loading()
-    of_all = {name: settings.pop(name, None) for name in ("block_length", "cache")}
+    of_all = {"block_length": block_length, "cache": cache}
     for_all = {name: value for name, value in of_all.items() if value is not None}
-    names = list(names)
+    names, asked = list(names), problems if isinstance(problems, Problems) else held_out(problems, seed)
     of_policies = None if any(registry.is_causal(name) for name in names) else draft_size
     for name in names:
         causal = registry.is_causal(name)
@@ -60,12 +66,12 @@ def sweep(
         unasked = {key for key, value in vars(registry.Loading()).items() if getattr(of_name, key) == value}
         older = {key: conditions[key] for key in unasked}  # of rows that do not name them
         results = {_key(older | row): row for row in known}
+        in_chat = registry.template_of(name, chat) is not None
+        conditions = {**conditions, **asked.named, "gen_length": asked.length(name), "chat": in_chat}
+        shared = {"problems": asked, "batch": batch, "chat": in_chat, "recording": recording}
         if causal:
-            shared = {key: value for key, value in settings.items() if key in ("problems", "seed", "batch")}
-            yield from _drafted(name, drafters, draft_size, results, of_name, conditions, shared, recording)
+            yield from _drafted(name, drafters, draft_size, results, of_name, conditions, shared)
             continue
-        chat = registry.template_of(name, settings.get("chat")) is not None
-        shared = {**settings, "chat": chat, "recording": recording}
         base = config or dx.DecodeConfig()
         yield from _by_policy(name, entries, base, for_all, of_policies, results, of_name, conditions, shared)
 
@@ -82,7 +88,8 @@ def _by_policy(
     settings: dict[str, Any],
 ) -> Iterable[dict[str, Any]]:
     """The rows of a diffusion model. for_all: fields of all rows without them. draft_size: of rows without
-    one. conditions: see `registry.conditions_of`."""
+    one. conditions: what the rows say of the weights, the problems and how they are put. settings: of
+    `evaluate`."""
     loaded: tuple[Any, Any] | None = None
     plain: dict[dx.DecodeConfig, list[Answer]] = {}
     for entry in entries:
@@ -90,7 +97,7 @@ def _by_policy(
             of_row = config.with_rule(None).replace(**for_all)
             judge, numbers = str(entry["verifier"]), numbers_of(entry)
             asked = {"model": name, "policy": judge, "config": changed_fields(of_row) | numbers, **conditions}
-            row = known.get(_key(settings | asked))
+            row = known.get(_key(asked))
             if row is None:
                 loaded = loaded or loading.load(name)
                 row = evaluate_adaptive(
@@ -103,7 +110,7 @@ def _by_policy(
         of_row = config.with_rule(text).replace(**{**for_all, **of_config(entry)})
         changed = changed_fields(of_row)
         asked = {"model": name, "policy": text, "config": changed | drafted_by(size), **conditions}
-        row = known.get(_key(settings | asked))
+        row = known.get(_key(asked))
         if row is None:
             loaded = loaded or loading.load(name)
             arguments: dict[str, Any] = {"config": of_row, "loaded": loaded, **settings}
@@ -111,7 +118,7 @@ def _by_policy(
             row = evaluate(name, text, draft_size=size, answers=answers, **arguments)
             if not size:
                 plain[of_row] = answers
-            elif of_row not in plain and _key(settings | asked | {"config": changed}) in known:
+            elif of_row not in plain and _key(asked | {"config": changed}) in known:
                 # That row is of an earlier run, whose texts are gone.
                 evaluate(name, text, answers=plain.setdefault(of_row, []), **arguments)
             if size and of_row in plain:
@@ -127,20 +134,19 @@ def _drafted(
     loading: registry.Loading,
     conditions: Fields,
     settings: Mapping[str, Any],
-    recording: Recording | None = None,
 ) -> Iterable[dict[str, Any]]:
-    """The rows of an autoregressive model. conditions: see `registry.conditions_of`."""
+    """The rows of an autoregressive model. conditions, settings: see `_by_policy`."""
     loaded: tuple[Any, Any] | None = None
     sized = {} if draft_size is None else {"draft_size": draft_size}
     plain: list[Answer] = []
     compares = False
     for drafter in drafters:
         compares |= drafter == PLAIN
-        row = known.get(_key({"model": name, "policy": drafter, "config": sized, **conditions, **settings}))
+        row = known.get(_key({"model": name, "policy": drafter, "config": sized, **conditions}))
         if row is None:
             loaded = loaded or loading.load(name)
             drafter_name, answers = None if drafter == PLAIN else drafter, list[Answer]()
-            arguments: dict[str, Any] = {"loaded": loaded, "answers": answers, "recording": recording}
+            arguments: dict[str, Any] = {"loaded": loaded, "answers": answers}
             row = evaluate_drafter(name, drafter_name, draft_size=draft_size, **arguments, **settings)
             if drafter == PLAIN:
                 plain = answers
@@ -172,5 +178,6 @@ def _key(row: Mapping[str, Any]) -> str:
     """A key of all settings that a result depends on."""
     defaults = {"config": {}, "problems": 500, "seed": 0, "chat": False, "fp8": False}
     known = {**defaults, **row}
-    names = ("model", "policy", "device", "mask_id", "dtype", *defaults)
+    of_problems = ("data", "data_sha256", "checker", "gen_length")
+    names = ("model", "policy", "device", "mask_id", "dtype", *of_problems, *defaults)
     return json.dumps([known.get(name) for name in names], sort_keys=True)

@@ -34,6 +34,13 @@ DtypeOption = Annotated[
 ]
 GEN_LENGTH = "tokens; default 64 built-in, else 256, or half of the model's positions if that is less"
 GenLengthOption = Annotated[int | None, typer.Option(help=GEN_LENGTH)]
+CHECKER = "hashes"
+CheckerOption = Annotated[
+    str | None,
+    typer.Option(help=f"hashes, last_number, boxed, none or package.module:function; default: {CHECKER}"),
+]
+PromptFieldOption = Annotated[str, typer.Option(help="the field of --data that holds the prompt")]
+AnswerFieldOption = Annotated[str, typer.Option(help="the field that holds the right answer")]
 Fp8Option = Annotated[bool, typer.Option("--fp8", help="keep the layers' weights in 8 bits")]
 POLICIES = rules.describe()
 PolicyOption = Annotated[str | None, typer.Option(help=f"default: the config's, else {POLICY}; {POLICIES}")]

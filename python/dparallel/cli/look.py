@@ -17,10 +17,15 @@ from dparallel_ext import backends
 from .. import files, registry
 from ..configs import Fields, config_of, policy_in, read_rows
 from ..evaluate import ONE, PLAIN
+from ..problems import from_file, held_out
 from ..tune import GRID, SIZES
 from .common import (
+    CHECKER,
+    GEN_LENGTH,
     POLICIES,
+    AnswerFieldOption,
     ChatOption,
+    CheckerOption,
     ConfigOption,
     DeviceOption,
     DrafterOption,
@@ -29,6 +34,7 @@ from .common import (
     GenLengthOption,
     MaskOption,
     ModelOption,
+    PromptFieldOption,
     at_least,
     check_kind,
     plain_errors,
@@ -103,7 +109,17 @@ def evaluate(
             "or of verifiers, such as recipes/adaptive.json"
         ),
     ] = None,
-    problems: int = 500,
+    problems: Annotated[
+        int | None, typer.Option(help="the first so many; default: 500 of the built-in task, all of --data")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="JSONL or Parquet with prompt and answer; default: held-out built-in problems"),
+    ] = None,
+    checker: CheckerOption = None,
+    prompt_field: PromptFieldOption = "prompt",
+    answer_field: AnswerFieldOption = "answer",
+    gen_length: Annotated[int | None, typer.Option(help=f"with --data, {GEN_LENGTH}")] = None,
     batch: int = 100,
     block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
     cache: Annotated[str | None, typer.Option(help="none (default), prefix, dual or block")] = None,
@@ -139,9 +155,9 @@ def evaluate(
         bool, typer.Option("--report", help="show how many drafted tokens were accepted, by position")
     ] = False,
 ) -> None:
-    """Measure accuracy, passes, tokens per pass and time on held-out problems of the built-in task.
+    """Measure accuracy, passes, tokens per pass and time on problems: of the built-in task, or of a file.
 
-    lm-evaluation-harness measures other tasks, with its model `dparallel` (see docs/decoding.md).
+    lm-evaluation-harness measures its tasks with its model `dparallel` (see docs/decoding.md).
     """
     from .. import plots
     from .. import results as reporting
@@ -149,8 +165,19 @@ def evaluate(
     from ..sweep import sweep
 
     with plain_errors():
-        at_least("problems", problems, 1)
+        if problems is not None:
+            at_least("problems", problems, 1)
         at_least("batch", batch, 1)
+        if data is None:
+            for option, value in (("checker", checker), ("gen_length", gen_length)):
+                if value is not None:
+                    raise ValueError(f"{option}: belongs to --data, got {value!r}")
+            asked = held_out(500 if problems is None else problems)
+        else:
+            if gen_length is not None:
+                at_least("gen_length", gen_length, 1)
+            fields = {"prompt_field": prompt_field, "answer_field": answer_field}
+            asked = from_file(data, checker or CHECKER, count=problems, gen_length=gen_length, **fields)
         given: dict[Path, str] = {}
         for name, file in (("json", json_file), ("markdown", markdown), ("plot", plot), ("html", html)):
             if file is not None:
@@ -185,7 +212,7 @@ def evaluate(
             policies,
             known,
             config=config_of(content, ONE),
-            problems=problems,
+            problems=asked,
             batch=batch,
             block_length=block_length,
             cache=cache,

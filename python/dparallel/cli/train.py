@@ -17,13 +17,17 @@ from .. import registry, results
 from ..configs import POLICY
 from ..problems import read_prompts
 from .common import (
+    CHECKER,
     POLICIES,
+    AnswerFieldOption,
     ChatOption,
+    CheckerOption,
     DeviceOption,
     DtypeOption,
     GenLengthOption,
     MaskOption,
     ModelOption,
+    PromptFieldOption,
     at_least,
     plain_errors,
 )
@@ -68,14 +72,12 @@ def answer(
     gen_length: GenLengthOption = None,
     block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
     cache: Annotated[str, typer.Option(help="none, prefix, dual, or block (block-causal)")] = "none",
-    checker: Annotated[
-        str, typer.Option(help="hashes, last_number, boxed, none or package.module:function")
-    ] = "hashes",
+    checker: CheckerOption = None,
     format: Annotated[str, typer.Option(help="parquet or jsonl")] = "parquet",
     shard: Annotated[int, typer.Option(help="prompts per file")] = 500,
     batch: Annotated[int, typer.Option(help="sequences decoded at once")] = 100,
-    prompt_field: Annotated[str, typer.Option(help="the field of --data that holds the prompt")] = "prompt",
-    answer_field: Annotated[str, typer.Option(help="the field that holds the right answer")] = "answer",
+    prompt_field: PromptFieldOption = "prompt",
+    answer_field: AnswerFieldOption = "answer",
     mask_id: MaskOption = None,
     chat: ChatOption = None,
     device: DeviceOption = None,
@@ -88,6 +90,7 @@ def answer(
     from ..training import trajectories
 
     with plain_errors("train"):
+        checker = checker or CHECKER
         length = registry.gen_length(model) if gen_length is None else whole("gen_length", gen_length, 1)
         if block_length is not None:
             at_least("block_length", block_length, 1)

@@ -81,7 +81,7 @@ def _show(name: str, problem: tasks.Problem, directory: Path, delay: float, cons
     ids = answer.sequences[0, prompt.shape[1] :].tolist()
     text = tokenizer.decode(ids)
     verdict = "right" if tasks.is_correct(problem, text) else f"wrong, it is {problem.answer}"
-    kept = evaluate.kept_tokens(answer.sequences[:, prompt.shape[1] :], model.eos_id)
+    kept = evaluate.kept_of(ids, model.eos_ids)
     console.print(
         f"\nanswer {tasks.extract_answer(text)} ({verdict}): {kept} tokens in {answer.forwards} passes, "
         f"{kept / answer.forwards:.1f} tokens a pass (all {tasks.GEN_LENGTH} "

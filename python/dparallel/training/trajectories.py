@@ -100,7 +100,7 @@ def generate(
     A damaged shard is answered again.
 
     Args:
-        batch: sequences decoded at once; those of one prompt length go together.
+        batch: sequences decoded at once; those of like prompt lengths go together.
         loaded: (model, tokenizer), in place of loading settings.model; then the chat template of
             settings.model is applied only if `settings.chat` is true.
 
@@ -216,38 +216,32 @@ def _answer(
     config: dx.DecodeConfig,
     batch: int,
 ) -> Iterator[list[tuple[int, dict[str, Any]]]]:
-    """Answer prompts batch by batch; yield [(index in prompts, row)] of each batch."""
-    groups: dict[int, list[tuple[int, list[int]]]] = {}
-    for at, prompt in enumerate(prompts):
-        ids = encode(prompt.text)
-        groups.setdefault(len(ids), []).append((at, ids))
-    for length, group in groups.items():
-        for start in range(0, len(group), batch):
-            part = group[start : start + batch]
-            out = dx.decode(
-                model,
-                torch.tensor([ids for _, ids in part], dtype=torch.int64, device=model.device),
-                config,
+    """Answer prompts batch by batch, those of like lengths together; yield [(index in prompts, row)] of each
+    batch."""
+    asked = [(at, encode(prompt.text)) for at, prompt in enumerate(prompts)]
+    asked.sort(key=lambda each: len(each[1]))
+    for first in range(0, len(asked), batch):
+        part = asked[first : first + batch]
+        out = dx.decode(model, [ids for _, ids in part], config)
+        assert out.trajectory is not None
+        responses = [response.tolist() for response in out.responses]
+        texts = tokenizer.decode_batch(responses)
+        steps, sure = out.trajectory.step.tolist(), out.trajectory.confidence.tolist()
+        yield [
+            (
+                at,
+                {
+                    "prompt": prompts[at].text,
+                    "prompt_ids": ids,
+                    "response": texts[i],
+                    "response_ids": responses[i],
+                    "step": steps[i][: len(responses[i])],
+                    "confidence": sure[i][: len(responses[i])],
+                    "nfe": int(out.nfe[i]),
+                },
             )
-            assert out.trajectory is not None
-            responses = out.sequences[:, length:].tolist()
-            texts = tokenizer.decode_batch(responses)
-            steps, sure = out.trajectory.step.tolist(), out.trajectory.confidence.tolist()
-            yield [
-                (
-                    at,
-                    {
-                        "prompt": prompts[at].text,
-                        "prompt_ids": ids,
-                        "response": texts[i],
-                        "response_ids": responses[i],
-                        "step": steps[i],
-                        "confidence": sure[i],
-                        "nfe": int(out.nfe[i]),
-                    },
-                )
-                for i, (at, ids) in enumerate(part)
-            ]
+            for i, (at, ids) in enumerate(part)
+        ]
 
 
 def _shard(directory: Path, number: int, format: str) -> Path:
