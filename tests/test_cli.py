@@ -669,3 +669,29 @@ def test_a_dry_run_prints_steps_and_memory():
     for count in ("1,848,768", "256", "400", "6,000"):  # parameters, sequences a step, steps, answers
         assert count in text
     assert "GiB per process" in text
+
+
+def test_evaluate_with_problems_of_ones_own(tmp_path: Path) -> None:
+    file, found = tmp_path / "p.jsonl", tmp_path / "found.json"
+    rows = [
+        {"q": problem.prompt, "a": problem.answer}
+        for problem in itertools.islice(tasks.problems("held_out"), 3)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = ("--data", file, "--prompt-field", "q", "--answer-field", "a", "--policy", "quota:32")
+    said = run("evaluate", "--model", "builtin:student", *own, "--json", found, "--gen-length", 64)
+    (row,) = json.loads(found.read_text())
+    assert (row["problems"], row["data"], row["checker"], row["nfe_mean"]) == (3, str(file), "hashes", 2)
+    assert f"{row['accuracy']:.1%}" in said
+    for options, message in (
+        (("--checker", "boxed"), "checker: belongs to --data, got 'boxed'"),
+        (("--gen-length", 3), "gen_length: belongs to --data, got 3"),
+        (("--data", file), "data: .*p.jsonl:1 has no field 'prompt', only"),
+        ((*own, "--checker", "x"), "checker: expected one of"),
+        ((*own, "--gen-length", 0), "gen_length: expected a whole number >= 1, got 0"),
+        ((*own, "--problems", 0), "problems: expected a whole number >= 1, got 0"),
+        (("--data", "nowhere"), "data: no file nowhere"),
+    ):
+        done = CliRunner().invoke(app, ["evaluate", *map(str, options)])
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1), done.output
+        assert re.search(message, done.stderr), done.stderr

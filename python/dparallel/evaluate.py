@@ -89,7 +89,7 @@ def evaluate(
         out = dx.decode(model, [each.ids for each in part], config, draft_size=draft_size)
         responses = [response.tolist() for response in out.responses]
         kept = [kept_of(response[:length], model.eos_ids) for response in responses]
-        shown = responses if asked.whole else [r[:n] for r, n in zip(responses, kept, strict=True)]
+        shown = responses if asked.beyond_end else [r[:n] for r, n in zip(responses, kept, strict=True)]
         texts = tokenizer.decode_batch(shown)
         correct += _count_right(asked, part, texts)
         found |= {each.number: Answer(each.ids, r) for each, r in zip(part, responses, strict=True)}

@@ -73,8 +73,8 @@ class Problems:
     """Tokens of a response; None: each model's default."""
     named: Mapping[str, Any]
     """What results say about them."""
-    whole: bool
-    """Whether a response is judged with what follows its end."""
+    beyond_end: bool
+    """Whether what follows the end of a response is judged, too."""
 
     def length(self, model_name: str) -> int:
         """The tokens of a response of a model."""
@@ -86,7 +86,7 @@ def held_out(count: int = 500, seed: int = 0) -> Problems:
     stream = itertools.islice(tasks.problems("held_out", seed), whole("problems", count, 0))
     asked = tuple(Prompt(problem.prompt, str(problem.answer)) for problem in stream)
     named = {"problems": len(asked), "seed": seed}
-    return Problems(asked, _is_number, tasks.GEN_LENGTH, named, whole=True)
+    return Problems(asked, _is_number, tasks.GEN_LENGTH, named, beyond_end=True)
 
 
 def _is_number(answer: str, response: str) -> bool:
@@ -106,4 +106,4 @@ def from_file(
     right, asked = checker_of(checker), tuple(read_prompts(data, prompt_field, answer_field)[:count])
     digest = hashlib.sha256(json.dumps([asdict(prompt) for prompt in asked]).encode()).hexdigest()
     named = {"problems": len(asked), "data": data, "checker": checker, "data_sha256": digest}
-    return Problems(asked, right, gen_length, named, whole=False)
+    return Problems(asked, right, gen_length, named, beyond_end=False)
