@@ -499,6 +499,16 @@ def test_a_response_is_judged_to_its_end(own: Path):
     assert lengths == [len(tokenizer.encode(p.prompt).ids) for p in stream]
 
 
+def test_a_checker_that_fails_is_named(own: Path):
+    for checker, said in (
+        ("operator:truediv", "checker: operator:truediv raised TypeError.* for the answer 'so it is"),
+        ("builtins:print", "checker: expected True or False from builtins:print, got None"),
+    ):
+        asked = problems.from_file(str(own), checker, prompt_field="question", count=1, gen_length=64)
+        with pytest.raises(ValueError, match=said):
+            evaluate.evaluate("builtin:student", "quota:32", problems=asked)
+
+
 def test_results_of_other_problems_are_measured_anew(own: Path):
     other = own.with_name("other.jsonl")
     other.write_text(own.read_text().replace("#### ", "#### 1"))

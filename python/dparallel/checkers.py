@@ -1,10 +1,12 @@
-"""Checkers of `dparallel trajectories`: whether a response gives the reference answer."""
+"""Checkers of `dparallel trajectories` and `evaluate`: whether a response gives the reference answer."""
 
 from __future__ import annotations
 
 import importlib
 import re
 from collections.abc import Callable
+
+from dparallel_ext.arguments import is_number
 
 
 def hashes(answer: str, response: str) -> bool:
@@ -42,7 +44,8 @@ CHECKERS: dict[str, Checker] = {
 
 
 def checker_of(name: str) -> Checker:
-    """One of CHECKERS, or "package.module:function". Raises ValueError."""
+    """One of CHECKERS, or "package.module:function". Raises ValueError, and so does the checker where the
+    function raises anything, or returns neither true nor false."""
     if name in CHECKERS:
         return CHECKERS[name]
     module, _, function = name.partition(":")
@@ -54,7 +57,20 @@ def checker_of(name: str) -> Checker:
         ) from error
     if not callable(checker):
         raise ValueError(f"checker: {name!r} is not a function")
-    return checker
+
+    def checked(answer: str, response: str) -> bool:
+        try:
+            right = checker(answer, response)
+        except Exception as error:
+            raise ValueError(
+                f"checker: {name} raised {error!r} for the answer {answer!r:.200} and the response "
+                f"{response!r:.2000}"
+            ) from error
+        if not is_number(right):
+            raise ValueError(f"checker: expected True or False from {name}, got {right!r:.80}")
+        return bool(right)
+
+    return checked
 
 
 def _after_hashes(answer: str) -> str:
