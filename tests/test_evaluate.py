@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import timeit
 from dataclasses import replace
 from pathlib import Path
@@ -509,9 +510,11 @@ def test_a_checker_that_fails_is_named(own: Path):
             evaluate.evaluate("builtin:student", "quota:32", problems=asked)
 
 
-def test_results_of_other_problems_are_measured_anew(own: Path):
+def test_results_of_other_problems_are_measured_anew(own: Path, tmp_path: Path):
+    """Those of another file, or of the same file with another content."""
     other = own.with_name("other.jsonl")
-    other.write_text(own.read_text().replace("#### ", "#### 1"))
+    other.write_text(own.read_text())
+    own = Path(shutil.copy(own, tmp_path))
 
     def sweep(known: Any, file: Path | None, **how: Any) -> Any:
         how = {"gen_length": 64, "prompt_field": "question", **how}
@@ -525,3 +528,24 @@ def test_results_of_other_problems_are_measured_anew(own: Path):
     assert sweep(known, None) is known[0]
     for file, how in ((other, {}), (own, {"gen_length": 32}), (own, {"count": 11})):
         assert sweep(known, file, **how) not in known
+    own.write_text(own.read_text().replace("#### ", "#### 1"))
+    assert sweep(known, own) not in known
+
+
+def test_passes_to_the_end_of_a_block_causal_model(tmp_path: Path, loaded: tuple[Any, Any]):
+    """Its blocks count from the first position of the prompt, so a response begins within one."""
+    model = golden.model("sdar_tiny_a")
+    prompts = [loaded[1].encode("cups " * n).ids for n in (11, 3, 16)]
+    out = dx.decode(model, prompts, gen_length=21, record=True)
+    model.eos_id = int(out.responses[0][11])
+    model.eos_ids = (model.eos_id,)
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "cups " * n, "answer": 1}) + "\n" for n in (11, 3, 16)))
+    asked = problems.from_file(str(file), "none", gen_length=21)
+    row = evaluate.evaluate("sdar", "one", problems=asked, loaded=(model, loaded[1]), batch=3)
+    assert (model.block_length, len(prompts[0]) + 11) == (8, 22)  # of the block from 16 to 23
+    assert out.trajectory is not None
+    assert all(model.eos_id not in response.tolist() for response in out.responses[1:])
+    first = max(out.trajectory.step[0, : 24 - 11].tolist())
+    assert row["nfe_to_eos"] == pytest.approx((first + int(out.nfe[1:].sum())) / 3)
+    assert row["nfe_to_eos"] < row["nfe_mean"]

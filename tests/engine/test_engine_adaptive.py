@@ -15,6 +15,7 @@ from engines import LLADA, MODELS, Gate, some_prompts, until
 from torch import Tensor
 
 import dparallel_ext as dx
+from dparallel_ext.decoding.settings import make_settings
 from dparallel_ext.engine import Draft
 from dparallel_ext.models import Model
 
@@ -114,6 +115,25 @@ def test_a_request_that_fails_fails_alone(monkeypatch: pytest.MonkeyPatch) -> No
         cancelled.cancel()
         until(lambda: engine.stats.active == engine.stats.waiting == 0)
         assert engine.submit(good, **settings).result(60).tokens == out.responses[0].tolist()
+
+
+def test_a_pass_that_raises_leaves_all_as_it_was() -> None:
+    verifier = model_of(vocab_size=500)
+    with torch.no_grad():
+        verifier.model.embed_tokens.weight[7] = math.nan
+    numbers: dict[str, Any] = {"mask_id": 511, "mixture": 0.9, "batch_invariant": True}
+    batch = dx.speculation.AdaptiveBatch(LLADA, 2, 32, verifier=verifier, **numbers)
+    (settings,) = make_settings(dx.DecodeConfig(suppress=[7], seed=0), dx.models.Traits(), "none", 1)
+    for lane, prompt in enumerate(([3, 5], [3, 7])):
+        batch.admit(lane, torch.tensor(prompt), 20, settings)
+    rows = [vars(row).copy() for row in batch.rows]
+    with torch.inference_mode(), pytest.raises(ValueError, match="sequence 1 at position 3 holds NaN"):
+        batch.step()
+    assert (batch.forwards, batch.draft_forwards) == (0, 0)
+    assert [vars(row) for row in batch.rows] == rows
+    with torch.inference_mode():
+        assert batch.step([0]) == [0]
+    assert (batch.forwards, batch.rows[0].known > 2, batch.rows[1].known) == (1, True, 2)
 
 
 def test_what_does_not_fit_is_named() -> None:
