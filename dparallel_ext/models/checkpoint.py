@@ -88,13 +88,14 @@ def load(
 
 def as_stored(path: str | Path, *, mask_id: int | None = None) -> Model:
     """The model of a checkpoint with its tensors as they are stored, of one type or several, and
-    memory-mapped: to look at, not to decode with. Raises as `load`."""
+    memory-mapped: to look at, not to decode with. Experts that are stored one by one are not read, since they
+    would be copied. Raises as `load`."""
     directory = files.locate(path)
     config, shape = config_of(directory)
     _set_mask(config, mask_id, directory, shape.embedding_size)
     with ExitStack() as opened:
         stored = _stored(_shards(directory), "cpu", opened)
-        return _assemble(config, stored, f"path: {directory}", mixed=True)
+        return _assemble(config, stored, f"path: {directory}", mixed=True, stacks=False)
 
 
 def _check_dtype(dtype: Any) -> None:
@@ -317,9 +318,10 @@ def _assemble(
     fuse: bool = False,
     dtype: torch.dtype | None = None,
     mixed: bool = False,
+    stacks: bool = True,
 ) -> Model:
     """The model of `config`, with `tensors` in `dtype`; without `dtype` they must have one type, or be
-    `mixed`.
+    `mixed`. Without `stacks`, parameters that are stored in parts stay on "meta".
 
     No other memory is allocated or initialised, and nothing is read before all names, shapes and types fit.
     """
@@ -370,7 +372,10 @@ def _assemble(
         setattr(model.get_submodule(module), leaf, tensor if plain else nn.Parameter(tensor))
 
     for stored, _, _, fetch in fitting:
-        tensor, name = fetch(), owner[stored]
+        name = owner[stored]
+        if name != stored and not stacks:
+            continue
+        tensor = fetch()
         if name in buffers:
             tensor = tensor.to(buffers[name].dtype)
         elif dtype is not None:

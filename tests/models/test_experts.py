@@ -167,6 +167,16 @@ def test_experts_may_be_stored_together(tmp_path: Path) -> None:
         assert torch.equal(found[name], p), name
 
 
+def test_to_look_at_a_checkpoint_copies_no_expert(tmp_path: Path) -> None:
+    """The copies would be nearly all of its bytes."""
+    theirs_of().save_pretrained(tmp_path)
+    stored, model = models.as_stored(tmp_path), models.load(tmp_path)
+    assert models.fingerprint(stored) == models.fingerprint(model)
+    assert (stored.dtype, stored.eos_ids) == (model.dtype, model.eos_ids)
+    unread = {name for name, p in stored.named_parameters() if p.is_meta}
+    assert unread == {name for name, _ in model.named_parameters() if ".experts." in name} != set()
+
+
 def test_a_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
     theirs_of().save_pretrained(tmp_path)
     file, name = tmp_path / "model.safetensors", "model.layers.2.mlp.experts.5.gate_proj.weight"
