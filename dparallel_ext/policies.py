@@ -189,7 +189,11 @@ def score_of(row: Sequence[float]) -> str:
 
 
 def _check_rows(rows: Iterable[Sequence[float]]) -> None:
-    for row, (selector, threshold, low, high, score) in enumerate(rows):
+    sound = set()  # most batches repeat one row
+    for row, values in enumerate(map(tuple, rows)):
+        if values in sound:
+            continue
+        selector, threshold, low, high, score = values
         least, most, rule, expected_of = _BY_ID.get(
             selector, _BY_ID[0]
         )  # the first check below names an unknown selector
@@ -204,6 +208,7 @@ def _check_rows(rows: Iterable[Sequence[float]]) -> None:
         ):
             if not ok:
                 raise ValueError(f"{name}: expected {expected}, got {value:g} in policy row {row}")
+        sound.add(values)
 
 
 def _within(value: float, field: str) -> bool:

@@ -1,4 +1,6 @@
 // commit on the CPU: write the tokens, then count masks and changes in every window.
+#include "commit.h"
+
 #include <algorithm>
 #include <vector>
 
@@ -6,13 +8,30 @@
 
 namespace dparallel::cpu {
 
+int64_t first_unwritable(const CommitArgs& args) {
+  bool any = false;  // first all at once, without a branch
+  for (int64_t row = 0; row < args.count; ++row)
+    any |= args.commit[row] & ((args.token[row] < 0) | (args.token[row] == args.mask_id));
+  for (int64_t row = 0; any && row < args.count; ++row)
+    if (args.commit[row] && (args.token[row] < 0 || args.token[row] == args.mask_id)) return row;
+  return -1;
+}
+
 void commit(const CommitArgs& args, Parallel parallel) {
   const TokenGrid& tokens = args.tokens;
-  std::vector<int64_t> changed;  // positions, ascending
+  std::vector<int64_t> chosen(args.count);  // rows, gathered without a branch, as few are chosen
+  size_t count = 0;
   for (int64_t row = 0; row < args.count; ++row) {
-    if (!args.commit[row]) continue;
+    chosen[count] = row;
+    count += args.commit[row];
+  }
+  chosen.resize(count);
+  std::vector<int64_t> changed;  // positions, ascending
+  int64_t b = 0;
+  for (const int64_t row : chosen) {
     const int64_t position = args.positions ? args.positions[row] : row;
-    int64_t& token = tokens.at(position / tokens.length, position % tokens.length);
+    while (position >= (b + 1) * tokens.length) ++b;  // faster than to divide
+    int64_t& token = tokens.at(b, position - b * tokens.length);
     if (token != args.token[row]) changed.push_back(position);
     token = args.token[row];
   }
@@ -22,11 +41,11 @@ void commit(const CommitArgs& args, Parallel parallel) {
     const int64_t start = std::clamp<int64_t>(args.windows.start[w], 0, tokens.length);
     const int64_t end = std::clamp(args.windows.end[w], start, tokens.length);
     int64_t masks = 0, first = end;
-    for (int64_t column = end - 1; column >= start; --column)
-      if (tokens.at(b, column) == args.mask_id) {
-        ++masks;
-        first = column;
-      }
+    for (int64_t column = end - 1; column >= start; --column) {
+      const bool masked = tokens.at(b, column) == args.mask_id;
+      masks += masked;
+      first = masked ? column : first;
+    }
     const auto below = [&](int64_t column) {
       return std::lower_bound(changed.begin(), changed.end(), b * tokens.length + column);
     };

@@ -8,9 +8,11 @@
 #include <vector>
 
 #include "backend.h"
+#include "commit.h"
 #include "dparallel/accept.h"
 #include "dparallel/policy.h"
 #include "dparallel/row_topk.h"
+#include "select.h"
 #include "windows.h"
 
 namespace dparallel {
@@ -174,13 +176,13 @@ DPARALLEL_OP(
 
 void launch(Cpu, const SelectArgs& args, const Tensor&) {
   check_policy(args.policy, args.batch);
-  // Scores that have no order cannot be sorted.
   for (const auto& [scores, name] : {std::pair{args.confidence, "confidence"},
                                      {args.margin, "margin"},
-                                     {args.entropy, "entropy"}})
-    for (int64_t i = 0; i < args.batch * args.length; ++i)
-      DP_CHECK(scores[i] == scores[i] || !args.eligible[i], name, ": NaN at eligible position ",
-               i % args.length, " of sequence ", i / args.length);
+                                     {args.entropy, "entropy"}}) {
+    const int64_t i = cpu::first_unordered(args, scores);
+    DP_CHECK(i < 0, name, ": NaN at eligible position ", i % args.length, " of sequence ",
+             i / args.length);
+  }
   cpu::select(args, parallel);
 }
 
@@ -250,13 +252,11 @@ void check_lanes(const Windows& windows, const TokenGrid& tokens) {
 void launch(Cpu, const CommitArgs& args, const Tensor&, const std::optional<Tensor>&) {
   check_positions(args.positions, args.count, args.tokens);
   check_lanes(args.windows, args.tokens);
-  for (int64_t row = 0; row < args.count; ++row) {
-    if (!args.commit[row]) continue;
-    const int64_t position = args.positions ? args.positions[row] : row, token = args.token[row];
-    DP_CHECK(token >= 0 && token != args.mask_id,
-             "token: expected ids >= 0, and not the mask token ", args.mask_id, ", got ", token,
-             " for sequence ", position / args.tokens.length, " at position ",
-             position % args.tokens.length);
+  if (const int64_t row = cpu::first_unwritable(args); row >= 0) {
+    const int64_t position = args.positions ? args.positions[row] : row;
+    bad_argument("token: expected ids >= 0, and not the mask token ", args.mask_id, ", got ",
+                 args.token[row], " for sequence ", position / args.tokens.length, " at position ",
+                 position % args.tokens.length);
   }
   cpu::commit(args, parallel);
 }
