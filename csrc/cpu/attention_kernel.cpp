@@ -9,44 +9,47 @@
 namespace dparallel::cpu::DPARALLEL_SIMD {
 namespace {
 
-// C [rows, columns] += A [rows, depth] B [depth, columns], all row-major. A block of C, at most
-// kSums vectors, stays in registers for the whole depth. A number's sum has the order of the depth,
-// whatever block it is in.
+// C [rows, columns] += A [rows, depth] B [depth, columns]; B and C are row-major. A block of C, at
+// most kSums vectors, stays in registers for the whole depth. A number's sum has the order of the
+// depth, whatever block it is in.
 constexpr int kSums = kLanes == 16 ? 24 : 12;
 constexpr int kVectors = kLanes == 16 ? 4 : 2;
 
 struct Matrix {
   float* data;
   int64_t stride;
+  int64_t step = 1;  // from a column to the next
   float* row(int64_t i) const { return data + i * stride; }
 };
 
+// Rows [i, i + Rows) of the first Vectors vectors of C.
 template <int Rows, int Vectors>
-inline void multiply_block(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                           float* c, int64_t c_stride, int64_t depth) {
+inline void multiply_block(const Matrix& a, const Matrix& b, const Matrix& c, int64_t i,
+                           int64_t depth) {
+  const float* from = a.row(i);
   F sum[Rows][Vectors];
-  for (int i = 0; i < Rows; ++i)
-    for (int j = 0; j < Vectors; ++j) sum[i][j] = load<F>(c + i * c_stride + j * kLanes);
+  for (int r = 0; r < Rows; ++r)
+    for (int j = 0; j < Vectors; ++j) sum[r][j] = load<F>(c.row(i + r) + j * kLanes);
   for (int64_t k = 0; k < depth; ++k) {
     F line[Vectors];
-    for (int j = 0; j < Vectors; ++j) line[j] = load<F>(b + k * b_stride + j * kLanes);
-    for (int i = 0; i < Rows; ++i) {
-      const F x = splat(a[i * a_stride + k]);
-      for (int j = 0; j < Vectors; ++j) sum[i][j] += x * line[j];
+    for (int j = 0; j < Vectors; ++j) line[j] = load<F>(b.row(k) + j * kLanes);
+    for (int r = 0; r < Rows; ++r) {
+      const F x = splat(from[r * a.stride + k * a.step]);
+      for (int j = 0; j < Vectors; ++j) sum[r][j] += x * line[j];
     }
   }
-  for (int i = 0; i < Rows; ++i)
-    for (int j = 0; j < Vectors; ++j)
-      std::memcpy(c + i * c_stride + j * kLanes, &sum[i][j], sizeof(F));
+  for (int r = 0; r < Rows; ++r)
+    for (int j = 0; j < Vectors; ++j) std::memcpy(c.row(i + r) + j * kLanes, &sum[r][j], sizeof(F));
 }
 
-// Rows [i, rows) of the first Vectors vectors of C: blocks of Rows rows, then of half as many, ...
+// Rows [i, rows) of them: blocks of Rows rows, then smaller ones, which leave no single row where
+// rows are even: few sums at a time do not hide their latency.
 template <int Rows, int Vectors>
 inline void multiply_strip(const Matrix& a, const Matrix& b, const Matrix& c, int64_t i,
                            int64_t rows, int64_t depth) {
-  for (; i + Rows <= rows; i += Rows)
-    multiply_block<Rows, Vectors>(a.row(i), a.stride, b.data, b.stride, c.row(i), c.stride, depth);
-  if constexpr (Rows > 1) multiply_strip<Rows / 2, Vectors>(a, b, c, i, rows, depth);
+  for (; i + Rows <= rows; i += Rows) multiply_block<Rows, Vectors>(a, b, c, i, depth);
+  if constexpr (Rows > 1)
+    multiply_strip<Rows == 6 ? 4 : Rows / 2, Vectors>(a, b, c, i, rows, depth);
 }
 
 // `columns` is a multiple of kLanes.
@@ -121,99 +124,112 @@ constexpr int64_t kKeys = 64;  // slots of a step: scores, keys and values stay 
 
 int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// A row's softmax so far: its largest score, the sum of exponentials relative to it, and the sum of
-// values [wide] that they weight.
+// The softmaxes of `lanes` rows so far, a row in each lane of a vector: the largest score, and the
+// sum of exponentials relative to it. scale: what the last step multiplies earlier sums by.
 struct Softmax {
-  float &top, &sum;
-  float* out;
+  float *top, *sum, *scale;  // [lanes]
 };
 
-// Replaces `count` scores (with room up to a whole vector) by their exponentials, relative to the
-// row's largest score, and updates the row's softmax.
-inline void soften(float* s, int64_t count, int64_t wide, const Softmax& row) {
-  // What a vector has beyond `count` is no score: -inf for the maximum, 0 in the sum.
-  const auto within = [&](int64_t j, F v, float beyond) {
-    const auto left = static_cast<int32_t>(count - j);
-    return left >= kLanes ? v : lane_numbers() < left ? v : splat(beyond);
-  };
-  F largest = splat(-kInfinity);
-  for (int64_t j = 0; j < count; j += kLanes)
-    largest = maximum(within(j, load<F>(s + j), -kInfinity), largest);
-  const float before = row.top;
-  const float now = std::max(before, clamp_logit(reduce_max(largest)));
-  // NaN scores stay NaN; where all are -inf the row is uniform, as in a softmax of equals.
-  const F m = splat(now == -kInfinity ? 0.0f : now), floor = splat(kExpFloor);
-  F part = splat(0.0f);
-  for (int64_t j = 0; j < count; j += kLanes) {
-    F e = load<F>(s + j) - m;
-    e = within(j, exp_nonpositive(e < floor ? floor : e), 0.0f);
-    std::memcpy(s + j, &e, sizeof e);
-    part += e;
+// Replaces scores [count, lanes] by their exponentials, relative to each row's largest score, and
+// updates the rows' softmaxes. seen [count, lanes]: 1 where a row sees a slot, else 0; null: each
+// sees all.
+inline void soften(float* scores, int64_t count, int64_t lanes, const float* seen,
+                   const Softmax& rows) {
+  const F none = splat(-kInfinity), floor = splat(kExpFloor);
+  for (int64_t r = 0; r < lanes; r += kLanes) {
+    const auto where_seen = [&](int64_t j, F v, F otherwise) {
+      if (seen == nullptr) return v;
+      return load<F>(seen + j * lanes + r) != 0.0f ? v : otherwise;
+    };
+    const F before = load<F>(rows.top + r);
+    F top = before;
+    for (int64_t j = 0; j < count; ++j)
+      top = maximum(where_seen(j, load<F>(scores + j * lanes + r), none), top);
+    top = minimum(top, splat(kLargest));
+    // NaN scores stay NaN; where all are -inf the row is uniform, as in a softmax of equals.
+    const F m = top == none ? F{} : top;
+    const auto exponential = [&](F v) {
+      v = v - m;
+      return exp_nonpositive(v < floor ? floor : v);
+    };
+    F part{};
+    for (int64_t j = 0; j < count; ++j) {
+      float* at = scores + j * lanes + r;
+      const F e = where_seen(j, exponential(load<F>(at)), F{});
+      std::memcpy(at, &e, sizeof e);
+      part += e;
+    }
+    const F scale = before == none ? splat(1.0f) : exponential(before);
+    const F sum = load<F>(rows.sum + r) * scale + part;
+    std::memcpy(rows.top + r, &top, sizeof top);
+    std::memcpy(rows.sum + r, &sum, sizeof sum);
+    std::memcpy(rows.scale + r, &scale, sizeof scale);
   }
-  if (now > before && before > -kInfinity) {
-    const float scale = __builtin_expf(before - now);
-    row.sum *= scale;
-    for (int64_t d = 0; d < wide; ++d) row.out[d] *= scale;
-  }
-  row.top = now;
-  row.sum += reduce_add(part);
 }
 
-// A run of slots, counted from the first slot of the step.
-struct Run {
-  int64_t first, count;
-};
-
-// Writes the runs of slots among [start, start + count) that query row `row` of the tile sees, in
-// order; returns their number.
-inline int64_t runs_of(const BlockAttentionArgs& args, const AttentionTile& tile, int64_t row,
-                       int64_t start, int64_t count, Run* runs) {
-  const int64_t before = std::clamp<int64_t>(tile.base - start, 0, count);
-  if (args.causal) {
-    runs[0] = {0, std::clamp<int64_t>(tile.base + tile.offset + row + 1 - start, 0, count)};
-    return 1;
+// Visits the runs [first, end) of slots, counted from `start`, among [start, start + count) that
+// query row `row` of the tile sees, in order.
+template <class Visit>
+inline void each_run(const BlockAttentionArgs& args, const AttentionTile& tile, int64_t row,
+                     int64_t start, int64_t count, Visit visit) {
+  const int64_t below = args.causal ? tile.base + tile.offset + row + 1 : tile.base;
+  const int64_t before = std::clamp<int64_t>(below - start, 0, count);
+  int64_t first = 0, end = before;
+  if (!args.causal) {
+    const auto* words =
+        reinterpret_cast<const uint64_t*>(args.ancestors) + (tile.first + row) * args.words;
+    for (int64_t j = before; j < count; ++j) {
+      const int64_t bit = start + j - tile.base;
+      if (!(words[bit / 64] >> (bit % 64) & 1)) continue;
+      if (j != end) {
+        if (first < end) visit(first, end);
+        first = j;
+      }
+      end = j + 1;
+    }
   }
-  const auto* words =
-      reinterpret_cast<const uint64_t*>(args.ancestors) + (tile.first + row) * args.words;
-  int64_t number = 0;
-  if (before > 0) runs[number++] = {0, before};
-  for (int64_t j = before; j < count; ++j) {
-    const int64_t bit = start + j - tile.base;
-    if (!(words[bit / 64] >> (bit % 64) & 1)) continue;
-    Run* last = number > 0 ? &runs[number - 1] : nullptr;
-    if (last != nullptr && last->first + last->count == j) ++last->count;
-    else runs[number++] = {j, 1};
-  }
-  return number;
+  if (first < end) visit(first, end);
 }
 
 template <class T>
 void attend(const BlockAttentionArgs& args, const AttentionTile& tile, float* scratch) {
   using Storage = typename T::Storage;
   const int64_t dim = args.k_layout.head_dim, wide = padded(dim), rows = tile.rows;
+  const int64_t lanes = padded(rows);
   const auto carve = [&](int64_t height, int64_t stride) {
     const Matrix matrix{scratch, stride};
     scratch += height * stride;
     return matrix;
   };
-  const Matrix q = carve(kTileRows, wide), out = carve(kTileRows, wide);
-  const Matrix scores = carve(kTileRows, kKeys);
-  const Matrix keys = carve(kKeys, wide), keys_t = carve(wide, kKeys), values = carve(kKeys, wide);
-  float* top = carve(1, kTileRows).data;
-  float* sum = carve(1, kTileRows).data;
+  // Queries and scores are transposed: a row's are a lane, so that a softmax takes no sums across
+  // a vector, and keys need no transposition.
+  const Matrix q = carve(wide, lanes), scores = carve(kKeys, lanes), out = carve(lanes, wide);
+  const Matrix keys = carve(kKeys, wide), values = carve(kKeys, wide), seen = carve(kKeys, lanes);
+  const Softmax softmax{carve(1, lanes).data, carve(1, lanes).data, carve(1, lanes).data};
 
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t head = tile.head * tile.group + r % tile.group;
-    widen_row<T>(static_cast<const Storage*>(args.q) +
-                     (tile.first + r / tile.group) * args.q_stride + head * dim,
-                 dim, q.row(r));
-    for (int64_t d = 0; d < wide; ++d) q.row(r)[d] *= args.scale;
-    std::fill_n(out.row(r), wide, 0.0f);
-    top[r] = -kInfinity;
-    sum[r] = 0.0f;
+  for (int64_t r = 0; r < lanes; ++r) {
+    float* line = out.row(r);
+    if (r < rows) {
+      const int64_t head = tile.head * tile.group + r % tile.group;
+      widen_row<T>(static_cast<const Storage*>(args.q) +
+                       (tile.first + r / tile.group) * args.q_stride + head * dim,
+                   dim, line);
+      for (int64_t d = 0; d < wide; ++d) line[d] *= args.scale;
+    } else {
+      std::fill_n(line, wide, 0.0f);
+    }
+    softmax.top[r] = -kInfinity;
+    softmax.sum[r] = 0.0f;
   }
+  for (int64_t r = 0; r < lanes; r += kLanes)
+    for (int64_t d = 0; d < wide; d += kLanes)
+      transpose_square(out.row(r) + d, wide, q.row(d) + r, lanes);
+  std::fill_n(out.data, lanes * wide, 0.0f);
+
+  // Every row sees the slots below.
+  const int64_t common = args.causal ? tile.base + tile.offset + 1 : tile.base;
   for (int64_t start = 0; start < tile.length; start += kKeys) {
-    const int64_t count = std::min(kKeys, tile.length - start), lanes = padded(count);
+    const int64_t count = std::min(kKeys, tile.length - start);
     int64_t number = start / args.k_layout.page_size, at = start % args.k_layout.page_size;
     for (int64_t j = 0; j < count; ++j, ++at) {
       if (at == args.k_layout.page_size) {
@@ -228,41 +244,36 @@ void attend(const BlockAttentionArgs& args, const AttentionTile& tile, float* sc
           static_cast<const Storage*>(args.v_cache) + args.v_layout.offset(page, at, tile.head),
           dim, values.row(j));
     }
-    for (int64_t j = count; j < lanes; ++j) std::fill_n(keys.row(j), wide, 0.0f);
-    for (int64_t j = 0; j < lanes; j += kLanes)
-      for (int64_t d = 0; d < wide; d += kLanes)
-        transpose_square(keys.row(j) + d, wide, keys_t.row(d) + j, kKeys);
-    for (int64_t r = 0; r < rows; ++r) std::fill_n(scores.row(r), lanes, 0.0f);
-    multiply(q, keys_t, scores, rows, lanes, wide);
-    if (start + count <= tile.base) {  // every row sees all of them
+    std::fill_n(scores.data, count * lanes, 0.0f);
+    multiply(keys, q, scores, count, lanes, dim);
+    const bool all = start + count <= common;
+    if (!all) {
+      std::fill_n(seen.data, count * lanes, 0.0f);
       for (int64_t r = 0; r < rows; ++r)
-        soften(scores.row(r), count, wide, {top[r], sum[r], out.row(r)});
-      multiply(scores, values, out, rows, wide, count);
+        each_run(args, tile, r / tile.group, start, count, [&](int64_t first, int64_t end) {
+          for (int64_t j = first; j < end; ++j) seen.row(j)[r] = 1.0f;
+        });
+    }
+    soften(scores.data, count, lanes, all ? nullptr : seen.data, softmax);
+    for (int64_t r = 0; r < rows; ++r)
+      if (const float scale = softmax.scale[r]; scale != 1.0f)
+        for (int64_t d = 0; d < wide; ++d) out.row(r)[d] *= scale;
+    if (all) {
+      multiply({scores.data, 1, lanes}, values, out, rows, wide, count);
       continue;
     }
-    // Slots that a row does not see are skipped: the scores of the others are moved together, and
-    // values of skipped slots are not read (0 * NaN would be NaN).
-    for (int64_t r = 0; r < rows; ++r) {
-      float* s = scores.row(r);
-      Run runs[kKeys];
-      const int64_t number = runs_of(args, tile, r / tile.group, start, count, runs);
-      int64_t seen = 0;
-      for (int64_t i = 0; i < number; ++i) {
-        std::memmove(s + seen, s + runs[i].first, runs[i].count * sizeof(float));
-        seen += runs[i].count;
-      }
-      if (seen == 0) continue;
-      soften(s, seen, wide, {top[r], sum[r], out.row(r)});
-      for (int64_t i = 0, at = 0; i < number; at += runs[i++].count)
-        multiply({s + at, kKeys}, {values.row(runs[i].first), wide}, {out.row(r), wide}, 1, wide,
-                 runs[i].count);
-    }
+    // Values of slots that a row does not see are not read: 0 * NaN would be NaN.
+    for (int64_t r = 0; r < rows; ++r)
+      each_run(args, tile, r / tile.group, start, count, [&](int64_t first, int64_t end) {
+        multiply({scores.row(first) + r, 1, lanes}, {values.row(first), wide}, {out.row(r), wide},
+                 1, wide, end - first);
+      });
   }
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t head = tile.head * tile.group + r % tile.group;
     auto* to = static_cast<Storage*>(args.out) +
                ((tile.first + r / tile.group) * args.q_heads + head) * dim;
-    const float inverse = sum[r] != 0.0f ? 1.0f / sum[r] : 0.0f;  // sum 0: the row sees nothing
+    const float sum = softmax.sum[r], inverse = sum != 0.0f ? 1.0f / sum : 0.0f;  // 0: sees nothing
     for (int64_t d = 0; d < dim; ++d) {
       const float value = out.row(r)[d] * inverse;
       if constexpr (std::is_same_v<T, Float32>) to[d] = value;

@@ -10,11 +10,11 @@
 
 namespace dparallel::cpu {
 
-// Room for a tile's query, output, keys, transposed keys, values and scores, and the maximum and
-// the sum of each row; 16 is the widest vector's length.
+// Room for a tile's queries, output, keys and values, scores and which of them are seen, and three
+// numbers of each row's softmax; 16 is the widest vector's length.
 int64_t attention_scratch(int64_t head_dim) {
   const int64_t wide = (head_dim + 15) / 16 * 16;
-  return kTileRows * (5 * wide + kTileRows + 2);
+  return kTileRows * (4 * wide + 2 * kTileRows + 3);
 }
 
 void block_attention(const BlockAttentionArgs& args, Parallel parallel) {
