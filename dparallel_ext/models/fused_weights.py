@@ -22,25 +22,25 @@ Kind = TypeVar("Kind", bound=nn.Module)
 
 def joined_view(parts: Sequence[Tensor]) -> Tensor | None:
     """A view (rows, ...) of all parts (rows_i, ...), without a copy; None if they are not side by side."""
-    first, at, storage, rows = parts[0], None, None, 0
+    first = parts[0]
     if torch.compiler.is_compiling() or first.is_meta:
         return None
+    dtype, stride, end, rows = first.dtype, first.stride(), None, 0
     for part in parts:
         if type(part) not in (nn.Parameter, Tensor):  # sharded, fake or quantised
             return None
-        if at is None:
-            at, storage = part.data_ptr(), part.untyped_storage().data_ptr()
-        if (
-            part.data_ptr() != at
-            or part.untyped_storage().data_ptr() != storage
-            or part.dtype != first.dtype
-            or part.shape[1:] != first.shape[1:]
-            or not part.is_contiguous()
-        ):
+        begin = part.data_ptr()
+        if end is None:
+            end = begin
+        # Contiguous tensors of equal strides have rows of one shape.
+        if begin != end or part.dtype != dtype or part.stride() != stride or not part.is_contiguous():
             return None
-        at += part.nbytes
-        rows += part.shape[0]
-    return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+        end += part.nbytes
+        rows += part.size(0)
+    storage = first.untyped_storage()
+    if end > storage.data_ptr() + storage.nbytes():  # neighbours by chance
+        return None
+    return first.as_strided((rows, *first.shape[1:]), stride, first.storage_offset())
 
 
 def is_unmodified(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
