@@ -65,10 +65,10 @@ class Router(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Move with the model; a change of dtype leaves the bias in float32."""
-        bias = self._buffers.pop("expert_bias", None)
+        bias = self._buffers.get("expert_bias")
         super()._apply(fn, recurse)
-        if bias is not None:
-            self._buffers["expert_bias"] = bias.to(self.weight.device)
+        if bias is not None and self.expert_bias.dtype != bias.dtype:
+            self._buffers["expert_bias"] = bias.to(self.expert_bias.device)
         return self
 
 
@@ -142,15 +142,29 @@ def _activated(both: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def _together(experts: Experts, state: MutableMapping[str, Any], prefix: str, *_unused: object) -> None:
+def _together(
+    experts: Experts,
+    state: MutableMapping[str, Any],
+    prefix: str,
+    _metadata: object,
+    _strict: bool,
+    missing: list[str],
+    _unexpected: list[str],
+    errors: list[str],
+) -> None:
     """Put experts that a state dict holds one by one, as a checkpoint's file does, into one tensor."""
     for leaf in LEAVES:
-        whole = torch.empty_like(getattr(experts, leaf), requires_grad=False)
+        whole = getattr(experts, leaf).detach()
         parts = in_parts(prefix + leaf, whole)
-        if prefix + leaf not in state and parts.keys() <= state.keys():
-            for name, part in parts.items():
-                part.copy_(state.pop(name))
-            state[prefix + leaf] = whole
+        stored = {} if prefix + leaf in state else {name: state.pop(name) for name in parts if name in state}
+        if not stored:
+            continue
+        missing += [name for name in parts if name not in stored]
+        misshapen = [name for name, part in stored.items() if part.shape != parts[name].shape]
+        for name in misshapen:
+            errors.append(f"{name} is {tuple(stored[name].shape)}, expected {tuple(parts[name].shape)}")
+        if len(stored) == len(parts) and not misshapen:
+            state[prefix + leaf] = torch.cat(list(stored.values())).view(whole.shape)
 
 
 def in_parts(name: str, tensor: Tensor) -> dict[str, Tensor]:

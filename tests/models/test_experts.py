@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,30 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
         save_file(changed, file)
         with pytest.raises(ValueError, match=message):
             models.load(tmp_path)
+
+
+def test_experts_of_a_state_dict_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    """As by `load`; an expert of another shape was filled by broadcasting."""
+    theirs_of().save_pretrained(tmp_path)
+    tensors, name = load_file(tmp_path / "model.safetensors"), "model.layers.2.mlp.experts.5.gate_proj.weight"
+    model = Qwen3MoE({**SIZES, "model_type": "qwen3_moe"})
+    for shape in ((32,), (24, 31)):
+        with pytest.raises(RuntimeError, match=rf"{name} is {re.escape(str(shape))}, expected \(24, 32\)"):
+            model.load_state_dict({**tensors, name: torch.ones(shape)}, strict=False)
+    del tensors[name]
+    with pytest.raises(RuntimeError, match=rf"Missing key.*{name}"):
+        model.load_state_dict(tensors)
+    assert name in model.load_state_dict(tensors, strict=False).missing_keys
+
+
+@torch.no_grad()
+def test_a_model_without_memory_takes_the_tensors_of_a_file(tmp_path: Path) -> None:
+    theirs, x = theirs_of(), ids(1, 9)
+    theirs.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = Qwen3MoE({**SIZES, "model_type": "qwen3_moe"})
+    model.load_state_dict(load_file(tmp_path / "model.safetensors"), assign=True)
+    torch.testing.assert_close(model(x).logits, theirs(x).logits, rtol=0, atol=1e-4)
 
 
 def test_names_of_parts() -> None:

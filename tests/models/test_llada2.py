@@ -221,6 +221,16 @@ def test_the_router_s_bias_stays_in_float32(tmp_path: Path) -> None:
         models.load(tmp_path)
 
 
+@torch.no_grad()
+def test_the_router_s_bias_moves_with_the_model() -> None:
+    model, x = model_of(), ids(1, 9)
+    with torch.device("meta"):
+        empty = LLaDA2(CONFIG).half()
+    empty.to_empty(device="cpu").float().load_state_dict(model.state_dict())
+    assert torch.equal(empty(x).logits, model(x).logits)
+    assert all(tensor.is_shared() for tensor in empty.share_memory().state_dict().values())
+
+
 @pytest.mark.parametrize("gradient", [True, False])
 def test_wrap_takes_experts_one_by_one(gradient: bool, tmp_path: Path) -> None:
     """As remote code holds them; all else is shared."""
