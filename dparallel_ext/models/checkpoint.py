@@ -22,7 +22,7 @@ from . import files, fused_weights
 from .base import Model
 from .config import ModelConfig, token_ids
 from .dream import Dream
-from .experts import in_parts
+from .experts import Experts, Router, in_parts
 from .fast_dllm import FastDLLM
 from .llada import LLaDA
 from .llada2 import LLaDA2
@@ -172,7 +172,8 @@ def wrap(hf_model: nn.Module) -> Model:
 
     Raises:
         ValueError: naming the config key, or the missing, extra or misshapen tensors; also if the
-            weights do not all lie on one device, as after offloading.
+            weights do not all lie on one device, as after offloading, or an adapter is on a router or an
+            expert.
     """
     for_decoding(hf_model)  # raises if weights are sharded or not loaded
     hf_model = unwrap(hf_model)
@@ -207,7 +208,13 @@ def wrap(hf_model: nn.Module) -> Model:
     ends = token_ids({"eos_token_id": getattr(generation, "eos_token_id", None)}, "eos_token_id", rows)
     _add_ends(content, ends, rows, source)
     model = _assemble(content, tensors, source, mixed=True)
+    mixtures = tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, Router | Experts))
     for name, module in adapted.items():
+        if f"{name}.".startswith(mixtures):
+            raise ValueError(
+                f"hf_model: PEFT has adapted {name}, and experts are called otherwise here. Merge the "
+                "adapter, or load the adapter into the model that models.load or models.wrap gives of the base"
+            )
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)
     return model.eval()

@@ -141,6 +141,31 @@ def test_methods_beyond_layers_are_refused_by_name(make: Callable[[Any], Any], s
             decode(model)
 
 
+@torch.no_grad()
+def test_adapters_of_experts(peft: Any, tmp_path: Path) -> None:
+    """Those of transformers' model work in ours; but its modules are called otherwise, so `wrap` refuses."""
+    transformers, x = pytest.importorskip("transformers"), torch.arange(9)[None]
+    sizes: dict[str, Any] = {
+        **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 4},
+        **{"num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    }
+    theirs = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes)).eval()
+    theirs.save_pretrained(tmp_path / "base")
+    plain = theirs(x).logits
+    adapted = peft.get_peft_model(theirs, lora(peft, target_modules="all-linear")).eval()
+    randomise(adapted)
+    expected = adapted(x).logits
+    assert not torch.allclose(expected, plain, atol=1e-2)
+    with pytest.raises(ValueError, match=r"hf_model: PEFT has adapted model\.layers\.0\.mlp\."):
+        models.wrap(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    ours = peft.PeftModel.from_pretrained(models.load(tmp_path / "base"), tmp_path / "adapter").eval()
+    torch.testing.assert_close(ours(x).logits, expected, rtol=0, atol=1e-4)
+    merged = models.wrap(adapted.merge_and_unload())
+    torch.testing.assert_close(merged(x).logits, expected, rtol=0, atol=1e-4)
+
+
 def test_what_peft_passes_on_is_none_or_refused() -> None:
     model = native()
     assert torch.equal(model(PROMPT, labels=None, output_attentions=False).logits, model(PROMPT).logits)
