@@ -213,7 +213,7 @@ def wrap(hf_model: nn.Module) -> Model:
         if f"{name}.".startswith(mixtures):
             raise ValueError(
                 f"hf_model: PEFT has adapted {name}, and experts are called otherwise here. Merge the "
-                "adapter, or load the adapter into the model that models.load or models.wrap gives of the base"
+                "adapter, or load the adapter into the base model that models.load or models.wrap gives"
             )
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)

@@ -14,11 +14,12 @@ from .llama import llama_shape
 
 _LAYER = "model.layers.{}."
 _SUPPORTED = {"score_function": "sigmoid", "norm_head": False, "moe_router_enable_expert_bias": True}
+_ROTARY = {"partial_rotary_factor": Field(float, 0.5, least=0.0, most=1.0)}
 _FIELDS = {
+    **_ROTARY,
     "num_hidden_layers": fields.LAYERS,
     "num_key_value_heads": Field(int, 0, least=0, most=2**16),
     "rms_norm_eps": replace(fields.EPS, default=1e-5),
-    "partial_rotary_factor": Field(float, 0.5, least=0.0, most=1.0),
     "use_qkv_bias": fields.NO,
     "use_bias": Field(bool, True),
     "use_qk_norm": Field(bool, True),
@@ -70,11 +71,21 @@ class LLaDA2(Model):
         c = fields.read(config, _FIELDS)
         # What Llama's keys do not hold as they are.
         theirs = {"num_key_value_heads": c["num_key_value_heads"] or None, "rms_norm_eps": c["rms_norm_eps"]}
+        factor, rope = c["partial_rotary_factor"], config.get("rope_parameters")
+        if (
+            isinstance(rope, Mapping) and "partial_rotary_factor" in rope
+        ):  # transformers 5 writes it there too
+            nested = fields.read(rope, _ROTARY, "rope_parameters")["partial_rotary_factor"]
+            if config.get("partial_rotary_factor") not in (None, nested):
+                raise ValueError(
+                    f"config: partial_rotary_factor={factor:g}, and that of rope_parameters is {nested:g}"
+                )
+            factor, theirs["rope_parameters"] = nested, {**rope, "partial_rotary_factor": 1}
         shape = llama_shape({**config, **theirs, "partial_rotary_factor": 1}, scalings=())
-        turned = int(shape.head_dim * c["partial_rotary_factor"])
+        turned = int(shape.head_dim * factor)
         if turned < 2 or turned % 2:
             raise ValueError(
-                f"config: partial_rotary_factor={c['partial_rotary_factor']:g} rotates {turned} of "
+                f"config: partial_rotary_factor={factor:g} rotates {turned} of "
                 f"{shape.head_dim} dimensions, expected an even number of 2 or more"
             )
         experts = ExpertsConfig(

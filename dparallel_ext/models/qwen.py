@@ -70,7 +70,7 @@ def experts_of(config: Mapping[str, Any]) -> ExpertsConfig:
     """The mixtures of experts in a config.json in Qwen3's keys."""
     c = fields.read(config, _EXPERTS)
     # transformers 5 writes the newer name.
-    key = "num_local_experts" if config.get("num_experts") is None else "num_experts"
+    key = "num_experts" if config.get("num_local_experts") is None else "num_local_experts"
     count = fields.read(config, {key: Field(int, most=2**14)})[key]
     dense = config.get("mlp_only_layers") or []
     if not (isinstance(dense, list) and all(type(layer) is int for layer in dense)):

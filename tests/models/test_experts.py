@@ -235,7 +235,8 @@ def test_names_of_parts() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_experts": None}, "'num_local_experts' is missing"),
+        ({"num_experts": None}, "'num_experts' is null"),
+        ({"num_experts": None, "num_local_experts": "8"}, "num_local_experts='8', expected a whole number"),
         ({"num_experts": 0}, "num_experts=0, expected a whole number >= 1"),
         ({"num_experts_per_tok": 9}, "9 experts for a token, and there are 8"),
         ({"num_experts_per_tok": None}, "'num_experts_per_tok' is null"),

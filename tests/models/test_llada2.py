@@ -272,6 +272,14 @@ def test_it_trains_and_a_state_dict_resumes() -> None:
         ({"num_experts_per_tok": 9}, "9 experts for a token, and there are 8"),
         ({"partial_rotary_factor": 0.1}, "partial_rotary_factor=0.1 rotates 1 of 16 dimensions, expected an"),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5, expected a number >= 0 and <= 1"),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.25}},
+            "partial_rotary_factor=0.5, and that of rope_parameters is 0.25",
+        ),
+        (
+            {"rope_parameters": {"partial_rotary_factor": "0.5"}},
+            "rope_parameters: partial_rotary_factor='0.5', expected a number",
+        ),
         ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope_scaling of type 'yarn' is not supported"),
         (
             {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 64},
@@ -283,6 +291,15 @@ def test_it_trains_and_a_state_dict_resumes() -> None:
 def test_a_config_that_does_not_fit_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"config: {message}"):
         LLaDA2({**CONFIG, **changes})
+
+
+def test_a_config_that_transformers_5_has_written() -> None:
+    rope = {"rope_type": "default", "rope_theta": 600.0, "partial_rotary_factor": 0.5}
+    plain = LLaDA2.shape_of(CONFIG)
+    assert LLaDA2.shape_of({**CONFIG, "rope_parameters": rope}) == plain
+    assert LLaDA2.shape_of({**CONFIG, "rope_parameters": rope, "partial_rotary_factor": None}) == plain
+    quarter = {**CONFIG, "rope_parameters": {**rope, "partial_rotary_factor": 0.25}}
+    assert LLaDA2.shape_of({**quarter, "partial_rotary_factor": None}).rotary_dim == 4
 
 
 def test_the_releases_mask(tmp_path: Path) -> None:
