@@ -252,7 +252,7 @@ def save(
     such as gathered shards. Each file appears whole or not at all, config.json last.
 
     Raises ValueError for another dtype than of floating point, for a path that is no directory or cannot be
-    written to, and for a model that is not ours, is quantised or under adapters.
+    written to, and for a model that is not ours, is quantised, under adapters or not loaded.
     """
     _check_dtype(dtype)
     model = unwrap(model)
@@ -269,9 +269,13 @@ def save(
     dtype = dtype or model.dtype
     tied = model.checkpoint_name("lm_head") + ".weight" if model.shape.tied else None
     buffers = dict(model.named_buffers())  # which keep their own dtype
+    state = state_dict or {**dict(model.named_parameters()), **buffers}
+    for name, held in state.items():
+        if held.is_meta:
+            raise ValueError(f"model: expected weights, but {name} is on the meta device, without numbers")
     tensors = {
         stored: tensor.contiguous()
-        for name, held in (state_dict or {**dict(model.named_parameters()), **buffers}).items()
+        for name, held in state.items()
         if name != tied
         for stored, tensor in in_parts(
             name, held.detach().to("cpu", held.dtype if name in buffers else dtype)

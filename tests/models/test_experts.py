@@ -176,6 +176,9 @@ def test_to_look_at_a_checkpoint_copies_no_expert(tmp_path: Path) -> None:
     assert (stored.dtype, stored.eos_ids) == (model.dtype, model.eos_ids)
     unread = {name for name, p in stored.named_parameters() if p.is_meta}
     assert unread == {name for name, _ in model.named_parameters() if ".experts." in name} != set()
+    with pytest.raises(ValueError, match=r"model: expected weights, but .*experts.* is on the meta device"):
+        models.save(stored, tmp_path)
+    assert models.fingerprint(models.load(tmp_path)) == models.fingerprint(model)
 
 
 def test_a_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
