@@ -154,9 +154,11 @@ def _together(
 ) -> None:
     """Put experts that a state dict holds one by one, as a checkpoint's file does, into one tensor."""
     for leaf in LEAVES:
-        whole = getattr(experts, leaf).detach()
+        if prefix + leaf in state:
+            continue
+        whole = torch.empty(getattr(experts, leaf).shape, device="meta")  # a shard has no parts
         parts = in_parts(prefix + leaf, whole)
-        stored = {} if prefix + leaf in state else {name: state.pop(name) for name in parts if name in state}
+        stored = {name: state.pop(name) for name in parts if name in state}
         if not stored:
             continue
         missing += [name for name in parts if name not in stored]

@@ -199,6 +199,23 @@ def test_sharded_models_are_refused_by_name_and_the_advice_works(version: int, p
         tokens(theirs)
 
 
+def test_a_sharded_model_of_experts_resumes(process_group: None) -> None:
+    """The names of a layer's experts were sought in its shards, which have none."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    sizes = {
+        **{"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1},
+        **{"num_attention_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+    }
+    first, second = (models.SDARMoE({**sizes, "model_type": "sdar_moe"}) for _ in range(2))
+    for model in (first, second):
+        fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+    set_model_state_dict(second, get_model_state_dict(first))
+    x = torch.arange(9)[None]
+    assert torch.equal(second(x).logits, first(x).logits)
+
+
 def test_weights_that_are_elsewhere_are_named() -> None:
     with torch.device("meta"):
         model = Dream(native().config)
