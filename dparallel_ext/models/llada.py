@@ -14,6 +14,7 @@ from .fields import Field
 _BLOCK = "model.transformer.blocks.{}."
 
 _SUPPORTED = {
+    "num_experts": None,  # LLaDA-MoE has this model_type too
     "block_type": "llama",
     "activation_type": "silu",
     "layer_norm_type": "rms",

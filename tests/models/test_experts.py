@@ -112,6 +112,25 @@ def _by_product(experts: Any, *given: Tensor) -> Tensor:
     return found
 
 
+class OnGpu(Tensor):
+    """A tensor that says so."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def test_a_gpu_s_product_is_not_asked_for_rows_that_it_does_not_read() -> None:
+    """Their bytes must be multiples of 16."""
+    for changes in ({"moe_intermediate_size": 20}, {"hidden_size": 36}):
+        model = Qwen3MoE({**SIZES, "model_type": "qwen3_moe", **changes}).bfloat16()
+        experts, router = model.blocks[0].experts, model.blocks[0].router
+        x = torch.randn(9, model.shape.width, dtype=torch.bfloat16)
+        chosen = router(x)
+        with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
+            _by_product(experts, x, *chosen)
+        assert torch.equal(experts(x.as_subclass(OnGpu), *chosen).as_subclass(Tensor), experts(x, *chosen))
+
+
 def test_gradients_are_those_of_transformers() -> None:
     theirs, x = theirs_of(), ids(2, 9)
     model = models.wrap(theirs_of()).train()
