@@ -347,7 +347,8 @@ def test_merging_adds_the_product_and_keeps_the_layout(adapter: Path, tmp_path: 
     (old / "adapter_config.json").write_text(json.dumps(config))
     names = {
         model.checkpoint_name(name): name
-        for name in (f"blocks.{i}.{t}" for i in range(model.shape.layers) for t in adapters.LORA_TARGETS)
+        for i in range(model.shape.layers)
+        for name in (f"blocks.{i}.{t}" for t in adapters.LORA_TARGETS if t in model.NAMES)
     }
     renamed = {}
     for key, tensor in low.items():
@@ -357,6 +358,33 @@ def test_merging_adds_the_product_and_keeps_the_layout(adapter: Path, tmp_path: 
     again = adapters.merge(old, tmp_path / "again", model="builtin:teacher")
     same = load_file(again / "model.safetensors")
     assert all(torch.equal(same[name], merged[name]) for name in merged)
+
+
+@pytest.mark.parametrize("family", ["sdar_moe", "llada2_moe"])
+def test_adapters_of_mixtures_of_experts(family: str, tmp_path: Path) -> None:
+    """By default on the layers that the family has; those of experts, which PEFT merges, are refused."""
+    sizes = {
+        **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+        **{"n_group": 2, "topk_group": 1, "num_shared_experts": 1, "model_type": family},
+    }
+    model = dx.models.FAMILIES[family](sizes)
+    dx.models.save(model, tmp_path / "base")
+    adapted = adapters.with_lora(model, {"init_lora_weights": False}, str(tmp_path / "base")).eval()
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    layers = {name.partition(".lora_")[0].rpartition(".")[2] for name in trained}
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    shared = {"query_key_value", "dense", "gate_proj", "up_proj", "down_proj"}
+    assert layers == (attention if family == "sdar_moe" else shared)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = dx.models.load(adapters.merge(tmp_path / "adapter", tmp_path / "out"))
+    x = torch.arange(9)[None]
+    torch.testing.assert_close(merged(x).logits, adapted(x).logits, rtol=0, atol=1e-4)
+    experts = {"target_modules": [], "target_parameters": ["experts.down_proj"]}
+    adapted = peft.get_peft_model(dx.models.load(tmp_path / "base"), peft.LoraConfig(**experts))
+    adapted.save_pretrained(tmp_path / "experts")
+    with pytest.raises(ValueError, match=r"it changes parameters .*experts\.down_proj.*merge_and_unload"):
+        adapters.merge(tmp_path / "experts", tmp_path / "other", model=str(tmp_path / "base"))
 
 
 @pytest.mark.slow

@@ -13,8 +13,8 @@ from dparallel_ext.models import Model
 
 from .. import files, registry
 
-LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-"""The layers with adapters as published, by our names of modules."""
+LORA_TARGETS = ("q", "k", "v", "qkv", "o", "gate", "up", "down")
+"""The layers with adapters as published, by our names of modules; a family has some of them."""
 
 
 def with_lora(model: Model, settings: Mapping[str, Any], base: str) -> Any:
@@ -26,12 +26,15 @@ def with_lora(model: Model, settings: Mapping[str, Any], base: str) -> Any:
 
     if unknown := sorted(set(settings) - {f.name for f in fields(LoraConfig)}):
         raise ValueError(f"lora: no setting {unknown} in peft.LoraConfig")
-    theirs = {o: model.checkpoint_name(f"blocks.0.{o}").rpartition(".")[2] for o in LORA_TARGETS}
+    theirs = {
+        o: model.checkpoint_name(f"blocks.0.{o}").rpartition(".")[2] for o in LORA_TARGETS if o in model.NAMES
+    }
+    modules = [name for name, _ in model.named_modules()]
+    targets = [o for o, own in theirs.items() if any(name.endswith(f".{own}") for name in modules)]
     theirs |= {name: model.checkpoint_name(name) for name in ("embed", "lm_head")}
     # In LLaDA a layer's last matrix has the head's name.
-    changes: dict[str, Any] = {"exclude_modules": [theirs["lm_head"]], "target_modules": LORA_TARGETS}
+    changes: dict[str, Any] = {"exclude_modules": [theirs["lm_head"]], "target_modules": targets}
     changes |= settings
-    modules = [name for name, _ in model.named_modules()]
     for key in ("target_modules", "modules_to_save"):
         if not isinstance(names := changes.get(key), (list, tuple)):
             continue
@@ -75,6 +78,12 @@ def merge(
         config = LoraConfig.from_pretrained(str(adapter))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"adapter: {adapter / 'adapter_config.json'} is not LoRA's: {error}") from error
+    if parameters := getattr(config, "target_parameters", None):
+        raise ValueError(
+            f"adapter: it changes parameters (target_parameters={list(parameters)!r:.200}), such as experts, "
+            "which are not merged here. PEFT's merge_and_unload merges them in the model of models.load, and "
+            "models.save writes it"
+        )
     try:
         tensors = load_file(adapter / "adapter_model.safetensors")
     except SafetensorError as error:
