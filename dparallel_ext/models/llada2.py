@@ -72,9 +72,8 @@ class LLaDA2(Model):
         # What Llama's keys do not hold as they are.
         theirs = {"num_key_value_heads": c["num_key_value_heads"] or None, "rms_norm_eps": c["rms_norm_eps"]}
         factor, rope = c["partial_rotary_factor"], config.get("rope_parameters")
-        if (
-            isinstance(rope, Mapping) and "partial_rotary_factor" in rope
-        ):  # transformers 5 writes it there too
+        # transformers 5 writes it there, too.
+        if isinstance(rope, Mapping) and "partial_rotary_factor" in rope:
             nested = fields.read(rope, _ROTARY, "rope_parameters")["partial_rotary_factor"]
             if config.get("partial_rotary_factor") not in (None, nested):
                 raise ValueError(
