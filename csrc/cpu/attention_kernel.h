@@ -20,11 +20,9 @@ struct AttentionTile {
 
 constexpr int64_t kTileRows = 64;
 
-// The number of floats of scratch that a tile needs.
-int64_t attention_scratch(int64_t head_dim);
-
 struct AttentionKernel {
-  // Indexed by DType.
+  // Indexed by DType. scratch: see block_attention.cpp; aligned to a cache line, since a vector
+  // that lies in two takes twice as long to load.
   void (*tile[3])(const BlockAttentionArgs& args, const AttentionTile& tile, float* scratch);
 };
 

@@ -10,12 +10,21 @@
 
 namespace dparallel::cpu {
 
+namespace {
+
+constexpr int64_t kLine = 16;  // floats of a cache line, and of the widest vector
+
+struct alignas(4 * kLine) Line {
+  float number[kLine];
+};
+
 // Room for a tile's queries, output, keys and values, scores and which of them are seen, and three
-// numbers of each row's softmax; 16 is the widest vector's length.
-int64_t attention_scratch(int64_t head_dim) {
-  const int64_t wide = (head_dim + 15) / 16 * 16;
-  return kTileRows * (4 * wide + 2 * kTileRows + 3);
+// numbers of each row's softmax.
+int64_t scratch_lines(int64_t head_dim) {
+  return kTileRows * (4 * ((head_dim + kLine - 1) / kLine * kLine) + 2 * kTileRows + 3) / kLine;
 }
+
+}  // namespace
 
 void block_attention(const BlockAttentionArgs& args, Parallel parallel) {
   const int64_t heads = args.k_layout.heads, group = args.q_heads / heads;
@@ -37,9 +46,10 @@ void block_attention(const BlockAttentionArgs& args, Parallel parallel) {
     }
   }
   run_parallel(parallel, static_cast<int64_t>(tiles.size()), [&](int64_t i) {
-    static thread_local std::vector<float> scratch;
-    scratch.resize(attention_scratch(args.k_layout.head_dim));
-    attention_kernel_in_use().tile[static_cast<int>(args.dtype)](args, tiles[i], scratch.data());
+    static thread_local std::vector<Line> scratch;
+    scratch.resize(scratch_lines(args.k_layout.head_dim));
+    attention_kernel_in_use().tile[static_cast<int>(args.dtype)](args, tiles[i],
+                                                                 scratch.data()->number);
   });
 }
 
