@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import shutil
@@ -508,6 +509,22 @@ def test_a_checker_that_fails_is_named(own: Path):
         asked = problems.from_file(str(own), checker, prompt_field="question", count=1, gen_length=64)
         with pytest.raises(ValueError, match=said):
             evaluate.evaluate("builtin:student", "quota:32", problems=asked)
+
+
+@pytest.mark.parametrize("model", ["builtin:student", "builtin:causal"])
+def test_a_prompt_beyond_the_positions_of_a_model_that_ships_is_named(model: str, tmp_path: Path):
+    """As `dparallel decode` names it."""
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "3 + 4 = " * 100, "answer": 7}))
+    asked = problems.from_file(str(tmp_path / "p.jsonl"), gen_length=8)
+    calls = [functools.partial(evaluate.evaluate_drafter, model, None)]
+    if model == "builtin:student":
+        calls = [
+            functools.partial(evaluate.evaluate, model, "quota:32"),
+            functools.partial(evaluate.evaluate_adaptive, model, registry.VERIFIER),
+        ]
+    for call in calls:
+        with pytest.raises(ValueError, match=rf"gen_length: .* 408 tokens, but {model} was trained on 256"):
+            call(problems=asked)
 
 
 def test_results_of_other_problems_are_measured_anew(own: Path, tmp_path: Path):

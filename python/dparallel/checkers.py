@@ -44,16 +44,17 @@ CHECKERS: dict[str, Checker] = {
 
 
 def checker_of(name: str) -> Checker:
-    """One of CHECKERS, or "package.module:function". Raises ValueError, and so does the checker where the
-    function raises anything, or returns neither true nor false."""
+    """One of CHECKERS, or "package.module:function". Raises ValueError, also where the module raises
+    anything, and so does the checker where the function raises anything, or returns neither true nor
+    false."""
     if name in CHECKERS:
         return CHECKERS[name]
     module, _, function = name.partition(":")
     try:
         checker = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(
-            f"checker: expected one of {list(CHECKERS)} or package.module:function, got {name!r} ({error})"
+            f"checker: expected one of {list(CHECKERS)} or package.module:function, got {name!r} ({error!r})"
         ) from error
     if not callable(checker):
         raise ValueError(f"checker: {name!r} is not a function")
@@ -61,14 +62,15 @@ def checker_of(name: str) -> Checker:
     def checked(answer: str, response: str) -> bool:
         try:
             right = checker(answer, response)
-        except Exception as error:
+            verdict = bool(right) if is_number(right) and right in (0, 1) else None
+        except (Exception, SystemExit) as error:  # an exit would end the command as if all were measured
             raise ValueError(
                 f"checker: {name} raised {error!r} for the answer {answer!r:.200} and the response "
                 f"{response!r:.2000}"
             ) from error
-        if not is_number(right):
+        if verdict is None:
             raise ValueError(f"checker: expected True or False from {name}, got {right!r:.80}")
-        return bool(right)
+        return verdict
 
     return checked
 

@@ -20,7 +20,7 @@ from .configs import Fields, changed_fields, parse_policy
 from .problems import Problems, Prompt, held_out
 from .recording import Recording, answer_of
 from .results import label, wilson
-from .text import TokenTexts, prompt_encoder
+from .text import TokenTexts
 
 Output = TypeVar("Output", bound=dx.DecodeOutput)
 
@@ -79,7 +79,7 @@ def evaluate(
     model, tokenizer = loaded or (loading or registry.Loading()).load(model_name)
     model = dx.models.for_decoding(model)
     dx.models.check_diffusion(model)
-    encode = prompt_encoder(tokenizer, template)
+    encode = registry.encoder_of(model_name, model, tokenizer, template, length)
     causal = dx.models.traits(model).block_length
     block = config.block_length or causal or 32
     correct = passes = canvases = to_eos = tokens = padded = 0
@@ -202,7 +202,7 @@ def evaluate_drafter(
     whole("batch", batch, 1)
     model, tokenizer = loaded or (loading or registry.Loading()).load(model_name)
     template = registry.template_of(model_name, chat)
-    encode = prompt_encoder(tokenizer, template)
+    encode = registry.encoder_of(model_name, model, tokenizer, template, length)
     correct = passes = drafts = tokens = layers = 0
     drafted, accepted = list[int](), list[int]()
     found: dict[int, Answer] = {}
@@ -312,7 +312,7 @@ def evaluate_adaptive(
     how = label({"policy": verifier, "config": changed})
     of_all: Fields = {"tokenizer": tokenizer, "length": length, "model": model_name, "how": how}
     noted = functools.partial(_record, recording, asked, **of_all)
-    encode = prompt_encoder(tokenizer, template)
+    encode = registry.encoder_of(model_name, model, tokenizer, template, length)
     correct = passes = verified = tokens = kept = 0
     began = time.perf_counter()
     for out, right in _to_the_end(decode, asked, encode, batch, tokenizer, {}, noted):

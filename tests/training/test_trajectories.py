@@ -295,6 +295,36 @@ def test_a_checker_that_is_none_is_named(name: str):
         checkers.checker_of(name)
 
 
+def test_a_checkers_module_that_raises_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, content in (("cut", "def f(:"), ("raising", "1 / 0"), ("leaving", "raise SystemExit(0)")):
+        (tmp_path / f"{name}_checker.py").write_text(content)
+        with pytest.raises(ValueError, match=rf"checker: expected one of .*, got '{name}_checker:f' \("):
+            checkers.checker_of(f"{name}_checker:f")
+
+
+@pytest.mark.parametrize("verdict", [True, 1, 0.0, torch.tensor(True), torch.tensor(0.0)])
+def test_a_verdict_of_another_type_that_is_true_or_false(verdict: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(checkers, "judge", lambda answer, response: verdict, raising=False)
+    assert checkers.checker_of("dparallel.checkers:judge")("7", "7") is bool(verdict)
+
+
+@pytest.mark.parametrize("verdict", [float("nan"), 0.5, torch.tensor(0.5), torch.ones(1, device="meta")[0]])
+def test_a_verdict_that_is_neither_is_named(verdict: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(checkers, "judge", lambda answer, response: verdict, raising=False)
+    with pytest.raises(ValueError, match=r"checker: .*dparallel.checkers:judge"):
+        checkers.checker_of("dparallel.checkers:judge")("7", "7")
+
+
+def test_a_checker_that_exits_is_named(monkeypatch: pytest.MonkeyPatch):
+    def leave(answer: str, response: str) -> bool:
+        raise SystemExit(0)
+
+    monkeypatch.setattr(checkers, "leave", leave, raising=False)
+    with pytest.raises(ValueError, match=r"checker: dparallel.checkers:leave raised SystemExit"):
+        checkers.checker_of("dparallel.checkers:leave")("7", "7")
+
+
 @pytest.mark.parametrize(
     ("checker", "said"),
     [
@@ -312,6 +342,15 @@ def test_a_checker_that_fails_is_named(
     settings = replace(SMALL, checker=checker)
     with pytest.raises(ValueError, match=said):
         trajectories.generate(tmp_path, prompts[:2], settings, loaded=loaded, progress=False)
+
+
+def test_a_prompt_beyond_the_positions_of_a_model_that_ships_is_named(tmp_path: Path):
+    settings = replace(SMALL, model="builtin:student", gen_length=8)
+    with pytest.raises(
+        ValueError, match=r"gen_length: .* 408 tokens, but builtin:student was trained on 256"
+    ):
+        trajectories.generate(tmp_path, [Prompt("3 + 4 = " * 100, "7")], settings, progress=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_prompts_of_odd_files(tmp_path: Path):

@@ -177,7 +177,9 @@ def evaluate(
             if gen_length is not None:
                 at_least("gen_length", gen_length, 1)
             fields = {"prompt_field": prompt_field, "answer_field": answer_field}
-            asked = from_file(data, checker or CHECKER, count=problems, gen_length=gen_length, **fields)
+            asked = from_file(
+                data, CHECKER if checker is None else checker, count=problems, gen_length=gen_length, **fields
+            )
         given: dict[Path, str] = {}
         for name, file in (("json", json_file), ("markdown", markdown), ("plot", plot), ("html", html)):
             if file is not None:

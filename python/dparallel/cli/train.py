@@ -90,7 +90,7 @@ def answer(
     from ..training import trajectories
 
     with plain_errors("train"):
-        checker = checker or CHECKER
+        checker = CHECKER if checker is None else checker
         length = registry.gen_length(model) if gen_length is None else whole("gen_length", gen_length, 1)
         if block_length is not None:
             at_least("block_length", block_length, 1)

@@ -29,7 +29,7 @@ from .. import files, registry
 from ..checkers import Checker, checker_of
 from ..configs import parse_policy
 from ..problems import Prompt
-from ..text import Template, prompt_encoder
+from ..text import Template
 from ..toy import tasks
 
 SETTINGS = "settings.json"
@@ -164,10 +164,9 @@ def _generate(
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     loading = registry.Loading(device, registry.dtype_of(settings.dtype), mask_id=settings.mask_id)
     model, tokenizer = loaded or loading.load(settings.model)
-    encode = prompt_encoder(tokenizer, template)
     model = dx.models.for_decoding(model)
     dx.models.check_diffusion(model)
-    registry.check_positions(settings.model, model, settings.gen_length)
+    encode = registry.encoder_of(settings.model, model, tokenizer, template, settings.gen_length)
     bar = None
     if progress:
         from tqdm import tqdm
