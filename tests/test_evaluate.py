@@ -496,6 +496,20 @@ def test_a_response_is_judged_to_its_end(own: Path):
     texts = [tokenizer.decode(each.tokens[: each.tokens.index(model.eos_id)]) for each in answers]
     assert sorted(seen) == sorted(texts)
     assert (row["problems"], len(answers)) == (3, 3)
+    seen.clear()
+    stop = [[answers[0].tokens[4]]]
+    evaluate.evaluate(
+        "x", "quota:32", config=dx.DecodeConfig(stop=stop), problems=asked, loaded=(model, tokenizer)
+    )
+    asked_ids = [each.prompt for each in answers]
+    out = dx.decode(model, asked_ids, rule="quota:32", gen_length=64, stop=stop)
+    ends = [
+        evaluate.kept_of(response[:kept].tolist(), model.eos_ids)
+        for response, kept in zip(out.responses, out.kept.tolist(), strict=True)
+    ]
+    assert max(ends) <= 64 > min(out.kept.tolist())
+    pairs = zip(out.responses, ends, strict=True)
+    assert sorted(seen) == sorted(tokenizer.decode(response[:end].tolist()) for response, end in pairs)
     lengths = [len(each.prompt) for each in answers]
     stream = itertools.islice(tasks.problems("held_out"), 3)
     assert lengths == [len(tokenizer.encode(p.prompt).ids) for p in stream]

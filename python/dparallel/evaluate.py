@@ -88,7 +88,10 @@ def evaluate(
     for part in _batches(asked, encode, batch):
         out = dx.decode(model, [each.ids for each in part], config, draft_size=draft_size)
         responses = [response.tolist() for response in out.responses]
-        kept = [kept_of(response[:length], model.eos_ids) for response in responses]
+        kept = [
+            kept_of(response[: min(length, end)], model.eos_ids)
+            for response, end in zip(responses, out.kept.tolist(), strict=True)
+        ]
         shown = responses if asked.beyond_end else [r[:n] for r, n in zip(responses, kept, strict=True)]
         texts = tokenizer.decode_batch(shown)
         correct += _count_right(asked, part, texts)
