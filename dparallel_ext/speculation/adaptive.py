@@ -277,28 +277,19 @@ class AdaptiveBatch(CausalBatch):
         """The number of ids, from 0, that both models have."""
         self.verifier_cache = verifier.new_cache(lanes, width)
 
-    def step(self, lanes: Sequence[int] | None = None) -> list[int]:
-        """Draft and verify once for every sequence that is not done (of `lanes`); return their lanes.
-
-        If a model raises, every sequence is left as it was before the call.
-        """
-        live = self.live if lanes is None else [b for b in self.live if b in lanes]
-        before = self.forwards, self.draft_forwards
+    def _run(self, live: Sequence[int]) -> Mapping[int, Judged]:
         judged: dict[int, Judged] = {}
-        try:
-            for group in [[b] for b in live] if self.batch_invariant else [live] * bool(live):
-                judged |= self._judge({b: self.rows[b] for b in group})
-        except BaseException:
-            self.forwards, self.draft_forwards = before
-            raise
-        for b, found in judged.items():
-            row, drafted = self.rows[b], len(found.tokens) - 1
-            row.draft_nfe += found.verified
-            count = self.commit(b, found.tokens[: found.taken], found.logprobs[: found.taken])
-            if drafted:
-                self.counts.add(drafted, count - 1)
-            row.judged(Verified(drafted, count - 1, tuple(found.tokens[count:])))
-        return live
+        for group in [[b] for b in live] if self.batch_invariant else [live]:
+            judged |= self._judge({b: self.rows[b] for b in group})
+        return judged
+
+    def _advance(self, b: int, result: Judged) -> None:
+        row, drafted = self.rows[b], len(result.tokens) - 1
+        row.draft_nfe += result.verified
+        count = self.commit(b, result.tokens[: result.taken], result.logprobs[: result.taken])
+        if drafted:
+            self.counts.add(drafted, count - 1)
+        row.judged(Verified(drafted, count - 1, tuple(result.tokens[count:])))
 
     def _judge(self, rows: Mapping[int, CausalSequence]) -> dict[int, Judged]:
         """Run a pass over some sequences, which changes nothing but keys and values."""

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import collections
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +49,15 @@ class Counts:
         for at in range(depth):
             self.drafted[at] += 1
             self.accepted[at] += at < taken
+
+
+class Drafted(NamedTuple):
+    """What the passes of one `step` found for a sequence."""
+
+    size: int
+    """The most rows that its draft could have; 0 if none was asked for."""
+    draft: Draft
+    emitted: Emitted
 
 
 class CausalBatch:
@@ -200,26 +210,28 @@ class CausalBatch:
         live = self.live if lanes is None else [b for b in self.live if b in lanes]
         if not live:
             return []
-        before = [vars(self.rows[b]).copy() for b in live], self.forwards, self.draft_forwards
+        before = self.forwards, self.draft_forwards
         try:
-            sizes = self._sizes(live)
-            drafts = dict.fromkeys(live, Draft()) | self._drafts(sizes)
-            emitted: dict[int, Emitted] = {}
-            for group, tree in self._groups(live, drafts):
-                emitted |= self._verify({b: drafts[b] for b in group}, tree)
-                self.forwards += 1
+            results = self._run(live)
         except BaseException:
-            rows, self.forwards, self.draft_forwards = before
-            for b, row in zip(live, rows, strict=True):
-                vars(self.rows[b]).update(row)
+            self.forwards, self.draft_forwards = before
             self._issued.clear()
             raise
         for b in live:
-            # A draft of riders alone does not show how many guesses are accepted.
-            if sizes.get(b) and (drafts[b].tokens or not drafts[b].riders):
-                self._sizer.learn(sizes[b], len(emitted[b].tokens) - 1)
-            self._advance(b, drafts[b], emitted[b])
+            self._advance(b, results[b])
         return live
+
+    def _run(self, live: Sequence[int]) -> Mapping[int, Any]:
+        """Run passes over some lanes, which change nothing but keys, values and counts of passes; return what
+        `_advance` takes, by lane."""
+        sizes = self._sizes(live)
+        drafts = dict.fromkeys(live, Draft()) | self._drafts(sizes)
+        results: dict[int, Drafted] = {}
+        for group, tree in self._groups(live, drafts):
+            emitted = self._verify({b: drafts[b] for b in group}, tree)
+            results |= {b: Drafted(sizes.get(b, 0), drafts[b], emitted[b]) for b in group}
+            self.forwards += 1
+        return results
 
     def _sizes(self, live: Sequence[int]) -> dict[int, int]:
         """The most rows of each draft, by lane. A lane whose prompt is computed has none, or riders alone."""
@@ -254,8 +266,6 @@ class CausalBatch:
         check_drafts(drafts, list(sizes), list(sizes.values()), self.model.shape, most_riders, prefilling)
         drafting = len(sizes) - len(prefilling)
         self.draft_forwards += drafting if self.batch_invariant else drafting > 0
-        for b in sizes:
-            self.rows[b].draft_nfe += b not in prefilling
         return dict(zip(sizes, drafts, strict=True))
 
     def _known(self, b: int) -> Tensor:
@@ -308,9 +318,13 @@ class CausalBatch:
 
     # --- commit ---------------------------------------------------------------------------------------
 
-    def _advance(self, b: int, draft: Draft, emitted: Emitted) -> None:
-        """Update sequence b by the tokens that a pass has emitted."""
-        row = self.rows[b]
+    def _advance(self, b: int, result: Any) -> None:
+        """Update sequence b by the `Drafted` of a pass."""
+        row, (size, draft, emitted) = self.rows[b], result
+        # A draft of riders alone does not show how many guesses are accepted.
+        if size and (draft.tokens or not draft.riders):
+            self._sizer.learn(size, len(emitted.tokens) - 1)
+        row.draft_nfe += bool(size) and not row.prefills
         if self._session is not None:
             self._session.guessed(b, emitted.riders, emitted.guessed)
         row.layers += draft.layers + self.model.shape.layers - draft.start
