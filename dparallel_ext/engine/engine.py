@@ -169,9 +169,16 @@ class Engine:
         max_length = whole("max_length", max_length, 1, LARGEST)
         max_waiting = whole("max_waiting", max_waiting, 1)
         self.model = model
-        guesses: dict[str, Any] = {"drafter": drafter, "draft_size": draft_size, "verifier": verifier}
-        numbers: dict[str, Any] = {"mixture": mixture, "window": window, "lookahead": lookahead}
-        self._kind = kind = kind_of(model, config, **guesses, **numbers)
+        self._kind = kind = kind_of(
+            model,
+            config,
+            drafter=drafter,
+            draft_size=draft_size,
+            verifier=verifier,
+            mixture=mixture,
+            window=window,
+            lookahead=lookahead,
+        )
         self.config = kind.config
         """The config of requests that come without one; the engine's own fields hold the values in force."""
         self.cache, self.mask_id = kind.cache, kind.mask_id

@@ -290,10 +290,10 @@ class Adaptive(LeftToRight):
 
     def __init__(self, model: Model, config: DecodeConfig, verifier: Any, **numbers: Any) -> None:
         adaptive.check_fields(vars(config))
-        adaptive.check_numbers(**numbers)
+        self._numbers = adaptive.checked_numbers(**numbers)
         self._model, self.config = adaptive.diffusion_model(model), config
         self._mask_id = adaptive.mask_of(self._model, config)
-        self._verifier, self._numbers = adaptive.verifier_of(verifier, self._model), numbers
+        self._verifier = adaptive.verifier_of(verifier, self._model)
         self.models = (self._model, self._verifier)
 
     def check(self, fields: Mapping[str, Any]) -> None:
@@ -352,6 +352,4 @@ def kind_of(
         return Autoregressive(model, config, drafter, draft_size)
     if verifier is None:
         return Diffusion(model, config)
-    return Adaptive(
-        model, config, verifier, **{key: value for key, value in numbers.items() if value is not None}
-    )
+    return Adaptive(model, config, verifier, **numbers)

@@ -69,7 +69,7 @@ def adaptive_decode(
     config: DecodeConfig | None = None,
     *,
     verifier: Any,
-    mixture: float = 0.5,
+    mixture: float | None = None,
     window: int | None = None,
     lookahead: int | None = None,
     attention_mask: Any = None,
@@ -90,8 +90,8 @@ def adaptive_decode(
         verifier: an autoregressive model of `dparallel_ext.models` on the same device, with the same token
             ids; or the path or name of one, as "builtin:verifier" (`dparallel.registry`). Its vocabulary may
             have another size: only ids that both models have are decoded.
-        mixture: R, the diffusion model's share of the logits that judge a draft, from 0 to 1. At 1 every
-            drafted token is committed; at 0 those that the verifier would have chosen.
+        mixture: R, the diffusion model's share of the logits that judge a draft, from 0 to 1; None: 0.5. At 1
+            every drafted token is committed; at 0 those that the verifier would have chosen.
         window: W, at least 1, see `adaptive`. None: every pass computes everything, so no key is stale.
         lookahead: M, at least 1: masks that a pass sees, and the most tokens that it commits. None: all.
         attention_mask: see `decode`.
@@ -111,7 +111,7 @@ def adaptive_decode(
     """
     config = configured("adaptive_decode", config, keywords)
     check_fields(vars(config))
-    check_numbers(mixture, window, lookahead)
+    numbers = checked_numbers(mixture, window, lookahead)
     with torch.inference_mode():
         prompts = arguments.prompts(prompt, attention_mask)
         size = len(prompts)
@@ -132,12 +132,10 @@ def adaptive_decode(
             size,
             width,
             verifier=verifier,
-            mixture=mixture,
-            window=window,
-            lookahead=lookahead,
             mask_id=mask,
             pad_id=eos_ids[0] if eos_ids else mask,
             batch_invariant=config.batch_invariant,
+            **numbers,
         )
         for lane, (ids, count, setting) in enumerate(zip(prompts, counts, settings, strict=True)):
             batch.admit(lane, ids.cpu(), count, setting, eos_ids=eos_ids)
@@ -164,13 +162,19 @@ def check_fields(fields: Mapping[str, Any]) -> None:
             )
 
 
-def check_numbers(mixture: float = 0.5, window: int | None = None, lookahead: int | None = None) -> None:
-    """Raise ValueError naming the argument of `adaptive_decode` that does not fit."""
-    if arguments.number("mixture", mixture) > 1:
-        raise ValueError(f"mixture: expected a number from 0 to 1, got {mixture:g}")
-    for name, value in (("window", window), ("lookahead", lookahead)):
-        if value is not None:
-            arguments.whole(name, value, 1)
+def checked_numbers(
+    mixture: float | None = None, window: int | None = None, lookahead: int | None = None
+) -> dict[str, Any]:
+    """The numbers of an `AdaptiveBatch`, by name; mixture None: 0.5. Raises ValueError naming the one that
+    does not fit."""
+    share = 0.5 if mixture is None else arguments.number("mixture", mixture)
+    if share > 1:
+        raise ValueError(f"mixture: expected a number from 0 to 1, got {share:g}")
+    sizes = {
+        name: None if value is None else arguments.whole(name, value, 1)
+        for name, value in (("window", window), ("lookahead", lookahead))
+    }
+    return {"mixture": share, **sizes}
 
 
 def diffusion_model(model: Any) -> Model:
@@ -254,9 +258,9 @@ class AdaptiveBatch(CausalBatch):
         *,
         verifier: Model,
         mask_id: int,
-        mixture: float = 0.5,
-        window: int | None = None,
-        lookahead: int | None = None,
+        mixture: float,
+        window: int | None,
+        lookahead: int | None,
         pad_id: int = UNKNOWN,
         batch_invariant: bool = False,
         kv_cache: KVCache | None = None,
@@ -270,7 +274,7 @@ class AdaptiveBatch(CausalBatch):
             graphs=False,
             kv_cache=kv_cache,
         )
-        self.verifier, self.mixture, self._mask = verifier, float(mixture), mask_id
+        self.verifier, self.mixture, self._mask = verifier, mixture, mask_id
         self.window = width + 1 if window is None else window
         self.lookahead = width + 1 if lookahead is None else lookahead
         self.shared = min(model.shape.embedding_size, verifier.shape.embedding_size)

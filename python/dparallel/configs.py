@@ -217,7 +217,7 @@ def check_row(entry: Any) -> None:
     if unknown := [name for name in entry if name not in known]:
         raise ValueError(f"expected fields of {list(known)}, got {unknown[0]!r}")
     if known is ADAPTIVE:
-        speculation.adaptive.check_numbers(**numbers_of(entry))
+        speculation.adaptive.checked_numbers(**numbers_of(entry))
         return
     DecodeConfig.from_dict(of_config(entry))
     if (size := entry.get("draft_size")) is not None:

@@ -121,8 +121,10 @@ def test_a_pass_that_raises_leaves_all_as_it_was() -> None:
     verifier = model_of(vocab_size=500)
     with torch.no_grad():
         verifier.model.embed_tokens.weight[7] = math.nan
-    numbers: dict[str, Any] = {"mask_id": 511, "mixture": 0.9, "batch_invariant": True}
-    batch = dx.speculation.AdaptiveBatch(LLADA, 2, 32, verifier=verifier, **numbers)
+    numbers = dx.speculation.adaptive.checked_numbers(0.9)
+    batch = dx.speculation.AdaptiveBatch(
+        LLADA, 2, 32, verifier=verifier, mask_id=511, batch_invariant=True, **numbers
+    )
     (settings,) = make_settings(dx.DecodeConfig(suppress=[7], seed=0), dx.models.Traits(), "none", 1)
     for lane, prompt in enumerate(([3, 5], [3, 7])):
         batch.admit(lane, torch.tensor(prompt), 20, settings)

@@ -339,6 +339,14 @@ def test_in_16_bits_it_decodes() -> None:
     assert out.generated.tolist() == [24] * 4
 
 
+def test_numbers_may_be_of_torch() -> None:
+    plain: dict[str, Any] = {"mixture": 0.5, "window": 3, "lookahead": 6}
+    out = adaptive(**{name: torch.tensor(value) for name, value in plain.items()})
+    assert torch.equal(out.sequences, adaptive(**plain).sequences)
+    with dx.Engine(LLADA, verifier=VERIFIER, window=torch.tensor(3), lanes=1, max_length=64) as engine:
+        assert engine.submit(PROMPTS[0], gen_length=8).result(60).tokens
+
+
 def test_what_does_not_fit_is_named() -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"mixture": 1.1}, "mixture: expected a number from 0 to 1, got 1.1"),

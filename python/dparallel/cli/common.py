@@ -156,7 +156,7 @@ def adaptive_numbers(verifier: str | None, others: dict[str, Any], **numbers: An
             )
     if verifier:
         registry.check_verifier(verifier)
-        adaptive.check_numbers(**numbers)
+        adaptive.checked_numbers(**numbers)
     return numbers
 
 
