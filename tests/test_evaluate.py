@@ -120,7 +120,7 @@ def test_results_of_an_earlier_run_are_not_measured_again(monkeypatch: pytest.Mo
     ) -> dict[str, Any]:
         measured.append(policy)
         row = measure(name, policy, config=config, problems=0, **rest)
-        return row | problems.named
+        return row | problems.description
 
     measure = evaluate.evaluate
     monkeypatch.setattr(sweeping, "evaluate", once)
@@ -489,7 +489,7 @@ def test_a_response_is_judged_to_its_end(own: Path):
 
     model, tokenizer = registry.load("builtin:student")
     asked = replace(
-        problems.from_file(str(own), prompt_field="question", count=3, gen_length=64), right=right
+        problems.from_file(str(own), prompt_field="question", count=3, gen_length=64), checker=right
     )
     answers: list[evaluate.Answer] = []
     row = evaluate.evaluate("x", "entropy:0.5", problems=asked, loaded=(model, tokenizer), answers=answers)

@@ -110,8 +110,8 @@ def evaluate(
             label_of = {"model": model_name, "how": label({"policy": policy, "config": changed})}
             _record(recording, asked, part, texts, out, kept, tokenizer, length=length, **label_of)
     if answers is not None:
-        answers += [found[number] for number in range(len(asked.asked))]
-    count = len(asked.asked)
+        answers += [found[number] for number in range(len(asked.prompts))]
+    count = len(asked.prompts)
     of_drafts = {"canvases_mean": canvases / count if count else 0.0} if draft_size else {}
     return {
         **_judged(model_name, policy, changed, asked, correct, threshold),
@@ -133,8 +133,8 @@ def _problems(problems: int | Problems, seed: int) -> Problems:
     return problems if isinstance(problems, Problems) else held_out(problems, seed)
 
 
-def _count_right(problems: Problems, part: Sequence[Asked], texts: Sequence[str]) -> int:
-    return sum(problems.right(each.prompt.answer, text) for each, text in zip(part, texts, strict=True))
+def _count_right(problems: Problems, part: Sequence[Encoded], texts: Sequence[str]) -> int:
+    return sum(problems.checker(each.prompt.answer, text) for each, text in zip(part, texts, strict=True))
 
 
 def _judged(
@@ -146,19 +146,19 @@ def _judged(
     threshold: float | None = None,
 ) -> dict[str, Any]:
     """The fields that all results have: model, policy, settings, and the share of right answers."""
-    count = len(problems.asked)
+    count = len(problems.prompts)
     return {
         "model": model_name,
         "policy": policy,
         "config": config,
         "threshold": threshold,
-        **problems.named,
+        **problems.description,
         "accuracy": correct / count if count else 0.0,
         "accuracy_interval": wilson(correct, count),
     }
 
 
-class Asked(NamedTuple):
+class Encoded(NamedTuple):
     """A problem in a batch."""
 
     number: int
@@ -235,8 +235,8 @@ def evaluate_drafter(
         )
     seconds = time.perf_counter() - began
     if answers is not None:
-        answers += [found[number] for number in range(len(asked.asked))]
-    count = len(asked.asked)
+        answers += [found[number] for number in range(len(asked.prompts))]
+    count = len(asked.prompts)
     changed: Fields = {} if draft_size is None else {"draft_size": draft_size}
     return {
         **_judged(model_name, drafter or PLAIN, changed, asked, correct),
@@ -322,7 +322,7 @@ def evaluate_adaptive(
         correct, passes = correct + right, passes + int(out.nfe.sum())
         verified += int(out.verifier_nfe.sum())
         tokens, kept = tokens + int(out.generated.sum()), kept + int(out.kept.sum())
-    count = len(asked.asked)
+    count = len(asked.prompts)
     return {
         **_judged(model_name, verifier, changed, asked, correct),
         "nfe_mean": passes / count if count else 0.0,
@@ -344,7 +344,7 @@ RECORDED = 3
 def _record(
     recording: Recording | None,
     problems: Problems,
-    part: Sequence[Asked],
+    part: Sequence[Encoded],
     answers: Sequence[str],
     out: dx.DecodeOutput,
     kept: Sequence[int],
@@ -358,13 +358,15 @@ def _record(
     for i, (each, answer) in enumerate(zip(part, answers, strict=True)):
         if each.number < RECORDED:
             expected = each.prompt.answer
-            note = "right" if problems.right(expected, answer) else f"wrong, it is {expected[-80:]}"
+            note = "right" if problems.checker(expected, answer) else f"wrong, it is {expected[-80:]}"
             recording.add(each.prompt.text, answer_of(out, i, texts, kept=kept[i], note=note, **arguments))
 
 
-def _batches(problems: Problems, encode: Callable[[str], list[int]], batch: int) -> Iterator[Sequence[Asked]]:
+def _batches(
+    problems: Problems, encode: Callable[[str], list[int]], batch: int
+) -> Iterator[Sequence[Encoded]]:
     """At most `batch` problems at a time, those of like lengths together."""
-    asked = [Asked(number, prompt, encode(prompt.text)) for number, prompt in enumerate(problems.asked)]
+    asked = [Encoded(number, prompt, encode(prompt.text)) for number, prompt in enumerate(problems.prompts)]
     asked.sort(key=lambda each: len(each.ids))
     for first in range(0, len(asked), batch):
         yield asked[first : first + batch]

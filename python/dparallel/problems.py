@@ -67,11 +67,11 @@ def read_prompts(source: str, prompt_field: str = "prompt", answer_field: str = 
 class Problems:
     """What `evaluate` asks, and how it judges the answers."""
 
-    asked: tuple[Prompt, ...]
-    right: Checker
+    prompts: tuple[Prompt, ...]
+    checker: Checker
     gen_length: int | None
     """Tokens of a response; None: each model's default."""
-    named: Mapping[str, Any]
+    description: Mapping[str, Any]
     """What results say about them."""
     beyond_end: bool
     """Whether what follows the end of a response is judged, too."""
@@ -84,9 +84,9 @@ class Problems:
 def held_out(count: int = 500, seed: int = 0) -> Problems:
     """The first `count` held-out problems of the built-in task, the same for every call with one `seed`."""
     stream = itertools.islice(tasks.problems("held_out", seed), whole("problems", count, 0))
-    asked = tuple(Prompt(problem.prompt, str(problem.answer)) for problem in stream)
-    named = {"problems": len(asked), "seed": seed}
-    return Problems(asked, _is_number, tasks.GEN_LENGTH, named, beyond_end=True)
+    prompts = tuple(Prompt(problem.prompt, str(problem.answer)) for problem in stream)
+    description = {"problems": len(prompts), "seed": seed}
+    return Problems(prompts, _is_number, tasks.GEN_LENGTH, description, beyond_end=True)
 
 
 def _is_number(answer: str, response: str) -> bool:
@@ -103,7 +103,7 @@ def from_file(
     answer_field: str = "answer",
 ) -> Problems:
     """The first `count` problems of a file, by default all, see `read_prompts` and `checker_of`."""
-    right, asked = checker_of(checker), tuple(read_prompts(data, prompt_field, answer_field)[:count])
-    digest = hashlib.sha256(json.dumps([asdict(prompt) for prompt in asked]).encode()).hexdigest()
-    named = {"problems": len(asked), "data": data, "checker": checker, "data_sha256": digest}
-    return Problems(asked, right, gen_length, named, beyond_end=False)
+    right, prompts = checker_of(checker), tuple(read_prompts(data, prompt_field, answer_field)[:count])
+    digest = hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts]).encode()).hexdigest()
+    description = {"problems": len(prompts), "data": data, "checker": checker, "data_sha256": digest}
+    return Problems(prompts, right, gen_length, description, beyond_end=False)

@@ -67,7 +67,7 @@ def sweep(
         older = {key: conditions[key] for key in unasked}  # of rows that do not name them
         results = {_key(older | row): row for row in known}
         in_chat = registry.template_of(name, chat) is not None
-        conditions = {**conditions, **asked.named, "gen_length": asked.length(name), "chat": in_chat}
+        conditions = {**conditions, **asked.description, "gen_length": asked.length(name), "chat": in_chat}
         shared = {"problems": asked, "batch": batch, "chat": in_chat, "recording": recording}
         if causal:
             yield from _drafted(name, drafters, draft_size, results, of_name, conditions, shared)
