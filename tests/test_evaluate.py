@@ -541,6 +541,21 @@ def test_a_prompt_beyond_the_positions_of_a_model_that_ships_is_named(model: str
             call(problems=asked)
 
 
+def test_what_does_not_fit_a_file_of_problems_is_named(own: Path):
+    for arguments, message in (
+        ({"data": None}, "data: expected a JSONL or Parquet file, or builtin:N, got None"),
+        ({"data": ""}, "data: expected .*, got ''"),
+        ({"checker": 3}, "checker: expected one of .*, got 3"),
+        ({"count": -1}, "count: expected a whole number >= 1, got -1"),
+        ({"count": 1.5}, "count: expected a whole number >= 1, got 1.5"),
+        ({"gen_length": "x"}, "gen_length: expected a whole number >= 1, got 'x'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            problems.from_file(**{"data": own, "prompt_field": "question", **arguments})
+    with pytest.raises(ValueError, match=r"seed: expected a whole number .*, got 'x'"):
+        problems.held_out(3, "x")  # type: ignore[arg-type]
+
+
 def test_results_of_other_problems_are_measured_anew(own: Path, tmp_path: Path):
     """Those of another file, or of the same file with another content."""
     other = own.with_name("other.jsonl")

@@ -6,7 +6,7 @@ import importlib
 import re
 from collections.abc import Callable
 
-from dparallel_ext.arguments import is_number
+from dparallel_ext.arguments import is_number, shown
 
 
 def hashes(answer: str, response: str) -> bool:
@@ -47,15 +47,16 @@ def checker_of(name: str) -> Checker:
     """One of CHECKERS, or "package.module:function". Raises ValueError, also where the module raises
     anything, and so does the checker where the function raises anything, or returns neither true nor
     false."""
+    expected = f"one of {list(CHECKERS)} or package.module:function"
+    if not isinstance(name, str):
+        raise ValueError(f"checker: expected {expected}, got {shown(name)}")
     if name in CHECKERS:
         return CHECKERS[name]
     module, _, function = name.partition(":")
     try:
         checker = getattr(importlib.import_module(module), function)
     except (Exception, SystemExit) as error:
-        raise ValueError(
-            f"checker: expected one of {list(CHECKERS)} or package.module:function, got {name!r} ({error!r})"
-        ) from error
+        raise ValueError(f"checker: expected {expected}, got {shown(name)} ({error!r})") from error
     if not callable(checker):
         raise ValueError(f"checker: {name!r} is not a function")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dparallel_ext.arguments import whole
+from dparallel_ext.models.files import as_path
 
 from . import files, registry
 from .checkers import Checker, checker_of
@@ -27,12 +28,15 @@ class Prompt:
     answer: str
 
 
-def read_prompts(source: str, prompt_field: str = "prompt", answer_field: str = "answer") -> list[Prompt]:
+def read_prompts(
+    source: str | Path, prompt_field: str = "prompt", answer_field: str = "answer"
+) -> list[Prompt]:
     """Prompts of a JSONL or Parquet file, or of "builtin:N[:SEED]", N training problems of `tasks`.
 
     A prompt is a text; an answer is a text or a number. Raises FileNotFoundError, or ValueError naming the
     line and the field that is missing or of another type, or a file without prompts.
     """
+    source = str(as_path("data", source, "a JSONL or Parquet file, or builtin:N"))
     if source.startswith("builtin:"):
         try:
             seeded = source if source.count(":") > 1 else f"{source}:77"
@@ -83,7 +87,8 @@ class Problems:
 
 def held_out(count: int = 500, seed: int = 0) -> Problems:
     """The first `count` held-out problems of the built-in task, the same for every call with one `seed`."""
-    stream = itertools.islice(tasks.problems("held_out", seed), whole("problems", count, 0))
+    count, seed = whole("problems", count, 0), whole("seed", seed, -(2**63))
+    stream = itertools.islice(tasks.problems("held_out", seed), count)
     prompts = tuple(Prompt(problem.prompt, str(problem.answer)) for problem in stream)
     description = {"problems": len(prompts), "seed": seed}
     return Problems(prompts, _is_number, tasks.GEN_LENGTH, description, beyond_end=True)
@@ -94,7 +99,7 @@ def _is_number(answer: str, response: str) -> bool:
 
 
 def from_file(
-    data: str,
+    data: str | Path,
     checker: str = "hashes",
     *,
     count: int | None = None,
@@ -102,8 +107,15 @@ def from_file(
     prompt_field: str = "prompt",
     answer_field: str = "answer",
 ) -> Problems:
-    """The first `count` problems of a file, by default all, see `read_prompts` and `checker_of`."""
+    """The first `count` problems of a file, by default all, see `read_prompts` and `checker_of`.
+
+    gen_length: tokens of a response, see `Problems`. Raises as these two, and ValueError naming a number that
+    does not fit.
+    """
+    for name, value in (("count", count), ("gen_length", gen_length)):
+        if value is not None:
+            whole(name, value, 1)
     right, prompts = checker_of(checker), tuple(read_prompts(data, prompt_field, answer_field)[:count])
     digest = hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts]).encode()).hexdigest()
-    description = {"problems": len(prompts), "data": data, "checker": checker, "data_sha256": digest}
+    description = {"problems": len(prompts), "data": str(data), "checker": checker, "data_sha256": digest}
     return Problems(prompts, right, gen_length, description, beyond_end=False)

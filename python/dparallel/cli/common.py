@@ -118,13 +118,6 @@ def check_text(**texts: str | None) -> None:
             raise ValueError(f"{name}: expected text in {encoding}, got {text!r:.80}") from error
 
 
-def at_least(name: str, value: int, least: int) -> None:
-    """Raise ValueError naming the option unless `value` is at least `least` and fits 64 bits."""
-    if not least <= value <= sys.maxsize:
-        most = f" and <= {sys.maxsize}" if value > least else ""
-        raise ValueError(f"{name}: expected a whole number >= {least}{most}, got {value}")
-
-
 def check_kind(model: str, causal: bool, **options: Any) -> None:
     """Raise ValueError for an option that is given (not None) and belongs to another kind of model."""
     for name, value in options.items():

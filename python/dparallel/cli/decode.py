@@ -11,6 +11,8 @@ import torch
 import typer
 from rich.console import Console
 
+from dparallel_ext.arguments import whole
+
 from .. import files, registry
 from ..configs import causal_config_of, config_of, with_ends
 from .common import (
@@ -30,7 +32,6 @@ from .common import (
     VerifierOption,
     WindowOption,
     adaptive_numbers,
-    at_least,
     check_drafted,
     check_kind,
     check_text,
@@ -101,7 +102,7 @@ def decode(
         if html is not None:
             files.writable("html", html)
         check_text(suffix=suffix)
-        at_least("batch", batch, 1)
+        whole("batch", batch, 1)
         calls = prompts_of(prompt or [], file, batch, stream)
         loading = registry.Loading(device, registry.dtype_of(dtype), fp8, mask_id)
         content, loading, drafters, draft_size = read_config(

@@ -13,6 +13,7 @@ from rich.console import Console
 
 import dparallel_ext as dx
 from dparallel_ext import backends
+from dparallel_ext.arguments import whole
 
 from .. import files, registry
 from ..configs import Fields, config_of, policy_in, read_rows
@@ -35,7 +36,6 @@ from .common import (
     MaskOption,
     ModelOption,
     PromptFieldOption,
-    at_least,
     check_kind,
     plain_errors,
     read_config,
@@ -88,7 +88,7 @@ def demo(
     from ..toy import demo as show
 
     with plain_errors():
-        at_least("problems", problems, 1)
+        whole("problems", problems, 1)
         files.possible("out", out)
         show.run(model, problems=problems, out=out)
 
@@ -166,16 +166,14 @@ def evaluate(
 
     with plain_errors():
         if problems is not None:
-            at_least("problems", problems, 1)
-        at_least("batch", batch, 1)
+            whole("problems", problems, 1)
+        whole("batch", batch, 1)
         if data is None:
             for option, value in (("checker", checker), ("gen_length", gen_length)):
                 if value is not None:
                     raise ValueError(f"{option}: belongs to --data, got {value!r}")
             asked = held_out(500 if problems is None else problems)
         else:
-            if gen_length is not None:
-                at_least("gen_length", gen_length, 1)
             fields = {"prompt_field": prompt_field, "answer_field": answer_field}
             asked = from_file(
                 data, CHECKER if checker is None else checker, count=problems, gen_length=gen_length, **fields

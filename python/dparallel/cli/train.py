@@ -28,7 +28,6 @@ from .common import (
     MaskOption,
     ModelOption,
     PromptFieldOption,
-    at_least,
     plain_errors,
 )
 
@@ -93,7 +92,7 @@ def answer(
         checker = CHECKER if checker is None else checker
         length = registry.gen_length(model) if gen_length is None else whole("gen_length", gen_length, 1)
         if block_length is not None:
-            at_least("block_length", block_length, 1)
+            whole("block_length", block_length, 1)
         settings = trajectories.Settings(
             model, policy, length, block_length, cache, checker, shard, format, chat, mask_id, dtype
         )
@@ -130,7 +129,7 @@ def learn_filter(
     from ..training import filter as filtering
 
     with plain_errors("train"):
-        at_least("batch", batch, 1)
+        whole("batch", batch, 1)
         settings = filtering.Settings(tau, steps, lr, hidden, held_out, seed)
         report = filtering.run(answers, out, settings, model=model, batch=batch, device=device)
         for text in filtering.lines(report):
