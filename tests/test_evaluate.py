@@ -404,6 +404,16 @@ def test_many_rules_have_a_panel_for_each_model():
     assert said == {"0.5", "0.25", "0.9,0.9", "14,8+0.5"}
 
 
+def test_a_result_of_an_old_version_has_a_line():
+    """What it lacks is blank, and the columns stay."""
+    rows = results.read_results(Path(__file__).parents[1] / "docs" / "rules.json")
+    older, newer = ([row for row in rows if ("nfe_to_eos" in row) == new] for new in (False, True))
+    assert older
+    assert newer
+    for row in (older[0], newer[0]):
+        assert results.line(row).index(row["model"]) == results.HEADING.index("model")
+
+
 def test_the_tables_of_the_docs_are_what_their_results_make():
     docs = Path(__file__).parent.parent / "docs"
     text, rows = (docs / "rules.md").read_text(), json.loads((docs / "rules.json").read_text())

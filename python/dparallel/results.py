@@ -29,10 +29,13 @@ def label(row: Mapping[str, Any]) -> str:
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """A result as a line under HEADING; what may be long comes last."""
+    """A result as a line under HEADING; what may be long comes last. What rows of older versions lack is
+    blank."""
+    to_eos = f"{row['nfe_to_eos']:.1f}" if "nfe_to_eos" in row else ""
+    tokens = f"{row['tokens_per_forward']:.2f}" if "tokens_per_forward" in row else ""
     return (
-        f"{row['accuracy']:>8.1%} {row['nfe_mean']:>6.1f} {row['nfe_to_eos']:>7.1f} "
-        f"{row['tokens_per_forward']:>8.2f} {row['seconds']:>7.1f} {row['model']:<15} {label(row)}"
+        f"{row['accuracy']:>8.1%} {row['nfe_mean']:>6.1f} {to_eos:>7} {tokens:>8} {row['seconds']:>7.1f} "
+        f"{row['model']:<15} {label(row)}"
     )
 
 
