@@ -194,9 +194,8 @@ def _check_rows(rows: Iterable[Sequence[float]]) -> None:
         if values in sound:
             continue
         selector, threshold, low, high, score = values
-        least, most, rule, expected_of = _BY_ID.get(
-            selector, _BY_ID[0]
-        )  # the first check below names an unknown selector
+        # The first check below names an unknown selector.
+        least, most, rule, expected_of = _BY_ID.get(selector, _BY_ID[0])
         fits = least <= threshold <= most and (not rule.whole or _is_whole(threshold))
         for name, value, ok, expected in (
             ("selector", selector, selector in _BY_ID, f"ids 0..{len(RULES) - 1} of {list(RULES)}"),

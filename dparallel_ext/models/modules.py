@@ -184,8 +184,8 @@ class Block(Named):
 
     def __init__(self, shape: ModelConfig, names: Mapping[str, str], sparse: bool = False) -> None:
         super().__init__(names)
-        s, self.sparse = shape, sparse
-        self.shape = s
+        s = self.shape = shape
+        self.sparse = sparse
         self.norm1 = RMSNorm(s)
         q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
         if s.fused_qkv:

@@ -215,6 +215,8 @@ def test_the_router_s_bias_stays_in_float32(tmp_path: Path) -> None:
         assert again.dtype == (dtype or torch.bfloat16)
     save_file({**weights, name: weights[name].bfloat16()}, tmp_path / "model.safetensors")
     assert models.load(tmp_path).get_buffer(name).dtype == torch.float32
+    there = model_of().to("meta").to_empty(device="cpu").get_buffer(name)
+    assert (there.device.type, there.dtype) == ("cpu", torch.float32)
     del weights[name]
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=rf"{name} is missing"):
