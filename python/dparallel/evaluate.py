@@ -208,7 +208,6 @@ def evaluate_drafter(
     encode = registry.encoder_of(model_name, model, tokenizer, template, length)
     correct = passes = drafts = tokens = layers = 0
     drafted, accepted = list[int](), list[int]()
-    found: dict[int, Answer] = {}
     loaded_drafter = dx.speculation.drafter_of(drafter, model.device, model.dtype)
     size = draft_size
     if size is None and loaded_drafter is not None:
@@ -225,7 +224,7 @@ def evaluate_drafter(
     how = f"{drafter} guesses ahead" if drafter else "a token a pass"
     of_all: Fields = {"tokenizer": tokenizer, "length": length, "model": model_name, "how": how}
     noted = functools.partial(_record, recording, asked, **of_all)
-    for out, right in _to_the_end(decode, asked, encode, batch, tokenizer, found, noted):
+    for out, right in _to_the_end(decode, asked, encode, batch, tokenizer, answers, noted):
         correct += right
         passes, drafts = passes + int(out.nfe.sum()), drafts + int(out.draft_nfe.sum())
         tokens, layers = tokens + int(out.generated.sum()), layers + int(out.layers.sum())
@@ -234,8 +233,6 @@ def evaluate_drafter(
             for old, new in ((drafted, out.drafted), (accepted, out.accepted))
         )
     seconds = time.perf_counter() - began
-    if answers is not None:
-        answers += [found[number] for number in range(len(asked.prompts))]
     count = len(asked.prompts)
     changed: Fields = {} if draft_size is None else {"draft_size": draft_size}
     return {
@@ -263,14 +260,15 @@ def _to_the_end(
     encode: Callable[[str], list[int]],
     batch: int,
     tokenizer: Any,
-    found: dict[int, Answer],
+    answers: list[Answer] | None,
     noted: Callable[..., None],
 ) -> Iterator[tuple[Output, int]]:
     """Decode the prompts in batches; yield each batch's output, and how many of its answers are right.
 
-    found: receives the answers, by the problems' numbers. noted: `_record` with all arguments but those about
-    the batch.
+    answers: receives the answers at the end, in the order of the problems. noted: `_record` with all
+    arguments but those about the batch.
     """
+    found: dict[int, Answer] = {}
     for part in _batches(problems, encode, batch):
         out = decode([each.ids for each in part])
         kept = [r[:n].tolist() for r, n in zip(out.responses, out.kept.tolist(), strict=True)]
@@ -278,6 +276,8 @@ def _to_the_end(
         found |= {each.number: Answer(each.ids, r) for each, r in zip(part, kept, strict=True)}
         noted(part=part, answers=texts, out=out, kept=out.kept.tolist())
         yield out, _count_right(problems, part, texts)
+    if answers is not None:
+        answers += [found[number] for number in range(len(found))]
 
 
 def evaluate_adaptive(
@@ -318,7 +318,7 @@ def evaluate_adaptive(
     encode = registry.encoder_of(model_name, model, tokenizer, template, length)
     correct = passes = verified = tokens = kept = 0
     began = time.perf_counter()
-    for out, right in _to_the_end(decode, asked, encode, batch, tokenizer, {}, noted):
+    for out, right in _to_the_end(decode, asked, encode, batch, tokenizer, None, noted):
         correct, passes = correct + right, passes + int(out.nfe.sum())
         verified += int(out.verifier_nfe.sum())
         tokens, kept = tokens + int(out.generated.sum()), kept + int(out.kept.sum())
